@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -21,7 +21,10 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import tiny
 from samples import picture
-from tiny import Farm, Outcome
+from tiny import Farm, Outcome, Tool
+
+if TYPE_CHECKING:
+    from tetdist.distributed.world import World
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -208,18 +211,39 @@ def event_root(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def call(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str]]]:
-    """Runs a tool in this process, which saves the seconds of its imports: status and output."""
+def tool(capfd: pytest.CaptureFixture[str]) -> Iterator[Tool]:
+    """Runs a tool in this process, which saves the seconds of its imports: status, standard output,
+    standard error."""
 
-    def run_main(tool: str, *arguments: object) -> tuple[int, str]:
-        module = importlib.import_module(f"tetdist.apps.cli.{tool.removesuffix('.py')}")
+    def run_main(name: str, *arguments: object) -> tuple[int, str, str]:
+        module = importlib.import_module(f"tetdist.apps.cli.{name.removesuffix('.py')}")
         capfd.readouterr()
         try:
             status = module.main([*map(str, arguments)])
-        except SystemExit as e:
-            status = e.code
-        return status, "".join(capfd.readouterr())
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        return status, *capfd.readouterr()
 
     yield run_main
     # Which some tools set for a process of their own.
     logging.getLogger("tetdist.tracking").setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def call(tool: Tool) -> Callable[..., tuple[int, str]]:
+    """Runs a tool in this process: status and output."""
+
+    def run_main(name: str, *arguments: object) -> tuple[int, str]:
+        status, out, err = tool(name, *arguments)
+        return status, out + err
+
+    return run_main
+
+
+@pytest.fixture
+def alone() -> "Iterator[World]":
+    """The processes of a run that has one."""
+    from tetdist.distributed.world import join
+
+    with join("cpu") as world:
+        yield world

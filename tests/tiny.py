@@ -282,6 +282,10 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert states[0] == states[1]
 
 
+# Runs a tool by its name and arguments: status, standard output, standard error.
+Tool = Callable[..., tuple[int, str, str]]
+
+
 @dataclass(frozen=True)
 class Outcome:
     status: int

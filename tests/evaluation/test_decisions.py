@@ -1,7 +1,6 @@
 """Confusion, classes and early exit against counts done by hand."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,18 +10,10 @@ import torch
 from torch import Tensor
 
 from tetdist.apps.reports.evaluation_page import SHOWN_CLASSES, _classes
-from tetdist.distributed.world import World, join
+from tetdist.distributed.world import World
 from tetdist.evaluation.decisions import THRESHOLDS, DecisionCounts, Decisions
 from tetdist.evaluation.evaluate import _count, running_means
 from tetdist.evaluation.suite import ExitChoice, _chosen
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    with join("cpu") as world:
-        yield world
 
 
 def decide(world: World, *batches: tuple[Tensor, Tensor], outputs: int = 2) -> Decisions:
@@ -40,13 +31,13 @@ def of_probabilities(*of_timesteps: list[float]) -> Tensor:
     return torch.cat([sums[:1], sums.diff(dim=0)])
 
 
-def test_a_sample_is_decided_when_it_is_sure_enough(world: World) -> None:
+def test_a_sample_is_decided_when_it_is_sure_enough(alone: World) -> None:
     # Sure of a at once; of b at the second; of a late, and first for b; never.
     logits = of_probabilities(
         [0.97, 0.45, 0.35, 0.55], [0.97, 0.15, 0.55, 0.45], [0.97, 0.02, 0.85, 0.48]
     )
     labels = torch.tensor([0, 1, 0, 1])
-    found = decide(world, (logits[:, :1], labels[:1]), (logits[:, 1:], labels[1:]))
+    found = decide(alone, (logits[:, :1], labels[:1]), (logits[:, 1:], labels[1:]))
     curve = {point["threshold"]: point for point in found.early_exit()}
     assert curve[0.5]["exits"] == [4, 0, 0]
     assert curve[0.5]["top1"] == 50.0  # at t = 1 the third is taken for b, the fourth for a
@@ -79,12 +70,12 @@ def test_where_no_threshold_costs_so_little_all_are_decided_at_t() -> None:
     assert (found["threshold"], found["top1"], found["mean_timesteps"]) == (0.5, 1.0, 1.0)
 
 
-def test_confusion_and_classes(world: World) -> None:
+def test_confusion_and_classes(alone: World) -> None:
     logits = torch.zeros(2, 5, 3)
     for sample, decided in enumerate((0, 1, 1, 2, 0)):
         logits[0, sample, (decided + 1) % 3] = 1  # of the mean, the second timestep decides
         logits[1, sample, decided] = 5
-    found = decide(world, (logits, torch.tensor([0, 0, 1, 0, 0])), outputs=3)
+    found = decide(alone, (logits, torch.tensor([0, 0, 1, 0, 0])), outputs=3)
     assert found.classes == ["a", "b", "output 2"]
     assert found.confusion == [[2, 1, 1], [0, 1, 0], [0, 0, 0]]
     a, b, spare = found.per_class()
@@ -102,10 +93,10 @@ def test_of_many_classes_those_of_least_recall_are_shown() -> None:
     assert [row[0] for row in shown] == [f"c{k}" for k in range(SHOWN_CLASSES + 1, 1, -1)]
 
 
-def test_at_the_largest_threshold_it_is_nearly_the_accuracy_at_t(world: World) -> None:
+def test_at_the_largest_threshold_it_is_nearly_the_accuracy_at_t(alone: World) -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 50, 2), torch.randint(2, (50,))
-    found = decide(world, (logits, labels))
+    found = decide(alone, (logits, labels))
     accuracy = 100 * (logits.mean(0).argmax(-1) == labels).double().mean()
     right = sum(row[k] for k, row in enumerate(found.confusion))
     assert math.isclose(100 * right / 50, accuracy)
@@ -122,7 +113,7 @@ def test_running_means_are_those_of_cumsum(dtype: torch.dtype) -> None:
     assert torch.equal(running_means(logits), wide.cumsum(0) / steps)
 
 
-def test_of_equal_logits_the_first_class_is_ahead(world: World) -> None:
+def test_of_equal_logits_the_first_class_is_ahead(alone: World) -> None:
     # 12 classes with three logits between them: half of the samples have several highest ones.
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(0, 3, (2, 500, 12), generator=generator).bfloat16()
@@ -134,12 +125,12 @@ def test_of_equal_logits_the_first_class_is_ahead(world: World) -> None:
         assert counts[row].tolist() == right.tolist()
     decisions = DecisionCounts([str(i) for i in range(12)], 12, 2, torch.device("cpu"))
     decisions.add(logits, labels)
-    points = decisions.total(world).early_exit()
+    points = decisions.total(alone).early_exit()
     never = next(point for point in points if point["mean_timesteps"] == 2)
     assert never["top1"] == 100 * counts[0, -1].item() / 500
 
 
-def test_what_is_not_a_number_is_never_right(world: World) -> None:
+def test_what_is_not_a_number_is_never_right(alone: World) -> None:
     logits = torch.zeros(1, 3, 6)
     logits[0, 0, 2] = logits[0, 1, 3] = logits[0, 2] = math.nan
     labels = torch.tensor([2, 0, 0])
@@ -147,6 +138,6 @@ def test_what_is_not_a_number_is_never_right(world: World) -> None:
     assert counts[:2].tolist() == [[0.0], [1.0]]  # the second sample's class is behind the one
     decisions = DecisionCounts([str(i) for i in range(6)], 6, 1, torch.device("cpu"))
     decisions.add(logits, labels)
-    found = decisions.total(world)
+    found = decisions.total(alone)
     assert [point["top1"] for point in found.early_exit()] == [0.0] * len(THRESHOLDS)
     assert [row["recall"] for row in found.per_class()[:3:2]] == [0.0, 0.0]

@@ -1,12 +1,10 @@
 """tools/eval.py counts every sample once and says of a checkpoint what plain torch says of it."""
 
-import importlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import Farm
+from tiny import Farm, Tool
 
 from tetdist.apps.reports import evaluation_page, style
 
@@ -32,33 +30,10 @@ def run(farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder / "runs" / "tiny"
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    return importlib.import_module("tetdist.apps.cli.eval")
-
-
-Tool = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
-def evaluate(
-    tool: ModuleType, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Tool:
+def evaluate(tool: Tool) -> Tool:
     """Runs the tool in this process: status, standard output, standard error."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        try:
-            status = tool.main(
-                [*map(str, arguments), "--execution", "reference", "--device", "cpu"]
-            )
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        return status, *capfd.readouterr()
-
-    return call
+    return lambda *options: tool("eval", *options, "--execution", "reference", "--device", "cpu")
 
 
 def plain_logits(run: Path, root: Path, timesteps: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
 """What evaluations say of networks whose neurons are no LIF."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,12 +44,6 @@ class Ahead(LIF):
 @pytest.fixture(autouse=True)
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(neurons.NEURONS._entries, "ahead", Ahead)
-
-
-@pytest.fixture
-def alone() -> Iterator[World]:
-    with join("cpu") as world:
-        yield world
 
 
 def network(name: str, neuron: dict[str, Any], **arguments: Any) -> SpikingNetwork:

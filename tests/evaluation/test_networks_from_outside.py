@@ -1,6 +1,5 @@
 """A network that is no subclass of tetdist's is evaluated by the little that is asked of one."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from tetdist.apps.reports.evaluation_page import as_text, html_page, png_page
 from tetdist.data.loader import Batch
-from tetdist.distributed.world import World, join
+from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.evaluation.suite import run_suite
 
@@ -34,12 +33,6 @@ class Outside(nn.Module):
         frames = [x] * self.timesteps if x.ndim == 4 else x[:, : self.timesteps].unbind(1)
         steps = enumerate(frames, start=1)
         return torch.stack([t * self.conv(frame).mean((2, 3)) for t, frame in steps])
-
-
-@pytest.fixture
-def alone() -> Iterator[World]:
-    with join("cpu") as world:
-        yield world
 
 
 def passes_of(model: Any, world: World) -> OneBatch:

@@ -1,25 +1,15 @@
 """Operations against counts done by hand."""
 
-from collections.abc import Iterator
-
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
 import tetdist
-from tetdist.distributed.world import World, join
+from tetdist.distributed.world import World
 from tetdist.evaluation.operations import Operations, counting_operations
 
 assert tetdist.__doc__  # registers the models
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    with join("cpu") as world:
-        yield world
 
 
 def count(model: nn.Module, world: World, *batches: Tensor) -> Operations:
@@ -59,27 +49,27 @@ def spikes_at(*places: tuple[int, int, int, int], size: int = 4, value: float = 
     return x
 
 
-def test_a_spike_reaches_the_neurons_around_it(world: World) -> None:
+def test_a_spike_reaches_the_neurons_around_it(alone: World) -> None:
     # In the middle 9 positions of 4 channels, at a border 6, in a corner 4.
-    assert count(conv(), world, spikes_at((0, 0, 1, 1))).accumulates == 9 * 4
-    assert count(conv(), world, spikes_at((1, 1, 0, 2))).accumulates == 6 * 4
-    assert count(conv(), world, spikes_at((0, 1, 3, 3))).accumulates == 4 * 4
+    assert count(conv(), alone, spikes_at((0, 0, 1, 1))).accumulates == 9 * 4
+    assert count(conv(), alone, spikes_at((1, 1, 0, 2))).accumulates == 6 * 4
+    assert count(conv(), alone, spikes_at((0, 1, 3, 3))).accumulates == 4 * 4
     both = spikes_at((0, 0, 1, 1), (1, 0, 1, 1), (1, 1, 3, 3))
-    assert count(conv(), world, both).accumulates == (9 + 9 + 4) * 4
+    assert count(conv(), alone, both).accumulates == (9 + 9 + 4) * 4
     # Of two groups, each channel reaches the two of its own.
-    assert count(conv(groups=2), world, spikes_at((0, 0, 1, 1))).accumulates == 9 * 2
+    assert count(conv(groups=2), alone, spikes_at((0, 0, 1, 1))).accumulates == 9 * 2
 
 
-def test_a_stride_skips_positions(world: World) -> None:
+def test_a_stride_skips_positions(alone: World) -> None:
     # Windows begin at rows -1 and 1 of 4: row 0 is in the first, 1 in both, 2 and 3 in the second.
     for row, windows in enumerate((1, 2, 1, 1)):
-        found = count(conv(stride=2), world, spikes_at((0, 0, row, 0)))
+        found = count(conv(stride=2), alone, spikes_at((0, 0, row, 0)))
         assert found.accumulates == windows * 1 * 4, row
     # Of 3 rows the windows are rows -1 to 1 and 1 to 3.
-    assert count(conv(stride=2), world, spikes_at((0, 0, 1, 1), size=3)).accumulates == 4 * 4
+    assert count(conv(stride=2), alone, spikes_at((0, 0, 1, 1), size=3)).accumulates == 4 * 4
 
 
-def test_synapses_are_what_a_gradient_reaches(world: World) -> None:
+def test_synapses_are_what_a_gradient_reaches(alone: World) -> None:
     """Each input's number of outputs, by brute force."""
     for layer, size in ((conv(), 5), (conv(stride=2), 5), (conv(stride=2, groups=2), 6)):
         convolution = layer.layer
@@ -88,30 +78,30 @@ def test_synapses_are_what_a_gradient_reaches(world: World) -> None:
         x = torch.ones(1, 2, 2, size, size, requires_grad=True)
         layer(x).sum().backward()
         assert x.grad is not None
-        found = count(layer, world, x.detach())
+        found = count(layer, alone, x.detach())
         assert found.accumulates == x.grad.sum()
         assert found.relu_multiply_accumulates == x.grad.sum() / 2  # of one timestep
 
 
-def test_sums_means_and_real_numbers(world: World) -> None:
+def test_sums_means_and_real_numbers(alone: World) -> None:
     place = (0, 0, 1, 1)
-    sums = count(conv(), world, spikes_at(place, value=3.0))
+    sums = count(conv(), alone, spikes_at(place, value=3.0))
     assert (sums.accumulates, sums.multiply_accumulates) == (3 * 36, 0)
-    means = count(conv(), world, spikes_at(place, value=0.75))
+    means = count(conv(), alone, spikes_at(place, value=0.75))
     assert (means.accumulates, means.multiply_accumulates) == (3 * 36, 0)
     synapses = 4 * 2 * (4 * 4 * 9 - 4 * 3 * 4 + 4)  # without those of the padding
     for value in (0.3, -1.0):
-        real = count(conv(), world, spikes_at(place, value=value))
+        real = count(conv(), alone, spikes_at(place, value=value))
         assert (real.accumulates, real.multiply_accumulates) == (0, 2 * synapses)
     # One real number among whole ones decides, in whichever batch it is.
-    mixed = count(conv(), world, spikes_at(place), spikes_at(place, value=0.3))
+    mixed = count(conv(), alone, spikes_at(place), spikes_at(place, value=0.3))
     assert (mixed.accumulates, mixed.multiply_accumulates) == (0, 2 * synapses)
 
 
-def test_linear_layer(world: World) -> None:
+def test_linear_layer(alone: World) -> None:
     x = torch.zeros(2, 3, 5)  # B, T, inputs
     x[0, 0, 1] = x[0, 2, 1] = x[1, 0, 4] = 1
-    found = count(Layer(nn.Linear(5, 7)), world, x)
+    found = count(Layer(nn.Linear(5, 7)), alone, x)
     assert found.accumulates == 3 * 7 / 2  # a sample
     assert found.relu_multiply_accumulates == 5 * 7
 
@@ -127,7 +117,7 @@ def test_energy() -> None:
     assert found.as_dict()["layers"]["b"]["accumulates"] == 50
 
 
-def test_a_network(world: World) -> None:
+def test_a_network(alone: World) -> None:
     """A SEW-ResNet: its first layer once for all timesteps, its sums as events, its head real."""
     torch.manual_seed(0)
     model = timm.create_model("sew_resnet18", num_classes=3, timesteps=2, width=4).eval()
@@ -141,7 +131,7 @@ def test_a_network(world: World) -> None:
         model.get_submodule(name).register_forward_pre_hook(
             lambda _module, inputs, name=name: seen.update({name: inputs[0]})
         )
-    found = count(model, world, torch.randn(2, 3, 32, 32))
+    found = count(model, alone, torch.randn(2, 3, 32, 32))
     stem = found.layers["stem.conv"]
     assert stem.accumulates == 0
     assert stem.multiply_accumulates == stem.synapses > 0  # not twice
@@ -168,7 +158,7 @@ class Products(nn.Module):
         return self.product(*(x[:, i].transpose(0, 1) for i in range(self.inputs)))
 
 
-def test_attentions_products_are_counted(world: World) -> None:
+def test_attentions_products_are_counted(alone: World) -> None:
     from tetdist.nn.products import HeadSum, LinearAttention, PositionSum
 
     # One sample at one timestep: two heads of three channels, 2x2 positions.
@@ -178,7 +168,7 @@ def test_attentions_products_are_counted(world: World) -> None:
     k[3, 0, 1] = v[4, 0, 1] = v[5, 0, 1] = 1  # the second head
     q[0, 0, 0] = q[5, 1, 1] = 1
 
-    found = count(Products(LinearAttention(heads=2), 3), world, x)
+    found = count(Products(LinearAttention(heads=2), 3), alone, x)
     # At the first position two spikes of k with two of v, at the second one with two; at the last
     # one of v alone. A spike of q adds three sums.
     assert found.accumulates == 2 * 2 + 1 * 2 + 2 * 3
@@ -190,14 +180,14 @@ def test_attentions_products_are_counted(world: World) -> None:
     assert LinearAttention(heads=2).synapses(x[:, 0], x[:, 1], wider) == 2 * (2 * 4 * 3 * 6)
 
     x[0, 0], x[0, 1] = x[0, 1].clone(), x[0, 2].clone()  # k and v
-    found = count(Products(PositionSum(), 2), world, x)
+    found = count(Products(PositionSum(), 2), alone, x)
     assert found.accumulates == 1  # the first channel's at the first position
     assert found.relu_multiply_accumulates == 6 * 4
-    found = count(Products(HeadSum(heads=2), 1), world, x)
+    found = count(Products(HeadSum(heads=2), 1), alone, x)
     assert found.accumulates == 3  # spikes of k
     assert found.relu_multiply_accumulates == 6 * 4
 
-    real = count(Products(HeadSum(heads=2), 1), world, x, 0.5 * x)
+    real = count(Products(HeadSum(heads=2), 1), alone, x, 0.5 * x)
     assert (real.accumulates, real.multiply_accumulates) == (0, 6 * 4)
 
 
@@ -227,7 +217,7 @@ def test_attentions_products_are_counted(world: World) -> None:
         ),
     ],
 )
-def test_a_transformer(name: str, arguments: dict[str, object], layer: str, world: World) -> None:
+def test_a_transformer(name: str, arguments: dict[str, object], layer: str, alone: World) -> None:
     """Attention is a layer among the others; only the first one, and a mean's, see real numbers."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3, timesteps=2, **arguments).eval()
@@ -235,20 +225,20 @@ def test_a_transformer(name: str, arguments: dict[str, object], layer: str, worl
         if hasattr(module, "running_var"):
             module.running_var.fill_(0.02)
             module.bias.data.fill_(1.0)
-    found = count(model, world, torch.randn(2, 3, 64, 64))
+    found = count(model, alone, torch.randn(2, 3, 64, 64))
     assert found.layers[layer].accumulates > 0
     real = {name for name, one in found.layers.items() if one.multiply_accumulates}
     assert real == {model.default_cfg["first_conv"]} | ({"fc"} if name[0] == "q" else set())
     assert all(one.synapses > 0 for one in found.layers.values())
 
 
-def test_real_numbers_of_a_membrane_shortcut(world: World) -> None:
+def test_real_numbers_of_a_membrane_shortcut(alone: World) -> None:
     """Projections multiply what the shortcut carries; a deep stem's convolutions run once."""
     torch.manual_seed(0)
     model = timm.create_model(
         "ms_resnet18", num_classes=3, timesteps=2, width=4, stem="deep", pooled_projections=True
     ).eval()
-    found = count(model, world, 3 * torch.randn(2, 3, 64, 64))
+    found = count(model, alone, 3 * torch.randn(2, 3, 64, 64))
     real = {name for name, layer in found.layers.items() if layer.multiply_accumulates}
     stem = {"stem.conv.0", "stem.conv.1", "stem.conv.2"}
     projections = {f"blocks.{i}.downsample" for i in (0, 2, 4, 6)}

@@ -10,8 +10,8 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tiny import Tool
 
-from tetdist.apps.cli import eval as evaluation
 from tetdist.apps.weights.trained import load
 from tetdist.config.loading import parse
 from tetdist.datasets import index
@@ -85,21 +85,15 @@ Evaluate = Callable[..., tuple[int, str, dict[str, Any]]]
 
 
 @pytest.fixture
-def evaluate(file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Evaluate:
+def evaluate(file: Path, tmp_path: Path, tool: Tool) -> Evaluate:
     """Runs tools/eval.py on a variant: status, all it said, the JSON."""
 
     def call(variant: str, *arguments: object) -> tuple[int, str, dict[str, Any]]:
         out = tmp_path / "found.json"
         out.unlink(missing_ok=True)
-        command = ["--checkpoint", file, "--variant", variant, "--json", out, *arguments]
-        capfd.readouterr()
-        try:
-            status = evaluation.main([*map(str, command), "--execution", "reference"])
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        said = capfd.readouterr()
-        found = json.loads(out.read_text()) if out.is_file() else {}
-        return status, said.out + said.err, found
+        command = ("--checkpoint", file, "--variant", variant, "--json", out, *arguments)
+        status, said, err = tool("eval", *command, "--execution", "reference")
+        return status, said + err, json.loads(out.read_text()) if out.is_file() else {}
 
     return call
 

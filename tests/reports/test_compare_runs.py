@@ -3,7 +3,8 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,14 @@ import tiny
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import Tool
 
-from tetdist.apps.cli import compare_runs
 from tetdist.apps.reports import compare
-
-Tool = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run_tool(capfd: pytest.CaptureFixture[str]) -> Tool:
-    """Runs the tool in this process: status, standard output, standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        try:
-            status = compare_runs.main([*map(str, arguments)])
-        except SystemExit as ended:  # argparse
-            status = int(ended.code or 0)
-        return status, *capfd.readouterr()
-
-    return call
+def run_tool(tool: Tool) -> Tool:
+    return partial(tool, "compare_runs")
 
 
 def train_line(step: int, **values: Any) -> dict[str, Any]:

@@ -3,14 +3,14 @@
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 import yaml
-from tiny import Farm
+from tiny import Farm, Tool
 
-from tetdist.apps.cli import compare_runs
 from tetdist.apps.reports import runs_table
 from tetdist.apps.reports.reference import IMAGES, find_reference, references
 from tetdist.apps.reports.runs_table import RunRecord
@@ -41,8 +41,9 @@ def a_run(
     return folder
 
 
-def compare(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    return compare_runs.main([*map(str, arguments)]), *capsys.readouterr()
+@pytest.fixture
+def compare(tool: Tool) -> Tool:
+    return partial(tool, "compare_runs")
 
 
 def test_every_curve_is_whole() -> None:
@@ -67,9 +68,9 @@ def test_between_published_epochs() -> None:
     assert SEW.reached(0.1) is None
 
 
-def test_a_run_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_on_the_way(tmp_path: Path, compare: Tool) -> None:
     run = a_run(tmp_path / "r", {1: 11.0, 3: 30.0})
-    status, out, _ = compare(capsys, run, "--reference", "sew34", "--json", tmp_path / "v.json")
+    status, out, _ = compare(run, "--reference", "sew34", "--json", tmp_path / "v.json")
     assert status == 0
     assert "r is on the way: 30.00 % after 3 epochs" in out
     assert "phases.0.epochs 120 (theirs 320)" in out
@@ -78,10 +79,10 @@ def test_a_run_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert verdict["points"][1]["at_epoch"] == pytest.approx(SEW.at(3))
 
 
-def test_a_run_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_behind(tmp_path: Path, compare: Tool) -> None:
     run = a_run(tmp_path / "r", {21: 50.38})
     figure = tmp_path / "both.png"
-    status, out, _ = compare(capsys, run, "--reference", "sew34", "--plot", figure)
+    status, out, _ = compare(run, "--reference", "sew34", "--plot", figure)
     assert status == 1
     assert "r is 5.6 points behind" in out
     assert "had about 56.02 %, and 50.38 % after 11.0 epochs" in out
@@ -89,13 +90,11 @@ def test_a_run_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("reference", ["t_revsnn", "spiking34", "qkformer_10_384", "sew34"])
-def test_a_run_that_guesses_is_behind(
-    reference: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_guesses_is_behind(reference: str, tmp_path: Path, compare: Tool) -> None:
     published = find_reference(reference)
     for epoch in (1.0, 2.0, 3.0):
         run = a_run(tmp_path / "r", {epoch: 0.10})
-        status, out, _ = compare(capsys, run, "--reference", reference)
+        status, out, _ = compare(run, "--reference", reference)
         assert status == 1, out
         assert "points behind" in out
         assert "and 0.10 % after" not in out
@@ -105,49 +104,43 @@ def test_a_run_that_guesses_is_behind(
         assert published.warning(0.6 * top1, round(epoch * IMAGES)) is None or top1 > 12
 
 
-def test_too_early_where_the_reference_itself_guesses(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_early_where_the_reference_itself_guesses(tmp_path: Path, compare: Tool) -> None:
     average = find_reference("t_revsnn_ema")
     run = a_run(tmp_path / "r", {3: 0.10}, kind="val_ema")
-    status, out, _ = compare(capsys, run, "--reference", "t_revsnn_ema")
+    status, out, _ = compare(run, "--reference", "t_revsnn_ema")
     assert status == 0
     assert "r has 0.10 % after 3 epochs, where t_revsnn_ema itself still guessed (0.12 %)" in out
     assert average.warning(0.10, 3 * IMAGES) is None
 
 
-def test_an_average_is_compared_with_an_average(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_average_is_compared_with_an_average(tmp_path: Path, compare: Tool) -> None:
     run = a_run(tmp_path / "r", {21: 52.0}, kind="val_ema")
     a_run(run, {21: 40.0})
-    assert compare(capsys, run, "--reference", "t_revsnn_ema")[0] == 0
-    status, out, _ = compare(capsys, run, "--reference", "t_revsnn")
+    assert compare(run, "--reference", "t_revsnn_ema")[0] == 0
+    status, out, _ = compare(run, "--reference", "t_revsnn")
     assert status == 1
     assert "r is 9.1 points behind: 40.00 %" in out
 
 
 @pytest.mark.parametrize("loss", ["NaN", "Infinity"])
-def test_a_run_that_has_diverged(
-    loss: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_has_diverged(loss: str, tmp_path: Path, compare: Tool) -> None:
     run = a_run(tmp_path / "r", {2: 25.0})
     a_run(run, {3: 0.1}, loss=loss)
-    status, out, _ = compare(capsys, run, "--reference", "sew34")
+    status, out, _ = compare(run, "--reference", "sew34")
     assert status == 1
     assert f"r has diverged: its loss after 3 epochs is {float(loss)}." in out
     # In training, before it is evaluated again.
     run = a_run(tmp_path / "t", {2: 25.0})
     a_run(run, {2.1: 0.1}, loss=loss, kind="train")
-    status, out, _ = compare(capsys, run, "--reference", "sew34")
+    status, out, _ = compare(run, "--reference", "sew34")
     assert status == 1
     assert f"t has diverged: its loss after 2.1 epochs is {float(loss)}." in out
 
 
-def test_other_data_have_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_data_have_no_verdict(tmp_path: Path, compare: Tool) -> None:
     # A run on half of the images: two of its epochs are one of theirs.
     run = a_run(tmp_path / "r", {2: 12.0}, images=IMAGES // 2)
-    status, out, _ = compare(capsys, run, "--reference", "sew34", "--json", tmp_path / "v.json")
+    status, out, _ = compare(run, "--reference", "sew34", "--json", tmp_path / "v.json")
     assert status == 0
     assert out.splitlines()[4].split() == ["2", "12.00", "23.18", "12.59"]
     assert "r cannot be compared with sew34: its epochs have 640,512 images, those of" in out
@@ -156,10 +149,10 @@ def test_other_data_have_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert verdict["on_the_way"] is None
     # Some held out are no other data.
     run = a_run(tmp_path / "h", {1: 11.0}, images=round(0.96 * IMAGES))
-    assert "h is on the way" in compare(capsys, run, "--reference", "sew34")[1]
+    assert "h is on the way" in compare(run, "--reference", "sew34")[1]
     # Ten epochs of few images are less than one of ImageNet's.
     run = a_run(tmp_path / "f", {10: 90.0}, images=IMAGES // 20)
-    status, out, _ = compare(capsys, run, "--reference", "sew34")
+    status, out, _ = compare(run, "--reference", "sew34")
     assert status == 0
     assert "f cannot be compared with sew34: its epochs have 64," in out
 
@@ -228,35 +221,33 @@ def test_what_differs(
     reference: str,
     differences: dict[str, object],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    compare: Tool,
 ) -> None:
     run = a_run(tmp_path / "r", {3: 50.0}, recipe, overrides)
-    out = compare(capsys, run, "--reference", reference, "--json", tmp_path / "v.json")[1]
+    out = compare(run, "--reference", reference, "--json", tmp_path / "v.json")[1]
     (verdict,) = json.loads((tmp_path / "v.json").read_text())["verdicts"]
     assert verdict["differences"] == differences
     assert ("Its configuration differs" in out) == bool(differences)
 
 
-def test_the_phase_that_the_run_is_in_is_compared(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_phase_that_the_run_is_in_is_compared(tmp_path: Path, compare: Tool) -> None:
     run = a_run(tmp_path / "r", {95: 57.0}, "spiking34_t4_t6")
     lines = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(lines.replace('"kind": "val"', '"kind": "val", "phase": 1'))
-    out = compare(capsys, run, "--reference", "spiking34")[1]
+    out = compare(run, "--reference", "spiking34")[1]
     assert "model.arguments.norm tdbn (theirs unset)" in out
     assert "phases.1.timesteps 6 (theirs 4), phases.1.optimizer.kind adam (theirs sgd)" in out
     assert "phases.0" not in out
 
 
 def test_the_figure_of_an_average_has_the_average(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compare: Tool
 ) -> None:
     drawn: list[RunRecord] = []
     monkeypatch.setattr(runs_table, "plot", lambda records, *_: drawn.extend(records))
     run = a_run(a_run(tmp_path / "r", {1: 40.0}), {1: 60.0}, kind="val_ema")
     for name in ("t_revsnn", "t_revsnn_ema"):
-        compare(capsys, run, "--reference", name, "--plot", tmp_path / "figure.png")
+        compare(run, "--reference", name, "--plot", tmp_path / "figure.png")
     assert [record.name for record in drawn] == ["r", "r (EMA)"]
     assert [[line["top1"] for line in one.of_kind("val")] for one in drawn] == [[40.0], [60.0]]
 
@@ -282,26 +273,24 @@ def test_recipes_of_imagenet_name_a_curve() -> None:
         find_reference(name)
 
 
-def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(tmp_path: Path, compare: Tool) -> None:
     run = a_run(tmp_path / "r", {})
-    status, _, told = compare(capsys, run, "--reference", "sew43")
+    status, _, told = compare(run, "--reference", "sew43")
     assert status == 2
     assert "no published curve 'sew43'; there are sew18, sew34" in told
-    status, out, _ = compare(capsys, run, "--reference", "sew34")
+    status, out, _ = compare(run, "--reference", "sew34")
     assert status == 0
     assert "r cannot be compared with sew34 yet: it has no evaluation after 1 to 320" in out
-    status, out, _ = compare(capsys, run, "--reference", "t_revsnn_ema")
+    status, out, _ = compare(run, "--reference", "t_revsnn_ema")
     assert status == 0
     assert "it has no evaluation of an average (ema.decay) after 1 to 250" in out
     alone = run / "metrics.jsonl"
-    status, _, told = compare(capsys, alone, "--reference", "sew34")
+    status, _, told = compare(alone, "--reference", "sew34")
     assert status == 2
     assert "needs the run's folder" in told
 
 
-def test_a_run_says_so_itself(
-    farm: Farm, tiny_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_says_so_itself(farm: Farm, tiny_root: Path, tmp_path: Path, compare: Tool) -> None:
     runs = tmp_path / "runs"
     config = tiny.write_config(tmp_path / "c.yaml", tiny_root)
     unknown = farm(config, "reference=sew43")
@@ -333,6 +322,6 @@ def test_a_run_says_so_itself(
     average = farm(config, f"imports=[{small}]", "reference=t_revsnn_ema", "name=average")
     assert average.status == 0, average.text
     assert "t_revsnn_ema is a moving average of weights and this run keeps none" in average.text
-    status, out, _ = compare(capsys, runs / "other", runs / "average")
+    status, out, _ = compare(runs / "other", runs / "average")
     assert status == 0, out
     assert "Metrics: the same in the 13 lines that both have." in out
