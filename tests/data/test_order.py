@@ -26,9 +26,10 @@ def splitmix(key: int, word: int) -> int:
 def test_the_hash_is_splitmix64():
     # The first output of the published generator from state 0.
     assert splitmix(0, 0) == 0xE220A8397B1DCDAF
-    draws = order.uniforms(7, 3, np.array([1_281_166]), 3)[0]
-    key = splitmix(splitmix(splitmix(2, 7), 3), 1_281_166)
-    assert draws.tolist() == [(splitmix(key, j) >> 11) / 2**53 for j in range(3)]
+    for seed in (7, 2**63):
+        draws = order.uniforms(seed, 3, np.array([1_281_166]), 3)[0]
+        key = splitmix(splitmix(splitmix(2, seed), 3), 1_281_166)
+        assert draws.tolist() == [(splitmix(key, j) >> 11) / 2**53 for j in range(3)]
     # They depend on the position alone.
     whole = order.uniforms(3, 1, np.arange(100), 5)
     assert np.array_equal(order.uniforms(3, 1, np.array([70, 4]), 3), whole[[70, 4], :3])
@@ -63,34 +64,6 @@ def test_a_permutation_holds_each_sample_once_and_depends_on_the_epoch(n, seed, 
     if n > 20 and epoch != other:
         assert not np.array_equal(first, order.permutation(n, seed, other))
         assert not np.array_equal(first, order.permutation(n, (seed + 1) % 2**64, epoch))
-
-
-def test_a_permutation_mixes():
-    n = 50_000
-    first, second = order.permutation(n, 0, 0), order.permutation(n, 0, 1)
-    # Standard error of a correlation of n pairs: 1 / sqrt(n) = 0.0045.
-    assert abs(np.corrcoef(first, np.arange(n))[0, 1]) < 0.02
-    assert abs(np.corrcoef(first, second)[0, 1]) < 0.02
-    # On average one sample keeps its place.
-    assert np.count_nonzero(first == second) < 10
-
-
-@pytest.mark.parametrize("seed", [0, 2**63])
-def test_draws_are_uniform_and_uncorrelated(seed):
-    n, bins = 100_000, 64
-    draws = order.uniforms(seed, 5, np.arange(n), 4)
-    assert draws.min() >= 0
-    assert draws.max() < 1
-    for column in draws.T:
-        counts = np.histogram(column, bins, (0, 1))[0]
-        chi_square = ((counts - n / bins) ** 2 / (n / bins)).sum()
-        # 63 degrees of freedom: mean 63, standard deviation 11; the bounds are 4 of them away.
-        assert 19 < chi_square < 108
-    neighbours = [draws[:-1, 0], draws[1:, 0], draws[:-1, 1], draws[:-1, 2]]
-    neighbours.append(order.uniforms(seed, 6, np.arange(n), 1)[:-1, 0])
-    neighbours.append(order.uniforms(seed + 1, 5, np.arange(n), 1)[:-1, 0])
-    correlation = np.corrcoef(neighbours) - np.eye(6)
-    assert np.abs(correlation).max() < 0.016  # 5 standard errors
 
 
 def samples_of_a_step(world_size: int, step: int) -> list[list[int]]:

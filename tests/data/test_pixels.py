@@ -33,17 +33,6 @@ def test_images_are_resized_as_pillow_does_within_a_level(size, interpolation):
     assert (distance == 0).mean() > 0.99
 
 
-def test_images_are_placed_and_mirrored():
-    image = tensor(picture(6, 8))
-    inside = pixels.placed(image, -1, -2, 5)
-    assert torch.equal(inside, image[1:6, 2:7])
-    square = pixels.placed(image[:, :6], 1, 2, 8)
-    assert torch.equal(square[1:7, 2:8], image[:, :6])
-    assert square.count_nonzero() == image[:, :6].count_nonzero()
-    assert torch.equal(pixels.mirrored(inside), inside.flip(1))
-    assert torch.equal(pixels.mirrored(square), square.flip(1))
-
-
 @pytest.mark.parametrize("policy", ["cifar10", "imagenet"])
 def test_auto_augment_is_torchvisions(policy, monkeypatch):
     image = picture(32, 32)
