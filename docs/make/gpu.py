@@ -278,10 +278,10 @@ and the GPU waits for it where the batch is so small that its own time is less: 
 
 ### Many GPUs
 
-By the model of communication of `launch/slurm.py --dry-run` (which for a recipe, an index of its
-data and `--gpus-per-node 8 --gpu H100` keeps the recipe's batch, and gives hours): a micro-batch of
-{BATCH} a GPU and step, so that the global batch grows with the GPUs; {H100.name} in nodes of 8,
-gradients averaged over 100 GB/s in a node and 12.5 GB/s between nodes, as if nothing hid it.
+By the model of communication of `launch/slurm.py --dry-run --gpu H100` (which keeps a recipe's
+batch, and gives hours): a micro-batch of {BATCH} a GPU and step, so that the global batch grows
+with the GPUs; {H100.name} in nodes of 8, gradients averaged over 100 GB/s in a node and 12.5 GB/s
+between nodes, as if nothing hid it.
 
 {gpus}
 """

@@ -17,6 +17,7 @@ no names: they, and the network cables into them, vanish with their last process
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -40,10 +41,6 @@ PACKAGES = {
     "ip": "iproute2",
     "setpriv": "util-linux",
 }
-
-GRACE = 8  # seconds between preemption's warning and its end, in the partition main
-KILL_WAIT = 15  # seconds between SIGTERM and SIGKILL; Slurm's default is 30
-MESSAGE_TIMEOUT = 30  # seconds that a command waits for the controller; Slurm's default is 10
 
 
 def obstacle() -> str | None:
@@ -282,87 +279,24 @@ class Cluster:
         (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         (folder / "nothing").touch()
         self._database_port = self._free_port()
-        accounting_port = self._free_port()
-        auth = f"{folder}/munge.socket"
+        values = {"folder": folder, "host": host, "head": head, "port": self._free_port()}
+        values |= {"accounting_port": self._free_port(), "database_port": self._database_port}
+
+        def filled(name: str) -> str:
+            return Path(__file__).with_name(name).read_text().format(**values)
 
         addresses = {node: f"{self._net}.{i + 11}" for i, node in enumerate(self.nodes)}
-        for node in self.nodes:
+        conf = filled("slurm.conf")
+        for node, address in addresses.items():
             lines = [f"127.0.0.1 localhost\n127.0.1.1 {node}\n{head} {host}\n"]
             lines += [f"{a} {name}\n" for name, a in addresses.items() if name != node]
             (folder / f"hosts-{node}").write_text("".join(lines))
-
-        settings = {
-            "ClusterName": "tests",
-            "SlurmctldHost": f"{host}({head})",
-            "SlurmctldPort": self._free_port(),
-            "SlurmUser": "root",
-            "SlurmdUser": "root",
-            "AuthType": "auth/munge",
-            # cred_expire is also how long a requeued job waits before it may start again, and 5 the
-            # least that is allowed.
-            "AuthInfo": f"socket={auth},cred_expire=5",
-            "StateSaveLocation": f"{folder}/state",
-            "SlurmdSpoolDir": f"{folder}/spool/%n",
-            "SlurmctldPidFile": f"{folder}/slurmctld.pid",
-            "SlurmdPidFile": f"{folder}/slurmd-%n.pid",
-            "SlurmctldLogFile": f"{folder}/log/slurmctld",
-            "SlurmdLogFile": f"{folder}/log/slurmd-%n",
-            "MailProg": "/bin/true",
-            "MpiDefault": "none",
-            # No cgroups and no pinning: nodes claim more CPUs than the machine has.
-            "ProctrackType": "proctrack/linuxproc",
-            "TaskPlugin": "task/none",
-            "JobAcctGatherType": "jobacct_gather/none",
-            "SelectType": "select/cons_tres",
-            "SelectTypeParameters": "CR_Core",
-            "SlurmdParameters": "config_overrides",
-            "JobRequeue": 1,
-            "PreemptType": "preempt/partition_prio",
-            "PreemptMode": "REQUEUE",
-            "PreemptParameters": "send_user_signal",
-            # Where the tests have all processors, the controller may have none for ten seconds.
-            "MessageTimeout": MESSAGE_TIMEOUT,
-            # Quick to end a cancelled job and to look for work; not quick to notice a dead node.
-            "SlurmdTimeout": 60,
-            "ReturnToService": 2,
-            "KillWait": KILL_WAIT,
-            "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,bf_interval=1",
-            "AccountingStorageType": "accounting_storage/slurmdbd",
-            "AccountingStorageHost": head,
-            "AccountingStoragePort": accounting_port,
-            "AccountingStoragePass": auth,
-        }
-        lines = [f"{key}={value}\n" for key, value in settings.items()]
-        lines += [
-            f"NodeName={n} NodeAddr={a} CPUs=8 RealMemory=64000\n" for n, a in addresses.items()
-        ]
-        lines += [
-            f"PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime={GRACE}\n",
-            "PartitionName=abrupt Nodes=ALL PriorityTier=1 GraceTime=0\n",
-            "PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF\n",
-        ]
-        self.conf.write_text("".join(lines))
-        without = [line for line in lines if not line.startswith("Accounting")]
-        self.conf_without_accounting.write_text("".join(without))
-
-        accounting = {
-            "DbdHost": host,
-            "DbdAddr": head,
-            "DbdPort": accounting_port,
-            "SlurmUser": "root",
-            "AuthType": "auth/munge",
-            "AuthInfo": f"socket={auth}",
-            "PidFile": f"{folder}/slurmdbd.pid",
-            "LogFile": f"{folder}/log/slurmdbd",
-            "StorageType": "accounting_storage/mysql",
-            "StorageHost": head,
-            "StoragePort": self._database_port,
-            "StorageUser": "slurm",
-            "StorageLoc": "accounts",
-        }
+            conf += f"NodeName={node} NodeAddr={address} CPUs=8 RealMemory=64000\n"
+        self.conf.write_text(conf)
+        self.conf_without_accounting.write_text(re.sub(r"(?m)^Accounting.*\n", "", conf))
         file = folder / "slurmdbd.conf"
         file.touch(mode=0o600)  # slurmdbd refuses another mode
-        file.write_text("".join(f"{key}={value}\n" for key, value in accounting.items()))
+        file.write_text(filled("slurmdbd.conf"))
 
     def _start_database(self) -> None:
         folder = self.folder

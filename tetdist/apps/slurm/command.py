@@ -161,12 +161,13 @@ def submit(options: argparse.Namespace) -> int:
         if options.after:
             raise UserError("--after waits for a job of Slurm and does not go with --local")
         cluster = cluster.model_copy(update={"nodes": 1, "tasks_per_node": options.local})
-    names: list[str] = [base.name]
+    names, job_name = [base.name], base.name
     changes: list[list[str]] = [[]]
     if options.sweep:
         if options.local or options.follow:
             raise UserError("--sweep does not go with --local or --follow")
         names = submission.sweep_names(base.name, options.sweep)
+        job_name = base.name if len(names) == 1 else f"{base.name}_sweep"
         changes = submission.combinations(options.sweep)
     runs: list[Prepared] = []
     for name, overrides in zip(names, changes, strict=True):
@@ -182,13 +183,13 @@ def submit(options: argparse.Namespace) -> int:
         file=options.benchmark,
     )
     if options.dry_run:
-        print(submission.dry_run(runs, _job_name(base.name, runs), found, options.after))
+        print(submission.dry_run(runs, job_name, found, options.after))
         return 0
     if options.local:
         return submission.run_here(runs[0])
     after = [run for name in options.after for run in show.find(name)]
     left = submission.unfinished(runs)
-    submissions = submission.submit(left, _job_name(base.name, runs), after=after, sweep=runs)
+    submissions = submission.submit(left, job_name, after=after, sweep=runs)
     print(plan.describe(runs[0].plan, found))
     for run, done in zip(left, submissions, strict=True):
         submission.log_summary(done, run.config)
@@ -196,14 +197,19 @@ def submit(options: argparse.Namespace) -> int:
 
 
 def resume(options: argparse.Namespace) -> int:
+    runs = _runs_of(options)
+    for run_dir in runs:
+        _resume(run_dir, options)
+    return _follow(runs[0]) if options.follow else 0
+
+
+def _runs_of(options: argparse.Namespace) -> list[Path]:
     from tetdist.apps.slurm import status as show
 
     runs = show.find(options.run)
     if options.follow and len(runs) > 1:
         raise UserError(f"--follow is for one run; {options.run} is a sweep of {len(runs)}")
-    for run_dir in runs:
-        _resume(run_dir, options)
-    return _follow(runs[0]) if options.follow else 0
+    return runs
 
 
 def _resume(run_dir: Path, options: argparse.Namespace) -> None:
@@ -229,10 +235,8 @@ def _resume(run_dir: Path, options: argparse.Namespace) -> None:
 def status(options: argparse.Namespace) -> int:
     from tetdist.apps.slurm import status as show
 
-    runs = show.find(options.run)
+    runs = _runs_of(options)
     if options.follow:
-        if len(runs) > 1:
-            raise UserError(f"--follow is for one run; {options.run} is a sweep of {len(runs)}")
         return _follow(runs[0])
     print("\n\n".join(map(show.describe, runs)))
     return 0
@@ -263,7 +267,8 @@ def cancel(options: argparse.Namespace) -> int:
 
 def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "ClusterSection":
     """The facts of the cluster from all places; how many GPUs must be among them."""
-    from tetdist.apps.slurm import cluster
+    from tetdist.apps.roofline import cards
+    from tetdist.apps.slurm import cluster, jobs
 
     of_job = ("partition", "account", "qos", "constraint", "time", "setup")
     names = ("nodes", "gpus_per_node", "gpu", *of_job)
@@ -277,23 +282,12 @@ def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "Cluster
             "how many GPUs of each node shall train is not said: --gpus-per-node G (0: none, on "
             f"the CPU), or gpus_per_node: G in {cluster.cluster_file()}"
         )
-    if facts.gpus_per_node and facts.gpu is None:
-        return facts.model_copy(update={"gpu": _kind_of_gpu(facts)})
-    return facts
-
-
-def _kind_of_gpu(facts: "ClusterSection") -> str | None:
-    """The kind of GPU, where the nodes that are asked for are named by it, or Slurm knows it."""
-    from tetdist.apps.roofline import cards
-    from tetdist.apps.slurm import jobs
-
-    if facts.constraint and (card := cards.find(facts.constraint)):
-        return card.name
-    return jobs.kind_of_gpu(facts.partition)
-
-
-def _job_name(name: str, runs: "list[Prepared]") -> str:
-    return name if len(runs) == 1 else f"{name}_sweep"
+    if not facts.gpus_per_node or facts.gpu is not None:
+        return facts
+    # The nodes that are asked for may be named by it, or Slurm knows it.
+    card = cards.find(facts.constraint or "")
+    gpu = jobs.kind_of_gpu(facts.partition) if card is None else card.name
+    return facts.model_copy(update={"gpu": gpu})
 
 
 def _follow(run_dir: Path) -> int:

@@ -108,11 +108,8 @@ def write_submission(folder: Path, submission: Submission) -> None:
 
 
 def newest_submission(run_dir: Path) -> Submission | None:
-    for _, folder in sorted(_submissions(run_dir), reverse=True):
-        file = folder / "submission.json"
-        if file.is_file():
-            return Submission(**json.loads(file.read_text()))
-    return None
+    file = _newest(run_dir, "submission.json")
+    return None if file is None else Submission(**json.loads(file.read_text()))
 
 
 def write_sweep(folder: Path, run_dirs: list[Path]) -> None:
@@ -123,11 +120,14 @@ def write_sweep(folder: Path, run_dirs: list[Path]) -> None:
 
 def newest_sweep(folder: Path) -> list[Path]:
     """The folders of the runs of a sweep; none where there was no sweep."""
-    for _, submission in sorted(_submissions(folder), reverse=True):
-        file = submission / "runs.txt"
-        if file.is_file():
-            return [Path(line) for line in file.read_text().splitlines()]
-    return []
+    file = _newest(folder, "runs.txt")
+    return [] if file is None else [Path(line) for line in file.read_text().splitlines()]
+
+
+def _newest(run_dir: Path, name: str) -> Path | None:
+    """The file of that name in the newest submission that has one."""
+    files = [folder / name for _, folder in sorted(_submissions(run_dir), reverse=True)]
+    return next(filter(Path.is_file, files), None)
 
 
 def _submissions(run_dir: Path) -> list[tuple[int, Path]]:
