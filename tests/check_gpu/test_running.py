@@ -17,22 +17,22 @@ from tetdist.apps.check_gpu.run import run_checks
 from tetdist.distributed.world import join
 
 # Runs the command with checks of its own, of which the second has rank 1 fail or die, or hangs if
-# there is a single process. Arguments: the JSON file, a folder for temporary files, fails or dies.
+# there is a single process. Arguments: the JSON file, a folder for temporary files, who dies.
 COMMAND = """
 import os, sys, tempfile, threading, types
 from tetdist.apps.check_gpu import run
 from tetdist.apps.check_gpu.check import Finding
 from tetdist.distributed import watchdog
-file, tempfile.tempdir, how = sys.argv[1:]
+file, tempfile.tempdir, dying = sys.argv[1:]
 run.STANDSTILL, watchdog.SILENCE = 1.0, 3.0
 
 def fine(here):
     return Finding("ok", "7 of 7", None, {"folder": str(here.folder)})
 
 def averages(here):
-    if here.world.rank == 1 and how == "dies":
+    if str(here.world.rank) == dying:
         os._exit(7)
-    if here.world.rank == 1:
+    if here.world.rank == 1 and dying == "none":
         raise RuntimeError("the GPU has fallen off the bus")
     here.world.sum([1.0])
     if here.world.world_size == 1:
@@ -66,7 +66,7 @@ def test_a_rank_that_fails_in_a_collective_keeps_nobody_waiting(
     farm: Farm, tmp_path: Path, temporary: Path
 ) -> None:
     file = tmp_path / "found.json"
-    both = farm.side_by_side(2, tiny.python("-c", COMMAND, file, temporary, "fails"), tmp_path)
+    both = farm.side_by_side(2, tiny.python("-c", COMMAND, file, temporary, "none"), tmp_path)
     assert [status for status, _ in both] == [1, 1], both
     output = both[0][1]
     assert "bad       steps                  rank 1: RuntimeError: the GPU has fallen off" in output
@@ -83,7 +83,11 @@ def test_a_rank_that_fails_in_a_collective_keeps_nobody_waiting(
 
 def test_a_rank_that_dies_is_a_finding(farm: Farm, tmp_path: Path, temporary: Path) -> None:
     file = tmp_path / "found.json"
-    both = farm.side_by_side(2, tiny.python("-c", COMMAND, file, temporary, "dies"), tmp_path)
+    both = farm.side_by_side(2, tiny.python("-c", COMMAND, file, temporary, 0), tmp_path)
+    assert [status for status, _ in both] == [7, 3], both
+    assert "error: rank 0 has " in both[1][1]
+    assert list(json.loads(file.read_text())["checks"]) == ["versions"]
+    both = farm.side_by_side(2, tiny.python("-c", COMMAND, file, temporary, 1), tmp_path)
     assert [status for status, _ in both] == [3, 7], both
     output = both[0][1]
     assert ". All processes end; what was found before is kept" in output
@@ -91,8 +95,8 @@ def test_a_rank_that_dies_is_a_finding(farm: Farm, tmp_path: Path, temporary: Pa
     found = json.loads(file.read_text())
     assert found["checks"]["steps"]["remedy"] == remedies.DEAD
     assert found["not_reached"] == ["links"]
-    # That of the process that died is left.
-    assert len(list(temporary.iterdir())) == 1
+    # Those of the processes that died are left.
+    assert len(list(temporary.iterdir())) == 2
 
 
 @pytest.mark.long
@@ -107,7 +111,7 @@ def test_a_signal_leaves_the_findings_and_no_folder(
         return file.is_file() and "versions" in json.loads(file.read_text())["checks"]
 
     environment = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT), TETDIST_COMMAND="check_gpu")
-    command = tiny.python("-c", COMMAND, file, temporary, "")
+    command = tiny.python("-c", COMMAND, file, temporary, "none")
     with tiny.started(command, tmp_path, environment) as process:
         tiny.wait_until(is_at_the_second, 60)
         assert len(list(temporary.iterdir())) == 1

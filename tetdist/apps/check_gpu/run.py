@@ -108,8 +108,8 @@ def run_checks(
             closing = time.monotonic() + (_GOODBYE if world.rank == 0 else 0.0)
             while time.monotonic() < closing and None in map(store.get, byes):
                 time.sleep(_POLL)
-        except dist.DistError as error:
-            watch.await_verdict(error)  # does not return if rank 0 has gone
+        except RuntimeError as error:
+            watch.await_verdict(error)  # does not return if rank 0 has gone, and its store with it
             raise
     return report
 
