@@ -45,11 +45,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs from the tests that are not about them, and what these start.
+    """Hide a launcher from the tests, and GPUs from those that are not about them.
 
     `make test` then passes on a machine with a GPU, too: most tests show something about CPUs, such
     as results that are equal to the bit.
     """
+    for name in tiny.LAUNCHED:
+        os.environ.pop(name, None)
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -108,8 +110,18 @@ def tiny_config(tiny_root: Path, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def the_environment() -> dict[str, Any]:
+    """Functions of the environment with what they found; git takes longer than a tiny run."""
+    from tetdist.tracking import environment
+
+    found = {name: getattr(environment, name)() for name in ("git_state", "versions")}
+    return {name: lambda value=value: value for name, value in found.items()}
+
+
 @pytest.fixture
 def main(
+    the_environment: dict[str, Any],
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -122,12 +134,13 @@ def main(
 
     from tetdist.apps.cli import train
     from tetdist.distributed.signals import StopRequest
+    from tetdist.tracking import environment
 
+    for name, function in the_environment.items():
+        monkeypatch.setattr(environment, name, function)
     # These two end the tests, and not the training alone.
     others = [s for s in StopRequest.SIGNALS if s not in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(StopRequest, "SIGNALS", tuple(others))
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 

@@ -161,10 +161,20 @@ def wait(pids: list[int], seconds: float) -> list[int]:
     return [statuses[pid] for pid in pids]
 
 
+def remember_the_environment() -> None:
+    """Have all runs find the same versions and commit; git takes longer than a tiny run."""
+    from tetdist.tracking import environment
+
+    for name in ("git_state", "versions"):
+        found = getattr(environment, name)()
+        setattr(environment, name, lambda found=found: found)
+
+
 def main() -> None:
     # What the children would else import, each for itself.
     import deepspeed.ops  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
     import nvidia.dali.pipeline  # noqa: F401
     import timm.optim  # noqa: F401
 
@@ -174,6 +184,7 @@ def main() -> None:
 
     end_with_starters()
     os.environ |= as_starter()
+    remember_the_environment()
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)

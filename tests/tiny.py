@@ -27,6 +27,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 TRAIN, EVAL = PROJECT / "tetdist" / "train.py", PROJECT / "tools" / "eval.py"
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 
+# Variables of the environment by which a process finds the others.
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 CLASSES = ("down", "left", "right", "up")
 # No size divides by a batch size or by a number of processes.
 TRAIN_SIZES, VAL_SIZES = (11, 12, 12, 12), (5, 5, 6, 7)
@@ -100,13 +103,8 @@ def write_config(file: Path, root: Path | str, changes: Mapping[str, Any] | None
 
 
 def clean_environment(**extra: str) -> dict[str, str]:
-    """This environment without a launcher's variables, and with one thread a process."""
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
-    return env | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | extra
+    """This environment, with one thread a process."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | extra
 
 
 def free_port() -> int:

@@ -57,12 +57,8 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"weight_decay": 0.1}, ("unknown key 'weight_decay'", "optimizer.weight_decay")),
         # Types.
         ({"seed": "one"}, ("'seed'", "integer", "'one'")),
-        ({"seed": 1.5}, ("'seed'", "integer", "1.5")),
         ({"seed": True}, ("'seed'", "integer", "True")),
         ({"deterministic": "yes"}, ("'deterministic'", "boolean", "'yes'")),
-        ({"deterministic": 1}, ("'deterministic'", "boolean")),
-        ({"phases.0.optimizer.lr": "fast"}, ("'phases.0.optimizer.lr'", "number", "'fast'")),
-        ({"model": "sew_resnet18"}, ("'model'", "'sew_resnet18'")),
         ({"phases": {"epochs": 1}}, ("'phases'",)),
         ({"data.mean": [0.5, 0.5]}, ("'data.mean",)),
         ({"data.root": ...}, ("'data.root' is missing",)),
@@ -72,7 +68,6 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"tracking.register": "m"}, ("tracking.register: 'm'", "tracking.log_checkpoint=best")),
         # Ranges.
         ({"batch.micro": 0}, ("'batch.micro'", "greater than 0")),
-        ({"batch.global": -8}, ("'batch.global'", "greater than 0")),
         ({"phases.0.timesteps": 0}, ("'phases.0.timesteps'", "greater than 0")),
         ({"phases.0.timesteps": 100_000_000}, ("'phases.0.timesteps'", "equal to 10000")),
         ({"data.threads": 100_000}, ("'data.threads'", "equal to 512")),
@@ -82,7 +77,6 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"phases.0.optimizer.momentum": 1.0}, ("'phases.0.optimizer.momentum'", "less than 1")),
         ({"data.flip": 1.5}, ("'data.flip'", "1.5")),
         ({"loss.label_smoothing": 1.0}, ("'loss.label_smoothing'", "less than 1")),
-        ({"loss.lambda": -0.1}, ("'loss.lambda'",)),
         ({"loss.lambda": float("nan")}, ("loss.lambda",)),
         ({"phases.0.optimizer.lr": float("inf")}, ("phases.0.optimizer.lr",)),
         ({"phases": []}, ("'phases'", "at least 1")),
@@ -90,11 +84,8 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"seed": 2**63}, ("'seed'",)),
         ({"save.keep_last": 1}, ("'save.keep_last'",)),
         ({"model.num_classes": 1}, ("'model.num_classes'",)),
-        ({"precision": "fp8"}, ("'precision'", "'bf16'", "'fp8'")),
         ({"gradient_clipping": 0.0}, ("'gradient_clipping'",)),
-        ({"clip_mode": "adaptive"}, ("'clip_mode'", "'agc'", "'adaptive'")),
         ({"phases.0.optimizer.layer_decay": 1.5}, ("layer_decay", "less than or equal to 1")),
-        ({"cuda_graphs": "yes"}, ("'cuda_graphs'", "'yes'")),
         # Contradictions.
         (
             {"gradient_clipping": 0.01, "clip_mode": "agc", "zero_stage": 1},
@@ -112,13 +103,11 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"batch.micro": 3}, ("batch.global", "8", "batch.micro", "3", "6")),
         ({"batch.micro": 16}, ("batch.global", "batch.micro", "16")),
         ({"data.kind": "events"}, ("data.kind", "events", "spiking_convnet", "images")),
-        ({"model": {"name": "vggsnn"}}, ("data.kind", "images", "vggsnn", "events")),
         ({"model": {"name": "sew_resnet43"}}, ("model.name", "did you mean sew_resnet34")),
         ({"model": {"name": "resnet50"}}, ("model.name", "not a spiking model")),
         ({"model.neuron": {"decai": 0.5}}, ("'model.neuron.decai'", "'model.neuron.decay'")),
         ({"model.neuron": {"decay": 2.0}}, ("'model.neuron.decay'", "2.0")),
         ({"model.neuron": {"surrogate": "step"}}, ("'model.neuron.surrogate'", "triangle")),
-        ({"model.neuron": {"decay": "half"}}, ("'model.neuron.decay'",)),
         ({"model.neuron": {"detach_reset": "false"}}, ("'model.neuron.detach_reset'",)),
         ({"model.arguments": {"chanels": [4]}}, ("model.arguments.chanels", "'channels'")),
         (
@@ -166,7 +155,6 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ),
         ({"name": "a/b"}, ("name", "'a/b'")),
         ({"name": ".."}, ("name", "'..'")),
-        ({"name": ""}, ("name",)),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
@@ -290,27 +278,6 @@ def test_list_item_of_a_default_can_be_overridden(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "parts"),
-    [
-        ("seed", ("'seed'", "dotted.key=value")),
-        ("=1", ("'=1'", "dotted.key=value")),
-        ("phases.1.epochs=1", ("phases.1.epochs=1:", "one item, phases.0")),
-        ("phases.x.epochs=1", ("phases.x", "phases.0")),
-        ("phases.5=1", ("phases.5",)),
-        ("seed.x=1", ("seed.x=1: seed", "single")),
-        ("seed=[1", ("seed=[1 is", "YAML")),
-        ("sead=1", ("'sead'", "'seed'")),
-        ("seed=", ("'seed'",)),
-    ],
-)
-def test_bad_override(tiny_config: ConfigWriter, override: str, parts: tuple[str, ...]) -> None:
-    file = str(tiny_config({"seed": 0}))
-    with pytest.raises(UserError) as caught:
-        load(file, [override])
-    assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
-
-
-@pytest.mark.parametrize(
     ("override", "said"),
     [
         # Each says whose mistake it is, and what to write instead.
@@ -334,14 +301,28 @@ def test_bad_override(tiny_config: ConfigWriter, override: str, parts: tuple[str
         ("data.mean=[0.5]", "data.mean=[0.5]: 'data.mean.1' is missing"),
         ("name=2026-01-01", "name=2026-01-01: a value is neither"),
         ("imports=3", "imports=3: 'imports' must be a list"),
+        ("seed", "'seed' is not an override; write it as dotted.key=value"),
+        ("=1", "'=1' is not an override; write it as dotted.key=value"),
+        ("phases.x.epochs=1", "phases has one item, phases.0 (items are counted from 0)"),
+        ("phases.00.epochs=2", "phases has one item, phases.0"),
+        ("phases.5=1", "phases.5=1: phases has one item"),
+        ("seed.x=1", "seed.x=1: seed is a single value and holds no keys"),
+        ("seed=[1", "seed=[1 is not valid YAML"),
+        ("sead=1", "unknown key 'sead'; the nearest known one is 'seed'"),
+        ("seed=", "seed=: 'seed'"),
+        ("neuron.decay=0.2", "there is 'model.neuron'"),
+        ("optimizer=adam", "there is 'phases.0.optimizer'"),
+        ("batch.eval=1000000000000", "less than or equal to 1048576"),
+        ("phases.0.epochs=100000000000000000000", "less than or equal to 1000000"),
+        ("log_every=10000000000", "less than or equal to 1000000000"),
     ],
 )
 def test_a_mistaken_override_is_named_and_not_the_file(
     tiny_config: ConfigWriter, override: str, said: str
 ) -> None:
-    file = str(tiny_config())
+    file = str(tiny_config({"seed": 0}))
     with pytest.raises(UserError) as caught:
-        load(file, ["log_every=2", override])
+        load(file, ["profile=null", override])
     assert said in str(caught.value)
     assert file not in str(caught.value)
 
@@ -567,26 +548,6 @@ def test_some_keys_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no key 'bach'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("neuron.decay=0.2", "there is 'model.neuron'"),
-        ("optimizer=adam", "there is 'phases.0.optimizer'"),
-        ("phases.00.epochs=2", "phases has one item, phases.0"),
-        ("batch.eval=1000000000000", "less than or equal to 1048576"),
-        ("phases.0.epochs=100000000000000000000", "less than or equal to 1000000"),
-        ("log_every=10000000000", "less than or equal to 1000000000"),
-    ],
-)
-def test_overrides_that_cannot_be_meant(
-    tiny_config: Callable[..., Path], override: str, said: str
-) -> None:
-    with pytest.raises(UserError) as caught:
-        load(tiny_config(), [override])
-    assert override in str(caught.value)
-    assert said in str(caught.value)
-
-
 def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--explain"]) == 0
     explained = {
@@ -651,6 +612,23 @@ def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture
             },
             [],
         ),
+        ({"loss.distillation.weight": 0.5}, ["loss.distillation.weight"]),
+        (
+            {"data.mixup": 0.2}  # refused with both of these where they have an effect
+            | {"loss.distillation": {"teacher": "x", "weight": 0.0, "self_target": "correct_mean"}}
+            | {"loss.distillation.teacher_alignment": "error_aware"},
+            [
+                "loss.distillation.teacher",
+                "loss.distillation.teacher_alignment",
+                "loss.distillation.self_target",
+            ],
+        ),
+        (
+            {"phases.0.timesteps": 1}
+            | {"loss.distillation": {"self_weight": 0.5, "self_target": "correct_mean"}},
+            [],
+        ),
+        ({"model.neuron": {"kind": "relu", "decay": 0.9}}, ["model.neuron.decay"]),
         ({"ema.warmup": True}, ["ema.warmup"]),
         ({"ema": {"decay": 0.99, "warmup": True}}, []),
         (

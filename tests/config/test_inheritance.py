@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tetdist.apps.cli import train
-from tetdist.config.inheritance import COMMAND_LINE, DEFAULT, origin_of
+from tetdist.config.inheritance import COMMAND_LINE, DEFAULT
 from tetdist.config.loading import load, load_with_origins
 from tetdist.errors import UserError
 
@@ -49,7 +49,7 @@ def test_a_base_is_beside_the_file_and_may_have_a_base(tmp_path: Path) -> None:
     config = loaded.config
     assert (config.name, config.seed, config.log_every) == ("third", 2, 3)
     origins = {
-        key: origin_of(key, loaded.origins)
+        key: loaded.origins.get(key, DEFAULT)
         for key in ("save.keep_last", "seed", "log_every", "model.name", "batch.micro", "resume")
     }
     assert [Path(one).name for one in origins.values()] == [

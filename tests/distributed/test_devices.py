@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tetdist.distributed.devices import choose_device, share_of_cores
+from tetdist.distributed.devices import choose_device
 from tetdist.distributed.world import World, _refuse_shared_gpus, cores_of, join
 from tetdist.errors import UserError
 from tetdist.nn.precision import choose_algorithms
@@ -122,26 +122,18 @@ def test_a_task_of_srun_does_not_think_that_it_is_alone(monkeypatch: pytest.Monk
         assert world.world_size == 1
 
 
-def test_cores_are_divided_among_those_who_share_them() -> None:
-    # By torchrun on one host: all may use all.
-    assert share_of_cores([*range(8)], [[*range(8)]] * 4) == 2
-    # By Slurm: each has its own, which are not divided once more.
-    own = [[2 * i, 2 * i + 1] for i in range(4)]
-    assert share_of_cores(own[1], own) == 2
-    # Two and two share.
-    assert share_of_cores([0, 1, 2, 3], [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2) == 2
-    assert share_of_cores([0], [[0]] * 3) == 1
-
-
 @pytest.mark.parametrize(
     ("hosts", "cores"),
     [
         # srun gives each its own; torchrun on two hosts lets the two of each have all.
         ([("node1", [0, 1]), ("node1", [2, 3]), ("node2", [0, 1]), ("node2", [2, 3])], 2),
         ([("node1", [0, 1, 2, 3])] * 2 + [("node2", [0, 1, 2, 3])] * 2, 2),
+        # Two and two share; and there are fewer cores than processes.
+        ([("node1", [0, 1, 2, 3])] * 2 + [("node1", [4, 5, 6, 7])] * 2, 2),
+        ([("node1", [0])] * 3, 1),
     ],
 )
-def test_cores_are_counted_by_host(
+def test_cores_are_divided_among_those_of_a_host_who_share_them(
     monkeypatch: pytest.MonkeyPatch, hosts: list[tuple[str, list[int]]], cores: int
 ) -> None:
     class Gathered(World):
@@ -151,7 +143,7 @@ def test_cores_are_counted_by_host(
 
     monkeypatch.setattr("platform.node", lambda: hosts[0][0])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(hosts[0][1]))
-    assert cores_of(Gathered(0, 4, torch.device("cpu"), None)) == cores
+    assert cores_of(Gathered(0, 4, torch.device("cpu"), None))[0] == cores
 
 
 @pytest.mark.parametrize("before", [None, "3"])

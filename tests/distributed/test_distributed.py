@@ -10,22 +10,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from tiny import Farm
+from tiny import LAUNCHED, Farm
 from torch import Tensor
 
 from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-
-@pytest.fixture(autouse=True)
-def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.mark.parametrize("absent", VARIABLES)
+@pytest.mark.parametrize("absent", LAUNCHED)
 def test_partly_set_environment(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
         "RANK": "0",
@@ -34,7 +26,7 @@ def test_partly_set_environment(absent: str, monkeypatch: pytest.MonkeyPatch) ->
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "1",
     }
-    for name in VARIABLES:
+    for name in LAUNCHED:
         if name != absent:
             monkeypatch.setenv(name, values[name])
     with pytest.raises(UserError, match=f"partly set.*but no {absent}"):
@@ -77,7 +69,7 @@ def test_two_processes(farm: Farm, tmp_path: Path) -> None:
             print("listens at", {one.ip for one in ports})
             stores = [int(os.environ["MASTER_PORT"])]
             if r == 0:
-                stores.append(watch._store.port)
+                stores.append(watch._store.store.underlying_store.port)
             for port in stores:
                 # Somebody without the token, who may see all keys, and write to any.
                 stranger = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=5))

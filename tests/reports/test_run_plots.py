@@ -18,7 +18,7 @@ from tetdist.config.schema import RunConfig
 from tetdist.data.loader import Batch
 from tetdist.tracking.tracker import Tracker
 from tetdist.tracking.trackers import TrackedRun
-from tetdist.training.evaluating import Evaluated, Score
+from tetdist.training.evaluating import Evaluated
 from tetdist.training.observers import Watched
 
 assert tetdist.__doc__  # registers the models
@@ -53,7 +53,7 @@ def evaluate(pictures: RunPlots, tracker: Tracker, epoch: int, rate: float) -> N
     values = {"epoch": float(epoch), "phase": 0, "top1": 50.0, "firing_rate": {"stem": rate}}
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     batch = Batch(images, torch.zeros(3), np.zeros(3, np.int64))
-    pictures.on_evaluation(epoch, Evaluated("val", values, batch, Score()))
+    pictures.on_evaluation(epoch, Evaluated("val", values, batch))
     tracker.log("val", epoch, values)
     pictures.on_line("val", epoch, values)
 

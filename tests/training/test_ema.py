@@ -2,10 +2,8 @@
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -150,12 +148,10 @@ def test_average_is_of_all_steps_of_all_phases(run: Path) -> None:
     assert_average_of_its_steps(run)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_average_at_every_stage_of_zero(
-    stage: int, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
+def test_average_at_a_higher_stage_of_zero(
+    farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
-    file = tiny_config(EVERY_STEP | {"zero_stage": stage, "max_steps": 3})
-    outcome = farm(file, world=2)
+    outcome = farm(tiny_config(EVERY_STEP | {"zero_stage": 2, "max_steps": 3}), world=2)
     assert outcome.status == 0, outcome.text
     assert_average_of_its_steps(tmp_path / "runs/tiny")
 
@@ -225,12 +221,3 @@ def test_average_cannot_come_or_go_within_a_run(
     outcome = main(file, "ema.decay=0.9", "max_steps=2")
     assert outcome.status == 2
     assert "has no moving average to continue from" in outcome.text
-
-
-def test_damaged_average_is_a_damaged_checkpoint(run: Path, tmp_path: Path) -> None:
-    copied = Path(shutil.copytree(tiny.newest(run), tmp_path / "step-00000015"))
-    assert checkpoint.verify(copied) is None
-    file = copied / "ema.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"\1")
-    problem: Any = checkpoint.verify(copied)
-    assert problem.startswith("ema.safetensors is damaged")

@@ -55,7 +55,7 @@ def one_process(farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFa
     return folder / "runs" / "one"
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.long), 4])
+@pytest.mark.parametrize("world", [pytest.param(3, marks=pytest.mark.long), 4])
 def test_float64_run_on_any_number_of_processes(
     world: int, one_process: Path, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
@@ -69,39 +69,20 @@ def test_float64_run_on_any_number_of_processes(
     assert all(len(pairs) == 24 for pairs in samples.values())
     assert_close_runs(run, one_process, 1e-9)
     # Evaluation to the last correct answer.
-    answers = [
-        [
-            (line["samples"], line["top1"], line["per_timestep_top1"])
-            for line in tiny.metrics(r, "val")
-        ]
-        for r in (run, one_process)
-    ]
-    assert answers[0] == answers[1]
+    keys = ("samples", "top1", "per_timestep_top1")
+    ours, theirs = (
+        [[line[key] for key in keys] for line in tiny.metrics(r, "val")] for r in (run, one_process)
+    )
+    assert ours == theirs
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "point"),
-    [
-        (3, 2, "micro"),
-        pytest.param(1, 4, "step", marks=pytest.mark.long),
-        pytest.param(4, 3, "saved", marks=pytest.mark.long),
-    ],
-)
 def test_continued_on_another_number_of_processes(
-    before: int,
-    after: int,
-    point: str,
-    one_process: Path,
-    farm: Farm,
-    tiny_config: ConfigWriter,
-    tmp_path: Path,
+    one_process: Path, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
     file = tiny_config(SEW | FLOAT64 | {"save.every_steps": 4})
-    # Only rank 0 saves.
-    rank = 0 if point == "saved" else before - 1
-    first = farm(file, world=before, stop=(point, 2, TERM), rank=rank)
+    first = farm(file, world=3, stop=("micro", 2, TERM), rank=2)
     assert first.status == 128 + TERM, first.text
-    second = farm(file, world=after)
+    second = farm(file, world=2)
     assert second.status == 0, second.text
     run = tmp_path / "runs/tiny"
     # Each sample of each epoch once, whoever worked on it.
@@ -110,17 +91,13 @@ def test_continued_on_another_number_of_processes(
 
 
 @pytest.mark.parametrize(
-    ("stage", "world"),
+    ("stage", "world", "optimizer"),
     [
-        (2, 2),
-        pytest.param(1, 2, marks=pytest.mark.long),
-        pytest.param(0, 3, marks=pytest.mark.long),
-        pytest.param(1, 1, marks=pytest.mark.long),
-        pytest.param(1, 3, marks=pytest.mark.long),
-        pytest.param(2, 4, marks=pytest.mark.long),
+        (2, 2, "sgd"),
+        pytest.param(0, 3, "adam", marks=pytest.mark.long),
+        pytest.param(1, 3, "adam", marks=pytest.mark.long),
     ],
 )
-@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adam", marks=pytest.mark.long)])
 def test_stages_agree_in_float32(
     stage: int, world: int, optimizer: str, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
@@ -152,9 +129,7 @@ def test_stages_agree_in_float32(
     ("stage", "optimizer", "sig"),
     [
         (1, "sgd", TERM),
-        pytest.param(2, "sgd", KILL, marks=pytest.mark.long),
-        pytest.param(1, "adamw", TERM, marks=pytest.mark.long),
-        pytest.param(2, "adam", TERM, marks=pytest.mark.long),
+        pytest.param(2, "adam", KILL, marks=pytest.mark.long),
     ],
 )
 def test_stopped_stage_continues_to_the_bit(
@@ -177,14 +152,13 @@ def test_stopped_stage_continues_to_the_bit(
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
+    ("before", "after", "optimizer"),
     [
-        ((1, 2), (0, 1)),
-        pytest.param((0, 1), (2, 2), marks=pytest.mark.long),
-        pytest.param((2, 4), (1, 2), marks=pytest.mark.long),
+        ((1, 2), (0, 1), "adam"),
+        pytest.param((0, 1), (2, 2), "sgd", marks=pytest.mark.long),
+        pytest.param((2, 4), (1, 2), "adam", marks=pytest.mark.long),
     ],
 )
-@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.long), "adam"])
 def test_checkpoint_of_any_stage_continues_on_any_other(
     before: tuple[int, int],
     after: tuple[int, int],
@@ -209,22 +183,21 @@ def test_checkpoint_of_any_stage_continues_on_any_other(
     assert states[0]["state"].keys() == states[1]["state"].keys()
 
 
-def test_synchronised_batch_norm_of_two_is_one_with_twice_the_batch(
+def test_synchronised_batch_norm_of_four_is_one_with_four_times_the_batch(
     farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
     changes = SEW | FLOAT64 | {"batch_norm.sync": True, "phases.0.epochs": 4, "evaluate_every": 4}
-    for world, micro in ((1, 8), (2, 4), (4, 2)):
+    for world, micro in ((1, 8), (4, 2)):
         file = tiny_config(changes | {"name": str(world), "batch.micro": micro})
         outcome = farm(file, world=world)
         assert outcome.status == 0, outcome.text
-    for world in ("2", "4"):
-        assert_close_runs(tmp_path / "runs" / world, tmp_path / "runs/1", 1e-9)
+    assert_close_runs(tmp_path / "runs/4", tmp_path / "runs/1", 1e-9)
     # Another number of processes would be another network.
-    file = tiny_config(changes | {"name": "2", "batch.micro": 4})
+    file = tiny_config(changes | {"name": "4", "batch.micro": 2})
     outcome = farm(file, world=1)
     assert outcome.status == 2, outcome.text
     assert "batch_norm.sync" in outcome.text
-    assert "trained on 2" in outcome.text
+    assert "trained on 4" in outcome.text
 
 
 # --- everything on -----------------------------------------------------------------------------
@@ -235,7 +208,7 @@ EVERYTHING: dict[str, Any] = FLOAT64 | {
         "name": "qkformer_4_384_cifar",
         "arguments": {
             **{"widths": [8, 8, 16], "depths": [1, 1, 1], "heads": 2},
-            "drop_path_rate": 0.3,
+            **{"drop_rate": 0.2, "drop_path_rate": 0.3},
         },
     },
     "data.auto_augment": "rand-m9-mstd0.5-inc1",
@@ -252,7 +225,7 @@ EVERYTHING: dict[str, Any] = FLOAT64 | {
     **{"gradient_clipping": 0.1, "clip_mode": "agc"},
     "ema": {"decay": 0.9, "warmup": True},
     "max_steps": 6,  # the last one is of the second epoch, which mixes nothing
-    **{"execution": "fused", "batch.eval": 23, "evaluate_every": 2},
+    **{"execution": "fused", "recompute": "blocks", "batch.eval": 23, "evaluate_every": 2},
     "save.every_steps": 2,
     "record_samples": True,
 }
@@ -279,7 +252,7 @@ def test_everything_on_two_processes_and_stopped(
 
 # --- stops at random ---------------------------------------------------------------------------
 
-NUM_FUZZED = 54
+NUM_FUZZED = 40
 POINTS = {"micro": 30, "step": 10, "evaluate": 6, "save": 2, "saved": 2, "log": 9}
 FUZZED: list[dict[str, Any]] = [
     {"world": 1},

@@ -21,7 +21,7 @@ from tetdist.errors import UserError
 from tetdist.models.spiking_convnet import SpikingConvNet
 from tetdist.storage import checkpoint
 from tetdist.training import feed, graphs, prepared
-from tetdist.training.engines import base, torch_engine
+from tetdist.training.engines import base
 from tetdist.training.graphs import Captured
 
 ConfigWriter = Callable[..., Path]
@@ -187,61 +187,6 @@ def test_the_scale_of_a_float16_loss_is_read_anew(
     assert len({line["loss_scale"] for line in lines}) > 1
     assert lines[-1]["overflows"] > 2
     tiny.assert_same_run(plain, with_graphs)
-
-
-@long
-def test_a_stopped_run_goes_on_with_graphs_or_without(
-    both: Callable[..., tuple[Path, Path]], main: Main, tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
-    plain, _ = both({}, taped)
-    changes = {"name": "changing", "engine": "torch", "phases.0.epochs": 1}
-    for end, with_graphs in ((2, "true"), (3, "false"), (5, "true")):
-        outcome = main(tiny_config(changes), f"max_steps={end}", f"cuda_graphs={with_graphs}")
-        assert outcome.status == 0, outcome.text
-    changing = tmp_path / "runs/changing"
-    assert tiny.metrics(changing, "train") == tiny.metrics(plain, "train")
-
-
-def _moves(patch: pytest.MonkeyPatch) -> None:
-    """Have the update leave the gradients in other memory."""
-    update = torch_engine.unscale_and_clip
-
-    def moving(grads: list[Tensor], *rest: Any) -> base.Update:
-        done = update(grads, *rest)
-        for grad in grads:
-            grad.data = grad.data.clone()
-        return done
-
-    patch.setattr(torch_engine, "unscale_and_clip", moving)
-
-
-def _scales_on_the_host(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(base.LossScale, "START", 2.0**30)
-    patch.setattr(torch_engine, "scaled", lambda loss, scale: loss * scale.value)
-
-
-def _keeps_the_seed(patch: pytest.MonkeyPatch) -> None:
-    """Have the calls before the capture draw numbers that the micro-batch should have drawn."""
-    patch.setattr(torch.random, "fork_rng", lambda *_: contextlib.nullcontext())
-
-
-MISTAKES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = {
-    "gradients in other memory": (_moves, {}),
-    "a number of the host": (_scales_on_the_host, {"precision": "fp16", "non_finite_limit": 100}),
-    "seeds": (_keeps_the_seed, {}),
-}
-
-
-@long
-@pytest.mark.usefixtures("dropping")
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_found(
-    mistake: str, both: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make, changes = MISTAKES[mistake]
-    make(monkeypatch)
-    plain, with_graphs = both(changes, taped)
-    assert tiny.metrics(plain, "train") != tiny.metrics(with_graphs, "train")
 
 
 def test_a_capture_within_a_step_keeps_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,6 @@ def counted(answers: str, limit: int = 3) -> NonFiniteSteps:
 )
 def test_too_many_are_so_many_in_a_row(answers: str, reached_at: int) -> None:
     """Also when they ended before anybody asked: the step is the one where it was enough."""
-    assert counted(answers).too_many == (reached_at > 0)
     assert counted(answers).limit_reached_at == reached_at
 
 
@@ -47,7 +46,7 @@ def test_count_goes_on_after_a_stop() -> None:
     second.load_state_dict(first.state_dict())
     assert second.state_dict() == first.state_dict()
     second.record(5, torch.tensor(False))
-    assert second.too_many
+    assert second.limit_reached_at == 5
     assert second.new() == 3
 
 

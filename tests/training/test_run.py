@@ -20,12 +20,6 @@ def nobody(_watched: Any) -> tuple[()]:
     return ()
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def test_launcher_is_told_of_an_error_and_of_the_others_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

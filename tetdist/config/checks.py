@@ -3,10 +3,8 @@
 import difflib
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, assert_never
-
-from pydantic import BaseModel
 
 from tetdist.config.fields import TIMM
 from tetdist.config.identity import flatten
@@ -287,88 +285,87 @@ def warn_without_effect(config: RunConfig, inherited: Collection[str]) -> None:
 
 def without_effect(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
     """Every key that nothing reads, whether it was set, and the setting that makes it so."""
-    for section, prefix, names, because in _unread(config):
+    for place, names, because in _unread(config):
+        section: Any = config
+        for part in place.split(".") if place else ():
+            section = section[int(part)] if part.isdigit() else getattr(section, part)
         for name in names:
             alias = type(section).model_fields[name].alias or name
-            yield f"{prefix}{alias}", name in section.model_fields_set, because
+            yield f"{place}.{alias}".lstrip("."), name in section.model_fields_set, because
 
 
-# Sections, their prefixes, their fields that nothing reads, and why.
-_Unread = tuple[BaseModel, str, tuple[str, ...], str]
+# A section's dotted key, its fields that nothing reads, and why.
+_Unread = tuple[str, Sequence[str], str]
 
 
 def _unread(config: RunConfig) -> Iterator[_Unread]:
     known = LOSSES[config.loss.kind].arguments
-    unread = tuple(key for key in ("lambda_", "phi", "label_smoothing") if key not in known)
-    yield config.loss, "loss.", unread, f"loss.kind={config.loss.kind}"
-    distillation = config.loss.distillation
-    # A timestep without others says what they say together; correct_mean asks the labels, too.
-    alone = distillation.self_target != "correct_mean" and all(
-        phase.timesteps == 1 for phase in config.phases
-    )
-    if distillation.teacher is None:
-        of_teacher = ("weight", "teacher_alignment")
-        yield distillation, "loss.distillation.", of_teacher, "loss.distillation.teacher=null"
-        if not distillation.self_weight or alone:
-            yield distillation, "loss.distillation.", ("temperature",), "nothing to distil from"
-    elif distillation.weight == 0:
-        of_teacher = ("teacher", "teacher_alignment")
-        yield distillation, "loss.distillation.", of_teacher, "loss.distillation.weight=0"
-    if not distillation.self_weight:
-        of_itself = ("self_target",)
-        yield distillation, "loss.distillation.", of_itself, "loss.distillation.self_weight=0"
-    elif alone:
-        of_mean = ("self_weight", "self_target")
-        yield distillation, "loss.distillation.", of_mean, "timesteps=1 in every phase"
+    unread = [key for key in ("lambda_", "phi", "label_smoothing") if key not in known]
+    yield "loss", unread, f"loss.kind={config.loss.kind}"
+    yield from _unread_by_distillation(config)
     match config.data.kind:
         case "events":
             crops = ("image_size", "resize", "crop", "scale", "ratio", "padding", "interpolation")
             colors = ("auto_augment", "color_jitter", "erasing", "mean", "std")
-            yield config.data, "data.", (*crops, *colors), "data.kind=events"
+            yield "data", (*crops, *colors), "data.kind=events"
         case "images":
-            of_events = ("roll", "event_augment", "event_drop")
-            yield config.data, "data.", of_events, "data.kind=images"
+            yield "data", ("roll", "event_augment", "event_drop"), "data.kind=images"
             crop, others = config.data.crop, {"padded": ("scale", "ratio"), "resized": ("padding",)}
-            yield config.data, "data.", others[crop], f"data.crop={crop}"
+            yield "data", others[crop], f"data.crop={crop}"
             if not config.data.erasing.probability:
-                because = "data.erasing.probability=0"
-                yield config.data.erasing, "data.erasing.", ("mode", "count"), because
+                yield "data.erasing", ("mode", "count"), "data.erasing.probability=0"
         case other:
             assert_never(other)
     yield from _unread_by_mixing(config.data)
     for i, phase in enumerate(config.phases):
+        place, optimizer = f"phases.{i}", phase.optimizer
         if config.data.kind == "events":
-            sizes = ("image_size", "final_image_size")
-            yield phase, f"phases.{i}.", sizes, "data.kind=events"
-        yield phase, f"phases.{i}.", _unread_by_schedule(phase), f"schedule={phase.schedule}"
+            yield place, ("image_size", "final_image_size"), "data.kind=events"
+        yield place, _unread_by_schedule(phase), f"schedule={phase.schedule}"
         if not phase.warmup_epochs:
-            of_warmup = ("warmup_lr", "clock_after_warmup")
-            yield phase, f"phases.{i}.", of_warmup, f"phases.{i}.warmup_epochs=0"
-        prefix = f"phases.{i}.optimizer."
-        read = kind_of(phase.optimizer.kind).reads
+            yield place, ("warmup_lr", "clock_after_warmup"), f"{place}.warmup_epochs=0"
+        read = kind_of(optimizer.kind).reads
         names = ("momentum", "nesterov", "betas", "arguments")
-        unread = tuple(name for name in names if name not in read)
-        yield phase.optimizer, prefix, unread, f"kind={phase.optimizer.kind}"
-        if phase.optimizer.weight_decay == 0:
-            yield phase.optimizer, prefix, ("decay_norms", "decay_neurons"), "weight_decay=0"
+        unread = [name for name in names if name not in read]
+        yield f"{place}.optimizer", unread, f"kind={optimizer.kind}"
+        if optimizer.weight_decay == 0:
+            yield f"{place}.optimizer", ("decay_norms", "decay_neurons"), "weight_decay=0"
     if config.ema.decay is None:
-        yield config.ema, "ema.", ("warmup",), "ema.decay=null"
+        yield "ema", ("warmup",), "ema.decay=null"
     if config.gradient_clipping is None:
-        yield config, "", ("clip_mode",), "gradient_clipping=null"
+        yield "", ("clip_mode",), "gradient_clipping=null"
     if not config.tracking.mlflow:
-        of_mlflow: tuple[str, ...] = ("uri", "log_checkpoint", "register_")
-        if "wandb" not in config.tracking.trackers:  # its project
-            of_mlflow = ("experiment", *of_mlflow)
-        yield config.tracking, "tracking.", of_mlflow, "tracking.mlflow=false"
+        # The experiment is wandb's project, too.
+        of_both = () if "wandb" in config.tracking.trackers else ("experiment",)
+        names = (*of_both, "uri", "log_checkpoint", "register_")
+        yield "tracking", names, "tracking.mlflow=false"
+
+
+def _unread_by_distillation(config: RunConfig) -> Iterator[_Unread]:
+    section, place = config.loss.distillation, "loss.distillation"
+    # A timestep without others says what they say together; correct_mean asks the labels, too.
+    alone = section.self_target != "correct_mean" and all(
+        phase.timesteps == 1 for phase in config.phases
+    )
+    if section.teacher is None:
+        yield place, ("weight", "teacher_alignment"), f"{place}.teacher=null"
+        if not section.self_weight or alone:
+            yield place, ("temperature",), "nothing to distil from"
+    elif section.weight == 0:
+        yield place, ("teacher", "teacher_alignment"), f"{place}.weight=0"
+    if not section.self_weight:
+        yield place, ("self_target",), f"{place}.self_weight=0"
+    elif alone:
+        yield place, ("self_weight", "self_target"), "timesteps=1 in every phase"
 
 
 def _unread_by_mixing(data: DataSection) -> Iterator[_Unread]:
     if not (data.mixup or data.cutmix):
         names = tuple(type(data.mixing).model_fields)
-        yield data.mixing, "data.mixing.", names, "data.mixup=0 and data.cutmix=0"
+        yield "data.mixing", names, "data.mixup=0 and data.cutmix=0"
     elif not (data.mixup and data.cutmix):
         without = "data.cutmix=0" if data.mixup else "data.mixup=0"
-        yield data.mixing, "data.mixing.", ("switch_probability",), without
+        yield "data.mixing", ("switch_probability",), without
 
 
 def _unread_by_schedule(phase: PhaseSection) -> tuple[str, ...]:

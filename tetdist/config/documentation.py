@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 import annotated_types
 import pydantic
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from tetdist.config.fields import OneOf
 from tetdist.config.schema import RunConfig
-from tetdist.config.sections.model import neuron_section_of
+from tetdist.config.sections.model import neuron_section
 from tetdist.nn.neurons import NEURONS, NeuronConfig
 
 _PLAIN = {
@@ -90,23 +90,6 @@ def section_at(location: Sequence[str]) -> type[BaseModel] | None:
         if found is None:
             return None
         section = found
-    return section
-
-
-def neuron_section(kind: str) -> type[BaseModel]:
-    """The keys of a kind of neuron, with the one that says which kind it is."""
-    described = Field(
-        default="lif",
-        description=(
-            "Kind of neuron, or one of your own (see imports). Unset keys default to the network's "
-            "published neuron."
-        ),
-    )
-    section: type[BaseModel] = pydantic.create_model(
-        "NeuronSection",
-        __base__=neuron_section_of(kind),
-        kind=(Annotated[str, OneOf(lambda: NEURONS)], described),
-    )
     return section
 
 

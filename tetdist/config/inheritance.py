@@ -44,10 +44,11 @@ def read_layers(
         raise UserError(f"{path}: 'base' leads back to it ({names}); remove one of them")
     values = read_yaml(path)
     base = values.pop("base", None)
-    imports = _absolute(values.pop("imports", None), path)
+    # They lie beside the configuration.
+    imports = [str((path.parent / one).absolute()) for one in imports_of(values, path)]
+    values["imports"] = imports
     if base is None:
-        origins = dict.fromkeys(_leaves(values | {"imports": imports}), str(path))
-        return Layered(values | {"imports": imports}, origins)
+        return Layered(values, dict.fromkeys(_leaves(values), str(path)))
     if not isinstance(base, str):
         raise UserError(f"{path}: 'base' must be the name of a configuration, not {base!r}")
     inherited = read_layers(find(base, path.parent), find, (*above, path.resolve()))
@@ -60,12 +61,16 @@ def read_layers(
     return Layered(joined, {key: origins[key] for key in _leaves(joined) if key in origins})
 
 
-def _absolute(imports: Any, path: Path) -> list[str]:
-    """The files to be imported, which lie beside the configuration."""
-    found = imports or []
+def imports_of(raw: dict[str, Any], source: Path | str) -> list[str]:
+    """Return the files that a configuration names to be imported.
+
+    Raises:
+        UserError: It names something else.
+    """
+    found = raw.get("imports") or []
     if isinstance(found, list) and all(isinstance(one, str) for one in found):
-        return [str((path.parent / one).absolute()) for one in found]
-    raise UserError(f"{path}: 'imports' must be a list of files, such as [my_snn.py]")
+        return found
+    raise UserError(f"{source}: 'imports' must be a list of files, such as [my_snn.py]")
 
 
 def _over(base: Any, own: Any, source: str, place: str) -> Any:
@@ -124,11 +129,6 @@ def overridden(origins: Mapping[str, str], values: dict[str, Any], key: str) -> 
     return kept | {one: COMMAND_LINE for one in _leaves(values) if is_inside(one)}
 
 
-def origin_of(key: str, origins: Mapping[str, str]) -> str:
-    """Return the origin of a dotted key's value: a file, the command line, or the defaults."""
-    return origins.get(key, DEFAULT)
-
-
 def annotated(text: str, origins: Mapping[str, str], unread: Mapping[str, str]) -> str:
     """Add a comment behind each value of a YAML: its origin, and why it has no effect if so.
 
@@ -143,7 +143,7 @@ def annotated(text: str, origins: Mapping[str, str], unread: Mapping[str, str]) 
     ends = {end: key for key, end in _values_by_line(root, "")}
     width = min(max(map(len, lines)), 50)
     for number, key in ends.items():
-        comment = origin_of(key, origins)
+        comment = origins.get(key, DEFAULT)
         for section, because in unread.items():
             if key == section or key.startswith(f"{section}."):
                 comment += f"; no effect with {because}"

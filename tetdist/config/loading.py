@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pydantic
 
 from tetdist.config.checks import check, check_name, warn_without_effect
-from tetdist.config.inheritance import COMMAND_LINE, overridden, read_layers
+from tetdist.config.inheritance import COMMAND_LINE, imports_of, overridden, read_layers
 from tetdist.config.messages import sentences
 from tetdist.config.overrides import apply_override, key_of, refuse_repeated
 from tetdist.config.schema import RunConfig
@@ -32,7 +32,7 @@ CONFIGS_DIR = next(
 
 
 class Loaded(NamedTuple):
-    """A configuration, and where its values are from: `inheritance.origin_of` says it of a key."""
+    """A configuration, and by dotted key where its values are from, if not from the defaults."""
 
     config: RunConfig
     origins: dict[str, str]
@@ -83,7 +83,7 @@ def load_with_origins(
         apply_override(raw, override)
         origins = overridden(origins, raw, key_of(override))
     given = next((one for one in overrides if one.startswith("imports")), path)
-    raw["imports"] = [str(Path(one).absolute()) for one in [*_imports(raw, given), *imports]]
+    raw["imports"] = [str(Path(one).absolute()) for one in [*imports_of(raw, given), *imports]]
     import_files(raw["imports"])
     config = parse(raw, str(path), overrides=overrides, origins=origins)
     check_name(config)
@@ -102,15 +102,8 @@ def load_written(path: Path) -> RunConfig:
         raw = read_yaml(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    import_files(_imports(raw, path))
+    import_files(imports_of(raw, path))
     return parse(raw, str(path), warn=False)
-
-
-def _imports(raw: dict[str, Any], source: Path | str) -> list[str]:
-    found = raw.get("imports") or []
-    if isinstance(found, list) and all(isinstance(one, str) for one in found):
-        return found
-    raise UserError(f"{source}: 'imports' must be a list of files, such as [my_snn.py]")
 
 
 def parse(

@@ -63,15 +63,19 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     # YAML 1.1 takes 1e-4 for text; nobody who types it means that.
     value = _number(read_value(text, override)) if text else None
     node: Any = raw
-    *parents, last = key.split(".")
-    for depth, part in enumerate(parents):
-        node = _child(node, part, parents[:depth], override)
-    if isinstance(node, list):
-        node[_position(node, last, parents, override)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise UserError(f"{override}: {'.'.join(parents)} is a single value and holds no keys")
+    parts = key.split(".")
+    for depth, part in enumerate(parts, start=1):
+        above = ".".join(parts[: depth - 1])
+        place: Any = part
+        if isinstance(node, list):
+            place = _position(node, part, above, override)
+        elif not isinstance(node, dict):
+            raise UserError(f"{override}: {above} is a single value and holds no keys")
+        if depth == len(parts):
+            node[place] = value
+        elif isinstance(node, dict) and node.get(place) is None:
+            node[place] = {}
+        node = node[place]
 
 
 def _number(value: Any) -> Any:
@@ -83,20 +87,9 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _child(node: Any, part: str, parents: list[str], override: str) -> Any:
-    if isinstance(node, list):
-        return node[_position(node, part, parents, override)]
-    if not isinstance(node, dict):
-        raise UserError(f"{override}: {'.'.join(parents)} is a single value and holds no keys")
-    if node.get(part) is None:
-        node[part] = {}
-    return node[part]
-
-
-def _position(items: list[Any], part: str, parents: list[str], override: str) -> int:
+def _position(items: list[Any], part: str, name: str, override: str) -> int:
     if part.isdecimal() and part == str(int(part)) and int(part) < len(items):
         return int(part)
-    name = ".".join(parents)
     there = {
         0: f"{name} is empty",
         1: f"{name} has one item, {name}.0 (items are counted from 0)",

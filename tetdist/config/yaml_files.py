@@ -70,10 +70,31 @@ class _Loader(yaml.SafeLoader):
     """Refuses what YAML's own safe loader takes: a key that is there twice, of which it keeps the
     last and says nothing, and anchors that stand for very many values, or contain themselves."""
 
-    def get_single_node(self) -> yaml.Node | None:
-        node = super().get_single_node()
-        if node is not None:
-            _size(node, {}, set())
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        # Values so far, with every alias written out, and by identity of a node those in it.
+        self._count, self._sizes = 0, dict[int, int]()
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        is_alias = self.check_event(yaml.AliasEvent)
+        mark, before = self.peek_event().start_mark, self._count
+        node = super().compose_node(parent, index)
+        assert node is not None
+        if not is_alias:
+            self._count += 1
+            self._sizes[id(node)] = self._count - before
+        elif id(node) in self._sizes:
+            self._count += self._sizes[id(node)]
+        else:
+            raise UserError(
+                f"{mark.name}: the anchor in line {node.start_mark.line + 1} contains an alias of "
+                "itself, which has no end; write out what is meant"
+            )
+        if self._count > _MOST_VALUES:
+            raise UserError(
+                f"{mark.name}: with its aliases written out, line {mark.line + 1} stands for more "
+                f"than {_MOST_VALUES:,} values; use fewer anchors"
+            )
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -111,38 +132,3 @@ def _plain_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float
 
 for _tag in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _plain_number)
-
-
-def _size(node: yaml.Node, sizes: dict[int, int], inside: set[int]) -> int:
-    """The number of values that a node stands for when every alias is written out.
-
-    Args:
-        node: The node.
-        sizes: Those of the nodes that were counted, by their identity: each is counted once.
-        inside: The nodes that this one is a part of.
-
-    Raises:
-        UserError: It contains itself, or stands for too many.
-    """
-    identity = id(node)
-    source, line = node.start_mark.name, node.start_mark.line + 1
-    if identity in inside:
-        raise UserError(
-            f"{source}: the anchor in line {line} contains an alias of itself, which has no end; "
-            "write out what is meant"
-        )
-    if identity not in sizes:
-        parts: list[yaml.Node] = []
-        if isinstance(node, yaml.MappingNode):
-            parts = [part for pair in node.value for part in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            parts = node.value
-        inside.add(identity)
-        sizes[identity] = 1 + sum(_size(part, sizes, inside) for part in parts)
-        inside.remove(identity)
-    if sizes[identity] > _MOST_VALUES:
-        raise UserError(
-            f"{source}: with its aliases written out, line {line} stands for more than "
-            f"{_MOST_VALUES:,} values; use fewer anchors"
-        )
-    return sizes[identity]

@@ -1,10 +1,9 @@
-"""The device on which this process computes, and its share of the cores and memory there."""
+"""The device on which this process computes, and how it keeps memory there."""
 
 import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
 
 import torch
 
@@ -102,19 +101,6 @@ def _why_no_gpu() -> str:
         "(nvidia-smi shows the newest CUDA that the driver takes; pytorch.org has the command that "
         "installs torch for it)"
     )
-
-
-def share_of_cores(mine: Sequence[int], on_host: Sequence[Sequence[int]]) -> int:
-    """Number of threads for a process among those of its host, so that none wait for each other.
-
-    Args:
-        mine: The cores that this process may use.
-        on_host: The same of all processes of this host, its own among them. Slurm gives each
-            process cores of its own, and these are not divided again; launchers on one host let
-            all of them use all.
-    """
-    sharing = sum(bool(set(mine) & set(other)) for other in on_host)
-    return max(1, len(mine) // max(1, sharing))
 
 
 def keep_freed_memory() -> None:

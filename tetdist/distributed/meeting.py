@@ -75,11 +75,6 @@ class SignedStore:
         self._secret = secret
         self.store: Any = dist.PrefixStore(_code(secret)[:16], store)
 
-    @property
-    def port(self) -> int:
-        """The port at which rank 0 listens."""
-        return int(self.store.underlying_store.port)
-
     def set(self, key: str, value: str) -> None:
         """Sign and write a value."""
         self.store.set(key, _signed(self._secret, key, value))
@@ -104,17 +99,8 @@ def _code(secret: str, *parts: str) -> str:
     return hmac.new(secret.encode(), "\0".join(parts).encode(), "sha256").hexdigest()
 
 
-def open_store(secret: str) -> SignedStore:
-    """Open a store on rank 0, at any free port."""
-    return SignedStore(_open(0, 60), secret)
-
-
-def connect(port: int, secret: str) -> SignedStore:
-    """Connect to a store of rank 0; see `open_store`."""
-    return SignedStore(_connect(address(), port, 60), secret)
-
-
-def _open(port: int, seconds: float) -> Any:
+def open_store(port: int = 0, seconds: float = 60) -> Any:
+    """Open a store of torch on rank 0, by default at any free port."""
     # torch itself would listen on all interfaces.
     listener = _listen(port)
     return dist.TCPStore(
@@ -127,7 +113,8 @@ def _open(port: int, seconds: float) -> Any:
     )
 
 
-def _connect(host: str, port: int, seconds: float) -> Any:
+def connect(host: str, port: int, seconds: float = 60) -> Any:
+    """Connect to a store of rank 0; see `open_store`."""
     limit = timedelta(seconds=max(seconds, 1))
     return dist.TCPStore(host, port, wait_for_workers=False, timeout=limit)
 
@@ -216,7 +203,7 @@ def _main_store(rank: int, token: str, seconds: float, about: Mapping[str, Any])
     by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if rank == 0 and not by_torchrun:
         try:
-            store = _open(port, seconds)
+            store = open_store(port, seconds)
         except OSError as error:
             raise UserError(
                 f"the processes cannot meet at {address()}, port {port} ({error.strerror}); if "
@@ -226,7 +213,7 @@ def _main_store(rank: int, token: str, seconds: float, about: Mapping[str, Any])
     else:
         host = os.environ["MASTER_ADDR"] if by_torchrun else address()
         _wait_for_port(host, port, seconds)
-        store = _connect(host, port, seconds)
+        store = connect(host, port, seconds)
     # Nobody without the token learns more from these than that something differs.
     codes = {
         name: _code(token, name, json.dumps(value, sort_keys=True, default=str))[:16]

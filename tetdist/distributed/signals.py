@@ -59,24 +59,18 @@ class StopRequest:
         What the processes tell each other at one call is read at the next, so nobody waits for
         the slowest in between: they stop one call later than they could, all at the same one.
         """
-        if self._world.world_size == 1:
-            stops = self.signal is not None
-        else:
-            stops = self._others_stop()
-        if stops:
-            let_go_of_closed_streams()
-        return stops
-
-    def _others_stop(self) -> bool:
         if self._exchange is not None:
             self._exchange.wait()
-            if self._flag.item() > 0:
-                return True
-        self._flag = torch.tensor([float(self.signal or 0)])
-        self._exchange = dist.all_reduce(
-            self._flag, op=dist.ReduceOp.MAX, group=self._world.control, async_op=True
-        )
-        return False
+        several = self._world.world_size > 1
+        stops = self._flag.item() > 0 if several else self.signal is not None
+        if stops:
+            let_go_of_closed_streams()
+        elif several:
+            self._flag = torch.tensor([float(self.signal or 0)])
+            self._exchange = dist.all_reduce(
+                self._flag, op=dist.ReduceOp.MAX, group=self._world.control, async_op=True
+            )
+        return stops
 
     @property
     def exit_status(self) -> int:

@@ -16,7 +16,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -95,12 +94,7 @@ class Watch:
             self._threads[-1].start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if not self._threads:
             return
         alone = error is not None and not isinstance(error, Stopped | UserError | SystemExit)
@@ -230,26 +224,23 @@ class Watch:
             return  # the other thread does it
         self._ending.set()
         try:
-            self._prepare_end(verdict, is_news=self.world.rank == 0 or not said_by_rank_0)
+            if self.world.rank == 0 or not said_by_rank_0:
+                prefix = "" if self.world.rank == 0 else f"rank {self.world.rank}: "
+                print(
+                    f"{prefix}error: {verdict}. All processes end; {self.after}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            if self.world.rank == 0:
+                # The others need this time to read it: the store ends with this process.
+                time.sleep(3 * BEAT)
+            for action in self.before_end:
+                with contextlib.suppress(Exception):
+                    action(verdict)
+            sys.stdout.flush()
         finally:
             # The main thread waits in a collective, or for this, and cannot be told otherwise.
             os._exit(PEER_FAILED)
-
-    def _prepare_end(self, verdict: str, *, is_news: bool) -> None:
-        if is_news:
-            prefix = "" if self.world.rank == 0 else f"rank {self.world.rank}: "
-            print(
-                f"{prefix}error: {verdict}. All processes end; {self.after}",
-                file=sys.stderr,
-                flush=True,
-            )
-        if self.world.rank == 0:
-            # The others need this time to read it: the store ends with this process.
-            time.sleep(3 * BEAT)
-        for action in self.before_end:
-            with contextlib.suppress(Exception):
-                action(verdict)
-        sys.stdout.flush()
 
 
 def _in_one_line(error: BaseException) -> str:

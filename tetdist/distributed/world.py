@@ -7,8 +7,8 @@ import secrets
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tetdist.distributed import meeting, shared_memory
 from tetdist.distributed.buffers import one_buffer_for
-from tetdist.distributed.devices import choose_device, keep_freed_memory, share_of_cores
+from tetdist.distributed.devices import choose_device, keep_freed_memory
 from tetdist.errors import UserError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -99,11 +99,9 @@ class World:
 
         Every process must call this then.
         """
-        store, secret = None, secrets.token_hex(16)
-        if self.rank == 0:
-            store = meeting.open_store(secret)
-        port, secret = self.from_rank_0((store.port if store else 0, secret))
-        return store or meeting.connect(port, secret)
+        store = meeting.open_store() if self.rank == 0 else None
+        port, secret = self.from_rank_0((store and store.port, secrets.token_hex(16)))
+        return meeting.SignedStore(store or meeting.connect(meeting.address(), port), secret)
 
     def run_on_all(self, action: Callable[[], Result]) -> Result:
         """Do something on every process that may fail on some, and fail on all if it does.
@@ -131,15 +129,10 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def __enter__(self) -> "World":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -164,7 +157,6 @@ def join(
             port is in use; or rank 0 is of another run.
         PeerFailed: Not all processes have come.
     """
-    assert device in ("auto", "cpu", "cuda"), device
     present = [name for name in _VARIABLES if name in os.environ]
     launched = bool({"RANK", "WORLD_SIZE"} & set(present))
     # LOCAL_RANK and the master's address mean nothing without these two.
@@ -199,7 +191,10 @@ def join(
             backend, store=store, rank=rank, world_size=world_size, timeout=limit
         )
         world = World(rank, world_size, this_device, dist.new_group(backend="gloo"))
-        _share_cores(world)
+        cores, processes = cores_of(world)
+        # Otherwise each would take them all, and processes would spin waiting for each other.
+        if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(cores)
         if this_device.type == "cuda":
             _refuse_shared_gpus(world)
         if this_device.type == "cuda" or world_size == 1:
@@ -208,28 +203,17 @@ def join(
     return dataclasses.replace(world, shared=shared)
 
 
-def cores_of(world: World) -> int:
-    """The number of cores for this process, if none of its host are to wait for each other.
+def cores_of(world: World) -> tuple[int, int]:
+    """The number of cores for this process, and the number of processes on its host.
 
-    Every process must call this then.
+    With so many cores none of them waits for another. Every process must call this then. Slurm
+    gives each process cores of its own, and these are not divided again; launchers on one host let
+    all of them use all.
     """
-    return share_of_cores(*_cores_on_host(world))
-
-
-def _share_cores(world: World) -> None:
-    """Divide the host's cores among its processes, unless the environment already has.
-
-    Otherwise each would take them all, and processes would spin waiting for each other.
-    """
-    mine, on_host = _cores_on_host(world)
-    if len(on_host) > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(share_of_cores(mine, on_host))
-
-
-def _cores_on_host(world: World) -> tuple[list[int], list[list[int]]]:
-    """The cores that this process may use, and those of each process of its host."""
-    mine = (platform.node(), sorted(os.sched_getaffinity(0)))
-    return mine[1], [cores for host, cores in world.gather(mine) if host == mine[0]]
+    host, mine = platform.node(), sorted(os.sched_getaffinity(0))
+    on_host = [cores for there, cores in world.gather((host, mine)) if there == host]
+    sharing = sum(not set(mine).isdisjoint(cores) for cores in on_host)
+    return max(1, len(mine) // sharing), len(on_host)
 
 
 def _refuse_shared_gpus(world: World) -> None:

@@ -11,7 +11,7 @@ from tetdist.nn import neurons
 from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF
-from tetdist.nn.norm_neuron import NeuronLayer, NormNeuron, spiking_layers
+from tetdist.nn.norm_neuron import NormNeuron, spiking_layers
 from tetdist.nn.precision import autocast
 
 LOWEST, HIGHEST, BINS = -3.0, 3.0, 120  # in thresholds; a border of bins is at 1
@@ -44,24 +44,18 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
     shares: dict[str, list[float]] = {}
     fires: dict[str, float] = {}
 
-    def note(name: str, current: Tensor, layer: NeuronLayer) -> None:
-        config = layer.neuron
-        assert isinstance(config, (LIF, ILIF))
-        learned = neurons.broadcasting(config, layer.learned, 2 if current.ndim == 5 else 0)
-        shares[name], fires[name] = _histogram(current, config, learned)
-
     def look(name: str) -> Callable[..., None]:
         def hook(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             if isinstance(module, NormNeuron):
                 named = {key: value for key, value in named.items() if key != "identity"}
-                note(name, module.input_current(*arguments, **named), module)
+                current = module.input_current(*arguments, **named)
             else:
                 current, *timesteps = arguments  # T is said where one current is for all of them
-                note(
-                    name,
-                    current.expand(*timesteps or current.shape[:1], *current.shape[1:]),
-                    module,
-                )
+                current = current.expand(*timesteps or current.shape[:1], *current.shape[1:])
+            config = module.neuron
+            assert isinstance(config, (LIF, ILIF))
+            learned = neurons.broadcasting(config, module.learned, 2 if current.ndim == 5 else 0)
+            shares[name], fires[name] = _histogram(current, config, learned)
 
         return hook
 
@@ -85,14 +79,10 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
 
 
 def _counts(u: Tensor) -> Tensor:
-    """Count the values from `LOWEST` to `HIGHEST` in each bin, (BINS,)."""
-    if u.device.type == "cpu":
-        return torch.histc(u, BINS, LOWEST, HIGHEST)
-    return _counts_in_order(u)
+    """Count the values from `LOWEST` to `HIGHEST` in each bin, (BINS,).
 
-
-def _counts_in_order(u: Tensor) -> Tensor:
-    """Return the result of torch.histc, which has no deterministic form on a GPU."""
+    torch.histc, which does so, has no deterministic form on a GPU.
+    """
     bins = ((u - LOWEST) * BINS / (HIGHEST - LOWEST)).long().clamp(max=BINS - 1)
     return torch.bincount(bins.flatten(), minlength=BINS)
 

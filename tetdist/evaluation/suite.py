@@ -155,7 +155,10 @@ def run_suite(
     others = [t for t in timesteps if t != headline]
     if shows_each:
         others = [t for t in timesteps[-1:] if t > headline]
-    alone = _each_alone(passes, others)
+    alone = []
+    for one in others:
+        model.set_timesteps(one)
+        alone.append(passes.run(f"evaluate at T = {one}"))
     model.set_timesteps(headline)
     compared = model.num_classes if passes.outputs is None else len(passes.outputs)
     chosen = () if exit_choice is None else (exit_choice.threshold,)
@@ -214,15 +217,6 @@ def _chosen(choice: ExitChoice, result: Evaluation, points: list[dict[str, Any]]
         "chosen_on": {"samples": choice.samples, "top1": choice.top1},
         **{key: point[key] for key in never},
     }
-
-
-def _each_alone(passes: Passes, timesteps: Sequence[int]) -> list[Evaluation]:
-    """Evaluate at each T by itself."""
-    found = []
-    for one in timesteps:
-        passes.model.set_timesteps(one)
-        found.append(passes.run(f"evaluate at T = {one}"))
-    return found
 
 
 def _by_timestep(results: Sequence[Evaluation]) -> dict[str, list[float | None]]:

@@ -16,18 +16,6 @@ from tetdist.training.prepared import Prepared
 WEIGHTS, AVERAGE = "val", "val_ema"
 
 
-class Score(NamedTuple):
-    """An evaluation as the checkpoint of its weights records it.
-
-    Attributes:
-        validation: Accuracies in percent, by name; None: these weights were not evaluated.
-        is_best: True if there was no better one before.
-    """
-
-    validation: dict[str, float] | None = None
-    is_best: bool = False
-
-
 class Evaluated(NamedTuple):
     """One evaluation.
 
@@ -35,13 +23,18 @@ class Evaluated(NamedTuple):
         kind: WEIGHTS or AVERAGE.
         values: Its line of metrics.
         first: The first batch.
-        score: For the checkpoint.
+        is_best: True if there was no better one of the same kind before.
     """
 
     kind: str
     values: dict[str, Any]
     first: Batch
-    score: Score
+    is_best: bool = False
+
+    @property
+    def validation(self) -> dict[str, float]:
+        """Accuracies in percent, as the checkpoint of the weights records them."""
+        return {key: self.values[key] for key in ("top1", "top5")}
 
 
 class Evaluations:
@@ -55,7 +48,6 @@ class Evaluations:
         average: The moving average of the weights.
         stop: See `evaluate`.
         progress: Called with the number of samples evaluated on this process, and of all.
-        data_split: Name of what is evaluated on; see `RunFolder`.
     """
 
     def __init__(
@@ -64,10 +56,8 @@ class Evaluations:
         average: WeightAverage | None,
         stop: Callable[[], bool],
         progress: Callable[[int, int], None],
-        data_split: str | None,
     ) -> None:
         self.run, self.average, self.stop, self.progress = run, average, stop, progress
-        self.data_split = data_split
         self.result: dict[str, float] = {}
 
     def at(self, step: int) -> list[Evaluated]:
@@ -119,7 +109,6 @@ class Evaluations:
             self.result |= {f"{prefix}best_top1": values["top1"], f"{prefix}best_step": step}
         self.result[f"{prefix}top1"] = values["top1"]
         values["best_top1"] = self.result[f"{prefix}best_top1"]
-        if self.data_split:
-            values["data_split"] = self.data_split
-        score = Score({key: values[key] for key in ("top1", "top5")}, is_best)
-        return Evaluated(kind, values, first, score)
+        if self.run.data_split:
+            values["data_split"] = self.run.data_split
+        return Evaluated(kind, values, first, is_best)

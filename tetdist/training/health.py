@@ -52,11 +52,6 @@ class NonFiniteSteps:
         """The step that was the ``limit``-th in a row; 0: there is none. Asks the device."""
         return int(self._reached_at)
 
-    @property
-    def too_many(self) -> bool:
-        """True if there have ever been ``limit`` in a row. Asks the device."""
-        return self.limit_reached_at > 0
-
     def new(self) -> int:
         """Return how many there were since the last call."""
         count = int(self._total - self._reported)

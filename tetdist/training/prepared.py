@@ -15,7 +15,7 @@ from tetdist.nn import batch_norm
 from tetdist.nn.precision import choose_algorithms, parameter_type
 from tetdist.tracking.progress import RunProgress
 from tetdist.training.schedule import Phase, phase_at, schedule_phases
-from tetdist.training.setup import choose_passes, make_model, open_data
+from tetdist.training.setup import choose_passes, evaluated_split, make_model, open_data
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Prepared:
         steps_per_epoch: Optimiser steps of an epoch.
         last_step: Optimiser steps of the whole run.
         micro_batches: Numbers of this process's micro-batches, counted over all processes.
+        data_split: Name of what is evaluated on; see `evaluated_split`.
     """
 
     config: RunConfig
@@ -41,6 +42,7 @@ class Prepared:
     steps_per_epoch: int
     last_step: int
     micro_batches: Sequence[int]
+    data_split: str | None
 
     @property
     def first_step(self) -> int:
@@ -108,9 +110,6 @@ def _prepare(config: RunConfig, world: World) -> Prepared:
     end = phases[-1].end_step
     last_step = min(end, config.max_steps or end)
     _check_steps(config, phases, last_step)
-    micro_batches = order.rank_micro_batches(
-        world.rank, world.world_size, batch.global_, batch.micro
-    )
     torch.manual_seed(config.seed)
     choose_algorithms(config.precision, deterministic=config.deterministic)
     model = make_model(config, train)
@@ -118,9 +117,11 @@ def _prepare(config: RunConfig, world: World) -> Prepared:
     batch_norm.defer_running_statistics(model)
     if config.batch_norm.sync and world.world_size > 1:
         batch_norm.synchronize(model, world.mean_, world.world_size)
-    return Prepared(
-        config, world, train, val, model, phases, steps_per_epoch, last_step, micro_batches
+    micro_batches = order.rank_micro_batches(
+        world.rank, world.world_size, batch.global_, batch.micro
     )
+    placed = (phases, steps_per_epoch, last_step, micro_batches)
+    return Prepared(config, world, train, val, model, *placed, evaluated_split(config))
 
 
 def _check_device(config: RunConfig, world: World) -> None:

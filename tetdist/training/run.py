@@ -6,7 +6,7 @@ from tetdist.config.identity import of_all_hosts
 from tetdist.config.schema import RunConfig
 from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.watchdog import Watch
-from tetdist.distributed.world import World, join
+from tetdist.distributed.world import join
 from tetdist.errors import PeerFailed, Stopped
 from tetdist.training.observers import MakeObservers
 from tetdist.training.run_record import Launcher
@@ -40,31 +40,21 @@ def train(
             Watch(world, config.peer_timeout, shows_errors=shows_errors) as watch,
         ):
             watch.before_end.append(lambda verdict: on_failure(PeerFailed(verdict)))
-            return _train(config, make_observers, launcher, world, stop, watch)
+            try:
+                trainer = Trainer(config, world, stop, watch)
+                with trainer.folder:
+                    trainer.run(launcher, make_observers)
+            except Stopped:
+                step = trainer.step
+                logging.info("stopped at step %d, all saved; the same command continues", step)
+                return stop.exit_status
+            except Exception as error:
+                if not watch.shows_errors:
+                    # Which process is gone says more than the connection to it that broke here.
+                    watch.await_verdict(error)
+                on_failure(error)
+                raise
+            return 0
     except PeerFailed as error:
         on_failure(error)
         raise
-
-
-def _train(
-    config: RunConfig,
-    make_observers: MakeObservers,
-    launcher: Launcher,
-    world: World,
-    stop: StopRequest,
-    watch: Watch,
-) -> int:
-    try:
-        trainer = Trainer(config, world, stop, watch)
-        with trainer.folder:
-            trainer.run(launcher, make_observers)
-    except Stopped:
-        logging.info("stopped at step %d, all saved; the same command continues", trainer.step)
-        return stop.exit_status
-    except Exception as error:
-        if not watch.shows_errors:
-            # Which process is gone says more than the connection to it that broke here.
-            watch.await_verdict(error)
-        launcher.on_failure(error)
-        raise
-    return 0

@@ -18,7 +18,6 @@ from tetdist.storage.files import write_json, write_text
 from tetdist.tracking import environment, metrics_file
 from tetdist.tracking.mlflow_store import check_store
 from tetdist.tracking.trackers import check_tracker
-from tetdist.training.setup import evaluated_split
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +27,6 @@ class RunFolder:
 
     Opened by every process of the run, written by rank 0, which holds it locked.
 
-    Attributes:
-        data_split: Name of what the run is evaluated on; see `evaluated_split`.
-
     Raises:
         UserError: The folder is of another run, in use, or not what ``resume`` asks for.
     """
@@ -38,7 +34,6 @@ class RunFolder:
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
         self.path = config.run_dir
-        self.data_split = evaluated_split(config)
         self.checkpoints = self.path / "checkpoints"
         if world.rank == 0:
             for name in config.tracking.trackers:

@@ -55,17 +55,15 @@ class RunRecord:
     Args:
         run: What is trained.
         launcher: The program that started it.
-        data_split: Name of what it is evaluated on; see `RunFolder`.
     """
 
-    def __init__(self, run: Prepared, launcher: Launcher, data_split: str | None) -> None:
-        self.config, self.train, self.val = run.config, run.train, run.val
-        self.world, self.launcher, self.data_split = run.world, launcher, data_split
+    def __init__(self, run: Prepared, launcher: Launcher) -> None:
+        self.run, self.config, self.launcher = run, run.config, launcher
 
     @contextmanager
     def tracked(self, step: int, stop: StopRequest) -> Iterator[Tracker | None]:
         """Record the run from ``step`` on, on rank 0, until it ends or is stopped."""
-        if self.world.rank != 0:
+        if self.run.world.rank != 0:
             yield None
             return
         config, folder = self.config, self.config.run_dir
@@ -135,17 +133,17 @@ class RunRecord:
             "git": environment.git_version() or "none",
             "seed": str(config.seed),
             "precision": config.precision,
-            "world_size": str(self.world.world_size),
+            "world_size": str(self.run.world.world_size),
             "run_dir": str(config.run_dir.resolve()),
-            "data": self.train.fingerprint[:16],
-            **({"data_split": self.data_split} if self.data_split else {}),
+            "data": self.run.train.fingerprint[:16],
+            **({"data_split": self.run.data_split} if self.run.data_split else {}),
             **{key: str(value) for key, value in begun_with.items() if value is not None},
             **self.launcher.tags,
         } | {f"version.{name}": version for name, version in environment.versions().items()}
 
     def _note(self) -> str:
         """The description on the run's page in MLflow, in Markdown."""
-        config, train = self.config, self.train
+        config, train = self.config, self.run.train
         data = f"{len(train):,} {train.kind}, {counted(len(train.classes), 'class')}"
         phases = [
             [
@@ -159,7 +157,7 @@ class RunRecord:
         ]
         lines = [
             f"**{config.model.name}** by {config.loss.kind.upper()} on {config.data.root} ({data}; "
-            f"evaluated on the {len(self.val):,} of {self._evaluated_on})",
+            f"evaluated on the {len(self.run.val):,} of {self._evaluated_on})",
             "",
             markdown(["phase", "epochs", "T", "optimiser", "learning rate"], phases, tight=True),
             "",
@@ -185,5 +183,5 @@ class RunRecord:
                 context=context,
                 profile={"samples": len(index), "classes": len(index.classes)},
             )
-            for index, context in ((self.train, "training"), (self.val, "validation"))
+            for index, context in ((self.run.train, "training"), (self.run.val, "validation"))
         ]

@@ -138,7 +138,10 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
             f"data has {size}x{size}; set model.arguments.input_size={size}"
             + (", and all phases' image sizes to the same" if len(image_sizes) > 1 else "")
         )
-    _check_steps(config, model)
+    # The optimiser of a later phase would refuse what these do when that phase begins.
+    Clipping(config, model)
+    if any(phase.optimizer.layer_decay is not None for phase in config.phases):
+        layers_of(model)
     if hasattr(model, "set_execution"):
         model.set_execution(config.execution)
     match config.recompute:
@@ -224,13 +227,6 @@ def _refuse_foreign_norms(name: str, model: nn.Module) -> None:
                 "statistics would depend on the number of processes and be lost in recomputation; "
                 "build it of tetdist.nn.batch_norm.BatchNorm"
             )
-
-
-def _check_steps(config: RunConfig, model: nn.Module) -> None:
-    """Refuse what the optimiser of a later phase would refuse when that phase begins."""
-    Clipping(config, model)
-    if any(phase.optimizer.layer_decay is not None for phase in config.phases):
-        layers_of(model)
 
 
 def _image_sizes(config: RunConfig, index: Index) -> set[int]:

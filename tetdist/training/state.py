@@ -1,21 +1,19 @@
 """The start of a run, from others' weights, and its continuation from its own checkpoints."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tetdist.config.identity import differences
-from tetdist.config.schema import RunConfig
-from tetdist.datasets.index import Index
 from tetdist.errors import UserError
 from tetdist.nn import neurons
 from tetdist.plugins import checksums_of
 from tetdist.storage import checkpoint
 from tetdist.tracking.tracker import Tracker
 from tetdist.training.ema import WeightAverage
-from tetdist.training.evaluating import AVERAGE, WEIGHTS, Score
+from tetdist.training.evaluating import AVERAGE, WEIGHTS, Evaluated
 from tetdist.training.prepared import Prepared
 from tetdist.training.run_record import show_checkpoints
 from tetdist.training.teacher import Teacher
@@ -42,49 +40,13 @@ class RunState:
         """Make one of a checkpoint's state, which may hold more."""
         return cls(**{one.name: state[one.name] for one in fields(cls) if one.name in state})
 
-    def check(self, path: Path, config: RunConfig, index: Index, world_size: int) -> None:
-        """See that the run can go on from it, as far as its data and processes go.
-
-        Args:
-            path: The checkpoint's, for the message.
-            config: Of the run.
-            index: Of the training samples.
-            world_size: Number of processes.
-
-        Raises:
-            UserError: It cannot.
-        """
-        if self.data != index.fingerprint:
-            raise UserError(
-                f"{path} was trained on other data than what {config.data.index_dir} "
-                "now describes; restore the data, or give the run another name"
-            )
-        if config.batch_norm.sync and self.world_size != world_size:
-            raise UserError(
-                f"batch_norm.sync normalises over all processes, and {path} was trained on "
-                f"{self.world_size} of them, not {world_size}; continue it on as many"
-            )
-
-    def check_teacher(self, path: Path, config: RunConfig, fingerprint: str) -> None:
-        """See that the run learns from the same network as before, whose fingerprint is given.
-
-        Raises:
-            UserError: It does not.
-        """
-        if self.teacher != fingerprint:
-            raise UserError(
-                f"loss.distillation.teacher: {path} learned from another network than what "
-                f"is now in {config.loss.distillation.teacher}; put that back, or give the "
-                "run another name"
-            )
-
 
 def save(
     state: RunState,
     run: Prepared,
     optimizer: dict[str, Any],
     average: WeightAverage | None,
-    scores: Mapping[str, Score],
+    evaluated: Sequence[Evaluated],
     tracker: Tracker | None,
 ) -> None:
     """Write a checkpoint, on rank 0, and agree on all processes that it is there.
@@ -94,19 +56,22 @@ def save(
         run: What is trained.
         optimizer: State of the optimiser.
         average: The moving average of the weights.
-        scores: Of the weights and of their average, by kind of evaluation.
+        evaluated: Evaluations of the weights and of their average, if these are just done.
         tracker: Rank 0's.
 
     Raises:
         UserError: The disk is full, ...
     """
-    of_weights, of_average = scores.get(WEIGHTS, Score()), scores.get(AVERAGE, Score())
-    description = _describe(run, state.step, of_weights.validation)
+    by_kind = {one.kind: one for one in evaluated}
+    of_weights, of_average = by_kind.get(WEIGHTS), by_kind.get(AVERAGE)
+    description = _describe(run, state.step, of_weights and of_weights.validation)
     written = None
     if average is not None:
-        changes = {"validation": of_average.validation, "averaged": average.as_text()}
+        validation = of_average and of_average.validation
+        changes = {"validation": validation, "averaged": average.as_text()}
         theirs = description.model_copy(update=changes)
-        written = checkpoint.Average(average.state_dict(), theirs, of_average.is_best)
+        is_best = of_average is not None and of_average.is_best
+        written = checkpoint.Average(average.state_dict(), theirs, is_best)
 
     def write() -> None:
         if tracker is not None:
@@ -119,7 +84,7 @@ def save(
                 description=description,
                 state=asdict(state),
                 keep_last=run.config.save.keep_last,
-                best=of_weights.is_best,
+                best=of_weights is not None and of_weights.is_best,
                 average=written,
             )
             show_checkpoints(tracker, folder)
@@ -142,8 +107,32 @@ def restore(found: checkpoint.Checkpoint, run: Prepared, average: WeightAverage 
                 "another name, or set ema.decay=null"
             )
         average.load_state_dict(found.average)
-    state.check(found.path, run.config, run.train, run.world.world_size)
+    if state.data != run.train.fingerprint:
+        raise UserError(
+            f"{found.path} was trained on other data than what {run.config.data.index_dir} "
+            "now describes; restore the data, or give the run another name"
+        )
+    if run.config.batch_norm.sync and state.world_size != run.world.world_size:
+        raise UserError(
+            f"batch_norm.sync normalises over all processes, and {found.path} was trained on "
+            f"{state.world_size} of them, not {run.world.world_size}; continue it on as many"
+        )
     return state
+
+
+def teacher_again(state: RunState, path: Path, run: Prepared) -> Teacher | None:
+    """Open the teacher that a run goes on to learn from, if it has one.
+
+    Raises:
+        UserError: It is another network than when the checkpoint at ``path`` was written.
+    """
+    teacher = Teacher.of(run.config, run.train, run.world.device)
+    if teacher is not None and state.teacher != teacher.fingerprint:
+        raise UserError(
+            f"loss.distillation.teacher: {path} learned from another network than what is now in "
+            f"{run.config.loss.distillation.teacher}; put that back, or give the run another name"
+        )
+    return teacher
 
 
 def _describe(

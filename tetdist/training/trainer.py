@@ -6,7 +6,7 @@ and some running sums, and to resume is to put those back.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +27,7 @@ from tetdist.training import state
 from tetdist.training.ema import WeightAverage
 from tetdist.training.engines.base import Engine
 from tetdist.training.engines.create import make_engine
-from tetdist.training.evaluating import AVERAGE, Evaluations, Score
+from tetdist.training.evaluating import AVERAGE, Evaluated, Evaluations
 from tetdist.training.feed import Feed
 from tetdist.training.observers import MakeObservers, Observers, Watched
 from tetdist.training.prepared import prepare
@@ -36,7 +36,6 @@ from tetdist.training.run_record import Launcher, RunRecord
 from tetdist.training.sample_record import SampleRecord, sample_record
 from tetdist.training.schedule import Phase
 from tetdist.training.step import Step
-from tetdist.training.teacher import Teacher
 from tetdist.training.window import Window
 
 logger = logging.getLogger(__name__)
@@ -64,8 +63,7 @@ class Trainer:
         self.teacher = world.run_on_all(lambda: state.begin(run))
         self.average = WeightAverage.of(run.model, config.ema)
         self.folder = world.run_on_all(lambda: RunFolder(config, world))
-        split = self.folder.data_split
-        self.evaluations = Evaluations(run, self.average, stop.agreed, self._evaluated, split)
+        self.evaluations = Evaluations(run, self.average, stop.agreed, self._evaluated)
         self.feed = Feed(run, self._on_batch)
         found = self.folder.newest_checkpoint()
         if found is not None:
@@ -86,7 +84,7 @@ class Trainer:
             Stopped: A signal asked for it; all is saved.
             UserError: The loss is not finite, a file cannot be read, the disk is full, ...
         """
-        result, record = None, RunRecord(self.prepared, launcher, self.folder.data_split)
+        result, record = None, RunRecord(self.prepared, launcher)
         try:
             with (
                 record.tracked(self.step, self.stop) as self.tracker,
@@ -218,9 +216,8 @@ class Trainer:
     def _check_finite(self) -> None:
         """End the run, on all processes, if too many steps in a row were not finite."""
         non_finite = self.window.non_finite
-        if not non_finite.too_many:
+        if not (last := non_finite.limit_reached_at):
             return
-        last = non_finite.limit_reached_at
         with self.feed.again(last - 1) as batches:
             found = self.training_step.examine(last - 1, batches)
         reports = self.world.gather(None if found.is_finite else str(found))
@@ -243,7 +240,7 @@ class Trainer:
             one.values.update(self.observers.on_evaluation(self.step, one))
             self._log(one.kind, one.values)
             self.progress.report_evaluation(self.step, one.values, of_average=one.kind == AVERAGE)
-        self._save({one.kind: one.score for one in found})
+        self._save(found)
         for one in found:
             self.observers.on_line(one.kind, self.step, one.values)
 
@@ -257,8 +254,8 @@ class Trainer:
 
     # --- state --------------------------------------------------------------------------------
 
-    def _save(self, scores: Mapping[str, Score] | None = None) -> None:
-        """Write a checkpoint, from rank 0, with the scores of its weights and their average."""
+    def _save(self, evaluated: Sequence[Evaluated] = ()) -> None:
+        """Write a checkpoint, from rank 0, with evaluations of its weights and their average."""
         self._check_finite()
         scale = self.engine.loss_scale
         now = state.RunState(
@@ -273,7 +270,7 @@ class Trainer:
             teacher=None if self.teacher is None else self.teacher.fingerprint,
         )
         optimizer = self.engine.optimizer_state()
-        state.save(now, self.prepared, optimizer, self.average, scores or {}, self.tracker)
+        state.save(now, self.prepared, optimizer, self.average, evaluated, self.tracker)
         self.saved_step = self.step
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
@@ -289,9 +286,7 @@ class Trainer:
             else:
                 logger.info("continuing %s from step %d", self.folder.path, self.step)
         if not self.finished:
-            self.teacher = Teacher.of(self.config, self.prepared.train, self.world.device)
-        if self.teacher is not None:
-            then.check_teacher(found.path, self.config, self.teacher.fingerprint)
+            self.teacher = state.teacher_again(then, found.path, self.prepared)
 
     engine: Engine
     training_step: Step

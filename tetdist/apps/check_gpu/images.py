@@ -48,7 +48,7 @@ def check_loading(here: Machine) -> Finding:
     root = here.folder / "loading"
     index = _indexed(root, copies=1 if here.small else 40)
     size, batch = (33, 4) if here.small else (224, 32)
-    threads = cores_of(here.world)
+    threads = cores_of(here.world)[0]
     config = _config(root, {"threads": threads, "image_size": size}, batch=batch)
     counted = 5 if here.small else 60
     with train_loader(config, index, _alone(here), 0, size) as batches:

@@ -19,8 +19,8 @@ from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig
 
 
-def neuron_section_of(kind: str) -> type[Section]:
-    """The keys of a kind of neuron beside ``kind``: the fields that its class declares."""
+def neuron_section(kind: str) -> type[Section]:
+    """The keys of a kind of neuron: the fields that its class declares, and ``kind``."""
     cls: Any = neurons.class_of(kind)
     return _section_of(cls)
 
@@ -33,6 +33,14 @@ def _section_of(cls: Any) -> type[Section]:
             default=one.default, description=one.metadata["doc"], **one.metadata["bounds"]
         )
         keys[one.name] = (hints[one.name], described)
+    described = Field(
+        default="lif",
+        description=(
+            "Kind of neuron, or one of your own (see imports). Unset keys default to the network's "
+            "published neuron."
+        ),
+    )
+    keys["kind"] = (Annotated[str, OneOf(lambda: NEURONS)], described)
     made: type[Section] = pydantic.create_model(f"{cls.__name__}Section", __base__=Section, **keys)
     return made
 
@@ -43,16 +51,17 @@ def _neuron(value: Any) -> NeuronConfig:
         return value
     if not isinstance(value, dict):
         raise PydanticCustomError("neuron", "must hold keys and values")
-    numbers = dict(value)
-    kind = numbers.pop("kind", "lif")
+    kind = value.get("kind", "lif")
     if kind not in NEURONS:
         text = f"kind: {NEURONS.none_of(str(kind))}"
         raise PydanticCustomError("neuron_numbers", "{text}", {"text": text})
-    section = neuron_section_of(kind)
+    section = neuron_section(kind)
     try:
-        return NEURONS[kind](**dict(section.model_validate_json(json.dumps(numbers))))
+        numbers = dict(section.model_validate_json(json.dumps(value)))
+        return NEURONS[numbers.pop("kind")](**numbers)
     except pydantic.ValidationError as error:
-        context = {"errors": error.errors(), "known": ["kind", *section.model_fields]}
+        known = sorted(section.model_fields, key=lambda name: name != "kind")
+        context = {"errors": error.errors(), "known": known}
         raise PydanticCustomError("within", "see its errors", context) from error
     except ValueError as error:
         raise PydanticCustomError("neuron_numbers", "{text}", {"text": str(error)}) from error

@@ -121,28 +121,8 @@ class LossScale:
         self.good_steps, self.overflows = int(state["good_steps"]), int(state["overflows"])
 
 
-def load_whole_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    optimizer.load_state_dict(state)
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape:
-                # It takes the parameter's memory layout, which another engine's state may not have:
-                # fused kernels go through both in the order of memory, and would pair the wrong
-                # elements.
-                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
 def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
     model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
-
-
-def scaled(loss: Tensor, scale: LossScale | None) -> Tensor:
-    return loss if scale is None else loss * scale.factor(loss.device)
-
-
-def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return [p.grad for p in parameters if p.grad is not None]
 
 
 class GradientMean:
@@ -158,8 +138,7 @@ class GradientMean:
     def __init__(
         self, config: RunConfig, optimizer: torch.optim.Optimizer, world: World, accumulation: int
     ) -> None:
-        self._world, self._optimizer = world, optimizer
-        self._accumulation, self._backward_passes = accumulation, 0
+        self._world, self._accumulation, self._backward_passes = world, accumulation, 0
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._overlapped: OverlappedMean | None = None
         self._overlaps = (
@@ -185,7 +164,7 @@ class GradientMean:
     def average(self) -> list[Tensor]:
         """Average the step's gradients in place; return them."""
         self._backward_passes = 0
-        grads = gradients(self._optimizer)
+        grads = [p.grad for p in self._parameters if p.grad is not None]
         if self._overlapped is not None:
             self._overlapped.finish()
         else:
@@ -195,29 +174,6 @@ class GradientMean:
     def close(self) -> None:
         if self._overlapped is not None:
             self._overlapped.close()
-
-
-def unscale_and_clip(grads: list[Tensor], scale: LossScale | None, clipping: Clipping) -> Update:
-    """Undo the loss's scale and clip, in place, without asking the device."""
-    if scale is not None:
-        torch._foreach_mul_(grads, 1 / scale.value)
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    clipping(grads, norm)
-    return Update(norm, torch.isfinite(norm))
-
-
-def start_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Begin SGD's momentum at 0, from which its first step is the same.
-
-    Left to itself torch allocates it at the first step, and if that step is given up, leaves it
-    with whatever was in memory.
-    """
-    if not isinstance(optimizer, torch.optim.SGD):
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if group["momentum"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -232,3 +188,76 @@ def tell(optimizer: torch.optim.Optimizer, lr: float, apply: Tensor) -> None:
     # attributes by name, and nothing declares them.
     optimizer.found_inf = (~apply).to(torch.float32)  # type: ignore[attr-defined]  # see above
     optimizer.grad_scale = None  # type: ignore[attr-defined]  # see above
+
+
+class WholeEngine:
+    """Parts of the engines in which each process has all gradients and the optimiser's whole state.
+
+    A subclass runs a backward pass and the optimiser's step in its own way.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accumulation: int,
+        world: World,
+    ) -> None:
+        self.optimizer, self.clipping = optimizer, Clipping(config, model)
+        self.loss_scale = LossScale.of(config.precision)
+        self.mean = GradientMean(config, optimizer, world, accumulation)
+        lay_out(model, torch.channels_last)
+        if isinstance(optimizer, torch.optim.SGD):
+            _start_momentum(optimizer)
+
+    def _run_backward(self, loss: Tensor) -> None:
+        raise NotImplementedError
+
+    def _step(self) -> None:
+        raise NotImplementedError
+
+    def backward(self, loss: Tensor) -> None:
+        if self.loss_scale is not None:
+            loss = loss * self.loss_scale.factor(loss.device)
+        with self.mean.backward_pass():
+            self._run_backward(loss)
+
+    def update(self, lr: float) -> Update:
+        grads = self.mean.average()
+        if self.loss_scale is not None:
+            torch._foreach_mul_(grads, 1 / self.loss_scale.value)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        self.clipping(grads, norm)
+        applied = torch.isfinite(norm)
+        tell(self.optimizer, lr, applied)
+        self._step()
+        return Update(norm, applied)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+        for parameter, values in self.optimizer.state.items():
+            for key, value in values.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    # It takes the parameter's memory layout, which another engine's state may not
+                    # have: fused kernels go through both in the order of memory, and would pair
+                    # the wrong elements.
+                    values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+    def close(self) -> None:
+        self.mean.close()
+
+
+def _start_momentum(optimizer: torch.optim.SGD) -> None:
+    """Begin SGD's momentum at 0, from which its first step is the same.
+
+    Left to itself torch allocates it at the first step, and if that step is given up, leaves it
+    with whatever was in memory.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if group["momentum"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -15,22 +15,10 @@ from tetdist.config.schema import RunConfig
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, pip_install
 from tetdist.nn.precision import LOW_PRECISION
-from tetdist.training.engines.base import (
-    GradientMean,
-    LossScale,
-    Update,
-    lay_out,
-    load_whole_state,
-    scaled,
-    set_lr,
-    start_momentum,
-    tell,
-    unscale_and_clip,
-)
-from tetdist.training.engines.clipping import Clipping
+from tetdist.training.engines.base import LossScale, Update, WholeEngine, lay_out, set_lr
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(WholeEngine):
     """DeepSpeed at ZeRO stage 0 with torch_autocast.
 
     The gradients are averaged by `GradientMean`: on CPUs of one host through shared memory, and on
@@ -53,35 +41,21 @@ class DeepSpeedEngine:
         self.engine = _initialize(model, optimizer, settings, world)
         # It skips overflows, and neither says so nor saves its scale: the scaling is ours, too.
         self.engine.torch_autocast_z0_gradscaler = None
-        self.loss_scale = LossScale.of(config.precision)
-        lay_out(model, torch.channels_last)
-        start_momentum(optimizer)
-        self.optimizer, self.clipping = optimizer, Clipping(config, model)
-        self.mean = GradientMean(config, optimizer, world, accumulation)
         self.engine.enable_backward_allreduce = False
+        super().__init__(config, model, optimizer, accumulation, world)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.engine(images, per_timestep=True)
 
-    def backward(self, loss: Tensor) -> None:
-        with self.mean.backward_pass():
-            _accumulate(self.engine, scaled(loss, self.loss_scale))
+    def _run_backward(self, loss: Tensor) -> None:
+        _accumulate(self.engine, loss)
 
-    def update(self, lr: float) -> Update:
+    def _step(self) -> None:
         assert self.engine.is_gradient_accumulation_boundary()
-        update = unscale_and_clip(self.mean.average(), self.loss_scale, self.clipping)
-        tell(self.optimizer, lr, update.applied)
         self.engine.step()
-        return update
-
-    def optimizer_state(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
-
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        load_whole_state(self.optimizer, state)
 
     def close(self) -> None:
-        self.mean.close()
+        super().close()
         self.engine.destroy()
 
 
