@@ -164,7 +164,7 @@ def test_card_says_what_a_reader_asks_and_no_secrets(call: Call, tmp_path: Path)
     card = (tmp_path / "given" / "README.md").read_text()
     for part in (
         "| network | spiking_resnet18, width 4, stem_width 4 |",
-        "| neuron | LIF, decay 0.75, threshold 0.5, hard reset, triangle surrogate of width 1 |",
+        "| neuron | kind lif, threshold 0.5, decay 0.75, reset hard, detach_reset False, ",
         "| timesteps | 3 |",
         "| input | 3 x 32 x 32 image |",
         "| loss | TET, lambda 0.001, phi 1; 0.2 x divergence from big; 0.5 x divergence from the "

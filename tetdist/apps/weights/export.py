@@ -24,10 +24,10 @@ from tetdist.datasets.layouts import CLASSES_FILE
 from tetdist.errors import UserError, typed
 from tetdist.models import SpikingNetwork
 from tetdist.nn import neurons
-from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.storage import checkpoint
 from tetdist.storage.files import made_aside
 from tetdist.storage.hub import HF
+from tetdist.tables import markdown
 from tetdist.wording import counted
 
 _INPUTS = {"images": "image", "events": "event frame a timestep"}
@@ -161,38 +161,43 @@ def card(trained: Trained, source: str | None = None) -> str:
     neuron, data = config.model.neuron, config.data
     shape = " x ".join(map(str, trained.input_shape))
     rows = {
-        "network": f"{config.model.name}{_arguments(config.model.arguments)}",
-        "neuron": _neuron(neuron),
+        "network": ", ".join([config.model.name, *_listed(config.model.arguments)]),
+        "neuron": ", ".join(_listed(neurons.as_dict(neuron))),
         "timesteps": f"{model.timesteps}",
         "input": f"{shape} {_INPUTS[data.kind]}",
         "classes": f"{model.num_classes}",
-        "loss": config.loss.as_text(),
-        **({"begun with": config.init_checkpoint} if config.init_checkpoint else {}),
-        "phases": "; ".join(
+    }
+    if converted := description.converted:
+        origin = f"`{converted['file']}` ({converted['from']})"
+        rows["origin"] = f"weights taken over from {origin}, not trained here"
+    else:
+        phases = (
             f"{counted(p.epochs, 'epoch')} at T={p.timesteps}, {p.optimizer.kind}, "
             f"lr {p.optimizer.lr_as_text(config.batch.global_)}"
             for p in config.phases
-        ),
-        "trained for": f"{counted(description.step, 'step')} of "
-        f"{counted(config.batch.global_, 'sample')}"
-        f"{', the best checkpoint' if description.which == 'best' else ''}, "
-        f"precision {config.precision}, seed {config.seed}",
-        **({"weights": description.averaged} if description.averaged else {}),
-        "accuracy": _accuracy(description),
-    }
-    converted = description.converted
-    if converted:
-        of = "weights taken over from"
-        rows = {k: v for k, v in rows.items() if k not in ("loss", "phases", "trained for")}
-        rows["origin"] = f"{of} `{converted['file']}` ({converted['from']}), not trained here"
-    module = "tetdist" if isinstance(model, SpikingNetwork) else type(model).__module__
-    loading = f"""import timm
-import {module}  # registers the model
+        )
+        rows["loss"] = config.loss.as_text()
+        if config.init_checkpoint:
+            rows["begun with"] = config.init_checkpoint
+        rows["phases"] = "; ".join(phases)
+        rows["trained for"] = (
+            f"{counted(description.step, 'step')} of {counted(config.batch.global_, 'sample')}"
+            f"{', the best checkpoint' if description.which == 'best' else ''}, precision "
+            f"{config.precision}, seed {config.seed}"
+        )
+    if description.averaged:
+        rows["weights"] = description.averaged
+    rows["accuracy"] = _accuracy(description)
 
-model = timm.create_model({_create_arguments(trained, source)}).eval()
-{_call(model)}"""
+    is_ours = isinstance(model, SpikingNetwork)
+    # A network from outside promises the logits of each timestep alone.
+    call = (
+        "model(x)  # logits, the mean over timesteps; model(x, per_timestep=True): each one's own"
+        if is_ours
+        else "model(x, per_timestep=True).mean(0)  # logits, the mean over timesteps"
+    )
     if neuron.refusal(2) is None:
-        loading += "\nmodel.set_timesteps(2)  # fewer or more timesteps with the same weights"
+        call += "\nmodel.set_timesteps(2)  # fewer or more timesteps with the same weights"
     weights = checkpoint.MODEL_FILE
     if source is not None and source.startswith(_TIMMS_HUB):
         weights = source.replace(_TIMMS_HUB, HF)
@@ -202,69 +207,46 @@ model = timm.create_model({_create_arguments(trained, source)}).eval()
         pipeline_tag="image-classification" if data.kind == "images" else None,
         tags=["spiking-neural-network", "tetdist"],
     )
-    lines = [
-        f"---\n{found_by.to_yaml()}\n---",
-        "",
-        f"# {config.name}",
-        "",
-        f"A {'spiking neural' if neuron.spiking else 'ReLU'} network, made with tetdist.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {key} | {value} |" for key, value in rows.items()),
-        "",
-        "## Load",
-        "",
-        "With tetdist, which is installed in a checkout of it by `pip install -e .` (networks and",
-        "losses alone) or `pip install -e '.[train,cuda130]'` (training and evaluation, too):",
-        "",
-        "```python",
-        loading,
-        "```",
-        "",
-        _preparation(trained),
-        "",
-        f"`{typed('eval')} --checkpoint {weights} --data ROOT` evaluates it, and",
-        f"`init_checkpoint={weights}` begins a training with it.",
-        "",
-        "## Recipe",
-        "",
-        f"With tetdist {tetdist.__version__}:",
-        "",
-        "```yaml",
-        _recipe(trained).rstrip(),
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
+    return f"""---
+{found_by.to_yaml()}
+---
+
+# {config.name}
+
+A {"spiking neural" if neuron.spiking else "ReLU"} network, made with tetdist.
+
+{markdown(["", ""], list(rows.items()))}
+
+## Load
+
+With tetdist, which is installed in a checkout of it by `pip install -e .` (networks and
+losses alone) or `pip install -e '.[train,cuda130]'` (training and evaluation, too):
+
+```python
+import timm
+import {"tetdist" if is_ours else type(model).__module__}  # registers the model
+
+model = timm.create_model({_create_arguments(trained, source)}).eval()
+{call}
+```
+
+{_preparation(trained)}
+
+`{typed("eval")} --checkpoint {weights} --data ROOT` evaluates it, and
+`init_checkpoint={weights}` begins a training with it.
+
+## Recipe
+
+With tetdist {tetdist.__version__}:
+
+```yaml
+{_recipe(trained).rstrip()}
+```
+"""
 
 
-def _call(model: nn.Module) -> str:
-    """The call of the model; one from outside promises the logits of each timestep alone."""
-    if isinstance(model, SpikingNetwork):
-        meaning = "logits, the mean over timesteps; model(x, per_timestep=True): each one's own"
-        return f"model(x)  # {meaning}"
-    return "model(x, per_timestep=True).mean(0)  # logits, the mean over timesteps"
-
-
-def _neuron(neuron: NeuronConfig) -> str:
-    if not neuron.spiking:
-        return "none: max(0, I), the ReLU network of this shape"
-    if type(neuron) is not LIF:
-        numbers = neurons.as_dict(neuron)
-        kind = numbers.pop("kind")
-        return ", ".join([kind, *(f"{key} {value}" for key, value in numbers.items())])
-    kind = "IF" if neuron.decay == 1 else "LIF"
-    if neuron.spike != "step":
-        kind += f" with a {neuron.spike} in place of spikes"
-    return (
-        f"{kind}, decay {neuron.decay:g}, threshold {neuron.threshold:g}"
-        f"{' (fires at it)' if neuron.fires_at_threshold else ''}, {neuron.reset} reset, "
-        f"{neuron.surrogate} surrogate of width {neuron.surrogate_width:g}"
-    )
-
-
-def _arguments(arguments: dict[str, Any]) -> str:
-    return "".join(f", {key} {value}" for key, value in arguments.items())
+def _listed(values: dict[str, Any]) -> list[str]:
+    return [f"{key} {value}" for key, value in values.items()]
 
 
 def _accuracy(description: checkpoint.Description) -> str:
