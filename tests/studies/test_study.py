@@ -280,8 +280,9 @@ def test_runs_of_a_killed_study_save_and_end(call: Call, write: Write, tmp_path:
     assert list((run / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_is_being_started_ends_with_the_study(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The signal comes before the new process is known by its number."""
     mark, env = tiny.marked({})
@@ -291,17 +292,17 @@ def test_a_run_that_is_being_started_ends_with_the_study(
     class Popen(subprocess.Popen[bytes]):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
 
     monkeypatch.setattr(local.subprocess, "Popen", Popen)
     sleep = property(lambda _: tiny.python("-c", "import time; time.sleep(300)"))
     monkeypatch.setattr(plan.Command, "words", sleep)
     runs = runs_of(write(ENDLESS), tmp_path / "out")
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         local.work(runs, 1, tracking.Parent("study", [], tmp_path))
     assert tiny.alive(mark) == []
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
 def test_two_studies_do_not_share_a_run(
@@ -318,41 +319,6 @@ def test_two_studies_do_not_share_a_run(
     finally:
         first.process.kill()
         first.process.wait()
-
-
-@pytest.mark.long
-@pytest.mark.timeout(1800)
-def test_twenty_stops_at_random_moments_leave_no_process(write: Write, tmp_path: Path) -> None:
-    file = write(ENDLESS | {"seeds": [0, 1]})
-    output = tmp_path / "out"
-    command = tiny.python(STUDY, file, "--output", output, "--jobs", "2")
-    rng = np.random.default_rng(0)
-
-    def trained() -> int:
-        return sum(file.stat().st_size for file in output.glob("*/metrics.jsonl"))
-
-    for i in range(20):
-        number = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)[i % 4]
-        mark, env = tiny.marked(tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT)))
-        with tiny.started(command, tmp_path, env) as process:
-            # At any moment of the start, while runs are being started, or while they train.
-            before = trained()
-            awaited = (
-                lambda: True,
-                lambda m=mark: len(tiny.alive(m)) > 1,
-                lambda size=before: trained() > size,
-            )
-            tiny.wait_until(awaited[i // 4 % 3], 120)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0, 3))
-            assert process.poll() is None, process.communicate()[0]
-            process.send_signal(number)
-            said, _ = process.communicate(timeout=120)
-            assert "Traceback" not in said, (i, said)
-            assert "at work" not in said, (i, said)
-            tiny.wait_until(lambda m=mark: not tiny.alive(m), 60)
-        print(i, number.name, process.returncode, flush=True)
-    assert list(output.glob("*/checkpoints/step-*")) != []
 
 
 def test_mlflow_has_the_runs_below_the_study(write: Write, tmp_path: Path) -> None:

@@ -101,24 +101,33 @@ def from_spikingjelly(name: str, decay_input: bool | None = None, **options: Any
 
 
 @pytest.mark.parametrize(
-    ("name", "theirs_options", "ours_options"),
+    ("name", "theirs_options", "own_neuron", "ours_options"),
     [
-        pytest.param("sew_resnet34", {"cnf": "ADD"}, {}, marks=pytest.mark.long),
-        ("sew_resnet18", {"cnf": "IAND"}, {"connect_function": "iand"}),
-        pytest.param("sew_resnet50", {"cnf": "ADD"}, {}, marks=pytest.mark.long),
-        ("spiking_resnet18", {}, {"norm": "bn"}),
-        pytest.param("spiking_resnet50", {}, {"norm": "tdbn"}, marks=pytest.mark.long),
+        ("sew_resnet18", {"cnf": "IAND"}, {}, {"connect_function": "iand"}),
+        pytest.param("sew_resnet50", {"cnf": "ADD"}, {}, {}, marks=pytest.mark.long),
+        ("spiking_resnet18", {"decay_input": False}, {"decay": 0.5}, {"norm": "bn"}),
+        # docs/weights.md: with decay_input, threshold and width are tau times what they are there.
+        (
+            "spiking_resnet18",
+            {"decay_input": True},
+            {"decay": 0.5, "threshold": 2.0, "surrogate_width": 1.0},
+            {"norm": "bn"},
+        ),
+        pytest.param("spiking_resnet50", {}, {}, {"norm": "tdbn"}, marks=pytest.mark.long),
     ],
 )
 def test_agrees_with_spikingjelly(
-    name: str, theirs_options: dict[str, Any], ours_options: dict[str, Any]
+    name: str,
+    theirs_options: dict[str, Any],
+    own_neuron: dict[str, float],
+    ours_options: dict[str, Any],
 ) -> None:
     theirs = from_spikingjelly(name, **theirs_options)
-    own_neuron = SOURCES["spikingjelly"].neuron
-    model = ours(name, num_classes=5, neuron=own_neuron, **ours_options)
+    neuron = SOURCES["spikingjelly"].neuron | own_neuron
+    model = ours(name, num_classes=5, neuron=neuron, **ours_options)
     converted(theirs.state_dict(), "spikingjelly", model)
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=generator)
+    x = 3 * torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=generator)
     for training in (False, True):
         theirs.train(training).zero_grad()
         functional.reset_net(theirs)
@@ -149,29 +158,13 @@ def assert_same_gradients(model: SpikingNetwork, theirs: nn.Module) -> None:
     }
     gradients = {key: p.grad for key, p in theirs.named_parameters()}
     expected = foreign.convert(gradients, "spikingjelly", model).weights
+    reached = 0
     for key, parameter in model.named_parameters():
-        assert expected[key].norm() > 0, key
-        assert relative(parameter.grad, expected[key] * scales.get(key, 1.0)) < 1e-8, key
-
-
-@pytest.mark.parametrize(("decay_input", "threshold", "alpha"), [(False, 1, 2), (True, 2, 1)])
-def test_spikingjellys_lif_is_one_of_ours(decay_input: bool, threshold: int, alpha: int) -> None:
-    """docs/weights.md: with decay_input, threshold and width are tau times what they are there."""
-    theirs = from_spikingjelly("spiking_resnet18", decay_input).eval()
-    own_neuron = SOURCES["spikingjelly"].neuron | {
-        "decay": 0.5,
-        "threshold": float(threshold),
-        "surrogate_width": float(alpha),
-    }
-    model = ours("spiking_resnet18", num_classes=5, neuron=own_neuron, norm="bn").eval()
-    converted(theirs.state_dict(), "spikingjelly", model)
-    x = 3 * torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    expected, logits = theirs(x.expand(T, *x.shape)), model(x, per_timestep=True)
-    assert logits.detach().std() > 0
-    assert relative(logits, expected) < 1e-8
-    logits.square().sum().backward()
-    expected.square().sum().backward()
-    assert relative(model.stem.conv.weight.grad, theirs.conv1.weight.grad) < 1e-8
+        there = expected[key] * scales.get(key, 1.0)
+        assert (parameter.grad - there).norm() <= 1e-8 * there.norm(), key
+        reached += bool(there.any())
+    # The last layers of neurons that halve their input are silent.
+    assert reached > len(scales)
 
 
 LEARNING: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
