@@ -173,7 +173,7 @@ def remember_the_environment() -> None:
 def main() -> None:
     # What the children would else import, each for itself.
     import deepspeed.ops  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
+    import matplotlib.backends.backend_agg  # noqa: F401
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
     import nvidia.dali.pipeline  # noqa: F401
     import timm.optim  # noqa: F401

@@ -8,9 +8,6 @@ from tetdist.data.loader import Batch
 from tetdist.evaluation.evaluate import Evaluation, evaluate
 from tetdist.evaluation.suite import Passes
 
-# Of `run_suite`, where nothing is to be dropped.
-WHOLE: dict[str, Any] = {"drop_timesteps": [], "drop_events": [], "seed": 0}
-
 
 @dataclass(frozen=True)
 class OneBatch(Passes):

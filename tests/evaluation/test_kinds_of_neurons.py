@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from one_batch import WHOLE, OneBatch
+from one_batch import OneBatch
 from passes import randomize
 from torch import Tensor
 
@@ -80,7 +80,7 @@ ABOUT = {
 def test_what_is_not_causal_is_evaluated_at_each_t_by_itself(alone: World) -> None:
     model = small({"kind": "ahead"})
     passes = passes_of(model, alone)
-    found = run_suite(passes, timesteps=[1, 2, 4], headline=2, **WHOLE)
+    found = run_suite(passes, timesteps=[1, 2, 4], headline=2)
     images, labels = passes.batch.images, torch.arange(24) % 4
     losses = []
     with torch.no_grad():
@@ -287,7 +287,7 @@ def test_firing_rates_of_integer_spikes_are_shares_of_the_most(kind: str, alone:
 
 def test_there_may_be_nothing_to_unroll(alone: World) -> None:
     passes = passes_of(small({"kind": "lif", "threshold": 0.3}), alone)
-    found = run_suite(passes, timesteps=[2, 4], unroll=True, **WHOLE)
+    found = run_suite(passes, timesteps=[2, 4], unroll=True)
     assert "nothing to unroll: every layer that sees spikes sees 0 and 1" in as_text(ABOUT | found)
 
 
@@ -296,7 +296,7 @@ def test_an_unrolled_evaluation_says_the_same(kind: str, alone: World) -> None:
     model = small({"kind": kind, "threshold": 0.3})
     passes = passes_of(model, alone)
     numbers, spikes = (
-        run_suite(passes, timesteps=[2, 4], unroll=unroll, **WHOLE) for unroll in (False, True)
+        run_suite(passes, timesteps=[2, 4], unroll=unroll) for unroll in (False, True)
     )
     unrolled_into = re.search(r"unrolled: 3 layers in up to (\d) sub", as_text(ABOUT | spikes))
     assert "unrolled" not in as_text(ABOUT | numbers)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from one_batch import WHOLE, OneBatch
+from one_batch import OneBatch
 from torch import Tensor, nn
 
 from tetdist.apps.reports.evaluation_page import as_text, html_page, png_page
@@ -49,7 +49,7 @@ def test_all_but_what_is_known_of_ours_is_reported(kind: str, alone: World) -> N
     model: Any = Outside(kind)
     passes = passes_of(model, alone)
     dropped = [0.5] if kind == "events" else []
-    found = run_suite(passes, timesteps=[T], **(WHOLE | {"drop_timesteps": dropped}))
+    found = run_suite(passes, timesteps=[T], drop_timesteps=dropped)
     with torch.no_grad():
         logits = model(passes.batch.images, per_timestep=True)
     right = (logits.mean(0).argmax(-1) == passes.batch.labels).double().mean()
@@ -67,7 +67,7 @@ def test_all_but_what_is_known_of_ours_is_reported(kind: str, alone: World) -> N
 def test_what_only_ours_can_do_is_refused(alone: World) -> None:
     model: Any = Outside()
     with pytest.raises(UserError, match=r"--drop-timesteps .* this one is a Outside"):
-        run_suite(passes_of(model, alone), timesteps=[T], **(WHOLE | {"drop_timesteps": [0.5]}))
+        run_suite(passes_of(model, alone), timesteps=[T], drop_timesteps=[0.5])
 
 
 def test_other_than_logits_of_each_timestep_is_refused(alone: World) -> None:
@@ -76,4 +76,4 @@ def test_other_than_logits_of_each_timestep_is_refused(alone: World) -> None:
     with pytest.raises(
         UserError, match=r"returned \(8, 4\) .* must return logits \(3, 8, classes\)"
     ):
-        run_suite(passes_of(model, alone), timesteps=[T], **WHOLE)
+        run_suite(passes_of(model, alone), timesteps=[T])

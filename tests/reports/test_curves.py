@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -272,23 +270,6 @@ def test_running_mean() -> None:
     assert _running_mean(values, 1) == [1.5, 3.0, 11 / 3, 14 / 3, 4.0]
     assert _running_mean(values, 0) == values
     assert all(map(math.isclose, _running_mean(values, 9), [3.4] * 5))
-
-
-def test_no_display_and_no_global_figures(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(train_line(10)) + "\n")
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from tetdist.apps.reports.curves import learning_curves\n"
-        "assert not any(name.startswith('matplotlib') for name in sys.modules)\n"
-        "learning_curves(Path('metrics.jsonl'), Path('a.png'))\n"
-        "assert 'matplotlib.pyplot' not in sys.modules and 'mlflow' not in sys.modules\n"
-    )
-    environment = {**os.environ, "MPLBACKEND": "TkAgg"}
-    environment.pop("DISPLAY", None)
-    subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=60
-    )
-    assert (tmp_path / "a.png").is_file()
 
 
 def test_matplotlib_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

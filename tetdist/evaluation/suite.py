@@ -114,9 +114,9 @@ def run_suite(
     timesteps: Sequence[int],
     headline: int | None = None,
     unroll: bool = False,
-    drop_timesteps: Sequence[float],
-    drop_events: Sequence[float],
-    seed: int,
+    drop_timesteps: Sequence[float] = (),
+    drop_events: Sequence[float] = (),
+    seed: int = 0,
     real: RealLabels | None = None,
     exit_choice: ExitChoice | None = None,
 ) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tetdist.apps.reports import runs_table
 from tetdist.apps.reports.runs_table import RunRecord
 from tetdist.config.yaml_files import read_yaml
@@ -63,13 +65,8 @@ class Reference:
         if not (1 - HELD_OUT) * known[0] <= epochs <= 1.01 * known[-1]:
             return None
         # An epoch without what is held out, or an incomplete batch, is less than all images.
-        epochs = min(max(epochs, known[0]), known[-1])
-        after = next(epoch for epoch in known if epoch >= epochs)
-        if after == epochs:
-            return self.top1[after]
-        before = max(epoch for epoch in known if epoch < epochs)
-        share = math.log(epochs / before) / math.log(after / before)
-        return self.top1[before] + share * (self.top1[after] - self.top1[before])
+        top1 = [self.top1[epoch] for epoch in known]
+        return float(np.interp(math.log(epochs), np.log(known), top1))
 
     def reached(self, top1: float) -> float | None:
         """The first epoch at which it had reached so much; None: never, or before its first one."""
@@ -201,22 +198,36 @@ def verdict(record: RunRecord, reference: Reference) -> Verdict:
         judged = _judge(record.name, points, reference)
     on_the_way, sentence = judged
     if differences:
-        sentence += f" {_said(differences)}"
+        told = [
+            f"{key} {'unset' if ours is None else ours} "
+            f"(theirs {'unset' if theirs is None else theirs})"
+            for key, (ours, theirs) in differences.items()
+        ]
+        sentence += f" Its configuration differs in {', '.join(told)}."
     return Verdict(record.name, reference.name, on_the_way, sentence, points, differences)
 
 
 def _judge(name: str, points: Sequence[Point], reference: Reference) -> tuple[bool | None, str]:
     compared = [point for point in points if point.at_images is not None]
     per_epoch = points[-1].images / points[-1].epoch if points else IMAGES
+    last = compared[-1] if compared else None
     if not is_imagenet(per_epoch):
-        return None, _of_other_data(name, per_epoch, compared, reference)
-    if not compared:
+        said = (
+            f"{name} cannot be compared with {reference.name}: its epochs have {per_epoch:,.0f} "
+            f"images, those of ImageNet {IMAGES:,}."
+        )
+        if last is not None:
+            said += (
+                f" After as many images as {last.images / IMAGES:.1f} of these, where "
+                f"{reference.name} had about {last.at_images:.2f} %, it has {last.top1:.2f} %."
+            )
+        return None, said
+    if last is None:
         what = "evaluation of an average (ema.decay)" if reference.of_average else "evaluation"
         return None, (
             f"{name} cannot be compared with {reference.name} yet: it has no {what} after "
             f"{min(reference.top1):g} to {max(reference.top1):g} epochs of ImageNet's images."
         )
-    last = compared[-1]
     assert last.at_images is not None
     has = f"{last.top1:.2f} % after {last.epoch:g} epochs"
     had = f"{reference.name} had about {last.at_images:.2f} %"
@@ -234,22 +245,6 @@ def _judge(name: str, points: Sequence[Point], reference: Reference) -> tuple[bo
     if since is not None and since < epochs:
         had += f", and {last.top1:.2f} % after {since:.1f} epochs"
     return False, f"{name} is {behind:.1f} points behind: {has}, where {had}."
-
-
-def _of_other_data(
-    name: str, per_epoch: float, compared: Sequence[Point], reference: Reference
-) -> str:
-    said = (
-        f"{name} cannot be compared with {reference.name}: its epochs have {per_epoch:,.0f} "
-        f"images, those of ImageNet {IMAGES:,}"
-    )
-    if not compared:
-        return f"{said}."
-    last = compared[-1]
-    return (
-        f"{said}. After as many images as {last.images / IMAGES:.1f} of these, where "
-        f"{reference.name} had about {last.at_images:.2f} %, it has {last.top1:.2f} %."
-    )
 
 
 def tolerated(epochs: float, top1: float) -> float:
@@ -302,27 +297,6 @@ def _differences(
     return found
 
 
-def _said(differences: Mapping[str, tuple[Any, Any]]) -> str:
-    told = [
-        f"{key} {_shown(ours)} (theirs {_shown(theirs)})"
-        for key, (ours, theirs) in differences.items()
-    ]
-    return f"Its configuration differs in {', '.join(told)}."
-
-
-def _shown(value: Any) -> str:
-    return "unset" if value is None else str(value)
-
-
-def table(found: Verdict) -> str:
-    """The run's evaluations beside the published ones, as text."""
-    rows = [["epoch", "top-1 %", f"{found.reference} at equal epochs", "at equal images"]]
-    for point in found.points:
-        values = (point.top1, point.at_epoch, point.at_images)
-        rows.append([f"{point.epoch:g}", *(number(value, ".2f") for value in values)])
-    return aligned(rows, right=range(4))
-
-
 def curve(reference: Reference, until: float) -> tuple[list[float], list[float]]:
     """Epochs and top-1 of the published curve, up to so many epochs."""
     epochs = [epoch for epoch in sorted(reference.top1) if epoch <= until]
@@ -335,8 +309,14 @@ def report(verdicts: Sequence[Verdict], published: Reference) -> str:
     """The text that a person reads of runs beside a published training."""
     of_published = f"{published.what}, {published.epochs} epochs ({published.source})"
     caveat = f"\n  of its numbers: {published.caveat}" if published.caveat else ""
-    texts = [f"{found.run}\n{table(found)}\n{found.sentence}" for found in verdicts]
-    return "\n\n".join([f"{published.name}: {of_published}{caveat}", *texts])
+    texts = [f"{published.name}: {of_published}{caveat}"]
+    for found in verdicts:
+        rows = [["epoch", "top-1 %", f"{found.reference} at equal epochs", "at equal images"]]
+        for point in found.points:
+            values = (point.top1, point.at_epoch, point.at_images)
+            rows.append([f"{point.epoch:g}", *(number(value, ".2f") for value in values)])
+        texts.append(f"{found.run}\n{aligned(rows, right=range(4))}\n{found.sentence}")
+    return "\n\n".join(texts)
 
 
 def plot(records: Sequence[RunRecord], published: Reference | None, out: Path) -> None:
