@@ -39,6 +39,8 @@ SLURM_VARIABLES = (
     "SLURM_RESTART_COUNT",
 )
 
+_ROOT = Path(__file__).resolve().parents[2]
+
 
 def versions() -> dict[str, str]:
     """Versions of the packages that a result may depend on; nothing is imported for it."""
@@ -83,9 +85,8 @@ def _cpu_model() -> str | None:
     return platform.processor() or None
 
 
-def git_state() -> dict[str, Any]:
-    """The state of the checkout that tetdist is imported from; empty if it is none."""
-    root = Path(__file__).resolve().parents[2]
+def git_state(root: Path = _ROOT) -> dict[str, Any]:
+    """The state of a checkout, by default of the one imported from; empty if it is none."""
     git = ["git", "-C", str(root)]
     top = _output([*git, "rev-parse", "--show-toplevel"])
     # An environment within the checkout of another project is no checkout of ours.

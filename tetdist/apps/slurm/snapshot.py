@@ -3,13 +3,13 @@
 So the code that was queued is what runs, whatever is edited meanwhile, even days later.
 """
 
-import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from tetdist.errors import UserError
+from tetdist.storage.files import write_json
+from tetdist.tracking import environment
 
 PROJECT = Path(__file__).resolve().parents[3]
 # All that a job needs, and what a person wants to see beside its results.
@@ -45,12 +45,14 @@ def take(target: Path, project: Path = PROJECT) -> dict[str, Any]:
             elif source.is_file():
                 target.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target / part)
-        git = _git(project)
-        (target / "snapshot.diff").write_text(git.pop("diff"))
-        (target / "snapshot.json").write_text(json.dumps(git, indent=1) + "\n")
+        git = environment.git_state(project)
+        new = [line[3:] for line in git.get("status", "").splitlines() if line.startswith("??")]
+        state = {"commit": git.get("commit", ""), "changed": git.get("dirty", False)}
+        (target / "snapshot.diff").write_text(git.get("diff", ""))
+        write_json(target / "snapshot.json", state | {"untracked": new})
     except (OSError, shutil.Error) as error:
         raise UserError(f"the code cannot be copied to {target} ({error})") from error
-    return git
+    return state | {"untracked": new}
 
 
 def describe(git: dict[str, Any]) -> str:
@@ -59,29 +61,3 @@ def describe(git: dict[str, Any]) -> str:
         return "not from a git checkout"
     changed = " with uncommitted changes" if git["changed"] else ""
     return f"commit {git['commit'][:12]}{changed}"
-
-
-def _git(project: Path) -> dict[str, Any]:
-    def ask(*arguments: str) -> str:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(project), *arguments],
-                capture_output=True,
-                check=True,
-                timeout=60,
-            )
-        except (OSError, subprocess.SubprocessError):
-            return ""
-        return done.stdout.decode(errors="replace")
-
-    # The commit of another project, in whose checkout this code lies, would say nothing of it.
-    if Path(ask("rev-parse", "--show-toplevel").strip()) != project:
-        return {"commit": "", "changed": False, "untracked": [], "diff": ""}
-    untracked = ask("ls-files", "--others", "--exclude-standard", "--", *PARTS).splitlines()
-    diff = ask("diff", "HEAD", "--", *PARTS)
-    return {
-        "commit": ask("rev-parse", "HEAD").strip(),
-        "changed": bool(diff or untracked),
-        "untracked": untracked,
-        "diff": diff,
-    }

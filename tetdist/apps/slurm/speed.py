@@ -60,19 +60,15 @@ class Network:
 
     Attributes:
         model: Its weights are not needed.
-        frames: T, height and width of recordings; None for images.
+        frames: Shape of recordings, (T, 2, H, W); None for images.
     """
 
     model: Any  # a SpikingModel that is a module
-    frames: tuple[int, int, int] | None
+    frames: tuple[int, ...] | None
 
     def count(self, batch: int, size: int, precision: str) -> Work:
         """Count the work of a batch of images of that size, or of recordings."""
-        shape: tuple[int, ...] = (batch, 3, size, size)
-        if self.frames is not None:
-            timesteps, height, width = self.frames
-            shape = (batch, timesteps, 2, height, width)
-        return count(self.model, shape, precision)
+        return count(self.model, (batch, *(self.frames or (3, size, size))), precision)
 
 
 @dataclass(frozen=True)
@@ -161,7 +157,7 @@ def measured(
             "for an estimate"
         )
     first = config.phases[config.start_phase]
-    size = network.frames[1] if network.frames else phase_image_sizes(config, first)[1]
+    size = network.frames[2] if network.frames else phase_image_sizes(config, first)[1]
     kind = neurons.kind_of(config.model.neuron)
     own = Case(config.model.name, kind, size, config.precision)
     case, machine = _case_in(values, own), values.get("machine")
@@ -236,7 +232,7 @@ def _work_of(case: Case, timesteps: int, batch: int) -> Work:
     if "timesteps" in neurons.class_of(case.neuron).__dataclass_fields__:
         kind["timesteps"] = timesteps
     model: Any = timm.create_model(case.model, timesteps=timesteps, neuron=kind)
-    frames = (timesteps, case.size, case.size) if model.input_kind == "events" else None
+    frames = (timesteps, 2, case.size, case.size) if model.input_kind == "events" else None
     return Network(model, frames).count(batch, case.size, case.precision)
 
 

@@ -99,10 +99,7 @@ def prepare(
         buffers=sum(b.numel() for b in model.buffers()),
         counted="in the split" if data is None else "as published or given, the data is not read",
     )
-    frames = None
-    if train_index.timesteps is not None:
-        height, width = int(train_index.heights[0]), int(train_index.widths[0])
-        frames = (train_index.timesteps, height, width)
+    frames = None if train_index.timesteps is None else train_index.frames_shape
     return Prepared(config, cluster, made, Network(model.to("meta"), frames))
 
 
