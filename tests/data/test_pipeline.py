@@ -605,23 +605,14 @@ def test_the_configuration_names_transforms_which_change_training_alone(
 ) -> None:
     index = load_index(tiny_root / "index" / "train.npz")
 
-    def loaded(*names: str) -> tuple[list[tuple[Tensor, list[int]]], ...]:
+    def evaluated(*names: str) -> list[tuple[Tensor, list[int]]]:
         config = load(tiny_config({"data.transforms": list(names)}), [])
         build.check_augmentation(config, index)
         with join("cpu") as world:
-            return (
-                images_and_ids(build.train_loader(config, index, world, 0, 16), 4),
-                images_and_ids(build.eval_loader(config, index, world), 2),
-            )
+            return images_and_ids(build.eval_loader(config, index, world), 2)
 
-    (plain, evaluated), (changed, evaluated_too) = loaded(), loaded("shifted")
-    assert same(evaluated, evaluated_too)
-    assert [ids for _, ids in plain] == [ids for _, ids in changed]
-    for number, ((before, _), (after, _)) in enumerate(zip(plain, changed, strict=True)):
-        draws = SHIFTED.draws(0, 0, 2 * number + np.arange(2))
-        for k, draw in enumerate(draws.tolist()):
-            assert torch.equal(after[k], shifted(before[k], tuple(draw)))
+    assert same(evaluated(), evaluated("shifted"))
     with pytest.raises(UserError, match=r"data\.transforms: .*'shiftet'"):
-        loaded("shiftet")
+        evaluated("shiftet")
     with pytest.raises(UserError, match=r"data\.transforms: 'shifted' is there twice"):
-        loaded("shifted", "shifted")
+        evaluated("shifted", "shifted")

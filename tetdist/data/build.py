@@ -6,8 +6,9 @@ from functools import partial
 import numpy as np
 
 from tetdist.config.schema import RunConfig, phase_image_sizes
-from tetdist.data import batches, dali, loader
-from tetdist.data.delivery import Batches, DeviceBatches
+from tetdist.data import batches, dali
+from tetdist.data.delivery import DeviceBatches
+from tetdist.data.loader import Batches, Loader
 from tetdist.data.own_process import LoaderProcess
 from tetdist.data.transforms import transforms_called
 from tetdist.datasets.index import Index
@@ -48,9 +49,7 @@ def train_loader(
     return _delivered(config, world, make)
 
 
-def _delivered(
-    config: RunConfig, world: World, make: Callable[[dali.Workers], loader.Loader]
-) -> Batches:
+def _delivered(config: RunConfig, world: World, make: Callable[[dali.Workers], Loader]) -> Batches:
     """Have a loader of this run made, here or in a process of its own, for the run's device."""
     data, on_gpu = config.data, world.device.type == "cuda"
     if data.device == "gpu" and not on_gpu:

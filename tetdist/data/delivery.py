@@ -2,13 +2,11 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import Protocol, Self
 
 import torch
 
-from tetdist.data.loader import Batch
+from tetdist.data.loader import Batch, Batches
 from tetdist.data.pixels import finished
 from tetdist.data.transfer import on_device, taker
 
@@ -16,15 +14,7 @@ from tetdist.data.transfer import on_device, taker
 _AHEAD = 2
 
 
-class Batches(Iterator[Batch], Protocol):
-    """An iterator of batches, to be closed or used in `with`."""
-
-    def close(self) -> None: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *_: object) -> None: ...
-
-
-class DeviceBatches:
+class DeviceBatches(Batches):
     """The batches of a source, finished on a device.
 
     A GPU copies and finishes them on a stream of its own, while it trains on another. A thread
@@ -41,9 +31,6 @@ class DeviceBatches:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: deque[Future[Batch | None]] = deque()
         self._taker = taker(device, "tetdist-deliver")
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Batch:
         while len(self._ahead) < _AHEAD:
@@ -87,9 +74,3 @@ class DeviceBatches:
         self._taker.shutdown(wait=True)
         self._ahead.clear()
         self._source.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -3,6 +3,7 @@
 All of it is done ahead of the consumer; what is done to an image's pixels is in pixels.py.
 """
 
+import abc
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,6 +53,20 @@ class Batch(NamedTuple):
     rest: Rest | None = None
 
 
+class Batches(Iterator[Batch]):
+    """An iterator of batches, to be closed or used in a `with` statement."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End its threads and processes, whether or not all batches were taken."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 Transforms = tuple[tuple[Transform, npt.NDArray[np.float64]], ...]
 
 
@@ -79,10 +94,10 @@ class Inputs(NamedTuple):
 Stream = Generator[tuple[Inputs, tuple[Any, ...]], None, None]
 
 
-class Loader:
-    """An iterator of `Batch`, to be used in a `with` statement or closed.
+class Loader(Batches):
+    """The batches that DALI and threads of this process make.
 
-    Batches stay valid after that. It needs no closing after its end or an error.
+    They stay valid after its end. It needs no closing after that or an error.
     """
 
     def __init__(
@@ -136,9 +151,6 @@ class Loader:
         self._ahead: deque[Future[Batch | None]] = deque()
         self._taker = taker(self._device, "tetdist-take")
         self._finishers = ThreadPoolExecutor(workers.threads, thread_name_prefix="tetdist-finish")
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Batch:
         if self._pipeline is None:
@@ -226,15 +238,8 @@ class Loader:
         self._stream.close()
 
     def close(self) -> None:
-        """End the pipeline and its threads, whether or not all batches were taken."""
         self._empty_batches = 0
         self._stop()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _edit_part(

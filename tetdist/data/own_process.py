@@ -13,12 +13,12 @@ import os
 import signal
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 
 from tetdist import plugins
-from tetdist.data.loader import Batch, Loader
+from tetdist.data.loader import Batch, Batches, Loader
 from tetdist.datasets.processes import end_with_parent
 from tetdist.errors import UserError
 
@@ -43,7 +43,7 @@ class _Written(NamedTuple):
     others: Batch  # with nothing in place of the images
 
 
-class LoaderProcess:
+class LoaderProcess(Batches):
     """The batches of a loader that another process makes and runs.
 
     Each is valid until the next is asked for.
@@ -72,9 +72,6 @@ class LoaderProcess:
         self._memory: torch.Tensor | None = None
         self._used: int | None = None  # the slot of the batch that the consumer has
         self._ended = False
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Batch:
         if self._ended:
@@ -131,19 +128,12 @@ class LoaderProcess:
         )
 
     def close(self) -> None:
-        """End the other process."""
         self._channel.close()
         self._process.join(timeout=10)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
         self._close_memory()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _check(status: Any) -> None:

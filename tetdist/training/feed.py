@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 
 from tetdist.data import mixing
 from tetdist.data.build import train_loader
-from tetdist.data.delivery import Batches
-from tetdist.data.loader import Batch
+from tetdist.data.loader import Batch, Batches
 from tetdist.data.transfer import on_device
 from tetdist.nn.precision import parameter_type
 from tetdist.training.prepared import Prepared
