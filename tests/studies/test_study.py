@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -793,7 +794,7 @@ def test_what_sets_entries_apart_unnamed_is_at_the_head(by_hand: ByHand) -> None
         ([91.0, 92.0, 93.0], "+2.00 [-0.48, +4.48] points, n = 3: no difference can be told"),
         ([91.0, 91.0, 91.0], "+1.00 points, n = 3: no spread between the seeds"),
         # But for rounding.
-        ([0.1 + 0.2 + 90, 90.3], "+0.30 points, n = 2: no spread between the seeds"),
+        ([90.3, math.nextafter(90.3, 91)], "+0.30 points, n = 2: no spread between the seeds"),
         ([88.0], "-2.00 points, n = 1: one seed says nothing about chance"),
     ],
 )

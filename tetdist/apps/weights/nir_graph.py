@@ -24,7 +24,7 @@ own; the output is each timestep's logits, of which the prediction is the mean.
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import nir
 import numpy as np
@@ -49,7 +49,7 @@ from tetdist.models import (
 from tetdist.models.base import ConvNormNeuron
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.learned_decay import PLIF
-from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import NeuronLayer
 from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import AvgPool, MaxPool
@@ -102,15 +102,10 @@ class _Builder:
                 f"signals, of which attention is made{maximum if pools else ''}; export it to onnx "
                 "or torch"
             )
-        lacking = {
-            PreActResNet: "takes maxima of real numbers in its stem",
-            PSNSEWResNet: "adds a number of its own to the image at each timestep",
-        }.get(type(model))
-        if lacking is not None:
-            raise UserError(
-                f"{model.default_cfg['architecture']} {lacking}, for which NIR has no node: it "
-                "cannot be expressed; export it to onnx or torch"
-            )
+        if isinstance(model, PreActResNet):
+            self.refuse("takes maxima of real numbers in its stem")
+        if isinstance(model, PSNSEWResNet):
+            self.refuse("adds a number of its own to the image at each timestep")
         self.nodes["input"] = nir.Input({"input": np.array(input_shape)})
         x = self.layer("stem", model.stem, Signal(("input",), input_shape))
         # Families without a pooling in the stem lack the attribute, or have the identity there.
@@ -120,6 +115,12 @@ class _Builder:
         self.add("output", nir.Output({"output": np.array(x.shape)}), x, x.shape)
         metadata = {"dt": self.dt, "timesteps": model.timesteps, "producer": "tetdist"}
         return nir.NIRGraph(self.nodes, self.edges, metadata=metadata)
+
+    def refuse(self, what: str) -> NoReturn:
+        raise UserError(
+            f"{self.model.default_cfg['architecture']} {what}, for which NIR has no node: it "
+            "cannot be expressed; export it to onnx or torch"
+        )
 
     def add(self, name: str, node: nir.NIRNode, x: Signal, shape: Sequence[int]) -> Signal:
         self.nodes[name] = node
@@ -151,9 +152,11 @@ class _Builder:
             case spiking_resnet.BasicBlock() | spiking_resnet.Bottleneck():
                 return self.spiking_block(name, module, x)
             case MaxPool():
-                return self.max_pool(name, module, x)
+                size = module.kernel_size, module.stride, module.padding
+                x = self.pool(f"{name}_sum", nir.SumPool2d, x, *size)
+                return self.threshold(f"{name}_any", 0.5, x)
             case AvgPool():
-                return self.average_pool(name, 2, x)
+                return self.pool(name, nir.AvgPool2d, x, 2, 2)
         raise AssertionError(f"no node of NIR for {type(module).__name__}")
 
     def head(self, x: Signal) -> Signal:
@@ -161,7 +164,7 @@ class _Builder:
         if isinstance(model, MSResNet):
             x = self.neurons("neuron", model.neuron, x)
         if isinstance(model, (sew_resnet.SEWResNet, SpikingResNet, MSResNet)):
-            x = self.average_pool("head_pool", x.shape[-1], x)
+            x = self.pool("head_pool", nir.AvgPool2d, x, x.shape[-1], x.shape[-1])
         size = int(np.prod(x.shape))
         # Counted from the end, whether or not its reader counts the dimensions of time and batch.
         flatten = nir.Flatten({"input": np.array(x.shape)}, start_dim=-len(x.shape), end_dim=-1)
@@ -235,63 +238,45 @@ class _Builder:
 
     def neurons(self, name: str, module: nn.Module, x: Signal) -> Signal:
         assert isinstance(module, NeuronLayer)
-        return self.add(name, self.neuron(module.neuron, x.shape, module.learned), x, x.shape)
-
-    def neuron(
-        self, config: NeuronConfig, shape: tuple[int, ...], learned: nn.ParameterDict
-    ) -> nir.NIRNode:
+        config = module.neuron
         if not isinstance(config, LIF) or type(config) not in (LIF, PLIF):
             raise UserError(
                 f"NIR has no neurons of the kind of this network ({type(config).__name__}); export "
                 "it to onnx or torch"
             )
-        reason = None
         if config.reset == "soft":
-            reason = (
-                "are reset to a constant, and this network's by subtraction (model.neuron.reset is "
-                "soft)"
-            )
-        elif config.spike != "step":
-            reason = (
-                f"fire or do not, and this network's do not (model.neuron.spike is {config.spike})"
-            )
-        if reason is not None:
-            raise UserError(
-                f"NIR's neurons {reason}: it cannot be expressed; export it to onnx or torch"
-            )
+            self.refuse("resets its neurons by subtraction (model.neuron.reset is soft)")
+        if config.spike != "step":
+            self.refuse(f"has neurons without spikes (model.neuron.spike is {config.spike})")
 
         def everywhere(value: float) -> np.ndarray:
-            return np.full(shape, value, np.float32)
+            return np.full(x.shape, value, np.float32)
 
         threshold, zero = everywhere(config.threshold), everywhere(0.0)
         if config.fires_at_threshold:
             threshold = np.nextafter(threshold, zero)
+        node: nir.NIRNode
         if config.decay == 1:  # A learnt one never is.
-            return nir.IF(r=everywhere(1 / self.dt), v_threshold=threshold, v_reset=zero)
+            node = nir.IF(r=everywhere(1 / self.dt), v_threshold=threshold, v_reset=zero)
+            return self.add(name, node, x, x.shape)
         steps = resistance = 1 / (1 - config.decay)
         if isinstance(config, PLIF):
-            steps = 1 / float(learned["w"].double().sigmoid())
+            steps = 1 / float(module.learned["w"].double().sigmoid())
             resistance = 1.0 if config.decay_input else steps
-        return nir.LIF(
+        node = nir.LIF(
             tau=everywhere(steps * self.dt),
             r=everywhere(resistance),
             v_leak=zero,
             v_threshold=threshold,
             v_reset=zero,
         )
+        return self.add(name, node, x, x.shape)
 
-    def max_pool(self, name: str, pool: MaxPool, x: Signal) -> Signal:
-        assert isinstance(pool.kernel_size, int)
-        assert isinstance(pool.stride, int)
-        assert isinstance(pool.padding, int)
-        kernel, stride, padding = pool.kernel_size, pool.stride, pool.padding
-        node = nir.SumPool2d(_pair(kernel), _pair(stride), _pair(padding))
-        shape = (x.shape[0], *_pooled(x.shape[1:], kernel, stride, padding))
-        return self.threshold(f"{name}_any", 0.5, self.add(f"{name}_sum", node, x, shape))
-
-    def average_pool(self, name: str, kernel: int, x: Signal) -> Signal:
-        node = nir.AvgPool2d(_pair(kernel), _pair(kernel), _pair(0))
-        return self.add(name, node, x, (x.shape[0], *_pooled(x.shape[1:], kernel, kernel, 0)))
+    def pool(
+        self, name: str, kind: type, x: Signal, kernel: Any, stride: Any, padding: Any = 0
+    ) -> Signal:
+        node = kind(*(np.array([size, size]) for size in (kernel, stride, padding)))
+        return self.add(name, node, x, (x.shape[0], *_pooled(x.shape[1:], kernel, stride, padding)))
 
     def threshold(self, name: str, value: float, x: Signal) -> Signal:
         return self.add(name, nir.Threshold(np.full(x.shape, value, np.float32)), x, x.shape)
@@ -304,10 +289,6 @@ class _Builder:
 
 def _pooled(shape: Sequence[int], kernel: int, stride: int, padding: int) -> tuple[int, ...]:
     return tuple((side + 2 * padding - kernel) // stride + 1 for side in shape)
-
-
-def _pair(value: int) -> np.ndarray:
-    return np.array([value, value])
 
 
 def _array(x: Tensor) -> np.ndarray:
