@@ -115,6 +115,11 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
             ("model.neuron.spike", "surrogate must be 'sigmoid'"),
         ),
         ({"model.neuron": {"reset": "none"}}, ("'model.neuron.reset'", "'none'")),
+        (
+            {"model.neuron.kind": "psn", "model.neuron.timesteps": 1}
+            | {"phases": [PHASE, PHASE | {"timesteps": 3}]},
+            ("phases.1.timesteps: psn has weights for T=1 alone",),
+        ),
         ({"model.arguments": {"num_classes": 3}}, ("model.arguments.num_classes",)),
         ({"model.arguments": {"timesteps": 3}}, ("model.arguments.timesteps",)),
         ({"data.repeats": 9}, ("data.repeats: 9 copies", "a step of 8 samples")),

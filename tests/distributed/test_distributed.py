@@ -43,11 +43,6 @@ def test_alone_in_spite_of_a_stray_variable(name: str, monkeypatch: pytest.Monke
         assert world.run_on_all(lambda: 3) == 3
 
 
-def test_gpu_that_is_not_there() -> None:
-    with pytest.raises(UserError, match="device=cuda"):
-        join("cuda")
-
-
 def test_two_processes(farm: Farm, tmp_path: Path) -> None:
     """Sums, broadcast, failing together and stopping together, in one start of two processes."""
     code = """

@@ -1,7 +1,5 @@
 """An evaluation leaves the network as it was: its mode, its statistics, no hooks."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import timm
@@ -16,16 +14,6 @@ from tetdist.evaluation.evaluate import Interrupted, evaluate
 assert tetdist.models
 
 
-class Alone(World):
-    """This process, without a group of others to ask."""
-
-    def sum(self, values: list[float]) -> list[float]:
-        return values
-
-
-WORLD = Alone(0, 1, torch.device("cpu"), control=None)
-
-
 def network() -> nn.Module:
     torch.manual_seed(0)
     return timm.create_model(
@@ -33,37 +21,29 @@ def network() -> nn.Module:
     )
 
 
-def batches(number: int) -> list[Batch]:
+def batches() -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
-    ids = np.arange(3)
-    return [
-        Batch(torch.rand(3, 3, 16, 16, generator=generator), torch.tensor([0, 1, 2]), ids)
-        for _ in range(number)
-    ]
-
-
-def never() -> bool:
-    return False
+    images = [torch.rand(3, 3, 16, 16, generator=generator) for _ in range(2)]
+    return [Batch(one, torch.tensor([0, 1, 2]), np.arange(3)) for one in images]
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("stop", "ends"), [(never, False), (lambda: True, True)])
-def test_network_is_left_as_it_was(training: bool, stop: Callable[[], bool], ends: bool) -> None:
+@pytest.mark.parametrize("ends", [False, True])
+def test_network_is_left_as_it_was(training: bool, ends: bool, alone: World) -> None:
     model = network().train(training)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    given = batches(2)
     if ends:
         with pytest.raises(Interrupted):
-            evaluate(model, given, 6, WORLD, precision="fp32", stop=stop)
+            evaluate(model, batches(), 6, alone, precision="fp32", stop=lambda: True)
     else:
-        assert evaluate(model, given, 6, WORLD, precision="fp32", stop=stop).samples == 6
+        assert evaluate(model, batches(), 6, alone, precision="fp32").samples == 6
     assert {module.training for module in model.modules()} == {training}
     assert not any(module._forward_hooks for module in model.modules())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_running_statistics_decide_and_not_the_batch() -> None:
+def test_running_statistics_decide_and_not_the_batch(alone: World) -> None:
     """So that a network in training mode gets the answer that its checkpoint will get."""
     training, evaluating = network().train(), network().eval()
-    found = [evaluate(m, batches(2), 6, WORLD, precision="fp32") for m in (training, evaluating)]
+    found = [evaluate(m, batches(), 6, alone, precision="fp32") for m in (training, evaluating)]
     assert found[0] == found[1]

@@ -52,7 +52,8 @@ def made(
     """An engine for a network, and the optimiser that it was given."""
     cfg = config(changes | {"engine": engine[0], "zero_stage": engine[1]})
     optimizer = make_optimizer(model, cfg.phases[0].optimizer)
-    return create.make_engine(cfg, model, optimizer, MICRO_BATCHES, world), optimizer
+    parts = base.EngineParts(cfg, model, optimizer, MICRO_BATCHES, world)
+    return create.make_engine(parts), optimizer
 
 
 def network() -> nn.Module:

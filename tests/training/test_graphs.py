@@ -205,12 +205,6 @@ def test_a_capture_within_a_step_keeps_its_gradients(monkeypatch: pytest.MonkeyP
     assert layer.weight.grad.tolist() == [[6.0] * 3]
 
 
-def test_a_cpu_and_another_engine_are_refused(main: Main, tiny_config: ConfigWriter) -> None:
-    outcome = main(tiny_config(), "cuda_graphs=true", "device=auto")
-    assert outcome.status == 2
-    assert "cuda_graphs=true needs a GPU" in outcome.text
-
-
 def test_what_cannot_be_captured_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """By what went wrong first: ending such a capture fails as well."""
 

@@ -101,18 +101,6 @@ def test_two_processes_are_the_run_of_one(farm: Farm, tiny_root: Path, tmp_path:
         torch.testing.assert_close(runs[1][key], value, rtol=1e-9, atol=1e-9, msg=key)
 
 
-def test_a_phase_of_another_t_is_refused_where_the_neurons_have_but_one(
-    main: Main, tiny_config: ConfigWriter
-) -> None:
-    phases = [{"epochs": 1, "timesteps": t, "optimizer": {"lr": 0.05}} for t in (2, 3)]
-    outcome = main(tiny_config({"model.neuron": KINDS["psn"], "phases": phases}))
-    assert outcome.status == 2
-    assert "phases.1.timesteps: psn has weights for T=2 alone" in outcome.text
-    outcome = main(tiny_config(changes("psn") | {"recompute": {"timesteps": 1}}))
-    assert outcome.status == 2
-    assert "recompute: psn neurons have weights for each timestep of the whole" in outcome.text
-
-
 def test_a_mask_rises_and_a_checkpoint_has_what_it_was(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:

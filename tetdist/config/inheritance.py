@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -14,27 +14,19 @@ COMMAND_LINE, DEFAULT = "command line", "default"
 _WHOSE = ("kind", "name")
 
 
-class Layered(NamedTuple):
-    """Keys and values of a file and of those that it is based on, joined.
-
-    Attributes:
-        values: As of `read_yaml`, without ``base``.
-        origins: By dotted key, the file that a value is from.
-    """
-
-    values: dict[str, Any]
-    origins: dict[str, str]
-
-
 def read_layers(
     path: Path, find: Callable[[str, Path], Path], above: tuple[Path, ...] = ()
-) -> Layered:
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Read a file, and what it inherits from its ``base``.
 
     Args:
         path: The file.
         find: The file of a ``base``, given with the folder of the file that names it.
         above: The files that inherit from this one.
+
+    Returns:
+        Keys and values of all of them, as of `read_yaml`; and by dotted key the file that a value
+        is from.
 
     Raises:
         UserError: A file is no configuration, or inherits from itself.
@@ -48,17 +40,17 @@ def read_layers(
     imports = [str((path.parent / one).absolute()) for one in imports_of(values, path)]
     values["imports"] = imports
     if base is None:
-        return Layered(values, dict.fromkeys(_leaves(values), str(path)))
+        return values, dict.fromkeys(_leaves(values), str(path))
     if not isinstance(base, str):
         raise UserError(f"{path}: 'base' must be the name of a configuration, not {base!r}")
-    inherited = read_layers(find(base, path.parent), find, (*above, path.resolve()))
+    inherited, from_where = read_layers(find(base, path.parent), find, (*above, path.resolve()))
     # Two runs of one name would be one folder.
-    inherited.values.pop("name", None)
+    inherited.pop("name", None)
     # Files to be imported add up: what the base names needs those of the base.
-    values["imports"] = [*inherited.values["imports"], *imports]
-    origins = inherited.origins | dict.fromkeys(_leaves(values), str(path))
-    joined = _over(inherited.values, values, str(path), "")
-    return Layered(joined, {key: origins[key] for key in _leaves(joined) if key in origins})
+    values["imports"] = [*inherited["imports"], *imports]
+    origins = from_where | dict.fromkeys(_leaves(values), str(path))
+    joined = _over(inherited, values, str(path), "")
+    return joined, {key: origins[key] for key in _leaves(joined) if key in origins}
 
 
 def imports_of(raw: dict[str, Any], source: Path | str) -> list[str]:
@@ -134,7 +126,7 @@ def annotated(text: str, origins: Mapping[str, str], unread: Mapping[str, str]) 
 
     Args:
         text: The configuration.
-        origins: By dotted key, as of `Layered`.
+        origins: By dotted key, as of `read_layers`.
         unread: By dotted key of a value or a section, the setting that leaves it without effect.
     """
     lines = text.splitlines()

@@ -25,7 +25,7 @@ from tetdist.tracking.progress import RunProgress
 from tetdist.tracking.tracker import Tracker
 from tetdist.training import state
 from tetdist.training.ema import WeightAverage
-from tetdist.training.engines.base import Engine
+from tetdist.training.engines.base import Engine, EngineParts
 from tetdist.training.engines.create import make_engine
 from tetdist.training.evaluating import AVERAGE, Evaluated, Evaluations
 from tetdist.training.feed import Feed
@@ -130,8 +130,8 @@ class Trainer:
             self.tracker.enter_phase(phase.number)
         self.model.set_timesteps(phase.section.timesteps)
         run, optimizer = self.prepared, make_optimizer(self.model, phase.section.optimizer)
-        accumulation = len(run.micro_batches)
-        self.engine = make_engine(run.config, run.model, optimizer, accumulation, run.world)
+        parts = EngineParts(run.config, run.model, optimizer, len(run.micro_batches), run.world)
+        self.engine = make_engine(parts)
         # At the very start of a phase a checkpoint holds the optimiser of the one before.
         if self.optimizer_state is not None and self.step > phase.first_step:
             self.engine.load_optimizer_state(self.optimizer_state)

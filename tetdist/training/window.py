@@ -33,11 +33,8 @@ class Window:
 
     def restart(self, waited: float) -> None:
         """Restart clock and energy counter; ``waited`` is `Feed.waited` now."""
-        self._restart_clock(waited)
-        self._gpus.restart()
-
-    def _restart_clock(self, waited: float) -> None:
         self._started, self._steps, self._waited_before = time.monotonic(), 0, waited
+        self._gpus.restart()
 
     def add(self, step: int, update: Update, sums: Tensor) -> None:
         """Add a step (from 1). One without a finite gradient changed nothing and is left out.
@@ -74,7 +71,7 @@ class Window:
         if scale is not None:
             values |= {"loss_scale": scale.value, "overflows": scale.overflows}
         self.sums.zero_()
-        self._restart_clock(waited)
+        self.restart(waited)
         return values
 
     def total(self) -> list[float]:

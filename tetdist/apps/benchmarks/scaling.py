@@ -192,6 +192,7 @@ def training_step(
     from tetdist.nn import batch_norm
     from tetdist.nn.precision import choose_algorithms
     from tetdist.optimizers import make_optimizer
+    from tetdist.training.engines.base import EngineParts
     from tetdist.training.engines.create import make_engine
     from tetdist.training.step import LOSS, SAMPLES, Step
 
@@ -209,7 +210,7 @@ def training_step(
     model = timm.create_model(name, timesteps=timesteps).to(world.device).train()
     batch_norm.defer_running_statistics(model)
     made = make_optimizer(model, config.phases[0].optimizer)
-    engine = make_engine(config, model, made, accumulation, world)
+    engine = make_engine(EngineParts(config, model, made, accumulation, world))
     channels, own_size, _ = model.default_cfg["input_size"]
     frames = (timesteps,) if model.input_kind == "events" else ()
     shape = (batch, *frames, channels, size or own_size, size or own_size)

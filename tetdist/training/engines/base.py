@@ -37,6 +37,25 @@ class Update(NamedTuple):
     applied: Tensor
 
 
+class EngineParts(NamedTuple):
+    """What an engine is made of, for one phase.
+
+    Attributes:
+        config: Its ``engine``, ``zero_stage``, ``precision``, ``batch``, ``gradient_clipping`` and
+            ``clip_mode`` are read.
+        model: On its device, the same on every process.
+        optimizer: From `make_optimizer`.
+        accumulation: Micro-batches that this process contributes to each step.
+        world: All processes.
+    """
+
+    config: RunConfig
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    accumulation: int
+    world: World
+
+
 class Engine(Protocol):
     loss_scale: "LossScale | None"
 
@@ -196,14 +215,8 @@ class WholeEngine:
     A subclass runs a backward pass and the optimiser's step in its own way.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        accumulation: int,
-        world: World,
-    ) -> None:
+    def __init__(self, parts: EngineParts) -> None:
+        config, model, optimizer, accumulation, world = parts
         self.optimizer, self.clipping = optimizer, Clipping(config, model)
         self.loss_scale = LossScale.of(config.precision)
         self.mean = GradientMean(config, optimizer, world, accumulation)

@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tetdist.config.schema import RunConfig
-from tetdist.distributed.world import World
 from tetdist.errors import UserError, pip_install
 from tetdist.nn.precision import LOW_PRECISION
-from tetdist.training.engines.base import LossScale, Update, WholeEngine, lay_out, set_lr
+from tetdist.training.engines.base import (
+    EngineParts,
+    LossScale,
+    Update,
+    WholeEngine,
+    lay_out,
+    set_lr,
+)
 
 
 class DeepSpeedEngine(WholeEngine):
@@ -26,23 +31,15 @@ class DeepSpeedEngine(WholeEngine):
     each gradient by itself, twice.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        accumulation: int,
-        world: World,
-    ) -> None:
+    def __init__(self, parts: EngineParts) -> None:
         # initialize broadcasts parameters through a view that channels_last weights do not have.
-        lay_out(model, torch.contiguous_format)
+        lay_out(parts.model, torch.contiguous_format)
         # Its gradient_clipping is 1.0 by default. Clipping is ours, in update().
-        settings = _settings(config, accumulation) | {"gradient_clipping": 0.0}
-        self.engine = _initialize(model, optimizer, settings, world)
+        self.engine = _initialize(parts, {"gradient_clipping": 0.0})
         # It skips overflows, and neither says so nor saves its scale: the scaling is ours, too.
         self.engine.torch_autocast_z0_gradscaler = None
         self.engine.enable_backward_allreduce = False
-        super().__init__(config, model, optimizer, accumulation, world)
+        super().__init__(parts)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.engine(images, per_timestep=True)
@@ -69,27 +66,19 @@ class ZeroEngine:
 
     loss_scale: LossScale | None = None  # config/checks.py refuses fp16 here
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        accumulation: int,
-        world: World,
-    ) -> None:
-        lay_out(model, torch.contiguous_format)
-        self.world = world
+    def __init__(self, parts: EngineParts) -> None:
+        lay_out(parts.model, torch.contiguous_format)
+        self.world, self.optimizer = parts.world, parts.optimizer
         # Their order numbers them in a state_dict. They are noted now, since initialize puts flat
         # partitions in their place.
-        self.groups = [list(group["params"]) for group in optimizer.param_groups]
-        settings = _settings(config, accumulation) | {
+        self.groups = [list(group["params"]) for group in self.optimizer.param_groups]
+        settings = {
             # Norm, clipping and the look for what is not finite are DeepSpeed's here, since no
             # process has the whole gradient.
-            "gradient_clipping": config.gradient_clipping or 0.0,
+            "gradient_clipping": parts.config.gradient_clipping or 0.0,
             "zero_allow_untested_optimizer": True,
         }
-        self.engine = _initialize(model, optimizer, settings, world)
-        self.optimizer = optimizer
+        self.engine = _initialize(parts, settings)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.engine(images, per_timestep=True)
@@ -192,10 +181,11 @@ def _fragment(parameter: nn.Parameter) -> tuple[int, int, int] | None:
     return inside.start, there.start, inside.numel
 
 
-def _settings(config: RunConfig, accumulation: int) -> dict[str, Any]:
-    settings: dict[str, Any] = {
+def _initialize(parts: EngineParts, clipping: dict[str, Any]) -> Any:
+    config = parts.config
+    settings: dict[str, Any] = clipping | {
         "train_micro_batch_size_per_gpu": config.batch.micro,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": parts.accumulation,
         "zero_optimization": {"stage": config.zero_stage},
         "steps_per_print": 2**31,
         # It would wait for the device twice a micro-batch; samples_per_s is measured elsewhere.
@@ -210,17 +200,14 @@ def _settings(config: RunConfig, accumulation: int) -> dict[str, Any]:
             "dtype": str(dtype).removeprefix("torch."),
             "lower_precision_safe_modules": [],
         }
-    return settings
-
-
-def _initialize(
-    model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], world: World
-) -> Any:
-    with _as_local_rank(world.device):
-        deepspeed = _import_deepspeed(world.device)
-        with _broadcasting_scalars(deepspeed.DeepSpeedEngine, model):
+    with _as_local_rank(parts.world.device):
+        deepspeed = _import_deepspeed(parts.world.device)
+        with _broadcasting_scalars(deepspeed.DeepSpeedEngine, parts.model):
             engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=settings, dist_init_required=False
+                model=parts.model,
+                optimizer=parts.optimizer,
+                config=settings,
+                dist_init_required=False,
             )
     return engine
 

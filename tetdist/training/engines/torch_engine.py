@@ -1,12 +1,9 @@
 """The engine in a few lines of plain torch: the check on DeepSpeed's result."""
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tetdist.config.schema import RunConfig
-from tetdist.distributed.world import World
 from tetdist.nn.precision import autocast
-from tetdist.training.engines.base import WholeEngine
+from tetdist.training.engines.base import EngineParts, WholeEngine
 
 
 class TorchEngine(WholeEngine):
@@ -15,18 +12,12 @@ class TorchEngine(WholeEngine):
     The only engine for float64, which DeepSpeed does not reduce.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        accumulation: int,
-        world: World,
-    ) -> None:
-        super().__init__(config, model, optimizer, accumulation, world)
-        self.model, self.accumulation, self.precision = model, accumulation, config.precision
+    def __init__(self, parts: EngineParts) -> None:
+        super().__init__(parts)
+        self.model, self.accumulation = parts.model, parts.accumulation
+        self.precision = parts.config.precision
         # A CUDA graph goes on adding to the gradients where it found them.
-        self.keeps_gradients = config.cuda_graphs
+        self.keeps_gradients = parts.config.cuda_graphs
         self.optimizer.zero_grad()
 
     def forward(self, images: Tensor) -> Tensor:
