@@ -26,13 +26,15 @@ from tetdist.apps.reports.style import (
     series,
 )
 from tetdist.evaluation.firing import DEAD, SATURATED
-from tetdist.tracking.metrics_file import read_metrics
+from tetdist.tracking.metrics_file import each_line
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from tetdist.evaluation.membranes import Membranes
+
+Lines = list[dict[str, Any]]
 
 
 def learning_curves(metrics_file: Path, out: Path) -> None:
@@ -48,10 +50,10 @@ def learning_curves(metrics_file: Path, out: Path) -> None:
     Raises:
         UserError: A line of the file is damaged, or matplotlib is not installed.
     """
-    lines = read_metrics(metrics_file)
-    train = [line for line in lines if line["kind"] == "train"]
-    val = [line for line in lines if line["kind"] == "val"]
-    ema = [line for line in lines if line["kind"] == "val_ema"]
+    kinds: dict[str, Lines] = {"train": [], "val": [], "val_ema": []}
+    for line in each_line(metrics_file):
+        kinds.get(line["kind"], []).append(line)
+    train, val, ema = kinds.values()
     if not train and not val:
         return
     figure = new_figure(13, 7.6)
@@ -107,7 +109,7 @@ def firing_rates(metrics_file: Path, out: Path) -> None:
     """
     val = [
         line
-        for line in read_metrics(metrics_file)
+        for line in each_line(metrics_file)
         if line["kind"] == "val" and line.get("firing_rate")
     ]
     if not val:
@@ -252,9 +254,6 @@ def inputs(
     save(figure, out)
 
 
-Lines = list[dict[str, Any]]
-
-
 def _loss(axis: Any, train: Lines, val: Lines, ema: Lines) -> None:
     raw_and_smooth(axis, train, "loss", TRAIN, "training")
     markers(axis, *series(val, "loss"), VALIDATION, "validation")
@@ -294,7 +293,7 @@ def _with_best(axis: Any, evaluations: Lines, colour: str, label: str, *, briefl
         )
 
 
-def _timesteps(axis: Any, val: list[dict[str, Any]]) -> None:
+def _timesteps(axis: Any, val: Lines) -> None:
     title = "Accuracy by timestep"
     evaluated = [line for line in val if line.get("per_timestep_top1")]
     if evaluated:
@@ -322,7 +321,7 @@ def _timesteps(axis: Any, val: list[dict[str, Any]]) -> None:
     finish(axis, title, ACCURACY, legend=False)
 
 
-def _learning_rate(axis: Any, train: list[dict[str, Any]]) -> None:
+def _learning_rate(axis: Any, train: Lines) -> None:
     markers(axis, *series(train, "lr"), RATE, "learning rate")
     finish(axis, "Learning rate", "learning rate", legend=False)
     peaks: dict[Any, float] = {}
@@ -338,7 +337,7 @@ def _learning_rate(axis: Any, train: list[dict[str, Any]]) -> None:
         axis.yaxis.set_major_formatter(lambda rate, _: f"{Decimal(f'{rate:.6g}'):f}")
 
 
-def _throughput(axis: Any, train: list[dict[str, Any]], *, room: float) -> None:
+def _throughput(axis: Any, train: Lines, *, room: float) -> None:
     unit = "samples per second"
     speeds = series(train, "samples_per_s")[1]
     if speeds:
@@ -362,9 +361,7 @@ def _throughput(axis: Any, train: list[dict[str, Any]], *, room: float) -> None:
     finish(axis, "Throughput", unit)
 
 
-def _phase_borders(
-    train: list[dict[str, Any]], val: list[dict[str, Any]]
-) -> list[tuple[float, str]]:
+def _phase_borders(train: Lines, val: Lines) -> list[tuple[float, str]]:
     """The epoch at which each phase but the first begins, and what to call it."""
     timesteps = {line.get("phase"): line.get("timesteps") for line in val}
     borders = []

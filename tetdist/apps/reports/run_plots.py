@@ -32,8 +32,9 @@ logger = logging.getLogger(__name__)
 SHOWN_IMAGES, SHOWN_EVENTS, SHOWN_TIMESTEPS, LOOKED_AT = 32, 6, 10, 16
 
 # Seconds from one drawing to the next, which takes half a second: less than evaluations of a small
-# network are apart.
-DRAW_EVERY = 20.0
+# network are apart. With a long file of metrics it takes more, but never more than a twentieth of
+# the time.
+DRAW_EVERY, PAUSE = 20.0, 20
 
 
 class RunPlots(Observer):
@@ -48,7 +49,7 @@ class RunPlots(Observer):
         self.last_step, self.tracker = run.last_step, watched.tracker
         self.folder = self.config.run_dir / "plots"
         self._firing = FiringWatch()
-        self._drawn = -math.inf
+        self._next = -math.inf  # when to draw again
         self._has_inputs = (self.folder / "inputs.png").exists()
         self._images = torch.empty(0)  # of the evaluation that was the last
 
@@ -87,12 +88,12 @@ class RunPlots(Observer):
             return
         for sentence in self._firing.changes(values["firing_rate"]):
             logger.warning("epoch %g: %s", values["epoch"], sentence)
-        is_due = step == self.last_step or time.monotonic() - self._drawn >= DRAW_EVERY
+        is_due = step == self.last_step or time.monotonic() >= self._next
         if self.config.plots and is_due:
             self._draw_all(values["epoch"])
 
     def _draw_all(self, epoch: float) -> None:
-        metrics, images = self.tracker.path, self._images
+        metrics, images, began = self.tracker.path, self._images, time.monotonic()
         self._draw("learning_curves.png", lambda out: curves.learning_curves(metrics, out))
         self._draw("firing_rates.png", lambda out: curves.firing_rates(metrics, out))
         if len(images) and spiking_layers(self.model):
@@ -102,7 +103,8 @@ class RunPlots(Observer):
             found = membrane_distribution(self.model, images, precision)
             if found.shares:
                 self._draw("membranes.png", lambda out: curves.membranes(found, title, out))
-        self._drawn = time.monotonic()
+        ended = time.monotonic()
+        self._next = ended + max(DRAW_EVERY, PAUSE * (ended - began))
 
     def _draw(self, name: str, draw: Callable[[Path], None]) -> None:
         plot = self.folder / name
