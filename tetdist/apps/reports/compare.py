@@ -9,9 +9,8 @@ import itertools
 import json
 import math
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +38,7 @@ SHOWN = 8  # rows or items of what may be long; --json has all
 _MISSING = object()  # the value of a key that one of the two does not have
 
 # step -> how often each (id, crc32) was seen by all ranks together
-Samples = dict[int, Counter[tuple[Any, int]]]
+Samples = dict[int, Counter[tuple[int, int]]]
 Extent = dict[str, tuple[int, int, int]]
 
 
@@ -187,15 +186,15 @@ def _read_samples(folder: Path) -> Samples | None:
     return samples if files else None
 
 
-def _read_rank_samples(path: Path) -> dict[int, list[tuple[Any, int]]]:
+def _read_rank_samples(path: Path) -> dict[int, list[tuple[int, int]]]:
     """Id and content (crc32) of each sample, at each step of one rank.
 
     A step has several lines, one a micro-batch. After a resume steps come again; then the lines of
     the last start count.
     """
-    steps: dict[int, list[tuple[Any, int]]] = {}
+    steps: dict[int, list[tuple[int, int]]] = {}
     last: int | None = None
-    ids_of_step: set[Any] = set()
+    ids_of_step: set[int] = set()
     data = path.read_bytes()
     # A last line without its end was torn by a kill.
     for number, raw in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
@@ -204,7 +203,7 @@ def _read_rank_samples(path: Path) -> dict[int, list[tuple[Any, int]]]:
             step, ids = line["step"], line["ids"]
             seen = list(zip(ids, line["crc32"], strict=True))
             whole = isinstance(step, int) and all(
-                isinstance(id_, int | str) and isinstance(crc32, int) for id_, crc32 in seen
+                isinstance(value, int) for sample in seen for value in sample
             )
         except (ValueError, KeyError, TypeError):
             whole = False
@@ -312,16 +311,8 @@ def relative_difference(a: Any, b: Any) -> float:
     """
     if _equal(a, b):
         return 0.0
-    if not (_is_finite(a) and _is_finite(b)):
-        return math.inf
-    larger = max(abs(a), abs(b))
-    difference = abs(a - b)
-    # The difference of two huge numbers of different signs is more than a float holds.
-    return difference / larger if _is_finite(difference) else abs(a / larger - b / larger)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    finite = all(isinstance(value, int | float) and math.isfinite(value) for value in (a, b))
+    return abs(a - b) / max(abs(a), abs(b)) if finite else math.inf
 
 
 def compare_metrics(a: Path, b: Path, tolerance: float) -> MetricsResult:
@@ -355,11 +346,12 @@ def compare_metrics(a: Path, b: Path, tolerance: float) -> MetricsResult:
             if relative > result.largest:
                 result.largest, result.largest_at = relative, step
             if relative > tolerance:
-                different.append(_pair(key, ours, theirs) | {"relative": relative})
+                if found.first is None:
+                    different.append(_pair(key, ours, theirs) | {"relative": relative})
                 result.different += 1
                 if result.first is None:
                     result.first = step
-        if different and found.first is None:
+        if different:
             found.first = {"step": step, "kind": kind, "values": different}
     return found
 
@@ -376,14 +368,14 @@ def compare_samples(a: Samples | None, b: Samples | None) -> tuple[dict[str, Any
     common = sorted(a.keys() & b.keys())
     different = [step for step in common if a[step] != b[step]]
     only = {"a": sorted(a.keys() - b.keys()), "b": sorted(b.keys() - a.keys())}
-    ids: dict[str, list[Any]] = {"a": [], "b": [], "content": []}
+    ids: dict[str, list[int]] = {"a": [], "b": [], "content": []}
     if different:
         step = different[0]
         ours, theirs = (Counter(id_ for id_, _ in one[step].elements()) for one in (a, b))
-        ids["a"] = _in_order((ours - theirs).elements())
-        ids["b"] = _in_order((theirs - ours).elements())
+        ids["a"] = sorted((ours - theirs).elements())
+        ids["b"] = sorted((theirs - ours).elements())
         changed = {id_ for id_, _ in a[step] - b[step]}
-        ids["content"] = _in_order(id_ for id_ in changed if ours[id_] == theirs[id_])
+        ids["content"] = sorted(id_ for id_ in changed if ours[id_] == theirs[id_])
         lines = [
             f"Samples: they part at step {step}, and differ at {len(different)} of "
             f"{counted(len(common), 'step')}. At step {step}:"
@@ -409,10 +401,6 @@ def compare_samples(a: Samples | None, b: Samples | None) -> tuple[dict[str, Any
         "first": {"only": {"a": ids["a"], "b": ids["b"]}, "content": ids["content"]},
     }
     return found, "\n".join(lines)
-
-
-def _in_order(ids: Iterable[Any]) -> list[Any]:
-    return sorted(ids, key=lambda id_: (isinstance(id_, str), id_))
 
 
 # --- showing --------------------------------------------------------------------------------------

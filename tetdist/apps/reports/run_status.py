@@ -88,22 +88,22 @@ class RunStatus:
     bytes: int = 0
 
 
-def find_runs(names: Sequence[str], runs_dir: str = "runs") -> list[Path]:
-    """The folders that are meant: of a run, by its path or its name in ``runs_dir``, or of all runs
-    in a folder. Without names those in ``runs_dir``, where there may be none yet.
+def find_runs(names: Sequence[str]) -> list[Path]:
+    """The folders that are meant: of a run, by its path or its name in runs/, or of all runs in a
+    folder. Without names those in runs/, where there may be none yet.
 
     Raises:
         UserError: There is no run of that name.
     """
     if not names:
-        return _runs_at(Path(runs_dir))
+        return _runs_at(Path("runs"))
     found: list[Path] = []
     for name in names:
-        runs = _runs_at(Path(name)) or _runs_at(Path(runs_dir) / name)
+        runs = _runs_at(Path(name)) or _runs_at(Path("runs", name))
         if not runs:
             raise UserError(
                 f"there is no run {name}, neither as a folder (with a config.yaml, or of runs that "
-                f"have one) nor in {runs_dir}/"
+                "have one) nor in runs/"
             )
         found += runs
     return list(dict.fromkeys(found))
