@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -299,38 +298,6 @@ def test_two_submissions_at_once_are_one_run(
     assert [line.split()[0] for line in cluster.squeue()] == [run.job]
 
 
-@pytest.mark.long
-def test_without_accounting(
-    launcher: Launcher,
-    straight: Run,
-    cluster: Cluster,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("SLURM_CONF", str(cluster.conf_without_accounting))
-
-    def status(path: Path) -> str:
-        capsys.readouterr()
-        assert slurm.main(["status", str(path)]) == 0
-        return capsys.readouterr().out.splitlines()[0]
-
-    # The controller remembers a job for some minutes.
-    run = held(launcher, "cancelled-in-the-queue")
-    cluster.run("scancel", run.job)
-    assert re.search(rf"job {run.job} CANCELLED \(exit status 0:", status(run.path))
-    # Then there is the run's folder.
-    later = Path(shutil.copytree(straight.path, tmp_path / "later"))
-    for file in (later / "slurm" / "history.jsonl", later / "slurm/submission-1/submission.json"):
-        text = file.read_text().replace(f'"{straight.job}"', '"999999"')
-        file.write_text(text.replace(str(straight.path), str(later)))
-    assert "job 999999 COMPLETED (by the run's own history, 20" in status(later)
-    history = later / "slurm" / "history.jsonl"
-    history.write_text(history.read_text().splitlines(keepends=True)[0])
-    expected = "job 999999 unknown (Slurm does not know the job any more, and it did not start)"
-    assert expected in status(later)
-
-
 FAULT = """
 import os
 if os.environ.get("RANK") == "2":
@@ -401,28 +368,3 @@ def test_sweep_is_an_array_with_one_parent(
     # Nor is any of them queued again where the sweep is.
     assert slurm.main([*arguments, "--sweep", "loss.kind=sdt,tet"]) == 2
     assert "all 2 runs of the sweep are finished" in capsys.readouterr().err
-
-
-@pytest.mark.long
-def test_job_imports_the_copy_that_was_made_when_it_was_submitted(
-    launcher: Launcher, cluster: Cluster, tmp_path: Path
-) -> None:
-    file = tmp_path / "my_loss.py"
-    text = (
-        "from tetdist.losses import register_loss, tet_loss\n"
-        "@register_loss('own')\n"
-        "def own(logits, target):\n"
-        "    return tet_loss(logits, target, lambda_=0.0) + 100\n"
-    )
-    file.write_text(text)
-    imported = ("--import", str(file), "loss.kind=own", "max_steps=20")
-    run = launcher("imported", *imported, "cluster.sbatch.hold=true")
-    file.write_text("raise RuntimeError('this is not what was submitted')\n")
-    cluster.run("scontrol", "release", run.job)
-    run.wait_for("finished")
-    assert (run.path / "imports" / "my_loss.py").read_text() == text
-    assert all(line["loss"] > 100 for line in tiny.metrics(run.path, "train"))
-    # What the user has now is another file, and the run is not that.
-    file.write_text(text + "# other\n")
-    again = ["--config", str(launcher.config), "name=imported", *imported]
-    assert slurm.main(again) == 2

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tetdist.apps.slurm import history, submit
+from tetdist.apps.slurm import history, jobs, submit
 from tetdist.apps.slurm.cluster import ClusterSection
-from tetdist.apps.slurm.history import LOCAL, Submission
+from tetdist.apps.slurm.history import LOCAL, EventKind, JobEvent, Submission
 from tetdist.config import loading
 from tetdist.errors import UserError
 
@@ -34,29 +34,57 @@ def test_job_runs_in_another_folder_and_again_and_again(
     assert "uri: http://host\n" in job.as_yaml()
 
 
-def test_whoever_is_waited_for_is_finished_or_queued(tmp_path: Path) -> None:
-    def run(name: str, saved: int) -> Path:
-        """A run of 10 steps, trained on this machine up to a step."""
-        folder = tmp_path / name
-        (folder / "checkpoints" / f"step-{saved:08}").mkdir(parents=True)
-        submission = Submission(
-            job=LOCAL,
-            run_dir=str(folder),
-            config="",
-            code="",
-            log="",
-            cluster={},
-            last_step=10,
-            steps_per_epoch=5,
-            global_batch=8,
-            time=0.0,
-        )
-        history.write_submission(history.next_submission(folder), submission)
-        return folder
+def submitted(folder: Path, saved: int, job: str = LOCAL) -> Submission:
+    """A run of 10 steps, trained up to a step."""
+    (folder / "checkpoints" / f"step-{saved:08}").mkdir(parents=True)
+    submission = Submission(job, str(folder), "", "", "", {}, 10, 5, 8, 0.0)
+    history.write_submission(history.next_submission(folder), submission)
+    return submission
 
-    assert submit.jobs_to_wait_for([run("finished", 10)]) == []
+
+def test_whoever_is_waited_for_is_finished_or_queued(tmp_path: Path) -> None:
+    for name, saved in (("finished", 10), ("also finished", 10), ("half", 9)):
+        submitted(tmp_path / name, saved)
+    assert submit.jobs_to_wait_for([tmp_path / "finished"]) == []
     with pytest.raises(UserError, match=r"--after: .*half is neither finished nor queued"):
-        submit.jobs_to_wait_for([run("also finished", 10), run("half", 9)])
+        submit.jobs_to_wait_for([tmp_path / "also finished", tmp_path / "half"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "text"),
+    [
+        ("submitted", "unknown", "Slurm does not know the job any more, and it did not start"),
+        ("stopped", "unknown", "Slurm does not know the job any more; by the run's own history s"),
+        ("finished", "COMPLETED", "by the run's own history, 20"),
+        ("failed", "FAILED", "by the run's own history, 20"),
+        ("cancelled", "CANCELLED", "by the run's own history, 20"),
+    ],
+)
+def test_job_that_slurm_has_forgotten(
+    kind: EventKind, name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_ask", lambda *_: (1, "", "Invalid job id specified"))
+    submission = submitted(tmp_path, 10, "12")
+    # Of another job's end it says nothing.
+    for event in (JobEvent("failed", "11"), JobEvent(kind, "12")):
+        history.note(tmp_path, event)
+    state = jobs.state_of(submission)
+    assert (state.name, state.is_queued) == (name, False)
+    assert state.text.startswith(text)
+
+
+def test_job_imports_the_copy_that_was_made_when_it_was_submitted(
+    tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    file = tmp_path / "my_loss.py"
+    file.write_text("FIRST = True\n")
+    config = loading.load(str(tiny_config()), imports=[file])
+    run = submit.prepare(config, ClusterSection(gpus_per_node=0))
+    described = submit._job(run, tmp_path, tmp_path / "code")
+    file.write_text("raise RuntimeError('this is not what was submitted')\n")
+    (imported,) = loading.load_written(Path(described.config)).imports
+    assert Path(imported).is_relative_to(run.config.run_dir.absolute() / "slurm")
+    assert Path(imported).read_text() == "FIRST = True\n"
 
 
 def test_job_that_slurm_refuses_leaves_nothing_behind(
