@@ -317,6 +317,9 @@ def test_plan_without_the_data(
     text = planned("data.root=/nowhere", "--images", "80")
     assert "10 an epoch, 20 in all (2 epochs)" in text
     assert "2 evaluations of 0" in text
+    text = planned("data.root=/nowhere", "--images", "80", "data.held_out=0.1")
+    assert "(72 as published" in text
+    assert "2 evaluations of 8" in text
     # The data that are there are counted, unless another number is given.
     assert " in the split)" in planned()
     assert "(48 as published or given" in planned("--images", "48")

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from tetdist.apps.slurm import history, job
+from tetdist.apps.slurm import history, job, placement
 from tetdist.apps.slurm.history import EventKind, JobEvent
 from tetdist.apps.slurm.job import Job, _Start
-from tetdist.apps.slurm.placement import ProcessContext
+from tetdist.apps.slurm.placement import ProcessContext, SlurmContext
 from tetdist.config import loading
 from tetdist.errors import PeerFailed, UserError
 
@@ -272,3 +272,32 @@ def test_rank_1_writes_where_rank_0_has_died(start: Starter) -> None:
     start(1, restart=1)._on_failure(PeerFailed("rank 0 has died or cannot be reached"))
     (event,) = history.history(start().run_dir)
     assert (event.kind, event.restart) == ("failed", 1)
+
+
+@pytest.mark.parametrize(
+    ("controller", "status"),
+    [
+        (["takes it"], 0),
+        (["refuses", "takes it"], 0),  # It came back between the two questions.
+        (["is away", "is away", "takes it"], 0),
+        (["refuses", "is away", "refuses", "takes it"], 0),
+        (["refuses", "refuses"], 1),
+    ],
+)
+def test_controller_is_asked_until_it_takes_or_refuses(
+    controller: list[str], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = iter(controller)
+    now = [""]
+
+    def ask(*_: str, timeout: float) -> tuple[bool, str]:
+        assert timeout == placement.REQUEUE_TIMEOUT
+        now[0] = next(said)
+        return now[0] == "takes it", now[0]
+
+    monkeypatch.setattr(placement, "_try", ask)
+    monkeypatch.setattr(placement, "_show", lambda _: "" if now[0] == "is away" else "JobState=")
+    monkeypatch.setattr(placement.time, "sleep", lambda _: None)
+    place = (0, 2, 0, 2, "node1", 29500, None, "12", 0, ("node1", "node2"))
+    assert SlurmContext(*place, warn_before_end=60, answering=()).start_again() == status
+    assert list(said) == []

@@ -5,6 +5,7 @@ first, a requeue by the job itself, by an administrator, after a preemption or a
 the newest whole checkpoint says where to go on.
 """
 
+import itertools
 import logging
 import os
 import signal
@@ -157,11 +158,8 @@ class _Start:
         starts = [e for e in history.since_submission(earlier) if e.kind == "started"]
         why = self._why_started(earlier)
         self._note("started", f"{why}; on {', '.join(context.hosts)}" if why else "")
-        vain = 0
-        for start in reversed(starts):
-            vain += start.step == step
-            if start.step != step:
-                break
+        in_vain = itertools.takewhile(lambda start: start.step == step, reversed(starts))
+        vain = len(list(in_vain))
         if vain >= self.job.give_up_after:
             raise UserError(
                 f"{self.run_dir} was started {vain} times without getting past step {step}, the "

@@ -178,19 +178,17 @@ class SlurmContext(ProcessContext):
         to start again. Here every start is the same, and the run folder says where to go on.
         """
         end = time.monotonic() + CONTROLLER_PATIENCE
-        is_told = has_refused = False
-        while True:
+        is_told, refusals = False, 0
+        while refusals < 2 and time.monotonic() < end:
             done, refusal = _try("scontrol", "requeue", self.job, timeout=REQUEUE_TIMEOUT)
             if done:
                 return 0
             # A controller that answers another question has refused this one, unless it has come
             # back in between.
-            answers = bool(_show(self.job))
-            if (answers and has_refused) or time.monotonic() > end:
-                break
-            has_refused = answers
-            if answers:
+            if _show(self.job):
+                refusals += 1
                 continue
+            refusals = 0
             if not is_told:
                 print(
                     f"the controller of Slurm does not answer ({refusal}); all is saved, and it is "

@@ -37,7 +37,11 @@ def indexes(config: RunConfig, images: int | None) -> tuple[Index, Index] | None
             "number of training images: --images N"
         )
     train, val, classes = SIZES.get(root.name, (0, 0, 1000))
-    return _without_files(images or train, classes), _without_files(val, classes)
+    train = images or train
+    if config.data.held_out:
+        val = round(config.data.held_out * train)
+        train -= val
+    return _without_files(train, classes), _without_files(val, classes)
 
 
 def _without_files(images: int, classes: int) -> Index:
