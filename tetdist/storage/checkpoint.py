@@ -22,7 +22,6 @@ import json
 import logging
 import os
 import shutil
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
@@ -269,10 +268,9 @@ def load_model_file(
     file = _ema_file(path, which) if ema else _model_file(path, which)
     try:
         weights = load_file(file)
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            metadata = parse_json(stream.read(length)).get("__metadata__", {})
-    except (OSError, SafetensorError, ValueError, struct.error) as error:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+    except (OSError, SafetensorError, ValueError) as error:
         hint = ""
         if file.suffix != ".safetensors":
             hint = f"; `{typed('convert')}` makes one of other libraries' weights"
@@ -282,13 +280,12 @@ def load_model_file(
             f"{file} does not say which model it is of; it was not written by tetdist's training"
         )
     try:
-        return weights, Description.model_validate(parse_json(metadata["tetdist"]))
-    except (ValueError, ValidationError) as error:
-        errors = error.errors() if isinstance(error, ValidationError) else []
-        wrong = sorted({str(one["loc"][0]) for one in errors if one["loc"]}) or ["all of it"]
+        return weights, Description.model_validate_json(metadata["tetdist"])
+    except ValidationError as error:
+        wrong = {str(one["loc"][0]) for one in error.errors() if one["loc"]} or {"all of it"}
         raise UserError(
             f"the description in {file} is damaged or of another version: "
-            f"{', '.join(wrong)} cannot be read"
+            f"{', '.join(sorted(wrong))} cannot be read"
         ) from error
 
 
