@@ -424,24 +424,6 @@ def test_vggsnn_without_pooling_is_another_network() -> None:
         foreign.convert(state, "tet", ours("vggsnn", num_classes=5, input_size=16))
 
 
-def test_resnet18_for_cifar_of_the_repositories_of_distillation() -> None:
-    state = random_state(distilled_shapes((2, 2, 2, 2), 4, 4, 0, 5))
-    assert foreign.num_classes(state, "seal") == 5
-    model = ours("spiking_resnet18_cifar", num_classes=5, stem_width=4, width=4)
-    converted(state, "seal", model)
-    assert torch.equal(model.fc.weight, state["classifier.0.weight"])
-    assert torch.equal(model.stem.conv.weight, state["conv0.0.weight"])
-
-
-def test_ms_resnets_file_is_recognised(tmp_path: Path) -> None:
-    state = {f"module.{k}": v for k, v in random_state(ms_shapes((2, 2, 2, 2), 4, 5)).items()}
-    torch.save(state, tmp_path / "resnet18-125-best.pth")
-    read = foreign_files.read(tmp_path / "resnet18-125-best.pth")
-    assert foreign.source_of(read, tmp_path / "resnet18-125-best.pth") == "ms"
-    assert foreign.num_classes(read, "ms") == 5
-    converted(read, "ms", ours("ms_resnet18", num_classes=5, width=4))
-
-
 @pytest.mark.parametrize(
     ("name", "source"),
     [
@@ -709,16 +691,24 @@ def test_tets_checkpoint_is_recognized_and_sees_images_as_its_loader_scales_them
             {"decay": 0.5, "reset": "hard"},
         ),
         (
-            "ms",
+            "seal",
+            "spiking_resnet18_cifar",
+            distilled_shapes((2, 2, 2, 2), 4, 4, 0, 4),
+            {"width": 4, "stem_width": 4},
+            {"decay": 0.5, "reset": "hard"},
+        ),
+        # Known by its names, behind the prefix of a parallel wrapper.
+        (
+            None,
             "ms_resnet18",
-            ms_shapes((2, 2, 2, 2), 4, 4),
+            {f"module.{key}": shape for key, shape in ms_shapes((2, 2, 2, 2), 4, 4).items()},
             {"width": 4},
             {"decay": 0.25, "threshold": 0.5, "surrogate": "rectangle", "detach_reset": True},
         ),
     ],
 )
 def test_converted_file_notes_its_sources_network(
-    source: str,
+    source: str | None,
     model: str,
     shapes: Shapes,
     arguments: dict[str, int],
@@ -729,12 +719,13 @@ def test_converted_file_notes_its_sources_network(
 ) -> None:
     torch.save({"best_acc": 1.0, "best_net": random_state(shapes)}, tmp_path / "theirs.pth")
     output = tmp_path / "o.safetensors"
-    # The width of the stem is noted unasked.
-    given = [f"model.arguments.{k}={v}" for k, v in arguments.items() if k != "stem_width"]
-    command = [tmp_path / "theirs.pth", "--model", model, "--from", source, "--output", output]
+    # The stem of a ResNet-19, 128 channels wide, is noted unasked.
+    given = [f"model.arguments.{k}={v}" for k, v in arguments.items() if v != 128]
+    command = [tmp_path / "theirs.pth", "--model", model, "--output", output]
+    command += [] if source is None else ["--from", source]
     status, said = call("convert", *command, *given, "data.image_size=32", "data.resize=32")
     assert status == 0, said
-    assert f"as of {source}" in said
+    assert f"as of {source or 'ms'}" in said
     _, description = checkpoint.load_model_file(output)
     noted = description.config["model"]
     assert noted["arguments"] == arguments
