@@ -1,11 +1,9 @@
 """tools/study.py on a real cluster: a study submitted at once, of runs that need each other."""
 
-import importlib
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,29 +12,23 @@ from cluster import Cluster, wait_until
 from runs import Run, assert_mlflow_has, mlflow_status
 
 from tetdist.apps.cli import slurm
+from tetdist.apps.cli import study as command
 
 ON_CPU = ("--gpus-per-node", "0", "--time", "10")
 HELD = ("cluster.sbatch.hold=true",)
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    return importlib.import_module("tetdist.apps.cli.study")
-
-
 class Study:
     """A study in a folder of its own, in which this process now is."""
 
-    def __init__(
-        self, tool: ModuleType, cluster: Cluster, capfd: pytest.CaptureFixture[str], folder: Path
-    ) -> None:
-        self._tool, self.cluster, self._capfd = tool, cluster, capfd
+    def __init__(self, cluster: Cluster, capfd: pytest.CaptureFixture[str], folder: Path) -> None:
+        self.cluster, self._capfd = cluster, capfd
         self.output = folder / "out"
 
     def __call__(self, *arguments: object) -> tuple[int, str, str]:
         """Runs the tool: status, output, errors."""
         self._capfd.readouterr()
-        status = self._tool.main(["study.yaml", "--output", "out", *map(str, arguments)])
+        status = command.main(["study.yaml", "--output", "out", *map(str, arguments)])
         return status, *self._capfd.readouterr()
 
     def run(self, name: str) -> Run:
@@ -49,7 +41,6 @@ class Study:
 
 @pytest.fixture
 def study(
-    tool: ModuleType,
     cluster: Cluster,
     tiny_config: Callable[..., Path],
     tmp_path: Path,
@@ -71,7 +62,7 @@ def study(
             "entries": entries,
         }
         Path("study.yaml").write_text(yaml.safe_dump(values))
-        return Study(tool, cluster, capfd, tmp_path)
+        return Study(cluster, capfd, tmp_path)
 
     return write
 

@@ -199,7 +199,7 @@ def planned(runs: "list[StudyRun]") -> str:
     from tetdist.apps.studies import plan
 
     left = [run for run in runs if not plan.is_trained(run)]
-    epochs = {run.name: run.own_epochs for run in left}
+    epochs = {run.name: sum(phase.epochs for phase in run.own_phases) for run in left}
     lines = [f"{name}: {counted(number, 'epoch')}" for name, number in epochs.items()]
     total = f"{len(left)} of {counted(len(runs), 'run')} to train"
     return "\n".join([*lines, f"{total}, {counted(sum(epochs.values()), 'epoch')} in all"])
@@ -209,9 +209,7 @@ def command(options: argparse.Namespace, file: Path) -> str:
     """The command that makes the study, to be quoted in its report."""
     from tetdist.apps.studies import plan
 
-    words = [str(file), *options.overrides]
-    for one in options.imports:
-        words += ["--import", one]
+    words = [str(file), *options.overrides, *plan.import_flags(options.imports)]
     if options.output:
         words += ["--output", str(options.output)]
     if options.jobs > 1:

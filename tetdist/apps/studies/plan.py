@@ -140,10 +140,6 @@ class StudyRun:
         return self.config.phases[self.config.start_phase :]
 
     @property
-    def own_epochs(self) -> int:
-        return sum(phase.epochs for phase in self.own_phases)
-
-    @property
     def size(self) -> int:
         """Cost of the run relative to others of the study: epochs times T."""
         return sum(phase.epochs * phase.timesteps for phase in self.own_phases)

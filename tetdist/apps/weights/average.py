@@ -53,7 +53,7 @@ def mean_weights(
     step = description.step
     for source in sources[1:]:
         others, theirs = _read(source, which, ema)
-        _check_alike(source, others, theirs, first, weights, description)
+        _check_alike(source, (others, theirs), first, (weights, description))
         for key, value in others.items():
             total[key] += value
         step = max(step, theirs.step)
@@ -69,44 +69,36 @@ def mean_weights(
     return mean, description.model_copy(update=changes)
 
 
-def _read(path: Path, which: str, ema: bool) -> tuple[dict[str, Tensor], checkpoint.Description]:
+Read = tuple[dict[str, Tensor], checkpoint.Description]
+
+
+def _read(path: Path, which: str, ema: bool) -> Read:
     weights, description = checkpoint.load_model_file(path, which, ema=ema)
     plugins.require(description.imports, path)
     return weights, description
 
 
-def _check_alike(
-    source: Path,
-    weights: dict[str, Tensor],
-    description: checkpoint.Description,
-    first: Path,
-    first_weights: dict[str, Tensor],
-    first_description: checkpoint.Description,
-) -> None:
+def _check_alike(source: Path, of_source: Read, first: Path, of_first: Read) -> None:
     """Refuse what is not of the same network.
 
     Raises:
         UserError: It is another; the text says in what.
     """
-    ours, theirs = (
-        {"model": parse(one.config, str(path), warn=False).as_dict()["model"]}
-        for one, path in ((first_description, first), (description, source))
+    (weights, theirs), (first_weights, ours) = of_source, of_first
+    found = differences(
+        *(
+            {"model": parse(one.config, str(path), warn=False).as_dict()["model"]}
+            for one, path in ((ours, first), (theirs, source))
+        )
     )
-    found = differences(ours, theirs)
-    if description.timesteps != first_description.timesteps:
-        found.append(f"T is {description.timesteps} and was {first_description.timesteps}")
-    if description.classes != first_description.classes:
+    if theirs.timesteps != ours.timesteps:
+        found.append(f"T is {theirs.timesteps} and was {ours.timesteps}")
+    if theirs.classes != ours.classes:
         found.append("its classes are others")
-    shapes, first_shapes = (
-        {key: tuple(value.shape) for key, value in one.items()} for one in (weights, first_weights)
-    )
-    unlike = [
-        key
-        for key in sorted(shapes.keys() | first_shapes.keys())
-        if shapes.get(key) != first_shapes.get(key)
-    ]
+    shapes = {(key, *value.shape) for key, value in weights.items()}
+    unlike = sorted(shapes ^ {(key, *value.shape) for key, value in first_weights.items()})
     if unlike and not found:
-        found.append(f"{unlike[0]} is not of the same shape")
+        found.append(f"{unlike[0][0]} is not of the same shape")
     if found:
         raise UserError(
             f"{source} is another network than {first}: {'; '.join(found)}. Only weights of one "
