@@ -224,28 +224,27 @@ def test_snapshot_of_an_installed_package(tmp_path: Path) -> None:
 
 
 def test_sweeps() -> None:
-    assert submit.combinations(["seed=0,1", "loss.kind=sdt,tet"]) == [
-        ["seed=0", "loss.kind=sdt"],
-        ["seed=0", "loss.kind=tet"],
-        ["seed=1", "loss.kind=sdt"],
-        ["seed=1", "loss.kind=tet"],
-    ]
-    # A comma in brackets belongs to the value; what does not vary is in no name.
+    assert submit.sweep_of("run", ["seed=0,1", "loss.kind=sdt,tet"]) == {
+        "run_seed-0_kind-sdt": ["seed=0", "loss.kind=sdt"],
+        "run_seed-0_kind-tet": ["seed=0", "loss.kind=tet"],
+        "run_seed-1_kind-sdt": ["seed=1", "loss.kind=sdt"],
+        "run_seed-1_kind-tet": ["seed=1", "loss.kind=tet"],
+    }
+    # A comma in brackets belongs to the value; what does not vary is in no name, and no name has
+    # brackets and commas.
     sweep = ["data.scale=[0.1,1],[0.5,1]", "seed=3"]
-    assert submit.combinations(sweep)[1] == ["data.scale=[0.5,1]", "seed=3"]
-    assert submit.sweep_names("run", ["seed=0,1", "loss.kind=tet"]) == ["run_seed-0", "run_seed-1"]
-    # A name has no brackets and no commas.
-    named = submit.sweep_names("run", ["data.scale=[0.1,1],[0.5,1]", "x.y=-1,1", "z=a b,a/b%"])
+    assert submit.sweep_of("run", sweep)["run_scale-0.5-1"] == ["data.scale=[0.5,1]", "seed=3"]
+    named = list(submit.sweep_of("run", [*sweep, "x.y=-1,1", "z=a b,a/b%"]))
     assert named[0] == "run_scale-0.1-1_y--1_z-a-b"
-    assert [re.fullmatch(r"[\w.-]+", name) is None for name in named] == [False] * len(named)
+    assert all(re.fullmatch(r"[\w.-]+", name) for name in named)
     for wrong in (["seed"], ["=1"], ["seed=1,,2"], ["seed="]):
         with pytest.raises(UserError, match="--sweep"):
-            submit.combinations(wrong)
+            submit.sweep_of("run", wrong)
+    with pytest.raises(UserError, match="two of its runs are the same"):
+        submit.sweep_of("run", ["seed=1,1"])
     many = [f"x.y{i}={','.join(map(str, range(200)))}" for i in range(3)]
     with pytest.raises(UserError, match="--sweep: 8,000,000 runs; more than 1,000 are no array"):
-        submit.combinations(many)
-    with pytest.raises(UserError, match="two of its runs are the same"):
-        submit.sweep_names("run", ["seed=1,1"])
+        submit.sweep_of("run", many)
 
 
 def test_tracker_that_is_down_stops_no_submission(

@@ -161,16 +161,14 @@ def submit(options: argparse.Namespace) -> int:
         if options.after:
             raise UserError("--after waits for a job of Slurm and does not go with --local")
         cluster = cluster.model_copy(update={"nodes": 1, "tasks_per_node": options.local})
-    names, job_name = [base.name], base.name
-    changes: list[list[str]] = [[]]
+    sweep: dict[str, list[str]] = {base.name: []}
     if options.sweep:
         if options.local or options.follow:
             raise UserError("--sweep does not go with --local or --follow")
-        names = submission.sweep_names(base.name, options.sweep)
-        job_name = base.name if len(names) == 1 else f"{base.name}_sweep"
-        changes = submission.combinations(options.sweep)
+        sweep = submission.sweep_of(base.name, options.sweep)
+    job_name = base.name if len(sweep) == 1 else f"{base.name}_sweep"
     runs: list[Prepared] = []
-    for name, overrides in zip(names, changes, strict=True):
+    for name, overrides in sweep.items():
         own = joined([*options.overrides, *overrides], [f"name={name}"])
         config = configuration.load(options.config, own, options.imports) if options.sweep else base
         data = published.indexes(config, options.images) if options.dry_run else None

@@ -143,25 +143,37 @@ def absolute(config: RunConfig) -> RunConfig:
     return loading.parse(values | {"cluster": {}, "resume": "auto"}, config.name, warn=False)
 
 
-def combinations(sweep: list[str]) -> list[list[str]]:
-    """Every combination of ``key=a,b,...`` items as a list of overrides.
+def sweep_of(name: str, items: list[str]) -> dict[str, list[str]]:
+    """The overrides of every combination of ``key=a,b,...``, by its run's name.
+
+    Such a name is NAME_seed-0_kind-tet; what does not vary is not in it.
 
     Raises:
-        UserError: An item is not of this form.
+        UserError: An item is not of this form, there are too many, or two are the same.
     """
-    choices: list[list[str]] = []
-    for item in sweep:
+    choices: list[list[tuple[str, str]]] = []
+    for item in items:
         key, separator, text = item.partition("=")
         values = _split(text)
         if not separator or not key or not all(values):
             raise UserError(f"--sweep: {item!r} is not of the form key=value,value,...")
-        choices.append([f"{key}={value}" for value in values])
+        choices.append([(key, value) for value in values])
     if (count := math.prod(map(len, choices))) > _MOST_RUNS:
         raise UserError(
             f"--sweep: {count:,} runs; more than {_MOST_RUNS:,} are no array of jobs of Slurm's by "
             "default: name fewer values"
         )
-    return [list(each) for each in itertools.product(*choices)]
+    runs: dict[str, list[str]] = {}
+    for pairs in itertools.product(*choices):
+        varied = [pair for pair, others in zip(pairs, choices, strict=True) if len(others) > 1]
+        parts = [f"{key.split('.')[-1]}-{_as_name(value)}" for key, value in varied]
+        runs["_".join([name, *parts])] = [f"{key}={value}" for key, value in pairs]
+    if len(runs) < count:
+        raise UserError(
+            "--sweep: two of its runs are the same, or differ in signs that no name has; name each "
+            "value once"
+        )
+    return runs
 
 
 def _split(text: str) -> list[str]:
@@ -174,22 +186,6 @@ def _split(text: str) -> list[str]:
         else:
             parts[-1] += character
     return parts
-
-
-def sweep_names(name: str, sweep: list[str]) -> list[str]:
-    """A run's name for each of the combinations: NAME_seed-0_kind-tet."""
-    varied = [item.partition("=")[0] for item in sweep if len(_split(item.partition("=")[2])) > 1]
-    names: list[str] = []
-    for overrides in combinations(sweep):
-        pairs = [override.split("=", 1) for override in overrides]
-        parts = [f"{k.split('.')[-1]}-{_as_name(v)}" for k, v in pairs if k in varied]
-        names.append("_".join([name, *parts]))
-    if len(set(names)) < len(names):
-        raise UserError(
-            "--sweep: two of its runs are the same, or differ in signs that no name has; name each "
-            "value once"
-        )
-    return names
 
 
 def _as_name(value: str) -> str:
