@@ -1,17 +1,21 @@
 """The checks come to an end, and what they have found is told, whatever happens to a process."""
 
+import dataclasses
 import json
+import math
 import os
 import signal
 import threading
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 from tiny import Farm
 
-from tetdist.apps.check_gpu import remedies
+from tetdist.apps.check_gpu import remedies, run
 from tetdist.apps.check_gpu.check import Check, Finding, Machine, Report
 from tetdist.apps.check_gpu.run import run_checks
 from tetdist.distributed.world import join
@@ -164,6 +168,28 @@ def test_all_checks_together_have_a_limit(
         "to mend: slow: the same command with --only slow, which has more time alone; "
         "not reached: last"
     )
+
+
+def test_a_check_that_ends_while_it_is_looked_at_has_its_finding(
+    here: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = run._Task(fine, here)
+    monkeypatch.setattr(task, "is_alive", lambda: task.run() is not None)
+    state = task.state()
+    assert (state["busy"], state["finding"]["text"]) == (False, "7 of 7")
+
+
+def test_the_process_that_is_elsewhere_is_to_blame(
+    here: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three that are late; the two at one place wait for the third."""
+    states = {f"links {rank}": {"busy": True, "where": "aba"[rank]} for rank in range(3)}
+    store: Any = types.SimpleNamespace(get=lambda key: json.dumps(states[key]))
+    monkeypatch.setattr(Machine, "limit", 0.0)
+    three = dataclasses.replace(here, world=dataclasses.replace(here.world, world_size=3))
+    verdict = run._Round("links", fine, three, store, math.inf)._judge()
+    assert verdict is not None
+    assert [found.status for found in verdict[0]] == ["left out", "bad", "left out"]
 
 
 def test_a_check_that_would_end_the_program_does_not(here: Machine) -> None:

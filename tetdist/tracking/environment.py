@@ -65,7 +65,7 @@ def environment() -> dict[str, Any]:
         "packages": versions(),
         "platform": platform.platform(),
         "hostname": socket.gethostname(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "usable_cores": len(affinity(0)) if affinity else os.cpu_count(),
         "gpus": gpus.splitlines(),
@@ -76,7 +76,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _cpu_model() -> str | None:
+def cpu_model() -> str | None:
+    """Return the processor's name; None if it has none."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             name, _, value = line.partition(":")

@@ -11,7 +11,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +20,15 @@ from tetdist.apps.benchmarks import turns
 from tetdist.apps.benchmarks.contestants import Contestant, contestants_of, step_of
 from tetdist.nn.precision import choose_algorithms
 from tetdist.tables import aligned, number
+from tetdist.tracking.environment import cpu_model
 
 MIB = 2**20
 
 
 def machine(device: str) -> dict[str, str]:
     """The machine and the versions that the figures depend on."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    with Path("/proc/cpuinfo").open() as stream:
-        cpu = next((line.split(":")[1].strip() for line in stream if "model name" in line), name)
     found = {
-        "device": name if device == "cuda" else cpu,
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model() or "",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),
