@@ -126,7 +126,7 @@ def _train(
     """Do one process's part of a run, as if it had been started by itself."""
     from tetdist.apps.cli import train
     from tetdist.distributed.starters import end_with_starters
-    from tetdist.training.engines import torch_engine
+    from tetdist.training.engines import base
 
     os.environ |= environment
     with log.open("a") as file:
@@ -134,7 +134,7 @@ def _train(
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(threads)
     if contiguous:
-        torch_engine.lay_out = lambda *_: None
+        base.lay_out = lambda *_: None
     end_with_starters()
     sys.exit(train.main(arguments))
 

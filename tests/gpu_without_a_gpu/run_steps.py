@@ -112,18 +112,8 @@ def _seed_within(trainer: Any) -> None:
 
 
 def _scale_on_the_host(trainer: Any) -> None:
-    from tetdist.training.engines import torch_engine
-
-    backward, scaled = trainer.engine.backward, torch_engine.scaled
-
-    def on_the_host(loss: Tensor) -> None:
-        torch_engine.scaled = lambda loss, scale: loss * scale.value
-        try:
-            backward(loss)
-        finally:
-            torch_engine.scaled = scaled
-
-    trainer.engine.backward = on_the_host
+    scale = trainer.engine.loss_scale
+    scale.factor = lambda _device: scale.value
 
 
 # With CUDA graphs, made in a training step.
