@@ -85,15 +85,13 @@ def gather(section: dict[str, Any], flags: dict[str, Any]) -> ClusterSection:
     Raises:
         UserError: A key is unknown, of the wrong type or without sense, or a file is no YAML.
     """
-    facts: dict[str, Any] = {}
     file = cluster_file()
-    if file.is_file():
-        facts |= _check(_read(file), str(file))
-    facts |= _check(section, "the configuration's section cluster")
+    facts = _read(file) if file.is_file() else {}
+    _checked(facts, str(file))
+    _checked(section, "the configuration's section cluster")
     if "time" in flags:
         minutes(flags["time"], "--time")
-    facts |= flags
-    cluster = ClusterSection.model_validate_json(json.dumps(_check(facts, "the command line")))
+    cluster = _checked(facts | section | flags, "the command line")
     if cluster.minutes * 60 <= cluster.warn_before_end:
         raise UserError(
             f"cluster.time: {cluster.time} is over before the warning {cluster.warn_before_end} s "
@@ -158,19 +156,14 @@ def _read(file: Path) -> dict[str, Any]:
     return facts
 
 
-def _check(facts: dict[str, Any], source: str) -> dict[str, Any]:
-    """The facts as they are, if they are right; errors name where they come from."""
+def _checked(facts: dict[str, Any], source: str) -> ClusterSection:
+    """The facts, if they are right; errors name where they come from."""
     try:
-        ClusterSection.model_validate_json(json.dumps(facts))
-    except TypeError as error:
-        raise UserError(
-            f"{source}: a value is neither text, number, list nor mapping ({error}); quote it"
-        ) from error
+        cluster = ClusterSection.model_validate_json(json.dumps(facts))
     except pydantic.ValidationError as error:
         raise UserError(f"{source}: {'; '.join(_explain(e) for e in error.errors())}") from None
-    if "time" in facts:
-        minutes(facts["time"])
-    return facts
+    minutes(cluster.time)
+    return cluster
 
 
 def _explain(error: Any) -> str:

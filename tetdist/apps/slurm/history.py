@@ -172,7 +172,10 @@ def saved_step(run_dir: Path) -> int:
 
 
 def write_failure(log: Path, job: str, restart: int, rank: int, text: str) -> None:
-    write_text(log / f"failure-{job}.{restart}-{rank}.txt", f"{time.time():.6f}\n{text}\n")
+    """Write an error down, unless the rank had one before."""
+    file = log / f"failure-{job}.{restart}-{rank}.txt"
+    if not file.exists():
+        write_text(file, f"{time.time():.6f}\n{text}\n")
 
 
 def first_failure(log: Path, job: str, restart: int) -> str | None:

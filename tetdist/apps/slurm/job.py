@@ -91,6 +91,7 @@ class _Start:
         self.job, self.context = job, context
         self.run_dir, self.log = Path(job.run_dir), Path(job.log)
         self.is_first = context.rank == 0
+        self._prefix = "" if self.is_first else f"rank {context.rank}: "
         self.config: RunConfig | None = None
 
     def run(self) -> int:
@@ -112,13 +113,11 @@ class _Start:
             status = train(self.config, observers, launcher)
         except (UserError, ModuleNotFoundError) as error:
             self._write_failure(error)
-            prefix = "" if self.is_first else f"rank {self.context.rank}: "
-            print(f"{prefix}error: {sentence(error)}", file=sys.stderr)
+            print(f"{self._prefix}error: {sentence(error)}", file=sys.stderr)
             return self._end_failed(2, str(error))
         except PeerFailed as error:
             # It was written down where it was raised.
-            prefix = "" if self.is_first else f"rank {self.context.rank}: "
-            print(f"{prefix}error: {error}", file=sys.stderr)
+            print(f"{self._prefix}error: {error}", file=sys.stderr)
             if self.is_first and self.config is not None:
                 # There was no tracker yet that would have told MLflow.
                 history.announce(self.config, "FAILED", {})
@@ -277,9 +276,8 @@ class _Start:
         known = isinstance(error, UserError | ModuleNotFoundError | PeerFailed)
         text = f"error: {error}" if known else "".join(traceback.format_exception(error))
         where = f"rank {context.rank} on {os.uname().nodename}:"
-        key = (context.job, context.restart, context.rank)
-        if not (self.log / f"failure-{context.job}.{context.restart}-{context.rank}.txt").exists():
-            history.write_failure(self.log, *key, f"{where}\n{text}")
+        place = (context.job, context.restart, context.rank)
+        history.write_failure(self.log, *place, f"{where}\n{text}")
 
     def _show_first_failure(self, known: str | None = None) -> None:
         """Print it to rank 0's log, which people read first, ahead of rank 0's own complaint.
