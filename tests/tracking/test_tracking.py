@@ -25,9 +25,8 @@ import tiny
 
 import tetdist
 from tetdist.errors import UserError
-from tetdist.tracking import environment as environment_module
 from tetdist.tracking import metrics_file, mlflow_follower, trackers
-from tetdist.tracking.environment import environment
+from tetdist.tracking.environment import environment, git_state
 from tetdist.tracking.metrics_file import (
     from_end,
     keep_until,
@@ -748,37 +747,29 @@ def test_environment_is_json_and_true(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(
     shutil.which("git") is None and not os.environ.get("CI"), reason="no git here (CI installs it)"
 )
-def test_environment_tells_the_state_of_the_checkout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_state_of_a_checkout(tmp_path: Path) -> None:
     def git(*args: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
         command = ["git", "-C", str(tmp_path), *identity, *args]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-    package = tmp_path / "tetdist" / "tracking"
-    package.mkdir(parents=True)
-    source = package / "tracking.py"
+    source = tmp_path / "site-packages" / "source.py"
+    source.parent.mkdir()
     source.write_text("a = 1\n")
-    monkeypatch.setattr(environment_module, "__file__", str(source))
-    assert environment()["git"] is None
+    assert git_state(tmp_path) == {}
 
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "first")
-    clean = environment()["git"]
+    clean = git_state(tmp_path)
     assert clean["commit"] == git("rev-parse", "HEAD").strip()
     assert (clean["dirty"], clean["diff"]) == (False, "")
     source.write_text("a = 2\n")
-    dirty = environment()["git"]
+    dirty = git_state(tmp_path)
     assert dirty["dirty"]
     assert dirty["diff"].endswith("-a = 1\n+a = 2\n")
-
     # Installed in an environment that lies in somebody's checkout.
-    deeper = package / "site-packages" / "tetdist" / "tracking"
-    deeper.mkdir(parents=True)
-    monkeypatch.setattr(environment_module, "__file__", str(deeper / "tracking.py"))
-    assert environment()["git"] is None
+    assert git_state(source.parent) == {}
 
 
 def test_ui_command(monkeypatch: pytest.MonkeyPatch) -> None:
