@@ -248,7 +248,7 @@ def test_images_that_come_slower_than_they_are_trained_on_are_bad(
 
     monkeypatch.setattr(Machine, "on_gpu", True)
     monkeypatch.setattr(images, "_indexed", lambda *_, **__: None)
-    monkeypatch.setattr(images, "cores_of", lambda _: 2)
+    monkeypatch.setattr(images, "cores_of", lambda _: (2, 1))
     monkeypatch.setattr(images, "train_loader", loader)
     monkeypatch.setattr(images, "images_per_s_of_a_step", lambda *_: trained)
     last = dataclasses.replace(here, world=dataclasses.replace(here.world, rank=7, world_size=8))
