@@ -7,6 +7,7 @@ import shutil
 import tarfile
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,13 +204,17 @@ def test_a_shard_that_was_not_finished_leaves_nothing(image_root, tmp_path, call
 
 
 @pytest.mark.parametrize("command", ["shard", "extract"])
-def test_a_disk_that_is_full_is_a_sentence(image_root, tmp_path, call, command):
+def test_a_disk_that_is_full_is_a_sentence(image_root, tmp_path, call, monkeypatch, command):
     root = image_root(size=(300, 400))
     indexed(root)
     if command == "extract":
         pack(root, tmp_path / "packed")
         root = tmp_path / "packed"
     arguments = ("images.py", command, root, tmp_path / "dest", *ONE_WORKER)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+        status, output = call(*arguments)
+    assert (status, "free: make room or name another place" in output) == (2, True)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     # A file that may not grow is refused as on a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 1024, before[1]))
