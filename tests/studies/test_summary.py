@@ -74,7 +74,7 @@ def test_a_file_without_a_summary_stays_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("end", "numbers", "said"),
     [
-        ("", "{}", "has no end"),
+        ("", '{"study": {}, "candidates": {}}', "has no end"),
         (summary.END, "{}", "no numbers of a study"),
         (summary.END, "", "cannot be read"),
     ],

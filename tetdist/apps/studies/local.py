@@ -70,7 +70,7 @@ def work(runs: list[StudyRun], jobs: int, parent: Parent, *, again: bool = False
             stop.check()
             for run in list(waiting):
                 lost = [needed.name for needed in run.needs if needed.name in failed]
-                if lost:
+                if lost and not again:
                     waiting.remove(run)
                     fail(run, f"not started, because {lost[0]} failed")
                 elif len(running) < jobs and (again or all(map(is_trained, run.needs))):
@@ -115,13 +115,12 @@ def catch_up(study: str, runs: Iterable[StudyRun], output: Path, jobs: int) -> N
         _say("asking MLflow which runs it lacks points of")
     try:
         lacking, untagged = lacking_runs(tracked)
+        parent = Parent(study, lacking + untagged, output)
         if lacking:
             _say(f"MLflow lacks points of {_named(lacking)}: sending them")
-            work(lacking, jobs, Parent(study, [], output), again=True)
-        if lacking or untagged:
-            parent = Parent(study, lacking + untagged, output)
-            for run in lacking + untagged:
-                parent.tell(run, None)
+            work(lacking, jobs, parent, again=True)
+        for run in lacking + untagged:
+            parent.tell(run, None)
         if lacking and (left := lacking_runs(lacking)[0]):
             raise UserError(f"MLflow still lacks points of {_named(left)}; see {left[0].log}")
     except UserError as error:

@@ -84,14 +84,9 @@ def put(
 def replaced(text: str, name: str, section: str, file: Path) -> str:
     """The file's text with the study's section in the place of its earlier one, or at the end."""
     begin, end = f"<!-- study {name} -->\n", f"<!-- end of study {name} -->\n"
-    whole = begin + section + end
-    before, found, rest = text.partition(begin)
-    if not found:
-        return f"{text.rstrip()}\n\n{whole}" if text.strip() else whole
-    _, found, after = rest.partition(end)
-    if not found:
-        raise UserError(f"{file}: the section that begins with {begin.strip()} has no end; mend it")
-    return before + whole + after
+    if begin not in text:
+        return f"{text.rstrip()}\n\n{begin}{section}{end}".lstrip()
+    return summary.between(text, begin, end, section, file)
 
 
 def section(numbers: Numbers, link: str, command: str) -> str:

@@ -50,18 +50,27 @@ def refreshed(text: str, folder: Path, file: Path) -> str:
     Raises:
         UserError: The summary has no end, or a file of numbers is not a study's.
     """
-    before, found, rest = text.partition(BEGIN)
-    if not found:
+    if BEGIN not in text:
         return text
-    _, found, after = rest.partition(END)
-    if not found:
-        raise UserError(f"{file}: the summary that begins with {BEGIN.strip()} has no end; mend it")
     # In the order of their sections; a file of numbers without one was left over.
     names = [file.stem for file in folder.glob("*.json") if f"<!-- study {file.stem} -->" in text]
     names.sort(key=lambda name: text.index(f"<!-- study {name} -->"))
     read = {name: _read(folder / f"{name}.json") for name in names}
     studies = {name: values for name, values in read.items() if "candidates" not in values}
-    return f"{before}{BEGIN}{table(studies)}\n{END}{after}"
+    return between(text, BEGIN, END, f"{table(studies)}\n", file)
+
+
+def between(text: str, begin: str, end: str, content: str, file: Path) -> str:
+    """A file's text with other content between two lines, the first of which is there.
+
+    Raises:
+        UserError: The second is not.
+    """
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise UserError(f"{file}: the section that begins with {begin.strip()} has no end; mend it")
+    return f"{before}{begin}{content}{end}{after}"
 
 
 def _read(file: Path) -> dict[str, Any]:
