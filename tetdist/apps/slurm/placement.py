@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -134,7 +134,7 @@ class SlurmContext(ProcessContext):
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             hosts=hosts,
             warn_before_end=warn_before_end,
-            answering=tuple(_answering(h for i, h in enumerate(hosts) if i != environment.node)),
+            answering=tuple(_answering([h for i, h in enumerate(hosts) if i != environment.node])),
         )
 
     def silent_hosts(self) -> list[str]:
@@ -266,23 +266,20 @@ def interface_towards(host: str) -> str:
     )
 
 
-def _answering(hosts: Iterable[str]) -> list[str]:
-    """The hosts that answer; all are asked at once."""
-    asked = list(hosts)
-
-    def answers(host: str) -> bool:
-        try:
-            socket.create_connection((host, ANY_PORT), timeout=5).close()
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
+def _answers(host: str) -> bool:
+    try:
+        socket.create_connection((host, ANY_PORT), timeout=5).close()
+    except ConnectionRefusedError:
         return True
+    except OSError:
+        return False
+    return True
 
-    if not asked:
-        return []
-    with ThreadPoolExecutor(min(len(asked), 32)) as threads:
-        return [host for host, ok in zip(asked, threads.map(answers, asked), strict=True) if ok]
+
+def _answering(hosts: Sequence[str]) -> list[str]:
+    """The hosts that answer; all are asked at once."""
+    with ThreadPoolExecutor(32) as threads:
+        return [host for host, ok in zip(hosts, threads.map(_answers, hosts), strict=True) if ok]
 
 
 def _show(job: str) -> str:
