@@ -29,6 +29,7 @@ def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
     Raises:
         UserError: Something is missing, outdated or does not suit the configuration.
     """
+    evaluated_split(config)  # so that its damage is told where a run is planned, too
     train = open_split(config, "train", world)
     if config.data.held_out:
         train, val = held_out.divide(
