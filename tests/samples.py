@@ -121,3 +121,11 @@ def write_official(root: Path, dest: Path) -> dict[str, str]:
     (dest / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
     plain.unlink()
     return ids
+
+
+def pixels(file: Path, colour: str) -> int:
+    """How many pixels of a picture have a colour, #RRGGBB, exactly."""
+    with Image.open(file) as image:
+        counted = image.convert("RGB").getcolors(image.width * image.height)
+    assert counted is not None
+    return {value: count for count, value in counted}.get(tuple(bytes.fromhex(colour[1:])), 0)

@@ -12,9 +12,10 @@ import tiny
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import pixels
 from tiny import Tool
 
-from tetdist.apps.reports import compare
+from tetdist.apps.reports import compare, style
 
 
 @pytest.fixture
@@ -411,18 +412,11 @@ def test_runs_without_configuration_or_evaluation(run_tool: Tool, tmp_path: Path
 
 
 def test_figure_of_several_runs(run_tool: Tool, series: list[Path], tmp_path: Path) -> None:
-    from PIL import Image
-
-    from tetdist.apps.reports import style
+    out = tmp_path / "all.png"
 
     def colours(*runs: Path) -> list[int]:
-        out = tmp_path / "all.png"
         run_tool(*runs, "--plot", out)
-        with Image.open(out) as image:
-            counted = image.convert("RGB").getcolors(image.width * image.height)
-        assert counted is not None
-        found = {value: count for count, value in counted}
-        return [found.get(tuple(bytes.fromhex(colour[1:])), 0) for colour in style.SERIES[:3]]
+        return [pixels(out, colour) for colour in style.SERIES[:3]]
 
     first, second, third = colours(*series)  # two groups
     assert min(first, second) > 500

@@ -38,7 +38,7 @@ class Update(NamedTuple):
 
 
 class EngineParts(NamedTuple):
-    """What an engine is made of, for one phase.
+    """Parts that an engine is made of, for one phase.
 
     Attributes:
         config: Its ``engine``, ``zero_stage``, ``precision``, ``batch``, ``gradient_clipping`` and
