@@ -71,8 +71,11 @@ def _empty_queue(request: pytest.FixtureRequest) -> Iterator[None]:
         cluster.cancel_all()
 
 
-@pytest.fixture
-def no_cluster_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The facts of this machine's real cluster are none of the tests' business."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    return tmp_path / "config" / "tetdist" / "cluster.yaml"
+@pytest.fixture(autouse=True)
+def cluster_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A place for facts; those of this machine's real cluster are none of the tests' business."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TETDIST_CLUSTER", raising=False)
+    file = tmp_path / "home" / "tetdist" / "cluster.yaml"
+    file.parent.mkdir(parents=True)
+    return file

@@ -27,16 +27,6 @@ ConfigWriter = Callable[..., Path]
 LAUNCHER = tiny.PROJECT / "launch" / "slurm.py"
 
 
-@pytest.fixture(autouse=True)
-def cluster_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A place for facts; those of this machine's real cluster are none of the tests' business."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("TETDIST_CLUSTER", raising=False)
-    file = tmp_path / "home" / "tetdist" / "cluster.yaml"
-    file.parent.mkdir(parents=True)
-    return file
-
-
 @pytest.fixture
 def without_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As on a machine that has none."""
@@ -276,13 +266,12 @@ def refused(capfd: pytest.CaptureFixture[str], arguments: list[str], *parts: str
     assert "Traceback" not in said
 
 
+@pytest.mark.usefixtures("without_slurm")
 def test_dry_run_writes_nothing(
     tiny_config: ConfigWriter,
     tmp_path: Path,
-    without_slurm: None,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    del without_slurm
     file = tiny_config()
     before = sorted(tmp_path.rglob("*"))
     arguments = ["--config", str(file), "--dry-run", "--nodes", "2", "--gpus-per-node", "2"]
@@ -326,13 +315,12 @@ def test_plan_without_the_data(
     refused(capfd, root, "there is no folder /nowhere", "--images N")
 
 
+@pytest.mark.usefixtures("without_slurm")
 def test_what_is_refused_before_anything_is_written(
     tiny_config: ConfigWriter,
     tmp_path: Path,
-    without_slurm: None,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    del without_slurm
     file = str(tiny_config())
     refused(capfd, ["--config", file], "how many GPUs", "--gpus-per-node G")
     four = ["--config", file, "--gpus-per-node", "4"]

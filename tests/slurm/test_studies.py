@@ -44,12 +44,10 @@ def study(
     cluster: Cluster,
     tiny_config: Callable[..., Path],
     tmp_path: Path,
-    no_cluster_file: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Study]:
     """Writes a study of tiny runs with one seed: (entries, changes of the configuration)."""
-    del no_cluster_file
     monkeypatch.chdir(tmp_path)
 
     def write(entries: dict[str, Any], changes: dict[str, Any] | None = None) -> Study:
