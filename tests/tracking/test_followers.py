@@ -186,6 +186,29 @@ def test_after_an_error_it_is_made_anew_and_given_everything(
     assert "tracker tensorboard: OSError: no space left. Training goes on" in caplog.text
 
 
+def test_an_outage_of_a_day_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "SEND_EVERY", 0.0)
+    attempts: list[int] = []
+
+    class Down:
+        def __init__(self, run: TrackedRun) -> None:
+            pass
+
+        def log(self, lines: list[dict[str, Any]]) -> None:
+            attempts.append(len(lines))
+            if len(attempts) < 1500:
+                raise OSError("down")
+
+        def close(self, status: str) -> None:
+            pass
+
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    run = TrackedRun(tmp_path, "a run", {}, {}, None)
+    following = trackers.Following("down", Down, tmp_path / "metrics.jsonl", run)
+    tiny.wait_until(lambda: len(attempts) == 1500, 30)
+    assert following.close("FINISHED", 20)
+
+
 @pytest.mark.parametrize("name", list(READ))
 def test_a_missing_package_is_said_before_the_run_begins(
     name: str,

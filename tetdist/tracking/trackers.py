@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED", "RUNNING"]
 
 SEND_EVERY = 2.0  # seconds; a call to MLflow costs about the same for one point as for a hundred
-LONGEST_PAUSE = 60.0  # seconds between two attempts to reach a tracker that is down
 LINES = 1000  # the most that a tracker is given at once
 
 
@@ -183,8 +182,8 @@ class Following:
                 # One failure is often two jobs that open the same database; it passes.
                 if failures == 2:
                     logger.warning(
-                        "tracker %s: %s. Training goes on, %s has everything, and the tracker gets "
-                        "it as soon as it takes it again",
+                        "tracker %s: %s. Training goes on, %s has everything, and the tracker is "
+                        "sent it as soon as it answers again",
                         self.name,
                         self.trouble,
                         self._file,
@@ -203,7 +202,7 @@ class Following:
             if closing:
                 time.sleep(0.3)
             else:
-                self._closing.wait(min(SEND_EVERY * 2 ** max(failures - 2, -1), LONGEST_PAUSE))
+                self._closing.wait(SEND_EVERY * 2 ** min(failures, 5))  # at most about a minute
 
     def _send(self) -> None:
         if self._tracker is None:
