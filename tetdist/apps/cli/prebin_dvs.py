@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,7 +79,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         version=presets_in_words(),
         help="say what the presets set, where it is from, and how easy their splits are",
     )
-    add("--timesteps", metavar="T", type=_timesteps, help="number of bins; needed without --preset")
+    add(
+        "--timesteps",
+        metavar="T",
+        type=partial(_positive, most=MOST_TIMESTEPS),
+        help="number of bins; needed without --preset",
+    )
     add("--size", metavar="N|WxH", type=_size, help="of the frames; default: the sensor's")
     add(
         "--bins",
@@ -113,7 +119,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=_seed, default=0, help="of stratified-9-1 and --simulate; default: 0")
     add("--simulate", action="store_true", help="SOURCE holds images; simulate a camera")
     cores = len(os.sched_getaffinity(0))
-    add("--workers", metavar="N", type=_workers, default=cores, help="default: %(default)s")
+    workers = partial(_positive, most=MOST_THREADS)
+    add("--workers", metavar="N", type=workers, default=cores, help="default: %(default)s")
     add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
     add("--overwrite", action="store_true", help="remove what DEST holds of this tool, begin anew")
     add("--preview", action="store_true", help="draw DEST/preview.png, a recording of each class")
@@ -140,14 +147,6 @@ def _fill(options: argparse.Namespace) -> None:
     defaults = _DEFAULTS | (PRESETS[options.preset].options() if options.preset else {})
     for name in defaults.keys() - options.given:
         setattr(options, name, defaults[name])
-
-
-def _timesteps(text: str) -> int:
-    return _positive(text, MOST_TIMESTEPS)
-
-
-def _workers(text: str) -> int:
-    return _positive(text, MOST_THREADS)
 
 
 def _positive(text: str, most: int) -> int:
@@ -189,7 +188,8 @@ def _prebin(options: argparse.Namespace) -> None:
 
     settings = _settings(options)
     listing = _listing(options)
-    _note_passed_over(listing)
+    if listing.passed_over:
+        print(f"passed over {listing.passed_over}", file=sys.stderr)
     if options.preset:
         _check_preset(options, listing)
     names = options.split.split(",") if options.split else [default_split(listing.sources)]
@@ -199,8 +199,12 @@ def _prebin(options: argparse.Namespace) -> None:
             tensors = make_tensors(
                 options.source, options.dest, listing, settings, options.workers, progress.titled
             )
-        _report_bad(tensors)
-        if tensors.bad and not options.skip_bad:
+        for path, reason in tensors.bad:
+            print(f"bad: {path}: {reason}", file=sys.stderr)
+        if bad := len(tensors.bad):
+            of = counted(bad + len(tensors.records), "recording")
+            print(f"{bad} of {of} {are(bad)} bad", file=sys.stderr)
+        if bad and not options.skip_bad:
             raise UserError("no split was made: mend the bad recordings, or give --skip-bad")
         if not tensors.records:
             raise UserError("no split was made: there is no good recording")
@@ -209,7 +213,12 @@ def _prebin(options: argparse.Namespace) -> None:
         with explaining(file):
             write_json(file, found)
         print(table(found))
-        _note_saturation(found["all"]["saturated"], options.dtype)
+        if saturated := found["all"]["saturated"]:
+            print(
+                f"{saturated} values were too large for {options.dtype} and became its largest;"
+                " --timesteps, --size or --dtype float16 would help",
+                file=sys.stderr,
+            )
         if options.preview:
             draw_preview(options.dest, tensors.records.values(), options.dest / "preview.png")
             print(f"{options.dest / 'preview.png'}: the first recording of each class")
@@ -292,29 +301,6 @@ def _possible_splits(
         else:
             possible.append(name)
     return possible
-
-
-def _note_passed_over(listing: "Listing") -> None:
-    if listing.passed_over:
-        print(f"passed over {listing.passed_over}", file=sys.stderr)
-
-
-def _report_bad(tensors: "Tensors") -> None:
-    for path, reason in tensors.bad:
-        print(f"bad: {path}: {reason}", file=sys.stderr)
-    if tensors.bad:
-        number = len(tensors.bad) + len(tensors.records)
-        bad, of = len(tensors.bad), counted(number, "recording")
-        print(f"{bad} of {of} {are(bad)} bad", file=sys.stderr)
-
-
-def _note_saturation(saturated: int, dtype: str) -> None:
-    if saturated:
-        print(
-            f"{saturated} values were too large for {dtype} and became its largest; --timesteps,"
-            " --size or --dtype float16 would help",
-            file=sys.stderr,
-        )
 
 
 def _make_split(
