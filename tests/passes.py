@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import native, native_library, passes
 from tetdist.nn.neurons import LIF
+from tetdist.nn.norm_neuron import FusedLayer
 
 
 @contextlib.contextmanager
@@ -130,3 +131,35 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], rtol: float
         torch.testing.assert_close(
             got[name], right, rtol=rtol, atol=rtol * scale, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+def fused_and_defined(
+    module: nn.Module,
+    call: Callable[[nn.Module], Tensor],
+    inputs: dict[str, Tensor],
+    implementation: str = "native",
+    rtol: float = 1e-9,
+) -> dict[str, Tensor]:
+    """`results_of` a module's definition, which are those of its fused passes."""
+    results = []
+    for execution in ("fused", "reference"):
+        for layer in module.modules():
+            if isinstance(layer, FusedLayer):
+                layer.execution = execution
+        with IMPLEMENTATIONS[implementation]():
+            results.append(results_of(module, call, inputs))
+    assert_same(*results, rtol=rtol)
+    return results[1]
+
+
+@contextlib.contextmanager
+def kept_tensors() -> Iterator[list[Tensor]]:
+    """The tensors that are kept for the backward pass, within this context."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept

@@ -224,7 +224,8 @@ class Definition:
         return x.mean((3, 4)) @ self.state["fc.weight"].T + self.state["fc.bias"]
 
     def ms(self, images: Tensor) -> Tensor:
-        """Logits (B, K) of an MS-ResNet, plain or deep, without dropout."""
+        """Logits (T, B, K) of an MS-ResNet, plain or deep, without dropout. Its authors average the
+        features over time, before the classifier, which is linear."""
         x = images.expand(self.timesteps, *images.shape)
         deep = "conv1.3.bn.weight" in self.state
         x = self.conv("conv1.0", x, 2)
@@ -243,7 +244,7 @@ class Definition:
                 elif number == 0:
                     x = self.norm(f"{block}.shortcut.1.bn", self.conv(f"{block}.shortcut.0", x, 2))
                 x = y + x
-        features = self.neurons.fire(x).mean((0, 3, 4))
+        features = self.neurons.fire(x).mean((3, 4))
         return features @ self.state["fc.weight"].T + self.state["fc.bias"]
 
     def parallel(self, name: str, x: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Files from outside: those of docs/extending.md are run, kept and compared."""
 
 import copy
-import json
 import os
 import re
 import subprocess
@@ -91,10 +90,6 @@ def write(tiny_config: ConfigWriter, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_every_file_of_the_page_is_tried() -> None:
     assert FILES.keys() == USES.keys()
 
@@ -110,7 +105,7 @@ def test_file_of_the_page_trains_on_two_processes_as_on_one(
     for world in (1, 2):
         outcome = farm(file, f"name=world{world}", world=world)
         assert outcome.status == 0, outcome.text
-    one, two = (metrics(tmp_path / f"runs/world{world}") for world in (1, 2))
+    one, two = (tiny.metrics(tmp_path / f"runs/world{world}") for world in (1, 2))
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-9)
@@ -134,7 +129,7 @@ def test_all_at_once_stopped_and_continued(
     again = farm(file, "name=cut")
     assert again.status == 0, again.text
     assert "from step" in again.text
-    a, b = (metrics(tmp_path / f"runs/{name}") for name in ("straight", "cut"))
+    a, b = (tiny.metrics(tmp_path / f"runs/{name}") for name in ("straight", "cut"))
     assert [line.get("loss") for line in a] == [line.get("loss") for line in b]
     learnt = tmp_path / "runs/cut/checkpoints/step-00000010/model.safetensors"
     assert b"stem.neuron.learned.logit" in learnt.read_bytes()

@@ -1,4 +1,4 @@
-"""SEW-ResNets of parallel spiking neurons: their definition, and weights to begin with."""
+"""SEW-ResNets of parallel spiking neurons: bytes, weights to begin with, and T."""
 
 from pathlib import Path
 from typing import Any
@@ -7,14 +7,13 @@ import pytest
 import timm
 import torch
 import torchvision
-from published_networks import Definition, Shapes, psn_sew_shapes, random_state
 from torch import Tensor
 
 from tetdist.apps.cli.convert import main as convert
 from tetdist.apps.weights import foreign
 from tetdist.apps.weights.nir_graph import to_nir
 from tetdist.errors import UserError
-from tetdist.models import SpikingNetwork
+from tetdist.models import PSNSEWResNet, SpikingNetwork
 from tetdist.nn.norm_neuron import spiking_layers
 from tetdist.nn.parallel_neurons import PSN
 from tetdist.nn.precision import autocast
@@ -22,10 +21,9 @@ from tetdist.nn.precision import autocast
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 T = 3
-LAYERS = {"psn_sew_resnet18": (2, 2, 2, 2), "psn_sew_resnet34": (3, 4, 6, 3)}
 
 
-def small(name: str = "psn_sew_resnet18", **arguments: Any) -> SpikingNetwork:
+def small(**arguments: Any) -> SpikingNetwork:
     torch.manual_seed(0)
     arguments = {
         "width": 4,
@@ -33,18 +31,7 @@ def small(name: str = "psn_sew_resnet18", **arguments: Any) -> SpikingNetwork:
         "timesteps": T,
         "neuron": {"timesteps": T},
     } | arguments
-    return timm.create_model(name, **arguments)
-
-
-def loaded(name: str) -> tuple[SpikingNetwork, dict[str, Tensor]]:
-    """A small network with a published state, and that."""
-    state = random_state(psn_sew_shapes(LAYERS[name], 4, 5, T))
-    model = small(name).double()
-    assert foreign.source_of(state, Path("x")) == "psn"
-    found = foreign.convert(state, "psn", model)
-    assert (found.missing, found.unexpected, found.initialised) == ([], [], [])
-    model.load_state_dict(found.weights)
-    return model, state
+    return timm.create_model("psn_sew_resnet18", **arguments)
 
 
 def images(dtype: torch.dtype = torch.float64) -> Tensor:
@@ -52,88 +39,23 @@ def images(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(2, 3, 64, 64, generator=generator, dtype=dtype)
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters", "layers_of_neurons"),
-    [("psn_sew_resnet18", 11_689_916, 20), ("psn_sew_resnet34", 21_798_396, 36)],
-)
-def test_as_published(name: str, parameters: int, layers_of_neurons: int) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    layers = spiking_layers(model)
-    assert len(layers) == layers_of_neurons
-    assert {layer.neuron for layer in layers.values()} == {PSN(timesteps=4)}
-    shapes: Shapes = psn_sew_shapes(LAYERS[name])
-    names = foreign._names(model)
-    assert {names[key] for key in model.state_dict()} == {
-        key.replace(".fc.", ".") for key in shapes if "num_batches" not in key
-    }
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize(
-    ("name", "execution"), [("psn_sew_resnet18", "reference"), ("psn_sew_resnet34", "fused")]
-)
-def test_network_is_its_definition(name: str, execution: str, training: bool) -> None:
-    model, state = loaded(name)
-    model.to(memory_format=torch.channels_last).set_execution(execution)
-    model.train(training)
-    x = images().requires_grad_()
-    logits = model(x, per_timestep=True)
-    for key in state:
-        if "running" not in key and "num" not in key:
-            state[key].requires_grad_()
-    own_x = x.detach().clone().requires_grad_()
-    expected = Definition(state, None, T, training).psn_sew(own_x)
-    assert expected.detach().std(0).max() > 0.01  # time makes a difference
-    assert expected.detach().std(1).max() > 0.01  # and so do images
-    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-11)
-    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).double()
-    (logits * weight).sum().backward()
-    (expected * weight).sum().backward()
-    torch.testing.assert_close(x.grad, own_x.grad, rtol=1e-8, atol=1e-10)
-    theirs = {key.replace(".fc.", "."): value for key, value in state.items()}
-    names = foreign._names(model)
-    for key, parameter in model.named_parameters():
-        grad = theirs[names[key]].grad
-        assert grad is not None, key
-        scale = max(1.0, grad.abs().max().item())
-        own = parameter.grad.view(grad.shape)
-        torch.testing.assert_close(own, grad, rtol=1e-8, atol=1e-10 * scale, msg=key)
-    assert model.offsets.grad.abs().max() > 1e-3
-    for key, value in model.named_buffers():
-        if key not in names:
-            continue
-        torch.testing.assert_close(value, theirs[names[key]], rtol=1e-9, atol=1e-12, msg=key)
-
-
 @pytest.mark.parametrize("connect", ["add", "and"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_means_are_not_kept_in_bytes(dtype: torch.dtype, connect: str) -> None:
-    """Ninths go into no byte: gradients are those of a recomputed network to the bit, and near
-    those of the definition."""
-    model = small(width=8, connect_function=connect).train()
-    x = images(torch.float32)
-    if dtype == torch.float64:
-        model, x = model.double(), x.double()
+def test_means_are_not_kept_in_bytes(connect: str) -> None:
+    """Ninths go into no byte: gradients are those of a recomputed network to the bit."""
+    model, x = small(width=8, connect_function=connect).train(), images(torch.float32)
     with torch.no_grad():
         for layer in spiking_layers(model).values():
             layer.learned["bias"].fill_(1)  # so that products of spikes are not all 0
     gradients = []
-    for execution, recompute in (("fused", False), ("fused", True), ("reference", False)):
-        model.set_execution(execution)
+    for recompute in (False, True):
         model.set_grad_checkpointing(recompute)
         model.zero_grad()
-        with autocast(x.device, "fp64" if dtype == torch.float64 else "bf16"):
+        with autocast(x.device, "bf16"):
             logits = model(x, per_timestep=True)
         logits.square().sum().backward()
         gradients.append({key: p.grad.clone() for key, p in model.named_parameters()})
     assert gradients[0]["blocks.0.conv1.conv.weight"].abs().max() > 0
-    for key, value in gradients[0].items():
-        assert torch.equal(gradients[1][key], value), key
-        if dtype == torch.float64:
-            scale = value.abs().max().clamp(min=1)
-            assert (gradients[2][key] - value).abs().max() < 1e-8 * scale, key
+    assert [k for k, v in gradients[0].items() if not torch.equal(gradients[1][k], v)] == []
 
 
 def test_a_relu_network_is_what_it_begins_with(
@@ -160,6 +82,7 @@ def test_a_relu_network_is_what_it_begins_with(
 
 
 def test_which_timesteps_it_runs() -> None:
+    assert PSNSEWResNet.default_neuron == PSN(timesteps=4)
     with pytest.raises(UserError, match=r"psn has weights for T=3 alone"):
         small().set_timesteps(2)
     model = small(neuron={"kind": "lif"}).eval()

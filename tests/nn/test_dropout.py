@@ -200,7 +200,7 @@ def test_segments_drop_the_same(name: str) -> None:
         torch.testing.assert_close(results[1][key], value, rtol=1e-9, atol=1e-12, msg=key)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["sew_resnet18", "preact_resnet18", "espikeformer_t"])
 def test_nothing_is_dropped_in_evaluation_or_at_rate_0(name: str) -> None:
     x, plain, dropping = images(), network(name), network(name, **RATES)
     assert plain.state_dict().keys() == dropping.state_dict().keys()

@@ -1,5 +1,6 @@
 """Fused passes of the kinds of neurons beside LIF, against their definition: C++ and Triton."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from passes import (
     IMPLEMENTATIONS,
-    assert_same,
     draw,
     each_implementation,
+    fused_and_defined,
     randomize,
     results_of,
 )
@@ -22,6 +23,7 @@ from tetdist.nn.packed import carried
 
 T = 3
 KINDS: dict[str, dict[str, Any]] = {
+    "lif": {},
     "plif": {"kind": "plif"},
     "plif, soft": {
         "kind": "plif",
@@ -101,70 +103,69 @@ def inputs_of(names: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: made[name].requires_grad_() for name in names}
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("form", FORMS)
-@each_kind_and_implementation
+# Every form of each kind in one mode; the interpreted ones take a second each.
+FORMS_ON = {
+    "native": [*zip(FORMS, itertools.cycle((True, False)), strict=False)],
+    "triton": [("one for all timesteps", False), ("with a normalised shortcut", True)],
+}
+
+
+@pytest.mark.parametrize(
+    ("implementation", "kind", "form", "training"),
+    [
+        (where, kind, *form)
+        for where, kinds in KINDS_ON.items()
+        for kind in kinds
+        for form in FORMS_ON[where]
+    ],
+)
 def test_against_the_definition(implementation: str, kind: str, form: str, training: bool) -> None:
     call, names = FORMS[form]
-    results = []
-    for execution in ("reference", "fused"):
-        module = Whole(kind, form).train(training)
-        module.layer.execution = execution
-        inputs = inputs_of(names)
-        with IMPLEMENTATIONS[implementation]():
-            results.append(results_of(module, lambda m, i=inputs: call(m, i), inputs))
-    assert results[0]["output"].std() > 0.1
-    assert_same(results[1], results[0])
+    module, inputs = Whole(kind, form).train(training), inputs_of(names)
+    results = fused_and_defined(module, lambda m: call(m, inputs), inputs, implementation)
+    assert results["output"].std() > 0.1
 
 
 @each_kind_and_implementation
 def test_neurons_without_a_norm(implementation: str, kind: str) -> None:
-    results = []
-    for execution in ("reference", "fused"):
-        torch.manual_seed(0)
-        module = Neuron(make(ALL[kind]), 7).double()
-        module.execution = execution
-        # Of quarters, some membranes and sums are exactly at the threshold.
-        with torch.no_grad():
-            for value in module.learned.values():
-                value.mul_(4).round_().div_(4)
-        inputs = {"current": draw(0, T, 3, 5, 7).mul(4).round().div(4).requires_grad_()}
-        with IMPLEMENTATIONS[implementation]():
-            results.append(results_of(module, lambda m, i=inputs: m(i["current"]), inputs))
-    assert_same(results[1], results[0])
+    torch.manual_seed(0)
+    module = Neuron(make(ALL[kind]), 7).double()
+    # Of quarters, some membranes and sums are exactly at the threshold.
+    with torch.no_grad():
+        for value in module.learned.values():
+            value.mul_(4).round_().div_(4)
+    inputs = {"current": draw(0, T, 3, 5, 7).mul(4).round().div(4).requires_grad_()}
+    fused_and_defined(module, lambda m: m(inputs["current"]), inputs, implementation)
 
 
 @each_kind
 @each_implementation
 def test_membranes_carried_over_segments(implementation: str, kind: str) -> None:
     """Outputs and gradients of the second stretch of time, which starts where the first ended."""
-    results = []
-    for execution in ("reference", "fused"):
-        module = layer(kind).eval()
-        module.execution = execution
-        start = (0.5 * draw(4, 3, 5, 3, 4)).requires_grad_()
-        inputs = {"current": draw(0, T, 3, 5, 3, 4).requires_grad_(), "start": start}
+    start = (0.5 * draw(4, 3, 5, 3, 4)).requires_grad_()
+    inputs = {"current": draw(0, T, 3, 5, 3, 4).requires_grad_(), "start": start}
 
-        def call(m: Any, inputs: dict[str, Tensor] = inputs) -> Tensor:
-            with carrying_membranes([m], [inputs["start"]]) as ends:
-                spikes = m(inputs["current"], T)
-                return torch.cat([spikes, ends()[0][None]])
+    def call(m: Any) -> Tensor:
+        with carrying_membranes([m], [inputs["start"]]) as ends:
+            spikes = m(inputs["current"], T)
+            return torch.cat([spikes, ends()[0][None]])
 
-        with IMPLEMENTATIONS[implementation]():
-            results.append(results_of(module, call, inputs))
-    assert_same(results[1], results[0])
+    fused_and_defined(layer(kind).eval(), call, inputs, implementation)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_kind_and_implementation
-def test_spikes_in_bytes(implementation: str, kind: str, dtype: torch.dtype) -> None:
+def test_spikes_in_bytes(implementation: str, kind: str) -> None:
     """What is kept for the next layer is what the layer sends, with what is added to it."""
+    dtype = torch.bfloat16
     module = layer(kind).float().train()
     current = draw(0, T, 3, 5, 3, 4).to(dtype).requires_grad_()
     with IMPLEMENTATIONS[implementation]():
         first = module(current, T)
         both = module(current, T, identity=first)
         both.float().sum().backward()
+        with torch.no_grad():
+            assert carried(module(current, T)) is None
+        assert carried(module.eval()(current, T)) is None
     levels = ALL[kind].get("most_spikes", 1) if kind == "nilif" else 1
     for spikes, most in ((first, 1), (both, 2)):
         packed = carried(spikes)

@@ -2,20 +2,25 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import IMPLEMENTATIONS, assert_same, draw, each_implementation, results_of
+from passes import (
+    IMPLEMENTATIONS,
+    assert_same,
+    draw,
+    each_implementation,
+    fused_and_defined,
+    kept_tensors,
+    results_of,
+)
 from torch import Tensor, nn
 
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF
-from tetdist.nn.norm_neuron import Neuron, NormNeuron, carrying_membranes, spiking_layers
-from tetdist.nn.packed import carried
-from tetdist.nn.recompute import Block
+from tetdist.nn.norm_neuron import Neuron, carrying_membranes, spiking_layers
 
 # Of these libraries are built for test_fused.py, too.
 KINDS = {
@@ -57,24 +62,20 @@ LAYOUTS: dict[str, Callable[[int], Tensor]] = {
 
 
 def assert_fused_is_the_definition(
-    neuron: Neuron, current: Tensor, timesteps: int | None = None
+    neuron: Neuron, current: Tensor, implementation: str, timesteps: int | None = None
 ) -> None:
-    results = []
-    for execution in ("fused", "reference"):
-        neuron.execution = execution
-        leaf = current.detach().requires_grad_()
-        results.append(results_of(neuron, lambda m, x=leaf: m(x, timesteps), {"current": leaf}))
-    assert 0.05 < results[1]["output"].mean() < 0.95
-    assert torch.equal(results[0]["output"], results[1]["output"])
-    assert_same(*results)
+    leaf = current.detach().requires_grad_()
+    inputs = {"current": leaf}
+    results = fused_and_defined(neuron, lambda m: m(leaf, timesteps), inputs, implementation)
+    assert 0.05 < results["output"].mean() < 0.95
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @each_implementation
 def test_any_layout(implementation: str, layout: str) -> None:
     current = 2 * LAYOUTS[layout](4)
+    assert_fused_is_the_definition(Neuron(LIF()), current, implementation)
     with IMPLEMENTATIONS[implementation]():
-        assert_fused_is_the_definition(Neuron(LIF()), current)
         spikes = Neuron(LIF())(current)
     assert spikes.shape == current.shape
     if "channels last" in layout or layout in ("tokens, transposed", "heads"):
@@ -84,22 +85,8 @@ def test_any_layout(implementation: str, layout: str) -> None:
 @settings(derandomize=True, database=None, deadline=None, max_examples=60)
 @given(st.sampled_from(list(KINDS)), st.integers(1, 12), st.integers(1, 300), st.integers(0, 2**31))
 def test_any_combination_native(kind: str, timesteps: int, size: int, seed: int) -> None:
-    current = 2 * draw(seed, timesteps, 2, size) + 0.5
-    results = []
-    with IMPLEMENTATIONS["native"]():
-        for execution in ("fused", "reference"):
-            neuron = Neuron(KINDS[kind])
-            neuron.execution = execution
-            leaf = current.clone().requires_grad_()
-            results.append(results_of(neuron, lambda m, x=leaf: m(x), {"current": leaf}))
-    assert_same(*results)
-
-
-@pytest.mark.parametrize("timesteps", [1, 3], ids="T{}".format)
-@each_kind
-def test_every_kind_triton(kind: str, timesteps: int) -> None:
-    with IMPLEMENTATIONS["triton"]():
-        assert_fused_is_the_definition(Neuron(KINDS[kind]), 2 * draw(0, timesteps, 2, 3, 32) + 0.5)
+    leaf = (2 * draw(seed, timesteps, 2, size) + 0.5).requires_grad_()
+    fused_and_defined(Neuron(KINDS[kind]), lambda m: m(leaf), {"current": leaf})
 
 
 @each_kind
@@ -109,8 +96,8 @@ def test_whole_numbers_meet_the_threshold_exactly(implementation: str, kind: str
     config = dataclasses.replace(KINDS[kind], threshold=1.0)
     current = draw(3, 4, 2, 64).round()
     assert (current[0] == 1).double().mean() > 0.1
+    assert_fused_is_the_definition(Neuron(config), current, implementation)
     with IMPLEMENTATIONS[implementation]():
-        assert_fused_is_the_definition(Neuron(config), current)
         spikes = Neuron(config)(current)
     assert (spikes[0][current[0] == 1] == config.fires_at_threshold).all()
 
@@ -123,8 +110,8 @@ def test_one_current_for_all_timesteps(implementation: str, fires_at_threshold: 
         KINDS["hard, at the threshold"], fires_at_threshold=fires_at_threshold
     )
     current = 2 * channels_last(draw(0, 1, 2, 8, 3, 2))
+    assert_fused_is_the_definition(Neuron(config), current, implementation, timesteps=3)
     with IMPLEMENTATIONS[implementation]():
-        assert_fused_is_the_definition(Neuron(config), current, timesteps=3)
         assert Neuron(config)(current, 3).shape == (3, 2, 8, 3, 2)
 
 
@@ -151,71 +138,10 @@ def test_types(implementation: str, dtype: torch.dtype) -> None:
 @each_implementation
 def test_nothing_but_the_current_is_kept(implementation: str) -> None:
     current = channels_last(draw(0, 16, 2, 8, 4, 4)).requires_grad_()
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with IMPLEMENTATIONS[implementation](), hooks:
+    with IMPLEMENTATIONS[implementation](), kept_tensors() as kept:
         Neuron(LIF())(current)
     assert [tensor.data_ptr() for tensor in kept] == [current.data_ptr()]
     assert kept[0].numel() == current.numel()
-
-
-@each_implementation
-def test_spikes_come_in_bytes_too_where_they_are_kept(implementation: str) -> None:
-    neuron, current = Neuron(LIF()), 2 * draw(0, 3, 2, 16)
-    with IMPLEMENTATIONS[implementation]():
-        spikes = neuron(current)
-        packed = carried(spikes)
-        assert packed is not None
-        assert packed.levels == 1
-        assert torch.equal(packed.values.double(), spikes)
-        assert carried(neuron.eval()(current)) is None
-        with torch.no_grad():
-            assert carried(neuron.train()(current)) is None
-
-
-class Stretch(nn.Sequential):
-    """Neurons of both kinds of layer, which carry their membranes."""
-
-    def __init__(self) -> None:
-        super().__init__(Neuron(KINDS["soft"]), Neuron(LIF()), NormNeuron(8, LIF()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, second, last = self
-        return last(3 * second(2 * first(x)), x.shape[0])
-
-
-@each_implementation
-def test_membranes_are_carried_between_segments(implementation: str) -> None:
-    current = (3 * channels_last(draw(0, 5, 2, 8, 3, 3))).requires_grad_()
-    results = []
-    for execution in ("fused", "reference"):
-        for recomputes in (False, True):
-            net = Stretch().double()
-            for layer in net:
-                layer.execution = execution
-            block = Block(lambda x, _, net=net: net(x), net, timesteps=5, segment=2, levels=None)
-            run = block.recomputed if recomputes else block.run_all
-            with IMPLEMENTATIONS[implementation]():
-                # A copy would be another than the block's.
-                results.append(_in_place(net, run, current))
-            assert all(not layer.carries and layer.membrane is None for layer in net)
-    for other in results[1:]:
-        assert_same(other, results[0])
-
-
-def _in_place(net: nn.Module, run: Callable[[Tensor], Tensor], current: Tensor) -> dict[str, Any]:
-    current.grad = None
-    output = run(current)
-    (output * draw(1, *output.shape)).sum().backward()
-    assert current.grad is not None
-    return {"output": output.detach(), "current": current.grad} | {
-        name: parameter.grad for name, parameter in net.named_parameters()
-    }
 
 
 @each_implementation

@@ -6,11 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from tetdist.nn.neurons import LIF, SURROGATES, as_dict, completed, run, spike
+from tetdist.nn.neurons import LIF, SURROGATES, as_dict, completed, run
 from tetdist.nn.norm_neuron import Neuron
 
 # Currents, spikes and the last membrane, worked out by hand in binary fractions: float arithmetic
@@ -50,29 +48,20 @@ def test_sequence_by_hand(case: str) -> None:
     assert u.item() == membrane
 
 
-@pytest.mark.parametrize("threshold", [0.25, 1.0, 3.0])
+@pytest.mark.parametrize("threshold", [0.25, 3.0])
 @pytest.mark.parametrize("reset", ["hard", "soft"])
-def test_membrane_exactly_at_the_threshold_is_silent(threshold: float, reset: str) -> None:
-    config = LIF(threshold=threshold, reset=reset)
-    just_above = math.nextafter(threshold, math.inf)
-    current = torch.tensor([[threshold, just_above]], dtype=torch.float64)
-    fired, u = run(current, config)
-    assert fired.tolist() == [[0, 1]]
-    assert u[0] == threshold
-
-
-@pytest.mark.parametrize("threshold", [0.25, 1.0, 3.0])
-@pytest.mark.parametrize("reset", ["hard", "soft"])
-def test_membrane_exactly_at_the_threshold_fires_if_asked_to(threshold: float, reset: str) -> None:
-    config = LIF(threshold=threshold, reset=reset, fires_at_threshold=True)
-    just_below = math.nextafter(threshold, 0)
-    current = torch.tensor([[threshold, just_below]], dtype=torch.float64, requires_grad=True)
-    fired, u = run(current, config)
-    assert fired.tolist() == [[1, 0]]
-    assert u.tolist() == [0, just_below]
-    # The surrogate is what it was, around the threshold.
-    (gradient,) = torch.autograd.grad(fired[0, 0], current)
-    assert gradient.tolist() == [[1, 0]]
+def test_membrane_exactly_at_the_threshold(threshold: float, reset: str) -> None:
+    """It is silent, or fires if it is asked to."""
+    below, above = math.nextafter(threshold, 0), math.nextafter(threshold, math.inf)
+    current = torch.tensor([[below, threshold, above]], dtype=torch.float64, requires_grad=True)
+    for fires in (False, True):
+        config = LIF(threshold=threshold, reset=reset, fires_at_threshold=fires)
+        fired, u = run(current, config)
+        assert fired.tolist() == [[0, fires, 1]]
+        assert u[:2].tolist() == [below, 0 if fires else threshold]
+        # The surrogate is around the threshold, whether it fires there or not.
+        (gradient,) = torch.autograd.grad(fired[0, 1], current)
+        assert gradient.tolist() == [[0, 1, 0]]
 
 
 def test_given_membrane_is_where_the_neuron_starts() -> None:
@@ -112,30 +101,6 @@ def test_neuron_module_forgets_between_samples() -> None:
     assert torch.equal(first, second)
 
 
-@settings(derandomize=True, database=None, deadline=None, max_examples=50)
-@given(st.integers(1, 12), st.floats(0.25, 3), st.integers(0, 2**31))
-def test_soft_reset_without_leak_loses_no_charge(
-    timesteps: int, threshold: float, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    current = torch.randn(timesteps, 7, generator=generator, dtype=torch.float64)
-    spikes, u = run(current, LIF(decay=1.0, threshold=threshold, reset="soft"))
-    torch.testing.assert_close(u + threshold * spikes.sum(0), current.sum(0))
-
-
-@settings(derandomize=True, database=None, deadline=None, max_examples=50)
-@given(st.integers(1, 12), st.floats(0.05, 1), st.floats(0.25, 3), st.integers(0, 2**31))
-def test_hard_reset_leaves_nothing_above_the_threshold(
-    timesteps: int, decay: float, threshold: float, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    current = 3 * torch.randn(timesteps, 7, generator=generator, dtype=torch.float64)
-    spikes, u = run(current, LIF(decay=decay, threshold=threshold))
-    assert set(spikes.unique().tolist()) <= {0.0, 1.0}
-    assert (u <= threshold).all()
-    assert (u[spikes[-1] == 1] == 0).all()
-
-
 # ------------------------------------------------------------------------------------ surrogates
 
 
@@ -157,10 +122,6 @@ each_surrogate = pytest.mark.parametrize("surrogate", SURROGATES)
 each_width = pytest.mark.parametrize("width", [0.5, 1.0, 2.0, 4.0])
 
 
-def test_every_surrogate_has_an_antiderivative_here() -> None:
-    assert ANTIDERIVATIVES.keys() == SURROGATES.keys()
-
-
 @each_width
 @each_surrogate
 def test_surrogate_is_the_derivative_of_a_step(surrogate: str, width: float) -> None:
@@ -176,22 +137,6 @@ def test_surrogate_is_the_derivative_of_a_step(surrogate: str, width: float) -> 
     assert slopes.tolist() == pytest.approx(differences, rel=1e-6, abs=1e-8)
 
 
-@each_width
-@each_surrogate
-def test_surrogate_integrates_to_one_over_the_line(surrogate: str, width: float) -> None:
-    # atan's tails are heavy, so the line is a substitution: x = tan(v), dx = (1 + x^2) dv.
-    edges = torch.linspace(-math.pi / 2, math.pi / 2, 400_001, dtype=torch.float64)
-    x = torch.tan((edges[1:] + edges[:-1]) / 2)
-    area = (SURROGATES[surrogate](x, width) * (1 + x**2)).sum() * math.pi / 400_000
-    assert area.item() == pytest.approx(1, abs=1e-4)
-
-
-@each_surrogate
-def test_surrogate_is_even(surrogate: str) -> None:
-    x = torch.linspace(0, 4, 33, dtype=torch.float64)
-    torch.testing.assert_close(SURROGATES[surrogate](-x, 1.5), SURROGATES[surrogate](x, 1.5))
-
-
 def test_surrogates_at_values_from_the_papers() -> None:
     x = torch.tensor([-2.0, -0.25, 0.0, 0.5, 1.0], dtype=torch.float64)
     # TET: gamma = 1; SEW-ResNet: 1 / (1 + (pi x)^2) at alpha = 2; STBP: a window of height 1/(2a).
@@ -199,17 +144,6 @@ def test_surrogates_at_values_from_the_papers() -> None:
     torch.testing.assert_close(SURROGATES["atan"](x, 2.0), 1 / (1 + (math.pi * x) ** 2))
     assert SURROGATES["rectangle"](x, 0.5).tolist() == [0, 1, 1, 0, 0]
     assert SURROGATES["sigmoid"](x, 4.0)[2] == 1
-
-
-@each_surrogate
-def test_spike_is_a_step_with_the_surrogates_gradient(surrogate: str) -> None:
-    config = LIF(surrogate=surrogate, surrogate_width=1.5)
-    x = torch.linspace(-2, 2, 41, dtype=torch.float64, requires_grad=True)
-    weight = torch.linspace(1, 3, 41, dtype=torch.float64)
-    fired = spike(x, config)
-    assert fired.tolist() == [float(value > 0) for value in x.tolist()]
-    (gradient,) = torch.autograd.grad((fired * weight).sum(), x)
-    torch.testing.assert_close(gradient, weight * SURROGATES[surrogate](x.detach(), 1.5))
 
 
 # ------------------------------------------------------------------------ gradient through time
@@ -306,20 +240,6 @@ def test_sigmoid_control_asks_for_its_derivative() -> None:
         LIF(spike="stop")  # type: ignore[arg-type]  # the mistake
     with pytest.raises(ValueError, match="fires_at_threshold must be false"):
         LIF(spike="sigmoid", surrogate="sigmoid", fires_at_threshold=True)
-
-
-def test_detaching_the_reset_changes_the_gradient_and_not_the_spikes() -> None:
-    results = []
-    for detach_reset in (False, True):
-        current = torch.tensor([0.9, 0.7, 0.8], dtype=torch.float64, requires_grad=True)
-        spikes, _ = run(current, LIF(detach_reset=detach_reset))
-        spikes.sum().backward()
-        assert current.grad is not None
-        results.append((spikes.tolist(), current.grad.tolist()))
-    (spikes_kept, gradient_kept), (spikes_detached, gradient_detached) = results
-    assert spikes_kept == spikes_detached
-    assert gradient_kept[0] != gradient_detached[0]
-    assert gradient_kept[-1] == gradient_detached[-1]  # no reset follows the last spike
 
 
 # ------------------------------------------------------------------------------------- precision

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from passes import (
-    assert_same,
+    fused_and_defined,
     interpreted,
+    kept_tensors,
     native_passes,
     not_native,
     randomize,
-    results_of,
 )
 from torch import Tensor, nn
 
@@ -40,24 +40,17 @@ def current_of(
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("shape", [(7, 6), (1, 1), (8, 3)], ids=str)
 def test_is_the_definition(shape: tuple[int, int], training: bool, implementation: str) -> None:
-    x = current_of(shape=shape)
-    results = []
-    for execution in ("fused", "reference"):
-        module = module_of(training=training)
-        module.execution = execution
-        if implementation == "triton" and execution == "fused":
-            with interpreted():
-                results.append(results_of(module, lambda m: m(x), {"current": x}))
-        else:
-            results.append(results_of(module, lambda m: m(x), {"current": x}))
-    assert results[0]["output"].shape == (2, 3, 5, (shape[0] + 1) // 2, (shape[1] + 1) // 2)
-    assert_same(*results)
+    x, module = current_of(shape=shape), module_of(training=training)
+    results = fused_and_defined(module, lambda m: m(x), {"current": x}, implementation)
+    assert results["output"].shape == (2, 3, 5, (shape[0] + 1) // 2, (shape[1] + 1) // 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_other_types(dtype: torch.dtype) -> None:
     x = current_of(dtype=dtype)
-    expected = module_of(training=True).reference(x.double())
+    exact = module_of(training=True)
+    exact.execution = "reference"
+    expected = exact(x.double())
     output = module_of(training=True, dtype=torch.float32)(x)
     assert output.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
@@ -91,19 +84,12 @@ def test_the_pass_of_gpus_is_that_of_cpus_to_the_bit(dtype: torch.dtype) -> None
 
 def test_copies_count_for_the_running_variance() -> None:
     x = current_of(timesteps=1)
-    variances = []
-    for execution in ("fused", "reference"):
-        module = module_of(training=True)
-        module.execution = execution
-        module(x, copies=4)
-        variances.append(module.norm.running_var)
-    torch.testing.assert_close(*variances)
+    fused_and_defined(module_of(training=True), lambda m: m(x, copies=4), {"current": x})
 
 
 def test_keeps_the_current_and_bytes() -> None:
-    kept: list[Tensor] = []
     x = current_of(dtype=torch.float32)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with kept_tensors() as kept:
         module_of(training=True, dtype=torch.float32)(x)
     large = [t for t in kept if t.numel() >= 2 * 3 * 5 * 4 * 3]
     assert sorted(t.dtype.itemsize for t in large) == [1, 4]
@@ -112,4 +98,4 @@ def test_keeps_the_current_and_bytes() -> None:
 def test_without_kernels_the_definition_computes() -> None:
     module, x = module_of(training=False), current_of()
     with not_native():
-        assert torch.equal(module(x), module.reference(x))
+        assert torch.equal(module(x), module.pool(module.norm(x)))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from passes import kept_tensors
 from torch import Tensor
 
 from tetdist.nn.packed import carried, carry, pack
@@ -75,13 +76,7 @@ def test_is_the_definition(name: str, levels: int | None) -> None:
 @pytest.mark.parametrize("name", ["attention", "positions", "mask of heads", "mask of channels"])
 def test_keeps_bytes_alone(name: str) -> None:
     function, shapes = CASES[name]
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_tensors() as kept:
         function(*(spikes(*shape, seed=i) for i, shape in enumerate(shapes)))
     assert {tensor.dtype for tensor in kept} == {torch.uint8}
     assert sum(tensor.numel() for tensor in kept) == sum(

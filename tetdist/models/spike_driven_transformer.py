@@ -33,7 +33,7 @@ from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import MaxPool, carried, carry, pack
-from tetdist.nn.products import PositionSum, masked
+from tetdist.nn.products import PositionSum, image, masked, tokens
 
 
 class Embedding(nn.Module):
@@ -124,11 +124,9 @@ class SpreadTokens(nn.Module):
         self.heads = heads
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.permute(0, 1, 3, 4, 2).flatten(2, 3).unflatten(-1, (self.heads, -1))
-        images = tokens.transpose(2, 3).flatten(0, 1)
+        images = tokens(x, self.heads, x.dtype).flatten(0, 1)
         spread = functional.max_pool2d(images, 3, stride=1, padding=1)
-        rows = spread.unflatten(0, x.shape[:2]).transpose(2, 3).flatten(3)
-        y = rows.unflatten(2, x.shape[3:]).permute(0, 1, 4, 2, 3)
+        y = image(spread.unflatten(0, x.shape[:2]), x.shape)
         return y if carried(x) is None else carry(y, pack(y.detach()))
 
     def extra_repr(self) -> str:

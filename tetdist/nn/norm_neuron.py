@@ -1,7 +1,7 @@
 """Neurons, alone or with normalisation, an added shortcut and added spikes: what models consist of.
 
-The definitions are a few lines each (`reference`); fused.py computes the same in one pass over
-memory each way.
+The definitions are a few lines at the end of each `forward`; fused.py computes the same in one pass
+over memory each way.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ class LatestLevels:
 
 
 class FusedLayer(nn.Module):
-    """A layer that has fused passes, and ``reference``, their definition."""
+    """A layer with fused passes; with ``execution="reference"`` their definition computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,10 +216,6 @@ class Neuron(NeuronLayer):
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
         return self.fire(current, timesteps)
 
-    def reference(self, current: Tensor, timesteps: int) -> Tensor:
-        """The definition of `forward`."""
-        return self.fire_by_definition(current, timesteps)
-
 
 class _Layout(NamedTuple):
     """Return the memory order of a timestep's numbers.
@@ -313,7 +309,9 @@ class NormNeuron(NeuronLayer):
             )
             if kernels is not None:
                 return self._fused(current, shortcut, identity, shortcut_norm, kernels)
-        return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
+        total = self.input_current(current, timesteps, shortcut, shortcut_norm)
+        spikes = self.fire_by_definition(total, timesteps)
+        return spikes if identity is None else spikes + identity
 
     def _joins_bytes(self, identity: Tensor | None) -> bool:
         """Return whether spikes plus ``identity`` fit into bytes, as spikes do: only a tensor that
@@ -322,19 +320,6 @@ class NormNeuron(NeuronLayer):
             return True
         packed = carried(identity)
         return packed is not None and packed.levels == self.neuron.levels
-
-    def reference(
-        self,
-        current: Tensor,
-        timesteps: int,
-        shortcut: Tensor | None = None,
-        identity: Tensor | None = None,
-        shortcut_norm: BatchNorm | None = None,
-    ) -> Tensor:
-        """The definition of `forward`."""
-        total = self.input_current(current, timesteps, shortcut, shortcut_norm)
-        spikes = self.fire_by_definition(total, timesteps)
-        return spikes if identity is None else spikes + identity
 
     def input_current(
         self,
@@ -430,17 +415,6 @@ class NormAdd(FusedLayer):
             if kernels is not None:
                 drop_path = self.drop_path
                 return _norm_add(self.norm, current, shortcut, shortcut_norm, drop_path, kernels)
-        return self.reference(current, shortcut, shortcut_norm, copies=copies)
-
-    def reference(
-        self,
-        current: Tensor,
-        shortcut: Tensor | None = None,
-        shortcut_norm: BatchNorm | None = None,
-        *,
-        copies: int = 1,
-    ) -> Tensor:
-        """The definition of `forward`."""
         normalized = self.norm(current, copies)
         if shortcut is None:
             return normalized

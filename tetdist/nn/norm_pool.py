@@ -1,6 +1,6 @@
 """Batch norm and max-pooling of a current, before the neurons: real numbers are pooled.
 
-The definition is a line (`NormPool.reference`). The fast path keeps the current alone, and a byte
+The definition is a line. The fast path keeps the current alone, and a byte
 for each output: where in its window it was.
 """
 
@@ -44,10 +44,6 @@ class NormPool(FusedLayer):
                     current, norms, self.pool, kernels, pooling, *norms.parameters()
                 )
                 return pooled.unflatten(0, current.shape[:2])
-        return self.reference(current, copies)
-
-    def reference(self, current: Tensor, copies: int = 1) -> Tensor:
-        """The definition of `forward`."""
         return self.pool(self.norm(current, copies))
 
 

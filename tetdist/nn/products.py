@@ -113,6 +113,18 @@ class _PositionSum(torch.autograd.Function):
         return grad * other_values, grad * values, None, None
 
 
+def tokens(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """(T, B, C, H, W) as (T, B, heads, N, d)."""
+    of_heads = x.permute(0, 1, 3, 4, 2).flatten(2, 3).unflatten(-1, (heads, -1))
+    return of_heads.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format)
+
+
+def image(x: Tensor, shape: torch.Size) -> Tensor:
+    """The reverse of `tokens`, of images of ``shape``; d may be another."""
+    rows = x.transpose(2, 3).flatten(3)
+    return rows.unflatten(2, shape[3:]).permute(0, 1, 4, 2, 3)
+
+
 class LinearAttention(Product):
     """Attention without a softmax, q (k^T v) times a scale, of each head by itself, float32.
 
@@ -137,20 +149,10 @@ class LinearAttention(Product):
     def of(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The definition."""
         wide = _wide_type(q)
-        q_tokens, k_tokens, v_tokens = (self.tokens(x, wide) for x in (q, k, v))
+        q_tokens, k_tokens, v_tokens = (tokens(x, self.heads, wide) for x in (q, k, v))
         with exact(q):
             attended = q_tokens @ (self.scale * (k_tokens.mT @ v_tokens))
-        return self.image(attended, q.shape)
-
-    def tokens(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(T, B, C, H, W) as (T, B, heads, N, d)."""
-        heads = x.permute(0, 1, 3, 4, 2).flatten(2, 3).unflatten(-1, (self.heads, -1))
-        return heads.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format)
-
-    def image(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """(T, B, heads, N, d) as (T, B, C, H, W)."""
-        rows = x.transpose(2, 3).flatten(3)
-        return rows.unflatten(2, shape[3:]).permute(0, 1, 4, 2, 3)
+        return image(attended, q.shape)
 
     def accumulates(self, *inputs: Tensor) -> Tensor:
         q, k, v = inputs
@@ -184,13 +186,14 @@ class _LinearAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         attention: LinearAttention = ctx.attention
         shape = ctx.saved_tensors[0].shape
-        grad = attention.tokens(grad_outputs[0], grad_outputs[0].dtype)
+        heads, dtype = attention.heads, grad_outputs[0].dtype
+        grad = tokens(grad_outputs[0], heads, dtype)
         packed = (Packed(*one) for one in zip(ctx.saved_tensors, ctx.levels, strict=True))
-        q, k, v = (attention.tokens(one.unpack(grad.dtype), grad.dtype) for one in packed)
+        q, k, v = (tokens(one.unpack(dtype), heads, dtype) for one in packed)
         with exact(grad):
             of_k_v = attention.scale * (q.mT @ grad)
             grads = grad @ (attention.scale * (v.mT @ k)), v @ of_k_v.mT, k @ of_k_v
-        images = (attention.image(one, shape).to(ctx.dtype) for one in grads)
+        images = (image(one, shape).to(ctx.dtype) for one in grads)
         return *images, None, None
 
 

@@ -21,13 +21,13 @@ class Dynamics:
         parallel: Whether it has no membrane at all, but fires at learnt sums over time.
     """
 
-    decay: float
     threshold: float
-    resets_to_zero: bool
-    detach_reset: bool
-    surrogate: str
-    width: float
-    fires_at_threshold: bool
+    decay: float = 0.0
+    resets_to_zero: bool = False
+    detach_reset: bool = False
+    surrogate: str = "triangle"
+    width: float = 1.0
+    fires_at_threshold: bool = False
     most: int | None = None
     levels: int = 1
     learns_decay: bool = False
@@ -57,20 +57,13 @@ def dynamics_of(config: NeuronConfig) -> Dynamics:
             return Dynamics(
                 decay=config.decay,
                 threshold=config.threshold,
-                resets_to_zero=False,
                 detach_reset=config.detach_reset,
-                surrogate="triangle",
-                width=1.0,
-                fires_at_threshold=False,
                 most=config.most_spikes,
                 levels=config.levels,
             )
         case ParallelNeuron():
             return Dynamics(
-                decay=0.0,
                 threshold=config.threshold,
-                resets_to_zero=False,
-                detach_reset=False,
                 surrogate=config.surrogate,
                 width=config.surrogate_width,
                 fires_at_threshold=True,

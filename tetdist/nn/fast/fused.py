@@ -1,7 +1,7 @@
 """Normalisation, an added shortcut, the neuron and added spikes as one operation: the fast path.
 
-It computes what `NormNeuron.reference` says in one pass over memory each way. The forward pass
-keeps the convolution's output and two numbers per channel; the backward pass computes the
+It computes what the end of `NormNeuron.forward` says in one pass over memory each way. The forward
+pass keeps the convolution's output and two numbers per channel; the backward pass computes the
 normalised current and the membranes again from them, in registers, so nothing of the size of T
 membranes is ever stored. The passes see every activation as (T, N, C), N = B*H*W, channels last.
 """

@@ -7,7 +7,7 @@ a reason to compile again.
 import ctypes
 import functools
 from ctypes import POINTER, byref, c_double, c_int, c_int64, c_void_p
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,28 +20,32 @@ from tetdist.nn.fast.native_library import CHANNELS, Library, as_wide, at, threa
 from tetdist.nn.neurons import SURROGATES, NeuronConfig
 
 
+def _fields(names: str, kind: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, kind) for name in names.split())
+
+
 class _Neuron(ctypes.Structure):
     """Neuron of kernels/neuron.cpp."""
 
     _fields_ = (
-        *((name, c_double) for name in ("decay", "threshold", "width")),
-        *((name, c_double) for name in ("share", "most", "levels")),
+        *_fields("decay threshold width share most levels", c_double),
         ("weights", c_void_p),
     )
 
 
-_SIZES = tuple((name, c_int64) for name in ("timesteps", "rows", "channels", "shared"))
+_NORM = "gain offset mean rstd"
+_OF_SHORTCUT = "shortcut_gain shortcut_offset shortcut_mean shortcut_rstd"
+_SUMS = "sum_grad sum_grad_xhat sum_grad_shortcut_hat"
+_SIZES = (*_fields("timesteps rows channels shared", c_int64), ("neuron", _Neuron))
 
 
 class _Forward(ctypes.Structure):
     """Forward of kernels/neuron.cpp."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "shortcut", "gain", "offset")),
-        *((name, c_void_p) for name in ("shortcut_gain", "shortcut_offset", "start", "identity")),
-        *((name, c_void_p) for name in ("spikes", "packed", "end")),
+        *_fields("x shortcut gain offset shortcut_gain shortcut_offset", c_void_p),
+        *_fields("start identity spikes packed end", c_void_p),
         *_SIZES,
-        ("neuron", _Neuron),
     )
 
 
@@ -49,13 +53,10 @@ class _Backward(ctypes.Structure):
     """Backward of kernels/neuron.cpp."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "shortcut", "gain", "offset", "mean", "rstd")),
-        *((f"shortcut_{name}", c_void_p) for name in ("gain", "offset", "mean", "rstd")),
-        *((name, c_void_p) for name in ("start", "grad_spikes", "grad_end", "total", "own")),
-        *((name, c_void_p) for name in ("sum_grad", "sum_grad_xhat", "sum_grad_shortcut_hat")),
-        *((name, c_void_p) for name in ("grad_start", "partial", "sum_share", "partial_share")),
+        *_fields(f"x shortcut {_NORM} {_OF_SHORTCUT}", c_void_p),
+        *_fields(f"start grad_spikes grad_end total own {_SUMS}", c_void_p),
+        *_fields("grad_start partial sum_share partial_share", c_void_p),
         *_SIZES,
-        ("neuron", _Neuron),
     )
 
 
@@ -63,11 +64,8 @@ class _Add(ctypes.Structure):
     """Add of kernels/norm.cpp."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "shortcut", "gain", "offset", "mean", "rstd")),
-        *((f"shortcut_{name}", c_void_p) for name in ("gain", "offset", "mean", "rstd")),
-        *((name, c_void_p) for name in ("out", "grad")),
-        *((name, c_void_p) for name in ("sum_grad", "sum_grad_xhat", "sum_grad_shortcut_hat")),
-        *(("partial", c_void_p), ("rows", c_int64), ("channels", c_int64), ("period", c_int64)),
+        *_fields(f"x shortcut {_NORM} {_OF_SHORTCUT} out grad {_SUMS} partial", c_void_p),
+        *_fields("rows channels period", c_int64),
     )
 
 

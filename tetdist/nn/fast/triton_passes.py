@@ -321,8 +321,8 @@ class Passes(NormPasses):
         rows, channels = inputs.x.shape[1:]
         divided = tiling("backward", rows, channels, self._per_thread(inputs))
         partial_share = _partial_share(inputs.learned, divided)
-        grad_x, _, grad_start = self._gradients(
-            inputs, grad_spikes, grad_end, partial_share, None, None, needs_x=True
+        grad_x, _, grad_start = self.gradients(
+            inputs, grad_spikes, grad_end, None, None, None, partial_share, needs_x=True
         )
         assert grad_x is not None
         return grad_x, grad_start, _grad_learned(inputs.learned, partial_share)
@@ -335,26 +335,12 @@ class Passes(NormPasses):
         kept: None,
         of_x: tuple[Tensor, Tensor] | None,
         of_shortcut: tuple[Tensor, Tensor] | None,
+        partial_share: Tensor | None = None,
         *,
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See `fused.Passes`; fill the sums for what is learnt, if given."""
         del kept
-        return self._gradients(
-            inputs, grad_spikes, grad_end, None, of_x, of_shortcut, needs_x=needs_x
-        )
-
-    def _gradients(
-        self,
-        inputs: Inputs,
-        grad_spikes: Tensor,
-        grad_end: Tensor | None,
-        partial_share: Tensor | None,
-        of_x: tuple[Tensor, Tensor] | None,
-        of_shortcut: tuple[Tensor, Tensor] | None,
-        *,
-        needs_x: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the result of `gradients`; fill the sums for what is learnt, if given."""
         x, shortcut, affine, affine_of_shortcut, start, learned = inputs
         rows, channels = x.shape[1:]
         grad_x = torch.empty_like(x) if needs_x else None

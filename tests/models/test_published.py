@@ -1,4 +1,4 @@
-"""Spiking transformers: they are the published networks, and what is asked of any network."""
+"""Networks are the published ones: transformers, and ResNets whose shortcuts carry currents."""
 
 import copy
 import dataclasses
@@ -13,17 +13,27 @@ import published_transformers as published
 import pytest
 import timm
 import torch
-from passes import assert_same, randomize, results_of
+from passes import assert_same
+from published_networks import (
+    DECOUPLING,
+    MS,
+    SEAL,
+    Definition,
+    ms_shapes,
+    preact_shapes,
+    psn_sew_shapes,
+    random_state,
+)
 from published_transformers import Published, QKFormerSize, SDTSize
 from torch import Tensor, nn
 
 import tetdist
 from tetdist.apps.weights import foreign
-from tetdist.losses import tet_loss
 from tetdist.models import QKFormer, SpikingNetwork
 from tetdist.models.attention import StreamAttention, attention_neuron
-from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.neurons import LIF, NEURONS, ReLU, make
+from tetdist.models.preact_resnet import Block
+from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, update_running_statistics
+from tetdist.nn.neurons import LIF, ReLU, make
 from tetdist.nn.norm_neuron import NeuronLayer
 
 assert tetdist.__doc__  # registers the models
@@ -59,6 +69,18 @@ PARAMETERS = {
     "maxformer_10_384": (16_237_240, 0),
     "maxformer_10_512": (28_653_480, 0),
     "maxformer_10_768": (63_992_200, 0),
+    "preact_resnet18": (11_694_312, 0),
+    "preact_resnet34": (21_806_184, 0),
+    "ms_resnet18": (11_693_736, 0),
+    "ms_resnet34": (21_801_896, 0),
+    "ms_resnet104": (77_350_504, 0),
+    "psn_sew_resnet18": (11_689_916, 0),
+    "psn_sew_resnet34": (21_798_396, 0),
+    "sew_resnet34": (21_797_672, 0),
+    "spiking_resnet19": (12_630_858, 0),
+    "spiking_resnet18_cifar": (11_173_962, 0),
+    "spiking_resnet19_dvs": (12_696_842, 0),
+    "vggsnn": (9_271_498, 0),
 }
 
 
@@ -68,24 +90,14 @@ def test_published_number_of_parameters(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     assert sum(parameter.numel() for parameter in model.parameters()) == there - unused
-    cfg = model.default_cfg
-    first = model.get_submodule(cfg["first_conv"])
-    assert first is next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-    assert first.in_channels == cfg["input_size"][0] == len(cfg["mean"]) == len(cfg["std"])
-    assert model.get_submodule(cfg["classifier"]) is model.get_classifier()
-    assert model.get_classifier().out_features == cfg["num_classes"] == model.num_classes
-    assert model.get_classifier().in_features == model.num_features == model.head_hidden_size
-    assert model.input_kind == ("events" if cfg["input_size"][0] == 2 else "images")
 
 
 # ------------------------------------------------------------------------- the published networks
 
 
-def source_of(name: str) -> str:
-    """Where the weights of a network are from."""
-    sources: tuple[str, ...] = ("qkformer", "sdt", "espikeformer", "maxformer")
-    (source,) = (source for source in sources if name.startswith(f"{source}_"))
-    return source
+# Where the weights of a family are from, by the beginning of its networks' names.
+SOURCES = {one: one for one in ("qkformer", "sdt", "espikeformer", "maxformer", "ms", "psn")}
+SOURCES["preact"] = "decoupling"
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,8 @@ class Case:
         input: Of one sample: (C, H, W), or (T, C, H, W) of events.
         timesteps: T.
         seed, gain: Of the weights: such that samples and timesteps come out different.
+        of: Where the weights are from, where that is not in `SOURCES`.
+        is_resnet: Weights are random as is right for ResNets.
     """
 
     name: str
@@ -110,12 +124,16 @@ class Case:
     timesteps: int = T
     seed: int = 0
     gain: float = 1.0
+    of: str = ""
+    is_resnet: bool = False
 
     @property
     def source(self) -> str:
-        return source_of(self.name)
+        return self.of or SOURCES[self.name.partition("_")[0]]
 
     def state(self) -> dict[str, Tensor]:
+        if self.is_resnet:
+            return random_state(self.shapes)
         state: dict[str, Tensor] = published.random_state(self.shapes, self.seed, gain=self.gain)
         return state
 
@@ -193,6 +211,24 @@ def maxformer_case() -> Case:
     )
 
 
+def resnet_case(
+    method: str, source: str, shapes: published.Shapes, neurons: Any, **arguments: Any
+) -> Case:
+    def forward(net: Published, frames: Tensor) -> Tensor:
+        state = {key: x.clone() if "running" in key else x for key, x in net.state.items()}
+        definition = Definition(state, neurons, len(frames), net.training)
+        logits: Tensor = getattr(definition, method)(frames[0])
+        net.moved.update({key: x for key, x in state.items() if "running" in key})
+        return logits
+
+    name = {"preact": "preact_resnet18", "ms": "ms_resnet18", "psn_sew": "psn_sew_resnet18"}[method]
+    neuron = {"timesteps": T} if method == "psn_sew" else foreign.neuron_of(source, name)
+    arguments |= {"width": 8, "neuron": neuron}
+    return Case(name, arguments, shapes, forward, (3, 64, 64), of=source, is_resnet=True)
+
+
+LAYERS = (2, 2, 2, 2)
+DEEP = {"stem": "deep", "pooled_projections": True}
 IMAGENET = QKFormerSize("imagenet", (8, 16, 24), (1, 2, 2), 2)
 CASES = {
     "qkformer": qkformer_case("qkformer_10_384", IMAGENET, (3, 48, 32)),
@@ -221,6 +257,13 @@ CASES = {
     "espikeformer": espikeformer_case(1),  # as published
     "espikeformer over time": espikeformer_case(T),
     "maxformer": maxformer_case(),
+    "preact, decoupling": resnet_case(
+        "preact", "decoupling", preact_shapes(LAYERS, 8, 5), DECOUPLING
+    ),
+    "preact, seal": resnet_case("preact", "seal", preact_shapes(LAYERS, 8, 5), SEAL),
+    "ms": resnet_case("ms", "ms", ms_shapes(LAYERS, 8, 5), MS),
+    "ms, deep": resnet_case("ms", "ms", ms_shapes(LAYERS, 8, 5, deep=True), MS, **DEEP),
+    "psn": resnet_case("psn_sew", "psn", psn_sew_shapes(LAYERS, 8, 5, T), None),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 # One of each family, for what does not depend on the embedding.
@@ -295,8 +338,13 @@ def test_is_the_published_network(case: Case, training: bool, execution: str) ->
             formers.maxformer_shapes(formers.MaxFormerSize((96, 192, 384), classes=1000)),
             398,
         ),
+        ("preact_resnet18", preact_shapes(LAYERS), 142),
+        ("preact_resnet34", preact_shapes((3, 4, 6, 3)), 254),
+        ("ms_resnet34", ms_shapes((3, 4, 6, 3)), 224),
+        ("ms_resnet104", ms_shapes((3, 8, 32, 8), deep=True), 649),
+        ("psn_sew_resnet34", psn_sew_shapes((3, 4, 6, 3)), None),
     ],
-    ids=["qkformer", "qkformer cifar", "sdt", "espikeformer", "maxformer"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_published_state_dicts_have_these_tensors(
     name: str, shapes: published.Shapes, tensors: int | None
@@ -307,39 +355,28 @@ def test_published_state_dicts_have_these_tensors(
     with torch.device("meta"):
         model = timm.create_model(name)
         state = {one: torch.empty(shape) for one, shape in shapes.items()}
-    assert foreign.source_of(state, Path("file")) == source_of(name)
-    found = foreign.convert(state, source_of(name), model)
+    source = SOURCES[name.partition("_")[0]]
+    if source != "decoupling":  # which another source has the names of
+        assert foreign.source_of(state, Path("file")) == source
+    found = foreign.convert(state, source, model)
     assert (found.missing, found.unexpected) == ([], [])
     assert len(found.unused) * 64 == PARAMETERS[name][1]
-
-
-def test_head_of_the_mean_over_time_is_the_mean_of_heads() -> None:
-    """QKFormer's authors average over time before the classifier, which is linear."""
-    case = CASES["qkformer"]
-    model = case.loaded().eval()
-    with torch.no_grad():
-        features = model.forward_head(model.forward_features(case.batch()), pre_logits=True)
-        torch.testing.assert_close(model(case.batch()), model.fc(features.mean(0)))
 
 
 # --------------------------------------------------------------------------------- sample by sample
 
 
-@each_case
-def test_a_sample_is_not_influenced_by_its_batch_in_evaluation(case: Case) -> None:
+def test_mixing_makes_a_sample_depend_on_its_batch() -> None:
+    case = CASES["qkformer mixing"]
     model, x = case.loaded().eval(), case.batch()
     with torch.no_grad():
         together = model(x, per_timestep=True)
         alone = torch.cat([model(one, per_timestep=True) for one in x.split(1)], dim=1)
         backwards = model(x.flip(0), per_timestep=True).flip(1)
-    if case.arguments.get("mixes_samples"):
-        # Only the first one's first timestep begins at rest.
-        torch.testing.assert_close(together[0, 0], alone[0, 0])
-        assert not torch.allclose(together, alone)
-        assert not torch.allclose(together, backwards)
-    else:
-        torch.testing.assert_close(together, alone)
-        torch.testing.assert_close(together, backwards)
+    # Only the first one's first timestep begins at rest.
+    torch.testing.assert_close(together[0, 0], alone[0, 0])
+    assert not torch.allclose(together, alone)
+    assert not torch.allclose(together, backwards)
 
 
 def test_mixing_of_samples_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -416,76 +453,6 @@ def test_a_learned_decay_begins_as_the_published_neuron(name: str) -> None:
 # -------------------------------------------------------------------- what is asked of any network
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@each_case
-def test_fused_network_is_the_definition(case: Case, training: bool) -> None:
-    model, x = case.loaded().train(training), case.batch()
-    results = {}
-    for execution in ("fused", "reference"):
-        model.set_execution(execution)
-        results[execution] = results_of(model, lambda m: m(x, per_timestep=True), {})
-    assert_same(results["fused"], results["reference"], rtol=1e-8)
-
-
-@each_case
-def test_grad_checkpointing_changes_no_bit(case: Case) -> None:
-    plain = case.loaded()
-    checkpointed = copy.deepcopy(plain)
-    checkpointed.set_grad_checkpointing()
-    x, target = case.batch(), torch.tensor([1, 4, 0])
-    for model in (plain, checkpointed):
-        for scale in (1.0, 0.5):
-            loss = tet_loss(model(scale * x, per_timestep=True), target, lambda_=0.05)
-            loss.backward()
-    for (name, one), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
-        assert one.grad is not None
-        assert torch.equal(one.grad, other.grad), name
-    for (name, one), other in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
-        assert torch.equal(one, other), name
-
-
-@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
-@each_family
-def test_segments_carry_the_membranes(case: Case, recompute: bool) -> None:
-    """With statistics that are constants, a network in segments is the one without."""
-    model, x = case.loaded(), case.batch()
-    results = []
-    for segment in (None, 2):
-        model.train()
-        for module in model.modules():
-            if isinstance(module, BatchNorm):
-                module.eval()
-        model.set_segment(segment)
-        model.set_grad_checkpointing(recompute and segment is not None)
-        results.append(results_of(model, lambda m: m(x, per_timestep=True), {}))
-    assert_same(results[1], results[0], rtol=1e-8)
-
-
-@each_case
-def test_the_future_has_no_influence_on_the_past(case: Case) -> None:
-    model, x = case.loaded().eval(), case.batch()
-    with torch.no_grad():
-        whole = model(x, per_timestep=True)
-        for timesteps in range(1, case.timesteps):
-            model.set_timesteps(timesteps)
-            shorter = model(x, per_timestep=True)
-            if not case.arguments.get("mixes_samples"):
-                torch.testing.assert_close(shorter, whole[:timesteps])
-
-
-@each_family
-def test_classifier_can_be_replaced(case: Case) -> None:
-    model, x = case.loaded().eval(), case.batch()
-    with torch.no_grad():
-        features = model.forward_head(model.forward_features(x), pre_logits=True)
-        assert features.shape == (case.timesteps, BATCH, model.num_features)
-        assert torch.equal(model(x, per_timestep=True), model.get_classifier()(features))
-        model.reset_classifier(7)
-        assert model(x).shape == (BATCH, 7)
-        model.reset_classifier(0)
-        assert torch.equal(model(x, per_timestep=True), features)
-
-
 @each_family
 def test_relu_network_of_the_same_shape(case: Case) -> None:
     channels = 2 if "dvs" in case.name else 3
@@ -520,33 +487,6 @@ def test_weights_begin_as_in_the_authors_code(case: Case) -> None:
         assert layer.bias is None or layer.bias.any() != as_published
 
 
-@pytest.mark.parametrize("kind", [kind for kind in NEURONS if kind != "lif"])
-@each_family
-def test_every_kind_of_neuron(case: Case, kind: str) -> None:
-    """The fast paths are the definitions, and activation checkpointing changes no bit."""
-    torch.manual_seed(0)
-    model = timm.create_model(
-        case.name,
-        neuron={"kind": kind} | ({"timesteps": T} if kind == "psn" else {}),
-        num_classes=5,
-        timesteps=T,
-        **case.arguments,
-    ).double()
-    randomize(model)
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            module.bias.data += 1  # so that all of these kinds fire up to the last layer
-    x, results = case.batch(), []
-    for execution, recomputes in (("fused", False), ("fused", True), ("reference", False)):
-        model.set_execution(execution)
-        model.set_grad_checkpointing(recomputes)
-        results.append(results_of(model, lambda m: m(x, per_timestep=True), {}))
-    assert results[0]["output"].any()
-    assert_same(results[1], results[0], rtol=0)
-    # The gradient of a bias before a norm is nothing but rounding.
-    assert_same(results[0], results[2], rtol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("name", "options", "complaint"),
     [
@@ -559,6 +499,12 @@ def test_every_kind_of_neuron(case: Case, kind: str) -> None:
         ("qkformer_10_384", {"heads": 5}, "96 channels cannot be divided among 5 heads"),
         ("qkformer_10_384", {"embedding": "mnist"}, "embedding must be .* not 'mnist'"),
         ("sdt_8_384", {"pools": (True,)}, "pools must be four"),
+        ("ms_resnet18", {"drop_rate": 1.0}, "a drop rate must be at least 0 and below 1, not 1.0"),
+        (
+            "ms_resnet18",
+            {"stem": "imagenet"},
+            "stem must be 'plain', 'deep' or 'cifar', not 'imagenet'",
+        ),
         ("sdt_8_384", {"channels": 12}, "channels must be a multiple of 8 and of heads, not 12"),
     ],
 )
@@ -583,3 +529,54 @@ def test_sums_of_spikes_are_as_high_as_is_said() -> None:
     model.eval()(torch.rand(1, 3, 32, 32))
     assert tuple(seen) == model.highest_inputs
     assert max(seen) < 16
+
+
+def test_how_ms_resnets_begin() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("ms_resnet18", width=8, neuron=LIF(threshold=0.5))
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNorm):
+            # A residual branch begins with nothing.
+            expected = 0.0 if name.startswith("blocks") and name.endswith("add.norm") else 0.5
+            assert module.weight.eq(expected).all(), name
+            assert module.scale == 1.0
+    conv = model.blocks[1].conv2
+    bound = (9 * conv.in_channels) ** -0.5  # torch's own initial values
+    assert 0.9 * bound < conv.weight.abs().max() <= bound
+
+
+def test_a_pooled_projection_has_the_stride_2() -> None:
+    with pytest.raises(ValueError, match="has the stride 2, not 1"):
+        Block(4, 8, 1, LIF(), pooled_projection=True)
+
+
+@pytest.mark.parametrize("segment", [None, 2])
+@pytest.mark.parametrize("case", ["preact, decoupling", "ms, deep"])
+def test_an_image_is_as_its_copies_at_all_timesteps(case: str, segment: int | None) -> None:
+    """Logits, gradients and running statistics, computed again or not."""
+    model, x = CASES[case].loaded(), CASES[case].batch()
+    repeated, again = copy.deepcopy(model), copy.deepcopy(model)
+    seen: list[int] = []
+    stem = model.stem.conv[-1] if case.endswith("deep") else model.stem.conv
+    stem.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    repeated.time_first = lambda x: x.expand(T, *x.shape)
+    again.set_grad_checkpointing()
+    logits = []
+    for one in (model, repeated, again):
+        one.set_segment(segment)
+        defer_running_statistics(one)
+        logits.append(one(x, per_timestep=True))
+        logits[-1].square().sum().backward()
+        update_running_statistics(one, lambda averages: averages)
+    assert set(seen) == {1}  # the image is convolved once
+    assert torch.equal(logits[0], logits[2])
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-9, atol=1e-11)
+    found = [
+        {key: p.grad for key, p in one.named_parameters()} | one.state_dict()
+        for one in (model, repeated, again)
+    ]
+    assert_same(found[2], found[0], rtol=1e-8)
+    # In segments of two and one the stem's values are counted otherwise.
+    for key in [key for key in found[1] if segment and key.endswith("running_var")]:
+        del found[0][key], found[1][key]
+    assert_same(found[1], found[0], rtol=1e-8)
