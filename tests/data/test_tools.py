@@ -209,6 +209,7 @@ def test_a_check_names_problems_and_notes_and_says_which_by_its_status(image_roo
     assert "\nall good\n" in output
     assert json.loads(report.read_text()) == []
     shutil.copy(root / "train" / "ant" / "ant1.jpg", root / "train" / "ant" / "same.jpg")
+    shutil.copy(root / "train" / "ant" / "ant2.jpg", root / "train" / "bee" / "other.jpg")
     for i in range(23):
         picture(20, 30 + i).save(root / "train" / "cow" / f"z{i}.jpg", "PNG")
     (root / "index" / "train.npz").unlink()  # Of the files of before.
@@ -216,7 +217,10 @@ def test_a_check_names_problems_and_notes_and_says_which_by_its_status(image_roo
     assert status == 0
     assert "misnamed: train/cow/z0.jpg: a PNG file" in output
     assert f"misnamed: 3 more; see {report}" in output
-    assert "0 problems, 24 notes" in output
+    same = "duplicate: train/bee/other.jpg: the same bytes as train/ant/ant2.jpg"
+    assert f"{same}, where its class is ant instead of bee\n" in output
+    assert "duplicate: train/ant/same.jpg: the same bytes as train/ant/ant1.jpg\n" in output
+    assert "0 problems, 25 notes" in output
     shutil.copy(root / "train" / "ant" / "ant1.jpg", root / "val" / "ant" / "leak.jpg")
     (root / "val" / "bee" / "bee1.jpg").write_bytes(b"x")
     status, output = call("images.py", "check", root, *options)

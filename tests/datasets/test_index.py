@@ -182,13 +182,6 @@ def saved(image_root, tmp_path):
     return file
 
 
-def test_a_missing_index_names_the_command_that_builds_it(tmp_path):
-    command = f"python tools/images.py index {tmp_path} --splits val"
-    with pytest.raises(UserError) as error:
-        ix.load_index(tmp_path / "index" / "val.npz")
-    assert command in str(error.value)
-
-
 def flipped(data):
     start = data.index(b"train/ant/ant0.jpg")
     return data[:start] + bytes([data[start] ^ 1]) + data[start + 1 :]

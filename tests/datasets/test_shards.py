@@ -161,10 +161,6 @@ def test_two_do_not_write_to_one_folder(image_root, tmp_path):
         pack(root, tmp_path / "p")
 
 
-class Stop(Exception):
-    pass
-
-
 def test_packing_goes_on_where_it_was_stopped(image_root, tmp_path):
     root, dest = image_root(per_class=8), tmp_path / "p"
     indexed(root)
@@ -172,10 +168,10 @@ def test_packing_goes_on_where_it_was_stopped(image_root, tmp_path):
 
     def stop(done, _):
         if done == 2:
-            raise Stop
+            raise KeyboardInterrupt
 
     file = ix.index_file(root / "index", "train")
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         shard_split(file, root, dest, seed=0, max_bytes=SMALL, workers=1, progress=stop)
     assert not (dest / "index").exists()
     done = {file: file.stat().st_mtime_ns for file in dest.glob("train/*.tar")}
