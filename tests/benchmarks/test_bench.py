@@ -84,7 +84,7 @@ def test_a_step_is_timed_against_others(tmp_path: Path) -> None:
 def test_ratios_are_taken_round_by_round() -> None:
     """Something slows all contestants down in the second round."""
     seconds = {"relu": [1.0, 8.0, 2.0], "own": [2.0, 8.0, 8.0]}
-    row = benchmark._row("own", seconds, argparse.Namespace(batch=4))
+    row = benchmark._row("own", seconds, argparse.Namespace(batch=4), 1.0)
     assert (row["ratio"], row["seconds"], row["fastest"], row["images_per_s"]) == (2, 8, 2, 0.5)
     names = ("torchvision", "DALI's reader", "decoding alone")
     rates = dict.fromkeys(names, (100.0, 10.0, 50.0)) | {"tetdist": (200.0, 10.0, 200.0)}

@@ -50,8 +50,7 @@ def measure_model(options: argparse.Namespace) -> dict[str, Any]:
         with turns.contestants(names, options) as processes:
             seconds = _in_turns({name: one.step for name, one in processes.items()}, options)
             rows = [
-                _row(name, seconds, options)
-                | {"warm_up": one.warm_up, "waiting": one.waiting, "peak_mib": None}
+                _row(name, seconds, options, one.warm_up, waiting=one.waiting)
                 for name, one in processes.items()
             ]
     keys = ("model", "size", "timesteps", "batch", "precision", "device", "evaluate", "repeats")
@@ -86,12 +85,7 @@ def measure_here(
         tell(f"{name}: first two steps {warm_up[name]:.1f} s")
     seconds = _in_turns({name: partial(_seconds, step) for name, step in steps.items()}, options)
     return [
-        _row(name, seconds, options)
-        | {
-            "warm_up": warm_up[name],
-            "waiting": None,
-            "peak_mib": peak_mib(step) if on_gpu else None,
-        }
+        _row(name, seconds, options, warm_up[name], peak=peak_mib(step) if on_gpu else None)
         for name, step in steps.items()
     ]
 
@@ -117,7 +111,15 @@ def _in_turns(
     return seconds
 
 
-def _row(name: str, seconds: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
+def _row(
+    name: str,
+    seconds: dict[str, list[float]],
+    options: argparse.Namespace,
+    warm_up: float,
+    *,
+    waiting: str | None = None,
+    peak: float | None = None,
+) -> dict[str, Any]:
     values, first = seconds[name], next(iter(seconds.values()))
     return {
         "name": name,
@@ -125,6 +127,9 @@ def _row(name: str, seconds: dict[str, list[float]], options: argparse.Namespace
         "fastest": min(values),
         "ratio": turns.ratio(values, first),
         "images_per_s": options.batch / statistics.median(values),
+        "warm_up": warm_up,
+        "waiting": waiting,
+        "peak_mib": peak,
     }
 
 

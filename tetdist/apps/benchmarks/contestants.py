@@ -3,7 +3,7 @@
 import argparse
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,17 +39,14 @@ def ours(options: argparse.Namespace, mode: str) -> Contestant:
     model.set_execution("reference" if mode == "reference" else "fused")
     model.set_grad_checkpointing(mode in ("blocks", "timesteps"))
     model.set_segment(options.segment if mode == "timesteps" else None)
-    return laid_out(options, model, batch_of(options, model), lambda x: model(x, per_timestep=True))
+    return laid_out(options, model, batch_of(options), lambda x: model(x, per_timestep=True))
 
 
 def relu(options: argparse.Namespace) -> Contestant:
     """The ReLU network of the same convolutions, on T times the batch."""
-    import timm
-
-    spiking = timm.create_model(options.model, timesteps=options.timesteps)
     twin = relu_twin(options.model)
     assert twin is not None
-    images = batch_of(options, spiking)
+    images = batch_of(options)
     if images.ndim == 5:
         images = images.flatten(0, 1)
     else:
@@ -73,8 +70,7 @@ def spikingjelly(options: argparse.Namespace) -> Contestant:
         functional.reset_net(model)
         return run(images.expand(options.timesteps, *images.shape))
 
-    images = batch_of(options, model, channels=3, size=224)
-    return laid_out(options, model, images, logits)
+    return laid_out(options, model, batch_of(options), logits)
 
 
 def has_spikingjelly_network(name: str) -> bool:
@@ -159,19 +155,14 @@ class _Quarter(torch.nn.Module):
         return x / 4
 
 
-def batch_of(
-    options: argparse.Namespace,
-    model: Any,
-    *,
-    channels: int | None = None,
-    size: int | None = None,
-) -> Tensor:
-    """Random images (B, 3, H, W), or event frames (B, T, 2, H, W)."""
-    if channels is None:
-        channels, size, _ = model.default_cfg["input_size"]
+def batch_of(options: argparse.Namespace) -> Tensor:
+    """Random images (B, 3, H, W), or event frames (B, T, 2, H, W), as the network takes them."""
+    import timm
+
+    channels, size, _ = timm.get_pretrained_cfg(options.model).input_size
     size = options.size or size
     generator = torch.Generator().manual_seed(0)
-    frames = (options.timesteps,) if getattr(model, "input_kind", "images") == "events" else ()
+    frames = (options.timesteps,) if channels == 2 else ()
     shape = (options.batch, *frames, channels, size, size)
     return torch.rand(shape, generator=generator).to(options.device)
 
