@@ -82,10 +82,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return hub.broken is None
             status, headers = hub.broken
             if status:
-                self._send(status, b"<html></html>", headers)
+                self._send(status, b"<html></html>", headers | {"Connection": "close"})
             else:
                 hub.ended.wait()
-            self.close_connection = True
+                self.close_connection = True
             return False
 
         def do_GET(self) -> None:
