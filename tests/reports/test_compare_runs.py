@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from samples import pixels
 from tiny import Tool
 
-from tetdist.apps.reports import compare, style
+from tetdist.apps.reports import compare, runs_table, style
 
 
 @pytest.fixture
@@ -409,6 +409,13 @@ def test_runs_without_configuration_or_evaluation(run_tool: Tool, tmp_path: Path
     assert row(groups, str(tmp_path / "c.jsonl"))[1:] == ["1", "-", "-", "-"]
     expected = "2 50.00 +- 0.00 50.00 +- 0.00 nan +- nan"
     assert " ".join(row(groups, "the same but for the seed")[6:]) == expected
+
+
+def test_all_lines_of_training_are_kept_for_curves_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    (table,), (drawn,) = (runs_table.read_records([run], curves=one) for one in (False, True))
+    assert table.result() == drawn.result()
+    assert [len(record.of_kind("train")) for record in (table, drawn)] == [2, 10]
 
 
 def test_figure_of_several_runs(run_tool: Tool, series: list[Path], tmp_path: Path) -> None:
