@@ -301,7 +301,9 @@ def test_plan_without_the_data(
         assert main(["--config", file, *flags, *arguments]) == 0
         return capfd.readouterr().out
 
-    assert "(1281167 as published" in planned(f"data.root={tmp_path}/imagenet")
+    text = planned(f"data.root={tmp_path}/imagenet")
+    assert "(1281167 as published" in text
+    assert "2 evaluations of 50000" in text
     text = planned("data.root=/nowhere", "--images", "80")
     assert "10 an epoch, 20 in all (2 epochs)" in text
     assert "2 evaluations of 0" in text
