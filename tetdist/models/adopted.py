@@ -102,11 +102,6 @@ class Adopted(SpikingNetwork):
                     "timesteps; take SlidingPSN, which runs any number"
                 )
 
-    def set_execution(self, execution: str) -> None:
-        """Change nothing: the library's neurons have backends of their own."""
-        if execution not in ("fused", "reference"):
-            raise ValueError(f"execution must be 'fused' or 'reference', not {execution!r}")
-
     def set_segment(self, timesteps: int | None) -> None:
         """Refuse to train in segments.
 
@@ -206,7 +201,7 @@ class AdoptedBatchNorm(BatchNorm):
         self.train(norm.training)
         # In single-step mode, or of torch: time, if any, is folded into the batch.
         self.folded = getattr(norm, "step_mode", "s") == "s"
-        self.dimensions = _dimensions(norm)
+        self.dimensions = _DIMENSIONS[type(norm)]
 
     def forward(self, current: Tensor, copies: int = 1) -> Tensor:
         """Normalise (T, B, C, ...), or (N, C, ...) in single-step mode; ``copies`` as there."""
@@ -218,7 +213,8 @@ class AdoptedBatchNorm(BatchNorm):
         return super().forward(x, copies).reshape(current.shape)
 
 
-_NORMS = {
+# Of the norms that are known, the numbers of dimensions after the channels.
+_DIMENSIONS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm1d: (0, 1),
     layer.BatchNorm1d: (0, 1),
     layer.ThresholdDependentBatchNorm1d: (0, 1),
@@ -229,11 +225,6 @@ _NORMS = {
     layer.BatchNorm3d: (3,),
     layer.ThresholdDependentBatchNorm3d: (3,),
 }
-
-
-def _dimensions(norm: nn.Module) -> tuple[int, ...]:
-    """Return the numbers of dimensions after the channels; empty: another kind of norm."""
-    return _NORMS.get(type(norm), ())
 
 
 def _is_foreign(norm: nn.Module) -> TypeGuard[_BatchNorm]:
@@ -361,7 +352,7 @@ def _objection_to_norm(norm: _NormBase, around: Sequence[nn.Module]) -> tuple[st
         if not norm.track_running_stats:
             return None
         return "its running statistics are not accumulated", "set track_running_stats=False"
-    if not _dimensions(norm):
+    if type(norm) not in _DIMENSIONS:
         return "it is none of the batch norms that are known here", _NORM
     if not norm.track_running_stats:
         return "it has no running statistics to evaluate with", "set track_running_stats=True"

@@ -36,6 +36,10 @@ class Packed(NamedTuple):
             return gpu.unpack(self.values, self.levels, dtype)
         return self.values.to(dtype) / self.levels
 
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        """The tensor, which carries its bytes."""
+        return carry(self.unpack(dtype), self)
+
 
 def pack(x: Tensor, levels: int = 1) -> Packed:
     """Pack multiples of ``1 / levels`` in [0, 256 / levels)."""
@@ -47,40 +51,37 @@ class Halved(NamedTuple):
 
     Attributes:
         values: uint8, flat.
+        levels: See `Packed`.
         shape: Of the bytes.
         strides: Likewise, so that what comes back is laid out as before: a convolution of another
             layout rounds differently.
     """
 
     values: Tensor
+    levels: int
     shape: torch.Size
     strides: tuple[int, ...]
 
-    def unpack(self, levels: int, dtype: torch.dtype) -> Tensor:
-        """The numbers, multiples of ``1 / levels``, which carry their bytes."""
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        """The tensor, which carries its bytes."""
         if (gpu := passes.triton_for(self.values)) is not None:
-            values, numbers = gpu.unpack_halves(
-                self.values, self.shape, self.strides, levels, dtype
-            )
-            return carry(numbers, Packed(values, levels))
-        packed = Packed(self.whole(), levels)
-        return carry(packed.unpack(dtype), packed)
-
-    def whole(self) -> Tensor:
-        """The bytes."""
+            of = (self.values, self.shape, self.strides, self.levels)
+            values, numbers = gpu.unpack_halves(*of, dtype)
+            return carry(numbers, Packed(values, self.levels))
         flat = torch.stack([self.values & 15, self.values >> 4], dim=1).flatten()
-        return flat.as_strided(self.shape, self.strides)
+        return Packed(flat.as_strided(self.shape, self.strides), self.levels).numbers(dtype)
 
 
-def halve(values: Tensor) -> Halved:
+def halve(packed: Packed) -> Halved:
     """Pack bytes below 16, of a tensor that fills its memory without gaps."""
+    values, levels = packed
     if (gpu := passes.triton_for(values)) is not None:
-        return Halved(gpu.halve(values), values.shape, values.stride())
+        return Halved(gpu.halve(values), levels, values.shape, values.stride())
     flat = values.as_strided((values.numel(),), (1,), values.storage_offset())
     if flat.numel() % 2:
         flat = F.pad(flat, (0, 1))
     low, high = flat.view(-1, 2).unbind(1)
-    return Halved(low | (high << 4), values.shape, values.stride())
+    return Halved(low | (high << 4), levels, values.shape, values.stride())
 
 
 def carry(x: Tensor, packed: Packed) -> Tensor:

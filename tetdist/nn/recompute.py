@@ -91,15 +91,7 @@ class Block:
             return x
         packed = carried(x) or pack(x.detach(), self.levels)
         assert packed.levels == self.levels
-        return halve(packed.values) if self.halves else packed
-
-    def unpack(self, kept: "Kept", dtype: torch.dtype) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        if isinstance(kept, Halved):
-            assert self.levels is not None
-            return kept.unpack(self.levels, dtype)
-        return carry(kept.unpack(dtype), kept)
+        return halve(packed) if self.halves else packed
 
 
 class _Recomputed(torch.autograd.Function):
@@ -122,8 +114,9 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         block: Block = ctx.block
         (values,) = ctx.saved_tensors
-        kept = values if ctx.form is None else ctx.form._replace(values=values)
-        x = block.unpack(kept, ctx.dtype)
+        x = values
+        if ctx.form is not None:
+            x = ctx.form._replace(values=values).numbers(ctx.dtype)
         segments = list(zip(block.split(x), block.lengths, strict=True))
         dropped = dropout.using(block.dropping, ctx.factors)
         with batch_norm.recomputing(), dropped:
