@@ -61,6 +61,8 @@ def test_a_study_is_trained_continued_and_reported(
     assert re.search(r"\[\d/4\] sdt-seed1: top-1 \d+\.\d\d %", said), said
     assert steps_begun_at(output / "logs" / "sdt-seed1.log") == ["3"]
     # What is finished is reported, and what is not is named.
+    # Nor is anything silent for long after the last run.
+    assert "writing the report and its figure\n" in said
     assert f"the report is {output / 'report.md'}" in said
     report = (output / "report.md").read_text()
     assert "**Not complete**: 1 of 4 runs is missing (tet-seed1)" in report
@@ -385,6 +387,7 @@ def test_mlflow_is_sent_what_it_lacks_when_the_study_ends(
         server.enter_context(tiny.mlflow_server(database, port))
         status, said = call("study", file, "--output", output)
         assert status == 0, said
+        assert "asking MLflow which runs it lacks points of\n" in said
         assert "MLflow lacks points of 1 run (sdt-seed0): sending them" in said
         assert "the same command sends" not in said
     statuses = dict(asked("select name, status from runs"))
