@@ -21,9 +21,8 @@ from tetdist.evaluation.operations import counting_operations
 from tetdist.evaluation.suite import run_suite
 from tetdist.evaluation.unrolling import unrolled
 from tetdist.models import SpikingNetwork
-from tetdist.nn import neurons
+from tetdist.nn import neurons, products
 from tetdist.nn.neurons import LIF
-from tetdist.nn.products import LinearAttention
 
 CLASSES = ("a", "b", "c", "d")
 
@@ -228,17 +227,17 @@ def test_attentions_products_are_unrolled(
     )
     x = torch.randn(3, 3, 48, 32, generator=torch.Generator().manual_seed(0)).double()
     seen: list[Tensor] = []
-    tokens = LinearAttention.tokens
+    tokens = products.tokens
 
-    def look(attention: LinearAttention, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def look(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
         seen.append(x)
-        return tokens(attention, x, dtype)
+        return tokens(x, heads, dtype)
 
     with torch.no_grad():
         with counting_operations(model) as numbers:
             features = model.forward_head(model.forward_features(x), pre_logits=True)
             expected = model.get_classifier()(features)
-        monkeypatch.setattr(LinearAttention, "tokens", look)
+        monkeypatch.setattr(products, "tokens", look)
         with unrolled(model) as most, counting_operations(model, in_spikes=True) as spikes:
             got = model(x, per_timestep=True)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
@@ -247,8 +246,7 @@ def test_attentions_products_are_unrolled(
     of_numbers, of_spikes = (counts.total(alone, len(x)).layers for counts in (numbers, spikes))
     # 4 outputs of the classifier.
     assert of_numbers["fc"].accumulates == pytest.approx(4 * features.sum().item() / len(x))
-    products = [name for name in of_numbers if name.endswith("attention.attention")]
-    assert len(products) == 2
+    assert sum(name.endswith("attention.attention") for name in of_numbers) == 2
     for name, layer in of_numbers.items():
         assert of_spikes[name].accumulates == pytest.approx(layer.accumulates), name
         assert layer.accumulates > 0 or name == "stem.conv"
