@@ -324,40 +324,7 @@ def test_two_studies_do_not_share_a_run(
         first.process.wait()
 
 
-def test_mlflow_has_the_runs_below_the_study(write: Write, tmp_path: Path) -> None:
-    changes = {"seeds": [7], "overrides": {"tracking.mlflow": True}}
-    changes["entries"] = ENTRIES | {"untracked": {"overrides": {"tracking.mlflow": False}}}
-    output = tmp_path / "out"
-    runs = runs_of(write(changes), output)
-    # As the command, and the same command again.
-    for status in ("SCHEDULED", "FAILED"):
-        parent = tracking.Parent("study", runs, output)
-        for run in runs:
-            parent.tell(run, status)
-    with sqlite3.connect(output / "mlflow.db") as store:
-
-        def rows(query: str) -> list[Any]:
-            return store.execute(query).fetchall()
-
-        found = {
-            name: (uuid, status)
-            for name, uuid, status in rows("select name, run_uuid, status from runs")
-        }
-        tags = {
-            (uuid, key): value for uuid, key, value in rows("select run_uuid, key, value from tags")
-        }
-    assert {name: status for name, (_, status) in found.items()} == {
-        "study": "FINISHED",
-        "sdt-seed7": "FAILED",
-        "tet-seed7": "FAILED",
-    }
-    own = {"mlflow.parentRunId": found["study"][0], "study": "study", "entry": "tet", "seed": "7"}
-    own |= {"control": "sdt"}
-    assert {key: tags[found["tet-seed7"][0], key] for key in own} == own
-    assert (found["sdt-seed7"][0], "control") not in tags
-
-
-def test_mlflow_is_sent_what_it_lacks_when_the_study_ends(
+def test_mlflow_has_the_runs_below_the_study_and_is_sent_what_it_lacks_at_its_end(
     call: Call, write: Write, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port, database, output = tiny.free_port(), tmp_path / "mlflow.db", tmp_path / "out"
@@ -385,17 +352,38 @@ def test_mlflow_is_sent_what_it_lacks_when_the_study_ends(
     monkeypatch.setattr(local.subprocess, "Popen", away_meanwhile)
     with server:
         server.enter_context(tiny.mlflow_server(database, port))
+        # As a command whose runs fail, and the same command again.
+        untracked = {"untracked": {"overrides": {"tracking.mlflow": False}}}
+        told = {"seeds": [7], "overrides": overrides, "entries": ENTRIES | untracked}
+        for ended in ("SCHEDULED", "FAILED"):
+            failing = runs_of(write(told), output)
+            parent = tracking.Parent("study", failing, output)
+            for one in failing:
+                parent.tell(one, ended)
+        write({"seeds": [0], "overrides": overrides, "entries": entries})
         status, said = call("study", file, "--output", output)
         assert status == 0, said
         assert "asking MLflow which runs it lacks points of\n" in said
         assert "MLflow lacks points of 1 run (sdt-seed0): sending them" in said
         assert "the same command sends" not in said
     statuses = dict(asked("select name, status from runs"))
-    assert statuses == {"study": "FINISHED", "sdt-seed0": "FINISHED"}
+    assert statuses == {
+        "study": "FINISHED",
+        "sdt-seed0": "FINISHED",
+        "sdt-seed7": "FAILED",
+        "tet-seed7": "FAILED",
+    }
     losses = asked("select step, value from metrics where key = 'train/loss' order by step")
     assert losses == [(line["step"], line["loss"]) for line in tiny.metrics(run, "train")]
-    tags = dict(asked("select key, value from tags natural join runs where name = 'sdt-seed0'"))
-    assert (tags["study"], tags["entry"], tags["model"]) == ("study", "sdt", "spiking_convnet")
+    ((parent_id,),) = asked("select run_uuid from runs where name = 'study'")
+    own = {"mlflow.parentRunId": parent_id, "study": "study", "entry": "sdt", "seed": "0"}
+    for name, more in (
+        ("sdt-seed0", own | {"model": "spiking_convnet"}),
+        ("tet-seed7", own | {"entry": "tet", "seed": "7", "control": "sdt"}),
+    ):
+        tags = dict(asked(f"select key, value from tags natural join runs where name = '{name}'"))
+        assert {key: tags[key] for key in more} == more
+        assert ("control" in tags) == ("control" in more)
     # It was started again, but its numbers are of the environment of before.
     assert (run / "environment.json").stat().st_mtime_ns == environment[0]
 
