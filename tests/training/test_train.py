@@ -399,7 +399,7 @@ def test_a_real_command_has_its_folder_alone_and_is_interrupted(
         for line in process.stdout:
             if "step 12/" in line:
                 break
-        ended(main(file), "another process is running in", "runs/tiny")
+        ended(main(file, "max_steps=1"), "another process is running in", "runs/tiny")
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
