@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -220,12 +221,9 @@ def _line_of(error: BaseException, path: Path) -> str:
     """``:LINE`` of the file in an error's traceback, the innermost one."""
     if isinstance(error, SyntaxError):
         return f":{error.lineno}"
-    line, trace = "", error.__traceback__
-    while trace is not None:
-        if Path(trace.tb_frame.f_code.co_filename) == path:
-            line = f":{trace.tb_lineno}"
-        trace = trace.tb_next
-    return line
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == path]
+    return f":{lines[-1]}" if lines else ""
 
 
 # --- in a run's folder, and in checkpoints --------------------------------------------------------

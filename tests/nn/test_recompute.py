@@ -1,7 +1,6 @@
 """Recomputed blocks and segments of timesteps: the same gradients, in less memory."""
 
 import copy
-import itertools
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from tetdist.losses import tet_loss
 from tetdist.nn import batch_norm
-from tetdist.nn.norm_neuron import NormNeuron
 from tetdist.nn.precision import autocast
 from tetdist.nn.recompute import Block
 
@@ -88,6 +86,7 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
         (name, *how)
         for name in MODELS
         for how in (("reference", "bf16"), ("fused", "fp32"), ("fused", "bf16"))
+        if name != "vggsnn" or how != ("fused", "fp32")  # a large one
     ],
 )
 def test_recomputed_blocks_are_the_same_to_the_bit(
@@ -285,22 +284,3 @@ def test_what_a_network_keeps_for_its_backward_pass() -> None:
     assert kept_bytes(4, recompute=True, segment=None)[0] < 1.2 * outputs
     parts = [kept_bytes(timesteps, recompute=True, segment=2)[0] for timesteps in (4, 8)]
     assert parts[1] - parts[0] < 0.15 * kept
-
-
-def test_copies_are_independent() -> None:
-    """A block carries nothing over from one step to the next."""
-    model = network("sew_resnet18", recompute=True, segment=2, execution="reference")
-    other = copy.deepcopy(model)
-    x = images("sew_resnet18")
-    first = step(model, x)
-    with torch.no_grad():
-        other(torch.rand_like(x))
-    for module in other.modules():
-        if isinstance(module, batch_norm.BatchNorm):
-            module.discard()
-    assert differing(first, step(other, x)) == []
-    assert all(
-        module.membrane is None and not module.carries
-        for module in itertools.chain(model.modules(), other.modules())
-        if isinstance(module, NormNeuron)
-    )

@@ -94,15 +94,12 @@ class MSResNet(SpikingNetwork):
         self.neuron = Neuron(neuron, num_features)
         self.set_head(num_features, drop_rate)
         base.init_weights(self, init)
-        self._init_norms(neuron.threshold)
-
-    def _init_norms(self, threshold: float) -> None:
         for module in self.modules():
             if isinstance(module, BatchNorm):
-                nn.init.constant_(module.weight, threshold)
-        for module in self.blocks:
-            assert isinstance(module, Block)
-            nn.init.zeros_(module.add.norm.weight)
+                nn.init.constant_(module.weight, neuron.threshold)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            nn.init.zeros_(block.add.norm.weight)
 
     def forward_block(self, block: nn.Module, x: Tensor, timesteps: int) -> Tensor:
         y: Tensor = block(x, timesteps)

@@ -137,17 +137,14 @@ class BatchNorm(_Module):
         self.pending_var += var * (num_values / max(num_values - 1, 1))
         self.recorded()
 
+    @torch.no_grad()
     def recorded(self) -> None:
         """Take note that a batch was added to pending_mean and pending_var."""
         self.pending_count += 1
         if not self.deferred:
-            self._move(self.pending_mean, self.pending_var, self.pending_count)
-
-    @torch.no_grad()
-    def _move(self, sum_mean: Tensor, sum_var: Tensor, count: int) -> None:
-        self.running_mean.lerp_(sum_mean / count, self.momentum)
-        self.running_var.lerp_(sum_var / count, self.momentum)
-        self.discard()
+            self.running_mean.lerp_(self.pending_mean / self.pending_count, self.momentum)
+            self.running_var.lerp_(self.pending_var / self.pending_count, self.momentum)
+            self.discard()
 
     @property
     def num_features(self) -> Never:

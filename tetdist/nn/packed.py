@@ -114,10 +114,10 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         packed = carried(x)
         flat = x.flatten(0, 1)
-        if x.device.type == "cpu" and flat.shape[2:] == (1, 1) and _is_low(x):
+        dtype = _compute_type(x)
+        if x.device.type == "cpu" and flat.shape[2:] == (1, 1) and dtype.itemsize == 2:
             # torch 2.13 on a CPU: the weight's gradient of a strided bfloat16 convolution of a
             # single pixel is whatever was in memory.
-            dtype = _compute_type(x)
             bias = None if self.bias is None else self.bias.float()
             with torch.autocast("cpu", enabled=False):
                 y = self._conv_forward(flat.float(), self.weight.float(), bias)
@@ -125,12 +125,8 @@ class Conv2d(nn.Conv2d):
         if packed is None or not torch.is_grad_enabled():
             return super().forward(flat).unflatten(0, x.shape[:2])
         flat_packed = packed._replace(values=packed.values.flatten(0, 1))
-        y = _Convolution.apply(flat.to(_compute_type(x)), self.weight, self.bias, flat_packed, self)
+        y = _Convolution.apply(flat.to(dtype), self.weight, self.bias, flat_packed, self)
         return y.unflatten(0, x.shape[:2])
-
-
-def _is_low(x: Tensor) -> bool:
-    return _compute_type(x) in (torch.bfloat16, torch.float16)
 
 
 def _compute_type(x: Tensor) -> torch.dtype:
