@@ -17,6 +17,7 @@ from tetdist import plugins
 from tetdist.apps.cli import eval as evaluation
 from tetdist.apps.cli import export as exporting
 from tetdist.errors import UserError
+from tetdist.nn.neurons import NEURONS
 from tetdist.plugins import import_files
 
 PAGE = tiny.PROJECT / "docs" / "extending.md"
@@ -74,6 +75,9 @@ def _without_what_others_imported() -> Iterator[None]:
     yield
     for name in [name for name in sys.modules if name.startswith(plugins.PACKAGE)]:
         del sys.modules[name]
+    # Every kind of neuron that there is has its keys in the documentation.
+    for kind in [kind for kind in NEURONS if NEURONS._modules[kind].startswith(plugins.PACKAGE)]:
+        del NEURONS._entries[kind], NEURONS._modules[kind]
 
 
 @pytest.fixture

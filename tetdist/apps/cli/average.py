@@ -78,7 +78,7 @@ def average(options: argparse.Namespace) -> None:
 
     with (
         join(options.device, run=vars(options) | {"local_rank": None}) as world,
-        Watch(world, HANGS_AFTER) as watch,
+        Watch(world, HANGS_AFTER, after="nothing was written") as watch,
     ):
         world.run_on_all(lambda: check_new_weights(options.output))
         world.run_on_all(lambda: plugins.import_files(options.imports))

@@ -198,7 +198,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
 
     with (
         join(options.device, run=vars(options) | {"local_rank": None}) as world,
-        Watch(world, HANGS_AFTER) as watch,
+        Watch(world, HANGS_AFTER, after="nothing was written") as watch,
     ):
 
         def alive() -> None:
