@@ -15,6 +15,7 @@ from tiny import Outcome
 
 from tetdist.apps.reports import observers
 from tetdist.storage import checkpoint
+from tetdist.tracking.tracker import Tracker
 from tetdist.training import evaluating, prepared, window
 from tetdist.training import step as step_module
 from tetdist.training.engines import base
@@ -26,7 +27,7 @@ Main = Callable[..., Outcome]
 
 
 def test_run_that_ended_at_a_phases_border_goes_on_as_the_straight_one(
-    main: Main, tiny_config: ConfigWriter, tmp_path: Path
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second phase's optimiser begins anew, though the checkpoint holds one of the same kind:
     the first phase's momentum and numbers would fit it, and would be wrong."""
@@ -34,8 +35,10 @@ def test_run_that_ended_at_a_phases_border_goes_on_as_the_straight_one(
         {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05, "momentum": 0.9}},
         {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05, "momentum": 0.5}},
     ]
-    changes = {"phases": phases}
+    changes, entered = {"phases": phases}, list[int]()
+    monkeypatch.setattr(Tracker, "enter_phase", lambda _, number: entered.append(number))
     assert main(tiny_config(changes | {"name": "straight"})).status == 0
+    assert entered == [0, 1]
     file = tiny_config(changes | {"name": "run"})
     assert main(file, f"max_steps={tiny.STEPS_PER_EPOCH}").status == 0
     outcome = main(file)

@@ -736,11 +736,6 @@ def test_mlflow_has_the_run_and_its_phases(
 ) -> None:
     tracking = {"mlflow": True, "experiment": "tiny", "log_checkpoint": "last", "register": "t"}
     file = tiny_config({"tracking": tracking, "plots": True, "phases": TWO_PHASES})
-    first = farm(file, stop=("step", 4, TERM))
-    assert first.status == 143, first.text
-    second = farm(file)
-    assert second.status == 0, second.text
-    assert "mlflow ui --workers 1 --backend-store-uri" in second.text
     run = tmp_path / "runs/tiny"
 
     def rows(query: str) -> list[Any]:
@@ -755,6 +750,14 @@ def test_mlflow_has_the_run_and_its_phases(
         return rows(f"select step, value from metrics {where}")
 
     names = ("tiny", "phase 0: T=2", "phase 1: T=3")
+    # After the second phase's first step.
+    first = farm(file, stop=("step", 6, TERM))
+    assert first.status == 143, first.text
+    stopped = zip(names, ("KILLED", "FINISHED", "KILLED"), strict=True)
+    assert dict(rows("select name, status from runs")) == dict(stopped)
+    second = farm(file)
+    assert second.status == 0, second.text
+    assert "mlflow ui --workers 1 --backend-store-uri" in second.text
     assert dict(rows("select name, status from runs")) == dict.fromkeys(names, "FINISHED")
     uuids = dict(rows("select name, run_uuid from runs"))
     parent, lines = uuids["tiny"], tiny.metrics(run, "train")
@@ -766,7 +769,7 @@ def test_mlflow_has_the_run_and_its_phases(
         assert of(uuids[name], "tags")["mlflow.parentRunId"] == parent
     assert of(parent, "params")["phases.0.optimizer.lr"] == "0.05"
     tags = of(parent, "tags")
-    assert tags["resumed_at_step"] == "4"
+    assert tags["resumed_at_step"] == "6"
     for tag, which in (("checkpoint", "last"), ("best_checkpoint", "best")):
         newest = (run / "checkpoints" / which).read_text().strip()
         assert tags[tag] == str(run / "checkpoints" / newest)
