@@ -117,7 +117,8 @@ class FusedLayer(nn.Module):
         """Use the fused kernels, where there are some. torch.export sees into the definition."""
         match self.execution:
             case "fused":
-                return not torch.compiler.is_exporting()
+                exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
+                return exporting is None or not exporting()
             case "reference":
                 return False
             case other:
