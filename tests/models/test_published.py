@@ -422,6 +422,9 @@ def test_neurons_without_a_threshold_of_whole_spikes() -> None:
     assert attention_neuron(ReLU(), 1.0) == ReLU()
     control = make({"spike": "sigmoid", "surrogate": "sigmoid"})
     assert attention_neuron(control, 0.5) == dataclasses.replace(control, threshold=0.5)
+    for scales, threshold in ((True, 0.5), (False, 2.0)):
+        learned = make({"kind": "plif", "decay": 0.75, "decay_input": scales})
+        assert attention_neuron(learned, 2.0).threshold == threshold
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,10 @@ def test_integer_spikes_by_hand() -> None:
     assert config.run(current, None)[0].dtype == torch.float32
     shares, _ = make({"kind": "nilif", "decay": 0.5}).run(current, None)
     assert torch.equal(shares, counts / 4)
+    ends = torch.tensor([[-0.5, 0.0, 4.0, 4.5]], requires_grad=True)
+    config.run(ends, None)[0].sum().backward()
+    assert ends.grad is not None
+    assert ends.grad.tolist() == [[0, 1, 1, 0]]
 
 
 def test_plif_begins_as_lif_of_its_decay() -> None:

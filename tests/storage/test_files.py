@@ -120,3 +120,13 @@ def test_links_are_followed_and_what_is_no_file_is_written_through(tmp_path: Pat
 def test_what_is_no_json_is_a_value_error(text: str | bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011  # in the words of json
         files.parse_json(text)
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_a_cache_that_others_may_write_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    files.own_cache().chmod(mode)
+    with pytest.raises(files.OthersMayWrite):
+        files.own_cache()

@@ -57,10 +57,10 @@ def finish(run: StudyRun, top1: list[float]) -> None:
     (checkpoint.parent / "last").write_text(checkpoint.name)
     (run.folder / "config.yaml").write_text(run.config.as_yaml())
     lines: list[dict[str, Any]] = [
-        # 5 steps of 8 samples at 10 a second, and as many at 20.
+        # 5 steps of 8 samples at 10 a second, and as many at 20; one seed was held up.
         {"kind": "train", "step": 5, "epoch": 1, "samples_per_s": 10.0},
         {"kind": "val", "step": 5, "epoch": 1, "top1": 99.0, "loss": 0.5 + run.seed},
-        {"kind": "train", "step": 10, "epoch": 2, "samples_per_s": 20.0},
+        {"kind": "train", "step": 10, "epoch": 2, "samples_per_s": 2.0 if run.seed == 5 else 20.0},
         {"kind": "val", "step": 10, "epoch": 2, "top1": top1[3], "loss": 0.25 + run.seed},
     ]
     for line in lines:

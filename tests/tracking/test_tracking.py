@@ -403,6 +403,9 @@ def test_everything_arrives(store: Store, tmp_path: Path, monkeypatch: pytest.Mo
     expected += [("val/top1", 301, 61.5), ("val/firing_rate/layer1.0.sn1", 301, 0.25)]
     expected += [(f"val/top1_t{t}", 301, top1) for t, top1 in ((1, 58.0), (2, 60.0), (3, 61.5))]
     assert store.points(run) == sorted([*expected, ("val/firing_rate/a_b", 301, 0.5)])
+    (point,) = store.client.get_metric_history(run.info.run_id, "val/top1")
+    line = next(from_end(run_dir / "metrics.jsonl"))
+    assert point.timestamp == int(1000 * line["time"])
 
     assert run.info.artifact_uri.startswith((tmp_path / "artifacts").as_uri())
     (copy,) = artifact.glob("*/artifacts/plots/curves.png")
