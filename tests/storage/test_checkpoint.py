@@ -405,8 +405,12 @@ def test_model_file_errors(tmp_path: Path) -> None:
     assert "does not say which model" in problem(tmp_path / "foreign.safetensors")
     (tmp_path / "text.safetensors").write_text("hello world, this is no tensor")
     assert "not a readable model file" in problem(tmp_path / "text.safetensors")
-    (tmp_path / "run" / "checkpoints" / "last").write_text("step-99999999\n")
+    last = tmp_path / "run" / "checkpoints" / "last"
+    last.write_text("step-99999999\n")
     assert "step-99999999" in problem(tmp_path / "run")
+    for data in (b"\xff\xfe", b"..\n", b"step-x", b""):
+        last.write_bytes(data)
+        assert f"{last} is damaged: " in problem(tmp_path / "run")
 
 
 def test_this_file_is_a_module_for_its_children() -> None:

@@ -626,6 +626,21 @@ def test_float16_takes_overflowed_steps_again(
     assert tiny.metrics(run, "train") == lines
 
 
+def test_a_run_that_failed_before_its_first_line_can_be_mended(
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    """Of another configuration is only a run that has trained."""
+    own = tmp_path / "own.py"
+    begins = "import torch\nfrom tetdist.optimizers import register_optimizer\n"
+    begins += "@register_optimizer('own')\ndef make(groups, section): "
+    changes = {"imports": [str(own)], "phases.0.optimizer": {"kind": "own", "lr": 0.1}}
+    own.write_text(begins + "...\n")
+    ended(main(tiny_config(changes)), "own returns None, not an optimiser")
+    assert (tmp_path / "runs" / "tiny" / "config.yaml").is_file()
+    own.write_text(begins + "return torch.optim.SGD(groups, lr=section.lr)\n")
+    ended(main(tiny_config(changes), "max_steps=1"), status=0)
+
+
 # --- starting from a checkpoint ----------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from tetdist.errors import UserError, typed, way_out
 from tetdist.storage import hub
-from tetdist.storage.files import made_aside, parse_json, remove, write_text
+from tetdist.storage.files import checkpoint_at, made_aside, parse_json, remove, write_text
 from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -322,7 +322,7 @@ def _model_file(path: Path, which: str) -> Path:
                 f"there is no {which} checkpoint in {path}; give the folder of a run, of a "
                 "checkpoint or of an export, or a .safetensors file"
             )
-        folder = checkpoints / pointer.read_text().strip()
+        folder = checkpoint_at(pointer)
     problem = verify(folder)
     if problem is not None:
         raise UserError(f"the checkpoint {folder} is not whole: {problem}")
@@ -393,7 +393,7 @@ def _all(folder: Path) -> list[Path]:
 
 def _delete_old(folder: Path, keep_last: int) -> None:
     best = [folder / name for name in ("best", BEST_EMA)]
-    kept = {pointer.read_text().strip() for pointer in best if pointer.is_file()}
+    kept = {pointer.read_text(errors="replace").strip() for pointer in best if pointer.is_file()}
     *older, newest_path = _all(folder)
     repeated = [path for path in older if path.name.split(".")[0] == newest_path.name.split(".")[0]]
     distinct = [path for path in older if path not in repeated]

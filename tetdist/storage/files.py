@@ -128,6 +128,21 @@ def read_text(path: Path) -> str:
         return file.read().decode()
 
 
+def checkpoint_at(pointer: Path) -> Path:
+    """Return the checkpoint that one of ``last``, ``best`` and ``best_ema`` names.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    name = pointer.read_text(errors="replace").strip()
+    if not re.fullmatch(r"step-\d+(\.\d+)?", name):
+        raise UserError(
+            f"{pointer} is damaged: {name[:80]!r} is no checkpoint's name, such as step-00000040; "
+            "write the newest one's name into it"
+        )
+    return pointer.with_name(name)
+
+
 def _is_pipe_or_device(path: Path) -> bool:
     """Return whether a path leads to something that is there and neither a file nor a folder.
 

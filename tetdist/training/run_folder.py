@@ -14,7 +14,7 @@ from tetdist.distributed.world import World
 from tetdist.errors import UserError, way_out
 from tetdist.plugins import import_files
 from tetdist.storage import checkpoint
-from tetdist.storage.files import write_json, write_text
+from tetdist.storage.files import checkpoint_at, write_json, write_text
 from tetdist.tracking import environment, metrics_file
 from tetdist.tracking.mlflow_store import check_store
 from tetdist.tracking.trackers import check_tracker
@@ -89,8 +89,10 @@ class RunFolder:
         return any(self.checkpoints.glob("step-*"))
 
     def _check_same_run(self, imported: list[plugins.Imported]) -> None:
-        file = self.path / "config.yaml"
-        if not file.exists():
+        file, metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
+        # What failed before its first line is no run yet, and may be mended and started again.
+        has_begun = self._saved() or (metrics.exists() and metrics.stat().st_size > 0)
+        if not file.exists() or not has_begun:
             return
         try:
             earlier = read_yaml(file)
@@ -146,7 +148,7 @@ def _saved_evaluation(config: RunConfig) -> int | None:
     """The last evaluated step that is in a checkpoint."""
     checkpoints = config.run_dir / "checkpoints"
     try:
-        newest = checkpoints / (checkpoints / "last").read_text().strip()
+        newest = checkpoint_at(checkpoints / "last")
         return int(json.loads((newest / checkpoint.STATE_FILE).read_text())["evaluated_step"])
     except (OSError, ValueError, KeyError):
         return None

@@ -10,6 +10,7 @@ from tetdist.config.identity import flatten
 from tetdist.distributed.signals import StopRequest
 from tetdist.errors import Stopped, typed
 from tetdist.storage import checkpoint
+from tetdist.storage.files import checkpoint_at
 from tetdist.tables import markdown
 from tetdist.tracking import environment
 from tetdist.tracking.mlflow_follower import Destination
@@ -45,7 +46,7 @@ def show_checkpoints(tracker: Tracker, checkpoints: Path) -> None:
     for which, tag in tags.items():
         pointer = checkpoints / which
         if pointer.is_file():
-            path = pointer.with_name(pointer.read_text().strip())
+            path = checkpoint_at(pointer)
             tracker.set_tag(tag, str(path.resolve()))
 
 
@@ -102,7 +103,7 @@ class RunRecord:
         pointer = self.config.run_dir / "checkpoints" / which
         if which == "none" or not pointer.is_file():
             return
-        folder = pointer.with_name(pointer.read_text().strip())
+        folder = checkpoint_at(pointer)
         file = folder / checkpoint.MODEL_FILE
         tracker.artifact(file)
         if name is not None:

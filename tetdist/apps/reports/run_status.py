@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError, typed
-from tetdist.storage.files import is_held
+from tetdist.storage.files import checkpoint_at, is_held
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import from_end
 from tetdist.wording import duration
@@ -232,13 +232,7 @@ def _checkpoint(folder: Path, which: str) -> Path | None:
     pointer = folder / "checkpoints" / which
     if not pointer.is_file():
         return None
-    name = pointer.read_text(errors="replace").strip()
-    if not _CHECKPOINT.fullmatch(name):
-        raise UserError(
-            f"{pointer} is damaged: {name[:80]!r} is no checkpoint's name, such as step-00000040; "
-            "write the newest one's name into it"
-        )
-    path = pointer.with_name(name)
+    path = checkpoint_at(pointer)
     return path if path.is_dir() else None
 
 
