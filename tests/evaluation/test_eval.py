@@ -236,7 +236,8 @@ def test_events_are_dropped(main: Callable[..., Any], evaluate: Tool, tmp_path: 
     assert outcome.status == 0, outcome.text
     run, file = tmp_path / "runs/events", tmp_path / "e.json"
     assert (run / "plots/inputs.png").is_file()
-    status, _, err = evaluate("--checkpoint", run, "--json", file, "--drop-events", "0,0.5,1")
+    dropped = "--drop-events", "0,0.5,1", "--timesteps", "1-3"
+    status, _, err = evaluate("--checkpoint", run, "--json", file, *dropped)
     assert status == 0, err
     found = json.loads(file.read_text())
     kept, _, none = found["dropped_events"]

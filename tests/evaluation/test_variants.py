@@ -210,6 +210,13 @@ def test_several_labels_of_an_image(file: Path, evaluate: Evaluate, tmp_path: Pa
     status, said, _ = evaluate("real", "--data", tmp_path)
     assert status == 2
     assert "with a number up to the 5 of" in said
+    (tmp_path / "real.json").write_text(json.dumps(answers))
+    (first,) = (tmp_path / "val").rglob("*_00000001.JPEG")
+    first.rename(first.with_name("ILSVRC2012_val_00000000.JPEG"))
+    index.index_splits(tmp_path, ["val"])
+    status, said, _ = evaluate("real", "--data", tmp_path)
+    assert status == 2
+    assert "val_00000000.JPEG is no image of ImageNet's validation set" in said
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import yaml
 from tiny import Farm, Tool
 
 from tetdist.apps.reports import runs_table
-from tetdist.apps.reports.reference import IMAGES, find_reference, references
+from tetdist.apps.reports.reference import IMAGES, find_reference, references, tolerated
 from tetdist.apps.reports.runs_table import RunRecord
 from tetdist.config.loading import load
 from tetdist.config.schema import RunConfig
@@ -62,10 +62,16 @@ def test_between_published_epochs() -> None:
     assert SEW.at(400) is None
     # An epoch without its last, incomplete batch.
     assert SEW.at(0.999) == 12.59
+    last = max(SEW.top1)
+    assert SEW.at(1.005 * last) == pytest.approx(SEW.top1[last])
     assert SEW.reached(36.33) == pytest.approx(4)
     assert SEW.reached(12.59) == 1
     assert SEW.reached(90) is None
     assert SEW.reached(0.1) is None
+
+
+def test_curves_are_steep_for_ten_epochs() -> None:
+    assert [tolerated(epochs, 50.0) for epochs in (10, 10.1)] == [5.0, 1.5]
 
 
 def test_a_run_on_the_way(tmp_path: Path, compare: Tool) -> None:

@@ -383,13 +383,19 @@ def test_local_run_starts_again_after_a_warning(tiny_config: ConfigWriter, tmp_p
     tiny.assert_same_run(run, tmp_path / "runs" / "straight")
 
 
-def test_one_failed_process_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("fails", "status"),
+    [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 128 + 9)],
+)
+def test_one_failed_process_ends_the_others(
+    fails: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whichever it is; here the last."""
     monkeypatch.setattr(local, "PATIENCE", 0.1)
-    programs = ("import time; time.sleep(20)", "raise SystemExit(3)")
+    programs = ("import time; time.sleep(20)", fails)
     running = [subprocess.Popen([sys.executable, "-S", "-c", program]) for program in programs]
     try:
-        assert local._wait(running) == 3
+        assert local._wait(running) == status
         assert running[0].poll() is None
     finally:
         running[0].kill()

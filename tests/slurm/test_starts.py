@@ -136,6 +136,10 @@ def test_starts_are_counted_and_told_to_mlflow(
     assert start(restart=1)._begin() == told
     assert "restart 1, job 12, from step 5, on node1, node2: SIGUSR2" in capsys.readouterr().err
     assert kinds(first) == ["submitted", "started", "stopped", "started"]
+    note(first, *[("started", step, "") for step in range(5, 105)])
+    _, restarts, *last = first._begin().items()
+    assert restarts == ("restarts", "102")
+    assert [name for name, _ in last] == [f"restart_{number:03}" for number in range(3, 103)]
 
 
 @pytest.mark.parametrize(

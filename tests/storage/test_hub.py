@@ -249,12 +249,13 @@ def test_hub_that_answers_nothing_is_not_waited_for(
 
 
 @pytest.mark.parametrize(
-    ("header", "teacher"),
+    ("header", "teacher", "lie"),
     [
-        ("X-Linked-Etag", "hf:them/it"),
-        ("X-Repo-Commit", "hf:them/it"),
-        ("X-Repo-Commit", "hf:them/nothing"),
-        ("X-Linked-Etag", "timm:test_vit"),
+        ("X-Linked-Etag", "hf:them/it", "../../../../elsewhere"),
+        ("X-Linked-Etag", "hf:them/it", ".."),
+        ("X-Repo-Commit", "hf:them/it", "../../../../elsewhere"),
+        ("X-Repo-Commit", "hf:them/nothing", "../../../../elsewhere"),
+        ("X-Linked-Etag", "timm:test_vit", "../../../../elsewhere"),
     ],
 )
 def test_hub_writes_nothing_outside_of_the_cache(
@@ -264,16 +265,17 @@ def test_hub_writes_nothing_outside_of_the_cache(
     tmp_path: Path,
     header: str,
     teacher: str,
+    lie: str,
 ) -> None:
     for name in ("them/it", "timm/test_vit.r160_in1k"):
         there.repositories[name] = Repository()
         there.repositories[name].commit({"model.safetensors": b"weights"})
     there.repositories["them/nothing"] = Repository()
     there.repositories["them/nothing"].commit({"README.md": b""})
-    there.lies[header] = "../../../../elsewhere"
+    there.lies[header] = lie
     outcome = main(tiny_config({"loss.distillation.teacher": teacher}))
     assert outcome.status == 2
-    assert "names the path '../../../../elsewhere' as ETag or commit of" in outcome.text
+    assert f"names the path {lie!r} as ETag or commit of" in outcome.text
     assert [path.name for path in tmp_path.iterdir() if "elsewhere" in path.name] == []
 
 
