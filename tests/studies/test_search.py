@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from tiny import Outcome
 from tiny_study import Here
 
-from tetdist.apps.studies import search, summary
+from tetdist.apps.studies import search, search_report, summary
 from tetdist.apps.studies.plan import STUDIES_DIR
 from tetdist.errors import UserError
 
@@ -167,6 +168,15 @@ def test_ties_and_losses_are_ranked() -> None:
     scores = {"a": [1.0, 3.0], "b": [2.0, 2.0], "c": [], "d": [1.0, 2.0]}
     assert search.Rung(1, scores, "top1").ranked == ["a", "b", "d", "c"]
     assert search.Rung(1, scores, "loss").ranked == ["d", "a", "b", "c"]
+
+
+def test_the_best_at_the_end_of_three_values_or_more_is_said() -> None:
+    axes = {"lr": [0.1, 0.2, 0.3], "phi": [1, 2], "kind": ["a", "b", "c"], "micro": [1, 2, 4]}
+    best = {"lr": 0.3, "phi": 1, "kind": "a", "micro": 2}
+    of = SimpleNamespace(axes=axes)
+    made: Any = SimpleNamespace(study=SimpleNamespace(search=of), candidates={"c1": best})
+    said = search_report.at_the_edge(made, search.Standing([], "c1"))
+    assert said == "`lr`: 0.3 is the largest that was tried, and a better one may lie beyond."
 
 
 @pytest.mark.parametrize(

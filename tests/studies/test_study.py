@@ -736,6 +736,8 @@ def test_the_figure_tells_entries_and_epochs_apart(by_hand: ByHand) -> None:
     entries: dict[str, Any] = {name: {} for name in (*controls, *controls.values())}
     entries |= {name: {"control": control} for name, control in controls.items()}
     entries["b"]["init"], entries["d"]["init"] = "a", "b"
+    phase = {"epochs": 1, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}
+    entries["f"] |= {"init": "a", "overrides": {"start_phase": 1, "phases": [phase, phase]}}
     numbers = by_hand({"entries": entries, "seeds": [3]})
 
     styles = figures.styles_of(numbers)
@@ -750,6 +752,8 @@ def test_the_figure_tells_entries_and_epochs_apart(by_hand: ByHand) -> None:
     # b and d go on where a, and a and b, have ended.
     assert epochs[colours["e"]] == [1, 2]
     assert epochs[colours["d"]] == [5, 6]
+    # f begins with its second phase, whose epochs it counts from the first one's.
+    assert epochs[colours["f"]] == [1, 2]
     assert [tick for tick in axis.get_xticks() if tick != round(tick)] == []
 
 
