@@ -17,7 +17,7 @@ from typing import Any
 
 from tetdist.apps.cli.common import MISTAKES, answer, program
 from tetdist.errors import UserError, typed
-from tetdist.storage.files import made_aside
+from tetdist.storage.files import made_aside, open_file
 from tetdist.wording import counted
 
 _PIXELS = 3 * 32 * 32
@@ -127,7 +127,7 @@ def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
     found: dict[str, bytes] = {}
     pickles: set[str] = set()
     try:
-        with tarfile.open(archive) as tar:
+        with open_file(archive) as file, tarfile.open(fileobj=file) as tar:
             for member in tar:
                 name = PurePosixPath(member.name).name
                 pickles |= {name} & _PICKLES

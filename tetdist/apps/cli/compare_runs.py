@@ -26,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tetdist.apps.cli.common import answer, program
-from tetdist.storage.files import explaining
+from tetdist.storage.files import check_writable, explaining
 from tetdist.tables import aligned
 
 
@@ -40,6 +40,8 @@ def show(options: argparse.Namespace) -> int:
     """Compare two runs, or show several side by side; the exit status."""
     from tetdist.apps.reports.compare import compare, write_json
 
+    if options.json:
+        check_writable("--json", options.json)
     if options.plot:
         from tetdist.apps.reports import style
 
