@@ -20,7 +20,7 @@ from passes import randomize
 from tetdist import models
 from tetdist.apps.benchmarks import bench as benchmark
 from tetdist.apps.benchmarks import data, scaling
-from tetdist.apps.cli.bench import main
+from tetdist.apps.cli.bench import main, parse_arguments, problem_of
 from tetdist.apps.reports import style
 from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.apps.slurm.speed import Network, Speed, speed_of
@@ -194,6 +194,10 @@ def test_wrong_flags_are_named_at_once(
         status = ended.code
     assert status == 2
     assert said in capsys.readouterr().err
+
+
+def test_33_pixels_are_enough_for_imagenets_networks() -> None:
+    assert problem_of(parse_arguments(["memory", "--size", "33"])) is None
 
 
 def test_the_report_is_made_and_goes_on_after_a_stop(
