@@ -223,7 +223,9 @@ def test_mistakes_end_in_one_sentence(run_tool: Tool, tmp_path: Path) -> None:
 
     assert f"error: {empty} is no run folder: there is no metrics.jsonl in it" in mistaken(a, empty)
     assert f"there is no {tmp_path}/none; give a run folder" in mistaken(tmp_path / "none", a)
-    assert "result.json: name a file in a folder" in mistaken(a, b, "--json", empty / "none/result.json")
+    assert "result.json: name a file in a folder" in mistaken(
+        a, b, "--json", empty / "none/result.json"
+    )
     file = b / "metrics.jsonl"
     file.write_text("{\n" + json.dumps(train_line(1)) + "\n")
     assert f"{file}: line 1 is damaged" in mistaken(a, b)

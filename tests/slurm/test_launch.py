@@ -71,6 +71,7 @@ def test_cluster_file_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("a: [", ["cluster.yaml is not valid YAML"]),
         ('time: "1"', ["cluster.time: 1 is over before the warning 120 s"]),
         ("setup: [2020-01-01]", ["a value is neither text"]),
+        ('partition: "a\\nb"', ["'partition'"]),
     ],
 )
 def test_wrong_facts(text: str, parts: list[str], cluster_file: Path) -> None:

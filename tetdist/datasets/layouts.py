@@ -31,6 +31,7 @@ from tetdist.datasets.class_folders import (
 )
 from tetdist.datasets.processes import ReportProgress, run_tasks
 from tetdist.errors import UserError
+from tetdist.storage.files import read_text
 from tetdist.wording import counted
 
 # Names that the public shards have for a split.
@@ -322,7 +323,7 @@ def _shard_classes(root: Path, split: str, last_label: int, hints: Hints) -> tup
     elif hints.classes or file:
         file = Path(hints.classes) if hints.classes else file
         assert file is not None
-        classes = tuple(line.strip() for line in file.read_text("utf-8").splitlines())
+        classes = tuple(line.strip() for line in read_text(file).splitlines())
     else:
         width = len(str(last_label))
         classes = tuple(f"{label:0{width}d}" for label in range(last_label + 1))

@@ -26,11 +26,15 @@ from tetdist.errors import UserError
 RESTART_MINUTES = 5.0
 
 
+# A line break would begin another line of the script.
+Word = Annotated[str, Field(pattern=r"^\S+$")]
+
+
 class ClusterSection(Section):
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
     """Features that the nodes must have, as for sbatch."""
     nodes: Positive = 1
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
