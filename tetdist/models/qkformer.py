@@ -105,7 +105,7 @@ class TokenAttention(nn.Module):
         self.sum = HeadSum(heads)
         self.neuron = Neuron(attention_neuron(neuron, threshold), heads)
         self.proj = ConvNormNeuron(conv1x1(channels, channels, bias=True), neuron)
-        self.drop_path = DropPath(drop_path, spikes=True)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         mask = self.neuron(self.sum(self.q(x)))
@@ -142,7 +142,7 @@ class SelfAttention(nn.Module):
         self.neuron = Neuron(attention_neuron(neuron, threshold), channels)
         last = MixingConvNormNeuron if mixes_samples else ConvNormNeuron
         self.proj = last(conv1x1(channels, channels, bias=True), neuron)
-        self.drop_path = DropPath(drop_path, spikes=True)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x)
@@ -190,7 +190,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = ConvNormNeuron(conv1x1(channels, hidden, bias=True), neuron)
         self.fc2 = ConvNormNeuron(conv1x1(hidden, channels, bias=True), neuron)
-        self.drop_path = DropPath(drop_path, spikes=True)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         return connect(self.fc2, self.fc1(x), x, "add", self.drop_path)

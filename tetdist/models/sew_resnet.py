@@ -75,7 +75,7 @@ class BasicBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.function = function
-        self.drop_path = DropPath(drop_path, spikes=True)
+        self.drop_path = DropPath(drop_path)
         self.conv1 = ConvNormNeuron(conv3x3(in_channels, width, stride), neuron)
         self.conv2 = ConvNormNeuron(conv3x3(width, width), neuron)
         self.downsample = _downsample(in_channels, width, stride, neuron)
@@ -99,7 +99,7 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         self.function = function
-        self.drop_path = DropPath(drop_path, spikes=True)
+        self.drop_path = DropPath(drop_path)
         self.conv1 = ConvNormNeuron(conv1x1(in_channels, width), neuron)
         self.conv2 = ConvNormNeuron(conv3x3(width, width, stride), neuron)
         self.conv3 = ConvNormNeuron(conv1x1(width, 4 * width), neuron)

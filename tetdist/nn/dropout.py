@@ -26,10 +26,11 @@ from tetdist.nn.packed import carried, carry, pack
 class Dropout(nn.Module):
     """Drop features of (T, B, C, ...), of each sample other ones, in training.
 
+    What is kept is divided by ``1 - rate``, so that the mean stays.
+
     Args:
         rate: Probability of each to be dropped; at 0 nothing is computed.
         size: C; 1 for one decision a sample.
-        scaled: Whether what is kept is divided by ``1 - rate``, so that the mean stays.
 
     Attributes:
         factors: What each feature is multiplied with in this forward pass, (B, size).
@@ -38,11 +39,11 @@ class Dropout(nn.Module):
         ValueError: The rate is no probability below 1.
     """
 
-    def __init__(self, rate: float, size: int, *, scaled: bool = True) -> None:
+    def __init__(self, rate: float, size: int) -> None:
         super().__init__()
         if not 0 <= rate < 1:
             raise ValueError(f"a drop rate must be at least 0 and below 1, not {rate}")
-        self.rate, self.size, self.scaled = rate, size, scaled
+        self.rate, self.size = rate, size
         self.factors: Tensor | None = None
         self.is_given = False
 
@@ -67,7 +68,7 @@ class Dropout(nn.Module):
     def factors_of(self, uniforms: Tensor) -> Tensor:
         """The factors, (B, size), from as many random numbers in [0, 1)."""
         kept = (uniforms >= self.rate).to(uniforms.dtype)
-        return kept / (1 - self.rate) if self.scaled else kept
+        return kept / (1 - self.rate)
 
     def factors_for(self, x: Tensor) -> Tensor:
         """The factors as (B, size, 1, ...), of the type of ``x``."""
@@ -76,7 +77,7 @@ class Dropout(nn.Module):
         return self.factors.to(x.dtype).reshape(*self.factors.shape, *[1] * (x.ndim - 3))
 
     def extra_repr(self) -> str:
-        return f"{self.rate:.4g}, size={self.size}, scaled={self.scaled}"
+        return f"{self.rate:.4g}, size={self.size}"
 
 
 class DropPath(Dropout):
@@ -84,12 +85,10 @@ class DropPath(Dropout):
 
     Args:
         rate: Probability, for each sample.
-        spikes: The branch adds spikes, or lets some pass. They stay what they are, since 1.1 spikes
-            would fit no byte: what is kept is not scaled, as in timm with ``scale_by_keep=False``.
     """
 
-    def __init__(self, rate: float, *, spikes: bool = False) -> None:
-        super().__init__(rate, 1, scaled=not spikes)
+    def __init__(self, rate: float) -> None:
+        super().__init__(rate, 1)
 
     def added(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """The branch's currents, (T, B, C, H, W), plus the shortcut's."""
@@ -98,7 +97,11 @@ class DropPath(Dropout):
         return torch.addcmul(shortcut, branch, self.factors_for(branch))
 
     def chosen(self, joined: Tensor, identity: Tensor) -> Tensor:
-        """Spikes of the branch and the shortcut together; where it is dropped, the shortcut's."""
+        """Spikes of the branch and the shortcut together; where it is dropped, the shortcut's.
+
+        What is kept is not scaled, since 1.1 spikes would fit no byte: as in timm with
+        ``scale_by_keep=False``.
+        """
         if not self.is_active:
             return joined
         packed = carried(joined)
