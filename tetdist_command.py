@@ -117,12 +117,8 @@ def _run(name: str, arguments: list[str] | None) -> int:
         end_with_starters()
         command = importlib.import_module(f"tetdist.apps.cli.{name}")
     except ModuleNotFoundError as error:
-        # Without torch not even this can say more: see docs/install.md.
-        print(
-            f"error: the package {error.name} is not installed; install tetdist as docs/install.md "
-            "says: pip install -e '.[train,cuda130]' in its checkout",
-            file=sys.stderr,
-        )
+        text = f"error: the package {error.name} is not installed; docs/install.md says how"
+        print(text, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -36,6 +36,8 @@ def test_results_are_the_same_to_the_bit_and_own_passes_are_named(
     steps = {event["name"] for event in trace["traceEvents"] if "step" in event["name"]}
     assert {"step 4", "step 5"} <= steps
     assert "step 6" not in steps
+    # In the midst of an epoch it ends with the next step.
+    assert "profile of steps 2 to 3: " in main(file, "name=early", "profile.steps=[2,3]").text
 
 
 @pytest.mark.parametrize(

@@ -194,20 +194,28 @@ def test_an_observer_that_fails_ends_nothing(
         def on_line(self, kind: str, step: int, values: Any) -> None:
             raise LookupError(f"{kind} {step} {sorted(values)[0]}")
 
-    def none(_: Any) -> Any:
-        raise LookupError("none")
+    class Unmade(Observer):
+        def __init__(self, _: Any) -> None:
+            raise LookupError("none")
 
+    class Replacing(Observer):
+        def on_evaluation(self, *_: Any) -> Any:
+            return {"top1": -1.0}
+
+    class Odd(Observer):
+        def on_evaluation(self, *_: Any) -> Any:
+            return {"new": "text"}
+
+    made = [lambda _, kind=kind: kind() for kind in (Faulty, Replacing, Odd, Counting)]
     assert main(tiny_config({"name": "usual"})).status == 0
-    monkeypatch.setattr(observers, "observers", lambda _: [Faulty(), Counting()])
+    monkeypatch.setattr(observers, "observers", lambda _: [Unmade, *made])
     outcome = main(tiny_config({"name": "faulty"}))
     assert outcome.status == 0
     said = "Faulty failed and watches no more; the run continues (LookupError: train 1 data_wait)"
     assert outcome.text.count(said) == 1
     # 10 steps of 4 micro-batches, and a line a step; 2 evaluations.
     assert Counter(told) == {"on_batch": 40, "on_line": 12, "on_evaluation": 2, "on_end": 1}
-    monkeypatch.setattr(observers, "observers", none)
-    outcome = main(tiny_config({"name": "none"}))
-    assert outcome.status == 0
-    assert "nothing watches the run (LookupError: none)" in outcome.text
-    for name in ("faulty", "none"):
-        tiny.assert_same_run(tmp_path / "runs/usual", tmp_path / "runs" / name)
+    for name in ("Unmade", "Replacing", "Odd"):
+        assert outcome.text.count(f"{name} failed and watches no more") == 1
+    assert "(ValueError: top1 is there already)" in outcome.text
+    tiny.assert_same_run(tmp_path / "runs/usual", tmp_path / "runs/faulty")

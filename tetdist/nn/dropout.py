@@ -81,11 +81,7 @@ class Dropout(nn.Module):
 
 
 class DropPath(Dropout):
-    """Stochastic depth (Huang et al., ECCV 2016): drop a block's branch, so that its input passes.
-
-    Args:
-        rate: Probability, for each sample.
-    """
+    """Stochastic depth (Huang et al., ECCV 2016): drop a block's branch: its input passes."""
 
     def __init__(self, rate: float) -> None:
         super().__init__(rate, 1)
@@ -97,11 +93,7 @@ class DropPath(Dropout):
         return torch.addcmul(shortcut, branch, self.factors_for(branch))
 
     def chosen(self, joined: Tensor, identity: Tensor) -> Tensor:
-        """Spikes of the branch and the shortcut together; where it is dropped, the shortcut's.
-
-        What is kept is not scaled, since 1.1 spikes would fit no byte: as in timm with
-        ``scale_by_keep=False``.
-        """
+        """Spikes of both together, unscaled; where the branch is dropped, the shortcut's."""
         if not self.is_active:
             return joined
         packed = carried(joined)

@@ -71,8 +71,8 @@ def fetch(name: str, file: str) -> Path:
                     raise _unreachable(name, error) from error
                 if found_there.etag is None or found_there.commit_hash is None:
                     raise UserError(
-                        f"{_endpoint()} answers for {name}, but not as a hub does: see that "
-                        "HF_ENDPOINT is one, and that no login page of your network answers for it"
+                        f"{_endpoint()} answers for {name}, but not as a hub does: is it a login "
+                        "page of your network, or HF_ENDPOINT wrong?"
                     )
             return Path(HfApi().hf_hub_download(repo, file, revision=revision))
         except LocalEntryNotFoundError as error:  # one of EntryNotFoundError's

@@ -42,7 +42,7 @@ class Observer:
         """A training batch of ``step`` (from 1) is about to be used."""
 
     def on_evaluation(self, step: int, evaluated: Evaluated) -> Mapping[str, float] | None:
-        """An evaluation is done; what is returned is added to its line of metrics."""
+        """An evaluation is done; the numbers returned are added to its line, under new names."""
 
     def on_line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """A line of metrics is in the file: ``train`` or an evaluation's, then with a checkpoint.
@@ -54,7 +54,7 @@ class Observer:
         """The run is finished, with this result, or (None) stopped; the tracker is closed."""
 
 
-MakeObservers = Callable[[Watched], Sequence[Observer]]
+MakeObservers = Callable[[Watched], Sequence[Callable[[Watched], Observer]]]
 
 
 class Observers(Observer):
@@ -65,12 +65,14 @@ class Observers(Observer):
 
     @classmethod
     def of(cls, make: MakeObservers, watched: Watched) -> "Observers":
-        """Make them; where that fails the run goes on without."""
-        try:
-            return cls(make(watched))
-        except Exception as error:
-            logger.warning("nothing watches the run (%s: %s)", type(error).__name__, error)
-            return cls()
+        """Make them; the run goes on without one that cannot be made."""
+        found = []
+        for one in make(watched):
+            try:
+                found.append(one(watched))
+            except Exception as error:
+                _report(one, error)
+        return cls(found)
 
     @override
     def on_batch(self, step: int, batch: Batch) -> None:
@@ -78,8 +80,16 @@ class Observers(Observer):
 
     @override
     def on_evaluation(self, step: int, evaluated: Evaluated) -> Mapping[str, float]:
-        added = self._tell("on_evaluation", step, evaluated)
-        return {key: value for one in added if one for key, value in one.items()}
+        added: dict[str, float] = {}
+
+        def take(answer: Mapping[str, float] | None) -> None:
+            numbers = {key: float(value) for key, value in (answer or {}).items()}
+            if known := numbers.keys() & {*evaluated.values, *added, "kind", "step", "time"}:
+                raise ValueError(f"{min(known)} is there already")
+            added.update(numbers)
+
+        self._tell("on_evaluation", step, evaluated, take=take)
+        return added
 
     @override
     def on_line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
@@ -89,17 +99,15 @@ class Observers(Observer):
     def on_end(self, result: Mapping[str, float] | None) -> None:
         self._tell("on_end", result)
 
-    def _tell(self, event: str, *facts: Any) -> list[Any]:
-        answers = []
+    def _tell(self, event: str, *facts: Any, take: Callable[[Any], None] = lambda _: None) -> None:
         for observer in tuple(self._observers):
             try:
-                answers.append(getattr(observer, event)(*facts))
+                take(getattr(observer, event)(*facts))
             except Exception as error:
                 self._observers.remove(observer)
-                logger.warning(
-                    "%s failed and watches no more; the run continues (%s: %s)",
-                    type(observer).__name__,
-                    type(error).__name__,
-                    error,
-                )
-        return answers
+                _report(type(observer), error)
+
+
+def _report(observer: Any, error: Exception) -> None:
+    name, kind = observer.__name__, type(error).__name__
+    logger.warning("%s failed and watches no more; the run continues (%s: %s)", name, kind, error)

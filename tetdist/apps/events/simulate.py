@@ -85,7 +85,7 @@ def _scene(data: bytes, simulation: Simulation) -> npt.NDArray[np.float64]:
     """The logarithm of light, larger than the sensor by the margin through which it moves."""
     from PIL import Image, UnidentifiedImageError
 
-    margin = _margin(simulation)
+    margin = int(np.ceil(simulation.amplitude * min(simulation.width, simulation.height))) + 1
     # The image is made so small that all of it stays in sight.
     width, height = simulation.width - margin, simulation.height - margin
     try:
@@ -101,10 +101,6 @@ def _scene(data: bytes, simulation: Simulation) -> npt.NDArray[np.float64]:
     )
     padded = np.pad(light, [(n // 2, n - n // 2) for n in missing], mode="edge")
     return np.log(_BLACK + (1 - _BLACK) * padded)
-
-
-def _margin(simulation: Simulation) -> int:
-    return int(np.ceil(simulation.amplitude * min(simulation.width, simulation.height))) + 1
 
 
 def _seen(

@@ -1,7 +1,7 @@
 """Observers of a run that a command has started: log, plots, published curve, profile."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from typing_extensions import override
@@ -19,14 +19,14 @@ from tetdist.wording import counted
 logger = logging.getLogger(__name__)
 
 
-def observers(watched: Watched) -> Sequence[Observer]:
-    """Make the observers that a configuration asks for."""
+def observers(watched: Watched) -> Sequence[Callable[[Watched], Observer]]:
+    """Return the observers that a configuration asks for, each still to be made."""
     config = watched.run.config
-    found: list[Observer] = [Summary(watched), RunPlots(watched)]
+    found: list[Callable[[Watched], Observer]] = [Summary, RunPlots]
     if config.reference is not None:
-        found.append(PublishedCurve(watched))
+        found.append(PublishedCurve)
     if config.profile is not None:
-        found.append(StepProfile(watched))
+        found.append(StepProfile)
     return found
 
 

@@ -4,7 +4,6 @@ No torch is loaded, and nobody but the file system is asked, so that it takes no
 """
 
 import math
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ NEEDED = {
     "val": ("time", "epoch", "loss", "top1"),
 }
 OPTIONAL = ("phase", "eta_s", "gpu_memory", "best_top1")
-_CHECKPOINT = re.compile(r"step-(\d+)(?:\.\d+)?")  # step-00000040, or step-00000040.2
 
 
 class JobEvent(NamedTuple):
@@ -238,8 +236,7 @@ def _checkpoint(folder: Path, which: str) -> Path | None:
 
 def _step_of(checkpoint: Path | None) -> int:
     """A checkpoint's step, by its name; 0 without one."""
-    found = _CHECKPOINT.fullmatch(checkpoint.name) if checkpoint else None
-    return int(found[1]) if found else 0
+    return int(checkpoint.name[len("step-") :].partition(".")[0]) if checkpoint else 0
 
 
 def _bytes_of(folder: Path) -> int:

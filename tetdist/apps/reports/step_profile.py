@@ -62,7 +62,9 @@ class StepProfile(Observer):
 
     @override
     def on_end(self, result: Mapping[str, float] | None) -> None:
-        if self._profiler is not None:
+        if self._steps and self._steps[-1] == self._last:
+            self._finish()
+        elif self._profiler is not None:
             self._end_range()
             self._profiler.stop()
 
@@ -123,8 +125,9 @@ def _report(profiler: Any, steps: list[int], seconds: float, device: torch.devic
     own = [f"* `{name}`: {file}" for name, file in _own_files().items() if f" {name} " in table]
     parts = [
         f"# Profile of {_named(steps)}",
-        f"{counted(len(steps), 'step')} of {1e3 * seconds / len(steps):.1f} ms on rank 0, waiting "
-        "for data included; to be profiled makes them slower. The table is torch's, of all steps.",
+        f"{counted(len(steps), 'step')} of {1e3 * seconds / len(steps):.1f} ms on rank 0, with "
+        "what is waited for between them, data and checkpoints; to be profiled makes them slower. "
+        "The table is torch's, of all steps.",
         f"```\n{table.strip()}\n```",
         "Of tetdist, with their backward passes:\n\n" + "\n".join(own),
     ]

@@ -54,7 +54,10 @@ def describe(run_dir: Path) -> str:
         lines.append(f"  after     {', '.join(submission.after)}")
     again = history.restarts(events)
     lines.append(f"  restarts  {len(again) or 'none'}")
-    lines += [f"    {_moment(e)}  from step {e.step}: {e.text}" for e in again]
+    lines += [
+        f"    {datetime.fromtimestamp(e.time):%Y-%m-%d %H:%M:%S}  from step {e.step}: {e.text}"
+        for e in again
+    ]
     lines.append(f"  log       {submission.log_file}")
     failure = failure_of(events, submission)
     if failure and not state.is_queued:
@@ -136,7 +139,3 @@ def _show_new(log: Path, position: int) -> int:
         data = file.read()
     print(data.decode(errors="replace"), end="")
     return position + len(data)
-
-
-def _moment(event: JobEvent) -> str:
-    return datetime.fromtimestamp(event.time).strftime("%Y-%m-%d %H:%M:%S")
