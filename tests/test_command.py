@@ -4,11 +4,13 @@ import json
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 import tiny
 
 import tetdist_command
+from tetdist.errors import typed
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,9 @@ def test_another_pipe_that_breaks_is_a_fault() -> None:
 
     with pytest.raises(BrokenPipeError, match="reads images"):
         tetdist_command._answer_while_read(command)
+
+
+def test_help_names_the_command_as_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert typed("eval", "x") == "python tools/eval.py x"
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/tetdist", "eval"])
+    assert typed("eval", "x") == "tetdist eval x"

@@ -7,6 +7,7 @@ No sentence, and no file that a command writes, holds a password of an address; 
 import errno
 import re
 import shlex
+import sys
 from pathlib import Path
 
 # What a package that may be missing comes with; all others come with training.
@@ -26,7 +27,7 @@ _PASSWORDS = re.compile(
     # A server's user goes, too. What follows a colon and begins with a digit may be a port.
     r"\b(https?://)(?:[^\s/?#]*|[^\s/?#:]*:(?!\d)\S*)@"
     r"|\b((?!https?:)[\w+]+://[^\s:/]*):\S*(?=@)"
-    r"|([?&]password=)[^\s&#'\"]*"
+    r"|([?&](?:password|token|odbc_connect)=)[^\s&#'\"]*"
 )
 _CHECKOUT = Path(__file__).resolve().parents[1]
 # The scripts of a checkout that people type, by the command that they are.
@@ -81,7 +82,8 @@ def script_of(command: str) -> Path | None:
 def typed(command: str, *arguments: object) -> str:
     """Return the command line to type for a command: a script of the checkout, or ``tetdist
     COMMAND``."""
-    script = script_of(command)
+    # Who has typed `tetdist` may not be in the checkout.
+    script = None if Path(sys.argv[0]).name == "tetdist" else script_of(command)
     program = f"python {script.relative_to(_CHECKOUT)}" if script else f"tetdist {command}"
     shown = (shlex.quote(without_passwords(str(argument))) for argument in arguments)
     return " ".join([program, *shown])

@@ -77,8 +77,8 @@ def assign(sources: Sequence[Source], name: str, seed: int) -> dict[str, Part]:
         for part, purpose in (("train", "train"), ("val", "test")):
             if part not in published.values():
                 raise UserError(
-                    f"the split {PUBLISHED!r} has nothing to {purpose}, no recording is of that"
-                    " part: choose another with --split"
+                    f"the split {PUBLISHED!r} has nothing to {purpose}, no recording is of that "
+                    "part: choose another with --split, such as all-to-val to evaluate all of it"
                 )
         return published
     parts: dict[str, Part] = {}
