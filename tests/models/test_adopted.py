@@ -331,6 +331,17 @@ def test_parts_that_are_run_again() -> None:
     ]
 
 
+def test_hooks_are_called_of_parts_that_are_run_again() -> None:
+    model, x, called = adopted(sew18), images(64), []
+    model(x)  # the first batch is run more often, to be examined
+    blocks = [part for cut in model._parts.cut.values() for part, twice in cut if twice]
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, _: called.append(module))
+    model.set_grad_checkpointing()
+    model(x)
+    assert called == blocks
+
+
 def test_part_that_runs_twice_is_not_run_again() -> None:
     class Twice(Small):
         def forward(self, x: Tensor) -> Tensor:

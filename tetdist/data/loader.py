@@ -147,7 +147,7 @@ class Loader(Batches):
             else:
                 self._pipeline.set_outputs(image_graph(dali, source, workers, output))
         self._pipeline.build()
-        # One thread takes batches from DALI and has them finished by others, ahead of the consumer.
+        # One thread takes batches from DALI and has them edited by others, ahead of the consumer.
         self._ahead: deque[Future[Batch | None]] = deque()
         self._taker = taker(self._device, "tetdist-take")
         self._finishers = ThreadPoolExecutor(workers.threads, thread_name_prefix="tetdist-finish")

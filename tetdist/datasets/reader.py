@@ -39,8 +39,8 @@ class SampleReader:
         try:
             descriptor, is_kept = self._opened(byte_range.file)
             try:
-                size = os.fstat(descriptor).st_size
-                if not self._index.archives and size != byte_range.size:
+                size = byte_range.size if self._index.archives else os.fstat(descriptor).st_size
+                if size != byte_range.size:
                     raise self._error(i, f"has {size} bytes where the index says {byte_range.size}")
                 return self._read_bytes(descriptor, byte_range, i)
             finally:

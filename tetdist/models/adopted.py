@@ -494,7 +494,7 @@ class _Parts:
         seen: set[nn.Module] = set()
         with contextlib.ExitStack() as stack:
             for part in self.alone:
-                stack.enter_context(_running(part, _recomputed(part, seen)))
+                stack.enter_context(_running(part, _recomputed(part, part.forward, seen)))
             for sequential, parts in self.cut.items():
                 stack.enter_context(_running(sequential, _chained(parts, seen)))
             yield
@@ -522,7 +522,7 @@ def _running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 def _chained(
     parts: list[tuple[nn.Module, bool]], seen: set[nn.Module]
 ) -> Callable[[Tensor], Tensor]:
-    runs = [_recomputed(part, seen) if again else part for part, again in parts]
+    runs = [_recomputed(part, part, seen) if again else part for part, again in parts]
 
     def forward(x: Tensor) -> Tensor:
         for run in runs:
@@ -532,9 +532,10 @@ def _chained(
     return forward
 
 
-def _recomputed(part: nn.Module, seen: set[nn.Module]) -> Callable[..., Any]:
-    """The part's forward pass, but again in the backward pass."""
-    run = part.forward
+def _recomputed(
+    part: nn.Module, run: Callable[..., Any], seen: set[nn.Module]
+) -> Callable[..., Any]:
+    """``run``, which runs the part, but again in the backward pass."""
     last = part[-1] if _is_sequential(part) else part
 
     @contextlib.contextmanager

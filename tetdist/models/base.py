@@ -81,7 +81,6 @@ class SpikingNetwork(nn.Module):
         num_classes: K; 0 makes ``fc`` the identity.
         timesteps: T, how often a static image is shown; for events, how many of the input's
             bins are used.
-
         drop_path_rate: timm's name: how often the branch of the last block is dropped in training,
             of a sample for all timesteps, while that of the others rises to this from 0, by equal
             steps (see dropout.py).

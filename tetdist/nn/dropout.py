@@ -81,7 +81,7 @@ class Dropout(nn.Module):
 
 
 class DropPath(Dropout):
-    """Stochastic depth (Huang et al., ECCV 2016): drop a block's branch: its input passes."""
+    """Stochastic depth (Huang et al., ECCV 2016): drop a block's branch, and pass its input on."""
 
     def __init__(self, rate: float) -> None:
         super().__init__(rate, 1)

@@ -55,7 +55,7 @@ class ILIF(NeuronConfig):
         4, "Maximum number of spikes D of a neuron in a timestep.", ge=1, le=15
     )
     detach_reset: bool = option(
-        False, "Treat the reset as a constant in the backward pass; TET's paper does not."
+        False, "Treat the reset as a constant in the backward pass; I-LIF's paper does not."
     )
 
     @property

@@ -1,7 +1,7 @@
 """Batch norm and max-pooling of a current, before the neurons: real numbers are pooled.
 
-The definition is a line. The fast path keeps the current alone, and a byte
-for each output: where in its window it was.
+The definition is a line. The fast path keeps the current alone, and a byte for each output: where
+in its window it was.
 """
 
 from typing import Any

@@ -113,10 +113,9 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         block: Block = ctx.block
-        (values,) = ctx.saved_tensors
-        x = values
+        (x,) = ctx.saved_tensors
         if ctx.form is not None:
-            x = ctx.form._replace(values=values).numbers(ctx.dtype)
+            x = ctx.form._replace(values=x).numbers(ctx.dtype)
         segments = list(zip(block.split(x), block.lengths, strict=True))
         dropped = dropout.using(block.dropping, ctx.factors)
         with batch_norm.recomputing(), dropped:

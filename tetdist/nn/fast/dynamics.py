@@ -39,7 +39,6 @@ def dynamics_of(config: NeuronConfig) -> Dynamics:
     """The dynamics of a kind of neuron that has passes."""
     match config:
         case LIF():
-            learns = isinstance(config, PLIF)
             return Dynamics(
                 decay=config.decay,
                 threshold=config.threshold,
@@ -48,7 +47,7 @@ def dynamics_of(config: NeuronConfig) -> Dynamics:
                 surrogate=config.surrogate,
                 width=config.surrogate_width,
                 fires_at_threshold=config.fires_at_threshold,
-                learns_decay=learns,
+                learns_decay=isinstance(config, PLIF),
                 scales_input=isinstance(config, PLIF) and config.decay_input,
             )
         case ILIF():

@@ -302,26 +302,18 @@ def neuron_library(config: NeuronConfig) -> Library | None:
         f"-DSCALES_INPUT={int(of.scales_input)}",
         f"-DPARALLEL={int(of.parallel)}",
     )
-    if library is None:
-        return None
-    return Library(
-        library,
-        {"forward": (POINTER(_Forward), c_int), "backward": (POINTER(_Backward), c_int)},
-    )
+    signatures = {"forward": (POINTER(_Forward), c_int), "backward": (POINTER(_Backward), c_int)}
+    return None if library is None else Library(library, signatures)
 
 
 @functools.cache
 def norm_library() -> Library | None:
     """Return the compiled kernels of norms, built on first use; None without a compiler."""
     library = load_library("norm")
-    if library is None:
-        return None
-    return Library(
-        library,
-        {
-            "statistics": (c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int),
-            "add": (POINTER(_Add), c_int),
-            "add_sums": (POINTER(_Add), c_int),
-            "input_gradient": (*[c_void_p] * 8, c_int64, c_int64, c_int),
-        },
-    )
+    signatures = {
+        "statistics": (c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int),
+        "add": (POINTER(_Add), c_int),
+        "add_sums": (POINTER(_Add), c_int),
+        "input_gradient": (*[c_void_p] * 8, c_int64, c_int64, c_int),
+    }
+    return None if library is None else Library(library, signatures)
