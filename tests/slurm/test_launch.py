@@ -234,7 +234,7 @@ def test_sweeps() -> None:
     with pytest.raises(UserError, match="two of its runs are the same"):
         submit.sweep_of("run", ["seed=1,1"])
     many = [f"x.y{i}={','.join(map(str, range(200)))}" for i in range(3)]
-    with pytest.raises(UserError, match="--sweep: 8,000,000 runs; more than 1,000 are no array"):
+    with pytest.raises(UserError, match=r"--sweep: 8,000,000 runs; .* 1,000 jobs"):
         submit.sweep_of("run", many)
 
 
@@ -316,6 +316,8 @@ def test_plan_without_the_data(
     assert "(48 as published or given" in planned("--images", "48")
     root = ["--config", file, "--dry-run", "data.root=/nowhere"]
     refused(capfd, root, "there is no folder /nowhere", "--images N")
+    recordings = ["--config", "nmnist.yaml", "--dry-run", "--images", "9"]
+    refused(capfd, recordings, "--images is not for recordings")
 
 
 @pytest.mark.usefixtures("without_slurm")

@@ -79,6 +79,7 @@ def run_checks(
             keep(report)
 
     def add_death(what: str) -> None:
+        # The watch ends the process, so that `on` removes nothing; a check may still be writing.
         shutil.rmtree(here.folder, ignore_errors=True)
         add(report.not_reached[0], [Finding("bad", what, remedies.DEAD)])
 

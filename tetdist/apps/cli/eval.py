@@ -415,7 +415,7 @@ def wanted_timesteps(
         wanted = [t for t in range(1, trained + 1) if refusal(t) is None]
     else:
         wanted = options.timesteps
-        for reason in filter(None, map(refusal, wanted)):
+        if reason := next(filter(None, map(refusal, wanted)), None):
             raise UserError(f"--timesteps: {reason}")
     if index.timesteps is not None and wanted[-1] > index.timesteps:
         raise UserError(f"--timesteps: the data has {index.timesteps} time bins, not {wanted[-1]}")

@@ -182,7 +182,7 @@ def conclude(
         options: The command line.
         file: The file of the study or search.
         output: Folder of its runs.
-        write: Writes the section of a name into a file, with the command that it is of.
+        write: Writes the report's section; takes its name, the Markdown file and the command.
         failed: The runs that failed, and why.
     """
     print("writing the report and its figure", file=sys.stderr)

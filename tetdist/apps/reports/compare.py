@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -77,7 +78,7 @@ def reading() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+        raise UserError(f"cannot read {error.filename or 'the run'}: {error.strerror}") from error
 
 
 def open_run(path: Path, *, effective: bool = False) -> tuple[Path, dict[str, Any] | None]:
@@ -311,8 +312,11 @@ def relative_difference(a: Any, b: Any) -> float:
     """
     if _equal(a, b):
         return 0.0
-    finite = all(isinstance(value, int | float) and math.isfinite(value) for value in (a, b))
-    return abs(a - b) / max(abs(a), abs(b)) if finite else math.inf
+    if not all(isinstance(x, int | float) and abs(x) <= sys.float_info.max for x in (a, b)):
+        return math.inf
+    difference, larger = abs(a - b), max(abs(a), abs(b))
+    # The difference of two huge numbers of different signs is more than a float holds.
+    return difference / larger if difference < math.inf else abs(a / larger - b / larger)
 
 
 def compare_metrics(a: Path, b: Path, tolerance: float) -> MetricsResult:
@@ -406,15 +410,12 @@ def compare_samples(a: Samples | None, b: Samples | None) -> tuple[dict[str, Any
 # --- showing --------------------------------------------------------------------------------------
 
 
-def _extent(kinds: dict[str, tuple[int, int, int]]) -> str:
-    return (
-        "; ".join(
-            f"{kind}: {counted(number, 'line')}, step {first}"
-            + (f" to {last}" if number > 1 else "")
-            for kind, (number, first, last) in kinds.items()
-        )
-        or "no metrics"
-    )
+def _extent(kinds: Extent) -> str:
+    texts = [
+        f"{kind}: {counted(number, 'line')}, step {first}" + (f" to {last}" if number > 1 else "")
+        for kind, (number, first, last) in kinds.items()
+    ]
+    return "; ".join(texts) or "no metrics"
 
 
 def _report(metrics: MetricsResult, within: str) -> list[str]:

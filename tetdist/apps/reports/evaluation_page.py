@@ -41,8 +41,8 @@ class Section(NamedTuple):
 
 
 def sections(found: EvaluationResults, *, brief: bool) -> list[Section]:
-    """The results in their order; in brief, without assumptions and all but some classes."""
-    shows_each = found["early_exit"] is not None
+    """The results in their order; in brief, with some classes and without assumptions."""
+    has_exits = found["early_exit"] is not None
     operations = found["operations"] or {"layers": {}, "assumptions": []}
     of_layers = [(found["firing_rate"], _firing_rate), (operations["layers"], _operations)]
     counts = operations_lines(found)
@@ -58,8 +58,8 @@ def sections(found: EvaluationResults, *, brief: bool) -> list[Section]:
         Section(
             "Accuracy by timesteps, and early exit",
             _early_exit_lines(found),
-            [_by_timesteps(found), *([_exits(found)] if shows_each else [])],
-            [_timesteps, *([_early_exit] if shows_each else [])],
+            [_by_timesteps(found), *([_exits(found)] if has_exits else [])],
+            [_timesteps, *([_early_exit] if has_exits else [])],
             height=4.5,
         ),
         *_robustness(found),

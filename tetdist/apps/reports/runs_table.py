@@ -97,7 +97,8 @@ def read_records(paths: Sequence[Path], *, curves: bool) -> list[RunRecord]:
             file, configuration = open_run(path, effective=True)
             for line in each_line(file):
                 if line["kind"] == "train":
-                    speeds.extend(line[key] for key in ("samples_per_s",) if key in line)
+                    if "samples_per_s" in line:
+                        speeds.append(line["samples_per_s"])
                     if not curves and lines and lines[-1]["kind"] == "train":
                         lines.pop()
                 lines.append({key: line[key] for key in KEPT if key in line})

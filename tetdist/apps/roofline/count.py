@@ -9,6 +9,7 @@ faster, and what cuDNN needs to work in are not in it.
 """
 
 import copy
+import importlib.util
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,13 +78,11 @@ def count(model: nn.Module, shape: tuple[int, ...], precision: str) -> Work:
     Raises:
         UserError: The network asks a tensor for its numbers, or Triton is not installed.
     """
-    try:
-        import triton  # noqa: F401
-    except ModuleNotFoundError as error:
+    if importlib.util.find_spec("triton") is None:
         raise UserError(
             "counting a network's kernels needs Triton, which comes with torch for CUDA (here: pip "
             "install 'triton==3.9.0')"
-        ) from error
+        )
     dtype = LOW_PRECISION[precision] or parameter_type(precision)
     shadow = copy.deepcopy(model).to("meta", dtype).train()
     shadow.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it

@@ -27,7 +27,7 @@ ASSUMED_GPUS = 8
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command, ``submit`` if none is named, and its flags."""
     command = arguments[0] if arguments[:1] and arguments[0] in RUN_COMMANDS else "submit"
-    rest = arguments[1:] if arguments[:1] in ([command], ["submit"]) else arguments
+    rest = arguments[1:] if arguments[:1] == [command] else arguments
     parser = _submit_parser() if command == "submit" else _run_parser(command)
     options = parser.parse_intermixed_args(rest)
     options.command = command

@@ -222,8 +222,8 @@ def announce(
         config: The run's.
         status: The run's status in MLflow; None: as it is.
         tags: The run's tags in MLflow.
-        heading: Tell instead of the run below which this one is shown: the folder that keeps its
-            id, which exists, and its name.
+        heading: If given, MLflow is told about the run that this one is shown below: the folder
+            that keeps its id, which exists, and its name.
 
     Returns:
         The run's MLflow id; None without MLflow, or if it does not answer.

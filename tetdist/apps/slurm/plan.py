@@ -36,7 +36,7 @@ class Plan:
         first_step, last_step: The run's; the first is not 0 where it begins with a later phase.
         evaluations: How often the whole validation split is evaluated, by weights and average.
         train_images, val_images: Sizes of the splits.
-        counted: Where these sizes come from.
+        origin: Where these sizes come from.
         parameters: The model's.
         checkpoint_bytes: Size of one checkpoint.
     """
@@ -49,7 +49,7 @@ class Plan:
     evaluations: int
     train_images: int
     val_images: int
-    counted: str
+    origin: str
     parameters: int
     checkpoint_bytes: int
 
@@ -97,7 +97,7 @@ def make(
     val_images: int,
     parameters: int,
     buffers: int,
-    counted: str = "in the split",
+    origin: str = "in the split",
 ) -> Plan:
     """The plan of a run; ``buffers`` are the model's numbers that are not parameters.
 
@@ -122,7 +122,7 @@ def make(
         evaluations=copies * math.ceil((last_step - first_step) / every),
         train_images=train_images,
         val_images=val_images,
-        counted=counted,
+        origin=origin,
         parameters=parameters,
         checkpoint_bytes=4 * (parameters * (copies + moments) + copies * buffers),
     )
@@ -186,7 +186,7 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"{counted(plan.micro_batches, 'micro-batch')} of {batch.micro}, "
         f"{plan.micro_batches // cluster.processes} a process",
         f"steps        {plan.steps_per_epoch} an epoch, {plan.steps} in all ({epochs} epochs)",
-        f"samples      {plan.images} to train on ({plan.train_images} {plan.counted}), "
+        f"samples      {plan.images} to train on ({plan.train_images} {plan.origin}), "
         f"{counted(plan.evaluations, 'evaluation')} of {plan.val_images}; T = {timesteps}",
         f"model        {plan.parameters / 1e6:.2f} million parameters",
         f"checkpoints  {_size(plan.checkpoint_bytes)} each, {kept} kept: "

@@ -26,9 +26,11 @@ def indexes(config: RunConfig, images: int | None) -> tuple[Index, Index] | None
         images: Images to train on; None: as published, where the data are not on this machine.
 
     Raises:
-        UserError: The data are not here, and their size is not known.
+        UserError: The data are not here and of unknown size, or a size is given for recordings.
     """
     root = Path(config.data.root)
+    if images is not None and config.data.kind == "events":
+        raise UserError("--images is not for recordings, whose index the plan reads; leave it out")
     if images is None and (root.is_dir() or config.data.kind == "events"):
         return None
     if images is None and root.name not in SIZES:

@@ -97,7 +97,7 @@ def prepare(
         val_images=len(val_index),
         parameters=parameters,
         buffers=sum(b.numel() for b in model.buffers()),
-        counted="in the split" if data is None else "as published or given, the data is not read",
+        origin="in the split" if data is None else "as published or given, the data is not read",
     )
     frames = None if train_index.timesteps is None else train_index.frames_shape
     return Prepared(config, cluster, made, Network(model.to("meta"), frames))
@@ -160,8 +160,8 @@ def sweep_of(name: str, items: list[str]) -> dict[str, list[str]]:
         choices.append([(key, value) for value in values])
     if (count := math.prod(map(len, choices))) > _MOST_RUNS:
         raise UserError(
-            f"--sweep: {count:,} runs; more than {_MOST_RUNS:,} are no array of jobs of Slurm's by "
-            "default: name fewer values"
+            f"--sweep: {count:,} runs; by default an array of Slurm's has {_MOST_RUNS:,} jobs at "
+            "most: name fewer values"
         )
     runs: dict[str, list[str]] = {}
     for pairs in itertools.product(*choices):
@@ -316,7 +316,7 @@ def _claim(run: Prepared) -> None:
 
 
 def _world(cluster: ClusterSection) -> World:
-    """The job's processes, as this one, which is none of them, plays the first."""
+    """The job's processes; this one, which is none of them, stands in for the first."""
     return World(0, cluster.processes, torch.device("cpu"), control=None)
 
 
@@ -399,12 +399,8 @@ def dry_run(runs: list[Prepared], name: str, speed: Speed | str, after: Sequence
     depends_on = [f"JOB_OF_{Path(run).name}" for run in after]
     values = batch.parameters(name, first.cluster, folder / "code", depends_on)
     config = absolute(first.config).as_dict() | {"cluster": first.cluster.model_dump(mode="json")}
-    of_each = of_first = ""
-    if len(runs) > 1:
-        of_each, of_first = (
-            f" of each of the {len(runs)} runs",
-            f" of the first of {len(runs)} runs",
-        )
+    of_each = f" of each of the {len(runs)} runs" if len(runs) > 1 else ""
+    of_first = f" of the first of {len(runs)} runs" if len(runs) > 1 else ""
     return "\n".join(
         [
             f"# --- plan{of_each}",

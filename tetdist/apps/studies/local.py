@@ -79,8 +79,7 @@ def work(runs: list[StudyRun], jobs: int, parent: Parent, *, again: bool = False
                         parent.tell(run, "SCHEDULED")
                     stop.check()
                     start(run, run.train_command if again else run.next_command())
-            ended = first_to_end(running, stop)
-            if ended is None:
+            if (ended := first_to_end(running, stop)) is None:
                 continue
             run = ended
             reason = running.pop(run).failure()

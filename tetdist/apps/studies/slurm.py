@@ -251,10 +251,9 @@ def send_all(
         # Status and cancel then take the study's folder for all runs, also for those that an
         # earlier command submitted.
         earlier = history.newest_sweep(output)
-        if all_runs := list(
-            dict.fromkeys([*earlier, *(run.folder.absolute() for run in standings)])
-        ):
-            history.write_sweep(folder, all_runs)
+        all_runs = dict.fromkeys([*earlier, *(run.folder.absolute() for run in standings)])
+        if all_runs:
+            history.write_sweep(folder, list(all_runs))
     return standings
 
 

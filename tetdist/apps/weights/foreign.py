@@ -181,7 +181,7 @@ def _in_known_names(
 ) -> tuple[dict[str, Tensor], dict[str, str], int]:
     """Tensors by the names that `_names` has, the originals of these, the number of counters."""
     rules = SOURCES[source].names
-    if "classifier.2.weight" in state:
+    if source in ("decoupling", "seal") and "classifier.2.weight" in state:
         rules = [*rules[:-1], (r"^classifier\.0\.", "fc1.")]
     renamed: dict[str, Tensor] = {}
     original: dict[str, str] = {}
