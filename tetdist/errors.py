@@ -93,7 +93,7 @@ def pip_install(extras: str) -> str:
     """Return the command that installs tetdist with these extras: no index has it by its name."""
     if script_of("slurm"):
         return f"pip install -e {shlex.quote(f'{_CHECKOUT}[{extras}]')}"
-    return f"pip install 'FOLDER_OR_WHEEL[{extras}]', with where tetdist came from"
+    return f"pip install 'FOLDER_OR_WHEEL[{extras}]', with the folder or wheel of tetdist"
 
 
 def way_out(error: BaseException) -> str:

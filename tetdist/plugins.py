@@ -237,7 +237,7 @@ def keep(files: Iterable[Imported], folder: Path) -> tuple[str, ...]:
     """
     files = list(files)
     copies = [folder / file.name for file in files]
-    if files:
+    if files or folder.exists():  # with those of a run that failed before it began
         folder.mkdir(parents=True, exist_ok=True)
         for file, copy in zip(files, copies, strict=True):
             with replacing(copy) as stream:

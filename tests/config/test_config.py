@@ -131,7 +131,7 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
                     "arguments": {"betas": [0, 0]},
                 }
             },
-            ("phases.0.optimizer.arguments.betas: has a key of its own",),
+            ("phases.0.optimizer.arguments.betas: set phases.0.optimizer.betas instead",),
         ),
         ({"tracking.trackers": ["wandb", "wandb"]}, ("tracking.trackers: wandb is there twice",)),
         ({"data.scale": [1.0, 0.5]}, ("data.scale",)),

@@ -635,10 +635,18 @@ def test_a_run_that_failed_before_its_first_line_can_be_mended(
     begins += "@register_optimizer('own')\ndef make(groups, section): "
     changes = {"imports": [str(own)], "phases.0.optimizer": {"kind": "own", "lr": 0.1}}
     own.write_text(begins + "...\n")
-    ended(main(tiny_config(changes)), "own returns None, not an optimiser")
-    assert (tmp_path / "runs" / "tiny" / "config.yaml").is_file()
+    mended = {"own": changes, "without": {}}
+    for name in mended:
+        run = tmp_path / "runs" / name
+        ended(main(tiny_config(changes), f"name={name}"), "own returns None, not an optimiser")
+        assert (run / "config.yaml").is_file()
+        (run / "mlflow_run_id").write_text("of the configuration that failed\n")
     own.write_text(begins + "return torch.optim.SGD(groups, lr=section.lr)\n")
-    ended(main(tiny_config(changes), "max_steps=1"), status=0)
+    for name, configured in mended.items():
+        file = tiny_config(configured)
+        ended(main(file, f"name={name}", "max_steps=1"), status=0)
+        assert not (tmp_path / "runs" / name / "mlflow_run_id").exists()
+        ended(main(file, f"name={name}", "max_steps=2"), "from step 1", status=0)
 
 
 # --- starting from a checkpoint ----------------------------------------------------------------

@@ -83,7 +83,7 @@ def check(config: RunConfig) -> None:
         own = {"lr", "weight_decay", *kind_of(phase.optimizer.kind).reads}
         for key in phase.optimizer.arguments.keys() & own:
             raise UserError(
-                f"phases.{i}.optimizer.arguments.{key}: has a key of its own; set it there"
+                f"phases.{i}.optimizer.arguments.{key}: set phases.{i}.optimizer.{key} instead"
             )
         peak = phase.optimizer.peak_lr(config.batch.global_)
         for key, value in (("warmup_lr", phase.warmup_lr), ("min_lr", phase.min_lr)):
@@ -277,7 +277,7 @@ def effective(config: RunConfig) -> dict[str, Any]:
 
 
 def warn_without_effect(config: RunConfig, inherited: Collection[str]) -> None:
-    """Say which keys were set that nothing reads, but those that a ``base`` has set."""
+    """Warn of each key that was set and is not read, unless a ``base`` has set it."""
     for key, is_set, because in without_effect(config):
         if is_set and not any(one == key or one.startswith(f"{key}.") for one in inherited):
             logger.warning("%s has no effect with %s", key, because)

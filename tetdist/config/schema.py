@@ -105,7 +105,7 @@ class RunConfig(Section):
     the costliest operations. Results stay the same. Null: none."""
     resume: Literal["auto", "never", "must"] = "auto"
     """Treatment of checkpoints in the run folder. auto: resume if there are any; must: refuse to
-    start without one; never: refuse to start with one."""
+    start without one; never: refuse a folder that holds a run."""
     runs_dir: str = "runs"
     """Folder that holds the run's folder, and MLflow's database unless tracking.uri names
     another."""

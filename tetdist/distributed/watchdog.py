@@ -46,7 +46,7 @@ class Watch:
         world: All processes; a single one is not watched.
         timeout: Seconds without progress of a process after which it is said to hang.
         shows_errors: Whether what this process alone raises is shown here, before the others end.
-        after: What holds after the end, in the words that the message closes with.
+        after: End of the message: what is kept, or how to continue.
     """
 
     def __init__(
@@ -57,12 +57,8 @@ class Watch:
         shows_errors: bool = True,
         after: str = "the same command continues from the last checkpoint",
     ) -> None:
-        self.world, self.timeout, self.shows_errors, self.after = (
-            world,
-            timeout,
-            shows_errors,
-            after,
-        )
+        self.world, self.timeout = world, timeout
+        self.shows_errors, self.after = shows_errors, after
         self.before_end: list[Callable[[str], None]] = []
         self._count, self._where, self._ended = 0, "the start", ""
         self._failed = False  # by an error of its own, which it shows itself

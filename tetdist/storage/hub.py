@@ -197,8 +197,9 @@ def _explained(name: str) -> Iterator[None]:
     from huggingface_hub.utils import get_session
     from huggingface_hub.utils import logging as hub_logging
 
-    # Without this it waits for an answer forever.
-    get_session().timeout = _PATIENCE
+    # Without a timeout it waits for an answer forever.
+    session = get_session()
+    timeout, session.timeout = session.timeout, _PATIENCE
     verbosity = hub_logging.get_verbosity()
     # It warns of each attempt, once by its own handler and once by that of the command.
     hub_logging.set_verbosity_error()
@@ -237,4 +238,5 @@ def _explained(name: str) -> Iterator[None]:
             "network, and try again"
         ) from error
     finally:
+        session.timeout = timeout
         hub_logging.set_verbosity(verbosity)

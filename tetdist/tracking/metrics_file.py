@@ -79,7 +79,7 @@ def _parsed(path: Path, raw: bytes, end: int) -> dict[str, Any]:
         if isinstance(line["kind"], str) and isinstance(line["step"], int):
             # Few lines have such values, and to look for them in all takes as long as to parse.
             return restored(line) if b'"NaN"' in raw or b'Infinity"' in raw else line
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         pass
     with path.open("rb") as file:
         number = file.read(end).count(b"\n")

@@ -50,7 +50,7 @@ class GPUUsage:
         self._joules_before = self._joules()
 
     def values(self) -> dict[str, float]:
-        """Metrics since the last call or `restart`; empty without GPUs.
+        """Metrics since the last `restart`; empty without GPUs.
 
         ``gpu_memory`` is the most that torch has allocated on one GPU since the process began, in
         GiB; ``gpu_energy`` what all GPUs took together, in joules, others' work on them included.
@@ -59,7 +59,6 @@ class GPUUsage:
         if not self._is_gpu:
             return {}
         before, now = self._joules_before, self._joules()
-        self._joules_before = now
         joules = None if before is None or now is None else now - before
         memory = torch.cuda.max_memory_allocated(self._world.device) / 2**30
         of_all = self._world.gather([memory, joules])

@@ -90,9 +90,7 @@ class RunFolder:
 
     def _check_same_run(self, imported: list[plugins.Imported]) -> None:
         file, metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
-        # What failed before its first line is no run yet, and may be mended and started again.
-        has_begun = self._saved() or (metrics.exists() and metrics.stat().st_size > 0)
-        if not file.exists() or not has_begun:
+        if not file.exists():
             return
         try:
             earlier = read_yaml(file)
@@ -108,7 +106,12 @@ class RunFolder:
             logger.warning("%s is of another version; its keys are compared as they are", file)
         changed = differences(earlier, self.config.as_dict())
         changed += plugins.changes(plugins.kept(self.path / "imports"), imported)
-        if changed:
+        # What failed before its first line is no run yet, and may be mended and started again.
+        has_begun = self._saved() or (metrics.exists() and metrics.stat().st_size > 0)
+        if changed and not has_begun:
+            # MLflow lets no parameter of a run change, so that this one becomes another run there.
+            (self.path / "mlflow_run_id").unlink(missing_ok=True)
+        elif changed:
             # Epochs beyond the last are another run as well: learning rates fall towards the last.
             further = f", with init_checkpoint={self.path} to train its weights further"
             raise UserError(

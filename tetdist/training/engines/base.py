@@ -225,10 +225,10 @@ class WholeEngine:
             _start_momentum(optimizer)
 
     def _run_backward(self, loss: Tensor) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # Each engine has its own.
 
     def _step(self) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # Each engine has its own.
 
     def backward(self, loss: Tensor) -> None:
         if self.loss_scale is not None:
