@@ -27,7 +27,7 @@ _PASSWORDS = re.compile(
     # A server's user goes, too. What follows a colon and begins with a digit may be a port.
     r"\b(https?://)(?:[^\s/?#]*|[^\s/?#:]*:(?!\d)\S*)@"
     r"|\b((?!https?:)[\w+]+://[^\s:/]*):\S*(?=@)"
-    r"|([?&](?:password|token|odbc_connect)=)[^\s&#'\"]*"
+    r"|([?&](?:\w*passw(?:or)?d|\w*token|odbc_connect)=)[^\s&#'\"]*"
 )
 _CHECKOUT = Path(__file__).resolve().parents[1]
 # The scripts of a checkout that people type, by the command that they are.

@@ -23,7 +23,7 @@ def compute_loss(
         "phi": settings.phi,
         "label_smoothing": settings.label_smoothing,
     }
-    known = {name: value for name, value in given.items() if name in loss.arguments}
+    known = {name: given[name] for name in loss.arguments if name in given}
     total = loss.compute(settings.kind, logits, targets, known | settings.arguments)
     distillation = settings.distillation
     learning = logits.mean(0, keepdim=True) if loss.of_time_mean else logits
