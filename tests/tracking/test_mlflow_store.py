@@ -172,7 +172,7 @@ def test_a_job_gets_a_servers_password_by_variables(monkeypatch: pytest.MonkeyPa
             "mysql://host/runs?user=me&password=&x=1",
         ),
         ("http://host/x?token=secret&y=1", "http://host/x?token=&y=1"),
-        ("mysql://host/x?passwd=a&sslpassword=b", "mysql://host/x?passwd=&sslpassword="),
+        ("mysql://host/x?passwd=a&sslpassword=b&y=1", "mysql://host/x?passwd=&sslpassword=&y=1"),
         ("mssql+pyodbc:///?odbc_connect=PWD%3Dx&y=1", "mssql+pyodbc:///?odbc_connect=&y=1"),
         ("sqlite:////data/a:b@c.db", "sqlite:////data/a:b@c.db"),
     ],
