@@ -229,7 +229,7 @@ def test_the_report_is_made_and_goes_on_after_a_stop(
     assert len(rows) > 50
     assert [row for row in rows if row not in text] == []
     for figure in ("timesteps.png", "batch.png"):
-        assert (report.with_suffix("") / figure).is_file()
+        assert (report.with_suffix("") / figure).stat().st_size > 10_000
         assert f"performance/{figure}" in text
 
 

@@ -38,7 +38,7 @@ from tetdist.apps.slurm import speed
 from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.config import loading
 from tetdist.distributed.world import World, join
-from tetdist.errors import UserError
+from tetdist.errors import UserError, pip_install
 from tetdist.nn.neurons import LIF
 from tetdist.training import graphs as training_graphs
 from tetdist.training.graphs import Captured
@@ -375,12 +375,12 @@ def test_versions_that_suit_each_other(on_gpu: Machine) -> None:
         ({"triton": ["3.2.0"]}, "Triton 3.2.0 is older than 3.3", "pip install torch torchvision "),
         ({"triton": ["3.6.0"]}, "wants ==3.7.0", "pip install 'triton==3.7.0'"),
         ({"nvidia-nccl-cu13": ["2.27.5"]}, "NCCL 2.28.9 is loaded", "unset LD_LIBRARY_PATH"),
-        ({"nvidia-dali-cuda130": []}, "DALI is not installed", "[cuda130]'"),
+        ({"nvidia-dali-cuda130": []}, "DALI is not installed", pip_install("cuda130")),
         ({"nvidia-dali-cuda120": ["2.0"]}, "two builds of DALI", "pip uninstall -y nvidia-dali-"),
         (
             {"nvidia-dali-cuda130": [], "nvidia-dali-cuda120": ["2.0"]},
             "torch is built for CUDA 13.0 and DALI is cuda120",
-            "uninstall -y nvidia-dali-cuda120; pip install ",
+            f"uninstall -y nvidia-dali-cuda120; {pip_install('cuda130')}",
         ),
         ({"deepspeed": []}, "DeepSpeed is not installed", "or train with engine=torch"),
     ],

@@ -11,7 +11,7 @@ import torch
 
 from tetdist.apps.check_gpu import remedies
 from tetdist.apps.check_gpu.check import Finding, Report, Result, compared
-from tetdist.errors import UserError
+from tetdist.errors import UserError, pip_install
 
 
 def rates(images_per_s: float, **others: Any) -> Finding:
@@ -100,7 +100,7 @@ def test_the_last_line_says_that_there_was_no_gpu() -> None:
             (9, 0),
             "pip install 'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/cu126",
         ),
-        (550, (8, 6), "[train,cuda120]'"),
+        (550, (8, 6), pip_install("train,cuda120")),
         (580, (7, 0), "whl/cu126"),  # CUDA 13 knows no Volta
         (550, (12, 0), "install a driver of version 580 or newer"),  # CUDA 12.6 knows no Blackwell
         (470, (8, 0), "install a driver of version 525 or newer"),
@@ -122,7 +122,7 @@ def test_a_torch_is_found_for_a_driver_and_a_gpu(
         (RuntimeError("CUDA error: an illegal memory access was encountered"), remedies.HARDWARE),
         (subprocess.TimeoutExpired(["/usr/bin/nvidia-smi"], 20), remedies.HANGING_DRIVER),
         (UserError("data.x: set it to 2"), "data.x: set it to 2"),
-        (ModuleNotFoundError("no", name="nvidia.dali"), "[train,cuda130]'"),
+        (ModuleNotFoundError("no", name="nvidia.dali"), pip_install("train,cuda130")),
         (RuntimeError("something else"), None),
     ],
 )

@@ -329,6 +329,7 @@ def test_a_mistaken_override_is_named_and_not_the_file(
     with pytest.raises(UserError) as caught:
         load(file, ["profile=null", override])
     assert said in str(caught.value)
+    assert override in str(caught.value)
     assert file not in str(caught.value)
 
 

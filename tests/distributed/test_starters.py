@@ -118,6 +118,17 @@ def test_ends_with_those_it_works_for(above: list[str], result: str, tmp_path: P
     assert (tmp_path / "result").read_text() == result
 
 
+def test_only_torchruns_worker_whose_parent_is_gone_was_launched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever starts it by hand, with the variables, may go."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(starters, "_is_init", lambda _: True)
+    assert starters._launchers() == []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert starters._launchers() == [starters.GONE]
+
+
 def test_what_came_from_another_host_is_nobody_here(monkeypatch: pytest.MonkeyPatch) -> None:
     ((name, text),) = starters.as_starter().items()
     place, pid, started = json.loads(text)

@@ -25,6 +25,7 @@ from tetdist.apps.events.recording import Sensor
 from tetdist.apps.events.statistics import statistics
 from tetdist.apps.events.tensors import Record, Settings, open_destination
 from tetdist.datasets.index import check_fresh, load_index
+from tetdist.errors import pip_install
 
 TOOL = "prebin_dvs.py"
 PATH = Path(__file__).parents[2] / "tools" / TOOL
@@ -535,7 +536,7 @@ def test_a_missing_package_is_named(source, prebin_dvs, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     status, output = prebin_dvs(source)
     assert status == 2
-    assert "error: HDF5 needs the package h5py: pip install -e " in output
+    assert f"error: HDF5 needs the package h5py: {pip_install('events')}\n" in output
 
 
 @needs_real_data

@@ -106,7 +106,10 @@ def test_registered_model_and_its_default_cfg(name: str) -> None:
     channels, height, width = cfg["input_size"]
     assert channels == len(cfg["mean"]) == len(cfg["std"])
     assert model.input_kind == ("events" if channels == 2 else "images")
-    assert height == width == getattr(model, "input_size", None) or model.input_size is None
+    is_cifars = name.endswith("_cifar") or name == "spiking_resnet19"
+    usual = 32 if is_cifars else 224 if channels == 3 else height
+    assert height == width == (model.input_size or usual)
+    assert (cfg["num_classes"] == 1000) == (height == 224)
     first = model.get_submodule(cfg["first_conv"])
     assert first is first_convolution(model)
     assert first.in_channels == channels == model.in_chans
@@ -258,6 +261,7 @@ def test_set_timesteps_changes_nothing_but_t(name: str) -> None:
             logits = model(x, per_timestep=True)
             assert logits.shape == (timesteps, 2, 5)
             torch.testing.assert_close(logits[:3], three[:timesteps])
+    assert torch.equal(logits, three)
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
     with pytest.raises(ValueError, match="timesteps must be a whole number and at least 1, not 0"):
         model.set_timesteps(0)

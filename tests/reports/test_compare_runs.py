@@ -332,6 +332,16 @@ def test_the_first_step_with_other_samples(
     }
 
 
+def test_a_step_whose_samples_one_run_alone_recorded(
+    run_tool: Tool, sampled: tuple[Path, Path]
+) -> None:
+    a, b = sampled
+    write_samples(b, sample_lines(1, [0, 1], [2, 3]) + sample_lines(2, [4, 5], [6, 7]))
+    status, printed, _ = run_tool(a, b)
+    assert status == 1
+    assert "Samples: the same at 2 steps.\n  only a has a record of step 3\n" in printed
+
+
 def test_samples_of_one_run_only_and_damaged(run_tool: Tool, sampled: tuple[Path, Path]) -> None:
     a, b = sampled
     status, printed, _ = run_tool(b, a)

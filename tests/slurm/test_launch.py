@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -386,23 +388,20 @@ def test_local_run_starts_again_after_a_warning(tiny_config: ConfigWriter, tmp_p
     tiny.assert_same_run(run, tmp_path / "runs" / "straight")
 
 
-@pytest.mark.parametrize(
-    ("fails", "status"),
-    [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 128 + 9)],
-)
+@pytest.mark.parametrize(("fails", "status"), [("exit 3", 3), ("kill -9 $$", 128 + signal.SIGKILL)])
 def test_one_failed_process_ends_the_others(
-    fails: str, status: int, monkeypatch: pytest.MonkeyPatch
+    fails: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever it is; here the last."""
     monkeypatch.setattr(local, "PATIENCE", 0.1)
-    programs = ("import time; time.sleep(20)", fails)
-    running = [subprocess.Popen([sys.executable, "-S", "-c", program]) for program in programs]
-    try:
-        assert local._wait(running) == status
-        assert running[0].poll() is None
-    finally:
-        running[0].kill()
-        running[0].wait()
+    job: Any = types.SimpleNamespace(code=str(tmp_path))
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n[ $RANK = 0 ] && exec sleep 20\n{fails}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    begin = time.monotonic()
+    assert local._start(tmp_path / "job.json", job, 2, 0) == status
+    assert time.monotonic() - begin < 15
 
 
 def test_cluster_file_of_the_documentation(cluster_file: Path) -> None:

@@ -783,7 +783,7 @@ def test_what_sets_entries_apart_unnamed_is_at_the_head(by_hand: ByHand) -> None
 @pytest.mark.parametrize(
     ("top1", "said"),
     [
-        # Against 90, 90 and 90; the interval is of 4.3 standard said to either side.
+        # Against 90, 90 and 90; the interval is of 4.3 standard errors to either side.
         ([92.0, 93.0, 94.0], "+3.00 [+0.52, +5.48] points, n = 3: **better** (p = 0.035)"),
         ([88.0, 87.0, 86.0], "-3.00 [-5.48, -0.52] points, n = 3: **worse** (p = 0.035)"),
         ([91.0, 92.0, 93.0], "+2.00 [-0.48, +4.48] points, n = 3: no difference can be told"),

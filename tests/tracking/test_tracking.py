@@ -24,7 +24,7 @@ import pytest
 import tiny
 
 import tetdist
-from tetdist.errors import UserError
+from tetdist.errors import UserError, pip_install
 from tetdist.tracking import metrics_file, mlflow_follower, trackers
 from tetdist.tracking.environment import environment, git_state
 from tetdist.tracking.metrics_file import (
@@ -478,6 +478,7 @@ class Killed(BaseException):
     pass
 
 
+# The thread that sends ends by what kills it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_kill_at_any_call_is_caught_up(store: Store, tmp_path: Path) -> None:
     """MLflow gets the first calls of a process, and all the rest from the next one.
@@ -722,7 +723,8 @@ def test_mlflow_missing_is_said_at_once(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"MLflow is not installed: pip install -e '.*\[train,"):
+    said = f"MLflow is not installed: {pip_install('train,cuda130')};"
+    with pytest.raises(UserError, match=re.escape(said)):
         store.open(tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

@@ -1,6 +1,7 @@
 """Both engines make the same steps, and a step whose gradient is not finite makes none."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tetdist.config.loading import parse
 from tetdist.config.schema import RunConfig
 from tetdist.distributed.world import World, join
-from tetdist.errors import UserError
+from tetdist.errors import UserError, pip_install
 from tetdist.nn import batch_norm
 from tetdist.optimizers import make_optimizer
 from tetdist.training.engines import base, create, deepspeed_engines
@@ -357,5 +358,6 @@ def test_missing_deepspeed_is_named(world: World, monkeypatch: pytest.MonkeyPatc
         "find_spec",
         lambda name, *rest: None if name == "deepspeed" else find(name, *rest),
     )
-    with pytest.raises(UserError, match="DeepSpeed is not installed: pip install"):
+    said = f"DeepSpeed is not installed: {pip_install('train,cuda130')};"
+    with pytest.raises(UserError, match=re.escape(said)):
         made(DEEPSPEED, network(), world, {})

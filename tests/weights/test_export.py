@@ -25,7 +25,7 @@ from tetdist.apps.weights import export
 from tetdist.apps.weights.nir_graph import to_nir
 from tetdist.apps.weights.trained import Trained, load
 from tetdist.config.loading import parse
-from tetdist.errors import UserError
+from tetdist.errors import UserError, pip_install
 from tetdist.storage import checkpoint
 
 T = 3
@@ -164,7 +164,8 @@ def test_card_says_what_a_reader_asks_and_no_secrets(call: Call, tmp_path: Path)
     card = (tmp_path / "given" / "README.md").read_text()
     for part in (
         "| network | spiking_resnet18, width 4, stem_width 4 |",
-        "| neuron | kind lif, threshold 0.5, decay 0.75, reset hard, detach_reset False, ",
+        "| neuron | kind lif, threshold 0.5, decay 0.75, reset hard, detach_reset False, "
+        "surrogate triangle, surrogate_width 1.0, spike step, fires_at_threshold False |",
         "| timesteps | 3 |",
         "| input | 3 x 32 x 32 image |",
         "| loss | TET, lambda 0.001, phi 1; 0.2 x divergence from big; 0.5 x divergence from the "
@@ -503,8 +504,7 @@ def test_missing_package_is_named(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     status, said = call("export", file, "--format", "onnx", "--output", tmp_path / "net.onnx")
     assert status == 2
-    assert "onnxruntime is not installed; pip install -e " in said
-    assert "[train,export]'" in said
+    assert f"onnxruntime is not installed; {pip_install('train,export')}\n" in said
 
 
 @pytest.mark.parametrize(
