@@ -17,7 +17,9 @@ from tetdist import plugins
 from tetdist.apps.cli import eval as evaluation
 from tetdist.apps.cli import export as exporting
 from tetdist.errors import UserError
+from tetdist.losses import LOSSES
 from tetdist.nn.neurons import NEURONS
+from tetdist.optimizers import OPTIMIZERS
 from tetdist.plugins import import_files
 
 PAGE = tiny.PROJECT / "docs" / "extending.md"
@@ -49,9 +51,11 @@ def _without_what_others_imported() -> Iterator[None]:
     yield
     for name in [name for name in sys.modules if name.startswith(plugins.PACKAGE)]:
         del sys.modules[name]
-    # Every kind of neuron that there is has its keys in the documentation.
-    for kind in [kind for kind in NEURONS if NEURONS._modules[kind].startswith(plugins.PACKAGE)]:
-        del NEURONS._entries[kind], NEURONS._modules[kind]
+    # Every kind of neuron, loss and optimiser that there is stands in the documentation of keys.
+    registries: list[plugins.Registry[Any]] = [NEURONS, LOSSES, OPTIMIZERS]
+    for known in registries:
+        for kind in [kind for kind in known if known._modules[kind].startswith(plugins.PACKAGE)]:
+            del known._entries[kind], known._modules[kind]
 
 
 @pytest.fixture
