@@ -9,7 +9,7 @@ import os
 import runpy
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from tetdist.apps.cli import check_gpu
 from tetdist.apps.slurm import speed
 from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.config import loading
-from tetdist.distributed.world import World, join
+from tetdist.distributed.world import World
 from tetdist.errors import UserError, pip_install
 from tetdist.nn.neurons import LIF
 from tetdist.training import graphs as training_graphs
@@ -45,9 +45,8 @@ from tetdist.training.graphs import Captured
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Iterator[Machine]:
-    with join("cpu") as world:
-        yield Machine(world, small=True, folder=tmp_path)
+def here(alone: World, tmp_path: Path) -> Machine:
+    return Machine(alone, small=True, folder=tmp_path)
 
 
 def test_the_command_knows_all_checks() -> None:

@@ -18,7 +18,7 @@ from tiny import Farm
 from tetdist.apps.check_gpu import remedies, run
 from tetdist.apps.check_gpu.check import Check, Finding, Machine, Report
 from tetdist.apps.check_gpu.run import run_checks
-from tetdist.distributed.world import join
+from tetdist.distributed.world import World
 
 # Runs the command with checks of its own, of which the second has rank 1 fail or die, or hangs if
 # there is a single process. Arguments: the JSON file, a folder for temporary files, who dies.
@@ -53,9 +53,8 @@ sys.exit(check_gpu.main(["--device", "cpu", "--json", file]))
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Iterator[Machine]:
-    with join("cpu") as world:
-        yield Machine(world, small=True, folder=tmp_path)
+def here(alone: World, tmp_path: Path) -> Machine:
+    return Machine(alone, small=True, folder=tmp_path)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tetdist.data.dali import import_dali
 from tetdist.data.loader import Batch
 from tetdist.data.pixels import Edits, Output, edited
 from tetdist.datasets.index import Index, build_index, load_index
-from tetdist.distributed.world import World, join
+from tetdist.distributed.world import World
 from tetdist.errors import UserError
 
 # All that is done to images, before and after normalisation.
@@ -32,12 +32,6 @@ AUGMENTED = {
     "data.cutmix": 1.0,
     "data.erasing": {"probability": 0.6, "mode": "pixel", "count": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with join("cpu") as one:
-        yield one
 
 
 def batches_of(
@@ -66,36 +60,36 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 
 
 def test_images_are_the_same_from_a_process_of_their_own(
-    tiny_root: Path, tiny_config: Callable[..., Path], world: World
+    tiny_root: Path, tiny_config: Callable[..., Path], alone: World
 ) -> None:
     index = load_index(tiny_root / "index" / "train.npz")
     here = load(tiny_config(AUGMENTED), [])
     there = load(tiny_config(AUGMENTED | {"data.own_process": True}), [])
-    assert_same(batches_of(here, index, world, 7), batches_of(there, index, world, 7))
+    assert_same(batches_of(here, index, alone, 7), batches_of(there, index, alone, 7))
     # All of an evaluation: its last batch is smaller, and it ends.
-    evaluated = batches_of(there, index, world, 99, train=False)
-    assert_same(batches_of(here, index, world, 99, train=False), evaluated)
+    evaluated = batches_of(there, index, alone, 99, train=False)
+    assert_same(batches_of(here, index, alone, 99, train=False), evaluated)
     assert sum(len(batch.labels) for batch in evaluated) == len(index)
 
 
 def test_training_goes_on_at_any_step(
-    tiny_root: Path, tiny_config: Callable[..., Path], world: World
+    tiny_root: Path, tiny_config: Callable[..., Path], alone: World
 ) -> None:
     index = load_index(tiny_root / "index" / "train.npz")
     config = load(tiny_config({"data.repeats": 2, "seed": 3}), [])
-    straight = batches_of(config, index, world, 30)  # an epoch has 5 steps of 4
-    assert_same(batches_of(config, index, world, 6, step=6), straight[24:])
+    straight = batches_of(config, index, alone, 30)  # an epoch has 5 steps of 4
+    assert_same(batches_of(config, index, alone, 6, step=6), straight[24:])
     counts = np.unique(np.concatenate([batch.ids for batch in straight[:20]]), return_counts=True)
     assert counts[1].tolist() == [2] * 20
     other = load(tiny_config({"data.repeats": 2}), [])
-    assert straight[0].ids.tolist() != batches_of(other, index, world, 1)[0].ids.tolist()
+    assert straight[0].ids.tolist() != batches_of(other, index, alone, 1)[0].ids.tolist()
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16])
 def test_events_are_the_same_from_a_process_of_their_own(
     event_root: Callable[..., Path],
     tiny_config: Callable[..., Path],
-    world: World,
+    alone: World,
     dtype: type[np.generic],
 ) -> None:
     root = event_root(dtype)
@@ -104,7 +98,7 @@ def test_events_are_the_same_from_a_process_of_their_own(
     changes["model.name"] = "spiking_convnet_dvs"
     here = load(tiny_config(changes), [])
     there = load(tiny_config(changes | {"data.own_process": True}), [])
-    assert_same(batches_of(here, index, world, 6), batches_of(there, index, world, 6))
+    assert_same(batches_of(here, index, alone, 6), batches_of(there, index, alone, 6))
 
 
 @pytest.fixture
@@ -112,23 +106,23 @@ def config(tiny_copy: Path, tiny_config: Callable[..., Path]) -> RunConfig:
     return load(tiny_config({"data.own_process": True, "data.root": str(tiny_copy)}), [])
 
 
-def test_a_bad_file_is_named_as_ever(config: RunConfig, tiny_copy: Path, world: World) -> None:
+def test_a_bad_file_is_named_as_ever(config: RunConfig, tiny_copy: Path, alone: World) -> None:
     index = load_index(tiny_copy / "index" / "train.npz")
     file = tiny_copy / index.path(3)
     file.write_bytes(bytes(file.stat().st_size))
     with (
         pytest.raises(UserError, match=r"do not decode: .*mend or remove"),
-        build.train_loader(config, index, world, 0, 16) as batches,
+        build.train_loader(config, index, alone, 0, 16) as batches,
     ):
         list(islice(batches, 40))
 
 
-def test_a_killed_loader_is_told(config: RunConfig, tiny_copy: Path, world: World) -> None:
+def test_a_killed_loader_is_told(config: RunConfig, tiny_copy: Path, alone: World) -> None:
     index = load_index(tiny_copy / "index" / "train.npz")
     for taken in (0, 1, 5):  # Closing ends the process at any moment.
-        batches_of(config, index, world, taken)
+        batches_of(config, index, alone, taken)
         assert not multiprocessing.active_children()
-    with build.train_loader(config, index, world, 0, 16) as batches:
+    with build.train_loader(config, index, alone, 0, 16) as batches:
         next(batches)
         (child,) = multiprocessing.active_children()
         # What asks the training to stop is no matter of the loader's.
