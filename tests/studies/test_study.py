@@ -60,9 +60,9 @@ def test_a_study_is_trained_continued_and_reported(
     assert "1 of 4 runs are done already" in said
     assert re.search(r"\[\d/4\] sdt-seed1: top-1 \d+\.\d\d %", said), said
     assert steps_begun_at(output / "logs" / "sdt-seed1.log") == ["3"]
-    # What is finished is reported, and what is not is named.
-    # Nor is anything silent for long after the last run.
+    # Nothing is silent for long after the last run.
     assert "writing the report and its figure\n" in said
+    # What is finished is reported, and what is not is named.
     assert f"the report is {output / 'report.md'}" in said
     report = (output / "report.md").read_text()
     assert "**Not complete**: 1 of 4 runs is missing (tet-seed1)" in report
