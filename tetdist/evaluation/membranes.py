@@ -79,12 +79,12 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
 
 
 def _counts(u: Tensor) -> Tensor:
-    """Count the values from `LOWEST` to `HIGHEST` in each bin, (BINS,).
+    """Count the values from `LOWEST` to `HIGHEST` in each bin, (BINS,), and no NaN.
 
     torch.histc, which does so, has no deterministic form on a GPU.
     """
-    bins = ((u - LOWEST) * BINS / (HIGHEST - LOWEST)).long().clamp(max=BINS - 1)
-    return torch.bincount(bins.flatten(), minlength=BINS)
+    bins = ((u[~u.isnan()] - LOWEST) * BINS / (HIGHEST - LOWEST)).long().clamp(max=BINS - 1)
+    return torch.bincount(bins, minlength=BINS)
 
 
 def _histogram(
