@@ -84,7 +84,7 @@ def _counts(u: Tensor) -> Tensor:
     torch.histc, which does so, has no deterministic form on a GPU.
     """
     bins = ((u - LOWEST) * BINS / (HIGHEST - LOWEST)).clamp(max=BINS - 1)
-    return torch.bincount(bins.nan_to_num(nan=BINS).long(), minlength=BINS + 1)[:BINS]
+    return torch.bincount(bins.nan_to_num(nan=BINS).long().flatten(), minlength=BINS + 1)[:BINS]
 
 
 def _histogram(
