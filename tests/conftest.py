@@ -260,3 +260,11 @@ def alone() -> "Iterator[World]":
 
     with join("cpu") as world:
         yield world
+
+
+@pytest.fixture
+def a_terminal() -> Iterator[None]:
+    """As in a terminal, though the tests themselves may run under nohup."""
+    as_started = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, as_started)

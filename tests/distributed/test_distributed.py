@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -153,14 +152,6 @@ def test_second_interrupt_ends_at_once() -> None:
         assert stop.exit_status == 130
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.fixture
-def a_terminal() -> Iterator[None]:
-    """As in a terminal, though the tests themselves may run under nohup."""
-    as_started = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, as_started)
 
 
 @pytest.mark.usefixtures("a_terminal")

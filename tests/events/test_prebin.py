@@ -133,6 +133,7 @@ def test_a_second_call_keeps_tensors_and_adds_a_split(source, tmp_path, prebin_d
     assert len(preview.convert("RGB").getcolors(1 << 20)) > 10
 
 
+@pytest.mark.usefixtures("a_terminal")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_call_is_continued(tmp_path, prebin_dvs, ended, how):
     source, dest = make_source(tmp_path / "source", per_class=150), tmp_path / "dest"

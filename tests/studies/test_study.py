@@ -283,6 +283,7 @@ def test_runs_of_a_killed_study_save_and_end(call: Call, write: Write, tmp_path:
     assert list((run / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.usefixtures("a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_is_being_started_ends_with_the_study(
     number: signal.Signals, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
