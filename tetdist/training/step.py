@@ -1,7 +1,8 @@
 """One optimiser step: micro-batches forward and backward, then one update.
 
-Trainer, benchmarks, check_gpu and the tests without a GPU all take this step. It is given batches
-on the device; it opens no file and logs nothing.
+Trainer, `bench scaling`, check_gpu and the tests without a GPU all take this step. (`bench model`
+compares networks, also those of other libraries, by forward and backward pass alone.) It is given
+batches on the device; it opens no file and logs nothing.
 """
 
 from collections.abc import Callable, Iterable, Sequence
