@@ -1,6 +1,6 @@
-"""The machine code that the Triton passes become on a GPU, read without a GPU.
+"""The machine code that the Triton kernels become on a GPU, read without a GPU.
 
-The passes are called with tensors without contents, and each launch is noted instead of done;
+The kernels are called with tensors without contents, and each launch is noted instead of done;
 Triton compiles what was noted for a GPU of a given kind, and brings assembler and disassembler.
 tests/nn/test_triton_code.py compares what is counted with docs/performance/gpu_code.json, which
 docs/make/gpu.py writes. All of it is computed, not measured.
@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fast import triton_passes
+from tetdist.nn.fast import triton_kernels
 from tetdist.nn.fast.fused import Affine, Inputs
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
@@ -65,7 +65,7 @@ def noted() -> Iterator[list[Launch]]:
         kinds = tuple(f"*{_TYPES[a.dtype]}" if isinstance(a, Tensor) else a for a in arguments)
         launches.append(Launch(kernel, kinds, dict(known)))
 
-    with mock.patch.object(triton_passes, "launch", note):
+    with mock.patch.object(triton_kernels, "launch", note):
         yield launches
 
 
@@ -102,25 +102,27 @@ class Layer(Part):
         one_step = (self.rows, self.channels)
         all_steps = (self.timesteps, *one_step)
         norm = BatchNorm(self.channels).to("meta", self.wide)
-        passes = triton_passes.Passes(self.neuron, self.timesteps, carries=self.carries, packs=True)
+        kernels = triton_kernels.NeuronKernels(
+            self.neuron, self.timesteps, carries=self.carries, packs=True
+        )
         with noted() as launches:
             x = empty(1 if self.shared else self.timesteps, *one_step)
             start = empty(*one_step, dtype=self.wide) if self.carries else None
-            affine = passes.normalization(norm, x, norm.weight, norm.bias)
+            affine = kernels.normalization(norm, x, norm.weight, norm.bias)
             shortcut = of_shortcut = None
             if self.shortcut != "none":
                 shortcut = empty(*all_steps)
             if self.shortcut == "normalized":
-                of_shortcut = passes.normalization(norm, shortcut, norm.weight, norm.bias)
+                of_shortcut = kernels.normalization(norm, shortcut, norm.weight, norm.bias)
             # What a kind of neuron learns of which there are kernels is one number.
             learned = (empty(dtype=self.wide),) if isinstance(self.neuron, PLIF) else ()
             inputs = Inputs(x, shortcut, affine, of_shortcut, start, learned)
-            passes.spikes(inputs, empty(*all_steps) if self.identity else None)
+            kernels.spikes(inputs, empty(*all_steps) if self.identity else None)
             grads = (empty(*all_steps), start)
-            sums, _ = passes.sums(inputs, *grads)
+            sums, _ = kernels.sums(inputs, *grads)
             own, others = (sums.grad, sums.grad_xhat), (sums.grad, sums.grad_shortcut_hat)
             of_other = None if others[1] is None else others
-            passes.gradients(inputs, *grads, None, own, of_other, needs_x=True)
+            kernels.gradients(inputs, *grads, None, own, of_other, needs_x=True)
         return launches
 
 
@@ -137,13 +139,15 @@ class Stream(Part):
         shortcut = x[:1] if self.shared else x
         affine = Affine(*torch.empty(4, self.channels, dtype=self.wide, device="meta"))
         of_shortcut = affine if self.normalized else None
-        norm = triton_passes.NormPasses(self.timesteps)
-        passes = triton_passes.Passes(self.neuron, self.timesteps, carries=False, packs=True)
+        norm = triton_kernels.NormKernels(self.timesteps)
+        kernels = triton_kernels.NeuronKernels(
+            self.neuron, self.timesteps, carries=False, packs=True
+        )
         with noted() as launches:
             norm.add(x, shortcut, affine, of_shortcut)
             inputs = Inputs(shortcut, None, None, None, None)
-            passes.spikes(inputs, None)
-            passes.current_gradient(inputs, x, None)
+            kernels.spikes(inputs, None)
+            kernels.current_gradient(inputs, x, None)
             sums = norm.add_sums(x, shortcut, affine, of_shortcut, x)
             norm.norm_gradient(x, x, affine, (sums.grad, sums.grad_xhat))
         return launches
@@ -151,7 +155,7 @@ class Stream(Part):
 
 def pooling() -> list[Launch]:
     """Return the launches of max-pooling: behind a ResNet's stem, of a transformer's current."""
-    kernels = triton_passes.Pool()
+    kernels = triton_kernels.Pool()
     window = torch.nn.MaxPool2d(3, 2, 1)
     images = torch.empty(128, 112, 112, 64, dtype=torch.uint8, device="meta").permute(0, 3, 1, 2)
     affine = Affine(*torch.empty(4, 64, device="meta"))
@@ -166,9 +170,9 @@ def packing() -> list[Launch]:
     """Return the launches that unpack bytes, pack numbers, and unpack halves of bytes."""
     values = torch.empty(128, 56, 56, 64, dtype=torch.uint8, device="meta")
     with noted() as launches:
-        triton_passes.unpack(values, 4, torch.bfloat16)
-        halves = triton_passes.halve(values)
-        triton_passes.unpack_halves(halves, values.shape, values.stride(), 1, torch.bfloat16)
+        triton_kernels.unpack(values, 4, torch.bfloat16)
+        halves = triton_kernels.halve(values)
+        triton_kernels.unpack_halves(halves, values.shape, values.stride(), 1, torch.bfloat16)
     return launches
 
 
@@ -247,7 +251,7 @@ def compiled(launch: Launch, capability: int) -> Code:
                 # torch allocates at multiples of more than that.
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": triton_passes.WARPS, "enable_fp_fusion": False}
+    options = {"num_warps": triton_kernels.WARPS, "enable_fp_fusion": False}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return _read(kernel)
 

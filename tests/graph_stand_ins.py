@@ -2,7 +2,7 @@
 
 A tape takes down torch's operations and the tensors that they read and write, and repeats these
 alone: like a graph it does nothing of what Python does, and finds its numbers where they were when
-it was made. Fused passes, which are no operations of torch's on a CPU, are run again by Python
+it was made. Fused kernels, which are no operations of torch's on a CPU, are run again by Python
 instead.
 """
 

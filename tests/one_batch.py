@@ -6,11 +6,11 @@ from typing import Any
 
 from tetdist.data.loader import Batch
 from tetdist.evaluation.evaluate import Evaluation, evaluate
-from tetdist.evaluation.suite import Passes
+from tetdist.evaluation.suite import Evaluator
 
 
 @dataclass(frozen=True)
-class OneBatch(Passes):
+class OneBatch(Evaluator):
     """Evaluates a batch in place of a folder's."""
 
     batch: Batch

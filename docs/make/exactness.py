@@ -235,9 +235,9 @@ def stages(runs: Runs, quick: bool) -> str:
         for name, run in found
     ]
     head = ["DeepSpeed, float32", "loss, steps 1-3", "4-10", "11-20", f"21-{STEPS}"]
-    twin, stage1 = runs.folder / "control-contiguous", runs.folder / "float32-1-1"
+    control, stage1 = runs.folder / "control-contiguous", runs.folder / "float32-1-1"
     # Its norm of the gradient is DeepSpeed's own sum, in another order.
-    same = identical(stage1, twin, but=("grad_norm",))
+    same = identical(stage1, control, but=("grad_norm",))
     return f"""## DeepSpeed's stages: float32
 
 Against stage 0 on one process with one thread. In float32 a membrane within rounding of the

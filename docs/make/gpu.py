@@ -1,4 +1,4 @@
-"""Compute what the GPU's passes cost, and write it down: docs/performance/gpu_code.json, and the
+"""Compute what the GPU's kernels cost, and write it down: docs/performance/gpu_code.json, and the
 section "The GPU path, computed" of docs/performance.md.
 
     python docs/make/gpu.py
@@ -70,7 +70,7 @@ class Cost:
         return "memory" if is_memory else "instructions"
 
 
-PASSES = ("statistics", "fire", "fire with identity", "backward_sums", "backward")
+KERNELS = ("statistics", "fire", "fire with identity", "backward_sums", "backward")
 # Numbers and timesteps in a thread's part of a tile, of bfloat16 at T = 4: four times 16 bytes.
 NUMBERS_OF_THREAD = 32
 
@@ -86,10 +86,10 @@ def record() -> dict[str, Any]:
 
 
 def hand_written() -> dict[str, Cost]:
-    """Costs of the passes; what comes once a program is shared out among its tiles."""
+    """Costs of the kernels; what comes once a program is shared out among its tiles."""
     launches = gpu_code.recorded_launches()
     costs = {}
-    for name in PASSES:
+    for name in KERNELS:
         timesteps = 1 if name == "statistics" else TIMESTEPS
         code, steps = gpu_code.compiled(launches[name], 90), launches[name].argument("steps")
         assert isinstance(steps, int)
@@ -158,11 +158,11 @@ def section(code: dict[str, Any]) -> str:
             f"{1e12 * by_hand[name].seconds():.1f}",
             by_hand[name].bound(),
         ]
-        for name in PASSES
+        for name in KERNELS
     ]
-    passes = markdown(
+    kernels = markdown(
         [
-            "pass",
+            "kernel",
             "bytes",
             "instructions",
             "registers",
@@ -232,19 +232,19 @@ def section(code: dict[str, Any]) -> str:
     )
     return f"""{TITLE}
 
-*Computed, not measured*: no GPU has run these passes. Made by `python docs/make/gpu.py`, from the
+*Computed, not measured*: no GPU has run these kernels. Made by `python docs/make/gpu.py`, from the
 code that Triton {code["triton"]} makes for an H100 (sm_90), and arithmetic; it says what changes.
 
-### Passes
+### Kernels
 
-Of a number and timestep, in bfloat16 at T = {TIMESTEPS}, with 64 channels: bytes that a pass loads
-and stores, instructions of a thread in machine code, registers of a thread, and the picoseconds
-that the larger of the two takes at {bandwidth}, or at
+Of a number and timestep, in bfloat16 at T = {TIMESTEPS}, with 64 channels: bytes that a kernel
+loads and stores, instructions of a thread in machine code, registers of a thread, and the
+picoseconds that the larger of the two takes at {bandwidth}, or at
 65 % of all instructions that 132 processors can issue. What comes once a program is shared out as
 for a layer of 56x56 pixels at batch 32. (`tests/gpu_code.py`;
 `pytest tests/nn/test_triton_code.py` compares it with docs/performance/gpu_code.json.)
 
-{passes}
+{kernels}
 
 ### Steps
 
@@ -252,7 +252,7 @@ All that a micro-batch of {MODEL} (T={TIMESTEPS}, 224 pixels, bfloat16) takes of
 microseconds an image and timestep: each kernel as long as its bytes at {bandwidth},
 or its operations at {arithmetic}. Memory is the most that activations and
 gradients fill.
-(`tetdist/apps/roofline`; `pytest tests/roofline` compares it with the passes' own code, with the
+(`tetdist/apps/roofline`; `pytest tests/roofline` compares it with the kernels' own code, with the
 memory measured above, and with what NVIDIA and MLPerf have measured of a ReLU ResNet-50.)
 
 {whole}

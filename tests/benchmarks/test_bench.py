@@ -15,7 +15,7 @@ import pytest
 import timm
 import tiny
 import torch
-from passes import randomize
+from kernel_runs import randomize
 
 from tetdist import models
 from tetdist.apps.benchmarks import bench as benchmark

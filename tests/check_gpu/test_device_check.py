@@ -64,7 +64,7 @@ def test_the_quick_checks_pass_here(tmp_path: Path, call: Callable[..., tuple[in
     assert "there is no GPU, and CUDA graphs are a GPU's" in output
     found = json.loads(file.read_text())
     assert set(found["checks"]) == set(names.split(","))
-    # In float64 the passes and the definition are equal but for rounding.
+    # In float64 the kernels and the definition are equal but for rounding.
     assert 0 < found["checks"]["numerics"]["sew_resnet18 fp64"] < 1e-9
     assert found["machine"]["torch"]
 
@@ -138,11 +138,11 @@ def test_what_is_bad_is_told_with_its_remedy(here: Machine) -> None:
     assert "Traceback" in report.as_dict()["checks"]["second"]["traceback"]
 
 
-def test_passes_that_do_not_work_are_not_called_equal(
+def test_kernels_that_do_not_work_are_not_called_equal(
     here: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without them both would be the definition."""
-    monkeypatch.setattr(numerics, "passes_for", lambda *_, **__: None)
+    monkeypatch.setattr(numerics, "kernels_for", lambda *_, **__: None)
     found = numerics.check_numerics(here)
     assert found.status == "bad"
     assert "do not work here" in found.text
@@ -158,7 +158,7 @@ def test_rounding_alone_is_not_called_wrong(here: Machine) -> None:
 
 
 @pytest.mark.parametrize("dtype", numerics.LAYER_LIMITS)
-def test_passes_of_another_neuron_are_called_wrong(
+def test_kernels_of_another_neuron_are_called_wrong(
     here: Machine, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     neurons = iter([LIF(decay=0.45), LIF()])
@@ -335,8 +335,8 @@ def on_gpu(here: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ma
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(versions.dist, "is_nccl_available", lambda: True)
     monkeypatch.setattr(versions.importlib.util, "find_spec", lambda _: True)
-    passes = types.SimpleNamespace(OLDEST=(3, 3))
-    monkeypatch.setattr(versions.importlib, "import_module", lambda _: passes)
+    kernels = types.SimpleNamespace(OLDEST=(3, 3))
+    monkeypatch.setattr(versions.importlib, "import_module", lambda _: kernels)
     monkeypatch.setattr(remedies, "smi", lambda _: "580.95.05\n580.95.05\n")
     monkeypatch.setattr(remedies, "driver_and_gpu", lambda: (580, (9, 0)))
     monkeypatch.setattr(versions, "_distributions", lambda name: INSTALLED.get(name, []))

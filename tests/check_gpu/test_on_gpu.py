@@ -59,7 +59,7 @@ def test_a_run_is_the_same_with_graphs(tiny_config: Callable[..., Path], tmp_pat
 
 
 def test_a_run_trains_and_evaluates(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
-    """DeepSpeed's engine on the GPU, fused passes, data from a process of its own."""
+    """DeepSpeed's engine on the GPU, fused kernels, data from a process of its own."""
     changes = {"execution": "fused", "precision": "bf16", "device": "cuda", "data.mixup": 0.2}
     command = tiny.python(tiny.TRAIN, "--config", tiny_config(changes))
     environment = {k: v for k, v in tiny.clean_environment().items() if k != "DS_ACCELERATOR"}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from kernel_runs import randomize
 from one_batch import OneBatch
-from passes import randomize
 from torch import Tensor
 
 from tetdist.apps.reports.evaluation_page import as_text, html_page, png_page
@@ -56,7 +56,7 @@ def small(neuron: dict[str, Any]) -> SpikingNetwork:
     return network("spiking_convnet", neuron, channels=(6, 8, 8), input_size=12)
 
 
-def passes_of(model: SpikingNetwork, world: World) -> OneBatch:
+def evaluator_of(model: SpikingNetwork, world: World) -> OneBatch:
     generator = torch.Generator().manual_seed(0)
     index: Any = type("Index", (), {"classes": CLASSES})
     config: Any = None
@@ -78,9 +78,9 @@ ABOUT = {
 
 def test_what_is_not_causal_is_evaluated_at_each_t_by_itself(alone: World) -> None:
     model = small({"kind": "ahead"})
-    passes = passes_of(model, alone)
-    found = run_suite(passes, timesteps=[1, 2, 4], headline=2)
-    images, labels = passes.batch.images, torch.arange(24) % 4
+    evaluator = evaluator_of(model, alone)
+    found = run_suite(evaluator, timesteps=[1, 2, 4], headline=2)
+    images, labels = evaluator.batch.images, torch.arange(24) % 4
     losses = []
     with torch.no_grad():
         for t in (1, 2, 4):
@@ -102,11 +102,11 @@ def test_what_is_not_causal_is_evaluated_at_each_t_by_itself(alone: World) -> No
 
 
 def test_a_training_says_of_what_is_not_causal_only_the_whole(alone: World) -> None:
-    passes = passes_of(small({"kind": "psn"}), alone)
-    result = passes.run("evaluate")
+    evaluator = evaluator_of(small({"kind": "psn"}), alone)
+    result = evaluator.run("evaluate")
     assert result.timesteps == 4
     assert result.per_timestep_top1 == result.per_timestep_loss == []
-    assert passes_of(small({"kind": "masked_psn"}), alone).run("").per_timestep_top1 != []
+    assert evaluator_of(small({"kind": "masked_psn"}), alone).run("").per_timestep_top1 != []
 
 
 def test_a_network_runs_at_the_t_of_its_neurons_only() -> None:
@@ -277,24 +277,24 @@ def test_firing_rates_of_integer_spikes_are_shares_of_the_most(kind: str, alone:
     model = small({"kind": kind, "most_spikes": 8, "threshold": 0.3})
     seen: list[Tensor] = []
     model.stem.neuron.register_forward_hook(lambda _m, _i, output: seen.append(output))  # type: ignore[union-attr]  # of a ConvNormNeuron
-    result = passes_of(model, alone).run("evaluate")
+    result = evaluator_of(model, alone).run("evaluate")
     spikes = seen[0] / (8 if kind == "ilif" else 1)
     assert 0.1 < result.firing_rate["stem.neuron"] < 1
     assert result.firing_rate["stem.neuron"] == pytest.approx(spikes.mean().item())
 
 
 def test_there_may_be_nothing_to_unroll(alone: World) -> None:
-    passes = passes_of(small({"kind": "lif", "threshold": 0.3}), alone)
-    found = run_suite(passes, timesteps=[2, 4], unroll=True)
+    evaluator = evaluator_of(small({"kind": "lif", "threshold": 0.3}), alone)
+    found = run_suite(evaluator, timesteps=[2, 4], unroll=True)
     assert "nothing to unroll: every layer that sees spikes sees 0 and 1" in as_text(ABOUT | found)
 
 
 @pytest.mark.parametrize("kind", ["ilif", "nilif"])
 def test_an_unrolled_evaluation_says_the_same(kind: str, alone: World) -> None:
     model = small({"kind": kind, "threshold": 0.3})
-    passes = passes_of(model, alone)
+    evaluator = evaluator_of(model, alone)
     numbers, spikes = (
-        run_suite(passes, timesteps=[2, 4], unroll=unroll) for unroll in (False, True)
+        run_suite(evaluator, timesteps=[2, 4], unroll=unroll) for unroll in (False, True)
     )
     unrolled_into = re.search(r"unrolled: 3 layers in up to (\d) sub", as_text(ABOUT | spikes))
     assert "unrolled" not in as_text(ABOUT | numbers)

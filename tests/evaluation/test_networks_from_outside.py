@@ -35,7 +35,7 @@ class Outside(nn.Module):
         return torch.stack([t * self.conv(frame).mean((2, 3)) for t, frame in steps])
 
 
-def passes_of(model: Any, world: World) -> OneBatch:
+def evaluator_of(model: Any, world: World) -> OneBatch:
     torch.manual_seed(0)
     shape = (8, 3, 6, 6) if model.input_kind == "images" else (8, T, 2, 6, 6)
     index: Any = type("Index", (), {"classes": CLASSES})
@@ -47,12 +47,12 @@ def passes_of(model: Any, world: World) -> OneBatch:
 @pytest.mark.parametrize("kind", ["images", "events"])
 def test_all_but_what_is_known_of_ours_is_reported(kind: str, alone: World) -> None:
     model: Any = Outside(kind)
-    passes = passes_of(model, alone)
+    evaluator = evaluator_of(model, alone)
     dropped = [0.5] if kind == "events" else []
-    found = run_suite(passes, timesteps=[T], drop_timesteps=dropped)
+    found = run_suite(evaluator, timesteps=[T], drop_timesteps=dropped)
     with torch.no_grad():
-        logits = model(passes.batch.images, per_timestep=True)
-    right = (logits.mean(0).argmax(-1) == passes.batch.labels).double().mean()
+        logits = model(evaluator.batch.images, per_timestep=True)
+    right = (logits.mean(0).argmax(-1) == evaluator.batch.labels).double().mean()
     assert found["top1"] == pytest.approx(100 * float(right))
     assert found["operations"] is None
     assert found["firing_rate"] == {}
@@ -67,7 +67,7 @@ def test_all_but_what_is_known_of_ours_is_reported(kind: str, alone: World) -> N
 def test_what_only_ours_can_do_is_refused(alone: World) -> None:
     model: Any = Outside()
     with pytest.raises(UserError, match=r"--drop-timesteps .* this one is a Outside"):
-        run_suite(passes_of(model, alone), timesteps=[T], drop_timesteps=[0.5])
+        run_suite(evaluator_of(model, alone), timesteps=[T], drop_timesteps=[0.5])
 
 
 def test_other_than_logits_of_each_timestep_is_refused(alone: World) -> None:
@@ -76,4 +76,4 @@ def test_other_than_logits_of_each_timestep_is_refused(alone: World) -> None:
     with pytest.raises(
         UserError, match=r"returned \(8, 4\) .* must return logits \(3, 8, classes\)"
     ):
-        run_suite(passes_of(model, alone), timesteps=[T])
+        run_suite(evaluator_of(model, alone), timesteps=[T])

@@ -37,7 +37,7 @@ def _folder_of(package: str) -> str:
 # The whole path, since the checkout may be in a folder of that name, too.
 FOLDERS = {package: _folder_of(package) for package in ("tetdist", "deepspeed")}
 # Their callers are who did it.
-_NOT_TO_BLAME = ("data/transfer.py", "nn/fast/triton_passes.py", "cuda_accelerator.py")
+_NOT_TO_BLAME = ("data/transfer.py", "nn/fast/triton_kernels.py", "cuda_accelerator.py")
 
 
 class Properties:

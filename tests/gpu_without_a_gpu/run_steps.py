@@ -157,12 +157,12 @@ def main() -> None:
     ctypes.CDLL(os.environ["LD_PRELOAD"]).pretend()
     pretended.install()
     from tetdist.nn import batch_norm
-    from tetdist.nn.fast import passes
+    from tetdist.nn.fast import dispatch
     from tetdist.training import graphs
 
     graphs.capture = pretended.compared(graphs.capture)
     # Nothing can be computed here to find out whether Triton's kernels work.
-    passes._reason_against_triton = lambda _device: None
+    dispatch._reason_against_triton = lambda _device: None
 
     batch_norm.update_running_statistics = pretended.within(
         "statistics", batch_norm.update_running_statistics

@@ -12,7 +12,7 @@ import tiny
 import torch
 from adopted_networks import Small
 from graph_stand_ins import taped
-from passes import kept_tensors
+from kernel_runs import kept_tensors
 from spikingjelly.activation_based import encoding, functional, layer, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spikformer, spiking_resnet, spiking_vgg
 from torch import Tensor, nn

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from passes import assert_same, randomize, results_of
+from kernel_runs import assert_same, randomize, results_of
 from torch import Tensor
 
 from tetdist.errors import UserError

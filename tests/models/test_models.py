@@ -15,7 +15,7 @@ import timm
 import timm.task
 import torch
 import torch.nn.functional as F
-from passes import randomize
+from kernel_runs import randomize
 from torch import Tensor, nn
 
 import tetdist

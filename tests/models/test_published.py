@@ -13,7 +13,7 @@ import published_transformers as published
 import pytest
 import timm
 import torch
-from passes import assert_same
+from kernel_runs import assert_same
 from published_networks import (
     DECOUPLING,
     MS,

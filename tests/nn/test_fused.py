@@ -18,12 +18,12 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import (
+from kernel_runs import (
     IMPLEMENTATIONS,
     each_implementation,
     fused_and_defined,
     kept_tensors,
-    native_passes,
+    native_kernels,
     randomize,
     results_of,
 )
@@ -33,7 +33,7 @@ import tetdist
 from tetdist.losses import tet_loss
 from tetdist.nn import norm_neuron
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fast import build, native, native_pool, passes
+from tetdist.nn.fast import build, dispatch, native, native_pool
 from tetdist.nn.neurons import LIF, SURROGATES
 from tetdist.nn.norm_neuron import NormNeuron
 
@@ -124,7 +124,7 @@ def test_definition_is_norm_plus_shortcut_into_the_neuron(shared: bool) -> None:
     assert torch.equal(spikes, torch.stack(expected).double())
 
 
-# --------------------------------------------------------------------- passes: the whole of options
+# -------------------------------------------------------------------- kernels: the whole of options
 
 any_neuron = st.builds(
     LIF,
@@ -186,7 +186,7 @@ def test_native_sums_are_the_same_for_any_number_of_threads(dtype: torch.dtype) 
         inputs = {k: v.detach().to(dtype).requires_grad_() for k, v in case.inputs().items()}
         torch.set_num_threads(threads)
         try:
-            with native_passes():
+            with native_kernels():
                 results.append(
                     results_of(
                         module, lambda m, x=inputs: m(x["current"], 2, x["shortcut"]), inputs
@@ -202,8 +202,8 @@ def test_native_sums_are_the_same_for_any_number_of_threads(dtype: torch.dtype) 
 def test_native_statistics_do_not_cancel() -> None:
     # The difference of the mean square and the squared mean is nothing at all here in float32.
     x = 1000 + torch.randn(2, 5000, 3, generator=torch.Generator().manual_seed(0))
-    with native_passes():
-        mean, var = native.NormPasses(1).statistics(x)
+    with native_kernels():
+        mean, var = native.NormKernels(1).statistics(x)
     torch.testing.assert_close(mean.double(), x.double().mean((0, 1)), rtol=1e-6, atol=0)
     torch.testing.assert_close(
         var.double(), x.double().var((0, 1), correction=0), rtol=1e-4, atol=0
@@ -226,7 +226,7 @@ def test_a_library_is_built_once_and_survives_processes_that_build_it_at_once(
     }
 
     (tmp_path / "passing").mkdir()
-    with native_passes(), ExitStack() as stack:
+    with native_kernels(), ExitStack() as stack:
         command = tiny.python("-c", script)
         both = [stack.enter_context(tiny.started(command, tmp_path, environment)) for _ in "12"]
         for process in both:
@@ -358,7 +358,7 @@ def test_gradients_are_those_that_are_asked_for(implementation: str) -> None:
 
 @each_implementation
 def test_only_the_current_is_kept_for_the_backward_pass(implementation: str) -> None:
-    # What makes the neuron cheap: nothing of the size of T membranes between the passes.
+    # What makes the neuron cheap: nothing of the size of T membranes between the kernels.
     case = Case(shape=(2, 16, 8, 8), timesteps=16)
     module, current = case.module(), case.inputs()["current"]
     with IMPLEMENTATIONS[implementation](), kept_tensors() as tensors:
@@ -421,7 +421,7 @@ def test_without_a_compiler_a_model_trains_and_says_so_once(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kernels"))
     monkeypatch.setattr(build, "failures", {})
     libraries = (native.neuron_library, native.norm_library, native_pool.pool)
-    kept = (*libraries, passes._passes, passes._say_that_there_is_no_library)
+    kept = (*libraries, dispatch._neuron_kernels, dispatch._say_that_there_is_no_library)
     losses: dict[str, list[float]] = {"fused": [], "reference": []}
     for one in kept:
         one.cache_clear()

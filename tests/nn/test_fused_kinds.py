@@ -1,4 +1,4 @@
-"""Fused passes of the kinds of neurons beside LIF, against their definition: C++ and Triton."""
+"""Fused kernels of the kinds of neurons beside LIF, against their definition: C++ and Triton."""
 
 import itertools
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from passes import (
+from kernel_runs import (
     IMPLEMENTATIONS,
     draw,
     each_implementation,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import (
+from kernel_runs import (
     IMPLEMENTATIONS,
     assert_same,
     draw,
@@ -171,7 +171,7 @@ def test_it_is_a_layer_of_neurons() -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OwnThresholds(LIF):
-    """A kind without fused passes, each of whose channels has a shift of its own."""
+    """A kind without fused kernels, each of whose channels has a shift of its own."""
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:
         return {"shift": torch.arange(num_channels) / num_channels}

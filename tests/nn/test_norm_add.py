@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import (
+from kernel_runs import (
     IMPLEMENTATIONS,
     assert_same,
     each_implementation,
@@ -148,9 +148,9 @@ def test_many_rows_are_divided(implementation: str, monkeypatch: pytest.MonkeyPa
     case = Case(shape=(2, 2, 16, 24, 24), shortcut="normalized", shared=True)
     if implementation == "triton":
         needs_triton()
-        from tetdist.nn.fast import triton_passes
+        from tetdist.nn.fast import triton_kernels
 
-        monkeypatch.setattr(triton_passes, "PROGRAMS", dict.fromkeys(triton_passes.PROGRAMS, 3))
+        monkeypatch.setattr(triton_kernels, "PROGRAMS", dict.fromkeys(triton_kernels.PROGRAMS, 3))
     assert_fused_is_the_definition(case, implementation)
 
 
@@ -197,11 +197,11 @@ def test_triton_is_cpp_to_the_bit(shared: bool, dtype: torch.dtype) -> None:
     assert pair.norm is not None
     rows = [x.detach().permute(0, 1, 3, 4, 2).flatten(1, 3).contiguous() for x in inputs.values()]
     wide = torch.promote_types(dtype, torch.float32)
-    ours = native.NormPasses(3)
+    ours = native.NormKernels(3)
     with torch.no_grad(), interpreted():
-        from tetdist.nn.fast import triton_passes
+        from tetdist.nn.fast import triton_kernels
 
-        theirs = triton_passes.NormPasses(3)
+        theirs = triton_kernels.NormKernels(3)
         norms = [
             ours.normalization(n, x, n.weight, n.bias)
             for n, x in zip((pair.add.norm, pair.norm), rows, strict=True)

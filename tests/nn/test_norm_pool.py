@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from passes import (
+from kernel_runs import (
     fused_and_defined,
     interpreted,
     kept_tensors,
-    native_passes,
+    native_kernels,
     not_native,
     randomize,
 )
 from torch import Tensor, nn
 
-from tetdist.nn.fast import passes
+from tetdist.nn.fast import dispatch
 from tetdist.nn.fast.fused import Affine
 from tetdist.nn.norm_pool import NormPool
 
@@ -69,9 +69,9 @@ def test_the_pass_of_gpus_is_that_of_cpus_to_the_bit(dtype: torch.dtype) -> None
     gain = torch.linspace(-1, 2, 5, dtype=torch.promote_types(dtype, torch.float32))
     affine, window = Affine(gain, gain / 3, gain, gain), nn.MaxPool2d(3, 2, 1)
     found = []
-    for context in (native_passes(), interpreted()):
+    for context in (native_kernels(), interpreted()):
         with context:
-            kernel = passes.pooling_for(x)
+            kernel = dispatch.pooling_for(x)
             assert kernel is not None
             pooled, where = kernel.forward_normalized(x, affine, window)
             found.append((pooled, where, kernel.backward(pooled, where, x.shape, window)))

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from passes import interpreted, kept_tensors, not_native
+from kernel_runs import interpreted, kept_tensors, not_native
 from torch import Tensor, nn
 
 import tetdist.models  # noqa: F401  # registers them

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from passes import kept_tensors
+from kernel_runs import kept_tensors
 from torch import Tensor
 
 from tetdist.nn.packed import carried, carry, pack

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from passes import assert_same, kept_tensors, results_of
+from kernel_runs import assert_same, kept_tensors, results_of
 from torch import Tensor, nn
 
 from tetdist.losses import tet_loss

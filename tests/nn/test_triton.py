@@ -1,4 +1,4 @@
-"""The passes of GPUs where they are to be the same as those in C++ to the bit, and how they are
+"""Triton kernels, bitwise identical to those in C++ where they are meant to be, and how they are
 chosen. The kernels are interpreted; test_fused.py has them against the definition."""
 
 import contextlib
@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 import timm
 import torch
-from passes import draw, fused_and_defined, interpreted, needs_triton, randomize
+from kernel_runs import draw, fused_and_defined, interpreted, needs_triton, randomize
 
 import tetdist.models  # noqa: F401  # registers them
 from tetdist.nn import packed
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fast import native, passes
-from tetdist.nn.fast.fused import Affine, Inputs
+from tetdist.nn.fast import dispatch, native
+from tetdist.nn.fast.fused import Affine, Inputs, NeuronKernels
 from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
 
 needs_triton()
 
-from tetdist.nn.fast import triton_passes  # noqa: E402  # needs Triton
+from tetdist.nn.fast import triton_kernels  # noqa: E402  # needs Triton
 
 # A neuron of each reset, whose numbers are no powers of two.
 NEURONS: dict[str, NeuronConfig] = {
@@ -53,12 +53,12 @@ def affine(seed: int, channels: int, wide: torch.dtype) -> Affine:
     return Affine(1 + gain / 4, offset / 4, mean / 2, 1 + spread.abs())
 
 
-def both_passes(
+def both_kernels(
     neuron: NeuronConfig, timesteps: int, carries: bool
-) -> tuple[passes.Passes, passes.Passes]:
+) -> tuple[NeuronKernels, NeuronKernels]:
     return (
-        triton_passes.Passes(neuron, timesteps, carries=carries, packs=True),
-        native.Passes(neuron, timesteps, carries=carries, packs=True),
+        triton_kernels.NeuronKernels(neuron, timesteps, carries=carries, packs=True),
+        native.NeuronKernels(neuron, timesteps, carries=carries, packs=True),
     )
 
 
@@ -110,7 +110,7 @@ def test_spikes_bytes_and_membranes_are_those_of_cpp_to_the_bit(
     grad_spikes = draw(6, *shape).to(dtype)
     grad_end = draw(7, rows, channels).to(wide) if options["carries"] else None
     found = []
-    for kernels in both_passes(neuron, timesteps, options["carries"]):
+    for kernels in both_kernels(neuron, timesteps, options["carries"]):
         device = "cuda" if where == "cuda" and not found else "cpu"
         own = moved(inputs, device)
         grads = (grad_spikes.to(device), None if grad_end is None else grad_end.to(device))
@@ -150,12 +150,12 @@ def test_statistics_of_many_blocks_do_not_cancel(
     few_programs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if few_programs:
-        monkeypatch.setattr(triton_passes, "PROGRAMS", dict.fromkeys(triton_passes.PROGRAMS, 3))
+        monkeypatch.setattr(triton_kernels, "PROGRAMS", dict.fromkeys(triton_kernels.PROGRAMS, 3))
     x = (1000 + draw(0, 2, 5000, 3)).float()
     norm = BatchNorm(3, scale=0.7).train()
     randomize(norm)
     norm.deferred = True
-    kernels = triton_passes.Passes(LIF(), 2, carries=False, packs=False)
+    kernels = triton_kernels.NeuronKernels(LIF(), 2, carries=False, packs=False)
     with interpreted(), torch.no_grad():
         gain, offset, mean, rstd = kernels.normalization(norm, x, norm.weight, norm.bias)
     exact_mean = x.double().mean((0, 1))
@@ -208,7 +208,7 @@ def test_network_in_segments_is_the_definition() -> None:
 
 @pytest.fixture
 def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "_uses_triton", {})
+    monkeypatch.setattr(dispatch, "_uses_triton", {})
 
 
 @pytest.mark.usefixtures("undecided")
@@ -216,7 +216,7 @@ def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_processes_use_triton_or_none_does(
     reasons: list[str | None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(passes, "_reason_against_triton", lambda _: reasons[0])
+    monkeypatch.setattr(dispatch, "_reason_against_triton", lambda _: reasons[0])
     asked = []
 
     def gather(reason: str | None) -> list[str | None]:
@@ -224,10 +224,10 @@ def test_all_processes_use_triton_or_none_does(
         return reasons
 
     with caplog.at_level(logging.WARNING):
-        passes.decide(torch.device("cuda"), gather)
+        dispatch.decide(torch.device("cuda"), gather)
     assert asked == [reasons[0]]
     works = not any(reasons)
-    assert passes._uses_triton == {"cuda": works}
+    assert dispatch._uses_triton == {"cuda": works}
     assert len(caplog.records) == (0 if works else 1)
     if not works:
         (message,) = caplog.messages
@@ -242,8 +242,8 @@ def test_where_triton_does_not_work_the_reason_is_said_once(
     # Nothing can be computed on this device, and no driver is asked for it.
     monkeypatch.setattr(torch, "arange", lambda *_, **__: 1 / 0)
     with caplog.at_level(logging.WARNING):
-        passes.decide(torch.device("cuda"))
-    assert passes._uses_triton == {"cuda": False}
+        dispatch.decide(torch.device("cuda"))
+    assert dispatch._uses_triton == {"cuda": False}
     (message,) = caplog.messages
     assert "division by zero" in message
     assert "apt-get install gcc" in message
@@ -251,16 +251,16 @@ def test_where_triton_does_not_work_the_reason_is_said_once(
 
 @pytest.mark.usefixtures("undecided")
 def test_a_cpu_needs_no_decision() -> None:
-    passes.decide(torch.device("cpu"), lambda _: pytest.fail("a CPU has nothing to agree about"))
-    assert passes._uses_triton == {}
+    dispatch.decide(torch.device("cpu"), lambda _: pytest.fail("a CPU has nothing to agree about"))
+    assert dispatch._uses_triton == {}
 
 
 def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_passes.triton, "__version__", "3.2.0")
+    monkeypatch.setattr(triton_kernels.triton, "__version__", "3.2.0")
     with pytest.raises(RuntimeError, match=r"Triton 3\.2\.0 is older than 3\.3"):
-        triton_passes.check(torch.device("cpu"))
+        triton_kernels.check(torch.device("cpu"))
 
 
 def test_kernels_compute_what_check_asks_for() -> None:
     with interpreted():
-        triton_passes.check(torch.device("cpu"))
+        triton_kernels.check(torch.device("cpu"))

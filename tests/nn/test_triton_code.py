@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from passes import needs_triton
+from kernel_runs import needs_triton
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast.fused import Inputs
@@ -23,7 +23,7 @@ import gpu_code  # noqa: E402  # needs Triton, as do those that follow
 import triton  # noqa: E402  # likewise
 from gpu_code import CAPABILITIES, Layer, Stream  # noqa: E402  # likewise
 
-from tetdist.nn.fast import triton_passes  # noqa: E402  # likewise
+from tetdist.nn.fast import triton_kernels  # noqa: E402  # likewise
 
 RECORD = Path(__file__).parents[2] / "docs" / "performance" / "gpu_code.json"
 *OLDER, NEWEST = CAPABILITIES
@@ -71,7 +71,7 @@ def test_no_number_of_a_large_tensor_overflows() -> None:
         assert {wide for pair in types for wide in pair if wide} == {"i64"}, launch.name
 
 
-# Of bfloat16. The passes are as fast as memory, so that all is read and written once, and no more.
+# Of bfloat16. The kernels are as fast as memory, so that all is read and written once, and no more.
 BYTES = {
     "statistics": 2,  # x
     "fire": 2 + 2 + 1,  # x; spikes, and the same in bytes
@@ -148,24 +148,24 @@ def test_one_compilation_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
         if kernel not in used:
             kernel.device_caches.clear()
             used.add(kernel)
-        options = {"num_warps": triton_passes.WARPS, "enable_fp_fusion": False}
+        options = {"num_warps": triton_kernels.WARPS, "enable_fp_fusion": False}
         kernel.run(*arguments, grid=grid, warmup=True, **known, **options)
 
-    monkeypatch.setattr(triton_passes, "launch", prepare)
+    monkeypatch.setattr(triton_kernels, "launch", prepare)
     monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
-    passes = triton_passes.Passes(LIF(), 2, carries=False, packs=True)
+    kernels = triton_kernels.NeuronKernels(LIF(), 2, carries=False, packs=True)
     # One row, and as many channels as there are; a multiple of 16, or none.
     for rows, channels in ((100, 64), (1, 128), (16, 256), (7, 512)):
         x, norm = torch.zeros(2, rows, channels).bfloat16(), BatchNorm(channels)
         with torch.no_grad():
-            affine = passes.normalization(norm, x, norm.weight, norm.bias)
+            affine = kernels.normalization(norm, x, norm.weight, norm.bias)
             inputs = Inputs(x, None, affine, None, None)
-            passes.spikes(inputs, None)
-            sums, _ = passes.sums(inputs, x, None)
-            passes.gradients(inputs, x, None, None, sums[:2], None, needs_x=True)
-            passes.add(x, x, affine, None)
-            passes.add_sums(x, x, affine, None, x)
-            passes.norm_gradient(x, x, affine, sums[:2])
+            kernels.spikes(inputs, None)
+            sums, _ = kernels.sums(inputs, x, None)
+            kernels.gradients(inputs, x, None, None, sums[:2], None, needs_x=True)
+            kernels.add(x, x, affine, None)
+            kernels.add_sums(x, x, affine, None, x)
+            kernels.norm_gradient(x, x, affine, sums[:2])
     numbers = {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in used}
     for kernel in used:
         # What was compiled for no GPU is not for one that is there.

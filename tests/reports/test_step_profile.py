@@ -1,4 +1,4 @@
-"""A profile names what took longest, tetdist's own passes among it, and changes no result."""
+"""A profile names what took longest, tetdist's own kernels among it, and changes no result."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ from tiny import Outcome
 Main = Callable[..., Outcome]
 
 
-def test_results_are_the_same_to_the_bit_and_own_passes_are_named(
+def test_results_are_the_same_to_the_bit_and_own_kernels_are_named(
     main: Main, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     file = tiny_config({"execution": "fused", "max_steps": 7})

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from passes import needs_triton
+from kernel_runs import needs_triton
 from torch import nn
 
 from tetdist import models
 from tetdist.apps.roofline.count import CONVOLUTIONS, Work, count
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fast import passes
+from tetdist.nn.fast import dispatch
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import NormNeuron
 from tetdist.nn.packed import Conv2d, carry, pack
@@ -170,7 +170,7 @@ def test_work_grows_with_what_is_asked_for() -> None:
     assert 1.8 < operations_of(longer) / operations_of(plain) < 2
 
 
-def test_definitions_move_more_than_the_passes() -> None:
+def test_definitions_move_more_than_the_kernels() -> None:
     model = network()
     fused = count(model, SMALL, "bf16")
     model.set_execution("reference")
@@ -194,13 +194,13 @@ def test_a_network_that_asks_for_numbers_is_named() -> None:
 
 
 def test_counting_leaves_nothing_behind() -> None:
-    from tetdist.nn.fast import triton_passes
+    from tetdist.nn.fast import triton_kernels
 
-    before = triton_passes.launch
+    before = triton_kernels.launch
     with pytest.raises(UserError):
         count(AsksForNumbers(), SMALL, "bf16")
-    assert passes.triton_for(torch.empty(1, device="meta")) is None
-    assert triton_passes.launch is before
+    assert dispatch.triton_for(torch.empty(1, device="meta")) is None
+    assert triton_kernels.launch is before
     model = network()
     assert count(model, SMALL, "bf16") == count(model, SMALL, "bf16")
 

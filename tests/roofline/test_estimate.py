@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import timm
-from passes import needs_triton
+from kernel_runs import needs_triton
 
 from tetdist.apps.roofline.cards import CARDS, Card
 from tetdist.apps.roofline.count import Kernel, Work, count

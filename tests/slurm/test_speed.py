@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from passes import needs_triton
+from kernel_runs import needs_triton
 
 from tetdist.apps.slurm import plan, speed
 from tetdist.apps.slurm.cluster import ClusterSection, gather

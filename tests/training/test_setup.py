@@ -11,8 +11,8 @@ import torch
 from tetdist.config.loading import load
 from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
-from tetdist.nn.fast import passes
-from tetdist.training.setup import choose_passes, open_split
+from tetdist.nn.fast import dispatch
+from tetdist.training.setup import choose_kernels, open_split
 
 
 class OneOfThree(World):
@@ -28,7 +28,7 @@ class OneOfThree(World):
 def reason(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """Why there are no kernels on this process; None: there are."""
     said: dict[str, str | None] = {"ours": None}
-    monkeypatch.setattr(passes, "decide", lambda _device, gather: gather(said["ours"]))
+    monkeypatch.setattr(dispatch, "decide", lambda _device, gather: gather(said["ours"]))
     return said
 
 
@@ -40,16 +40,16 @@ def world(others: tuple[str | None, str | None]) -> World:
 
 def test_kernels_that_work_on_some_processes_end_the_run(reason: dict[str, str | None]) -> None:
     with pytest.raises(UserError, match=r"on 2 of 3 processes, and not on rank 2 \(no ptxas\)"):
-        choose_passes(world((None, "no ptxas")))
+        choose_kernels(world((None, "no ptxas")))
     reason["ours"] = "no gcc"
     with pytest.raises(UserError, match=r"on 2 of 3 processes, and not on rank 1 \(no gcc\)"):
-        choose_passes(world((None, None)))
+        choose_kernels(world((None, None)))
 
 
 def test_kernels_that_work_on_all_or_none_do_not(reason: dict[str, str | None]) -> None:
-    choose_passes(world((None, None)))
+    choose_kernels(world((None, None)))
     reason["ours"] = "no gcc"
-    choose_passes(world(("no gcc", "no gcc")))
+    choose_kernels(world(("no gcc", "no gcc")))
 
 
 def test_data_to_evaluate_alone_are_not_trained_on(

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from passes import randomize
+from kernel_runs import randomize
 from safetensors.torch import load_file
 from spikingjelly.activation_based import nir_exchange
 from tiny import Outcome

@@ -14,7 +14,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 import torchvision
-from passes import randomize
+from kernel_runs import randomize
 from published_networks import (
     SEAL,
     Definition,
@@ -467,15 +467,15 @@ def test_normalized_currents_are_those_of_the_relu_network(name: str, source: st
     with torch.no_grad():
         stem = model.stem.neuron.norm(model.stem.conv(x[None]))[0]
         assert relative(stem, theirs.bn1(theirs.conv1(x))) < 1e-12
-        block, twin = model.blocks[3], theirs.layer2[0]  # the first with a stride, if basic
-        spikes = (torch.rand(1, 1, twin.conv1.in_channels, 8, 8) < 0.3).double()
+        block, reference = model.blocks[3], theirs.layer2[0]  # the first with a stride, if basic
+        spikes = (torch.rand(1, 1, reference.conv1.in_channels, 8, 8) < 0.3).double()
         norm = block.conv1.neuron.norm
         current = norm(block.conv1.conv(spikes))[0]
-        assert relative(current, twin.bn1(twin.conv1(spikes[0]))) < 1e-12
+        assert relative(current, reference.bn1(reference.conv1(spikes[0]))) < 1e-12
         if name.startswith("spiking"):
             merge = block.merge
             shortcut = merge.downsample_norm(merge.downsample(spikes))[0]
-            assert relative(shortcut, twin.downsample(spikes[0])) < 1e-12
+            assert relative(shortcut, reference.downsample(spikes[0])) < 1e-12
             assert merge.downsample_norm.scale == pytest.approx(0.5 / 2**0.5)
 
 

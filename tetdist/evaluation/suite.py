@@ -32,7 +32,7 @@ from tetdist.tracking.progress import sample_bar
 
 
 @dataclasses.dataclass(frozen=True)
-class Passes:
+class Evaluator:
     """The things that every pass over the split takes; ``alive`` is called after each batch, and
     ``outputs`` are those of the network that are compared, None: all."""
 
@@ -87,21 +87,21 @@ class ExitChoice:
     top1: float
 
 
-def choose_exit(passes: Passes, timesteps: int, within: float) -> ExitChoice:
+def choose_exit(evaluator: Evaluator, timesteps: int, within: float) -> ExitChoice:
     """Choose the lowest threshold of early exit that costs little on some samples.
 
     The result is the same on every process.
 
     Args:
-        passes: The network, and samples that it was neither trained on nor will be judged by.
+        evaluator: The network, and samples that it was neither trained on nor will be judged by.
         timesteps: T, at which the model is left.
         within: How much top-1 it may cost, in points.
     """
-    model, world = passes.model, passes.world
+    model, world = evaluator.model, evaluator.world
     model.set_timesteps(timesteps)
-    classes = list(passes.index.classes)
+    classes = list(evaluator.index.classes)
     counts = DecisionCounts(classes, model.num_classes, timesteps, world.device, FINE_THRESHOLDS)
-    result = passes.run(
+    result = evaluator.run(
         "choose a threshold", also=lambda logits, labels, _ids: counts.add(logits, labels)
     )
     threshold = counts.total(world).threshold_within(within)
@@ -109,7 +109,7 @@ def choose_exit(passes: Passes, timesteps: int, within: float) -> ExitChoice:
 
 
 def run_suite(
-    passes: Passes,
+    evaluator: Evaluator,
     *,
     timesteps: Sequence[int],
     headline: int | None = None,
@@ -130,7 +130,7 @@ def run_suite(
     The result is the same on every process.
 
     Args:
-        passes: The network, the split and the processes.
+        evaluator: The network, the split and the processes.
         timesteps: Every T that is asked for, rising; only ``per_timestep_*`` are of all of them.
         headline: The one of them that all else is of; None: the last. The model is left at it.
         unroll: Evaluate it as it is in sub-timesteps of binary spikes, see unrolling.py.
@@ -148,7 +148,7 @@ def run_suite(
     Raises:
         UserError: The network cannot be evaluated so.
     """
-    model, world = passes.model, passes.world
+    model, world = evaluator.model, evaluator.world
     if drop_timesteps:
         world.run_on_all(lambda: check_takes_frames(model))
     shows_each, headline = is_causal(model), headline or timesteps[-1]
@@ -158,12 +158,12 @@ def run_suite(
     alone = []
     for one in others:
         model.set_timesteps(one)
-        alone.append(passes.run(f"evaluate at T = {one}"))
+        alone.append(evaluator.run(f"evaluate at T = {one}"))
     model.set_timesteps(headline)
-    compared = model.num_classes if passes.outputs is None else len(passes.outputs)
+    compared = model.num_classes if evaluator.outputs is None else len(evaluator.outputs)
     chosen = () if exit_choice is None else (exit_choice.threshold,)
     thresholds = sorted({*THRESHOLDS, *(one for one in chosen if one is not None)})
-    classes = list(passes.index.classes)
+    classes = list(evaluator.index.classes)
     counts = DecisionCounts(classes, compared, headline, world.device, thresholds)
 
     def count(logits: Tensor, labels: Tensor, ids: npt.NDArray[np.int64]) -> None:
@@ -179,7 +179,7 @@ def run_suite(
     )
     unrolling = unrolled(model) if unroll else nullcontext(dict[str, int]())
     with unrolling as sub_timesteps, counting as operations:
-        result = passes.run("evaluate", also=count)
+        result = evaluator.run("evaluate", also=count)
     decisions = counts.total(world)
     points = decisions.early_exit()
     found: dict[str, Any] = {
@@ -199,11 +199,11 @@ def run_suite(
     for share in drop_timesteps:
         change = partial(without_timesteps, share=share, timesteps=headline, seed=seed)
         with taking_frames(model):
-            dropped = passes.run(f"without {share:g} of timesteps", change)
+            dropped = evaluator.run(f"without {share:g} of timesteps", change)
         found["dropped_timesteps"].append(_robustness(share, dropped))
     for share in drop_events:
         change = partial(without_events, share=share, seed=seed)
-        dropped = passes.run(f"without {share:g} of events", change)
+        dropped = evaluator.run(f"without {share:g} of events", change)
         found["dropped_events"].append(_robustness(share, dropped))
     return found
 

@@ -137,7 +137,7 @@ class SpikingNetwork(nn.Module):
         self.timesteps = timesteps
 
     def set_execution(self, execution: str) -> None:
-        """Choose ``fused`` passes, or ``reference``: the plain definitions everywhere."""
+        """Choose ``fused`` kernels, or ``reference``: the plain definitions everywhere."""
         if execution not in ("fused", "reference"):
             raise ValueError(f"execution must be 'fused' or 'reference', not {execution!r}")
         for module in self.modules():

@@ -63,7 +63,7 @@ class ILIF(NeuronConfig):
         return False
 
     @property
-    def has_passes(self) -> bool:
+    def has_kernels(self) -> bool:
         return type(self) in (ILIF, NILIF)
 
     @property

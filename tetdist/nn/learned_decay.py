@@ -46,10 +46,10 @@ class PLIF(LIF):
         return {"w": torch.tensor(math.log((1 - self.decay) / self.decay))}
 
     @property
-    def has_passes(self) -> bool:
+    def has_kernels(self) -> bool:
         return type(self) is PLIF and self.spike == "step"
 
-    def in_passes(self, timesteps: int, **parameters: Tensor) -> tuple[Tensor, ...]:
+    def for_kernels(self, timesteps: int, **parameters: Tensor) -> tuple[Tensor, ...]:
         del timesteps
         return (parameters["w"].sigmoid(),)
 

@@ -198,8 +198,8 @@ class NeuronConfig:
         return 1
 
     @property
-    def has_passes(self) -> bool:
-        """True if there are fused passes for it; else `run` is what computes, everywhere."""
+    def has_kernels(self) -> bool:
+        """True if fused kernels exist for this kind; otherwise `run` computes everywhere."""
         return False
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:
@@ -210,7 +210,7 @@ class NeuronConfig:
         del num_channels
         return {}
 
-    def in_passes(self, timesteps: int, **parameters: Tensor) -> tuple[Tensor, ...]:
+    def for_kernels(self, timesteps: int, **parameters: Tensor) -> tuple[Tensor, ...]:
         """Return the learnt values as the fused kernels take them, in the parameters' type.
 
         Gradients flow through it.
@@ -363,8 +363,8 @@ class LIF(NeuronConfig):
         return self.spike == "step"
 
     @property
-    def has_passes(self) -> bool:
-        # A subclass is another neuron, of which the passes know nothing.
+    def has_kernels(self) -> bool:
+        # A subclass is another neuron, of which the kernels know nothing.
         return type(self) is LIF and self.spike == "step"
 
     def run(

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.dropout import DropPath
-from tetdist.nn.fast import passes
+from tetdist.nn.fast import dispatch
 from tetdist.nn.fast.fused import (
     FusedNeuron,
     FusedNormAdd,
     FusedNormNeuron,
-    NormPasses,
+    NeuronKernels,
+    NormKernels,
     Norms,
-    Passes,
 )
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Packed, carried, carry
@@ -107,7 +107,7 @@ class LatestLevels:
 
 
 class FusedLayer(nn.Module):
-    """A layer with fused passes; with ``execution="reference"`` their definition computes."""
+    """A layer with fused kernels; with ``execution="reference"`` their definition computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class NeuronLayer(FusedLayer):
     def fire(self, current: Tensor, timesteps: int) -> Tensor:
         """Spikes (T, B, ...) of a current (1 or T, B, ...), in its type and memory layout."""
         if self.is_fused():
-            kernels = passes.passes_for(
+            kernels = dispatch.kernels_for(
                 self.neuron,
                 (current,),
                 timesteps,
@@ -166,21 +166,21 @@ class NeuronLayer(FusedLayer):
             self.membrane = membrane
         return spikes
 
-    def _fire_fused(self, current: Tensor, kernels: Passes) -> Tensor:
+    def _fire_fused(self, current: Tensor, kernels: NeuronKernels) -> Tensor:
         layout = _Layout.of(current)
         start = None if self.membrane is None else layout.flat(self.membrane[None])[0]
-        learned = self.in_passes(current, kernels)
+        learned = self.for_kernels(current, kernels)
         spikes, packed, end = FusedNeuron.apply(layout.flat(current), start, kernels, *learned)
         if self.carries:
             self.membrane = layout.shaped(end[None])[0]
         spikes = layout.shaped(spikes)
         return self.carrying(spikes, None if packed is None else layout.shaped(packed))
 
-    def in_passes(self, current: Tensor, kernels: Passes) -> tuple[Tensor, ...]:
+    def for_kernels(self, current: Tensor, kernels: NeuronKernels) -> tuple[Tensor, ...]:
         """Return the learnt values as the kernels take them, in their compute type."""
         wide = torch.promote_types(current.dtype, torch.float32)
         parameters = {name: value.to(wide) for name, value in self.learned.items()}
-        return self.neuron.in_passes(kernels.timesteps, **parameters)
+        return self.neuron.for_kernels(kernels.timesteps, **parameters)
 
     def carrying(self, spikes: Tensor, packed: Tensor | None) -> Tensor:
         """Spikes that carry their form in bytes, if there is one."""
@@ -292,14 +292,14 @@ class NormNeuron(NeuronLayer):
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
         if self.is_fused() and self.drop_path.is_active:
             assert identity is None
-            norms = passes.norm_passes_for((current, shortcut), timesteps)
+            norms = dispatch.norm_kernels_for((current, shortcut), timesteps)
             if norms is not None:
                 total = _norm_add(
                     self.norm, current, shortcut, shortcut_norm, self.drop_path, norms
                 )
                 return self.fire(total, timesteps)
         elif self.is_fused():
-            kernels = passes.passes_for(
+            kernels = dispatch.kernels_for(
                 self.neuron,
                 (current, shortcut, identity),
                 timesteps,
@@ -342,7 +342,7 @@ class NormNeuron(NeuronLayer):
         shortcut: Tensor | None,
         identity: Tensor | None,
         shortcut_norm: BatchNorm | None,
-        kernels: Passes,
+        kernels: NeuronKernels,
     ) -> Tensor:
         norms = Norms(self.norm, None if shortcut is None else shortcut_norm)
         added, joined = (None if one is None else rows_of(one) for one in (shortcut, identity))
@@ -350,7 +350,7 @@ class NormNeuron(NeuronLayer):
         start = None
         if self.membrane is not None:
             start = self.membrane.permute(0, 2, 3, 1).reshape(-1, channels)
-        learned = self.in_passes(current, kernels)
+        learned = self.for_kernels(current, kernels)
         rows, packed, end = FusedNormNeuron.apply(
             *(rows_of(current), added, joined, start, norms, kernels),
             *(*norms.parameters(), *learned),
@@ -412,7 +412,7 @@ class NormAdd(FusedLayer):
         assert shortcut is None or shortcut.shape[0] in (1, current.shape[0])
         if self.is_fused():
             timesteps = copies * current.shape[0]
-            kernels = passes.norm_passes_for((current, shortcut), timesteps)
+            kernels = dispatch.norm_kernels_for((current, shortcut), timesteps)
             if kernels is not None:
                 drop_path = self.drop_path
                 return _norm_add(self.norm, current, shortcut, shortcut_norm, drop_path, kernels)
@@ -430,9 +430,9 @@ def _norm_add(
     shortcut: Tensor | None,
     shortcut_norm: BatchNorm | None,
     drop_path: DropPath,
-    kernels: NormPasses,
+    kernels: NormKernels,
 ) -> Tensor:
-    """Norm and shortcut by fused passes: one, or several where the current may be dropped."""
+    """Norm and shortcut by fused kernels: one, or several where the current may be dropped."""
     if shortcut is not None and drop_path.is_active:
         if shortcut_norm is not None:
             shortcut = _norm_add(shortcut_norm, shortcut, None, None, drop_path, kernels)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fast import passes
-from tetdist.nn.fast.fused import Affine, NormPasses, Norms
+from tetdist.nn.fast import dispatch
+from tetdist.nn.fast.fused import Affine, NormKernels, Norms
 from tetdist.nn.fast.pooling import Pooling
 from tetdist.nn.norm_neuron import FusedLayer, image_of, rows_of
 from tetdist.nn.packed import MaxPool
@@ -36,8 +36,8 @@ class NormPool(FusedLayer):
         ``copies`` is how many equal timesteps each of the current's stands for; see `BatchNorm`.
         """
         if self.is_fused():
-            kernels = passes.norm_passes_for((current,), copies * current.shape[0])
-            pooling = passes.pooling_for(current)
+            kernels = dispatch.norm_kernels_for((current,), copies * current.shape[0])
+            pooling = dispatch.pooling_for(current)
             if kernels is not None and pooling is not None:
                 norms = Norms(self.norm)
                 pooled = _FusedNormPool.apply(
@@ -56,7 +56,7 @@ class _FusedNormPool(torch.autograd.Function):
         current: Tensor,
         norms: Norms,
         pool: MaxPool,
-        kernels: NormPasses,
+        kernels: NormKernels,
         pooling: Pooling,
         *parameters: Tensor,
     ) -> Tensor:

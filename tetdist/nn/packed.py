@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tetdist.nn.fast import passes
+from tetdist.nn.fast import dispatch
 from tetdist.nn.fast.pooling import Pooling
 
 
@@ -32,7 +32,7 @@ class Packed(NamedTuple):
     def unpack(self, dtype: torch.dtype) -> Tensor:
         if self.levels == 1:
             return self.values.to(dtype)
-        if (gpu := passes.triton_for(self.values)) is not None:
+        if (gpu := dispatch.triton_for(self.values)) is not None:
             return gpu.unpack(self.values, self.levels, dtype)
         return self.values.to(dtype) / self.levels
 
@@ -64,7 +64,7 @@ class Halved(NamedTuple):
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
         """The tensor, which carries its bytes."""
-        if (gpu := passes.triton_for(self.values)) is not None:
+        if (gpu := dispatch.triton_for(self.values)) is not None:
             of = (self.values, self.shape, self.strides, self.levels)
             values, numbers = gpu.unpack_halves(*of, dtype)
             return carry(numbers, Packed(values, self.levels))
@@ -75,7 +75,7 @@ class Halved(NamedTuple):
 def halve(packed: Packed) -> Halved:
     """Pack bytes below 16, of a tensor that fills its memory without gaps."""
     values, levels = packed
-    if (gpu := passes.triton_for(values)) is not None:
+    if (gpu := dispatch.triton_for(values)) is not None:
         return Halved(gpu.halve(values), levels, values.shape, values.stride())
     flat = values.as_strided((values.numel(),), (1,), values.storage_offset())
     if flat.numel() % 2:
@@ -184,7 +184,7 @@ class MaxPool(nn.MaxPool2d):
         flat = x.flatten(0, 1)
         if packed is None or not torch.is_grad_enabled():
             return super().forward(flat).unflatten(0, x.shape[:2])
-        kernels = passes.pooling_for(flat)
+        kernels = dispatch.pooling_for(flat)
         if kernels is None:
             y = super().forward(flat).unflatten(0, x.shape[:2])
             return carry(y, pack(y.detach(), packed.levels))

@@ -43,10 +43,10 @@ class ParallelNeuron(NeuronConfig):
     )
 
     @property
-    def has_passes(self) -> bool:
+    def has_kernels(self) -> bool:
         return type(self) in (PSN, MaskedPSN, SlidingPSN)
 
-    def in_passes(self, timesteps: int, **parameters: Tensor) -> tuple[Tensor, ...]:
+    def for_kernels(self, timesteps: int, **parameters: Tensor) -> tuple[Tensor, ...]:
         return self.sums_over_time(timesteps, **parameters)
 
     def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -228,7 +228,7 @@ class _Session:
         for run in self._client.search_runs(
             [self._experiment_id],
             f"tags.`{PARENT_TAG}` = '{self._run.run_id}'",
-            # A request to create a run whose answer was lost leaves a twin; the older one goes on.
+            # A lost answer to a request to create a run leaves a duplicate; the older one goes on.
             order_by=["attributes.start_time DESC"],
         ):
             number = run.data.tags.get(PHASE_TAG, "")

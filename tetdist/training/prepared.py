@@ -15,7 +15,7 @@ from tetdist.nn import batch_norm
 from tetdist.nn.precision import choose_algorithms, parameter_type
 from tetdist.tracking.progress import RunProgress
 from tetdist.training.schedule import Phase, phase_at, schedule_phases
-from tetdist.training.setup import choose_passes, evaluated_split, make_model, open_data
+from tetdist.training.setup import choose_kernels, evaluated_split, make_model, open_data
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     """
     prepared = world.run_on_all(lambda: _prepare(config, world))
     if config.execution == "fused":
-        world.run_on_all(lambda: choose_passes(world))
+        world.run_on_all(lambda: choose_kernels(world))
     return prepared
 
 

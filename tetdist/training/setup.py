@@ -15,7 +15,7 @@ from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
 from tetdist.models import SpikingNetwork
-from tetdist.nn.fast import passes
+from tetdist.nn.fast import dispatch
 from tetdist.nn.precision import choose_algorithms, place
 from tetdist.optimizers import layers_of
 from tetdist.storage import checkpoint
@@ -176,14 +176,14 @@ def load_model(
     model = world.run_on_all(lambda: make_model(config, index))
     choose_algorithms(config.precision)
     if config.execution == "fused":
-        world.run_on_all(lambda: choose_passes(world))
+        world.run_on_all(lambda: choose_kernels(world))
     place(model, world.device, config.precision)
     world.run_on_all(lambda: checkpoint.load_weights(model, weights, source))
     return model
 
 
-def choose_passes(world: World) -> None:
-    """Have the same passes of normalisation and neurons compute on all processes.
+def choose_kernels(world: World) -> None:
+    """Have the same kernels of normalisation and neurons compute on all processes.
 
     They round otherwise than the definition, which takes their place where they cannot be compiled.
     If that is so on all processes, it is said once and the run goes on, slower.
@@ -205,7 +205,7 @@ def choose_passes(world: World) -> None:
             )
         return reasons
 
-    passes.decide(world.device, gather)
+    dispatch.decide(world.device, gather)
 
 
 def _call(name: str, model: SpikingNetwork, method: str, argument: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tetdist.apps.benchmarks import peers
-from tetdist.apps.benchmarks.relu_twins import relu_twin
+from tetdist.apps.benchmarks.relu_baselines import relu_baseline
 
 
 class Contestant(NamedTuple):
@@ -21,7 +21,7 @@ class Contestant(NamedTuple):
 def contestants_of(options: argparse.Namespace) -> dict[str, Callable[[], Contestant]]:
     """The contestants by name; each is made only when it is called for."""
     contestants: dict[str, Callable[[], Contestant]] = {}
-    if relu_twin(options.model):
+    if relu_baseline(options.model):
         contestants["relu"] = functools.partial(relu, options)
     for mode in options.modes:
         contestants[f"tetdist, {mode}"] = functools.partial(ours, options, mode)
@@ -44,16 +44,15 @@ def ours(options: argparse.Namespace, mode: str) -> Contestant:
 
 def relu(options: argparse.Namespace) -> Contestant:
     """The ReLU network of the same convolutions, on T times the batch."""
-    twin = relu_twin(options.model)
-    assert twin is not None
+    baseline = relu_baseline(options.model)
+    assert baseline is not None
     images = batch_of(options)
     if images.ndim == 5:
         images = images.flatten(0, 1)
     else:
         images = images.repeat(options.timesteps, 1, 1, 1)
-    return laid_out(
-        options, twin, images, lambda x: twin(x).unflatten(0, (options.timesteps, options.batch))
-    )
+    shape = (options.timesteps, options.batch)
+    return laid_out(options, baseline, images, lambda x: baseline(x).unflatten(0, shape))
 
 
 def spikingjelly(options: argparse.Namespace) -> Contestant:

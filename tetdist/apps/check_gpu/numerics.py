@@ -11,7 +11,7 @@ from torch import Tensor
 import tetdist.models  # noqa: F401  # registers them
 from tetdist.apps.check_gpu.check import Finding, Machine
 from tetdist.losses import tet_loss
-from tetdist.nn.fast.passes import passes_for
+from tetdist.nn.fast.dispatch import kernels_for
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import NormNeuron
 from tetdist.nn.precision import choose_algorithms, parameter_type
@@ -39,7 +39,7 @@ class LayerLimit(NamedTuple):
 
 
 # Of a single layer that is given one current. In a network a spike that rounding decides otherwise
-# changes all after it, and correct passes would be as far apart as wrong ones. Correct ones are
+# changes all after it, and correct kernels would be as far apart as wrong ones. Correct ones are
 # 1e-7 apart in float32 (no spike, or one, in a million) and 7e-4 and 6e-3 in bfloat16; a decay of
 # 0.45 instead of 0.5 makes 5e-3 and 0.1 in either.
 LAYER_LIMITS = {
@@ -51,12 +51,12 @@ REMEDY = "train with execution=reference, and report this with the JSON file"
 
 
 def check_numerics(here: Machine) -> Finding:
-    """Fused passes against the plain definitions, both on the device."""
+    """Fused kernels against the plain definitions, both on the device."""
     current = torch.zeros(TIMESTEPS, BATCH, CHANNELS, device=here.device)
-    if passes_for(LIF(), (current,), TIMESTEPS, carries=False, packs=False) is None:
+    if kernels_for(LIF(), (current,), TIMESTEPS, carries=False, packs=False) is None:
         # Both would be the definition, and equal.
         return Finding(
-            "bad", "the fused passes do not work here; a warning above says why", MISSING
+            "bad", "the fused kernels do not work here; a warning above says why", MISSING
         )
     numbers: dict[str, Any] = {}
     for name in NETWORKS[:1] if here.small else NETWORKS:

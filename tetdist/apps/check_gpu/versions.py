@@ -81,7 +81,7 @@ def _no_triton(_: Machine) -> Problem | None:
     if importlib.util.find_spec("triton") is None:
         text = "the package triton is missing, so that networks run by their plain definitions"
         return text, f"pip install '{package}'"
-    oldest = importlib.import_module("tetdist.nn.fast.triton_passes").OLDEST
+    oldest = importlib.import_module("tetdist.nn.fast.triton_kernels").OLDEST
     for version in _distributions("triton"):
         if tuple(map(int, version.split(".")[:2])) < oldest:
             text = f"Triton {version} is older than {'.'.join(map(str, oldest))}"

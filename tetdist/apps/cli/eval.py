@@ -193,7 +193,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
     from tetdist.evaluation import variants
-    from tetdist.evaluation.suite import Passes, choose_exit, run_suite
+    from tetdist.evaluation.suite import Evaluator, choose_exit, run_suite
     from tetdist.training.setup import load_model
 
     with (
@@ -213,8 +213,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
                 lambda: open_compared(split, description, config, options, world)
             )
 
-        def passes(of: "Compared") -> Passes:
-            return Passes(model, config, of.index, world, alive, outputs=of.outputs)
+        def evaluator(of: "Compared") -> Evaluator:
+            return Evaluator(model, config, of.index, world, alive, outputs=of.outputs)
 
         weights, description, config = world.run_on_all(lambda: open_checkpoint(options))
         trained = description.timesteps
@@ -235,15 +235,15 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
             )
         if options.exit_within is not None:
             held = world.run_on_all(lambda: held_out_samples(config, description, model, world))
-            exit_choice = choose_exit(passes(held), headline, options.exit_within)
+            exit_choice = choose_exit(evaluator(held), headline, options.exit_within)
         if corrupted:
             model.set_timesteps(headline)
             found |= {"timesteps": headline} | variants.run_corruptions(
-                corrupted, lambda split, title: passes(opened(split)).run(title)
+                corrupted, lambda split, title: evaluator(opened(split)).run(title)
             )
         else:
             found |= run_suite(
-                passes(compared),
+                evaluator(compared),
                 timesteps=wanted,
                 headline=headline,
                 unroll=options.unroll,

@@ -1,6 +1,6 @@
 """A profile of some steps, on request: a trace, and a table of the operations that took longest.
 
-A profile only looks: results are the same to the bit. The passes of normalisation and neurons, in
+A profile only looks: results are bitwise identical. The kernels of normalisation and neurons, in
 C++ or Triton, are inside of autograd functions of tetdist's, by which torch.profiler knows them.
 """
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tetdist.errors import UserError
 from tetdist.nn import batch_norm
-from tetdist.nn.fast import passes
+from tetdist.nn.fast import dispatch
 from tetdist.nn.precision import LOW_PRECISION, parameter_type
 
 CONVOLUTIONS, UNPACKING, POOLING = "convolutions", "unpacking", "pooling and sums"
@@ -90,7 +90,7 @@ def count(model: nn.Module, shape: tuple[int, ...], precision: str) -> Work:
     images = _channels_last(torch.empty(shape, dtype=dtype, device="meta"))
     counter = _Counter([images, *shadow.parameters(), *shadow.buffers()])
     try:
-        with passes.on_meta(counter.launch), counter:
+        with dispatch.on_meta(counter.launch), counter:
             shadow(images).float().sum().backward()
     except (NotImplementedError, RuntimeError) as error:  # of torch, whose meta tensors lack it
         raise UserError(

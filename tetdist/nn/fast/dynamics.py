@@ -36,7 +36,7 @@ class Dynamics:
 
 
 def dynamics_of(config: NeuronConfig) -> Dynamics:
-    """The dynamics of a kind of neuron that has passes."""
+    """The dynamics of a kind of neuron that has kernels."""
     match config:
         case LIF():
             return Dynamics(
@@ -68,4 +68,4 @@ def dynamics_of(config: NeuronConfig) -> Dynamics:
                 fires_at_threshold=True,
                 parallel=True,
             )
-    raise AssertionError(f"{type(config).__name__} has no passes")
+    raise AssertionError(f"{type(config).__name__} has no kernels")

@@ -3,7 +3,7 @@
 It computes what the end of `NormNeuron.forward` says in one pass over memory each way. The forward
 pass keeps the convolution's output and two numbers per channel; the backward pass computes the
 normalised current and the membranes again from them, in registers, so nothing of the size of T
-membranes is ever stored. The passes see every activation as (T, N, C), N = B*H*W, channels last.
+membranes is ever stored. The kernels see every activation as (T, N, C), N = B*H*W, channels last.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
             that of neurons. Then there is no shortcut.
         of_shortcut: Normalises the shortcut; None: it is added as it is.
         start: Membranes after an earlier stretch of time, (N, C); None: at rest.
-        learned: What the neurons learn themselves, as `NeuronConfig.in_passes` has it.
+        learned: What the neurons learn themselves, as `NeuronConfig.for_kernels` has it.
     """
 
     x: Tensor
@@ -70,7 +70,7 @@ class Norms(NamedTuple):
         return [self.of_x.weight, self.of_x.bias, *others]
 
     def normalizations(
-        self, kernels: "NormPasses", x: Tensor, shortcut: Tensor | None, parameters: Sequence[Any]
+        self, kernels: "NormKernels", x: Tensor, shortcut: Tensor | None, parameters: Sequence[Any]
     ) -> tuple[Affine, Affine | None]:
         """Make the normalisations of x and the shortcut; `parameters` are as autograd has them."""
         affine = kernels.normalization(self.of_x, x, *parameters[:2])
@@ -116,8 +116,8 @@ def _times(scale: float, x: Tensor) -> Tensor:
     return x if scale == 1 else scale * x
 
 
-class NormPasses(Protocol):
-    """The passes without neurons. Tensors are without gaps.
+class NormKernels(Protocol):
+    """Kernels without neurons. Tensors are without gaps.
 
     Attributes:
         timesteps: T, which counts for the statistics: what is given as (1, N, C) stands for all.
@@ -166,8 +166,8 @@ class NormPasses(Protocol):
         """
 
 
-class Passes(NormPasses, Protocol):
-    """The passes of one variant: neuron, T, whether membranes are carried on, and whether spikes
+class NeuronKernels(NormKernels, Protocol):
+    """Kernels of one variant: neuron, T, whether membranes are carried on, and whether spikes
     are packed, too."""
 
     def spikes(
@@ -220,7 +220,7 @@ class FusedNeuron(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, membrane: Tensor | None, kernels: Passes, *learned: Tensor
+        ctx: Any, x: Tensor, membrane: Tensor | None, kernels: NeuronKernels, *learned: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.save_for_backward(x, membrane, *learned)
         ctx.kernels = kernels
@@ -267,7 +267,7 @@ class FusedNormNeuron(torch.autograd.Function):
         identity: Tensor | None,
         membrane: Tensor | None,
         norms: Norms,
-        kernels: Passes,
+        kernels: NeuronKernels,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         affine, of_shortcut = norms.normalizations(kernels, x, shortcut, parameters)
@@ -321,7 +321,7 @@ class FusedNormAdd(torch.autograd.Function):
         x: Tensor,
         shortcut: Tensor | None,
         norms: Norms,
-        kernels: NormPasses,
+        kernels: NormKernels,
         *parameters: Tensor,
     ) -> Tensor:
         affine, of_shortcut = norms.normalizations(kernels, x, shortcut, parameters)
@@ -336,7 +336,7 @@ class FusedNormAdd(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, shortcut, *saved = ctx.saved_tensors
         norms: Norms = ctx.norms
-        kernels: NormPasses = ctx.kernels
+        kernels: NormKernels = ctx.kernels
         affine = Affine(*saved[:4])
         affine_of_shortcut = Affine(*saved[4:]) if norms.of_shortcut is not None else None
         grad = grad_outputs[0].contiguous()

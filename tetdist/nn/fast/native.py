@@ -72,8 +72,8 @@ class _Add(ctypes.Structure):
 _NONE = (None,) * 4  # instead of an `Affine`
 
 
-class NormPasses:
-    """The passes of fused.py without neurons: kernels/norm.cpp."""
+class NormKernels:
+    """The kernels of fused.py without neurons: kernels/norm.cpp."""
 
     def __init__(self, timesteps: int) -> None:
         library = norm_library()
@@ -168,8 +168,8 @@ class _Gradients(NamedTuple):
     start: Tensor | None
 
 
-class Passes(NormPasses):
-    """The passes of fused.py, for a neuron, T, and what the spikes come with: neuron.cpp."""
+class NeuronKernels(NormKernels):
+    """The kernels of fused.py, for a neuron, T, and what the spikes come with: neuron.cpp."""
 
     def __init__(self, config: NeuronConfig, timesteps: int, *, carries: bool, packs: bool) -> None:
         super().__init__(timesteps)

@@ -1,4 +1,4 @@
-// Neurons on a CPU: the passes of fused.py, each of which goes through memory once.
+// Neurons on a CPU: the kernels of fused.py, each of which goes through memory once.
 //
 // native.py compiles this file for one kind of neuron:
 //
@@ -488,11 +488,11 @@ template <class X> void backward(const Backward<X>& b, int threads) {
 
 extern "C" {
 
-#define PASSES(X, NAME)                                                                            \
+#define KERNELS(X, NAME)                                                                           \
     void forward_##NAME(const Forward<X>* f, int threads) { forward<X>(*f, threads); }             \
     void backward_##NAME(const Backward<X>* b, int threads) { backward<X>(*b, threads); }
 
-PASSES(float, float32)
-PASSES(double, float64)
-PASSES(bf16, bfloat16)
+KERNELS(float, float32)
+KERNELS(double, float64)
+KERNELS(bf16, bfloat16)
 }

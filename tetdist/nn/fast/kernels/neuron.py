@@ -1,4 +1,4 @@
-"""Normalisation and neurons on a GPU, in Triton: the passes of fused.py.
+"""Normalisation and neurons on a GPU, in Triton: the kernels of fused.py.
 
 Tensors are (T, N, C) without gaps: N = B*H*W, channels last. "Wide" is the type in which one
 computes: float32, and float64 for float64; gains, offsets, membranes and sums are of that type.
@@ -15,7 +15,7 @@ serves all layers. Numbers in capitals are known to it; a tensor that may be abs
 Where nothing is normalised, tensors are any numbers, one beside the other, and N and C how they are
 divided.
 
-Neither this file nor any other of tetdist imports Triton before passes.py has decided to use it.
+Neither this file nor any other of tetdist imports Triton before dispatch.py has decided to use it.
 """
 
 import triton

@@ -1,4 +1,4 @@
-// Normalisation on a CPU, alone and with a shortcut that is added: passes of fused.py.
+// Normalisation on a CPU, alone and with a shortcut that is added: kernels of fused.py.
 //
 // Tensors are (rows, C) without gaps: rows = T*B*H*W, channels last. "Wide" is the type in which one
 // computes: float, and double for double. A sum over rows is made of sums over blocks of rows, whose
@@ -170,7 +170,7 @@ void input_gradient(const X* x, const X* grad_y, const Wide<X>* gain, const Wide
 
 extern "C" {
 
-#define PASSES(X, NAME)                                                                            \
+#define KERNELS(X, NAME)                                                                           \
     void statistics_##NAME(const X* x, int64_t rows, int64_t channels, Wide<X>* mean,              \
                            Wide<X>* var, Wide<X>* partial, int threads) {                          \
         statistics<X>(x, rows, channels, mean, var, partial, threads);                             \
@@ -185,7 +185,7 @@ extern "C" {
                           channels, threads);                                                      \
     }
 
-PASSES(float, float32)
-PASSES(double, float64)
-PASSES(bf16, bfloat16)
+KERNELS(float, float32)
+KERNELS(double, float64)
+KERNELS(bf16, bfloat16)
 }

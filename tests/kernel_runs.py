@@ -1,4 +1,4 @@
-"""How tests of the fused path and of the models run its passes, and how they compare."""
+"""How tests of the fused path and of the models run its kernels, and how they compare."""
 
 import contextlib
 import copy
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fast import native, native_library, passes
+from tetdist.nn.fast import dispatch, native, native_library
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import FusedLayer
 
@@ -35,30 +35,30 @@ def needs_triton() -> None:
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """The passes of GPUs, interpreted: the same kernels on the CPU, by NumPy, one by one."""
+    """The kernels of GPUs, interpreted: run on the CPU, by NumPy, one by one."""
     needs_triton()
-    from tetdist.nn.fast import triton_passes
+    from tetdist.nn.fast import triton_kernels
 
     with not_native(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "triton_for", lambda *_: triton_passes)
+        patch.setattr(dispatch, "triton_for", lambda *_: triton_kernels)
         for attribute, name in (("neuron", "neuron"), ("pooling", "pool"), ("packing", "packing")):
-            patch.setattr(triton_passes, attribute, _interpreted_kernels(name))
+            patch.setattr(triton_kernels, attribute, _interpreted_kernels(name))
         yield
 
 
 @contextlib.contextmanager
-def native_passes() -> Iterator[None]:
-    """The passes of CPUs, and nothing else in their place."""
+def native_kernels() -> Iterator[None]:
+    """The kernels of CPUs, and nothing else in their place."""
     if native.neuron_library(LIF()) is None:
         assert not os.environ.get("CI"), "CI has a C++ compiler, and this does not build"
         pytest.skip("no C++ compiler")
     with pytest.MonkeyPatch.context() as patch:
         # Should a neuron's own not build, this must not become a test of something else.
-        patch.setattr(passes, "_say_that_there_is_no_library", None)
+        patch.setattr(dispatch, "_say_that_there_is_no_library", None)
         yield
 
 
-IMPLEMENTATIONS = {"native": native_passes, "triton": interpreted}
+IMPLEMENTATIONS = {"native": native_kernels, "triton": interpreted}
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
@@ -140,7 +140,7 @@ def fused_and_defined(
     implementation: str = "native",
     rtol: float = 1e-9,
 ) -> dict[str, Tensor]:
-    """`results_of` a module's definition, which are those of its fused passes."""
+    """`results_of` a module's definition, which are those of its fused kernels."""
     results = []
     for execution in ("fused", "reference"):
         for layer in module.modules():

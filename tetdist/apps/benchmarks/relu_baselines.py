@@ -9,26 +9,26 @@ from torch import Tensor, nn
 _LAYERS = {"18": (2, 2, 2, 2), "34": (3, 4, 6, 3), "104": (3, 8, 32, 8)}
 
 
-def relu_twin(name: str) -> nn.Module | None:
+def relu_baseline(name: str) -> nn.Module | None:
     """A network of ReLU units with the convolutions of a spiking one, if there is one."""
     import timm
 
     family, _, depth = name.rpartition("resnet")
     match family, depth:
         case ("psn_sew_", depth):
-            twin: nn.Module = timm.create_model(f"resnet{depth}")
-            twin.maxpool = nn.AvgPool2d(3, 2, 1)
-            return twin
+            baseline: nn.Module = timm.create_model(f"resnet{depth}")
+            baseline.maxpool = nn.AvgPool2d(3, 2, 1)
+            return baseline
         case ("preact_", depth):
             stem = nn.Conv2d(3, 64, 7, 2, 3), nn.BatchNorm2d(64), nn.MaxPool2d(3, 2, 1)
             return _of_blocks(_LAYERS[depth], stem, first_stride=1, bias=True)
         case ("ms_", "14_cifar"):
-            return _ms_twin((2, 2, 2), nn.Conv2d(3, 64, 3, 1, 1, bias=False), num_classes=10)
+            return _ms_baseline((2, 2, 2), nn.Conv2d(3, 64, 3, 1, 1, bias=False), num_classes=10)
         case ("ms_", "104"):
             deep = [nn.Conv2d(3, 64, 3, 2, 1), *(nn.Conv2d(64, 64, 3, 1, 1) for _ in range(2))]
-            return _ms_twin(_LAYERS["104"], *deep, pooled=True)
+            return _ms_baseline(_LAYERS["104"], *deep, pooled=True)
         case ("ms_", depth):
-            return _ms_twin(_LAYERS[depth], nn.Conv2d(3, 64, 7, 2, 3, bias=False))
+            return _ms_baseline(_LAYERS[depth], nn.Conv2d(3, 64, 7, 2, 3, bias=False))
         case ("spiking_", "19"):
             return _for_small_images((3, 3, 2), stem=64, width=128)
         case ("spiking_", "19_dvs"):
@@ -37,7 +37,7 @@ def relu_twin(name: str) -> nn.Module | None:
             return _for_small_images((2, 2, 2, 2), stem=64, width=64)
         case ("sew_" | "spiking_", depth):
             return timm.create_model(f"resnet{depth}")
-    return _vgg_twin() if name == "vggsnn" else None
+    return _vgg_baseline() if name == "vggsnn" else None
 
 
 def _for_small_images(
@@ -47,18 +47,18 @@ def _for_small_images(
     from timm.models.resnet import BasicBlock, ResNet
 
     channels = tuple(width * 2**stage for stage in range(len(layers)))
-    twin = ResNet(BasicBlock, layers, channels=channels, num_classes=10)
-    twin.conv1 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
-    twin.maxpool = nn.Identity()
+    baseline = ResNet(BasicBlock, layers, channels=channels, num_classes=10)
+    baseline.conv1 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
+    baseline.maxpool = nn.Identity()
     if stem != 64:
-        twin.bn1 = nn.BatchNorm2d(stem)
+        baseline.bn1 = nn.BatchNorm2d(stem)
         if stem == width:
-            twin.layer1[0].downsample = None
-        first = twin.layer1[0].conv1
-        twin.layer1[0].conv1 = nn.Conv2d(stem, first.out_channels, 3, padding=1, bias=False)
+            baseline.layer1[0].downsample = None
+        first = baseline.layer1[0].conv1
+        baseline.layer1[0].conv1 = nn.Conv2d(stem, first.out_channels, 3, padding=1, bias=False)
     if len(layers) == 3:
-        twin.layer4 = nn.Identity()
-    return twin
+        baseline.layer4 = nn.Identity()
+    return baseline
 
 
 class _Block(nn.Module):
@@ -110,12 +110,12 @@ def _of_blocks(
     return nn.Sequential(*stem, *blocks, *last, *head)
 
 
-def _ms_twin(layers: tuple[int, ...], *stem: nn.Module, **settings: Any) -> nn.Module:
+def _ms_baseline(layers: tuple[int, ...], *stem: nn.Module, **settings: Any) -> nn.Module:
     stem = (*stem, nn.BatchNorm2d(64))
     return _of_blocks(layers, stem, last=[nn.ReLU(inplace=True)], **settings)
 
 
-def _vgg_twin() -> nn.Module:
+def _vgg_baseline() -> nn.Module:
     layers: list[nn.Module] = []
     channels = 2
     for width in (64, 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"):

@@ -1,7 +1,7 @@
-"""Chooses the passes over memory that serve a neuron on a device.
+"""Chooses the fused kernels that serve a neuron on a device.
 
-On a CPU they are those of native.py, in C++; on a GPU those of triton_passes.py. Where these cannot
-be built, and for types that they do not know, there are none, and the definition computes.
+On a CPU they are the C++ kernels of native.py; on a GPU the Triton kernels of triton_kernels.py.
+Where they cannot be built, and for other data types, the neuron's definition in torch runs instead.
 """
 
 import contextlib
@@ -15,28 +15,28 @@ import torch
 from torch import Tensor
 
 from tetdist.nn.fast import build, native, native_library, native_pool
-from tetdist.nn.fast.fused import NormPasses, Passes
+from tetdist.nn.fast.fused import NeuronKernels, NormKernels
 from tetdist.nn.fast.pooling import Pooling
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.parallel_neurons import ParallelNeuron
 
 logger = logging.getLogger(__name__)
 
-# By type of device, whether Triton's passes are used there; asked once in a process.
+# Whether Triton's kernels are used, by type of device; decided once in a process.
 _uses_triton: dict[str, bool] = {}
-# The module triton_passes in the context on_meta.
+# The module triton_kernels in the context on_meta.
 _for_meta: Any = None
 
 
-def passes_for(
+def kernels_for(
     config: NeuronConfig,
     tensors: tuple[Tensor | None, ...],
     timesteps: int,
     *,
     carries: bool,
     packs: bool,
-) -> Passes | None:
-    """The passes of a neuron; None: the definition is to compute. What is missing is said once.
+) -> NeuronKernels | None:
+    """Return a neuron's kernels, or None to run its definition; warn once if a compiler is missing.
 
     Args:
         config: The neuron.
@@ -47,29 +47,29 @@ def passes_for(
     """
     parallel = isinstance(config, ParallelNeuron)
     # What sums over time carry on is no membrane.
-    if not config.has_passes or (carries and parallel):
+    if not config.has_kernels or (carries and parallel):
         return None
-    kernels = _kernels_for(*tensors)
+    kernels = _module_for(*tensors)
     # For sums over time there are no kernels in Triton yet.
     if kernels is None or (parallel and kernels is not native):
         return None
     if kernels is native and native.neuron_library(config) is None:
         _say_that_there_is_no_library()
         return None
-    return _passes(kernels, config, timesteps, carries, packs)
+    return _neuron_kernels(kernels, config, timesteps, carries, packs)
 
 
 @functools.cache
-def _passes(
+def _neuron_kernels(
     kernels: Any, config: NeuronConfig, timesteps: int, carries: bool, packs: bool
-) -> Passes:
-    return kernels.Passes(config, timesteps, carries=carries, packs=packs)
+) -> NeuronKernels:
+    return kernels.NeuronKernels(config, timesteps, carries=carries, packs=packs)
 
 
-def norm_passes_for(tensors: tuple[Tensor | None, ...], timesteps: int) -> NormPasses | None:
-    """The passes of normalisation alone; otherwise like `passes_for`."""
-    kernels = _kernels_for(*tensors)
-    return None if kernels is None else kernels.NormPasses(timesteps)
+def norm_kernels_for(tensors: tuple[Tensor | None, ...], timesteps: int) -> NormKernels | None:
+    """Return the kernels of normalisation alone; otherwise like `kernels_for`."""
+    kernels = _module_for(*tensors)
+    return None if kernels is None else kernels.NormKernels(timesteps)
 
 
 def pooling_for(x: Tensor) -> Pooling | None:
@@ -80,8 +80,8 @@ def pooling_for(x: Tensor) -> Pooling | None:
     return None if gpu is None else gpu.Pool()
 
 
-def _kernels_for(*tensors: Tensor | None) -> Any:
-    """The module, native or triton_passes, whose passes serve these tensors; None: neither."""
+def _module_for(*tensors: Tensor | None) -> Any:
+    """Return the module, native or triton_kernels, that serves these tensors; None if neither."""
     if not native_library.serves(*tensors):
         return triton_for(*tensors)
     if native.norm_library() is None:
@@ -101,7 +101,7 @@ def _say_that_there_is_no_library() -> None:
 
 
 def triton_for(*tensors: Tensor | None) -> Any:
-    """The module triton_passes, if it serves these tensors; else None."""
+    """The module triton_kernels, if it serves these tensors; else None."""
     devices = {tensor.device.type for tensor in tensors if tensor is not None}
     if devices == {"meta"}:
         return _for_meta
@@ -110,7 +110,7 @@ def triton_for(*tensors: Tensor | None) -> Any:
     if "cuda" not in _uses_triton:
         decide(torch.device("cuda"))
     return (
-        importlib.import_module("tetdist.nn.fast.triton_passes") if _uses_triton["cuda"] else None
+        importlib.import_module("tetdist.nn.fast.triton_kernels") if _uses_triton["cuda"] else None
     )
 
 
@@ -119,10 +119,10 @@ def on_meta(launch: Callable[..., None]) -> Iterator[None]:
     """Treat tensors without numbers as a GPU's, in this context, and start no kernel.
 
     Args:
-        launch: Called in place of triton_passes.launch.
+        launch: Called in place of triton_kernels.launch.
     """
     global _for_meta
-    _for_meta = importlib.import_module("tetdist.nn.fast.triton_passes")
+    _for_meta = importlib.import_module("tetdist.nn.fast.triton_kernels")
     real, _for_meta.launch = _for_meta.launch, launch
     try:
         yield
@@ -134,7 +134,7 @@ def decide(
     device: torch.device,
     gather: Callable[[str | None], list[str | None]] = lambda reason: [reason],
 ) -> None:
-    """Decide whether Triton's passes are used on a device: on all processes of a run, or on none.
+    """Decide whether Triton's kernels are used on a device: on all processes of a run, or on none.
 
     Rounding differs between them and the definition, so that processes which decided differently
     would train different networks. If they are not used, each process says why.
@@ -162,7 +162,7 @@ def decide(
 
 def _reason_against_triton(device: torch.device) -> str | None:
     try:
-        importlib.import_module("tetdist.nn.fast.triton_passes").check(device)
+        importlib.import_module("tetdist.nn.fast.triton_kernels").check(device)
     except Exception as error:  # Triton, the driver and the compiler raise many kinds.
         lines = str(error).strip().splitlines()
         return lines[0] if lines else type(error).__name__

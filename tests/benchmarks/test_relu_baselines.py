@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tetdist import models
-from tetdist.apps.benchmarks.relu_twins import relu_twin
+from tetdist.apps.benchmarks.relu_baselines import relu_baseline
 
 
 def convolutions(model: nn.Module) -> list[tuple[object, ...]]:
@@ -18,17 +18,17 @@ def convolutions(model: nn.Module) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.parametrize("name", models.names())
-def test_a_twin_has_the_same_convolutions(name: str) -> None:
+def test_a_baseline_has_the_same_convolutions(name: str) -> None:
     with torch.device("meta"):
-        twin, model = relu_twin(name), timm.create_model(name)
+        baseline, model = relu_baseline(name), timm.create_model(name)
         if "resnet" not in name and name != "vggsnn":
-            assert twin is None
+            assert baseline is None
             return
-        assert twin is not None
-        assert convolutions(twin) == convolutions(model)
+        assert baseline is not None
+        assert convolutions(baseline) == convolutions(model)
         if name.startswith(("preact_", "ms_")):
-            sizes = [sum(p.numel() for p in one.parameters()) for one in (twin, model)]
+            sizes = [sum(p.numel() for p in one.parameters()) for one in (baseline, model)]
             assert sizes[0] == sizes[1]
         channels, height, width = model.default_cfg["input_size"]
-        logits = twin(torch.empty(2, channels, height, width))
+        logits = baseline(torch.empty(2, channels, height, width))
     assert logits.shape == (2, model.num_classes)

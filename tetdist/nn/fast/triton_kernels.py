@@ -124,8 +124,8 @@ def _adding(channels: int) -> tuple[int, dict[str, int]]:
     }
 
 
-class NormPasses:
-    """The passes of fused.py without neurons."""
+class NormKernels:
+    """The kernels of fused.py without neurons."""
 
     def __init__(self, timesteps: int) -> None:
         self.timesteps = timesteps
@@ -231,8 +231,8 @@ def _shared(x: Tensor, shortcut: Tensor | None) -> dict[str, bool]:
     return {"SHARED": shortcut is not None and shortcut.shape[0] < x.shape[0]}
 
 
-class Passes(NormPasses):
-    """The passes of fused.py, for a neuron, T, and what the spikes come with."""
+class NeuronKernels(NormKernels):
+    """The kernels of fused.py, for a neuron, T, and what the spikes come with."""
 
     def __init__(self, config: NeuronConfig, timesteps: int, *, carries: bool, packs: bool) -> None:
         super().__init__(timesteps)
@@ -339,7 +339,7 @@ class Passes(NormPasses):
         *,
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """See `fused.Passes`; fill the sums for what is learnt, if given."""
+        """See `fused.NeuronKernels`; fill the sums for what is learnt, if given."""
         del kept
         x, shortcut, affine, affine_of_shortcut, start, learned = inputs
         rows, channels = x.shape[1:]
