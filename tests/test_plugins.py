@@ -180,7 +180,7 @@ def test_a_checkpoint_asks_for_its_files_and_imports_none(
         capfd.readouterr()
         assert command(arguments) == 2
         said = capfd.readouterr().err
-        assert f"give --import {run}/imports/my_snn.py" in said
+        assert f"add --import {run}/imports/my_snn.py" in said
         assert f"{plugins.PACKAGE}.my_snn" not in sys.modules
         assert command([*arguments, "--import", str(run / "imports/my_snn.py")]) == 0
         (tmp_path / "my_snn.py").write_text(FILES["my_snn.py"] + "\n")
@@ -204,7 +204,7 @@ def test_a_checkpoint_asks_for_its_files_and_imports_none(
         ),
         (
             "from timm.models import register_model\n@register_model\ndef resnet18(): ...",
-            "registers the model 'resnet18', which there is already",
+            "registers the model 'resnet18', which timm.models.resnet has registered",
         ),
     ],
 )
@@ -225,7 +225,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         import_files([tmp_path / "pipe.py"])
     with pytest.raises(UserError, match=r"nothing.py cannot be read"):
         import_files([tmp_path / "nothing.py"])
-    with pytest.raises(UserError, match="its name one word"):
+    with pytest.raises(UserError, match="named in one word"):
         import_files([tmp_path / "my-snn.py"])
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -310,7 +310,7 @@ def test_one_file_may_use_another(tmp_path: Path) -> None:
         (
             FILES["my_optimizer.py"],
             {"phases.0.optimizer": {"kind": "rprop", "lr": 0.1, "arguments": {"foo": 1}}},
-            "rprop cannot be made with arguments {'foo': 1}",
+            "rprop cannot be built with arguments {'foo': 1}",
         ),
         ("import sys\nsys.exit('bye')\n", {}, "bad.py:2 raises SystemExit: bye"),
         ("", {"model.neuron": {"kind": "iff"}}, "model.neuron.kind: there is no kind of neuron"),
@@ -369,7 +369,7 @@ def test_optimiser_that_is_none(main: Main, tiny_config: ConfigWriter) -> None:
         ("timm:adma", "timm has no optimiser 'adma'"),
         ("adma", "there is no optimiser 'adma'; did you mean adam"),
         ("timm:adahessian", "needs second derivatives"),
-        ("timm:lamb", "zero_stage: 1 shows phases.0.optimizer.kind=timm:lamb"),
+        ("timm:lamb", "zero_stage: 1 does not suit phases.0.optimizer.kind=timm:lamb"),
     ):
         changes = {"phases.0.optimizer": {"kind": kind, "lr": 0.1}, "zero_stage": 1}
         outcome = main(tiny_config(changes | {"engine": "deepspeed"}))

@@ -56,7 +56,7 @@ class Loss:
         except TypeError as error:
             raise UserError(
                 f"loss.kind: {kind} does not take logits, targets and {list(arguments)} ({error}); "
-                "what else it needs must be keyword-only, and given in loss.arguments"
+                "make its other parameters keyword-only, and set them in loss.arguments"
             ) from error
         total: Any = self.function(logits, targets, **arguments)
         if not isinstance(total, Tensor):
@@ -66,7 +66,7 @@ class Loss:
                 f"loss.kind: {kind} has the shape {tuple(total.shape)}, not (); take the mean"
             )
         if logits.requires_grad and not total.requires_grad:
-            raise UserError(f"loss.kind: {kind} has no gradient; compute it of the logits' tensor")
+            raise UserError(f"loss.kind: {kind} has no gradient; compute it from the given logits")
         return total
 
 

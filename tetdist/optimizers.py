@@ -109,15 +109,18 @@ def _of_timm(name: str) -> OptimizerKind:
 
     key = OPTIMIZERS.key
     if name not in optim.list_optimizers():
-        raise UserError(f"{key}: timm has no optimiser {name!r}; timm.optim.list_optimizers() does")
+        raise UserError(f"{key}: timm has no optimiser {name!r}; see timm.optim.list_optimizers()")
     described = optim.get_optimizer_info(name)
     if name in NOT_CONTINUED:
         raise UserError(
-            f"{key}: {TIMM}{name} does not continue after a stop as it would have without one "
-            "(seen with timm 1.0), so that a run would not be what its configuration says"
+            f"{key}: {TIMM}{name} does not resume exactly: after a stop it trains to other weights "
+            "(seen with timm 1.0); choose another optimiser"
         )
     if described.second_order:
-        raise UserError(f"{key}: {TIMM}{name} needs second derivatives, which are not made here")
+        raise UserError(
+            f"{key}: {TIMM}{name} needs second derivatives, which are not computed here; choose "
+            "another optimiser"
+        )
     reads: tuple[str, ...] = ("momentum",) if described.has_momentum else ()
     reads += ("betas",) if described.has_betas and described.num_betas == 2 else ()
 
@@ -139,7 +142,7 @@ def kind_of(name: str, key: str = OPTIMIZERS.key) -> OptimizerKind:
     from timm.optim import list_optimizers
 
     if name not in OPTIMIZERS and name in list_optimizers():
-        raise UserError(f"{key}: {OPTIMIZERS.none_of(name)}; timm's is {TIMM}{name}")
+        raise UserError(f"{key}: {OPTIMIZERS.none_of(name)}; for timm's, set {TIMM}{name}")
     return OPTIMIZERS.find(name, key)
 
 
@@ -184,7 +187,7 @@ def make_optimizer(model: nn.Module, section: "OptimizerSettings") -> torch.opti
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{OPTIMIZERS.key}: {section.kind} cannot be made with arguments {section.arguments} "
+            f"{OPTIMIZERS.key}: {section.kind} cannot be built with arguments {section.arguments} "
             f"({error})"
         ) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -192,8 +195,8 @@ def make_optimizer(model: nn.Module, section: "OptimizerSettings") -> torch.opti
     scales = ["lr_scale" in group for group in optimizer.param_groups]
     if section.layer_decay is not None and not all(scales):
         raise UserError(
-            f"phases.*.optimizer.layer_decay: kind={section.kind} makes parameter groups without "
-            "lr_scale; have it keep that of the groups that it is given"
+            f"phases.*.optimizer.layer_decay: kind={section.kind} drops lr_scale from parameter "
+            "groups; keep it as it is given in each group, or set layer_decay=null"
         )
     if not kind.skips_when_told:
         cls = type(optimizer)
@@ -214,8 +217,8 @@ def layers_of(model: nn.Module) -> dict[str, int]:
         layers = group_parameters(model, matcher(coarse=False), reverse=True)
     if len(set(layers.values())) < 2:
         raise UserError(
-            f"phases.*.optimizer.layer_decay: {type(model).__name__} does not say which parameters "
-            "are of one layer; give it a group_matcher as timm's networks have, or set "
+            f"phases.*.optimizer.layer_decay: {type(model).__name__} has no group_matcher that "
+            "divides parameters into layers; add one as timm's networks have, or set "
             "layer_decay=null"
         )
     return layers

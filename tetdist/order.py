@@ -123,8 +123,8 @@ def steps_per_epoch(num_samples: int, global_batch: int) -> int:
     """
     if num_samples < global_batch:
         raise UserError(
-            f"the training split has {num_samples} samples, fewer than one global batch of"
-            f" {global_batch} (batch.global): make it smaller"
+            f"the training split has {num_samples} samples, fewer than batch.global, "
+            f"{global_batch}; set a smaller batch.global"
         )
     return num_samples // global_batch
 
@@ -142,15 +142,15 @@ def rank_micro_batches(rank: int, world_size: int, global_batch: int, micro_batc
     assert 0 <= rank < world_size
     if global_batch % micro_batch:
         raise UserError(
-            f"a global batch of {global_batch} cannot be cut into micro-batches of {micro_batch}:"
-            " it must be a multiple"
+            f"batch.global: {global_batch} is not a multiple of the micro-batch, {micro_batch}; "
+            "change one of them"
         )
     count = global_batch // micro_batch
     if count % world_size:
         suitable = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         raise UserError(
             f"{count} micro-batches a step (global batch {global_batch}, micro-batch {micro_batch})"
-            f" cannot be shared equally by {world_size} processes: take {suitable} of them, or"
+            f" cannot be divided equally among {world_size} processes; use {suitable} of them, or"
             " other batch sizes"
         )
     return range(rank, count, world_size)

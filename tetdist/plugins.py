@@ -103,7 +103,7 @@ class Registry(Mapping[str, T], Generic[T]):
         """Suggest the names that an unknown name may have meant."""
         close = difflib.get_close_matches(name, self._entries, n=1)
         known = f"did you mean {close[0]}?" if close else f"there are {', '.join(self._entries)}"
-        return f"{known} (one of your own needs its file: imports: [FILE.py], or --import FILE.py)"
+        return f"{known} (for your own, add its file: imports: [FILE.py], or --import FILE.py)"
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -145,7 +145,7 @@ def checksum(path: Path) -> str:
         UserError: It is not there, or no Python file.
     """
     if path.suffix != ".py" or not path.stem.isidentifier():
-        raise UserError(f"imports: {path} must be a file such as my_snn.py, its name one word")
+        raise UserError(f"imports: {path} must be a Python file named in one word, as my_snn.py")
     try:
         with open_file(path) as file:
             return hashlib.sha256(file.read()).hexdigest()
@@ -212,8 +212,8 @@ def _import(file: Imported) -> None:
             with warnings.catch_warnings(action="ignore"):
                 timm.models.register_model(entrypoint)
             raise UserError(
-                f"imports: {file.path} registers the model {model!r}, which there is already, in "
-                f"{entrypoint.__module__}; give it another name"
+                f"imports: {file.path} registers the model {model!r}, which "
+                f"{entrypoint.__module__} has registered already; give it another name"
             )
 
 
@@ -269,12 +269,14 @@ def require(before: Mapping[str, str], source: Path) -> None:
         copies = [source / "imports" / name for name in missing]
         given = " ".join(f"--import {c if c.is_file() else c.name}" for c in copies)
         raise UserError(
-            f"{source} was made with {', '.join(missing)}, and a checkpoint has nothing "
-            f"imported: give {given}, if you trust what is there"
+            f"{source} was made with {', '.join(missing)}, which is never imported from a "
+            f"checkpoint by itself; add {given} if you trust what is there"
         )
     for name, module in modules.items():
         if module is not None and module.sha256 != before[name]:
-            logger.warning("%s is not the file that %s was made with", module.__file__, source)
+            logger.warning(
+                "%s differs from the file that %s was made with", module.__file__, source
+            )
 
 
 def changes(before: Mapping[str, str], files: Iterable[Imported]) -> list[str]:

@@ -179,7 +179,7 @@ def test_processes_are_timed_alone_apart_and_together(tmp_path: Path, engine: st
         (["model", "--model", "vggsnn", "--spikingjelly", "eager"], "it has no vggsnn"),
         (["model", "--json", "."], "--json"),
         (["model", "--modes", "none,all"], "'all' is none of none, blocks, timesteps, reference"),
-        (["model", "--batch", "0"], "0: the least is 1"),
+        (["model", "--batch", "0"], "0 must be 1 or more"),
         (["memory", "--timesteps", "2,x"], "'x' is not a whole number"),
         (["scaling", "--json", "no/such/folder/x.json"], "--json"),
         (["model", "--json", "no/such/folder/x.json"], "--json"),

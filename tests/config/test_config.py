@@ -43,7 +43,7 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        # The dotted key, and the nearest known one, at every depth.
+        # The dotted key and the suggested key, at every depth.
         ({"sede": 1}, ("unknown key 'sede'", "'seed'")),
         ({"model.nuron": {}}, ("unknown key 'model.nuron'", "'model.neuron'")),
         ({"batch.globl": 8}, ("unknown key 'batch.globl'", "'batch.global'")),
@@ -94,11 +94,11 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"cuda_graphs": True}, ("cuda_graphs", "engine=deepspeed", "engine=torch")),
         (
             {"cuda_graphs": True, "engine": "torch", "batch_norm.sync": True},
-            ("cuda_graphs", "batch_norm.sync averages over processes"),
+            ("cuda_graphs=true", "batch_norm.sync=true, whose averages"),
         ),
         (
             {"cuda_graphs": True, "engine": "torch", "device": "cpu"},
-            ("cuda_graphs", "device=cpu"),
+            ("cuda_graphs=true needs a GPU", "device=cpu"),
         ),
         ({"batch.micro": 3}, ("batch.global", "8", "batch.micro", "3", "6")),
         ({"batch.micro": 16}, ("batch.global", "batch.micro", "16")),
@@ -122,7 +122,7 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ),
         ({"model.arguments": {"num_classes": 3}}, ("model.arguments.num_classes",)),
         ({"model.arguments": {"timesteps": 3}}, ("model.arguments.timesteps",)),
-        ({"data.repeats": 9}, ("data.repeats: 9 copies", "a step of 8 samples")),
+        ({"data.repeats": 9}, ("data.repeats: 9", "above batch.global, 8")),
         (
             {
                 "phases.0.optimizer": {
@@ -133,12 +133,15 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
             },
             ("phases.0.optimizer.arguments.betas: set phases.0.optimizer.betas instead",),
         ),
-        ({"tracking.trackers": ["wandb", "wandb"]}, ("tracking.trackers: wandb is there twice",)),
+        ({"tracking.trackers": ["wandb", "wandb"]}, ("tracking.trackers: wandb is listed twice",)),
         ({"data.scale": [1.0, 0.5]}, ("data.scale",)),
         ({"data.ratio": [-1.0, 0.5]}, ("data.ratio",)),
         ({"data.std": [0.5, 0.0, 0.5]}, ("data.std",)),
         ({"data.auto_augment": "randm9"}, ("'data.auto_augment'", "cifar10", "as rand-m9-")),
-        ({"data.auto_augment": "rand-w0"}, ("'data.auto_augment'", "no parts but m, n,", "'w0'")),
+        (
+            {"data.auto_augment": "rand-w0"},
+            ("'data.auto_augment'", "consist of m, n,", "unknown: 'w0'"),
+        ),
         (
             {"data.auto_augment": "rand-m9", "data.color_jitter.hue": 0.1},
             ("data.color_jitter", "data.auto_augment=rand-m9"),
@@ -184,8 +187,8 @@ def test_no_such_config() -> None:
     [
         ("- 1\n- 2\n", "keys and values, not a list"),
         ("a: [1\n", "valid YAML"),
-        ("", "keys and values, and is empty"),
-        ("seed: 1\nloss:\n  kind: tet\n  kind: sdt\n", "'kind' is there twice, in lines 3 and 4"),
+        ("", "keys and values, but is empty"),
+        ("seed: 1\nloss:\n  kind: tet\n  kind: sdt\n", "'kind' appears twice, in lines 3 and 4"),
     ],
 )
 def test_file_that_is_no_configuration(tmp_path: Path, text: str, part: str) -> None:
@@ -289,9 +292,9 @@ def test_list_item_of_a_default_can_be_overridden(tmp_path: Path) -> None:
         ("seed=one", "seed=one: 'seed': input should be a valid integer, not 'one'"),
         (
             "timesteps=3",
-            "timesteps=3: unknown key 'timesteps'; there are 'model.neuron.timesteps' and",
+            "timesteps=3: unknown key 'timesteps'; did you mean 'model.neuron.timesteps' or",
         ),
-        ("lr=3", "there is 'phases.0.optimizer.lr'"),
+        ("lr=3", "did you mean 'phases.0.optimizer.lr'?"),
         ("model=sew_resnet18", "did you mean model.name=sew_resnet18?"),
         ("model.neuron=lif", "did you mean model.neuron.kind=lif?"),
         ("model.neuron.decay=2", "model.neuron.decay=2: 'model.neuron.decay': input should be"),
@@ -313,10 +316,10 @@ def test_list_item_of_a_default_can_be_overridden(tmp_path: Path) -> None:
         ("phases.5=1", "phases.5=1: phases has one item"),
         ("seed.x=1", "seed.x=1: seed is a single value and holds no keys"),
         ("seed=[1", "seed=[1 is not valid YAML"),
-        ("sead=1", "unknown key 'sead'; the nearest known one is 'seed'"),
+        ("sead=1", "unknown key 'sead'; did you mean 'seed'?"),
         ("seed=", "seed=: 'seed'"),
-        ("neuron.decay=0.2", "there is 'model.neuron'"),
-        ("optimizer=adam", "there is 'phases.0.optimizer'"),
+        ("neuron.decay=0.2", "did you mean 'model.neuron'?"),
+        ("optimizer=adam", "did you mean 'phases.0.optimizer'?"),
         ("batch.eval=1000000000000", "less than or equal to 1048576"),
         ("phases.0.epochs=100000000000000000000", "less than or equal to 1000000"),
         ("log_every=10000000000", "less than or equal to 1000000000"),
@@ -338,7 +341,7 @@ def test_mistakes_of_the_file_and_of_an_override_are_told_apart(tiny_config: Con
     with pytest.raises(UserError) as caught:
         load(file, ["log_every=x"])
     other, own = str(caught.value).split(f"; {file}: ")
-    assert own == "unknown key 'sede'; the nearest known one is 'seed'"
+    assert own == "unknown key 'sede'; did you mean 'seed'?"
     assert other.startswith("log_every=x: 'log_every'")
 
 
@@ -351,7 +354,7 @@ def test_mistakes_of_the_file_and_of_an_override_are_told_apart(tiny_config: Con
             ["model.neuron.decay=1.0", "model.neuron={kind: lif}"],
             "model.neuron={kind: lif} would replace model.neuron.decay=1.0",
         ),
-        (["data={kind: images, kind: events}"], "the key 'kind' is there twice"),
+        (["data={kind: images, kind: events}"], "the key 'kind' appears twice"),
     ],
 )
 def test_what_would_be_undone_in_silence_is_refused(
@@ -391,7 +394,7 @@ def _laughs(levels: int) -> str:
         ("a: 2026-13-45", "not valid YAML"),
         ('a: "\\ud800"', "not valid YAML"),
         ("a: 2026-01-01", "quote it"),
-        ("a: 1:30", "a number of base 60"),
+        ("a: 1:30", "a base-60 number"),
         ("# " + "x" * 600_000, "larger than 524,288 bytes"),
     ],
     ids=[
@@ -436,7 +439,9 @@ def test_name_of_a_new_run_is_sound_and_earlier_ones_stay_readable(
     tiny_config: ConfigWriter, tmp_path: Path, name: str
 ) -> None:
     file = tiny_config({"name": name})
-    with pytest.raises(UserError, match=r"^name: .* must be of letters .A to Z., digits") as caught:
+    with pytest.raises(
+        UserError, match=r"^name: .* must consist of letters .A to Z., digits"
+    ) as caught:
         load(str(file))
     assert "\n" not in str(caught.value)
     (tmp_path / "runs" / name).mkdir(parents=True)

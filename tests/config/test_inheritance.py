@@ -129,8 +129,8 @@ def test_a_mistake_is_told_of_the_file_that_it_is_in(tmp_path: Path) -> None:
     [
         ("base: nowhere.yaml", "no configuration 'nowhere.yaml'"),
         ("base: 3", "'base' must be the name of a configuration, not 3"),
-        ("base: odd.yaml", "'base' leads back to it (odd.yaml <- odd.yaml)"),
-        ("base: quickstart\nphases: {1: {epochs: 2}}", "'phases' has the items 0 to 0 in the base"),
+        ("base: odd.yaml", "'base' leads back to this file (odd.yaml <- odd.yaml)"),
+        ("base: quickstart\nphases: {1: {epochs: 2}}", "'phases' has items 0 to 0 in the base"),
         ("base: quickstart\nphases: {first: {epochs: 2}}", "no 'first'"),
     ],
 )

@@ -355,7 +355,7 @@ def test_sizes_that_do_not_fit_are_refused_before_the_first_batch(image_root):
     index = indexed(root)
     with pytest.raises(UserError, match="12 samples"):
         train(index, root, share=dataclasses.replace(SHARE, global_batch=16))
-    with pytest.raises(UserError, match="shared equally"):
+    with pytest.raises(UserError, match="divided equally"):
         train(index, root, share=dataclasses.replace(SHARE, world_size=3))
 
 

@@ -109,12 +109,12 @@ def test_the_mean_comes_in_from_outside() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("rand-m9-w0", "no parts but m, n, p, mstd, mmax and inc .*'w0' is another"),
-        ("rand-m9-tweights", "'tweights' is another"),
-        ("rand-m9.5", "a whole number from 0 to 100 as m"),
-        ("rand-m9-p2", "a number from 0 to 1 as p"),
+        ("rand-m9-w0", "consist of m, n, p, mstd, mmax and inc, each .*unknown: 'w0'"),
+        ("rand-m9-tweights", "unknown: 'tweights'"),
+        ("rand-m9.5", "m as a whole number from 0 to 100"),
+        ("rand-m9-p2", "p as a number from 0 to 1"),
         ("rand-m9-m8", "m once"),
-        ("rand-", "'' is another"),
+        ("rand-", "unknown: ''"),
     ],
 )
 def test_what_a_text_must_be_is_said(text: str, words: str) -> None:

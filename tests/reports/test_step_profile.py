@@ -43,11 +43,14 @@ def test_results_are_the_same_to_the_bit_and_own_kernels_are_named(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["profile.steps=[6,4]"], "profile.steps: [6, 4] must rise"),
+        (["profile.steps=[6,4]"], "profile.steps: [6, 4] must be [FIRST, LAST]"),
         (["profile.steps=[1,101]"], "profile.steps: 101 steps make a trace"),
-        (["profile.steps=[8,9]", "max_steps=7"], "profile.steps: step 8 is after max_steps, 7"),
+        (
+            ["profile.steps=[8,9]", "max_steps=7"],
+            "profile.steps: step 8 is after the run's last, max_steps=7",
+        ),
         (["profile.steps=[11,12]"], "profile.steps: step 11 is after the run's last, 10"),
-        (["profile.steps=[2,2]", "cuda_graphs=true"], "profile: with cuda_graphs"),
+        (["profile.steps=[2,2]", "cuda_graphs=true"], "profile: the operations of a CUDA graph"),
     ],
 )
 def test_steps_that_cannot_be_profiled_are_refused(

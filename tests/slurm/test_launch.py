@@ -332,14 +332,14 @@ def test_what_is_refused_before_anything_is_written(
     refused(capfd, ["--config", file], "how many GPUs", "--gpus-per-node G")
     four = ["--config", file, "--gpus-per-node", "4"]
     refused(capfd, four, "there is no Slurm here", "--dry-run", "--local N")
-    refused(capfd, [*four, "--nodes", "3"], "cannot be shared equally by 12 processes")
+    refused(capfd, [*four, "--nodes", "3"], "cannot be divided equally among 12 processes")
     refused(capfd, [*four, "data.root=/nowhere"], "data.root: there is no folder /nowhere")
     refused(capfd, [*four, "reference=sew43"], "reference: there is no published curve 'sew43'")
     refused(capfd, [*four, "bach.micro=1"], "unknown key 'bach'")
     refused(capfd, [*four, "cluster.quos=x"], "unknown key 'quos'", "'qos'")
     refused(capfd, [*four, "--time", "soon"], "--time: 'soon' is no time")
     # Slurm would look for the log of job 12 in a folder 12.
-    refused(capfd, [*four, "name=100%j"], "name: '100%j' must be of letters")
+    refused(capfd, [*four, "name=100%j"], "name: '100%j' must consist of letters")
     refused(capfd, [*four, f"runs_dir={tmp_path}/%j"], "%j/tiny', has a %", "another runs_dir=...")
     refused(capfd, [*four, "--after", "nothing"], "there is no run nothing")
     refused(capfd, [*four, "--after", "nothing", "--local", "1"], "does not go with --local")

@@ -120,7 +120,7 @@ def test_a_mask_rises_and_a_checkpoint_has_what_it_was(
         values = json.loads(found.read_text())
         assert [values[key] for key in ("top1", "loss")] == [line[key] for key in ("top1", "loss")]
     refused = main(file, "name=graphs", "cuda_graphs=true")
-    assert "mask_epochs changes neurons from epoch to epoch" in refused.text
+    assert "mask_epochs, which changes neurons every epoch" in refused.text
 
 
 def test_an_evaluation_refuses_the_t_that_does_not_exist(

@@ -209,14 +209,14 @@ def test_teachers_that_do_not_suit(
     text = refusal(f"{KEY}={TIMM}", f"{KEY}_weights={file}")
     assert "has shape (7,) instead of (4,)" in text
     text = refusal("loss.kind=sdt", "loss.distillation.self_weight=0.5")
-    assert "set loss.kind=tet with it" in text
+    assert "set loss.kind=tet, or self_weight=0" in text
     aligned = ("loss.distillation.teacher_alignment=error_aware", f"{KEY}={relu}")
     correct = ("loss.distillation.self_target=correct_mean", "loss.distillation.self_weight=0.5")
     for overrides, mixing in ((aligned, "data.mixup=0.2"), (correct, "data.cutmix=1.0")):
         text = refusal(*overrides, mixing)
-        assert f"{overrides[0].replace('=', ': ')} asks whether a timestep's class is right" in text
+        assert f"{overrides[0].replace('=', ': ')} needs samples of one class" in text
     text = refusal(f"{KEY}={relu}", f"{KEY}_weights={file}")
-    assert f"set {KEY}=timm:NAME with it" in text
+    assert f"set {KEY}=timm:NAME, too" in text
 
 
 def test_teacher_of_other_classes(relu: Path, tiny_config: ConfigWriter, tmp_path: Path) -> None:

@@ -683,7 +683,7 @@ def test_init_checkpoint_that_does_not_suit(
     source = f"init_checkpoint={straight('torch')}"
     ended(main(tiny_config(), "init_checkpoint=/nowhere"), "/nowhere")
     ended(main(tiny_config({"model.num_classes": 7}), source), "another model", "fc.weight")
-    ended(main(tiny_config(), "start_phase=1", source), "start_phase: 1 is none of the phases")
+    ended(main(tiny_config(), "start_phase=1", source), "start_phase: 1 must be one of 0 to 0")
     two = tiny_config({"phases": TWO_PHASES})
     ended(main(two, "start_phase=1"), "set init_checkpoint")
     ended(main(two, "start_phase=1", source, "max_steps=3"), "max_steps: 3 ends before phase 1")

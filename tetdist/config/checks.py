@@ -25,31 +25,33 @@ def check(config: RunConfig) -> None:
     """Refuse contradictions between keys that are each fine on their own."""
     # Runs of earlier versions may have any name that a folder can have, and stay readable.
     if "/" in config.name or config.name in ("", ".", ".."):
-        raise UserError(f"name: {config.name!r} is not the name of a folder")
+        raise UserError(f"name: {config.name!r} cannot name a folder; use letters, digits, . _ -")
     batch = config.batch
     if batch.global_ % batch.micro:
         raise UserError(
             f"batch.global: {batch.global_} is not a multiple of batch.micro, {batch.micro}; "
-            f"{batch.global_ // batch.micro * batch.micro or batch.micro} is"
+            f"set it to {batch.global_ // batch.micro * batch.micro or batch.micro}, for instance"
         )
     if config.data.repeats > batch.global_:
         raise UserError(
-            f"data.repeats: {config.data.repeats} copies of a sample do not fit into a step of "
-            f"{batch.global_} samples; choose less, 3 is usual"
+            f"data.repeats: {config.data.repeats} must not be above batch.global, {batch.global_}; "
+            "3 is usual"
         )
     _check_model(config)
     _check_kinds(config)
     data = config.data
     if data.scale[0] > data.scale[1] or data.scale[1] == 0:
-        raise UserError(f"data.scale: {list(data.scale)} must rise from the first to the second")
+        raise UserError(
+            f"data.scale: {list(data.scale)} must be [SMALLEST, LARGEST], with LARGEST above 0"
+        )
     if not 0 < data.ratio[0] <= data.ratio[1]:
-        raise UserError(f"data.ratio: {list(data.ratio)} must be positive and rise")
+        raise UserError(f"data.ratio: {list(data.ratio)} must be [SMALLEST, LARGEST], both above 0")
     if min(data.std) <= 0:
         raise UserError(f"data.std: {list(data.std)} must be above 0")
     if data.resize is not None and data.resize < data.image_size:
         raise UserError(
-            f"data.resize: {data.resize} is smaller than data.image_size, {data.image_size}: "
-            "the centre crop would not fit"
+            f"data.resize: {data.resize} is smaller than data.image_size, {data.image_size}, "
+            "so the centre crop would not fit; set it to the image size or more"
         )
     _check_augmentation(config)
     _check_precision_and_engine(config)
@@ -58,20 +60,20 @@ def check(config: RunConfig) -> None:
     _check_profile(config)
     trackers = config.tracking.trackers
     if twice := [name for name in trackers if trackers.count(name) > 1]:
-        raise UserError(f"tracking.trackers: {twice[0]} is there twice; leave out one")
+        raise UserError(f"tracking.trackers: {twice[0]} is listed twice; leave out one")
     if config.tracking.register_ is not None and config.tracking.log_checkpoint == "none":
         raise UserError(
-            f"tracking.register: {config.tracking.register_!r} needs a checkpoint that MLflow has; "
-            "set tracking.log_checkpoint=best or last with it"
+            f"tracking.register: {config.tracking.register_!r} needs a checkpoint in MLflow; "
+            "set tracking.log_checkpoint=best or last, too"
         )
     if config.start_phase >= len(config.phases):
         raise UserError(
-            f"start_phase: {config.start_phase} is none of the phases 0 to {len(config.phases) - 1}"
+            f"start_phase: {config.start_phase} must be one of 0 to {len(config.phases) - 1}"
         )
     if config.start_phase and config.init_checkpoint is None:
         raise UserError(
-            f"start_phase: {config.start_phase} begins after phases that this run did not train; "
-            "set init_checkpoint to what they left"
+            f"start_phase: {config.start_phase} skips the phases before it; set init_checkpoint to "
+            "the checkpoint of a run that trained them"
         )
     for i, phase in enumerate(config.phases):
         if phase.warmup_epochs + phase.cooldown_epochs >= phase.epochs:
@@ -99,8 +101,8 @@ def check_name(config: RunConfig) -> None:
     is_sound = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.name)
     if not is_sound and not config.run_dir.is_dir():
         raise UserError(
-            f"name: {config.name!r} must be of letters (A to Z), digits and any of . _ -, and must "
-            "not begin with . or -; give the run such a name=..."
+            f"name: {config.name!r} must consist of letters (A to Z), digits and . _ -, and must "
+            "not begin with . or -; choose another name=..."
         )
 
 
@@ -112,51 +114,52 @@ def _check_model(config: RunConfig) -> None:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
         raise UserError(
-            f"model.name: {name!r} is not a spiking model; {hint} (one of your own needs its file: "
-            "imports: [FILE.py], or --import FILE.py)"
+            f"model.name: {name!r} is not a spiking model; {hint} (for a model of your own, add "
+            "its file: imports: [FILE.py], or --import FILE.py)"
         )
     allowed = models.arguments_of(name)
     for key in config.model.arguments:
         if key in ("num_classes", "neuron", "timesteps"):
-            raise UserError(f"model.arguments.{key}: has a key of its own; set it there")
+            own = "phases.N.timesteps" if key == "timesteps" else f"model.{key}"
+            raise UserError(f"model.arguments.{key}: set {own} instead")
         if allowed is not None and key not in allowed:
             close = difflib.get_close_matches(key, allowed, n=1)
-            hint = f"the nearest known one is {close[0]!r}" if close else f"known: {allowed}"
-            raise UserError(f"model.arguments.{key}: {name} has no such; {hint}")
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(allowed)}"
+            raise UserError(f"model.arguments.{key}: {name} has no such argument; {hint}")
     for i, phase in enumerate(config.phases):
         if (reason := config.model.neuron.refusal(phase.timesteps)) is not None:
             raise UserError(f"phases.{i}.timesteps: {reason}")
     kind = models.input_kind(name)
     if kind not in (None, config.data.kind):
         raise UserError(
-            f"data.kind is {config.data.kind!r} and model.name {name!r} takes {kind!r}: choose a "
-            "model or data that suit each other"
+            f"data.kind: model.name={name} takes {kind}, not {config.data.kind}; choose another "
+            "model, or other data"
         )
 
 
 def _check_kinds(config: RunConfig) -> None:
-    """Refuse unknown losses and optimisers, and what is set for them and does not suit them."""
+    """Refuse unknown losses and optimisers, and settings that do not suit them."""
     loss = LOSSES[config.loss.kind]
     own = [name for name in loss.arguments if name not in ("lambda_", "phi", "label_smoothing")]
     for key in config.loss.arguments:
         if key not in own:
             known = ", ".join(own) or "none"
             raise UserError(
-                f"loss.arguments.{key}: loss.kind={config.loss.kind} has no such; known: {known}"
+                f"loss.arguments.{key}: loss.kind={config.loss.kind} has no such argument; known: "
+                f"{known}"
             )
     if config.loss.distillation.self_weight and loss.of_time_mean:
         raise UserError(
-            "loss.distillation.self_weight: timesteps learn from their mean, and "
-            f"loss.kind={config.loss.kind} sees that mean only; set loss.kind=tet with it"
+            "loss.distillation.self_weight: timesteps cannot learn from their mean, because "
+            f"loss.kind={config.loss.kind} sees only that; set loss.kind=tet, or self_weight=0"
         )
     for i, phase in enumerate(config.phases):
         kind = kind_of(phase.optimizer.kind, f"phases.{i}.optimizer.kind")
         if config.zero_stage not in kind.zero_stages:
             stages = ", ".join(map(str, kind.zero_stages))
             raise UserError(
-                f"zero_stage: {config.zero_stage} shows phases.{i}.optimizer.kind="
-                f"{phase.optimizer.kind} flat parts of parameters, for which it is not right; it "
-                f"goes with {stages}"
+                f"zero_stage: {config.zero_stage} does not suit phases.{i}.optimizer.kind="
+                f"{phase.optimizer.kind}, which needs whole parameters; set zero_stage to {stages}"
             )
 
 
@@ -165,37 +168,36 @@ def _check_augmentation(config: RunConfig) -> None:
     smallest = min(size for phase in config.phases for size in phase_image_sizes(config, phase))
     if data.crop == "padded" and data.padding >= smallest:
         raise UserError(
-            f"data.padding: {data.padding} must be below the image size, {smallest}: a crop could "
-            "be all border"
+            f"data.padding: {data.padding} must be below the image size, {smallest}, or a crop "
+            "could be all border"
         )
     if data.auto_augment.startswith("rand") and any(dict(data.color_jitter).values()):
         raise UserError(
-            f"data.color_jitter: data.auto_augment={data.auto_augment} changes colours itself, and "
-            "timm drops the jitter with it; leave one of them out"
+            f"data.color_jitter: it cannot go with data.auto_augment={data.auto_augment}, which "
+            "changes colours itself (timm drops the jitter then); leave one of them out"
         )
     if (data.mixup or data.cutmix) and config.batch.micro == 1:
         raise UserError(
-            "batch.micro: 1 leaves data.mixup and data.cutmix nothing to mix a sample with; take 2 "
-            "or more"
+            "batch.micro: 1 leaves data.mixup and data.cutmix without a partner; set 2 or more"
         )
 
 
 def _check_precision_and_engine(config: RunConfig) -> None:
     if config.precision == "fp64" and config.engine != "torch":
-        raise UserError("precision: DeepSpeed does not train in fp64; set engine=torch with it")
+        raise UserError("precision: DeepSpeed does not train in fp64; set engine=torch, too")
     if config.zero_stage and config.engine != "deepspeed":
         raise UserError(
-            f"zero_stage: {config.zero_stage} is DeepSpeed's; set engine=deepspeed or zero_stage=0"
+            f"zero_stage: {config.zero_stage} needs DeepSpeed; set engine=deepspeed or zero_stage=0"
         )
     if config.zero_stage and config.precision == "fp16":
         raise UserError(
             "precision: fp16 needs zero_stage=0 (DeepSpeed never lowers its loss scale at stages 1 "
-            "and 2); bf16 goes with all of them"
+            "and 2); set zero_stage=0, or precision=bf16, which works with all stages"
         )
     if config.zero_stage and config.gradient_clipping is not None and config.clip_mode != "norm":
         raise UserError(
             f"clip_mode: {config.clip_mode} needs zero_stage=0 (no process has the whole gradient "
-            "at stages 1 and 2, where DeepSpeed clips by the norm)"
+            "at stages 1 and 2, where DeepSpeed clips by the norm); set one of the two so"
         )
 
 
@@ -204,21 +206,21 @@ def _check_cuda_graphs(config: RunConfig) -> None:
         return
     if config.engine != "torch":
         raise UserError(
-            f"cuda_graphs: engine={config.engine} does more on the host in each micro-batch than a "
-            "graph repeats; set engine=torch with them"
+            f"cuda_graphs=true needs engine=torch: engine={config.engine} does work on the host in "
+            "each micro-batch, which a graph cannot repeat; set engine=torch, or cuda_graphs=false"
         )
     if config.batch_norm.sync:
         raise UserError(
-            "cuda_graphs: batch_norm.sync averages over processes within a micro-batch, which is "
-            "not captured; set one of them to false"
+            "cuda_graphs=true cannot go with batch_norm.sync=true, whose averages over processes "
+            "are not captured; set one of them to false"
         )
     if config.model.neuron.at_epoch(0) != config.model.neuron:
         raise UserError(
-            "cuda_graphs: model.neuron.mask_epochs changes neurons from epoch to epoch, and a "
-            "graph repeats what they were; set cuda_graphs=false with it"
+            "cuda_graphs=true cannot go with model.neuron.mask_epochs, which changes neurons every "
+            "epoch, while a graph repeats the captured ones; set cuda_graphs=false"
         )
     if config.device == "cpu":
-        raise UserError("cuda_graphs: they are a GPU's, and device=cpu; set cuda_graphs=false")
+        raise UserError("cuda_graphs=true needs a GPU, not device=cpu; set one of them differently")
 
 
 def _check_profile(config: RunConfig) -> None:
@@ -226,21 +228,21 @@ def _check_profile(config: RunConfig) -> None:
         return
     first, last = config.profile.steps
     if first > last:
-        raise UserError(f"profile.steps: [{first}, {last}] must rise from the first to the last")
+        raise UserError(f"profile.steps: [{first}, {last}] must be [FIRST, LAST], in this order")
     if last - first >= MOST_PROFILED:
         raise UserError(
-            f"profile.steps: {last - first + 1:,} steps make a trace that nothing opens; take at "
+            f"profile.steps: {last - first + 1:,} steps make a trace too large to open; choose at "
             f"most {MOST_PROFILED}"
         )
     if config.max_steps is not None and first > config.max_steps:
         raise UserError(
-            f"profile.steps: step {first} is after max_steps, {config.max_steps}, with which the "
-            "run ends; take earlier ones"
+            f"profile.steps: step {first} is after the run's last, max_steps={config.max_steps}; "
+            "choose earlier ones"
         )
     if config.cuda_graphs:
         raise UserError(
-            "profile: with cuda_graphs a micro-batch is started as a whole, whose operations have "
-            "no names; profile with cuda_graphs=false"
+            "profile: the operations of a CUDA graph have no names; set cuda_graphs=false while "
+            "profiling"
         )
 
 
@@ -248,26 +250,26 @@ def _check_distillation(config: RunConfig) -> None:
     section, key = config.loss.distillation, "loss.distillation"
     if section.teacher_weights and not (section.teacher or "").startswith(TIMM):
         raise UserError(
-            f"{key}.teacher_weights: is of a timm teacher; set {key}.teacher=timm:NAME with it, or "
+            f"{key}.teacher_weights: needs a timm teacher; set {key}.teacher=timm:NAME, too, or "
             f"give the file itself as {key}.teacher"
         )
     if not (config.data.mixup or config.data.cutmix):
         return
-    needs_labels = {}  # with what asks for none in its place
+    needs_labels = {}  # by key, the value that needs none
     if section.teacher is not None and section.weight and section.teacher_alignment != "plain":
         needs_labels["teacher_alignment"] = "plain"
     if section.self_weight and section.self_target == "correct_mean":
         needs_labels["self_target"] = "time_mean"
     for name, other in needs_labels.items():
         raise UserError(
-            f"{key}.{name}: {getattr(section, name)} asks whether a timestep's class is right, and "
-            "a mixed sample has two classes; set data.mixup=0 and data.cutmix=0, or "
+            f"{key}.{name}: {getattr(section, name)} needs samples of one class, and mixed samples "
+            "have two; set data.mixup=0 and data.cutmix=0, or "
             f"{key}.{name}={other}"
         )
 
 
 def effective(config: RunConfig) -> dict[str, Any]:
-    """The configuration as one dictionary of dotted keys, without those that have no effect."""
+    """Return the configuration by dotted key, without keys that have no effect."""
     unread = [key for key, *_ in without_effect(config)]
     return {
         key: value
@@ -277,14 +279,14 @@ def effective(config: RunConfig) -> dict[str, Any]:
 
 
 def warn_without_effect(config: RunConfig, inherited: Collection[str]) -> None:
-    """Warn of each key that was set and is not read, unless a ``base`` has set it."""
+    """Warn of each key without effect that was set, unless a ``base`` has set it."""
     for key, is_set, because in without_effect(config):
         if is_set and not any(one == key or one.startswith(f"{key}.") for one in inherited):
             logger.warning("%s has no effect with %s", key, because)
 
 
 def without_effect(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
-    """Every key that nothing reads, whether it was set, and the setting that makes it so."""
+    """Yield each key without effect, whether it was set, and the setting that disables it."""
     for place, names, because in _unread(config):
         section: Any = config
         for part in place.split(".") if place else ():
@@ -294,7 +296,7 @@ def without_effect(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
             yield f"{place}.{alias}".lstrip("."), name in section.model_fields_set, because
 
 
-# A section's dotted key, its fields that nothing reads, and why.
+# A section's dotted key, its fields without effect, and the setting that disables them.
 _Unread = tuple[str, Sequence[str], str]
 
 
@@ -343,7 +345,7 @@ def _unread(config: RunConfig) -> Iterator[_Unread]:
 
 def _unread_by_distillation(config: RunConfig) -> Iterator[_Unread]:
     section, place = config.loss.distillation, "loss.distillation"
-    # A timestep without others says what they say together; correct_mean asks the labels, too.
+    # A single timestep is its own target; only correct_mean depends on the label, too.
     alone = section.self_target != "correct_mean" and all(
         phase.timesteps == 1 for phase in config.phases
     )

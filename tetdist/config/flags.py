@@ -1,13 +1,13 @@
-"""Arguments that several commands take, and the most that some settings may be.
+"""Arguments shared by several commands, and upper limits of some settings.
 
-More than that is a slip of the finger, which would fill the memory or end the process.
+A value above such a limit is a typing error that would fill the memory or end the process.
 """
 
 import argparse
 
 MOST_TIMESTEPS = 10_000
-MOST_PIXELS = 8192  # of a side
-MOST_THREADS = 512  # and processes, of one command
+MOST_PIXELS = 8192  # height or width
+MOST_THREADS = 512  # threads or processes of one command
 MOST_PREFETCHED = 64  # batches
 
 
@@ -34,5 +34,5 @@ def positive(text: str) -> int:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: the least is 1")
+        raise argparse.ArgumentTypeError(f"{value} must be 1 or more")
     return value

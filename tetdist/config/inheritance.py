@@ -1,4 +1,4 @@
-"""A configuration file that says only what differs from another one, its ``base``."""
+"""Configuration files that hold only their differences from another one, their ``base``."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,8 +10,8 @@ from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
 
 COMMAND_LINE, DEFAULT = "command line", "default"
-# Whatever else a mapping says, these say whose arguments are in it.
-_WHOSE = ("kind", "name")
+# Keys that name the object whose arguments a mapping holds.
+_OWNERS = ("kind", "name")
 
 
 def read_layers(
@@ -21,22 +21,22 @@ def read_layers(
 
     Args:
         path: The file.
-        find: The file of a ``base``, given with the folder of the file that names it.
+        find: Finds a ``base`` by its name and the folder of the file that names it.
         above: The files that inherit from this one.
 
     Returns:
-        Keys and values of all of them, as of `read_yaml`; and by dotted key the file that a value
-        is from.
+        The merged keys and values, as `read_yaml` returns them; and the file of each value, by
+        dotted key.
 
     Raises:
         UserError: A file is no configuration, or inherits from itself.
     """
     if path.resolve() in above:
         names = " <- ".join(file.name for file in (*above, path))
-        raise UserError(f"{path}: 'base' leads back to it ({names}); remove one of them")
+        raise UserError(f"{path}: 'base' leads back to this file ({names}); remove one 'base'")
     values = read_yaml(path)
     base = values.pop("base", None)
-    # They lie beside the configuration.
+    # Imported files are beside the configuration.
     imports = [str((path.parent / one).absolute()) for one in imports_of(values, path)]
     values["imports"] = imports
     if base is None:
@@ -46,7 +46,7 @@ def read_layers(
     inherited, from_where = read_layers(find(base, path.parent), find, (*above, path.resolve()))
     # Two runs of one name would be one folder.
     inherited.pop("name", None)
-    # Files to be imported add up: what the base names needs those of the base.
+    # Imports of both are kept: the base's values need the base's files.
     values["imports"] = [*inherited["imports"], *imports]
     origins = from_where | dict.fromkeys(_leaves(values), str(path))
     joined = _over(inherited, values, str(path), "")
@@ -66,15 +66,15 @@ def imports_of(raw: dict[str, Any], source: Path | str) -> list[str]:
 
 
 def _over(base: Any, own: Any, source: str, place: str) -> Any:
-    """A value over that of the base: mappings key by key, a list's items by their position."""
+    """Merge a value into the base's: mappings key by key, a list's items by their position."""
     if not isinstance(own, dict):
         return own
     if isinstance(base, list):
         return _items_over(base, own, source, place)
     if not isinstance(base, dict):
         return own
-    # Arguments are those of a network, say, and another one has others.
-    if any(key in own and own[key] != base.get(key) for key in _WHOSE):
+    # The base's arguments do not suit another network, loss or optimiser.
+    if any(key in own and own[key] != base.get(key) for key in _OWNERS):
         base = {key: value for key, value in base.items() if key != "arguments"}
     return base | {
         key: _over(base.get(key), value, source, f"{place}.{key}".lstrip("."))
@@ -87,8 +87,8 @@ def _items_over(base: list[Any], own: dict[str, Any], source: str, place: str) -
     for key, value in own.items():
         if not key.isdecimal() or int(key) >= len(items):
             raise UserError(
-                f"{source}: {place!r} has the items 0 to {len(items) - 1} in the base, and no "
-                f"{key!r}; change one of them by its number, or give the whole list"
+                f"{source}: {place!r} has items 0 to {len(items) - 1} in the base, but no {key!r}; "
+                "change an item by its number, or give the whole list"
             )
         items[int(key)] = _over(items[int(key)], value, source, f"{place}.{key}")
     return items
@@ -112,7 +112,7 @@ def _leaves(value: Any, place: str = "") -> dict[str, Any]:
 
 
 def overridden(origins: Mapping[str, str], values: dict[str, Any], key: str) -> dict[str, str]:
-    """Origins when an override has set a key, in ``values``, that may hold others."""
+    """Update origins after an override has set a key, or a section, of ``values``."""
 
     def is_inside(one: str) -> bool:
         return one == key or one.startswith(f"{key}.")

@@ -1,4 +1,4 @@
-"""The sentences in which a configuration's mistakes are told."""
+"""Error messages for mistakes in a configuration."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -19,27 +19,30 @@ def sentences(
     overrides: Sequence[str] = (),
     origins: Mapping[str, str] | None = None,
 ) -> str:
-    """All that is wrong with a configuration.
+    """Return all mistakes in a configuration as one message.
 
     Args:
-        error: What pydantic found.
-        source: Where the configuration is from.
-        overrides: Those that were applied to it; a mistake of one of them is told as its own.
-        origins: The files that its values are from, by dotted key, if not all from ``source``.
+        error: pydantic's error.
+        source: File of the configuration, as the message names it.
+        overrides: Overrides that were applied; the message names one in place of the file if the
+            mistake is in it.
+        origins: Files of the values, by dotted key, if not all are from ``source``.
     """
     found = innermost([united(one) for outer in error.errors() for one in _opened(outer)])
-    said: dict[str, list[str]] = {}
+    problems_by_origin: dict[str, list[str]] = {}
     for one in found:
         override = _override_of(one, overrides)
         origin = override or _file_of(one, origins or {}) or source
-        said.setdefault(origin, []).append(_explain(one, is_override=override is not None))
+        problems = problems_by_origin.setdefault(origin, [])
+        problems.append(_explain(one, is_override=override is not None))
     return "; ".join(
-        f"{origin}: {'; '.join(dict.fromkeys(problems))}" for origin, problems in said.items()
+        f"{origin}: {'; '.join(dict.fromkeys(problems))}"
+        for origin, problems in problems_by_origin.items()
     )
 
 
 def united(error: Any) -> Any:
-    """One sentence for a key of two kinds, of which pydantic complains once a kind."""
+    """Return one error for a key of two types, for which pydantic has one each."""
     if error["loc"][:1] != ("recompute",):
         return error
     message = "must be none, blocks or {timesteps: K} with a whole number K above 0"
@@ -47,8 +50,7 @@ def united(error: Any) -> Any:
 
 
 def innermost(errors: list[Any]) -> list[Any]:
-    """Return the errors of pydantic that tell enough, without those of a list or mapping around an
-    error."""
+    """Return the innermost errors of pydantic, without those of a list or mapping around them."""
     return [e for e in errors if not any(_contains(e, other) for other in errors)]
 
 
@@ -58,7 +60,7 @@ def _contains(error: Any, other: Any) -> bool:
 
 
 def _opened(error: Any) -> list[Any]:
-    """The errors within a neuron, which pydantic has as one error of the whole of it."""
+    """Return the errors within a neuron, which pydantic reports as one error."""
     match error["type"]:
         case "within":
             inside, known = error["ctx"]["errors"], error["ctx"]["known"]
@@ -82,12 +84,12 @@ def _override_of(error: Any, overrides: Sequence[str]) -> str | None:
 
 
 def _file_of(error: Any, origins: Mapping[str, str]) -> str | None:
-    """The file that a mistake is in, of several; None: not known, as of a key that is missing."""
+    """Return the file that holds a mistake; None if unknown, as for a missing key."""
     return origins.get(".".join(map(str, error["loc"])))
 
 
 def _explain(error: Any, *, is_override: bool) -> str:
-    """One of pydantic's errors as a sentence part."""
+    """Return one of pydantic's errors as a part of a sentence."""
     location = [str(part) for part in error["loc"]]
     dotted = ".".join(location)
     given = error["input"]
@@ -102,7 +104,7 @@ def _explain(error: Any, *, is_override: bool) -> str:
         case "model_type" | "neuron" if (section := section_at(location)) is not None:
             return _no_section(dotted, section, given, is_override=is_override)
         case "tuple_type" | "list_type" if dotted == "phases":
-            return f"{dotted!r} is a list; the first phase's keys are {dotted}.0.epochs and others"
+            return f"{dotted!r} is a list; set a phase's keys, such as {dotted}.0.epochs"
     message = error["msg"][0].lower() + error["msg"][1:]
     is_whole = error["type"].startswith("neuron") or given is ... or isinstance(given, dict)
     shown = "" if is_whole else f", not {given!r}"
@@ -113,36 +115,35 @@ def _nearest(location: list[str], known: list[str]) -> str:
     """Suggest the keys that an unknown key may have meant."""
     last, prefix = location[-1], "".join(f"{part}." for part in location[:-1])
     every = [*documented_keys(), *known]
-    # The right word at the wrong place, or else a slip in a word at the right one.
+    # The right word at a wrong place, or else a misspelt word at the right one.
     elsewhere = list(dict.fromkeys(place for key in every if (place := _place_of(last, key))))
     if elsewhere:
-        there = "there is" if len(elsewhere) == 1 else "there are"
-        return f"{there} {' and '.join(map(repr, elsewhere[:3]))}"
+        return f"did you mean {' or '.join(map(repr, elsewhere[:3]))}?"
     if close := difflib.get_close_matches(last, known, n=1, cutoff=0.5):
-        return f"the nearest known one is {prefix + close[0]!r}"
-    return f"known here are {', '.join(known)}"
+        return f"did you mean {prefix + close[0]!r}?"
+    return f"known keys: {', '.join(known)}"
 
 
 def _place_of(word: str, key: str) -> str | None:
-    """The place of a word in a documented key, as a key of its own or as a section; or None."""
+    """Return the dotted key or section that ends in a word of a documented key; None without."""
     parts = key.replace(".N.", ".0.").split(".")
     return ".".join(parts[: parts.index(word) + 1]) if word in parts else None
 
 
 def _no_section(dotted: str, section: type[BaseModel], given: Any, *, is_override: bool) -> str:
-    """Say that keys and values belong here, and which key the value that is here may be of."""
+    """Return the error of a value where a section belongs, with the key it may be meant for."""
     keys = [field.alias or name for name, field in section.model_fields.items()]
-    said = f"{dotted!r} holds keys ({', '.join(keys)}), not the value {given!r}"
+    problem = f"{dotted!r} holds keys ({', '.join(keys)}), not the value {given!r}"
     key = _key_for(section, given)
     if key is None:
-        return said
+        return problem
     written = f"{dotted}.{key}={given}" if is_override else f"{dotted}: {{{key}: {given}}}"
-    return f"{said}; did you mean {written}?"
+    return f"{problem}; did you mean {written}?"
 
 
 def _key_for(section: type[BaseModel], value: Any) -> str | None:
-    """The key of a section whose value a lone value most likely is: the first that takes it, of
-    those with a few words to choose from, then of those that have to be there, then of all."""
+    """Return the key of a section that a lone value most likely belongs to: the first that accepts
+    it, with keys of fixed choices before required keys, and those before all others."""
 
     def order(field: FieldInfo) -> tuple[bool, bool]:
         return get_origin(field.annotation) is not Literal, not field.is_required()

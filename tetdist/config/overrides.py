@@ -1,4 +1,4 @@
-"""Overrides, ``dotted.key=value``: how they are applied, and joined where one replaces another."""
+"""Overrides, ``dotted.key=value``: applying them, and joining lists of them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,10 +20,10 @@ def key_of(override: str) -> str:
 
 
 def refuse_repeated(overrides: Sequence[str]) -> None:
-    """Refuse overrides of which a later one would undo an earlier one in silence.
+    """Refuse overrides where a later one would silently undo an earlier one.
 
     Raises:
-        UserError: A key is set twice, or set and then replaced together with what it belongs to.
+        UserError: A key is set twice, or set and then replaced with its whole section.
     """
     for number, override in enumerate(overrides):
         key = key_of(override)
@@ -38,7 +38,7 @@ def refuse_repeated(overrides: Sequence[str]) -> None:
 
 
 def joined(*layers: Sequence[str]) -> list[str]:
-    """Overrides in one list, without those that one of a later layer replaces."""
+    """Join layers of overrides into one list, without those that a later layer replaces."""
     result: list[str] = []
     for layer in layers:
         keys = [key_of(override) for override in layer]
@@ -94,4 +94,4 @@ def _position(items: list[Any], part: str, name: str, override: str) -> int:
         0: f"{name} is empty",
         1: f"{name} has one item, {name}.0 (items are counted from 0)",
     }.get(len(items), f"{name} has the items {name}.0 to {name}.{len(items) - 1}")
-    raise UserError(f"{override}: {there}; a further one is written in the YAML file")
+    raise UserError(f"{override}: {there}; add further ones in the YAML file")

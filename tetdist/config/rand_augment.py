@@ -1,4 +1,4 @@
-"""RandAugment as timm writes it, all in one text: rand-m9-mstd0.5-inc1."""
+"""RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1."""
 
 import re
 from typing import NamedTuple
@@ -7,14 +7,14 @@ EXAMPLE = "rand-m9-mstd0.5-inc1"
 
 
 class RandAugment(NamedTuple):
-    """Random operations on an image, all of them as strong (Cubuk et al., 2020).
+    """Random operations on an image, all of the same strength (Cubuk et al., 2020).
 
     Attributes:
-        m: How strong they are, the magnitude.
-        n: Operations drawn for an image, of which it may get the same one twice.
-        p: Probability with which each of those is carried out.
+        m: Magnitude: the strength of the operations.
+        n: Number of operations drawn for an image; the same one may be drawn twice.
+        p: Probability of applying each drawn operation.
         mstd: Standard deviation of the magnitude; above 100 it is uniform from 0 to m.
-        mmax: Largest magnitude. 10 is where the operations are said to end.
+        mmax: Largest magnitude. The operations are defined up to 10.
         inc: Whether all operations are stronger with a larger magnitude; else posterize and
             solarize are weaker, and colours change least at 5.
     """
@@ -39,11 +39,11 @@ _BOUNDS = {
 
 
 def rand_augment(text: str) -> RandAugment:
-    """Read what a text says that begins with "rand".
+    """Parse a policy's text that begins with "rand".
 
     Raises:
-        ValueError: A part of it is not known, not in its bounds, or there twice; the message says
-            what the text must be.
+        ValueError: A part is unknown, out of bounds, or given twice; the message says what is
+            allowed.
     """
     values: dict[str, float] = {}
     for part in text.split("-")[1:]:
@@ -51,18 +51,18 @@ def rand_augment(text: str) -> RandAugment:
         if found is None or found[1] not in _BOUNDS:
             *known, last = _BOUNDS
             raise ValueError(
-                f"must have no parts but {', '.join(known)} and {last} with a number, as in "
-                f"{EXAMPLE} ({part!r} is another)"
+                f"must consist of {', '.join(known)} and {last}, each with a number, as in "
+                f"{EXAMPLE} (unknown: {part!r})"
             )
         key, value = found[1], float(found[2])
         low, high, is_whole = _BOUNDS[key]
         if not low <= value <= high or (is_whole and not value.is_integer()):
             kind = "whole number" if is_whole else "number"
-            raise ValueError(f"must have a {kind} from {low} to {high} as {key}")
+            raise ValueError(f"must have {key} as a {kind} from {low} to {high}")
         if key in values:
             raise ValueError(f"must have {key} once")
         values[key] = value
     if values.get("m", 0) > values.get("mmax", 10):
-        raise ValueError(f"must have at most {values.get('mmax', 10):g} as m, or a larger mmax")
+        raise ValueError(f"must have m of at most {values.get('mmax', 10):g}, or a larger mmax")
     n, inc = int(values.pop("n", 2)), bool(values.pop("inc", 0))
     return RandAugment(**values, n=n, inc=inc)

@@ -1,4 +1,4 @@
-"""Reads YAML of strangers into plain values: text, numbers, lists and mappings, nothing shared."""
+"""Reads untrusted YAML into plain values: text, numbers, lists and mappings, nothing shared."""
 
 import json
 from pathlib import Path
@@ -16,25 +16,25 @@ _MOST_BYTES = 2**19
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Keys and values of a YAML file.
+    """Read the keys and values of a YAML file.
 
     Raises:
-        UserError: It is no YAML, holds something else, a key twice, or anchors without an end.
+        UserError: It is no YAML, holds no mapping, a key twice, or an anchor within itself.
         OSError: The file cannot be read.
     """
     with open_file(path) as file:
         raw = _plain(file.read(_MOST_BYTES + 1), str(path))
     if not isinstance(raw, dict):
-        found = "and is empty" if raw is None else f"not a {type(raw).__name__}"
+        found = "but is empty" if raw is None else f"not a {type(raw).__name__}"
         raise UserError(f"{path} must hold keys and values, {found}")
     return raw
 
 
 def read_value(text: str, source: str) -> Any:
-    """The value that a piece of YAML stands for; ``source`` is named in errors.
+    """Parse a piece of YAML; errors name ``source``.
 
     Raises:
-        UserError: As of `read_yaml`.
+        UserError: See `read_yaml`.
     """
     return _plain(text, source)
 
@@ -42,8 +42,8 @@ def read_value(text: str, source: str) -> Any:
 def _plain(stream: bytes | str, source: str) -> Any:
     if len(stream) > _MOST_BYTES:
         raise UserError(
-            f"{source} is larger than {_MOST_BYTES:,} bytes, which no configuration is; see that "
-            "it is the right file"
+            f"{source} is larger than {_MOST_BYTES:,} bytes, too large for a configuration; check "
+            "that it is the right file"
         )
     try:
         loader = _Loader(stream if isinstance(stream, str) else stream.decode())
@@ -60,19 +60,19 @@ def _plain(stream: bytes | str, source: str) -> Any:
             "quote it if it is meant as text"
         ) from error
     except RecursionError as error:
-        raise UserError(f"{source} is not valid YAML here: it is nested too deeply") from error
+        raise UserError(f"{source} is nested too deeply for a configuration") from error
     # ValueError: the 13th month, a number of ten thousand digits, bytes that are no text.
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what YAML's own safe loader takes: a key that is there twice, of which it keeps the
-    last and says nothing, and anchors that stand for very many values, or contain themselves."""
+    """A stricter safe loader: it refuses repeated keys, of which YAML's own silently keeps the
+    last, and anchors that expand to very many values or contain themselves."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        # Values so far, with every alias written out, and by identity of a node those in it.
+        # Number of values so far, with aliases expanded, and of those in each node, by its id.
         self._count, self._sizes = 0, dict[int, int]()
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
@@ -88,12 +88,12 @@ class _Loader(yaml.SafeLoader):
         else:
             raise UserError(
                 f"{mark.name}: the anchor in line {node.start_mark.line + 1} contains an alias of "
-                "itself, which has no end; write out what is meant"
+                "itself; write the value out instead of the alias"
             )
         if self._count > _MOST_VALUES:
             raise UserError(
-                f"{mark.name}: with its aliases written out, line {mark.line + 1} stands for more "
-                f"than {_MOST_VALUES:,} values; use fewer anchors"
+                f"{mark.name}: with all aliases expanded, there are more than {_MOST_VALUES:,} "
+                f"values up to line {mark.line + 1}; use fewer anchors"
             )
         return node
 
@@ -107,7 +107,7 @@ class _Loader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if key.value in lines:
                 raise UserError(
-                    f"{key.start_mark.name}: the key {key.value!r} is there twice, in lines "
+                    f"{key.start_mark.name}: the key {key.value!r} appears twice, in lines "
                     f"{lines[key.value]} and {line}; rename or remove one"
                 )
             lines[key.value] = line
@@ -115,16 +115,16 @@ class _Loader(yaml.SafeLoader):
 
 
 def _plain_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
-    """Construct a number, but none of base 60, as which YAML 1.1 reads 1:30.
+    """Construct a number, but refuse base 60, as which YAML 1.1 reads 1:30.
 
     Raises:
-        UserError: It is one.
+        UserError: The number is written in base 60.
     """
     if ":" in node.value:
         line = node.start_mark.line + 1
         raise UserError(
-            f"{node.start_mark.name}: {node.value} in line {line} is a number of base 60 to YAML "
-            "1.1; write it as a decimal, or quote it if it is meant as text"
+            f"{node.start_mark.name}: {node.value} in line {line} is a base-60 number in YAML 1.1; "
+            "write it as a decimal, or quote it if it is meant as text"
         )
     is_int = node.tag == "tag:yaml.org,2002:int"
     return loader.construct_yaml_int(node) if is_int else loader.construct_yaml_float(node)

@@ -64,7 +64,7 @@ def _policy(text: str) -> str:
         return text
     try:
         if text.split("-")[0] != "rand":
-            raise ValueError(f"must be {', '.join(POLICIES)}, or RandAugment, as {EXAMPLE}")
+            raise ValueError(f"must be {', '.join(POLICIES)}, or RandAugment, such as {EXAMPLE}")
         rand_augment(text)
     except ValueError as error:
         raise PydanticCustomError("policy", "{text}", {"text": str(error)}) from error
