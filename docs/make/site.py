@@ -1,11 +1,10 @@
-"""Makes the pages of the documentation's site that are not written by hand, and checks all links;
-mkdocs loads it.
+"""Generates pages of the documentation's site and checks all links; mkdocs loads this file.
 
     make docs        (mkdocs build --strict; the site is in site/)
 
-The README is the first page. Commands, recipes and keys of the configuration are listed by asking
-the code itself, so that no list of them can be out of date. Links in all pages, which lead through
-the project's folders, are made to lead to the site's pages.
+The README is the first page. Commands, recipes and configuration keys are listed from the code
+itself, so the lists are never out of date. Links between the project's files are changed to links
+between the site's pages.
 """
 
 import logging
@@ -45,7 +44,7 @@ _CODE = re.compile(r"^(```.*?^```)", flags=re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made here."""
+    """Add the generated pages."""
     made = {site: (PROJECT / name).read_text() for name, site in ROOT_PAGES.items()}
     made["reference/commands.md"] = commands_page()
     made["reference/configuration.md"] = configuration_page()
@@ -56,7 +55,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Have links lead to the site's pages, but within code."""
+    """Change links to the site's pages, except within code."""
     del config, files  # mkdocs hands them over by name
     uri = page.file.src_uri
     at_root = {site: Path() for site in ROOT_PAGES.values()}
@@ -69,7 +68,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _site_link(link: re.Match[str], folder: Path, uri: str) -> str:
-    """A link of a file in the project's ``folder``, as it is on the page ``uri``."""
+    """Return a link from the project's ``folder`` as the page ``uri`` needs it."""
     image, text, target, anchor = link.groups(default="")
     text = _LINK.sub(lambda inner: _site_link(inner, folder, uri), text)
     if not target or "://" in target:
@@ -82,14 +81,14 @@ def _site_link(link: re.Match[str], folder: Path, uri: str) -> str:
     elif path.is_relative_to("configs"):
         there, anchor = RECIPES, f"#{_anchor(path)}" if path.suffix else ""
     elif (PROJECT / path).exists():
-        return text  # of the code: the site does not have it
+        return text  # a link to code, which the site does not have
     else:
-        return link[0]  # mkdocs says that it leads nowhere
+        return link[0]  # mkdocs reports that it is broken
     return f"{image}[{text}]({os.path.relpath(there, Path(uri).parent)}{anchor})"
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Have the links of a notebook, which mkdocs leaves as they are, lead to pages."""
+    """Change the links of a notebook to pages, since mkdocs does not."""
     del config, files
     if not page.file.src_uri.endswith(".ipynb"):
         return html
@@ -103,9 +102,9 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 
 def on_post_build(config: MkDocsConfig) -> None:
-    """Warn, which ends a strict build, of what leads nowhere or is shown as its own Markdown.
+    """Warn of broken links and of Markdown shown as text; a warning fails a strict build.
 
-    mkdocs sees the links of its pages' Markdown only, not those of notebooks and of raw HTML.
+    mkdocs checks only links in Markdown, not those in notebooks and raw HTML.
     """
     site = Path(config.site_dir)
     pages = {file: _Page(file.read_text()) for file in site.rglob("*.html")}
@@ -122,10 +121,10 @@ def on_post_build(config: MkDocsConfig) -> None:
             if not there.exists() or (
                 url.fragment and known and unquote(url.fragment) not in known
             ):
-                _LOG.warning("%s: the link %s leads nowhere", file.relative_to(site), link)
+                _LOG.warning("%s: the link %s is broken", file.relative_to(site), link)
         for text in page.lists_in_text:
             name = file.relative_to(site)
-            _LOG.warning("%s: a list without an empty line before it, after: %s", name, text)
+            _LOG.warning("%s: a list needs an empty line before it, after: %s", name, text)
 
 
 class _Page(HTMLParser):
@@ -170,10 +169,11 @@ def commands_page() -> str:
     lines = [
         "# Commands",
         "",
-        "In a checkout `python tools/COMMAND.py`, `launch/slurm.py` and `tetdist/train.py`; with",
-        "the package alone `tetdist COMMAND`. Each answers `--help` in a moment.",
+        "In a checkout, run `python tools/COMMAND.py`, `python launch/slurm.py` or",
+        "`python tetdist/train.py`; with the installed package, `tetdist COMMAND`. Each has",
+        "`--help`.",
         "",
-        "| command | what for |",
+        "| command | purpose |",
         "|---|---|",
         *(f"| [{name}](#{name}) | {text} |" for name, text in COMMANDS.items()),
     ]
@@ -186,7 +186,7 @@ def commands_page() -> str:
 
 
 def _helps(name: str) -> Iterator[tuple[str, str]]:
-    """The help of a command, then those of its own commands, each with their words."""
+    """Yield the help of a command, then of each of its subcommands by its name."""
     text = _help(name)
     yield "", text
     inner = re.search(r"^  \{([a-z_,-]+)\}", text, flags=re.MULTILINE)
@@ -211,13 +211,14 @@ def _help(*words: str) -> str:
 
 
 def configuration_page() -> str:
-    """Every key of a configuration, a table for each section."""
+    """Return the page of all configuration keys, with a table for each section."""
     lines = [
-        "# Every key of a configuration",
+        "# Configuration keys",
         "",
-        "A YAML file holds them, and `key=value` on the command line overrides one: dotted, items",
-        "of a list by their number, `phases.0.epochs=10`. `--explain KEY` shows the same in a",
-        "terminal, `--print-config` what a run gets and where each value is from.",
+        "Set keys in a YAML file, or override one on the command line with `key=value`. Keys are",
+        "dotted, and items of a list are numbered from 0: `phases.0.epochs=10`. `--explain KEY`",
+        "shows these texts in a terminal; `--print-config` shows the values of a run, the file",
+        "that sets each of them, and the keys that have no effect.",
     ]
     by_section: dict[str, list[str]] = {}
     for key, documented in documented_keys().items():
@@ -228,7 +229,7 @@ def configuration_page() -> str:
         by_section.setdefault(section, []).append(row)
     for section, rows in by_section.items():
         lines += ["", f"## {section or 'The run'}", ""]
-        lines += ["| key | meaning | takes | default |", "|---|---|---|---|", *rows]
+        lines += ["| key | meaning | allowed values | default |", "|---|---|---|---|", *rows]
     return "\n".join(lines)
 
 
@@ -242,13 +243,12 @@ def _cell(text: str) -> str:
 
 
 def recipes_page() -> str:
-    """Every file of configs/: what its header says, and the file."""
+    """Return the page of all recipes in configs/, with their headers."""
     lines = [
         "# Recipes",
         "",
-        "The files of `configs/`. Each says at its beginning with which command it is run, on",
-        "which hardware, and what is known of its result; `--config NAME.yaml` finds it from",
-        "anywhere.",
+        "The files of `configs/`. The header of each names its command, its hardware, and its",
+        "known results. `--config NAME.yaml` finds it from any folder.",
     ]
     folder = PROJECT / "configs"
     for title, found in [

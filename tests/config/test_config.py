@@ -552,7 +552,11 @@ def test_some_keys_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     explained = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert explained == ["batch.global", "batch.micro", "batch.eval", "phases.N.epochs"]
     assert train.main(["--explain", "model.neuron.decay"]) == 0
-    of_kinds = "[number > 0 and <= 1; default 0.5]", "Number > 0 and < 1 of plif.", "0.25 of ilif"
+    of_kinds = (
+        "[number > 0 and <= 1; default 0.5]",
+        "For plif: number > 0 and < 1.",
+        "nilif: default 0.25.",
+    )
     said = capsys.readouterr().out
     assert all(one in said for one in of_kinds)
     assert train.main(["--explain", "bach"]) == 2

@@ -27,7 +27,7 @@ _BOUNDS |= {annotated_types.Lt: "< {0.lt}", annotated_types.Le: "<= {0.le}"}
 
 
 class Documented(NamedTuple):
-    """A key: what it takes, what it is where nobody says, and what it means."""
+    """The documentation of a key: allowed values, default, and meaning."""
 
     takes: str
     default: str
@@ -40,7 +40,7 @@ class Documented(NamedTuple):
 def documented_keys(
     section: type[BaseModel] = RunConfig, prefix: str = ""
 ) -> dict[str, Documented]:
-    """Every key of the configuration, dotted (list items as ``N``)."""
+    """Return the documentation of each key, by its dotted name (list items as ``N``)."""
     keys: dict[str, Documented] = {}
     for name, field in section.model_fields.items():
         dotted = f"{prefix}{field.alias or name}"
@@ -57,8 +57,8 @@ def documented_keys(
 
 
 def _of_all_kinds(prefix: str) -> dict[str, Documented]:
-    """The keys of all kinds of neurons, with what is said of a key that only some have, and of its
-    defaults and of what it takes where kinds differ."""
+    """Document the keys of all kinds of neurons; a text names the kinds if only some have the key,
+    or if they differ in its default or its allowed values."""
     by_key: dict[str, dict[str, Documented]] = {}
     for kind in NEURONS:
         for key, documented in documented_keys(neuron_section(kind), prefix).items():
@@ -69,18 +69,18 @@ def _of_all_kinds(prefix: str) -> dict[str, Documented]:
         if "lif" not in of_kinds:
             meaning = f"({', '.join(of_kinds)} only) "
         meaning += first.meaning
-        for says in ("takes", "default"):
+        for part in ("takes", "default"):
             kinds_by_text: dict[str, list[str]] = {}
             for kind, documented in of_kinds.items():
-                kinds_by_text.setdefault(getattr(documented, says), []).append(kind)
+                kinds_by_text.setdefault(getattr(documented, part), []).append(kind)
             for text, kinds in list(kinds_by_text.items())[1:]:
-                meaning += f" {text.capitalize()} of {', '.join(kinds)}."
+                meaning += f" For {', '.join(kinds)}: {text}."
         merged[key] = first._replace(meaning=meaning)
     return merged
 
 
 def section_at(location: Sequence[str]) -> type[BaseModel] | None:
-    """The section at a dotted key, of which list items have numbers; None where there is none."""
+    """Return the section at a dotted key, with list items as numbers; None if there is none."""
     section: type[BaseModel] = RunConfig
     for part in location:
         if part.isdigit():
@@ -111,7 +111,7 @@ def _documented(field: FieldInfo) -> Documented:
 
 
 def _takes(annotation: Any, about: Sequence[Any] = ()) -> str:
-    """The values that a type takes, as in "whole number > 0 or null"."""
+    """Describe the values that a type accepts, as in "whole number > 0 or null"."""
     origin, inside = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         of_fields = [one.metadata if isinstance(one, FieldInfo) else [one] for one in inside[1:]]

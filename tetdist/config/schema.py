@@ -1,8 +1,8 @@
 """The configuration of a run: typed, strict, from YAML plus ``key=value`` overrides.
 
-A configuration describes one run completely; every default is written out in the run folder's
-config.yaml. Keys that do not exist, values of the wrong type or range and settings that
-contradict each other end in a `UserError` that names the dotted key.
+A configuration describes one run completely; the run folder's config.yaml holds every default.
+Unknown keys, values of a wrong type or range, and settings that contradict each other raise a
+`UserError` that names the dotted key.
 """
 
 from pathlib import Path
@@ -29,10 +29,12 @@ from tetdist.config.sections.training import (
 
 class RunConfig(Section):
     name: str
-    """Name of the run and its folder, of letters, digits and . _ -; default: the file's name."""
+    """Name of the run and of its folder, made of letters, digits and . _ -. Default: the name of
+    the configuration file."""
     imports: tuple[str, ...] = ()
-    """Python files of your own, beside the configuration, that register models, neurons, losses,
-    optimisers, transforms or trackers; docs/extending.md. --import FILE adds one."""
+    """Your own Python files that register models, neurons, losses, optimisers, transforms or
+    trackers (docs/extending.md). Paths start at the configuration's folder; --import FILE adds
+    one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all random numbers: initial weights, sample order, augmentation, dropout."""
     model: ModelSection
@@ -41,32 +43,34 @@ class RunConfig(Section):
     loss: LossSection = LossSection()
     phases: Annotated[tuple[PhaseSection, ...], Field(min_length=1)]
     precision: Literal["bf16", "fp32", "tf32", "fp16", "fp64"] = "bf16"
-    """Numeric precision. bf16, fp16 (GPU only): for convolutions, with float32 parameters. fp32.
-    tf32 (GPU only): fp32 whose convolutions round their inputs to ten bits. fp64: for checks."""
+    """Numeric precision. bf16: bfloat16 convolutions, float32 parameters; fp16: the same in
+    float16, on a GPU only; fp32: all float32; tf32: fp32 whose convolutions round inputs to ten
+    bits, on a GPU only; fp64: all float64, for checks."""
     batch_norm: BatchNormSection = BatchNormSection()
     execution: Literal["fused", "reference"] = "fused"
     """Implementation of norms and neurons. fused: C++ and Triton kernels; reference: the
     definitions in plain torch."""
     recompute: Literal["none", "blocks"] | SegmentsSection = "none"
-    """Activation memory (gradient checkpointing). blocks: keep each block's input only and compute
-    the rest again; results stay bitwise identical. {timesteps: k}: the same over segments of k
-    timesteps, for long T; batch norm then normalises each segment by itself, which trains another
-    network."""
+    """Recomputation of activations, to save memory (gradient checkpointing). blocks: keep only each
+    block's input and recompute the rest; results stay bitwise identical. {timesteps: k}: the same
+    in segments of k timesteps, for long T; batch norm then normalises each segment separately,
+    which trains a different network."""
     gradient_clipping: Annotated[float, Field(gt=0)] | None = None
-    """Limit of the gradient's norm, or of what clip_mode names; null: no clipping."""
+    """Limit of the gradient's norm, or of another quantity that clip_mode names; null: no
+    clipping."""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     """Quantity that gradient_clipping limits. norm: norm of the whole gradient; value: each
-    element; agc (adaptive): each filter's gradient norm relative to its weights' norm, except in
-    the classifier (0.01, for instance). timm's clip_mode."""
+    element; agc (adaptive): each filter's gradient norm divided by its weight norm, except in the
+    classifier (with a limit such as 0.01). timm's clip_mode."""
     ema: EmaSection = EmaSection()
     non_finite_limit: Positive = 5
-    """Number of steps in a row without a finite gradient after which the run ends. Such a step
-    changes nothing and is counted."""
+    """Number of consecutive steps with a non-finite gradient after which the run ends. Each such
+    step is skipped and counted in the metrics."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """Training engine: deepspeed, or torch, a minimal one in PyTorch with the same results."""
     zero_stage: Literal[0, 1, 2] = 0
-    """DeepSpeed's ZeRO stage. 1: the optimiser's state is divided among processes; 2: gradients,
-    too."""
+    """DeepSpeed's ZeRO stage. 0: off; 1: the optimiser's state is divided among processes; 2:
+    gradients, too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on. auto: cuda if torch sees a GPU, else cpu."""
     cuda_graphs: bool = False
@@ -74,45 +78,48 @@ class RunConfig(Section):
     small that the GPU waits for the host. Needs engine=torch and a GPU; graph memory stays reserved
     during evaluation. Not yet verified on a GPU: run tools/check_gpu.py first."""
     deterministic: bool = False
-    """Use only algorithms that are bitwise repeatable on a GPU, which are slower; those on a CPU
-    always are."""
+    """Use only bitwise repeatable algorithms on a GPU, which are slower. CPU algorithms are always
+    repeatable."""
     max_steps: Positive | None = None
-    """Number of optimiser steps after which the run ends, for a smoke test; schedules stay those of
-    the phases. Null: no limit."""
+    """Number of optimiser steps after which the run ends, for a smoke test; learning rates still
+    follow the phases' full length. Null: no limit."""
     log_every: Positive = 20
     """Number of optimiser steps between two lines of metrics."""
     plots: bool = True
-    """Draw plots in RUN/plots: a second or two at the first and last evaluation and at some
-    between."""
+    """Draw plots in RUN/plots at the first, the last and some other evaluations; each time takes a
+    second or two."""
     reference: str | None = None
-    """Name of a published ImageNet training, such as sew34, to compare with: its accuracy after as
-    many images stands beside each evaluation in metrics and plots, and a run far below it warns. An
-    unknown name lists those known; tools/compare_runs.py --reference shows more."""
+    """Name of a published ImageNet training to compare with, such as sew34. Metrics and plots show
+    its accuracy after the same number of images, and a run far below it logs a warning. An unknown
+    name lists all known ones; tools/compare_runs.py --reference shows more."""
     evaluate_every: Positive = 1
     """Number of epochs between two evaluations; the last epoch is always evaluated."""
     init_checkpoint: str | None = None
     """Initial weights and running statistics: a run folder (its last checkpoint), the folder of a
     checkpoint or an export, a .safetensors file (tools/convert.py makes one from other libraries'
-    weights), or hf:ORG/NAME[@REVISION]. The optimiser starts anew. Null: random weights."""
+    weights), or hf:ORG/NAME[@REVISION]. The optimiser's state is not loaded. Null: random
+    weights."""
     start_phase: Annotated[int, Field(ge=0)] = 0
-    """Phase to begin with, from init_checkpoint, as if the phases before it were done."""
+    """Number of the phase to begin with, counted from 0, as if the phases before it were done.
+    Above 0 it needs init_checkpoint."""
     peer_timeout: Annotated[float, Field(gt=0)] = 600.0
-    """Time in seconds without progress of a process after which all others end."""
+    """Number of seconds without progress of one process after which all other processes end."""
     record_samples: bool = False
-    """Debugging aid: write ids and checksums of the samples of each step to samples-RANK.jsonl."""
+    """Write ids and checksums of each step's samples to samples-RANK.jsonl, for debugging."""
     profile: ProfileSection | None = None
-    """Profile of some steps on rank 0 by torch.profiler: RUN/profile/ gets a trace and a table of
-    the costliest operations. Results stay the same. Null: none."""
+    """Steps to profile on rank 0 with torch.profiler, which writes a trace and a table of the
+    costliest operations to RUN/profile/. Results do not change. Null: none."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """Treatment of checkpoints in the run folder. auto: resume if there are any; must: refuse to
-    start without one; never: refuse a folder that holds a run."""
+    """Treatment of checkpoints in the run folder. auto: resume from the newest, if any; must:
+    refuse to start without one; never: refuse a folder that holds a run."""
     runs_dir: str = "runs"
-    """Folder that holds the run's folder, and MLflow's database unless tracking.uri names
-    another."""
+    """Parent folder of the run's folder, and of MLflow's database unless tracking.uri names
+    another place."""
     save: SaveSection = SaveSection()
     tracking: TrackingSection = TrackingSection()
     cluster: dict[str, Any] = {}
-    """Settings of launch/slurm.py, which checks them: partition, nodes, gpus_per_node, time, ..."""
+    """Slurm settings, such as partition, nodes, gpus_per_node and time (docs/slurm.md); only
+    launch/slurm.py reads and checks them."""
 
     @property
     def run_dir(self) -> Path:
@@ -135,6 +142,6 @@ class RunConfig(Section):
 
 
 def phase_image_sizes(config: RunConfig, phase: PhaseSection) -> tuple[int, int]:
-    """Training images' size in a phase's first epoch and in its last."""
+    """Return the size of training images in a phase's first and last epoch."""
     first = phase.image_size or config.data.image_size
     return first, phase.final_image_size or first

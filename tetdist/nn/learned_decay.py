@@ -36,9 +36,9 @@ class PLIF(LIF):
     surrogate_width: float = option(
         4.0, "Half-width of triangle and rectangle; steepness of atan and sigmoid.", gt=0
     )
-    fires_at_threshold: bool = option(True, "Fire exactly at the threshold, too.")
+    fires_at_threshold: bool = option(True, "Fire also if the membrane is exactly at threshold.")
     decay_input: bool = option(
-        True, "Scale the input by 1/tau, the fraction of the membrane that is lost."
+        True, "Scale the input by 1/tau = 1 - decay, the fraction of the membrane that leaks."
     )
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:

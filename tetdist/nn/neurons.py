@@ -316,12 +316,12 @@ class LIF(NeuronConfig):
 
     decay: float = option(
         0.5,
-        "Fraction of the membrane kept from one timestep to the next; 1: an IF neuron.",
+        "Fraction of the membrane potential kept from one timestep to the next; 1: an IF neuron.",
         gt=0,
         le=1,
     )
     reset: Literal["hard", "soft"] = option(
-        "hard", "Reset after a spike. hard: to 0; soft: minus V_th."
+        "hard", "Membrane reset after a spike. hard: to 0; soft: V_th is subtracted."
     )
     detach_reset: bool = option(
         False, "Treat the reset as a constant in the backward pass; TET's paper does not."
@@ -334,13 +334,13 @@ class LIF(NeuronConfig):
     )
     spike: Literal["step", "sigmoid"] = option(
         "step",
-        "Output of a neuron. step: a spike; sigmoid: a smooth control without gradient mismatch, "
-        "which needs surrogate=sigmoid and has no fused kernels, so it is slower.",
+        "Output of a neuron. step: a spike. sigmoid: a smooth output without gradient mismatch, as "
+        "a control; it needs surrogate=sigmoid, and is slower for lack of fused kernels.",
     )
     fires_at_threshold: bool = option(
         False,
-        "Fire exactly at the threshold, too, as spikingjelly does (u >= V_th). It "
-        "matters where the input is whole numbers, such as sums of spikes.",
+        "Fire also if the membrane is exactly at the threshold (u >= V_th), as in spikingjelly. "
+        "This matters for whole-number inputs, such as sums of spikes.",
     )
 
     def __post_init__(self) -> None:

@@ -101,14 +101,16 @@ class MaskedPSN(ParallelNeuron):
     """The parallel spiking neuron with only the last `order` currents, as far as `mask` says."""
 
     timesteps: int = option(4, "Number of timesteps T that the learnt weights combine.", ge=1)
-    order: int = option(2, "Number of timesteps, up to its own, that a spike depends on.", ge=1)
+    order: int = option(
+        2, "Number of latest timesteps that a spike depends on, with its own.", ge=1
+    )
     mask: float = option(
         1.0, "Strength lambda of the mask: 1 removes all masked weights, 0 none.", ge=0, le=1
     )
     mask_epochs: float = option(
         0.0,
-        "Number of epochs, from the run's first, over which mask rises from 0 to its value, once "
-        "an epoch. Until then spikes depend on later currents, too.",
+        "Number of epochs at the run's start over which mask rises from 0 to its value, in one "
+        "step per epoch. During these epochs spikes also depend on later currents.",
         ge=0,
     )
 
@@ -165,11 +167,13 @@ class SlidingPSN(ParallelNeuron):
 
     segments: ClassVar[bool] = True
 
-    order: int = option(2, "Number of timesteps, up to its own, that a spike depends on.", ge=1)
+    order: int = option(
+        2, "Number of latest timesteps that a spike depends on, with its own.", ge=1
+    )
     init: Literal["exponential", "uniform"] = option(
         "exponential",
         "Initial weights. exponential: 1 for the present current, 1/2 for the one before it, and "
-        "so on; uniform: between -1 and 1 over the root of order.",
+        "so on; uniform: random, between -1/sqrt(order) and 1/sqrt(order).",
     )
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:

@@ -18,22 +18,22 @@ class ColorJitterSection(Section):
     """Strength of brightness jitter: pixels are multiplied by a factor from 1 - brightness to 1 +
     brightness, as torchvision's ColorJitter; 0: off."""
     contrast: Annotated[float, Field(ge=0)] = 0.0
-    """Strength of contrast jitter: distances from the image's mean grey are multiplied by 1 -
-    contrast to 1 + contrast; 0: off."""
+    """Strength of contrast jitter: distances from the image's mean grey are multiplied by a factor
+    from 1 - contrast to 1 + contrast, as torchvision's ColorJitter; 0: off."""
     saturation: Annotated[float, Field(ge=0)] = 0.0
-    """Strength of saturation jitter: distances of pixels from their grey are multiplied by 1 -
-    saturation to 1 + saturation; 0: off."""
+    """Strength of saturation jitter: each pixel's distance from its grey is multiplied by a factor
+    from 1 - saturation to 1 + saturation, as torchvision's ColorJitter; 0: off."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Largest hue shift, as a fraction of the colour circle: 0.5 is half of it; 0: off."""
+    """Largest hue shift in either direction, as a fraction of the colour circle; 0: off."""
 
 
 class MixingSection(Section):
-    """Details of mixup and CutMix, where data.mixup or data.cutmix is above 0."""
+    """Details of mixup and CutMix, used if data.mixup or data.cutmix is above 0."""
 
     mode: Literal["sample", "batch"] = "sample"
-    """Partners of mixup and CutMix. sample: each sample is mixed with the one before it in its
-    micro-batch, with its own lambda. batch, timm's way: sample i is mixed with sample B - 1 - i,
-    all with one lambda and one box."""
+    """Choice of partners in mixup and CutMix. sample: each sample is mixed with the one before it
+    in its micro-batch, with its own lambda. batch (timm's way): sample i of B is mixed with sample
+    B - 1 - i, all with the same lambda and box."""
     probability: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability of mixing a sample (with mode=batch, a micro-batch); timm's mixup_prob."""
     switch_probability: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -49,10 +49,10 @@ class ErasingSection(Section):
     probability: Fraction = 0.0
     """Probability of random erasing for each image; timm's reprob."""
     mode: Literal["pixel", "rand", "const"] = "pixel"
-    """Contents of erased rectangles. pixel: noise; rand: a random colour; const: the mean. timm's
-    remode."""
+    """Contents of erased rectangles. pixel: noise; rand: a random colour; const: the mean colour.
+    timm's remode."""
     count: Annotated[int, Field(gt=0, le=100)] = 1
-    """Maximum number of erased rectangles an image; they share one rectangle's area. timm's
+    """Maximum number of erased rectangles per image, which together have the area of one. timm's
     recount."""
 
 
@@ -73,29 +73,28 @@ def _policy(text: str) -> str:
 
 class DataSection(Section):
     kind: Literal["images", "events"] = "images"
-    """Type of the data. images: files that are decoded and augmented here; events: pre-binned
-    tensors (T, 2, H, W)."""
+    """Type of the data. images: image files; events: pre-binned event tensors (T, 2, H, W)."""
     root: str
-    """Folder that holds train/ and val/, each with one folder a class."""
+    """Folder that holds train/ and val/, each with one folder per class."""
     index: str | None = None
     """Folder of the index files; null: ROOT/index."""
     held_out: Share = 0.0
-    """Fraction of each class's training samples that is held out: not trained on, and evaluated
-    instead of the validation split. seed decides which; pieces of one recording stay together."""
+    """Fraction of each class's training samples that is not trained on, but evaluated in place of
+    the validation split. The samples depend on seed; pieces of one recording stay together."""
     image_size: Pixels = 224
     """Height and width of the network's input, in pixels."""
     resize: Pixels | None = None
-    """Length in pixels that evaluation resizes an image's shorter side to, before the centre crop;
-    null: image_size / 0.875."""
+    """Length of an image's shorter side in evaluation, in pixels, before the centre crop of
+    image_size; null: image_size / 0.875."""
     crop: Literal["resized", "padded"] = "resized"
-    """Crop of training images. resized: torchvision's RandomResizedCrop; padded: a crop of
-    image_size pixels from the image with a black border, as usual for CIFAR."""
+    """Random crop of training images. resized: torchvision's RandomResizedCrop; padded: image_size
+    pixels of the image with a black border around it, as usual for CIFAR."""
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
-    """Smallest and largest fraction of the image's area in a crop (crop=resized)."""
+    """Smallest and largest area of a crop, as a fraction of the image's area (crop=resized)."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest width / height of a crop (crop=resized)."""
+    """Smallest and largest aspect ratio of a crop, width / height (crop=resized)."""
     padding: Annotated[int, Field(ge=0)] = 4
-    """Width of the border in pixels (crop=padded)."""
+    """Width of the black border around an image before it is cropped, in pixels (crop=padded)."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip of a training sample."""
     roll: Annotated[int, Field(ge=0)] = 0
@@ -105,46 +104,46 @@ class DataSection(Section):
     """Augmentation of event tensors, one operation for each training sample. nda: roll, rotation or
     shear (Neuromorphic Data Augmentation); snn_augment_wide: as in QKFormer's code."""
     event_drop: Fraction = 0.0
-    """Probability of EventDrop for a training sample: it loses events in a stretch of time, in an
-    area, or at random (kind=events). EventDrop's paper takes 0.75."""
+    """Probability of EventDrop for a training sample: events of a time span, of an area, or of
+    random positions are dropped (kind=events). EventDrop's paper uses 0.75."""
     auto_augment: Annotated[str, OneOf(lambda: (*POLICIES, EXAMPLE)), AfterValidator(_policy)] = (
         "none"
     )
-    """Policy of colour and geometry operations. cifar10, imagenet: AutoAugment's; trivial:
-    TrivialAugment (wide); 3a: 3-Augment; rand-...: RandAugment with timm's numbers m, n, p, mstd,
-    mmax, inc."""
+    """Augmentation policy, of random colour and geometry operations. cifar10, imagenet:
+    AutoAugment's policies; trivial: TrivialAugment (wide); 3a: 3-Augment; rand-...: RandAugment
+    with timm's parameters m, n, p, mstd, mmax, inc."""
     color_jitter: ColorJitterSection = ColorJitterSection()
     cutout: Annotated[int, Field(ge=0)] = 0
     """Side in pixels of a square of each training image that is set to 0 after normalisation; 0:
     off."""
     erasing: ErasingSection = ErasingSection()
     repeats: Positive = 1
-    """Number of copies of a sample in a row, augmented differently (repeated augmentation; timm's
-    aug_repeats). An epoch keeps its length and has fewer samples; 1: off."""
+    """Number of copies of each sample in a step, augmented differently (repeated augmentation;
+    timm's aug_repeats). An epoch keeps its number of steps, so it shows fewer samples; 1: off."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Mixup's alpha: lambda is drawn from Beta(alpha, alpha); 0: off. timm's mixup."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0
-    """CutMix's alpha; 0: off. If mixup is on as well, each mixing uses one of the two. timm's
-    cutmix."""
+    """CutMix's alpha: lambda is drawn from Beta(alpha, alpha); 0: off. If mixup is on, too, each
+    mixing uses one of the two. timm's cutmix."""
     mixing: MixingSection = MixingSection()
     transforms: Names = ()
-    """Names of your own registered transforms; they change training samples in this order, after
-    all others but mixup and CutMix."""
+    """Names of your own transforms (see imports). They change training samples in this order, after
+    all other augmentation except mixup and CutMix."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Interpolation of resizing; antialiased when an image is made smaller."""
+    """Interpolation when an image is resized, with antialiasing when it gets smaller."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per-channel mean (RGB, in [0, 1]) that is subtracted from the pixels."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Per-channel standard deviation (RGB, in [0, 1]) that images are divided by."""
+    """Per-channel standard deviation (RGB, in [0, 1]) that pixels are divided by after that."""
     device: Literal["cpu", "gpu"] = "cpu"
     """Device on which DALI decodes; gpu needs a GPU."""
     threads: Annotated[int, Field(gt=0, le=MOST_THREADS)] = 2
-    """Number of DALI threads a process."""
+    """Number of DALI threads per process."""
     prefetch: Annotated[int, Field(gt=0, le=MOST_PREFETCHED)] = 2
     """Number of batches decoded ahead."""
     own_process: bool | None = None
-    """Load data in a separate process beside each training process. Null: only if training runs on
-    a GPU, whose kernel launches would wait for the threads that prepare images."""
+    """Load data in a separate process beside each training process. Null: only when training on a
+    GPU, where threads that prepare images would delay kernel launches."""
 
     @property
     def index_dir(self) -> Path:

@@ -9,20 +9,20 @@ from tetdist.losses import LOSSES, SelfTarget, TeacherAlignment
 
 
 class DistillationSection(Section):
-    """Softer targets beside the labels: what a teacher, or the network itself, makes of the same
-    input. With TET they are those of every timestep, with SDT of the time-mean."""
+    """Soft targets besides the labels: the output of a teacher, or of the network itself, for the
+    same input. With TET every timestep has one, with SDT the time-mean."""
 
     teacher: str | None = None
     """Teacher network: a run folder (its last checkpoint), the folder of a checkpoint or an export,
     a .safetensors file (see init_checkpoint), hf:ORG/NAME, or timm:NAME; null: none."""
     teacher_weights: str | None = None
-    """File with the weights of a timm:NAME teacher; null: timm downloads those it knows."""
+    """File with the weights of a timm:NAME teacher; null: timm downloads its pretrained weights."""
     weight: Annotated[float, Field(ge=0)] = 0.2
-    """Weight of the teacher's KL divergence; without effect if there is no teacher."""
+    """Weight of the KL divergence from the teacher; it has no effect without a teacher."""
     teacher_alignment: TeacherAlignment = "plain"
-    """Alignment of logits before the teacher's divergence. plain: none. error_aware (SeAl): at a
-    timestep whose class is wrong, its logit is replaced by that of the right class, and the
-    teacher's logits of both by the smaller one."""
+    """Change of logits before the divergence from the teacher. plain: none. error_aware (SeAl): if
+    a timestep predicts a wrong class, this class gets the logit of the right class, and the
+    teacher's logits of both classes become the smaller of the two."""
     self_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of each timestep's KL divergence from self_target (self-distillation); 0: off. Needs
     loss.kind=tet."""
@@ -32,24 +32,24 @@ class DistillationSection(Section):
     is. similarity (SeAl): each timestep's own mean of the other timesteps, weighted by their
     confidence and similarity to it."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    """Temperature: divisor of the logits in both divergences. Above 1, less likely classes count
-    more."""
+    """Distillation temperature, which divides the logits in both KL divergences. Above 1, less
+    likely classes count more."""
 
 
 class LossSection(Section):
     kind: Annotated[str, OneOf(lambda: LOSSES)] = "tet"
-    """Objective. tet: mean of every timestep's cross-entropy; sdt: cross-entropy of the time-mean;
-    or one of your own (see imports)."""
+    """Training objective. tet: mean of every timestep's cross-entropy; sdt: cross-entropy of the
+    time-mean; or the name of your own (see imports)."""
     lambda_: Fraction = Field(default=0.001, alias="lambda")
     """Weight of TET's regulariser, the mean squared distance of all outputs from phi; the
     cross-entropy has weight 1 - lambda."""
     phi: float = 1.0
-    """Target of TET's regulariser for all outputs; the paper takes the threshold."""
+    """Value that TET's regulariser pulls all outputs to; the paper uses the firing threshold."""
     label_smoothing: Share = 0.0
-    """Probability that is spread evenly over all classes in the target, as in torch's
-    cross_entropy."""
+    """Label smoothing: the part of the target's probability that is spread evenly over all classes,
+    as in torch's cross_entropy."""
     arguments: dict[str, Any] = {}
-    """Further arguments of a loss of your own."""
+    """Further keyword arguments of your own loss."""
     distillation: DistillationSection = DistillationSection()
 
     def as_text(self) -> str:

@@ -36,8 +36,8 @@ def _section_of(cls: Any) -> type[Section]:
     described = Field(
         default="lif",
         description=(
-            "Kind of neuron, or one of your own (see imports). Unset keys default to the network's "
-            "published neuron."
+            "Kind of neuron, or the name of your own (see imports). Unset keys default to the "
+            "network's published neuron."
         ),
     )
     keys["kind"] = (Annotated[str, OneOf(lambda: NEURONS)], described)
@@ -83,13 +83,13 @@ def network_neuron(model: Mapping[str, Any]) -> NeuronConfig:
 
 class ModelSection(Section):
     name: Annotated[str, OneOf(models.names)]
-    """Name of a network registered with timm, or of one of your own (see imports)."""
+    """Name of the network, as registered with timm; your own networks need imports."""
     num_classes: Annotated[int, Field(gt=1)] | None = None
     """Number of classes; null: as many as the data set has."""
     neuron: Neuron
     """Neuron of all layers. Unset fields default to the network's published neuron."""
     arguments: dict[str, Any] = {}
-    """Further arguments of the model, such as connect_function: add."""
+    """Further arguments of the network, such as connect_function: add."""
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -10,19 +10,18 @@ from tetdist.optimizers import OPTIMIZERS
 
 class OptimizerSection(Section):
     kind: Annotated[str, OneOf(lambda: OPTIMIZERS)] = "sgd"
-    """Optimiser: sgd, adam or adamw; timm:NAME for one of timm's, such as timm:lamb; or one of your
-    own (see imports)."""
+    """Optimiser: sgd, adam or adamw; timm:NAME for one of timm's, such as timm:lamb; or the name of
+    your own (see imports)."""
     lr: Annotated[float, Field(gt=0)]
-    """Peak learning rate, for the global batch as it is unless lr_per is set."""
+    """Peak learning rate. It does not depend on the batch size unless lr_per is set."""
     lr_per: Annotated[int, Field(gt=0)] | None = None
-    """Number of samples a step that lr is given for: lr is multiplied by batch.global / lr_per, the
-    rule of recipes that say "per 256". Null: lr is not scaled."""
+    """Batch size that lr is given for: the peak learning rate is lr x batch.global / lr_per, as in
+    recipes that say "per 256". Null: lr is not scaled."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Factor of the learning rate from each layer to the one below it, from the classifier down;
-    metrics show the classifier's rate. Null: all layers learn at the same rate. timm's
-    layer_decay."""
+    """Ratio of each layer's learning rate to that of the layer above it. The classifier has the
+    full rate, which metrics show. Null: all layers have the same rate. timm's layer_decay."""
     momentum: Share = 0.9
-    """SGD momentum."""
+    """Momentum of sgd and of timm's optimisers that have one."""
     nesterov: bool = False
     """Use Nesterov momentum (SGD)."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -34,16 +33,17 @@ class OptimizerSection(Section):
     decay_norms: bool = True
     """Apply weight decay to batch norm parameters and biases, too."""
     decay_neurons: bool = False
-    """Apply weight decay to learnable neuron parameters; it pulls plif's decay to 0.5."""
+    """Apply weight decay to learnable neuron parameters, too; this pulls plif's decay towards
+    0.5."""
     arguments: dict[str, Any] = {}
-    """Further arguments of timm's optimisers and of your own, such as eps: 1.0e-6."""
+    """Further arguments of timm's optimisers or of your own, such as eps: 1.0e-6."""
 
     def peak_lr(self, global_batch: int) -> float:
-        """The learning rate that warm-up ends with."""
+        """Return the learning rate at the end of warm-up."""
         return self.lr if self.lr_per is None else self.lr * global_batch / self.lr_per
 
     def lr_as_text(self, global_batch: int) -> str:
-        """The learning rate as said in reports, with the one that it was made of."""
+        """Return the peak learning rate for reports, with the unscaled one."""
         text = f"{self.peak_lr(global_batch):g}"
         if self.lr_per is not None:
             text += f" ({self.lr:g} per {self.lr_per})"
@@ -53,39 +53,42 @@ class OptimizerSection(Section):
 
 
 class PhaseSection(Section):
-    """A stretch of training with its own T, optimiser and schedule."""
+    """A part of training with its own T, optimiser and schedule."""
 
     epochs: Epochs
     """Number of passes over the training samples in this phase."""
     timesteps: Timesteps
-    """T: the number of times the network sees an image, or of a recording's time bins."""
+    """Number of timesteps T: how many times the network sees an image, or how many time bins a
+    recording has."""
     optimizer: OptimizerSection
     schedule: Literal["cosine", "constant", "polynomial", "step"] = "cosine"
-    """Learning-rate schedule. cosine: half a period from the peak to min_lr; polynomial: to min_lr
-    by (1 - progress)^power; step: multiplied by decay_rate every decay_epochs; constant."""
+    """Learning-rate schedule. cosine: half a cosine period from the peak to min_lr; polynomial: to
+    min_lr as (1 - progress)^power; step: multiplied by decay_rate every decay_epochs; constant: the
+    peak throughout."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Number of epochs over which the learning rate rises linearly from warmup_lr, at the phase's
-    start."""
+    """Number of epochs at the phase's start over which the learning rate rises linearly from
+    warmup_lr."""
     warmup_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Learning rate at the beginning of warmup_epochs."""
+    """Initial learning rate of the warm-up (see warmup_epochs)."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Final learning rate; also the rate during cooldown_epochs."""
     cooldown_epochs: Annotated[int, Field(ge=0)] = 0
-    """Number of last epochs of the phase that stay at min_lr, after the schedule's end."""
+    """Number of epochs at the phase's end with a constant learning rate of min_lr, after the
+    schedule's end."""
     lr_changes: Literal["steps", "epochs"] = "steps"
-    """Interval at which the learning rate changes. steps: each step; epochs: once an epoch, as in
-    timm's trainer, to the rate at the epoch's beginning."""
+    """Interval at which the learning rate changes. steps: at each step; epochs: once per epoch, as
+    in timm's trainer, to the schedule's value at the beginning of the epoch."""
     clock_after_warmup: bool = True
     """Start the schedule at the end of the warm-up. False: it starts with the phase, so that the
     warm-up ends below the peak, as with timm's cosine."""
     power: Annotated[float, Field(gt=0)] = 1.0
     """Exponent of schedule=polynomial."""
     decay_epochs: Annotated[float, Field(gt=0)] = 30.0
-    """Epochs between two drops of the learning rate (schedule=step)."""
+    """Number of epochs between two drops of the learning rate (schedule=step)."""
     decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Factor of the learning rate at each drop (schedule=step)."""
     image_size: Pixels | None = None
     """Height and width of training images, in pixels; null: data.image_size, as in evaluation."""
     final_image_size: Pixels | None = None
-    """Height and width of training images in the phase's last epoch, in pixels; sizes rise to it
-    evenly, in multiples of 32. Null: image_size in all epochs."""
+    """Height and width of training images in the phase's last epoch, in pixels; from image_size,
+    they rise evenly in multiples of 32. Null: image_size in all epochs."""

@@ -9,7 +9,7 @@ from tetdist.errors import without_passwords
 
 
 def _without_passwords(uri: str | None) -> str | None:
-    # Whatever is written of a configuration is serialised; only the process itself has the rest.
+    # Written configurations are serialised, hence without passwords; only this process has them.
     return None if uri is None else without_passwords(uri)
 
 
@@ -17,15 +17,15 @@ class TrackingSection(Section):
     mlflow: bool = True
     """Log the run to MLflow."""
     uri: Annotated[str | None, PlainSerializer(_without_passwords)] = None
-    """MLflow's tracking URI; null: the SQLite file RUNS_DIR/mlflow.db. Give a server's user and
-    password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD: no file keeps a password that
-    is given here, so a continued run needs it again."""
+    """MLflow's tracking URI; null: the SQLite file RUNS_DIR/mlflow.db. Put a server's user and
+    password into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD: a password given here is
+    written to no file, so a resumed run needs it again."""
     experiment: str = "tetdist"
-    """Name of the experiment in MLflow, and of the W&B project unless WANDB_PROJECT names one."""
+    """Name of MLflow's experiment, and of the W&B project unless WANDB_PROJECT is set."""
     log_checkpoint: Literal["none", "last", "best"] = "none"
-    """Copy this checkpoint's model.safetensors to MLflow when the run is finished."""
+    """Checkpoint whose model.safetensors is copied to MLflow when the run is finished."""
     trackers: Names = ()
-    """Names of trackers to use beside or instead of MLflow: tensorboard, wandb, or your own (see
-    imports)."""
+    """Names of trackers besides MLflow: tensorboard, wandb, or your own (see imports)."""
     register_: str | None = Field(default=None, alias="register")
-    """Name of a model in MLflow's registry that gets the logged checkpoint as its next version."""
+    """Name of a model in MLflow's registry; the checkpoint of log_checkpoint becomes its next
+    version."""

@@ -9,46 +9,47 @@ from tetdist.config.fields import Positive, Samples, Section, Steps, Timesteps
 
 class BatchSection(Section):
     global_: Samples = Field(alias="global")
-    """Number of samples of one optimiser step, over all processes together."""
+    """Number of samples per optimiser step, of all processes together."""
     micro: Samples
-    """Number of samples of one forward pass on one process, over which batch norm normalises."""
+    """Number of samples per forward pass of one process; batch norm normalises over them."""
     eval: Samples = 64
-    """Number of samples of one evaluation batch on one process."""
+    """Number of samples per evaluation batch of one process."""
 
 
 class SegmentsSection(Section):
     timesteps: Timesteps
-    """Number of timesteps a segment: each block runs and is recomputed segment by segment."""
+    """Number of timesteps per segment; each block runs and is recomputed one segment at a time."""
 
 
 class BatchNormSection(Section):
     sync: bool = False
     """Normalise over the micro-batches of all processes together (synchronised batch norm). Batch
-    statistics then depend on the number of processes; without it they do not."""
+    statistics then depend on the number of processes; otherwise they do not."""
 
 
 class EmaSection(Section):
-    """A moving average of the weights, which is evaluated beside them (docs/metrics.md). A run has
-    it from its first step or not at all."""
+    """A moving average of the weights, evaluated besides them (docs/metrics.md). A run keeps it
+    from its first step on, or not at all."""
 
     decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of the moving average of the weights (EMA) at each step, such as 0.9998; null: no
-    average. Running statistics are averaged with it. As in timm's ModelEmaV3 the first step is
-    taken whole."""
+    """Decay per step of the exponential moving average (EMA) of weights and running statistics,
+    such as 0.9998; null: no average. The first step replaces the average, as in timm's
+    ModelEmaV3."""
     warmup: bool = False
-    """Raise the average's decay as 1 - step^(-2/3) up to ema.decay (timm's EMA warm-up), so that
+    """Let the EMA's decay rise as 1 - step^(-2/3) up to ema.decay (timm's EMA warm-up), so that
     early averages span fewer steps."""
 
 
 class SaveSection(Section):
     every_steps: Positive | None = None
-    """Number of optimiser steps between two checkpoints, besides those at each epoch's end; null:
-    only at epochs' ends."""
+    """Number of optimiser steps between two checkpoints; each epoch ends with one, too. Null: only
+    these."""
     keep_last: Annotated[int, Field(ge=2)] = 2
-    """Number of newest checkpoints to keep, at least 2: a failing disk may ruin the newest."""
+    """Number of newest checkpoints to keep, besides the best: at least 2, in case a failing disk
+    damages the newest."""
 
 
 class ProfileSection(Section):
     steps: Steps
-    """First and last optimiser step to profile, counted from 1: [20, 30], or 20..30. The profile
-    ends with the epoch at the latest."""
+    """First and last optimiser step to profile, counted from 1: [20, 30], or 20..30. Profiling
+    stops at the end of the epoch at the latest."""
