@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tetdist.errors import UserError
 from tetdist.models.base import SpikingNetwork
+from tetdist.models.streaming import Stream
 from tetdist.nn import batch_norm
 from tetdist.nn.batch_norm import BatchNorm
 
@@ -113,6 +114,17 @@ class Adopted(SpikingNetwork):
                 f"recompute: a network of spikingjelly does not run in segments of {timesteps} "
                 "timesteps; set recompute=blocks"
             )
+
+    def stream(self) -> Stream:
+        """Refuse to run one timestep at a time.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(
+            "a network of spikingjelly keeps its membranes in its own modules; run it by "
+            'functional.set_step_mode(model.net, "s") and functional.reset_net(model.net)'
+        )
 
     def get_classifier(self) -> nn.Module:
         raise UserError("only the author of an adopted network knows its classifier")

@@ -11,6 +11,7 @@ from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
+from tetdist.models.streaming import Stream
 from tetdist.nn import dropout, neurons
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import FusedLayer, NeuronLayer, NormNeuron, neurons_of
@@ -249,40 +250,57 @@ class SpikingNetwork(nn.Module):
         flat = frames.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         return flat.unflatten(0, frames.shape[:2])
 
+    def frame(self, x: Tensor, t: int) -> Tensor:
+        """One timestep's input (B, C, H, W), the t-th from 0, as `features_of` takes it."""
+        del t
+        return x[None]
+
+    def stream(self) -> Stream:
+        """Take one timestep after another, instead of all T at once.
+
+        Raises:
+            UserError: The model is in training mode, or its neurons need all timesteps at once.
+        """
+        return Stream(self)
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Spikes of the last block, (T, B, C, H, W)."""
-        x = self.time_first(x)
+        return self.features_of(self.time_first(x), self.timesteps)
+
+    def features_of(self, x: Tensor, timesteps: int) -> Tensor:
+        """`forward_features` of an input as `time_first` returns it."""
         if self.training and self.drop_path_rate:
             dropout.draw_paths(self.blocks, x)
-        x = self._run(self.forward_stem, x, self.stem, levels=None)
+        x = self._run(self.forward_stem, x, timesteps, self.stem, levels=None)
         small_from = len(self.blocks) - (0 if self.segment else self.small_blocks)
         for i, block in enumerate(self.blocks):
             if i >= small_from:
-                x = self.forward_block(block, x, self.timesteps)
+                x = self.forward_block(block, x, timesteps)
                 continue
             highest = self.highest_inputs[i] if self.highest_inputs else 1
             levels = None if highest is None else self.spike_levels
             run = partial(self.forward_block, block)
-            x = self._run(run, x, block, levels=levels, highest=highest or 1)
+            x = self._run(run, x, timesteps, block, levels=levels, highest=highest or 1)
         return x
 
     def _run(
         self,
         function: Callable[[Tensor, int], Tensor],
         x: Tensor,
+        timesteps: int,
         module: nn.Module,
         levels: int | None,
         highest: int = 1,
     ) -> Tensor:
         """Stem or block, in segments or recomputed where that was asked for."""
         if not self.training or not (self.segment or self.grad_checkpointing):
-            return function(x, self.timesteps)
+            return function(x, timesteps)
         # One image through layers without membranes is the same in every segment.
         timeless = x.shape[0] == 1 and not any(isinstance(m, NeuronLayer) for m in module.modules())
         block = Block(
             function,
             module,
-            timesteps=self.timesteps,
+            timesteps=timesteps,
             segment=None if timeless else self.segment,
             levels=levels,
             highest=highest,

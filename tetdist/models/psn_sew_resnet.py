@@ -81,6 +81,14 @@ class PSNSEWResNet(SEWResNet):
         flat = frames.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         return flat.unflatten(0, frames.shape[:2])
 
+    def frame(self, x: Tensor, t: int) -> Tensor:
+        if t >= len(self.offsets):
+            raise UserError(
+                f"the network adds a number of its own to the image at each of "
+                f"{counted(len(self.offsets), 'timestep')}, and has none for another step"
+            )
+        return (x + self.offsets[t]).contiguous(memory_format=torch.channels_last)[None]
+
 
 default_cfgs = generate_default_cfgs(
     {f"psn_sew_resnet{depth}": base.model_cfg() for depth in (18, 34)}

@@ -165,6 +165,8 @@ class NeuronConfig:
     causal: ClassVar[bool] = True
     # False: it cannot be run over one stretch of time after another, as recompute.timesteps asks.
     segments: ClassVar[bool] = True
+    # Dimension of the samples in the membrane that `run` returns.
+    sample_axis: ClassVar[int] = 0
     # Parameters that all channels share and that have a shape of their own, such as (T, T).
     over_time: ClassVar[frozenset[str]] = frozenset()
 

@@ -166,6 +166,7 @@ class SlidingPSN(ParallelNeuron):
     """The parallel spiking neuron with the same weights of the last `order` currents at all t."""
 
     segments: ClassVar[bool] = True
+    sample_axis: ClassVar[int] = 1
 
     order: int = option(
         2, "Number of latest timesteps that a spike depends on, with its own.", ge=1

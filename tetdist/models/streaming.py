@@ -1,0 +1,211 @@
+"""Streaming: run a network one timestep at a time, with membranes carried from step to step."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tetdist.errors import UserError
+from tetdist.nn import neurons
+from tetdist.nn.norm_neuron import NeuronLayer, carrying_membranes
+from tetdist.wording import counted
+
+
+class Streamed(Protocol):
+    """The methods of a `SpikingNetwork` that a stream calls."""
+
+    training: bool
+
+    def modules(self) -> Iterator[nn.Module]: ...
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+    def frame(self, x: Tensor, t: int) -> Tensor: ...
+    def features_of(self, x: Tensor, timesteps: int) -> Tensor: ...
+    def forward_head(self, x: Tensor) -> Tensor: ...
+
+
+def carrying_layers(model: Streamed) -> dict[str, NeuronLayer]:
+    """Return the layers of a model that carry membranes, by name.
+
+    Raises:
+        UserError: A neuron needs all timesteps at once.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, NeuronLayer)}
+    for name, layer in layers.items():
+        if not layer.neuron.segments:
+            raise UserError(
+                f"{name} has {neurons.kind_of(layer.neuron)} neurons, whose weights combine all "
+                "timesteps at once; they cannot take one timestep after another. Train the "
+                "network with model.neuron.kind=sliding_psn, or lif"
+            )
+    return layers
+
+
+def run_step(
+    model: Streamed,
+    frame: Tensor,
+    layers: list[NeuronLayer],
+    membranes: list[Tensor] | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Run one timestep.
+
+    Args:
+        model: In evaluation mode.
+        frame: The input as `SpikingNetwork.frame` returns it, (1, B, C, H, W).
+        layers: Those of `carrying_layers`.
+        membranes: Their membranes after the timestep before; None: at rest.
+
+    Returns:
+        The timestep's logits, (B, K), and the membranes after it.
+    """
+    with carrying_membranes(layers, membranes) as ends:
+        logits = model.forward_head(model.features_of(frame, 1))
+        return logits[0], ends()
+
+
+class Stream:
+    """A network that takes one timestep after another; `SpikingNetwork.stream` makes it.
+
+    The weights are the model's. Several streams of one model do not disturb each other.
+
+    Attributes:
+        timesteps: Steps since the start or the last `reset`.
+
+    Args:
+        model: In evaluation mode.
+
+    Raises:
+        UserError: The model is in training mode, or its neurons need all timesteps at once.
+    """
+
+    def __init__(self, model: Streamed) -> None:
+        if model.training:
+            raise UserError("a stream runs a network in evaluation mode; call model.eval() first")
+        self.model = model
+        self._layers = carrying_layers(model)
+        self._first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew: membranes at rest, no logits, any number of samples."""
+        self.timesteps = 0
+        self._input: Tensor | None = None
+        self._convolved: tuple[Tensor, Tensor] | None = None  # The first layer's input and output.
+        self._membranes: list[Tensor] | None = None
+        self._sum: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, x: Tensor | None = None) -> Tensor:
+        """Run one timestep and return the mean of the logits so far, (B, K), float32 at least.
+
+        Args:
+            x: An image or event frame, (B, C, H, W); None: the last one again, of which the first
+                convolution is not computed again.
+
+        Raises:
+            UserError: The frame is not (B, C, H, W), has another shape than the last one, or None
+                came first.
+        """
+        repeated = x is None
+        self._input = self._checked(x).contiguous(memory_format=torch.channels_last)
+        with self._remembering(repeated):
+            frame = self.model.frame(self._input, self.timesteps)
+            logits, self._membranes = run_step(
+                self.model, frame, list(self._layers.values()), self._membranes
+            )
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # In float64, as evaluate.running_means.
+        self._sum = wide.double() if self._sum is None else self._sum + wide.double()
+        self.timesteps += 1
+        return self._sum.to(wide.dtype) / self.timesteps
+
+    def _checked(self, x: Tensor | None) -> Tensor:
+        if x is None:
+            if self._input is None:
+                raise UserError("step() repeats the last frame, and there is none; call step(x)")
+            return self._input
+        if x.ndim != 4:
+            raise UserError(f"a frame is (B, C, H, W), one timestep, not {tuple(x.shape)}")
+        held = self._sum
+        if held is not None and len(x) != len(held):
+            raise UserError(
+                f"the stream holds {counted(len(held), 'sample')}, the frame has {len(x)}; call "
+                "reset() for other samples, or keep(mask) to drop some of these"
+            )
+        if self._input is not None and x.shape[1:] != self._input.shape[1:]:
+            raise UserError(
+                f"the frame is {tuple(x.shape)}, the one before was {tuple(self._input.shape)}; "
+                "call reset() before frames of another size"
+            )
+        return x
+
+    @contextlib.contextmanager
+    def _remembering(self, repeated: bool) -> Iterator[None]:
+        """Have the first convolution reuse its output for the same input."""
+        layer = self._first
+        if layer is None:
+            yield
+            return
+        convolve: Callable[[Tensor], Tensor] = layer.forward
+        last = self._convolved if repeated else None
+
+        def forward(x: Tensor) -> Tensor:
+            if last is None or x.data_ptr() != last[0].data_ptr():
+                self._convolved = (x, convolve(x))
+            assert self._convolved is not None
+            return self._convolved[1]
+
+        layer.forward = forward  # type: ignore[method-assign]  # for this step
+        try:
+            yield
+        finally:
+            del layer.forward
+
+    def keep(self, mask: Tensor) -> None:
+        """Drop the samples whose ``mask``, (B,), bool, is False; the others stay in their order.
+
+        Raises:
+            UserError: The mask does not suit the stream's samples.
+        """
+        samples = 0 if self._sum is None else len(self._sum)
+        if mask.dtype != torch.bool or mask.shape != (samples,):
+            raise UserError(
+                f"keep takes a bool mask ({samples},), one value a sample of the stream, not "
+                f"{mask.dtype} {tuple(mask.shape)}"
+            )
+        assert self._sum is not None
+        assert self._input is not None
+        assert self._membranes is not None
+        self._sum = self._sum[mask]
+        self._input = self._input[mask].contiguous(memory_format=torch.channels_last)
+        axes = [layer.neuron.sample_axis for layer in self._layers.values()]
+        self._membranes = [
+            membrane.index_select(axis, mask.nonzero()[:, 0])
+            for membrane, axis in zip(self._membranes, axes, strict=True)
+        ]
+        if self._convolved is not None:
+            convolved = self._convolved[1][:, mask]
+            self._convolved = (self.model.frame(self._input, self.timesteps), convolved)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` continues from: timesteps, sum of logits, membranes."""
+        membranes = self._membranes or []
+        return {
+            "timesteps": self.timesteps,
+            "sum": self._sum,
+            "membranes": dict(zip(self._layers, membranes, strict=False)),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned, also of another stream of the same network.
+
+        Raises:
+            UserError: It is of another network.
+        """
+        membranes = state["membranes"]
+        if membranes and list(membranes) != list(self._layers):
+            raise UserError("the state is of another network: its layers of neurons are not these")
+        self.reset()
+        self.timesteps, self._sum = state["timesteps"], state["sum"]
+        self._membranes = list(membranes.values()) or None
