@@ -259,7 +259,7 @@ class SpikingNetwork(nn.Module):
         """Take one timestep after another, instead of all T at once.
 
         Raises:
-            UserError: The model is in training mode, or its neurons need all timesteps at once.
+            UserError: The model's neurons need all timesteps at once.
         """
         return Stream(self)
 

@@ -73,15 +73,13 @@ class Stream:
         timesteps: Steps since the start or the last `reset`.
 
     Args:
-        model: In evaluation mode.
+        model: A network; in evaluation mode at each step.
 
     Raises:
-        UserError: The model is in training mode, or its neurons need all timesteps at once.
+        UserError: The model's neurons need all timesteps at once.
     """
 
     def __init__(self, model: Streamed) -> None:
-        if model.training:
-            raise UserError("a stream runs a network in evaluation mode; call model.eval() first")
         self.model = model
         self._layers = carrying_layers(model)
         self._first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
@@ -105,7 +103,7 @@ class Stream:
 
         Raises:
             UserError: The frame is not (B, C, H, W), has another shape than the last one, or None
-                came first.
+                came first; or the model is in training mode.
         """
         repeated = x is None
         self._input = self._checked(x).contiguous(memory_format=torch.channels_last)
@@ -121,6 +119,8 @@ class Stream:
         return self._sum.to(wide.dtype) / self.timesteps
 
     def _checked(self, x: Tensor | None) -> Tensor:
+        if self.model.training:
+            raise UserError("a stream runs a network in evaluation mode; call model.eval() first")
         if x is None:
             if self._input is None:
                 raise UserError("step() repeats the last frame, and there is none; call step(x)")
@@ -156,7 +156,7 @@ class Stream:
             assert self._convolved is not None
             return self._convolved[1]
 
-        layer.forward = forward  # type: ignore[method-assign]  # for this step
+        layer.forward = forward  # type: ignore[assignment,method-assign]  # for this step
         try:
             yield
         finally:

@@ -1,0 +1,168 @@
+"""Streaming: one timestep at a time is the whole pass, for every family and kind of neuron."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from tetdist.errors import UserError
+from tetdist.evaluation.evaluate import running_means
+from tetdist.models import SpikingNetwork
+from tetdist.nn.batch_norm import BatchNorm, update_running_statistics
+
+T = 4
+NETWORKS: list[tuple[str, dict[str, Any]]] = [
+    ("spiking_convnet", {}),
+    ("spiking_convnet", {"kind": "plif"}),
+    ("spiking_convnet", {"kind": "ilif"}),
+    ("spiking_convnet", {"kind": "nilif"}),
+    ("spiking_convnet", {"kind": "sliding_psn", "order": 3}),
+    ("spiking_convnet_dvs", {}),
+    ("sew_resnet18", {}),
+    ("psn_sew_resnet18", {"kind": "sliding_psn"}),
+    ("spiking_resnet18_cifar", {}),
+    ("ms_resnet14_cifar", {}),
+    ("preact_resnet18", {}),
+    ("vggsnn", {}),
+    ("qkformer_4_384_cifar", {}),
+    ("sdt_2_256_dvs", {}),
+    ("espikeformer_t", {}),
+    ("maxformer_10_384", {}),
+]
+
+
+def make(name: str, neuron: dict[str, Any]) -> tuple[SpikingNetwork, Tensor]:
+    """A network in float64 whose neurons fire, in evaluation mode, and six samples."""
+    torch.manual_seed(0)
+    model: SpikingNetwork = timm.create_model(name, timesteps=T, neuron=neuron or None).double()
+    channels, size, _ = model.pretrained_cfg["input_size"]
+    size = size if model.input_size else min(size, 32)
+    frames = (T,) if model.input_kind == "events" else ()
+    x = torch.rand(6, *frames, channels, size, size, dtype=torch.float64)
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.momentum = 1.0
+        model(x)
+        update_running_statistics(model, lambda flat: flat)
+        for norm in norms:
+            norm.weight.mul_(1.5)
+            norm.bias.add_(0.3)
+    return model.eval(), x
+
+
+def whole(model: SpikingNetwork, x: Tensor) -> Tensor:
+    """The outputs at every t of the whole pass, (T, B, K)."""
+    with torch.no_grad():
+        return running_means(model(x, per_timestep=True))
+
+
+def frame(model: SpikingNetwork, x: Tensor, t: int) -> Tensor | None:
+    """The input of a step: an event frame, or an image, which then stays."""
+    if model.input_kind == "events":
+        return x[:, t]
+    return x if t == 0 else None
+
+
+@pytest.mark.parametrize(("name", "neuron"), NETWORKS, ids=lambda one: str(one))
+def test_each_step_is_the_whole_pass_up_to_it(name: str, neuron: dict[str, Any]) -> None:
+    """Also of the samples that are kept when others are dropped."""
+    model, x = make(name, neuron)
+    expected = whole(model, x)
+    assert expected.std(0).mean() > 1e-3  # Neurons do fire, each timestep otherwise.
+    stream = model.stream()
+    for t in range(T):
+        output = stream.step(frame(model, x, t))
+        torch.testing.assert_close(output, expected[t], rtol=0, atol=1e-12)
+        if t == 1:
+            mask = torch.tensor([True, False, True, True, False, True])
+            stream.keep(mask)
+            x, expected = x[mask], expected[:, mask]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_lower_precision_takes_the_same_kernels(precision: torch.dtype) -> None:
+    model, x = make("sew_resnet18", {})
+    model, x = model.float(), x.float()
+    with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+        expected, stream = whole(model, x), model.stream()
+        for t in range(T):
+            output = stream.step(x if t == 0 else None)
+            assert output.dtype == torch.float32
+            torch.testing.assert_close(output, expected[t], rtol=0, atol=1e-5)
+
+
+def test_two_streams_and_a_whole_pass_do_not_disturb_each_other() -> None:
+    model, x = make("spiking_convnet_dvs", {})
+    expected = whole(model, x)
+    one, two = model.stream(), model.stream()
+    for t in range(T):
+        assert torch.equal(one.step(x[:3, t]), whole(model, x)[t][:3])
+        torch.testing.assert_close(two.step(x[3:, t]), expected[t][3:], rtol=0, atol=1e-12)
+    one.reset()
+    torch.testing.assert_close(one.step(x[:2, 0]), expected[0][:2], rtol=0, atol=1e-12)
+    assert one.timesteps == 1
+
+
+def test_a_state_continues_in_another_stream() -> None:
+    model, x = make("spiking_convnet_dvs", {})
+    first, second = model.stream(), model.stream()
+    for t in range(2):
+        first.step(x[:, t])
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.step(x[:, 2]), first.step(x[:, 2]))
+    assert second.timesteps == 3
+    other = make("spiking_convnet", {})[0].stream()
+    with pytest.raises(UserError, match="of another network"):
+        other.load_state_dict(first.state_dict())
+
+
+def test_a_repeated_image_is_convolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = make("sew_resnet18", {})
+    first = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+    calls, forward = [], type(first)._conv_forward
+
+    def count(self: torch.nn.Conv2d, *arguments: Tensor) -> Tensor:
+        calls.extend([1] if self is first else [])
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(type(first), "_conv_forward", count)
+    stream = model.stream()
+    stream.step(x)
+    stream.step()
+    stream.keep(torch.tensor([True] * 5 + [False]))
+    stream.step()
+    assert len(calls) == 1
+    stream.step(x[:5].clone())  # Its pixels may be others.
+    assert len(calls) == 2
+
+
+def test_misuse_is_one_sentence() -> None:
+    model, x = make("spiking_convnet", {})
+    stream = model.stream()
+    with pytest.raises(UserError, match=r"there is none; call step\(x\)"):
+        stream.step()
+    stream.step(x)
+    with pytest.raises(UserError, match="holds 6 samples, the frame has 5; call reset"):
+        stream.step(x[:5])
+    with pytest.raises(UserError, match=r"call reset\(\) before frames of another size"):
+        stream.step(x[..., :-1])
+    with pytest.raises(UserError, match=r"a frame is \(B, C, H, W\)"):
+        stream.step(x[None])
+    with pytest.raises(UserError, match=r"a bool mask \(6,\)"):
+        stream.keep(torch.ones(5, dtype=torch.bool))
+    model.train()
+    with pytest.raises(UserError, match=r"call model\.eval"):
+        stream.step()
+    # Nothing was lost by any of these.
+    model.eval()
+    torch.testing.assert_close(stream.step(), whole(model, x)[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["psn", "masked_psn"])
+def test_neurons_that_need_all_timesteps_are_refused_by_name(kind: str) -> None:
+    model, _ = make("spiking_convnet", {"kind": kind})
+    with pytest.raises(UserError, match=rf"stem.* has {kind} neurons, .*sliding_psn"):
+        model.stream()
