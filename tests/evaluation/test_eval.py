@@ -261,9 +261,8 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
     trained, found = tmp_path / "runs" / "tiny", {}
     for within in (0, 5, 100):
         file = tmp_path / f"{within}.json"
-        status, out, err = evaluate(
-            "--checkpoint", trained, "--json", file, "--exit-within", within, "--timesteps", "3"
-        )
+        options = ("--exit-within", within, "--measured", "--timesteps", "3", "--batch", "4")
+        status, out, err = evaluate("--checkpoint", trained, "--json", file, *options)
         assert status == 0, err
         found[within] = json.loads(file.read_text())
         chosen = found[within]["chosen_exit"]
@@ -276,6 +275,14 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         assert chosen["chosen_on"] == {"samples": held, "top1": own["top1"]}
         assert own["samples"] == held
         assert found[within]["samples"] == NUM_SAMPLES
+        # Samples that leave the batch are decided as those that stay in the whole pass.
+        measured = found[within]["measured_exit"]
+        assert measured["differing"] == measured["differing_within_1e-5"] == 0
+        for key in ("top1", "mean_timesteps"):
+            assert measured[key] == pytest.approx(chosen[key], abs=1e-9)
+        rates = measured["images_per_s"], measured["whole_pass_images_per_s"]
+        assert rates[0] / rates[1] == pytest.approx(measured["ratio"])
+        assert f"{measured['ratio']:.2f} times the {rates[1]:.1f} of whole passes" in out
         # The curve beside it stays what it is without.
         assert len(found[within]["early_exit"]) == 8
     spent = [found[within]["chosen_exit"]["mean_timesteps"] for within in (0, 5, 100)]
@@ -288,6 +295,7 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
     for arguments, said in (
         (("--checkpoint", run, "--exit-within", "1"), "train it with data.held_out=0.1"),
         (("--checkpoint", run, "--exit-within", "-1"), "from 0 to 100"),
+        (("--checkpoint", run, "--measured"), "add --exit-within POINTS"),
         (("--checkpoint", run, "--exit-within", "few"), "not a number of points"),
         (("--checkpoint", run, "--exit-within", "1", "--variant", "real"), "leave out --variant"),
     ):

@@ -127,6 +127,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "samples that the run held out (data.held_out), and say what it does on this split",
     )
     parser.add_argument(
+        "--measured",
+        action="store_true",
+        help="also run early exit at that threshold for real: decided samples leave the batch; "
+        "reports images/s beside those of whole passes",
+    )
+    parser.add_argument(
         "--drop-timesteps",
         type=shares_list,
         default=[],
@@ -162,6 +168,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     # The deepspeed launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.measured and options.exit_within is None:
+        parser.error("--measured runs the early exit of --exit-within; add --exit-within POINTS")
     check_variant(parser, options)
     return options
 
@@ -193,6 +201,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
     from tetdist.evaluation import variants
+    from tetdist.evaluation.early_exit import measure_exit
     from tetdist.evaluation.suite import Evaluator, choose_exit, run_suite
     from tetdist.training.setup import load_model
 
@@ -233,6 +242,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
             real = world.run_on_all(
                 lambda: variants.RealLabels(file, index, model.num_classes, headline, world.device)
             )
+        if options.measured:
+            world.run_on_all(lambda: check_streams(model))
         if options.exit_within is not None:
             held = world.run_on_all(lambda: held_out_samples(config, description, model, world))
             exit_choice = choose_exit(evaluator(held), headline, options.exit_within)
@@ -253,6 +264,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
                 real=real,
                 exit_choice=exit_choice,
             )
+        if options.measured and exit_choice is not None:
+            found["measured_exit"] = measure_exit(evaluator(compared), exit_choice)
         world.run_on_all(lambda: show(found, options) if world.rank == 0 else None)
 
 
@@ -396,6 +409,20 @@ def held_out_samples(
             "trained on"
         )
     return Compared(held_out)
+
+
+def check_streams(model: "SpikingNetwork") -> None:
+    """Refuse, before an hour of evaluation, a network that cannot be streamed.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if not hasattr(model, "stream"):
+        raise UserError(
+            "--measured needs a network with stream(), a SpikingNetwork (docs/extending.md); leave "
+            "it out"
+        )
+    model.stream()
 
 
 def wanted_timesteps(

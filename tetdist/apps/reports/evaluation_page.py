@@ -96,6 +96,7 @@ def _early_exit_lines(found: EvaluationResults) -> list[str]:
             "timesteps that come after them"
         ]
     chosen = [_of_chosen_exit(found)] if "chosen_exit" in found else []
+    chosen += [_of_measured_exit(found)] if "measured_exit" in found else []
     return [
         "early exit: a sample is decided at the first timestep at which the softmax of its "
         "time-mean reaches the confidence, at the latest at T",
@@ -115,6 +116,18 @@ def _of_chosen_exit(found: EvaluationResults) -> str:
         f"early exit with {limit}: at confidence {chosen['threshold']:.4g}, "
         f"{chosen['top1']:.2f} % ({lost:+.2f} points) at T = {chosen['mean_timesteps']:.3f} on "
         "average"
+    )
+
+
+def _of_measured_exit(found: EvaluationResults) -> str:
+    measured = found["measured_exit"]
+    return (
+        f"measured: {measured['images_per_s']:.1f} images/s, {measured['ratio']:.2f} times the "
+        f"{measured['whole_pass_images_per_s']:.1f} of whole passes, at batch {measured['batch']} "
+        f"and {counted(measured['threads'], 'thread')}; {measured['top1']:.2f} % at T = "
+        f"{measured['mean_timesteps']:.3f} on average; {measured['differing']} decisions differ "
+        f"from the whole pass's, {measured['differing_within_1e-5']} of them within 1e-5 of the "
+        "threshold"
     )
 
 

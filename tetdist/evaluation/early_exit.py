@@ -1,0 +1,130 @@
+"""Early exit, measured: decided samples leave the batch, so that the others take less time."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tetdist.data.build import eval_loader
+from tetdist.data.transfer import on_device
+from tetdist.evaluation.evaluate import running_means
+from tetdist.evaluation.suite import Evaluator, ExitChoice
+from tetdist.models import SpikingNetwork
+from tetdist.nn.precision import autocast, parameter_type
+
+# A confidence so close to the threshold may fall on its other side by rounding.
+NEAR = 1e-5
+
+# Classes (B,) and timesteps from 1 (B,) of the decisions.
+Decided = tuple[Tensor, Tensor]
+
+
+def decide(
+    model: SpikingNetwork, images: Tensor, threshold: float, outputs: Tensor | None = None
+) -> Decided:
+    """Stream a batch and drop each sample when its confidence reaches the threshold.
+
+    Args:
+        model: In evaluation mode; all samples are decided at its T.
+        images: (B, C, H, W), or (B, T, C, H, W) of events.
+        threshold: Softmax probability of the time-mean at which a sample is decided.
+        outputs: The only outputs that are compared; None: all.
+    """
+    stream = model.stream()
+    left = torch.arange(len(images), device=images.device)
+    classes, exits = torch.zeros_like(left), torch.zeros_like(left)
+    for t in range(model.timesteps):
+        if model.input_kind == "events":
+            mean = stream.step(images[left, t])
+        else:
+            mean = stream.step(images if t == 0 else None)
+        if outputs is not None:
+            mean = mean.index_select(-1, outputs)
+        sure, decided = mean.softmax(-1).max(-1)
+        done = sure >= (threshold if t + 1 < model.timesteps else -math.inf)
+        classes[left[done]], exits[left[done]] = decided[done], t + 1
+        if bool(done.all()):
+            break
+        if bool(done.any()):
+            stream.keep(~done)
+            left = left[~done]
+    return classes, exits
+
+
+@torch.no_grad()
+def measure_exit(evaluator: Evaluator, choice: ExitChoice) -> dict[str, Any]:
+    """Decide a split by stream and by whole passes, in turns, and time both.
+
+    Loading is not timed. The first batch runs once more before it is timed.
+
+    Args:
+        evaluator: A causal network at its T, the split and the processes.
+        choice: The threshold; where it is None, all samples are decided at T.
+
+    """
+    model, world = evaluator.model.eval(), evaluator.world
+    threshold = math.inf if choice.threshold is None else choice.threshold
+    precision, device = evaluator.config.precision, world.device
+    outputs = None
+    if evaluator.outputs is not None:
+        outputs = on_device(torch.tensor(evaluator.outputs), device)
+    sums = torch.zeros(7, dtype=torch.float64)
+    with eval_loader(evaluator.config, evaluator.index, world) as batches:
+        for batch in batches:
+            if not len(batch.labels):
+                continue
+            images = on_device(batch.images, device, parameter_type(precision))
+            with autocast(device, precision):
+                if not sums.any():
+                    decide(model, images, threshold, outputs)
+                    _means(model, images, outputs)
+                streaming, (classes, exits) = _timed(decide, model, images, threshold, outputs)
+                passing, means = _timed(_means, model, images, outputs)
+            near, whole_exits = _exits(means, threshold)
+            at = (whole_exits - 1, torch.arange(len(means[0])))
+            differs = (exits.cpu() != whole_exits) | (classes.cpu() != means.argmax(-1)[at])
+            right = classes.cpu() == torch.as_tensor(batch.labels)
+            counts = (right, exits, differs, differs & near)
+            sums += torch.tensor(
+                [len(right), streaming, passing, *(float(n.sum()) for n in counts)]
+            )
+            evaluator.alive()
+    samples, streaming, passing, hits, spent, different, close = world.sum(sums.tolist())
+    return {
+        "images_per_s": samples / streaming * world.world_size,
+        "whole_pass_images_per_s": samples / passing * world.world_size,
+        "ratio": passing / streaming,
+        "top1": 100 * hits / samples,
+        "mean_timesteps": spent / samples,
+        "differing": int(different),
+        "differing_within_1e-5": int(close),
+        "batch": evaluator.config.batch.eval,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _means(model: SpikingNetwork, images: Tensor, outputs: Tensor | None) -> Tensor:
+    """The outputs at every t of a whole pass, (T, B, K), on the host."""
+    logits = model(images, per_timestep=True)
+    if outputs is not None:
+        logits = logits.index_select(-1, outputs)
+    return running_means(logits).cpu()
+
+
+def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """Seconds of a call that ends when the device is done, and its result."""
+    started = time.perf_counter()
+    found = function(*arguments)
+    return time.perf_counter() - started, found
+
+
+def _exits(means: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """For each sample: True if a confidence is near the threshold, and its timestep from 1."""
+    confidence = means.softmax(-1).amax(-1)
+    near = ((confidence - threshold).abs() <= NEAR).any(0)
+    sure = confidence >= threshold
+    sure[-1] = True
+    return near, sure.int().argmax(0) + 1
