@@ -122,7 +122,7 @@ def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
 
 
 def _exits(means: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """For each sample: True if a confidence is near the threshold, and its timestep from 1."""
+    """Return, for each sample, if a confidence is near the threshold, and its timestep from 1."""
     confidence = means.softmax(-1).amax(-1)
     near = ((confidence - threshold).abs() <= NEAR).any(0)
     sure = confidence >= threshold
