@@ -274,12 +274,12 @@ def test_one_file_may_use_another(tmp_path: Path) -> None:
             "@NEURONS.register('wide')\n@dataclass(frozen=True, kw_only=True)\n"
             "class Wide(LIF):\n    width: float = 1.0\n",
             {"model.neuron": {"kind": "wide"}},
-            "width of Wide has no description; declare it as width = neurons.option(",
+            "Wide has no description; declare it, with its type, as width = neurons.option(",
         ),
         (
             "from timm.models import register_model\n@register_model\ndef none(**_): ...",
             {"model": {"name": "none"}},
-            "model.name: the function none returns no network",
+            "model.name: the function none must return a network",
         ),
         (
             "from tetdist.optimizers import register_optimizer\n@register_optimizer('none')\n"

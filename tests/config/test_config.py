@@ -118,7 +118,7 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         (
             {"model.neuron.kind": "psn", "model.neuron.timesteps": 1}
             | {"phases": [PHASE, PHASE | {"timesteps": 3}]},
-            ("phases.1.timesteps: psn has weights for T=1 alone",),
+            ("phases.1.timesteps: psn has weights only for T=1",),
         ),
         ({"model.arguments": {"num_classes": 3}}, ("model.arguments.num_classes",)),
         ({"model.arguments": {"timesteps": 3}}, ("model.arguments.timesteps",)),

@@ -131,7 +131,7 @@ def test_run_is_met_by_its_own_processes_alone(
     second = met(1)
     second.set("by", "rank 1")
     assert first.result().get("by") == b"rank 1"
-    with pytest.raises(UserError, match=r"another process has come as rank 1 .* started twice"):
+    with pytest.raises(UserError, match=r"another process has joined as rank 1 .* started twice"):
         met(1)
 
 
@@ -145,7 +145,7 @@ def test_second_attempt_reads_nothing_of_the_first(
         monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        with pytest.raises(PeerFailed, match="rank 0 has not come within 1 s"):
+        with pytest.raises(PeerFailed, match="rank 0 did not join within 1 s"):
             met(1, seconds=1)
         first: Future[Any] = rank_0.submit(met, 0)
         second = met(1)
@@ -163,7 +163,7 @@ def test_processes_of_other_configurations_do_not_train(
     statuses, text = farm.each(file, *options, world=2, stop=None, rank=0)
     assert statuses == [3, 2], text
     assert "differs in seed; start all processes of a run with the same command" in text
-    assert "error: of 2 processes rank 1 did not come within 3 s" in text
+    assert "error: of 2 processes rank 1 did not join within 3 s" in text
 
 
 @pytest.mark.long

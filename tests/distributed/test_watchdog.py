@@ -37,10 +37,10 @@ def test_killed_rank_0(farm: Farm, tiny_config: ConfigWriter) -> None:
     ("point", "rank", "said"),
     [
         pytest.param(
-            *("start", 1, "error: of 2 processes rank 1 did not come within 3 s"),
+            *("start", 1, "error: of 2 processes rank 1 did not join within 3 s"),
             marks=pytest.mark.long,
         ),
-        ("start", 0, "rank 1: error: rank 0 has not come to 127.0.0.1, port "),
+        ("start", 0, "rank 1: error: rank 0 did not open 127.0.0.1, port "),
         ("met", 1, "error: a process is lost while all connect to each other"),
     ],
 )

@@ -111,12 +111,12 @@ def test_a_training_says_of_what_is_not_causal_only_the_whole(alone: World) -> N
 
 def test_a_network_runs_at_the_t_of_its_neurons_only() -> None:
     model = small({"kind": "psn"})
-    with pytest.raises(UserError, match="timesteps: psn has weights for T=4 alone"):
+    with pytest.raises(UserError, match="timesteps: psn has weights only for T=4"):
         model.set_timesteps(2)
     assert model.timesteps == 4
-    with pytest.raises(UserError, match="psn neurons have weights for each timestep of the whole"):
+    with pytest.raises(UserError, match="psn neurons have weights over all T timesteps"):
         model.set_segment(2)
-    with pytest.raises(UserError, match="timesteps: psn has weights for T=4 alone"):
+    with pytest.raises(UserError, match="timesteps: psn has weights only for T=4"):
         network("spiking_convnet", {"kind": "psn"}, timesteps=6)
     masked = small({"kind": "masked_psn"})
     masked.set_timesteps(2)
@@ -266,7 +266,7 @@ def test_the_most_sub_timesteps_are_those_of_all_batches() -> None:
 
 def test_what_does_not_fire_is_not_unrolled() -> None:
     with (
-        pytest.raises(UserError, match="--unroll: only neurons"),
+        pytest.raises(UserError, match="--unroll needs a network in which all neurons"),
         unrolled(small({"kind": "relu"})),
     ):
         pass

@@ -66,7 +66,7 @@ def test_all_but_what_is_known_of_ours_is_reported(kind: str, alone: World) -> N
 
 def test_what_only_ours_can_do_is_refused(alone: World) -> None:
     model: Any = Outside()
-    with pytest.raises(UserError, match=r"--drop-timesteps .* this one is a Outside"):
+    with pytest.raises(UserError, match=r"--drop-timesteps .* not Outside"):
         run_suite(evaluator_of(model, alone), timesteps=[T], drop_timesteps=[0.5])
 
 

@@ -112,7 +112,7 @@ def test_numbered_folders_of_v2(file: Path, evaluate: Evaluate, tmp_path: Path) 
     (tmp_path / "data" / "index" / "v2.npz").unlink()
     status, said, _ = evaluate("imagenet-v2", "--data", tmp_path / "data" / "v2")
     assert status == 2
-    assert "the numbers from 0 to 11 of the network's classes, and 12 is none" in said
+    assert "by the network's class numbers, 0 to 11, not 12" in said
 
 
 def test_some_classes_compared_with_each_other(
@@ -191,7 +191,7 @@ def test_several_labels_of_an_image(file: Path, evaluate: Evaluate, tmp_path: Pa
     ]
     status, said, _ = evaluate("real", "--data", tmp_path)
     assert status == 2
-    assert "real.json of github.com/google-research/reassessed-imagenet; put it there" in said
+    assert "real.json from github.com/google-research/reassessed-imagenet and put it there" in said
     (tmp_path / "real.json").write_text(json.dumps(answers))
     status, said, found = evaluate("real", "--data", tmp_path)
     assert status == 0, said
@@ -226,7 +226,7 @@ def test_several_labels_of_an_image(file: Path, evaluate: Evaluate, tmp_path: Pa
         (["imagenet-r", "--data", "x", "--split", "y"], "leave out --split"),
         (["imagenet-c", "--data", "x", "--report", "a.html"], "--report is not for --variant"),
         (["imagenet-c", "--data", "x", "--timesteps", "1,2"], "at one number of timesteps"),
-        (["imagenet-c", "--data", "/"], "/ has no corruption's folder in it"),
+        (["imagenet-c", "--data", "/"], "/ has no folder of a corruption"),
         (["imagenet-c", "--data", "nowhere"], "--data: nowhere does not exist"),
         # Not "there is no index /index/nowhere.npz", which would have the whole disk indexed.
         (["imagenet-v2", "--data", "/nowhere"], "--data: /nowhere does not exist"),

@@ -278,11 +278,11 @@ def test_events_are_the_first_bins() -> None:
     net = built(make).eval()
     expected = net(frames[:, :T].transpose(0, 1))
     torch.testing.assert_close(model(frames, per_timestep=True), expected)
-    with pytest.raises(ValueError, match="runs 2 timesteps, the input has 1 bins"):
+    with pytest.raises(ValueError, match="runs 2 timesteps, but the input has 1 bins"):
         model(frames[:, :1])
-    with pytest.raises(ValueError, match="an event batch is"):
+    with pytest.raises(ValueError, match="an event batch must be"):
         model(frames[:, 0])
-    with pytest.raises(ValueError, match="an image batch is"):
+    with pytest.raises(ValueError, match="an image batch must be"):
         adopted(small)(frames)
 
 
@@ -528,8 +528,8 @@ class Counter(nn.Module):
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
-        (Mean, r"Mean gives \(2, 4\) instead of logits \(T, B, K\) = \(2, 2, 4\)"),
-        (lambda: Small(num_classes=5), r"gives \(2, 2, 5\) instead of"),
+        (Mean, r"Mean returns \(2, 4\) instead of logits \(T, B, K\) = \(2, 2, 4\)"),
+        (lambda: Small(num_classes=5), r"returns \(2, 2, 5\) instead of"),
         (
             Looping,
             r"Looping cannot run a sequence \(T, B, C, H, W\), here \(2, 1, 3, 16, 16\): .*; one "

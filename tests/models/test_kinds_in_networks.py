@@ -93,7 +93,7 @@ def test_segments(kind: str) -> None:
     """Of one timestep each, computed again or not; and not where a neuron sees all timesteps."""
     model, x = network("spiking_convnet", kind)
     if kind in ("psn", "masked_psn"):
-        with pytest.raises(UserError, match="do not run in segments of 1"):
+        with pytest.raises(UserError, match="cannot run in segments of 1"):
             model.set_segment(1)
         return
     model.set_segment(1)

@@ -129,7 +129,7 @@ def test_timms_arguments_are_heeded(name: str) -> None:
     rates = dict.fromkeys(("drop_rate", "drop_path_rate"), 0.1)
     heeded = rates.keys() & (models.arguments_of(name) or ())
     for rate in rates.keys() - heeded:
-        with pytest.raises(UserError, match=f"{rate}: {name} drops nothing in training; leave it"):
+        with pytest.raises(UserError, match=f"{rate}: {name} drops nothing in training; remove it"):
             timm.create_model(name, **{rate: rates.pop(rate)})
     with torch.device("meta"):
         dropping = dropout.dropping(model := timm.create_model(name, **rates))
@@ -153,7 +153,10 @@ def test_timms_arguments_are_heeded(name: str) -> None:
     [
         ({"global_pool": "max"}, "global_pool must be 'flatten', or '' with num_classes=0, not 'm"),
         ({"global_pool": ""}, "global_pool must be 'flatten', or '' with num_classes=0, not ''"),
-        ({"features_only": True}, "features_only: vggsnn has features of every timestep"),
+        (
+            {"features_only": True},
+            "features_only: vggsnn has features (T, B, C, H, W), which timm",
+        ),
         ({"pretrained": True}, "No pretrained weights exist for vggsnn. Use `pretrained=False`"),
         ({"img_size": 64}, "unexpected keyword argument 'img_size'"),
     ],
@@ -298,7 +301,7 @@ def test_export_takes_the_definition_and_trace_is_refused() -> None:
     exported = torch.export.export(model, (x,)).module()
     with torch.no_grad():
         torch.testing.assert_close(exported(0.5 * x), model(0.5 * x))
-    with pytest.raises(UserError, match=r"use torch\.export, not torch\.jit\.trace"):
+    with pytest.raises(UserError, match=r"use torch\.export instead of torch\.jit\.trace"):
         torch.jit.trace(model, x)
 
 
@@ -518,16 +521,20 @@ def test_convolutions_start_as_in_the_papers_code(name: str, init: str) -> None:
 
 
 def test_events_with_too_few_bins() -> None:
-    with pytest.raises(ValueError, match="the model runs 3 timesteps, the input has 2 bins"):
+    with pytest.raises(ValueError, match="the model runs 3 timesteps, but the input has 2 bins"):
         create("vggsnn")(inputs_for("vggsnn", bins=2))
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "complaint"),
     [
-        ("vggsnn", (2, 2, 16, 16), r"event batch is \(B, T, C, H, W\), not \(2, 2, 16, 16\)"),
-        ("sew_resnet18", (1, 2, 3, 8, 8), r"image batch is \(B, C, H, W\), not \(1, 2, 3, 8, 8\)"),
-        ("spiking_convnet", (3, 12, 12), r"image batch is \(B, C, H, W\), not \(3, 12, 12\)"),
+        ("vggsnn", (2, 2, 16, 16), r"event batch must be \(B, T, C, H, W\), not \(2, 2, 16, 16\)"),
+        (
+            "sew_resnet18",
+            (1, 2, 3, 8, 8),
+            r"image batch must be \(B, C, H, W\), not \(1, 2, 3, 8, 8\)",
+        ),
+        ("spiking_convnet", (3, 12, 12), r"image batch must be \(B, C, H, W\), not \(3, 12, 12\)"),
     ],
 )
 def test_wrong_number_of_dimensions(name: str, shape: tuple[int, ...], complaint: str) -> None:

@@ -83,13 +83,13 @@ def test_a_relu_network_is_what_it_begins_with(
 
 def test_which_timesteps_it_runs() -> None:
     assert PSNSEWResNet.default_neuron == PSN(timesteps=4)
-    with pytest.raises(UserError, match=r"psn has weights for T=3 alone"):
+    with pytest.raises(UserError, match=r"psn has weights only for T=3"):
         small().set_timesteps(2)
     model = small(neuron={"kind": "lif"}).eval()
     whole = model(images(torch.float32), per_timestep=True)
     model.set_timesteps(2)
     assert torch.equal(model(images(torch.float32), per_timestep=True), whole[:2])
-    with pytest.raises(UserError, match="has none for 4; build it with timesteps=4"):
+    with pytest.raises(UserError, match="only, not for 4; build it with timesteps=4"):
         model.set_timesteps(4)
     # A segment sees the offsets of its own timesteps.
     model.set_timesteps(3)

@@ -493,7 +493,7 @@ def test_weights_begin_as_in_the_authors_code(case: Case) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "complaint"),
     [
-        ("qkformer_10_384", {"widths": (8, 16)}, "are not of as many stages"),
+        ("qkformer_10_384", {"widths": (8, 16)}, "must have one entry per stage"),
         (
             "sdt_8_384",
             {"neuron": {"kind": "ilif", "most_spikes": 16}, "channels": 16},
@@ -508,7 +508,7 @@ def test_weights_begin_as_in_the_authors_code(case: Case) -> None:
             {"stem": "imagenet"},
             "stem must be 'plain', 'deep' or 'cifar', not 'imagenet'",
         ),
-        ("sdt_8_384", {"channels": 12}, "channels must be a multiple of 8 and of heads, not 12"),
+        ("sdt_8_384", {"channels": 12}, "channels=12 must be a multiple of 8 and of heads"),
     ],
 )
 def test_bad_option_is_named(name: str, options: dict[str, Any], complaint: str) -> None:
@@ -549,7 +549,7 @@ def test_how_ms_resnets_begin() -> None:
 
 
 def test_a_pooled_projection_has_the_stride_2() -> None:
-    with pytest.raises(ValueError, match="has the stride 2, not 1"):
+    with pytest.raises(ValueError, match="needs stride 2, not 1"):
         Block(4, 8, 1, LIF(), pooled_projection=True)
 
 

@@ -227,7 +227,7 @@ def test_rates_rise_as_timms() -> None:
     [
         ("preact_resnet18", {"drop_path_rate": 1.5}, "drop_path_rate must be at .* not 1.5"),
         ("vggsnn", {"drop_rate": -0.1}, "at least 0 and below 1, not -0.1"),
-        ("sdt_2_256_cifar", {"depth": 1, "drop_path_rate": 0.1}, "there is but one"),
+        ("sdt_2_256_cifar", {"depth": 1, "drop_path_rate": 0.1}, "the network has only one block"),
     ],
 )
 def test_bad_rates_are_refused(name: str, arguments: dict[str, Any], complaint: str) -> None:

@@ -270,16 +270,16 @@ os.kill(os.getpid(), signal.SIGKILL)
         "again",
         "where there is no compiler",
         "damaged",
-        f"{library} is damaged and is built again",
+        f"{library} is damaged and is rebuilt",
         compiling,
         "a library that others may change",
-        f"{library} can be changed by others and is built again",
+        f"{library} is writable by other users and is rebuilt",
         compiling,
         "a command of two words",
         compiling,
         "a folder in which others may put one",
-        f"{library.parent} can be written to by others, so nothing in it is loaded, and kernels "
-        f"are compiled at every start; its owner mends that by `chmod go-w {library.parent}`",
+        f"{library.parent} is writable by other users, so kernels are not loaded from it but "
+        f"compiled at every start; its owner can fix that with `chmod go-w {library.parent}`",
         f"compiling kernels/pool.cpp, once (into {passing})",
     ]
     assert Path(passing).match(f"{tmp_path}/passing/tetdist-*")

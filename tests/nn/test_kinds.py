@@ -309,7 +309,7 @@ BAD = {
     "most_spikes must be at most 15, not 16": {"kind": "ilif", "most_spikes": 16},
     "most_spikes must be a power of 2": {"kind": "nilif", "most_spikes": 3},
     "mask must be at most 1, not 1.5": {"kind": "masked_psn", "mask": 1.5},
-    "mask_epochs has mask rise": {"kind": "masked_psn", "mask": 0.0, "mask_epochs": 2},
+    "mask_epochs needs mask > 0": {"kind": "masked_psn", "mask": 0.0, "mask_epochs": 2},
     "order must be at least 1, not 0": {"kind": "sliding_psn", "order": 0},
     "init must be one of exponential, uniform, not 'zero'": {"kind": "sliding_psn", "init": "zero"},
 }

@@ -165,7 +165,7 @@ def test_it_is_a_layer_of_neurons() -> None:
     assert spiking_layers(net).keys() == {"spiking"}
     neuron = Neuron(LIF())
     neuron.execution = "fast"
-    with pytest.raises(ValueError, match="there is no execution 'fast'"):
+    with pytest.raises(ValueError, match="execution must be 'fused' or 'reference', not 'fast'"):
         neuron(torch.zeros(1, 1))
 
 

@@ -206,7 +206,7 @@ def test_every_block_runs_in_segments() -> None:
 
 
 def test_no_segment_below_one() -> None:
-    with pytest.raises(ValueError, match="at least one timestep, not 0"):
+    with pytest.raises(ValueError, match="at least 1 timestep, not 0"):
         network("spiking_convnet", recompute=False, segment=0, execution="fused")
 
 

@@ -49,7 +49,7 @@ def test_results_are_the_same_to_the_bit_and_own_kernels_are_named(
             ["profile.steps=[8,9]", "max_steps=7"],
             "profile.steps: step 8 is after the run's last, max_steps=7",
         ),
-        (["profile.steps=[11,12]"], "profile.steps: step 11 is after the run's last, 10"),
+        (["profile.steps=[11,12]"], "profile.steps: step 11 comes after the run's last step, 10"),
         (["profile.steps=[2,2]", "cuda_graphs=true"], "profile: the operations of a CUDA graph"),
     ],
 )

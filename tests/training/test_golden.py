@@ -123,7 +123,7 @@ def test_its_weights_are_of_the_same_network(train: Main) -> None:
     outcome = train("begun", f"init_checkpoint={GOLDEN / 'stopped'}", "max_steps=1")
     assert outcome.status == 0, outcome.text
     assert "beginning with the weights of" in outcome.text
-    assert "of another network" not in outcome.text
+    assert "from another network" not in outcome.text
 
 
 def test_its_folder_is_held_to_what_it_was(train: Main, tmp_path: Path) -> None:

@@ -211,11 +211,11 @@ def test_an_observer_that_fails_ends_nothing(
     monkeypatch.setattr(observers, "observers", lambda _: [Unmade, *made])
     outcome = main(tiny_config({"name": "faulty"}))
     assert outcome.status == 0
-    said = "Faulty failed and watches no more; the run continues (LookupError: train 1 data_wait)"
+    said = "Faulty failed and was disabled; the run continues (LookupError: train 1 data_wait)"
     assert outcome.text.count(said) == 1
     # 10 steps of 4 micro-batches, and a line a step; 2 evaluations.
     assert Counter(told) == {"on_batch": 40, "on_line": 12, "on_evaluation": 2, "on_end": 1}
     for name in ("Unmade", "Replacing", "Odd"):
-        assert outcome.text.count(f"{name} failed and watches no more") == 1
-    assert "(ValueError: top1 is there already)" in outcome.text
+        assert outcome.text.count(f"{name} failed and was disabled") == 1
+    assert "(ValueError: the line of metrics already has top1)" in outcome.text
     tiny.assert_same_run(tmp_path / "runs/usual", tmp_path / "runs/faulty")

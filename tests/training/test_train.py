@@ -385,7 +385,7 @@ def test_damaged_config_of_the_run_folder(
     file = tiny_config({"max_steps": 1})
     ended(main(file), status=0)
     (tmp_path / "runs/tiny/config.yaml").write_text("a: [1")
-    ended(main(file, "max_steps=2"), "config.yaml is damaged", "give this one another name=")
+    ended(main(file, "max_steps=2"), "config.yaml is damaged", "set another name=")
 
 
 def test_a_real_command_has_its_folder_alone_and_is_interrupted(
@@ -500,7 +500,7 @@ def test_file_that_breaks_after_indexing(
         ({"cuda_graphs": True}, ("cuda_graphs=true needs a GPU",)),
         (
             {"model.neuron": {"kind": "psn", "timesteps": 2}, "recompute": {"timesteps": 1}},
-            ("recompute: psn neurons have weights for each timestep of the whole",),
+            ("recompute: psn neurons have weights over all T timesteps",),
         ),
     ],
     ids=str,
@@ -686,7 +686,9 @@ def test_init_checkpoint_that_does_not_suit(
     ended(main(tiny_config(), "start_phase=1", source), "start_phase: 1 must be one of 0 to 0")
     two = tiny_config({"phases": TWO_PHASES})
     ended(main(two, "start_phase=1"), "set init_checkpoint")
-    ended(main(two, "start_phase=1", source, "max_steps=3"), "max_steps: 3 ends before phase 1")
+    ended(
+        main(two, "start_phase=1", source, "max_steps=3"), "max_steps=3 ends the run before phase 1"
+    )
     assert not (tmp_path / "runs").exists()
 
 

@@ -32,7 +32,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     # DeepSpeed would stay on the CPU with it, whatever the rest did.
     kept_off = os.environ.get("DS_ACCELERATOR") == "cpu"
     if wanted == "cuda" and kept_off:
-        raise UserError("device=cuda, and DS_ACCELERATOR=cpu in the environment; unset one of them")
+        raise UserError("device=cuda, but DS_ACCELERATOR=cpu is set in the environment; unset one")
     if wanted == "cpu" or kept_off:
         return torch.device("cpu")
     if torch.cuda.is_available():

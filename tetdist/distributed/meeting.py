@@ -207,7 +207,7 @@ def _main_store(rank: int, token: str, seconds: float, about: Mapping[str, Any])
         except OSError as error:
             raise UserError(
                 f"the processes cannot meet at {address()}, port {port} ({error.strerror}); if "
-                "another run of this host has the port, choose one with the launcher's "
+                "another run on this host uses the port, choose another one with the launcher's "
                 "--master_port"
             ) from error
     else:
@@ -228,15 +228,15 @@ def _main_store(rank: int, token: str, seconds: float, about: Mapping[str, Any])
             store.wait([key], timedelta(seconds=seconds))
         except dist.DistStoreError as error:
             raise PeerFailed(
-                f"rank 0 has not come within {seconds:.0f} s, though somebody listens at "
+                f"rank 0 did not join within {seconds:.0f} s, though a program listens at "
                 f"{address()}, port {port}"
             ) from error
         verified = _verified(token, key, store.get(key))
         if verified is None:
             raise UserError(
-                f"rank {rank} and rank 0, at {address()}, port {port}, do not have the same token: "
-                f"that is another run, or the hosts do not share files; set {TOKEN} to the same "
-                "random text for all processes"
+                f"rank {rank} and rank 0, at {address()}, port {port}, do not have the same "
+                f"token: rank 0 is of another run, or the hosts do not share files; set {TOKEN} "
+                "to the same random text for all processes"
             )
         mark, others = verified, json.loads(verified)["about"]
         differing = sorted(n for n in codes | others if codes.get(n) != others.get(n))
@@ -244,8 +244,8 @@ def _main_store(rank: int, token: str, seconds: float, about: Mapping[str, Any])
             shown = ", ".join(differing[:8]) + (", ..." if len(differing) > 8 else "")
             raise UserError(
                 f"rank {rank} has met rank 0 of another run at {address()}, port {port}, which "
-                f"differs in {shown}; start all processes of a run with the same command, and give "
-                "each run a port of its own with the launcher's --master_port"
+                f"differs in {shown}; start all processes of a run with the same command, and "
+                "give each run its own port with the launcher's --master_port"
             )
     return SignedStore(store, _code(token, "secret", mark))
 
@@ -260,8 +260,8 @@ def _wait_for_port(host: str, port: int, seconds: float) -> None:
         except OSError as error:
             if time.monotonic() > end:
                 raise PeerFailed(
-                    f"rank 0 has not come to {host}, port {port}, within {seconds:.0f} s "
-                    f"({error.strerror or error}): it has ended before, or a firewall is in the way"
+                    f"rank 0 did not open {host}, port {port}, within {seconds:.0f} s "
+                    f"({error.strerror or error}): it has ended, or a firewall blocks the port"
                 ) from error
         time.sleep(_POLL)
 
@@ -277,8 +277,8 @@ def _wait_for_all(store: SignedStore, rank: int, world_size: int, seconds: float
             missing = [str(other) for other, one in enumerate(came) if one is None]
             shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
             verdict = (
-                f"of {world_size} processes rank {shown} did not come within {seconds:.0f} s: "
-                "ended before, or never started; peer_timeout=SECONDS allows for more"
+                f"of {world_size} processes rank {shown} did not join within {seconds:.0f} s: "
+                "ended early, or never started; peer_timeout=SECONDS allows for more"
             )
             store.set(_VERDICT, verdict)
             # The others need this time to read it: the store ends with this process.
@@ -291,13 +291,13 @@ def _wait_for_all(store: SignedStore, rank: int, world_size: int, seconds: float
         if store.get(_VERDICT) is not None:
             raise SystemExit(PEER_FAILED)
         if time.monotonic() > end + _GRACE:
-            raise PeerFailed(f"rank 0 does not say within {seconds:.0f} s whether all are there")
+            raise PeerFailed(f"rank 0 did not confirm within {seconds:.0f} s that all have joined")
         time.sleep(_POLL)
     if json.loads(taken)[rank] != this:
         raise UserError(
-            f"another process has come as rank {rank} to {address()}, port "
-            f"{os.environ['MASTER_PORT']}: the run was started twice, and goes on with that one; "
-            "end this start"
+            f"another process has joined as rank {rank} at {address()}, port "
+            f"{os.environ['MASTER_PORT']}: the run was started twice and continues with that "
+            "process; stop this one"
         )
 
 
@@ -372,5 +372,5 @@ def _kept(file: Path) -> str:
             aside.unlink()
     facts = file.stat()
     if facts.st_uid != os.getuid() or facts.st_mode & 0o077:
-        raise UserError(f"{file} can be read or changed by others: remove it, and it is made anew")
+        raise UserError(f"{file} can be read or changed by others; remove it to get a new one")
     return file.read_text()

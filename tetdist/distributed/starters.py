@@ -161,7 +161,7 @@ def _watch(starters: list[Process]) -> None:
         # The terminal, or whoever read what is said here, may have gone with it.
         with contextlib.suppress(OSError, ValueError):
             who = f"process {gone}" if gone else "the launcher"
-            print(f"{who}, which has started this, is gone: ending", file=sys.stderr)
+            print(f"{who}, which started this command, has ended: stopping", file=sys.stderr)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(SAVE_LIMIT)
     os._exit(128 + signal.SIGTERM)

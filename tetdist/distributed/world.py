@@ -170,9 +170,9 @@ def join(
     else:
         absent = [name for name in _VARIABLES if name not in os.environ]
         raise UserError(
-            f"the distributed environment is only partly set: there is {', '.join(present)}, "
-            f"but no {', '.join(absent)}; unset them all to run alone, or use a launcher "
-            "(deepspeed, torchrun)"
+            f"the distributed environment is incomplete: {', '.join(present)} set, but not "
+            f"{', '.join(absent)}; unset them all to run alone, or use a launcher (deepspeed, "
+            "torchrun)"
         )
     this_device = choose_device(device, local_rank)
     if this_device.type == "cpu":
@@ -233,9 +233,8 @@ def _refuse_shared_gpus(world: World) -> None:
                 raise SystemExit(2)
             raise UserError(
                 f"ranks {', '.join(map(str, sharing))} have the same GPU on {platform.node()}, as "
-                "the number of each says (CUDA_VISIBLE_DEVICES="
-                f"{os.environ.get('CUDA_VISIBLE_DEVICES')}); start one process a GPU, and show "
-                "each all of them or one of its own"
+                f"its UUID shows (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}); "
+                "start one process per GPU, and let each see all GPUs or only its own"
             )
 
 
@@ -249,7 +248,7 @@ def _refuse_to_be_alone_under_srun() -> None:
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
     if tasks > 1:
         raise UserError(
-            f"srun has started {tasks} tasks, which do not find each other: launch/slurm.py "
-            "submits a run, `srun --ntasks-per-node=1 torchrun ...` starts another command on all "
-            "GPUs, and srun --ntasks=1 a single process"
+            f"srun has started {tasks} tasks, which cannot find each other: submit a run with "
+            "launch/slurm.py, start another command on all GPUs with `srun --ntasks-per-node=1 "
+            "torchrun ...`, or start a single process with srun --ntasks=1"
         )

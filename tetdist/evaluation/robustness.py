@@ -72,9 +72,8 @@ def check_takes_frames(model: SpikingNetwork) -> None:
     """
     if model.input_kind != "events" and not isinstance(model, SpikingNetwork):
         raise UserError(
-            "--drop-timesteps gives a network of images another picture at each timestep, which "
-            f"only tetdist's own networks take, and this one is a {type(model).__name__}; leave "
-            "it out"
+            "--drop-timesteps shows an image network a different image at each timestep, which "
+            f"only tetdist's own networks accept, not {type(model).__name__}; remove the option"
         )
 
 

@@ -110,8 +110,8 @@ def unrolled(model: nn.Module) -> Iterator[dict[str, int]]:
     neurons = neurons_of(model)
     if not neurons or any(neuron.levels is None for neuron in neurons):
         raise UserError(
-            "--unroll: only neurons of tetdist's that fire can be run in sub-timesteps of spikes "
-            "that are 0 or 1, and those of this network are others; leave it out"
+            "--unroll needs a network in which all neurons are tetdist's and send spikes; remove "
+            "the option"
         )
     latest = LatestLevels(model)
     found = {

@@ -118,15 +118,15 @@ def with_classes_of_model(
         # The weights were converted from a file that does not name the classes.
         if num_classes != len(present):
             raise UserError(
-                f"the data has {counted(len(present), 'class')} and {source} knows "
-                f"{num_classes}, without their names; give the data set of its training with --data"
+                f"the data has {counted(len(present), 'class')}, but {source} has {num_classes} "
+                "and does not name them; pass the data set that it was trained on with --data"
             )
         return index
     unknown = sorted(set(present) - set(trained))
     if unknown:
         raise UserError(
-            f"the data has other classes than {source} was trained on (unknown to the "
-            f"model are {unknown[:3]}); give data of the classes of the training with --data"
+            f"the data has other classes than {source} was trained on, such as {unknown[:3]}; "
+            "pass data with the training's classes with --data"
         )
     labels = np.array([trained.index(name) for name in present], np.int32)[index.labels]
     return dataclasses.replace(index, classes=tuple(trained), labels=labels)
@@ -138,8 +138,8 @@ def _numbered_classes(index: Index, trained: list[str] | None, num_classes: int)
     wrong = [k for k in index.classes if not k.isdecimal() or int(k) >= num_classes]
     if wrong:
         raise UserError(
-            f"--variant imagenet-v2: its class folders are the numbers from 0 to {num_classes - 1} "
-            f"of the network's classes, and {wrong[0]} is none; give the folder that holds them"
+            "--variant imagenet-v2: class folders must be named by the network's class numbers, "
+            f"0 to {num_classes - 1}, not {wrong[0]}; pass the folder that holds them with --data"
         )
     numbers = np.array([int(k) for k in index.classes], np.int32)
     names = tuple(trained or map(str, range(num_classes)))
@@ -176,8 +176,8 @@ def check_numbered(variant: str, trained: list[str] | None) -> None:
     """
     if trained is not None and trained != sorted(trained):
         raise UserError(
-            f"--variant {variant} numbers classes in the order of their WordNet ids, and this "
-            "network has them in another"
+            f"--variant {variant} numbers classes in the order of their WordNet ids, but this "
+            "network has them in another order; evaluate a network with ImageNet's own order"
         )
 
 
@@ -208,13 +208,13 @@ def make_index(
     )
     if bad:
         raise UserError(
-            f"{bad[0].path} in {root} cannot be used ({bad[0].reason}), one of "
-            f"{counted(len(bad), 'file')}; fetch it again"
+            f"{counted(len(bad), 'file')} in {root} cannot be used, such as {bad[0].path} "
+            f"({bad[0].reason}); download the data again"
         )
     try:
         data_index.save_index(built, file)
     except (OSError, UserError) as error:
-        raise UserError(f"{error}; give another place for it with --index DIR") from error
+        raise UserError(f"{error}; choose another place for it with --index DIR") from error
 
 
 # --- corruptions ----------------------------------------------------------------------------------
@@ -237,8 +237,8 @@ def corruptions(folder: Path) -> dict[str, tuple[str, int]]:
                 found[str(split.relative_to(folder))] = name, severity
     if not found:
         raise UserError(
-            f"--variant imagenet-c: {folder} has no corruption's folder in it, such as "
-            f"{next(iter(ALEXNET))}/1"
+            f"--variant imagenet-c: {folder} has no folder of a corruption, such as "
+            f"{next(iter(ALEXNET))}/1; pass the folder that holds them with --data"
         )
     return found
 
@@ -302,8 +302,9 @@ class RealLabels:
             found = _VALIDATION_NUMBER.fullmatch(index.path(i))
             if found is None or not 1 <= int(found[1]) <= len(answers):
                 raise UserError(
-                    f"--variant real: {index.path(i)} is no image of ImageNet's validation set, "
-                    f"ILSVRC2012_val_NUMBER.JPEG, with a number up to the {len(answers)} of {file}"
+                    f"--variant real: {index.path(i)} is no image of ImageNet's validation set "
+                    f"(ILSVRC2012_val_NUMBER.JPEG, with a number up to the {len(answers)} of "
+                    f"{file})"
                 )
             self._answers[i, answers[int(found[1]) - 1]] = True
         self._right = torch.zeros(timesteps + 1, dtype=torch.float64, device=device)
@@ -335,13 +336,13 @@ def _read_real(file: Path, outputs: int) -> list[list[int]]:
         )
     except FileNotFoundError as error:
         raise UserError(
-            f"--variant real needs {file}, which is {REAL_FILE} of "
-            "github.com/google-research/reassessed-imagenet; put it there"
+            f"--variant real needs {file}; download {REAL_FILE} from "
+            "github.com/google-research/reassessed-imagenet and put it there"
         ) from error
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}); fetch it again") from error
+        raise UserError(f"{file} cannot be read ({error}); download it again") from error
     if not good:
         raise UserError(
-            f"{file} is no list with a list of class numbers below {outputs} for each image"
+            f"{file} must list, for each image, class numbers below {outputs}; download it again"
         )
     return answers

@@ -100,7 +100,7 @@ class Adopted(SpikingNetwork):
                 name = name.removeprefix("net.")
                 raise UserError(
                     f"{name} (MaskedPSN) is built for T={module.T} and cannot run {timesteps} "
-                    "timesteps; take SlidingPSN, which runs any number"
+                    "timesteps; use SlidingPSN, which runs any number"
                 )
 
     def set_segment(self, timesteps: int | None) -> None:
@@ -111,7 +111,7 @@ class Adopted(SpikingNetwork):
         """
         if timesteps is not None:
             raise UserError(
-                f"recompute: a network of spikingjelly does not run in segments of {timesteps} "
+                f"recompute: a spikingjelly network cannot run in segments of {timesteps} "
                 "timesteps; set recompute=blocks"
             )
 
@@ -127,14 +127,14 @@ class Adopted(SpikingNetwork):
         )
 
     def get_classifier(self) -> nn.Module:
-        raise UserError("only the author of an adopted network knows its classifier")
+        raise UserError("an adopted network's classifier is unknown; find it in its net")
 
     # The arguments of the next two are timm's and the base class's.
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:  # noqa: ARG002  # see above
-        raise UserError("an adopted network gets its number of classes where it is built")
+        raise UserError("an adopted network's number of classes is set where it is built")
 
     def forward_features(self, x: Tensor) -> Tensor:  # noqa: ARG002  # see above
-        raise UserError("an adopted network is run as a whole and has no features of its own")
+        raise UserError("an adopted network runs as a whole and returns no features")
 
     def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
         """Logits: their mean over time, (B, K), or each timestep's own, (T, B, K).
@@ -167,8 +167,8 @@ class Adopted(SpikingNetwork):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         if found != wanted:
             raise UserError(
-                f"{type(self.net).__name__} gives {found} instead of logits (T, B, K) = {wanted}; "
-                "adopt it without its mean or decoding over time, and with K classes"
+                f"{type(self.net).__name__} returns {found} instead of logits (T, B, K) = "
+                f"{wanted}; adopt it without its mean or decoding over time, and with K classes"
             )
         return logits
 
@@ -185,8 +185,8 @@ class Adopted(SpikingNetwork):
         for name, (buffer, value) in before.items():
             if after.get(name) is not buffer or not torch.equal(buffer, value):
                 raise UserError(
-                    f"the forward pass changes the buffer {name}, and what it would be on several "
-                    "processes is nobody's decision; replace that module, or make it a memory "
+                    f"the forward pass changes the buffer {name}, which would differ between "
+                    "processes; replace that module, or make the buffer a memory "
                     "(register_memory) that is reset"
                 )
         return logits
@@ -278,8 +278,8 @@ _LOOPS = (
 _CONTAINERS = (*_LOOPS, layer.SeqToANNContainer, layer.StepModeContainer)
 
 _AHEAD = "its output at t depends on inputs after t, so it cannot be evaluated at every t"
-_ONLINE = "it detaches the membrane at every timestep, and is trained by an algorithm of its own"
-_NOISE = "it draws random numbers in evaluation, too, which would not come out the same again"
+_ONLINE = "it detaches the membrane at every timestep and needs its own training algorithm"
+_NOISE = "it draws random numbers in evaluation, too, so results would not be reproducible"
 _OWN_NORM = "it has a batch norm of its own for every timestep, which cannot be accumulated"
 _LIF = "take neuron.LIFNode or another of BaseNode's kind"
 _NORM = "take layer.BatchNorm2d or layer.ThresholdDependentBatchNorm2d"
@@ -313,7 +313,7 @@ _REFUSED: tuple[tuple[tuple[type, ...], str, str], ...] = (
     ),
     (
         (nn.SyncBatchNorm,),
-        "how batch norm is synchronised is the trainer's",
+        "the trainer synchronises batch norm itself",
         f"{_NORM}, and set batch_norm.sync=true",
     ),
 )
@@ -365,7 +365,7 @@ def _objection_to_norm(norm: _NormBase, around: Sequence[nn.Module]) -> tuple[st
             return None
         return "its running statistics are not accumulated", "set track_running_stats=False"
     if type(norm) not in _DIMENSIONS:
-        return "it is none of the batch norms that are known here", _NORM
+        return ("it is a batch norm that tetdist does not support"), _NORM
     if not norm.track_running_stats:
         return "it has no running statistics to evaluate with", "set track_running_stats=True"
     if norm.momentum is None:
@@ -413,8 +413,8 @@ def _examine(net: nn.Module, sequence: Tensor) -> None:
         torch.clear_autocast_cache()
     if not torch.equal(state, _random_state(sample.device)):
         raise UserError(
-            f"{type(net).__name__} draws random numbers in evaluation mode, which would not come "
-            "out the same again; let it draw in training mode alone (module.training)"
+            f"{type(net).__name__} draws random numbers in evaluation mode, so its results would "
+            "not be reproducible; draw them in training mode only (module.training)"
         )
     for (name, a), (_, b) in zip(ours, theirs, strict=False):
         if len(a) == len(sequence) == len(b) and not torch.equal(a[:-1], b[:-1]):
@@ -559,8 +559,8 @@ def _recomputed(
     def forward(*args: Any, **kwargs: Any) -> Any:
         if last in seen:
             raise UserError(
-                f"{type(last).__name__} runs more than once in a forward pass, and would "
-                "not find the state it had when it is run again; set recompute=none"
+                f"{type(last).__name__} runs more than once in a forward pass, so recomputation "
+                "cannot restore its state; set recompute=none"
             )
         seen.add(last)
         return checkpoint(

@@ -52,7 +52,7 @@ def attention_neuron(neuron: NeuronConfig, threshold: float) -> NeuronConfig:
     """
     if neuron.levels == 1 and neuron.highest > 15:
         raise ValueError(
-            f"attention multiplies spikes, so that they can be at most 15, not {neuron.highest}"
+            f"attention multiplies spikes: at most 15 may be sent a timestep, not {neuron.highest}"
         )
     if isinstance(neuron, PLIF) and neuron.decay_input:
         threshold *= 1 - neuron.decay  # in units of the input as the neuron scales it, at first

@@ -164,13 +164,12 @@ class SpikingNetwork(nn.Module):
             ValueError: Fewer than one timestep, or the neurons cannot be run so.
         """
         if timesteps is not None and timesteps < 1:
-            raise ValueError(f"a segment has at least one timestep, not {timesteps}")
+            raise ValueError(f"a segment must have at least 1 timestep, not {timesteps}")
         for neuron in neurons_of(self):
             if timesteps is not None and not neuron.segments:
                 raise UserError(
-                    f"recompute: {neurons.kind_of(neuron)} neurons have weights for each "
-                    f"timestep of the whole and do not run in segments of {timesteps}; set "
-                    "recompute=blocks"
+                    f"recompute: {neurons.kind_of(neuron)} neurons have weights over all T "
+                    f"timesteps and cannot run in segments of {timesteps}; set recompute=blocks"
                 )
         self.segment = timesteps
 
@@ -225,7 +224,7 @@ class SpikingNetwork(nn.Module):
         match self.input_kind:
             case "images":
                 if x.ndim != 4:
-                    raise ValueError(f"an image batch is (B, C, H, W), not {tuple(x.shape)}")
+                    raise ValueError(f"an image batch must be (B, C, H, W), not {tuple(x.shape)}")
                 # channels_last, so that every activation after it is, too (fused.py relies on it
                 # to be fast).
                 return x.contiguous(memory_format=torch.channels_last)[None]
@@ -236,15 +235,15 @@ class SpikingNetwork(nn.Module):
 
     def _frames_first(self, x: Tensor) -> Tensor:
         if x.ndim != 5:
-            raise ValueError(f"an event batch is (B, T, C, H, W), not {tuple(x.shape)}")
+            raise ValueError(f"an event batch must be (B, T, C, H, W), not {tuple(x.shape)}")
         if self.input_size not in (None, x.shape[-1]):
             raise ValueError(
-                f"the model is built for {self.input_size}x{self.input_size} pixels, the input "
-                f"has {x.shape[-2]}x{x.shape[-1]}"
+                f"the model is built for {self.input_size}x{self.input_size} pixels, but the "
+                f"input has {x.shape[-2]}x{x.shape[-1]}"
             )
         if x.shape[1] < self.timesteps:
             raise ValueError(
-                f"the model runs {self.timesteps} timesteps, the input has {x.shape[1]} bins"
+                f"the model runs {self.timesteps} timesteps, but the input has {x.shape[1]} bins"
             )
         frames = x[:, : self.timesteps].transpose(0, 1)
         flat = frames.flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -462,15 +461,15 @@ def build(
     """
     if kwargs.pop("features_only", False):
         raise UserError(
-            f"features_only: {variant} has features of every timestep, (T, B, C, H, W), which "
-            "timm's extraction does not know; call forward_features, or put hooks on model.blocks"
+            f"features_only: {variant} has features (T, B, C, H, W), which timm's feature "
+            "extraction cannot handle; call forward_features, or put hooks on model.blocks"
         )
     neuron = neurons.make(neuron, cls.default_neuron)
     parameters = inspect.signature(cls).parameters
     for rate in ("drop_rate", "drop_path_rate"):  # timm's train.py passes 0 to any network
         if rate not in parameters and kwargs.pop(rate, 0):
             raise UserError(
-                f"{rate}: {variant} drops nothing in training; leave it out, or set it to 0"
+                f"{rate}: {variant} drops nothing in training; remove it, or set it to 0"
             )
     global_pool = None if "global_pool" in parameters else kwargs.pop("global_pool", None)
     model: Network = build_model_with_cfg(cls, variant, pretrained, neuron=neuron, **kwargs)
@@ -498,7 +497,7 @@ def _say_what_is_exchanged(model: SpikingNetwork, neuron: NeuronConfig, variant:
     if (most := max(one or 0 for one in most_of_all) * model.spike_levels) > 255:
         raise UserError(
             f"model.neuron: sums of spikes of {variant} reach {most} with {neuron.highest} spikes "
-            "a timestep, and 255 is the most that it can keep; take fewer, or a smaller network"
+            "a timestep, but at most 255 is stored; allow fewer, or take a smaller network"
         )
 
 

@@ -39,7 +39,7 @@ def create_model(
     except AttributeError as error:
         if "_model_args" not in str(error):  # timm notes it on what the function returns
             raise
-        raise UserError(f"model.name: the function {name} returns no network") from error
+        raise UserError(f"model.name: the function {name} must return a network") from error
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise UserError(
             f"model.arguments: {name} cannot be built with {dict(arguments)} ({error})"
@@ -47,7 +47,7 @@ def create_model(
     asked = ("timesteps", "set_timesteps", "num_classes", "input_kind")
     if missing := [attribute for attribute in asked if not hasattr(model, attribute)]:
         raise UserError(
-            f"model.name: {name} is no spiking model: it has no {missing[0]} "
-            "(tetdist.models.SpikingModel lists what is asked of one)"
+            f"model.name: {name} is not a spiking model: it has no {missing[0]} "
+            "(tetdist.models.SpikingModel lists what a model must have)"
         )
     return model

@@ -203,7 +203,7 @@ class ESpikeFormer(StreamTransformer):
         )
         if len(widths) != 4 or len(depths) != 2:
             raise ValueError(
-                f"there are four widths and two depths, not {len(widths)} and {len(depths)}"
+                f"widths must have 4 entries and depths 2, not {len(widths)} and {len(depths)}"
             )
         if odd := [width for width in widths[2:] if width % heads]:
             raise ValueError(f"{odd[0]} channels cannot be divided among {heads} heads")

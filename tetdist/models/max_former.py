@@ -148,8 +148,8 @@ class MaxFormer(StreamTransformer):
         )
         if not len(widths) == len(depths) == len(kernels) + 1:
             raise ValueError(
-                f"widths {widths}, depths {depths} and kernels {kernels} (of all stages but the "
-                "last) are not of as many stages"
+                f"widths {widths} and depths {depths} must have one entry per stage, and kernels "
+                f"{kernels} one per stage except the last"
             )
         if even := [kernel for kernel in kernels if kernel % 2 == 0]:
             raise ValueError(f"kernels must be odd, not {even[0]}")

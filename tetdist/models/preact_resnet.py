@@ -78,7 +78,7 @@ class Block(nn.Module):
         if stride != 1 or in_channels != width:
             if pooled_projection:
                 if stride != 2:
-                    raise ValueError(f"a pooled projection has the stride 2, not {stride}")
+                    raise ValueError(f"a pooled projection needs stride 2, not {stride}")
                 self.pool, stride = AvgPool(), 1
             self.downsample = conv1x1(in_channels, width, stride, bias)
             self.downsample_norm = BatchNorm(width)

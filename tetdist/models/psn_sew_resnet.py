@@ -69,8 +69,8 @@ class PSNSEWResNet(SEWResNet):
         built_for = len(self.offsets) if hasattr(self, "offsets") else timesteps
         if isinstance(timesteps, int) and timesteps > built_for:
             raise UserError(
-                f"timesteps: the network adds a number of its own to the image at each of "
-                f"{counted(built_for, 'timestep')}, and has none for {timesteps}; build it with "
+                "timesteps: the network has learnt image offsets for "
+                f"{counted(built_for, 'timestep')} only, not for {timesteps}; build it with "
                 f"timesteps={timesteps}"
             )
         super().set_timesteps(timesteps)

@@ -239,14 +239,14 @@ class QKFormer(SpikingNetwork):
             num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
         )
         if len(widths) != len(depths):
-            raise ValueError(f"widths {widths} and depths {depths} are not of as many stages")
+            raise ValueError(f"widths {widths} and depths {depths} must have one entry per stage")
         if odd := [width for width in widths if width % heads]:
             raise ValueError(f"{odd[0]} channels cannot be divided among {heads} heads")
         if mixes_samples:
             logger.warning(
-                "mixes_samples: a sample's logits depend on the samples before it in its batch, as "
-                "in QKFormer's published code. That is for comparison with published weights; on "
-                "data that are sorted by class it lets labels leak into the accuracy."
+                "mixes_samples: a sample's logits depend on the samples before it in its batch, "
+                "as in QKFormer's published code. Use it only to compare with published weights: "
+                "on data sorted by class, labels leak into the accuracy."
             )
         first = widths[0]
         match embedding:

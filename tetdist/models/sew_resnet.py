@@ -153,7 +153,7 @@ class SEWResNet(SpikingNetwork):
         of_others = neuron.levels is not None and not neuron.binary
         if connect_function != "add" and of_others:
             raise UserError(
-                f"model.arguments.connect_function: {connect_function} joins spikes of 0 and 1, "
+                f"model.arguments.connect_function: {connect_function} needs spikes of 0 and 1, "
                 f"and {neurons.kind_of(neuron)} neurons send others; set connect_function: add"
             )
         self.stem = ConvNormNeuron(

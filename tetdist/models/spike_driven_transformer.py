@@ -174,10 +174,10 @@ class SpikeDrivenTransformer(StreamTransformer):
         )
         if len(pools) != 4 or not all(isinstance(one, bool) for one in pools):
             raise ValueError(
-                f"pools must be four of true or false, one a convolution of the stem, not {pools!r}"
+                f"pools must be four of true or false, one per stem convolution, not {pools!r}"
             )
         if channels % 8 or channels % heads:
-            raise ValueError(f"channels must be a multiple of 8 and of heads, not {channels}")
+            raise ValueError(f"channels={channels} must be a multiple of 8 and of heads={heads}")
         self.stem = Embedding(in_chans, channels, pools, neuron)
         self.blocks = nn.Sequential(
             *(

@@ -154,10 +154,10 @@ class BatchNorm(_Module):
             UserError: Always.
         """
         raise UserError(
-            "tetdist's batch norm is part of fused layers, and no synchronised, split or frozen "
-            "one can replace it: set batch_norm.sync=true, or call "
-            "tetdist.nn.batch_norm.synchronize, to normalise over all processes; give timm's "
-            "freeze include_bn_running_stats=False; and use torch.export, not torch.jit.trace"
+            "tetdist's batch norm runs inside fused layers and cannot be converted or traced. To "
+            "synchronise it, set batch_norm.sync=true or call tetdist.nn.batch_norm.synchronize; "
+            "to freeze it with timm, pass include_bn_running_stats=False; to export the network, "
+            "use torch.export instead of torch.jit.trace"
         )
 
     def discard(self) -> None:

@@ -111,8 +111,8 @@ def rising_rates(rate: float, num_blocks: int) -> list[float]:
         raise ValueError(f"drop_path_rate must be at least 0 and below 1, not {rate}")
     if rate and num_blocks < 2:
         raise ValueError(
-            f"drop_path_rate: {rate} is that of the last block, the first one's is 0, and there is "
-            "but one"
+            f"drop_path_rate={rate} has no effect: rates rise from 0 at the first block to {rate} "
+            "at the last, and the network has only one block; set it to 0"
         )
     return [rate * i / max(num_blocks - 1, 1) for i in range(num_blocks)]
 

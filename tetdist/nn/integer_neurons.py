@@ -102,8 +102,8 @@ class NILIF(ILIF):
         super().__post_init__()
         if self.most_spikes & (self.most_spikes - 1):
             raise ValueError(
-                "most_spikes must be a power of 2 where spikes are divided by it, so that their "
-                f"sums are exact, not {self.most_spikes}"
+                f"most_spikes must be a power of 2 for nilif, not {self.most_spikes}: only then "
+                "are sums of its spikes exact"
             )
 
     @property

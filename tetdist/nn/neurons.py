@@ -256,13 +256,13 @@ def class_of(kind: str) -> type[NeuronConfig]:
     cls = NEURONS[kind]
     if "__dataclass_fields__" not in vars(cls):
         raise UserError(
-            f"model.neuron.kind: {cls.__name__} declares no numbers of its own; put "
+            f"model.neuron.kind: {cls.__name__} is not a dataclass itself; put "
             "@dataclass(frozen=True, kw_only=True) above it"
         )
     if bare := [one.name for one in fields(cls) if "doc" not in one.metadata]:
         raise UserError(
-            f"model.neuron.kind: {bare[0]} of {cls.__name__} has no description; declare it as "
-            f'{bare[0]} = neurons.option(DEFAULT, "What it is."), with its type'
+            f"model.neuron.kind: {bare[0]} of {cls.__name__} has no description; declare it, with "
+            f'its type, as {bare[0]} = neurons.option(DEFAULT, "Description.")'
         )
     return cls
 
@@ -399,7 +399,7 @@ def learned(config: NeuronConfig, num_channels: int) -> nn.ParameterDict:
         if name not in config.over_time and value.shape not in ((), (num_channels,)):
             raise ValueError(
                 f"the parameter {name} of {type(config).__name__} has the shape "
-                f"{tuple(value.shape)}; it must be () or ({num_channels},), one a channel"
+                f"{tuple(value.shape)}; it must be () or ({num_channels},), one per channel"
             )
     return nn.ParameterDict(parameters)
 

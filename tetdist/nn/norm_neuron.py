@@ -122,7 +122,7 @@ class FusedLayer(nn.Module):
             case "reference":
                 return False
             case other:
-                raise ValueError(f"there is no execution {other!r}")
+                raise ValueError(f"execution must be 'fused' or 'reference', not {other!r}")
 
 
 class NeuronLayer(FusedLayer):

@@ -86,8 +86,8 @@ class PSN(ParallelNeuron):
         if timesteps == self.timesteps:
             return None
         return (
-            f"psn has weights for T={self.timesteps} alone (model.neuron.timesteps); one that runs "
-            f"{counted(timesteps, 'timestep')} is another neuron, which is trained by itself"
+            f"psn has weights only for T={self.timesteps} (model.neuron.timesteps); to run "
+            f"{counted(timesteps, 'timestep')}, train another network"
         )
 
     def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ class MaskedPSN(ParallelNeuron):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mask_epochs and self.mask == 0:
-            raise ValueError("mask_epochs has mask rise to its value, and mask is 0")
+            raise ValueError("mask_epochs needs mask > 0, the value that mask rises to")
 
     @property
     def causal(self) -> bool:  # type: ignore[override]  # of its numbers, and not of its class

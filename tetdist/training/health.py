@@ -80,15 +80,15 @@ class NonFiniteSteps:
         """
         found = [f"Rank {rank}: {text}" for rank, text in enumerate(reports) if text]
         if not found:
-            found = ["Repeated, it is finite on all processes: suspect a device"]
+            found = [("Repeated, it is finite on all processes: a device may be faulty")]
         saved = "no checkpoint has been saved yet"
         if saved_step is not None:
             saved = f"the last checkpoint is of step {saved_step}, in {checkpoints}"
         raise UserError(
             f"{NOT_FINITE} {counted(self.limit, 'step')} in a row, last at step "
-            f"{self.limit_reached_at} (learning rate {lr:.4g}). They changed nothing, and {saved}. "
-            f"{'; '.join(found)}. A smaller phases.*.optimizer.lr, a warm-up "
-            "(phases.*.warmup_epochs) or gradient_clipping are the usual remedies"
+            f"{self.limit_reached_at} (learning rate {lr:.4g}). They changed no weight, and "
+            f"{saved}. {'; '.join(found)}. Try a smaller phases.*.optimizer.lr, a warm-up "
+            "(phases.*.warmup_epochs) or gradient_clipping"
         )
 
     def state_dict(self) -> dict[str, int]:

@@ -85,7 +85,7 @@ class Observers(Observer):
         def take(answer: Mapping[str, float] | None) -> None:
             numbers = {key: float(value) for key, value in (answer or {}).items()}
             if known := numbers.keys() & {*evaluated.values, *added, "kind", "step", "time"}:
-                raise ValueError(f"{min(known)} is there already")
+                raise ValueError(f"the line of metrics already has {min(known)}")
             added.update(numbers)
 
         self._tell("on_evaluation", step, evaluated, take=take)
@@ -110,4 +110,4 @@ class Observers(Observer):
 
 def _report(observer: Any, error: Exception) -> None:
     name, kind = observer.__name__, type(error).__name__
-    logger.warning("%s failed and watches no more; the run continues (%s: %s)", name, kind, error)
+    logger.warning("%s failed and was disabled; the run continues (%s: %s)", name, kind, error)

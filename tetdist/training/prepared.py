@@ -127,7 +127,7 @@ def _prepare(config: RunConfig, world: World) -> Prepared:
 def _check_device(config: RunConfig, world: World) -> None:
     if config.precision in ("fp16", "tf32") and world.device.type == "cpu":
         raise UserError(
-            f"precision: {config.precision} needs a GPU; on a CPU train with bf16 or fp32"
+            f"precision={config.precision} needs a GPU; set device=cuda, or precision=bf16 or fp32"
         )
     if config.cuda_graphs and world.device.type == "cpu":
         raise UserError("cuda_graphs=true needs a GPU; remove it or set device=cuda")
@@ -137,11 +137,11 @@ def _check_steps(config: RunConfig, phases: list[Phase], last_step: int) -> None
     first = phases[config.start_phase].first_step
     if last_step <= first:
         raise UserError(
-            f"max_steps: {config.max_steps} ends before phase {config.start_phase} begins, "
-            f"after step {first}; steps are counted from the first phase on"
+            f"max_steps={config.max_steps} ends the run before phase {config.start_phase} begins, "
+            f"after step {first}; raise it: max_steps counts from the first phase"
         )
     if config.profile is not None and config.profile.steps[0] > last_step:
         raise UserError(
-            f"profile.steps: step {config.profile.steps[0]:,} is after the run's last, "
-            f"{last_step:,}; take earlier ones"
+            f"profile.steps: step {config.profile.steps[0]:,} comes after the run's last step, "
+            f"{last_step:,}; choose earlier steps"
         )

@@ -59,11 +59,14 @@ class RunFolder:
         match self.config.resume:
             case "never" if (self.path / "config.yaml").exists():
                 raise UserError(
-                    f"resume=never, and {self.path} already holds a run; choose another name=..., "
+                    f"resume=never, but {self.path} already holds a run; choose another name=..., "
                     "or resume=auto to continue it"
                 )
             case "must" if not self._saved():
-                raise UserError(f"resume=must, and there is no checkpoint in {self.checkpoints}")
+                raise UserError(
+                    f"resume=must, but {self.checkpoints} has no checkpoint; set resume=auto to "
+                    "begin a new run"
+                )
             case "never" | "must" | "auto":
                 pass
             case other:
@@ -96,8 +99,8 @@ class RunFolder:
             earlier = read_yaml(file)
         except (OSError, UserError) as error:
             raise UserError(
-                f"{file} is damaged, so that it cannot be told which run this is; restore it, "
-                "remove it if you know that the run is the same, or give this one another name=..."
+                f"{file} is damaged, so the run in this folder cannot be identified; restore the "
+                "file, remove it if you know that the run is the same, or set another name=..."
             ) from error
         try:
             # Keys that are new since then have their defaults in the earlier run.
@@ -115,9 +118,9 @@ class RunFolder:
             # Epochs beyond the last are another run as well: learning rates fall towards the last.
             further = f", with init_checkpoint={self.path} to train its weights further"
             raise UserError(
-                f"{self.path} holds a run of another configuration: {'; '.join(changed)}. Give "
-                f"this one another name=...{further if self._saved() else ''}, or set these back "
-                "to continue"
+                f"{self.path} holds a run of another configuration: {'; '.join(changed)}. Choose "
+                f"another name=...{further if self._saved() else ''}, or set these values back to "
+                "continue"
             )
 
     def newest_checkpoint(self) -> checkpoint.Checkpoint | None:

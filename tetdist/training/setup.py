@@ -38,18 +38,18 @@ def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
     else:
         val = open_split(config, "val", world)
     if train.classes != val.classes:
-        raise UserError(f"train/ and val/ of {config.data.root} do not have the same classes")
+        raise UserError(f"train/ and val/ of {config.data.root} must have the same classes")
     most = max(phase.timesteps for phase in config.phases)
     if train.timesteps is not None and most > train.timesteps:
         raise UserError(
-            f"phases.*.timesteps: {most} is more than the {train.timesteps} time bins of the data "
-            f"in {config.data.root}"
+            f"phases.*.timesteps: {most} exceeds the {train.timesteps} time bins of the data in "
+            f"{config.data.root}; set at most {train.timesteps}"
         )
     check_augmentation(config, train)
     wanted = config.model.num_classes
     if wanted is not None and wanted < len(train.classes):
         raise UserError(
-            f"model.num_classes is {wanted} and the data has {len(train.classes)} classes"
+            f"model.num_classes={wanted} is below the data's {len(train.classes)} classes; raise it"
         )
     return train, val
 
@@ -98,7 +98,7 @@ def open_split(config: RunConfig, split: str, world: World) -> Index:
         indexed = sorted(one.stem for one in config.data.index_dir.glob("*.npz"))
         if indexed and not (root / split).is_dir():
             raise UserError(
-                f"{root} has no {split} split that is indexed, but {', '.join(indexed)}, which "
+                f"{root} has no indexed {split} split, only {', '.join(indexed)}, which "
                 f"{typed('eval')} evaluates (--split); if {split} is there in archives, index it "
                 f"with `{command}`"
             )
@@ -107,7 +107,7 @@ def open_split(config: RunConfig, split: str, world: World) -> Index:
     if world.rank == 0:
         data_index.check_fresh(index, root, file)
     if index.kind != config.data.kind:
-        raise UserError(f"data.kind is {config.data.kind!r} and {file} is of {index.kind}")
+        raise UserError(f"data.kind={config.data.kind}, but {file} is of kind {index.kind}")
     return index
 
 
@@ -124,8 +124,8 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
     )
     if model.input_kind != config.data.kind:
         raise UserError(
-            f"data.kind is {config.data.kind!r} and model.name {section.name!r} takes "
-            f"{model.input_kind!r}: choose a model or data that suit each other"
+            f"data.kind={config.data.kind} does not suit model.name={section.name}, which takes "
+            f"{model.input_kind}; choose another model or other data"
         )
     # What cannot run the T of a later phase says so now. The first one's is the last to be set.
     for phase in reversed(config.phases):
@@ -197,10 +197,9 @@ def choose_kernels(world: World) -> None:
         missing = [rank for rank, one in enumerate(reasons) if one]
         if missing and len(missing) < len(reasons):
             raise UserError(
-                "the kernels of normalisation and neurons work on "
-                f"{len(reasons) - len(missing)} of {len(reasons)} processes, and not on rank "
-                f"{', '.join(map(str, missing))} "
-                f"({reasons[missing[0]]}): make the environments of the hosts the same, or set "
+                f"the kernels of normalisation and neurons work on {len(reasons) - len(missing)} "
+                f"of {len(reasons)} processes, but not on rank {', '.join(map(str, missing))} "
+                f"({reasons[missing[0]]}); install the same software on all hosts, or set "
                 "execution=reference, which needs no kernels and is slower"
             )
         return reasons
@@ -225,8 +224,8 @@ def _refuse_foreign_norms(name: str, model: nn.Module) -> None:
         if isinstance(module, _BatchNorm) and module.track_running_stats:
             raise UserError(
                 f"model.name: {path} of {name} is torch's {type(module).__name__}, whose running "
-                "statistics would depend on the number of processes and be lost in recomputation; "
-                "build it of tetdist.nn.batch_norm.BatchNorm"
+                "statistics would depend on the number of processes and be lost in "
+                "recomputation; use tetdist.nn.batch_norm.BatchNorm instead"
             )
 
 

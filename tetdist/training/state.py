@@ -103,19 +103,19 @@ def restore(found: checkpoint.Checkpoint, run: Prepared, average: WeightAverage 
     if average is not None:
         if found.average is None:
             raise UserError(
-                f"ema.decay: {found.path} has no moving average to continue from; give the run "
-                "another name, or set ema.decay=null"
+                f"ema.decay: {found.path} has no moving average to continue from; set another "
+                "name=..., or ema.decay=null"
             )
         average.load_state_dict(found.average)
     if state.data != run.train.fingerprint:
         raise UserError(
-            f"{found.path} was trained on other data than what {run.config.data.index_dir} "
-            "now describes; restore the data, or give the run another name"
+            f"{found.path} was trained on other data than {run.config.data.index_dir} now "
+            "describes; restore that data, or set another name=..."
         )
     if run.config.batch_norm.sync and state.world_size != run.world.world_size:
         raise UserError(
             f"batch_norm.sync normalises over all processes, and {found.path} was trained on "
-            f"{state.world_size} of them, not {run.world.world_size}; continue it on as many"
+            f"{state.world_size} of them, not {run.world.world_size}; start as many"
         )
     return state
 
@@ -129,8 +129,8 @@ def teacher_again(state: RunState, path: Path, run: Prepared) -> Teacher | None:
     teacher = Teacher.of(run.config, run.train, run.world.device)
     if teacher is not None and state.teacher != teacher.fingerprint:
         raise UserError(
-            f"loss.distillation.teacher: {path} learned from another network than what is now in "
-            f"{run.config.loss.distillation.teacher}; put that back, or give the run another name"
+            f"loss.distillation.teacher: {path} learned from another network than "
+            f"{run.config.loss.distillation.teacher} now is; restore that, or set another name=..."
         )
     return teacher
 
@@ -182,9 +182,9 @@ def _load_initial_weights(run: Prepared) -> None:
     theirs = theirs | {"neuron": neurons.completed(theirs.get("neuron", {}))}
     for change in differences({"model": theirs}, {"model": ours}):
         if not change.startswith("model.num_classes"):
-            logger.warning("init_checkpoint is of another network: %s", change)
+            logger.warning("init_checkpoint comes from another network: %s", change)
     if description.classes not in (None, list(index.classes)):
-        logger.warning("init_checkpoint knows other classes than the data has")
+        logger.warning("init_checkpoint was trained on other classes than those of the data")
     logger.info(
         "beginning with the weights of %s (step %s, T=%s)",
         source,

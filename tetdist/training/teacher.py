@@ -116,12 +116,12 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
     theirs = parse(description.config, str(path), warn=False)
     if theirs.data.kind != config.data.kind:
         raise UserError(
-            f"{KEY}: {path} is of {theirs.data.kind} and the data is {config.data.kind}"
+            f"{KEY}: {path} was trained on {theirs.data.kind}, but data.kind={config.data.kind}"
         )
     classes = description.classes
     if classes is not None and list(classes) != list(index.classes):
         raise UserError(
-            f"{KEY}: {path} knows other classes than {config.data.root} has, or in another order"
+            f"{KEY}: {path} must have the classes of {config.data.root}, in the same order"
         )
     num_classes = theirs.model.num_classes or (len(classes) if classes else len(index.classes))
     _check_num_classes(str(path), num_classes, config, index)
@@ -131,8 +131,8 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
     input_size = getattr(model, "input_size", None)
     if config.data.kind == "events" and input_size not in (None, int(index.heights[0])):
         raise UserError(
-            f"{KEY}: {path} is built for {model.input_size}x{model.input_size} pixels and the data "
-            f"has {index.heights[0]}x{index.heights[0]}"
+            f"{KEY}: {path} is built for {model.input_size}x{model.input_size} pixels, but the "
+            f"data has {index.heights[0]}x{index.heights[0]}; choose a teacher of that size"
         )
     checkpoint.load_weights(model, weights, path)
     return model, theirs.data.mean, theirs.data.std
@@ -143,7 +143,7 @@ def _from_timm(config: RunConfig, index: Index) -> _Loaded:
     assert section.teacher is not None
     name = section.teacher.removeprefix(TIMM)
     if config.data.kind != "images":
-        raise UserError(f"{KEY}: timm's {name} takes images, and the data is {config.data.kind}")
+        raise UserError(f"{KEY}: timm's {name} takes images, but data.kind={config.data.kind}")
     file = section.teacher_weights
     wanted: dict[str, Any] = {} if file is None else {"num_classes": _num_classes(config, index)}
     try:
@@ -169,7 +169,7 @@ def _num_classes(config: RunConfig, index: Index) -> int:
 def _check_num_classes(name: str, found: object, config: RunConfig, index: Index) -> None:
     if found != _num_classes(config, index):
         raise UserError(
-            f"{KEY}: {name} has {found} classes and the student {_num_classes(config, index)}"
+            f"{KEY}: {name} has {found} classes, but the student {_num_classes(config, index)}"
         )
 
 

@@ -89,11 +89,11 @@ def _whole_one(folder: Path, pattern: str) -> Path | None:
         try:
             facts = library.lstat()
             if not (stat.S_ISREG(facts.st_mode) and is_ours_alone(facts)):
-                logger.warning("%s can be changed by others and is built again", library)
+                logger.warning("%s is writable by other users and is rebuilt", library)
             elif library.stem.endswith(f"-{_digest(library.read_bytes())}"):
                 return library
             else:
-                logger.warning("%s is damaged and is built again", library)
+                logger.warning("%s is damaged and is rebuilt", library)
             library.unlink(missing_ok=True)
         except OSError:
             continue
@@ -129,8 +129,8 @@ def _cache() -> Iterator[Path]:
 @functools.cache  # once for all libraries
 def _warn_of(folder: Path) -> None:
     logger.warning(
-        "%s can be written to by others, so nothing in it is loaded, and kernels are compiled at "
-        "every start; its owner mends that by `chmod go-w %s`",
+        "%s is writable by other users, so kernels are not loaded from it but compiled at every "
+        "start; its owner can fix that with `chmod go-w %s`",
         *(folder, shlex.quote(str(folder))),
     )
 

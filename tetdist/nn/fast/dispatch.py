@@ -93,9 +93,9 @@ def _module_for(*tensors: Tensor | None) -> Any:
 @functools.cache
 def _say_that_there_is_no_library() -> None:
     logger.warning(
-        "the C++ kernels cannot be built or loaded here (%s): normalisation and neurons run as "
-        "torch's own operations, slower and with more memory. A C++ compiler (Debian: apt-get "
-        "install g++) mends it.",
+        "the C++ kernels cannot be built or loaded here (%s), so normalisation and neurons run "
+        "as plain torch operations, slower and with more memory; install a C++ compiler (Debian: "
+        "apt-get install g++)",
         build.failures.get("neuron") or build.failures.get("norm", "for a reason unknown"),
     )
 
@@ -152,9 +152,9 @@ def decide(
     if missing:
         where = "here" if len(reasons) == 1 else f"on {len(missing)} of {len(reasons)} processes"
         logger.warning(
-            "Triton's kernels do not work %s (%s): normalisation and neurons run as torch's own "
-            "operations, slower and with more memory. They need the package triton of the version "
-            "that torch names (pip show torch) and a C compiler (Debian: apt-get install gcc).",
+            "Triton's kernels do not work %s (%s), so normalisation and neurons run as plain "
+            "torch operations, slower and with more memory. Install the version of triton that "
+            "torch requires (pip show torch) and a C compiler (Debian: apt-get install gcc).",
             where,
             reasons[missing[0]],
         )

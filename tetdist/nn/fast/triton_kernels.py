@@ -457,4 +457,4 @@ def check(device: torch.device) -> None:
     values = torch.arange(200, dtype=torch.uint8, device=device)
     found = unpack(values, 4, torch.float32)
     if not torch.equal(found.cpu(), values.cpu() / 4):
-        raise RuntimeError("a kernel computes something else than it should")
+        raise RuntimeError("a kernel returns wrong results")

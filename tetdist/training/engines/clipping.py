@@ -56,8 +56,8 @@ def _below_classifier(model: nn.Module) -> list[nn.Parameter]:
         classifier: nn.Module = model.get_classifier()  # type: ignore[operator]  # timm's method
     except (AttributeError, UserError) as error:
         raise UserError(
-            f"clip_mode: agc leaves out the classifier, and {type(model).__name__} does not say "
-            "which it is; give it a get_classifier, as timm's networks have, or take another mode"
+            f"clip_mode: agc leaves out the classifier, but {type(model).__name__} has no "
+            "get_classifier(); add it, as timm's networks have, or set clip_mode to norm or value"
         ) from error
     spared = {id(parameter) for parameter in classifier.parameters()}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in spared]
