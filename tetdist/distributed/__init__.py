@@ -1,1 +1,1 @@
-"""The processes of a run: who they are, what they agree on, whether they live."""
+"""The processes of a run: how they find each other, agree, and notice when one dies."""

@@ -9,7 +9,7 @@ import torch
 
 from tetdist.errors import UserError
 
-# nvidia-smi answers in a second or two, unless a driver hangs.
+# Seconds. nvidia-smi answers in one or two, unless a driver hangs.
 _SMI_TIMEOUT = 20
 
 # Parameters of glibc's mallopt, as malloc.h has them.
@@ -21,15 +21,15 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
     Args:
         wanted: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
-        local_rank: Number of the process on its host.
+        local_rank: Number of the process on its host, from 0.
 
     Raises:
-        UserError: torch sees fewer GPUs than there are processes; or none though one is asked for
-            or, with ``auto``, though the machine has one: training on the CPU by mistake would take
+        UserError: torch sees fewer GPUs than there are processes on the host, or none although
+            ``wanted`` is ``cuda`` or the machine has one: training on the CPU by mistake would take
             a hundred times as long.
     """
     assert wanted in ("auto", "cpu", "cuda"), wanted
-    # DeepSpeed would stay on the CPU with it, whatever the rest did.
+    # With this variable DeepSpeed stays on the CPU, whatever the other parts do.
     kept_off = os.environ.get("DS_ACCELERATOR") == "cpu"
     if wanted == "cuda" and kept_off:
         raise UserError("device=cuda, but DS_ACCELERATOR=cpu is set in the environment; unset one")
@@ -60,7 +60,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def _gpus_of_the_machine() -> str | None:
-    """Name the GPUs that this process should see; None: there are none, or they are hidden."""
+    """Name the GPUs that this process should see; None if there are none or they are hidden."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):
         return None
     granted = os.environ.get("SLURM_GPUS_ON_NODE", "0")
@@ -83,7 +83,7 @@ def _gpus_of_the_machine() -> str | None:
 
 
 def _why_no_gpu() -> str:
-    """Say why torch sees no GPU, and what would help."""
+    """Return why torch sees no GPU, and what to do."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):
         return "CUDA_VISIBLE_DEVICES hides all of them"
     if torch.version.cuda is None:
@@ -106,10 +106,10 @@ def _why_no_gpu() -> str:
 def keep_freed_memory() -> None:
     """Have malloc keep the memory of freed tensors for the next ones.
 
-    glibc's gives the memory of large ones back to the system at once, which has to clear its pages
-    when it is asked for them again: on a CPU, in every step for almost every tensor. The next step
-    needs as many. Left as it is where the environment says how malloc should do (MALLOC_...,
-    GLIBC_TUNABLES), and without glibc.
+    By default glibc returns the memory of large tensors to the system at once, and the system
+    clears its pages before it hands them out again: on a CPU in every step, for almost every
+    tensor. Nothing changes where the environment configures malloc (MALLOC_..., GLIBC_TUNABLES), or
+    without glibc.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return

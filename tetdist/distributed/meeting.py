@@ -1,9 +1,9 @@
-"""The stores of torch at which the processes of a run meet and tell each other how they are.
+"""The torch stores through which the processes of a run meet and report their state.
 
-A store of torch answers whoever reaches its port, lists its keys, and takes any value. So rank 0
-listens on the loopback interface where all are on one host, else at the one address that the others
-use. Processes sign what they write, and take no notice of a value that is not signed
-(`SignedStore`). They meet only if they are of one run, with one configuration and one launch.
+A torch store answers anybody who reaches its port, lists its keys and accepts any value. So rank 0
+listens on the loopback interface if all processes are on one host, else only at the address that
+the others use. Processes sign what they write and ignore unsigned values (`SignedStore`). They meet
+only if they belong to the same run, configuration and launch.
 """
 
 import contextlib
@@ -27,18 +27,18 @@ from tetdist.distributed.starters import starters
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError
 from tetdist.storage.files import own_cache
 
-# The secret of a run, where whoever starts its processes gives them one.
+# Variable with the secret of a run, where the program that starts its processes sets one.
 TOKEN = "TETDIST_TOKEN"
 LOOPBACK = "127.0.0.1"
 _POLL = 0.2  # seconds between two questions to the store
-_GRACE = 10.0  # seconds within which rank 0 should have said who is missing
-# What torch says of a process that it cannot reach any more.
+_GRACE = 10.0  # seconds within which rank 0 reports the missing ranks
+# Matches torch's errors about a process that it can no longer reach.
 CONNECTION = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNORECASE)
 _ALL, _VERDICT, _MARK = "all", "verdict", "tetdist"
 
 
 def address() -> str:
-    """The address at which rank 0 listens, or that leads to it."""
+    """Return the address at which rank 0 listens, or which leads to it."""
     return LOOPBACK if _on_one_host() else os.environ["MASTER_ADDR"]
 
 
@@ -55,19 +55,19 @@ def _is_one_launch() -> bool:
 
 
 def keep_gloo_on_loopback() -> None:
-    """Have gloo's connections, too, stay within the host, where all processes are on one."""
+    """Keep gloo's connections within the host, too, if all processes are on one."""
     if _on_one_host() and "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 class SignedStore:
-    """A store of torch with values that only those who know a secret can write.
+    """A torch store whose values can only be written by processes that know a secret.
 
-    A value has a code of its key and itself (HMAC) in front. One without the right code counts as
-    not there. Nothing is encrypted.
+    Each value is preceded by an HMAC of its key and itself; a value with a wrong HMAC counts as
+    missing. Nothing is encrypted.
 
     Attributes:
-        store: The store of torch for those that sign nothing, as gloo; the keys in it begin with a
+        store: The torch store for code that signs nothing, such as gloo; its keys begin with a
             digest of the secret.
     """
 
@@ -80,7 +80,7 @@ class SignedStore:
         self.store.set(key, _signed(self._secret, key, value))
 
     def get(self, key: str) -> str | None:
-        """Return the value of a key; None if nobody who knows the secret has written one."""
+        """Return the value of a key; None if no process with the secret has written one."""
         if not self.store.check([key]):
             return None
         return _verified(self._secret, key, self.store.get(key))
@@ -130,15 +130,15 @@ def _listen(port: int) -> socket.socket:
             listener.close()
             raise
         return listener
-    # The others reach this host by an address that is not its own, as behind a translation of
-    # addresses, or that its own name does not lead to.
+    # The others reach this host by an address that is not its own, as with NAT, or that its host
+    # name does not resolve to.
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=4096)
 
 
 def _own_addresses() -> Iterator[tuple[socket.AddressFamily, str]]:
-    """Addresses of this host, rank 0's, by which the others come."""
+    """Yield the addresses of this host (rank 0's) at which the others connect."""
     if _on_one_host():
         yield socket.AF_INET, LOOPBACK
         return
@@ -146,7 +146,7 @@ def _own_addresses() -> Iterator[tuple[socket.AddressFamily, str]]:
         os.environ["MASTER_ADDR"], None, type=socket.SOCK_STREAM
     ):
         own = str(found[0])
-        # On many hosts the own name leads to 127.0.1.1, where no other host comes.
+        # Many hosts resolve their own name to 127.0.1.1, which no other host can reach.
         if own.startswith("127.") or own == "::1":
             continue
         with socket.socket(family, kind) as attempt, contextlib.suppress(OSError):
@@ -166,15 +166,15 @@ def meet(
     Args:
         rank: Number of this process.
         world_size: Number of processes.
-        seconds: How long to wait for the last.
-        shared_folder: A folder of the run that all hosts see.
+        seconds: Time limit until the last process has joined.
+        shared_folder: A folder of the run that all hosts share.
         run: Values that all processes of the run have in common, by name.
 
     Raises:
         UserError: The port is in use, the processes do not share a token, or rank 0 is of another
             run or launch.
-        PeerFailed: Some have not come; the text says which.
-        SystemExit: Some have not come, and rank 0 says which.
+        PeerFailed: Some processes have not joined; the text names them.
+        SystemExit: Some processes have not joined, and rank 0 names them.
     """
     token = _token(shared_folder)
     keep_gloo_on_loopback()
@@ -188,15 +188,15 @@ def meet(
 def _about(
     world_size: int, shared_folder: Path | None, run: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """Name the values that the processes compare when they meet."""
-    # Hosts may see the folder at different paths.
+    """Return the values, by name, that the processes compare when they meet."""
+    # Different hosts may mount the folder at different paths.
     folder = shared_folder.absolute() if shared_folder and _on_one_host() else shared_folder
     launch = starters() if _is_one_launch() else []
     return {**run, "number of processes": world_size, "run folder": folder, "launch": launch}
 
 
 def _main_store(rank: int, token: str, seconds: float, about: Mapping[str, Any]) -> SignedStore:
-    # The store of torchrun may be that of several runs, and outlives the processes of one attempt.
+    # torchrun's store may serve several runs, and outlives the processes of one attempt.
     of_torchrun = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     key = "/".join([_MARK, *(os.environ.get(name, "") for name in of_torchrun)])
     port = int(os.environ["MASTER_PORT"])
@@ -214,13 +214,13 @@ def _main_store(rank: int, token: str, seconds: float, about: Mapping[str, Any])
         host = os.environ["MASTER_ADDR"] if by_torchrun else address()
         _wait_for_port(host, port, seconds)
         store = connect(host, port, seconds)
-    # Nobody without the token learns more from these than that something differs.
+    # Without the token these codes reveal only that something differs.
     codes = {
         name: _code(token, name, json.dumps(value, sort_keys=True, default=str))[:16]
         for name, value in about.items()
     }
     if rank == 0:
-        # The random part makes the secret of each launch another.
+        # The random part makes each launch's secret different.
         mark = json.dumps({"about": codes, "random": secrets.token_hex(16)})
         store.set(key, _signed(token, key, mark))
     else:
@@ -251,7 +251,7 @@ def _main_store(rank: int, token: str, seconds: float, about: Mapping[str, Any])
 
 
 def _wait_for_port(host: str, port: int, seconds: float) -> None:
-    """Wait until somebody listens: torch would too, but could not be interrupted meanwhile."""
+    """Wait until a process listens; torch would wait, too, but could not be interrupted."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -268,7 +268,7 @@ def _wait_for_port(host: str, port: int, seconds: float) -> None:
 
 def _wait_for_all(store: SignedStore, rank: int, world_size: int, seconds: float) -> None:
     end = time.monotonic() + seconds
-    this = secrets.token_hex(8)  # tells this process from another of its rank
+    this = secrets.token_hex(8)  # distinguishes this process from another with its rank
     store.set(f"here/{rank}", this)
     keys = [f"here/{other}" for other in range(world_size)]
     came: list[str | None] = []
@@ -281,7 +281,7 @@ def _wait_for_all(store: SignedStore, rank: int, world_size: int, seconds: float
                 "ended early, or never started; peer_timeout=SECONDS allows for more"
             )
             store.set(_VERDICT, verdict)
-            # The others need this time to read it: the store ends with this process.
+            # Give the others time to read it: the store ends with this process.
             time.sleep(5 * _POLL)
             raise PeerFailed(verdict)
         time.sleep(_POLL)
@@ -303,11 +303,11 @@ def _wait_for_all(store: SignedStore, rank: int, world_size: int, seconds: float
 
 @contextlib.contextmanager
 def limited(seconds: float, what: str) -> Iterator[None]:
-    """End this process, with a sentence, if what is done within takes longer.
+    """End this process with a message if the body of the context takes longer.
 
     Args:
-        seconds: How long it may take.
-        what: Is wrong then, or when a connection breaks.
+        seconds: Time limit.
+        what: Message for that case, and for a broken connection.
 
     Raises:
         PeerFailed: A connection to another process broke.
@@ -320,7 +320,7 @@ def limited(seconds: float, what: str) -> Iterator[None]:
             prefix = "" if rank == "0" else f"rank {rank}: "
             print(f"{prefix}error: {what}: no answer for {seconds:.0f} s", file=sys.stderr)
             sys.stderr.flush()
-            # The main thread waits in torch, and cannot be told otherwise.
+            # The main thread waits in torch and cannot be interrupted otherwise.
             os._exit(PEER_FAILED)
 
     threading.Thread(target=guard, name="meeting", daemon=True).start()
@@ -339,7 +339,7 @@ def limited(seconds: float, what: str) -> Iterator[None]:
 
 
 def _token(shared_folder: Path | None) -> str:
-    """The secret of this user's processes; empty where they have no place to share one."""
+    """Return the secret of this user's processes; empty if they have no place to share one."""
     if given := os.environ.get(TOKEN):
         return given
     try:
@@ -351,11 +351,11 @@ def _token(shared_folder: Path | None) -> str:
 
 
 def _kept(file: Path) -> str:
-    """The secret in a file that only this user reads, made if it is not there.
+    """Return the secret in a file that only this user can read, creating the file if needed.
 
     Raises:
-        OSError: It cannot be made.
-        UserError: It is not this user's alone.
+        OSError: The file cannot be created.
+        UserError: Others can read or change the file.
     """
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -364,7 +364,7 @@ def _kept(file: Path) -> str:
         try:
             os.write(handle, secrets.token_hex(16).encode())
             os.fsync(handle)
-            # All processes come here at once; the first one's stays.
+            # All processes get here at once; the first one's file is kept.
             with contextlib.suppress(FileExistsError):
                 os.link(aside, file)
         finally:

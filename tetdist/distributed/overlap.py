@@ -1,10 +1,10 @@
 """Gradients averaged over processes while the backward pass still computes those of earlier layers.
 
-The last layers' gradients are there first. As soon as a bucket of them is full it is added to what
-the step's earlier backward passes left, and summed over the processes, on a GPU by a stream of
-NCCL's beside the one that computes. Each element is the sum of the same numbers as without this.
-Of more than two processes the order in which a network adds them depends on an element's place in
-its bucket, so whoever wants the same bits takes the same buckets.
+The last layers' gradients are ready first. A full bucket of them is added to the gradients of the
+step's earlier backward passes and summed over the processes, on a GPU by an NCCL stream beside the
+computing one. Each element is the sum of the same numbers as without overlap. With more than two
+processes the network's order of addition depends on an element's place in its bucket, so bitwise
+identical results need the same buckets.
 """
 
 from collections.abc import Iterable
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tetdist.distributed.buffers import one_buffer_for
 
-# Large enough that a link's bandwidth counts and not its latency, and small enough that little is
-# left to average when the first layer's gradient is there: 87 MB of a SEW-ResNet-34 are four.
+# Large enough for a link's bandwidth to matter rather than its latency, and small enough that
+# little is left to average after the first layer's gradient: 87 MB of a SEW-ResNet-34 make four.
 BUCKET_BYTES = 25 * 2**20
 
 
@@ -26,13 +26,13 @@ Earlier = dict[nn.Parameter, Tensor]
 
 
 def join(parameters: Iterable[nn.Parameter], earlier: Earlier) -> None:
-    """Add the gradients of a backward pass to what was there before it, which takes their place.
+    """Add the gradients of a backward pass to earlier ones; the sums replace the gradients.
 
-    On a GPU in a few kernels; autograd, which finds a gradient there, takes one for each parameter.
+    On a GPU this takes a few kernels; autograd's accumulation takes one per parameter.
 
     Args:
-        parameters: Those whose gradients are there.
-        earlier: What of these is in it is added to, and taken out.
+        parameters: Parameters whose gradients have been computed.
+        earlier: Earlier gradients; those of ``parameters`` are removed.
     """
     grads = {p: earlier.pop(p) for p in parameters if p in earlier}
     new = [(grad, p.grad) for p, grad in grads.items() if p.grad is not None]
@@ -44,7 +44,7 @@ def join(parameters: Iterable[nn.Parameter], earlier: Earlier) -> None:
 
 
 class _Sum(NamedTuple):
-    """A bucket's sum under way."""
+    """A bucket whose sum is being computed."""
 
     grads: list[Tensor]
     flat: Tensor
@@ -55,18 +55,18 @@ class _Sum(NamedTuple):
 class OverlappedMean:
     """Averages the gradients of parameters over processes, bucket by bucket, in a backward pass.
 
-    Every process has to compute them in the same order, which it does for the same network.
+    Every process must compute them in the same order; processes with the same network do.
 
     Attributes:
-        active: Whether gradients that come are final: True in a step's last micro-batch alone.
-        earlier: What the step's earlier backward passes left; see `join`.
+        active: Whether arriving gradients are final: True only in a step's last micro-batch.
+        earlier: Gradients of the step's earlier backward passes; see `join`.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], world_size: int) -> None:
         """
         Args:
-            parameters: In the order of the forward pass, each of which gets its gradient once in a
-                backward pass.
+            parameters: Parameters in the order of the forward pass; each gets its gradient once in
+                a backward pass.
             world_size: Number of processes.
         """
         self.active = False
@@ -92,7 +92,7 @@ class OverlappedMean:
         if not self.active:
             return
         self._missing[self._bucket_of[parameter]] -= 1
-        # In the order of buckets on every process, whichever is full first.
+        # Sum buckets in the same order on every process, whichever is full first.
         while (next_one := len(self._under_way)) < len(self._buckets):
             if self._missing[next_one] > 0:
                 return
@@ -109,13 +109,13 @@ class OverlappedMean:
         self._under_way.append(_Sum(grads, flat, parts, dist.all_reduce(flat, async_op=True)))
 
     def finish(self) -> None:
-        """Put the averages in the gradients' place; to be called after the last backward pass."""
-        # A parameter that had no part in the loss has left its bucket open.
+        """Replace the gradients by their averages; call it after the last backward pass."""
+        # A parameter that does not contribute to the loss has left its bucket open.
         for bucket in self._buckets[len(self._under_way) :]:
             self._begin(bucket)
         for grads, flat, parts, work in self._under_way:
             if work is not None:
-                # On a GPU this has the computing stream wait, and not the host.
+                # On a GPU this makes the computing stream wait, not the host.
                 work.wait()
                 flat.div_(self._world_size)
                 torch._foreach_copy_(grads, parts)
@@ -123,13 +123,13 @@ class OverlappedMean:
         self.active = False
 
     def close(self) -> None:
-        """Let go of the parameters."""
+        """Remove the hooks from the parameters."""
         for handle in self._handles:
             handle.remove()
 
 
 def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters from the last to the first, of one type each, in buckets of like size."""
+    """Divide parameters, from last to first, into buckets of one type and similar size each."""
     buckets: list[list[nn.Parameter]] = []
     size = 0
     for parameter in reversed(parameters):

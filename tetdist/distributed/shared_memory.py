@@ -1,8 +1,8 @@
-"""The average of the gradients of processes on one host, through memory that they share.
+"""Average of the gradients of processes on one host, through shared memory.
 
-gloo sends them through the loopback device, which for the 87 MB of a SEW-ResNet-34 takes four times
-as long. What goes through here goes in chunks small enough to stay in a core's cache, so that the
-main memory sees each gradient twice: when it is read, and when the average takes its place.
+gloo sends them through the loopback device, which takes four times as long for the 87 MB of a
+SEW-ResNet-34. Here gradients move in chunks small enough for a core's cache, so that main memory is
+accessed twice per gradient: to read it, and to write the average in its place.
 """
 
 import math
@@ -24,7 +24,7 @@ _TOKEN = 16  # bytes
 
 
 class SharedMemory:
-    """Memory of all processes of a run, where these are on one host.
+    """Memory that all processes of a run on one host share.
 
     Attributes:
         rank: Number of this process.
@@ -61,10 +61,10 @@ class SharedMemory:
         self._write(buffers[0], steps[0] if steps else [])
         for k, (pieces, following) in enumerate(pairwise([*steps, []])):
             wait_for_all()
-            # All processes have come here, so all have read what these buffers held before.
+            # All processes have got here, so all have read the previous contents of these buffers.
             self._write(buffers[(k + 1) % 2], following)
             self._read_mean(buffers[k % 2], pieces)
-        # Nobody may write anew before all have read the last chunk.
+        # No process may write again before all have read the last chunk.
         wait_for_all()
 
     def _write(self, buffer: Tensor, pieces: list[Tensor]) -> None:
@@ -81,15 +81,15 @@ class SharedMemory:
 
 
 def share(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> SharedMemory | None:
-    """Make memory for all processes; None where they are on several hosts, or it cannot be had.
+    """Make shared memory for all processes; None if they are on several hosts, or if that fails.
 
     Args:
         rank: Number of this process.
         world_size: Number of processes.
-        gather: Gives every process's value, by rank, to every process.
+        gather: Returns every process's value, by rank, on every process.
     """
-    # On another host the number of rank 0's process is somebody else's, whose files are not ours
-    # to open.
+    # On another host rank 0's process id belongs to an unrelated process, whose files we must not
+    # open.
     places = gather(place())
     if None in places or len(set(places)) > 1:
         return None
@@ -109,7 +109,7 @@ def share(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> Sha
 
 
 def _size(world_size: int) -> int:
-    """Bytes of the whole file."""
+    """Return the bytes of the whole file."""
     return 2 * world_size * _chunk_bytes(world_size)
 
 
@@ -134,7 +134,7 @@ def _open(path: str, token: bytes, rank: int, world_size: int) -> SharedMemory |
         return None
     try:
         facts = os.fstat(handle)
-        # The type comes first: what is read from a pipe is lost to whom it belongs.
+        # Check the type first: reading from another program's pipe would take its data.
         if not stat.S_ISREG(facts.st_mode) or facts.st_size != _size(world_size):
             return None
         if os.pread(handle, len(token), 0) != token:
@@ -152,7 +152,7 @@ def _chunk_bytes(world_size: int) -> int:
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
-    """The tensor's memory as one dimension, whatever its format."""
+    """Return the tensor's memory as one dimension, whatever its format."""
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     return tensor.permute(order).view(-1)
 

@@ -46,9 +46,9 @@ class StopRequest:
         if self.signal == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         let_go_of_closed_streams()
-        # The deepspeed launcher sends SIGTERM after the terminal's SIGINT: still one request.
-        # Slurm sends SIGTERM and a job's own signal in one moment where it preempts without grace:
-        # the one that says more counts, whichever is seen first.
+        # The deepspeed launcher sends SIGTERM after the terminal's SIGINT: still one request. If
+        # Slurm preempts without grace, it sends SIGTERM and the job's own signal together: the more
+        # specific one counts, whichever is seen first.
         says_more = self.signal == signal.SIGTERM and number in (signal.SIGUSR1, signal.SIGUSR2)
         if self.signal is None or says_more:
             self.signal = signal.Signals(number)
@@ -56,8 +56,8 @@ class StopRequest:
     def agreed(self) -> bool:
         """Return whether all processes are to stop now; every process must ask equally often.
 
-        What the processes tell each other at one call is read at the next, so nobody waits for
-        the slowest in between: they stop one call later than they could, all at the same one.
+        Each call reads what the processes exchanged at the call before, so no process waits for the
+        slowest one: all stop at the same call, one call later than possible.
         """
         if self._exchange is not None:
             self._exchange.wait()
@@ -74,16 +74,16 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """Status that a shell reports of a process that a signal ended."""
+        """Exit status that a shell reports for a process ended by this signal."""
         number = self.signal or int(self._flag.item())
         return 128 + int(number)
 
 
 def let_go_of_closed_streams(streams: Iterable[int] = (1, 2)) -> None:
-    """Have standard output and error go nowhere if nobody is at their other end any more.
+    """Redirect standard output and error to nowhere if their other end is closed.
 
-    A terminal that closes, or a `| tee` that Ctrl-C ends, would else turn the next line into an
-    error, and nothing would be saved.
+    Otherwise, after a terminal closes or Ctrl-C ends a `| tee`, the next printed line would raise
+    an error, and nothing would be saved.
     """
     for stream in streams:
         poll = select.poll()

@@ -1,11 +1,11 @@
-"""Ends this process with the launcher, or the study, that it was started by.
+"""Ends this process when the launcher or study that started it ends.
 
-Whoever is killed, or whose terminal closes, can tell nobody; what it has started would train on to
-the end at full load. So each command looks once a second whether those it works for are there, and
-ends as upon SIGTERM if one is not: training saves first. A shell is none of them: what a person has
-started by hand goes on without it, as with nohup or setsid.
+A launcher that is killed, or whose terminal closes, cannot notify the processes it started, and
+they would train on at full load. So each command checks once a second whether its starters still
+run; if one does not, the command ends as upon SIGTERM, and training saves first. A shell does not
+count as a starter: commands started by hand go on without it, as with nohup or setsid.
 
-Nothing heavy is imported here, because commands begin with it.
+This module imports nothing heavy, because commands import it first.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-# Set for those who are to end with the process that it describes.
+# Variable that describes the process with which a started command is to end.
 VARIABLE = "TETDIST_WORKS_FOR"
 
-BEAT = 1.0  # seconds between two looks
-SAVE_LIMIT = 300.0  # seconds that a process has to save, before it ends all the same
+BEAT = 1.0  # seconds between two checks
+SAVE_LIMIT = 300.0  # seconds that a process has to save before it is ended anyway
 
 # Launchers of torch and DeepSpeed, by program or module.
 _LAUNCHER = re.compile(
@@ -34,14 +34,14 @@ _LAUNCHER = re.compile(
 )
 
 
-# The part of DeepSpeed's launcher that its command starts, on each host.
+# The part of DeepSpeed's launcher that its command starts on each host.
 _STARTED_LAUNCHER = re.compile(r"(?:.*/)?deepspeed[./]launcher[./]launch(?:\.py)?")
-# Who takes over the children of a process that has ended, beside process 1.
+# Programs, besides process 1, that adopt the children of an ended process.
 _INITS = ("systemd", "init", "tini", "docker-init", "dumb-init", "catatonit")
 
 
 class Process(NamedTuple):
-    """A process, told by its start from a later one of the same number."""
+    """A process, distinguished by its start time from a later one with the same id."""
 
     pid: int
     started: int  # in clock ticks since the host's start
@@ -53,7 +53,7 @@ class Process(NamedTuple):
         return facts is not None and facts.started == self.started and facts.state not in "ZX"
 
 
-# Stands for one that was gone before anybody looked.
+# Stands for a process that ended before the first check.
 GONE = Process(0, 0)
 
 
@@ -64,12 +64,12 @@ class _Facts(NamedTuple):
 
 
 def _facts(pid: int) -> _Facts | None:
-    """Read the kernel's record of a process; None if there is none."""
+    """Return the kernel's record of a process; None if there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
-    # The name, in brackets, may have brackets and spaces itself.
+    # The name, in brackets, may itself contain brackets and spaces.
     fields = text.rpartition(")")[2].split()
     return _Facts(fields[0], int(fields[1]), int(fields[19]))
 
@@ -79,7 +79,7 @@ def place() -> tuple[str, ...] | None:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = str(Path("/proc/self/ns/pid").readlink())
-        # /proc may be that of another namespace, where this process has another number or none.
+        # /proc may belong to another namespace, where this process has another id or none.
         if int(str(Path("/proc/self").readlink())) != os.getpid():
             return None
     except (OSError, ValueError):
@@ -89,7 +89,7 @@ def place() -> tuple[str, ...] | None:
 
 
 def as_starter() -> dict[str, str]:
-    """Variables of the environment with which a command ends when this process does."""
+    """Return environment variables that make a command end when this process does."""
     facts, here = _facts(os.getpid()), place()
     if facts is None or here is None:
         return {}
@@ -97,12 +97,12 @@ def as_starter() -> dict[str, str]:
 
 
 def starters() -> list[Process]:
-    """Return the launchers and the study that this process was started by, on this host."""
+    """Return the launchers and the study on this host that started this process."""
     return [*_named_starter(), *_launchers()]
 
 
 def end_with_starters() -> None:
-    """Have a thread end this process when a process ends that it was started by; see the module."""
+    """Start a thread that ends this process when one of its starters ends; see the module."""
     if found := starters():
         threading.Thread(target=_watch, args=(found,), name="starters", daemon=True).start()
 
@@ -112,17 +112,17 @@ def _named_starter() -> list[Process]:
         there, pid, started = json.loads(os.environ[VARIABLE])
     except (KeyError, ValueError, TypeError):
         return []
-    # Slurm takes variables along to other hosts.
+    # Slurm copies environment variables to other hosts.
     return [Process(pid, started)] if tuple(there) == place() else []
 
 
 def _launchers() -> list[Process]:
-    """The launchers among the processes above this one, where it was launched."""
+    """Return the launchers among this process's ancestors."""
     launchers: list[Process] = []
     if "RANK" not in os.environ or place() is None:
         return launchers
     pid = os.getppid()
-    # A launcher may have been killed before this process could look, even before it was there.
+    # The launcher may have been killed before this process checked, or even existed.
     if "TORCHELASTIC_RUN_ID" in os.environ and _is_init(pid):
         return [GONE]
     while pid > 0 and (facts := _facts(pid)) is not None:
@@ -143,7 +143,7 @@ def _is_init(pid: int) -> bool:
 
 
 def _program(pid: int) -> str:
-    """The program of a process: of Python, its script or module."""
+    """Return the program of a process: for Python, its script or module."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
@@ -158,7 +158,7 @@ def _watch(starters: list[Process]) -> None:
         time.sleep(BEAT)
     if os.environ.get("RANK", "0") == "0":
         gone = next(starter.pid for starter in starters if not starter.is_there)
-        # The terminal, or whoever read what is said here, may have gone with it.
+        # The terminal, or the reader of this output, may have ended as well.
         with contextlib.suppress(OSError, ValueError):
             who = f"process {gone}" if gone else "the launcher"
             print(f"{who}, which started this command, has ended: stopping", file=sys.stderr)

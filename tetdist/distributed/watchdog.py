@@ -1,9 +1,9 @@
-"""A watch on the other processes of the run: are they alive, do they get on?
+"""A watch over the other processes of the run: are they alive and making progress?
 
-A process that dies or hangs leaves the others waiting for it in a collective, on a GPU for ever.
-So each process has a thread that says once a second, to a store of rank 0, that it lives and how
-far it is. Rank 0 judges; the others watch rank 0. When one is missing all end, within a bounded
-time and with a message that names it.
+A process that dies or hangs leaves the others waiting for it in a collective, on a GPU for ever. So
+each process has a thread that reports once a second, to a store on rank 0, that it is alive and how
+far it has got. Rank 0 judges the others, and they watch rank 0. When one process is missing, all
+end within a bounded time, with a message that names it.
 """
 
 import contextlib
@@ -28,25 +28,25 @@ from tetdist.errors import PEER_FAILED, Stopped, UserError
 logger = logging.getLogger(__name__)
 
 BEAT = 1.0  # seconds between two signs of life
-# Seconds of silence after which a process is taken for dead: usually, and after a failure of a
-# collective, the usual cause of which is a death.
+# Seconds of silence after which a process counts as dead: normally, and after a collective has
+# failed, which usually means that a process died.
 SILENCE, SILENCE_IN_TROUBLE = 30.0, 4.0
 
 _VERDICT, _TROUBLE = "verdict", "trouble"
 
 
 class Watch:
-    """A watch that ends this process, with status `PEER_FAILED`, when another died or hangs.
+    """A watch that ends this process with status `PEER_FAILED` when another dies or hangs.
 
     Attributes:
-        before_end: Called one after another before that, with what is wrong, to close what a killed
+        before_end: Called one after another before that with the message, to close what a killed
             process would leave open.
 
     Args:
-        world: All processes; a single one is not watched.
-        timeout: Seconds without progress of a process after which it is said to hang.
-        shows_errors: Whether what this process alone raises is shown here, before the others end.
-        after: End of the message: what is kept, or how to continue.
+        world: All processes; a run of one process is not watched.
+        timeout: Seconds without progress after which a process counts as hanging.
+        shows_errors: Whether to print errors of this process alone before the others end.
+        after: End of the message: what has been saved, or how to continue.
     """
 
     def __init__(
@@ -61,16 +61,16 @@ class Watch:
         self.shows_errors, self.after = shows_errors, after
         self.before_end: list[Callable[[str], None]] = []
         self._count, self._where, self._ended = 0, "the start", ""
-        self._failed = False  # by an error of its own, which it shows itself
+        self._failed = False  # through its own error, which it prints itself
         self._closing = threading.Event()
-        self._ending = threading.Event()  # there is a verdict, with which this process ends
+        self._ending = threading.Event()  # a verdict has been reached; this process ends with it
         self._threads: list[threading.Thread] = []
-        self._answered = time.monotonic()  # when rank 0's store last did
-        # Rank 0 keeps of each process its last message, when it came, and when its count changed.
+        self._answered = time.monotonic()  # when rank 0's store last answered
+        # Rank 0 keeps, per process, the last message, its arrival and the last change of its count.
         self._seen: dict[int, tuple[dict[str, Any], float, float]] = {}
 
     def progress(self, where: str) -> None:
-        """Say that this process got on; ``where`` is how far, for a person."""
+        """Report progress of this process; ``where`` describes the point reached."""
         self._count += 1
         self._where = where
 
@@ -78,13 +78,13 @@ class Watch:
         world = self.world
         if world.world_size == 1:
             return self
-        # The watch has a store of its own, so that it never waits behind a collective's use of the
-        # other one. Rank 0 makes it where all have met before.
+        # The watch has its own store, so that it never waits behind a collective that uses the
+        # other one. Rank 0 makes it once all processes have met.
         with meeting.limited(self.timeout, "a process is lost before the training began"):
             self._store = world.make_store()
             self._say_alive()
             dist.barrier(group=world.control)
-        # There are two, because a call to a store whose process is stopped never returns.
+        # Two threads, because a call to the store of a stopped process never returns.
         for target in (self._talk, self._guard):
             self._threads.append(threading.Thread(target=target, name="watch", daemon=True))
             self._threads[-1].start()
@@ -107,24 +107,24 @@ class Watch:
         with contextlib.suppress(dist.DistError, RuntimeError):
             self._say_alive()
         if alone:
-            raise SystemExit(1)  # the traceback has been shown
+            raise SystemExit(1)  # the traceback has been printed
 
     def _report(self, error: BaseException) -> None:
-        """Tell the others of an error of this process only; or learn that theirs is behind it."""
+        """Report an error of this process to the others, or learn that one of theirs caused it."""
         self.await_verdict(error)
         text = _in_one_line(error)
-        # This error must be shown before the others' messages.
+        # Print this error before the others' messages.
         traceback.print_exception(error)
         self._failed = True
         with contextlib.suppress(dist.DistError, RuntimeError):
             self._store.set(_VERDICT, f"rank {self.world.rank} has failed ({text!r})")
-            # The others need this time to read it: the store may end with this process.
+            # Give the others time to read it: the store may end with this process.
             self._closing.wait(3 * BEAT)
 
     def await_verdict(self, error: BaseException) -> None:
-        """Wait a moment for the watch to say which process is gone, if ``error`` may be of that.
+        """Wait briefly for the watch to name the lost process, if that may have caused ``error``.
 
-        What a collective raises then names a connection. With a verdict this process ends, and the
+        A collective's own error names only a connection. With a verdict this process ends, and the
         call does not return.
         """
         text = _in_one_line(error)
@@ -132,10 +132,10 @@ class Watch:
             return
         with contextlib.suppress(dist.DistError, RuntimeError):
             self._store.set(_TROUBLE, text)
-        # There is a verdict also when rank 0 stays away, whose store may be gone already, so that
-        # the line above failed.
+        # A silent rank 0 leads to a verdict, too; its store may be gone, which makes the line above
+        # fail.
         if self._ending.wait(SILENCE_IN_TROUBLE + 6 * BEAT):
-            # The thread that has it ends the process, perhaps after it has waited for the launcher.
+            # The thread with the verdict ends the process, perhaps after waiting for the launcher.
             threading.Event().wait()
 
     # --- in the threads -----------------------------------------------------------------------
@@ -150,7 +150,7 @@ class Watch:
                     self._end(verdict, said_by_rank_0=True)
                 self._answered = time.monotonic()
             except (dist.DistError, RuntimeError) as error:
-                # The store has gone with rank 0; if that has ended well, this process soon does.
+                # The store ended with rank 0; if rank 0 ended normally, this process soon will.
                 if not self._closing.wait(5 * BEAT):
                     logger.debug("the store of rank 0: %s", error)
                     self._end("rank 0 has died or cannot be reached")
@@ -173,11 +173,11 @@ class Watch:
         self._store.set(str(self.world.rank), json.dumps(message))
 
     def _judge(self) -> str | None:
-        """Look at all processes; return what is wrong, or None."""
+        """Check all processes; return what is wrong, or None."""
         now = time.monotonic()
         for rank in range(self.world.world_size):
             if (text := self._store.get(str(rank))) is None:
-                continue  # somebody else has written there
+                continue  # written by a program without the secret
             message = json.loads(text)
             old, heard, moved = self._seen.get(rank, (None, now, now))
             if old is None or message["time"] != old["time"]:
@@ -189,7 +189,7 @@ class Watch:
         silence = min(silence, self.timeout)
         present = {rank: seen for rank, seen in self._seen.items() if not seen[0]["ended"]}
         for rank, (message, heard, _) in self._seen.items():
-            # A mistake that all make ends all within a moment, and need not be reported.
+            # A mistake made by all ends all of them at once and need not be reported.
             late = present and now - heard > SILENCE_IN_TROUBLE
             if message["ended"] not in ("", "well") and late:
                 return f"rank {rank} has ended ({message['ended']!r})"
@@ -217,7 +217,7 @@ class Watch:
 
     def _end(self, verdict: str, *, said_by_rank_0: bool = False) -> None:
         if self._ending.is_set():
-            return  # the other thread does it
+            return  # the other thread is ending the process
         self._ending.set()
         try:
             if self.world.rank == 0 or not said_by_rank_0:
@@ -228,14 +228,14 @@ class Watch:
                     flush=True,
                 )
             if self.world.rank == 0:
-                # The others need this time to read it: the store ends with this process.
+                # Give the others time to read it: the store ends with this process.
                 time.sleep(3 * BEAT)
             for action in self.before_end:
                 with contextlib.suppress(Exception):
                     action(verdict)
             sys.stdout.flush()
         finally:
-            # The main thread waits in a collective, or for this, and cannot be told otherwise.
+            # The main thread waits in a collective, or for this thread, and cannot be interrupted.
             os._exit(PEER_FAILED)
 
 

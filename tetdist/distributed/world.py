@@ -1,4 +1,4 @@
-"""This process among all of the run, and the few collectives that are not the engine's."""
+"""This process among all processes of the run, and the collectives outside the engine."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ from tetdist.errors import UserError
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 Result = TypeVar("Result")
 
-# A collective waits this much longer than watchdog.py, which can name whom it waits for.
+# A collective waits this much longer than watchdog.py, which can name the missing process.
 MARGIN = timedelta(seconds=60)
 
 
@@ -33,10 +33,10 @@ class World:
     Attributes:
         rank: Number of this process, 0 to world_size - 1.
         world_size: Number of processes.
-        device: Where this process computes.
-        control: Group of CPU collectives for flags and numbers that the host must know, so that
-            asking for them does not wait for the GPU.
-        shared: Memory that all processes share; None on GPUs and on several hosts.
+        device: Device on which this process computes.
+        control: Group of CPU collectives for flags and numbers that the host needs, so that reading
+            them does not wait for the GPU.
+        shared: Memory that all processes share; None on GPUs or on several hosts.
     """
 
     rank: int
@@ -67,7 +67,7 @@ class World:
         """Average tensors over all processes, in place.
 
         Args:
-            tensors: Of the same shapes, types and strides on every process.
+            tensors: Tensors of the same shapes, types and strides on every process.
         """
         if self.world_size == 1:
             return
@@ -95,19 +95,19 @@ class World:
         return values
 
     def make_store(self) -> meeting.SignedStore:
-        """Make a store on rank 0 that all processes of the run, and nobody else, write to.
+        """Make a store on rank 0 that only the processes of the run can write to.
 
-        Every process must call this then.
+        All processes must call this together.
         """
         store = meeting.open_store() if self.rank == 0 else None
         port, secret = self.from_rank_0((store and store.port, secrets.token_hex(16)))
         return meeting.SignedStore(store or meeting.connect(meeting.address(), port), secret)
 
     def run_on_all(self, action: Callable[[], Result]) -> Result:
-        """Do something on every process that may fail on some, and fail on all if it does.
+        """Run an action on every process; if it fails on some, fail on all.
 
         Raises:
-            UserError: The action's (or whatever else it raised), on the lowest rank where it
+            UserError: The action's error (of this or any other type), on the lowest rank where it
                 failed.
             SystemExit: Status 2, on all other ranks.
         """
@@ -125,7 +125,7 @@ class World:
         raise SystemExit(2)
 
     def wait_for_device(self) -> None:
-        """Wait until the GPU has done what it was asked for; the host runs some steps ahead."""
+        """Wait until the GPU has finished its queued work; the host runs some steps ahead."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -143,19 +143,19 @@ def join(
     shared_folder: Path | None = None,
     run: Mapping[str, Any] = MappingProxyType({}),
 ) -> World:
-    """Join the other processes as the launcher's environment says; without one, be alone.
+    """Join the other processes as the launcher's environment says; without a launcher, run alone.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
-        timeout: Seconds that a process may keep the others waiting.
-        shared_folder: A folder of the run that all hosts see.
+        timeout: Maximum number of seconds that a process may keep the others waiting.
+        shared_folder: A folder of the run that all hosts share.
         run: Values that all processes of the run have in common, by name.
 
     Raises:
-        UserError: Only some of the launcher's variables are set, or none though srun has started
-            several tasks; torch sees no GPU where one was meant, or one for several processes; the
-            port is in use; or rank 0 is of another run.
-        PeerFailed: Not all processes have come.
+        UserError: Only some of the launcher's variables are set, or none although srun has started
+            several tasks; torch sees no GPU where one is expected, or one for several processes;
+            the port is in use; or rank 0 is of another run.
+        PeerFailed: Not all processes have joined.
     """
     present = [name for name in _VARIABLES if name in os.environ]
     launched = bool({"RANK", "WORLD_SIZE"} & set(present))
@@ -192,7 +192,7 @@ def join(
         )
         world = World(rank, world_size, this_device, dist.new_group(backend="gloo"))
         cores, processes = cores_of(world)
-        # Otherwise each would take them all, and processes would spin waiting for each other.
+        # Otherwise each process would use all cores, and they would spin waiting for each other.
         if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(cores)
         if this_device.type == "cuda":
@@ -204,11 +204,11 @@ def join(
 
 
 def cores_of(world: World) -> tuple[int, int]:
-    """The number of cores for this process, and the number of processes on its host.
+    """Return the number of cores for this process and of processes on its host.
 
-    With so many cores none of them waits for another. Every process must call this then. Slurm
-    gives each process cores of its own, and these are not divided again; launchers on one host let
-    all of them use all.
+    With that many cores per process none waits for another. All processes must call this together.
+    Slurm gives each process its own cores, which are not divided again; launchers on one host let
+    every process use all cores.
     """
     host, mine = platform.node(), sorted(os.sched_getaffinity(0))
     on_host = [cores for there, cores in world.gather((host, mine)) if there == host]
@@ -217,11 +217,11 @@ def cores_of(world: World) -> tuple[int, int]:
 
 
 def _refuse_shared_gpus(world: World) -> None:
-    """Make sure that no two processes have the same GPU, as where a launcher hides all but one.
+    """Make sure that no two processes share a GPU, as happens if a launcher hides all but one.
 
     Raises:
-        UserError: Two have, on the lowest rank of them.
-        SystemExit: Two have, on all other ranks.
+        UserError: Two do; raised on the lowest rank of them.
+        SystemExit: Two do; raised on all other ranks.
     """
     own = str(torch.cuda.get_device_properties(world.device).uuid)
     ranks: dict[str, list[int]] = {}
@@ -239,12 +239,12 @@ def _refuse_shared_gpus(world: World) -> None:
 
 
 def _refuse_to_be_alone_under_srun() -> None:
-    """Make sure that this is no task of several that srun has started and that know nothing else.
+    """Make sure that srun has not started this as one of several tasks without a launcher.
 
     Raises:
-        UserError: It is: each would train by itself, all into one folder.
+        UserError: It has: each task would train by itself, all into one folder.
     """
-    # srun sets it; a batch script, which is alone whatever the job has, does not see it.
+    # srun sets it, but not for the batch script, which always runs alone.
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
     if tasks > 1:
         raise UserError(

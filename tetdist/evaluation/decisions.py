@@ -1,5 +1,5 @@
-"""The decisions of a network beyond its accuracy: the classes that it takes for each other, and how
-early it could have decided."""
+"""Decisions of a network beyond its accuracy: the classes that it confuses, and how early it could
+have decided."""
 
 import math
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from torch import Tensor
 from tetdist.distributed.world import World
 from tetdist.evaluation.evaluate import running_means
 
-# Early exit: the least softmax probability of the time-mean at which a sample is decided.
+# Early-exit thresholds: the softmax probability of the time-mean that decides a sample.
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
-# Of these one is chosen: from 0.3 on, each a tenth nearer to 1 than the one before.
+# Candidates for a chosen threshold: from 0.3 on, each a tenth nearer to 1 than the last.
 FINE_THRESHOLDS = tuple(round(1 - 0.7 * 0.9**k, 6) for k in range(90))
 
 
@@ -23,12 +23,12 @@ class Decisions:
     """Decisions over a whole split.
 
     Attributes:
-        classes: The K names.
-        confusion: Rows of true classes, columns of decided ones, at T: numbers of samples.
+        classes: Names of the K classes.
+        confusion: Numbers of samples at T, in rows of true classes and columns of predicted ones.
         thresholds: Softmax probabilities of the time-mean, rising, at which a sample is decided.
-        exits: For each threshold, how many samples are decided at t = 1 to T. A sample that never
+        exits: For each threshold, numbers of samples decided at t = 1 to T. A sample that never
             reaches the threshold is decided at T.
-        exit_correct: For each threshold, how many of the decisions are right.
+        exit_correct: For each threshold, the number of correct decisions.
     """
 
     classes: list[str]
@@ -38,10 +38,11 @@ class Decisions:
     exit_correct: list[int]
 
     def per_class(self) -> list[dict[str, Any]]:
-        """A row for each class: samples, recall and precision (percent), and what it is taken for.
+        """Return a row for each class: samples, recall and precision (percent), `mistaken_for`.
 
-        Recall is the class's accuracy. Precision is None where nothing was decided to be of the
-        class, recall where it has no sample; ``mistaken_for`` is None where no sample is.
+        Recall is the class's accuracy, None without samples. Precision is None if the class was
+        never predicted, and ``mistaken_for``, the most frequent wrong class, is None without
+        errors.
         """
         decided = [sum(column) for column in zip(*self.confusion, strict=True)]
         rows = []
@@ -62,7 +63,7 @@ class Decisions:
         return rows
 
     def early_exit(self) -> list[dict[str, Any]]:
-        """A point for each threshold: top-1 (percent), average timesteps of a sample, the exits."""
+        """Return a point for each threshold: top-1 (percent), mean timesteps of a sample, exits."""
         curve = []
         points = zip(self.thresholds, self.exits, self.exit_correct, strict=True)
         for threshold, exits, right in points:
@@ -79,9 +80,9 @@ class Decisions:
         return curve
 
     def threshold_within(self, points: float) -> float | None:
-        """The lowest threshold from which on early exit costs at most ``points`` of top-1.
+        """Return the lowest threshold from which on early exit costs at most ``points`` of top-1.
 
-        Compared is with deciding all samples at T. None: the highest threshold costs more.
+        The reference is deciding all samples at T. None if the highest threshold costs more.
         """
         right = sum(row[k] for k, row in enumerate(self.confusion))
         samples = sum(self.exits[0])
@@ -96,14 +97,14 @@ class Decisions:
 
 
 class DecisionCounts:
-    """Collects `Decisions` batch by batch on one process; `total` adds up those of all.
+    """Collects `Decisions` batch by batch on one process; `total` adds up all processes.
 
     Args:
         classes: Names of the data's classes.
-        num_outputs: K of the network, at least as many.
+        num_outputs: K of the network, at least the number of classes.
         timesteps: T.
         device: The device of the logits.
-        thresholds: Those of early exit, rising.
+        thresholds: Thresholds of early exit, rising.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class DecisionCounts:
         """Count a batch of logits (T, B, K) with labels (B,)."""
         means = running_means(logits)
         probabilities = means.softmax(-1).amax(-1)  # (T, B)
-        # argmax takes what is not a number for the highest, and top-1 takes it for wrong.
+        # argmax ranks NaN highest, and top-1 counts it as wrong.
         own = labels.view(1, -1, 1).expand(len(means), -1, 1)
         of_label = means.gather(-1, own)
         means = means.scatter(-1, own, torch.where(of_label.isnan(), -math.inf, of_label))
@@ -144,7 +145,7 @@ class DecisionCounts:
         self._exit_correct += right.sum(-1)
 
     def total(self, world: World) -> Decisions:
-        """The decisions of all processes, on every process."""
+        """Return the decisions of all processes, on every process."""
         tensors = (self._confusion, self._exits, self._exit_correct)
         flat = torch.cat([t.flatten() for t in tensors])
         summed = torch.tensor(world.sum(flat.tolist()), dtype=torch.float64).long()

@@ -1,4 +1,4 @@
-"""Exact evaluation: every sample counted once, over all processes, whatever the batch size."""
+"""Exact evaluation: every sample counts once over all processes, for any batch size."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -28,16 +28,16 @@ class Evaluation:
     """Results over a whole split.
 
     Attributes:
-        samples: How many were evaluated: the size of the split.
+        samples: Number of evaluated samples: the size of the split.
         timesteps: T.
         top1: Percent of samples whose class has the largest time-mean logit.
         top5: Percent whose class is among the five largest (or all, with fewer classes).
         loss: Cross-entropy of the time-mean, averaged over samples.
         per_timestep_top1: For t = 1 to T, top-1 of the mean over the first t timesteps, which is
-            the result at T = t. Empty if the network is not causal, of which that is not true.
-        per_timestep_top5, per_timestep_loss: The same for the other two.
-        firing_rate: Spikes per neuron per timestep, by layer; where neurons fire up to D spikes in
-            a timestep, per sub-timestep, of which it has D.
+            the result at T = t. Empty if the network is not causal, since this does not hold then.
+        per_timestep_top5, per_timestep_loss: The same for top-5 and loss.
+        firing_rate: Spikes per neuron per timestep, by layer; per sub-timestep where neurons fire
+            up to D spikes in the D sub-timesteps of a timestep.
     """
 
     samples: int
@@ -52,7 +52,7 @@ class Evaluation:
 
 
 class Interrupted(Exception):
-    """The evaluation was given up because ``stop`` said so."""
+    """The evaluation was ended because ``stop`` returned True."""
 
 
 @torch.no_grad()
@@ -68,25 +68,24 @@ def evaluate(
     also: Also = lambda _logits, _labels, _ids: None,
     outputs: Sequence[int] | None = None,
 ) -> Evaluation:
-    """Evaluate at the model's present T.
+    """Evaluate the model at its present T.
 
     Args:
-        model: Left in the mode it was in. Of a network from outside, ``timesteps`` and
-            ``forward(x, per_timestep=True)`` are asked for; neurons that are not tetdist's have no
-            firing rates.
+        model: The network; its mode is restored. Any network needs ``timesteps`` and ``forward(x,
+            per_timestep=True)``; only tetdist's neurons have firing rates.
         batches: This process's share of the split; every process must get the same number of
             batches, of which some may be empty.
         num_samples: Size of the split; the count over all processes is checked against it.
         world: All processes.
         precision: That of the forward pass, see precision.py.
-        stop: Asked before each batch, on every process the same answer; True gives up.
-        progress: Told the number of samples of each batch.
-        also: Given each batch's logits (T, B, K) and labels (B,), on the device, and the samples'
-            numbers (B,).
-        outputs: The only ones of the network that are compared, which labels number; None: all.
+        stop: Called before each batch, with the same result on every process; True ends all.
+        progress: Called with the number of samples of each batch.
+        also: Called with each batch's logits (T, B, K) and labels (B,), on the device, and the
+            samples' numbers (B,).
+        outputs: The network's outputs that are compared, in the order of the labels; None: all.
 
     Raises:
-        Interrupted: ``stop`` said so.
+        Interrupted: ``stop`` returned True.
         UserError: The network does not return logits (T, B, K).
     """
     was_training = model.training
@@ -116,7 +115,7 @@ def evaluate(
     finally:
         rates.remove()
         model.train(was_training)
-    # The names come from the model, so the vectors match on a process without a single sample, too.
+    # The names come from the model, so the vectors match even on a process without samples.
     names = list(rates.sums)
     flat = torch.cat([counts.flatten(), *rates.sums.values()]).tolist()
     total, *flat = world.sum([float(samples), *flat])
@@ -143,15 +142,15 @@ def evaluate(
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:
-    """Correct in the first place, among five, and summed loss, (3, T), of logits (T, B, K).
+    """Count top-1 and top-5 correct samples and sum the loss, (3, T), of logits (T, B, K).
 
-    Of equal logits the first class counts as the higher, as for argmax. Those of bfloat16 have so
-    few digits that there are some among ten thousand samples, and topk's order of them is any.
+    Among equal logits the first class ranks higher, as for argmax. bfloat16 has so few digits that
+    ties occur among ten thousand samples, and topk's order of ties is undefined.
     """
     means = running_means(logits)
     classes = torch.arange(logits.shape[-1], device=logits.device)
     own = means.gather(-1, labels.view(1, -1, 1).expand(len(logits), -1, 1))
-    # The label's class itself is among them, unless its logit is not a number: then it comes last.
+    # This includes the label's own class, unless its logit is NaN: then it ranks last.
     not_ahead = (means < own) | ((means == own) & (classes >= labels.view(-1, 1)))
     place = logits.shape[-1] - not_ahead.sum(-1)
     loss = F.cross_entropy(means.flatten(0, 1), labels.repeat(len(logits)), reduction="none").view(
@@ -162,10 +161,10 @@ def _count(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def running_means(logits: Tensor) -> Tensor:
-    """The output at T = 1, 2, ...: means of the first t of logits (T, B, K), float32 at least."""
+    """Return the outputs at T = 1, 2, ...: running means of logits (T, B, K), at least float32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     steps = torch.arange(1, len(logits) + 1, device=logits.device, dtype=logits.dtype)
-    # In float64, as torch's cumsum on a CPU; on a GPU that has no deterministic form.
+    # In float64, like torch's cumsum on a CPU, which is not deterministic on a GPU.
     sums = torch.stack(list(itertools.accumulate(logits.double().unbind())))
     return sums.to(logits.dtype) / steps.view(-1, 1, 1)
 

@@ -1,20 +1,20 @@
-"""Layers that no longer fire, or always do, are named."""
+"""Detection of layers that no longer fire, or always do."""
 
 from collections.abc import Mapping
 
-# Firing rates, in spikes per neuron per timestep. A layer below the first or above the second tells
-# the next one nothing.
+# Firing rates in spikes per neuron per timestep. A layer below the first or above the second passes
+# on no information.
 DEAD, SATURATED = 0.001, 0.9
 
 
 class FiringWatch:
-    """Names the layers that became dead or saturated, or came back, once a change."""
+    """Reports layers that became dead or saturated, or recovered, once per change."""
 
     def __init__(self) -> None:
         self._states: dict[str, str] = {}
 
     def changes(self, firing_rate: Mapping[str, float]) -> list[str]:
-        """Sentences on the layers whose state is another than at the last call; seldom any.
+        """Return sentences on the layers whose state has changed since the last call.
 
         Args:
             firing_rate: Spikes per neuron per timestep, by layer.

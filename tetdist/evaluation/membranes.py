@@ -1,4 +1,4 @@
-"""The distribution of a network's membranes against their thresholds."""
+"""Distribution of a network's membranes relative to their thresholds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import NormNeuron, spiking_layers
 from tetdist.nn.precision import autocast
 
-LOWEST, HIGHEST, BINS = -3.0, 3.0, 120  # in thresholds; a border of bins is at 1
+LOWEST, HIGHEST, BINS = -3.0, 3.0, 120  # in thresholds; 1 is a border between bins
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Membranes:
     """Distributions over the neurons, timesteps and samples of a batch.
 
     Attributes:
-        edges: Borders of the bins, in thresholds; the outermost bins hold what is beyond, too.
-        shares: By layer, the share of membranes (before the reset) in each bin.
-        fires: By layer, the share of those that fire: its firing rate.
+        edges: Borders of the bins, in thresholds; the outermost bins include all values beyond.
+        shares: By layer, the fraction of membranes (before the reset) in each bin.
+        fires: By layer, the fraction of membranes that fire: its firing rate.
     """
 
     edges: list[float]
@@ -34,10 +34,10 @@ class Membranes:
 
 @torch.no_grad()
 def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> Membranes:
-    """Run one batch by the definition of the neurons, in evaluation mode, and look at them.
+    """Run one batch by the neurons' definition, in evaluation mode; return their membranes.
 
     Args:
-        model: Called with ``per_timestep=True``; left in the mode it was in.
+        model: The network, called with ``per_timestep=True``; its mode is restored.
         images: A batch as the model takes it, on its device.
         precision: That of the forward pass, see precision.py.
     """
@@ -50,7 +50,7 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
                 named = {key: value for key, value in named.items() if key != "identity"}
                 current = module.input_current(*arguments, **named)
             else:
-                current, *timesteps = arguments  # T is said where one current is for all of them
+                current, *timesteps = arguments  # T is given where one current serves all timesteps
                 current = current.expand(*timesteps or current.shape[:1], *current.shape[1:])
             config = module.neuron
             assert isinstance(config, (LIF, ILIF))
@@ -62,7 +62,7 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
     handles = [
         module.register_forward_pre_hook(look(name), with_kwargs=True)
         for name, module in spiking_layers(model).items()
-        # Others have no membrane, or move it by numbers of their own.
+        # Other kinds have no membrane, or change it by parameters of their own.
         if type(module.neuron) in (LIF, PLIF, ILIF, NILIF)
     ]
     was_training = model.training
@@ -81,7 +81,7 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
 def _counts(u: Tensor) -> Tensor:
     """Count the values from `LOWEST` to `HIGHEST` in each bin, (BINS,), and no NaN.
 
-    torch.histc, which does so, has no deterministic form on a GPU.
+    torch.histc does this, but is not deterministic on a GPU.
     """
     bins = ((u - LOWEST) * BINS / (HIGHEST - LOWEST)).clamp(max=BINS - 1)
     return torch.bincount(bins.nan_to_num(nan=BINS).long().flatten(), minlength=BINS + 1)[:BINS]
@@ -90,7 +90,7 @@ def _counts(u: Tensor) -> Tensor:
 def _histogram(
     current: Tensor, config: LIF | ILIF, learned: dict[str, Tensor]
 ) -> tuple[list[float], float]:
-    """The shares by bin and the firing rate of neurons with the input current (T, ...)."""
+    """Return the fractions by bin and the firing rate of neurons with input current (T, ...)."""
     current = current.to(torch.promote_types(current.dtype, torch.float32))
     counts = torch.zeros(BINS, dtype=torch.float64, device=current.device)
     fired = torch.zeros((), dtype=torch.float64, device=current.device)

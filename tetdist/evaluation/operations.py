@@ -1,30 +1,30 @@
 """Synaptic operations, counted while a network runs, and an estimate of the energy they take.
 
-What is counted, a layer of synapses (a convolution or a linear layer) at a time:
+Counting works by layer of synapses (a convolution or a linear layer):
 
-* **Spikes are accumulates.** A spike adds a weight to each neuron that it reaches: one accumulate a
-  synapse. The synapses of a convolution are counted at their place, so that a pixel at the border,
-  or one that a stride skips, has fewer of them.
+* **Spikes are accumulates.** A spike adds a weight to each neuron that it reaches: one accumulate
+  per synapse. A convolution's synapses are counted by position, so a pixel at the border, or one
+  that a stride skips, has fewer.
 * **A sum of n spikes is n of them**: what SEW blocks exchange by ADD arrives as n events. So are n
   events of a camera in one time bin, and what an I-LIF neuron sends, which fires n times within the
   timestep. NI-LIF neurons send n / D, which is n events that weigh a D-th.
 * **A mean of 2x2 spikes** is the same as its spikes with a quarter of the weight: each of them is
-  an accumulate a synapse. Of 3x3 spikes (the stem of PSN-SEW-ResNets) they are real numbers here.
-* **Real numbers are multiply-accumulates**, one a synapse, whether zero or not: an image, the mean
-  over all positions before a classifier, or the currents that a membrane shortcut carries to a
+  an accumulate a synapse. Of 3x3 spikes (the stem of PSN-SEW-ResNets) they count as real numbers.
+* **Real numbers are multiply-accumulates**, one per synapse, whether zero or not: an image, the
+  mean over all positions before a classifier, or the currents that a membrane shortcut carries to a
   projection (PreAct- and MS-ResNets). A static image's first layers are computed once for all
   timesteps.
-* **Attention** has no weights but sums of products of spikes (nn/products.py). Of a sum over a
+* **Attention** has no weights but sums of products of spikes (nn/products.py). In a sum over a
   head's channels, or of products over positions, each spike or product that is 1 is an accumulate.
-  Of k^T v it is each pair of a key's and a value's spike at the same position; then a spike of q
-  adds the d sums that it selects, d accumulates. A mask lets spikes pass or not, and is not
-  counted. Where neurons fire several times in a timestep, these are all pairs of their spikes. In
-  place of synapses stand the multiplications of real numbers: N d of each sum over positions or
-  channels, 2 N d^2 of k^T v and of q with it, a head and timestep.
+  In k^T v, each pair of a key's and a value's spike at the same position is one; then a spike of q
+  adds the d sums that it selects, which are d accumulates. A mask lets spikes pass or not and is
+  not counted. Where neurons fire several times in a timestep, all pairs of their spikes count. The
+  number of synapses is that of the multiplications of real numbers: per head and timestep, N d for
+  each sum over positions or channels, and 2 N d^2 for k^T v and its product with q.
 
-Batch norm is taken as folded into the weights. Not counted are biases, membranes (decay, threshold,
-reset), identity shortcuts, pooling and, above all, memory: on most hardware it takes more energy
-than arithmetic. So the result compares networks and says little about a device.
+Batch norm counts as folded into the weights. Biases, membranes (decay, threshold, reset), identity
+shortcuts, pooling and, above all, memory access are not counted; on most hardware memory takes more
+energy than arithmetic. So the result compares networks, not devices.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,9 +64,9 @@ class LayerOperations:
     """The operations of one layer for an average sample, over all timesteps.
 
     Attributes:
-        accumulates, multiply_accumulates: Operations; one of the two is 0.
-        synapses: Pairs of an input and an output that a weight joins: what the same layer of a
-            ReLU network multiplies and accumulates. So of attention, which has no weights.
+        accumulates, multiply_accumulates: Numbers of operations; one of the two is 0.
+        synapses: Pairs of an input and an output that a weight connects: the multiply-accumulates
+            of the same layer in a ReLU network. Attention, without weights, counts likewise.
     """
 
     accumulates: float
@@ -127,21 +127,21 @@ def counting_operations(
         counts.remove()
 
 
-# Positions of the sums of a layer. Whole are multiples of what one spike sends.
+# Indices of a layer's sums. Whole numbers are multiples of one spike's value.
 PRESENTATIONS, PRESENTED_SYNAPSES, CARRIED, NOT_WHOLE, NOT_QUARTERS = range(5)
 
 
 class OperationCounts:
-    """Sums over what each layer of synapses sees on one process; `total` adds up those of all.
+    """Sums over the inputs of each layer of synapses on one process; `total` adds all up.
 
-    The kind of a layer's numbers is found out from all of them: one that is not whole, or not a
-    quarter, decides. A spike sends 1; where neurons send shares of 1, it is the smallest of them,
-    but for the layer that sees the network's input.
+    All inputs of a layer determine their kind: a single one that is not whole, or not a quarter,
+    decides. A spike's value is 1, or the smallest fraction where neurons send fractions of 1,
+    except for the layer that sees the network's input.
 
     Args:
         model: The network.
-        in_spikes: Whether its layers see single spikes, as in the context of `unrolled`. Products
-            of spikes get their numbers in either case.
+        in_spikes: Whether its layers see single spikes, as within `unrolled`. Products of spikes
+            see numbers in either case.
     """
 
     def __init__(self, model: nn.Module, *, in_spikes: bool = False) -> None:
@@ -163,7 +163,7 @@ class OperationCounts:
         def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             x = inputs[0].detach()
             if x.ndim == (4 if isinstance(module, nn.Conv2d) else 2):
-                # A library's container has folded time into the batch.
+                # A container of spikingjelly has folded time into the batch.
                 x = x[None]
             levels = self._levels_of(name)
             sums = self._sums[name] = self._sums[name].to(x.device)
@@ -191,7 +191,7 @@ class OperationCounts:
             sums[PRESENTED_SYNAPSES] += product.synapses(*inputs)
             levels = self._latest.levels or 1
             if any(_has_other_than_multiples(x, levels) for x in inputs):
-                # Products of quarters are no quarters.
+                # Products of quarters are not quarters.
                 sums[NOT_WHOLE] += 1
                 sums[NOT_QUARTERS] += 1
                 return
@@ -215,8 +215,8 @@ class OperationCounts:
                 stride=conv.stride,
                 dilation=conv.dilation,
             )[0, 0]
-            # Cut the padding off. A stride's last window may end before the input does, so that the
-            # result is made large enough first.
+            # Cut the padding off. A stride's last window may end before the input, so enlarge the
+            # result first.
             assert not isinstance(conv.padding, str)
             (top, left), (height, width) = conv.padding, x.shape[-2:]
             reached = F.pad(reached, (0, width, 0, height))[top:, left:][:height, :width]
@@ -224,7 +224,7 @@ class OperationCounts:
         return self._fan_outs[key]
 
     def total(self, world: World, samples: int) -> Operations:
-        """The operations of an average one of ``samples``, which all processes saw together.
+        """Return the operations of an average sample, of ``samples`` on all processes together.
 
         The result is the same on every process.
         """
@@ -258,6 +258,6 @@ def _over_positions(x: Tensor) -> Tensor:
 
 
 def _has_other_than_multiples(x: Tensor, levels: int) -> bool:
-    """Return whether some value is no whole multiple of 1 / levels from 0 on."""
+    """Return whether some value is negative or not a multiple of 1 / levels."""
     scaled = x if levels == 1 else x * levels
     return not torch.equal(scaled, scaled.round().abs())

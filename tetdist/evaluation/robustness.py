@@ -1,4 +1,4 @@
-"""Evaluation batches from which something is missing: whole timesteps, or single events.
+"""Evaluation batches with missing input: whole timesteps, or single events.
 
 The missing part is a function of (seed, sample), so it depends neither on the batch size nor on the
 number of processes.
@@ -20,9 +20,9 @@ from tetdist.models import SpikingNetwork
 def without_timesteps(
     batches: Iterable[Batch], share: float, timesteps: int, seed: int
 ) -> Iterator[Batch]:
-    """Replace each timestep's input by nothing, with probability ``share``.
+    """Blank each timestep's input with probability ``share``.
 
-    Nothing means a frame without events or, for an image, which is shown T times, a picture of the
+    Blank means a frame without events or, for an image, which is shown T times, an image of the
     mean colour (0 after normalisation).
 
     Args:
@@ -43,7 +43,7 @@ def without_timesteps(
 
 
 def without_events(batches: Iterable[Batch], share: float, seed: int) -> Iterator[Batch]:
-    """Drop each event by itself, with probability ``share``.
+    """Drop each event independently with probability ``share``.
 
     Args:
         batches: Numbers of events, (B, T, 2, H, W).
@@ -65,10 +65,10 @@ def _thinned(counts: Tensor, share: float, seed: int, sample: int) -> Tensor:
 
 
 def check_takes_frames(model: SpikingNetwork) -> None:
-    """See that a network can be given frames, as of `taking_frames`.
+    """Check that a network can take frames; see `taking_frames`.
 
     Raises:
-        UserError: The network cannot be given an image of its own at each timestep.
+        UserError: The network cannot take a different image at each timestep.
     """
     if model.input_kind != "events" and not isinstance(model, SpikingNetwork):
         raise UserError(
@@ -79,7 +79,7 @@ def check_takes_frames(model: SpikingNetwork) -> None:
 
 @contextmanager
 def taking_frames(model: SpikingNetwork) -> Iterator[None]:
-    """Let a network of images take (B, T, C, H, W), each timestep its own, within this context."""
+    """Let an image network take frames (B, T, C, H, W) within this context."""
     kind, model.input_kind = model.input_kind, "events"
     try:
         yield

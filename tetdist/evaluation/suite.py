@@ -1,4 +1,4 @@
-"""All that is found out about a checkpoint on a split, as one dictionary ready for JSON."""
+"""All results of a checkpoint on a split, as one dictionary ready for JSON."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -33,8 +33,8 @@ from tetdist.tracking.progress import sample_bar
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """The things that every pass over the split takes; ``alive`` is called after each batch, and
-    ``outputs`` are those of the network that are compared, None: all."""
+    """Arguments of every pass over the split. ``alive`` is called after each batch; ``outputs`` are
+    the network's compared outputs (None: all)."""
 
     model: SpikingNetwork
     config: RunConfig
@@ -49,7 +49,7 @@ class Evaluator:
         change: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
         also: Also = lambda _logits, _labels, _ids: None,
     ) -> Evaluation:
-        """Evaluate the split once, with changed batches; ``also`` as of `evaluate`."""
+        """Evaluate the split once, with changed batches; for ``also`` see `evaluate`."""
         bar = sample_bar(len(self.index), title, silent=self.world.rank != 0)
 
         def progress(count: int) -> None:
@@ -71,12 +71,12 @@ class Evaluator:
 
 @dataclasses.dataclass(frozen=True)
 class ExitChoice:
-    """A threshold of early exit, and what it was chosen by.
+    """A threshold of early exit, and the criteria of its choice.
 
     Attributes:
         within: How much top-1 it may cost, in points.
-        threshold: Softmax probability of the time-mean; None: no threshold costs so little, so
-            that all samples are decided at T.
+        threshold: Softmax probability of the time-mean; None: every threshold costs more, so all
+            samples are decided at T.
         samples: Number of the samples that it was chosen on.
         top1: Their accuracy at T, in percent.
     """
@@ -88,13 +88,13 @@ class ExitChoice:
 
 
 def choose_exit(evaluator: Evaluator, timesteps: int, within: float) -> ExitChoice:
-    """Choose the lowest threshold of early exit that costs little on some samples.
+    """Choose the lowest early-exit threshold with at most ``within`` loss on some samples.
 
     The result is the same on every process.
 
     Args:
-        evaluator: The network, and samples that it was neither trained on nor will be judged by.
-        timesteps: T, at which the model is left.
+        evaluator: The network, and samples used neither for training nor for the final result.
+        timesteps: T, also of the model afterwards.
         within: How much top-1 it may cost, in points.
     """
     model, world = evaluator.model, evaluator.world
@@ -120,33 +120,31 @@ def run_suite(
     real: RealLabels | None = None,
     exit_choice: ExitChoice | None = None,
 ) -> dict[str, Any]:
-    """Evaluate at one T: as it is, and then with each share of something dropped.
+    """Evaluate at one T: unchanged, and then with each share of timesteps or events dropped.
 
-    A causal network at rest when a sample begins shows the results at all smaller T in the same
-    pass, and those at larger T in one pass more. Another is evaluated at each of ``timesteps`` by
-    itself: ``per_timestep_*`` have None at other t, and ``early_exit`` is None, since its first
-    logits depend on how long it runs.
+    For a causal network, one pass gives the results at all smaller T, and a second pass those at
+    larger T. Any other network is evaluated at each of ``timesteps`` separately: ``per_timestep_*``
+    have None at other t, and ``early_exit`` is None, since its first logits depend on T.
 
     The result is the same on every process.
 
     Args:
         evaluator: The network, the split and the processes.
-        timesteps: Every T that is asked for, rising; only ``per_timestep_*`` are of all of them.
-        headline: The one of them that all else is of; None: the last. The model is left at it.
-        unroll: Evaluate it as it is in sub-timesteps of binary spikes, see unrolling.py.
+        timesteps: All requested T, rising; only ``per_timestep_*`` cover all of them.
+        headline: T of all other results, one of ``timesteps``; None: the last. The model keeps it.
+        unroll: Run the unchanged evaluation in sub-timesteps of binary spikes, see unrolling.py.
         drop_timesteps: Shares of timesteps, see `without_timesteps`.
         drop_events: Shares of events, see `without_events`; the frames must be numbers of events.
-        seed: Seed of what is dropped.
-        real: Several labels of each sample, at ``headline``.
-        exit_choice: A threshold of early exit, of a causal network.
+        seed: Seed of the choice of dropped parts.
+        real: Several labels of each sample, used at ``headline``.
+        exit_choice: A threshold of early exit, for a causal network.
 
     Returns:
-        Everything in `Evaluation` and more; ``operations`` is None where they are not counted;
-        ``real`` is there where the several labels are, and ``chosen_exit`` where ``exit_choice``
-        is.
+        Everything in `Evaluation` and more; ``operations`` is None if they cannot be counted;
+        ``real`` and ``chosen_exit`` are present if ``real`` and ``exit_choice`` are given.
 
     Raises:
-        UserError: The network cannot be evaluated so.
+        UserError: The network does not support this evaluation.
     """
     model, world = evaluator.model, evaluator.world
     if drop_timesteps:
@@ -171,7 +169,7 @@ def run_suite(
         if real is not None:
             real.add(logits, ids)
 
-    # The layers of a network from outside may be given something else than (T, B, ...).
+    # Layers of other networks may get inputs other than (T, B, ...).
     counting: AbstractContextManager[OperationCounts | None] = (
         counting_operations(model, in_spikes=unroll)
         if isinstance(model, SpikingNetwork)
@@ -209,7 +207,7 @@ def run_suite(
 
 
 def _chosen(choice: ExitChoice, result: Evaluation, points: list[dict[str, Any]]) -> dict[str, Any]:
-    """Early exit at the threshold that was chosen."""
+    """Return early exit at the chosen threshold."""
     never = {"threshold": None, "top1": result.top1, "mean_timesteps": float(result.timesteps)}
     point = next((p for p in points if p["threshold"] == choice.threshold), never)
     return {
@@ -220,7 +218,7 @@ def _chosen(choice: ExitChoice, result: Evaluation, points: list[dict[str, Any]]
 
 
 def _by_timestep(results: Sequence[Evaluation]) -> dict[str, list[float | None]]:
-    """Return the values at t = 1, 2, ... of the first of the results that shows each."""
+    """Return the values at t = 1, 2, ..., each from the first result that has it."""
     found: dict[str, list[float | None]] = {}
     for key in ("top1", "top5", "loss"):
         values: list[float | None] = [None] * max(one.timesteps for one in results)

@@ -1,15 +1,15 @@
 """Integer spikes as a device runs them: each timestep as sub-timesteps of spikes that are 0 or 1.
 
-A neuron that sends a number n in a timestep (I-LIF; of NI-LIF, n / D) fires in n of its D
-sub-timesteps, and the layer of synapses after it adds its weights at each of these. Here it fires
-in the first n, so that the maximum of a window is that of each sub-timestep by itself. Sums of
-spikes (SEW's ADD) take more sub-timesteps; so do means over 2x2 pixels, whose spikes weigh a
-quarter. A bias is added once a timestep, and norm and neurons come after the sum. That gives the
-currents that the numbers themselves give, but for rounding.
+A neuron that sends a number n in a timestep (I-LIF; NI-LIF sends n / D) fires in n of its D
+sub-timesteps, and the next layer of synapses adds its weights at each of these. Here it fires in
+the first n, so that max-pooling each sub-timestep gives the same as max-pooling n. Sums of spikes
+(SEW's ADD) take more sub-timesteps; so do means over 2x2 pixels, whose spikes weigh a quarter. A
+bias is added once a timestep, and norm and neurons come after the sum. The currents equal those of
+the numbers themselves up to rounding.
 
-Self-attention adds up products of three neurons' spikes: each pair of the sub-timesteps of keys and
-values adds k^T v of these spikes to its sums, and each sub-timestep of the queries selects from
-them. The other products of spikes, masks among them, are computed with the numbers.
+Self-attention sums products of three neurons' spikes: each pair of sub-timesteps of keys and values
+adds its k^T v, and each sub-timestep of the queries selects from the sums. Other products of
+spikes, including masks, are computed with the numbers.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,12 +25,12 @@ from tetdist.nn.products import LinearAttention
 
 
 class _Layer:
-    """A convolution or a linear layer that sees spikes of 0 and 1 alone, and adds its results up.
+    """A convolution or linear layer that sees only spikes of 0 and 1 and adds up its results.
 
     Args:
         module: The layer.
-        latest: The neurons before it. Its inputs are spikes if they are multiples of what one of
-            these sends, or means of four.
+        latest: The neurons before it. Its inputs are spikes if they are multiples of one neuron's
+            output value, or means of four.
     """
 
     def __init__(self, module: nn.Conv2d | nn.Linear, latest: LatestLevels) -> None:
@@ -49,7 +49,7 @@ class _Layer:
         self.sub_timesteps = None
         one = self.latest.levels or 1
         fitting = [n for n in (one, 4 * one) if torch.equal(x * n, (x * n).round().abs())]
-        if not fitting:  # A mean over many pixels, say, which is multiplied as ever.
+        if not fitting:  # For example a mean over many pixels, which is multiplied as usual.
             return None
         self.levels = fitting[0]
         slots = _slots(x, self.levels)
@@ -70,19 +70,19 @@ class _Layer:
 
 
 def _slots(x: Tensor, levels: int) -> list[Tensor]:
-    """The spikes of each sub-timestep, of numbers of them over ``levels``."""
+    """Return the spikes of each sub-timestep for numbers of spikes over ``levels``."""
     counts = x * levels
     return [(counts > sub).to(x.dtype) for sub in range(max(int(counts.max()), 1))]
 
 
 def _attention(attention: LinearAttention, latest: LatestLevels) -> Callable[..., Tensor]:
-    """Make a replacement of a `LinearAttention`'s definition that sees spikes of 0 and 1 alone."""
+    """Make a replacement for a `LinearAttention`'s definition that sees only spikes of 0 and 1."""
     of_spikes = attention.of
 
     def of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         levels = latest.levels or 1
         keys, values = _slots(k, levels), _slots(v, levels)
-        # Pairs are like further positions, over which k^T v is summed.
+        # Pairs act as additional positions, over which k^T v is summed.
         k_pairs = torch.cat([one for one in keys for _ in values], 3)
         v_pairs = torch.cat([one for _ in keys for one in values], 3)
         selected = [of_spikes(one, k_pairs, v_pairs) for one in _slots(q, levels)]
@@ -93,19 +93,19 @@ def _attention(attention: LinearAttention, latest: LatestLevels) -> Callable[...
 
 @contextmanager
 def unrolled(model: nn.Module) -> Iterator[dict[str, int]]:
-    """Have the layers of synapses see spikes of 0 and 1 alone, sub-timestep by sub-timestep.
+    """Make layers of synapses see only spikes of 0 and 1, one sub-timestep after another.
 
-    The first layer sees the network's input, which is left as it is.
+    The first layer sees the network's unchanged input.
 
     Args:
         model: A network of tetdist's, in evaluation mode.
 
     Yields:
-        Is filled at the end: by layer, how many sub-timesteps a timestep took at most; without
-        those whose inputs were real numbers.
+        Maximum number of sub-timesteps in a timestep, by layer, without layers whose inputs were
+        real numbers; filled at the end.
 
     Raises:
-        UserError: The network's neurons do not fire, or are not tetdist's.
+        UserError: Some neurons do not fire, or are not tetdist's.
     """
     neurons = neurons_of(model)
     if not neurons or any(neuron.levels is None for neuron in neurons):

@@ -29,8 +29,8 @@ from tetdist.wording import counted
 
 REAL_FILE = "real.json"
 SEVERITIES = range(1, 6)
-# AlexNet's top-1 error, averaged over severities, by which the mean corruption error is measured
-# (github.com/hendrycks/robustness). The data set has four more corruptions, which do not count.
+# AlexNet's top-1 error, averaged over severities, which normalises the mean corruption error
+# (github.com/hendrycks/robustness). The data set's four further corruptions do not count.
 ALEXNET = {
     "gaussian_noise": 0.886428,
     "shot_noise": 0.894468,
@@ -57,13 +57,13 @@ _VALIDATION_NUMBER = re.compile(r".*ILSVRC2012_val_(\d{8})\.\w+")
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """A split whose labels are of a network's outputs.
+    """A split whose labels refer to a network's outputs.
 
     Attributes:
-        index: Its labels number ``outputs`` where these are some, else all outputs.
-        outputs: The outputs that are compared; None: all.
-        protocol: What a reader of the result has to know; empty: nothing.
-        subset: The names of its classes, where these are not all that are compared.
+        index: Index whose labels are positions in ``outputs``, or in all outputs.
+        outputs: Compared outputs; None: all.
+        protocol: Note for readers of the result; may be empty.
+        subset: Names of its classes, if more classes are compared than it has.
     """
 
     index: Index
@@ -79,17 +79,17 @@ def compared_with_model(
     variant: str | None,
     source: str,
 ) -> Compared:
-    """Give a split the labels that its classes have among a network's outputs.
+    """Return a split with the labels that its classes have among a network's outputs.
 
     Args:
         index: Of the split.
-        trained: The network's classes; None: not known by name.
-        num_classes: How many it knows, where the configuration says so.
-        variant: The variant of ImageNet's validation set that it is; None: none.
-        source: What the network was read from.
+        trained: Names of the network's classes; None: unknown.
+        num_classes: Number of the network's classes, if the configuration sets it.
+        variant: Variant of ImageNet's validation set; None: not a variant.
+        source: File or folder that the network was read from.
 
     Raises:
-        UserError: A class has none.
+        UserError: A class has no label.
     """
     match variant:
         case "imagenet-v2":
@@ -105,13 +105,12 @@ def compared_with_model(
 def with_classes_of_model(
     index: Index, trained: list[str] | None, num_classes: int | None, source: str
 ) -> Index:
-    """The index with all classes of the model, and the labels that they have there.
+    """Return the index with all classes of the model, and labels among them.
 
-    The data may have some of the classes only, which are found by their names; see
-    `compared_with_model`.
+    The data may have only some of the classes, found by name; see `compared_with_model`.
 
     Raises:
-        UserError: The model does not know a class, or does not name those that it knows.
+        UserError: The model does not know a class, or does not name its classes.
     """
     present = index.classes
     if trained is None:
@@ -133,7 +132,7 @@ def with_classes_of_model(
 
 
 def _numbered_classes(index: Index, trained: list[str] | None, num_classes: int) -> Compared:
-    """A split whose class folders are called by number, as imagenet-v2's."""
+    """Return a split whose class folders are named by number, as in imagenet-v2."""
     check_numbered("imagenet-v2", trained)
     wrong = [k for k in index.classes if not k.isdecimal() or int(k) >= num_classes]
     if wrong:
@@ -151,7 +150,7 @@ def _numbered_classes(index: Index, trained: list[str] | None, num_classes: int)
 
 
 def _classes_alone(index: Index, trained: list[str] | None, variant: str) -> Compared:
-    """A split of some classes, which are compared with each other alone: imagenet-a and -r."""
+    """Return a split of some classes, compared only with each other: imagenet-a and -r."""
     known = trained or ()
     unknown = [name for name in index.classes if name not in known]
     if unknown:
@@ -169,10 +168,10 @@ def _classes_alone(index: Index, trained: list[str] | None, variant: str) -> Com
 
 
 def check_numbered(variant: str, trained: list[str] | None) -> None:
-    """Refuse a network whose classes have another order than their numbers in a data set.
+    """Refuse a network whose class order differs from the data set's class numbers.
 
     Raises:
-        UserError: Its classes are named, and not in the order of their names.
+        UserError: Its classes have names, but are not in the order of these.
     """
     if trained is not None and trained != sorted(trained):
         raise UserError(
@@ -187,22 +186,22 @@ def check_numbered(variant: str, trained: list[str] | None) -> None:
 def make_index(
     root: Path, index_dir: Path, split: str, workers: int, progress: Callable[[], Any]
 ) -> None:
-    """Index a split that is not, without decoding its images.
+    """Index a split, if it has no index yet, without decoding its images.
 
     Args:
-        root: The folder that the split's lies in.
-        index_dir: Where indexes are kept.
+        root: Folder that contains the split's folder.
+        index_dir: Folder of the indexes.
         split: Its name.
-        workers: Processes that read.
-        progress: Called now and then.
+        workers: Number of reading processes.
+        progress: Called repeatedly while indexing.
 
     Raises:
-        UserError: An image cannot be read, of which published numbers are, too; or the index
-            cannot be written.
+        UserError: An image cannot be read, though published results include it; or the index cannot
+            be written.
     """
     file = data_index.index_file(index_dir, split)
     if file.is_file() or not (root / split).is_dir():
-        return  # what opens it says if there is nothing
+        return  # opening the split reports what is missing
     built, bad = data_index.build_index(
         root, split, workers, decode=False, progress=lambda _done, _of: progress()
     )
@@ -221,9 +220,9 @@ def make_index(
 
 
 def corruptions(folder: Path) -> dict[str, tuple[str, int]]:
-    """Corruption and severity of each split of imagenet-c, which are called by their folders.
+    """Return corruption and severity of each split of imagenet-c, by folder.
 
-    Corruptions lie in the folder, or in those of their kinds as in the archives, blur/defocus_blur.
+    Corruptions are in the folder itself, or in subfolders as in the archives: blur/defocus_blur.
 
     Raises:
         UserError: There is none.
@@ -246,7 +245,7 @@ def corruptions(folder: Path) -> dict[str, tuple[str, int]]:
 def run_corruptions(
     splits: dict[str, tuple[str, int]], run: Callable[[str, str], Evaluation]
 ) -> dict[str, Any]:
-    """Evaluate each split of imagenet-c, by ``run(split, title)``; see `corruption_errors`."""
+    """Evaluate each split of imagenet-c with ``run(split, title)``; see `corruption_errors`."""
     top1: dict[str, dict[int, float]] = {}
     for split, (name, severity) in splits.items():
         top1.setdefault(name, {})[severity] = run(split, f"{name} {severity}").top1
@@ -254,11 +253,11 @@ def run_corruptions(
 
 
 def corruption_errors(top1: dict[str, dict[int, float]]) -> dict[str, Any]:
-    """Errors in percent over the 15 corruptions that count, of top-1 by corruption and severity.
+    """Return errors in percent over the 15 official corruptions, from top-1 of each severity.
 
     Returns:
-        ``corruptions``; ``mean_error`` over those of the 15 that are there, None: none is; and
-        ``mce``, the mean of each one's error over AlexNet's, None: one or a severity is missing.
+        ``corruptions``; ``mean_error`` over those of the 15 present, None without any; ``mce``, the
+        mean of the errors relative to AlexNet's, None if a corruption or severity is missing.
     """
     errors = {
         name: 100 - sum(by_severity.values()) / len(by_severity)
@@ -279,18 +278,18 @@ def corruption_errors(top1: dict[str, dict[int, float]]) -> dict[str, Any]:
 
 
 class RealLabels:
-    """Counts how often a decision is one of an image's several labels, of images that have any.
+    """Counts how often a prediction is one of an image's labels, over images that have any.
 
     Args:
-        file: A list with a list of class numbers for each image of the validation set, in the
-            order of the files' numbers.
-        index: Of the validation set.
+        file: JSON list with a list of class numbers for each image of the validation set, in the
+            order of file numbers.
+        index: Index of the validation set.
         outputs: K of the network.
         timesteps: T.
-        device: Where it computes.
+        device: Device of the logits.
 
     Raises:
-        UserError: The file is not that, or the index's files do not have their own names.
+        UserError: The file is not such a list, or the images do not have their original names.
     """
 
     def __init__(
@@ -317,8 +316,8 @@ class RealLabels:
         self._right[-1] += answers.any(1).sum()
 
     def total(self, world: World, shows_each: bool) -> dict[str, Any]:
-        """Return the accuracies over all processes, in percent; at t below T where the network
-        shows them."""
+        """Return the accuracies over all processes in percent; also at t below T if
+        ``shows_each``."""
         *right, samples = world.sum(self._right.tolist())
         top1 = [100 * count / samples for count in right] if samples else []
         return {

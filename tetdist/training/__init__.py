@@ -1,1 +1,1 @@
-"""The training loop, and what opens, continues and watches over a run."""
+"""The training loop, and the modules that open, resume and monitor a run."""

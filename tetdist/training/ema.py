@@ -1,12 +1,12 @@
 """An exponential moving average of the weights (EMA), kept beside them and evaluated like them.
 
-After each optimiser step that was applied, average <- decay * average + (1 - decay) * weights, with
-the numbers of timm's ModelEmaV3: the first step is taken over whole, and a warm-up lets the decay
-rise. Running statistics are averaged like weights, with the same decay, since those of a step
-belong to its weights.
+After each optimiser step that was applied, average <- decay * average + (1 - decay) * weights, as
+in timm's ModelEmaV3: the first step is copied, and a warm-up raises the decay gradually. Running
+statistics are averaged like weights, with the same decay, since a step's statistics belong to its
+weights.
 
-The average is a function of the steps, so it has the same numbers on every process, whatever the
-engine and its ZeRO stage, and goes on from one phase to the next.
+The average depends only on the steps, so it is the same on every process, for any engine and ZeRO
+stage, and continues from one phase to the next.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from tetdist.config.sections.training import EmaSection
 
 
 def decay_at(section: EmaSection, step: int) -> float:
-    """The share of the average that the run's ``step``-th step keeps, counted from 1."""
+    """Return the fraction of the average that the run's ``step``-th step keeps, counted from 1."""
     assert section.decay is not None
     if step == 1:
         return 0.0
@@ -29,11 +29,11 @@ def decay_at(section: EmaSection, step: int) -> float:
 class WeightAverage:
     """The moving average of a model's parameters and of the buffers that checkpoints hold.
 
-    Its numbers have the types of the model's, which are float32 at least in every precision.
+    Its values have the model's types, which are at least float32 in every precision.
 
     Args:
-        model: As it is now: the average begins with it.
-        section: With a decay.
+        model: The model; the average starts from its present weights.
+        section: Section ``ema``; its decay is set.
     """
 
     def __init__(self, model: nn.Module, section: EmaSection) -> None:
@@ -43,7 +43,7 @@ class WeightAverage:
 
     @classmethod
     def of(cls, model: nn.Module, section: EmaSection) -> "WeightAverage | None":
-        """Begin the average that is configured, if one is."""
+        """Start the average that the configuration asks for, if any."""
         return None if section.decay is None else cls(model, section)
 
     def as_text(self) -> str:
@@ -52,34 +52,34 @@ class WeightAverage:
         return f"moving average, decay {self._section.decay:g}{warmup}"
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by the names that the model's own ``state_dict`` has."""
+        """Return the averages under the names of the model's own ``state_dict``."""
         return self._averages
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from the averages of a checkpoint."""
+        """Load the averages of a checkpoint."""
         for key, average in self._averages.items():
             average.copy_(state[key])
 
     def follow(self) -> None:
-        """Find the model's tensors: call it when an engine has laid them out, before the updates.
+        """Look up the model's tensors; call it after an engine has laid them out, before updates.
 
-        The averages take their layout, in which a GPU goes through all of them in a few kernels.
+        The averages take over their layout, so that a GPU updates all of them in a few kernels.
         """
         pairs: dict[int, tuple[Tensor, Tensor]] = {}
         for key, value in self._model.state_dict(keep_vars=True).items():
             average = torch.empty_like(value, requires_grad=False).copy_(self._averages[key])
-            # A tensor that has two names is one of the model, and is averaged once.
+            # A tensor with two names is averaged once.
             _, self._averages[key] = pairs.setdefault(id(value), (value, average))
         self._pairs = list(pairs.values())
 
     @torch.no_grad()
     def update(self, step: int, applied: Tensor) -> None:
-        """Take a step into the average.
+        """Add a step to the average.
 
         Args:
-            step: The run's steps so far, this one counted.
-            applied: () bool, on the model's device; where it is False the step changed no weight,
-                and the average stays what it was. Not read on the host.
+            step: Number of the run's steps so far, including this one.
+            applied: () bool, on the model's device; if False, the step changed no weight and the
+                average stays as it is. Not read on the host.
         """
         numbers = [pair for pair in self._pairs if pair[0].is_floating_point()]
         values, averages = [value for value, _ in numbers], [average for _, average in numbers]
@@ -93,10 +93,10 @@ class WeightAverage:
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Have the model compute with the averages, within this context, and train with nothing.
+        """Make the model compute with the averages within this context; do not train in it.
 
-        Tensors change places, so that nothing is copied, and what was the model's comes back as it
-        was, in the memory in which engines and CUDA graphs know it.
+        Tensors are swapped rather than copied, so the model's tensors return unchanged, in the
+        memory that engines and CUDA graphs refer to.
         """
         self._exchange()
         try:

@@ -21,9 +21,9 @@ class Evaluated(NamedTuple):
 
     Attributes:
         kind: WEIGHTS or AVERAGE.
-        values: Its line of metrics.
+        values: Values of its line of metrics.
         first: The first batch.
-        is_best: True if there was no better one of the same kind before.
+        is_best: True if it is the best of its kind so far.
     """
 
     kind: str
@@ -41,13 +41,13 @@ class Evaluations:
     """All evaluations of a run.
 
     Attributes:
-        result: The last and the best top-1; part of a checkpoint.
+        result: Last and best top-1; stored in checkpoints.
 
     Args:
-        run: What is evaluated, on what.
+        run: The run: model and validation data.
         average: The moving average of the weights.
         stop: See `evaluate`.
-        progress: Called with the number of samples evaluated on this process, and of all.
+        progress: Called with this process's number of evaluated samples, and their total.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Evaluations:
         self.result: dict[str, float] = {}
 
     def at(self, step: int) -> list[Evaluated]:
-        """Evaluate the weights of ``step`` and, where there is one, their average.
+        """Evaluate the weights of ``step`` and their moving average, if there is one.
 
         Raises:
-            Interrupted: ``stop`` said so; nothing has changed.
+            Interrupted: ``stop`` returned True; nothing has changed.
         """
         found = [(WEIGHTS, *self._evaluate())]
         if self.average is not None:
@@ -97,12 +97,12 @@ class Evaluations:
         }, first
 
     def _count(self, samples: int) -> None:
-        # Each process has its share of the samples, which the average is evaluated on once more.
+        # Each process has its share of the samples; a moving average doubles the number.
         total = len(self.run.val) * (1 if self.average is None else 2)
         self.progress(samples, total // self.run.world.world_size or 1)
 
     def _scored(self, step: int, kind: str, values: dict[str, Any], first: Batch) -> Evaluated:
-        """Keep the result beside the best one of the same weights."""
+        """Record the result, and whether it is the best of its kind."""
         prefix = {WEIGHTS: "", AVERAGE: "ema_"}[kind]
         is_best = values["top1"] > self.result.get(f"{prefix}best_top1", -math.inf)
         if is_best:

@@ -1,4 +1,4 @@
-"""The training batches of this process: from any step on, mixed, on the device."""
+"""Training batches of this process, from any step on: mixed, and on the device."""
 
 import contextlib
 import time
@@ -20,8 +20,8 @@ class Feed:
         waited: Seconds spent waiting for data so far.
 
     Args:
-        run: What is trained on, by whom.
-        on_batch: Called with the step (from 1) and each batch, before it is mixed.
+        run: The run: data, model and processes.
+        on_batch: Called with the step (from 1) and each batch before mixing.
     """
 
     def __init__(self, run: Prepared, on_batch: Callable[[int, Batch], None]) -> None:
@@ -31,13 +31,13 @@ class Feed:
         self._image_size = 0
 
     def open(self, step: int) -> None:
-        """Continue with the batches of ``step`` (steps before it)."""
+        """Continue with the batches that follow ``step`` completed steps."""
         self.close()
         self._image_size = self.image_size(step)
         self._loader = self._open_loader(step)
 
     def enter_epoch(self, step: int) -> None:
-        """Open the loader anew if the epoch that begins at ``step`` has another image size."""
+        """Reopen the loader if the epoch that begins at ``step`` has another image size."""
         if self.image_size(step) != self._image_size:
             self.open(step)
 
@@ -53,7 +53,7 @@ class Feed:
 
     @contextlib.contextmanager
     def again(self, step: int) -> Iterator[Iterator[MicroBatch]]:
-        """Give the batches of an earlier step once more, from a loader of their own."""
+        """Yield the batches of an earlier step again, from a separate loader."""
         with self._open_loader(step) as loader:
             yield (self.prepared(next(loader)) for _ in self.run.micro_batches)
 

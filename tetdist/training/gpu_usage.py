@@ -1,6 +1,6 @@
-"""Memory and energy that a run uses on its GPUs, asked of the driver where metrics are logged.
+"""Memory and energy that a run uses on its GPUs, read whenever metrics are logged.
 
-Neither question waits for what the GPU is computing.
+Neither reading waits for the GPU's computation.
 """
 
 import contextlib
@@ -12,10 +12,10 @@ from tetdist.distributed.world import World
 
 
 class GPUUsage:
-    """Memory and energy of all processes' GPUs; without GPUs there is nothing to say.
+    """Memory and energy of all processes' GPUs; empty without GPUs.
 
     Args:
-        world: The processes. All ask at the same time.
+        world: The processes; all must call the methods together.
     """
 
     def __init__(self, world: World) -> None:
@@ -31,13 +31,13 @@ class GPUUsage:
 
             with contextlib.suppress(pynvml.NVMLError):
                 pynvml.nvmlInit()
-                # CUDA counts the GPUs that it is shown; NVML all of them.
+                # CUDA numbers only the visible GPUs; NVML numbers all of them.
                 uuid = torch.cuda.get_device_properties(self._world.device).uuid
                 self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
                 self._nvml = pynvml
 
     def _joules(self) -> float | None:
-        """The energy since the driver was loaded; None where the GPU does not count it."""
+        """Return the energy since the driver was loaded; None if the GPU does not count it."""
         if self._nvml is None:
             return None
         try:
@@ -52,9 +52,9 @@ class GPUUsage:
     def values(self) -> dict[str, float]:
         """Metrics since the last `restart`; empty without GPUs.
 
-        ``gpu_memory`` is the most that torch has allocated on one GPU since the process began, in
-        GiB; ``gpu_energy`` what all GPUs took together, in joules, others' work on them included.
-        It is left out where one of them cannot tell (older than Volta, or a part of one).
+        ``gpu_memory``: the most memory that torch has allocated on one GPU since the process began,
+        in GiB. ``gpu_energy``: energy of all GPUs together in joules, including other programs'
+        work on them; left out if a GPU cannot measure it (older than Volta, or a part of a GPU).
         """
         if not self._is_gpu:
             return {}

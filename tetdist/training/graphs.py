@@ -1,18 +1,18 @@
-"""CUDA graphs: what a GPU does for a micro-batch is taken down once, and then started as a whole.
+"""CUDA graphs: a micro-batch's GPU work is captured once and then launched as a whole.
 
-Every kernel costs the host some microseconds to start, and a micro-batch has about 500. Where they
-are short, because the micro-batch is small, the GPU waits for the host. A graph starts them all at
-once, in the memory in which they ran when it was taken down ("captured"). So:
+Each kernel launch costs the host some microseconds, and a micro-batch has about 500 kernels. If
+they are short, because the micro-batch is small, the GPU waits for the host. A graph launches them
+all at once, on the memory that they used during capture. So:
 
-* images, targets and what is dropped (nn/dropout.py) are copied to where the graph reads them;
-* gradients are added to tensors that stay where they are, which the engine sets to 0 and keeps;
+* images, targets and dropout masks (nn/dropout.py) are copied to where the graph reads them;
+* gradients are added to tensors at fixed addresses, which the engine sets to 0 and keeps;
 * the scale of a float16 loss is a number on the device (`LossScale.factor`);
-* random numbers that a network draws itself are drawn from the seed that torch's generator has when
-  the graph is started, so the trainer seeds it before each micro-batch, as without graphs;
-* what Python does is done once. Of that only the count of recorded batches matters
-  (`BatchNorm.pending_count`), which is put right here.
+* random numbers that a network draws itself depend on the seed of torch's generator at the launch,
+  so the trainer seeds it before each micro-batch, as without graphs;
+* Python code runs only at capture. The only effect that matters is the count of recorded batches
+  (`BatchNorm.pending_count`), which is corrected here.
 
-Learning rate, averages over processes, the update and running statistics are outside of the graph.
+Learning rate, averaging over processes, update and running statistics stay outside the graph.
 """
 
 from collections.abc import Callable
@@ -24,19 +24,18 @@ from torch import Tensor, nn
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
 
-# Calls before the capture: libraries choose algorithms and take memory, kernels are compiled, and
-# gradients come to where they stay. torch's documentation takes three.
+# Calls before the capture: libraries choose algorithms and allocate memory, kernels are compiled,
+# and gradients get their final addresses. torch's documentation uses three.
 WARM_UPS = 3
 
-# A result, and what has it computed anew.
+# A result, and a function that computes it again.
 Captured = tuple[Tensor, Callable[[], None]]
 
 
 class Graphed:
-    """A function of a micro-batch, captured when it is first called, and replayed from then on.
+    """A function of a micro-batch, captured at its first call and replayed from then on.
 
-    It is captured anew where a tensor that it is given has another shape than before, as in an
-    epoch whose images are larger.
+    It is captured again when an input has a new shape, as in an epoch with larger images.
     """
 
     def __init__(
@@ -47,10 +46,10 @@ class Graphed:
     ) -> None:
         """
         Args:
-            function: Of images, targets and maybe other tensors; adds the gradients of the model's
-                parameters, and returns a tensor.
-            model: Whose parameters and buffers the function changes, and nothing else.
-            agree: Runs an action that may fail on this process; see `World.run_on_all`.
+            function: Function of images, targets and further tensors that adds to the gradients of
+                the model's parameters and returns a tensor.
+            model: Model whose parameters and buffers are all that the function changes.
+            agree: Runs an action that may fail on some processes; see `World.run_on_all`.
         """
         self._function, self._model, self._agree = function, model, agree
         self._norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
@@ -59,7 +58,7 @@ class Graphed:
         self._captured: Captured | None = None
 
     def __call__(self, *given: Tensor) -> Tensor:
-        """Return what the function does, in a tensor that the next call overwrites.
+        """Return the function's result, in a tensor that the next call overwrites.
 
         Raises:
             UserError: The function cannot be captured.
@@ -76,12 +75,12 @@ class Graphed:
         return result
 
     def _capture(self, given: tuple[Tensor, ...]) -> None:
-        # A graph keeps its memory, which the next one may need.
+        # Free the old graph's memory, which the next one may need.
         self._captured = None
         self._inputs = ()
         inputs = tuple(tensor.clone() for tensor in given)
         parameters = list(self._model.parameters())
-        # What the calls before the capture change is put back: this micro-batch counts once.
+        # Restore what the calls before the capture change: this micro-batch counts once.
         grads = [None if p.grad is None else p.grad.clone() for p in parameters]
         buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
         counts = before = [norm.pending_count for norm in self._norms]
@@ -102,7 +101,7 @@ class Graphed:
             buffer.copy_(values)
         for parameter, grad in zip(parameters, grads, strict=True):
             if parameter.grad is not None:
-                # In place, for there the graph adds to it.
+                # In place, because the graph adds to this memory.
                 parameter.grad.copy_(torch.zeros_like(parameter.grad) if grad is None else grad)
         self._inputs = inputs
 
@@ -115,13 +114,13 @@ def capture(function: Callable[[], Tensor]) -> Captured:
     """Capture a function as a CUDA graph.
 
     Args:
-        function: Launches the same kernels on the same memory at every call.
+        function: A function that launches the same kernels on the same memory at every call.
 
     Returns:
-        The function's result, in the graph's own memory, and what has the GPU do all of it again.
+        The function's result, in the graph's own memory, and a function that replays the graph.
 
     Raises:
-        UserError: Something in it cannot be captured, such as asking the device for a number.
+        UserError: Some operation cannot be captured, such as reading a number from the device.
     """
     graph = torch.cuda.CUDAGraph()
     present, stream = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -130,8 +129,8 @@ def capture(function: Callable[[], Tensor]) -> Captured:
         for _ in range(WARM_UPS):
             function()
         try:
-            # The thread that brings batches to the device goes on meanwhile: what it does there, on
-            # a stream of its own, would else make the capture fail.
+            # The thread that copies batches to the device goes on meanwhile, on its own stream,
+            # which would otherwise make the capture fail.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 result = function()
         except torch.OutOfMemoryError:
@@ -146,7 +145,7 @@ def capture(function: Callable[[], Tensor]) -> Captured:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong first: to end a capture that failed fails as well."""
+    """Return the first line of the original error: ending a failed capture fails as well."""
     while error.__context__ is not None:
         error = error.__context__
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,7 @@
-"""Signs that training goes wrong without an error.
+"""Detection of training that goes wrong without an error.
 
-Steps whose loss or gradient is not finite are counted while they happen, and examined when they do
-not stop; layers that no longer fire, or always do, are named.
+Steps whose loss or gradient is not finite are counted, and examined if they do not stop. Layers
+that no longer fire, or always do, are reported.
 """
 
 import logging
@@ -20,18 +20,18 @@ from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)
 
-# Begins the message with which a run ends whose steps are not finite; a search looks for it.
+# Start of the message that ends a run with too many non-finite steps; searches look for it.
 NOT_FINITE = "the loss or its gradient was not finite in"
 
 
 class NonFiniteSteps:
-    """A count of steps that were given up, on the device, so that the host need not wait for it.
+    """A count of skipped steps, kept on the device so that the host need not wait for it.
 
-    All processes count alike, since they agree about each step.
+    All processes have the same count, since they agree about each step.
 
     Args:
-        device: Where the steps are taken.
-        limit: So many in a row are too many.
+        device: Device on which the steps run.
+        limit: Number of such steps in a row that ends the run.
     """
 
     def __init__(self, device: torch.device, limit: int) -> None:
@@ -41,7 +41,7 @@ class NonFiniteSteps:
         )
 
     def record(self, step: int, applied: Tensor) -> None:
-        """Count a step (from 1); ``applied`` is the engine's answer, () bool."""
+        """Count a step (from 1); ``applied``, () bool, is `Update.applied`."""
         self._in_a_row = torch.where(applied, 0, self._in_a_row + 1)
         reached = (self._in_a_row >= self.limit) & (self._reached_at == 0)
         self._reached_at = torch.where(reached, step, self._reached_at)
@@ -49,17 +49,17 @@ class NonFiniteSteps:
 
     @property
     def limit_reached_at(self) -> int:
-        """The step that was the ``limit``-th in a row; 0: there is none. Asks the device."""
+        """The step that was the ``limit``-th in a row; 0 if none. Synchronises with the device."""
         return int(self._reached_at)
 
     def new(self) -> int:
-        """Return how many there were since the last call."""
+        """Return the number of such steps since the last call."""
         count = int(self._total - self._reported)
         self._reported = self._total
         return count
 
     def warn(self, step: int, number: int) -> None:
-        """Log how many there were since the last line of metrics, if any."""
+        """Log the number of such steps since the last line of metrics, if any."""
         if number:
             text = "step %d: %s since the last line had no finite gradient and changed nothing"
             logger.warning(text, step, counted(number, "step"))
@@ -67,16 +67,16 @@ class NonFiniteSteps:
     def fail(
         self, lr: float, reports: list[str | None], saved_step: int | None, checkpoints: Path
     ) -> None:
-        """End a run with too many of them in a row.
+        """End a run that had too many such steps in a row.
 
         Args:
             lr: Learning rate of the step that reached the limit.
-            reports: An examination of that step by each rank; None: all of it was finite.
+            reports: Each rank's examination of that step; None if everything was finite.
             saved_step: Step of the last checkpoint.
-            checkpoints: Their folder.
+            checkpoints: Folder of the checkpoints.
 
         Raises:
-            UserError: In any case.
+            UserError: Always.
         """
         found = [f"Rank {rank}: {text}" for rank, text in enumerate(reports) if text]
         if not found:
@@ -107,13 +107,13 @@ class NonFiniteSteps:
 
 @dataclass(frozen=True)
 class Examination:
-    """One process's findings in the samples of one step.
+    """One process's findings for the samples of one step.
 
     Attributes:
-        losses: Of each micro-batch.
-        first: The first layer whose output is not finite, or None.
-        gradients: Layers by the norm of their gradient, largest (or not finite) first.
-        weights: Likewise by the norm of their weights.
+        losses: Loss of each micro-batch.
+        first: First layer with a non-finite output, or None.
+        gradients: Layers sorted by the norm of their gradient, largest (or not finite) first.
+        weights: Layers sorted by the norm of their weights, likewise.
     """
 
     losses: list[float]
@@ -143,12 +143,12 @@ def examine(
     batches: Iterable[tuple[Tensor, Tensor]],
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Examination:
-    """Run the micro-batches of a step once more, and look at every layer.
+    """Run the micro-batches of a step again and check every layer.
 
     Args:
-        model: In training mode; nothing of it changes but pending statistics.
+        model: The model, in training mode; only pending statistics change.
         batches: Images and labels of each micro-batch of this process.
-        loss: Of images and labels.
+        loss: Function of images and labels.
     """
     first: str | None = None
 

@@ -14,8 +14,8 @@ def compute_loss(
     Args:
         settings: The section ``loss`` of the configuration.
         logits: Output before softmax at each timestep, (T, B, K).
-        targets: Class numbers, (B,), int64, or shares of the classes, (B, K).
-        teacher_logits: A teacher's, (B, K), where there is one.
+        targets: Class numbers, (B,), int64, or fractions of the classes, (B, K).
+        teacher_logits: Logits of the teacher, (B, K), if there is one.
     """
     loss = LOSSES[settings.kind]
     given = {

@@ -1,6 +1,6 @@
-"""Observers of a run: told at four places of the training loop, on rank 0; an error ends no run.
+"""Observers of a run: called at four points of the training loop on rank 0; errors end no run.
 
-The command that starts a run hands its observers in; see `tetdist.apps.reports.observers`.
+The command that starts a run passes its observers; see `tetdist.apps.reports.observers`.
 """
 
 import logging
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Watched:
-    """A run as its observers see it when it starts.
+    """A run as passed to its observers at the start.
 
     Attributes:
         run: What is trained.
-        tracker: Takes artifacts and writes the metrics.
+        tracker: Tracker that takes artifacts and writes the metrics.
         step: Optimiser steps done before this start.
         finished: True if nothing is left to do.
     """
@@ -36,36 +36,36 @@ class Watched:
 
 
 class Observer:
-    """One that watches a run. A subclass overrides what it wants to be told."""
+    """Base of observers; a subclass overrides the events it needs."""
 
     def on_batch(self, step: int, batch: Batch) -> None:
-        """A training batch of ``step`` (from 1) is about to be used."""
+        """Handle a training batch of ``step`` (from 1) before it is used."""
 
     def on_evaluation(self, step: int, evaluated: Evaluated) -> Mapping[str, float] | None:
-        """An evaluation is done; the numbers returned are added to its line, under new names."""
+        """Handle an evaluation; returned values are added to its line, under new names."""
 
     def on_line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """A line of metrics is in the file: ``train`` or an evaluation's, then with a checkpoint.
+        """Handle a written line of metrics: ``train``, or an evaluation with its checkpoint.
 
-        An epoch ends with a line, too.
+        Each epoch ends with a line.
         """
 
     def on_end(self, result: Mapping[str, float] | None) -> None:
-        """The run is finished, with this result, or (None) stopped; the tracker is closed."""
+        """Handle the end of the run: its result, or None if it stopped; the tracker is closed."""
 
 
 MakeObservers = Callable[[Watched], Sequence[Callable[[Watched], Observer]]]
 
 
 class Observers(Observer):
-    """All observers of a run. One that raises an error is reported and asked no more."""
+    """All observers of a run. An observer that raises an error is reported and removed."""
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         self._observers = list(observers)
 
     @classmethod
     def of(cls, make: MakeObservers, watched: Watched) -> "Observers":
-        """Make them; the run goes on without one that cannot be made."""
+        """Make the observers; the run goes on without those that cannot be made."""
         found = []
         for one in make(watched):
             try:

@@ -1,4 +1,4 @@
-"""A run before its first step: data opened, phases placed, the network built."""
+"""A run before its first step: data opened, phases scheduled, network built."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ from tetdist.training.setup import choose_kernels, evaluated_split, make_model, 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything about a run that stays the same from its first step to its last.
+    """Everything about a run that does not change between its steps.
 
     Attributes:
         config, world: The run's configuration and processes.
         train, val: Indexes of the training and validation samples.
-        model: On its device; the same on all processes.
-        phases: Placed on the axis of optimiser steps.
-        steps_per_epoch: Optimiser steps of an epoch.
-        last_step: Optimiser steps of the whole run.
+        model: The network, on its device; the same on all processes.
+        phases: Phases with their optimiser steps.
+        steps_per_epoch: Number of optimiser steps in an epoch.
+        last_step: Number of optimiser steps in the whole run.
         micro_batches: Numbers of this process's micro-batches, counted over all processes.
-        data_split: Name of what is evaluated on; see `evaluated_split`.
+        data_split: Name of the evaluated split; see `evaluated_split`.
     """
 
     config: RunConfig
@@ -52,26 +52,26 @@ class Prepared:
         return phase_at(self.phases, step)
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of the update that follows ``step`` others."""
+        """Return the learning rate of the update after ``step`` completed ones."""
         return self.phase_at(step).learning_rate(step)
 
     def where(self, step: int) -> dict[str, float]:
-        """Return epoch and phase, as a line of metrics after ``step`` steps has them."""
+        """Return epoch and phase for a line of metrics after ``step`` steps."""
         return {
             "epoch": round(step / self.steps_per_epoch, 6),
             "phase": self.phase_at(step - 1).number,
         }
 
     def epoch_of(self, step: int) -> int:
-        """Return the epoch that the last of ``step`` steps was in."""
+        """Return the epoch of the last of ``step`` steps."""
         return max(step - 1, 0) // self.steps_per_epoch
 
     def end_of_epoch(self, step: int) -> int:
-        """Return the step with which the epoch ends that begins at or contains ``step``."""
+        """Return the last step of the epoch that begins at or contains ``step``."""
         return min((step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.last_step)
 
     def is_evaluated_at(self, step: int) -> bool:
-        """Return whether the configuration asks for an evaluation after so many steps."""
+        """Return whether the configuration asks for an evaluation after ``step`` steps."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         due = step_in_epoch == 0 and epoch % self.config.evaluate_every == 0
         return due or step == self.last_step
@@ -93,7 +93,7 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     """Open data and build the model, on every process.
 
     Raises:
-        UserError: Device, data, model or phases do not suit each other.
+        UserError: Device, data, model and phases do not fit together.
     """
     prepared = world.run_on_all(lambda: _prepare(config, world))
     if config.execution == "fused":

@@ -1,4 +1,4 @@
-"""One process's part of a run: join the others, train, say how it ended."""
+"""One process's part of a run: join the others, train, report how it ended."""
 
 import logging
 
@@ -16,21 +16,21 @@ from tetdist.training.trainer import Trainer
 def train(
     config: RunConfig, make_observers: MakeObservers, launcher: Launcher | None = None
 ) -> int:
-    """Do this process's part of the run.
+    """Run this process's part of the training.
 
     Args:
         config: The run's.
-        make_observers: Makes what watches it, on rank 0.
-        launcher: What started it, unless that is a person's command.
+        make_observers: Makes the run's observers, on rank 0.
+        launcher: Program that started the run; None for a person's command.
 
     Returns:
-        Its exit status: 0 finished, 3 another process of the run died or hangs, 128 + n stopped by
+        Exit status: 0 finished, 3 another process of the run died or hangs, 128 + n stopped by
         signal n.
 
     Raises:
         PeerFailed: Another process died before the training began.
     """
-    # A launcher has its own way to show what one process raises.
+    # A launcher shows a process's error in its own way.
     shows_errors, launcher = launcher is None, launcher or Launcher()
     on_failure = launcher.on_failure
     try:
@@ -50,7 +50,7 @@ def train(
                 return stop.exit_status
             except Exception as error:
                 if not watch.shows_errors:
-                    # Which process is gone says more than the connection to it that broke here.
+                    # The name of the lost process is more helpful than the broken connection to it.
                     watch.await_verdict(error)
                 on_failure(error)
                 raise

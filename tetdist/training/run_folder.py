@@ -1,4 +1,4 @@
-"""``runs/NAME``: who may write there, which run it is of, and its checkpoints."""
+"""``runs/NAME``: its lock, the check that it holds the same run, and its checkpoints."""
 
 import fcntl
 import json
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 class RunFolder:
     """``runs/NAME``: configuration, environment, metrics, checkpoints and plots of one run.
 
-    Opened by every process of the run, written by rank 0, which holds it locked.
+    Every process of the run opens it; rank 0 writes to it and keeps it locked.
 
     Raises:
-        UserError: The folder is of another run, in use, or not what ``resume`` asks for.
+        UserError: The folder belongs to another run, is in use, or does not match ``resume``.
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
@@ -51,7 +51,7 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go of the folder, which another process may then claim."""
+        """Unlock the folder, so that another process may claim it."""
         if self.world.rank == 0:
             self._lock.close()
 
@@ -84,7 +84,7 @@ class RunFolder:
         self._check_same_run(imported)
         plugins.keep(imported, self.path / "imports")
         write_text(self.path / "config.yaml", self.config.as_yaml())
-        # A finished run that is started again, to send MLflow what it lacks, computes nothing.
+        # A finished run that is started again, to send MLflow missing data, computes nothing.
         if not is_trained(self.config):
             write_json(self.path / "environment.json", environment.environment())
 
@@ -103,19 +103,19 @@ class RunFolder:
                 "file, remove it if you know that the run is the same, or set another name=..."
             ) from error
         try:
-            # Keys that are new since then have their defaults in the earlier run.
+            # Keys added since then get their defaults in the earlier run.
             earlier = parse(earlier, str(file), warn=False).as_dict()
         except UserError:
             logger.warning("%s is of another version; its keys are compared as they are", file)
         changed = differences(earlier, self.config.as_dict())
         changed += plugins.changes(plugins.kept(self.path / "imports"), imported)
-        # What failed before its first line is no run yet, and may be mended and started again.
+        # A run that failed before its first line may be corrected and started again.
         has_begun = self._saved() or (metrics.exists() and metrics.stat().st_size > 0)
         if changed and not has_begun:
-            # MLflow lets no parameter of a run change, so that this one becomes another run there.
+            # MLflow does not allow changed parameters, so this becomes a new run there.
             (self.path / "mlflow_run_id").unlink(missing_ok=True)
         elif changed:
-            # Epochs beyond the last are another run as well: learning rates fall towards the last.
+            # More epochs make another run as well: learning rates fall towards the last epoch.
             further = f", with init_checkpoint={self.path} to train its weights further"
             raise UserError(
                 f"{self.path} holds a run of another configuration: {'; '.join(changed)}. Choose "
@@ -124,7 +124,7 @@ class RunFolder:
             )
 
     def newest_checkpoint(self) -> checkpoint.Checkpoint | None:
-        """The checkpoint to continue from, the same on every process."""
+        """Return the checkpoint to continue from, the same on every process."""
         found = self.world.run_on_all(
             lambda: checkpoint.newest(self.checkpoints) if self.world.rank == 0 else None
         )
@@ -135,7 +135,7 @@ class RunFolder:
 
 
 def is_trained(config: RunConfig) -> bool:
-    """Return whether the run has reached its end, and its last checkpoint is of that step.
+    """Return whether the run has finished and its last checkpoint is of the last step.
 
     Raises:
         UserError: A line of its metrics is damaged.
@@ -151,7 +151,7 @@ def is_trained(config: RunConfig) -> bool:
 
 
 def _saved_evaluation(config: RunConfig) -> int | None:
-    """The last evaluated step that is in a checkpoint."""
+    """Return the last evaluated step that a checkpoint records."""
     checkpoints = config.run_dir / "checkpoints"
     try:
         newest = checkpoint_at(checkpoints / "last")

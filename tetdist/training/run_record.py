@@ -25,10 +25,10 @@ class Launcher:
     """A program that starts a run, and starts it again.
 
     Attributes:
-        tags: Further tags for MLflow.
-        goes_on_after: Signals after which the run is started again: meanwhile MLflow shows it as
+        tags: Additional tags for MLflow.
+        goes_on_after: Signals after which the launcher restarts the run; MLflow keeps showing it as
             running.
-        on_failure: Told what a process raises, before the other processes lose it and raise, too.
+        on_failure: Called with a process's error, before the other processes lose it and fail, too.
     """
 
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Launcher:
 
 
 def show_checkpoints(tracker: Tracker, checkpoints: Path) -> None:
-    """Have MLflow say where the last checkpoint is, and the best ones, which may be the same."""
+    """Record in MLflow where the last and the best checkpoints are; they may be the same."""
     tags = {
         "last": "checkpoint",
         "best": "best_checkpoint",
@@ -51,7 +51,7 @@ def show_checkpoints(tracker: Tracker, checkpoints: Path) -> None:
 
 
 class RunRecord:
-    """A run as trackers show it.
+    """The record of a run for trackers.
 
     Args:
         run: What is trained.
@@ -98,7 +98,7 @@ class RunRecord:
             tracker.close(status)
 
     def _log_checkpoint(self, tracker: Tracker) -> None:
-        """Give MLflow the checkpoint of a finished run, where that was asked for."""
+        """Upload the checkpoint of a finished run to MLflow, if configured."""
         which, name = self.config.tracking.log_checkpoint, self.config.tracking.register_
         pointer = self.config.run_dir / "checkpoints" / which
         if which == "none" or not pointer.is_file():
@@ -120,7 +120,7 @@ class RunRecord:
 
     def _tags(self) -> dict[str, str]:
         config, distillation = self.config, self.config.loss.distillation
-        # These make it another run than one of its loss alone.
+        # These distinguish it from a run of its loss alone.
         begun_with = {
             "init_checkpoint": config.init_checkpoint,
             "teacher": distillation.teacher,
@@ -143,7 +143,7 @@ class RunRecord:
         } | {f"version.{name}": version for name, version in environment.versions().items()}
 
     def _note(self) -> str:
-        """The description on the run's page in MLflow, in Markdown."""
+        """Return the description for the run's page in MLflow, in Markdown."""
         config, train = self.config, self.run.train
         data = f"{len(train):,} {train.kind}, {counted(len(train.classes), 'class')}"
         phases = [

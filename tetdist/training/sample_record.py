@@ -1,4 +1,4 @@
-"""A debugging aid: which samples each process trained on at each step, with checksums."""
+"""A debugging aid: a record of each process's samples at each step, with checksums."""
 
 import json
 import zlib
@@ -10,13 +10,13 @@ from tetdist.data.loader import Batch
 from tetdist.distributed.world import World
 from tetdist.storage.files import write_text
 
-# Takes down a micro-batch of an optimiser step (counted from 1).
+# Records a micro-batch of an optimiser step (counted from 1).
 SampleRecord = Callable[[int, Batch], None]
 
 
 @contextmanager
 def sample_record(config: RunConfig, world: World, step: int) -> Iterator[SampleRecord]:
-    """Take down what this process trains on, from ``step`` on, where that is asked for."""
+    """Record the samples that this process trains on from ``step`` on, if configured."""
     if not config.record_samples:
         yield lambda _step, _batch: None
         return
@@ -33,9 +33,9 @@ def sample_record(config: RunConfig, world: World, step: int) -> Iterator[Sample
 
 
 def _forget_later_than(step: int, config: RunConfig) -> None:
-    """Remove what was taken down of steps that are computed again, and a line torn by a kill.
+    """Remove records of steps that will be computed again, and a line cut off by a kill.
 
-    Rank 0 does it for all: there may have been more processes before.
+    Rank 0 does this for all, since there may have been more processes before.
     """
     for path in config.run_dir.glob("samples-*.jsonl"):
         whole = path.read_text().rpartition("\n")[0].splitlines(keepends=True)

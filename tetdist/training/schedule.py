@@ -9,14 +9,14 @@ from tetdist.config.sections.phase import PhaseSection
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase, placed on the run's axis of optimiser steps.
+    """One phase with its place among the run's optimiser steps.
 
     Attributes:
         number: 0, 1, ...
-        section: Its configuration.
-        first_step: Its first step; steps are counted over all phases from 0.
+        section: Configuration of the phase.
+        first_step: First step, counted over all phases from 0.
         steps_per_epoch: Optimiser steps of one epoch.
-        peak_lr: The learning rate that warm-up ends with, for the global batch.
+        peak_lr: Learning rate at the end of warm-up, for the global batch.
     """
 
     number: int
@@ -30,14 +30,14 @@ class Phase:
         return self.first_step + self.section.epochs * self.steps_per_epoch
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of the update of ``step``."""
+        """Return the learning rate of the update of ``step``."""
         section, done = self.section, step - self.first_step
         warmup = section.warmup_epochs * self.steps_per_epoch
         first = 1
         if section.lr_changes == "epochs":
             done, first = done // self.steps_per_epoch * self.steps_per_epoch, 0
         if done < warmup:
-            # Where it changes with each step the first update is one step up, lest it be of 0.
+            # If the rate changes every step, start one step up, so that the first update is not 0.
             share = min(1.0, (done + first) / warmup)
             if section.warmup_lr == 0:
                 return self.peak_lr * share
@@ -47,7 +47,7 @@ class Phase:
         return self._after_warmup(done - start, end - start)
 
     def _after_warmup(self, done: float, steps: float) -> float:
-        """Learning rate when ``done`` of so many steps of the schedule are done."""
+        """Return the learning rate after ``done`` of the schedule's ``steps``."""
         section, share = self.section, min(1.0, done / steps)
         match section.schedule:
             case "constant":
@@ -64,11 +64,11 @@ class Phase:
         return section.min_lr + (self.peak_lr - section.min_lr) * part
 
     def image_size(self, step: int, default: int) -> int:
-        """Size of the training images of ``step``: the same over an epoch.
+        """Return the size of the training images of ``step``, constant within an epoch.
 
         Args:
-            step: One of the phase's.
-            default: Where the phase says nothing.
+            step: A step of this phase.
+            default: Size if the phase sets none.
         """
         first = self.section.image_size or default
         last = self.section.final_image_size or first
@@ -77,7 +77,7 @@ class Phase:
             return first
         if epoch == epochs - 1:
             return last
-        # Networks divide images by up to 32: sizes are multiples of it.
+        # Networks downsample by up to 32, so sizes are multiples of 32.
         between = int(first + (last - first) * epoch / (epochs - 1)) // 32 * 32
         return min(max(between, min(first, last)), max(first, last))
 
@@ -85,7 +85,7 @@ class Phase:
 def schedule_phases(
     sections: tuple[PhaseSection, ...], steps_per_epoch: int, global_batch: int
 ) -> list[Phase]:
-    """Phases one after another from step 0."""
+    """Place the phases one after another, from step 0."""
     phases: list[Phase] = []
     for number, section in enumerate(sections):
         first = phases[-1].end_step if phases else 0
@@ -95,5 +95,5 @@ def schedule_phases(
 
 
 def phase_at(phases: list[Phase], step: int) -> Phase:
-    """The phase that step ``step`` belongs to; the last one for any step after it."""
+    """Return the phase of ``step``; the last phase for any later step."""
     return next((phase for phase in phases if step < phase.end_step), phases[-1])

@@ -1,4 +1,4 @@
-"""Data and model of a run, opened and checked before its first step."""
+"""Opening and checking of a run's data and model before its first step."""
 
 from pathlib import Path
 from typing import assert_never
@@ -23,13 +23,13 @@ from tetdist.training.engines.clipping import Clipping
 
 
 def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
-    """Indexes of what is trained on and what is evaluated on, checked against the files and each
-    other: the training and validation splits, or two parts of the training split (`held_out`).
+    """Return the indexes of the training and evaluation samples, checked against the files and each
+    other: two splits, or two parts of the training split (`held_out`).
 
     Raises:
-        UserError: Something is missing, outdated or does not suit the configuration.
+        UserError: Data is missing, outdated or does not match the configuration.
     """
-    evaluated_split(config)  # so that its damage is told where a run is planned, too
+    evaluated_split(config)  # so that planning a run reports damage, too
     train = open_split(config, "train", world)
     if config.data.held_out:
         train, val = held_out.divide(
@@ -55,7 +55,7 @@ def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
 
 
 def _recordings(config: RunConfig, index: Index) -> list[str] | None:
-    """The recording that each sample was cut from; None: each is one by itself."""
+    """Return the recording that each sample was cut from; None if none was cut."""
     match config.data.kind:
         case "images":
             return None
@@ -70,8 +70,8 @@ def _recordings(config: RunConfig, index: Index) -> list[str] | None:
 
 
 def evaluated_split(config: RunConfig) -> str | None:
-    """The name of what a run is evaluated on: of one of several splits of the data set, or of a
-    part that is held out of training; None: the only validation split.
+    """Return the name of the evaluated samples: one of several splits of the data set, or a
+    held-out part of training; None for the only validation split.
 
     Raises:
         UserError: The data's dataset.json is damaged.
@@ -81,10 +81,10 @@ def evaluated_split(config: RunConfig) -> str | None:
 
 
 def open_split(config: RunConfig, split: str, world: World) -> Index:
-    """Index of one split, checked against its files.
+    """Return the index of one split, checked against its files.
 
     Raises:
-        UserError: It is missing, outdated or does not suit the configuration.
+        UserError: It is missing, outdated or does not match the configuration.
     """
     root = Path(config.data.root)
     if not root.is_dir():
@@ -112,10 +112,10 @@ def open_split(config: RunConfig, split: str, world: World) -> Index:
 
 
 def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
-    """The configured model for the data of ``index``, at the first phase's T, initialised.
+    """Return the configured model for the data of ``index``, initialised, at the first phase's T.
 
     Raises:
-        UserError: ``model.arguments`` does not suit the model or the data.
+        UserError: ``model.arguments`` does not fit the model or the data.
     """
     section = config.model
     image_sizes = _image_sizes(config, index)
@@ -127,7 +127,7 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
             f"data.kind={config.data.kind} does not suit model.name={section.name}, which takes "
             f"{model.input_kind}; choose another model or other data"
         )
-    # What cannot run the T of a later phase says so now. The first one's is the last to be set.
+    # Refuse the T of a later phase now; end with the first phase's T.
     for phase in reversed(config.phases):
         model.set_timesteps(phase.timesteps)
     _refuse_foreign_norms(section.name, model)
@@ -139,7 +139,7 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
             f"data has {size}x{size}; set model.arguments.input_size={size}"
             + (", and all phases' image sizes to the same" if len(image_sizes) > 1 else "")
         )
-    # The optimiser of a later phase would refuse what these do when that phase begins.
+    # Otherwise the optimiser of a later phase would refuse these when that phase begins.
     Clipping(config, model)
     if any(phase.optimizer.layer_decay is not None for phase in config.phases):
         layers_of(model)
@@ -161,17 +161,17 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
 def load_model(
     config: RunConfig, index: Index, weights: dict[str, Tensor], source: Path, world: World
 ) -> SpikingNetwork:
-    """The model of `make_model` with weights, on the device, the same on all processes.
+    """Return the model of `make_model` with weights, on the device, the same on all processes.
 
     Args:
-        config: The configuration that it is built and computed by.
+        config: The configuration of the model and its execution.
         index: Of the data.
-        weights: By the names of the model's state.
-        source: The file or folder that they were read from.
+        weights: Tensors under the names of the model's state.
+        source: File or folder that the weights were read from.
         world: The processes.
 
     Raises:
-        UserError: The weights or the configuration do not suit the model.
+        UserError: The weights or the configuration do not fit the model.
     """
     model = world.run_on_all(lambda: make_model(config, index))
     choose_algorithms(config.precision)
@@ -183,13 +183,13 @@ def load_model(
 
 
 def choose_kernels(world: World) -> None:
-    """Have the same kernels of normalisation and neurons compute on all processes.
+    """Make all processes use the same kernels for normalisation and neurons.
 
-    They round otherwise than the definition, which takes their place where they cannot be compiled.
-    If that is so on all processes, it is said once and the run goes on, slower.
+    They round differently from the definition, which replaces them where they cannot be compiled.
+    If that happens on all processes, a warning is logged once and the run goes on, slower.
 
     Raises:
-        UserError: It is so on some processes only.
+        UserError: It happens on some processes only.
     """
 
     def gather(reason: str | None) -> list[str | None]:
@@ -208,7 +208,7 @@ def choose_kernels(world: World) -> None:
 
 
 def _call(name: str, model: SpikingNetwork, method: str, argument: int) -> None:
-    """Have a network recompute, if it can."""
+    """Make a network recompute activations, if it can."""
     if not hasattr(model, method):
         raise UserError(f"recompute: {name} has no {method}; set recompute=none")
     try:
@@ -230,7 +230,7 @@ def _refuse_foreign_norms(name: str, model: nn.Module) -> None:
 
 
 def _image_sizes(config: RunConfig, index: Index) -> set[int]:
-    """Sizes of all that the network will see, in evaluation and in all phases."""
+    """Return the sizes of all images in evaluation and in all phases."""
     match config.data.kind:
         case "events":
             return {int(index.heights[0])}

@@ -1,4 +1,4 @@
-"""The start of a run, from others' weights, and its continuation from its own checkpoints."""
+"""The start of a run, optionally from given weights, and its resumption from checkpoints."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -26,18 +26,18 @@ class RunState:
     """Trainer state stored in a checkpoint besides the model and optimiser."""
 
     step: int  # optimiser steps done
-    evaluated_step: int  # the one after which it was last evaluated
+    evaluated_step: int  # step of the last evaluation
     result: dict[str, float]  # of the last evaluation, and the best one so far
     window: list[float]  # sums over all processes since the last line of metrics
     non_finite: dict[str, int]  # see `NonFiniteSteps`
     loss_scale: dict[str, float] | None  # see `LossScale`
     world_size: int
     data: str  # the index's fingerprint
-    teacher: str | None = None  # the teacher's fingerprint, which the first versions did not note
+    teacher: str | None = None  # the teacher's fingerprint; the first versions did not store it
 
     @classmethod
     def read(cls, state: Mapping[str, Any]) -> "RunState":
-        """Make one of a checkpoint's state, which may hold more."""
+        """Read the fields from a checkpoint's state, which may hold more."""
         return cls(**{one.name: state[one.name] for one in fields(cls) if one.name in state})
 
 
@@ -49,14 +49,14 @@ def save(
     evaluated: Sequence[Evaluated],
     tracker: Tracker | None,
 ) -> None:
-    """Write a checkpoint, on rank 0, and agree on all processes that it is there.
+    """Write a checkpoint on rank 0, and wait on all processes until it is complete.
 
     Args:
-        state: Where the run is.
+        state: State of the trainer.
         run: What is trained.
         optimizer: State of the optimiser.
         average: The moving average of the weights.
-        evaluated: Evaluations of the weights and of their average, if these are just done.
+        evaluated: Evaluations of the weights and of their average, if just made.
         tracker: Rank 0's.
 
     Raises:
@@ -93,7 +93,7 @@ def save(
 
 
 def restore(found: checkpoint.Checkpoint, run: Prepared, average: WeightAverage | None) -> RunState:
-    """Put a checkpoint's weights and their average back; return the state.
+    """Restore a checkpoint's weights and their average; return the state.
 
     Raises:
         UserError: The run cannot continue from it.
@@ -121,10 +121,10 @@ def restore(found: checkpoint.Checkpoint, run: Prepared, average: WeightAverage 
 
 
 def teacher_again(state: RunState, path: Path, run: Prepared) -> Teacher | None:
-    """Open the teacher that a run goes on to learn from, if it has one.
+    """Open the teacher of a resumed run, if it has one.
 
     Raises:
-        UserError: It is another network than when the checkpoint at ``path`` was written.
+        UserError: The teacher has changed since the checkpoint at ``path`` was written.
     """
     teacher = Teacher.of(run.config, run.train, run.world.device)
     if teacher is not None and state.teacher != teacher.fingerprint:
@@ -155,12 +155,12 @@ def _describe(
 
 
 def begin(run: Prepared) -> Teacher | None:
-    """Load what a run begins with: others' weights, and a teacher.
+    """Load the initial weights and the teacher of a new run.
 
-    A run that continues from a checkpoint of its own needs neither.
+    A run that resumes from its own checkpoint needs neither.
 
     Raises:
-        UserError: They are missing or do not suit the run.
+        UserError: They are missing or do not fit the run.
     """
     if any((run.config.run_dir / "checkpoints").glob("step-*")):
         return None
@@ -169,7 +169,7 @@ def begin(run: Prepared) -> Teacher | None:
 
 
 def _load_initial_weights(run: Prepared) -> None:
-    """Begin with somebody's weights, where the configuration names them; rank 0 tells of them."""
+    """Load the weights that ``init_checkpoint`` names, if any; rank 0 logs them."""
     config, model, index = run.config, run.model, run.train
     source = config.init_checkpoint
     if source is None:

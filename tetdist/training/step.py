@@ -1,8 +1,8 @@
 """One optimiser step: micro-batches forward and backward, then one update.
 
 Trainer, `bench scaling`, check_gpu and the tests without a GPU all take this step. (`bench model`
-compares networks, also those of other libraries, by forward and backward pass alone.) It is given
-batches on the device; it opens no file and logs nothing.
+compares networks, also those of other libraries, by forward and backward pass alone.) It receives
+batches on the device, opens no file and logs nothing.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -36,11 +36,11 @@ class Step:
 
     Args:
         config: The run's; seed, micro-batch, precision, loss and cuda_graphs are read.
-        model: In training mode, with deferred running statistics.
-        engine: The phase's, made for ``model``.
+        model: The model, in training mode and with deferred running statistics.
+        engine: The phase's engine, made for ``model``.
         world: All processes.
         micro_batches: Numbers of this process's micro-batches, counted over all processes.
-        teacher: A network whose logits the model learns from as well.
+        teacher: A network whose logits are an additional target.
         average: The moving average of the weights.
     """
 
@@ -65,7 +65,7 @@ class Step:
         """Take one step.
 
         Args:
-            step: Optimiser steps before this one.
+            step: Number of optimiser steps before this one.
             batches: One for each of `micro_batches`.
             lr: Learning rate of the update.
 
@@ -76,8 +76,8 @@ class Step:
         scale = self.engine.loss_scale
         if scale is None:
             return self._attempt(step, batches, lr)
-        # A float16 gradient may overflow for its scale: then the step is repeated with half of it.
-        # The device is asked once for each attempt, and the host waits for the answer.
+        # A float16 gradient may overflow because of its scale: then the step is repeated with half
+        # the scale. Each attempt synchronises once with the device.
         batches = list(batches)
         update, sums = self._attempt(step, batches, lr)
         while not (applied := bool(update.applied)) and scale.overflowed():
@@ -102,7 +102,7 @@ class Step:
     def _add_micro_batch(self, images: Tensor, targets: Tensor, *dropped: Tensor) -> Tensor:
         """Add a micro-batch's gradient to the step's; return its sums.
 
-        A CUDA graph captures this call: what does not run on the device is not repeated.
+        A CUDA graph captures this call: only work on the device is repeated.
         """
         self._drop(dropped)
         logits = self.engine.forward(images)  # (T, B, K)
@@ -118,11 +118,11 @@ class Step:
         return None if self.teacher is None else self.teacher(images)
 
     def _seed(self, step: int, micro_batch: int) -> None:
-        """Seed torch's generator, from which networks of others may draw."""
+        """Seed torch's generator, from which adopted networks may draw."""
         torch.manual_seed(order.forward_seed(self.config.seed, step, micro_batch))
 
     def _dropped(self, step: int, micro_batch: int) -> tuple[Tensor, ...]:
-        """Return what dropout layers drop of a micro-batch: inputs of a CUDA graph."""
+        """Return the dropout masks of a micro-batch, which are inputs of a CUDA graph."""
         config, device = self.config, self.world.device
         return drop_factors(config, self._dropping, step, micro_batch, device)
 
@@ -131,9 +131,9 @@ class Step:
             dropout.give(self._dropping, factors)
 
     def examine(self, step: int, batches: Iterable[MicroBatch]) -> health.Examination:
-        """Repeat the forward and backward passes of a step and look at every layer.
+        """Repeat the forward and backward passes of a step and check every layer.
 
-        Nothing changes. Arguments are those of `take`.
+        Nothing changes; arguments as in `take`.
         """
         numbers = iter(self.micro_batches)
 
@@ -151,7 +151,7 @@ class Step:
 def sums_of(logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
     """Return LOSS, CORRECT and SAMPLES, (3,), float64, of a micro-batch with logits (T, B, K).
 
-    A mixed sample counts as correct by its fraction of the predicted class.
+    A mixed sample counts with its fraction of the predicted class.
     """
     predicted = logits.mean(0).argmax(-1)
     if targets.ndim == 2:

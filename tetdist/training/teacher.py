@@ -1,4 +1,4 @@
-"""A trained network whose answers another one learns from, beside the labels."""
+"""The teacher: a trained network whose logits a student learns from besides the labels."""
 
 import hashlib
 from pathlib import Path
@@ -23,28 +23,28 @@ KEY = "loss.distillation.teacher"
 
 
 class Teacher:
-    """Answers (B, K) for the very images that the student sees; nothing in it is trained.
+    """Frozen network that returns logits (B, K) for exactly the images that the student sees.
 
-    A spiking teacher answers by the time-mean: of a static image over the T of its own training, of
-    events over the time bins that the student gets.
+    A spiking teacher returns its time-mean: for a static image over its own T, for events over the
+    student's time bins.
 
     Attributes:
-        fingerprint: Checksum of its weights: that of a run must stay the same.
+        fingerprint: Checksum of its weights, which must stay the same during a run.
 
     Args:
-        config: The student's; ``loss.distillation.teacher`` is set.
-        index: Of the student's data.
-        device: Where it computes.
+        config: The student's configuration; ``loss.distillation.teacher`` is set.
+        index: Index of the student's data.
+        device: Device of the teacher.
 
     Raises:
-        UserError: There is no such teacher, or it does not suit the student's data.
+        UserError: There is no such teacher, or it does not fit the student's data.
     """
 
     def __init__(self, config: RunConfig, index: Index, device: torch.device) -> None:
         self.precision = config.precision
         name = config.loss.distillation.teacher
         assert name is not None
-        # The student draws the same numbers with a teacher as without.
+        # Keep the student's random numbers the same with and without a teacher.
         with torch.random.fork_rng(devices=[]):
             if name.startswith(TIMM):
                 self.model, mean, std = _from_timm(config, index)
@@ -54,7 +54,7 @@ class Teacher:
         self.fingerprint = _fingerprint(self.model)
         place(self.model, device, config.precision)
         dtype = parameter_type(config.precision)
-        # It gets images in the student's normalisation, and was trained with its own.
+        # Convert from the student's normalisation to the one that the teacher was trained with.
         ours, theirs = (config.data.mean, config.data.std), (mean, std)
         self.between = None if ours == theirs else _between(ours, theirs).to(device, dtype)
         if config.data.kind == "images":
@@ -69,7 +69,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits (B, K) of images (B, C, H, W), or frames of events (B, T, 2, H, W)."""
+        """Return logits (B, K) of images (B, C, H, W), or of event frames (B, T, 2, H, W)."""
         if images.ndim == 5:
             assert isinstance(self.model, SpikingNetwork)
             self.model.set_timesteps(images.shape[1])
@@ -81,7 +81,7 @@ class Teacher:
         return logits
 
     def _try(self, config: RunConfig, device: torch.device) -> None:
-        """Answer once for each size of images, before an epoch has been waited for."""
+        """Run once for each image size, so that a misfit shows before the first epoch."""
         sizes = {size for phase in config.phases for size in phase_image_sizes(config, phase)}
         name = config.loss.distillation.teacher
         for size in sorted(sizes):
@@ -96,7 +96,7 @@ class Teacher:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a network's weights and running statistics."""
+    """Return the SHA-256 of a network's weights and running statistics."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
@@ -149,7 +149,7 @@ def _from_timm(config: RunConfig, index: Index) -> _Loaded:
     try:
         with names_checked(section.teacher):
             model: nn.Module = timm.create_model(name, pretrained=file is None, **wanted)
-    except Exception as error:  # timm, or a download, may raise anything
+    except Exception as error:  # timm or a download may raise any error
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{KEY}: timm cannot make {name} ({reason}); `timm.list_pretrained()` has the names, "
@@ -177,7 +177,7 @@ def _between(
     ours: tuple[tuple[float, ...], tuple[float, ...]],
     theirs: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> Tensor:
-    """Gain and offset, (2, 3, 1, 1), from one (mean, std) to another."""
+    """Return gain and offset, (2, 3, 1, 1), that convert one (mean, std) to another."""
     (mean, std), (mean_t, std_t) = (
         [torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in pair]
         for pair in (ours, theirs)

@@ -1,8 +1,8 @@
 """The training loop, to be read from top to bottom.
 
-All that decides the result is a function of the configuration and the step: phase, epoch,
-learning rate, samples, augmentation. So the state of a run is its step, the model, the optimiser
-and some running sums, and to resume is to put those back.
+Phase, epoch, learning rate, samples and augmentation are functions of the configuration and the
+step. So the state of a run is its step, the model, the optimiser and some running sums, and
+resuming restores those.
 """
 
 import logging
@@ -42,10 +42,10 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One run on this process, from its newest checkpoint or from the beginning.
+    """One run on this process, resumed from its newest checkpoint or started.
 
     Raises:
-        UserError: Data, checkpoint or run folder do not suit the configuration.
+        UserError: Data, checkpoint or run folder do not match the configuration.
     """
 
     def __init__(self, config: RunConfig, world: World, stop: StopRequest, watch: Watch) -> None:
@@ -59,7 +59,7 @@ class Trainer:
         self.window = Window(config, world)
         self.optimizer_state: dict[str, Any] | None = None
         self.loss_scale_state: dict[str, float] | None = None
-        # Before the run's folder is made: a mistake leaves nothing behind.
+        # Before the run's folder is made, so that a mistake leaves nothing behind.
         self.teacher = world.run_on_all(lambda: state.begin(run))
         self.average = WeightAverage.of(run.model, config.ema)
         self.folder = world.run_on_all(lambda: RunFolder(config, world))
@@ -77,11 +77,11 @@ class Trainer:
         """Train and evaluate to the end.
 
         Args:
-            launcher: Who started the run.
-            make_observers: Makes what watches it, on rank 0.
+            launcher: Program that started the run.
+            make_observers: Makes the run's observers, on rank 0.
 
         Raises:
-            Stopped: A signal asked for it; all is saved.
+            Stopped: A signal requested it; everything is saved.
             UserError: The loss is not finite, a file cannot be read, the disk is full, ...
         """
         result, record = None, RunRecord(self.prepared, launcher)
@@ -122,7 +122,7 @@ class Trainer:
         return self.step != self.evaluated_step and self.prepared.is_evaluated_at(self.step)
 
     def _enter(self, phase: Phase) -> None:
-        """Set up T, optimiser, engine and data of a phase, unless it is the present one."""
+        """Set up T, optimiser, engine and data of a phase, unless it is already active."""
         if self.phase is phase:
             return
         self._leave()
@@ -132,7 +132,7 @@ class Trainer:
         run, optimizer = self.prepared, make_optimizer(self.model, phase.section.optimizer)
         parts = EngineParts(run.config, run.model, optimizer, len(run.micro_batches), run.world)
         self.engine = make_engine(parts)
-        # At the very start of a phase a checkpoint holds the optimiser of the one before.
+        # At the start of a phase a checkpoint holds the optimiser of the previous phase.
         if self.optimizer_state is not None and self.step > phase.first_step:
             self.engine.load_optimizer_state(self.optimizer_state)
         if self.loss_scale_state is not None and self.engine.loss_scale:
@@ -227,7 +227,7 @@ class Trainer:
     # --- evaluation ---------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Evaluate and save; a stop in between leaves the evaluation to the continued run."""
+        """Evaluate and save; after a stop meanwhile, the resumed run evaluates."""
         enter_epoch(self.changing, self.prepared.epoch_of(self.step))
         try:
             found = self.evaluations.at(self.step)
@@ -255,7 +255,7 @@ class Trainer:
     # --- state --------------------------------------------------------------------------------
 
     def _save(self, evaluated: Sequence[Evaluated] = ()) -> None:
-        """Write a checkpoint, from rank 0, with evaluations of its weights and their average."""
+        """Write a checkpoint on rank 0, with evaluations of its weights and their average."""
         self._check_finite()
         scale = self.engine.loss_scale
         now = state.RunState(
@@ -274,7 +274,7 @@ class Trainer:
         self.saved_step = self.step
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint, and open the teacher if it is still needed."""
+        """Resume from a checkpoint, and open the teacher if still needed."""
         then = state.restore(found, self.prepared, self.average)
         self.step = self.saved_step = then.step
         self.evaluated_step, self.evaluations.result = then.evaluated_step, then.result

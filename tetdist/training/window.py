@@ -1,4 +1,4 @@
-"""Sums and clock between two lines of training metrics."""
+"""Sums and timing between two lines of training metrics."""
 
 import math
 import time
@@ -16,12 +16,12 @@ from tetdist.training.step import CORRECT, LOSS, SAMPLES
 
 
 class Window:
-    """Sums and clock of the steps since the last line of metrics.
+    """Sums and timing of the steps since the last line of metrics.
 
     Attributes:
-        sums: This process's LOSS, CORRECT and SAMPLES, (3,), on the device. float64, so that it
-            does not matter where a stop cuts them in two.
-        non_finite: Steps that were given up.
+        sums: This process's LOSS, CORRECT and SAMPLES, (3,), on the device; float64, so that a stop
+            in between does not change the result.
+        non_finite: Skipped steps.
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
@@ -37,22 +37,22 @@ class Window:
         self._gpus.restart()
 
     def add(self, step: int, update: Update, sums: Tensor) -> None:
-        """Add a step (from 1). One without a finite gradient changed nothing and is left out.
+        """Add a step (from 1); one without a finite gradient changed nothing and is left out.
 
-        On a GPU the device is not asked whether that was so.
+        On a GPU this does not synchronise with the device.
         """
         self.sums += torch.where(update.applied, sums, 0.0)
         self.non_finite.record(step, update.applied)
         self._steps += 1
 
     def restore(self, total: list[float], non_finite: dict[str, int]) -> None:
-        """Continue from a checkpoint's sums, which rank 0 keeps for all."""
+        """Continue from a checkpoint's sums, which rank 0 keeps for all processes."""
         self.non_finite.load_state_dict(non_finite)
         if self._world.rank == 0:
             self.sums += torch.tensor(total, dtype=torch.float64).to(self.sums.device)
 
     def close(self, waited: float, scale: LossScale | None) -> dict[str, Any]:
-        """Return the metrics over all processes, and begin anew.
+        """Return the metrics over all processes, and start a new window.
 
         Args:
             waited: `Feed.waited` now.

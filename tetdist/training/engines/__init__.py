@@ -1,1 +1,1 @@
-"""Backward pass, averaging over processes, clipping and update: DeepSpeed's and plain torch's."""
+"""Engines (DeepSpeed, plain torch): backward pass, averaging over processes, clipping, update."""

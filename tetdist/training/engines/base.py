@@ -1,13 +1,12 @@
 """The protocol of all engines, and what they share.
 
 A step is ``accumulation`` micro-batches, each ``forward`` then ``backward``; then ``update``
-averages the gradients over micro-batches and processes, clips them and applies them, unless a
-gradient is not finite, in which case no process changes a parameter. Whether it was is a tensor on
-the device: the host does not wait for it.
+averages the gradients over micro-batches and processes, clips and applies them. If a gradient is
+not finite, no process changes a parameter; this flag stays a tensor on the device, so that the host
+does not wait for it.
 
-The optimiser's state leaves and enters an engine in one form, that of torch: whole tensors, one a
-parameter. So a checkpoint of any engine and ZeRO stage continues on any other, and on any number
-of processes.
+Engines export and import the optimiser's state in torch's form: whole tensors, one per parameter.
+So a checkpoint of any engine and ZeRO stage resumes on any other, with any number of processes.
 """
 
 import contextlib
@@ -41,10 +40,10 @@ class EngineParts(NamedTuple):
     """Parts that an engine is made of, for one phase.
 
     Attributes:
-        config: Its ``engine``, ``zero_stage``, ``precision``, ``batch``, ``gradient_clipping`` and
-            ``clip_mode`` are read.
-        model: On its device, the same on every process.
-        optimizer: From `make_optimizer`.
+        config: The run's; ``engine``, ``zero_stage``, ``precision``, ``batch``,
+            ``gradient_clipping`` and ``clip_mode`` are read.
+        model: The model, on its device and the same on every process.
+        optimizer: The optimiser that `make_optimizer` returned.
         accumulation: Micro-batches that this process contributes to each step.
         world: All processes.
     """
@@ -60,7 +59,7 @@ class Engine(Protocol):
     loss_scale: "LossScale | None"
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits per timestep, (T, B, K), in the configured precision."""
+        """Return logits per timestep, (T, B, K), computed in the configured precision."""
 
     def backward(self, loss: Tensor) -> None:
         """Add this micro-batch's gradient."""
@@ -69,25 +68,24 @@ class Engine(Protocol):
         """Apply the average gradient of the step's micro-batches, with learning rate ``lr``."""
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Return what `torch.optim.Optimizer.state_dict` does; called on every process together."""
+        """Return the state as `torch.optim.Optimizer.state_dict` does; call it on all processes."""
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Take over what `optimizer_state` of any engine returned."""
+        """Load what `optimizer_state` of any engine returned."""
 
     def close(self) -> None:
-        """Let go of the model, which another engine may take over."""
+        """Release the model, so that another engine may use it."""
 
 
 class LossScale:
-    """Dynamic loss scaling for float16, whose smallest gradients would else be zeros.
+    """Dynamic loss scaling for float16, whose smallest gradients would otherwise round to zero.
 
-    The host knows it, and not the device alone: a step whose gradient overflowed is taken again
-    with half the scale.
+    The host keeps the scale, too: it repeats a step whose gradient overflowed, with half the scale.
 
     Attributes:
-        value: What the loss is multiplied by before its backward pass.
+        value: Factor that the loss is multiplied by before its backward pass.
         good_steps: Steps without an overflow since the value last changed.
-        overflows: How often a step was taken again, in all.
+        overflows: Total number of repeated steps.
     """
 
     START, GROWTH_INTERVAL = 2.0**16, 2000
@@ -109,14 +107,14 @@ class LossScale:
             self._factor.fill_(value)
 
     def factor(self, device: torch.device) -> Tensor:
-        """The value on a device, (), in the same memory always, where a CUDA graph reads it."""
+        """Return the value on a device, (), always in the same memory, for CUDA graphs."""
         if self._factor is None:
             self._factor = torch.full((), self._value, device=device)
         return self._factor
 
     @classmethod
     def of(cls, precision: str) -> "LossScale | None":
-        """Make the one that a configured precision needs, if it needs one."""
+        """Make the loss scale that a precision needs, if any."""
         return cls() if LOW_PRECISION[precision] == torch.float16 else None
 
     def succeeded(self) -> None:
@@ -125,7 +123,7 @@ class LossScale:
             self.value, self.good_steps = self.value * 2, 0
 
     def overflowed(self) -> bool:
-        """Halve the scale; False where it is 1 already, so that the scale is not to blame."""
+        """Halve the scale; return False if it is already 1, so that it is not the cause."""
         if self.value <= 1:
             return False
         self.overflows += 1
@@ -147,11 +145,11 @@ def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
 class GradientMean:
     """The sum of a step's gradients over its micro-batches, and their average over all processes.
 
-    On GPUs, and on CPUs of several hosts, the average is formed while the last micro-batch's
-    backward pass is still under way. Not where blocks run over segments of timesteps: there a
-    parameter's gradient comes in several parts, and nobody knows which is the last. Nor with CUDA
-    graphs, which do the same for each micro-batch. Their averages are formed at the end, in the
-    same buckets, since more than two numbers are added up in an order that depends on the bucket.
+    On GPUs, and on CPUs of several hosts, averaging overlaps the last micro-batch's backward pass.
+    It does not where blocks run over segments of timesteps, since there a parameter's gradient
+    arrives in an unknown number of parts, nor with CUDA graphs, which do the same for each
+    micro-batch. Then averaging follows at the end, in the same buckets, since the order of adding
+    more than two numbers depends on the bucket.
     """
 
     def __init__(
@@ -196,23 +194,23 @@ class GradientMean:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of all groups; those of a layer have a share of it (`layer_decay`)."""
+    """Set the learning rate of all groups, scaled for groups of a layer (`layer_decay`)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def tell(optimizer: torch.optim.Optimizer, lr: float, apply: Tensor) -> None:
     set_lr(optimizer, lr)
-    # So torch's GradScaler tells fused optimisers to leave everything as it is; they read the
-    # attributes by name, and nothing declares them.
+    # torch's GradScaler makes fused optimisers skip a step through these attributes, which they
+    # read by name and which nothing declares.
     optimizer.found_inf = (~apply).to(torch.float32)  # type: ignore[attr-defined]  # see above
     optimizer.grad_scale = None  # type: ignore[attr-defined]  # see above
 
 
 class WholeEngine:
-    """Parts of the engines in which each process has all gradients and the optimiser's whole state.
+    """Base of engines in which each process has all gradients and the whole optimiser state.
 
-    A subclass runs a backward pass and the optimiser's step in its own way.
+    Subclasses implement the backward pass and the optimiser's step.
     """
 
     def __init__(self, parts: EngineParts) -> None:
@@ -255,9 +253,8 @@ class WholeEngine:
         for parameter, values in self.optimizer.state.items():
             for key, value in values.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
-                    # It takes the parameter's memory layout, which another engine's state may not
-                    # have: fused kernels go through both in the order of memory, and would pair
-                    # the wrong elements.
+                    # Give it the parameter's memory layout, which another engine's state may lack:
+                    # fused kernels walk both in memory order and would pair the wrong elements.
                     values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def close(self) -> None:
@@ -265,10 +262,10 @@ class WholeEngine:
 
 
 def _start_momentum(optimizer: torch.optim.SGD) -> None:
-    """Begin SGD's momentum at 0, from which its first step is the same.
+    """Initialise SGD's momentum with 0, which gives the same first step.
 
-    Left to itself torch allocates it at the first step, and if that step is given up, leaves it
-    with whatever was in memory.
+    By default torch allocates it at the first step; if that step is skipped, the memory stays
+    uninitialised.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -1,4 +1,4 @@
-"""Limits of a step's gradient, in place and without asking the device."""
+"""Gradient clipping, in place and without synchronising with the device."""
 
 from typing import assert_never
 
@@ -11,14 +11,14 @@ from tetdist.errors import UserError
 
 
 class Clipping:
-    """Gradient clipping as ``gradient_clipping`` and ``clip_mode`` say.
+    """Gradient clipping by ``gradient_clipping`` and ``clip_mode``.
 
     Args:
         config: Of the run.
-        model: Whose gradients they are.
+        model: The model whose gradients are clipped.
 
     Raises:
-        UserError: The mode needs to know the classifier, and the model does not say which it is.
+        UserError: The mode needs the classifier, and the model has no get_classifier().
     """
 
     def __init__(self, config: RunConfig, model: nn.Module) -> None:
@@ -28,7 +28,7 @@ class Clipping:
             self._parameters = _below_classifier(model)
 
     def __call__(self, grads: list[Tensor], norm: Tensor) -> None:
-        """Clip the gradients of all parameters, whose norm together is ``norm``, ()."""
+        """Clip the gradients of all parameters; ``norm``, (), is their joint norm."""
         limit = self._limit
         if limit is None:
             return
@@ -39,18 +39,18 @@ class Clipping:
                 torch._foreach_clamp_min_(grads, -limit)
                 torch._foreach_clamp_max_(grads, limit)
             case "agc":
-                # Section 4 of https://arxiv.org/abs/2102.06171, by each output channel of a weight,
-                # and by the whole of what has one dimension.
+                # Section 4 of https://arxiv.org/abs/2102.06171: per output channel of a weight, and
+                # as a whole for one-dimensional parameters.
                 adaptive_clip_grad(self._parameters, limit)
             case other:
                 assert_never(other)
 
 
 def _below_classifier(model: nn.Module) -> list[nn.Parameter]:
-    """All parameters but those of the classifier, which the paper leaves as they are.
+    """Return all parameters except the classifier's, which the paper does not clip.
 
     Raises:
-        UserError: The model does not say which module that is.
+        UserError: The model has no get_classifier().
     """
     try:
         classifier: nn.Module = model.get_classifier()  # type: ignore[operator]  # timm's method

@@ -1,4 +1,4 @@
-"""The engine that a configuration asks for."""
+"""Construction of the configured engine."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from tetdist.training.engines.base import Engine, EngineParts
 from tetdist.training.engines.deepspeed_engines import DeepSpeedEngine, ZeroEngine
 from tetdist.training.engines.torch_engine import TorchEngine
 
-# By engine and ZeRO stage; config/checks.py says which go together.
+# By engine and ZeRO stage; config/checks.py refuses other combinations.
 ENGINES: dict[tuple[str, int], Callable[[EngineParts], Engine]] = {
     ("torch", 0): TorchEngine,
     ("deepspeed", 0): DeepSpeedEngine,

@@ -1,4 +1,4 @@
-"""DeepSpeed at ZeRO stages 0, 1 and 2. No other file knows DeepSpeed."""
+"""DeepSpeed at ZeRO stages 0, 1 and 2. No other file uses DeepSpeed."""
 
 import contextlib
 import importlib
@@ -26,17 +26,17 @@ from tetdist.training.engines.base import (
 class DeepSpeedEngine(WholeEngine):
     """DeepSpeed at ZeRO stage 0 with torch_autocast.
 
-    The gradients are averaged by `GradientMean`: on CPUs of one host through shared memory, and on
-    GPUs in a few kernels. DeepSpeed's average would go through the loopback device, and copy
-    each gradient by itself, twice.
+    `GradientMean` averages the gradients: on CPUs of one host through shared memory, on GPUs in a
+    few kernels. DeepSpeed's own averaging would use the loopback device and copy each gradient
+    twice.
     """
 
     def __init__(self, parts: EngineParts) -> None:
-        # initialize broadcasts parameters through a view that channels_last weights do not have.
+        # initialize broadcasts parameters through a view that channels_last weights cannot have.
         lay_out(parts.model, torch.contiguous_format)
-        # Its gradient_clipping is 1.0 by default. Clipping is ours, in update().
+        # DeepSpeed's gradient_clipping is 1.0 by default; here update() clips.
         self.engine = _initialize(parts, {"gradient_clipping": 0.0})
-        # It skips overflows, and neither says so nor saves its scale: the scaling is ours, too.
+        # DeepSpeed's scaler hides overflows and does not save its scale, so scaling is done here.
         self.engine.torch_autocast_z0_gradscaler = None
         self.engine.enable_backward_allreduce = False
         super().__init__(parts)
@@ -69,11 +69,11 @@ class ZeroEngine:
     def __init__(self, parts: EngineParts) -> None:
         lay_out(parts.model, torch.contiguous_format)
         self.world, self.optimizer = parts.world, parts.optimizer
-        # Their order numbers them in a state_dict. They are noted now, since initialize puts flat
-        # partitions in their place.
+        # Their order numbers them in a state_dict. Keep them now: initialize replaces them by flat
+        # partitions.
         self.groups = [list(group["params"]) for group in self.optimizer.param_groups]
         settings = {
-            # Norm, clipping and the look for what is not finite are DeepSpeed's here, since no
+            # DeepSpeed computes the norm, clips, and checks for non-finite values here, since no
             # process has the whole gradient.
             "gradient_clipping": parts.config.gradient_clipping or 0.0,
             "zero_allow_untested_optimizer": True,
@@ -91,11 +91,11 @@ class ZeroEngine:
         set_lr(self.optimizer, lr)
         self.engine.step()
         zero = self.engine.optimizer
-        # DeepSpeed's step has asked the device whether the norm is finite, and is on the host.
+        # DeepSpeed's step has already read on the host whether the norm is finite.
         norm, device = zero._global_grad_norm, self.world.device
         if not isinstance(norm, Tensor):
             norm = torch.full((), norm, device=device)
-        # To fill is a kernel, and to copy a number of the host is to wait for the device again.
+        # Filling is one kernel; copying a number from the host would wait for the device again.
         return Update(norm.float(), torch.full((), not zero.overflow, device=device))
 
     def optimizer_state(self) -> dict[str, Any]:
@@ -129,8 +129,8 @@ class ZeroEngine:
                     if not torch.is_tensor(value):
                         own[key] = value
                     elif value.shape != parameter.shape or key == "step":
-                        # One for the whole partition, such as Adam's step, which fused kernels
-                        # want on their device, and whose shape is that of a single number, too.
+                        # One value for the whole partition, such as Adam's step, which fused
+                        # kernels need on their device.
                         own[key] = value.to(flat.device, torch.float32, copy=True)
                     elif fragment := _fragment(parameter):
                         partition = own.setdefault(key, torch.zeros_like(flat.detach()))
@@ -144,11 +144,11 @@ class ZeroEngine:
                 self.optimizer.state[flat] = own
 
     def _whole(self, parameters: list[nn.Parameter], value: Any, flat: Tensor) -> list[Any]:
-        """Put a state of the partition together from all processes, one for each parameter."""
+        """Assemble a state of the partition from all processes, one tensor for each parameter."""
         if not torch.is_tensor(value):
             return [value] * len(parameters)
         if value.shape != flat.shape:
-            # A copy each: torch's Adam counts in place, once a parameter.
+            # One copy each: torch's Adam counts in place, once per parameter.
             return [value.clone() for _ in parameters]
         sizes = [parameter.numel() for parameter in parameters]
         gathered = torch.zeros(sum(sizes), dtype=value.dtype, device=value.device)
@@ -169,7 +169,7 @@ class ZeroEngine:
 
 
 def _fragment(parameter: nn.Parameter) -> tuple[int, int, int] | None:
-    """Find the part of a parameter in this process's partition at ZeRO stages 1 and 2.
+    """Return the part of a parameter in this process's partition at ZeRO stages 1 and 2.
 
     Returns:
         Its start in the parameter, its start in the partition, and its length; None: no part.
@@ -188,13 +188,13 @@ def _initialize(parts: EngineParts, clipping: dict[str, Any]) -> Any:
         "gradient_accumulation_steps": parts.accumulation,
         "zero_optimization": {"stage": config.zero_stage},
         "steps_per_print": 2**31,
-        # It would wait for the device twice a micro-batch; samples_per_s is measured elsewhere.
+        # The timer would wait for the device twice per micro-batch; window.py measures instead.
         "timers": {"throughput": {"enabled": False}},
     }
     if dtype := LOW_PRECISION[config.precision]:
-        # By the empty list gradients are averaged as the float32 numbers that they are. By default
-        # those of convolutions would travel in bfloat16, and the result would depend on the
-        # number of processes.
+        # With the empty list gradients are averaged in float32, their own type. By default those of
+        # convolutions would be sent in bfloat16, and the result would depend on the number of
+        # processes.
         settings["torch_autocast"] = {
             "enabled": True,
             "dtype": str(dtype).removeprefix("torch."),
@@ -214,10 +214,10 @@ def _initialize(parts: EngineParts, clipping: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _as_local_rank(device: torch.device) -> Iterator[None]:
-    """Have LOCAL_RANK be the number of this process's GPU, within this context.
+    """Set LOCAL_RANK to the number of this process's GPU within this context.
 
-    DeepSpeed insists on the variable and takes the GPU of that number. Where each process sees its
-    own GPU only, local rank 3 has GPU 0, and there is no GPU 3.
+    DeepSpeed requires the variable and uses the GPU of that number. If each process sees only its
+    own GPU, local rank 3 has GPU 0, and there is no GPU 3.
     """
     before = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = str(device.index or 0) if device.type == "cuda" else before or "0"
@@ -232,10 +232,10 @@ def _as_local_rank(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _broadcasting_scalars(cls: Any, model: nn.Module) -> Iterator[None]:
-    """Give parameters without a dimension one while they are broadcast, within this context.
+    """Give scalar parameters a dimension while they are broadcast within this context.
 
-    DeepSpeed broadcasts bytes, which those cannot be seen as. What it makes afterwards has to find
-    them in their own shape, which is that of their gradients.
+    DeepSpeed broadcasts byte views, which scalars do not have. Afterwards they must have their own
+    shape again, which is that of their gradients.
     """
     original = cls._broadcast_model
     scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
@@ -256,8 +256,8 @@ def _broadcasting_scalars(cls: Any, model: nn.Module) -> Iterator[None]:
 
 def _accumulate(engine: Any, loss: Tensor) -> None:
     engine.backward(loss)
-    # Inside a step this only counts; at its last micro-batch it would update, which is left to
-    # update(), when the averaged gradient has been looked at.
+    # Within a step this only counts. At the last micro-batch it would update, which is left to
+    # update(), after the averaged gradient has been checked.
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
 
@@ -275,8 +275,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     logging.getLogger().setLevel(level)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device.type == "cpu":
-        # init_distributed would compile a shared-memory reduction for half a minute, or die where
-        # there is no compiler. gloo does as well, and the same on one host as on several.
+        # init_distributed would compile a shared-memory reduction for half a minute, or fail
+        # without a compiler. gloo is as good, and behaves the same on one host and on several.
         ops = importlib.import_module("deepspeed.ops")
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(

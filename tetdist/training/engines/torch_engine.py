@@ -1,4 +1,4 @@
-"""The engine in a few lines of plain torch: the check on DeepSpeed's result."""
+"""A minimal engine in plain torch, as a check on DeepSpeed's results."""
 
 from torch import Tensor
 
@@ -9,14 +9,14 @@ from tetdist.training.engines.base import EngineParts, WholeEngine
 class TorchEngine(WholeEngine):
     """Plain torch: autocast, accumulation, one average.
 
-    The only engine for float64, which DeepSpeed does not reduce.
+    The only engine for float64, which DeepSpeed cannot reduce.
     """
 
     def __init__(self, parts: EngineParts) -> None:
         super().__init__(parts)
         self.model, self.accumulation = parts.model, parts.accumulation
         self.precision = parts.config.precision
-        # A CUDA graph goes on adding to the gradients where it found them.
+        # A CUDA graph keeps adding to the gradients at their recorded addresses.
         self.keeps_gradients = parts.config.cuda_graphs
         self.optimizer.zero_grad()
 
