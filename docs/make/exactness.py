@@ -173,16 +173,23 @@ def heading(options: argparse.Namespace) -> str:
 
 {made(options, "plain")}
 
-**What holds.** A run that is stopped and continued on as many processes is bitwise identical (on a
-GPU with `deterministic=true`). Any number of processes sees the same samples and averages the same
-statistics, so that weights agree up to rounding in float64. In float32 and bfloat16 rounding flips
-a spike sooner or later, and from there on runs on different numbers of processes drift apart, as
-they do by any other change of rounding.
+After this page you know which runs are bitwise identical, and which agree up to rounding.
+
+| comparison | agreement |
+|---|---|
+| a resumed run, on as many processes | bitwise identical (on a GPU: `deterministic=true`) |
+| runs on different numbers of processes | same samples, same averaged statistics |
+| their weights in float64 | equal up to rounding |
+| their weights in float32, bfloat16 | drift apart after rounding has flipped a spike |
+
+Sooner or later rounding flips a spike in float32 and bfloat16. From there on runs on different
+numbers of processes drift apart, as they do by any other change of rounding.
 
 Every run below is {STEPS} steps of {model["name"]} (width {model["arguments"]["width"]}, T=2,
 {CONFIG["data"]["image_size"]} pixels) with SGD and momentum, global batch {batch["global"]} in
-micro-batches of {batch["micro"]}, in real processes over gloo, evaluated at the end. Differences
-are the largest over all steps or all elements of a tensor, relative to the largest of the other."""
+micro-batches of {batch["micro"]}, in real processes over gloo, evaluated at the end. A difference
+is the largest over all steps or all elements of a tensor, relative to the largest value of the
+other run."""
 
 
 def world_sizes(runs: Runs, quick: bool) -> str:
@@ -200,12 +207,13 @@ def world_sizes(runs: Runs, quick: bool) -> str:
         again.append([f"{before}, then {after}", str(step), *compare(run, one)])
     return f"""## Any number of processes: float64
 
-In float64 rounding flips no spike, so what differs beyond 1e-9 would be a fault. Against the run on
-one process, with the plain torch engine:
+In float64 rounding flips no spike, so a difference above 1e-9 would be a fault. Each run is
+compared with the run on one process, with the torch engine:
 
 {markdown(["processes", *COMPARED], rows)}
 
-Stopped (SIGTERM to one process) after the given step and continued on another number:
+These runs were stopped (SIGTERM to one process) after the given step and resumed on another number
+of processes:
 
 {markdown(["processes", "stopped after", *COMPARED], again)}"""
 
@@ -240,18 +248,19 @@ def stages(runs: Runs, quick: bool) -> str:
     same = identical(stage1, control, but=("grad_norm",))
     return f"""## DeepSpeed's stages: float32
 
-Against stage 0 on one process with one thread. In float32 a membrane within rounding of the
-threshold flips a spike sooner or later, and from there on two runs drift apart. The controls change
-rounding alone, on one process at stage 0: the number of threads (no bit of it, where tensors are as
-small as here), the memory layout of the weights, the kernels of normalisation and neuron.
+Each run is compared with stage 0 on one process with one thread. In float32, a membrane within
+rounding of the threshold flips a spike sooner or later, and from there on two runs drift apart. The
+controls change only the rounding, on one process at stage 0: by the number of threads (which has no
+effect on tensors as small as here), by the memory layout of the weights, or by the kernels of
+normalisation and neuron.
 
 {markdown(head, rows)}
 
-More processes round otherwise, and drift no further than the controls. Stages 1 and 2 stand apart
-from stage 0 as their weights are views of flat buffers, not channels_last, and the convolutions run
-other kernels. That this is all: stage 1 on one process against stage 0 with contiguous weights,
-whole runs (all but the last bit of the gradient's norm, which DeepSpeed adds up in another order):
-{same}."""
+More processes round differently, and drift no further than the controls. Stages 1 and 2 differ from
+stage 0 because their weights are views of flat buffers, not channels_last, so the convolutions run
+other kernels. This is the only cause. Stage 1 on one process against stage 0 with contiguous
+weights, over whole runs: {same}. (The gradient's norm is not compared:
+DeepSpeed adds it up in another order, which changes its last bit.)"""
 
 
 def stops(runs: Runs, quick: bool) -> str:
@@ -274,11 +283,12 @@ def stops(runs: Runs, quick: bool) -> str:
         runs(name, f"zero_stage={stage}", world=2, stop=stop)
         run = runs(name, f"zero_stage={stage}", world=2)
         rows.append([str(stage), str(stop), identical(run, straight[stage])])
-    return f"""## Stopped and continued: float32, DeepSpeed, two processes
+    return f"""## Stopped and resumed: float32, DeepSpeed, two processes
 
-Against the same run that nothing stopped: metrics, weights, running statistics, optimiser, samples.
+Each run is compared with the same run without a stop, in metrics, weights, running statistics,
+optimiser and samples.
 
-{markdown(["stage", "stop", "the same"], rows)}"""
+{markdown(["stage", "stop", "result"], rows)}"""
 
 
 def heading_of_all(options: argparse.Namespace) -> str:
@@ -288,12 +298,14 @@ def heading_of_all(options: argparse.Namespace) -> str:
 
 {made(options, "everything")}
 
-Here every run is {ALL_STEPS} steps of a QKFormer (widths 8, 8, 16; T=2) with fused kernels,
-stochastic depth ({model["arguments"]["drop_path_rate"]}), RandAugment ({data["auto_augment"]}),
-random erasing, each sample {data["repeats"]} times in a row, mixup and CutMix by micro-batch (none
-in the last epochs), label smoothing, LAMB with layer decay {optimizer["layer_decay"]}, warm-up and
-adaptive gradient clipping, and a moving average of the weights with decay {ema["decay"]} and
-warm-up, evaluated beside them."""
+Here every run is {ALL_STEPS} steps of a QKFormer (widths 8, 8, 16; T=2) with fused kernels and
+
+* stochastic depth ({model["arguments"]["drop_path_rate"]}), label smoothing;
+* RandAugment ({data["auto_augment"]}), random erasing;
+* each sample {data["repeats"]} times in a row;
+* mixup and CutMix by micro-batch, off in the last epochs;
+* LAMB with layer decay {optimizer["layer_decay"]}, warm-up and adaptive gradient clipping;
+* a moving average of the weights with decay {ema["decay"]} and warm-up, also evaluated."""
 
 
 def processes_with_all(runs: Runs, quick: bool) -> str:
@@ -305,7 +317,7 @@ def processes_with_all(runs: Runs, quick: bool) -> str:
     columns = ["processes", *COMPARED, "moving average"]
     return f"""### Any number of processes: float64
 
-Against the run on one process, with the plain torch engine:
+Each run is compared with the run on one process, with the torch engine:
 
 {markdown(columns, rows)}"""
 
@@ -338,11 +350,11 @@ def stops_with_all(runs: Runs, quick: bool) -> str:
         rows = list(pool.map(row, range(len(cases))))
     return f"""### {STOPS} random stops: float32
 
-Global batch 8. Engine, number of processes, step, signal and who gets it are drawn (seed
-{STOPS_SEED}). Against the same run that nothing stopped: metrics, weights and their moving average,
-running statistics, optimiser, samples and pixels.
+The global batch is 8. Engine, number of processes, step, signal and the ranks that get it are drawn
+(seed {STOPS_SEED}). Each run is compared with the same run without a stop, in metrics, weights and
+their moving average, running statistics, optimiser, samples and pixels.
 
-{markdown(["engine", "processes", "stop", "the same"], rows)}"""
+{markdown(["engine", "processes", "stop", "result"], rows)}"""
 
 
 if __name__ == "__main__":

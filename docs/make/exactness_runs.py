@@ -260,4 +260,4 @@ def identical(a: Path, b: Path, *, but: tuple[str, ...] = ()) -> str:
         for key, value in state.items():
             if not torch.equal(value, states[1][number][key]):
                 return "NO: optimiser"
-    return "to the bit" if samples(a) == samples(b) else "NO: samples"
+    return "bitwise identical" if samples(a) == samples(b) else "NO: samples"

@@ -232,45 +232,49 @@ def section(code: dict[str, Any]) -> str:
     )
     return f"""{TITLE}
 
-*Computed, not measured*: no GPU has run these kernels. Made by `python docs/make/gpu.py`, from the
-code that Triton {code["triton"]} makes for an H100 (sm_90), and arithmetic; it says what changes.
+*Computed, not measured*: no GPU has run these kernels. `python docs/make/gpu.py` made this section
+from arithmetic and from the code that Triton {code["triton"]} generates for an H100 (sm_90). Run it
+again after a change of a kernel; it prints the changed lines.
 
 ### Kernels
 
-Of a number and timestep, in bfloat16 at T = {TIMESTEPS}, with 64 channels: bytes that a kernel
-loads and stores, instructions of a thread in machine code, registers of a thread, and the
-picoseconds that the larger of the two takes at {bandwidth}, or at
-65 % of all instructions that 132 processors can issue. What comes once a program is shared out as
-for a layer of 56x56 pixels at batch 32. (`tests/gpu_code.py`;
-`pytest tests/nn/test_triton_code.py` compares it with docs/performance/gpu_code.json.)
+Cost of one element and timestep, in bfloat16 at T = {TIMESTEPS}, with 64 channels:
+
+* bytes: what the kernel loads and stores;
+* instructions, registers: those of a thread in machine code;
+* ps: the longer of two times, that of the bytes at {bandwidth}, and that of the
+  instructions at 65 % of all that 132 processors can issue.
+
+Instructions that occur once per program are divided among its elements as for a layer of 56x56
+pixels at batch 32. (`tests/gpu_code.py` counts them; `pytest tests/nn/test_triton_code.py` compares
+with docs/performance/gpu_code.json.)
 
 {kernels}
 
 ### Steps
 
-All that a micro-batch of {MODEL} (T={TIMESTEPS}, 224 pixels, bfloat16) takes of an H100, in
-microseconds an image and timestep: each kernel as long as its bytes at {bandwidth},
-or its operations at {arithmetic}. Memory is the most that activations and
-gradients fill.
-(`tetdist/apps/roofline`; `pytest tests/roofline` compares it with the kernels' own code, with the
-memory measured above, and with what NVIDIA and MLPerf have measured of a ReLU ResNet-50.)
+Time of a micro-batch of {MODEL} (T={TIMESTEPS}, 224 pixels, bfloat16) on an H100, in
+microseconds per image and timestep. A kernel takes the longer of two times: that of its bytes at
+{bandwidth}, and that of its operations at {arithmetic}.
+Memory is the maximum of activations and gradients. (`tetdist/apps/roofline`; `pytest
+tests/roofline` compares it with the kernels' own code, with the memory measured above, and with
+measurements of a ReLU ResNet-50 by NVIDIA and MLPerf.)
 
 {whole}
 
-The same of other GPUs, with the share of the time in which memory is what is waited for. For A40,
-B200 and the RTX nobody compared it with a measurement:
+The same for other GPUs. The last column is the fraction of the time that is bound by memory. The
+figures of A40, B200 and RTX have not been compared with a measurement:
 
 {of_cards}
 
-Left out are the loss, the update and loading.
+The loss, the update and loading are not included.
 
 ### Launches
 
-Kernels of a step of one micro-batch, counted by tests/gpu_without_a_gpu; a graph is one launch,
-beside the copies of its input. At
-an estimated {1e6 * LAUNCH_SECONDS:.0f} us each, forward and backward take the host {host:.1f} ms,
-and the GPU waits for it where the batch is so small that its own time is less: there
-`cuda_graphs=true` helps.
+Number of kernels in a step of one micro-batch, counted by tests/gpu_without_a_gpu. A graph is one
+launch, besides the copies of its input. At an estimated {1e6 * LAUNCH_SECONDS:.0f} us per launch,
+the host takes {host:.1f} ms for the forward and backward pass. If the batch is so small that the
+GPU itself needs less time, the GPU waits for the host: there `cuda_graphs=true` helps.
 
 {of_engines}
 
@@ -278,10 +282,10 @@ and the GPU waits for it where the batch is so small that its own time is less: 
 
 ### Many GPUs
 
-By the model of communication of `launch/slurm.py --dry-run --gpu H100` (which keeps a recipe's
-batch, and gives hours): a micro-batch of {BATCH} a GPU and step, so that the global batch grows
-with the GPUs; {H100.name} in nodes of 8, gradients averaged over 100 GB/s in a node and 12.5 GB/s
-between nodes, as if nothing hid it.
+Computed by the communication model of `launch/slurm.py --dry-run --gpu H100` (which keeps a
+recipe's batch, and gives hours). Each GPU has a micro-batch of {BATCH} per step, so the global
+batch grows with the number of GPUs. The {H100.name} are in nodes of 8. Gradients are averaged at
+100 GB/s within a node and 12.5 GB/s between nodes, without overlap with computation.
 
 {gpus}
 """

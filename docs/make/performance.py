@@ -197,29 +197,31 @@ def report(found: dict[str, dict[str, Any]], options: argparse.Namespace, figure
     peer = (
         f"spikingjelly {machine['spikingjelly']}, its network of the same name with the same neuron"
         if "spikingjelly" in machine
-        else "spikingjelly was not installed"
+        else "missing: it was not installed"
     )
     parts = [
         f"""# Performance, measured
 
-Made by `python docs/make/performance.py --results FOLDER --output docs/performance.md`, which keeps
-what is measured in FOLDER, on {datetime.date.today():%-d %B %Y}; {machine["device"]},
-{machine["threads"]} threads, Python {machine["python"]}, torch {machine["torch"]}. What one of the
-commands at the end compares took turns, step by step; times are medians, and ratios are medians of
-each round's ratio. On a CPU each is a process of its own, whose threads wait for each other asleep
-or spinning (OMP_WAIT_POLICY is PASSIVE or not set), whichever made it faster on this machine.
-"ReLU" is the ReLU network of the same convolutions (timm's ResNet) on T times the batch, in
-channels_last memory. The peer: {peer}.
+After this page you know the time and memory of a training step, and how to measure them yourself.
 
-A step is the forward pass, the TET loss and the backward pass, without the update, on random
-images.""",
+Made by `python docs/make/performance.py --results FOLDER --output docs/performance.md`, which keeps
+its measurements in FOLDER, on {datetime.date.today():%-d %B %Y}; {machine["device"]},
+{machine["threads"]} threads, Python {machine["python"]}, torch {machine["torch"]}.
+
+* **Contestants.** "ReLU" is the ReLU network with the same convolutions (timm's ResNet) on T times
+  the batch, in channels_last memory. "spikingjelly" is {peer}.
+* **Step.** The forward pass, the TET loss and the backward pass on random images, without the
+  update.
+* **Times.** The contestants of one command (see the end of this page) take turns, step by step.
+  Times are medians, and ratios are medians of each round's ratio.
+* **Processes.** On a CPU each contestant is a separate process. Its threads wait for each other
+  asleep or spinning (OMP_WAIT_POLICY is PASSIVE or not set), whichever is faster here.""",
         f"""## {network}, T=4, {size} pixels, batch {step["batch"]}
 
 {step_table(found, "step")}
 
 "blocks" and "timesteps" are `recompute: blocks` and `recompute: {{timesteps: 2}}`. The first two
-steps include building the kernels where they are not in the cache: 2 to 9 s more, once on a
-machine.
+steps also build kernels that are not in the cache, which takes 2 to 9 s, once per machine.
 {compiled_peer(found)}
 
 Evaluation (forward pass only):
@@ -236,8 +238,8 @@ Evaluation (forward pass only):
 
 {series_table(found, "timesteps", "T")}
 
-MiB an image kept for the backward pass, after the forward pass (at most until the backward pass has
-ended):
+MiB an image kept for the backward pass: after the forward pass, and in parentheses the maximum
+until the end of the backward pass.
 
 {memory_tables(found)}""",
         f"""## Against the batch
@@ -249,7 +251,7 @@ ended):
     if "scaling-1" in found:
         parts.append(f"## Several processes\n\n{scaling_text(found)}")
     if "data" in found:
-        parts.append(f"## From files to batches\n\n{data_text(found['data'])}")
+        parts.append(f"## Data loading\n\n{data_text(found['data'])}")
     if options.gpu:
         parts.append(gpu_text(json.loads(options.gpu.read_text())))
     if gpu := gpu_section(options.output):
@@ -325,11 +327,17 @@ def older(found: dict[str, dict[str, Any]]) -> str:
         return ""
     return """
 
-The sections below, but for those on several processes and on files, are of 25 November 2026, when
-all contestants took turns in one process whose threads waited asleep. How much that matters shows
-in the tables above, which were made that day, too: there spikingjelly took 1.43 (fp32) and 1.93
-(bf16) times the ReLU network's step, and tetdist 0.97 and 1.00. The machine was about twice as fast
-that day, so that seconds cannot be compared with those above; memory can."""
+The sections below, except "Several processes" and "Data loading", were measured on 25 November
+2026. On that day all contestants took turns in one process whose threads waited asleep. The tables
+above were also measured in that way, for comparison:
+
+| times the ReLU network's step, 25 November | fp32 | bf16 |
+| --- | --- | --- |
+| spikingjelly | 1.43 | 1.93 |
+| tetdist | 0.97 | 1.00 |
+
+The machine was about twice as fast on that day. Seconds below therefore cannot be compared with
+those above; memory can."""
 
 
 def compiled_peer(found: dict[str, dict[str, Any]]) -> str:
@@ -338,10 +346,15 @@ def compiled_peer(found: dict[str, dict[str, Any]]) -> str:
     relu, own, peer = found["compiled-fp32"]["rows"]
     return f"""
 
-spikingjelly compiled by torch.compile, fp32, in a run of its own: {peer["seconds"]:.3f} s a step,
-{peer["ratio"]:.3f} of the ReLU network's ({relu["seconds"]:.3f} s), after {peer["warm_up"]:.0f} s
-of compilation; tetdist beside it {own["seconds"]:.3f} s, {own["ratio"]:.3f}. In bf16 the
-compilation had not ended after eight minutes on this machine."""
+spikingjelly compiled by torch.compile, fp32, in a separate run:
+
+| network | s | / ReLU | compilation, s |
+| --- | --- | --- | --- |
+| ReLU | {relu["seconds"]:.3f} | 1.000 | |
+| tetdist | {own["seconds"]:.3f} | {own["ratio"]:.3f} | |
+| spikingjelly, compiled | {peer["seconds"]:.3f} | {peer["ratio"]:.3f} | {peer["warm_up"]:.0f} |
+
+In bf16 the compilation had not ended after eight minutes on this machine."""
 
 
 def other_table(found: dict[str, dict[str, Any]]) -> str:
@@ -386,11 +399,11 @@ def transformers_text(found: dict[str, dict[str, Any]]) -> str:
     peer = found[f"{TRANSFORMERS[0][0]}-fp32"]["rows"][-1]["name"].startswith("spikingjelly")
     text = """
 
-The peer is the same network of torch's layers and spikingjelly's neurons in multi-step mode, built
-as the authors' code is (tetdist/apps/benchmarks/peers.py; a test compares its logits with ours).
-MiB are those kept for the backward pass, as below; the last column is their share of the peer's.
-Other programs used this machine at times: seconds of different runs cannot be compared, and
-ratios are within a run. An empty place was not measured."""
+spikingjelly's network has torch's layers and spikingjelly's neurons in multi-step mode, built like
+the authors' code (tetdist/apps/benchmarks/peers.py; a test compares its logits with ours). MiB
+are kept for the backward pass, as below; the last column is their fraction of spikingjelly's.
+Other programs used this machine at times: compare seconds only within a run; ratios are within a
+run. Empty cells were not measured."""
     return markdown(head, rows) + (text if peer else "")
 
 
@@ -465,12 +478,12 @@ def scaling_text(found: dict[str, dict[str, Any]]) -> str:
         "averaging / apart",
     ]
     return f"""{result["model"]}, {result["precision"]}, {result["engine"]}, whole steps with the
-update, a core a process. Processes that do not speak to each other ("apart") show what the machine
-loses by itself when both cores are busy.
+update, one core per process. Processes that do not communicate ("apart") show how much the machine
+itself slows down when both cores are busy.
 
 {markdown(head, rows)}
 
-What many GPUs would reach is in "The GPU path, computed"."""
+"The GPU path, computed" has an estimate for many GPUs."""
 
 
 def data_text(result: dict[str, Any]) -> str:
@@ -489,11 +502,11 @@ def data_text(result: dict[str, Any]) -> str:
     wait = result["wait"]
     used = ", ".join(f"{value:.0f}" for value in result["memory_mib"])
     source = Path(result["data"]).name if result["data"] else "the benchmark's own making"
-    return f"""JPEGs of {source}, each as often as needed:
+    return f"""JPEGs of {source}, repeated as often as needed:
 RandomResizedCrop to {result["size"]} pixels, flip, normalisation, batches of {result["batch"]};
 {result["threads"]} threads, or {result["threads"]} workers of torchvision's DataLoader. "DALI's
-reader" is a pipeline of DALI's own, from its file reader on; "decoding alone" is the same without
-what follows its decoder, windows only.
+reader" is a pipeline only of DALI's operators, beginning with its file reader. "decoding alone"
+stops after its decoder, which decodes only the crop windows.
 
 {markdown(head, rows)}
 
