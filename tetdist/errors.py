@@ -1,6 +1,6 @@
-"""Mistakes as sentences: the exceptions that commands turn into one, and the ways out it names.
+"""Exceptions that commands print as one sentence, and the advice in these sentences.
 
-No sentence, and no file that a command writes, holds a password of an address; see
+No message, and no file that a command writes, holds a password of an address; see
 `without_passwords`.
 """
 
@@ -10,7 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
-# What a package that may be missing comes with; all others come with training.
+# Extras that install a package that may be missing; all other packages come with training.
 _EXTRAS = {
     "h5py": "train,events",
     "mlxtend": "train,quickstart",
@@ -24,22 +24,21 @@ _EXTRAS = {
     "wandb": "wandb",
 }
 _PASSWORDS = re.compile(
-    # A server's user goes, too. What follows a colon and begins with a digit may be a port.
+    # A server's user is removed, too. Digits after a colon may be a port.
     r"\b(https?://)(?:[^\s/?#]*|[^\s/?#:]*:(?!\d)\S*)@"
     r"|\b((?!https?:)[\w+]+://[^\s:/]*):\S*(?=@)"
     r"|([?&](?:\w*passw(?:or)?d|\w*token|odbc_connect)=)[^\s&#'\"]*"
 )
 _CHECKOUT = Path(__file__).resolve().parents[1]
-# The scripts of a checkout that people type, by the command that they are.
+# The scripts of a checkout by their command, where not in tools/.
 _SCRIPTS = {"train": "tetdist/train.py", "slurm": "launch/slurm.py"}
 
 
 class UserError(ValueError):
-    """A mistake that the person at the keyboard can mend.
+    """A mistake that the user can correct.
 
     Its text is one clear sentence that names the key, file or step and the way out. Commands print
-    it and exit with status 2; anything else that is raised is a fault of ours and keeps its
-    traceback.
+    it and exit with status 2. Any other exception is a bug of tetdist and keeps its traceback.
     """
 
 
@@ -67,12 +66,12 @@ def sentence(error: Exception) -> str:
 
 
 def without_passwords(text: str) -> str:
-    """Remove passwords from the addresses in a text, of http servers also the user."""
+    """Remove passwords from the addresses in a text, and user names from those of http servers."""
     return _PASSWORDS.sub(lambda found: found[1] or found[2] or found[3], text)
 
 
 def script_of(command: str) -> Path | None:
-    """The script of a command in the checkout; None where tetdist is installed without one."""
+    """Return the script of a command in the checkout; None if tetdist is installed without one."""
     script = _CHECKOUT / _SCRIPTS.get(command, f"tools/{command}.py")
     # tetdist/train.py is in an installed package, too; launch/ is not.
     is_checkout = (_CHECKOUT / _SCRIPTS["slurm"]).is_file()
@@ -82,7 +81,7 @@ def script_of(command: str) -> Path | None:
 def typed(command: str, *arguments: object) -> str:
     """Return the command line to type for a command: a script of the checkout, or ``tetdist
     COMMAND``."""
-    # Who has typed `tetdist` may not be in the checkout.
+    # A user of `tetdist` may not be in the checkout's folder.
     script = None if Path(sys.argv[0]).name == "tetdist" else script_of(command)
     program = f"python {script.relative_to(_CHECKOUT)}" if script else f"tetdist {command}"
     shown = (shlex.quote(without_passwords(str(argument))) for argument in arguments)
@@ -90,17 +89,17 @@ def typed(command: str, *arguments: object) -> str:
 
 
 def pip_install(extras: str) -> str:
-    """Return the command that installs tetdist with these extras: no index has it by its name."""
+    """Return the command that installs tetdist with these extras; it is on no package index."""
     if script_of("slurm"):
         return f"pip install -e {shlex.quote(f'{_CHECKOUT}[{extras}]')}"
     return f"pip install 'FOLDER_OR_WHEEL[{extras}]', with the folder or wheel of tetdist"
 
 
 def way_out(error: BaseException) -> str:
-    """Return the advice on a file that could not be written."""
+    """Return the advice for a file that could not be written."""
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "give yourself permission to write there, or choose another runs_dir=..."
+        return "get permission to write there, or choose another runs_dir=..."
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "make room, or choose another runs_dir=..."
-    return "mend that, or choose another runs_dir=..."
+        return "free disk space, or choose another runs_dir=..."
+    return "correct that, or choose another runs_dir=..."

@@ -111,7 +111,7 @@ def test_a_bad_file_is_named_as_ever(config: RunConfig, tiny_copy: Path, alone: 
     file = tiny_copy / index.path(3)
     file.write_bytes(bytes(file.stat().st_size))
     with (
-        pytest.raises(UserError, match=r"do not decode: .*mend or remove"),
+        pytest.raises(UserError, match=r"cannot be decoded: .*repair or remove"),
         build.train_loader(config, index, alone, 0, 16) as batches,
     ):
         list(islice(batches, 40))
@@ -140,7 +140,7 @@ def test_missing_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"no 3 MiB of memory .*own_process=false"):
+    with pytest.raises(UserError, match=r"batches need 3 MiB of memory.*own_process=false"):
         own_process._reserve(2**20, multiprocessing.Pipe()[0])
 
 

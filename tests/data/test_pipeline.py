@@ -376,10 +376,10 @@ def shrink(file):
     ("training", "spoil", "words"),
     [
         (True, lambda file: file.unlink(), "No such file"),
-        (False, lambda file: file.write_bytes(file.read_bytes()[:-9]), "bytes where the index"),
+        (False, lambda file: file.write_bytes(file.read_bytes()[:-9]), "instead of the index's"),
         (True, lambda file: file.write_bytes(b"x" * file.stat().st_size), "not an image"),
-        (False, damage, "does not decode"),
-        (False, shrink, "its size is not the index's"),
+        (False, damage, "cannot be decoded"),
+        (False, shrink, "its size differs from the index"),
     ],
 )
 def test_a_file_that_went_bad_is_named(image_root, training, spoil, words):
@@ -614,5 +614,5 @@ def test_the_configuration_names_transforms_which_change_training_alone(
     assert same(evaluated(), evaluated("shifted"))
     with pytest.raises(UserError, match=r"data\.transforms: .*'shiftet'"):
         evaluated("shiftet")
-    with pytest.raises(UserError, match=r"data\.transforms: 'shifted' is there twice"):
+    with pytest.raises(UserError, match=r"data\.transforms: 'shifted' is listed twice"):
         evaluated("shifted", "shifted")

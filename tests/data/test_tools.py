@@ -100,7 +100,7 @@ def test_what_is_no_file_is_bad_and_never_waited_for(image_root, call):
     os.mkfifo(folder / "bee0.jpg")
     with (
         SampleReader(index, root) as reader,
-        pytest.raises(UserError, match="has 0 bytes where the index says"),
+        pytest.raises(UserError, match="has 0 bytes instead of the index's"),
     ):
         reader.read(1)
 
@@ -117,8 +117,8 @@ def test_files_that_are_not_taken_are_counted_and_named(image_root, call):
     ) in output
     status, output = call("images.py", "check", root, "--workers", 1)
     assert status == 0, output
-    assert "passed over: train/ant/a.gif: 2 files with .gif, not of a kind that is read" in output
-    assert "passed over: train/bee/c.HEIC: 1 file with .heic, not of a kind that is read" in output
+    assert "passed over: train/ant/a.gif: 2 files with .gif, which is not read" in output
+    assert "passed over: train/bee/c.HEIC: 1 file with .heic, which is not read" in output
     assert "all good" not in output
     (root / "train" / "ant" / "ant0.jpg").rename(root / "train" / "ant" / "ant0.avif")
     status, output = call("images.py", "index", root, "--workers", 1)
@@ -132,11 +132,11 @@ def test_a_test_folder_is_not_mistaken_for_what_training_takes(image_root, call)
     (root / "val").rename(root / "test")
     status, output = call("images.py", "index", root, "--workers", 1)
     assert status == 2
-    assert f"as 'val' if it is renamed, or linked, `ln -s test {root}/val`" in output
+    assert f"rename it to 'val', or link it, `ln -s test {root}/val`" in output
     status, output = call("images.py", "index", root, "--splits", "train,test", "--workers", 1)
     assert status == 2
     assert "would not find 'test'" in output
-    assert f"`ln -s test {root}/val`, and leave --splits out" in output
+    assert f"`ln -s test {root}/val`, and leave out --splits" in output
     assert not (root / "index").exists()
     (root / "val").symlink_to("test")
     for options in ([], ["--splits", "train,test"]):
@@ -172,14 +172,14 @@ def test_data_to_evaluate_alone_need_no_train(image_root, call, name):
 @pytest.mark.parametrize(
     ("spoil", "options", "words"),
     [
-        (lambda root: shutil.rmtree(root / "val"), [], "no folder 'val'"),
+        (lambda root: shutil.rmtree(root / "val"), [], "neither a folder 'val' nor"),
         (lambda root: (root / "val" / "bee").rename(root / "val" / "wasp"), [], "'bee' is in tra"),
         (
             lambda root: (root / "train" / "bee" / "bee0.jpg").write_text("hello"),
             ["--skip-bad", "--workers", 1],
             "class 'bee' of train is all bad",
         ),
-        (None, ["--splits", "train,test"], "no folder 'test'"),
+        (None, ["--splits", "train,test"], "neither a folder 'test' nor"),
         (None, ["--workers", "0"], "--workers"),
         (None, ["--splits", ","], "--splits"),
         (None, ["--events", "--no-decode"], "--no-decode"),

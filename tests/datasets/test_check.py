@@ -40,11 +40,12 @@ def test_damage_wrong_names_and_labels_are_found(tmp_path):
     (folder / "n00000001_6.JPEG").write_bytes(data[: len(data) // 2])
     found = by_kind(check.split_findings(*examine(tmp_path)))
     truncated = found["bad"].pop("train/n00000001/n00000001_6.JPEG")
-    assert truncated.startswith("does not decode: ")
+    assert truncated.startswith("cannot be decoded: ")
     assert found == {
         "misnamed": {"train/n00000001/n00000001_2.JPEG": "a PNG file; it is used as it is"},
         "label": {
-            "train/n00000001/n00000002_3.JPEG": "its name says n00000002, its label n00000001"
+            "train/n00000001/n00000002_3.JPEG": "its name has class n00000002, "
+            "but its label is n00000001"
         },
         "bad": {
             "train/n00000001/n00000001_4.JPEG": "not an image",
@@ -134,7 +135,7 @@ def test_missing_images_and_classes_of_imagenet_are_named():
     del whole["n01443537"]
     found = list(check.imagenet_findings(listing_of("val", whole | {"n99999999": 50})))
     assert [(kind, text) for kind, _, text in found] == [
-        ("missing", "classes that ImageNet-1k has not: n99999999"),
+        ("missing", "classes that are not in ImageNet-1k: n99999999"),
         ("missing", "1 of 1,000 classes: n01443537"),
     ]
 
@@ -154,7 +155,10 @@ def test_training_counts_of_imagenet_are_known():
     [
         (None, None),
         (lambda root: (root / "train" / "bee" / "bee1.jpg").unlink(), "bee1.jpg is in the index"),
-        (lambda root: turn(root / "train" / "bee" / "bee1.jpg"), "not of the files that are there"),
+        (
+            lambda root: turn(root / "train" / "bee" / "bee1.jpg"),
+            "does not match the present files",
+        ),
         (lambda root: (root / "index" / "train.npz").write_bytes(b"x"), "is damaged"),
         (lambda root: (root / "index" / "train.npz").unlink(), None),
     ],

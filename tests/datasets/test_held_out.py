@@ -71,7 +71,7 @@ def test_a_recording_is_on_one_side(whole: Index, several_classes: bool) -> None
     ("recordings", "words"),
     [
         (["one"] * 47, "all training samples are of one recording"),
-        (["a"] * 11 + [*"bcdefghijkl"] * 3 + ["m"] * 3, "'down' has one recording or sample"),
+        (["a"] * 11 + [*"bcdefghijkl"] * 3 + ["m"] * 3, "'down' has only one recording or sample"),
     ],
 )
 def test_too_little_to_divide(whole: Index, recordings: list[str], words: str) -> None:

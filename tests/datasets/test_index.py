@@ -121,7 +121,7 @@ def bad_files(folder):
     save_turned(picture(20, 30), folder / "g_turned.tif")
     for name in ("h.png", "i.tif"):
         Image.fromarray(np.full((20, 30), 3000, np.uint16)).save(folder / name)
-    bits = "more than 8 bits a channel (PIL's mode I;16): save it with 8"
+    bits = "more than 8 bits per channel (PIL's mode I;16): save it with 8"
     return {
         "train/ant/b_truncated.jpg": "truncated",
         "train/ant/c_text.jpg": "not an image",
@@ -159,7 +159,7 @@ def test_without_decoding_only_headers_are_read(image_root):
     ("spoil", "words"),
     [
         (lambda root: root.rename(root.with_name("moved")), "there is no data folder"),
-        (lambda root: (root / "train").rename(root / "training"), "no folder 'train'"),
+        (lambda root: (root / "train").rename(root / "training"), "neither a folder 'train' nor"),
         (lambda root: [p.rename(root / p.name) for p in (root / "train").iterdir()], "no class"),
         (
             lambda root: [(root / "train" / n).rename(root / n) for n in ("bee", "cow")],
@@ -304,7 +304,7 @@ def test_event_tensors_that_differ_or_are_damaged_are_named(event_root):
     assert (index.kind, index.timesteps, index.dtype) == ("events", 3, "uint8")
     assert set(zip(index.heights, index.widths, strict=True)) == {(8, 6)}
     words = ["float16, but train/left/0.npy has", "(2, 2, 8, 6)", "type float32", "shape (2, 8, 6)"]
-    words += ["Fortran", "bytes where", "bytes where", "not a .npy file", "shape (3, 1, 8, 6)"]
+    words += ["Fortran", "bytes instead", "bytes instead", "not a .npy file", "shape (3, 1, 8, 6)"]
     assert [path for path, _ in bad] == [f"train/right/{name}.npy" for name in "abcdefghi"]
     for (path, reason), word in zip(bad, words, strict=True):
         assert word in reason, path

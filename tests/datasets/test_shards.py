@@ -125,12 +125,12 @@ def test_a_plan_takes_every_sample_once_and_none_too_many(image_root):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda root, _: pack(root, root / "p", seed=1), "of seed 0 instead of 1"),
-        (lambda root, _: pack(root, root / "p", max_bytes=10**6), "of max_bytes 16384 instead"),
+        (lambda root, _: pack(root, root / "p", seed=1), "with seed 0 instead of 1"),
+        (lambda root, _: pack(root, root / "p", max_bytes=10**6), "with max_bytes 16384 instead"),
         (lambda root, _: pack(root, root / "p", "val"), "p/val is not empty"),
         (lambda root, tar: (tar.unlink(), add_image(root), pack(root, root / "p")), "fingerprint"),
-        (lambda root, tar: (swap(tar), pack(root, root / "p")), "are not those of the index"),
-        (lambda root, tar: (tar.write_bytes(b""), pack(root, root / "p")), "not a whole"),
+        (lambda root, tar: (swap(tar), pack(root, root / "p")), "do not match the index"),
+        (lambda root, tar: (tar.write_bytes(b""), pack(root, root / "p")), "not a complete"),
     ],
 )
 def test_other_shards_are_not_mixed_with(image_root, change, words):
@@ -266,7 +266,7 @@ def test_extraction_continues_and_overwrites_nothing(image_root, tmp_path):
     assert images_by_class(tmp_path / "d", "train") == folders
     assert kept.stat().st_mtime_ns == 1
     kept.write_bytes(b"all of my thesis")
-    with pytest.raises(UserError, match=r"00000004.jpg exists and is another file"):
+    with pytest.raises(UserError, match=r"00000004.jpg exists with other contents"):
         extract(tmp_path / "s", tmp_path / "d")
     assert kept.read_bytes() == b"all of my thesis"
 
@@ -281,8 +281,8 @@ def shard_of(folder, name="0", twice=False):
 @pytest.mark.parametrize(
     ("classes", "options", "words"),
     [
-        ("..\nb\n", {}, "the class name '..' cannot be a folder's"),
-        ("a/../../x\nb\n", {}, "cannot be a folder's"),
+        ("..\nb\n", {}, "the class name '..' is not a valid folder name"),
+        ("a/../../x\nb\n", {}, "is not a valid folder name"),
         ("a\nb\n", {"twice": True}, "would both become a/0.jpg"),
         ("a\nb\n", {"name": "../../0"}, "leads out of the folder"),
     ],
@@ -296,7 +296,7 @@ def test_extraction_stays_in_its_folder(tmp_path, classes, options, words):
 
 
 def test_class_folders_need_no_extraction(image_root, tmp_path):
-    with pytest.raises(UserError, match="are class folders already"):
+    with pytest.raises(UserError, match="has class folders already"):
         extract(image_root(), tmp_path / "d")
 
 
@@ -336,5 +336,5 @@ def test_an_image_in_a_shard_that_went_bad_is_named(image_root, tmp_path):
     data = bytearray(file.read_bytes())
     data[damaged.offset + 700 : damaged.offset + damaged.size] = bytes(damaged.size - 700)
     file.write_bytes(data)
-    with pytest.raises(UserError, match=r"00000007-bee3.jpg \(does not decode.*images.py index"):
+    with pytest.raises(UserError, match=r"00000007-bee3.jpg \(cannot be decoded.*images.py index"):
         batches(index, tmp_path / "p", training=False)

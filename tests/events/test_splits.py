@@ -230,7 +230,7 @@ def test_a_data_root_says_what_pieces_are_of_one_recording(tmp_path):
     root.mkdir(parents=True)
     assert recordings_of(root) is None
     (root / "dataset.json").write_text(json.dumps({"split": "published"}))
-    with pytest.raises(UserError, match=r"recordings\.jsonl, which says what pieces"):
+    with pytest.raises(UserError, match=r"recordings\.jsonl, which lists the pieces"):
         recordings_of(root)
     lines = [{"key": f"1/user1-{n}", "source": "user1.aedat", "events": 3} for n in range(2)]
     (tmp_path / "recordings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -415,7 +415,7 @@ def test_read_only_place(
 ) -> None:
     """Told apart from a full disk, before training."""
     (tmp_path / "runs").write_text("a file")
-    ended(main(tiny_config()), "cannot write to", str(tmp_path / "runs"), "mend that")
+    ended(main(tiny_config()), "cannot write to", str(tmp_path / "runs"), "correct that")
     (tmp_path / "runs").unlink()
 
     # Root, as which the tests may run, writes everywhere.
@@ -423,7 +423,7 @@ def test_read_only_place(
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    said = f"cannot write to {tmp_path / 'runs/tiny'}: Permission denied; give yourself permission"
+    said = f"cannot write to {tmp_path / 'runs/tiny'}: Permission denied; get permission"
     ended(main(tiny_config()), said)
 
 

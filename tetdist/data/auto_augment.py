@@ -1,7 +1,7 @@
 """AutoAugment (Cubuk et al., 2019): policies found by search, as torchvision defines them.
 
-A policy has 25 sub-policies of two operations; a sample gets one of these, and each operation with
-its own probability.
+A policy has 25 sub-policies of two operations. Each sample gets one sub-policy, and applies each of
+its operations with that operation's probability.
 """
 
 import functools
@@ -22,7 +22,7 @@ _SubPolicy = list[tuple[str, float, int]]
 
 @functools.cache
 def _sub_policies(policy: Policy) -> list[_SubPolicy]:
-    """Return torchvision's table: of each operation its name, probability and level from 0 to 9."""
+    """Return torchvision's table: each operation's name, probability and level from 0 to 9."""
 
     def ours(name: str, probability: float, level: int | None) -> tuple[str, float, int]:
         name = re.sub("([XY])$", r"_\1", name).lower().replace("color", "saturation")
@@ -35,12 +35,12 @@ def _sub_policies(policy: Policy) -> list[_SubPolicy]:
 def auto_augment(
     draws: npt.NDArray[np.float64], policy: Policy, image_size: int
 ) -> list[list[Operation]]:
-    """Choose the operations that each sample gets.
+    """Choose the operations of each sample.
 
     Args:
-        draws: (B, AUTO_AUGMENT_DRAWS) uniform in [0, 1): which sub-policy; of its two operations,
-            whether they are done and in which of two directions.
-        image_size: Pixels, of which translations are a share.
+        draws: (B, AUTO_AUGMENT_DRAWS) uniform in [0, 1): for the sub-policy, and for each of its
+            two operations whether it is applied and in which direction.
+        image_size: Image size in pixels, to which translations are relative.
     """
     assert draws.shape[1] == AUTO_AUGMENT_DRAWS
     sub_policies = _sub_policies(policy)
@@ -60,7 +60,7 @@ def auto_augment(
 
 
 def _value(name: str, level: int, sign: int, image_size: int) -> float:
-    """An operation's value at a level from 0 to 9."""
+    """Return an operation's value at a level from 0 to 9."""
     match name:
         case "brightness" | "saturation" | "contrast" | "sharpness":
             return 1 + sign * _between(0, 0.9, level)
@@ -81,5 +81,5 @@ def _value(name: str, level: int, sign: int, image_size: int) -> float:
 
 
 def _between(least: float, most: float, level: int) -> float:
-    # Torch computes it in float32, as torchvision does: another last digit can be another pixel.
+    # In float32, as in torchvision: a different last digit could move a pixel.
     return torch.linspace(least, most, 10)[level].item()

@@ -1,12 +1,12 @@
-"""Changes of the pixels of a whole batch on a GPU, each kind of them at once.
+"""Changes of the pixels of a whole batch on a GPU, all images of one operation at once.
 
-On a CPU pixels.py changes one image after another with Pillow. A GPU would wait for the host: an
-operation of torchvision is some ten kernels an image. Here all images that are due to have the same
-operation, each with its own value, share these kernels, so that their number depends on the kinds
-of operations, and not on the batch. The bytes are those of torchvision's functions for tensors, and
-Pillow's of what only timm has: blur, addition to dark pixels, and geometry between pixels. Half-way
-between two pixels torchvision's shears and rotations may take the other one, since their matrix
-product rounds by processor.
+On a CPU pixels.py changes one image after another with Pillow. A GPU would then wait for the host:
+an operation of torchvision takes some ten kernels per image. Here all images with the same
+operation share these kernels, each with its own value, so that the number of kernels depends on the
+kinds of operations and not on the batch. The resulting bytes are those of torchvision's functions
+for tensors, and Pillow's for operations that only timm has: blur, addition to dark pixels, and
+interpolated geometry. Half-way between two pixels, torchvision's shears and rotations may take the
+other pixel, since their matrix product rounds differently on each processor.
 """
 
 import math
@@ -22,7 +22,7 @@ from tetdist.data.pixels import WARPS, Output, Rows, solarize_add_levels
 from tetdist.data.transfer import on_device
 from tetdist.data.transforms import Operation
 
-# It takes images (n, 3, H, W) and a value of each.
+# A function of images (n, 3, H, W) and their values.
 _Change = Callable[[Tensor, list[float]], Tensor]
 
 
@@ -46,7 +46,7 @@ def operate(images: Tensor, operations: Sequence[list[Operation]], output: Outpu
 
 
 def _numbers(images: Tensor, values: list[float]) -> Tensor:
-    """A number of each image, (n, 1, 1, 1)."""
+    """Return one number per image as a tensor (n, 1, 1, 1)."""
     return on_device(torch.tensor(values), images.device)[:, None, None, None]
 
 
@@ -54,9 +54,9 @@ def _numbers(images: Tensor, values: list[float]) -> Tensor:
 
 
 def _blended(images: Tensor, others: Tensor, shares: list[float]) -> Tensor:
-    """A share of each image and the rest of another, which may be more than all and less than none.
+    """Blend each image with another one; weights may be above 1 and below 0.
 
-    The rest is computed before it is rounded to float32, as torchvision does.
+    The other's weight is computed before it is rounded to float32, as in torchvision.
     """
     rest = _numbers(images, [1.0 - share for share in shares])
     return (_numbers(images, shares) * images + rest * others).clamp(0, 255).to(torch.uint8)
@@ -79,7 +79,7 @@ def _sharpness(images: Tensor, factors: list[float]) -> Tensor:
     return _blended(images, vision.adjust_sharpness(images, 0.0), factors)
 
 
-# Of the six sectors of hues: which of (value, falling, least, rising) red, green and blue are.
+# For red, green and blue in each of six hue sectors: index into (value, falling, least, rising).
 _SECTORS = ((0, 1, 2, 2, 3, 0), (3, 0, 0, 1, 2, 2), (2, 2, 3, 0, 0, 1))
 
 
@@ -109,7 +109,7 @@ def _hue(images: Tensor, turns: list[float]) -> Tensor:
     ]
     which = on_device(torch.tensor(_SECTORS), images.device)[:, sector.long() % 6]
     colours = torch.stack(levels, 1).gather(1, which.movedim(0, 1))
-    # Each byte gets an equal part of [0, 1], by torchvision's rule.
+    # Each byte covers an equal part of [0, 1], by torchvision's rule.
     return (colours * (256 - 1e-3)).to(torch.uint8)
 
 
@@ -142,7 +142,7 @@ def _solarize_add(images: Tensor, adds: list[float]) -> Tensor:
 
 
 def _gaussian_blur(images: Tensor, radii: list[float]) -> Tensor:
-    """Pillow's blur: thrice in each direction the mean of a window, of whose ends a part counts."""
+    """Apply Pillow's blur: three box filters in each direction, with weighted ends."""
     weights = on_device(torch.tensor([_window(radius) for radius in radii]), images.device)
     middle, *others = weights[:, :, None, None, None].unbind(1)
     values = images.long()
@@ -159,9 +159,9 @@ def _gaussian_blur(images: Tensor, radii: list[float]) -> Tensor:
 
 
 def _window(radius: float) -> list[int]:
-    """Weights, in units of 2**-24, of a pixel and of those one and two away from it.
+    """Return the weights, in units of 2**-24, of a pixel and of those one and two away from it.
 
-    They are Pillow's, which has those of three windows together vary as a Gaussian does, in float32
+    They are Pillow's: three windows together have the variance of the Gaussian, computed in float32
     (Gwosdek et al., 2011).
     """
     one = np.float32
@@ -180,17 +180,17 @@ def _window(radius: float) -> list[int]:
 
 
 def _moved(rows_of: Callable[[float, int, int], Rows]) -> _Change:
-    """Take each pixel from another place, the nearest one; what comes from outside is black.
+    """Make a change that moves pixels, with nearest neighbours and black from outside.
 
     Args:
-        rows_of: Gives the matrix of a value, and height and width of the images, whose middle is
-            where x and y are 0.
+        rows_of: Returns the matrix of a value, height and width; x and y are 0 in the middle of
+            the image.
     """
 
     def change(images: Tensor, values: list[float]) -> Tensor:
         height, width = images.shape[2:]
         rows = torch.tensor([rows_of(value, height, width) for value in values])
-        # From pixels to the halves of width and height in which grid_sample reckons.
+        # From pixels to grid_sample's unit, half of the width or height.
         halves = torch.tensor([[0.5 * width], [0.5 * height]])
         rows = on_device(rows.view(-1, 2, 3) / halves, images.device)[..., None, None]
         x = torch.linspace(0.5 - width / 2, width / 2 - 0.5, width, device=images.device)
@@ -210,7 +210,7 @@ def _rotation(degrees: float, *_: int) -> Rows:
 
 
 def _warped(images: Tensor, operations: list[Operation], output: Output) -> Tensor:
-    """Take each pixel from between others, as Pillow does, in its order of sums and products."""
+    """Interpolate each pixel between others as Pillow does, in its order of sums and products."""
     height, width = images.shape[2:]
     rows = [WARPS[name](value, height, width) for name, value in operations]
     table = on_device(torch.tensor(rows, dtype=torch.float64).view(-1, 2, 3, 1, 1), images.device)
@@ -242,20 +242,20 @@ def _linear(values: list[Tensor], d: Tensor) -> Tensor:
 
 
 def _cubic(values: list[Tensor], d: Tensor) -> Tensor:
-    """Convolution with the cubic kernel of a = -1, between the second and the third value."""
+    """Interpolate between the second and third value with the cubic kernel of a = -1."""
     a, b, c, e = values
     return b + d * (-a + c + d * (2 * (a - b) + c - e + d * (-a + b - c + e)))
 
 
-# Each with the pixels that it takes, counted from the one to the left of a place, or above it.
+# Each with its pixels, counted from the one to the left of a place, or above it.
 _BETWEEN: dict[str, tuple[Callable[[list[Tensor], Tensor], Tensor], tuple[int, ...]]] = {
     "bilinear": (_linear, (0, 1)),
     "bicubic": (_cubic, (-1, 0, 1, 2)),
 }
 
 
-# By the names that transforms.py, auto_augment.py and rand_augment.py use. timm's geometry is not
-# among them: `_warped` does all of it at once.
+# By the names in transforms.py, auto_augment.py and rand_augment.py. timm's geometry is missing
+# because `_warped` does all of it at once.
 CHANGES: dict[str, _Change] = {
     "brightness": _brightness,
     "contrast": _contrast,

@@ -1,7 +1,7 @@
 """Batches for training and evaluation: the samples, windows and changes that make them up.
 
-order.py and transforms.py decide all of it, so a batch is a function of the run's configuration and
-of the step in the run alone.
+order.py and transforms.py determine all of it, so a batch is a function of the run's configuration
+and step alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,17 +30,17 @@ from tetdist.order import (
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """A rank's part of the training, from some step on.
+    """A rank's part of the training, beginning at some step.
 
     Attributes:
         seed: Seed of order and augmentation.
-        global_batch: Samples that all ranks together take in a step.
+        global_batch: Samples per step of all ranks together.
         micro_batch: Samples in each batch of the loader.
         rank: This process's number.
         world_size: Number of processes.
         epoch: The first batch's epoch.
         step_in_epoch: The first batch's step in that epoch.
-        repeats: Times that a sample comes in a row; see `order.repeated`.
+        repeats: Number of copies of each sample; see `order.repeated`.
     """
 
     seed: int
@@ -56,14 +56,14 @@ class Share:
 def train_batches(
     data: DataSection, index: Index, share: Share, image_size: int, workers: Workers
 ) -> Loader:
-    """Make a loader of randomly changed samples, epoch after epoch for ever.
+    """Make an endless loader of randomly changed samples, epoch after epoch.
 
     Args:
-        data: Where they are and how they are changed.
+        data: Place of the samples, and settings of their changes.
         index: The training split.
-        share: What this rank takes.
-        image_size: Height and width of images; events come out as they are stored.
-        workers: What does the work.
+        share: This rank's part.
+        image_size: Height and width of images; events keep their stored size.
+        workers: Resources of the loader.
 
     Raises:
         UserError: DALI is not installed, a transform is not registered, or the batch sizes do not
@@ -94,14 +94,14 @@ def train_batches(
 def eval_batches(
     data: DataSection, index: Index, batches: Sequence[npt.NDArray[np.int64]], workers: Workers
 ) -> Loader:
-    """Make a loader of samples without random changes: of images, their centres after a resize.
+    """Make a loader of samples without random changes: images are resized and centre-cropped.
 
     Args:
-        data: Where they are and what images come out as.
+        data: Place of the samples, and format of images.
         index: The split to evaluate.
-        batches: The sample numbers of each; see `order.evaluation_batches`. The last ones may be
+        batches: Sample numbers of each batch; see `order.evaluation_batches`. The last ones may be
             empty.
-        workers: What does the work.
+        workers: Resources of the loader.
 
     Raises:
         UserError: DALI is not installed or the crop is larger than the resized image. Iterating
@@ -114,8 +114,8 @@ def eval_batches(
     else:
         sizes = index.heights, index.widths
         resized, start = centre_crop(*sizes, data.resize_side, output.size)
-        # The window is the whole image, of the size that the index knows: the decoder fails for an
-        # image that has become smaller.
+        # The window is the whole image, of the index's size: the decoder fails if the image has
+        # become smaller.
         whole = np.stack(sizes, axis=1)
         window = np.concatenate([np.zeros_like(whole), whole], axis=1)
         none, rest = np.zeros(len(index), bool), Rest(output)
@@ -135,7 +135,7 @@ def eval_batches(
 
 
 def _output(data: DataSection, size: int) -> Output | None:
-    """Form of all images; None for events."""
+    """Return the format of all images; None for events."""
     match data.kind:
         case "events":
             return None
@@ -149,7 +149,7 @@ _MicroBatch = tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 def _micro_batches(num_samples: int, share: Share) -> Iterator[_MicroBatch]:
-    """Yield epoch, positions in its order (B,), and sample numbers (B,) of a share, for ever."""
+    """Yield epoch, positions in its order (B,), and sample numbers (B,) of a share, endlessly."""
     mine = rank_micro_batches(share.rank, share.world_size, share.global_batch, share.micro_batch)
     steps = steps_per_epoch(num_samples, share.global_batch)
     assert share.step_in_epoch <= steps
@@ -168,7 +168,7 @@ def _micro_batches(num_samples: int, share: Share) -> Iterator[_MicroBatch]:
                     yield epoch, positions, order[places]
             epoch, first_step = epoch + 1, 0
 
-    # This is a generator of its own, so that the checks above are made now and not at the first
+    # The generator is a separate function, so that the checks above run now, not at the first
     # batch.
     return walk(share.epoch, share.step_in_epoch)
 
@@ -180,10 +180,10 @@ def _events(
     num_bytes = int(np.prod(shape)) * dtype.itemsize
 
     def frames(k: int, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
-        # The index has verified that the file is a header and nothing but these.
+        # The index has verified that the file holds a header and the frames only.
         found = np.frombuffer(data, dtype, offset=len(data) - num_bytes).reshape(shape)
-        # DALI has no roll with wrap-around; one made of its concatenations and slices would take
-        # longer than numpy does.
+        # DALI has no roll with wrap-around; composed of its concatenations and slices, it would be
+        # slower than numpy.
         return found if changes is None else changes.of(k, found)
 
     return Inputs(ids, change=frames)

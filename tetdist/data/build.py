@@ -1,4 +1,4 @@
-"""The batches that this process gets, made from the configuration."""
+"""Loaders of this process's batches, made from the configuration."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,18 +20,18 @@ from tetdist.order import evaluation_batches, steps_per_epoch
 def train_loader(
     config: RunConfig, index: Index, world: World, step: int, image_size: int
 ) -> Batches:
-    """Make the iterator of this process's training batches from a step on, for ever.
+    """Make an endless iterator of this process's training batches, beginning at a step.
 
     Args:
-        config: The run's.
+        config: The run's configuration.
         index: The training split.
         world: The processes of the run.
         step: Optimiser steps before the first batch.
-        image_size: Height and width of images; events come as they are stored.
+        image_size: Height and width of images; events keep their stored size.
 
     Raises:
-        UserError: Decoding on a GPU is asked for where the model runs on the CPU, or the data do
-            not suit the batch sizes.
+        UserError: data.device=gpu is set but the model runs on the CPU, or the data do not suit
+            the batch sizes.
     """
     batch = config.batch
     epoch, step_in_epoch = divmod(step, steps_per_epoch(len(index), batch.global_))
@@ -50,14 +50,14 @@ def train_loader(
 
 
 def _delivered(config: RunConfig, world: World, make: Callable[[dali.Workers], Loader]) -> Batches:
-    """Have a loader of this run made, here or in a process of its own, for the run's device."""
+    """Make a loader for the run's device, in this process or in a separate one."""
     data, on_gpu = config.data, world.device.type == "cuda"
     if data.device == "gpu" and not on_gpu:
-        raise UserError("data.device=gpu needs a GPU, and this run is on the CPU; set it to cpu")
+        raise UserError("data.device=gpu needs a GPU, but this run is on the CPU; set it to cpu")
     decodes_there = data.device == "gpu"
     if decodes_there and (data.own_process or data.transforms):
         key = "own_process" if data.own_process else "transforms"
-        raise UserError(f"data.{key}: is for decoding on the CPU; leave it out, or data.device=gpu")
+        raise UserError(f"data.{key} needs data.device=cpu, not gpu; set that, or remove the key")
     own_process = data.own_process
     if own_process is None:
         own_process = on_gpu and not decodes_there
@@ -66,7 +66,7 @@ def _delivered(config: RunConfig, world: World, make: Callable[[dali.Workers], L
         device_id=world.device.index if decodes_there else None,
         threads=data.threads,
         prefetch=data.prefetch,
-        # Transforms of one's own are given finished samples.
+        # User transforms take finished samples.
         raw=(on_gpu or own_process) and not data.transforms,
         pinned=on_gpu and not decodes_there and not own_process,
     )
@@ -81,11 +81,11 @@ def _delivered(config: RunConfig, world: World, make: Callable[[dali.Workers], L
 
 
 def check_augmentation(config: RunConfig, index: Index) -> None:
-    """Make sure that all transforms are known and all phases' crops fit into the training images.
+    """Check that all transforms exist and that all phases' crops fit into the training images.
 
     Raises:
-        UserError: No transform is registered by a name of data.transforms, or an image is too small
-            for data.crop=padded.
+        UserError: A name of data.transforms is not registered, or an image is too small for
+            data.crop=padded.
     """
     data = config.data
     transforms_called(data.transforms)
@@ -97,9 +97,9 @@ def check_augmentation(config: RunConfig, index: Index) -> None:
     if sides.min() < least:
         i = int(sides.argmin())
         raise UserError(
-            f"{index.path(i)} has {index.widths[i]}x{index.heights[i]} pixels and data.crop=padded "
-            f"needs {least} of each side for crops of {largest} with data.padding={data.padding}; "
-            "set data.crop=resized, or a smaller image size"
+            f"{index.path(i)} has {index.widths[i]}x{index.heights[i]} pixels; data.crop=padded "
+            f"with data.padding={data.padding} needs sides of {least} or more for crops of "
+            f"{largest}; set data.crop=resized, or a smaller image size"
         )
 
 
@@ -107,10 +107,10 @@ def eval_loader(config: RunConfig, index: Index, world: World) -> Batches:
     """Make the iterator of this process's share of an evaluation on the split of ``index``.
 
     Raises:
-        UserError: Decoding on a GPU is asked for where the model runs on the CPU.
+        UserError: data.device=gpu is set but the model runs on the CPU.
     """
     ids = list(evaluation_batches(len(index), config.batch.eval, world.rank, world.world_size))
-    # Only training samples go through transforms.
+    # Transforms apply to training samples only.
     without = config.model_copy(
         update={"data": config.data.model_copy(update={"transforms": ()}), "imports": ()}
     )

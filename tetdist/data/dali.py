@@ -1,6 +1,6 @@
 """DALI's part of a pipeline: it decodes windows of images, and resizes them on a GPU.
 
-No other file knows DALI.
+No other file uses DALI.
 """
 
 import importlib
@@ -20,15 +20,13 @@ class Workers:
     """Resources of a loader.
 
     Attributes:
-        device: Where the batches come out; "gpu" also decodes (DALI's mixed decoder) and resizes
-            there.
+        device: Device of the batches; "gpu" also decodes (DALI's mixed decoder) and resizes there.
         device_id: The GPU's number; None for the CPU.
-        threads: Threads that read, as many that decode, and as many that finish images. A thread
-            that waits for a file does nothing else: slow storage needs more of them than there are
-            cores.
-        prefetch: Batches that are worked on ahead of the consumer.
-        raw: Whether what a device does faster is left to it: batches come out as bytes.
-        pinned: Whether bytes come out in memory from which a GPU copies by itself.
+        threads: Number of threads each for reading, decoding and finishing images. A reading thread
+            waits for its file, so slow storage needs more threads than cores.
+        prefetch: Number of batches prepared ahead of the consumer.
+        raw: True to leave to the device what it does faster; batches are then bytes.
+        pinned: True for batches in pinned memory, from which a GPU copies asynchronously.
     """
 
     device: Literal["cpu", "gpu"]
@@ -39,7 +37,7 @@ class Workers:
     pinned: bool = False
 
 
-# A source gives the pipeline's inputs for the next batch, or raises StopIteration.
+# Returns the pipeline's inputs for the next batch, or raises StopIteration.
 Source = Callable[[], tuple[Any, ...]]
 
 
@@ -48,7 +46,7 @@ def import_dali() -> Any:
         return importlib.import_module("nvidia.dali")
     except ModuleNotFoundError as error:
         raise UserError(
-            f"DALI is not installed: {pip_install('cuda130')}; cuda120 instead, for CUDA 12"
+            f"DALI is not installed; {pip_install('cuda130')} (for CUDA 12, cuda120 instead)"
         ) from error
 
 
@@ -66,16 +64,16 @@ def image_inputs(workers: Workers, edits: Edits) -> list[npt.NDArray[Any]]:
 
 
 def image_graph(dali: Any, source: Source, workers: Workers, output: Output) -> Any:
-    """Make the node of decoded windows; each comes out as (H, W, 3) uint8, of its own size.
+    """Make the node of decoded windows: (H, W, 3) uint8, each of its own size.
 
-    On a GPU it also does what the finishing threads do on a CPU, so that all windows come out as
-    (size, size, 3).
+    On a GPU the node also resizes and mirrors, as the finishing threads do on a CPU, so that all
+    windows are (size, size, 3).
 
     Args:
         dali: DALI's module.
-        source: Gives the files and `image_inputs`.
+        source: Returns the files and `image_inputs`.
         workers: The device that decodes.
-        output: What all images come out as.
+        output: Format of all images.
     """
     fn, types = dali.fn, dali.types
     on_gpu = workers.device == "gpu"
@@ -85,7 +83,7 @@ def image_graph(dali: Any, source: Source, workers: Workers, output: Output) -> 
         dtype=[types.UINT8, types.INT32, types.INT32]
         + ([types.FLOAT, types.INT32, types.INT32] if on_gpu else []),
         ndim=[1, 1, 1] + ([1, 1, 0] if on_gpu else []),
-        # Nobody else has the stream's arrays, so DALI need not copy them.
+        # The stream's arrays are not used elsewhere, so DALI need not copy them.
         no_copy=True,
     )
     windows = fn.decoders.image_slice(
@@ -94,15 +92,14 @@ def image_graph(dali: Any, source: Source, workers: Workers, output: Output) -> 
         start=corner,
         shape=extent,
         axis_names="HW",
-        # PIL does not turn images by their EXIF orientation either, and the index has their sizes
-        # as stored.
+        # PIL ignores the EXIF orientation, too, and the index has the sizes as stored.
         adjust_orientation=False,
     )
     return _placed(dali, windows, edits, output) if on_gpu else windows
 
 
 def _placed(dali: Any, windows: Any, edits: list[Any], output: Output) -> Any:
-    """Resize windows, lay them into black squares, and mirror some, by the rules of pixels.py."""
+    """Resize windows, place them in black squares, and mirror some, by the rules of pixels.py."""
     fn, types = dali.fn, dali.types
     size, start, mirror = edits
     filters = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}

@@ -1,4 +1,4 @@
-"""Raw batches brought to the device that trains, and finished there, ahead of the consumer."""
+"""Raw batches copied to the training device and finished there, ahead of the consumer."""
 
 import contextlib
 from collections import deque
@@ -10,22 +10,22 @@ from tetdist.data.loader import Batch, Batches
 from tetdist.data.pixels import finished
 from tetdist.data.transfer import on_device, taker
 
-# Copied ahead of the consumer: while one is in use the next is there and one is on its way.
+# Batches copied ahead: while one is in use, the next is ready and another is being copied.
 _AHEAD = 2
 
 
 class DeviceBatches(Batches):
     """The batches of a source, finished on a device.
 
-    A GPU copies and finishes them on a stream of its own, while it trains on another. A thread
-    starts that and waits for it, so that whoever launches the training waits for nothing.
+    A GPU copies and finishes them on a separate stream while it trains. A thread starts this and
+    waits for it, so that the training thread never waits.
     """
 
     def __init__(self, source: Batches, device: torch.device) -> None:
         """
         Args:
-            source: Of raw batches, each of which need be valid only until the next is asked for.
-            device: Where they are wanted.
+            source: Raw batches, each valid until the next one is requested.
+            device: Device of the finished batches.
         """
         self._source, self._device = source, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -37,13 +37,13 @@ class DeviceBatches(Batches):
             self._ahead.append(self._taker.submit(self._take))
         batch = self._ahead[0].result()
         if batch is None:
-            # Its future stays first, so that whoever asks again gets the same answer.
+            # Its future stays first, so that later calls also end here.
             raise StopIteration
         self._ahead.popleft()
         if self._stream is not None:
             for tensor in (batch.images, batch.labels):
-                # The allocator would otherwise give their memory back to the other stream as soon
-                # as nobody here knows of them, though the GPU may still have to read it.
+                # Otherwise the allocator would give their memory back to the other stream once
+                # they are released here, although the GPU may still have to read it.
                 tensor.record_stream(torch.cuda.current_stream(self._device))
         return batch
 
@@ -54,7 +54,7 @@ class DeviceBatches(Batches):
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             done = self._finished(batch)
             if self._stream is not None:
-                # This thread sleeps until it is done; the source may then overwrite its memory.
+                # Sleep until the copy is done; the source may then overwrite its memory.
                 event = torch.cuda.Event(blocking=True)
                 event.record()
                 event.synchronize()

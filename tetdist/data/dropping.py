@@ -19,14 +19,14 @@ def drop_factors(
     micro_batch: int,
     device: torch.device,
 ) -> tuple[Tensor, ...]:
-    """The factors that `dropout.give` hands to the layers; (): they drop nothing.
+    """Return the factors for `dropout.give`; () without layers that drop.
 
     Args:
-        config: Its seed, micro-batch and precision are read.
-        layers: Those of `dropout.dropping`.
+        config: The run's configuration: its seed, micro-batch and precision are read.
+        layers: The layers of `dropout.dropping`.
         step: Optimiser steps before this one.
-        micro_batch: Its number among those of all processes.
-        device: Where they go, while both sides go on.
+        micro_batch: Number of the micro-batch among those of all processes.
+        device: Device of the factors, copied asynchronously.
     """
     if not layers:
         return ()

@@ -1,7 +1,7 @@
 """Random erasing (Zhong et al., 2020) by timm's rules: parts of normalised images are replaced.
 
-Noise is a function of the seed, the epoch, the sample's position in it and the pixel, made of whole
-numbers and a table, so that it has the same bits on a CPU and on a GPU.
+Noise is a function of seed, epoch, the sample's position in it, and pixel. It is computed from
+integers and a table, so that it is bitwise identical on a CPU and a GPU.
 """
 
 import functools
@@ -27,12 +27,12 @@ _Floats = npt.NDArray[np.float64]
 
 
 class Erased(NamedTuple):
-    """Rectangles of B images, each with what is there instead.
+    """Rectangles to erase from B images, and their new contents.
 
     Attributes:
         boxes: (B, count, 4) top, left, bottom, right; empty where nothing is erased.
-        colours: (B, count, 3) float32, of the whole rectangle; None: noise.
-        keys: (B,) of the noise.
+        colours: (B, count, 3) float32, one colour per rectangle; None: noise.
+        keys: (B,) keys of the noise.
     """
 
     boxes: npt.NDArray[np.int32]
@@ -47,7 +47,7 @@ def erased(
     size: int,
     erasing: ErasingSection,
 ) -> Erased:
-    """Draw what is erased of the images (size, size) at some positions of an epoch."""
+    """Draw the rectangles to erase from images (size, size) at some positions of an epoch."""
     count = erasing.count
     draws = uniforms(seed, epoch, positions, 2 + count * (2 * _TRIES + 2), _BOXES)
     number = 1 + (draws[:, 1] * count).astype(np.int64)
@@ -61,7 +61,7 @@ def erased(
         case "pixel":
             colours = None
         case "rand":
-            # Their words are behind those of all pixels.
+            # Their words come after those of all pixels.
             words = 2**62 + torch.arange(count)
             colours = normals(torch.from_numpy(keys.view(np.int64)), words).movedim(1, 2).numpy()
         case "const":
@@ -72,7 +72,7 @@ def erased(
 
 
 def _rectangles(draws: _Floats, size: int, number: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """The first of several tries that leaves something of each side, or an empty rectangle.
+    """Choose the first of several tries that fits into the image, or an empty rectangle.
 
     Args:
         draws: (B, count, 2 * _TRIES + 2) uniform in [0, 1).
@@ -95,20 +95,20 @@ def _rectangles(draws: _Floats, size: int, number: npt.NDArray[np.int64]) -> npt
 
 @functools.cache
 def _quantiles(device: torch.device) -> Tensor:
-    """Normal numbers, one for each of 16 bits: (65536,), from -4.3 to 4.3, float32."""
+    """Return normal quantiles of all 16-bit numbers: (65536,), from -4.3 to 4.3, float32."""
     shares = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
     return on_device(torch.special.ndtri(shares).float(), device)
 
 
 def normals(keys: Tensor, words: Tensor) -> Tensor:
-    """Normal numbers of three channels: of keys (n,) and words (m,), both int64, (n, 3, m)."""
+    """Compute normal numbers (n, 3, m) of three channels from int64 keys (n,) and words (m,)."""
     hashes = _hashed(keys[:, None], words)
     bits = torch.stack([_shifted(hashes, by) & 0xFFFF for by in (48, 32, 16)], dim=1)
     return _quantiles(keys.device)[bits]
 
 
 def _hashed(key: Tensor, word: Tensor) -> Tensor:
-    """`order.hashed` in int64, whose sums and products wrap around to the same bits."""
+    """Compute `order.hashed` in int64, where sums and products wrap around to the same bits."""
     z = (key ^ word) + _signed(0x9E3779B97F4A7C15)
     z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
@@ -116,7 +116,7 @@ def _hashed(key: Tensor, word: Tensor) -> Tensor:
 
 
 def _shifted(z: Tensor, by: int) -> Tensor:
-    """Shift to the right, with zeros coming in instead of the sign."""
+    """Shift to the right, filling with zeros instead of the sign."""
     return (z >> by) & (2 ** (64 - by) - 1)
 
 

@@ -1,7 +1,7 @@
 """Augmentation of event frames (T, 2, H, W), all timesteps of a sample alike.
 
-Operations are those of published recipes, with torchvision's pixels (nearest, and nothing where
-nothing comes in). Which one a sample gets is decided by numbers of its own streams.
+Operations are those of published recipes, with torchvision's pixels (nearest neighbour, and zeros
+from outside). Each sample's operation is drawn from separate random streams.
 """
 
 import math
@@ -21,7 +21,7 @@ from tetdist.order import named_stream, uniforms
 Policy = Literal["nda", "snn_augment_wide"]
 _Floats = npt.NDArray[np.float64]
 _Frames = npt.NDArray[Any]
-# Gives the first so many numbers of a sample's stream, uniform in [0, 1).
+# Returns the first n numbers of a sample's stream, uniform in [0, 1).
 Draw = Callable[[int], _Floats]
 
 OPERATION_DRAWS, DROP_DRAWS = 4, 4
@@ -31,8 +31,7 @@ OPERATION_STREAM, DROP_STREAM = named_stream("event operations"), named_stream("
 class EventChanges:
     """Changes of a micro-batch's frames, before the user's transforms and mixing.
 
-    They are mirrored, rolled, changed by one operation, robbed of events and cut out, in this
-    order.
+    The order is: mirroring, roll, one operation, EventDrop, Cutout.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class EventChanges:
         Args:
             positions: (B,) of the samples in the epoch's order.
             size: Height and width of the frames.
-            data: How they are changed.
+            data: Settings of the changes.
         """
         draws = event_draws(seed, epoch, positions)
         self._mirror = draws.flip[:, 0] < data.flip
@@ -61,7 +60,7 @@ class EventChanges:
         self._key = seed, epoch, positions
 
     def of(self, k: int, frames: _Frames) -> _Frames:
-        """Change the frames of the k-th sample; those given stay as they are."""
+        """Return the changed frames of the k-th sample; the given frames stay unchanged."""
         frames = frames[..., ::-1] if self._mirror[k] else frames
         frames = np.roll(frames, self._shift[k].tolist(), axis=(-2, -1))
         if self._operations is not None:
@@ -82,8 +81,8 @@ class Operation(NamedTuple):
 
     Attributes:
         name: identity, roll, translate, rotate, shear_x or cutout.
-        values: Of roll and translate pixels down and to the right, of rotate and shear_x degrees,
-            of cutout a box: top, left, bottom, right.
+        values: roll, translate: pixels down and to the right; rotate, shear_x: degrees; cutout: a
+            box of top, left, bottom, right.
     """
 
     name: str
@@ -141,7 +140,7 @@ def _snn_augment_wide(draws: list[float], size: tuple[int, int]) -> Operation:
 
 
 def _magnitude(most: float, first: float, second: float) -> float:
-    """One of 31 magnitudes from -most to most, of which the sign may then be turned."""
+    """Draw one of 31 magnitudes from -most to most, and flip its sign half of the time."""
     # Torch computes them in float32, as the original does: a shift of 4.99 pixels is one of 4.
     magnitude = float(torch.linspace(-most, most, 31)[int(31 * first)].item())
     return -magnitude if second < 0.5 else magnitude
@@ -180,9 +179,9 @@ def operated(frames: _Frames, operation: Operation) -> _Frames:
 
 
 def _moved(frames: _Frames, **how: Any) -> _Frames:
-    """Have each pixel taken from where torchvision's affine takes it, or emptied."""
+    """Take each pixel from the place that torchvision's affine takes it from, or set it to 0."""
     height, width = frames.shape[-2:]
-    # One picture, of the pixels' numbers, goes through torchvision, and not all T x 2 frames.
+    # Torchvision moves one image of pixel numbers instead of all T x 2 frames.
     # float32 holds these numbers exactly.
     assert height * width < 2**24
     numbers = torch.arange(1, height * width + 1, dtype=torch.float32).view(1, height, width)
@@ -196,14 +195,14 @@ def _moved(frames: _Frames, **how: Any) -> _Frames:
 def dropped(frames: _Frames, draw: Draw, probability: float) -> _Frames:
     """Drop events of frames (T, 2, H, W) by EventDrop (Gu et al., IJCAI 2021).
 
-    Of binned events, equally often: those of all timesteps whose middle lies in a stretch of 10 to
-    90 % of the time, which may reach beyond the end; those of an area whose sides are 5 to 25 % of
-    the frame's; or 10 to 90 % of all, at random, where those of one pixel and polarity in a
-    timestep stay or go together. A sample that would have none left stays as it was.
+    One of three kinds, equally often: (1) the events of all timesteps whose middle is in a time
+    span of 10 to 90 %, which may reach beyond the end; (2) the events of an area with sides of 5 to
+    25 % of the frame's; (3) a random 10 to 90 % of all values, where a value holds the events of
+    one pixel and polarity in a timestep. A sample that would become empty stays as it was.
 
     Args:
         draw: The sample's numbers: DROP_DRAWS, and one for each value of the frames.
-        probability: That any are dropped; 0.75 in the paper's code.
+        probability: Probability of dropping any; 0.75 in the paper's code.
     """
     which, *rest = draw(DROP_DRAWS).tolist()
     if which >= probability:
@@ -223,7 +222,7 @@ def dropped(frames: _Frames, draw: Draw, probability: float) -> _Frames:
 
 
 def _tenths(draw: float) -> float:
-    """0.1 to 0.9, as the original draws its shares."""
+    """Return one of 0.1 to 0.9, as the original code draws its fractions."""
     return (1 + int(9 * draw)) / 10
 
 
@@ -235,14 +234,14 @@ def _in_stretch(timesteps: int, length: float, begin: float) -> npt.NDArray[np.b
 def _area(
     share: float, row: float, column: float, height: int, width: int
 ) -> tuple[int, int, int, int]:
-    """The rectangle of the original: top, left, bottom, right.
+    """Return the rectangle of the original code: top, left, bottom, right.
 
-    Its code then drops all events in the rows and all in the columns of that, the paper those in
-    the rectangle, as is done here.
+    That code then drops all events in its rows and in its columns; the paper, and this function's
+    caller, drop only those in the rectangle.
     """
     share = (1 + int(5 * share)) / 20
     top = int(max(0.0, row * height - share * height / 2))
     left = int(max(0.0, column * width - share * width / 2))
-    # The original's bounds belong to it.
+    # The original's bounds are inclusive.
     bottom, right = int(top + share * height) + 1, int(left + share * width) + 1
     return top, left, min(height, bottom), min(width, right)

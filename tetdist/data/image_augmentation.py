@@ -1,7 +1,7 @@
-"""Random changes of training images: what becomes of each sample.
+"""Random changes of training images, drawn for each sample.
 
-After the crop come the flip, the policy's operations, the colours, normalisation, the cutout, the
-erasing, and the user's transforms.
+The order is: crop, flip, the policy's operations, colour jitter, normalisation, cutout, erasing,
+the user's transforms.
 """
 
 from itertools import chain
@@ -36,7 +36,7 @@ def augmented(
     output: Output,
     data: DataSection,
 ) -> tuple[Edits, Rest]:
-    """Draw what becomes of the images at some positions of an epoch.
+    """Draw the changes of the images at some positions of an epoch.
 
     Args:
         index: The training split.
@@ -44,8 +44,8 @@ def augmented(
         seed: Seed of augmentation.
         epoch: The epoch, counted from 0.
         positions: (B,) in the epoch's order.
-        output: What all come out as.
-        data: How they are changed.
+        output: Format of all images.
+        data: Settings of the changes.
     """
     draws, side = image_draws(seed, epoch, positions), output.size
     sizes = index.heights[ids], index.widths[ids]

@@ -1,6 +1,6 @@
-"""An iterator of batches: threads read what batches.py describes, DALI decodes it, threads edit it.
+"""An iterator of batches: threads read samples, DALI decodes them, threads edit them.
 
-All of it is done ahead of the consumer; what is done to an image's pixels is in pixels.py.
+All of it runs ahead of the consumer. batches.py describes the batches; pixels.py edits images.
 """
 
 import abc
@@ -38,12 +38,12 @@ class Batch(NamedTuple):
     """A batch of B samples.
 
     Attributes:
-        images: Float32, (B, 3, H, W) in channels_last memory, or (B, T, 2, H, W) for events. Of a
-            raw batch bytes (B, H, W, 3), or (B, T, 2, H, W) as they are stored.
+        images: Float32, (B, 3, H, W) in channels_last memory, or (B, T, 2, H, W) for events. In a
+            raw batch, bytes (B, H, W, 3), or (B, T, 2, H, W) as stored.
         labels: Int64, (B,).
         ids: Int64, (B,), numbers of the samples in the index.
-        mix: How the images are to be mixed with each other (mixing.py); None: not at all.
-        rest: What a raw batch of images lacks (`pixels.finished`); None: nothing.
+        mix: Mixing of the images with each other (mixing.py); None: none.
+        rest: Changes that a raw batch still needs (`pixels.finished`); None: none.
     """
 
     images: torch.Tensor
@@ -75,11 +75,11 @@ class Inputs(NamedTuple):
 
     Attributes:
         ids: (B,) sample numbers.
-        edits: What becomes of decoded images; None for events.
-        rest: What images lack after that.
-        change: Makes of the k-th sample's bytes what DALI is given; None: nothing else.
-        mix: What the batch says about mixing.
-        transforms: What finished samples go through in the end, with its draws (B, n).
+        edits: Changes of decoded images; None for events.
+        rest: Changes of images after that.
+        change: Makes DALI's input from the k-th sample's bytes; None: the bytes themselves.
+        mix: Mixing of the batch.
+        transforms: User transforms of finished samples, each with its draws (B, n).
     """
 
     ids: npt.NDArray[np.int64]
@@ -90,14 +90,15 @@ class Inputs(NamedTuple):
     transforms: Transforms = ()
 
 
-# What DALI is given of each batch.
+# Each batch with DALI's inputs for it.
 Stream = Generator[tuple[Inputs, tuple[Any, ...]], None, None]
 
 
 class Loader(Batches):
-    """The batches that DALI and threads of this process make.
+    """Batches made by DALI and threads of this process.
 
-    They stay valid after its end. It needs no closing after that or an error.
+    Batches stay valid after the loader's end. After the last batch or an error, the loader is
+    closed already.
     """
 
     def __init__(
@@ -115,11 +116,11 @@ class Loader(Batches):
         Args:
             index: The split.
             root: The data root.
-            inputs: What the batches are made from.
-            workers: What does the work.
-            output: What all images come out as; None for events.
-            max_batch: Samples in a batch, at most.
-            empty_batches: Batches without samples that follow.
+            inputs: The batches to make.
+            workers: Resources of the loader.
+            output: Format of all images; None for events.
+            max_batch: Largest number of samples in a batch.
+            empty_batches: Number of batches without samples at the end.
         """
         dali = import_dali()
         on_gpu = workers.device == "gpu"
@@ -140,7 +141,7 @@ class Loader(Batches):
             exec_dynamic=True,
         )
         with self._pipeline:
-            # The source knows nothing of self: the cycle would keep DALI's threads beyond close().
+            # The source does not refer to self: the cycle would keep DALI's threads after close().
             source = _source(self._stream, self._in_work)
             if output is None:
                 self._pipeline.set_outputs(event_graph(dali, source, workers, str(index.dtype)))
@@ -199,12 +200,12 @@ class Loader(Batches):
         return batch
 
     def _edited(self, windows: Any, edits: Edits, output: Output) -> torch.Tensor:
-        """Do what changes bytes to decoded windows: (B, H, W, 3)."""
+        """Edit decoded windows, still as bytes: (B, H, W, 3)."""
         if self._device.type == "cuda":
-            # DALI has brought them to their size and mirrored them.
+            # DALI has resized and mirrored them.
             images = torch.from_dlpack(windows.as_tensor())
             operate(images, edits.operations, output)
-            # Whoever takes the batch has another stream.
+            # The batch's consumer uses another stream.
             torch.cuda.current_stream(self._device).synchronize()
             return images
         shape = (len(edits.size), output.size, output.size, 3)
@@ -213,7 +214,7 @@ class Loader(Batches):
         return images
 
     def _divided(self, count: int, work: Callable[..., None], *arguments: Any) -> None:
-        """Have the finishing threads do ``work(part, *arguments)`` for all parts of a batch."""
+        """Run ``work(part, *arguments)`` for all parts of a batch in the finishing threads."""
         parts = np.array_split(np.arange(count), self._workers.threads)
         for future in [self._finishers.submit(work, part, *arguments) for part in parts]:
             future.result()
@@ -255,21 +256,20 @@ def _edit_part(
 def _transform_part(
     part: npt.NDArray[np.int64], images: torch.Tensor, transforms: Transforms
 ) -> None:
-    """Send some samples of a batch through transforms of one's own, in place."""
+    """Apply user transforms to some samples of a batch, in place."""
     for k in part.tolist():
         for transform, draws in transforms:
             changed = transform.function(images[k].clone(), tuple(draws[k].tolist()))
             if changed.shape != images[k].shape:
                 raise UserError(
-                    f"data.transforms: {transform.name} makes a sample of shape"
-                    f" {tuple(changed.shape)} out of {tuple(images[k].shape)}; it must keep the"
-                    " shape"
+                    f"data.transforms: {transform.name} changes a sample's shape from"
+                    f" {tuple(images[k].shape)} to {tuple(changed.shape)}; it must keep the shape"
                 )
             images[k] = changed
 
 
 def _source(stream: Stream, in_work: deque[Inputs]) -> Source:
-    """Make the callback by which DALI takes its inputs; it notes what DALI works on."""
+    """Make the callback that returns DALI's inputs and records the batches in work."""
 
     def source() -> tuple[Any, ...]:
         inputs, arrays = next(stream)
@@ -280,7 +280,7 @@ def _source(stream: Stream, in_work: deque[Inputs]) -> Source:
 
 
 def _read_ahead(inputs: Iterator[Inputs], reader: SampleReader, workers: Workers) -> Stream:
-    """Yield what each batch is made from, in order, while the next batches are being read."""
+    """Yield the inputs of each batch, in order, while the next batches are being read."""
     ahead: deque[tuple[Inputs, list[Future[list[npt.NDArray[Any]]]]]] = deque()
     pool = ThreadPoolExecutor(workers.threads, thread_name_prefix="tetdist-read")
 
@@ -307,18 +307,18 @@ def _read_ahead(inputs: Iterator[Inputs], reader: SampleReader, workers: Workers
 
 
 def _undecodable(index: Index, root: str | Path, ids: list[int]) -> UserError | None:
-    """Make an error that names those of the samples that PIL does not decode either, if any."""
+    """Make an error that names the samples that PIL cannot decode either; None if it can."""
     bad = []
     for i in ids if index.kind == "images" else []:
         probe = probe_range(probe_image, root, index.byte_range(i), True)
         if isinstance(probe, str):
             bad.append(f"{index.path(i)} ({probe})")
         elif (probe.height, probe.width) != (index.heights[i], index.widths[i]):
-            bad.append(f"{index.path(i)} (its size is not the index's any more)")
+            bad.append(f"{index.path(i)} (its size differs from the index)")
     if not bad:
         return None
     more = f" and {len(bad) - _NAMED_FILES} more" if len(bad) > _NAMED_FILES else ""
     return UserError(
-        f"files in {root} do not decode: {', '.join(bad[:_NAMED_FILES])}{more}; mend or remove"
-        f" them, then index the data again with `{index.command(root)}`"
+        f"files in {root} cannot be decoded: {', '.join(bad[:_NAMED_FILES])}{more}; repair or"
+        f" remove them, then index the data again with `{index.command(root)}`"
     )

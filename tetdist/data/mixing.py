@@ -1,7 +1,7 @@
-"""Mixup and CutMix: each sample with another one of its micro-batch.
+"""Mixup and CutMix: each sample is mixed with another one of its micro-batch.
 
-Who is mixed with whom, and how much, are functions of the position in the run (transforms.py), so
-that neither depends on the number of processes.
+Partners and weights are functions of the position in the run (transforms.py), so they do not
+depend on the number of processes.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from tetdist.data.transforms import Mix
 
 
 class DeviceMix(NamedTuple):
-    """A `Mix` as tensors on the device, float64: its box's borders are whole numbers, too."""
+    """A `Mix` as float64 tensors on the device, also for the boxes' whole numbers."""
 
     share: Tensor
     pixels: Tensor
@@ -25,7 +25,7 @@ class DeviceMix(NamedTuple):
     mirrored: bool
 
     def others(self, samples: Tensor) -> Tensor:
-        """Return the partner that each of (B, ...) is mixed with."""
+        """Return the partner of each of (B, ...) samples."""
         return samples.flip(0) if self.mirrored else samples.roll(1, 0)
 
 
@@ -47,10 +47,10 @@ def mixed_images(images: Tensor, mix: DeviceMix) -> Tensor:
 
 
 def mixed_targets(labels: Tensor, mix: DeviceMix, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """Shares of the classes (B, K) of mixed samples with labels (B,).
+    """Return the class probabilities (B, K) of mixed samples with labels (B,).
 
-    Cross-entropy is linear in its target, so that with these it is lambda times the one with the
-    sample's class plus (1 - lambda) times the one with the other's.
+    Cross-entropy is linear in its target: with these it equals lambda times the cross-entropy with
+    the sample's class plus (1 - lambda) times that with the partner's.
     """
     targets = F.one_hot(labels, num_classes).to(dtype)
     kept = mix.share.to(dtype)[:, None]

@@ -1,8 +1,8 @@
-"""A loader in a process of its own, whose batches come through memory that both share.
+"""A loader in a separate process, which passes batches through shared memory.
 
-A thread that starts a GPU's work, hundreds of launches a step, gives the interpreter's lock back at
-each of them, and then waits for those threads that prepare images to give it back in turn, up to
-five milliseconds each time. In another process they are in nobody's way.
+Training on a GPU makes hundreds of kernel launches a step and releases the interpreter's lock at
+each of them. Threads of the same process that prepare images would then hold the lock, up to five
+milliseconds each time. In another process they do not delay launches.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ _SLOTS = 3
 
 
 class _Memory(NamedTuple):
-    """A file in memory, by its descriptor in the loader's process, for so many bytes a batch."""
+    """A file in memory: its descriptor in the loader's process, and its bytes per batch."""
 
     descriptor: int
     slot_bytes: int
 
 
 class _Written(NamedTuple):
-    """A batch whose images lie in a slot of the memory."""
+    """A batch whose images are in a slot of the memory."""
 
     slot: int
     shape: tuple[int, ...]
@@ -44,9 +44,9 @@ class _Written(NamedTuple):
 
 
 class LoaderProcess(Batches):
-    """The batches of a loader that another process makes and runs.
+    """Batches of a loader that runs in another process.
 
-    Each is valid until the next is asked for.
+    Each batch is valid until the next one is requested.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class LoaderProcess(Batches):
         """
         Args:
             make: Makes the loader there; it is pickled.
-            imports: Files of one's own, that have to be imported there before.
-            pinned: Whether a GPU is to copy from the memory by itself.
+            imports: The user's files to import there first.
+            pinned: True to pin the memory, so that a GPU copies from it asynchronously.
         """
-        # A fork would copy the locks of this process's threads as they are, and CUDA's state.
-        # The server imports what takes seconds once, and is forked for every loader.
+        # A plain fork would copy the locks of this process's threads, and CUDA's state. The fork
+        # server does the slow imports once, and is forked for every loader.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tetdist.data.build"])
         self._channel, theirs = context.Pipe()
@@ -123,8 +123,8 @@ class LoaderProcess(Batches):
         killed = status == -signal.SIGKILL
         cause = "killed, most often for lack of memory" if killed else f"exit status {status}"
         return UserError(
-            f"the process that loads the data died ({cause}); set data.own_process=false to load it"
-            " in this one"
+            f"the data-loading process died ({cause}); set data.own_process=false to load data in"
+            " the training process"
         )
 
     def close(self) -> None:
@@ -143,12 +143,12 @@ def _check(status: Any) -> None:
 def _serve(make: Callable[[], Loader], imports: tuple[str, ...], channel: Connection) -> None:
     """Write batches into free slots until the other side closes the channel."""
     end_with_parent()
-    # Images are shared out among threads of the loader's, each of which works on one at a time.
+    # The loader's threads divide images among them, one at a time each.
     torch.set_num_threads(1)
-    # Stopping is decided where the training is, and goes on until a checkpoint is written.
+    # The training process decides when to stop, and needs batches until its checkpoint is written.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    # Closed by the consumer, at whatever moment.
+    # The consumer may close the channel at any time.
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             plugins.import_files(imports)
@@ -187,20 +187,20 @@ def _write_all(loader: Loader, channel: Connection) -> None:
 
 
 def _reserve(slot_bytes: int, channel: Connection) -> list[memoryview]:
-    """Reserve memory for all slots, and tell the consumer.
+    """Reserve memory for all slots, and send its descriptor to the consumer.
 
-    It is a file without a name: nothing is left when the processes are killed, and it needs no room
-    in /dev/shm, of which containers have little.
+    The memory is an unnamed file: nothing remains when the processes are killed, and it needs no
+    space in /dev/shm, which is small in containers.
     """
     size = _SLOTS * slot_bytes
     descriptor = os.memfd_create("tetdist-batches", os.MFD_CLOEXEC)
     try:
-        # All of it now: missing memory would later be a bus error.
+        # Allocate all of it now: missing memory would later be a bus error.
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
         raise UserError(
-            f"there are no {size / 2**20:.0f} MiB of memory for batches of data "
-            f"({error.strerror}); set data.own_process=false"
+            f"batches need {size / 2**20:.0f} MiB of memory, which is not free "
+            f"({error.strerror}); set data.own_process=false, or a smaller batch.micro"
         ) from error
     memory = memoryview(mmap.mmap(descriptor, size))
     channel.send(_Memory(descriptor, slot_bytes))

@@ -1,8 +1,8 @@
-"""Changes of the pixels of a decoded image, whose parameters transforms.py computes.
+"""Changes of a decoded image's pixels, with parameters from transforms.py.
 
-Images are uint8 (H, W, 3) until they are normalised. On a CPU torch resizes: its kernel for bytes
-is Pillow's arithmetic with shorter weights, so that a few values in a thousand are a level apart
-(docs/data.md), and it is several times as fast as DALI's resize.
+Images are uint8 (H, W, 3) until they are normalised. On a CPU torch resizes them, several times as
+fast as DALI. Its kernel for bytes has Pillow's arithmetic with shorter weights, so that a few
+values in a thousand differ by one level (docs/data.md).
 """
 
 import math
@@ -33,12 +33,12 @@ class Edits(NamedTuple):
     """Changes of each of B decoded windows.
 
     Attributes:
-        window: (B, 4) top, left, height, width of what is decoded of an image.
-        size: (B, 2) height and width that it is resized to.
-        corner: (B, 2) row and column of the output where that begins; negative: so much of it is
-            cut off. What it does not cover is black.
-        mirror: (B,) whether the output is then mirrored left to right.
-        operations: Changes of each that follow; empty: none of any.
+        window: (B, 4) top, left, height, width of the decoded part of an image.
+        size: (B, 2) height and width after resizing.
+        corner: (B, 2) row and column of the resized window in the output; negative: so many are
+            cut off. The rest of the output is black.
+        mirror: (B,) True to mirror the output left to right after that.
+        operations: Operations on each image after that; empty: none.
     """
 
     window: _Ints
@@ -50,13 +50,14 @@ class Edits(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Size and scale of all images that come out.
+    """Format of all output images.
 
     Attributes:
         size: Height and width.
         mean: Mean of each channel, where white is 1.
-        std: Standard deviation of each channel, likewise.
-        interpolation: Antialiased in the resize, and not in timm's operations that move pixels.
+        std: Standard deviation of each channel, where white is 1.
+        interpolation: Interpolation of the resize, with antialiasing, and of timm's geometric
+            operations, without.
     """
 
     size: int
@@ -66,19 +67,19 @@ class Output:
 
     @property
     def fill(self) -> tuple[int, int, int]:
-        """The mean, which comes in from outside where timm's operations move pixels."""
+        """The mean colour, which timm's geometric operations fill in from outside."""
         red, green, blue = (min(max(round(255 * mean), 0), 255) for mean in self.mean)
         return red, green, blue
 
 
 def edited(window: Tensor, edits: Edits, k: int, output: Output) -> Tensor:
-    """A sample's image (size, size, 3) as it is before normalisation.
+    """Return a sample's image (size, size, 3) before normalisation.
 
     Args:
         window: (H, W, 3), on the CPU.
         edits: Changes of the whole batch.
         k: The sample's number in the batch.
-        output: What comes out.
+        output: Format of the image.
     """
     height, width = edits.size[k].tolist()
     row, column = edits.corner[k].tolist()
@@ -91,7 +92,7 @@ def edited(window: Tensor, edits: Edits, k: int, output: Output) -> Tensor:
 
 
 def resized(image: Tensor, height: int, width: int, interpolation: Interpolation) -> Tensor:
-    """Bring an image (H, W, 3) to another size."""
+    """Resize an image (H, W, 3)."""
     if image.shape[:2] == (height, width):
         return image
     batch = image.permute(2, 0, 1)[None]
@@ -100,7 +101,7 @@ def resized(image: Tensor, height: int, width: int, interpolation: Interpolation
 
 
 def placed(image: Tensor, row: int, column: int, size: int) -> Tensor:
-    """Lay (H, W, 3) into a black square, with its corner at a row and column, maybe outside."""
+    """Place (H, W, 3) in a black square, with its corner at a row and column, maybe outside."""
     image = image[max(-row, 0) :, max(-column, 0) :]
     row, column = max(row, 0), max(column, 0)
     image = image[: size - row, : size - column]
@@ -113,8 +114,7 @@ def placed(image: Tensor, row: int, column: int, size: int) -> Tensor:
 
 def mirrored(image: Tensor) -> Tensor:
     """Mirror an image (H, W, 3) left to right."""
-    # torch would divide this among threads of its own, whose start and waiting cost more than it
-    # does.
+    # torch would divide this among threads, which costs more than it saves.
     pixels = np.ascontiguousarray(image.numpy()).view("V3")
     return torch.from_numpy(
         np.ascontiguousarray(pixels[:, ::-1]).view(np.uint8).reshape(image.shape)
@@ -122,8 +122,9 @@ def mirrored(image: Tensor) -> Tensor:
 
 
 def operated(image: Tensor, operations: list[Operation], output: Output) -> Tensor:
-    """Change an image (H, W, 3) with Pillow, which published recipes use; batch_operations.py does
-    it on a GPU."""
+    """Apply operations to an image (H, W, 3) with Pillow, as published recipes do.
+
+    batch_operations.py does the same on a GPU."""
     picture = Image.fromarray(image.numpy())
     for name, value in operations:
         if name in WARPS:
@@ -140,19 +141,19 @@ def operated(image: Tensor, operations: list[Operation], output: Output) -> Tens
 
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-# Two rows of a matrix: where in the input x and y of an output pixel come from.
+# Two rows of a matrix that maps an output pixel to its x and y in the input.
 Rows = tuple[float, float, float, float, float, float]
 
 
 def _rotation(degrees: float, height: int, width: int) -> Rows:
-    # To the bit Pillow's, which rounds so.
+    # Rounded as in Pillow, hence bitwise identical.
     angle = -math.radians(degrees)
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
     x, y = width / 2, height / 2
     return (cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y)
 
 
-# timm's geometry, between pixels; torchvision's is below, and takes the nearest one.
+# timm's geometry, which interpolates between pixels; torchvision's, below, takes the nearest.
 WARPS: dict[str, Callable[[float, int, int], Rows]] = {
     "warp_rotate": _rotation,
     "warp_shear_x": lambda v, *_: (1, v, 0, 0, 1, 0),
@@ -168,7 +169,7 @@ def _affine(image: Any, across: int = 0, down: int = 0, *shear: float) -> Any:
     return vision.affine(image, 0.0, [across, down], 1.0, degrees, center=centre)
 
 
-# They take an image, of Pillow's, and the value. What comes in at a side is black.
+# Functions of a Pillow image and the operation's value. Pixels from outside are black.
 _OPERATIONS: dict[str, Callable[[Any, float], Any]] = {
     "brightness": vision.adjust_brightness,
     "contrast": vision.adjust_contrast,
@@ -180,7 +181,7 @@ _OPERATIONS: dict[str, Callable[[Any, float], Any]] = {
     "translate_x": lambda image, v: _affine(image, int(v)),
     "translate_y": lambda image, v: _affine(image, 0, int(v)),
     "rotate": vision.rotate,
-    # Pillow takes 0 bits no longer, which timm still asks for: nothing is left then.
+    # Newer versions of Pillow refuse 0 bits, which timm still uses: the image becomes black.
     "posterize": lambda image, v: (
         vision.posterize(image, int(v)) if v else Image.new(image.mode, image.size)
     ),
@@ -194,17 +195,17 @@ _OPERATIONS: dict[str, Callable[[Any, float], Any]] = {
 
 
 def solarize_add_levels(add: float) -> list[int]:
-    """Return the new value of each of 256 levels: the darker half is lighter by so many."""
+    """Return the new value of each of 256 levels: the darker half is raised by ``add``."""
     return [min(255, level + int(add)) if level < 128 else level for level in range(256)]
 
 
 class Rest(NamedTuple):
-    """Changes of a batch of edited images that are left: they are normalised, and parts replaced.
+    """Last changes of a batch of edited images: normalisation, cutout and erasing.
 
     Attributes:
-        output: Scale of the images.
-        cutout: (B, 4) top, left, bottom, right of what is 0 after that; None: nothing.
-        erased: What is erased in the end; None: nothing.
+        output: Mean and standard deviation of the images.
+        cutout: (B, 4) top, left, bottom, right of a box set to 0 after that; None: none.
+        erased: Rectangles erased in the end; None: none.
     """
 
     output: Output
@@ -217,7 +218,7 @@ def finished(pixels: Tensor, rest: Rest | None) -> Tensor:
 
     Args:
         pixels: (B, size, size, 3), uint8; or frames of events as they are stored.
-        rest: What is left to do; None for events.
+        rest: The remaining changes; None for events.
 
     Returns:
         (B, 3, size, size) in channels_last memory, or the frames; float32.
@@ -225,7 +226,7 @@ def finished(pixels: Tensor, rest: Rest | None) -> Tensor:
     if rest is None:
         return pixels.float()
     mean, scale = _scale(pixels.device, rest.output)
-    # Row by row: torch is slow on a CPU where the innermost dimension is as short as the channels'.
+    # Row by row: on a CPU torch is slow with an innermost dimension of only three channels.
     rows = pixels.flatten(2).float().sub_(mean).mul_(scale)
     images = rows.view_as(pixels).permute(0, 3, 1, 2)
     if rest.cutout is not None:
@@ -238,9 +239,9 @@ def finished(pixels: Tensor, rest: Rest | None) -> Tensor:
 
 @lru_cache
 def _scale(device: torch.device, output: Output) -> tuple[Tensor, ...]:
-    """Offset subtracted from a row's bytes, and the factor that follows, (3 * size,) each."""
+    """Return the offset to subtract from a row's bytes, and the factor, (3 * size,) each."""
     wide = (255 * np.array(output.mean), 1 / (255 * np.array(output.std)))
-    # The host waits for these copies: other loaders' batches, on other streams, use them, too.
+    # The host waits for these copies, since other loaders use them on other streams.
     return tuple(torch.from_numpy(one).float().repeat(output.size).to(device) for one in wide)
 
 

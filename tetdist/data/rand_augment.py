@@ -1,4 +1,4 @@
-"""Random operations by policies that nobody searched for: RandAugment, TrivialAugment, 3-Augment.
+"""Random operations by policies without a search: RandAugment, TrivialAugment, 3-Augment.
 
 RandAugment (Cubuk et al., 2020) and 3-Augment (Touvron et al., 2022) are timm's, TrivialAugment
 (Müller and Hutter, 2021) is torchvision's.
@@ -27,7 +27,7 @@ _DRAWS_OF_ONE = 5
 
 
 def num_draws(policy: RandomPolicy) -> int:
-    """Random numbers that a sample needs."""
+    """Return the number of random numbers per sample."""
     match policy:
         case RandAugment():
             return policy.n * _DRAWS_OF_ONE
@@ -42,11 +42,11 @@ def num_draws(policy: RandomPolicy) -> int:
 def random_operations(
     draws: npt.NDArray[np.float64], policy: RandomPolicy, image_size: int
 ) -> list[list[Operation]]:
-    """Choose the operations that each sample gets.
+    """Choose the operations of each sample.
 
     Args:
         draws: (B, num_draws(policy)) uniform in [0, 1).
-        image_size: Pixels, of which RandAugment's translations are a share.
+        image_size: Image size in pixels, to which RandAugment's translations are relative.
     """
     match policy:
         case RandAugment():
@@ -70,7 +70,7 @@ def random_operations(
 def _drawn(
     policy: RandAugment, image_size: int, choice: float, u: float, v: float, back: float
 ) -> Operation:
-    """One of RandAugment's operations, with a magnitude of its own."""
+    """Return one of RandAugment's operations, with its own magnitude."""
     name = _RAND_AUGMENT[int(choice * len(_RAND_AUGMENT))]
     level = _magnitude(policy, u, v) / 10
     return Operation(name, _value(name, level, -1 if back < 0.5 else 1, policy.inc, image_size))
@@ -88,7 +88,7 @@ def _magnitude(policy: RandAugment, u: float, v: float) -> float:
 
 
 def _value(name: str, level: float, sign: int, increasing: bool, image_size: int) -> float:
-    """An operation's value at a level of which 1 is usually the most."""
+    """Return an operation's value at a level, usually from 0 to 1."""
     match name:
         case "brightness" | "saturation" | "contrast" | "sharpness":
             return max(0.1, 1 + sign * (level * 0.9)) if increasing else level * 1.8 + 0.1
@@ -119,8 +119,8 @@ def _levels(most: float) -> list[float]:
 
 
 _NO_VALUE = [0.0]
-# The operations of TrivialAugment's wide space, in torchvision's order, with the values of each;
-# those in _SIGNED are as often negative.
+# The operations of TrivialAugment's wide space, in torchvision's order, with the values of each.
+# Values of those in _SIGNED are negated half of the time.
 _TRIVIAL = {
     "identity": _NO_VALUE,
     "shear_x": _levels(0.99),

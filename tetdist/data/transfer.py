@@ -1,4 +1,4 @@
-"""Copies from the host to the device that computes, for which the host does not wait."""
+"""Asynchronous copies from the host to the computing device."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def on_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor on the device, as ``dtype`` if that is given.
+    """Return a tensor on the device, as ``dtype`` if given.
 
-    From memory that is not pinned a GPU's driver copies while the host waits, and only after all
-    that was launched before is done. So it is pinned first, and copied while both go on.
+    Copies from unpinned memory make the host wait until all earlier launches are done. So the
+    tensor is pinned first, and copied while host and GPU go on.
     """
     if dtype is not None:
         tensor = tensor.to(dtype)
@@ -21,10 +21,10 @@ def on_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
 
 
 def taker(device: torch.device, name: str) -> ThreadPoolExecutor:
-    """One thread that works on a device ahead of others.
+    """Make an executor of one thread that works on a device.
 
-    A new thread's present GPU is the first one. What it asks of CUDA would make a context there, of
-    half a gigabyte, in each process of a machine that trains on the others.
+    A new thread's current GPU is the first one. Its CUDA calls would create a context there, of
+    half a gigabyte, in each process that trains on another GPU.
     """
     set_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     return ThreadPoolExecutor(1, thread_name_prefix=name, initializer=set_device)

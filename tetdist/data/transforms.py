@@ -1,8 +1,8 @@
 """The parameters of augmentation and evaluation, computed for a batch with numpy.
 
-The rules are torchvision's, so that published recipes mean what they say; the randomness comes as
-uniform numbers from order.py, and pixels.py carries the result out. Windows are in pixels of the
-image as stored, rows before columns.
+The rules are torchvision's, so that published recipes keep their meaning. Random numbers come from
+order.py, and pixels.py applies the parameters. Windows are in pixels of the image as stored, rows
+before columns.
 """
 
 import math
@@ -35,14 +35,14 @@ def random_resized_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> _Ints:
-    """Windows of torchvision's RandomResizedCrop.
+    """Draw windows of torchvision's RandomResizedCrop.
 
     Args:
         heights: (B,) pixels.
         widths: (B,) pixels.
         draws: (B, RANDOM_RESIZED_CROP_DRAWS) uniform in [0, 1).
-        scale: Least and greatest part of the image's area.
-        ratio: Least and greatest width / height of the window.
+        scale: Smallest and largest fraction of the image's area.
+        ratio: Smallest and largest width / height of the window.
 
     Returns:
         (B, 4): top, left, height, width; always inside the image.
@@ -70,7 +70,7 @@ def _between(low: Any, high: Any, draws: _Floats) -> _Floats:
 def _clamped_ratio(
     size: npt.NDArray[np.int64], ratio: tuple[float, float]
 ) -> npt.NDArray[np.int64]:
-    """Greatest height and width of an allowed ratio that the image holds: (B, 2)."""
+    """Return the largest height and width of an allowed ratio that fit into the image: (B, 2)."""
     height, width = size.T
     tallest = np.where(width / height < ratio[0], np.rint(width / ratio[0]), height)
     widest = np.where(width / height > ratio[1], np.rint(height * ratio[1]), width)
@@ -81,7 +81,7 @@ def _clamped_ratio(
 def padded_crop(
     heights: _Ints, widths: _Ints, draws: _Floats, padding: int, size: int
 ) -> tuple[_Ints, _Ints]:
-    """Windows of torchvision's RandomCrop(size, padding), the border of which is black.
+    """Draw windows of torchvision's RandomCrop(size, padding), with a black border.
 
     Args:
         heights: (B,) pixels, at least size - 2 * padding.
@@ -105,21 +105,20 @@ def padded_crop(
 
 
 def centre_crop(heights: _Ints, widths: _Ints, resize: int, crop: int) -> tuple[_Ints, _Ints]:
-    """The sizes of torchvision's Resize(resize), and where its CenterCrop(crop) begins in them.
+    """Compute the sizes of torchvision's Resize(resize), and the corners of its CenterCrop(crop).
 
-    The longer side is cut to a whole number.
+    The longer side is rounded down.
 
     Returns:
         (B, 2): height and width to resize to; (B, 2): row and column of the crop's first pixel.
 
     Raises:
-        UserError: The crop is larger than the resized image; torchvision would pad it with
-            black.
+        UserError: The crop is larger than the resized image, which torchvision would pad.
     """
     if crop > resize:
         raise UserError(
-            f"evaluation cannot crop {crop} pixels from images resized to {resize}: the resize must"
-            " be at least as large as the crop"
+            f"evaluation cannot crop {crop} pixels from images resized to {resize}; set"
+            f" data.resize to {crop} or more"
         )
     size = np.stack([heights, widths], axis=1).astype(np.int64)
     resized = (resize * size // size.min(axis=1, keepdims=True)).astype(np.int32)
@@ -142,7 +141,7 @@ COLOR_JITTER_DRAWS = 8
 
 
 def color_jitter(draws: _Floats, jitter: ColorJitterSection) -> list[list[Operation]]:
-    """Draw each sample's changes of brightness, contrast, saturation and hue, in a random order.
+    """Draw each sample's changes of brightness, contrast, saturation and hue, in random order.
 
     Args:
         draws: (B, COLOR_JITTER_DRAWS) uniform in [0, 1).
@@ -160,7 +159,7 @@ def color_jitter(draws: _Floats, jitter: ColorJitterSection) -> list[list[Operat
 
 
 def cutout_boxes(draws: _Floats, height: int, width: int, side: int) -> _Ints:
-    """Squares of DeVries and Taylor's Cutout: the centre is any pixel, what is outside is cut off.
+    """Draw squares of DeVries and Taylor's Cutout, centred on any pixel and clipped at borders.
 
     Args:
         draws: (B, 2) uniform in [0, 1).
@@ -183,9 +182,9 @@ class Mixing(NamedTuple):
         mode: "sample": each has a lambda and a box of its own, and is mixed with the one before it
             in the micro-batch. "batch": one of each for the whole micro-batch, whose sample i is
             mixed with sample B - 1 - i, as by timm's `Mixup`.
-        probability: That a sample, or the micro-batch, is mixed at all.
-        switch_probability: That, of both, it is by CutMix.
-        off_epoch: Epochs from this one on, counted from 0, mix nothing; 0: all do.
+        probability: Probability of mixing a sample, or the micro-batch.
+        switch_probability: Probability of CutMix rather than mixup, if both are on.
+        off_epoch: First epoch, counted from 0, without mixing; 0: all epochs mix.
     """
 
     mixup: float = 0.0
@@ -201,13 +200,13 @@ class Mixing(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """Share of each of B samples that is kept; the rest is of another one in the micro-batch.
+    """Weights of each of B samples in its mix with a partner from the micro-batch.
 
     Attributes:
-        share: (B,) of the sample in the target.
-        pixels: (B,) of the sample in all pixels outside the box: `share`, or 1 with cutmix.
-        boxes: (B, 4) top, left, bottom, right of what comes from the other; empty with mixup.
-        mirrored: Whether the other of sample i is B - 1 - i, and not the one before it.
+        share: (B,) weight of the sample in the target.
+        pixels: (B,) weight of the sample in pixels outside the box: `share`, or 1 with cutmix.
+        boxes: (B, 4) top, left, bottom, right of the partner's box; empty with mixup.
+        mirrored: True if the partner of sample i is B - 1 - i, False if it is i - 1.
     """
 
     share: _Floats
@@ -222,10 +221,10 @@ MIXING_DRAWS = 6
 def micro_batch_mix(
     seed: int, epoch: int, positions: npt.NDArray[np.int64], size: tuple[int, int], mixing: Mixing
 ) -> Mix:
-    """Draw how the samples of a micro-batch, at some positions of an epoch, are mixed.
+    """Draw the mix of a micro-batch's samples, at some positions of an epoch.
 
-    An epoch that mixes nothing has a mix, too, which leaves all as it is: targets are shares of the
-    classes in all epochs, so that a CUDA graph of the step stays the same.
+    An epoch without mixing has a mix, too, with weights of 1: targets are class probabilities in
+    all epochs, so that a CUDA graph of the step stays the same.
     """
     if mixing.off_epoch and epoch >= mixing.off_epoch:
         mixing = mixing._replace(probability=0.0)
@@ -261,8 +260,8 @@ def _mixing_boxes(
     size = np.array(image)
     centre = (draws * size).astype(np.int64)
     cut = np.sqrt(1 - kept)[:, None] * size
-    # torchvision's CutMix, that of single samples, takes half of the side for whole pixels on
-    # both sides; timm's takes the whole side, of which the larger half is below and to the right.
+    # torchvision's CutMix (mode=sample) rounds half of the side down on both sides; timm's rounds
+    # the whole side down, with the larger half below and to the right.
     before = (0.5 * cut).astype(np.int64)
     after = (cut.astype(np.int64) + 1) // 2 if mixing.mode == "batch" else before
     return np.concatenate([np.maximum(centre - before, 0), np.minimum(centre + after, size)], 1)
@@ -272,7 +271,7 @@ def symmetric_beta(u: _Floats, v: _Floats, alpha: _Floats) -> _Floats:
     """Beta(alpha, alpha) from two uniform numbers, by Bailey's polar form of Student's t.
 
     t = sqrt(n (u^(-2/n) - 1)) cos(2 pi v) has n degrees of freedom, and (1 + t / sqrt(n + t^2)) / 2
-    is Beta(n/2, n/2). In these draws, unlike in numpy's sampler, a sample has a fixed number.
+    is Beta(n/2, n/2). Unlike numpy's sampler, this needs a fixed number of draws per sample.
     """
     with np.errstate(over="ignore", divide="ignore"):
         # u may be 0 and is never 1, so 1 - u is never 0. A small alpha makes infinities, for which
@@ -285,7 +284,7 @@ def symmetric_beta(u: _Floats, v: _Floats, alpha: _Floats) -> _Floats:
 class ImageDraws(NamedTuple):
     """Random numbers of B images, each field (B, n).
 
-    Their order is for good: what is new comes behind, so that no old run changes.
+    Never change their order: add new ones at the end, so that no old run changes.
     """
 
     crop: _Floats
@@ -296,7 +295,7 @@ class ImageDraws(NamedTuple):
 
 
 class EventDraws(NamedTuple):
-    """Random numbers of B event tensors, in an order that is for good."""
+    """Random numbers of B event tensors, in an order that must never change."""
 
     flip: _Floats
     roll: _Floats
@@ -326,13 +325,13 @@ TransformFunction = Callable[[Tensor, tuple[float, ...]], Tensor]
 
 @dataclass(frozen=True)
 class Transform:
-    """A change of finished training samples that is not one of tetdist's own.
+    """A user's transform of finished training samples.
 
     Attributes:
         name: Its name in data.transforms.
         function: Takes a sample in float32, (3, H, W) after normalisation or the frames
-            (T, 2, H, W) of events, and its draws; gives a sample of the same shape.
-        num_draws: Number of random numbers that each sample has for it.
+            (T, 2, H, W) of events, and its draws; returns a sample of the same shape.
+        num_draws: Number of random numbers for each sample.
     """
 
     name: str
@@ -368,10 +367,10 @@ def transforms_called(names: Sequence[str]) -> tuple[Transform, ...]:
     """Return the transforms of some names.
 
     Raises:
-        UserError: No transform is registered by a name, or one is there twice.
+        UserError: A name is not registered, or listed twice.
     """
     repeated = [name for name, times in Counter(names).items() if times > 1]
     if repeated:
         # Both would get the same random numbers.
-        raise UserError(f"data.transforms: {repeated[0]!r} is there twice; name each once")
+        raise UserError(f"data.transforms: {repeated[0]!r} is listed twice; list each once")
     return tuple(TRANSFORMS[name] for name in names)

@@ -1,8 +1,8 @@
 """Contents of tar files, found without unpacking them.
 
-A tar is headers and contents one after another, so a file in it is an offset and a size, also in a
-tar within a tar. Names that would leave a folder, links and devices are refused at once: whoever
-unpacks later need not look again.
+A tar alternates headers and contents, so a file in it, or in a tar within it, is an offset and a
+size. Names that would leave the folder, links and devices are refused here, so that unpacking need
+not check them again.
 """
 
 import io
@@ -35,9 +35,9 @@ class ByteRange(NamedTuple):
     """Bytes of a file: all of them, or `size` bytes from `offset` on.
 
     Attributes:
-        file: Path; of samples, relative to the data root.
+        file: Path; for samples, relative to the data root.
         offset: Bytes before the range in the file.
-        size: Number of bytes; None for all, before anyone has looked how many there are.
+        size: Number of bytes; None for all, if their number is not known yet.
     """
 
     file: str
@@ -54,7 +54,7 @@ class Member(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """Samples of one tar, in its order; `bad` are those without an image or a usable label."""
+    """Samples of one tar, in its order; `bad` lists those without an image or a usable label."""
 
     members: list[Member]
     labels: list[int]
@@ -65,8 +65,8 @@ def members(tar: ByteRange) -> Iterator[Member]:
     """Yield every regular file of a tar, in its order, without those whose name begins with a dot.
 
     Raises:
-        UserError: It is not a plain tar, cut off or damaged, or holds what never belongs in a
-            data set: a link, a device, a sparse file, a name that leaves the folder.
+        UserError: It is compressed, cut off or damaged, or holds what never belongs in a data set:
+            a link, a device, a sparse file, a name that leaves the folder.
     """
     with Path(tar.file).open("rb") as file:
         end = file.seek(0, io.SEEK_END) if tar.size is None else tar.offset + tar.size
@@ -75,18 +75,18 @@ def members(tar: ByteRange) -> Iterator[Member]:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
                     if member.offset_data + member.size > end:
-                        raise tarfile.ReadError("a file in it ends behind its end")
+                        raise tarfile.ReadError("it is cut off within a file")
                     _refuse(member, tar.file)
                     if member.isreg() and PurePosixPath(member.name).name[0] != ".":
                         yield Member(member.name, member.offset_data, member.size)
-                # To tarfile a damaged header, or a file cut between two members, is just the end.
+                # tarfile takes a damaged header, or a cut between two members, for the end.
                 file.seek(archive.offset)
                 if archive.offset + _BLOCK > end or any(file.read(_BLOCK)):
                     raise tarfile.ReadError("its end is missing")
         except tarfile.TarError as error:
             raise UserError(
-                f"{tar.file} is not a whole, plain tar file ({error}): fetch it again, or"
-                " uncompress it if it is compressed"
+                f"{tar.file} is not a complete, uncompressed tar file ({error}): fetch it again, or"
+                " uncompress it"
             ) from error
 
 
@@ -103,8 +103,8 @@ def _refuse(member: tarfile.TarInfo, file: str) -> None:
         reason = "which is a device or a pipe"
     if reason is not None:
         raise UserError(
-            f"{file} holds {member.name!r}, {reason}: no data set needs that, so nothing of this"
-            " tar is used; get it from its first source"
+            f"{file} holds {member.name!r}, {reason}, which is unsafe, so this tar is not used: get"
+            " it from its original source"
         )
 
 
@@ -116,13 +116,13 @@ def read(file: Path, member: Member) -> bytes:
 
 
 def shard_samples(file: Path) -> Samples:
-    """The samples of a WebDataset shard: KEY.jpg (or .png, ...) with KEY.cls or KEY.json.
+    """Find the samples of a WebDataset shard: KEY.jpg (or .png, ...) with KEY.cls or KEY.json.
 
     A key is a member's path up to the first dot of its name. KEY.cls holds the label as a decimal
     number, KEY.json an object with the number as "label" or "cls".
 
     Raises:
-        UserError: As `members`, or if a member comes twice.
+        UserError: See `members`; or a member comes twice.
     """
     groups: dict[str, dict[str, Member]] = defaultdict(dict)
     for member in members(ByteRange(str(file))):
@@ -130,7 +130,7 @@ def shard_samples(file: Path) -> Samples:
         stem, dot, suffix = path.name.partition(".")
         parts = groups[str(path.with_name(stem))]
         if parts.setdefault(f"{dot}{suffix.lower()}", member) is not member:
-            raise UserError(f"{file} holds {member.name!r} twice: write the shard again")
+            raise UserError(f"{file} holds {member.name!r} twice: make the shard again")
     found = Samples([], [], [])
     for key, parts in groups.items():
         images = [parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts]
@@ -148,7 +148,7 @@ def shard_samples(file: Path) -> Samples:
 
 
 def _label(file: Path, parts: Mapping[str, Member]) -> int | str:
-    """The label of a sample, or why it has none."""
+    """Return the label of a sample, or the reason why it has none."""
     texts: list[object] = []
     if ".cls" in parts:
         texts.append(read(file, parts[".cls"]).decode("ascii", "replace").strip())
@@ -159,7 +159,7 @@ def _label(file: Path, parts: Mapping[str, Member]) -> int | str:
             return f"its .json is damaged: {error}"
         if not isinstance(description, dict):
             return "its .json is not an object"
-        # Where there is a .cls, the .json may hold other things alone.
+        # Beside a .cls, the .json need not have a label.
         texts += [description[key] for key in ("label", "cls") if key in description]
     if not texts:
         return "no label: neither .cls nor .json of this key has one"
@@ -167,23 +167,23 @@ def _label(file: Path, parts: Mapping[str, Member]) -> int | str:
     if len({str(other) for other in texts}) > 1:
         return f"its labels differ: {', '.join(map(repr, texts))}"
     if isinstance(text, bool) or not re.fullmatch(r"\d{1,9}", str(text), re.ASCII):
-        return f"the label {text!r} is not a number from 0"
+        return f"the label {text!r} is not a whole number from 0 on"
     return int(str(text))
 
 
 def class_tars(file: Path) -> dict[str, ByteRange]:
-    """The tars in the official training tar, by class.
+    """Find the tars in the official training tar, by class.
 
     Raises:
-        UserError: As `members`, or if something else is in it.
+        UserError: See `members`; or it holds anything else.
     """
     found = {}
     for member in members(ByteRange(str(file))):
         path = PurePosixPath(member.name)
         if path.suffix != ".tar":
             raise UserError(
-                f"{file} holds {member.name!r}, but the official training tar holds a tar for each"
-                " class and nothing else"
+                f"{file} holds {member.name!r}, but the official training tar holds only one tar"
+                " per class: fetch the original file"
             )
         found[path.stem] = ByteRange(str(file), member.offset, member.size)
     return found
@@ -202,7 +202,7 @@ def images(tar: ByteRange) -> tuple[list[Member], list[str]]:
 
 
 def validation_labels(file: Path, names: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The WordNet id of each image of the official validation tar.
+    """Return the WordNet id of each image of the official validation tar.
 
     Args:
         file: The devkit (ILSVRC2012_devkit_t12.tar.gz), or text with a line for each image: its
@@ -226,9 +226,8 @@ def validation_labels(file: Path, names: list[str]) -> tuple[tuple[str, ...], di
     for number, fields in enumerate(lines, 1):
         if len(fields) <= column or not WORDNET_ID.fullmatch(fields[column]):
             raise UserError(
-                f"line {number} of the labels {file} has no WordNet id where one is expected: each"
-                " line must be an id, or an image's name and an id; for the numbers of the devkit"
-                f" give the devkit itself, {_DEVKIT}.tar.gz"
+                f"line {number} of the labels {file} must be a WordNet id, or an image's name and"
+                f" an id; for the devkit's numeric labels, give {_DEVKIT}.tar.gz itself"
             )
     classes = tuple(sorted({fields[column] for fields in lines}))
     if column == 0:
@@ -245,14 +244,16 @@ def _text_lines(file: Path) -> list[str]:
     try:
         lines = file.read_text("utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"the labels {file} are not text: {error}") from error
+        raise UserError(
+            f"the labels {file} are not UTF-8 text ({error}): fetch them again"
+        ) from error
     return [line.strip() for line in lines if line.strip()]
 
 
 def _in_order(file: Path, names: list[str], ids: list[str]) -> dict[str, str]:
     if len(ids) != len(names):
         raise UserError(
-            f"{file} has {len(ids)} labels for {len(names)} images: it must have one for each, in"
+            f"{file} has {len(ids)} labels for {len(names)} images: it must have one per image, in"
             " the order of their names"
         )
     return dict(zip(names, ids, strict=True))
@@ -261,13 +262,13 @@ def _in_order(file: Path, names: list[str], ids: list[str]) -> dict[str, str]:
 def _devkit_labels(file: Path) -> tuple[tuple[str, ...], list[str]]:
     """Return all classes, and the id of each image in the order of their names.
 
-    The devkit numbers classes from 1 in an order of its own; meta.mat has their ids.
+    The devkit numbers classes from 1 in a different order; meta.mat has their ids.
     """
     try:
         from scipy.io import loadmat
     except ModuleNotFoundError as error:
         raise UserError(
-            f"scipy, which reads {file}, is not installed: pip install scipy"
+            f"reading {file} needs scipy, which is not installed: pip install scipy"
         ) from error
     try:
         with tarfile.open(file) as archive:
@@ -283,5 +284,5 @@ def _devkit_labels(file: Path) -> tuple[tuple[str, ...], list[str]]:
         return tuple(sorted(ids.values())), [ids[int(number)] for number in truth.split()]
     except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, TypeError) as error:
         raise UserError(
-            f"the devkit {file} is damaged, or none ({error}): fetch it again"
+            f"{file} is damaged, or is not the devkit ({error}): fetch it again"
         ) from error

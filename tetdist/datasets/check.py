@@ -1,7 +1,7 @@
 """Faults of a data set: damage, duplicates, wrong names and labels, missing files.
 
-Every image is read, decoded and summed once. What is done is written to a journal, so that a check
-which is stopped continues where it was.
+Every image is read, decoded and checksummed once. Results are written to a journal, so that a
+stopped check continues where it was.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from tetdist.wording import counted
 FindingKind = Literal[
     "bad", "label", "overlap", "missing", "index", "misnamed", "duplicate", "passed over"
 ]
-# Findings that do no harm; with any other, a data set should not be trained on as it is.
+# Harmless findings; with any other, a data set should not be trained on as it is.
 NOTES: frozenset[FindingKind] = frozenset({"misnamed", "duplicate", "passed over"})
 
 IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000}
@@ -52,15 +52,15 @@ _JOURNAL_VERSION = 1
 
 
 class Finding(NamedTuple):
-    """Something about a data set that its owner should know.
+    """A fault or peculiarity of a data set.
 
     Attributes:
-        kind: "bad": does not decode or has no label; "label": the name says another class;
-            "overlap": in two splits; "missing": against ImageNet-1k; "index": the index is not of
-            these files; "misnamed": of another format than its suffix says; "duplicate": twice in
-            one split; "passed over": not taken for its suffix, the first of all with this one.
-        path: Path of the sample, relative to the data root; or of what else it is about.
-        text: What is wrong.
+        kind: "bad": cannot be decoded or has no label; "label": the name has another class;
+            "overlap": in two splits; "missing": compared with ImageNet-1k; "index": the index is
+            not of these files; "misnamed": the format differs from the suffix; "duplicate": twice
+            in one split; "passed over": ignored for its suffix (the first file of each suffix).
+        path: Path of the sample, relative to the data root, or of another file or folder.
+        text: Description of the fault.
     """
 
     kind: FindingKind
@@ -78,17 +78,17 @@ class Examined(NamedTuple):
 def examine_split(
     root: str | Path, listing: Listing, journal: Path, workers: int, progress: ReportProgress | None
 ) -> list[Examined | str]:
-    """Decode and sum every sample of a listing of images, continuing what the journal has.
+    """Decode and checksum every sample of a listing of images, except those in the journal.
 
     Args:
         root: The data root.
-        listing: What to examine.
-        journal: File to which results are written; it remains, for the next call to find.
-        workers: Processes.
+        listing: The samples.
+        journal: File of results, which the next call continues.
+        workers: Number of processes.
         progress: Called with the number of samples done and of all.
 
     Returns:
-        For each sample what was found, or the reason why it cannot be used.
+        For each sample its result, or the reason why it cannot be used.
     """
     found = _resume(Path(root), listing, journal)
     remaining = [i for i in range(len(listing.byte_ranges)) if i not in found]
@@ -115,7 +115,7 @@ def _examine(stream: IO[bytes], size: int) -> Examined | str:
 
 
 def _resume(root: Path, listing: Listing, journal: Path) -> dict[int, Examined | str]:
-    """Read what the journal has of this very listing; a journal of another one begins anew."""
+    """Read the journal's results for this listing; a journal of another one is started anew."""
     identity = _identity(root, listing)
     lines = _whole_lines(journal)
     header = json.loads(lines[0]) if lines else {}
@@ -132,7 +132,7 @@ def _resume(root: Path, listing: Listing, journal: Path) -> dict[int, Examined |
 
 
 def _identity(root: Path, listing: Listing) -> str:
-    """Checksum of the samples' names and byte ranges, and of the archives as they are now."""
+    """Compute a checksum of the samples' names and byte ranges, and of the archives' state."""
     digest = hashlib.sha256()
     for name, (_, offset, size) in zip(listing.names, listing.byte_ranges, strict=True):
         digest.update(f"{name}\0{offset}\0{size}\n".encode(errors="surrogateescape"))
@@ -143,7 +143,7 @@ def _identity(root: Path, listing: Listing) -> str:
 
 
 def _whole_lines(journal: Path) -> list[bytes]:
-    """Return the lines of a journal, after cutting it where a kill has torn its last one."""
+    """Return the lines of a journal, after removing a last line that a kill left incomplete."""
     if not journal.is_file():
         return []
     data = journal.read_bytes()
@@ -160,12 +160,12 @@ def _unchanged(file: Path, since_ns: int) -> bool:
 
 
 def split_findings(listing: Listing, examined: list[Examined | str]) -> Iterator[Finding]:
-    """Find samples of no use, and those whose name says another label or another format."""
+    """Find unusable samples, and those with the name of another class or the wrong suffix."""
     for bad in listing.bad:
         yield Finding("bad", bad.path, bad.reason)
     for suffix, (number, first) in sorted(listing.passed_over.suffixes.items()):
         files = counted(number, "file")
-        yield Finding("passed over", first, f"{files} with {suffix}, not of a kind that is read")
+        yield Finding("passed over", first, f"{files} with {suffix}, which is not read")
     wordnet = are_wordnet_ids(listing.classes)
     for i, result in enumerate(examined):
         path = listing.path(i)
@@ -178,13 +178,13 @@ def split_findings(listing: Listing, examined: list[Examined | str]) -> Iterator
         named = _TRAIN_NAME.search(PurePosixPath(path).name) if wordnet else None
         label = listing.classes[listing.labels[i]]
         if named and named[1] != label:
-            yield Finding("label", path, f"its name says {named[1]}, its label {label}")
+            yield Finding("label", path, f"its name has class {named[1]}, but its label is {label}")
 
 
 def duplicate_findings(
     splits: Mapping[str, tuple[Listing, list[Examined | str]]],
 ) -> Iterator[Finding]:
-    """Find samples whose bytes are those of another one, in the same split or an earlier one."""
+    """Find samples with the same bytes as another one in the same or an earlier split."""
     first: dict[str, tuple[str, str, str]] = {}
     for split, (listing, examined) in splits.items():
         for i, result in enumerate(examined):
@@ -205,7 +205,7 @@ def are_wordnet_ids(classes: tuple[str, ...]) -> bool:
 
 
 def imagenet_findings(listing: Listing) -> Iterator[Finding]:
-    """Find what ImageNet-1k has more than "train" or "val", if the classes are WordNet ids."""
+    """Find what "train" or "val" lacks of ImageNet-1k, if the classes are WordNet ids."""
     total = IMAGENET_COUNTS.get(listing.split)
     if total is None or not are_wordnet_ids(listing.classes):
         return
@@ -214,7 +214,7 @@ def imagenet_findings(listing: Listing) -> Iterator[Finding]:
     present = {name for label, name in enumerate(listing.classes) if counts[label]}
     unknown = sorted(present - set(known))
     if unknown:
-        yield Finding("missing", split, f"classes that ImageNet-1k has not: {_some(unknown)}")
+        yield Finding("missing", split, f"classes that are not in ImageNet-1k: {_some(unknown)}")
     missing = sorted(set(known) - present)
     if missing:
         yield Finding("missing", split, f"{len(missing)} of 1,000 classes: {_some(missing)}")
@@ -246,7 +246,7 @@ def _some(names: list[str], most: int = 5) -> str:
 def index_findings(
     root: str | Path, index_dir: Path, listing: Listing, examined: list[Examined | str]
 ) -> Iterator[Finding]:
-    """Find out whether the index of the split, if there is one, is still that of its files."""
+    """Find an index of the split that is outdated, if there is one."""
     file = index_file(index_dir, listing.split)
     if not file.is_file():
         return
@@ -260,5 +260,5 @@ def index_findings(
     now, _ = assemble(root, listing, probes)
     attributes = ("fingerprint", "archives", "path_blob", "offsets")
     if any(not np.array_equal(getattr(index, a), getattr(now, a)) for a in attributes):
-        text = f"it is not of the files that are there now: `{index.command(root)}`"
+        text = f"it does not match the present files; build it again: `{index.command(root)}`"
         yield Finding("index", str(file), text)

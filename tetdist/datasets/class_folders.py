@@ -1,4 +1,4 @@
-"""Class folders, SPLIT/CLASS/FILE: which files in them are samples, and which are passed over."""
+"""Class folders, SPLIT/CLASS/FILE: their samples, and the files that are ignored."""
 
 import os
 import shlex
@@ -12,9 +12,9 @@ from tetdist.errors import UserError
 
 Kind = Literal["images", "events"]
 
-# Those of images are torchvision's ImageFolder's; they are compared without regard to case.
+# Suffixes of images are those of torchvision's ImageFolder, in any case.
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"images": archives.IMAGE_SUFFIXES, "events": (".npy",)}
-# Names that folders of the two splits of a training have elsewhere, in lower case.
+# Usual names of the folders of both splits, in lower case.
 _ELSEWHERE = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "test", "testing"),
@@ -23,7 +23,7 @@ _ELSEWHERE = {
 
 @dataclass
 class PassedOver:
-    """Files that are not taken: for each suffix, how many they are, and the first."""
+    """Ignored files: for each suffix, their number and the first of them."""
 
     suffixes: dict[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -44,24 +44,24 @@ class PassedOver:
 
 
 def list_classes(root: str | Path, split: str) -> tuple[str, ...]:
-    """The sorted class names of a split in class folders, without hidden ones.
+    """Return the sorted class names of a split in class folders, without hidden ones.
 
     Raises:
-        UserError: The split's folder is missing or holds no class folder, or, to train on, fewer
-            than two.
+        UserError: The split's folder is missing, or holds no class folder, or a training split
+            holds fewer than two.
     """
     folder = Path(root, split)
     if not Path(root).is_dir():
         raise UserError(f"there is no data folder {root}")
     if not folder.is_dir():
         raise UserError(
-            f"the data folder {root} has no folder {split!r} in it, nor tar files of it"
+            f"the data folder {root} has neither a folder {split!r} nor tar files of this split"
             f"{_way_out(Path(root), split)}"
         )
     classes = names_in(folder, is_folder)
     if len(classes) < fewest_classes(split):
         what = f"only one class folder, {classes[0]!r}" if classes else "no class folders"
-        raise UserError(f"{folder} holds {what}: it must hold one folder of files for each class")
+        raise UserError(f"{folder} holds {what}: it must hold one folder of files per class")
     return classes
 
 
@@ -74,7 +74,7 @@ def list_class(folder: Path, kind: Kind) -> tuple[list[str], list[str]]:
     folders = names_in(folder, is_folder)
     if folders:
         raise UserError(
-            f"{folder} holds a folder, {folders[0]!r}: files must lie directly in the class folder"
+            f"{folder} holds a folder, {folders[0]!r}: move its files into the class folder itself"
         )
     names = names_in(folder, lambda _: True)
     samples = [name for name in names if name.lower().endswith(SUFFIXES[kind])]
@@ -82,7 +82,7 @@ def list_class(folder: Path, kind: Kind) -> tuple[list[str], list[str]]:
 
 
 def names_in(folder: Path, wanted: Callable[[os.DirEntry[str]], bool]) -> tuple[str, ...]:
-    """Sorted names of what a folder holds and is wanted, without hidden ones."""
+    """Return the sorted names of a folder's wanted entries, without hidden ones."""
     with os.scandir(folder) as entries:
         return tuple(sorted(e.name for e in entries if e.name[0] != "." and wanted(e)))
 
@@ -96,46 +96,46 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def folders_called(root: Path, split: str) -> tuple[str, ...]:
-    """Names of folders that may hold a split, "train" or "val", under another of its names."""
+    """Return the names of folders that may hold "train" or "val" under another usual name."""
     names = _ELSEWHERE.get(split, ())
     return names_in(root, lambda entry: entry.name.lower() in names and is_folder(entry))
 
 
 def fewest_classes(split: str) -> int:
-    """The fewest classes that a split can have: one can be evaluated, but not learnt."""
+    """Return the minimum number of classes of a split: evaluation needs one, training two."""
     return 2 if split == "train" else 1
 
 
 def is_held_out(split: str) -> bool:
-    """Return whether a split has the name of data that are not for training."""
+    """Return whether a split has a usual name of evaluation data."""
     return split.lower() in _ELSEWHERE["val"]
 
 
 def _way_out(root: Path, split: str) -> str:
-    """Return the advice for a missing split whose folder has another of its usual names."""
+    """Return the advice for a missing split if a folder with another usual name exists."""
     found = folders_called(root, split)
     if not found:
         return ""
     name, link = shlex.quote(found[0]), shlex.quote(str(root / split))
     evaluate = f"; to evaluate only, --splits {name}" if split == "val" else ""
     return (
-        f"; there is {found[0]!r}: training takes it as {split!r} if it is renamed, or linked, `ln"
-        f" -s {name} {link}`{evaluate}"
+        f"; there is {found[0]!r}: rename it to {split!r}, or link it, `ln -s {name} {link}`"
+        f"{evaluate}"
     )
 
 
 def first_difference(
     first: Collection[str], second: Collection[str], names: tuple[str, str]
 ) -> tuple[str, str]:
-    """Find the first name that only one of two collections has.
+    """Find the first name that is in only one of two collections.
 
     Args:
         first: One of them.
-        second: The other, which is not the same.
-        names: What messages call them.
+        second: The other, which differs.
+        names: Names of the two in messages.
 
     Returns:
-        The name, and "in FIRST but not in SECOND", or the other way round.
+        The name, and "in FIRST but not in SECOND", or vice versa.
     """
     name = min(set(first) ^ set(second))
     has, lacks = names if name in first else reversed(names)

@@ -24,7 +24,7 @@ def extract_split(
 ) -> None:
     """Write each sample of a listing to DEST/SPLIT/CLASS/NAME, without the folders in its name.
 
-    Files that are there already are kept, so an extraction that was stopped continues.
+    Existing files are kept, so a stopped extraction continues.
 
     Args:
         root: The data root of the listing.
@@ -34,12 +34,12 @@ def extract_split(
         progress: Called with the number of samples done and of all.
 
     Raises:
-        UserError: The listing is not of archives, a name cannot be a file's or comes twice in a
-            class, another process writes to the folder, it holds another file of that name, or the
-            disk is full.
+        UserError: The listing is not of archives, a name is not a valid file name or comes twice in
+            a class, another process writes to the folder, it holds a different file of that name,
+            or the disk is full.
     """
     if not listing.archives:
-        raise UserError(f"{listing.split} in {root} are class folders already")
+        raise UserError(f"{listing.split} in {root} has class folders already; use it as it is")
     files = _file_names(listing)
     folder = dest / listing.split
     with only_writer(folder):
@@ -55,20 +55,20 @@ def extract_split(
         samples = list(zip(listing.byte_ranges, files, strict=True))
         for _ in run_on_samples(work, samples, workers, progress):
             pass
-        # This waits once for all files: to wait after each would take hours.
+        # One wait for all files: waiting after each would take hours.
         os.sync()
 
 
 def _file_names(listing: Listing) -> list[str]:
-    """Path CLASS/NAME of each sample."""
+    """Return the path CLASS/NAME of each sample."""
     for name in listing.classes:
         if "/" in name or "\0" in name or name.startswith("."):
             raise UserError(
-                f"the class name {name!r} cannot be a folder's: give other names with --classes"
+                f"the class name {name!r} is not a valid folder name: give others with --classes"
             )
     names = [PurePosixPath(name).name for name in listing.names]
-    # Shards of our own begin a name with the sample's number. Without it the files must come in the
-    # same order, or a run could not go on with them.
+    # Names in tetdist's own shards begin with the sample's number. It is removed only if the order
+    # of files stays the same, since a run could not be resumed otherwise.
     plain = [_NUMBER.sub("", name) for name in names]
     in_order = list(zip(listing.labels, plain, strict=True))
     if in_order == sorted(set(in_order)):
@@ -77,7 +77,9 @@ def _file_names(listing: Listing) -> list[str]:
     for i, (label, name) in enumerate(zip(listing.labels, names, strict=True)):
         file = f"{listing.classes[label]}/{name}"
         if file in seen:
-            raise UserError(f"{listing.path(i)} and {seen[file]} would both become {file}")
+            raise UserError(
+                f"{listing.path(i)} and {seen[file]} would both become {file}: rename one of them"
+            )
         seen[file] = listing.path(i)
     return list(seen)
 
@@ -85,9 +87,9 @@ def _file_names(listing: Listing) -> list[str]:
 def _is_there(file: Path, byte_range: ByteRange) -> bool:
     """Return whether the file has been extracted before."""
     size = file.stat().st_size if file.exists() else 0
-    # A file gets its name when it is whole, but a power cut soon afterwards may leave it empty.
+    # A file gets its name when it is complete, but a power cut soon after may leave it empty.
     if size not in (0, byte_range.size):
-        raise UserError(f"{file} exists and is another file: name another folder")
+        raise UserError(f"{file} exists with other contents: choose another folder")
     return size == byte_range.size
 
 
@@ -100,6 +102,6 @@ def _extract(root: str | Path, folder: Path, samples: Sequence[tuple[ByteRange, 
             source.seek(byte_range.offset)
             data = source.read(byte_range.size or 0)
         if len(data) != byte_range.size:
-            raise UserError(f"{byte_range.file} in {root} has become shorter: fetch it again")
+            raise UserError(f"{byte_range.file} in {root} is now shorter: fetch it again")
         with explaining(file), replacing(file, sync=False) as stream:
             stream.write(data)

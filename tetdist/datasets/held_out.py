@@ -1,7 +1,7 @@
-"""A part of the training samples that is kept out of training and evaluated on instead of val.
+"""A held-out part of the training samples, evaluated in place of the validation split.
 
-Hyperparameters that are chosen on the validation split make its result better than it is. Chosen on
-this part they leave that split as it was: unseen.
+Hyperparameters chosen on the validation split bias its result upwards. Chosen on the held-out part,
+they leave the validation split unseen.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ _STREAM = order.named_stream("held out")
 def divide(
     index: Index, share: float, seed: int, recordings: Sequence[str] | None = None
 ) -> tuple[Index, Index]:
-    """Divide a training split into what is trained on and what is held out.
+    """Divide a training split into a part to train on and a held-out part.
 
-    The same share of every class, one sample at least; which ones is a function of ``seed``. All
-    samples of one recording are on one side. Where one has samples of several classes, recordings
-    are divided without regard to classes.
+    The same fraction of every class is held out, and at least one sample, chosen by ``seed``. All
+    samples of one recording are in the same part. If any recording has samples of several classes,
+    recordings are divided regardless of classes.
 
     Args:
         index: N samples.
-        share: The share that is held out, above 0 and below 1.
-        seed: The run's.
-        recordings: (N,) which recording each sample is a piece of; None: each is one by itself.
+        share: Fraction that is held out, above 0 and below 1.
+        seed: The run's seed.
+        recordings: (N,) recording that each sample belongs to; None: each sample is a recording.
 
     Raises:
-        UserError: A class has too little for both sides.
+        UserError: A class has too few samples for both parts.
     """
     units = np.arange(len(index))
     if recordings is not None:
@@ -54,7 +54,7 @@ def divide(
     if not left.all():
         raise UserError(
             f"data.held_out: {share:g} leaves no sample of class {index.classes[left.argmin()]!r} "
-            "to train on; make it smaller, or 0"
+            "to train on; set a smaller value, or 0"
         )
     return _part(index, ~is_held, "to train"), _part(index, is_held, "held out")
 
@@ -65,7 +65,7 @@ def name(share: float, seed: int, of: str | None) -> str:
 
 
 def _strata(labels: npt.NDArray[np.int32], units: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The class of each recording; -1 of all of them, if one has several."""
+    """Return the class of each recording; -1 for all of them if any has several classes."""
     lowest = np.full(units.max() + 1, np.iinfo(np.int64).max)
     highest = np.full(units.max() + 1, -1)
     np.minimum.at(lowest, units, labels)
@@ -75,12 +75,12 @@ def _strata(labels: npt.NDArray[np.int32], units: npt.NDArray[np.int64]) -> npt.
 
 def _lacking(index: Index, stratum: int) -> str:
     if stratum < 0:
-        return "all training samples are of one recording, which is not divided"
-    return f"class {index.classes[stratum]!r} has one recording or sample, and two are the least"
+        return "all training samples are of one recording, which cannot be divided"
+    return f"class {index.classes[stratum]!r} has only one recording or sample, but needs two"
 
 
 def _part(index: Index, keep: npt.NDArray[np.bool_], what: str) -> Index:
-    """The samples of ``keep``, (N,), as an index of its own."""
+    """Return the samples of ``keep``, (N,), as a new index."""
     lengths = np.diff(index.path_offsets)
     digest = hashlib.sha256(f"{index.fingerprint} {what}".encode())
     digest.update(np.packbits(keep).tobytes())

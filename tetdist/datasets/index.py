@@ -1,8 +1,8 @@
-"""The index of one split: each sample's bytes, class and size, found out once and verified.
+"""The index of one split: the verified bytes, class and size of each sample.
 
-Training reads the index and never scans a directory tree or a tar file; crop windows are computed
-from its sizes; and a file that would kill the DALI pipeline in the night is found and named when it
-is built. layouts.py knows how a split may lie on disk.
+Training reads the index and never scans a directory tree or a tar file, and computes crop windows
+from its sizes. Building it finds and names any file that would crash the DALI pipeline later.
+layouts.py describes the layouts of a split on disk.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from tetdist.storage.files import explaining, parse_json, replacing
 
 _FORMAT_VERSION = 2
 _SAMPLED_FILES = 10_000
-# Reading an .npz raises one of these where its bytes are not what was written.
+# Exceptions of reading a damaged .npz.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -38,7 +38,7 @@ _DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFil
 class Index:
     """One split of a data set, N samples in K classes, sorted by class and then by name.
 
-    A sample is a file of its own, or lies in one of A tar files, the archives.
+    A sample is a separate file, or part of one of A tar files, the archives.
 
     Attributes:
         kind: "images", or "events" for pre-binned tensors of shape (T, 2, H, W).
@@ -46,25 +46,25 @@ class Index:
         classes: The K class names; a label is a position among them. Those of class folders are
             sorted.
         labels: (N,).
-        heights: (N,) pixels, as stored: not turned by an EXIF orientation.
-        widths: (N,) pixels, likewise.
+        heights: (N,) pixels as stored, without any EXIF orientation.
+        widths: (N,) pixels as stored.
         file_sizes: (N,) bytes of each sample.
-        offsets: (N,) bytes before each sample in its archive; 0 for a file of its own.
-        archive_ids: (N,) which archive; -1 for a file of its own.
+        offsets: (N,) bytes before each sample in its archive; 0 for a separate file.
+        archive_ids: (N,) number of the archive; -1 for a separate file.
         archives: The A archives' paths, relative to the data root.
         archive_sizes: (A,) bytes.
-        path_blob: All samples' paths, relative to the data root or, in an archive, their names in
-            it, one after another in the file system's encoding. A list of 1.28M str would take
-            130 MB, this takes 50.
-        path_offsets: (N + 1,) where each path begins in the blob.
-        class_mtimes_ns: (K,) when the listing of each class folder last changed; (0,) of archives.
+        path_blob: All samples' paths relative to the data root, or names in their archive, joined
+            in the file system's encoding. It takes 50 MB for 1.28M samples; a list of str would
+            take 130.
+        path_offsets: (N + 1,) start of each path in the blob.
+        class_mtimes_ns: (K,) modification time of each class folder; (0,) with archives.
         skipped: Paths of the files that were left out because they cannot be used.
-        options: Options of tools/images.py, beside those that every split has, that built it.
+        options: Options of tools/images.py that built it, besides those of every split.
         timesteps: T of event tensors; None for images.
         dtype: "uint8" or "float16" for event tensors; None for images.
-        fingerprint: SHA-256, in hex, of what training sees of it: kind, split, classes, labels
-            and sizes in their order; of event tensors, which all have one size, also the paths. A
-            copy has the same, and so have shards packed from a folder.
+        fingerprint: SHA-256, in hex, of what training depends on: kind, split, classes, labels and
+            sizes in order; for event tensors, which all have one size, also the paths. Copies, and
+            shards packed from a folder, have the same fingerprint.
     """
 
     kind: Kind
@@ -103,7 +103,7 @@ class Index:
         return f"{self.archives[self.archive_ids[i]]}/{name}" if self.archives else name
 
     def byte_range(self, i: int) -> ByteRange:
-        """Return where the bytes of sample `i` lie."""
+        """Return the place of sample `i`'s bytes."""
         file = self.archives[self.archive_ids[i]] if self.archives else self.path(i)
         return ByteRange(file, int(self.offsets[i]), int(self.file_sizes[i]))
 
@@ -140,10 +140,10 @@ def index_command(root: str | Path, split: str, kind: Kind = "images") -> str:
 
 
 def save_index(index: Index, file: str | Path) -> None:
-    """Write the index as an uncompressed .npz: whole or not at all.
+    """Write the index as an uncompressed .npz, atomically.
 
     Raises:
-        UserError: It cannot be written; an older one remains as it is.
+        UserError: It cannot be written; an older one stays unchanged.
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -154,13 +154,13 @@ def save_index(index: Index, file: str | Path) -> None:
 
 
 def load_index(file: str | Path) -> Index:
-    """Read what `save_index` wrote.
+    """Read an index written by `save_index`.
 
     Raises:
         UserError: The file is missing, damaged, or of another version of the format.
     """
     file = Path(file)
-    # The default place is <root>/index/<split>.npz; elsewhere the root is the user's to fill in.
+    # The default place is <root>/index/<split>.npz; elsewhere the root is unknown.
     command = (
         index_command(file.parent.parent, file.stem)
         if file.parent.name == "index"
@@ -174,7 +174,7 @@ def load_index(file: str | Path) -> Index:
             version = meta["version"]
             if version != _FORMAT_VERSION:
                 raise UserError(
-                    f"the index {file} has format {version} and this tetdist reads format"
+                    f"the index {file} has format {version}, but this version reads format"
                     f" {_FORMAT_VERSION}: build it again with `{command}`"
                 )
             values: dict[str, Any] = {name: meta[name] for name in _META}
@@ -189,8 +189,8 @@ def load_index(file: str | Path) -> Index:
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> Any:
-    # zipfile checks the CRC of what it reads to the end. np.load would do the same, but would take
-    # a file that is not a zip for a pickle.
+    # zipfile checks the CRC at the end of reading. np.load does, too, but would take a file that is
+    # not a zip for a pickle.
     with archive.open(f"{name}.npy") as stream:
         return np.lib.format.read_array(stream, allow_pickle=False)
 
@@ -211,7 +211,7 @@ def build_index(
 def index_splits(
     root: str | Path, splits: Iterable[str] = ("train", "val"), workers: int = 1, **options: Any
 ) -> None:
-    """Index splits of which all is good, with options of `build_index`, in ROOT/index."""
+    """Index splits without bad samples in ROOT/index, with options of `build_index`."""
     for split in splits:
         index, bad = build_index(root, split, workers, **options)
         assert not bad, bad[0]
@@ -227,16 +227,15 @@ def index_listing(
 ) -> tuple[Index, list[BadFile]]:
     """Open every sample of a listing and make the index of the good ones.
 
-    Event tensors whose shape or type is not that of the first good one count as bad.
+    Event tensors with another shape or type than the first good one count as bad.
 
     Args:
         root: The data root.
-        listing: What `list_split` found.
-        workers: Processes that open and decode. With more than one, the calling script must guard
-            its main part with `if __name__ == "__main__"`.
-        decode: Decode every image completely, so that damage is found now; else only its header
-            is looked at.
-        progress: Called with the number of samples done and of all, now and then.
+        listing: A listing of `list_split`.
+        workers: Number of processes. With more than one, the calling script must guard its main
+            part with `if __name__ == "__main__"`.
+        decode: Decode every image completely, to find damage now; otherwise only read its header.
+        progress: Called now and then with the number of samples done and of all.
 
     Returns:
         The index of the good samples, and the bad ones in order.
@@ -256,15 +255,14 @@ def index_listing(
 
 
 def check_fresh(index: Index, root: str | Path, file: str | Path | None = None) -> None:
-    """Make sure that the files are still those of the index.
+    """Check that the files are still those of the index.
 
-    Of archives the sizes are compared. Of class folders: one whose modification time is the
-    recorded one lists the same names, so nothing of it is read; where the time differs, as in a
-    copy, the names are compared; file sizes are compared for at most 10,000 files, evenly spread.
-    With ``file`` (the index's own), modification times are compared with its own, too.
+    For archives, sizes are compared. For class folders, names are compared if a folder's
+    modification time differs from the recorded one, as in a copy; sizes are compared for at most
+    10,000 files, evenly spread. With ``file``, the path of the index, files must not be newer.
 
     Raises:
-        UserError: They are not; it names the first difference and the command to index again.
+        UserError: They differ; it names the first difference and the command to index again.
     """
     again = f"index the data again with `{index.command(root)}`"
     if index.archives:
@@ -284,12 +282,12 @@ def check_fresh(index: Index, root: str | Path, file: str | Path | None = None) 
             ) from error
         if status.st_size != size:
             raise UserError(
-                f"{path} has {status.st_size} bytes where the index says {size}: {again}"
+                f"{path} has {status.st_size} bytes instead of the index's {size}: {again}"
             )
         if indexed_ns is not None and status.st_mtime_ns > indexed_ns:
             raise UserError(
-                f"{path} is newer than the index {file}: {again}, or, if the files were only"
-                f" copied, `touch {shlex.quote(str(file))}`"
+                f"{path} is newer than the index {file}: {again}; if the files were only copied,"
+                f" `touch {shlex.quote(str(file))}` is enough"
             )
 
 
@@ -315,12 +313,12 @@ def _check_names(index: Index, root: str | Path, again: str) -> None:
 def assemble(
     root: str | Path, listing: Listing, found: Iterable[Probe | str]
 ) -> tuple[Index, list[BadFile]]:
-    """The index of a listing's good samples, and the bad ones.
+    """Make the index of a listing's good samples, and return the bad ones, too.
 
     Args:
         root: The data root.
         listing: N samples.
-        found: What was found out about each, or the reason why it cannot be used.
+        found: Facts about each sample, or the reason why it cannot be used.
     """
     good: list[Probe] = []
     rows: list[int] = []

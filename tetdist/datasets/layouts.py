@@ -3,7 +3,7 @@
 | layout | train | val |
 |---|---|---|
 | class folders | ROOT/train/CLASS/FILE | ROOT/val/CLASS/FILE |
-| WebDataset shards | ROOT/train/*.tar, or ROOT/*-train-*.tar | likewise; "validation" will do |
+| WebDataset shards | ROOT/train/*.tar, or ROOT/*-train-*.tar | the same with val or validation |
 | official tars | ROOT/ILSVRC2012_img_train.tar | ROOT/ILSVRC2012_img_val.tar and the devkit |
 """
 
@@ -34,7 +34,7 @@ from tetdist.errors import UserError
 from tetdist.storage.files import read_text
 from tetdist.wording import counted
 
-# Names that the public shards have for a split.
+# Names of a split in public shards.
 _ALIASES = {"val": ("val", "validation")}
 CLASSES_FILE = "classes.txt"
 _DEVKIT_FILE = "ILSVRC2012_devkit_t12.tar.gz"
@@ -43,14 +43,14 @@ IMAGENET = "imagenet-1k"
 
 @dataclass(frozen=True)
 class Hints:
-    """Facts about a split that the user gives where its folder does not show them.
+    """Facts about a split from the user, if its folder does not show them.
 
     Attributes:
-        shards: Its shards, relative to the data root: a folder, or a pattern with * ? [] {a,b}
-            {0000..1023}.
+        shards: The split's shards, relative to the data root: a folder, or a pattern with * ? []
+            {a,b} {0000..1023}.
         labels: The labels of the official validation tar: see `archives.validation_labels`.
-        classes: Class names in the order of the shards' labels: a text file with a name a line, or
-            "imagenet-1k" for its 1,000 WordNet ids.
+        classes: Class names in the order of the shards' labels: a text file with one name per line,
+            or "imagenet-1k" for its 1,000 WordNet ids.
     """
 
     shards: str | None = None
@@ -58,7 +58,7 @@ class Hints:
     classes: str | None = None
 
     def options(self, split: str) -> str:
-        """Return the command line's options that say the same."""
+        """Return the equivalent command-line options."""
         given = {
             "--shards": self.shards and f"{split}={self.shards}",
             "--labels": self.labels,
@@ -76,13 +76,13 @@ class Listing:
         split: The split's name.
         classes: The class names; a label is a position among them.
         labels: Label of each sample.
-        names: Paths relative to the data root; of a sample in an archive the name in it.
-        byte_ranges: Where the bytes of each sample lie.
-        class_mtimes_ns: When the listing of each class folder last changed; none for archives.
-        archives: The tar files that hold the samples, sorted; none for class folders.
-        bad: Samples that cannot be used for lack of a label, and the like.
-        passed_over: Files that lie among the samples and are none, without hidden ones.
-        options: Options of the command line that list the split again.
+        names: Paths relative to the data root, or names in an archive.
+        byte_ranges: Place of each sample's bytes.
+        class_mtimes_ns: Modification time of each class folder; empty with archives.
+        archives: The tar files that hold the samples, sorted; empty with class folders.
+        bad: Samples that cannot be used, such as those without a label.
+        passed_over: Other files among the samples, except hidden ones.
+        options: Command-line options that list the split again.
     """
 
     kind: Kind
@@ -110,19 +110,19 @@ def list_split(
     hints: Hints | None = None,
     progress: ReportProgress | None = None,
 ) -> Listing:
-    """List a split in whichever of the layouts it has.
+    """List a split in any of the layouts.
 
     Args:
         root: The data root.
         split: The split's name.
-        kind: What the samples are. Event tensors lie in class folders.
-        workers: Processes that read tar files.
-        hints: What the user says about the split.
+        kind: Type of the samples. Event tensors are in class folders.
+        workers: Number of processes that read tar files.
+        hints: Facts about the split from the user.
         progress: Called with the number of tar files read and of all.
 
     Raises:
-        UserError: There is no such split or it is incomplete or damaged, there is no class, or
-            only one to train on, or a class has no sample.
+        UserError: The split is missing, incomplete or damaged, a class has no sample, or there are
+            too few classes.
     """
     root, hints = Path(root), hints or Hints()
     if not root.is_dir():
@@ -144,9 +144,9 @@ def _official_tar(split: str) -> str:
 
 
 def default_splits(root: Path) -> tuple[str, ...]:
-    """The splits that are meant where none is named: train and val, or what is there to evaluate.
+    """Return the default splits: train and val.
 
-    Where there is nothing to train on, that is "val", or a folder with another name for it.
+    Without training data, the default is "val" alone, or a folder with another usual name for it.
     """
     if root.is_dir() and not _is_there(root, "train"):
         if _is_there(root, "val"):
@@ -158,18 +158,18 @@ def default_splits(root: Path) -> tuple[str, ...]:
 
 
 def check_splits(root: Path, splits: Sequence[str]) -> None:
-    """Refuse to index a training set with something that training will not evaluate on.
+    """Refuse to index a training split with an evaluation split that training would not find.
 
     Raises:
-        UserError: That is so; it says what training takes.
+        UserError: The evaluation split is not called "val".
     """
     others = [split for split in splits if is_held_out(split)]
     if "train" in splits and others and "val" not in splits and not _is_there(root, "val"):
         name, link = shlex.quote(others[0]), shlex.quote(str(root / "val"))
         raise UserError(
-            f"--splits: training takes 'train' and 'val', and would not find {others[0]!r}: rename"
-            f" or link it, `ln -s {name} {link}`, and leave --splits out; or index {others[0]!r} by"
-            " itself, to evaluate only"
+            f"--splits: training needs 'train' and 'val', and would not find {others[0]!r}: rename"
+            f" or link it, `ln -s {name} {link}`, and leave out --splits; or, for evaluation only,"
+            f" index {others[0]!r} alone"
         )
 
 
@@ -182,7 +182,7 @@ def _is_there(root: Path, split: str) -> bool:
 
 
 def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
-    """Make sure that a label means the same in several splits.
+    """Check that a label means the same in several splits.
 
     Args:
         classes: The class names of each split.
@@ -194,11 +194,14 @@ def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
     for split, names in others:
         if names != expected:
             if set(names) == set(expected):
-                raise UserError(f"the classes of {first} and {split} are in different orders")
+                raise UserError(
+                    f"the classes of {first} and {split} are in different orders: name them in one"
+                    " order with --classes"
+                )
             name, where = first_difference(expected, names, (first, split))
             raise UserError(
-                f"the class {name!r} is {where}: both must have the same classes, or labels would"
-                " not mean the same (of shards, --classes names them)"
+                f"the class {name!r} is {where}: both splits must have the same classes (for"
+                " shards, name them with --classes)"
             )
 
 
@@ -208,7 +211,7 @@ def _list_folder(root: Path, split: str, kind: Kind) -> Listing:
         found.passed_over.add(f"{split}/{name}")
     for label, name in enumerate(found.classes):
         folder = root / split / name
-        # The time is taken first: a file added before the listing must make the index stale.
+        # The time is read first: a file added after it must make the index outdated.
         found.class_mtimes_ns.append(folder.stat().st_mtime_ns)
         samples, others = list_class(folder, kind)
         for file in others:
@@ -231,7 +234,10 @@ def _list_shards(
     samples = list(run_tasks(archives.shard_samples, paths, workers, progress))
     labels = {label for found in samples for label in found.labels}
     if not labels:
-        raise UserError(f"the shards of {split} in {root} hold no image with a label")
+        raise UserError(
+            f"the shards of {split} in {root} hold no image with a label (KEY.jpg with KEY.cls or"
+            " KEY.json): check that they are WebDataset shards"
+        )
     classes = _shard_classes(root, split, max(labels), hints)
     listing = _of_archives(split, classes, files, hints)
     for file, found in zip(files, samples, strict=True):
@@ -241,7 +247,7 @@ def _list_shards(
 
 
 def _shards_of(root: Path, split: str) -> list[str]:
-    """Find a split's shards by their names: paths relative to the root, sorted."""
+    """Find a split's shards by their names, as sorted paths relative to the root."""
     if (root / split).is_dir():
         files = [f"{split}/{name}" for name in names_in(root / split, _is_tar)]
     else:
@@ -260,7 +266,7 @@ def _is_tar(entry: os.DirEntry[str]) -> bool:
 
 
 def _check_no_gaps(root: Path, files: list[str]) -> None:
-    """Refuse shards, which are numbered from 0, of which one is missing: it was not fetched."""
+    """Refuse shards, numbered from 0, if one is missing: it was not fetched."""
     parts = [re.fullmatch(r"(.*?)(\d+)(\.tar)", file) for file in files]
     numbers = {int(part[2]) for part in parts if part}
     if len(numbers) == len(files) and files and (first := parts[0]) is not None:
@@ -269,23 +275,23 @@ def _check_no_gaps(root: Path, files: list[str]) -> None:
             name = f"{first[1]}{missing[0]:0{len(first[2])}d}{first[3]}"
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UserError(
-                f"the shard {name}{more} is missing in {root}: fetch it, or name those to use with"
-                " --shards"
+                f"the shard {name}{more} is missing in {root}: fetch it, or select the others"
+                " with --shards"
             )
 
 
 def _expand(root: Path, pattern: str) -> list[str]:
-    """The tar files that a pattern means, relative to the root.
+    """Find the tar files of a pattern, relative to the root.
 
     Raises:
-        UserError: One does not exist, or lies elsewhere.
+        UserError: One does not exist, or is outside the root.
     """
     if (root / pattern).is_dir():
         pattern = f"{pattern}/*.tar"
     files: list[str] = []
     for part in _braces(pattern):
         if PurePath(part).is_absolute() or ".." in PurePath(part).parts:
-            raise UserError(f"--shards: {part} is not relative to the data folder {root}")
+            raise UserError(f"--shards: {part} must be relative to the data folder {root}, in it")
         found = sorted(str(file.relative_to(root)) for file in root.glob(part))
         if not found:
             raise UserError(f"--shards: there is no {part} in {root}")
@@ -294,7 +300,7 @@ def _expand(root: Path, pattern: str) -> list[str]:
 
 
 def _braces(pattern: str) -> list[str]:
-    """Write out {a,b} and {000..123}, as a shell does."""
+    """Expand {a,b} and {000..123}, as a shell does."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:
         return [pattern]
@@ -312,9 +318,9 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _shard_classes(root: Path, split: str, last_label: int, hints: Hints) -> tuple[str, ...]:
-    """The class names for labels up to `last_label`; the numbers themselves where none are given.
+    """Return the class names for labels up to `last_label`; by default the numbers themselves.
 
-    Numbers are written with leading zeros, so that their order is the names' order.
+    Numbers get leading zeros, so that the names sort in the same order.
     """
     beside = [root / split / CLASSES_FILE, root / CLASSES_FILE]
     file = next((file for file in beside if file.is_file()), None)
@@ -329,19 +335,19 @@ def _shard_classes(root: Path, split: str, last_label: int, hints: Hints) -> tup
         classes = tuple(f"{label:0{width}d}" for label in range(last_label + 1))
     if len(set(classes)) != len(classes) or "" in classes:
         raise UserError(
-            f"{file} names a class twice, or has an empty line: a name a line, each once"
+            f"{file} names a class twice, or has an empty line: it must hold one name per line"
         )
     if len(classes) <= last_label or len(classes) < fewest_classes(split):
         raise UserError(
             f"the shards of {split} have labels up to {last_label}, but there are {len(classes)}"
-            f" class names{f' in {file}' if file else ''}: one for each is needed, and two to train"
-            " on (--classes)"
+            f" class names{f' in {file}' if file else ''}: name each class with --classes (training"
+            " needs at least two)"
         )
     return classes
 
 
 def imagenet_classes() -> tuple[str, ...]:
-    """The WordNet ids of ImageNet-1k's 1,000 classes, sorted, which is the order of its labels."""
+    """Return the WordNet ids of ImageNet-1k's 1,000 classes, sorted in the order of its labels."""
     from timm.data import ImageNetInfo
 
     return tuple(ImageNetInfo(IMAGENET).label_names())
@@ -354,7 +360,8 @@ def _list_training_tar(
     listing = _of_archives(split, sorted(tars), [file], hints)
     if len(tars) < 2:
         raise UserError(
-            f"{root / file} holds {counted(len(tars), 'tar')} of classes: at least two are needed"
+            f"{root / file} holds {counted(len(tars), 'tar')} of classes, but at least two are"
+            " needed: fetch it again"
         )
     inner = [tars[name] for name in listing.classes]
     members = run_tasks(archives.images, inner, workers, progress)
@@ -362,7 +369,7 @@ def _list_training_tar(
         for other in others:
             listing.passed_over.add(f"{file}/{name}.tar/{other}")
         if not found:
-            raise UserError(f"the class {name} in {root / file} holds no images")
+            raise UserError(f"the class {name} in {root / file} holds no images: fetch it again")
         named = [member._replace(name=f"{name}.tar/{member.name}") for member in found]
         _add(listing, file, named, [label] * len(named))
     return _sorted(listing)
@@ -372,18 +379,18 @@ def _list_validation_tar(root: Path, file: str, split: str, hints: Hints) -> Lis
     labels_file = Path(hints.labels) if hints.labels else root / _DEVKIT_FILE
     if not labels_file.is_file():
         raise UserError(
-            f"the labels of {root / file} are missing: put {_DEVKIT_FILE} beside it, or name a file"
+            f"the labels of {root / file} are missing: put {_DEVKIT_FILE} beside it, or give a file"
             " of labels with --labels"
         )
     members, others = archives.images(ByteRange(str(root / file)))
     members.sort()
     if not members:
-        raise UserError(f"{root / file} holds no images")
+        raise UserError(f"{root / file} holds no images: fetch it again")
     names = [member.name for member in members]
     classes, ids = archives.validation_labels(labels_file, names)
     if len(classes) < 2:
         raise UserError(
-            f"{labels_file} names {counted(len(classes), 'class')}: at least two are needed"
+            f"{labels_file} names {counted(len(classes), 'class')}, but at least two are needed"
         )
     listing = _of_archives(split, classes, [file], hints)
     without = [name for name in names if name not in ids]
@@ -397,7 +404,7 @@ def _list_validation_tar(root: Path, file: str, split: str, hints: Hints) -> Lis
 
 
 def _of_archives(split: str, classes: Sequence[str], files: Sequence[str], hints: Hints) -> Listing:
-    """A listing without samples yet."""
+    """Make a listing without samples."""
     return Listing(
         kind="images",
         split=split,
@@ -414,7 +421,7 @@ def _add(listing: Listing, file: str, members: list[Member], labels: list[int]) 
 
 
 def _sorted(listing: Listing) -> Listing:
-    """Sort by class, then by name, like class folders: packed otherwise, the data are the same."""
+    """Sort by class, then by name, as in class folders, so that all layouts give the same data."""
     rows = sorted(zip(listing.labels, listing.names, listing.byte_ranges, strict=True))
     listing.labels = [label for label, _, _ in rows]
     listing.names = [name for _, name, _ in rows]

@@ -1,6 +1,6 @@
-"""Open and decode samples in worker processes, to know their sizes and what is wrong with them.
+"""Open and decode samples in worker processes, to find their sizes and faults.
 
-A reason why a sample cannot be used is a plain `str` here, so that one bad file ends nothing.
+A fault is returned as a `str`, not raised, so that one bad file does not end the work.
 """
 
 import functools
@@ -16,7 +16,7 @@ from tetdist.datasets.archives import ByteRange
 from tetdist.datasets.processes import ReportProgress, run_on_samples
 from tetdist.storage.files import open_file
 
-# PIL and DALI both decode these; PIL alone opens many more, whatever the suffix.
+# Formats that both PIL and DALI decode; PIL opens many more, whatever the suffix.
 _PIL_FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
 _EXIF_ORIENTATION = 0x0112
 
@@ -28,11 +28,11 @@ class Probe(NamedTuple):
 
     Attributes:
         size: Bytes.
-        height: Pixels, as stored.
-        width: Pixels, likewise.
+        height: Pixels as stored.
+        width: Pixels as stored.
         timesteps: T of an event tensor.
         dtype: Type of an event tensor.
-        format: Format of an image, as PIL calls it.
+        format: PIL's name of an image's format.
     """
 
     size: int
@@ -51,9 +51,9 @@ def probe_batches(
     workers: int,
     progress: ReportProgress | None = None,
 ) -> Iterator[list[_Result | str]]:
-    """Call `probe(stream, size, *arguments)` for every sample: results in order, some at a time.
+    """Call `probe(stream, size, *arguments)` for every sample, and yield lists of results in order.
 
-    A sample whose file cannot be opened gives the reason instead of a result.
+    If a file cannot be opened, the result is the reason.
     """
     work = functools.partial(_probe_ranges, probe, root, arguments)
     return run_on_samples(work, byte_ranges, workers, progress)
@@ -92,31 +92,31 @@ def probe_range(
 
 
 def probe_image(stream: IO[bytes], size: int, decode: bool) -> Probe | str:
-    """The size of an image as stored, or the reason why it cannot be used."""
+    """Return the size of an image as stored, or the reason why it cannot be used."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(stream) as image:
             if image.format not in _PIL_FORMATS:
                 return f"a {image.format} file, which DALI does not decode"
-            # Unlike JPEG's, this orientation cannot be left alone: PIL turns the image on loading.
+            # Unlike JPEG's, this orientation cannot be ignored: PIL turns the image on loading.
             if image.format == "TIFF" and image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
                 return "a TIFF file with an orientation: save it upright"
-            # DALI scales 16 bits to 8, PIL cuts off what is above 255.
+            # DALI scales 16 bits to 8; PIL clips at 255.
             if image.mode.startswith(("I", "F")):
-                return f"more than 8 bits a channel (PIL's mode {image.mode}): save it with 8"
+                return f"more than 8 bits per channel (PIL's mode {image.mode}): save it with 8"
             width, height = image.size
             if decode:
                 image.load()
     except UnidentifiedImageError:
         return "not an image"
-    except Exception as error:  # PIL's decoders raise whatever their format's parser stumbles over.
-        return f"does not decode: {error}" if decode else f"cannot be read: {error}"
+    except Exception as error:  # PIL's decoders raise many kinds
+        return f"cannot be decoded: {error}" if decode else f"cannot be read: {error}"
     return Probe(size, height, width, format=image.format)
 
 
 def probe_tensor(stream: IO[bytes], size: int) -> Probe | str:
-    """Shape and type of a (T, 2, H, W) .npy file, or the reason why it cannot be used."""
+    """Return shape and type of a (T, 2, H, W) .npy file, or the reason why it cannot be used."""
     try:
         version = np.lib.format.read_magic(stream)
         if version != (1, 0):
@@ -133,5 +133,5 @@ def probe_tensor(stream: IO[bytes], size: int) -> Probe | str:
         return "stored in Fortran order instead of C order"
     wanted = start + dtype.itemsize * int(np.prod(shape))
     if size != wanted:
-        return f"{size} bytes where its shape {shape} and type {dtype} need {wanted}"
+        return f"{size} bytes instead of {wanted} for its shape {shape} and type {dtype}"
     return Probe(size, shape[2], shape[3], shape[0], dtype.name)

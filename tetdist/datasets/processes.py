@@ -1,4 +1,4 @@
-"""Work on many files in several processes, which end with the one that started them."""
+"""Work on many files in several processes, which end with their parent process."""
 
 import multiprocessing
 import os
@@ -26,10 +26,10 @@ def run_on_samples(
     workers: int,
     progress: ReportProgress | None = None,
 ) -> Iterator[_Result]:
-    """Results of `work(samples[i : i + 64])`, in order, by `run_tasks`.
+    """Yield the results of `work(samples[i : i + 64])`, in order, by `run_tasks`.
 
     Args:
-        progress: Called with the number of samples done and of all, after the results were taken.
+        progress: Called with the number of samples done and of all, after their results were taken.
     """
     starts = range(0, len(samples), _SAMPLES_PER_TASK)
     tasks = [samples[i : i + _SAMPLES_PER_TASK] for i in starts]
@@ -45,7 +45,7 @@ def run_tasks(
     workers: int,
     progress: ReportProgress | None = None,
 ) -> Iterator[_Result]:
-    """Results of `work(task)`, in order; in this process if one worker or task is all there is.
+    """Yield the results of `work(task)`, in order; one worker or task runs in this process.
 
     Args:
         progress: Called with the number of tasks done and of all.
@@ -68,8 +68,8 @@ def _results(
     # A fork would copy the locks of the caller's threads (DALI's, torch's) as they are.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([getattr(work, "func", work).__module__])
-    # What removes the pool's semaphores when this process is killed, and inherits the mask, must
-    # outlive the hangup of a terminal, which all its processes are told of.
+    # The resource tracker removes the pool's semaphores when this process is killed. It inherits
+    # the signal mask, and must survive SIGHUP, which a closing terminal sends to all processes.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -78,22 +78,22 @@ def _results(
         yield from pool.map(work, tasks)
     except (BrokenProcessPool, EOFError, ConnectionError) as error:
         raise UserError(
-            "a worker process died, most often for lack of memory: use fewer workers"
+            "a worker process died, most often for lack of memory: use fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _prepare_worker() -> None:
-    # Ctrl-C reaches every process of the terminal; the parent alone says so and ends the workers.
+    # Ctrl-C reaches every process of the terminal; only the parent handles it and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it has ended.
+    """End this process when its parent has ended.
 
-    A parent that is killed says nothing; its workers would wait for tasks for ever.
+    A killed parent sends no message, so its workers would wait for tasks forever.
     """
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""The bytes of samples, from wherever the index says that they lie."""
+"""Reading of samples' bytes from the places in the index."""
 
 import os
 from pathlib import Path
@@ -18,22 +18,22 @@ _KEPT_OPEN = 256
 class SampleReader:
     """A reader of whole samples for several threads, to be closed or used in `with`.
 
-    Archives stay open between reads, since opening is what costs on a cluster's file system: the
-    first 256 of them; any others are opened for each read.
+    The first 256 archives stay open between reads, since opening is slow on a cluster's file
+    system; any others are opened for each read.
     """
 
     def __init__(self, index: Index, root: str | Path) -> None:
         self._index = index
         self._root = root
-        # Messages show the root as given; an absolute one is read, which a chdir does not move.
+        # Messages show the root as given; reads use the absolute path, which survives a chdir.
         self._prefix = f"{Path(root).absolute()}/"
         self._kept: dict[str, int] = {}
 
     def read(self, i: int) -> npt.NDArray[np.uint8]:
-        """All bytes of sample `i`: (size,).
+        """Read all bytes of sample `i`: (size,).
 
         Raises:
-            UserError: They cannot be read, or are not as many as the index says.
+            UserError: They cannot be read, or their number differs from the index.
         """
         byte_range = self._index.byte_range(i)
         try:
@@ -41,7 +41,8 @@ class SampleReader:
             try:
                 size = byte_range.size if self._index.archives else os.fstat(descriptor).st_size
                 if size != byte_range.size:
-                    raise self._error(i, f"has {size} bytes where the index says {byte_range.size}")
+                    expected = byte_range.size
+                    raise self._error(i, f"has {size} bytes instead of the index's {expected}")
                 return self._read_bytes(descriptor, byte_range, i)
             finally:
                 if not is_kept:
@@ -54,11 +55,11 @@ class SampleReader:
         known = self._kept.get(file)
         if known is not None:
             return known, True
-        # To open what has become a pipe would otherwise wait for somebody who writes to it.
+        # Without O_NONBLOCK, opening a pipe would wait for a writer.
         descriptor = os.open(self._prefix + file, os.O_RDONLY | os.O_NONBLOCK)
         if not self._index.archives or len(self._kept) >= _KEPT_OPEN:
             return descriptor, False
-        # Another thread may have opened it meanwhile: one of the two is kept.
+        # Another thread may have opened it meanwhile: only one of the two is kept.
         return descriptor, self._kept.setdefault(file, descriptor) == descriptor
 
     def _read_bytes(self, descriptor: int, byte_range: ByteRange, i: int) -> npt.NDArray[np.uint8]:

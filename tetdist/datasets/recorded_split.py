@@ -1,4 +1,4 @@
-"""The record that a data root keeps of its split: its name, and the recording of each sample."""
+"""The record of a split in its data root: its name, and the recording of each sample."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ DATASET_FILE, RECORDS_FILE = "dataset.json", "recordings.jsonl"
 
 
 def description(root: str | Path) -> dict[str, Any] | None:
-    """Read what a data root says of itself in its dataset.json; None where it has none.
+    """Read a data root's dataset.json; None if there is none.
 
     Raises:
         UserError: The file is damaged.
@@ -24,16 +24,16 @@ def description(root: str | Path) -> dict[str, Any] | None:
             return found
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{file} is damaged ({error!r}): make the split again") from error
-    raise UserError(f"{file} names no split: make it again")
+    raise UserError(f"{file} names no split: make the split again")
 
 
 def recordings_of(root: str | Path) -> dict[str, str] | None:
-    """The recording that each tensor of a data root, CLASS/NAME, was cut from.
+    """Return the recording that each tensor of a data root, CLASS/NAME, was cut from.
 
-    None where tetdist has not made the data root, and each tensor stands for itself.
+    None if tetdist has not made the data root; each tensor then counts as a recording.
 
     Raises:
-        UserError: What says so is not there any more, or damaged.
+        UserError: The file of recordings is missing or damaged.
     """
     if description(root) is None:
         return None
@@ -43,13 +43,13 @@ def recordings_of(root: str | Path) -> dict[str, str] | None:
         return {record["key"]: record["source"] for record in map(parse_json, lines)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file}, which says what pieces of one recording are, cannot be read ({error!r}): "
-            "keep the split where tools/prebin_dvs.py has made it"
+            f"{file}, which lists the pieces of each recording, cannot be read ({error!r}): keep "
+            "the split in the folder where tools/prebin_dvs.py made it"
         ) from error
 
 
 def recorded_split(root: str | Path) -> str | None:
-    """The name of the split that a data root says it is; None where it says nothing.
+    """Return the name of the split in a data root's dataset.json; None if there is none.
 
     Raises:
         UserError: Its dataset.json is damaged.

@@ -1,7 +1,7 @@
 """Pack an indexed split into WebDataset shards: KEY.jpg and KEY.cls in plain tar files.
 
 The same index, seed and size give the same bytes on any machine. Each shard holds a random choice
-of the samples, for readers that shuffle within a few shards only; training here shuffles over all
+of the samples, for readers that shuffle only within a few shards; tetdist's training shuffles all
 samples anyway.
 """
 
@@ -47,15 +47,15 @@ def shard_split(
 ) -> Index:
     """Pack the good samples of an index into DEST/SPLIT/SPLIT-000000.tar and following.
 
-    Shards that are there already are kept, so a packing that was stopped continues. DEST gets
-    classes.txt and the index of the shards, too; it has the fingerprint of the given one.
+    Existing shards are kept, so a stopped packing continues. DEST also gets classes.txt and the
+    index of the shards, with the fingerprint of the given one.
 
     Args:
         file: The index of the split.
         root: The data root of that index.
         dest: The new data root.
         seed: Seed of the order of the samples.
-        max_bytes: Size of a shard; a larger sample gets one of its own.
+        max_bytes: Size of a shard; a larger sample gets a separate one.
         workers: Processes.
         progress: Called with the number of shards done and of all.
 
@@ -67,7 +67,7 @@ def shard_split(
     """
     index = load_index(file)
     if index.kind != "images":
-        raise UserError(f"{file} is an index of {index.kind}: only images are packed into shards")
+        raise UserError(f"{file} is an index of {index.kind}, but only images can be packed")
     folder = dest / index.split
     plan = plan_shards(index, seed, max_bytes)
     with only_writer(folder):
@@ -84,7 +84,7 @@ def shard_split(
 
 
 def plan_shards(index: Index, seed: int, max_bytes: int) -> list[npt.NDArray[np.int64]]:
-    """The sample numbers of each shard: every sample once, in the order of (seed, 0)."""
+    """Return the sample numbers of each shard: every sample once, in the order of (seed, 0)."""
     order = permutation(len(index), seed, epoch=0)
     ends = np.cumsum(_tar_sizes(index)[order])
     plan, first, done = [], 0, 0
@@ -96,35 +96,35 @@ def plan_shards(index: Index, seed: int, max_bytes: int) -> list[npt.NDArray[np.
 
 
 def _tar_sizes(index: Index) -> npt.NDArray[np.int64]:
-    """Bytes (N,) that each sample takes in a tar: a header and whole blocks, for two members."""
+    """Return each sample's bytes (N,) in a tar: a header and whole blocks, for two members."""
     return 3 * _BLOCK + -(-index.file_sizes // _BLOCK) * _BLOCK
 
 
 def _begin(dest: Path, index: Index, settings: dict[str, int]) -> None:
-    """Write down what the shards are of, or make sure that it is what is there already."""
+    """Write the plan of the shards, or check that an existing one is the same."""
     plan = {"version": _VERSION, "fingerprint": index.fingerprint, **settings}
     plan_file, classes_file = dest / index.split / _PLAN_FILE, dest / CLASSES_FILE
     classes = "".join(f"{name}\n" for name in index.classes).encode()
     if classes_file.is_file() and classes_file.read_bytes() != classes:
-        raise UserError(f"{classes_file} names other classes than the index: name another folder")
+        raise UserError(f"{classes_file} names other classes than the index: choose another folder")
     if plan_file.is_file():
         known: dict[str, Any] = json.loads(plan_file.read_bytes())
         for name, value in plan.items():
             if known.get(name) != value:
                 raise UserError(
-                    f"{plan_file.parent} holds shards of {name} {known.get(name)} instead of"
+                    f"{plan_file.parent} holds shards with {name} {known.get(name)} instead of"
                     f" {value}: pack with the same settings and data, or into another folder"
                 )
         return
     if any(plan_file.parent.iterdir()):
-        raise UserError(f"{plan_file.parent} is not empty: name another folder")
+        raise UserError(f"{plan_file.parent} is not empty: choose another folder")
     for file, data in ((classes_file, classes), (plan_file, json.dumps(plan).encode())):
         with explaining(file), replacing(file) as stream:
             stream.write(data)
 
 
 def _pack(index_file: Path, root: str | Path, task: tuple[Path, npt.NDArray[np.int64]]) -> None:
-    """Write one shard, read it back, and only then give it its name."""
+    """Write one shard, verify it, and only then give it its name."""
     file, ids = task
     if file.is_file():
         return
@@ -144,7 +144,7 @@ def _pack(index_file: Path, root: str | Path, task: tuple[Path, npt.NDArray[np.i
                 _add(archive, f"{key}.cls", str(index.labels[i]).encode())
         stream.flush()
         os.fsync(stream.fileno())
-        # What is read back must come from the disk, not from memory.
+        # Verification must read from the disk, not from memory.
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         _verify(Path(stream.name), file, checksums)
 
@@ -155,7 +155,7 @@ def _load_once(file: Path) -> Index:
 
 
 def _key(index: Index, i: int) -> tuple[str, str]:
-    """A sample's key and suffix in the shards: its number first, so that their order is kept."""
+    """Return a sample's key and suffix in the shards: its number first, to keep the order."""
     path = PurePosixPath(index.path(i))
     suffix = path.suffix.lower()
     name = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)[:_NAME_LENGTH]
@@ -163,7 +163,7 @@ def _key(index: Index, i: int) -> tuple[str, str]:
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    # Owner and time are left at 0: the bytes must not depend on who packs, and when.
+    # Owner and time stay 0: the bytes must not depend on the user or the date.
     member = tarfile.TarInfo(name)
     member.size = len(data)
     archive.addfile(member, io.BytesIO(data))
@@ -176,11 +176,11 @@ def _checksum(data: bytes) -> str:
 def _verify(aside: Path, file: Path, checksums: dict[str, str]) -> None:
     found = archives.shard_samples(aside).members
     if {m.name: _checksum(archives.read(aside, m)) for m in found} != checksums:
-        raise UserError(f"{file} does not read back as it was written: its disk is faulty")
+        raise UserError(f"{file} differs from what was written: its disk is faulty; use another")
 
 
 def _index_of_shards(dest: Path, index: Index, workers: int) -> Index:
-    """The shards' own index, with the sizes of the images that the given one knows."""
+    """Make the index of the shards, with the image sizes of the given one."""
     listing = list_split(dest, index.split, "images", workers)
     probes = []
     for name, byte_range in zip(listing.names, listing.byte_ranges, strict=True):
@@ -190,7 +190,7 @@ def _index_of_shards(dest: Path, index: Index, workers: int) -> Index:
     packed, _ = assemble(dest, listing, probes)
     if packed.fingerprint != index.fingerprint:
         raise UserError(
-            f"the shards in {dest / index.split} are not those of the index: remove the folder and"
-            " pack again"
+            f"the shards in {dest / index.split} do not match the index: remove the folder and pack"
+            " again"
         )
     return packed
