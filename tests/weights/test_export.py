@@ -471,6 +471,50 @@ def test_onnx_graph_run_by_onnxruntime_is_the_network(
     torch.testing.assert_close(torch.from_numpy(actual), logits(trained, x), rtol=1e-4, atol=1e-5)
 
 
+def by_the_loop_of_the_page(path: Path, x: Tensor, timesteps: int) -> Tensor:
+    """Run a graph of a timestep by the code that docs/weights.md shows."""
+    page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    (code,) = re.findall(r"```python\n(import numpy.*?)```", page, re.DOTALL)
+    exec(code, found := {})
+    frames = list(x.unbind(1)) if x.ndim == 5 else [x] * timesteps
+    return torch.from_numpy(found["run"](path, [frame.numpy() for frame in frames]))
+
+
+@pytest.mark.parametrize(
+    ("network", "neuron"),
+    [
+        ("vggsnn", {}),
+        ("convnet", {"kind": "sliding_psn", "threshold": 0.3, "order": 3}),
+        pytest.param("sew, add", {}, marks=pytest.mark.long),
+        pytest.param("preact", {}, marks=pytest.mark.long),
+        pytest.param("convnet", {"kind": "plif", "threshold": 0.3}, marks=pytest.mark.long),
+        pytest.param("convnet", {"kind": "ilif", "threshold": 0.3}, marks=pytest.mark.long),
+    ],
+)
+def test_onnx_graph_of_a_timestep_carries_its_states(
+    network: str, neuron: dict[str, Any], call: Call, tmp_path: Path
+) -> None:
+    file, path = save(network, tmp_path, **neuron), tmp_path / "step.onnx"
+    status, said = call("export", file, "--format", "onnx-step", "--output", path)
+    assert status == 0, said
+    assert "its logits are the model's" in said
+    trained = load(file)
+    x = trained.examples(5)  # another batch size than it was traced with
+    expected = logits(trained, x)
+    assert len(expected.unique()) > 5
+    actual = by_the_loop_of_the_page(path, x, T)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_graph_of_a_timestep_is_refused_by_name(call: Call, tmp_path: Path) -> None:
+    file = save("convnet", tmp_path, kind="psn", timesteps=T)
+    path = tmp_path / "step.onnx"
+    status, said = call("export", file, "--format", "onnx-step", "--output", path)
+    assert status == 2
+    assert "has psn neurons" in said
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("network", ["vggsnn", pytest.param("ms, deep", marks=pytest.mark.long)])
 def test_program_of_torch_is_the_network(network: str, call: Call, tmp_path: Path) -> None:
     file = save(network, tmp_path)

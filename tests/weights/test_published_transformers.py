@@ -173,6 +173,10 @@ def test_onnx_graph_is_the_network(family: str, call: Call, tmp_path: Path) -> N
     with torch.no_grad():
         expected = load(file).model(x)
     torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-3, atol=1e-4)
+    step = tmp_path / "step.onnx"
+    status, said = call("export", file, "--format", "onnx-step", "--output", step)
+    assert status == 0, said
+    assert "its logits are the model's" in said
 
 
 def test_program_of_events_has_the_size_that_the_network_is_described_with() -> None:

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from tetdist.apps.weights.trained import Trained
 
 # The ending of --output for each format.
-ENDINGS = {"safetensors": ".safetensors", "nir": ".nir", "onnx": ".onnx", "torch": ".pt2"}
+ENDINGS = {
+    "safetensors": ".safetensors",
+    "nir": ".nir",
+    "onnx": ".onnx",
+    "onnx-step": ".onnx",
+    "torch": ".pt2",
+}
 # Formats whose --output may be a folder, which has no ending then.
 FOLDERS = ("safetensors", "timm")
 
@@ -38,7 +44,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="a run folder (its last checkpoint), the folder of a checkpoint or an export, a "
         ".safetensors file, or hf:ORG/NAME",
     )
-    add("--format", choices=["safetensors", "timm", "nir", "onnx", "torch"])
+    add("--format", choices=["safetensors", "timm", "nir", "onnx", "onnx-step", "torch"])
     add(
         "--output",
         metavar="PATH",
@@ -149,6 +155,8 @@ def export(options: argparse.Namespace) -> None:
             said = formats.write_nir(trained, output, options.dt or 1e-4)
         case "onnx":
             said = formats.write_onnx(trained, output)
+        case "onnx-step":
+            said = formats.write_onnx_step(trained, output)
         case "torch":
             said = formats.write_torch(trained, output)
         case other:

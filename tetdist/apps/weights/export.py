@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, assert_never
 
+import numpy as np
 import timm
 import torch
 import yaml
@@ -23,6 +24,7 @@ from tetdist.config.identity import without_machine
 from tetdist.datasets.layouts import CLASSES_FILE
 from tetdist.errors import UserError, typed
 from tetdist.models import SpikingNetwork
+from tetdist.models.streaming import carrying_layers, run_step
 from tetdist.nn import neurons
 from tetdist.storage import checkpoint
 from tetdist.storage.files import made_aside
@@ -329,19 +331,91 @@ def write_onnx(trained: Trained, path: Path) -> str:
     import onnxruntime
 
     name = trained.config.data.kind
-    # torch's exporter uses deprecated parts of torch and would warn of them.
-    quiet = warnings.catch_warnings(action="ignore", category=FutureWarning)
-    with quiet, torch.no_grad(), _aside(path) as aside:
-        program = torch.onnx.export(
-            _traced(trained), input_names=[name], output_names=["logits"], verbose=False
-        )
-        assert program is not None
+    with torch.no_grad(), _aside(path) as aside:
+        program = _onnx_program(_traced(trained), [name], ["logits"])
         program.model.metadata_props[_PREPARATION] = _preparation(trained)
         program.save(aside, external_data=False)
         session = onnxruntime.InferenceSession(aside, providers=["CPUExecutionProvider"])
 
         def run(x: Tensor) -> Tensor:
             return torch.from_numpy(session.run(["logits"], {name: x.numpy()})[0])
+
+        return _agreement(trained, run)
+
+
+def _onnx_program(
+    traced: torch.export.ExportedProgram, inputs: list[str], outputs: list[str]
+) -> torch.onnx.ONNXProgram:
+    # torch's exporter uses deprecated parts of torch and would warn of them.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        program = torch.onnx.export(traced, input_names=inputs, output_names=outputs, verbose=False)
+    assert program is not None
+    return program
+
+
+class _Step(nn.Module):
+    """One timestep of a network as a function of its frame and the membranes before it."""
+
+    def __init__(self, model: SpikingNetwork) -> None:
+        super().__init__()
+        self.network = model
+        self.layers = carrying_layers(model)
+
+    def forward(self, frame: Tensor, membranes: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        layers = list(self.layers.values())
+        return run_step(self.network, self.network.frame(frame, 0), layers, membranes)
+
+
+def write_onnx_step(trained: Trained, path: Path) -> str:
+    """Write one timestep as an ONNX graph, for any batch size.
+
+    It maps ``frame``, (B, C, H, W), and a state for each layer of neurons to the ``logits`` of the
+    timestep, (B, K), and the states after it, whose names have ``next_`` before them. States are
+    zeros at first.
+
+    Raises:
+        UserError: The network cannot be streamed, or adds something else at each timestep.
+    """
+    refuse_foreign(trained, "onnx-step")
+    import onnxruntime
+
+    model = trained.model
+    if type(model).frame is not SpikingNetwork.frame:
+        raise UserError(
+            f"--format onnx-step: {trained.config.model.name} adds something else to the input at "
+            "each timestep, and one graph is for all; export it as onnx"
+        )
+    step = _Step(model)
+    names = [f"state_{name}" for name in step.layers]
+    axes = [layer.neuron.sample_axis for layer in step.layers.values()]
+    batch = torch.export.Dim("batch")
+    shapes = ({0: batch}, [{axis: batch} for axis in axes])
+    with torch.no_grad(), _aside(path) as aside:
+        x = trained.examples(_CHECKED)
+        frames = x[:2, 0] if model.input_kind == "events" else x[:2]
+        states = [torch.zeros_like(one) for one in step(frames, None)[1]]
+        with _naming_what_cannot_be_traced(trained):
+            traced = torch.export.export(
+                step, (frames, states), dynamic_shapes=shapes, strict=False
+            )
+        outputs = ["logits", *(f"next_{name}" for name in names)]
+        program = _onnx_program(traced, ["frame", *names], outputs)
+        program.model.metadata_props[_PREPARATION] = _preparation(trained)
+        program.save(aside, external_data=False)
+        session = onnxruntime.InferenceSession(aside, providers=["CPUExecutionProvider"])
+
+        def run(x: Tensor) -> Tensor:
+            fed = {
+                name: np.zeros([*one.shape[:axis], len(x), *one.shape[axis + 1 :]], np.float32)
+                for name, one, axis in zip(names, states, axes, strict=True)
+            }
+            total = torch.zeros(())
+            for t in range(model.timesteps):
+                frame = x[:, t] if model.input_kind == "events" else x
+                logits, *after = session.run(outputs, {"frame": frame.numpy(), **fed})
+                total = total + torch.from_numpy(logits)
+                fed = dict(zip(names, after, strict=True))
+            return total / model.timesteps
 
         return _agreement(trained, run)
 
@@ -365,13 +439,19 @@ def _mean_logits(model: nn.Module) -> nn.Module:
 
 def _traced(trained: Trained) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch")
-    try:
+    with _naming_what_cannot_be_traced(trained):
         return torch.export.export(
             _mean_logits(trained.model),
             (trained.examples(2),),
             dynamic_shapes=({0: batch},),
             strict=False,
         )
+
+
+@contextmanager
+def _naming_what_cannot_be_traced(trained: Trained) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # torch raises many kinds
         reason = str(error).strip().splitlines()[0]
         raise UserError(
