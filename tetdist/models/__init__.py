@@ -1,7 +1,7 @@
 """Spiking networks, registered with timm: ``timm.create_model("sew_resnet34", timesteps=4)``.
 
-A network of one's own is registered with timm, too, in a file that a configuration imports. What is
-asked of it is `base.SpikingModel`.
+Register your own network with timm, too, in a file that a configuration imports. It must implement
+`base.SpikingModel`.
 """
 
 import inspect
@@ -44,12 +44,12 @@ __all__ = [
     "SpikingResNet",
 ]
 
-# What has a key of its own in a configuration, or belongs to the registered variant.
+# Arguments that have their own configuration key or belong to the registered variant.
 _FIXED = ("self", "block", "layers", "neuron", "num_classes", "timesteps", "in_chans")
 
 
 def names() -> list[str]:
-    """Names of all spiking models: ours, and those of imported files."""
+    """Return the names of all spiking models: tetdist's, and those of imported files."""
     homes = (f"{__name__}.", f"{plugins.PACKAGE}.")
     return [
         name
@@ -59,13 +59,13 @@ def names() -> list[str]:
 
 
 def class_of(name: str) -> type[nn.Module] | None:
-    """The class of a registered model, which is what its function says that it returns, or None."""
+    """Return the class of a registered model, by its function's return annotation, or None."""
     found = typing.get_type_hints(timm.model_entrypoint(name)).get("return")
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
 def arguments_of(name: str) -> list[str] | None:
-    """Arguments that a registered model takes besides classes, T and neuron; None: unknown."""
+    """Return a registered model's arguments besides classes, T and neuron; None: unknown."""
     parameters = _parameters(name)
     if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
         return None
@@ -73,19 +73,19 @@ def arguments_of(name: str) -> list[str] | None:
 
 
 def default_timesteps(name: str) -> int:
-    """T of one of our registered models where nobody says another."""
+    """Return the default T of one of tetdist's models."""
     with torch.device("meta"):
         return int(timm.create_model(name).timesteps)
 
 
 def default_neuron(name: str) -> NeuronConfig:
-    """The neuron of a registered model where nobody says another: the published one, or LIF."""
+    """Return the default neuron of a registered model: the published one, or LIF."""
     neuron: Any = getattr(class_of(name), "default_neuron", None)
     return neuron if isinstance(neuron, NeuronConfig) else LIF()
 
 
 def input_kind(name: str) -> str | None:
-    """``images`` or ``events``, what a registered model takes; None: known once it is built."""
+    """Return a registered model's input, ``images`` or ``events``; None: known once it is built."""
     kind: Any = getattr(class_of(name), "input_kind", None)
     return kind if isinstance(kind, str) else None
 

@@ -1,4 +1,4 @@
-"""Networks of spikingjelly, trained by tetdist: `adopt` takes one in multi-step mode.
+"""Training of spikingjelly's networks: `adopt` wraps one in multi-step mode.
 
     @register_model
     def sj_sew18(pretrained=False, *, num_classes, timesteps, neuron=None):
@@ -8,14 +8,14 @@
         functional.set_step_mode(net, "m")
         return adopt(net, timesteps=timesteps, num_classes=num_classes)
 
-The network stays the library's: its neurons, backends, surrogates and random numbers. Three things
-are ours. The library's state is reset before every forward pass. Batch norms are replaced by
-`BatchNorm`, with the same parameters and buffers, so that running statistics move once a step, by
-all micro-batches of all processes. And for activation checkpointing its parts run again in the
-backward pass (`_Parts`). What cannot be trained so is refused by name, in words that say why.
+The network keeps the library's neurons, backends, surrogates and random numbers. tetdist changes
+three things. It resets the library's state before every forward pass. It replaces batch norms by
+`BatchNorm`, with the same parameters and buffers, so that running statistics move once per step, by
+all micro-batches of all processes. And for activation checkpointing it runs parts again in the
+backward pass (`_Parts`). Unsupported modules are refused with their name and the reason.
 
-Keys of a state are those of the library's network, without ``num_batches_tracked``: a
-model.safetensors of a run goes into it by ``load_state_dict``.
+The state has the keys of the library's network, without ``num_batches_tracked``: load a run's
+model.safetensors into that network by ``load_state_dict``.
 
 Nothing else in tetdist imports this module, which needs the package spikingjelly.
 """
@@ -44,23 +44,23 @@ def adopt(
     num_classes: int,
     input_kind: Literal["images", "events"] = "images",
 ) -> "Adopted":
-    """A network of spikingjelly as tetdist's trainer and tools take one.
+    """Wrap a spikingjelly network for tetdist's trainer and tools.
 
     Args:
-        net: Maps a sequence (T, B, C, H, W) to logits (T, B, K), in step mode "m". It is changed:
-            its batch norms are replaced, and it is no longer to be run by itself.
+        net: Network that maps a sequence (T, B, C, H, W) to logits (T, B, K), in step mode "m". It
+            is modified: its batch norms are replaced, and it must no longer be run on its own.
         timesteps: T.
         num_classes: K.
         input_kind: ``images``, each shown T times, or ``events``.
 
     Raises:
-        UserError: A module of it cannot be adopted; the text says which, and what to do.
+        UserError: Some module cannot be adopted; the text names it and says what to do.
     """
     return Adopted(net, timesteps=timesteps, num_classes=num_classes, input_kind=input_kind)
 
 
 class Adopted(SpikingNetwork):
-    """The network that `adopt` returns. Its first training pass checks what only a run can show.
+    """The network that `adopt` returns; its first training pass checks what only a run shows.
 
     Attributes:
         net: The library's network.
@@ -92,7 +92,8 @@ class Adopted(SpikingNetwork):
         """Change T.
 
         Raises:
-            ValueError: T is below 1, or not that of a neuron with weights for each timestep.
+            ValueError: T is below 1, or differs from the T of neurons with weights for each
+                timestep.
         """
         super().set_timesteps(timesteps)
         for name, module in self.named_modules():
@@ -129,7 +130,7 @@ class Adopted(SpikingNetwork):
     def get_classifier(self) -> nn.Module:
         raise UserError("an adopted network's classifier is unknown; find it in its net")
 
-    # The arguments of the next two are timm's and the base class's.
+    # The next two have the arguments of timm and of the base class.
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:  # noqa: ARG002  # see above
         raise UserError("an adopted network's number of classes is set where it is built")
 
@@ -137,22 +138,22 @@ class Adopted(SpikingNetwork):
         raise UserError("an adopted network runs as a whole and returns no features")
 
     def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
-        """Logits: their mean over time, (B, K), or each timestep's own, (T, B, K).
+        """Return logits: their mean over time, (B, K), or those of each timestep, (T, B, K).
 
         Raises:
-            ValueError: The input's shape does not suit, or has fewer than T time bins.
-            UserError: The network's output is not (T, B, K). In its first training pass also: its
-                logits depend on later inputs, it draws random numbers in evaluation, or it changes
-                a buffer.
+            ValueError: The input has a wrong shape, or fewer than T time bins.
+            UserError: The output is not (T, B, K); or, in the first training pass, the logits
+                depend on later inputs, the network draws random numbers in evaluation, or it
+                changes a buffer.
         """
         sequence = self.time_first(x)
         if self.input_kind == "images":
-            # One copy, in the layout that the convolutions read.
+            # Copy once, in the convolutions' memory layout.
             sequence = torch.cat([sequence[0]] * self.timesteps).unflatten(0, (self.timesteps, -1))
         if self.training and not self._examined:
             _examine(self.net, sequence)
             logits = self._run_watched(sequence)
-            # At T = 1 nothing is later than anything.
+            # T = 1 cannot show a dependence on later inputs.
             self._examined = self.timesteps > 1
         else:
             logits = self._run_net(sequence)
@@ -173,7 +174,7 @@ class Adopted(SpikingNetwork):
         return logits
 
     def _run_watched(self, sequence: Tensor) -> Tensor:
-        """`_run_net`, in training, with an eye on the buffers."""
+        """Run the network in training and check that it changes no buffer."""
         own = {id(b) for m in self.net.modules() if isinstance(m, BatchNorm) for b in m.buffers()}
         before = {
             name: (buffer, buffer.clone())
@@ -196,10 +197,10 @@ class Adopted(SpikingNetwork):
 
 
 class AdoptedBatchNorm(BatchNorm):
-    """`BatchNorm` of the shapes that one of the library or of torch takes.
+    """`BatchNorm` for the input shapes of a batch norm of the library or of torch.
 
     Args:
-        norm: The one that it replaces: its parameters and running statistics are taken over.
+        norm: The norm to replace; its parameters and running statistics are kept.
     """
 
     def __init__(self, norm: _BatchNorm) -> None:
@@ -211,12 +212,13 @@ class AdoptedBatchNorm(BatchNorm):
         self.weight, self.bias = norm.weight, norm.bias
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
         self.train(norm.training)
-        # In single-step mode, or of torch: time, if any, is folded into the batch.
+        # In single-step mode, and for torch's norms, time is folded into the batch.
         self.folded = getattr(norm, "step_mode", "s") == "s"
         self.dimensions = _DIMENSIONS[type(norm)]
 
     def forward(self, current: Tensor, copies: int = 1) -> Tensor:
-        """Normalise (T, B, C, ...), or (N, C, ...) in single-step mode; ``copies`` as there."""
+        """Normalise (T, B, C, ...), or (N, C, ...) in single-step mode; for ``copies`` see
+        `BatchNorm`."""
         x = current if self.folded else current.flatten(0, 1)
         if x.ndim - 2 not in self.dimensions:
             raise ValueError(f"{self} cannot normalise an input of shape {tuple(current.shape)}")
@@ -225,7 +227,7 @@ class AdoptedBatchNorm(BatchNorm):
         return super().forward(x, copies).reshape(current.shape)
 
 
-# Of the norms that are known, the numbers of dimensions after the channels.
+# Possible numbers of dimensions after the channels, by supported norm.
 _DIMENSIONS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm1d: (0, 1),
     layer.BatchNorm1d: (0, 1),
@@ -274,7 +276,7 @@ _LOOPS = (
     layer.ElementWiseRecurrentContainer,
     layer.LinearRecurrentContainer,
 )
-# Whose modules are in single-step mode, as they should be.
+# Containers whose modules are rightly in single-step mode.
 _CONTAINERS = (*_LOOPS, layer.SeqToANNContainer, layer.StepModeContainer)
 
 _AHEAD = "its output at t depends on inputs after t, so it cannot be evaluated at every t"
@@ -284,7 +286,7 @@ _OWN_NORM = "it has a batch norm of its own for every timestep, which cannot be 
 _LIF = "take neuron.LIFNode or another of BaseNode's kind"
 _NORM = "take layer.BatchNorm2d or layer.ThresholdDependentBatchNorm2d"
 
-# Kinds, why they are refused, and the way out.
+# Kinds of modules, the reason for refusing them, and the way out.
 _REFUSED: tuple[tuple[tuple[type, ...], str, str], ...] = (
     ((neuron.PSN,), _AHEAD, "take neuron.SlidingPSN, or MaskedPSN with lambda_ = 1"),
     (
@@ -334,7 +336,7 @@ def _refuse(net: nn.Module) -> None:
 def _walk(
     module: nn.Module, name: str, around: tuple[nn.Module, ...]
 ) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
-    """Modules by name, each with the library's containers that it is in."""
+    """Yield modules with their names and the library's containers around them."""
     yield name, module, around
     if isinstance(module, _CONTAINERS):
         around = (*around, module)
@@ -343,7 +345,7 @@ def _walk(
 
 
 def _objection(module: nn.Module, around: Sequence[nn.Module]) -> tuple[str, str] | None:
-    """Why a module cannot be adopted, and the way out."""
+    """Return why a module cannot be adopted, and the way out."""
     for kinds, why, way_out in _REFUSED:
         if isinstance(module, kinds):
             return why, way_out
@@ -353,7 +355,7 @@ def _objection(module: nn.Module, around: Sequence[nn.Module]) -> tuple[str, str
         return _AHEAD, "build it with bidirectional=False"
     if isinstance(module, _NormBase) and not isinstance(module, BatchNorm):
         return _objection_to_norm(module, around)
-    # A container has none before set_step_mode, and needs none.
+    # Containers have no step mode before set_step_mode, and need none.
     if getattr(module, "step_mode", "m") == "s" and not around:
         return "it is in single-step mode", 'call functional.set_step_mode(net, "m") before'
     return None
@@ -386,10 +388,10 @@ def _objection_to_norm(norm: _NormBase, around: Sequence[nn.Module]) -> tuple[st
 
 @torch.no_grad()
 def _examine(net: nn.Module, sequence: Tensor) -> None:
-    """Run one sample in evaluation mode, twice, to see what no type tells.
+    """Run one sample twice in evaluation mode to check what types do not show.
 
     Raises:
-        UserError: Its output depends on later inputs, or on random numbers.
+        UserError: The output depends on later inputs, or on random numbers.
     """
     modes = {module: module.training for module in net.modules()}
     net.eval()
@@ -409,7 +411,7 @@ def _examine(net: nn.Module, sequence: Tensor) -> None:
         functional.reset_net(net)
         for module, mode in modes.items():
             module.training = mode
-        # Weights that were cast without a gradient would be used again, with none.
+        # Otherwise training would reuse weights that were cast without a gradient.
         torch.clear_autocast_cache()
     if not torch.equal(state, _random_state(sample.device)):
         raise UserError(
@@ -461,16 +463,16 @@ def _has_neurons(module: nn.Module) -> bool:
 
 
 class _Parts:
-    """The parts of a network of which only the input is kept.
+    """The parts of a network for which only the input is kept.
 
-    They are its children; of a plain Sequential, however deep, its own children, where those that
-    are a layer each are joined up to the next neuron. Parts without neurons keep little beyond
-    their input, and are left alone.
+    Parts are the network's children; a plain Sequential, at any depth, is divided into its own
+    children, of which single layers are joined up to the next neuron. Parts without neurons keep
+    little besides their input and are not recomputed.
     """
 
     def __init__(self, net: nn.Module) -> None:
         self.alone: list[nn.Module] = []
-        # Sequentials, cut into what is run at a time and whether it is run again.
+        # Sequentials, cut into parts, each with whether it is recomputed.
         self.cut: dict[nn.Sequential, list[tuple[nn.Module, bool]]] = {}
         self._divide(net)
 
@@ -502,7 +504,7 @@ class _Parts:
 
     @contextlib.contextmanager
     def recomputed(self) -> Iterator[None]:
-        """Have forward passes keep only the parts' inputs, within this context."""
+        """Make forward passes keep only the parts' inputs within this context."""
         seen: set[nn.Module] = set()
         with contextlib.ExitStack() as stack:
             for part in self.alone:
@@ -519,7 +521,7 @@ def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
 
 @contextlib.contextmanager
 def _running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Make ``forward`` what the module runs, within this context."""
+    """Replace the module's forward by ``forward`` within this context."""
     own = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -547,7 +549,7 @@ def _chained(
 def _recomputed(
     part: nn.Module, run: Callable[..., Any], seen: set[nn.Module]
 ) -> Callable[..., Any]:
-    """``run``, which runs the part, but again in the backward pass."""
+    """Return ``run``, which runs the part, with recomputation in the backward pass."""
     last = part[-1] if _is_sequential(part) else part
 
     @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """Parts of spiking transformers: blocks, attention's neurons, layers that pool before they fire,
-and the base of networks whose blocks exchange currents.
+and the base class of networks whose blocks exchange currents.
 
 A transformer's tokens are the positions of an image (T, B, C, H, W), whose channels come last in
 memory: a linear layer on tokens is a 1x1 convolution, and its norm and neurons are those of any
-other. The products of spikes are in nn/products.py. The families are in files of their own.
+other. Products of spikes are in nn/products.py; each family of networks has its own file.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import Conv2d, converted
 from tetdist.nn.products import LinearAttention
 
-# spikingjelly's with tau = 2 and threshold 1, whose input is halved: the membrane in other units.
+# spikingjelly's neuron with tau = 2 and threshold 1, which halves its input, in other units.
 HALVING_NEURON = LIF(
     decay=0.5,
     threshold=2.0,
@@ -35,27 +35,26 @@ HALVING_NEURON = LIF(
 
 
 def attention_neuron(neuron: NeuronConfig, threshold: float) -> NeuronConfig:
-    """The neuron that attention's sums of spikes go to, made of that of the other layers.
+    """Return the neuron that receives attention's sums of spikes.
 
-    No batch norm comes before it, so its threshold is a number of spikes (times attention's scale),
-    whatever the threshold of neurons behind a norm; and it fires at its threshold, too, since "as
-    many spikes as that" is what a whole number can be. All else is as in the other layers: kind,
-    decay, reset, surrogate.
+    No batch norm precedes it, so its threshold is a number of spikes (times attention's scale),
+    independent of other neurons' thresholds. It also fires exactly at its threshold, which whole
+    numbers can reach. Kind, decay, reset and surrogate are those of the other layers.
 
     Args:
         neuron: That of the other layers.
-        threshold: In units of attention's sums. 1 in the published networks, whose neurons halve
-            their input (tau = 2) and have the threshold 0.5.
+        threshold: Threshold in units of attention's sums; 1 in the published networks, whose
+            neurons halve their input (tau = 2) and have the threshold 0.5.
 
     Raises:
-        ValueError: A byte does not hold the product of two spikes, which a mask makes.
+        ValueError: The product of two spikes, which a mask computes, does not fit into a byte.
     """
     if neuron.levels == 1 and neuron.highest > 15:
         raise ValueError(
             f"attention multiplies spikes: at most 15 may be sent a timestep, not {neuron.highest}"
         )
     if isinstance(neuron, PLIF) and neuron.decay_input:
-        threshold *= 1 - neuron.decay  # in units of the input as the neuron scales it, at first
+        threshold *= 1 - neuron.decay  # in units of the initially scaled input
     at_threshold = {}
     if isinstance(neuron, LIF) and neuron.spike == "step":
         at_threshold = {"fires_at_threshold": True}
@@ -75,7 +74,7 @@ class ConvPoolNeuron(nn.Module):
     def forward(self, x: Tensor, timesteps: int | None = None) -> Tensor:
         """(1 or T, B, C, H, W) to spikes (T, B, C', H', W').
 
-        ``timesteps`` is needed only where ``x`` is (1, ...), one input for all of them.
+        ``timesteps`` is needed only if ``x`` is (1, ...), one input for all timesteps.
         """
         current = self.conv(x)
         timesteps = timesteps or current.shape[0]
@@ -84,18 +83,18 @@ class ConvPoolNeuron(nn.Module):
 
 
 class StreamAttention(nn.Module):
-    """Spiking self-attention without a softmax (Zhou et al., Spikformer, ICLR 2023), of a
-    real-valued stream, to which its current is added.
+    """Spiking self-attention without a softmax (Zhou et al., Spikformer, ICLR 2023), whose current
+    is added to a real-valued stream.
 
     Args:
         channels: C of the stream.
         heads: Each attends by itself.
-        neuron: All neurons but those behind the products.
-        threshold: Of these, in attention's sums times ``scale``.
-        scale: Of the products' sums.
-        value_channels: Of the values; None: C.
-        bias: Whether the last convolution has one.
-        drop_path: How often what is added is dropped in training.
+        neuron: All neurons except those behind the products.
+        threshold: Threshold of those, in attention's sums times ``scale``.
+        scale: Factor on the products' sums.
+        value_channels: Channels of the values; None: C.
+        bias: Whether the last convolution has a bias.
+        drop_path: Probability of dropping the added current in training.
     """
 
     def __init__(
@@ -122,11 +121,11 @@ class StreamAttention(nn.Module):
         self.add = NormAdd(channels, drop_path=drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A current (T, B, C, H, W) to one of the same shape."""
+        """Map a current (T, B, C, H, W) to one of the same shape."""
         spikes = self.neuron(x)
         q = self.q(spikes)
         sums = self.attention(q, self.k(spikes), self.v(spikes))
-        # The sums are float32, and what they decide are spikes.
+        # The sums are float32; their neurons' outputs are spikes again.
         return self.add(self.proj(converted(self.attended(sums), q.dtype)), x)
 
 
@@ -160,15 +159,15 @@ class StreamTransformer(SpikingNetwork):
     head_neuron: Neuron
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Spikes (T, B, C) of the mean current over positions."""
+        """Return spikes (T, B, C) of the mean current over positions."""
         current = x.mean((3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
         spikes: Tensor = self.head_neuron(current)
         return spikes.to(next(self.parameters()).dtype)
 
 
 def init_as_published(layers: Iterable[nn.Module]) -> None:
-    """Begin convolutions and linear layers among the given as the authors of transformers do: with
-    a truncated normal distribution, and biases of 0."""
+    """Initialise the convolutions and linear layers among ``layers`` as the transformers' authors
+    do: weights by a truncated normal distribution, biases with 0."""
     for layer in layers:
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             trunc_normal_(layer.weight, std=0.02)

@@ -34,7 +34,7 @@ def conv1x1(in_channels: int, out_channels: int, stride: int = 1, bias: bool = F
 
 
 class SpikingModel(Protocol):
-    """The interface that trainer, evaluation and export need of a model.
+    """The interface of models that training, evaluation and export need.
 
     Attributes:
         timesteps: T.
@@ -50,13 +50,13 @@ class SpikingModel(Protocol):
         """Change T; weights and running statistics stay."""
 
     def __call__(self, x: Tensor, per_timestep: bool = False) -> Tensor:
-        """Logits: their mean over time, (B, K), or each timestep's own, (T, B, K)."""
+        """Return logits: their mean over time, (B, K), or those of each timestep, (T, B, K)."""
 
 
 def check_logits(
     logits: object, timesteps: int, samples: int, num_classes: int | None = None
 ) -> None:
-    """See that the logits are (T, B, K), which a network from outside may get wrong.
+    """Check that the logits are (T, B, K); a user's network may return others.
 
     Raises:
         UserError: They are not.
@@ -75,19 +75,19 @@ class SpikingNetwork(nn.Module):
     """Base of all models: ``encode`` the input, ``body`` of blocks, pooled ``head``.
 
     Subclasses set ``stem``, ``blocks`` (an ``nn.Sequential`` of (T, B, C, H, W) modules) and the
-    head (`set_head`, or ``num_features`` and ``fc``), and call `init_weights` when done. A subclass
-    with a `pooled` of its own that is no mean over positions names it in ``global_pool``.
+    head (`set_head`, or ``num_features`` and ``fc``), and call `init_weights` at the end. A
+    subclass whose `pooled` is not a mean over positions names it in ``global_pool``.
 
     Args:
         num_classes: K; 0 makes ``fc`` the identity.
         timesteps: T, how often a static image is shown; for events, how many of the input's
             bins are used.
-        drop_path_rate: timm's name: how often the branch of the last block is dropped in training,
-            of a sample for all timesteps, while that of the others rises to this from 0, by equal
-            steps (see dropout.py).
+        drop_path_rate: Probability of dropping the last block's branch in training, per sample and
+            for all timesteps (timm's name); it rises linearly over the blocks, from 0 (see
+            dropout.py).
 
-    Subclasses take ``drop_rate``, too, the share of the features that the classifier does not see
-    in training, the same ones at all timesteps.
+    Subclasses also take ``drop_rate``, the fraction of the classifier's features dropped in
+    training, the same ones at all timesteps.
     """
 
     stem: nn.Module
@@ -95,24 +95,23 @@ class SpikingNetwork(nn.Module):
     head_drop: dropout.Dropout
     fc: nn.Module
     num_features: int
-    # What blocks exchange is a multiple of 1 / spike_levels and, where it is more than 1, at most
-    # what highest_inputs says of each block's input, which is anything where that is None:
-    # recompute.py keeps it in half a byte or one. Networks say it for spikes of 0 and 1; `build`
-    # has it right for neurons that send others.
+    # Blocks exchange multiples of 1 / spike_levels (None: any numbers), up to 1 or, by block, up to
+    # highest_inputs (None: any numbers); recompute.py stores them in half a byte or one. Networks
+    # set these for spikes of 0 and 1; `build` adapts them to other neurons.
     spike_levels: int | None = 1
     highest_inputs: tuple[int | None, ...] = ()
-    # How many of the last blocks are not computed again where the others are: those of a ResNet's
-    # last stage take a share of the time, and next to no memory.
+    # Number of last blocks that are never recomputed: recomputing a ResNet's last stage takes time
+    # and saves next to no memory.
     small_blocks: int = 0
-    # timm's name of the pooling before the classifier; '' is none, without a classifier.
+    # timm's name of the pooling before the classifier; '': no pooling and no classifier.
     global_pool: str = "avg"
-    # images (B, C, H, W), the same at all timesteps, or events (B, T, C, H, W).
+    # ``images`` (B, C, H, W), the same at all timesteps, or ``events`` (B, T, C, H, W).
     input_kind: Literal["images", "events"] = "images"
-    # Height and width of the input where the classifier depends on it.
+    # Height and width of the input, if the classifier depends on it.
     input_size: int | None = None
-    # Of the network where nobody says another: the one that it was published with; TET's own here.
+    # Default neuron: the one that the network was published with; here TET's.
     default_neuron: ClassVar[NeuronConfig] = LIF()
-    # timm's builder sets these.
+    # Set by timm's builder.
     pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]
 
@@ -128,7 +127,7 @@ class SpikingNetwork(nn.Module):
         """Change T; weights and running statistics stay.
 
         Raises:
-            ValueError: T is below 1, or none that the neurons can run.
+            ValueError: T is below 1, or the neurons cannot run it.
         """
         if not isinstance(timesteps, int) or timesteps < 1:
             raise ValueError(f"timesteps must be a whole number and at least 1, not {timesteps!r}")
@@ -146,7 +145,7 @@ class SpikingNetwork(nn.Module):
                 module.execution = execution
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only each block's input for the backward pass and compute the block again there.
+        """Keep only each block's input and recompute the block in the backward pass.
 
         Blocks of a ResNet's last stage keep what they computed, unless they run in segments.
         Gradients, losses and running statistics are the same as without.
@@ -154,14 +153,14 @@ class SpikingNetwork(nn.Module):
         self.grad_checkpointing = enable
 
     def set_segment(self, timesteps: int | None) -> None:
-        """Train over segments of so many timesteps, carrying membranes from one to the next.
+        """Train over segments of ``timesteps`` each, carrying membranes from one to the next.
 
-        With activation checkpointing the backward pass then needs the activations of one segment
-        of one block only. Batch norm normalises over each segment by itself, so in training this is
-        another network than without segments (and the same one with and without checkpointing).
+        With activation checkpointing the backward pass then needs only the activations of one
+        segment of one block. Batch norm normalises each segment separately, so training differs
+        from training without segments (but not between with and without checkpointing).
 
         Raises:
-            ValueError: Fewer than one timestep, or the neurons cannot be run so.
+            ValueError: ``timesteps`` is below 1, or the neurons cannot run in segments.
         """
         if timesteps is not None and timesteps < 1:
             raise ValueError(f"a segment must have at least 1 timestep, not {timesteps}")
@@ -174,14 +173,14 @@ class SpikingNetwork(nn.Module):
         self.segment = timesteps
 
     def set_head(self, num_features: int, drop_rate: float) -> None:
-        """Make the classifier of as many features, of which training drops a share."""
+        """Make the classifier for ``num_features``, of which training drops a fraction."""
         self.num_features = self.head_hidden_size = num_features
         self.head_drop = dropout.Dropout(drop_rate, num_features)
         self.fc = new_classifier(num_features, self.num_classes)
 
     @property
     def in_chans(self) -> int:
-        """Channels of the input, by the name that timm's distillation asks for."""
+        """Channels of the input, under the name that timm's distillation uses."""
         return next(one.in_channels for one in self.modules() if isinstance(one, nn.Conv2d))
 
     def get_classifier(self) -> nn.Module:
@@ -195,38 +194,38 @@ class SpikingNetwork(nn.Module):
         self.fc = new_classifier(self.num_features, num_classes).to(old.device, old.dtype)
 
     def set_global_pool(self, global_pool: str | None, num_classes: int) -> None:
-        """Pool features before a classifier of ``num_classes``, or without one ('') leave them be.
+        """Pool features before a classifier of ``num_classes``; '' keeps them, without a
+        classifier.
 
         Raises:
-            ValueError: The network has no such pooling; None, which changes nothing, may be it.
+            ValueError: The network has no such pooling; None changes nothing.
         """
         own, pool = type(self).global_pool, self.global_pool if global_pool is None else global_pool
         if pool != own and (pool or num_classes):
             raise ValueError(f"global_pool must be {own!r}, or '' with num_classes=0, not {pool!r}")
         self.global_pool = pool
 
-    # timm's networks take `coarse`, for stages instead of blocks; here are blocks alone.
+    # timm's networks take `coarse` for stages instead of blocks; here only blocks exist.
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:  # noqa: ARG002  # see above
-        """Patterns of the names of parameters by layer, as timm's: stem, each block, the rest."""
+        """Return patterns of parameter names by layer, as timm does: stem, each block, the rest."""
         return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that timm's optimisers are not to decay: what neurons learn."""
+        """Return the parameters without weight decay in timm's optimisers: those of neurons."""
         return {name for name, _ in self.named_parameters() if ".learned." in name}
 
     def time_first(self, x: Tensor) -> Tensor:
-        """The input as (1, B, C, H, W) for an image, which is the same at all timesteps, or
-        (T, B, C, H, W) for events.
+        """Return the input as (1, B, C, H, W) for images, the same at all timesteps, or (T, B, C,
+        H, W) for events.
 
         Raises:
-            ValueError: The shape does not suit, or has fewer than T time bins.
+            ValueError: The shape is wrong, or there are fewer than T time bins.
         """
         match self.input_kind:
             case "images":
                 if x.ndim != 4:
                     raise ValueError(f"an image batch must be (B, C, H, W), not {tuple(x.shape)}")
-                # channels_last, so that every activation after it is, too (fused.py relies on it
-                # to be fast).
+                # channels_last, and so is every later activation (fused.py needs it to be fast).
                 return x.contiguous(memory_format=torch.channels_last)[None]
             case "events":
                 return self._frames_first(x)
@@ -263,7 +262,7 @@ class SpikingNetwork(nn.Module):
         return Stream(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Spikes of the last block, (T, B, C, H, W)."""
+        """Return the spikes of the last block, (T, B, C, H, W)."""
         return self.features_of(self.time_first(x), self.timesteps)
 
     def features_of(self, x: Tensor, timesteps: int) -> Tensor:
@@ -291,10 +290,10 @@ class SpikingNetwork(nn.Module):
         levels: int | None,
         highest: int = 1,
     ) -> Tensor:
-        """Stem or block, in segments or recomputed where that was asked for."""
+        """Run a stem or block, in segments or with recomputation if configured."""
         if not self.training or not (self.segment or self.grad_checkpointing):
             return function(x, timesteps)
-        # One image through layers without membranes is the same in every segment.
+        # An image's result in layers without membranes is the same in every segment.
         timeless = x.shape[0] == 1 and not any(isinstance(m, NeuronLayer) for m in module.modules())
         block = Block(
             function,
@@ -309,38 +308,38 @@ class SpikingNetwork(nn.Module):
         return block.run_all(x)
 
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        """(1 or T, B, C, H, W) to spikes (T, B, C', H', W'), or to the current of a stream, which
-        may be that of all timesteps, (1, ...)."""
+        """Map (1 or T, B, C, H, W) to spikes (T, B, C', H', W'), or to the current of a stream,
+        which may be (1, ...) for all timesteps."""
         y: Tensor = self.stem(x, timesteps)
         return y
 
     def forward_block(self, block: nn.Module, x: Tensor, timesteps: int) -> Tensor:
-        """One of ``blocks``, whose input says T; families whose stem ends in a current, which may
-        be (1, ...) for all of them, have their own."""
+        """Run one of ``blocks``, with T from its input. Families whose stem returns a current,
+        which may be (1, ...) for all timesteps, override this."""
         assert x.shape[0] == timesteps
         y: Tensor = block(x)
         return y
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(T, B, C, H, W) to logits (T, B, K), or to pooled features (T, B, C).
+        """Map (T, B, C, H, W) to logits (T, B, K), or to pooled features (T, B, C).
 
-        Where ``global_pool`` is '' the features are returned as they are.
+        If ``global_pool`` is '', return the features unchanged.
         """
         if not self.global_pool:
             return x
         x = self.pooled(x)
         if pre_logits:
             return x
-        # A network from outside may have none.
+        # A user's network may have none.
         drop = getattr(self, "head_drop", None)
         return self.fc(x if drop is None else drop(x))
 
     def pooled(self, x: Tensor) -> Tensor:
-        """(T, B, C, H, W) to the classifier's input, (T, B, C)."""
+        """Map (T, B, C, H, W) to the classifier's input, (T, B, C)."""
         return x.mean((3, 4))
 
     def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
-        """Logits: their mean over time, (B, K), or each timestep's own, (T, B, K).
+        """Return logits: their mean over time, (B, K), or those of each timestep, (T, B, K).
 
         The output layer neither decays nor fires: O(t) is its input at t.
         """
@@ -359,9 +358,9 @@ class ConvNormNeuron(nn.Module):
     def forward(
         self, x: Tensor, timesteps: int | None = None, identity: Tensor | None = None
     ) -> Tensor:
-        """Spikes, plus those of ``identity`` if there is one.
+        """Return the spikes, plus those of ``identity`` if given.
 
-        ``timesteps`` is needed only where ``x`` is (1, ...), one input for all of them.
+        ``timesteps`` is needed only if ``x`` is (1, ...), one input for all timesteps.
         """
         return self.neuron(self.conv(x), timesteps or x.shape[0], identity=identity)
 
@@ -369,14 +368,14 @@ class ConvNormNeuron(nn.Module):
 def resnet_blocks(
     layers: tuple[int, ...], in_channels: int, width: int, *, expansion: int = 1, first: int = 1
 ) -> Iterator[tuple[int, int, int]]:
-    """Input channels, width and stride of each block of a ResNet.
+    """Yield input channels, width and stride of each block of a ResNet.
 
     Args:
         layers: Number of blocks in each of the stages.
-        in_channels: Of the first block's input.
-        width: That of the first stage; it doubles from stage to stage.
-        expansion: Channels of a block's output, in its width.
-        first: Stride of the first stage; that of the others is 2.
+        in_channels: Channels of the first block's input.
+        width: Width of the first stage; it doubles from stage to stage.
+        expansion: Ratio of a block's output channels to its width.
+        first: Stride of the first stage; the others have 2.
     """
     for stage, num_blocks in enumerate(layers):
         for i in range(num_blocks):
@@ -390,18 +389,18 @@ def new_classifier(num_features: int, num_classes: int) -> nn.Module:
 
 
 def init_weights(model: nn.Module, init: Init = "kaiming") -> None:
-    """Initialise convolutions; other layers keep torch's own initial values.
+    """Initialise convolutions; other layers keep torch's initial values.
 
     Args:
-        model: Newly built, with torch's own initial values everywhere.
-        init: ``kaiming`` is normal (fan out, ReLU gain), as in the code of SEW-ResNet and of TET's
-            VGGSNN. ``torch`` leaves torch's own, as the code of TET's ResNet-19 does: uniform,
-            with a standard deviation that is smaller by sqrt(6) where fan in and fan out are
-            equal. A batch norm makes the output the same, but not the step of Adam relative to the
-            weights, which is larger by as much.
+        model: New model, with torch's initial values everywhere.
+        init: ``kaiming``: normal (fan out, ReLU gain), as in the code of SEW-ResNet and of TET's
+            VGGSNN. ``torch``: torch's own, as in the code of TET's ResNet-19: uniform, with a
+            standard deviation smaller by sqrt(6) if fan in and fan out are equal. A batch norm
+            makes the outputs equal, but Adam's step relative to the weights is larger by that
+            factor.
 
     Raises:
-        ValueError: There is no such initialisation.
+        ValueError: ``init`` is unknown.
     """
     match init:
         case "torch":
@@ -417,7 +416,7 @@ def init_weights(model: nn.Module, init: Init = "kaiming") -> None:
                 nn.init.zeros_(module.bias)
 
 
-# What timm's descriptions of networks for CIFAR-10 and for event frames have in common.
+# Common part of timm's descriptions of networks for CIFAR-10 and for event frames.
 CIFAR: dict[str, Any] = {
     "num_classes": 10,
     "crop_pct": 1.0,
@@ -428,7 +427,7 @@ EVENTS: dict[str, Any] = {"crop_pct": 1.0, "mean": (0.0, 0.0), "std": (1.0, 1.0)
 
 
 def model_cfg(image_size: int = 224, **overrides: Any) -> dict[str, Any]:
-    """timm's description of a model; by default one for ImageNet."""
+    """Return timm's description of a model, by default for ImageNet."""
     return {
         "url": "",
         "num_classes": 1000,
@@ -454,10 +453,11 @@ def build(
 ) -> Network:
     """Build a registered model through timm.
 
-    ``neuron`` may be a mapping; what it leaves out is as in the network's `default_neuron`.
+    ``neuron`` may be a mapping; missing values are those of the network's `default_neuron`.
 
     Raises:
-        UserError: ``features_only`` is asked for, or a rate of dropping that it has not.
+        UserError: ``features_only``, or a drop rate that the network does not support, is
+            requested.
     """
     if kwargs.pop("features_only", False):
         raise UserError(
@@ -474,16 +474,16 @@ def build(
     global_pool = None if "global_pool" in parameters else kwargs.pop("global_pool", None)
     model: Network = build_model_with_cfg(cls, variant, pretrained, neuron=neuron, **kwargs)
     model.set_global_pool(global_pool, model.num_classes)
-    model.set_timesteps(model.timesteps)  # Now it has neurons, which may refuse.
+    model.set_timesteps(model.timesteps)  # The neurons now exist and may refuse T.
     _say_what_is_exchanged(model, neuron, variant)
     return model
 
 
 def _say_what_is_exchanged(model: SpikingNetwork, neuron: NeuronConfig, variant: str) -> None:
-    """Correct what a network says of its blocks' inputs for spikes that are not 0 and 1.
+    """Adapt what a network declares about its blocks' inputs to spikes other than 0 and 1.
 
     Raises:
-        UserError: Sums of spikes of its blocks do not go into a byte.
+        UserError: Sums of spikes in its blocks do not fit into a byte.
     """
     if neuron.levels is None or model.spike_levels is None:
         model.spike_levels = None
@@ -502,12 +502,12 @@ def _say_what_is_exchanged(model: SpikingNetwork, neuron: NeuronConfig, variant:
 
 
 def register(cls: type[Network], name: str, **defaults: Any) -> Callable[..., Network]:
-    """Register a variant with timm: a network of ``cls`` with these arguments by default."""
+    """Register a variant with timm: a network of ``cls`` with these default arguments."""
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> Network:
         return build(cls, name, pretrained, **(defaults | kwargs))
 
     entrypoint.__name__, entrypoint.__module__ = name, cls.__module__
-    entrypoint.__annotations__["return"] = cls  # by which `class_of` knows it
+    entrypoint.__annotations__["return"] = cls  # `class_of` reads it
     registered: Callable[..., Network] = register_model(entrypoint)
     return registered

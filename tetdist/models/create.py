@@ -1,4 +1,4 @@
-"""A model of its name, with a neuron, a number of classes and T."""
+"""Construction of a model from its name, neuron, number of classes and T."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,14 +21,14 @@ def create_model(
     """Build a registered model, initialised.
 
     Args:
-        name: By which timm knows it.
+        name: Name registered with timm.
         num_classes: K.
         timesteps: T.
-        neuron: Of all its layers; networks that bring neurons of their own may ignore it.
-        arguments: The model's further ones, `model.arguments` in a configuration.
+        neuron: Neuron of all layers; networks with neurons of their own may ignore it.
+        arguments: The model's further arguments, `model.arguments` in a configuration.
 
     Raises:
-        UserError: They do not suit the model, or it is not what the trainer asks of one.
+        UserError: The arguments do not fit the model, or it lacks what the trainer needs.
     """
     try:
         model: SpikingNetwork = timm.create_model(
@@ -37,7 +37,7 @@ def create_model(
     except UserError:
         raise
     except AttributeError as error:
-        if "_model_args" not in str(error):  # timm notes it on what the function returns
+        if "_model_args" not in str(error):  # timm sets it on the function's result
             raise
         raise UserError(f"model.name: the function {name} must return a network") from error
     except (TypeError, ValueError, IndexError, RuntimeError) as error:

@@ -1,22 +1,22 @@
 """E-SpikeFormer (Yao et al., TPAMI 2025), the small networks of the Spike-driven Transformer V3.
 
 The authors' code is github.com/BICLab/Spike-Driven-Transformer-V3, where they are called
-Efficient_Spiking_Transformer. Convolutional blocks, then transformer blocks, on a real-valued
-stream: what each half of a block adds to it is a current, and its first layer is one of neurons. So
-every convolution but the first one, and the classifier, sees spikes.
+Efficient_Spiking_Transformer. Convolutional blocks, then transformer blocks, work on a real-valued
+stream: each half of a block begins with neurons and adds a current to the stream. So the classifier
+and every convolution except the first see spikes.
 
 **T and D.** The authors train at T=1, with neurons that fire up to D=4 times in their one timestep
-(`NILIF`: a number of spikes over D, and no membrane to speak of, since there is no timestep
-before). So a network has T=1 by default, and its recipe NI-LIF neurons of D=4. A device takes D
-sub-timesteps, in each of which a neuron fires or does not; evaluation/unrolling.py computes so,
-with the same result.
+(`NILIF`: a number of spikes over D; without an earlier timestep the membrane has no effect). So
+networks have T=1 by default, and their recipe has NI-LIF neurons of D=4. A device runs D
+sub-timesteps, in each of which a neuron fires or not; evaluation/unrolling.py computes that, with
+the same result.
 
-With more timesteps the image is shown again: what rounding or the limit of D spikes left of a
-membrane is carried on to the next timestep, times the neuron's decay, and the logits of all are
-averaged. The authors have trained no such network of these sizes. With ``decay: 0`` all timesteps
-would be equal, and T > 1 in vain.
+With more timesteps the image is shown again: the rest of a membrane after rounding and the limit of
+D spikes is carried to the next timestep, times the neuron's decay, and all logits are averaged. The
+authors have not trained such a network of these sizes. With ``decay: 0`` all timesteps would be
+equal, so T > 1 would have no effect.
 
-Any other kind of neuron can take their place, as everywhere.
+As in all networks, any other kind of neuron can be used.
 """
 
 import dataclasses
@@ -40,14 +40,14 @@ from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.packed import Conv2d
 
-# Channels of the values in attention, in those of the stream.
+# Ratio of attention's value channels to the stream's channels.
 VALUE_RATIO = 4
 
 
 def counting_neuron(neuron: NeuronConfig) -> NeuronConfig:
-    """The neuron before the classifier, made of that of the other layers.
+    """Return the neuron before the classifier, derived from that of the other layers.
 
-    Where that one sends its spikes divided by D, this one sends their number.
+    If that neuron sends its spikes divided by D, this one sends their number.
     """
     if type(neuron) is not NILIF:
         return neuron
@@ -55,7 +55,7 @@ def counting_neuron(neuron: NeuronConfig) -> NeuronConfig:
 
 
 class Stem(nn.Module):
-    """A 7x7 convolution of stride 2 and its norm, which no neurons follow: a current."""
+    """A 7x7 convolution of stride 2 and its norm, without neurons: it returns a current."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -63,13 +63,13 @@ class Stem(nn.Module):
         self.norm = NormAdd(channels)
 
     def forward(self, x: Tensor, timesteps: int) -> Tensor:
-        """(1 or T, B, C, H, W) to a current (T, B, C', H', W')."""
+        """Map (1 or T, B, C, H, W) to a current (T, B, C', H', W')."""
         current: Tensor = self.norm(self.conv(x), copies=timesteps // x.shape[0])
         return current.expand(timesteps, *current.shape[1:])
 
 
 class SeparableConv(nn.Module):
-    """A depthwise convolution between two of 1x1, twice as wide as the stream, and added to it."""
+    """A depthwise convolution between two 1x1 ones, twice as wide as the stream and added to it."""
 
     def __init__(self, channels: int, kernel: int, neuron: NeuronConfig, drop_path: float) -> None:
         super().__init__()
@@ -117,10 +117,10 @@ class TransformerBlock(nn.Sequential):
     Args:
         channels: Of the stream.
         heads: Of attention.
-        mlp_ratio: Channels within the MLP, in those of the stream.
-        neuron: All neurons but those behind attention's products.
+        mlp_ratio: Ratio of the MLP's inner channels to the stream's.
+        neuron: All neurons except those behind attention's products.
         threshold: Of these.
-        drop_path: How often each of the three is dropped in training.
+        drop_path: Probability of dropping each of the three in training.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class TransformerBlock(nn.Sequential):
 
 
 class Downsampling(nn.Module):
-    """Neurons, a 3x3 convolution and its norm: a current of another width."""
+    """Neurons, a 3x3 convolution and its norm; returns a current of another width."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, neuron: NeuronConfig) -> None:
         super().__init__()
@@ -168,19 +168,18 @@ class ESpikeFormer(StreamTransformer):
     Args:
         neuron: All neurons; for those of attention see `attention_neuron`, for those before the
             classifier `counting_neuron`.
-        widths: Channels at 1/4, 1/8 and 1/16 of the sides, and of the last blocks, which are at
-            1/16, too; at 1/2 there are half of the first.
-        depths: Transformer blocks of the third and the fourth width. Before them there are a
-            convolutional block at half the first width, one at the first and two at the second.
+        widths: Channels at 1/4, 1/8 and 1/16 of the sides, and of the last blocks, also at 1/16; at
+            1/2 half of the first.
+        depths: Numbers of transformer blocks of the third and the fourth width. Before them come
+            one convolutional block at half the first width, one at the first and two at the second.
         heads: Of attention.
-        mlp_ratio: Channels within an MLP, in those around it.
-        attention_threshold: Of the neurons behind attention's products.
+        mlp_ratio: Ratio of an MLP's inner to its outer channels.
+        attention_threshold: Threshold of the neurons behind attention's products.
         in_chans: Channels of the input.
         num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
-    # Published is a number of spikes without a membrane, at T=1, where the decay does not matter.
-    # It is that of the paper of I-LIF neurons.
+    # Published at T=1, where the decay has no effect; its value here is that of the I-LIF paper.
     default_neuron = NILIF(most_spikes=4, threshold=1.0, decay=0.25)
 
     def __init__(

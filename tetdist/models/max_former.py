@@ -1,10 +1,9 @@
 """Max-Former (Fang et al., NeurIPS 2025, github.com/bic-L/MaxFormer).
 
-QKFormer's hierarchy of stages on a real-valued stream: what layers add to it are currents, and
-neurons come before every convolution but the first. A neuron passes low frequencies in the image
-better than high ones; so embeddings take the largest of each window of their currents, and the
-blocks of the first stages mix positions by a depthwise convolution in place of attention. The last
-stage has self-attention without a softmax.
+QKFormer's hierarchy of stages on a real-valued stream: layers add currents to it, and neurons
+precede every convolution except the first. Neurons pass an image's low frequencies better than its
+high ones; so embeddings max-pool their currents, and the first stages' blocks mix positions by a
+depthwise convolution instead of attention. The last stage has self-attention without a softmax.
 """
 
 from collections import OrderedDict
@@ -30,7 +29,7 @@ from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import Conv2d
 
-# Of the sums of products in self-attention; a constant, whatever the number of channels.
+# Factor on self-attention's sums of products, independent of the number of channels.
 SCALE = 0.125
 
 
@@ -39,7 +38,7 @@ class Stem(nn.Module):
 
     Args:
         in_channels: Of the input.
-        channels: Of the current that is returned.
+        channels: Channels of the returned current.
         neuron: All neurons.
     """
 
@@ -57,18 +56,18 @@ class Stem(nn.Module):
         self.add = NormAdd(channels)
 
     def forward(self, x: Tensor, timesteps: int) -> Tensor:
-        """(1 or T, B, C, H, W) to a current (T, B, C', H', W')."""
+        """Map (1 or T, B, C, H, W) to a current (T, B, C', H', W')."""
         first = self.layers[0](x, timesteps)
         current = self.conv(self.layers[1](first))
         return self.add(current, self.shortcut(first), self.shortcut_norm)
 
 
 class Embedding(nn.Module):
-    """Half the height and width: the largest of 3x3 of a current, here and on the shortcut.
+    """Halve height and width: max-pooling of 3x3 of a current, here and on the shortcut.
 
     Args:
-        in_channels: Of the stream before.
-        channels: Of the stream behind it.
+        in_channels: Channels of the stream before it.
+        channels: Channels of the stream after it.
         neuron: All neurons.
     """
 
@@ -88,7 +87,7 @@ class Embedding(nn.Module):
 
 
 class DepthwiseMixer(nn.Module):
-    """Mix the positions of each channel by a convolution of its own, added to the stream."""
+    """Depthwise convolution that mixes positions and is added to the stream."""
 
     def __init__(
         self, channels: int, kernel: int, neuron: NeuronConfig, drop_path: float = 0.0
@@ -116,11 +115,11 @@ class MaxFormer(StreamTransformer):
         neuron: All neurons; those of attention have another threshold, see `attention_neuron`.
         widths: Channels of each stage.
         depths: Blocks of each stage.
-        kernels: Sides of the depthwise convolutions, of each stage but the last, which has
+        kernels: Kernel sizes of the depthwise convolutions, per stage except the last, which has
             self-attention.
         heads: Of attention.
-        mlp_ratio: Channels within an MLP, in those around it.
-        attention_threshold: Of the neurons in attention.
+        mlp_ratio: Ratio of an MLP's inner to its outer channels.
+        attention_threshold: Threshold of the neurons in attention.
         in_chans: Channels of the input.
         num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
@@ -180,7 +179,7 @@ class MaxFormer(StreamTransformer):
         self.blocks = nn.Sequential(*blocks)
         self.head_neuron = Neuron(neuron, widths[-1])
         self.set_head(widths[-1], drop_rate)
-        # As the authors' code: attention keeps torch's own.
+        # As in the authors' code: attention keeps torch's own initialisation.
         of_attention = {
             layer
             for module in self.modules()
@@ -196,8 +195,8 @@ default_cfgs = generate_default_cfgs(
     {f"maxformer_10_{width}": base.model_cfg(**_IMAGENET) for width in (384, 512, 768)}
 )
 
-# 16.24, 28.65 and 63.99 million parameters at 1000 classes. Names are made as in the paper, of the
-# number of blocks and the channels of the last stage.
+# 16.24, 28.65 and 63.99 million parameters at 1000 classes. As in the paper, names have the number
+# of blocks and the last stage's channels.
 maxformer_10_384 = base.register(MaxFormer, "maxformer_10_384", widths=(96, 192, 384), heads=6)
 maxformer_10_512 = base.register(MaxFormer, "maxformer_10_512", widths=(128, 256, 512), heads=8)
 maxformer_10_768 = base.register(MaxFormer, "maxformer_10_768", widths=(192, 384, 768), heads=12)

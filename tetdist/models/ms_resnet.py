@@ -1,11 +1,11 @@
 """MS-ResNet (Hu et al., TNNLS 2024): residual networks whose shortcuts join membranes.
 
-Blocks are those of preact_resnet.py, without biases. Unlike there the stem has no pooling, so that
-all four stages begin with a stride of 2; a layer of neurons comes before the classifier; and batch
-norms begin with the threshold as their weight, those that end a residual branch with 0. In the
-network of 104 layers the stem is three 3x3 convolutions with nothing between them, projections
-average 2x2 pixels, and a fifth of the features is dropped in training. `ms_resnet14_cifar` is of
-our own: a stem of one 3x3 convolution, and three stages.
+Blocks are those of preact_resnet.py, without biases. Differences from there: the stem has no
+pooling, so all four stages begin with a stride of 2; a layer of neurons precedes the classifier;
+batch norm weights start at the threshold, or at 0 at the end of a residual branch. In the network
+of 104 layers the stem is three 3x3 convolutions with nothing between them, projections average 2x2
+pixels, and a fifth of the features is dropped in training. `ms_resnet14_cifar` is tetdist's own: a
+stem of one 3x3 convolution, and three stages.
 """
 
 from typing import Literal
@@ -29,11 +29,11 @@ class MSResNet(SpikingNetwork):
     Args:
         layers: Number of blocks in each of the stages.
         neuron: All neurons of the network.
-        stem: ``plain`` is a 7x7 convolution, ``deep`` three 3x3 ones with biases, both of stride 2;
-            ``cifar`` one 3x3 convolution of stride 1.
-        pooled_projections: Whether projections average 2x2 pixels instead of leaving out three.
+        stem: ``plain``: a 7x7 convolution; ``deep``: three 3x3 ones with biases, both of stride 2;
+            ``cifar``: one 3x3 convolution of stride 1.
+        pooled_projections: Whether projections average 2x2 pixels instead of using a stride of 2.
         width: Channels of the first stage; they double from stage to stage.
-        init: How convolutions begin; see `base.init_weights`.
+        init: Initialisation of convolutions; see `base.init_weights`.
         in_chans: Channels of the input.
         num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """

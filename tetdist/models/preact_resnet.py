@@ -1,14 +1,14 @@
 """PreAct-ResNets: neurons before the convolutions, and a shortcut from membrane to membrane.
 
-A block is neuron-conv-BN twice, and what it adds to its input is a current: the stream between
-blocks is real-valued, and a sum of currents rather than of spikes. Every convolution but those of
-the stem and of the projections sees spikes.
+A block is neuron-conv-BN twice and adds a current to its input: the stream between blocks is a
+real-valued sum of currents, not of spikes. Every convolution except those of the stem and the
+projections sees spikes.
 
-`preact_resnet18/34` are the ImageNet networks of two repositories of distillation timestep by
-timestep, Intelli-Chip-Lab/snn_temporal_decoupling_distillation and KaiSUN1/SeAl. Their convolutions
-have biases, which a batch norm after each makes without effect in training. There is neither norm
-nor neuron before the classifier, which sees the stream's mean over positions. ms_resnet.py has the
-older networks of this kind.
+`preact_resnet18/34` are the ImageNet networks of two repositories on per-timestep distillation,
+Intelli-Chip-Lab/snn_temporal_decoupling_distillation and KaiSUN1/SeAl. Their convolutions have
+biases, which the following batch norms cancel in training. The classifier sees the stream's mean
+over positions, without a norm or neuron before it. ms_resnet.py has the older networks of this
+kind.
 """
 
 from timm.models import generate_default_cfgs
@@ -24,11 +24,11 @@ from tetdist.nn.packed import AvgPool, Conv2d, MaxPool
 
 
 class Stem(nn.Module):
-    """Convolution and batch norm, without a neuron: the stream begins with real numbers.
+    """Convolution and batch norm without a neuron: the stream starts real-valued.
 
     Args:
-        conv: One convolution, or several without anything between them.
-        channels: Of its output.
+        conv: One convolution, or several with nothing between them.
+        channels: Channels of its output.
     """
 
     def __init__(self, conv: nn.Module, channels: int) -> None:
@@ -43,17 +43,16 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-    """neuron-conv-BN twice, added to the input.
+    """Residual block: neuron-conv-BN twice, added to the input.
 
     Args:
         in_channels: Of the input.
         width: Channels of the output.
-        stride: Of the first convolution and of the projection.
-        neuron: Both layers of neurons.
+        stride: Stride of the first convolution and the projection.
+        neuron: Neuron of both layers.
         bias: Whether convolutions have biases.
-        pooled_projection: The projection convolves means over 2x2 pixels where it would else have a
-            stride of 2.
-        drop_path: How often the branch is dropped in training.
+        pooled_projection: Whether the projection averages 2x2 pixels instead of a stride of 2.
+        drop_path: Probability of dropping the branch in training.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class Block(nn.Module):
             self.downsample_norm = BatchNorm(width)
 
     def forward(self, x: Tensor, timesteps: int) -> Tensor:
-        """(T, B, C, H, W) of (T, B, C, H, W), or of (1, ...), the same at all timesteps."""
+        """Map (T, B, C, H, W), or (1, ...) for all timesteps, to (T, B, C, H, W)."""
         residual = self.conv2(self.conv1(self.neuron(x, timesteps)))
         shortcut = self.downsample(self.pool(x))
         return self.add(residual, shortcut, shortcut_norm=self.downsample_norm)
@@ -102,7 +101,7 @@ class PreActResNet(SpikingNetwork):
     """
 
     spike_levels = None  # blocks exchange currents
-    # The first repository's; SeAl's differs by a hard reset.
+    # The first repository's neuron; SeAl's has a hard reset.
     default_neuron = LIF(
         decay=0.2, reset="soft", detach_reset=False, surrogate="sigmoid", surrogate_width=4.0
     )

@@ -1,13 +1,12 @@
 """SEW-ResNet of parallel spiking neurons (PSN, Fang et al., NeurIPS 2023), as in its authors' code.
 
-github.com/fangwei123456/Parallel-Spiking-Neuron, imagenet/. Blocks are those of sew_resnet.py. What
-differs is the stem: the image gets a number of its own at each timestep, which is learnt, so that
-convolution and norm run T times; and its spikes are averaged over 3x3 pixels, where a SEW-ResNet
-takes their maximum. All weights but those numbers and the neurons' are those of a ReLU ResNet, with
-which the published networks begin.
+github.com/fangwei123456/Parallel-Spiking-Neuron, imagenet/. Blocks are those of sew_resnet.py. The
+stem differs: a learnt offset is added to the image at each timestep, so convolution and norm run T
+times; and spikes are averaged over 3x3 pixels, where a SEW-ResNet max-pools. All weights except the
+offsets and the neurons' are those of a ReLU ResNet, from which the published networks start.
 
-The neurons have weights for one T, `model.neuron.timesteps`, and a network of another T is another
-network. With neurons that do not, T may be lower than the one that it was built for.
+The neurons have weights for one T, `model.neuron.timesteps`; another T needs another network. With
+other neurons T may be lower than the one that the network was built for.
 """
 
 import torch
@@ -25,13 +24,13 @@ from tetdist.wording import counted
 
 
 class PSNSEWResNet(SEWResNet):
-    """SEW-ResNet with a number added to the image at each timestep, and a stem that averages.
+    """SEW-ResNet with a learnt image offset for each timestep, and a stem that averages.
 
     Args:
         layers: Number of blocks in each of the stages.
         neuron: All neurons of the network.
         connect_function, width, in_chans: See `SEWResNet`.
-        num_classes, timesteps: See `SpikingNetwork`; T is the most that it can run.
+        num_classes, timesteps: See `SpikingNetwork`; T is the largest that it can run.
     """
 
     default_neuron = PSN(timesteps=4)
@@ -60,7 +59,7 @@ class PSNSEWResNet(SEWResNet):
         self.offsets = nn.Parameter(torch.empty(timesteps))
         trunc_normal_(self.offsets, std=0.02)
         self.pool = AvgPool(3, stride=2, padding=1)
-        # The first stage's blocks, whose shortcuts are the identity, hand means on.
+        # The first stage's blocks have identity shortcuts, which pass means on.
         self.highest_inputs = tuple(
             None if i <= layers[0] else highest for i, highest in enumerate(self.highest_inputs)
         )
@@ -76,7 +75,7 @@ class PSNSEWResNet(SEWResNet):
         super().set_timesteps(timesteps)
 
     def time_first(self, x: Tensor) -> Tensor:
-        """The image with the number of each timestep, (T, B, C, H, W)."""
+        """Return the image plus each timestep's offset, (T, B, C, H, W)."""
         frames = super().time_first(x) + self.offsets[: self.timesteps].view(-1, 1, 1, 1, 1)
         flat = frames.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         return flat.unflatten(0, frames.shape[:2])

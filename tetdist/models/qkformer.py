@@ -1,15 +1,15 @@
 """QKFormer (Zhou et al., NeurIPS 2024, github.com/zhouchenlin2096/QKFormer).
 
-A hierarchy of stages. What they exchange are sums of spikes, as SEW-ResNets do by ADD: each
-attention and each MLP adds the spikes of its last layer to its input. The stages before the last
-have token attention, in which a token's query decides whether the token's key passes; the last one
-has self-attention without a softmax. Each stage begins with an embedding that halves the resolution
-and doubles the channels; the first one's is the stem.
+A hierarchy of stages that exchange sums of spikes, as SEW-ResNets do by ADD: each attention and
+each MLP adds its last layer's spikes to its input. All stages except the last have token attention,
+in which a token's query decides whether its key passes; the last stage has self-attention without a
+softmax. Each stage begins with an embedding that halves the resolution and doubles the channels;
+the first embedding is the stem.
 
-It is the published network, but for one thing. In the authors' code the neurons of the last layer
-of self-attention run over T * B steps, so that a sample begins with the membranes that the one
-before it in the batch left behind: its logits depend on its batch. Here each sample starts at rest.
-``mixes_samples=True`` computes what the authors' code does, for comparisons with their weights.
+It differs from the published network in one point. In the authors' code the neurons of
+self-attention's last layer run over T * B steps, so a sample starts with the membranes of the
+previous sample, and its logits depend on its batch. Here each sample starts at rest.
+``mixes_samples=True`` computes as the authors' code does, for comparisons with their weights.
 """
 
 import logging
@@ -37,18 +37,17 @@ from tetdist.nn.products import HeadSum, LinearAttention, masked
 
 logger = logging.getLogger(__name__)
 
-# Of the sums of products in self-attention; a constant, whatever the number of channels.
+# Factor on self-attention's sums of products, independent of the number of channels.
 SCALE = 0.125
 
 
 class Embedding(nn.Module):
-    """3x3 convolutions, each with neurons, and a shortcut around the last ones, whose spikes are
-    added.
+    """3x3 convolutions, each with neurons, and a shortcut around the last ones that adds spikes.
 
     Args:
         in_channels: Of the input.
-        layers: Channels of each convolution, and whether its current is pooled.
-        branch: How many of the layers are before the shortcut.
+        layers: Channels of each convolution, and whether to pool its current.
+        branch: Number of layers before the shortcut.
         neuron: All neurons.
     """
 
@@ -70,7 +69,7 @@ class Embedding(nn.Module):
         self.shortcut = ConvNormNeuron(conv1x1(channels[branch], channels[-1], stride), neuron)
 
     def forward(self, x: Tensor, timesteps: int | None = None) -> Tensor:
-        """(1 or T, B, C, H, W) to sums of two spikes, (T, B, C', H', W')."""
+        """Map (1 or T, B, C, H, W) to sums of two spikes, (T, B, C', H', W')."""
         branch = x
         for i, layer in enumerate(self.layers):
             x = layer(x, timesteps)
@@ -80,14 +79,14 @@ class Embedding(nn.Module):
 
 
 class TokenAttention(nn.Module):
-    """Token attention: a head whose query has enough spikes lets its key pass (paper, eq. 4 to 6).
+    """Token attention: a head passes its key if its query has enough spikes (paper, eq. 4 to 6).
 
     Args:
         channels: C.
-        heads: Each has a mask of its own.
-        neuron: All neurons but the mask's.
-        threshold: Of the mask's, in spikes of the query.
-        drop_path: How often what is added is dropped in training.
+        heads: Number of heads; each has its own mask.
+        neuron: All neurons except the mask's.
+        threshold: Threshold of the mask's neurons, in spikes of the query.
+        drop_path: Probability of dropping the added spikes in training.
     """
 
     def __init__(
@@ -117,11 +116,11 @@ class SelfAttention(nn.Module):
 
     Args:
         channels: C.
-        heads: Each attends by itself.
-        neuron: All neurons but those behind the products.
-        threshold: Of these, in eighths of the products' sums: see `SCALE`.
+        heads: Number of heads; each attends separately.
+        neuron: All neurons except those behind the products.
+        threshold: Threshold of those, in eighths of the products' sums; see `SCALE`.
         mixes_samples: See `QKFormer`.
-        drop_path: How often what is added is dropped in training.
+        drop_path: Probability of dropping the added spikes in training.
     """
 
     def __init__(
@@ -147,18 +146,18 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x)
         attended = self.neuron(self.attention(q, self.k(x), self.v(x)))
-        # The sums are float32, and what they decide are spikes.
+        # The sums are float32; their neurons' outputs are spikes again.
         return connect(self.proj, converted(attended, q.dtype), x, "add", self.drop_path)
 
 
 class MixingConvNormNeuron(ConvNormNeuron):
-    """Convolution, batch norm and neurons that run over T * B steps: timestep by timestep, and in
-    each over all samples. A step begins with the membrane that the one before it left behind."""
+    """Convolution, batch norm and neurons that run over T * B steps: all samples of a timestep one
+    after another, each starting with the membrane of the step before."""
 
     def forward(
         self, x: Tensor, timesteps: int | None = None, identity: Tensor | None = None
     ) -> Tensor:
-        del timesteps  # x has all
+        del timesteps  # x has all timesteps
         current = self.conv(x)
         shape = current.shape[:2]
 
@@ -174,7 +173,7 @@ class MixingConvNormNeuron(ConvNormNeuron):
 
 
 def _in_both_forms(view: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A view of a tensor, which carries the same view of its bytes."""
+    """Return a view of a tensor that carries the same view of its bytes."""
     packed = carried(x)
     return (
         view(x) if packed is None else carry(view(x), packed._replace(values=view(packed.values)))
@@ -202,16 +201,15 @@ class QKFormer(SpikingNetwork):
     Args:
         neuron: All neurons; those of attention have another threshold, see `attention_neuron`.
         widths: Channels of each stage.
-        depths: Blocks of each stage. Those of the last one have self-attention, the others token
-            attention.
+        depths: Blocks of each stage; the last stage has self-attention, the others token attention.
         heads: Of all attention.
-        mlp_ratio: Channels within an MLP, in those around it.
-        embedding: That of ``imagenet`` pools before its last convolutions, and twice in the stem;
-            that of ``cifar`` pools after them, and not in the stem; that of ``dvs`` pools three
-            times in the stem, and else is as that of ``cifar``.
-        attention_threshold: Of the neurons in attention.
-        mixes_samples: Compute what the authors' code does: a sample's logits depend on those before
-            it in its batch.
+        mlp_ratio: Ratio of an MLP's inner to its outer channels.
+        embedding: ``imagenet`` pools before its last convolutions, and twice in the stem; ``cifar``
+            pools after them, and not in the stem; ``dvs`` is like ``cifar``, but pools three times
+            in the stem.
+        attention_threshold: Threshold of the neurons in attention.
+        mixes_samples: Compute as the authors' code does: logits depend on earlier samples of the
+            batch.
         in_chans: Channels of the input.
         num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
@@ -264,7 +262,7 @@ class QKFormer(SpikingNetwork):
         self.stem = Embedding(in_chans, stem, branch, neuron)
         blocks: list[nn.Module] = []
         rates = iter(rising_rates(drop_path_rate, sum(depths)))
-        # Of each block's input: an embedding and each half of a block add the spikes of two layers.
+        # Largest input of each block: an embedding and each half of a block add two layers' spikes.
         highest_inputs, highest = [], 2
         for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             if stage > 0:
@@ -316,8 +314,8 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-# 16.47, 29.08 and 64.96 million parameters at 1000 classes. Names are made as in the paper, of the
-# number of blocks and the channels of the last stage.
+# 16.47, 29.08 and 64.96 million parameters at 1000 classes. As in the paper, names have the number
+# of blocks and the last stage's channels.
 qkformer_10_384 = base.register(
     QKFormer, "qkformer_10_384", widths=(96, 192, 384), depths=(1, 2, 7), heads=6
 )

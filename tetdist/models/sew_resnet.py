@@ -21,7 +21,7 @@ from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Conv2d, MaxPool, carried, carry, pack
 
 Connect = Literal["add", "and", "iand"]
-# What becomes of a block's spikes and those of its input.
+# Functions that join a block's spikes with its input's.
 CONNECT: dict[Connect, Callable[[Tensor, Tensor], Tensor]] = {
     "add": lambda residual, identity: residual + identity,
     "and": lambda residual, identity: residual * identity,
@@ -43,16 +43,16 @@ def connect(
         x: Its input, (T, B, C, H, W).
         identity: Spikes of the shortcut, of the shape of the layer's output.
         function: How.
-        drop_path: Of whom the block's spikes are dropped, so that the identity alone is left,
-            whatever the function.
+        drop_path: Drops the block's spikes in training, so that only the identity is left, for any
+            function.
     """
     joined = _joined(last, x, identity, function)
     return joined if drop_path is None else drop_path.chosen(joined, identity)
 
 
 def _joined(last: ConvNormNeuron, x: Tensor, identity: Tensor, function: Connect) -> Tensor:
-    # In training the sum is part of the layer's one pass. In evaluation the layer's output stays
-    # what it says, spikes, which are counted there.
+    # In training the layer's kernel also computes the sum. In evaluation the layer returns only its
+    # spikes, because they are counted there.
     if function == "add" and last.training:
         return last(x, identity=identity)
     residual = last(x)
@@ -125,7 +125,7 @@ class SEWResNet(SpikingNetwork):
         block: Kind of block.
         layers: Number of blocks in each of the stages.
         neuron: All neurons of the network.
-        connect_function: How a block's spikes join its input's.
+        connect_function: Function that joins a block's spikes with its input's.
         width: Channels of the first stage; they double from stage to stage.
         in_chans: Channels of the input.
         num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.

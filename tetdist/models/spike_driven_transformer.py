@@ -1,13 +1,12 @@
 """Spike-driven Transformer, V1 (Yao et al., NeurIPS 2023).
 
 The authors' code is github.com/BICLab/Spike-Driven-Transformer. The stream between blocks is
-real-valued: what attention and MLP add to it are currents, and their first layer is one of neurons.
-So every convolution but the first one, and the classifier, sees spikes. Attention is a mask: a
-channel of the queries passes at all positions, or nowhere, by how often keys and values spike
-together in it.
+real-valued: attention and MLP begin with neurons and add currents to it. So the classifier and
+every convolution except the first see spikes. Attention is a mask: a channel of the queries passes
+at all positions or at none, depending on how often keys and values spike together in it.
 
-The authors' code also makes weights ``talking_heads``, heads^2 a block, which nothing computes
-with. They are left out here, so that a network has 64 parameters a block fewer than theirs.
+The authors' code also has unused weights ``talking_heads``, heads^2 per block. They are omitted
+here, so networks have 64 parameters per block fewer.
 """
 
 from collections.abc import Sequence
@@ -42,8 +41,8 @@ class Embedding(nn.Module):
 
     Args:
         in_channels: Of the input.
-        channels: Of the output; the convolutions before have 1/8, 1/4 and 1/2 of them.
-        pools: Whether spikes (of the fourth: the current) are pooled behind each of the four.
+        channels: Channels of the output; the first convolutions have 1/8, 1/4 and 1/2 of them.
+        pools: Whether to pool after each of the four: the spikes, or the current of the fourth.
         neuron: All neurons.
     """
 
@@ -64,7 +63,7 @@ class Embedding(nn.Module):
         self.add = NormAdd(channels)
 
     def forward(self, x: Tensor, timesteps: int) -> Tensor:
-        """(1 or T, B, C, H, W) to a current (T, B, C', H', W')."""
+        """Map (1 or T, B, C, H, W) to a current (T, B, C', H', W')."""
         for layer, pool in zip(self.layers, self.pools, strict=True):
             x = pool(layer(x, timesteps))
         current: Tensor = self.norm(self.conv(x))
@@ -76,13 +75,13 @@ class Attention(nn.Module):
 
     Args:
         channels: C.
-        neuron: All neurons but the mask's.
-        threshold: Of the mask's, in spikes that key and value have in common.
-        dilated: Whether the spikes of key, value, their product and the output are spread to their
-            neighbours: the largest of 3x3. Of key and value these are positions; of the other two,
-            as in the authors' code, positions in their order, row by row, and channels of a head.
-        heads: Matters to that alone, since each channel has a mask of its own.
-        drop_path: How often what is added is dropped in training.
+        neuron: All neurons except the mask's.
+        threshold: Threshold of the mask's neurons, in coincident spikes of key and value.
+        dilated: Whether to dilate the spikes of key, value, their product and the output by a 3x3
+            maximum: for key and value over positions; for the other two, as in the authors' code,
+            over positions in row order and channels of a head.
+        heads: Number of heads; matters only for dilation, since each channel has its own mask.
+        drop_path: Probability of dropping the added current in training.
     """
 
     def __init__(
@@ -116,8 +115,8 @@ class Attention(nn.Module):
 
 
 class SpreadTokens(nn.Module):
-    """The largest of three tokens and three channels of a head, of (T, B, C, H, W): (N, d) of each
-    head is taken for an image."""
+    """Maximum over three tokens and three channels of a head, of (T, B, C, H, W): each head's (N,
+    d) is treated as an image."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -140,10 +139,10 @@ class SpikeDrivenTransformer(StreamTransformer):
         neuron: All neurons; those of attention have another threshold, see `attention_neuron`.
         channels: Of the stream.
         depth: Number of blocks.
-        pools: Which of the stem's four convolutions are followed by a pooling, each of which halves
-            the sides.
-        mlp_ratio: Channels within an MLP, in those of the stream.
-        attention_threshold: Of the neurons in attention.
+        pools: Whether to pool after each of the stem's four convolutions; each pooling halves the
+            sides.
+        mlp_ratio: Ratio of an MLP's inner channels to the stream's.
+        attention_threshold: Threshold of the neurons in attention.
         dilated: See `Attention`.
         heads: Likewise.
         in_chans: Channels of the input.
@@ -220,8 +219,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-# The names are those of the paper: blocks and channels. 16.8 to 66.3 million parameters at 1000
-# classes.
+# As in the paper, names have blocks and channels. 16.8 to 66.3 million parameters at 1000 classes.
 sdt_8_384 = base.register(SpikeDrivenTransformer, "sdt_8_384", channels=384, depth=8)
 sdt_6_512 = base.register(SpikeDrivenTransformer, "sdt_6_512", channels=512, depth=6)
 sdt_8_512 = base.register(SpikeDrivenTransformer, "sdt_8_512", channels=512, depth=8)

@@ -1,13 +1,13 @@
 """Spiking ResNets: the shortcut joins as a current, before the neuron.
 
-`spiking_resnet18/34/50` are the ImageNet networks of tdBN (Zheng et al., AAAI 2021), trained with
-TET in its paper: batch norms are scaled to the threshold, by a further 1/sqrt(2) where two
-branches are added. `spiking_resnet19` is the CIFAR network as released with TET: plain batch norm
-and a hidden spiking layer in the head.
+`spiking_resnet18/34/50` are the ImageNet networks of tdBN (Zheng et al., AAAI 2021), which the TET
+paper trains, too: batch norms are scaled to the threshold, and by 1/sqrt(2) where two branches are
+added. `spiking_resnet19` is the CIFAR network as released with TET: plain batch norm and a hidden
+spiking layer in the head.
 
-Two repositories of distillation timestep by timestep (see preact_resnet.py) have three more, with
-plain batch norm: `spiking_resnet18_cifar`; `spiking_resnet19` with a stem of 128 channels, which is
-`stem_width=128`; and that for events, `spiking_resnet19_dvs`.
+Two repositories on per-timestep distillation (see preact_resnet.py) have three more, with plain
+batch norm: `spiking_resnet18_cifar`; `spiking_resnet19` with `stem_width=128`; and
+`spiking_resnet19_dvs` for events.
 """
 
 from typing import Literal
@@ -27,7 +27,7 @@ Norm = Literal["bn", "tdbn"]
 
 
 class _Merge(nn.Module):
-    """conv-BN of the residual branch, plus the shortcut, into the block's last neuron."""
+    """End of a block: conv-BN of the residual branch plus the shortcut, into the last neuron."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Bottleneck(nn.Module):
 
 
 def _norm_scales(neuron: NeuronConfig, norm: Norm) -> tuple[float, float]:
-    """Batch norm's scale in a chain, and where two branches meet."""
+    """Return batch norm's scale in a chain, and where two branches meet."""
     scales: dict[Norm, tuple[float, float]] = {
         "bn": (1.0, 1.0),
         "tdbn": (neuron.threshold, neuron.threshold * INV_SQRT_2),
@@ -122,11 +122,12 @@ class SpikingResNet(SpikingNetwork):
         layers: Number of blocks in each stage.
         neuron: All neurons of the network.
         norm: ``tdbn`` scales batch norms to the threshold, ``bn`` does not.
-        stem: ``imagenet`` is a 7x7 convolution of stride 2 and max-pooling, ``cifar`` a 3x3 one.
+        stem: ``imagenet``: a 7x7 convolution of stride 2 and max-pooling; ``cifar``: a 3x3
+            convolution.
         stem_width: Channels of the stem.
         width: Channels of the first stage; they double from stage to stage.
-        hidden_features: Width of a spiking layer before the classifier; 0 is none.
-        init: How convolutions begin; see `base.init_weights`.
+        hidden_features: Width of a spiking layer before the classifier; 0: none.
+        init: Initialisation of convolutions; see `base.init_weights`.
         input_size: Height and width of event frames; None: any.
         in_chans: Channels of the input.
         num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
@@ -194,8 +195,8 @@ class SpikingResNetDVS(SpikingResNet):
     input_kind = "events"
 
 
-# The numbers of the paper's code. Its standard deviation is a widespread one, a mean over images of
-# each one's own; that of all pixels together is 0.2470, 0.2435, 0.2616.
+# From the paper's code. Its standard deviation, a widespread one, is the mean of each image's own;
+# that of all pixels together is 0.2470, 0.2435, 0.2616.
 _CIFAR = base.CIFAR | {"std": (0.2023, 0.1994, 0.2010)}
 default_cfgs = generate_default_cfgs(
     {f"spiking_resnet{depth}": base.model_cfg() for depth in (18, 34, 50)}
@@ -231,7 +232,7 @@ spiking_resnet19 = base.register(
     width=128,
     hidden_features=256,
 )
-# Likewise, 11,173,962 parameters.
+# For 32x32 images: 11,173,962 parameters.
 spiking_resnet18_cifar = base.register(
     SpikingResNet,
     "spiking_resnet18_cifar",

@@ -14,8 +14,7 @@ class VGGSNN(SpikingNetwork):
 
     Args:
         neuron: All neurons of the network.
-        input_size: Height and width of the frames; the classifier sees all positions, so it
-            depends on this.
+        input_size: Height and width of the frames, which determine the classifier's inputs.
         in_chans: Channels of the input: two polarities.
         num_classes, timesteps, drop_rate: See `SpikingNetwork`.
     """
