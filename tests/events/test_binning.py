@@ -57,6 +57,23 @@ def test_bins_of_equal_time_hold_every_event_once(number, timesteps):
     assert frames.sum() == number
 
 
+@settings(derandomize=True, database=None, deadline=None, max_examples=50)
+@given(st.integers(1, 200), st.integers(1, 7), st.sampled_from(["3ms", "700us", "9events"]))
+def test_windows_of_a_fixed_size_depend_on_no_later_event(number, timesteps, bins):
+    events = recording(number)
+    elapsed = [int(t - events.t[0]) for t in events.t]
+    passed = {
+        "3ms": [t // 3000 for t in elapsed],
+        "700us": [t // 700 for t in elapsed],
+        "9events": [k // 9 for k in range(number)],
+    }[bins]
+    frames = binned(events, timesteps, bins=bins).tensor
+    assert np.array_equal(frames, one_by_one(events, passed, timesteps))
+    # A recording that goes on has the same first windows.
+    longer = binned(events, timesteps + 2, bins=bins).tensor
+    assert np.array_equal(longer[:timesteps], frames)
+
+
 def test_events_of_one_moment_have_a_bin():
     events = recording(10)
     still = Events(events.x, events.y, np.full(10, 3), events.p, SENSOR)

@@ -199,6 +199,7 @@ def test_a_changed_parameter_is_not_mixed_with_old_tensors(source, tmp_path, pre
     status, output = prebin_dvs(source, "--bins", "time")
     assert status == 2
     assert "were made with bins=count and not time: name another DEST, or give --overw" in output
+    assert "with bins=count and not 3ms" in prebin_dvs(source, "--bins", "3ms")[1]
     assert prebin_dvs(source, timesteps=5)[0] == 2
     assert contents(dest) == before
     status, output = prebin_dvs(source, "--overwrite", timesteps=5)
@@ -429,6 +430,7 @@ def test_what_is_no_image_is_not_simulated(image_root, prebin_dvs):
     ("options", "words"),
     [
         (["--timesteps", "0"], "'0' is not a number above 0"),
+        (["--bins", "0ms"], "'0ms' is not count, time, a duration such as 20ms"),
         (["--timesteps", "100000000"], "'100000000': the most is 10000"),
         (["--size", "100000"], "'100000': the most is 8192 pixels a side"),
         (["--workers", "100000"], "the most is 512"),

@@ -88,8 +88,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--size", metavar="N|WxH", type=_size, help="of the frames; default: the sensor's")
     add(
         "--bins",
-        choices=["count", "time"],
-        help="of equally many events, or equally long; default: count",
+        metavar="count|time|20ms|2000events",
+        type=_bins,
+        help="a recording's T parts: of equally many events, or equally long; or windows of a fixed"
+        " size, as a live camera delivers them; default: count",
     )
     add(
         "--values",
@@ -147,6 +149,17 @@ def _fill(options: argparse.Namespace) -> None:
     defaults = _DEFAULTS | (PRESETS[options.preset].options() if options.preset else {})
     for name in defaults.keys() - options.given:
         setattr(options, name, defaults[name])
+
+
+def _bins(text: str) -> str:
+    from tetdist.apps.events.binning import Window
+
+    if text not in ("count", "time") and Window.of(text) is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not count, time, a duration such as 20ms or 500us, or a number of events"
+            " such as 2000events"
+        )
+    return text
 
 
 def _positive(text: str, most: int) -> int:

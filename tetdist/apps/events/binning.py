@@ -1,5 +1,6 @@
 """Frames made of events: T bins of time, two polarities, counted, resized, stored small."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, assert_never
 
@@ -10,7 +11,6 @@ from tetdist.apps.events.published import published_frames
 from tetdist.apps.events.recording import BadRecording, Events, Sensor
 from tetdist.wording import are, counted
 
-Bins = Literal["count", "time"]
 Values = Literal["count", "occupancy", "normalised", "published"]
 Resize = Literal["area", "bilinear"]
 DType = Literal["uint8", "float16"]
@@ -27,7 +27,9 @@ class Binning:
         timesteps: T, the number of bins.
         size: Width and height of the frames; None for the sensor's.
         bins: "count": N // T events each, as in the paper, the last N % T left out; "time": equal
-            parts of the time from the first event to the last.
+            parts of the time from the first event to the last; a `Window` as text, such as "20ms"
+            or "2000events": windows of that size from the first event on, as a live camera can
+            deliver them. What comes after the T-th is left out, what is missing stays empty.
         values: Value of a pixel. "count": its events; "occupancy": 1 where there is any;
             "normalised": its events divided by the most that any pixel of this frame, of this
             polarity, has; "published": those of `published_frames`, which goes with bilinear.
@@ -39,10 +41,35 @@ class Binning:
 
     timesteps: int
     size: Sensor | None
-    bins: Bins
+    bins: str
     values: Values
     resize: Resize
     dtype: DType
+
+
+class Window(NamedTuple):
+    """A window of a fixed size.
+
+    Attributes:
+        size: Microseconds, or number of events.
+        unit: Says which.
+    """
+
+    size: int
+    unit: Literal["us", "events"]
+
+    @classmethod
+    def of(cls, bins: str) -> "Window | None":
+        """Read a text such as 20ms, 500us or 2000events; None: it is no window."""
+        match = re.fullmatch(r"([1-9]\d{0,8})(ms|us|events)", bins)
+        if match is None:
+            return None
+        size, unit = int(match[1]), match[2]
+        return (
+            cls(size, "events")
+            if unit == "events"
+            else cls(size * {"ms": 1000, "us": 1}[unit], "us")
+        )
 
 
 class Frames(NamedTuple):
@@ -65,7 +92,7 @@ def bin_events(events: Events, binning: Binning) -> Frames:
     Raises:
         BadRecording: It has fewer events than bins.
     """
-    if len(events) < binning.timesteps:
+    if len(events) < (1 if Window.of(binning.bins) else binning.timesteps):
         number = len(events)
         raise BadRecording(
             f"{counted(number, 'event')} {are(number)} too few for "
@@ -80,14 +107,18 @@ def bin_events(events: Events, binning: Binning) -> Frames:
 def _bin_numbers(events: Events, binning: Binning) -> npt.NDArray[np.int64]:
     """Number (N,) of each event's bin; T for those that belong to none."""
     number, timesteps = len(events), binning.timesteps
+    elapsed = events.t - events.t[0]
+    window = Window.of(binning.bins)
+    if window is not None:
+        passed = elapsed if window.unit == "us" else np.arange(number)
+        return np.minimum(passed // window.size, timesteps)
     match binning.bins:
         case "count":
             return np.minimum(np.arange(number) // (number // timesteps), timesteps)
         case "time":
-            elapsed = events.t - events.t[0]
             return elapsed * timesteps // (elapsed[-1] + 1)
-        case _:
-            assert_never(binning.bins)
+        case other:
+            raise ValueError(f"there are no bins {other!r}")
 
 
 def _count(events: Events, bins: npt.NDArray[np.int64], timesteps: int) -> npt.NDArray[np.float64]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tetdist.apps.events.binning import Bins, Values
+from tetdist.apps.events.binning import Values
 from tetdist.apps.events.folders import Source
 from tetdist.apps.events.recording import Sensor
 from tetdist.errors import UserError
@@ -66,7 +66,7 @@ class Preset:
     sensor: Sensor | None
     timesteps: int
     size: Sensor
-    bins: Bins
+    bins: str
     values: Values
     splits: tuple[PresetSplit, ...]
     origin: str
