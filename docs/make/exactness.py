@@ -46,7 +46,7 @@ CONFIG: dict[str, Any] = {
     "tracking": {"mlflow": False},
 }
 
-EVERYTHING = "## With everything on"  # where the second part begins
+EVERYTHING = "## All features together"  # where the second part begins
 STOPS, STOPS_SEED = 20, 16
 # Two epochs of six steps, of which the second mixes nothing.
 STOPPED = ("batch.global=8", "data.mixing.off_epoch=1")
