@@ -54,7 +54,7 @@ def native_kernels() -> Iterator[None]:
         pytest.skip("no C++ compiler")
     with pytest.MonkeyPatch.context() as patch:
         # Should a neuron's own not build, this must not become a test of something else.
-        patch.setattr(dispatch, "_say_that_there_is_no_library", None)
+        patch.setattr(dispatch, "_warn_of_missing_library", None)
         yield
 
 

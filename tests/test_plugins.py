@@ -338,7 +338,7 @@ def test_every_optimiser_of_timm_steps_or_is_refused() -> None:
 
     from tetdist.config.sections.phase import OptimizerSection
     from tetdist.optimizers import make_optimizer
-    from tetdist.training.engines.base import tell
+    from tetdist.training.engines.base import prepare_step
 
     stepped = []
     for name in list_optimizers():
@@ -353,7 +353,7 @@ def test_every_optimiser_of_timm_steps_or_is_refused() -> None:
         for applied in (False, True, True, False):
             before = [p.detach().clone() for p in model.parameters()]
             model(torch.rand(3, 4)).square().mean().backward()
-            tell(optimizer, 0.01, torch.tensor(applied))
+            prepare_step(optimizer, 0.01, torch.tensor(applied))
             optimizer.step()
             optimizer.zero_grad()
             if not applied:

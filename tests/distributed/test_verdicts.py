@@ -48,7 +48,7 @@ class Processes:
         for watch in self.watches:
             watch._store = SignedStore(store, "secret")
             watch.progress("step 1")
-            watch._say_alive()
+            watch._report_alive()
         assert self.watches[0]._judge() is None
 
     def until(
@@ -61,7 +61,7 @@ class Processes:
                 if rank in moving:
                     watch.progress(f"step {self.clock.now}")
                 if rank not in silent:
-                    watch._say_alive()
+                    watch._report_alive()
             if verdict := self.watches[0]._judge():
                 return verdict
         return None
@@ -142,5 +142,5 @@ def test_end_of_one_is_told_where_the_others_go_on(clock: Clock) -> None:
 def test_whoever_has_finished_is_not_missed(clock: Clock) -> None:
     run = Processes(clock, 2, timeout=600)
     run.watches[1]._ended = "well"
-    run.watches[1]._say_alive()
+    run.watches[1]._report_alive()
     assert run.until(100, silent=(1,), moving=(0,)) is None

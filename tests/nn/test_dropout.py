@@ -50,13 +50,13 @@ def network(name: str, **arguments: Any) -> SpikingNetwork:
     return model.train()
 
 
-def give(model: nn.Module, value: float | None = None) -> list[Dropout]:
+def set_masks(model: nn.Module, value: float | None = None) -> list[Dropout]:
     """Give a model masks: of random numbers, or all of one."""
     layers = dropout.dropping(model)
     generator = torch.Generator().manual_seed(1)
     count = dropout.num_factors(layers)
     uniforms = torch.rand(BATCH, count, dtype=torch.float64, generator=generator)
-    dropout.give(
+    dropout.set_factors(
         layers, dropout.factors(layers, uniforms if value is None else uniforms * 0 + value)
     )
     return layers
@@ -91,7 +91,7 @@ def test_a_branch_is_dropped_as_by_timm(execution: str) -> None:
         torch.manual_seed(3)
         mask = theirs(torch.ones(BATCH, 1, dtype=torch.float64))
         assert len(mask.unique()) == 2
-        dropout.give(dropout.dropping(ours), mask)
+        dropout.set_factors(dropout.dropping(ours), mask)
         results = []
         for is_ours in (True, False):
             leaves = [x.clone().requires_grad_(), shortcut.clone().requires_grad_()]
@@ -112,7 +112,7 @@ def test_neurons_of_a_dropped_branch_see_the_shortcut_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     current, shortcut = torch.randn(2, T, BATCH, 4, 3, 3, generator=generator).double()
     for value, total in ((0.0, shortcut), (0.9, shortcut + 2 * layer.norm(current))):
-        give(layer, value)
+        set_masks(layer, value)
         spikes = layer(current, T, shortcut=shortcut)
         assert 0 < spikes.mean() < 1
         assert torch.equal(spikes, layer.neuron.run(total, None)[0])
@@ -135,7 +135,7 @@ def test_features_are_dropped_at_all_timesteps_or_none() -> None:
 def test_spikes_of_a_dropped_branch_leave_whole_numbers(name: str) -> None:
     """Kept spikes are not scaled, so that sums go into the bytes that blocks exchange."""
     model = network(name, **RATES)
-    give(model)
+    set_masks(model)
     seen: list[Tensor] = []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -148,7 +148,7 @@ def test_spikes_of_a_dropped_branch_leave_whole_numbers(name: str) -> None:
 def test_a_block_that_is_dropped_passes_its_input() -> None:
     for name in ("sew_resnet18", "sew_resnet50", "preact_resnet18", "sdt_2_256_cifar"):
         model = network(name, **RATES)
-        give(model, 0.0)
+        set_masks(model, 0.0)
         inputs: list[Tensor] = []
         model.blocks[-1].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))  # noqa: B023  # called before the next round
         outputs = model.forward_features(images())
@@ -167,7 +167,7 @@ def test_a_network_drops_the_same_when_computed_otherwise(name: str) -> None:
     for execution in ("reference", "fused"):
         model = network(name, **RATES).double()
         model.set_execution(execution)
-        assert [layer.rate for layer in give(model)][-2:] == [0.5, 0.25]
+        assert [layer.rate for layer in set_masks(model)][-2:] == [0.5, 0.25]
         results.append(step(model, x.double()))
     for key, value in results[0].items():
         torch.testing.assert_close(results[1][key], value, rtol=1e-8, atol=1e-10, msg=key)
@@ -176,7 +176,7 @@ def test_a_network_drops_the_same_when_computed_otherwise(name: str) -> None:
     for recomputed in (False, True):
         model = network(name, **RATES)
         model.set_grad_checkpointing(recomputed)
-        give(model)
+        set_masks(model)
         results.append(step(model, x, "bf16"))
     assert [key for key in results[0] if not torch.equal(results[0][key], results[1][key])] == []
 
@@ -205,7 +205,7 @@ def test_nothing_is_dropped_in_evaluation_or_at_rate_0(name: str) -> None:
     x, plain, dropping = images(), network(name), network(name, **RATES)
     assert plain.state_dict().keys() == dropping.state_dict().keys()
     assert dropout.dropping(plain) == []
-    give(dropping, 0.0)
+    set_masks(dropping, 0.0)
     before = torch.get_rng_state()
     with torch.no_grad():
         assert not torch.equal(plain(x), dropping(x))

@@ -421,7 +421,7 @@ def test_without_a_compiler_a_model_trains_and_says_so_once(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kernels"))
     monkeypatch.setattr(build, "failures", {})
     libraries = (native.neuron_library, native.norm_library, native_pool.pool)
-    kept = (*libraries, dispatch._neuron_kernels, dispatch._say_that_there_is_no_library)
+    kept = (*libraries, dispatch._neuron_kernels, dispatch._warn_of_missing_library)
     losses: dict[str, list[float]] = {"fused": [], "reference": []}
     for one in kept:
         one.cache_clear()

@@ -19,7 +19,7 @@ def drop_factors(
     micro_batch: int,
     device: torch.device,
 ) -> tuple[Tensor, ...]:
-    """Return the factors for `dropout.give`; () without layers that drop.
+    """Return the factors for `dropout.set_factors`; () without layers that drop.
 
     Args:
         config: The run's configuration: its seed, micro-batch and precision are read.

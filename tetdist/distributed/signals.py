@@ -49,8 +49,8 @@ class StopRequest:
         # The deepspeed launcher sends SIGTERM after the terminal's SIGINT: still one request. If
         # Slurm preempts without grace, it sends SIGTERM and the job's own signal together: the more
         # specific one counts, whichever is seen first.
-        says_more = self.signal == signal.SIGTERM and number in (signal.SIGUSR1, signal.SIGUSR2)
-        if self.signal is None or says_more:
+        more_specific = self.signal == signal.SIGTERM and number in (signal.SIGUSR1, signal.SIGUSR2)
+        if self.signal is None or more_specific:
             self.signal = signal.Signals(number)
 
     def agreed(self) -> bool:

@@ -160,8 +160,8 @@ def _watch(starters: list[Process]) -> None:
         gone = next(starter.pid for starter in starters if not starter.is_there)
         # The terminal, or the reader of this output, may have ended as well.
         with contextlib.suppress(OSError, ValueError):
-            who = f"process {gone}" if gone else "the launcher"
-            print(f"{who}, which started this command, has ended: stopping", file=sys.stderr)
+            starter = f"process {gone}" if gone else "the launcher"
+            print(f"{starter}, which started this command, has ended: stopping", file=sys.stderr)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(SAVE_LIMIT)
     os._exit(128 + signal.SIGTERM)

@@ -82,7 +82,7 @@ class Watch:
         # other one. Rank 0 makes it once all processes have met.
         with meeting.limited(self.timeout, "a process is lost before the training began"):
             self._store = world.make_store()
-            self._say_alive()
+            self._report_alive()
             dist.barrier(group=world.control)
         # Two threads, because a call to the store of a stopped process never returns.
         for target in (self._talk, self._guard):
@@ -105,7 +105,7 @@ class Watch:
         else:
             self._ended = " ".join(str(error).split())[:300] or type(error).__name__
         with contextlib.suppress(dist.DistError, RuntimeError):
-            self._say_alive()
+            self._report_alive()
         if alone:
             raise SystemExit(1)  # the traceback has been printed
 
@@ -143,11 +143,11 @@ class Watch:
     def _talk(self) -> None:
         while not self._closing.wait(BEAT):
             try:
-                self._say_alive()
+                self._report_alive()
                 if self.world.rank == 0 and (verdict := self._judge()):
                     self._store.set(_VERDICT, verdict)
                 if (verdict := self._store.get(_VERDICT)) and not self._failed:
-                    self._end(verdict, said_by_rank_0=True)
+                    self._end(verdict, shown_by_rank_0=True)
                 self._answered = time.monotonic()
             except (dist.DistError, RuntimeError) as error:
                 # The store ended with rank 0; if rank 0 ended normally, this process soon will.
@@ -161,7 +161,7 @@ class Watch:
             if silent > min(SILENCE, self.timeout):
                 self._end(f"rank 0 has stopped or cannot be reached: no answer for {silent:.0f} s")
 
-    def _say_alive(self) -> None:
+    def _report_alive(self) -> None:
         message = {
             "count": self._count,
             "where": self._where,
@@ -203,24 +203,24 @@ class Watch:
         if all(now - moved > self.timeout for _, _, moved in present.values()):
             least = min(message["count"] for message, _, _ in present.values())
             behind = [rank for rank, seen in present.items() if seen[0]["count"] == least]
-            who = ", ".join(
+            names = ", ".join(
                 f"rank {rank} (process {present[rank][0]['pid']} on {present[rank][0]['host']})"
                 for rank in behind[:4]
             )
-            who += f" and {len(behind) - 4} more" if len(behind) > 4 else ""
+            names += f" and {len(behind) - 4} more" if len(behind) > 4 else ""
             others = ", and the others wait" if len(behind) < len(present) else ""
             return (
-                f"no progress for {self.timeout:.0f} s: {who} hangs at "
+                f"no progress for {self.timeout:.0f} s: {names} hangs at "
                 f"{present[behind[0]][0]['where']}{others}; peer_timeout=SECONDS allows for more"
             )
         return None
 
-    def _end(self, verdict: str, *, said_by_rank_0: bool = False) -> None:
+    def _end(self, verdict: str, *, shown_by_rank_0: bool = False) -> None:
         if self._ending.is_set():
             return  # the other thread is ending the process
         self._ending.set()
         try:
-            if self.world.rank == 0 or not said_by_rank_0:
+            if self.world.rank == 0 or not shown_by_rank_0:
                 prefix = "" if self.world.rank == 0 else f"rank {self.world.rank}: "
                 print(
                     f"{prefix}error: {verdict}. All processes end; {self.after}",

@@ -402,10 +402,10 @@ def _examine(net: nn.Module, sequence: Tensor) -> None:
     try:
         ours, theirs = (_outputs(net, x) for x in (sample, later))
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        said = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0]
         raise UserError(
             f"{type(net).__name__} cannot run a sequence (T, B, C, H, W), here "
-            f"{tuple(sample.shape)}: {said}; one that loops over time itself cannot be adopted"
+            f"{tuple(sample.shape)}: {reason}; one that loops over time itself cannot be adopted"
         ) from error
     finally:
         functional.reset_net(net)

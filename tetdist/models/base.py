@@ -475,11 +475,11 @@ def build(
     model: Network = build_model_with_cfg(cls, variant, pretrained, neuron=neuron, **kwargs)
     model.set_global_pool(global_pool, model.num_classes)
     model.set_timesteps(model.timesteps)  # The neurons now exist and may refuse T.
-    _say_what_is_exchanged(model, neuron, variant)
+    _set_exchanged_values(model, neuron, variant)
     return model
 
 
-def _say_what_is_exchanged(model: SpikingNetwork, neuron: NeuronConfig, variant: str) -> None:
+def _set_exchanged_values(model: SpikingNetwork, neuron: NeuronConfig, variant: str) -> None:
     """Adapt what a network declares about its blocks' inputs to spikes other than 0 and 1.
 
     Raises:

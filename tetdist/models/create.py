@@ -44,8 +44,8 @@ def create_model(
         raise UserError(
             f"model.arguments: {name} cannot be built with {dict(arguments)} ({error})"
         ) from error
-    asked = ("timesteps", "set_timesteps", "num_classes", "input_kind")
-    if missing := [attribute for attribute in asked if not hasattr(model, attribute)]:
+    required = ("timesteps", "set_timesteps", "num_classes", "input_kind")
+    if missing := [attribute for attribute in required if not hasattr(model, attribute)]:
         raise UserError(
             f"model.name: {name} is not a spiking model: it has no {missing[0]} "
             "(tetdist.models.SpikingModel lists what a model must have)"

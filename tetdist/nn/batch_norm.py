@@ -1,15 +1,15 @@
-"""Batch normalisation over micro-batch x time, and when its running statistics move.
+"""Batch normalisation over micro-batch x time, with deferred running statistics.
 
 Plain batch norm and the threshold-dependent one (tdBN, Zheng et al., AAAI 2021) are one module:
 tdBN multiplies the normalised current by ``alpha * V_th``, so that it has the scale of the
 threshold, with ``alpha = 1/sqrt(2)`` where two branches are added.
 
-In an ordinary training loop the running statistics move at every forward pass, as everywhere.
-tetdist's trainer defers them instead (`defer_running_statistics`): each forward adds its batch
-mean and variance to an accumulator, and one `update_running_statistics` per optimiser step moves
-the running values once, by the average over all micro-batches of all processes. So they depend
-neither on the number of processes nor on how many micro-batches each accumulates, they are the
-same on all processes, and a forward repeated for activation checkpointing is not counted twice.
+In an ordinary training loop the running statistics are updated at every forward pass, as usual.
+tetdist's trainer defers that (`defer_running_statistics`): each forward pass adds its batch mean
+and variance to an accumulator, and one `update_running_statistics` per optimiser step updates the
+running values once, with the average over all micro-batches of all processes. So they are the same
+on all processes, depend neither on the number of processes nor on gradient accumulation, and do not
+count a forward pass twice that activation checkpointing repeats.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from tetdist.errors import UserError
 
-# Functions of torch and timm that synchronise or freeze batch norms convert those of BatchNorm2d,
-# and pass over all others silently. Ours is one, so that they ask for its num_features: it refuses.
+# Functions of torch and timm that synchronise or freeze batch norms convert BatchNorm2d and
+# silently skip other classes. Ours is a BatchNorm2d, so they read its num_features, which raises.
 if TYPE_CHECKING:
     _Module = nn.Module
 else:
@@ -34,7 +34,7 @@ _recomputation = threading.local()
 
 @contextlib.contextmanager
 def recomputing() -> Iterator[None]:
-    """Take forward passes within this context for repetitions, which add nothing to statistics."""
+    """Treat forward passes in this context as repetitions, which add nothing to statistics."""
     outer = is_repetition()
     _recomputation.active = True
     try:
@@ -53,14 +53,14 @@ class BatchNorm(_Module):
 
     Args:
         num_channels: C.
-        scale: Factor on the normalised current before weight and bias: ``alpha * V_th`` for
-            tdBN, 1 for plain batch norm. It is a constant, not folded into the initial weight,
-            so that weight decay pulls towards the same network whatever the threshold.
+        scale: Factor on the normalised current before weight and bias: ``alpha * V_th`` for tdBN, 1
+            for plain batch norm. It is a constant, not folded into the initial weight, so that
+            weight decay pulls towards the same network for any threshold.
         eps: Added to the variance.
         momentum: Weight of the newest statistics in the running ones.
     """
 
-    # torch's loading would else miss num_batches_tracked in a state of this version.
+    # Otherwise torch's loading would miss num_batches_tracked in a state of this version.
     track_running_stats, _version = False, 1
     weight: nn.Parameter
     bias: nn.Parameter
@@ -88,11 +88,11 @@ class BatchNorm(_Module):
         self.num_processes = 1
 
     def forward(self, current: Tensor, copies: int = 1) -> Tensor:
-        """Normalise (T, B, C, H, W), or (N, C, H, W) of a plain network, which folds time into its
-        batch; computes in float32 at least, returns the current's type.
+        """Normalise (T, B, C, H, W), or (N, C, H, W) of a network that folds time into its batch;
+        compute in at least float32, return the current's type.
 
-        ``copies`` is how many equal timesteps each of the current's stands for: T where a static
-        image's (1, B, C, H, W) serves them all. The running variance counts them.
+        ``copies`` is the number of equal timesteps that each given one stands for: T if a static
+        image's (1, B, C, H, W) serves all. The running variance counts them.
         """
         x = current.to(torch.promote_types(current.dtype, torch.float32))
         if self.training:
@@ -105,41 +105,41 @@ class BatchNorm(_Module):
         return y.to(current.dtype)
 
     def over_processes(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Statistics of all processes' values, each (C,), from this one's."""
+        """Return the statistics of all processes' values, each (C,), from this one's."""
         if self.average is None:
             return mean, var
-        # In float64, where the mean square and the squared mean may be subtracted.
+        # In float64, so that subtracting the squared mean from the mean square loses nothing.
         mean64, var64 = mean.double(), var.double()
         moments = torch.stack([mean64, var64 + mean64.square()])
         mean64, square = self.average_over_processes(moments)
         return mean64.to(mean.dtype), (square - mean64.square()).to(var.dtype)
 
     def average_over_processes(self, x: Tensor) -> Tensor:
-        """Mean over the processes that normalise together, for autograd, too."""
+        """Return the differentiable mean over the processes that normalise together."""
         return x if self.average is None else _AverageOverProcesses.apply(x, self.average)
 
     def affine(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Gain and offset, each (C,), such that the output is ``gain * x + offset``."""
+        """Return gain and offset, each (C,), such that the output is ``gain * x + offset``."""
         gain = self.scale * self.weight * torch.rsqrt(var + self.eps)
         return gain, self.bias - gain * mean
 
     @torch.no_grad()
     def record(self, mean: Tensor, var: Tensor, num_values: int) -> None:
-        """Count one batch's mean and (biased) variance, each (C,), towards the running ones.
+        """Add one batch's mean and (biased) variance, each (C,), to the running statistics.
 
-        ``num_values`` of this process were normalised, copies of a static image's counted.
+        ``num_values``: number of this process's values, including copies of a static image's.
         """
         if is_repetition():
             return
         num_values *= self.num_processes
         self.pending_mean += mean
-        # The running variance estimates that of the population: unbiased, as in torch.
+        # The running variance is the unbiased estimate, as in torch.
         self.pending_var += var * (num_values / max(num_values - 1, 1))
         self.recorded()
 
     @torch.no_grad()
     def recorded(self) -> None:
-        """Take note that a batch was added to pending_mean and pending_var."""
+        """Record that a batch was added to pending_mean and pending_var."""
         self.pending_count += 1
         if not self.deferred:
             self.running_mean.lerp_(self.pending_mean / self.pending_count, self.momentum)
@@ -148,7 +148,7 @@ class BatchNorm(_Module):
 
     @property
     def num_features(self) -> Never:
-        """Refuse a conversion, which reads this first.
+        """Refuse conversions, which read this attribute first.
 
         Raises:
             UserError: Always.
@@ -161,7 +161,7 @@ class BatchNorm(_Module):
         )
 
     def discard(self) -> None:
-        """Forget what was recorded since the running statistics last moved."""
+        """Discard what was recorded since the last update of the running statistics."""
         self.pending_mean.zero_()
         self.pending_var.zero_()
         self.pending_count = 0
@@ -171,13 +171,13 @@ class BatchNorm(_Module):
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel, each (C,), of (..., C, H, W)."""
+    """Return mean and biased variance per channel, each (C,), of (..., C, H, W)."""
     var, mean = torch.var_mean(x, dim=(*range(x.ndim - 3), -2, -1), correction=0)
     return mean, var
 
 
 class _AverageOverProcesses(torch.autograd.Function):
-    """The mean over processes. The loss that is differentiated is the sum of theirs."""
+    """Mean over processes; the differentiated loss is the sum of all processes' losses."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, average: Callable[[Tensor], Tensor]) -> Tensor:
@@ -192,14 +192,14 @@ class _AverageOverProcesses(torch.autograd.Function):
 def synchronize(
     model: nn.Module, average_over_ranks: Callable[[Tensor], Tensor], num_processes: int
 ) -> None:
-    """Normalise over the values of all processes, in training.
+    """Make batch norms normalise over the values of all processes in training.
 
     Each of ``num_processes`` must run the same forward and backward passes, with equal batch sizes.
 
     Args:
-        model: Its batch norms are changed.
+        model: Model whose batch norms are changed.
         average_over_ranks: Maps a tensor, in place, to its mean over all processes.
-        num_processes: How many there are.
+        num_processes: Number of processes.
     """
     for norm in _norms(model):
         norm.average, norm.num_processes = average_over_ranks, num_processes
@@ -214,7 +214,7 @@ def _norms(model: nn.Module) -> list[BatchNorm]:
 
 
 def defer_running_statistics(model: nn.Module) -> None:
-    """Leave the running statistics alone until `update_running_statistics` is called."""
+    """Defer the running statistics until `update_running_statistics` is called."""
     for norm in _norms(model):
         norm.deferred = True
 
@@ -226,16 +226,16 @@ def update_running_statistics(
     apply: Tensor | None = None,
     momentum: float | None = None,
 ) -> None:
-    """Move all running statistics once: call it once per optimiser step, on every process.
+    """Update all running statistics: call it once per optimiser step, on every process.
 
     Args:
-        model: Its forward passes since the last call are what is averaged. Every process must
-            have made the same number of them.
+        model: Model; its forward passes since the last call are averaged. Every process must have
+            run the same number of them.
         average_over_ranks: Maps a flat vector to its mean over all processes (one collective
             call for the whole model).
-        apply: 0-dimensional bool tensor on the model's device; where it is False the step was
-            given up and the statistics stay what they were. Not read on the host.
-        momentum: Weight of the newest statistics, where it is not each norm's own.
+        apply: 0-dimensional bool tensor on the model's device; if False, the step was skipped and
+            the statistics stay as they are. Not read on the host.
+        momentum: Weight of the newest statistics, to replace each norm's own.
     """
     for own in {norm.momentum: None for norm in _norms(model)}:
         norms = [n for n in _norms(model) if n.pending_count and n.momentum == own]
@@ -250,7 +250,7 @@ def _move_all(
     average_over_ranks: Callable[[Tensor], Tensor],
     apply: Tensor | None,
 ) -> None:
-    """Move the running statistics of norms: on a GPU in a few kernels, and not in some a norm."""
+    """Update the running statistics of norms, on a GPU in a few kernels for all of them."""
     pending = [t for n in norms for t in (n.pending_mean, n.pending_var)]
     running = [t for n in norms for t in (n.running_mean, n.running_var)]
     counts = [float(n.pending_count) for n in norms for _ in range(2)]

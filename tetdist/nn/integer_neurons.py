@@ -6,13 +6,13 @@ I-LIF (Luo et al., ECCV 2024, arXiv 2407.20708) is trained on whole numbers of s
     c[t] = round(clip(u[t] / V_th, 0, D))               (half to even)
     u_after_reset[t] = u[t] - V_th * c[t]
 
-c leaves the neuron; its derivative with respect to ``u / V_th`` is taken for 1 in [0, D], the ends
-included, and 0 outside. A device runs each timestep as D sub-timesteps, in c of which the neuron
-fires: the next layer of synapses adds its weights c times, which is the same. `unrolled`, in
-evaluation/unrolling.py, computes so.
+The neuron sends c, whose derivative with respect to ``u / V_th`` is taken as 1 in [0, D], including
+the ends, and 0 outside. A device runs each timestep as D sub-timesteps; the neuron fires in c of
+them, and the next layer adds its weights c times, which gives the same. `unrolled`, in
+evaluation/unrolling.py, computes that.
 
-NI-LIF (Yao et al., Spike-driven Transformer V3) sends ``c / D``, which is as if the weights were
-divided by D. At T=1, or with ``decay: 0``, there is no membrane, and c is the input quantised.
+NI-LIF (Yao et al., Spike-driven Transformer V3) sends ``c / D``, as if the weights were divided by
+D. At T=1, or with ``decay: 0``, there is no membrane, and c is the quantised input.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from tetdist.nn.neurons import NEURONS, NeuronConfig, option
 
 
 class _Count(torch.autograd.Function):
-    """``round(clip(x, 0, most))`` forward, the gradient of ``clip`` backward."""
+    """``round(clip(x, 0, most))`` in the forward pass, ``clip``'s gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, most: int) -> Tensor:
@@ -50,7 +50,7 @@ class ILIF(NeuronConfig):
         ge=0,
         le=1,
     )
-    # Products of two numbers of spikes, as in attention, have to stay within a byte.
+    # Products of two numbers of spikes, as in attention, must fit into a byte.
     most_spikes: int = option(
         4, "Maximum number of spikes D of a neuron in a timestep.", ge=1, le=15
     )
@@ -96,7 +96,7 @@ class ILIF(NeuronConfig):
 @NEURONS.register("nilif")
 @dataclass(frozen=True, kw_only=True)
 class NILIF(ILIF):
-    """I-LIF that sends its number of spikes divided by their most, D: 0, 1/D, ..., 1."""
+    """I-LIF that sends its number of spikes divided by the maximum D: 0, 1/D, ..., 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

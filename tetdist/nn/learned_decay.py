@@ -1,12 +1,12 @@
-"""LIF neurons that learn their decay: PLIF (Fang et al., ICCV 2021), one number a layer.
+"""LIF neurons with a learnt decay per layer: PLIF (Fang et al., ICCV 2021).
 
 With ``a = sigmoid(w)``, the inverse of the time constant tau, and w learnt:
 
     u[t] = (1 - a) * u_after_reset[t-1] + a * I[t]      (decay_input)
          = (1 - a) * u_after_reset[t-1] + I[t]          (without)
 
-Spike and reset are those of neurons.py. w begins with ``-log(tau - 1)``, where ``tau = 1 / (1 -
-decay)``. Original values and surrogate are those of spikingjelly's ParametricLIFNode.
+Spike and reset are those of neurons.py. w starts at ``-log(tau - 1)``, where ``tau = 1 / (1 -
+decay)``. Default values and surrogate are those of spikingjelly's ParametricLIFNode.
 """
 
 import math
@@ -22,7 +22,7 @@ from tetdist.nn.neurons import LIF, NEURONS, SurrogateName, option
 @NEURONS.register("plif")
 @dataclass(frozen=True, kw_only=True)
 class PLIF(LIF):
-    """Leaky integrate-and-fire whose decay is learnt, one number a layer."""
+    """Leaky integrate-and-fire with one learnt decay per layer."""
 
     decay: float = option(
         0.5,

@@ -9,9 +9,8 @@ One timestep of a neuron with membrane ``u``, input current ``I`` and threshold 
     u_after_reset[t] = u[t] * (1 - s[t])            (hard reset, to 0)
                      = u[t] - V_th * s[t]           (soft reset)
 
-The derivative of the spike with respect to ``x = u - V_th`` does not exist where it matters; in
-the backward pass a surrogate takes its place. The fused path (fused.py) computes the same and is
-tested against this file.
+The spike has no useful derivative with respect to ``x = u - V_th``; the backward pass uses a
+surrogate instead. The fused path (fused.py) computes the same and is tested against this file.
 """
 
 import math
@@ -50,14 +49,14 @@ def rectangle(x: Tensor, width: float) -> Tensor:
     return (x.abs() < width).to(x.dtype) / (2 * width)
 
 
-# Their order is that of the numbers in kernels/neuron.cpp.
+# In the order of their numbers in kernels/neuron.cpp.
 SURROGATES: dict[str, Callable[[Tensor, float], Tensor]] = {
     one.__name__: one for one in (triangle, atan, sigmoid, rectangle)
 }
 
 
 class _Spike(torch.autograd.Function):
-    """Heaviside step forward, surrogate backward."""
+    """Heaviside step in the forward pass, surrogate in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, surrogate: str, width: float, at_threshold: bool) -> Tensor:
@@ -72,15 +71,15 @@ class _Spike(torch.autograd.Function):
 
 
 def step(x: Tensor, surrogate: str, width: float, *, at_threshold: bool) -> Tensor:
-    """1 where x is above 0, or at it if ``at_threshold``, else 0; backward, the surrogate."""
+    """Return 1 where x > 0 (``at_threshold``: x >= 0), else 0, with the surrogate's gradient."""
     fired: Tensor = _Spike.apply(x, surrogate, width, at_threshold)
     return fired
 
 
 def spike(x: Tensor, config: "LIF") -> Tensor:
-    """Spikes (0 or 1, of the type of ``x``) of ``x = u - V_th``, with the surrogate's gradient.
+    """Return spikes (0 or 1, in x's type) for ``x = u - V_th``, with the surrogate's gradient.
 
-    With ``spike="sigmoid"``: numbers between 0 and 1, with their own gradient.
+    With ``spike="sigmoid"``: values between 0 and 1 with their true gradient.
     """
     match config.spike:
         case "step":
@@ -100,15 +99,15 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Run IF or LIF neurons over time.
 
-    The membrane is float32 (float64 for float64 input) whatever the current's type: in bfloat16
-    the decayed sum would lose the very bits that decide about a spike.
+    The membrane is float32 (float64 for float64 input) for any type of current: in bfloat16 the
+    decayed sum would lose the bits that decide about a spike.
 
     Args:
         current: Input current, (T, ...), T >= 1.
         config: The neuron.
-        membrane: Membrane after reset at the end of an earlier stretch of time, shape (...);
-            None is a neuron at rest (0).
-        decay: Instead of the configured one, for kinds that learn it; broadcast to (...).
+        membrane: Membrane after the last reset of an earlier segment, (...); None: a neuron at rest
+            (0).
+        decay: Replaces the configured decay, for kinds that learn it; broadcast to (...).
 
     Returns:
         Spikes (T, ...) of the current's type, and the membrane after the last reset, (...).
@@ -128,17 +127,17 @@ def run(
 
 # --- kinds of neuron ------------------------------------------------------------------------------
 
-# What `model.neuron.kind` chooses from.
+# The kinds of neurons for `model.neuron.kind`.
 NEURONS: Registry[type["NeuronConfig"]] = Registry("kind of neuron", "model.neuron.kind")
 
 
 def option(default: Any, doc: str, **bounds: float) -> Any:
-    """Declare a number or a choice of a kind of neuron.
+    """Declare an option of a kind of neuron.
 
     Args:
-        default: Its value where nobody says another.
-        doc: What it is, for the list of a configuration's keys.
-        bounds: ``gt``, ``ge``, ``lt`` or ``le``: what it must be above, at least, below, at most.
+        default: Default value.
+        doc: Description, for the list of configuration keys.
+        bounds: Bounds of the value: ``gt``, ``ge``, ``lt`` or ``le``.
     """
     return field(default=default, metadata={"doc": doc, "bounds": bounds})
 
@@ -153,21 +152,21 @@ _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronConfig:
-    """A kind of neuron with its numbers; kinds are subclasses, each in `NEURONS`.
+    """A kind of neuron with its options; kinds are subclasses registered in `NEURONS`.
 
     Raises:
         ValueError: A value is outside its range.
     """
 
-    # True: neurons, which have a firing rate.
+    # True if it fires, and so has a firing rate.
     spiking: ClassVar[bool] = True
-    # True: spikes at t depend on the input up to t alone, so that one pass at T shows all t below.
+    # True if spikes at t depend only on the input up to t, so that one pass at T gives all t.
     causal: ClassVar[bool] = True
-    # False: it cannot be run over one stretch of time after another, as recompute.timesteps asks.
+    # True if it can run over segments one after another, as recompute.timesteps needs.
     segments: ClassVar[bool] = True
     # Dimension of the samples in the membrane that `run` returns.
     sample_axis: ClassVar[int] = 0
-    # Parameters that all channels share and that have a shape of their own, such as (T, T).
+    # Parameters that all channels share, of any shape, such as (T, T).
     over_time: ClassVar[frozenset[str]] = frozenset()
 
     threshold: float = option(1.0, "Firing threshold V_th, in units of the input current.", gt=0)
@@ -186,17 +185,17 @@ class NeuronConfig:
 
     @property
     def binary(self) -> bool:
-        """True if what leaves the neuron is 0 or 1."""
+        """True if the neuron sends only 0 or 1."""
         return self.spiking
 
     @property
     def levels(self) -> int | None:
-        """Outputs are multiples of ``1 / levels``, which a byte holds; None: any numbers."""
+        """Outputs are multiples of ``1 / levels`` that fit into a byte; None: any numbers."""
         return 1 if self.binary else None
 
     @property
     def highest(self) -> int:
-        """The most that leaves the neuron, where that is of `levels`."""
+        """The largest output, if outputs have `levels`."""
         return 1
 
     @property
@@ -205,9 +204,9 @@ class NeuronConfig:
         return False
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:
-        """Initial values of what a layer of C channels learns beside its norm.
+        """Return the initial learnt values of a layer of C channels, besides its norm's.
 
-        Each is (C,) or (), or of any shape if it is named in `over_time`.
+        Each is (C,) or (), or of any shape if named in `over_time`.
         """
         del num_channels
         return {}
@@ -215,18 +214,18 @@ class NeuronConfig:
     def for_kernels(self, timesteps: int, **parameters: Tensor) -> tuple[Tensor, ...]:
         """Return the learnt values as the fused kernels take them, in the parameters' type.
 
-        Gradients flow through it.
+        It is differentiable.
         """
         del timesteps, parameters
         return ()
 
     def refusal(self, timesteps: int) -> str | None:
-        """The reason why the neurons cannot run so many timesteps; None: they can."""
+        """Return why the neurons cannot run ``timesteps`` timesteps; None if they can."""
         del timesteps
         return None
 
     def at_epoch(self, epoch: int) -> "NeuronConfig":
-        """The neurons as they are in an epoch of training, the first one being 0."""
+        """Return the neurons of an epoch of training, counted from 0."""
         del epoch
         return self
 
@@ -237,21 +236,21 @@ class NeuronConfig:
 
         Args:
             current: Input current, (T, B, C, H, W).
-            membrane: What `run` returned last for the same samples; None: at rest.
-            parameters: Those of `parameters`, as trained so far, of a shape that broadcasts to a
-                timestep of ``current``, or as they are if they are named in `over_time`.
+            membrane: Last result of `run` for the same samples; None: at rest.
+            parameters: Present values of `parameters`, shaped to broadcast to a timestep of
+                ``current``, or unchanged if named in `over_time`.
 
         Returns:
-            Spikes (T, ...) of the current's type, and what the next stretch of time starts from.
+            Spikes (T, ...) in the current's type, and the start of the next segment.
         """
         raise NotImplementedError  # Each kind has its own.
 
 
 def class_of(kind: str) -> type[NeuronConfig]:
-    """The class of a kind of neuron.
+    """Return the class of a kind of neuron.
 
     Raises:
-        UserError: There is no such kind, or it does not declare its numbers by `option`.
+        UserError: There is no such kind, or it does not declare its options by `option`.
     """
     cls = NEURONS[kind]
     if "__dataclass_fields__" not in vars(cls):
@@ -270,39 +269,38 @@ def class_of(kind: str) -> type[NeuronConfig]:
 def make(
     values: Mapping[str, Any] | NeuronConfig | None = None, default: NeuronConfig | None = None
 ) -> NeuronConfig:
-    """Make a neuron of a mapping of its kind and its numbers; what is left out is as `completed`
-    has it.
+    """Make a neuron from a mapping of its kind and options; `completed` adds missing ones.
 
     Raises:
         UserError: There is no such kind.
-        ValueError, TypeError: Its numbers are not right.
+        ValueError, TypeError: Its options are wrong.
     """
     if isinstance(values, NeuronConfig):
         return values
     values = dict(values or {})
-    if values.get("spike") == "relu":  # What earlier versions called this kind.
+    if values.get("spike") == "relu":  # earlier versions called this kind so
         values = {"kind": "relu"}
     values = completed(values, default)
     return class_of(values.pop("kind"))(**values)
 
 
 def kind_of(config: NeuronConfig) -> str:
-    """The name of a neuron's kind."""
+    """Return the name of a neuron's kind."""
     return next(name for name, cls in NEURONS.items() if cls is type(config))
 
 
 def as_dict(config: NeuronConfig) -> dict[str, Any]:
-    """Kind and numbers, such that `make` makes the same neuron of them."""
+    """Return kind and options, from which `make` makes the same neuron."""
     return {"kind": kind_of(config)} | asdict(config)
 
 
 def completed(values: Mapping[str, Any], default: NeuronConfig | None = None) -> dict[str, Any]:
-    """Kind and all numbers, of which some are given, perhaps by an earlier version that had fewer.
+    """Return kind and all options; some may be given, perhaps by a version that had fewer.
 
     Args:
-        values: Those that are given.
-        default: What is left out is as here, unless another kind is given, whose own defaults it
-            then is; None: LIF.
+        values: The given options.
+        default: Neuron with the missing values, unless ``values`` has another kind, whose defaults
+            apply then; None: LIF.
     """
     own = as_dict(default or LIF())
     kind = values.get("kind", own["kind"])
@@ -366,7 +364,7 @@ class LIF(NeuronConfig):
 
     @property
     def has_kernels(self) -> bool:
-        # A subclass is another neuron, of which the kernels know nothing.
+        # A subclass is another neuron, which the kernels do not know.
         return type(self) is LIF and self.spike == "step"
 
     def run(
@@ -378,9 +376,9 @@ class LIF(NeuronConfig):
 @NEURONS.register("relu")
 @dataclass(frozen=True, kw_only=True)
 class ReLU(NeuronConfig):
-    """No neurons but ``max(0, I)`` at each timestep by itself.
+    """``max(0, I)`` at each timestep separately, in place of neurons.
 
-    At T=1 that is the ReLU network of the same shape, whose weights a spiking one can begin with.
+    At T=1 this gives the ReLU network whose weights can initialise a spiking one.
     """
 
     spiking: ClassVar[bool] = False
@@ -393,7 +391,7 @@ class ReLU(NeuronConfig):
 
 
 def learned(config: NeuronConfig, num_channels: int) -> nn.ParameterDict:
-    """Parameters that a layer of neurons learns itself; the optimisers decay none of them."""
+    """Make a neuron layer's own learnt parameters; optimisers do not decay them."""
     parameters = config.parameters(num_channels)
     for name, value in parameters.items():
         if name not in config.over_time and value.shape not in ((), (num_channels,)):
@@ -407,12 +405,12 @@ def learned(config: NeuronConfig, num_channels: int) -> nn.ParameterDict:
 def broadcasting(
     config: NeuronConfig, parameters: nn.ParameterDict, sides: int
 ) -> dict[str, Tensor]:
-    """The parameters of a layer as `run` takes them.
+    """Return a layer's parameters as `run` takes them.
 
     Args:
         config: The neuron.
         parameters: What `learned` returned.
-        sides: How many dimensions of the current come after the channels.
+        sides: Number of the current's dimensions after the channels.
     """
     return {
         name: value if name in config.over_time else value.view(-1, *(1,) * sides)

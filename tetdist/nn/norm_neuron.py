@@ -1,7 +1,7 @@
-"""Neurons, alone or with normalisation, an added shortcut and added spikes: what models consist of.
+"""Layers of neurons, alone or with normalisation, an added shortcut and added spikes.
 
-The definitions are a few lines at the end of each `forward`; fused.py computes the same in one pass
-over memory each way.
+The definitions are a few lines at the end of each `forward`; fused.py computes the same with one
+pass over memory forward and one backward.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from tetdist.nn.packed import Packed, carried, carry
 
 
 def spiking_layers(model: nn.Module) -> "dict[str, NeuronLayer]":
-    """A model's layers of neurons, by name; none in a ReLU network."""
+    """Return a model's neuron layers by name; none in a ReLU network."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -38,36 +38,36 @@ def spiking_layers(model: nn.Module) -> "dict[str, NeuronLayer]":
 
 
 def neurons_of(model: nn.Module) -> list[NeuronConfig]:
-    """The neurons of a model's layers of them; none in a ReLU network."""
+    """Return the neurons of a model's neuron layers; none in a ReLU network."""
     return [layer.neuron for layer in spiking_layers(model).values()]
 
 
 def neuron_of(module: nn.Module) -> NeuronConfig | None:
-    """The neuron of a layer of them; None: the module is none."""
+    """Return a neuron layer's neuron; None for any other module."""
     return module.neuron if isinstance(module, NeuronLayer) else None
 
 
 def changing_neurons(model: nn.Module) -> "dict[NeuronLayer, NeuronConfig]":
-    """Layers whose neurons change from one epoch of training to another, and their neurons."""
+    """Return the layers whose neurons change between epochs, and their neurons."""
     found = {layer: layer.neuron for layer in spiking_layers(model).values()}
     return {layer: neuron for layer, neuron in found.items() if neuron.at_epoch(0) is not neuron}
 
 
 def enter_epoch(neurons: "dict[NeuronLayer, NeuronConfig]", epoch: int) -> None:
-    """Have what `changing_neurons` returned be as it is in an epoch of training."""
+    """Set the layers that `changing_neurons` returned to an epoch of training."""
     for layer, neuron in neurons.items():
         layer.neuron = neuron.at_epoch(epoch)
 
 
 def is_causal(model: nn.Module) -> bool:
-    """True if a model's logits at t do not depend on T, so that one pass shows all smaller T."""
+    """Return whether a model's logits at t are independent of T: one pass gives all smaller T."""
     return all(neuron.causal for neuron in neurons_of(model))
 
 
 def firing_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """`spiking_layers`, and modules of other libraries that are marked by ``fires_spikes``.
+    """Return `spiking_layers` and other libraries' modules marked by ``fires_spikes``.
 
-    What they return are spikes.
+    They return spikes.
     """
     own = spiking_layers(model)
     return {
@@ -80,11 +80,11 @@ def firing_layers(model: nn.Module) -> dict[str, nn.Module]:
 class LatestLevels:
     """The outputs of a model's neurons while it runs.
 
-    A layer of synapses sees spikes of the neurons before it. Those of a network are alike, but for
-    E-SpikeFormer's, of which those before the classifier send whole numbers.
+    A layer of synapses sees spikes of the neurons before it. A network's neurons are alike, except
+    E-SpikeFormer's before the classifier, which send whole numbers.
 
     Attributes:
-        levels: Multiples of ``1 / levels``; None: anything, or no neuron has run.
+        levels: Outputs are multiples of ``1 / levels``; None: any numbers, or no neuron has run.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -101,13 +101,13 @@ class LatestLevels:
         return note
 
     def remove(self) -> None:
-        """Look at the model no longer."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
 
 class FusedLayer(nn.Module):
-    """A layer with fused kernels; with ``execution="reference"`` their definition computes."""
+    """A layer with fused kernels; with ``execution="reference"`` it runs the definition."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,13 +126,13 @@ class FusedLayer(nn.Module):
 
 
 class NeuronLayer(FusedLayer):
-    """A layer of neurons: one that has membranes, see `carrying_membranes`.
+    """A layer of neurons, whose membranes `carrying_membranes` carries.
 
     Args:
         neuron: The neuron.
 
     Attributes:
-        learned: What the neurons learn themselves; a subclass makes it, behind its norm.
+        learned: The neurons' own learnt values; a subclass creates them after its norm.
     """
 
     learned: nn.ParameterDict
@@ -144,7 +144,7 @@ class NeuronLayer(FusedLayer):
         self.membrane: Tensor | None = None
 
     def fire(self, current: Tensor, timesteps: int) -> Tensor:
-        """Spikes (T, B, ...) of a current (1 or T, B, ...), in its type and memory layout."""
+        """Return spikes (T, B, ...) of a current (1 or T, B, ...), in its type and layout."""
         if self.is_fused():
             kernels = dispatch.kernels_for(
                 self.neuron,
@@ -158,7 +158,7 @@ class NeuronLayer(FusedLayer):
         return self.fire_by_definition(current, timesteps)
 
     def fire_by_definition(self, current: Tensor, timesteps: int) -> Tensor:
-        """The definition of `fire`."""
+        """Compute `fire` by its definition."""
         learned = neurons.broadcasting(self.neuron, self.learned, 2 if current.ndim == 5 else 0)
         current = current.expand(timesteps, *current.shape[1:])
         spikes, membrane = self.neuron.run(current, self.membrane, **learned)
@@ -183,7 +183,7 @@ class NeuronLayer(FusedLayer):
         return self.neuron.for_kernels(kernels.timesteps, **parameters)
 
     def carrying(self, spikes: Tensor, packed: Tensor | None) -> Tensor:
-        """Spikes that carry their form in bytes, if there is one."""
+        """Return the spikes, carrying their byte form if there is one."""
         if packed is None:
             return spikes
         assert self.neuron.levels is not None
@@ -194,12 +194,12 @@ class NeuronLayer(FusedLayer):
 
 
 class Neuron(NeuronLayer):
-    """Neurons that start every sample at rest: current (T, B, ...) to spikes (T, B, ...).
+    """Neurons that start each sample at rest and map currents (T, B, ...) to spikes (T, B, ...).
 
     Args:
         neuron: The neuron.
-        num_channels: C of a current (T, B, C, H, W), else its last dimension; it matters for kinds
-            that learn a number for each.
+        num_channels: C of a current (T, B, C, H, W), else its last dimension; needed by kinds with
+            a learnt value per channel.
     """
 
     def __init__(self, neuron: NeuronConfig, num_channels: int = 1) -> None:
@@ -207,11 +207,11 @@ class Neuron(NeuronLayer):
         self.learned = neurons.learned(neuron, num_channels)
 
     def forward(self, current: Tensor, timesteps: int | None = None) -> Tensor:
-        """Spikes (T, B, ...), of the current's type and memory layout.
+        """Return spikes (T, B, ...), in the current's type and memory layout.
 
         Args:
             current: (T, B, ...); or (1, B, ...) when it is the same at all timesteps.
-            timesteps: T; needed only then.
+            timesteps: T; needed only for (1, B, ...).
         """
         timesteps = timesteps or current.shape[0]
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
@@ -219,10 +219,10 @@ class Neuron(NeuronLayer):
 
 
 class _Layout(NamedTuple):
-    """Return the memory order of a timestep's numbers.
+    """The memory order of a timestep's values.
 
     Attributes:
-        order: The dimensions, but for time, from that of the largest stride on.
+        order: Dimensions except time, from the largest stride to the smallest.
         sizes: Their sizes, in this order.
     """
 
@@ -235,14 +235,14 @@ class _Layout(NamedTuple):
         return cls(tuple(order), tuple(x.shape[i] for i in order))
 
     def flat(self, x: Tensor) -> Tensor:
-        """(T, ...) as (T, N, C), as the kernels take it: a view, where x has this layout."""
+        """Return (T, ...) as (T, N, C) for the kernels: a view, if x has this layout."""
         numbers = math.prod(self.sizes)
         columns = math.gcd(numbers, 64)
         rows = x.permute(0, *self.order).reshape(len(x), numbers // columns, columns)
         return rows.contiguous()
 
     def shaped(self, rows: Tensor) -> Tensor:
-        """The reverse of `flat`: a view."""
+        """Undo `flat`, as a view."""
         back = [self.order.index(i) + 1 for i in range(1, len(self.order) + 1)]
         return rows.view(len(rows), *self.sizes).permute(0, *back)
 
@@ -254,8 +254,8 @@ class NormNeuron(NeuronLayer):
         num_channels: C.
         neuron: The neuron.
         norm_scale: See `BatchNorm`.
-        drop_path: How often the normalised current is dropped in training, so that the shortcut
-            alone is left. Where that can be, norm, sum and neuron are a pass over memory each.
+        drop_path: Probability of dropping the normalised current in training, which leaves only the
+            shortcut. If above 0, norm, sum and neuron are separate passes over memory.
     """
 
     def __init__(
@@ -279,14 +279,14 @@ class NormNeuron(NeuronLayer):
         identity: Tensor | None = None,
         shortcut_norm: BatchNorm | None = None,
     ) -> Tensor:
-        """Spikes (T, B, C, H, W), of the current's type.
+        """Return spikes (T, B, C, H, W) in the current's type.
 
         Args:
-            current: Output of a convolution, (T, B, C, H, W); or (1, B, C, H, W) when it is the
-                same at all timesteps (the stem of a static image).
+            current: Output of a convolution, (T, B, C, H, W); or (1, B, C, H, W) if it is the same
+                at all timesteps (the stem of a static image).
             timesteps: T.
             shortcut: Added to the normalised current, (T, B, C, H, W).
-            identity: Added to the spikes of the neurons: spikes, too, or else, (T, B, C, H, W).
+            identity: Added to the neurons' spikes, (T, B, C, H, W): spikes or other values.
             shortcut_norm: Normalises the shortcut before it is added.
         """
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
@@ -315,8 +315,8 @@ class NormNeuron(NeuronLayer):
         return spikes if identity is None else spikes + identity
 
     def _joins_bytes(self, identity: Tensor | None) -> bool:
-        """Return whether spikes plus ``identity`` fit into bytes, as spikes do: only a tensor that
-        carries its bytes tells its levels."""
+        """Return whether spikes plus ``identity`` fit into bytes; only a tensor that carries its
+        bytes has known levels."""
         if identity is None:
             return True
         packed = carried(identity)
@@ -329,7 +329,7 @@ class NormNeuron(NeuronLayer):
         shortcut: Tensor | None = None,
         shortcut_norm: BatchNorm | None = None,
     ) -> Tensor:
-        """The current that the neurons integrate, (T, B, C, H, W); arguments as of `forward`."""
+        """Return the neurons' input current, (T, B, C, H, W); arguments as in `forward`."""
         if shortcut is not None and shortcut_norm is not None:
             shortcut = shortcut_norm(shortcut)
         normalized = self.norm(current, timesteps // current.shape[0])
@@ -363,26 +363,26 @@ class NormNeuron(NeuronLayer):
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """(T, B, C, H, W) as (T, B*H*W, C): a view where the channels are the last in memory."""
+    """Return (T, B, C, H, W) as (T, B*H*W, C): a view, if channels are last in memory."""
     return x.permute(0, 1, 3, 4, 2).flatten(1, 3).contiguous()
 
 
 def image_of(rows: Tensor, shape: torch.Size) -> Tensor:
-    """(T, B*H*W, C) as (T, B, C, H, W), a view; of ``shape`` T may be another."""
+    """Return (T, B*H*W, C) as a view (T, B, C, H, W); T may differ from that of ``shape``."""
     batch, channels, height, width = shape[1:]
     return rows.view(len(rows), batch, height, width, channels).permute(0, 1, 4, 2, 3)
 
 
 class NormAdd(FusedLayer):
-    """Batch norm, and a real-valued shortcut that is added: the stream of membrane shortcuts.
+    """Batch norm plus a real-valued shortcut: the stream of membrane shortcuts.
 
-    Kept for the backward pass is the current, and the shortcut where that is normalised.
+    It keeps the current for the backward pass, and the shortcut if that is normalised.
 
     Args:
         num_channels: C.
         norm_scale: See `BatchNorm`.
-        drop_path: How often the normalised current is dropped in training, so that the shortcut
-            alone is left. Where that can be, the sum is a pass over memory of its own.
+        drop_path: Probability of dropping the normalised current in training, which leaves only the
+            shortcut. If above 0, the sum is a separate pass over memory.
     """
 
     def __init__(
@@ -400,14 +400,14 @@ class NormAdd(FusedLayer):
         *,
         copies: int = 1,
     ) -> Tensor:
-        """The sum, (T, B, C, H, W), of the current's type.
+        """Return the sum, (T, B, C, H, W), in the current's type.
 
         Args:
             current: Output of a convolution, (T, B, C, H, W).
-            shortcut: Added to the normalised current, (T, B, C, H, W); or (1, B, C, H, W) when it
-                is the same at all timesteps.
+            shortcut: Added to the normalised current, (T, B, C, H, W); or (1, B, C, H, W) if it is
+                the same at all timesteps.
             shortcut_norm: Normalises the shortcut before it is added.
-            copies: How many equal timesteps each of the current's stands for, see `BatchNorm`.
+            copies: Number of equal timesteps that each given one stands for; see `BatchNorm`.
         """
         assert shortcut is None or shortcut.shape[0] in (1, current.shape[0])
         if self.is_fused():
@@ -432,7 +432,7 @@ def _norm_add(
     drop_path: DropPath,
     kernels: NormKernels,
 ) -> Tensor:
-    """Norm and shortcut by fused kernels: one, or several where the current may be dropped."""
+    """Compute norm and shortcut by one fused kernel, or several if the current may be dropped."""
     if shortcut is not None and drop_path.is_active:
         if shortcut_norm is not None:
             shortcut = _norm_add(shortcut_norm, shortcut, None, None, drop_path, kernels)
@@ -448,14 +448,14 @@ def _norm_add(
 def carrying_membranes(
     modules: list[NeuronLayer], membranes: list[Tensor] | None
 ) -> Iterator[Callable[[], list[Tensor]]]:
-    """Have the neurons start from the given membranes, and keep their last ones, in this context.
+    """Make the neurons start from given membranes and keep their last ones in this context.
 
     Args:
-        modules: Each is to run once.
-        membranes: Of each, after its last reset, (B, ...); None: all at rest.
+        modules: Modules, each of which runs once.
+        membranes: Membranes of each after its last reset, (B, ...); None: all at rest.
 
     Yields:
-        Returns, when they have run, their membranes after the last reset.
+        Function that returns, after they have run, their membranes after the last reset.
     """
     for i, module in enumerate(modules):
         module.carries, module.membrane = True, membranes[i] if membranes else None

@@ -1,7 +1,7 @@
-"""Batch norm and max-pooling of a current, before the neurons: real numbers are pooled.
+"""Batch norm and max-pooling of a current before the neurons, which pools real numbers.
 
-The definition is a line. The fast path keeps the current alone, and a byte for each output: where
-in its window it was.
+The definition is one line. The fast path keeps only the current and, for each output, a byte with
+its position in the window.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from tetdist.nn.packed import MaxPool
 
 
 class NormPool(FusedLayer):
-    """Batch norm, then the largest of 3x3 pixels at every second one.
+    """Batch norm, then 3x3 max-pooling with stride 2.
 
     Args:
         num_channels: C.
@@ -31,9 +31,9 @@ class NormPool(FusedLayer):
         self.pool = MaxPool(3, stride=2, padding=1)
 
     def forward(self, current: Tensor, copies: int = 1) -> Tensor:
-        """(T, B, C, H, W) to (T, B, C, H', W'), H' = (H + 1) // 2.
+        """Map (T, B, C, H, W) to (T, B, C, H', W'), H' = (H + 1) // 2.
 
-        ``copies`` is how many equal timesteps each of the current's stands for; see `BatchNorm`.
+        ``copies`` is the number of equal timesteps that each given one stands for; see `BatchNorm`.
         """
         if self.is_fused():
             kernels = dispatch.norm_kernels_for((current,), copies * current.shape[0])
@@ -48,7 +48,7 @@ class NormPool(FusedLayer):
 
 
 class _FusedNormPool(torch.autograd.Function):
-    """Forward and backward of norm and pooling, (T, B, C, H, W) to (T * B, C, H', W')."""
+    """Forward and backward pass of norm and pooling: (T, B, C, H, W) to (T * B, C, H', W')."""
 
     @staticmethod
     def forward(

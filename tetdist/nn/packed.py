@@ -1,10 +1,9 @@
-"""Tensors of spikes, kept for the backward pass in a byte each.
+"""Spike tensors, kept for the backward pass with one byte per value.
 
-Convolutions want spikes as floating-point numbers, and autograd would keep them so. But spikes, the
-small sums of them that SEW blocks exchange and their means over 2x2 pixels are whole multiples of 1
-or 1/4: a byte holds each exactly. A tensor that is known to be of that kind carries its packed form
-along as an attribute; the operations here keep that and let go of the tensor itself. Without the
-attribute they are torch's own.
+Convolutions need spikes as floating-point numbers, and autograd would keep them so. But spikes, the
+small sums of them that SEW blocks exchange, and their means over 2x2 pixels are multiples of 1 or
+1/4, which a byte holds exactly. Such a tensor carries its packed form as an attribute; the
+operations here keep that and free the tensor itself. Without the attribute they are torch's own.
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ class Packed(NamedTuple):
     """A tensor's values in bytes.
 
     Attributes:
-        values: uint8, of the tensor's shape and memory layout: the tensor times ``levels``.
+        values: The tensor times ``levels``, uint8, in the tensor's shape and memory layout.
         levels: The tensor is a multiple of ``1 / levels``.
     """
 
@@ -47,14 +46,14 @@ def pack(x: Tensor, levels: int = 1) -> Packed:
 
 
 class Halved(NamedTuple):
-    """Bytes below 16, two in each, in their order in memory.
+    """Bytes below 16, packed two in one, in memory order.
 
     Attributes:
         values: uint8, flat.
         levels: See `Packed`.
         shape: Of the bytes.
-        strides: Likewise, so that what comes back is laid out as before: a convolution of another
-            layout rounds differently.
+        strides: Strides of the bytes, to restore the layout: a convolution rounds differently in
+            another layout.
     """
 
     values: Tensor
@@ -73,7 +72,7 @@ class Halved(NamedTuple):
 
 
 def halve(packed: Packed) -> Halved:
-    """Pack bytes below 16, of a tensor that fills its memory without gaps."""
+    """Pack bytes below 16 of a dense tensor."""
     values, levels = packed
     if (gpu := dispatch.triton_for(values)) is not None:
         return Halved(gpu.halve(values), levels, values.shape, values.stride())
@@ -85,26 +84,26 @@ def halve(packed: Packed) -> Halved:
 
 
 def carry(x: Tensor, packed: Packed) -> Tensor:
-    """Note a tensor's packed form on it, for the operations that come next."""
-    # The version goes with it: whoever writes into the tensor makes the note invalid.
+    """Attach a tensor's packed form to it, for the following operations."""
+    # The version is stored, too: writing into the tensor invalidates the packed form.
     x.packed_spikes = (packed, _version(x))  # type: ignore[attr-defined]  # ours
     return x
 
 
 def carried(x: Tensor) -> Packed | None:
-    """The packed form that a tensor carries, if any."""
+    """Return the packed form that a tensor carries, if any."""
     packed, version = getattr(x, "packed_spikes", (None, 0))
     return packed if version == _version(x) else None
 
 
 def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of another type, which carries the packed form that ``x`` does."""
+    """Convert a tensor to another type, keeping the packed form of ``x``."""
     packed, y = carried(x), x.to(dtype)
     return y if packed is None else carry(y, packed)
 
 
 def _version(x: Tensor) -> int:
-    # In inference_mode tensors count no versions.
+    # Tensors of inference_mode have no version counter.
     return 0 if x.is_inference() else x._version
 
 
@@ -116,8 +115,8 @@ class Conv2d(nn.Conv2d):
         flat = x.flatten(0, 1)
         dtype = _compute_type(x)
         if x.device.type == "cpu" and flat.shape[2:] == (1, 1) and dtype.itemsize == 2:
-            # torch 2.13 on a CPU: the weight's gradient of a strided bfloat16 convolution of a
-            # single pixel is whatever was in memory.
+            # torch 2.13 on a CPU leaves the weight gradient of a strided bfloat16 convolution of a
+            # single pixel uninitialised.
             bias = None if self.bias is None else self.bias.float()
             with torch.autocast("cpu", enabled=False):
                 y = self._conv_forward(flat.float(), self.weight.float(), bias)
@@ -130,7 +129,7 @@ class Conv2d(nn.Conv2d):
 
 
 def _compute_type(x: Tensor) -> torch.dtype:
-    """The type in which a convolution of ``x`` computes here and now."""
+    """Return the type in which a convolution of ``x`` computes now."""
     if x.dtype == torch.float64 or x.device.type == "meta":  # there autocast has no type
         return x.dtype
     if torch.is_autocast_enabled(x.device.type):
@@ -195,7 +194,7 @@ class MaxPool(nn.MaxPool2d):
 
 
 class _MaxPool(torch.autograd.Function):
-    """Max-pooling that keeps a byte an output: where in its window it was."""
+    """Max-pooling that keeps one byte per output: its position in the window."""
 
     @staticmethod
     def forward(
@@ -216,8 +215,7 @@ class _MaxPool(torch.autograd.Function):
 
 
 class AvgPool(nn.AvgPool2d):
-    """Mean over windows, of 2x2 pixels if nothing else is said, of each timestep of
-    (T, B, C, H, W)."""
+    """Mean over windows, by default of 2x2 pixels, of each timestep of (T, B, C, H, W)."""
 
     def __init__(self, kernel_size: int = 2, stride: int | None = None, padding: int = 0) -> None:
         super().__init__(kernel_size, stride, padding)
@@ -228,12 +226,12 @@ class AvgPool(nn.AvgPool2d):
         if packed is None or not torch.is_grad_enabled():
             return super().forward(flat).unflatten(0, x.shape[:2])
         y = _AvgPool.apply(flat, self).unflatten(0, x.shape[:2])
-        # Quarters are exact in floating point, and so are sums of them; ninths are not.
+        # Quarters and their sums are exact in floating point; ninths are not.
         return carry(y, pack(y.detach(), 4 * packed.levels)) if self.kernel_size == 2 else y
 
 
 class _AvgPool(torch.autograd.Function):
-    """Averages over windows, whose gradient asks for the input's shape alone: torch would keep the
+    """Averages over windows whose gradient needs only the input's shape; torch would keep the
     input."""
 
     @staticmethod

@@ -1,6 +1,6 @@
 """Parallel spiking neurons (PSN, Fang et al., NeurIPS 2023): all timesteps at once, without reset.
 
-What a neuron fires at is a learnt weighted sum of its currents, the same sum in a whole layer:
+A neuron fires at a learnt weighted sum of its currents, with weights shared by the layer:
 
     H[t] = sum over s of A[t, s] I[s], plus b[t]
     s[t] = 1 if H[t] >= 0 else 0
@@ -10,9 +10,9 @@ What a neuron fires at is a learnt weighted sum of its currents, the same sum in
                    depends on the last `order` currents
     sliding_psn    A[t, s] = w[order - 1 - (t - s)] for those, and one b: any number of timesteps
 
-b begins with -threshold. The values are those of the authors' code, as are the initial weights.
-There the mask of E epochs begins with 0 and is min(8 e / (E - 1), 1) in epoch e, counted from 0:
-here mask_epochs = (E - 1) / 8.
+b starts at -threshold. Default values and initial weights are those of the authors' code. There the
+mask of E epochs starts at 0 and is min(8 e / (E - 1), 1) in epoch e, counted from 0: here
+mask_epochs = (E - 1) / 8.
 """
 
 import math
@@ -50,7 +50,7 @@ class ParallelNeuron(NeuronConfig):
         return self.sums_over_time(timesteps, **parameters)
 
     def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's A, (T, T), and b, (T,), of its parameters."""
+        """Return the layer's A, (T, T), and b, (T,), from its parameters."""
         raise NotImplementedError  # Each of the three kinds has its own.
 
     def run(
@@ -65,7 +65,7 @@ class ParallelNeuron(NeuronConfig):
         return self.fired(h.view(current.shape)).to(current.dtype), torch.zeros_like(current[0])
 
     def fired(self, h: Tensor) -> Tensor:
-        """Spikes of H, with the surrogate's gradient."""
+        """Return the spikes of H, with the surrogate's gradient."""
         return neurons.step(h, self.surrogate, self.surrogate_width, at_threshold=True)
 
 
@@ -98,7 +98,7 @@ class PSN(ParallelNeuron):
 @NEURONS.register("masked_psn")
 @dataclass(frozen=True, kw_only=True)
 class MaskedPSN(ParallelNeuron):
-    """The parallel spiking neuron with only the last `order` currents, as far as `mask` says."""
+    """The parallel spiking neuron with currents before the last `order` masked by `mask`."""
 
     timesteps: int = option(4, "Number of timesteps T that the learnt weights combine.", ge=1)
     order: int = option(
@@ -120,7 +120,7 @@ class MaskedPSN(ParallelNeuron):
             raise ValueError("mask_epochs needs mask > 0, the value that mask rises to")
 
     @property
-    def causal(self) -> bool:  # type: ignore[override]  # of its numbers, and not of its class
+    def causal(self) -> bool:  # type: ignore[override]  # depends on options, not on the class
         return self.mask == 1 and not self.mask_epochs
 
     def at_epoch(self, epoch: int) -> "MaskedPSN":
@@ -192,8 +192,8 @@ class SlidingPSN(ParallelNeuron):
     def run(
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Run the neurons over time. What the next stretch starts from are the last currents,
-        (order - 1, ...)."""
+        """Run the neurons over time. The next segment starts from the last currents, (order - 1,
+        ...)."""
         wide = torch.promote_types(current.dtype, torch.float32)
         weight, bias = (parameters[name].to(wide) for name in ("weight", "bias"))
         if membrane is None:

@@ -1,19 +1,18 @@
-"""Products of spikes, of which attention is made.
+"""Products of spikes, for attention.
 
 All take and return (T, B, C, H, W). Positions are the tokens, and the channels of the heads follow
 each other: C = heads * d. In memory the channels come last, so that a position's channels are a
 token of C numbers, and nothing is transposed to become one.
 
-**Exact sums.** What attention adds up are products of spikes, which are whole numbers, and the
-neurons behind it have a threshold of whole spikes: whether there are exactly as many decides. So
-the sums are float32 at least, under autocast, too; bfloat16 would round whole numbers from 257 on,
-and float16 from 2049 on, where 196 positions and 64 channels a head make sums up to 12544. float32
-has all whole numbers up to 2^24. On a GPU TensorFloat-32 would do as well for spikes of 0 and 1:
-its ten bits of mantissa hold the factors, spikes and sums over at most 2048 positions, and it adds
-up in float32.
+**Exact sums.** Attention sums products of spikes, which are whole numbers, and the neurons behind
+it have a threshold of whole spikes, so a difference of one decides. The sums are therefore at least
+float32, under autocast, too: bfloat16 rounds whole numbers from 257 on, float16 from 2049 on, while
+196 positions and 64 channels a head give sums up to 12544. float32 has all whole numbers up to
+2^24. On a GPU TensorFloat-32 is enough for spikes of 0 and 1: its ten bits of mantissa hold the
+factors, spikes and sums over at most 2048 positions, and it adds up in float32.
 
-**Bytes.** Where spikes carry their bytes (packed.py), the backward pass keeps those alone and
-computes the sums of the forward pass again.
+**Bytes.** If spikes carry their bytes (packed.py), only those are kept for the backward pass, which
+recomputes the sums.
 """
 
 from typing import Any, TypeGuard
@@ -27,21 +26,21 @@ from tetdist.nn.precision import exact
 
 
 class Product(nn.Module):
-    """A sum of products of spikes, whose operations evaluation/operations.py counts."""
+    """A sum of products of spikes; evaluation/operations.py counts its operations."""
 
     def accumulates(self, *inputs: Tensor) -> Tensor:
-        """The additions that the spikes of a forward pass cause, () float64."""
+        """Return the additions that a forward pass's spikes cause, () float64."""
         raise NotImplementedError  # Each product has its own.
 
     def synapses(self, *inputs: Tensor) -> int:
-        """The multiplications with an addition that a forward pass of real numbers takes."""
+        """Return the multiply-accumulates that a forward pass of real numbers takes."""
         raise NotImplementedError  # Each product has its own.
 
 
 class HeadSum(Product):
     """Sum over the channels of each head: (T, B, C, H, W) to (T, B, heads, H, W), float32.
 
-    A spike is an accumulate.
+    Each spike is one accumulate.
     """
 
     def __init__(self, heads: int) -> None:
@@ -64,10 +63,10 @@ class HeadSum(Product):
 class PositionSum(Product):
     """Sum over positions of the products of two: (T, B, C, H, W) twice to (T, B, C, 1, 1), float32.
 
-    A product that is 1 is an accumulate; that both spike is a gate, and not counted.
+    Each product that is 1 is one accumulate; computing the product itself is not counted.
 
     Args:
-        spread: Applied to the products, (T, B, C, H, W), before they are added up.
+        spread: Module applied to the products, (T, B, C, H, W), before the sum.
     """
 
     def __init__(self, spread: nn.Module | None = None) -> None:
@@ -114,24 +113,24 @@ class _PositionSum(torch.autograd.Function):
 
 
 def tokens(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """(T, B, C, H, W) as (T, B, heads, N, d)."""
+    """Return (T, B, C, H, W) as (T, B, heads, N, d)."""
     of_heads = x.permute(0, 1, 3, 4, 2).flatten(2, 3).unflatten(-1, (heads, -1))
     return of_heads.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format)
 
 
 def image(x: Tensor, shape: torch.Size) -> Tensor:
-    """The reverse of `tokens`, of images of ``shape``; d may be another."""
+    """Undo `tokens` for images of ``shape``; d may differ."""
     rows = x.transpose(2, 3).flatten(3)
     return rows.unflatten(2, shape[3:]).permute(0, 1, 4, 2, 3)
 
 
 class LinearAttention(Product):
-    """Attention without a softmax, q (k^T v) times a scale, of each head by itself, float32.
+    """Attention without a softmax: q (k^T v) times a scale for each head, float32.
 
-    The result is that of (q k^T) v; this order takes d operations a token and channel instead of N.
+    The result equals (q k^T) v; this order takes d operations per token and channel instead of N.
 
-    Values may have more channels than queries and keys, d' a head. Operations: of k^T v a pair of
-    spikes of the same token is an accumulate; a spike of q adds d' of its sums.
+    Values may have more channels than queries and keys, d' a head. Operations: in k^T v each pair
+    of spikes of the same token is an accumulate; a spike of q adds d' sums.
     """
 
     def __init__(self, heads: int, scale: float = 1.0) -> None:
@@ -139,7 +138,7 @@ class LinearAttention(Product):
         self.heads, self.scale = heads, scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries and keys (T, B, C, H, W) and values (T, B, C', H, W) to (T, B, C', H, W)."""
+        """Map queries and keys (T, B, C, H, W) and values (T, B, C', H, W) to (T, B, C', H, W)."""
         packed = [one for one in map(carried, (q, k, v)) if one is not None]
         if len(packed) < 3 or not torch.is_grad_enabled():
             return self.of(q, k, v)
@@ -198,12 +197,12 @@ class _LinearAttention(torch.autograd.Function):
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """Spikes (T, B, C, H, W) where the mask spikes, too; of spikes above 1, products.
+    """Return spikes (T, B, C, H, W) where the mask also spikes; above 1, products.
 
     Args:
         x: The spikes.
-        mask: Spikes of each head at each position, (T, B, heads, H, W), or of each channel,
-            (T, B, C, 1, 1).
+        mask: Mask spikes per head and position, (T, B, heads, H, W), or per channel, (T, B, C, 1,
+            1).
     """
     packed, packed_mask = carried(x), carried(mask)
     mask = mask.to(x.dtype)

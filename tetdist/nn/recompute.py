@@ -1,12 +1,12 @@
-"""Activation checkpointing: run a block again in the backward pass instead of keeping what it made.
+"""Activation checkpointing: recompute a block in the backward pass instead of keeping activations.
 
-Of each block only the input is kept, and that packed: spikes, and the small sums of spikes that
-blocks exchange, are whole numbers (or quarters) that half a byte holds exactly. The repeated
-forward computes the same to the bit, so gradients are those of the ordinary backward pass.
+Each block keeps only its input, and that packed: spikes, and the small sums of spikes that blocks
+exchange, are whole numbers (or quarters) that half a byte holds exactly. The repeated forward pass
+is bitwise identical, so gradients are those of the ordinary backward pass.
 
-A block may also be run over segments of its timesteps, one after another, with the membranes
-carried from each to the next. The backward pass then holds the activations of one segment of one
-block at a time: what grows with T is the packed input alone.
+A block may also run over segments of timesteps, one after another, with membranes carried from each
+to the next. The backward pass then holds the activations of one segment of one block at a time, and
+only the packed input grows with T.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ class Block:
     """A part of a network as a function of (T, B, C, H, W), or of one input for all T.
 
     Args:
-        forward: The function of an input and its number of timesteps; a causal one, that is, its
-            output at t depends on inputs up to t.
-        modules: Those that it runs, each once.
+        forward: Function of an input and its number of timesteps. It must be causal: its output at
+            t depends only on inputs up to t.
+        modules: Modules that it runs, each once.
         timesteps: T.
-        segment: Length of a segment in timesteps; None: all at once.
-        levels: Inputs are multiples of ``1 / levels``; None: anything.
-        highest: The largest input, of such; below ``256 / levels``.
+        segment: Length of a segment in timesteps; None: no segments.
+        levels: Inputs are multiples of ``1 / levels``; None: any numbers.
+        highest: Largest input in that case; below ``256 / levels``.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Block:
         self.parameters = [p for top in modules for p in top.parameters() if p.requires_grad]
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """The input of each segment; where it is one for all timesteps, that."""
+        """Return each segment's input, or the input itself if it is one for all timesteps."""
         if x.shape[0] == 1 or len(self.lengths) == 1:
             return [x] * len(self.lengths)
         parts = list(x.split(self.lengths))
@@ -67,14 +67,14 @@ class Block:
     def run(
         self, x: Tensor, timesteps: int, membranes: list[Tensor] | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Output of one segment, and the membranes that the next one starts from."""
+        """Return one segment's output, and the membranes that the next one starts from."""
         if len(self.lengths) == 1:
             return self.forward(x, timesteps), []
         with carrying_membranes(self.neurons, membranes) as ends:
             return self.forward(x, timesteps), ends()
 
     def run_all(self, x: Tensor) -> Tensor:
-        """The output over all segments."""
+        """Return the output over all segments."""
         outputs, membranes = [], None
         for part, length in zip(self.split(x), self.lengths, strict=True):
             output, membranes = self.run(part, length, membranes)
@@ -82,11 +82,11 @@ class Block:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def recomputed(self, x: Tensor) -> Tensor:
-        """`run_all`, keeping only the packed input for the backward pass."""
+        """Run all segments, keeping only the packed input for the backward pass."""
         return _Recomputed.apply(x, self, *self.parameters)
 
     def pack(self, x: Tensor) -> "Kept":
-        """Make what is kept of an input."""
+        """Return the kept form of an input."""
         if self.levels is None:
             return x
         packed = carried(x) or pack(x.detach(), self.levels)
@@ -95,8 +95,8 @@ class Block:
 
 
 class _Recomputed(torch.autograd.Function):
-    """A block that is run again. Its parameters are inputs, so that their gradients come out where
-    any other's do, and whoever waits for them there (DeepSpeed) sees nothing unusual."""
+    """A recomputed block. Its parameters are inputs, so that their gradients appear in the usual
+    way for code that waits for them there (DeepSpeed)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, *_parameters: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.factors = [layer.factors for layer in block.dropping]
         ctx.autocast = _present_autocast(x.device.type)
         kept = block.pack(x)
-        # Autograd itself keeps the tensor, and frees it with the graph.
+        # Autograd keeps the tensor and frees it with the graph.
         ctx.save_for_backward(kept if isinstance(kept, Tensor) else kept.values)
         ctx.form = None if isinstance(kept, Tensor) else kept._replace(values=x.new_empty(0))
         return block.run_all(x)
@@ -126,7 +126,7 @@ class _Recomputed(torch.autograd.Function):
             grads_x: list[Tensor] = []
             grad_parameters: list[Tensor | None] = [None] * len(block.parameters)
             grad_ends: list[Tensor] = []
-            # Layers without neurons may return (1, ...) for all timesteps. They are no segments.
+            # Layers without neurons may return (1, ...) for all timesteps, without segments.
             grads = (grad_outputs[0],)
             if len(segments) > 1:
                 grads = grad_outputs[0].split(block.lengths)
@@ -162,9 +162,9 @@ def _segment_gradients(
     grad_output: Tensor,
     grad_ends: list[Tensor],
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Run one segment again, and back: gradients of its input, its first membranes, parameters.
+    """Run one segment again; return gradients of its input, initial membranes and parameters.
 
-    The way back computes in the autocast mode of the backward pass, as that of any other layer.
+    The backward pass runs in its own autocast mode, as for any other layer.
     """
     block: Block = ctx.block
     needs_input_grad: bool = ctx.needs_input_grad[0]
@@ -180,7 +180,7 @@ def _segment_gradients(
     outputs = list(
         zip([output, *ends] if grad_ends else [output], [grad_output, *grad_ends], strict=True)
     )
-    # What has no membrane, ReLU say, neither reads the one that it is given nor leaves one behind.
+    # Layers without a membrane, such as ReLU, neither read nor return one.
     ran, grads = zip(*(pair for pair in outputs if pair[0].requires_grad), strict=True)
     gradients = list(
         torch.autograd.grad(ran, [*inputs, *block.parameters], grads, materialize_grads=True)
@@ -191,7 +191,7 @@ def _segment_gradients(
 
 
 def _present_autocast(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Return what enters, later and elsewhere, the autocast mode that is active now."""
+    """Return a function that re-enters the present autocast mode later."""
     if device_type == "meta":  # there it has none
         return contextlib.nullcontext
     enabled = torch.is_autocast_enabled(device_type)

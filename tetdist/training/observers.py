@@ -76,7 +76,7 @@ class Observers(Observer):
 
     @override
     def on_batch(self, step: int, batch: Batch) -> None:
-        self._tell("on_batch", step, batch)
+        self._notify("on_batch", step, batch)
 
     @override
     def on_evaluation(self, step: int, evaluated: Evaluated) -> Mapping[str, float]:
@@ -88,18 +88,20 @@ class Observers(Observer):
                 raise ValueError(f"the line of metrics already has {min(known)}")
             added.update(numbers)
 
-        self._tell("on_evaluation", step, evaluated, take=take)
+        self._notify("on_evaluation", step, evaluated, take=take)
         return added
 
     @override
     def on_line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        self._tell("on_line", kind, step, values)
+        self._notify("on_line", kind, step, values)
 
     @override
     def on_end(self, result: Mapping[str, float] | None) -> None:
-        self._tell("on_end", result)
+        self._notify("on_end", result)
 
-    def _tell(self, event: str, *facts: Any, take: Callable[[Any], None] = lambda _: None) -> None:
+    def _notify(
+        self, event: str, *facts: Any, take: Callable[[Any], None] = lambda _: None
+    ) -> None:
         for observer in tuple(self._observers):
             try:
                 take(getattr(observer, event)(*facts))

@@ -26,13 +26,13 @@ class Launcher:
 
     Attributes:
         tags: Additional tags for MLflow.
-        goes_on_after: Signals after which the launcher restarts the run; MLflow keeps showing it as
+        restarts_after: Signals after which the launcher restarts the run; MLflow still shows it as
             running.
         on_failure: Called with a process's error, before the other processes lose it and fail, too.
     """
 
     tags: Mapping[str, str] = field(default_factory=dict)
-    goes_on_after: Collection[int] = ()
+    restarts_after: Collection[int] = ()
     on_failure: Callable[[Exception], None] = lambda _: None
 
 
@@ -91,7 +91,7 @@ class RunRecord:
             self._log_checkpoint(tracker)
             status = "FINISHED"
         except Stopped:
-            restarts = stop.exit_status - 128 in self.launcher.goes_on_after
+            restarts = stop.exit_status - 128 in self.launcher.restarts_after
             status = "RUNNING" if restarts else "KILLED"
             raise
         finally:

@@ -128,7 +128,7 @@ class Step:
 
     def _drop(self, dropped: tuple[Tensor, ...]) -> None:
         for factors in dropped:
-            dropout.give(self._dropping, factors)
+            dropout.set_factors(self._dropping, factors)
 
     def examine(self, step: int, batches: Iterable[MicroBatch]) -> health.Examination:
         """Repeat the forward and backward passes of a step and check every layer.

@@ -109,7 +109,9 @@ class _Start:
 
             self.config = loading.load_written(Path(self.job.config))
             tags = self._begin() if self.is_first else {}
-            launcher = Launcher(tags=tags, goes_on_after=RESTART_AFTER, on_failure=self._on_failure)
+            launcher = Launcher(
+                tags=tags, restarts_after=RESTART_AFTER, on_failure=self._on_failure
+            )
             status = train(self.config, observers, launcher)
         except (UserError, ModuleNotFoundError) as error:
             self._write_failure(error)

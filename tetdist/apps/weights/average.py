@@ -153,7 +153,7 @@ def recompute_statistics(
                 # As in training: a network from outside draws of torch's generator.
                 torch.manual_seed(order.forward_seed(config.seed, first + step, number))
                 for factors in drop_factors(config, dropping, first + step, number, device):
-                    dropout.give(dropping, factors)
+                    dropout.set_factors(dropping, factors)
                 with autocast(device, config.precision):
                     model(images, per_timestep=True)
             # So each step has the same weight in the end.

@@ -1,6 +1,6 @@
-"""Builds the kernels in C++ (kernels/) and loads them.
+"""Builds the C++ kernels (kernels/) and loads them.
 
-A library is compiled once for each kind of neuron, in seconds, and kept in the user's cache folder.
+Compiling takes seconds, happens once per kind of neuron, and is cached in the user's folder.
 """
 
 import contextlib
@@ -23,22 +23,22 @@ from tetdist.storage.files import OthersMayWrite, is_ours_alone, own_cache
 
 logger = logging.getLogger(__name__)
 
-# Why there are no kernels of a name, for whoever wants to say so.
+# Reasons why kernels could not be loaded, by name, for messages.
 failures: dict[str, str] = {}
 
 KERNELS = Path(__file__).with_name("kernels")
-# No fused multiply-add, so that rounding is that of torch. And neither errno nor floating-point
-# traps: nobody looks at them, and they keep a compiler from vectorising choices.
+# No fused multiply-add, so that rounding equals torch's. No errno or floating-point traps: they are
+# unused, and keep the compiler from vectorising branches.
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"] + [
     f"-f{option}" for option in ("fp-contract=off", "no-math-errno", "no-trapping-math")
 ]
 COMPILE_LIMIT = 300  # seconds
-_ASIDE = "tetdist-kernels-"  # begins the names of folders in which a library is being made
+_ASIDE = "tetdist-kernels-"  # prefix of folders in which a library is being built
 
 
 def load_library(name: str, *variant: str) -> ctypes.CDLL | None:
-    """Load kernels/NAME.cpp; None without both a working compiler and an earlier result."""
-    # The second folder is for caches that are full, or from which nothing may be executed.
+    """Load kernels/NAME.cpp; None without a cached build or a working compiler."""
+    # The second folder serves if the cache is full or forbids execution.
     for open_folder in (_cache, _passing_folder):
         try:
             with open_folder() as folder:
@@ -49,18 +49,18 @@ def load_library(name: str, *variant: str) -> ctypes.CDLL | None:
 
 
 def _built(source: Path, variant: tuple[str, ...], folder: Path) -> Path:
-    """The library, from the folder or from a compiler.
+    """Return the library from the folder, or compile it.
 
     Raises:
-        OSError, subprocess.SubprocessError: It is not there, and there is no working compiler.
+        OSError, subprocess.SubprocessError: It is not cached, and there is no working compiler.
     """
     headers = sorted(KERNELS.glob("*.h"))
     text = b"".join(file.read_bytes() for file in (source, *headers))
-    # Home folders are shared by machines with different processors.
+    # Machines with different processors may share a home folder.
     prefix = f"{source.stem}-{_digest(text, *FLAGS, *variant, _processor())}"
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if not compiler or shutil.which(compiler[0]) is None:
-        # A machine without a compiler takes what one beside it has made.
+        # Without a compiler, use a library that another machine built.
         if (library := _whole_one(folder, f"{prefix}-*.so")) is not None:
             return library
         raise FileNotFoundError("there is no C++ compiler")
@@ -72,19 +72,19 @@ def _built(source: Path, variant: tuple[str, ...], folder: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=folder) as aside:
         objects, built = Path(aside) / "kernels.o", Path(aside) / "kernels.so"
         _run(*compiler, *FLAGS, *variant, "-c", str(source), "-o", str(objects))
-        # OpenMP's runtime is left out: torch has brought one, and two would fight for the cores.
+        # OpenMP's runtime is left out: torch has loaded one, and two would compete for the cores.
         _run(*compiler, "-shared", str(objects), "-o", str(built))
         with built.open("rb") as file:
             os.fsync(file.fileno())
         built.chmod(0o700)
         library = folder / f"{prefix}-{_digest(built.read_bytes())}.so"
-        # Several processes may build it at the same time; each finds a whole one.
+        # Several processes may build it at once; each sees only complete files.
         built.replace(library)
     return library
 
 
 def _whole_one(folder: Path, pattern: str) -> Path | None:
-    """A library whose contents are those that its name says; to load another could be a crash."""
+    """Return a library whose contents match the hash in its name; others could crash."""
     for library in sorted(folder.glob(pattern)):
         try:
             facts = library.lstat()
@@ -114,10 +114,10 @@ def _run(*command: str) -> str:
 
 @contextlib.contextmanager
 def _cache() -> Iterator[Path]:
-    """The folder of this user's own; what lies in it is loaded as code.
+    """Yield this user's cache folder, whose files are loaded as code.
 
     Raises:
-        OSError: There is none that only this user can write to.
+        OSError: There is no folder that only this user can write to.
     """
     try:
         yield own_cache()
@@ -137,7 +137,7 @@ def _warn_of(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _passing_folder() -> Iterator[Path]:
-    """A folder for the moment, where there is no cache: a loaded library needs its file no more."""
+    """Yield a temporary folder, for lack of a cache: a loaded library needs no file."""
     parent = Path(tempfile.gettempdir())
     _remove_leftovers(parent)
     with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=parent) as folder:
@@ -145,11 +145,11 @@ def _passing_folder() -> Iterator[Path]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what was left there by processes that were killed while they compiled."""
+    """Remove what processes left there that were killed while compiling."""
     for leftover in folder.glob(f"{_ASIDE}*"):
         with contextlib.suppress(OSError):
             facts = leftover.lstat()
-            # Two commands of the compiler are bounded in time, so nobody works there any more.
+            # Compiling takes two commands with time limits, so no process still works there.
             if facts.st_uid == os.getuid() and time.time() - facts.st_mtime > 3 * COMPILE_LIMIT:
                 shutil.rmtree(leftover)
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # Whether Triton's kernels are used, by type of device; decided once in a process.
 _uses_triton: dict[str, bool] = {}
-# The module triton_kernels in the context on_meta.
+# The module triton_kernels within on_meta.
 _for_meta: Any = None
 
 
@@ -42,19 +42,19 @@ def kernels_for(
         config: The neuron.
         tensors: Current, shortcut and identity.
         timesteps: T.
-        carries: Whether membranes are carried on.
-        packs: Whether spikes are packed, too.
+        carries: Whether membranes are carried to a next segment.
+        packs: Whether spikes are also packed into bytes.
     """
     parallel = isinstance(config, ParallelNeuron)
-    # What sums over time carry on is no membrane.
+    # Neurons of sums over time have no membrane to carry.
     if not config.has_kernels or (carries and parallel):
         return None
     kernels = _module_for(*tensors)
-    # For sums over time there are no kernels in Triton yet.
+    # There are no Triton kernels for sums over time yet.
     if kernels is None or (parallel and kernels is not native):
         return None
     if kernels is native and native.neuron_library(config) is None:
-        _say_that_there_is_no_library()
+        _warn_of_missing_library()
         return None
     return _neuron_kernels(kernels, config, timesteps, carries, packs)
 
@@ -85,13 +85,13 @@ def _module_for(*tensors: Tensor | None) -> Any:
     if not native_library.serves(*tensors):
         return triton_for(*tensors)
     if native.norm_library() is None:
-        _say_that_there_is_no_library()
+        _warn_of_missing_library()
         return None
     return native
 
 
 @functools.cache
-def _say_that_there_is_no_library() -> None:
+def _warn_of_missing_library() -> None:
     logger.warning(
         "the C++ kernels cannot be built or loaded here (%s), so normalisation and neurons run "
         "as plain torch operations, slower and with more memory; install a C++ compiler (Debian: "
@@ -101,7 +101,7 @@ def _say_that_there_is_no_library() -> None:
 
 
 def triton_for(*tensors: Tensor | None) -> Any:
-    """The module triton_kernels, if it serves these tensors; else None."""
+    """Return the module triton_kernels if it serves these tensors, else None."""
     devices = {tensor.device.type for tensor in tensors if tensor is not None}
     if devices == {"meta"}:
         return _for_meta
@@ -116,7 +116,7 @@ def triton_for(*tensors: Tensor | None) -> Any:
 
 @contextlib.contextmanager
 def on_meta(launch: Callable[..., None]) -> Iterator[None]:
-    """Treat tensors without numbers as a GPU's, in this context, and start no kernel.
+    """Treat meta tensors as a GPU's within this context, and launch no kernel.
 
     Args:
         launch: Called in place of triton_kernels.launch.
@@ -136,13 +136,13 @@ def decide(
 ) -> None:
     """Decide whether Triton's kernels are used on a device: on all processes of a run, or on none.
 
-    Rounding differs between them and the definition, so that processes which decided differently
-    would train different networks. If they are not used, each process says why.
+    They round differently from the definition, so processes that decided differently would train
+    different networks. If they are not used, each process logs why.
 
     Args:
         device: This process's.
-        gather: Given this process's reason against them (None: there is none), returns those of all
-            processes, by rank. Every process must call this then.
+        gather: Takes this process's reason against them (None: no reason) and returns those of all
+            processes, by rank. All processes must call `decide` then.
     """
     if device.type != "cuda":
         return
@@ -163,7 +163,7 @@ def decide(
 def _reason_against_triton(device: torch.device) -> str | None:
     try:
         importlib.import_module("tetdist.nn.fast.triton_kernels").check(device)
-    except Exception as error:  # Triton, the driver and the compiler raise many kinds.
+    except Exception as error:  # Triton, the driver and the compiler raise many types of errors.
         lines = str(error).strip().splitlines()
         return lines[0] if lines else type(error).__name__
     return None

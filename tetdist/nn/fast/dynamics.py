@@ -1,4 +1,4 @@
-"""The choices and numbers of a kind of neuron that its kernels need."""
+"""The parameters of a neuron that its kernels need."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,15 @@ from tetdist.nn.parallel_neurons import ParallelNeuron
 
 @dataclass(frozen=True)
 class Dynamics:
-    """A neuron in the terms of the kernels.
+    """A neuron's parameters as the kernels take them.
 
     Attributes:
-        decay: As it begins, where it is learnt.
-        most: The most spikes in a timestep, where it counts them; None: it fires or does not.
-        levels: What it sends is its number of spikes over this.
+        decay: Decay; the initial one if it is learnt.
+        most: Maximum number of spikes in a timestep; None: at most one.
+        levels: Divisor of the number of spikes that is sent.
         learns_decay: Whether ``share``, 1 - decay, is learnt.
         scales_input: Whether the current is multiplied by the share.
-        parallel: Whether it has no membrane at all, but fires at learnt sums over time.
+        parallel: Whether it has no membrane and fires at learnt sums over time.
     """
 
     threshold: float
@@ -36,7 +36,7 @@ class Dynamics:
 
 
 def dynamics_of(config: NeuronConfig) -> Dynamics:
-    """The dynamics of a kind of neuron that has kernels."""
+    """Return the dynamics of a neuron that has kernels."""
     match config:
         case LIF():
             return Dynamics(
@@ -52,7 +52,7 @@ def dynamics_of(config: NeuronConfig) -> Dynamics:
             )
         case ILIF():
             assert config.levels is not None
-            # There is no step, hence neither a surrogate nor a threshold to be met exactly.
+            # Counting neurons have no step function, so no surrogate and no exact threshold.
             return Dynamics(
                 decay=config.decay,
                 threshold=config.threshold,

@@ -1,9 +1,9 @@
-"""Normalisation, an added shortcut, the neuron and added spikes as one operation: the fast path.
+"""The fast path: normalisation, shortcut, neuron and added spikes as one operation.
 
-It computes what the end of `NormNeuron.forward` says in one pass over memory each way. The forward
-pass keeps the convolution's output and two numbers per channel; the backward pass computes the
-normalised current and the membranes again from them, in registers, so nothing of the size of T
-membranes is ever stored. The kernels see every activation as (T, N, C), N = B*H*W, channels last.
+It computes the end of `NormNeuron.forward` in one pass over memory each way. The forward pass keeps
+the convolution's output and two numbers per channel; from these the backward pass recomputes the
+normalised current and the membranes in registers, so nothing of the size of T membranes is ever
+stored. The kernels see every activation as (T, N, C), N = B*H*W, channels last.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from tetdist.nn.batch_norm import BatchNorm
 
 
 class Affine(NamedTuple):
-    """A normalisation, ``gain * x + offset``, and the statistics that it is made of; each (C,)."""
+    """A normalisation, ``gain * x + offset``, and its statistics; each (C,)."""
 
     gain: Tensor
     offset: Tensor
@@ -26,16 +26,16 @@ class Affine(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Inputs of a layer's neurons: the parts of their current, and the membranes at the start.
+    """Inputs of a layer's neurons: the parts of their current, and the initial membranes.
 
     Attributes:
-        x: The convolution's output, (T, N, C), or (1, N, C) where all timesteps share it.
+        x: The convolution's output, (T, N, C), or (1, N, C) if all timesteps share it.
         shortcut: Added to the normalised x, (T, N, C).
-        affine: Normalises x; None: x is the current, and N and C any two numbers whose product is
-            that of neurons. Then there is no shortcut.
-        of_shortcut: Normalises the shortcut; None: it is added as it is.
-        start: Membranes after an earlier stretch of time, (N, C); None: at rest.
-        learned: What the neurons learn themselves, as `NeuronConfig.for_kernels` has it.
+        affine: Normalises x. None: x is the current, without a shortcut, and N * C is the number of
+            neurons, divided in any way.
+        of_shortcut: Normalises the shortcut; None: it is added unchanged.
+        start: Membranes after an earlier segment, (N, C); None: at rest.
+        learned: The neurons' own learnt values, from `NeuronConfig.for_kernels`.
     """
 
     x: Tensor
@@ -48,8 +48,8 @@ class Inputs(NamedTuple):
 
 class Sums(NamedTuple):
     """Sums over T and N, each (C,): of the current's gradient, and of its products with the
-    normalised x and the normalised shortcut, both before gain and offset. And the gradients of what
-    the neurons learn."""
+    normalised x and shortcut, before gain and offset; and the gradients of the neurons' learnt
+    values."""
 
     grad: Tensor
     grad_xhat: Tensor
@@ -58,13 +58,13 @@ class Sums(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """The norm of a convolution's output, and that of the shortcut; None: it is added as it is."""
+    """Norms of a convolution's output and of the shortcut (None: it is added unchanged)."""
 
     of_x: BatchNorm
     of_shortcut: BatchNorm | None = None
 
     def parameters(self) -> list[Tensor | None]:
-        """Weight and bias of both norms."""
+        """Return weight and bias of both norms."""
         other = self.of_shortcut
         others = [None, None] if other is None else [other.weight, other.bias]
         return [self.of_x.weight, self.of_x.bias, *others]
@@ -72,7 +72,7 @@ class Norms(NamedTuple):
     def normalizations(
         self, kernels: "NormKernels", x: Tensor, shortcut: Tensor | None, parameters: Sequence[Any]
     ) -> tuple[Affine, Affine | None]:
-        """Make the normalisations of x and the shortcut; `parameters` are as autograd has them."""
+        """Make the normalisations of x and the shortcut from autograd's `parameters`."""
         affine = kernels.normalization(self.of_x, x, *parameters[:2])
         if self.of_shortcut is None:
             return affine, None
@@ -83,9 +83,9 @@ class Norms(NamedTuple):
     def averaged(
         self, sums: Sums, *, training: bool
     ) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
-        """The sums for x and for the shortcut, over the processes that normalise together.
+        """Average the sums of x and of the shortcut over the processes that normalise together.
 
-        None: it is not normalised, or not by statistics of its own.
+        None: not normalised, or not by batch statistics.
         """
 
         def averaged(norm: BatchNorm, products: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ class Norms(NamedTuple):
         return averaged(self.of_x, sums.grad_xhat), of_shortcut
 
     def gradients(self, sums: Sums) -> tuple[Tensor | None, ...]:
-        """Gradients of `parameters`, each (C,)."""
+        """Return the gradients of `parameters`, each (C,)."""
         of_x = (_times(self.of_x.scale, sums.grad_xhat), sums.grad)
         if self.of_shortcut is None:
             return *of_x, None, None
@@ -112,31 +112,31 @@ class Norms(NamedTuple):
 
 
 def _times(scale: float, x: Tensor) -> Tensor:
-    # Most norms have no scale of their own, and on a GPU a product is one kernel more to start.
+    # Most norms have scale 1, and on a GPU a product is one more kernel to launch.
     return x if scale == 1 else scale * x
 
 
 class NormKernels(Protocol):
-    """Kernels without neurons. Tensors are without gaps.
+    """Kernels without neurons; tensors are contiguous.
 
     Attributes:
-        timesteps: T, which counts for the statistics: what is given as (1, N, C) stands for all.
+        timesteps: T, for the statistics: an input (1, N, C) stands for all timesteps.
     """
 
     timesteps: int
 
     def normalization(self, norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
-        """Make the normalisation of x, by its own statistics in training, which are recorded then.
+        """Make the normalisation of x; in training, from its batch statistics, which are recorded.
 
-        weight and bias are those of the norm, as autograd has them.
+        ``weight`` and ``bias`` are the norm's, as autograd passes them.
         """
 
     def add(
         self, x: Tensor, shortcut: Tensor | None, affine: Affine, of_shortcut: Affine | None
     ) -> Tensor:
-        """The normalised x plus the shortcut, normalised if ``of_shortcut`` is given, (T, N, C).
+        """Add the normalised x and the shortcut, normalised if ``of_shortcut`` is given, (T, N, C).
 
-        The shortcut may be (1, N, C), for all timesteps.
+        The shortcut may be (1, N, C) for all timesteps.
         """
 
     def add_sums(
@@ -147,45 +147,44 @@ class NormKernels(Protocol):
         of_shortcut: Affine | None,
         grad: Tensor,
     ) -> Sums:
-        """The sums that batch norm's backward pass needs, of the gradient of what `add` returned.
+        """Return batch norm's backward sums for the gradient of the result of `add`.
 
-        The shortcut is needed where it was normalised.
+        The shortcut is needed if it was normalised.
         """
 
     def norm_gradient(
         self, x: Tensor, grad: Tensor, affine: Affine, sums: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """The gradient of x of that of the normalised x, both (T, N, C).
+        """Return the gradient of x from that of the normalised x, both (T, N, C).
 
         Args:
             x: What was normalised.
             grad: The gradient of the normalised x.
-            affine: What normalised it.
+            affine: The normalisation.
             sums: Of the gradient and of its products with the normalised x, averaged over the
                 processes that normalise together; None: the statistics were constants.
         """
 
 
 class NeuronKernels(NormKernels, Protocol):
-    """Kernels of one variant: neuron, T, whether membranes are carried on, and whether spikes
-    are packed, too."""
+    """Kernels of one variant: neuron, T, and whether membranes are carried and spikes packed."""
 
     def spikes(
         self, inputs: Inputs, identity: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Spikes plus identity, (T, N, C); the same in bytes, or None; membranes after the last
-        reset, (N, C), or None."""
+        """Return spikes plus identity, (T, N, C); the same in bytes, or None; membranes after the
+        last reset, (N, C), or None."""
 
     def current_gradient(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Gradients of x, which is not normalised, of the start, if there is one, and of what the
-        neurons learn."""
+        """Return the gradients of x, which is not normalised, of the start, if any, and of the
+        learnt values."""
 
     def sums(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Sums, Any]:
-        """The sums that batch norm's backward pass needs, and what `gradients` is to be given."""
+        """Return batch norm's backward sums, and the argument ``kept`` of `gradients`."""
 
     def gradients(
         self,
@@ -198,7 +197,7 @@ class NeuronKernels(NormKernels, Protocol):
         *,
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of x (None where it needs none), shortcut and start.
+        """Return the gradients of x (None if not needed), shortcut and start.
 
         Args:
             inputs: Those of `sums`.
@@ -207,15 +206,15 @@ class NeuronKernels(NormKernels, Protocol):
             kept: What `sums` returned.
             of_x: Sums of the gradient and of its products with the normalised x, averaged over the
                 processes that normalise together; None: the statistics were constants.
-            of_shortcut: The same of the shortcut, where that is normalised.
+            of_shortcut: The same for the shortcut, if it is normalised.
             needs_x: Whether x needs a gradient.
         """
 
 
 class FusedNeuron(torch.autograd.Function):
-    """Forward and backward of neurons alone, of a current (T or 1, N, C).
+    """Forward and backward pass of neurons alone, for a current (T or 1, N, C).
 
-    Returns what `FusedNormNeuron` does. Kept for the backward pass is the current.
+    Returns what `FusedNormNeuron` does; keeps the current for the backward pass.
     """
 
     @staticmethod
@@ -243,7 +242,7 @@ class FusedNeuron(torch.autograd.Function):
 def _gradients_of_outputs(
     x: Tensor, timesteps: int, grad_outputs: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of spikes, which are 0 if there are none, and of the last membranes."""
+    """Return the gradients of the spikes (0 if there are none) and of the last membranes."""
     grad_spikes, _, grad_end = grad_outputs
     if grad_spikes is None:
         assert grad_end is not None
@@ -252,11 +251,10 @@ def _gradients_of_outputs(
 
 
 class FusedNormNeuron(torch.autograd.Function):
-    """Forward and backward of norm + shortcut + neuron + identity on (T, N, C) tensors.
+    """Forward and backward pass of norm + shortcut + neuron + identity on (T, N, C) tensors.
 
-    ``parameters`` are those of the norms, and what the neurons learn. Returns the spikes; where
-    they are to be packed, the same in bytes; where it is to be carried on, the membrane after the
-    last reset, (N, C).
+    ``parameters`` are those of the norms and the neurons' learnt values. Returns the spikes; the
+    same in bytes, if packed; the membrane after the last reset, (N, C), if carried.
     """
 
     @staticmethod
@@ -310,9 +308,9 @@ class FusedNormNeuron(torch.autograd.Function):
 
 
 class FusedNormAdd(torch.autograd.Function):
-    """Forward and backward of norm + shortcut, of (T, N, C); the shortcut may be (1, N, C).
+    """Forward and backward pass of norm + shortcut on (T, N, C); the shortcut may be (1, N, C).
 
-    Kept for the backward pass is x, and the shortcut where that is normalised.
+    Keeps x for the backward pass, and the shortcut if it is normalised.
     """
 
     @staticmethod

@@ -1,7 +1,6 @@
 """Normalisation and neurons in C++, on a CPU: kernels/norm.cpp and kernels/neuron.cpp.
 
-build.py compiles a library once for each kind of neuron; neither T nor shapes, types and layers are
-a reason to compile again.
+build.py compiles a library once per kind of neuron, for any T, shapes, types and layers.
 """
 
 import ctypes
@@ -84,14 +83,14 @@ class NormKernels:
         mean, var = norm.running_mean, norm.running_var
         if norm.training:
             mean, var = norm.over_processes(*self.statistics(x))
-            # Where one x serves all timesteps, mean and variance are those of its T copies, too.
+            # If all timesteps share x, mean and variance equal those of its T copies.
             norm.record(mean, var, self.timesteps * x.shape[1])
         rstd = torch.rsqrt(var + norm.eps)
         gain = norm.scale * weight * rstd
         return Affine(gain, bias - gain * mean, mean, rstd)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of each channel."""
+        """Return mean and biased variance of each channel."""
         channels, rows = x.shape[-1], x.shape[0] * x.shape[1]
         mean, var = torch.empty(2, channels, dtype=wide_type(x))
         partial = self.norms.partial(2, rows, x)
@@ -160,8 +159,8 @@ def _empty_sums(x: Tensor, of_shortcut: Affine | None) -> Sums:
 
 
 class _Gradients(NamedTuple):
-    """Gradients of the current, (T, N, C), or None where nobody needs it at each timestep; of x as
-    it was normalised, which is its sum over time where all timesteps share x; of the start."""
+    """Gradients of the current, (T, N, C), or None if not needed per timestep; of the normalised x,
+    which is the sum over time if all timesteps share x; of the start."""
 
     total: Tensor | None
     of_normalized: Tensor
@@ -169,7 +168,7 @@ class _Gradients(NamedTuple):
 
 
 class NeuronKernels(NormKernels):
-    """The kernels of fused.py, for a neuron, T, and what the spikes come with: neuron.cpp."""
+    """The kernels of fused.py for one variant: kernels/neuron.cpp."""
 
     def __init__(self, config: NeuronConfig, timesteps: int, *, carries: bool, packs: bool) -> None:
         super().__init__(timesteps)
@@ -179,7 +178,7 @@ class NeuronKernels(NormKernels):
         self.carries, self.packs = carries, packs
 
     def _neuron(self, learned: Tensor | None) -> _Neuron:
-        """The numbers of the neuron; it refers to those that are learnt, flat in float64."""
+        """Return the neuron's parameters; it refers to the learnt values, flat in float64."""
         of = self.dynamics
         decay, share = of.decay, 1 - of.decay
         if of.learns_decay:
@@ -208,14 +207,13 @@ class NeuronKernels(NormKernels):
     def sums(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Sums, _Gradients]:
-        # On a CPU the gradient of the current is worth writing down: to compute it again would take
-        # longer than to read it.
+        # On a CPU storing the current's gradient pays: recomputing takes longer than reading.
         x, shortcut, affine, of_shortcut, start, learned = inputs
         timesteps, rows, channels = grad_spikes.shape
         shared = x.shape[0] == 1
         norms = [as_wide(t, x) for one in (affine, of_shortcut) for t in one or _NONE]
         start, grad_end = as_wide(start, x), as_wide(grad_end, x)
-        # Where all timesteps share x, theirs is the sum; each one's own is the shortcut's alone.
+        # If all timesteps share x, its gradient is the sum; only the shortcut needs each one.
         total = torch.empty_like(grad_spikes) if shortcut is not None or not shared else None
         own = torch.empty_like(x) if shared else None
         sums = _empty_sums(x, of_shortcut)
@@ -271,7 +269,7 @@ class NeuronKernels(NormKernels):
                 )
         grad_x = None
         if needs_x:
-            # Written over the other, unless that is the shortcut's gradient, too.
+            # Overwrite the other, unless it is also the shortcut's gradient.
             in_place = grad_shortcut is not kept.of_normalized
             grad_x = self.norm_gradient(
                 inputs.x, kept.of_normalized, inputs.affine, of_x, in_place=in_place
@@ -280,7 +278,7 @@ class NeuronKernels(NormKernels):
 
 
 def _flat(learned: tuple[Tensor, ...]) -> Tensor | None:
-    """All that neurons learn, one after the other, float64; None: nothing."""
+    """Return all learnt values of the neurons, flat in float64; None if there are none."""
     return torch.cat([one.double().flatten() for one in learned]) if learned else None
 
 

@@ -1,4 +1,4 @@
-"""Libraries in C++: the types that they serve, and how tensors are handed to them."""
+"""C++ libraries: supported types, and passing of tensors."""
 
 import ctypes
 import itertools
@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHANNELS = 64  # that kernels/neuron.cpp works on at a time
+CHANNELS = 64  # that kernels/neuron.cpp processes at a time
 TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
 def serves(*tensors: Tensor | None) -> bool:
-    """Return whether the C++ kernels serve tensors of these types, one for all."""
+    """Return whether the C++ kernels serve these tensors, which must share one type."""
     types = {tensor.dtype for tensor in tensors if tensor is not None}
     devices = {tensor.device.type for tensor in tensors if tensor is not None}
     return devices == {"cpu"} and len(types) == 1 and types <= TYPES.keys()
 
 
 class Library:
-    """A library whose functions exist for each type, and whose sums are made of blocks of rows."""
+    """A library with functions for each type and with sums made of blocks of rows."""
 
     def __init__(self, library: ctypes.CDLL, signatures: dict[str, tuple[Any, ...]]) -> None:
         self.library = library
@@ -36,7 +36,7 @@ class Library:
         return int(count(rows, channels))
 
     def partial(self, sums: int, rows: int, like: Tensor) -> Tensor:
-        """Room for so many sums a channel of every block of rows."""
+        """Allocate ``sums`` sums per channel for every block of rows."""
         channels = like.shape[-1]
         blocks = self.num_blocks(rows, channels)
         return torch.empty(sums * blocks * channels, dtype=wide_type(like))

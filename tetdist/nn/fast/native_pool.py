@@ -35,7 +35,7 @@ class Pool(Pooling):
 
 @functools.cache
 def pool() -> Pool | None:
-    """Pooling, compiled if it never was on this machine; None without a compiler."""
+    """Return the pooling kernels, built on first use; None without a compiler."""
     library = load_library("pool")
     if library is None:
         return None
@@ -49,14 +49,14 @@ def pool() -> Pool | None:
 
 
 def total(x: Tensor) -> Tensor:
-    """Sum of all elements, () float64; exact for spikes and small sums of them.
+    """Return the sum of all elements, () float64; exact for spikes and small sums of them.
 
-    On a CPU torch would first make a float32 copy of a bfloat16 tensor, which takes a fifth of the
-    time of an evaluation.
+    On a CPU torch would first copy a bfloat16 tensor to float32, which takes a fifth of an
+    evaluation's time.
     """
     library = _sums() if serves(x) and x.dtype == torch.bfloat16 else None
     if library is None:
-        # float32 is exact up to 2^24 only, so that it has to do for one image of a channel, (H, W).
+        # float32 is exact only up to 2^24, so sum one channel of one image, (H, W), at a time.
         image = tuple(range(x.ndim)[-2:])
         parts = x.sum(image, dtype=torch.promote_types(x.dtype, torch.float32))
         return parts.sum(dtype=torch.float64)

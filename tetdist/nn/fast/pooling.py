@@ -1,4 +1,4 @@
-"""Max-pooling whose kernels, in C++ and in Triton, remember in a byte where a maximum was."""
+"""Max-pooling with kernels in C++ and Triton that store a maximum's position in a byte."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from tetdist.nn.fast.fused import Affine
 
 
 class Sizes(NamedTuple):
-    """Sizes of images, of what is pooled of them, and of the windows, in the order of pool.cpp."""
+    """Sizes of images, pooled images and windows, in the order of pool.cpp."""
 
     images: int
     height: int
@@ -23,7 +23,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, shape: torch.Size, pool: nn.MaxPool2d) -> "Sizes":
-        """The sizes for images (N, C, H, W) and square windows, without dilation and all whole."""
+        """Return the sizes for images (N, C, H, W) and square windows, without dilation."""
         kernel, stride, padding = pool.kernel_size, pool.stride, pool.padding
         assert isinstance(kernel, int)
         assert isinstance(stride, int)
@@ -37,8 +37,8 @@ class Sizes(NamedTuple):
 
 
 class Pooling:
-    """Max-pooling of images (N, C, H, W): of those whose values are in bytes, too, and of currents
-    that are normalised. A subclass starts the kernels."""
+    """Max-pooling of images (N, C, H, W), from bytes or from a normalised current. A subclass
+    launches the kernels."""
 
     def start(
         self, name: str, tensors: tuple[Tensor, ...], sizes: Sizes, levels: int | None
@@ -46,18 +46,17 @@ class Pooling:
         """Start a kernel.
 
         Args:
-            name: Its function.
-            tensors: What it reads, then what it writes: vectors (C,) and images (N, H, W, C),
-                without gaps.
-            sizes: Those of the pooling.
-            levels: Bytes are multiples of ``1 / levels``; None: it reads none.
+            name: Name of its function.
+            tensors: Inputs, then outputs: vectors (C,) and images (N, H, W, C), contiguous.
+            sizes: Sizes of the pooling.
+            levels: Bytes count multiples of ``1 / levels``; None: it reads no bytes.
         """
         raise NotImplementedError  # C++ and Triton have their own.
 
     def forward(
         self, packed: Tensor, levels: int, dtype: torch.dtype, pool: nn.MaxPool2d
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest of each window, of ``dtype`` and in bytes, and where it was."""
+        """Return each window's maximum, as ``dtype`` and in bytes, and its position."""
         sizes = Sizes.of(packed.shape, pool)
         out, where = _results(packed, sizes, dtype)
         most = torch.empty_like(where)
@@ -67,7 +66,7 @@ class Pooling:
     def forward_normalized(
         self, x: Tensor, affine: Affine, pool: nn.MaxPool2d
     ) -> tuple[Tensor, Tensor]:
-        """The largest of each window of a current, normalised, and where it was."""
+        """Return each window's maximum of a normalised current, and its position."""
         sizes = Sizes.of(x.shape, pool)
         out, where = _results(x, sizes, x.dtype)
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -78,7 +77,7 @@ class Pooling:
     def backward(
         self, grad: Tensor, where: Tensor, shape: torch.Size, pool: nn.MaxPool2d
     ) -> Tensor:
-        """The gradient of the images, whose shape is given."""
+        """Return the gradient of images of the given shape."""
         sizes = Sizes.of(shape, pool)
         grad_in = grad.new_empty(sizes.images, sizes.height, sizes.width, sizes.channels)
         self.start("backward", (_rows(grad), where, grad_in), sizes, None)
@@ -90,6 +89,6 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _results(like: Tensor, sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Room for what is pooled, of ``dtype``, and for where it was."""
+    """Allocate the pooled images, of ``dtype``, and the positions."""
     shape = (sizes.images, sizes.out_height, sizes.out_width, sizes.channels)
     return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=torch.uint8)

@@ -1,9 +1,9 @@
-"""The kernels in Triton (kernels/*.py), which compute on a GPU: how they are called.
+"""Calls of the Triton kernels (kernels/*.py), which run on a GPU.
 
-Triton compiles a kernel for each kind of neuron, T, type, and set of tensors that are there, in
-seconds, and keeps it in its cache; neither shapes nor layers are a reason to compile again. How
-work is divided depends on shapes alone, and no sum on what ran before: results have the same bits
-on every GPU of a kind, on a resume, too.
+Triton compiles a kernel for each kind of neuron, T, type and set of present tensors, in seconds,
+and caches it; shapes and layers need no recompilation. The division of work depends only on shapes,
+and no sum depends on what ran before: results are bitwise identical on all GPUs of a model, also
+after resuming.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ from tetdist.nn.fast.pooling import Pooling, Sizes
 from tetdist.nn.neurons import NeuronConfig
 
 Argument = Tensor | int | None
-# Before, kernels knew no tuples.
+# Older versions of Triton lack tuples in kernels.
 OLDEST = (3, 3)
 WARPS = 4
 THREADS = 32 * WARPS
 _NONE = (None,) * 4  # instead of an `Affine`
-# What a thread keeps of the backward pass, at most, so that it all stays in registers: of 255, for
-# the rest is needed to compute, a surrogate's exponential most of all.
-# tests/nn/test_triton_code.py sees that nothing spills.
+# Registers (of 255) in which a thread keeps values of the backward pass, at most; computing, above
+# all a surrogate's exponential, needs the others. tests/nn/test_triton_code.py checks that nothing
+# spills.
 KEPT_REGISTERS = 64
-# The most programs of a pass. Enough that a GPU of 132 processors, or of 108, is busy to the end,
-# and few enough that the partial sums of them are a percent of what is read.
+# Maximum number of programs per kernel: enough to keep a GPU of 132 or 108 processors busy to the
+# end, and few enough that their partial sums are a percent of what is read.
 PROGRAMS = {
     "statistics": 1024,
     "add": 4096,
@@ -50,18 +50,18 @@ PROGRAMS = {
 def launch(
     kernel: Any, grid: tuple[int, ...], arguments: Sequence[Argument], known: Mapping[str, Any]
 ) -> None:
-    """Start a kernel: the one place where that is done.
+    """Launch a kernel; no other place does.
 
     Args:
-        kernel: Of kernels/*.py.
+        kernel: A function of kernels/*.py.
         grid: How many programs.
-        arguments: Tensors without gaps, sizes, None for what is absent.
-        known: What is known when it is compiled.
+        arguments: Contiguous tensors, sizes, and None for absent tensors.
+        known: Compile-time constants.
     """
     tensors = [one for one in arguments if isinstance(one, Tensor)]
     assert all(tensor.is_contiguous() for tensor in tensors)
     with _on_device_of(tensors[0]):
-        # Products and sums are rounded one by one, as in C++ and in torch.
+        # Round products and sums one by one, as in C++ and torch.
         kernel[grid](*arguments, **known, num_warps=WARPS, enable_fp_fusion=False)
 
 
@@ -76,8 +76,8 @@ class Tiling(NamedTuple):
 
     Attributes:
         grid: Programs, (blocks of rows, blocks of channels).
-        steps: Tiles that a program works on, one below the other.
-        sizes: Rows and channels of a tile, and the divisor of C that the compiler is told.
+        steps: Tiles that a program processes, one below the other.
+        sizes: Rows and channels of a tile, and the divisor of C that the compiler knows.
     """
 
     grid: tuple[int, int]
@@ -94,7 +94,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(name: str, rows: int, channels: int, per_thread: int) -> Tiling:
-    """Divide (rows, channels) among the programs of a pass, as these alone say."""
+    """Divide (rows, channels) among the programs of a kernel, depending only on these."""
     columns = min(64, triton.next_power_of_2(channels))
     if channels > 64 and 0 < channels % 64 <= 32:
         columns = 32
@@ -106,7 +106,7 @@ def tiling(name: str, rows: int, channels: int, per_thread: int) -> Tiling:
 
 
 def _per_load(x: Tensor) -> int:
-    """Numbers that a thread loads at once: 16 bytes."""
+    """Return how many numbers a thread loads at once: 16 bytes."""
     return 16 // x.element_size()
 
 
@@ -115,7 +115,7 @@ def _wide_type(x: Tensor) -> torch.dtype:
 
 
 def _adding(channels: int) -> tuple[int, dict[str, int]]:
-    """Programs that add partial sums up, and what they are to know."""
+    """Return the number of programs that add up partial sums, and their constants."""
     columns = min(16, triton.next_power_of_2(channels))
     return triton.cdiv(channels, columns), {
         "VEC": math.gcd(channels, 16),
@@ -137,7 +137,7 @@ class NormKernels:
         known = {"SCALE": norm.scale, "EPS": norm.eps, "RECORDS": records}
         made_of: list[Argument] = [weight, bias, affine, None, None, 1]
         if records:
-            # Where one x serves all timesteps, mean and variance are those of its T copies, too.
+            # If all timesteps share x, mean and variance equal those of its T copies.
             values = self.timesteps * x.shape[1] * norm.num_processes
             made_of = [weight, bias, affine, norm.pending_mean, norm.pending_var, values]
         if norm.training and norm.average is None:
@@ -232,7 +232,7 @@ def _shared(x: Tensor, shortcut: Tensor | None) -> dict[str, bool]:
 
 
 class NeuronKernels(NormKernels):
-    """The kernels of fused.py, for a neuron, T, and what the spikes come with."""
+    """The kernels of fused.py for one variant."""
 
     def __init__(self, config: NeuronConfig, timesteps: int, *, carries: bool, packs: bool) -> None:
         super().__init__(timesteps)
@@ -277,17 +277,17 @@ class NeuronKernels(NormKernels):
         return spikes, packed, end
 
     def _per_thread(self, inputs: Inputs) -> int:
-        """Numbers of a timestep that a thread works on in the backward pass: as many as it loads at
-        once, or fewer, so that what it keeps of all timesteps stays in registers."""
+        """Return how many numbers of a timestep a thread processes in the backward pass: as many as
+        it loads at once, or fewer, so that all kept values stay in registers."""
         x, shortcut, _, of_shortcut, _, learned = inputs
         wide = _wide_type(x).itemsize
         kept = x.shape[0] * x.element_size() + self.timesteps * wide
         if shortcut is not None:
             kept += self.timesteps * shortcut.element_size()
         if of_shortcut is not None:
-            kept += 4 * wide  # what normalises it, of the channel
+            kept += 4 * wide  # the channel's normalisation
         if learned:
-            # And the membranes after the resets, of which the gradient of the share is made.
+            # Also the membranes after the resets, for the share's gradient.
             kept += self.timesteps * wide
         number = _per_load(x)
         while number > 1 and number * kept > 4 * KEPT_REGISTERS:
@@ -339,7 +339,7 @@ class NeuronKernels(NormKernels):
         *,
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """See `fused.NeuronKernels`; fill the sums for what is learnt, if given."""
+        """See `fused.NeuronKernels`; also fill the sums for learnt values, if given."""
         del kept
         x, shortcut, affine, affine_of_shortcut, start, learned = inputs
         rows, channels = x.shape[1:]
@@ -365,7 +365,7 @@ def _share(learned: tuple[Tensor, ...]) -> Tensor | None:
 
 
 def _partial_share(learned: tuple[Tensor, ...], divided: Tiling) -> Tensor | None:
-    """Room for the sum of each program of the share's gradient, if there is a share."""
+    """Allocate each program's sum of the share's gradient, if there is a share."""
     return learned[0].new_empty(math.prod(divided.grid)) if learned else None
 
 
@@ -403,7 +403,7 @@ BLOCK = 8 * THREADS
 
 
 def unpack(values: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
-    """Bytes as numbers of ``dtype``, divided by ``levels``, laid out as they are."""
+    """Return bytes as numbers of ``dtype``, divided by ``levels``, in the same layout."""
     numbers = torch.empty_like(values, dtype=dtype)
     flat = _flat(values)
     grid, count, known = _flat_work(flat.numel(), BLOCK)
@@ -412,7 +412,7 @@ def unpack(values: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
 
 
 def halve(values: Tensor) -> Tensor:
-    """Bytes below 16, two in each, flat in their order in memory."""
+    """Return bytes below 16 packed two in one, flat in memory order."""
     flat = _flat(values)
     halves = torch.empty(triton.cdiv(len(flat), 2), dtype=torch.uint8, device=values.device)
     grid, count, known = _flat_work(len(flat), 2 * BLOCK)
@@ -423,7 +423,7 @@ def halve(values: Tensor) -> Tensor:
 def unpack_halves(
     halves: Tensor, shape: torch.Size, strides: tuple[int, ...], levels: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The bytes that were halved, and the same as numbers; see `unpack`."""
+    """Return the halved bytes, and the same as numbers; see `unpack`."""
     values = torch.empty(math.prod(shape), dtype=torch.uint8, device=halves.device)
     numbers = torch.empty_like(values, dtype=dtype)
     grid, count, known = _flat_work(len(values), 2 * BLOCK)
@@ -433,21 +433,21 @@ def unpack_halves(
 
 
 def _flat_work(count: int, of_program: int) -> tuple[tuple[int], int, dict[str, int]]:
-    """Programs, groups of numbers, and what is to be known of them."""
+    """Return the programs, groups of numbers, and constants."""
     known = {"VEC": math.gcd(count, 16), "BLOCK": BLOCK}
     return (triton.cdiv(count, of_program),), count // known["VEC"], known
 
 
 def _flat(x: Tensor) -> Tensor:
-    """A tensor without gaps, in its order in memory."""
+    """Return a dense tensor flat, in memory order."""
     return x.as_strided((x.numel(),), (1,), x.storage_offset())
 
 
 def check(device: torch.device) -> None:
-    """Have Triton compile and run a kernel, and look at what it computed.
+    """Let Triton compile and run a kernel, and check its result.
 
     Raises:
-        Exception: Any; Triton, the driver and the compiler it calls have kinds of their own.
+        Exception: Any type; Triton, the driver and the C compiler raise their own.
     """
     if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))

@@ -199,7 +199,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def tell(optimizer: torch.optim.Optimizer, lr: float, apply: Tensor) -> None:
+def prepare_step(optimizer: torch.optim.Optimizer, lr: float, apply: Tensor) -> None:
     set_lr(optimizer, lr)
     # torch's GradScaler makes fused optimisers skip a step through these attributes, which they
     # read by name and which nothing declares.
@@ -241,7 +241,7 @@ class WholeEngine:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         self.clipping(grads, norm)
         applied = torch.isfinite(norm)
-        tell(self.optimizer, lr, applied)
+        prepare_step(self.optimizer, lr, applied)
         self._step()
         return Update(norm, applied)
 

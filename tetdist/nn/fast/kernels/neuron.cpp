@@ -1,15 +1,14 @@
-// Neurons on a CPU: the kernels of fused.py, each of which goes through memory once.
+// Neurons on a CPU: the kernels of fused.py, each with one pass over memory.
 //
 // native.py compiles this file for one kind of neuron:
 //
 //     SURROGATE        0 triangle, 1 atan, 2 sigmoid, 3 rectangle (neurons.py has their formulas)
 //     HARD_RESET       1 hard, 0 soft
-//     DETACH_RESET     whether the reset is a constant to the backward pass
-//     FIRES_AT_THRESHOLD    whether a membrane at the threshold fires
-//     COUNTS           whether it fires as often as it is above the threshold, up to a most (I-LIF)
-//     LEARNS_DECAY     whether the decay, 1 - share, gets a gradient (PLIF)
-//     SCALES_INPUT     whether the current is multiplied by the share
-//     PARALLEL         whether it has no membrane, but weights of the currents of all timesteps (PSN)
+// DETACH_RESET whether the reset is a constant in the backward pass FIRES_AT_THRESHOLD whether a
+// membrane at the threshold fires COUNTS whether it fires once per threshold in the membrane, up to
+// a maximum (I-LIF) LEARNS_DECAY whether the decay, 1 - share, gets a gradient (PLIF) SCALES_INPUT
+// whether the current is multiplied by the share PARALLEL whether it has no membrane, but weights
+// of the currents of all timesteps (PSN)
 //
 // Tensors are (T, N, C) without gaps: N = B*H*W, channels last. Where nothing is normalised they are
 // any numbers, one beside the other. "Wide" is the type in which one computes: float, and double for
@@ -26,7 +25,7 @@
 #include "types.h"
 
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
-// glibc's vector versions, which it declares to compilers with -ffast-math alone.
+// glibc's vector versions, which it declares only for -ffast-math.
 extern "C" {
 __attribute__((simd("notinbranch"))) float expf(float);
 __attribute__((simd("notinbranch"))) double exp(double);
@@ -35,23 +34,23 @@ __attribute__((simd("notinbranch"))) double exp(double);
 
 namespace {
 
-// Channels that are worked on at a time, so that T membranes of each stay in the first-level cache.
+// Channels that are processed at a time, so that their T membranes stay in the first-level cache.
 constexpr int CHANNELS = 64;
 
 struct Neuron {
     double decay, threshold, width;
     double share;         // 1 - decay
-    double most, levels;  // spikes in a timestep, and what they are divided by when they are sent
-    const double* weights;  // (T, T), and what is added to the sums, (T,)
+    double most, levels;  // maximum number of spikes in a timestep, and their divisor when sent
+    const double* weights;  // weights (T, T), then the offsets of the sums, (T,)
 };
 
-// How many numbers there are whose gradients neurons make.
+// Returns the number of learnt values of the neurons.
 inline int64_t num_learned(int64_t timesteps) {
     return PARALLEL ? timesteps * (timesteps + 1) : LEARNS_DECAY ? 1 : 0;
 }
 
 #if PARALLEL
-// Weighted sums over time of the currents (T, CHANNELS), at a timestep.
+// Computes the weighted sums over time of the currents (T, CHANNELS) at a timestep.
 template <class W, class Length>
 inline void sum_over_time(const Neuron& neuron, int64_t timesteps, int64_t t, const W* currents,
                           W* h, Length length) {
@@ -67,7 +66,7 @@ inline void sum_over_time(const Neuron& neuron, int64_t timesteps, int64_t t, co
 }
 #endif
 
-// Whether a membrane fires that is so much above the threshold.
+// Whether a membrane fires, by its distance above the threshold.
 template <class W> inline bool does_fire(W above) {
     return FIRES_AT_THRESHOLD ? above >= 0 : above > 0;
 }
@@ -81,7 +80,7 @@ template <class W> inline W spikes_of(W v, W threshold, W most) {
 #endif
 }
 
-// What so many spikes leave of it.
+// The membrane after that many spikes.
 template <class W> inline W after_reset(W v, W spikes, W threshold) {
 #if COUNTS
     return v - threshold * spikes;
@@ -115,8 +114,7 @@ template <class W> inline W derivative(W v, W threshold, W width, W most) {
 #endif
 }
 
-// Runs body(channel, length) over all channels of a row, with a length known to the compiler where
-// it is CHANNELS.
+// Runs body(channel, length) over all channels of a row; the compiler knows a length of CHANNELS.
 template <class Body> inline void over_channels(int64_t channels, Body body) {
     int64_t c = 0;
     for (; c + CHANNELS <= channels; c += CHANNELS)
@@ -124,7 +122,7 @@ template <class Body> inline void over_channels(int64_t channels, Body body) {
     if (c < channels) body(c, int(channels - c));
 }
 
-// The same of the group of CHANNELS that begins at a channel.
+// The same for the group of CHANNELS that begins at a channel.
 template <class Body> inline void of_group(int64_t channels, int64_t c, Body body) {
     if (c + CHANNELS <= channels) body(c, std::integral_constant<int, CHANNELS>());
     else body(c, int(channels - c));
@@ -147,7 +145,7 @@ template <class X> struct Forward {
     Neuron neuron;
 };
 
-// What is added to the normalised current; ALONE: nothing, and it is not normalised.
+// What is added to the normalised current; ALONE: nothing, and x is the current.
 enum Shortcut { ALONE, NONE, PLAIN, NORMALIZED };
 
 // The current of a channel; all pointers are at the first channel of the group.
@@ -309,7 +307,7 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
         over_time[c] = with_x[c] = with_shortcut[c] = with_share[c] = 0;
     }
 #if PARALLEL
-    // Of the weighted sums, and of their weights; `us` are the currents.
+    // Gradients of the weighted sums and of their weights; `us` are the currents.
     static thread_local std::vector<W> grad_sums;
     grad_sums.resize(b.timesteps * CHANNELS);
     for (int64_t t = 0; t < b.timesteps; t++) {
@@ -355,8 +353,8 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
         }
 #else
         W before[CHANNELS];
-        // The membranes before this timestep. With a condition on t inside of it, the loop below would
-        // not be made one of vectors.
+        // The membranes before this timestep. A condition on t in the loop below would prevent its
+        // vectorisation.
         if (LEARNS_DECAY && t > 0) {
             const W* earlier = us + (t - 1) * CHANNELS;
 #pragma omp simd
@@ -375,7 +373,7 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             const W fired = (sent - through_reset) * derivative(v, threshold, width, most);
             const W of_v = fired + kept;
             if (LEARNS_DECAY) {
-                // v is (1 - share) times the membrane before, plus the current, of which a share.
+                // v is (1 - share) times the membrane before, plus the current or its share.
                 with_share[c] += of_v * (SCALES_INPUT ? (v - before[c]) / share : -before[c]);
             }
             const W g = SCALES_INPUT ? of_v * share : of_v;
@@ -383,7 +381,7 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             over_time[c] += g;
             if (SHORTCUT != ALONE) with_x[c] += g * (wide(x[c]) - mean[c]);
             if (SHORTCUT == NORMALIZED) with_shortcut[c] += g * (wide(shortcut[c]) - mean2[c]);
-            after[c] = decay * of_v;  // the gradient of the membrane that was there before
+            after[c] = decay * of_v;  // the gradient of the membrane before
         }
 #endif
         if (b.total) {
@@ -412,7 +410,7 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
         for (int c = 0; c < length; c++) b.grad_start[at + c] = after[c];
 }
 
-// Room for the gradients that a part makes of the learnt numbers; they begin at 0.
+// Allocates a part's gradients of the learnt values, set to 0.
 template <class X> double* share_of(const Backward<X>& b, int64_t part) {
     const int64_t learned = num_learned(b.timesteps);
     double* share = b.partial_share + part * learned;

@@ -1,21 +1,20 @@
 """Normalisation and neurons on a GPU, in Triton: the kernels of fused.py.
 
-Tensors are (T, N, C) without gaps: N = B*H*W, channels last. "Wide" is the type in which one
-computes: float32, and float64 for float64; gains, offsets, membranes and sums are of that type.
+Tensors are contiguous (T, N, C): N = B*H*W, channels last. "Wide" is the compute type: float32, or
+float64 for float64; gains, offsets, membranes and sums have that type.
 
-A program works on `BN` rows and `BC` channels at a time, `steps` times one below the other;
-membranes stay in registers. A sum over rows is made of one partial sum a program, which a second
-kernel adds up in float64. How rows are divided is for the caller to say, and depends on shapes
-alone; there are no atomics. So a result has the same bits whatever ran before.
+A program processes tiles of `BN` rows and `BC` channels, `steps` of them one below the other;
+membranes stay in registers. A sum over rows consists of one partial sum per program, which a second
+kernel adds up in float64. The caller divides the rows, depending only on shapes, and there are no
+atomics. So results are bitwise reproducible.
 
 The number of channels is ``groups * VEC``: so the compiler knows that rows begin at multiples of
-`VEC`, and loads 16 bytes at a time. Nothing else about shapes is known to it, and one compilation
-serves all layers. Numbers in capitals are known to it; a tensor that may be absent is then None.
+`VEC`, and loads 16 bytes at a time. It knows nothing else about shapes, so one compilation serves
+all layers. Names in capitals are compile-time constants; an absent tensor is None.
 
-Where nothing is normalised, tensors are any numbers, one beside the other, and N and C how they are
-divided.
+Without normalisation, tensors are just contiguous numbers, divided into N and C in any way.
 
-Neither this file nor any other of tetdist imports Triton before dispatch.py has decided to use it.
+No file of tetdist imports Triton before dispatch.py has decided to use it.
 """
 
 import triton
@@ -34,7 +33,7 @@ def _add(a, b):
 
 @triton.jit
 def _wide(x):
-    """Numbers in the type in which one computes."""
+    """Return numbers in the compute type."""
     if x.dtype != tl.float64:
         x = x.to(tl.float32)
     return x
@@ -42,8 +41,8 @@ def _wide(x):
 
 @triton.jit
 def _reciprocal(x):
-    """1 / x, of float64 to its last bit but one; for which the hardware has no instruction, and
-    Triton's division calls a function."""
+    """Return 1 / x, for float64 up to the last bit but one: the hardware has no such instruction,
+    and Triton's division calls a function."""
     if x.dtype == tl.float64:
         r = (1.0 / x.to(tl.float32)).to(tl.float64)
         r = r * (2.0 - x * r)
@@ -55,13 +54,13 @@ def _reciprocal(x):
 
 @triton.jit
 def _channels(groups, VEC: tl.constexpr, BC: tl.constexpr):
-    """C, and which channels this program is for."""
+    """Return C, and the channels of this program."""
     return groups * VEC, tl.program_id(1) * BC + tl.arange(0, BC)
 
 
 @triton.jit
 def _load_row(base, c, C):
-    """Numbers of the channels, (1, BC)."""
+    """Load one number per channel, (1, BC)."""
     return tl.load(base + c, mask=c < C, other=0.0)[None, :]
 
 
@@ -72,10 +71,10 @@ def _load_row(base, c, C):
 def statistics(
     x, partial, rows, groups, steps, VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
 ):
-    """Sums of a program's rows of x, (rows, C), and of their squares, both above its first row.
+    """Sum a program's rows of x, (rows, C), and their squares, both relative to its first row.
 
-    The difference of a mean square and a squared mean would cancel; around a value of the channel
-    itself it does not. partial is (blocks, 3, C): that value and the two sums.
+    Subtracting a squared mean from a mean square would cancel; relative to a value of the same
+    channel it does not. partial is (blocks, 3, C): that value and the two sums.
     """
     C, c = _channels(groups, VEC, BC)
     block = tl.program_id(0).to(tl.int64)
@@ -106,12 +105,12 @@ def _normalization(
 ):
     """Write gain, offset, mean and 1/std, (4, C); add mean and variance to those of the step.
 
-    ``count`` is of how many values they are, float64. mean and var are wide, of the channels c.
+    ``count`` is the number of values, float64; mean and var are wide, for the channels c.
     """
     kept = c < C
     wide = affine.dtype.element_ty
     v = var.to(tl.float64) + EPS
-    # Newton's steps on the hardware's approximation, for 1/sqrt is rounded once.
+    # Newton's steps on the hardware's approximation, so that 1/sqrt is rounded once.
     r = tl.rsqrt(v.to(tl.float32)).to(tl.float64)
     r = r * (1.5 - 0.5 * v * r * r)
     r = r * (1.5 - 0.5 * v * r * r)
@@ -123,7 +122,7 @@ def _normalization(
     tl.store(affine + 2 * C + c, mean, mask=kept)
     tl.store(affine + 3 * C + c, rstd, mask=kept)
     if RECORDS:
-        # The running variance estimates that of the population.
+        # The running variance is the unbiased estimate.
         unbiased = (count * _reciprocal(tl.maximum(count - 1.0, 1.0))).to(wide)
         tl.store(mean_sum + c, tl.load(mean_sum + c, mask=kept, other=0.0) + mean, mask=kept)
         more = tl.load(var_sum + c, mask=kept, other=0.0) + var * unbiased
@@ -136,10 +135,10 @@ def finish_statistics(
     groups, SCALE: tl.constexpr, EPS: tl.constexpr, RECORDS: tl.constexpr, VEC: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr
 ):
-    """Mean and biased variance from the sums of `statistics`, in float64.
+    """Compute mean and biased variance from the sums of `statistics`, in float64.
 
-    They are written to moments, (2, C), where others' are to be averaged with them first; else
-    (None), what `normalization` makes of them.
+    Write them to moments, (2, C), if they are averaged with other processes' first; else (None)
+    write what `normalization` computes from them.
     """
     C, c = _channels(groups, VEC, BC)
     p = tl.arange(0, BP).to(tl.int64)
@@ -215,7 +214,7 @@ def add(
     x, shortcut, gain, offset, shortcut_gain, shortcut_offset, out, rows, period, groups, steps,
     SHARED: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
 ):
-    """The normalised x plus the shortcut, (rows, C). One that is shared is (period, C)."""
+    """Add the normalised x and the shortcut, (rows, C); a shared shortcut is (period, C)."""
     C, c = _channels(groups, VEC, BC)
     r = tl.arange(0, BN)
     at = r[:, None] * C + c[None, :]
@@ -243,8 +242,8 @@ def add_sums(
     x, shortcut, mean, shortcut_mean, grad, partial, rows, period, groups, steps,
     SHARED: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
 ):
-    """Sums of a program's rows: of the gradient, and of that times what was normalised (less its
-    mean). partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C)."""
+    """Sum a program's rows of the gradient, and of its product with each normalised input less its
+    mean. partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C)."""
     C, c = _channels(groups, VEC, BC)
     wide = mean.dtype.element_ty
     r = tl.arange(0, BN)
@@ -280,8 +279,8 @@ def norm_gradient(
     x, grad, gain, mean, rstd, sum_grad, sum_grad_hat, grad_x, rows, groups, steps,
     VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
 ):
-    """The gradient of x, (rows, C), of that of the normalised x; without sums, mean and variance
-    were constants."""
+    """Compute the gradient of x, (rows, C), from that of the normalised x; without sums, mean and
+    variance were constants."""
     C, c = _channels(groups, VEC, BC)
     r = tl.arange(0, BN)
     at = r[:, None] * C + c[None, :]
@@ -315,7 +314,7 @@ def _fires(above, AT_THRESHOLD: tl.constexpr):
 
 @triton.jit
 def _in_thresholds(v, THRESHOLD: tl.constexpr):
-    """v / THRESHOLD, rounded as in C++ and in torch."""
+    """Return v / THRESHOLD, rounded as in C++ and torch."""
     if THRESHOLD == 1:
         x = v
     elif v.dtype == tl.float64:
@@ -327,16 +326,16 @@ def _in_thresholds(v, THRESHOLD: tl.constexpr):
 
 @triton.jit
 def _number(v, THRESHOLD: tl.constexpr, MOST: tl.constexpr):
-    """The number of spikes of membranes that fire up to MOST of them, a half rounded to even."""
+    """Return the number of spikes of membranes, up to MOST, with halves rounded to even."""
     x = tl.minimum(tl.maximum(_in_thresholds(v, THRESHOLD), 0.0), MOST)
-    # So large a number has no room for a fraction: the addition rounds it away.
+    # Adding a number this large rounds the fraction away.
     large: tl.constexpr = 6755399441055744.0 if v.dtype == tl.float64 else 12582912.0
     return (x + large) - large
 
 
 @triton.jit
 def _decayed(u, a, DECAY: tl.constexpr):
-    """Return the membrane after decay: 1 - a of it, where a is learnt."""
+    """Return the membrane after decay: 1 - a of it if a is learnt."""
     if a is None:
         left = u * DECAY
     else:
@@ -349,7 +348,7 @@ def _after_reset(
     v, above, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr,
     HARD: tl.constexpr
 ):
-    """The membrane after the reset, of that before it and what of that is above the threshold."""
+    """Return the membrane after the reset, from the membrane and its excess over the threshold."""
     if MOST is not None:
         u = v - _number(v, THRESHOLD, MOST) * THRESHOLD
     elif HARD:
@@ -367,10 +366,10 @@ def fire(
     LEVELS: tl.constexpr, SCALES_INPUT: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
     BC: tl.constexpr
 ):
-    """Spikes of the neurons, plus identity, (T, N, C); the same in bytes; membranes, (N, C).
+    """Compute spikes plus identity, (T, N, C); the same in bytes; membranes, (N, C).
 
-    x is (1, N, C) where all timesteps share it. Without start, neurons begin at rest; without gain
-    and offset, x is the current. With a share, that is what is learnt, and the decay 1 less.
+    x is (1, N, C) if all timesteps share it. Without start, neurons begin at rest; without gain and
+    offset, x is the current. ``share``, if given, is learnt, and the decay is 1 - share.
     """
     C, c = _channels(groups, VEC, BC)
     a = None
@@ -442,9 +441,8 @@ def _membranes(
     SHARED: tl.constexpr, HARD: tl.constexpr, DECAY: tl.constexpr, THRESHOLD: tl.constexpr,
     AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr, SCALES_INPUT: tl.constexpr
 ):
-    """Membranes before the reset at each timestep, again, less the threshold (or with it, where
-    they fire up to MOST spikes); and what was loaded to compute them. No more is kept: a thread has
-    255 registers."""
+    """Recompute the membranes before the reset at each timestep, minus the threshold unless MOST is
+    given; return them and the loaded inputs. Nothing else is kept: a thread has 255 registers."""
     xs = ()
     added = ()
     aboves = ()
@@ -488,14 +486,14 @@ def _membranes(
 
 @triton.jit
 def _slope(x, SURROGATE: tl.constexpr, WIDTH: tl.constexpr):
-    """The surrogate of neurons.py, which has the formulas, at ``x = u - V_th``."""
+    """Return the surrogate at ``x = u - V_th``; neurons.py has the formulas."""
     if SURROGATE == "triangle":
         slope = tl.maximum(WIDTH - tl.abs(x), 0.0) * (1 / (WIDTH * WIDTH))
     elif SURROGATE == "atan":
         y = x * (1.5707963267948966 * WIDTH)
         slope = _reciprocal(1.0 + y * y) * (WIDTH / 2)
     elif SURROGATE == "sigmoid":
-        # sigma(y) (1 - sigma(y)) is the same of -y; of the negative one exp does not overflow.
+        # sigma(y) (1 - sigma(y)) is even; exp of the negative argument does not overflow.
         e = tl.exp(tl.abs(x) * -WIDTH)
         r = _reciprocal(1.0 + e)
         slope = e * WIDTH * r * r
@@ -511,8 +509,8 @@ def _gradient_of_membrane(
     MOST: tl.constexpr, LEVELS: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr,
     SURROGATE: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """The gradient of the membrane before the reset, hence of the current, from the spike's and
-    that of the membrane after the reset (None: nothing comes from there)."""
+    """Return the gradient of the membrane before the reset, hence of the current, from the spike's
+    and that of the membrane after the reset (None: there is none)."""
     if MOST is not None:
         x = _in_thresholds(above, THRESHOLD)
         slope = ((x >= 0) & (x <= MOST)).to(above.dtype) * (1 / THRESHOLD)
@@ -547,8 +545,8 @@ def _gradient_of_share(
     aboves, start, a, grad, here, at, mask, t: tl.constexpr, THRESHOLD: tl.constexpr,
     AT_THRESHOLD: tl.constexpr, HARD: tl.constexpr, SCALES_INPUT: tl.constexpr
 ):
-    """The gradient of the share, of a neuron's membrane's at t: that is 1 - share of the membrane
-    after the reset before, plus the current, of which it may be the share."""
+    """Return the share's gradient from a membrane's at t, which is (1 - share) times the last
+    membrane after its reset, plus the current, perhaps times share."""
     v = aboves[t] + THRESHOLD
     before = tl.full(v.shape, 0.0, v.dtype)
     if t > 0:
@@ -572,8 +570,8 @@ def backward_sums(
     LEVELS: tl.constexpr, SCALES_INPUT: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr
 ):
-    """Sums of a program's rows: of the current's gradient, and of that times what was normalised
-    (less its mean). partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C). And of
+    """Sum a program's rows of the current's gradient, and of its product with each normalised input
+    less its mean. partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C). Also sum
     the share's gradient, partial_share (programs,)."""
     C, c = _channels(groups, VEC, BC)
     a = None
@@ -599,7 +597,7 @@ def backward_sums(
         with_share = tl.full([BN, BC], 0.0, wide)
     for i in range(steps):
         first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
-        # What is masked is 0, and so is its gradient.
+        # Masked values are 0, and so are their gradients.
         mask = (r < rows - first)[:, None] & (c < C)[None, :]
         here = first * C
         aboves, xs, added = _membranes(
@@ -657,8 +655,8 @@ def finish_sums(
 ):
     """Add the sums of `backward_sums` up, in float64.
 
-    sums is (2, C), or with a normalised shortcut (3, C): of the gradient, and of its products with
-    the normalised current and shortcut, both before their gain and offset.
+    sums is (2, C), or with a normalised shortcut (3, C): sums of the gradient, and of its products
+    with the normalised current and shortcut, before gain and offset.
     """
     C, c = _channels(groups, VEC, BC)
     p = tl.arange(0, BP).to(tl.int64)
@@ -696,10 +694,10 @@ def backward(
     SCALES_INPUT: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
     BC: tl.constexpr
 ):
-    """Gradients of x, (T or 1, N, C), shortcut, (T, N, C), and start, (N, C); of those there are.
+    """Compute the gradients of x, (T or 1, N, C), shortcut, (T, N, C), and start, (N, C), if any.
 
-    Without sums, means and variances were constants; without gain, x is the current. Then sums of
-    the share's gradient are made, too, partial_share (programs,).
+    Without sums, means and variances were constants. Without gain, x is the current, and the
+    share's gradient is summed, too: partial_share (programs,).
     """
     C, c = _channels(groups, VEC, BC)
     a = None

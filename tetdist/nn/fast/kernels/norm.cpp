@@ -1,8 +1,8 @@
-// Normalisation on a CPU, alone and with a shortcut that is added: kernels of fused.py.
+// Normalisation on a CPU, alone and with an added shortcut: kernels of fused.py.
 //
-// Tensors are (rows, C) without gaps: rows = T*B*H*W, channels last. "Wide" is the type in which one
-// computes: float, and double for double. A sum over rows is made of sums over blocks of rows, whose
-// size does not depend on the number of threads; so neither does any result.
+// Tensors are contiguous (rows, C): rows = T*B*H*W, channels last. "Wide" is the compute type:
+// float, or double for double. A sum over rows adds up sums over blocks of rows, whose size does
+// not depend on the number of threads; so results do not, either.
 
 #include <algorithm>
 #include <cstdint>
@@ -30,8 +30,8 @@ void statistics(const X* x, int64_t rows, int64_t channels, Wide<X>* mean, Wide<
 #pragma omp simd
             for (int64_t c = 0; c < channels; c++) sum[c] += wide(row[c]);
         }
-        // Of the block, around its own mean: the difference of a mean square and a squared mean
-        // would cancel. The second look finds the block in the cache.
+        // Variance of the block around its own mean, since subtracting a squared mean from a mean
+        // square would cancel. The second pass finds the block in the cache.
         std::vector<W> center(sum, sum + channels);
         for (auto& value : center) value /= W(last - first);
         for (int64_t n = first; n < last; n++) {
@@ -43,7 +43,7 @@ void statistics(const X* x, int64_t rows, int64_t channels, Wide<X>* mean, Wide<
             }
         }
     }
-    // Chan, Golub and LeVeque: of the union of blocks.
+    // Statistics of the union of blocks: Chan, Golub and LeVeque.
     for (int64_t c = 0; c < channels; c++) {
         double total = 0, squares = 0, count = 0;
         for (int64_t b = 0; b < blocks; b++) {

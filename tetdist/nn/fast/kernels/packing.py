@@ -1,16 +1,16 @@
-"""Spikes in bytes, and in halves of bytes, on a GPU, in Triton: what packed.py keeps, made numbers
-again in one pass. Tensors are taken flat, in their order in memory."""
+"""Spikes in bytes and half bytes on a GPU, in Triton: packs and unpacks what packed.py keeps, in
+one pass. Tensors are flat, in memory order."""
 
 import triton
 import triton.language as tl
 
 SIZES = ["groups"]
-# Products of `groups` are taken in 64 bits: a large micro-batch's stem has more than 2^31 spikes.
+# Products of `groups` need 64 bits: a large micro-batch's stem has more than 2^31 spikes.
 
 
 @triton.jit(do_not_specialize=SIZES)
 def unpack(values, numbers, groups, LEVELS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr):
-    """Bytes to numbers, ``LEVELS`` times as small; there are ``groups * VEC``."""
+    """Convert ``groups * VEC`` bytes to numbers, divided by ``LEVELS``."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < groups.to(tl.int64) * VEC
     kind = numbers.dtype.element_ty
@@ -21,7 +21,7 @@ def unpack(values, numbers, groups, LEVELS: tl.constexpr, VEC: tl.constexpr, BLO
 
 @triton.jit
 def _half(groups, VEC: tl.constexpr):
-    """Halves of ``groups * VEC``, rounded up; written so that the compiler sees what divides it."""
+    """Return half of ``groups * VEC``, rounded up, so that the compiler sees its divisors."""
     if VEC > 1:
         half = groups.to(tl.int64) * (VEC // 2)
     else:
@@ -31,7 +31,7 @@ def _half(groups, VEC: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def halve(values, halves, groups, VEC: tl.constexpr, BLOCK: tl.constexpr):
-    """Two bytes below 16 into each one: the first of them into the lower half."""
+    """Pack two bytes below 16 into one, the first into its lower half."""
     at = tl.program_id(0).to(tl.int64) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
     value = tl.load(values + at, mask=at < groups.to(tl.int64) * VEC, other=0)
     low, high = tl.split(tl.reshape(value, [BLOCK, 2]))
@@ -43,7 +43,7 @@ def halve(values, halves, groups, VEC: tl.constexpr, BLOCK: tl.constexpr):
 def unpack_halves(
     halves, values, numbers, groups, LEVELS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Halves of bytes to bytes, and to numbers as `unpack` does."""
+    """Unpack half bytes to bytes, and to numbers as `unpack` does."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     both = tl.load(halves + at, mask=at < _half(groups, VEC), other=0)
     value = tl.reshape(tl.join(both & 15, both >> 4), [2 * BLOCK])

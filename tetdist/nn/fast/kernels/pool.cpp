@@ -1,7 +1,7 @@
-// Max-pooling on a CPU, for native.py: of spikes in bytes, and of a current that is normalised.
+// Max-pooling on a CPU, for native_pool.py: of spikes in bytes, and of a normalised current.
 //
-// Images are (N, H, W, C) without gaps. Each output remembers in a byte which position of its window
-// it came from (the first of the largest, as in torch), so the backward pass needs nothing else.
+// Images are contiguous (N, H, W, C). For each output a byte stores its position in the window (of
+// equal maxima the first, as in torch), so the backward pass needs nothing else.
 
 #include <algorithm>
 #include <cstdint>
@@ -51,7 +51,7 @@ void forward(const uint8_t* in, X* out, uint8_t* packed, uint8_t* from, const Si
     }
 }
 
-// The same of gain * x + offset, one of each a channel, which is nowhere written down.
+// The same for gain * x + offset, per channel, which is never stored.
 template <class X>
 void forward_normalized(const X* in, const Wide<X>* gain, const Wide<X>* offset, X* out,
                         uint8_t* from, const Sizes& s, int threads) {

@@ -1,9 +1,7 @@
-"""Max-pooling on a GPU, in Triton: of spikes in bytes, and of a current that is normalised.
-pool.cpp is the same on a CPU.
-
-Images are (N, H, W, C) without gaps. Each output remembers in a byte which position of its window
-it came from (the first of the largest, as in torch), so the backward pass needs nothing else. A
-program works on `BN` pixels of `BC` channels; neuron.py says what ``groups`` and capitals are.
+"""Max-pooling on a GPU, in Triton: of spikes in bytes, and of a normalised current. pool.cpp is the
+same on a CPU. Images are contiguous (N, H, W, C). For each output a byte stores its position in the
+window (of equal maxima the first, as in torch), so the backward pass needs nothing else. A program
+processes `BN` pixels of `BC` channels; neuron.py explains ``groups`` and capitals.
 """
 
 import triton
@@ -17,7 +15,7 @@ SIZES = ["pixels", "groups", "height", "width", "out_height", "out_width"]
 
 @triton.jit
 def _at(pixel, C, c):
-    # Pixels are counted in 32 bits, which a GPU divides without a call; numbers need 64.
+    # Pixel indices have 32 bits, which a GPU divides without a call; offsets need 64.
     return pixel.to(tl.int64)[:, None] * C + c[None, :]
 
 
@@ -27,7 +25,7 @@ def forward(
     LEVELS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
 ):
-    """The largest byte of each window, as a number, in a byte, and its position in the window."""
+    """Compute each window's largest byte, as a number and as a byte, and its position there."""
     C = groups * VEC
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     pixel = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -65,7 +63,7 @@ def forward_normalized(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, VEC: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr
 ):
-    """The same of gain * x + offset, one of each a channel, which is nowhere written down."""
+    """Do the same for gain * x + offset, per channel, without storing that."""
     C = groups * VEC
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     pixel = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -79,7 +77,7 @@ def forward_normalized(
     g = tl.load(gain + c, mask=c < C, other=0.0)[None, :]
     o = tl.load(offset + c, mask=c < C, other=0.0)[None, :]
     most = tl.full([BN, BC], 0.0, wide)
-    # The first pixel of a window is taken, whatever it is: what is not finite is nowhere larger.
+    # Take a window's first pixel in any case: comparisons with NaN are false.
     position = tl.full([BN, BC], -1, tl.int32)
     for dy in tl.static_range(KERNEL):
         for dx in tl.static_range(KERNEL):
@@ -104,7 +102,7 @@ def backward(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, VEC: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr
 ):
-    """The gradient of each pixel: the sum over the windows whose largest it is."""
+    """Compute the gradient of each pixel: the sum over the windows whose maximum it is."""
     C = groups * VEC
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     pixel = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -117,8 +115,8 @@ def backward(
     kind = grad_in.dtype.element_ty
     wide = tl.float64 if kind == tl.float64 else tl.float32
     total = tl.full([BN, BC], 0.0, wide)
-    # The last window that contains a pixel begins at its own multiple of the stride; at most so
-    # many others before it contain it, too. In the order of the outputs, as in torch.
+    # The last window with a pixel begins at the multiple of the stride before it; at most this many
+    # windows contain it. They are added in the order of the outputs, as in torch.
     WINDOWS: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
     for back_y in tl.static_range(WINDOWS - 1, -1, -1):
         for back_x in tl.static_range(WINDOWS - 1, -1, -1):

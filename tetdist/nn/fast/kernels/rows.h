@@ -1,4 +1,4 @@
-// How rows are divided where one sums over them.
+// Division of rows into blocks for sums over rows.
 
 #pragma once
 
@@ -7,8 +7,8 @@
 
 namespace {
 
-// Numbers in a block of rows, which so stays in the second-level cache; and its most rows, since
-// one adds them one after the other, in float32, before double takes the sums of blocks.
+// Values in a block of rows, small enough for the second-level cache; and its maximum number of
+// rows, since they are added one by one in float32 before double adds up the blocks.
 constexpr int64_t BLOCK = 32768, MOST_ROWS = 256;
 
 int64_t rows_of_block(int64_t channels) {

@@ -1,4 +1,4 @@
-// The sum of all numbers of a tensor without gaps.
+// The sum of all values of a dense tensor.
 
 #include <algorithm>
 #include <vector>
@@ -7,7 +7,7 @@
 
 namespace {
 
-// So many at a time in float32: of whole numbers up to 255 the sum is exact.
+// Values summed at a time in float32: exact for whole numbers up to 255.
 constexpr int64_t BLOCK = 65536;
 
 template <class X> double total(const X* x, int64_t count, int threads) {

@@ -1,4 +1,4 @@
-// The types of activations, and "wide", the type in which one computes with them.
+// The types of activations, and "wide", their compute type.
 
 #pragma once
 
