@@ -64,6 +64,31 @@ def speed_that_the_plan_reads(file: Path) -> Speed | str:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("arguments", "peers"),
+    [
+        ("--model spiking_convnet --timesteps 40", []),
+        pytest.param(
+            "--model sew_resnet18 --size 33 --timesteps 8",
+            ["spikingjelly, single step"],
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_a_step_of_a_stream_beside_other_ways(
+    arguments: str, peers: list[str], tmp_path: Path
+) -> None:
+    """A step costs what a pass at T = 1 does, and not what the whole pass does."""
+    found, out = bench(tmp_path, f"stream {arguments} --threads 1 --repeats 9")
+    ratios = {row["name"]: row["ratio"] for row in found["rows"]}
+    whole = f"whole pass, T={found['timesteps']}"
+    assert list(ratios) == ["T=1 pass", "stream, a step", whole, *peers, "onnxruntime, a step"]
+    assert ratios["T=1 pass"] == 1
+    assert ratios["stream, a step"] < 0.8 * ratios[whole]
+    assert all(name in out for name in ratios)
+    assert found["threads"] == 1
+
+
 def test_a_step_is_timed_against_others(tmp_path: Path) -> None:
     small = "--model sew_resnet18 --size 64 --timesteps 2 --batch 2 --repeats 3"
     result, out = bench(tmp_path, f"model {small} --modes none,timesteps --spikingjelly eager")

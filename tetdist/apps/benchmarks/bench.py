@@ -81,9 +81,9 @@ def measure_here(
     steps = {name: step_of(options, made[name]()) for name in names}
     warm_up = {}
     for name, step in steps.items():
-        warm_up[name] = _seconds(step) + _seconds(step)
+        warm_up[name] = seconds_of(step) + seconds_of(step)
         tell(f"{name}: first two steps {warm_up[name]:.1f} s")
-    seconds = _in_turns({name: partial(_seconds, step) for name, step in steps.items()}, options)
+    seconds = _in_turns({name: partial(seconds_of, step) for name, step in steps.items()}, options)
     return [
         _row(name, seconds, options, warm_up[name], peak=peak_mib(step) if on_gpu else None)
         for name, step in steps.items()
@@ -94,7 +94,8 @@ def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _seconds(step: Callable[[], None]) -> float:
+def seconds_of(step: Callable[[], None]) -> float:
+    """Return the seconds that a call takes."""
     started = time.perf_counter()
     step()
     return time.perf_counter() - started

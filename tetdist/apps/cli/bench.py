@@ -2,6 +2,7 @@
 
     python tools/bench.py model                         a training step against the ReLU network's
     python tools/bench.py memory                        bytes kept for the backward pass, by T
+    python tools/bench.py stream                        one timestep of a stream
     python tools/bench.py scaling                       several processes against one
     python tools/bench.py data --data FOLDER            from JPEG files to batches
 
@@ -72,6 +73,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     memory.add_argument("--timesteps", type=numbers, default=[1, 2, 4, 8, 16], metavar="1,2,4")
     contestants(memory, "none,blocks,timesteps")
 
+    stream = command("stream", "fp32", "one timestep of a stream, beside other ways to run it")
+    stream.add_argument("--timesteps", type=positive, default=4, metavar="T")
+    stream.add_argument("--batch", type=positive, default=1, metavar="B")
+    stream.add_argument("--threads", type=positive, help="default: torch's own number")
+    stream.add_argument("--repeats", type=positive, default=50, help="rounds of taking turns")
+
     scaling = command("scaling", "bf16", "several processes against one")
     scaling.add_argument("--timesteps", type=positive, default=4, metavar="T")
     scaling.add_argument("--batch", type=positive, default=4, metavar="B", help="micro-batch")
@@ -109,7 +116,7 @@ def measure(options: argparse.Namespace) -> None:
     Raises:
         UserError: The options do not suit each other or this machine.
     """
-    from tetdist.apps.benchmarks import bench, data, scaling
+    from tetdist.apps.benchmarks import bench, data, scaling, streaming
     from tetdist.distributed.devices import choose_device
 
     if options.json:
@@ -127,6 +134,9 @@ def measure(options: argparse.Namespace) -> None:
         case "scaling":
             result = scaling.measure(options)
             text = scaling.table(result)
+        case "stream":
+            result = streaming.measure(options)
+            text = streaming.table(result)
         case "model":
             result = bench.measure_model(options)
             text = bench.model_table(result)

@@ -366,55 +366,94 @@ class _Step(nn.Module):
         return run_step(self.network, self.network.frame(frame, 0), layers, membranes)
 
 
-def write_onnx_step(trained: Trained, path: Path) -> str:
-    """Write one timestep as an ONNX graph, for any batch size.
+class OnnxStep:
+    """A network's step as an ONNX program of onnxruntime, for any batch size.
 
     It maps ``frame``, (B, C, H, W), and a state for each layer of neurons to the ``logits`` of the
-    timestep, (B, K), and the states after it, whose names have ``next_`` before them. States are
-    zeros at first.
+    timestep, (B, K), and the states after it, whose names have ``next_`` before them.
+
+    Args:
+        model: A network that can be streamed, in evaluation mode and float32, on the CPU.
+        frame: An example, (2, C, H, W) or more.
+        path: The file to write.
+        preparation: Says how inputs are prepared; kept in the file's metadata.
+        threads: Of onnxruntime; None: its own choice.
 
     Raises:
         UserError: The network cannot be streamed, or adds something else at each timestep.
     """
-    refuse_foreign(trained, "onnx-step")
-    import onnxruntime
 
-    model = trained.model
-    if type(model).frame is not SpikingNetwork.frame:
-        raise UserError(
-            f"--format onnx-step: {trained.config.model.name} adds something else to the input at "
-            "each timestep, and one graph is for all; export it as onnx"
-        )
-    step = _Step(model)
-    names = [f"state_{name}" for name in step.layers]
-    axes = [layer.neuron.sample_axis for layer in step.layers.values()]
-    batch = torch.export.Dim("batch")
-    shapes = ({0: batch}, [{axis: batch} for axis in axes])
-    with torch.no_grad(), _aside(path) as aside:
-        x = trained.examples(_CHECKED)
-        frames = x[:2, 0] if model.input_kind == "events" else x[:2]
-        states = [torch.zeros_like(one) for one in step(frames, None)[1]]
-        with _naming_what_cannot_be_traced(trained):
-            traced = torch.export.export(
-                step, (frames, states), dynamic_shapes=shapes, strict=False
+    def __init__(
+        self,
+        model: SpikingNetwork,
+        frame: Tensor,
+        path: Path,
+        *,
+        preparation: str = "",
+        threads: int | None = None,
+    ) -> None:
+        import onnxruntime
+
+        if type(model).frame is not SpikingNetwork.frame:
+            raise UserError(
+                f"{type(model).__name__} adds something else to the input at each timestep, and "
+                "the graph of a step is one for all; export it with --format onnx"
             )
+        step = _Step(model)
+        names = [f"state_{name}" for name in step.layers]
+        axes = [layer.neuron.sample_axis for layer in step.layers.values()]
+        batch = torch.export.Dim("batch")
+        shapes = ({0: batch}, [{axis: batch} for axis in axes])
+        states = [torch.zeros_like(one) for one in step(frame, None)[1]]
+        traced = torch.export.export(step, (frame, states), dynamic_shapes=shapes, strict=False)
         outputs = ["logits", *(f"next_{name}" for name in names)]
         program = _onnx_program(traced, ["frame", *names], outputs)
-        program.model.metadata_props[_PREPARATION] = _preparation(trained)
-        program.save(aside, external_data=False)
-        session = onnxruntime.InferenceSession(aside, providers=["CPUExecutionProvider"])
+        program.model.metadata_props[_PREPARATION] = preparation
+        program.save(path, external_data=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        self._session = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
+        self._shapes = {
+            name: (tuple(one.shape), axis)
+            for name, one, axis in zip(names, states, axes, strict=True)
+        }
+
+    def at_rest(self, samples: int) -> dict[str, Any]:
+        """Return the states before the first step: zeros."""
+        return {
+            name: np.zeros((*shape[:axis], samples, *shape[axis + 1 :]), np.float32)
+            for name, (shape, axis) in self._shapes.items()
+        }
+
+    def run(self, frame: Tensor, states: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Return the timestep's logits and the states after it."""
+        logits, *after = self._session.run(None, {"frame": frame.numpy(), **states})
+        return torch.from_numpy(logits), dict(zip(states, after, strict=True))
+
+
+def write_onnx_step(trained: Trained, path: Path) -> str:
+    """Write one timestep as the ONNX graph of `OnnxStep`.
+
+    Raises:
+        UserError: See there.
+    """
+    refuse_foreign(trained, "onnx-step")
+    model = trained.model
+    with torch.no_grad(), _aside(path) as aside:
+        is_events = model.input_kind == "events"
+        x = trained.examples(2)
+        with _naming_what_cannot_be_traced(trained):
+            step = OnnxStep(
+                model, x[:, 0] if is_events else x, aside, preparation=_preparation(trained)
+            )
 
         def run(x: Tensor) -> Tensor:
-            fed = {
-                name: np.zeros([*one.shape[:axis], len(x), *one.shape[axis + 1 :]], np.float32)
-                for name, one, axis in zip(names, states, axes, strict=True)
-            }
-            total = torch.zeros(())
+            states, total = step.at_rest(len(x)), torch.zeros(())
             for t in range(model.timesteps):
-                frame = x[:, t] if model.input_kind == "events" else x
-                logits, *after = session.run(outputs, {"frame": frame.numpy(), **fed})
-                total = total + torch.from_numpy(logits)
-                fed = dict(zip(names, after, strict=True))
+                logits, states = step.run(x[:, t] if is_events else x, states)
+                total = total + logits
             return total / model.timesteps
 
         return _agreement(trained, run)
@@ -452,6 +491,8 @@ def _traced(trained: Trained) -> torch.export.ExportedProgram:
 def _naming_what_cannot_be_traced(trained: Trained) -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # torch raises many kinds
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -1,0 +1,112 @@
+"""Latency of a step of a stream, beside the whole pass and other ways to run one timestep."""
+
+import argparse
+import importlib.util
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from tetdist.apps.benchmarks import turns
+from tetdist.apps.benchmarks.bench import seconds_of
+from tetdist.apps.benchmarks.contestants import (
+    batch_of,
+    has_spikingjelly_network,
+    spikingjelly_network,
+    wait,
+)
+from tetdist.models import SpikingNetwork
+from tetdist.nn.precision import autocast, choose_algorithms
+from tetdist.tables import aligned
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the milliseconds of each way to run a timestep; all take turns in this process."""
+    choose_algorithms(options.precision)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with torch.no_grad(), _steps(options) as steps:
+        for step in steps.values():
+            step()
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(options.repeats):
+            for name, step in steps.items():
+                seconds[name].append(seconds_of(step))
+    first = seconds["T=1 pass"]
+    rows = [
+        {
+            "name": name,
+            "ms": 1e3 * statistics.median(values),
+            "ratio": turns.ratio(values, first),
+        }
+        for name, values in seconds.items()
+    ]
+    keys = ("model", "size", "timesteps", "batch", "precision", "device", "repeats")
+    found = {key: getattr(options, key) for key in keys}
+    return found | {"threads": torch.get_num_threads(), "rows": rows}
+
+
+@contextmanager
+def _steps(options: argparse.Namespace) -> Iterator[dict[str, Callable[[], None]]]:
+    """Yield the ways to run one timestep; the whole pass runs all T."""
+    images = batch_of(options)
+    events = images.ndim == 5
+    frame = images[:, 0] if events else images
+
+    def network(timesteps: int) -> SpikingNetwork:
+        torch.manual_seed(0)
+        model: SpikingNetwork = timm.create_model(options.model, timesteps=timesteps)
+        return model.to(options.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's stub
+
+    def computed(function: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            with autocast(frame.device, options.precision):
+                function()
+            wait(options.device)
+
+        return run
+
+    one, whole = network(1), network(options.timesteps)
+    single = images[:, :1] if events else images
+    stream = whole.stream()
+    stream.step(frame)
+    steps = {
+        "T=1 pass": computed(lambda: one(single)),
+        "stream, a step": computed(lambda: stream.step(frame if events else None)),
+        f"whole pass, T={options.timesteps}": computed(lambda: whole(images)),
+    }
+    if importlib.util.find_spec("spikingjelly") and has_spikingjelly_network(options.model):
+        from spikingjelly.activation_based import functional
+
+        peer = spikingjelly_network(options.model)
+        functional.set_step_mode(peer, "s")
+        peer = peer.to(options.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # as above
+        steps["spikingjelly, single step"] = computed(lambda: peer(frame))
+    on_host = options.device == "cpu" and options.precision == "fp32"
+    if not (on_host and importlib.util.find_spec("onnxruntime")):
+        yield steps
+        return
+    from tetdist.apps.weights.export import OnnxStep
+
+    defined = network(1)
+    defined.set_execution("reference")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "step.onnx")
+        graph = OnnxStep(defined, torch.cat([frame, frame]), file, threads=options.threads)
+        states = graph.at_rest(len(frame))
+        yield steps | {"onnxruntime, a step": computed(lambda: graph.run(frame, states))}
+
+
+def table(result: dict[str, Any]) -> str:
+    rows = [["", "ms", "/ T=1 pass"]]
+    rows += [[row["name"], f"{row['ms']:.2f}", f"{row['ratio']:.3f}"] for row in result["rows"]]
+    return (
+        f"{result['model']}, batch {result['batch']}, {result['precision']}, {result['device']}, "
+        f"{result['threads']} threads: median of {result['repeats']}\n\n"
+        f"{aligned(rows, right=(1, 2))}"
+    )
