@@ -210,7 +210,7 @@ def test_a_disk_that_is_full_is_a_sentence(image_root, tmp_path, call, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
         status, output = call(*arguments)
-    assert (status, "free: make room or name another place" in output) == (2, True)
+    assert (status, "free: free disk space, or choose another place" in output) == (2, True)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     # A file that may not grow is refused as on a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 1024, before[1]))
@@ -219,7 +219,7 @@ def test_a_disk_that_is_full_is_a_sentence(image_root, tmp_path, call, monkeypat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert status == 2
-    assert "cannot be written (File too large), and nothing of it was: make room" in output
+    assert "cannot be written (File too large), and nothing has changed: correct that" in output
     assert [f for f in (tmp_path / "dest").rglob("*") if f.name.endswith((".tmp", ".jpg"))] == []
     # With room the same command goes on from there.
     assert call(*arguments)[0] == 0

@@ -445,8 +445,8 @@ def test_bad_checkpoints(run: Path, evaluate: Tool, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     file = tiny.newest(copy) / "model.safetensors"
     os.truncate(file, file.stat().st_size - 10)
-    assert "is not whole: model.safetensors" in broken(evaluate, "--checkpoint", copy)
-    assert "not whole" in broken(evaluate, "--checkpoint", file)
+    assert "is damaged: model.safetensors" in broken(evaluate, "--checkpoint", copy)
+    assert "damaged checkpoint" in broken(evaluate, "--checkpoint", file)
     alone = Path(shutil.copy(file, tmp_path / "alone.safetensors"))
     assert "not a readable model file" in broken(evaluate, "--checkpoint", alone)
     assert "config.yaml" in broken(evaluate, "--checkpoint", run / "config.yaml")

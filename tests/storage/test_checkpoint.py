@@ -145,7 +145,7 @@ def test_damaged_manifest(
 def test_all_damaged_is_an_error(tmp_path: Path) -> None:
     for step in (1, 2):
         cut(save(tmp_path, step) / "optimizer.pt")
-    with pytest.raises(UserError, match=rf"of 2 checkpoints in {tmp_path} none is whole"):
+    with pytest.raises(UserError, match=rf"{tmp_path} holds 2 checkpoints, but no undamaged one"):
         checkpoint.newest(tmp_path)
     # Nothing was deleted on the way.
     assert {"step-00000001", "step-00000002"} <= set(names(tmp_path))
@@ -315,7 +315,7 @@ def test_other_model_is_told_apart(tmp_path: Path) -> None:
     deeper = nn.Sequential(*network(4), nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"3\.bias is missing; 3\.weight is missing"):
         checkpoint.load_weights(deeper, weights, tmp_path)
-    with pytest.raises(UserError, match=r"2\.bias is unknown to it"):
+    with pytest.raises(UserError, match=r"2\.bias is not in the model"):
         checkpoint.load_weights(network(4)[:2], weights, tmp_path)
     with pytest.raises(UserError, match=r"and \d+ more"):
         checkpoint.load_weights(nn.Conv2d(3, 4, 3), weights, tmp_path)
@@ -385,12 +385,12 @@ def test_model_file_errors(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for length in (0, 4, 100, len(whole) - 1):
         file.write_bytes(whole[:length])
-        assert "part of a checkpoint that is not whole" in problem(file)
+        assert "is part of a damaged checkpoint" in problem(file)
         # Alone, without the manifest that knows its checksum.
         (tmp_path / "alone.safetensors").write_bytes(whole[:length])
         assert "not a readable model file" in problem(tmp_path / "alone.safetensors")
         assert "model.safetensors has" in problem(path)
-        assert "is not whole" in problem(tmp_path / "run")
+        assert "is damaged" in problem(tmp_path / "run")
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert "checksum" in problem(file)
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
@@ -401,8 +401,10 @@ def test_model_file_errors(tmp_path: Path) -> None:
     for key, value in (("config", "x"), ("classes", 5), ("timesteps", -1), ("step", None)):
         text = json.dumps(right | {key: value})
         save_file({"a": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={"tetdist": text})
-        assert f"another version: {key} cannot be read" in problem(tmp_path / "odd.safetensors")
-    assert "does not say which model" in problem(tmp_path / "foreign.safetensors")
+        assert f"another version of tetdist: {key} cannot be read" in problem(
+            tmp_path / "odd.safetensors"
+        )
+    assert "has no description of its model" in problem(tmp_path / "foreign.safetensors")
     (tmp_path / "text.safetensors").write_text("hello world, this is no tensor")
     assert "not a readable model file" in problem(tmp_path / "text.safetensors")
     last = tmp_path / "run" / "checkpoints" / "last"

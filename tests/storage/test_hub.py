@@ -149,7 +149,7 @@ def test_without_a_network_one_sentence_says_so(
     assert status == 2
     assert said == (
         f"error: hf:us/other is not in the cache of huggingface_hub, and {nobody} cannot be "
-        "reached ([Errno 111] Connection refused); fetch it once where there is a network, or give "
+        "reached ([Errno 111] Connection refused); fetch it once with a network, or give "
         "a file or folder\n"
     )
     assert hub.fetch(f"hf:us/small@{commit}", "model.safetensors").is_file()
@@ -192,7 +192,7 @@ def test_run_begins_with_a_network_of_the_hub_and_is_taught_by_it(
 def test_files_that_may_hold_code_are_not_fetched(there: Hub, tmp_path: Path) -> None:
     repository = there.repositories["them/it"] = Repository()
     repository.commit({"pytorch_model.bin": b"code", "model.py": b"code"})
-    with pytest.raises(UserError, match=r"hf:them/it has no model.safetensors, but model.py, pyt"):
+    with pytest.raises(UserError, match=r"hf:them/it has no model.safetensors, only model.py, pyt"):
         load(Path("hf:them/it"))
     repository.commit({"model.safetensors": b"no weights"})
     with pytest.raises(UserError, match="is not a readable model file"):
@@ -226,8 +226,8 @@ def test_what_cannot_be_fetched_is_named(there: Hub, tmp_path: Path, name: str, 
 @pytest.mark.parametrize(
     ("status", "headers", "words"),
     [
-        (500, {}, r"did not answer as it should for hf:them/it \(status 500\); try again later"),
-        (200, {"Content-Type": "text/html"}, "answers for hf:them/it, but not as a hub does"),
+        (500, {}, r"failed for hf:them/it \(status 500\); try again later"),
+        (200, {"Content-Type": "text/html"}, "does not answer like a hub for hf:them/it"),
         (302, {"Location": "/again"}, r"cannot be reached \(.*redirects"),
     ],
 )
@@ -243,8 +243,8 @@ def test_hub_that_answers_nothing_is_not_waited_for(
     there: Hub, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there.broken = 0, {}
-    monkeypatch.setattr(hub, "_PATIENCE", 0.2)
-    with pytest.raises(UserError, match=r"could not be asked for us/small \(.*timed out"):
+    monkeypatch.setattr(hub, "_TIMEOUT", 0.2)
+    with pytest.raises(UserError, match=r"cannot be reached for us/small \(.*timed out"):
         hub.push(file.parent, "us/small", private=True, message="")
 
 
@@ -275,7 +275,7 @@ def test_hub_writes_nothing_outside_of_the_cache(
     there.lies[header] = lie
     outcome = main(tiny_config({"loss.distillation.teacher": teacher}))
     assert outcome.status == 2
-    assert f"names the path {lie!r} as ETag or commit of" in outcome.text
+    assert f"gives the path {lie!r} as ETag or commit of" in outcome.text
     assert [path.name for path in tmp_path.iterdir() if "elsewhere" in path.name] == []
 
 
@@ -288,24 +288,24 @@ def test_what_cannot_be_pushed_is_named(
         assert words in said
         assert "hf_of" not in said
 
-    refused(file, "them/it", "does not let this user's token do that to them/it (status 403)")
+    refused(file, "them/it", "refuses this user's token for them/it (status 403)")
     there.repositories["them/it"] = Repository()
     there.repositories["them/it"].commit({".gitattributes": b""})
-    refused(file, "them/it", "does not let this user's token do that to them/it (status 403)")
+    refused(file, "them/it", "refuses this user's token for them/it (status 403)")
     there.repositories["us/it"] = Repository()
     there.repositories["us/it"].commit({"train.py": b"", "README.md": b"", "LICENSE": b""})
-    refused(file, "us/it", "us/it holds other files than an export (train.py)")
+    refused(file, "us/it", "us/it holds files that are not of an export (train.py)")
     nameless = save(tmp_path / "nameless.safetensors", None)
     refused(nameless, "us/new", "do not name their classes")
     token = tmp_path / "home" / "token"
     token.write_text("hf_of_somebody_else")
     refused(file, "us/new", "(status 401)")
     token.unlink()
-    refused(file, "us/new", "there is no token of http://127.0.0.1")
+    refused(file, "us/new", "there is no token for http://127.0.0.1")
     assert there.repositories.keys() == {"them/it", "us/it"}
     token.write_text(hub_stand_in.TOKEN)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody is there
-    refused(file, "us/new", "http://127.0.0.1:9 could not be asked for us/new")
+    refused(file, "us/new", "http://127.0.0.1:9 cannot be reached for us/new")
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_after_an_error_it_is_made_anew_and_given_everything(
     tiny.wait_until(lambda: len(calls) > 2, 20)
     tracker.close("FINISHED")
     assert in_tensorboard(run) == in_file(run)
-    assert "tracker tensorboard: OSError: no space left. Training goes on" in caplog.text
+    assert "tracker tensorboard failed: OSError: no space left. Training continues" in caplog.text
 
 
 def test_an_outage_of_a_day_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +228,7 @@ def test_a_missing_package_is_said_before_the_run_begins(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("mlflow", "MLflow is none of these but tracking.mlflow, which is true unless"),
+        ("mlflow", "mlflow must not be listed; MLflow is on by default"),
         ("foo", "there is no tracker 'foo'; there are tensorboard, wandb"),
         ("tensorbord", "did you mean tensorboard?"),
     ],
@@ -253,7 +253,7 @@ def test_wandb_without_an_account_is_said_instead_of_asked(monkeypatch: pytest.M
     monkeypatch.setenv("NETRC", "/nonexistent")
     wandb.teardown()  # it has read the variables before
     try:
-        with pytest.raises(UserError, match=r"wandb knows no account here.*WANDB_MODE=offline"):
+        with pytest.raises(UserError, match=r"wandb is not logged in.*WANDB_MODE=offline"):
             TRACKERS["wandb"].check()  # type: ignore[attr-defined]  # its own, beside the protocol
     finally:
         wandb.teardown()

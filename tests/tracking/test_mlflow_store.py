@@ -189,7 +189,7 @@ def test_the_end_does_not_send_to_an_mlflow_that_has_nothing(
     done = main(file)
     assert done.status == 0, done.text
     assert "runs/tiny is finished" in done.text
-    assert "started again and it answers" in done.text
+    assert "again when the tracker answers" in done.text
     assert "look  " not in done.text
 
 

@@ -539,7 +539,7 @@ def test_a_run_that_mlflow_forgot_is_sent_anew(
     with caplog.at_level(logging.INFO, logger="tetdist"):
         elsewhere.open(run_dir, 20, phases=PHASES).close("FINISHED")
     (message,) = [record.getMessage() for record in caplog.records]
-    assert f"does not know run {first}" in message
+    assert f"does not have run {first}" in message
     assert_all_there(elsewhere, run_dir)
 
     # Deleted by hand, in the user interface: a phase, beside runs that others have hung below ours.
@@ -649,15 +649,15 @@ def test_a_server_comes_late_and_goes_early(
             # Over the store that the server uses.
             tiny.wait_until(lambda: len(store.steps(run_dir)) == 1000, 40)
             tiny.wait_until(lambda: any((tmp_path / "artifacts").rglob("config.yaml")), 40)
-            tiny.wait_until(lambda: "is back" in caplog.text, 40)
+            tiny.wait_until(lambda: "answers again" in caplog.text, 40)
         for step in range(1001, 1011):
             tracker.log("train", step, {"loss": float(step)})
         begin = time.monotonic()
         tracker.close("FINISHED", timeout=5)
         assert time.monotonic() - begin < 7
     said = [one.getMessage() for one in caplog.records if one.name.startswith("tetdist")]
-    assert "Connection refused. Training goes on" in said[0]
-    assert "up to 10 of the 1010 points" in said[-1]
+    assert "Connection refused. Training continues" in said[0]
+    assert "up to 10 of the 1010 lines" in said[-1]
     assert len(said) <= 4
     assert not any("\n" in message for message in said)
     assert "secret" not in caplog.text
@@ -691,7 +691,7 @@ def test_a_server_that_never_answers_holds_nobody_up(
     assert tracker._following[0]._thread.daemon  # so it does not hold the process up either
     (record,) = caplog.records
     assert "no answer within 0.5 s" in record.getMessage()
-    assert "up to 1 of the 1 points" in record.getMessage()
+    assert "up to 1 of the 1 lines" in record.getMessage()
 
 
 def test_two_runs_make_one_database_at_once_after_a_kill(
@@ -723,7 +723,7 @@ def test_mlflow_missing_is_said_at_once(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    said = f"MLflow is not installed: {pip_install('train,cuda130')};"
+    said = f"MLflow is not installed; {pip_install('train,cuda130')}, or"
     with pytest.raises(UserError, match=re.escape(said)):
         store.open(tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

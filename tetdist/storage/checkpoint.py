@@ -1,19 +1,18 @@
-"""Checkpoints: written whole or not at all, verified before they are believed.
+"""Checkpoints, written atomically and verified before use.
 
     runs/NAME/checkpoints/
         step-00001000/
             model.safetensors   weights and running statistics; its header holds the configuration
-            ema.safetensors     their moving average, where the run has one; the same header
+            ema.safetensors     moving average of the weights, if any; the same header
             optimizer.pt        the optimiser's tensors (read with weights_only=True)
             state.json          step, metrics so far, versions
             manifest.json       size and SHA-256 of the other files; written last
-        last                    name of the newest
+        last                    name of the newest checkpoint
         best                    name of the one with the best validation accuracy
-        best-ema                name of the one whose moving average has the best
+        best-ema                name of the one with the best moving average
 
 A checkpoint is made in a hidden folder beside its place, forced to the disk, and renamed. A kill
-or a full disk at any moment leaves the earlier ones as they were. Nothing that is loaded here can
-execute code.
+or a full disk at any moment leaves earlier checkpoints unchanged. Loading never executes code.
 """
 
 import errno
@@ -49,18 +48,18 @@ FORMAT_VERSION = 1
 
 
 class Description(BaseModel):
-    """The header of model.safetensors: enough to build the network of its weights and evaluate it.
+    """The header of model.safetensors: enough to build the network and evaluate it.
 
     Attributes:
-        config: The configuration as plain values; checked as such where it is parsed.
-        classes: Their names, in order; None: known by number only.
+        config: The configuration as plain values, unchecked until it is parsed.
+        classes: Class names, in order; None: known by number only.
         timesteps: T.
         step: Optimiser steps done.
-        validation: Accuracy in percent with these very weights; None: not measured.
-        imports: Checksums of the files of one's own that it needs, by name.
-        converted: The ``file`` that weights were taken over ``from`` another library in.
-        which: The checkpoint of a run that was exported, ``last`` or ``best``.
-        averaged: Says what the weights are an average of; None: of nothing.
+        validation: Accuracy in percent of exactly these weights; None: not measured.
+        imports: Checksums of the user's files that it needs, by name.
+        converted: The ``file`` of converted weights, and the library they come ``from``.
+        which: The exported checkpoint of a run, ``last`` or ``best``.
+        averaged: Description of the average, if the weights are one; None: they are not.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -78,12 +77,12 @@ class Description(BaseModel):
 
 @dataclass(frozen=True)
 class Average:
-    """A moving average of the weights, which a checkpoint holds beside them.
+    """A moving average of the weights, stored in the same checkpoint.
 
     Attributes:
-        weights: By the names that they have in the model's state.
-        description: Of these weights: their accuracy is another.
-        best: Whether it is the best average so far.
+        weights: By their names in the model's state.
+        description: Header of these weights, with their own accuracy.
+        best: True if it is the best average so far.
     """
 
     weights: dict[str, Tensor]
@@ -96,11 +95,11 @@ class Checkpoint:
     """A verified checkpoint in memory.
 
     Attributes:
-        path: Folder that it was read from.
-        state: What the trainer put in: step, accumulated metrics, best result, ...
+        path: Folder of the checkpoint.
+        state: The trainer's state: step, accumulated metrics, best result, ...
         model: Model state, on the CPU.
         optimizer: The optimiser's ``state_dict``.
-        average: The moving average of the model's state; None: there is none.
+        average: The moving average of the model's state, if any.
     """
 
     path: Path
@@ -121,35 +120,34 @@ def save(
     best: bool,
     average: Average | None = None,
 ) -> Path:
-    """Write the checkpoint of ``state["step"]`` and delete those no longer wanted.
+    """Write the checkpoint of ``state["step"]`` and delete old ones.
 
     Args:
         folder: The run's ``checkpoints`` folder.
-        model: Its state goes to model.safetensors.
-        optimizer: The optimiser's ``state_dict``; goes to optimizer.pt.
-        description: Goes to the header of model.safetensors.
+        model: Model of model.safetensors.
+        optimizer: The optimiser's ``state_dict``, for optimizer.pt.
+        description: Header of model.safetensors.
         state: JSON values.
-        keep_last: Number of the newest to keep, besides the best ones.
-        best: Whether this is the best one so far.
-        average: Goes to ema.safetensors, with its own description.
+        keep_last: Number of newest checkpoints to keep, besides the best ones.
+        best: True if this is the best one so far.
+        average: Contents of ema.safetensors.
 
     Returns:
-        Where it is.
+        The checkpoint's folder.
 
     Raises:
-        UserError: It could not be written; the earlier checkpoints are still there.
+        UserError: It could not be written; earlier checkpoints are unchanged.
     """
     name = f"step-{state['step']:08d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".step-*"):  # of a process that was killed
             remove(leftover)
-        # A run that was stopped while it evaluated, or that comes by a damaged checkpoint again,
-        # saves the same step twice. The second gets a name of its own: while a folder is replaced,
-        # there is for a moment neither.
+        # A run that was stopped while evaluating, or resumes before a damaged checkpoint, saves the
+        # same step twice. The second gets another name, because replacing a folder is not atomic.
         repeats = [int(path.suffix[1:] or 0) for path in folder.glob(f"{name}*")]
         target = folder / (f"{name}.{max(repeats) + 1}" if repeats else name)
-        with made_aside(target) as aside, _telling_full_disk(folder):
+        with made_aside(target) as aside, _full_disk_named(folder):
             aside.mkdir()
             _write_weights(aside / MODEL_FILE, model.state_dict(), description)
             if average is not None:
@@ -166,16 +164,16 @@ def save(
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"the checkpoint of step {state['step']} could not be written to {folder} "
-            f"({_reason(error)}); the earlier ones are untouched: {way_out(error)}, and run the "
-            "same command again"
+            f"({_reason(error)}); earlier ones are unchanged: {way_out(error)}, and run the same "
+            "command again"
         ) from error
     _delete_old(folder, keep_last)
     return target
 
 
 @contextmanager
-def _telling_full_disk(folder: Path) -> Iterator[None]:
-    """Name a full disk as the cause: the errors of torch.save and safetensors do not say so."""
+def _full_disk_named(folder: Path) -> Iterator[None]:
+    """Name a full disk as the cause, since the errors of torch.save and safetensors do not."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -191,30 +189,30 @@ def _reason(error: BaseException) -> str:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """Read the newest checkpoint that is whole; damaged ones are named and passed over.
+    """Read the newest valid checkpoint; damaged ones are skipped with a warning.
 
     Returns:
-        None where there is no checkpoint at all.
+        None if there is no checkpoint at all.
 
     Raises:
-        UserError: There are checkpoints and none is whole.
+        UserError: All checkpoints are damaged.
     """
     paths = _all(folder)[::-1]
     for path in paths:
         problem = verify(path)
         if problem is None:
             return read(path)
-        logger.warning("checkpoint %s is not used: %s", path, problem)
+        logger.warning("skipping the damaged checkpoint %s: %s", path, problem)
     if paths:
         raise UserError(
-            f"of {counted(len(paths), 'checkpoint')} in {folder} none is whole; restore one, or "
-            "set resume=never and another name to start anew"
+            f"{folder} holds {counted(len(paths), 'checkpoint')}, but no undamaged one; restore "
+            "one, or start anew with resume=never and another name=..."
         )
     return None
 
 
 def verify(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None."""
+    """Return the fault of a checkpoint; None if it is valid."""
     try:
         files = parse_json((path / MANIFEST_FILE).read_text())["files"]
     except FileNotFoundError:
@@ -236,11 +234,11 @@ def verify(path: Path) -> str | None:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint that `verify` found whole."""
+    """Read a checkpoint that `verify` found valid."""
     state = json.loads((path / STATE_FILE).read_text())
     if state["format"] != FORMAT_VERSION:
         raise UserError(
-            f"{path} has checkpoint format {state['format']}, this version reads "
+            f"{path} has checkpoint format {state['format']}, but this version reads "
             f"{FORMAT_VERSION}; use the version of tetdist that wrote it"
         )
     return Checkpoint(
@@ -258,12 +256,12 @@ def load_model_file(
     """Read weights and description of a run, a checkpoint, an export or a .safetensors file.
 
     Args:
-        path: The folder of one of these, or the file; or ``hf:ORG/NAME`` of the hub, see hub.py.
+        path: A folder or file of these, or ``hf:ORG/NAME`` on the hub, see hub.py.
         which: The ``last`` checkpoint of a run folder, or the ``best`` one.
-        ema: Read the moving average in their place; the ``best`` one is then that of the averages.
+        ema: Read the moving average instead; ``best`` is then the best average.
 
     Raises:
-        UserError: There is no such checkpoint, it is damaged, or it is not one of tetdist.
+        UserError: The checkpoint is missing, damaged, or not written by tetdist.
     """
     file = _ema_file(path, which) if ema else _model_file(path, which)
     try:
@@ -273,29 +271,30 @@ def load_model_file(
     except (OSError, SafetensorError, ValueError) as error:
         hint = ""
         if file.suffix != ".safetensors":
-            hint = f"; `{typed('convert')}` makes one of other libraries' weights"
+            hint = f"; `{typed('convert')}` converts other libraries' weights"
         raise UserError(f"{file} is not a readable model file ({_reason(error)}){hint}") from error
     if "tetdist" not in metadata:
         raise UserError(
-            f"{file} does not say which model it is of; it was not written by tetdist's training"
+            f"{file} has no description of its model, so tetdist did not write it; convert it with "
+            f"`{typed('convert')}`"
         )
     try:
         return weights, Description.model_validate_json(metadata["tetdist"])
     except ValidationError as error:
         wrong = {str(one["loc"][0]) for one in error.errors() if one["loc"]} or {"all of it"}
         raise UserError(
-            f"the description in {file} is damaged or of another version: "
+            f"the description in {file} is damaged or of another version of tetdist: "
             f"{', '.join(sorted(wrong))} cannot be read"
         ) from error
 
 
 def _write_weights(path: Path, weights: dict[str, Tensor], description: Description) -> None:
-    # They are copied, since at ZeRO stages above 0 the parameters are views of one buffer.
+    # Copied because at ZeRO stages above 0 the parameters are views of one buffer.
     copies = {
         key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, tensor in weights.items()
     }
-    # save_file would make a file that only its owner may read.
+    # save_file would make a file that only its owner can read.
     described = json.dumps(description.model_dump(exclude_unset=True))
     path.write_bytes(serialize(copies, metadata={"tetdist": described}))
 
@@ -306,13 +305,13 @@ def _model_file(path: Path, which: str) -> Path:
     if path.is_file():
         problem = verify(path.parent) if (path.parent / MANIFEST_FILE).is_file() else None
         if problem is not None:
-            raise UserError(f"{path} is part of a checkpoint that is not whole: {problem}")
+            raise UserError(f"{path} is part of a damaged checkpoint: {problem}; use another one")
         return path
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}; give a run folder or a .safetensors file")
     if (path / MODEL_FILE).is_file():
         if not any((path / name).exists() for name in (MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE)):
-            return path / MODEL_FILE  # what the command export has written
+            return path / MODEL_FILE  # written by the command export
         folder = path
     else:
         checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -325,7 +324,7 @@ def _model_file(path: Path, which: str) -> Path:
         folder = checkpoint_at(pointer)
     problem = verify(folder)
     if problem is not None:
-        raise UserError(f"the checkpoint {folder} is not whole: {problem}")
+        raise UserError(f"the checkpoint {folder} is damaged: {problem}; use another one")
     return folder / MODEL_FILE
 
 
@@ -333,42 +332,42 @@ def _ema_file(path: Path, which: str) -> Path:
     file = _model_file(path, "last").with_name(EMA_FILE)
     if not file.is_file():
         raise UserError(
-            f"--ema: {path} has no moving average of its weights (a run has one with "
-            "ema.decay=...); leave out --ema"
+            f"--ema: {path} has no moving average of its weights, which only runs with "
+            "ema.decay=... have; leave out --ema"
         )
     return _model_file(path, BEST_EMA).with_name(EMA_FILE) if which == "best" else file
 
 
 def write_model_file(path: Path, weights: dict[str, Tensor], description: Description) -> None:
-    """Write a file that `load_model_file` reads, whole or not at all.
+    """Write a file for `load_model_file`, atomically.
 
     Args:
-        path: What is there already is replaced.
+        path: The file, which is replaced if it exists.
         weights: A model's state.
-        description: Of them.
+        description: Header of the file.
 
     Raises:
         UserError: It could not be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with made_aside(path) as aside, _telling_full_disk(path.parent):
+        with made_aside(path) as aside, _full_disk_named(path.parent):
             _write_weights(aside, weights, description)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{path} could not be written ({_reason(error)}); make room, or choose another place"
+            f"{path} could not be written ({_reason(error)}); correct that, or choose another place"
         ) from error
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Put weights into a model, all of them and nothing else.
+    """Load weights into a model; keys and shapes must match exactly.
 
     Raises:
-        UserError: They are of another model; the text says what does not fit.
+        UserError: They are of another model; the text names the differences.
     """
     own = model.state_dict()
     problems = [f"{key} is missing" for key in own.keys() - weights.keys()]
-    problems += [f"{key} is unknown to it" for key in weights.keys() - own.keys()]
+    problems += [f"{key} is not in the model" for key in weights.keys() - own.keys()]
     problems += [
         f"{key} has shape {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
         for key in own.keys() & weights.keys()
@@ -382,7 +381,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> 
 
 
 def _all(folder: Path) -> list[Path]:
-    """All checkpoints, oldest first; one that repeats a step comes after the first of it."""
+    """Return all checkpoints, oldest first; repeats of a step follow its first one."""
 
     def order(path: Path) -> tuple[str, int]:
         step, _, repeat = path.name.partition(".")

@@ -1,7 +1,6 @@
-"""Write files and folders whole or not at all, whatever kills the process meanwhile; read them only
-where they are files.
+"""Atomic writing of files and folders, also if the process is killed, and reading of regular files.
 
-Writing follows links. A pipe or a device is written through, since a file must not replace it.
+Writing follows links. A pipe or a device is written to and never replaced by a file.
 """
 
 import contextlib
@@ -23,15 +22,15 @@ _ASIDE = re.compile(r"\..+\.\d+\.tmp")
 
 @contextlib.contextmanager
 def made_aside(path: Path, *, sync: bool = True, ending: str = "") -> Iterator[Path]:
-    """Give a hidden path beside `path`; the file or folder made there takes the place of `path`.
+    """Yield a hidden path beside `path`; the file or folder made there then replaces `path`.
 
-    Where `path` is a link, its target is replaced. After an error nothing is left of it, and `path`
-    is what it was before.
+    If `path` is a link, its target is replaced. An error removes the hidden file and leaves `path`
+    unchanged.
 
     Args:
-        path: Lies in a folder that exists; a folder of this name must be empty.
-        sync: Wait for the disk; without it a power cut may leave empty files.
-        ending: End of the hidden name, for libraries that go by it.
+        path: Path in an existing folder; if it is a folder, it must be empty.
+        sync: Wait for the disk; otherwise a power cut may leave empty files.
+        ending: Suffix of the hidden name, for libraries that depend on it.
 
     Raises:
         OSError: Writing fails, as on a full disk, or `path` is a pipe or a device.
@@ -56,7 +55,7 @@ def made_aside(path: Path, *, sync: bool = True, ending: str = "") -> Iterator[P
 
 @contextlib.contextmanager
 def replacing(file: Path, sync: bool = True) -> Iterator[BinaryIO]:
-    """Give a stream whose contents take the place of `file`, or go through a pipe or a device."""
+    """Yield a stream whose contents replace `file`; a pipe or a device is written to directly."""
     if _is_pipe_or_device(file):
         with file.open("wb") as stream:
             yield stream
@@ -66,13 +65,13 @@ def replacing(file: Path, sync: bool = True) -> Iterator[BinaryIO]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write text as UTF-8, whole or not at all; see `made_aside`."""
+    """Write text as UTF-8, atomically; see `made_aside`."""
     with replacing(file) as stream:
         stream.write(text.encode())
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON that somebody else may have written.
+    """Parse untrusted JSON.
 
     Raises:
         ValueError: The text is not JSON, or is nested too deeply.
@@ -84,33 +83,33 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def write_json(file: Path, values: Any) -> None:
-    """Write JSON, whole or not at all; see `made_aside`."""
+    """Write JSON atomically; see `made_aside`."""
     write_text(file, json.dumps(values, indent=1) + "\n")
 
 
 @contextlib.contextmanager
 def explaining(file: Path) -> Iterator[None]:
-    """Turn an OSError while `file` is written into a sentence for the user.
+    """Turn an OSError while `file` is written into a `UserError`.
 
     Raises:
-        UserError: Writing has failed, and everything is as before.
+        UserError: Writing has failed, and nothing has changed.
     """
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{file} cannot be written ({error.strerror}), and nothing of it was: make room or name"
-            " another place, then run the same command again"
+            f"{file} cannot be written ({error.strerror}), and nothing has changed: correct that or"
+            " choose another place, then run the same command again"
         ) from error
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file to be read, and nothing else: a pipe may never say anything, a device never end.
+    """Open a regular file for reading; a pipe may never send data, and a device never end.
 
     Raises:
-        OSError: It cannot be opened, or is no file.
+        OSError: It cannot be opened, or is no regular file.
     """
-    # To open a pipe would otherwise wait for somebody who writes to it.
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -119,35 +118,35 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_text(path: Path) -> str:
-    """Read a text that somebody names, as UTF-8; a pipe or a device is refused as by `open_file`.
+    """Read a file as UTF-8; `open_file` refuses a pipe or a device.
 
     Raises:
-        OSError: It cannot be opened, or is no file.
+        OSError: It cannot be opened, or is no regular file.
     """
     with open_file(path) as file:
         return file.read().decode()
 
 
 def checkpoint_at(pointer: Path) -> Path:
-    """Return the checkpoint that one of ``last``, ``best`` and ``best_ema`` names.
+    """Return the checkpoint named in the file ``last``, ``best`` or ``best-ema``.
 
     Raises:
-        UserError: It is damaged.
+        UserError: The file is damaged.
     """
     name = pointer.read_text(errors="replace").strip()
     if not re.fullmatch(r"step-\d+(\.\d+)?", name):
         raise UserError(
-            f"{pointer} is damaged: {name[:80]!r} is no checkpoint's name, such as step-00000040; "
-            "write the newest one's name into it"
+            f"{pointer} is damaged: it must hold the name of a checkpoint, such as step-00000040, "
+            f"not {name[:80]!r}; write the newest one's name into it"
         )
     return pointer.with_name(name)
 
 
 def _is_pipe_or_device(path: Path) -> bool:
-    """Return whether a path leads to something that is there and neither a file nor a folder.
+    """Return whether a path exists and is neither a file nor a folder.
 
     Raises:
-        OSError: The path is a link to itself, or cannot be looked at.
+        OSError: The path is a link to itself, or cannot be accessed.
     """
     try:
         mode = path.stat().st_mode
@@ -157,10 +156,10 @@ def _is_pipe_or_device(path: Path) -> bool:
 
 
 def check_writable(flag: str, file: Path) -> None:
-    """Refuse an output file that cannot be written, before the work that it is to hold.
+    """Refuse an output file that cannot be written, before the work begins.
 
     Raises:
-        UserError: It is a folder, or the user may not write there.
+        UserError: It is a folder, or the user has no permission to write there.
     """
     try:
         if _is_pipe_or_device(file):
@@ -178,8 +177,8 @@ def check_writable(flag: str, file: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it; what is not there is no error."""
-    # What cannot be removed now is a leftover, which the next writing removes or steps over.
+    """Remove a file, or a folder with its contents, if it exists."""
+    # If it cannot be removed now, the next writing removes or ignores it.
     shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
         path.unlink()
@@ -195,37 +194,37 @@ def _sync(path: Path) -> None:
 
 
 def is_held(file: Path) -> bool:
-    """Return whether a process holds a file locked, as the one at work in a run's folder does."""
+    """Return whether a process has locked a file, as a run's process does in its folder."""
     try:
         with file.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # It is not there, or nothing can be locked there.
+    except OSError:  # It does not exist, or the file system has no locks.
         return False
     return False
 
 
 @contextlib.contextmanager
 def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a folder that exists locked against other processes of this machine.
+    """Lock an existing folder against other processes of this machine.
 
     Raises:
-        BlockingIOError: Another process holds it, and is not waited for.
+        BlockingIOError: Another process has locked it, and ``wait`` is false.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
-        # To close it is not enough if this process has forked meanwhile.
+        # Closing it is not enough if this process has forked meanwhile.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Make a folder, keep others from writing to it meanwhile, remove what a kill has left in it.
+    """Make a folder, lock it against other writers, and remove temporary files of killed ones.
 
     Raises:
         UserError: Another process is writing there.
@@ -238,23 +237,23 @@ def only_writer(folder: Path) -> Iterator[None]:
                     leftover.unlink()
             yield
     except BlockingIOError as error:
-        raise UserError(f"another process is writing to {folder}: let it finish") from error
+        raise UserError(f"another process is writing to {folder}: wait until it ends") from error
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Make sure that `needed` bytes fit on the disk of a folder.
+    """Check that `needed` bytes fit on the disk of a folder.
 
     Raises:
         UserError: They do not.
     """
     free = shutil.disk_usage(folder).free
-    in_mb = f"{needed / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB"
+    in_mb = f"{needed / 1e6:,.1f} MB, but its disk has {free / 1e6:,.1f} MB free"
     if free < needed:
-        raise UserError(f"{folder} needs {in_mb} free: make room or name another place")
+        raise UserError(f"{folder} needs {in_mb}: free disk space, or choose another place")
 
 
 class OthersMayWrite(PermissionError):
-    """Raised where a folder should be this user's alone."""
+    """Raised if others can write to a folder that must be private."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(f"{folder} can be written to by others")
@@ -262,10 +261,10 @@ class OthersMayWrite(PermissionError):
 
 
 def own_cache() -> Path:
-    """The folder for what is kept between calls and is to be trusted, made if it is not there.
+    """Return the user's cache folder, which only this user can write to; make it if missing.
 
     Raises:
-        OthersMayWrite: Somebody else can write to it.
+        OthersMayWrite: Other users can write to it.
         OSError: It cannot be made or written to.
     """
     base = os.environ.get("XDG_CACHE_HOME")

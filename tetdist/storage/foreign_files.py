@@ -1,4 +1,4 @@
-"""Reads somebody's file of weights without executing any of it."""
+"""Reading of untrusted weight files without executing code in them."""
 
 import argparse
 import pickle
@@ -15,15 +15,15 @@ from tetdist.errors import UserError
 from tetdist.storage.files import open_file
 from tetdist.wording import and_more
 
-# The keys under which training programs put a state dict, in the order of preference.
+# Usual keys of the state dict in a checkpoint, in order of preference.
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "best_net")
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The state dict in somebody's file, .safetensors or torch's, without executing any of it.
+    """Read the state dict of an untrusted file, .safetensors or torch's, without executing code.
 
     Raises:
-        UserError: It cannot be read so, or holds no state dict.
+        UserError: It cannot be read safely, or holds no state dict.
     """
     try:
         content = _load(path)
@@ -34,22 +34,22 @@ def read(path: Path) -> dict[str, Tensor]:
         what = f"{found[1]}, which is code" if found else "something else"
         raise UserError(
             f"{path} holds more than weights ({what}) and is not read, since that could execute "
-            "anything; ask its author for a plain state_dict or a .safetensors file"
+            "any code; get a plain state_dict or a .safetensors file from its author"
         ) from error
-    except Exception as error:  # of damaged bytes torch's reader may raise anything
+    except Exception as error:  # torch raises many kinds for damaged files
         if "TorchScript" in str(error):
-            # torch's own message advises to load the code.
+            # torch's own message recommends loading the code.
             raise UserError(
-                f"{path} is a TorchScript program, which is code, and is not read; ask its author "
-                "for a plain state_dict or a .safetensors file"
+                f"{path} is a TorchScript program, which is code, and is not read; get a plain "
+                "state_dict or a .safetensors file from its author"
             ) from error
-        says = isinstance(error, OSError | RuntimeError | ValueError) and str(error)
-        reason = says.partition("\n")[0] if says else "neither torch's nor safetensors' format"
-        raise UserError(f"{path} is not a readable file of weights ({reason})") from error
+        text = isinstance(error, OSError | RuntimeError | ValueError) and str(error)
+        reason = text.partition("\n")[0] if text else "neither torch's nor safetensors' format"
+        raise UserError(f"{path} is not a readable weight file ({reason})") from error
     state = _unwrap(content)
     if state is None:
         raise UserError(
-            f"{path} holds no state dict: neither tensors by name, nor that under "
+            f"{path} holds no state dict: it must be a dict of tensors, or hold one under the key "
             f"{', '.join(_WRAPPERS)}"
         )
     for prefix in ("module.", "_orig_mod.", "module."):
@@ -58,28 +58,27 @@ def read(path: Path) -> dict[str, Tensor]:
     odd = [key for key, value in state.items() if not _is_plain(value)]
     if odd:
         raise UserError(
-            f"{path} holds other than plain numbers (in {odd[0]}{and_more(odd)}): sparse, complex, "
-            "expanded from fewer values or without values; save it as an ordinary state dict"
+            f"{path} holds a sparse, complex, expanded or meta tensor ({odd[0]}{and_more(odd)}); "
+            "save an ordinary state dict of dense, real tensors"
         )
     broken = [key for key, value in state.items() if not value.isfinite().all()]
     if broken:
         raise UserError(
-            f"{path} holds numbers that are not finite (in {broken[0]}{and_more(broken)}): its "
-            "training went wrong; take an earlier file"
+            f"{path} holds NaN or infinity (in {broken[0]}{and_more(broken)}), since its training "
+            "diverged; use an earlier checkpoint"
         )
     return state
 
 
 def _is_plain(value: Tensor) -> bool:
-    """Return whether a tensor has each of its numbers stored, so that it is no larger than its file
-    seems."""
+    """Return whether each number of a tensor is stored, so that a small file cannot expand."""
     if value.layout != torch.strided or value.is_meta or value.is_complex():
         return False
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _load(path: Path) -> Any:
-    open_file(path).close()  # a pipe or a device would be read without an end
+    open_file(path).close()  # refuses a pipe or a device, which may never end
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -88,10 +87,9 @@ def _load(path: Path) -> Any:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(str(error)) from error
-    # Many training programs save their options beside the weights: plain values in a class without
-    # behaviour.
+    # Many training programs save their options beside the weights, as plain values in a Namespace.
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a TorchScript program, which is refused below
+        warnings.simplefilter("ignore")  # about a TorchScript program, which is refused below
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -1,7 +1,7 @@
-"""Networks on the Hugging Face hub: their weights fetched by name, a folder pushed as a repository.
+"""Networks on the Hugging Face hub: fetching weights by name, and pushing a folder.
 
-Of a repository one file is fetched, that of its weights; what else lies there is never looked at.
-The token is the one that huggingface_hub finds where its users keep it; it is nowhere written.
+Only the weight file of a repository is fetched; its other files are never read. The token is the
+one that huggingface_hub finds; it is written nowhere.
 """
 
 import re
@@ -15,9 +15,9 @@ from tetdist.errors import UserError
 HF = "hf:"  # before the name of a repository, where a path could stand
 _REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
 _NAME = re.compile(rf"{HF}(?P<repo>{_REPOSITORY})(?:@(?P<revision>.+))?")
-_PATIENCE = 30.0  # seconds without a byte of an answer
-# What a repository that was made on the hub's pages may hold; a README.md is replaced by the card.
-_OF_THE_HUB = frozenset({".gitattributes", "LICENSE"})
+_TIMEOUT = 30.0  # seconds without a byte of a response
+# Files that the hub itself adds to a new repository; a README.md is replaced by the card.
+_HUB_FILES = frozenset({".gitattributes", "LICENSE"})
 
 
 class Pushed(NamedTuple):
@@ -40,10 +40,10 @@ def fetch(name: str, file: str) -> Path:
         file: Its path in the repository.
 
     Returns:
-        Where it lies in the cache.
+        The file's path in the cache.
 
     Raises:
-        UserError: There is no such thing, or it cannot be reached.
+        UserError: It does not exist, or cannot be reached.
     """
     found = _NAME.fullmatch(name)
     if found is None:
@@ -59,20 +59,19 @@ def fetch(name: str, file: str) -> Path:
     with _explained(name), names_checked(name):
         try:
             if try_to_load_from_cache(repo, file, revision=revision) is None:
-                # To download what is not in the cache tries again for 20 seconds where there is no
-                # network; this asks once.
+                # Without a network, a download retries for 20 seconds; this request fails at once.
                 try:
                     found_there = HfApi().get_hf_file_metadata(
                         url=hf_hub_url(repo, file, revision=revision)
                     )
                 except (HfHubHTTPError, ValueError):
-                    raise  # it was reached, or the name is none
+                    raise  # the hub was reached, or the name is invalid
                 except Exception as error:  # of other classes in each version
                     raise _unreachable(name, error) from error
                 if found_there.etag is None or found_there.commit_hash is None:
                     raise UserError(
-                        f"{_endpoint()} answers for {name}, but not as a hub does: is it a login "
-                        "page of your network, or HF_ENDPOINT wrong?"
+                        f"{_endpoint()} does not answer like a hub for {name}; check HF_ENDPOINT, "
+                        "and whether your network has a login page"
                     )
             return Path(HfApi().hf_hub_download(repo, file, revision=revision))
         except LocalEntryNotFoundError as error:  # one of EntryNotFoundError's
@@ -80,55 +79,55 @@ def fetch(name: str, file: str) -> Path:
         except EntryNotFoundError as error:
             others = ", ".join(sorted(HfApi().list_repo_files(repo, revision=revision)))
             raise UserError(
-                f"{name} has no {file}, but {others or 'no file at all'}: only such weights are "
-                "taken, since other files may hold code"
+                f"{name} has no {file}, only {others or 'no file at all'}; choose one with it, "
+                "since other weight files may hold code"
             ) from error
 
 
 @contextmanager
 def names_checked(name: str) -> Iterator[None]:
-    """Refuse answers of a hub that would have huggingface_hub write outside of its cache.
+    """Refuse responses of a hub that would make huggingface_hub write outside its cache.
 
-    It takes the ETag and the commit, as the hub says them, for names of files and folders.
+    huggingface_hub uses a response's ETag and commit as names of files and folders.
 
     Raises:
-        UserError: One of them is no name.
+        UserError: One of them is no valid name.
     """
     from huggingface_hub import constants, file_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    ask = file_download.get_hf_file_metadata
+    original = file_download.get_hf_file_metadata
 
-    def check(*answers: str | None) -> None:
-        for answer in answers:
-            if answer and not re.fullmatch(r"[^./\\][^/\\]*", answer):
+    def check(*values: str | None) -> None:
+        for value in values:
+            if value and not re.fullmatch(r"[^./\\][^/\\]*", value):
                 raise UserError(
-                    f"{_endpoint()} names the path {answer!r} as ETag or commit of {name}, which "
+                    f"{_endpoint()} gives the path {value!r} as ETag or commit of {name}, which "
                     "would lead out of the cache; fetch it from another HF_ENDPOINT"
                 )
 
-    def ask_and_check(*args: Any, **kwargs: Any) -> Any:
+    def checked_metadata(*args: Any, **kwargs: Any) -> Any:
         try:
-            found = ask(*args, **kwargs)
+            found = original(*args, **kwargs)
         except HfHubHTTPError as error:
-            # If a commit has no such file, the cache keeps that, too.
+            # The cache also records that a commit lacks a file.
             check(error.response.headers.get(constants.HUGGINGFACE_HEADER_X_REPO_COMMIT))
             raise
         check(found.etag, found.commit_hash)
         return found
 
-    # huggingface_hub asks for each download itself, so that no earlier answer can be relied on.
-    file_download.get_hf_file_metadata = ask_and_check
+    # huggingface_hub requests the metadata anew for each download, so each response is checked.
+    file_download.get_hf_file_metadata = checked_metadata
     try:
         yield
     finally:
-        file_download.get_hf_file_metadata = ask
+        file_download.get_hf_file_metadata = original
 
 
 def _unreachable(name: str, error: Exception) -> UserError:
     return UserError(
         f"{name} is not in the cache of huggingface_hub, and {_endpoint()} cannot be reached "
-        f"({_reason(error)}); fetch it once where there is a network, or give a file or folder"
+        f"({_reason(error)}); fetch it once with a network, or give a file or folder"
     )
 
 
@@ -137,33 +136,33 @@ def _reason(error: Exception) -> str:
 
 
 def push(folder: Path, repo: str, *, private: bool, message: str) -> Pushed:
-    """Upload a folder's files as one commit, to a repository that is made if there is none.
+    """Upload a folder's files as one commit to a repository, which is made if missing.
 
     Args:
-        folder: Its files, and no others, are what the repository then holds.
+        folder: Folder of the files, which are then the only ones in the repository.
         repo: ``ORG/NAME``.
-        private: Whether a new repository is; one that exists stays as it is.
-        message: Of the commit.
+        private: Make a new repository private; an existing one keeps its setting.
+        message: Message of the commit.
 
     Raises:
-        UserError: The repository holds something else, or it cannot be written to.
+        UserError: The repository holds other files, or it cannot be written to.
     """
     from huggingface_hub import HfApi, get_token
 
     if get_token() is None:
         raise UserError(
-            f"--push: there is no token of {_endpoint()}; log in with `hf auth login`, or set the "
+            f"--push: there is no token for {_endpoint()}; log in with `hf auth login`, or set the "
             "variable HF_TOKEN"
         )
     api = HfApi()
     with _explained(repo):
         api.create_repo(repo, private=private, exist_ok=True)
-        present = set(api.list_repo_files(repo)) - _OF_THE_HUB
+        present = set(api.list_repo_files(repo)) - _HUB_FILES
         others = sorted(present - {path.name for path in folder.iterdir()})
         if others:
             raise UserError(
-                f"{repo} holds other files than an export ({', '.join(others[:3])}), which would "
-                "stay beside it; remove them there, or choose another --push ORG/NAME"
+                f"{repo} holds files that are not of an export ({', '.join(others[:3])}); remove "
+                "them there, or choose another --push ORG/NAME"
             )
         made = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     return Pushed(destination(repo), str(made.oid))
@@ -175,7 +174,7 @@ def destination(repo: str) -> str:
 
 
 def _endpoint() -> str:
-    # A mirror or a hub of one's own, as for huggingface_hub itself.
+    # The hub, a mirror or a private hub, as set for huggingface_hub.
     from huggingface_hub import constants
 
     return str(constants.ENDPOINT)
@@ -183,10 +182,10 @@ def _endpoint() -> str:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a sentence, which its warnings are left out before.
+    """Turn exceptions of huggingface_hub into a `UserError`, and silence its warnings.
 
     Raises:
-        UserError: Something was raised.
+        UserError: huggingface_hub has raised an exception.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -197,11 +196,11 @@ def _explained(name: str) -> Iterator[None]:
     from huggingface_hub.utils import get_session
     from huggingface_hub.utils import logging as hub_logging
 
-    # Without a timeout it waits for an answer forever.
+    # Without a timeout it waits for a response forever.
     session = get_session()
-    timeout, session.timeout = session.timeout, _PATIENCE
+    timeout, session.timeout = session.timeout, _TIMEOUT
     verbosity = hub_logging.get_verbosity()
-    # It warns of each attempt, once by its own handler and once by that of the command.
+    # It warns of each attempt, once in its own handler and once in the command's.
     hub_logging.set_verbosity_error()
     try:
         yield
@@ -209,33 +208,32 @@ def _explained(name: str) -> Iterator[None]:
         raise
     except GatedRepoError as error:
         raise UserError(
-            f"{name} asks its users to agree to something first: do so on its page at {_endpoint()}"
+            f"{name} has terms that you must accept first; do so on its page at {_endpoint()}"
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"there is no {name} at {_endpoint()}, or it is private: see that the name is right, "
-            "and that `hf auth whoami` says somebody who may read it"
+            f"there is no {name} at {_endpoint()}, or it is private: check the name, and that the "
+            "user of `hf auth whoami` can read it"
         ) from error
     except RevisionNotFoundError as error:
         raise UserError(
-            f"{name}: the repository has no such revision; leave out what is after the @, or name "
-            "a branch, a tag or a commit of it"
+            f"{name}: the repository has no such revision; give one of its branches, tags or "
+            "commits after the @, or leave that out"
         ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
             raise UserError(
-                f"{_endpoint()} does not let this user's token do that to {name} (status "
-                f"{status}); see `hf auth whoami`, and that the token is one that may write"
+                f"{_endpoint()} refuses this user's token for {name} (status {status}); check `hf "
+                "auth whoami`, and that the token has write permission"
             ) from error
         raise UserError(
-            f"{_endpoint()} did not answer as it should for {name} (status {status}); try again "
-            "later"
+            f"{_endpoint()} failed for {name} (status {status}); try again later"
         ) from error
-    except Exception as error:  # those of the network are of other classes in each version
+    except Exception as error:  # network errors have other classes in each version
         raise UserError(
-            f"{_endpoint()} could not be asked for {name} ({_reason(error)}); see that there is a "
-            "network, and try again"
+            f"{_endpoint()} cannot be reached for {name} ({_reason(error)}); check the network, "
+            "and try again"
         ) from error
     finally:
         session.timeout = timeout

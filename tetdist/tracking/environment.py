@@ -43,7 +43,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that a result may depend on; nothing is imported for it."""
+    """Return versions of the packages that a result may depend on, without importing them."""
     found: dict[str, str] = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -52,9 +52,9 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """The environment of this process, ready for JSON.
+    """Return the environment of this process as JSON values, without importing packages.
 
-    Nothing is imported for it, and what cannot be found out is None, empty or left out.
+    Unknown values are None, empty or left out.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     gpus = _output(
@@ -77,7 +77,7 @@ def environment() -> dict[str, Any]:
 
 
 def cpu_model() -> str | None:
-    """Return the processor's name; None if it has none."""
+    """Return the processor's name; None if unknown."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             name, _, value = line.partition(":")
@@ -87,10 +87,10 @@ def cpu_model() -> str | None:
 
 
 def git_state(root: Path = _ROOT) -> dict[str, Any]:
-    """The state of a checkout, by default of the one imported from; empty if it is none."""
+    """Return the state of a git checkout, by default tetdist's own; empty if it is none."""
     git = ["git", "-C", str(root)]
     top = _output([*git, "rev-parse", "--show-toplevel"])
-    # An environment within the checkout of another project is no checkout of ours.
+    # tetdist may be installed in an environment within another project's checkout.
     if Path(top.strip()) != root:
         return {}
     status = _output([*git, "status", "--porcelain"])
@@ -103,20 +103,20 @@ def git_state(root: Path = _ROOT) -> dict[str, Any]:
 
 
 def git_version() -> str:
-    """The checkout's commit, in short, and whether it was changed; empty if it is none."""
+    """Return the checkout's short commit, marked if changed; empty without a checkout."""
     git = git_state()
     return f"{git['commit'][:12]}{' (changed)' if git['dirty'] else ''}" if git else ""
 
 
 def _output(command: list[str]) -> str:
-    """The output of a command; empty if it fails or does not exist."""
+    """Return the output of a command; empty if it fails or does not exist."""
     try:
         done = subprocess.run(
             command,
             capture_output=True,
             check=True,
             timeout=20,
-            # `git status` would else lock the index against the user's own commands.
+            # Otherwise `git status` would lock the index against the user's own commands.
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
         )
     except (OSError, subprocess.SubprocessError):

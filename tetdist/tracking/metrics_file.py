@@ -1,8 +1,8 @@
-"""metrics.jsonl, the truth about what a run measured: how it is read, and cut off on a resume.
+"""metrics.jsonl, the record of a run's metrics: reading it, and truncating it on a resume.
 
 A line is strict JSON: `{"kind": "train", "step": 120, "time": 1700000000.123, ...}`. `time` is Unix
-time in seconds. JSON has no word for a value that is not finite; here such a value is one of the
-strings "NaN", "Infinity" and "-Infinity", which `float()` understands and `read_metrics` restores.
+time in seconds. JSON has no non-finite numbers; they are the strings "NaN", "Infinity" and
+"-Infinity", which `float()` understands and `read_metrics` restores.
 """
 
 import math
@@ -16,7 +16,7 @@ from tetdist.errors import UserError
 from tetdist.storage.files import parse_json
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-_BLOCK = 1 << 20  # bytes that are read at once from the end of a file
+_BLOCK = 1 << 20  # bytes per read from the end of a file
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -25,21 +25,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def each_line(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of `read_metrics` one by one: a file of any size takes no memory."""
+    """Yield the lines of `read_metrics` one by one, without holding the file in memory."""
     return (line for _, line in lines_of(path))
 
 
 def lines_of(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the lines of a metrics.jsonl, also while it is being written.
 
-    Values that are not finite are floats again; a last line that a kill tore is left out.
+    Non-finite values are floats again; an incomplete last line is left out.
 
     Args:
         path: The file.
-        offset: Where the first of these lines begins, in bytes.
+        offset: Start of the first line, in bytes.
 
     Yields:
-        Where the next line begins, in bytes, and what this one says.
+        Start of the next line, in bytes, and the contents of this one.
 
     Raises:
         UserError: A line is damaged.
@@ -54,7 +54,7 @@ def lines_of(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]
 
 
 def from_end(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of `read_metrics`, the last one first; the file is read no further than that.
+    """Yield the lines of `read_metrics` from the last one on, reading only as far as needed.
 
     Raises:
         UserError: A line is damaged.
@@ -70,14 +70,14 @@ def from_end(path: Path) -> Iterator[dict[str, Any]]:
                 if is_whole:
                     yield _parsed(path, raw, end)
                 end -= len(raw) + 1
-                is_whole = True  # but for what follows the last line's end
+                is_whole = True  # only what follows the last newline is incomplete
 
 
 def _parsed(path: Path, raw: bytes, end: int) -> dict[str, Any]:
     try:
         line = parse_json(raw)
         if isinstance(line["kind"], str) and isinstance(line["step"], int):
-            # Few lines have such values, and to look for them in all takes as long as to parse.
+            # Few lines have non-finite values, and searching all would double the time.
             return restored(line) if b'"NaN"' in raw or b'Infinity"' in raw else line
     except (ValueError, KeyError, TypeError):
         pass
@@ -86,16 +86,16 @@ def _parsed(path: Path, raw: bytes, end: int) -> dict[str, Any]:
     text = raw[:80].decode(errors="replace").strip()
     raise UserError(
         f"{path}: line {number} is damaged: {text if text.isprintable() else repr(text)}; restore "
-        f"the file, or remove the line (sed -i {number}d {shlex.quote(str(path))}): what it said "
-        "is lost to curves and reports, the checkpoints are untouched"
+        f"the file, or remove the line (sed -i {number}d {shlex.quote(str(path))}). Curves and "
+        "reports then lack its values; checkpoints are not affected"
     )
 
 
 def keep_until(path: Path, step: int) -> dict[str, int]:
-    """Remove the lines of later steps, which come last, and what a kill tore.
+    """Remove the lines of later steps, which come last, and an incomplete last line.
 
     Returns:
-        The last step of each kind that is left.
+        The last remaining step of each kind.
     """
     last: dict[str, int] = {}
     kept = 0
@@ -110,12 +110,11 @@ def keep_until(path: Path, step: int) -> dict[str, int]:
 
 
 def points_of(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the numbers of a line by the names that trackers show them under.
+    """Yield the numbers of a line with their names in trackers.
 
-    A value is called ``kind/key``. A list has one number a timestep, counted from 1
-    (``per_timestep_top1`` of an evaluation: ``val/top1_t1``, ``val/top1_t2``, ...), a dict one an
-    entry (``val/firing_rate/layer1.0.sn1``). Text stays in the file, and so does the time left,
-    which measures nothing.
+    A value's name is ``kind/key``. A list has one number per timestep, counted from 1
+    (``per_timestep_top1`` of an evaluation: ``val/top1_t1``, ``val/top1_t2``, ...), a dict one per
+    entry (``val/firing_rate/layer1.0.sn1``). Text and the time left are not sent to trackers.
     """
     kind = line["kind"]
     for key, value in line.items():
@@ -134,7 +133,7 @@ def points_of(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def strict(value: Any) -> Any:
-    """Write numbers that are not finite, which JSON has not, as text."""
+    """Replace non-finite numbers, which JSON lacks, by text."""
     if isinstance(value, dict):
         return {key: strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -145,7 +144,7 @@ def strict(value: Any) -> Any:
 
 
 def restored(value: Any) -> Any:
-    """Undo `strict`: what JSON has as text becomes a number again."""
+    """Undo `strict`: restore non-finite numbers from text."""
     if isinstance(value, dict):
         return {key: restored(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,16 +1,16 @@
-"""MLflow's view of a run, which follows metrics.jsonl.
+"""The MLflow logger of a run, which sends metrics.jsonl to MLflow.
 
-A daemon thread reads the file, asks MLflow how far it is, and sends the rest, so every step is
-there once, whatever was down or killed in between.
+A daemon thread reads the file, queries MLflow's last steps, and sends the rest. So every step gets
+there once, despite outages and kills.
 
-In MLflow a value stands at its optimiser step, under the name that `points_of` gives it.
+In MLflow a value has its optimiser step, and its name from `points_of`.
 
-Steps that a run computes again, since it was killed after its last checkpoint, MLflow may have
-already. It takes nothing back, so a value that has become another, as samples_per_s does, is sent
-once more, and the newest of a step counts; what is the same stands there once.
+After a kill, a run computes the steps since its last checkpoint again, and MLflow may have them
+already. MLflow cannot delete values, so a changed value, such as samples_per_s, is sent again, and
+the newest one of a step counts; an unchanged value is not sent again.
 
-A run of several phases has a child run a phase below it in MLflow, with the phase's parameters and
-those points whose lines say `"phase": N`. The run itself has all points.
+A run of several phases has a child run per phase in MLflow, with the phase's parameters and the
+points of lines with `"phase": N`. The run itself has all points.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PARENT_TAG = "mlflow.parentRunId"  # by which MLflow's pages nest runs
-# By which MLflow chooses the pages of an experiment; without it, it guesses.
+PARENT_TAG = "mlflow.parentRunId"  # MLflow's pages nest runs by it
+# MLflow chooses the pages of an experiment by it; without it, MLflow guesses.
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 PHASE_TAG = "phase"  # the phase's number, as in the file and in the configuration: from 0
 
@@ -54,8 +54,8 @@ class Destination:
     Attributes:
         uri: A server's http(s) address or an absolute sqlite:/// URI.
         experiment: The experiment's name, made when missing.
-        artifact_root: Where a new experiment in a local store keeps its files. A server decides for
-            itself.
+        artifact_root: Folder for the files of a new experiment in a local store; a server chooses
+            its own.
     """
 
     uri: str
@@ -72,13 +72,13 @@ class Destination:
 
 
 class MLflow:
-    """MLflow as a tracker of one run, and what it is told beside the lines of metrics.
+    """MLflow as a tracker of one run, with tags, artifacts, model and phase besides its metrics.
 
-    The training thread only sets `tags`, `artifacts`, `model` and `phase`; the one that follows
+    The training thread only sets `tags`, `artifacts`, `model` and `phase`; the tracker's thread
     only reads them. Single operations on a dict are atomic, hence no locks.
 
     Args:
-        destination: Where MLflow keeps the run.
+        destination: The run's place in MLflow.
         run: The run.
     """
 
@@ -89,18 +89,18 @@ class MLflow:
         self.tags = dict(run.tags)
         if run.note is not None:
             self.tags["mlflow.note.content"] = run.note
-        self.phase: int | None = None  # the one that runs; None: none was entered yet
-        self.artifacts: dict[Path, int] = {}  # how often each was announced
+        self.phase: int | None = None  # the current one; None before the first
+        self.artifacts: dict[Path, int] = {}  # number of announcements of each
         # An artifact, its name in the registry, and the description of that version of it.
         self.model: tuple[Path, str, str] | None = None
-        self.monitor: Any = None  # of the system
+        self.monitor: Any = None  # MLflow's system metrics
         _set_mlflow_up()
 
     def __call__(self, run: TrackedRun) -> "_Session":
         return _Session(self, run)
 
     def start_monitor(self, run_id: str) -> None:
-        """Have MLflow measure the system, in place of a monitor that an outage has ended."""
+        """Start MLflow's system metrics, in place of a monitor that an outage has ended."""
         self.stop_monitor()
         try:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -120,13 +120,13 @@ class MLflow:
 
 
 class _Receiver:
-    """A run in MLflow: what it has, and what is about to be sent to it.
+    """A run in MLflow: the points that it has, and those to be sent.
 
     Args:
-        client: MLflow's.
+        client: MLflow's client.
         run: MLflow's entity.
-        tracked: The run that is followed.
-        params: Parameters of `run`, of which MLflow lets none change that it has.
+        tracked: The tracked run.
+        params: Parameters of `run`; MLflow does not let existing ones change.
     """
 
     def __init__(
@@ -152,9 +152,9 @@ class _Receiver:
         client.log_batch(self.run_id, params=missing)
 
     def add(self, line: dict[str, Any]) -> None:
-        """Have the points of a line sent that are missing or have another value.
+        """Queue the points of a line that are missing in MLflow or have another value there.
 
-        They were sent in the order of the file, so all of a kind's last line but one are there.
+        Points are sent in the file's order, so only a kind's last line may be incomplete.
         """
         import mlflow
 
@@ -170,7 +170,7 @@ class _Receiver:
                 self._batch.append(mlflow.entities.Metric(key, value, time, step))
 
     def _newest_of(self, key: str) -> dict[int, float | str]:
-        """Return the values that MLflow has of the steps that are computed again."""
+        """Return MLflow's values of the steps that are computed again."""
         if key not in self._newest:
             history = self._client.get_metric_history(self.run_id, key)
             again = (metric for metric in history if metric.step > self._again_after)
@@ -189,10 +189,10 @@ class _Receiver:
 
 
 class _Session:
-    """One unbroken acquaintance with MLflow.
+    """A session with MLflow without failures.
 
-    After any failure a new one begins and asks MLflow afresh what it has, so it does not matter
-    whether a request that failed had its effect or not.
+    After any failure a new session queries MLflow's state again, so it does not matter whether the
+    failed request had an effect.
     """
 
     def __init__(self, mlflow: MLflow, run: TrackedRun) -> None:
@@ -204,7 +204,7 @@ class _Session:
         self._run = _Receiver(self._client, found, run, run.params)
         self._run.set_status("RUNNING")
         if run.resume_step is not None:
-            # Each process that resumes notes it once, whatever its number of sessions.
+            # Each process that resumes notes it once, in however many sessions.
             noted = found.data.tags.get("resumed_at_step")
             note = f"{noted}, {run.resume_step}" if noted else str(run.resume_step)
             mlflow.tags.setdefault("resumed_at_step", note)
@@ -228,11 +228,11 @@ class _Session:
         for run in self._client.search_runs(
             [self._experiment_id],
             f"tags.`{PARENT_TAG}` = '{self._run.run_id}'",
-            # A lost answer to a request to create a run leaves a duplicate; the older one goes on.
+            # A lost response to creating a run leaves a duplicate; the older run is used.
             order_by=["attributes.start_time DESC"],
         ):
             number = run.data.tags.get(PHASE_TAG, "")
-            # A user may have hung runs of another kind below ours.
+            # Users may have added other child runs.
             if number.isdecimal() and int(number) < len(self._phase_params):
                 self._phases[int(number)] = self._receiver(run, int(number))
 
@@ -264,17 +264,16 @@ class _Session:
             receiver.send()
 
     def show(self, ending: Status | None = None) -> None:
-        """Show what else is known of the run, and that it ends where a state is given."""
+        """Send tags, phases and artifacts, and the final state if given."""
         tags = dict(self._mlflow.tags)
         if tags != self._tags:
             _set_tags(self._client, self._run.run_id, tags)
             self._tags = tags
         self._show_phases(ending)
         if ending is not None:
-            # The monitor ends by itself, without its last values, when it sees a run that does not
-            # run: so it is stopped first.
+            # The monitor would end without its last values once the run has ended: stop it first.
             self._mlflow.stop_monitor()
-            # Artifacts come later, lest a full artifact store leave the run unfinished.
+            # Artifacts come later, so that a full artifact store does not leave the run unfinished.
             self._run.set_status(ending)
         self._send_artifacts()
         self._register_model()
@@ -283,10 +282,10 @@ class _Session:
         self.show(status)
 
     def _show_phases(self, ending: Status | None) -> None:
-        """Give the phases' runs the states that they are in."""
+        """Set the states of the phases' runs."""
         present = self._mlflow.phase
         if present is None and ending is not None:
-            # It ended before any phase was entered, as a finished run that is started again does.
+            # It ended before entering a phase, as a finished run does when started again.
             present = self._last_phase
         if present is None or not self._phase_params:
             return
@@ -297,7 +296,7 @@ class _Session:
             elif number == present:
                 phase.set_status(ending or "RUNNING")
             else:
-                # It began before a resume from an earlier phase, and will begin again.
+                # It began before a resume from an earlier phase, and will run again.
                 phase.set_status("KILLED")
 
     def _send_artifacts(self) -> None:
@@ -308,7 +307,7 @@ class _Session:
             self._artifacts[path] = version
 
     def _artifact_folder(self, path: Path) -> str | None:
-        """Return where among the run's artifacts a file goes; None: to the top."""
+        """Return the folder of a file among the run's artifacts; None for the top."""
         folder = path.parent
         inside = folder != self._tracked.folder and folder.is_relative_to(self._tracked.folder)
         return folder.relative_to(self._tracked.folder).as_posix() if inside else None
@@ -316,7 +315,7 @@ class _Session:
     def _send_datasets(self) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        # What MLflow has of the same name and digest it does not take twice.
+        # MLflow ignores a data set of the same name and digest.
         entries = [
             DatasetInput(
                 Dataset(
@@ -334,7 +333,7 @@ class _Session:
             self._client.log_inputs(self._run.run_id, entries)
 
     def _register_model(self) -> None:
-        """Register what was asked for, once, when the artifact is there."""
+        """Register the requested model once, when its artifact is in MLflow."""
         if self._mlflow.model is None:
             return
         path, name, description = self._mlflow.model
@@ -357,7 +356,7 @@ class _Session:
 
 
 def _known_run(client: Any, run_dir: Path) -> Any:
-    """Return the run in MLflow of a run's folder; None if MLflow has none, or none any more."""
+    """Return the MLflow run of a run's folder; None if MLflow does not have it (any more)."""
     import mlflow
 
     id_file = run_dir / "mlflow_run_id"
@@ -371,7 +370,7 @@ def _known_run(client: Any, run_dir: Path) -> Any:
             raise
     if run is None or run.info.lifecycle_stage != "active":
         logger.warning(
-            "MLflow at %s does not know run %s (any more): sending all of %s to a new one",
+            "MLflow at %s does not have run %s (any more); sending all of %s to a new run",
             without_passwords(client.tracking_uri),
             run_id,
             run_dir / "metrics.jsonl",
@@ -381,9 +380,9 @@ def _known_run(client: Any, run_dir: Path) -> Any:
 
 
 def find_run(run_dir: Path, uri: str) -> Any:
-    """Return the run in MLflow of a run's folder; None if MLflow has none.
+    """Return the MLflow run of a run's folder; None if MLflow does not have it.
 
-    Its status is FINISHED only when MLflow has all of its points.
+    Its status is FINISHED only if MLflow has all of its points.
 
     Raises:
         UserError: MLflow does not answer.
@@ -401,20 +400,20 @@ def announce(
     tags: Mapping[str, str],
     status: str | None,
 ) -> str | None:
-    """Tell MLflow of a run from outside of it, while no process trains: queued, cancelled, ...
+    """Set the state of a run in MLflow while no process trains it: queued, cancelled, ...
 
-    The run is made if MLflow does not have it yet; the training process will find and use it.
+    The run is made if missing; the training process will find and use it.
 
     Args:
-        run_dir: The run's folder, which exists.
+        run_dir: The run's existing folder.
         run_name: The run's name.
-        destination: Where MLflow keeps it.
+        destination: The run's place in MLflow.
         tags: Further tags.
-        status: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED; None: as it is.
+        status: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED; None: unchanged.
 
     Returns:
-        The run's MLflow id; None if MLflow does not answer, which is only warned of: the run gets
-        there when it trains.
+        The run's MLflow id; None, with a warning, if MLflow does not answer. The run is then sent
+        when it trains.
     """
     try:
         client = new_client(destination.uri)
@@ -425,7 +424,7 @@ def announce(
             _set_status(client, run_id, status)
     except Exception as error:
         logger.warning(
-            "MLflow at %s: %s; the run goes on without it",
+            "MLflow at %s failed: %s. The run goes on without it, and is sent when it trains",
             without_passwords(destination.uri),
             first_line(error),
         )
@@ -434,19 +433,19 @@ def announce(
 
 
 def _set_mlflow_up() -> None:
-    """Bound how long MLflow tries; what the environment says stands."""
-    # By default MLflow tries for four minutes, then 120 s more for the last answer: close() would
-    # leave everything behind. Here the pauses between attempts are ours.
+    """Limit the time of MLflow's retries, unless environment variables are set."""
+    # By default MLflow retries for four minutes and waits 120 s more for the last response, longer
+    # than close() waits. Here the tracker's thread retries instead.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    # Usage statistics would go out to the internet, which compute nodes seldom reach.
+    # Usage statistics would need the internet, which compute nodes seldom have.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
 def new_client(uri: str) -> Any:
-    """Return a client of a tracker, whose database is made if need be; MLflow itself says little.
+    """Return a client of an MLflow store, and make its database if missing; quieten MLflow's log.
 
     Raises:
         Exception: One of MLflow's many kinds.
@@ -463,20 +462,19 @@ def new_client(uri: str) -> Any:
 
 
 def _create_run(client: Any, run_dir: Path, destination: Destination, run_name: str) -> Any:
-    """Make a run, and its experiment when missing, and note its id in the run's folder."""
+    """Make a run, with its experiment if missing, and write its id into the run's folder."""
     import mlflow
 
     name = destination.experiment
     found = client.get_experiment_by_name(name)
     if found is None:
-        # A server's own location works for all who can reach the server; a path of this machine
-        # would not.
+        # A server's own location works for all its users; a path of this machine would not.
         local = not is_server(destination.uri)
         location = destination.artifact_root.as_uri() if local else None
         try:
             client.create_experiment(name, artifact_location=location, tags={KIND_TAG: KIND})
         except mlflow.exceptions.MlflowException:
-            # Another run may have been faster.
+            # Another run may have made it meanwhile.
             if client.get_experiment_by_name(name) is None:
                 raise
         found = client.get_experiment_by_name(name)
@@ -502,22 +500,22 @@ def _set_status(client: Any, run_id: str, status: str) -> None:
 
 
 def _stored(value: float) -> float | str:
-    """A value as MLflow stores it, made comparable."""
+    """Return a value as MLflow stores it, in a comparable form."""
     if math.isnan(value):
         return "NaN"
     return max(-sys.float_info.max, min(sys.float_info.max, value))
 
 
 def _allowed(name: str) -> str:
-    """Replace the characters that MLflow takes in no name."""
+    """Replace the characters that MLflow does not allow in names."""
     return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)[:250]
 
 
 def _prepare_database(path: Path) -> None:
-    """Make MLflow's SQLite database if there is none, and see that it can be read.
+    """Make MLflow's SQLite database if missing, and check that it can be read.
 
-    MLflow sets it up over seconds and many steps. Two processes at once, or a kill in between,
-    leave a database that no later attempt can mend; so it appears all at once, set up.
+    MLflow's setup takes seconds and many steps. Two processes at once, or a kill meanwhile, would
+    leave a database that cannot be repaired; so it is set up aside and then linked in one step.
     """
     import mlflow
 
@@ -526,18 +524,18 @@ def _prepare_database(path: Path) -> None:
         with locked(path.parent):
             for leftover in path.parent.glob(f".{path.name}.*.tmp*"):
                 remove(leftover)  # of a process that was killed
-            # MLflow keeps what it has opened, so that each attempt needs a name of its own.
+            # MLflow keeps opened databases in memory, so each attempt needs another name.
             draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
             if not path.exists():
                 mlflow.MlflowClient(tracking_uri=f"sqlite:///{draft}").search_experiments()
                 try:
-                    path.hardlink_to(draft)  # unlike a rename, never over the one of another node
+                    path.hardlink_to(draft)  # unlike a rename, never replaces another node's
                 except FileExistsError:
                     pass
                 except OSError:  # a file system without hard links
                     draft.rename(path)
                 remove(draft)
-    # MLflow itself would try for 100 s before it says that it cannot open a database.
+    # MLflow itself would retry for 100 s before failing to open a database.
     with contextlib.closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA schema_version")
 
@@ -547,12 +545,12 @@ def is_server(uri: str) -> bool:
 
 
 def _origin() -> dict[str, str]:
-    """The tags that MLflow's pages show as a run's user, source and version."""
+    """Return the tags that MLflow's pages show as a run's user, source and version."""
     tags = {
         "mlflow.source.name": Path(sys.argv[0]).name,
         "mlflow.source.type": "JOB" if "SLURM_JOB_ID" in os.environ else "LOCAL",
     }
-    # In containers the user's number often has no name.
+    # In containers the user id often has no name.
     with contextlib.suppress(KeyError, OSError):
         tags["mlflow.user"] = getpass.getuser()
     commit = git_state().get("commit")
@@ -562,18 +560,17 @@ def _origin() -> dict[str, str]:
 
 
 def ui_command(tracking_uri: str, run_id: str | None = None) -> str:
-    """Say how to look at a tracker: the command for a local store, the address of a server.
+    """Return the command that shows a local store, or the address of a server.
 
-    MLflow listens on 127.0.0.1:5000 unless told otherwise, so no address is needed to keep it from
-    the network.
+    MLflow listens on 127.0.0.1:5000 by default, so it is not exposed to the network.
 
     Args:
-        tracking_uri: The tracker's.
-        run_id: A run whose page at a server is to be named.
+        tracking_uri: The store's URI.
+        run_id: Run whose page on a server to return.
     """
     shown = without_passwords(tracking_uri)
     if is_server(tracking_uri):
         return f"{shown.rstrip('/')}/#/runs/{run_id}" if run_id else shown
-    # In an environment that is not activated, `mlflow` alone would not be found.
+    # Without an activated environment, `mlflow` alone would not be found.
     program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
     return shlex.join([program, "ui", "--workers", "1", "--backend-store-uri", shown])

@@ -1,7 +1,7 @@
-"""A check, before the run begins, that MLflow can keep it where the configuration says.
+"""A check of the configured MLflow store before the run begins.
 
-A server that does not answer may come back, and the run is sent to it then. What is refused here
-would never take anything: an address of no kind that there is, or a damaged database.
+A server that does not answer is accepted: it gets the run when it is back. Stores that can never
+work are refused: invalid addresses and damaged databases.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ from tetdist.tracking.trackers import first_line
 logger = logging.getLogger(__name__)
 
 _OTHERWISE = "or train without MLflow: tracking.mlflow=false"
-_SUGGESTED = f"give tracking.uri=http://HOST:PORT or sqlite:////FOLDER/mlflow.db, {_OTHERWISE}"
-# To read the whole of a larger database would hold up the start, and those who write to it.
+_SUGGESTED = f"set tracking.uri=http://HOST:PORT or sqlite:////FOLDER/mlflow.db, {_OTHERWISE}"
+# Reading a larger database completely would delay the start, and other writers.
 _MOST_BYTES_READ = 64 * 2**20
 
 
 def check_store(uri: str) -> None:
-    """See that MLflow can keep runs at an address, as far as that is known without a server.
+    """Check that MLflow can keep runs at an address, without contacting a server.
 
     Args:
         uri: The tracking URI of a configuration.
 
     Raises:
-        UserError: It never can; the text says what to do about it.
+        UserError: It cannot; the text says what to do.
     """
     address = urlsplit(uri)
     shown = without_passwords(uri)
@@ -45,7 +45,7 @@ def check_store(uri: str) -> None:
             path = uri.partition("///")[2]
             if not path or path == ":memory:":
                 raise UserError(
-                    f"tracking.uri: {shown} is a database in memory, which is gone with the run; "
+                    f"tracking.uri: {shown} is a database in memory, lost when the run ends; "
                     f"{_SUGGESTED}"
                 )
             problem = _problem(Path(path))
@@ -75,18 +75,18 @@ def check_store(uri: str) -> None:
 def hand_over(uri: str) -> None:
     """Put a server's user and password into MLflow's variables, which jobs inherit.
 
-    The configuration that is written down for a job has none.
+    The configuration file of a job does not contain them.
 
     Raises:
-        UserError: The password is a database's, for which there are no such variables.
+        UserError: The password is of a database, for which there are no such variables.
     """
     if without_passwords(uri) == uri:
         return
     if not is_server(uri):
         raise UserError(
-            f"tracking.uri: a job is not given the password of {without_passwords(uri)}, since no "
-            "file may hold it; keep it where the database's driver looks, such as ~/.pgpass, or "
-            f"start an `mlflow server` before the database, {_OTHERWISE}"
+            f"tracking.uri: a job cannot get the password of {without_passwords(uri)}, because no "
+            "file may hold it; put it where the database's driver finds it, such as ~/.pgpass, or "
+            f"use an `mlflow server` in front of the database, {_OTHERWISE}"
         )
     address = urlsplit(uri)
     os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(address.username or "")
@@ -95,22 +95,22 @@ def hand_over(uri: str) -> None:
 
 @functools.cache
 def _warn_of_password(of_server: bool) -> None:
-    """Say once in a process what becomes of a password in tracking.uri."""
+    """Warn once per process that a password in tracking.uri is not saved."""
     better = (
         "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         if of_server
-        else "keep it where the database's driver looks, such as ~/.pgpass"
+        else "put it where the database's driver finds it, such as ~/.pgpass"
     )
     logger.warning(
-        "tracking.uri holds a password, which is used here and written nowhere: give it again "
-        "whenever the run is continued, or leave it out and %s",
+        "tracking.uri holds a password, which is not saved in any file: give it again whenever "
+        "the run is resumed, or leave it out and %s",
         better,
     )
 
 
 def _problem(path: Path) -> str | None:
-    """Return why MLflow cannot keep runs in an SQLite file; None: it can."""
-    # A database that is missing will be made, and its folder with it.
+    """Return the reason why MLflow cannot keep runs in an SQLite file; None if it can."""
+    # A missing database will be made, with its folder.
     place = next(one for one in (path, *path.absolute().parents) if one.exists())
     folder = path.parent if place == path else place
     if place == path and not path.is_file():
@@ -122,13 +122,13 @@ def _problem(path: Path) -> str | None:
             return f"you need permission to write to {one}"
     damage = _damage(path) if place == path else None
     return damage and (
-        f"it is damaged ({damage}); restore it, or move it away and a new one is made, to which "
-        "this run is sent from its first step on"
+        f"it is damaged ({damage}); restore it, or move it away: a new one is then made and gets "
+        "this run from its first step on"
     )
 
 
 def _damage(path: Path) -> str | None:
-    """Return the fault of an SQLite file; None: none, or another process is busy with it."""
+    """Return the fault of an SQLite file; None without one, or while another process uses it."""
     try:
         database = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=rw", 1.0, uri=True)
         with contextlib.closing(database):
@@ -138,7 +138,7 @@ def _damage(path: Path) -> str | None:
             (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
             return None if found == "ok" else " ".join(str(found).split())
     except sqlite3.OperationalError as error:
-        # It is locked, or a server's disk does not answer; that passes.
+        # It is locked, or a file server does not answer, which is temporary.
         return None if "lock" in str(error) or "busy" in str(error) else str(error)
     except sqlite3.DatabaseError as error:
         return str(error)

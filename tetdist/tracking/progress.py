@@ -14,19 +14,19 @@ from tetdist.wording import counted, duration
 class RunProgress:
     """Progress of the whole run, on standard error.
 
-    In a log there is a line where metrics are logged, and one more wherever nothing has been said
-    for a while: soon after the start, so that the pace is known, and later at least every minute.
+    A log gets a line whenever metrics are logged, and another one after a time without lines: soon
+    after the start, to show the pace, and later at least every minute.
 
     Args:
         step, last_step: Optimiser steps done, and in all.
-        steps_per_epoch: The run's.
-        global_batch: Samples a step.
-        phases: How many the run has; of several, the present one is said.
+        steps_per_epoch: Optimiser steps per epoch.
+        global_batch: Samples per step.
+        phases: Number of the run's phases; lines name the current one of several.
         settle: Waits for the device, which may lag behind the host by some steps.
-        silent: Show nothing (all processes but one).
+        silent: Show nothing (all processes except one).
     """
 
-    # Seconds of silence before the first line, and before others.
+    # Seconds without a line before the first line, and before later ones.
     FIRST, LATER = 5.0, 60.0
 
     def __init__(
@@ -54,7 +54,7 @@ class RunProgress:
             unit=" samples",
             unit_scale=True,
             dynamic_ncols=True,
-            # A bar that takes what the numbers leave would be of one character at 110 columns.
+            # A bar of variable width would have only one character at 110 columns.
             bar_format="{desc} {percentage:.0f} %|{bar:10}| {remaining} left, {rate_fmt}{postfix}",
             disable=silent or not self.on_terminal,
         )
@@ -66,7 +66,7 @@ class RunProgress:
         self.bar.close()
 
     def advance(self) -> None:
-        """Note that one more step is done."""
+        """Count one more step."""
         self.step += 1
         self.bar.update(self.global_batch)
         is_first = self.step == self.first_step + 1
@@ -77,16 +77,16 @@ class RunProgress:
             now = time.monotonic()
             if is_first:
                 took = duration(now - self.started)
-                pace = f"the first step took {took}, more than others will"
+                pace = f"the first step took {took}; later ones are faster"
             else:
                 samples = (self.step - self.first_step - 1) * self.global_batch
                 rate = samples / max(now - self.steady_since, 1e-6)
                 pace = f"{_pace(rate)} since the first step  ETA {_clock(self.seconds_left())}"
             epoch = self.step / self.steps_per_epoch
-            self._say(f"epoch {epoch:.2f}  step {self.step}/{self.last_step}  {pace}")
+            self._print(f"epoch {epoch:.2f}  step {self.step}/{self.last_step}  {pace}")
 
     def report_training(self, step: int, values: dict[str, Any]) -> None:
-        """Say what is logged of training."""
+        """Show the logged metrics of training."""
         if self.silent:
             return
         learned = [
@@ -105,26 +105,26 @@ class RunProgress:
             return
         rate, left = _pace(values["samples_per_s"]), f"ETA {_clock(values['eta_s'])}"
         where = f"{phase}epoch {values['epoch']:.2f}"
-        self._say(
+        self._print(
             "  ".join([where, f"step {step}/{self.last_step}", *learned, rate, *machine, left])
         )
 
     def advance_evaluation(self, samples: int, total: int) -> None:
-        """Note that so many more samples of ``total`` are evaluated, on this process."""
+        """Count ``samples`` more of ``total`` as evaluated on this process."""
         self.evaluated += samples
         if self._silent_for_long():
             share = min(100 * self.evaluated / total, 100)
-            self._say(f"evaluating after step {self.step}: {share:.0f} % of the samples")
+            self._print(f"evaluating after step {self.step}: {share:.0f} % of the samples")
 
     def report_evaluation(
         self, step: int, values: dict[str, Any], *, of_average: bool = False
     ) -> None:
-        """Say what an evaluation found, of the weights or of their moving average."""
+        """Show the result of an evaluation, of the weights or of their moving average."""
         self.evaluated = 0
         if self.silent:
             return
         by_timestep = " ".join(f"{top1:.1f}" for top1 in values["per_timestep_top1"])
-        # Of a network that is not causal nothing is known but the whole.
+        # A network that is not causal has only the result of all timesteps.
         by_timestep = f"by timestep {by_timestep} %  " if by_timestep else ""
         what = "evaluation of the moving average" if of_average else "evaluation"
         tqdm.write(
@@ -133,18 +133,18 @@ class RunProgress:
             f"{by_timestep}({counted(values['samples'], 'sample')})",
             file=sys.stderr,
         )
-        self._said()
+        self._note_line()
 
     def _silent_for_long(self) -> bool:
         if self.silent or self.on_terminal:
             return False
         return time.monotonic() - self.last_line >= self.silence
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
-        self._said()
+        self._note_line()
 
-    def _said(self) -> None:
+    def _note_line(self) -> None:
         self.last_line, self.silence = time.monotonic(), self.LATER
 
     def seconds_left(self) -> float:
@@ -182,7 +182,7 @@ class FileProgress:
     """Files done, with rate and time left: a bar on a terminal, elsewhere a line now and then."""
 
     _SECONDS_BETWEEN_LINES = 10.0
-    # After the first files, before a rate is told: of less it would be a guess.
+    # After the first files; with fewer seconds a rate would be a guess.
     _SECONDS_OF_A_RATE = 5.0
 
     def __init__(self) -> None:
@@ -200,10 +200,10 @@ class FileProgress:
             self._bar = None
 
     def titled(self, title: str, unit: str = "file") -> Callable[[int, int], None]:
-        """Begin with other files; the result is called with the files done and in all.
+        """Begin with other files; call the result with the numbers of files done and of all.
 
-        Rate and time left are of the pace since the first files were done, which waited for
-        processes to start, and are told some seconds after these; the last line's rate is of all.
+        Rate and time left ignore the first files, which waited for processes to start, and appear
+        some seconds later. The last line's rate is that of all files.
         """
         self._close()
         started = last_line = time.monotonic()
@@ -221,13 +221,13 @@ class FileProgress:
             if done < total and now - last_line <= self._SECONDS_BETWEEN_LINES:
                 return
             last_line = now
-            said = f"{title}: {done:,} of {counted(total, unit)}"
+            line = f"{title}: {done:,} of {counted(total, unit)}"
             files, seconds = done - first[0], now - first[1]
             if done >= total:
-                said += f", {_pace(done / max(now - started, 1e-6), unit)}"
+                line += f", {_pace(done / max(now - started, 1e-6), unit)}"
             elif files and seconds >= self._SECONDS_OF_A_RATE:
                 rate = files / seconds
-                said += f", {_pace(rate, unit)}, {duration((total - done) / rate)} left"
-            print(said, file=sys.stderr, flush=True)
+                line += f", {_pace(rate, unit)}, {duration((total - done) / rate)} left"
+            print(line, file=sys.stderr, flush=True)
 
         return on_terminal if sys.stderr.isatty() else in_log

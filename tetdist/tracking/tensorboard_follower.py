@@ -1,11 +1,11 @@
-"""TensorBoard's view of a run, which follows metrics.jsonl: an event file in RUN/tensorboard/.
+"""The TensorBoard logger of a run: it writes metrics.jsonl to an event file in RUN/tensorboard/.
 
-TensorBoard takes points back only from a step on (``purge_step``), all of a step or none; what a
-killed process had written of a step is not known. So each start writes the file anew, from the
-first line on: it has each point of metrics.jsonl once, whatever was killed or computed again in
-between. A hundred thousand lines take seconds, in a thread.
+TensorBoard can only discard all points from a step on (``purge_step``), and a killed process may
+have written part of a step. So each start writes the file anew from the first line on: it has each
+point of metrics.jsonl once, despite kills and repeated steps. 100,000 lines take seconds, in a
+thread.
 
-Values are called as `points_of` calls them, and are float32, which is what TensorBoard shows.
+Values have their names from `points_of`, and are float32, as TensorBoard shows them.
 """
 
 from typing import Any, ClassVar
@@ -32,8 +32,7 @@ class TensorBoard:
         folder = run.folder / "tensorboard"
         for earlier in folder.glob("events.out.tfevents.*"):
             earlier.unlink()
-        # With purge_step, a TensorBoard that is open on the folder forgets what it has read of
-        # earlier files.
+        # With purge_step, a running TensorBoard forgets points of earlier files.
         self._writer: Any = SummaryWriter(folder, purge_step=0)
         for title, values in (("configuration", run.params), ("tags", run.tags)):
             shown = "\n".join(f"    {key}: {value}" for key, value in values.items())
@@ -45,7 +44,7 @@ class TensorBoard:
             values = [
                 self._summary.Value(tag=name, simple_value=value) for name, value in points_of(line)
             ]
-            # All values of a line at once: add_scalar takes several times as long.
+            # All values of a line at once: add_scalar is several times slower.
             summary = self._summary(value=values)
             self._writer.file_writer.add_summary(summary, line["step"], line["time"])
         self._writer.flush()

@@ -1,8 +1,8 @@
-"""The record of a run: a file of what it measures, and whoever follows that file.
+"""The record of a run: its metrics file, and the trackers that read the file.
 
-`metrics.jsonl` in the run folder is the truth. The training loop only ever appends a line to it.
-MLflow and trackers of one's own follow the file, each in a thread: one that is slow, down or new is
-caught up whenever it answers, in this process or in a later one.
+`metrics.jsonl` in the run folder is the source of truth; the training loop only appends lines.
+MLflow and other trackers get the file's lines, each in a thread. A tracker that is slow, down or
+new gets the missing lines whenever it answers, in this process or a later one.
 """
 
 import importlib.util
@@ -26,37 +26,35 @@ class Tracker:
     def __init__(
         self, run: TrackedRun, destination: Destination | None, trackers: Sequence[str] = ()
     ) -> None:
-        """Open the run's file and have it followed.
+        """Open the run's file and start its trackers.
 
         Args:
-            run: The run. What MLflow already knows of its parameters from an earlier start is left
-                as it is, since MLflow lets none change; tags may. Lines of metrics after its
-                ``resume_step`` are removed, because those steps are computed again.
-            destination: Where MLflow keeps the run; None: no MLflow.
-            trackers: Names in `TRACKERS` of those that follow the file, besides MLflow.
+            run: The run. MLflow does not let parameters of an earlier start change, only tags.
+                Metrics after ``resume_step`` are removed, because those steps are computed again.
+            destination: The run's place in MLflow; None: no MLflow.
+            trackers: Names in `TRACKERS` of trackers besides MLflow.
 
         Raises:
             UserError: A new run finds the file of another, a line of the file is damaged, MLflow is
-                asked for and not installed, or there is no tracker of a name.
+                not installed, or a tracker does not exist.
         """
         self.path = run.folder / "metrics.jsonl"
         self._resume_step = run.resume_step
-        self.is_complete = False  # whether all had everything when the record was closed
+        self.is_complete = False  # True if all trackers had everything at the end
         self._last: dict[str, int] = {}
         if run.resume_step is not None:
             self._last = keep_until(self.path, run.resume_step)
         elif self.path.exists():
             raise UserError(
-                f"{self.path} belongs to an earlier run: resume that run, or give this one "
-                "another folder"
+                f"{self.path} belongs to an earlier run; resume that run, or give this one another "
+                "name=..."
             )
         if destination is not None and importlib.util.find_spec("mlflow") is None:
             raise UserError(
-                f"MLflow is not installed: {pip_install('train,cuda130')}; or train without it, "
+                f"MLflow is not installed; {pip_install('train,cuda130')}, or train without it: "
                 "tracking.mlflow=false"
             )
-        # It is unbuffered, so that a line is with the operating system, and survives our death,
-        # when log() returns.
+        # Unbuffered: when log() returns, the operating system has the line, which survives a kill.
         self._file = self.path.open("xb" if run.resume_step is None else "ab", buffering=0)
         self._size = self._file.seek(0, os.SEEK_END)
         self._mlflow = None if destination is None else MLflow(destination, run)
@@ -64,14 +62,14 @@ class Tracker:
         if self._mlflow is not None:
             name = f"MLflow at {without_passwords(self._mlflow.destination.uri)}"
             self._following.append(Following(name, self._mlflow, self.path, run))
-        # They know nothing of a run whose file is empty.
+        # To them a run with an empty file is new.
         run = run if self._size else replace(run, resume_step=None)
         self._following += [Following(name, TRACKERS[name], self.path, run) for name in trackers]
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line; never wait for whoever follows.
+        """Append one line, without waiting for trackers.
 
-        A line that the file holds from before a resume is not written again: a run that was killed
+        A line that the file already holds from before a resume is not written again: a run killed
         between its checkpoint and its last line of that step computes the same line anew.
 
         Args:
@@ -105,30 +103,30 @@ class Tracker:
     def sync(self) -> None:
         """Force the file to the disk.
 
-        Called before a checkpoint is written, it keeps a power cut from leaving a checkpoint that
-        knows of more steps than the file.
+        Call it before writing a checkpoint, so that after a power cut the checkpoint does not have
+        more steps than the file.
         """
         os.fsync(self._file.fileno())
 
     def artifact(self, path: Path) -> None:
-        """Have a file copied to MLflow, under its path relative to the run folder.
+        """Copy a file to MLflow, under its path relative to the run folder.
 
-        It is read when it is sent, so it should only ever be replaced by renaming. Announce it
-        again when it has changed.
+        The file is read later, when it is sent, so replace it only by renaming. Call this again
+        after a change.
         """
         if self._mlflow is not None:
             artifacts = self._mlflow.artifacts
             artifacts[path] = artifacts.get(path, 0) + 1
 
     def register(self, path: Path, name: str, description: str) -> None:
-        """Have an announced artifact registered as the next version of a model in MLflow.
+        """Register an announced artifact as the next version of a model in MLflow.
 
-        The same artifact of the same run is registered once, however often it is asked for.
+        The same artifact of the same run is registered only once.
 
         Args:
             path: The artifact.
-            name: Of the model.
-            description: Of this version, in Markdown.
+            name: Name of the model.
+            description: Description of this version, in Markdown.
         """
         if self._mlflow is not None:
             self._mlflow.model = path, name, description
@@ -139,17 +137,16 @@ class Tracker:
             self._mlflow.tags[key] = value
 
     def enter_phase(self, number: int) -> None:
-        """Say which phase runs from now on; what was logged before belongs to those before it."""
+        """Set the current phase; earlier lines belong to earlier phases."""
         if self._mlflow is not None:
             self._mlflow.phase = number
 
     def close(self, status: Status, timeout: float = 30) -> None:
-        """End the record and wait until all who follow have all of it.
+        """End the record and wait until all trackers have all of it.
 
         Args:
-            status: The run's state from now on. "RUNNING" is for a run that goes on in another
-                process.
-            timeout: For each of them, in seconds.
+            status: The run's new state. "RUNNING" is for a run that continues in another process.
+            timeout: Seconds to wait for each tracker.
         """
         self._file.close()
         complete = [one.close(status, timeout) for one in self._following]

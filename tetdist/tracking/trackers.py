@@ -1,10 +1,10 @@
-"""Trackers, MLflow among them: they follow metrics.jsonl, each in a thread.
+"""Trackers, such as MLflow: each gets the lines of metrics.jsonl in a thread.
 
-A tracker is a class that is made with a `TrackedRun`, takes lines, and is closed; docs/extending.md
-has one. What it raises is said once and ends no training: the lines are tried again, and those that
-are left when the run ends are given to it when the run is opened again. So a line may come twice
-after a kill, and is then the same to the bit. A tracker that knows better what it has already, as
-those of this folder do, is given the whole file at each start instead.
+A tracker is a class that is made with a `TrackedRun`, takes lines, and is closed; see the example
+in docs/extending.md. Its exceptions are logged once and never end training: lines are retried, and
+lines left at the run's end are sent when the run is opened again. So after a kill an identical line
+may come twice. A tracker that can query what it has already, as those of this folder do, gets the
+whole file at each start instead.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED", "RUNNING"]
 
 SEND_EVERY = 2.0  # seconds; a call to MLflow costs about the same for one point as for a hundred
-LINES = 1000  # the most that a tracker is given at once
+LINES = 1000  # largest number of lines per call of a tracker
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Dataset:
     """A split of the data, as MLflow's pages show it.
 
     Attributes:
-        name: Of the split and the data.
-        digest: Tells its content, in at most 36 characters.
-        source: Where it is.
+        name: Name of the data and the split.
+        digest: Fingerprint of its content, in at most 36 characters.
+        source: Place of the data.
         context: "training" or "validation".
         profile: Sizes, by name.
     """
@@ -53,18 +53,18 @@ class Dataset:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """The run that is followed.
+    """The run that trackers record.
 
     Attributes:
-        folder: Its folder, which exists.
-        name: Its name.
+        folder: The run's existing folder.
+        name: The run's name.
         params: The resolved configuration, flattened to dotted keys.
-        tags: What else is known of it, such as the commit.
-        resume_step: The step from which it goes on; None: it is new. Lines of later steps that were
-            given before are computed and given again.
+        tags: Further facts, such as the commit.
+        resume_step: Step at which the run resumes; None: it is new. Later steps are computed and
+            sent again.
         phases: The configuration of each phase, flattened, with its `timesteps`. If there are
-            several, MLflow shows each as a run below the run.
-        datasets: What the run is trained and evaluated on.
+            several, MLflow shows each as a child run.
+        datasets: Data of training and evaluation.
         note: A description in Markdown.
     """
 
@@ -81,20 +81,20 @@ class TrackedRun:
 class OwnTracker(Protocol):
     """The interface of a tracker, which is made with a `TrackedRun`.
 
-    What is registered may have three attributes more:
+    It may have three more attributes:
 
-    * ``check``: called with nothing before the run begins; raises a `UserError` where the tracker
-      could not do its work, as without its package.
-    * ``from_first_line = True``: at each start, and after each error, it is made anew and given the
-      file from its first line on.
-    * ``show``, of the tracker that is made: called with nothing after each look at the file.
+    * ``check``: class attribute, called without arguments before the run begins; raises a
+      `UserError` if the tracker cannot work, for example without its package.
+    * ``from_first_line = True``: class attribute; at each start, and after each error, the tracker
+      is made anew and gets the file from its first line on.
+    * ``show``: method, called without arguments after each reading of the file.
     """
 
     def log(self, lines: list[dict[str, Any]]) -> None:
-        """Take lines of metrics.jsonl, in order; values that are not finite are floats."""
+        """Take lines of metrics.jsonl, in order; non-finite values are floats."""
 
     def close(self, status: Status) -> None:
-        """End with ``FINISHED``, ``FAILED``, ``KILLED``, or ``RUNNING``: it goes on elsewhere."""
+        """End with ``FINISHED``, ``FAILED``, ``KILLED``, or ``RUNNING`` if it continues later."""
 
 
 MakesTracker = Callable[[TrackedRun], OwnTracker]
@@ -102,25 +102,25 @@ TRACKERS: Registry[MakesTracker] = Registry("tracker", "tracking.trackers")
 
 
 def check_names(names: Iterable[str]) -> None:
-    """See that there are trackers of these names, whether or not they can be used here.
+    """Check that trackers of these names exist, even if they cannot be used here.
 
     Raises:
-        UserError: There is none of one of them.
+        UserError: One does not exist.
     """
     for name in names:
         if name == "mlflow" and name not in TRACKERS:
             raise UserError(
-                "tracking.trackers: MLflow is none of these but tracking.mlflow, which is true "
-                "unless it is set to false; leave mlflow out"
+                "tracking.trackers: mlflow must not be listed; MLflow is on by default, and "
+                "tracking.mlflow=false turns it off"
             )
         TRACKERS.find(name, "tracking.trackers")
 
 
 def check_tracker(name: str) -> None:
-    """See that there is a tracker of a name, and that it can be used here.
+    """Check that a tracker exists and can be used here.
 
     Raises:
-        UserError: There is none, or it cannot.
+        UserError: It does not exist, or cannot be used.
     """
     check = getattr(TRACKERS[name], "check", None)
     if check is not None:
@@ -128,10 +128,10 @@ def check_tracker(name: str) -> None:
 
 
 def require_package(tracker: str, package: str) -> None:
-    """See that a tracker's package is installed; it is not imported.
+    """Check that a tracker's package is installed, without importing it.
 
     Raises:
-        UserError: It is not; the text says how to install it.
+        UserError: It is not installed; the text says how to install it.
     """
     if importlib.util.find_spec(package) is None:
         missing = sentence(ModuleNotFoundError(name=package))
@@ -139,26 +139,26 @@ def require_package(tracker: str, package: str) -> None:
 
 
 class Following:
-    """A thread that keeps a tracker level with metrics.jsonl, and tries again after an error.
+    """A thread that sends a tracker the lines of metrics.jsonl, and retries after an error.
 
     Args:
-        name: The tracker's name in messages, and of its mark.
-        make: What makes the tracker.
+        name: The tracker's name, in messages and of its progress file.
+        make: Makes the tracker.
         file: metrics.jsonl, of this run up to ``run.resume_step``.
-        run: What the tracker is told of it.
+        run: The run, as the tracker gets it.
     """
 
     def __init__(self, name: str, make: MakesTracker, file: Path, run: TrackedRun) -> None:
         self.name, self._make, self._file, self._run = name, make, file, run
         self._from_first_line: bool = getattr(make, "from_first_line", False)
-        # How far another one got in an earlier start, in bytes of the file.
+        # Holds the position of an earlier start, in bytes of the file.
         self._mark = run.folder / "trackers" / f"{name}.json"
         self._tracker: OwnTracker | None = None
         self._offset = 0
         goes_on = run.resume_step is not None and not self._from_first_line
         if goes_on and self._mark.is_file():
             self._offset = _line_start(file, json.loads(self._mark.read_text())["bytes"])
-        self.sent = self._offset  # the furthest that it ever was
+        self.sent = self._offset  # the furthest position so far
         self.trouble = ""
         self._is_complete = False
         self._closing = threading.Event()
@@ -169,8 +169,7 @@ class Following:
     def _follow(self) -> None:
         failures = 0
         while True:
-            # It is asked before sending, so that what was logged before close() is surely sent
-            # before the tracker is closed.
+            # Read before sending, so that lines logged before close() are sent before closing.
             closing = self._closing.is_set()
             try:
                 self._send()
@@ -179,11 +178,11 @@ class Following:
             except Exception as error:
                 failures += 1
                 self.trouble = f"{type(error).__name__}: {first_line(error)}"
-                # One failure is often two jobs that open the same database; it passes.
+                # A single failure is often temporary: two jobs opened the same database.
                 if failures == 2:
                     logger.warning(
-                        "tracker %s: %s. Training goes on, %s has everything, and the tracker is "
-                        "sent it as soon as it answers again",
+                        "tracker %s failed: %s. Training continues; %s has everything, and the "
+                        "tracker gets it as soon as it answers again",
                         self.name,
                         self.trouble,
                         self._file,
@@ -194,7 +193,7 @@ class Following:
                     return
             else:
                 if failures >= 2:
-                    logger.info("tracker %s is back and has everything", self.name)
+                    logger.info("tracker %s answers again and has everything", self.name)
                 failures, self.trouble = 0, ""
                 if closing:
                     self._is_complete = True
@@ -220,14 +219,14 @@ class Following:
             show()
 
     def close(self, status: Status, timeout: float) -> bool:
-        """Let the tracker take what is left, and end it.
+        """Send the remaining lines to the tracker, and close it.
 
         Args:
-            status: The run's state from now on.
-            timeout: Seconds after which it is left behind.
+            status: The run's new state.
+            timeout: Seconds to wait.
 
         Returns:
-            Whether it has everything.
+            True if it has everything.
         """
         self._status = status
         self._closing.set()
@@ -235,28 +234,28 @@ class Following:
         if not self._is_complete:
             data = self._file.read_bytes()
             logger.warning(
-                "tracker %s has not taken everything (%s): it lacks up to %d of the %d points in "
-                "%s. It gets them when this run is started again and it answers",
+                "tracker %s lacks up to %d of the %d lines in %s (%s). To send them, start this "
+                "run again when the tracker answers",
                 self.name,
-                self.trouble or f"no answer within {timeout:g} s",
                 data.count(b"\n", self.sent),
                 data.count(b"\n"),
                 self._file,
+                self.trouble or f"no answer within {timeout:g} s",
             )
         return self._is_complete
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what was raised, without passwords."""
+    """Return the first line of an exception's text, without passwords."""
     text = str(error).strip() or type(error).__name__
-    # The reason of a refused connection is at the end of a long line, the request at its start.
+    # The reason of a refused connection is at the end of a long line.
     reason = re.search(r"Caused by \w+\((.*?)\)*$", text.splitlines()[0])
     return without_passwords((reason[1] if reason else text.splitlines()[0]).strip("\"'"))[:300]
 
 
 def _line_start(file: Path, offset: int) -> int:
     """Return the offset at which to continue in a file that was read up to ``offset``; 0 if the
-    file was changed, so that a line is given twice rather than torn."""
+    file has changed, since a repeated line is better than a part of one."""
     offset = min(offset, file.stat().st_size)
     with file.open("rb") as stream:
         stream.seek(max(offset - 1, 0))

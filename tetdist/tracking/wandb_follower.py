@@ -1,17 +1,15 @@
-"""The view of Weights & Biases (W&B) of a run, which follows metrics.jsonl.
+"""The Weights & Biases (W&B) logger of a run, which sends metrics.jsonl to W&B.
 
-Values are called as `points_of` calls them. Each kind of line has its own axis, ``train/step`` and
-``val/step``, since W&B's own counts what it was given. W&B takes nothing back and never changes
-what it has: so a start asks the run's summary for the last step of each kind and sends what comes
-after it. Steps that are computed again after a kill keep the values that W&B had first, which
-differ by the clock alone.
+Values have their names from `points_of`. Each kind of line has its own axis, ``train/step`` and
+``val/step``, since W&B's own step counts calls. W&B cannot delete or change values: so a start
+queries the run's summary for the last step of each kind and sends the later ones. Steps computed
+again after a kill keep W&B's first values, which differ only in timings.
 
-Offline (``WANDB_MODE=offline``) there is nobody to ask. So each start writes the whole run anew,
-into RUN/wandb/latest-run, and removes what an earlier start has left: `wandb sync` finds each point
-once.
+Offline (``WANDB_MODE=offline``) there is no summary. So each start writes the whole run anew into
+RUN/wandb/latest-run and removes that of an earlier start: `wandb sync` finds each point once.
 
-Who writes to W&B, as whom and where to is for W&B's own variables and files to say: WANDB_MODE,
-WANDB_API_KEY, WANDB_ENTITY, WANDB_PROJECT (else the project is ``tracking.experiment``), ...
+W&B's own variables and files set account and destination: WANDB_MODE, WANDB_API_KEY, WANDB_ENTITY,
+WANDB_PROJECT (by default ``tracking.experiment``), ...
 """
 
 import logging
@@ -31,16 +29,16 @@ logger = logging.getLogger(__name__)
 
 @TRACKERS.register("wandb")
 class WeightsAndBiases:
-    """One start of a run, as W&B has it."""
+    """One start of a run, in W&B."""
 
     from_first_line: ClassVar[bool] = True
 
     @staticmethod
     def check() -> None:
-        """See that W&B can be used without a question at the terminal.
+        """Check that W&B works without a prompt at the terminal.
 
         Raises:
-            UserError: It is not installed, or knows no account.
+            UserError: It is not installed, or not logged in.
         """
         require_package("wandb", "wandb")
         import wandb
@@ -48,8 +46,8 @@ class WeightsAndBiases:
         is_online = wandb.setup().settings.mode in ("online", "shared")
         if is_online and not wandb.login(prompt=False):
             raise UserError(
-                "tracking.trackers: wandb knows no account here: run `wandb login` once, or keep "
-                "the run here (export WANDB_MODE=offline) and send it with `wandb sync` later"
+                "tracking.trackers: wandb is not logged in; run `wandb login` once, or keep the "
+                "run here (export WANDB_MODE=offline) and send it with `wandb sync` later"
             )
 
     def __init__(self, run: TrackedRun) -> None:
@@ -60,8 +58,8 @@ class WeightsAndBiases:
             write_text(id_file, secrets.token_hex(4) + "\n")
         run_id = id_file.read_text().strip()
         for earlier in (run.folder / "wandb").glob(f"offline-run-*-{run_id}"):
-            shutil.rmtree(earlier, ignore_errors=True)  # left there, it is only in the way
-        # W&B keeps the command line, and takes no other than this one.
+            shutil.rmtree(earlier, ignore_errors=True)
+        # W&B records the command line from here.
         sys.argv[1:] = map(without_passwords, sys.argv[1:])
         self._run = wandb.init(
             id=run_id,
@@ -70,7 +68,7 @@ class WeightsAndBiases:
             project=os.environ.get("WANDB_PROJECT") or run.params.get("tracking.experiment"),
             dir=run.folder,
             config={**run.params, "tags": dict(run.tags)},
-            # Its output on the terminal would tear our own apart, and ours is in the log already.
+            # Its output would mix with the progress on the terminal, which the log already has.
             settings=wandb.Settings(silent=True, console="off"),
         )
         self._last_step: dict[str, int] = {}  # of each kind, that W&B has
@@ -95,5 +93,5 @@ class WeightsAndBiases:
         if status == "RUNNING":  # elsewhere, soon
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if status == "FINISHED" else 1)
-        # Its service is a process of its own, which ends when all is sent.
+        # Its service is a separate process, which ends when all is sent.
         wandb.teardown()
