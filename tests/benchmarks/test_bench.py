@@ -63,7 +63,6 @@ def speed_that_the_plan_reads(file: Path) -> Speed | str:
     return speed_of(config, ClusterSection(gpus_per_node=0), network, file=str(file))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "peers"),
     [
@@ -89,6 +88,7 @@ def test_a_step_of_a_stream_beside_other_ways(
     assert found["threads"] == 1
 
 
+@pytest.mark.long
 def test_a_step_is_timed_against_others(tmp_path: Path) -> None:
     small = "--model sew_resnet18 --size 64 --timesteps 2 --batch 2 --repeats 3"
     result, out = bench(tmp_path, f"model {small} --modes none,timesteps --spikingjelly eager")
