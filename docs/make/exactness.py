@@ -171,13 +171,13 @@ def heading(options: argparse.Namespace) -> str:
     model, batch = CONFIG["model"], CONFIG["batch"]
     return f"""# Exactness, measured
 
-{made(options, "plain")}
-
 After this page you know which runs are bitwise identical, and which agree up to rounding.
+
+{made(options, "plain")}
 
 | comparison | agreement |
 |---|---|
-| a resumed run, on as many processes | bitwise identical (on a GPU: `deterministic=true`) |
+| a resumed run, same number of processes | bitwise identical (on a GPU: `deterministic=true`) |
 | runs on different numbers of processes | same samples, same averaged statistics |
 | their weights in float64 | equal up to rounding |
 | their weights in float32, bfloat16 | drift apart after rounding has flipped a spike |

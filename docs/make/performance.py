@@ -232,7 +232,7 @@ Evaluation (forward pass only):
         parts.append(f"## Other networks\n\n{other_table(found)}")
         parts.append(f"## Transformers, 224 pixels\n\n{transformers_text(found)}")
     parts += [
-        f"""## Against T
+        f"""## Scaling with T
 
 ![Seconds of a step and memory against T]({figures.name}/timesteps.png)
 
@@ -242,7 +242,7 @@ MiB an image kept for the backward pass: after the forward pass, and in parenthe
 until the end of the backward pass.
 
 {memory_tables(found)}""",
-        f"""## Against the batch
+        f"""## Scaling with the batch size
 
 ![Seconds of an image against the batch]({figures.name}/batch.png)
 

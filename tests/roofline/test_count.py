@@ -104,7 +104,7 @@ def test_bytes_are_those_of_tritons_kernels(shortcut: str, identity: bool) -> No
 
 
 def test_memory_is_what_autograd_keeps_in_truth() -> None:
-    """MiB an image, of sew_resnet34 in bfloat16: docs/performance.md, "Against T"."""
+    """MiB an image, of sew_resnet34 in bfloat16: docs/performance.md, "Scaling with T"."""
     model = network("sew_resnet34", num_classes=1000)
     size = (3, 224, 224)
 
