@@ -1,7 +1,7 @@
-"""Losses on per-timestep logits: SDT, the direct one, TET (Deng et al., ICLR 2022), distillation.
+"""Losses on per-timestep logits: SDT (standard), TET (Deng et al., ICLR 2022), distillation.
 
-All are computed in float32 (float64 for float64 logits), outside autocast, whatever the
-network's precision.
+All are computed in float32 (float64 for float64 logits), outside autocast, whatever the network's
+precision.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from torch import Tensor
 from tetdist.errors import UserError
 from tetdist.plugins import Registry
 
-# What a timestep learns from, and how it is compared with a teacher: see `self_target` and
+# Targets of a timestep, and its alignment with a teacher: see `self_target` and
 # `error_aware_alignment`.
 SelfTarget = Literal["time_mean", "correct_mean", "similarity"]
 TeacherAlignment = Literal["plain", "error_aware"]
@@ -28,10 +28,11 @@ class Loss:
     """A loss that `loss.kind` may name.
 
     Attributes:
-        function: Makes the loss, (), of logits (T, B, K) and targets, labels (B,) or shares of the
-            classes (B, K). Its keyword arguments are ``lambda_``, ``phi`` and ``label_smoothing``,
-            if it has them, and those of ``loss.arguments``.
-        of_time_mean: Whether it sees the logits' mean over time alone; distillation then does, too.
+        function: Computes the loss, (), from logits (T, B, K) and targets: labels (B,) or class
+            probabilities (B, K). Its keyword arguments are ``lambda_``, ``phi`` and
+            ``label_smoothing``, if it has them, and those of ``loss.arguments``.
+        of_time_mean: True if it depends only on the logits' mean over time, as distillation then
+            does, too.
     """
 
     function: Callable[..., Tensor]
@@ -46,10 +47,10 @@ class Loss:
     def compute(
         self, kind: str, logits: Tensor, targets: Tensor, arguments: Mapping[str, Any]
     ) -> Tensor:
-        """The loss that ``loss.kind`` names, ().
+        """Compute the loss named by ``loss.kind``, ().
 
         Raises:
-            UserError: The function does not take these, or returns something else.
+            UserError: The function does not take these arguments, or returns no such loss.
         """
         try:
             inspect.signature(self.function).bind(logits, targets, **arguments)
@@ -95,8 +96,8 @@ def sdt_loss(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0) ->
 
     Args:
         logits: Output before softmax at each timestep, (T, B, K).
-        target: Class numbers, (B,), int64, or shares of the classes, (B, K).
-        label_smoothing: Share of the target spread evenly over all classes, in [0, 1).
+        target: Class numbers, (B,), int64, or class probabilities, (B, K).
+        label_smoothing: Probability spread evenly over all classes, in [0, 1).
     """
     mean_over_time = _full_precision(logits).mean(0)
     return F.cross_entropy(mean_over_time, target, label_smoothing=label_smoothing)
@@ -113,15 +114,15 @@ def tet_loss(
 ) -> Tensor:
     """Temporal efficient training (paper, equations 9 to 13).
 
-    ``(1 - lambda) * mean_t CE(O(t), y) + lambda * mean((O - phi)^2)``: every timestep answers
-    for itself, and a weak pull of all outputs towards ``phi`` keeps outliers away.
+    ``(1 - lambda) * mean_t CE(O(t), y) + lambda * mean((O - phi)^2)``: every timestep has its own
+    cross-entropy, and a weak regulariser pulls all outputs to ``phi``, which avoids outliers.
 
     Args:
         logits: Output before softmax at each timestep, (T, B, K).
-        target: Class numbers, (B,), int64, or shares of the classes, (B, K).
-        lambda_: The weight of that pull, in [0, 1].
-        phi: What the outputs are pulled to; the paper takes the threshold V_th.
-        label_smoothing: Share of the target spread evenly over all classes, in [0, 1).
+        target: Class numbers, (B,), int64, or class probabilities, (B, K).
+        lambda_: Weight of the regulariser, in [0, 1].
+        phi: Target of the regulariser; the paper uses the threshold V_th.
+        label_smoothing: Probability spread evenly over all classes, in [0, 1).
     """
     logits = _full_precision(logits)
     num_timesteps = logits.shape[0]
@@ -132,14 +133,14 @@ def tet_loss(
 
 
 def distillation_loss(logits: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """Divergence of each timestep's softened answer from a teacher's (Hinton et al., 2015).
+    """KL divergence of each timestep's softened output from a teacher's (Hinton et al., 2015).
 
-    ``temperature^2 * mean_t KL(softmax(teacher / temperature) || softmax(O(t) / temperature))``,
-    whose gradient keeps its size whatever the temperature. No gradient reaches the teacher.
+    ``temperature^2 * mean_t KL(softmax(teacher / temperature) || softmax(O(t) / temperature))``;
+    its gradient has the same scale at all temperatures. No gradient reaches the teacher.
 
     Args:
         logits: Output before softmax at each timestep, (T, B, K).
-        teacher: The teacher's output before softmax, (B, K), or one a timestep, (T, B, K).
+        teacher: The teacher's output before softmax, (B, K), or one per timestep, (T, B, K).
         temperature: Above 0.
     """
     ours = F.log_softmax(_full_precision(logits) / temperature, dim=-1)
@@ -149,12 +150,12 @@ def distillation_loss(logits: Tensor, teacher: Tensor, *, temperature: float) ->
 
 
 def error_aware_alignment(logits: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sides' logits, (T, B, K) each, changed where a timestep's class w is not the label y.
+    """Align the network's and the teacher's logits, (T, B, K) each, at wrong timesteps.
 
-    The first half of SeAl, of its authors' code: the timestep's logit of w becomes that of y, and
-    the teacher's of both become the smaller of the two. So the divergence asks that w and y rise or
-    fall together, and leaves it to the cross-entropy to part them: w itself gets no gradient, and y
-    that of both. A timestep that is right keeps its logits and the teacher's.
+    This is the first half of SeAl, from its authors' code. If a timestep predicts class w instead
+    of the label y, its logit of w becomes that of y, and the teacher's logits of both become the
+    smaller of the two. So the divergence moves w and y together, and only the cross-entropy
+    separates them: w gets no gradient, and y that of both. Correct timesteps keep all logits.
 
     Args:
         logits: Output before softmax at each timestep, (T, B, K).
@@ -163,21 +164,20 @@ def error_aware_alignment(logits: Tensor, teacher: Tensor, labels: Tensor) -> tu
     """
     logits = _full_precision(logits)
     teacher = _full_precision(teacher).expand_as(logits)
-    said = logits.argmax(-1, keepdim=True)
-    true = labels.view(1, -1, 1).expand_as(said)
-    # Where the timestep is right, both indices are the same, and each logit is put where it was.
-    aligned = logits.scatter(-1, said, logits.gather(-1, true))
-    smaller = torch.minimum(teacher.gather(-1, true), teacher.gather(-1, said))
-    return aligned, teacher.scatter(-1, true, smaller).scatter(-1, said, smaller)
+    predicted = logits.argmax(-1, keepdim=True)
+    true = labels.view(1, -1, 1).expand_as(predicted)
+    # Where the timestep is right, both indices are the same, and nothing changes.
+    aligned = logits.scatter(-1, predicted, logits.gather(-1, true))
+    smaller = torch.minimum(teacher.gather(-1, true), teacher.gather(-1, predicted))
+    return aligned, teacher.scatter(-1, true, smaller).scatter(-1, predicted, smaller)
 
 
 def self_target(kind: SelfTarget, logits: Tensor, targets: Tensor) -> Tensor:
-    """Make the target that timesteps learn from one another: logits (B, K), or (T, B, K).
+    """Compute the target of self-distillation: logits (B, K), or (T, B, K).
 
     Args:
-        kind: ``time_mean``, the mean of all of them; `correct_mean`; or `similarity_mean`.
-        logits: Output before softmax at each timestep, (T, B, K). No gradient goes through the
-            target to them.
+        kind: ``time_mean``, the mean of all timesteps; `correct_mean`; or `similarity_mean`.
+        logits: Output before softmax at each timestep, (T, B, K); the target has no gradient.
         targets: Class numbers, (B,), int64; only `correct_mean` reads them.
     """
     logits = _full_precision(logits.detach())
@@ -193,30 +193,30 @@ def self_target(kind: SelfTarget, logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def correct_mean(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over those timesteps of logits (T, B, K) whose class is the label's (B,): (B, K).
+    """Return the mean (B, K) of logits (T, B, K) over the timesteps that predict the label (B,).
 
-    The target of full-range distillation ("Efficient Logit-based Knowledge Distillation of Deep
-    Spiking Neural Networks for Full-Range Timestep Deployment"). Where no timestep is right it is
-    0, as in its authors' code: equal shares of all classes.
+    This is the target of full-range distillation ("Efficient Logit-based Knowledge Distillation of
+    Deep Spiking Neural Networks for Full-Range Timestep Deployment"). If no timestep is right, it
+    is 0, which means equal probabilities, as in its authors' code.
     """
     correct = (logits.argmax(-1) == labels).to(logits.dtype)[..., None]
     return (logits * correct).sum(0) / correct.sum(0).clamp(min=1)
 
 
 def similarity_mean(logits: Tensor) -> Tensor:
-    """The weighted mean of all other timesteps, for each of logits (T, B, K): (T, B, K).
+    """Return, for each timestep of logits (T, B, K), the weighted mean of all others: (T, B, K).
 
-    The second half of SeAl, of its authors' code. Timestep i gives j the weight
-    ``softmax_j(confidence(j) * cosine(O(i), O(j)))``, where the confidence is 1 less the entropy of
-    j's answer over the largest possible, ln K. A timestep that has no others is its own target.
+    This is the second half of SeAl, from its authors' code. Timestep i gives j the weight
+    ``softmax_j(confidence(j) * cosine(O(i), O(j)))``; the confidence is 1 minus the entropy of j's
+    output divided by its maximum, ln K. A single timestep is its own target.
     """
     timesteps, _, num_classes = logits.shape
     if timesteps == 1:
         return logits
     shares = logits.softmax(-1)
-    entropy = -(shares * (shares + 1e-8).log()).sum(-1)  # (T, B); the summand is theirs
+    entropy = -(shares * (shares + 1e-8).log()).sum(-1)  # (T, B); 1e-8 as in their code
     confidence = 1 - entropy / math.log(num_classes)
-    # Not as a product of matrices, whose inputs a GPU or autocast may round.
+    # No matrix product, since a GPU or autocast may round its inputs.
     cosine = F.cosine_similarity(logits[:, None], logits[None], dim=-1)  # (T, T, B)
     itself = torch.eye(timesteps, dtype=torch.bool, device=logits.device)[..., None]
     weights = (confidence * cosine).masked_fill(itself, -math.inf).softmax(1)

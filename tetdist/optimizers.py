@@ -1,8 +1,8 @@
 """Optimisers by name: torch's, timm's, and those of imported files.
 
-A step whose gradient is not finite changes nothing. Fused kernels of torch leave everything alone
-when told so on the device (`found_inf`, as torch's GradScaler tells them). For others the host asks
-first, and waits for the device once a step.
+A step with a non-finite gradient changes nothing. Torch's fused kernels skip it on the device if
+`found_inf` is set, as by torch's GradScaler. For other optimisers the host checks `found_inf`
+first, and waits for the device once per step.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from tetdist.plugins import Registry
 Groups = list[dict[str, Any]]
 Build = Callable[[Groups, "OptimizerSettings"], torch.optim.Optimizer]
 TIMM = "timm:"  # before the name of one of timm's optimisers
-# Those of timm whose state, put back, leads elsewhere: weights differ after some hundred steps.
+# timm's optimisers that do not resume exactly: weights differ after some hundred steps.
 NOT_CONTINUED = ("kron",)
-# Of those of timm's that do not keep two; of a matrix, where it depends on the shape.
+# Moments of timm's optimisers that do not keep two; for matrices, if it depends on the shape.
 TIMM_MOMENTS = {"adan": 4, "adanw": 4, "lion": 1, "muon": 1}
 
 
@@ -46,14 +46,13 @@ class OptimizerKind:
     """An optimiser that `phases.*.optimizer.kind` may name.
 
     Attributes:
-        build: Makes it of parameter groups (with their weight decay) and the section.
-        reads: Keys of the section that it has a use for, besides kind, lr and weight decay.
-        skips_when_told: Whether its step leaves everything alone where `found_inf` is set; else the
-            host asks before each step.
-        zero_stages: ZeRO stages at which it is right. At 1 and 2 it sees flat partitions instead of
-            parameters: right for what computes each element by itself.
-        moments: Numbers that it keeps for each parameter, by which a plan knows the size of
-            checkpoints.
+        build: Makes it from parameter groups (with their weight decay) and the section.
+        reads: Keys of the section that it uses, besides kind, lr and weight decay.
+        skips_when_told: True if its step does nothing when `found_inf` is set; otherwise the host
+            checks before each step.
+        zero_stages: ZeRO stages that it supports. At 1 and 2 it gets flat partitions instead of
+            parameters, so it must be elementwise.
+        moments: Numbers that it keeps per parameter, to estimate the size of checkpoints.
     """
 
     build: Build
@@ -70,8 +69,8 @@ def register_optimizer(name: str, **about: Any) -> Callable[[Build], Build]:
     """Make a decorator that enters a function into `OPTIMIZERS`.
 
     Args:
-        name: What a configuration calls it.
-        about: Attributes of `OptimizerKind`, where they are not the defaults.
+        name: The optimiser's name in a configuration.
+        about: Attributes of `OptimizerKind` that differ from the defaults.
     """
 
     def enter(build: Build) -> Build:
@@ -103,7 +102,7 @@ def _of_timm(name: str) -> OptimizerKind:
     """Describe timm's optimiser of that name.
 
     Raises:
-        UserError: timm has none, or it needs more of a step than a gradient.
+        UserError: timm has none, or it needs second derivatives or does not resume exactly.
     """
     from timm import optim
 
@@ -132,10 +131,10 @@ def _of_timm(name: str) -> OptimizerKind:
 
 
 def kind_of(name: str, key: str = OPTIMIZERS.key) -> OptimizerKind:
-    """The optimiser that a configuration names at ``key``.
+    """Return the optimiser that a configuration names at ``key``.
 
     Raises:
-        UserError: There is none of that name.
+        UserError: It does not exist.
     """
     if name.startswith(TIMM):
         return _of_timm(name.removeprefix(TIMM))
@@ -147,11 +146,11 @@ def kind_of(name: str, key: str = OPTIMIZERS.key) -> OptimizerKind:
 
 
 def make_optimizer(model: nn.Module, section: "OptimizerSettings") -> torch.optim.Optimizer:
-    """A phase's optimiser over all parameters.
+    """Make a phase's optimiser of all parameters.
 
-    What neurons learn is not decayed, unless ``decay_neurons`` is true; norms and biases are,
-    unless ``decay_norms`` is false. With ``layer_decay`` each layer has groups of its own, whose
-    ``lr_scale`` the engines multiply the learning rate by.
+    Neuron parameters have no weight decay unless ``decay_neurons`` is true; norms and biases have
+    it unless ``decay_norms`` is false. With ``layer_decay`` each layer has separate groups, and the
+    engines multiply the learning rate by their ``lr_scale``.
 
     Raises:
         UserError: Its arguments or the model do not suit it.
@@ -200,17 +199,17 @@ def make_optimizer(model: nn.Module, section: "OptimizerSettings") -> torch.opti
         )
     if not kind.skips_when_told:
         cls = type(optimizer)
-        optimizer.__class__ = type(cls.__name__, (_AsksFirst, cls), {})
+        optimizer.__class__ = type(cls.__name__, (_SkipsNonFinite, cls), {})
     return optimizer
 
 
 def layers_of(model: nn.Module) -> dict[str, int]:
-    """The layer of each parameter, by its name, counted from the input on.
+    """Return the layer number of each parameter, by its name, counted from the input.
 
-    As timm counts them, by the model's ``group_matcher``; what that does not match is the last one.
+    Layers are timm's, by the model's ``group_matcher``; unmatched parameters are in the last one.
 
     Raises:
-        UserError: The model has none, or it tells no two layers apart.
+        UserError: The model has no matcher, or it finds only one layer.
     """
     layers: dict[str, int] = {}
     if (matcher := getattr(model, "group_matcher", None)) is not None:
@@ -225,10 +224,10 @@ def layers_of(model: nn.Module) -> dict[str, int]:
 
 
 def _by_layer(model: nn.Module, groups: Groups, layer_decay: float) -> Groups:
-    """Divide groups by layers, each with the share of the learning rate that it gets.
+    """Divide groups by layers, each with a factor of the learning rate.
 
-    That is layer_decay^(layers above it), so 1 for the classifier, as for timm's optimisers and in
-    the fine-tuning of ELECTRA (https://arxiv.org/abs/2003.10555) and BEiT.
+    The factor is layer_decay^(layers above it), so 1 for the classifier, as with timm's optimisers
+    and in the fine-tuning of ELECTRA (https://arxiv.org/abs/2003.10555) and BEiT.
     """
     layers = layers_of(model)
     layer_of = {id(p): layers[name] for name, p in model.named_parameters()}
@@ -244,13 +243,13 @@ def _by_layer(model: nn.Module, groups: Groups, layer_decay: float) -> Groups:
     ]
 
 
-class _AsksFirst(torch.optim.Optimizer):
-    """Does as told by ``found_inf`` for an optimiser that does not read it."""
+class _SkipsNonFinite(torch.optim.Optimizer):
+    """Skips steps with ``found_inf`` for an optimiser that does not read it."""
 
     def step(self, closure: Any = None) -> Any:
-        # Those of torch that have no use for what they are told refuse to be told.
-        told = self.__dict__.pop("found_inf", None)
+        # Removed because torch's optimisers that do not read these attributes refuse them.
+        found_inf = self.__dict__.pop("found_inf", None)
         self.__dict__.pop("grad_scale", None)
-        if told is not None and bool(told):
+        if found_inf is not None and bool(found_inf):
             return None
         return super().step(closure)

@@ -2,8 +2,8 @@
 
 The order of an epoch is a function of (seed, epoch); every random number of a sample's augmentation
 is one of (seed, epoch, position in the epoch). Nothing here has state, so a run resumes at any step
-from one integer, and the number of processes decides only who works on what. The generator is our
-own, in numpy's exact integer arithmetic, so that no release of a library can change an old run.
+from one integer, and the number of processes only changes the division of work. The generator is
+implemented here in exact integer arithmetic, so that no library release can change an old run.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from tetdist.errors import UserError
 
-# Streams keep the keys of the permutation, the draws of augmentation and mixing, and those of the
-# network, by a generator and by numbers of its own, apart. What is new takes a `named_stream`.
+# Separate streams of the permutation, of augmentation, of mixing, and of the network (by torch's
+# generator, and by its dropout factors). Use a `named_stream` for new ones.
 _PERMUTATION, AUGMENTATION, MIXING, _FORWARD, _DROPPING = 1, 2, 3, 4, 5
 
 
@@ -28,8 +28,8 @@ def uniforms(
 ) -> npt.NDArray[np.float64]:
     """Random numbers for the samples at some positions of an epoch, uniform in [0, 1).
 
-    Column j does not depend on `num_draws`, so an augmentation may be added behind the others
-    without changing theirs.
+    Column j does not depend on `num_draws`, so new draws can be added at the end without changing
+    the others.
 
     Args:
         positions: (B,) positions in the epoch's order.
@@ -47,36 +47,36 @@ def uniforms(
 def position_keys(
     seed: int, epoch: int, positions: npt.NDArray[np.int64], stream: int
 ) -> npt.NDArray[np.uint64]:
-    """Keys (B,), for `hashed`, of the samples at some positions of an epoch."""
+    """Return keys (B,) for `hashed` of the samples at some positions of an epoch."""
     return hashed(_key(stream, seed, epoch), positions.astype(np.uint64))
 
 
 def named_stream(name: str) -> int:
-    """Number of the stream of one augmentation, whose draws no other one changes."""
+    """Return the number of an augmentation's stream, which is independent of all others."""
     digest = hashlib.sha256(name.encode()).digest()
-    # It is in the upper half of all numbers, and the other streams are in the lower.
+    # In the upper half of all numbers; the other streams are in the lower half.
     return int.from_bytes(digest[:8], "little") | 2**63
 
 
 def transform_stream(name: str) -> int:
-    """Number of the stream of a transform of one's own."""
+    """Return the number of a user transform's stream."""
     return named_stream(f"transform {name}")
 
 
 def permutation(
     num_samples: int, seed: int, epoch: int, stream: int = _PERMUTATION
 ) -> npt.NDArray[np.int64]:
-    """The epoch's order: (num_samples,) sample numbers, each once."""
+    """Return the epoch's order: (num_samples,) sample numbers, each once."""
     keys = hashed(_key(stream, seed, epoch), np.arange(num_samples, dtype=np.uint64))
     return np.argsort(keys, kind="stable")
 
 
 def forward_seed(seed: int, step: int, micro_batch: int) -> int:
-    """Seed, below 2**64, of what a network draws for one micro-batch of a step, dropout say.
+    """Return the seed, below 2**64, of a network's draws for one micro-batch, such as dropout.
 
     Args:
         step: Optimiser steps before this one.
-        micro_batch: Its number among those of all processes; see `rank_micro_batches`.
+        micro_batch: Number among the micro-batches of all processes; see `rank_micro_batches`.
     """
     return int(hashed(_key(_FORWARD, seed, step), np.array([micro_batch], np.uint64))[0])
 
@@ -84,13 +84,13 @@ def forward_seed(seed: int, step: int, micro_batch: int) -> int:
 def drop_uniforms(
     seed: int, step: int, micro_batch: int, batch_size: int, num_draws: int
 ) -> npt.NDArray[np.float64]:
-    """Random numbers in [0, 1), (batch_size, num_draws), of what a network drops (nn/dropout.py).
+    """Return random numbers in [0, 1), (batch_size, num_draws), for dropout (nn/dropout.py).
 
-    They belong to the samples' positions in the step's global batch, however that is divided.
+    They depend on the samples' positions in the step's global batch, however that is divided.
 
     Args:
         step, micro_batch: See `forward_seed`.
-        batch_size: Samples of each micro-batch.
+        batch_size: Number of samples per micro-batch.
         num_draws: Numbers for each sample.
     """
     positions = micro_batch_positions(0, micro_batch, 0, batch_size)
@@ -116,10 +116,10 @@ def hashed(key: npt.NDArray[np.uint64], word: npt.NDArray[np.uint64]) -> npt.NDA
 
 
 def steps_per_epoch(num_samples: int, global_batch: int) -> int:
-    """Optimiser steps in an epoch; the samples left over, others in every epoch, are dropped.
+    """Return the optimiser steps of an epoch; left-over samples, which vary by epoch, are dropped.
 
     Raises:
-        UserError: There are fewer samples than one step takes.
+        UserError: There are fewer samples than in one step.
     """
     if num_samples < global_batch:
         raise UserError(
@@ -130,14 +130,14 @@ def steps_per_epoch(num_samples: int, global_batch: int) -> int:
 
 
 def rank_micro_batches(rank: int, world_size: int, global_batch: int, micro_batch: int) -> range:
-    """Numbers of a rank's micro-batches in each step: every world_size-th, an equal share.
+    """Return the numbers of a rank's micro-batches in each step: every world_size-th one.
 
-    So those that all ranks work on at the same time are neighbours, and where batch norm is
-    synchronised two processes normalise over what one with micro-batches twice as large would.
+    So micro-batches that ranks compute at the same time are neighbours. With synchronised batch
+    norm, two processes normalise over the same samples as one with micro-batches twice as large.
 
     Raises:
         UserError: The global batch is not a multiple of the micro-batch, or its micro-batches
-            cannot be shared out equally.
+            cannot be divided equally.
     """
     assert 0 <= rank < world_size
     if global_batch % micro_batch:
@@ -159,7 +159,7 @@ def rank_micro_batches(rank: int, world_size: int, global_batch: int, micro_batc
 def micro_batch_positions(
     step_in_epoch: int, index_in_step: int, global_batch: int, micro_batch: int
 ) -> npt.NDArray[np.int64]:
-    """Positions (micro_batch,) in the epoch's order that make up a micro-batch of a step."""
+    """Return the positions (micro_batch,) in the epoch's order of a micro-batch of a step."""
     start = step_in_epoch * global_batch + index_in_step * micro_batch
     return np.arange(start, start + micro_batch, dtype=np.int64)
 
@@ -167,11 +167,11 @@ def micro_batch_positions(
 def repeated(
     positions: npt.NDArray[np.int64], repeats: int, global_batch: int, micro_batch: int
 ) -> npt.NDArray[np.int64]:
-    """Places in the permutation of the samples at some positions, where each comes several times.
+    """Return places in the permutation for some positions, with each sample repeated.
 
-    As timm's RepeatAugSampler deals out the copies of a sample in turn among its processes, so they
-    are dealt out here among the micro-batches of a step, whatever the number of processes. An epoch
-    is as long as without, and shows the permutation's beginning only, one of its ``repeats`` parts.
+    Copies of a sample are dealt out in turn among the micro-batches of a step, whatever the number
+    of processes; timm's RepeatAugSampler deals them out among processes. An epoch has the same
+    number of steps, so it shows only the first 1/``repeats`` of the permutation.
     """
     if repeats == 1:
         return positions
@@ -184,10 +184,10 @@ def repeated(
 def evaluation_batches(
     num_samples: int, batch_size: int, rank: int, world_size: int
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield a rank's share of an evaluation: each sample once, and every rank as often.
+    """Yield a rank's batches of an evaluation: each sample once, and as many batches per rank.
 
-    The samples, in the index's order, are cut into batches that are dealt out in turn. In the last
-    round a rank's batch may be smaller, or empty.
+    Batches in the index's order are dealt out in turn. In the last round a rank's batch may be
+    smaller, or empty.
     """
     assert 0 <= rank < world_size
     for start in range(0, num_samples, batch_size * world_size):

@@ -1,13 +1,13 @@
 """User plug-ins: imported files and the registries they extend.
 
-A configuration's ``imports: [my_snn.py]``, or a command's ``--import my_snn.py``, has a Python
-file imported before the configuration is checked. What it registers is then known by its name like
-what tetdist has: models (by timm's ``register_model``), neurons, losses, optimisers, transforms and
-trackers. docs/extending.md has an example of each.
+A configuration's ``imports: [my_snn.py]``, or a command's ``--import my_snn.py``, imports a Python
+file before the configuration is checked. The file registers models (with timm's
+``register_model``), neurons, losses, optimisers, transforms and trackers, which then have names
+like tetdist's own. docs/extending.md has an example of each.
 
-A file is part of what a run is. Its copy is kept in the run's folder with a checksum, a resumed run
-is held to that, and a job on a cluster imports a copy. A checkpoint is data: it says what was
-imported, and never has anything imported.
+An imported file is part of a run. A copy and its checksum are kept in the run's folder, a resumed
+run needs the same file, and a job on a cluster imports a copy. A checkpoint is data: it lists the
+imported files, and never imports any.
 """
 
 import difflib
@@ -31,18 +31,18 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 E = TypeVar("E")
 
-# The package whose modules imported files are: `from tetdist_imports.helpers import ...` in one of
-# them means the file helpers.py that was imported before it.
+# The package of imported files: in one of them, `from tetdist_imports.helpers import ...` means the
+# file helpers.py, which must be imported before it.
 PACKAGE = "tetdist_imports"
 CHECKSUMS = "SHA256SUMS"
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A table of what is known by a name, open to files from outside.
+    """A table of entries by name, which imported files can extend.
 
     Args:
-        what: What it holds, in errors, such as ``loss``.
-        key: The configuration's key that takes the names.
+        what: The kind of its entries, in errors, such as ``loss``.
+        key: The configuration's key for the names.
     """
 
     def __init__(self, what: str, key: str) -> None:
@@ -51,10 +51,10 @@ class Registry(Mapping[str, T], Generic[T]):
         self._modules: dict[str, str] = {}
 
     def register(self, name: str) -> Callable[[E], E]:
-        """Make a decorator that enters what it decorates under ``name``.
+        """Make a decorator that enters its object under ``name``.
 
         Raises:
-            UserError: Another module has entered something under that name.
+            UserError: Another module has used that name.
         """
 
         def enter(entry: E) -> E:
@@ -64,10 +64,10 @@ class Registry(Mapping[str, T], Generic[T]):
         return enter
 
     def enter(self, name: str, entry: T, module: str) -> None:
-        """Enter something under ``name``, from a module.
+        """Enter an object of a module under ``name``.
 
         Raises:
-            UserError: Another module has entered something under that name.
+            UserError: Another module has used that name.
         """
         owner = self._modules.get(name, module)
         if owner != module:
@@ -78,7 +78,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._entries[name], self._modules[name] = entry, module
 
     def __getitem__(self, name: str) -> T:
-        """The entry of that name.
+        """Return the entry of that name.
 
         Raises:
             UserError: There is none.
@@ -86,7 +86,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return self.find(name, self.key)
 
     def find(self, name: str, key: str) -> T:
-        """The entry of that name, which stands at ``key`` of a configuration.
+        """Return the entry of a name that is the value of ``key`` in a configuration.
 
         Raises:
             UserError: There is none.
@@ -96,7 +96,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return self._entries[name]
 
     def none_of(self, name: str) -> str:
-        """The sentence that says that there is none of that name."""
+        """Return the error message for an unknown name."""
         return f"there is no {self.what} {name!r}; {self.hint(name)}"
 
     def hint(self, name: str) -> str:
@@ -116,7 +116,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 def _file_of(module: str) -> str:
-    """The file of an imported module, by which a person knows it; the name of others."""
+    """Return the file of an imported module, or another module's name, for messages."""
     found = getattr(sys.modules.get(module), "__file__", None)
     return str(found) if found and module.startswith(f"{PACKAGE}.") else module
 
@@ -126,7 +126,7 @@ class Imported:
     """A file that was imported.
 
     Attributes:
-        path: Where it lies.
+        path: Its place.
         sha256: Checksum of its bytes, in hexadecimal.
     """
 
@@ -139,10 +139,10 @@ class Imported:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file to be imported, in hexadecimal.
+    """Return the SHA-256 of a file to be imported, in hexadecimal.
 
     Raises:
-        UserError: It is not there, or no Python file.
+        UserError: It is missing, or no Python file.
     """
     if path.suffix != ".py" or not path.stem.isidentifier():
         raise UserError(f"imports: {path} must be a Python file named in one word, as my_snn.py")
@@ -154,11 +154,11 @@ def checksum(path: Path) -> str:
 
 
 def import_files(paths: Iterable[str | Path]) -> list[Imported]:
-    """Import files in their order; one that is imported already, and has not changed, stays.
+    """Import files in order, except unchanged ones that are imported already.
 
     Raises:
-        UserError: One cannot be read, raises, or registers a name that is taken; or two of them
-            have the same name.
+        UserError: A file cannot be read, raises, or registers a used name; or two files have the
+            same name.
     """
     found: dict[str, Imported] = {}
     for path in map(Path, paths):
@@ -171,7 +171,7 @@ def import_files(paths: Iterable[str | Path]) -> list[Imported]:
 
 
 def checksums_of(paths: Iterable[str | Path]) -> dict[str, str]:
-    """SHA-256 by name of imported files as they were imported, whatever became of them since."""
+    """Return the SHA-256 by name of imported files, as of when they were imported."""
     names = [Path(path).name for path in paths]
     return {name: sys.modules[f"{PACKAGE}.{Path(name).stem}"].sha256 for name in names}
 
@@ -191,8 +191,8 @@ def _import(file: Imported) -> None:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    module.sha256 = file.sha256  # type: ignore[attr-defined]  # ours, for checksums_of
-    # Decorators look their function's module up there.
+    module.sha256 = file.sha256  # type: ignore[attr-defined]  # for checksums_of
+    # Decorators look up their function's module there.
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
@@ -208,7 +208,7 @@ def _import(file: Imported) -> None:
     for model, entrypoint in before.items():
         if timm.model_entrypoint(model) is not entrypoint and entrypoint.__module__ != name:
             del sys.modules[name]
-            # timm warns that the name is there already, by which it is put back.
+            # timm warns of the used name when it is restored.
             with warnings.catch_warnings(action="ignore"):
                 timm.models.register_model(entrypoint)
             raise UserError(
@@ -218,7 +218,7 @@ def _import(file: Imported) -> None:
 
 
 def _line_of(error: BaseException, path: Path) -> str:
-    """``:LINE`` of the file in an error's traceback, the innermost one."""
+    """Return ``:LINE`` of the file's innermost frame in an error's traceback."""
     if isinstance(error, SyntaxError):
         return f":{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -237,7 +237,7 @@ def keep(files: Iterable[Imported], folder: Path) -> tuple[str, ...]:
     """
     files = list(files)
     copies = [folder / file.name for file in files]
-    if files or folder.exists():  # with those of a run that failed before it began
+    if files or folder.exists():  # it may hold files of a run that failed before it began
         folder.mkdir(parents=True, exist_ok=True)
         for file, copy in zip(files, copies, strict=True):
             with replacing(copy) as stream:
@@ -247,7 +247,7 @@ def keep(files: Iterable[Imported], folder: Path) -> tuple[str, ...]:
 
 
 def kept(folder: Path) -> dict[str, str]:
-    """Checksums of the files in a folder that `keep` has written, by name."""
+    """Return the checksums of the files in a folder written by `keep`, by name."""
     sums = folder / CHECKSUMS
     if not sums.is_file():
         return {}
@@ -256,9 +256,9 @@ def kept(folder: Path) -> dict[str, str]:
 
 
 def require(before: Mapping[str, str], source: Path) -> None:
-    """See that what something was trained with has been imported; it is not imported here.
+    """Check that the files which a checkpoint was trained with are imported; import none.
 
-    A file of the same name and of another content is taken, with a warning.
+    A file of the same name with other contents is accepted with a warning.
 
     Raises:
         UserError: A file is missing.
@@ -280,11 +280,11 @@ def require(before: Mapping[str, str], source: Path) -> None:
 
 
 def changes(before: Mapping[str, str], files: Iterable[Imported]) -> list[str]:
-    """List the differences between imported files, a sentence part each.
+    """List the differences between imported files, as parts of a sentence.
 
     Args:
         before: Checksums by name, as `kept` returns them.
-        files: Those of now.
+        files: The present files.
     """
     now = {file.name: file for file in files}
     found = [f"{name} is no longer imported" for name in before if name not in now]

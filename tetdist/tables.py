@@ -7,7 +7,7 @@ Row = Sequence[str]
 
 
 def number(value: float | None, spec: str) -> str:
-    """A cell of a number that may not be known."""
+    """Format a number for a cell; "-" if it is unknown."""
     return "-" if value is None else format(value, spec)
 
 
@@ -17,8 +17,8 @@ def markdown(head: Row, rows: Sequence[Row], *, numbers: bool = False, tight: bo
     Args:
         head: The titles of the columns.
         rows: The cells below them.
-        numbers: Whether all columns but the first are set flush right.
-        tight: Whether the rule below the head has no spaces, as MLflow's notes have had it.
+        numbers: Align all columns except the first to the right.
+        tight: Write the rule below the head without spaces, as in MLflow's notes.
     """
     first, others = "---", "---:" if numbers else "---"
     rule = [first, *[others] * (len(head) - 1)]
@@ -29,11 +29,11 @@ def markdown(head: Row, rows: Sequence[Row], *, numbers: bool = False, tight: bo
 
 
 def aligned(rows: Sequence[Row], right: Sequence[int] = ()) -> str:
-    """Columns as wide as their widest cell, indented by two spaces.
+    """Align columns to their widest cell, indented by two spaces.
 
     Args:
-        rows: The cells; a head, if there is one, is the first row.
-        right: Numbers of the columns that are set flush right.
+        rows: The cells, with any head as the first row.
+        right: Numbers of the columns to align to the right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -47,7 +47,7 @@ def aligned(rows: Sequence[Row], right: Sequence[int] = ()) -> str:
 
 
 def as_html(rows: Sequence[Row]) -> str:
-    """An HTML table whose first row is the head, a line each row; the cells' text is escaped."""
+    """Make an HTML table with one line per row; the first row is the head, and text is escaped."""
 
     def line(cells: Row, kind: str) -> str:
         return "<tr>" + "".join(f"<{kind}>{html.escape(c)}</{kind}>" for c in cells) + "</tr>"

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-# Run as a file, Python looks for modules beside this one first, where names such as data and events
-# would hide other packages' modules; and a launcher may start it where tetdist is not installed.
+# When it runs this file, Python searches its folder first, where names such as data and events
+# would hide other packages' modules. A launcher may also start it without tetdist installed.
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 

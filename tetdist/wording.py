@@ -1,10 +1,10 @@
-"""Numbers as a person says them: "1 image", "2 images", "2 h 44 min"."""
+"""Numbers with units in plain English: "1 image", "2 images", "2 h 44 min"."""
 
 from collections.abc import Sequence
 
 
 def counted(number: int, thing: str) -> str:
-    """A number of things, in the singular or plural: ``counted(1, "class")`` is "1 class"."""
+    """Return a number with its noun in singular or plural: ``counted(1, "class")`` is "1 class"."""
     if number != 1:
         hisses = thing.endswith(("s", "x", "sh", "ch")) and not thing.endswith("epoch")
         thing += "es" if hisses else "s"
@@ -12,12 +12,12 @@ def counted(number: int, thing: str) -> str:
 
 
 def are(number: int) -> str:
-    """The verb of so many things: "is" of one, "are" of others."""
+    """Return the verb for a number of things: "is" for one, "are" for others."""
     return "is" if number == 1 else "are"
 
 
 def duration(seconds: float) -> str:
-    """A time in the two largest units that it has: "45 s", "3 min 5 s", "2 h 44 min", "3 d 1 h"."""
+    """Format a time in its two largest units: "45 s", "3 min 5 s", "2 h 44 min", "3 d 1 h"."""
     left, parts = round(seconds), list[str]()
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
         number, left = divmod(left, size)
@@ -29,5 +29,5 @@ def duration(seconds: float) -> str:
 
 
 def and_more(names: Sequence[str]) -> str:
-    """Return what follows the first of several names: " and 2 more", or nothing."""
+    """Return the text after the first of several names: " and 2 more", or nothing."""
     return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -79,7 +79,7 @@ def same(got: Any, expected: Any) -> bool:
 def test_losses_are_those_of_that_version(train: Main, tmp_path: Path) -> None:
     outcome = train("straight")
     assert outcome.status == 0, outcome.text
-    assert "checkpoint is called recompute now" in outcome.text
+    assert "the key checkpoint is now called recompute" in outcome.text
     found = lines(tmp_path / "runs/straight/metrics.jsonl")
     expected = lines(GOLDEN / "straight.jsonl")
     assert found.keys() == expected.keys()

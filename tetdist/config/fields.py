@@ -13,24 +13,24 @@ from tetdist.config.flags import MOST_PIXELS, MOST_TIMESTEPS
 TIMM = "timm:"  # before the name of one of timm's networks, where a path could stand
 
 
-# What is larger is a slip of the finger, which libraries of C would answer otherwise.
+# Larger values are typing errors, which C libraries would handle badly.
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 Epochs = Annotated[int, Field(gt=0, le=10**6)]
 Samples = Annotated[int, Field(gt=0, le=2**20)]
 Timesteps = Annotated[int, Field(gt=0, le=MOST_TIMESTEPS)]
 Pixels = Annotated[int, Field(gt=0, le=MOST_PIXELS)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-# A probability below 1: a share of 1 would leave nothing.
-Share = Annotated[float, Field(ge=0, lt=1)]
+# A fraction or probability below 1, since 1 would leave nothing.
+FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _names(value: Any) -> Any:
-    """A list of names as a tuple, to which a single name is one of one name."""
+    """Return a list of names, or a single name, as a tuple."""
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
 def _steps(value: Any) -> Any:
-    """The first and the last step of a pair, or of text such as 20..30.
+    """Parse the first and the last step from a pair or from text such as 20..30.
 
     Raises:
         PydanticCustomError: It is neither.
@@ -46,7 +46,7 @@ def _steps(value: Any) -> Any:
 
 
 def _as_tuple(value: Any) -> Any:
-    # What a validator has been given is no JSON any more, where a list is taken for a tuple.
+    # Only JSON input would turn a list into a tuple; a validator's value is no longer JSON.
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -58,13 +58,13 @@ Steps = Annotated[tuple[Positive, Positive], BeforeValidator(_steps)]
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """Says of a text that it is the name of something registered: those that --explain lists."""
+    """Marks a text as a registered name; --explain lists the names."""
 
     names: Callable[[], Iterable[str]]
 
 
 class Section(BaseModel):
-    # strict: "yes" is no bool and 1.5 no int; an int where a float is asked is fine.
+    # strict: "yes" is no bool and 1.5 no int; an int is accepted for a float.
     model_config = ConfigDict(
         extra="forbid",
         strict=True,

@@ -1,4 +1,4 @@
-"""Tells whether two configurations are of the same run: which keys make it the run that it is."""
+"""The identity of a run: the keys that must not change when it is resumed."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,8 @@ from tetdist.config.fields import TIMM
 from tetdist.config.schema import RunConfig
 from tetdist.storage.hub import HF
 
-# What may differ between a run and its continuation: where things are, how much is shown or kept,
-# and how the same numbers are computed, nothing that changes the result beyond rounding. (The data
-# set's content is compared by the index's fingerprint.)
+# Keys that may change on a resume: places of files, amounts of output, and ways to compute the same
+# numbers; none changes the result beyond rounding. (The index's fingerprint identifies the data.)
 OPERATIONAL_KEYS = (
     "data.root",
     "data.index",
@@ -18,7 +17,7 @@ OPERATIONAL_KEYS = (
     "data.prefetch",
     "data.own_process",
     "batch.eval",
-    # Their content is compared instead, by checksums.
+    # Checksums compare their content instead.
     "imports",
     "recompute",
     "engine",
@@ -46,8 +45,8 @@ OPERATIONAL_KEYS = (
     "tracking.register",
 )
 
-# Of those, what repeating a run on another machine has no use for: where and on what it ran, how it
-# was followed, how often it was saved.
+# Keys without use for repeating a run on another machine: its places, devices, tracking and
+# checkpoint interval.
 _OF_THE_MACHINE = (
     "data.index",
     "data.device",
@@ -67,7 +66,7 @@ _OF_THE_MACHINE = (
     "cluster",
 )
 
-# Of the first, what may differ from host to host: where the data lie, and how they are read there.
+# Keys that may differ between hosts of one run: the places of data, and how they are read.
 _OF_THE_HOST = (
     "data.root",
     "data.index",
@@ -77,20 +76,20 @@ _OF_THE_HOST = (
     "runs_dir",
 )
 
-# Files and folders of others, which are the same however their path is written. Instead, a network
-# may be hf:ORG/NAME, and a teacher timm:NAME.
+# Input files and folders, compared by absolute path. A network may also be hf:ORG/NAME, and a
+# teacher timm:NAME.
 PATH_KEYS = ("init_checkpoint", "loss.distillation.teacher", "loss.distillation.teacher_weights")
 
 
 def without_machine(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without what concerns the machine and not the result."""
+    """Return a configuration without keys that concern the machine and not the result."""
     data = {key: v for key, v in config["data"].items() if f"data.{key}" not in _OF_THE_MACHINE}
     kept = {key: value for key, value in config.items() if key not in _OF_THE_MACHINE}
     return kept | {"data": data}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries and lists as one dictionary of dotted keys."""
+    """Flatten nested dictionaries and lists into one dictionary of dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         dotted = f"{prefix}{key}"
@@ -104,13 +103,13 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def of_all_hosts(config: RunConfig) -> dict[str, Any]:
-    """Return the dotted keys of a configuration that all processes of a run have in common."""
+    """Return the dotted keys of a configuration that must be the same on all hosts of a run."""
     flat = flatten(config.as_dict())
     return {key: value for key, value in flat.items() if key not in _OF_THE_HOST}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """List what makes two configurations different runs, a sentence part each."""
+    """List the differences that make two configurations different runs, as parts of a sentence."""
     a, b = _with_absolute_paths(flatten(old)), _with_absolute_paths(flatten(new))
     return [
         f"{key} is {b.get(key)!r} and was {a.get(key)!r}"
@@ -126,5 +125,5 @@ def _with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def absolute_path(value: str) -> str:
-    """The value of one of the `PATH_KEYS` as it is understood in any folder."""
+    """Return the value of one of the `PATH_KEYS` so that it is valid in any folder."""
     return value if value.startswith((TIMM, HF)) else str(Path(value).absolute())

@@ -29,7 +29,7 @@ def read_layers(
         dotted key.
 
     Raises:
-        UserError: A file is no configuration, or inherits from itself.
+        UserError: A file is not a configuration, or inherits from itself.
     """
     if path.resolve() in above:
         names = " <- ".join(file.name for file in (*above, path))
@@ -54,10 +54,10 @@ def read_layers(
 
 
 def imports_of(raw: dict[str, Any], source: Path | str) -> list[str]:
-    """Return the files that a configuration names to be imported.
+    """Return the files that a configuration imports.
 
     Raises:
-        UserError: It names something else.
+        UserError: They are not a list of file names.
     """
     found = raw.get("imports") or []
     if isinstance(found, list) and all(isinstance(one, str) for one in found):
@@ -95,7 +95,7 @@ def _items_over(base: list[Any], own: dict[str, Any], source: str, place: str) -
 
 
 def _leaves(value: Any, place: str = "") -> dict[str, Any]:
-    """Values by dotted key; a list's items are numbered from 0."""
+    """Return values by dotted key, with a list's items numbered from 0."""
     match value:
         case dict():
             inside = value.items()
@@ -144,7 +144,7 @@ def annotated(text: str, origins: Mapping[str, str], unread: Mapping[str, str]) 
 
 
 def _values_by_line(node: yaml.Node, place: str) -> Iterator[tuple[str, int]]:
-    """Dotted keys of all values, each with the number of the line that it ends in."""
+    """Yield the dotted key of each value with the number of its last line."""
     parts: list[tuple[str, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
         parts = [(key.value, value) for key, value in node.value]

@@ -1,4 +1,4 @@
-"""Makes a checked `RunConfig` of a YAML file, those it is based on, and ``key=value`` overrides."""
+"""Loading of a checked `RunConfig` from a YAML file, its bases, and ``key=value`` overrides."""
 
 import difflib
 import json
@@ -32,14 +32,14 @@ CONFIGS_DIR = next(
 
 
 class Loaded(NamedTuple):
-    """A configuration, and by dotted key where its values are from, if not from the defaults."""
+    """A configuration, and the origin of each value that is not a default, by dotted key."""
 
     config: RunConfig
     origins: dict[str, str]
 
 
 def find(name: str, folder: Path = Path()) -> Path:
-    """The file of a configuration: a path, from ``folder``, or a name (.yaml or not) in configs/.
+    """Find a configuration: a path relative to ``folder``, or a name in configs/.
 
     Raises:
         UserError: There is none.
@@ -55,17 +55,16 @@ def find(name: str, folder: Path = Path()) -> Path:
 
 
 def load(name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path] = ()) -> RunConfig:
-    """Read, override and check a configuration, when the files that it names are imported.
+    """Read, override and check a configuration, after importing its files.
 
     Args:
         name: A file or a name in configs/.
         overrides: ``dotted.key=value``; the value is YAML, list items are numbered from 0
             (``phases.0.epochs=1``).
-        imports: Files to be imported besides those of ``imports:``, which lie beside the
-            configuration.
+        imports: Further files to import; those of ``imports:`` are beside the configuration.
 
     Raises:
-        UserError: Anything about it is wrong; the text says what and where.
+        UserError: The configuration is wrong; the text says what and where.
     """
     return load_with_origins(name, overrides, imports).config
 
@@ -73,7 +72,7 @@ def load(name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path]
 def load_with_origins(
     name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path] = ()
 ) -> Loaded:
-    """Do what `load` does, and say where each value is from."""
+    """Load a configuration as `load` does, with the origin of each value."""
     path = find(name)
     raw, origins = read_layers(path, find)
     if "name" not in raw:
@@ -91,12 +90,12 @@ def load_with_origins(
 
 
 def load_written(path: Path) -> RunConfig:
-    """Read what was written down of a checked configuration, and import the files it names.
+    """Read a written configuration of a run, and import its files.
 
-    Nothing is said of keys without effect, since every key is written out.
+    Keys without effect cause no warning, since every key is written out.
 
     Raises:
-        UserError: It cannot be read, or a file of it cannot be imported.
+        UserError: It cannot be read, or one of its files cannot be imported.
     """
     try:
         raw = read_yaml(path)
@@ -116,23 +115,22 @@ def parse(
 ) -> RunConfig:
     """Check a configuration given as nested dictionaries.
 
-    Nothing is imported: what files register has to be known already.
+    Nothing is imported: the user's files must be imported before.
 
     Args:
         raw: The configuration.
-        source: Where it is from, as errors name it.
-        warn: Whether to say which keys have no effect.
-        overrides: Those that were applied to it, which errors name in place of ``source`` where the
-            mistake is theirs.
-        origins: The files that its values are from, by dotted key, if not all from ``source``.
+        source: File of the configuration, as errors name it.
+        warn: Warn of keys without effect.
+        overrides: Overrides that were applied; errors name one in place of ``source`` if the
+            mistake is in it.
+        origins: Files of the values, by dotted key, if not all are from ``source``.
 
     Raises:
-        UserError: It is no configuration, or contradicts itself.
+        UserError: It is not valid, or contradicts itself.
     """
     raw = _with_present_names(raw, warn)
     try:
-        # Through JSON, because strict validation of JSON takes a list for a tuple, and nothing
-        # else that it should not.
+        # Through JSON, because only then strict validation accepts a list as a tuple.
         config = RunConfig.model_validate_json(json.dumps(raw))
     except pydantic.ValidationError as error:
         raise UserError(sentences(error, source, overrides, origins or {})) from None
@@ -145,12 +143,12 @@ def parse(
 
 
 def _with_present_names(raw: dict[str, Any], warn: bool) -> dict[str, Any]:
-    """A configuration of any version with the keys of this one."""
+    """Rename keys of earlier versions to those of this version."""
     raw = dict(raw)
     if "checkpoint" in raw and "recompute" not in raw:
         raw["recompute"] = raw.pop("checkpoint")
         if warn:
-            logger.warning("checkpoint is called recompute now; the old name still works")
+            logger.warning("the key checkpoint is now called recompute; the old name still works")
     model = raw.get("model")
     if isinstance(model, dict) and isinstance(model.get("neuron"), dict):
         kind = neurons.kind_of(network_neuron(model))
@@ -159,7 +157,7 @@ def _with_present_names(raw: dict[str, Any], warn: bool) -> dict[str, Any]:
 
 
 def _of_its_kind(neuron: dict[str, Any], kind: str, warn: bool) -> dict[str, Any]:
-    """The neuron, by default of a kind, without the keys that only other kinds have."""
+    """Return the neuron, with a default kind, without keys that only other kinds have."""
     if neuron.get("spike") == "relu":  # what earlier versions called this kind
         neuron = {key: value for key, value in neuron.items() if key != "spike"} | {"kind": "relu"}
     kind = neuron.get("kind", kind)

@@ -73,7 +73,7 @@ def _opened(error: Any) -> list[Any]:
 
 
 def _override_of(error: Any, overrides: Sequence[str]) -> str | None:
-    """The override that a mistake is of; None: it is the file's."""
+    """Return the override that holds a mistake; None if it is in the file."""
     location = tuple(map(str, error["loc"]))
     for override in reversed(overrides):
         key = tuple(key_of(override).split("."))

@@ -8,10 +8,10 @@ from tetdist.errors import UserError
 
 
 def key_of(override: str) -> str:
-    """The dotted key of an override.
+    """Return the dotted key of an override.
 
     Raises:
-        UserError: It is none.
+        UserError: It is not an override.
     """
     key, separator, _ = override.partition("=")
     if not separator or not key:
@@ -56,11 +56,11 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one ``dotted.key=value`` in nested dictionaries.
 
     Raises:
-        UserError: There is no such place, or the value is no YAML.
+        UserError: The place does not exist, or the value is no YAML.
     """
     key = key_of(override)
     text = override.partition("=")[2]
-    # YAML 1.1 takes 1e-4 for text; nobody who types it means that.
+    # YAML 1.1 takes 1e-4 for text, but the user means a number.
     value = _number(read_value(text, override)) if text else None
     node: Any = raw
     parts = key.split(".")

@@ -20,7 +20,7 @@ from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig
 
 
 def neuron_section(kind: str) -> type[Section]:
-    """The keys of a kind of neuron: the fields that its class declares, and ``kind``."""
+    """Return the keys of a kind of neuron: its class's fields, and ``kind``."""
     cls: Any = neurons.class_of(kind)
     return _section_of(cls)
 
@@ -46,7 +46,7 @@ def _section_of(cls: Any) -> type[Section]:
 
 
 def _neuron(value: Any) -> NeuronConfig:
-    """Make the neuron of a mapping of its kind and numbers; messages.py says what is wrong."""
+    """Make a neuron from a mapping of its kind and numbers; messages.py explains errors."""
     if isinstance(value, NeuronConfig):
         return value
     if not isinstance(value, dict):
@@ -71,9 +71,9 @@ Neuron = Annotated[NeuronConfig, PlainValidator(_neuron), PlainSerializer(neuron
 
 
 def network_neuron(model: Mapping[str, Any]) -> NeuronConfig:
-    """The neuron that the network of a `model:` section was published with.
+    """Return the published neuron of the network in a `model:` section.
 
-    It is LIF where there is no such network, which checks.py says.
+    It is LIF for an unknown network, which checks.py reports.
     """
     name = model.get("name")
     if not isinstance(name, str) or not timm.is_model(name):
@@ -103,9 +103,9 @@ class ModelSection(Section):
 
     @property
     def changed_by_kind(self) -> dict[str, tuple[str, str]]:
-        """Keys whose values the neuron has by its kind, which is not that of the network's own.
+        """Keys whose values come from the neuron's kind, if it differs from the network's own.
 
-        Each has two values: the own neuron's ("none" where it has no such key), and the present.
+        Each has two values: the network's own ("none" without such a key), and the present one.
         """
         own, kind = network_neuron({"name": self.name}), type(self.neuron)
         old, new = (
