@@ -22,7 +22,7 @@ from runs import (
 )
 
 from tetdist.apps.cli import slurm
-from tetdist.tracking import mlflow_follower
+from tetdist.tracking import mlflow_logger
 
 
 def preempt(cluster: Cluster, run: Run) -> None:
@@ -280,7 +280,7 @@ def test_two_submissions_at_once_are_one_run(
     """The second comes when the first is about to make its run in MLflow."""
     name = "twice-at-once"
     arguments = ["--config", str(launcher.config), f"name={name}", "cluster.sbatch.hold=true"]
-    create_run = mlflow_follower._create_run
+    create_run = mlflow_logger._create_run
     others: list[int] = []
 
     def submit_another_first(*args: Any, **kwargs: Any) -> Any:
@@ -289,7 +289,7 @@ def test_two_submissions_at_once_are_one_run(
             others[0] = slurm.main(arguments)
         return create_run(*args, **kwargs)
 
-    monkeypatch.setattr(mlflow_follower, "_create_run", submit_another_first)
+    monkeypatch.setattr(mlflow_logger, "_create_run", submit_another_first)
     assert slurm.main(arguments) == 0
     assert others == [2]
     assert "is being submitted by another command" in capfd.readouterr().err

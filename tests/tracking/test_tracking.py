@@ -25,7 +25,7 @@ import tiny
 
 import tetdist
 from tetdist.errors import UserError, pip_install
-from tetdist.tracking import metrics_file, mlflow_follower, trackers
+from tetdist.tracking import metrics_file, mlflow_logger, trackers
 from tetdist.tracking.environment import environment, git_state
 from tetdist.tracking.metrics_file import (
     from_end,
@@ -35,7 +35,7 @@ from tetdist.tracking.metrics_file import (
     read_metrics,
     strict,
 )
-from tetdist.tracking.mlflow_follower import Destination, ui_command
+from tetdist.tracking.mlflow_logger import Destination, ui_command
 from tetdist.tracking.tracker import Tracker
 from tetdist.tracking.trackers import Dataset, TrackedRun, _line_start
 
@@ -688,7 +688,7 @@ def test_a_server_that_never_answers_holds_nobody_up(
             begin = time.monotonic()
             tracker.close("FINISHED", timeout=0.5)
     assert time.monotonic() - begin < 5
-    assert tracker._following[0]._thread.daemon  # so it does not hold the process up either
+    assert tracker._threads[0]._thread.daemon  # so it does not hold the process up either
     (record,) = caplog.records
     assert "no answer within 0.5 s" in record.getMessage()
     assert "up to 1 of the 1 lines" in record.getMessage()
@@ -704,7 +704,7 @@ def test_two_runs_make_one_database_at_once_after_a_kill(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mlflow.store.db.utils._upgrade_db", kill)
         with pytest.raises(Killed):
-            mlflow_follower.new_client(store.uri)
+            mlflow_logger.new_client(store.uri)
     assert [path.suffix for path in store.folder.iterdir()] == [".tmp"]
     run_dirs = [tmp_path / "a", tmp_path / "b"]
     for tracker in [store.open(run_dir) for run_dir in run_dirs]:
@@ -778,13 +778,13 @@ def test_state_of_a_checkout(tmp_path: Path) -> None:
 
 
 def test_ui_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_follower.shutil, "which", lambda _: "/usr/bin/mlflow")
+    monkeypatch.setattr(mlflow_logger.shutil, "which", lambda _: "/usr/bin/mlflow")
     assert ui_command("sqlite:////a b/x.db") == (
         "mlflow ui --workers 1 --backend-store-uri 'sqlite:////a b/x.db'"
     )
     assert ui_command("https://me:secret@there.org/") == "https://there.org/"
     assert ui_command("https://there.org/", "a1") == "https://there.org/#/runs/a1"
-    monkeypatch.setattr(mlflow_follower.shutil, "which", lambda _: None)
+    monkeypatch.setattr(mlflow_logger.shutil, "which", lambda _: None)
     program = Path(ui_command("sqlite:////x.db").split()[0])
     assert program.parent == Path(sys.executable).parent
     assert program.is_file()

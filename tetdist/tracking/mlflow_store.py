@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from tetdist.errors import UserError, without_passwords
-from tetdist.tracking.mlflow_follower import is_server, new_client
+from tetdist.tracking.mlflow_logger import is_server, new_client
 from tetdist.tracking.trackers import first_line
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from typing import Any
 
 from tetdist.errors import UserError, pip_install, without_passwords
 from tetdist.tracking.metrics_file import keep_until, strict
-from tetdist.tracking.mlflow_follower import Destination, MLflow
-from tetdist.tracking.trackers import TRACKERS, Following, Status, TrackedRun
+from tetdist.tracking.mlflow_logger import Destination, MLflow
+from tetdist.tracking.trackers import TRACKERS, Status, TrackedRun, TrackerThread
 
 
 class Tracker:
@@ -58,13 +58,13 @@ class Tracker:
         self._file = self.path.open("xb" if run.resume_step is None else "ab", buffering=0)
         self._size = self._file.seek(0, os.SEEK_END)
         self._mlflow = None if destination is None else MLflow(destination, run)
-        self._following: list[Following] = []
+        self._threads: list[TrackerThread] = []
         if self._mlflow is not None:
             name = f"MLflow at {without_passwords(self._mlflow.destination.uri)}"
-            self._following.append(Following(name, self._mlflow, self.path, run))
+            self._threads.append(TrackerThread(name, self._mlflow, self.path, run))
         # To them a run with an empty file is new.
         run = run if self._size else replace(run, resume_step=None)
-        self._following += [Following(name, TRACKERS[name], self.path, run) for name in trackers]
+        self._threads += [TrackerThread(name, TRACKERS[name], self.path, run) for name in trackers]
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line, without waiting for trackers.
@@ -149,5 +149,5 @@ class Tracker:
             timeout: Seconds to wait for each tracker.
         """
         self._file.close()
-        complete = [one.close(status, timeout) for one in self._following]
+        complete = [thread.close(status, timeout) for thread in self._threads]
         self.is_complete = all(complete)

@@ -138,7 +138,7 @@ def require_package(tracker: str, package: str) -> None:
         raise UserError(f"tracking.trackers: {tracker}: {missing}, or leave {tracker} out")
 
 
-class Following:
+class TrackerThread:
     """A thread that sends a tracker the lines of metrics.jsonl, and retries after an error.
 
     Args:
@@ -163,10 +163,10 @@ class Following:
         self._is_complete = False
         self._closing = threading.Event()
         self._status: Status = "RUNNING"
-        self._thread = threading.Thread(target=self._follow, name=f"tracker-{name}", daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
-    def _follow(self) -> None:
+    def _run_loop(self) -> None:
         failures = 0
         while True:
             # Read before sending, so that lines logged before close() are sent before closing.

@@ -13,7 +13,7 @@ from tetdist.storage import checkpoint
 from tetdist.storage.files import checkpoint_at
 from tetdist.tables import markdown
 from tetdist.tracking import environment
-from tetdist.tracking.mlflow_follower import Destination
+from tetdist.tracking.mlflow_logger import Destination
 from tetdist.tracking.tracker import Tracker
 from tetdist.tracking.trackers import Dataset, Status, TrackedRun
 from tetdist.training.prepared import Prepared

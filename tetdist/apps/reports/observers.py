@@ -11,7 +11,7 @@ from tetdist.apps.reports.run_plots import RunPlots
 from tetdist.apps.reports.step_profile import StepProfile
 from tetdist.errors import typed
 from tetdist.nn.neurons import kind_of
-from tetdist.tracking.mlflow_follower import ui_command
+from tetdist.tracking.mlflow_logger import ui_command
 from tetdist.training.evaluating import AVERAGE, Evaluated
 from tetdist.training.observers import Observer, Watched
 from tetdist.wording import counted

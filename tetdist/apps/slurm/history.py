@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tetdist.errors import UserError, way_out
 from tetdist.storage.files import write_json, write_text
-from tetdist.tracking import mlflow_follower
+from tetdist.tracking import mlflow_logger
 
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
@@ -216,7 +216,7 @@ def announce(
     tags: dict[str, str],
     heading: tuple[Path, str] | None = None,
 ) -> str | None:
-    """Tell MLflow about a run that no process trains now; see `mlflow_follower.announce`.
+    """Tell MLflow about a run that no process trains now; see `mlflow_logger.announce`.
 
     Args:
         config: The run's.
@@ -228,8 +228,8 @@ def announce(
     Returns:
         The run's MLflow id; None without MLflow, or if it does not answer.
     """
-    destination = mlflow_follower.Destination.of(config)
+    destination = mlflow_logger.Destination.of(config)
     if destination is None:
         return None
     folder, name = heading or (config.run_dir, config.name)
-    return mlflow_follower.announce(folder, name, destination, tags, status)
+    return mlflow_logger.announce(folder, name, destination, tags, status)

@@ -30,7 +30,7 @@ from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
 from tetdist.plugins import import_files
 from tetdist.storage import checkpoint, hub
-from tetdist.tracking.mlflow_follower import ui_command
+from tetdist.tracking.mlflow_logger import ui_command
 from tetdist.tracking.mlflow_store import check_store, hand_over
 from tetdist.tracking.trackers import check_names
 from tetdist.training.run_folder import RunFolder, is_trained

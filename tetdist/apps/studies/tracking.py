@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tetdist.apps.slurm import history
 from tetdist.apps.studies.plan import StudyRun, is_trained
-from tetdist.tracking import mlflow_follower
+from tetdist.tracking import mlflow_logger
 
 
 class Parent:
@@ -62,7 +62,7 @@ def lacking_runs(runs: Iterable[StudyRun]) -> tuple[list[StudyRun], list[StudyRu
         uri = run.config.tracking_uri
         if uri is None or not is_trained(run):
             continue
-        found = mlflow_follower.find_run(run.folder, uri)
+        found = mlflow_logger.find_run(run.folder, uri)
         if found is None or found.info.status != "FINISHED":
             lacking.append(run)
         elif "study" not in found.data.tags:

@@ -166,7 +166,7 @@ def test_online_only_what_wandb_lacks_is_sent(
 def test_after_an_error_it_is_made_anew_and_given_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from tetdist.tracking.tensorboard_follower import TensorBoard
+    from tetdist.tracking.tensorboard_logger import TensorBoard
 
     whole, calls = TensorBoard.log, []
 
@@ -204,9 +204,9 @@ def test_an_outage_of_a_day_is_waited_for(tmp_path: Path, monkeypatch: pytest.Mo
 
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
     run = TrackedRun(tmp_path, "a run", {}, {}, None)
-    following = trackers.Following("down", Down, tmp_path / "metrics.jsonl", run)
+    thread = trackers.TrackerThread("down", Down, tmp_path / "metrics.jsonl", run)
     tiny.wait_until(lambda: len(attempts) == 1500, 30)
-    assert following.close("FINISHED", 20)
+    assert thread.close("FINISHED", 20)
 
 
 @pytest.mark.parametrize("name", list(READ))
