@@ -1,4 +1,4 @@
-"""Nobody trains on the CPU by mistake, and cores are divided among those who share them."""
+"""No run trains on the CPU by mistake, and processes divide the cores that they share."""
 
 import os
 import sys
@@ -45,7 +45,7 @@ def test_auto_refuses_the_cpu_where_the_machine_has_a_gpu(smi: Path) -> None:
     assert "torch does not see it" in text
     assert torch.__version__ in text
     assert "device=cpu" in text
-    # Whoever means the CPU gets it.
+    # An explicit choice of the CPU is respected.
     assert choose_device("cpu", 0).type == "cpu"
 
 
@@ -95,7 +95,8 @@ def test_no_two_processes_take_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("auto", 1) == torch.device("cuda", 1)
     with pytest.raises(UserError, match="local rank 2 has no GPU of its own: torch sees 2"):
         choose_device("auto", 2)
-    # Each may be shown its own, as number 0; or the same, which only all together can tell.
+    # Each process may see its own GPU as number 0, or all the same one, which only all together can
+    # detect.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert choose_device("auto", 2) == torch.device("cuda", 0)
     properties = types.SimpleNamespace(uuid="GPU-b")
@@ -126,7 +127,8 @@ def test_a_task_of_srun_does_not_think_that_it_is_alone(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("hosts", "cores"),
     [
-        # srun gives each its own; torchrun on two hosts lets the two of each have all.
+        # srun gives each process its own cores; torchrun on two hosts lets both of each host use
+        # all.
         ([("node1", [0, 1]), ("node1", [2, 3]), ("node2", [0, 1]), ("node2", [2, 3])], 2),
         ([("node1", [0, 1, 2, 3])] * 2 + [("node2", [0, 1, 2, 3])] * 2, 2),
         # Two and two share; and there are fewer cores than processes.
@@ -178,7 +180,7 @@ def test_fp32_is_not_silently_tf32() -> None:
         choose_algorithms("fp32")
 
 
-# The pages that the system had to give for forty tensors of 64 MiB, one after the other.
+# The pages that the system provided for forty tensors of 64 MiB, one after the other.
 PAGES = """
 import resource
 import torch
@@ -196,13 +198,13 @@ with join("cpu"):
 """
 
 
-@pytest.mark.parametrize("said", ["", "MALLOC_TRIM_THRESHOLD_"])
+@pytest.mark.parametrize("variable", ["", "MALLOC_TRIM_THRESHOLD_"])
 def test_freed_memory_is_kept_unless_the_environment_says_how(
-    said: str, farm: Farm, tmp_path: Path
+    variable: str, farm: Farm, tmp_path: Path
 ) -> None:
-    code = f'import os\nos.environ |= {{"{said}": "131072"}} if "{said}" else {{}}\n{PAGES}'
+    code = f'import os\nos.environ |= {{"{variable}": "131072"}} if "{variable}" else {{}}\n{PAGES}'
     ((status, output),) = farm.side_by_side(1, tiny.python("-c", code), tmp_path)
     assert status == 0, output
     # Of twenty of the tensors, if the system gives 2 MiB at a time, the most that it does.
     many = 20 * 2**26 // 2**21
-    assert (int(output) < many) == (said == ""), output
+    assert (int(output) < many) == (variable == ""), output

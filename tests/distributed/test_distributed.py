@@ -28,7 +28,7 @@ def test_partly_set_environment(absent: str, monkeypatch: pytest.MonkeyPatch) ->
     for name in LAUNCHED:
         if name != absent:
             monkeypatch.setenv(name, values[name])
-    with pytest.raises(UserError, match=f"partly set.*but no {absent}"):
+    with pytest.raises(UserError, match=f"is incomplete: .* set, but not {absent};"):
         join("cpu")
 
 
@@ -65,7 +65,7 @@ def test_two_processes(farm: Farm, tmp_path: Path) -> None:
             if r == 0:
                 stores.append(watch._store.store.underlying_store.port)
             for port in stores:
-                # Somebody without the token, who may see all keys, and write to any.
+                # A process without the token, which can see all keys and write to any.
                 stranger = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=5))
                 keys = stranger.list_keys()
                 tokens = {meeting._token(None), watch._store._secret}
@@ -183,7 +183,7 @@ def test_output_that_nobody_reads_is_no_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "told"),
+    ("sent", "expected"),
     [
         ([signal.SIGTERM, signal.SIGUSR2], signal.SIGUSR2),
         ([signal.SIGUSR2, signal.SIGTERM], signal.SIGUSR2),
@@ -193,7 +193,7 @@ def test_output_that_nobody_reads_is_no_error() -> None:
     ],
 )
 def test_of_two_signals_the_one_that_says_more_counts(
-    sent: list[signal.Signals], told: signal.Signals
+    sent: list[signal.Signals], expected: signal.Signals
 ) -> None:
     from tetdist.distributed.signals import StopRequest
 
@@ -201,7 +201,7 @@ def test_of_two_signals_the_one_that_says_more_counts(
         for number in sent:
             signal.raise_signal(number)
         assert stop.agreed()
-        assert stop.exit_status == 128 + told
+        assert stop.exit_status == 128 + expected
 
 
 def test_tensors_are_averaged_in_the_order_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Where processes meet, with which secret, and whom they take for theirs."""
+"""Meeting of processes: address, secret, and recognition of their own run."""
 
 import socket
 import stat

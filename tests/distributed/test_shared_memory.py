@@ -1,4 +1,4 @@
-"""Gradients averaged through shared memory: the mean, whatever the shapes, and nothing left."""
+"""Gradients averaged through shared memory: correct for any shapes, and nothing is left behind."""
 
 import os
 import textwrap
@@ -67,7 +67,7 @@ def test_mean_over_processes(
 
 
 def test_no_file_of_another_host_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There, the number of rank 0's process may be that of anybody's."""
+    """There, rank 0's process id may belong to another program."""
     from tetdist.distributed import shared_memory
 
     opened: list[str] = []

@@ -1,4 +1,4 @@
-"""What was launched ends with its launcher or study, however that ends, and not with a shell."""
+"""Launched commands end with their launcher or study, however it ends, but not with a shell."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from tetdist.distributed import starters
 ConfigWriter = Callable[..., Path]
 KILL = signal.SIGKILL
 
-# Ends upon SIGTERM as training does: it saves. Left alone by all above it, it says so.
+# Ends upon SIGTERM as training does: it saves. It reports if all its starters have ended.
 WORKER = """
 import os, pathlib, signal, sys, time
 from tetdist.distributed import starters
@@ -121,7 +121,7 @@ def test_ends_with_those_it_works_for(above: list[str], result: str, tmp_path: P
 def test_only_torchruns_worker_whose_parent_is_gone_was_launched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whoever starts it by hand, with the variables, may go."""
+    """A person's shell that set the variables may end."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(starters, "_is_init", lambda _: True)
     assert starters._launchers() == []

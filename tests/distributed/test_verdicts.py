@@ -1,4 +1,4 @@
-"""What the watch makes of what it hears: who is dead, who hangs, and who only waits.
+"""Verdicts of the watch: which process is dead, which hangs, and which only waits.
 
 The processes are objects here, with one store and a clock of ours; test_watchdog.py kills real
 ones.
@@ -54,7 +54,7 @@ class Processes:
     def until(
         self, second: float, *, silent: tuple[int, ...] = (), moving: tuple[int, ...] = ()
     ) -> str | None:
-        """Let the time come to that second after the start; the first verdict on the way."""
+        """Advance the clock to that second after the start; return the first verdict on the way."""
         while self.clock.now < self.start + second:
             self.clock.now += 0.5
             for rank, watch in enumerate(self.watches):
@@ -88,7 +88,7 @@ def test_patience_is_no_longer_than_what_was_asked_for(clock: Clock) -> None:
 
 
 def test_in_trouble_silence_is_death_soon(clock: Clock) -> None:
-    """Once somebody's connection has failed, most likely because of that death."""
+    """After a connection has failed, most likely because of that death."""
     run = Processes(clock, 2, timeout=600)
     run.watches[0]._store.set(watchdog._TROUBLE, "connection closed by peer")
     assert run.until(SILENCE_IN_TROUBLE - 0.5, silent=(1,), moving=(0,)) is None
@@ -103,7 +103,7 @@ def test_what_is_not_signed_is_not_heard(clock: Clock) -> None:
     stranger.set(watchdog._VERDICT, "run a command of mine")
     stranger.set(watchdog._TROUBLE, "ü" * 100)
     assert [signed.get(key) for key in ("1", watchdog._VERDICT, watchdog._TROUBLE)] == [None] * 3
-    # Rank 1 is heard no more, and there is no sign of trouble.
+    # Rank 1 is silent, without any other sign of trouble.
     assert run.until(SILENCE - 1, silent=(1,), moving=(0,)) is None
     assert "rank 1 " in str(run.until(SILENCE + 1, silent=(1,), moving=(0,)))
 

@@ -1,4 +1,4 @@
-"""A process that dies, hangs or fails alone ends the others, soon, and by name."""
+"""A process that dies, hangs or fails alone ends the others soon, and is named."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from tiny import Farm
 ConfigWriter = Callable[..., Path]
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 PEER_FAILED = 3
-HUNG = -999  # what farm.py says of one that it had to kill
+HUNG = -999  # farm.py's status for a killed process
 
 
 def test_killed_process_is_named(farm: Farm, tiny_config: ConfigWriter) -> None:
@@ -34,7 +34,7 @@ def test_killed_rank_0(farm: Farm, tiny_config: ConfigWriter) -> None:
 
 
 @pytest.mark.parametrize(
-    ("point", "rank", "said"),
+    ("point", "rank", "message"),
     [
         pytest.param(
             *("start", 1, "error: of 2 processes rank 1 did not join within 3 s"),
@@ -45,13 +45,13 @@ def test_killed_rank_0(farm: Farm, tiny_config: ConfigWriter) -> None:
     ],
 )
 def test_killed_before_all_have_met(
-    point: str, rank: int, said: str, farm: Farm, tiny_config: ConfigWriter
+    point: str, rank: int, message: str, farm: Farm, tiny_config: ConfigWriter
 ) -> None:
     statuses, text = farm.each(
         tiny_config({"peer_timeout": 3.0}), world=2, stop=(point, 1, KILL), rank=rank, timeout=30
     )
     assert statuses == [-KILL if i == rank else PEER_FAILED for i in range(2)], text
-    assert said in text
+    assert message in text
     assert text.count("error:") == 1, text
     assert "Traceback" not in text
 
@@ -111,7 +111,7 @@ def test_stopped_process_ends_the_others(
 
 
 def test_hanging_process_is_named(farm: Farm, tiny_config: ConfigWriter, tmp_path: Path) -> None:
-    """One that lives and does not get on: its thread says so."""
+    """A process that is alive without progress: its thread reports that."""
     file = tiny_config({"peer_timeout": 4.0, "engine": "torch"})
     code = f"""
 import os, sys, threading
@@ -147,7 +147,7 @@ def test_error_of_one_process_ends_all(rank: int, farm: Farm, tiny_config: Confi
 def test_bad_file_on_one_process_ends_all(
     farm: Farm, tiny_copy: Path, tiny_config: ConfigWriter
 ) -> None:
-    """A mistake of the user's that only one process comes across."""
+    """A user's mistake that only one process meets."""
     file = tiny_copy / "train/left/03.png"
     status = file.stat()
     file.write_bytes(bytes(status.st_size))

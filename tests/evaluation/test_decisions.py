@@ -24,7 +24,8 @@ def decide(world: World, *batches: tuple[Tensor, Tensor], outputs: int = 2) -> D
 
 
 def of_probabilities(*of_timesteps: list[float]) -> Tensor:
-    """Logits (T, B, 2) whose running means give class 0 these probabilities, a list a timestep."""
+    """Logits (T, B, 2) whose running means give class 0 these probabilities, a list per
+    timestep."""
     wanted = torch.tensor(of_timesteps, dtype=torch.float64)
     means = torch.stack([(wanted / (1 - wanted)).log(), torch.zeros_like(wanted)], -1)
     sums = means * torch.arange(1, len(means) + 1).view(-1, 1, 1)
@@ -32,7 +33,7 @@ def of_probabilities(*of_timesteps: list[float]) -> Tensor:
 
 
 def test_a_sample_is_decided_when_it_is_sure_enough(alone: World) -> None:
-    # Sure of a at once; of b at the second; of a late, and first for b; never.
+    # Certain of a at once; of b at the second timestep; of a late, and first for b; never certain.
     logits = of_probabilities(
         [0.97, 0.45, 0.35, 0.55], [0.97, 0.15, 0.55, 0.45], [0.97, 0.02, 0.85, 0.48]
     )
@@ -106,7 +107,7 @@ def test_at_the_largest_threshold_it_is_nearly_the_accuracy_at_t(alone: World) -
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_running_means_are_those_of_cumsum(dtype: torch.dtype) -> None:
-    """To the bit, though cumsum itself, which is not deterministic on a GPU, is not used."""
+    """Bitwise equal to cumsum, which is not used because it is not deterministic on a GPU."""
     logits = torch.randn(9, 5, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
     wide = logits.to(torch.promote_types(dtype, torch.float32))
     steps = torch.arange(1, 10, dtype=wide.dtype).view(-1, 1, 1)

@@ -1,4 +1,4 @@
-"""tools/eval.py counts every sample once and says of a checkpoint what plain torch says of it."""
+"""tools/eval.py counts every sample once and agrees with plain torch on a checkpoint."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def test_numbers_are_those_of_plain_torch(
     assert all(0 < rate < 1 for rate in result["firing_rate"].values())
     for number in result["per_timestep_top1"]:
         assert f"{number:.2f}" in out
-    # The training said the same of the same weights.
+    # Training reported the same for the same weights.
     last = tiny.metrics(run, "val")[-1]
     for key in ("samples", "top1", "top5", "loss", "per_timestep_top1", "firing_rate"):
         assert result[key] == pytest.approx(last[key], rel=1e-6), key
@@ -161,9 +161,11 @@ def test_what_is_decided_and_what_it_takes(run: Path, evaluate: Tool, tmp_path: 
     assert f"{NUM_SAMPLES} samples of val" in out
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows if len(row) == 4 and row[0].isdigit()] == ["1", "2", "3", "5"]
-    said = f"top-1 {found['top1']:.2f} %, top-5 100.00 %, loss {found['loss']:.4f} at T = 3, as is"
-    assert said in out
-    assert said in evaluation_page.html_page(found)
+    summary = (
+        f"top-1 {found['top1']:.2f} %, top-5 100.00 %, loss {found['loss']:.4f} at T = 3, as is"
+    )
+    assert summary in out
+    assert summary in evaluation_page.html_page(found)
     assert panel(evaluation_page._early_exit, found).get_lines()[1].get_xdata()[-1] == 3
 
 
@@ -188,10 +190,10 @@ def test_report(run: Path, evaluate: Tool, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "e.json").read_text())
     found["per_class"][0]["class"] = found["classes"][0] = "<script>alert(1)</script>"
     assert "<script" not in evaluation_page.html_page(found)
-    # The T of training is marked, wherever the others are; and lies on the line.
+    # The T of training is marked, on the line.
     line, star = panel(evaluation_page._timesteps, found).get_lines()
     assert (list(line.get_xdata()), list(star.get_xdata())) == ([1, 3, 4], [3])
-    # Labels of thresholds do not lie on each other.
+    # Labels of thresholds do not overlap.
     for spent, labels in (((1, 2, 4), ["0.5", "0.99", "0.9"]), ((1, 3.9, 4), ["0.5", "0.99"])):
         found["early_exit"] = [
             {"threshold": threshold, "mean_timesteps": t, "top1": 50.0}
@@ -292,14 +294,14 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
     page = tmp_path / "page.html"
     assert evaluate("--checkpoint", trained, "--exit-within", 5, "--report", page)[0] == 0
     assert f"lost on {held} training samples held out" in page.read_text()
-    for arguments, said in (
+    for arguments, message in (
         (("--checkpoint", run, "--exit-within", "1"), "train it with data.held_out=0.1"),
         (("--checkpoint", run, "--exit-within", "-1"), "from 0 to 100"),
         (("--checkpoint", run, "--measured"), "add --exit-within POINTS"),
         (("--checkpoint", run, "--exit-within", "few"), "not a number of points"),
         (("--checkpoint", run, "--exit-within", "1", "--variant", "real"), "leave out --variant"),
     ):
-        assert said in broken(evaluate, *arguments)
+        assert message in broken(evaluate, *arguments)
 
 
 def test_best_and_last(run: Path, evaluate: Tool, tmp_path: Path) -> None:
@@ -374,13 +376,13 @@ def test_more_processes_than_batches(farm: Farm, run: Path, tiny_root: Path) -> 
 def test_what_would_fail_after_the_evaluation_fails_before(
     run: Path, evaluate: Tool, tmp_path: Path
 ) -> None:
-    for arguments, said in (
+    for arguments, message in (
         (("--json", tmp_path / "no" / "e.json"), "--json: cannot write"),
         (("--json", tmp_path), f"--json: cannot write {tmp_path}: name a file in a folder"),
         (("--report", tmp_path / "no" / "page.html"), "--report: cannot write"),
         (("--drop-events", "0.5"), "--drop-events needs"),
     ):
-        assert said in broken(evaluate, "--checkpoint", run, *arguments)
+        assert message in broken(evaluate, "--checkpoint", run, *arguments)
     kept = tmp_path / "kept.json"
     kept.write_text("earlier")
     status, *_ = evaluate("--checkpoint", tmp_path / "none", "--json", kept)
@@ -423,11 +425,11 @@ def test_weights_of_somebody_else_ask_for_the_data(
     file = tmp_path / "model.safetensors"
     assert export.main([str(run), "--format", "safetensors", "--output", str(file)]) == 0
     monkeypatch.chdir(tmp_path)
-    said = broken(evaluate, "--checkpoint", file)
-    assert "the training's data, data, is not here; give --data ROOT, a folder with the" in said
+    message = broken(evaluate, "--checkpoint", file)
+    assert "the training's data, data, is not here; give --data ROOT, a folder with the" in message
     (tmp_path / "data").mkdir()
-    said = broken(evaluate, "--checkpoint", file)
-    assert "no index data/index/val.npz in the folder that the recipe names; give --data" in said
+    message = broken(evaluate, "--checkpoint", file)
+    assert "no index data/index/val.npz in the folder that the recipe names; give --data" in message
 
 
 def broken(evaluate: Tool, *arguments: object) -> str:
@@ -493,8 +495,8 @@ def test_bad_data(run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path) ->
         return broken(evaluate, "--checkpoint", run, "--data", tiny_copy, *options)
 
     none = tmp_path / "none"
-    said = broken(evaluate, "--checkpoint", run, "--data", none)
-    assert f"--data: {none} does not exist; give the folder of the data" in said
+    message = broken(evaluate, "--checkpoint", run, "--data", none)
+    assert f"--data: {none} does not exist; give the folder of the data" in message
     assert "there is that of train, val, so give" in problem("--split", "test")
     (tiny_copy / "val/up").rename(tiny_copy / "val/top")
     assert "val/" in problem()

@@ -1,4 +1,4 @@
-"""What evaluations say of networks whose neurons are no LIF."""
+"""Evaluation of networks with neurons other than LIF."""
 
 import re
 from collections.abc import Callable
@@ -90,7 +90,7 @@ def test_what_is_not_causal_is_evaluated_at_each_t_by_itself(alone: World) -> No
     got = found["per_timestep_loss"]
     assert [got[0], got[1], got[3]] == pytest.approx(losses)
     assert got[2] is None
-    # One pass at the largest T would have said something else.
+    # One pass at the largest T would give another result.
     other = torch.nn.functional.cross_entropy(first_two, labels).item()
     assert abs(other - losses[1]) > 1e-3
     assert (found["timesteps"], found["loss"]) == (2, got[1])

@@ -19,7 +19,7 @@ assert tetdist.__doc__  # registers the models
 
 class Network(nn.Sequential):
     def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
-        assert per_timestep, "nothing else may be asked for"
+        assert per_timestep, "no other call is allowed"
         return super().forward(x)
 
 

@@ -43,7 +43,7 @@ def test_network_is_left_as_it_was(training: bool, ends: bool, alone: World) -> 
 
 
 def test_running_statistics_decide_and_not_the_batch(alone: World) -> None:
-    """So that a network in training mode gets the answer that its checkpoint will get."""
+    """So that a network in training mode gets the same result as its checkpoint."""
     training, evaluating = network().train(), network().eval()
     found = [evaluate(m, batches(), 6, alone, precision="fp32") for m in (training, evaluating)]
     assert found[0] == found[1]

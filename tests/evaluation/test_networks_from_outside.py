@@ -1,4 +1,4 @@
-"""A network that is no subclass of tetdist's is evaluated by the little that is asked of one."""
+"""A network outside tetdist's classes is evaluated through the minimal interface."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ class Outside(nn.Module):
         self.timesteps = timesteps
 
     def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
-        assert per_timestep, "nothing else may be asked for"
+        assert per_timestep, "no other call is allowed"
         frames = [x] * self.timesteps if x.ndim == 4 else x[:, : self.timesteps].unbind(1)
         steps = enumerate(frames, start=1)
         return torch.stack([t * self.conv(frame).mean((2, 3)) for t, frame in steps])

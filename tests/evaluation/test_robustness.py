@@ -1,4 +1,4 @@
-"""What is dropped is as much as was asked for, the same for a sample however it is batched."""
+"""The requested fraction is dropped, the same parts of a sample in any batch."""
 
 import numpy as np
 import timm

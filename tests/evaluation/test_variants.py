@@ -86,14 +86,14 @@ Evaluate = Callable[..., tuple[int, str, dict[str, Any]]]
 
 @pytest.fixture
 def evaluate(file: Path, tmp_path: Path, tool: Tool) -> Evaluate:
-    """Runs tools/eval.py on a variant: status, all it said, the JSON."""
+    """Runs tools/eval.py on a variant: status, output, JSON."""
 
     def call(variant: str, *arguments: object) -> tuple[int, str, dict[str, Any]]:
         out = tmp_path / "found.json"
         out.unlink(missing_ok=True)
         command = ("--checkpoint", file, "--variant", variant, "--json", out, *arguments)
-        status, said, err = tool("eval", *command, "--execution", "reference")
-        return status, said + err, json.loads(out.read_text()) if out.is_file() else {}
+        status, output, err = tool("eval", *command, "--execution", "reference")
+        return status, output + err, json.loads(out.read_text()) if out.is_file() else {}
 
     return call
 
@@ -101,18 +101,18 @@ def evaluate(file: Path, tmp_path: Path, tool: Tool) -> Evaluate:
 def test_numbered_folders_of_v2(file: Path, evaluate: Evaluate, tmp_path: Path) -> None:
     numbers = [0, 2, 10, 11]
     pixels = make(tmp_path / "data" / "v2", [str(k) for k in numbers])
-    status, said, found = evaluate("imagenet-v2", "--data", tmp_path / "data" / "v2")
-    assert status == 0, said
+    status, output, found = evaluate("imagenet-v2", "--data", tmp_path / "data" / "v2")
+    assert status == 0, output
     assert found["top1"] == top1(decided(file, pixels) == torch.tensor(numbers)[:, None])
     assert [sum(row) for row in found["confusion"]] == [EACH * (k in numbers) for k in range(12)]
-    assert "12 samples of v2 (imagenet-v2: 4 classes by number)" in said
+    assert "12 samples of v2 (imagenet-v2: 4 classes by number)" in output
     assert (tmp_path / "data" / "index" / "v2.npz").is_file()
     (tmp_path / "data" / "v2" / "12").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "data" / "v2" / "12" / "0.png")
     (tmp_path / "data" / "index" / "v2.npz").unlink()
-    status, said, _ = evaluate("imagenet-v2", "--data", tmp_path / "data" / "v2")
+    status, output, _ = evaluate("imagenet-v2", "--data", tmp_path / "data" / "v2")
     assert status == 2
-    assert "by the network's class numbers, 0 to 11, not 12" in said
+    assert "by the network's class numbers, 0 to 11, not 12" in output
 
 
 def test_some_classes_compared_with_each_other(
@@ -123,8 +123,8 @@ def test_some_classes_compared_with_each_other(
     pixels = make(tmp_path / "imagenet-a", names)
     page = tmp_path / "page.html"
     options = ("--data", tmp_path / "imagenet-a", "--index", tmp_path / "kept")
-    status, said, found = evaluate("imagenet-a", *options, "--report", page)
-    assert status == 0, said
+    status, output, found = evaluate("imagenet-a", *options, "--report", page)
+    assert status == 0, output
     right = decided(file, pixels, numbers) == torch.arange(4)[:, None]
     assert found["top1"] == top1(right)
     # Among all twelve it would be another number.
@@ -133,9 +133,9 @@ def test_some_classes_compared_with_each_other(
     assert "imagenet-a (imagenet-a: the logits of its 4 classes alone)" in page.read_text()
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["imagenet-a.npz"]
     make(tmp_path / "imagenet-r", ["n9"])
-    status, said, _ = evaluate("imagenet-r", "--data", tmp_path / "imagenet-r")
+    status, output, _ = evaluate("imagenet-r", "--data", tmp_path / "imagenet-r")
     assert status == 2
-    assert "the folder has the class n9, which the network was not trained on" in said
+    assert "the folder has the class n9, which the network was not trained on" in output
 
 
 def test_corruptions_by_severity(file: Path, evaluate: Evaluate, tmp_path: Path) -> None:
@@ -146,16 +146,16 @@ def test_corruptions_by_severity(file: Path, evaluate: Evaluate, tmp_path: Path)
         # They are of the network's size already.
         pixels = make(tmp_path / place, CLASSES, seed, side=16)
         expected[key] = top1(decided(file, pixels) == torch.arange(12)[:, None])
-    status, said, found = evaluate("imagenet-c", "--data", tmp_path)
-    assert status == 0, said
+    status, output, found = evaluate("imagenet-c", "--data", tmp_path)
+    assert status == 0, output
     for (name, severity), value in expected.items():
         assert found["corruptions"][name][severity] == value
     accuracy = found["corruptions"]
     fog = (accuracy["fog"]["1"] + accuracy["fog"]["5"]) / 2
     assert found["mean_error"] == pytest.approx(100 - (fog + accuracy["glass_blur"]["2"]) / 2)
     assert found["mce"] is None
-    assert "no mean corruption error: it is of all 15" in said
-    assert f"{accuracy['glass_blur']['2']:.2f}" in said
+    assert "no mean corruption error: it is of all 15" in output
+    assert f"{accuracy['glass_blur']['2']:.2f}" in output
 
 
 def test_mean_corruption_error_is_100_times_that_of_alexnet() -> None:
@@ -189,12 +189,14 @@ def test_several_labels_of_an_image(file: Path, evaluate: Evaluate, tmp_path: Pa
     answers: list[list[int]] = [
         sorted(rng.choice(12, size, replace=False).tolist()) for size in rng.integers(0, 5, 36)
     ]
-    status, said, _ = evaluate("real", "--data", tmp_path)
+    status, output, _ = evaluate("real", "--data", tmp_path)
     assert status == 2
-    assert "real.json from github.com/google-research/reassessed-imagenet and put it there" in said
+    assert (
+        "real.json from github.com/google-research/reassessed-imagenet and put it there" in output
+    )
     (tmp_path / "real.json").write_text(json.dumps(answers))
-    status, said, found = evaluate("real", "--data", tmp_path)
-    assert status == 0, said
+    status, output, found = evaluate("real", "--data", tmp_path)
+    assert status == 0, output
     labelled = [
         int(outputs[k, i]) in answers[numbers[k, i]]
         for k in range(12)
@@ -205,18 +207,20 @@ def test_several_labels_of_an_image(file: Path, evaluate: Evaluate, tmp_path: Pa
     assert found["real"]["samples"] == len(labelled)
     assert found["real"]["top1"] == pytest.approx(100 * sum(labelled) / len(labelled))
     assert found["top1"] == top1(outputs == torch.arange(12)[:, None])
-    assert f"real labels: top-1 {found['real']['top1']:.2f} % of the {len(labelled)} images" in said
+    assert (
+        f"real labels: top-1 {found['real']['top1']:.2f} % of the {len(labelled)} images" in output
+    )
     (tmp_path / "real.json").write_text(json.dumps(answers[:5]))
-    status, said, _ = evaluate("real", "--data", tmp_path)
+    status, output, _ = evaluate("real", "--data", tmp_path)
     assert status == 2
-    assert "with a number up to the 5 of" in said
+    assert "with a number up to the 5 of" in output
     (tmp_path / "real.json").write_text(json.dumps(answers))
     (first,) = (tmp_path / "val").rglob("*_00000001.JPEG")
     first.rename(first.with_name("ILSVRC2012_val_00000000.JPEG"))
     index.index_splits(tmp_path, ["val"])
-    status, said, _ = evaluate("real", "--data", tmp_path)
+    status, output, _ = evaluate("real", "--data", tmp_path)
     assert status == 2
-    assert "val_00000000.JPEG is no image of ImageNet's validation set" in said
+    assert "val_00000000.JPEG is no image of ImageNet's validation set" in output
 
 
 @pytest.mark.parametrize(
@@ -236,7 +240,7 @@ def test_several_labels_of_an_image(file: Path, evaluate: Evaluate, tmp_path: Pa
     ],
 )
 def test_options_are_checked(evaluate: Evaluate, arguments: list[str], complaint: str) -> None:
-    status, said, _ = evaluate(*arguments)
+    status, output, _ = evaluate(*arguments)
     assert status == 2
-    assert complaint in said
-    assert "index" not in said.partition("error:")[2]
+    assert complaint in output
+    assert "index" not in output.partition("error:")[2]

@@ -1,4 +1,4 @@
-"""spikingjelly's networks, adopted: its own training step, and what the trainer wants of it."""
+"""Adopted spikingjelly networks: equal to its own training step, and the trainer's requirements."""
 
 import copy
 import itertools
@@ -32,7 +32,7 @@ from tetdist.training.trainer import Trainer
 T, TARGET = 2, torch.tensor([1, 3])
 LIF = {
     "spiking_neuron": neuron.LIFNode,
-    # So that the last layers fire, too, which have not learned to.
+    # So that the untrained last layers fire, too.
     "v_threshold": 0.3,
     "surrogate_function": surrogate.ATan(),
     "detach_reset": True,
@@ -64,7 +64,7 @@ def vgg11() -> nn.Module:
 
 
 class TimeOfSpikformer(nn.Module):
-    """One-dimensional batch norms in the library's containers, as its transformers have."""
+    """One-dimensional batch norms in the library's containers, as in its transformers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def step(logits: Tensor) -> Tensor:
 
 
 def library_step(net: nn.Module, x: Tensor) -> Tensor:
-    """As the library's examples train, with torch's numbers from a fixed seed."""
+    """Train as the library's examples do, with a fixed seed."""
     net.train()
     torch.manual_seed(5)
     logits = step(net(x[None].repeat(T, 1, 1, 1, 1)))
@@ -167,7 +167,7 @@ def assert_is_the_librarys_step(make: Callable[[], nn.Module], size: int) -> Non
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_is_the_librarys_training_step(name: str) -> None:
-    """The masks of dropout are those of the same seed, too."""
+    """Dropout masks also come from the same seed."""
     assert_is_the_librarys_step(NETWORKS[name], SIZES[name])
 
 
@@ -288,7 +288,7 @@ def test_events_are_the_first_bins() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_grad_checkpointing_changes_no_bit(name: str) -> None:
-    """Neither do the masks of dropout differ when a part runs again."""
+    """Dropout masks are the same when a part is recomputed."""
     x = images(SIZES[name])
     plain, again = (adopted(NETWORKS[name]) for _ in range(2))
     again.set_grad_checkpointing()
@@ -360,7 +360,7 @@ def test_part_that_runs_twice_is_not_run_again() -> None:
 
 
 def test_first_step_in_low_precision_has_all_gradients() -> None:
-    """What the examination of the network casts is not cached without its gradient."""
+    """Weights cast during the examination are not cached without a gradient."""
     model = adopt(built(small).float(), timesteps=T, num_classes=4)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(images(16).float(), per_timestep=True)
@@ -566,9 +566,9 @@ def test_what_only_a_run_shows_is_refused_in_the_first(
 
 
 def test_examination_leaves_no_trace() -> None:
-    """What it finds is not worth a change of anything."""
+    """The examination changes nothing."""
     model, x = adopted(small), images(16)
-    model.net.features[5].eval()  # as somebody may who freezes a layer
+    model.net.features[5].eval()  # as for a frozen layer
     before = dict(model.state_dict())
     torch.manual_seed(3)
     model(x)

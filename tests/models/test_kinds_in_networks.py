@@ -1,4 +1,4 @@
-"""Every network takes every kind of neuron: fused and by definition, kept and computed again."""
+"""Every network takes every kind of neuron: fused and by definition, stored and recomputed."""
 
 import copy
 from typing import Any
@@ -90,7 +90,7 @@ def test_a_step(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_segments(kind: str) -> None:
-    """Of one timestep each, computed again or not; and not where a neuron sees all timesteps."""
+    """Segments of one timestep, recomputed or not; refused if a neuron sees all timesteps."""
     model, x = network("spiking_convnet", kind)
     if kind in ("psn", "masked_psn"):
         with pytest.raises(UserError, match="cannot run in segments of 1"):
@@ -102,7 +102,7 @@ def test_segments(kind: str) -> None:
         model.set_grad_checkpointing(again)
         results.append(step(model, x))
     assert_same(results[1], results[0], rtol=1e-10)
-    # The second segment begins where the first ended: not as a network of one timestep.
+    # The second segment starts where the first ended, unlike a network of one timestep.
     model.set_timesteps(1)
     alone = model(x, per_timestep=True)
     assert torch.equal(alone[0], results[0]["output"][0])

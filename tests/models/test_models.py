@@ -1,4 +1,4 @@
-"""Models: what timm's users expect of them, and what makes them the networks of the papers."""
+"""Models: timm's interface, and agreement with the papers' networks."""
 
 import copy
 import functools
@@ -34,8 +34,8 @@ SEW = ["sew_resnet18", "sew_resnet34", "sew_resnet50", "sew_resnet101", "sew_res
 SPIKING = ["spiking_resnet18", "spiking_resnet34", "spiking_resnet50"]
 EVENTS = ["vggsnn", "spiking_resnet19_dvs"]
 
-# One of each family, and of each kind of block, small enough to be run many times. Thresholds are
-# low, so that random networks of this size fire up to the last layer.
+# One of each family and kind of block, small enough to run often. Thresholds are low, so that
+# random networks of this size fire up to the last layer.
 NEURON = LIF(threshold=0.5, surrogate="atan", surrogate_width=2.0)
 SMALL: dict[str, dict[str, Any]] = {
     "sew_resnet18": {"width": 4},
@@ -59,14 +59,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "maxformer_10_384": {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2},
 }
 each_family = pytest.mark.parametrize("name", SMALL)
-# Whose stem ends in neurons that only pooling follows. (Others: test_published.py.)
+# Networks whose stem ends in neurons, followed only by pooling. (Others: test_published.py.)
 each_image_family_with_spikes = pytest.mark.parametrize(
     "name", [name for name in SMALL if name.startswith(("sew", "spiking")) and name not in EVENTS]
 )
 
 
 def create(name: str) -> SpikingNetwork:
-    """A small float64 model with 5 classes, T = 3, and norms of no initialiser's choice."""
+    """A small float64 model with 5 classes, T = 3 and randomised norms."""
     return copy.deepcopy(_created(name))
 
 
@@ -253,7 +253,7 @@ def test_output_is_the_mean_over_time(name: str) -> None:
 
 @each_family
 def test_set_timesteps_changes_nothing_but_t(name: str) -> None:
-    """And what comes later has no influence on what was before."""
+    """Later input does not influence earlier output."""
     model, x = create(name).eval(), inputs_for(name, bins=5)
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad():
@@ -287,7 +287,7 @@ def test_unknown_execution_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["sew_resnet18", "sdt_2_256_cifar"])
 def test_models_of_a_low_type(name: str) -> None:
-    """Also where a convolution sees one pixel, and where attention's sums are float32."""
+    """Also if a convolution sees one pixel, and if attention's sums are float32."""
     size = {"width": 4} if name == "sew_resnet18" else {"channels": 16, "depth": 1}
     model = timm.create_model(name, num_classes=5, timesteps=2, **size).bfloat16()
     logits = model(torch.rand(2, 3, 32, 32).bfloat16())

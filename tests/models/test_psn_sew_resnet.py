@@ -1,4 +1,4 @@
-"""SEW-ResNets of parallel spiking neurons: bytes, weights to begin with, and T."""
+"""SEW-ResNets with parallel spiking neurons: bytes, initial weights, and T."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def images(dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.mark.parametrize("connect", ["add", "and"])
 def test_means_are_not_kept_in_bytes(connect: str) -> None:
-    """Ninths go into no byte: gradients are those of a recomputed network to the bit."""
+    """Ninths do not fit into bytes: gradients are bitwise those of a recomputed network."""
     model, x = small(width=8, connect_function=connect).train(), images(torch.float32)
     with torch.no_grad():
         for layer in spiking_layers(model).values():
@@ -65,9 +65,9 @@ def test_a_relu_network_is_what_it_begins_with(
     torch.save(theirs, tmp_path / "r18.pth")
     arguments = [str(tmp_path / "r18.pth"), "--model", "psn_sew_resnet18", "--from", "torchvision"]
     assert convert([*arguments, "--output", str(tmp_path / "begin.safetensors")]) == 0
-    said = capsys.readouterr().out
-    assert "102 of 143 tensors" in said
-    assert "initialised: 41 tensors that a ReLU network has not, such as offsets" in said
+    output = capsys.readouterr().out
+    assert "102 of 143 tensors" in output
+    assert "initialised: 41 tensors that a ReLU network has not, such as offsets" in output
     with torch.device("meta"):
         model = timm.create_model("psn_sew_resnet18", num_classes=7)
     found = foreign.convert(theirs, "torchvision", model)
@@ -76,7 +76,7 @@ def test_a_relu_network_is_what_it_begins_with(
         if key not in found.initialised:
             assert torch.equal(value, theirs[names[key]]), key
     assert (found.missing, found.unexpected) == ([], [])
-    # What is really missing is not excused by it.
+    # Really missing tensors are still refused.
     del theirs["layer1.0.bn1.weight"]
     assert len(foreign.convert(theirs, "torchvision", model).missing) == 1
 

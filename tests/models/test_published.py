@@ -95,7 +95,7 @@ def test_published_number_of_parameters(name: str) -> None:
 # ------------------------------------------------------------------------- the published networks
 
 
-# Where the weights of a family are from, by the beginning of its networks' names.
+# Source of a family's weights, by the prefix of its networks' names.
 SOURCES = {one: one for one in ("qkformer", "sdt", "espikeformer", "maxformer", "ms", "psn")}
 SOURCES["preact"] = "decoupling"
 
@@ -195,7 +195,7 @@ def espikeformer_case(timesteps: int) -> Case:
         (3, 48, 32),
         timesteps,
         seed=1,
-        gain=4.0,  # Neurons that round see no small differences.
+        gain=4.0,  # Neurons that round hide small differences.
     )
 
 
@@ -298,7 +298,7 @@ def test_is_the_published_network(case: Case, training: bool, execution: str) ->
     there = foreign.convert(state | gradients, case.source, model).weights
     largest = max(value.abs().max() for value in gradients.values())
     for name, parameter in model.named_parameters():
-        # That of a bias before a norm is 0 in training, and rounding.
+        # The gradient of a bias before a norm is 0 in training, up to rounding.
         assert training or parameter.grad.any(), name
         torch.testing.assert_close(
             parameter.grad, there[name], rtol=1e-8, atol=1e-10 * largest, msg=name
@@ -453,7 +453,7 @@ def test_a_learned_decay_begins_as_the_published_neuron(name: str) -> None:
     torch.testing.assert_close(logits[0], logits[1])
 
 
-# -------------------------------------------------------------------- what is asked of any network
+# ---------------------------------------------------------------------------- all networks
 
 
 @each_family
@@ -539,7 +539,7 @@ def test_how_ms_resnets_begin() -> None:
     model = timm.create_model("ms_resnet18", width=8, neuron=LIF(threshold=0.5))
     for name, module in model.named_modules():
         if isinstance(module, BatchNorm):
-            # A residual branch begins with nothing.
+            # A residual branch starts at 0.
             expected = 0.0 if name.startswith("blocks") and name.endswith("add.norm") else 0.5
             assert module.weight.eq(expected).all(), name
             assert module.scale == 1.0

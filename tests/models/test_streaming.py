@@ -60,7 +60,7 @@ def whole(model: SpikingNetwork, x: Tensor) -> Tensor:
 
 
 def frame(model: SpikingNetwork, x: Tensor, t: int) -> Tensor | None:
-    """The input of a step: an event frame, or an image, which then stays."""
+    """Return a step's input: an event frame, or an image, once."""
     if model.input_kind == "events":
         return x[:, t]
     return x if t == 0 else None
@@ -68,10 +68,10 @@ def frame(model: SpikingNetwork, x: Tensor, t: int) -> Tensor | None:
 
 @pytest.mark.parametrize(("name", "neuron"), NETWORKS, ids=lambda one: str(one))
 def test_each_step_is_the_whole_pass_up_to_it(name: str, neuron: dict[str, Any]) -> None:
-    """Also of the samples that are kept when others are dropped."""
+    """Also for the samples that remain when others are dropped."""
     model, x = make(name, neuron)
     expected = whole(model, x)
-    assert expected.std(0).mean() > 1e-3  # Neurons do fire, each timestep otherwise.
+    assert expected.std(0).mean() > 1e-3  # Neurons fire, differently at each timestep.
     stream = model.stream()
     for t in range(T):
         output = stream.step(frame(model, x, t))
@@ -135,7 +135,7 @@ def test_a_repeated_image_is_convolved_once(monkeypatch: pytest.MonkeyPatch) -> 
     stream.keep(torch.tensor([True] * 5 + [False]))
     stream.step()
     assert len(calls) == 1
-    stream.step(x[:5].clone())  # Its pixels may be others.
+    stream.step(x[:5].clone())  # Its pixels may differ.
     assert len(calls) == 2
 
 
@@ -145,18 +145,18 @@ def test_misuse_is_one_sentence() -> None:
     with pytest.raises(UserError, match=r"there is none; call step\(x\)"):
         stream.step()
     stream.step(x)
-    with pytest.raises(UserError, match="holds 6 samples, the frame has 5; call reset"):
+    with pytest.raises(UserError, match="holds 6 samples, but the frame has 5; call reset"):
         stream.step(x[:5])
     with pytest.raises(UserError, match=r"call reset\(\) before frames of another size"):
         stream.step(x[..., :-1])
-    with pytest.raises(UserError, match=r"a frame is \(B, C, H, W\)"):
+    with pytest.raises(UserError, match=r"a frame must be one timestep \(B, C, H, W\)"):
         stream.step(x[None])
     with pytest.raises(UserError, match=r"a bool mask \(6,\)"):
         stream.keep(torch.ones(5, dtype=torch.bool))
     model.train()
     with pytest.raises(UserError, match=r"call model\.eval"):
         stream.step()
-    # Nothing was lost by any of these.
+    # None of these changed the stream.
     model.eval()
     torch.testing.assert_close(stream.step(), whole(model, x)[1], rtol=0, atol=1e-12)
 

@@ -1,4 +1,5 @@
-"""Batch norm over micro-batch x time: torch's own, and running statistics that wait for a step."""
+"""Batch norm over micro-batch x time: equal to torch's, with running statistics updated once a
+step."""
 
 import copy
 import threading
@@ -34,12 +35,12 @@ def _currents(
 
 
 def _itself(flat: Tensor) -> Tensor:
-    """The mean over the processes of one process."""
+    """Mean over the processes, with only one process."""
     return flat
 
 
 def _moved(norm: BatchNorm, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Running mean and variance after one move by the average over ``batches``."""
+    """Running mean and variance after one update with the average over ``batches``."""
     flat = [batch.transpose(0, 2).flatten(1) for batch in batches]
     mean = torch.stack([values.mean(1) for values in flat]).mean(0)
     var = torch.stack([values.var(1, correction=1) for values in flat]).mean(0)

@@ -1,4 +1,5 @@
-"""Dropout and stochastic depth: masks of a sample, whatever its batch, and timm's arithmetic."""
+"""Dropout and stochastic depth: a sample's masks do not depend on its batch, and timm's
+arithmetic."""
 
 import itertools
 from typing import Any
@@ -43,7 +44,7 @@ def network(name: str, **arguments: Any) -> SpikingNetwork:
         name, timesteps=T, num_classes=3, **MODELS[name], **arguments
     )
     for module in model.modules():
-        # MS-ResNet's branches begin with the weight 0.
+        # MS-ResNet's branches start with weight 0.
         if isinstance(module, BatchNorm):
             nn.init.uniform_(module.weight, 0.5, 1.5)
     batch_norm.defer_running_statistics(model)
@@ -51,7 +52,7 @@ def network(name: str, **arguments: Any) -> SpikingNetwork:
 
 
 def set_masks(model: nn.Module, value: float | None = None) -> list[Dropout]:
-    """Give a model masks: of random numbers, or all of one."""
+    """Set a model's masks from random numbers, or all from one value."""
     layers = dropout.dropping(model)
     generator = torch.Generator().manual_seed(1)
     count = dropout.num_factors(layers)
@@ -81,7 +82,7 @@ def step(model: nn.Module, x: Tensor, precision: str = "fp32") -> dict[str, Tens
 
 @pytest.mark.parametrize("execution", ["reference", "fused"])
 def test_a_branch_is_dropped_as_by_timm(execution: str) -> None:
-    """The same mask, the same sum and gradients, with a norm of the shortcut or without."""
+    """The same mask gives the same sum and gradients, with or without a norm of the shortcut."""
     generator = torch.Generator().manual_seed(0)
     x, shortcut, grad = torch.randn(3, T, BATCH, 4, 3, 3, generator=generator).double()
     theirs, ours = TimmDropPath(0.4), NormAdd(4, drop_path=0.4).double()
@@ -133,7 +134,7 @@ def test_features_are_dropped_at_all_timesteps_or_none() -> None:
 
 @pytest.mark.parametrize("name", ["sew_resnet18", "qkformer_4_384_cifar"])
 def test_spikes_of_a_dropped_branch_leave_whole_numbers(name: str) -> None:
-    """Kept spikes are not scaled, so that sums go into the bytes that blocks exchange."""
+    """Kept spikes are not scaled, so that sums fit into the bytes that blocks exchange."""
     model = network(name, **RATES)
     set_masks(model)
     seen: list[Tensor] = []
@@ -161,7 +162,7 @@ def test_a_block_that_is_dropped_passes_its_input() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_network_drops_the_same_when_computed_otherwise(name: str) -> None:
-    """Fused as defined; recomputed blocks to the bit, though others were drawn in between."""
+    """Fused equals the definition; recomputed blocks are bitwise equal despite draws in between."""
     x = images()
     results = []
     for execution in ("reference", "fused"):
@@ -183,7 +184,7 @@ def test_a_network_drops_the_same_when_computed_otherwise(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["sew_resnet18", "preact_resnet18"])
 def test_segments_drop_the_same(name: str) -> None:
-    """And so do a network's own draws, of which a second forward pass makes others."""
+    """So do a network's own draws, which differ in a second forward pass."""
     x = images().double()
     results = []
     for recomputed in (False, True):
@@ -239,7 +240,7 @@ def test_bad_rates_are_refused(name: str, arguments: dict[str, Any], complaint: 
 
 
 def test_what_is_dropped_belongs_to_the_sample() -> None:
-    """However a step's samples are divided; and it is another of each seed, step and layer."""
+    """Masks do not depend on the division of samples, but on seed, step and layer."""
     parts = [order.drop_uniforms(3, 7, number, 2, 5) for number in range(4)]
     assert np.array_equal(np.concatenate(parts), order.drop_uniforms(3, 7, 0, 8, 5))
     assert np.array_equal(parts[1], order.drop_uniforms(3, 7, 0, 8, 6)[2:4, :5])

@@ -1,6 +1,6 @@
 """The fused path against its definition, in value and in gradient: in C++, and in Triton.
 
-Triton's kernels are interpreted here; test_triton.py has what concerns them alone.
+Triton's kernels are interpreted here; test_triton.py has the tests for them alone.
 """
 
 import dataclasses
@@ -42,14 +42,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One way to call `NormNeuron`; the defaults are the plainest."""
+    """One way to call `NormNeuron`; the defaults are the simplest."""
 
     neuron: LIF = field(default_factory=LIF)
     timesteps: int = 4
     shape: tuple[int, int, int, int] = (2, 3, 5, 6)  # B, C, H, W
     shared: bool = False
     shortcut: bool = False
-    shortcut_norm: bool = False  # where there is one
+    shortcut_norm: bool = False  # if any
     identity: bool = False
     norm_scale: float = 1.0
     training: bool = True
@@ -79,7 +79,7 @@ class Case:
 
 
 class Pair(nn.Module):
-    """The module, and a norm of its shortcut, as in the merging layer of a Spiking-ResNet."""
+    """The module and a norm of its shortcut, as in a Spiking-ResNet's merging layer."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -151,8 +151,8 @@ any_case = st.builds(
 )
 
 
-# A library is built for each kind of neuron; these four have every surrogate, every reset, and both
-# ways at the threshold.
+# A library is built for each kind of neuron; these four cover every surrogate, every reset, and
+# both rules at the threshold.
 BUILT: list[dict[str, Any]] = [
     {"surrogate": "triangle", "reset": "hard", "detach_reset": False},
     {"surrogate": "atan", "reset": "hard", "detach_reset": True, "fires_at_threshold": True},
@@ -165,7 +165,7 @@ BUILT: list[dict[str, Any]] = [
 @given(
     any_case,
     st.sampled_from(BUILT),
-    # As many channels as are worked on at a time, fewer, and more.
+    # As many channels as are processed at a time, fewer, and more.
     st.sampled_from([None, (1, 64, 2, 2), (2, 65, 1, 3), (1, 200, 2, 1)]),
 )
 def test_any_combination_native(
@@ -200,7 +200,7 @@ def test_native_sums_are_the_same_for_any_number_of_threads(dtype: torch.dtype) 
 
 
 def test_native_statistics_do_not_cancel() -> None:
-    # The difference of the mean square and the squared mean is nothing at all here in float32.
+    # In float32 the mean square minus the squared mean cancels completely here.
     x = 1000 + torch.randn(2, 5000, 3, generator=torch.Generator().manual_seed(0))
     with native_kernels():
         mean, var = native.NormKernels(1).statistics(x)
@@ -230,12 +230,12 @@ def test_a_library_is_built_once_and_survives_processes_that_build_it_at_once(
         command = tiny.python("-c", script)
         both = [stack.enter_context(tiny.started(command, tmp_path, environment)) for _ in "12"]
         for process in both:
-            said = process.communicate(timeout=120)[0]
-            assert process.returncode == 0, said
+            output = process.communicate(timeout=120)[0]
+            assert process.returncode == 0, output
     (library,) = (tmp_path / "tetdist").iterdir()
     assert library.suffix == ".so"
 
-    # The rest in one process, since a start takes seconds.
+    # Run the rest in one process, since a start takes seconds.
     script = f"""
 import logging, os, signal
 logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -262,11 +262,11 @@ os.chmod(os.path.dirname(library), 0o777)
 load("a folder in which others may put one")
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    status, said = tiny.execute(tiny.python("-c", script), tmp_path, env=environment)
-    assert status == -signal.SIGKILL, said
+    status, output = tiny.execute(tiny.python("-c", script), tmp_path, env=environment)
+    assert status == -signal.SIGKILL, output
     compiling = f"compiling kernels/pool.cpp, once (into {library.parent})"
-    passing = said.rpartition("(into ")[2].rstrip(")\n")
-    assert said.splitlines() == [
+    passing = output.rpartition("(into ")[2].rstrip(")\n")
+    assert output.splitlines() == [
         "again",
         "where there is no compiler",
         "damaged",
@@ -308,7 +308,7 @@ def test_every_neuron_triton(built: dict[str, Any]) -> None:
     assert_fused_is_the_definition(case, "triton")
 
 
-# As many channels as a program works on, fewer, and more; as many rows, and one more.
+# As many channels as a program processes, fewer, and more; as many rows, and one more.
 TRITON_SHAPES = [
     (1, 1, 1, 1),
     (2, 3, 5, 6),
@@ -344,7 +344,7 @@ def test_spikes_are_channels_last_so_that_the_next_layer_copies_nothing(
 
 @each_implementation
 def test_gradients_are_those_that_are_asked_for(implementation: str) -> None:
-    """Of the norm alone; of the current alone; and of any layout, as of what is pooled."""
+    """Gradients of the norm alone, of the current alone, and in any layout, such as a pooling's."""
     for trains, frozen in ((True, False), (False, True), (True, True)):
         module, current = Case().module().requires_grad_(not frozen), Case().inputs()["current"]
         current = current.detach().requires_grad_(frozen)
@@ -358,7 +358,7 @@ def test_gradients_are_those_that_are_asked_for(implementation: str) -> None:
 
 @each_implementation
 def test_only_the_current_is_kept_for_the_backward_pass(implementation: str) -> None:
-    # What makes the neuron cheap: nothing of the size of T membranes between the kernels.
+    # The neuron is cheap because nothing of the size of T membranes is kept between the kernels.
     case = Case(shape=(2, 16, 8, 8), timesteps=16)
     module, current = case.module(), case.inputs()["current"]
     with IMPLEMENTATIONS[implementation](), kept_tensors() as tensors:
@@ -376,7 +376,7 @@ def test_only_the_current_is_kept_for_the_backward_pass(implementation: str) -> 
 def test_bfloat16_differs_from_the_definition_only_within_rounding_of_the_threshold(
     implementation: str,
 ) -> None:
-    """The definition rounds the normalised current to bfloat16, the fused pass does not."""
+    """The definition rounds the normalised current to bfloat16, the fused kernel does not."""
     case = Case(shape=(2, 12, 16, 16), timesteps=2)
     exact = case.module()
     current = case.inputs()["current"].detach().to(torch.bfloat16)
@@ -394,7 +394,7 @@ def test_bfloat16_differs_from_the_definition_only_within_rounding_of_the_thresh
     spikes = {name: result["output"] for name, result in results.items()}
     assert spikes["fused"].dtype == torch.bfloat16
     assert 0.1 < spikes["exact"].mean() < 0.9
-    # The fused pass is float32 within: on these 12288 membranes none is that close to V_th.
+    # The fused kernel computes in float32: none of these 12288 membranes is that close to V_th.
     assert torch.equal(spikes["fused"].double(), spikes["exact"])
 
     differs = spikes["fused"] != spikes["reference"]
@@ -402,7 +402,7 @@ def test_bfloat16_differs_from_the_definition_only_within_rounding_of_the_thresh
     with torch.no_grad():
         first, second = case.module().norm(current.double())
     membranes = torch.stack([first, 0.5 * first * (1 - spikes["exact"][0]) + second])
-    # After its first difference an element's membrane is another one.
+    # After the first difference an element's membrane differs.
     distance = (membranes - 1).abs()[differs & (differs.cumsum(0) == 1)]
     assert distance.max() < 2 * 2**-8 * max(first.abs().max(), second.abs().max())
     for name in ("gradient of current", "gradient of norm.weight", "gradient of norm.bias"):

@@ -1,4 +1,4 @@
-"""Fused kernels of the kinds of neurons beside LIF, against their definition: C++ and Triton."""
+"""Fused kernels of the neurons other than LIF, against their definition: C++ and Triton."""
 
 import itertools
 from collections.abc import Callable
@@ -64,7 +64,7 @@ def layer(kind: str, channels: int = 5) -> NormNeuron:
 
 
 class Whole(nn.Module):
-    """A layer with all that can be added: a normalised shortcut, and spikes."""
+    """A layer with everything that can be added: a normalised shortcut, and spikes."""
 
     def __init__(self, kind: str, form: str) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def inputs_of(names: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: made[name].requires_grad_() for name in names}
 
 
-# Every form of each kind in one mode; the interpreted ones take a second each.
+# Every variant of each kind in one mode; interpreted ones take a second each.
 FORMS_ON = {
     "native": [*zip(FORMS, itertools.cycle((True, False)), strict=False)],
     "triton": [("one for all timesteps", False), ("with a normalised shortcut", True)],
@@ -130,7 +130,7 @@ def test_against_the_definition(implementation: str, kind: str, form: str, train
 def test_neurons_without_a_norm(implementation: str, kind: str) -> None:
     torch.manual_seed(0)
     module = Neuron(make(ALL[kind]), 7).double()
-    # Of quarters, some membranes and sums are exactly at the threshold, or at four of them.
+    # With quarters, some membranes and sums are exactly at one or four thresholds.
     with torch.no_grad():
         for value in module.learned.values():
             value.mul_(4).round_().div_(4)
@@ -141,7 +141,7 @@ def test_neurons_without_a_norm(implementation: str, kind: str) -> None:
 @each_kind
 @each_implementation
 def test_membranes_carried_over_segments(implementation: str, kind: str) -> None:
-    """Outputs and gradients of the second stretch of time, which starts where the first ended."""
+    """Outputs and gradients of the second segment, which starts where the first ended."""
     start = (0.5 * draw(4, 3, 5, 3, 4)).requires_grad_()
     inputs = {"current": draw(0, T, 3, 5, 3, 4).requires_grad_(), "start": start}
 
@@ -155,7 +155,7 @@ def test_membranes_carried_over_segments(implementation: str, kind: str) -> None
 
 @each_kind_and_implementation
 def test_spikes_in_bytes(implementation: str, kind: str) -> None:
-    """What is kept for the next layer is what the layer sends, with what is added to it."""
+    """The next layer keeps what this layer sends, including the added spikes."""
     dtype = torch.bfloat16
     module = layer(kind).float().train()
     current = draw(0, T, 3, 5, 3, 4).to(dtype).requires_grad_()

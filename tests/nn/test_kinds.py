@@ -1,4 +1,4 @@
-"""Kinds of neurons beside LIF: each against its equations, typed anew, and by hand."""
+"""Kinds of neurons other than LIF: each against its equations, written out again, and by hand."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ DOUBLE = torch.float64
 
 
 def fires(x: Tensor, smooth: Callable[[Tensor], Tensor]) -> Tensor:
-    """A step at 0, included, that has the derivative of ``smooth``."""
+    """A step at 0 (included) with the derivative of ``smooth``."""
     soft = smooth(x)
     return (x.detach() >= 0).to(x.dtype) + soft - soft.detach()
 
@@ -29,7 +29,7 @@ def atan_of(alpha: float) -> Callable[[Tensor], Tensor]:
 
 
 def plif(x: Tensor, p: dict[str, Tensor], *, soft: bool, scaled: bool, cut: bool) -> Tensor:
-    """As spikingjelly has it: a membrane v and a threshold of 1."""
+    """spikingjelly's form: a membrane v and a threshold of 1."""
     v, spikes = torch.zeros_like(x[0]), []
     share = 1 / (1 + (-p["w"]).exp())
     for x_t in x:
@@ -138,7 +138,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[..., Tensor], dict[str, Any]]] =
 
 
 def doubled(config: NeuronConfig, seed: int = 0) -> dict[str, Tensor]:
-    """The neuron's parameters in float64, away from where they begin."""
+    """The neuron's parameters in float64, away from their initial values."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (
@@ -174,7 +174,7 @@ def test_against_the_equations(case: str) -> None:
 
 
 def test_integer_spikes_by_hand() -> None:
-    # Half goes to the even one: 0.5 is silent, 1.5 and 2.5 are two spikes. What is above 4 stays.
+    # Halves round to even: 0.5 is silent, 1.5 and 2.5 are two spikes. The excess above 4 remains.
     config = make({"kind": "ilif", "decay": 0.5})
     current = torch.tensor([[0.5, 1.5, 2.5, 5.0, -1.0], [0.0, 0.0, 0.0, 0.0, 3.5]])
     counts, u = config.run(current, None)
@@ -241,7 +241,7 @@ def test_sliding_psn_over_segments_equals_one_run(length: int, order: int) -> No
 
 
 def test_which_kinds_are_causal_and_what_they_run() -> None:
-    """A causal one gives at T = t what it gives at t of a longer run; another says so."""
+    """A causal neuron gives at T = t what it gives at t of a longer run; others are marked."""
     current = torch.randn(4, 200, dtype=DOUBLE, generator=torch.Generator().manual_seed(0)) + 0.5
     found = {}
     for values in (
@@ -283,7 +283,7 @@ def test_membranes_are_wide_and_spikes_are_as_the_current(case: str, dtype: torc
     assert spikes.dtype == dtype
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(config.run(current, None, **parameters)[0], spikes)
-    # Computed in float32, whatever the current's type: rounding it first is all that matters.
+    # Computed in float32 for any type of current; only the current's rounding matters.
     wide, _ = config.run(current.float(), None, **parameters)
     assert torch.equal(spikes.float(), wide.to(dtype).float())
 
@@ -315,7 +315,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("said", BAD)
-def test_numbers_outside_their_range_are_refused(said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        make(BAD[said])
+@pytest.mark.parametrize("message", BAD)
+def test_numbers_outside_their_range_are_refused(message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(BAD[message])

@@ -22,7 +22,7 @@ from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import Neuron, carrying_membranes, spiking_layers
 
-# Of these libraries are built for test_fused.py, too.
+# test_fused.py builds the libraries of these, too.
 KINDS = {
     "hard": LIF(),
     "hard, at the threshold": LIF(
@@ -45,7 +45,7 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
-# Tensors that a network has, and some that it hardly has; each (T, B, ...).
+# Shapes that networks have, and some unusual ones; each (T, B, ...).
 LAYOUTS: dict[str, Callable[[int], Tensor]] = {
     "image": lambda t: draw(0, t, 2, 3, 4, 5),
     "image, channels last": lambda t: channels_last(draw(0, t, 2, 8, 4, 4)),
@@ -92,7 +92,7 @@ def test_any_combination_native(kind: str, timesteps: int, size: int, seed: int)
 @each_kind
 @each_implementation
 def test_whole_numbers_meet_the_threshold_exactly(implementation: str, kind: str) -> None:
-    """As of attention, whose neurons get sums of spikes."""
+    """Input as in attention, whose neurons get sums of spikes."""
     config = dataclasses.replace(KINDS[kind], threshold=1.0)
     current = draw(3, 4, 2, 64).round()
     assert (current[0] == 1).double().mean() > 0.1
@@ -105,7 +105,7 @@ def test_whole_numbers_meet_the_threshold_exactly(implementation: str, kind: str
 @pytest.mark.parametrize("fires_at_threshold", [False, True])
 @each_implementation
 def test_one_current_for_all_timesteps(implementation: str, fires_at_threshold: bool) -> None:
-    """As a static image makes behind the stem."""
+    """Input as from a static image after the stem."""
     config = dataclasses.replace(
         KINDS["hard, at the threshold"], fires_at_threshold=fires_at_threshold
     )
@@ -120,7 +120,7 @@ def test_one_current_for_all_timesteps(implementation: str, fires_at_threshold: 
 )
 @each_implementation
 def test_types(implementation: str, dtype: torch.dtype) -> None:
-    """Membranes are in float32, also those of the definition: the spikes are the same."""
+    """Membranes are float32, also in the definition, so the spikes are equal."""
     current = (2 * draw(0, 4, 2, 48)).to(dtype)
     results = []
     for execution in ("fused", "reference"):
@@ -171,7 +171,7 @@ def test_it_is_a_layer_of_neurons() -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OwnThresholds(LIF):
-    """A kind without fused kernels, each of whose channels has a shift of its own."""
+    """A kind without fused kernels, with a shift per channel."""
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:
         return {"shift": torch.arange(num_channels) / num_channels}

@@ -51,7 +51,7 @@ def test_sequence_by_hand(case: str) -> None:
 @pytest.mark.parametrize("threshold", [0.25, 3.0])
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 def test_membrane_exactly_at_the_threshold(threshold: float, reset: str) -> None:
-    """It is silent, or fires if it is asked to."""
+    """It is silent, or fires if configured to."""
     below, above = math.nextafter(threshold, 0), math.nextafter(threshold, math.inf)
     current = torch.tensor([[below, threshold, above]], dtype=torch.float64, requires_grad=True)
     for fires in (False, True):
@@ -59,7 +59,7 @@ def test_membrane_exactly_at_the_threshold(threshold: float, reset: str) -> None
         fired, u = run(current, config)
         assert fired.tolist() == [[0, fires, 1]]
         assert u[:2].tolist() == [below, 0 if fires else threshold]
-        # The surrogate is around the threshold, whether it fires there or not.
+        # The surrogate is centred on the threshold in either case.
         (gradient,) = torch.autograd.grad(fired[0, 1], current)
         assert gradient.tolist() == [[0, 1, 0]]
 
@@ -110,7 +110,7 @@ def _triangle_integral(x: float, width: float) -> float:
     return 1 - max(0.0, width - x) ** 2 / (2 * width**2)
 
 
-# What the spike is replaced by: smooth steps from 0 to 1, of which the surrogates are derivatives.
+# Smooth steps from 0 to 1 that replace the spike; the surrogates are their derivatives.
 ANTIDERIVATIVES: dict[str, Callable[[float, float], float]] = {
     "triangle": _triangle_integral,
     "atan": lambda x, alpha: math.atan(math.pi / 2 * alpha * x) / math.pi + 0.5,
@@ -221,7 +221,7 @@ def test_sigmoid_control_has_its_own_gradient() -> None:
     out, membrane = run(current, config)
     first = torch.sigmoid(5 * (current[0] - 1))
     assert torch.equal(out[0], first)
-    # The hard reset with a number between 0 and 1 takes a share.
+    # A hard reset with a number between 0 and 1 removes that fraction.
     assert torch.allclose(
         out[1], torch.sigmoid(5 * (current[0] * (1 - first) / 2 + current[1] - 1))
     )

@@ -94,7 +94,7 @@ def assert_fused_is_the_definition(case: Case, implementation: str) -> None:
     fused_and_defined(Pair(case), lambda module: module(inputs), inputs, implementation)
 
 
-# As many channels as are worked on at a time, fewer and more, and no multiple of anything.
+# As many channels as are processed at a time, fewer and more, and no round number.
 SHAPES = [
     (3, 2, 3, 5, 4),
     (1, 1, 1, 1, 2),
@@ -173,7 +173,7 @@ def test_native_results_are_the_same_for_any_number_of_threads() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @each_implementation
 def test_types(implementation: str, dtype: torch.dtype, shortcut: Shortcut) -> None:
-    """Rounded once, so that it is no farther from the exact result than the definition is."""
+    """Rounded once, so at most as far from the exact result as the definition."""
     case = Case(shape=(2, 2, 24, 6, 5), shortcut=shortcut, dtype=dtype)
     with IMPLEMENTATIONS[implementation]():
         found = results(case)
@@ -191,7 +191,7 @@ def test_types(implementation: str, dtype: torch.dtype, shortcut: Shortcut) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 def test_triton_is_cpp_to_the_bit(shared: bool, dtype: torch.dtype) -> None:
-    """But for sums, which are made in another order."""
+    """Equal except for sums, which are added in another order."""
     case = Case(shape=(3, 1, 20, 6, 5), shortcut="normalized", shared=shared, dtype=dtype)
     pair, inputs = Pair(case), case.inputs()
     assert pair.norm is not None
@@ -241,7 +241,7 @@ def test_only_what_was_normalised_is_kept(implementation: str) -> None:
 
 @each_implementation
 def test_gradients_are_those_that_are_asked_for(implementation: str) -> None:
-    """Of a current alone, of a shortcut alone, of weights that are frozen, of any layout."""
+    """Gradients of a current alone, a shortcut alone, with frozen weights, in any layout."""
     for frozen, without in itertools.product((False, True), ("current", "shortcut", "")):
         found = []
         for execution in ("fused", "reference"):
@@ -265,7 +265,7 @@ def _gradients(output: Tensor, pair: Pair, inputs: dict[str, Tensor]) -> dict[st
 @pytest.mark.parametrize("processes", [1, 2])
 @each_implementation
 def test_statistics_are_recorded_as_by_the_definition(implementation: str, processes: int) -> None:
-    """At once or once a step, of one process or several, and not when a block is run again."""
+    """At once or once a step, on one process or several, and not when a block is recomputed."""
     for deferred, shared in itertools.product((False, True), (False, True)):
         found = []
         case = Case(shortcut="normalized", shared=shared, copies=2)
@@ -275,7 +275,7 @@ def test_statistics_are_recorded_as_by_the_definition(implementation: str, proce
             if deferred:
                 defer_running_statistics(pair)
             if processes > 1:
-                # Any linear function of one process's share will do.
+                # Any linear function of one process's values serves.
                 synchronize(pair, lambda x: x.mul_(0.75), processes)
             with IMPLEMENTATIONS[implementation]():
                 with recomputing():

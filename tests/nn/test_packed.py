@@ -127,7 +127,7 @@ def test_max_pool_in_bfloat16_adds_gradients_in_float32(implementation: str) -> 
             y.backward(grad.to(dtype))
         gradients.append(leaf.grad)
     if implementation == "triton":
-        # A GPU rounds; Triton's interpreter cuts the last bits of bfloat16 off.
+        # A GPU rounds; Triton's interpreter truncates bfloat16.
         torch.testing.assert_close(gradients[0], gradients[1].bfloat16(), rtol=2**-7, atol=0)
     else:
         assert torch.equal(gradients[0], gradients[1].bfloat16())
@@ -183,7 +183,7 @@ def test_without_gradients_nothing_is_packed() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_bfloat16_convolution_of_one_pixel(stride: int) -> None:
-    """torch's own leaves garbage in the weight's gradient on some CPUs."""
+    """torch's own convolution leaves garbage in the weight's gradient on some CPUs."""
     torch.manual_seed(0)
     conv = Conv2d(16, 32, 3, stride=stride, padding=1, bias=False)
     x = torch.randint(0, 2, (3, 2, 16, 1, 1)).float()
@@ -211,7 +211,7 @@ def test_total_is_exact(dtype: torch.dtype) -> None:
 
 
 def test_total_is_exact_beyond_what_float32_holds() -> None:
-    """An odd number of spikes above 2^24, of images that are all the same one."""
+    """An odd number of spikes above 2^24, of identical images."""
     image = torch.ones(7, 1, 1, 1, 1).expand(-1, 1, 3, 1001, 801)
     assert native_pool.total(image).item() == image.numel() > 2**24
 

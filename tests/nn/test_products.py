@@ -1,4 +1,4 @@
-"""Products of spikes: exact sums, and bytes in place of numbers in the backward pass."""
+"""Products of spikes: exact sums, and bytes kept for the backward pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def spikes(
     *shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, levels: int = 1
 ) -> Tensor:
-    """Spikes (T, B, C, H, W) with the channels last in memory, which carry their bytes."""
+    """Spikes (T, B, C, H, W), channels last in memory, that carry their bytes."""
     generator = torch.Generator().manual_seed(seed)
     x = ((torch.rand(*shape, generator=generator) * (levels + 1)).floor() / levels).to(dtype)
     x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, shape[:2])
@@ -86,7 +86,8 @@ def test_keeps_bytes_alone(name: str) -> None:
 
 @pytest.mark.parametrize("carries", [True, False], ids=["bytes", "numbers"])
 def test_sums_are_exact_under_autocast(carries: bool) -> None:
-    """Of 32x32 positions and 32 channels a head: up to 32768, where bfloat16 has every 256th."""
+    """Sums over 32x32 positions and 32 channels a head: up to 32768, where bfloat16's step is
+    256."""
     inputs = [spikes(1, 1, 64, 32, 32, seed=i, dtype=torch.bfloat16) for i in range(3)]
     if not carries:
         inputs = [x.detach().requires_grad_() for x in inputs]
@@ -108,7 +109,7 @@ def test_sums_are_exact_under_autocast(carries: bool) -> None:
 
 
 def test_nothing_is_transposed_in_memory() -> None:
-    """What comes out has its channels last, as what goes in."""
+    """The output is channels last, like the input."""
     inputs: list[Any] = [spikes(*SHAPE, seed=i) for i in range(3)]
     for y in (
         LinearAttention(4)(*inputs),

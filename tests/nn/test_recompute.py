@@ -14,8 +14,9 @@ from tetdist.nn import batch_norm
 from tetdist.nn.precision import autocast
 from tetdist.nn.recompute import Block
 
-# One of each family and kind of block, small. Of eight channels at least: with fewer, on processors
-# with AVX2 alone, oneDNN writes past its memory in strided 1x1 convolutions' backward pass.
+# One small network of each family and kind of block, with at least eight channels: with fewer, on
+# processors with only AVX2, oneDNN writes past its memory in strided 1x1 convolutions' backward
+# pass.
 MODELS: dict[str, dict[str, Any]] = {
     "sew_resnet18": {"width": 8},
     "sew_resnet50": {"width": 8, "connect_function": "iand"},
@@ -36,7 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "espikeformer_t": {"widths": (8, 8, 8, 16), "depths": (1, 1), "heads": 2},
     "maxformer_10_384": {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2},
 }
-# What their blocks exchange are currents.
+# Their blocks exchange currents.
 REAL = ("preact_resnet18", "ms_resnet18", "sdt_2_256_cifar", "espikeformer_t", "maxformer_10_384")
 TIMESTEPS = 5
 KEEP_ALL = {"recompute": False, "segment": None}
@@ -59,7 +60,7 @@ def images(name: str, size: int = 16) -> Tensor:
 
 
 def model_size(name: str) -> int | None:
-    """Pixels that a network is built for, if any."""
+    """Image size that a network is built for, if any."""
     size: int | None = MODELS[name].get("input_size")
     return size
 
@@ -92,13 +93,13 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 def test_recomputed_blocks_are_the_same_to_the_bit(
     name: str, execution: str, precision: str
 ) -> None:
-    # Not 16 pixels: bfloat16 convolutions that end in one pixel do not repeat themselves to the bit
-    # on every CPU.
+    # Not 16 pixels: bfloat16 convolutions with one output pixel are not bitwise reproducible on
+    # every CPU.
     x = images(name, 16 if model_size(name) else 32)
     kept = step(network(name, execution=execution, **KEEP_ALL), x, precision)
     again = network(name, recompute=True, segment=None, execution=execution)
     assert differing(kept, step(again, x, precision)) == []
-    # Few spikes come as far as the last blocks of an untrained network; but the stem learns.
+    # Few spikes reach the last blocks of an untrained network, but the stem learns.
     assert next(again.stem.parameters()).grad.any()
 
 
@@ -124,7 +125,7 @@ def test_segments_in_float64(name: str) -> None:
     ],
 )
 def test_membranes_are_carried_across_segments(name: str, execution: str) -> None:
-    """With fixed statistics segments make no difference at all: the membranes lose nothing."""
+    """With fixed statistics segments change nothing: membranes are carried exactly."""
     x = images(name).double()
     results = []
     for recompute, segment in ((False, None), (False, 2), (True, 2), (True, 1)):
@@ -241,7 +242,7 @@ def test_highest_sums_of_spikes() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_blocks_exchange_is_packed_where_it_can_be(name: str) -> None:
-    """Currents go into no byte."""
+    """Currents do not fit into bytes."""
     model = network(name, execution="fused", **KEEP_ALL)
     seen: list[Tensor] = []
     for block in model.blocks:
@@ -277,9 +278,9 @@ def kept_bytes(timesteps: int, *, recompute: bool, segment: int | None) -> tuple
 
 
 def test_what_a_network_keeps_for_its_backward_pass() -> None:
-    """Of each convolution its output, and spikes in bytes; with recomputed blocks a sixth of it."""
+    """Each convolution keeps its output and spikes in bytes; recomputed blocks keep a sixth."""
     kept, outputs = kept_bytes(4, recompute=False, segment=None)
-    # Four bytes and one, and a little beside the convolutions; as numbers spikes made it eight.
+    # Four bytes plus one, and little besides; spikes as numbers would make it eight.
     assert 5 * outputs < kept < 6 * outputs
     assert kept_bytes(4, recompute=True, segment=None)[0] < 1.2 * outputs
     parts = [kept_bytes(timesteps, recompute=True, segment=2)[0] for timesteps in (4, 8)]

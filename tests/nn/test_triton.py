@@ -23,7 +23,7 @@ needs_triton()
 
 from tetdist.nn.fast import triton_kernels  # noqa: E402  # needs Triton
 
-# A neuron of each reset, whose numbers are no powers of two.
+# A neuron of each reset, with parameters that are not powers of two.
 NEURONS: dict[str, NeuronConfig] = {
     "hard": LIF(decay=0.9, threshold=0.7, surrogate_width=1.5),
     "soft": LIF(decay=0.6, threshold=0.7, reset="soft", detach_reset=True, surrogate="atan"),
@@ -32,7 +32,7 @@ NEURONS: dict[str, NeuronConfig] = {
     "ilif": ILIF(threshold=0.7),
     "nilif": NILIF(decay=0.6, threshold=0.1, most_spikes=8, detach_reset=True),
 }
-# With everything, with nothing, and what all timesteps share.
+# With everything, with nothing, and with inputs that all timesteps share.
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
     "plain shortcut, identity": {"shortcut": "plain", "identity": True},
@@ -82,7 +82,7 @@ on_gpu = [
 @pytest.mark.parametrize("where", ["interpreted", pytest.param("cuda", marks=on_gpu)])
 @pytest.mark.parametrize(
     ("kind", "call"),
-    # Of the other kinds what is their own, with a membrane that was there and without.
+    # The other kinds' own options, with and without an initial membrane.
     [(k, c) for k in NEURONS for c in CALLS if k in ("hard", "soft") or c in OF_ALL_KINDS],
 )
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_spikes_bytes_and_membranes_are_those_of_cpp_to_the_bit(
     for ours, theirs in zip(fired, expected_fired, strict=True):
         assert (ours is None) == (theirs is None)
         assert ours is None or torch.equal(ours, theirs)
-    # C++ writes the current's gradient down in the activations' type in between.
+    # C++ stores the current's gradient in the activations' type in between.
     rounding = {torch.bfloat16: 2**-6, torch.float32: 2e-6, torch.float64: 1e-14}[dtype]
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         assert (ours is None) == (theirs is None)
@@ -190,7 +190,7 @@ def test_bytes_are_halved_and_unpacked_as_by_torch(count: int) -> None:
 
 
 def test_network_in_segments_is_the_definition() -> None:
-    """Membranes are carried, and blocks run again from halves of bytes."""
+    """Membranes are carried, and blocks recomputed from half bytes."""
     torch.manual_seed(0)
     neuron = LIF(threshold=0.5, surrogate="atan", surrogate_width=2.0)
     model = timm.create_model(
@@ -217,15 +217,15 @@ def test_all_processes_use_triton_or_none_does(
     reasons: list[str | None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(dispatch, "_reason_against_triton", lambda _: reasons[0])
-    asked = []
+    gathered = []
 
     def gather(reason: str | None) -> list[str | None]:
-        asked.append(reason)
+        gathered.append(reason)
         return reasons
 
     with caplog.at_level(logging.WARNING):
         dispatch.decide(torch.device("cuda"), gather)
-    assert asked == [reasons[0]]
+    assert gathered == [reasons[0]]
     works = not any(reasons)
     assert dispatch._uses_triton == {"cuda": works}
     assert len(caplog.records) == (0 if works else 1)
@@ -239,7 +239,7 @@ def test_all_processes_use_triton_or_none_does(
 def test_where_triton_does_not_work_the_reason_is_said_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Nothing can be computed on this device, and no driver is asked for it.
+    # This device cannot compute, and no driver is called.
     monkeypatch.setattr(torch, "arange", lambda *_, **__: 1 / 0)
     with caplog.at_level(logging.WARNING):
         dispatch.decide(torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""What the kernels of the GPU become: no GPU is needed to compile them and to read their code."""
+"""Machine code of the GPU's kernels, which compile without a GPU."""
 
 import functools
 import itertools
@@ -40,13 +40,13 @@ def recorded(name: str, capability: int) -> gpu_code.Code:
 def check(code: gpu_code.Code, *, spills: bool = False) -> None:
     assert code.calls == 0
     assert spills or code.spills == 0
-    # Nothing whose order is left to chance.
+    # No operation with a random order.
     assert "atomic" not in code.intermediate
 
 
 @each_gpu
 def test_code_is_what_is_recorded(capability: int) -> None:
-    """A change of a kernel updates the record, knowingly: `python docs/make/gpu.py`."""
+    """A change of a kernel must update the record: `python docs/make/gpu.py`."""
     record = json.loads(RECORD.read_text())
     names = {name.rpartition(" sm_")[0] for name in record["code"]}
     assert names == gpu_code.recorded_launches().keys()
@@ -56,12 +56,12 @@ def test_code_is_what_is_recorded(capability: int) -> None:
         expected = record["code"][f"{name} sm_{capability}"]
         if triton.__version__ == record["triton"]:
             assert {key: getattr(code, key) for key in expected} == expected, name
-        else:  # Another Triton, another assembler: roughly the same.
+        else:  # Another version of Triton or the assembler gives roughly the same.
             assert code.instructions < 1.3 * expected["instructions"], name
 
 
 def test_no_number_of_a_large_tensor_overflows() -> None:
-    """Sizes are 32 bits wide where they fit, and a tensor may have more than 2^31 numbers."""
+    """Sizes have 32 bits if they fit, and a tensor may have more than 2^31 values."""
     for launch in gpu_code.packing():
         code = gpu_code.compiled(launch, 90).intermediate
         types = re.findall(
@@ -71,7 +71,7 @@ def test_no_number_of_a_large_tensor_overflows() -> None:
         assert {wide for pair in types for wide in pair if wide} == {"i64"}, launch.name
 
 
-# Of bfloat16. The kernels are as fast as memory, so that all is read and written once, and no more.
+# Bytes in bfloat16. The kernels are as fast as memory, so each value is read and written once.
 BYTES = {
     "statistics": 2,  # x
     "fire": 2 + 2 + 1,  # x; spikes, and the same in bytes
@@ -128,7 +128,7 @@ def test_numbers_are_rounded_as_in_cpp() -> None:
 
 
 class _Driver:
-    """All that Triton asks of a driver before it starts a kernel."""
+    """Everything that Triton needs from a driver before it launches a kernel."""
 
     def get_current_device(self) -> int:
         return 0

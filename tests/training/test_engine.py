@@ -1,4 +1,4 @@
-"""Both engines make the same steps, and a step whose gradient is not finite makes none."""
+"""Both engines take the same steps, and skip a step whose gradient is not finite."""
 
 import copy
 import re
@@ -192,21 +192,21 @@ def _by_filter(gradient: Tensor, weight: Tensor, limit: float) -> Tensor:
 
 
 def test_clipping_is_by_its_formulas(world: World) -> None:
-    """Without momentum a step is the clipped gradient times the learning rate; the norm that is
-    told is that before clipping."""
+    """Without momentum a step is the clipped gradient times the learning rate; the reported norm is
+    that before clipping."""
     sgd = {"phases.0.optimizer": {"kind": "sgd", "lr": 0.5, "momentum": 0.0}}
     limits = {None: None, "norm": 0.5, "value": 0.02, "agc": 0.05}
-    moved, told = {}, set()
+    moved, norms = {}, set()
     for mode, limit in limits.items():
         changes = {} if mode is None else {"gradient_clipping": limit, "clip_mode": mode}
         model = network()
         before = {name: p.detach().clone().double() for name, p in model.named_parameters()}
         eng, _ = made(TORCH, model, world, sgd | changes)
-        told.add(float(step(eng, model, 0, lr=0.5).grad_norm))
+        norms.add(float(step(eng, model, 0, lr=0.5).grad_norm))
         moved[mode] = {
             name: (before[name] - p.detach()) / 0.5 for name, p in model.named_parameters()
         }
-    (norm,) = told
+    (norm,) = norms
     assert norm > 1.0
     limited = set()
     for name, gradient in moved[None].items():
@@ -251,7 +251,7 @@ def test_non_finite_gradient_changes_nothing(
     bad: int,
     world: World,
 ) -> None:
-    """Nor does it linger: the next steps are as if it had not been."""
+    """It has no after-effect: the next steps are as if it had not happened."""
     changes = {"phases.0.optimizer": OPTIMIZERS[optimizer], "gradient_clipping": clipping}
     after = []
     for numbers in ((0, 1, 2), tuple({0, 1, 2} - {bad})):
@@ -291,7 +291,7 @@ def test_optimizer_state_moves_between_engines(
     optimizer: str,
     world: World,
 ) -> None:
-    """Given out and taken over unchanged, and engines take the same next step."""
+    """Exported and imported unchanged, and the next step is the same on each engine."""
     changes = {"phases.0.optimizer": OPTIMIZERS[optimizer], "gradient_clipping": 0.5}
     model = make()
     eng, _ = made(source, model, world, changes)
@@ -318,7 +318,7 @@ def test_optimizer_state_moves_between_engines(
 
 @pytest.mark.parametrize("engine", [TORCH, DEEPSPEED])
 def test_loss_scale_cancels_out(engine: EngineName, world: World) -> None:
-    """A power of two: to the bit, for gradients that it lets neither overflow nor vanish."""
+    """The scale is a power of two: bitwise equal if gradients neither overflow nor vanish."""
     states = []
     for start in (1.0, 2.0**10):
         model = network()
@@ -358,6 +358,6 @@ def test_missing_deepspeed_is_named(world: World, monkeypatch: pytest.MonkeyPatc
         "find_spec",
         lambda name, *rest: None if name == "deepspeed" else find(name, *rest),
     )
-    said = f"DeepSpeed is not installed: {pip_install('train,cuda130')};"
-    with pytest.raises(UserError, match=re.escape(said)):
+    message = f"DeepSpeed is not installed: {pip_install('train,cuda130')};"
+    with pytest.raises(UserError, match=re.escape(message)):
         made(DEEPSPEED, network(), world, {})

@@ -85,7 +85,7 @@ def test_continued_on_another_number_of_processes(
     second = farm(file, world=2)
     assert second.status == 0, second.text
     run = tmp_path / "runs/tiny"
-    # Each sample of each epoch once, whoever worked on it.
+    # Each sample of each epoch once, on any process.
     assert tiny.samples(run) == tiny.samples(one_process)
     assert_close_runs(run, one_process, 1e-9)
 

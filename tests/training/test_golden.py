@@ -119,7 +119,7 @@ def test_its_run_folder_is_continued_and_evaluated(train: Main, tmp_path: Path, 
 
 
 def test_its_weights_are_of_the_same_network(train: Main) -> None:
-    """Keys that the neuron has got since are as if they had not changed it."""
+    """Keys added to the neuron since then do not count as changes."""
     outcome = train("begun", f"init_checkpoint={GOLDEN / 'stopped'}", "max_steps=1")
     assert outcome.status == 0, outcome.text
     assert "beginning with the weights of" in outcome.text

@@ -121,7 +121,7 @@ def test_each_phase_and_size_of_images_has_its_graph(
 
 @pytest.fixture
 def dropping(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the network draw numbers, and have a parameter that takes no part."""
+    """Make the network draw numbers, and give it an unused parameter."""
     build, head = SpikingConvNet.__init__, SpikingConvNet.forward_head
 
     def make(self: Any, *arguments: Any, **options: Any) -> None:
@@ -160,7 +160,7 @@ def test_a_teachers_answers_are_in_the_graph(
 def test_steps_that_are_not_finite_change_nothing(
     both: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does anything of them stay in the gradients that a graph adds to."""
+    """They leave nothing in the gradients that a graph adds to."""
     prepared, calls = feed.Feed.prepared, 0
 
     def spoilt(self: Any, batch: Any) -> tuple[Tensor, Tensor]:
@@ -206,7 +206,7 @@ def test_a_capture_within_a_step_keeps_its_gradients(monkeypatch: pytest.MonkeyP
 
 
 def test_what_cannot_be_captured_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what went wrong first: ending such a capture fails as well."""
+    """The first error is reported: ending such a capture fails as well."""
 
     class Stream:
         def wait_stream(self, _other: object) -> None: ...

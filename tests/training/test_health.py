@@ -17,7 +17,7 @@ assert tetdist.models
 
 
 def counted(answers: str, limit: int = 3) -> NonFiniteSteps:
-    """Of a string of steps: x is one that was given up."""
+    """Count a string of steps; x is a skipped one."""
     steps = NonFiniteSteps(torch.device("cpu"), limit)
     for i, answer in enumerate(answers, start=1):
         steps.record(i, torch.tensor(answer != "x"))
@@ -29,7 +29,7 @@ def counted(answers: str, limit: int = 3) -> NonFiniteSteps:
     [("", 0), ("xx", 0), ("xx.x.xx", 0), ("xxx", 3), (".xxxx.xxx", 4)],
 )
 def test_too_many_are_so_many_in_a_row(answers: str, reached_at: int) -> None:
-    """Also when they ended before anybody asked: the step is the one where it was enough."""
+    """Also if the row ended before the check: the step is the one that reached the limit."""
     assert counted(answers).limit_reached_at == reached_at
 
 

@@ -1,4 +1,4 @@
-"""What the training loop keeps and what it lets go of: from phase to phase, from best to best."""
+"""State that the training loop keeps or resets between phases, and the best checkpoints."""
 
 import itertools
 import json
@@ -91,7 +91,7 @@ def test_loss_scale_of_one_phase_is_where_the_next_begins(
     assert outcome.status == 0, outcome.text
     overflows = [line["overflows"] for line in tiny.metrics(tmp_path / "runs/tiny", "train")]
     assert overflows[4] > 5
-    # Ten steps of four micro-batches, and no others again than those that are told of: begun anew,
+    # Ten steps of four micro-batches, and only the reported repetitions: if the scale were reset,
     # the second phase would overflow as often as the first, and count from 0.
     assert number == 4 * (10 + overflows[-1])
 
@@ -133,7 +133,7 @@ def test_checkpoint_is_evaluated_from_any_folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Though the run was told of its data by a path from where it was started."""
+    """Although the run's data path was relative to its working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(tiny_root)
     changes = {"data.root": "data", "data.index": "data/index", "max_steps": 1}
@@ -182,12 +182,12 @@ def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch: pytest.Mon
 def test_an_observer_that_fails_ends_nothing(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
+    events: list[str] = []
 
     class Counting(Observer):
         def __getattribute__(self, name: str) -> Any:
             if name.startswith("on_"):
-                told.append(name)
+                events.append(name)
             return super().__getattribute__(name)
 
     class Faulty(Observer):
@@ -211,10 +211,10 @@ def test_an_observer_that_fails_ends_nothing(
     monkeypatch.setattr(observers, "observers", lambda _: [Unmade, *made])
     outcome = main(tiny_config({"name": "faulty"}))
     assert outcome.status == 0
-    said = "Faulty failed and was disabled; the run continues (LookupError: train 1 data_wait)"
-    assert outcome.text.count(said) == 1
+    message = "Faulty failed and was disabled; the run continues (LookupError: train 1 data_wait)"
+    assert outcome.text.count(message) == 1
     # 10 steps of 4 micro-batches, and a line a step; 2 evaluations.
-    assert Counter(told) == {"on_batch": 40, "on_line": 12, "on_evaluation": 2, "on_end": 1}
+    assert Counter(events) == {"on_batch": 40, "on_line": 12, "on_evaluation": 2, "on_end": 1}
     for name in ("Unmade", "Replacing", "Odd"):
         assert outcome.text.count(f"{name} failed and was disabled") == 1
     assert "(ValueError: the line of metrics already has top1)" in outcome.text

@@ -1,4 +1,4 @@
-"""What a launcher hears of a process's part of a run, and which status the process ends with."""
+"""Failures reported to the launcher, and exit statuses of a process."""
 
 import contextlib
 import signal
@@ -16,14 +16,14 @@ CONFIG = parse(tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "/nowhere"})
 
 
 def nobody(_watched: Any) -> tuple[()]:
-    """Nobody watches."""
+    """No observers."""
     return ()
 
 
 def test_launcher_is_told_of_an_error_and_of_the_others_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told: list[Exception] = []
+    reported: list[Exception] = []
     shown: list[bool] = []
 
     def fail(_config: Any, _world: Any, _stop: Any, watch: Any) -> None:
@@ -34,8 +34,8 @@ def test_launcher_is_told_of_an_error_and_of_the_others_end(
 
     monkeypatch.setattr(run, "Trainer", fail)
     with pytest.raises(ValueError, match="of this process"):
-        run.train(CONFIG, nobody, Launcher(on_failure=told.append))
-    assert [(type(error), str(error)) for error in told] == [
+        run.train(CONFIG, nobody, Launcher(on_failure=reported.append))
+    assert [(type(error), str(error)) for error in reported] == [
         (PeerFailed, "rank 1 has died"),
         (ValueError, "of this process"),
     ]
@@ -48,7 +48,7 @@ def test_launcher_is_told_of_an_error_and_of_the_others_end(
 def test_launcher_is_told_of_a_peer_that_is_lost_before_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told: list[Exception] = []
+    reported: list[Exception] = []
     lost = PeerFailed("rank 1 did not come")
 
     def fail(*_: Any) -> None:
@@ -56,12 +56,12 @@ def test_launcher_is_told_of_a_peer_that_is_lost_before_training(
 
     monkeypatch.setattr(run, "join", fail)
     with pytest.raises(PeerFailed):
-        run.train(CONFIG, nobody, Launcher(on_failure=told.append))
-    assert told == [lost]
+        run.train(CONFIG, nobody, Launcher(on_failure=reported.append))
+    assert reported == [lost]
 
 
 def test_status_is_that_of_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Exception] = []
+    reported: list[Exception] = []
 
     class Trainer:
         step = 7
@@ -77,5 +77,5 @@ def test_status_is_that_of_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
             raise Stopped
 
     monkeypatch.setattr(run, "Trainer", Trainer)
-    assert run.train(CONFIG, nobody, Launcher(on_failure=told.append)) == 128 + signal.SIGUSR1
-    assert told == []
+    assert run.train(CONFIG, nobody, Launcher(on_failure=reported.append)) == 128 + signal.SIGUSR1
+    assert reported == []

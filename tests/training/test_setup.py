@@ -27,9 +27,9 @@ class OneOfThree(World):
 @pytest.fixture
 def reason(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """Why there are no kernels on this process; None: there are."""
-    said: dict[str, str | None] = {"ours": None}
-    monkeypatch.setattr(dispatch, "decide", lambda _device, gather: gather(said["ours"]))
-    return said
+    reasons: dict[str, str | None] = {"ours": None}
+    monkeypatch.setattr(dispatch, "decide", lambda _device, gather: gather(reasons["ours"]))
+    return reasons
 
 
 def world(others: tuple[str | None, str | None]) -> World:
@@ -39,10 +39,10 @@ def world(others: tuple[str | None, str | None]) -> World:
 
 
 def test_kernels_that_work_on_some_processes_end_the_run(reason: dict[str, str | None]) -> None:
-    with pytest.raises(UserError, match=r"on 2 of 3 processes, and not on rank 2 \(no ptxas\)"):
+    with pytest.raises(UserError, match=r"on 2 of 3 processes, but not on rank 2 \(no ptxas\)"):
         choose_kernels(world((None, "no ptxas")))
     reason["ours"] = "no gcc"
-    with pytest.raises(UserError, match=r"on 2 of 3 processes, and not on rank 1 \(no gcc\)"):
+    with pytest.raises(UserError, match=r"on 2 of 3 processes, but not on rank 1 \(no gcc\)"):
         choose_kernels(world((None, None)))
 
 
@@ -63,6 +63,6 @@ def test_data_to_evaluate_alone_are_not_trained_on(
             open_split(config, "train", world)
         shutil.rmtree(tiny_copy / "train")
         with pytest.raises(
-            UserError, match=r"no train split .*, but val, which .*eval.* evaluates"
+            UserError, match=r"no indexed train split, only val, which .*eval.* evaluates"
         ):
             open_split(config, "train", world)

@@ -1,4 +1,4 @@
-"""Whole runs: the same whatever stops them, and a sentence for whatever is wrong with them."""
+"""Whole runs: the same result after any stop, and one sentence for each mistake."""
 
 import errno
 import json
@@ -175,7 +175,7 @@ def test_two_processes_stop_together_and_continue_to_the_bit(
 
 
 @pytest.mark.parametrize(
-    ("override", "world", "said"),
+    ("override", "world", "message"),
     [
         ("data.root=/nowhere", 2, "data.root"),
         ("sede=1", 2, "'sede'"),
@@ -183,10 +183,10 @@ def test_two_processes_stop_together_and_continue_to_the_bit(
     ],
 )
 def test_user_error_on_several_processes_is_said_once(
-    override: str, world: int, said: str, farm: Farm, tiny_config: ConfigWriter
+    override: str, world: int, message: str, farm: Farm, tiny_config: ConfigWriter
 ) -> None:
     outcome = farm(tiny_config(), override, world=world)
-    ended(outcome, said)
+    ended(outcome, message)
     assert outcome.text.count("error:") == 1
 
 
@@ -215,7 +215,7 @@ def test_a_killed_process_under_the_launcher(tiny_config: ConfigWriter, tmp_path
 
 @pytest.mark.long
 def test_ctrl_c_under_the_launcher(tiny_config: ConfigWriter, tmp_path: Path) -> None:
-    """A terminal's Ctrl-C goes to the launcher and to all processes: they save, nobody dies."""
+    """A terminal's Ctrl-C reaches the launcher and all processes: they save, and none dies."""
     changes = {"phases.0.epochs": 4000, "evaluate_every": 4000}
     command = tiny.launched(2, tiny.TRAIN, "--config", tiny_config(changes))
     with tiny.started(command, tmp_path) as process:
@@ -413,7 +413,7 @@ def test_a_real_command_has_its_folder_alone_and_is_interrupted(
 def test_read_only_place(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told apart from a full disk, before training."""
+    """Distinguished from a full disk, before training."""
     (tmp_path / "runs").write_text("a file")
     ended(main(tiny_config()), "cannot write to", str(tmp_path / "runs"), "correct that")
     (tmp_path / "runs").unlink()
@@ -423,8 +423,8 @@ def test_read_only_place(
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    said = f"cannot write to {tmp_path / 'runs/tiny'}: Permission denied; get permission"
-    ended(main(tiny_config()), said)
+    message = f"cannot write to {tmp_path / 'runs/tiny'}: Permission denied; get permission"
+    ended(main(tiny_config()), message)
 
 
 def test_data_may_move_but_not_change(
@@ -473,7 +473,7 @@ def test_file_that_breaks_after_indexing(
     whole, status = file.read_bytes(), file.stat()
     for content in (whole[:60] + bytes(len(whole) - 60), whole):
         file.write_bytes(content)
-        # As a failing disk does it: nobody has touched the file.
+        # As with a failing disk: the file's times are unchanged.
         os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
         outcome = main(tiny_config({"data.root": str(tiny_copy)}))
         if content != whole:
@@ -547,7 +547,7 @@ def test_non_finite_loss_names_step_rate_and_checkpoint(
 def test_non_finite_on_one_process_names_it(
     farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
-    """Pixels that are not numbers, on rank 1 alone: no update anywhere, and rank 1 is to blame."""
+    """NaN pixels on rank 1 alone: no process updates, and rank 1 is named."""
     file = tiny_config({"engine": "torch", "non_finite_limit": 2})
     code = f"""
 import os, sys
@@ -575,7 +575,7 @@ sys.exit(train.main(["--config", {str(file)!r}]))
 def test_a_few_non_finite_steps_end_nothing(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps 4 and 5 change nothing and count for nothing but themselves."""
+    """Steps 4 and 5 change nothing and count only as skipped."""
     from tetdist.training import step
 
     compute = step.compute_loss
@@ -629,20 +629,20 @@ def test_float16_takes_overflowed_steps_again(
 def test_a_run_that_failed_before_its_first_line_can_be_mended(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
-    """Of another configuration is only a run that has trained."""
+    """Only a run that has trained counts as having another configuration."""
     own = tmp_path / "own.py"
     begins = "import torch\nfrom tetdist.optimizers import register_optimizer\n"
     begins += "@register_optimizer('own')\ndef make(groups, section): "
     changes = {"imports": [str(own)], "phases.0.optimizer": {"kind": "own", "lr": 0.1}}
     own.write_text(begins + "...\n")
-    mended = {"own": changes, "without": {}}
-    for name in mended:
+    corrected = {"own": changes, "without": {}}
+    for name in corrected:
         run = tmp_path / "runs" / name
         ended(main(tiny_config(changes), f"name={name}"), "own returns None, not an optimiser")
         assert (run / "config.yaml").is_file()
         (run / "mlflow_run_id").write_text("of the configuration that failed\n")
     own.write_text(begins + "return torch.optim.SGD(groups, lr=section.lr)\n")
-    for name, configured in mended.items():
+    for name, configured in corrected.items():
         file = tiny_config(configured)
         ended(main(file, f"name={name}", "max_steps=1"), status=0)
         assert not (tmp_path / "runs" / name / "mlflow_run_id").exists()
@@ -655,7 +655,7 @@ def test_a_run_that_failed_before_its_first_line_can_be_mended(
 def test_init_checkpoint(
     main: Main, straight: Callable[[str], Path], tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
-    """Somebody's weights at T=2, trained on at T=3: they are where it begins."""
+    """Given weights at T=2, trained further at T=3: training starts from them."""
     source = straight("torch")
     changes = {"phases.0.timesteps": 3, "phases.0.optimizer.lr": 1e-12, "max_steps": 1}
     config = tiny_config(changes | {"model.neuron.decay": 1.0})
@@ -695,7 +695,7 @@ def test_init_checkpoint_that_does_not_suit(
 def test_start_phase_is_the_rest_of_the_recipe(
     main: Main, straight: Callable[[str], Path], tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
-    """What the second phase does from the first one's checkpoint, another run does from there."""
+    """Another run from the first phase's checkpoint equals the second phase."""
     changes = VARIANTS["phases"]
     ended(main(tiny_config({"name": "first"} | changes), "max_steps=5"), status=0)
     start = [f"init_checkpoint={tmp_path / 'runs/first'}", "start_phase=1"]
@@ -809,8 +809,8 @@ def test_mlflow_has_the_run_and_its_phases(
         "select source, description from model_versions where name = 't'"
     )
     registered = Path(source.removeprefix("file://")) / "model.safetensors"
-    told = f"The last checkpoint of tiny, of step 10: top-1 {final[1]:.2f} % on val.\n\n"
-    assert description == told + tags["mlflow.note.content"]
+    summary = f"The last checkpoint of tiny, of step 10: top-1 {final[1]:.2f} % on val.\n\n"
+    assert description == summary + tags["mlflow.note.content"]
     assert registered.read_bytes() == (tiny.newest(run) / "model.safetensors").read_bytes()
     plots = {path.name for path in registered.parents[2].glob("plots/*")}
     assert plots == {"learning_curves.png", "firing_rates.png", "membranes.png", "inputs.png"}

@@ -15,7 +15,7 @@ from tetdist.evaluation.suite import Evaluator, ExitChoice
 from tetdist.models import SpikingNetwork
 from tetdist.nn.precision import autocast, parameter_type
 
-# A confidence so close to the threshold may fall on its other side by rounding.
+# Rounding may move a confidence this close to the threshold to its other side.
 NEAR = 1e-5
 
 # Classes (B,) and timesteps from 1 (B,) of the decisions.
@@ -31,7 +31,7 @@ def decide(
         model: In evaluation mode; all samples are decided at its T.
         images: (B, C, H, W), or (B, T, C, H, W) of events.
         threshold: Softmax probability of the time-mean at which a sample is decided.
-        outputs: The only outputs that are compared; None: all.
+        outputs: The network's compared outputs; None: all.
     """
     stream = model.stream()
     left = torch.arange(len(images), device=images.device)
@@ -107,7 +107,7 @@ def measure_exit(evaluator: Evaluator, choice: ExitChoice) -> dict[str, Any]:
 
 
 def _means(model: SpikingNetwork, images: Tensor, outputs: Tensor | None) -> Tensor:
-    """The outputs at every t of a whole pass, (T, B, K), on the host."""
+    """Return the outputs at every t of a whole pass, (T, B, K), on the host."""
     logits = model(images, per_timestep=True)
     if outputs is not None:
         logits = logits.index_select(-1, outputs)
@@ -115,7 +115,7 @@ def _means(model: SpikingNetwork, images: Tensor, outputs: Tensor | None) -> Ten
 
 
 def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """Seconds of a call that ends when the device is done, and its result."""
+    """Return the seconds of a call until the device is done, and its result."""
     started = time.perf_counter()
     found = function(*arguments)
     return time.perf_counter() - started, found

@@ -103,7 +103,7 @@ class Operations:
         return MULTIPLY_ACCUMULATE_PJ * self.relu_multiply_accumulates
 
     def as_dict(self) -> dict[str, Any]:
-        """The operations, ready for JSON."""
+        """Return the operations, ready for JSON."""
         return {
             "accumulates": self.accumulates,
             "multiply_accumulates": self.multiply_accumulates,
@@ -206,7 +206,7 @@ class OperationCounts:
         return self._latest.levels or 1
 
     def _fan_out(self, name: str, conv: nn.Conv2d, x: Tensor, y: Tensor) -> Tensor:
-        """The number of outputs that a spike of one channel reaches from each position, (H, W)."""
+        """Return how many outputs a spike of one channel reaches from each position, (H, W)."""
         key = (name, x.shape[-2:])
         if key not in self._fan_outs:
             reached = F.conv_transpose2d(
@@ -250,7 +250,7 @@ def _layer(sums: list[float], samples: int) -> LayerOperations:
 
 
 def _over_positions(x: Tensor) -> Tensor:
-    """Sums of (T, B, C, H, W) over all but positions, (H, W)."""
+    """Return sums of (T, B, C, H, W) over all dimensions except positions, (H, W)."""
     # The channels come last in memory, and summing in that order is fast.
     rows = x.permute(0, 1, 3, 4, 2).flatten(0, 1)
     of_channels = rows.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -72,7 +72,7 @@ class ConvPoolNeuron(nn.Module):
         self.neuron = Neuron(neuron, conv.out_channels)
 
     def forward(self, x: Tensor, timesteps: int | None = None) -> Tensor:
-        """(1 or T, B, C, H, W) to spikes (T, B, C', H', W').
+        """Map (1 or T, B, C, H, W) to spikes (T, B, C', H', W').
 
         ``timesteps`` is needed only if ``x`` is (1, ...), one input for all timesteps.
         """

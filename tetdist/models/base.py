@@ -266,7 +266,7 @@ class SpikingNetwork(nn.Module):
         return self.features_of(self.time_first(x), self.timesteps)
 
     def features_of(self, x: Tensor, timesteps: int) -> Tensor:
-        """`forward_features` of an input as `time_first` returns it."""
+        """Compute `forward_features` of an input that `time_first` returned."""
         if self.training and self.drop_path_rate:
             dropout.draw_paths(self.blocks, x)
         x = self._run(self.forward_stem, x, timesteps, self.stem, levels=None)

@@ -37,7 +37,7 @@ class Stem(nn.Module):
         self.add = NormAdd(channels)
 
     def forward(self, x: Tensor, timesteps: int) -> Tensor:
-        """(1 or T, B, C, H, W) to a current of as many timesteps."""
+        """Map (1 or T, B, C, H, W) to a current with the same number of timesteps."""
         current: Tensor = self.conv(x)
         return self.add(current, copies=timesteps // current.shape[0])
 
@@ -136,7 +136,7 @@ class PreActResNet(SpikingNetwork):
         base.init_weights(self)
 
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        """(1 or T, B, C, H, W) to a current of as many timesteps."""
+        """Map (1 or T, B, C, H, W) to a current with the same number of timesteps."""
         return self.pool(self.stem(x, timesteps))
 
     def forward_block(self, block: nn.Module, x: Tensor, timesteps: int) -> Tensor:

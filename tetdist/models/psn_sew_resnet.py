@@ -83,8 +83,8 @@ class PSNSEWResNet(SEWResNet):
     def frame(self, x: Tensor, t: int) -> Tensor:
         if t >= len(self.offsets):
             raise UserError(
-                f"the network adds a number of its own to the image at each of "
-                f"{counted(len(self.offsets), 'timestep')}, and has none for another step"
+                f"the network has image offsets for {counted(len(self.offsets), 'timestep')} "
+                "only; call reset() before another step"
             )
         return (x + self.offsets[t]).contiguous(memory_format=torch.channels_last)[None]
 

@@ -144,7 +144,7 @@ class SpikeDrivenTransformer(StreamTransformer):
         mlp_ratio: Ratio of an MLP's inner channels to the stream's.
         attention_threshold: Threshold of the neurons in attention.
         dilated: See `Attention`.
-        heads: Likewise.
+        heads: See `Attention`.
         in_chans: Channels of the input.
         num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """

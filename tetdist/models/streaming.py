@@ -36,8 +36,8 @@ def carrying_layers(model: Streamed) -> dict[str, NeuronLayer]:
         if not layer.neuron.segments:
             raise UserError(
                 f"{name} has {neurons.kind_of(layer.neuron)} neurons, whose weights combine all "
-                "timesteps at once; they cannot take one timestep after another. Train the "
-                "network with model.neuron.kind=sliding_psn, or lif"
+                "timesteps, so they cannot take one timestep after another; train the network "
+                "with model.neuron.kind=sliding_psn or lif"
             )
     return layers
 
@@ -53,8 +53,8 @@ def run_step(
     Args:
         model: In evaluation mode.
         frame: The input as `SpikingNetwork.frame` returns it, (1, B, C, H, W).
-        layers: Those of `carrying_layers`.
-        membranes: Their membranes after the timestep before; None: at rest.
+        layers: Layers from `carrying_layers`.
+        membranes: Their membranes after the previous timestep; None: at rest.
 
     Returns:
         The timestep's logits, (B, K), and the membranes after it.
@@ -86,7 +86,7 @@ class Stream:
         self.reset()
 
     def reset(self) -> None:
-        """Start anew: membranes at rest, no logits, any number of samples."""
+        """Restart: membranes at rest, no logits, any number of samples."""
         self.timesteps = 0
         self._input: Tensor | None = None
         self._convolved: tuple[Tensor, Tensor] | None = None  # The first layer's input and output.
@@ -98,12 +98,12 @@ class Stream:
         """Run one timestep and return the mean of the logits so far, (B, K), float32 at least.
 
         Args:
-            x: An image or event frame, (B, C, H, W); None: the last one again, of which the first
-                convolution is not computed again.
+            x: An image or event frame, (B, C, H, W); None: the last one again, without recomputing
+                its first convolution.
 
         Raises:
-            UserError: The frame is not (B, C, H, W), has another shape than the last one, or None
-                came first; or the model is in training mode.
+            UserError: The frame is not (B, C, H, W) or differs in shape from the last one, the
+                first frame is None, or the model is in training mode.
         """
         repeated = x is None
         self._input = self._checked(x).contiguous(memory_format=torch.channels_last)
@@ -120,29 +120,29 @@ class Stream:
 
     def _checked(self, x: Tensor | None) -> Tensor:
         if self.model.training:
-            raise UserError("a stream runs a network in evaluation mode; call model.eval() first")
+            raise UserError("a stream needs a network in evaluation mode; call model.eval() first")
         if x is None:
             if self._input is None:
-                raise UserError("step() repeats the last frame, and there is none; call step(x)")
+                raise UserError("step() repeats the last frame, but there is none; call step(x)")
             return self._input
         if x.ndim != 4:
-            raise UserError(f"a frame is (B, C, H, W), one timestep, not {tuple(x.shape)}")
+            raise UserError(f"a frame must be one timestep (B, C, H, W), not {tuple(x.shape)}")
         held = self._sum
         if held is not None and len(x) != len(held):
             raise UserError(
-                f"the stream holds {counted(len(held), 'sample')}, the frame has {len(x)}; call "
-                "reset() for other samples, or keep(mask) to drop some of these"
+                f"the stream holds {counted(len(held), 'sample')}, but the frame has {len(x)}; "
+                "call reset() for other samples, or keep(mask) to drop some of these"
             )
         if self._input is not None and x.shape[1:] != self._input.shape[1:]:
             raise UserError(
-                f"the frame is {tuple(x.shape)}, the one before was {tuple(self._input.shape)}; "
-                "call reset() before frames of another size"
+                f"the frame is {tuple(x.shape)}, but the one before was "
+                f"{tuple(self._input.shape)}; call reset() before frames of another size"
             )
         return x
 
     @contextlib.contextmanager
     def _remembering(self, repeated: bool) -> Iterator[None]:
-        """Have the first convolution reuse its output for the same input."""
+        """Make the first convolution reuse its output for the same input."""
         layer = self._first
         if layer is None:
             yield
@@ -166,12 +166,12 @@ class Stream:
         """Drop the samples whose ``mask``, (B,), bool, is False; the others stay in their order.
 
         Raises:
-            UserError: The mask does not suit the stream's samples.
+            UserError: The mask does not fit the stream's samples.
         """
         samples = 0 if self._sum is None else len(self._sum)
         if mask.dtype != torch.bool or mask.shape != (samples,):
             raise UserError(
-                f"keep takes a bool mask ({samples},), one value a sample of the stream, not "
+                f"keep needs a bool mask ({samples},), one value per sample of the stream, not "
                 f"{mask.dtype} {tuple(mask.shape)}"
             )
         assert self._sum is not None
@@ -201,11 +201,11 @@ class Stream:
         """Continue from what `state_dict` returned, also of another stream of the same network.
 
         Raises:
-            UserError: It is of another network.
+            UserError: The state is of another network.
         """
         membranes = state["membranes"]
         if membranes and list(membranes) != list(self._layers):
-            raise UserError("the state is of another network: its layers of neurons are not these")
+            raise UserError("the state is of another network, with other layers of neurons")
         self.reset()
         self.timesteps, self._sum = state["timesteps"], state["sum"]
         self._membranes = list(membranes.values()) or None

@@ -44,7 +44,7 @@ def recomputing() -> Iterator[None]:
 
 
 def is_repetition() -> bool:
-    """True within `recomputing`."""
+    """Return whether this is within `recomputing`."""
     return getattr(_recomputation, "active", False)
 
 

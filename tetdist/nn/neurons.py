@@ -29,23 +29,23 @@ SurrogateName = Literal["triangle", "atan", "sigmoid", "rectangle"]
 
 
 def triangle(x: Tensor, width: float) -> Tensor:
-    """``max(0, width - |x|) / width^2`` (TET, equation 5, where the width is called gamma)."""
+    """Return ``max(0, width - |x|) / width^2`` (TET, equation 5, with the width as gamma)."""
     return (width - x.abs()).clamp(min=0) / width**2
 
 
 def atan(x: Tensor, alpha: float) -> Tensor:
-    """``alpha / (2 (1 + (pi/2 alpha x)^2))`` (the surrogate of SEW-ResNet, alpha = 2)."""
+    """Return ``alpha / (2 (1 + (pi/2 alpha x)^2))`` (SEW-ResNet's surrogate, alpha = 2)."""
     return alpha / 2 / (1 + (math.pi / 2 * alpha * x) ** 2)
 
 
 def sigmoid(x: Tensor, alpha: float) -> Tensor:
-    """``alpha sigma(alpha x) (1 - sigma(alpha x))``: the derivative of a logistic function."""
+    """Return ``alpha sigma(alpha x) (1 - sigma(alpha x))``: a logistic function's derivative."""
     s = torch.sigmoid(alpha * x)
     return alpha * s * (1 - s)
 
 
 def rectangle(x: Tensor, width: float) -> Tensor:
-    """``1 / (2 width)`` where ``|x| < width``, else 0 (STBP, Wu et al. 2018)."""
+    """Return ``1 / (2 width)`` where ``|x| < width``, else 0 (STBP, Wu et al. 2018)."""
     return (x.abs() < width).to(x.dtype) / (2 * width)
 
 

@@ -36,7 +36,7 @@ class Packed(NamedTuple):
         return self.values.to(dtype) / self.levels
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
-        """The tensor, which carries its bytes."""
+        """Return the tensor, carrying its bytes."""
         return carry(self.unpack(dtype), self)
 
 
@@ -62,7 +62,7 @@ class Halved(NamedTuple):
     strides: tuple[int, ...]
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
-        """The tensor, which carries its bytes."""
+        """Return the tensor, carrying its bytes."""
         if (gpu := dispatch.triton_for(self.values)) is not None:
             of = (self.values, self.shape, self.strides, self.levels)
             values, numbers = gpu.unpack_halves(*of, dtype)

@@ -146,7 +146,7 @@ class LinearAttention(Product):
         return attended
 
     def of(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The definition."""
+        """Compute attention by its definition."""
         wide = _wide_type(q)
         q_tokens, k_tokens, v_tokens = (tokens(x, self.heads, wide) for x in (q, k, v))
         with exact(q):

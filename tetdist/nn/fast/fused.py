@@ -200,9 +200,9 @@ class NeuronKernels(NormKernels, Protocol):
         """Return the gradients of x (None if not needed), shortcut and start.
 
         Args:
-            inputs: Those of `sums`.
-            grad_spikes: Likewise, (T, N, C).
-            grad_end: Likewise, (N, C).
+            inputs: Inputs of `sums`.
+            grad_spikes: Gradient of the spikes, (T, N, C).
+            grad_end: Gradient of the last membranes, (N, C).
             kept: What `sums` returned.
             of_x: Sums of the gradient and of its products with the normalised x, averaged over the
                 processes that normalise together; None: the statistics were constants.
