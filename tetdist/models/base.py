@@ -100,8 +100,8 @@ class SpikingNetwork(nn.Module):
     # set these for spikes of 0 and 1; `build` adapts them to other neurons.
     spike_levels: int | None = 1
     highest_inputs: tuple[int | None, ...] = ()
-    # Number of last blocks that are never recomputed: recomputing a ResNet's last stage takes time
-    # and saves next to no memory.
+    # Number of last blocks that are recomputed only in segments: recomputing a ResNet's last stage
+    # takes time and saves next to no memory.
     small_blocks: int = 0
     # timm's name of the pooling before the classifier; '': no pooling and no classifier.
     global_pool: str = "avg"
@@ -194,8 +194,7 @@ class SpikingNetwork(nn.Module):
         self.fc = new_classifier(self.num_features, num_classes).to(old.device, old.dtype)
 
     def set_global_pool(self, global_pool: str | None, num_classes: int) -> None:
-        """Pool features before a classifier of ``num_classes``; '' keeps them, without a
-        classifier.
+        """Pool features before a classifier of ``num_classes``; '' keeps them and has none.
 
         Raises:
             ValueError: The network has no such pooling; None changes nothing.
@@ -249,7 +248,7 @@ class SpikingNetwork(nn.Module):
         return flat.unflatten(0, frames.shape[:2])
 
     def frame(self, x: Tensor, t: int) -> Tensor:
-        """One timestep's input (B, C, H, W), the t-th from 0, as `features_of` takes it."""
+        """Return timestep t's input, from 0, of (B, C, H, W), as `features_of` takes it."""
         del t
         return x[None]
 

@@ -137,7 +137,8 @@ def option(default: Any, doc: str, **bounds: float) -> Any:
     Args:
         default: Default value.
         doc: Description, for the list of configuration keys.
-        bounds: Bounds of the value: ``gt``, ``ge``, ``lt`` or ``le``.
+        bounds: Bounds of the value: ``gt`` (above), ``ge`` (at least), ``lt`` (below) or ``le`` (at
+            most).
     """
     return field(default=default, metadata={"doc": doc, "bounds": bounds})
 
@@ -236,7 +237,7 @@ class NeuronConfig:
 
         Args:
             current: Input current, (T, B, C, H, W).
-            membrane: Last result of `run` for the same samples; None: at rest.
+            membrane: Start that `run` returned last for the same samples; None: at rest.
             parameters: Present values of `parameters`, shaped to broadcast to a timestep of
                 ``current``, or unchanged if named in `over_time`.
 

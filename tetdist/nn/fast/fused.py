@@ -158,10 +158,10 @@ class NormKernels(Protocol):
         """Return the gradient of x from that of the normalised x, both (T, N, C).
 
         Args:
-            x: What was normalised.
+            x: Input of the normalisation.
             grad: The gradient of the normalised x.
             affine: The normalisation.
-            sums: Of the gradient and of its products with the normalised x, averaged over the
+            sums: Sums of the gradient and of its products with the normalised x, averaged over the
                 processes that normalise together; None: the statistics were constants.
         """
 
