@@ -2,7 +2,7 @@
 #   PYTHON     interpreter to make the environment with (3.11 or newer)
 #   DALI       cuda130 (CUDA 13, or no GPU) or cuda120
 #   PIP_FLAGS  further flags of pip install
-#   WORKERS    processes that run the tests side by side
+#   WORKERS    number of parallel test processes
 PYTHON ?= python3
 VENV ?= .venv
 DALI ?= cuda130
@@ -17,15 +17,15 @@ RUN := runs/quickstart
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-venv: $(VENV)/.installed ## make .venv with everything in it
+venv: $(VENV)/.installed ## make .venv with all packages
 
 $(VENV)/.installed: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: $(PYTHON) is older than 3.11; give another: make PYTHON=python3.12" >&2; exit 2; }
+	  { echo "error: $(PYTHON) is older than 3.11; use another: make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	  { echo "error: $(PYTHON) lacks venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@echo "installing tetdist and what it needs into $(VENV) (minutes, the first time)"
+	@echo "installing tetdist and its dependencies into $(VENV) (takes minutes the first time)"
 	@# PyPI's torch is for CUDA 13.
 	@test '$(DALI)' != cuda120 || $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
 	  'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/cu126
@@ -33,7 +33,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	  -e '.[train,$(DALI),quickstart,events,export,test,lint]'
 	@touch $@
 
-# What only tests need on a machine without a GPU: Triton. With torch for CUDA it is there.
+# Tests need Triton also on a machine without a GPU; torch for CUDA includes it.
 $(VENV)/.tests: $(VENV)/.installed
 	@$(BIN)/python -c 'import triton' 2>/dev/null || { \
 	  echo "installing Triton for the tests into $(VENV) (1 GB)"; \
@@ -41,7 +41,7 @@ $(VENV)/.tests: $(VENV)/.installed
 	    -e '.[gpu-code]'; }
 	@touch $@
 
-quickstart: venv ## real data, a trained and evaluated spiking network, in minutes
+quickstart: venv ## train and evaluate a spiking network on real data, in minutes
 	@$(BIN)/python tools/digits.py data/digits
 	@$(BIN)/deepspeed --num_gpus 1 --log_level warning tetdist/train.py --config quickstart.yaml
 	@$(BIN)/python tools/eval.py --checkpoint $(RUN) --json $(RUN)/evaluation.json
@@ -63,19 +63,19 @@ $(VENV)/.docs: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[docs]'
 	@touch $@
 
-docs: $(VENV)/.docs ## build the site of docs/ in site/; a link that leads nowhere is an error
+docs: $(VENV)/.docs ## build the site of docs/ in site/; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-lint: venv ## ruff, the type checker, and which room may know which
+lint: venv ## run ruff, the type checker and the import contracts
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-format: venv ## let ruff rewrite what it can
+format: venv ## reformat and fix the code with ruff
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean: ## remove caches (neither .venv nor data nor runs)
+clean: ## remove caches (keeps .venv, data and runs)
 	@rm -rf build dist site .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

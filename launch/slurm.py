@@ -1,4 +1,4 @@
-"""Send a run to a Slurm cluster; all it does is in tetdist/apps/cli/slurm.py."""
+"""Send a run to a Slurm cluster; its code is in tetdist/apps/cli/slurm.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train a spiking network; all it does is in tetdist/apps/cli/train.py."""
+"""Train a spiking network; its code is in tetdist/apps/cli/train.py."""
 
 import sys
 from pathlib import Path

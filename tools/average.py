@@ -1,4 +1,4 @@
-"""Average the weights of several networks; all it does is in tetdist/apps/cli/average.py."""
+"""Average the weights of several networks; its code is in tetdist/apps/cli/average.py."""
 
 import sys
 

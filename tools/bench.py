@@ -1,4 +1,4 @@
-"""Measure speed and memory; all it does is in tetdist/apps/cli/bench.py."""
+"""Measure speed and memory; its code is in tetdist/apps/cli/bench.py."""
 
 import sys
 

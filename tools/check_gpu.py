@@ -1,4 +1,4 @@
-"""Check a machine with GPUs; all it does is in tetdist/apps/cli/check_gpu.py."""
+"""Check a machine with GPUs; its code is in tetdist/apps/cli/check_gpu.py."""
 
 import sys
 

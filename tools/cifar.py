@@ -1,4 +1,4 @@
-"""Make a folder of images of a CIFAR archive; all it does is in tetdist/apps/cli/cifar.py."""
+"""Make a folder of images from a CIFAR archive; its code is in tetdist/apps/cli/cifar.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Compare runs; all it does is in tetdist/apps/cli/compare_runs.py."""
+"""Compare runs; its code is in tetdist/apps/cli/compare_runs.py."""
 
 import sys
 

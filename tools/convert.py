@@ -1,4 +1,4 @@
-"""Take over somebody's weights; all it does is in tetdist/apps/cli/convert.py."""
+"""Convert other libraries' weights; its code is in tetdist/apps/cli/convert.py."""
 
 import sys
 

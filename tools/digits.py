@@ -1,4 +1,4 @@
-"""Make the data set of the quickstart; all it does is in tetdist/apps/cli/digits.py."""
+"""Make the data set of the quickstart; its code is in tetdist/apps/cli/digits.py."""
 
 import sys
 

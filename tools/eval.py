@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint; all it does is in tetdist/apps/cli/eval.py."""
+"""Evaluate a checkpoint; its code is in tetdist/apps/cli/eval.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Export a trained network; all it does is in tetdist/apps/cli/export.py."""
+"""Export a trained network; its code is in tetdist/apps/cli/export.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Index, check, pack and unpack images; all it does is in tetdist/apps/cli/images.py."""
+"""Index, check, pack and unpack images; its code is in tetdist/apps/cli/images.py."""
 
 import sys
 

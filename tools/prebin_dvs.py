@@ -1,4 +1,4 @@
-"""Make tensors of event recordings; all it does is in tetdist/apps/cli/prebin_dvs.py."""
+"""Make tensors from event recordings; its code is in tetdist/apps/cli/prebin_dvs.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Say how runs are; all it does is in tetdist/apps/cli/status.py."""
+"""Show the status of runs; its code is in tetdist/apps/cli/status.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train a study; all it does is in tetdist/apps/cli/study.py."""
+"""Train a study; its code is in tetdist/apps/cli/study.py."""
 
 import sys
 

@@ -1,11 +1,11 @@
-"""Cuts recordings of five objects, made on two days, into pieces to train and to test on.
+"""Cuts recordings of five objects into pieces, of one day for training and another for tests.
 
-    git clone https://github.com/eberlawrence/DVS128_BioLab    # ours was 40a66990
+    git clone https://github.com/eberlawrence/DVS128_BioLab    # the study used 40a66990
     python docs/make/dvs128_days.py DVS128_BioLab recordings
     python tools/prebin_dvs.py recordings data/dvs128_days --timesteps 10 --size 48
 
-A piece is 200 ms of a recording, as a file of its own: those of one day are train/CLASS/*.aedat,
-those of the other test/CLASS/*.aedat.
+Each piece is 200 ms of a recording in a separate file: train/CLASS/*.aedat from one day,
+test/CLASS/*.aedat from the other.
 """
 
 import argparse
@@ -26,12 +26,12 @@ PIECE = 200_000  # microseconds
 
 
 def cut(recording: Path, folder: Path) -> int:
-    """Write the whole pieces of a recording, and say how many they are.
+    """Write the complete pieces of a recording, and return their number.
 
     Args:
         recording: An AEDAT 2.0 file: lines that begin with #, then pairs of address and
             microseconds, big-endian.
-        folder: Where the pieces go, numbered in the order of time.
+        folder: Folder for the pieces, numbered in order of time.
     """
     content = recording.read_bytes()
     begin = 0
@@ -54,12 +54,12 @@ def main() -> int:
     parser.add_argument("dest", type=Path, help="folder to make")
     options = parser.parse_args()
     if options.dest.exists():
-        parser.error(f"{options.dest} is there already; remove it, or give another")
+        parser.error(f"{options.dest} exists already; remove it, or choose another folder")
     for part, day in DAYS.items():
         for name, file in CLASSES.items():
             recording = options.source / day / f"{file}.aedat"
             if not recording.is_file():
-                parser.error(f"there is no {recording}; SOURCE is a checkout of DVS128_BioLab")
+                parser.error(f"there is no {recording}; give a checkout of DVS128_BioLab as SOURCE")
             pieces = cut(recording, options.dest / part / name)
             print(f"{part}/{name}: {pieces} pieces of {recording}")
     return 0

@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few of the runs only")
     options = parser.parse_args(arguments)
     if options.part and not (options.output and options.output.is_file()):
-        parser.error("--part: --output FILE.md must be there, to hold the other part")
+        parser.error("--part: --output FILE.md must exist and hold the other part")
     if not (options.data / "index" / "train.npz").is_file():
         print(
             f"error: --data: {options.data} is not indexed; python tools/images.py index "

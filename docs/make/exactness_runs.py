@@ -1,4 +1,4 @@
-"""Runs to be compared, in processes of their own on the CPU, and comparisons: for exactness.py."""
+"""Runs in separate processes on the CPU, and comparisons of runs, for exactness.py."""
 
 import json
 import multiprocessing
@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from tetdist.apps.reports.compare import OF_THE_CLOCK
 from tetdist.distributed.starters import as_starter
 
-START_LIMIT = 300  # seconds that a run may take to come to the step where it is stopped
+START_LIMIT = 300  # seconds for a run to reach the step where it is stopped
 
-# A start of Python with torch and DeepSpeed takes as long as a run; one process makes it, and all
+# Starting Python with torch and DeepSpeed takes as long as a run; one process does it, and all
 # others are its forks.
-# Threads that had been started there would be missing in a fork, which waits for them for ever.
+# A fork lacks threads started before it, and would wait for them forever: allow only one.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as of every command
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as in every command
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["deepspeed.ops", "matplotlib.pyplot", "tetdist.training.trainer", "tetdist.apps.cli.train"]
@@ -35,22 +35,22 @@ FORKS.set_forkserver_preload(
 
 @dataclass(frozen=True)
 class Stop:
-    """A signal to some of the processes when a step is on record."""
+    """A signal to some of the processes when a step is in the metrics."""
 
     step: int
     signal: signal.Signals
     ranks: tuple[int, ...]
 
     def __str__(self) -> str:
-        who = "all" if len(self.ranks) > 1 else f"rank {self.ranks[0]}"
-        return f"{self.signal.name} to {who} after step {self.step}"
+        ranks = "all" if len(self.ranks) > 1 else f"rank {self.ranks[0]}"
+        return f"{self.signal.name} to {ranks} after step {self.step}"
 
 
 class Runs:
-    """Make runs of one configuration, each in a folder of its own.
+    """Make runs of one configuration, each in a separate folder.
 
     Args:
-        folder: For all of them.
+        folder: Parent folder of the runs.
         config: Values of the configuration.
         data: Root of the data set.
     """
@@ -72,7 +72,7 @@ class Runs:
         threads: int = 1,
         contiguous: bool = False,
     ) -> Path:
-        """Train on ``world`` processes, to the end or to where ``stop`` ends it.
+        """Train on ``world`` processes, to the end or until ``stop``.
 
         With ``contiguous`` the weights are laid out as in ZeRO's flat buffers, and nothing else is
         of ZeRO.

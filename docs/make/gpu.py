@@ -1,12 +1,12 @@
-"""Compute what the GPU's kernels cost, and write it down: docs/performance/gpu_code.json, and the
-section "The GPU path, computed" of docs/performance.md.
+"""Compute the cost of the GPU's kernels, and write docs/performance/gpu_code.json and the section
+"The GPU path, computed" of docs/performance.md.
 
     python docs/make/gpu.py
 
-No GPU is needed: Triton compiles the kernels for two kinds of them, as tests/gpu_code.py says,
-tetdist/apps/roofline counts what a step asks of a GPU, and tests/gpu_without_a_gpu what it
-launches; the rest is arithmetic. Nothing here is measured. The tests compare the code with the
-record, so this is the command after a change of a kernel. Two minutes.
+No GPU is needed: Triton compiles the kernels for two kinds of GPU (see tests/gpu_code.py),
+tetdist/apps/roofline counts a step's work, and tests/gpu_without_a_gpu its launches; the rest is
+arithmetic. Nothing here is measured. Tests compare the code with this record, so run the command
+after each change of a kernel. It takes two minutes.
 """
 
 import json
@@ -45,8 +45,8 @@ PAGE = PROJECT / "docs" / "performance.md"
 TITLE = "## The GPU path, computed"
 
 H100 = CARDS["H100"]
-# Instructions of a thread a second of an H100: of 132 processors, at their clock, times the share
-# of them that is seen to be issued.
+# Thread instructions per second of an H100: 132 processors x 128 lanes x their clock x the fraction
+# that is issued in practice.
 INSTRUCTIONS = 132 * 128 * 1.75e9 * 0.65
 MODEL, TIMESTEPS, BATCH, PRECISION = "sew_resnet34", 4, 32, "bf16"
 RECOMPUTE = ("none", "blocks", "{timesteps: 2}")
@@ -103,7 +103,7 @@ def hand_written() -> dict[str, Cost]:
 
 
 def work_of(recompute: str) -> Work:
-    """Count the work that a micro-batch of sew34_t4.yaml asks of a GPU."""
+    """Count the GPU work of a micro-batch of sew34_t4.yaml."""
     model = timm.create_model(MODEL, timesteps=TIMESTEPS)
     model.set_grad_checkpointing(recompute != "none")
     model.set_segment(2 if recompute == "{timesteps: 2}" else None)
@@ -118,7 +118,7 @@ def launches() -> dict[str, list[int]]:
     found = {}
     with tempfile.TemporaryDirectory() as folder, worker.started(Path(folder)) as running:
         for settings in ("engine=torch", "engine=deepspeed", "engine=torch cuda_graphs=true"):
-            # The second step: the first would capture a graph.
+            # The second step, since the first would capture a graph.
             answer = running.ask(MODEL, *settings.split(), steps=2)
             assert answer["error"] is None, answer["error"]
             found[settings] = [worker.launches(answer, *names) for names in PHASES]
@@ -305,7 +305,7 @@ def main() -> None:
     old = text[start:end]
     PAGE.write_text(text[:start] + new + "\n" + text[end:])
     for file, is_same in ((RECORD, found == before), (PAGE, old.strip() == new.strip())):
-        print(f"{file.relative_to(PROJECT)}: {'as it was' if is_same else 'changed'}")
+        print(f"{file.relative_to(PROJECT)}: {'unchanged' if is_same else 'changed'}")
     for line in new.splitlines():
         if line not in old.splitlines():
             print(f"  {line}")

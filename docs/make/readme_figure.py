@@ -1,4 +1,4 @@
-"""Draw the figure of the README's first screen, from results that are in the project.
+"""Draw the figure at the top of the README from the project's results.
 
 python docs/make/readme_figure.py
 """
@@ -12,7 +12,7 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[2]
 DOCS = PROJECT / "docs"
 
-# The same colours as in the figures that the numbers are from.
+# The same colours as in the figures of these results.
 OURS, PEER, RELU, SAVING = "#0072B2", "#D55E00", "#767676", "#009E73"
 TIMESTEPS = 4  # that are drawn
 
@@ -59,7 +59,7 @@ def title(axis: Any, text: str) -> None:
     axis.set_title(text, loc="left", fontsize=11, fontweight="bold")
 
 
-# --- what TET is ----------------------------------------------------------------------------------
+# --- TET ------------------------------------------------------------------------------------------
 
 
 def draw_losses(axis: Any) -> None:
@@ -100,7 +100,7 @@ def arrow(axis: Any, start: tuple[float, float], end: tuple[float, float], colou
     axis.annotate("", xy=end, xytext=start, arrowprops=properties)
 
 
-# --- what it gives --------------------------------------------------------------------------------
+# --- accuracy -------------------------------------------------------------------------------------
 
 
 def draw_early_exit(axis: Any, study: dict[str, Any], sdt: str, tet: str) -> None:
@@ -147,7 +147,7 @@ def mean(values: list[Any]) -> Any:
     return np.mean(values, axis=0).tolist()
 
 
-# --- what it costs --------------------------------------------------------------------------------
+# --- cost -----------------------------------------------------------------------------------------
 
 NAMES = {
     "spikingjelly, eager": ("spikingjelly 2.0 (eager)", PEER),
@@ -183,7 +183,7 @@ def draw_cost(axis: Any, performance: dict[str, Any]) -> None:
             axis.barh(y, ratio, color=colour, label=None if group else label)
             size = f"  ({values[name]:.0f} MiB/image)" if values is kept else ""
             text = f"{ratio:.2f}{size}"
-            # White behind it: the line at 1 would cross it.
+            # White background, since the line at 1 would cross it.
             behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
             axis.text(ratio + 0.03, y, text, va="center", fontsize=8, bbox=behind)
     # A group's label stands between its bars.
@@ -196,7 +196,7 @@ def draw_cost(axis: Any, performance: dict[str, Any]) -> None:
     what = f"{step['model']}, T={step['timesteps']}, on 2 CPU threads"
     axis.set_xlabel(f"multiple of the ReLU network's\n({what})", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
-    # Beside the bars there is no place that is free whatever their lengths are.
+    # No place beside the bars is free for all lengths of bars.
     axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2)
     title(axis, "At the price of a ReLU network")
 
