@@ -116,10 +116,7 @@ def _of_timm(name: str) -> OptimizerKind:
             "(seen with timm 1.0); choose another optimiser"
         )
     if described.second_order:
-        raise UserError(
-            f"{key}: {TIMM}{name} needs second derivatives, which are not computed here; choose "
-            "another optimiser"
-        )
+        raise UserError(f"{key}: {TIMM}{name} needs second derivatives (unsupported); use another")
     reads: tuple[str, ...] = ("momentum",) if described.has_momentum else ()
     reads += ("betas",) if described.has_betas and described.num_betas == 2 else ()
 

@@ -12,7 +12,7 @@ def number(value: float | None, spec: str) -> str:
 
 
 def markdown(head: Row, rows: Sequence[Row], *, numbers: bool = False, tight: bool = False) -> str:
-    """A table in Markdown.
+    """Make a table in Markdown.
 
     Args:
         head: The titles of the columns.

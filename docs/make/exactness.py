@@ -1,12 +1,12 @@
-"""Show how exact the promises are kept: the same run at any world size, ZeRO stage and stop.
+"""Measure the exactness of runs: the same run at any world size, ZeRO stage and stop.
 
     python docs/make/exactness.py --data data/digits --output docs/exactness.md
 
-Trains small networks for some steps again and again, each time in real processes (on the CPU,
-over gloo), stops some of them by real signals, and writes how far the results are apart. There are
-two parts, which `--part` makes by itself: a plain SEW-ResNet, in some ten minutes on two cores, and
-a QKFormer with all that draws random numbers or averages weights, in as many. The data must be
-indexed (tools/images.py index, or make quickstart).
+It trains small networks for some steps several times, in real processes (on the CPU, over gloo),
+stops some of them by real signals, and writes the differences of the results. There are two parts,
+each of some ten minutes on two cores, which `--part` makes alone: a plain SEW-ResNet, and a
+QKFormer with everything that draws random numbers or averages weights. The data must be indexed
+(tools/images.py index, or make quickstart).
 """
 
 import argparse
@@ -157,7 +157,7 @@ def first_images(source: Path, root: Path) -> None:
 
 
 def made(options: argparse.Namespace, part: str) -> str:
-    """The sentence that says how, when and where a part was made."""
+    """Return the sentence with the command, date and machine of a part."""
     from tetdist.tracking.environment import environment
 
     found = environment()

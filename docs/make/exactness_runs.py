@@ -167,7 +167,7 @@ def last_step(run: Path) -> int:
 
 
 def samples(run: Path) -> dict[int, list[tuple[int, int]]]:
-    """The samples of each step, (id, checksum of the augmented pixels), over all processes."""
+    """Return the samples of each step, (id, checksum of the augmented pixels), of all processes."""
     steps: dict[int, list[tuple[int, int]]] = {}
     for path in run.glob("samples-*.jsonl"):
         for line in map(json.loads, path.read_text().splitlines()):
@@ -177,7 +177,7 @@ def samples(run: Path) -> dict[int, list[tuple[int, int]]]:
 
 
 def newest(run: Path) -> Path:
-    """The folder of the last checkpoint."""
+    """Return the folder of the last checkpoint."""
     return run / "checkpoints" / (run / "checkpoints" / "last").read_text().strip()
 
 
@@ -186,7 +186,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def average(run: Path) -> dict[str, torch.Tensor]:
-    """The moving average of the weights; nothing where the run has none."""
+    """Return the moving average of the weights; nothing if the run has none."""
     file = newest(run) / "ema.safetensors"
     return load_file(file) if file.is_file() else {}
 
@@ -196,7 +196,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def loss_difference(a: Path, b: Path, steps: range | None = None) -> float:
-    """The largest of some steps, or of all."""
+    """Return the largest value of some steps, or of all."""
     pairs = zip(lines(a, "train"), lines(b, "train"), strict=True)
     return max(
         abs(x["loss"] - y["loss"]) / abs(y["loss"])

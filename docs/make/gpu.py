@@ -86,7 +86,7 @@ def record() -> dict[str, Any]:
 
 
 def hand_written() -> dict[str, Cost]:
-    """Costs of the kernels; what comes once a program is shared out among its tiles."""
+    """Compute the costs of the kernels, with a program's fixed cost divided among its tiles."""
     launches = gpu_code.recorded_launches()
     costs = {}
     for name in KERNELS:
@@ -114,7 +114,7 @@ PHASES = (("forward", "loss", "backward"), ("update", "statistics"), ("input",))
 
 
 def launches() -> dict[str, list[int]]:
-    """Kernels of a step, by PHASES, as tests/gpu_without_a_gpu counts them."""
+    """Count the kernels of a step, by PHASES, with tests/gpu_without_a_gpu."""
     found = {}
     with tempfile.TemporaryDirectory() as folder, worker.started(Path(folder)) as running:
         for settings in ("engine=torch", "engine=deepspeed", "engine=torch cuda_graphs=true"):
@@ -126,7 +126,7 @@ def launches() -> dict[str, list[int]]:
 
 
 def small_batches(seconds_of_image: float, alone: int, graphed: int) -> list[list[str]]:
-    """Milliseconds of a micro-batch, started kernel by kernel and as a graph."""
+    """Estimate the milliseconds of a micro-batch, launched kernel by kernel and as a graph."""
     rows = []
     for batch in (1, 4, 8, 16, 32):
         work = batch * seconds_of_image

@@ -1,10 +1,10 @@
-"""Measure speed and memory and write them down: docs/performance.md and its figures.
+"""Measure speed and memory, and write docs/performance.md and its figures.
 
     python docs/make/performance.py --results runs/performance --output docs/performance.md
 
-Every measurement is a call of tools/bench.py. What it wrote stays in the folder of results, and is
-not measured again while it is there: after a stop the same command goes on. Some twenty minutes on
-two cores. spikingjelly takes part where it is installed.
+Every measurement is a call of tools/bench.py. Results in the results folder are not measured again,
+so the same command continues after a stop. It takes some twenty minutes on two cores. spikingjelly
+is measured, too, if it is installed.
 """
 
 import argparse
@@ -140,7 +140,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.md")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="of JPEGs; default: made ones")
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="folder of JPEGs (default: synthetic ones)"
+    )
     parser.add_argument(
         "--gpu", type=Path, metavar="FILE.json", help="what tools/check_gpu.py wrote on a machine"
     )
@@ -186,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
 def report(found: dict[str, dict[str, Any]], options: argparse.Namespace, figures: Path) -> str:
     machine = found["step-fp32"]["machine"]
     step = found["step-fp32"]
-    # Where the data lies on this machine is of no use to a reader.
+    # The data's path on this machine is of no use to a reader.
     data = Path(options.data.name) if options.data else None
     shown = argparse.Namespace(**vars(options) | {"data": data})
     commands = "\n".join(
@@ -261,7 +263,7 @@ until the end of the backward pass.
 
 
 def gpu_text(found: dict[str, Any]) -> str:
-    """The section about a GPU, from what tools/check_gpu.py wrote there."""
+    """Make the section about a GPU from the results of tools/check_gpu.py."""
     checks = found["checks"]
     rows = [[name, one["status"], one["text"]] for name, one in checks.items()]
     rates = [
@@ -281,7 +283,7 @@ def gpu_text(found: dict[str, Any]) -> str:
 
 
 def gpu_cells(row: dict[str, Any]) -> list[str]:
-    """A contestant's rate, as such and of ReLU's, and memory."""
+    """Format a contestant's rate, also relative to ReLU's, and its memory."""
     if row.get("out_of_memory"):
         return ["out of memory", "", ""]
     return [
@@ -410,7 +412,7 @@ run. Empty cells were not measured."""
 def series(
     found: dict[str, dict[str, Any]], key: str, precision: str
 ) -> dict[str, dict[int, dict[str, Any]]]:
-    """Rows by contestant and by T or batch."""
+    """Make rows by contestant and by T or batch."""
     by_name: dict[str, dict[int, dict[str, Any]]] = {}
     for name, result in found.items():
         if name.startswith(f"{key}-") and name.endswith(precision):
@@ -519,7 +521,7 @@ MiB of the process after each of {len(result["memory_mib"])} epochs of {result["
 
 # --- as pictures --------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, told apart by most eyes; each means the same in every panel.
+# Okabe and Ito's colours, which most people can distinguish; they mean the same in every panel.
 COLOURS = {
     "relu": "#767676",
     "tetdist, none": "#0072B2",

@@ -63,7 +63,7 @@ def title(axis: Any, text: str) -> None:
 
 
 def draw_losses(axis: Any) -> None:
-    """The network at each timestep, its outputs, and which of them a loss sees."""
+    """Draw the network at each timestep, its outputs, and the outputs that a loss uses."""
     axis.set_axis_off()
     axis.set_xlim(-0.2, TIMESTEPS + 1.25)
     axis.set_ylim(-1.75, 3.35)
@@ -141,7 +141,7 @@ def draw_early_exit(axis: Any, study: dict[str, Any], sdt: str, tet: str) -> Non
 
 
 def mean(values: list[Any]) -> Any:
-    """The mean over the first axis."""
+    """Return the mean over the first axis."""
     import numpy as np
 
     return np.mean(values, axis=0).tolist()

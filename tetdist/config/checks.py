@@ -41,9 +41,7 @@ def check(config: RunConfig) -> None:
     _check_kinds(config)
     data = config.data
     if data.scale[0] > data.scale[1] or data.scale[1] == 0:
-        raise UserError(
-            f"data.scale: {list(data.scale)} must be [SMALLEST, LARGEST], with LARGEST above 0"
-        )
+        raise UserError(f"data.scale: {list(data.scale)} must be [SMALLEST, LARGEST above 0]")
     if not 0 < data.ratio[0] <= data.ratio[1]:
         raise UserError(f"data.ratio: {list(data.ratio)} must be [SMALLEST, LARGEST], both above 0")
     if min(data.std) <= 0:

@@ -21,7 +21,7 @@ Timesteps = Annotated[int, Field(gt=0, le=MOST_TIMESTEPS)]
 Pixels = Annotated[int, Field(gt=0, le=MOST_PIXELS)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # A fraction or probability below 1, since 1 would leave nothing.
-FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
+OpenFraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _names(value: Any) -> Any:

@@ -15,8 +15,8 @@ class RandAugment(NamedTuple):
         p: Probability of applying each drawn operation.
         mstd: Standard deviation of the magnitude; above 100 it is uniform from 0 to m.
         mmax: Largest magnitude. The operations are defined up to 10.
-        inc: Whether all operations are stronger with a larger magnitude; else posterize and
-            solarize are weaker, and colours change least at 5.
+        inc: True if all operations get stronger with the magnitude; otherwise posterize and
+            solarize get weaker, and colours change least at 5.
     """
 
     m: float = 10.0

@@ -147,7 +147,7 @@ def _magnitude(most: float, first: float, second: float) -> float:
 
 
 def _square(area: float, row: float, column: float, height: int, width: int) -> tuple[int, ...]:
-    """The square of torchvision's RandomErasing(p=1, scale=(0.001, 0.11), ratio=(1, 1))."""
+    """Draw the square of torchvision's RandomErasing(p=1, scale=(0.001, 0.11), ratio=(1, 1))."""
     side = round(math.sqrt(height * width * (0.001 + (0.11 - 0.001) * area)))
     if side >= min(height, width):
         return 0, 0, 0, 0

@@ -247,7 +247,7 @@ def _edit_part(
     part: npt.NDArray[np.int64], images: torch.Tensor, windows: Any, edits: Edits, output: Output
 ) -> None:
     """Write the bytes of some images of a batch into (B, H, W, 3)."""
-    # numpy copies in this thread; torch would divide the work among threads of its own.
+    # numpy copies in this thread; torch would divide the work among further threads.
     pixels = images.numpy()
     for k in part.tolist():
         pixels[k] = edited(torch.from_dlpack(windows[k]), edits, k, output).numpy()

@@ -126,7 +126,7 @@ def centre_crop(heights: _Ints, widths: _Ints, resize: int, crop: int) -> tuple[
 
 
 def shifts(draws: _Floats, largest: int) -> _Ints:
-    """Shifts by whole pixels from -largest to +largest, equally likely, one for each draw."""
+    """Draw shifts by whole pixels, uniform from -largest to +largest, one for each draw."""
     return (draws * (2 * largest + 1)).astype(np.int32) - np.int32(largest)
 
 
@@ -179,9 +179,9 @@ class Mixing(NamedTuple):
     Attributes:
         mixup: Alpha of mixup (Zhang et al., 2018); 0: none.
         cutmix: Alpha of CutMix (Yun et al., 2019); 0: none.
-        mode: "sample": each has a lambda and a box of its own, and is mixed with the one before it
-            in the micro-batch. "batch": one of each for the whole micro-batch, whose sample i is
-            mixed with sample B - 1 - i, as by timm's `Mixup`.
+        mode: "sample": each sample has its own lambda and box, and is mixed with the one before it
+            in the micro-batch. "batch": the micro-batch has one lambda and box, and its sample i is
+            mixed with sample B - 1 - i, as in timm's `Mixup`.
         probability: Probability of mixing a sample, or the micro-batch.
         switch_probability: Probability of CutMix rather than mixup, if both are on.
         off_epoch: First epoch, counted from 0, without mixing; 0: all epochs mix.
@@ -256,7 +256,7 @@ def mixes(draws: _Floats, height: int, width: int, mixing: Mixing) -> Mix:
 def _mixing_boxes(
     draws: _Floats, kept: _Floats, image: tuple[int, int], mixing: Mixing
 ) -> npt.NDArray[np.int64]:
-    """Boxes (B, 4) of CutMix around any pixel, cut off at the borders; empty where all is kept."""
+    """Draw boxes (B, 4) of CutMix around any pixel, clipped at borders; empty if ``kept`` is 1."""
     size = np.array(image)
     centre = (draws * size).astype(np.int64)
     cut = np.sqrt(1 - kept)[:, None] * size

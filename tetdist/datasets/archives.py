@@ -109,7 +109,7 @@ def _refuse(member: tarfile.TarInfo, file: str) -> None:
 
 
 def read(file: Path, member: Member) -> bytes:
-    """A member's contents."""
+    """Read a member's contents."""
     with file.open("rb") as stream:
         stream.seek(member.offset)
         return stream.read(member.size)

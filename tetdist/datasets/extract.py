@@ -77,9 +77,7 @@ def _file_names(listing: Listing) -> list[str]:
     for i, (label, name) in enumerate(zip(listing.labels, names, strict=True)):
         file = f"{listing.classes[label]}/{name}"
         if file in seen:
-            raise UserError(
-                f"{listing.path(i)} and {seen[file]} would both become {file}: rename one of them"
-            )
+            raise UserError(f"{listing.path(i)} and {seen[file]} would both become {file}")
         seen[file] = listing.path(i)
     return list(seen)
 

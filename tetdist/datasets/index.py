@@ -97,7 +97,7 @@ class Index:
         return self.timesteps, 2, int(self.heights[0]), int(self.widths[0])
 
     def path(self, i: int) -> str:
-        """Path of sample `i`, relative to the data root, as if its archive were a folder."""
+        """Return the path of sample `i` from the data root, as if its archive were a folder."""
         start, end = self.path_offsets[i : i + 2]
         name = os.fsdecode(self.path_blob[start:end].tobytes())
         return f"{self.archives[self.archive_ids[i]]}/{name}" if self.archives else name
@@ -108,7 +108,7 @@ class Index:
         return ByteRange(file, int(self.offsets[i]), int(self.file_sizes[i]))
 
     def command(self, root: str | Path) -> str:
-        """The command line that builds this index again, for messages."""
+        """Return the command that builds this index again, for messages."""
         return index_command(root, self.split, self.kind) + self.options
 
 
@@ -129,12 +129,12 @@ _META = (*_NAMES, "kind", "split", "options", "timesteps", "dtype", "fingerprint
 
 
 def index_file(index_dir: str | Path, split: str) -> Path:
-    """Path of the index of a split in a folder of indexes."""
+    """Return the path of a split's index in a folder of indexes."""
     return Path(index_dir, f"{split}.npz")
 
 
 def index_command(root: str | Path, split: str, kind: Kind = "images") -> str:
-    """The command line that builds the index, for messages."""
+    """Return the command that builds the index, for messages."""
     events = "--events " if kind == "events" else ""
     return f"{typed('images')} index {events}{shlex.quote(str(root))} --splits {split}"
 

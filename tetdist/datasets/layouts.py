@@ -98,7 +98,7 @@ class Listing:
     options: str = ""
 
     def path(self, i: int) -> str:
-        """Path of sample `i` for messages: a member follows its archive's name."""
+        """Return the path of sample `i` for messages, with its archive's name first."""
         return f"{self.byte_ranges[i].file}/{self.names[i]}" if self.archives else self.names[i]
 
 

@@ -1,1 +1,1 @@
-"""Storage: files written whole or not at all, checkpoints, and the Hugging Face hub."""
+"""Storage: atomic writing of files, checkpoints, and the Hugging Face hub."""

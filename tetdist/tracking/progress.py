@@ -167,7 +167,7 @@ def _pace(per_second: float, unit: str = "sample") -> str:
 
 
 def sample_bar(total: int, title: str, *, silent: bool) -> "tqdm[Any]":
-    """A bar over samples on a terminal, nothing elsewhere."""
+    """Make a progress bar over samples, which appears only on a terminal."""
     return tqdm(
         total=total,
         desc=title,

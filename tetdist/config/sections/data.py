@@ -6,15 +6,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from tetdist.config.fields import (
-    Fraction,
-    FractionBelowOne,
-    Names,
-    OneOf,
-    Pixels,
-    Positive,
-    Section,
-)
+from tetdist.config.fields import Fraction, Names, OneOf, OpenFraction, Pixels, Positive, Section
 from tetdist.config.flags import MOST_PREFETCHED, MOST_THREADS
 from tetdist.config.rand_augment import EXAMPLE, rand_augment
 
@@ -86,7 +78,7 @@ class DataSection(Section):
     """Folder that holds train/ and val/, each with one folder per class."""
     index: str | None = None
     """Folder of the index files; null: ROOT/index."""
-    held_out: FractionBelowOne = 0.0
+    held_out: OpenFraction = 0.0
     """Fraction of each class's training samples that is not trained on, but evaluated in place of
     the validation split. The samples depend on seed; pieces of one recording stay together."""
     image_size: Pixels = 224

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tetdist.config.fields import Fraction, FractionBelowOne, OneOf, Section
+from tetdist.config.fields import Fraction, OneOf, OpenFraction, Section
 from tetdist.losses import LOSSES, SelfTarget, TeacherAlignment
 
 
@@ -45,7 +45,7 @@ class LossSection(Section):
     cross-entropy has weight 1 - lambda."""
     phi: float = 1.0
     """Value that TET's regulariser pulls all outputs to; the paper uses the firing threshold."""
-    label_smoothing: FractionBelowOne = 0.0
+    label_smoothing: OpenFraction = 0.0
     """Label smoothing: the part of the target's probability that is spread evenly over all classes,
     as in torch's cross_entropy."""
     arguments: dict[str, Any] = {}

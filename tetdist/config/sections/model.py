@@ -85,7 +85,7 @@ class ModelSection(Section):
     name: Annotated[str, OneOf(models.names)]
     """Name of the network, as registered with timm; your own networks need imports."""
     num_classes: Annotated[int, Field(gt=1)] | None = None
-    """Number of classes; null: as many as the data set has."""
+    """Number of classes; null: the number of the data set's classes."""
     neuron: Neuron
     """Neuron of all layers. Unset fields default to the network's published neuron."""
     arguments: dict[str, Any] = {}

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tetdist.config.fields import Epochs, FractionBelowOne, OneOf, Pixels, Section, Timesteps
+from tetdist.config.fields import Epochs, OneOf, OpenFraction, Pixels, Section, Timesteps
 from tetdist.optimizers import OPTIMIZERS
 
 
@@ -20,11 +20,11 @@ class OptimizerSection(Section):
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Ratio of each layer's learning rate to that of the layer above it. The classifier has the
     full rate, which metrics show. Null: all layers have the same rate. timm's layer_decay."""
-    momentum: FractionBelowOne = 0.9
+    momentum: OpenFraction = 0.9
     """Momentum of sgd and of timm's optimisers that have one."""
     nesterov: bool = False
     """Use Nesterov momentum (SGD)."""
-    betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999)
+    betas: tuple[OpenFraction, OpenFraction] = (0.9, 0.999)
     """Decay factors of the running averages of gradients and of squared gradients (adam, adamw and
     most of timm's)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
