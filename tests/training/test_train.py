@@ -487,7 +487,7 @@ def test_file_that_breaks_after_indexing(
         ({"model.num_classes": 3}, ("model.num_classes", "3", "4 classes")),
         ({"model.arguments": {"channls": [4]}}, ("model.arguments", "channls")),
         ({"model.arguments": {"channels": [4, 8]}}, ("16x16", "input_size=16")),
-        ({"batch.global": 64, "batch.micro": 2}, ("global batch", "64", "47")),
+        ({"batch.global": 64, "batch.micro": 2}, ("47 samples, fewer than batch.global, 64",)),
         ({"phases.0.image_size": 32}, ("16x16", "32x32", "all phases")),
         (
             {"data.image_size": 32, "data.resize": 36, "data.crop": "padded"},

@@ -248,7 +248,7 @@ class SpikingNetwork(nn.Module):
         return flat.unflatten(0, frames.shape[:2])
 
     def frame(self, x: Tensor, t: int) -> Tensor:
-        """Return timestep t's input, from 0, of (B, C, H, W), as `features_of` takes it."""
+        """Return timestep t (from 0) of an input (B, C, H, W), as `features_of` takes it."""
         del t
         return x[None]
 
