@@ -247,7 +247,7 @@ def test_tracker_that_is_down_stops_no_submission(
     config = loading.load(str(file))
     config.run_dir.mkdir(parents=True)
     history.announce(config, "SCHEDULED", {"a": "b"})
-    assert "MLflow at http://127.0.0.1:9: " in caplog.text
+    assert "MLflow at http://127.0.0.1:9 failed: " in caplog.text
     assert not (config.run_dir / "mlflow_run_id").exists()
 
 

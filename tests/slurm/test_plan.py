@@ -54,7 +54,9 @@ def test_fewer_steps_and_evaluations() -> None:
 
 
 def test_processes_that_cannot_share_a_step() -> None:
-    with pytest.raises(UserError, match=r"8 micro-batches a step .* by 16 processes: take 1, 2, 4"):
+    with pytest.raises(
+        UserError, match=r"8 micro-batches a step .* among 16 processes; use 1, 2, 4"
+    ):
         make(gpus_per_node=8)
 
 

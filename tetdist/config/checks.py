@@ -171,7 +171,7 @@ def _check_augmentation(config: RunConfig) -> None:
         )
     if data.auto_augment.startswith("rand") and any(dict(data.color_jitter).values()):
         raise UserError(
-            f"data.color_jitter: it cannot go with data.auto_augment={data.auto_augment}, which "
+            f"data.color_jitter: cannot go with data.auto_augment={data.auto_augment}, which "
             "changes colours itself (timm drops the jitter then); leave one of them out"
         )
     if (data.mixup or data.cutmix) and config.batch.micro == 1:
@@ -195,7 +195,7 @@ def _check_precision_and_engine(config: RunConfig) -> None:
     if config.zero_stage and config.gradient_clipping is not None and config.clip_mode != "norm":
         raise UserError(
             f"clip_mode: {config.clip_mode} needs zero_stage=0 (no process has the whole gradient "
-            "at stages 1 and 2, where DeepSpeed clips by the norm); set one of the two so"
+            "at stages 1 and 2, where DeepSpeed clips by the norm); set that, or clip_mode=norm"
         )
 
 
@@ -218,7 +218,9 @@ def _check_cuda_graphs(config: RunConfig) -> None:
             "epoch, while a graph repeats the captured ones; set cuda_graphs=false"
         )
     if config.device == "cpu":
-        raise UserError("cuda_graphs=true needs a GPU, not device=cpu; set one of them differently")
+        raise UserError(
+            "cuda_graphs=true needs a GPU, but device=cpu; remove it or set device=cuda"
+        )
 
 
 def _check_profile(config: RunConfig) -> None:
