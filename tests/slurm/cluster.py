@@ -175,6 +175,12 @@ class Cluster:
         self._kill_all(node)
         self._crashed.add(node)
 
+    def notice_crashes(self, after: int) -> None:
+        """Have the controller give up nodes that have not answered for so many seconds."""
+        conf = self.conf.read_text()
+        self.conf.write_text(re.sub(r"(?m)^SlurmdTimeout=.*", f"SlurmdTimeout={after}", conf))
+        self.run("scontrol", "reconfigure")
+
     def _kill_all(self, node: str) -> None:
         def is_empty() -> bool:
             for process in self.processes_of(node):

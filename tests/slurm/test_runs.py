@@ -126,6 +126,9 @@ def test_preempted_without_grace_and_a_node_crashes(
     cluster.crash("node2")
     # Its peers miss it before Slurm does, and must not end the job before that.
     wait_until(lambda: "waiting for Slurm to start the job again" in run.log, "the loss", 60)
+    cluster.notice_crashes(after=10)
+    run.wait_for_start(3)
+    cluster.notice_crashes(after=60)
     run.wait_for("finished")
     assert len(run.restarts) == 2
     assert "preempted (SIGUSR2)" in run.restarts[0].text
