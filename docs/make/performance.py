@@ -80,14 +80,19 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
                 found.append(
                     Measurement(f"{name}-{precision}", f"model {more} --precision {precision}")
                 )
-        for network, timesteps in TRANSFORMERS:
+        for name, timesteps in TRANSFORMERS:
             for precision in ("fp32", "bf16"):
-                options_of = f"--model {network} --precision {precision} --modes none,blocks{peer}"
+                options_of = f"--model {name} --precision {precision} --modes none,blocks{peer}"
                 options_of += f" --timesteps {timesteps}"
                 found += [
-                    Measurement(f"{network}-{precision}", f"model {options_of} --repeats 5"),
-                    Measurement(f"{network}-memory-{precision}", f"memory {options_of}"),
+                    Measurement(f"{name}-{precision}", f"model {options_of} --repeats 5"),
+                    Measurement(f"{name}-memory-{precision}", f"memory {options_of}"),
                 ]
+    if not options.quick:
+        for name, timesteps in STREAMS:
+            for precision in ("fp32", "bf16"):
+                stream = f"stream --model {name} --precision {precision} --timesteps {timesteps}"
+                found.append(Measurement(f"stream-{name}-{precision}", f"{stream} --threads 1"))
     if options.device == "cpu":
         found += [
             Measurement("scaling-1", f"scaling --model {network}"),
@@ -120,6 +125,16 @@ TRANSFORMERS = (
     ("sdt_8_384", 4),
     ("maxformer_10_384", 4),
     ("espikeformer_s", 1),
+)
+
+
+# One timestep at a time. And T.
+STREAMS = (
+    ("spiking_convnet", 4),
+    ("spiking_convnet_dvs", 10),
+    ("ms_resnet14_cifar", 4),
+    ("sew_resnet34", 4),
+    ("sdt_2_256_cifar", 4),
 )
 
 
@@ -250,6 +265,8 @@ until the end of the backward pass.
 
 {series_table(found, "batch", "batch")}""",
     ]
+    if not options.quick:
+        parts.append(f"## One timestep at a time\n\n{stream_text(found)}")
     if "scaling-1" in found:
         parts.append(f"## Several processes\n\n{scaling_text(found)}")
     if "data" in found:
@@ -260,6 +277,25 @@ until the end of the backward pass.
         parts.append(gpu)
     parts.append(f"## The commands\n\n{commands}")
     return "\n\n".join(parts) + "\n"
+
+
+def stream_text(found: dict[str, dict[str, Any]]) -> str:
+    """The section about streams."""
+    columns = ["T=1 pass", "stream, a step", "onnxruntime, a step", "spikingjelly, single step"]
+    rows = []
+    for network, timesteps in STREAMS:
+        for precision in ("fp32", "bf16"):
+            measured = {r["name"]: r for r in found[f"stream-{network}-{precision}"]["rows"]}
+            cells = [f"{measured[c]['ms']:.2f}" if c in measured else "" for c in columns]
+            ratio = f"{measured['stream, a step']['ratio']:.3f}"
+            whole = f"{measured[f'whole pass, T={timesteps}']['ms']:.2f} (T={timesteps})"
+            rows.append([network, precision, *cells, ratio, whole])
+    head = ["network", "", *columns, "stream / T=1 pass", "whole pass"]
+    return f"""Milliseconds of one timestep of one sample on one thread. `model.stream()` carries
+membranes ([One timestep at a time](extending.md#one-timestep-at-a-time)). onnxruntime runs the
+graph of `export --format onnx-step`.
+
+{markdown(head, rows)}"""
 
 
 def gpu_text(found: dict[str, Any]) -> str:
