@@ -16,6 +16,7 @@ from typing import TextIO
 COMMANDS = {
     "train": "train a network; the same command continues a stopped run",
     "eval": "evaluate a checkpoint",
+    "replay": "stream a recording through a network trained on windows of a fixed size",
     "slurm": "send a run to a Slurm cluster; status, cancel, resume",
     "study": "train several configurations with several seeds, and report",
     "status": "how a run is, or several: progress, ETA, results, checkpoint",

@@ -2,16 +2,27 @@
 
 import importlib
 import json
+import re
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import cameras
+import numpy as np
 import pytest
+import timm
 import tiny
 import torch
 from tiny import Outcome
+
+from tetdist.apps.events.binning import Binning, bin_events
+from tetdist.apps.events.recording import Events, Sensor
+from tetdist.apps.events.simulate import DEFAULT_SENSOR
+from tetdist.apps.weights.trained import load
+from tetdist.evaluation.evaluate import running_means
+from tetdist.storage import checkpoint
 
 TOOLS = tiny.PROJECT / "tools"
 SPLIT = "simulated-published"
@@ -24,9 +35,64 @@ def tool(name: str) -> ModuleType:
 @pytest.fixture
 def data_root(tmp_path: Path) -> Path:
     images, dest = cameras.draw_bars(tmp_path / "images", train=8, val=3), tmp_path / "events"
-    options = ["--simulate", "--timesteps", "2", "--size", "16", "--workers", "1"]
+    options = ["--simulate", "--timesteps", "2", "--size", "16", "--workers", "1", "--bins", "9ms"]
     assert tool("prebin_dvs").main([str(images), str(dest), *options]) == 0
     return dest / "splits" / SPLIT
+
+
+def replayed_is_the_whole_pass(run: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A stream of a recording's windows says what the network says of the tensor of them."""
+    made = cameras.events(900, *DEFAULT_SENSOR, duration=40_000)
+    np.savez(folder / "it.npz", **made._asdict(), **DEFAULT_SENSOR._asdict())
+    replay, command = tool("replay"), [str(folder / "it.npz"), "--checkpoint", str(run)]
+    capfd.readouterr()
+    started = time.monotonic()
+    assert replay.main(command) == 0
+    assert time.monotonic() - started > 0.04  # at the recording's speed
+    assert replay.main([*command, "--fast"]) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if "timestep" in line]
+    trained = load(run)
+    binning = Binning(6, Sensor(16, 16), "9ms", "count", "area", "uint8")
+    frames = bin_events(Events(*made, DEFAULT_SENSOR), binning).tensor
+    expected = []
+    for t in range(0, 5, 2):  # Five windows; the network starts anew after two.
+        x = torch.from_numpy(frames[None, t : t + 2]).float()
+        with torch.no_grad():
+            means = running_means(trained.model(x, per_timestep=True))[:, 0].softmax(-1)
+        expected += [(f"timestep {i + 1}/2", *means[i].max(-1)) for i in range(2)][: 5 - t]
+    classes = trained.description.classes
+    assert len(lines) == 2 * 5
+    for line, (at, confidence, number) in zip(lines, 2 * expected, strict=True):
+        assert at in line
+        assert re.search(rf"  {classes[number]}  {100 * confidence:.1f} %  ", line)
+    np.savez(folder / "other.npz", **made._asdict(), width=99, height=99)
+    assert replay.main([str(folder / "other.npz"), "--checkpoint", str(run)]) == 2
+    assert (
+        f"other.npz: its sensor is 99x99, not {DEFAULT_SENSOR} as expected"
+        in capfd.readouterr().err
+    )
+    (folder / "torn.npz").write_bytes((folder / "it.npz").read_bytes()[:500])
+    assert replay.main([str(folder / "torn.npz"), "--checkpoint", str(run)]) == 2
+    assert "torn.npz: it is not an NPZ file, or damaged" in capfd.readouterr().err
+
+
+def test_replay_needs_windows_of_a_fixed_size(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trained = tmp_path / "model.safetensors"
+    config = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d", "data.kind": "events"})
+    config["model"] = {"name": "vggsnn", "num_classes": 2, "arguments": {"input_size": 16}}
+    weights = timm.create_model("vggsnn", num_classes=2, input_size=16).state_dict()
+    for binning, expected in (
+        (None, "does not say how its recordings were binned"),
+        ({"bins": "count"}, "parts of a whole recording, which a stream cannot know; bin by wind"),
+    ):
+        values = {"config": config, "classes": ["a", "b"], "timesteps": 2, "step": 0}
+        description = checkpoint.Description(**values, binning=binning)
+        checkpoint.write_model_file(trained, weights, description)
+        assert tool("replay").main(["it.npz", "--checkpoint", str(trained)]) == 2
+        assert expected in capfd.readouterr().err
+        trained.unlink()
 
 
 def test_results_carry_the_name_of_the_split(
@@ -51,6 +117,7 @@ def test_results_carry_the_name_of_the_split(
             (SPLIT,)
         ]
 
+    replayed_is_the_whole_pass(run, tmp_path, capfd)
     result = tmp_path / "result.json"
     arguments = ["--checkpoint", str(run), "--json", str(result), "--execution", "reference"]
     threads = torch.get_num_threads()

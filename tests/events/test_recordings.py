@@ -299,7 +299,7 @@ def test_hdf5_that_points_to_another_file_is_refused(tmp_path):
     [("1.raw", cameras.evt2), ("1.dat", cameras.dat), ("1.aedat4", cameras.aedat4)],
 )
 def test_a_sensor_that_the_file_contradicts_is_refused(tmp_path, name, write):
-    with pytest.raises(BadRecording, match=r"its sensor is .*, and --sensor says 99x99"):
+    with pytest.raises(BadRecording, match=r"its sensor is .*, not 99x99 as expected"):
         read(tmp_path, name, write(MADE), Sensor(99, 99))
 
 

@@ -56,3 +56,14 @@ def recorded_split(root: str | Path) -> str | None:
     """
     found = description(root)
     return found["split"] if found else None
+
+
+def binning(root: str | Path) -> dict[str, Any] | None:
+    """Return the parameters with which a data root's events were binned; None: unknown.
+
+    Raises:
+        UserError: Its dataset.json is damaged.
+    """
+    found = description(root) or {}
+    sensor = {"sensor": found["sensor"]} if "sensor" in found else {}
+    return found["parameters"] | sensor if "parameters" in found else None

@@ -73,6 +73,7 @@ class Description(BaseModel):
     converted: dict[str, str] | None = None
     which: str | None = None
     averaged: str | None = None
+    binning: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.config.identity import differences
+from tetdist.datasets import recorded_split
 from tetdist.errors import UserError
 from tetdist.nn import neurons
 from tetdist.plugins import checksums_of
@@ -144,7 +145,8 @@ def _describe(
     described["data"]["root"] = str(Path(config.data.root).resolve())
     described["data"]["index"] = str(config.data.index_dir.resolve())
     described["model"]["neuron"] = neurons.as_dict(config.model.neuron.at_epoch(run.epoch_of(step)))
-    return checkpoint.Description(
+    binning = recorded_split.binning(config.data.root)
+    description = checkpoint.Description(
         config=described,
         classes=list(run.train.classes),
         timesteps=run.model.timesteps,
@@ -152,6 +154,7 @@ def _describe(
         validation=validation,
         imports=checksums_of(config.imports),
     )
+    return description.model_copy(update={"binning": binning}) if binning else description
 
 
 def begin(run: Prepared) -> Teacher | None:

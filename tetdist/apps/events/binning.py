@@ -1,8 +1,9 @@
 """Frames made of events: T bins of time, two polarities, counted, resized, stored small."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, assert_never
+from typing import Any, Literal, NamedTuple, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -102,6 +103,28 @@ def bin_events(events: Events, binning: Binning) -> Frames:
     frames = _frames(counts, binning)
     tensor, saturated = _stored(frames, binning)
     return Frames(tensor, saturated, int((counts.max(axis=(2, 3)) == 0).sum()))
+
+
+def window_frames(events: Events, binning: Binning) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
+    """Yield each window of a fixed size: its first and last microsecond, and its frame, (2, H, W).
+
+    Frames are those of `bin_events` at any T; the last window may be one that the recording ends.
+    """
+    window = Window.of(binning.bins)
+    assert window is not None, "the bins have no fixed size"
+    start, last = int(events.t[0]), int(events.t[-1])
+    if window.unit == "us":
+        times = np.arange(start, last + 1, window.size)
+        edges = [*np.searchsorted(events.t, times).tolist(), len(events)]
+        ends = [int(time) + window.size for time in times]
+    else:
+        edges = [*range(0, len(events), window.size), len(events)]
+        ends = [int(events.t[edge - 1]) for edge in edges[1:]]
+    for i, end in enumerate(ends):
+        part = events.cut(slice(edges[i], edges[i + 1]))
+        counts = _count(part, np.zeros(len(part), np.int64), 1)
+        yield start, end, _stored(_frames(counts, binning), binning)[0][0]
+        start = end
 
 
 def _bin_numbers(events: Events, binning: Binning) -> npt.NDArray[np.int64]:

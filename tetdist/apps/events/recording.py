@@ -52,8 +52,11 @@ class Events:
     def between(self, start: int, end: int) -> "Events":
         """Return the events with start <= t < end (microseconds)."""
         first, last = np.searchsorted(self.t, [start, end])
-        cut = slice(first, last)
-        return Events(self.x[cut], self.y[cut], self.t[cut], self.p[cut], self.sensor)
+        return self.cut(slice(first, last))
+
+    def cut(self, part: slice) -> "Events":
+        """Return some of the events, by their number."""
+        return Events(self.x[part], self.y[part], self.t[part], self.p[part], self.sensor)
 
 
 def checked_events(

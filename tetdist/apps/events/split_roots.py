@@ -110,6 +110,7 @@ def _description(
         "tool": "tools/prebin_dvs.py",
         "tetdist": tetdist.__version__,
         "parameters": settings.as_dict(),
+        "sensor": str(next(record.sensor for of in members.values() for record in of)),
         "recordings": {part: len(members.get(part, ())) for part in _PARTS},
         "left_out": bad,
         "fingerprint": digest.hexdigest(),

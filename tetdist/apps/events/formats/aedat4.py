@@ -66,7 +66,7 @@ def _read(data: bytes, sensor: Sensor | None) -> Events:
         raise BadRecording(f"it is truncated: {len(data)} bytes, and more than {end} belong")
     stream, stated = _event_stream(header.text(_INFO))
     if sensor not in (None, stated):
-        raise BadRecording(f"its sensor is {stated}, and --sensor says {sensor}")
+        raise BadRecording(f"its sensor is {stated}, not {sensor} as expected")
     compression = header.number(_COMPRESSION, "<i", 0)
     parts = [np.empty(0, _EVENT)]
     found = []

@@ -78,7 +78,7 @@ def _from_arrays(
     if "width" in size and "height" in size:
         stated = Sensor(int(size["width"]), int(size["height"]))
         if sensor not in (None, stated):
-            raise BadRecording(f"its sensor is {stated}, and --sensor says {sensor}")
+            raise BadRecording(f"its sensor is {stated}, not {sensor} as expected")
         sensor = stated
     if sensor is None:
         raise BadRecording("it does not say the sensor's size: give --sensor WIDTHxHEIGHT")

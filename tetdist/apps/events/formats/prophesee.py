@@ -88,7 +88,7 @@ def _evt_version(line: str) -> str | None:
 def _sensor(header: list[str], given: Sensor | None) -> Sensor:
     stated = _stated_sensor(header)
     if given and stated and given != stated:
-        raise BadRecording(f"its sensor is {stated}, and --sensor says {given}")
+        raise BadRecording(f"its sensor is {stated}, not {given} as expected")
     if sensor := given or stated:
         return sensor
     for line in header:

@@ -1,0 +1,8 @@
+"""Stream a recording through a network; all it does is in tetdist/apps/cli/replay.py."""
+
+import sys
+
+from tetdist_command import run
+
+if __name__ == "__main__":
+    sys.exit(run("replay"))
