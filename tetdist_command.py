@@ -1,8 +1,8 @@
-"""Starts the commands: `tetdist COMMAND`, and those of tools/, launch/ and tetdist/train.py.
+"""Start a command: `tetdist COMMAND`, or a script of tools/, launch/ or tetdist/train.py.
 
-`import tetdist` loads torch and timm, which takes seconds. A command answers --help and mistakes
-before that, and sets variables that torch reads when it is loaded; so it asks tetdist/__init__.py,
-by TETDIST_COMMAND, to load nothing ahead. That is why this module is outside the package.
+`import tetdist` loads torch and timm, which takes seconds. A command must handle --help and user
+errors before that, and set variables that torch reads at import; so it sets TETDIST_COMMAND, which
+makes tetdist/__init__.py load nothing ahead. That is why this module is outside the package.
 """
 
 import importlib
@@ -17,33 +17,33 @@ COMMANDS = {
     "train": "train a network; the same command continues a stopped run",
     "eval": "evaluate a checkpoint",
     "replay": "stream a recording through a network trained on windows of a fixed size",
-    "slurm": "send a run to a Slurm cluster; status, cancel, resume",
+    "slurm": "submit a run to a Slurm cluster; status, cancel, resume",
     "study": "train several configurations with several seeds, and report",
-    "status": "how a run is, or several: progress, ETA, results, checkpoint",
-    "compare_runs": "where two runs part, or several side by side",
+    "status": "show progress, ETA, results and checkpoint of runs",
+    "compare_runs": "show where two runs first differ, or list several side by side",
     "images": "index, check, shard or extract a data set of images",
-    "prebin_dvs": "make tensors of recordings of event cameras",
-    "digits": "make the data set of the quickstart",
-    "cifar": "make a folder of images of a CIFAR archive",
-    "convert": "take over weights from elsewhere",
+    "prebin_dvs": "convert recordings of event cameras to tensors",
+    "digits": "write the data set of the quickstart",
+    "cifar": "unpack a CIFAR archive into image folders",
+    "convert": "convert weights of other projects",
     "export": "export a trained network",
     "average": "average the weights of several trained networks",
     "bench": "measure speed and memory",
-    "check_gpu": "check a machine with GPUs before training on it: ten minutes",
+    "check_gpu": "check a machine with GPUs before training on it; takes ten minutes",
     "list": "list recipes, networks, neurons, losses and optimisers",
-    "quickstart": "make the digits, train on them, evaluate: minutes on two cores",
+    "quickstart": "train and evaluate on handwritten digits; minutes on two cores",
 }
 
 
 def main() -> int:
-    """Run ``tetdist COMMAND ...``; its exit status."""
+    """Run ``tetdist COMMAND ...`` and return its exit status."""
     return _answer_while_read(lambda: _main(*(sys.argv[1:] or ["--help"])))
 
 
 def _main(name: str, *arguments: str) -> int:
     name = name.replace("-", "_") if not name.startswith("-") else name
     if name in ("-h", "--help"):
-        print("usage: tetdist COMMAND ...   (tetdist COMMAND --help says more)")
+        print("usage: tetdist COMMAND ...   (tetdist COMMAND --help shows its options)")
         print("       tetdist --version\n")
         print("\n".join(f"  {command:13} {text}" for command, text in COMMANDS.items()))
         return 0
@@ -54,7 +54,7 @@ def _main(name: str, *arguments: str) -> int:
         return 0
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
-        print(f"error: there is no command {name!r}; there are {known}", file=sys.stderr)
+        print(f"error: there is no command {name!r}; choose from {known}", file=sys.stderr)
         return 2
     return _run(name, list(arguments))
 

@@ -19,8 +19,8 @@ class Pretended:
         self.steps = 0
         self.alive.append(self)
 
-    def tell(self, line: str) -> None:
-        assert not self.unanswered, "told before it has answered"
+    def send(self, line: str) -> None:
+        assert not self.unanswered, "sent before it has answered"
         self.unanswered.append(int(line))
 
     def seconds(self) -> float:
@@ -33,7 +33,7 @@ class Pretended:
 
 
 def test_ours_waits_as_its_commands_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "Told", Pretended)
+    monkeypatch.setattr(turns, "TimedProcess", Pretended)
     with turns.contestants(["tetdist, none"], argparse.Namespace()) as found:
         assert [one.waiting for one in found.values()] == ["asleep"]
 
@@ -42,10 +42,10 @@ def test_ours_waits_as_its_commands_do(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_better_way_of_waiting_competes(
     monkeypatch: pytest.MonkeyPatch, spinning: float, better: str
 ) -> None:
-    monkeypatch.setattr(turns, "Told", Pretended)
+    monkeypatch.setattr(turns, "TimedProcess", Pretended)
     monkeypatch.setattr(Pretended, "spinning", spinning)
     with turns.contestants(["one", "other"], argparse.Namespace()) as found:
-        # Of each the better process is left, which has answered all that it was told.
+        # Of each the better process is left, which has answered every command.
         assert len(Pretended.alive) == 2
         for one in found.values():
             assert one.waiting == better

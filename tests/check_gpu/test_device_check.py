@@ -61,7 +61,7 @@ def test_the_quick_checks_pass_here(tmp_path: Path, call: Callable[..., tuple[in
     last = output.splitlines()[-1]
     assert last.startswith("no GPU: ")
     assert last.endswith("; left out: graphs, links, pixels")
-    assert "there is no GPU, and CUDA graphs are a GPU's" in output
+    assert "CUDA graphs need a GPU" in output
     found = json.loads(file.read_text())
     assert set(found["checks"]) == set(names.split(","))
     # In float64 the kernels and the definition are equal but for rounding.
@@ -134,7 +134,7 @@ def test_what_is_bad_is_told_with_its_remedy(here: Machine) -> None:
     )
     assert [line.split()[0] for line in lines] == ["ok", "bad", "bad"]
     assert "RuntimeError: CUDA error: an illegal memory access" in lines[2]
-    assert report.conclusion() == "to mend: first: pip uninstall one (1 more after that)"
+    assert report.conclusion() == "to fix: first: pip uninstall one (then 1 more)"
     assert "Traceback" in report.as_dict()["checks"]["second"]["traceback"]
 
 
@@ -319,7 +319,7 @@ def test_runs_that_take_long_are_ended(here: Machine, monkeypatch: pytest.Monkey
     monkeypatch.setattr(resume, "_prepared", lambda _root, _small: file)
     found = resume.check_resume(here)
     assert found.status == "bad"
-    assert "the run 'straight' to step 6 failed: not done within the 20 s" in found.text
+    assert "the run 'straight' to step 6 failed: not finished within the 20 s" in found.text
 
 
 @pytest.fixture
@@ -372,13 +372,13 @@ def test_versions_that_suit_each_other(on_gpu: Machine) -> None:
     ("changes", "text", "remedy"),
     [
         ({"triton": ["3.2.0"]}, "Triton 3.2.0 is older than 3.3", "pip install torch torchvision "),
-        ({"triton": ["3.6.0"]}, "wants ==3.7.0", "pip install 'triton==3.7.0'"),
+        ({"triton": ["3.6.0"]}, "needs ==3.7.0", "pip install 'triton==3.7.0'"),
         ({"nvidia-nccl-cu13": ["2.27.5"]}, "NCCL 2.28.9 is loaded", "unset LD_LIBRARY_PATH"),
         ({"nvidia-dali-cuda130": []}, "DALI is not installed", pip_install("cuda130")),
         ({"nvidia-dali-cuda120": ["2.0"]}, "two builds of DALI", "pip uninstall -y nvidia-dali-"),
         (
             {"nvidia-dali-cuda130": [], "nvidia-dali-cuda120": ["2.0"]},
-            "torch is built for CUDA 13.0 and DALI is cuda120",
+            "torch is built for CUDA 13.0, but DALI for cuda120",
             f"uninstall -y nvidia-dali-cuda120; {pip_install('cuda130')}",
         ),
         ({"deepspeed": []}, "DeepSpeed is not installed", "or train with engine=torch"),
@@ -412,7 +412,7 @@ def test_a_gpu_that_torch_is_not_built_for(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70", "sm_75"])
     found = versions.check_versions(on_gpu)
-    assert "built for sm_70, sm_75, and this GPU is sm_90" in found.text
+    assert "built for sm_70, sm_75, but this GPU is sm_90" in found.text
     assert "whl/cu130" in str(found.remedy)
 
 

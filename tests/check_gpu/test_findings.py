@@ -31,7 +31,7 @@ def test_a_slow_gpu_among_others_is_bad() -> None:
     result = Result("rates", compared([rates(speed) for speed in speeds]), 1.0)
     assert result.worst.status == "bad"
     assert result.text == (
-        "rank 3: 15% slower than most: 1700.0 images/s (the slowest process 1700, the fastest 2010)"
+        "rank 3: 15% slower than most: 1700.0 images/s (slowest process 1700, fastest 2010)"
     )
     assert "nvidia-smi" in str(result.worst.remedy)
     # Of two, the slower one is; of three, not those beside which one is faster.
@@ -47,7 +47,7 @@ def test_gpus_of_one_kind_may_differ_a_little() -> None:
     result = Result("rates", found, 1.0)
     assert result.worst.status == "ok"
     # The slowest is shown, and written: all wait for it.
-    assert result.text.startswith("1850.0 images/s (the slowest process 1850, the fastest 2000)")
+    assert result.text.startswith("1850.0 images/s (slowest process 1850, fastest 2000)")
 
 
 def test_a_speed_that_is_no_number_is_bad() -> None:
@@ -59,9 +59,9 @@ def test_a_process_with_another_version_is_bad() -> None:
     drivers = ("580.1", "570.2", "580.1")
     found = compared([rates(1.0, driver=driver) for driver in drivers])
     assert [one.status for one in found] == ["ok", "bad", "ok"]
-    assert found[1].text == "driver is 570.2 there, and 580.1 on other processes"
+    assert found[1].text == "driver is 570.2, but 580.1 on other processes"
     without = compared([rates(1.0, triton="3.4"), rates(1.0), rates(1.0, triton="3.4")])
-    assert without[1].text == "triton is None there, and 3.4 on other processes"
+    assert without[1].text == "triton is None, but 3.4 on other processes"
 
 
 def test_all_processes_together_are_as_fast_as_the_slowest() -> None:
@@ -81,7 +81,7 @@ def test_the_last_line_says_that_there_was_no_gpu() -> None:
         {}, "cpu", 1, small=True, results=[Result("versions", [Finding("ok", "x")], 1.0)]
     )
     assert report.conclusion().startswith("no GPU: ")
-    assert dataclasses.replace(report, small=False).conclusion() == "all is well"
+    assert dataclasses.replace(report, small=False).conclusion() == "no problem found"
 
 
 # --- remedies -------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_the_last_line_says_that_there_was_no_gpu() -> None:
         (580, (7, 0), "whl/cu126"),  # CUDA 13 knows no Volta
         (550, (12, 0), "install a driver of version 580 or newer"),  # CUDA 12.6 knows no Blackwell
         (470, (8, 0), "install a driver of version 525 or newer"),
-        (580, (3, 5), "take another GPU"),
+        (580, (3, 5), "use another GPU"),
         (None, None, "whl/cu130"),
     ],
 )

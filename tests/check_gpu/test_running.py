@@ -73,7 +73,7 @@ def test_a_rank_that_fails_in_a_collective_keeps_nobody_waiting(
     assert [status for status, _ in both] == [1, 1], both
     output = both[0][1]
     assert "bad       steps                  rank 1: RuntimeError: the GPU has fallen off" in output
-    assert "to mend: steps: " in output.splitlines()[-1]
+    assert "to fix: steps: " in output.splitlines()[-1]
     assert output.splitlines()[-1].endswith("not reached: links")
     found = json.loads(file.read_text())
     assert list(found["checks"]) == ["versions", "steps"]
@@ -93,7 +93,7 @@ def test_a_rank_that_dies_is_a_finding(farm: Farm, tmp_path: Path, temporary: Pa
     both = farm.side_by_side(2, tiny.python("-c", COMMAND, file, temporary, 1), tmp_path)
     assert [status for status, _ in both] == [3, 7], both
     output = both[0][1]
-    assert ". All processes end; what was found before is kept" in output
+    assert ". All processes end; the findings so far are kept" in output
     assert "bad       steps                  rank 1 (process " in output
     found = json.loads(file.read_text())
     assert found["checks"]["steps"]["remedy"] == remedies.DEAD
@@ -121,7 +121,7 @@ def test_a_signal_leaves_the_findings_and_no_folder(
         os.kill(process.pid, number)
         output, _ = process.communicate(timeout=20)
     assert process.returncode == 128 + number, output
-    assert f"interrupted; {file} has what was found before" in output
+    assert f"interrupted; {file} has the findings so far" in output
     assert json.loads(file.read_text())["not_reached"] == ["steps", "links"]
     assert list(temporary.iterdir()) == []
 
@@ -150,8 +150,8 @@ def test_a_check_that_hangs_ends_at_its_limit(
 
     report = run_checks({"fine": fine, "resume": hanging, "last": fine}, here, keep=keep)
     assert report.hangs
-    assert report.results[-1].worst.text.startswith("not done after 0 s: it is at ")
-    assert report.conclusion().startswith("to mend: resume: --only resume with NCCL_DEBUG=INFO")
+    assert report.results[-1].worst.text.startswith("not finished after 0 s: it is at ")
+    assert report.conclusion().startswith("to fix: resume: run --only resume with NCCL_DEBUG=INFO")
     assert report.conclusion().endswith("; not reached: last")
     # What was found is kept after each check.
     assert kept == [["resume", "last"], ["last"]]
@@ -164,7 +164,7 @@ def test_all_checks_together_have_a_limit(
     report = run_checks({"fine": fine, "slow": hanging, "last": fine}, here)
     assert report.status == 1
     assert report.conclusion() == (
-        "to mend: slow: the same command with --only slow, which has more time alone; "
+        "to fix: slow: run the same command with --only slow, which then has more time; "
         "not reached: last"
     )
 

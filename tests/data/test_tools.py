@@ -112,7 +112,7 @@ def test_files_that_are_not_taken_are_counted_and_named(image_root, call):
     status, output = call("images.py", "index", root, "--workers", 1)
     assert status == 0, output
     assert (
-        "train: passed over 1 with .db (train/bee/Thumbs.db), 2 with .gif (train/ant/a.gif, ...),"
+        "train: ignored 1 with .db (train/bee/Thumbs.db), 2 with .gif (train/ant/a.gif, ...),"
         " 1 with .heic (train/bee/c.HEIC), 1 with no suffix (train/note)\n"
     ) in output
     status, output = call("images.py", "check", root, "--workers", 1)
@@ -142,7 +142,7 @@ def test_a_test_folder_is_not_mistaken_for_what_training_takes(image_root, call)
     for options in ([], ["--splits", "train,test"]):
         status, output = call("images.py", "index", root, "--workers", 1, *options)
         assert status == 0, output
-        assert "not to train on" not in output
+        assert "without a train split" not in output
     assert sorted(p.stem for p in (root / "index").iterdir()) == ["test", "train", "val"]
 
 
@@ -177,14 +177,14 @@ def test_data_to_evaluate_alone_need_no_train(image_root, call, name):
         (
             lambda root: (root / "train" / "bee" / "bee0.jpg").write_text("hello"),
             ["--skip-bad", "--workers", 1],
-            "class 'bee' of train is all bad",
+            "train has no usable file of 'bee'",
         ),
         (None, ["--splits", "train,test"], "neither a folder 'test' nor"),
         (None, ["--workers", "0"], "--workers"),
         (None, ["--splits", ","], "--splits"),
         (None, ["--events", "--no-decode"], "--no-decode"),
         (None, ["--events"], "holds no events (.npy)"),
-        (None, ["--out", "/dev/null/index"], "/dev/null/index cannot be written"),
+        (None, ["--out", "/dev/null/index"], "/dev/null/index is not writable"),
     ],
 )
 def test_mistakes_end_in_a_sentence(image_root, call, spoil, options, words):
@@ -318,18 +318,18 @@ def test_samples_without_a_label_are_left_out_only_if_asked(image_root, tmp_path
     assert load_index(tmp_path / "s" / "index" / "train.npz").skipped == ("data/0.tar/c.jpg",)
     assert sorted(p.name for p in (tmp_path / "d" / "train").glob("*/*")) == ["a.jpg", "b.jpg"]
     status, output = call("images.py", "index", tmp_path / "s", *options, "--skip-bad")
-    assert "2 images in 1 tar file in 3 classes, 1 of them without any, 1 bad one" in output
+    assert "2 images in 1 tar file in 3 classes, 1 of them empty, 1 bad one" in output
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["index", "R", "--shards", "train"], "it must be SPLIT=PATTERN"),
-        (["check", "R", "--shards", "test=x"], "'test' is not among --splits"),
+        (["index", "R", "--shards", "train"], "--shards train: write SPLIT=PATTERN"),
+        (["check", "R", "--shards", "test=x"], "'test' is not one of --splits"),
         (["shard", "R", "D", "--shard-mb", "0"], "--shard-mb must be at least 1"),
         (["shard", "R", "D"], "there is no index R/index/train.npz: build it with"),
         (["extract", "R", "D"], "there is no data folder R"),
-        (["check", "R", "--out", "/dev/null/x"], "/dev/null/x cannot be written"),
+        (["check", "R", "--out", "/dev/null/x"], "/dev/null/x is not writable"),
     ],
 )
 def test_mistakes_with_the_other_commands_do_too(call, tmp_path, monkeypatch, arguments, words):
@@ -392,7 +392,7 @@ def test_the_digits_are_made_once_and_completely(tmp_path, call):
     assert (image.mode, image.getextrema()) == ("L", (0, 255))
 
     before = (dest / "index" / "val.npz").stat().st_mtime_ns
-    assert call("digits.py", dest) == (0, f"{dest} holds the 5,000 digits already\n")
+    assert call("digits.py", dest) == (0, f"{dest} already holds the 5,000 digits\n")
     assert (dest / "index" / "val.npz").stat().st_mtime_ns == before
 
     shutil.rmtree(dest / "train" / "5")
@@ -407,5 +407,5 @@ def test_the_digits_take_nothing_elses_place(tmp_path, call):
     (dest / "thesis.txt").write_text("all of it")
     status, output = call("digits.py", dest)
     assert status == 2
-    assert "is not this tool's digits" in output
+    assert "does not hold this tool's digits" in output
     assert (dest / "thesis.txt").read_text() == "all of it"

@@ -161,9 +161,7 @@ def test_what_is_decided_and_what_it_takes(run: Path, evaluate: Tool, tmp_path: 
     assert f"{NUM_SAMPLES} samples of val" in out
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows if len(row) == 4 and row[0].isdigit()] == ["1", "2", "3", "5"]
-    summary = (
-        f"top-1 {found['top1']:.2f} %, top-5 100.00 %, loss {found['loss']:.4f} at T = 3, as is"
-    )
+    summary = f"top-1 {found['top1']:.2f} %, top-5 100.00 %, loss {found['loss']:.4f} at T = 3, "
     assert summary in out
     assert summary in evaluation_page.html_page(found)
     assert panel(evaluation_page._early_exit, found).get_lines()[1].get_xdata()[-1] == 3
@@ -247,7 +245,9 @@ def test_events_are_dropped(main: Callable[..., Any], evaluate: Tool, tmp_path: 
     assert none["top1"] == 50.0
     # Numbers of events are accumulates, and so are means of spikes.
     assert found["operations"]["multiply_accumulates"] == 0
-    assert "3 time bins, not 4" in broken(evaluate, "--checkpoint", run, "--timesteps", "4")
+    assert "exceeds the data's 3 time bins" in broken(
+        evaluate, "--checkpoint", run, "--timesteps", "4"
+    )
 
 
 def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
@@ -295,10 +295,10 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
     assert evaluate("--checkpoint", trained, "--exit-within", 5, "--report", page)[0] == 0
     assert f"lost on {held} training samples held out" in page.read_text()
     for arguments, message in (
-        (("--checkpoint", run, "--exit-within", "1"), "train it with data.held_out=0.1"),
+        (("--checkpoint", run, "--exit-within", "1"), "train with data.held_out=0.1"),
         (("--checkpoint", run, "--exit-within", "-1"), "from 0 to 100"),
         (("--checkpoint", run, "--measured"), "add --exit-within POINTS"),
-        (("--checkpoint", run, "--exit-within", "few"), "not a number of points"),
+        (("--checkpoint", run, "--exit-within", "few"), "'few' must be a number"),
         (("--checkpoint", run, "--exit-within", "1", "--variant", "real"), "leave out --variant"),
     ):
         assert message in broken(evaluate, *arguments)
@@ -426,10 +426,10 @@ def test_weights_of_somebody_else_ask_for_the_data(
     assert export.main([str(run), "--format", "safetensors", "--output", str(file)]) == 0
     monkeypatch.chdir(tmp_path)
     message = broken(evaluate, "--checkpoint", file)
-    assert "the training's data, data, is not here; give --data ROOT, a folder with the" in message
+    assert "the training's data folder, data, does not exist here; give --data ROOT, a" in message
     (tmp_path / "data").mkdir()
     message = broken(evaluate, "--checkpoint", file)
-    assert "no index data/index/val.npz in the folder that the recipe names; give --data" in message
+    assert "the recipe's data folder has no index data/index/val.npz; give --data" in message
 
 
 def broken(evaluate: Tool, *arguments: object) -> str:
@@ -480,10 +480,10 @@ def test_some_of_the_classes_are_found_by_their_names_and_said_to_be_a_subset(
             assert row == (whole["confusion"][k] if k in labels else [0] * len(tiny.CLASSES))
         right = sum(whole["confusion"][k][k] for k in labels)
         assert found["top1"] == pytest.approx(100 * right / found["samples"])
-        words = f"which have {len(names)} of its 4 classes ({', '.join(names)}); it chose among all"
+        words = f"with {len(names)} of its 4 classes ({', '.join(names)}); the network chose among"
         assert words in out
         assert words in page.read_text()
-    assert "there is that of Test, so give --split Test" in broken(
+    assert "but one of Test; give --split Test" in broken(
         evaluate, "--checkpoint", run, "--data", tmp_path / "Test"
     )
 
@@ -496,8 +496,8 @@ def test_bad_data(run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path) ->
 
     none = tmp_path / "none"
     message = broken(evaluate, "--checkpoint", run, "--data", none)
-    assert f"--data: {none} does not exist; give the folder of the data" in message
-    assert "there is that of train, val, so give" in problem("--split", "test")
+    assert f"--data: {none} does not exist; give the data folder" in message
+    assert "but one of train, val; give" in problem("--split", "test")
     (tiny_copy / "val/up").rename(tiny_copy / "val/top")
     assert "val/" in problem()
     index.index_splits(tiny_copy, ["val"])

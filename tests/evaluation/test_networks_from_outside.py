@@ -60,7 +60,7 @@ def test_all_but_what_is_known_of_ours_is_reported(kind: str, alone: World) -> N
     about = {"checkpoint": "x", "model": "outside", "step": 1, "split": "val", "seed": 0}
     about |= {"trained_timesteps": T, "reported_timesteps": [1, T]}
     for text in (as_text(about | found), html_page(about | found)):
-        assert "operations are not counted" in text
+        assert "operations are only counted for" in text
     assert png_page(about | found).startswith(b"\x89PNG")
 
 

@@ -154,7 +154,7 @@ def test_corruptions_by_severity(file: Path, evaluate: Evaluate, tmp_path: Path)
     fog = (accuracy["fog"]["1"] + accuracy["fog"]["5"]) / 2
     assert found["mean_error"] == pytest.approx(100 - (fog + accuracy["glass_blur"]["2"]) / 2)
     assert found["mce"] is None
-    assert "no mean corruption error: it is of all 15" in output
+    assert "no mean corruption error (mCE): it needs all 15" in output
     assert f"{accuracy['glass_blur']['2']:.2f}" in output
 
 
@@ -226,17 +226,17 @@ def test_several_labels_of_an_image(file: Path, evaluate: Evaluate, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["imagenet-a"], "--variant imagenet-a needs its folder, --data FOLDER"),
+        (["imagenet-a"], "--variant imagenet-a needs its folder; give --data FOLDER"),
         (["imagenet-r", "--data", "x", "--split", "y"], "leave out --split"),
-        (["imagenet-c", "--data", "x", "--report", "a.html"], "--report is not for --variant"),
-        (["imagenet-c", "--data", "x", "--timesteps", "1,2"], "at one number of timesteps"),
+        (["imagenet-c", "--data", "x", "--report", "a.html"], "does not support --report"),
+        (["imagenet-c", "--data", "x", "--timesteps", "1,2"], "is evaluated at one T"),
         (["imagenet-c", "--data", "/"], "/ has no folder of a corruption"),
         (["imagenet-c", "--data", "nowhere"], "--data: nowhere does not exist"),
         # Not "there is no index /index/nowhere.npz", which would have the whole disk indexed.
         (["imagenet-v2", "--data", "/nowhere"], "--data: /nowhere does not exist"),
         (["imagenet-a", "--data", "/nowhere"], "--data: /nowhere does not exist"),
-        (["imagenet-r", "--data", __file__], "test_variants.py is a file; give the folder"),
-        (["real", "--data", __file__], "test_variants.py is a file; give the folder"),
+        (["imagenet-r", "--data", __file__], "test_variants.py is a file; give the data folder"),
+        (["real", "--data", __file__], "test_variants.py is a file; give the data folder"),
     ],
 )
 def test_options_are_checked(evaluate: Evaluate, arguments: list[str], complaint: str) -> None:

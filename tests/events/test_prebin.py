@@ -159,7 +159,7 @@ def test_a_stopped_call_is_continued(tmp_path, prebin_dvs, ended, how):
     tiny.wait_until(lambda: not any(file.exists() for file in semaphores), 20)
     assert "Traceback" not in output
     if how == signal.SIGINT:
-        assert "the same command goes on from here" in output
+        assert "stopped; the same command continues" in output
     done = len(journal.read_text().splitlines())
     assert 4 < done < 300
     assert not (dest / "splits").exists()
@@ -198,8 +198,8 @@ def test_a_changed_parameter_is_not_mixed_with_old_tensors(source, tmp_path, pre
     before = contents(dest)
     status, output = prebin_dvs(source, "--bins", "time")
     assert status == 2
-    assert "were made with bins=count and not time: name another DEST, or give --overw" in output
-    assert "with bins=count and not 3ms" in prebin_dvs(source, "--bins", "3ms")[1]
+    assert "were made with bins=count, not time; name another DEST, or give --overw" in output
+    assert "with bins=count, not 3ms" in prebin_dvs(source, "--bins", "3ms")[1]
     assert prebin_dvs(source, timesteps=5)[0] == 2
     assert contents(dest) == before
     status, output = prebin_dvs(source, "--overwrite", timesteps=5)
@@ -211,7 +211,7 @@ def test_a_changed_parameter_is_not_mixed_with_old_tensors(source, tmp_path, pre
     ("change", "words"),
     [
         (lambda file: file.write_bytes(cameras.nmnist(cameras.events(seed=9))), "has changed"),
-        (lambda file: file.unlink(), "is no more there"),
+        (lambda file: file.unlink(), "no longer exists"),
     ],
 )
 def test_a_changed_source_is_not_mixed_with_old_tensors(
@@ -250,10 +250,10 @@ def spoil(source):
     return {
         "left/a.bin": "truncated",
         "left/b.bin": "the file is empty",
-        "right/c.bin": "timestamps go back",
+        "right/c.bin": "timestamps decrease",
         "right/d.bin": "contents are AEDAT",
         "right/e.bin": "3 events are too few for 4 bins",
-        "right/f.aedat": "its sensor is 128x128, that of 20 others 34x34",
+        "right/f.aedat": "its sensor is 128x128, but 20 others have 34x34",
         "right/g.bin": "No such file",
     }
 
@@ -266,7 +266,7 @@ def test_bad_recordings_are_named_and_left_out_only_when_told(source, tmp_path, 
         (line,) = [line for line in output.splitlines() if line.startswith(f"bad: {path}: ")]
         assert reason in line
     assert "7 of 27 recordings are bad" in output
-    assert "no split was made: mend the bad recordings, or give --skip-bad" in output
+    assert "no split was made: replace the bad recordings, or give --skip-bad" in output
     assert not (tmp_path / "dest" / "splits").exists()
 
     status, output = prebin_dvs(source, "--split", "first-80-percent", "--skip-bad")
@@ -288,7 +288,7 @@ def test_what_is_no_file_is_bad_and_never_waited_for(source, prebin_dvs):
     (source / "left" / "d.mat").touch()
     status, output = prebin_dvs(source, "--skip-bad", "--split", "first-80-percent")
     assert status == 0, output
-    assert "passed over 1 with .mat (left/d.mat)" in output
+    assert "ignored 1 with .mat (left/d.mat)" in output
     for name, reason in (("a", "It is a pipe"), ("b", "a device"), ("c", "Too many levels")):
         (line,) = [line for line in output.splitlines() if f"bad: left/{name}.bin" in line]
         assert reason in line
@@ -324,7 +324,7 @@ def test_a_class_of_bad_recordings_only_is_refused(source, tmp_path, prebin_dvs)
         (source / "left" / f"{i}.bin").write_bytes(b"")
     status, output = prebin_dvs(source, "--split", "first-80-percent", "--skip-bad")
     assert status == 2
-    assert "'first-80-percent' has no good recording of class 'left' in val" in output
+    assert "'first-80-percent' has no usable recording of class 'left' in val" in output
     assert not (tmp_path / "dest" / "splits").exists()
 
 
@@ -365,7 +365,7 @@ def test_labelled_gestures_are_cut_out(tmp_path, prebin_dvs):
     (source / "trials_to_test.txt").write_text("user1.aedat\n")
     status, output = prebin_dvs(source, "--skip-bad")
     assert status == 0, output
-    assert "bad: user3.aedat: 2000000 to 3000000 us: there are no events" in output
+    assert "bad: user3.aedat: 2000000 to 3000000 us: it has no events" in output
     root = dest / "splits" / "published"
     assert {path for path in contents(root) if path.startswith("val")} == {
         "val/1/user1-0.npy",
@@ -415,7 +415,7 @@ def test_frames_that_fit_into_no_memory_end_in_a_sentence(source, prebin_dvs, mo
     monkeypatch.setattr(tensors_module, "bin_events", full)
     status, output = prebin_dvs(source, "--size", 40)
     assert status == 2
-    assert "4 frames of 40x40 pixels, made of left/0.bin, do not fit into the memory" in output
+    assert "4 frames of 40x40 pixels from left/0.bin do not fit into memory" in output
 
 
 def test_what_is_no_image_is_not_simulated(image_root, prebin_dvs):
@@ -429,20 +429,23 @@ def test_what_is_no_image_is_not_simulated(image_root, prebin_dvs):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--timesteps", "0"], "'0' is not a number above 0"),
-        (["--bins", "0ms"], "'0ms' is not count, time, a duration such as 20ms"),
-        (["--timesteps", "100000000"], "'100000000': the most is 10000"),
-        (["--size", "100000"], "'100000': the most is 8192 pixels a side"),
-        (["--workers", "100000"], "the most is 512"),
-        (["--size", "48x"], "'48x' is not a size such as 48 or 64x48"),
-        (["--sensor", "dvs"], "'dvs' is not a size"),
+        (["--timesteps", "0"], "'0' must be a whole number above 0"),
+        (["--bins", "0ms"], "'0ms' must be count, time, a duration such as 20ms"),
+        (["--timesteps", "100000000"], "'100000000' must be at most 10000"),
+        (["--size", "100000"], "'100000' must be at most 8192 pixels a side"),
+        (["--workers", "100000"], "must be at most 512"),
+        (["--size", "48x"], "'48x' must be a size such as 48 or 64x48"),
+        (["--sensor", "dvs"], "'dvs' must be a size"),
         (["--values", "sum"], "invalid choice: 'sum'"),
         (["--values", "published", "--resize", "area"], "leave out --resize"),
-        (["--split", "first-half"], "'first-half' is none of published, first-90-percent"),
-        (["--split", "published"], "nothing says the part of left/0.bin"),
+        (["--split", "first-half"], "'first-half' is not one of published, first-90-percent"),
+        (["--split", "published"], "the part of left/0.bin is unknown"),
         (["--split", "0-99-test"], "leaves nothing to train of 'left', which has 10"),
         (["--sensor", "10x10"], "outside the 10x10 sensor"),
-        (["--simulate", "--sensor", "7x9"], "--sensor: simulated, 8x8 is the least"),
+        (
+            ["--simulate", "--sensor", "7x9"],
+            "--simulate needs at least 8x8 pixels, not 7x9",
+        ),
     ],
 )
 def test_mistakes_end_in_a_sentence(source, tmp_path, prebin_dvs, options, words):
@@ -464,7 +467,7 @@ def test_nothing_elses_folder_is_taken(source, tmp_path, prebin_dvs, call):
     for inside in (source, source / "deep", tmp_path):
         status, output = call(TOOL, source, inside, "--timesteps", 4)
         assert status == 2
-        assert "lie one in the other" in output
+        assert "contain each other" in output
 
 
 def test_two_calls_do_not_work_in_one_folder(source, tmp_path, prebin_dvs):
@@ -473,7 +476,7 @@ def test_two_calls_do_not_work_in_one_folder(source, tmp_path, prebin_dvs):
     with open_destination(tmp_path / "dest", source, settings, overwrite=False):
         status, output = prebin_dvs(source)
     assert status == 2
-    assert "another process is at work in" in output
+    assert "another process is using" in output
 
 
 def test_where_there_are_no_hard_links_tensors_are_copied(
@@ -502,7 +505,7 @@ def test_saturation_is_reported(tmp_path, prebin_dvs):
     status, output = prebin_dvs(source, timesteps=2)
     assert status == 0, output
     # Each of 2 pixels has some 375 of the 1500 events of a bin, of either polarity.
-    assert "32 values were too large for uint8" in output
+    assert "32 values were clipped to the maximum of uint8" in output
     found = json.loads((tmp_path / "dest" / "statistics.json").read_text())
     assert (found["left"]["saturated"], found["all"]["saturated"]) == (16, 32)
 
@@ -539,7 +542,7 @@ def test_a_missing_package_is_named(source, prebin_dvs, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     status, output = prebin_dvs(source)
     assert status == 2
-    assert f"error: HDF5 needs the package h5py: {pip_install('events')}\n" in output
+    assert f"error: HDF5 needs the package h5py; {pip_install('events')}\n" in output
 
 
 @needs_real_data

@@ -120,13 +120,14 @@ def test_a_preset_makes_its_frames_and_splits(name, trees, tmp_path, prebin_dvs)
     assert steps.max() > 0
     assert np.allclose(steps, np.rint(steps), atol=0.1)
     preset = PRESETS[name]
-    assert f"and {preset.title} is {preset.classes} in {preset.recordings:,}: results" in output
+    whole = f"but {preset.title} has {preset.classes} in {preset.recordings:,}, so results"
+    assert whole in output
     for split in preset.splits:
-        assert (f"  behind {split.behind}\n  ease: {split.ease}\n" in output) == any(
+        assert (f"  used by: {split.behind}\n  difficulty: {split.ease}\n" in output) == any(
             full.startswith(split.name) for full in made
         )
     if name == "cifar10-dvs":
-        assert "not made: the split '0-99-test' leaves nothing to train of 'cat'" in output
+        assert "split skipped: the split '0-99-test' leaves nothing to train of 'cat'" in output
 
 
 def test_a_split_of_ones_own_is_said_to_have_no_published_result(trees, prebin_dvs):
@@ -135,9 +136,9 @@ def test_a_split_of_ones_own_is_said_to_have_no_published_result(trees, prebin_d
     )
     assert status == 0, output
     published, _, own = output.partition("splits/first-90-percent")
-    assert "  ease: " in published
+    assert "  difficulty: " in published
     assert "no published result" not in published
-    assert "\n  no published result is known on this split\n" in own
+    assert "\n  no published result is known for this split\n" in own
 
 
 def test_a_preset_takes_no_other_data_set_for_its_own(trees):
@@ -147,7 +148,7 @@ def test_a_preset_takes_no_other_data_set_for_its_own(trees):
             if other == name:
                 assert "results are not those of the whole" in check_source(name, root, sources)
                 continue
-            with pytest.raises(UserError, match=f"--preset {name} expects .* name that folder"):
+            with pytest.raises(UserError, match=f"--preset {name} expects .* give the data set's"):
                 check_source(name, root, sources)
 
 
@@ -182,9 +183,9 @@ def test_options_beside_a_preset_count_and_are_said(trees, tmp_path, prebin_dvs)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "give --timesteps, the number of bins, or --preset"),
+        ([], "give --timesteps (the number of time bins) or --preset"),
         (["--preset", "mnist-dvs"], "invalid choice: 'mnist-dvs'"),
-        (["--preset", "nmnist", "--simulate"], "--preset is of recordings and --simulate of"),
+        (["--preset", "nmnist", "--simulate"], "--preset needs recordings and --simulate images"),
         (["--preset", "cifar10-dvs"], "--preset cifar10-dvs expects 10 classes in 10,000 record"),
         (["--preset", "nmnist", "--split", "0-99-test"], "leaves nothing to train of '3'"),
     ],

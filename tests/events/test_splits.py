@@ -114,7 +114,7 @@ def test_a_test_part_alone_is_to_be_evaluated(tmp_path, name):
     assert set(assign(listing.sources, "all-to-val", 0).values()) == {"val"}
     assert {piece.class_name for source in listing.sources for piece in source.pieces} == {"0", "1"}
     assert listing.passed_over.suffixes == {".txt": (1, f"{name}/0/notes.txt")}
-    with pytest.raises(UserError, match="'published' has nothing to train, no recording is of"):
+    with pytest.raises(UserError, match="'published' has no recording to train"):
         assign(listing.sources, "published", 0)
 
 
@@ -123,7 +123,7 @@ def test_a_training_part_alone_is_divided(tmp_path):
     sources = list_sources(tmp_path, [".bin"]).sources
     assert default_split(sources) == "stratified-9-1"
     assert len(trained(sources, "stratified-9-1")) == 18
-    with pytest.raises(UserError, match="'published' has nothing to test, no recording is of"):
+    with pytest.raises(UserError, match="'published' has no recording to test"):
         assign(sources, "published", 0)
 
 
@@ -176,9 +176,9 @@ def test_a_recording_that_is_not_there_has_a_problem(gestures):
         file.write("\nuser31.aedat\n")
     sources = list_sources(gestures, [".aedat"]).sources
     assert {source.path: source.problem for source in sources if source.problem} == {
-        "user3.aedat": "it is in trials_to_train.txt, and there is no such file",
-        "user30": "there is user30_labels.csv, and no recording of its name",
-        "user31.aedat": "it is in trials_to_test.txt, and there is no such file",
+        "user3.aedat": "it is listed in trials_to_train.txt, but there is no such file",
+        "user30": "there is user30_labels.csv, but no recording of this name",
+        "user31.aedat": "it is listed in trials_to_test.txt, but there is no such file",
     }
 
 

@@ -67,7 +67,7 @@ def test_a_relu_network_is_what_it_begins_with(
     assert convert([*arguments, "--output", str(tmp_path / "begin.safetensors")]) == 0
     output = capsys.readouterr().out
     assert "102 of 143 tensors" in output
-    assert "initialised: 41 tensors that a ReLU network has not, such as offsets" in output
+    assert "initialised: 41 tensors that a ReLU network lacks, such as offsets" in output
     with torch.device("meta"):
         model = timm.create_model("psn_sew_resnet18", num_classes=7)
     found = foreign.convert(theirs, "torchvision", model)
@@ -103,5 +103,5 @@ def test_which_timesteps_it_runs() -> None:
 
 
 def test_nir_has_no_node_for_its_offsets() -> None:
-    with pytest.raises(UserError, match="psn_sew_resnet18 adds a number of its own to the image"):
+    with pytest.raises(UserError, match="psn_sew_resnet18 adds a learnt number to the image"):
         to_nir(small(neuron={"kind": "lif"}), (3, 64, 64))

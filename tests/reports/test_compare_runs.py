@@ -76,7 +76,7 @@ def test_what_only_the_clock_changes_is_the_same(run_tool: Tool, tmp_path: Path)
     b = make_run(tmp_path / "b", {("train", 3): clock, ("val", 5): {"time": 9.0, "seconds": 9.0}})
     status, printed, _ = run_tool(a, b)
     assert status == 0
-    assert "Metrics: the same in the 12 lines that both have." in printed
+    assert "Metrics: the same in 12 lines that both have." in printed
     assert printed.endswith("The runs are the same.\n")
     assert "train: 10 lines, step 1 to 10; val: 2 lines, step 5 to 10" in printed
     # Another name is no difference of the runs.
@@ -100,14 +100,14 @@ def test_where_they_part_and_by_how_much(run_tool: Tool, tmp_path: Path) -> None
     )
     status, printed, _ = run_tool(a, b, "--json", tmp_path / "result.json")
     assert status == 1
-    assert "Metrics: they part at step 4." in printed
-    first, over_all = printed.split("Over all steps that both have:")
+    assert "Metrics: they first differ at step 4." in printed
+    first, over_all = printed.split("Over all common steps:")
     assert row(first, "train/loss") == ["train/loss", "0.25", "0.25000000000000006", "2.2e-16"]
     assert row(over_all, "train/loss") == ["train/loss", "0.5", "7", "4", "2", "of", "10", "steps"]
     assert row(over_all, "train/lr")[1:4] == ["0.5", "7", "7"]
     assert row(over_all, "val/per_timestep_top1.t2")[1:4] == ["0.5", "10", "10"]
     assert row(over_all, "val/firing_rate.b.sn")[1:] == ["inf", "10", "10", "1", "of", "1", "step"]
-    assert "the same to the bit: train/phase, val/top1, val/per_timestep_top1.t1\n" in over_all
+    assert "bitwise identical: train/phase, val/top1, val/per_timestep_top1.t1\n" in over_all
     assert printed.endswith("The runs differ.\n")
 
     result = json.loads((tmp_path / "result.json").read_text())
@@ -129,7 +129,7 @@ def test_an_evaluation_may_be_the_first_to_differ(run_tool: Tool, tmp_path: Path
     b = make_run(tmp_path / "b", {("val", 5): {"top1": 55.0}, ("train", 8): {"loss": 1.0}})
     status, printed, _ = run_tool(a, b)
     assert status == 1
-    assert "Metrics: they part at step 5." in printed
+    assert "Metrics: they first differ at step 5." in printed
     assert row(printed.split("Over all")[0], "val/top1") == ["val/top1", "50.0", "55.0", "0.091"]
 
 
@@ -165,7 +165,7 @@ def test_steps_that_only_one_has(run_tool: Tool, tmp_path: Path) -> None:
     b = make_run(tmp_path / "b", without | {("val", 10): None})
     status, printed, _ = run_tool(b, a, "--tolerance", 1, "--json", tmp_path / "r.json")
     assert status == 1
-    assert "Metrics: the same within 1 in the 9 lines that both have." in printed
+    assert "Metrics: the same within 1 in 9 lines that both have." in printed
     assert row(printed, "train") == ["train", "only", "b", "2,", "9"]
     assert row(printed, "val") == ["val", "only", "b", "10"]
     result = json.loads((tmp_path / "r.json").read_text())
@@ -173,7 +173,7 @@ def test_steps_that_only_one_has(run_tool: Tool, tmp_path: Path) -> None:
 
     write_lines(b / "metrics.jsonl", [train_line(11)])
     _, printed, _ = run_tool(a, b)
-    assert "Metrics: no step is in both." in printed
+    assert "Metrics: the runs have no common step." in printed
     assert "only a  1, 2, ... 10 (10 steps)" in printed
 
 
@@ -209,7 +209,7 @@ def test_files_alone_torn_and_empty(run_tool: Tool, tmp_path: Path) -> None:
     status, printed, _ = run_tool(a, b)
     assert status == 1
     assert f"b  {b}  no metrics" in printed
-    assert "Metrics: no step is in both." in printed
+    assert "Metrics: the runs have no common step." in printed
     assert run_tool(b, b)[0] == 0
 
 
@@ -224,7 +224,7 @@ def test_mistakes_end_in_one_sentence(run_tool: Tool, tmp_path: Path) -> None:
         assert said.count("\n") == 1
         return said
 
-    assert f"error: {empty} is no run folder: there is no metrics.jsonl in it" in mistaken(a, empty)
+    assert f"error: {empty} is not a run folder, because it has no" in mistaken(a, empty)
     assert f"there is no {tmp_path}/none; give a run folder" in mistaken(tmp_path / "none", a)
     assert "result.json: name a file in a folder" in mistaken(
         a, b, "--json", empty / "none/result.json"
@@ -235,7 +235,7 @@ def test_mistakes_end_in_one_sentence(run_tool: Tool, tmp_path: Path) -> None:
     for kinds_and_steps in (("train", 5), ("train", 3)), (("val", 5), ("train", 5), ("val", 5)):
         write_lines(file, [{"kind": kind, "step": step} for kind, step in kinds_and_steps])
         kind, step = kinds_and_steps[-1]
-        said = f"{file}: step {step} of {kind} comes after step 5, and steps must ascend to be"
+        said = f"{file}: step {step} of {kind} follows step 5, but steps must ascend"
         assert said in mistaken(a, b)
         assert said in mistaken(file, a)
     (b / "config.yaml").write_text("a: [")
@@ -243,7 +243,7 @@ def test_mistakes_end_in_one_sentence(run_tool: Tool, tmp_path: Path) -> None:
     for text in ("-1", "nan", "inf", "much"):
         status, _, said = run_tool(a, a, f"--tolerance={text}")
         assert status == 2
-        assert "is not a number from 0 on" in said
+        assert "must be a number of at least 0" in said
     assert run_tool(a)[0] == 2
 
 
@@ -319,11 +319,11 @@ def test_the_first_step_with_other_samples(
     )
     status, printed, _ = run_tool(a, b, "--json", tmp_path / "r.json")
     assert status == 1
-    assert "Samples: they part at step 2, and differ at 2 of 3 steps. At step 2:" in printed
-    assert "  only a saw: 1 sample (5)\n" in printed
-    assert "  only b saw: 1 sample (20)\n" in printed
-    assert "  with other content: 1 sample (6)\n" in printed
-    assert "  only b has a record of step 4\n" in printed
+    assert "Samples: they first differ at step 2, in total at 2 of 3 steps. At step 2:" in printed
+    assert "  only in a: 1 sample (5)\n" in printed
+    assert "  only in b: 1 sample (20)\n" in printed
+    assert "  with different content: 1 sample (6)\n" in printed
+    assert "  only b recorded step 4\n" in printed
     assert json.loads((tmp_path / "r.json").read_text())["samples"] == {
         "common": 3,
         "different": [2, 3],
@@ -339,14 +339,14 @@ def test_a_step_whose_samples_one_run_alone_recorded(
     write_samples(b, sample_lines(1, [0, 1], [2, 3]) + sample_lines(2, [4, 5], [6, 7]))
     status, printed, _ = run_tool(a, b)
     assert status == 1
-    assert "Samples: the same at 2 steps.\n  only a has a record of step 3\n" in printed
+    assert "Samples: the same at 2 steps.\n  only a recorded step 3\n" in printed
 
 
 def test_samples_of_one_run_only_and_damaged(run_tool: Tool, sampled: tuple[Path, Path]) -> None:
     a, b = sampled
     status, printed, _ = run_tool(b, a)
     assert status == 0
-    assert "Samples: only b has a record of them; not compared." in printed
+    assert "Samples: only b recorded them; not compared." in printed
     for damaged in ('{"step": 1, "ids": [1, 2], "crc32": [1]}', '{"step": 1}', "[]", "{"):
         (b / "samples-0.jsonl").write_text(damaged + "\n")
         status, _, said = run_tool(a, b)
@@ -423,7 +423,7 @@ def test_runs_without_configuration_or_evaluation(run_tool: Tool, tmp_path: Path
     assert row(each, str(tmp_path / "c.jsonl"))[1:] == ["-"] * 7
     assert row(groups, str(tmp_path / "c.jsonl"))[1:] == ["1", "-", "-", "-"]
     expected = "2 50.00 +- 0.00 50.00 +- 0.00 nan +- nan"
-    assert " ".join(row(groups, "the same but for the seed")[6:]) == expected
+    assert " ".join(row(groups, "equal except for the seed")[5:]) == expected
 
 
 def test_all_lines_of_training_are_kept_for_curves_alone(tmp_path: Path) -> None:
@@ -475,9 +475,7 @@ def test_a_studys_folder(run_tool: Tool, tmp_path: Path) -> None:
     assert row(groups, "tet")[:3] == ["tet", "2", "70.50"]
     status, same, said = run_tool(*sorted(study.iterdir()))
     assert (status, same) == (0, printed)
-    assert said == "".join(
-        f"{study / name} is no run, and left out\n" for name in ("logs", "report.md")
-    )
+    assert said == "".join(f"skipped {study / name}: not a run\n" for name in ("logs", "report.md"))
     # Of the same names elsewhere, what they are called says where.
     other = make_series(tmp_path / "tet-seed0", "sdt", 0, [1.0])
     _, printed, _ = run_tool(study / "tet-seed0", study / "tet-seed1", other)

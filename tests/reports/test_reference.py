@@ -78,7 +78,7 @@ def test_a_run_on_the_way(tmp_path: Path, compare: Tool) -> None:
     run = a_run(tmp_path / "r", {1: 11.0, 3: 30.0})
     status, out, _ = compare(run, "--reference", "sew34", "--json", tmp_path / "v.json")
     assert status == 0
-    assert "r is on the way: 30.00 % after 3 epochs" in out
+    assert "r is on track: 30.00 % after 3 epochs" in out
     assert "phases.0.epochs 120 (theirs 320)" in out
     (verdict,) = json.loads((tmp_path / "v.json").read_text())["verdicts"]
     assert verdict["on_the_way"] is True
@@ -115,7 +115,7 @@ def test_too_early_where_the_reference_itself_guesses(tmp_path: Path, compare: T
     run = a_run(tmp_path / "r", {3: 0.10}, kind="val_ema")
     status, out, _ = compare(run, "--reference", "t_revsnn_ema")
     assert status == 0
-    assert "r has 0.10 % after 3 epochs, where t_revsnn_ema itself still guessed (0.12 %)" in out
+    assert "r has 0.10 % after 3 epochs, where t_revsnn_ema was still at chance (0.12 %)" in out
     assert average.warning(0.10, 3 * IMAGES) is None
 
 
@@ -150,12 +150,12 @@ def test_other_data_have_no_verdict(tmp_path: Path, compare: Tool) -> None:
     assert status == 0
     assert out.splitlines()[4].split() == ["2", "12.00", "23.18", "12.59"]
     assert "r cannot be compared with sew34: its epochs have 640,512 images, those of" in out
-    assert "1.0 of these, where sew34 had about 12.59 %, it has 12.00 %." in out
+    assert "1.0 epochs of ImageNet, it has 12.00 %, where sew34 had about 12.59 %." in out
     (verdict,) = json.loads((tmp_path / "v.json").read_text())["verdicts"]
     assert verdict["on_the_way"] is None
     # Some held out are no other data.
     run = a_run(tmp_path / "h", {1: 11.0}, images=round(0.96 * IMAGES))
-    assert "h is on the way" in compare(run, "--reference", "sew34")[1]
+    assert "h is on track" in compare(run, "--reference", "sew34")[1]
     # Ten epochs of few images are less than one of ImageNet's.
     run = a_run(tmp_path / "f", {10: 90.0}, images=IMAGES // 20)
     status, out, _ = compare(run, "--reference", "sew34")
@@ -283,7 +283,7 @@ def test_mistakes(tmp_path: Path, compare: Tool) -> None:
     run = a_run(tmp_path / "r", {})
     status, _, told = compare(run, "--reference", "sew43")
     assert status == 2
-    assert "no published curve 'sew43'; there are sew18, sew34" in told
+    assert "no published curve 'sew43'; choose from sew18, sew34" in told
     status, out, _ = compare(run, "--reference", "sew34")
     assert status == 0
     assert "r cannot be compared with sew34 yet: it has no evaluation after 1 to 320" in out
@@ -301,11 +301,11 @@ def test_a_run_says_so_itself(farm: Farm, tiny_root: Path, tmp_path: Path, compa
     config = tiny.write_config(tmp_path / "c.yaml", tiny_root)
     unknown = farm(config, "reference=sew43")
     assert unknown.status == 2
-    assert "reference: there is no published curve 'sew43'; there are sew18" in unknown.text
+    assert "reference: there is no published curve 'sew43'; choose from sew18" in unknown.text
     assert not runs.exists()
     other = farm(config, "reference=psn_sew34", "name=other")
     assert other.status == 0, other.text
-    said = "reference: psn_sew34 is of ImageNet's 1,000 classes and these data have 4; the run is"
+    said = "reference: psn_sew34 has ImageNet's 1,000 classes and these data have 4, so the run is"
     assert said in other.text
     assert "reference_top1" not in tiny.metrics(runs / "other", "val")[0]
     # An ImageNet of as many classes, whose epochs are as long.
@@ -327,7 +327,7 @@ def test_a_run_says_so_itself(farm: Farm, tiny_root: Path, tmp_path: Path, compa
     assert ("points behind psn_sew34" in trained.text) == behind
     average = farm(config, f"imports=[{small}]", "reference=t_revsnn_ema", "name=average")
     assert average.status == 0, average.text
-    assert "t_revsnn_ema is a moving average of weights and this run keeps none" in average.text
+    assert "t_revsnn_ema is of a moving average and this run keeps none" in average.text
     status, out, _ = compare(runs / "other", runs / "average")
     assert status == 0, out
-    assert "Metrics: the same in the 13 lines that both have." in out
+    assert "Metrics: the same in 13 lines that both have." in out

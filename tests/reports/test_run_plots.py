@@ -89,7 +89,7 @@ def test_a_picture_that_cannot_be_written_ends_nothing(
     model.set_execution("reference")
     evaluate(watching(config, model, tracker), tracker, LAST, 0.2)
     for name in ("learning_curves.png", "firing_rates.png", "membranes.png"):
-        assert f"no plot {name} was made" in caplog.text
+        assert f"cannot draw the plot {name}: " in caplog.text
 
 
 def test_without_plots_the_log_still_names_dead_layers(

@@ -60,13 +60,13 @@ FINISHED = [*LINES, train_line(20), val_line(20, 65.0, 70.0), {"kind": "final", 
     ("lines", "saved", "job", "state", "text"),
     [
         ([], None, None, "begun", "no step is logged"),
-        (LINES, 12, None, "stopped", "all is saved"),
+        (LINES, 12, None, "stopped", "saved; the same command continues"),
         (LINES, 10, None, "broken off", "2 logged steps after the last checkpoint"),
         (FINISHED, 20, None, "finished", ""),
         (FINISHED, 20, JobEvent("finished", "7", ""), "finished", ""),
         (LINES, 10, JobEvent("failed", "7", "out of memory"), "failed", "job 7: out of memory"),
         ([], None, JobEvent("submitted", "7", ""), "queued", "job 7: `python launch/slurm.py stat"),
-        (LINES, 12, JobEvent("stopped", "7", "time limit"), "stopped", "all is saved"),
+        (LINES, 12, JobEvent("stopped", "7", "time limit"), "stopped", "saved; the same command"),
     ],
 )
 def test_the_state(
@@ -97,7 +97,7 @@ def test_a_run_that_trains_says_how_far_it_is(tmp_path: Path) -> None:
     assert lines[0].startswith(f"{run}: training (for ")
     assert lines[1].startswith("  epoch 2.40/4  phase 0  step 12/20  ETA 24 s  last line 1 min")
     assert lines[2] == "  train       loss 0.083  top-1 50.0 %  lr 0.1  16 samples/s  data wait 3 %"
-    assert "top-1 60.00 %  loss 1.000, epoch 2; at best 70.00 %, step 5" in lines[3]
+    assert "top-1 60.00 %  loss 1.000, epoch 2; best 70.00 %, step 5" in lines[3]
     assert lines[4].startswith("  checkpoint  step-00000010.1, ")
 
 
@@ -152,7 +152,7 @@ def test_damaged_run_is_a_row_among_others_and_no_run_is_none_yet(
         ["c", "damaged", "-/-", "-/-"],
     ]
     first, second = said.err.splitlines()
-    assert first.startswith("error: runs/a/config.yaml is not the configuration of a run")
+    assert first.startswith("error: runs/a/config.yaml is damaged, or not the configuration")
     assert second.startswith("error: runs/c/metrics.jsonl: line 6 is damaged: torn;")
     assert command.main(["--json"]) == 2
     told = json.loads(capsys.readouterr().out)
@@ -161,41 +161,41 @@ def test_damaged_run_is_a_row_among_others_and_no_run_is_none_yet(
     assert command.main(["a"]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert "config.yaml is not the configuration of a run" in said.err
+    assert "config.yaml is damaged, or not the configuration" in said.err
 
 
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("checkpoints/last", "step-x", "last is damaged: 'step-x' is no checkpoint's name"),
-        ("checkpoints/last", "..", "last is damaged: '..' is no checkpoint's name"),
+        ("checkpoints/last", "step-x", "-00000040, not 'step-x'; write"),
+        ("checkpoints/last", "..", "-00000040, not '..'; write"),
         ("checkpoints/last", "\udcff", "last is damaged: "),
-        ("checkpoints/best", "step-", "best is damaged: 'step-' is no checkpoint's name"),
+        ("checkpoints/best", "step-", "-00000040, not 'step-'; write"),
         (
             "config.yaml",
             "phases: [{epochs: 1}]\nmax_steps: abc",
-            "is not the configuration of a run",
+            "is damaged, or not the configuration of a run",
         ),
-        ("config.yaml", "phases: [{epochs: .inf}]", "is not the configuration of a run"),
+        ("config.yaml", "phases: [{epochs: .inf}]", "is damaged, or not the configuration"),
         ("config.yaml", "[phases]", "config.yaml"),
         ("config.yaml", "\udcff", "config.yaml"),
         ("metrics.jsonl", "\udcff", "line 1 is damaged"),
         (
             "metrics.jsonl",
             '{"kind": "train", "step": 1}',
-            "train of step 1 is damaged, with time=None",
+            "train of step 1 is damaged (time=None)",
         ),
-        ("metrics.jsonl", json.dumps(val_line(3, 1, 1) | {"time": "x"}), "with time=x; restore"),
-        ("metrics.jsonl", '{"kind": "other", "step": 9}', "other of step 9 is damaged, with time"),
+        ("metrics.jsonl", json.dumps(val_line(3, 1, 1) | {"time": "x"}), "(time=x); restore"),
+        ("metrics.jsonl", '{"kind": "other", "step": 9}', "other of step 9 is damaged (time"),
         (
             "metrics.jsonl",
             json.dumps(train_line(1) | {"time": 1.0, "lr": "NaN"}),
-            "train of step 1 is damaged, with lr=nan",
+            "train of step 1 is damaged (lr=nan)",
         ),
         (
             "metrics.jsonl",
             json.dumps(val_line(3, 1, 1) | {"time": 1.0, "best_top1": [3]}),
-            "with best_top1=[3]",
+            "(best_top1=[3])",
         ),
     ],
 )

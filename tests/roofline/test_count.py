@@ -189,7 +189,7 @@ class AsksForNumbers(nn.Module):
 
 
 def test_a_network_that_asks_for_numbers_is_named() -> None:
-    with pytest.raises(UserError, match="what AsksForNumbers asks of a GPU cannot be computed"):
+    with pytest.raises(UserError, match="the work of AsksForNumbers cannot be counted"):
         count(AsksForNumbers(), SMALL, "bf16")
 
 

@@ -88,7 +88,7 @@ def test_many_small_kernels_wait_for_the_host() -> None:
 
 def test_a_card_without_arithmetic_for_a_precision() -> None:
     for card, precision in ((CARDS["V100"], "bf16"), (CARD, "fp64")):
-        with pytest.raises(UserError, match=f"no arithmetic of a {card.name} for precision="):
+        with pytest.raises(UserError, match=f"the speed of a {card.name} in precision="):
             estimate(dataclasses.replace(work_of(MOVES), precision=precision), card)
     for precision in ("fp32", "fp16"):
         estimate(dataclasses.replace(work_of(MOVES), precision=precision), CARDS["V100"])

@@ -63,15 +63,15 @@ def test_cluster_file_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     ("text", "parts"),
     [
         ("partiton: gpu", ["cluster.yaml", "unknown key 'partiton'", "'partition'"]),
-        ("zzz: 1", ["unknown key 'zzz'; known: partition, account"]),
+        ("zzz: 1", ["unknown key 'zzz'; known keys: partition, account"]),
         ("time: 24:00:00", ["cluster.yaml: 24:00:00 in line 1", "quote it"]),
         ("time: 30", ["'time'", "a valid string, in quotes, not 30"]),
-        ("time: tomorrow", ["cluster.time: 'tomorrow' is no time"]),
+        ("time: tomorrow", ["cluster.time: 'tomorrow' is not a time"]),
         ("nodes: 0", ["cluster.yaml", "'nodes'", "greater than 0"]),
         ("gpus_per_node: many", ["'gpus_per_node'", "not 'many'"]),
         ("- 1", ["cluster.yaml must hold keys and values"]),
         ("a: [", ["cluster.yaml is not valid YAML"]),
-        ('time: "1"', ["cluster.time: 1 is over before the warning 120 s"]),
+        ('time: "1"', ["cluster.time: 1 is not longer than cluster.warn_before_end (120 s)"]),
         ("setup: [2020-01-01]", ["a value is neither text"]),
         ('partition: "a\\nb"', ["'partition'"]),
     ],
@@ -233,10 +233,10 @@ def test_sweeps() -> None:
     for wrong in (["seed"], ["=1"], ["seed=1,,2"], ["seed="]):
         with pytest.raises(UserError, match="--sweep"):
             submit.sweep_of("run", wrong)
-    with pytest.raises(UserError, match="two of its runs are the same"):
+    with pytest.raises(UserError, match="two runs would have the same name"):
         submit.sweep_of("run", ["seed=1,1"])
     many = [f"x.y{i}={','.join(map(str, range(200)))}" for i in range(3)]
-    with pytest.raises(UserError, match=r"--sweep: 8,000,000 runs; .* 1,000 jobs"):
+    with pytest.raises(UserError, match=r"--sweep: 8,000,000 runs are too many; .* 1,000 by"):
         submit.sweep_of("run", many)
 
 
@@ -253,7 +253,7 @@ def test_tracker_that_is_down_stops_no_submission(
 
 def test_interface() -> None:
     assert interface_towards("127.0.0.1") == "lo"
-    with pytest.raises(UserError, match=r"finds no way to .*cluster\.interface"):
+    with pytest.raises(UserError, match=r"finds no route to .*cluster\.interface"):
         interface_towards("no.such.host.invalid")
 
 
@@ -285,11 +285,11 @@ def test_dry_run_writes_nothing(
     assert "#SBATCH --partition=gpu" in script
     assert yaml.safe_load(config)["cluster"]["gpus_per_node"] == 2
     assert Path(yaml.safe_load(config)["runs_dir"]).is_absolute()
-    assert "5 an epoch, 10 in all (2 epochs)" in text
+    assert "5 an epoch, 10 in total (2 epochs)" in text
     # Nothing says how many GPUs a node has.
     assert main(["--config", str(file), "--dry-run", "batch.micro=1"]) == 0
     said = capfd.readouterr()
-    assert "no --gpus-per-node is given: the plan takes 8" in said.err
+    assert "without --gpus-per-node, the plan assumes 8" in said.err
     assert "#SBATCH --gpus-per-node=8" in said.out
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -308,7 +308,7 @@ def test_plan_without_the_data(
     assert "(1281167 as published" in text
     assert "2 evaluations of 50000" in text
     text = planned("data.root=/nowhere", "--images", "80")
-    assert "10 an epoch, 20 in all (2 epochs)" in text
+    assert "10 an epoch, 20 in total (2 epochs)" in text
     assert "2 evaluations of 0" in text
     text = planned("data.root=/nowhere", "--images", "80", "data.held_out=0.1")
     assert "(72 as published" in text
@@ -319,7 +319,7 @@ def test_plan_without_the_data(
     root = ["--config", file, "--dry-run", "data.root=/nowhere"]
     refused(capfd, root, "there is no folder /nowhere", "--images N")
     recordings = ["--config", "nmnist.yaml", "--dry-run", "--images", "9"]
-    refused(capfd, recordings, "--images is not for recordings")
+    refused(capfd, recordings, "--images does not apply to recordings")
 
 
 @pytest.mark.usefixtures("without_slurm")
@@ -329,7 +329,7 @@ def test_what_is_refused_before_anything_is_written(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     file = str(tiny_config())
-    refused(capfd, ["--config", file], "how many GPUs", "--gpus-per-node G")
+    refused(capfd, ["--config", file], "the number of GPUs", "--gpus-per-node G")
     four = ["--config", file, "--gpus-per-node", "4"]
     refused(capfd, four, "there is no Slurm here", "--dry-run", "--local N")
     refused(capfd, [*four, "--nodes", "3"], "cannot be divided equally among 12 processes")
@@ -337,12 +337,12 @@ def test_what_is_refused_before_anything_is_written(
     refused(capfd, [*four, "reference=sew43"], "reference: there is no published curve 'sew43'")
     refused(capfd, [*four, "bach.micro=1"], "unknown key 'bach'")
     refused(capfd, [*four, "cluster.quos=x"], "unknown key 'quos'", "'qos'")
-    refused(capfd, [*four, "--time", "soon"], "--time: 'soon' is no time")
+    refused(capfd, [*four, "--time", "soon"], "--time: 'soon' is not a time")
     # Slurm would look for the log of job 12 in a folder 12.
     refused(capfd, [*four, "name=100%j"], "name: '100%j' must consist of letters")
-    refused(capfd, [*four, f"runs_dir={tmp_path}/%j"], "%j/tiny', has a %", "another runs_dir=...")
+    refused(capfd, [*four, f"runs_dir={tmp_path}/%j"], "contains a %", "another runs_dir=...")
     refused(capfd, [*four, "--after", "nothing"], "there is no run nothing")
-    refused(capfd, [*four, "--after", "nothing", "--local", "1"], "does not go with --local")
+    refused(capfd, [*four, "--after", "nothing", "--local", "1"], "cannot be combined with --local")
     refused(capfd, [*four, "--gpus-per-node", "-1"], "'gpus_per_node'")
     refused(capfd, ["status", "nothing"], "there is no run nothing")
     refused(capfd, ["cancel", str(tmp_path)], "was not submitted with `python launch/slurm.py`")
@@ -355,7 +355,7 @@ def test_wrong_command_line(capfd: pytest.CaptureFixture[str]) -> None:
         (["--config", "x", "--nodes", "none"], "'none' is not a whole number"),
         (["status"], "RUN"),
         (["--config", "x", "--dry-run", "--follow"], "not allowed"),
-        (["--config", "x", "--images", "8"], "--images is for --dry-run"),
+        (["--config", "x", "--images", "8"], "--images applies to --dry-run only"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
@@ -382,7 +382,7 @@ def test_local_run_starts_again_after_a_warning(tiny_config: ConfigWriter, tmp_p
         process.send_signal(signal.SIGUSR2)
         said, _ = process.communicate(timeout=90)
     assert process.returncode == 0, said
-    assert "SIGUSR2: all is saved, the job is started again" in said
+    assert "SIGUSR2: saved, the job is requeued" in said
     kinds = [event.kind for event in history.history(run)]
     assert kinds == ["submitted", "started", "stopped", "started", "finished"]
     tiny.assert_same_run(run, tmp_path / "runs" / "straight")

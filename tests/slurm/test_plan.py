@@ -101,7 +101,7 @@ def test_table() -> None:
     text = plan.describe(make(), Speed(100.0, 4))
     rows = {line.split()[0]: line for line in text.splitlines() if line[:5].strip().isdigit()}
     assert list(rows) == ["1", "2", "4", "8", "16", "32", "64"]
-    said = "8 micro-batches cannot be shared equally; another run could: "
+    said = "8 micro-batches do not divide equally; a new run could use "
     assert rows["4"].endswith(f"{said}batch.micro=16, or batch.global=512")
     # More processes than samples of a step.
     large = plan.describe(make(nodes=1, gpus_per_node=8), Speed(100.0, 4))
@@ -119,8 +119,8 @@ def test_table() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (None, "warning: the cluster's default a process, often 1, for the 8 threads"),
-        (4, "warning: 4 a process, for the 8 threads"),
+        (None, "warning: the cluster's default a process, often 1, but 8 threads load samples"),
+        (4, "warning: 4 a process, but 8 threads load samples"),
         (8, "8 a process, of which data.threads=8 load samples"),
     ],
 )

@@ -53,7 +53,8 @@ def test_submitted_to_finished(
     environment = (straight.path / "environment.json").read_text()
     assert slurm.main(["--config", str(launcher.config), "name=straight"]) == 2
     said = capfd.readouterr().err
-    assert f"straight is finished, at step {LAST_STEP}; `python tools/eval.py --checkpoint" in said
+    is_finished = f"straight is finished, at step {LAST_STEP}; evaluate it with `python tools/eval"
+    assert is_finished in said
     assert [event.kind for event in straight.history] == ["submitted", "started", "finished"]
     assert (straight.path / "environment.json").read_text() == environment
 
@@ -74,7 +75,7 @@ def test_preempted_requeued_cancelled_resumed(
     run.wait_for_step(run.restarts[1].step + 15)
 
     assert slurm.main(["--config", str(launcher.config), f"name={run.path.name}"]) == 2
-    assert f"queued already, as job {run.job} (RUNNING)" in capsys.readouterr().err
+    assert f"already queued as job {run.job} (RUNNING)" in capsys.readouterr().err
     # At the moment when it is about to requeue itself.
     cluster.run("scancel", "--signal=USR2", run.job)
     assert slurm.main(["cancel", str(run.path)]) == 0
@@ -125,7 +126,7 @@ def test_preempted_without_grace_and_a_node_crashes(
     run.wait_for_step(run.restarts[0].step + 15)
     cluster.crash("node2")
     # Its peers miss it before Slurm does, and must not end the job before that.
-    wait_until(lambda: "waiting for Slurm to start the job again" in run.log, "the loss", 60)
+    wait_until(lambda: "waiting for Slurm to requeue the job" in run.log, "the loss", 60)
     cluster.notice_crashes(after=10)
     run.wait_for_start(3)
     cluster.notice_crashes(after=60)
@@ -169,14 +170,14 @@ def test_started_again_when_the_controller_is_back(
     run = held(launcher, "without-controller")
     placement = run.path / "slurm/submission-1/code/tetdist/apps/slurm/placement.py"
     placement.write_text(
-        placement.read_text() + "CONTROLLER_PAUSE = 0.5\nREQUEUE_TIMEOUT = QUESTION_TIMEOUT = 3.0\n"
+        placement.read_text() + "CONTROLLER_PAUSE = 0.5\nREQUEUE_TIMEOUT = QUERY_TIMEOUT = 3.0\n"
     )
     cluster.run("scontrol", "release", run.job)
     run.wait_for_step(10)
     cluster.stop_controller()
     try:
         cluster.task(run.job, 0).send_signal(signal.SIGUSR2)
-        wait_until(lambda: "the controller of Slurm does not answer" in run.log, "that", 120)
+        wait_until(lambda: "Slurm's controller does not answer" in run.log, "that", 120)
     finally:
         cluster.start_controller()
     run.wait_for("finished")
@@ -237,7 +238,7 @@ def test_submitted_twice_and_cancelled_in_the_queue(
     assert mlflow_status(run) == "SCHEDULED"
     for again in ([], ["--local", "1"]):
         assert slurm.main(["--config", str(launcher.config), "name=waiting", *again]) == 2
-        assert f"queued already, as job {run.job} (PENDING)" in capfd.readouterr().err
+        assert f"already queued as job {run.job} (PENDING)" in capfd.readouterr().err
     assert slurm.main(["resume", str(run.path)]) == 2
     assert slurm.main(["cancel", str(run.path)]) == 0
     assert not run.is_queued
@@ -245,7 +246,7 @@ def test_submitted_twice_and_cancelled_in_the_queue(
     # What Slurm refuses leaves the folder free.
     capfd.readouterr()
     assert slurm.main(["resume", str(run.path), "--partition", "nowhere"]) == 2
-    assert "error: Slurm refuses the job: " in capfd.readouterr().err
+    assert "error: Slurm refused the job: " in capfd.readouterr().err
 
 
 def test_status_waits_for_a_controller_that_has_much_to_do(
@@ -266,7 +267,7 @@ def test_status_waits_for_a_controller_that_has_much_to_do(
 
         def is_told() -> bool:
             told.append(capfd.readouterr().err)
-            return "Slurm takes long to answer squeue; it is asked again" in "".join(told)
+            return "Slurm is slow to answer squeue; retrying" in "".join(told)
 
         wait_until(is_told, "that status says what it waits for")
         assert not status.done()

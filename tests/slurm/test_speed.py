@@ -59,7 +59,7 @@ def test_a_gpus_speed_is_computed_and_says_so() -> None:
     assert "computed, not measured" in text
     assert re.search(r"\d+ samples/s", text)
     assert re.search(
-        r"takes \d+\.\d ms for memory and \d+\.\d ms for arithmetic, the host \d", text
+        r"needs \d+\.\d ms for memory and \d+\.\d ms for arithmetic, the host meanwhile \d", text
     )
     assert re.search(r"about \d+\.\d GB of the 80;", text)
     config = loading.load("sew34_t4.yaml", [])
@@ -94,8 +94,8 @@ def test_what_cannot_be_computed_is_said_with_the_way_out() -> None:
     assert re.search(r"--gpu .*H100.*--benchmark FILE of tools/check_gpu.py", unnamed)
     without_units = of(*SMALL, gpu="V100")
     assert isinstance(without_units, str)
-    assert "no arithmetic of a V100 for precision=bf16; take another" in without_units
-    with pytest.raises(UserError, match=r"cluster.gpu: 'X1' is none of"):
+    assert "the speed of a V100 in precision=bf16; choose another" in without_units
+    with pytest.raises(UserError, match=r"cluster.gpu: the plan does not know 'X1', only V100"):
         gather({"gpu": "X1"}, {})
     on_cpu = of(gpus_per_node=0, gpu=None)
     assert isinstance(on_cpu, str)
@@ -110,9 +110,12 @@ def test_memory_that_is_too_small_is_said() -> None:
         ("RTX-4090", ("recompute=blocks",), True),
     ):
         said = dict(known(*large, *more, gpu=gpu).details)["memory"]
-        assert ("too much; take a smaller batch.micro, or recompute" in said) != fits, gpu
+        assert ("too much; use a smaller batch.micro, or recompute" in said) != fits, gpu
     # 11 million weights, their gradients and momentum, in float32; then their average, too.
-    for more, weights in (((), "0.1 of it weights"), (("ema.decay=0.9",), "0.2 of it weights")):
+    for more, weights in (
+        ((), "0.1 of it for weights"),
+        (("ema.decay=0.9",), "0.2 of it for weights"),
+    ):
         assert weights in dict(known(*SMALL, *more).details)["memory"]
 
 
@@ -165,7 +168,7 @@ def test_what_differs_is_compared_by_the_roofline(
 
 
 def test_more_than_the_roofline_allows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="200 % of what the roofline of an H100 allows"):
+    with pytest.raises(UserError, match="200 % of the roofline of an H100, so"):
         of(*SMALL, file=on_h100(tmp_path, 2), gpu="A100-80")
 
 
@@ -183,14 +186,14 @@ def test_every_kind_of_neuron_has_an_estimate(kind: str) -> None:
 
 def test_a_benchmark_that_says_nothing_about_the_run(tmp_path: Path) -> None:
     on_cpu = written(tmp_path, images_per_s=4.2, **(MEASURED | {"device": "cpu"}))
-    with pytest.raises(UserError, match="was measured on a CPU, which says nothing"):
+    with pytest.raises(UserError, match="was measured on a CPU, which does not predict"):
         of(*SMALL, file=on_cpu)
     assert known(*SMALL, file=on_cpu, gpus_per_node=0, gpu=None).images_per_s == 4.2
     of_another = ("model.name=sew_resnet34",)
-    with pytest.raises(UserError, match="this run trains sew_resnet34 at 224 pixels in bf16: meas"):
+    with pytest.raises(UserError, match="this run trains sew_resnet34 at 224 pixels in bf16; meas"):
         of(*of_another, file=on_cpu, gpus_per_node=0, gpu=None)
     unknown_card = written(tmp_path, images_per_s=100.0, machine={"device": "X1"}, **MEASURED)
-    with pytest.raises(UserError, match=r"name the kind of GPU, --gpu NAME.*tools/bench\.py model"):
+    with pytest.raises(UserError, match=r"give --gpu NAME.*tools/bench\.py model"):
         of(*of_another, file=unknown_card, gpu=None)
 
 

@@ -97,9 +97,9 @@ STARTED: tuple[EventKind, int, str] = ("started", 0, "")
         ([], "node failure", ""),
         ([("submitted", 0, "")], "node failure", ""),
         ([STARTED, ("failed", 3, "disk full"), ("submitted", 3, "")], None, "submitted again"),
-        ([STARTED, ("finished", 9, "")], None, "started once more after its end"),
+        ([STARTED, ("finished", 9, "")], None, "started again after its end"),
         ([STARTED], "node failure", "node failure"),
-        ([STARTED], None, "ended without a word"),
+        ([STARTED], None, "ended for an unknown reason"),
         ([STARTED, ("stopped", 3, "time limit (SIGUSR2)")], "preempted", "time limit (SIGUSR2)"),
         ([STARTED, ("stopped", 3, "SIGTERM from outside")], "requeued", "requeued (SIGTERM)"),
         ([STARTED, ("stopped", 3, "SIGTERM from outside")], None, "SIGTERM from outside"),
@@ -159,7 +159,7 @@ def test_starts_in_vain_are_those_in_a_row_at_this_step(
     save(this, 5)
     note(this, ("submitted", 0, ""), *(("started", step, "") for step in steps))
     if refused:
-        with pytest.raises(UserError, match="started 3 times without getting past step 5"):
+        with pytest.raises(UserError, match="started 3 times without passing step 5"):
             this._begin()
     else:
         this._begin()
@@ -299,7 +299,7 @@ def test_controller_is_asked_until_it_takes_or_refuses(
         now[0] = next(said)
         return now[0] == "takes it", now[0]
 
-    monkeypatch.setattr(placement, "_try", ask)
+    monkeypatch.setattr(placement, "_run", ask)
     monkeypatch.setattr(placement, "_show", lambda _: "" if now[0] == "is away" else "JobState=")
     monkeypatch.setattr(placement.time, "sleep", lambda _: None)
     place = (0, 2, 0, 2, "node1", 29500, None, "12", 0, ("node1", "node2"))

@@ -79,7 +79,7 @@ def test_typed_twice_it_submits_nothing_twice(
     status, said, errors = tiny_study("--slurm", *ON_CPU, *HELD)
     assert status == 0, errors
     first, second = job_in(said, "first-seed0"), job_in(said, "second-seed0")
-    assert f"second-seed0: submitted as job {second}, begins after first-seed0" in said
+    assert f"second-seed0: submitted as job {second}, starts after first-seed0" in said
     assert f"afterok:{first}(" in cluster.job(second)["Dependency"]
 
     status, said, errors = tiny_study("--slurm", *ON_CPU)
@@ -124,13 +124,13 @@ def test_ended_by_scancel_and_submitted_again_at_once(
     status, said, _ = tiny_study(*held)
     assert status == 1
     assert f"first-seed0: cancelled in the queue, job {first.job}" in said
-    assert "second-seed0: does not begin, because first-seed0 was cancelled" in said
+    assert "second-seed0: does not start, because first-seed0 was cancelled" in said
     assert f"other-seed0: PENDING as job {other.job}" in said
     assert (first.job, second.job) == gone
 
     status, said, errors = tiny_study("--again", *held)
     assert status == 0, errors
-    assert f"second-seed0: submitted as job {second.job}, begins after first-seed0" in said
+    assert f"second-seed0: submitted as job {second.job}, starts after first-seed0" in said
     assert sorted(cluster.squeue()) == sorted(
         f"{job} PENDING" for job in (first.job, second.job, left)
     )
@@ -164,7 +164,7 @@ def test_cancelled_in_the_queue_where_nobody_remembers_it(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--partition", "nowhere"), ("first-seed0: Slurm refuses the job", "nowhere", "`sinfo`")),
+        (("--partition", "nowhere"), ("first-seed0: Slurm refused the job", "nowhere", "`sinfo`")),
         (("--constraint", "fast"), ("Invalid feature specification", "--constraint")),
         (("--nodes", "9", "cluster.tasks_per_node=1", "cluster.mem_gb=1e6"), ("`sinfo",)),
     ],
@@ -215,7 +215,7 @@ def test_a_run_begins_when_the_one_it_needs_is_finished(
     status, said, errors = tiny_study()
     assert status == 0, errors
     assert "the report is out/report.md" in said
-    assert "Not complete" not in (tiny_study.output / "report.md").read_text()
+    assert "Incomplete" not in (tiny_study.output / "report.md").read_text()
 
 
 @pytest.mark.long
@@ -243,8 +243,8 @@ def test_what_begins_after_a_run_that_fails_leaves_the_queue_and_is_named(
     assert re.search(rf"bad-seed0: failed, job {bad.job}: error: there is no index", said), said
     assert bad.log.count("error: there is no index") == 1
     assert cluster.job(bad.job)["Restarts"] == "0"
-    assert "child-seed0: does not begin, because bad-seed0 failed" in said
-    assert "grandchild-seed0: does not begin, because child-seed0 does not begin either" in said
+    assert "child-seed0: does not start, because bad-seed0 failed" in said
+    assert "grandchild-seed0: does not start, because child-seed0 does not start either" in said
     assert "other-seed0: finished" in said
     assert "4 runs: 1 failed, 2 held back, 1 finished" in said
     assert "--again before --slurm" in errors

@@ -53,17 +53,17 @@ def test_whoever_is_waited_for_is_finished_or_queued(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "text"),
     [
-        ("submitted", "unknown", "Slurm does not know the job any more, and it did not start"),
-        ("stopped", "unknown", "Slurm does not know the job any more; by the run's own history s"),
-        ("finished", "COMPLETED", "by the run's own history, 20"),
-        ("failed", "FAILED", "by the run's own history, 20"),
-        ("cancelled", "CANCELLED", "by the run's own history, 20"),
+        ("submitted", "unknown", "Slurm no longer knows the job, and it did not start"),
+        ("stopped", "unknown", "Slurm no longer knows the job; by the run's history, stopped"),
+        ("finished", "COMPLETED", "by the run's history, 20"),
+        ("failed", "FAILED", "by the run's history, 20"),
+        ("cancelled", "CANCELLED", "by the run's history, 20"),
     ],
 )
 def test_job_that_slurm_has_forgotten(
     kind: EventKind, name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "_ask", lambda *_: (1, "", "Invalid job id specified"))
+    monkeypatch.setattr(jobs, "query", lambda *_: (1, "", "Invalid job id specified"))
     submission = submitted(tmp_path, 10, "12")
     # Of another job's end it says nothing.
     for event in (JobEvent("failed", "11"), JobEvent(kind, "12")):

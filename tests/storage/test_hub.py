@@ -80,7 +80,7 @@ def test_network_goes_out_and_comes_back(
     recipe = parse(yaml.safe_load(files["recipe.yaml"]), "recipe.yaml", warn=False)
     assert recipe.init_checkpoint == "hf:them/relu"
     card = files["README.md"].decode()
-    assert "| begun with | hf:them/relu |" in card
+    assert "| initial weights | hf:them/relu |" in card
     assert "--checkpoint hf:us/small --data ROOT" in card
     assert '"hf-hub:us/small", pretrained=True' in card
 
@@ -160,7 +160,7 @@ def test_dry_run_sends_nothing(there: Hub, call: Call, file: Path, tmp_path: Pat
     status, said = call("export", file, "--push", "us/it", "--dry-run", "--output", kept)
     assert status == 0, said
     assert there.requests == []
-    assert f"would push to {there.url}/us/it, private if there is none yet" in said
+    assert f"would push to {there.url}/us/it, created as private if missing" in said
     assert {path.name for path in kept.iterdir()} == FILES
     for path in kept.iterdir():
         assert f"{path.stat().st_size:,} bytes  {path.name}" in said
@@ -296,7 +296,7 @@ def test_what_cannot_be_pushed_is_named(
     there.repositories["us/it"].commit({"train.py": b"", "README.md": b"", "LICENSE": b""})
     refused(file, "us/it", "us/it holds files that are not of an export (train.py)")
     nameless = save(tmp_path / "nameless.safetensors", None)
-    refused(nameless, "us/new", "do not name their classes")
+    refused(nameless, "us/new", "have no class names")
     token = tmp_path / "home" / "token"
     token.write_text("hf_of_somebody_else")
     refused(file, "us/new", "(status 401)")
@@ -311,9 +311,9 @@ def test_what_cannot_be_pushed_is_named(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--push", "small"], "--push small: a repository is called ORG/NAME"),
-        (["--push", "a/b", "--format", "onnx"], "leave out onnx"),
-        (["--format", "timm", "--output", "it", "--dry-run"], "--dry-run has a meaning with"),
+        (["--push", "small"], "--push small: a repository's name must be ORG/NAME"),
+        (["--push", "a/b", "--format", "onnx"], "leave out --format onnx"),
+        (["--format", "timm", "--output", "it", "--dry-run"], "--dry-run applies to --push only"),
         (["--format", "timm"], "give --format and --output, or --push ORG/NAME"),
     ],
 )

@@ -68,9 +68,9 @@ def test_halving_goes_on_after_a_stop_and_sees_validation_once(
     assert status == 0, said
     # 4 x 1 + 2 x 1 + 3 epochs.
     assert "4 candidates to epoch 1, 2 candidates to epoch 2, " in said
-    assert "9 epochs in all, as many as 3 whole trainings" in said
+    assert "9 epochs in total, equal to 3 full trainings" in said
     _, said = call("study", write({"seeds": [0, 1]}), "--output", output, "--dry-run")
-    assert "with 2 seeds: 18 epochs in all, as many as 6 whole trainings" in said
+    assert "with 2 seeds: 18 epochs in total, equal to 6 full trainings" in said
     write()
     assert not output.exists()
 
@@ -112,7 +112,7 @@ def test_halving_goes_on_after_a_stop_and_sees_validation_once(
     assert report.count("**chosen**") == 1
     right = validations[first[0]][0]["top1"] / 100
     error = 100 * math.sqrt(right * (1 - right) / validations[first[0]][0]["samples"])
-    assert f"is known to ± {error:.2g} points" in report
+    assert f" % is ± {error:.2g} points" in report
     assert f"top-1 **{only['top1']:.2f}** % on the 23 samples of the validation split" in report
     assert (output / "report" / "search.png").stat().st_size > 10_000
     # A study that has its section in the same file goes on without it.
@@ -144,8 +144,8 @@ def test_halving_goes_on_after_a_stop_and_sees_validation_once(
         print(json.dumps({"kind": "val", "step": 8, "top1": 100.0}), file=metrics)
     status, said = call(*arguments)
     assert status == 2
-    evaluated = "another candidate was evaluated on the validation split before"
-    assert f"{other} is best now, and {evaluated}" in said
+    evaluated = "another candidate was already evaluated on the validation split"
+    assert f"{other} is best now, but {evaluated}" in said
 
 
 @pytest.mark.parametrize(
@@ -176,25 +176,26 @@ def test_the_best_at_the_end_of_three_values_or_more_is_said() -> None:
     of = SimpleNamespace(axes=axes)
     made: Any = SimpleNamespace(study=SimpleNamespace(search=of), candidates={"c1": best})
     said = search_report.at_the_edge(made, search.Standing([], "c1"))
-    assert said == "`lr`: 0.3 is the largest that was tried, and a better one may lie beyond."
+    beyond = "a better one may be outside the range."
+    assert said == f"`lr`: 0.3 is the largest value that was tried; {beyond}"
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"search.rungs": [2, 1]}, "search.rungs: [2, 1] must rise"),
-        ({"search.rungs": [1, 2, 3]}, "one candidate left before epoch 3"),
-        ({"search.rungs": [1, 4]}, "search.rungs: 4 is beyond the 3 epochs"),
+        ({"search.rungs": [2, 1]}, "search.rungs: [2, 1] must ascend"),
+        ({"search.rungs": [1, 2, 3]}, "only one candidate reaches epoch 3"),
+        ({"search.rungs": [1, 4]}, "search.rungs: 4 exceeds the 3 epochs"),
         ({"search.eta": 1}, "'search.eta': input should be greater than or equal to 2"),
-        ({"search.held": 0.1}, "unknown key 'search.held'; known here are over, held_out"),
+        ({"search.held": 0.1}, "unknown key 'search.held'; known keys here: over, held_out"),
         ({"search.metric": "top5"}, "'search.metric'"),
         ({"over": {"phases.0.optimizer.lrr": [1.0, 2, 3, 4]}}, "c01 (phases.0.optimizer.lrr=1.0)"),
         ({"over": {"loss.phi": []}}, "'search.over.loss.phi'"),
         ({"over": {"loss.phi": {"from": 0, "to": 1}}}, "'search.over.loss.phi.number' is missing"),
         ({"over": {"loss.phi": {"from": 0, "to": 1, "number": 3, "log": True}}}, "above 0"),
-        ({"over": {"non_finite_limit": [1, 2, 3]}}, "non_finite_limit: is in overrides, too"),
-        ({"over": {"seed": [1, 2, 3, 4]}}, "seed is set by the study itself"),
-        ({"overrides": {"max_steps": 3}}, "max_steps is set by the study itself: say in search"),
+        ({"over": {"non_finite_limit": [1, 2, 3]}}, "non_finite_limit is also in overrides"),
+        ({"over": {"seed": [1, 2, 3, 4]}}, "the study itself sets seed"),
+        ({"overrides": {"max_steps": 3}}, "the study itself sets max_steps; set search.rungs"),
         ({"overrides": {"data.root": "nowhere"}}, "nowhere"),
         ({"entries": {}}, "unknown key 'entries'"),
     ],
@@ -215,7 +216,7 @@ def test_flags_that_a_search_does_not_take(
     for arguments, words in (
         (("--only", "c01"), "--only: "),
         (("--slurm", "--time", "1:00:00"), "--slurm: "),
-        (("phases.0.optimizer.lr=0.1",), "phases.0.optimizer.lr: is searched over"),
+        (("phases.0.optimizer.lr=0.1",), "phases.0.optimizer.lr is a searched key"),
     ):
         status, said = call("study", file, "--output", tmp_path / "out", *arguments)
         assert (status, words in said) == (2, True), said

@@ -57,7 +57,7 @@ def test_a_study_is_trained_continued_and_reported(
     assert status == 1, said
     failure = r"failed: tet-seed1: exit status 2: error: cannot write to .*tet-seed1\.log\)\n"
     assert re.search(failure, said), said
-    assert "1 of 4 runs are done already" in said
+    assert "1 of 4 runs are already done" in said
     assert re.search(r"\[\d/4\] sdt-seed1: top-1 \d+\.\d\d %", said), said
     assert steps_begun_at(output / "logs" / "sdt-seed1.log") == ["3"]
     # Nothing is silent for long after the last run.
@@ -65,7 +65,7 @@ def test_a_study_is_trained_continued_and_reported(
     # What is finished is reported, and what is not is named.
     assert f"the report is {output / 'report.md'}" in said
     report = (output / "report.md").read_text()
-    assert "**Not complete**: 1 of 4 runs is missing (tet-seed1)" in report
+    assert "**Incomplete**: 1 of 4 runs is missing (tet-seed1)" in report
     before = {path: path.read_bytes() for path in output.glob("*/metrics.jsonl")}
     assert len(before) == 3
 
@@ -73,7 +73,7 @@ def test_a_study_is_trained_continued_and_reported(
     (output / "tet-seed1").unlink()
     status, said = call("study", file, "--output", output, "--jobs", 2)
     assert status == 0, said
-    assert "3 of 4 runs are done already" in said
+    assert "3 of 4 runs are already done" in said
     assert {path: path.read_bytes() for path in before} == before
     values = json.loads((output / "report" / "study.json").read_text())
     assert values["missing"] == []
@@ -87,7 +87,7 @@ def test_a_study_is_trained_continued_and_reported(
     metrics = output / "tet-seed1" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
     status, said = call("study", file, "--output", output)
-    lacks = f"failed: tet-seed1: {metrics} lacks evaluations; remove {metrics.parent} to train"
+    lacks = f"failed: tet-seed1: {metrics} lacks evaluations; remove {metrics.parent} to retrain"
     assert (status, lacks in said) == (1, True), said
 
 
@@ -138,8 +138,8 @@ def test_thresholds_of_early_exit_are_compared(call: Call, write: Write, tmp_pat
     difference = values["differences"]["tet"]["exit_timesteps"]
     assert difference["mean"] == pytest.approx(np.mean(np.subtract(spent["tet"], spent["sdt"])))
     report = results.read_text()
-    assert "costs at most 20 points on the 12 training samples that a run holds out" in report
-    assert "The full T is 2, more timesteps than in the training of `fewer`." in report
+    assert "loses at most 20 points on the 12 training samples that a run holds out" in report
+    assert "The full T is 2, more than the training of `fewer` had." in report
     row = f"| `tet` - `sdt` | 1 | 20 | {np.mean(spent['tet']):.2f} | {np.mean(spent['sdt']):.2f} |"
     assert row in report[: report.index("<!-- end of the summary -->")]
     assert "best epoch" not in report
@@ -170,7 +170,7 @@ def test_the_result_is_on_the_validation_split_where_samples_are_held_out(
     assert "best epoch" not in report
     assert f"--import {own}" in report
     axis = figures.draw(gather(plan.read(file), runs_of(file, output))).axes[1]
-    assert axis.get_title(loc="left") == "Loss on samples held out"
+    assert axis.get_title(loc="left") == "Loss on held-out samples"
 
 
 @pytest.mark.usefixtures("here")
@@ -253,7 +253,7 @@ def test_ctrl_c_ends_the_runs_and_they_go_on(call: Call, write: Write, tmp_path:
     finally:
         signal.signal(signal.SIGINT, before)
         waiting.join()
-    assert (status, "the same command goes on where it was" in said) == (130, True), said
+    assert (status, "stopped; the same command continues" in said) == (130, True), said
     assert "stopped at step" in (output / "logs" / "long-seed0.log").read_text()
     assert list((output / "long-seed0" / "checkpoints").glob("step-*"))
 
@@ -274,7 +274,7 @@ def test_runs_of_a_killed_study_save_and_end(call: Call, write: Write, tmp_path:
             process.communicate()
             # Meanwhile the same command leaves it alone.
             status, said = call("study", file, "--output", output)
-            at_work = f"error: another process is at work in {run}: wait for it"
+            at_work = f"error: another process is using {run}; wait for it"
             assert (status, at_work in said) == (2, True), said
         finally:
             os.kill(child, signal.SIGCONT)
@@ -319,7 +319,7 @@ def test_two_studies_do_not_share_a_run(
     first = local.Child(runs[0], 1, runs[0].train_command)
     try:
         failed = local.work(runs, 1, tracking.Parent("study", [], tmp_path))
-        assert "another process is at work" in failed["long-seed0"]
+        assert "another process is using" in failed["long-seed0"]
     finally:
         first.process.kill()
         first.process.wait()
@@ -360,11 +360,11 @@ def test_mlflow_has_the_runs_below_the_study_and_is_sent_what_it_lacks_at_its_en
             failing = runs_of(write(told), output)
             parent = tracking.Parent("study", failing, output)
             for one in failing:
-                parent.tell(one, ended)
+                parent.announce(one, ended)
         write({"seeds": [0], "overrides": overrides, "entries": entries})
         status, said = call("study", file, "--output", output)
         assert status == 0, said
-        assert "asking MLflow which runs it lacks points of\n" in said
+        assert "checking whether MLflow has all points of all runs\n" in said
         assert "MLflow lacks points of 1 run (sdt-seed0): sending them" in said
         assert "the same command sends" not in said
     statuses = dict(asked("select name, status from runs"))
@@ -397,7 +397,7 @@ def test_mlflow_has_the_runs_below_the_study_and_is_sent_what_it_lacks_at_its_en
     status, said = call("study", file, "--output", output)
     assert status == 0
     assert f"MLflow at {uri}: " in said
-    assert "the same command sends MLflow those that it lacks" in said
+    assert "the same command sends MLflow the missing ones" in said
 
 
 # --- on a cluster, of which tests/slurm/test_studies.py has one -----------------------------------
@@ -425,7 +425,7 @@ def test_dry_run_shows_each_job_after_those_it_needs(
     assert [job.splitlines()[0] for job in jobs] == [
         "sdt-seed0",
         "tet-seed0",
-        "both-seed0, begins after sdt-seed0, tet-seed0",
+        "both-seed0, starts after sdt-seed0, tet-seed0",
     ]
     assert "--dependency" not in jobs[0] + jobs[1]
     assert "#SBATCH --dependency=afterok:JOB_OF_sdt-seed0:JOB_OF_tet-seed0\n" in jobs[2]
@@ -450,11 +450,11 @@ def test_dry_run_leaves_out_what_is_finished(call: Call, finished: tuple[Path, P
     ("flags", "words"),
     [
         (("--gpus-per-node", "0"), ("there is no Slurm here", "leave out --slurm", "--dry-run")),
-        (("--dry-run",), ("no --gpus-per-node is given", "by 8 processes")),
-        (("--dry-run", "--time", "soon"), ("--time: 'soon' is no time", "24:00:00")),
-        (("--sweep", "seed=0,1"), ("--sweep is for single runs",)),
-        (("--local", "2"), ("--local is for single runs",)),
-        (("--config", "other.yaml"), ("--config is for single runs",)),
+        (("--dry-run",), ("without --gpus-per-node, the plan", "among 8 processes")),
+        (("--dry-run", "--time", "soon"), ("--time: 'soon' is not a time", "24:00:00")),
+        (("--sweep", "seed=0,1"), ("--sweep applies to single runs",)),
+        (("--local", "2"), ("--local applies to single runs",)),
+        (("--config", "other.yaml"), ("--config applies to single runs",)),
         (("seed=3",), ("write seed=3 before it",)),
     ],
 )
@@ -515,10 +515,10 @@ def test_commands_of_an_installed_package(
     [
         ({"sedes": [0]}, ("unknown key 'sedes'", "seeds")),
         ({"title": ...}, ("'title' is missing",)),
-        ({"seeds": [1, 1]}, ("seeds", "twice")),
+        ({"seeds": [1, 1]}, ("seeds: [1, 1] has a duplicate",)),
         ({"seeds": [-1]}, ("study.yaml: 'seeds.0': input should be greater than or equal to 0\n",)),
         ({"test_timesteps": []}, ("'test_timesteps'",)),
-        ({"test_timesteps": [4, 2, 2]}, ("test_timesteps", "must rise")),
+        ({"test_timesteps": [4, 2, 2]}, ("test_timesteps", "must ascend")),
         ({"entries.tet.controll": "sdt"}, ("unknown key 'entries.tet.controll'", "control")),
         ({"entries.tet.control": "std"}, ("entries.tet.control", "'std'", "sdt")),
         ({"entries.tet.init": "tet"}, ("entries.tet.init", "'tet'")),
@@ -526,33 +526,33 @@ def test_commands_of_an_installed_package(
         ({"entries.tet.init": "sdt", "entries.sdt.teacher": "tet"}, ("circle",)),
         ({"entries.tet.teacher": "std"}, ("entries.tet.teacher", "'std'", "sdt")),
         ({"entries.tet.overrides": {"loss.kid": "tet"}}, ("entries.tet", "'loss.kid'")),
-        ({"entries.tet.overrides": {"seed": 3}}, ("entries.tet", "seed is set", "seeds")),
-        ({"overrides": {"runs_dir": "here"}}, ("runs_dir is set", "--output")),
+        ({"entries.tet.overrides": {"seed": 3}}, ("entries.tet", "itself sets seed", "seeds")),
+        ({"overrides": {"runs_dir": "here"}}, ("itself sets runs_dir", "--output")),
         (
             {"entries.tet": {"init": "sdt", "overrides": {"init_checkpoint": "there"}}},
-            ("init_checkpoint is set", "init, sdt"),
+            ("itself sets init_checkpoint", "init provides it (sdt)"),
         ),
         (
             {
                 "entries.tet.teacher": "sdt",
                 "entries.tet.overrides": {"loss": {"distillation": {"teacher": "timm:resnet18"}}},
             },
-            ("loss.distillation.teacher is set", "its teacher, sdt"),
+            ("itself sets loss.distillation.teacher", "teacher provides it (sdt)"),
         ),
         ({"overrides": {"data.root": "nowhere"}}, ("data.root", "nowhere", "sdt")),
         (
             {"entries.tet.overrides": {"model.num_classes": 3}},
-            ("entries.tet: model.num_classes is 3", "4 classes"),
+            ("entries.tet: model.num_classes=3", "4 classes"),
         ),
         ({"config": "nothing.yaml"}, ("nothing.yaml",)),
         (
             {"test_timesteps": [1], "overrides": {"data.held_out": 0.2}},
-            ("test_timesteps", "entries.sdt", "up to 1 timestep,", "trained with 2"),
+            ("test_timesteps", "entries.sdt", "up to 1 timestep only", "trained with T=2"),
         ),
         ({"exit_within": 1.0}, ("exit_within", "entries.sdt", "data.held_out: 0.1")),
         (
             {"exit_within": 1.0, "test_timesteps": [1], "overrides": {"data.held_out": 0.2}},
-            ("test_timesteps", "entries.sdt", "up to 1 timestep,", "trained with 2"),
+            ("test_timesteps", "entries.sdt", "up to 1 timestep only", "trained with T=2"),
         ),
         ({"entries.tet.average": True}, ("entries.tet.average", "set ema.decay")),
         ({"exit_within": -1.0, "overrides": {"data.held_out": 0.2}}, ("'exit_within'",)),
@@ -575,7 +575,7 @@ def test_mistakes_in_a_study_are_named(
 def test_a_dry_run_says_what_is_left_to_train(call: Call, write: Write, tmp_path: Path) -> None:
     status, said = call("study", write(), "--output", tmp_path / "out", "--dry-run")
     assert status == 0
-    assert said.splitlines()[-1] == "4 of 4 runs to train, 4 epochs in all"
+    assert said.splitlines()[-1] == "4 of 4 runs to train, 4 epochs in total"
     assert not (tmp_path / "out").exists()
     # A run that begins with the second phase trains that alone.
     phases = [{"epochs": e, "timesteps": 2, "optimizer": {"lr": 0.01}} for e in (5, 1)]
@@ -585,7 +585,7 @@ def test_a_dry_run_says_what_is_left_to_train(call: Call, write: Write, tmp_path
     assert status == 0
     assert said.splitlines()[1:] == [
         "later-seed0: 1 epoch",
-        "2 of 2 runs to train, 2 epochs in all",
+        "2 of 2 runs to train, 2 epochs in total",
     ]
 
 
@@ -597,13 +597,13 @@ def test_the_command_lines_key_that_entries_have_too_is_named(
     more = ("--output", tmp_path / "out", "--dry-run")
     status, said = call("study", file, "phases.0.epochs=2", "batch.micro=1", *more)
     assert status == 0
-    assert "phases.0.epochs of the command line replaces what entries have of their own" in said
-    assert "apart: longer (phases.0.epochs=3)" in said
+    assert "phases.0.epochs on the command line replaces values of entries" in said
+    assert "compares: longer (phases.0.epochs=3)" in said
     assert "batch.micro" not in said
     # A whole section replaces its keys.
     said = call("study", file, "loss={kind: tet, lambda: 0.1}", *more)[1]
-    assert "loss of the command line replaces" in said
-    assert "apart: sdt (loss.kind=sdt), tet (loss.kind=tet)" in said
+    assert "loss on the command line replaces" in said
+    assert "compares: sdt (loss.kind=sdt), tet (loss.kind=tet)" in said
     assert "replaces" not in call("study", file, *more)[1]
 
 
@@ -632,7 +632,7 @@ def test_the_time_left_goes_by_the_size_of_runs(
         clock = at
         progress.end(left[number], "well" if finished else "lost", finished=finished)
     assert capsys.readouterr().err.splitlines() == [
-        "1 of 5 runs are done already",
+        "1 of 5 runs are already done",
         "[2/5] broken: lost",
         # 15 s for the size of 1, of which 16 are left, and then 12.
         "[3/5] long: well; about 4 min left",
@@ -648,11 +648,11 @@ def test_mistakes_on_the_command_line_are_named(call: Call, write: Write, tmp_pa
         (("tit_cifar",), "did you mean tit_cifar10?"),
         ((file, "--only", "tte"), "sdt, tet"),
         ((file, "--jobs", 0), "--jobs"),
-        ((file, "--report-only"), "none is finished"),
+        ((file, "--report-only"), "none of 4 runs is finished"),
         ((file, "--report-only", "--slurm"), "leave out --slurm"),
-        ((file, "--again"), "--again goes with --slurm"),
+        ((file, "--again"), "--again needs --slurm"),
         ((file, "seed"), "'seed' is not an override"),
-        ((file, "resume=must"), "resume is set by the study itself"),
+        ((file, "resume=must"), "the study itself sets resume"),
         ((file, "--append-to", tmp_path / "kept.txt"), "FILE.md"),
     ):
         status, said = call("study", *arguments, "--output", output)
@@ -770,7 +770,7 @@ def test_what_sets_entries_apart_unnamed_is_at_the_head(by_hand: ByHand) -> None
     }
     numbers = by_hand({"entries": entries, "seeds": [3], "overrides": {"loss.lambda": 0.05}})
     head, _, _ = section(numbers, "link", "command").partition("* `like` against")
-    said = "Entries differ in more than the keys that they name, here with both values:"
+    said = "Entries also differ in keys that they do not set, here with both values:"
     of_plif = (("surrogate=sigmoid", "triangle"), ("surrogate_width=4.0", "1.0"))
     of_plif += (("fires_at_threshold=true", "false"), ("decay_input=true", "none"))
     keys = ", ".join(f"`model.neuron.{key}` ({other})" for key, other in of_plif)
@@ -787,11 +787,11 @@ def test_what_sets_entries_apart_unnamed_is_at_the_head(by_hand: ByHand) -> None
         # Against 90, 90 and 90; the interval is of 4.3 standard errors to either side.
         ([92.0, 93.0, 94.0], "+3.00 [+0.52, +5.48] points, n = 3: **better** (p = 0.035)"),
         ([88.0, 87.0, 86.0], "-3.00 [-5.48, -0.52] points, n = 3: **worse** (p = 0.035)"),
-        ([91.0, 92.0, 93.0], "+2.00 [-0.48, +4.48] points, n = 3: no difference can be told"),
+        ([91.0, 92.0, 93.0], "+2.00 [-0.48, +4.48] points, n = 3: not significant (p ="),
         ([91.0, 91.0, 91.0], "+1.00 points, n = 3: no spread between the seeds"),
         # But for rounding.
         ([90.3, math.nextafter(90.3, 91)], "+0.30 points, n = 2: no spread between the seeds"),
-        ([88.0], "-2.00 points, n = 1: one seed says nothing about chance"),
+        ([88.0], "-2.00 points, n = 1: one seed, so no test is possible"),
     ],
 )
 def test_a_verdict_is_as_sure_as_the_interval(

@@ -29,7 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
 LEARNT = {"plif": ["w"], "psn": ["bias", "weight"], "masked_psn": ["bias", "weight"]}
 LEARNT |= {"sliding_psn": ["bias", "weight"], "ilif": [], "nilif": []}
 SET_BY = {
-    "plif": "model.neuron.kind=plif also sets, in place of the values of spiking_convnet's own "
+    "plif": "model.neuron.kind=plif also changes these values of spiking_convnet's own "
     "neuron: surrogate=sigmoid (triangle), surrogate_width=4.0 (1.0), fires_at_threshold=true "
     "(false), decay_input=true (none)",
     "psn": "surrogate=atan (triangle), surrogate_width=2.0 (1.0)",

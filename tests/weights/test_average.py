@@ -59,7 +59,7 @@ def test_weights_are_the_mean(
     status, said = call("average", later, earlier, "--output", output, *CPU, *options)
     assert status == 0, said
     assert "running statistics: 40 of 40 samples, " in said
-    names = "step-00000010, step-00000005; its running statistics are of 40 training samples"
+    names = "step-00000010, step-00000005; running statistics from 40 training samples"
     assert names in said
     a, b = (load_file(path / f"{file}.safetensors") for path in both(run))
     found, description = checkpoint.load_model_file(output)
@@ -186,5 +186,5 @@ def test_other_timesteps_and_classes_are_refused(run: Path, call: Call, tmp_path
     checkpoint.write_model_file(other, weights, description.model_copy(update=changes))
     status, said = call("average", run, other, "--output", tmp_path / "m.safetensors", *CPU)
     assert status == 2
-    assert "T is 3 and was 2; its classes are others" in said
+    assert "T is 3 instead of 2; its classes differ" in said
     assert not (tmp_path / "m.safetensors").exists()

@@ -170,7 +170,7 @@ def test_card_says_what_a_reader_asks_and_no_secrets(call: Call, tmp_path: Path)
         "| input | 3 x 32 x 32 image |",
         "| loss | TET, lambda 0.001, phi 1; 0.2 x divergence from big; 0.5 x divergence from the "
         "time-mean, temperature 2 |",
-        "| begun with | relu.safetensors |",
+        "| initial weights | relu.safetensors |",
         "61.25 % top-1",
         "shorter side resized to 37 (bilinear), centre crop of 32, minus [0.5, 0.5, 0.5]",
         "  surrogate: triangle",
@@ -200,7 +200,7 @@ def test_card_says_what_an_accuracy_flatters(tmp_path: Path) -> None:
         (description.config, "the validation split"),
         (held_out, "samples held out of the training split"),
     ):
-        for which, rest in (("last", ""), ("best", ", which were chosen on this very split")):
+        for which, rest in (("last", ""), ("best", ", which were chosen on the same split")):
             described = description.model_copy(update={"config": config, "which": which})
             assert export._accuracy(described).endswith(f" of {of}, with these weights{rest}")
 
@@ -372,7 +372,8 @@ def test_nir_graph_run_by_nirtorch_is_the_network(network: str, tmp_path: Path) 
     assert "3 timesteps of 0.001 s" in said
     graph = nir.read(tmp_path / "graph.nir")
     assert graph.metadata["dt"] == dt
-    assert "minus [0.5, 0.5, 0.5], over [0.229, 0.224, 0.225]" in graph.metadata["preparation"]
+    scaled = "minus [0.5, 0.5, 0.5], divided by [0.229, 0.224, 0.225]"
+    assert scaled in graph.metadata["preparation"]
     assert not any("norm" in name for name in graph.nodes)  # folded
 
     x = trained.examples(2).double()
@@ -412,9 +413,9 @@ def test_nir_neuron_that_fires_at_the_threshold(tmp_path: Path) -> None:
         (
             "convnet",
             {"kind": "psn", "timesteps": T},
-            "no neurons of the kind of this network (PSN)",
+            "no neurons of the kind PSN, which",
         ),
-        ("convnet", {"kind": "ilif"}, "no neurons of the kind of this network (ILIF)"),
+        ("convnet", {"kind": "ilif"}, "no neurons of the kind ILIF, which"),
         ("preact", {}, "preact_resnet18 takes maxima of real numbers in its stem"),
     ],
 )
@@ -447,8 +448,8 @@ def test_programs_of_other_neurons_say_what_the_network_says(kind: str, tmp_path
     trained = load(save("convnet", tmp_path, kind=kind, threshold=0.3, **numbers))
     assert len(logits(trained, trained.examples(4)).unique()) > 5
     # Each compares its logits with the model's.
-    assert "its logits are the model's" in export.write_torch(trained, tmp_path / "net.pt2")
-    assert "its logits are the model's" in export.write_onnx(trained, tmp_path / "net.onnx")
+    assert "its logits match the model's" in export.write_torch(trained, tmp_path / "net.pt2")
+    assert "its logits match the model's" in export.write_onnx(trained, tmp_path / "net.onnx")
 
 
 @pytest.mark.long
@@ -459,13 +460,13 @@ def test_onnx_graph_run_by_onnxruntime_is_the_network(
     file = save(network, tmp_path)
     status, said = call("export", file, "--format", "onnx", "--output", tmp_path / "net.onnx")
     assert status == 0, said
-    assert "its logits are the model's" in said
+    assert "its logits match the model's" in said
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
     (given,) = session.get_inputs()
     trained = load(file)
     assert given.name == "images"
     metadata = session.get_modelmeta().custom_metadata_map
-    assert "minus [0.5, 0.5, 0.5], over [0.229, 0.224, 0.225]" in metadata["preparation"]
+    assert "minus [0.5, 0.5, 0.5], divided by [0.229, 0.224, 0.225]" in metadata["preparation"]
     x = trained.examples(5)  # another batch size than it was traced with
     (actual,) = session.run(["logits"], {given.name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(actual), logits(trained, x), rtol=1e-4, atol=1e-5)
@@ -497,7 +498,7 @@ def test_onnx_graph_of_a_timestep_carries_its_states(
     file, path = save(network, tmp_path, **neuron), tmp_path / "step.onnx"
     status, said = call("export", file, "--format", "onnx-step", "--output", path)
     assert status == 0, said
-    assert "its logits are the model's" in said
+    assert "its logits match the model's" in said
     trained = load(file)
     x = trained.examples(5)  # another batch size than it was traced with
     expected = logits(trained, x)
@@ -520,7 +521,7 @@ def test_program_of_torch_is_the_network(network: str, call: Call, tmp_path: Pat
     file = save(network, tmp_path)
     status, said = call("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
     assert status == 0, said
-    assert "its logits are the model's" in said
+    assert "its logits match the model's" in said
     trained = load(file)
     x = trained.examples(5)
     extra = {"preparation": ""}
@@ -535,7 +536,7 @@ def test_a_check_that_shows_little_says_so(call: Call, tmp_path: Path) -> None:
     file = save("convnet", tmp_path, threshold=1e9)  # no neuron ever fires
     status, said = call("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
     assert status == 0, said
-    assert "the same to all of them, so that this shows little" in said
+    assert "because the network's logits are the same for all inputs" in said
 
 
 # ------------------------------------------------------------------------------------ mistakes
@@ -555,10 +556,13 @@ def test_missing_package_is_named(
     ("arguments", "complaint"),
     [
         (["--format", "onnx", "--output", "net.nir"], "must end in .onnx"),
-        (["--format", "onnx", "--output", "n.onnx", "--dt", "1"], "with --format nir only"),
+        (["--format", "onnx", "--output", "n.onnx", "--dt", "1"], "applies to --format nir only"),
         (["--format", "nir", "--output", "n.nir", "--dt", "0"], "--dt must be above 0"),
         (["--format", "timm", "--output", "n", "--timesteps", "0"], "--timesteps must be"),
-        (["--format", "timm", "--output", "n.safetensors"], "is a folder, and n.safetensors is"),
+        (
+            ["--format", "timm", "--output", "n.safetensors"],
+            "must be a folder, and n.safetensors",
+        ),
         (
             ["--format", "safetensors", "--output", "n.onnx"],
             "a file that ends in .safetensors, and",
@@ -589,5 +593,5 @@ def test_what_exists_is_not_replaced(call: Call, tmp_path: Path, kind: str) -> N
 def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     trained = load(save("convnet", tmp_path))
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"graph\.nir could not be written"):
+    with pytest.raises(UserError, match=r"graph\.nir cannot be written"):
         export.write_nir(trained, tmp_path / "file" / "graph.nir", 1e-4)

@@ -252,7 +252,7 @@ def test_relu_network_is_torchvisions(name: str) -> None:
 def test_iand_bottleneck_of_spikingjelly_is_another_network() -> None:
     theirs = from_spikingjelly("sew_resnet50", cnf="IAND")
     model = ours("sew_resnet50", num_classes=5, connect_function="iand")
-    with pytest.raises(UserError, match="IAND the other way round"):
+    with pytest.raises(UserError, match="have the opposite IAND"):
         foreign.convert(theirs.state_dict(), "spikingjelly", model)
 
 
@@ -344,7 +344,7 @@ def test_agrees_with_the_resnet19_of_tet_and_of_distillation(tmp_path: Path) -> 
     read = foreign_files.read(file)
     assert read.keys() == state.keys()
     with pytest.raises(
-        UserError, match=r"whose neurons are not the same; say .*decoupling or seal"
+        UserError, match=r"with different neurons; give --from decoupling or --from seal"
     ):
         foreign.source_of(read, file)
     assert foreign.num_classes(read, "decoupling") == 5
@@ -436,7 +436,7 @@ def test_vggsnn_without_pooling_is_another_network() -> None:
     ],
 )
 def test_weights_of_other_shortcuts_are_refused(name: str, source: str) -> None:
-    with pytest.raises(UserError, match=f"weights of {source} are of other networks than {name}"):
+    with pytest.raises(UserError, match=f"weights of {source} do not belong to {name}"):
         foreign.convert({"fc.weight": torch.zeros(1)}, source, ours(name, num_classes=5))
 
 
@@ -540,7 +540,7 @@ def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="torchvision's names, not those of the SEW-ResNet"):
         foreign.convert(state, "sew", model)
     state["conv1.weight"] = state["conv1.weight"].to(torch.int8)
-    with pytest.raises(UserError, match=r"conv1.weight is of torch.int8: .* quantised"):
+    with pytest.raises(UserError, match=r"conv1.weight has type torch.int8, but quantised"):
         foreign.convert(state, "torchvision", model)
 
 
@@ -548,7 +548,7 @@ def test_names_that_several_sources_share_must_be_told() -> None:
     state = torchvision.models.resnet18(weights=None).state_dict()
     with pytest.raises(UserError, match="--from"):
         foreign.source_of(state, Path("a.pth"))
-    with pytest.raises(UserError, match=r"none of the known sources .*'encoder"):
+    with pytest.raises(UserError, match=r"has unknown names .*'encoder"):
         foreign.source_of({"encoder.weight": torch.zeros(1)}, Path("a.pth"))
 
 
@@ -584,7 +584,7 @@ def test_training_and_evaluation_begin_with_a_relu_network(
     command = [relu_file, "--model", "spiking_resnet18", "--from", "timm", "--output", output]
     status, said = call("convert", *command, "--classes", tiny_root / "val", *SMALL_RESNET18)
     assert status == 0, said
-    assert "107 of 107 tensors, as of timm" in said
+    assert "107 of 107 tensors converted, as weights of timm" in said
     assert "21 counters of batches" in said
 
     arguments = ["--checkpoint", output, "--data", tiny_root, "--device", "cpu", "--json"]
@@ -625,12 +625,12 @@ def test_another_number_of_classes_is_named_and_may_be_allowed(
     command += [*SMALL_RESNET18, "model.num_classes=7"]
     status, said = call("convert", *command)
     assert status == 2
-    assert "fc.weight (there fc.weight) has shape (4, 32) instead of (7, 32)" in said
+    assert "fc.weight (fc.weight in the file) has shape (4, 32) instead of (7, 32)" in said
     assert "2 tensors missing or of another shape and 0 unknown" in said
     assert not output.exists()
     status, said = call("convert", *command, "--allow-missing")
     assert status == 0, said
-    assert "not carried over: fc.bias" in said
+    assert "missing: fc.bias" in said
     weights, description = checkpoint.load_model_file(output)
     assert weights["fc.weight"].shape == (7, 32)
     assert torch.equal(weights["stem.conv.weight"], load_file(relu_file)["conv1.weight"])
@@ -658,7 +658,7 @@ def test_tets_checkpoint_is_recognized_and_sees_images_as_its_loader_scales_them
     small = [f"model.arguments.{k}={v}" for k, v in RESNET19.items() if k != "num_classes"]
     status, said = call("convert", *command, "--output", output, *small)
     assert status == 0, said
-    assert "as of tet" in said
+    assert "as weights of tet" in said
     _, description = checkpoint.load_model_file(output)
     assert description.timesteps == 6
     model, data = description.config["model"], description.config["data"]
@@ -725,7 +725,7 @@ def test_converted_file_notes_its_sources_network(
     command += [] if source is None else ["--from", source]
     status, said = call("convert", *command, *given, "data.image_size=32", "data.resize=32")
     assert status == 0, said
-    assert f"as of {source or 'ms'}" in said
+    assert f"as weights of {source or 'ms'}" in said
     _, description = checkpoint.load_model_file(output)
     noted = description.config["model"]
     assert noted["arguments"] == arguments
@@ -747,7 +747,7 @@ def test_converted_file_notes_its_sources_network(
         (["--model", "spiking_resnet18", "--timesteps", "0"], "--timesteps must be at least 1"),
         (
             ["--model", "vggsnn", "model.num_classes=7", "--allow-missing"],
-            "nothing in .* fits vggsnn",
+            "no tensor in .* fits vggsnn",
         ),
     ],
 )
@@ -790,14 +790,14 @@ def test_network_of_another_layout_lists_what_does_not_fit(call: Call, tmp_path:
     assert status == 2
     # What is wrong is seen at a glance; the rest comes where it is asked for.
     assert len(said.splitlines()) < 20
-    first, second, *_ = re.findall(r"(not carried over|unknown here): (\d+) more \(--list", said)
-    assert (first[0], second[0]) == ("not carried over", "unknown here")
+    first, second, *_ = re.findall(r"(missing|unknown): (\d+) more \(--list", said)
+    assert (first[0], second[0]) == ("missing", "unknown")
     status, said = call("convert", *command, "--list")
     assert status == 2
-    assert said.count("not carried over") == 5 + int(first[1])
-    assert "not carried over: stem.conv.weight (there conv1.weight) has shape (16, 3, 3, 3)" in said
-    assert "blocks.7.conv2.conv.weight (there layer4.1.conv2.weight) is missing" in said
-    assert "unknown here: linear.weight" in said
+    assert said.count("  missing: ") == 5 + int(first[1])
+    assert "missing: stem.conv.weight (conv1.weight in the file) has shape (16, 3, 3, 3)" in said
+    assert "blocks.7.conv2.conv.weight (layer4.1.conv2.weight in the file) is missing" in said
+    assert "unknown: linear.weight" in said
     assert f"{file} is not a sew_resnet18 of torchvision" in said
     assert not output.exists()
 

@@ -88,7 +88,7 @@ def test_published_file_is_recognised_computes_what_it_did_and_goes_out_again(
     family: str, call: Call, tmp_path: Path
 ) -> None:
     file, out = converted(family, call, tmp_path)
-    assert f"as of {family}" in out
+    assert f"as weights of {family}" in out
     trained = load(file)
     net = Published({k: v.float() for k, v in state_of(family).items()}, training=False)
     frames = images(4).expand(TIMESTEPS[family], -1, -1, -1, -1)
@@ -123,19 +123,19 @@ def test_published_file_is_recognised_computes_what_it_did_and_goes_out_again(
     status, said = call("export", file, "--format", "nir", "--output", tmp_path / "net.nir")
     assert status == 2
     assert "NIR cannot express" in said
-    assert "the product of two signals, of which attention is made" in said
+    assert "the product of two signals, which attention needs" in said
 
 
 def test_unused_weights_are_named(call: Call, tmp_path: Path) -> None:
     _, out = converted("sdt", call, tmp_path)
-    assert "1 tensor that its network does not use: block.0.attn.talking_heads.weight" in out
+    assert "1 tensor that the network does not use: block.0.attn.talking_heads.weight" in out
 
 
 def test_mixing_of_samples_is_told_and_may_be_asked_for(call: Call, tmp_path: Path) -> None:
     plain, out = converted("qkformer", call, tmp_path)
     assert "the samples of a batch influence each other" in out
     mixing, out = converted("qkformer", call, tmp_path, "model.arguments.mixes_samples=true")
-    assert "QKFormer's accuracies" not in out
+    assert "QKFormer's published accuracies" not in out
     with torch.no_grad():
         logits = [load(file).model(images(4)) for file in (plain, mixing)]
     assert not torch.allclose(*logits)
@@ -152,7 +152,7 @@ def test_program_of_torch_is_the_network(family: str, call: Call, tmp_path: Path
     file, _ = converted(family, call, tmp_path)
     status, said = call("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
     assert status == 0, said
-    assert "its logits are the model's" in said
+    assert "its logits match the model's" in said
     x = images(5)  # another batch size than it was traced with
     with torch.no_grad():
         actual = torch.export.load(tmp_path / "net.pt2").module()(x)
@@ -166,7 +166,7 @@ def test_onnx_graph_is_the_network(family: str, call: Call, tmp_path: Path) -> N
     path = tmp_path / "net.onnx"
     status, said = call("export", file, "--format", "onnx", "--output", path)
     assert status == 0, said
-    assert "its logits are the model's" in said
+    assert "its logits match the model's" in said
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     x = images(5)
     (actual,) = session.run(["logits"], {"images": x.numpy()})
@@ -176,7 +176,7 @@ def test_onnx_graph_is_the_network(family: str, call: Call, tmp_path: Path) -> N
     step = tmp_path / "step.onnx"
     status, said = call("export", file, "--format", "onnx-step", "--output", step)
     assert status == 0, said
-    assert "its logits are the model's" in said
+    assert "its logits match the model's" in said
 
 
 def test_program_of_events_has_the_size_that_the_network_is_described_with() -> None:

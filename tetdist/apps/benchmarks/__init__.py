@@ -1,1 +1,1 @@
-"""Measurements of speed and memory, of tetdist and of others side by side."""
+"""Benchmarks of speed and memory, of tetdist and other libraries."""

@@ -1,4 +1,4 @@
-"""Seconds of a training step, and bytes kept for its backward pass, by model and T."""
+"""Benchmarks of a training step's time, and of the memory kept for its backward pass."""
 
 import argparse
 import contextlib
@@ -26,7 +26,7 @@ MIB = 2**20
 
 
 def machine(device: str) -> dict[str, str]:
-    """The machine and the versions that the figures depend on."""
+    """Return the machine and the versions that the figures depend on."""
     found = {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model() or "",
         "threads": str(torch.get_num_threads()),
@@ -42,10 +42,10 @@ def machine(device: str) -> dict[str, str]:
 
 
 def measure_model(options: argparse.Namespace) -> dict[str, Any]:
-    """The seconds of a step of each contestant: medians over rounds in which all take turns."""
+    """Measure each contestant's seconds a step: medians over rounds in which all take turns."""
     names = list(contestants_of(options))
     if options.device == "cuda":
-        rows = measure_here(names, options, _tell)
+        rows = measure_here(names, options, _show)
     else:
         with turns.contestants(names, options) as processes:
             seconds = _in_turns({name: one.step for name, one in processes.items()}, options)
@@ -56,25 +56,24 @@ def measure_model(options: argparse.Namespace) -> dict[str, Any]:
     keys = ("model", "size", "timesteps", "batch", "precision", "device", "evaluate", "repeats")
     result = {key: getattr(options, key) for key in keys} | {"rows": rows}
     if not options.evaluate:
-        # The two keys that `slurm --benchmark` reads.
+        # Keys that `slurm --benchmark` reads.
         own = next(row for row in rows if row["name"].startswith("tetdist"))
         result |= {"images_per_s": own["images_per_s"], "processes": 1}
     return result
 
 
 def measure_here(
-    names: list[str], options: argparse.Namespace, tell: Callable[[str], None] = lambda _: None
+    names: list[str], options: argparse.Namespace, show: Callable[[str], None] = lambda _: None
 ) -> list[dict[str, Any]]:
-    """Measure in this process: a GPU's memory is divided among processes, and its threads are its
-    own.
+    """Measure all contestants in this process, as on a GPU, whose memory processes would share.
 
     Args:
-        names: Of the contestants.
-        options: Those of `measure_model`.
-        tell: Given a line when a contestant is ready.
+        names: Names of the contestants.
+        options: Options of `measure_model`.
+        show: Called with a line when a contestant is ready.
 
     Raises:
-        torch.OutOfMemoryError: They do not fit into the GPU's memory together.
+        torch.OutOfMemoryError: The contestants do not fit into the GPU's memory together.
     """
     choose_algorithms(options.precision)
     made, on_gpu = contestants_of(options), options.device == "cuda"
@@ -82,7 +81,7 @@ def measure_here(
     warm_up = {}
     for name, step in steps.items():
         warm_up[name] = seconds_of(step) + seconds_of(step)
-        tell(f"{name}: first two steps {warm_up[name]:.1f} s")
+        show(f"{name}: first two steps {warm_up[name]:.1f} s")
     seconds = _in_turns({name: partial(seconds_of, step) for name, step in steps.items()}, options)
     return [
         _row(name, seconds, options, warm_up[name], peak=peak_mib(step) if on_gpu else None)
@@ -90,7 +89,7 @@ def measure_here(
     ]
 
 
-def _tell(line: str) -> None:
+def _show(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -104,7 +103,7 @@ def seconds_of(step: Callable[[], None]) -> float:
 def _in_turns(
     steps: dict[str, Callable[[], float]], options: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """The seconds of each contestant's steps, by round."""
+    """Return the seconds of each contestant's steps, by round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(options.repeats):
         for name, step in steps.items():
@@ -136,7 +135,7 @@ def _row(
 
 def model_table(result: dict[str, Any]) -> str:
     what = "evaluation" if result["evaluate"] else "training step"
-    rows = [["", "s", "/ first", "images/s", "first two steps, s", "waiting", "at most, MiB"]]
+    rows = [["", "s", "/ first", "images/s", "first two steps, s", "waiting", "peak, MiB"]]
     rows += [
         [
             row["name"],
@@ -157,7 +156,7 @@ def model_table(result: dict[str, Any]) -> str:
 
 
 def peak_mib(step: Callable[[], None]) -> float:
-    """The most MiB that a step allocates on the GPU, beyond those allocated before it."""
+    """Return the peak MiB that a step allocates on the GPU, beyond those allocated before it."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
@@ -168,9 +167,9 @@ def peak_mib(step: Callable[[], None]) -> float:
 
 
 class SavedBytes:
-    """Counts what autograd holds for the backward pass, now and at its most.
+    """Counter of the bytes that autograd holds for the backward pass: present and peak.
 
-    A storage is counted once however many operations keep it; parameters are not counted.
+    A storage counts once, however many operations keep it; parameters do not count.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -208,7 +207,7 @@ class _Kept:
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """The MiB an image held after the forward pass, and the most until the backward pass ends."""
+    """Measure the MiB an image held after the forward pass, and the peak until the backward."""
     options = argparse.Namespace(**vars(options), evaluate=False)
     rows: list[dict[str, Any]] = []
     all_timesteps = options.timesteps
@@ -254,8 +253,8 @@ def memory_table(result: dict[str, Any]) -> str:
 
     def cell(timesteps: int, name: str) -> str:
         row, first = table[timesteps, name], table[timesteps, names[0]]
-        share = row["after_forward_mib"] / first["after_forward_mib"]
-        return f"{row['after_forward_mib']:.1f} ({row['at_most_mib']:6.1f}) {100 * share:4.0f} %"
+        part = row["after_forward_mib"] / first["after_forward_mib"]
+        return f"{row['after_forward_mib']:.1f} ({row['at_most_mib']:6.1f}) {100 * part:4.0f} %"
 
     rows = [["T", *names]]
     rows += [
@@ -263,5 +262,5 @@ def memory_table(result: dict[str, Any]) -> str:
     ]
     return (
         f"{result['model']}, {result['precision']}: MiB an image kept for the backward pass, after "
-        f"the forward pass (and at most)\n\n{aligned(rows, right=range(len(rows[0])))}"
+        f"the forward pass (peak)\n\n{aligned(rows, right=range(len(rows[0])))}"
     )

@@ -1,4 +1,4 @@
-"""The networks that are measured against each other: ours, the ReLU network, spikingjelly's."""
+"""Networks to compare: tetdist's, the ReLU network, spikingjelly's."""
 
 import argparse
 import functools
@@ -19,7 +19,7 @@ class Contestant(NamedTuple):
 
 
 def contestants_of(options: argparse.Namespace) -> dict[str, Callable[[], Contestant]]:
-    """The contestants by name; each is made only when it is called for."""
+    """Return constructors of the contestants, by name."""
     contestants: dict[str, Callable[[], Contestant]] = {}
     if relu_baseline(options.model):
         contestants["relu"] = functools.partial(relu, options)
@@ -43,7 +43,7 @@ def ours(options: argparse.Namespace, mode: str) -> Contestant:
 
 
 def relu(options: argparse.Namespace) -> Contestant:
-    """The ReLU network of the same convolutions, on T times the batch."""
+    """Make the ReLU network with the same convolutions, on T times the batch."""
     baseline = relu_baseline(options.model)
     assert baseline is not None
     images = batch_of(options)
@@ -82,8 +82,8 @@ def has_spikingjelly_network(name: str) -> bool:
 
 
 def spikingjelly_network(name: str) -> torch.nn.Module:
-    """The network of spikingjelly's neurons that is one of ours with the default neuron: the
-    library's own, or a transformer of peers.py."""
+    """Make our network (with its default neuron) of spikingjelly's neurons: the library's own
+    network, or a transformer of peers.py."""
     from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
 
     family, *numbers = name.split("_")
@@ -114,7 +114,7 @@ def spikingjelly_network(name: str) -> torch.nn.Module:
 
 
 def spikingjelly_neuron() -> torch.nn.Module:
-    """A layer of spikingjelly's neurons, of the numbers of ours in SEW- and Spiking-ResNets."""
+    """Make a layer of spikingjelly's neurons, with our settings in SEW- and Spiking-ResNets."""
     from spikingjelly.activation_based import neuron, surrogate
 
     return neuron.LIFNode(
@@ -126,7 +126,7 @@ def spikingjelly_neuron() -> torch.nn.Module:
 
 
 def halving_neuron(threshold: float = 1.0) -> torch.nn.Module:
-    """A layer of spikingjelly's neurons as QKFormer, Max-Former and SDT have them."""
+    """Make a layer of spikingjelly's neurons as in QKFormer, Max-Former and SDT."""
     from spikingjelly.activation_based import neuron, surrogate
 
     return neuron.LIFNode(
@@ -138,14 +138,14 @@ def halving_neuron(threshold: float = 1.0) -> torch.nn.Module:
 
 
 def counting_neuron(threshold: float = 1.0) -> torch.nn.Module:
-    """A layer of spikingjelly's neurons that send a number of spikes, of up to 4."""
+    """Make a layer of spikingjelly's neurons that emit up to 4 spikes."""
     from spikingjelly.activation_based import neuron
 
     return neuron.ILIFNode(v_threshold=threshold)
 
 
 def sharing_neuron(threshold: float = 1.0) -> torch.nn.Module:
-    """The same, divided by 4, as E-SpikeFormer has them."""
+    """Make a `counting_neuron` with its output divided by 4, as in E-SpikeFormer."""
     return torch.nn.Sequential(counting_neuron(threshold), _Quarter())
 
 
@@ -155,7 +155,7 @@ class _Quarter(torch.nn.Module):
 
 
 def batch_of(options: argparse.Namespace) -> Tensor:
-    """Random images (B, 3, H, W), or event frames (B, T, 2, H, W), as the network takes them."""
+    """Make random images (B, 3, H, W) or event frames (B, T, 2, H, W), by the network."""
     import timm
 
     channels, size, _ = timm.get_pretrained_cfg(options.model).input_size
@@ -181,7 +181,7 @@ def laid_out(
 
 
 def step_of(options: argparse.Namespace, contestant: Contestant) -> Callable[[], None]:
-    """A function that makes a step: forward, TET loss, backward; or only the forward pass."""
+    """Return a function that makes a step: forward, TET loss, backward; or forward only."""
     from tetdist.losses import tet_loss
     from tetdist.nn.precision import autocast
 

@@ -1,8 +1,7 @@
-"""Images a second from JPEG files to batches: this pipeline against others, in turns.
+"""Benchmark of images a second from JPEG files to batches: our pipeline and others, in turns.
 
 The contestants read the same files with the same batch size and number of threads or workers. All
-keep their queues filled while another one's turn is timed, which is why the first batches of a turn
-are not counted.
+fill their queues while another one is timed, so the first batches of a turn are not counted.
 """
 
 import argparse
@@ -31,11 +30,11 @@ Step = Callable[[], Any]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the rates of all, the wait of a training, and the memory after each epoch."""
+    """Measure all rates, the data wait of a training, and the memory after each epoch."""
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         files = gather(options, root)
-        # torchvision's workers are forked, and should be so before DALI has threads.
+        # Fork torchvision's workers before DALI starts threads.
         steps = {
             "torchvision": torchvision_loader(options, root),
             "DALI's reader": dali_reader(options, files),
@@ -65,7 +64,7 @@ def row(name: str, rates: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def in_turns(options: argparse.Namespace, steps: dict[str, Step]) -> dict[str, list[float]]:
-    """The images a second of each contestant, by round."""
+    """Return the images a second of each contestant, by round."""
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(options.repeats):
         for name, step in steps.items():
@@ -83,7 +82,7 @@ def in_turns(options: argparse.Namespace, steps: dict[str, Step]) -> dict[str, l
 
 
 def gather(options: argparse.Namespace, root: Path) -> list[str]:
-    """Link the images, each as often as needed, in two classes under ROOT/train; the links."""
+    """Link the images, repeatedly if needed, in two classes below ROOT/train; return the links."""
     sources = images_of(options.data) if options.data else make_images(root / "made")
     files = []
     for i in range(options.images):
@@ -98,12 +97,12 @@ def gather(options: argparse.Namespace, root: Path) -> list[str]:
 def images_of(folder: Path) -> list[Path]:
     found = sorted(p.resolve() for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
     if not found:
-        raise SystemExit(f"error: --data: there are no JPEG files in {folder}")
+        raise SystemExit(f"error: --data: {folder} has no JPEG files; give another folder")
     return found
 
 
 def make_images(folder: Path, count: int = 100) -> list[Path]:
-    """Make JPEGs of ImageNet's usual size and, by their noise, of about as many bytes."""
+    """Make JPEGs with ImageNet's usual size and, thanks to noise, similar numbers of bytes."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     files = []
@@ -137,7 +136,7 @@ def ours(options: argparse.Namespace, root: Path) -> Iterator[Step]:
 
 
 def dali_reader(options: argparse.Namespace, files: list[str], only_decode: bool = False) -> Step:
-    """A pipeline of DALI's own: its reader, its shuffling, its crop windows and flips."""
+    """Make a pipeline of DALI's own reader, shuffling, crop windows and flips."""
     from nvidia import dali
     from nvidia.dali import fn, types
 
@@ -147,7 +146,7 @@ def dali_reader(options: argparse.Namespace, files: list[str], only_decode: bool
     with pipeline:
         encoded, label = fn.readers.file(files=files, random_shuffle=True, name="files")
         if only_decode:
-            # Decode the windows that a training needs, and do nothing else with them.
+            # Decode the windows that a training needs, and nothing else.
             pipeline.set_outputs(random_windows(fn, encoded))
         else:
             images = fn.resize(
@@ -187,7 +186,7 @@ def torchvision_loader(options: argparse.Namespace, root: Path) -> Step:
         transforms.Normalize(MEAN, STD),
     ]
     dataset = ImageFolder(str(root / "train"), transforms.Compose(steps))
-    # An epoch without end, so that the workers are started only once.
+    # An endless epoch, so that the workers start only once.
     sampler = RandomSampler(dataset, replacement=True, num_samples=10**9)
     loader = DataLoader(dataset, options.batch, sampler=sampler, num_workers=options.threads)
     batches = iter(loader)
@@ -198,7 +197,7 @@ def torchvision_loader(options: argparse.Namespace, root: Path) -> Step:
 
 
 def training_wait(options: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """The time that sew_resnet34's training steps on this CPU wait for their images."""
+    """Measure how long sew_resnet34's training steps on this CPU wait for images."""
     from tetdist.apps.benchmarks import contestants
 
     small = argparse.Namespace(
@@ -227,7 +226,7 @@ def training_wait(options: argparse.Namespace, root: Path) -> dict[str, Any]:
 
 
 def memory(options: argparse.Namespace, root: Path) -> list[float]:
-    """MiB of this process after each epoch of our pipeline."""
+    """Return the MiB of this process after each epoch of our pipeline."""
     used = []
     with ours(options, root) as next_batch:
         for _ in range(options.epochs):

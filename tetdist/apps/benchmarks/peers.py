@@ -1,4 +1,4 @@
-"""Transformers of torch's layers and spikingjelly's neurons, for comparison: as their authors do.
+"""Transformers of torch's layers and spikingjelly's neurons, as in their authors' code.
 
 spikingjelly has no transformers. These are the networks of models/qkformer.py,
 models/spike_driven_transformer.py, models/max_former.py and models/espikeformer.py, for images of
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class MakeNeuron(Protocol):
-    """Makes a layer of spikingjelly's neurons."""
+    """Constructor of a layer of spikingjelly's neurons."""
 
     def __call__(self, threshold: float = 1.0) -> nn.Module: ...
 
@@ -26,7 +26,7 @@ OF_ATTENTION = 0.5
 
 
 class Network(nn.Module):
-    """Parts one after another on frames (T, B, 3, H, W), the mean over pixels, and a classifier."""
+    """Parts in sequence on frames (T, B, 3, H, W), the mean over pixels, and a classifier."""
 
     def __init__(self, parts: Sequence[nn.Module], neuron: nn.Module, channels: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Network(nn.Module):
 
 
 class Residual(nn.Module):
-    """Layers one after another, added to their input."""
+    """Layers in sequence, added to their input."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Residual(nn.Module):
 
 
 class Layer(nn.Module):
-    """Convolution, batch norm, and what comes behind: pooling, neurons, both or nothing."""
+    """Convolution, batch norm, then optionally pooling and neurons."""
 
     def __init__(
         self,
@@ -80,12 +80,12 @@ def conv1x1(before: int, after: int, stride: int = 1, *, bias: bool = False) -> 
 
 
 def of_heads(x: Tensor, heads: int) -> Tensor:
-    """(T, B, C, H, W) as (T, B, heads, N, d)."""
+    """Reshape (T, B, C, H, W) to (T, B, heads, N, d)."""
     return x.flatten(3).unflatten(2, (heads, -1)).transpose(3, 4).contiguous()
 
 
 def image_of(x: Tensor, shape: torch.Size) -> Tensor:
-    """The reverse of `of_heads`."""
+    """Invert `of_heads`."""
     return x.transpose(3, 4).reshape(shape).contiguous()
 
 
@@ -94,7 +94,7 @@ def depthwise(channels: int, kernel: int, *, bias: bool) -> nn.Conv2d:
 
 
 class SelfAttention(nn.Module):
-    """Self-attention that is added to its input; values may be wider than that.
+    """Self-attention, added to its input; values may be wider than the input.
 
     Args:
         channels, heads: Of the input.
@@ -140,7 +140,7 @@ class SelfAttention(nn.Module):
 
 
 def driven_mlp(channels: int, make: MakeNeuron) -> nn.Module:
-    """Neurons first, and the current of the last convolution added to the stream."""
+    """MLP that begins with neurons and adds its last convolution's current to the stream."""
     wide = 4 * channels
     layers = (
         Layer(conv1x1(channels, wide, bias=True), make()),
@@ -191,7 +191,7 @@ class TokenAttention(nn.Module):
 
 
 def qkformer(widths: Sequence[int], depths: Sequence[int], heads: int, make: MakeNeuron) -> Network:
-    """The network of models/qkformer.py."""
+    """Make the network of models/qkformer.py."""
     first = widths[0]
     parts: list[nn.Module] = [
         Embedding(3, [(first // 2, True), (first, True), (first, False)], 1, make)
@@ -255,7 +255,7 @@ class DrivenAttention(nn.Module):
 
 
 def spike_driven_transformer(channels: int, depth: int, make: MakeNeuron) -> Network:
-    """The network of models/spike_driven_transformer.py."""
+    """Make the network of models/spike_driven_transformer.py."""
     parts: list[nn.Module] = [DrivenEmbedding(channels, make)]
     for _ in range(depth):
         parts += [DrivenAttention(channels, 8, make), driven_mlp(channels, make)]
@@ -266,7 +266,7 @@ def spike_driven_transformer(channels: int, depth: int, make: MakeNeuron) -> Net
 
 
 class Joined(nn.Module):
-    """The currents of two convolutions, the second one of the shortcut, which may be pooled."""
+    """Sum of the currents of two convolutions; the second one's shortcut may be pooled."""
 
     def __init__(self, conv: nn.Conv2d, shortcut: nn.Conv2d, *, pools: bool = False) -> None:
         super().__init__()
@@ -312,7 +312,7 @@ class MaxEmbedding(nn.Module):
 def max_former(
     widths: Sequence[int], depths: Sequence[int], heads: int, make: MakeNeuron
 ) -> Network:
-    """The network of models/max_former.py."""
+    """Make the network of models/max_former.py."""
     parts: list[nn.Module] = [MaxStem(widths[0], make)]
     for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
         if stage > 0:

@@ -1,4 +1,4 @@
-"""ReLU networks of the convolutions of our spiking ones, of torch's own layers."""
+"""ReLU networks with the convolutions of our spiking ones, built of torch's layers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ _LAYERS = {"18": (2, 2, 2, 2), "34": (3, 4, 6, 3), "104": (3, 8, 32, 8)}
 
 
 def relu_baseline(name: str) -> nn.Module | None:
-    """A network of ReLU units with the convolutions of a spiking one, if there is one."""
+    """Make the ReLU network with the convolutions of a spiking one; None if there is none."""
     import timm
 
     family, _, depth = name.rpartition("resnet")
@@ -43,7 +43,7 @@ def relu_baseline(name: str) -> nn.Module | None:
 def _for_small_images(
     layers: tuple[int, ...], *, stem: int, width: int, in_channels: int = 3
 ) -> nn.Module:
-    """timm's ResNet with a 3x3 convolution for its stem, of 10 classes."""
+    """Make timm's ResNet with a 3x3 convolution as its stem, for 10 classes."""
     from timm.models.resnet import BasicBlock, ResNet
 
     channels = tuple(width * 2**stage for stage in range(len(layers)))
@@ -62,7 +62,7 @@ def _for_small_images(
 
 
 class _Block(nn.Module):
-    """ReLU-conv-BN twice, added to the input."""
+    """Two ReLU-conv-BN layers, added to the input."""
 
     def __init__(
         self, inputs: int, width: int, stride: int, *, bias: bool = False, pooled: bool = False
@@ -98,7 +98,7 @@ def _of_blocks(
     first_stride: int = 2,
     **kind: bool,
 ) -> nn.Module:
-    """A network of `_Block`s between a stem and a classifier."""
+    """Network of `_Block`s between a stem and a classifier."""
     blocks: list[nn.Module] = []
     channels = 64
     for stage, count in enumerate(layers):

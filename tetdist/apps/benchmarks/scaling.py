@@ -1,8 +1,8 @@
-"""The benchmark scaling: several processes against one.
+"""Benchmark of scaling: several processes compared with one.
 
-Contestants take turns in one run: one process alone; as many as there are to be, each for itself,
-which shows what the machine has to give; and the same averaging their gradients. Each process has
-its own cores (or GPU), and trains by the engine that runs train by.
+Contestants take turns in one run: one process alone; all processes independently, which shows the
+machine's limit; and all processes averaging their gradients. Each process has its own cores (or
+GPU), and trains with the same engine as runs.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tetdist.apps.benchmarks.contestants import wait
-from tetdist.apps.benchmarks.turns import Told, answer, options_told, ratio
+from tetdist.apps.benchmarks.turns import TimedProcess, parent_options, ratio, serve
 from tetdist.tables import aligned
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 # --- the processes ------------------------------------------------------------------------------
 
 
-class Worker(Told):
-    """A process that makes steps when told to."""
+class Worker(TimedProcess):
+    """Process that makes training steps on command."""
 
     def __init__(self, options: argparse.Namespace, rank: int, world_size: int, port: int) -> None:
         cores = sorted(os.sched_getaffinity(0))
@@ -37,7 +37,7 @@ class Worker(Told):
         super().__init__(
             "tetdist.apps.benchmarks.scaling",
             argparse.Namespace(**vars(options) | {"cores": own}),
-            # Each that is alone is a group of its own; local rank r still means the r-th GPU.
+            # An independent process is its own group; local rank r still selects the r-th GPU.
             RANK=str(rank if world_size > 1 else 0),
             WORLD_SIZE=str(world_size),
             LOCAL_RANK=str(rank),
@@ -48,19 +48,19 @@ class Worker(Told):
 
 
 def together(workers: list[Worker], steps: int) -> float:
-    """The seconds of a step of the slowest, when all run at the same time."""
+    """Return the seconds a step of the slowest worker, when all run at the same time."""
     for worker in workers:
-        worker.tell(str(steps))
+        worker.send(str(steps))
     return max([worker.seconds() for worker in workers])
 
 
 @contextlib.contextmanager
 def processes(options: argparse.Namespace) -> Iterator[tuple[list[Worker], list[Worker]]]:
-    """Processes that train each for itself, and as many that share their work."""
+    """Yield independent processes, and as many that train together."""
     count = options.processes
     workers: list[Worker] = []
     try:
-        # They start one after the other, because the first may have kernels to build.
+        # Start them in sequence, because the first may have to build kernels.
         for rank in range(count):
             workers.append(Worker(options, rank, 1, free_port()))
             together(workers[-1:], 2)
@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "name": name,
                 "processes": count,
                 "seconds": median,
-                # The share of the rate of as many independent processes.
+                # The rate relative to as many independent processes.
                 "efficiency": ratio(seconds["alone"], values),
                 "of_apart": ratio(seconds["apart"], values),
                 "images_per_s": count * images / median,
@@ -107,7 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     keys = ("model", "size", "timesteps", "batch", "accumulation", "precision", "device", "engine")
     return {key: getattr(options, key) for key in keys} | {
         "rows": rows,
-        # With these two `slurm --benchmark` knows the speed of a process.
+        # Keys that `slurm --benchmark` reads.
         "images_per_s": rows[-1]["images_per_s"],
         "processes": options.processes,
     }
@@ -117,14 +117,14 @@ def table(result: dict[str, Any]) -> str:
     count = result["processes"]
     names = {
         "alone": "one process",
-        "apart": f"{count}, each for itself",
+        "apart": f"{count}, independent",
         "together": f"{count}, averaging",
     }
     rows = [["", "s", "images/s", f"/ {count} x alone", "/ apart"]]
     for row in result["rows"]:
-        shares = [f"{row[name]:.3f}" for name in ("efficiency", "of_apart")]
+        ratios = [f"{row[name]:.3f}" for name in ("efficiency", "of_apart")]
         rates = [f"{row['seconds']:.3f}", f"{row['images_per_s']:.2f}"]
-        rows.append([names[row["name"]], *rates, *(["", ""] if row["name"] == "alone" else shares)])
+        rows.append([names[row["name"]], *rates, *(["", ""] if row["name"] == "alone" else ratios)])
     return (
         f"{result['model']}, T={result['timesteps']}, {result['accumulation']} x batch "
         f"{result['batch']} a process, {result['precision']}, {result['engine']}, "
@@ -136,7 +136,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def work() -> None:
-    options = options_told()
+    options = parent_options()
     os.sched_setaffinity(0, options.cores)
     from tetdist.distributed.world import join
 
@@ -157,7 +157,7 @@ def work() -> None:
             step()
             wait(world.device.type)
 
-        answer(one)
+        serve(one)
 
 
 def training_step(

@@ -1,8 +1,8 @@
-"""Contestants that take turns, each in a process of its own, under the settings that suit it best.
+"""Contestants that take turns, each in its own process with the settings that suit it best.
 
-How threads wait for each other is set before a process loads torch (OMP_WAIT_POLICY): asleep, or
-spinning for a while first. Which is faster depends on the network and on the machine, so each
-contestant is tried with both, and competes with the better one; but ours as its commands run it.
+The way threads wait (OMP_WAIT_POLICY) must be set before a process loads torch: asleep, or spinning
+first. Which is faster depends on the network and the machine, so each contestant is tried with both
+and competes with the better one; tetdist's waits as its commands do.
 """
 
 import argparse
@@ -15,26 +15,26 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-# OMP_WAIT_POLICY by what the report calls it. The second is torch's own when nothing is set.
+# OMP_WAIT_POLICY by its name in the report. The second is torch's default.
 WAITING = {"asleep": "PASSIVE", "spinning": None}
-_TRIALS = 3  # steps of each by which the better one is found
+_TRIALS = 3  # steps of each policy for the choice
 _OPTIONS = "TETDIST_BENCH"
 
 
 def ratio(values: Iterable[float], others: Iterable[float]) -> float:
-    """Return the median ratio, round by round, since whatever slows the machine slows both."""
+    """Return the median ratio by round, since any slowdown of the machine affects both."""
     return statistics.median(one / other for one, other in zip(values, others, strict=True))
 
 
-class Told:
-    """A process that does something when told to, and answers with the seconds that it took."""
+class TimedProcess:
+    """Process that runs steps on command, and returns the seconds that they took."""
 
     def __init__(self, module: str, options: argparse.Namespace, **environment: str | None) -> None:
         """
         Args:
-            module: Run by ``python -m``; it finds the options by `options_told`.
-            options: What can be said in JSON.
-            environment: What differs from this process's; None: not set.
+            module: Module to run by ``python -m``; it reads the options with `parent_options`.
+            options: Options, as far as JSON can represent them.
+            environment: Changed variables; None: removed.
         """
         variables = os.environ | {_OPTIONS: json.dumps(vars(options) | {"json": None})}
         for name, value in environment.items():
@@ -47,23 +47,24 @@ class Told:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # Ctrl-C is for the one who tells; it ends this process, too.
+            # Only the parent receives Ctrl-C; it ends this process, too.
             start_new_session=True,
         )
 
-    def tell(self, line: str) -> None:
+    def send(self, line: str) -> None:
         assert self.process.stdin is not None
-        # One that has ended says so by its answer.
+        # `seconds` reports a process that has ended.
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(f"{line}\n")
             self.process.stdin.flush()
 
     def seconds(self) -> float:
-        """The answer, once it is there."""
+        """Wait for the process's answer, and return it."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"error: a process of the benchmark ended ({self.process.wait()})")
+            status = self.process.wait()
+            raise SystemExit(f"error: a process of the benchmark ended with status {status}")
         return float(line)
 
     def end(self) -> None:
@@ -77,46 +78,47 @@ class Told:
             self.process.wait()
 
 
-def options_told() -> argparse.Namespace:
-    """The options of the one that started this process."""
+def parent_options() -> argparse.Namespace:
+    """Return the options from the parent process."""
     return argparse.Namespace(**json.loads(os.environ[_OPTIONS]))
 
 
-def answer(step: Callable[[], object]) -> None:
-    """Make as many steps as each line of the standard input says; print the seconds of one."""
+def serve(step: Callable[[], object]) -> None:
+    """Run the number of steps in each line of standard input, and print the seconds a step."""
     for line in sys.stdin:
         steps = int(line)
         started = time.perf_counter()
         for _ in range(steps):
-            # What libraries print is not an answer.
+            # Keep output of libraries out of the answer.
             with contextlib.redirect_stdout(sys.stderr):
                 step()
         answered = f"{(time.perf_counter() - started) / steps}\n".encode()
         try:
             os.write(1, answered)
         except BrokenPipeError:
-            return  # Nobody is there any more.
+            return  # The parent has ended.
 
 
 class Contestant:
-    """One network's steps in a process of its own.
+    """Network that is measured in its own process.
 
     Attributes:
-        waiting: The key of `WAITING` with which it competes.
+        waiting: Its key of `WAITING`.
         warm_up: Seconds of the first two steps.
     """
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         options = argparse.Namespace(**vars(options) | {"contestant": name})
-        # Ours waits as in training.
+        # tetdist waits as in training.
         ways = ["asleep"] if name.startswith("tetdist") else list(WAITING)
-        self._processes: dict[str, Told] = {}
+        self._processes: dict[str, TimedProcess] = {}
         try:
             self.waiting, self.warm_up, best = "", 0.0, float("inf")
             for waiting in ways:
-                self._processes[waiting] = Told(__name__, options, OMP_WAIT_POLICY=WAITING[waiting])
+                policy = WAITING[waiting]
+                self._processes[waiting] = TimedProcess(__name__, options, OMP_WAIT_POLICY=policy)
                 first_two = 2 * self._seconds(waiting, 2)
-                # Kernels are built by the first process, so that its time is that of a first start.
+                # The first process builds kernels, so its time is that of a first start.
                 self.warm_up = self.warm_up or first_two
                 found = statistics.median(self._seconds(waiting) for _ in range(_TRIALS))
                 if found < best:
@@ -129,11 +131,11 @@ class Contestant:
             raise
 
     def _seconds(self, waiting: str, steps: int = 1) -> float:
-        self._processes[waiting].tell(str(steps))
+        self._processes[waiting].send(str(steps))
         return self._processes[waiting].seconds()
 
     def step(self) -> float:
-        """Make a step; its seconds."""
+        """Make a step, and return its seconds."""
         return self._seconds(self.waiting)
 
     def end(self) -> None:
@@ -143,7 +145,7 @@ class Contestant:
 
 @contextlib.contextmanager
 def contestants(names: list[str], options: argparse.Namespace) -> Iterator[dict[str, Contestant]]:
-    """Processes of contestants by name, ended afterwards."""
+    """Yield the contestants by name, and end their processes afterwards."""
     started: dict[str, Contestant] = {}
     try:
         for name in names:
@@ -165,9 +167,9 @@ def main() -> None:
     from tetdist.apps.benchmarks.contestants import contestants_of, step_of
     from tetdist.nn.precision import choose_algorithms
 
-    options = options_told()
+    options = parent_options()
     choose_algorithms(options.precision)
-    answer(step_of(options, contestants_of(options)[options.contestant]()))
+    serve(step_of(options, contestants_of(options)[options.contestant]()))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Checks of a machine with GPUs: is all right that runs there, and how fast? One file each."""
+"""Checks of a machine with GPUs: correct results, and speed. One file for each check."""

@@ -17,31 +17,31 @@ import torch
 
 from tetdist.distributed.world import World
 
-# What the bench calls a training step of tetdist that recomputes nothing.
+# Name of tetdist's training step without recomputation in the benchmark.
 OWN = "tetdist, none"
 
 Status = Literal["ok", "bad", "left out"]
 
-# GPUs of one kind differ by some percent; one that is slower than that slows all of a run.
+# GPUs of one kind differ by some percent; a slower one slows the whole run down.
 SLOWER = 0.1
 SLOW = (
-    "nvidia-smi -q -d PERFORMANCE,TEMPERATURE,CLOCK on that rank's host says what holds its GPU "
-    "back, and nvidia-smi what else runs there"
+    "run nvidia-smi -q -d PERFORMANCE,TEMPERATURE,CLOCK on that rank's host to see what throttles "
+    "its GPU, and nvidia-smi to see what else runs there"
 )
-UNLIKE = "give all hosts the same driver and the same environment of Python"
+UNLIKE = "give all hosts the same driver and the same Python environment"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The finding of a check on one process.
+    """Finding of a check on one process.
 
     Attributes:
-        status: "left out" where the machine lacks what the check is about.
+        status: "left out" if the check does not apply to the machine.
         text: A line of the table.
-        remedy: What mends it; None: there is nothing to mend, or nobody knows.
-        numbers: For the JSON file.
-        speed: What all GPUs should have in common, such as images a second; larger is better.
-        same: What has to be the same on all processes, by what it is.
+        remedy: The remedy; None: none is needed, or none is known.
+        numbers: Numbers for the JSON file.
+        speed: Speed that all GPUs should share, such as images a second; larger is better.
+        same: Values that must be equal on all processes, by name.
     """
 
     status: Status
@@ -54,12 +54,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine that the checks run on.
+    """Machine that the checks run on.
 
     Attributes:
         world: All processes.
-        small: Whether sizes are those for a CPU, where figures mean nothing, but the checks run.
-        folder: Of this process, removed at the end.
+        small: True if the checks run small sizes on a CPU, where their figures are meaningless.
+        folder: Folder of this process, removed at the end.
     """
 
     world: World
@@ -76,7 +76,7 @@ class Machine:
 
     @property
     def limit(self) -> float:
-        """Seconds that a check may take; on a CPU others may have the cores, too."""
+        """Time limit of a check in seconds; longer on a CPU, which may be shared."""
         return 300.0 if self.small else 150.0
 
 
@@ -85,8 +85,8 @@ Check = Callable[[Machine], Finding]
 
 @contextlib.contextmanager
 def on(world: World, *, small: bool) -> Iterator[Machine]:
-    """The machine with a folder for the checks' files, in this context."""
-    # A check that hangs may go on writing there while all else ends.
+    """Yield the machine with a folder for the checks' files, which is removed at the end."""
+    # A hanging check may still write there while the process exits.
     made = tempfile.TemporaryDirectory(prefix="tetdist-check-", ignore_cleanup_errors=True)
     with made as folder:
         yield Machine(world, small, Path(folder))
@@ -96,7 +96,7 @@ def on(world: World, *, small: bool) -> Iterator[Machine]:
 
 
 def compared(findings: Sequence[Finding]) -> list[Finding]:
-    """The findings by rank, in which one that is slower than most, or unlike them, is bad."""
+    """Return the findings by rank, with those bad that are slower than or unlike the others."""
     speeds = [one.speed for one in findings if one.status == "ok" and one.speed is not None]
     known = [speed for speed in speeds if not math.isnan(speed)]
     usual = statistics.median_high(known) if len(speeds) > 1 and known else 0.0
@@ -109,13 +109,13 @@ def compared(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def _beside_others(found: Finding, usual: float, common: Mapping[str, Any]) -> Finding:
-    """A process's finding beside what is usual among all."""
+    """Compare a process's finding with the median speed and the most common values."""
     if found.status != "ok":
         return found
     for name, value in common.items():
         own = found.same.get(name)
         if own != value:
-            text = f"{name} is {own} there, and {value} on other processes"
+            text = f"{name} is {own}, but {value} on other processes"
             return dataclasses.replace(found, status="bad", text=text, remedy=UNLIKE)
     if found.speed is not None and not found.speed >= (1 - SLOWER) * usual:
         text = f"{1 - found.speed / usual:.0%} slower than most: {found.text}"
@@ -125,12 +125,12 @@ def _beside_others(found: Finding, usual: float, common: Mapping[str, Any]) -> F
 
 @dataclass(frozen=True)
 class Result:
-    """A check's findings on all processes.
+    """Findings of a check on all processes.
 
     Attributes:
-        name: The check's.
-        findings: By rank.
-        seconds: How long it took.
+        name: Name of the check.
+        findings: Findings by rank.
+        seconds: Duration of the check.
     """
 
     name: str
@@ -139,7 +139,7 @@ class Result:
 
     @functools.cached_property
     def worst(self) -> Finding:
-        """The finding that is shown: a bad one, else the slowest."""
+        """Finding to show: a bad one, else the slowest."""
         order = ("bad", "ok", "left out")
 
         def rank(found: Finding) -> tuple[int, float]:
@@ -149,14 +149,14 @@ class Result:
 
     @property
     def text(self) -> str:
-        """The text of the table: where the result is bad, and how processes differ in speed."""
+        """Text of the table, with the bad ranks and the range of speeds."""
         where, spread = "", ""
         bad = [rank for rank, found in enumerate(self.findings) if found.status == "bad"]
         if bad and len(bad) < len(self.findings):
             where = f"rank {', '.join(map(str, bad))}: "
         speeds = [found.speed for found in self.findings if found.speed is not None]
         if len(speeds) > 1:
-            spread = f" (the slowest process {min(speeds):.4g}, the fastest {max(speeds):.4g})"
+            spread = f" (slowest process {min(speeds):.4g}, fastest {max(speeds):.4g})"
         return f"{where}{self.worst.text}{spread}"
 
     def line(self) -> str:
@@ -165,16 +165,16 @@ class Result:
 
 @dataclass
 class Report:
-    """The findings so far.
+    """Findings so far.
 
     Attributes:
-        machine: What `benchmarks.bench.machine` says of rank 0's.
+        machine: Description of rank 0's machine by `benchmarks.bench.machine`.
         device: Type of the processes' devices, ``cpu`` or ``cuda``.
-        processes: Their number.
+        processes: Number of processes.
         small: See `Machine`.
-        not_reached: Checks that have not been made (yet).
-        results: Of those that have.
-        hangs: Whether the last of them is still going on somewhere, so that no other may begin.
+        not_reached: Checks that have not run (yet).
+        results: Results of the checks that have run.
+        hangs: True if the last check still runs on a process, so that no other may start.
     """
 
     machine: dict[str, str]
@@ -190,29 +190,28 @@ class Report:
         return [result for result in self.results if result.worst.status == "bad"]
 
     def conclusion(self) -> str:
-        """Return the advice on what to repair first, if anything; later checks depend on earlier
-        ones."""
+        """Return what to fix first, if anything; later checks depend on earlier ones."""
         missing = f"; not reached: {', '.join(self.not_reached)}" if self.not_reached else ""
         if self.bad:
             first = self.bad[0]
-            remedy = first.worst.remedy or "this looks like a fault of tetdist's: please report it"
-            more = f" ({len(self.bad) - 1} more after that)" if len(self.bad) > 1 else ""
-            return f"to mend: {first.name}: {remedy}{more}{missing}"
+            remedy = first.worst.remedy or "this looks like a bug in tetdist; please report it"
+            more = f" (then {len(self.bad) - 1} more)" if len(self.bad) > 1 else ""
+            return f"to fix: {first.name}: {remedy}{more}{missing}"
         if self.not_reached:
-            return f"the time was too short{missing}; --only NAME makes one of them alone"
+            return f"the time was too short{missing}; run one of them alone with --only NAME"
         left_out = [r.name for r in self.results if r.worst.status == "left out"]
         also = f"; left out: {', '.join(left_out)}" if left_out else ""
         if self.small:
-            return f"no GPU: the checks work on this CPU, and say nothing about a GPU{also}"
-        return f"all is well{also}"
+            return f"no GPU: the checks work on this CPU, but tell nothing about a GPU{also}"
+        return f"no problem found{also}"
 
     @property
     def status(self) -> int:
-        """The command's exit status."""
+        """Exit status of the command."""
         return 1 if self.bad or self.not_reached else 0
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, for a JSON file."""
+        """Return the whole report for a JSON file."""
         return {
             **self._speed(),
             "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -237,7 +236,7 @@ class Report:
         }
 
     def _speed(self) -> dict[str, Any]:
-        """Return the numbers for `slurm --benchmark`; each process has measured its own GPU."""
+        """Return the numbers for `slurm --benchmark`; each process measured its own GPU."""
         measured = [
             found.numbers
             for result in self.results
@@ -246,7 +245,7 @@ class Report:
         ]
         if not measured:
             return {"device": self.device}
-        # A step of all processes takes as long as that of the slowest.
+        # All processes together are as fast as the slowest.
         slowest = min(measured, key=lambda numbers: float(numbers["images_per_s"]))
         by_batch = {
             batch: rows[OWN]["images_per_s"]
@@ -257,5 +256,5 @@ class Report:
         return {
             "device": self.device,
             "images_per_s": slowest["images_per_s"] * self.processes,
-            "by_batch": by_batch,  # of one process
+            "by_batch": by_batch,  # rates of one process
         } | {key: slowest[key] for key in keys if key in slowest}

@@ -1,4 +1,4 @@
-"""The checks by name, in an order in which the first that fails explains those after it."""
+"""Checks by name, ordered so that the first failure explains later ones."""
 
 from tetdist.apps.check_gpu.check import Check
 from tetdist.apps.check_gpu.graphs import check_graphs

@@ -1,4 +1,4 @@
-"""The check of CUDA graphs: the same results as without them, and the speed-up."""
+"""Check of CUDA graphs: the same results as without them, and the speed-up."""
 
 import statistics
 import time
@@ -13,16 +13,16 @@ from tetdist.nn.precision import choose_algorithms
 
 STEPS = 6
 BATCHES = (4, 32)
-# Steps that are timed together, and how often.
+# Number of steps timed together, and of such rounds.
 TIMED, ROUNDS = 10, 5
 PRECISIONS = ("bf16", "fp16")
 REMEDY = "train with cuda_graphs=false, and report this with the JSON file"
 
 
 def check_graphs(here: Machine) -> Finding:
-    """Training steps with and without graphs: their losses, to the bit, and their rates."""
+    """Compare training steps with and without graphs: bitwise losses, and rates."""
     if not here.on_gpu:
-        return Finding("left out", "there is no GPU, and CUDA graphs are a GPU's")
+        return Finding("left out", "CUDA graphs need a GPU")
     numbers: dict[str, Any] = {}
     for precision in PRECISIONS:
         plain, graphed = (losses(here, precision, cuda_graphs=on) for on in (False, True))
@@ -48,7 +48,7 @@ def check_graphs(here: Machine) -> Finding:
 
 
 def losses(here: Machine, precision: str, *, cuda_graphs: bool) -> list[float]:
-    """Losses of a few steps of a small network, of two micro-batches each.
+    """Return the losses of a few steps of a small network, with two micro-batches each.
 
     Raises:
         RuntimeError: A step makes the host wait for the device.
@@ -63,11 +63,11 @@ def losses(here: Machine, precision: str, *, cuda_graphs: bool) -> list[float]:
         engine="torch",
         cuda_graphs=cuda_graphs,
     )
-    # Sums must not depend on who comes first, nor on which algorithm was the fastest just then.
+    # Results must not depend on the order of sums, nor on which algorithm was fastest.
     choose_algorithms(precision, deterministic=True)
     try:
-        found = [step()]  # in which graphs are captured
-        # In float16 each step asks whether its gradient overflowed.
+        found = [step()]  # captures the graphs
+        # In float16 each step synchronises to check the gradient for overflow.
         with refusing_synchronisation(here.on_gpu and precision != "fp16"):
             found += [step() for _ in range(STEPS - 1)]
         return [float(loss) for loss in found]
@@ -77,7 +77,7 @@ def losses(here: Machine, precision: str, *, cuda_graphs: bool) -> list[float]:
 
 
 def _images_per_s(here: Machine, batch: int) -> tuple[float, float]:
-    """Images a second without graphs and with them, which take turns."""
+    """Return the images a second without and with graphs, measured alternately."""
     network: dict[str, Any] = {"name": "sew_resnet34", "size": None, "batch": batch}
     settings: dict[str, Any] = {"engine": "torch", "precision": "bf16"}
     two = [training_step(here.world, **network, **settings, cuda_graphs=on) for on in (False, True)]
@@ -90,7 +90,7 @@ def _images_per_s(here: Machine, batch: int) -> tuple[float, float]:
                 for _ in range(TIMED):
                     step()
                 torch.cuda.synchronize(here.device)
-                # In the first round kernels are compiled, and algorithms chosen.
+                # The first round compiles kernels and chooses algorithms.
                 if number:
                     kept.append(time.perf_counter() - started)
     finally:

@@ -1,4 +1,4 @@
-"""The check of images: fast enough, and the same wherever they are decoded."""
+"""Checks of images: the same on CPU and GPU, and loaded fast enough."""
 
 import dataclasses
 import itertools
@@ -18,14 +18,14 @@ from tetdist.datasets.index import Index, build_index
 from tetdist.distributed.world import World, cores_of
 
 # Levels of 255 by which an image may differ on average. Both decoders are within the standard's
-# tolerance, and they filter in other ways.
+# tolerance, but their filters differ.
 LARGEST_DIFFERENCE = 2.0
 
 
 def check_pixels(here: Machine) -> Finding:
-    """Images decoded and resized on the GPU against the same ones on the CPU."""
+    """Compare images decoded and resized on the GPU with the same ones on the CPU."""
     if not here.on_gpu:
-        return Finding("left out", "only a GPU decodes otherwise than a CPU")
+        return Finding("left out", "comparing the decoders needs a GPU")
     index = _indexed(here.folder / "pixels", copies=1)
     two = []
     for device in ("cpu", "gpu"):
@@ -44,7 +44,7 @@ def check_pixels(here: Machine) -> Finding:
 
 
 def check_loading(here: Machine) -> Finding:
-    """Images a second that this process gets from JPEG files, against those that it trains on."""
+    """Compare the images a second that this process loads from JPEG files and trains on."""
     root = here.folder / "loading"
     index = _indexed(root, copies=1 if here.small else 40)
     size, batch = (33, 4) if here.small else (224, 32)
@@ -68,7 +68,7 @@ def check_loading(here: Machine) -> Finding:
         return Finding(
             "bad",
             text,
-            f"each GPU needs {trained / loaded:.1f} times the cores that it has ({threads}), or "
+            f"give each GPU {trained / loaded:.1f} times its {threads} cores, or set "
             "data.device=gpu",
             numbers,
         )
@@ -76,12 +76,12 @@ def check_loading(here: Machine) -> Finding:
 
 
 def _alone(here: Machine) -> World:
-    """This process as the only one: each decodes all images, however many processes there are."""
+    """Return a world of this process alone, because each process decodes all images."""
     return dataclasses.replace(here.world, rank=0, world_size=1)
 
 
 def _indexed(root: Path, copies: int) -> Index:
-    """Index made JPEGs, each as often as is wanted."""
+    """Make and index JPEG files, with `copies` links to each."""
     if not root.exists():
         for i, source in enumerate(make_images(root / "made")):
             for split, k in itertools.product(("train", "val"), range(copies)):

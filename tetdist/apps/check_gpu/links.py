@@ -1,4 +1,4 @@
-"""The check of the links: the rate at which processes average gradients."""
+"""Check of the links: the rate at which processes average gradients."""
 
 import platform
 import statistics
@@ -10,17 +10,17 @@ from tetdist.apps.check_gpu import remedies
 from tetdist.apps.check_gpu.check import Finding, Machine
 
 MEGABYTES = 87  # the gradients of a sew_resnet34
-# GB/s below which the GPUs cannot be connected as they should be: in a host by less than half of a
-# PCIe 3.0 slot, so by way of the host's memory or its network; between hosts by no more than an
-# Ethernet of 10 Gbit/s, over which averaging takes longer than the step.
+# GB/s below which the GPUs are not connected properly. In a host: less than half of a PCIe 3.0
+# slot, so over the host's memory or its network. Between hosts: no more than 10-Gbit Ethernet, with
+# which averaging takes longer than the step.
 LEAST_IN_HOST, LEAST_BETWEEN_HOSTS = 5.0, 1.0
 
 
 def check_links(here: Machine) -> Finding:
-    """Seconds and bandwidth of averaging as many gradients as a sew_resnet34 has."""
+    """Measure time and bandwidth of averaging the gradients of a sew_resnet34."""
     world = here.world
     if world.world_size == 1:
-        return Finding("left out", "one process averages nothing (torchrun --nproc-per-node N)")
+        return Finding("left out", "one process averages nothing; use torchrun --nproc-per-node N")
     hosts = len(set(world.gather(platform.node())))
     megabytes = 8 if here.small else MEGABYTES
     gradients = torch.ones(megabytes * 10**6 // 4, device=here.device)
@@ -32,9 +32,9 @@ def check_links(here: Machine) -> Finding:
         world.wait_for_device()
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds[3:])
-    # What each link carries, however many there are: nccl-tests' "busbw".
-    share = 2 * (world.world_size - 1) / world.world_size
-    bandwidth = share * megabytes / 1000 / median
+    # Traffic of each link, independent of their number: nccl-tests' "busbw".
+    traffic = 2 * (world.world_size - 1) / world.world_size
+    bandwidth = traffic * megabytes / 1000 / median
     numbers = {"seconds": median, "gb_per_s": bandwidth, "megabytes": megabytes, "hosts": hosts}
     text = (
         f"{'NCCL' if here.on_gpu else 'gloo'}, {world.world_size} processes, {hosts} "
@@ -42,5 +42,5 @@ def check_links(here: Machine) -> Finding:
     )
     least = LEAST_IN_HOST if hosts == 1 else LEAST_BETWEEN_HOSTS
     if not here.small and not bandwidth >= least:
-        return Finding("bad", f"{text}, of at least {least:g}", remedies.NETWORK, numbers)
+        return Finding("bad", f"{text}, below the limit of {least:g}", remedies.NETWORK, numbers)
     return Finding("ok", text, None, numbers)

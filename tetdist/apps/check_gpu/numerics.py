@@ -1,4 +1,4 @@
-"""The check of numerics: the device computes the same as the definitions."""
+"""Check of numerics: the device's kernels compute the same as the plain definitions."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -20,8 +20,9 @@ NETWORKS = ("sew_resnet18", "spiking_resnet18")
 SIZE, BATCH, TIMESTEPS = 64, 4, 4
 CHANNELS = 64
 
-# Whole networks are compared in float64, where no membrane comes so near the threshold that
-# rounding decides: the largest difference of logits and gradients, as a share of the largest.
+# Whole networks are compared in float64, where no membrane is so close to the threshold that
+# rounding decides. The limit is on the largest difference of logits and gradients, relative to the
+# largest value.
 NETWORK_LIMIT = 1e-9
 
 
@@ -29,35 +30,33 @@ class LayerLimit(NamedTuple):
     """Largest allowed difference between a layer's two computations.
 
     Attributes:
-        spikes: The share of the spikes that differ.
-        gradients: The root mean square of the gradients' differences, as a share of that of the
-            gradients, over the neurons all of whose spikes are the same.
+        spikes: Fraction of differing spikes.
+        gradients: Root mean square of the gradients' differences, relative to that of the
+            gradients, over neurons with only equal spikes.
     """
 
     spikes: float
     gradients: float
 
 
-# Of a single layer that is given one current. In a network a spike that rounding decides otherwise
-# changes all after it, and correct kernels would be as far apart as wrong ones. Correct ones are
-# 1e-7 apart in float32 (no spike, or one, in a million) and 7e-4 and 6e-3 in bfloat16; a decay of
-# 0.45 instead of 0.5 makes 5e-3 and 0.1 in either.
+# Limits for a single layer with one given current. In a network, a spike flipped by rounding
+# changes everything after it, so correct kernels would differ as much as wrong ones. Correct ones
+# differ by 1e-7 in float32 (at most one spike in a million), and by 7e-4 and 6e-3 in bfloat16; a
+# decay of 0.45 instead of 0.5 gives 5e-3 and 0.1 in both.
 LAYER_LIMITS = {
     torch.float32: LayerLimit(spikes=2e-5, gradients=1e-5),
     torch.bfloat16: LayerLimit(spikes=2e-3, gradients=0.02),
 }
-MISSING = "make the compiler that the warning names work, or train, slower, without it"
+MISSING = "fix the compiler that the warning names, or train without it (slower)"
 REMEDY = "train with execution=reference, and report this with the JSON file"
 
 
 def check_numerics(here: Machine) -> Finding:
-    """Fused kernels against the plain definitions, both on the device."""
+    """Compare fused kernels with the plain definitions, both on the device."""
     current = torch.zeros(TIMESTEPS, BATCH, CHANNELS, device=here.device)
     if kernels_for(LIF(), (current,), TIMESTEPS, carries=False, packs=False) is None:
-        # Both would be the definition, and equal.
-        return Finding(
-            "bad", "the fused kernels do not work here; a warning above says why", MISSING
-        )
+        # Both would be the plain definition, and thus equal.
+        return Finding("bad", "the fused kernels do not work here (see the warning above)", MISSING)
     numbers: dict[str, Any] = {}
     for name in NETWORKS[:1] if here.small else NETWORKS:
         fused, reference = (_of_network(name, mode, here) for mode in _MODES)
@@ -84,7 +83,7 @@ _MODES = ("fused", "reference")
 
 
 def _of_network(name: str, execution: str, here: Machine) -> list[Tensor]:
-    """The logits in float64, and the gradients of the first and the last weight."""
+    """Return the logits in float64, and the gradients of the first and the last weight."""
     choose_algorithms("fp64")
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, timesteps=TIMESTEPS)
@@ -107,7 +106,7 @@ def _layers_apart(dtype: torch.dtype, here: Machine, seed: int = 0) -> LayerLimi
         _of_layer(mode, dtype, here, seed) for mode in _MODES
     )
     differ = fused != plain
-    # The gradient of a neuron that spikes otherwise is another's, and both are right.
+    # Neurons with differing spikes have differing gradients, both of which are correct.
     same = ~differ.any(0)
     apart = [
         float(((one - other) * same).square().mean().sqrt() / other.square().mean().sqrt())
@@ -119,7 +118,7 @@ def _layers_apart(dtype: torch.dtype, here: Machine, seed: int = 0) -> LayerLimi
 def _of_layer(
     execution: str, dtype: torch.dtype, here: Machine, seed: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """A layer's spikes, and the gradients of its current and its shortcut, in float64."""
+    """Return a layer's spikes, and the gradients of its current and shortcut, in float64."""
     generator = torch.Generator().manual_seed(seed)
     side = 8 if here.small else 28
 
@@ -146,5 +145,5 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def _largest(distances: Iterable[float]) -> float:
-    """Return the largest distance; NaN if one is NaN, which Python's max may pass over."""
+    """Return the largest distance; NaN if one is NaN, which Python's max may ignore."""
     return float(np.max([*distances]))

@@ -1,4 +1,4 @@
-"""The check of rates: training throughput beside the ReLU network and spikingjelly's."""
+"""Check of rates: training throughput, compared with the ReLU network's and spikingjelly's."""
 
 import argparse
 import contextlib
@@ -19,18 +19,18 @@ RELU, PEER = "relu", "spikingjelly, eager"
 
 
 def check_rates(here: Machine) -> Finding:
-    """Images a second and peak memory of a sew_resnet34's training steps, by batch size."""
+    """Measure images a second and peak memory of sew_resnet34's training steps, by batch size."""
     with_peer = importlib.util.find_spec("spikingjelly") is not None
     measured = {
         batch: rates_of(_options(here, batch, with_peer))
         for batch in ((2,) if here.small else BATCHES)
     }
     numbers: dict[str, Any] = {"by_batch": {str(batch): rows for batch, rows in measured.items()}}
-    text = "; ".join(_told(batch, rows) for batch, rows in measured.items())
+    text = "; ".join(_summary(batch, rows) for batch, rows in measured.items())
     fitting = [batch for batch, rows in measured.items() if fits(rows[OWN])]
     if not fitting:
         return Finding("bad", text, remedies.BUSY, numbers)
-    # The keys that `slurm --benchmark` reads, of the micro-batch that the recipes take.
+    # Keys that `slurm --benchmark` reads, for the recipes' micro-batch.
     numbers |= {
         "micro_batch": fitting[0],
         "images_per_s": measured[fitting[0]][OWN]["images_per_s"],
@@ -39,13 +39,13 @@ def check_rates(here: Machine) -> Finding:
         "size": _size(here),
         "precision": PRECISION,
     }
-    # That of the largest batch says most about the GPU, and least about the host.
+    # The rate at the largest batch depends most on the GPU, and least on the host.
     speed = measured[fitting[-1]][OWN]["images_per_s"]
     return Finding("ok", text, None, numbers, speed=speed)
 
 
 def images_per_s_of_a_step(here: Machine, batch: int) -> float:
-    """Images a second of sew_resnet34's training steps, T = 4."""
+    """Return the images a second of sew_resnet34's training steps, T = 4."""
     (own,) = measure_here([OWN], _options(here, batch, with_peer=False))
     return float(own["images_per_s"])
 
@@ -60,7 +60,7 @@ def fits(row: dict[str, Any]) -> bool:
 
 
 def rates_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The figures of each contestant by name; they take turns, if all fit into memory together."""
+    """Return each contestant's figures; they take turns if all fit into memory together."""
     names = list(contestants_of(options))
     by_name: dict[str, dict[str, Any]] = {}
     try:
@@ -68,7 +68,7 @@ def rates_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             by_name[row["name"]] = _figures(row, row["ratio"])
     except torch.OutOfMemoryError:
         by_name.clear()
-    # Outside of `except`, where the error would keep what takes the memory.
+    # Not inside `except`, where the error would keep the memory allocated.
     if not by_name:
         alone = {name: _alone(name, options) for name in names}
         relu = alone[RELU]
@@ -86,7 +86,7 @@ def _figures(row: dict[str, Any], ratio: float | None) -> dict[str, Any]:
 
 
 def _alone(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
-    """The figures of one contestant that has the GPU for itself; None: it does not fit."""
+    """Return the figures of one contestant alone on the GPU; None if it does not fit."""
     if options.device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -96,7 +96,7 @@ def _alone(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
     return None
 
 
-def _told(batch: int, rows: dict[str, dict[str, Any]]) -> str:
+def _summary(batch: int, rows: dict[str, dict[str, Any]]) -> str:
     own, relu, peer = rows[OWN], rows[RELU], rows.get(PEER)
     if not fits(own):
         return f"b={batch}: out of memory"

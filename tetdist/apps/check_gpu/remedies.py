@@ -1,4 +1,4 @@
-"""Commands that repair a machine, by what is wrong with it."""
+"""Remedies for a machine, by cause."""
 
 import re
 import shutil
@@ -8,53 +8,54 @@ import torch
 
 from tetdist.errors import UserError, pip_install, sentence
 
-SMI_TIMEOUT = 20  # seconds, of which a driver that works needs one or two
+SMI_TIMEOUT = 20  # seconds; a working driver needs one or two
 
 
-# Builds of torch at download.pytorch.org, the newest first: the oldest driver that serves all of
-# this major version of CUDA, the oldest and the newest GPU by compute capability, the packages, and
-# tetdist's extra for DALI. NVIDIA: "Minor Version Compatibility"; the GPUs are those that
-# pytorch/pytorch lists for its releases 2.10 to 2.14 (issues 172352, 190385), after which none is
-# for CUDA 12.
+# Builds of torch at download.pytorch.org, newest first: name, oldest driver for this major version
+# of CUDA, oldest and newest GPU by compute capability, packages, and tetdist's extra for DALI.
+# Drivers are from NVIDIA's "Minor Version Compatibility"; GPUs from pytorch/pytorch's lists for the
+# releases 2.10 to 2.14 (issues 172352, 190385), after which no build is for CUDA 12.
 BUILDS = (
     ("cu130", 580, (7, 5), (12, 9), "torch torchvision", "cuda130"),
     ("cu126", 525, (5, 0), (9, 9), "'torch<2.15' torchvision", "cuda120"),
 )
 
-BUSY = "end what else runs on that GPU (nvidia-smi lists it), or take one with more memory"
+BUSY = "stop other programs on that GPU (nvidia-smi lists them), or use a GPU with more memory"
 HARDWARE = (
-    "sudo dmesg | grep -i -e xid -e nvrm says what the driver has seen; if it comes again after a "
+    "read the driver's log with sudo dmesg | grep -i -e xid -e nvrm; if the error repeats after a "
     "restart of the machine, have the GPU replaced"
 )
 HANGING_DRIVER = (
-    "sudo dmesg | grep -i -e xid -e nvrm says what the driver waits for; restart the machine"
+    "read the driver's log with sudo dmesg | grep -i -e xid -e nvrm, then restart the machine"
 )
-DEAD = "what the launcher says of that process comes first; sudo dmesg | grep -i oom: memory"
+DEAD = (
+    "read the launcher's message about that process first; if sudo dmesg | grep -i oom lists it, "
+    "the host's memory was too small"
+)
 NETWORK = (
-    "the same command with NCCL_DEBUG=INFO before it says how the GPUs are reached; nvidia-smi "
-    "topo -m shows how they are connected, and NCCL_SOCKET_IFNAME=NAME chooses the network "
-    "between hosts"
+    "run the same command with NCCL_DEBUG=INFO before it to see how the GPUs are reached; "
+    "nvidia-smi topo -m shows how they are connected, and NCCL_SOCKET_IFNAME=NAME chooses the "
+    "network between hosts"
 )
 
-# What exceptions say, where their types do not.
-_SAID = (
+# Remedies by patterns of an exception's text, if its type is not specific.
+_BY_TEXT = (
     (r"NCCL|ncclUnhandled|ncclSystem|ncclInternal", NETWORK),
     (r"uncorrectable ECC|illegal memory access|unspecified launch failure|hardware", HARDWARE),
     (
         r"shared memory|/dev/shm|bus error",
-        "give /dev/shm room: docker run --ipc=host, or --shm-size",
+        "enlarge /dev/shm: docker run --ipc=host, or --shm-size",
     ),
     (
         r"No space left",
-        "make room where TMPDIR points (else /tmp), or TMPDIR=FOLDER of another disk",
+        "make room in TMPDIR (or /tmp), or set TMPDIR=FOLDER on another disk",
     ),
-    (r"Too many open files", "ulimit -n 65536, in the shell that starts it"),
+    (r"Too many open files", "run ulimit -n 65536 in the shell before the same command"),
 )
 
 
 def of(error: BaseException) -> str | None:
-    """Return the remedy for the cause of an exception; None: unknown, and perhaps a fault of
-    tetdist."""
+    """Return the remedy for an exception; None: unknown, perhaps a bug in tetdist."""
     text = str(error)
     match error:
         case torch.OutOfMemoryError():
@@ -65,7 +66,7 @@ def of(error: BaseException) -> str | None:
             return HANGING_DRIVER
         case _ if re.search(r"no kernel image|driver version is insufficient|too old", text):
             return torch_for(*driver_and_gpu())
-    for pattern, remedy in _SAID:
+    for pattern, remedy in _BY_TEXT:
         if re.search(pattern, text, re.IGNORECASE):
             return remedy
     return None
@@ -73,15 +74,15 @@ def of(error: BaseException) -> str | None:
 
 def hangs(name: str) -> str:
     """Return the advice on a check that hangs."""
-    alone = f"--only {name} with NCCL_DEBUG=INFO shows more"
-    return f"{alone}; nvidia-smi says whether the GPUs answer, sudo dmesg | grep -i xid why not"
+    alone = f"run --only {name} with NCCL_DEBUG=INFO for details"
+    return f"{alone}; check the GPUs with nvidia-smi, and the driver with sudo dmesg | grep -i xid"
 
 
 def torch_for(driver: int | None, gpu: tuple[int, int] | None) -> str:
-    """The commands that install a torch, and the DALI that suits it, for a driver and a GPU.
+    """Return the commands that install a torch and a matching DALI for a driver and a GPU.
 
     Args:
-        driver: Its major version; None: unknown, taken to be new enough.
+        driver: Major version of the driver; None: unknown, assumed to be new enough.
         gpu: Compute capability; None: unknown.
     """
     wanted = None
@@ -96,7 +97,7 @@ def torch_for(driver: int | None, gpu: tuple[int, int] | None) -> str:
             )
         wanted = oldest_driver
     if wanted is None:
-        return f"no torch is built for a GPU of capability {gpu}: take another GPU"
+        return f"no torch is built for a GPU of capability {gpu}; use another GPU"
     return (
         f"install a driver of version {wanted} or newer, as root (Ubuntu: apt-get install "
         f"nvidia-driver-{wanted}-server), and restart the machine; this one is {driver}"
@@ -104,7 +105,7 @@ def torch_for(driver: int | None, gpu: tuple[int, int] | None) -> str:
 
 
 def driver_and_gpu() -> tuple[int | None, tuple[int, int] | None]:
-    """Major version of the driver and capability of the first GPU, by nvidia-smi; None: unknown."""
+    """Return the driver's major version and the first GPU's capability; None: unknown."""
     try:
         line = smi("driver_version,compute_cap").splitlines()[0]
         driver, capability = line.split(", ")
@@ -115,16 +116,16 @@ def driver_and_gpu() -> tuple[int | None, tuple[int, int] | None]:
 
 
 def smi(query: str) -> str:
-    """Return nvidia-smi's answer for each GPU, a line each.
+    """Return nvidia-smi's answer, one line for each GPU.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: There is no nvidia-smi.
         subprocess.TimeoutExpired: It does not answer.
         subprocess.CalledProcessError: It fails.
     """
     command = shutil.which("nvidia-smi")
     if command is None:
         raise FileNotFoundError("nvidia-smi is not installed")
-    asked = [command, f"--query-gpu={query}", "--format=csv,noheader"]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=SMI_TIMEOUT, check=True)
+    words = [command, f"--query-gpu={query}", "--format=csv,noheader"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=SMI_TIMEOUT, check=True)
     return done.stdout

@@ -1,4 +1,4 @@
-"""The check of resuming: a stopped run ends in the weights of one that was not stopped."""
+"""Check of resuming: a stopped and resumed run ends with the weights of an uninterrupted one."""
 
 import os
 import re
@@ -19,9 +19,9 @@ from tetdist.distributed.starters import as_starter
 from tetdist.storage.checkpoint import load_model_file
 
 STEPS = 6
-RERUN = "a run of your own with deterministic=true, alone on one GPU, says more"
-REPORT = "report this with the JSON file; runs that are not stopped are not concerned"
-# Variables that launchers set; a run that is to be alone must not see them.
+RERUN = "train one of your runs with deterministic=true, alone on one GPU, for details"
+REPORT = "report this with the JSON file; it does not affect runs that are not stopped"
+# Variables that launchers set, which must be hidden from a run of one process.
 _OF_LAUNCHERS = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_(RANK|SIZE|WORLD_SIZE)|GROUP_.*|ROLE_.*|MASTER_(ADDR|PORT)"
     r"|TORCHELASTIC_.*|CROSS_(RANK|SIZE)|SLURM_.*|TETDIST_TOKEN"
@@ -31,9 +31,9 @@ _OF_LAUNCHERS = re.compile(
 def check_resume(here: Machine) -> Finding:
     """Train with ``deterministic``, straight and stopped half-way, as one process each."""
     if here.world.rank:
-        return Finding("left out", "rank 0 does it")
+        return Finding("left out", "only rank 0 runs this check")
     config = _prepared(here.folder / "resume", here.small)
-    # So that it can say which run is late, before the check itself is.
+    # Stop before the check's own time limit, to report which run is late.
     last = time.monotonic() + here.limit - 20
     for name, ends in (("straight", (STEPS,)), ("stopped", (STEPS // 2, STEPS))):
         for end in ends:
@@ -43,12 +43,12 @@ def check_resume(here: Machine) -> Finding:
                 return Finding("bad", text, RERUN, {"config": config.read_text()})
     straight, stopped = (_weights(config.parent, name) for name in ("straight", "stopped"))
     if all(torch.equal(straight[name], stopped[name]) for name in straight):
-        return Finding("ok", f"stopped after {STEPS // 2} of {STEPS} steps: the same bits")
-    return Finding("bad", "a stopped run ended in other weights than a straight one", REPORT)
+        return Finding("ok", f"stopped after {STEPS // 2} of {STEPS} steps: bitwise identical")
+    return Finding("bad", "a resumed run ended with other weights than a straight one", REPORT)
 
 
 def _prepared(root: Path, small: bool) -> Path:
-    """Make a few images, their index, and the configuration; its file."""
+    """Make a few images, their index and the configuration; return the latter's file."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("val", 8)):
         for i in range(count):
@@ -73,7 +73,7 @@ def _prepared(root: Path, small: bool) -> Path:
 
 
 def _train(here: Machine, config: Path, name: str, end: int, seconds: float) -> str | None:
-    """Train to a step in a process of its own; the last line it said if it failed."""
+    """Train to a step in a separate process; return its last line if it failed."""
     environment = {
         variable: value
         for variable, value in os.environ.items()
@@ -84,7 +84,7 @@ def _train(here: Machine, config: Path, name: str, end: int, seconds: float) -> 
     try:
         done = subprocess.run(
             command,
-            # It ends with this process, whatever ends that.
+            # The run ends with this process, even if that is killed.
             env=environment | as_starter(),
             capture_output=True,
             text=True,
@@ -92,7 +92,7 @@ def _train(here: Machine, config: Path, name: str, end: int, seconds: float) -> 
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"not done within the {here.limit:.0f} s of a check"
+        return f"not finished within the {here.limit:.0f} s of a check"
     if done.returncode == 0:
         return None
     return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]

@@ -1,10 +1,10 @@
-"""Runs the checks one after the other on all processes, and waits for none of them for ever.
+"""Run the checks in order on all processes, with a time limit for each.
 
-On each process a check runs in a thread, and the main thread watches it: nothing can interrupt a
-collective that waits for a process which has failed. What is found goes through a store, not a
-collective, so that it is reported also then. Rank 0 decides when all are done with a check and the
-next one may begin, or that one hangs; then all end, after rank 0 has reported what was found. When
-a process dies, the `Watch` of every command ends the others.
+On each process a check runs in a thread that the main thread watches, because a collective that
+waits for a failed process cannot be interrupted. Findings go through a store, not a collective, so
+they are reported even then. Rank 0 decides that all have finished a check and the next one starts,
+or that one hangs; then rank 0 reports the findings and all exit. When a process dies, the `Watch`
+of every command ends the others.
 """
 
 import collections
@@ -40,10 +40,10 @@ from tetdist.distributed.watchdog import Watch
 from tetdist.errors import sentence
 
 BUDGET = 600.0  # seconds of all checks together
-# Seconds that a process may stand at one place after another has failed: it waits for that one.
+# Seconds without progress, after another process failed, that mean waiting for that process.
 STANDSTILL = 20.0
 _POLL = 0.1
-_GOODBYE = 10.0  # seconds that the others have to read the last verdict
+_GOODBYE = 10.0  # seconds for the others to read the last verdict
 
 
 def run_checks(
@@ -52,20 +52,20 @@ def run_checks(
     show: Callable[[str], None] = lambda _: None,
     keep: Callable[[Report], None] = lambda _: None,
 ) -> Report:
-    """Run checks one after the other on all processes.
+    """Run checks in order on all processes.
 
     When a process dies, the others end with status `PEER_FAILED`, after rank 0 has shown and kept
-    that as a finding.
+    this as a finding.
 
     Args:
-        checks: By name, in an order in which the first that fails explains those after it.
-        here: What they run on.
-        show: Given each result's line, on rank 0.
-        keep: Given the report after each check, on rank 0.
+        checks: Checks by name, ordered so that the first failure explains later ones.
+        here: The machine.
+        show: Called with each result's line, on rank 0.
+        keep: Called with the report after each check, on rank 0.
 
     Returns:
-        What was found. If a check ``hangs``, its thread is still there, and the process can only be
-        ended by `os._exit`.
+        The findings. If a check ``hangs``, its thread still runs, and only `os._exit` can end the
+        process.
     """
     world, device = here.world, here.device.type
     report = Report(machine(device), device, world.world_size, here.small, list(checks))
@@ -79,12 +79,12 @@ def run_checks(
             keep(report)
 
     def add_death(what: str) -> None:
-        # The watch ends the process, so that `on` removes nothing; a check may still be writing.
+        # The watch exits the process, so `on` cannot clean up; a check may still be writing.
         shutil.rmtree(here.folder, ignore_errors=True)
         add(report.not_reached[0], [Finding("bad", what, remedies.DEAD)])
 
-    after = "what was found before is kept"
-    # An error that this process alone raises is shown by the command.
+    after = "the findings so far are kept"
+    # The command itself shows an error that only this process raises.
     with Watch(world, here.limit, shows_errors=False, after=after) as watch:
         watch.before_end.append(add_death)
         alone = world.world_size == 1
@@ -104,23 +104,23 @@ def run_checks(
                 if not goes_on:
                     break
             store.set(f"bye {world.rank}", "")
-            # Rank 0 keeps the store until all have read what is in it.
+            # Rank 0 keeps the store until all have read the last verdict.
             byes = [f"bye {rank}" for rank in range(world.world_size)]
             closing = time.monotonic() + (_GOODBYE if world.rank == 0 else 0.0)
             while time.monotonic() < closing and None in map(store.get, byes):
                 time.sleep(_POLL)
         except RuntimeError as error:
-            watch.await_verdict(error)  # does not return if rank 0 has gone, and its store with it
+            watch.await_verdict(error)  # does not return if rank 0 and its store are gone
             raise
     return report
 
 
 class _Task(threading.Thread):
-    """A check in a thread.
+    """Check in a thread.
 
     Attributes:
-        finding: Its finding, if it has come to one. The thread may go on after that: what a failed
-            check has begun must not go on into the next, as a collective that the GPU waits in.
+        finding: Its finding, once it has one. The thread may still run then, because operations of
+            a failed check, such as a collective, must not continue into the next check.
     """
 
     def __init__(self, check: Check, here: Machine) -> None:
@@ -132,18 +132,18 @@ class _Task(threading.Thread):
 
     def run(self) -> None:
         if self._here.on_gpu:
-            torch.cuda.set_device(self._here.device)  # which each thread has of its own
+            torch.cuda.set_device(self._here.device)  # each thread has its own setting
         self.finding = _finding_of(self._check, self._here)
         with contextlib.suppress(RuntimeError):
             self._here.world.wait_for_device()
         if self._here.on_gpu:
-            # What it has left in the GPU's memory would be missing in the next.
+            # Free the GPU's memory for the next check.
             gc.collect()
             torch.cuda.empty_cache()
 
     def state(self) -> dict[str, Any]:
         """Return, for JSON, the finding, whether the thread is busy, and where it stands."""
-        # In this order: a thread that has ended has its finding.
+        # Read in this order: a thread that has ended has its finding.
         busy, finding = self.is_alive(), self.finding
         where, still = self._place()
         made = None if finding is None else dataclasses.asdict(finding)
@@ -168,7 +168,7 @@ class _Task(threading.Thread):
 def _finding_of(check: Check, here: Machine) -> Finding:
     try:
         return check(here)
-    # Some of what a check calls ends the program of which it was made.
+    # Some functions that checks call exit the program.
     except (Exception, SystemExit) as error:
         lines = sentence(error).strip().splitlines() if isinstance(error, Exception) else []
         text = f"{type(error).__name__}: {lines[0] if lines else error}"
@@ -177,18 +177,18 @@ def _finding_of(check: Check, here: Machine) -> Finding:
 
 
 class _Round:
-    """One check on all processes, as this one sees it."""
+    """Check on all processes, as this process sees it."""
 
     def __init__(
         self, name: str, check: Check, here: Machine, store: SignedStore, end: float
     ) -> None:
         """
         Args:
-            name: The check's.
-            check: It begins at once.
-            here: What it runs on.
-            store: What all processes write to and read.
-            end: When the time of all checks is over, by `time.monotonic`.
+            name: Name of the check.
+            check: The check, which starts immediately.
+            here: The machine.
+            store: The store that all processes share.
+            end: End of the time for all checks, by `time.monotonic`.
         """
         self.name, self.world, self.store, self.end = name, here.world, store, end
         self.started = time.monotonic()
@@ -197,15 +197,15 @@ class _Round:
         self.task.start()
 
     def take_turn(self) -> None:
-        """Say how far this process is, and as rank 0 whether the check has ended."""
+        """Publish this process's state and, on rank 0, the verdict once the check has ended."""
         state = json.dumps(self.task.state(), default=str)
         self.store.set(f"{self.name} {self.world.rank}", state)
         if self.world.rank == 0 and (verdict := self._judge()) is not None:
             findings, hangs = verdict
             goes_on = not hangs and time.monotonic() < self.end
             made = [dataclasses.asdict(found) for found in findings]
-            said = json.dumps([made, hangs, goes_on], default=str)
-            self.store.set(f"verdict {self.name}", said)
+            verdict_text = json.dumps([made, hangs, goes_on], default=str)
+            self.store.set(f"verdict {self.name}", verdict_text)
 
     def _judge(self) -> tuple[list[Finding], bool] | None:
         """Decide whether the check has ended, with findings by rank, or hangs; None: not yet."""
@@ -234,14 +234,14 @@ class _Round:
             elif failed:
                 findings.append(Finding("left out", f"waits for rank {failed[0]} at {where}"))
             else:
-                # Where most are, they wait for the one that is elsewhere.
+                # The processes at the most common place wait for the others.
                 waits = places[where] > min(places.values())
                 findings.append(self._late("left out" if waits else "bad", where, seconds))
         return findings, True
 
     def _late(self, status: Status, where: str, seconds: float) -> Finding:
-        text = f"not done after {seconds:.0f} s: it is at {where}"
+        text = f"not finished after {seconds:.0f} s: it is at {where}"
         if not self.last:
             return Finding(status, text, remedies.hangs(self.name))
-        remedy = f"the same command with --only {self.name}, which has more time alone"
-        return Finding(status, f"{text}, and the time of all checks is over", remedy)
+        remedy = f"run the same command with --only {self.name}, which then has more time"
+        return Finding(status, f"{text}, and the time for all checks is over", remedy)

@@ -1,4 +1,4 @@
-"""The check of steps: every engine takes steps without making the host wait for the device."""
+"""Check of steps: every engine trains without making the host wait for the device."""
 
 import contextlib
 import math
@@ -14,8 +14,8 @@ from tetdist.apps.check_gpu.check import Finding, Machine
 
 STEPS = 3
 REPORT = "train with the other engine, and report this with the JSON file"
-# Engine, ZeRO stage, and whether a step is free of synchronisation: at stages 1 and 2 DeepSpeed
-# itself asks the device whether the gradient is finite.
+# Engine, ZeRO stage, and whether a step must be free of synchronisation: at stages 1 and 2
+# DeepSpeed itself reads from the device whether the gradient is finite.
 ENGINES = (
     ("torch", 0, True),
     ("deepspeed", 0, True),
@@ -25,7 +25,7 @@ ENGINES = (
 
 
 def check_steps(here: Machine) -> Finding:
-    """Three steps of each engine and ZeRO stage; on a GPU a synchronisation is an error."""
+    """Run three steps of each engine and ZeRO stage; on a GPU a synchronisation is an error."""
     numbers: dict[str, Any] = {}
     for engine, stage, asynchronous in ENGINES:
         name = f"{engine} ZeRO {stage}" if stage else engine
@@ -38,7 +38,7 @@ def check_steps(here: Machine) -> Finding:
             engine=engine,
             zero_stage=stage,
         )
-        step()  # Kernels are built and memory is taken.
+        step()  # Build kernels and allocate memory.
         try:
             with refusing_synchronisation(here.on_gpu and asynchronous):
                 losses = [step() for _ in range(STEPS)]
@@ -54,12 +54,12 @@ def check_steps(here: Machine) -> Finding:
             close()
         numbers[name] = values = [float(loss) for loss in losses]
         if not all(map(math.isfinite, values)):
-            return Finding("bad", f"{name}: losses {values}", REPORT, numbers)
+            return Finding("bad", f"{name}: the losses {values} are not finite", REPORT, numbers)
     what = "without a synchronisation" if here.on_gpu else "on the CPU"
     return Finding("ok", f"{STEPS} steps of {', '.join(numbers)}, {what}", None, numbers)
 
 
-# What has the host wait without torch's sync_debug_mode seeing it.
+# Functions that make the host wait without notice of torch's sync_debug_mode.
 _WAITS: tuple[tuple[Any, str], ...] = (
     (torch.cuda, "synchronize"),
     (torch.accelerator, "synchronize"),
@@ -70,7 +70,7 @@ _WAITS: tuple[tuple[Any, str], ...] = (
 
 @contextlib.contextmanager
 def refusing_synchronisation(refused: bool) -> Iterator[None]:
-    """Have everything raise, in this context, by which the host would wait for the device."""
+    """Make everything raise, in this context, that makes the host wait for the device."""
     if not refused:
         yield
         return

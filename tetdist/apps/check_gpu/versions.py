@@ -1,4 +1,4 @@
-"""The check of versions: driver, torch, Triton, NCCL, DALI, DeepSpeed and the rest."""
+"""Check of versions: driver, torch, Triton, NCCL, DALI, DeepSpeed and others."""
 
 import importlib
 import importlib.metadata
@@ -22,7 +22,7 @@ from tetdist.tracking.environment import versions
 
 
 def check_versions(here: Machine) -> Finding:
-    """The packages, the driver, and the first misfit among them with the command that mends it."""
+    """Check packages and driver; report the first mismatch with the command that fixes it."""
     packages = versions()
     found: dict[str, Any] = {
         "host": socket.gethostname(),
@@ -39,7 +39,7 @@ def check_versions(here: Machine) -> Finding:
             text = f"nvidia-smi does not answer within {remedies.SMI_TIMEOUT} s"
             return Finding("bad", text, remedies.HANGING_DRIVER, found)
         except (OSError, subprocess.SubprocessError, IndexError):
-            driver = "unknown"  # as in a container that has the libraries alone
+            driver = "unknown"  # for instance in a container with only the libraries
         same |= {
             "gpu": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
@@ -58,18 +58,18 @@ def check_versions(here: Machine) -> Finding:
     return Finding("ok", text, None, found, same=same)
 
 
-Problem = tuple[str, str]  # what is wrong, and what mends it
+Problem = tuple[str, str]  # problem and remedy
 
 
 def _foreign_architecture(here: Machine) -> Problem | None:
     major, minor = torch.cuda.get_device_capability(here.device)
     built = [name.removeprefix("sm_") for name in torch.cuda.get_arch_list() if "sm_" in name]
-    # A GPU runs what is built for a smaller minor version of its own, and no other major one.
+    # A GPU runs code built for its major version and an equal or smaller minor version.
     if any(int(one[:-1]) == major and int(one[-1:]) <= minor for one in built if one.isdigit()):
         return None
     driver, _ = remedies.driver_and_gpu()
     return (
-        f"torch {torch.__version__} is built for sm_{', sm_'.join(built)}, and this GPU is "
+        f"torch {torch.__version__} is built for sm_{', sm_'.join(built)}, but this GPU is "
         f"sm_{major}{minor}",
         remedies.torch_for(driver, (major, minor)),
     )
@@ -79,7 +79,7 @@ def _no_triton(_: Machine) -> Problem | None:
     wanted = _named_by_torch("triton")
     package = f"triton{wanted}" if wanted else "triton"
     if importlib.util.find_spec("triton") is None:
-        text = "the package triton is missing, so that networks run by their plain definitions"
+        text = "the package triton is missing, so networks run by their plain definitions"
         return text, f"pip install '{package}'"
     oldest = importlib.import_module("tetdist.nn.fast.triton_kernels").OLDEST
     for version in _distributions("triton"):
@@ -87,13 +87,13 @@ def _no_triton(_: Machine) -> Problem | None:
             text = f"Triton {version} is older than {'.'.join(map(str, oldest))}"
             return text, remedies.torch_for(*remedies.driver_and_gpu())
         if wanted and wanted != f"=={version}":
-            text = f"Triton {version} is installed, and torch {torch.__version__} wants {wanted}"
+            text = f"Triton {version} is installed, but torch {torch.__version__} needs {wanted}"
             return text, f"pip install '{package}'"
     return None
 
 
 def _no_compiler(_: Machine) -> Problem | None:
-    """Tell of what Triton misses to build the code by which Python launches a kernel."""
+    """Report what Triton lacks to build the code by which Python launches a kernel."""
     if not any(shutil.which(name) for name in (os.environ.get("CC") or "gcc", "clang")):
         return "there is no C compiler, which Triton needs", "apt-get install gcc"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
@@ -112,8 +112,8 @@ def _foreign_nccl(here: Machine) -> Problem | None:
     if not own or loaded in own:
         return None
     path = os.environ.get("LD_LIBRARY_PATH")
-    text = f"NCCL {loaded} is loaded, and torch has brought {own[0]} (LD_LIBRARY_PATH={path})"
-    return text, "unset LD_LIBRARY_PATH, or take the folder of the other NCCL out of it"
+    text = f"NCCL {loaded} is loaded, but torch installed {own[0]} (LD_LIBRARY_PATH={path})"
+    return text, "unset LD_LIBRARY_PATH, or remove the folder of the other NCCL from it"
 
 
 def _dali_of_another_cuda(here: Machine) -> Problem | None:
@@ -125,11 +125,11 @@ def _dali_of_another_cuda(here: Machine) -> Problem | None:
     if not installed:
         return "DALI is not installed", install
     if len(installed) > 1:
-        return "two builds of DALI are installed, which write into one folder", instead
+        return "two builds of DALI are installed, which overwrite each other", instead
     if not here.on_gpu or torch.version.cuda is None or installed[0].endswith(f"cuda{major}0"):
         return None
     dali = installed[0].removeprefix("nvidia-dali-")
-    return f"torch is built for CUDA {torch.version.cuda} and DALI is {dali}", instead
+    return f"torch is built for CUDA {torch.version.cuda}, but DALI for {dali}", instead
 
 
 def _no_deepspeed(_: Machine) -> Problem | None:
@@ -139,7 +139,7 @@ def _no_deepspeed(_: Machine) -> Problem | None:
     return "DeepSpeed is not installed", f"{install}; or train with engine=torch"
 
 
-# In an order in which the first explains those after it.
+# Ordered so that the first problem explains later ones.
 _GPU_MISFITS = (_foreign_architecture, _no_triton, _no_compiler, _foreign_nccl)
 _MISFITS = (_dali_of_another_cuda, _no_deepspeed)
 
@@ -152,7 +152,7 @@ def _distributions(name: str) -> list[str]:
 
 
 def _named_by_torch(package: str) -> str:
-    """The version of a package that torch wants, as ``==3.6.0``; empty: any, or none."""
+    """Return the version of a package that torch requires, as ``==3.6.0``; empty: any or none."""
     for line in importlib.metadata.requires("torch") or ():
         if found := re.match(rf"{package}\s*\(?(==[\w.]+)", line):
             return found[1]

@@ -1,1 +1,1 @@
-"""The commands, one file each; tetdist_command.py starts them."""
+"""Command-line programs, one file each; tetdist_command.py starts them."""

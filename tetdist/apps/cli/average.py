@@ -1,18 +1,18 @@
-"""Average the weights of several trained networks, with running statistics of the mean's own.
+"""Average the weights of several trained networks, and recompute the running statistics.
 
     python tools/average.py runs/sew34_t4/checkpoints/step-* --output mean.safetensors
     python tools/average.py runs/a runs/b --data /data/imagenet --output mean.safetensors
     python tools/eval.py --checkpoint mean.safetensors
 
-The running statistics are computed anew over training samples, augmented as in training. It also
-runs on several processes, under the deepspeed launcher or torchrun.
+The running statistics are recomputed over training samples, augmented as in training. The command
+also runs on several processes, under the deepspeed launcher or torchrun.
 """
 
 import argparse
 import logging
 from pathlib import Path
 
-from tetdist.apps.cli.common import answer, check_new_weights, program
+from tetdist.apps.cli.common import check_new_weights, program, run_command
 from tetdist.apps.cli.eval import HANGS_AFTER, evaluation_config
 from tetdist.config.flags import add_import, positive
 from tetdist.wording import counted
@@ -28,32 +28,32 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         metavar="RUN_OR_FILE",
         type=Path,
-        help="run folders (their last checkpoints), folders of checkpoints or exports, or "
-        ".safetensors files, of one network; of a single one only the running statistics are new",
+        help="run folder (its last checkpoint), checkpoint or export folder, or .safetensors file; "
+        "all of one network. With only one, just its running statistics are recomputed",
     )
     add("--output", required=True, metavar="FILE.safetensors", type=Path)
-    add("--best", action="store_true", help="of run folders, the best checkpoints")
-    add("--ema", action="store_true", help="the moving averages of the weights")
-    add("--data", metavar="ROOT", help="folder of train/; default: as in the first one's training")
+    add("--best", action="store_true", help="use the best checkpoints of run folders")
+    add("--ema", action="store_true", help="use the moving averages of the weights")
+    add("--data", metavar="ROOT", help="folder that holds train/; default: the first network's")
     add("--index", metavar="DIR", help="folder of the index; default: ROOT/index")
     add(
         "--samples",
         type=positive,
         metavar="N",
-        help="training samples for the running statistics, in whole batches of an optimiser step "
-        "(default: an epoch)",
+        help="number of training samples for the running statistics, in whole global batches "
+        "(default: one epoch)",
     )
-    add("--threads", type=positive, metavar="N", help="threads that decode")
+    add("--threads", type=positive, metavar="N", help="number of decoding threads")
     add("--precision", choices=["bf16", "fp32", "tf32", "fp16", "fp64"])
     add("--execution", choices=["fused", "reference"], help="default: fused")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add_import(parser)
-    # The deepspeed launcher adds it; the environment says the same.
+    # The deepspeed launcher adds it; LOCAL_RANK in the environment has the same value.
     add("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.output.suffix != ".safetensors":
-        parser.error("--output must end in .safetensors")
-    # What evaluation_config reads besides.
+        parser.error(f"--output must end in .safetensors, unlike {options.output}")
+    # evaluation_config also reads these.
     options.checkpoint, options.batch, options.variant = options.sources[0], None, None
     return options
 
@@ -61,7 +61,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    return answer(lambda: average(options))
+    return run_command(lambda: average(options))
 
 
 def average(options: argparse.Namespace) -> None:
@@ -94,16 +94,16 @@ def average(options: argparse.Namespace) -> None:
         )
         epoch = world.run_on_all(lambda: steps_per_epoch(len(index), config.batch.global_))
         model = load_model(config, index, weights, options.checkpoint, world)
-        said = "it has no running statistics"
+        statistics = "the network has no running statistics"
         if has_running_statistics(model):
             model.set_timesteps(description.timesteps)
             with FileProgress() as shown:
-                tell = shown.titled("running statistics", "sample")
+                show = shown.titled("running statistics", "sample")
 
                 def progress(done: int, total: int) -> None:
                     watch.progress("the running statistics")
                     if world.rank == 0:
-                        tell(done, total)
+                        show(done, total)
 
                 taken = recompute_statistics(
                     model,
@@ -113,8 +113,8 @@ def average(options: argparse.Namespace) -> None:
                     options.samples or epoch * config.batch.global_,
                     progress,
                 )
-            said = f"its running statistics are of {counted(taken, 'training sample')}"
-            # The weights themselves stay those of the mean, also where another type computed.
+            statistics = f"running statistics from {counted(taken, 'training sample')}"
+            # Weights keep the mean's values, even if the model computed in another type.
             for key, value in model.state_dict().items():
                 if key.rpartition(".")[2] in ("running_mean", "running_var"):
                     weights[key] = value.to("cpu", weights[key].dtype)
@@ -122,6 +122,6 @@ def average(options: argparse.Namespace) -> None:
         def write() -> None:
             if world.rank == 0:
                 checkpoint.write_model_file(options.output, weights, description)
-                print(f"wrote {options.output}: {description.averaged}; {said}")
+                print(f"wrote {options.output}: {description.averaged}; {statistics}")
 
         world.run_on_all(write)

@@ -1,4 +1,4 @@
-"""Benchmarks, each of which measures what it compares side by side in one run.
+"""Run a benchmark; everything that it compares takes turns within one run.
 
     python tools/bench.py model                         a training step against the ReLU network's
     python tools/bench.py memory                        bytes kept for the backward pass, by T
@@ -6,14 +6,14 @@
     python tools/bench.py scaling                       several processes against one
     python tools/bench.py data --data FOLDER            from JPEG files to batches
 
-All but the last run on the CPU or a GPU, on random images; the last makes images if it has none.
+The first three run on the CPU or a GPU, on random images; the last makes images if it has none.
 """
 
 import argparse
 import importlib.util
 from pathlib import Path
 
-from tetdist.apps.cli.common import answer, program
+from tetdist.apps.cli.common import program, run_command
 from tetdist.config.flags import positive
 from tetdist.errors import UserError
 from tetdist.storage.files import check_writable, explaining, write_json
@@ -29,7 +29,7 @@ MODES = ("none", "blocks", "timesteps", "reference")
 def modes(text: str) -> list[str]:
     given = text.split(",")
     if unknown := [mode for mode in given if mode not in MODES]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(MODES)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(MODES)}")
     return given
 
 
@@ -40,10 +40,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     def command(name: str, precision: str, what: str) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=what, description=what)
         one.add_argument("--model", default="sew_resnet34", help="default: sew_resnet34")
-        one.add_argument("--size", type=positive, help="pixels; default: the model's own")
+        one.add_argument("--size", type=positive, help="image side in pixels; default: the model's")
         one.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default=precision)
         one.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-        one.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+        one.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
         return one
 
     def contestants(one: argparse.ArgumentParser, default: str) -> None:
@@ -52,21 +52,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             type=modes,
             default=default,
             metavar=",".join(MODES),
-            help="ways to run our model: activation checkpointing, and the plain definitions; "
-            f"default: {default}",
+            help="ways to run our model: none (as it is), activation checkpointing of blocks or "
+            f"timesteps, reference (the plain definitions); default: {default}",
         )
-        one.add_argument("--segment", type=positive, default=2, metavar="K", help="of timesteps")
+        one.add_argument(
+            "--segment", type=positive, default=2, metavar="K", help="timesteps a checkpoint"
+        )
         one.add_argument(
             "--spikingjelly",
             choices=["eager", "compiled"],
-            help="also the same network of its neurons, where it is installed",
+            help="also measure the same network with spikingjelly's neurons",
         )
 
-    model = command("model", "fp32", "seconds of a training step, against others side by side")
+    model = command("model", "fp32", "time of a training step, compared with other networks")
     model.add_argument("--timesteps", type=positive, default=4, metavar="T")
     model.add_argument("--batch", type=positive, default=4, metavar="B")
-    model.add_argument("--repeats", type=positive, default=7, help="rounds in which all take turns")
-    model.add_argument("--evaluate", action="store_true", help="the forward pass of an evaluation")
+    model.add_argument("--repeats", type=positive, default=7, help="measuring rounds")
+    model.add_argument("--evaluate", action="store_true", help="time an evaluation's forward pass")
     contestants(model, "none")
 
     memory = command("memory", "fp32", "bytes kept for the backward pass, by T")
@@ -82,39 +84,39 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     scaling = command("scaling", "bf16", "several processes against one")
     scaling.add_argument("--timesteps", type=positive, default=4, metavar="T")
     scaling.add_argument("--batch", type=positive, default=4, metavar="B", help="micro-batch")
-    scaling.add_argument("--accumulation", type=positive, default=1, metavar="N", help="a process")
+    scaling.add_argument("--accumulation", type=positive, default=1, metavar="N", help="steps")
     scaling.add_argument("--engine", choices=["deepspeed", "torch"], default="deepspeed")
     scaling.add_argument("--processes", type=positive, default=2)
-    scaling.add_argument("--threads", type=positive, help="a process; default: its cores")
-    scaling.add_argument("--repeats", type=positive, default=5, help="rounds of taking turns")
-    scaling.add_argument("--steps", type=positive, default=2, help="of each in a round")
+    scaling.add_argument("--threads", type=positive, help="threads a process; default: its cores")
+    scaling.add_argument("--repeats", type=positive, default=5, help="measuring rounds")
+    scaling.add_argument("--steps", type=positive, default=2, help="steps a round")
 
-    what = "images a second, against DALI's own reader and torchvision's DataLoader"
+    what = "images a second, compared with DALI's own reader and torchvision's DataLoader"
     data = commands.add_parser("data", help=what, description=what)
-    data.add_argument("--data", type=Path, metavar="FOLDER", help="of JPEGs; default: made ones")
-    data.add_argument("--images", type=positive, default=3000, help="of which an epoch is made")
-    data.add_argument("--size", type=positive, default=224, help="pixels")
+    data.add_argument("--data", type=Path, metavar="FOLDER", help="JPEG files; default: made here")
+    data.add_argument("--images", type=positive, default=3000, help="images an epoch")
+    data.add_argument("--size", type=positive, default=224, help="image side in pixels")
     data.add_argument("--batch", type=positive, default=32, metavar="B")
-    data.add_argument("--threads", type=positive, default=2, help="threads, or workers")
-    data.add_argument("--repeats", type=positive, default=9, help="rounds in which all take turns")
-    data.add_argument("--batches", type=positive, default=15, help="of each in a round")
-    data.add_argument("--epochs", type=int, default=0, help="after each of which memory is taken")
-    data.add_argument("--wait", action="store_true", help="also how long a training step waits")
-    data.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+    data.add_argument("--threads", type=positive, default=2, help="threads or workers")
+    data.add_argument("--repeats", type=positive, default=9, help="measuring rounds")
+    data.add_argument("--batches", type=positive, default=15, help="batches a round")
+    data.add_argument("--epochs", type=int, default=0, help="measure memory after so many epochs")
+    data.add_argument("--wait", action="store_true", help="also time a training step's data wait")
+    data.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     data.set_defaults(device="cpu")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    return answer(lambda: measure(options), interrupted="interrupted")
+    return run_command(lambda: measure(options), interrupted="interrupted")
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Make one measurement and show it.
+    """Run one benchmark and print its result.
 
     Raises:
-        UserError: The options do not suit each other or this machine.
+        UserError: The options contradict each other or do not suit this machine.
     """
     from tetdist.apps.benchmarks import bench, data, scaling, streaming
     from tetdist.distributed.devices import choose_device
@@ -150,7 +152,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def problem_of(options: argparse.Namespace) -> str | None:
-    """The mistake in the options, found before anything is measured; None if there is none."""
+    """Return what is wrong with the options, before measuring; None if nothing is."""
     import timm
 
     from tetdist import models
@@ -159,7 +161,7 @@ def problem_of(options: argparse.Namespace) -> str | None:
         return None
     known = models.names()
     if options.model not in known:
-        return f"--model: {options.model!r} is not a spiking model; there are {', '.join(known)}"
+        return f"--model: {options.model!r} is not a spiking model; choose from {', '.join(known)}"
     size = timm.get_pretrained_cfg(options.model).input_size[-1]
     if options.model in (
         "vggsnn",
@@ -167,16 +169,16 @@ def problem_of(options: argparse.Namespace) -> str | None:
         "spiking_convnet_dvs",
         "spiking_resnet19_dvs",
     ):
-        # The classifiers of these networks see all positions, so that the size is fixed.
+        # The classifiers of these networks take all positions, so the size is fixed.
         if options.size not in (None, size):
-            return f"--size: {options.model} is built for {size} pixels; leave it out"
+            return f"--size: {options.model} takes {size} pixels only, not {options.size}; omit it"
     elif options.size is not None and options.size < 33 and size == 224:
-        return f"--size: {options.size} pixels leave a batch norm a single one; give 33 or more"
+        return f"--size: {options.size} leaves the last batch norm one pixel; give 33 or more"
     if getattr(options, "spikingjelly", None):
         if importlib.util.find_spec("spikingjelly") is None:
-            return "--spikingjelly: it is not installed; pip install spikingjelly"
+            return "--spikingjelly: the package is not installed; pip install spikingjelly"
         from tetdist.apps.benchmarks.contestants import has_spikingjelly_network
 
         if not has_spikingjelly_network(options.model):
-            return f"--spikingjelly: it has no {options.model}"
+            return f"--spikingjelly: spikingjelly has no {options.model}; omit it"
     return None

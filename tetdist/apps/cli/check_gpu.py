@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 8 tools/check_gpu.py          all of a host, and what connects them
     srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python tools/check_gpu.py
 
-The exit status is 1 if there is something to mend, and the last line says what. docs/check_gpu.md
-says what each check is, and what to do with what it finds. docs/make/performance.py takes the JSON
-file with --gpu. With --device cpu the same checks run in a minute on small networks, and show that
-they work.
+The exit status is 1 if a check failed, and the last line says what to do. docs/check_gpu.md
+describes each check and the remedies for its findings. docs/make/performance.py takes the JSON
+file with --gpu. With --device cpu the same checks run in a minute on small networks; this tests the
+checks themselves.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from tetdist.apps.cli.common import answer, fail, program
+from tetdist.apps.cli.common import fail, program, run_command
 from tetdist.errors import PeerFailed, UserError
 from tetdist.storage.files import check_writable, explaining, write_json
 
 if TYPE_CHECKING:
     from tetdist.apps.check_gpu.check import Report
 
-# Those of apps/check_gpu/checks.py, which is slow to import.
+# Names of the checks in apps/check_gpu/checks.py, which is slow to import.
 NAMES = (
     "versions",
     "numerics",
@@ -42,8 +42,8 @@ NAMES = (
     "loading",
 )
 
-MEETING = 120.0  # seconds within which all processes must have come
-# Seconds after which this process ends even if nothing in it answers any more.
+MEETING = 120.0  # seconds within which all processes must have joined
+# Seconds after which this process exits, even if it hangs.
 LAST_RESORT = 1000.0
 
 
@@ -53,27 +53,27 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
-        "--only", metavar=",".join(NAMES), help="some of the checks; default: all of them"
+        "--only", metavar=",".join(NAMES), help="run only these checks; default: all"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.only = options.only.split(",") if options.only else NAMES
     if unknown := [name for name in options.only if name not in NAMES]:
-        parser.error(f"--only: {unknown[0]!r} is none of {', '.join(NAMES)}")
+        parser.error(f"--only: {unknown[0]!r} is not one of {', '.join(NAMES)}")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    return answer(lambda: check(options))
+    return run_command(lambda: check(options))
 
 
 def check(options: argparse.Namespace) -> int:
-    """Run the checks; the exit status.
+    """Run the checks and return the exit status.
 
     Raises:
-        UserError: The file cannot be written.
+        UserError: The JSON file cannot be written.
     """
     from tetdist.apps.check_gpu.check import Report, on
     from tetdist.apps.check_gpu.checks import CHECKS
@@ -82,7 +82,7 @@ def check(options: argparse.Namespace) -> int:
 
     _find_other_tasks_of_srun()
     checks = {name: CHECKS[name] for name in NAMES if name in options.only}
-    # A file that cannot be written is better known before ten minutes than after.
+    # Find out now, not after ten minutes, if the file cannot be written.
     _keep(options, Report({}, options.device, 0, small=False, not_reached=list(checks)))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ending_on_signals(options))
@@ -96,7 +96,7 @@ def check(options: argparse.Namespace) -> int:
         else:
             small = world.device.type == "cpu"
             if small and world.rank == 0:
-                print("no GPU: the checks run small, on the CPU, and their figures mean nothing")
+                print("no GPU: the checks run small networks on the CPU; ignore their figures")
             with on(world, small=small) as here:
                 report = run_checks(
                     checks,
@@ -112,16 +112,16 @@ def check(options: argparse.Namespace) -> int:
 
 
 def _no_start(options: argparse.Namespace, error: Exception, names: list[str]) -> int:
-    """Tell, as the first finding, that this process has no device or has not met the others."""
+    """Report, as the first finding, a missing device or that this process met no others."""
     from tetdist.apps.benchmarks.bench import machine
     from tetdist.apps.check_gpu import remedies
     from tetdist.apps.check_gpu.check import Finding, Report, Result
 
     if not _is_first():
         return fail(error)
-    remedy = "start them all, and see what the launcher says of those that have ended"
+    remedy = "start all processes, and read the launcher's output of those that ended"
     if isinstance(error, UserError):
-        # What it says is wrong it also says how to mend, but for the driver.
+        # The error names its own remedy, except for the driver.
         sees_none = "torch sees no GPU" in str(error) or "torch does not see it" in str(error)
         seen = remedies.driver_and_gpu()  # by nvidia-smi
         has_gpu = seen != (None, None)
@@ -135,7 +135,7 @@ def _no_start(options: argparse.Namespace, error: Exception, names: list[str]) -
 
 
 def _find_other_tasks_of_srun() -> None:
-    """Set what a launcher would set, where srun has started several tasks."""
+    """Set the launcher's environment variables if srun has started several tasks."""
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
         return
     from tetdist.apps.slurm.placement import SlurmContext
@@ -148,7 +148,7 @@ def _is_first() -> bool:
 
 
 def _keep(options: argparse.Namespace, report: "Report") -> None:
-    """Write what has been found so far, on rank 0."""
+    """Write the findings so far, on rank 0."""
     if options.json and _is_first():
         check_writable("--json", options.json)
         with explaining(options.json):
@@ -160,10 +160,10 @@ def _keep(options: argparse.Namespace, report: "Report") -> None:
 
 @contextlib.contextmanager
 def _ending_on_signals(options: argparse.Namespace) -> Iterator[None]:
-    """Tell, upon Ctrl-C and SIGTERM, where the findings so far are, and end in any case."""
+    """Print where the findings so far are upon Ctrl-C or SIGTERM, and exit in any case."""
 
     def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
-        # A launcher may send several; what ends this process shall not be interrupted itself.
+        # A launcher may send several signals; the exit itself must not be interrupted.
         signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
@@ -173,7 +173,7 @@ def _ending_on_signals(options: argparse.Namespace) -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupted:
         if _is_first():
-            kept = f"{options.json} has what was found before" if options.json else "no --json"
+            kept = f"{options.json} has the findings so far" if options.json else "no --json"
             print(f"interrupted; {kept}", file=sys.stderr)
         _leave(128 + interrupted.args[0])
     finally:
@@ -183,7 +183,7 @@ def _ending_on_signals(options: argparse.Namespace) -> Iterator[None]:
 
 
 def _leave(status: int) -> NoReturn:
-    """End this process at once: a thread of it may wait in a collective for ever."""
+    """Exit at once, because a thread may be stuck in a collective operation."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -191,13 +191,13 @@ def _leave(status: int) -> NoReturn:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what libraries tell their developers out of the table."""
+    """Keep libraries' deprecation warnings and logs out of the table."""
     import logging
 
     def is_error(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
 
-    # DeepSpeed sets its logger's level when it is imported, and leaves filters alone.
+    # DeepSpeed's import resets its logger's level but not its filters.
     loud = [logging.getLogger(name) for name in ("DeepSpeed", "torch.distributed")]
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         for category in (FutureWarning, DeprecationWarning):

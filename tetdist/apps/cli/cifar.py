@@ -1,9 +1,9 @@
-"""Make a folder of images of a CIFAR archive: `python tools/cifar.py ARCHIVE DEST`.
+"""Unpack a CIFAR archive into image folders: `python tools/cifar.py ARCHIVE DEST`.
 
 The archive is cifar-10-binary.tar.gz or cifar-100-binary.tar.gz, as its authors publish them
 (https://www.cs.toronto.edu/~kriz/cifar.html). Its images become DEST/train/CLASS/*.png and
-DEST/val/CLASS/*.png, val being the archive's test images, and are indexed. The archives for Python
-are pickles, which run whatever code is in them, and are refused.
+DEST/val/CLASS/*.png (val: the archive's test images), and are indexed. The archives for Python are
+refused, because they hold pickles, which can run any code.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tetdist.apps.cli.common import MISTAKES, answer, program
+from tetdist.apps.cli.common import MISTAKES, program, run_command
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import made_aside, open_file
 from tetdist.wording import counted
 
 _PIXELS = 3 * 32 * 32
-_LARGEST_FILE = 200_000_000  # bytes; of the real ones 154 million
+_LARGEST_FILE = 200_000_000  # bytes; the largest real file has 154 million
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Kind:
         files: The binary files of each split.
         names: The text file with the classes' names, in the order of their numbers.
         label_bytes: Bytes before the pixels of each image; the last of them is the class.
-        num_classes: The number of values of that last byte.
+        num_classes: Number of classes.
     """
 
     files: dict[str, tuple[str, ...]]
@@ -57,9 +57,9 @@ _PICKLES = {"data_batch_1", "test_batch", "batches.meta", "train", "test", "meta
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    return answer(
+    return run_command(
         lambda: make(options.archive, options.dest, options.per_class),
-        interrupted="stopped; the same command starts anew",
+        interrupted="stopped; the same command starts over",
         mistakes=(*MISTAKES, OSError),
     )
 
@@ -70,13 +70,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").replace("python tools/cifar.py", typed("cifar")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("archive", metavar="ARCHIVE", type=Path, help="the .tar.gz of binary files")
-    parser.add_argument("dest", metavar="DEST", type=Path, help="the data root to make")
+    parser.add_argument("archive", metavar="ARCHIVE", type=Path, help="CIFAR's binary .tar.gz")
+    parser.add_argument("dest", metavar="DEST", type=Path, help="new data root")
     parser.add_argument(
         "--per-class",
         metavar="TRAIN,VAL",
         type=_two_numbers,
-        help="only the first so many images of each class, for a quick study: 500,100",
+        help="take only the first images of each class, for a quick study: 500,100",
     )
     return parser.parse_args(arguments)
 
@@ -84,20 +84,20 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _two_numbers(text: str) -> dict[str, int]:
     numbers = text.split(",")
     if len(numbers) != 2 or not all(n.isdigit() and int(n) > 0 for n in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers above 0, such as 500,100")
+        raise argparse.ArgumentTypeError(f"{text!r} must be two numbers above 0, such as 500,100")
     return dict(zip(("train", "val"), map(int, numbers), strict=True))
 
 
 def make(archive: Path, dest: Path, per_class: dict[str, int] | None) -> None:
-    """Make the data root aside and rename it into place.
+    """Write the data root in a temporary folder and rename it into place.
 
     Raises:
-        UserError: The archive is not one of the two, or the place is taken.
+        UserError: The archive is not one of the two, or `dest` is not empty.
     """
     from tetdist.datasets.index import index_splits
 
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
-        raise UserError(f"{dest} exists and is not empty: name another place or move it")
+        raise UserError(f"{dest} exists and is not empty; name another folder or move it")
     kind, files = read(archive)
     classes = _classes(kind, files[kind.names], archive)
     counts = {}
@@ -107,7 +107,7 @@ def make(archive: Path, dest: Path, per_class: dict[str, int] | None) -> None:
             contents = [files[name] for name in names]
             counts[split] = _write(aside / split, kind, classes, contents, archive, most)
         index_splits(aside, workers=len(os.sched_getaffinity(0)))
-        # The files' contents must be on the disk before the name that says they are.
+        # Flush the files to disk before the rename declares them complete.
         os.sync()
     print(
         f"{dest}: {counts['train']:,} images to train and {counts['val']:,} to validate, in "
@@ -116,12 +116,12 @@ def make(archive: Path, dest: Path, per_class: dict[str, int] | None) -> None:
 
 
 def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
-    """The archive's kind, and the content of its files by their last name.
+    """Return the archive's kind, and the contents of its files by base name.
 
-    Nothing is unpacked to the disk, so that no name in the archive can lead anywhere.
+    Nothing is unpacked to the disk, so a path in the archive cannot escape the folder.
 
     Raises:
-        UserError: It is no archive, not one of the two, or not whole.
+        UserError: The file is no archive, not one of the two, or incomplete.
     """
     wanted = {name for kind in (CIFAR10, CIFAR100) for name in _names(kind)}
     found: dict[str, bytes] = {}
@@ -134,7 +134,7 @@ def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
                 if not member.isfile() or name not in wanted:
                     continue
                 if member.size > _LARGEST_FILE or name in found:
-                    raise UserError(f"{archive}: {name} is there twice, or larger than it can be")
+                    raise UserError(f"{archive}: {name} is duplicated or too large; get it again")
                 stream = tar.extractfile(member)
                 assert stream is not None, "it is a file"
                 found[name] = stream.read()
@@ -145,13 +145,13 @@ def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
             return kind, found
     if pickles:
         raise UserError(
-            f"{archive} holds pickles, which run whatever code is in them; take the binary "
-            "version, cifar-10-binary.tar.gz or cifar-100-binary.tar.gz"
+            f"{archive} holds pickles, which can run any code; take the binary version, "
+            "cifar-10-binary.tar.gz or cifar-100-binary.tar.gz"
         )
     some = CIFAR100 if _names(CIFAR100) & found.keys() else CIFAR10
     missing = ", ".join(sorted(_names(some) - found.keys()))
     raise UserError(
-        f"{archive} is not CIFAR's binary archive, or not all of it: it lacks {missing}"
+        f"{archive} is not CIFAR's binary archive, or is incomplete: it lacks {missing}"
     )
 
 
@@ -160,20 +160,18 @@ def _names(kind: Kind) -> set[str]:
 
 
 def _classes(kind: Kind, text: bytes, archive: Path) -> list[str]:
-    """The names of the classes, each good for a folder."""
+    """Return the class names, each usable as a folder name."""
     names = text.decode(errors="replace").split()
     plain = all(name.replace("_", "").isalnum() and name.isascii() for name in names)
     if len(set(names)) != kind.num_classes or len(names) != kind.num_classes or not plain:
-        raise UserError(
-            f"{archive}: {kind.names} does not hold {kind.num_classes} names of classes"
-        )
+        raise UserError(f"{archive}: {kind.names} does not hold {kind.num_classes} class names")
     return names
 
 
 def _write(
     folder: Path, kind: Kind, classes: list[str], files: list[bytes], archive: Path, per_class: int
 ) -> int:
-    """Write a split's images as PNG files, numbered as in the archive; returns how many."""
+    """Write a split's images as PNG files, numbered as in the archive, and return their number."""
     import numpy as np
     from PIL import Image
 
@@ -182,11 +180,14 @@ def _write(
     records: Any = np.frombuffer(b"".join(files), np.uint8)
     size = kind.label_bytes + _PIXELS
     if not len(records) or any(len(file) % size for file in files):
-        raise UserError(f"{archive}: a file of {folder.name} is not a whole number of images")
+        raise UserError(f"{archive}: a file of {folder.name} ends within an image")
     records = records.reshape(-1, size)
     labels = records[:, kind.label_bytes - 1]
     if labels.max() >= kind.num_classes:
-        raise UserError(f"{archive}: {folder.name} has a label {labels.max()}, which is no class")
+        raise UserError(
+            f"{archive}: {folder.name} has the label {labels.max()}; the largest class is "
+            f"{kind.num_classes - 1}"
+        )
     pixels = records[:, kind.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     written = [0] * kind.num_classes
     with sample_bar(len(labels), folder.name, silent=False) as bar:

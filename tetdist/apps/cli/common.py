@@ -1,4 +1,4 @@
-"""The answer of all commands to a mistake, a missing package and Ctrl-C."""
+"""Shared handling of user errors, missing packages and Ctrl-C."""
 
 import sys
 from collections.abc import Callable
@@ -6,23 +6,23 @@ from pathlib import Path
 
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError, sentence, typed
 
-# A person's mistakes; anything else is a fault of ours and keeps its traceback.
+# Errors that the user can fix; any other exception is a bug and keeps its traceback.
 MISTAKES = (UserError, ModuleNotFoundError)
 
 
-def answer(
+def run_command(
     command: Callable[[], int | None],
     *,
     interrupted: str = "interrupted; nothing was written",
     mistakes: tuple[type[Exception], ...] = MISTAKES,
 ) -> int:
-    """Carry out a command; its exit status: 2 for a person's mistake, 3 where another process of
-    several has died, 130 for Ctrl-C.
+    """Run a command and return its exit status: 2 for a user error, 3 if another process of the
+    run has died, 130 for Ctrl-C.
 
     Args:
         command: Returns its exit status; None is 0.
-        interrupted: What is said after Ctrl-C.
-        mistakes: What is said in one sentence.
+        interrupted: Text printed after Ctrl-C.
+        mistakes: Exceptions printed as one sentence.
     """
     try:
         return command() or 0
@@ -37,16 +37,16 @@ def answer(
 
 
 def fail(error: Exception, prefix: str = "") -> int:
-    """Say what is wrong; the exit status of that."""
+    """Print an error and return the exit status 2."""
     print(f"{prefix}error: {sentence(error)}", file=sys.stderr)
     return 2
 
 
 def check_new_weights(output: Path) -> None:
-    """Refuse to write weights over others, or into a checkpoint, which they would damage.
+    """Refuse to overwrite weights or to write into a checkpoint, which would damage it.
 
     Raises:
-        UserError: ``--output`` would do so.
+        UserError: ``--output`` exists, or its folder is a checkpoint.
     """
     from tetdist.storage import checkpoint
 
@@ -57,5 +57,5 @@ def check_new_weights(output: Path) -> None:
 
 
 def program(command: str) -> str:
-    """The name of a command in its own --help."""
+    """Return a command's name for its --help."""
     return typed(command).removeprefix("python ")

@@ -1,6 +1,6 @@
-"""Compare two runs: where their metrics part, by how much, and whether they saw the same samples.
-Or see several: what each reached, the mean and spread over seeds, their curves in one figure.
-Or see whether a run on ImageNet is on the way that a published training took.
+"""Compare two runs: where their metrics first differ, by how much, and whether they saw the same
+samples. Or list several: the result of each, mean and spread over seeds, their curves in one
+figure. Or compare a run on ImageNet with a published training curve.
 
     python tools/compare_runs.py runs/one runs/two
     python tools/compare_runs.py one/metrics.jsonl two/metrics.jsonl --tolerance 1e-6
@@ -8,15 +8,14 @@ Or see whether a run on ImageNet is on the way that a published training took.
     python tools/compare_runs.py runs/STUDY --plot study.png
     python tools/compare_runs.py runs/sew34_t4 --reference sew34
 
-Of two runs, values that depend on the clock or the machine (time, samples_per_s, data_wait,
-eta_s, gpu_memory, gpu_energy, seconds) are left out.
-Two values differ when |a - b| is more than the tolerance times the larger of |a| and |b|; NaN
-equals NaN. Of two folders the configurations are compared too, and the samples-RANK.jsonl files
-where both have them.
+The comparison of two runs leaves out values that depend on the clock or the machine (time,
+samples_per_s, data_wait, eta_s, gpu_memory, gpu_energy, seconds). Two values differ if |a - b| is
+more than the tolerance times the larger of |a| and |b|; NaN equals NaN. For two folders, the
+configurations are compared too, and the samples-RANK.jsonl files if both have them.
 
-Exit status: 0 the same, 1 different (in values, in steps or in samples; another configuration alone
-is no difference), 2 a mistake of the user's. More than two runs are shown, not judged: 0, or 2.
-With --reference: 1 if a run is behind.
+Exit status: 0 the same, 1 different values, steps or samples (a different configuration alone does
+not count), 2 a user error. More than two runs are only listed: 0 or 2. With --reference: 1 if a
+run is behind.
 """
 
 import argparse
@@ -25,19 +24,19 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from tetdist.apps.cli.common import answer, program
+from tetdist.apps.cli.common import program, run_command
 from tetdist.storage.files import check_writable, explaining
 from tetdist.tables import aligned
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 the same, 1 different, 2 a mistake in what was asked."""
+    """Return the exit status: 0 the same, 1 different, 2 a user error."""
     options = parse_arguments(arguments)
-    return answer(lambda: show(options), interrupted="interrupted")
+    return run_command(lambda: show(options), interrupted="interrupted")
 
 
 def show(options: argparse.Namespace) -> int:
-    """Compare two runs, or show several side by side; the exit status."""
+    """Compare two runs, or list several side by side; return the exit status."""
     from tetdist.apps.reports.compare import compare, write_json
 
     if options.json:
@@ -45,7 +44,7 @@ def show(options: argparse.Namespace) -> int:
     if options.plot:
         from tetdist.apps.reports import style
 
-        style.new_figure(1, 1)  # says before the work if matplotlib is missing
+        style.new_figure(1, 1)  # fails now, before the work, if matplotlib is missing
     is_pair = len(options.runs) == 2 and not options.reference
     if is_pair:
         a, b = options.runs
@@ -77,41 +76,42 @@ def show(options: argparse.Namespace) -> int:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program("compare_runs"),
-        description="Compare two runs: where they part, and by how much. Or see more side by side.",
+        description="Compare two runs: where they first differ, and by how much. Or list several.",
         epilog="Exit status: 0 the same (or more than two), 1 different, or behind a --reference, "
-        "2 a mistake in what was asked.",
+        "2 a user error.",
     )
     parser.add_argument(
         "runs",
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="a run folder, its metrics.jsonl, or a folder of run folders, as a study's",
+        help="a run folder, its metrics.jsonl, or a folder of run folders, such as a study's",
     )
     parser.add_argument(
         "--tolerance",
         type=tolerance,
         default=0.0,
         metavar="R",
-        help="relative difference up to which values count as the same (default: 0, to the bit)",
+        help="relative difference up to which values count as the same (default: 0, bitwise)",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result there, too")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the result as JSON")
     parser.add_argument(
-        "--plot", metavar="FILE.png", type=Path, help="draw the curves of all runs into one PNG"
+        "--plot", metavar="FILE.png", type=Path, help="draw the curves of all runs in one PNG"
     )
     parser.add_argument(
         "--reference",
         metavar="NAME",
-        help="a published training on ImageNet, such as sew34; an unknown name lists them",
+        help="compare with this published training on ImageNet, such as sew34; an unknown name "
+        "lists them",
     )
     options = parser.parse_args(arguments)
     options.runs = runs_in(options.runs)
     if len(options.runs) < 2 and not options.reference:
-        parser.error("one run alone cannot be compared; name two or more, or --reference sew34")
+        parser.error("a single run needs something to compare with: a second run, or --reference")
     if (len(options.runs) > 2 or options.reference) and options.tolerance:
-        parser.error("--tolerance is for two runs, which are compared value by value")
+        parser.error("--tolerance applies to a comparison of two runs; leave it out")
     if options.plot and options.plot.suffix != ".png":
-        parser.error(f"--plot: {options.plot} does not end in .png")
+        parser.error(f"--plot must end in .png, unlike {options.plot}")
     return options
 
 
@@ -121,14 +121,14 @@ def tolerance(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on, such as 1e-6")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0, such as 1e-6")
     return value
 
 
 def runs_in(paths: list[Path]) -> list[Path]:
-    """The runs that are meant: each run in a folder of runs; among many paths only possible runs.
+    """Expand folders of runs to their runs; skip other files if there are more than two paths.
 
-    A study's folder has logs and a report beside its runs, which `runs/STUDY/*` lists, too.
+    A study's folder also has logs and a report, which `runs/STUDY/*` matches.
     """
     found: list[Path] = []
     for path in paths:
@@ -139,5 +139,5 @@ def runs_in(paths: list[Path]) -> list[Path]:
         elif is_one or len(paths) <= 2:
             found.append(path)
         else:
-            print(f"{path} is no run, and left out", file=sys.stderr)
+            print(f"skipped {path}: not a run", file=sys.stderr)
     return found

@@ -1,10 +1,10 @@
-"""Take over somebody's weights: a file that training begins with and eval evaluates.
+"""Convert weights from other projects to a file for training (init_checkpoint) and eval.
 
     python tools/convert.py sew34.pth --model sew_resnet34 --from sew --output sew34.safetensors
     python tools/convert.py r34.pth --model sew_resnet34 --from torchvision --output r34.safetensors
     python tetdist/train.py --config sew34_t4.yaml init_checkpoint=r34.safetensors
 
-docs/weights.md says which files are known and what carries over.
+docs/weights.md lists the known files and what is converted.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.apps.cli.common import answer, check_new_weights, program
+from tetdist.apps.cli.common import check_new_weights, program, run_command
 from tetdist.apps.weights.sources import SOURCES
 from tetdist.errors import UserError
 from tetdist.storage.files import read_text
@@ -22,52 +22,51 @@ if TYPE_CHECKING:
     from tetdist.apps.weights.foreign import Converted
     from tetdist.config.schema import RunConfig
 
-SHOWN = 5  # of the tensors that do not fit, unless all are asked for
+SHOWN = 5  # tensors that do not fit are listed, without --list
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog=program("convert"), description="Take over weights from elsewhere."
+        prog=program("convert"), description="Convert weights of other projects."
     )
     add = parser.add_argument
-    add("source", metavar="FILE", type=Path, help=".safetensors, or what torch.save wrote")
-    add("--model", required=True, metavar="NAME", help="the model here: sew_resnet34, vggsnn, ...")
+    add("source", metavar="FILE", type=Path, help=".safetensors, or a file of torch.save")
+    add("--model", required=True, metavar="NAME", help="tetdist's model: sew_resnet34, vggsnn, ...")
     choices = ["auto", *SOURCES]
-    add("--from", dest="layout", choices=choices, default="auto", help="where FILE is from")
+    add("--from", dest="layout", choices=choices, default="auto", help="project that wrote FILE")
     add("--output", required=True, metavar="FILE.safetensors", type=Path)
-    add("--timesteps", type=int, metavar="T", help="that it was trained at; default: the model's")
+    add("--timesteps", type=int, metavar="T", help="T of its training; default: the model's")
     add(
         "--classes",
         metavar="WHERE",
         type=Path,
-        help="names of the classes: a folder of class folders, such as ROOT/val, or a file with one"
-        " a line; without it, evaluation checks their number only",
+        help="class names: a folder of class folders, such as ROOT/val, or a file with one name a "
+        "line; without it, evaluation only checks the number of classes",
     )
     add(
         "--allow-missing",
         action="store_true",
-        help="go on though weights are missing, of another shape or unknown; those without any "
-        "are initialised",
+        help="accept missing, unknown or differently shaped weights; missing ones are initialised",
     )
-    add("--list", action="store_true", help="name all tensors that do not fit, not only the first")
+    add("--list", action="store_true", help="list all tensors that do not fit, not only the first")
     add(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="keys of the configuration that is noted in the file: model.neuron.decay=0.5, "
+        help="keys of the configuration stored in the new file: model.neuron.decay=0.5, "
         "model.arguments.connect_function=and, model.num_classes=100, data.image_size=128",
     )
     options = parser.parse_intermixed_args(arguments)
     if options.timesteps is not None and options.timesteps < 1:
-        parser.error("--timesteps must be at least 1")
+        parser.error(f"--timesteps must be at least 1, not {options.timesteps}")
     if options.output.suffix != ".safetensors":
-        parser.error("--output must end in .safetensors")
+        parser.error(f"--output must end in .safetensors, unlike {options.output}")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    return answer(lambda: convert_file(options))
+    return run_command(lambda: convert_file(options))
 
 
 def convert_file(options: argparse.Namespace) -> None:
@@ -102,7 +101,7 @@ def convert_file(options: argparse.Namespace) -> None:
 def configuration(
     options: argparse.Namespace, source: str, num_classes: int | None
 ) -> tuple["RunConfig", int]:
-    """A configuration that builds and evaluates the network, and its T."""
+    """Return a configuration that builds and evaluates the network, and its T."""
     import timm
 
     from tetdist import models
@@ -113,7 +112,7 @@ def configuration(
     known = models.names()
     if options.model not in known:
         raise UserError(
-            f"--model: {options.model!r} is not a spiking model; there are {', '.join(known)}"
+            f"--model: {options.model!r} is not a spiking model; choose from {', '.join(known)}"
         )
     timesteps = options.timesteps or models.default_timesteps(options.model)
     cfg = timm.get_pretrained_cfg(options.model)
@@ -163,7 +162,7 @@ def class_names(options: argparse.Namespace, config: "RunConfig") -> list[str] |
         raise UserError(f"--classes: {options.classes} cannot be read ({error})") from error
     if len(names) != config.model.num_classes:
         raise UserError(
-            f"--classes: {options.classes} names {counted(len(names), 'class')}, the model has "
+            f"--classes: {options.classes} names {counted(len(names), 'class')}, but the model has "
             f"{config.model.num_classes}"
         )
     return names
@@ -176,51 +175,52 @@ def report(
     source: str,
     timesteps: int,
 ) -> None:
-    """Say what was found.
+    """Print which tensors were converted and which do not fit.
 
     Raises:
-        UserError: Something does not fit, and that was not allowed.
+        UserError: A tensor does not fit, and --allow-missing is not given.
     """
     missing, unexpected = converted.missing, converted.unexpected
     carried = len(converted.weights) - len(missing) - len(converted.initialised)
     total = counted(len(converted.weights), "tensor")
-    print(f"{options.source}: {carried} of {total}, as of {source}")
+    print(f"{options.source}: {carried} of {total} converted, as weights of {source}")
     if converted.counters:
         counters = counted(converted.counters, "counter")
-        print(f"  left out: {counters} of batches (num_batches_tracked), without use here")
+        print(f"  left out: {counters} of batches (num_batches_tracked), not used here")
     if converted.unused:
         unused = counted(len(converted.unused), "tensor")
-        print(f"  left out: {unused} that its network does not use: {', '.join(converted.unused)}")
+        print(f"  left out: {unused} that the network does not use: {', '.join(converted.unused)}")
     if converted.initialised:
         print(
             f"  initialised: {counted(len(converted.initialised), 'tensor')} that a ReLU network "
-            f"has not, such as {converted.initialised[0]}"
+            f"lacks, such as {converted.initialised[0]}"
         )
-    for heading, lines in (("not carried over", missing), ("unknown here", unexpected)):
+    for heading, lines in (("missing", missing), ("unknown", unexpected)):
         shown = lines if options.list or len(lines) <= SHOWN + 1 else lines[:SHOWN]
         for line in shown:
             print(f"  {heading}: {line}")
         if len(shown) < len(lines):
-            print(f"  {heading}: {len(lines) - len(shown)} more (--list names them all)")
+            print(f"  {heading}: {len(lines) - len(shown)} more (--list shows all)")
     if (missing or unexpected) and not options.allow_missing:
         raise UserError(
             f"{options.source} is not a {config.model.name} of {source}: "
             f"{counted(len(missing), 'tensor')} missing or of another shape and "
-            f"{len(unexpected)} unknown (see above); "
-            "choose another --model or --from, or give --allow-missing to initialise and leave "
-            "out what does not fit"
+            f"{len(unexpected)} unknown (see above); choose another --model or --from, or give "
+            "--allow-missing to initialise the missing ones and drop the rest"
         )
     if not carried:
-        raise UserError(f"nothing in {options.source} fits {config.model.name}")
+        raise UserError(
+            f"no tensor in {options.source} fits {config.model.name}; choose another --model"
+        )
     from tetdist.nn import neurons
 
     neuron = ", ".join(
         f"{key} {value}" for key, value in neurons.as_dict(config.model.neuron).items()
     )
-    print(f"  neuron, which the file does not tell: {neuron}; T={timesteps}")
+    print(f"  neuron (assumed, the file does not store it): {neuron}; T={timesteps}")
     if source == "qkformer" and not config.model.arguments.get("mixes_samples"):
         print(
-            "  QKFormer's accuracies were measured by code in which the samples of a batch "
-            "influence each other; here they do not, and the accuracy is lower: docs/weights.md, "
-            "model.arguments.mixes_samples"
+            "  QKFormer's published accuracies come from code in which the samples of a batch "
+            "influence each other; here they do not, so accuracy is lower: see "
+            "model.arguments.mixes_samples in docs/weights.md"
         )

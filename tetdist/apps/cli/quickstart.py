@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 
-from tetdist.apps.cli.common import answer, program
+from tetdist.apps.cli.common import program, run_command
 from tetdist.distributed.starters import as_starter
 from tetdist.errors import typed
 
@@ -19,14 +19,14 @@ STEPS: tuple[tuple[str, ...], ...] = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, or that of the command that failed."""
+    """Return the exit status: 0 done, or that of the failed command."""
     parser = argparse.ArgumentParser(
         prog=program("quickstart"),
-        description="Make the digits, train on 4,000 of them, evaluate on the other 1,000: minutes "
-        "on two cores. The same command continues what was stopped.",
+        description="Prepare 5,000 digits, train on 4,000, evaluate on the other 1,000: minutes on "
+        "two cores. The same command continues when stopped.",
     )
     parser.parse_args(arguments)
-    return answer(run, interrupted="interrupted; the same command goes on from here")
+    return run_command(run, interrupted="interrupted; the same command continues")
 
 
 def run() -> int:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tetdist.apps.cli.common import answer, program
+from tetdist.apps.cli.common import program, run_command
 from tetdist.config.flags import add_import
 from tetdist.errors import UserError, typed
 from tetdist.wording import counted
@@ -41,7 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    return answer(lambda: replay(options), interrupted="stopped")
+    return run_command(lambda: replay(options), interrupted="stopped")
 
 
 def replay(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@
     python tools/status.py                       (all of runs/)
     watch -n 10 python tools/status.py runs/STUDY
 
-Of one run some lines, of several a table. It asks nobody, Slurm neither; `slurm status` does that.
+One run is shown in some lines, several as a table. Slurm is not asked; `slurm status` does that.
 """
 
 import argparse
@@ -14,39 +14,39 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from tetdist.apps.cli.common import answer, fail, program
+from tetdist.apps.cli.common import fail, program, run_command
 from tetdist.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 for a run that is not there or damaged."""
+    """Return the exit status: 0, or 2 for a run that does not exist or is damaged."""
     options = parse_arguments(arguments)
-    return answer(lambda: show(options), interrupted="interrupted")
+    return run_command(lambda: show(options), interrupted="interrupted")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program("status"),
-        description="How a run is: state, epoch, step, loss, speed, ETA, evaluations, checkpoint.",
+        description="Show each run's state, step, loss, speed, ETA, evaluations and checkpoint.",
     )
     parser.add_argument(
         "runs",
         nargs="*",
         metavar="RUN",
-        help="a run folder, its name in runs/, or a folder of run folders (default: runs)",
+        help="run folder, name of a run in runs/, or folder of run folders (default: runs)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead, a list of runs")
+    parser.add_argument("--json", action="store_true", help="print a JSON list of runs instead")
     return parser.parse_args(arguments)
 
 
 def show(options: argparse.Namespace) -> int:
-    """Show the runs; of several a damaged one is a row, and its error comes behind the table.
+    """Print the runs; among several, a damaged run is a row, and its error follows the table.
 
     Returns:
         Exit status.
 
     Raises:
-        UserError: There is no such run, or the only one is damaged.
+        UserError: A run does not exist, or the only one is damaged.
     """
     from tetdist.apps.reports import run_status
     from tetdist.apps.reports.compare import reading

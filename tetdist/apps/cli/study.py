@@ -1,4 +1,4 @@
-"""Run a study, several configurations with several seeds, and report what came out.
+"""Run a study (several configurations with several seeds) and write its report.
 
     python tools/study.py tet_vs_sdt_digits
     python tools/study.py STUDY.yaml --jobs 2 --append-to docs/results.md
@@ -8,8 +8,8 @@
 A file with the section `search` is a search for the values of keys, by successive halving on
 held-out training data (docs/searches.md).
 
-The same command goes on after a stop: runs that are finished are left alone, others continue where
-they were saved. On a cluster it also says how they are, and leaves alone what is queued.
+The same command continues a stopped study: it skips finished runs and resumes the others at their
+last checkpoint. With --slurm it also prints each run's state, and leaves queued runs alone.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tetdist.apps.cli.common import answer, program
+from tetdist.apps.cli.common import program, run_command
 from tetdist.config.flags import add_import
 from tetdist.errors import UserError
 from tetdist.wording import counted
@@ -33,10 +33,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program("study"),
         description="Run a study and write its report. The same command continues a stopped one.",
-        epilog="Exit status: 0 all asked for is done, 1 runs failed, 2 a mistake in what was asked "
-        "for, 130 stopped.",
+        epilog="Exit status: 0 all done, 1 runs failed, 2 a user error, 130 stopped.",
     )
-    parser.add_argument("study", metavar="STUDY", help="a YAML file, or one in configs/studies/")
+    parser.add_argument("study", metavar="STUDY", help="YAML file, or its name in configs/studies/")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -45,52 +44,54 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add_import(parser)
     parser.add_argument(
-        "--output", metavar="DIR", type=Path, help="folder of runs and report; runs/STUDY"
+        "--output", metavar="DIR", type=Path, help="folder of runs and report; default: runs/STUDY"
     )
     parser.add_argument(
-        "--jobs", metavar="N", type=int, default=1, help="runs side by side, which share the cores"
+        "--jobs", metavar="N", type=int, default=1, help="runs trained at once, sharing the cores"
     )
     parser.add_argument(
         "--only",
         metavar="ENTRY",
         action="append",
-        help="train this entry only, and what it begins with; may be repeated",
+        help="train only this entry, and those whose weights it needs; may be repeated",
     )
-    parser.add_argument("--report-only", action="store_true", help="train nothing")
     parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be trained, for how many epochs"
+        "--report-only", action="store_true", help="write the report, train nothing"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the runs to train and their epochs, then stop"
     )
     parser.add_argument(
         "--append-to",
         metavar="FILE.md",
         type=Path,
-        help="put the report there, too, in place of the study's earlier one",
+        help="also write the report into FILE.md, in place of the study's earlier one",
     )
     parser.add_argument(
         "--again",
         action="store_true",
-        help="with --slurm: submit also what was submitted before and has failed or was cancelled",
+        help="with --slurm: also resubmit runs that failed or were cancelled",
     )
     parser.add_argument(
         "--slurm",
         nargs=argparse.REMAINDER,
         metavar="FLAG",
-        help="submit all runs at once instead, or say how they are; what follows are flags of "
-        f"{program('slurm')}: --gpus-per-node, --partition, --time, ..., --dry-run. A run that "
-        "begins with another's weights, or learns from it, waits for that one. Once all are "
-        "finished, the same command without it evaluates and reports",
+        help="submit all runs to Slurm instead, or print their state; flags of "
+        f"{program('slurm')} follow: --gpus-per-node, --partition, --time, ..., --dry-run. A run "
+        "that needs another's weights, as its start or teacher, waits for it. Once all are "
+        "finished, the same command without --slurm evaluates and reports",
     )
     options = parser.parse_intermixed_args(arguments)
     if options.jobs < 1:
-        parser.error("--jobs must be at least 1")
+        parser.error(f"--jobs must be at least 1, not {options.jobs}")
     if options.append_to and options.append_to.suffix != ".md":
         parser.error(f"--append-to takes a Markdown file, FILE.md, not {options.append_to}")
     if options.slurm is not None and options.dry_run:
-        parser.error("--dry-run goes behind --slurm: --slurm ... --dry-run")
+        parser.error("--dry-run must follow --slurm: --slurm ... --dry-run")
     if options.slurm is not None and options.report_only:
-        parser.error("--report-only submits nothing: leave out --slurm")
+        parser.error("--report-only submits nothing; leave out --slurm")
     if options.again and options.slurm is None:
-        parser.error("--again goes with --slurm; here, runs that failed are always tried again")
+        parser.error("--again needs --slurm; without it, failed runs are always retried")
     return options
 
 
@@ -98,9 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logging.getLogger("tetdist.tracking").setLevel(logging.WARNING)  # MLflow does not answer
-    return answer(
-        lambda: study(options), interrupted="stopped; the same command goes on where it was"
-    )
+    return run_command(lambda: study(options), interrupted="stopped; the same command continues")
 
 
 def study(options: argparse.Namespace) -> int:
@@ -147,7 +146,7 @@ def search_for(options: argparse.Namespace, file: Path) -> int:
 
     for flag, given in (("--slurm", options.slurm is not None), ("--only", bool(options.only))):
         if given:
-            raise UserError(f"{flag}: {file} is a search, which is made here and as a whole")
+            raise UserError(f"{flag}: {file} is a search, which does not support it; omit {flag}")
     output = options.output or Path("runs") / file.stem
     found = search.Search(search.read(file), output, options.overrides, options.imports)
     found.check_inputs()
@@ -161,7 +160,7 @@ def search_for(options: argparse.Namespace, file: Path) -> int:
         refuse_if_at_work(left)
         failed = work(left, options.jobs, tracking.Parent(file.stem, left, output))
         if standing.winner is None:
-            # What does not stay finite is a result of a search.
+            # In a search, a run with non-finite values is a result, not a failure.
             failed = {name: why for name, why in failed.items() if search.NOT_FINITE not in why}
             standing = found.standing()
     if not options.report_only:
@@ -176,14 +175,14 @@ def conclude(
     write: Callable[[str, Path, str], None],
     failed: dict[str, str],
 ) -> int:
-    """Write the report, and say what failed; returns the exit status.
+    """Write the report, print the failed runs, and return the exit status.
 
     Args:
         options: The command line.
         file: The file of the study or search.
         output: Folder of its runs.
         write: Writes the report's section; takes its name, the Markdown file and the command.
-        failed: The runs that failed, and why.
+        failed: The reason of each failed run.
     """
     print("writing the report and its figure", file=sys.stderr)
     for target in filter(None, (output / "report.md", options.append_to)):
@@ -195,18 +194,18 @@ def conclude(
 
 
 def planned(runs: "list[StudyRun]") -> str:
-    """Describe the runs that are left to train, and their epochs."""
+    """Describe the untrained runs and their epochs."""
     from tetdist.apps.studies import plan
 
     left = [run for run in runs if not plan.is_trained(run)]
     epochs = {run.name: sum(phase.epochs for phase in run.own_phases) for run in left}
     lines = [f"{name}: {counted(number, 'epoch')}" for name, number in epochs.items()]
     total = f"{len(left)} of {counted(len(runs), 'run')} to train"
-    return "\n".join([*lines, f"{total}, {counted(sum(epochs.values()), 'epoch')} in all"])
+    return "\n".join([*lines, f"{total}, {counted(sum(epochs.values()), 'epoch')} in total"])
 
 
 def command(options: argparse.Namespace, file: Path) -> str:
-    """The command that makes the study, to be quoted in its report."""
+    """Return the command of the study, which its report quotes."""
     from tetdist.apps.studies import plan
 
     words = [str(file), *options.overrides, *plan.import_flags(options.imports)]
@@ -220,15 +219,15 @@ def command(options: argparse.Namespace, file: Path) -> str:
 
 
 def choose(runs: "list[StudyRun]", entries: list[str] | None) -> "list[StudyRun]":
-    """The runs of some entries, and those that they need."""
+    """Return the runs of some entries, and the runs that they need."""
     if entries is None:
         return runs
     known = list(dict.fromkeys(run.entry for run in runs))
     for entry in entries:
         if entry not in known:
-            raise UserError(f"--only: there is no entry {entry}; there are {', '.join(known)}")
+            raise UserError(f"--only: there is no entry {entry}; choose from {', '.join(known)}")
     chosen: set[str] = set()
-    # Go from the end, because a run comes after those that it needs.
+    # Iterate in reverse, because a run comes after those that it needs.
     for run in reversed(runs):
         if run.entry in entries or run.name in chosen:
             chosen |= {run.name, *(needed.name for needed in run.needs)}

@@ -28,9 +28,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="examples: deepspeed tetdist/train.py --config sew34_t4.yaml data.root=/imagenet"
         "   |   python tetdist/train.py --config quickstart.yaml seed=1 name=second",
     )
-    parser.add_argument(
-        "--config", metavar="NAME", help="a YAML file, or the name of one in configs/"
-    )
+    parser.add_argument("--config", metavar="NAME", help="YAML file, or its name in configs/")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -41,29 +39,28 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--print-config",
         action="store_true",
-        help="show the resolved configuration, with all defaults and where each value is from, and "
-        "stop",
+        help="print the full configuration, with all defaults and each value's origin, then exit",
     )
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="list every key of a configuration, or the given ones (--explain batch), with what it "
-        "takes and its default, and stop",
+        help="list all configuration keys, or the given ones (--explain batch), with type, default "
+        "and description, and exit",
     )
-    # The deepspeed launcher adds it; the environment says the same.
+    # The deepspeed launcher adds it; LOCAL_RANK in the environment has the same value.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(arguments)
     if not options.config and not options.explain:
-        parser.error("--config is missing: a YAML file, or the name of one in configs/")
+        parser.error("--config is missing; give a YAML file, or its name in configs/")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 finished, 2 a mistake of the user's, 3 another process of the run died or
+    """Return the exit status: 0 finished, 2 a user error, 3 another process of the run died or
     hangs, 128 + n stopped by signal n.
 
-    The deepspeed launcher ends with that of the first process that does not end with 0; where
-    signal n has killed it, with 256 - n.
+    The deepspeed launcher exits with the status of the first process that fails; if signal n
+    killed that process, with 256 - n.
     """
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -73,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = read_config(options)
     except MISTAKES as error:
-        # All processes make this mistake; one says it.
+        # All processes raise this error; only rank 0 prints it.
         return fail(error) if rank == "0" else 2
     except KeyboardInterrupt:
         return 130
@@ -90,18 +87,18 @@ def main(arguments: list[str] | None = None) -> int:
         fail(error, "" if rank == "0" else f"rank {rank}: ")
         return PEER_FAILED
     except KeyboardInterrupt:
-        # Before the run began, or for the second time.
-        print("interrupted; what was saved before is there", file=sys.stderr)
+        # Interrupted before the run began, or a second time.
+        print("interrupted; earlier checkpoints are kept", file=sys.stderr)
         return 130
 
 
 def _is_of(key: str, word: str) -> bool:
-    """Return whether a key, or a section that contains it, is asked for."""
+    """Return whether `word` names a key or a section that contains it."""
     return not word or key == word or key.startswith(f"{word}.")
 
 
 def read_config(options: argparse.Namespace) -> "RunConfig | None":
-    """The configuration; None where showing it was all that was asked for."""
+    """Return the configuration; None after --explain or --print-config."""
     from tetdist.apps.reports.reference import find_reference
     from tetdist.config import loading
     from tetdist.config.checks import without_effect
@@ -113,12 +110,12 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     if options.explain:
         known = documented_keys()
         asked = options.overrides or [""]
-        # As they are typed: phases.0.epochs, optimizer=..., or the beginning of a key.
+        # Users may type phases.0.epochs, optimizer=..., or the beginning of a key.
         wanted = [re.sub(r"\.\d+(?=\.|$)", ".N", one.partition("=")[0]) for one in asked]
         for word, key in zip(wanted, asked, strict=True):
             if not any(_is_of(one, word) for one in known):
                 raise UserError(
-                    f"--explain: there is no key {key!r}; --explain alone lists them all"
+                    f"--explain: there is no key {key!r}; --explain without a key lists all"
                 )
         for key, documented in known.items():
             if any(_is_of(key, word) for word in wanted):

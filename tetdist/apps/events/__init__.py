@@ -1,1 +1,1 @@
-"""Recordings of event cameras, and the tensors that training reads."""
+"""Conversion of event-camera recordings to the tensors that training reads."""

@@ -1,4 +1,4 @@
-"""Frames made of events: T bins of time, two polarities, counted, resized, stored small."""
+"""Binning of events to frames: T time bins, two polarities, counted, resized, stored compactly."""
 
 import re
 from collections.abc import Iterator
@@ -22,22 +22,22 @@ UINT8_STEPS = 255
 
 @dataclass(frozen=True)
 class Binning:
-    """The way in which events become frames.
+    """Settings for the conversion of events to frames.
 
     Attributes:
         timesteps: T, the number of bins.
-        size: Width and height of the frames; None for the sensor's.
-        bins: "count": N // T events each, as in the paper, the last N % T left out; "time": equal
-            parts of the time from the first event to the last; a `Window` as text, such as "20ms"
-            or "2000events": windows of that size from the first event on, as a live camera can
-            deliver them. What comes after the T-th is left out, what is missing stays empty.
-        values: Value of a pixel. "count": its events; "occupancy": 1 where there is any;
-            "normalised": its events divided by the most that any pixel of this frame, of this
-            polarity, has; "published": those of `published_frames`, which goes with bilinear.
-        resize: "area": what falls on each new pixel's area; "bilinear": weighted by a triangle as
-            wide as two new pixels, as PIL does. Both keep a frame's sum of "count", and its mean
-            of the other values.
-        dtype: "uint8": rounded, all values but "count" as multiples of 1 / 255; "float16".
+        size: Width and height of the frames; None: the sensor's.
+        bins: "count": N // T events each, as in the paper, without the last N % T; "time": equal
+            durations between the first and the last event; a `Window` as text, such as "20ms" or
+            "2000events": windows of this size from the first event on, as a live camera can deliver
+            them. Events after the T-th window are left out; missing windows stay empty.
+        values: Value of a pixel. "count": number of events; "occupancy": 1 if there are any;
+            "normalised": number of events divided by the maximum of this frame and polarity;
+            "published": as by `published_frames`, which needs bilinear.
+        resize: "area": sum over each new pixel's area; "bilinear": weighted by a triangle as wide
+            as two new pixels, as PIL does. Both preserve a frame's sum for "count", and its mean
+            for the other values.
+        dtype: "uint8": rounded, all values except "count" as multiples of 1 / 255; "float16".
     """
 
     timesteps: int
@@ -49,11 +49,11 @@ class Binning:
 
 
 class Window(NamedTuple):
-    """A window of a fixed size.
+    """Window of a fixed size.
 
     Attributes:
-        size: Microseconds, or number of events.
-        unit: Says which.
+        size: Its size, in microseconds or events.
+        unit: Unit of the size.
     """
 
     size: int
@@ -61,7 +61,7 @@ class Window(NamedTuple):
 
     @classmethod
     def of(cls, bins: str) -> "Window | None":
-        """Read a text such as 20ms, 500us or 2000events; None: it is no window."""
+        """Parse a text such as 20ms, 500us or 2000events; None if it is not a window."""
         match = re.fullmatch(r"([1-9]\d{0,8})(ms|us|events)", bins)
         if match is None:
             return None
@@ -74,11 +74,11 @@ class Window(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """A recording as frames.
+    """Frames of a recording.
 
     Attributes:
         tensor: (T, 2, H, W), OFF before ON.
-        saturated: Values that were too large for the type and became its largest.
+        saturated: Number of values that were clipped to the type's maximum.
         empty: Number of the T x 2 frames without events.
     """
 
@@ -91,13 +91,13 @@ def bin_events(events: Events, binning: Binning) -> Frames:
     """Make the frames of a recording.
 
     Raises:
-        BadRecording: It has fewer events than bins.
+        BadRecording: The recording has fewer events than bins.
     """
     if len(events) < (1 if Window.of(binning.bins) else binning.timesteps):
         number = len(events)
         raise BadRecording(
             f"{counted(number, 'event')} {are(number)} too few for "
-            f"{counted(binning.timesteps, 'bin')}"
+            f"{counted(binning.timesteps, 'bin')}; lower --timesteps"
         )
     counts = _count(events, _bin_numbers(events, binning), binning.timesteps)
     frames = _frames(counts, binning)
@@ -128,7 +128,7 @@ def window_frames(events: Events, binning: Binning) -> Iterator[tuple[int, int, 
 
 
 def _bin_numbers(events: Events, binning: Binning) -> npt.NDArray[np.int64]:
-    """Number (N,) of each event's bin; T for those that belong to none."""
+    """Return the bin (N,) of each event; T for events without a bin."""
     number, timesteps = len(events), binning.timesteps
     elapsed = events.t - events.t[0]
     window = Window.of(binning.bins)
@@ -182,7 +182,7 @@ def _resized(frames: npt.NDArray[np.float64], binning: Binning) -> npt.NDArray[n
 
 
 def resize_weights(source: int, target: int, how: Resize) -> npt.NDArray[np.float64]:
-    """Weights (target, source) with which pixels of a line make those of a longer or shorter one.
+    """Return the weights (target, source) that resize a line of pixels.
 
     Each row sums to 1.
     """
@@ -205,7 +205,7 @@ def resize_weights(source: int, target: int, how: Resize) -> npt.NDArray[np.floa
 def _stored(
     frames: npt.NDArray[np.float64], binning: Binning
 ) -> tuple[npt.NDArray[np.uint8] | npt.NDArray[np.float16], int]:
-    """The frames in their type, and how many values were too large for it."""
+    """Return the frames in their type, and the number of clipped values."""
     match binning.dtype:
         case "float16":
             largest = float(np.finfo(np.float16).max)

@@ -1,4 +1,4 @@
-"""Recordings that a folder holds: their classes, their order, and the split they came with."""
+"""Recordings in a folder: their classes, their order, and their published split."""
 
 import csv
 import re
@@ -13,7 +13,7 @@ from tetdist.errors import UserError
 
 Part = Literal["train", "val"]
 
-# Folders that say which part of the published split their recordings are of, in lower case.
+# Names (in lower case) of folders that define the part of the published split.
 _PARTS: dict[str, Part] = {
     "train": "train",
     "training": "train",
@@ -31,12 +31,12 @@ _TRIALS: dict[Part, str] = {"train": "trials_to_train.txt", "val": "trials_to_te
 
 @dataclass(frozen=True)
 class Piece:
-    """Source of one tensor: a recording, or a labelled stretch of one.
+    """Source of one tensor: a recording, or a labelled part of one.
 
     Attributes:
         class_name: Its class.
         name: Name of the tensor, without suffix; unique within the class.
-        window: Microseconds where it begins and ends; None for the whole recording.
+        window: Its start and end in microseconds; None: the whole recording.
     """
 
     class_name: str
@@ -50,13 +50,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Source:
-    """A file with a recording.
+    """File with a recording.
 
     Attributes:
-        path: Relative to the folder, with slashes.
-        pieces: What is made of it.
-        part: Part of the published split, where there is one.
-        problem: Why it cannot be used, where the listing already shows it.
+        path: Path relative to the folder, with slashes.
+        pieces: The pieces that become tensors.
+        part: Part of the published split, if there is one.
+        problem: Why it cannot be used, if the listing already shows this.
     """
 
     path: str
@@ -67,12 +67,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Listing:
-    """Recordings that a folder holds.
+    """Recordings in a folder.
 
     Attributes:
-        sources: In order: by part, class and then by name, numbers in names by their value.
-        passed_over: Files in class folders that have no suffix of a recording, and files with one
-            that are in none.
+        sources: The recordings, sorted by part, class and name; numbers in names by value.
+        passed_over: Files in class folders without a suffix of recordings, and recordings outside
+            of class folders.
     """
 
     sources: tuple[Source, ...]
@@ -80,7 +80,7 @@ class Listing:
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """Make a key that sorts names by the numbers in them: cutter_2 before cutter_10."""
+    """Return a key that sorts names by the numbers in them: cutter_2 before cutter_10."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts if part]
 
@@ -88,22 +88,21 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
     """List the recordings of a folder, in one of three layouts.
 
-    CLASS/FILE; PART/CLASS/FILE, where all that a PART is called is in _PARTS and there is a train
-    or a test one (N-MNIST, N-CARS; beside both, other folders, such as index/, do not count); or
-    FILEs that have a FILE_labels.csv
-    beside them with the columns class, startTime_usec, endTime_usec (DVS128 Gesture; its
-    trials_to_train.txt and trials_to_test.txt are the published split).
+    These are: CLASS/FILE; PART/CLASS/FILE, if all PARTs are in _PARTS and there is a train or a
+    test part (N-MNIST, N-CARS; beside both, other folders, such as index/, are ignored); or FILEs
+    with a FILE_labels.csv that has the columns class, startTime_usec, endTime_usec (DVS128 Gesture;
+    its trials_to_train.txt and trials_to_test.txt are the published split).
 
     Args:
         root: The folder.
-        suffixes: Suffixes of files that count, in lower case.
+        suffixes: Suffixes of recordings, in lower case.
 
     Raises:
         UserError: The folder is missing, holds no recordings, or two of its recordings would get
             the same name.
     """
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}")
+        raise UserError(f"there is no folder {root}; give the folder of the recordings")
     passed_over = PassedOver()
     loose = _files(root, suffixes)
     if any(root.glob(f"*{_LABELS}")):
@@ -127,7 +126,7 @@ def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
 
 
 def _are_only_parts(folders: list[Path], parts: dict[str, Part | None]) -> bool:
-    """Return whether all folders are named like parts of a split and hold folders, the classes."""
+    """Return whether all folders have names of parts of a split and hold class folders."""
     return bool(folders) and all(parts[path.name] and _folders(path) for path in folders)
 
 
@@ -153,14 +152,14 @@ def _classes(
         inner = _folders(class_folder)
         if inner:
             raise UserError(
-                f"{class_folder} holds a folder, {inner[0].name!r}: recordings must lie in"
-                " CLASS/FILE or in train/CLASS/FILE and test/CLASS/FILE"
+                f"{class_folder} holds a folder, {inner[0].name!r}; arrange the recordings as"
+                " CLASS/FILE, or as train/CLASS/FILE and test/CLASS/FILE"
             )
         for other in sorted(_all_files(class_folder)):
             if other.suffix.lower() not in suffixes:
                 passed_over.add(other.relative_to(root).as_posix())
         for file in _files(class_folder, suffixes):
-            # There may be a recording of the same name in both parts.
+            # Both parts may have a recording of the same name.
             name = file.stem if part is None else f"{folder.name}-{file.stem}"
             piece = Piece(class_folder.name, name)
             sources.append(Source(file.relative_to(root).as_posix(), (piece,), part))
@@ -182,15 +181,15 @@ def _labelled(root: Path, files: list[Path]) -> list[Source]:
             except (OSError, ValueError, KeyError, csv.Error) as error:
                 problem = f"{labels.name} is damaged: {error!r}"
         if parts and file.name not in parts and problem is None:
-            problem = f"it is in neither {' nor '.join(_TRIALS.values())}"
+            problem = f"it is neither in {' nor in '.join(_TRIALS.values())}"
         sources.append(Source(file.name, pieces, parts.get(file.name), problem))
     return sources + _missing(root, parts, {file.name for file in files})
 
 
 def _missing(root: Path, parts: dict[str, Part], present: set[str]) -> list[Source]:
-    """Recordings that are not there, but in the lists of the split or with labels."""
+    """Return missing recordings that the lists of the split name, or that have labels."""
     missing = {
-        name: f"it is in {_TRIALS[part]}, and there is no such file"
+        name: f"it is listed in {_TRIALS[part]}, but there is no such file"
         for name, part in parts.items()
         if name not in present
     }
@@ -198,7 +197,7 @@ def _missing(root: Path, parts: dict[str, Part], present: set[str]) -> list[Sour
     for labels in root.glob(f"*{_LABELS}"):
         stem = labels.name.removesuffix(_LABELS)
         if stem not in stems:
-            missing[stem] = f"there is {labels.name}, and no recording of its name"
+            missing[stem] = f"there is {labels.name}, but no recording of this name"
     return [
         Source(name, (), parts.get(name), problem)
         for name, problem in sorted(missing.items(), key=lambda item: natural_key(item[0]))
@@ -219,7 +218,7 @@ def _read_labels(file: Path, stem: str) -> tuple[Piece, ...]:
 
 
 def _listed_parts(root: Path) -> dict[str, Part]:
-    """Part of each file that the lists of the published split name; empty without the lists."""
+    """Return the part of each file in the lists of the published split; empty without lists."""
     lists = {part: root / name for part, name in _TRIALS.items()}
     if not all(file.is_file() for file in lists.values()):
         return {}
@@ -235,11 +234,11 @@ def _check(root: Path, sources: Iterable[Source], suffixes: Sequence[str]) -> No
     pieces = [piece for source in sources for piece in source.pieces]
     if not pieces:
         raise UserError(
-            f"{root} holds no recordings ({', '.join(suffixes)}) in class folders, CLASS/FILE or"
-            " train/CLASS/FILE and test/CLASS/FILE, and none with FILE_labels.csv beside it"
+            f"{root} holds no recordings ({', '.join(suffixes)}); arrange them as CLASS/FILE, as"
+            " train/CLASS/FILE and test/CLASS/FILE, or as FILE with FILE_labels.csv"
         )
     key, times = Counter(piece.key for piece in pieces).most_common(1)[0]
     if times > 1:
         raise UserError(
-            f"{root} holds {times} recordings {key!r} that differ only in their suffix: keep one"
+            f"{root} holds {times} recordings {key!r} that differ only in their suffix; keep one"
         )

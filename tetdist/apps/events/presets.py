@@ -1,7 +1,7 @@
-"""Published data sets of event cameras: the parameters and splits that results on them have.
+"""Published data sets of event cameras: parameters and splits of published results.
 
-A preset says where each of its numbers is from and what is known of how hard each split is. It also
-says what the data set's folder looks like, so that another one is not taken for it.
+A preset names the source of its parameters and the known difficulty of each split. It also
+describes the data set's folder, so that other folders are recognised.
 """
 
 import textwrap
@@ -22,12 +22,12 @@ Layout = Literal["classes", "parts", "labels"]
 
 @dataclass(frozen=True)
 class PresetSplit:
-    """A split that a preset makes.
+    """Split of a preset.
 
     Attributes:
         name: One of `splits.NAMES`.
-        behind: Which published results were measured on it.
-        ease: What is known of how easy it is.
+        behind: Published results that used it.
+        ease: Known difficulty.
     """
 
     name: str
@@ -37,23 +37,23 @@ class PresetSplit:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published data set, and how its recordings become tensors.
+    """Published data set, with the settings that convert its recordings to tensors.
 
     Attributes:
         title: Its name in the literature.
-        tree: What its folder holds, for a person.
-        layout: The same as one of the layouts that `list_sources` reads.
+        tree: Description of its folder.
+        layout: Its layout, one of those that `list_sources` reads.
         suffix: Suffix of its recordings.
-        some_classes: Names of classes, of which any folder of this data set has some.
-        classes: How many classes the whole data set has.
-        recordings: How many files with recordings.
-        sensor: Size of the sensor, where the format does not say it.
+        some_classes: Class names; any folder of this data set has at least one of them.
+        classes: Number of classes of the whole data set.
+        recordings: Number of recordings.
+        sensor: Size of the sensor, if the format does not store it.
         timesteps: T.
         size: Width and height of the frames.
         bins: As in `Binning`.
         values: As in `Binning`.
-        splits: The splits that are made.
-        origin: Where these parameters are from.
+        splits: The splits to make.
+        origin: Source of these parameters.
     """
 
     title: str
@@ -72,7 +72,7 @@ class Preset:
     origin: str
 
     def options(self) -> dict[str, Any]:
-        """Values that the preset sets, by the option of tools/prebin_dvs.py."""
+        """Return the values that the preset sets, by option of tools/prebin_dvs.py."""
         options: dict[str, Any] = {
             "timesteps": self.timesteps,
             "size": self.size,
@@ -103,28 +103,29 @@ PRESETS = {
             PresetSplit(
                 "first-90-percent",
                 "TET's code of 2024; the paper's 9,000 to train and 1,000 to test (83.17 %)",
-                "not known; neighbours in the order of numbers are kept apart",
+                "unknown; recordings with neighbouring numbers are mostly in the same part",
             ),
             PresetSplit(
                 "first-70-percent",
                 "TET's code of 2022",
-                "not known; 7,000 to train are fewer than the others' 9,000",
+                "unknown; it trains on 7,000 recordings, fewer than the others' 9,000",
             ),
             PresetSplit(
                 "0-99-test",
                 "TEBN, PSN",
-                "easy: spikingjelly's documents say typically much higher than on a random split",
+                "easy: by spikingjelly's documentation, accuracy is typically much higher than on a"
+                " random split",
             ),
             PresetSplit(
                 "first-90-percent-by-letters",
                 "SEW-ResNet, QKFormer, Spike-driven Transformer (spikingjelly's code)",
-                "as first-90-percent, of whose 100 to test of each class it has 91",
+                "similar to first-90-percent: 91 of its 100 test recordings a class are the same",
             ),
             PresetSplit(
                 "stratified-9-1",
-                "none by its seed; SeAl and temporal-decoupling distillation draw 9,000 and 1,000"
-                " over all classes",
-                "what spikingjelly's documents compare 0-99-test with",
+                "no result with this seed; SeAl and temporal-decoupling distillation draw 9,000 and"
+                " 1,000 over all classes",
+                "the random split with which spikingjelly's documentation compares 0-99-test",
             ),
         ),
         origin="TET's paper and code (Deng et al., ICLR 2022)",
@@ -147,11 +148,11 @@ PRESETS = {
             PresetSplit(
                 "published",
                 "SEW-ResNet, QKFormer, Spike-driven Transformer: 1,176 gestures to train, 288 to"
-                " test; tonic's loader has 1,077 and 264, so results with it are on others",
-                "nobody is in both parts; one gesture of the 288 is 0.35 %",
+                " test; tonic's loader has 1,077 and 264, so its results are on other gestures",
+                "no person is in both parts; one gesture of the 288 is 0.35 %",
             ),
         ),
-        origin="the codes of SEW-ResNet and QKFormer, which bin as spikingjelly does",
+        origin="the code of SEW-ResNet and QKFormer, which bins as spikingjelly does",
     ),
     "n-caltech101": Preset(
         title="N-Caltech101",
@@ -169,22 +170,22 @@ PRESETS = {
         splits=(
             PresetSplit(
                 "first-90-percent",
-                "Neuromorphic Data Augmentation, nearly: its code takes the first 90 % in whatever"
-                " order the file system lists them, which nobody can repeat",
-                "not known; of some classes 4 recordings are to test",
+                "Neuromorphic Data Augmentation, approximately: its code takes the first 90 % in"
+                " the file system's order, which is not reproducible",
+                "unknown; some classes have 4 test recordings",
             ),
             PresetSplit(
                 "stratified-9-1",
-                "none by its seed; there is no official split",
-                "not known; of some classes 4 recordings are to test",
+                "no result with this seed; there is no official split",
+                "unknown; some classes have 4 test recordings",
             ),
         ),
-        origin="the code of Neuromorphic Data Augmentation (Li et al., ECCV 2022), but for its"
-        " resizing, which takes single pixels",
+        origin="the code of Neuromorphic Data Augmentation (Li et al., ECCV 2022), except its"
+        " resizing, which picks single pixels",
     ),
     "n-cars": Preset(
         title="N-CARS",
-        tree="n-cars_train/cars/*.dat, n-cars_train/background/*.dat and n-cars_test/ likewise",
+        tree="n-cars_train/cars/*.dat, n-cars_train/background/*.dat, and n-cars_test/ alike",
         layout="parts",
         suffix=".dat",
         some_classes=("cars", "background"),
@@ -199,14 +200,14 @@ PRESETS = {
             PresetSplit(
                 "published",
                 "all results on N-CARS: 15,422 to train and 8,607 to test",
-                "two classes; always saying cars is 51 %",
+                "two classes; always predicting cars gives 51 %",
             ),
         ),
-        origin="ours, those of N-Caltech101: no released code for spiking networks was found",
+        origin="ours, as for N-Caltech101: no released code for spiking networks was found",
     ),
     "nmnist": Preset(
         title="N-MNIST",
-        tree="Train/0/*.bin to Train/9/*.bin and Test/ likewise",
+        tree="Train/0/*.bin to Train/9/*.bin, and Test/ alike",
         layout="parts",
         suffix=".bin",
         some_classes=tuple("0123456789"),
@@ -230,7 +231,7 @@ PRESETS = {
 
 
 def expectation(name: str) -> str:
-    """Return a preset's description of its data set, as the beginning of a sentence."""
+    """Return a preset's expected data set, as the beginning of a sentence."""
     preset = PRESETS[name]
     return (
         f"--preset {name} expects {counted(preset.classes, 'class')} in"
@@ -239,40 +240,40 @@ def expectation(name: str) -> str:
 
 
 def check_source(name: str, root: Path, sources: Sequence[Source]) -> str | None:
-    """See that a folder holds the recordings of a preset's data set.
+    """Check that a folder holds the recordings of a preset's data set.
 
     Args:
         name: One of `PRESETS`.
         root: The folder.
-        sources: What it holds.
+        sources: Its recordings.
 
     Returns:
-        What is to be said where its numbers of classes or recordings are not the data set's.
+        A warning if its numbers of classes or recordings differ from the data set's.
 
     Raises:
-        UserError: It looks otherwise.
+        UserError: The folder does not look like the data set.
     """
     preset = PRESETS[name]
     usable = [source for source in sources if source.pieces]
     classes = {piece.class_name for source in usable for piece in source.pieces}
     others = [source.path for source in usable if not source.path.lower().endswith(preset.suffix)]
     if _layout(usable) != preset.layout:
-        difference = f"{root} is laid out otherwise, see {usable[0].path}"
+        difference = f"{root} has another layout, such as {usable[0].path}"
     elif others:
-        difference = f"{others[0]} is no {preset.suffix}"
+        difference = f"{others[0]} is not {preset.suffix}"
     elif not classes.intersection(preset.some_classes):
-        difference = f"no class is called {' or '.join(preset.some_classes[:3])}"
+        difference = f"no class is named {' or '.join(preset.some_classes[:3])}"
     elif (len(classes), len(usable)) != (preset.classes, preset.recordings):
         return (
-            f"{root} holds {counted(len(classes), 'class')} in {counted(len(usable), 'recording')},"
-            f" and {preset.title} is {preset.classes} in {preset.recordings:,}: results are not"
-            " those of the whole data set"
+            f"warning: {root} holds {counted(len(classes), 'class')} in"
+            f" {counted(len(usable), 'recording')}, but {preset.title} has {preset.classes} in"
+            f" {preset.recordings:,}, so results are not those of the whole data set"
         )
     else:
         return None
     raise UserError(
-        f"{expectation(name)}, and {difference}: name that folder, or give --timesteps and so on"
-        " instead of the preset"
+        f"{expectation(name)}, but {difference}; give the data set's folder, or --timesteps and so"
+        " on instead of the preset"
     )
 
 
@@ -283,7 +284,7 @@ def _layout(sources: Sequence[Source]) -> Layout:
 
 
 def presets_in_words() -> str:
-    """All presets, their parameters and their splits, for a person."""
+    """Return all presets with parameters and splits, as text."""
     return "\n\n".join(_in_words(name, preset) for name, preset in PRESETS.items())
 
 
@@ -296,5 +297,6 @@ def _in_words(name: str, preset: Preset) -> str:
         f"  origin      {preset.origin}",
     ]
     for split in preset.splits:
-        lines += [f"  {split.name}", f"    behind    {split.behind}", f"    ease      {split.ease}"]
-    return "\n".join(textwrap.fill(line, 100, subsequent_indent=" " * 14) for line in lines)
+        lines += [f"  {split.name}", f"    used by     {split.behind}"]
+        lines += [f"    difficulty  {split.ease}"]
+    return "\n".join(textwrap.fill(line, 100, subsequent_indent=" " * 16) for line in lines)

@@ -1,10 +1,10 @@
-"""Frames of CIFAR10-DVS as the code makes them that the authors of the TET paper published.
+"""Frames of CIFAR10-DVS as in the published code of the TET paper.
 
-Their arrays are [polarity, x, y], and their y begins at the bottom: a picture turned by a quarter.
-It holds 1 where there was any event. Their loader then takes the two polarities for the brightness
-and the opacity of an "LA" picture, in 8 bits, and has Pillow resize it. Pillow weights brightness
-with opacity before it resizes and divides by it afterwards, as is right for a picture: so what
-remains of OFF is the share of the ON pixels that had OFF events, too.
+Its arrays are [polarity, x, y] with y from the bottom: an image rotated by 90 degrees, with 1 where
+there was any event. The loader then uses the two polarities as brightness and opacity of an 8-bit
+"LA" image, and resizes it with Pillow. Pillow multiplies brightness by opacity before resizing and
+divides by it afterwards, as is right for images. So the OFF channel becomes the fraction of ON
+pixels that also had OFF events.
 """
 
 import numpy as np
@@ -18,11 +18,11 @@ OPAQUE = 255
 def published_frames(
     counts: npt.NDArray[np.float64], size: Sensor | None
 ) -> npt.NDArray[np.float64]:
-    """Make frames (T, 2, width, height), multiples of 1 / 255, of counts (T, 2, H, W).
+    """Convert counts (T, 2, H, W) to frames (T, 2, width, height), multiples of 1 / 255.
 
     Args:
-        counts: Events of each pixel, OFF before ON.
-        size: Width and height of the frames as they are returned; None for the sensor's, turned.
+        counts: Number of events of each pixel, OFF before ON.
+        size: Width and height of the returned frames; None: the sensor's, rotated.
     """
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Recordings of an event camera, and what makes one unusable."""
+"""Recordings of an event camera, and the checks that reject unusable ones."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-# An event that is there so often in a row, at one pixel and microsecond, comes from a stretch of
-# the file that was overwritten: a camera's pixel rests after an event.
+# Number of consecutive equal events (pixel and microsecond) that means an overwritten part of the
+# file: a camera's pixel has a refractory period.
 _REPEATS = 50
 
 
 class BadRecording(ValueError):
-    """A recording that cannot be used; the text is the reason, without the file's name."""
+    """Raised for an unusable recording; the text is the reason, without the file's name."""
 
 
 class Sensor(NamedTuple):
@@ -27,16 +27,16 @@ class Sensor(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Events:
-    """N events in the order of time.
+    """Events of a recording, N in temporal order.
 
     Attributes:
         x: (N,) column, 0 at the left.
         y: (N,) row, 0 at the top.
         t: (N,) microseconds.
-        p: (N,) polarity, 1 where it became brighter (ON), 0 where darker (OFF).
+        p: (N,) polarity, 1 if the pixel became brighter (ON), 0 if darker (OFF).
         sensor: Size of the sensor.
-        dropped: Records of the file that are no events of the sensor's pixels: frames, inertial
-            measurements, triggers, events marked invalid.
+        dropped: Number of other records in the file: frames, inertial measurements, triggers,
+            events marked invalid.
     """
 
     x: npt.NDArray[np.int64]
@@ -69,16 +69,16 @@ def checked_events(
     dropped: int = 0,
     counter: int | None = None,
 ) -> Events:
-    """Make events of a file's columns, if they are what they should be.
+    """Convert a file's columns to events, and check them.
 
     Args:
         x, y, t, p: (N,) integers, see `Events`.
         sensor, dropped: See `Events`.
-        counter: Microseconds after which the format's timestamps begin again at zero.
+        counter: Microseconds after which the format's timestamps overflow to zero.
 
     Raises:
-        BadRecording: There are no events, time goes back, a coordinate or polarity is none, or one
-            event is repeated over and over.
+        BadRecording: There are no events, time decreases, a coordinate or polarity is invalid, or
+            an event is repeated many times.
     """
     x, y, t, p = (np.asarray(values).astype(np.int64) for values in (x, y, t, p))
     if not len(t):
@@ -89,14 +89,14 @@ def checked_events(
         i = int(back[0]) + 1
         before, after = int(t[i - 1]), int(t[i])
         wraps = counter is not None and before - after > counter // 2
-        what = "the timestamp counter wraps" if wraps else "timestamps go back"
+        what = "the timestamp counter overflows" if wraps else "timestamps decrease"
         raise BadRecording(f"{what} at event {i} (from {before} to {after} us)")
     outside = np.flatnonzero((x < 0) | (x >= sensor.width) | (y < 0) | (y >= sensor.height))
     if outside.size:
         i = int(outside[0])
         raise BadRecording(
-            f"event {i} lies at x={x[i]}, y={y[i]}, outside the {sensor} sensor"
-            f" ({outside.size} of {len(t)} do; is it another sensor? --sensor WIDTHxHEIGHT)"
+            f"event {i} at x={x[i]}, y={y[i]} is outside the {sensor} sensor, as are"
+            f" {outside.size} of {len(t)}; if the sensor is another, give --sensor WIDTHxHEIGHT"
         )
     wrong = np.flatnonzero((p != 0) & (p != 1))
     if wrong.size:
@@ -107,7 +107,7 @@ def checked_events(
 
 
 def _check_repeats(events: npt.NDArray[np.int64]) -> None:
-    """Refuse events (4, N) of which one is there _REPEATS times in a row, to the microsecond."""
+    """Refuse events (4, N) with _REPEATS or more consecutive equal ones."""
     changes = np.flatnonzero((np.diff(events) != 0).any(0)) + 1
     starts = np.concatenate([[0], changes])
     lengths = np.diff(starts, append=events.shape[1])
@@ -115,20 +115,20 @@ def _check_repeats(events: npt.NDArray[np.int64]) -> None:
     if long.size:
         first, number = int(starts[long[0]]), int(lengths[long[0]])
         raise BadRecording(
-            f"event {first} is there {number} times in a row (x={events[0, first]},"
-            f" y={events[1, first]}, {events[2, first]} us): is a stretch zeroed?"
+            f"event {first} is repeated {number} times (x={events[0, first]},"
+            f" y={events[1, first]}, {events[2, first]} us); the file may be damaged"
         )
 
 
 def split_header(data: bytes, mark: bytes, last: bytes) -> tuple[list[str], bytes]:
-    """Split a camera's file into the text lines at its beginning and the binary rest.
+    """Split a camera's file into its text header and the binary rest.
 
-    A binary record may begin with the mark's byte, too, so only printable lines are header.
+    Binary records may also begin with the mark's byte, so only printable lines are header.
 
     Args:
         data: The file's contents.
-        mark: Beginning of each header line.
-        last: Beginning of the line that ends the header, where the format has one.
+        mark: Prefix of each header line.
+        last: Prefix of the line that ends the header, if the format has one.
     """
     lines: list[str] = []
     start = 0
@@ -145,14 +145,14 @@ def split_header(data: bytes, mark: bytes, last: bytes) -> tuple[list[str], byte
 
 
 def fixed_records(data: bytes, dtype: str, columns: int = 1) -> npt.NDArray[Any]:
-    """Read numbers (N, columns), if the data is a whole number of such records.
+    """Read records of numbers as an array (N, columns).
 
     Raises:
-        BadRecording: It is not: the file was cut off.
+        BadRecording: The last record is incomplete, so the file is truncated.
     """
     size = np.dtype(dtype).itemsize * columns
     if len(data) % size:
         raise BadRecording(
-            f"it is truncated: {len(data)} bytes of data are no multiple of {size}, an event's size"
+            f"it is truncated: {len(data)} bytes are not a multiple of {size}, an event's size"
         )
     return np.frombuffer(data, dtype).reshape(-1, columns)

@@ -1,8 +1,8 @@
-"""A simulated event camera that looks at an image: event data without any recording.
+"""Simulated event camera that views an image: event data without recordings.
 
-As N-MNIST was made, the image moves along three straight saccades, the sides of a triangle. Each
-pixel compares the logarithm of its light with what it was at its last event, and sends an event for
-each threshold passed. This is a model, not a measurement: what is made of it is named so.
+As for N-MNIST, the image moves along three straight saccades, the sides of a triangle. Each pixel
+compares the logarithm of its light with the value at its last event, and emits an event for each
+threshold crossed. This is a model, not a measurement, and its splits are named "simulated".
 """
 
 import io
@@ -18,28 +18,28 @@ from tetdist.apps.events.recording import BadRecording, Events, Sensor, checked_
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 DEFAULT_SENSOR = Sensor(34, 34)
-# A side must have so many pixels that the movement leaves some to the image.
+# Minimum pixels a side, so that the movement leaves space for the image.
 SMALLEST_SENSOR = 8
 
 _STEP_US = 1_000
-# The image is at these points, in parts of the amplitude, before and after each saccade.
+# Positions of the image, in units of the amplitude, before and after each saccade.
 _CORNERS = np.array([(0.0, 0.0), (0.5, 1.0), (1.0, 0.0), (0.0, 0.0)])
-# Light of a black pixel where a white one has 1: no logarithm is infinite, and no screen black.
+# Light of a black pixel relative to a white one: screens are never black, and log(0) is infinite.
 _BLACK = 0.05
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """The way in which an image becomes a recording.
+    """Settings of the simulated camera.
 
     Attributes:
         width, height: Pixels of the sensor.
-        seed: Seed of the noise and of the thresholds' spread, together with the image's path.
-        saccade_ms: Duration of each of the three.
-        amplitude: Pixels that the image moves, as a share of the sensor's shorter side.
-        threshold: Change of the logarithm of light that makes an event.
+        seed: Seed of noise and thresholds, together with the image's path.
+        saccade_ms: Duration of each of the three saccades.
+        amplitude: Movement of the image, as a fraction of the sensor's shorter side.
+        threshold: Change of the logarithm of light that triggers an event.
         threshold_spread: Standard deviation of the threshold over pixels.
-        noise_hz: Events without a cause, per pixel and second.
+        noise_hz: Noise events per pixel and second.
     """
 
     width: int
@@ -53,7 +53,7 @@ class Simulation:
 
 
 class _Columns(NamedTuple):
-    """Events before they are put in order, each (N,)."""
+    """Events before sorting, each (N,)."""
 
     x: npt.NDArray[np.int64]
     y: npt.NDArray[np.int64]
@@ -62,15 +62,15 @@ class _Columns(NamedTuple):
 
 
 def simulate(data: bytes, path: str, simulation: Simulation) -> Events:
-    """Make the events of an image moved under the simulated sensor.
+    """Simulate the events of an image that moves in front of the sensor.
 
     Args:
         data: The image file's contents.
-        path: Path of the image in its folder; with the seed, it decides the noise.
-        simulation: What is simulated.
+        path: Path of the image in its folder; together with the seed, it determines the noise.
+        simulation: Settings of the camera.
 
     Raises:
-        BadRecording: The data is no image, or makes no events.
+        BadRecording: The data is not an image, or makes no events.
     """
     rng = np.random.default_rng([simulation.seed, zlib.crc32(path.encode())])
     scene = _scene(data, simulation)
@@ -82,11 +82,11 @@ def simulate(data: bytes, path: str, simulation: Simulation) -> Events:
 
 
 def _scene(data: bytes, simulation: Simulation) -> npt.NDArray[np.float64]:
-    """The logarithm of light, larger than the sensor by the margin through which it moves."""
+    """Return the logarithm of light, larger than the sensor by the margin of the movement."""
     from PIL import Image, UnidentifiedImageError
 
     margin = int(np.ceil(simulation.amplitude * min(simulation.width, simulation.height))) + 1
-    # The image is made so small that all of it stays in sight.
+    # Shrink the image so that all of it stays visible.
     width, height = simulation.width - margin, simulation.height - margin
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -106,7 +106,7 @@ def _scene(data: bytes, simulation: Simulation) -> npt.NDArray[np.float64]:
 def _seen(
     scene: npt.NDArray[np.float64], simulation: Simulation, rng: np.random.Generator
 ) -> Iterator[_Columns]:
-    """Yield the events of the movement, step by step."""
+    """Yield the events of the movement, for each step."""
     shape = simulation.height, simulation.width
     spread = rng.normal(simulation.threshold, simulation.threshold_spread, shape)
     threshold = np.maximum(spread, simulation.threshold / 10)
@@ -130,7 +130,7 @@ def _seen(
 def _view(
     scene: npt.NDArray[np.float64], shape: tuple[int, int], right: float, down: float
 ) -> npt.NDArray[np.float64]:
-    """The part of the scene that the sensor sees, shifted by parts of a pixel."""
+    """Return the part of the scene that the sensor sees, shifted by fractions of a pixel."""
     column, row = int(right), int(down)
     across, along = right - column, down - row
     height, width = shape

@@ -1,4 +1,4 @@
-"""Data roots of named splits: the tensors linked into train/ and val/, indexed, and described."""
+"""Data roots of named splits: tensors linked into train/ and val/, with index and description."""
 
 import errno
 import hashlib
@@ -20,7 +20,7 @@ from tetdist.errors import UserError
 from tetdist.storage.files import explaining, made_aside, write_json
 
 _PARTS: tuple[Part, Part] = ("train", "val")
-# Errors of a file system without hard links, and of a file that has the most it may have.
+# Errors of a file system without hard links, and of a file with the maximum number of links.
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 
 
@@ -35,22 +35,22 @@ def make_split(
     bad: int,
     workers: int,
 ) -> Path:
-    """Make DEST/splits/NAME, a data root with train/ (but of all-to-val), val/ and their indexes.
+    """Make DEST/splits/NAME, a data root with train/ (except for all-to-val), val/ and indexes.
 
-    It is made aside and renamed; one of the same name and contents is left as it is.
+    It is written under a temporary name and renamed; an equal existing split is left unchanged.
 
     Args:
         dest: The folder with the tensors.
-        sources: All of them, the bad ones too, in order.
+        sources: All recordings, including bad ones, in order.
         records: Records of the good tensors, by key.
-        settings: What the tensors were made with.
+        settings: Settings of the tensors.
         name: One of `splits.NAMES`.
         seed: Seed of the stratified split.
-        bad: Number of recordings, or pieces of one, that were left out.
-        workers: Processes that index.
+        bad: Number of recordings, or pieces, that were left out.
+        workers: Number of indexing processes.
 
     Raises:
-        UserError: The split is impossible, or leaves a class without a recording.
+        UserError: The split is impossible, or leaves a class without recordings in a part.
     """
     parts = splits.assign(sources, name, seed)
     members: dict[Part, list[Record]] = {part: [] for part in _PARTS}
@@ -71,8 +71,8 @@ def make_split(
     }
     if _holds(root, description, links):
         return root
-    # There is nothing to wait for: what is linked is on the disk, and the index and the description
-    # are written so that they are, too.
+    # No further sync is needed: the linked files are on the disk, and the index and the description
+    # are written with sync.
     with explaining(root), made_aside(root, sync=False) as aside:
         for link, file in links.items():
             linked = aside / link.relative_to(root)
@@ -86,13 +86,14 @@ def make_split(
 
 
 def _check_classes(members: dict[Part, list[Record]], name: str) -> None:
-    """Make sure that train and val have the same classes, or labels would not mean the same."""
+    """Check that train and val have the same classes, so that labels have the same meaning."""
     classes = {part: {record.class_name for record in members[part]} for part in _PARTS}
     for part in _PARTS:
         missing = sorted((classes["train"] | classes["val"]) - classes[part])
         if missing:
             raise UserError(
-                f"the split {name!r} has no good recording of class {missing[0]!r} in {part}"
+                f"the split {name!r} has no usable recording of class {missing[0]!r} in {part}; "
+                "choose another with --split"
             )
 
 
@@ -118,7 +119,7 @@ def _description(
 
 
 def _holds(root: Path, description: dict[str, Any], links: dict[Path, Path]) -> bool:
-    """Return whether the split is there already, with these very tensors and fresh indexes."""
+    """Return whether the split exists with the same tensors and up-to-date indexes."""
     if not root.is_dir():
         return False
     try:
@@ -137,7 +138,7 @@ def _holds(root: Path, description: dict[str, Any], links: dict[Path, Path]) -> 
 
 
 def _link(file: Path, link: Path) -> None:
-    """Make a hard link, or a copy where there are none."""
+    """Make a hard link or, where that is impossible, a copy."""
     try:
         os.link(file, link)
     except OSError as error:

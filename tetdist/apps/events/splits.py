@@ -1,8 +1,8 @@
-"""Splits of event recordings by name, as the literature uses them.
+"""Named splits of event recordings, as used in the literature.
 
-Published figures of one data set were measured on different splits (for CIFAR10-DVS three), so a
-split has a name, and the name goes wherever a result does. A recording is never divided: all pieces
-of one are on the same side.
+Published results on one data set use different splits (three for CIFAR10-DVS), so a split has a
+name, which is stored with every result. A recording is never divided: all its pieces are in the
+same part.
 """
 
 from collections import defaultdict
@@ -12,27 +12,27 @@ from tetdist.apps.events.folders import Part, Source
 from tetdist.errors import UserError
 from tetdist.order import permutation
 
-# Percent of each class that are to train: the first ones, in the order of numbers.
+# Percent of each class in the training part: the first ones, in the order of numbers.
 _FIRST = {
     "first-90-percent": 90,
     "first-80-percent": 80,
     "first-70-percent": 70,
 }
-# As the first 90 percent, but by the letters of names (2 after 10), and rounded up: what
-# torchvision's sorted file names and spikingjelly's `split_to_train_test_set` make.
+# The first 90 percent, but in alphabetical order (2 after 10), and rounded up: the result of
+# torchvision's sorted file names and spikingjelly's `split_to_train_test_set`.
 _BY_LETTERS = "first-90-percent-by-letters"
-# Numbers 0 to 99 of each class are to test, the others to train.
+# Numbers 0 to 99 of each class are the test part, the others the training part.
 _HUNDRED = "0-99-test"
 _STRATIFIED = "stratified-9-1"
 PUBLISHED = "published"
-# New recordings, to be evaluated with a network that was trained on others.
+# New recordings, for evaluating a network that was trained on others.
 ALL_TO_VAL = "all-to-val"
 NAMES = (PUBLISHED, *_FIRST, _BY_LETTERS, _HUNDRED, _STRATIFIED, ALL_TO_VAL)
 
 
 def default_split(sources: Sequence[Source]) -> str:
-    """The published split where there is one, otherwise the stratified one; of a lone test part
-    there is nothing to train on."""
+    """Return the published split if there is one, else the stratified one; for a lone test part,
+    all-to-val."""
     parts = {source.part for source in sources if source.part}
     if parts == {"val"} and not any(source.part is None for source in sources):
         return ALL_TO_VAL
@@ -40,7 +40,7 @@ def default_split(sources: Sequence[Source]) -> str:
 
 
 def split_name(name: str, seed: int, simulated: bool) -> str:
-    """The name under which a split is recorded, which says all that it depends on."""
+    """Return the recorded name of a split, which includes everything that it depends on."""
     seeded = f"{name}-seed-{seed}" if name == _STRATIFIED else name
     return f"simulated-{seeded}" if simulated else seeded
 
@@ -49,36 +49,35 @@ def assign(sources: Sequence[Source], name: str, seed: int) -> dict[str, Part]:
     """Assign each source, by its path, to train or val.
 
     Args:
-        sources: Recordings in order; those that turn out to be bad are among them, so that leaving
-            one out does not move the others to another part.
+        sources: Recordings in order, including bad ones, so that leaving one out does not move the
+            others to another part.
         name: One of `NAMES`.
         seed: Seed of the stratified split.
 
     Raises:
-        UserError: The sources do not have this split, or are of fewer than two classes, of which
-            nothing can be learnt.
+        UserError: The sources do not have this split, or have fewer than two classes.
     """
     if name == ALL_TO_VAL:
         return {source.path: "val" for source in sources if source.pieces}
     classes = {piece.class_name for source in sources for piece in source.pieces}
     if len(classes) < 2:
         raise UserError(
-            f"there is only one class, {classes.pop()!r}, and two are the least to train on; to"
-            f" evaluate, give --split {ALL_TO_VAL}"
+            f"there is only one class, {classes.pop()!r}, but training needs two; to evaluate, give"
+            f" --split {ALL_TO_VAL}"
         )
     if name == PUBLISHED:
         without = [source for source in sources if source.part is None and not source.problem]
         if without:
             raise UserError(
-                f"the split {PUBLISHED!r} needs folders Train/ and Test/ or lists of trials, and"
-                f" nothing says the part of {without[0].path}: choose another with --split"
+                f"the split {PUBLISHED!r} needs folders Train/ and Test/ or lists of trials, but"
+                f" the part of {without[0].path} is unknown; choose another with --split"
             )
         published = {source.path: source.part for source in sources if source.part}
         for part, purpose in (("train", "train"), ("val", "test")):
             if part not in published.values():
                 raise UserError(
-                    f"the split {PUBLISHED!r} has nothing to {purpose}, no recording is of that "
-                    "part: choose another with --split, such as all-to-val to evaluate all of it"
+                    f"the split {PUBLISHED!r} has no recording to {purpose}; choose another with "
+                    "--split, such as all-to-val to evaluate all of it"
                 )
         return published
     parts: dict[str, Part] = {}
@@ -87,7 +86,7 @@ def assign(sources: Sequence[Source], name: str, seed: int) -> dict[str, Part]:
         if not 0 < len(train) < len(members):
             raise UserError(
                 f"the split {name!r} leaves nothing to {'test' if train else 'train'} of"
-                f" {stratum!r}, which has {len(members)} recordings: choose another with --split"
+                f" {stratum!r}, which has {len(members)} recordings; choose another with --split"
             )
         for source in members:
             parts[source.path] = "train" if source.path in train else "val"
@@ -95,7 +94,7 @@ def assign(sources: Sequence[Source], name: str, seed: int) -> dict[str, Part]:
 
 
 def _strata(sources: Sequence[Source]) -> dict[str, list[Source]]:
-    """Sources by class; those whose pieces are of several classes are one group of their own."""
+    """Group sources by class; those with pieces of several classes form one further group."""
     strata: defaultdict[str, list[Source]] = defaultdict(list)
     for source in sources:
         classes = {piece.class_name for piece in source.pieces}

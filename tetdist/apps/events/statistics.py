@@ -1,4 +1,4 @@
-"""Event tensors for a person to see: statistics by class, and a picture of each class."""
+"""Statistics of event tensors by class, and a preview of each class."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,19 +14,20 @@ from tetdist.tables import aligned
 
 ALL = "all"
 
-_CELL = 96  # pixels of a frame in the picture
+_CELL = 96  # pixels of a frame in the preview
 _LETTER = 7
 _GAP = 2
 _HEADINGS = ("class", "tensors", "events", "events/s", "duration s", "ON", "empty", "saturated")
 
 
 def statistics(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
-    """Compute the statistics of each class, and of all of them under the name "all".
+    """Compute the statistics of each class, and of all classes under the name "all".
 
     Returns:
-        For each: `tensors`; `events_mean`, `events_least`, `events_most` of a recording;
-        `events_per_s`, the mean rate of recordings that last; `duration_s_mean`; `on_share` of the
-        events; `empty_share` of the T x 2 frames; `saturated` values; `dropped` records.
+        For each: number of `tensors`; `events_mean`, `events_least`, `events_most` of a recording;
+        `events_per_s`, the mean rate of recordings with a duration; `duration_s_mean`; `on_share`,
+        the fraction of ON events; `empty_share`, the fraction of empty ones among the T x 2 frames;
+        numbers of `saturated` values and `dropped` records.
     """
     by_class: dict[str, list[Record]] = {}
     for record in records:
@@ -40,7 +41,7 @@ def statistics(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
 def _of(records: list[Record]) -> dict[str, Any]:
     events = np.array([record.events for record in records])
     seconds = np.array([record.duration_us for record in records]) / 1e6
-    # Events that are all of one microsecond have no rate.
+    # Events within a single microsecond have no rate.
     lasting = seconds > 0
     rates = events[lasting] / seconds[lasting]
     return {
@@ -59,7 +60,7 @@ def _of(records: list[Record]) -> dict[str, Any]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """The statistics as a small table, all classes last."""
+    """Return the statistics as a table, with all classes last."""
     rows = [_HEADINGS]
     for name in [*(name for name in found if name != ALL), ALL]:
         values = found[name]
@@ -84,7 +85,7 @@ def draw_preview(dest: Path, records: Iterable[Record], file: Path) -> None:
     Args:
         dest: The folder of the tensors.
         records: Records of the tensors.
-        file: The PNG to be written.
+        file: The PNG to write.
     """
     from PIL import Image, ImageDraw
 
@@ -112,7 +113,7 @@ def draw_preview(dest: Path, records: Iterable[Record], file: Path) -> None:
 def _coloured(tensor: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """Colour frames as (T, H, W, 3): white without events, redder by ON ones, bluer by OFF ones."""
     values = tensor.astype(np.float64)
-    # A few hot pixels would make all the others pale.
+    # Scale by a percentile, because a few hot pixels would make all others pale.
     positive = values[values > 0]
     full = np.percentile(positive, 95) if positive.size else 1.0
     off, on = np.clip(values / full, 0, 1).swapaxes(0, 1)

@@ -1,11 +1,11 @@
-"""Recordings made into tensors: written whole, recorded, verified, continued where it stopped.
+"""Conversion of recordings to tensors: written atomically, recorded, verified, resumable.
 
     DEST/manifest.json                 parameters and versions; written first
     DEST/recordings.jsonl              a line for each tensor: checksums, statistics
     DEST/recordings/CLASS/NAME.npy     the tensors, (T, 2, H, W)
     DEST/splits/NAME/                  data roots to train on, see split_roots.py
 
-A tensor counts from the moment its line is there, and the line is written after the tensor.
+A tensor is valid once its line exists; the line is written after the tensor.
 """
 
 import fcntl
@@ -36,7 +36,7 @@ from tetdist.datasets.recorded_split import RECORDS_FILE
 from tetdist.errors import UserError
 from tetdist.storage.files import explaining, open_file, parse_json, replacing, write_json
 
-# This goes up when the same parameters make other tensors than before.
+# Increased when the same parameters make other tensors than before.
 _FORMAT_VERSION = 1
 
 _MANIFEST, _RECORDS, _TENSORS, _LOCK = "manifest.json", RECORDS_FILE, "recordings", ".lock"
@@ -45,12 +45,12 @@ _OURS = {_MANIFEST, _RECORDS, _TENSORS, _LOCK, "splits", "statistics.json", "pre
 
 @dataclass(frozen=True)
 class Settings:
-    """Parameters that a tensor depends on, besides its recording.
+    """Parameters of a tensor, in addition to its recording.
 
     Attributes:
-        binning: How events become frames.
-        sensor: Size of the sensor, where the format does not say it.
-        simulation: How images become recordings; None for real recordings.
+        binning: Conversion of events to frames.
+        sensor: Size of the sensor, if the format does not store it.
+        simulation: Conversion of images to recordings; None for real recordings.
     """
 
     binning: Binning
@@ -58,7 +58,7 @@ class Settings:
     simulation: Simulation | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the parameters as they are recorded."""
+        """Return the parameters for the manifest."""
         size = self.binning.size
         return {
             **asdict(self.binning),
@@ -71,24 +71,24 @@ class Settings:
 
 @dataclass(frozen=True)
 class Record:
-    """Facts about one tensor.
+    """Record of one tensor.
 
     Attributes:
         key: CLASS/NAME.
         source: Path of the recording, relative to its folder.
         source_size: Bytes of the recording.
-        source_mtime_ns: When the recording was last changed.
+        source_mtime_ns: Modification time of the recording.
         source_sha256: Checksum of the recording.
-        window: Microseconds where the piece begins and ends; None for the whole recording.
+        window: Start and end of the piece in microseconds; None: the whole recording.
         sha256: Checksum of the tensor's file.
         sensor: Width and height of the sensor.
         events: Number of events of both polarities.
         on_events: Number of events of the polarity ON.
         duration_us: Time from the first event to the last.
-        dropped: Records of the file that are no events; of a piece, 0.
+        dropped: Number of records of the file that are not events; 0 for a piece.
         frames: T x 2.
-        empty_frames: Number of those without events.
-        saturated: Values too large for the type.
+        empty_frames: Number of frames without events.
+        saturated: Number of values that were clipped to the type's maximum.
     """
 
     key: str
@@ -117,7 +117,7 @@ class Tensors(NamedTuple):
 
     Attributes:
         records: Records of all good tensors, by key, in the order of the listing.
-        bad: What cannot be used.
+        bad: Recordings that cannot be used.
     """
 
     records: dict[str, Record]
@@ -125,7 +125,7 @@ class Tensors(NamedTuple):
 
 
 def tensor_file(dest: Path, key: str) -> Path:
-    """Path of a tensor."""
+    """Return the path of a tensor."""
     return dest / _TENSORS / f"{key}.npy"
 
 
@@ -133,31 +133,31 @@ def tensor_file(dest: Path, key: str) -> Path:
 def open_destination(
     dest: Path, source: Path, settings: Settings, *, overwrite: bool
 ) -> Iterator[None]:
-    """Keep the folder of the tensors to this process alone, made with these settings.
+    """Lock the folder of the tensors, and check that it has these settings.
 
     Args:
-        dest: The folder; made if it is missing.
+        dest: The folder, created if it is missing.
         source: The folder of the recordings.
-        settings: What its tensors are made with.
-        overwrite: Remove all that this tool made there before.
+        settings: Settings of its tensors.
+        overwrite: Remove all files that this tool made there before.
 
     Raises:
-        UserError: It is in use, not this tool's, or of other settings.
+        UserError: The folder is in use, belongs to other programs, or has other settings.
     """
     if dest.exists() and not dest.is_dir():
-        raise UserError(f"{dest} is a file: name a folder")
+        raise UserError(f"{dest} is a file; name a folder")
     inside, outside = dest.resolve(), source.resolve()
     if inside == outside or inside in outside.parents or outside in inside.parents:
-        raise UserError(f"{dest} and {source} lie one in the other: name another DEST")
+        raise UserError(f"{dest} and {source} contain each other; name another DEST")
     foreign = sorted({path.name for path in dest.iterdir()} - _OURS) if dest.exists() else []
     if foreign and not (dest / _MANIFEST).is_file():
-        raise UserError(f"{dest} holds {foreign[0]!r}, which is not this tool's: name another DEST")
+        raise UserError(f"{dest} holds {foreign[0]!r}, which is not this tool's; name another DEST")
     dest.mkdir(parents=True, exist_ok=True)
     with (dest / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another process is at work in {dest}: wait for it") from error
+            raise UserError(f"another process is using {dest}; wait for it") from error
         if overwrite:
             _clear(dest)
         _claim(dest, source, settings)
@@ -165,7 +165,7 @@ def open_destination(
 
 
 def _clear(dest: Path) -> None:
-    # The manifest goes last: a folder without it, but with other things, is not this tool's.
+    # Delete the manifest last: a folder with files but without a manifest is not this tool's.
     for name in sorted(_OURS - {_LOCK, _MANIFEST}):
         path = dest / name
         if path.is_dir():
@@ -176,11 +176,11 @@ def _clear(dest: Path) -> None:
 
 
 def _shown(value: Any) -> str:
-    return "what the recordings say" if value is None else str(value)
+    return "the recordings' value" if value is None else str(value)
 
 
 def _claim(dest: Path, source: Path, settings: Settings) -> None:
-    """Record what the tensors are made with, or compare it with what was recorded before."""
+    """Record the settings of the tensors, or compare them with the recorded ones."""
     manifest = {
         "tool": "tools/prebin_dvs.py",
         "format_version": _FORMAT_VERSION,
@@ -197,20 +197,20 @@ def _claim(dest: Path, source: Path, settings: Settings) -> None:
         before = parse_json(file.read_text(encoding="utf-8"))
         recorded = {"format_version": before["format_version"], **before["parameters"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error!r}): {_way_out()}") from error
+        raise UserError(f"{file} is damaged ({error!r}); {_way_out()}") from error
     wanted = {"format_version": _FORMAT_VERSION, **settings.as_dict()}
     for name in sorted(wanted.keys() | recorded.keys()):
-        # JSON makes lists of tuples, and the recorded value has been through it.
+        # Convert through JSON, which turns tuples to lists, as for the recorded value.
         now = json.loads(json.dumps(wanted.get(name)))
         if now != recorded.get(name):
             raise UserError(
-                f"the tensors in {dest} were made with {name}={_shown(recorded.get(name))} and not"
-                f" {_shown(now)}: {_way_out()}"
+                f"the tensors in {dest} were made with {name}={_shown(recorded.get(name))}, not"
+                f" {_shown(now)}; {_way_out()}"
             )
 
 
 def _way_out() -> str:
-    return "name another DEST, or give --overwrite to make all of them again"
+    return "name another DEST, or give --overwrite to make all tensors again"
 
 
 def make_tensors(
@@ -221,20 +221,19 @@ def make_tensors(
     workers: int,
     progress: Callable[[str], ReportProgress],
 ) -> Tensors:
-    """Make the tensor of every piece of every source that does not have one yet.
+    """Make the missing tensors of all pieces of all sources.
 
     Args:
         source: Folder of the recordings.
         dest: Folder of the tensors, opened by `open_destination`.
-        listing: What the source holds.
-        settings: What the tensors are made with.
-        workers: Processes; with more than one, the calling script must guard its main part with
-            `if __name__ == "__main__"`.
-        progress: Makes something that is called with the files done and in all, given a title.
+        listing: The recordings.
+        settings: Settings of the tensors.
+        workers: Number of processes; with more than one, the calling script must guard its main
+            part with `if __name__ == "__main__"`.
+        progress: Takes a title and returns a function to call with the files done and their total.
 
     Raises:
-        UserError: A recording is not what it was when its tensor was made, or a tensor cannot be
-            written.
+        UserError: A recording has changed since its tensor was made, or a tensor cannot be written.
     """
     _remove_remains(dest)
     kept = _keep(source, dest, listing, workers, progress)
@@ -252,7 +251,7 @@ def _keep(
     workers: int,
     progress: Callable[[str], ReportProgress],
 ) -> dict[str, Record]:
-    """Verify tensors; return the records of those that need not be made again."""
+    """Verify existing tensors, and return the records of those to keep."""
     by_source: dict[str, list[Record]] = {}
     for record in _recorded(dest, listing).values():
         by_source.setdefault(record.source, []).append(record)
@@ -274,7 +273,7 @@ def _add(
     workers: int,
     progress: Callable[[str], ReportProgress],
 ) -> tuple[dict[str, Record], list[BadFile]]:
-    """Make and record the tensors that are missing; return them, and what is bad."""
+    """Make and record the missing tensors; return them, and the bad recordings."""
     bad = [BadFile(item.path, item.problem) for item in listing.sources if item.problem]
     tasks = [
         (source, dest, item, settings)
@@ -294,7 +293,7 @@ def _add(
 
 
 def _remove_remains(dest: Path) -> None:
-    """Remove what a kill left half-written."""
+    """Remove incomplete files that a kill left behind."""
     for path in dest.glob(f"{_TENSORS}/*/.*.tmp"):
         path.unlink()
     for path in dest.glob("splits/.*.tmp"):
@@ -302,7 +301,7 @@ def _remove_remains(dest: Path) -> None:
 
 
 def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
-    """Read the records of tensors made before, by key."""
+    """Read the records of existing tensors, by key."""
     pieces = {piece.key: piece for item in listing.sources for piece in item.pieces}
     file = dest / _RECORDS
     found: dict[str, Record] = {}
@@ -318,22 +317,22 @@ def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
             values["window"] = values["window"] and tuple(values["window"])
             record = Record(**values)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} is damaged ({error!r}): {_way_out()}") from error
+            raise UserError(f"{file} is damaged ({error!r}); {_way_out()}") from error
         found[record.key] = record
     for record in found.values():
         piece = pieces.get(record.key)
         if piece is None:
             raise UserError(
-                f"{record.source}, of which {dest} holds the tensor {record.key}, is no more there:"
+                f"{record.source} no longer exists, but {dest} holds its tensor {record.key};"
                 f" {_way_out()}"
             )
         if piece.window != record.window:
-            raise UserError(f"the labels of {record.source} have changed: {_way_out()}")
+            raise UserError(f"the labels of {record.source} have changed; {_way_out()}")
     return found
 
 
 def _verify(task: tuple[Path, Path, list[Record]]) -> list[Record]:
-    """Return those of a source's records whose tensors are there, as they were written.
+    """Return the records of a source whose tensors are intact.
 
     Raises:
         UserError: The source has changed.
@@ -344,12 +343,12 @@ def _verify(task: tuple[Path, Path, list[Record]]) -> list[Record]:
     try:
         status = file.stat()
         same = (status.st_size, status.st_mtime_ns) == (first.source_size, first.source_mtime_ns)
-        # The time of a copy is another one, so its contents are compared.
+        # A copy has another time, so compare its contents.
         same = same or hashlib.sha256(_read(file)).hexdigest() == first.source_sha256
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): {_way_out()}") from error
+        raise UserError(f"{file} cannot be read ({error.strerror}); {_way_out()}") from error
     if not same:
-        raise UserError(f"{file} has changed since its tensor was made: {_way_out()}")
+        raise UserError(f"{file} has changed since its tensor was made; {_way_out()}")
     return [record for record in records if _is_intact(dest, record)]
 
 
@@ -362,10 +361,10 @@ def _is_intact(dest: Path, record: Record) -> bool:
 
 
 def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list[BadFile]]:
-    """Read a source, write its tensors.
+    """Read a source and write its tensors.
 
     Raises:
-        UserError: A piece's frames do not fit into the memory.
+        UserError: A piece's frames do not fit into memory.
     """
     source, dest, item, settings = task
     try:
@@ -384,8 +383,8 @@ def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list
         except MemoryError as error:
             shape = settings.binning.timesteps, settings.binning.size or events.sensor
             raise UserError(
-                f"{shape[0]} frames of {shape[1]} pixels, made of {item.path}, do not fit into the"
-                " memory: fewer --timesteps, a smaller --size or fewer --workers would help"
+                f"{shape[0]} frames of {shape[1]} pixels from {item.path} do not fit into memory;"
+                " use fewer --timesteps, a smaller --size or fewer --workers"
             ) from error
         except BadRecording as error:
             where = f"{piece.window[0]} to {piece.window[1]} us: " if piece.window else ""
@@ -422,7 +421,7 @@ def _cut(events: Events, piece: Piece) -> Events:
         return events
     part = events.between(*piece.window)
     if not len(part):
-        raise BadRecording("there are no events")
+        raise BadRecording("it has no events")
     return part
 
 
@@ -440,7 +439,7 @@ def _statistics(events: Events, frames: Frames) -> dict[str, Any]:
 
 
 def _write_tensor(file: Path, tensor: npt.NDArray[Any]) -> str:
-    """Write a tensor whole; return its file's checksum."""
+    """Write a tensor atomically, and return its file's checksum."""
     stream = io.BytesIO()
     np.save(stream, tensor, allow_pickle=False)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -450,13 +449,13 @@ def _write_tensor(file: Path, tensor: npt.NDArray[Any]) -> str:
 
 
 def _same_sensor(records: dict[str, Record]) -> tuple[dict[str, Record], list[BadFile]]:
-    """Return the records of the sensor that most are of; the others are bad."""
+    """Return the records with the most common sensor; the others are bad."""
     counts = Counter(record.sensor for record in records.values())
     if len(counts) < 2:
         return records, []
     (usual, number), *_ = counts.most_common()
     bad = [
-        BadFile(record.source, f"its sensor is {record.sensor}, that of {number} others {usual}")
+        BadFile(record.source, f"its sensor is {record.sensor}, but {number} others have {usual}")
         for record in records.values()
         if record.sensor != usual
     ]

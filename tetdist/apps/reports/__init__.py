@@ -1,1 +1,1 @@
-"""Figures, pages and tables of what runs and evaluations found."""
+"""Figures, pages and tables of the results of runs and evaluations."""

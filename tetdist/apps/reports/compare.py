@@ -1,7 +1,7 @@
-"""The differences of two runs: where their metrics part, by how much, and whether they saw the
+"""Differences of two runs: where their metrics first differ, by how much, and whether they saw the
 same samples.
 
-Both files of metrics are read side by side, a step at a time, so that no length takes memory.
+Both files of metrics are read in parallel, a step at a time, so long files take no memory.
 """
 
 import heapq
@@ -23,7 +23,7 @@ from tetdist.tables import aligned
 from tetdist.tracking.metrics_file import each_line, strict
 from tetdist.wording import counted
 
-# And of the machine.
+# Values that depend on the clock or the machine.
 OF_THE_CLOCK = (
     "time",
     "samples_per_s",
@@ -35,22 +35,22 @@ OF_THE_CLOCK = (
 )
 
 _NOT_COMPARED = frozenset(("kind", "step", *OF_THE_CLOCK))
-SHOWN = 8  # rows or items of what may be long; --json has all
-_MISSING = object()  # the value of a key that one of the two does not have
+SHOWN = 8  # rows or items shown of a long list; --json has all
+_MISSING = object()  # value of a key that one of the two runs lacks
 
-# step -> how often each (id, crc32) was seen by all ranks together
+# step -> number of times that all ranks together saw each (id, crc32)
 Samples = dict[int, Counter[tuple[int, int]]]
 Extent = dict[str, tuple[int, int, int]]
 
 
 @dataclass
 class KeyResult:
-    """The differences of one key of one kind over the steps that both runs have."""
+    """Differences of one key of one kind of lines, over the common steps."""
 
     kind: str
     key: str
-    common: int = 0  # steps at which a run has it
-    different: int = 0  # of these, where it differs by more than the tolerance
+    common: int = 0  # steps at which a run has the key
+    different: int = 0  # those of them that differ by more than the tolerance
     first: int | None = None
     largest: float = 0.0
     largest_at: int | None = None
@@ -58,14 +58,14 @@ class KeyResult:
 
 @dataclass
 class MetricsResult:
-    """The differences of two files of metrics."""
+    """Differences of two files of metrics."""
 
     keys: dict[str, dict[str, KeyResult]] = field(default_factory=dict)  # by kind
-    # The first step at which a value differs, the kind of its line, and what differs there.
+    # The first step at which a value differs, the kind of its line, and the differing values.
     first: dict[str, Any] | None = None
     only: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # steps, by kind and run
-    common: int = 0  # lines that both have
-    # Of a and of b, by kind: the number of lines, the first step and the last.
+    common: int = 0  # common lines
+    # Number of lines, first and last step, by kind, of a and of b.
     extents: tuple[Extent, Extent] = field(default_factory=lambda: ({}, {}))
 
 
@@ -74,7 +74,7 @@ class MetricsResult:
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Turn an OSError while a run is read into a sentence for the user."""
+    """Turn an OSError while reading a run into a UserError."""
     try:
         yield
     except OSError as error:
@@ -92,14 +92,14 @@ def open_run(path: Path, *, effective: bool = False) -> tuple[Path, dict[str, An
         The file, and the configuration with dotted keys.
 
     Raises:
-        UserError: There is none, or its configuration is damaged.
+        UserError: There is no such run, or its configuration is damaged.
     """
     if not path.exists():
         raise UserError(f"there is no {path}; give a run folder or a metrics.jsonl")
     if not path.is_dir():
         return path, None
     if not (path / "metrics.jsonl").exists():
-        raise UserError(f"{path} is no run folder: there is no metrics.jsonl in it")
+        raise UserError(f"{path} is not a run folder, because it has no metrics.jsonl")
     return path / "metrics.jsonl", _read_configuration(path / "config.yaml", effective)
 
 
@@ -113,8 +113,8 @@ def _read_configuration(path: Path, effective: bool) -> dict[str, Any] | None:
         values = read_yaml(path)
     except UserError as error:
         raise UserError(f"{path} is damaged ({error}); restore it") from error
-    # A key that an older version did not know has its default. A configuration that cannot be read
-    # is shown as it is.
+    # A key that an older version did not know gets its default. A configuration that cannot be
+    # parsed is used as it is.
     with suppress(UserError):
         parsed = loading.parse(values, str(path), warn=False)
         return checks.effective(parsed) if effective else identity.flatten(parsed.as_dict())
@@ -134,8 +134,8 @@ def _ascending(path: Path, side: int) -> Iterator[tuple[int, int, dict[str, Any]
             kinds.clear()
         if step < before or kind in kinds:
             raise UserError(
-                f"{path}: step {step} of {kind} comes after step {before}, and steps must ascend "
-                "to be compared; remove the lines that are of another run"
+                f"{path}: step {step} of {kind} follows step {before}, but steps must ascend; "
+                "remove lines of other runs"
             )
         before = step
         kinds.add(kind)
@@ -143,7 +143,7 @@ def _ascending(path: Path, side: int) -> Iterator[tuple[int, int, dict[str, Any]
 
 
 def _side_by_side(a: Path, b: Path) -> Iterator[tuple[int, str, list[dict[str, Any] | None]]]:
-    """Yield step, kind and the two runs' lines; None where one of them has no such line."""
+    """Yield step, kind and the two runs' lines; None for a run without such a line."""
     merged = heapq.merge(_ascending(a, 0), _ascending(b, 1), key=lambda one: one[0])
     for step, lines in itertools.groupby(merged, key=lambda one: one[0]):
         kinds: dict[str, list[dict[str, Any] | None]] = {}
@@ -154,7 +154,7 @@ def _side_by_side(a: Path, b: Path) -> Iterator[tuple[int, str, list[dict[str, A
 
 
 def _values_of(line: dict[str, Any]) -> dict[str, Any]:
-    """A line's single values: entries of a dict as key.entry, of a list as key.t1, key.t2, ..."""
+    """Flatten a line: entries of a dict become key.entry, those of a list key.t1, key.t2, ..."""
     values: dict[str, Any] = {}
 
     def add(key: str, value: Any) -> None:
@@ -174,7 +174,7 @@ def _values_of(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_samples(folder: Path) -> Samples | None:
-    """The samples that all ranks saw at each step; None if the run has kept no record of them."""
+    """Return the samples that all ranks saw at each step; None if the run recorded none."""
     samples: Samples = {}
     files = [
         file
@@ -188,16 +188,16 @@ def _read_samples(folder: Path) -> Samples | None:
 
 
 def _read_rank_samples(path: Path) -> dict[int, list[tuple[int, int]]]:
-    """Id and content (crc32) of each sample, at each step of one rank.
+    """Return id and content (crc32) of each sample, by step, of one rank.
 
-    A step has several lines, one a micro-batch. After a resume steps come again; then the lines of
-    the last start count.
+    A step has several lines, one for each micro-batch. A resumed run repeats steps; then the lines
+    of the last start count.
     """
     steps: dict[int, list[tuple[int, int]]] = {}
     last: int | None = None
     ids_of_step: set[int] = set()
     data = path.read_bytes()
-    # A last line without its end was torn by a kill.
+    # Ignore a last line without its end, which a kill tore.
     for number, raw in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
         try:
             line = parse_json(raw)
@@ -210,9 +210,9 @@ def _read_rank_samples(path: Path) -> dict[int, list[tuple[int, int]]]:
             whole = False
         if not whole:
             shown = raw[:80].decode(errors="replace")
-            raise UserError(f"{path}: line {number} is damaged: {shown}")
-        # A step draws no sample twice. So a sample that comes again at the same step shows that a
-        # new start began within the step at which the earlier one was killed.
+            raise UserError(f"{path}: line {number} is damaged ({shown}); restore the file")
+        # A step draws no sample twice. So if a sample repeats within a step, a new start began at
+        # the step at which the earlier one was killed.
         if step != last or not ids_of_step.isdisjoint(ids):
             steps[step], ids_of_step = [], set()
         steps[step] += seen
@@ -229,14 +229,14 @@ def compare(a: Path, b: Path, tolerance: float) -> tuple[dict[str, Any], str]:
 
     Args:
         a: A run folder or a metrics.jsonl.
-        b: The other one.
+        b: The other run.
         tolerance: Relative difference up to which values count as the same.
 
     Returns:
-        The differences, ready for JSON (``same`` among them), and the text that a person reads.
+        The differences, ready for JSON (including ``same``), and a text to print.
 
     Raises:
-        UserError: There is no such run, or something in it is damaged.
+        UserError: A run does not exist, or a file of it is damaged.
     """
     with reading():
         (file_a, config_a), (file_b, config_b) = open_run(a), open_run(b)
@@ -273,7 +273,7 @@ def compare(a: Path, b: Path, tolerance: float) -> tuple[dict[str, Any], str]:
 def compare_configurations(
     a: dict[str, Any] | None, b: dict[str, Any] | None
 ) -> tuple[list[dict[str, Any]] | None, str]:
-    """The keys whose values differ, and the text that says so; None: one run has none."""
+    """Return the keys that differ, and a text; None if a run has no configuration."""
     if a is None or b is None:
         which = "b" if a is None else "a"
         return None, "" if a is b else f"Configuration: only {which} has one; not compared."
@@ -288,12 +288,12 @@ def compare_configurations(
 
 
 def _pair(key: str, a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """One key's two values; one that is missing is left out."""
+    """Return a key's two values; a missing one is left out."""
     return {"key": key, **{name: one[key] for name, one in (("a", a), ("b", b)) if key in one}}
 
 
 def _both(pair: dict[str, Any]) -> list[str]:
-    """The two values to the last bit, text without quotes."""
+    """Return the two values with all digits, text without quotes."""
     values = (pair.get(name, _MISSING) for name in "ab")
     return [
         "-" if value is _MISSING else value if isinstance(value, str) else repr(value)
@@ -306,21 +306,21 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def relative_difference(a: Any, b: Any) -> float:
-    """|a - b| over the larger of |a| and |b|: from 0 to 2.
+    """Return |a - b| divided by the larger of |a| and |b|: from 0 to 2.
 
-    Infinity where they differ and are not both finite numbers.
+    Infinity if they differ and are not both finite numbers.
     """
     if _equal(a, b):
         return 0.0
     if not all(isinstance(x, int | float) and abs(x) <= sys.float_info.max for x in (a, b)):
         return math.inf
     difference, larger = abs(a - b), max(abs(a), abs(b))
-    # The difference of two huge numbers of different signs is more than a float holds.
+    # The difference of two huge numbers of different signs can overflow a float.
     return difference / larger if difference < math.inf else abs(a / larger - b / larger)
 
 
 def compare_metrics(a: Path, b: Path, tolerance: float) -> MetricsResult:
-    """Compare two files of metrics, which are read once and side by side.
+    """Compare two files of metrics, which are read once and in parallel.
 
     Raises:
         UserError: A line is damaged, or steps do not ascend.
@@ -361,14 +361,14 @@ def compare_metrics(a: Path, b: Path, tolerance: float) -> MetricsResult:
 
 
 def compare_samples(a: Samples | None, b: Samples | None) -> tuple[dict[str, Any] | None, str]:
-    """The steps with other samples, and the text that says so; None: a run has no record.
+    """Return the steps with different samples, and a text; None if a run recorded no samples.
 
-    ``first`` is of the first of these steps: ids that only a and only b have (as often as that),
-    and ids that both have with other content.
+    ``first`` describes the first of these steps: ids that only a or only b has (with repetitions),
+    and common ids with different content.
     """
     if a is None or b is None:
         which = "b" if a is None else "a"
-        return None, "" if a is b else f"Samples: only {which} has a record of them; not compared."
+        return None, "" if a is b else f"Samples: only {which} recorded them; not compared."
     common = sorted(a.keys() & b.keys())
     different = [step for step in common if a[step] != b[step]]
     only = {"a": sorted(a.keys() - b.keys()), "b": sorted(b.keys() - a.keys())}
@@ -381,22 +381,20 @@ def compare_samples(a: Samples | None, b: Samples | None) -> tuple[dict[str, Any
         changed = {id_ for id_, _ in a[step] - b[step]}
         ids["content"] = sorted(id_ for id_ in changed if ours[id_] == theirs[id_])
         lines = [
-            f"Samples: they part at step {step}, and differ at {len(different)} of "
+            f"Samples: they first differ at step {step}, in total at {len(different)} of "
             f"{counted(len(common), 'step')}. At step {step}:"
         ]
     elif common:
         lines = [f"Samples: the same at {counted(len(common), 'step')}."]
     else:
-        lines = ["Samples: no step is in both."]
-    said = {"a": "only a saw", "b": "only b saw", "content": "with other content"}
-    for name in (name for name in said if ids[name]):
+        lines = ["Samples: the runs have no common step."]
+    headings = {"a": "only in a", "b": "only in b", "content": "with different content"}
+    for name in (name for name in headings if ids[name]):
         more = ", ..." if len(ids[name]) > SHOWN else ""
         shown = ", ".join(map(str, ids[name][:SHOWN]))
-        lines.append(f"  {said[name]}: {counted(len(ids[name]), 'sample')} ({shown}{more})")
+        lines.append(f"  {headings[name]}: {counted(len(ids[name]), 'sample')} ({shown}{more})")
     lines += [
-        f"  only {name} has a record of step {_steps(steps)}"
-        for name, steps in only.items()
-        if steps
+        f"  only {name} recorded step {_steps(steps)}" for name, steps in only.items() if steps
     ]
     found = {
         "common": len(common),
@@ -428,12 +426,12 @@ def _report(metrics: MetricsResult, within: str) -> list[str]:
             for pair in pairs[:SHOWN]
         ]
         more = f"\n  and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
-        parts.append(f"Metrics: they part at step {step}.\n" + aligned(rows) + more)
+        parts.append(f"Metrics: they first differ at step {step}.\n" + aligned(rows) + more)
     elif metrics.common:
         lines = counted(metrics.common, "line")
-        parts.append(f"Metrics: the same{within} in the {lines} that both have.")
+        parts.append(f"Metrics: the same{within} in {lines} that both have.")
     else:
-        parts.append("Metrics: no step is in both.")
+        parts.append("Metrics: the runs have no common step.")
 
     results = {
         f"{kind}/{key}": result
@@ -455,9 +453,9 @@ def _report(metrics: MetricsResult, within: str) -> list[str]:
     if table:
         head = ["", "largest difference", "at step", "first at", "different at"]
         more = f" and {len(still) - SHOWN} more" if len(still) > SHOWN else ""
-        rest = f"\n  the same to the bit: {', '.join(still[:SHOWN])}{more}" if still else ""
-        said = aligned([head, *table], right=(1, 2, 3))
-        parts.append(f"Over all steps that both have:\n{said}{rest}")
+        rest = f"\n  bitwise identical: {', '.join(still[:SHOWN])}{more}" if still else ""
+        shown = aligned([head, *table], right=(1, 2, 3))
+        parts.append(f"Over all common steps:\n{shown}{rest}")
 
     extra = [
         [kind, f"only {name}", _steps(steps)]
@@ -466,7 +464,7 @@ def _report(metrics: MetricsResult, within: str) -> list[str]:
         if steps
     ]
     if extra:
-        parts.append("Steps that only one has:\n" + aligned(extra))
+        parts.append("Steps in one run only:\n" + aligned(extra))
     return parts
 
 
@@ -477,12 +475,12 @@ def _steps(steps: list[int]) -> str:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a result.
+    """Write a result as JSON.
 
     Raises:
         UserError: The file cannot be written.
     """
-    # YAML knows dates, JSON does not.
+    # YAML has dates, JSON does not.
     text = json.dumps(strict(values), indent=1, allow_nan=False, default=str)
     with explaining(path):
         write_text(path, text + "\n")

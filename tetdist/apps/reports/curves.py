@@ -1,4 +1,4 @@
-"""Pictures of runs: of their metrics.jsonl, of inputs and of membranes."""
+"""Plots of a run: its metrics.jsonl, its inputs and its membranes."""
 
 import itertools
 import math
@@ -40,12 +40,12 @@ Lines = list[dict[str, Any]]
 def learning_curves(metrics_file: Path, out: Path) -> None:
     """Draw loss, accuracy, learning rate and throughput of a run into one PNG.
 
-    A moving average of the weights (EMA) has curves of its own. Nothing is drawn while nothing is
-    measured.
+    A moving average of the weights (EMA) has its own curves. Without measurements, nothing is
+    drawn.
 
     Args:
         metrics_file: The run's metrics.jsonl.
-        out: The PNG; its folder is made.
+        out: The PNG; its folder is created.
 
     Raises:
         UserError: A line of the file is damaged, or matplotlib is not installed.
@@ -66,7 +66,7 @@ def learning_curves(metrics_file: Path, out: Path) -> None:
     _throughput(axes["S"], train, room=1.6 if borders else 1.1)
 
     end = max(line["epoch"] for line in train + val)
-    # Heights at which the label of a border meets no curve.
+    # Heights at which a border's label covers no curve.
     for panel, height in {"L": 0.98, "A": 0.35, "R": 0.98, "S": 0.98}.items():
         axis = axes[panel]
         axis.set_xlabel("epoch")
@@ -96,13 +96,13 @@ def _head(figure: Any, metrics_file: Path, text: str) -> None:
 
 
 def firing_rates(metrics_file: Path, out: Path) -> None:
-    """Draw the firing rate of each layer at each evaluation of a run: a heat map.
+    """Draw a heat map of the firing rate of each layer at each evaluation of a run.
 
     Nothing is drawn before the first evaluation.
 
     Args:
         metrics_file: The run's metrics.jsonl.
-        out: The PNG; its folder is made.
+        out: The PNG; its folder is created.
 
     Raises:
         UserError: A line of the file is damaged, or matplotlib is not installed.
@@ -115,7 +115,7 @@ def firing_rates(metrics_file: Path, out: Path) -> None:
     if not val:
         return
     layers = list(val[-1]["firing_rate"])
-    # Zero has no logarithm; a rate below the scale is drawn in the colour of dead layers.
+    # Zero has no logarithm; a rate below the scale gets the colour of dead layers.
     rates = [
         [max(line["firing_rate"].get(layer, math.nan), 1e-12) for line in val] for layer in layers
     ]
@@ -135,12 +135,12 @@ def firing_rates(metrics_file: Path, out: Path) -> None:
     last = val[-1]
     _layer_axis(axis, [f"{layer}   {100 * last['firing_rate'][layer]:.3g} %" for layer in layers])
     axis.set_xlabel("epoch")
-    if len(val) == 1:  # a single column has no width to place ticks by
+    if len(val) == 1:  # a single column has no width for automatic ticks
         axis.set_xticks([last["epoch"]], labels=[f"{last['epoch']:.4g}"])
     else:
         axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_title(
-        "Firing rate by layer: spikes per neuron per timestep, the last one in numbers",
+        "Firing rate by layer: spikes per neuron per timestep; numbers: last evaluation",
         loc="left",
         fontsize=10,
         fontweight="bold",
@@ -161,7 +161,7 @@ def _height(layers: int) -> float:
 
 
 def _layer_axis(axis: Any, layers: Sequence[str]) -> None:
-    """Name the rows of layers, the first one at the top."""
+    """Label the rows with layers, the first one at the top."""
     axis.set_ylim(len(layers), 0)
     axis.set_yticks([row + 0.5 for row in range(len(layers))], labels=layers)
     axis.tick_params(axis="y", length=0, labelsize=8 if len(layers) <= 60 else 5)
@@ -170,7 +170,7 @@ def _layer_axis(axis: Any, layers: Sequence[str]) -> None:
 
 
 def _edges(centres: list[float]) -> list[float]:
-    """Borders of cells around rising centres."""
+    """Return the borders of cells around ascending centres."""
     middles = [(a + b) / 2 for a, b in itertools.pairwise(centres)]
     before = centres[0] - middles[0] if middles else 0.5
     after = centres[-1] - middles[-1] if middles else 0.5
@@ -178,12 +178,12 @@ def _edges(centres: list[float]) -> list[float]:
 
 
 def membranes(found: "Membranes", title: str, out: Path) -> None:
-    """Draw how the membranes of each layer are distributed against its threshold.
+    """Draw the distribution of each layer's membrane potentials relative to the threshold.
 
     Args:
         found: The distributions.
-        title: Above the picture.
-        out: The PNG; its folder is made.
+        title: Title of the plot.
+        out: The PNG; its folder is created.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -194,7 +194,7 @@ def membranes(found: "Membranes", title: str, out: Path) -> None:
     threshold = next(i for i, edge in enumerate(found.edges) if math.isclose(edge, 1))
     for row, (layer, shares) in enumerate(found.shares.items()):
         floor = row + 1
-        # Most membranes may lie beyond the scale; their bins would press the others to the floor.
+        # Most values may be beyond the scale; their bins would flatten the others.
         highest = max(shares[1:-1]) or 1.0
         tops = [floor - 0.9 * min(share / highest, 1) for share in shares]
         for colour, part in (
@@ -208,7 +208,7 @@ def membranes(found: "Membranes", title: str, out: Path) -> None:
         axis.text(
             found.edges[-1],
             floor - 0.3,
-            f" {100 * found.fires[layer]:.3g} % fire",  # beside the axes, where no bar is
+            f" {100 * found.fires[layer]:.3g} % fire",  # beside the axes, outside the bars
             va="center",
             fontsize=8,
             color=VALIDATION,
@@ -217,7 +217,7 @@ def membranes(found: "Membranes", title: str, out: Path) -> None:
     axis.text(1, 0, " threshold", fontsize=8, va="bottom")
     _layer_axis(axis, layers)
     axis.set_xlim(found.edges[0], found.edges[-1])
-    axis.set_xlabel("membrane before the reset, in thresholds (the outermost bins: and beyond)")
+    axis.set_xlabel("membrane before the reset, in thresholds (outermost bins include the rest)")
     figure.suptitle(title, fontsize=12, fontweight="bold")
     save(figure, out)
 
@@ -225,13 +225,13 @@ def membranes(found: "Membranes", title: str, out: Path) -> None:
 def inputs(
     pictures: "npt.NDArray[np.float64]", labels: Sequence[str], title: str, out: Path
 ) -> None:
-    """Draw what a network is fed: images, or the event frames of some samples over time.
+    """Draw a network's inputs: images, or the event frames of some samples over time.
 
     Args:
         pictures: RGB values in [0, 1]: images (N, H, W, 3), or frames (N, T, H, W, 3).
-        labels: Names of the N samples' classes.
-        title: Above the picture.
-        out: The PNG; its folder is made.
+        labels: Class names of the N samples.
+        title: Title of the plot.
+        out: The PNG; its folder is created.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -264,11 +264,11 @@ def _loss(axis: Any, train: Lines, val: Lines, ema: Lines) -> None:
 
 def _accuracy(axis: Any, train: Lines, val: Lines, ema: Lines) -> None:
     raw_and_smooth(axis, train, "top1", TRAIN, "training")
-    # Beside the title there is room for a legend with one long entry.
+    # The space beside the title fits a legend with one long entry.
     _with_best(axis, val, VALIDATION, "validation", briefly=bool(ema))
     if ema:
         _with_best(axis, ema, AVERAGE, "EMA", briefly=True)
-    # Of the weights or of their average, as the reference's own numbers are.
+    # The reference is of the weights or of their average.
     epochs, published = series([*val, *ema], "reference_top1")
     if published:
         axis.plot(epochs, published, "--", color=PUBLISHED, linewidth=1, label="published")
@@ -302,7 +302,7 @@ def _timesteps(axis: Any, val: Lines) -> None:
         steps = range(1, len(top1) + 1)
         title += f", epoch {last['epoch']:.4g}"
         axis.plot(steps, top1, "o-", color=VALIDATION)
-        # Every value has its number where there is room, else the first and the last one.
+        # Label every value if there is space, else the first and the last one.
         for step in steps if len(top1) <= 8 else (1, len(top1)):
             axis.annotate(
                 f"{top1[step - 1]:.2f}",
@@ -313,7 +313,7 @@ def _timesteps(axis: Any, val: Lines) -> None:
                 fontsize=9,
                 color=VALIDATION,
             )
-        room = min(0.5 + 0.06 * len(top1), 0.95)  # of a number, and for no T = 0
+        room = min(0.5 + 0.06 * len(top1), 0.95)  # for the labels, without showing T = 0
         axis.set_xlim(1 - room, len(top1) + room)
         axis.margins(y=0.2)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -328,7 +328,7 @@ def _learning_rate(axis: Any, train: Lines) -> None:
     for line in train:
         peaks[line.get("phase")] = max(peaks.get(line.get("phase"), 0), line.get("lr", 0))
     if peaks and 0 < min(peaks.values()) < max(peaks.values()) / 30:
-        # With SGD at 0.1 and then Adam at 1e-4, the second would look like a line at zero.
+        # On a linear scale, Adam at 1e-4 after SGD at 0.1 would look like zero.
         axis.set_yscale("log")
         axis.set_ylim(min(peaks.values()) * 1e-2, max(peaks.values()) * 2)
     else:
@@ -348,21 +348,21 @@ def _throughput(axis: Any, train: Lines, *, room: float) -> None:
     if waits:
         right = axis.twinx()
         right.fill_between(epochs, waits, color=WAIT, alpha=0.5, linewidth=0)
-        # A line without points, which gives the area its entry in the legend.
+        # A line without points creates the area's entry in the legend.
         axis.plot(math.nan, math.nan, color=WAIT, alpha=0.5, linewidth=7, label="data wait")
         right.set_ylim(0, 100)
         right.set_ylabel("step time waiting for data (%)", color="#A56A00", fontsize=9)
         right.tick_params(labelsize=9, colors="#A56A00")
         right.spines[["top", "left"]].set_visible(False)
         right.spines["right"].set_color("#BBBBBB")
-        # Draws the lines above the area, and keeps their background from hiding it.
+        # Draw the lines above the area, without a background that would hide it.
         axis.set_zorder(right.get_zorder() + 1)
         axis.patch.set_visible(False)
     finish(axis, "Throughput", unit)
 
 
 def _phase_borders(train: Lines, val: Lines) -> list[tuple[float, str]]:
-    """The epoch at which each phase but the first begins, and what to call it."""
+    """Return the epoch at which each phase except the first begins, and its label."""
     timesteps = {line.get("phase"): line.get("timesteps") for line in val}
     borders = []
     for before, after in itertools.pairwise(train):

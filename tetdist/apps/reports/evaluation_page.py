@@ -1,10 +1,10 @@
-"""The results of an evaluation as text, as a page to look at and as a picture.
+"""Results of an evaluation as text, as an HTML page and as a PNG.
 
-All are made of the same dictionary, which the JSON file holds: checkpoint, model, step, split,
-trained_timesteps, reported_timesteps and seed; data_split where the data have several; subset, the
-names of the data's classes, where these are not all of the network's; variant and protocol of one
-of ImageNet's; and all that `suite.run_suite` returns, of which ``timesteps`` is the T of all but
-``per_timestep_*``.
+All are made from the same dictionary, which is also the JSON file: checkpoint, model, step, split,
+trained_timesteps, reported_timesteps and seed; data_split if the data have several; subset, the
+names of the data's classes if they lack some of the network's; variant and protocol of ImageNet's
+variants; and everything that `suite.run_suite` returns, where ``timesteps`` is the T of all values
+except ``per_timestep_*``.
 """
 
 import base64
@@ -21,7 +21,7 @@ from tetdist.wording import counted
 
 # Rows of the table of classes on a terminal; the JSON file and the page have all.
 SHOWN_CLASSES = 20
-# Classes up to which a confusion matrix has room for numbers, and for names.
+# Largest numbers of classes for which a confusion matrix shows numbers, and names.
 NUMBERED_CLASSES, NAMED_CLASSES = 20, 50
 
 EvaluationResults = dict[str, Any]
@@ -30,7 +30,7 @@ Table = list[list[str]]  # the first row is the head
 
 
 class Section(NamedTuple):
-    """A part of the results: sentences, tables, and panels of so many inches."""
+    """Part of the results: sentences, tables, and panels with their size in inches."""
 
     title: str
     sentences: Sequence[str] = ()
@@ -41,7 +41,7 @@ class Section(NamedTuple):
 
 
 def sections(found: EvaluationResults, *, brief: bool) -> list[Section]:
-    """The results in their order; in brief, with some classes and without assumptions."""
+    """Return the results in order; if brief, with fewer classes and without assumptions."""
     has_exits = found["early_exit"] is not None
     operations = found["operations"] or {"layers": {}, "assumptions": []}
     of_layers = [(found["firing_rate"], _firing_rate), (operations["layers"], _operations)]
@@ -51,7 +51,7 @@ def sections(found: EvaluationResults, *, brief: bool) -> list[Section]:
     elif not brief:
         counts += operations["assumptions"]
     if not found["firing_rate"]:
-        counts.append("no firing rates: a network without neurons that fire")
+        counts.append("no firing rates: the network has no spiking neurons")
     rates = [[layer, f"{rate:.4f}"] for layer, rate in found["firing_rate"].items()]
     title = f"firing rate over {counted(found['timesteps'], 'timestep')}"
     return [
@@ -92,14 +92,14 @@ def _exits(found: EvaluationResults) -> Table:
 def _early_exit_lines(found: EvaluationResults) -> list[str]:
     if found["early_exit"] is None:
         return [
-            "no early exit: the network is not causal, so that its first logits depend on the "
-            "timesteps that come after them"
+            "no early exit: the network is not causal, so its first logits depend on later "
+            "timesteps"
         ]
     chosen = [_of_chosen_exit(found)] if "chosen_exit" in found else []
     chosen += [_of_measured_exit(found)] if "measured_exit" in found else []
     return [
         "early exit: a sample is decided at the first timestep at which the softmax of its "
-        "time-mean reaches the confidence, at the latest at T",
+        "time-mean reaches the confidence, or else at T",
         *chosen,
     ]
 
@@ -110,7 +110,7 @@ def _of_chosen_exit(found: EvaluationResults) -> str:
     on = f"{counted(samples, 'training sample')} held out (one is {100 / samples:.2g} points)"
     limit = f"at most {chosen['within']:g} points lost on {on}"
     if chosen["threshold"] is None:
-        return f"early exit with {limit}: at no threshold"
+        return f"early exit with {limit}: no threshold achieves this"
     lost = chosen["top1"] - found["top1"]
     return (
         f"early exit with {limit}: at confidence {chosen['threshold']:.4g}, "
@@ -132,18 +132,18 @@ def _of_measured_exit(found: EvaluationResults) -> str:
 
 
 def _robustness(found: EvaluationResults) -> list[Section]:
-    """Return what dropping does, if anything was dropped."""
+    """Return the section on dropped timesteps and events, if any were dropped."""
     tables = [
         [[f"dropped {what}", "top-1 %"]]
         + [[f"{100 * at['share']:g} %", f"{at['top1']:.2f}"] for at in found[f"dropped_{what}"]]
         for what in ("timesteps", "events")
         if found[f"dropped_{what}"]
     ]
-    said = (
-        "a dropped timestep shows an image of the mean colour, or no events; each is dropped by "
-        f"itself, with seed {found['seed']}"
+    text = (
+        "a dropped timestep shows an image of the mean colour, or no events; each is dropped "
+        f"independently, with seed {found['seed']}"
     )
-    return [Section("Robustness", [said], tables, [_dropped])] if tables else []
+    return [Section("Robustness", [text], tables, [_dropped])] if tables else []
 
 
 def _unrolled(found: EvaluationResults) -> list[str]:
@@ -152,22 +152,22 @@ def _unrolled(found: EvaluationResults) -> list[str]:
         return []
     several = {name: most for name, most in found["sub_timesteps"].items() if most > 1}
     if not several:
-        return ["nothing to unroll: every layer that sees spikes sees 0 and 1 as it is"]
+        return ["nothing to unroll: the spikes that layers receive are already 0 or 1"]
     return [
-        f"unrolled: {counted(len(several), 'layer')} in up to {max(several.values())} "
-        "sub-timesteps of 0 and 1 a timestep"
+        f"unrolled: {counted(len(several), 'layer')} into up to {max(several.values())} "
+        "sub-timesteps of 0 and 1 per timestep"
     ]
 
 
 def _classes(found: EvaluationResults, *, brief: bool) -> Table:
-    """The table of classes; in brief, of many those of least recall."""
+    """Return the table of classes; if brief, only those of lowest recall."""
     rows, head = found["per_class"], "class"
     if brief:
         rows = [row for row in rows if row["samples"]]
         if len(rows) > SHOWN_CLASSES:
             rows = sorted(rows, key=lambda row: row["recall"])[:SHOWN_CLASSES]
-            head = f"the {SHOWN_CLASSES} classes of least recall"
-    return [[head, "samples", "recall %", "precision %", "most often taken for"]] + [
+            head = f"the {SHOWN_CLASSES} classes of lowest recall"
+    return [[head, "samples", "recall %", "precision %", "most often mistaken for"]] + [
         [
             row["class"],
             str(row["samples"]),
@@ -180,24 +180,24 @@ def _classes(found: EvaluationResults, *, brief: bool) -> Table:
 
 
 def operations_lines(found: EvaluationResults) -> list[str]:
-    """Sentences on operations and energy."""
+    """Return sentences on operations and energy."""
     operations = found["operations"]
     if operations is None:
-        return ["operations are not counted: they are of tetdist's own networks only"]
-    share = operations["energy_pj"] / operations["relu_energy_pj"]
+        return ["operations are only counted for tetdist's own networks"]
+    ratio = operations["energy_pj"] / operations["relu_energy_pj"]
     return [
         f"{quantity(operations['accumulates'])} accumulates and "
         f"{quantity(operations['multiply_accumulates'])} multiply-accumulates a sample at "
         f"T = {found['timesteps']}: about {operations['energy_pj'] / 1e6:.4g} uJ",
-        f"the ReLU network of the same synapses: "
+        f"the ReLU network with the same synapses: "
         f"{quantity(operations['relu_multiply_accumulates'])} multiply-accumulates, about "
-        f"{operations['relu_energy_pj'] / 1e6:.4g} uJ; the spiking one takes {100 * share:.3g} % "
-        "of it",
+        f"{operations['relu_energy_pj'] / 1e6:.4g} uJ; the spiking network needs "
+        f"{100 * ratio:.3g} % of it",
     ]
 
 
 def quantity(number: float) -> str:
-    """Three digits and a unit: 1.23 M."""
+    """Format a number with three digits and a unit, such as 1.23 M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -208,7 +208,7 @@ def quantity(number: float) -> str:
 
 
 def as_text(found: EvaluationResults) -> str:
-    """The text that a person reads on a terminal."""
+    """Return the results as text for a terminal."""
     parts = [heading(found), f"  {headline(found)}"]
     if "real" in found:
         parts.append(f"  {real_line(found)}")
@@ -227,10 +227,10 @@ def heading(found: EvaluationResults) -> str:
 
 
 def headline(found: EvaluationResults) -> str:
-    """Return the sentence on the accuracy at the one T that all but the table of T is of."""
+    """Return the sentence on the accuracy at the T of everything but the table by T."""
     return (
         f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, loss {found['loss']:.4f} at "
-        f"T = {found['timesteps']}, as is all that is not listed by T; trained at T = "
+        f"T = {found['timesteps']}, which applies to everything not listed by T; trained at T = "
         f"{found['trained_timesteps']}"
     )
 
@@ -248,23 +248,23 @@ def _of_variant(found: EvaluationResults) -> str:
 
 
 def _of_subset(found: EvaluationResults) -> str:
-    """Name the classes that the data have, where these are not all that the network knows."""
+    """Name the data's classes, if they are not all of the network's."""
     present = found.get("subset")
     if present is None:
         return ""
     known = len(found["classes"])
     more = f" and {len(present) - 5} more" if len(present) > 5 else ""
     return (
-        f", which have {len(present)} of its {known} classes ({', '.join(present[:5])}{more}); it"
-        f" chose among all {known}"
+        f", with {len(present)} of its {known} classes ({', '.join(present[:5])}{more}); the "
+        f"network chose among all {known}"
     )
 
 
 def real_line(found: EvaluationResults) -> str:
-    """Return the line on accuracy by several labels of each image."""
+    """Return the line on accuracy with the several labels of each image (real.json)."""
     real = found["real"]
     if real["top1"] is None:
-        return "real labels: no image has one"
+        return "real labels: none of the images has one"
     return (
         f"real labels: top-1 {real['top1']:.2f} % of the {counted(real['samples'], 'image')} that "
         f"have one, at T = {found['timesteps']}"
@@ -272,7 +272,7 @@ def real_line(found: EvaluationResults) -> str:
 
 
 def corruptions_as_text(found: EvaluationResults) -> str:
-    """The text of an evaluation of corruptions: top-1 by severity."""
+    """Return an evaluation of corruptions as text: top-1 by severity."""
     top1, mean, mce = found["corruptions"], found["mean_error"], found["mce"]
     severities = sorted({severity for by_severity in top1.values() for severity in by_severity})
     rows = [["top-1 % at severity", *map(str, severities)]] + [
@@ -287,12 +287,12 @@ def corruptions_as_text(found: EvaluationResults) -> str:
     ]
     if mean is not None:
         lines.append(
-            f"  mean error {mean:.2f} % of those of the 15 published corruptions that are there"
+            f"  mean error {mean:.2f} % over the existing ones of the 15 published corruptions"
         )
     if mce is None:
-        lines.append("  no mean corruption error: it is of all 15, each at 5 severities")
+        lines.append("  no mean corruption error (mCE): it needs all 15, each at 5 severities")
     else:
-        lines.append(f"  mean corruption error (mCE) {mce:.2f} %, each error over AlexNet's")
+        lines.append(f"  mean corruption error (mCE) {mce:.2f} %, relative to AlexNet's errors")
     return "\n".join(lines)
 
 
@@ -300,7 +300,7 @@ def corruptions_as_text(found: EvaluationResults) -> str:
 
 
 def write_page(found: EvaluationResults, out: Path) -> None:
-    """Write a self-contained HTML page or, by the name's end, a PNG; whole or not at all.
+    """Write a self-contained HTML page or a PNG, depending on the suffix, atomically.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -318,7 +318,7 @@ def write_page(found: EvaluationResults, out: Path) -> None:
 
 
 def png_page(found: EvaluationResults) -> bytes:
-    """All panels in one PNG."""
+    """Draw all panels into one PNG."""
     panels = [panel for part in sections(found, brief=True) for panel in part.panels]
     operations = found["operations"] or {"layers": {}, "assumptions": []}
     layers = max(len(found["firing_rate"]), len(operations["layers"]))
@@ -355,7 +355,7 @@ def _timesteps(axis: Any, found: EvaluationResults) -> None:
             color=style.VALIDATION,
             markeredgecolor="black",
             markersize=14,
-            label=f"T of the training: {trained}",
+            label=f"training T: {trained}",
         )
     axis.set_xlabel("timesteps T")
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -365,8 +365,8 @@ def _timesteps(axis: Any, found: EvaluationResults) -> None:
 def _early_exit(axis: Any, found: EvaluationResults) -> None:
     curve = found["early_exit"]
     spent, top1 = ([point[key] for point in curve] for key in ("mean_timesteps", "top1"))
-    axis.plot(spent, top1, "o-", color=style.RATE, label="exit at a confidence")
-    room = 0.1 * found["timesteps"]  # that a label takes
+    axis.plot(spent, top1, "o-", color=style.RATE, label="early exit by confidence")
+    room = 0.1 * found["timesteps"]  # width of a label
     labelled: list[float] = []
     for point in (curve[0], curve[-1], curve[len(curve) // 2]):
         if any(abs(point["mean_timesteps"] - there) < room for there in labelled):
@@ -382,26 +382,26 @@ def _early_exit(axis: Any, found: EvaluationResults) -> None:
         )
     steps = range(1, found["timesteps"] + 1)
     top1 = found["per_timestep_top1"][: found["timesteps"]]
-    axis.plot(steps, top1, "--", color=style.QUIET, label="the same T for all")
-    axis.set_xlabel("timesteps of a sample on average")
+    axis.plot(steps, top1, "--", color=style.QUIET, label="same T for all samples")
+    axis.set_xlabel("average timesteps a sample")
     style.finish(axis, "Early exit", style.ACCURACY)
 
 
 def _confusion(axis: Any, found: EvaluationResults) -> None:
     names = found["classes"]
-    shares = [[count / max(sum(row), 1) for count in row] for row in found["confusion"]]
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    fractions = [[count / max(sum(row), 1) for count in row] for row in found["confusion"]]
+    axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     if len(names) <= NUMBERED_CLASSES:
         for i, row in enumerate(found["confusion"]):
             for j, count in enumerate(row):
                 if count:
-                    colour = "white" if shares[i][j] > 0.5 else "black"
+                    colour = "white" if fractions[i][j] > 0.5 else "black"
                     axis.text(j, i, count, ha="center", va="center", fontsize=7, color=colour)
     if len(names) <= NAMED_CLASSES:
         axis.set_xticks(range(len(names)), labels=names, rotation=90)
         axis.set_yticks(range(len(names)), labels=names)
     axis.tick_params(labelsize=8 if len(names) <= NUMBERED_CLASSES else 5, length=0)
-    axis.set_xlabel("decided", fontsize=9)
+    axis.set_xlabel("predicted", fontsize=9)
     axis.set_ylabel("true", fontsize=9)
     title = f"Confusion at T = {found['timesteps']}"
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
@@ -433,7 +433,7 @@ def _operations(axis: Any, found: EvaluationResults) -> None:
 def _layer_bars(
     axis: Any, layers: list[str], values: list[Any], styles: list[tuple[str, str]]
 ) -> None:
-    """Bars end to end, a row a layer, the first one at the top."""
+    """Draw stacked bars, one row for each layer, the first one at the top."""
     starts = [0.0] * len(layers)
     rows = range(len(layers))
     for of_kind, (colour, label) in zip(values, styles, strict=True):
@@ -451,9 +451,9 @@ def _layer_bars(
 def _dropped(axis: Any, found: EvaluationResults) -> None:
     for key, colour in (("dropped_timesteps", style.SPEED), ("dropped_events", style.WAIT)):
         if found[key]:
-            shares = [0.0, *(100 * at["share"] for at in found[key])]
+            percent = [0.0, *(100 * at["share"] for at in found[key])]
             top1 = [found["top1"], *(at["top1"] for at in found[key])]
-            axis.plot(shares, top1, "o-", color=colour, label=key.replace("_", " "))
+            axis.plot(percent, top1, "o-", color=colour, label=key.replace("_", " "))
     axis.set_xlabel("dropped (%)")
     style.finish(axis, "Robustness", style.ACCURACY)
 
@@ -472,7 +472,7 @@ img { max-width: 100%; vertical-align: top } .note { color: #555; font-size: .9r
 
 
 def html_page(found: EvaluationResults) -> str:
-    """The page, with its pictures within it, and nothing that is fetched or run."""
+    """Return the page with embedded figures, without external resources or scripts."""
     parts = [f"<h1>{html.escape(heading(found))}</h1>", f"<p><b>{headline(found)}.</b></p>"]
     if "real" in found:
         parts.append(f"<p>{html.escape(real_line(found))}</p>")

@@ -1,4 +1,4 @@
-"""Observers of a run that a command has started: log, plots, published curve, profile."""
+"""Observers of a run started by a command: log, plots, published curve, profile."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def observers(watched: Watched) -> Sequence[Callable[[Watched], Observer]]:
-    """Return the observers that a configuration asks for, each still to be made."""
+    """Return the constructors of the observers that the configuration enables."""
     config = watched.run.config
     found: list[Callable[[Watched], Observer]] = [Summary, RunPlots]
     if config.reference is not None:
@@ -31,7 +31,7 @@ def observers(watched: Watched) -> Sequence[Callable[[Watched], Observer]]:
 
 
 class Summary(Observer):
-    """Log what begins, and at the end what came out and where to look."""
+    """Log the start of the run, and at its end the result and the next commands."""
 
     def __init__(self, watched: Watched) -> None:
         self.config, self.tracker = watched.run.config, watched.tracker
@@ -46,12 +46,12 @@ class Summary(Observer):
         lines = [f"{folder} is finished"]
         if result:
             lines[0] += (
-                f": top-1 {result['top1']:.2f} %; at best {result['best_top1']:.2f} %, "
+                f": top-1 {result['top1']:.2f} %; best {result['best_top1']:.2f} %, "
                 f"at step {result['best_step']:.0f}"
             )
         if "ema_top1" in result:
             lines[0] += (
-                f". The moving average: {result['ema_top1']:.2f} %; at best "
+                f". Moving average: {result['ema_top1']:.2f} %; best "
                 f"{result['ema_best_top1']:.2f} %, at step {result['ema_best_step']:.0f}"
             )
         lines.append(f"  evaluate  {typed('eval', '--checkpoint', folder)}")
@@ -68,7 +68,7 @@ def _log_start(watched: Watched) -> None:
     if device.type == "cpu":
         processes += f" of {counted(torch.get_num_threads(), 'thread')}"
     logger.info(
-        "training %s, %s, in %s on %s, %s: %s of %s an epoch, %s in all; %s",
+        "training %s, %s, in %s on %s, %s: %s of %s an epoch, %s in total; %s",
         config.model.name,
         counted(sum(parameter.numel() for parameter in parameters), "parameter"),
         config.precision,
@@ -81,7 +81,7 @@ def _log_start(watched: Watched) -> None:
     )
     if changed := config.model.changed_by_kind:
         logger.info(
-            "model.neuron.kind=%s also sets, in place of the values of %s's own neuron: %s",
+            "model.neuron.kind=%s also changes these values of %s's own neuron: %s",
             kind_of(config.model.neuron),
             config.model.name,
             ", ".join(f"{key}={new} ({old})" for key, (old, new) in changed.items()),
@@ -93,13 +93,13 @@ def _log_start(watched: Watched) -> None:
             logger.info("phase %d: learning rate %s", number, rate)
     if config.cuda_graphs:
         logger.warning(
-            "cuda_graphs=true has not been verified on a GPU yet; `%s` checks it on this machine",
+            "cuda_graphs=true is not yet verified on a GPU; check it on this machine with `%s`",
             typed("check_gpu", "--only", "graphs"),
         )
 
 
 class PublishedCurve(Observer):
-    """Add a published training's top-1 to evaluations; warn where the run is far behind it."""
+    """Add a published training's top-1 to evaluations, and warn if the run is far behind it."""
 
     def __init__(self, watched: Watched) -> None:
         run, config = watched.run, watched.run.config
@@ -110,7 +110,7 @@ class PublishedCurve(Observer):
         classes, has_average = len(run.train.classes), config.ema.decay is not None
         self.obstacle = self.reference.obstacle(classes, has_average)
         if self.obstacle is not None:
-            logger.info("reference: %s; the run is not compared with it", self.obstacle)
+            logger.info("reference: %s, so the run is not compared with it", self.obstacle)
 
     @override
     def on_evaluation(self, step: int, evaluated: Evaluated) -> Mapping[str, float]:

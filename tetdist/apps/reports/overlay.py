@@ -1,4 +1,4 @@
-"""Several runs in one picture, seeds as one curve with its spread."""
+"""Several runs in one figure, seeds as one curve with its standard deviation."""
 
 import itertools
 import textwrap
@@ -32,13 +32,13 @@ def runs(
     out: Path,
     published: tuple[str, list[float], list[float]] | None = None,
 ) -> None:
-    """Draw the curves of several runs over each other, the mean and spread of each group.
+    """Draw the curves of several runs into the same axes, with mean and spread of each group.
 
     Args:
-        groups: By name, the lines of metrics of each run that differs only by its seed.
-        title: Above the picture.
-        out: The PNG; its folder is made.
-        published: A curve of top-1 beside theirs: its name, epochs and percent.
+        groups: By name, the metrics of the runs that differ only by their seed.
+        title: Title of the figure.
+        out: The PNG; its folder is created.
+        published: A published curve of top-1 to add: its name, epochs and percent.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -75,7 +75,7 @@ def runs(
             list(shown.values()),
             names,
             loc="outside lower center",
-            ncols=max(1, min(len(names), 160 // (longest + 8))),  # 160 letters fit in a row
+            ncols=max(1, min(len(names), 160 // (longest + 8))),  # 160 letters fit into a row
             fontsize=9,
             frameon=False,
         )
@@ -90,7 +90,7 @@ def _group(
     label: str,
     limits: tuple[float, float],
 ) -> None:
-    """Draw the members of a group lightly, and their mean and standard deviation."""
+    """Draw thin curves of a group's members, and their mean and standard deviation."""
     curves = [curve for curve in curves if curve[0]]
     if not curves:
         return

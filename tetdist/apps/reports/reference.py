@@ -1,8 +1,8 @@
-"""A run beside a published training: is it on the way, at epoch three and at every later one?
+"""Comparison of a run with a published training curve, from the third epoch on.
 
-Published curves and how they were trained are in published_curves.yaml. A run of other epochs,
-batches or augmentation runs along another curve; what differs is said, and whether that explains a
-difference is for a person to judge.
+published_curves.yaml holds the published curves and their recipes. A run with other epochs, batches
+or augmentation has another curve; the comparison lists the differences, and the user must judge
+whether they explain a gap.
 """
 
 import itertools
@@ -21,31 +21,31 @@ from tetdist.errors import UserError
 from tetdist.tables import aligned, number
 
 CURVES = Path(__file__).with_name("published_curves.yaml")
-# Of ImageNet, which all published curves are of: images of the training split, and classes.
+# Size of the training split and number of classes of ImageNet, which all published curves use.
 IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
 CHANCE = 100 / IMAGENET_CLASSES  # percent
-HELD_OUT = 0.05  # of these images at most, where a run is said to train on the same
-# Points of top-1 by which trainings differ for their seed alone, or for where in an epoch they are:
-# our choice, wide where curves are steep, since nobody has published several seeds. No more than
-# this share of the reference's top-1 counts: in its first epochs that may be less than the points.
+HELD_OUT = 0.05  # largest fraction of missing images with which a run still trains on ImageNet
+# Tolerance in points of top-1 for differences between seeds and between positions in an epoch. It
+# is our choice, wide where curves are steep, since nobody has published several seeds. It is at
+# most SHARE of the reference's top-1, which matters in the first epochs.
 EARLY, LATER, SHARE = 5.0, 1.5, 0.5
 STEEP_EPOCHS = 10
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A published training on ImageNet.
+    """Published training on ImageNet.
 
     Attributes:
-        name: What --reference calls it.
+        name: Its name for --reference.
         what: Network, loss and T.
-        source: Where the curve was read.
-        caveat: What is wrong with the numbers, if anything.
-        epochs: Of the whole training.
-        top1: Percent after so many epochs.
-        recipe: How it was trained, by the keys of our configuration.
-        begins_with: Whose weights it begins with; None: random ones.
-        of_average: Whether the top-1 is that of a moving average of the weights.
+        source: Source of the curve.
+        caveat: Limitation of the numbers, if any.
+        epochs: Epochs of the whole training.
+        top1: Top-1 in percent, by epoch.
+        recipe: Its recipe, as keys of our configuration.
+        begins_with: Source of its initial weights; None: random weights.
+        of_average: True if the top-1 is that of a moving average of the weights.
     """
 
     name: str
@@ -59,17 +59,17 @@ class Reference:
     of_average: bool = False
 
     def at(self, epochs: float) -> float | None:
-        """Top-1 after so many epochs: between those published linear in the epochs' logarithm; None
-        before the first and after the last of them."""
+        """Return the top-1 after a number of epochs, interpolated in the logarithm of the epochs;
+        None before the first and after the last published one."""
         known = sorted(self.top1)
         if not (1 - HELD_OUT) * known[0] <= epochs <= 1.01 * known[-1]:
             return None
-        # An epoch without what is held out, or an incomplete batch, is less than all images.
+        # An epoch has fewer images if some are held out, or without the incomplete batch.
         top1 = [self.top1[epoch] for epoch in known]
         return float(np.interp(math.log(epochs), np.log(known), top1))
 
     def reached(self, top1: float) -> float | None:
-        """The first epoch at which it had reached so much; None: never, or before its first one."""
+        """Return the epoch at which it reached a top-1; None: never, or before the first one."""
         known = sorted(self.top1)
         if self.top1[known[0]] == top1:
             return known[0]
@@ -80,47 +80,46 @@ class Reference:
         return None
 
     def obstacle(self, classes: int, has_average: bool) -> str | None:
-        """Why a run on data of so many classes cannot be compared with it; None: it can be.
+        """Return why a run cannot be compared with it; None if it can.
 
         Args:
-            classes: Of the run's data.
-            has_average: Whether the run keeps a moving average of its weights.
+            classes: Number of classes of the run's data.
+            has_average: True if the run keeps a moving average of its weights.
         """
         if classes != IMAGENET_CLASSES:
-            theirs = f"{self.name} is of ImageNet's {IMAGENET_CLASSES:,} classes"
+            theirs = f"{self.name} has ImageNet's {IMAGENET_CLASSES:,} classes"
             return f"{theirs} and these data have {classes:,}"
         if self.of_average and not has_average:
-            return f"{self.name} is a moving average of weights and this run keeps none (ema.decay)"
+            return f"{self.name} is of a moving average and this run keeps none (set ema.decay)"
         return None
 
     def beside(self, images: int) -> dict[str, float]:
-        """Return the entry of a line of metrics: the published top-1 after as many images, if
-        known."""
+        """Return the metrics' entry: the published top-1 after as many images, if known."""
         top1 = self.at(images / IMAGES)
         return {} if top1 is None else {"reference_top1": top1}
 
     def warning(self, top1: float, images: int) -> str | None:
-        """A sentence, if a run on as many of ImageNet's images is far behind."""
+        """Return a warning if a run is far behind after as many of ImageNet's images."""
         epochs = images / IMAGES
         there = self.at(epochs)
         if there is None or is_chance(there) or there - top1 <= tolerated(epochs, there):
             return None
         return (
             f"{there - top1:.1f} points behind {self.name}, which had {there:.2f} % after as many "
-            "images; tools/compare_runs.py --reference says what differs"
+            "images; tools/compare_runs.py --reference lists the differences"
         )
 
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluation of the run beside the reference; None where that has no value.
+    """Evaluation of the run with the reference's values; None where the reference has none.
 
     Attributes:
-        epoch: Epochs done of the run's data.
-        top1: The run's, percent.
-        at_epoch: The reference's after as many epochs.
-        at_images: The reference's after as many images.
-        images: Seen by the run, each as often as it was seen.
+        epoch: Epochs of the run's data.
+        top1: The run's top-1, percent.
+        at_epoch: The reference's top-1 after as many epochs.
+        at_images: The reference's top-1 after as many images.
+        images: Number of images that the run has seen, with repetitions.
     """
 
     epoch: float
@@ -132,7 +131,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict on a run; ``on_the_way`` is None where none is possible."""
+    """Verdict on a run; ``on_the_way`` is None if no comparison is possible."""
 
     run: str
     reference: str
@@ -143,7 +142,7 @@ class Verdict:
 
 
 def references() -> dict[str, Reference]:
-    """All published curves, by name."""
+    """Return all published curves, by name."""
     found = {}
     for name, about in read_yaml(CURVES).items():
         top1 = {float(epoch): value for epoch, value in about.pop("top1").items()}
@@ -152,15 +151,15 @@ def references() -> dict[str, Reference]:
 
 
 def find_reference(name: str, key: str = "--reference") -> Reference:
-    """The curve that a flag, or a key of the configuration, names.
+    """Return the published curve that a flag or a key of the configuration names.
 
     Raises:
-        UserError: There is none; those that there are.
+        UserError: There is no such curve; the text lists all.
     """
     known = references()
     if name not in known:
         raise UserError(
-            f"{key}: there is no published curve {name!r}; there are {', '.join(known)}"
+            f"{key}: there is no published curve {name!r}; choose from {', '.join(known)}"
         )
     return known[name]
 
@@ -169,11 +168,12 @@ def verdict(record: RunRecord, reference: Reference) -> Verdict:
     """Compare a run's evaluations with a published curve at equal epochs and at equal images.
 
     Raises:
-        UserError: The run has no configuration, which says how many images a step has.
+        UserError: The run has no configuration, which has the batch size.
     """
     if record.configuration is None:
         raise UserError(
-            f"{record.name}: --reference needs the run's folder, whose config.yaml says the batch"
+            f"{record.name}: --reference needs the run's folder, because its config.yaml has the "
+            "batch size"
         )
     batch = record.configuration["batch.global"]
     lines = record.of_kind("val_ema" if reference.of_average else "val")
@@ -192,18 +192,18 @@ def verdict(record: RunRecord, reference: Reference) -> Verdict:
     ends = [of_kind[-1] for of_kind in (record.of_kind("train"), lines) if of_kind]
     diverged = [line for line in ends if not math.isfinite(line.get("loss", 0.0))]
     if diverged:
-        said = f"its loss after {diverged[0]['epoch']:g} epochs is {diverged[0]['loss']}"
-        judged: tuple[bool | None, str] = (False, f"{record.name} has diverged: {said}.")
+        reason = f"its loss after {diverged[0]['epoch']:g} epochs is {diverged[0]['loss']}"
+        judged: tuple[bool | None, str] = (False, f"{record.name} has diverged: {reason}.")
     else:
         judged = _judge(record.name, points, reference)
     on_the_way, sentence = judged
     if differences:
-        told = [
+        listed = [
             f"{key} {'unset' if ours is None else ours} "
             f"(theirs {'unset' if theirs is None else theirs})"
             for key, (ours, theirs) in differences.items()
         ]
-        sentence += f" Its configuration differs in {', '.join(told)}."
+        sentence += f" Its configuration differs in {', '.join(listed)}."
     return Verdict(record.name, reference.name, on_the_way, sentence, points, differences)
 
 
@@ -212,16 +212,16 @@ def _judge(name: str, points: Sequence[Point], reference: Reference) -> tuple[bo
     per_epoch = points[-1].images / points[-1].epoch if points else IMAGES
     last = compared[-1] if compared else None
     if not is_imagenet(per_epoch):
-        said = (
+        text = (
             f"{name} cannot be compared with {reference.name}: its epochs have {per_epoch:,.0f} "
             f"images, those of ImageNet {IMAGES:,}."
         )
         if last is not None:
-            said += (
-                f" After as many images as {last.images / IMAGES:.1f} of these, where "
-                f"{reference.name} had about {last.at_images:.2f} %, it has {last.top1:.2f} %."
+            text += (
+                f" After as many images as {last.images / IMAGES:.1f} epochs of ImageNet, it has "
+                f"{last.top1:.2f} %, where {reference.name} had about {last.at_images:.2f} %."
             )
-        return None, said
+        return None, text
     if last is None:
         what = "evaluation of an average (ema.decay)" if reference.of_average else "evaluation"
         return None, (
@@ -234,13 +234,13 @@ def _judge(name: str, points: Sequence[Point], reference: Reference) -> tuple[bo
     epochs = last.images / IMAGES  # of the reference
     if is_chance(last.at_images):
         return None, (
-            f"{name} has {has}, where {reference.name} itself still guessed ({last.at_images:.2f} "
-            "%): too early to say whether it is on the way."
+            f"{name} has {has}, where {reference.name} was still at chance ({last.at_images:.2f} "
+            "%), so it is too early for a verdict."
         )
     behind = last.at_images - last.top1
     if behind <= tolerated(epochs, last.at_images):
         ahead = f", {-behind:.1f} points ahead" if behind < -LATER else ""
-        return True, f"{name} is on the way{ahead}: {has}, where {had}."
+        return True, f"{name} is on track{ahead}: {has}, where {had}."
     since = reference.reached(last.top1)
     if since is not None and since < epochs:
         had += f", and {last.top1:.2f} % after {since:.1f} epochs"
@@ -248,7 +248,7 @@ def _judge(name: str, points: Sequence[Point], reference: Reference) -> tuple[bo
 
 
 def tolerated(epochs: float, top1: float) -> float:
-    """The points by which a run may be behind a reference of this top-1 after so many epochs."""
+    """Return the points by which a run may be behind a reference with this top-1 and epoch."""
     return min(EARLY if epochs <= STEEP_EPOCHS else LATER, SHARE * top1)
 
 
@@ -258,12 +258,12 @@ def is_chance(top1: float) -> bool:
 
 
 def is_imagenet(images: float) -> bool:
-    """Return whether a training split of so many images can be ImageNet's, or most of it."""
+    """Return whether a training split of this size can be ImageNet's, or most of it."""
     return abs(images / IMAGES - 1) <= HELD_OUT
 
 
 def _of_the_batch(configuration: Mapping[str, Any], phase: int) -> dict[str, Any]:
-    """The configuration with a phase's learning rate for the batch as it is."""
+    """Return the configuration with a phase's learning rate scaled to the batch size."""
     lr = f"phases.{phase}.optimizer.lr"
     per = configuration.get(f"{lr}_per")
     if per is None:
@@ -274,7 +274,7 @@ def _of_the_batch(configuration: Mapping[str, Any], phase: int) -> dict[str, Any
 def _differences(
     configuration: Mapping[str, Any], reference: Reference, phase: int
 ) -> dict[str, tuple[Any, Any]]:
-    """The run's values and the reference's, by key; of all phases, the one that the run is in."""
+    """Return the run's and the reference's values of differing keys, in the run's present phase."""
     kind = "model.neuron.kind"
     recipe = {
         key.replace("phases.0.", f"phases.{phase}."): value
@@ -285,7 +285,7 @@ def _differences(
         for key, theirs in recipe.items()
         if configuration.get(key) != theirs
     }
-    if kind in found:  # what else neurons have says nothing of another kind
+    if kind in found:  # for another kind of neuron, the other keys of neurons do not compare
         found = {key: pair for key, pair in found.items() if "model.neuron." not in key} | {
             kind: found[kind]
         }
@@ -298,7 +298,7 @@ def _differences(
 
 
 def curve(reference: Reference, until: float) -> tuple[list[float], list[float]]:
-    """Epochs and top-1 of the published curve, up to so many epochs."""
+    """Return epochs and top-1 of the published curve, up to a number of epochs."""
     epochs = [epoch for epoch in sorted(reference.top1) if epoch <= until]
     if epochs and epochs[-1] < until and reference.at(until) is not None:
         epochs.append(until)
@@ -306,9 +306,9 @@ def curve(reference: Reference, until: float) -> tuple[list[float], list[float]]
 
 
 def report(verdicts: Sequence[Verdict], published: Reference) -> str:
-    """The text that a person reads of runs beside a published training."""
+    """Return the comparison of runs with a published training as text."""
     of_published = f"{published.what}, {published.epochs} epochs ({published.source})"
-    caveat = f"\n  of its numbers: {published.caveat}" if published.caveat else ""
+    caveat = f"\n  caveat: {published.caveat}" if published.caveat else ""
     texts = [f"{published.name}: {of_published}{caveat}"]
     for found in verdicts:
         rows = [["epoch", "top-1 %", f"{found.reference} at equal epochs", "at equal images"]]
@@ -320,7 +320,7 @@ def report(verdicts: Sequence[Verdict], published: Reference) -> str:
 
 
 def plot(records: Sequence[RunRecord], published: Reference | None, out: Path) -> None:
-    """Draw the curves of runs, and a published one beside them.
+    """Draw the curves of runs together with a published one.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -332,6 +332,6 @@ def plot(records: Sequence[RunRecord], published: Reference | None, out: Path) -
     if published.of_average:
         records = [record.of_average() for record in records]
     evaluated = [line["epoch"] for record in records for line in record.of_kind("val")]
-    # No further than the runs are: the rest would press them into the first corner.
+    # Cut the published curve at the runs' last epoch; the rest would squeeze their curves.
     shown = curve(published, max(evaluated, default=1.0))
     runs_table.plot(records, out, (f"{published.name} (published)", *shown))

@@ -1,4 +1,4 @@
-"""The plots that a run makes while it trains, on rank 0."""
+"""Plots that a run makes while it trains, on rank 0."""
 
 import logging
 import math
@@ -28,19 +28,18 @@ from tetdist.training.observers import Observer, Watched
 
 logger = logging.getLogger(__name__)
 
-# Parts of one batch: enough to see, and seconds for a large network on a CPU.
-SHOWN_IMAGES, SHOWN_EVENTS, SHOWN_TIMESTEPS, LOOKED_AT = 32, 6, 10, 16
+# Parts of one batch to use: enough to see, and seconds for a large network on a CPU.
+SHOWN_IMAGES, SHOWN_EVENTS, SHOWN_TIMESTEPS, FOR_MEMBRANES = 32, 6, 10, 16
 
-# Seconds from one drawing to the next, which takes half a second: less than evaluations of a small
-# network are apart. With a long file of metrics it takes more, but never more than a twentieth of
-# the time.
+# Drawing takes half a second, so plots are drawn at most every DRAW_EVERY seconds. With a long file
+# of metrics it takes longer, so the pause is at least PAUSE times that: 5 % of the time.
 DRAW_EVERY, PAUSE = 20.0, 20
 
 
 class RunPlots(Observer):
-    """The files in ``runs/NAME/plots``, and what the log says of layers that died or saturated.
+    """Plots in ``runs/NAME/plots``, and warnings about layers that died or saturated.
 
-    With ``plots`` false nothing is drawn. Each plot is an artifact of the tracker.
+    With ``plots`` false, nothing is drawn. Each plot is an artifact of the tracker.
     """
 
     def __init__(self, watched: Watched) -> None:
@@ -51,11 +50,11 @@ class RunPlots(Observer):
         self._firing = FiringWatch()
         self._next = -math.inf  # when to draw again
         self._has_inputs = (self.folder / "inputs.png").exists()
-        self._images = torch.empty(0)  # of the evaluation that was the last
+        self._images = torch.empty(0)  # from the last evaluation
 
     @override
     def on_batch(self, step: int, batch: Batch) -> None:
-        """Draw a training batch as the network sees it: the first one of the run, once."""
+        """Draw the run's first training batch, as the network sees it, once."""
         if self._has_inputs or not self.config.plots:
             return
         self._has_inputs = True
@@ -79,11 +78,11 @@ class RunPlots(Observer):
     def on_evaluation(self, step: int, evaluated: Evaluated) -> None:
         if evaluated.kind == WEIGHTS:
             # A copy: a view would keep the whole batch in memory.
-            self._images = evaluated.first.images[:LOOKED_AT].clone()
+            self._images = evaluated.first.images[:FOR_MEMBRANES].clone()
 
     @override
     def on_line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Name layers that died or saturated; now and then, and at the end, draw."""
+        """Warn about layers that died or saturated; draw periodically and at the end."""
         if kind != WEIGHTS:
             return
         for sentence in self._firing.changes(values["firing_rate"]):
@@ -111,23 +110,23 @@ class RunPlots(Observer):
         try:
             draw(plot)
         except (UserError, OSError) as error:
-            # The other plots may still be made.
-            logger.warning("no plot %s was made: %s", name, error)
+            # The other plots may still succeed.
+            logger.warning("cannot draw the plot %s: %s", name, error)
             return
         self.tracker.artifact(plot)
 
 
 def image_pictures(images: Tensor, data: DataSection) -> npt.NDArray[np.float64]:
-    """RGB values in [0, 1], (N, H, W, 3), of normalised images (N, 3, H, W)."""
+    """Convert normalised images (N, 3, H, W) to RGB values in [0, 1], (N, H, W, 3)."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).double().numpy()
 
 
 def event_pictures(frames: Tensor) -> npt.NDArray[np.float64]:
-    """RGB values in [0, 1], (N, T, H, W, 3), of numbers of events (N, T, 2, H, W).
+    """Convert numbers of events (N, T, 2, H, W) to RGB values in [0, 1], (N, T, H, W, 3).
 
-    White is none; a pixel is as dark as its share of its sample's 99th percentile of those that
-    are not 0.
+    White means no event; darkness is proportional to the number of events, up to the 99th
+    percentile of the sample's nonzero values.
     """
     shown = np.empty((*frames.shape[:2], *frames.shape[3:], 3))
     for picture, sample in zip(shown, frames.double().numpy(), strict=True):

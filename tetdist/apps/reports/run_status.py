@@ -1,6 +1,6 @@
-"""The status of a run, read from its folder: state, progress, results, checkpoint, disk.
+"""Status of a run, read from its folder: state, progress, results, checkpoint, disk.
 
-No torch is loaded, and nobody but the file system is asked, so that it takes no time.
+This loads no torch and only reads files, so it is fast.
 """
 
 import math
@@ -18,7 +18,7 @@ from tetdist.tracking.metrics_file import from_end
 from tetdist.wording import duration
 
 DAMAGED = "damaged"
-# The numbers that a line of each kind needs to be shown, and those that are shown where they are.
+# Numbers that a line of each kind must have, and optional numbers.
 NEEDED = {
     "train": ("time", "epoch", "loss", "top1", "lr", "samples_per_s", "data_wait"),
     "val": ("time", "epoch", "loss", "top1"),
@@ -27,11 +27,11 @@ OPTIONAL = ("phase", "eta_s", "gpu_memory", "best_top1")
 
 
 class JobEvent(NamedTuple):
-    """The last event of the run's job on a cluster.
+    """Last event of the run's job on a cluster.
 
     Attributes:
         kind: ``submitted``, ``started``, ``stopped``, ``finished``, ``failed`` or ``cancelled``.
-        job: Its id.
+        job: The job's id.
         text: The reason, or the hosts.
     """
 
@@ -42,27 +42,27 @@ class JobEvent(NamedTuple):
 
 @dataclass(frozen=True)
 class RunStatus:
-    """The status of a run; None is not known (yet).
+    """Status of a run; None means not known (yet).
 
     Attributes:
         run: Its name.
         folder: Its folder.
-        state: ``training`` (its process holds the folder), ``finished``, ``stopped`` (all is
-            saved), ``broken off`` (steps after the checkpoint will be computed again), ``begun``
-            (no step is logged), or what its job's history says last: ``queued``, ``started``,
-            ``failed``, ``cancelled``; or ``damaged``, of which nothing else is known.
+        state: ``training`` (a process locks the folder), ``finished``, ``stopped`` (all steps are
+            saved), ``broken off`` (steps after the checkpoint will be repeated), ``begun`` (no step
+            is logged), or the last event of its job: ``queued``, ``started``, ``failed``,
+            ``cancelled``; or ``damaged``, when nothing else is known.
         text: More about the state.
-        step, last_step: Optimiser steps logged, and in all.
+        step, last_step: Last logged optimiser step, and the total number.
         epoch, epochs: The same in epochs.
-        phase, phases: Number of the present phase, from 0, and how many there are.
+        phase, phases: Index of the present phase, from 0, and the number of phases.
         train: The last line of training in metrics.jsonl.
         val: The last evaluation in metrics.jsonl.
         best_top1, best_step: The best evaluation.
-        eta_s: Seconds to the end, as the run's log had it at the last line of training.
+        eta_s: Seconds to the end, by the last line of training.
         line_age_s: Seconds since the last line.
         checkpoint: Name of the newest checkpoint.
-        checkpoint_age_s: Seconds since it was written.
-        bytes: What the folder takes.
+        checkpoint_age_s: Age of that checkpoint in seconds.
+        bytes: Size of the folder.
     """
 
     run: str
@@ -87,8 +87,8 @@ class RunStatus:
 
 
 def find_runs(names: Sequence[str]) -> list[Path]:
-    """The folders that are meant: of a run, by its path or its name in runs/, or of all runs in a
-    folder. Without names those in runs/, where there may be none yet.
+    """Return the folders of runs, each given by its path, its name in runs/, or a folder of runs.
+    Without names, return those in runs/, where there may be none yet.
 
     Raises:
         UserError: There is no run of that name.
@@ -100,8 +100,8 @@ def find_runs(names: Sequence[str]) -> list[Path]:
         runs = _runs_at(Path(name)) or _runs_at(Path("runs", name))
         if not runs:
             raise UserError(
-                f"there is no run {name}, neither as a folder (with a config.yaml, or of runs that "
-                "have one) nor in runs/"
+                f"there is no run {name}; give a run folder (with config.yaml), a folder of runs, "
+                "or a name in runs/"
             )
         found += runs
     return list(dict.fromkeys(found))
@@ -117,8 +117,8 @@ def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
     """Read the status of the run in a folder.
 
     Args:
-        folder: With a config.yaml.
-        job: What happened last to the run's job, if it is one of a cluster.
+        folder: A folder with a config.yaml.
+        job: The last event of the run's job, if it runs on a cluster.
 
     Raises:
         UserError: The configuration or a line of the metrics is damaged.
@@ -151,7 +151,7 @@ def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
         train=train,
         val=val,
         best_top1=best_top1,
-        # Of an evaluation that is not saved yet, no checkpoint is the best.
+        # The best evaluation may not have a checkpoint yet.
         best_step=val["step"] if is_best else _step_of(best) if best else None,
         eta_s=train.get("eta_s") if state == "training" else None,
         line_age_s=now - end["time"] if end else None,
@@ -162,30 +162,32 @@ def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
 
 
 def _configured(file: Path) -> tuple[int, int, float]:
-    """Return the epochs and phases of a configuration, and its max_steps, or infinity."""
+    """Return a configuration's number of epochs, number of phases, and max_steps or infinity."""
     try:
         config = read_yaml(file)
         epochs = [int(phase["epochs"]) for phase in config["phases"]]
         return sum(epochs), len(epochs), int(config.get("max_steps") or 0) or math.inf
     except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:
-        raise UserError(f"{file} is not the configuration of a run, or damaged") from error
+        raise UserError(
+            f"{file} is damaged, or not the configuration of a run; restore it"
+        ) from error
 
 
 def _last_lines(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return the last line, that of training and that of the evaluation; {} where there is none.
+    """Return the last line, the last of training and the last evaluation; {} for a missing one.
 
     Raises:
-        UserError: One of them is damaged, or lacks a value.
+        UserError: A line is damaged, or lacks a value.
     """
     found: dict[str, dict[str, Any]] = {}
     for line in from_end(file) if file.is_file() else ():
         shown = {key: line.get(key) for key in NEEDED.get(line["kind"], ("time",))}
         for key, value in (shown | {key: line[key] for key in OPTIONAL if key in line}).items():
-            # A loss that is not finite is what a run measured.
+            # A non-finite loss is a valid measurement.
             if not isinstance(value, int | float) or not (key == "loss" or math.isfinite(value)):
                 raise UserError(
-                    f"{file}: the line {line['kind']} of step {line['step']} is damaged, with "
-                    f"{key}={value}; restore the file, or remove the line"
+                    f"{file}: the line {line['kind']} of step {line['step']} is damaged "
+                    f"({key}={value}); restore the file, or remove the line"
                 )
         found.setdefault("end", line)
         found.setdefault(line["kind"], line)
@@ -195,37 +197,37 @@ def _last_lines(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, A
 
 
 def damaged(folder: Path, reason: str) -> RunStatus:
-    """The status of a run whose own cannot be read."""
+    """Return the status of a run whose files cannot be read."""
     return RunStatus(folder.resolve().name, str(folder), DAMAGED, reason, bytes=_bytes_of(folder))
 
 
 def _state(folder: Path, end: dict[str, Any], saved: int, job: JobEvent | None) -> tuple[str, str]:
-    """The state of a run whose metrics end with a line, and more about it."""
+    """Return the state of a run, given the last line of its metrics, and details."""
     if is_held(folder / ".lock"):
-        # It is opened anew by each process that trains.
+        # Each training process reopens the file for writing.
         since = time.time() - (folder / ".lock").stat().st_mtime
         return "training", f"for {duration(since)}"
     if end.get("kind") == "final":
         return "finished", ""
     if job is not None and job.kind in ("submitted", "started", "failed", "cancelled"):
-        # Of a lock that a process on another host holds, a file system may know nothing.
-        asked = f"`{typed('slurm', 'status', folder)}` asks Slurm"
-        more = {"submitted": asked, "started": asked}.get(job.kind, job.text)
+        # The file system may not show locks of processes on other hosts.
+        hint = f"`{typed('slurm', 'status', folder)}` asks Slurm"
+        more = {"submitted": hint, "started": hint}.get(job.kind, job.text)
         name = {"submitted": "queued"}.get(job.kind, job.kind)
         return name, f"job {job.job}: {more}" if more else f"job {job.job}"
     if not end and not saved:
         return "begun", "no step is logged"
     ahead = end.get("step", 0) - saved
     if ahead > 0:
-        return "broken off", f"{ahead:,} logged steps after the last checkpoint are to be repeated"
-    return "stopped", "all is saved; the same command continues"
+        return "broken off", f"{ahead:,} logged steps after the last checkpoint will be repeated"
+    return "stopped", "saved; the same command continues"
 
 
 def _checkpoint(folder: Path, which: str) -> Path | None:
-    """Return the checkpoint that ``last`` or ``best`` names, if it is there.
+    """Return the checkpoint that the pointer ``last`` or ``best`` names, if it exists.
 
     Raises:
-        UserError: It names none.
+        UserError: The pointer is damaged.
     """
     pointer = folder / "checkpoints" / which
     if not pointer.is_file():
@@ -235,7 +237,7 @@ def _checkpoint(folder: Path, which: str) -> Path | None:
 
 
 def _step_of(checkpoint: Path | None) -> int:
-    """A checkpoint's step, by its name; 0 without one."""
+    """Return a checkpoint's step, by its name; 0 without a checkpoint."""
     return int(checkpoint.name[len("step-") :].partition(".")[0]) if checkpoint else 0
 
 
@@ -244,16 +246,16 @@ def _bytes_of(folder: Path) -> int:
     for file in folder.rglob("*"):
         try:
             total += file.lstat().st_size
-        except OSError:  # an old checkpoint that was deleted meanwhile
+        except OSError:  # an old checkpoint, deleted meanwhile
             continue
     return total
 
 
-# --- for a person ---------------------------------------------------------------------------------
+# --- as text --------------------------------------------------------------------------------------
 
 
 def as_text(status: RunStatus) -> str:
-    """One run, some lines long."""
+    """Return one run as some lines of text."""
     train, val = status.train, status.val
     lines = [f"{status.folder}: {status.state}" + (f" ({status.text})" if status.text else "")]
     if status.step is not None:
@@ -274,7 +276,7 @@ def as_text(status: RunStatus) -> str:
     if val:
         lines.append(
             f"  evaluation  top-1 {val['top1']:.2f} %  loss {val['loss']:.3f}, epoch "
-            f"{val['epoch']:g}; at best {number(status.best_top1, '.2f')} %, step "
+            f"{val['epoch']:g}; best {number(status.best_top1, '.2f')} %, step "
             f"{number(status.best_step, ',')}"
         )
     if status.checkpoint is not None and status.checkpoint_age_s is not None:
@@ -297,7 +299,7 @@ def _progress(status: RunStatus) -> list[str]:
 
 
 def as_table(statuses: Sequence[RunStatus]) -> str:
-    """Several runs, a line each."""
+    """Return several runs as a table, one row each."""
     rows = [["run", "state", "epoch", "step", "loss", "per s", "ETA", "top-1 %", "best", "saved"]]
     for status in statuses:
         age, eta = status.checkpoint_age_s, status.eta_s

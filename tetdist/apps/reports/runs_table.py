@@ -1,4 +1,4 @@
-"""Several runs side by side: what they reached, and the mean and spread where only seeds differ."""
+"""Table of several runs: their results, and mean and standard deviation over seeds."""
 
 import itertools
 import re
@@ -18,24 +18,24 @@ from tetdist.config.identity import OPERATIONAL_KEYS, PATH_KEYS, absolute_path
 from tetdist.tables import number
 from tetdist.tracking.metrics_file import each_line
 
-# The keys that may differ within a group; OPERATIONAL_KEYS have no effect on the result.
+# Keys that may differ within a group; OPERATIONAL_KEYS have no effect on the result.
 OF_THE_SEED = ("seed", "name", *OPERATIONAL_KEYS)
 
-# The values of a line that tables and plots show.
+# Values of a line that tables and plots show.
 KEPT = ("kind", "step", "epoch", "phase", "loss", "top1", "per_timestep_top1")
-# The length of a value in a table or a legend; --json has all of it.
+# Maximum length of a value in a table or a legend; --json has all of it.
 SHOWN_CHARACTERS = 24
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as tables and plots take it.
+    """Run, as input of tables and plots.
 
     Attributes:
-        name: Its folder's, with the path where several folders have the same.
-        lines: Of its metrics, with the values that are `KEPT`.
+        name: Name of its folder, with the path if several folders have the same name.
+        lines: Its metrics, with the values in `KEPT`.
         speeds: Samples per second of each line of training.
-        configuration: With dotted keys, if it has one.
+        configuration: Its configuration with dotted keys, if it has one.
     """
 
     name: str
@@ -47,7 +47,7 @@ class RunRecord:
         return [line for line in self.lines if line["kind"] == kind]
 
     def of_average(self) -> "RunRecord":
-        """The run with the evaluations of its weights' moving average in place of their own."""
+        """Return the run with the evaluations of its moving average instead of its weights'."""
         lines = [
             line | {"kind": "val"} if line["kind"] == "val_ema" else line
             for line in self.lines
@@ -56,7 +56,7 @@ class RunRecord:
         return replace(self, name=f"{self.name} (EMA)", lines=lines)
 
     def result(self) -> dict[str, Any]:
-        """The numbers that the run reached; None where they have not been measured."""
+        """Return the run's results; None for values that were not measured."""
         train, val = self.of_kind("train"), self.of_kind("val")
         last_train, last_val = (lines[-1] if lines else {} for lines in (train, val))
         best = max(val, key=lambda line: line["top1"], default={})
@@ -84,10 +84,10 @@ def read_records(paths: Sequence[Path], *, curves: bool) -> list[RunRecord]:
 
     Args:
         paths: Run folders or files of metrics.
-        curves: Keep all lines of training, not only those that an evaluation follows.
+        curves: Keep all lines of training, not only those before an evaluation.
 
     Raises:
-        UserError: There is no such run, or something in it is damaged.
+        UserError: A run does not exist, or a file of it is damaged.
     """
     folders = Counter(path.name for path in paths if path.is_dir())
     records = []
@@ -108,7 +108,7 @@ def read_records(paths: Sequence[Path], *, curves: bool) -> list[RunRecord]:
 
 
 def differing_keys(records: Sequence[RunRecord]) -> list[str]:
-    """The keys of the configuration that have several values, without those a seed may change."""
+    """Return the configuration's keys with several values, except those that vary by seed."""
     configurations = [record.configuration for record in records if record.configuration]
     keys = dict.fromkeys(key for configuration in configurations for key in configuration)
     return [
@@ -116,16 +116,16 @@ def differing_keys(records: Sequence[RunRecord]) -> list[str]:
         for key in keys
         if key not in OF_THE_SEED
         and key.partition(".")[0] != "cluster"
-        # A run lacks a key that has no effect in it; it differs in the key that makes it so.
+        # A run lacks keys without effect; it differs in the key that makes them so.
         and len({repr(of_any_seed(key, c)) for c in configurations if key in c}) > 1
     ]
 
 
 def of_any_seed(key: str, configuration: dict[str, Any]) -> Any:
-    """The value of a key; of a run that it begins with or learns from, that of all its seeds.
+    """Return the value of a key, with the seed removed from the paths of other runs.
 
-    The runs of a study are called NAME-seed0, NAME-seed1, ..., and one of them begins with the
-    weights of its own seed: that is no difference.
+    The runs of a study are named NAME-seed0, NAME-seed1, ..., and each begins with the weights, or
+    the teacher, of its own seed: that does not count as a difference.
     """
     value = configuration.get(key)
     if key not in PATH_KEYS or not value:
@@ -134,10 +134,10 @@ def of_any_seed(key: str, configuration: dict[str, Any]) -> Any:
 
 
 def group(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Runs that differ only by their seed, by a name for them all; in the names' order.
+    """Group runs that differ only by their seed, by a common name; sorted by name.
 
-    The name is that of the runs without its seed or, if they have none in common, what sets them
-    apart from the rest. A run without a configuration is a group of its own.
+    The name is the runs' name without the seed or, if they have different names, the keys that
+    distinguish them from the others. A run without a configuration forms its own group.
     """
     keys = differing_keys(records)
     groups: dict[tuple[str, ...], list[RunRecord]] = {}
@@ -151,16 +151,16 @@ def group(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
         groups.setdefault(what, []).append(record)
     names = {what: _common_name(members) for what, members in groups.items()}
     taken = Counter(names.values())
-    telling = _telling(keys, [members[0] for members in groups.values()])
+    distinct = _distinguishing(keys, [members[0] for members in groups.values()])
     named = {
         (
             name
             if (name := names[what]) and taken[name] == 1
-            else _described(members[0], telling) or "the same but for the seed"
+            else _described(members[0], distinct) or "equal except for the seed"
         ): members
         for what, members in groups.items()
     }
-    # The same runs have the same colours however they were listed.
+    # Sorting gives the same runs the same colours in any order of arguments.
     return dict(sorted(named.items(), key=lambda item: by_number(item[0])))
 
 
@@ -171,8 +171,8 @@ def _common_name(members: Sequence[RunRecord]) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
-def _telling(keys: Sequence[str], records: Sequence[RunRecord]) -> list[str]:
-    """The first keys that suffice to tell all records apart by their values."""
+def _distinguishing(keys: Sequence[str], records: Sequence[RunRecord]) -> list[str]:
+    """Return the first keys whose values suffice to distinguish all records."""
     found: list[str] = []
     kinds = 1
     for key in keys:
@@ -195,18 +195,18 @@ def _described(record: RunRecord, keys: Sequence[str]) -> str:
 
 
 def by_number(name: str) -> list[tuple[str, int]]:
-    """A key to sort by that puts t10 behind t2."""
+    """Return a sort key that puts t10 after t2."""
     return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
 def shortened(value: Any) -> str:
-    """A value for a table; only the end of a long one, such as a path."""
+    """Shorten a value for a table; a long one, such as a path, keeps its end."""
     text = str(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"...{text[3 - SHOWN_CHARACTERS :]}"
 
 
 def group_result(name: str, members: Sequence[RunRecord]) -> dict[str, Any]:
-    """Mean and standard deviation over the members that have been evaluated; None without any."""
+    """Return mean and standard deviation over the evaluated members; None without any."""
     found: dict[str, Any] = {"group": name, "runs": [record.name for record in members]}
     for key in ("top1", "best_top1", "val_loss"):
         values = [value for r in members if (value := r.result()[key]) is not None]
@@ -216,7 +216,7 @@ def group_result(name: str, members: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def as_dict(records: Sequence[RunRecord]) -> dict[str, Any]:
-    """The runs and their groups, ready for JSON."""
+    """Return the runs and their groups, ready for JSON."""
     keys = differing_keys(records)
     return {
         "runs": [
@@ -229,7 +229,7 @@ def as_dict(records: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def tables(found: dict[str, Any]) -> list[list[list[str]]]:
-    """Return the table of the runs of `as_dict` and, if some differ only by seed, of the groups."""
+    """Return the table of runs of `as_dict` and, if some differ only by seed, of groups."""
     runs = found["runs"]
     averaged = any("ema_top1" in run for run in runs)
     columns = {
@@ -277,7 +277,7 @@ def plot(
     out: Path,
     published: tuple[str, list[float], list[float]] | None = None,
 ) -> None:
-    """Draw the runs' curves over each other, and a published one, see `overlay.runs`.
+    """Draw the runs' curves, and a published one, into the same axes; see `overlay.runs`.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -286,6 +286,6 @@ def plot(
     members = list(itertools.chain(*groups.values()))
     title = "1 run" if len(members) == 1 else f"{len(members)} runs"
     if len(groups) < len(members):
-        title += "; of runs that differ only by their seed: mean and standard deviation"
+        title += "; mean and standard deviation over runs that differ only by their seed"
     lines = {name: [record.lines for record in of_name] for name, of_name in groups.items()}
     overlay.runs(lines, title, out, published)

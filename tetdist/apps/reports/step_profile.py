@@ -1,7 +1,7 @@
-"""A profile of some steps, on request: a trace, and a table of the operations that took longest.
+"""Profile of some steps, on request: a trace, and a table of the slowest operations.
 
-A profile only looks: results are bitwise identical. The kernels of normalisation and neurons, in
-C++ or Triton, are inside of autograd functions of tetdist's, by which torch.profiler knows them.
+Profiling leaves results bitwise identical. torch.profiler shows the C++ or Triton kernels of
+normalisation and neurons under the names of tetdist's autograd functions.
 """
 
 import logging
@@ -22,14 +22,14 @@ from tetdist.wording import counted
 logger = logging.getLogger(__name__)
 
 SHOWN = 20  # operations in the table
-_STEP = "step "  # begins the name of a step in the trace
+_STEP = "step "  # prefix of a step's name in the trace
 
 
 class StepProfile(Observer):
-    """The profile that a configuration asks for, from the first batch of its first step.
+    """Profile of the configured steps, from the first batch of the first step.
 
-    It ends with the epoch at the latest, lest an evaluation be in it, and is written where it ends.
-    A run that stops within the steps leaves no profile; resumed, it profiles the rest.
+    It ends with the epoch at the latest, so that it holds no evaluation, and is then written. A run
+    that stops within these steps writes no profile; resumed, it profiles the remaining steps.
     """
 
     def __init__(self, watched: Watched) -> None:
@@ -74,7 +74,7 @@ class StepProfile(Observer):
             self._range = None
 
     def _start(self) -> None:
-        # Kineto writes two lines to the terminal that say nothing to anybody else.
+        # Suppress two lines of Kineto on the terminal that do not help users.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._device.type == "cuda":
@@ -84,10 +84,10 @@ class StepProfile(Observer):
         self._started = time.perf_counter()
 
     def _finish(self) -> None:
-        """Write the profile, once.
+        """Write the profile once.
 
         Raises:
-            UserError: It cannot be written.
+            UserError: The files cannot be written.
         """
         if self._profiler is None:
             return
@@ -104,7 +104,7 @@ class StepProfile(Observer):
                 profiler.export_chrome_trace(str(aside))
             write_text(table, _report(profiler, self._steps, seconds, self._device))
         logger.info(
-            "profile of %s: %s; the trace beside it opens in ui.perfetto.dev",
+            "profile of %s: %s; open the trace beside it in ui.perfetto.dev",
             _named(self._steps),
             table,
         )
@@ -117,7 +117,7 @@ def _named(steps: list[int]) -> str:
 
 
 def _report(profiler: Any, steps: list[int], seconds: float, device: torch.device) -> str:
-    """Torch's own table, and in which files of tetdist the operations are that it names."""
+    """Return torch's table, and the files of tetdist's operations in it."""
     kind = "device" if device.type == "cuda" else "cpu"
     averages = profiler.key_averages()
     averages[:] = [one for one in averages if not one.key.startswith(_STEP)]
@@ -125,18 +125,17 @@ def _report(profiler: Any, steps: list[int], seconds: float, device: torch.devic
     own = [f"* `{name}`: {file}" for name, file in _own_files().items() if f" {name} " in table]
     parts = [
         f"# Profile of {_named(steps)}",
-        f"{counted(len(steps), 'step')} of {1e3 * seconds / len(steps):.1f} ms on rank 0, with "
-        "what is waited for between them, data and checkpoints; to be profiled makes them slower. "
-        "The table is torch's, of all steps.",
+        f"{counted(len(steps), 'step')} of {1e3 * seconds / len(steps):.1f} ms on rank 0, "
+        "including waiting for data and checkpoints between them; profiling slows them down. "
+        "The table is torch's, over all steps.",
         f"```\n{table.strip()}\n```",
-        "Of tetdist, with their backward passes:\n\n" + "\n".join(own),
+        "Operations of tetdist, including their backward passes:\n\n" + "\n".join(own),
     ]
     return "\n\n".join(parts[: None if own else -1]) + "\n"
 
 
 def _own_files() -> dict[str, str]:
-    """Return the files of tetdist's autograd functions and Triton kernels, by the names of these in
-    a profile."""
+    """Return the files of tetdist's autograd functions and Triton kernels, by profile name."""
     modules = {
         one.__name__: one.__module__
         for one in torch.autograd.Function.__subclasses__()

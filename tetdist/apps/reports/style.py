@@ -1,4 +1,4 @@
-"""Colours and the parts that all pictures share."""
+"""Colours and helpers that all figures share."""
 
 import io
 import itertools
@@ -11,7 +11,7 @@ from typing import Any
 from tetdist.errors import UserError, sentence
 from tetdist.storage.files import replacing
 
-# Okabe and Ito's colours, told apart by most eyes; each means the same in every panel.
+# Okabe and Ito's colours, which most people can distinguish; each has one meaning in all panels.
 TRAIN = "#0072B2"
 VALIDATION = "#D55E00"
 AVERAGE = "#CC79A7"
@@ -20,17 +20,17 @@ RATE = "#009E73"
 SPEED = "#7A5195"
 WAIT = "#E69F00"
 QUIET = "#767676"
-# Colours for lines of which there may be many.
+# Colours for any number of lines.
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31")
-ACCURACY = "top-1 (%)"  # the unit of every axis of accuracy
-# An axis shows at least so many points of accuracy: over less, chance looks like a cliff.
+ACCURACY = "top-1 (%)"  # label of every accuracy axis
+# Minimum range of an axis, in points of accuracy: in a smaller one, noise looks like a cliff.
 LEAST_ACCURACY, LEAST_DIFFERENCE = 5.0, 1.0
-_WITH_ROOM = (-0.6, 100.6)  # for the markers of 0 and 100 %, and numbers beside them
+_WITH_ROOM = (-0.6, 100.6)  # space for markers and numbers at 0 and 100 %
 PERCENT, POSITIVE = (0.0, 100.0), (0.0, math.inf)  # limits of a mean and its spread
 
 
 def new_figure(width: float, height: float, *, dpi: int = 110) -> Any:
-    """An empty matplotlib figure of so many inches.
+    """Return an empty matplotlib figure of this size in inches.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -55,16 +55,15 @@ def png(figure: Any) -> bytes:
 
 
 def save(figure: Any, out: Path) -> None:
-    """Write a PNG aside and rename it: whoever looks while it is replaced sees the old one or the
-    new one. Its folder is made."""
+    """Write a PNG atomically: readers see the old or the new one. Its folder is created."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out, sync=False) as stream:
         stream.write(png(figure))
 
 
 def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
-    """Give a panel its title, unit, grid and, where there are lines, legend; an axis of accuracy
-    shows some points at least, however little there is between the values."""
+    """Set a panel's title, unit, grid and, if it has lines, legend; widen an accuracy axis to a
+    minimum range of points."""
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axis.set_ylabel(unit, fontsize=10)
     axis.grid(color="#E4E4E4", linewidth=0.7)
@@ -76,13 +75,13 @@ def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
     if not drawn:
         axis.set_yticks([])
         axis.text(
-            0.5, 0.5, "nothing yet", transform=axis.transAxes, ha="center", va="center", color=QUIET
+            0.5, 0.5, "no data yet", transform=axis.transAxes, ha="center", va="center", color=QUIET
         )
     if drawn and unit == ACCURACY:
         low, high = axis.get_ylim()
         axis.set_ylim(widened(low, high, LEAST_ACCURACY, _WITH_ROOM))
     if drawn and legend:
-        # The legend stands beside the title, where it covers no curve.
+        # Place the legend beside the title, where it covers no curve.
         handles = [line for line in drawn if not line.get_label().startswith("_")]
         axis.legend(
             handles=handles,
@@ -99,9 +98,9 @@ def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
 def widened(
     low: float, high: float, least: float, within: tuple[float, float]
 ) -> tuple[float, float]:
-    """Limits of an axis that are at least so far apart, about the same middle.
+    """Widen an axis' limits to the distance ``least``, with the same centre.
 
-    Where that would pass the limits of the values, ``within``, it goes the other way, by as much.
+    If that would exceed the range of possible values, ``within``, shift the limits by the excess.
     """
     lack = max(least - (high - low), 0) / 2
     below, above = low - lack, high + lack
@@ -110,7 +109,7 @@ def widened(
 
 
 def markers(axis: Any, epochs: list[float], values: list[float], colour: str, label: str) -> None:
-    """Draw a line whose points show while they are few."""
+    """Draw a line, with markers if it has few points."""
     axis.plot(
         epochs, values, marker_style(values), color=colour, linewidth=1.8, markersize=4, label=label
     )
@@ -123,7 +122,7 @@ def marker_style(values: Sequence[float]) -> str:
 def raw_and_smooth(
     axis: Any, train: list[dict[str, Any]], key: str, colour: str, label: str
 ) -> None:
-    """Draw the values lightly and their running mean over them, each phase by itself."""
+    """Draw the values as a thin line, and their running mean in each phase above it."""
     steady = steady_part(train)
     half = len(steady) // 60
     if half == 0:
@@ -138,9 +137,9 @@ def raw_and_smooth(
 
 
 def steady_part(train: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of training without those over less than half as many steps as usual.
+    """Return the lines of training, without those over less than half the usual number of steps.
 
-    The line at the end of an epoch may be the mean of a batch or two: a peak that means nothing.
+    The line at the end of an epoch may average one or two steps only and be a meaningless peak.
     """
     steps = [0, *(line["step"] for line in train)]
     counts = [float(after - before) for before, after in itertools.pairwise(steps)]
@@ -159,7 +158,7 @@ def _running_mean(values: list[float], half: int) -> list[float]:
 
 
 def series(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """The epochs and values of the lines that have a finite value."""
+    """Return epochs and values of the lines with a finite value."""
     pairs = [
         (line["epoch"], line[key])
         for line in lines

@@ -1,1 +1,1 @@
-"""The work of a training step, and the time that a kind of GPU takes for it: computed."""
+"""Computed work of a training step, and the time that a kind of GPU needs for it."""

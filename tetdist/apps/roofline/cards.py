@@ -1,4 +1,4 @@
-"""Kinds of GPUs: the speed of their memory and of their arithmetic, as NVIDIA's data sheets say."""
+"""Kinds of GPUs: speed of their memory and arithmetic, from NVIDIA's data sheets."""
 
 import re
 from dataclasses import dataclass
@@ -6,19 +6,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Card:
-    """A kind of GPU.
+    """Kind of GPU.
 
     Attributes:
-        name: By which a configuration names it.
+        name: Its name in a configuration.
         memory_gb: Size of its memory, in 1e9 bytes.
-        bandwidth: 1e9 bytes a second from and to that.
-        fp32: 1e12 operations a second in float32, without matrix units; a product and a sum are
-            two.
-        tf32, bf16, fp16: The same of its matrix units, of full matrices (data sheets often give
-            twice that, for matrices half of which are zeros), added up in float32. None: it has
-            none for that type.
-        words: All of them are in the names by which drivers and clusters call it; none: its name.
-        reached: Factor on the shares of arithmetic that convolutions reach (estimate.py).
+        bandwidth: Memory bandwidth, in 1e9 bytes a second.
+        fp32: 1e12 operations a second in float32, without matrix units; a product and a sum count
+            as two.
+        tf32, bf16, fp16: The same for its matrix units with dense matrices (data sheets often give
+            twice that, for sparse ones), accumulated in float32. None: it has none for that type.
+        words: Words that all occur in its names by drivers and clusters; empty: its name.
+        reached: Factor on the fraction of arithmetic that convolutions reach (estimate.py).
     """
 
     name: str
@@ -32,17 +31,17 @@ class Card:
     reached: float = 1.0
 
     def arithmetic(self, precision: str) -> float | None:
-        """1e12 operations a second of convolutions in a configuration's ``precision``; None: not
-        known, or there are no units for them."""
+        """Return 1e12 operations a second of convolutions in a configuration's ``precision``; None:
+        unknown, or there are no units for it."""
         known = {"fp32": self.fp32, "tf32": self.tf32, "bf16": self.bf16, "fp16": self.fp16}
         return known.get(precision)
 
 
-# Of each the variant for servers (SXM) where there are several. From NVIDIA's data sheets of the
-# V100 (2020), A100 (2021), A40, L40S, H100 (2023), H200 (2024) and HGX B200 (2025), and from the
-# white papers on GA102 and Ada for the two RTX. What Hopper reaches fits MLPerf's rates relative to
-# an A100 (tests/roofline/test_estimate.py), as L40S does without a factor. B200 is taken to be as
-# Hopper; A40 and the RTX are compared with no measurement.
+# Variants for servers (SXM) if there are several. From NVIDIA's data sheets of the V100 (2020),
+# A100 (2021), A40, L40S, H100 (2023), H200 (2024) and HGX B200 (2025), and the white papers on
+# GA102 and Ada for the two RTX. Hopper's factor is fitted to MLPerf's rates relative to an A100
+# (tests/roofline/test_estimate.py), which L40S matches without a factor. B200 is assumed to be like
+# Hopper; A40 and the RTX are not compared with any measurement.
 _CARDS = (
     Card("V100", 16, 900, 15.7, None, None, 125),
     Card("V100-32", 32, 900, 15.7, None, None, 125, words=("v100", "32")),
@@ -61,13 +60,13 @@ CARDS = {card.name: card for card in _CARDS}
 
 
 def find(text: str) -> Card | None:
-    """The card that a driver's or a cluster's name means, such as ``NVIDIA H100 80GB HBM3`` or
-    ``gpu:a100_80:4``; of several that it may be, the one of which it says most."""
+    """Return the card that a driver's or a cluster's name means, such as ``NVIDIA H100 80GB HBM3``
+    or ``gpu:a100_80:4``; among several matches, the most specific one."""
     if re.search(r"\bmig\b|\dg[._]\d+gb|laptop", text.lower()):
-        return None  # a part of one, or a slower one of the same name
+        return None  # a part of a GPU, or a slower GPU of the same name
 
     def means(word: str) -> bool:
-        # Neither a GB200 nor a V1000; but a RTX4090.
+        # Do not match GB200 or V1000, but RTX4090.
         before = r"(?<![0-9])" if word[0].isdigit() else r"(?<![a-z0-9])"
         return re.search(rf"{before}{word}(?![0-9])", text.lower()) is not None
 

@@ -1,11 +1,10 @@
-"""Counts what the forward and backward pass of a micro-batch ask of a GPU.
+"""Count the work of a micro-batch's forward and backward pass on a GPU.
 
-The network itself runs, with its way to recompute, on tensors that have shapes and no numbers
-(torch's meta device), so that nothing is computed and no memory is needed. Each operation of torch
-is noted with the bytes of its arguments and results, and what convolutions and matrix products
-multiply; likewise each kernel of Triton, instead of being started. Noted, too, is how much memory
-is in use at most. All of it is arithmetic about shapes: caches, which would have some bytes read
-faster, and what cuDNN needs to work in are not in it.
+The network itself runs, including its recomputation, on tensors with shapes but without values
+(torch's meta device), so nothing is computed and no memory is needed. For each operation of torch
+it records the bytes of arguments and results, and the products of convolutions and matrix products;
+Triton's kernels are recorded instead of launched. It also records the peak memory. All of this is
+arithmetic on shapes: it ignores caches, which speed up some reads, and cuDNN's workspace.
 """
 
 import copy
@@ -26,22 +25,22 @@ from tetdist.nn.fast import dispatch
 from tetdist.nn.precision import LOW_PRECISION, parameter_type
 
 CONVOLUTIONS, UNPACKING, POOLING = "convolutions", "unpacking", "pooling and sums"
-# By the files of Triton's kernels. Most of torch's operations count as POOLING: sums of the
+# Kinds by the files of Triton's kernels. Most of torch's operations count as POOLING: sums of the
 # gradients of two branches, pooling, the head.
 KINDS = {"neuron": "norm and neuron", "packing": UNPACKING, "pool": POOLING}
-# They write nothing, though their schema does not call their results views.
+# Operations that write nothing, although their schema does not declare views.
 FREE = ("_unsafe_view", "detach", "empty", "new_empty", "lift_fresh", "promote_types")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """The work of one operation.
+    """Work of one operation.
 
     Attributes:
-        kind: The part of the table that it belongs to.
-        name: Of the operation.
-        bytes: That it reads and writes.
-        operations: Products and sums of convolutions and matrix products, two a pair.
+        kind: Its group in the table.
+        name: Name of the operation.
+        bytes: Number of bytes that it reads and writes.
+        operations: Number of products and sums of convolutions and matrix products.
     """
 
     kind: str
@@ -52,13 +51,13 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a micro-batch, forward and backward.
+    """Work of a micro-batch, forward and backward.
 
     Attributes:
-        batch: Samples.
-        precision: The configuration's.
-        kernels: In their order.
-        peak_bytes: The most memory that activations, their gradients and those of the weights fill.
+        batch: Number of samples.
+        precision: Precision of the configuration.
+        kernels: The operations in order.
+        peak_bytes: Peak memory of activations, their gradients and the weights' gradients.
     """
 
     batch: int
@@ -71,17 +70,17 @@ def count(model: nn.Module, shape: tuple[int, ...], precision: str) -> Work:
     """Count the work of a micro-batch, in training.
 
     Args:
-        model: Any; it stays what it is. A network of tetdist recomputes if it was told to.
-        shape: Of the input: (B, 3, H, W), or (B, T, 2, H, W) for events.
-        precision: The configuration's.
+        model: The network, which is not changed; its setting for recomputation applies.
+        shape: Shape of the input: (B, 3, H, W), or (B, T, 2, H, W) for events.
+        precision: Precision of the configuration.
 
     Raises:
-        UserError: The network asks a tensor for its numbers, or Triton is not installed.
+        UserError: The network reads a tensor's values, or Triton is not installed.
     """
     if importlib.util.find_spec("triton") is None:
         raise UserError(
-            "counting a network's kernels needs Triton, which comes with torch for CUDA (here: pip "
-            "install 'triton==3.9.0')"
+            "counting a network's kernels needs Triton, which comes with torch for CUDA; pip "
+            "install 'triton==3.9.0'"
         )
     dtype = LOW_PRECISION[precision] or parameter_type(precision)
     shadow = copy.deepcopy(model).to("meta", dtype).train()
@@ -92,16 +91,16 @@ def count(model: nn.Module, shape: tuple[int, ...], precision: str) -> Work:
     try:
         with dispatch.on_meta(counter.launch), counter:
             shadow(images).float().sum().backward()
-    except (NotImplementedError, RuntimeError) as error:  # of torch, whose meta tensors lack it
+    except (NotImplementedError, RuntimeError) as error:  # meta tensors do not support it
         raise UserError(
-            f"what {type(model).__name__} asks of a GPU cannot be computed, since it needs more of "
-            f"a tensor than its shape ({str(error).splitlines()[0]})"
+            f"the work of {type(model).__name__} cannot be counted, because it reads values of "
+            f"tensors, not only shapes ({str(error).splitlines()[0]})"
         ) from error
     return Work(shape[0], precision, tuple(counter.kernels), counter.peak_bytes)
 
 
 class _Counter(TorchDispatchMode):
-    """Notes every operation of torch, and what it keeps in memory.
+    """Recorder of every operation of torch, and of the memory in use.
 
     Args:
         there: Tensors whose memory does not count.
@@ -120,7 +119,7 @@ class _Counter(TorchDispatchMode):
         schema = function._schema
         name = schema.name.removeprefix("aten::")
         if name in ("convolution", "convolution_backward"):
-            # As cuDNN lays them out where activations and weights are so.
+            # cuDNN's layout, if activations and weights have it.
             result = tree_map_only(Tensor, _channels_last, result)
         tensors = _tensors_in(result)
         for tensor in tensors:
@@ -130,7 +129,7 @@ class _Counter(TorchDispatchMode):
         return result
 
     def launch(self, kernel: Any, _grid: Any, arguments: Sequence[Any], _known: Any) -> None:
-        """Note a kernel of Triton, which reads or writes each of its tensors once."""
+        """Record a kernel of Triton, which reads or writes each of its tensors once."""
         file, name = kernel.fn.__module__.rpartition(".")[2], kernel.fn.__name__
         moved = _bytes_of(_tensors_in(arguments))
         self.kernels.append(Kernel(KINDS[file], f"{file}.{name}", moved))
@@ -186,5 +185,5 @@ def _tensors_in(tree: Any) -> list[Tensor]:
 
 
 def _bytes_of(tensors: Sequence[Tensor]) -> int:
-    """Bytes of tensors; of one that is expanded only those that are there."""
+    """Return the bytes of tensors; for an expanded one, those that are stored."""
     return sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)

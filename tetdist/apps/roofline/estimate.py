@@ -1,12 +1,12 @@
-"""The time that a kind of GPU takes for counted work (count.py). Computed, not measured.
+"""Time that a kind of GPU needs for counted work (count.py). Computed, not measured.
 
-A kernel takes as long as its bytes at the memory's bandwidth, or as its operations at the speed of
-arithmetic, whichever is longer; kernels run one after another. Neither is ever reached in full, so
-that each is taken at a share. The shares are such that the same arithmetic gives, within a tenth,
-the rates that NVIDIA has measured of a ReLU ResNet-50 on an A100 and a V100 (DeepLearningExamples,
-PyTorch, 2021), and MLPerf's of others relative to an A100: tests/roofline/test_estimate.py compares
-them. All kernels are started by one thread, which takes its time, too; how long is an estimate.
-What is left out (the loss, the update, the processes' own work, loading) makes a step longer.
+A kernel takes the time of its bytes at the memory's bandwidth, or of its operations at the speed of
+arithmetic, whichever is longer; kernels run one after another. Neither speed is ever fully reached,
+so each is multiplied by a fraction. The fractions are fitted: the estimate is within a tenth of
+NVIDIA's measured rates of a ReLU ResNet-50 on an A100 and a V100 (DeepLearningExamples, PyTorch,
+2021), and of MLPerf's rates of other GPUs relative to an A100; tests/roofline/test_estimate.py
+compares them. One host thread launches all kernels; its time is an estimate. The loss, the update,
+the processes' own work and loading are left out and make a step longer.
 """
 
 from collections import defaultdict
@@ -16,25 +16,25 @@ from tetdist.apps.roofline.cards import Card
 from tetdist.apps.roofline.count import Work
 from tetdist.errors import UserError
 
-# Of the memory's bandwidth, and of the arithmetic of each type.
+# Fractions of the memory's bandwidth, and of the arithmetic of each type, that are reached.
 BANDWIDTH_SHARE = 0.8
 ARITHMETIC_SHARES = {"fp32": 0.7, "tf32": 0.25, "bf16": 0.4, "fp16": 0.4}
-# What Python, torch and Triton take to start a kernel.
+# Time of Python, torch and Triton to launch a kernel.
 LAUNCH_SECONDS = 12e-6
-# Beside the graph itself two copies of its input, and the sums for the metrics.
+# Launches of the graph itself, two copies of its input, and the sums for the metrics.
 LAUNCHES_OF_GRAPH = 5
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The time of a micro-batch, forward and backward.
+    """Time of a micro-batch, forward and backward.
 
     Attributes:
-        batch: Samples.
-        by_kind: Seconds of each part.
-        memory: Seconds of the kernels that wait for memory.
-        arithmetic: Seconds of those that wait for arithmetic.
-        launches: Seconds that the host takes to start all kernels, while others run.
+        batch: Number of samples.
+        by_kind: Seconds of each group of kernels.
+        memory: Seconds of memory-bound kernels.
+        arithmetic: Seconds of compute-bound kernels.
+        launches: Seconds that the host needs to launch all kernels, in parallel to the GPU.
     """
 
     batch: int
@@ -53,18 +53,18 @@ class Estimate:
 
 
 def estimate(work: Work, card: Card, *, as_graph: bool = False) -> Estimate:
-    """The time of counted work on a card.
+    """Return the time of counted work on a card.
 
-    With ``as_graph`` the host starts all kernels at once (training/graphs.py).
+    With ``as_graph`` the host launches all kernels at once (training/graphs.py).
 
     Raises:
-        UserError: The card has no arithmetic for that precision.
+        UserError: The card's speed in this precision is unknown.
     """
     peak = card.arithmetic(work.precision)
     if peak is None:
         raise UserError(
-            f"the plan knows no arithmetic of a {card.name} for precision={work.precision}; take "
-            "another precision"
+            f"the plan does not know the speed of a {card.name} in precision={work.precision}; "
+            "choose another precision"
         )
     bandwidth = 1e9 * card.bandwidth * BANDWIDTH_SHARE
     speed = 1e12 * peak * ARITHMETIC_SHARES[work.precision] * card.reached

@@ -1,1 +1,1 @@
-"""A run on a Slurm cluster: submitted once, and continued until it is finished."""
+"""Runs on a Slurm cluster: submitted once, and resumed until they are finished."""

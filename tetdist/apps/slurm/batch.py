@@ -1,4 +1,4 @@
-"""A job for submitit: the text of the batch script, and its submission."""
+"""Batch script of a job, and its submission by submitit."""
 
 import shlex
 import sys
@@ -13,36 +13,36 @@ from tetdist.apps.slurm.job import Job
 from tetdist.distributed.meeting import TOKEN
 from tetdist.errors import UserError
 
-# The way out of a refusal by sbatch, by a word in it.
+# Remedy for a refusal by sbatch, by a word in the refusal.
 WAYS_OUT = {
-    "partition": "`sinfo` lists the partitions, of which --partition P names one",
-    "account": "--account A names one of yours: `sacctmgr show associations user=$USER`",
-    "qos": "--qos Q names one of yours: `sacctmgr show associations user=$USER`",
-    "feature": "--constraint C names features that `sinfo -o '%N %f'` lists",
-    "generic resource": "`sinfo -o '%N %G'` says which GPUs the nodes have for --gpus-per-node G",
-    "node configuration": "`sinfo -o '%D %c %m %G'` says how many nodes there are, with how many "
-    "CPUs, MB and GPUs",
-    "time limit": "`sinfo -o '%P %l'` says which --time the partitions allow",
+    "partition": "give --partition P; `sinfo` lists the partitions",
+    "account": "give --account A; `sacctmgr show associations user=$USER` lists yours",
+    "qos": "give --qos Q; `sacctmgr show associations user=$USER` lists yours",
+    "feature": "give --constraint C; `sinfo -o '%N %f'` lists the nodes' features",
+    "generic resource": "change --gpus-per-node G; `sinfo -o '%N %G'` lists the nodes' GPUs",
+    "node configuration": "ask for less; `sinfo -o '%D %c %m %G'` lists the nodes with their CPUs, "
+    "MB and GPUs",
+    "time limit": "give a shorter --time; `sinfo -o '%P %l'` lists the partitions' limits",
 }
 
 
 def parameters(
     name: str, cluster: ClusterSection, code: Path, after: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Parameters of submitit's SlurmExecutor, in the words of sbatch.
+    """Return the parameters of submitit's SlurmExecutor, in sbatch's terms.
 
     Args:
         name: The job's name.
-        cluster: The facts.
+        cluster: The cluster's settings.
         code: The folder that the job runs in.
-        after: Jobs that have to end well first.
+        after: Jobs that must succeed first.
     """
     values: dict[str, Any] = {
         "job_name": name,
         "nodes": cluster.nodes,
         "ntasks_per_node": cluster.processes_per_node,
-        # All processes of a node see all its GPUs and take theirs by local rank: with
-        # gpus_per_task NCCL could not copy from GPU to GPU on some clusters.
+        # All processes of a node see all its GPUs and choose theirs by local rank: with
+        # gpus_per_task, NCCL cannot copy from GPU to GPU on some clusters.
         "gpus_per_node": cluster.gpus_per_node or None,
         "cpus_per_task": cluster.cpus_per_task,
         "mem": f"{round(cluster.mem_gb * 1024)}MB" if cluster.mem_gb else None,
@@ -52,24 +52,24 @@ def parameters(
         "qos": cluster.qos,
         "constraint": cluster.constraint,
         "signal_delay_s": cluster.warn_before_end,
-        # All that a rank prints goes to one file.
+        # A rank's output and errors go to one file.
         "stderr_to_stdout": True,
         "srun_args": [
-            # One dead process ends the job at once instead of leaving the others to wait for it.
+            # One failed process ends the job at once; otherwise the others would wait for it.
             "--kill-on-bad-exit=1",
-            # Since Slurm 22.05 srun no longer takes this flag over from sbatch; without it each
+            # Since Slurm 22.05 srun does not inherit this flag from sbatch; without it each
             # process would have a single core.
             *([f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []),
         ],
         "setup": [
-            # Made anew at every start, and known to the processes of this user alone.
+            # Generated at every start; only this user's processes know it.
             f"export {TOKEN}=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')",
             *cluster.setup,
-            # The snapshot comes before whatever is installed; `python -m` looks here first.
+            # The snapshot takes precedence over installed code; `python -m` looks here first.
             f"cd {shlex.quote(str(code))}",
             f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-            "# srun starts one process a task. The Python behind -c holds back Slurm's warning",
-            "# signals until the trainer can take them, and becomes the one that trains.",
+            "# srun starts one process a task. The Python after -c blocks Slurm's warning signals",
+            "# until the trainer handles them; then it becomes the trainer.",
         ],
         "additional_parameters": {"requeue": True} | _depending_on(after, cluster.sbatch),
         "wckey": None,
@@ -78,23 +78,23 @@ def parameters(
 
 
 def _depending_on(after: Sequence[str], flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags of sbatch with this dependency, beside one that they may have already."""
+    """Return sbatch's flags with this dependency, added to one that they may have already."""
     if not after:
         return flags
-    # A requeued job has not ended for Slurm: it keeps its id, and the others go on waiting for it.
+    # For Slurm a requeued job has not ended: it keeps its id, and its dependents keep waiting.
     dependency = f"afterok:{':'.join(after)}"
     if "dependency" in flags:
         dependency += f",{flags['dependency']}"
-    # A job whose predecessor has failed would otherwise wait in the queue for ever.
+    # Otherwise a job whose predecessor failed would stay in the queue for ever.
     return {"kill-on-invalid-dep": "yes"} | flags | {"dependency": dependency}
 
 
 def python_command() -> str:
-    """Start Python so that an early warning from Slurm neither kills it nor is lost.
+    """Return a command that starts Python so that an early Slurm warning is neither fatal nor lost.
 
-    Until there is a handler for it, USR2 would end a process that is still importing, and so the
-    job. A signal that is blocked waits, also when the process becomes another program; so a Python
-    that has imported next to nothing blocks them and becomes the one that trains.
+    Without a handler, USR2 would kill a process that is still importing, and with it the job. A
+    blocked signal stays pending, even across exec; so a minimal Python blocks the signals and then
+    executes the Python that trains.
     """
     block = (
         "import os,signal as s,sys;s.pthread_sigmask(s.SIG_BLOCK,(s.SIGUSR1,s.SIGUSR2));"
@@ -105,8 +105,8 @@ def python_command() -> str:
 
 
 def text(values: dict[str, Any], folder: Path, count: int = 1) -> str:
-    """The batch script, as submitit writes it: for ``--dry-run``, which needs no Slurm."""
-    # submitit has no public way to it without srun.
+    """Return the batch script that submitit writes: for ``--dry-run``, which needs no Slurm."""
+    # submitit has no public function for it that works without srun.
     from submitit.slurm.slurm import _make_sbatch_string
 
     command = f"{python_command()} -u -m submitit.core._submit {shlex.quote(str(folder))}"
@@ -115,7 +115,7 @@ def text(values: dict[str, Any], folder: Path, count: int = 1) -> str:
 
 
 def submit(jobs: list[Job], values: dict[str, Any], folder: Path) -> list[str]:
-    """Submit one job, or several as an array; returns their ids.
+    """Submit one job, or several as an array, and return their ids.
 
     Raises:
         UserError: Slurm refuses the job.
@@ -126,18 +126,18 @@ def submit(jobs: list[Job], values: dict[str, Any], folder: Path) -> list[str]:
     executor = submitit.SlurmExecutor(folder=folder, python=python_command())
     executor.update_parameters(**values)
     try:
-        # submitit prints what sbatch says; it is in its error, too, and would be there twice.
+        # submitit prints sbatch's message, which its exception also holds; avoid printing it twice.
         with redirect_stderr(StringIO()), executor.batch():
             submitted = [executor.submit(job) for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise UserError(f"Slurm refuses the job: {_reason(str(error))}") from error
+        raise UserError(f"Slurm refused the job: {_reason(str(error))}") from error
     return [str(job.job_id) for job in submitted]
 
 
 def _reason(text: str) -> str:
-    """The words of sbatch within submitit's report, and the way out."""
+    """Return sbatch's message within submitit's error, and the remedy."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = [line.removeprefix("sbatch: error: ") for line in lines if "sbatch: error:" in line]
-    reason = "; ".join(said or lines[-1:])
+    errors = [line.removeprefix("sbatch: error: ") for line in lines if "sbatch: error:" in line]
+    reason = "; ".join(errors or lines[-1:])
     ways_out = [way for word, way in WAYS_OUT.items() if word in reason.lower()]
     return "; ".join([reason, *ways_out[:1]])

@@ -1,6 +1,6 @@
-"""The facts of a cluster, and of the job that is sent there.
+"""Settings of a cluster and of the job to submit.
 
-The facts come, each from the last of these that gives it, from
+Each setting is taken from the last of these places that sets it:
 
     1. ~/.config/tetdist/cluster.yaml       (another file: TETDIST_CLUSTER)
     2. the section `cluster:` of the run's configuration, or cluster.key=value
@@ -22,11 +22,11 @@ from tetdist.config.fields import Positive, Section
 from tetdist.config.yaml_files import read_value
 from tetdist.errors import UserError
 
-# Restarts take this long, from the stop to the first new step: the queue, imports, compilation.
+# Duration of a restart, from the stop to the first new step: queue, imports, compilation.
 RESTART_MINUTES = 5.0
 
 
-# A line break would begin another line of the script.
+# No white space: a line break would start a new line of the script.
 Word = Annotated[str, Field(pattern=r"^\S+$")]
 
 
@@ -40,27 +40,27 @@ class ClusterSection(Section):
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
     """GPUs to use on each node, one process each; 0: train on the CPU."""
     gpu: str | None = None
-    """Kind of the GPUs, for the plan: H100, A100-80, ...; null: what `constraint` or Slurm says."""
+    """Kind of the GPUs, for the plan: H100, A100-80, ...; null: taken from `constraint` or Slurm.
+    """
     tasks_per_node: Positive | None = None
     """Processes on each node; null: one a GPU."""
     cpus_per_task: Positive | None = None
-    """Null: the cluster's default, often a single one, which is too few to decode images."""
+    """CPU cores a process; null: the cluster's default, often one, too few to decode images."""
     mem_gb: Annotated[float, Field(gt=0)] | None = None
     """Memory on each node; null: the cluster's default."""
     time: str = "24:00:00"
-    """Time limit of one stretch, in Slurm's notation; the run goes on in the next one."""
+    """Time limit of one job, in Slurm's notation; the run resumes in the next one."""
     setup: tuple[str, ...] = ()
     """Shell commands before the processes start, such as `module load cuda`."""
     sbatch: dict[str, str | int | bool] = Field(default={})
     """Further flags of sbatch, without the dashes: {exclusive: true, mail-user: me@example.org}."""
     warn_before_end: Positive = 120
-    """Seconds before the time limit at which the run saves and stops: more than a step, a batch of
-    an evaluation and a checkpoint take."""
+    """Seconds before the time limit at which the run saves and stops; must cover one step, one
+    evaluation batch and one checkpoint."""
     give_up_after: Positive = 5
-    """Starts in a row without a new checkpoint, after which the run ends instead of trying again.
-    """
+    """Number of consecutive starts without a new checkpoint after which the run fails."""
     interface: str | None = None
-    """Network interface between the nodes; null: the one by which the first node is reached."""
+    """Network interface between the nodes; null: the one that reaches the first node."""
     link_in_node: Annotated[float, Field(gt=0)] = 100.0
     """GB/s from GPU to GPU in a node, for the plan: 100 to 400 with NVLink, 10 to 20 over PCIe."""
     link_between_nodes: Annotated[float, Field(gt=0)] = 12.5
@@ -80,14 +80,14 @@ class ClusterSection(Section):
 
 
 def gather(section: dict[str, Any], flags: dict[str, Any]) -> ClusterSection:
-    """The facts from all places.
+    """Combine the settings from all places.
 
     Args:
         section: The section ``cluster:`` of the run's configuration.
-        flags: The flags that were given on the command line.
+        flags: The flags of the command line.
 
     Raises:
-        UserError: A key is unknown, of the wrong type or without sense, or a file is no YAML.
+        UserError: A key is unknown, or its type or value is invalid, or a file is not YAML.
     """
     file = cluster_file()
     facts = _read(file) if file.is_file() else {}
@@ -98,17 +98,17 @@ def gather(section: dict[str, Any], flags: dict[str, Any]) -> ClusterSection:
     cluster = _checked(facts | section | flags, "the command line")
     if cluster.minutes * 60 <= cluster.warn_before_end:
         raise UserError(
-            f"cluster.time: {cluster.time} is over before the warning {cluster.warn_before_end} s "
-            "ahead of its end; set a longer time, or a smaller cluster.warn_before_end"
+            f"cluster.time: {cluster.time} is not longer than cluster.warn_before_end "
+            f"({cluster.warn_before_end} s); set a longer time or a smaller warn_before_end"
         )
     if cluster.gpu is None:
         return cluster
     card = cards.find(cluster.gpu)
     if card is None:
         raise UserError(
-            f"cluster.gpu: {cluster.gpu!r} is none of the GPUs that the plan knows "
-            f"({', '.join(cards.CARDS)}); name the one that is nearest to it, or give the speed: "
-            "--images-per-s X, or --benchmark FILE of tools/check_gpu.py"
+            f"cluster.gpu: the plan does not know {cluster.gpu!r}, only {', '.join(cards.CARDS)}; "
+            "name the most similar, or give the speed: --images-per-s X, or --benchmark FILE of "
+            "tools/check_gpu.py"
         )
     return cluster.model_copy(update={"gpu": card.name})
 
@@ -117,26 +117,26 @@ def cluster_file() -> Path:
     named = os.environ.get("TETDIST_CLUSTER")
     if named:
         if not Path(named).is_file():
-            raise UserError(f"TETDIST_CLUSTER: there is no file {named}")
+            raise UserError(f"TETDIST_CLUSTER: there is no file {named}; correct or unset it")
         return Path(named)
     home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(home) / "tetdist" / "cluster.yaml"
 
 
 def minutes(text: str, name: str = "cluster.time") -> int:
-    """Slurm's notation of a time in whole minutes, rounded up.
+    """Convert Slurm's notation of a time to whole minutes, rounded up.
 
     Args:
         text: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``.
         name: The key or flag, for the error.
 
     Raises:
-        UserError: It is of none of these forms.
+        UserError: The text has none of these forms.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if match is None:
         raise UserError(
-            f"{name}: {text!r} is no time in Slurm's notation; write minutes, HOURS:MINUTES:"
+            f"{name}: {text!r} is not a time in Slurm's notation; write minutes, HOURS:MINUTES:"
             "SECONDS or DAYS-HOURS, such as 24:00:00 or 2-00"
         )
     days, *rest = match.groups()
@@ -161,7 +161,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _checked(facts: dict[str, Any], source: str) -> ClusterSection:
-    """The facts, if they are right; errors name where they come from."""
+    """Validate the settings; errors name their source."""
     try:
         cluster = ClusterSection.model_validate_json(json.dumps(facts))
     except pydantic.ValidationError as error:
@@ -175,7 +175,7 @@ def _explain(error: Any) -> str:
     known = list(ClusterSection.model_fields)
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"the nearest known one is {close[0]!r}" if close else f"known: {', '.join(known)}"
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key {key!r}; {hint}"
     message = error["msg"][0].lower() + error["msg"][1:]
     quoted = ", in quotes" if error["type"] == "string_type" else ""

@@ -1,4 +1,4 @@
-"""The command slurm: submit, status, cancel, resume."""
+"""Command-line interface of slurm: submit, status, cancel, resume."""
 
 import argparse
 import sys
@@ -13,41 +13,39 @@ if TYPE_CHECKING:
     from tetdist.apps.slurm.cluster import ClusterSection
     from tetdist.apps.slurm.submit import Prepared
 
-# Those that take a run, and what they do.
+# Commands that take a run, with their descriptions.
 RUN_COMMANDS = {
-    "status": "Say how a run is: state, progress, restarts and their reasons.",
-    "cancel": "End a run's job; while it trains it saves first. `resume` continues it.",
-    "resume": "Submit a run again, from its newest checkpoint, with the code it began with.",
+    "status": "Show a run's state, progress, restarts and their reasons.",
+    "cancel": "Cancel a run's job; a training run saves first. `resume` continues it.",
+    "resume": "Resubmit a run from its newest checkpoint, with the code of its first submission.",
 }
 PROGRAM = typed("slurm").removeprefix("python ")
-# GPUs of a node that a dry run takes where nothing says how many.
+# GPUs a node that a dry run assumes if none are given.
 ASSUMED_GPUS = 8
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command, ``submit`` if none is named, and its flags."""
+    """Parse the command (``submit`` if none is named) and its flags."""
     command = arguments[0] if arguments[:1] and arguments[0] in RUN_COMMANDS else "submit"
     rest = arguments[1:] if arguments[:1] == [command] else arguments
     parser = _submit_parser() if command == "submit" else _run_parser(command)
     options = parser.parse_intermixed_args(rest)
     options.command = command
     if command == "submit" and not options.config:
-        parser.error("--config is missing: a YAML file, or the name of one in configs/")
+        parser.error("--config is missing; give a YAML file, or its name in configs/")
     if command == "submit" and options.images and not options.dry_run:
-        parser.error("--images is for --dry-run; a run counts the images of its data itself")
+        parser.error("--images applies to --dry-run only; a run counts the images of its data")
     return options
 
 
 def _submit_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Send a run to a Slurm cluster, once; it finishes by itself.",
-        epilog="other commands: status RUN, cancel RUN, resume RUN (each with --help). Facts of "
-        "the cluster may stand in ~/.config/tetdist/cluster.yaml; see docs/slurm.md.",
+        description="Submit a run to a Slurm cluster once; it requeues itself until finished.",
+        epilog="Other commands: status RUN, cancel RUN, resume RUN (each with --help). Settings of "
+        "the cluster may be stored in ~/.config/tetdist/cluster.yaml; see docs/slurm.md.",
     )
-    parser.add_argument(
-        "--config", metavar="NAME", help="a YAML file, or the name of one in configs/"
-    )
+    parser.add_argument("--config", metavar="NAME", help="YAML file, or its name in configs/")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="override a key of the configuration"
     )
@@ -57,63 +55,59 @@ def _submit_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="key=a,b",
         default=[],
-        help="a run for every combination, as one array: seed=0,1,2 loss.kind=sdt,tet",
+        help="submit a run for every combination as one job array: seed=0,1,2 loss.kind=sdt,tet",
     )
     parser.add_argument(
         "--after",
         metavar="RUN",
         action="append",
         default=[],
-        help="begin when this queued run is finished, not at all if it fails; may be repeated",
+        help="start after this queued run is finished, never if it fails; may be repeated",
     )
     _add_cluster_flags(parser)
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--dry-run",
         action="store_true",
-        help="show plan, batch script and configuration; needs no Slurm, writes nothing",
+        help="print plan, batch script and configuration; needs no Slurm, writes nothing",
     )
-    how.add_argument("--follow", action="store_true", help="then show the log as it grows")
+    how.add_argument("--follow", action="store_true", help="after submitting, follow the log")
     how.add_argument(
         "--local",
         type=positive,
         metavar="N",
-        help="run the same job here, in N processes, without Slurm",
+        help="run the same job on this machine in N processes, without Slurm",
     )
     parser.add_argument(
         "--images",
         type=positive,
         metavar="N",
-        help="with --dry-run: plan for N training images, without the data; default: those of the "
-        "data or, of ImageNet and CIFAR, as published",
+        help="with --dry-run: plan for N training images, without the data; default: the data's "
+        "number, or the published one of ImageNet and CIFAR",
     )
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument(
         "--images-per-s",
         type=float,
         metavar="X",
-        help="for the plan's hours: training speed of one process; default: computed",
+        help="training speed of one process, for the plan's hours; default: computed",
     )
     speed.add_argument(
         "--benchmark",
         metavar="FILE",
-        help="the same, measured: tools/check_gpu.py --json FILE",
+        help="the same, as measured by tools/check_gpu.py --json FILE",
     )
     return parser
 
 
 def _run_parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} {command}", description=RUN_COMMANDS[command])
-    parser.add_argument(
-        "run", metavar="RUN", help="folder of the run or sweep, or its name in runs/"
-    )
+    parser.add_argument("run", metavar="RUN", help="run or sweep: its folder, or its name in runs/")
     if command == "resume":
-        parser.add_argument(
-            "--new-code", action="store_true", help="take the code as it is here and now"
-        )
+        parser.add_argument("--new-code", action="store_true", help="use the current code instead")
         _add_cluster_flags(parser)
     if command != "cancel":
-        parser.add_argument("--follow", action="store_true", help="show the log as it grows")
+        parser.add_argument("--follow", action="store_true", help="follow the log")
     return parser
 
 
@@ -130,20 +124,20 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--account", metavar="A")
     group.add_argument("--qos", metavar="Q")
     group.add_argument("--constraint", metavar="C", help="features that the nodes must have")
-    group.add_argument("--time", metavar="T", help="limit of one stretch: 24:00:00, 2-00, ...")
+    group.add_argument("--time", metavar="T", help="time limit of a job: 24:00:00, 2-00, ...")
     group.add_argument(
         "--setup",
         action="append",
         metavar="CMD",
-        help="a shell command before the processes start; may be repeated",
+        help="shell command to run before the processes start; may be repeated",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Carry out the command of `parse_arguments`.
+    """Run the parsed command.
 
     Returns:
-        Exit status: 0 as asked, 1 a followed run did not finish, 130 following was interrupted.
+        Exit status: 0 success, 1 a followed run did not finish, 130 --follow was interrupted.
     """
     command = {"submit": submit, "status": status, "cancel": cancel, "resume": resume}
     return command[options.command](options)
@@ -159,12 +153,12 @@ def submit(options: argparse.Namespace) -> int:
     cluster = cluster_of(base.cluster, options)
     if options.local:
         if options.after:
-            raise UserError("--after waits for a job of Slurm and does not go with --local")
+            raise UserError("--after cannot be combined with --local; leave out one of them")
         cluster = cluster.model_copy(update={"nodes": 1, "tasks_per_node": options.local})
     sweep: dict[str, list[str]] = {base.name: []}
     if options.sweep:
         if options.local or options.follow:
-            raise UserError("--sweep does not go with --local or --follow")
+            raise UserError("--sweep cannot be combined with --local or --follow; leave out one")
         sweep = submission.sweep_of(base.name, options.sweep)
     job_name = base.name if len(sweep) == 1 else f"{base.name}_sweep"
     runs: list[Prepared] = []
@@ -206,7 +200,9 @@ def _runs_of(options: argparse.Namespace) -> list[Path]:
 
     runs = show.find(options.run)
     if options.follow and len(runs) > 1:
-        raise UserError(f"--follow is for one run; {options.run} is a sweep of {len(runs)}")
+        raise UserError(
+            f"--follow takes one run, and {options.run} is a sweep of {len(runs)}; name one of them"
+        )
     return runs
 
 
@@ -222,7 +218,7 @@ def _resume(run_dir: Path, options: argparse.Namespace) -> None:
     jobs.refuse_if_queued(run_dir)
     config = submission.config_of(earlier)
     cluster = cluster_of(earlier.cluster, options)
-    # A run that has begun once has nothing to wait for: the runs before it were finished then.
+    # A run that began once need not wait: its predecessors were finished then.
     after = [Path(path) for path in earlier.after] if not history.saved_step(run_dir) else []
     run = submission.prepare(config, cluster, after)
     code = None if options.new_code else Path(earlier.code)
@@ -246,8 +242,8 @@ def cancel(options: argparse.Namespace) -> int:
     from tetdist.apps.slurm import submit as submission
     from tetdist.apps.slurm.history import JobEvent
 
-    # From the last run to the first: Slurm itself removes whatever waits for a cancelled job, and
-    # nobody would note that.
+    # Cancel from the last run to the first: Slurm itself removes the dependents of a cancelled job,
+    # and their histories would not record it.
     for run_dir in reversed(show.find(options.run)):
         job = show.submission_of(run_dir)
         state = jobs.state_of(job)
@@ -255,16 +251,16 @@ def cancel(options: argparse.Namespace) -> int:
             print(f"{run_dir} is not queued: job {job.job} is {state.name} ({state.text})")
             continue
         jobs.cancel(job.job)
-        # If the job is just requeuing itself, its next start finds this line and ends.
+        # If the job is requeuing itself now, its next start reads this line and exits.
         history.note(run_dir, JobEvent("cancelled", job.job, step=history.saved_step(run_dir)))
-        # A process that trains tells MLflow itself, but there may be none yet.
+        # A training process updates MLflow itself, but there may be none yet.
         history.announce(submission.config_of(job), "KILLED", {})
         print(f"cancelled job {job.job}; `{typed('slurm', 'resume', run_dir)}` continues the run")
     return 0
 
 
 def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "ClusterSection":
-    """The facts of the cluster from all places; how many GPUs must be among them."""
+    """Combine the cluster's settings from all places; the number of GPUs is required."""
     from tetdist.apps.roofline import cards
     from tetdist.apps.slurm import cluster, jobs
 
@@ -273,16 +269,16 @@ def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "Cluster
     flags = {name: value for name in names if (value := getattr(options, name)) is not None}
     facts = cluster.gather(section, flags)
     if facts.gpus_per_node is None and getattr(options, "dry_run", False):
-        print(f"no --gpus-per-node is given: the plan takes {ASSUMED_GPUS}", file=sys.stderr)
+        print(f"without --gpus-per-node, the plan assumes {ASSUMED_GPUS}", file=sys.stderr)
         facts = facts.model_copy(update={"gpus_per_node": ASSUMED_GPUS})
     if facts.gpus_per_node is None and not getattr(options, "local", None):
         raise UserError(
-            "how many GPUs of each node shall train is not said: --gpus-per-node G (0: none, on "
-            f"the CPU), or gpus_per_node: G in {cluster.cluster_file()}"
+            "the number of GPUs a node is missing; give --gpus-per-node G (0: train on the CPU) or "
+            f"gpus_per_node: G in {cluster.cluster_file()}"
         )
     if not facts.gpus_per_node or facts.gpu is not None:
         return facts
-    # The nodes that are asked for may be named by it, or Slurm knows it.
+    # The constraint may name the GPU, or Slurm knows it.
     card = cards.find(facts.constraint or "")
     gpu = jobs.kind_of_gpu(facts.partition) if card is None else card.name
     return facts.model_copy(update={"gpu": gpu})
@@ -295,5 +291,5 @@ def _follow(run_dir: Path) -> int:
         return show.follow(run_dir)
     except KeyboardInterrupt:
         again = typed("slurm", "status", run_dir, "--follow")
-        print(f"\nthe job goes on; `{again}` shows it again")
+        print(f"\nthe job continues; `{again}` follows it again")
         return 130

@@ -1,15 +1,15 @@
-"""The record of a run's jobs, in the run's folder, under slurm/.
+"""Record of a run's jobs, in the folder slurm/ of the run.
 
     slurm/
-        history.jsonl           submitted, started, stopped, finished, failed: a line each
-        submission-1/           of the first submission; a later one has the next number
-            submission.json     job id, numbers of the plan, where the rest is
-            config.yaml         the configuration of the job, with absolute paths
-            code/               the code that the job runs (`resume` takes that of an earlier one)
-            12_0_log.out        what rank 0 of job 12 printed, in all its starts; 12_1_...: rank 1
-            failure-12.0-2.txt  what rank 2 raised in job 12 before its first restart
+        history.jsonl           one line an event: submitted, started, stopped, finished, failed
+        submission-1/           first submission; later ones have the next numbers
+            submission.json     job id, numbers of the plan, paths of the rest
+            config.yaml         configuration of the job, with absolute paths
+            code/               code that the job runs (`resume` uses that of an earlier submission)
+            12_0_log.out        output of rank 0 of job 12, in all its starts; 12_1_...: rank 1
+            failure-12.0-2.txt  error of rank 2 in job 12 before its first restart
 
-Nothing in it is needed to train: checkpoints alone decide where a run goes on.
+Training does not need this folder: checkpoints alone decide where a run resumes.
 """
 
 import json
@@ -28,23 +28,23 @@ from tetdist.tracking import mlflow_logger
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
 
-# Stands for a job's id in a run that Slurm does not know of.
+# Job id of a run without Slurm.
 LOCAL = "local"
 
 
 @dataclass(frozen=True)
 class Submission:
-    """One job, as it was submitted; of a sweep: one task of an array.
+    """Submitted job; in a sweep, one task of a job array.
 
     Attributes:
-        job: Slurm's id, ``12`` or, of an array's task, ``12_0``; ``local`` without Slurm.
+        job: Slurm's id: ``12``, or ``12_0`` for an array's task; ``local`` without Slurm.
         run_dir: The run's folder.
         config, code: The job's configuration file and its code.
         log: Folder of the logs and failures.
-        cluster: The facts that it was submitted with.
-        last_step, steps_per_epoch, global_batch: The run's.
-        time: When, in Unix seconds.
-        after: Folders of the runs that had to be finished first.
+        cluster: Cluster settings of the submission.
+        last_step, steps_per_epoch, global_batch: Values of the run.
+        time: Time of the submission, in Unix seconds.
+        after: Folders of the runs that must be finished first.
     """
 
     job: str
@@ -69,13 +69,13 @@ EventKind = Literal["submitted", "started", "stopped", "finished", "failed", "ca
 
 @dataclass(frozen=True)
 class JobEvent:
-    """One line of history.jsonl.
+    """Line of history.jsonl.
 
     Attributes:
-        kind: What happened.
+        kind: The event.
         job: See `Submission`.
-        restart: How often Slurm had started the job before: 0, 1, ...
-        step: That of the newest checkpoint.
+        restart: Number of earlier starts of the job: 0, 1, ...
+        step: Step of the newest checkpoint.
         text: The reason, and the hosts.
         time: Unix time in seconds.
     """
@@ -93,7 +93,7 @@ def slurm_folder(run_dir: Path) -> Path:
 
 
 def next_submission(run_dir: Path) -> Path:
-    """A new folder for one submission."""
+    """Make the folder of a new submission."""
     numbers = [number for number, _ in _submissions(run_dir)]
     folder = slurm_folder(run_dir) / f"submission-{max(numbers, default=0) + 1}"
     try:
@@ -113,19 +113,19 @@ def newest_submission(run_dir: Path) -> Submission | None:
 
 
 def write_sweep(folder: Path, run_dirs: list[Path]) -> None:
-    """Note in the folder of a sweep's submission which runs it has."""
+    """Write the list of a sweep's runs into its submission's folder."""
     text = "".join(f"{path.absolute()}\n" for path in run_dirs)
     (folder / "runs.txt").write_text(text)
 
 
 def newest_sweep(folder: Path) -> list[Path]:
-    """The folders of the runs of a sweep; none where there was no sweep."""
+    """Return the run folders of the newest sweep; empty without a sweep."""
     file = _newest(folder, "runs.txt")
     return [] if file is None else [Path(line) for line in file.read_text().splitlines()]
 
 
 def _newest(run_dir: Path, name: str) -> Path | None:
-    """The file of that name in the newest submission that has one."""
+    """Return the file of that name in the newest submission that has one."""
     files = [folder / name for _, folder in sorted(_submissions(run_dir), reverse=True)]
     return next(filter(Path.is_file, files), None)
 
@@ -143,7 +143,7 @@ def note(run_dir: Path, event: JobEvent) -> None:
 
 
 def history(run_dir: Path) -> list[JobEvent]:
-    """All events, oldest first; a line that a kill tore is left out."""
+    """Return all events, oldest first; a line torn by a kill is left out."""
     events: list[JobEvent] = []
     file = slurm_folder(run_dir) / "history.jsonl"
     for line in file.read_text().splitlines() if file.is_file() else ():
@@ -155,31 +155,31 @@ def history(run_dir: Path) -> list[JobEvent]:
 
 
 def since_submission(events: list[JobEvent]) -> list[JobEvent]:
-    """The events of the newest submission."""
+    """Return the events of the newest submission."""
     starts = [i for i, event in enumerate(events) if event.kind == "submitted"]
     return events[starts[-1] :] if starts else events
 
 
 def restarts(events: list[JobEvent]) -> list[JobEvent]:
-    """Every start of the run but the first; its text says why the one before had ended."""
+    """Return all starts of the run except the first; their texts give the reason."""
     return [event for event in events if event.kind == "started"][1:]
 
 
 def saved_step(run_dir: Path) -> int:
-    """The newest checkpoint's step by its name; 0 without one."""
+    """Return the newest checkpoint's step, by its name; 0 without one."""
     names = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
     return max((int(name.removeprefix("step-").partition(".")[0]) for name in names), default=0)
 
 
 def write_failure(log: Path, job: str, restart: int, rank: int, text: str) -> None:
-    """Write an error down, unless the rank had one before."""
+    """Write a rank's error to a file, unless it already has one."""
     file = log / f"failure-{job}.{restart}-{rank}.txt"
     if not file.exists():
         write_text(file, f"{time.time():.6f}\n{text}\n")
 
 
 def first_failure(log: Path, job: str, restart: int) -> str | None:
-    """The error of the rank that failed before the others."""
+    """Return the error of the rank that failed first."""
     found: list[tuple[float, str]] = []
     for file in log.glob(f"failure-{job}.{restart}-*.txt"):
         moment, _, text = file.read_text().partition("\n")
@@ -189,10 +189,10 @@ def first_failure(log: Path, job: str, restart: int) -> str | None:
 
 @contextmanager
 def submitting(run_dir: Path) -> Iterator[None]:
-    """Let only one program at a time look whether a run is queued, and submit it or train it here.
+    """Lock a run, so that only one program at a time submits it or trains it locally.
 
     Raises:
-        UserError: Another one does, or the run's folder cannot be written to.
+        UserError: Another program holds the lock, or the run's folder is not writable.
     """
     folder = slurm_folder(run_dir)
     try:
@@ -205,7 +205,8 @@ def submitting(run_dir: Path) -> Iterator[None]:
             flock(lock, LOCK_EX | LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"{run_dir} is being submitted by another command, or trained by its --local"
+                f"{run_dir} is being submitted by another command, or trained with --local; wait "
+                "for it"
             ) from error
         yield
 
@@ -216,14 +217,14 @@ def announce(
     tags: dict[str, str],
     heading: tuple[Path, str] | None = None,
 ) -> str | None:
-    """Tell MLflow about a run that no process trains now; see `mlflow_logger.announce`.
+    """Update MLflow about a run that no process trains now; see `mlflow_logger.announce`.
 
     Args:
-        config: The run's.
-        status: The run's status in MLflow; None: as it is.
+        config: The run's configuration.
+        status: The run's status in MLflow; None: unchanged.
         tags: The run's tags in MLflow.
-        heading: If given, MLflow is told about the run that this one is shown below: the folder
-            that keeps its id, which exists, and its name.
+        heading: If given, the parent run is updated instead: the existing folder that keeps its
+            id, and its name.
 
     Returns:
         The run's MLflow id; None without MLflow, or if it does not answer.

@@ -1,8 +1,8 @@
-"""The work of each process of a job: find the others, train, and see that the run goes on.
+"""Work of each process of a job: join the others, train, and requeue the job until it is finished.
 
-A job knows nothing but where its run folder is. So every start of it is the same, whether it is the
-first, a requeue by the job itself, by an administrator, after a preemption or after a node's crash:
-the newest whole checkpoint says where to go on.
+A job only knows its run folder. So all its starts are the same, whether it is the first, a requeue
+by the job itself or an administrator, or a start after a preemption or a node's crash: training
+resumes at the newest complete checkpoint.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Set before torch is imported, which reads it then: see tetdist_command.py.
+# Set before importing torch, which reads it: see tetdist_command.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tetdist.apps.slurm import history
@@ -29,25 +29,25 @@ from tetdist.errors import PEER_FAILED, PeerFailed, UserError, sentence, typed
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
 
-# Slurm warns of a time limit or a preemption by USR2; a person may send USR1 to the same end. After
-# either the job starts itself again. SIGTERM means that Slurm has decided what comes next: then the
-# job saves and leaves that to Slurm.
+# Slurm warns of a time limit or a preemption by USR2; a user may send USR1 for the same effect.
+# After either, the job requeues itself. SIGTERM means that Slurm has decided what comes next: the
+# job only saves.
 RESTART_AFTER = (signal.SIGUSR1, signal.SIGUSR2)
 
-# Seconds within which Slurm should have noticed a crashed node. Its own limit is SlurmdTimeout, by
+# Seconds within which Slurm should notice a crashed node. Slurm's own limit is SlurmdTimeout, by
 # default 300.
 NODE_PATIENCE = 1200.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run on a cluster, or on this machine; pickled by submitit, called in each process.
+    """Run on a cluster, or on this machine; pickled by submitit, called in each process.
 
     Attributes:
         run_dir: The run's folder.
         config: The configuration's file.
-        code: Folder from which the code is to be imported.
-        log: Folder for what failed.
+        code: Folder from which the code must be imported.
+        log: Folder for the files of failures.
         give_up_after, warn_before_end, interface: See `ClusterSection`.
     """
 
@@ -60,9 +60,9 @@ class Job:
     interface: str | None
 
     def __call__(self) -> None:
-        """Run as a task of Slurm; ends the process."""
-        # A signal must wait until the trainer is there to receive it, and must do nothing once the
-        # trainer is done. submitit's own handlers are made for functions that cannot stop by
+        """Run as a task of Slurm, and exit the process."""
+        # A signal must stay pending until the trainer handles it, and have no effect after the
+        # trainer is done. submitit's own handlers are for functions that cannot stop by
         # themselves: they would end the job too early, or keep it from ending.
         signal.pthread_sigmask(signal.SIG_BLOCK, RESTART_AFTER)
         for number in RESTART_AFTER:
@@ -73,7 +73,7 @@ class Job:
 
 
 def run(job: Job, find_context: Callable[[], ProcessContext]) -> int:
-    """Do one process's part of one start of the job; returns its exit status."""
+    """Run one process of one start of the job, and return its exit status."""
     rank = os.environ.get("SLURM_PROCID", "?")
     try:
         context = find_context()
@@ -85,7 +85,7 @@ def run(job: Job, find_context: Callable[[], ProcessContext]) -> int:
 
 
 class _Start:
-    """One start of a job, in one process."""
+    """Start of a job, in one process."""
 
     def __init__(self, job: Job, context: ProcessContext) -> None:
         self.job, self.context = job, context
@@ -100,7 +100,7 @@ class _Start:
         try:
             self._check_code()
             if self._is_cancelled():
-                # This is no success: another run may be waiting for this one to finish.
+                # Not a success: another run may be waiting for this one to finish.
                 return 128 + signal.SIGTERM
             from tetdist.apps.reports.observers import observers
             from tetdist.config import loading
@@ -118,14 +118,14 @@ class _Start:
             print(f"{self._prefix}error: {sentence(error)}", file=sys.stderr)
             return self._end_failed(2, str(error))
         except PeerFailed as error:
-            # It was written down where it was raised.
+            # The error was recorded where it was raised.
             print(f"{self._prefix}error: {error}", file=sys.stderr)
             if self.is_first and self.config is not None:
-                # There was no tracker yet that would have told MLflow.
+                # No tracker exists yet that would have updated MLflow.
                 history.announce(self.config, "FAILED", {})
             return PEER_FAILED
         except SystemExit as ended:
-            return self._end_failed(int(ended.code or 0), "another process says why")
+            return self._end_failed(int(ended.code or 0), "see the log of another process")
         except Exception as error:
             self._write_failure(error)
             self._show_first_failure()
@@ -134,7 +134,7 @@ class _Start:
         return self._end(status)
 
     def _check_code(self) -> None:
-        """See that the queued code is what runs, whatever the environment has installed.
+        """Check that the submitted code runs, whatever the environment has installed.
 
         Raises:
             UserError: Python imports other code.
@@ -142,8 +142,8 @@ class _Start:
         here = Path(__file__).resolve().parents[3]
         if here != Path(self.job.code).resolve():
             raise UserError(
-                f"the job was submitted with the code in {self.job.code} and Python imports that "
-                f"in {here}; does a command of cluster.setup change PYTHONPATH?"
+                f"the job was submitted with the code in {self.job.code}, but Python imports "
+                f"{here}; keep the commands of cluster.setup from changing PYTHONPATH"
             )
 
     def _is_cancelled(self) -> bool:
@@ -152,7 +152,7 @@ class _Start:
         return any(event.kind == "cancelled" for event in events)
 
     def _begin(self) -> dict[str, str]:
-        """Note this start, and refuse it if the starts lead nowhere. Returns tags for MLflow."""
+        """Record this start, refuse it after too many in vain, and return tags for MLflow."""
         context = self.context
         step = history.saved_step(self.run_dir)
         earlier = history.history(self.run_dir)
@@ -163,10 +163,10 @@ class _Start:
         vain = len(list(in_vain))
         if vain >= self.job.give_up_after:
             raise UserError(
-                f"{self.run_dir} was started {vain} times without getting past step {step}, the "
-                f"last time until: {why}; it is not tried again. Give it more time before it is "
-                "stopped (--time, or GraceTime for a preemption) or save.every_steps=N with a "
-                f"small N, and continue with `{typed('slurm', 'resume', self.run_dir)}`"
+                f"{self.run_dir} was started {vain} times without passing step {step} (last end: "
+                f"{why}), so it is not restarted. Give it more time (--time, or GraceTime for a "
+                "preemption) or save.every_steps=N with a small N, and continue with "
+                f"`{typed('slurm', 'resume', self.run_dir)}`"
             )
         again = history.restarts(history.history(self.run_dir))
         if why:
@@ -182,19 +182,19 @@ class _Start:
         return tags
 
     def _why_started(self, earlier: list[JobEvent]) -> str:
-        """The reason why this is not the run's first start; empty if it is."""
+        """Return the reason of a restart; empty on the run's first start."""
         if not any(event.kind == "started" for event in earlier):
             return ""
         last = earlier[-1]
         if last.kind == "submitted":
             return "submitted again"
         if last.kind == "finished":
-            return "started once more after its end"
-        # The process wrote down a guess when it was stopped; Slurm's account of it comes later.
+            return "started again after its end"
+        # The stopped process recorded a guess; Slurm's accounting has the reason later.
         if last.kind == "started":
-            return self.context.why_ended() or "ended without a word"
+            return self.context.why_ended() or "ended for an unknown reason"
         if last.kind == "failed":
-            # The process saw no more than the loss of another, say, of which Slurm knows the cause.
+            # The process may only have seen the loss of another, and Slurm knows the cause.
             return self.context.why_ended() or last.text
         if "from outside" in last.text:
             account = self.context.why_ended()
@@ -204,14 +204,14 @@ class _Start:
         return last.text
 
     def _end(self, status: int) -> int:
-        """Finish the start after training: the run is done, is started again, or was stopped."""
+        """Finish the start after training: the run is done, requeued, or stopped."""
         number = status - 128
         if number <= 0:
             self._note("finished" if status == 0 else "failed")
             return status
         if not self.is_first:
-            # Rank 0 decides: srun ends all processes when one reports a failure, and rank 0 may
-            # still have something to write.
+            # Rank 0 decides: srun ends all processes as soon as one fails, while rank 0 may still
+            # have files to write.
             return 0
         why = self.context.why_stopped(number)
         self._note("stopped", why)
@@ -219,15 +219,15 @@ class _Start:
             return status
         if self.context.was_cancelled():
             # Slurm would requeue the job although it was cancelled.
-            print("the job was cancelled meanwhile; all is saved", file=sys.stderr, flush=True)
+            print("saved; the job was cancelled meanwhile", file=sys.stderr, flush=True)
             assert self.config is not None
             history.announce(self.config, "KILLED", {})
             return status
-        print(f"{why}: all is saved, the job is started again", file=sys.stderr, flush=True)
+        print(f"{why}: saved, the job is requeued", file=sys.stderr, flush=True)
         return self.context.start_again()
 
     def _end_failed(self, status: int, why: str) -> int:
-        """Write a failure down, on rank 0, while srun ends the others, and this process soon."""
+        """Record a failure on rank 0, while srun ends the other processes and soon this one."""
         if self.is_first:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self._note("failed", why)
@@ -236,30 +236,30 @@ class _Start:
         return status
 
     def _note(self, kind: EventKind, text: str = "") -> None:
-        """Write a line of the history, on the process that does so for all."""
+        """Add a line to the history, on rank 0 or the process that replaces it."""
         if self.is_first:
             step = history.saved_step(self.run_dir)
             event = JobEvent(kind, self.context.job, self.context.restart, step, text)
             history.note(self.run_dir, event)
 
     def _on_failure(self, error: Exception) -> None:
-        """Write the error down where it was raised, while the other processes wait for this one.
+        """Record the error where it was raised, while the other processes wait for this one.
 
-        A crashed node is first seen as a lost connection. If the job ended with that, Slurm, which
-        takes minutes to miss a node, would count it as failed; if it still runs when Slurm does, it
-        is started again on other nodes.
+        A crashed node first shows as a lost connection. Slurm takes minutes to notice the node. If
+        the job exited before that, Slurm would count it as failed; if it still runs then, Slurm
+        requeues it on other nodes.
         """
-        # Where it is rank 0 that is gone, the next one writes the history.
+        # If rank 0 is gone, rank 1 writes the history.
         is_of_rank_0 = isinstance(error, PeerFailed) and str(error).startswith("rank 0 ")
-        in_its_place = is_of_rank_0 and self.context.rank == 1
-        self.is_first |= in_its_place
+        replaces_rank_0 = is_of_rank_0 and self.context.rank == 1
+        self.is_first |= replaces_rank_0
         silent = self.context.silent_hosts()
         if silent:
             text = f"a node failed: {', '.join(silent)} does not answer"
             self._note("stopped", text)
-            print(f"{text}; waiting for Slurm to start the job again", file=sys.stderr, flush=True)
+            print(f"{text}; waiting for Slurm to requeue the job", file=sys.stderr, flush=True)
             if threading.current_thread() is threading.main_thread():
-                # In the watch's thread it may not be set; Slurm's SIGKILL comes a moment later.
+                # Only the main thread may set it; otherwise Slurm's SIGKILL follows shortly.
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
             end = time.monotonic() + NODE_PATIENCE
             while silent and time.monotonic() < end:
@@ -267,10 +267,10 @@ class _Start:
                 silent = self.context.silent_hosts()
         self._write_failure(error)
         if isinstance(error, PeerFailed):
-            # The watch ends this process at once, so this is the last chance to write.
+            # The watchdog ends this process at once, so write now.
             self._show_first_failure(known=str(error))
             self._note("failed", str(error))
-            if in_its_place and self.config is not None:
+            if replaces_rank_0 and self.config is not None:
                 history.announce(self.config, "FAILED", {})
 
     def _write_failure(self, error: Exception) -> None:
@@ -282,10 +282,10 @@ class _Start:
         history.write_failure(self.log, *place, f"{where}\n{text}")
 
     def _show_first_failure(self, known: str | None = None) -> None:
-        """Print it to rank 0's log, which people read first, ahead of rank 0's own complaint.
+        """Print the first failure to rank 0's log, which users read first, before rank 0's error.
 
         Args:
-            known: What has been said there.
+            known: The error that this log already has.
         """
         text = history.first_failure(self.log, self.context.job, self.context.restart)
         if not self.is_first or text is None or text.startswith("rank 0 "):

@@ -1,4 +1,4 @@
-"""The state of a job, as Slurm gives it: in the queue, or how it ended."""
+"""State of a job as Slurm reports it: in the queue, or how it ended."""
 
 import re
 import shutil
@@ -16,18 +16,18 @@ from tetdist.apps.slurm import history
 from tetdist.apps.slurm.history import Submission
 from tetdist.errors import UserError, typed
 
-PATIENCE = 60.0  # seconds that a command of Slurm may take, with all its repetitions
-PAUSE = 1.0  # seconds before it is repeated
+PATIENCE = 60.0  # seconds that a Slurm command may take, including its retries
+PAUSE = 1.0  # seconds before a retry
 
 
 @dataclass(frozen=True)
 class State:
-    """The state of a job.
+    """State of a job.
 
     Attributes:
-        name: RUNNING, PENDING, COMPLETED, FAILED, ... in Slurm's words; ``unknown`` of a job that
-            Slurm has forgotten, and of which the run's folder does not say how it ended.
-        text: The nodes that it runs on, why it waits, or how it ended.
+        name: Slurm's state, RUNNING, PENDING, COMPLETED, FAILED, ...; ``unknown`` if Slurm has
+            forgotten the job and the run's folder does not record its end.
+        text: Its nodes, the reason for waiting, or how it ended.
     """
 
     name: str
@@ -41,28 +41,28 @@ def is_here() -> bool:
 
 
 def kind_of_gpu(partition: str | None) -> str | None:
-    """The kind of GPU that Slurm says the nodes have, if it is one, and one that the plan knows.
+    """Return the kind of the nodes' GPUs by Slurm; None if there are several, or an unknown one.
 
     Args:
-        partition: Of which nodes; None: all.
+        partition: Partition of the nodes; None: all nodes.
     """
     try:
         of_partition = [] if partition is None else [f"--partition={partition}"]
-        status, text, _ = _ask("sinfo", "--noheader", "--format=%G", *of_partition)
+        status, text, _ = query("sinfo", "--noheader", "--format=%G", *of_partition)
     except UserError:
         return None
     return kind_in(text) if status == 0 else None
 
 
 def kind_in(resources: str) -> str | None:
-    """The one kind of GPU in generic resources, such as ``gpu:h100:4(S:0-1),tmpfs:100``."""
+    """Return the only kind of GPU in generic resources like ``gpu:h100:4(S:0-1),tmpfs:100``."""
     found = {cards.find(kind) for kind in re.findall(r"gpu:([^:,()\s]+):\d", resources)}
     (card,) = found if len(found) == 1 else (None,)
     return None if card is None else card.name
 
 
 def state_of(submission: Submission) -> State:
-    """Ask Slurm, or where it has forgotten the job, the run's folder.
+    """Return a job's state, by Slurm or, if Slurm has forgotten the job, by the run's folder.
 
     Raises:
         UserError: Slurm does not answer.
@@ -71,7 +71,7 @@ def state_of(submission: Submission) -> State:
 
 
 def states_of(submissions: Sequence[Submission]) -> dict[str, State]:
-    """The states of several jobs, by their ids; Slurm, which serves many, is asked at once.
+    """Return the states of several jobs by id, with one query to Slurm, which serves many users.
 
     Raises:
         UserError: Slurm does not answer.
@@ -84,23 +84,23 @@ def states_of(submissions: Sequence[Submission]) -> dict[str, State]:
     states |= _by_accounting(gone) if gone else {}
     for submission in submissions:
         if submission.job not in states:
-            # Without accounting the controller knows the end of a job for some minutes.
+            # Without accounting, the controller remembers the end of a job for some minutes.
             states[submission.job] = _by_the_controller(submission.job) or _by_the_run(submission)
     return states
 
 
 def _in_the_queue(jobs: Sequence[str]) -> dict[str, State]:
-    # -r: a line for each task of an array, also while they wait together.
+    # -r: one line for each task of an array, even while they are pending together.
     command = ("squeue", "-h", "-r", "-j", ",".join(jobs), "-o", "%i|%T|%r|%N|%M|%l|%S")
-    status, output, errors = _ask(*command)
-    # A single job that has left the queue long ago is an error to squeue.
+    status, output, errors = query(*command)
+    # squeue fails for a single job that left the queue long ago.
     if status != 0 and "Invalid job id" not in errors:
         raise UserError(f"Slurm does not answer: {errors.strip() or 'squeue failed'}")
     states: dict[str, State] = {}
     for line in output.splitlines() if status == 0 else ():
         job, name, reason, nodes, elapsed, limit, start = line.split("|")
         if nodes:
-            text = f"on {nodes}, for {elapsed} of {limit}"
+            text = f"on {nodes}, {elapsed} of {limit}"
         else:
             text = f"waiting: {reason}" + (f", may start {start}" if start != "N/A" else "")
         states[job] = State(name, text, is_queued=True)
@@ -110,7 +110,7 @@ def _in_the_queue(jobs: Sequence[str]) -> dict[str, State]:
 def _by_accounting(jobs: Sequence[str]) -> dict[str, State]:
     states: dict[str, State] = {}
     command = ("sacct", "-X", "-n", "-P", "-j", ",".join(jobs), "-o", "JobID,State,ExitCode,End")
-    status, output, _ = _ask(*command)
+    status, output, _ = query(*command)
     for line in output.splitlines() if status == 0 else ():
         job, name, exit_code, end = line.split("|")
         states[job] = State(name.split()[0], f"exit status {exit_code}, {end}", is_queued=False)
@@ -118,7 +118,7 @@ def _by_accounting(jobs: Sequence[str]) -> dict[str, State]:
 
 
 def _by_the_controller(job: str) -> State | None:
-    status, output, _ = _ask("scontrol", "show", "job", "--oneliner", job)
+    status, output, _ = query("scontrol", "show", "job", "--oneliner", job)
     shown = (
         dict(word.split("=", 1) for word in output.split() if "=" in word) if status == 0 else {}
     )
@@ -130,7 +130,7 @@ def _by_the_controller(job: str) -> State | None:
 
 def _by_the_run(submission: Submission) -> State:
     """Return the end of a job that Slurm no longer knows, by the run's history."""
-    forgotten = "Slurm does not know the job any more"
+    forgotten = "Slurm no longer knows the job"
     events = [
         event
         for event in history.history(Path(submission.run_dir))
@@ -145,19 +145,19 @@ def _by_the_run(submission: Submission) -> State:
             name = {"finished": "COMPLETED", "failed": "FAILED", "cancelled": "CANCELLED"}[
                 last.kind
             ]
-            return State(name, f"by the run's own history, {moment}", is_queued=False)
+            return State(name, f"by the run's history, {moment}", is_queued=False)
         case "submitted" | "started" | "stopped":
-            text = f"{forgotten}; by the run's own history {last.kind} {moment}"
+            text = f"{forgotten}; by the run's history, {last.kind} {moment}"
             return State("unknown", text, is_queued=False)
         case other:
             assert_never(other)
 
 
 def refuse_if_queued(run_dir: Path) -> None:
-    """Refuse a run that a job is going to train: two must not train in one folder.
+    """Refuse a run with a job in the queue: two jobs must not train in one folder.
 
     Raises:
-        UserError: One is queued or runs.
+        UserError: A job of the run is queued or running.
     """
     submission = history.newest_submission(run_dir)
     if submission is None or submission.job == history.LOCAL:
@@ -165,52 +165,51 @@ def refuse_if_queued(run_dir: Path) -> None:
     state = state_of(submission)
     if state.is_queued:
         raise UserError(
-            f"{run_dir} is queued already, as job {submission.job} ({state.name}): watch it with "
-            f"`{typed('slurm', 'status', run_dir)}`, end it with "
+            f"{run_dir} is already queued as job {submission.job} ({state.name}); watch it with "
+            f"`{typed('slurm', 'status', run_dir)}`, cancel it with "
             f"`{typed('slurm', 'cancel', run_dir)}`, or give this run another name=..."
         )
 
 
 def cancel(job: str) -> None:
-    """Have Slurm end a job; a running one saves first.
+    """Cancel a job; a running one saves first.
 
     Raises:
-        UserError: Slurm does not take it.
+        UserError: Slurm refuses.
     """
-    status, _, errors = _ask("scancel", job)
+    status, _, errors = query("scancel", job)
     if status != 0:
-        raise UserError(f"Slurm does not cancel job {job}: {errors.strip()}")
+        raise UserError(f"Slurm did not cancel job {job}: {errors.strip()}")
 
 
-def _ask(*command: str) -> tuple[int, str, str]:
-    """The exit status of a command of Slurm, and what it writes to its output and as errors.
+def query(*command: str) -> tuple[int, str, str]:
+    """Run a Slurm command, and return its exit status, output and error output.
 
-    A controller that has much to do lets a question wait until Slurm's own time limit, ten seconds
-    where the cluster sets no other; such a question is repeated. Nothing here does harm twice.
+    A busy controller answers nothing until Slurm's own timeout, by default ten seconds; such a
+    command is retried. All commands here are safe to repeat.
     """
     end = time.monotonic() + PATIENCE
-    is_told = False
+    is_reported = False
     while True:
         left = end - time.monotonic()
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=max(left, 1.0))
         except FileNotFoundError as error:
             raise UserError(
-                f"there is no Slurm here (no {command[0]} on the PATH): run this on a login node"
+                f"there is no Slurm here (no {command[0]} on the PATH); run this on a login node"
             ) from error
         except subprocess.TimeoutExpired as error:
             raise UserError(
-                f"Slurm does not answer: {command[0]} took more than {PATIENCE:.0f} s"
+                f"Slurm does not answer: {command[0]} took more than {PATIENCE:.0f} s; try later"
             ) from error
         is_late = done.returncode != 0 and "timed out" in done.stderr
         if not is_late or time.monotonic() + PAUSE > end:
             return done.returncode, done.stdout.strip(), done.stderr
-        if not is_told:
+        if not is_reported:
             print(
-                f"Slurm takes long to answer {command[0]}; it is asked again for up to "
-                f"{PATIENCE:.0f} s",
+                f"Slurm is slow to answer {command[0]}; retrying for up to {PATIENCE:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )
-            is_told = True
+            is_reported = True
         time.sleep(PAUSE)

@@ -1,6 +1,6 @@
-"""The job of a cluster on this machine, without Slurm: ``slurm --local N``.
+"""Cluster job on this machine, without Slurm: ``slurm --local N``.
 
-python -m tetdist.apps.slurm.local JOB.json      (each of its processes)
+python -m tetdist.apps.slurm.local JOB.json      (one process of the job)
 """
 
 import json
@@ -14,18 +14,18 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
-# Before torch is imported, since it sets a variable that torch reads then.
+# Imported before torch, because it sets a variable that torch reads.
 from tetdist.apps.slurm.job import RESTART_AFTER, Job, run
 from tetdist.apps.slurm.placement import AGAIN, LocalContext
 from tetdist.distributed.starters import as_starter, end_with_starters
 
-PASSED_ON = (signal.SIGTERM, *RESTART_AFTER)
-# Seconds that the other processes have to end after one has failed.
+FORWARDED = (signal.SIGTERM, *RESTART_AFTER)
+# Seconds within which the other processes must end after one has failed.
 PATIENCE = 10.0
 
 
 def run_here(job: Job, processes: int) -> int:
-    """Run a job in ``processes`` processes, again while it asks for it; its exit status."""
+    """Run a job in ``processes`` processes, restart it on request, and return its exit status."""
     file = Path(job.config).with_name("job.json")
     file.write_text(json.dumps(asdict(job)))
     restart = 0
@@ -49,23 +49,23 @@ def _start(file: Path, job: Job, processes: int, restart: int) -> int:
     running: list[subprocess.Popen[bytes]] = []
     received: list[int] = []
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
+    def forward(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         for process in running:
             process.send_signal(number)
 
-    def leave_to_them(_number: int, _frame: FrameType | None) -> None:
-        """A terminal's Ctrl-C reaches the processes by itself."""
+    def ignore(_number: int, _frame: FrameType | None) -> None:
+        """Do nothing: a terminal sends Ctrl-C to the child processes directly."""
 
-    previous = {number: signal.signal(number, pass_on) for number in PASSED_ON}
-    previous[signal.SIGINT] = signal.signal(signal.SIGINT, leave_to_them)
-    # A blocked signal waits; so one to a process that still imports is kept until it is handled.
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    previous[signal.SIGINT] = signal.signal(signal.SIGINT, ignore)
+    # Blocked signals stay pending, so a child that is still importing handles them later.
     signal.pthread_sigmask(signal.SIG_BLOCK, RESTART_AFTER)
     try:
         for rank in range(processes):
             env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             running.append(subprocess.Popen(command, env=env, cwd=job.code))
-            if received:  # It came too early to be passed on to this one.
+            if received:  # The signal came before this child existed.
                 running[-1].send_signal(received[-1])
         signal.pthread_sigmask(signal.SIG_UNBLOCK, RESTART_AFTER)
         return _wait(running)
@@ -80,10 +80,10 @@ def _start(file: Path, job: Job, processes: int, restart: int) -> int:
 
 
 def _wait(running: list[subprocess.Popen[bytes]]) -> int:
-    """Wait until all have ended, or one has failed and the others have had time to say so."""
+    """Wait until all have ended, or one has failed and the others had time to report it."""
     failed_at: float | None = None
     first = 0
-    # Each is asked: the status of one that is not asked stays unknown.
+    # Poll all: the status of a process is unknown until it is polled.
     while None in [process.poll() for process in running]:
         failed = [p.returncode for p in running if p.returncode not in (None, 0, AGAIN)]
         if failed and failed_at is None:

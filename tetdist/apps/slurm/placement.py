@@ -1,4 +1,4 @@
-"""The place of a process within its job: its rank, where all meet, how the job starts again."""
+"""Place of a process within its job: its rank, the rendezvous, and how the job is requeued."""
 
 import os
 import re
@@ -15,35 +15,35 @@ from dataclasses import dataclass
 from tetdist.apps.slurm.history import LOCAL
 from tetdist.errors import UserError, typed
 
-# The exit status by which a process asks the local launcher to start the run again.
+# Exit status with which a process asks the local launcher to restart the run.
 AGAIN = 75
 
-# The port of slurmd. Any answer shows that a host lives, a refusal as well.
+# Port of slurmd. Any answer, even a refusal, shows that a host is up.
 ANY_PORT = 6818
 
-# Seconds that the controller of Slurm may be away, as when it is updated, while a job that has
-# saved wants to be started again; and seconds between two attempts.
+# Seconds for which a saved job retries to requeue itself while Slurm's controller is down (for an
+# update, say); and seconds between two attempts.
 CONTROLLER_PATIENCE, CONTROLLER_PAUSE = 1800.0, 5.0
 
-# Seconds for the answer to that, and to a question.
-REQUEUE_TIMEOUT, QUESTION_TIMEOUT = 120.0, 15.0
+# Timeouts of a requeue and of a query, in seconds.
+REQUEUE_TIMEOUT, QUERY_TIMEOUT = 120.0, 15.0
 
-# Linux gives ports above these to outgoing connections, one of which might take ours.
+# Linux gives ports above these to outgoing connections, which might take ours.
 PORTS = range(16000, 32000)
 
 
 @dataclass(frozen=True)
 class ProcessContext(ABC):
-    """One process among those of a job.
+    """Process of a job.
 
     Attributes:
-        rank, world_size: Those among all processes.
-        local_rank, local_world_size: Those on this host.
+        rank, world_size: Rank among all processes, and their number.
+        local_rank, local_world_size: Rank among the processes on this host, and their number.
         master: Host of rank 0, as the other hosts know it.
-        port: The one at which rank 0 waits for the others.
-        interface: Network interface to the other hosts; None where there are none.
+        port: Port at which rank 0 waits for the others.
+        interface: Network interface to the other hosts; None on a single host.
         job: The job's id.
-        restart: How often the job was started before.
+        restart: Number of earlier starts of the job.
         hosts: The job's hosts.
     """
 
@@ -59,7 +59,7 @@ class ProcessContext(ABC):
     hosts: tuple[str, ...]
 
     def export(self) -> None:
-        """Set the variables of the environment by which torch and DeepSpeed find each other."""
+        """Set the environment variables by which torch's and DeepSpeed's processes meet."""
         os.environ |= {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
@@ -69,39 +69,39 @@ class ProcessContext(ABC):
             "MASTER_PORT": str(self.port),
         }
         if self.interface:
-            # gloo would tell the others the address that this host's own name resolves to, which is
-            # 127.0.1.1 on many hosts.
+            # gloo would announce the address of this host's own name, which is 127.0.1.1 on many
+            # hosts.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", self.interface)
 
     def silent_hosts(self) -> list[str]:
-        """Hosts of the job that do not answer any more."""
+        """Return the hosts of the job that no longer answer."""
         return []
 
     def was_cancelled(self) -> bool:
-        """Return whether somebody cancelled the job while it saved."""
+        """Return whether the job was cancelled while it saved."""
         return False
 
     @abstractmethod
     def why_stopped(self, number: int) -> str:
-        """The likely meaning of the signal, by its number, that has just stopped the run."""
+        """Return the likely reason of the signal that has just stopped the run."""
 
     @abstractmethod
     def why_ended(self) -> str | None:
-        """The end of the job's earlier start, by Slurm's account; None if there is none."""
+        """Return why the job's previous start ended, by Slurm's accounting; None if unknown."""
 
     @abstractmethod
     def start_again(self) -> int:
-        """Have the whole job started again, once all is saved, on rank 0; the exit status."""
+        """Requeue the whole job, on rank 0 after saving; return the exit status."""
 
 
 @dataclass(frozen=True)
 class SlurmContext(ProcessContext):
-    """A task of a Slurm job, as srun's variables say.
+    """Task of a Slurm job, described by srun's variables.
 
     Attributes:
         warn_before_end: Seconds before the time limit at which Slurm warns.
-        answering: The other hosts that answered when the job started; a firewall may make a
-            healthy one silent.
+        answering: The other hosts that answered when the job started; behind a firewall, a healthy
+            host may not answer.
     """
 
     warn_before_end: int
@@ -109,17 +109,17 @@ class SlurmContext(ProcessContext):
 
     @classmethod
     def find(cls, interface: str | None, warn_before_end: int) -> "SlurmContext":
-        """Find out about this process.
+        """Read the place of this process from the environment.
 
         Args:
-            interface: None: the one that leads to the other hosts.
+            interface: Network interface; None: the one that leads to the other hosts.
             warn_before_end: See the class.
         """
         from submitit.slurm.slurm import SlurmJobEnvironment
 
         environment = SlurmJobEnvironment()
         hosts = tuple(environment.hostnames)
-        number = int(os.environ["SLURM_JOB_ID"])  # of an array, each task's own
+        number = int(os.environ["SLURM_JOB_ID"])  # in an array, each task has its own
         if interface is None and len(hosts) > 1:
             interface = interface_towards(hosts[1 if environment.node == 0 else 0])
         return cls(
@@ -141,7 +141,7 @@ class SlurmContext(ProcessContext):
         return sorted(set(self.answering) - set(_answering(self.answering)))
 
     def was_cancelled(self) -> bool:
-        # While a job's processes are being ended, Slurm says no more than COMPLETING.
+        # While a job's processes are ending, Slurm only reports COMPLETING.
         shown = _show(self.job)
         return "JobState=COMPLETING" in shown and "Reason=TimeLimit" not in shown
 
@@ -150,7 +150,7 @@ class SlurmContext(ProcessContext):
         end = int(os.environ.get("SLURM_JOB_END_TIME", "0"))
         if number == signal.SIGTERM:
             return f"{name} from outside: cancelled, preempted or requeued"
-        # Slurm looks at limits once or twice a minute, and may warn that much early.
+        # Slurm checks limits once or twice a minute, and may warn that much earlier.
         if end and end - time.time() <= self.warn_before_end + 60:
             return f"time limit ({name})"
         if re.search(r"\bPreemptTime=(?!None)", _show(self.job)):
@@ -158,8 +158,8 @@ class SlurmContext(ProcessContext):
         return f"{name} from outside"
 
     def why_ended(self) -> str | None:
-        # Accounting lags behind, or there is none: then the reason stays unknown.
-        lines = _ask("sacct", "-D", "-X", "-n", "-P", "-j", self.job, "-o", "State").splitlines()
+        # If accounting lags or does not exist, the reason stays unknown.
+        lines = _query("sacct", "-D", "-X", "-n", "-P", "-j", self.job, "-o", "State").splitlines()
         ended = [line for line in lines if line and not line.startswith(("RUNNING", "PENDING"))]
         state = ended[-1] if ended else ""
         meaning = {
@@ -171,47 +171,46 @@ class SlurmContext(ProcessContext):
         return meaning.get(state)
 
     def start_again(self) -> int:
-        """Call `scontrol requeue`, from one process, when all of them have saved.
+        """Call `scontrol requeue`, from one process, after all have saved.
 
-        Not by submitit's checkpoint(): it counts time-outs and gives up after a few, and replaces
-        the pickled job, which a requeue by Slurm itself does not, so that there would be two ways
-        to start again. Here every start is the same, and the run folder says where to go on.
+        submitit's checkpoint() is not used: it gives up after a few time limits, and it replaces
+        the pickled job, which a requeue by Slurm does not, so there would be two kinds of restart.
+        Here all starts are the same, and the run folder determines where to resume.
         """
         end = time.monotonic() + CONTROLLER_PATIENCE
-        is_told, refusals = False, 0
+        is_reported, refusals = False, 0
         while refusals < 2 and time.monotonic() < end:
-            done, refusal = _try("scontrol", "requeue", self.job, timeout=REQUEUE_TIMEOUT)
+            done, refusal = _run("scontrol", "requeue", self.job, timeout=REQUEUE_TIMEOUT)
             if done:
                 return 0
-            # A controller that answers another question has refused this one, unless it has come
-            # back in between.
+            # If the controller answers another query, it has refused this one, unless it came back
+            # in between.
             if _show(self.job):
                 refusals += 1
                 continue
             refusals = 0
-            if not is_told:
+            if not is_reported:
                 print(
-                    f"the controller of Slurm does not answer ({refusal}); all is saved, and it is "
-                    f"asked to start the job again for {CONTROLLER_PATIENCE / 60:.0f} minutes more",
+                    f"Slurm's controller does not answer ({refusal}); the run is saved, and the "
+                    f"requeue is retried for {CONTROLLER_PATIENCE / 60:.0f} minutes",
                     file=sys.stderr,
                     flush=True,
                 )
-                is_told = True
+                is_reported = True
             time.sleep(CONTROLLER_PAUSE)
         print(
-            f"Slurm does not take `scontrol requeue {self.job}`: {refusal}. If it is requeuing the "
-            "job itself, as in a preemption, all is well; otherwise continue with "
+            f"Slurm refused `scontrol requeue {self.job}`: {refusal}. If Slurm requeues the job "
+            "itself, as after a preemption, nothing is to be done; otherwise continue with "
             f"`{typed('slurm', 'resume')} RUN`",
             file=sys.stderr,
             flush=True,
         )
-        # Nobody reads the status of a job that Slurm requeues; for any other job it says that the
-        # run has not ended well.
+        # Slurm ignores the status of a job that it requeues; for any other job it means failure.
         return 1
 
 
 class LocalContext(ProcessContext):
-    """A process that `tetdist.apps.slurm.local` started on this machine."""
+    """Process that `tetdist.apps.slurm.local` started on this machine."""
 
     @classmethod
     def find(cls) -> "LocalContext":
@@ -240,21 +239,21 @@ class LocalContext(ProcessContext):
 
 
 def interface_towards(host: str) -> str:
-    """The network interface by which this host reaches another.
+    """Return the network interface by which this host reaches another.
 
     Raises:
-        UserError: The other host's name leads nowhere.
+        UserError: The other host cannot be resolved, or no interface has the address.
     """
     import psutil
 
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as s:
-            s.connect(address)  # of a datagram socket: nothing is sent
+            s.connect(address)  # sends nothing, because it is a datagram socket
             own = s.getsockname()[0]
     except OSError as error:
         raise UserError(
-            f"{socket.gethostname()} finds no way to {host} ({error}); name the network interface "
+            f"{socket.gethostname()} finds no route to {host} ({error}); set the network interface "
             "between the nodes: cluster.interface=NAME"
         ) from error
     for name, addresses in psutil.net_if_addrs().items():
@@ -262,7 +261,7 @@ def interface_towards(host: str) -> str:
             return str(name)
     raise UserError(
         f"{socket.gethostname()} has no network interface with its address {own} towards {host}; "
-        "name the one between the nodes: cluster.interface=NAME"
+        "set the one between the nodes: cluster.interface=NAME"
     )
 
 
@@ -277,23 +276,23 @@ def _answers(host: str) -> bool:
 
 
 def _answering(hosts: Sequence[str]) -> list[str]:
-    """The hosts that answer; all are asked at once."""
+    """Return the hosts that answer; all are asked in parallel."""
     with ThreadPoolExecutor(32) as threads:
         return [host for host, ok in zip(hosts, threads.map(_answers, hosts), strict=True) if ok]
 
 
 def _show(job: str) -> str:
-    return _ask("scontrol", "show", "job", "--oneliner", job)
+    return _query("scontrol", "show", "job", "--oneliner", job)
 
 
-def _ask(*command: str) -> str:
-    """The output of a command of Slurm; empty if it fails or takes long: no run depends on it."""
-    done, text = _try(*command, timeout=QUESTION_TIMEOUT)
+def _query(*command: str) -> str:
+    """Return the output of a Slurm command; empty on failure or timeout: no run depends on it."""
+    done, text = _run(*command, timeout=QUERY_TIMEOUT)
     return text if done else ""
 
 
-def _try(*command: str, timeout: float) -> tuple[bool, str]:
-    """Run a command of Slurm; return whether it succeeded, and its output or its error."""
+def _run(*command: str, timeout: float) -> tuple[bool, str]:
+    """Run a Slurm command; return whether it succeeded, and its output or its error."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:

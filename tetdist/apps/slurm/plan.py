@@ -1,15 +1,15 @@
-"""The cost of a run: steps, images, checkpoints and, from a measured speed, hours.
+"""Cost of a run: steps, images, checkpoints and, from a measured speed, hours.
 
-The model of communication. All processes average the gradient once a step, in float32. It is
-counted as if it began after the last micro-batch; in truth most of it is done during that one's
-backward pass, so that the plan is an upper bound. For P parameters, g processes on each of n nodes
-and rings within and between the nodes, it takes
+Model of communication: All processes average the gradient once a step, in float32. The plan counts
+it as if it began after the last micro-batch; in fact most of it overlaps with that micro-batch's
+backward pass, so the plan is an upper bound. For P parameters, g processes on each of n nodes and
+rings within and between the nodes, it takes
 
     4 P * 2 (g - 1) / g / link_in_node  +  4 P * 2 (n - 1) / n / link_between_nodes
 
-seconds (links in bytes a second). A step's computing is its share of the micro-batches at the
-speed that speed.py knows. Evaluations run at three times the training speed. Loading data is taken
-to keep up.
+seconds (links in bytes a second). A process computes its part of the micro-batches at the speed
+from speed.py. Evaluations run at three times the training speed. Data loading is assumed to keep
+up.
 """
 
 import math
@@ -23,21 +23,21 @@ from tetdist.optimizers import kind_of
 from tetdist.training.schedule import schedule_phases
 from tetdist.wording import counted
 
-EVALUATION_SPEED = 3.0  # forward only, against forward and backward
+EVALUATION_SPEED = 3.0  # forward pass only, relative to forward and backward pass
 TABLE_NODES = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The work of a run, whatever the speed.
+    """Work of a run, independent of the speed.
 
     Attributes:
-        steps_per_epoch: Optimiser steps.
-        first_step, last_step: The run's; the first is not 0 where it begins with a later phase.
-        evaluations: How often the whole validation split is evaluated, by weights and average.
+        steps_per_epoch: Optimiser steps an epoch.
+        first_step, last_step: Steps of the run; the first is not 0 if it begins with a later phase.
+        evaluations: Number of evaluations of the validation split, by weights and average.
         train_images, val_images: Sizes of the splits.
-        origin: Where these sizes come from.
-        parameters: The model's.
+        origin: Source of these sizes.
+        parameters: Number of the model's parameters.
         checkpoint_bytes: Size of one checkpoint.
     """
 
@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a step, over all processes."""
+        """Micro-batches a step, over all processes."""
         return self.config.batch.global_ // self.config.batch.micro
 
     @property
@@ -68,18 +68,18 @@ class Plan:
 
     @property
     def average_bytes(self) -> int:
-        """The bytes that the processes average at each step."""
+        """Bytes that the processes average at each step."""
         return 4 * self.parameters
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of the run on a job of one size.
+    """Cost of the run on a given number of nodes.
 
     Attributes:
-        hours: Time of computing, without waiting in a queue.
-        communication: Its share of a training step.
-        periods: The number of time limits that the run takes; 0: they are too short.
+        hours: Computing time, without waiting in a queue.
+        communication: Fraction of a training step spent on communication.
+        periods: Number of time limits that the run needs; 0: the limit is too short.
     """
 
     hours: float
@@ -99,10 +99,10 @@ def make(
     buffers: int,
     origin: str = "in the split",
 ) -> Plan:
-    """The plan of a run; ``buffers`` are the model's numbers that are not parameters.
+    """Return the plan of a run; ``buffers`` is the size of the model's buffers.
 
     Raises:
-        UserError: The processes cannot share a step, or an epoch has no step.
+        UserError: The micro-batches do not divide among the processes, or an epoch has no step.
     """
     batch = config.batch
     order.rank_micro_batches(0, cluster.processes, batch.global_, batch.micro)
@@ -112,7 +112,7 @@ def make(
     first_step = phases[config.start_phase].first_step
     every = config.evaluate_every * per_epoch
     moments = max(kind_of(phase.optimizer.kind).moments for phase in config.phases)
-    copies = 1 if config.ema.decay is None else 2  # of the weights: with their moving average
+    copies = 1 if config.ema.decay is None else 2  # the weights, and their moving average
     return Plan(
         config=config,
         cluster=cluster,
@@ -129,20 +129,20 @@ def make(
 
 
 def cost(plan: Plan, speed: Speed, nodes: int) -> Cost | None:
-    """The cost on so many nodes; None where the micro-batches cannot be shared equally."""
+    """Return the cost on ``nodes`` nodes; None if the micro-batches do not divide equally."""
     cluster, batch = plan.cluster, plan.config.batch
     in_node = cluster.processes_per_node
     processes = nodes * in_node
     if plan.micro_batches % processes:
         return None
     communication = communication_seconds(plan.average_bytes, nodes, in_node, cluster)
-    share = batch.global_ / processes
+    samples = batch.global_ / processes  # of one process, a step
     training = evaluating = waiting = 0.0
     phases = schedule_phases(plan.config.phases, plan.steps_per_epoch, plan.config.batch.global_)
     for number, phase in list(enumerate(phases))[plan.config.start_phase :]:
         steps = max(0, min(phase.end_step, plan.last_step) - phase.first_step)
         rate = speed.rate(number, phase.section.timesteps)
-        training += steps * share / rate
+        training += steps * samples / rate
         waiting += steps * communication
         part = plan.evaluations * steps / plan.steps
         evaluating += part * plan.val_images / processes / (rate * EVALUATION_SPEED)
@@ -160,7 +160,7 @@ def cost(plan: Plan, speed: Speed, nodes: int) -> Cost | None:
 def communication_seconds(
     num_bytes: int, nodes: int, in_node: int, cluster: ClusterSection
 ) -> float:
-    """Seconds to average ``num_bytes`` over all processes, by the model at the top."""
+    """Return the seconds to average ``num_bytes`` over all processes; see the module's model."""
     inside = 2 * (in_node - 1) / in_node * num_bytes / (cluster.link_in_node * 1e9)
     between = 2 * (nodes - 1) / nodes * num_bytes / (cluster.link_between_nodes * 1e9)
     return inside + between
@@ -170,9 +170,9 @@ def communication_seconds(
 
 
 def describe(plan: Plan, speed: Speed | str) -> str:
-    """The plan as a person reads it; without a speed it says why there is none."""
+    """Return the plan as text; without a speed, with the reason."""
     config, cluster, batch = plan.config, plan.cluster, plan.config.batch
-    # The newest and the best, of the weights and of their moving average.
+    # The newest, and the best of the weights and of their moving average.
     kept = config.save.keep_last + (1 if config.ema.decay is None else 2)
     phases = config.phases[config.start_phase :]
     timesteps = " then ".join(str(phase.timesteps) for phase in phases)
@@ -185,30 +185,30 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"a step       {counted(batch.global_, 'sample')} in "
         f"{counted(plan.micro_batches, 'micro-batch')} of {batch.micro}, "
         f"{plan.micro_batches // cluster.processes} a process",
-        f"steps        {plan.steps_per_epoch} an epoch, {plan.steps} in all ({epochs} epochs)",
+        f"steps        {plan.steps_per_epoch} an epoch, {plan.steps} in total ({epochs} epochs)",
         f"samples      {plan.images} to train on ({plan.train_images} {plan.origin}), "
         f"{counted(plan.evaluations, 'evaluation')} of {plan.val_images}; T = {timesteps}",
         f"model        {plan.parameters / 1e6:.2f} million parameters",
         f"checkpoints  {_size(plan.checkpoint_bytes)} each, {kept} kept: "
         f"{_size(kept * plan.checkpoint_bytes)}",
-        f"time limit   {cluster.time}; saves and goes on {cluster.warn_before_end} s before it",
+        f"time limit   {cluster.time}; saves and requeues {cluster.warn_before_end} s before it",
     ]
     if isinstance(speed, str):
         return "\n".join([*lines, f"hours        unknown: {speed}"])
     for name, text in speed.details:
         lines.append(f"{name:12} " + text.replace("\n", "\n" + 13 * " "))
     own = cost(plan, speed, cluster.nodes)
-    assert own is not None, "make() has checked it"
+    assert own is not None, "make() checks it"
     lines += [
         f"hours        {own.hours:.1f}, {own.hours * plan.steps_per_epoch / plan.steps:.2g} an "
         f"epoch, GPU-hours {own.gpu_hours:.0f}, time limits {own.periods or 'too short'} "
         f"({own.images_per_s:.0f} samples/s)",
         "",
-        f"By size, from {speed.images_per_s:.4g} samples/s a process at T={speed.timesteps} "
-        f"({speed.source}),",
+        f"By number of nodes, from {speed.images_per_s:.4g} samples/s a process at "
+        f"T={speed.timesteps} ({speed.source}),",
         f"{_size(plan.average_bytes)} averaged a step over {cluster.link_in_node:g} GB/s in a node "
-        f"and {cluster.link_between_nodes:g} GB/s between nodes, counted as if nothing hid it;",
-        f"{RESTART_MINUTES:g} minutes a restart:",
+        f"and {cluster.link_between_nodes:g} GB/s between nodes, without overlap,",
+        f"and {RESTART_MINUTES:g} minutes a restart:",
         "",
         "nodes  processes  samples/s   hours  GPU-hours  averaging  time limits",
     ]
@@ -221,13 +221,13 @@ def _cpus(threads: int, given: int | None) -> str:
         return f"{given} a process, of which data.threads={threads} load samples"
     found = "the cluster's default a process, often 1" if given is None else f"{given} a process"
     return (
-        f"warning: {found}, for the {threads} threads that load samples: give "
+        f"warning: {found}, but {threads} threads load samples (data.threads); give "
         f"cluster.cpus_per_task={threads}"
     )
 
 
 def _row(plan: Plan, speed: Speed, nodes: int) -> str:
-    """A line of the table; where no run of this size is possible, what would make it so."""
+    """Return a row of the table; if this number of nodes is impossible, with a remedy."""
     processes, batch = nodes * plan.cluster.processes_per_node, plan.config.batch
     found = cost(plan, speed, nodes)
     if found is not None:
@@ -241,8 +241,8 @@ def _row(plan: Plan, speed: Speed, nodes: int) -> str:
     if batch.global_ % processes == 0:
         advice = f"batch.micro={batch.global_ // processes}, or {advice}"
     return (
-        f"{nodes:5}  {processes:9}  {plan.micro_batches} micro-batches cannot be shared equally; "
-        f"another run could: {advice}"
+        f"{nodes:5}  {processes:9}  {plan.micro_batches} micro-batches do not divide equally; "
+        f"a new run could use {advice}"
     )
 
 

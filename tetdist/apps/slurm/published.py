@@ -1,4 +1,4 @@
-"""Sizes of published data sets: a plan needs no more of data that are not on this machine."""
+"""Sizes of published data sets, all that a plan needs if the data are not on this machine."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +10,7 @@ from tetdist.config.schema import RunConfig
 from tetdist.datasets.index import Index
 from tetdist.errors import UserError
 
-# Images to train on, images to evaluate on, and classes, by the name of the data's folder.
+# Training images, validation images and classes, by the name of the data's folder.
 SIZES = {
     "imagenet": (1_281_167, 50_000, 1000),
     "cifar10": (50_000, 10_000, 10),
@@ -19,18 +19,20 @@ SIZES = {
 
 
 def indexes(config: RunConfig, images: int | None) -> tuple[Index, Index] | None:
-    """Indexes without files, of a published or given size; None: the data's own are to be read.
+    """Return indexes of a published or given size, without files; None: read the data's own.
 
     Args:
-        config: The run's.
-        images: Images to train on; None: as published, where the data are not on this machine.
+        config: The run's configuration.
+        images: Training images; None: as published, if the data are not on this machine.
 
     Raises:
-        UserError: The data are not here and of unknown size, or a size is given for recordings.
+        UserError: The data are missing and of unknown size, or a size is given for recordings.
     """
     root = Path(config.data.root)
     if images is not None and config.data.kind == "events":
-        raise UserError("--images is not for recordings, whose index the plan reads; leave it out")
+        raise UserError(
+            "--images does not apply to recordings, whose index the plan reads; leave it out"
+        )
     if images is None and (root.is_dir() or config.data.kind == "events"):
         return None
     if images is None and root.name not in SIZES:

@@ -1,6 +1,6 @@
-"""A copy of the code beside the run, from which its job runs.
+"""Copy of the code beside the run, which its job executes.
 
-So the code that was queued is what runs, whatever is edited meanwhile, even days later.
+So the submitted code runs, even if the checkout is edited before the job starts days later.
 """
 
 import shutil
@@ -12,12 +12,12 @@ from tetdist.storage.files import write_json
 from tetdist.tracking import environment
 
 PROJECT = Path(__file__).resolve().parents[3]
-# All that a job needs, and what a person wants to see beside its results.
+# Everything that a job needs, or that a user wants to see beside its results.
 PARTS = ("tetdist", "tetdist_command.py", "launch", "configs", "tools", "pyproject.toml")
 
 
-# The parts of an installed tetdist, which has its configurations in the package. Whatever else lies
-# beside it belongs to other packages.
+# Parts of an installed tetdist, which has its configurations in the package; everything beside them
+# belongs to other packages.
 INSTALLED_PARTS = ("tetdist", "tetdist_command.py")
 
 
@@ -25,15 +25,15 @@ def take(target: Path, project: Path = PROJECT) -> dict[str, Any]:
     """Copy the code to ``target``, uncommitted changes included.
 
     Args:
-        target: A new folder; with it as PYTHONPATH a job runs the copy.
+        target: A new folder, which a job uses as PYTHONPATH.
         project: A checkout, or the folder into which a wheel was installed.
 
     Returns:
-        Its commit, and whether it differed from that; also written to TARGET/snapshot.json, with
-        what `git diff` said in TARGET/snapshot.diff.
+        The commit and whether the code differs from it; also written to TARGET/snapshot.json, with
+        the output of `git diff` in TARGET/snapshot.diff.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The copy cannot be written.
     """
     try:
         installed = (project / "tetdist" / "configs").is_dir()
@@ -51,12 +51,12 @@ def take(target: Path, project: Path = PROJECT) -> dict[str, Any]:
         (target / "snapshot.diff").write_text(git.get("diff", ""))
         write_json(target / "snapshot.json", state | {"untracked": new})
     except (OSError, shutil.Error) as error:
-        raise UserError(f"the code cannot be copied to {target} ({error})") from error
+        raise UserError(f"the code cannot be copied to {target} ({error}); make room") from error
     return state | {"untracked": new}
 
 
 def describe(git: dict[str, Any]) -> str:
-    """The commit as a person reads it, and whether there are changes beyond it."""
+    """Describe the commit, and whether there are uncommitted changes."""
     if not git["commit"]:
         return "not from a git checkout"
     changed = " with uncommitted changes" if git["changed"] else ""

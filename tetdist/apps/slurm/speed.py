@@ -1,9 +1,9 @@
-"""The throughput of one process for the plan: as given, as measured, or by the roofline.
+"""Throughput of one process for the plan: as given, as measured, or by the roofline.
 
-A GPU's speed is never taken from a CPU's. What tools/check_gpu.py or tools/bench.py measured comes
-first. If that was another network, precision or size, the roofline says how their work compares,
-so that what counts is the share of the roofline that was reached. If nothing was measured, the
-roofline alone is the estimate, for the kind of GPU that the cluster's facts name.
+A GPU's speed is never taken from a CPU's. A measurement by tools/check_gpu.py or tools/bench.py
+comes first. If it was of another network, precision or size, the plan assumes that this run reaches
+the same fraction of its roofline. Without a measurement the roofline alone is the estimate, for the
+kind of GPU that the cluster's settings name.
 """
 
 import math
@@ -30,15 +30,15 @@ from tetdist.storage.files import parse_json, read_text
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed at which one process trains.
+    """Training speed of one process.
 
     Attributes:
         images_per_s: The rate of one process alone.
         timesteps: T of the measurement.
-        of_phases: The rate in each of the configuration's phases, where that is known; else it is
-            taken to fall with T.
-        source: Where that comes from.
-        details: Further lines of the plan, each of a name and a text.
+        of_phases: The rate in each of the configuration's phases, if known; otherwise the rate is
+            assumed to fall with T.
+        source: Origin of the speed.
+        details: Further lines of the plan, each a name and a text.
     """
 
     images_per_s: float
@@ -48,7 +48,7 @@ class Speed:
     details: tuple[tuple[str, str], ...] = ()
 
     def rate(self, phase: int, timesteps: int) -> float:
-        """Samples a second in a phase of the configuration, with its T."""
+        """Return the samples a second in a phase of the configuration, with its T."""
         if self.of_phases:
             return self.of_phases[phase]
         return self.images_per_s * self.timesteps / timesteps
@@ -56,18 +56,18 @@ class Speed:
 
 @dataclass(frozen=True)
 class Network:
-    """The network of a run and what it is shown.
+    """Network of a run and the shape of its input.
 
     Attributes:
-        model: Its weights are not needed.
+        model: The network; its weights are not needed.
         frames: Shape of recordings, (T, 2, H, W); None for images.
     """
 
-    model: Any  # a SpikingModel that is a module
+    model: Any  # a SpikingModel and a module
     frames: tuple[int, ...] | None
 
     def count(self, batch: int, size: int, precision: str) -> Work:
-        """Count the work of a batch of images of that size, or of recordings."""
+        """Count the work for a batch of images of that size, or of recordings."""
         return count(self.model, (batch, *(self.frames or (3, size, size))), precision)
 
 
@@ -93,21 +93,21 @@ def speed_of(
     images_per_s: float | None = None,
     file: str | None = None,
 ) -> Speed | str:
-    """The speed of one process, or one sentence on why it is not known.
+    """Return the speed of one process, or a sentence that says how to provide it.
 
     Args:
-        config: The run's.
-        cluster: The facts.
-        network: What the run trains.
+        config: The run's configuration.
+        cluster: The cluster's settings.
+        network: The run's network.
         images_per_s: The flag of that name.
-        file: Of a benchmark, a JSON object; see `measured`.
+        file: JSON file of a benchmark; see `measured`.
 
     Raises:
-        UserError: The file is not of a benchmark, or not of one that says something about this run.
+        UserError: The file is not of a benchmark, or its benchmark cannot be applied to this run.
     """
     if images_per_s is not None:
         if not 0 < images_per_s < math.inf:
-            raise UserError(f"--images-per-s: {images_per_s:g} must be above 0")
+            raise UserError(f"--images-per-s must be above 0, not {images_per_s:g}")
         return Speed(images_per_s, config.phases[config.start_phase].timesteps)
     card = cards.find(cluster.gpu or "")
     if file is not None:
@@ -116,7 +116,7 @@ def speed_of(
         return "give --images-per-s X, or --benchmark FILE of tools/bench.py"
     if card is None:
         return (
-            f"name the kind of GPU, --gpu {'|'.join(cards.CARDS)}, for an estimate, or give "
+            f"give --gpu {'|'.join(cards.CARDS)} for an estimate, or "
             "--benchmark FILE of tools/check_gpu.py, or --images-per-s X"
         )
     try:
@@ -131,15 +131,15 @@ def speed_of(
 def measured(
     file: str, config: RunConfig, cluster: ClusterSection, network: Network, card: Card | None
 ) -> Speed:
-    """The speed by a benchmark's file.
+    """Return the speed by a benchmark's file.
 
-    It is a JSON object with ``images_per_s``, of ``processes`` together if they were several, and
-    what was measured: ``model``, ``size``, ``precision``, ``timesteps``, ``device``. What is absent
-    is taken to be as in the configuration. ``by_batch`` has rates by size of the micro-batch.
+    The file is a JSON object with ``images_per_s`` (of all ``processes`` together) and the case
+    that was measured: ``model``, ``size``, ``precision``, ``timesteps``, ``device``. Missing keys
+    default to the configuration. ``by_batch`` has rates by size of the micro-batch.
 
     Raises:
-        UserError: It is none, it was measured on a CPU and the job is for GPUs, or it is about
-            another network and the kind of GPU is not known.
+        UserError: The file is no benchmark, was measured on a CPU for a job on GPUs, or is of
+            another network while the kind of GPU is unknown.
     """
     try:
         values = parse_json(read_text(Path(file)))
@@ -152,9 +152,9 @@ def measured(
         ) from error
     if cluster.gpus_per_node and values.get("device") == "cpu":
         raise UserError(
-            f"--benchmark: {file} was measured on a CPU, which says nothing about a GPU's speed; "
-            f"measure there, with `{typed('check_gpu', '--json', 'FILE')}`, or leave the flag away "
-            "for an estimate"
+            f"--benchmark: {file} was measured on a CPU, which does not predict a GPU's speed; "
+            f"measure on the GPU with `{typed('check_gpu', '--json', 'FILE')}`, or leave out the "
+            "flag for an estimate"
         )
     first = config.phases[config.start_phase]
     size = network.frames[2] if network.frames else phase_image_sizes(config, first)[1]
@@ -167,26 +167,26 @@ def measured(
     is_same_work = config.recompute == "none" and measured_on == card
     if case == own and (is_same_work or not cluster.gpus_per_node):
         return speed
-    said = f"--benchmark: {file} measured {case}, and this run trains {own}"
+    mismatch = f"--benchmark: {file} measured {case}, and this run trains {own}"
     if not cluster.gpus_per_node:
-        raise UserError(f"{said}: measure that, or give --images-per-s X")
+        raise UserError(f"{mismatch}; measure that, or give --images-per-s X")
     command = typed("bench", "model", "--model", config.model.name, "--device", "cuda")
     way_out = (
         f"measure this with `{command} --precision {config.precision} --json FILE`, or give "
         "--images-per-s X"
     )
     if card is None or measured_on is None:
-        raise UserError(f"{said}: name the kind of GPU, --gpu NAME, to compare the two, {way_out}")
+        raise UserError(f"{mismatch}; give --gpu NAME to compare the two, {way_out}")
     try:
         here = computed(config, network, card)
         there = estimate(_work_of(case, speed.timesteps, config.batch.micro), measured_on)
     except UserError as error:
-        raise UserError(f"{said}; the two cannot be compared, since {error}: {way_out}") from error
+        raise UserError(f"{mismatch}; they cannot be compared ({error}): {way_out}") from error
     share = speed.images_per_s / there.images_per_s
     if share > 1.25:
         raise UserError(
-            f"{said}: that is {100 * share:.0f} % of what the roofline of an {measured_on.name} "
-            f"allows, so the file is not of one, or not of {case}; {way_out}"
+            f"{mismatch}: its speed is {100 * share:.0f} % of the roofline of an "
+            f"{measured_on.name}, so it is not of that GPU, or not of {case}; {way_out}"
         )
     return Speed(
         share * here.images_per_s,
@@ -211,8 +211,7 @@ def _speed_in(values: dict[str, Any], config: RunConfig) -> Speed:
 
 
 def _case_in(values: dict[str, Any], own: Case) -> Case:
-    """The case of a benchmark; one that names a network took its own neuron and size if it names
-    no others."""
+    """Return a benchmark's case; without neuron or size, those of the network that it names."""
     model = values.get("model")
     if model is not None:
         own = replace(own, neuron=_own_neuron(model))
@@ -227,7 +226,7 @@ def _own_neuron(model: str) -> str:
 
 def _work_of(case: Case, timesteps: int, batch: int) -> Work:
     if case.model not in models.names():
-        raise UserError(f"{case.model} is no network of tetdist")
+        raise UserError(f"{case.model} is not a network of tetdist")
     kind: dict[str, Any] = {"kind": case.neuron}
     if "timesteps" in neurons.class_of(case.neuron).__dataclass_fields__:
         kind["timesteps"] = timesteps
@@ -240,26 +239,26 @@ def _work_of(case: Case, timesteps: int, batch: int) -> Work:
 
 
 def computed(config: RunConfig, network: Network, card: Card) -> Speed:
-    """The speed by the roofline.
+    """Return the speed by the roofline.
 
     Raises:
-        UserError: The network cannot be counted, or the card has no arithmetic for its precision.
+        UserError: The network cannot be counted, or the card does not support its precision.
     """
     phases = [_estimates(config, phase, network, card) for phase in config.phases]
-    # Of images that grow, the mean of the first and the last.
+    # If the image size grows, take the mean of the first and the last.
     rates = [harmonic_mean([found.images_per_s for found, _ in phase]) for phase in phases]
     first = config.start_phase
     found, work = phases[first][-1]
     limit = (
-        f"the GPU takes {1e3 * found.memory:.1f} ms for memory and {1e3 * found.arithmetic:.1f} ms "
-        f"for arithmetic, the host {1e3 * found.launches:.1f} ms to start all kernels meanwhile"
+        f"the GPU needs {1e3 * found.memory:.1f} ms for memory and {1e3 * found.arithmetic:.1f} ms "
+        f"for arithmetic, the host meanwhile {1e3 * found.launches:.1f} ms to launch all kernels"
     )
     if found.seconds == found.launches and not config.cuda_graphs:
         limit += "; cuda_graphs=true (with engine=torch) shortens that"
     gpu = (
         f"{card.name}, computed, not measured: {1e3 * found.seconds:.1f} ms a micro-batch of "
         f"{found.batch}, {found.images_per_s:.0f} samples/s\n{limit}\n"
-        "loss, update and loading are left out"
+        "without loss, update and loading"
     )
     return Speed(
         rates[first],
@@ -273,7 +272,7 @@ def computed(config: RunConfig, network: Network, card: Card) -> Speed:
 def _estimates(
     config: RunConfig, phase: PhaseSection, network: Network, card: Card
 ) -> list[tuple[Estimate, Work]]:
-    """The time and work of a micro-batch of each image size that begins or ends a phase."""
+    """Return time and work of a micro-batch, for the first and last image size of a phase."""
     before = network.model.timesteps
     network.model.set_timesteps(phase.timesteps)
     try:
@@ -290,9 +289,9 @@ def _memory(config: RunConfig, network: Network, card: Card, peak_bytes: int) ->
     averages = 0 if config.ema.decay is None else 1
     weights = 4 * parameters * (2 + moments + averages) / 1e9
     total = weights + peak_bytes / 1e9
-    fits = "" if total < card.memory_gb else ": too much; take a smaller batch.micro, or recompute"
+    fits = "" if total < card.memory_gb else ": too much; use a smaller batch.micro, or recompute"
     return (
-        f"about {total:.1f} GB of the {card.memory_gb:g}{fits}; {weights:.1f} of it weights, their "
-        f"gradients, {'average ' if averages else ''}and the optimiser's, and without what cuDNN "
-        "works in"
+        f"about {total:.1f} GB of the {card.memory_gb:g}{fits}; {weights:.1f} of it for weights, "
+        f"gradients, {'average ' if averages else ''}and optimiser state, without cuDNN's "
+        "workspace"
     )

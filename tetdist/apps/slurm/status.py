@@ -1,4 +1,4 @@
-"""The state of a run across all its starts: progress, what happened, its log as it grows."""
+"""State of a run across all its starts: progress, events, its log."""
 
 import sys
 import time
@@ -11,41 +11,41 @@ from tetdist.apps.slurm.jobs import State
 from tetdist.errors import UserError, typed
 from tetdist.tracking.metrics_file import from_end
 
-ASK_EVERY = 5.0  # seconds between two questions to Slurm, which serves many
-LOOK_EVERY = 0.5  # seconds between two looks at a log
+QUERY_EVERY = 5.0  # seconds between two queries to Slurm, which serves many users
+READ_EVERY = 0.5  # seconds between two reads of a log
 
 
 def find(name: str, runs_dir: str = "runs") -> list[Path]:
-    """The folder of a run, or of all runs of a sweep, by its path or by its name in runs/.
+    """Return the folder of a run, or of all runs of a sweep, by path or by name in runs/.
 
     Raises:
-        UserError: There is no run, or it was never submitted.
+        UserError: The run does not exist, or was never submitted.
     """
     for path in (Path(name), Path(runs_dir) / name):
         if history.newest_submission(path) is not None:
             return [path]
-        # Somebody may have removed the folders of some of the runs of a sweep.
+        # The folders of some runs of a sweep may have been removed.
         swept = [run for run in history.newest_sweep(path) if history.newest_submission(run)]
         if swept:
             return swept
     if Path(name).is_dir():
         raise UserError(
-            f"{name} was not submitted with `{typed('slurm')}`: it has no slurm/ folder"
+            f"{name} was not submitted with `{typed('slurm')}`, because it has no slurm/ folder"
         )
-    raise UserError(f"there is no run {name}, neither as a folder nor in {runs_dir}/")
+    raise UserError(f"there is no run {name}; give a run folder or a name in {runs_dir}/")
 
 
 def submission_of(run_dir: Path) -> Submission:
     submission = history.newest_submission(run_dir)
-    assert submission is not None, "find() has seen it"
+    assert submission is not None, "find() checks it"
     return submission
 
 
 def describe(run_dir: Path) -> str:
-    """The state of the run, as a person reads it."""
+    """Return the state of the run as text."""
     submission = submission_of(run_dir)
     is_local = submission.job == history.LOCAL
-    state = State("local", "not a job of Slurm", False) if is_local else None
+    state = State("local", "without Slurm", False) if is_local else None
     state = state or jobs.state_of(submission)
     events = history.history(run_dir)
     lines = [f"{run_dir}: job {submission.job} {state.name} ({state.text})"]
@@ -66,12 +66,12 @@ def describe(run_dir: Path) -> str:
 
 
 def progress(run_dir: Path, submission: Submission, state: State) -> str:
-    """The last step, the rate and the time to go."""
+    """Return the last step, the rate and the remaining time as text."""
     metrics, saved = run_dir / "metrics.jsonl", history.saved_step(run_dir)
     lines = from_end(metrics) if metrics.exists() else ()
     last = next((line for line in lines if line["kind"] == "train"), None)
     if last is None:
-        return f"no step is logged yet, of {submission.last_step}; saved at step {saved}"
+        return f"no step of {submission.last_step} is logged yet; saved at step {saved}"
     step, rate = int(last["step"]), float(last["samples_per_s"])
     parts = [
         f"step {step} of {submission.last_step} ({100 * step / submission.last_step:.1f} %)",
@@ -86,7 +86,7 @@ def progress(run_dir: Path, submission: Submission, state: State) -> str:
 
 
 def failure_of(events: list[JobEvent], submission: Submission) -> str | None:
-    """The reason why the newest start failed: the first rank's error, or a line of the history.
+    """Return why the newest start failed: the first rank's error, or a line of the history.
 
     None if it did not fail.
     """
@@ -99,28 +99,28 @@ def failure_of(events: list[JobEvent], submission: Submission) -> str | None:
 
 
 def follow(run_dir: Path) -> int:
-    """Show the log as it grows, and changes of state, until the job has left the queue.
+    """Print the growing log and changes of state until the job has left the queue.
 
     Returns:
         Exit status: 0 if the run is finished, else 1.
 
     Raises:
-        KeyboardInterrupt: Somebody has seen enough; the job goes on.
+        KeyboardInterrupt: The user pressed Ctrl-C; the job continues.
     """
     submission = submission_of(run_dir)
     log, position = submission.log_file, 0
-    shown, asked = "", -ASK_EVERY
+    shown, queried = "", -QUERY_EVERY
     state = State("", "", True)
     while state.is_queued:
-        if time.monotonic() - asked >= ASK_EVERY:
-            state, asked = jobs.state_of(submission), time.monotonic()
+        if time.monotonic() - queried >= QUERY_EVERY:
+            state, queried = jobs.state_of(submission), time.monotonic()
             if state.name != shown:
                 print(f"--- job {submission.job} is {state.name} ({state.text})")
                 shown = state.name
         position = _show_new(log, position)
         if state.is_queued:
             sys.stdout.flush()
-            time.sleep(LOOK_EVERY)
+            time.sleep(READ_EVERY)
     _show_new(log, position)
     print(describe(run_dir))
     return 0 if is_finished(run_dir) else 1
@@ -131,7 +131,7 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def _show_new(log: Path, position: int) -> int:
-    """Print what a log has from ``position`` on; returns where it ends."""
+    """Print a log from ``position`` on, and return its end."""
     if not log.exists():
         return position
     with log.open("rb") as file:

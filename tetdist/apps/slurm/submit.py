@@ -1,4 +1,4 @@
-"""Make a queued job of a configuration: check, write down, copy the code, submit."""
+"""Submit a configuration as a job: check it, copy the code, record the submission."""
 
 import itertools
 import math
@@ -36,12 +36,12 @@ from tetdist.tracking.trackers import check_names
 from tetdist.training.run_folder import RunFolder, is_trained
 from tetdist.training.setup import make_model, open_data
 
-_MOST_RUNS = 1000  # of a sweep; Slurm's MaxArraySize
+_MOST_RUNS = 1000  # runs in a sweep; Slurm's default MaxArraySize
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has passed every check which can be made before it is submitted."""
+    """Run that has passed all checks that are possible before submission."""
 
     config: RunConfig
     cluster: ClusterSection
@@ -59,20 +59,18 @@ def prepare(
 
     Args:
         config: The run's configuration.
-        cluster: The facts.
-        after: Runs that are finished before this one begins; what it takes from them need not be
-            there yet.
-        data: Stand-ins for the indexes of what is trained on and evaluated on; None: open those.
+        cluster: The cluster's settings.
+        after: Runs that finish before this one starts; their checkpoints need not exist yet.
+        data: Indexes of the training and validation data to use instead of the data's own.
 
     Raises:
-        UserError: One of them is not right.
+        UserError: A check fails.
     """
     folder = config.run_dir.absolute()
     if set("%\\\n") & set(str(folder)):
         raise UserError(
-            f"the folder of the run, {str(folder)!r}, has a %, a backslash or a new line in it, "
-            "which mean something else in Slurm's names of logs; choose another runs_dir=... or "
-            "name=..."
+            f"the run's folder, {str(folder)!r}, contains a %, a backslash or a line break, which "
+            "are special in Slurm's log names; choose another runs_dir=... or name=..."
         )
     if not after:
         _check_inputs(config)
@@ -82,9 +80,9 @@ def prepare(
     if config.tracking_uri is not None:
         check_store(config.tracking_uri)
         hand_over(config.tracking_uri)
-    # Made absolute now: the job runs in another folder, and the run's own folder records the paths.
+    # Make paths absolute: the job runs in another folder, and the run's folder records the paths.
     values = _with_absolute(config, *identity.PATH_KEYS)
-    # The values have no password, which is needed to announce the run.
+    # The values lack the password that MLflow's update needs.
     tracking = {"tracking": config.tracking}
     config = loading.parse(values, config.name, warn=False).model_copy(update=tracking)
     train_index, val_index = data or open_data(config, _world(cluster))
@@ -97,7 +95,9 @@ def prepare(
         val_images=len(val_index),
         parameters=parameters,
         buffers=sum(b.numel() for b in model.buffers()),
-        origin="in the split" if data is None else "as published or given, the data is not read",
+        origin="in the split"
+        if data is None
+        else "as published or given, without reading the data",
     )
     frames = None if train_index.timesteps is None else train_index.frames_shape
     return Prepared(config, cluster, made, Network(model.to("meta"), frames))
@@ -111,18 +111,18 @@ def _check_inputs(config: RunConfig) -> None:
         if path is None or path.startswith(fields.TIMM) or (has_begun and key == "init_checkpoint"):
             continue
         if path.startswith(hub.HF):
-            # Into the cache, before the job is on a node that may have no network.
+            # Fetch it into the cache now: the job's node may have no network.
             hub.fetch(path, checkpoint.MODEL_FILE)
             continue
         if not Path(path).exists():
             raise UserError(
-                f"{key}: there is no {path}; if a queued run is to leave it there, submit this one "
-                "with --after RUN"
+                f"{key}: there is no {path}; correct the path, or if a queued run writes it, give "
+                "--after RUN"
             )
 
 
 def _with_absolute(config: RunConfig, *keys: str) -> dict[str, Any]:
-    """The configuration's values, with absolute paths in these keys."""
+    """Return the configuration's values, with absolute paths in these keys."""
     values = config.as_dict()
     for key in keys:
         *sections, last = key.split(".")
@@ -135,33 +135,33 @@ def _with_absolute(config: RunConfig, *keys: str) -> dict[str, Any]:
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """The configuration of the job, which runs in another folder, again and again.
+    """Return the configuration of the job, which runs in another folder and may restart.
 
-    ``resume`` becomes auto: whether the run may exist is asked once, when it is submitted.
+    ``resume`` becomes auto: only the submission checks whether the run may exist.
     """
     values = _with_absolute(config, "runs_dir", "data.root", "data.index")
     return loading.parse(values | {"cluster": {}, "resume": "auto"}, config.name, warn=False)
 
 
 def sweep_of(name: str, items: list[str]) -> dict[str, list[str]]:
-    """The overrides of every combination of ``key=a,b,...``, by its run's name.
+    """Return the overrides of every combination of ``key=a,b,...``, by the run's name.
 
-    Such a name is NAME_seed-0_kind-tet; what does not vary is not in it.
+    Such a name is NAME_seed-0_kind-tet; it lists only keys that vary.
 
     Raises:
-        UserError: An item is not of this form, there are too many, or two are the same.
+        UserError: An item has another form, there are too many runs, or two have the same name.
     """
     choices: list[list[tuple[str, str]]] = []
     for item in items:
         key, separator, text = item.partition("=")
         values = _split(text)
         if not separator or not key or not all(values):
-            raise UserError(f"--sweep: {item!r} is not of the form key=value,value,...")
+            raise UserError(f"--sweep: {item!r} must have the form key=value,value,...")
         choices.append([(key, value) for value in values])
     if (count := math.prod(map(len, choices))) > _MOST_RUNS:
         raise UserError(
-            f"--sweep: {count:,} runs; by default an array of Slurm's has {_MOST_RUNS:,} jobs at "
-            "most: name fewer values"
+            f"--sweep: {count:,} runs are too many; Slurm's job arrays have at most "
+            f"{_MOST_RUNS:,} by default; name fewer values"
         )
     runs: dict[str, list[str]] = {}
     for pairs in itertools.product(*choices):
@@ -170,8 +170,8 @@ def sweep_of(name: str, items: list[str]) -> dict[str, list[str]]:
         runs["_".join([name, *parts])] = [f"{key}={value}" for key, value in pairs]
     if len(runs) < count:
         raise UserError(
-            "--sweep: two of its runs are the same, or differ in signs that no name has; name each "
-            "value once"
+            "--sweep: two runs would have the same name (names keep letters, digits, ., _ and - "
+            "only); give each value once"
         )
     return runs
 
@@ -189,7 +189,7 @@ def _split(text: str) -> list[str]:
 
 
 def _as_name(value: str) -> str:
-    """A value as a part of a name: ``[0.1,1]`` as ``0.1-1``."""
+    """Convert a value to a part of a name: ``[0.1,1]`` to ``0.1-1``."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", value.strip("[]{}'\" "))
 
 
@@ -197,20 +197,20 @@ def _as_name(value: str) -> str:
 
 
 def unfinished(runs: list[Prepared]) -> list[Prepared]:
-    """The runs with something left to do; the job of another would wait in the queue for nothing.
+    """Return the unfinished runs; others would only wait in the queue.
 
     Raises:
-        UserError: There is none.
+        UserError: All runs are finished.
     """
     left = [run for run in runs if not is_trained(run.config)]
     if not left:
         folder = runs[0].config.run_dir
         is_finished = f"{folder} is finished, at step {runs[0].plan.last_step}"
         if len(runs) > 1:
-            is_finished = f"all {len(runs)} runs of the sweep are finished; {folder} is one"
+            is_finished = f"all {len(runs)} runs of the sweep are finished, such as {folder}"
         raise UserError(
-            f"{is_finished}; `{typed('eval', '--checkpoint', folder)}` evaluates it, and another "
-            "name=... trains anew"
+            f"{is_finished}; evaluate it with `{typed('eval', '--checkpoint', folder)}`, or train "
+            "a new run with another name=..."
         )
     for run in runs:
         if run not in left:
@@ -225,27 +225,27 @@ def submit(
     after: Sequence[Path] = (),
     sweep: Sequence[Prepared] = (),
 ) -> list[Submission]:
-    """Queue one run, or several as an array; returns what was submitted.
+    """Submit one run, or several as an array, and return the submissions.
 
     Args:
-        runs: Checked; of one cluster and size.
-        name: The job's name; for several runs, also that of the MLflow run above them.
+        runs: Checked runs with the same cluster settings.
+        name: The job's name; for several runs, also that of their parent run in MLflow.
         code: Run this copy of the code, say of an earlier submission, instead of a new one.
-        after: Folders of runs that have to be finished first.
-        sweep: All runs of the sweep that these belong to, if they do.
+        after: Folders of runs that must be finished first.
+        sweep: All runs of the sweep that these belong to, if any.
 
     Raises:
-        UserError: A run is queued already or its folder is in use, one of ``after`` will not be
-            finished, or there is no Slurm.
+        UserError: A run is already queued or its folder is in use, one of ``after`` will not
+            finish, or there is no Slurm.
     """
     if not is_here():
         raise UserError(
-            "there is no Slurm here (no sbatch on the PATH): run this on a login node, or use "
-            "--dry-run to look at the job, or --local N to train here"
+            "there is no Slurm here (no sbatch on the PATH); run this on a login node, or use "
+            "--dry-run to see the job, or --local N to train here"
         )
     depends_on = jobs_to_wait_for(after)
     with ExitStack() as locks:
-        # Whoever else submits one of these runs meanwhile is refused before MLflow hears of it.
+        # A concurrent submission of one of these runs is refused before it updates MLflow.
         for run in runs:
             locks.enter_context(history.submitting(run.config.run_dir))
         for run in runs:
@@ -255,7 +255,7 @@ def submit(
         tags: dict[str, str] = {}
         if len(sweep) > 1:
             home.mkdir(parents=True, exist_ok=True)
-            # The run in MLflow below which those of a sweep are shown; it counts as finished.
+            # MLflow shows the runs of a sweep below this parent run, which counts as finished.
             of_sweep = {"sweep": ", ".join(run.config.name for run in sweep)}
             parent = history.announce(sweep[0].config, "FINISHED", of_sweep, heading=(home, name))
             tags = {"mlflow.parentRunId": parent} if parent else {}
@@ -284,10 +284,10 @@ def submit(
 
 
 def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
-    """The jobs of those runs that are not finished yet.
+    """Return the jobs of the runs that are not finished yet.
 
     Raises:
-        UserError: One will not be finished, because it is not queued.
+        UserError: A run is neither finished nor queued.
     """
     submissions = {run: status.submission_of(run) for run in runs}
     states = states_of([s for s in submissions.values() if s.job != history.LOCAL])
@@ -305,30 +305,30 @@ def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
 
 
 def _home(runs: Sequence[Prepared], name: str) -> Path:
-    """The folder of the run, or of a sweep."""
+    """Return the folder of the run, or of the sweep."""
     return runs[0].config.run_dir if len(runs) == 1 else Path(runs[0].config.runs_dir) / name
 
 
 def _claim(run: Prepared) -> None:
-    """Make the run's folder, or see that it holds this very run and is not in use."""
-    # The folder's lock is given up when this function ends; the job takes it.
+    """Make the run's folder, or check that it holds the same run and is not in use."""
+    # The folder's lock is released when this function returns; the job takes it.
     RunFolder(run.config, _world(run.cluster))
 
 
 def _world(cluster: ClusterSection) -> World:
-    """The job's processes; this one, which is none of them, stands in for the first."""
+    """Return the job's world as rank 0 sees it, although this process is not part of it."""
     return World(0, cluster.processes, torch.device("cpu"), control=None)
 
 
 def copy_code(target: Path) -> Path:
-    """A copy of the project's code for jobs to run."""
+    """Copy the project's code for the jobs to run."""
     git = snapshot.take(target)
     print(f"code      {snapshot.describe(git)}, copied to {target}")
     return target
 
 
 def _job(run: Prepared, folder: Path, code: Path) -> Job:
-    """Write the job's configuration down; in a sweep each run has a folder for that."""
+    """Write the job's configuration; in a sweep, each run has a folder for it."""
     run_dir, cluster = run.config.run_dir, run.cluster
     own = folder if folder.is_relative_to(run_dir) else history.next_submission(run_dir)
     file = own / "config.yaml"
@@ -347,7 +347,7 @@ def _job(run: Prepared, folder: Path, code: Path) -> Job:
 
 
 def _noted(run: Prepared, job: Job, job_id: str, after: Sequence[Path] = ()) -> Submission:
-    """Write down, while the lock is held, so that the next program to take it sees this job."""
+    """Record the submission while the lock is held, so that the next holder sees this job."""
     submission = Submission(
         job=job_id,
         run_dir=job.run_dir,
@@ -370,10 +370,10 @@ def _noted(run: Prepared, job: Job, job_id: str, after: Sequence[Path] = ()) -> 
 
 
 def log_summary(submission: Submission, config: RunConfig) -> None:
-    """Print what a person needs after submitting: the log, MLflow and the further commands."""
+    """Print the log file, MLflow's command and the commands that watch, cancel and resume."""
 
     def command(*arguments: object) -> str:
-        # The interpreter by its own name, since `python` may be another one on a login node.
+        # Use this interpreter's name, because `python` may be another one on a login node.
         words = typed("slurm", *arguments, config.run_dir)
         return re.sub("^python ", f"{Path(sys.executable).name} ", words)
 
@@ -392,10 +392,10 @@ def log_summary(submission: Submission, config: RunConfig) -> None:
 
 
 def dry_run(runs: list[Prepared], name: str, speed: Speed | str, after: Sequence[str] = ()) -> str:
-    """The plan, the batch script and the configuration; nothing is written."""
+    """Return plan, batch script and configuration as text; nothing is written."""
     first = runs[0]
     folder = _home(runs, name).absolute() / "slurm" / "submission-N"
-    # Placeholders: the jobs need not be there yet.
+    # Placeholders: the jobs need not exist yet.
     depends_on = [f"JOB_OF_{Path(run).name}" for run in after]
     values = batch.parameters(name, first.cluster, folder / "code", depends_on)
     config = absolute(first.config).as_dict() | {"cluster": first.cluster.model_dump(mode="json")}
@@ -418,10 +418,10 @@ def dry_run(runs: list[Prepared], name: str, speed: Speed | str, after: Sequence
 
 
 def run_here(run: Prepared) -> int:
-    """Run the job on this machine, in as many processes as the cluster section says.
+    """Run the job on this machine, with the cluster section's number of processes.
 
     Returns:
-        Its exit status.
+        The exit status.
     """
     from tetdist.apps.slurm import local
 
@@ -438,5 +438,5 @@ def run_here(run: Prepared) -> int:
 
 
 def config_of(submission: Submission) -> RunConfig:
-    """The configuration that a job was submitted with."""
+    """Return the configuration that a job was submitted with."""
     return loading.load_written(Path(submission.config))

@@ -1,1 +1,1 @@
-"""Several runs that answer a question, on this machine or a cluster, and their report."""
+"""Studies: several runs that answer a question, on this machine or a cluster, and their report."""

@@ -1,4 +1,4 @@
-"""The picture of a study: accuracy at every test T, loss or early exit, differences."""
+"""Figure of a study: accuracy at every test T, loss or early exit, differences."""
 
 import colorsys
 import itertools
@@ -21,7 +21,7 @@ from tetdist.apps.studies.numbers import Numbers, at, exit_curve, exit_timesteps
 
 
 def draw(numbers: Numbers) -> Any:
-    """The figure.
+    """Draw the figure.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -42,10 +42,10 @@ def draw(numbers: Numbers) -> Any:
 
 
 def styles_of(numbers: Numbers) -> dict[str, dict[str, Any]]:
-    """Colour, dashes and points of every entry.
+    """Return colour, dashes and markers of every entry.
 
-    The control of one entry has that one's colour, dashed, and hollow points. That of several
-    entries is grey, any further such has a colour of its own.
+    The control of a single entry has that entry's colour, dashed lines and hollow markers. The
+    first control of several entries is grey; further ones have colours of their own.
     """
     entries = numbers.study.entries
     controls = [entry.control for entry in entries.values() if entry.control is not None]
@@ -63,16 +63,16 @@ def styles_of(numbers: Numbers) -> dict[str, dict[str, Any]]:
 
 
 def colours() -> Iterator[str]:
-    """Yield colours without end, no two alike."""
+    """Yield distinct colours without end."""
     yield from SERIES
-    # Steps by the golden ratio never come back to the same hue.
+    # Steps of the golden ratio never return to the same hue.
     for i in itertools.count():
         channels = colorsys.hls_to_rgb(i * 0.618034 % 1, 0.4, 0.6)
         yield "#" + "".join(f"{round(channel * 255):02x}" for channel in channels)
 
 
 def _timesteps(axis: Any, numbers: Numbers, styles: dict[str, dict[str, Any]]) -> None:
-    """Mean over seeds as a line, its standard deviation as a band; a ring at the T of training."""
+    """Plot the mean over seeds, a band of one standard deviation, and a ring at the training T."""
     timesteps = list(numbers.study.test_timesteps)
     for entry in numbers.entries:
         points = [numbers.spread(entry, at(t)) for t in timesteps]
@@ -93,7 +93,7 @@ def _timesteps(axis: Any, numbers: Numbers, styles: dict[str, dict[str, Any]]) -
                 markeredgecolor=colour,
             )
     axis.set_xticks(timesteps)
-    axis.set_xlabel("T of the test (ring: of training)")
+    axis.set_xlabel("test T (ring: training T)")
     finish(axis, "Accuracy at every T", ACCURACY, legend=False)
 
 
@@ -106,34 +106,34 @@ def _loss(axis: Any, numbers: Numbers, styles: dict[str, dict[str, Any]]) -> Non
         before = numbers.epochs_before(entry)
         epochs = [before + epoch for epoch, _, _ in curves[0][:shortest]]
         low, high, colour = losses.min(0), losses.max(0), styles[entry]["color"]
-        if shortest == 1:  # points in a column would hide one another, and a band would be a line
+        if shortest == 1:  # points in one column would overlap, and a band would be a line
             epochs = [epochs[0] + 0.8 * ((i + 0.5) / len(entries) - 0.5)]
             axis.vlines(epochs, low, high, color=colour, alpha=0.3, lw=5)
         axis.plot(epochs, losses.mean(0), marker="o" if shortest == 1 else None, **styles[entry])
         axis.fill_between(epochs, low, high, color=colour, alpha=0.12, lw=0)
-    # The loss falls fast at first, and the differences that matter are at the end.
+    # The loss falls fast at first; the differences of interest are at the end.
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.tick_params(axis="y", which="minor", labelsize=7)
-    # Of a single evaluation the axis would show tenths of an epoch.
+    # With a single evaluation, the axis would show tenths of an epoch.
     start, end = axis.get_xlim()
     axis.set_xlim(widened(start, end, 2.0, (0.0, math.inf)))
     axis.xaxis.get_major_locator().set_params(integer=True)
     continued = any(map(numbers.epochs_before, numbers.entries))
     single = all(len(result.curve) == 1 for entry in entries for result in numbers.of(entry))
-    meaning = "with those of what it began with; band" if continued else "band"
-    axis.set_xlabel(f"epoch ({'side by side; bar' if single else meaning}: all seeds)")
+    meaning = "including those of init; band" if continued else "band"
+    axis.set_xlabel(f"epoch ({'side by side; bar' if single else meaning}: range over seeds)")
     held_out = all(run.config.data.held_out for run in numbers.runs)
-    title = f"Loss on {'samples held out' if held_out else 'the validation split'}"
+    title = f"Loss on {'held-out samples' if held_out else 'the validation split'}"
     finish(axis, title, "cross-entropy of the time-mean", legend=False)
 
 
 def _early_exit(axis: Any, numbers: Numbers, styles: dict[str, dict[str, Any]]) -> None:
-    """Accuracy by the timesteps that samples take, means over seeds at each threshold.
+    """Plot accuracy by the average timesteps a sample, means over seeds at each threshold.
 
-    From all samples decided at T=1 to all decided at the last T; a diamond at the thresholds that
-    the runs chose.
+    Curves go from all samples decided at T=1 to all decided at the last T; a diamond marks the
+    thresholds that the runs chose.
     """
     most = max(numbers.study.test_timesteps)
     for entry in numbers.entries:
@@ -145,7 +145,7 @@ def _early_exit(axis: Any, numbers: Numbers, styles: dict[str, dict[str, Any]]) 
         chosen = [[exit_timesteps(one), exit_top1(one)] for one in numbers.of(entry)]
         style = styles[entry] | {"linestyle": "none"}
         axis.plot(*np.mean(chosen, axis=0), marker="D", markersize=9, **style)
-    axis.set_xlabel("timesteps of a sample on average (diamond: threshold chosen)")
+    axis.set_xlabel("average timesteps a sample (diamond: chosen threshold)")
     finish(axis, "Early exit", ACCURACY, legend=False)
 
 
@@ -165,5 +165,5 @@ def _differences(
     axis.set_ylim(-0.6, len(compared) - 0.4)
     low, high = axis.get_xlim()
     axis.set_xlim(widened(low, high, LEAST_DIFFERENCE, (-100.0, 100.0)))
-    axis.set_xlabel("points of top-1, mean and 95 % interval")
+    axis.set_xlabel("points of top-1, mean and 95 % CI")
     finish(axis, "Difference to the control, last epoch", "", legend=False)

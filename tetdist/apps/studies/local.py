@@ -1,8 +1,8 @@
-"""The runs of a study on this machine, some side by side.
+"""Runs of a study on this machine, optionally several at once.
 
-Every run is a call of the training command. Finished runs are left alone, others continue where
-they were saved. No run outlives its study: one that is stopped ends them and waits for them to
-save, and one that is killed is missed by them (tetdist/distributed/starters.py).
+Every run is a call of the training command. Finished runs are skipped, others resume at their last
+checkpoint. No run outlives its study: a stopped study stops its runs and waits until they have
+saved, and the runs notice when it is killed (tetdist/distributed/starters.py).
 """
 
 import contextlib
@@ -25,27 +25,24 @@ from tetdist.errors import UserError
 from tetdist.storage.files import is_held
 from tetdist.wording import counted
 
-LOOK_EVERY = 0.2  # seconds between two looks at the processes
-_AT_WORK = (
-    "another process is at work in {}: wait for it, or stop it; the same command then goes on from "
-    "there"
-)
+POLL_EVERY = 0.2  # seconds between two polls of the processes
+_IN_USE = "another process is using {}; wait for it or stop it, and run the same command again"
 
 
 def work(runs: list[StudyRun], jobs: int, parent: Parent, *, again: bool = False) -> dict[str, str]:
-    """Train and evaluate what is not done yet, some runs at a time.
+    """Train and evaluate the unfinished runs, several at a time.
 
     Args:
-        runs: None before one that it needs.
-        jobs: How many at a time.
-        parent: The study's run in MLflow, which is told of those that are not trained.
-        again: Start finished runs again instead, each of which sends MLflow what it lacks.
+        runs: Runs, each after those that it needs.
+        jobs: Number of runs at a time.
+        parent: The study's run in MLflow, which shows the untrained runs below it.
+        again: Restart finished runs instead; each sends MLflow its missing points.
 
     Returns:
-        The runs that failed, and why.
+        The reason of each failed run.
 
     Raises:
-        KeyboardInterrupt: A signal asked for it; all that was under way is saved.
+        KeyboardInterrupt: A signal stopped the study; all runs in progress have saved.
     """
     waiting = [run for run in runs if again or run.next_command() is not None]
     if jobs > 1:
@@ -62,7 +59,7 @@ def work(runs: list[StudyRun], jobs: int, parent: Parent, *, again: bool = False
         assert command is not None
         try:
             running[run] = Child(run, jobs, command)
-        except UserError as error:  # Somebody else was quicker.
+        except UserError as error:  # Another process was faster.
             fail(run, str(error))
 
     with StopRequest() as stop, ended_at_exit(running, stop):
@@ -76,7 +73,7 @@ def work(runs: list[StudyRun], jobs: int, parent: Parent, *, again: bool = False
                 elif len(running) < jobs and (again or all(map(is_trained, run.needs))):
                     waiting.remove(run)
                     if not is_trained(run):
-                        parent.tell(run, "SCHEDULED")
+                        parent.announce(run, "SCHEDULED")
                     stop.check()
                     start(run, run.train_command if again else run.next_command())
             if (ended := first_to_end(running, stop)) is None:
@@ -86,7 +83,7 @@ def work(runs: list[StudyRun], jobs: int, parent: Parent, *, again: bool = False
             if reason is not None:
                 fail(run, reason)
                 if not is_trained(run):
-                    parent.tell(run, "FAILED")
+                    parent.announce(run, "FAILED")
             elif (more := run.next_command()) is not None:
                 start(run, more)
             else:
@@ -95,37 +92,36 @@ def work(runs: list[StudyRun], jobs: int, parent: Parent, *, again: bool = False
 
 
 def catch_up(study: str, runs: Iterable[StudyRun], output: Path, jobs: int) -> None:
-    """Send MLflow what it lacks of a study's finished runs, or say that it lacks it.
+    """Send MLflow the missing points of a study's finished runs, or warn if that fails.
 
-    The study's result does not depend on MLflow, so that a study which cannot send it has not
-    failed.
+    The study's result does not depend on MLflow, so a failure to send does not fail the study.
 
     Args:
         study: Name of the study.
         runs: Its runs.
         output: Folder of the study.
-        jobs: How many runs are started again at a time.
+        jobs: Number of runs to restart at a time.
 
     Raises:
-        KeyboardInterrupt: A signal asked for it; the same command sends the rest.
+        KeyboardInterrupt: A signal stopped it; the same command sends the rest.
     """
     tracked = [run for run in runs if run.config.tracking_uri is not None]
     if tracked:
-        _say("asking MLflow which runs it lacks points of")
+        _print("checking whether MLflow has all points of all runs")
     try:
         lacking, untagged = lacking_runs(tracked)
         parent = Parent(study, lacking + untagged, output)
         if lacking:
-            _say(f"MLflow lacks points of {_named(lacking)}: sending them")
+            _print(f"MLflow lacks points of {_named(lacking)}: sending them")
             work(lacking, jobs, parent, again=True)
         for run in lacking + untagged:
-            parent.tell(run, None)
+            parent.announce(run, None)
         if lacking and (left := lacking_runs(lacking)[0]):
             raise UserError(f"MLflow still lacks points of {_named(left)}; see {left[0].log}")
     except UserError as error:
-        _say(
-            f"{error}. The runs' metrics.jsonl have all points, and the same command sends MLflow "
-            "those that it lacks"
+        _print(
+            f"{error}. The runs' metrics.jsonl have all points; the same command sends MLflow the "
+            "missing ones"
         )
 
 
@@ -134,12 +130,12 @@ def _named(runs: list[StudyRun]) -> str:
 
 
 def needed_first(runs: list[StudyRun]) -> list[StudyRun]:
-    """Put runs that others wait for, to begin with or learn from, in front: longest chains first.
+    """Sort runs so that those which others need (init, teacher) come first, longest chains first.
 
-    In the order of seeds one core would be left with the last seed's chain while others are idle.
+    In the order of seeds, one core would end with the last seed's chain while others are idle.
 
     Args:
-        runs: None before one that it needs; nor are they in the result.
+        runs: Runs, each after those that it needs; the result keeps this property.
     """
     after = dict.fromkeys(runs, 0)  # the size of the longest chain of runs that waits for each
     for run in reversed(runs):
@@ -150,22 +146,22 @@ def needed_first(runs: list[StudyRun]) -> list[StudyRun]:
 
 
 def refuse_if_at_work(runs: list[StudyRun]) -> None:
-    """Refuse to start beside another process that trains or evaluates one of the runs.
+    """Refuse to start while another process trains or evaluates one of the runs.
 
     Raises:
-        UserError: There is one; the text says where.
+        UserError: There is one; the text names the folder.
     """
     for run in runs:
-        # The log is held by what this command has started, the other file by whatever trains there.
+        # A study's process locks the log; any training process locks the other file.
         if is_held(run.log) or is_held(run.folder / ".lock"):
-            raise UserError(_AT_WORK.format(run.folder))
+            raise UserError(_IN_USE.format(run.folder))
 
 
 class Child:
-    """A process that trains or evaluates a run; what it prints goes to the run's log.
+    """Process that trains or evaluates a run, with its output in the run's log.
 
     Raises:
-        UserError: Another process is at work on the run.
+        UserError: Another process is using the run's folder.
     """
 
     def __init__(self, run: StudyRun, jobs: int, command: Command) -> None:
@@ -173,49 +169,49 @@ class Child:
         run.log.parent.mkdir(parents=True, exist_ok=True)
         threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         with run.log.open("ab") as log:
-            # The process has the lock together with its output, so that it holds it to its end,
-            # also where this one is killed.
+            # The child inherits the lock with its output, so it holds it until it ends, even if
+            # this process is killed.
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(_AT_WORK.format(run.folder)) from error
+                raise UserError(_IN_USE.format(run.folder)) from error
             except OSError:
-                pass  # There are file systems without locks.
-            self.said_before = log.tell()
+                pass  # Some file systems have no locks.
+            self.log_start = log.tell()
             self.process = subprocess.Popen(
                 self.command.words,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Out of reach of the terminal's Ctrl-C, which is passed on once, as SIGTERM.
+                # Shield it from the terminal's Ctrl-C, which is forwarded once, as SIGTERM.
                 start_new_session=True,
                 env={"OMP_NUM_THREADS": str(threads)} | os.environ | as_starter(),
             )
 
     def failure(self) -> str | None:
-        """The reason why it ended without having done its work; None if it has done it."""
+        """Return why the process failed; None if it succeeded."""
         status = self.process.returncode
         if status == 0 and self.run.next_command() != self.command:
             return None
         if status == 0 and self.command == self.run.train_command:
             folder = self.run.folder
-            return f"{folder / 'metrics.jsonl'} lacks evaluations; remove {folder} to train it anew"
+            return f"{folder / 'metrics.jsonl'} lacks evaluations; remove {folder} to retrain it"
         with self.run.log.open("rb") as log:
-            log.seek(self.said_before)
+            log.seek(self.log_start)
             text = log.read().decode(errors="replace")
-        said = [line for line in text.splitlines() if line]
-        return f"exit status {status}: {said[-1] if said else 'it said nothing'} ({self.run.log})"
+        printed = [line for line in text.splitlines() if line]
+        return f"exit status {status}: {printed[-1] if printed else 'no output'} ({self.run.log})"
 
 
 class StopRequest:
-    """A request to end, by Ctrl-C, SIGTERM or a terminal that closes; obeyed when asked for.
+    """Request to stop, by Ctrl-C, SIGTERM or a closing terminal; takes effect in `check`.
 
-    An exception out of the middle of a start would leave a process that nobody knows of. Where
-    SIGHUP is ignored, as under nohup, it stays so.
+    An exception in the middle of a start would leave an unknown process behind. Where SIGHUP is
+    ignored, as under nohup, it stays ignored.
 
     Attributes:
-        came: Whether it was made.
-        at_once: Whether a Ctrl-C came after it, which means: without saving.
+        came: True after the request.
+        at_once: True after a further Ctrl-C, which stops the runs without saving.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -240,14 +236,14 @@ class StopRequest:
         self.came = True
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if it was made."""
+        """Raise KeyboardInterrupt after the request."""
         if self.came:
             raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def ended_at_exit(running: dict[StudyRun, "Child"], stop: StopRequest) -> Iterator[None]:
-    """Leave no child behind, whatever happens: each saves and ends."""
+    """Stop all children on exit, whatever happens; each saves and ends."""
     try:
         yield
     finally:
@@ -257,51 +253,51 @@ def ended_at_exit(running: dict[StudyRun, "Child"], stop: StopRequest) -> Iterat
             if stop.at_once:
                 for child in running.values():
                     child.process.kill()
-            time.sleep(LOOK_EVERY / 4)
+            time.sleep(POLL_EVERY / 4)
 
 
 def first_to_end(running: dict[StudyRun, "Child"], stop: StopRequest) -> StudyRun | None:
-    """Wait until a process ends, or a signal comes; None if there is none, or a signal came."""
+    """Wait for a process to end; return its run, or None without processes or after a signal."""
     while running and not stop.came:
         for run, child in running.items():
             if child.process.poll() is not None:
                 return run
-        time.sleep(LOOK_EVERY)
+        time.sleep(POLL_EVERY)
     return None
 
 
 def outcome(run: StudyRun) -> str:
     if run.is_judged_apart:
         found = evaluation(run)
-        assert found is not None  # A run without one is not at its end.
+        assert found is not None  # A finished run has one.
         return f"top-1 {found['top1']:.2f} %"
     last = lines(run, "val")[-1]
     return f"top-1 {last['top1']:.2f} %, best {last['best_top1']:.2f} %"
 
 
 class StudyProgress:
-    """Runs done, and the time left: a line a run.
+    """Progress of a study: prints a line for each run, with the time left.
 
     Args:
-        total: Number of runs, also of those that were done before.
-        left: Those to do.
+        total: Number of all runs.
+        left: The runs to do.
     """
 
     def __init__(self, total: int, left: Iterable[StudyRun]) -> None:
         self.total, self.left = total, list(left)
-        self.begun, self.size = time.monotonic(), 0  # the size of those that are finished
+        self.begun, self.size = time.monotonic(), 0  # total size of the finished runs
         if len(self.left) < total:
-            _say(f"{total - len(self.left)} of {total} runs are done already")
+            _print(f"{total - len(self.left)} of {total} runs are already done")
 
     def end(self, run: StudyRun, text: str, *, finished: bool = False) -> None:
-        """Say how a run ended, and how much time is left, by the sizes of runs."""
+        """Print how a run ended, and the time left, estimated by the sizes of the runs."""
         self.left.remove(run)
         self.size += run.size if finished else 0
         if self.left and self.size:
             pace = (time.monotonic() - self.begun) / self.size
             text += f"; about {pace * sum(run.size for run in self.left) / 60:.0f} min left"
-        _say(f"[{self.total - len(self.left)}/{self.total}] {run.name}: {text}")
+        _print(f"[{self.total - len(self.left)}/{self.total}] {run.name}: {text}")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

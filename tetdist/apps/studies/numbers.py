@@ -1,4 +1,4 @@
-"""The results of a study in numbers: means, spreads and paired differences over seeds."""
+"""Results of a study: means, standard deviations and paired differences over seeds."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation (NaN of a single value) of n values."""
+    """Mean and sample standard deviation of n values; the latter is NaN for a single value."""
 
     n: int
     mean: float
@@ -30,11 +30,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference of n pairs; its 95 % interval and p are NaN where they cannot be estimated:
-    of fewer than two pairs, and where all pairs differ alike.
+    """Mean difference of n pairs, with 95 % interval and p; these are NaN for fewer than two pairs
+    or if all pairs differ equally.
 
     Attributes:
-        p: That of the paired t-test, two-sided.
+        p: Two-sided p of the paired t-test.
     """
 
     n: int
@@ -51,22 +51,22 @@ class Difference:
 
 @dataclass(frozen=True)
 class Result:
-    """The result of one run.
+    """Result of one run.
 
     Attributes:
-        top1, best_top1: Accuracies of the last and the best epoch, in percent; the latter is NaN
-            where what was evaluated along the way were samples held out, or weights not averaged.
+        top1, best_top1: Accuracies of the last and the best epoch, in percent; the latter is NaN if
+            the evaluations during training used held-out samples, or weights that are not averaged.
         samples: Size of the validation split.
-        data_split: Name of the split of recordings, where there are several.
+        data_split: Name of the split of recordings, if there are several.
         by_timestep: Top-1 of the last epoch's time-mean up to timestep 1, 2, ...
-        loss: That of the last epoch, on the validation split.
-        chosen_exit: Early exit at the threshold that was chosen, see `tetdist.evaluation.suite`;
-            None: none was.
-        early_exit: (threshold, top-1, timesteps of a sample on average) at others; empty where none
-            was chosen.
-        curve: (epoch, loss, top-1) of every evaluation, of the weights that the result is of.
-        image_timesteps: Images trained on times T, of this run alone.
-        seconds: Time of training this run alone, without evaluations.
+        loss: Loss of the last epoch, on the validation split.
+        chosen_exit: Early exit at the chosen threshold, see `tetdist.evaluation.suite`; None: no
+            threshold was chosen.
+        early_exit: (threshold, top-1, average timesteps a sample) at other thresholds; empty if no
+            threshold was chosen.
+        curve: (epoch, loss, top-1) of every evaluation, with the weights of the result.
+        image_timesteps: Training images times T, of this run alone.
+        seconds: Training time of this run alone, without evaluations.
         ended: Unix time in seconds.
     """
 
@@ -101,7 +101,7 @@ class Result:
 
 
 def result_of(run: StudyRun) -> Result | None:
-    """The result of a run; None while it is not finished and evaluated."""
+    """Return the result of a run; None until it is finished and evaluated."""
     if not is_trained(run):
         return None
     found = evaluation(run)
@@ -134,7 +134,7 @@ def result_of(run: StudyRun) -> Result | None:
 
 
 def phases_of(run: StudyRun, line: dict[str, Any]) -> list[Phase]:
-    """The phases that the run trains, by the step and epoch of a line of its metrics."""
+    """Return the phases that the run trains, given step and epoch of a line of its metrics."""
     config = run.config
     steps_per_epoch = round(line["step"] / line["epoch"])
     phases = schedule_phases(config.phases, steps_per_epoch, config.batch.global_)
@@ -142,7 +142,7 @@ def phases_of(run: StudyRun, line: dict[str, Any]) -> list[Phase]:
 
 
 def image_timesteps(run: StudyRun, last: dict[str, Any]) -> int:
-    """Images times T that went forward and backward in training, up to a line of metrics."""
+    """Return the number of training images times T, up to a line of the metrics."""
     return sum(
         (min(phase.end_step, last["step"]) - phase.first_step)
         * run.config.batch.global_
@@ -153,7 +153,7 @@ def image_timesteps(run: StudyRun, last: dict[str, Any]) -> int:
 
 
 def training_seconds(run: StudyRun) -> float:
-    """The time of all steps, by the rates in the run's lines of metrics."""
+    """Return the time of all steps, by the rates in the run's metrics."""
     train = lines(run, "train")
     first_step = phases_of(run, train[-1])[0].first_step
     steps = np.diff([line["step"] for line in train], prepend=first_step)
@@ -170,24 +170,23 @@ def run_environment(run: StudyRun) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> Spread:
-    """The spread of at least one value."""
+    """Return mean and standard deviation of at least one value."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
     return Spread(len(values), float(np.mean(values)), std)
 
 
 def signed(value: float) -> str:
-    """A number with two decimals and a sign, which is + for what rounds to zero."""
+    """Format a number with two decimals and a sign; a number that rounds to zero gets +."""
     return f"{round(value, 2) + 0.0:+.2f}"
 
 
 def paired_difference(values: list[float], control: list[float]) -> Difference:
-    """The mean difference of pairs of the same seed, its t interval, and the paired t-test's p."""
+    """Return the mean difference of pairs of equal seed, its t interval and the t-test's p."""
     from scipy import stats
 
     differences = np.subtract(values, control)
     n, mean = len(differences), float(np.mean(differences)) if values else math.nan
-    # Differences that are alike but for rounding show no spread, and would have an interval of no
-    # width.
+    # Differences that are equal up to rounding would give an interval of width zero.
     if n < 2 or np.ptp(differences) < 1e-9:
         return Difference(n, mean, math.nan, math.nan, math.nan)
     error = float(np.std(differences, ddof=1)) / math.sqrt(n)
@@ -213,7 +212,7 @@ class Numbers:
 
     @property
     def entries(self) -> list[str]:
-        """The entries with a result."""
+        """Entries with a result."""
         return [name for name in self.study.entries if self.results[name]]
 
     def of(self, entry: str) -> list[Result]:
@@ -224,13 +223,13 @@ class Numbers:
         return self.of(entry)[0].run.timesteps
 
     def spread(self, entry: str, value: Value) -> Spread:
-        """The spread over seeds of a number of each result."""
+        """Return the spread over seeds of a value of each result."""
         return spread(list(map(value, self.of(entry))))
 
     def difference(self, entry: str, value: Value) -> Difference:
-        """The difference to the control in a number of each result, seed by seed.
+        """Return the difference to the control in a value of each result, paired by seed.
 
-        It is of no pairs without a control, or without a seed that both have finished.
+        It has no pairs without a control, or without a seed that both have finished.
         """
         control = self.study.entries[entry].control
         ours, theirs = self.results[entry], self.results[control] if control else {}
@@ -238,23 +237,23 @@ class Numbers:
         return paired_difference(*([value(of[seed]) for seed in seeds] for of in (ours, theirs)))
 
     def cost(self, entry: str) -> tuple[float, float]:
-        """Image-timesteps and seconds of training, medians over seeds, with the runs it needed."""
+        """Return image-timesteps and training seconds, medians over seeds, with needed runs."""
         counted = [self.of(name) for name in self.with_needed(entry) if self.results[name]]
         image_timesteps = [np.median([r.image_timesteps for r in results]) for results in counted]
         seconds = [np.median([r.seconds for r in results]) for results in counted]
         return float(sum(image_timesteps)), float(sum(seconds))
 
     def epochs_before(self, entry: str) -> int:
-        """The epochs for which the weights that the entry begins with had been trained."""
+        """Return the number of epochs for which the entry's initial weights were trained."""
         run, before = self.of(entry)[0].run, 0
-        # A run that begins with a later phase counts the epochs of those before it itself.
+        # A run that begins with a later phase includes the earlier phases' epochs itself.
         while run.init is not None and run.config.start_phase == 0:
             run = run.init
             before += sum(phase.epochs for phase in run.config.phases)
         return before
 
     def with_needed(self, entry: str) -> list[str]:
-        """The entry, the one that it begins with, its teacher, and so on."""
+        """Return the entry, its init, its teacher, and so on recursively."""
         section = self.study.entries[entry]
         needed = [name for name in (section.init, section.teacher) if name is not None]
         return list(dict.fromkeys([entry, *(n for name in needed for n in self.with_needed(name))]))
@@ -308,7 +307,7 @@ def at(timesteps: int) -> Value:
 
 
 def exit_timesteps(result: Result) -> float:
-    """Timesteps of a sample on average, with early exit at the threshold that was chosen."""
+    """Return the average timesteps a sample, with early exit at the chosen threshold."""
     assert result.chosen_exit is not None
     return float(result.chosen_exit["mean_timesteps"])
 
@@ -324,11 +323,11 @@ EXIT_VALUES = {"exit_timesteps": exit_timesteps, "exit_top1": exit_top1}
 def exit_curve(
     by_timestep: Sequence[float], points: Iterable[Sequence[float]], most: int
 ) -> list[tuple[float, float]]:
-    """(timesteps of a sample on average, top-1) from all decided at T=1 to all at the last.
+    """Return (average timesteps a sample, top-1), from all decided at T=1 to all at the last T.
 
     Args:
-        by_timestep: Top-1 of all decided at t = 1, 2 and so on.
-        points: (threshold, top-1, timesteps) of early exit, thresholds rising.
+        by_timestep: Top-1 with all samples decided at t = 1, 2 and so on.
+        points: (threshold, top-1, timesteps) of early exit, in ascending thresholds.
         most: The last timestep.
     """
     between = [(spent, top1) for _, top1, spent in points]
@@ -336,15 +335,15 @@ def exit_curve(
 
 
 def timesteps_for(curve: list[tuple[float, float]], top1: float) -> float:
-    """The timesteps after which an `exit_curve` first comes to an accuracy, between its points.
+    """Return the timesteps at which an `exit_curve`, interpolated, first reaches an accuracy.
 
-    NaN where it never does.
+    NaN if it never does.
     """
     before = curve[0]
     for point in curve:
         if point[1] >= top1:
-            share = (top1 - before[1]) / (point[1] - before[1]) if before[1] < top1 else 0.0
-            return before[0] + share * (point[0] - before[0])
+            weight = (top1 - before[1]) / (point[1] - before[1]) if before[1] < top1 else 0.0
+            return before[0] + weight * (point[0] - before[0])
         before = point
     return math.nan
 
@@ -359,7 +358,7 @@ def gather(study: StudySection, runs: list[StudyRun]) -> Numbers:
 
 
 def distinct(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The environments that a result may depend on, each machine and state of the code once."""
+    """Return the distinct environments: each machine and state of the code once."""
     found: list[dict[str, Any]] = []
     for value in values:
         git = value.get("git") or {}

@@ -1,4 +1,4 @@
-"""The content of a study file: its entries, and the runs that they make with its seeds."""
+"""Contents of a study file: its entries, and their runs with its seeds."""
 
 import difflib
 import json
@@ -34,40 +34,40 @@ STUDIES_DIR = CONFIGS_DIR / "studies"
 EVALUATION_FILE = "test_timesteps.json"
 TEACHER_KEY = "loss.distillation.teacher"
 
-# Keys that a study sets itself, and what to do instead.
+# Keys that a study sets itself, with remedies.
 OWN_KEYS = {
-    "seed": "put it among the study's seeds",
-    "name": "a run is called ENTRY-seedN",
+    "seed": "add it to the study's seeds instead",
+    "name": "leave it out, runs are named ENTRY-seedN",
     "runs_dir": "give --output DIR instead",
-    "resume": "leave it out: a study always continues its runs",
+    "resume": "leave it out, a study always continues its runs",
 }
 
 
 class EntrySection(Section):
-    """One of the things compared, trained once a seed."""
+    """Entry of the comparison, trained once for each seed."""
 
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Dotted keys of the configuration, after those of the study."""
     config: str | None = None
-    """Another configuration than the study's."""
+    """Configuration, if it differs from the study's."""
     control: str | None = None
-    """The entry that it is compared with, seed by seed."""
+    """Entry to compare with, seed by seed."""
     init: str | None = None
-    """The entry whose weights, of the same seed, it begins with."""
+    """Entry that provides the initial weights, of the same seed."""
     teacher: str | None = None
-    """The entry whose network, of the same seed, is its teacher (loss.distillation.teacher)."""
+    """Entry that provides the teacher of the same seed (loss.distillation.teacher)."""
     average: bool = False
     """Evaluate the moving average of the weights (ema.decay) at the end."""
 
 
 class QuestionSection(Section):
-    """The keys that a study and a search have in common."""
+    """Keys that a study and a search have in common."""
 
     title: str
     question: str = ""
-    """Markdown, for the report: what is asked, and what is the same in all runs."""
+    """Markdown for the report: the question, and what all runs have in common."""
     config: str
-    """A file, or the name of one in configs/."""
+    """File, or its name in configs/."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Dotted keys of the configuration, for all runs."""
@@ -80,25 +80,25 @@ class StudySection(QuestionSection):
     test_timesteps: Annotated[tuple[Timesteps, ...], Field(min_length=1)]
     """Numbers of timesteps at which every run is evaluated."""
     exit_within: Annotated[float, Field(ge=0, le=100)] | None = None
-    """Points of top-1 that early exit may cost. Each run's threshold is chosen on the training
-    samples that it holds out (data.held_out), and all is evaluated on the validation split."""
+    """Percentage points of top-1 that early exit may lose. Each run's threshold is chosen on the
+    training samples that it holds out (data.held_out), then evaluated on the validation split."""
     entries: Annotated[dict[str, EntrySection], Field(min_length=1)]
 
 
 # Compared by identity, so that runs can be keys of a dictionary.
 @dataclass(frozen=True, eq=False)
 class StudyRun:
-    """One entry with one seed.
+    """Run of one entry with one seed.
 
     Attributes:
-        arguments: What the commands train and slurm are given: the configuration, all
-            ``key=value`` and ``--import``.
-        control: The entry that its entry is compared with.
-        init: The run whose weights it begins with.
-        teacher: The run whose network it learns from.
-        test_timesteps: Numbers of timesteps at which it is evaluated; none: at its own.
-        exit_within: Points of top-1 that early exit may cost; None: it has no threshold chosen.
-        average: Whether the moving average of its weights is what is evaluated at the end.
+        arguments: Arguments of the commands train and slurm: the configuration, all ``key=value``
+            and ``--import``.
+        control: The entry to compare with.
+        init: The run that provides the initial weights.
+        teacher: The run that provides the teacher.
+        test_timesteps: Numbers of timesteps at which it is evaluated; empty: its own.
+        exit_within: Points of top-1 that early exit may lose; None: no threshold is chosen.
+        average: True if the moving average of its weights is evaluated at the end.
     """
 
     entry: str
@@ -122,7 +122,7 @@ class StudyRun:
 
     @property
     def needs(self) -> "tuple[StudyRun, ...]":
-        """The runs that must be finished before it begins."""
+        """Runs that must be finished before it starts."""
         return tuple(dict.fromkeys(run for run in (self.init, self.teacher) if run is not None))
 
     @property
@@ -136,7 +136,7 @@ class StudyRun:
 
     @property
     def own_phases(self) -> tuple[PhaseSection, ...]:
-        """The phases that it trains itself: all from ``start_phase`` on."""
+        """Phases that the run itself trains: all from ``start_phase`` on."""
         return self.config.phases[self.config.start_phase :]
 
     @property
@@ -146,7 +146,7 @@ class StudyRun:
 
     @property
     def is_evaluated_again(self) -> bool:
-        """True if it needs an evaluation of its own after the training."""
+        """True if the run needs a separate evaluation after training."""
         beyond = self.timesteps < max(self.test_timesteps, default=0)
         return beyond or self.is_judged_apart or not self.config.model.neuron.causal
 
@@ -154,7 +154,7 @@ class StudyRun:
     def is_judged_apart(self) -> bool:
         """True if the evaluations during training use other samples or weights than the result.
 
-        A search, which tests at no timesteps, judges by them nevertheless.
+        A search has no test timesteps and uses the evaluations during training as its result.
         """
         holds_out = bool(self.config.data.held_out and self.test_timesteps)
         return holds_out or self.average
@@ -165,7 +165,7 @@ class StudyRun:
 
     @property
     def eval_command(self) -> "Command":
-        # One pass at the last shows all T, and early exit is up to it, whatever T was trained.
+        # One evaluation at the last T gives all T, and early exit up to it, whatever T was trained.
         causal = self.config.model.neuron.causal
         tested = self.test_timesteps[-1:] if causal else self.test_timesteps
         timesteps = ",".join(map(str, tested))
@@ -178,7 +178,7 @@ class StudyRun:
         return Command("eval", (*of, *more, *import_flags(self.config.imports)))
 
     def next_command(self) -> "Command | None":
-        """The command that is left to do, by the state on the disk; None if there is none."""
+        """Return the next command to run, by the state on the disk; None if all is done."""
         if not is_trained(self):
             return self.train_command
         return None if evaluation(self) is not None else self.eval_command
@@ -186,20 +186,20 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Command:
-    """A command of tetdist, for a process to run and for a person to type."""
+    """Command of tetdist, for a process to run and for a user to type."""
 
     name: str
     arguments: tuple[str, ...]
 
     @property
     def words(self) -> list[str]:
-        """The words of the process: a script of the checkout, or the installed package."""
+        """Command line of the process: a script of the checkout, or the installed package."""
         script = script_of(self.name)
         program = ["-m", "tetdist_command", self.name] if script is None else [str(script)]
         return [sys.executable, *program, *self.arguments]
 
     def __str__(self) -> str:
-        """The line that a person types, in the folder of the checkout if there is one."""
+        """Return the command as typed, in the folder of the checkout if there is one."""
         folder = f"{CONFIGS_DIR.parent}/" if script_of(self.name) else ""
         return typed(self.name, *(word.removeprefix(folder) for word in self.arguments))
 
@@ -208,14 +208,14 @@ class Command:
 
 
 def find(name: str) -> Path:
-    """The file of a study: a path, or a name (with or without .yaml) in configs/studies/."""
+    """Find the file of a study: a path, or a name (with or without .yaml) in configs/studies/."""
     for path in (Path(name), STUDIES_DIR / name, STUDIES_DIR / f"{name}.yaml"):
         if path.is_file():
             return path
     known = sorted(path.stem for path in STUDIES_DIR.glob("*.yaml"))
     close = difflib.get_close_matches(name.removesuffix(".yaml"), known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
-    raise UserError(f"no study {name!r}, neither as a file nor in configs/studies/; {hint}")
+    hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
+    raise UserError(f"there is no study {name!r}, as a file or in configs/studies/; {hint}")
 
 
 def read_section(path: Path, kind: type[Kind], inner: dict[str, type[Section]]) -> Kind:
@@ -223,11 +223,11 @@ def read_section(path: Path, kind: type[Kind], inner: dict[str, type[Section]]) 
 
     Args:
         path: The file.
-        kind: Its section.
-        inner: The sections within that, by the key that they stand below.
+        kind: Section class of the file.
+        inner: Classes of the sections inside it, by key.
 
     Raises:
-        UserError: The file is none; the text says what is wrong with it.
+        UserError: The file is invalid; the text says why.
     """
     try:
         section = kind.model_validate_json(json.dumps(read_yaml(path)))
@@ -237,19 +237,19 @@ def read_section(path: Path, kind: type[Kind], inner: dict[str, type[Section]]) 
         )
         raise UserError(f"{path}: {problems}") from None
     if len(set(section.seeds)) < len(section.seeds):
-        raise UserError(f"{path}: seeds: one of {list(section.seeds)} is there twice")
+        raise UserError(f"{path}: seeds: {list(section.seeds)} has a duplicate; remove it")
     return section
 
 
 def _explain(error: Any, kind: type[Section], inner: dict[str, type[Section]]) -> str:
-    # Where a key takes values of two types, pydantic names the type after the key.
+    # If a key takes values of two types, pydantic adds the type after the key.
     location = [str(part) for part in error["loc"] if not re.search(r"Section$|tuple", str(part))]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         at = [kind, *(inner[part] for part in location[:-1] if part in inner)]
         fields = at[-1].model_fields
         known = ", ".join(field.alias or name for name, field in fields.items())
-        return f"unknown key {key!r}; known here are {known}"
+        return f"unknown key {key!r}; known keys here: {known}"
     if error["type"] == "missing":
         return f"{key!r} is missing"
     return f"{key!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
@@ -259,12 +259,12 @@ def read(path: Path) -> StudySection:
     """Read a study file.
 
     Raises:
-        UserError: The file is no study; the text says what is wrong with it.
+        UserError: The file is not a valid study; the text says why.
     """
     study = read_section(path, StudySection, {"entries": EntrySection})
     if list(study.test_timesteps) != sorted(set(study.test_timesteps)):
         raise UserError(
-            f"{path}: test_timesteps: {list(study.test_timesteps)} must rise, each number once"
+            f"{path}: test_timesteps: {list(study.test_timesteps)} must ascend without duplicates"
         )
     for name, entry in study.entries.items():
         others = {"control": entry.control, "init": entry.init, "teacher": entry.teacher}
@@ -272,7 +272,8 @@ def read(path: Path) -> StudySection:
             if other is not None and (other == name or other not in study.entries):
                 known = ", ".join(known for known in study.entries if known != name)
                 raise UserError(
-                    f"{path}: entries.{name}.{key}: {other!r} is no other entry; there are {known}"
+                    f"{path}: entries.{name}.{key}: {other!r} is not another entry; choose from "
+                    f"{known}"
                 )
     return study
 
@@ -284,23 +285,23 @@ def import_flags(files: Sequence[str]) -> list[str]:
 def runs_of(
     study: StudySection, output: Path, more: list[str], imports: Sequence[str] = ()
 ) -> list[StudyRun]:
-    """All runs, seed by seed, each after those that it needs.
+    """Return all runs, seed by seed, each after those that it needs.
 
     Args:
         study: The study.
-        output: Their folder.
-        more: ``key=value`` for all of them, after the study's own.
-        imports: Files that all of them import.
+        output: Folder of the runs.
+        more: ``key=value`` for all runs, applied after the study's own.
+        imports: Files that all runs import.
 
     Raises:
-        UserError: A configuration is wrong, or entries need each other.
+        UserError: A configuration is invalid, or entries need each other in a circle.
     """
     runs: dict[tuple[str, int], StudyRun] = {}
 
     def add(name: str, seed: int, after: tuple[str, ...] = ()) -> StudyRun:
         if name in after:
             raise UserError(
-                f"entries.{name}: init and teacher go in a circle: {' <- '.join((*after, name))}"
+                f"entries.{name}: init and teacher form a circle: {' <- '.join((*after, name))}"
             )
         if (name, seed) in runs:
             return runs[name, seed]
@@ -309,15 +310,15 @@ def runs_of(
             None if other is None else add(other, seed, (*after, name))
             for other in (entry.init, entry.teacher)
         )
-        # It may name weights or a teacher from elsewhere, unless another entry is named for them.
+        # An entry may set its own weights or teacher, unless it names another entry for them.
         own, own_keys = list[str](), dict(OWN_KEYS)
         for needed, key, reason in (
-            (init, "init_checkpoint", "it begins with the weights of init"),
-            (teacher, TEACHER_KEY, "it learns from its teacher"),
+            (init, "init_checkpoint", "the entry's init provides it"),
+            (teacher, TEACHER_KEY, "the entry's teacher provides it"),
         ):
             if needed is not None:
                 own.append(f"{key}={needed.folder}")
-                own_keys[key] = f"{reason}, {needed.entry}; leave out one"
+                own_keys[key] = f"{reason} ({needed.entry}); leave out one"
         given = joined(as_overrides(study.overrides), as_overrides(entry.overrides), more)
         try:
             run = make_run(
@@ -353,27 +354,27 @@ def make_run(
     own_keys: dict[str, str],
     imports: Sequence[str],
 ) -> StudyRun:
-    """Return a run that needs no other, with its configuration.
+    """Return a run, without the runs that it needs, and load its configuration.
 
     Args:
         entry: Its entry.
         seed: Its seed.
         output: Folder of all runs.
-        config_name: A file, or the name of one in configs/.
+        config_name: A file, or its name in configs/.
         given: ``key=value`` of the file and the command line.
-        own: ``key=value`` that the study sets besides.
-        own_keys: Keys that only the study may set, and what to do instead.
+        own: ``key=value`` that the study adds.
+        own_keys: Keys that only the study may set, with remedies.
         imports: Files that it imports.
 
     Raises:
-        UserError: The configuration is wrong, or one of the study's keys is given.
+        UserError: The configuration is invalid, or sets a key that only the study may set.
     """
     nested: dict[str, Any] = {}
     for override in given:
         apply_override(nested, override)
     for key in identity.flatten(nested):
         if key in own_keys:
-            raise UserError(f"overrides: {key} is set by the study itself: {own_keys[key]}")
+            raise UserError(f"overrides: the study itself sets {key}; {own_keys[key]}")
     named = [f"seed={seed}", f"name={entry}-seed{seed}", f"runs_dir={output}"]
     overrides = [*given, *named, *own]
     config = loading.load(config_name, overrides, imports)
@@ -383,42 +384,44 @@ def make_run(
 
 
 def _check(run: StudyRun) -> None:
-    """Refuse what a run cannot be evaluated with.
+    """Refuse a run that cannot be evaluated as requested.
 
     Raises:
-        UserError: It is asked for.
+        UserError: It cannot.
     """
     name, config, last = run.entry, run.config, max(run.test_timesteps)
     if run.exit_within is not None and not config.data.held_out:
         raise UserError(
-            f"exit_within: entries.{name} holds out no training samples to choose a threshold on; "
+            f"exit_within: entries.{name} holds out no training samples for choosing a threshold; "
             "set data.held_out: 0.1 in overrides"
         )
     if run.exit_within is not None and not config.model.neuron.causal:
         raise UserError(
-            f"exit_within: entries.{name} has neurons that see later timesteps, so that there is "
-            "no early exit; leave out one of them"
+            f"exit_within: entries.{name} has neurons that see later timesteps and thus no early "
+            "exit; leave out the entry or exit_within"
         )
     if run.average and config.ema.decay is None:
-        raise UserError(f"entries.{name}.average: there is none; set ema.decay, such as 0.999")
+        raise UserError(
+            f"entries.{name}.average: the run keeps no average; set ema.decay, such as 0.999"
+        )
     for timesteps in run.test_timesteps:
         if (reason := config.model.neuron.refusal(timesteps)) is not None:
-            raise UserError(f"test_timesteps: of entries.{name}, {reason}")
+            raise UserError(f"test_timesteps: entries.{name}: {reason}")
     if run.is_judged_apart and last < run.timesteps:
         raise UserError(
-            f"test_timesteps: entries.{name} is evaluated at up to "
-            f"{counted(last, 'timestep')}, and trained with {run.timesteps}; add these"
+            f"test_timesteps: entries.{name} is trained with T={run.timesteps} but evaluated up to "
+            f"{counted(last, 'timestep')} only; add {run.timesteps}"
         )
 
 
 def replaced(study: StudySection, more: Sequence[str]) -> list[str]:
-    """Sentences on keys of the command line that entries have values of their own for.
+    """Return warnings about keys of the command line that replace values of entries.
 
     Args:
         study: The study.
         more: ``key=value`` for all runs.
     """
-    said = []
+    warnings = []
     for key in map(key_of, more):
         own = [
             f"{name} ({theirs}={as_text(value)})"
@@ -427,20 +430,20 @@ def replaced(study: StudySection, more: Sequence[str]) -> list[str]:
             if f"{theirs}.".startswith(f"{key}.") or f"{key}.".startswith(f"{theirs}.")
         ]
         if own:
-            said.append(
-                f"{key} of the command line replaces what entries have of their own, which may be "
-                f"what sets them apart: {', '.join(own)}"
+            warnings.append(
+                f"warning: {key} on the command line replaces values of entries, which may be what "
+                f"the study compares: {', '.join(own)}"
             )
-    return said
+    return warnings
 
 
 def as_overrides(values: dict[str, Any]) -> list[str]:
-    """Dotted keys and their values as overrides on the command line."""
+    """Convert dotted keys and values to overrides of the command line."""
     return [f"{key}={as_text(value)}" for key, value in values.items()]
 
 
 def as_text(value: Any) -> str:
-    """A value as an override on the command line."""
+    """Convert a value to the text of an override of the command line."""
     if isinstance(value, str):
         return value
     text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize)
@@ -451,12 +454,12 @@ def as_text(value: Any) -> str:
 
 
 def is_trained(run: StudyRun) -> bool:
-    """Return whether the run has reached its end, and its last checkpoint is of that step."""
+    """Return whether the run has reached its end and saved its last step."""
     return run_folder.is_trained(run.config)
 
 
 def lines(run: StudyRun, kind: str) -> list[dict[str, Any]]:
-    """The run's lines of metrics of one kind; none where it has not begun."""
+    """Return the run's metrics of one kind; empty before it begins."""
     file = run.folder / "metrics.jsonl"
     found = metrics_file.read_metrics(file) if file.exists() else []
     return [line for line in found if line["kind"] == kind]
@@ -465,9 +468,9 @@ def lines(run: StudyRun, kind: str) -> list[dict[str, Any]]:
 def evaluation(run: StudyRun) -> dict[str, Any] | None:
     """Return the run's last evaluation: top1, loss, samples, per_timestep_top1 and so on.
 
-    Up to the T of training the run's own evaluation says it. Beyond it per_timestep_top1 is that
-    of the command eval; and all of it is where the run's own evaluation is of the samples that it
-    held out, or of the weights that are not averaged. None while that is not there.
+    Up to the T of training, this is the run's own evaluation. Beyond it, per_timestep_top1 is from
+    the command eval. All of it is from eval if the run's own evaluation used held-out samples, or
+    weights that are not averaged. None until that evaluation exists.
     """
     last = lines(run, "val")[-1]
     most = max(run.test_timesteps, default=0)
@@ -482,7 +485,7 @@ def evaluation(run: StudyRun) -> dict[str, Any] | None:
         within = values["chosen_exit"]["within"] if "chosen_exit" in values else None
         if (within, "averaged" in values) != (run.exit_within, run.average):
             return None
-        # It may be of more timesteps than the run was trained with, and the result is at these.
+        # eval may have used more timesteps than the training; the result is at the latter.
         of_training = {
             key: values[f"per_timestep_{key}"][run.timesteps - 1] for key in ("top1", "loss")
         }
@@ -492,10 +495,10 @@ def evaluation(run: StudyRun) -> dict[str, Any] | None:
 
 
 def check_folder(run: StudyRun) -> None:
-    """See that the run's folder holds no run of another configuration.
+    """Check that the run's folder holds no run of another configuration.
 
     Raises:
-        UserError: It holds one.
+        UserError: It does.
     """
     file = run.folder / "config.yaml"
     if not file.exists():
@@ -503,7 +506,7 @@ def check_folder(run: StudyRun) -> None:
     try:
         raw = read_yaml(file)
     except UserError as error:
-        raise UserError(f"{file} is damaged; remove its folder to train the run anew") from error
+        raise UserError(f"{file} is damaged; remove its folder to retrain the run") from error
     earlier = loading.parse(raw, str(file), warn=False).as_dict()
     changed = identity.differences(earlier, run.config.as_dict())
     if changed:
@@ -514,26 +517,26 @@ def check_folder(run: StudyRun) -> None:
 
 
 def check_inputs(runs: list[StudyRun], kind: str = "entries.") -> None:
-    """See that each entry's data are there and suit its network, and that MLflow can take its runs.
+    """Check each entry's data, that they suit its network, and that MLflow can take its runs.
 
     Args:
         runs: The runs.
-        kind: What errors call an entry, before its name.
+        kind: Prefix of an entry's name in errors.
 
     Raises:
-        UserError: They are not or do not, so that all runs of the entry would fail.
+        UserError: A check fails, so all runs of the entry would fail.
     """
     for uri in {run.config.tracking_uri for run in runs}:
         if uri is not None:
             check_store(uri)
     alone = World(0, 1, torch.device("cpu"), control=None)
-    # All seeds of an entry have the same data and network, so that one of them is enough.
+    # All seeds of an entry have the same data and network, so checking one is enough.
     for run in {run.entry: run for run in runs}.values():
         root = Path(run.config.data.root)
         if not root.is_dir():
             raise UserError(
-                f"data.root: there is no folder {root}, which entry {run.entry} needs; the header "
-                f"of its configuration says how to make it, or set data.root=FOLDER"
+                f"data.root: there is no folder {root}, which entry {run.entry} needs; make it as "
+                f"the header of its configuration says, or set data.root=FOLDER"
             )
         try:
             train_index, _ = open_data(run.config, alone)

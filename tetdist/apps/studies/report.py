@@ -1,4 +1,4 @@
-"""The report of a study in Markdown."""
+"""Report of a study in Markdown."""
 
 import json
 import math
@@ -30,26 +30,26 @@ from tetdist.tables import markdown
 from tetdist.tracking.metrics_file import strict
 from tetdist.wording import are, counted
 
-# Keys that a study sets itself, or an entry by init and teacher.
+# Keys that a study sets itself, or that an entry's init and teacher set.
 OF_THE_RUN = ("name", "seed", "init_checkpoint", TEACHER_KEY)
 
 # --- the report -----------------------------------------------------------------------------------
 
 
 def write(study: StudySection, runs: list[StudyRun], name: str, file: Path, command: str) -> None:
-    """Put the study's section, with figure and numbers beside it, into a Markdown file.
+    """Write the study's section into a Markdown file, with figure and numbers beside the file.
 
-    A section that the study has there already is replaced, and so is the summary of all studies
-    where the file has one; all else stays.
+    This replaces the study's earlier section and the summary of all studies, if the file has them;
+    everything else stays.
 
     Raises:
-        UserError: No run is finished, or the file's section has no end.
+        UserError: No run is finished, or a section of the file has no end.
     """
     numbers = gather(study, runs)
     if not numbers.entries:
         raise UserError(
-            f"there is nothing to report: of {counted(len(runs), 'run')} none is finished and "
-            "evaluated"
+            f"nothing to report: none of {counted(len(runs), 'run')} is finished and evaluated; "
+            "run the same command without --report-only"
         )
     figure = figures.draw(numbers)
     put(name, file, lambda link: section(numbers, link, command), figure, numbers.as_dict())
@@ -58,17 +58,17 @@ def write(study: StudySection, runs: list[StudyRun], name: str, file: Path, comm
 def put(
     name: str, file: Path, section: Callable[[str], str], figure: Any, values: dict[str, Any]
 ) -> None:
-    """Put a study's or a search's section into a Markdown file, figure and numbers beside it.
+    """Write a study's or search's section into a Markdown file, with figure and numbers beside it.
 
     Args:
-        name: Its name.
+        name: Name of the study or search.
         file: The Markdown file.
-        section: Makes the section, of the link to figure and numbers without their suffix.
+        section: Makes the section; takes the link to figure and numbers, without suffix.
         figure: The figure.
         values: The numbers.
 
     Raises:
-        UserError: The file's section has no end.
+        UserError: A section of the file has no end.
     """
     folder = file.with_suffix("")
     whole = section(f"{folder.name}/{name}")
@@ -82,7 +82,7 @@ def put(
 
 
 def replaced(text: str, name: str, section: str, file: Path) -> str:
-    """The file's text with the study's section in the place of its earlier one, or at the end."""
+    """Return the file's text with the study's section replaced, or added at the end."""
     begin, end = f"<!-- study {name} -->\n", f"<!-- end of study {name} -->\n"
     if begin not in text:
         return f"{text.rstrip()}\n\n{begin}{section}{end}".lstrip()
@@ -90,13 +90,13 @@ def replaced(text: str, name: str, section: str, file: Path) -> str:
 
 
 def section(numbers: Numbers, link: str, command: str) -> str:
-    """The section in Markdown; ``link`` and a suffix are the names of figure and numbers."""
+    """Return the section in Markdown; ``link`` is the path of figure and numbers without suffix."""
     study = numbers.study
     parts = [f"## {study.title}", study.question.strip(), provenance(numbers, command)]
     parts.append(differs_unnamed(numbers))
     if numbers.missing:
         parts.append(
-            f"**Not complete**: {len(numbers.missing)} of {counted(len(numbers.runs), 'run')} "
+            f"**Incomplete**: {len(numbers.missing)} of {counted(len(numbers.runs), 'run')} "
             f"{are(len(numbers.missing))} missing ({', '.join(numbers.missing)})."
         )
     verdicts = [verdict(numbers, entry) for entry in numbers.entries]
@@ -121,7 +121,7 @@ def provenance(numbers: Numbers, command: str) -> str:
     commits = dict.fromkeys(f"{str(m['commit'])[:10]}" for m in machines if m.get("commit"))
     of = f", at commit {', '.join(commits)}" if commits else ""
     if any(m.get("dirty") for m in machines):
-        of += ", not all without changes"
+        of += ", some with uncommitted changes"
     return f"`{command}`\n\nFinished on {day.lstrip('0')}{of}, on {described}."
 
 
@@ -139,10 +139,10 @@ def machine(environment: dict[str, Any]) -> str:
 
 
 def differs_unnamed(numbers: Numbers) -> str:
-    """List the keys that differ between entries though neither names them; empty without any.
+    """List keys that differ between entries although neither sets them; empty without any.
 
-    Each entry is compared with its control, or, where it has none, with the first entry. A key that
-    the other has no use for is listed if its value comes with a kind of neuron.
+    Each entry is compared with its control or, without one, with the first entry. A key that has no
+    effect in the other entry is listed if a kind of neuron sets its value.
     """
     configs = {run.entry: run.config for run in numbers.runs}
     listed = []
@@ -164,31 +164,31 @@ def differs_unnamed(numbers: Numbers) -> str:
     if not listed:
         return ""
     lines = "\n".join(listed)
-    return f"Entries differ in more than the keys that they name, here with both values:\n\n{lines}"
+    return f"Entries also differ in keys that they do not set, here with both values:\n\n{lines}"
 
 
 def verdict(numbers: Numbers, entry: str) -> str:
-    """One line on an entry against its control; empty where it has none."""
+    """Return a line that compares an entry with its control; empty without one."""
     difference = numbers.difference(entry, last)
     control = numbers.study.entries[entry].control
     if difference.n == 0:
         return ""
     if difference.n == 1:
-        said = "one seed says nothing about chance"
+        result = "one seed, so no test is possible"
     elif math.isnan(difference.low):
-        said = "no spread between the seeds"
+        result = "no spread between the seeds, so no test is possible"
     elif difference.low > 0:
-        said = f"**better** (p = {difference.p:.2g})"
+        result = f"**better** (p = {difference.p:.2g})"
     elif difference.high < 0:
-        said = f"**worse** (p = {difference.p:.2g})"
+        result = f"**worse** (p = {difference.p:.2g})"
     else:
-        said = f"no difference can be told from chance (p = {difference.p:.2g})"
-    return f"* `{entry}` against `{control}`: {difference} points, n = {difference.n}: {said}."
+        result = f"not significant (p = {difference.p:.2g})"
+    return f"* `{entry}` against `{control}`: {difference} points, n = {difference.n}: {result}."
 
 
 def overview(numbers: Numbers) -> str:
     rows = []
-    # Where all hold samples out, the validation split is seen once, at the end.
+    # If all hold samples out, the validation split is used once, at the end.
     apart = all(run.is_judged_apart for run in numbers.runs)
     shown = (last,) if apart else (last, best)
     for entry in numbers.entries:
@@ -213,14 +213,16 @@ def overview(numbers: Numbers) -> str:
     first = numbers.of(numbers.entries[0])[0]
     split = f" of the split {first.data_split}" if first.data_split else ""
     flatters = (
-        "The best epoch is chosen on the same samples, which flatters it. " if best in shown else ""
+        "The best epoch is chosen on the same samples, so it is biased upwards. "
+        if best in shown
+        else ""
     )
     return (
         f"{table}\n\nTop-1 on {first.samples} validation samples{split}: mean ± standard "
-        "deviation over n seeds. A difference is that of runs with the same seed, with "
-        f"the 95 % interval of the paired t-test. {flatters}Image-timesteps and seconds are "
-        "medians and include what a run began with, and its teacher's training; seconds are "
-        "without evaluations and depend on what else the machine did."
+        "deviation over n seeds. Differences are between runs with the same seed, with the "
+        f"95 % interval of the paired t-test. {flatters}Image-timesteps and seconds are medians "
+        "and include the training of init and teacher; seconds exclude evaluations and depend "
+        "on the machine's other load."
     )
 
 
@@ -228,7 +230,7 @@ def early_exit(numbers: Numbers) -> str:
     """Return the table of early exit at the chosen thresholds; empty without any."""
     if numbers.study.exit_within is None:
         return ""
-    # An entry may have been trained with fewer timesteps than early exit is up to.
+    # An entry may have been trained with fewer timesteps than early exit may use.
     most = max(numbers.study.test_timesteps)
 
     def lost(result: Result) -> float:
@@ -246,19 +248,19 @@ def early_exit(numbers: Numbers) -> str:
                 *(str(numbers.difference(entry, of)) for of in (exit_timesteps, exit_top1)),
             ]
         )
-    head = ["", "confidence", "T on average", "top-1, %", "- at full T"]
-    head += ["T on average - control", "top-1 - control"]
+    head = ["", "confidence", "average T", "top-1, %", "- at full T"]
+    head += ["average T - control", "top-1 - control"]
     held_out = numbers.of(numbers.entries[0])[0].chosen_exit or {}
     fewer = [f"`{entry}`" for entry in numbers.entries if numbers.timesteps(entry) < most]
     beyond = (
-        f"\n\nThe full T is {most}, more timesteps than in the training of {' and '.join(fewer)}."
+        f"\n\nThe full T is {most}, more than the training of {' and '.join(fewer)} had."
         if fewer
         else ""
     )
     return (
-        "Early exit: a sample is decided once the softmax of its time-mean reaches a confidence, "
-        f"the lowest that costs at most {numbers.study.exit_within:g} points on the "
-        f"{held_out['chosen_on']['samples']} training samples that a run holds out:\n\n"
+        "Early exit: a sample is decided once the softmax of its time-mean reaches a confidence. "
+        f"The confidence is the lowest that loses at most {numbers.study.exit_within:g} points on "
+        f"the {held_out['chosen_on']['samples']} training samples that a run holds out:\n\n"
         f"{markdown(head, rows, numbers=True)}{beyond}"
     )
 
@@ -270,7 +272,7 @@ def by_timestep(numbers: Numbers) -> str:
         trained = numbers.timesteps(entry)
         cells = [f"**{of}**" if t == trained else str(of) for t, of in found.items()]
         rows.append([f"`{entry}`", *cells])
-    title = "Top-1, last epoch, at other T than trained for (bold: the T of training):"
+    title = "Top-1, last epoch, by test T (bold: the T of training):"
     return f"{title}\n\n{_table_by_timestep(numbers, rows)}"
 
 
@@ -285,7 +287,7 @@ def difference_by_timestep(numbers: Numbers) -> str:
     if not rows:
         return ""
     table = _table_by_timestep(numbers, rows)
-    return f"Difference to the control there, with its interval:\n\n{table}"
+    return f"Difference to the control by test T, with its 95 % interval:\n\n{table}"
 
 
 def _table_by_timestep(numbers: Numbers, rows: list[list[str]]) -> str:
@@ -294,13 +296,13 @@ def _table_by_timestep(numbers: Numbers, rows: list[list[str]]) -> str:
 
 
 def what_differs(numbers: Numbers) -> str:
-    """The keys that have an effect and are not the same in all entries."""
+    """Return the table of keys that have an effect and differ between entries."""
     entries = numbers.entries
     configs = {entry: numbers.of(entry)[0].run.config for entry in entries}
     flat = {entry: effective(config) for entry, config in configs.items()}
     for entry, config in configs.items():
         for i, phase in enumerate(config.phases):
-            # A phase that some entries have none of differs in all its keys: the set ones will do.
+            # A phase that some entries lack differs in all its keys: list only those that are set.
             if any(len(other.phases) <= i for other in configs.values()):
                 is_set = flatten(phase.model_dump(mode="json", exclude_unset=True), f"phases.{i}.")
                 flat[entry] = {
@@ -315,15 +317,15 @@ def what_differs(numbers: Numbers) -> str:
         if key not in OF_THE_RUN and len({str(flat[entry].get(key)) for entry in entries}) > 1
     }
     for head, names in (
-        ("begins with", [numbers.study.entries[entry].init for entry in entries]),
-        ("learns from", [numbers.study.entries[entry].teacher for entry in entries]),
+        ("init", [numbers.study.entries[entry].init for entry in entries]),
+        ("teacher", [numbers.study.entries[entry].teacher for entry in entries]),
     ):
         if any(names):
             columns[head] = [f"`{name}`" if name else "" for name in names]
     if not columns:
         return ""
     rows = list(zip((f"`{entry}`" for entry in entries), *columns.values(), strict=True))
-    return f"What differs between them:\n\n{markdown(['', *columns], rows, numbers=True)}"
+    return f"Differences between the entries:\n\n{markdown(['', *columns], rows, numbers=True)}"
 
 
 def commands(numbers: Numbers, link: str) -> str:
@@ -331,14 +333,14 @@ def commands(numbers: Numbers, link: str) -> str:
     listed = "\n".join(str(run.train_command) for run in runs)
     beyond = [run for run in runs if run.is_evaluated_again]
     tested = (
-        "Accuracies that the training does not evaluate are of another command, for instance "
+        "Accuracies that the training does not evaluate come from another command, for instance "
         f"`{beyond[0].eval_command}`.\n\n"
         if beyond
         else ""
     )
     return (
         '<details markdown="1"><summary>Commands</summary>\n\n'
-        f"Of the first seed, {runs[0].seed}; those of all runs, and every number, are in "
-        f"[{link.rpartition('/')[2]}]({link}).\n\n"
+        f"Commands of the first seed, {runs[0].seed}; "
+        f"[{link.rpartition('/')[2]}]({link}) has those of all runs and every number.\n\n"
         f"```\n{listed}\n```\n\n{tested}</details>"
     )

@@ -1,13 +1,13 @@
-"""A search for values of a configuration, by successive halving, without the validation split.
+"""Search for values of a configuration, by successive halving, without the validation split.
 
-Candidates are trained on a part of the training data and judged on the rest (`data.held_out`). All
-of them begin; those that are best at a rung, a number of epochs, go on to the next, as in Jamieson
-and Talwalkar (https://arxiv.org/abs/1502.07943). The last one left is trained anew on all training
-data and evaluated on the validation split, once.
+Candidates are trained on a part of the training data and evaluated on the rest (`data.held_out`).
+All of them start; the best at a rung (a number of epochs) continue to the next, as in Jamieson and
+Talwalkar (https://arxiv.org/abs/1502.07943). The last remaining candidate is trained again on all
+training data and evaluated once on the validation split.
 
 A candidate is an ordinary run that `max_steps` ends at its rung. Its schedule is that of the whole
-training, so that it goes on from its checkpoint, and costs no more than the run that it would have
-been. Where a search is follows from its runs alone: there is no file of its own.
+training, so it can resume from its checkpoint, and costs no more than the uninterrupted run. The
+state of a search follows from its runs alone; there is no state file.
 """
 
 import itertools
@@ -46,22 +46,22 @@ from tetdist.wording import counted
 
 FINAL = "final"
 _OWN_KEYS = OWN_KEYS | {
-    "name": "a run is called cNN-seedN",
-    "resume": "leave it out: a search always continues its runs",
-    "max_steps": "say in search.rungs when candidates are compared",
+    "name": "leave it out, runs are named cNN-seedN",
+    "resume": "leave it out, a search always continues its runs",
+    "max_steps": "set search.rungs instead",
     "data.held_out": "set search.held_out instead",
 }
 
 
 class RangeSection(Section):
-    """Values at equal distances, both ends included, rounded to three digits; whole ones are whole
-    numbers, as keys such as batch.micro ask for."""
+    """Equidistant values including both ends, rounded to three digits; whole values are integers,
+    which keys such as batch.micro require."""
 
     from_: float = Field(alias="from")
     to: float
     number: Annotated[int, Field(ge=2, le=1000)]
     log: bool = False
-    """Equal ratios instead of equal differences."""
+    """Use equal ratios instead of equal differences."""
 
     @property
     def values(self) -> list[float]:
@@ -78,17 +78,17 @@ class SearchSection(Section):
     """Dotted keys of the configuration, each with a list of values or a range; candidates are all
     their combinations."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the training samples of each class on which candidates are judged."""
+    """Fraction of each class's training samples on which candidates are evaluated."""
     rungs: Annotated[tuple[Epochs, ...], Field(min_length=1)]
-    """Epochs after which candidates are compared, rising."""
+    """Epochs after which candidates are compared, in ascending order."""
     eta: Annotated[int, Field(ge=2)] = 3
-    """After each rung one of so many goes on, rounded up; after the last, the best."""
+    """Reduction factor: 1/eta of the candidates continue, rounded up; after the last rung, one."""
     metric: Literal["top1", "loss"] = "top1"
-    """Metric that decides, of the evaluation at the rung on held-out samples."""
+    """Metric of the comparison, on held-out samples at the rung."""
 
     @property
     def axes(self) -> dict[str, list[Any]]:
-        """The values of every key that is searched over."""
+        """Values of every searched key."""
         return {
             key: axis.values if isinstance(axis, RangeSection) else list(axis)
             for key, axis in self.over.items()
@@ -96,7 +96,7 @@ class SearchSection(Section):
 
     @property
     def candidates(self) -> dict[str, dict[str, Any]]:
-        """The values of every candidate, by its name."""
+        """Values of every candidate, by its name."""
         combined = list(itertools.product(*self.axes.values()))
         width = max(2, len(str(len(combined))))
         return {
@@ -106,7 +106,7 @@ class SearchSection(Section):
 
     @property
     def at_rungs(self) -> list[tuple[int, int]]:
-        """Each rung's epochs, and how many candidates come there."""
+        """Each rung's epochs and number of candidates."""
         number, found = len(self.candidates), list[tuple[int, int]]()
         for epochs in self.rungs:
             found.append((epochs, number))
@@ -114,7 +114,7 @@ class SearchSection(Section):
         return found
 
     def kept(self, number: int) -> int:
-        """Return the number of candidates that continue, of so many."""
+        """Return how many of ``number`` candidates continue after a rung."""
         return math.ceil(number / self.eta)
 
 
@@ -127,9 +127,8 @@ class Rung:
     """Candidates at the epoch where they are compared.
 
     Attributes:
-        scores: The metric of every seed, by candidate, None where the run has not come here yet;
-            empty for a candidate of which a run could not go on, since its gradients were not
-            finite.
+        scores: The metric of every seed, by candidate; None if the run has not reached the rung.
+            Empty for a candidate with a run that ended because of non-finite gradients.
     """
 
     epochs: int
@@ -142,7 +141,7 @@ class Rung:
 
     @property
     def ranked(self) -> list[str]:
-        """The best first; candidates that are equal stay in their order."""
+        """Candidates, best first; ties keep their order."""
 
         def demerit(candidate: str) -> float:
             mean = self.mean(candidate)
@@ -159,11 +158,11 @@ class Rung:
 
 @dataclass(frozen=True)
 class Standing:
-    """The state of a search.
+    """State of a search.
 
     Attributes:
-        rungs: Those that were reached; all but the last one are complete.
-        winner: None while the last rung is not complete.
+        rungs: The reached rungs; all but the last one are complete.
+        winner: The best candidate; None until the last rung is complete.
     """
 
     rungs: list[Rung]
@@ -178,43 +177,43 @@ def read(path: Path) -> SearchStudy:
     """Read the file of a search.
 
     Raises:
-        UserError: The file is none; the text says what is wrong with it.
+        UserError: The file is not a valid search; the text says why.
     """
     inner: dict[str, type[Section]] = {"search": SearchSection, "over": RangeSection}
     study = read_section(path, SearchStudy, inner)
     search, rungs = study.search, list(study.search.rungs)
     if rungs != sorted(set(rungs)):
-        raise UserError(f"{path}: search.rungs: {rungs} must rise, each number once")
+        raise UserError(f"{path}: search.rungs: {rungs} must ascend without duplicates")
     for key, axis in search.over.items():
         if isinstance(axis, RangeSection) and axis.log and min(axis.from_, axis.to) <= 0:
-            raise UserError(f"{path}: search.over.{key}: with log both ends must be above 0")
+            raise UserError(f"{path}: search.over.{key}: with log, both ends must be above 0")
         if isinstance(axis, RangeSection) and len(set(axis.values)) < axis.number:
             raise UserError(
-                f"{path}: search.over.{key}: rounded to three digits, some of its {axis.number} "
-                "values are the same; take fewer, or a list"
+                f"{path}: search.over.{key}: its {axis.number} values, rounded to three digits, "
+                "have duplicates; use a smaller number, or a list"
             )
         if key in study.overrides:
-            raise UserError(f"{path}: search.over.{key}: is in overrides, too; leave out one")
+            raise UserError(f"{path}: search.over.{key} is also in overrides; leave out one")
     for epochs, number in search.at_rungs:
         if number == 1:
             raise UserError(
-                f"{path}: search.rungs: with eta {search.eta} there is one candidate left before "
-                f"epoch {epochs}, so that nothing is compared there; leave out {epochs}"
+                f"{path}: search.rungs: with eta {search.eta} only one candidate reaches epoch "
+                f"{epochs}, so there is nothing to compare; leave out {epochs}"
             )
     return study
 
 
 class Search:
-    """A search and its runs.
+    """Search and its runs.
 
     Args:
-        study: What its file says.
+        study: Contents of its file.
         output: Folder of its runs.
-        more: ``key=value`` for all runs, after the study's own.
-        imports: Files that all of them import.
+        more: ``key=value`` for all runs, applied after the study's own.
+        imports: Files that all runs import.
 
     Raises:
-        UserError: A candidate's configuration is wrong, or the data do not suit it.
+        UserError: A candidate's configuration is invalid, or the data do not suit it.
     """
 
     def __init__(
@@ -227,25 +226,25 @@ class Search:
         self._runs: dict[tuple[object, ...], StudyRun] = {}
         for override in more:
             if (key := key_of(override)) in study.search.over:
-                raise UserError(f"{key}: is searched over; leave {override} out")
+                raise UserError(f"{key} is a searched key; leave out {override}")
         last = study.search.rungs[-1]
         for candidate in self.candidates:
             config = self._run(candidate, study.seeds[0], candidate).config
             if config.start_phase:
-                raise UserError("search: start_phase: candidates begin with the first phase")
+                raise UserError("search: start_phase must be 0; candidates begin with that phase")
             if (epochs := sum(phase.epochs for phase in config.phases)) < last:
                 raise UserError(
-                    f"search.rungs: {last} is beyond the {counted(epochs, 'epoch')} of "
-                    f"{candidate}'s training; take fewer, or more phases.*.epochs"
+                    f"search.rungs: {last} exceeds the {counted(epochs, 'epoch')} of {candidate}'s "
+                    "training; lower it, or raise phases.*.epochs"
                 )
 
     # --- its runs ---------------------------------------------------------------------------------
 
     def run(self, candidate: str, seed: int, epochs: int) -> StudyRun:
-        """The run of a candidate, up to a rung."""
+        """Return the run of a candidate, up to a rung."""
         held_out = f"data.held_out={self.study.search.held_out:g}"
         config = self._run(candidate, seed, candidate, held_out).config
-        # Pieces of one recording stay together, so that it may depend on the seed.
+        # Pieces of one recording stay together, so the size may depend on the seed.
         key = (config.data.root, config.data.index_dir, seed, config.batch.global_)
         if key not in self._steps:
             train, _ = open_data(config, World(0, 1, torch.device("cpu"), control=None))
@@ -254,7 +253,7 @@ class Search:
         return self._run(candidate, seed, candidate, held_out, most)
 
     def final_runs(self, winner: str) -> list[StudyRun]:
-        """The winner's training on all data, whose only evaluation is that of its last epoch."""
+        """Return the winner's runs on all data, which are evaluated only after the last epoch."""
         every = f"evaluate_every={self.epochs}"
         return [self._run(winner, seed, FINAL, every) for seed in self.study.seeds]
 
@@ -272,10 +271,10 @@ class Search:
         return self._runs[key]
 
     def check_inputs(self) -> None:
-        """See that data, networks, MLflow and the folder suit all candidates.
+        """Check data, networks, MLflow and the folder for all candidates.
 
         Raises:
-            UserError: They do not.
+            UserError: A check fails.
         """
         runs = [self.run(one, seed, 1) for one in self.candidates for seed in self.study.seeds]
         for run in runs:
@@ -286,7 +285,7 @@ class Search:
 
     @cached_property
     def epochs(self) -> int:
-        """The epochs of the recipe, for which the winner is trained at last."""
+        """Epochs of the recipe, and thus of the winner's final training."""
         first = self._run(next(iter(self.candidates)), self.study.seeds[0], FINAL).config
         return sum(phase.epochs for phase in first.phases)
 
@@ -294,8 +293,8 @@ class Search:
         """Rank the candidates, rung by rung, by the evaluations of their runs.
 
         Raises:
-            UserError: None of the candidates came to a rung, or another one than the best has been
-                trained on all data already.
+            UserError: No candidate reached a rung, or another candidate than the best has already
+                been trained on all data.
         """
         search, left = self.study.search, list(self.candidates)
         rungs = list[Rung]()
@@ -308,7 +307,7 @@ class Search:
             able = [one for one in rung.ranked if scores[one]]
             if not able:
                 raise UserError(
-                    f"search: the gradients of no candidate stayed finite up to epoch {epochs}; "
+                    f"search: all candidates had non-finite gradients before epoch {epochs}; "
                     "search over smaller learning rates, or set gradient_clipping"
                 )
             left = able[: search.kept(len(left))]
@@ -317,13 +316,13 @@ class Search:
                 check_folder(run)
             except UserError as error:
                 raise UserError(
-                    f"{left[0]} is best now, and another candidate was evaluated on the "
-                    f"validation split before; a second look chooses by it: {error}"
+                    f"{left[0]} is best now, but another candidate was already evaluated on the "
+                    f"validation split, so a second evaluation would select by it: {error}"
                 ) from error
         return Standing(rungs, left[0])
 
     def _scores(self, candidate: str, epochs: int) -> list[float | None]:
-        """The metric at the rung of each seed, None before it; none where one was not finite."""
+        """Return each seed's metric at the rung: None before it; empty if one is not finite."""
         runs = [self.run(candidate, seed, epochs) for seed in self.study.seeds]
         found = list[float | None]()
         for run in runs:
@@ -331,7 +330,7 @@ class Search:
             at_rung = [one for one in lines(run, "val") if one["step"] == most]
             if not at_rung and is_trained(run):
                 raise UserError(
-                    f"{run.folder} was trained past step {most} without an evaluation there, for "
+                    f"{run.folder} was trained past step {most} without an evaluation there, with "
                     "other search.rungs; give another --output, or remove that folder"
                 )
             if not at_rung and not_finite(run):
@@ -340,8 +339,8 @@ class Search:
         return found
 
     def runs_of(self, standing: Standing) -> list[StudyRun]:
-        """List a candidate's runs up to the last rung that it came to, and the final runs."""
-        # The run of a rung continues the one of the rung before it, which has the same name.
+        """Return each candidate's run up to its last rung, and the final runs."""
+        # The run of a rung continues the previous rung's, which has the same name.
         runs = {
             (candidate, seed): self.run(candidate, seed, rung.epochs)
             for rung in standing.rungs
@@ -352,7 +351,7 @@ class Search:
         return [*runs.values(), *(run for run in final if is_trained(run))]
 
     def left_to_do(self, standing: Standing) -> list[StudyRun]:
-        """The runs that the search goes on with, to be trained side by side."""
+        """Return the next runs of the search, which may be trained at the same time."""
         if standing.winner is not None:
             return [run for run in self.final_runs(standing.winner) if run.next_command()]
         rung = standing.rungs[-1]
@@ -366,24 +365,24 @@ class Search:
     # --- what it costs ----------------------------------------------------------------------------
 
     def budget(self) -> str:
-        """The epochs that the search takes in all, in words."""
+        """Describe the total number of epochs of the search."""
         search, seeds = self.study.search, len(self.study.seeds)
         parts, total, before = list[str](), 0, 0
         for epochs, number in search.at_rungs:
             parts.append(f"{counted(number, 'candidate')} to epoch {epochs}")
             total += number * (epochs - before)
             before = epochs
-        parts.append(f"the best of them anew for {counted(self.epochs, 'epoch')} on all data")
+        parts.append(f"the best again for {counted(self.epochs, 'epoch')} on all data")
         total = (total + self.epochs) * seeds
         return (
-            f"{', '.join(parts)}, with {counted(seeds, 'seed')}: {counted(total, 'epoch')} in all, "
-            f"as many as {total / self.epochs:.3g} whole trainings"
+            f"{', '.join(parts)}, with {counted(seeds, 'seed')}: {counted(total, 'epoch')} in "
+            f"total, equal to {total / self.epochs:.3g} full trainings"
         )
 
 
 def not_finite(run: StudyRun) -> bool:
-    """Return whether the run ended for gradients that were not finite, by the end of its log."""
+    """Return whether the run ended because of non-finite gradients, by the end of its log."""
     if not run.log.is_file():
         return False
-    said = run.log.read_text(errors="replace").splitlines()
-    return bool(said) and NOT_FINITE in said[-1]
+    printed = run.log.read_text(errors="replace").splitlines()
+    return bool(printed) and NOT_FINITE in printed[-1]

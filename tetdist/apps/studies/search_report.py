@@ -1,4 +1,4 @@
-"""The report of a search: all that was tried, how far it came, and what the winner gave at last."""
+"""Report of a search: all candidates, how far they came, and the winner's final result."""
 
 import math
 from pathlib import Path
@@ -17,24 +17,24 @@ _UNITS = {"top1": "top-1, %", "loss": "cross-entropy"}
 
 
 def write(search: Search, standing: Standing, name: str, file: Path, command: str) -> None:
-    """Put the search's section, with figure and numbers beside it, into a Markdown file.
+    """Write the search's section into a Markdown file, with figure and numbers beside the file.
 
     Raises:
-        UserError: The file's section has no end.
+        UserError: A section of the file has no end.
     """
     figure, values = draw(search, standing), as_dict(search, standing)
     report.put(name, file, lambda link: section(search, standing, link, command), figure, values)
 
 
 def candidates_as_text(search: Search) -> str:
-    """The candidates with their values, in columns."""
+    """Return the candidates and their values as a table."""
     head = ["", *search.study.search.over]
     rows = [[name, *map(_shown, values.values())] for name, values in search.candidates.items()]
     return aligned([head, *rows])
 
 
 def section(search: Search, standing: Standing, link: str, command: str) -> str:
-    """The section in Markdown; ``link`` and a suffix are the names of figure and numbers."""
+    """Return the section in Markdown; ``link`` is the path of figure and numbers without suffix."""
     study = search.study
     parts = [
         f"## {study.title}",
@@ -52,12 +52,12 @@ def section(search: Search, standing: Standing, link: str, command: str) -> str:
 
 
 def ranked(standing: Standing) -> list[str]:
-    """All candidates: those that came furthest first, and of these the best."""
+    """Return all candidates, ordered by the rung that they reached, then by metric."""
     return list(dict.fromkeys(one for rung in reversed(standing.rungs) for one in rung.ranked))
 
 
 def table(search: Search, standing: Standing) -> str:
-    """Return the table of candidates: the metric at every rung, and where each was dropped."""
+    """Return the table of candidates: metric at every rung, and where each was dropped."""
     study = search.study.search
     head = ["", *(f"`{key}`" for key in study.over)]
     head += [f"epoch {epochs}" for epochs in study.rungs]
@@ -70,8 +70,8 @@ def table(search: Search, standing: Standing) -> str:
         rows.append([*row, _outcome(standing, candidate, reached[-1])])
     unit = _UNITS[study.metric]
     over = f"mean ± standard deviation over {counted(len(search.study.seeds), 'seed')}"
-    told = f"On what is held out, {unit}" + (f", {over}:" if len(search.study.seeds) > 1 else ":")
-    return f"{told}\n\n{markdown([*head, ''], rows, numbers=True)}"
+    title = f"On held-out samples, {unit}" + (f", {over}:" if len(search.study.seeds) > 1 else ":")
+    return f"{title}\n\n{markdown([*head, ''], rows, numbers=True)}"
 
 
 def _score(rung: Rung, candidate: str) -> str:
@@ -96,61 +96,61 @@ def judged_on(search: Search, standing: Standing) -> str:
     share = search.study.search.held_out
     first = standing.rungs[0].ranked[0]
     evaluations = lines(search.run(first, search.study.seeds[0], standing.rungs[0].epochs), "val")
-    said = (
-        f"Candidates are trained without {share:.3g} of the training samples of each class and "
-        "judged on these"
+    text = (
+        f"A fraction of {share:.3g} of each class's training samples is held out; candidates are "
+        "trained on the rest and evaluated on these samples"
     )
     if evaluations:
         samples, top1 = evaluations[-1]["samples"], evaluations[-1]["top1"] / 100
         error = 100 * math.sqrt(top1 * (1 - top1) / samples)
-        said += (
-            f", {samples:,} of them, so that an accuracy of {100 * top1:.0f} % is known to "
-            f"± {error:.2g} points (standard error)"
+        text += (
+            f" ({samples:,}); the standard error of an accuracy of {100 * top1:.0f} % is "
+            f"± {error:.2g} points"
         )
     return (
-        f"{said}. Each has the schedule of the whole training, cut off at the rung: there the "
-        "learning rate is still high, which favours smaller ones in short rungs. The validation "
-        "split is opened for the last training alone."
+        f"{text}. Each candidate has the schedule of the whole training, cut off at the rung. "
+        "There the learning rate is still high, so early rungs favour smaller ones. Only the "
+        "final training uses the validation split."
     )
 
 
 def at_the_edge(search: Search, standing: Standing) -> str:
-    """Say of which keys the best value is the first or last that was tried."""
+    """List the keys whose best value is the smallest or largest tried one."""
     if standing.winner is None:
         return ""
-    said = []
+    listed = []
     for key, values in search.study.search.axes.items():
         numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
         value = search.candidates[standing.winner][key]
         if len(numbers) == len(values) > 2 and value in (min(numbers), max(numbers)):
             edge = "smallest" if value == min(numbers) else "largest"
-            said.append(
-                f"`{key}`: {_shown(value)} is the {edge} that was tried, and a better one may lie "
-                "beyond."
+            listed.append(
+                f"`{key}`: {_shown(value)} is the {edge} value that was tried; a better one may be "
+                "outside the range."
             )
-    return "\n".join(said)
+    return "\n".join(listed)
 
 
 def conclusion(search: Search, standing: Standing) -> str:
     """Return the winner's results on the validation split."""
     if standing.winner is None:
-        return "**Not complete**: the same command goes on."
+        return "**Incomplete**: the same command continues."
     runs = search.final_runs(standing.winner)
     values = search.candidates[standing.winner].items()
     given = ", ".join(f"`{key}={_shown(value)}`" for key, value in values)
     chosen = f"**{standing.winner}** is chosen: {given}."
     done = [run for run in runs if is_trained(run)]
     if len(done) < len(runs):
-        return f"{chosen} **Not complete**: its last training is not finished."
+        return f"{chosen} **Incomplete**: its final training is not finished."
     results = [lines(run, "val")[-1] for run in done]
     top1 = spread([result["top1"] for result in results])
     environment = report.machine(run_environment(done[0]))
-    told = "\n".join(str(run.train_command) for run in done)
+    commands = "\n".join(str(run.train_command) for run in done)
     return (
-        f"{chosen} Trained anew on all training data for {counted(search.epochs, 'epoch')}, with "
+        f"{chosen} Trained again on all training data for {counted(search.epochs, 'epoch')}, with "
         f"{counted(len(runs), 'seed')}: top-1 **{top1}** % on the {results[0]['samples']:,} "
         f"samples of the validation split, evaluated once, after the last epoch. On {environment}."
-        f"\n\n```\n{told}\n```"
+        f"\n\n```\n{commands}\n```"
     )
 
 
@@ -159,11 +159,11 @@ def _shown(value: Any) -> str:
 
 
 def as_dict(search: Search, standing: Standing) -> dict[str, Any]:
-    """All numbers of the search, and what they are of."""
+    """Return all numbers of the search, with its file, commands and environments."""
     runs = search.runs_of(standing)
     return {
         "study": search.study.model_dump(mode="json"),
-        "overrides": search.more,  # of the command line, beside those of the study
+        "overrides": search.more,  # the command line's, in addition to the study's
         "commands": {run.name: str(run.train_command) for run in runs},
         "environments": distinct([run_environment(run) for run in runs]),
         "budget": search.budget(),
@@ -175,7 +175,7 @@ def as_dict(search: Search, standing: Standing) -> dict[str, Any]:
 
 
 def draw(search: Search, standing: Standing) -> Any:
-    """The metric of every candidate by epoch, with a line at each rung.
+    """Draw the metric of every candidate by epoch, with a line at each rung.
 
     Raises:
         UserError: matplotlib is not installed.

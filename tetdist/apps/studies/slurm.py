@@ -1,4 +1,4 @@
-"""A study's runs on a Slurm cluster: all submitted at once, each to begin after those it needs."""
+"""Runs of a study on a Slurm cluster: submitted at once, each to start after those it needs."""
 
 import argparse
 import sys
@@ -23,21 +23,21 @@ Word = Literal[
     "finished", "running", "queued", "new", "submitted", "failed", "cancelled", "held back"
 ]
 
-# The states that a run does not leave by itself, and why the runs after it do not begin.
+# States that a run does not leave by itself, as the reason why its dependents do not start.
 LOST: dict[Word, str] = {
     "failed": "failed",
     "cancelled": "was cancelled",
-    "held back": "does not begin either",
+    "held back": "does not start either",
 }
 
 
 @dataclass(frozen=True)
 class Standing:
-    """The state of a run in the study.
+    """State of a run in the study.
 
     Attributes:
-        word: The state; ``submitted`` means by this very command.
-        text: The same for a person, with details.
+        word: The state; ``submitted`` means by this command.
+        text: The state with details, to print.
     """
 
     word: Word
@@ -49,25 +49,25 @@ def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str], aga
 
     Args:
         study: Name of the study.
-        runs: Each after those that it needs.
+        runs: Runs, each after those that it needs.
         output: Folder of the study.
         flags: Flags of the command slurm.
-        again: Submit also those that have failed or were cancelled.
+        again: Also submit runs that have failed or were cancelled.
 
     Returns:
-        Exit status: 0 all are finished, running or queued; 1 some failed or begin after such.
+        Exit status: 0 all are finished, running or queued; 1 some failed, or depend on such.
 
     Raises:
-        UserError: The flags are wrong, there is no Slurm, or it refuses a job.
+        UserError: The flags are invalid, there is no Slurm, or it refuses a job.
     """
     if read_flags(flags, runs[0].arguments[1]).dry_run:
         return dry_run(runs, flags)
     if not is_here():
         raise UserError(
-            "there is no Slurm here (no sbatch on the PATH): run this on a login node, or leave "
-            "out --slurm to train here, or add --dry-run to look at the jobs"
+            "there is no Slurm here (no sbatch on the PATH); run this on a login node, or leave "
+            "out --slurm to train here, or add --dry-run to see the jobs"
         )
-    found = ask(runs)
+    found = query(runs)
     standings = decide(found, again)
     left = {run: job_of(run, flags) for run in runs if standings[run].word == "new"}
     check_inputs(list(left))
@@ -78,7 +78,7 @@ def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str], aga
             history.announce(run.config, "KILLED", {})
         print(f"{run.name}: {standings[run].text}")
     for run in left:
-        # The job of one that waits for a run that has failed.
+        # Cancel an old job that waits for a failed run.
         if found[run].word == "queued" and (submitted := history.newest_submission(run.folder)):
             cancel(submitted.job)
     if left:
@@ -90,49 +90,49 @@ def read_flags(flags: list[str], config_name: str) -> argparse.Namespace:
     """Parse the flags after --slurm.
 
     Raises:
-        UserError: They are not for all runs of a study.
+        UserError: A flag does not apply to a study.
     """
     options = command.parse_arguments(["--config", config_name, *flags])
     given = [name for name in ("sweep", "follow", "local", "after") if getattr(options, name)]
     if options.config != config_name:
         given.insert(0, "config")
     if given:
-        raise UserError(f"--slurm: --{given[0]} is for single runs, not for a study; leave it out")
+        raise UserError(f"--slurm: --{given[0]} applies to single runs, not to a study; omit it")
     for override in options.overrides:
         if not override.startswith("cluster."):
             raise UserError(
                 f"--slurm: only flags and cluster.key=value may follow it; write {override} before "
-                "it, as a part of the study"
+                "it, so that it is part of the study"
             )
     return options
 
 
 def dry_run(runs: list[StudyRun], flags: list[str]) -> int:
-    """Show the jobs of all runs that are left; Slurm need not be there."""
+    """Print the jobs of all unfinished runs; this needs no Slurm."""
     statuses = [0]
     for run in runs:
         if is_trained(run):
             print(f"# === {run.name}: finished")
             continue
         after = [needed for needed in run.needs if not is_trained(needed)]
-        print(f"# === {run.name}{_begins_after(after)}", flush=True)
+        print(f"# === {run.name}{_starts_after(after)}", flush=True)
         dependency = [word for needed in after for word in ("--after", str(needed.folder))]
         arguments = [*run.arguments, *dependency, *flags]
         statuses.append(command.run(command.parse_arguments(arguments)))
     return max(statuses)
 
 
-def _begins_after(needed: list[StudyRun]) -> str:
-    return f", begins after {', '.join(run.name for run in needed)}" if needed else ""
+def _starts_after(needed: list[StudyRun]) -> str:
+    return f", starts after {', '.join(run.name for run in needed)}" if needed else ""
 
 
-# --- how the runs are -----------------------------------------------------------------------------
+# --- states of the runs ---------------------------------------------------------------------------
 
 
-def ask(runs: list[StudyRun]) -> dict[StudyRun, Standing]:
-    """The states of the runs.
+def query(runs: list[StudyRun]) -> dict[StudyRun, Standing]:
+    """Return the states of the runs.
 
-    Slurm is asked before their folders are looked at, since a run may end in between.
+    Slurm is asked before their folders are read, because a run may end in between.
     """
     submissions = {run: history.newest_submission(run.folder) for run in runs}
     states = states_of([s for s in submissions.values() if s and s.job != history.LOCAL])
@@ -143,24 +143,24 @@ def ask(runs: list[StudyRun]) -> dict[StudyRun, Standing]:
 
 
 def refuse_if_queued(runs: list[StudyRun]) -> None:
-    """Refuse to train here what Slurm is to train.
+    """Refuse to train runs here that Slurm will train.
 
     Raises:
-        UserError: One of the runs is queued or runs.
+        UserError: One of the runs is queued or running.
     """
     if not is_here():
         return
-    for run, standing in ask(runs).items():
+    for run, standing in query(runs).items():
         if standing.word in ("queued", "running") and not is_trained(run):
             raise UserError(
-                f"{run.name} is {standing.text}; wait for it, end it with "
-                f"`{typed('slurm', 'cancel', run.folder)}`, or report what is finished with "
+                f"{run.name} is {standing.text}; wait for it, cancel it with "
+                f"`{typed('slurm', 'cancel', run.folder)}`, or report the finished runs with "
                 "--report-only"
             )
 
 
 def standing_of(run: StudyRun, submitted: Submission | None, state: State | None) -> Standing:
-    """The state of a run whose newest job is in the given state of Slurm."""
+    """Return the state of a run, given its newest job and that job's state."""
     if submitted is not None and state is not None and state.is_queued:
         text = f"{state.name} as job {submitted.job} ({state.text})"
         if state.name == "PENDING":
@@ -175,8 +175,8 @@ def standing_of(run: StudyRun, submitted: Submission | None, state: State | None
     if "cancelled" in kinds:
         return Standing("cancelled", f"cancelled, job {submitted.job}")
     if state.name in ("CANCELLED", "unknown") and "started" not in kinds:
-        # Most likely it waited for another run and left the queue when that one failed, which is no
-        # failure of its own.
+        # Most likely it left the queue because the run that it waited for failed, which does not
+        # count as its own failure.
         if submitted.after:
             return Standing("new", "not submitted")
         return Standing("cancelled", f"cancelled in the queue, job {submitted.job}")
@@ -188,14 +188,14 @@ def standing_of(run: StudyRun, submitted: Submission | None, state: State | None
 
 
 def decide(standings: dict[StudyRun, Standing], again: bool) -> dict[StudyRun, Standing]:
-    """The same states, but ``new`` are now all runs that are to be submitted, and no others.
+    """Decide which runs to submit: return the states with ``new`` for exactly these runs.
 
     A run that waits for a failed job leaves the queue a moment later; it is treated as if it had
-    left it already.
+    already left.
 
     Args:
         standings: The states of all runs, each after those that it needs.
-        again: Whether those that have failed are to be submitted, too.
+        again: Also submit runs that have failed or were cancelled.
     """
     decided: dict[StudyRun, Standing] = {}
     for run, standing in standings.items():
@@ -206,7 +206,7 @@ def decide(standings: dict[StudyRun, Standing], again: bool) -> dict[StudyRun, S
         lost = [needed for needed in run.needs if decided[needed].word in LOST]
         if standing.word in ("new", "queued") and lost:
             reason = f"{lost[0].name} {LOST[decided[lost[0]].word]}"
-            standing = Standing("held back", f"does not begin, because {reason}")
+            standing = Standing("held back", f"does not start, because {reason}")
         decided[run] = standing
     return decided
 
@@ -215,10 +215,10 @@ def decide(standings: dict[StudyRun, Standing], again: bool) -> dict[StudyRun, S
 
 
 def job_of(run: StudyRun, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
-    """The configuration of the run, and the facts of the cluster.
+    """Return the configuration of the run and the cluster's settings.
 
     Raises:
-        UserError: The facts are not right, or incomplete.
+        UserError: The settings are invalid or incomplete.
     """
     options = command.parse_arguments([*run.arguments, *flags])
     config = configuration.load(options.config, options.overrides, options.imports)
@@ -231,7 +231,7 @@ def send_all(
     """Submit the runs, each after those that it needs, all with one copy of the code.
 
     Raises:
-        UserError: One is refused; those before it are submitted.
+        UserError: A run is refused; the runs before it are submitted.
     """
     folder = history.next_submission(output)
     code = submission.copy_code(folder / "code")
@@ -240,15 +240,15 @@ def send_all(
     try:
         for run, facts in left.items():
             standings[run] = send(run, *facts, code)
-            parent.tell(run, None)
+            parent.announce(run, None)
             print(f"{run.name}: {standings[run].text}", flush=True)
     except UserError as error:
         done = len(standings)
         rest = f"; {done} of {counted(len(left), 'run')} {'was' if done == 1 else 'were'} submitted"
-        rest += ", the same command submits the others"
+        rest += "; the same command submits the others"
         raise UserError(f"{run.name}: {error}{rest if done else ''}") from error
     finally:
-        # Status and cancel then take the study's folder for all runs, also for those that an
+        # Then status and cancel with the study's folder apply to all runs, including those that an
         # earlier command submitted.
         earlier = history.newest_sweep(output)
         all_runs = dict.fromkeys([*earlier, *(run.folder.absolute() for run in standings)])
@@ -261,32 +261,32 @@ def send(run: StudyRun, config: RunConfig, cluster: ClusterSection, code: Path) 
     """Submit one run.
 
     Raises:
-        UserError: Something about the run is not right, or Slurm refuses it.
+        UserError: A check of the run fails, or Slurm refuses it.
     """
     after = [needed for needed in run.needs if not is_trained(needed)]
     folders = [needed.folder for needed in after]
     prepared = submission.prepare(config, cluster, folders)
     (done,) = submission.submit([prepared], run.name, code, folders)
-    return Standing("submitted", f"submitted as job {done.job}{_begins_after(after)}")
+    return Standing("submitted", f"submitted as job {done.job}{_starts_after(after)}")
 
 
 def log_summary(standings: dict[StudyRun, Standing], output: Path) -> int:
-    """Print the states of all runs and what to do next; returns the exit status."""
+    """Print the number of runs by state and the next command; return the exit status."""
     counts = Counter(standing.word for standing in standings.values())
     by_state = ", ".join(f"{number} {word}" for word, number in counts.items())
     print(f"{counted(len(standings), 'run')}: {by_state}")
     if counts["finished"] == len(standings):
-        print("the same command without --slurm evaluates and reports")
+        print("run the same command without --slurm to evaluate and report")
         return 0
     if not any(counts[word] for word in LOST):
         print(
-            f"`{typed('slurm', 'status', output)}` shows them, `cancel` ends them; once all are "
-            "finished, the same command without --slurm evaluates and reports"
+            f"`{typed('slurm', 'status', output)}` shows them, `cancel` cancels them; once all are "
+            "finished, run the same command without --slurm to evaluate and report"
         )
         return 0
     print(
-        "what failed or was cancelled is submitted again, from its newest checkpoint, with --again "
-        "before --slurm, and so is what begins after it",
+        "--again before --slurm resubmits failed and cancelled runs from their newest checkpoints, "
+        "and the runs that depend on them",
         file=sys.stderr,
     )
     return 1

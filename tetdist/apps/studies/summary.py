@@ -1,4 +1,4 @@
-"""One table of all studies that have a section in a Markdown file."""
+"""Summary table of all studies that have a section in a Markdown file."""
 
 import math
 from pathlib import Path
@@ -24,7 +24,7 @@ HEAD = [
     "T",
     "seeds",
     "effect on top-1, points",
-    "smallest effect told",
+    "minimum detectable effect (80 % power)",
     "effect at T=1, points",
     "image-timesteps, millions: entry, control",
 ]
@@ -32,7 +32,7 @@ EXIT_HEAD = [
     "study",
     "entry - control",
     "seeds",
-    "loss allowed, points",
+    "allowed loss, points",
     "timesteps, entry",
     "timesteps, control",
     "timesteps, entry - control",
@@ -43,16 +43,16 @@ EXIT_HEAD = [
 
 
 def refreshed(text: str, folder: Path, file: Path) -> str:
-    """The file's text with its summary made anew of the numbers in the folder.
+    """Return the file's text with its summary updated from the numbers in the folder.
 
-    A file without the line that begins a summary stays as it is.
+    A file without a summary stays unchanged.
 
     Raises:
         UserError: The summary has no end, or a file of numbers is not a study's.
     """
     if BEGIN not in text:
         return text
-    # In the order of their sections; a file of numbers without one was left over.
+    # Follow the order of the sections; a file of numbers without a section is a leftover.
     names = [file.stem for file in folder.glob("*.json") if f"<!-- study {file.stem} -->" in text]
     names.sort(key=lambda name: text.index(f"<!-- study {name} -->"))
     read = {name: _read(folder / f"{name}.json") for name in names}
@@ -61,15 +61,17 @@ def refreshed(text: str, folder: Path, file: Path) -> str:
 
 
 def between(text: str, begin: str, end: str, content: str, file: Path) -> str:
-    """A file's text with other content between two lines, the first of which is there.
+    """Replace the content between two lines of a text, the first of which exists.
 
     Raises:
-        UserError: The second is not.
+        UserError: The second line is missing.
     """
     before, _, rest = text.partition(begin)
     _, found, after = rest.partition(end)
     if not found:
-        raise UserError(f"{file}: the section that begins with {begin.strip()} has no end; mend it")
+        raise UserError(
+            f"{file}: the section that begins with {begin.strip()} has no end; add {end.strip()}"
+        )
     return f"{before}{begin}{content}{end}{after}"
 
 
@@ -80,15 +82,15 @@ def _read(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read ({error}); run its study again") from None
     of_one = ({"study", "entries", "differences"}, {"study", "candidates"})
     if not isinstance(values, dict) or not any(keys <= values.keys() for keys in of_one):
-        raise UserError(f"{file} has no numbers of a study; run it again")
+        raise UserError(f"{file} has no numbers of a study; run its study again")
     return values
 
 
 def table(studies: dict[str, dict[str, Any]]) -> str:
-    """The table: a row for each entry that has a control.
+    """Return the table with a row for each entry that has a control.
 
     Args:
-        studies: By name, what `tetdist.apps.studies.numbers.Numbers.as_dict` makes of a study.
+        studies: The result of `tetdist.apps.studies.numbers.Numbers.as_dict` of each study.
     """
     rows, intervals = [], 0
     for values in studies.values():
@@ -116,24 +118,23 @@ def table(studies: dict[str, dict[str, Any]]) -> str:
             )
             link = ""
     return (
-        f"{markdown(HEAD, rows)}\n\nEffects are differences of top-1 after the last epoch, in "
-        "percentage points, of runs with the same seed, with 95 % intervals: at the T of "
-        "training, and where the same networks are stopped after one timestep, if a study "
-        "tests that. Bold: the interval is without zero. Intervals are of seeds alone: all "
-        "runs of a study see the same validation samples, and of a hundred samples one is a "
-        "point. The smallest effect "
-        "told is the true one that so many seeds, with the spread seen between them, would "
-        "tell from chance four times in five; three seeds show that spread to within a factor "
-        "of 0.5 to 6.3, five to within 0.6 to 2.9. Nothing is corrected for the number of "
-        f"comparisons: of the {intervals} intervals one in twenty would be bold with no effect "
-        "anywhere. Image-timesteps are images times T that one run trains on, with what it "
-        "begins with and its teacher's training, without the teacher's answers in the training "
-        f"of its student.\n{exits(studies)}"
+        f"{markdown(HEAD, rows)}\n\nEffects are differences of top-1 after the last epoch between "
+        "runs with the same seed, in percentage points, with 95 % intervals: at the T of "
+        "training and, if a study tests it, with the same networks stopped after one timestep. "
+        "Bold: the 95 % interval excludes zero. Intervals cover the seeds alone: all runs of a "
+        "study use the same validation samples, and among a hundred samples, one is a point. "
+        "The minimum detectable effect is the true effect that this number of seeds, with the "
+        "observed spread, would show as significant with a probability of 80 %; three seeds "
+        "estimate the spread to within a factor of 0.5 to 6.3, five to within 0.6 to 2.9. "
+        f"There is no correction for multiple comparisons: one in twenty of the {intervals} "
+        "intervals would be bold without any effect. Image-timesteps are the training images "
+        "times T of one run, including the training of its init and teacher, excluding the "
+        f"teacher's forward passes in the training of its student.\n{exits(studies)}"
     )
 
 
 def exits(studies: dict[str, dict[str, Any]]) -> str:
-    """The table of early exit, of the studies that chose thresholds; empty without one."""
+    """Return the table of early exit, for studies that chose thresholds; empty without one."""
     rows = []
     for values in studies.values():
         link = _link(values)
@@ -160,22 +161,21 @@ def exits(studies: dict[str, dict[str, Any]]) -> str:
     if not rows:
         return ""
     return (
-        "\nEarly exit, at the lowest threshold by which a run loses at most so many points, as "
-        "allowed, of the training samples that it holds out: timesteps that a validation "
-        "sample takes on average, and the difference of top-1 with early exit. In the last two "
-        "columns both are equally right: as the less right one of a pair with the same seed is "
-        "at the last timestep, less the points allowed. The first has the timesteps of "
-        "whatever threshold it takes for that on the validation samples, between those that "
-        "were tried; the second the first t at which all samples, stopped there, are as "
-        "right.\n\n"
+        "\nEarly exit uses the lowest threshold at which a run loses at most the allowed points "
+        "on the training samples that it holds out. The table has the average timesteps a "
+        "validation sample, and the difference of top-1 with early exit. The last two columns "
+        "compare timesteps at equal accuracy: that of the less accurate run of a pair with the "
+        "same seed at the last timestep, less the allowed points. The first takes the threshold "
+        "that reaches this accuracy on the validation samples, interpolated between the tried "
+        "ones; the second takes the first t at which all samples, stopped there, reach it.\n\n"
         f"{markdown(EXIT_HEAD, rows)}\n"
     )
 
 
 def _of_equal_accuracy(values: dict[str, Any], entry: str, control: str) -> tuple[str, str]:
-    """The differences of timesteps at the same top-1, with early exit and with one t for all.
+    """Return the differences of timesteps at equal top-1, with early exit and with one t for all.
 
-    The former is empty where the numbers have no curves.
+    The former is empty if the numbers have no curves.
     """
     most, within = max(values["study"]["test_timesteps"]), values["study"]["exit_within"]
     runs = {(run["entry"], run["seed"]): run for run in values["runs"]}
@@ -199,9 +199,9 @@ def _of_equal_accuracy(values: dict[str, Any], entry: str, control: str) -> tupl
 
 
 def detectable(difference: Difference) -> float:
-    """The smallest true difference that a paired t-test of n pairs finds with a power of 80 %.
+    """Return the smallest true difference that a paired t-test of n pairs finds at 80 % power.
 
-    The spread that was seen is taken for the true one. NaN where n is 1.
+    The observed spread is taken as the true one. NaN for a single pair.
     """
     from scipy import optimize, stats
 
@@ -219,7 +219,7 @@ def detectable(difference: Difference) -> float:
 
 
 def anchor(title: str) -> str:
-    """The fragment by which GitHub and Python-Markdown link to a heading."""
+    """Return the fragment by which GitHub and Python-Markdown link to a heading."""
     kept = "".join(c for c in title.lower() if c.isalnum() or c in " -_")
     return "-".join(kept.split())
 
@@ -230,8 +230,8 @@ def _link(values: dict[str, Any]) -> str:
 
 
 def _marked(difference: Difference) -> str:
-    is_told = difference.low > 0 or difference.high < 0
-    return f"**{difference}**" if is_told else str(difference)
+    is_significant = difference.low > 0 or difference.high < 0
+    return f"**{difference}**" if is_significant else str(difference)
 
 
 def _number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""A study in MLflow: one run of its name, and below it all that it trains."""
+"""Study in MLflow: a parent run with the study's name, and its runs below it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,29 +9,29 @@ from tetdist.tracking import mlflow_logger
 
 
 class Parent:
-    """The run in MLflow below which a study's runs are.
+    """Parent run in MLflow of a study's runs.
 
-    Without MLflow, and where it does not answer, which is warned of once, it does nothing.
+    It does nothing without MLflow or, after one warning, if MLflow does not answer.
     """
 
     def __init__(self, study: str, runs: list[StudyRun], output: Path) -> None:
         """
         Args:
             study: Name of the study.
-            runs: The runs that are to be shown.
-            output: Folder of the study, which keeps the id.
+            runs: The runs to show.
+            output: Folder of the study, which stores the id.
         """
         self.study = study
         self.run_id: str | None = None
         tracked = next((run.config for run in runs if run.config.tracking_uri is not None), None)
         if tracked is not None:
             output.mkdir(parents=True, exist_ok=True)
-            # As a heading it counts as finished.
+            # A parent run counts as finished.
             tags = {"study": study}
             self.run_id = history.announce(tracked, "FINISHED", tags, heading=(output, study))
 
-    def tell(self, run: StudyRun, status: str | None) -> None:
-        """Show a run below this one, with tags that tell what it is in the study.
+    def announce(self, run: StudyRun, status: str | None) -> None:
+        """Show a run below this one, with tags of its entry, seed and control.
 
         Args:
             run: A run that no process trains now.
@@ -42,7 +42,7 @@ class Parent:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
         except OSError:
-            return  # When the run is trained, it says itself what is in its way.
+            return  # The run's training reports the same problem.
         tags = {"mlflow.parentRunId": self.run_id, "study": self.study}
         tags |= {"entry": run.entry, "seed": str(run.seed)}
         if run.control is not None:
@@ -51,7 +51,7 @@ class Parent:
 
 
 def lacking_runs(runs: Iterable[StudyRun]) -> tuple[list[StudyRun], list[StudyRun]]:
-    """Find the finished runs that MLflow lacks points of, and those without the study's tags.
+    """Return the finished runs with missing points in MLflow, and those without the study's tags.
 
     Raises:
         UserError: MLflow does not answer.

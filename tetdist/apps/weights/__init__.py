@@ -1,1 +1,1 @@
-"""Weights of other libraries taken over, and trained networks given away."""
+"""Conversion of other libraries' weights, and export of trained networks."""

@@ -1,8 +1,8 @@
-"""The mean of several trained networks' weights: the work of the command average.
+"""Mean of several trained networks' weights, for the command average.
 
-Running statistics of a mean are not the mean of running statistics, so they are computed anew: over
-training samples, augmented and mixed as in training, in its micro-batches and in training mode.
-Each is the average over all of these micro-batches.
+The running statistics of a mean are not the mean of the running statistics, so they are recomputed:
+over training samples, augmented and mixed as in training, in its micro-batches and in training
+mode. Each is the average over all of these micro-batches.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,19 +33,19 @@ from tetdist.wording import counted
 def mean_weights(
     sources: Sequence[Path], which: str = "last", *, ema: bool = False
 ) -> tuple[dict[str, Tensor], checkpoint.Description]:
-    """The mean of the weights of networks that are alike, formed in float64.
+    """Return the mean weights of several copies of one network, computed in float64.
 
     Args:
         sources: Run folders, folders of checkpoints or exports, or .safetensors files.
-        which: Of run folders, ``last`` or ``best``.
-        ema: Take the moving averages of the weights.
+        which: Checkpoint of run folders: ``last`` or ``best``.
+        ema: Use the moving averages of the weights.
 
     Returns:
-        The mean, in the weights' own types, and the first one's description, changed to what the
-        mean is. Counts are those of the first.
+        The mean, in the weights' own types, and the first network's description, adapted to the
+        mean. Integer entries (counters) are those of the first.
 
     Raises:
-        UserError: One cannot be read, or is another network than the first.
+        UserError: A source cannot be read, or is another network than the first.
     """
     first = sources[0]
     weights, description = _read(first, which, ema)
@@ -79,10 +79,10 @@ def _read(path: Path, which: str, ema: bool) -> Read:
 
 
 def _check_alike(source: Path, of_source: Read, first: Path, of_first: Read) -> None:
-    """Refuse what is not of the same network.
+    """Refuse weights of another network.
 
     Raises:
-        UserError: It is another; the text says in what.
+        UserError: The network differs; the text lists how.
     """
     (weights, theirs), (first_weights, ours) = of_source, of_first
     found = differences(
@@ -92,17 +92,17 @@ def _check_alike(source: Path, of_source: Read, first: Path, of_first: Read) -> 
         )
     )
     if theirs.timesteps != ours.timesteps:
-        found.append(f"T is {theirs.timesteps} and was {ours.timesteps}")
+        found.append(f"T is {theirs.timesteps} instead of {ours.timesteps}")
     if theirs.classes != ours.classes:
-        found.append("its classes are others")
+        found.append("its classes differ")
     shapes = {(key, *value.shape) for key, value in weights.items()}
     unlike = sorted(shapes ^ {(key, *value.shape) for key, value in first_weights.items()})
     if unlike and not found:
-        found.append(f"{unlike[0][0]} is not of the same shape")
+        found.append(f"{unlike[0][0]} has another shape")
     if found:
         raise UserError(
-            f"{source} is another network than {first}: {'; '.join(found)}. Only weights of one "
-            "network have a mean: leave it out"
+            f"{source} is another network than {first}: {'; '.join(found)}. Leave it out, because "
+            "only weights of the same network can be averaged"
         )
 
 
@@ -115,21 +115,21 @@ def recompute_statistics(
     samples: int,
     progress: Callable[[int, int], Any] = lambda _done, _total: None,
 ) -> int:
-    """Compute a model's running statistics anew: call it on every process together.
+    """Recompute a model's running statistics; every process must call it.
 
-    The samples, their augmentation and what the network drops of them are those of the last epoch
-    that a training of the configuration has, and of what would be the next.
+    Samples, augmentation and dropout are those of the training's last epoch and, if more samples
+    are needed, of the epochs that would follow.
 
     Args:
-        model: On its device, at its T; left in evaluation mode.
-        config: That of its training: its data, batch and precision are read.
+        model: The model on its device, at its T; it is left in evaluation mode.
+        config: Configuration of its training, whose data, batch and precision are used.
         index: The training split.
-        world: All processes; their number changes the result by rounding alone.
-        samples: How many to take at least: it is rounded up to whole global batches.
-        progress: Told the samples done and those in all.
+        world: All processes; their number only changes the rounding.
+        samples: Minimum number of samples, rounded up to whole global batches.
+        progress: Called with the samples done and their total.
 
     Returns:
-        How many were taken.
+        The number of samples.
 
     Raises:
         UserError: The batches do not suit the data or the number of processes.
@@ -150,13 +150,13 @@ def recompute_statistics(
                 images = on_device(given.images, device, parameter_type(config.precision))
                 if given.mix is not None:
                     images = mixing.mixed_images(images, mixing.on_device(given.mix, device))
-                # As in training: a network from outside draws of torch's generator.
+                # As in training: an adopted network draws from torch's generator.
                 torch.manual_seed(order.forward_seed(config.seed, first + step, number))
                 for factors in drop_factors(config, dropping, first + step, number, device):
                     dropout.set_factors(dropping, factors)
                 with autocast(device, config.precision):
                     model(images, per_timestep=True)
-            # So each step has the same weight in the end.
+            # This momentum gives each step the same weight.
             batch_norm.update_running_statistics(model, world.mean_, momentum=1 / (step + 1))
             progress((step + 1) * batch.global_, steps * batch.global_)
     model.eval()

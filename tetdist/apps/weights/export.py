@@ -1,7 +1,7 @@
-"""A trained network for other people and other programs: the work of the command export.
+"""Export of a trained network for other people and programs, for the command export.
 
-Every file is made aside, checked, and renamed; nothing that exists is replaced. Paths and addresses
-of the machine that trained stay behind.
+Every file is written under a temporary name, checked, and renamed; existing files are never
+replaced. Paths and addresses of the training machine are removed.
 """
 
 import json
@@ -32,13 +32,13 @@ from tetdist.storage.hub import HF
 from tetdist.tables import markdown
 from tetdist.wording import counted
 
-_INPUTS = {"images": "image", "events": "event frame a timestep"}
-# How many inputs an exported program is compared on, and how far it may be off.
+_INPUTS = {"images": "image", "events": "event frame per timestep"}
+# Number of inputs on which an exported program is compared, and its tolerance.
 _CHECKED, _TOLERANCE = 4, 1e-4
-# Beside the weights of a folder for timm: the configuration, which the command train takes.
+# Configuration for the command train, beside the weights in a folder for timm.
 RECIPE_FILE = "recipe.yaml"
-_TIMMS_HUB = "hf-hub:"  # what timm calls the hub; with tetdist it is `HF`
-# Where a program's file or a graph's says how its input is prepared.
+_TIMMS_HUB = "hf-hub:"  # timm's prefix of the hub; tetdist's is `HF`
+# Metadata key of a program or graph for the preparation of its input.
 _PREPARATION = "preparation"
 
 
@@ -46,20 +46,20 @@ _PREPARATION = "preparation"
 
 
 def write_safetensors(trained: Trained, path: Path) -> str:
-    """Write the weights as eval and init_checkpoint take them, and a model card.
+    """Write the weights for eval and init_checkpoint, and a model card.
 
     Args:
-        trained: What is exported.
-        path: A folder, for model.safetensors and the card; or a file, which ends in .safetensors,
-            for the weights alone.
+        trained: The network to export.
+        path: A folder, for model.safetensors and the card; or a file ending in .safetensors, for
+            the weights alone.
 
     Returns:
-        A sentence for the person who asked for it; so do the other writers.
+        A description of the result, as all writers do.
     """
     with _aside(path) as aside:
         if path.suffix == ".safetensors":
             checkpoint.write_model_file(aside, trained.model.state_dict(), trained.description)
-            return "the weights, and what they are of; a folder as --output has a model card, too"
+            return "the weights and their description; for a model card, give a folder as --output"
         aside.mkdir(parents=True)
         _write_weights(trained, aside)
         (aside / "README.md").write_text(card(trained))
@@ -67,14 +67,14 @@ def write_safetensors(trained: Trained, path: Path) -> str:
 
 
 def write_timm(trained: Trained, folder: Path, repo: str | None = None) -> str:
-    """Write a folder that timm loads as a local model or one of the Hugging Face hub.
+    """Write a folder that timm loads as a local model, or as a model of the Hugging Face hub.
 
     Args:
-        folder: A new one.
-        repo: The ``ORG/NAME`` that it will have on the hub, by which its card loads it.
+        folder: A new folder.
+        repo: Its future ``ORG/NAME`` on the hub, which its card uses to load it.
 
     Raises:
-        UserError: The network is not one of tetdist's, or cannot be written.
+        UserError: The network is not one of tetdist's, or the folder cannot be written.
     """
     refuse_foreign(trained, "timm")
     with _aside(folder) as aside:
@@ -93,8 +93,8 @@ def write_timm(trained: Trained, folder: Path, repo: str | None = None) -> str:
             again.set_execution("reference")
             assert torch.equal(again(x), trained.model(x)), "timm loads another network"
     return (
-        "config.json, model.safetensors, the card, the recipe and the classes; timm loads it, and "
-        "the logits are the same"
+        "config.json, model.safetensors, card, recipe and classes; checked: timm loads it with "
+        "identical logits"
     )
 
 
@@ -104,7 +104,7 @@ def _write_weights(trained: Trained, folder: Path) -> None:
 
 
 def timm_config(trained: Trained) -> dict[str, Any]:
-    """timm's config.json: architecture, its arguments, and how images are prepared."""
+    """Return timm's config.json: architecture, its arguments, and the preparation of images."""
     model, data = trained.model, trained.config.data
     cfg = {
         "input_size": trained.input_shape,
@@ -129,17 +129,17 @@ def timm_config(trained: Trained) -> dict[str, Any]:
 
 
 def _model_arguments(trained: Trained) -> dict[str, Any]:
-    """The arguments of the model, besides its number of classes."""
+    """Return the arguments of the model, except its number of classes."""
     section = trained.config.model
     arguments = {"timesteps": trained.model.timesteps, "neuron": neurons.as_dict(section.neuron)}
     return arguments | section.arguments
 
 
 def refuse_foreign(trained: Trained, form: str) -> None:
-    """Refuse a network from outside for a format that needs what only ours have.
+    """Refuse an adopted network for a format that needs one of tetdist's own.
 
     Raises:
-        UserError: The network is one from outside.
+        UserError: The network is an adopted one.
     """
     if not hasattr(trained.model, "stem"):
         raise UserError(
@@ -149,15 +149,15 @@ def refuse_foreign(trained: Trained, form: str) -> None:
 
 
 def _recipe(trained: Trained) -> str:
-    """The configuration of the training, as a file that the command train takes."""
+    """Return the training's configuration as YAML for the command train."""
     return yaml.safe_dump(without_machine(trained.description.config), sort_keys=False)
 
 
 def card(trained: Trained, source: str | None = None) -> str:
-    """A model card in Markdown.
+    """Return a model card in Markdown.
 
     Args:
-        source: By which timm loads it, ``local-dir:NAME`` or ``hf-hub:ORG/NAME``, if it can.
+        source: Name for timm to load it, ``local-dir:NAME`` or ``hf-hub:ORG/NAME``, if it can.
     """
     model, config, description = trained.model, trained.config, trained.description
     neuron, data = config.model.neuron, config.data
@@ -171,7 +171,7 @@ def card(trained: Trained, source: str | None = None) -> str:
     }
     if converted := description.converted:
         origin = f"`{converted['file']}` ({converted['from']})"
-        rows["origin"] = f"weights taken over from {origin}, not trained here"
+        rows["origin"] = f"weights converted from {origin}, not trained here"
     else:
         phases = (
             f"{counted(p.epochs, 'epoch')} at T={p.timesteps}, {p.optimizer.kind}, "
@@ -180,7 +180,7 @@ def card(trained: Trained, source: str | None = None) -> str:
         )
         rows["loss"] = config.loss.as_text()
         if config.init_checkpoint:
-            rows["begun with"] = config.init_checkpoint
+            rows["initial weights"] = config.init_checkpoint
         rows["phases"] = "; ".join(phases)
         rows["trained for"] = (
             f"{counted(description.step, 'step')} of {counted(config.batch.global_, 'sample')}"
@@ -192,9 +192,9 @@ def card(trained: Trained, source: str | None = None) -> str:
     rows["accuracy"] = _accuracy(description)
 
     is_ours = isinstance(model, SpikingNetwork)
-    # A network from outside promises the logits of each timestep alone.
+    # An adopted network only guarantees the logits of each timestep.
     call = (
-        "model(x)  # logits, the mean over timesteps; model(x, per_timestep=True): each one's own"
+        "model(x)  # logits, the mean over timesteps; model(x, per_timestep=True): by timestep"
         if is_ours
         else "model(x, per_timestep=True).mean(0)  # logits, the mean over timesteps"
     )
@@ -205,7 +205,7 @@ def card(trained: Trained, source: str | None = None) -> str:
         weights = source.replace(_TIMMS_HUB, HF)
     found_by = ModelCardData(
         library_name="timm",
-        # The hub has no word for event frames.
+        # The hub has no tag for event frames.
         pipeline_tag="image-classification" if data.kind == "images" else None,
         tags=["spiking-neural-network", "tetdist"],
     )
@@ -215,14 +215,14 @@ def card(trained: Trained, source: str | None = None) -> str:
 
 # {config.name}
 
-A {"spiking neural" if neuron.spiking else "ReLU"} network, made with tetdist.
+A {"spiking neural" if neuron.spiking else "ReLU"} network, trained with tetdist.
 
 {markdown(["", ""], list(rows.items()))}
 
 ## Load
 
-With tetdist, which is installed in a checkout of it by `pip install -e .` (networks and
-losses alone) or `pip install -e '.[train,cuda130]'` (training and evaluation, too):
+Install tetdist in a checkout by `pip install -e .` (networks and losses only) or
+`pip install -e '.[train,cuda130]'` (with training and evaluation), then:
 
 ```python
 import timm
@@ -235,7 +235,7 @@ model = timm.create_model({_create_arguments(trained, source)}).eval()
 {_preparation(trained)}
 
 `{typed("eval")} --checkpoint {weights} --data ROOT` evaluates it, and
-`init_checkpoint={weights}` begins a training with it.
+`init_checkpoint={weights}` starts a training from it.
 
 ## Recipe
 
@@ -259,7 +259,7 @@ def _accuracy(description: checkpoint.Description) -> str:
     of = "samples held out of the training split" if held_out else "the validation split"
     rest = f"of {of}, with these weights"
     if description.which == "best":
-        rest += ", which were chosen on this very split"
+        rest += ", which were chosen on the same split"
     return f"{validation['top1']:.2f} % top-1, {validation['top5']:.2f} % top-5, {rest}"
 
 
@@ -274,7 +274,7 @@ def _create_arguments(trained: Trained, source: str | None) -> str:
 
 
 def _preparation(trained: Trained) -> str:
-    """Describe the input and the scaling of images, for a card or a file's metadata."""
+    """Describe the input and the scaling of images, for a card or metadata."""
     data = trained.config.data
     match data.kind:
         case "events":
@@ -283,7 +283,7 @@ def _preparation(trained: Trained) -> str:
             return (
                 f"Input: RGB images in [0, 1], shorter side resized to {data.resize_side} ("
                 f"{data.interpolation}), centre crop of {data.image_size}, minus "
-                f"{list(data.mean)}, over {list(data.std)}."
+                f"{list(data.mean)}, divided by {list(data.std)}."
             )
         case other:
             assert_never(other)
@@ -310,8 +310,8 @@ def write_nir(trained: Trained, path: Path, dt: float) -> str:
         again = nir.read(aside)
         assert (set(again.nodes), set(again.edges)) == (set(graph.nodes), set(graph.edges))
     return (
-        f"{len(graph.nodes)} nodes, {len(graph.edges)} edges, to be run for "
-        f"{counted(trained.model.timesteps, 'timestep')} of {dt:g} s and averaged over them"
+        f"{len(graph.nodes)} nodes, {len(graph.edges)} edges; run it for "
+        f"{counted(trained.model.timesteps, 'timestep')} of {dt:g} s and average the outputs"
     )
 
 
@@ -346,7 +346,7 @@ def write_onnx(trained: Trained, path: Path) -> str:
 def _onnx_program(
     traced: torch.export.ExportedProgram, inputs: list[str], outputs: list[str]
 ) -> torch.onnx.ONNXProgram:
-    # torch's exporter uses deprecated parts of torch and would warn of them.
+    # torch's exporter uses deprecated functions of torch and would warn about them.
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         program = torch.onnx.export(traced, input_names=inputs, output_names=outputs, verbose=False)
     assert program is not None
@@ -354,7 +354,7 @@ def _onnx_program(
 
 
 class _Step(nn.Module):
-    """One timestep of a network as a function of its frame and the membranes before it."""
+    """Timestep of a network, as a function of its frame and the previous membranes."""
 
     def __init__(self, model: SpikingNetwork) -> None:
         super().__init__()
@@ -369,18 +369,18 @@ class _Step(nn.Module):
 class OnnxStep:
     """A network's step as an ONNX program of onnxruntime, for any batch size.
 
-    It maps ``frame``, (B, C, H, W), and a state for each layer of neurons to the ``logits`` of the
-    timestep, (B, K), and the states after it, whose names have ``next_`` before them.
+    It maps ``frame``, (B, C, H, W), and a state for each layer of neurons to the timestep's
+    ``logits``, (B, K), and the next states, whose names have the prefix ``next_``.
 
     Args:
         model: A network that can be streamed, in evaluation mode and float32, on the CPU.
-        frame: An example, (2, C, H, W) or more.
+        frame: Example input, (2, C, H, W) or more.
         path: The file to write.
-        preparation: Says how inputs are prepared; kept in the file's metadata.
-        threads: Of onnxruntime; None: its own choice.
+        preparation: Description of the inputs' preparation, for the file's metadata.
+        threads: Threads of onnxruntime; None: its own choice.
 
     Raises:
-        UserError: The network cannot be streamed, or adds something else at each timestep.
+        UserError: The network cannot be streamed, or its timesteps differ.
     """
 
     def __init__(
@@ -396,8 +396,8 @@ class OnnxStep:
 
         if type(model).frame is not SpikingNetwork.frame:
             raise UserError(
-                f"{type(model).__name__} adds something else to the input at each timestep, and "
-                "the graph of a step is one for all; export it with --format onnx"
+                f"--format onnx-step needs equal timesteps, but {type(model).__name__} adds "
+                "another value to the input at each; export it with --format onnx"
             )
         step = _Step(model)
         names = [f"state_{name}" for name in step.layers]
@@ -437,14 +437,14 @@ def write_onnx_step(trained: Trained, path: Path) -> str:
     """Write one timestep as the ONNX graph of `OnnxStep`.
 
     Raises:
-        UserError: See there.
+        UserError: As for `OnnxStep`.
     """
     refuse_foreign(trained, "onnx-step")
     model = trained.model
     with torch.no_grad(), _aside(path) as aside:
         is_events = model.input_kind == "events"
         x = trained.examples(2)
-        with _naming_what_cannot_be_traced(trained):
+        with _reporting_trace_errors(trained):
             step = OnnxStep(
                 model, x[:, 0] if is_events else x, aside, preparation=_preparation(trained)
             )
@@ -460,7 +460,7 @@ def write_onnx_step(trained: Trained, path: Path) -> str:
 
 
 class _MeanLogits(nn.Module):
-    """A network from outside, with the mean over timesteps as its output."""
+    """Adopted network, with the mean over timesteps as its output."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -472,13 +472,13 @@ class _MeanLogits(nn.Module):
 
 
 def _mean_logits(model: nn.Module) -> nn.Module:
-    """The model as a function of its input alone: to the mean of the logits over timesteps."""
+    """Return the model as a function from its input to the mean logits over timesteps."""
     return model if isinstance(model, SpikingNetwork) else _MeanLogits(model).eval()
 
 
 def _traced(trained: Trained) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch")
-    with _naming_what_cannot_be_traced(trained):
+    with _reporting_trace_errors(trained):
         return torch.export.export(
             _mean_logits(trained.model),
             (trained.examples(2),),
@@ -488,7 +488,7 @@ def _traced(trained: Trained) -> torch.export.ExportedProgram:
 
 
 @contextmanager
-def _naming_what_cannot_be_traced(trained: Trained) -> Iterator[None]:
+def _reporting_trace_errors(trained: Trained) -> Iterator[None]:
     try:
         yield
     except UserError:
@@ -496,7 +496,7 @@ def _naming_what_cannot_be_traced(trained: Trained) -> Iterator[None]:
     except Exception as error:  # torch raises many kinds
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"torch cannot trace {trained.config.model.name} for any size of a batch ({reason}); "
+            f"torch cannot trace {trained.config.model.name} for a variable batch size ({reason}); "
             "export it as safetensors"
         ) from error
 
@@ -504,25 +504,25 @@ def _naming_what_cannot_be_traced(trained: Trained) -> Iterator[None]:
 def _agreement(trained: Trained, run: Callable[[Tensor], Tensor]) -> str:
     """Compare a program's logits with the model's, on random inputs.
 
-    A membrane within rounding of the threshold flips a spike and changes one sample's logits; a
-    wrong program is wrong about most samples. So the median decides.
+    If a membrane equals the threshold up to rounding, a spike may flip and change one sample's
+    logits. A wrong program is wrong for most samples, so the median decides.
     """
     x = trained.examples(_CHECKED)
     expected = _mean_logits(trained.model)(x)
     difference = (run(x) - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-12)
     assert difference.median() < _TOLERANCE, f"the program differs by {difference.tolist()}"
-    said = (
-        f"its logits are the model's on {_CHECKED} random inputs, relative difference "
+    text = (
+        f"its logits match the model's on {_CHECKED} random inputs, relative difference "
         f"{difference.median():.1e} (median), {difference.max():.1e} (largest)"
     )
     if torch.equal(expected, expected[:1].expand_as(expected)):
-        said += "; but the network says the same to all of them, so that this shows little"
-    return said
+        text += "; a weak check, because the network's logits are the same for all inputs"
+    return text
 
 
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
-    """A hidden place beside ``path``; whatever was written there becomes ``path`` in the end.
+    """Yield a temporary path beside ``path``, and rename it to ``path`` at the end.
 
     Raises:
         UserError: ``path`` exists, or cannot be written.
@@ -531,11 +531,11 @@ def _aside(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} exists; choose another --output, or remove it first")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # With its ending, by which some of the libraries go.
+        # Keep the suffix, which some of the libraries check.
         with made_aside(path, ending=path.suffix) as aside:
             yield aside
     except OSError as error:
         raise UserError(
-            f"{path} could not be written ({error.strerror or error}); make room, or choose "
+            f"{path} cannot be written ({error.strerror or error}); make room, or choose "
             "another --output"
         ) from error

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: the same networks under other libraries' names."""
+"""Conversion of weights of the same networks from other libraries."""
 
 import re
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from tetdist.wording import and_more
 _COUNTER = "num_batches_tracked"
 _CIFAR100 = {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}
 
-# Names of a block of ours to torchvision's; LAST is the number of the block's last convolution.
+# Our names of a block to torchvision's; LAST is the number of the block's last convolution.
 _BLOCK_NAMES = (
     (r"conv(\d)\.(conv\.)?(?=weight|bias)", r"conv\1."),
     (r"conv(\d)\.neuron\.norm\.", r"bn\1."),
@@ -36,12 +36,12 @@ _BLOCK_NAMES = (
     (r"(merge\.neuron|add)\.norm\.", "bnLAST."),
     (r"((merge\.)?downsample|downsample\.conv)\.(?=weight|bias)", "downsample.0."),
     (r"((merge\.)?downsample_norm|downsample\.neuron\.norm)\.", "downsample.1."),
-    # What neurons learn, of which torchvision has nothing: as spikingjelly's ResNets have it.
+    # Learnt neuron parameters, which torchvision lacks: as in spikingjelly's ResNets.
     (r"conv(\d)\.neuron\.learned\.", r"sn\1."),
     (r"merge\.neuron\.learned\.", "snLAST."),
     (r"downsample\.neuron\.learned\.", "downsample_sn."),
 )
-# Likewise to MS-ResNet's; pooled is 1 where its projection begins with a pooling, else 0.
+# The same to MS-ResNet's; pooled is 1 if its projection begins with a pooling, else 0.
 _MS_BLOCK_NAMES = (
     (r"conv1\.conv\.", "residual_function.1."),
     (r"conv1\.neuron\.norm\.", "residual_function.2.bn."),
@@ -54,17 +54,17 @@ _MS_BLOCK_NAMES = (
 
 @dataclass(frozen=True)
 class Converted:
-    """A model's weights from elsewhere, and what did not go through.
+    """Converted weights of a model, and what could not be converted.
 
     Attributes:
-        weights: Every entry of the model's state dict; those that are missing are as they were.
-        missing: Sentences, one for each entry of the model without a fitting one in the source.
-        unexpected: Names in the source that the model has no place for.
-        counters: How many counts of batches the source has. They have no effect on running
-            statistics of a fixed momentum, as all of these are, and are left out.
-        unused: Names in the source of weights with which its network does not compute.
-        initialised: Entries of the model that no network of the source has: what neurons learn, and
-            PSN-SEW-ResNet's offsets, beside a ReLU network.
+        weights: Every entry of the model's state dict; missing ones keep the model's values.
+        missing: A text for each entry of the model without a matching one in the source.
+        unexpected: Names in the source that the model does not have.
+        counters: Number of batch counters in the source. They have no effect on running statistics
+            with a fixed momentum, which all of these have, and are left out.
+        unused: Names in the source of weights that its own network does not use.
+        initialised: Entries of the model that a ReLU network lacks: learnt neuron parameters, and
+            PSN-SEW-ResNet's offsets.
     """
 
     weights: dict[str, Tensor]
@@ -76,42 +76,43 @@ class Converted:
 
 
 def source_of(state: Mapping[str, Tensor], path: Path) -> str:
-    """The name of the source that a state dict is from, by its names.
+    """Return the source of a state dict, recognised by its names.
 
     Raises:
-        UserError: They do not tell.
+        UserError: The names are unknown or ambiguous.
     """
     for name, source in SOURCES.items():
         if source.mark is not None and any(re.search(source.mark, key) for key in state):
             return name
     if "conv0.0.weight" in state or "layer1.0.conv1.bias" in state:
         raise UserError(
-            f"{path} has the names of two repositories of distillation, whose neurons are not the "
-            "same; say which of them with --from: decoupling or seal"
+            f"{path} has names that two repositories of distillation use, with different neurons; "
+            "give --from decoupling or --from seal"
         )
     if "layer1.0.conv1.weight" in state:
         raise UserError(
-            f"{path} has the names of torchvision's ResNets, which timm and spikingjelly use, too; "
-            "say which of them with --from, because their neurons are not the same"
+            f"{path} has names that torchvision, timm and spikingjelly use, with different "
+            "neurons; give --from torchvision, timm or spikingjelly"
         )
     raise UserError(
-        f"{path} has the names of none of the known sources (its first is {next(iter(state))!r})"
+        f"{path} has unknown names (the first is {next(iter(state))!r}); name its source with "
+        f"--from: {', '.join(SOURCES)}"
     )
 
 
 def convert(state: Mapping[str, Tensor], source: str, model: SpikingNetwork) -> Converted:
-    """The weights and running statistics of ``model`` from those of the same network elsewhere.
+    """Convert the weights and running statistics of another library's network to ``model``.
 
-    The converted network's normalised currents are those of the source, whatever the scale of our
-    batch norms: weights of a batch norm are divided by it.
+    The converted network has the same normalised currents as the source: the weights of a batch
+    norm are divided by the scale that ours applies.
 
     Args:
-        state: What `read` returns.
-        source: Name of the source that it is from.
-        model: The model as it will be used; it is neither changed nor referred to by the result.
+        state: The state dict that `read` returns.
+        source: Name of its source.
+        model: The model as it will be used; it is not changed and shares no memory with the result.
 
     Raises:
-        UserError: The file contradicts itself, or is of a network that ``model`` is only alike to.
+        UserError: The file contradicts itself, or is of a network that only looks like ``model``.
     """
     _refuse_look_alikes(state, source, model)
     pattern = SOURCES[source].unused
@@ -131,16 +132,16 @@ def convert(state: Mapping[str, Tensor], source: str, model: SpikingNetwork) -> 
         value = theirs.pop(names[key], None)
         over_time = key == "offsets" or ".learned." in key
         if value is not None and over_time and value.numel() == own.numel():
-            value = value.reshape(own.shape)  # (T, 1) there is (T,) here
+            value = value.reshape(own.shape)  # the source's (T, 1) is our (T,)
         if value is not None and value.shape == own.shape:
-            # Divided in the source's precision, so that a float64 file is not rounded twice.
+            # Divide in the source's precision, so that a float64 file is rounded only once.
             weights[key] = (value / scales.get(key, 1.0)).to(own.dtype)
             continue
         weights[key] = own.clone()
         if SOURCES[source].is_relu and over_time:
             initialised.append(key)
             continue
-        wanted = f"{key} (there {names[key]})"
+        wanted = f"{key} ({names[key]} in the file)"
         if value is None:
             missing.append(f"{wanted} is missing")
         else:
@@ -151,18 +152,18 @@ def convert(state: Mapping[str, Tensor], source: str, model: SpikingNetwork) -> 
 
 
 def neuron_of(source: str, model: str) -> dict[str, Any]:
-    """The neuron that a source trains a model with, as far as it differs from the model's own."""
+    """Return the neuron settings of a source that differ from the model's own."""
     found = SOURCES[source]
     return dict(found.preact_neuron if model.startswith("preact_resnet") else found.neuron)
 
 
 def scale_of(source: str, num_classes: int) -> dict[str, tuple[float, float, float]]:
-    """Mean and standard deviation by which a source scales images, if not as timm describes it."""
+    """Return the mean and standard deviation of a source, if they differ from timm's."""
     return _CIFAR100 if SOURCES[source].cifar100 and num_classes == 100 else {}
 
 
 def arguments_of(source: str, model: str) -> dict[str, Any]:
-    """Arguments with which a model of ours is the source's network of that name."""
+    """Return the arguments that make our model equal to the source's network of that name."""
     if source in ("spikingjelly", "sew") and model.startswith("spiking_resnet"):
         return {"norm": "bn"}
     if source in ("decoupling", "seal") and model == "spiking_resnet19":
@@ -171,7 +172,7 @@ def arguments_of(source: str, model: str) -> dict[str, Any]:
 
 
 def num_classes(state: Mapping[str, Tensor], source: str) -> int | None:
-    """The number of classes of a state dict's classifier, if it has one."""
+    """Return the number of classes of a state dict's classifier, if it has one."""
     weight = _in_known_names(state, source)[0].get("fc.weight")
     return None if weight is None or weight.ndim == 0 else len(weight)
 
@@ -179,7 +180,7 @@ def num_classes(state: Mapping[str, Tensor], source: str) -> int | None:
 def _in_known_names(
     state: Mapping[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], dict[str, str], int]:
-    """Tensors by the names that `_names` has, the originals of these, the number of counters."""
+    """Return tensors by the names of `_names`, their original names, and the number of counters."""
     rules = SOURCES[source].names
     if source in ("decoupling", "seal") and "classifier.2.weight" in state:
         rules = [*rules[:-1], (r"^classifier\.0\.", "fc1.")]
@@ -191,13 +192,13 @@ def _in_known_names(
             counters += 1
             continue
         if SOURCES[source].is_transformer and key.endswith("_conv.weight") and value.ndim == 3:
-            # Of a convolution over the positions in a row, (C, C, 1), which is one over an image.
+            # A 1D convolution over flattened positions, (C, C, 1), equals our 2D one.
             value = value.unsqueeze(-1)
         name = _substitute(key, rules)
         if name in renamed and not torch.equal(renamed[name], value):
             raise UserError(
-                f"the file contradicts itself: {original[name]} and {key} are the same layer and "
-                "differ"
+                f"the file contradicts itself: {original[name]} and {key} are the same layer but "
+                "differ; take another copy of it"
             )
         renamed[name] = value
         original.setdefault(name, key)
@@ -205,7 +206,7 @@ def _in_known_names(
 
 
 def _names(model: SpikingNetwork) -> dict[str, str]:
-    """The known name for each entry of a model's state dict."""
+    """Return the source's name for each entry of a model's state dict."""
     match model:
         case QKFormer():
             rules = transformer_names.qkformer_names(model)
@@ -223,12 +224,12 @@ def _names(model: SpikingNetwork) -> dict[str, str]:
             rules = _resnet_names(model)
         case _:
             raise UserError(
-                f"{model.default_cfg['architecture']} has no counterpart elsewhere to take weights "
-                "from; there are those of sew_resnet*, psn_sew_resnet*, spiking_resnet*, "
+                f"--model: {model.default_cfg['architecture']} has no counterpart in other "
+                "projects; choose from sew_resnet*, psn_sew_resnet*, spiking_resnet*, "
                 "preact_resnet*, ms_resnet*, vggsnn, qkformer_*, sdt_*, espikeformer_* and "
                 "maxformer_*"
             )
-    # A deep network has more rules than re remembers patterns.
+    # A deep network has more rules than re's cache has places.
     compiled = [(re.compile(pattern), name) for pattern, name in rules]
     return {key: _substitute(key, compiled) for key in model.state_dict()}
 
@@ -255,7 +256,7 @@ def _ms_names(model: MSResNet) -> list[tuple[str, str]]:
     for i, stage, position in _places_of_blocks(model):
         pooled = int(not isinstance(model.blocks[i].pool, nn.Identity))
         for pattern, name in _MS_BLOCK_NAMES:
-            # Every stage begins with a stride there, and the first is conv2_x.
+            # In the source every stage begins with a stride, and the first is conv2_x.
             theirs = f"conv{stage}_x.{position}." + name.format(
                 pooled=pooled, after_pooled=pooled + 1
             )
@@ -264,7 +265,7 @@ def _ms_names(model: MSResNet) -> list[tuple[str, str]]:
 
 
 def _places_of_blocks(model: SpikingNetwork) -> list[tuple[int, int, int]]:
-    """Number of each block, of its stage (one more wherever there is a stride) and within that."""
+    """Return each block's index, its stage (which a stride begins) and its position therein."""
     places = []
     stage, position = 1, -1
     for i, block in enumerate(model.blocks):
@@ -275,7 +276,7 @@ def _places_of_blocks(model: SpikingNetwork) -> list[tuple[int, int, int]]:
 
 
 def _vgg_names(model: VGGSNN) -> list[tuple[str, str]]:
-    """The names of the convolutions in order; a pooling layer comes after each of our blocks."""
+    """Return rules for the convolutions in order; a pooling follows each of our blocks."""
     convs = [
         name.removesuffix(".conv")
         for name, module in model.named_modules()
@@ -294,24 +295,24 @@ def _refuse_look_alikes(state: Mapping[str, Tensor], source: str, model: Spiking
     family, only_for = type(model).__name__, SOURCES[source].only_for
     if source not in ONLY_FROM.get(family, (source,)) or family not in (only_for or (family,)):
         raise UserError(
-            f"weights of {source} are of other networks than {model.default_cfg['architecture']}: "
-            "their shapes may agree, but shortcuts and neurons are at other places "
-            "(docs/weights.md says which belong together)"
+            f"weights of {source} do not belong to {model.default_cfg['architecture']}, even if "
+            "their shapes match: shortcuts and neurons are at other places; docs/weights.md lists "
+            "the matching pairs"
         )
     if source == "sew" and not any(".module." in key for key in state):
         raise UserError(
-            "the file has torchvision's names, not those of the SEW-ResNet repository: give --from "
+            "the file has torchvision's names, not those of the SEW-ResNet repository; give --from "
             "spikingjelly, torchvision or timm"
         )
     if whole := [k for k, v in state.items() if not (v.is_floating_point() or _COUNTER in k)]:
         raise UserError(
-            f"{whole[0]}{and_more(whole)} is of {state[whole[0]].dtype}: weights of a quantised "
-            "network are not taken over"
+            f"{whole[0]}{and_more(whole)} has type {state[whole[0]].dtype}, but quantised weights "
+            "cannot be converted; take the file before its quantisation"
         )
     if "features.2.fwd.module.0.weight" in state:
         raise UserError(
-            "the file is of TET's VGGSNNwoAP, which has strides in place of poolings; tetdist has "
-            "the VGGSNN of the paper only"
+            "the file is of TET's VGGSNNwoAP, which has strides instead of poolings; tetdist only "
+            "has the paper's VGGSNN"
         )
     if (
         source == "spikingjelly"
@@ -320,8 +321,8 @@ def _refuse_look_alikes(state: Mapping[str, Tensor], source: str, model: Spiking
         and model.blocks[0].function == "iand"
     ):
         raise UserError(
-            "spikingjelly's bottleneck blocks have IAND the other way round, residual * (1 - "
-            "identity), so that its weights are not of this network; ADD and AND are the same"
+            "spikingjelly's bottleneck blocks have the opposite IAND, residual * (1 - identity), "
+            "so its weights do not fit this network; only ADD and AND can be converted"
         )
 
 

@@ -1,7 +1,7 @@
-"""A trained network as a graph of NIR, the neuromorphic intermediate representation (package nir).
+"""Trained network as a graph of NIR, the neuromorphic intermediate representation (package nir).
 
-NIR's neurons are differential equations. Stepped by the Euler method with step ``dt``, as other
-libraries step them, they are ours exactly (without input scaling: ``R`` undoes it):
+NIR's neurons are differential equations. Integrated by the Euler method with step ``dt``, as other
+libraries do, they equal ours exactly (without input scaling, which ``R`` undoes):
 
     nir.IF   dv/dt = R I             v <- v + dt R I                        R = 1 / dt
     nir.LIF  tau dv/dt = -v + R I    v <- (1 - dt/tau) v + (dt/tau) R I     tau = dt / (1 - decay)
@@ -9,17 +9,17 @@ libraries step them, they are ours exactly (without input scaling: ``R`` undoes 
 
 A neuron that scales its input by 1/tau, as PLIF does, is nir.LIF with R = 1.
 
-Both fire where v is above the threshold, and are reset to 0: the hard reset. The soft reset has no
-node in NIR. Neurons that fire at their threshold, too, get the float32 below it.
+Both fire if v is above the threshold, and are then reset to 0 (hard reset). NIR has no node for the
+soft reset. Neurons that also fire exactly at the threshold get the next smaller float32.
 
-An edge carries a node's output, and a node's input is the sum of its edges; that is how shortcuts
-join, those of currents (MS-ResNet) as those of spikes. Batch norm is folded into the convolution
-before it. What NIR lacks is put together exactly, for spikes, which are 0 or 1: the maximum over a
-window is a sum above 1/2, and so are AND (residual + identity above 3/2) and IAND (identity -
-residual above 1/2). A maximum of real numbers cannot be had so, and PreAct-ResNets are refused.
+An edge carries a node's output, and a node's input is the sum of its edges; so shortcuts, of
+currents (MS-ResNet) or of spikes, need no node. Batch norm is folded into the preceding
+convolution. Some nodes that NIR lacks are composed exactly, since spikes are 0 or 1: the maximum
+over a window is a sum above 1/2, AND is residual + identity above 3/2, IAND is identity - residual
+above 1/2. This is impossible for a maximum of real numbers, so PreAct-ResNets are refused.
 
-The graph runs one timestep at a time. An image is its input at each timestep, an event bin at its
-own; the output is each timestep's logits, of which the prediction is the mean.
+The graph runs one timestep at a time. Its input is the image at every timestep, or the timestep's
+event bin; its output is the timestep's logits, whose mean is the prediction.
 """
 
 import copy
@@ -56,7 +56,7 @@ from tetdist.nn.packed import AvgPool, MaxPool
 
 
 class Signal(NamedTuple):
-    """The output of some nodes, on its way to the next node.
+    """Output of some nodes, and input of the next node.
 
     Attributes:
         sources: The nodes whose outputs are summed.
@@ -72,12 +72,12 @@ class Signal(NamedTuple):
 
 
 def to_nir(model: SpikingNetwork, input_shape: Sequence[int], dt: float = 1e-4) -> nir.NIRGraph:
-    """The network in evaluation as a graph, with parameters in float32.
+    """Convert a network in evaluation mode to a graph with float32 parameters.
 
     Args:
-        model: One of tetdist's.
-        input_shape: That of one sample at one timestep, (C, H, W).
-        dt: Length of a timestep in seconds; the graph must be run with the same.
+        model: A network of tetdist.
+        input_shape: Shape of one sample at one timestep, (C, H, W).
+        dt: Length of a timestep in seconds; the graph must be run with the same length.
 
     Raises:
         UserError: NIR cannot express the network.
@@ -96,19 +96,19 @@ class _Builder:
         model = self.model
         if isinstance(model, (ESpikeFormer, MaxFormer, QKFormer, SpikeDrivenTransformer)):
             pools = any(isinstance(module, NormPool) for module in model.modules())
-            maximum = ", nor for the maximum over currents, which the embedding pools"
+            maximum = ", nor for the embedding's maximum over currents"
             raise UserError(
                 f"NIR cannot express {type(model).__name__}: it has no node for the product of two "
-                f"signals, of which attention is made{maximum if pools else ''}; export it to onnx "
-                "or torch"
+                f"signals, which attention needs{maximum if pools else ''}; export it to onnx or "
+                "torch"
             )
         if isinstance(model, PreActResNet):
             self.refuse("takes maxima of real numbers in its stem")
         if isinstance(model, PSNSEWResNet):
-            self.refuse("adds a number of its own to the image at each timestep")
+            self.refuse("adds a learnt number to the image at each timestep")
         self.nodes["input"] = nir.Input({"input": np.array(input_shape)})
         x = self.layer("stem", model.stem, Signal(("input",), input_shape))
-        # Families without a pooling in the stem lack the attribute, or have the identity there.
+        # Families without a pooling in the stem lack the attribute, or have an identity.
         x = self.layer("pool", getattr(model, "pool", nn.Identity()), x)
         x = self.layer("blocks", model.blocks, x)
         x = self.head(x)
@@ -118,8 +118,8 @@ class _Builder:
 
     def refuse(self, what: str) -> NoReturn:
         raise UserError(
-            f"{self.model.default_cfg['architecture']} {what}, for which NIR has no node: it "
-            "cannot be expressed; export it to onnx or torch"
+            f"{self.model.default_cfg['architecture']} {what}, for which NIR has no node; export "
+            "it to onnx or torch"
         )
 
     def add(self, name: str, node: nir.NIRNode, x: Signal, shape: Sequence[int]) -> Signal:
@@ -166,7 +166,7 @@ class _Builder:
         if isinstance(model, (sew_resnet.SEWResNet, SpikingResNet, MSResNet)):
             x = self.pool("head_pool", nir.AvgPool2d, x, x.shape[-1], x.shape[-1])
         size = int(np.prod(x.shape))
-        # Counted from the end, whether or not its reader counts the dimensions of time and batch.
+        # Negative dimensions suit readers with and without dimensions of time and batch.
         flatten = nir.Flatten({"input": np.array(x.shape)}, start_dim=-len(x.shape), end_dim=-1)
         x = self.add("head_flatten", flatten, x, (size,))
         if isinstance(model, SpikingResNet) and isinstance(model.hidden, nn.Sequential):
@@ -217,7 +217,7 @@ class _Builder:
 
     def convolution(self, name: str, conv: nn.Module, norm: BatchNorm | None, x: Signal) -> Signal:
         assert isinstance(conv, nn.Conv2d)
-        # Folded in double precision, so that the graph's parameters are rounded only once.
+        # Fold in double precision, so that the graph's parameters are rounded only once.
         offset = torch.zeros(conv.out_channels, dtype=torch.float64)
         gain, bias = torch.ones_like(offset), 0.0 if conv.bias is None else conv.bias.double()
         if norm is not None:
@@ -241,8 +241,8 @@ class _Builder:
         config = module.neuron
         if not isinstance(config, LIF) or type(config) not in (LIF, PLIF):
             raise UserError(
-                f"NIR has no neurons of the kind of this network ({type(config).__name__}); export "
-                "it to onnx or torch"
+                f"NIR has no neurons of the kind {type(config).__name__}, which this network has; "
+                "export it to onnx or torch"
             )
         if config.reset == "soft":
             self.refuse("resets its neurons by subtraction (model.neuron.reset is soft)")
@@ -256,7 +256,7 @@ class _Builder:
         if config.fires_at_threshold:
             threshold = np.nextafter(threshold, zero)
         node: nir.NIRNode
-        if config.decay == 1:  # A learnt one never is.
+        if config.decay == 1:  # A learnt decay is never 1.
             node = nir.IF(r=everywhere(1 / self.dt), v_threshold=threshold, v_reset=zero)
             return self.add(name, node, x, x.shape)
         steps = resistance = 1 / (1 - config.decay)

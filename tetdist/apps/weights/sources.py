@@ -1,10 +1,10 @@
-"""The libraries and repositories that weights are taken over from, and what their files look like.
+"""Libraries and repositories whose weights can be converted, and the names in their files.
 
-Networks of all but the transformers are first put into the names of torchvision's ResNet (`conv1`,
-`bn1`, `layer1.0.conv1`, ..., `fc`), from which `foreign.convert` takes what a model of ours needs.
+All networks except the transformers are first mapped to the names of torchvision's ResNet (`conv1`,
+`bn1`, `layer1.0.conv1`, ..., `fc`), from which `foreign.convert` maps to our models.
 
-A state dict holds weights and running statistics, but not the neuron, which decides about the
-result as much: it is the model's own, unless its source says what that trains with.
+A state dict holds weights and running statistics, but not the neuron, which matters as much for the
+result: it is our model's own, unless the source defines another.
 """
 
 import re
@@ -32,7 +32,7 @@ _DISTILLED_NAMES = (
     (r"^conv0\.0\.", "conv1."),
     (r"^conv0\.1\.", "bn1."),
     (r"\.shortcut\.", ".downsample."),
-    # With a hidden layer its classifier is the third of three.
+    # With a hidden layer, the classifier is the third of three modules.
     (r"^classifier\.2\.", "fc."),
     (r"^classifier\.0\.", "fc."),
 )
@@ -42,21 +42,20 @@ _HEAD_NAMES = ((r"^head\.", "fc."),)
 
 @dataclass(frozen=True)
 class Source:
-    """A library or repository, and what its state dicts do not say.
+    """Library or repository, and facts that its state dicts do not hold.
 
     Attributes:
-        mark: Pattern of a name by which a state dict is known to be from here; None where others
-            have the same names.
-        names: Regular expressions to the known names, applied one after the other.
-        neuron: What its networks' neurons have other than the `default_neuron` of ours.
-        preact_neuron: The same of its PreAct-ResNets.
-        only_for: Families of ours that its weights are of; empty: of any that `foreign` names.
-        is_relu: Whether its networks are without spikes.
-        is_transformer: Whether its convolutions over positions in a row, (C, C, 1), are ours over
-            an image.
-        unused: Pattern of weights that a network makes and does not compute with.
-        cifar100: Mean and standard deviation by which its code scales CIFAR-100's images, where
-            timm's description of the model says others.
+        mark: Pattern of a name that identifies its state dicts; None if others have the same names.
+        names: Regular expressions that map to the known names, applied in order.
+        neuron: Settings of its neurons that differ from the `default_neuron` of our model.
+        preact_neuron: The same for its PreAct-ResNets.
+        only_for: Families of our models that its weights fit; empty: any that `foreign` names.
+        is_relu: True if its networks have no spikes.
+        is_transformer: True if its 1D convolutions over flattened positions, (C, C, 1), equal our
+            2D ones.
+        unused: Pattern of weights that its networks have but do not use.
+        cifar100: True if it scales CIFAR-100's images differently from timm's description of the
+            model.
     """
 
     mark: str | None = None
@@ -71,8 +70,8 @@ class Source:
 
 
 SOURCES = {
-    # Its sew_resnet* and spiking_resnet*. The neuron is whatever its user asked for; this is the
-    # one of its ImageNet networks. A masked PSN's mask is a number of the configuration here.
+    # Its sew_resnet* and spiking_resnet*. Users choose the neuron; this is the one of its ImageNet
+    # networks. The mask of a masked PSN is a key of our configuration.
     "spikingjelly": Source(neuron=_SEW_NEURON, unused=r".*\.(mask[01]|_lambda_)$"),
     # The original repository of SEW-ResNet, for both families.
     "sew": Source(
@@ -84,8 +83,8 @@ SOURCES = {
         ),
         neuron=_SEW_NEURON,
     ),
-    # The original repository of TET: its VGGSNN and ResNet-19. A layer is registered by itself and
-    # within the wrappers that run it over time.
+    # The original repository of TET: its VGGSNN and ResNet-19. Each layer is registered twice: by
+    # itself and in the wrapper that runs it over time.
     "tet": Source(
         mark=r"\.fwd\.module\.|_s\.layer\.module\.",
         names=(
@@ -101,7 +100,7 @@ SOURCES = {
         ),
         cifar100=True,
     ),
-    # ReLU networks have no neuron: theirs is that of the recipe that goes on from them.
+    # ReLU networks have no neuron; the recipe that starts from them sets it.
     "torchvision": Source(is_relu=True),
     "timm": Source(is_relu=True),
     # The original repositories of transformers: QKFormer, for ImageNet, CIFAR and DVS; the
@@ -136,15 +135,15 @@ SOURCES = {
     ),
     # The original repository of MS-ResNet.
     "ms": Source(mark=r"^conv2_x\.0\.residual_function\.1\.weight$", only_for=("MSResNet",)),
-    # That of the parallel spiking neurons: its SEW-ResNets for ImageNet. Neurons' weights are those
-    # of a linear layer over time.
+    # The repository of the parallel spiking neurons: its SEW-ResNets for ImageNet. The neurons'
+    # weights are those of a linear layer over time.
     "psn": Source(
         mark=r"^sn1\.fc\.weight$",
         names=((r"(^|\.)(sn\d|downsample_sn)\.fc\.", r"\1\2."),),
         only_for=("PSNSEWResNet",),
     ),
 }
-# Families whose weights come from nowhere else.
+# Families whose weights come from these sources only.
 ONLY_FROM = {
     "PreActResNet": ("decoupling", "seal"),
     "MSResNet": ("ms",),

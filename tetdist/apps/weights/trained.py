@@ -1,4 +1,4 @@
-"""A checkpoint as others may have it: network and configuration, without where they were made."""
+"""Checkpoint to export: network and configuration, without paths of the training machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,13 @@ from tetdist.storage.hub import HF
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint, ready to be exported.
+    """Checkpoint, ready to be exported.
 
     Attributes:
-        model: Set to evaluation, in float32; one of ours by the plain definitions of normalisation
-            and neurons.
-        config: That of its training.
-        description: The checkpoint's description of itself, without the machine's paths.
+        model: The network in evaluation mode, in float32; tetdist's own networks run by the plain
+            definitions of normalisation and neurons.
+        config: Configuration of its training.
+        description: The checkpoint's description, without the machine's paths.
     """
 
     model: SpikingNetwork
@@ -35,10 +35,10 @@ class Trained:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """The shape of one sample at one timestep, (C, H, W).
+        """Shape of one sample at one timestep, (C, H, W).
 
         Raises:
-            UserError: A network of events from outside does not say it.
+            UserError: An adopted network of events has no input_size.
         """
         match self.config.data.kind:
             case "images":
@@ -46,18 +46,18 @@ class Trained:
             case "events":
                 side = getattr(self.model, "input_size", None)
                 if side is None and isinstance(self.model, SpikingNetwork):
-                    side = self.model.default_cfg["input_size"][-1]  # any would do
+                    side = self.model.default_cfg["input_size"][-1]  # any size is possible
                 if side is None:
                     raise UserError(
-                        f"{self.config.model.name} does not say how large its event frames are: "
-                        "give the network an attribute input_size"
+                        f"the size of {self.config.model.name}'s event frames is unknown; give the "
+                        "network an attribute input_size"
                     )
                 return (2, side, side)
             case other:
                 assert_never(other)
 
     def examples(self, count: int) -> Tensor:
-        """Random inputs, (B, C, H, W) or (B, T, C, H, W), always the same."""
+        """Return fixed random inputs, (B, C, H, W) or (B, T, C, H, W)."""
         time = {"images": (), "events": (self.model.timesteps,)}[self.config.data.kind]
         generator = torch.Generator().manual_seed(0)
         return torch.randn((count, *time, *self.input_shape), generator=generator)
@@ -69,17 +69,17 @@ def load(
     """Read a run folder, a checkpoint folder, a .safetensors file or a network of the hub.
 
     Args:
-        path: One of these four.
-        which: The checkpoint of a run folder: ``last`` or ``best``.
-        timesteps: T, where it is another one than in training.
-        ema: Take the moving average of the weights.
+        path: Path of one of these four.
+        which: Checkpoint of a run folder: ``last`` or ``best``.
+        timesteps: T, if it differs from the training's.
+        ema: Use the moving average of the weights.
 
     Raises:
         UserError: See `checkpoint.load_model_file`.
     """
     weights, description = checkpoint.load_model_file(path, which, ema=ema)
     plugins.require(description.imports, path)
-    parse(description.config, str(path), warn=False)  # somebody else may have written it
+    parse(description.config, str(path), warn=False)  # another program may have written it
     config = parse(_without_places(description.config), str(path), warn=False)
     num_classes = config.model.num_classes or len(description.classes or ())
     timesteps = timesteps or description.timesteps
@@ -89,12 +89,12 @@ def load(
         model.set_execution("reference")
     changes = {"config": config.as_dict(), "timesteps": model.timesteps, "which": which}
     if model.timesteps != description.timesteps:
-        changes["validation"] = None  # It was measured at the other T.
+        changes["validation"] = None  # It was measured at another T.
     return Trained(model.eval(), config, description.model_copy(update=changes))
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without folders, addresses and machine of whoever trained."""
+    """Return the configuration without folders, addresses and machine of the training."""
     config = without_machine(config)
     loss = config.get("loss", {})
     distillation = loss.get("distillation", {})
@@ -108,5 +108,5 @@ def _without_places(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name_of(path: str | None) -> str | None:
-    """The name of a file or folder without its place; timm:NAME and hf:ORG/NAME as they are."""
+    """Return a path's last part; timm:NAME and hf:ORG/NAME stay unchanged."""
     return path if path is None or path.startswith((TIMM, HF)) else Path(path).name

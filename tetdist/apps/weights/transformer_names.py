@@ -1,6 +1,6 @@
-"""Names of transformers' weights in their authors' code, by those in ours: rules for foreign.py.
+"""Rules for foreign.py from our names of transformers' weights to those of their authors' code.
 
-A rule is a pattern of our names and what replaces it.
+A rule is a pattern of our names and its replacement.
 """
 
 from tetdist.models import espikeformer, max_former, qkformer
@@ -14,18 +14,18 @@ Names = list[tuple[str, str]]
 
 
 def _layer(own: str, theirs: str, conv: str = "_conv.", norm: str = "_bn.") -> Names:
-    """Rules for the convolution of a layer, and for its norm, wherever that is in the layer."""
+    """Return rules for a layer's convolution and its norm, wherever the norm is."""
     of_norm = r"\.(?:neuron|norm|add)\.norm\."
     return [(rf"^{own}\.conv\.", theirs + conv), (f"^{own}{of_norm}", theirs + norm)]
 
 
 def _added(own: str, name: str, theirs: str, conv: str = "_conv.", norm: str = "_bn.") -> Names:
-    """Rules for a convolution that is called so itself, and for the norm of its sum."""
+    """Return rules for a convolution of this name, and for the norm before its sum."""
     return [(rf"^{own}\.{name}\.", theirs + conv), (rf"^{own}\.add\.norm\.", theirs + norm)]
 
 
 def _shortcut(own: str, theirs: str) -> Names:
-    """Rules for a shortcut's convolution and norm, with or without a pooling."""
+    """Return rules for a shortcut's convolution and norm, with or without a pooling."""
     return [
         (rf"^{own}\.shortcut\.", f"{theirs}_conv."),
         (rf"^{own}\.shortcut_norm\.(?:norm\.)?", f"{theirs}_bn."),
@@ -33,7 +33,7 @@ def _shortcut(own: str, theirs: str) -> Names:
 
 
 def _attention(own: str, theirs: str, conv: str, norm: str) -> Names:
-    """Rules for a `StreamAttention`, whose place in its block is ``attention`` or ``mixer``."""
+    """Return rules for a `StreamAttention`, the ``attention`` or ``mixer`` of its block."""
     own = rf"{own}\.(?:attention|mixer)"
     return [
         *_layer(rf"{own}\.([qkv])", rf"{theirs}.\1", conv, norm),
@@ -42,7 +42,7 @@ def _attention(own: str, theirs: str, conv: str, norm: str) -> Names:
 
 
 def _mlp(own: str, theirs: str) -> Names:
-    """Rules for an MLP of a real-valued stream."""
+    """Return rules for an MLP of a real-valued stream."""
     return [
         *_layer(rf"{own}\.mlp\.fc1", f"{theirs}.fc1"),
         *_added(rf"{own}\.mlp", "fc2", f"{theirs}.fc2"),
@@ -50,7 +50,7 @@ def _mlp(own: str, theirs: str) -> Names:
 
 
 def qkformer_names(model: QKFormer) -> Names:
-    """The names of the authors' networks, of which that for ImageNet differs from the others."""
+    """Return rules to the authors' names, which differ between ImageNet and other data."""
     on_imagenet = model.embedding == "imagenet"
     last_attention, mlp = ("attn", "fc") if on_imagenet else ("ssa", "mlp")
     later = ["proj", "proj4"] if model.embedding == "dvs" else ["proj3", "proj4"]
@@ -152,7 +152,7 @@ def maxformer_names(model: MaxFormer) -> Names:
         if isinstance(block.mixer, StreamAttention):
             rules += _attention(own, f"{theirs}.attn", "_conv.", "_bn.")
         else:
-            # The first stage's is called so whatever its size, which is 7x7.
+            # The first stage's convolution has this name although its size is 7x7.
             name = "conv5" if stage == 1 else "conv"
             rules += _layer(rf"{own}\.mixer", f"{theirs}.mixer.{name}", ".", "_bn.")
         rules += _mlp(own, f"{theirs}.mlp")

@@ -1,4 +1,4 @@
-"""AEDAT, the formats of jAER: 2.0 (DVS128, DAVIS) and 3.1 (DVS128 Gesture)."""
+"""Reader of AEDAT, the formats of jAER: 2.0 (DVS128, DAVIS) and 3.1 (DVS128 Gesture)."""
 
 import struct
 from typing import Any
@@ -26,14 +26,14 @@ _POLARITY_EVENTS = 1
 
 
 def read_aedat(data: bytes, sensor: Sensor | None) -> Events:
-    """Read the events of a file named .aedat: AEDAT 2.0 or 3.1.
+    """Read the events of an .aedat file: AEDAT 2.0 or 3.1.
 
     Args:
         data: The file's contents.
-        sensor: Size of an AEDAT 2.0 camera, 128x128 or 240x180, which not every header names.
+        sensor: Size of an AEDAT 2.0 camera, 128x128 or 240x180, which some headers omit.
 
     Raises:
-        BadRecording: It cannot be used.
+        BadRecording: The file cannot be used.
     """
     version = _version(data)
     if version.startswith("2."):
@@ -41,8 +41,8 @@ def read_aedat(data: bytes, sensor: Sensor | None) -> Events:
     if version == "3.1":
         return _read_3(data, sensor)
     if version.startswith("4."):
-        raise BadRecording("its contents are AEDAT 4: name it .aedat4")
-    raise BadRecording(f"AEDAT {version} is not supported (2.0, 3.1 and 4 are)")
+        raise BadRecording("its contents are AEDAT 4; rename it to .aedat4")
+    raise BadRecording(f"AEDAT {version} is not supported (only 2.0, 3.1 and 4)")
 
 
 def _version(data: bytes) -> str:
@@ -60,18 +60,18 @@ def _read_2(data: bytes, sensor: Sensor | None) -> Events:
         is_event = (address & 0x8000) == 0  # Bit 15 marks external triggers.
         beyond = np.flatnonzero(address >> 16)
         if beyond.size:
-            raise BadRecording(f"address {address[beyond[0]]:#x} is not of a DVS128")
+            raise BadRecording(f"address {address[beyond[0]]:#x} is invalid for a DVS128")
         x, y = (address >> 1) & 0x7F, (address >> 8) & 0x7F
-        p = 1 - (address & 1).astype(np.int64)  # The bit is set where it became darker.
+        p = 1 - (address & 1).astype(np.int64)  # The bit is set if the pixel became darker.
     elif sensor == DAVIS240:
         filled = np.flatnonzero(address == 0xFFFF_FFFF)
         if filled.size:
-            raise BadRecording(f"record {filled[0]} has all bits set: is a stretch filled?")
+            raise BadRecording(f"record {filled[0]} has all bits set; the file may be damaged")
         # Bit 31 marks frames and inertial measurements, bit 10 external triggers.
         is_event = (address & 0x8000_0400) == 0
         x, y, p = (address >> 12) & 0x3FF, (address >> 22) & 0x1FF, (address >> 11) & 1
     else:
-        raise BadRecording(f"AEDAT 2.0 is read of {DVS128} and {DAVIS240} sensors, not {sensor}")
+        raise BadRecording(f"AEDAT 2.0 needs a {DVS128} or {DAVIS240} sensor, not {sensor}")
     # Both cameras count columns from the right and rows from the bottom.
     return checked_events(
         sensor.width - 1 - x[is_event].astype(np.int64),
@@ -85,7 +85,7 @@ def _read_2(data: bytes, sensor: Sensor | None) -> Events:
 
 
 def _camera(header: list[str], address: npt.NDArray[Any]) -> Sensor:
-    """The camera that the header names, or a DVS128, if the addresses can be one's."""
+    """Return the camera that the header names, or a DVS128 if all addresses fit it."""
     chips = [line for line in header if line.startswith("# AEChip:")]
     if chips and "DVS128" in chips[0]:
         return DVS128
@@ -95,7 +95,7 @@ def _camera(header: list[str], address: npt.NDArray[Any]) -> Sensor:
         raise BadRecording(f"its camera is not supported: {chips[0].removeprefix('# AEChip: ')}")
     if (address >> 16).any():
         raise BadRecording(
-            "its header names no camera and the addresses are not of a DVS128: give --sensor"
+            "its header names no camera and the addresses do not fit a DVS128; give --sensor"
         )
     return DVS128
 
@@ -114,7 +114,7 @@ def _read_3(data: bytes, sensor: Sensor | None) -> Events:
             raise BadRecording(
                 f"the packet at byte {position - _PACKET.size} of its data is damaged"
             )
-        # Files hold as many events as there are, whatever the packet could have held.
+        # A file stores the packet's events, not its capacity.
         packet = body[position : position + size * number]
         if len(packet) < size * number:
             raise BadRecording(f"it is truncated within a packet of {number} events")
@@ -127,8 +127,8 @@ def _read_3(data: bytes, sensor: Sensor | None) -> Events:
         valid = (word & 1) == 1
         if valid.sum() != num_valid:
             raise BadRecording(
-                f"a packet says that {num_valid} of its {number} events are valid, and"
-                f" {valid.sum()} are: it is damaged"
+                f"it is damaged: a packet declares {num_valid} of {number} events as valid, but"
+                f" {valid.sum()} are"
             )
         dropped += number - num_valid
         parts.append(np.stack([word >> 17, (word >> 2) & 0x7FFF, t, (word >> 1) & 1], 1)[valid])

@@ -1,7 +1,7 @@
-"""AEDAT 4, the format of DV: packets of events, compressed, each a flatbuffer.
+"""Reader of AEDAT 4, the format of DV: compressed packets of events, each a flatbuffer.
 
-No package reads it here: the one tried ends the whole process on some damaged files, and one bad
-recording must not end the work on all the others.
+This uses no existing package: the one tried crashes the whole process on some damaged files, and
+one bad recording must not stop the conversion of the others.
 """
 
 import struct
@@ -25,8 +25,8 @@ _EVENT = np.dtype(
         "itemsize": 16,
     }
 )
-# Fields of the file's header, of a packet of events, of the table at the end and of a line of it,
-# by their number in the format's schema.
+# Field numbers, by the format's schema, of the file's header, of a packet of events, of the table
+# at the end and of a line of that table.
 _COMPRESSION, _TABLE_POSITION, _INFO = 0, 1, 2
 _ELEMENTS = 0
 _LINES = 0
@@ -39,10 +39,10 @@ def read_aedat4(data: bytes, sensor: Sensor | None) -> Events:
 
     Args:
         data: The file's contents.
-        sensor: Size of the sensor, if it must be this one.
+        sensor: Required size of the sensor, if any.
 
     Raises:
-        BadRecording: It cannot be used.
+        BadRecording: The file cannot be used.
         UserError: The package that decompresses it is missing.
     """
     if not data.startswith(_MAGIC):
@@ -63,7 +63,7 @@ def _read(data: bytes, sensor: Sensor | None) -> Events:
     if end < 0:
         raise BadRecording("its recording was not finished: the table at its end is missing")
     if len(data) <= end:
-        raise BadRecording(f"it is truncated: {len(data)} bytes, and more than {end} belong")
+        raise BadRecording(f"it is truncated: it has {len(data)} bytes and needs more than {end}")
     stream, stated = _event_stream(header.text(_INFO))
     if sensor not in (None, stated):
         raise BadRecording(f"its sensor is {stated}, not {sensor} as expected")
@@ -82,7 +82,7 @@ def _read(data: bytes, sensor: Sensor | None) -> Events:
 
 
 def _event_stream(info: str) -> tuple[int, Sensor]:
-    """Number of the stream of events, and the size of its sensor."""
+    """Return the number of the event stream, and the size of its sensor."""
     found = []
     for node in ET.fromstring(info).iterfind("./node[@name='outInfo']/node"):
         attributes = {attr.get("key"): attr.text or "" for attr in node.iter("attr")}
@@ -101,17 +101,17 @@ def _check_table(
     stream: int,
     num_events: list[int],
 ) -> None:
-    """Compare the table with which a finished recording ends, and ends whole, with what was read.
+    """Compare the table at the end of a finished recording with the packets that were read.
 
     Args:
         data: The file's contents from the table on.
         compression: See `_decompressed`.
-        packets: Position, stream and size of each packet read.
-        stream: Number of the stream of events.
-        num_events: Events of each packet of it.
+        packets: Position, stream and size of each packet.
+        stream: Number of the event stream.
+        num_events: Number of events in each of its packets.
 
     Raises:
-        BadRecording: They differ, or the table is cut off.
+        BadRecording: They differ, or the table is truncated.
     """
     contents = _decompressed(data, compression)
     lines = _Table.root(contents, b"FTAB", whole=True).tables(_LINES)
@@ -121,11 +121,11 @@ def _check_table(
     ]
     if [line[:3] for line in listed] != packets:
         raise BadRecording(
-            f"it is damaged: the table at its end lists {len(listed)} packets, and they are not the"
-            f" {len(packets)} that are there"
+            f"it is damaged: the {len(listed)} packets in the table at its end differ from the"
+            f" {len(packets)} in the file"
         )
     if [number for _, of, _, number in listed if of == stream] != num_events:
-        raise BadRecording("it is damaged: its table lists other numbers of events in the packets")
+        raise BadRecording("it is damaged: its table lists different numbers of events")
 
 
 def _packets(data: bytes, position: int, end: int) -> Iterator[tuple[int, int, bytes]]:
@@ -159,12 +159,12 @@ def _decompressed(packet: bytes, compression: int) -> bytes:
             whole = decompressor.eof and not decompressor.unused_data
     except ModuleNotFoundError as error:
         raise UserError(
-            f"this AEDAT 4 file needs the package {name}: {pip_install('events')}"
+            f"this AEDAT 4 file needs the package {name}; {pip_install('events')}"
         ) from error
-    except Exception as error:  # Each package has errors of its own.
-        raise BadRecording(f"a packet does not decompress ({error})") from error
+    except Exception as error:  # Each package has its own errors.
+        raise BadRecording(f"a packet cannot be decompressed ({error})") from error
     if not whole:
-        raise BadRecording("a packet is cut off, or something that is none follows it")
+        raise BadRecording("a packet is truncated, or followed by other bytes")
     return bytes(contents)
 
 
@@ -175,25 +175,23 @@ def _elements(packet: bytes) -> npt.NDArray[Any]:
 
 
 class _Table:
-    """A table of a flatbuffer, at byte `start` of its data."""
+    """Table of a flatbuffer, at byte `start` of its data."""
 
     def __init__(self, data: bytes, start: int) -> None:
         self._data, self._root = data, start
 
     @classmethod
     def root(cls, data: bytes, name: bytes, *, whole: bool = False) -> "_Table":
-        """The root table of a flatbuffer that begins with its size; `whole`: and ends after it."""
+        """Return the root table of a size-prefixed flatbuffer; `whole`: nothing may follow it."""
         size, start = struct.unpack_from("<II", data, 0)
         if len(data) < 4 + size or data[8:12] != name:
-            raise BadRecording(f"it is truncated or damaged: no whole {name.decode()} buffer")
+            raise BadRecording(f"it is truncated or damaged: no complete {name.decode()} buffer")
         if whole and len(data) > 4 + size:
-            raise BadRecording(
-                f"something else follows its end, {counted(len(data) - 4 - size, 'byte')}"
-            )
+            raise BadRecording(f"its end is followed by {counted(len(data) - 4 - size, 'byte')}")
         return cls(data, 4 + start)
 
     def _position(self, field: int) -> int | None:
-        """Position of a field's value; None if the table leaves it out."""
+        """Return the position of a field's value; None if the table omits it."""
         (back,) = struct.unpack_from("<i", self._data, self._root)
         offsets = self._root - back
         (length,) = struct.unpack_from("<H", self._data, offsets)
@@ -209,7 +207,7 @@ class _Table:
         )
 
     def pair(self, field: int) -> tuple[int, int]:
-        """A struct of two numbers of 32 bits."""
+        """Return a struct of two 32-bit numbers."""
         position = self._position(field)
         if position is None:
             raise BadRecording(f"it is damaged: a table lacks its field {field}")
@@ -217,18 +215,18 @@ class _Table:
         return first, second
 
     def vector(self, field: int, item_size: int) -> bytes:
-        """The octets of a vector's items."""
+        """Return the bytes of a vector's items."""
         start, size = self._vector(field, item_size)
         return self._data[start : start + size]
 
     def tables(self, field: int) -> list["_Table"]:
-        """The tables to which a vector points."""
+        """Return the tables to which a vector points."""
         start, size = self._vector(field, 4)
         distances = struct.iter_unpack("<I", self._data[start : start + size])
         return [_Table(self._data, start + 4 * i + far) for i, (far,) in enumerate(distances)]
 
     def _vector(self, field: int, item_size: int) -> tuple[int, int]:
-        """Return the start of a vector's items, and the bytes of one."""
+        """Return the start of a vector's items, and their size in bytes."""
         position = self._position(field)
         if position is None:
             return 0, 0

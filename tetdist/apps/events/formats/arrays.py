@@ -1,4 +1,4 @@
-"""Recordings as arrays x, y, t and p: NPZ and HDF5."""
+"""Reader of recordings as arrays x, y, t and p: NPZ and HDF5."""
 
 import io
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ def read_npz(data: bytes, sensor: Sensor | None) -> Events:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # numpy has no common class for what its readers raise.
+    except Exception as error:  # numpy's readers have no common error class.
         raise BadRecording(f"it is not an NPZ file, or damaged ({error})") from error
     if len(arrays) == 1 and next(iter(arrays.values())).dtype.names:
         (table,) = arrays.values()
@@ -28,7 +28,7 @@ def read_hdf5(data: bytes, sensor: Sensor | None) -> Events:
     try:
         import h5py
     except ModuleNotFoundError as error:
-        raise UserError(f"HDF5 needs the package h5py: {pip_install('events')}") from error
+        raise UserError(f"HDF5 needs the package h5py; {pip_install('events')}") from error
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
             found = file.get("events", file)
@@ -40,48 +40,50 @@ def read_hdf5(data: bytes, sensor: Sensor | None) -> Events:
                 arrays = {name: _own_values(found, name) for name in _FIELDS if name in found}
     except BadRecording:
         raise
-    except Exception as error:  # h5py has no common class for what it raises.
+    except Exception as error:  # h5py has no common error class.
         raise BadRecording(f"it is not an HDF5 file, or damaged ({error})") from error
     return _from_arrays(arrays, size, sensor)
 
 
 def _own_values(group: Any, name: str) -> Any:
-    """The values of a dataset that lies in this file: HDF5 can also point to others."""
+    """Return the values of a dataset stored in this file: HDF5 can also link to other files."""
     import h5py
 
     is_link = isinstance(group.get(name, getlink=True), h5py.ExternalLink)
     if is_link or group[name].is_virtual or group[name].external:
-        raise BadRecording(f"{name} lies in another file")
+        raise BadRecording(f"{name} is a link to another file; store it in this file")
     return group[name][()]
 
 
 def _from_arrays(
     arrays: Mapping[str, Any], size: Mapping[str, Any], sensor: Sensor | None
 ) -> Events:
-    """Make events of arrays x, y, t (microseconds) and p (0 and 1, or -1 and 1, or booleans).
+    """Convert arrays x, y, t (microseconds) and p (0 and 1, or -1 and 1, or booleans) to events.
 
     Args:
         arrays: Arrays by name.
-        size: What may hold the sensor's `width` and `height`.
-        sensor: The size where that does not hold it; otherwise it must be the same.
+        size: Attributes that may have the sensor's `width` and `height`.
+        sensor: The sensor's size if the attributes lack it; otherwise it must be equal.
     """
     missing = [name for name in _FIELDS if name not in arrays]
     if missing:
-        raise BadRecording(f"it has no array {missing[0]!r} (x, y, t and p are needed)")
+        raise BadRecording(f"it has no array {missing[0]!r} (x, y, t and p are required)")
     x, y, t, p = (arrays[name] for name in _FIELDS)
     for name, values in zip(_FIELDS, (x, y, t, p), strict=True):
         if values.ndim != 1 or len(values) != len(t):
-            raise BadRecording(f"{name} has the shape {values.shape} and t {t.shape}")
+            raise BadRecording(
+                f"{name} has the shape {values.shape}, and t {t.shape}; both must be equal, (N,)"
+            )
         if values.dtype.kind not in "iub":
             unit = ", in microseconds" if name == "t" else ""
-            raise BadRecording(f"{name} is {values.dtype}: it must be of integers{unit}")
+            raise BadRecording(f"{name} has type {values.dtype}; it must be integer{unit}")
     if "width" in size and "height" in size:
         stated = Sensor(int(size["width"]), int(size["height"]))
         if sensor not in (None, stated):
             raise BadRecording(f"its sensor is {stated}, not {sensor} as expected")
         sensor = stated
     if sensor is None:
-        raise BadRecording("it does not say the sensor's size: give --sensor WIDTHxHEIGHT")
+        raise BadRecording("it does not store the sensor's size; give --sensor WIDTHxHEIGHT")
     if p.dtype.kind == "i" and set(np.unique(p)) <= {-1, 1}:
         p = p > 0
     return checked_events(x, y, t, p, sensor)

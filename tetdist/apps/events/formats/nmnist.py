@@ -1,4 +1,4 @@
-"""N-MNIST's recordings, five bytes an event; N-Caltech101's have the same format."""
+"""Reader of N-MNIST's recordings, five bytes an event; N-Caltech101 has the same format."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from tetdist.apps.events.recording import (
 )
 
 NMNIST = Sensor(34, 34)
-# Other formats begin with these, and N-MNIST's events never do.
+# First bytes of other formats, with which N-MNIST's files never begin.
 _FOREIGN = {
     b"#!AER-DAT": "AEDAT",
     b"% ": "Prophesee",
@@ -25,11 +25,11 @@ _FOREIGN = {
 def read_nmnist(data: bytes, sensor: Sensor | None) -> Events:
     for beginning, name in _FOREIGN.items():
         if data.startswith(beginning):
-            raise BadRecording(f"its name says N-MNIST and its contents are {name}")
+            raise BadRecording(f"its name is of N-MNIST's format, but its contents are {name}")
     octets = fixed_records(data, "u1", 5).astype(np.int64)
     x, y = octets[:, 0], octets[:, 1]
     t = ((octets[:, 2] & 0x7F) << 16) | (octets[:, 3] << 8) | octets[:, 4]
-    # N-Caltech101 has the same format, and marks by row 240 that a counter of 13 bits began again.
+    # In N-Caltech101, row 240 marks the overflow of a 13-bit time counter.
     is_event = y != 240
     t = t + np.cumsum(~is_event) * 2**13
     return checked_events(

@@ -1,4 +1,4 @@
-"""The formats of Prophesee's cameras: .dat, and .raw in EVT 2.0 and EVT 3.0."""
+"""Reader of the formats of Prophesee's cameras: .dat, and .raw in EVT 2.0 and EVT 3.0."""
 
 import re
 from typing import Any
@@ -15,14 +15,14 @@ from tetdist.apps.events.recording import (
     split_header,
 )
 
-# Sizes that the files of some cameras do not say, by a part of the header's plugin_name.
+# Sensor sizes that the files of some cameras omit, by a part of the header's plugin_name.
 _SENSORS = {
     "genx320": Sensor(320, 320),
     "gen3": Sensor(640, 480),
     "gen4": Sensor(1280, 720),
     "imx636": Sensor(1280, 720),
 }
-# A .dat file's header is followed by its type of event, one before and another after 2018.
+# The type of event follows the header of a .dat file: one until 2018, the other later.
 _DAT_TYPES = (0x00, 0x0C)
 _DAT_SIZE = 8
 
@@ -34,7 +34,7 @@ _EVT3_Y, _EVT3_X, _EVT3_BASE, _EVT3_VECTOR_12, _EVT3_VECTOR_8 = 0x0, 0x2, 0x3, 0
 _EVT3_TIME_LOW, _EVT3_TIME_HIGH = 0x6, 0x8
 _EVT3_OTHERS = (0x7, 0xA, 0xE, 0xF)
 _EVT3_CONTINUED = (0x7, 0xF)
-# In both, continued words go on with what a word of this type began.
+# In both, continued words follow a word of this type.
 _OTHER = 0xE
 
 
@@ -42,18 +42,19 @@ def read_dat(data: bytes, sensor: Sensor | None) -> Events:
     """Read the events of a .dat file.
 
     Raises:
-        BadRecording: It cannot be used.
+        BadRecording: The file cannot be used.
     """
     header, body = split_header(data, b"%", b"% end")
     if not header:
         raise BadRecording("it is not a Prophesee file: it does not begin with a % header")
     if any(_evt_version(line) for line in header):
-        raise BadRecording("its header says EVT, which is named .raw")
+        raise BadRecording("its header is of EVT; rename it to .raw")
     if len(body) < 2:
         raise BadRecording("it is truncated within its header")
     if body[0] not in _DAT_TYPES or body[1] != _DAT_SIZE:
         raise BadRecording(
-            f"its events are of type {body[0]:#x} and {body[1]} bytes, not change detections of 8"
+            f"its events have type {body[0]:#x} and {body[1]} bytes; only change detections of 8"
+            " bytes are supported"
         )
     records = fixed_records(body[2:], "<u4", 2)
     t, word = records[:, 0], records[:, 1]
@@ -65,7 +66,7 @@ def read_raw(data: bytes, sensor: Sensor | None) -> Events:
     """Read the events of a .raw file in EVT 2.0 or EVT 3.0.
 
     Raises:
-        BadRecording: It cannot be used.
+        BadRecording: The file cannot be used.
     """
     header, body = split_header(data, b"%", b"% end")
     if not header:
@@ -75,12 +76,12 @@ def read_raw(data: bytes, sensor: Sensor | None) -> Events:
         return _read_evt2(body, _sensor(header, sensor))
     if versions == {"3"}:
         return _read_evt3(body, _sensor(header, sensor))
-    said = " and ".join(f"EVT {version}" for version in sorted(versions)) or "no EVT version"
-    raise BadRecording(f"its header says {said}; EVT 2.0 and EVT 3.0 are supported")
+    found = " and ".join(f"EVT {version}" for version in sorted(versions)) or "no EVT version"
+    raise BadRecording(f"its header has {found}; EVT 2.0 and EVT 3.0 are supported")
 
 
 def _evt_version(line: str) -> str | None:
-    """The version that a header line says: "2", "2.1", "3", ..."""
+    """Return the version in a header line: "2", "2.1", "3", ..."""
     match = re.match(r"% (?:evt |format EVT)(\d+(?:\.\d+)?)", line)
     return match[1].removesuffix(".0") if match else None
 
@@ -96,7 +97,7 @@ def _sensor(header: list[str], given: Sensor | None) -> Sensor:
             for part, sensor in _SENSORS.items():
                 if part in line:
                     return sensor
-    raise BadRecording("its header does not say the sensor's size: give --sensor WIDTHxHEIGHT")
+    raise BadRecording("its header does not store the sensor's size; give --sensor WIDTHxHEIGHT")
 
 
 def _stated_sensor(header: list[str]) -> Sensor | None:
@@ -140,12 +141,12 @@ def _read_evt3(body: bytes, sensor: Sensor) -> Events:
     base = _latest(kind == _EVT3_BASE)
 
     single = np.flatnonzero(kind == _EVT3_X)
-    # Each vector word goes on where the one before it ended.
+    # Each vector word continues where the previous one ended.
     steps = np.select([kind == _EVT3_VECTOR_12, kind == _EVT3_VECTOR_8], [12, 8], 0)
     before = np.cumsum(steps) - steps
     vector = np.flatnonzero(steps)
     if vector.size and base[vector[0]] < 0:
-        raise BadRecording("a vector of events comes before its base address")
+        raise BadRecording("a vector of events precedes its base address; the file may be damaged")
     bits = (value[vector, None] >> np.arange(12)) & 1
     bits[:, 8:] &= (kind[vector] == _EVT3_VECTOR_12)[:, None]
     which, bit = np.nonzero(bits)
@@ -172,9 +173,9 @@ def _read_evt3(body: bytes, sensor: Sensor) -> Events:
 
 
 def _evt3_times(kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Microseconds at each word; -1 before the first of the words that say the upper half.
+    """Return the time in microseconds at each word; -1 before the first word of the upper half.
 
-    The counter has 24 bits and begins again every 17 s, which is counted here.
+    The 24-bit counter overflows every 17 s; this adds the overflows.
     """
     positions = np.flatnonzero(kind == _EVT3_TIME_HIGH)
     high = value[positions]
@@ -182,11 +183,11 @@ def _evt3_times(kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64]) -> np
     if back.size:
         i = int(back[0])
         raise BadRecording(
-            f"the upper half of the time goes back at word {positions[i + 1]} of its data (from"
+            f"the upper half of the time decreases at word {positions[i + 1]} of its data (from"
             f" {high[i]} to {high[i + 1]})"
         )
     high = high + np.cumsum(np.diff(high, prepend=high[:1]) < -(2**11)) * 2**12
-    # The upper half is repeated all the time; where it changes, the lower one begins at zero.
+    # The upper half is repeated frequently; when it changes, the lower half starts at zero.
     changes = np.zeros(len(kind), bool)
     changes[positions[np.diff(high, prepend=-1) != 0]] = True
     last_low, last_change = _latest(kind == _EVT3_TIME_LOW), _latest(changes)
@@ -196,7 +197,7 @@ def _evt3_times(kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64]) -> np
 
 
 def _latest(marked: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Position (N,) of the last marked word up to each one; -1 before the first."""
+    """Return the position (N,) of the last marked word up to each word; -1 before the first."""
     return np.maximum.accumulate(np.where(marked, np.arange(len(marked)), -1))
 
 
@@ -205,31 +206,33 @@ def _check_kinds(kind: npt.NDArray[Any], known: tuple[int, ...], format_name: st
     if foreign.size:
         i = int(foreign[0])
         raise BadRecording(
-            f"word {i} of its data is of type {kind[i]:#x}, unknown to {format_name}"
+            f"word {i} of its data has the type {kind[i]:#x}, which {format_name} does not have"
         )
 
 
 def _check_continued(kind: npt.NDArray[Any], continued: tuple[int, ...]) -> None:
-    """Refuse words that continue nothing, as those of a stretch filled with ones would."""
+    """Refuse continuation words without a beginning, such as an area filled with ones."""
     before = np.concatenate([[-1], kind[:-1]])
     alone = np.flatnonzero(np.isin(kind, continued) & ~np.isin(before, (_OTHER, *continued)))
     if alone.size:
         i = int(alone[0])
-        raise BadRecording(f"word {i} of its data continues nothing (type {kind[i]:#x})")
+        raise BadRecording(
+            f"word {i} of its data continues a word that is missing (type {kind[i]:#x})"
+        )
 
 
 def _check_rows(kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64]) -> None:
-    """Refuse a row that is said twice without anything between, as a zeroed stretch would.
+    """Refuse two equal consecutive row words, such as an area filled with zeros.
 
-    The format says what changes only.
+    The format only stores changes.
     """
     is_row = kind == _EVT3_Y
     again = np.flatnonzero(is_row[1:] & is_row[:-1] & (np.diff(value) == 0))
     if again.size:
         i = int(again[0])
         raise BadRecording(
-            f"word {i + 1} of its data says again what the word before it said, row"
-            f" {value[i] & 0x7FF}: is a stretch zeroed?"
+            f"word {i + 1} of its data repeats the previous word, row {value[i] & 0x7FF}; the file"
+            " may be damaged"
         )
 
 
