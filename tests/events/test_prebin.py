@@ -551,7 +551,7 @@ def test_real_recordings_become_a_data_set(prebin_dvs, tmp_path):
         SHARED / "nmnist", "--size", 34, "--preview", timesteps=10, workers=2
     )
     assert status == 0, output
-    assert "passed over 1 with .bin (tonic_sample_nmnist.bin)" in output
+    assert "ignored 1 with .bin (tonic_sample_nmnist.bin)" in output
     root = tmp_path / "dest" / "splits" / "published"
     assert json.loads((root / "dataset.json").read_text())["recordings"] == {
         "train": 500,

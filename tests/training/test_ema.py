@@ -140,7 +140,7 @@ def run(farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -
     outcome = farm(file, "name=run", "engine=torch")
     assert outcome.status == 0, outcome.text
     assert "evaluation of the moving average at epoch 3, step 15: top-1 " in outcome.text
-    assert ". The moving average: " in outcome.text
+    assert ". Moving average: " in outcome.text
     return folder / "runs" / "run"
 
 

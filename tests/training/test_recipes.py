@@ -156,7 +156,7 @@ def test_recipe_resolves_plans_and_trains(
     assert slurm.main([*arguments, *overrides]) == 0
     plan = capfd.readouterr().out
     assert "a step       4 samples in 2 micro-batches of 2, 2 a process" in plan
-    assert f"{STEPS} in all" in plan
+    assert f"{STEPS} in total" in plan
 
     outcome = main(name, *overrides)
     assert outcome.status == 0, outcome.text

@@ -278,7 +278,7 @@ def test_finished_run_says_so_and_changes_nothing(
 ) -> None:
     file = tiny_config()
     run = tmp_path / "runs/tiny"
-    start = f"samples an epoch, {LAST_STEP} in all; {run}"
+    start = f"samples an epoch, {LAST_STEP} in total; {run}"
     outcome = main(file)
     ended(outcome, start, "runs/tiny is finished", "top-1", "tools/eval.py", status=0)
     assert "training spiking_convnet, 2,472 parameters, in fp32 on cpu, 1 process" in outcome.text
