@@ -554,8 +554,8 @@ def test_some_keys_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--explain", "model.neuron.decay"]) == 0
     of_kinds = (
         "[number > 0 and <= 1; default 0.5]",
-        "For plif: number > 0 and < 1.",
-        "nilif: default 0.25.",
+        "With kind=plif, the allowed values are: number > 0 and < 1.",
+        "With kind=ilif or nilif, the default is 0.25.",
     )
     said = capsys.readouterr().out
     assert all(one in said for one in of_kinds)

@@ -67,14 +67,15 @@ def _of_all_kinds(prefix: str) -> dict[str, Documented]:
     for key, of_kinds in by_key.items():
         (first, *_), meaning = of_kinds.values(), ""
         if "lif" not in of_kinds:
-            meaning = f"({', '.join(of_kinds)} only) "
+            meaning = f"(kind={' or '.join(of_kinds)} only) "
         meaning += first.meaning
-        for part in ("takes", "default"):
+        for part, verb in (("takes", "allowed values are:"), ("default", "default is")):
             kinds_by_text: dict[str, list[str]] = {}
             for kind, documented in of_kinds.items():
                 kinds_by_text.setdefault(getattr(documented, part), []).append(kind)
             for text, kinds in list(kinds_by_text.items())[1:]:
-                meaning += f" For {', '.join(kinds)}: {text}."
+                text = text.removeprefix("default ")
+                meaning += f" With kind={' or '.join(kinds)}, the {verb} {text}."
         merged[key] = first._replace(meaning=meaning)
     return merged
 

@@ -29,12 +29,12 @@ from tetdist.config.sections.training import (
 
 class RunConfig(Section):
     name: str
-    """Name of the run and of its folder, made of letters, digits and . _ -. Default: the name of
-    the configuration file."""
+    """Name of the run and of its folder, of letters, digits, dots, _ and -. If unset, it is the
+    configuration's file name without .yaml."""
     imports: tuple[str, ...] = ()
     """Your own Python files that register models, neurons, losses, optimisers, transforms or
-    trackers (docs/extending.md). Paths start at the configuration's folder; --import FILE adds
-    one."""
+    trackers (docs/extending.md). Relative paths start at the configuration file's folder. The
+    option --import FILE adds a file."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all random numbers: initial weights, sample order, augmentation, dropout."""
     model: ModelSection
@@ -44,8 +44,8 @@ class RunConfig(Section):
     phases: Annotated[tuple[PhaseSection, ...], Field(min_length=1)]
     precision: Literal["bf16", "fp32", "tf32", "fp16", "fp64"] = "bf16"
     """Numeric precision. bf16: bfloat16 convolutions, float32 parameters; fp16: the same in
-    float16, on a GPU only; fp32: all float32; tf32: fp32 whose convolutions round inputs to ten
-    bits, on a GPU only; fp64: all float64, for checks."""
+    float16, on a GPU only; fp32: all float32; tf32: fp32 with convolution inputs rounded to ten
+    mantissa bits, on a GPU only; fp64: all float64, for checks."""
     batch_norm: BatchNormSection = BatchNormSection()
     execution: Literal["fused", "reference"] = "fused"
     """Implementation of norms and neurons. fused: C++ and Triton kernels; reference: the
@@ -54,14 +54,14 @@ class RunConfig(Section):
     """Recomputation of activations, to save memory (gradient checkpointing). blocks: keep only each
     block's input and recompute the rest; results stay bitwise identical. {timesteps: k}: the same
     in segments of k timesteps, for long T; batch norm then normalises each segment separately,
-    which trains a different network."""
+    so results differ."""
     gradient_clipping: Annotated[float, Field(gt=0)] | None = None
     """Limit of the gradient's norm, or of another quantity that clip_mode names; null: no
     clipping."""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
-    """Quantity that gradient_clipping limits. norm: norm of the whole gradient; value: each
-    element; agc (adaptive): each filter's gradient norm divided by its weight norm, except in the
-    classifier (with a limit such as 0.01). timm's clip_mode."""
+    """Quantity that gradient_clipping limits (timm's clip_mode). norm: norm of the whole gradient;
+    value: each element; agc (adaptive): each filter's gradient norm divided by its weight norm,
+    except in the classifier (with a limit such as 0.01)."""
     ema: EmaSection = EmaSection()
     non_finite_limit: Positive = 5
     """Number of consecutive steps with a non-finite gradient after which the run ends. Each such
@@ -90,20 +90,20 @@ class RunConfig(Section):
     second or two."""
     reference: str | None = None
     """Name of a published ImageNet training to compare with, such as sew34. Metrics and plots show
-    its accuracy after the same number of images, and a run far below it logs a warning. An unknown
-    name lists all known ones; tools/compare_runs.py --reference shows more."""
+    its accuracy after the same number of images, and a run far below it logs a warning. The
+    error for an unknown name lists all known ones."""
     evaluate_every: Positive = 1
     """Number of epochs between two evaluations; the last epoch is always evaluated."""
     init_checkpoint: str | None = None
     """Initial weights and running statistics: a run folder (its last checkpoint), the folder of a
-    checkpoint or an export, a .safetensors file (tools/convert.py makes one from other libraries'
-    weights), or hf:ORG/NAME[@REVISION]. The optimiser's state is not loaded. Null: random
-    weights."""
+    checkpoint or of an export (tools/export.py), a .safetensors file (tools/convert.py makes one
+    from other libraries' weights), or hf:ORG/NAME[@REVISION] on the Hugging Face hub. The
+    optimiser's state is not loaded. Null: random weights."""
     start_phase: Annotated[int, Field(ge=0)] = 0
     """Number of the phase to begin with, counted from 0, as if the phases before it were done.
     Above 0 it needs init_checkpoint."""
     peer_timeout: Annotated[float, Field(gt=0)] = 600.0
-    """Number of seconds without progress of one process after which all other processes end."""
+    """Number of seconds without progress after which all processes end with an error."""
     record_samples: bool = False
     """Write ids and checksums of each step's samples to samples-RANK.jsonl, for debugging."""
     profile: ProfileSection | None = None

@@ -45,10 +45,7 @@ class ILIF(NeuronConfig):
     """Leaky integrate-and-fire with up to `most_spikes` spikes in a timestep, and a soft reset."""
 
     decay: float = option(
-        0.25,
-        "Fraction of the membrane kept from one timestep to the next; 0: no membrane.",
-        ge=0,
-        le=1,
+        0.25, "Fraction of the membrane kept for the next timestep; 0: no membrane.", ge=0, le=1
     )
     # Products of two numbers of spikes, as in attention, must fit into a byte.
     most_spikes: int = option(

@@ -25,20 +25,13 @@ class PLIF(LIF):
     """Leaky integrate-and-fire with one learnt decay per layer."""
 
     decay: float = option(
-        0.5,
-        "Initial fraction of the membrane kept from one timestep to the next, 1 - 1/tau.",
-        gt=0,
-        lt=1,
+        0.5, "Initial fraction of the membrane kept for the next timestep, 1 - 1/tau.", gt=0, lt=1
     )
-    surrogate: SurrogateName = option(
-        "sigmoid", "Surrogate derivative of the spike in the backward pass."
-    )
-    surrogate_width: float = option(
-        4.0, "Half-width of triangle and rectangle; steepness of atan and sigmoid.", gt=0
-    )
+    surrogate: SurrogateName = option("sigmoid", "Surrogate derivative of the spike.")
+    surrogate_width: float = option(4.0, "Surrogate's half-width or steepness.", gt=0)
     fires_at_threshold: bool = option(True, "Fire also if the membrane is exactly at threshold.")
     decay_input: bool = option(
-        True, "Scale the input by 1/tau = 1 - decay, the fraction of the membrane that leaks."
+        True, "Multiply the input by 1 - decay, which plif's paper calls 1/tau."
     )
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:

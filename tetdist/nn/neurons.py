@@ -170,7 +170,9 @@ class NeuronConfig:
     # Parameters that all channels share, of any shape, such as (T, T).
     over_time: ClassVar[frozenset[str]] = frozenset()
 
-    threshold: float = option(1.0, "Firing threshold V_th, in units of the input current.", gt=0)
+    threshold: float = option(
+        1.0, "Firing threshold V_th, in units of input current (psn kinds: initial value).", gt=0
+    )
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -317,7 +319,8 @@ class LIF(NeuronConfig):
 
     decay: float = option(
         0.5,
-        "Fraction of the membrane potential kept from one timestep to the next; 1: an IF neuron.",
+        "Fraction of the membrane potential kept from one timestep to the next; 1: an IF neuron. "
+        "With kind=plif, this is the value before training.",
         gt=0,
         le=1,
     )
@@ -331,12 +334,12 @@ class LIF(NeuronConfig):
         "triangle", "Surrogate derivative of the spike in the backward pass."
     )
     surrogate_width: float = option(
-        1.0, "Half-width of triangle and rectangle; steepness of atan and sigmoid.", gt=0
+        1.0, "Surrogate's half-width (triangle, rectangle) or steepness (atan, sigmoid).", gt=0
     )
     spike: Literal["step", "sigmoid"] = option(
         "step",
-        "Output of a neuron. step: a spike. sigmoid: a smooth output without gradient mismatch, as "
-        "a control; it needs surrogate=sigmoid, and is slower for lack of fused kernels.",
+        "Output of a neuron. step: a spike. sigmoid: a number between 0 and 1 with its true "
+        "gradient, to measure the surrogate's effect; it needs surrogate=sigmoid, and is slower.",
     )
     fires_at_threshold: bool = option(
         False,

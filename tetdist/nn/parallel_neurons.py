@@ -35,12 +35,8 @@ class ParallelNeuron(NeuronConfig):
     over_time: ClassVar[frozenset[str]] = frozenset({"weight", "bias"})
     segments: ClassVar[bool] = False
 
-    surrogate: SurrogateName = option(
-        "atan", "Surrogate derivative of the spike in the backward pass."
-    )
-    surrogate_width: float = option(
-        2.0, "Half-width of triangle and rectangle; steepness of atan and sigmoid.", gt=0
-    )
+    surrogate: SurrogateName = option("atan", "Surrogate derivative of the spike.")
+    surrogate_width: float = option(2.0, "Surrogate's half-width or steepness.", gt=0)
 
     @property
     def has_kernels(self) -> bool:
@@ -76,7 +72,12 @@ class PSN(ParallelNeuron):
 
     causal: ClassVar[bool] = False
 
-    timesteps: int = option(4, "Number of timesteps T that the learnt weights combine.", ge=1)
+    timesteps: int = option(
+        4,
+        "Number of timesteps T that the learnt weights combine; phases.N.timesteps must be equal "
+        "(for masked_psn with mask=1 and mask_epochs=0: at most equal).",
+        ge=1,
+    )
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:
         del num_channels
@@ -102,15 +103,19 @@ class MaskedPSN(ParallelNeuron):
 
     timesteps: int = option(4, "Number of timesteps T that the learnt weights combine.", ge=1)
     order: int = option(
-        2, "Number of latest timesteps that a spike depends on, with its own.", ge=1
+        2, "Number of timesteps that a spike depends on: its own and the ones before it.", ge=1
     )
     mask: float = option(
-        1.0, "Strength lambda of the mask: 1 removes all masked weights, 0 none.", ge=0, le=1
+        1.0,
+        "Strength lambda of the mask on the weights of timesteps that order excludes: 1 removes "
+        "these weights, 0 keeps them.",
+        ge=0,
+        le=1,
     )
     mask_epochs: float = option(
         0.0,
-        "Number of epochs at the run's start over which mask rises from 0 to its value, in one "
-        "step per epoch. During these epochs spikes also depend on later currents.",
+        "Number of epochs at the run's start over which the mask's strength rises from 0 to mask, "
+        "once per epoch. During these epochs a spike also depends on later timesteps.",
         ge=0,
     )
 
@@ -168,9 +173,7 @@ class SlidingPSN(ParallelNeuron):
     segments: ClassVar[bool] = True
     sample_axis: ClassVar[int] = 1
 
-    order: int = option(
-        2, "Number of latest timesteps that a spike depends on, with its own.", ge=1
-    )
+    order: int = option(2, "Number of timesteps that a spike depends on.", ge=1)
     init: Literal["exponential", "uniform"] = option(
         "exponential",
         "Initial weights. exponential: 1 for the present current, 1/2 for the one before it, and "

@@ -18,11 +18,11 @@ class ColorJitterSection(Section):
     """Strength of brightness jitter: pixels are multiplied by a factor from 1 - brightness to 1 +
     brightness, as torchvision's ColorJitter; 0: off."""
     contrast: Annotated[float, Field(ge=0)] = 0.0
-    """Strength of contrast jitter: distances from the image's mean grey are multiplied by a factor
-    from 1 - contrast to 1 + contrast, as torchvision's ColorJitter; 0: off."""
+    """Strength of contrast jitter: each pixel's distance from the image's mean grey is multiplied
+    by a factor from 1 - contrast to 1 + contrast, as torchvision's ColorJitter; 0: off."""
     saturation: Annotated[float, Field(ge=0)] = 0.0
-    """Strength of saturation jitter: each pixel's distance from its grey is multiplied by a factor
-    from 1 - saturation to 1 + saturation, as torchvision's ColorJitter; 0: off."""
+    """Strength of saturation jitter: each pixel's distance from its own grey is multiplied by a
+    factor from 1 - saturation to 1 + saturation, as torchvision's ColorJitter; 0: off."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Largest hue shift in either direction, as a fraction of the colour circle; 0: off."""
 
@@ -32,15 +32,15 @@ class MixingSection(Section):
 
     mode: Literal["sample", "batch"] = "sample"
     """Choice of partners in mixup and CutMix. sample: each sample is mixed with the one before it
-    in its micro-batch, with its own lambda. batch (timm's way): sample i of B is mixed with sample
-    B - 1 - i, all with the same lambda and box."""
+    in its micro-batch, with its own lambda. batch (timm's way): the micro-batch is mixed with
+    itself in reverse order, with one lambda and box for all samples."""
     probability: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability of mixing a sample (with mode=batch, a micro-batch); timm's mixup_prob."""
     switch_probability: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Probability of CutMix rather than mixup, if both are on; timm's mixup_switch_prob."""
     off_epoch: Annotated[int, Field(ge=0)] = 0
-    """First epoch of the run, counted from 0, without mixup and CutMix; 0: all epochs mix. timm's
-    mixup_off_epoch."""
+    """First epoch of the run, counted from 0, without mixup and CutMix (timm's mixup_off_epoch); 0:
+    all epochs mix."""
 
 
 class ErasingSection(Section):
@@ -49,11 +49,11 @@ class ErasingSection(Section):
     probability: Fraction = 0.0
     """Probability of random erasing for each image; timm's reprob."""
     mode: Literal["pixel", "rand", "const"] = "pixel"
-    """Contents of erased rectangles. pixel: noise; rand: a random colour; const: the mean colour.
-    timm's remode."""
+    """Contents of erased rectangles (timm's remode). pixel: noise; rand: a random colour; const:
+    the mean colour."""
     count: Annotated[int, Field(gt=0, le=100)] = 1
-    """Maximum number of erased rectangles per image, which together have the area of one. timm's
-    recount."""
+    """Maximum number of erased rectangles per image (timm's recount). Several rectangles share the
+    area that a single one would have."""
 
 
 POLICIES = ("none", "cifar10", "imagenet", "trivial", "3a")
@@ -77,18 +77,18 @@ class DataSection(Section):
     root: str
     """Folder that holds train/ and val/, each with one folder per class."""
     index: str | None = None
-    """Folder of the index files; null: ROOT/index."""
+    """Folder of the index files, which list all samples; null: the folder index in data.root."""
     held_out: OpenFraction = 0.0
     """Fraction of each class's training samples that is not trained on, but evaluated in place of
-    the validation split. The samples depend on seed; pieces of one recording stay together."""
+    the validation split. The choice depends on seed; pieces of one recording stay together."""
     image_size: Pixels = 224
-    """Height and width of the network's input, in pixels."""
+    """Height and width of the network's input, in pixels (kind=images)."""
     resize: Pixels | None = None
     """Length of an image's shorter side in evaluation, in pixels, before the centre crop of
     image_size; null: image_size / 0.875."""
     crop: Literal["resized", "padded"] = "resized"
-    """Random crop of training images. resized: torchvision's RandomResizedCrop; padded: image_size
-    pixels of the image with a black border around it, as usual for CIFAR."""
+    """Random crop of training images. resized: torchvision's RandomResizedCrop; padded: a square
+    of image_size pixels, cut after a black border is added to the image, as usual for CIFAR."""
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
     """Smallest and largest area of a crop, as a fraction of the image's area (crop=resized)."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -101,30 +101,30 @@ class DataSection(Section):
     """Largest random shift of a training sample in pixels, wrapping around (kind=events); 0:
     off."""
     event_augment: Literal["none", "nda", "snn_augment_wide"] = "none"
-    """Augmentation of event tensors, one operation for each training sample. nda: roll, rotation or
-    shear (Neuromorphic Data Augmentation); snn_augment_wide: as in QKFormer's code."""
+    """Augmentation of event tensors, one random operation per training sample. nda: roll, rotation
+    or shear (Neuromorphic Data Augmentation); snn_augment_wide: shear, shift, rotation,
+    cutout or none of them, as in QKFormer's code."""
     event_drop: Fraction = 0.0
     """Probability of EventDrop for a training sample: events of a time span, of an area, or of
     random positions are dropped (kind=events). EventDrop's paper uses 0.75."""
     auto_augment: Annotated[str, OneOf(lambda: (*POLICIES, EXAMPLE)), AfterValidator(_policy)] = (
         "none"
     )
-    """Augmentation policy, of random colour and geometry operations. cifar10, imagenet:
+    """Augmentation policy: random colour and geometry operations. cifar10, imagenet:
     AutoAugment's policies; trivial: TrivialAugment (wide); 3a: 3-Augment; rand-...: RandAugment
     with timm's parameters m, n, p, mstd, mmax, inc."""
     color_jitter: ColorJitterSection = ColorJitterSection()
     cutout: Annotated[int, Field(ge=0)] = 0
-    """Side in pixels of a square of each training image that is set to 0 after normalisation; 0:
-    off."""
+    """Side in pixels of a random square set to 0 in each (normalised) training sample; 0: off."""
     erasing: ErasingSection = ErasingSection()
     repeats: Positive = 1
     """Number of copies of each sample in a step, augmented differently (repeated augmentation;
     timm's aug_repeats). An epoch keeps its number of steps, so it shows fewer samples; 1: off."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
-    """Mixup's alpha: lambda is drawn from Beta(alpha, alpha); 0: off. timm's mixup."""
+    """Mixup's alpha: lambda is drawn from Beta(alpha, alpha); 0: off (timm's mixup)."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0
-    """CutMix's alpha: lambda is drawn from Beta(alpha, alpha); 0: off. If mixup is on, too, each
-    mixing uses one of the two. timm's cutmix."""
+    """CutMix's alpha: lambda is drawn from Beta(alpha, alpha); 0: off (timm's cutmix). If mixup is
+    on, too, each mixing uses one of the two."""
     mixing: MixingSection = MixingSection()
     transforms: Names = ()
     """Names of your own transforms (see imports). They change training samples in this order, after
@@ -134,16 +134,16 @@ class DataSection(Section):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per-channel mean (RGB, in [0, 1]) that is subtracted from the pixels."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Per-channel standard deviation (RGB, in [0, 1]) that pixels are divided by after that."""
+    """Per-channel standard deviation (RGB, in [0, 1]); pixels less data.mean are divided by it."""
     device: Literal["cpu", "gpu"] = "cpu"
-    """Device on which DALI decodes; gpu needs a GPU."""
+    """Device on which DALI (NVIDIA's data loader) decodes images; gpu needs training on a GPU."""
     threads: Annotated[int, Field(gt=0, le=MOST_THREADS)] = 2
-    """Number of DALI threads per process."""
+    """Number of threads per process for each step of loading: reading, decoding, augmentation."""
     prefetch: Annotated[int, Field(gt=0, le=MOST_PREFETCHED)] = 2
-    """Number of batches decoded ahead."""
+    """Number of batches (in training: micro-batches) loaded ahead of the one in use."""
     own_process: bool | None = None
-    """Load data in a separate process beside each training process. Null: only when training on a
-    GPU, where threads that prepare images would delay kernel launches."""
+    """Load data in a separate process beside each training process. Null: true on a GPU unless
+    data.device=gpu, as data threads in the training process would delay its kernel launches."""
 
     @property
     def index_dir(self) -> Path:

@@ -13,27 +13,28 @@ class DistillationSection(Section):
     same input. With TET every timestep has one, with SDT the time-mean."""
 
     teacher: str | None = None
-    """Teacher network: a run folder (its last checkpoint), the folder of a checkpoint or an export,
-    a .safetensors file (see init_checkpoint), hf:ORG/NAME, or timm:NAME; null: none."""
+    """Teacher network: a run folder (its last checkpoint), the folder of a checkpoint or of an
+    export (tools/export.py), a .safetensors file (see init_checkpoint), hf:ORG/NAME on the Hugging
+    Face hub, or timm:NAME; null: none."""
     teacher_weights: str | None = None
     """File with the weights of a timm:NAME teacher; null: timm downloads its pretrained weights."""
     weight: Annotated[float, Field(ge=0)] = 0.2
     """Weight of the KL divergence from the teacher; it has no effect without a teacher."""
     teacher_alignment: TeacherAlignment = "plain"
-    """Change of logits before the divergence from the teacher. plain: none. error_aware (SeAl): if
-    a timestep predicts a wrong class, this class gets the logit of the right class, and the
-    teacher's logits of both classes become the smaller of the two."""
+    """Change of logits before their divergence from the teacher is computed. plain: none.
+    error_aware (the SeAl method): if a timestep predicts a wrong class, its logit of this class is
+    set to that of the right class, and both logits of the teacher to the smaller of the two."""
     self_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of each timestep's KL divergence from self_target (self-distillation); 0: off. Needs
-    loss.kind=tet."""
+    """Weight of each timestep's KL divergence from self_target (self-distillation); 0: off. Not
+    with loss.kind=sdt."""
     self_target: SelfTarget = "time_mean"
-    """Target of self-distillation. time_mean: the mean of all timesteps. correct_mean (full-range
-    distillation): the mean of the timesteps whose class is right, or equal probabilities if none
-    is. similarity (SeAl): each timestep's own mean of the other timesteps, weighted by their
-    confidence and similarity to it."""
+    """Target of self-distillation. time_mean: the mean logits of all timesteps. correct_mean
+    (full-range distillation): the mean logits of the timesteps that predict the right class, or
+    equal probabilities if none does. similarity (the SeAl method): for each timestep, the mean
+    logits of the others, where confident and similar ones weigh more."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    """Distillation temperature, which divides the logits in both KL divergences. Above 1, less
-    likely classes count more."""
+    """Distillation temperature, which divides the logits before their KL divergence from teacher or
+    self_target is computed. Above 1, less likely classes count more."""
 
 
 class LossSection(Section):

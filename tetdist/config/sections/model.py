@@ -36,8 +36,10 @@ def _section_of(cls: Any) -> type[Section]:
     described = Field(
         default="lif",
         description=(
-            "Kind of neuron, or the name of your own (see imports). Unset keys default to the "
-            "network's published neuron."
+            "Kind of neuron, or the name of your own (see imports). lif: leaky integrate-and-fire; "
+            "ilif, nilif: up to most_spikes spikes per timestep; plif: lif with a learnt decay; "
+            "psn, masked_psn, sliding_psn: parallel, without reset; relu: max(0, input). Unset "
+            "keys have the values of the network's paper; another kind that you set has its own."
         ),
     )
     keys["kind"] = (Annotated[str, OneOf(lambda: NEURONS)], described)
@@ -83,7 +85,7 @@ def network_neuron(model: Mapping[str, Any]) -> NeuronConfig:
 
 class ModelSection(Section):
     name: Annotated[str, OneOf(models.names)]
-    """Name of the network, as registered with timm; your own networks need imports."""
+    """Name of the network, as registered with timm; see imports for your own."""
     num_classes: Annotated[int, Field(gt=1)] | None = None
     """Number of classes; null: the number of the data set's classes."""
     neuron: Neuron

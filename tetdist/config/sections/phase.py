@@ -18,8 +18,8 @@ class OptimizerSection(Section):
     """Batch size that lr is given for: the peak learning rate is lr x batch.global / lr_per, as in
     recipes that say "per 256". Null: lr is not scaled."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Ratio of each layer's learning rate to that of the layer above it. The classifier has the
-    full rate, which metrics show. Null: all layers have the same rate. timm's layer_decay."""
+    """Ratio of each layer's learning rate to that of the next layer (timm's layer_decay). The
+    classifier, the last layer, has the full rate. Null: all layers have the same rate."""
     momentum: OpenFraction = 0.9
     """Momentum of sgd and of timm's optimisers that have one."""
     nesterov: bool = False
@@ -33,8 +33,8 @@ class OptimizerSection(Section):
     decay_norms: bool = True
     """Apply weight decay to batch norm parameters and biases, too."""
     decay_neurons: bool = False
-    """Apply weight decay to learnable neuron parameters, too; this pulls plif's decay towards
-    0.5."""
+    """Apply weight decay to learnable neuron parameters, too; with model.neuron.kind=plif, this
+    pulls the membrane's decay towards 0.5."""
     arguments: dict[str, Any] = {}
     """Further arguments of timm's optimisers or of your own, such as eps: 1.0e-6."""
 
@@ -71,10 +71,10 @@ class PhaseSection(Section):
     warmup_lr: Annotated[float, Field(ge=0)] = 0.0
     """Initial learning rate of the warm-up (see warmup_epochs)."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Final learning rate; also the rate during cooldown_epochs."""
+    """Final learning rate of schedule=cosine and polynomial; smallest rate of schedule=step."""
     cooldown_epochs: Annotated[int, Field(ge=0)] = 0
-    """Number of epochs at the phase's end with a constant learning rate of min_lr, after the
-    schedule's end."""
+    """Number of epochs at the phase's end that keep the final learning rate, min_lr
+    (schedule=cosine or polynomial)."""
     lr_changes: Literal["steps", "epochs"] = "steps"
     """Interval at which the learning rate changes. steps: at each step; epochs: once per epoch, as
     in timm's trainer, to the schedule's value at the beginning of the epoch."""
@@ -88,7 +88,7 @@ class PhaseSection(Section):
     decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Factor of the learning rate at each drop (schedule=step)."""
     image_size: Pixels | None = None
-    """Height and width of training images, in pixels; null: data.image_size, as in evaluation."""
+    """Height and width of training images, in pixels; null: as in evaluation (data.image_size)."""
     final_image_size: Pixels | None = None
-    """Height and width of training images in the phase's last epoch, in pixels; from image_size,
-    they rise evenly in multiples of 32. Null: image_size in all epochs."""
+    """Height and width of training images in the phase's last epoch, in pixels. The size changes
+    evenly from image_size to it, in multiples of 32. Null: image_size in all epochs."""

@@ -33,8 +33,8 @@ class EmaSection(Section):
 
     decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per step of the exponential moving average (EMA) of weights and running statistics,
-    such as 0.9998; null: no average. The first step replaces the average, as in timm's
-    ModelEmaV3."""
+    such as 0.9998; null: no average. The first step sets the average to the weights, as
+    in timm's ModelEmaV3."""
     warmup: bool = False
     """Let the EMA's decay rise as 1 - step^(-2/3) up to ema.decay (timm's EMA warm-up), so that
     early averages span fewer steps."""
@@ -42,8 +42,8 @@ class EmaSection(Section):
 
 class SaveSection(Section):
     every_steps: Positive | None = None
-    """Number of optimiser steps between two checkpoints; each epoch ends with one, too. Null: only
-    these."""
+    """Number of optimiser steps between two checkpoints; null: none within an epoch. Each epoch
+    also ends with a checkpoint."""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """Number of newest checkpoints to keep, besides the best: at least 2, in case a failing disk
     damages the newest."""
