@@ -12,7 +12,7 @@ from tetdist.evaluation.evaluate import running_means
 from tetdist.models import SpikingNetwork
 from tetdist.nn.batch_norm import BatchNorm, update_running_statistics
 
-T = 4
+T = 3
 NETWORKS: list[tuple[str, dict[str, Any]]] = [
     ("spiking_convnet", {}),
     ("spiking_convnet", {"kind": "plif"}),
@@ -32,13 +32,22 @@ NETWORKS: list[tuple[str, dict[str, Any]]] = [
     ("maxformer_10_384", {}),
 ]
 
+# Of networks that would take seconds: fewer channels, or pixels.
+SMALLER: dict[str, dict[str, Any]] = {
+    "vggsnn": {"input_size": 16},
+    "qkformer_4_384_cifar": {"widths": (16, 32, 64)},
+    "spiking_resnet18_cifar": {"width": 16},
+    "sdt_2_256_dvs": {"channels": 64},
+}
+
 
 def make(name: str, neuron: dict[str, Any]) -> tuple[SpikingNetwork, Tensor]:
     """A network in float64 whose neurons fire, in evaluation mode, and six samples."""
     torch.manual_seed(0)
-    model: SpikingNetwork = timm.create_model(name, timesteps=T, neuron=neuron or None).double()
+    arguments = {"timesteps": T, "neuron": neuron or None} | SMALLER.get(name, {})
+    model: SpikingNetwork = timm.create_model(name, **arguments).double()
     channels, size, _ = model.pretrained_cfg["input_size"]
-    size = size if model.input_size else min(size, 32)
+    size = model.input_size or min(size, 32)
     frames = (T,) if model.input_kind == "events" else ()
     x = torch.rand(6, *frames, channels, size, size, dtype=torch.float64)
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
@@ -163,6 +172,6 @@ def test_misuse_is_one_sentence() -> None:
 
 @pytest.mark.parametrize("kind", ["psn", "masked_psn"])
 def test_neurons_that_need_all_timesteps_are_refused_by_name(kind: str) -> None:
-    model, _ = make("spiking_convnet", {"kind": kind})
+    model, _ = make("spiking_convnet", {"kind": kind, "timesteps": T})
     with pytest.raises(UserError, match=rf"stem.* has {kind} neurons, .*sliding_psn"):
         model.stream()
