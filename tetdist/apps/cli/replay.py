@@ -140,7 +140,7 @@ def run(trained: "Trained", events: "Events", binning: "Binning", *, fast: bool)
         confidence, number = mean.softmax(-1)[0].max(-1)
         spent = time.perf_counter() - begun
         late += not fast and time.monotonic() > due + _period(binning, events)
-        name = classes[int(number)] if classes else f"class {int(number)}"
+        name = classes[int(number)] if int(number) < len(classes) else f"class {int(number)}"
         line = (
             f"{(end - first) / 1e6:8.3f} s  timestep {stream.timesteps}/{model.timesteps}  "
             f"{name}  {100 * float(confidence):.1f} %  {1e3 * spent:.2f} ms"
