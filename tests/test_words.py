@@ -1,7 +1,9 @@
 """The words of docstrings, key texts and docs, as CONTRIBUTING.md asks for them."""
 
 import ast
+import inspect
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,13 @@ AVOIDED = re.compile(
 )
 
 
+# A section of a docstring: its title, and its indented lines.
+SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Yields):\n((?:(?: .*)?\n?)+)", re.MULTILINE)
+
+# Literal parts of f-strings; before Python 3.12 these are strings.
+FSTRING_MIDDLE = getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)
+
+
 def leans(text: str) -> bool:
     return LEANING.match(text.strip().lstrip("`\"'")) is not None
 
@@ -40,22 +49,84 @@ def docstrings(file: Path) -> Iterator[str]:
                 yield str(one.value.value)
 
 
-@pytest.mark.parametrize("room", ["tetdist", "tools", "launch", "docs/make"])
-def test_docstrings_begin_with_a_verb_or_a_noun(room: str) -> None:
+def entries(docstring: str) -> Iterator[str]:
+    """First lines of the texts in sections such as "Args:" of a docstring."""
+    for title, body in SECTION.findall(inspect.cleandoc(docstring)):
+        for line in re.findall(r"^    (\S.*)", body, re.MULTILINE):
+            yield line if title in ("Returns", "Yields") else line.partition(": ")[2]
+
+
+def help_texts(file: Path) -> Iterator[str]:
+    """Texts of the flags that a file adds to an argument parser."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.keyword) and node.arg == "help":
+            parts = node.value.values if isinstance(node.value, ast.JoinedStr) else [node.value]
+            if isinstance(parts[0], ast.Constant):
+                yield str(parts[0].value)
+
+
+def sources(*rooms: str) -> Iterator[tuple[str, Path]]:
+    for room in rooms:
+        for file in sorted((tiny.PROJECT / room).rglob("*.py")):
+            yield str(file.relative_to(tiny.PROJECT)), file
+
+
+ROOMS = ("tetdist", "tools", "launch", "docs/make")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_docstrings_and_help_texts_begin_with_a_verb_or_a_noun(room: str) -> None:
     leaning = [
-        f"{file.relative_to(tiny.PROJECT)}: {text.splitlines()[0]}"
-        for file in sorted((tiny.PROJECT / room).rglob("*.py"))
-        for text in docstrings(file)
+        f"{name}: {text.splitlines()[0]}"
+        for name, file in sources(room)
+        for whole in docstrings(file)
+        for text in (whole, *entries(whole))
         if text.strip() and leans(text)
     ]
+    leaning += [
+        f"{name}: help={text!r}"
+        for name, file in sources(room)
+        for text in help_texts(file)
+        if leans(text)
+    ]
     assert not leaning, "\n".join(leaning)
+
+
+def test_entries_and_help_texts_are_found(tmp_path: Path) -> None:
+    docstring = """Make a thing.
+
+    Args:
+        size: Of the thing,
+            in pixels.
+        first, last: What it is.
+
+    Returns:
+        For each thing: a number.
+    """
+    found = ["Of the thing,", "What it is.", "For each thing: a number."]
+    assert list(entries(docstring)) == found
+    file = tmp_path / "flags.py"
+    file.write_text('add("--a", help="as of b")\nadd("--c", help=f"of {d}")\nadd(help=e)\n')
+    assert list(help_texts(file)) == ["as of b", "of "]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_sources_have_the_words_of_the_field(room: str) -> None:
+    found = []
+    for name, file in sources(room):
+        with tokenize.open(file) as lines:
+            for token in tokenize.generate_tokens(lines.readline):
+                is_text = token.type in (tokenize.COMMENT, tokenize.STRING, FSTRING_MIDDLE)
+                if is_text and (avoided := AVOIDED.search(token.string)):
+                    found.append(f"{name}:{token.start[0]}: {avoided[0]}")
+    assert not found, "\n".join(found)
 
 
 def test_texts_of_keys_begin_with_a_verb_or_a_noun() -> None:
     texts = {key: documented.meaning for key, documented in documented_keys().items()}
     # Before it a key says for which kinds of neurons it is.
-    said = {key: text.rpartition(" only) ")[2] for key, text in texts.items() if text}
-    assert [key for key, text in said.items() if leans(text)] == []
+    alone = {key: text.rpartition(" only) ")[2] for key, text in texts.items() if text}
+    assert [key for key, text in alone.items() if leans(text)] == []
 
 
 def test_docs_have_headings_of_nouns_and_the_words_of_the_field() -> None:

@@ -48,7 +48,7 @@ class OptimizerKind:
     Attributes:
         build: Makes it from parameter groups (with their weight decay) and the section.
         reads: Keys of the section that it uses, besides kind, lr and weight decay.
-        skips_when_told: True if its step does nothing when `found_inf` is set; otherwise the host
+        reads_found_inf: True if its step does nothing when `found_inf` is set; otherwise the host
             checks before each step.
         zero_stages: ZeRO stages that it supports. At 1 and 2 it gets flat partitions instead of
             parameters, so it must be elementwise.
@@ -57,7 +57,7 @@ class OptimizerKind:
 
     build: Build
     reads: tuple[str, ...] = ()
-    skips_when_told: bool = False
+    reads_found_inf: bool = False
     zero_stages: tuple[int, ...] = (0,)
     moments: int = 2
 
@@ -81,19 +81,19 @@ def register_optimizer(name: str, **about: Any) -> Callable[[Build], Build]:
 
 
 @register_optimizer(
-    "sgd", reads=("momentum", "nesterov"), skips_when_told=True, zero_stages=(0, 1, 2), moments=1
+    "sgd", reads=("momentum", "nesterov"), reads_found_inf=True, zero_stages=(0, 1, 2), moments=1
 )
 def _sgd(groups: Groups, section: "OptimizerSettings") -> torch.optim.Optimizer:
     momentum, nesterov = section.momentum, section.nesterov
     return torch.optim.SGD(groups, lr=section.lr, momentum=momentum, nesterov=nesterov, fused=True)
 
 
-@register_optimizer("adam", reads=("betas",), skips_when_told=True, zero_stages=(0, 1, 2))
+@register_optimizer("adam", reads=("betas",), reads_found_inf=True, zero_stages=(0, 1, 2))
 def _adam(groups: Groups, section: "OptimizerSettings") -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, lr=section.lr, betas=section.betas, fused=True)
 
 
-@register_optimizer("adamw", reads=("betas",), skips_when_told=True, zero_stages=(0, 1, 2))
+@register_optimizer("adamw", reads=("betas",), reads_found_inf=True, zero_stages=(0, 1, 2))
 def _adamw(groups: Groups, section: "OptimizerSettings") -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, fused=True)
 
@@ -194,7 +194,7 @@ def make_optimizer(model: nn.Module, section: "OptimizerSettings") -> torch.opti
             f"phases.*.optimizer.layer_decay: kind={section.kind} drops lr_scale from parameter "
             "groups; keep it as it is given in each group, or set layer_decay=null"
         )
-    if not kind.skips_when_told:
+    if not kind.reads_found_inf:
         cls = type(optimizer)
         optimizer.__class__ = type(cls.__name__, (_SkipsNonFinite, cls), {})
     return optimizer

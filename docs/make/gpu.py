@@ -38,7 +38,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests"), str(PROJECT / "tests/gpu_without_a_gpu")]
 
 import gpu_code  # noqa: E402  # of the tests
-import worker  # noqa: E402  # likewise
+import worker  # noqa: E402  # also of the tests
 
 RECORD = PROJECT / "docs" / "performance" / "gpu_code.json"
 PAGE = PROJECT / "docs" / "performance.md"
@@ -119,7 +119,7 @@ def launches() -> dict[str, list[int]]:
     with tempfile.TemporaryDirectory() as folder, worker.started(Path(folder)) as running:
         for settings in ("engine=torch", "engine=deepspeed", "engine=torch cuda_graphs=true"):
             # The second step, since the first would capture a graph.
-            answer = running.ask(MODEL, *settings.split(), steps=2)
+            answer = running.run(MODEL, *settings.split(), steps=2)
             assert answer["error"] is None, answer["error"]
             found[settings] = [worker.launches(answer, *names) for names in PHASES]
     return found
@@ -141,9 +141,9 @@ def many_gpus(found: Estimate) -> list[list[str]]:
     rows = []
     for gpus in (8, 16, 64, 512):
         averaging = communication_seconds(4 * parameters, gpus // 8, 8, cluster)
-        share = found.seconds / (found.seconds + averaging)
-        rate = gpus * share * found.images_per_s
-        rows.append([str(gpus), f"{1e3 * averaging:.1f}", f"{share:.2f}", f"{rate:.0f}"])
+        efficiency = found.seconds / (found.seconds + averaging)
+        rate = gpus * efficiency * found.images_per_s
+        rows.append([str(gpus), f"{1e3 * averaging:.1f}", f"{efficiency:.2f}", f"{rate:.0f}"])
     return rows
 
 
@@ -211,7 +211,7 @@ def section(code: dict[str, Any]) -> str:
             ]
         )
     of_cards = markdown(
-        ["GPU", "precision", "TB/s", "TFLOP/s", f"ms, batch {BATCH}", "images/s", "memory's share"],
+        ["GPU", "precision", "TB/s", "TFLOP/s", f"ms, batch {BATCH}", "images/s", "memory-bound"],
         cards,
     )
     counts = launches()

@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--data", type=Path, metavar="FOLDER", help="folder of JPEGs (default: synthetic ones)"
     )
     parser.add_argument(
-        "--gpu", type=Path, metavar="FILE.json", help="what tools/check_gpu.py wrote on a machine"
+        "--gpu", type=Path, metavar="FILE.json", help="result of tools/check_gpu.py --json"
     )
     parser.add_argument("--quick", action="store_true", help="small, to see that it works")
     options = parser.parse_args(arguments)
@@ -418,7 +418,7 @@ def transformers_text(found: dict[str, dict[str, Any]]) -> str:
             memory = found[f"{network}-memory-{precision}"]["rows"]
             for kept in memory:
                 step = steps.get(kept["name"])  # without recomputation alone, if time was short
-                share = kept["after_forward_mib"] / memory[-1]["after_forward_mib"]
+                fraction = kept["after_forward_mib"] / memory[-1]["after_forward_mib"]
                 rows.append(
                     [
                         network,
@@ -430,10 +430,10 @@ def transformers_text(found: dict[str, dict[str, Any]]) -> str:
                         f"{step['ratio']:.3f}" if step else "",
                         (step.get("waiting") or "") if step else "",
                         f"{kept['after_forward_mib']:.1f} ({kept['at_most_mib']:.1f})",
-                        f"{share:.2f}",
+                        f"{fraction:.2f}",
                     ]
                 )
-    head = ["", "T", "batch", "", "", "s", "/ first", "waits", "MiB an image (at most)", "share"]
+    head = ["", "T", "batch", "", "", "s", "/ first", "waits", "MiB an image (at most)", "fraction"]
     peer = found[f"{TRANSFORMERS[0][0]}-fp32"]["rows"][-1]["name"].startswith("spikingjelly")
     text = """
 
@@ -555,7 +555,7 @@ MiB of the process after each of {len(result["memory_mib"])} epochs of {result["
 {used}."""
 
 
-# --- as pictures --------------------------------------------------------------------------------
+# --- as plots -----------------------------------------------------------------------------------
 
 # Okabe and Ito's colours, which most people can distinguish; they mean the same in every panel.
 COLOURS = {

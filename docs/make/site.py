@@ -27,7 +27,7 @@ PROJECT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from tetdist.config.documentation import documented_keys  # noqa: E402 - found by the line above
-from tetdist_command import COMMANDS  # noqa: E402 - likewise
+from tetdist_command import COMMANDS  # noqa: E402 - found by the same line
 
 # Pages at the project's root, and what they are called on the site.
 ROOT_PAGES = {

@@ -67,8 +67,8 @@ def test_membranes_of_other_kinds() -> None:
 
 
 def _bins(found: Membranes) -> dict[float, float]:
-    (shares,) = found.shares.values()
-    return {round(found.edges[i], 2): share for i, share in enumerate(shares) if share > 0}
+    (fractions,) = found.fractions.values()
+    return {round(found.edges[i], 2): one for i, one in enumerate(fractions) if one > 0}
 
 
 @pytest.mark.parametrize("name", ["sew_resnet18", "spiking_resnet18"])
@@ -97,9 +97,9 @@ def test_what_fires_is_what_the_network_says(name: str) -> None:
     assert model.training
     assert found.fires == pytest.approx(rates, abs=1e-6)
     assert max(rates.values()) > 0.01
-    for layer, shares in found.shares.items():
-        assert sum(shares) == pytest.approx(1), layer
-        above = [share for share, edge in zip(shares, found.edges, strict=False) if edge > 0.999]
+    for layer, fractions in found.fractions.items():
+        assert sum(fractions) == pytest.approx(1), layer
+        above = [one for one, edge in zip(fractions, found.edges, strict=False) if edge > 0.999]
         assert sum(above) == pytest.approx(found.fires[layer], abs=1e-5)
 
 

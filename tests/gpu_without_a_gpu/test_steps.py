@@ -70,7 +70,7 @@ def ask(running: Worker) -> Ask:
 
     def ask(*case: str, **about: Any) -> Answer:
         key = json.dumps([case, about])
-        answers[key] = answers.get(key) or running.ask(*case, **about)
+        answers[key] = answers.get(key) or running.run(*case, **about)
         return dict(answers[key])
 
     return ask

@@ -65,7 +65,7 @@ class Worker:
         self._selector.register(process.stdout, selectors.EVENT_READ)
         assert self._read(200) == {"ready": True}
 
-    def ask(self, model: str, *overrides: str, **about: Any) -> Answer:
+    def run(self, model: str, *overrides: str, **about: Any) -> Answer:
         """Run a case at T = 4, with these fields of `Case`; its answer is that of `report`."""
         base, *changes = CONFIGS.get(model) or CONFIGS[model.rstrip("0123456789_")]
         # The last one of a key counts.

@@ -20,7 +20,7 @@ from tetdist.apps.reports.curves import (
     membranes,
 )
 from tetdist.apps.reports.overlay import _group
-from tetdist.apps.reports.run_plots import event_pictures, image_pictures
+from tetdist.apps.reports.run_plots import rgb_frames, rgb_images
 from tetdist.apps.reports.style import (
     ACCURACY,
     AVERAGE,
@@ -181,12 +181,12 @@ def test_inputs_are_shown_as_they_are(tmp_path: Path) -> None:
 
 def test_images_and_events_as_pictures() -> None:
     data = DataSection(root="x", mean=(0.5, 0.5, 0.25), std=(0.5, 0.5, 0.25))
-    pictures = image_pictures(torch.tensor([-1.0, 0.0, 9.0]).view(1, 3, 1, 1), data)
-    assert pictures.tolist() == [[[[0.0, 0.5, 1.0]]]]
+    rgb = rgb_images(torch.tensor([-1.0, 0.0, 9.0]).view(1, 3, 1, 1), data)
+    assert rgb.tolist() == [[[[0.0, 0.5, 1.0]]]]
     frames = torch.zeros(2, 1, 2, 1, 3)
     frames[0, 0, 1, 0, 0] = 2.0  # on
     frames[0, 0, 0, 0, 1] = 2.0  # off
-    shown = event_pictures(frames)
+    shown = rgb_frames(frames)
     assert shown[0, 0, 0].tolist() == [[1, 0, 0], [0, 0, 1], [1, 1, 1]]
     assert (shown[1] == 1).all()
 

@@ -126,8 +126,8 @@ def annotated(text: str, origins: Mapping[str, str], unread: Mapping[str, str]) 
 
     Args:
         text: The configuration.
-        origins: By dotted key, as of `read_layers`.
-        unread: By dotted key of a value or a section, the setting that leaves it without effect.
+        origins: Origin of each dotted key, from `read_layers`.
+        unread: Settings that disable a key or section, by its dotted key.
     """
     lines = text.splitlines()
     root = yaml.compose(text, yaml.SafeLoader)

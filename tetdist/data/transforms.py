@@ -85,7 +85,7 @@ def padded_crop(
 
     Args:
         heights: (B,) pixels, at least size - 2 * padding.
-        widths: (B,) pixels, likewise.
+        widths: (B,) pixels, with the same minimum.
         draws: (B, 2) uniform in [0, 1).
         padding: Pixels added on each side, fewer than `size`.
         size: Height and width of the crop.

@@ -88,7 +88,7 @@ def examine_split(
         progress: Called with the number of samples done and of all.
 
     Returns:
-        For each sample its result, or the reason why it cannot be used.
+        Each sample's result, or the reason why it cannot be used.
     """
     found = _resume(Path(root), listing, journal)
     remaining = [i for i in range(len(listing.byte_ranges)) if i not in found]

@@ -58,7 +58,7 @@ class OverlappedMean:
     Every process must compute them in the same order; processes with the same network do.
 
     Attributes:
-        active: Whether arriving gradients are final: True only in a step's last micro-batch.
+        active: True if arriving gradients are final: in a step's last micro-batch only.
         earlier: Gradients of the step's earlier backward passes; see `join`.
     """
 

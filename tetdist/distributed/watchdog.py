@@ -45,7 +45,7 @@ class Watch:
     Args:
         world: All processes; a run of one process is not watched.
         timeout: Seconds without progress after which a process counts as hanging.
-        shows_errors: Whether to print errors of this process alone before the others end.
+        shows_errors: True to print errors of this process alone before the others end.
         after: End of the message: what has been saved, or how to continue.
     """
 

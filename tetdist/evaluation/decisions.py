@@ -26,9 +26,9 @@ class Decisions:
         classes: Names of the K classes.
         confusion: Numbers of samples at T, in rows of true classes and columns of predicted ones.
         thresholds: Softmax probabilities of the time-mean, rising, at which a sample is decided.
-        exits: For each threshold, numbers of samples decided at t = 1 to T. A sample that never
+        exits: Numbers of samples decided at t = 1 to T, for each threshold. A sample that never
             reaches the threshold is decided at T.
-        exit_correct: For each threshold, the number of correct decisions.
+        exit_correct: Number of correct decisions for each threshold.
     """
 
     classes: list[str]

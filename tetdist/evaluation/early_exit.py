@@ -28,7 +28,7 @@ def decide(
     """Stream a batch and drop each sample when its confidence reaches the threshold.
 
     Args:
-        model: In evaluation mode; all samples are decided at its T.
+        model: The network, in evaluation mode; all samples are decided at its T.
         images: (B, C, H, W), or (B, T, C, H, W) of events.
         threshold: Softmax probability of the time-mean at which a sample is decided.
         outputs: The network's compared outputs; None: all.

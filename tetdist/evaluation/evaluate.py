@@ -33,7 +33,7 @@ class Evaluation:
         top1: Percent of samples whose class has the largest time-mean logit.
         top5: Percent whose class is among the five largest (or all, with fewer classes).
         loss: Cross-entropy of the time-mean, averaged over samples.
-        per_timestep_top1: For t = 1 to T, top-1 of the mean over the first t timesteps, which is
+        per_timestep_top1: Top-1 of the mean over the first t timesteps, t = 1 to T, which equals
             the result at T = t. Empty if the network is not causal, since this does not hold then.
         per_timestep_top5, per_timestep_loss: The same for top-5 and loss.
         firing_rate: Spikes per neuron per timestep, by layer; per sub-timestep where neurons fire
@@ -77,7 +77,7 @@ def evaluate(
             batches, of which some may be empty.
         num_samples: Size of the split; the count over all processes is checked against it.
         world: All processes.
-        precision: That of the forward pass, see precision.py.
+        precision: Precision of the forward pass, see precision.py.
         stop: Called before each batch, with the same result on every process; True ends all.
         progress: Called with the number of samples of each batch.
         also: Called with each batch's logits (T, B, K) and labels (B,), on the device, and the

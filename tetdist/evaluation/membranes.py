@@ -23,12 +23,12 @@ class Membranes:
 
     Attributes:
         edges: Borders of the bins, in thresholds; the outermost bins include all values beyond.
-        shares: By layer, the fraction of membranes (before the reset) in each bin.
-        fires: By layer, the fraction of membranes that fire: its firing rate.
+        fractions: Fraction of membranes (before the reset) in each bin, by layer.
+        fires: Firing rate of each layer: the fraction of membranes that fire.
     """
 
     edges: list[float]
-    shares: dict[str, list[float]]
+    fractions: dict[str, list[float]]
     fires: dict[str, float]
 
 
@@ -39,9 +39,9 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
     Args:
         model: The network, called with ``per_timestep=True``; its mode is restored.
         images: A batch as the model takes it, on its device.
-        precision: That of the forward pass, see precision.py.
+        precision: Precision of the forward pass, see precision.py.
     """
-    shares: dict[str, list[float]] = {}
+    fractions: dict[str, list[float]] = {}
     fires: dict[str, float] = {}
 
     def look(name: str) -> Callable[..., None]:
@@ -55,7 +55,7 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
             config = module.neuron
             assert isinstance(config, (LIF, ILIF))
             learned = neurons.broadcasting(config, module.learned, 2 if current.ndim == 5 else 0)
-            shares[name], fires[name] = _histogram(current, config, learned)
+            fractions[name], fires[name] = _histogram(current, config, learned)
 
         return hook
 
@@ -75,7 +75,7 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
         for handle in handles:
             handle.remove()
     edges = torch.linspace(LOWEST, HIGHEST, BINS + 1, dtype=torch.float64).tolist()
-    return Membranes(edges, shares, fires)
+    return Membranes(edges, fractions, fires)
 
 
 def _counts(u: Tensor) -> Tensor:
@@ -105,5 +105,5 @@ def _histogram(
         counts += _counts(u.clamp(LOWEST, HIGHEST))
         spikes, rest = config.run(current_t[None], rest, **learned)
         fired += spikes.sum(dtype=torch.float64) / config.highest
-    shares: list[float] = (counts / current.numel()).tolist()
-    return shares, float(fired / current.numel())
+    fractions: list[float] = (counts / current.numel()).tolist()
+    return fractions, float(fired / current.numel())

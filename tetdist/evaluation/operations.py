@@ -66,7 +66,7 @@ class LayerOperations:
     Attributes:
         accumulates, multiply_accumulates: Numbers of operations; one of the two is 0.
         synapses: Pairs of an input and an output that a weight connects: the multiply-accumulates
-            of the same layer in a ReLU network. Attention, without weights, counts likewise.
+            of the same layer in a ReLU network. Attention has no weights; its products count.
     """
 
     accumulates: float
@@ -140,8 +140,7 @@ class OperationCounts:
 
     Args:
         model: The network.
-        in_spikes: Whether its layers see single spikes, as within `unrolled`. Products of spikes
-            see numbers in either case.
+        in_spikes: True if its layers see single spikes (`unrolled`); products always see numbers.
     """
 
     def __init__(self, model: nn.Module, *, in_spikes: bool = False) -> None:

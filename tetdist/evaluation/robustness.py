@@ -18,16 +18,16 @@ from tetdist.models import SpikingNetwork
 
 
 def without_timesteps(
-    batches: Iterable[Batch], share: float, timesteps: int, seed: int
+    batches: Iterable[Batch], fraction: float, timesteps: int, seed: int
 ) -> Iterator[Batch]:
-    """Blank each timestep's input with probability ``share``.
+    """Blank each timestep's input with probability ``fraction``.
 
     Blank means a frame without events or, for an image, which is shown T times, an image of the
     mean colour (0 after normalisation).
 
     Args:
         batches: Images (B, C, H, W), or event frames (B, T or more, C, H, W).
-        share: A probability.
+        fraction: A probability.
         timesteps: T.
         seed: Seed of the choice.
 
@@ -36,31 +36,31 @@ def without_timesteps(
     """
     for batch in batches:
         draws = order.uniforms(seed, 0, batch.ids, timesteps)
-        kept = torch.from_numpy(draws >= share).to(batch.images)  # (B, T)
+        kept = torch.from_numpy(draws >= fraction).to(batch.images)  # (B, T)
         images = batch.images
         frames = images[:, None] if images.ndim == 4 else images[:, :timesteps]
         yield batch._replace(images=frames * kept[:, :, None, None, None])
 
 
-def without_events(batches: Iterable[Batch], share: float, seed: int) -> Iterator[Batch]:
-    """Drop each event independently with probability ``share``.
+def without_events(batches: Iterable[Batch], fraction: float, seed: int) -> Iterator[Batch]:
+    """Drop each event independently with probability ``fraction``.
 
     Args:
         batches: Numbers of events, (B, T, 2, H, W).
-        share: A probability.
+        fraction: A probability.
         seed: Seed of the choice.
     """
     for batch in batches:
         frames = [
-            _thinned(frame, share, seed, int(sample))
+            _thinned(frame, fraction, seed, int(sample))
             for frame, sample in zip(batch.images, batch.ids, strict=True)
         ]
         yield batch._replace(images=torch.stack(frames) if frames else batch.images)
 
 
-def _thinned(counts: Tensor, share: float, seed: int, sample: int) -> Tensor:
+def _thinned(counts: Tensor, fraction: float, seed: int, sample: int) -> Tensor:
     generator = np.random.default_rng([seed, sample])
-    left = generator.binomial(counts.cpu().numpy().astype(np.int64), 1 - share)
+    left = generator.binomial(counts.cpu().numpy().astype(np.int64), 1 - fraction)
     return torch.from_numpy(left).to(counts)
 
 

@@ -74,7 +74,7 @@ class ExitChoice:
     """A threshold of early exit, and the criteria of its choice.
 
     Attributes:
-        within: How much top-1 it may cost, in points.
+        within: Maximum decrease of top-1, in points.
         threshold: Softmax probability of the time-mean; None: every threshold costs more, so all
             samples are decided at T.
         samples: Number of the samples that it was chosen on.
@@ -95,7 +95,7 @@ def choose_exit(evaluator: Evaluator, timesteps: int, within: float) -> ExitChoi
     Args:
         evaluator: The network, and samples used neither for training nor for the final result.
         timesteps: T, also of the model afterwards.
-        within: How much top-1 it may cost, in points.
+        within: Maximum decrease of top-1, in points.
     """
     model, world = evaluator.model, evaluator.world
     model.set_timesteps(timesteps)
@@ -120,7 +120,7 @@ def run_suite(
     real: RealLabels | None = None,
     exit_choice: ExitChoice | None = None,
 ) -> dict[str, Any]:
-    """Evaluate at one T: unchanged, and then with each share of timesteps or events dropped.
+    """Evaluate at one T: unchanged, and then with each fraction of timesteps or events dropped.
 
     For a causal network, one pass gives the results at all smaller T, and a second pass those at
     larger T. Any other network is evaluated at each of ``timesteps`` separately: ``per_timestep_*``
@@ -194,15 +194,15 @@ def run_suite(
         "dropped_timesteps": [],
         "dropped_events": [],
     }
-    for share in drop_timesteps:
-        change = partial(without_timesteps, share=share, timesteps=headline, seed=seed)
+    for fraction in drop_timesteps:
+        change = partial(without_timesteps, fraction=fraction, timesteps=headline, seed=seed)
         with taking_frames(model):
-            dropped = evaluator.run(f"without {share:g} of timesteps", change)
-        found["dropped_timesteps"].append(_robustness(share, dropped))
-    for share in drop_events:
-        change = partial(without_events, share=share, seed=seed)
-        dropped = evaluator.run(f"without {share:g} of events", change)
-        found["dropped_events"].append(_robustness(share, dropped))
+            dropped = evaluator.run(f"without {fraction:g} of timesteps", change)
+        found["dropped_timesteps"].append(_robustness(fraction, dropped))
+    for fraction in drop_events:
+        change = partial(without_events, fraction=fraction, seed=seed)
+        dropped = evaluator.run(f"without {fraction:g} of events", change)
+        found["dropped_events"].append(_robustness(fraction, dropped))
     return found
 
 
@@ -229,9 +229,9 @@ def _by_timestep(results: Sequence[Evaluation]) -> dict[str, list[float | None]]
     return found
 
 
-def _robustness(share: float, result: Evaluation) -> dict[str, Any]:
+def _robustness(fraction: float, result: Evaluation) -> dict[str, Any]:
     return {
-        "share": share,
+        "share": fraction,
         "top1": result.top1,
         "loss": result.loss,
         "per_timestep_top1": result.per_timestep_top1,

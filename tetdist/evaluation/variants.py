@@ -82,7 +82,7 @@ def compared_with_model(
     """Return a split with the labels that its classes have among a network's outputs.
 
     Args:
-        index: Of the split.
+        index: Index of the split.
         trained: Names of the network's classes; None: unknown.
         num_classes: Number of the network's classes, if the configuration sets it.
         variant: Variant of ImageNet's validation set; None: not a variant.

@@ -42,7 +42,7 @@ def attention_neuron(neuron: NeuronConfig, threshold: float) -> NeuronConfig:
     numbers can reach. Kind, decay, reset and surrogate are those of the other layers.
 
     Args:
-        neuron: That of the other layers.
+        neuron: Neuron of the other layers.
         threshold: Threshold in units of attention's sums; 1 in the published networks, whose
             neurons halve their input (tau = 2) and have the threshold 0.5.
 
@@ -93,7 +93,7 @@ class StreamAttention(nn.Module):
         threshold: Threshold of those, in attention's sums times ``scale``.
         scale: Factor on the products' sums.
         value_channels: Channels of the values; None: C.
-        bias: Whether the last convolution has a bias.
+        bias: True if the last convolution has a bias.
         drop_path: Probability of dropping the added current in training.
     """
 

@@ -115,11 +115,11 @@ class TransformerBlock(nn.Sequential):
     """A separable convolution of 3x3, self-attention, and an MLP.
 
     Args:
-        channels: Of the stream.
-        heads: Of attention.
+        channels: Channels of the stream.
+        heads: Number of attention heads.
         mlp_ratio: Ratio of the MLP's inner channels to the stream's.
         neuron: All neurons except those behind attention's products.
-        threshold: Of these.
+        threshold: Threshold of the neurons behind attention's products.
         drop_path: Probability of dropping each of the three in training.
     """
 
@@ -172,7 +172,7 @@ class ESpikeFormer(StreamTransformer):
             1/2 half of the first.
         depths: Numbers of transformer blocks of the third and the fourth width. Before them come
             one convolutional block at half the first width, one at the first and two at the second.
-        heads: Of attention.
+        heads: Number of attention heads.
         mlp_ratio: Ratio of an MLP's inner to its outer channels.
         attention_threshold: Threshold of the neurons behind attention's products.
         in_chans: Channels of the input.

@@ -37,7 +37,7 @@ class Stem(nn.Module):
     """Three 3x3 convolutions, the first two of stride 2, and a shortcut around the last two.
 
     Args:
-        in_channels: Of the input.
+        in_channels: Channels of the input.
         channels: Channels of the returned current.
         neuron: All neurons.
     """
@@ -117,7 +117,7 @@ class MaxFormer(StreamTransformer):
         depths: Blocks of each stage.
         kernels: Kernel sizes of the depthwise convolutions, per stage except the last, which has
             self-attention.
-        heads: Of attention.
+        heads: Number of attention heads.
         mlp_ratio: Ratio of an MLP's inner to its outer channels.
         attention_threshold: Threshold of the neurons in attention.
         in_chans: Channels of the input.

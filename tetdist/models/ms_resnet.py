@@ -31,7 +31,7 @@ class MSResNet(SpikingNetwork):
         neuron: All neurons of the network.
         stem: ``plain``: a 7x7 convolution; ``deep``: three 3x3 ones with biases, both of stride 2;
             ``cifar``: one 3x3 convolution of stride 1.
-        pooled_projections: Whether projections average 2x2 pixels instead of using a stride of 2.
+        pooled_projections: True if projections average 2x2 pixels instead of using a stride of 2.
         width: Channels of the first stage; they double from stage to stage.
         init: Initialisation of convolutions; see `base.init_weights`.
         in_chans: Channels of the input.

@@ -46,12 +46,12 @@ class Block(nn.Module):
     """Residual block: neuron-conv-BN twice, added to the input.
 
     Args:
-        in_channels: Of the input.
+        in_channels: Channels of the input.
         width: Channels of the output.
         stride: Stride of the first convolution and the projection.
         neuron: Neuron of both layers.
-        bias: Whether convolutions have biases.
-        pooled_projection: Whether the projection averages 2x2 pixels instead of a stride of 2.
+        bias: True if convolutions have biases.
+        pooled_projection: True if the projection averages 2x2 pixels instead of a stride of 2.
         drop_path: Probability of dropping the branch in training.
     """
 

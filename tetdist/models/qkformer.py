@@ -45,7 +45,7 @@ class Embedding(nn.Module):
     """3x3 convolutions, each with neurons, and a shortcut around the last ones that adds spikes.
 
     Args:
-        in_channels: Of the input.
+        in_channels: Channels of the input.
         layers: Channels of each convolution, and whether to pool its current.
         branch: Number of layers before the shortcut.
         neuron: All neurons.
@@ -202,7 +202,7 @@ class QKFormer(SpikingNetwork):
         neuron: All neurons; those of attention have another threshold, see `attention_neuron`.
         widths: Channels of each stage.
         depths: Blocks of each stage; the last stage has self-attention, the others token attention.
-        heads: Of all attention.
+        heads: Number of heads of each attention.
         mlp_ratio: Ratio of an MLP's inner to its outer channels.
         embedding: ``imagenet`` pools before its last convolutions, and twice in the stem; ``cifar``
             pools after them, and not in the stem; ``dvs`` is like ``cifar``, but pools three times

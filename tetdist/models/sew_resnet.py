@@ -42,7 +42,7 @@ def connect(
         last: The layer.
         x: Its input, (T, B, C, H, W).
         identity: Spikes of the shortcut, of the shape of the layer's output.
-        function: How.
+        function: Name of the joining function in `CONNECT`.
         drop_path: Drops the block's spikes in training, so that only the identity is left, for any
             function.
     """

@@ -40,9 +40,9 @@ class Embedding(nn.Module):
     position.
 
     Args:
-        in_channels: Of the input.
+        in_channels: Channels of the input.
         channels: Channels of the output; the first convolutions have 1/8, 1/4 and 1/2 of them.
-        pools: Whether to pool after each of the four: the spikes, or the current of the fourth.
+        pools: One flag for each of the four: pool its spikes, or the current of the fourth.
         neuron: All neurons.
     """
 
@@ -51,11 +51,11 @@ class Embedding(nn.Module):
     ) -> None:
         super().__init__()
         self.layers, self.pools = nn.ModuleList(), nn.ModuleList()
-        for share, pooled in zip((8, 4, 2), pools[:3], strict=True):
-            conv = conv3x3(in_channels, channels // share)
+        for divisor, pooled in zip((8, 4, 2), pools[:3], strict=True):
+            conv = conv3x3(in_channels, channels // divisor)
             self.layers.append(ConvNormNeuron(conv, neuron))
             self.pools.append(MaxPool(3, stride=2, padding=1) if pooled else nn.Identity())
-            in_channels = channels // share
+            in_channels = channels // divisor
         self.conv = conv3x3(in_channels, channels)
         self.norm = NormPool(channels) if pools[3] else BatchNorm(channels)
         self.neuron = Neuron(neuron, channels)
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         channels: C.
         neuron: All neurons except the mask's.
         threshold: Threshold of the mask's neurons, in coincident spikes of key and value.
-        dilated: Whether to dilate the spikes of key, value, their product and the output by a 3x3
+        dilated: True to dilate the spikes of key, value, their product and the output by a 3x3
             maximum: for key and value over positions; for the other two, as in the authors' code,
             over positions in row order and channels of a head.
         heads: Number of heads; matters only for dilation, since each channel has its own mask.
@@ -137,10 +137,9 @@ class SpikeDrivenTransformer(StreamTransformer):
 
     Args:
         neuron: All neurons; those of attention have another threshold, see `attention_neuron`.
-        channels: Of the stream.
+        channels: Channels of the stream.
         depth: Number of blocks.
-        pools: Whether to pool after each of the stem's four convolutions; each pooling halves the
-            sides.
+        pools: One flag for each of the stem's four convolutions: pool after it, halving the sides.
         mlp_ratio: Ratio of an MLP's inner channels to the stream's.
         attention_threshold: Threshold of the neurons in attention.
         dilated: See `Attention`.

@@ -51,7 +51,7 @@ def run_step(
     """Run one timestep.
 
     Args:
-        model: In evaluation mode.
+        model: The network, in evaluation mode.
         frame: The input as `SpikingNetwork.frame` returns it, (1, B, C, H, W).
         layers: Layers from `carrying_layers`.
         membranes: Their membranes after the previous timestep; None: at rest.

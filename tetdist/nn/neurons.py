@@ -413,7 +413,7 @@ def broadcasting(
 
     Args:
         config: The neuron.
-        parameters: What `learned` returned.
+        parameters: Result of `learned`.
         sides: Number of the current's dimensions after the channels.
     """
     return {

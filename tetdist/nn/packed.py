@@ -51,9 +51,8 @@ class Halved(NamedTuple):
     Attributes:
         values: uint8, flat.
         levels: See `Packed`.
-        shape: Of the bytes.
-        strides: Strides of the bytes, to restore the layout: a convolution rounds differently in
-            another layout.
+        shape: Shape of the unpacked bytes.
+        strides: Their strides, kept since a convolution rounds differently in another layout.
     """
 
     values: Tensor

@@ -45,7 +45,7 @@ def choose_algorithms(precision: str, *, deterministic: bool = False) -> None:
     Args:
         precision: The configuration's. By default torch lets float32 convolutions round to
             TensorFloat-32, so "fp32" would not be float32.
-        deterministic: Whether every algorithm must be bitwise reproducible. If not, cuDNN tries its
+        deterministic: True if every algorithm must be bitwise reproducible. If not, cuDNN tries its
             algorithms at the first batch of each shape and keeps the fastest.
     """
     tf32 = precision == "tf32"

@@ -81,7 +81,7 @@ class Average:
     """A moving average of the weights, stored in the same checkpoint.
 
     Attributes:
-        weights: By their names in the model's state.
+        weights: Weights by their names in the model's state.
         description: Header of these weights, with their own accuracy.
         best: True if it is the best average so far.
     """

@@ -113,7 +113,7 @@ class Examination:
         losses: Loss of each micro-batch.
         first: First layer with a non-finite output, or None.
         gradients: Layers sorted by the norm of their gradient, largest (or not finite) first.
-        weights: Layers sorted by the norm of their weights, likewise.
+        weights: Layers sorted by the norm of their weights, largest (or not finite) first.
     """
 
     losses: list[float]

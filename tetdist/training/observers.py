@@ -23,7 +23,7 @@ class Watched:
     """A run as passed to its observers at the start.
 
     Attributes:
-        run: What is trained.
+        run: The trained run.
         tracker: Tracker that takes artifacts and writes the metrics.
         step: Optimiser steps done before this start.
         finished: True if nothing is left to do.

@@ -54,7 +54,7 @@ class RunRecord:
     """The record of a run for trackers.
 
     Args:
-        run: What is trained.
+        run: The trained run.
         launcher: The program that started it.
     """
 
@@ -167,7 +167,7 @@ class RunRecord:
             f"Batch {config.batch.global_} in micro-batches of {config.batch.micro}, "
             f"{config.precision}, seed {config.seed}.",
             "",
-            "Pictures and the whole configuration are under Artifacts; what the metrics mean: "
+            "Plots and the whole configuration are under Artifacts; what the metrics mean: "
             "docs/metrics.md.",
             "",
             f"    {typed('eval', '--checkpoint', config.run_dir.resolve())}",

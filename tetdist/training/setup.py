@@ -165,7 +165,7 @@ def load_model(
 
     Args:
         config: The configuration of the model and its execution.
-        index: Of the data.
+        index: Index of the data.
         weights: Tensors under the names of the model's state.
         source: File or folder that the weights were read from.
         world: The processes.

@@ -54,7 +54,7 @@ def save(
 
     Args:
         state: State of the trainer.
-        run: What is trained.
+        run: The trained run.
         optimizer: State of the optimiser.
         average: The moving average of the weights.
         evaluated: Evaluations of the weights and of their average, if just made.

@@ -58,7 +58,7 @@ class Teacher:
         ours, theirs = (config.data.mean, config.data.std), (mean, std)
         self.between = None if ours == theirs else _between(ours, theirs).to(device, dtype)
         if config.data.kind == "images":
-            self._try(config, device)
+            self._check_image_sizes(config, device)
 
     @classmethod
     def of(cls, config: RunConfig, index: Index, device: torch.device) -> "Teacher | None":
@@ -80,7 +80,7 @@ class Teacher:
             logits: Tensor = self.model(images)
         return logits
 
-    def _try(self, config: RunConfig, device: torch.device) -> None:
+    def _check_image_sizes(self, config: RunConfig, device: torch.device) -> None:
         """Run once for each image size, so that a misfit shows before the first epoch."""
         sizes = {size for phase in config.phases for size in phase_image_sizes(config, phase)}
         name = config.loss.distillation.teacher

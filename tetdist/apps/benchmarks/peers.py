@@ -97,14 +97,14 @@ class SelfAttention(nn.Module):
     """Self-attention, added to its input; values may be wider than the input.
 
     Args:
-        channels, heads: Of the input.
+        channels, heads: Numbers of the input's channels and of attention heads.
         make: Makes neurons.
         first: Neurons before all, where the input is a current.
         last: Neurons behind the projection, where the input is spikes.
         scale: Factor of the attended values.
         threshold: Threshold of the neurons that these go through.
         value_ratio: Width of the values, as a multiple of the input's.
-        bias: Whether the projection has one.
+        bias: True if the projection has a bias.
     """
 
     def __init__(
@@ -340,7 +340,7 @@ def espikeformer(
     """The network of models/espikeformer.py.
 
     Args:
-        widths, depths, heads: As there.
+        widths, depths, heads: See models/espikeformer.py.
         make: Makes neurons that send shares of 1.
         counting: Makes those before the classifier, which send whole numbers.
     """

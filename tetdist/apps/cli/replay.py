@@ -31,10 +31,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    source = "run folder, checkpoint or export folder, or .safetensors file"
     add("recording", metavar="RECORDING", type=Path, help="a file of events (docs/events.md)")
-    add("--checkpoint", metavar="RUN_OR_FILE", type=Path, required=True, help="as of export")
-    add("--best", action="store_true", help="of a run folder, the best checkpoint")
-    add("--fast", action="store_true", help="as quickly as possible, not at the recording's speed")
+    add("--checkpoint", metavar="RUN_OR_FILE", type=Path, required=True, help=source)
+    add("--best", action="store_true", help="use a run folder's best checkpoint")
+    add("--fast", action="store_true", help="replay as fast as possible, not in real time")
     add_import(parser)
     return parser.parse_args(arguments)
 

@@ -70,7 +70,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--again",
         action="store_true",
-        help="with --slurm: also resubmit runs that failed or were cancelled",
+        help="also resubmit runs that failed or were cancelled (needs --slurm)",
     )
     parser.add_argument(
         "--slurm",

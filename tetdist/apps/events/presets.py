@@ -50,8 +50,8 @@ class Preset:
         sensor: Size of the sensor, if the format does not store it.
         timesteps: T.
         size: Width and height of the frames.
-        bins: As in `Binning`.
-        values: As in `Binning`.
+        bins: See `Binning`.
+        values: See `Binning`.
         splits: The splits to make.
         origin: Source of these parameters.
     """

@@ -27,8 +27,8 @@ def published_frames(
     from PIL import Image
 
     turned = np.ascontiguousarray((counts > 0)[:, :, ::-1].transpose(0, 3, 2, 1))
-    pictures = [Image.fromarray(OPAQUE * frame.astype(np.uint8), "LA") for frame in turned]
+    frames = [Image.fromarray(OPAQUE * frame.astype(np.uint8), "LA") for frame in turned]
     if size is not None:
-        pictures = [picture.resize(size, Image.Resampling.BILINEAR) for picture in pictures]
-    levels = np.stack([np.asarray(picture) for picture in pictures])
+        frames = [frame.resize(size, Image.Resampling.BILINEAR) for frame in frames]
+    levels = np.stack([np.asarray(frame) for frame in frames])
     return levels.transpose(0, 3, 1, 2) / OPAQUE

@@ -24,7 +24,7 @@ def statistics(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
     """Compute the statistics of each class, and of all classes under the name "all".
 
     Returns:
-        For each: number of `tensors`; `events_mean`, `events_least`, `events_most` of a recording;
+        Number of `tensors`; `events_mean`, `events_least`, `events_most` of a recording;
         `events_per_s`, the mean rate of recordings with a duration; `duration_s_mean`; `on_share`,
         the fraction of ON events; `empty_share`, the fraction of empty ones among the T x 2 frames;
         numbers of `saturated` values and `dropped` records.
@@ -102,8 +102,8 @@ def draw_preview(dest: Path, records: Iterable[Record], file: Path) -> None:
     for row, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
         top = row * (_CELL + _GAP)
         draw.text((4, top + _CELL // 2 - 6), name, fill="black")
-        for t, picture in enumerate(_coloured(tensor)):
-            frame = Image.fromarray(picture)
+        for t, rgb in enumerate(_coloured(tensor)):
+            frame = Image.fromarray(rgb)
             frame = frame.resize((_CELL, _CELL), Image.Resampling.NEAREST)
             canvas.paste(frame, (left + t * (_CELL + _GAP), top))
     with replacing(file) as stream:

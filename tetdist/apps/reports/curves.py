@@ -125,7 +125,7 @@ def firing_rates(metrics_file: Path, out: Path) -> None:
     from matplotlib.colors import LogNorm
 
     colours = colormaps["viridis"].with_extremes(under=VALIDATION, over="black", bad="white")
-    picture = axis.pcolormesh(
+    mesh = axis.pcolormesh(
         _edges([line["epoch"] for line in val]),
         range(len(layers) + 1),
         rates,
@@ -145,7 +145,7 @@ def firing_rates(metrics_file: Path, out: Path) -> None:
         fontsize=10,
         fontweight="bold",
     )
-    bar = figure.colorbar(picture, ax=axis, extend="both", pad=0.02)
+    bar = figure.colorbar(mesh, ax=axis, extend="both", pad=0.02)
     ticks = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.9]
     bar.set_ticks(ticks, labels=[f"{100 * tick:g} %" for tick in ticks])
     bar.minorticks_off()
@@ -188,18 +188,18 @@ def membranes(found: "Membranes", title: str, out: Path) -> None:
     Raises:
         UserError: matplotlib is not installed.
     """
-    layers = list(found.shares)
+    layers = list(found.fractions)
     figure = new_figure(9, _height(2 * len(layers)))
     axis = figure.subplots()
     threshold = next(i for i, edge in enumerate(found.edges) if math.isclose(edge, 1))
-    for row, (layer, shares) in enumerate(found.shares.items()):
+    for row, (layer, fractions) in enumerate(found.fractions.items()):
         floor = row + 1
         # Most values may be beyond the scale; their bins would flatten the others.
-        highest = max(shares[1:-1]) or 1.0
-        tops = [floor - 0.9 * min(share / highest, 1) for share in shares]
+        highest = max(fractions[1:-1]) or 1.0
+        tops = [floor - 0.9 * min(fraction / highest, 1) for fraction in fractions]
         for colour, part in (
             (TRAIN, slice(0, threshold)),
-            (VALIDATION, slice(threshold, len(shares))),
+            (VALIDATION, slice(threshold, len(fractions))),
         ):
             edges = found.edges[part.start : part.stop + 1]
             heights = [*tops[part], tops[part][-1]]
@@ -222,13 +222,11 @@ def membranes(found: "Membranes", title: str, out: Path) -> None:
     save(figure, out)
 
 
-def inputs(
-    pictures: "npt.NDArray[np.float64]", labels: Sequence[str], title: str, out: Path
-) -> None:
+def inputs(rgb: "npt.NDArray[np.float64]", labels: Sequence[str], title: str, out: Path) -> None:
     """Draw a network's inputs: images, or the event frames of some samples over time.
 
     Args:
-        pictures: RGB values in [0, 1]: images (N, H, W, 3), or frames (N, T, H, W, 3).
+        rgb: RGB values in [0, 1]: images (N, H, W, 3), or frames (N, T, H, W, 3).
         labels: Class names of the N samples.
         title: Title of the plot.
         out: The PNG; its folder is created.
@@ -236,15 +234,15 @@ def inputs(
     Raises:
         UserError: matplotlib is not installed.
     """
-    over_time = pictures.ndim == 5
-    columns = pictures.shape[1] if over_time else min(8, len(pictures))
-    rows = len(pictures) if over_time else math.ceil(len(pictures) / columns)
+    over_time = rgb.ndim == 5
+    columns = rgb.shape[1] if over_time else min(8, len(rgb))
+    rows = len(rgb) if over_time else math.ceil(len(rgb) / columns)
     figure = new_figure(1.35 * columns + 0.6, 1.5 * rows + 0.7)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    for sample, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        frames = picture if over_time else [picture]
+    for sample, (one, label) in enumerate(zip(rgb, labels, strict=True)):
+        frames = one if over_time else [one]
         for t, frame in enumerate(frames):
             axis = axes[sample, t] if over_time else axes.flat[sample]
             axis.imshow(frame, interpolation="nearest")

@@ -296,7 +296,7 @@ def corruptions_as_text(found: EvaluationResults) -> str:
     return "\n".join(lines)
 
 
-# --- as a picture ---------------------------------------------------------------------------------
+# --- as a page or PNG -----------------------------------------------------------------------------
 
 
 def write_page(found: EvaluationResults, out: Path) -> None:

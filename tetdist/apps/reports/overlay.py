@@ -35,7 +35,7 @@ def runs(
     """Draw the curves of several runs into the same axes, with mean and spread of each group.
 
     Args:
-        groups: By name, the metrics of the runs that differ only by their seed.
+        groups: Metrics of runs that differ only in their seed, by the group's name.
         title: Title of the figure.
         out: The PNG; its folder is created.
         published: A published curve of top-1 to add: its name, epochs and percent.

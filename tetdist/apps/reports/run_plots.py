@@ -63,16 +63,16 @@ class RunPlots(Observer):
             images = mixing.mixed_images(images, mixing.on_device(batch.mix, images.device))
         match self.config.data.kind:
             case "events":
-                pictures = event_pictures(images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS])
+                rgb = rgb_frames(images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS])
                 unit = f"events (red: on, blue: off), {images.shape[1]} time bins"
             case "images":
-                pictures = image_pictures(images[:SHOWN_IMAGES], self.config.data)
+                rgb = rgb_images(images[:SHOWN_IMAGES], self.config.data)
                 unit = f"{images.shape[-1]}x{images.shape[-2]} pixels"
             case other:
                 assert_never(other)
-        labels = [self.classes[label] for label in batch.labels[: len(pictures)].tolist()]
+        labels = [self.classes[label] for label in batch.labels[: len(rgb)].tolist()]
         title = f"{self.config.name}: augmented training input, {unit}"
-        self._draw("inputs.png", lambda out: curves.inputs(pictures, labels, title, out))
+        self._draw("inputs.png", lambda out: curves.inputs(rgb, labels, title, out))
 
     @override
     def on_evaluation(self, step: int, evaluated: Evaluated) -> None:
@@ -100,7 +100,7 @@ class RunPlots(Observer):
             precision, device = self.config.precision, next(self.model.parameters()).device
             images = on_device(images, device, parameter_type(precision))
             found = membrane_distribution(self.model, images, precision)
-            if found.shares:
+            if found.fractions:
                 self._draw("membranes.png", lambda out: curves.membranes(found, title, out))
         ended = time.monotonic()
         self._next = ended + max(DRAW_EVERY, PAUSE * (ended - began))
@@ -116,23 +116,23 @@ class RunPlots(Observer):
         self.tracker.artifact(plot)
 
 
-def image_pictures(images: Tensor, data: DataSection) -> npt.NDArray[np.float64]:
+def rgb_images(images: Tensor, data: DataSection) -> npt.NDArray[np.float64]:
     """Convert normalised images (N, 3, H, W) to RGB values in [0, 1], (N, H, W, 3)."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).double().numpy()
 
 
-def event_pictures(frames: Tensor) -> npt.NDArray[np.float64]:
+def rgb_frames(frames: Tensor) -> npt.NDArray[np.float64]:
     """Convert numbers of events (N, T, 2, H, W) to RGB values in [0, 1], (N, T, H, W, 3).
 
     White means no event; darkness is proportional to the number of events, up to the 99th
     percentile of the sample's nonzero values.
     """
     shown = np.empty((*frames.shape[:2], *frames.shape[3:], 3))
-    for picture, sample in zip(shown, frames.double().numpy(), strict=True):
+    for rgb, sample in zip(shown, frames.double().numpy(), strict=True):
         present = sample[sample > 0]
         scale = np.percentile(present, 99) if present.size else 1.0
         off, on = (np.clip(sample[:, polarity] / scale, 0, 1) for polarity in (0, 1))
-        picture[..., 0], picture[..., 2] = 1 - off, 1 - on
-        picture[..., 1] = 1 - np.maximum(off, on)
+        rgb[..., 0], rgb[..., 2] = 1 - off, 1 - on
+        rgb[..., 1] = 1 - np.maximum(off, on)
     return shown

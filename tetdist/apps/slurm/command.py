@@ -82,7 +82,7 @@ def _submit_parser() -> argparse.ArgumentParser:
         "--images",
         type=positive,
         metavar="N",
-        help="with --dry-run: plan for N training images, without the data; default: the data's "
+        help="plan for N training images, without the data (needs --dry-run); default: the data's "
         "number, or the published one of ImageNet and CIFAR",
     )
     speed = parser.add_mutually_exclusive_group()

@@ -437,7 +437,7 @@ def write_onnx_step(trained: Trained, path: Path) -> str:
     """Write one timestep as the ONNX graph of `OnnxStep`.
 
     Raises:
-        UserError: As for `OnnxStep`.
+        UserError: See `OnnxStep`.
     """
     refuse_foreign(trained, "onnx-step")
     model = trained.model

@@ -42,8 +42,8 @@ def kernels_for(
         config: The neuron.
         tensors: Current, shortcut and identity.
         timesteps: T.
-        carries: Whether membranes are carried to a next segment.
-        packs: Whether spikes are also packed into bytes.
+        carries: True if membranes are carried to a next segment.
+        packs: True if spikes are also packed into bytes.
     """
     parallel = isinstance(config, ParallelNeuron)
     # Neurons of sums over time have no membrane to carry.

@@ -16,9 +16,9 @@ class Dynamics:
         decay: Decay; the initial one if it is learnt.
         most: Maximum number of spikes in a timestep; None: at most one.
         levels: Divisor of the number of spikes that is sent.
-        learns_decay: Whether ``share``, 1 - decay, is learnt.
-        scales_input: Whether the current is multiplied by the share.
-        parallel: Whether it has no membrane and fires at learnt sums over time.
+        learns_decay: True if the decay is learnt, as the fraction 1 - decay.
+        scales_input: True if the current is multiplied by 1 - decay.
+        parallel: True if the neuron has no membrane and fires at learnt sums over time.
     """
 
     threshold: float

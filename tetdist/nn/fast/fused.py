@@ -203,11 +203,11 @@ class NeuronKernels(NormKernels, Protocol):
             inputs: Inputs of `sums`.
             grad_spikes: Gradient of the spikes, (T, N, C).
             grad_end: Gradient of the last membranes, (N, C).
-            kept: What `sums` returned.
+            kept: Result of `sums`.
             of_x: Sums of the gradient and of its products with the normalised x, averaged over the
                 processes that normalise together; None: the statistics were constants.
             of_shortcut: The same for the shortcut, if it is normalised.
-            needs_x: Whether x needs a gradient.
+            needs_x: True if x needs a gradient.
         """
 
 

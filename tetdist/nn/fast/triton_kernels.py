@@ -54,7 +54,7 @@ def launch(
 
     Args:
         kernel: A function of kernels/*.py.
-        grid: How many programs.
+        grid: Number of programs along each axis.
         arguments: Contiguous tensors, sizes, and None for absent tensors.
         known: Compile-time constants.
     """

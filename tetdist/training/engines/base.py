@@ -29,7 +29,7 @@ class Update(NamedTuple):
 
     Attributes:
         grad_norm: Norm of the averaged gradient before clipping, ().
-        applied: Whether the gradient was finite and the parameters changed, () bool.
+        applied: True if the gradient was finite and the parameters changed, () bool.
     """
 
     grad_norm: Tensor

@@ -14,7 +14,7 @@ class Clipping:
     """Gradient clipping by ``gradient_clipping`` and ``clip_mode``.
 
     Args:
-        config: Of the run.
+        config: Configuration of the run.
         model: The model whose gradients are clipped.
 
     Raises:

@@ -466,7 +466,7 @@ def _membranes(
         if shortcut is not None:
             value = tl.load(shortcut + now + at, mask=mask, other=0.0)
             if g2 is not None:
-                added = added + (value,)  # noqa: RUF005  # likewise
+                added = added + (value,)  # noqa: RUF005  # as above
                 current = own + (_wide(value) * g2 + o2)
             else:
                 current = own + _wide(value)
@@ -477,9 +477,9 @@ def _membranes(
             v = _decayed(u, a, DECAY) + current
         above = v - THRESHOLD
         if MOST is not None:
-            aboves = aboves + (v,)  # noqa: RUF005  # likewise
+            aboves = aboves + (v,)  # noqa: RUF005  # as above
         else:
-            aboves = aboves + (above,)  # noqa: RUF005  # likewise
+            aboves = aboves + (above,)  # noqa: RUF005  # as above
         u = _after_reset(v, above, THRESHOLD, AT_THRESHOLD, MOST, HARD)
     return aboves, xs, added
 
