@@ -14,7 +14,8 @@ DOCS = PROJECT / "docs"
 
 # The same colours as in the figures of these results.
 OURS, PEER, RELU, SAVING = "#0072B2", "#D55E00", "#767676", "#009E73"
-TIMESTEPS = 4  # that are drawn
+# The page is also read at 400 pixels, half the figure's width.
+FONT = 15
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,11 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         study, performance = read(options.study), read(options.performance)
-        figure = new_figure(13, 3.7)
-        axes = figure.subplots(1, 3, width_ratios=(1.15, 1, 1.25))
-        draw_losses(axes[0])
-        draw_early_exit(axes[1], study, *options.entries)
-        draw_cost(axes[2], performance)
+        figure = new_figure(7.6, 7.8)
+        # Each panel has its own left margin.
+        exits, costs = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+        draw_early_exit(exits, study, *options.entries)
+        draw_cost(costs, performance)
         save(figure, options.output)
     except (UserError, OSError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -55,89 +56,45 @@ def read(file: Path) -> dict[str, Any]:
     return values
 
 
-def title(axis: Any, text: str) -> None:
-    axis.set_title(text, loc="left", fontsize=11, fontweight="bold")
-
-
-# --- TET ------------------------------------------------------------------------------------------
-
-
-def draw_losses(axis: Any) -> None:
-    """Draw the network at each timestep, its outputs, and the outputs that a loss uses."""
-    axis.set_axis_off()
-    axis.set_xlim(-0.2, TIMESTEPS + 1.25)
-    axis.set_ylim(-1.75, 3.35)
-    title(axis, "Every timestep answers for itself")
-    for t in range(TIMESTEPS):
-        box(axis, t, 1.15, "spiking\nnetwork", RELU, 0.86, 0.9)
-        box(axis, t, 2.55, f"O({t + 1})", OURS, 0.6, 0.55)
-        arrow(axis, (t + 0.5, 1.62), (t + 0.5, 2.25), RELU)
-        arrow(axis, (t + 0.5, 0.12), (t + 0.5, 0.68), RELU)
-        axis.text(t + 0.5, -0.1, f"t = {t + 1}", ha="center", va="center", fontsize=8, color=RELU)
-        if t:
-            arrow(axis, (t - 0.07, 1.15), (t + 0.07, 1.15), RELU)
-    axis.text(TIMESTEPS + 0.1, 1.15, "membranes\npersist", fontsize=8, va="center", color=RELU)
-    axis.text(TIMESTEPS + 0.1, 2.55, "outputs", fontsize=8, va="center", color=RELU)
-    bold = {"fontsize": 9.5, "va": "center", "fontweight": "bold"}
-    axis.text(0, -0.75, "SDT:", color=PEER, **bold)
-    axis.text(0.75, -0.75, r"$CE\,(\,mean_t\,O(t),\,y\,)$", va="center", fontsize=10)
-    axis.text(0, -1.4, "TET:", color=OURS, **bold)
-    pull = r"$(1-\lambda)\,mean_t\,CE\,(O(t),\,y)\,+\,\lambda\,mean\,(O-\phi)^2$"
-    axis.text(0.75, -1.4, pull, va="center", fontsize=10)
-
-
-def box(axis: Any, t: int, y: float, text: str, colour: str, width: float, height: float) -> None:
-    from matplotlib.patches import FancyBboxPatch
-
-    corner = (t + 0.5 - width / 2, y - height / 2)
-    style = "round,pad=0,rounding_size=0.1"
-    axis.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, ec=colour, fc="white"))
-    axis.text(t + 0.5, y, text, ha="center", va="center", fontsize=8, color=colour)
-
-
-def arrow(axis: Any, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
-    properties = {"arrowstyle": "->", "color": colour, "lw": 1, "shrinkA": 0, "shrinkB": 0}
-    axis.annotate("", xy=end, xytext=start, arrowprops=properties)
+def panel(figure: Any, title: str) -> Any:
+    """Return the axis of a new panel, with the title at the left edge of the figure."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=FONT + 3, fontweight="bold")
+    axis = figure.subplots()
+    axis.tick_params(labelsize=FONT)
+    axis.spines[["top", "right"]].set_visible(False)
+    return axis
 
 
 # --- accuracy -------------------------------------------------------------------------------------
 
 
-def draw_early_exit(axis: Any, study: dict[str, Any], sdt: str, tet: str) -> None:
-    """Accuracy by the timesteps that a sample takes, of two entries of a study: means of the seeds.
+def draw_early_exit(figure: Any, study: dict[str, Any], sdt: str, tet: str) -> None:
+    """Draw accuracy by the mean timesteps of a sample with early exit, for two entries of a study.
 
-    Each sample stops when the network is sure enough of it: a dot is a threshold, a diamond those
-    that the runs chose. Dashed: all samples stop at the same timestep.
+    Lines: means of the seeds at each threshold. Large points: the thresholds that the runs chose on
+    held-out samples.
     """
     from tetdist.apps.studies.numbers import exit_curve
 
-    seeds = 0
-    timesteps = study["study"]["test_timesteps"]
-    most = max(timesteps)
-    for entry, colour, label in ((sdt, PEER, "SDT"), (tet, OURS, "TET")):
+    axis = panel(figure, "Early exit, on one data set: TET is right sooner")
+    most = max(study["study"]["test_timesteps"])
+    # Heights at which the texts cross neither line.
+    for entry, colour, label, height in ((tet, OURS, "TET", 102), (sdt, PEER, "usual loss", 75)):
         runs = [run for run in study["runs"] if run["entry"] == entry]
-        seeds = len(runs)
-        accuracy = [run["by_timestep"] for run in runs]
         curves = [exit_curve(run["by_timestep"], run["early_exit"], most) for run in runs]
-        at_once = mean([by_timestep[:most] for by_timestep in accuracy])
-        axis.plot(range(1, most + 1), at_once, "--", color=colour, linewidth=1, alpha=0.7)
         spent, top1 = zip(*mean(curves), strict=True)
-        axis.plot(spent, top1, "o-", color=colour, label=label, markersize=3.5)
+        axis.plot(spent, top1, color=colour, linewidth=2.5)
         exits = [run["chosen_exit"] for run in runs]
-        chosen = mean([[point["mean_timesteps"], point["top1"]] for point in exits])
-        axis.plot(*chosen, "D", color=colour, markersize=8)
-    axis.set_xlabel(
-        f"timesteps of a sample on average, {seeds} seeds\n"
-        "(diamonds: thresholds chosen; dashed: all stop at t)",
-        fontsize=9,
-    )
-    data = study["study"]["title"].partition(" on ")[2]
-    axis.set_ylabel(f"top-1 (%),\n{data}", fontsize=8)
-    axis.set_xticks(timesteps)
+        x, y = mean([[point["mean_timesteps"], point["top1"]] for point in exits])
+        axis.plot(x, y, "o", color=colour, markersize=11)
+        text = f"{label}: {y:.1f} % after {x:.2f} timesteps"
+        axis.text(most, height, text, ha="right", color=colour, fontsize=FONT, fontweight="bold")
+    axis.set_ylim(None, 108)
+    axis.set_yticks((60, 80, 100))
+    axis.set_xticks(range(1, most + 1))
+    axis.set_ylabel("top-1, %", fontsize=FONT)
+    axis.set_xlabel(f"mean timesteps per sample, of {most}", fontsize=FONT)
     axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9, loc="lower right")
-    title(axis, "As many timesteps as a sample needs")
 
 
 def mean(values: list[Any]) -> Any:
@@ -150,55 +107,40 @@ def mean(values: list[Any]) -> Any:
 # --- cost -----------------------------------------------------------------------------------------
 
 NAMES = {
-    "spikingjelly, eager": ("spikingjelly 2.0 (eager)", PEER),
-    "relu": ("ReLU network on T x batch", RELU),
+    "spikingjelly, eager": ("spikingjelly", PEER),
+    "relu": ("ReLU network", RELU),
     "tetdist, none": ("tetdist", OURS),
-    "tetdist, blocks": ("tetdist, recompute: blocks", SAVING),
+    "tetdist, blocks": ("tetdist, recompute", SAVING),
 }
 
 
-def draw_cost(axis: Any, performance: dict[str, Any]) -> None:
-    """Time of a step and memory kept, both as multiples of the ReLU network's."""
+def draw_cost(figure: Any, performance: dict[str, Any]) -> None:
+    """Draw the time of a step and the memory that it keeps, as multiples of the ReLU network's."""
+    axis = panel(figure, "Training: about ReLU's time, less memory")
     step, memory = performance["step-bf16"], performance["memory-bf16"]
-    seconds, seconds_fp32 = (
-        {row["name"]: row["ratio"] for row in performance[f"step-{precision}"]["rows"]}
-        for precision in ("bf16", "fp32")
-    )
+    seconds = {row["name"]: row["ratio"] for row in step["rows"]}
     kept = {
         row["name"]: row["at_most_mib"]
         for row in memory["rows"]
         if row["timesteps"] == step["timesteps"]
     }
-    groups = (
-        ("time of a training\nstep, bf16", seconds),
-        ("the same, fp32", seconds_fp32),
-        ("memory kept for the\nbackward pass, bf16", kept),
-    )
     names = [name for name in NAMES if name in seconds]
-    for group, (_, values) in enumerate(groups):
+    ticks = []
+    for group, (heading, values) in enumerate((("time of a step", seconds), ("activation memory", kept))):
+        first = group * (len(names) + 1.6)
+        axis.text(0.02, first - 0.9, heading, va="center", fontsize=FONT, fontweight="bold")
         for i, name in enumerate(names):
-            label, colour = NAMES[name]
             ratio = values[name] / values["relu"]
-            y = group * (len(names) + 1) + i
-            axis.barh(y, ratio, color=colour, label=None if group else label)
-            size = f"  ({values[name]:.0f} MiB/image)" if values is kept else ""
-            text = f"{ratio:.2f}{size}"
-            # White background, since the line at 1 would cross it.
-            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-            axis.text(ratio + 0.03, y, text, va="center", fontsize=8, bbox=behind)
-    # A group's label stands between its bars.
-    middle = (len(names) - 1) / 2
-    ticks = [middle + group * (len(names) + 1) for group in range(len(groups))]
-    axis.set_yticks(ticks, [text for text, _ in groups], fontsize=9)
-    axis.axvline(1, color=RELU, linestyle=":", linewidth=1)
+            axis.barh(first + i, ratio, color=NAMES[name][1])
+            axis.text(ratio + 0.04, first + i, f"{ratio:.2f}", va="center", fontsize=FONT)
+            ticks.append(first + i)
+    axis.set_yticks(ticks, 2 * [NAMES[name][0] for name in names])
     axis.invert_yaxis()
-    axis.set_xlim(0, 3.6)
-    what = f"{step['model']}, T={step['timesteps']}, on 2 CPU threads"
-    axis.set_xlabel(f"multiple of the ReLU network's\n({what})", fontsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
-    # No place beside the bars is free for all lengths of bars.
-    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2)
-    title(axis, "At the price of a ReLU network")
+    axis.set_ylim(axis.get_ylim()[0], -1.3)
+    axis.set_xlim(0, 2.7)
+    axis.set_xticks([])
+    axis.spines[["left", "bottom"]].set_visible(False)
+    axis.tick_params(length=0)
 
 
 if __name__ == "__main__":

@@ -269,17 +269,23 @@ def test_readmes_figure_shows_the_numbers_that_are_in_the_project(
         json.loads((tiny.PROJECT / "docs" / file).read_text())
         for file in ("results/early_exit_dvs128_objects.json", "performance/results.json")
     )
-    _, exits, costs = drawn[0].axes
-    diamonds = [line.get_ydata().item() for line in exits.lines if line.get_marker() == "D"]
-    assert diamonds == [
-        pytest.approx(mean(r["chosen_exit"]["top1"] for r in study["runs"] if r["entry"] == entry))
-        for entry in ("sdt", "tet")
-    ]
+    exits, costs = drawn[0].axes
+    assert exits.get_legend() is costs.get_legend() is None
+    points = [line for line in exits.lines if line.get_marker() == "o"]
+    for entry, label, point, text in zip(
+        ("sdt", "tet"), ("usual loss", "TET"), points[::-1], exits.texts[::-1], strict=True
+    ):
+        exit_of = [run["chosen_exit"] for run in study["runs"] if run["entry"] == entry]
+        x, y = (mean(one[key] for one in exit_of) for key in ("mean_timesteps", "top1"))
+        assert [point.get_xdata().item(), point.get_ydata().item()] == pytest.approx([x, y])
+        assert text.get_text() == f"{label}: {y:.1f} % after {x:.2f} timesteps"
     names = ("spikingjelly, eager", "relu", "tetdist, none", "tetdist, blocks")
-    for first, precision in ((0, "bf16"), (4, "fp32")):
-        ratios = {row["name"]: row["ratio"] for row in performance[f"step-{precision}"]["rows"]}
-        bars = [bar.get_width() for bar in costs.patches[first : first + 4]]
-        assert bars == pytest.approx([ratios[name] for name in names])
+    times = {row["name"]: row["ratio"] for row in performance["step-bf16"]["rows"]}
+    rows = [row for row in performance["memory-bf16"]["rows"] if row["timesteps"] == 4]
+    memory = {row["name"]: row["at_most_mib"] for row in rows}
+    assert [bar.get_width() for bar in costs.patches] == pytest.approx(
+        [values[name] / values["relu"] for values in (times, memory) for name in names]
+    )
     assert draw(["--study", "/nowhere"]) == 2
     assert "No such file" in capsys.readouterr().err
 
