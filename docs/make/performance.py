@@ -221,6 +221,12 @@ def report(found: dict[str, dict[str, Any]], options: argparse.Namespace, figure
 
 After this page you know the time and memory of a training step, and how to measure them yourself.
 
+```
+python tools/bench.py model --model sew_resnet34 --precision bf16        # time of a step
+python tools/bench.py memory --model sew_resnet34 --precision bf16       # activation memory
+python tools/bench.py --help                                             # everything else
+```
+
 Made by `python docs/make/performance.py --results FOLDER --output docs/performance.md`, which keeps
 its measurements in FOLDER, on {datetime.date.today():%-d %B %Y}; {machine["device"]},
 {machine["threads"]} threads, Python {machine["python"]}, torch {machine["torch"]}.
@@ -231,8 +237,10 @@ its measurements in FOLDER, on {datetime.date.today():%-d %B %Y}; {machine["devi
   update.
 * **Times.** The contestants of one command (see the end of this page) take turns, step by step.
   Times are medians, and ratios are medians of each round's ratio.
-* **Processes.** On a CPU each contestant is a separate process. Its threads wait for each other
-  asleep or spinning (OMP_WAIT_POLICY is PASSIVE or not set), whichever is faster here.""",
+* **Processes.** On a CPU each contestant is a separate process. A thread that waits for the others
+  either sleeps ("passively", OMP_WAIT_POLICY=PASSIVE) or checks again and again ("actively", the
+  variable is not set). tetdist waits passively, as in training; each other contestant waits in the
+  way that is faster for it.""",
         f"""## {network}, T=4, {size} pixels, batch {step["batch"]}
 
 {step_table(found, "step")}
@@ -275,7 +283,8 @@ until the end of the backward pass.
         parts.append(gpu_text(json.loads(options.gpu.read_text())))
     if gpu := gpu_section(options.output):
         parts.append(gpu)
-    parts.append(f"## The commands\n\n{commands}")
+    parts.append(LIMITS.strip())
+    parts.append(f"## All commands\n\n{commands}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -336,6 +345,19 @@ def gpu_section(page: Path) -> str:
     return found[0].strip() if found else ""
 
 
+LIMITS = """
+## Limits
+
+* **GPUs.** No GPU has run these kernels: "The GPU path, computed" is arithmetic.
+* **Other programs** used this machine at times. Compare seconds only within a run; ratios are
+  within a run.
+* **Days.** On 25 November the machine was about twice as fast. Seconds of that day cannot be
+  compared with those of other days; memory can.
+"""
+# Words for what tools/bench.py records of the threads that wait.
+WAITING = {"asleep": "passively", "spinning": "actively"}
+
+
 def step_table(found: dict[str, dict[str, Any]], kind: str) -> str:
     rows = [
         [
@@ -345,12 +367,12 @@ def step_table(found: dict[str, dict[str, Any]], kind: str) -> str:
             f"{row['ratio']:.3f}",
             f"{row['images_per_s']:.2f}",
             f"{row['warm_up']:.1f}",
-            row.get("waiting") or "",
+            WAITING.get(row.get("waiting"), ""),
         ]
         for precision in ("fp32", "bf16")
         for row in found[f"{kind}-{precision}"]["rows"]
     ]
-    head = ["", "", "s", "/ ReLU", "images/s", "first two steps, s", "waits"]
+    head = ["", "", "s", "/ ReLU", "images/s", "first two steps, s", "threads wait"]
     return markdown(head, rows)
 
 
@@ -365,17 +387,14 @@ def older(found: dict[str, dict[str, Any]]) -> str:
         return ""
     return """
 
-The sections below, except "Several processes" and "Data loading", were measured on 25 November
-2026. On that day all contestants took turns in one process whose threads waited asleep. The tables
-above were also measured in that way, for comparison:
+The sections below, except those that name another day, "Several processes" and "Data loading",
+were measured on 25 November 2026. On that day all contestants took turns in one process whose
+threads waited passively. The tables above were also measured in that way, for comparison:
 
 | times the ReLU network's step, 25 November | fp32 | bf16 |
 | --- | --- | --- |
 | spikingjelly | 1.43 | 1.93 |
-| tetdist | 0.97 | 1.00 |
-
-The machine was about twice as fast on that day. Seconds below therefore cannot be compared with
-those above; memory can."""
+| tetdist | 0.97 | 1.00 |"""
 
 
 def compiled_peer(found: dict[str, dict[str, Any]]) -> str:
@@ -428,20 +447,30 @@ def transformers_text(found: dict[str, dict[str, Any]]) -> str:
                         kept["name"],
                         f"{step['seconds']:.3f}" if step else "",
                         f"{step['ratio']:.3f}" if step else "",
-                        (step.get("waiting") or "") if step else "",
+                        WAITING.get(step.get("waiting"), "") if step else "",
                         f"{kept['after_forward_mib']:.1f} ({kept['at_most_mib']:.1f})",
                         f"{fraction:.2f}",
                     ]
                 )
-    head = ["", "T", "batch", "", "", "s", "/ first", "waits", "MiB an image (at most)", "fraction"]
+    head = [
+        "",
+        "T",
+        "batch",
+        "",
+        "",
+        "s",
+        "/ first",
+        "threads wait",
+        "MiB an image (at most)",
+        "fraction",
+    ]
     peer = found[f"{TRANSFORMERS[0][0]}-fp32"]["rows"][-1]["name"].startswith("spikingjelly")
     text = """
 
 spikingjelly's network has torch's layers and spikingjelly's neurons in multi-step mode, built like
 the authors' code (tetdist/apps/benchmarks/peers.py; a test compares its logits with ours). MiB
 are kept for the backward pass, as below; the last column is their fraction of spikingjelly's.
-Other programs used this machine at times: compare seconds only within a run; ratios are within a
-run. Empty cells were not measured."""
+Empty cells were not measured."""
     return markdown(head, rows) + (text if peer else "")
 
 

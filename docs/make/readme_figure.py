@@ -126,7 +126,9 @@ def draw_cost(figure: Any, performance: dict[str, Any]) -> None:
     }
     names = [name for name in NAMES if name in seconds]
     ticks = []
-    for group, (heading, values) in enumerate((("time of a step", seconds), ("activation memory", kept))):
+    for group, (heading, values) in enumerate(
+        (("time of a step", seconds), ("activation memory", kept))
+    ):
         first = group * (len(names) + 1.6)
         axis.text(0.02, first - 0.9, heading, va="center", fontsize=FONT, fontweight="bold")
         for i, name in enumerate(names):
