@@ -169,6 +169,8 @@ def commands_page() -> str:
     lines = [
         "# Commands",
         "",
+        "After this page you know every command and its options.",
+        "",
         "In a checkout, run `python tools/COMMAND.py`, `python launch/slurm.py` or",
         "`python tetdist/train.py`; with the installed package, `tetdist COMMAND`. Each has",
         "`--help`.",
@@ -215,6 +217,8 @@ def configuration_page() -> str:
     lines = [
         "# Configuration keys",
         "",
+        "After this page you know every key, its allowed values and its default.",
+        "",
         "Set keys in a YAML file, or override one on the command line with `key=value`. Keys are",
         "dotted, and items of a list are numbered from 0: `phases.0.epochs=10`. `--explain KEY`",
         "shows these texts in a terminal; `--print-config` shows the values of a run, the file",
@@ -246,6 +250,8 @@ def recipes_page() -> str:
     """Return the page of all recipes in configs/, with their headers."""
     lines = [
         "# Recipes",
+        "",
+        "After this page you can choose a recipe and know what it needs and reaches.",
         "",
         "The files of `configs/`. The header of each names its command, its hardware, and its",
         "known results. `--config NAME.yaml` finds it from any folder.",
