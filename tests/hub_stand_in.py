@@ -229,7 +229,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self._send(200, found[path], commit | {"ETag": f'"{oid}"'})
 
         def _readable(self, repo: str, revision: str) -> dict[str, bytes] | None:
-            """The files of a revision; None where it was said that there are none to be seen."""
+            """The files of a revision; None after an answer of 404."""
             there = hub.repositories.get(repo)
             if there is None or (there.private and not self._is_known()):
                 self._say(404, {}, {"X-Error-Code": "RepoNotFound"})

@@ -87,7 +87,7 @@ def test_tet_equals_the_papers_formula(
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_pull_is_to_1_where_nothing_is_said() -> None:
+def test_the_pull_is_to_1_by_default() -> None:
     logits, target = _random(3, 4, 5)
     assert tet_loss(logits, target, lambda_=0.3) == tet_loss(logits, target, lambda_=0.3, phi=1.0)
     assert tet_loss(torch.ones_like(logits), target, lambda_=1.0) == 0

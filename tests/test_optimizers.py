@@ -114,7 +114,7 @@ def test_layer_decay_of_a_network_that_knows_no_layers() -> None:
     "kind", ["sgd", "adam", "adamw", "timm:muon", "timm:lion", "timm:adan", "timm:lamb"]
 )
 def test_optimisers_skip_and_continue(kind: str) -> None:
-    """To the bit: a step that is told to be none, and what is continued of a saved state."""
+    """Bitwise: a step that `found_inf` skips, and the continuation of a saved state."""
 
     def model_of() -> nn.Module:
         torch.manual_seed(0)

@@ -179,8 +179,8 @@ def test_a_checkpoint_asks_for_its_files_and_imports_none(
             del sys.modules[name]
         capfd.readouterr()
         assert command(arguments) == 2
-        said = capfd.readouterr().err
-        assert f"add --import {run}/imports/my_snn.py" in said
+        errors = capfd.readouterr().err
+        assert f"add --import {run}/imports/my_snn.py" in errors
         assert f"{plugins.PACKAGE}.my_snn" not in sys.modules
         assert command([*arguments, "--import", str(run / "imports/my_snn.py")]) == 0
         (tmp_path / "my_snn.py").write_text(FILES["my_snn.py"] + "\n")
@@ -193,7 +193,7 @@ def test_a_checkpoint_asks_for_its_files_and_imports_none(
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("raise LookupError('of mine')", "bad.py:1 raises LookupError: of mine"),
         ("x = (", "bad.py:1 raises SyntaxError"),
@@ -208,12 +208,12 @@ def test_a_checkpoint_asks_for_its_files_and_imports_none(
         ),
     ],
 )
-def test_a_bad_file_is_one_sentence(tmp_path: Path, text: str, said: str) -> None:
+def test_a_bad_file_is_one_sentence(tmp_path: Path, text: str, expected: str) -> None:
     import timm
 
     before = timm.model_entrypoint("resnet18")
     (tmp_path / "bad.py").write_text(text + "\n")
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(expected)):
         import_files([tmp_path / "bad.py"])
     assert timm.model_entrypoint("resnet18") is before
     assert f"{plugins.PACKAGE}.bad" not in sys.modules
@@ -242,7 +242,7 @@ def test_one_file_may_use_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "uses", "said"),
+    ("text", "uses", "expected"),
     [
         (
             "from tetdist.losses import register_loss\n@register_loss('rows')\n"
@@ -322,17 +322,17 @@ def test_a_mistake_that_shows_later_is_one_sentence(
     tmp_path: Path,
     text: str,
     uses: dict[str, Any],
-    said: str,
+    expected: str,
 ) -> None:
     (tmp_path / "bad.py").write_text(text)
     outcome = main(tiny_config({"imports": ["bad.py"]} | uses))
     assert outcome.status == 2, outcome.text
-    assert said in outcome.text
+    assert expected in outcome.text
 
 
 @pytest.mark.long
 def test_every_optimiser_of_timm_steps_or_is_refused() -> None:
-    """And leaves everything alone when it is told so."""
+    """And changes nothing when `found_inf` is set."""
     import torch
     from timm.optim import list_optimizers
 
@@ -365,7 +365,7 @@ def test_every_optimiser_of_timm_steps_or_is_refused() -> None:
 
 
 def test_optimiser_that_is_none(main: Main, tiny_config: ConfigWriter) -> None:
-    for kind, said in (
+    for kind, message in (
         ("timm:adma", "timm has no optimiser 'adma'"),
         ("adma", "there is no optimiser 'adma'; did you mean adam"),
         ("timm:adahessian", "needs second derivatives"),
@@ -374,4 +374,4 @@ def test_optimiser_that_is_none(main: Main, tiny_config: ConfigWriter) -> None:
         changes = {"phases.0.optimizer": {"kind": kind, "lr": 0.1}, "zero_stage": 1}
         outcome = main(tiny_config(changes | {"engine": "deepspeed"}))
         assert outcome.status == 2
-        assert said in outcome.text
+        assert message in outcome.text

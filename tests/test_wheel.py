@@ -48,9 +48,9 @@ def tetdist(installed: Path, cwd: Path, *arguments: object, status: int = 0) -> 
     )
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
-    said = (done.stdout + done.stderr).replace(sys.executable, "python")
-    assert str(tiny.PROJECT) not in said
-    return said
+    output = (done.stdout + done.stderr).replace(sys.executable, "python")
+    assert str(tiny.PROJECT) not in output
+    return output
 
 
 def test_everything_is_in_it(installed: Path) -> None:
@@ -66,8 +66,8 @@ def test_commands_answer_without_a_checkout(installed: Path, tmp_path: Path) -> 
 
     assert set(COMMANDS) <= set(tetdist(installed, tmp_path, "--help").split())
     for command in COMMANDS:
-        said = tetdist(installed, tmp_path, command, "--help")
-        assert said.startswith(f"usage: tetdist {command}"), said
+        output = tetdist(installed, tmp_path, command, "--help")
+        assert output.startswith(f"usage: tetdist {command}"), output
     assert re.fullmatch(r"tetdist \d+\.\d+\.\d+\n", tetdist(installed, tmp_path, "--version"))
     listed = tetdist(installed, tmp_path, "list")
     assert "  sew34_t4.yaml " in listed
@@ -81,8 +81,8 @@ def test_a_run_without_a_checkout(installed: Path, tmp_path: Path, tiny_root: Pa
     )
     assert "name: sew_resnet34" in shown
     file = tiny.write_config(tmp_path / "tiny.yaml", tiny_root, {"engine": "torch", "max_steps": 2})
-    said = tetdist(installed, tmp_path, "train", "--config", file)
-    assert f"tetdist eval --checkpoint {tmp_path / 'runs' / 'tiny'}" in said
+    output = tetdist(installed, tmp_path, "train", "--config", file)
+    assert f"tetdist eval --checkpoint {tmp_path / 'runs' / 'tiny'}" in output
 
 
 @pytest.mark.long
@@ -91,9 +91,9 @@ def test_a_job_without_a_checkout(installed: Path, tmp_path: Path, tiny_root: Pa
     file = tiny.write_config(tmp_path / "tiny.yaml", tiny_root, {"engine": "torch", "max_steps": 2})
     planned = ("slurm", "--config", file, "--gpus-per-node", "0", "--dry-run")
     assert "#SBATCH" in tetdist(installed, tmp_path, *planned)
-    said = tetdist(installed, tmp_path, "slurm", "--config", file, "--local", "1")
+    output = tetdist(installed, tmp_path, "slurm", "--config", file, "--local", "1")
     run = tmp_path / "runs" / "tiny"
-    assert f"tetdist eval --checkpoint {run}" in said
+    assert f"tetdist eval --checkpoint {run}" in output
     assert (run / "slurm/submission-1/code/tetdist/configs/sew34_t4.yaml").is_file()
     assert "top-1" in tetdist(installed, tmp_path, "eval", "--checkpoint", run, "--device", "cpu")
     missing = tetdist(installed, tmp_path, "train", "--config", file, "data.root=gone", status=2)

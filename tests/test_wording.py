@@ -6,7 +6,7 @@ from tetdist.wording import are, counted, duration
 
 
 @pytest.mark.parametrize(
-    ("number", "thing", "said"),
+    ("number", "thing", "expected"),
     [
         (0, "problem", "0 problems"),
         (1, "problem", "1 problem"),
@@ -16,8 +16,8 @@ from tetdist.wording import are, counted, duration
         (1234567, "image", "1,234,567 images"),
     ],
 )
-def test_one_is_singular(number: int, thing: str, said: str) -> None:
-    assert counted(number, thing) == said
+def test_one_is_singular(number: int, thing: str, expected: str) -> None:
+    assert counted(number, thing) == expected
 
 
 def test_one_thing_is_and_others_are() -> None:
@@ -25,7 +25,7 @@ def test_one_thing_is_and_others_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "expected"),
     [
         (0.3, "0 s"),
         (45, "45 s"),
@@ -38,5 +38,5 @@ def test_one_thing_is_and_others_are() -> None:
         (86_400 + 59, "1 d"),
     ],
 )
-def test_a_time_has_its_two_largest_units(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+def test_a_time_has_its_two_largest_units(seconds: float, expected: str) -> None:
+    assert duration(seconds) == expected

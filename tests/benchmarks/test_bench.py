@@ -195,7 +195,7 @@ def test_processes_are_timed_alone_apart_and_together(tmp_path: Path, engine: st
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["model", "--model", "resnet99"], "'resnet99' is not a spiking model"),
         (["model", "--model", "resnet34"], "'resnet34' is not a spiking model"),
@@ -211,14 +211,14 @@ def test_processes_are_timed_alone_apart_and_together(tmp_path: Path, engine: st
     ],
 )
 def test_wrong_flags_are_named_at_once(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
         status = main(arguments)
     except SystemExit as ended:
         status = ended.code
     assert status == 2
-    assert said in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 def test_33_pixels_are_enough_for_imagenets_networks() -> None:

@@ -8,7 +8,7 @@ from tetdist.apps.benchmarks import turns
 
 
 class Pretended:
-    """A process by what it is told: a step takes 2 s asleep, or what ``spinning`` says."""
+    """A process, from given numbers: a step takes 2 s asleep, or ``spinning`` seconds."""
 
     spinning = 1.0
     alive: list["Pretended"] = []  # noqa: RUF012  # shared on purpose

@@ -118,7 +118,7 @@ def test_the_plan_and_the_document_read_what_is_written(here: Machine, tmp_path:
     assert "| rates | ok | fast |" in text
 
 
-def test_what_is_bad_is_told_with_its_remedy(here: Machine) -> None:
+def test_a_fault_is_reported_with_its_remedy(here: Machine) -> None:
     def broken(_: Machine) -> Finding:
         raise RuntimeError("CUDA error: an illegal memory access\nmore")
 
@@ -416,7 +416,7 @@ def test_a_gpu_that_torch_is_not_built_for(
     assert "whl/cu130" in str(found.remedy)
 
 
-def test_a_machine_whose_gpu_torch_does_not_see_is_told_what_to_install(
+def test_a_machine_whose_gpu_torch_does_not_see_learns_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str]]
 ) -> None:
     """A driver that is too old ends in a table and a file like any other finding."""

@@ -1,4 +1,4 @@
-"""What is concluded from the findings of several processes, and what mends what."""
+"""Conclusions from the findings of several processes, and the remedies."""
 
 import dataclasses
 import subprocess

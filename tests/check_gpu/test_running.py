@@ -1,4 +1,4 @@
-"""The checks come to an end, and what they have found is told, whatever happens to a process."""
+"""The checks end and report their findings, whatever happens to a process."""
 
 import dataclasses
 import json
@@ -210,7 +210,7 @@ def fine(_: Machine) -> Finding:
     return Finding("ok", "7 of 7")
 
 
-def test_a_file_that_cannot_be_written_is_said_before_anything_is_checked(
+def test_a_file_that_cannot_be_written_is_reported_before_anything_is_checked(
     tmp_path: Path, call: Callable[..., tuple[int, str]]
 ) -> None:
     for file in (tmp_path, tmp_path / "none" / "x.json", Path("/proc/x.json")):

@@ -259,7 +259,7 @@ def test_overrides(tiny_config: ConfigWriter) -> None:
         ),
         ({"name": "qkformer_10_384", "neuron": {"kind": "plif"}}, PLIF()),
         ({"name": "espikeformer_s"}, NILIF()),
-        # No key of a LIF alone, though the kind is not said.
+        # No key of a LIF alone, though the kind is not set.
         ({"name": "espikeformer_s", "neuron": {"most_spikes": 2}}, NILIF(most_spikes=2)),
     ],
 )
@@ -286,7 +286,7 @@ def test_list_item_of_a_default_can_be_overridden(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected"),
     [
         # Each says whose mistake it is, and what to write instead.
         ("seed=one", "seed=one: 'seed': input should be a valid integer, not 'one'"),
@@ -326,17 +326,19 @@ def test_list_item_of_a_default_can_be_overridden(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistaken_override_is_named_and_not_the_file(
-    tiny_config: ConfigWriter, override: str, said: str
+    tiny_config: ConfigWriter, override: str, expected: str
 ) -> None:
     file = str(tiny_config({"seed": 0}))
     with pytest.raises(UserError) as caught:
         load(file, ["profile=null", override])
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert override in str(caught.value)
     assert file not in str(caught.value)
 
 
-def test_mistakes_of_the_file_and_of_an_override_are_told_apart(tiny_config: ConfigWriter) -> None:
+def test_mistakes_of_the_file_and_of_an_override_are_distinguished(
+    tiny_config: ConfigWriter,
+) -> None:
     file = str(tiny_config({"sede": 1}))
     with pytest.raises(UserError) as caught:
         load(file, ["log_every=x"])
@@ -346,7 +348,7 @@ def test_mistakes_of_the_file_and_of_an_override_are_told_apart(tiny_config: Con
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (["seed=1", "seed=2"], "seed is given twice, as seed=1 and as seed=2"),
         (["seed=1", "log_every=2", "seed=1"], "seed is given twice"),
@@ -358,11 +360,11 @@ def test_mistakes_of_the_file_and_of_an_override_are_told_apart(tiny_config: Con
     ],
 )
 def test_what_would_be_undone_in_silence_is_refused(
-    tiny_config: ConfigWriter, overrides: list[str], said: str
+    tiny_config: ConfigWriter, overrides: list[str], expected: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         load(str(tiny_config()), overrides)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_later_layers_of_overrides_replace_earlier_ones() -> None:
@@ -383,7 +385,7 @@ def _laughs(levels: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("a: &x [*x]", "contains an alias of itself"),
         ("a: &x {b: {c: *x}}", "contains an alias of itself"),
@@ -403,16 +405,16 @@ def _laughs(levels: int) -> str:
     ],
 )
 def test_yaml_without_an_end_or_a_meaning(
-    tiny_config: ConfigWriter, tmp_path: Path, text: str, said: str
+    tiny_config: ConfigWriter, tmp_path: Path, text: str, expected: str
 ) -> None:
     file = tmp_path / "odd.yaml"
     file.write_text(text)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=expected) as caught:
         read_yaml(file)
     assert str(file) in str(caught.value)
     value = text.removeprefix("a: ")
     if value != text and "<<" not in text:
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=expected) as caught:
             load(str(tiny_config()), [f"name={value}"])
         assert "name=" in str(caught.value)
 
@@ -557,8 +559,8 @@ def test_some_keys_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
         "With kind=plif, the allowed values are: number > 0 and < 1.",
         "With kind=ilif or nilif, the default is 0.25.",
     )
-    said = capsys.readouterr().out
-    assert all(one in said for one in of_kinds)
+    output = capsys.readouterr().out
+    assert all(one in output for one in of_kinds)
     assert train.main(["--explain", "bach"]) == 2
     assert "no key 'bach'" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""A configuration may say only what differs from another; who asks is told what is from where."""
+"""A configuration may set only its differences from another; each value's origin is printed."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def written(file: Path, text: str) -> str:
     return str(file)
 
 
-def test_only_what_differs_is_said(tmp_path: Path) -> None:
+def test_only_differences_are_written(tmp_path: Path) -> None:
     own = written(
         tmp_path / "mine.yaml",
         "base: sew34_t4.yaml\n"
@@ -62,14 +62,14 @@ def test_a_base_is_beside_the_file_and_may_have_a_base(tmp_path: Path) -> None:
     ]
 
 
-def test_a_key_without_effect_is_said_of_the_file_that_sets_it(
+def test_a_key_without_effect_is_reported_of_the_file_that_sets_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     written(tmp_path / "first.yaml", "base: quickstart\nloss: {lambda: 0.1}\n")
     own = written(tmp_path / "second.yaml", "base: first.yaml\nloss: {kind: sdt, phi: 2.0}\n")
     load(own)
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("loss.phi has no effect with loss.kind=sdt")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("loss.phi has no effect with loss.kind=sdt")
 
 
 def test_printed_configuration_says_where_each_value_is_from(
@@ -79,15 +79,15 @@ def test_printed_configuration_says_where_each_value_is_from(
     overrides = ["data={root: x, kind: images, image_size: 8, resize: 8}"]
     assert train.main(["--config", own, "--print-config", *overrides]) == 0
     lines = [line.partition("  # ") for line in capsys.readouterr().out.splitlines()]
-    said = {text.strip(): Path(origin).name for text, separator, origin in lines if separator}
-    assert said["seed: 5"] == said["- epochs: 4"] == "mine.yaml"
-    assert said["name: mine"] == "mine.yaml"
-    assert said["root: x"] == COMMAND_LINE
-    assert said["deterministic: false"] == DEFAULT
+    origins = {text.strip(): Path(origin).name for text, separator, origin in lines if separator}
+    assert origins["seed: 5"] == origins["- epochs: 4"] == "mine.yaml"
+    assert origins["name: mine"] == "mine.yaml"
+    assert origins["root: x"] == COMMAND_LINE
+    assert origins["deterministic: false"] == DEFAULT
     # What an override replaced as a whole comes from nowhere else.
-    assert said["flip: 0.5"] == DEFAULT
-    assert said["- 0.485"] == DEFAULT
-    assert said["padding: 4"] == f"{DEFAULT}; no effect with data.crop=resized"
+    assert origins["flip: 0.5"] == DEFAULT
+    assert origins["- 0.485"] == DEFAULT
+    assert origins["padding: 4"] == f"{DEFAULT}; no effect with data.crop=resized"
 
 
 def test_arguments_are_those_of_the_named_network(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_files_to_be_imported_add_up(tmp_path: Path) -> None:
         assert [Path(one).name for one in config.imports] == ["one.py", "two.py"]
 
 
-def test_a_mistake_is_told_of_the_file_that_it_is_in(tmp_path: Path) -> None:
+def test_a_mistake_names_the_file_that_it_is_in(tmp_path: Path) -> None:
     written(tmp_path / "base.yaml", "base: quickstart\nlog_every: often\n")
     own = written(tmp_path / "mine.yaml", "base: base.yaml\nsede: 1\n")
     with pytest.raises(UserError) as caught:

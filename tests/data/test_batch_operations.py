@@ -69,7 +69,7 @@ def values_of(name: str, size: int) -> list[float]:
 
 @pytest.mark.parametrize("size", [(40, 30), (33, 65)])
 @pytest.mark.parametrize("name", TORCHVISIONS)
-def test_each_operation_is_torchvisions_to_the_bit(name: str, size: tuple[int, int]) -> None:
+def test_each_operation_is_torchvisions_bitwise(name: str, size: tuple[int, int]) -> None:
     values = values_of(name, size[1])
     operations = [[Operation(name, value)] for value in values for _ in range(4)]
     batch = images(len(operations), *size)
@@ -106,9 +106,7 @@ TIMMS_VALUES = {
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(40, 30), (33, 65)])
-def test_what_only_timm_has_is_pillows_to_the_bit(
-    interpolation: Any, size: tuple[int, int]
-) -> None:
+def test_what_only_timm_has_is_pillows_bitwise(interpolation: Any, size: tuple[int, int]) -> None:
     output = dataclasses.replace(OUTPUT, interpolation=interpolation)
     each = [Operation(name, value) for name, values in TIMMS_VALUES.items() for value in values]
     operations = [[operation] for operation in each for _ in range(4)]

@@ -50,9 +50,9 @@ def cifar10(changes: dict[str, bytes | None] | None = None) -> dict[str, bytes]:
 
 
 def test_cifar10(call: Call, tmp_path: Path) -> None:
-    status, said = call("cifar.py", archive(tmp_path / "ten.tar.gz", cifar10()), tmp_path / "ten")
-    assert status == 0, said
-    assert "20 images to train and 10 to validate, in 10 classes" in said
+    status, output = call("cifar.py", archive(tmp_path / "ten.tar.gz", cifar10()), tmp_path / "ten")
+    assert status == 0, output
+    assert "20 images to train and 10 to validate, in 10 classes" in output
     files = sorted((tmp_path / "ten" / "train" / "class3").iterdir())
     assert [file.name for file in files] == ["00005.png", "00007.png"]
     # They are the second and the fourth image of the second file.
@@ -75,10 +75,10 @@ def test_cifar100_takes_the_fine_label(call: Call, tmp_path: Path) -> None:
         "cifar-100-binary/fine_label_names.txt": "\n".join(HUNDRED).encode(),
         "cifar-100-binary/coarse_label_names.txt": b"animals\n",
     }
-    status, said = call(
+    status, output = call(
         "cifar.py", archive(tmp_path / "hundred.tar.gz", contents), tmp_path / "hundred"
     )
-    assert status == 0, said
+    assert status == 0, output
     (file,) = (tmp_path / "hundred" / "train" / "fine_42").iterdir()
     assert np.array_equal(np.asarray(Image.open(file)), pixels[42])
 
@@ -87,8 +87,8 @@ def test_the_first_of_each_class(call: Call, tmp_path: Path) -> None:
     three_each = records([[k] for k in range(10)] * 3, 0)[0]
     contents = cifar10({"test_batch.bin": three_each})
     file = archive(tmp_path / "ten.tar.gz", contents)
-    status, said = call("cifar.py", file, tmp_path / "ten", "--per-class", "1,2")
-    assert (status, "10 images to train and 20 to validate" in said) == (0, True)
+    status, output = call("cifar.py", file, tmp_path / "ten", "--per-class", "1,2")
+    assert (status, "10 images to train and 20 to validate" in output) == (0, True)
     (first,) = (tmp_path / "ten" / "train" / "class3").iterdir()
     assert first.name == "00005.png"
 
@@ -105,10 +105,10 @@ def test_pickles_are_refused_and_not_opened(call: Call, tmp_path: Path) -> None:
             "cifar-10-batches-py/batches.meta": pickle.dumps(Trap()),
         },
     )
-    status, said = call("cifar.py", file, tmp_path / "ten")
+    status, output = call("cifar.py", file, tmp_path / "ten")
     assert status == 2
-    assert "pickles" in said
-    assert "cifar-10-binary.tar.gz" in said
+    assert "pickles" in output
+    assert "cifar-10-binary.tar.gz" in output
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
@@ -129,11 +129,11 @@ def test_pickles_are_refused_and_not_opened(call: Call, tmp_path: Path) -> None:
 def test_a_wrong_archive_is_named(
     call: Call, tmp_path: Path, changes: dict[str, bytes | None], words: tuple[str, ...]
 ) -> None:
-    status, said = call(
+    status, output = call(
         "cifar.py", archive(tmp_path / "ten.tar.gz", cifar10(changes)), tmp_path / "ten"
     )
     assert status == 2
-    assert [word for word in ("ten.tar.gz", *words) if word not in said] == [], said
+    assert [word for word in ("ten.tar.gz", *words) if word not in output] == [], output
     assert not (tmp_path / "ten").exists()
 
 
@@ -148,14 +148,14 @@ def test_names_that_lead_away_are_not_followed(call: Call, tmp_path: Path) -> No
 def test_no_archive_and_no_room(call: Call, tmp_path: Path) -> None:
     (tmp_path / "text.tar.gz").write_text("hello")
     for name in ("text.tar.gz", "none.tar.gz"):
-        status, said = call("cifar.py", tmp_path / name, tmp_path / "ten")
-        assert (status, name in said) == (2, True)
+        status, output = call("cifar.py", tmp_path / name, tmp_path / "ten")
+        assert (status, name in output) == (2, True)
     whole = archive(tmp_path / "ten.tar.gz", cifar10())
     torn = tmp_path / "torn.tar.gz"
     torn.write_bytes(whole.read_bytes()[:-2000])
-    status, said = call("cifar.py", torn, tmp_path / "ten")
-    assert (status, "torn.tar.gz cannot be read" in said) == (2, True)
+    status, output = call("cifar.py", torn, tmp_path / "ten")
+    assert (status, "torn.tar.gz cannot be read" in output) == (2, True)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").touch()
-    status, said = call("cifar.py", whole, tmp_path / "taken")
-    assert (status, "not empty" in said) == (2, True)
+    status, output = call("cifar.py", whole, tmp_path / "taken")
+    assert (status, "not empty" in output) == (2, True)

@@ -117,7 +117,7 @@ def test_a_bad_file_is_named_as_ever(config: RunConfig, tiny_copy: Path, alone: 
         list(islice(batches, 40))
 
 
-def test_a_killed_loader_is_told(config: RunConfig, tiny_copy: Path, alone: World) -> None:
+def test_a_killed_loader_is_reported(config: RunConfig, tiny_copy: Path, alone: World) -> None:
     index = load_index(tiny_copy / "index" / "train.npz")
     for taken in (0, 1, 5):  # Closing ends the process at any moment.
         batches_of(config, index, alone, taken)
@@ -135,7 +135,7 @@ def test_a_killed_loader_is_told(config: RunConfig, tiny_copy: Path, alone: Worl
     assert not multiprocessing.active_children()
 
 
-def test_missing_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -363,8 +363,8 @@ def test_ctrl_c_writes_no_index(image_root, capsys, monkeypatch):
         status = tetdist_command.run("images", ["index", str(root), "--workers", "1"])
     finally:
         signal.signal(signal.SIGINT, before)
-    said = capsys.readouterr().err.splitlines()
-    assert (status, said[-1]) == (130, "stopped; no index was written")
+    errors = capsys.readouterr().err.splitlines()
+    assert (status, errors[-1]) == (130, "stopped; no index was written")
     assert not (root / "index").exists()
 
 

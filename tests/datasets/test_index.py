@@ -74,7 +74,7 @@ def test_workers_do_not_change_the_index(image_root):
     assert progress == [(64, 150), (128, 150), (150, 150)]
 
 
-def test_the_end_of_what_starts_workers_is_told(monkeypatch):
+def test_the_end_of_what_starts_workers_is_reported(monkeypatch):
     def ended(_):  # What multiprocessing raises when that process was sent SIGTERM.
         raise EOFError("unexpected EOF")
 

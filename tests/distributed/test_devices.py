@@ -150,7 +150,7 @@ def test_cores_are_divided_among_those_of_a_host_who_share_them(
 
 
 @pytest.mark.parametrize("before", [None, "3"])
-def test_deepspeed_is_told_the_gpu_that_the_process_sees(
+def test_deepspeed_gets_the_gpu_that_the_process_sees(
     monkeypatch: pytest.MonkeyPatch, before: str | None
 ) -> None:
     """With one visible GPU a process, local rank 3 has GPU 0."""

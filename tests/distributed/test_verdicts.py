@@ -74,7 +74,7 @@ def test_silence_is_death_after_a_while(clock: Clock) -> None:
     assert run.until(SILENCE + 1, silent=(1,), moving=(0, 2)) == expected
 
 
-def test_whoever_is_heard_again_was_not_dead(clock: Clock) -> None:
+def test_a_rank_that_is_heard_again_was_not_dead(clock: Clock) -> None:
     run = Processes(clock, 2, timeout=600)
     assert run.until(SILENCE - 1, silent=(1,), moving=(0,)) is None
     assert run.until(SILENCE + 20, moving=(0,)) is None
@@ -108,7 +108,7 @@ def test_what_is_not_signed_is_not_heard(clock: Clock) -> None:
     assert "rank 1 " in str(run.until(SILENCE + 1, silent=(1,), moving=(0,)))
 
 
-def test_whoever_is_behind_hangs_and_the_others_wait(clock: Clock) -> None:
+def test_a_rank_that_is_behind_hangs_and_the_others_wait(clock: Clock) -> None:
     run = Processes(clock, 3, timeout=20)
     assert run.until(1, moving=(0, 2)) is None
     assert run.until(20) is None
@@ -130,7 +130,7 @@ def test_where_all_hang_a_few_are_named(clock: Clock) -> None:
     assert "and 2 more hangs at step 1; peer_timeout" in verdict
 
 
-def test_end_of_one_is_told_where_the_others_go_on(clock: Clock) -> None:
+def test_end_of_one_is_reported_where_the_others_go_on(clock: Clock) -> None:
     run = Processes(clock, 2, timeout=600)
     run.watches[1]._ended = "ValueError: of rank 1 alone"
     # If all made the same mistake they would all have ended by now.
@@ -139,7 +139,7 @@ def test_end_of_one_is_told_where_the_others_go_on(clock: Clock) -> None:
     assert run.until(60, silent=(1,), moving=(0,)) == expected
 
 
-def test_whoever_has_finished_is_not_missed(clock: Clock) -> None:
+def test_a_rank_that_has_finished_is_not_missed(clock: Clock) -> None:
     run = Processes(clock, 2, timeout=600)
     run.watches[1]._ended = "well"
     run.watches[1]._report_alive()

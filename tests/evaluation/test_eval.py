@@ -454,7 +454,7 @@ def test_bad_checkpoints(run: Path, evaluate: Tool, tmp_path: Path) -> None:
     assert "config.yaml" in broken(evaluate, "--checkpoint", run / "config.yaml")
 
 
-def test_some_of_the_classes_are_found_by_their_names_and_said_to_be_a_subset(
+def test_some_of_the_classes_are_found_by_their_names_and_reported_as_a_subset(
     run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path
 ) -> None:
     from tetdist.datasets import index

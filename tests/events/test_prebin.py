@@ -258,7 +258,7 @@ def spoil(source):
     }
 
 
-def test_bad_recordings_are_named_and_left_out_only_when_told(source, tmp_path, prebin_dvs):
+def test_bad_recordings_are_named_and_left_out_only_by_a_flag(source, tmp_path, prebin_dvs):
     expected = spoil(source)
     status, output = prebin_dvs(source, "--split", "first-80-percent")
     assert status == 2

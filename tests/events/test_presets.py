@@ -130,7 +130,7 @@ def test_a_preset_makes_its_frames_and_splits(name, trees, tmp_path, prebin_dvs)
         assert "split skipped: the split '0-99-test' leaves nothing to train of 'cat'" in output
 
 
-def test_a_split_of_ones_own_is_said_to_have_no_published_result(trees, prebin_dvs):
+def test_a_custom_split_is_reported_to_have_no_published_result(trees, prebin_dvs):
     status, output = prebin_dvs(
         trees["nmnist"], "--preset", "nmnist", "--split", "published,first-90-percent"
     )
@@ -164,7 +164,7 @@ def test_the_whole_data_set_passes_without_a_word(tmp_path):
     )
 
 
-def test_options_beside_a_preset_count_and_are_said(trees, tmp_path, prebin_dvs):
+def test_options_beside_a_preset_count_and_are_reported(trees, tmp_path, prebin_dvs):
     options = ["--preset", "n-cars", "--timesteps", 4, "--size", "20x17", "--bins", "count"]
     status, output = prebin_dvs(trees["n-cars"], *options)
     assert status == 0, output

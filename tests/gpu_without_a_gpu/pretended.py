@@ -279,7 +279,7 @@ class Recorder(TorchDispatchMode):
     """Takes down what is done to tensors on the device while it is active.
 
     Attributes:
-        phase: The part of a step that is running; `launches` are told apart by it.
+        phase: The part of a step that is running; it is noted with `launches`.
         launches: Numbers of kernels by (phase, name).
         waits: All that would have the host wait for the device, with its place: (phase, what).
         refused: Operations that ``torch.use_deterministic_algorithms`` refuses on a GPU.

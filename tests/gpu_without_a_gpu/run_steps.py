@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 WORLD_SIZE = 8
-# The phases by which launches and waits are told apart.
+# The phases by which launches and waits are grouped.
 STEP = ("input", "forward", "teacher", "loss", "backward", "update", "statistics")
 EVALUATION, ASIDE = "evaluation", "shown besides"
 
@@ -63,7 +63,7 @@ class Case:
 
 MISTAKES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "pageable copy": lambda here, _: here.to(DEVICE),
-    "pageable copy, said not to block": lambda here, _: here.to(DEVICE, non_blocking=True),
+    "pageable copy with non_blocking=True": lambda here, _: here.to(DEVICE, non_blocking=True),
     "blocking copy": lambda here, _: here.pin_memory().to(DEVICE),
     "copy to the host": lambda _, there: there.cpu(),
     "copy into a tensor": lambda here, there: there.copy_(here),

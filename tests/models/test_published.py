@@ -516,7 +516,7 @@ def test_bad_option_is_named(name: str, options: dict[str, Any], complaint: str)
         timm.create_model(name, **options)
 
 
-def test_sums_of_spikes_are_as_high_as_is_said() -> None:
+def test_sums_of_spikes_are_as_high_as_documented() -> None:
     """recompute.py keeps what blocks exchange in half a byte; neurons that always fire reach it."""
     model = timm.create_model(
         "qkformer_10_384", widths=(8, 8, 8), heads=2, neuron=LIF(threshold=0.01), num_classes=2

@@ -190,7 +190,7 @@ def test_types(implementation: str, dtype: torch.dtype, shortcut: Shortcut) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
-def test_triton_is_cpp_to_the_bit(shared: bool, dtype: torch.dtype) -> None:
+def test_triton_is_cpp_bitwise(shared: bool, dtype: torch.dtype) -> None:
     """Equal except for sums, which are added in another order."""
     case = Case(shape=(3, 1, 20, 6, 5), shortcut="normalized", shared=shared, dtype=dtype)
     pair, inputs = Pair(case), case.inputs()

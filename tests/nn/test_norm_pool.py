@@ -62,7 +62,7 @@ def test_other_types(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_the_pass_of_gpus_is_that_of_cpus_to_the_bit(dtype: torch.dtype) -> None:
+def test_the_pass_of_gpus_is_that_of_cpus_bitwise(dtype: torch.dtype) -> None:
     """Also with several equal maxima in a window, and with NaN."""
     x = (2 * current_of(dtype=dtype).detach().flatten(0, 1)).round()
     x[0, :, 0, 0], x[1, :, 2, 2] = -torch.inf, torch.nan

@@ -90,9 +90,7 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
         if name != "vggsnn" or how != ("fused", "fp32")  # a large one
     ],
 )
-def test_recomputed_blocks_are_the_same_to_the_bit(
-    name: str, execution: str, precision: str
-) -> None:
+def test_recomputed_blocks_are_the_same_bitwise(name: str, execution: str, precision: str) -> None:
     # Not 16 pixels: bfloat16 convolutions with one output pixel are not bitwise reproducible on
     # every CPU.
     x = images(name, 16 if model_size(name) else 32)

@@ -90,7 +90,7 @@ on_gpu = [
     [torch.bfloat16, torch.float32, pytest.param(torch.float64, marks=pytest.mark.long)],
     ids=str,
 )
-def test_spikes_bytes_and_membranes_are_those_of_cpp_to_the_bit(
+def test_spikes_bytes_and_membranes_are_those_of_cpp_bitwise(
     dtype: torch.dtype, kind: str, call: str, where: str
 ) -> None:
     neuron = NEURONS[kind]
@@ -236,7 +236,7 @@ def test_all_processes_use_triton_or_none_does(
 
 
 @pytest.mark.usefixtures("undecided")
-def test_where_triton_does_not_work_the_reason_is_said_once(
+def test_where_triton_does_not_work_the_reason_is_reported_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # This device cannot compute, and no driver is called.

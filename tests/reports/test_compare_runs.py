@@ -219,10 +219,10 @@ def test_mistakes_end_in_one_sentence(run_tool: Tool, tmp_path: Path) -> None:
     empty.mkdir()
 
     def mistaken(*arguments: object) -> str:
-        status, _, said = run_tool(*arguments)
+        status, _, errors = run_tool(*arguments)
         assert status == 2
-        assert said.count("\n") == 1
-        return said
+        assert errors.count("\n") == 1
+        return errors
 
     assert f"error: {empty} is not a run folder, because it has no" in mistaken(a, empty)
     assert f"there is no {tmp_path}/none; give a run folder" in mistaken(tmp_path / "none", a)
@@ -235,15 +235,15 @@ def test_mistakes_end_in_one_sentence(run_tool: Tool, tmp_path: Path) -> None:
     for kinds_and_steps in (("train", 5), ("train", 3)), (("val", 5), ("train", 5), ("val", 5)):
         write_lines(file, [{"kind": kind, "step": step} for kind, step in kinds_and_steps])
         kind, step = kinds_and_steps[-1]
-        said = f"{file}: step {step} of {kind} follows step 5, but steps must ascend"
-        assert said in mistaken(a, b)
-        assert said in mistaken(file, a)
+        message = f"{file}: step {step} of {kind} follows step 5, but steps must ascend"
+        assert message in mistaken(a, b)
+        assert message in mistaken(file, a)
     (b / "config.yaml").write_text("a: [")
     assert f"{b}/config.yaml is damaged" in mistaken(a, b)
     for text in ("-1", "nan", "inf", "much"):
-        status, _, said = run_tool(a, a, f"--tolerance={text}")
+        status, _, errors = run_tool(a, a, f"--tolerance={text}")
         assert status == 2
-        assert "must be a number of at least 0" in said
+        assert "must be a number of at least 0" in errors
     assert run_tool(a)[0] == 2
 
 
@@ -349,9 +349,9 @@ def test_samples_of_one_run_only_and_damaged(run_tool: Tool, sampled: tuple[Path
     assert "Samples: only b recorded them; not compared." in printed
     for damaged in ('{"step": 1, "ids": [1, 2], "crc32": [1]}', '{"step": 1}', "[]", "{"):
         (b / "samples-0.jsonl").write_text(damaged + "\n")
-        status, _, said = run_tool(a, b)
+        status, _, errors = run_tool(a, b)
         assert status == 2
-        assert f"{b}/samples-0.jsonl: line 1 is damaged" in said
+        assert f"{b}/samples-0.jsonl: line 1 is damaged" in errors
 
 
 # --- several --------------------------------------------------------------------------------------
@@ -466,16 +466,18 @@ def test_a_studys_folder(run_tool: Tool, tmp_path: Path) -> None:
     (study / "logs").mkdir()
     (study / "report.md").write_text("# Report\n")
 
-    status, printed, said = run_tool(study)
-    assert (status, said) == (0, "")
+    status, printed, errors = run_tool(study)
+    assert (status, errors) == (0, "")
     each, groups = printed.split("group", 1)
     assert row(each, "run")[-1] == "init_checkpoint"
     assert row(each, "tit-seed1")[-1] == "...eed1/checkpoints/best"
     assert row(groups, "tit")[:3] == ["tit", "2", "70.50"]
     assert row(groups, "tet")[:3] == ["tet", "2", "70.50"]
-    status, same, said = run_tool(*sorted(study.iterdir()))
+    status, same, errors = run_tool(*sorted(study.iterdir()))
     assert (status, same) == (0, printed)
-    assert said == "".join(f"skipped {study / name}: not a run\n" for name in ("logs", "report.md"))
+    assert errors == "".join(
+        f"skipped {study / name}: not a run\n" for name in ("logs", "report.md")
+    )
     # Of the same names elsewhere, what they are called says where.
     other = make_series(tmp_path / "tet-seed0", "sdt", 0, [1.0])
     _, printed, _ = run_tool(study / "tet-seed0", study / "tet-seed1", other)

@@ -115,7 +115,7 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
     assert not out.parent.exists()
 
 
-def test_a_new_picture_replaces_the_old_one(tmp_path: Path) -> None:
+def test_a_new_plot_replaces_the_old_one(tmp_path: Path) -> None:
     out = draw(tmp_path, [train_line(10)])
     before = out.read_bytes()
     with out.open("rb") as reader:  # somebody looks at it
@@ -179,7 +179,7 @@ def test_inputs_are_shown_as_they_are(tmp_path: Path) -> None:
     assert pixels(tmp_path / "e.png", "#0000FF") > 1000
 
 
-def test_images_and_events_as_pictures() -> None:
+def test_images_and_events_as_rgb() -> None:
     data = DataSection(root="x", mean=(0.5, 0.5, 0.25), std=(0.5, 0.5, 0.25))
     rgb = rgb_images(torch.tensor([-1.0, 0.0, 9.0]).view(1, 3, 1, 1), data)
     assert rgb.tolist() == [[[[0.0, 0.5, 1.0]]]]
@@ -258,7 +258,7 @@ def test_running_mean() -> None:
     assert all(map(math.isclose, _running_mean(values, 9), [3.4] * 5))
 
 
-def test_matplotlib_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matplotlib_missing_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"matplotlib is not installed; pip install"):
         draw(tmp_path, [train_line(10)])

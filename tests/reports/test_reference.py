@@ -305,8 +305,10 @@ def test_a_run_says_so_itself(farm: Farm, tiny_root: Path, tmp_path: Path, compa
     assert not runs.exists()
     other = farm(config, "reference=psn_sew34", "name=other")
     assert other.status == 0, other.text
-    said = "reference: psn_sew34 has ImageNet's 1,000 classes and these data have 4, so the run is"
-    assert said in other.text
+    message = (
+        "reference: psn_sew34 has ImageNet's 1,000 classes and these data have 4, so the run is"
+    )
+    assert message in other.text
     assert "reference_top1" not in tiny.metrics(runs / "other", "val")[0]
     # An ImageNet of as many classes, whose epochs are as long.
     batch = yaml.safe_load(config.read_text())["batch"]["global"]

@@ -58,7 +58,7 @@ def evaluate(pictures: RunPlots, tracker: Tracker, epoch: int, rate: float) -> N
     pictures.on_line("val", epoch, values)
 
 
-def test_pictures_now_and_then_and_warnings_at_once(
+def test_plots_at_evaluations_and_warnings_at_once(
     config: RunConfig, tracker: Tracker, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = timm.create_model("spiking_convnet", channels=(4, 8), input_size=16, timesteps=2)
@@ -81,7 +81,7 @@ def test_pictures_now_and_then_and_warnings_at_once(
     assert all(last[name] != first[name] for name in first)
 
 
-def test_a_picture_that_cannot_be_written_ends_nothing(
+def test_a_plot_that_cannot_be_written_ends_nothing(
     config: RunConfig, tracker: Tracker, caplog: pytest.LogCaptureFixture
 ) -> None:
     (config.run_dir / "plots").write_text("in the way")

@@ -144,14 +144,14 @@ def test_damaged_run_is_a_row_among_others_and_no_run_is_none_yet(
     with Path("runs/c/metrics.jsonl").open("a") as file:
         file.write("torn\n")
     assert command.main([]) == 2
-    said = capsys.readouterr()
-    rows = [line.split()[:4] for line in said.out.splitlines()[1:]]
+    captured = capsys.readouterr()
+    rows = [line.split()[:4] for line in captured.out.splitlines()[1:]]
     assert rows == [
         ["a", "damaged", "-/-", "-/-"],
         ["b", "finished", "4.00/4", "20/20"],
         ["c", "damaged", "-/-", "-/-"],
     ]
-    first, second = said.err.splitlines()
+    first, second = captured.err.splitlines()
     assert first.startswith("error: runs/a/config.yaml is damaged, or not the configuration")
     assert second.startswith("error: runs/c/metrics.jsonl: line 6 is damaged: torn;")
     assert command.main(["--json"]) == 2
@@ -159,13 +159,13 @@ def test_damaged_run_is_a_row_among_others_and_no_run_is_none_yet(
     assert [one["state"] for one in told] == ["damaged", "finished", "damaged"]
     # Of one run there is nothing to show.
     assert command.main(["a"]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert "config.yaml is damaged, or not the configuration" in said.err
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "config.yaml is damaged, or not the configuration" in captured.err
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "expected"),
     [
         ("checkpoints/last", "step-x", "-00000040, not 'step-x'; write"),
         ("checkpoints/last", "..", "-00000040, not '..'; write"),
@@ -200,7 +200,7 @@ def test_damaged_run_is_a_row_among_others_and_no_run_is_none_yet(
     ],
 )
 def test_one_damaged_run_leaves_the_table(
-    name: str, text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [made(tmp_path / run, LINES, 12) for run in ("a", "b")]
     (runs[0] / name).write_text(text + "\n", errors="surrogateescape")
@@ -212,7 +212,7 @@ def test_one_damaged_run_leaves_the_table(
     ]
     assert err.startswith("error: ")
     assert err.count("\n") == 1
-    assert said in err
+    assert expected in err
     assert command.main([str(runs[0])]) == 2
     assert capsys.readouterr() == ("", err)
 

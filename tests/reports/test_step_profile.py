@@ -12,7 +12,7 @@ from tiny import Outcome
 Main = Callable[..., Outcome]
 
 
-def test_results_are_the_same_to_the_bit_and_own_kernels_are_named(
+def test_results_are_the_same_bitwise_and_own_kernels_are_named(
     main: Main, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     file = tiny_config({"execution": "fused", "max_steps": 7})
@@ -41,7 +41,7 @@ def test_results_are_the_same_to_the_bit_and_own_kernels_are_named(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (["profile.steps=[6,4]"], "profile.steps: [6, 4] must be [FIRST, LAST]"),
         (["profile.steps=[1,101]"], "profile.steps: 101 steps make a trace"),
@@ -54,8 +54,8 @@ def test_results_are_the_same_to_the_bit_and_own_kernels_are_named(
     ],
 )
 def test_steps_that_cannot_be_profiled_are_refused(
-    overrides: list[str], said: str, main: Main, tiny_config: Callable[..., Path]
+    overrides: list[str], expected: str, main: Main, tiny_config: Callable[..., Path]
 ) -> None:
     outcome = main(tiny_config(), *overrides)
     assert outcome.status == 2
-    assert said in outcome.text
+    assert expected in outcome.text

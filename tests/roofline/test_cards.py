@@ -40,7 +40,7 @@ def test_each_is_found_by_its_own_name() -> None:
     [
         ("gpu:h100:4(S:0-1)", "H100"),
         ("gpu:a100_80:8,tmpfs:100\n(null)\ngpu:a100_80:8", "A100-80"),
-        # Several kinds, or none that is said.
+        # Several kinds, or an unknown one.
         ("gpu:h100:4\ngpu:v100:4", None),
         ("gpu:4", None),
         ("(null)", None),

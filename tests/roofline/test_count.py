@@ -205,7 +205,7 @@ def test_counting_leaves_nothing_behind() -> None:
     assert count(model, SMALL, "bf16") == count(model, SMALL, "bf16")
 
 
-def test_without_triton_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_the_way_out_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(UserError, match=r"needs Triton.*pip install 'triton"):
         count(nn.Linear(1, 1), (1, 1), "fp32")

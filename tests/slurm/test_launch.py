@@ -263,10 +263,10 @@ def test_interface() -> None:
 def refused(capfd: pytest.CaptureFixture[str], arguments: list[str], *parts: str) -> None:
     capfd.readouterr()
     assert main(arguments) == 2
-    said = capfd.readouterr().err
+    errors = capfd.readouterr().err
     for part in ("error: ", *parts):
-        assert part in said
-    assert "Traceback" not in said
+        assert part in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.usefixtures("without_slurm")
@@ -288,9 +288,9 @@ def test_dry_run_writes_nothing(
     assert "5 an epoch, 10 in total (2 epochs)" in text
     # Nothing says how many GPUs a node has.
     assert main(["--config", str(file), "--dry-run", "batch.micro=1"]) == 0
-    said = capfd.readouterr()
-    assert "without --gpus-per-node, the plan assumes 8" in said.err
-    assert "#SBATCH --gpus-per-node=8" in said.out
+    captured = capfd.readouterr()
+    assert "without --gpus-per-node, the plan assumes 8" in captured.err
+    assert "#SBATCH --gpus-per-node=8" in captured.out
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -380,9 +380,9 @@ def test_local_run_starts_again_after_a_warning(tiny_config: ConfigWriter, tmp_p
     with tiny.started(command, tmp_path, os.environ | tiny.clean_environment()) as process:
         wait_until(lambda: history.saved_step(run) >= 5, "a checkpoint", 90)
         process.send_signal(signal.SIGUSR2)
-        said, _ = process.communicate(timeout=90)
-    assert process.returncode == 0, said
-    assert "SIGUSR2: saved, the job is requeued" in said
+        output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, output
+    assert "SIGUSR2: saved, the job is requeued" in output
     kinds = [event.kind for event in history.history(run)]
     assert kinds == ["submitted", "started", "stopped", "started", "finished"]
     tiny.assert_same_run(run, tmp_path / "runs" / "straight")

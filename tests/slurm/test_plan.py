@@ -101,11 +101,11 @@ def test_table() -> None:
     text = plan.describe(make(), Speed(100.0, 4))
     rows = {line.split()[0]: line for line in text.splitlines() if line[:5].strip().isdigit()}
     assert list(rows) == ["1", "2", "4", "8", "16", "32", "64"]
-    said = "8 micro-batches do not divide equally; a new run could use "
-    assert rows["4"].endswith(f"{said}batch.micro=16, or batch.global=512")
+    problem = "8 micro-batches do not divide equally; a new run could use "
+    assert rows["4"].endswith(f"{problem}batch.micro=16, or batch.global=512")
     # More processes than samples of a step.
     large = plan.describe(make(nodes=1, gpus_per_node=8), Speed(100.0, 4))
-    assert large.endswith(f"64        512  {said}batch.global=16384")
+    assert large.endswith(f"64        512  {problem}batch.global=16384")
     # The newest three and the best; with a moving average its best, too.
     assert "160.0 MB each, 4 kept: 640.0 MB" in text
     averaged = plan.describe(make(overrides=("ema.decay=0.999",)), Speed(100.0, 4))
@@ -117,16 +117,16 @@ def test_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "expected"),
     [
         (None, "warning: the cluster's default a process, often 1, but 8 threads load samples"),
         (4, "warning: 4 a process, but 8 threads load samples"),
         (8, "8 a process, of which data.threads=8 load samples"),
     ],
 )
-def test_cpus_that_are_too_few_are_said(given: int | None, said: str) -> None:
-    text = plan.describe(make(cpus_per_task=given), "nobody said")
-    assert f"CPUs         {said}" in text
+def test_cpus_that_are_too_few_are_reported(given: int | None, expected: str) -> None:
+    text = plan.describe(make(cpus_per_task=given), "not given")
+    assert f"CPUs         {expected}" in text
     assert ("give cluster.cpus_per_task=8" in text) == (given != 8)
 
 
@@ -136,9 +136,9 @@ def test_run_that_begins_with_a_later_phase() -> None:
     made = make("spiking34_t4_t6.yaml", later, **links)
     assert (made.first_step, made.last_step) == (90 * 5004, 120 * 5004)
     assert (made.images, made.evaluations) == (30 * 5004 * 256, 30)
-    text = plan.describe(made, "nobody said")
+    text = plan.describe(made, "not given")
     assert "T = 6" in text
-    assert "hours        unknown: nobody said" in text
+    assert "hours        unknown: not given" in text
     later_part = cost(made, Speed(images_per_s=100.0, timesteps=6), nodes=2)
     whole = cost(make("spiking34_t4_t6.yaml", **links), Speed(100.0, timesteps=6), nodes=2)
     # 30 of 120 epochs and evaluations, each in 3/2 of the time of one at T = 4.

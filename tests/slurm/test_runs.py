@@ -52,9 +52,9 @@ def test_submitted_to_finished(
     # Nothing is left to do, and no job has to wait in the queue to find that out.
     environment = (straight.path / "environment.json").read_text()
     assert slurm.main(["--config", str(launcher.config), "name=straight"]) == 2
-    said = capfd.readouterr().err
+    errors = capfd.readouterr().err
     is_finished = f"straight is finished, at step {LAST_STEP}; evaluate it with `python tools/eval"
-    assert is_finished in said
+    assert is_finished in errors
     assert [event.kind for event in straight.history] == ["submitted", "started", "finished"]
     assert (straight.path / "environment.json").read_text() == environment
 
@@ -108,10 +108,10 @@ def test_preempted_requeued_cancelled_resumed(
     assert (tags["restarts"], tags["restart_001"]) == ("4", f"step {first.step}: {first.text}")
     capsys.readouterr()
     assert slurm.main(["status", str(run.path)]) == 0
-    said = capsys.readouterr().out
-    assert f"job {run.job} COMPLETED" in said
-    assert f"step {LAST_STEP} of {LAST_STEP}" in said
-    assert f"from step {first.step}: preempted (SIGUSR2)" in said
+    output = capsys.readouterr().out
+    assert f"job {run.job} COMPLETED" in output
+    assert f"step {LAST_STEP} of {LAST_STEP}" in output
+    assert f"from step {first.step}: preempted (SIGUSR2)" in output
 
 
 @pytest.mark.long
@@ -151,11 +151,11 @@ def test_a_rank_that_is_killed_is_named(
         assert re.match(rf"rank {rank} .*has died or ", run.history[-1].text)
         capsys.readouterr()
         assert slurm.main(["status", str(run.path)]) == 0
-        said = capsys.readouterr().out
-        assert re.search(rf"failed +rank \d on node\d:\n +error: rank {rank} .*has died", said), (
-            said
+        output = capsys.readouterr().out
+        assert re.search(rf"failed +rank \d on node\d:\n +error: rank {rank} .*has died", output), (
+            output
         )
-        assert "gloo" not in said
+        assert "gloo" not in output
         cluster.wait_until_clean()
         if rank == 2:
             assert mlflow_status(run) == "FAILED"
@@ -330,9 +330,9 @@ def test_rank_that_raises_ends_the_job(
     cluster.wait_until_clean()
     capsys.readouterr()
     assert slurm.main(["status", str(run.path)]) == 0
-    said = capsys.readouterr().out
-    assert re.search(r"failed +rank 2 on node\d:\n +Traceback", said)
-    assert "a fault of rank 2 at step 7" in said
+    output = capsys.readouterr().out
+    assert re.search(r"failed +rank 2 on node\d:\n +Traceback", output)
+    assert "a fault of rank 2 at step 7" in output
     # In the log of rank 0 it stands before what rank 0 itself made of it.
     assert "the first to fail was rank 2" in run.log
 
@@ -365,8 +365,8 @@ def test_sweep_is_an_array_with_one_parent(
     assert children == [("swept_kind-sdt", "FINISHED"), ("swept_kind-tet", "FINISHED")]
     capsys.readouterr()
     assert slurm.main(["status", str(launcher.runs_dir / "swept_sweep")]) == 0
-    said = capsys.readouterr().out
-    assert all(f"job {run.job} " in said for run in swept)
+    output = capsys.readouterr().out
+    assert all(f"job {run.job} " in output for run in swept)
     assert slurm.main(["resume", str(launcher.runs_dir / "swept_sweep")]) == 0
     assert capsys.readouterr().out.count("is finished: nothing to do") == 2
     # Nor is any of them queued again where the sweep is.

@@ -1,4 +1,4 @@
-"""The speed that a plan reckons with: given, measured, or by the roofline."""
+"""The speed that a plan assumes: given, measured, or by the roofline."""
 
 import functools
 import json
@@ -64,9 +64,9 @@ def test_a_gpus_speed_is_computed_and_says_so() -> None:
     assert re.search(r"about \d+\.\d GB of the 80;", text)
     config = loading.load("sew34_t4.yaml", [])
     made = plan.make(config, ClusterSection(**GPUS), **IMAGENET)
-    said = plan.describe(made, found)
-    assert "computed, not measured, for an H100" in said
-    assert re.search(r"hours +\d+\.\d, \d\.\d+ an epoch", said)
+    plan_text = plan.describe(made, found)
+    assert "computed, not measured, for an H100" in plan_text
+    assert re.search(r"hours +\d+\.\d, \d\.\d+ an epoch", plan_text)
 
 
 def test_a_better_gpu_is_faster_and_what_it_does_more_is_slower() -> None:
@@ -88,7 +88,7 @@ def test_each_phase_has_its_own_speed() -> None:
     assert two.of_phases[0] > two.of_phases[1] > two.of_phases[0] / 2
 
 
-def test_what_cannot_be_computed_is_said_with_the_way_out() -> None:
+def test_what_cannot_be_computed_is_reported_with_the_way_out() -> None:
     unnamed = of(gpu=None)
     assert isinstance(unnamed, str)
     assert re.search(r"--gpu .*H100.*--benchmark FILE of tools/check_gpu.py", unnamed)
@@ -102,15 +102,15 @@ def test_what_cannot_be_computed_is_said_with_the_way_out() -> None:
     assert "--images-per-s" in on_cpu
 
 
-def test_memory_that_is_too_small_is_said() -> None:
+def test_memory_that_is_too_small_is_reported() -> None:
     large = ("batch.micro=256", "phases.0.timesteps=16")
     for gpu, more, fits in (
         ("H100", (), True),
         ("RTX-4090", (), False),
         ("RTX-4090", ("recompute=blocks",), True),
     ):
-        said = dict(known(*large, *more, gpu=gpu).details)["memory"]
-        assert ("too much; use a smaller batch.micro, or recompute" in said) != fits, gpu
+        memory = dict(known(*large, *more, gpu=gpu).details)["memory"]
+        assert ("too much; use a smaller batch.micro, or recompute" in memory) != fits, gpu
     # 11 million weights, their gradients and momentum, in float32; then their average, too.
     for more, weights in (
         ((), "0.1 of it for weights"),

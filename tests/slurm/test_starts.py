@@ -122,7 +122,7 @@ def test_reason_of_a_start(
     assert this._why_started(history.history(this.run_dir)) == why
 
 
-def test_starts_are_counted_and_told_to_mlflow(
+def test_starts_are_counted_and_sent_to_mlflow(
     start: Starter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = start()
@@ -222,11 +222,11 @@ def test_first_failure_is_kept_and_shown(
     first._write_failure(RuntimeError("what came of it"))
     second._write_failure(ConnectionError("a consequence"))
     second._show_first_failure()
-    said = capsys.readouterr().err
-    assert said.startswith("the first to fail was rank 1 on ")
-    assert "the cause" in said
-    assert "what came of it" not in said
-    assert "a consequence" not in said
+    errors = capsys.readouterr().err
+    assert errors.startswith("the first to fail was rank 1 on ")
+    assert "the cause" in errors
+    assert "what came of it" not in errors
+    assert "a consequence" not in errors
     # That of an earlier start is not this one's.
     start(0, restart=1)._show_first_failure()
     assert capsys.readouterr().err == ""
@@ -291,12 +291,12 @@ def test_rank_1_writes_where_rank_0_has_died(start: Starter) -> None:
 def test_controller_is_asked_until_it_takes_or_refuses(
     controller: list[str], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = iter(controller)
+    states = iter(controller)
     now = [""]
 
     def ask(*_: str, timeout: float) -> tuple[bool, str]:
         assert timeout == placement.REQUEUE_TIMEOUT
-        now[0] = next(said)
+        now[0] = next(states)
         return now[0] == "takes it", now[0]
 
     monkeypatch.setattr(placement, "_run", ask)
@@ -304,4 +304,4 @@ def test_controller_is_asked_until_it_takes_or_refuses(
     monkeypatch.setattr(placement.time, "sleep", lambda _: None)
     place = (0, 2, 0, 2, "node1", 29500, None, "12", 0, ("node1", "node2"))
     assert SlurmContext(*place, warn_before_end=60, answering=()).start_again() == status
-    assert list(said) == []
+    assert list(states) == []

@@ -65,10 +65,10 @@ def study(
     return write
 
 
-def job_in(said: str, name: str) -> str:
+def job_in(output: str, name: str) -> str:
     """The job that a run was submitted as."""
-    found = re.search(rf"^{name}: submitted as job (\d+)", said, re.MULTILINE)
-    assert found, said
+    found = re.search(rf"^{name}: submitted as job (\d+)", output, re.MULTILINE)
+    assert found, output
     return found[1]
 
 
@@ -76,17 +76,17 @@ def test_typed_twice_it_submits_nothing_twice(
     study: Callable[..., Study], cluster: Cluster, capfd: pytest.CaptureFixture[str]
 ) -> None:
     tiny_study = study({"second": {"init": "first"}, "first": {}})
-    status, said, errors = tiny_study("--slurm", *ON_CPU, *HELD)
+    status, output, errors = tiny_study("--slurm", *ON_CPU, *HELD)
     assert status == 0, errors
-    first, second = job_in(said, "first-seed0"), job_in(said, "second-seed0")
-    assert f"second-seed0: submitted as job {second}, starts after first-seed0" in said
+    first, second = job_in(output, "first-seed0"), job_in(output, "second-seed0")
+    assert f"second-seed0: submitted as job {second}, starts after first-seed0" in output
     assert f"afterok:{first}(" in cluster.job(second)["Dependency"]
 
-    status, said, errors = tiny_study("--slurm", *ON_CPU)
+    status, output, errors = tiny_study("--slurm", *ON_CPU)
     assert status == 0, errors
     for name, job in (("first", first), ("second", second)):
-        assert f"{name}-seed0: PENDING as job {job} (waiting: " in said
-    assert "2 runs: 2 queued" in said
+        assert f"{name}-seed0: PENDING as job {job} (waiting: " in output
+    assert "2 runs: 2 queued" in output
     assert len(cluster.squeue()) == 2
     # Nor does it train here what is queued there.
     status, _, errors = tiny_study()
@@ -96,10 +96,10 @@ def test_typed_twice_it_submits_nothing_twice(
     assert slurm.main(["cancel", "out"]) == 0
     assert re.findall(r"cancelled job (\d+)", capfd.readouterr().out) == [second, first]
     wait_until(lambda: not cluster.squeue(), "an empty queue")
-    status, said, errors = tiny_study("--slurm", *ON_CPU)
+    status, output, errors = tiny_study("--slurm", *ON_CPU)
     assert status == 1
-    assert f"first-seed0: cancelled, job {first}" in said
-    assert "submitted as job" not in said
+    assert f"first-seed0: cancelled, job {first}" in output
+    assert "submitted as job" not in output
     assert "--again" in errors
     # What will never be finished is nothing to wait for.
     alone = ["--config", "tiny.yaml", "name=third", *ON_CPU]
@@ -121,16 +121,16 @@ def test_ended_by_scancel_and_submitted_again_at_once(
     gone, left = (first.job, second.job), other.job
     cluster.run("scancel", first.job)
     assert second.is_queued
-    status, said, _ = tiny_study(*held)
+    status, output, _ = tiny_study(*held)
     assert status == 1
-    assert f"first-seed0: cancelled in the queue, job {first.job}" in said
-    assert "second-seed0: does not start, because first-seed0 was cancelled" in said
-    assert f"other-seed0: PENDING as job {other.job}" in said
+    assert f"first-seed0: cancelled in the queue, job {first.job}" in output
+    assert "second-seed0: does not start, because first-seed0 was cancelled" in output
+    assert f"other-seed0: PENDING as job {other.job}" in output
     assert (first.job, second.job) == gone
 
-    status, said, errors = tiny_study("--again", *held)
+    status, output, errors = tiny_study("--again", *held)
     assert status == 0, errors
-    assert f"second-seed0: submitted as job {second.job}, starts after first-seed0" in said
+    assert f"second-seed0: submitted as job {second.job}, starts after first-seed0" in output
     assert sorted(cluster.squeue()) == sorted(
         f"{job} PENDING" for job in (first.job, second.job, left)
     )
@@ -155,9 +155,9 @@ def test_cancelled_in_the_queue_where_nobody_remembers_it(
     for job in (first.job, "999999"):
         file = first.path / "slurm" / "submission-1" / "submission.json"
         file.write_text(file.read_text().replace(f'"{first.job}"', f'"{job}"'))
-        status, said, errors = tiny_study("--slurm", *ON_CPU, *HELD)
+        status, output, errors = tiny_study("--slurm", *ON_CPU, *HELD)
         assert status == 1, errors
-        assert f"first-seed0: cancelled in the queue, job {job}" in said
+        assert f"first-seed0: cancelled in the queue, job {job}" in output
     assert not cluster.squeue()
 
 
@@ -188,16 +188,16 @@ def test_a_run_begins_when_the_one_it_needs_is_finished(
     long = {"phases.0.epochs": 150, "evaluate_every": 150}
     needs = {"init": "first", "teacher": "first"}
     tiny_study = study({"second": needs, "first": {"overrides": long}})
-    status, said, errors = tiny_study("--slurm", *ON_CPU)
+    status, output, errors = tiny_study("--slurm", *ON_CPU)
     assert status == 0, errors
     first, second = tiny_study.run("first-seed0"), tiny_study.run("second-seed0")
     wait_until(lambda: first.logged_step >= 20, "step 20", 90)
     cluster.run("scancel", "--signal=USR2", first.job)
     first.wait_for_start(2)
-    status, said, errors = tiny_study("--slurm", *ON_CPU)
+    status, output, errors = tiny_study("--slurm", *ON_CPU)
     assert status == 0, errors
-    assert re.search(rf"first-seed0: \w+ as job {first.job} ", said), said
-    assert re.search(rf"second-seed0: \w+ as job {second.job} ", said), said
+    assert re.search(rf"first-seed0: \w+ as job {first.job} ", output), output
+    assert re.search(rf"second-seed0: \w+ as job {second.job} ", output), output
 
     second.wait_for("finished")
     assert [e.kind for e in first.history] == [
@@ -210,11 +210,11 @@ def test_a_run_begins_when_the_one_it_needs_is_finished(
     assert [e.kind for e in second.history] == ["submitted", "started", "finished"]
     assert first.history[-1].time < second.history[1].time
     assert f"beginning with the weights of {first.path} (step 750, T=2)" in second.log
-    status, said, errors = tiny_study("--slurm", *ON_CPU)
-    assert (status, "2 runs: 2 finished" in said) == (0, True), errors
-    status, said, errors = tiny_study()
+    status, output, errors = tiny_study("--slurm", *ON_CPU)
+    assert (status, "2 runs: 2 finished" in output) == (0, True), errors
+    status, output, errors = tiny_study()
     assert status == 0, errors
-    assert "the report is out/report.md" in said
+    assert "the report is out/report.md" in output
     assert "Incomplete" not in (tiny_study.output / "report.md").read_text()
 
 
@@ -230,7 +230,7 @@ def test_what_begins_after_a_run_that_fails_leaves_the_queue_and_is_named(
         "other": {},
     }
     tiny_study = study(entries, {"tracking.mlflow": True})
-    status, said, errors = tiny_study("--slurm", *ON_CPU, *HELD)
+    status, output, errors = tiny_study("--slurm", *ON_CPU, *HELD)
     assert status == 0, errors
     bad, child = tiny_study.run("bad-seed0"), tiny_study.run("child-seed0")
     shutil.move(root / "index", tmp_path / "away")
@@ -238,15 +238,15 @@ def test_what_begins_after_a_run_that_fails_leaves_the_queue_and_is_named(
     wait_until(lambda: not cluster.squeue(), "an empty queue", 120)
     jobs = {name: tiny_study.run(f"{name}-seed0").job for name in entries}
 
-    status, said, errors = tiny_study("--slurm", *ON_CPU)
+    status, output, errors = tiny_study("--slurm", *ON_CPU)
     assert status == 1
-    assert re.search(rf"bad-seed0: failed, job {bad.job}: error: there is no index", said), said
+    assert re.search(rf"bad-seed0: failed, job {bad.job}: error: there is no index", output), output
     assert bad.log.count("error: there is no index") == 1
     assert cluster.job(bad.job)["Restarts"] == "0"
-    assert "child-seed0: does not start, because bad-seed0 failed" in said
-    assert "grandchild-seed0: does not start, because child-seed0 does not start either" in said
-    assert "other-seed0: finished" in said
-    assert "4 runs: 1 failed, 2 held back, 1 finished" in said
+    assert "child-seed0: does not start, because bad-seed0 failed" in output
+    assert "grandchild-seed0: does not start, because child-seed0 does not start either" in output
+    assert "other-seed0: finished" in output
+    assert "4 runs: 1 failed, 2 held back, 1 finished" in output
     assert "--again before --slurm" in errors
     assert {name: tiny_study.run(f"{name}-seed0").job for name in entries} == jobs
     assert [event.kind for event in child.history] == ["submitted"]
@@ -255,9 +255,9 @@ def test_what_begins_after_a_run_that_fails_leaves_the_queue_and_is_named(
     assert slurm.main(["resume", str(child.path)]) == 2
 
     shutil.move(tmp_path / "away", root / "index")
-    status, said, errors = tiny_study("--again", "--slurm", *ON_CPU)
+    status, output, errors = tiny_study("--again", "--slurm", *ON_CPU)
     assert status == 0, errors
-    assert "4 runs: 3 submitted, 1 finished" in said
+    assert "4 runs: 3 submitted, 1 finished" in output
     child.wait_for("finished")
     assert f"beginning with the weights of {bad.path} (step 5, T=2)" in child.log
     parent = (tiny_study.output / "mlflow_run_id").read_text().strip()

@@ -1,4 +1,4 @@
-"""From a configuration to a job: what the job is told, and whom it waits for."""
+"""From a configuration to a job: its script, and the jobs that it waits for."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +42,7 @@ def submitted(folder: Path, saved: int, job: str = LOCAL) -> Submission:
     return submission
 
 
-def test_whoever_is_waited_for_is_finished_or_queued(tmp_path: Path) -> None:
+def test_a_run_that_is_waited_for_is_finished_or_queued(tmp_path: Path) -> None:
     for name, saved in (("finished", 10), ("also finished", 10), ("half", 9)):
         submitted(tmp_path / name, saved)
     assert submit.jobs_to_wait_for([tmp_path / "finished"]) == []

@@ -45,7 +45,7 @@ def save(
     best_average: bool | None = None,
     seed: int | None = None,
 ) -> Path:
-    """Save a checkpoint, with an average of its weights if it is said whether that is the best."""
+    """Save a checkpoint, with an average of its weights if `best_average` is given."""
     model, optimizer = trained(step if seed is None else seed)
     description = Description(config={}, classes=["a"], timesteps=1, step=step)
     average = None
@@ -308,7 +308,7 @@ def test_kill_while_saving_always_leaves_a_whole_newest(tmp_path: Path) -> None:
         assert all({newest, shown} <= {"1", again} for _, _, newest, shown in killed), output
 
 
-def test_other_model_is_told_apart(tmp_path: Path) -> None:
+def test_other_model_is_recognised(tmp_path: Path) -> None:
     weights = network(4).state_dict()
     with pytest.raises(UserError, match=r"another model: .*\(4, 3\) instead of \(5, 3\)"):
         checkpoint.load_weights(network(5), weights, tmp_path)
@@ -332,7 +332,7 @@ class Bomb:
 def test_pickled_code_is_not_executed(tmp_path: Path) -> None:
     path, trace = save(tmp_path / "c", 1), tmp_path / "executed"
     torch.save({"state": Bomb(trace)}, path / "optimizer.pt")
-    # Even with a manifest that fits: whoever can write the one can write the other.
+    # Even with a manifest that fits: a program that can write the one can write the other.
     files = {p.name: checkpoint._describe(p) for p in path.iterdir() if p.suffix != ".json"}
     files["state.json"] = checkpoint._describe(path / "state.json")
     (path / "manifest.json").write_text(json.dumps({"files": files}))

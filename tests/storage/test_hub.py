@@ -65,17 +65,17 @@ def save(path: Path, classes: tuple[str, ...] | None) -> Path:
 def test_network_goes_out_and_comes_back(
     there: Hub, call: Call, file: Path, tiny_root: Path, tmp_path: Path
 ) -> None:
-    status, said = call("export", file, "--push", "us/small")
-    assert status == 0, said
+    status, output = call("export", file, "--push", "us/small")
+    assert status == 0, output
     repository = there.repositories["us/small"]
     assert repository.private
-    (commit,) = re.findall(r"pushed http.*/us/small, commit ([0-9a-f]{40})", said)
+    (commit,) = re.findall(r"pushed http.*/us/small, commit ([0-9a-f]{40})", output)
     files = repository.files(commit)
     assert files is not None
     assert files.keys() - {".gitattributes"} == FILES
     assert all(hub_stand_in.TOKEN.encode() not in data for data in files.values())
     assert all(b"/home/me" not in data for data in files.values())
-    assert hub_stand_in.TOKEN not in said
+    assert hub_stand_in.TOKEN not in output
     assert files["classes.txt"].decode().split() == list(tiny.CLASSES)
     recipe = parse(yaml.safe_load(files["recipe.yaml"]), "recipe.yaml", warn=False)
     assert recipe.init_checkpoint == "hf:them/relu"
@@ -92,17 +92,17 @@ def test_network_goes_out_and_comes_back(
         assert torch.equal(model(x), trained.model(x))
     # The next push is a commit of its own, and the first one stays.
     save(tmp_path / "other.safetensors", ("a", "b", "c", "d"))
-    status, said = call("export", tmp_path / "other.safetensors", "--push", "us/small")
-    assert status == 0, said
+    status, output = call("export", tmp_path / "other.safetensors", "--push", "us/small")
+    assert status == 0, output
     evaluated = {}
     for source in (file, f"hf:us/small@{commit}"):
-        status, said = call("eval", "--checkpoint", source, "--data", tiny_root)
-        assert status == 0, said
-        evaluated[source] = said.replace(str(source), "")
+        status, output = call("eval", "--checkpoint", source, "--data", tiny_root)
+        assert status == 0, output
+        evaluated[source] = output.replace(str(source), "")
     assert len(set(evaluated.values())) == 1
-    status, said = call("eval", "--checkpoint", "hf:us/small", "--data", tiny_root)
+    status, output = call("eval", "--checkpoint", "hf:us/small", "--data", tiny_root)
     assert status == 2
-    assert "the data has other classes than hf:us/small was trained on" in said
+    assert "the data has other classes than hf:us/small was trained on" in output
 
 
 def test_weights_are_sent_as_an_object_and_once(there: Hub, call: Call, file: Path) -> None:
@@ -126,8 +126,8 @@ def test_repository_that_was_made_on_the_hubs_pages_is_taken(
 ) -> None:
     repository = there.repositories["us/made"] = Repository()
     repository.commit({".gitattributes": b"x", "LICENSE": b"theirs", "README.md": b"---\n---\n"})
-    status, said = call("export", file, "--push", "us/made")
-    assert status == 0, said
+    status, output = call("export", file, "--push", "us/made")
+    assert status == 0, output
     files = repository.files("main")
     assert files is not None
     assert files.keys() == FILES | {".gitattributes", "LICENSE"}
@@ -145,9 +145,9 @@ def test_without_a_network_one_sentence_says_so(
     monkeypatch.setattr(constants, "ENDPOINT", nobody)
     template = f"{nobody}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    status, said = call("eval", "--checkpoint", "hf:us/other")
+    status, output = call("eval", "--checkpoint", "hf:us/other")
     assert status == 2
-    assert said == (
+    assert output == (
         f"error: hf:us/other is not in the cache of huggingface_hub, and {nobody} cannot be "
         "reached ([Errno 111] Connection refused); fetch it once with a network, or give "
         "a file or folder\n"
@@ -157,14 +157,14 @@ def test_without_a_network_one_sentence_says_so(
 
 def test_dry_run_sends_nothing(there: Hub, call: Call, file: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    status, said = call("export", file, "--push", "us/it", "--dry-run", "--output", kept)
-    assert status == 0, said
+    status, output = call("export", file, "--push", "us/it", "--dry-run", "--output", kept)
+    assert status == 0, output
     assert there.requests == []
-    assert f"would push to {there.url}/us/it, created as private if missing" in said
+    assert f"would push to {there.url}/us/it, created as private if missing" in output
     assert {path.name for path in kept.iterdir()} == FILES
     for path in kept.iterdir():
-        assert f"{path.stat().st_size:,} bytes  {path.name}" in said
-    assert "in 5 files\nnothing was sent" in said
+        assert f"{path.stat().st_size:,} bytes  {path.name}" in output
+    assert "in 5 files\nnothing was sent" in output
 
 
 def test_run_begins_with_a_network_of_the_hub_and_is_taught_by_it(
@@ -283,10 +283,10 @@ def test_what_cannot_be_pushed_is_named(
     there: Hub, call: Call, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(source: Path, repo: str, words: str) -> None:
-        status, said = call("export", source, "--push", repo)
-        assert status == 2, said
-        assert words in said
-        assert "hf_of" not in said
+        status, output = call("export", source, "--push", repo)
+        assert status == 2, output
+        assert words in output
+        assert "hf_of" not in output
 
     refused(file, "them/it", "refuses this user's token for them/it (status 403)")
     there.repositories["them/it"] = Repository()
@@ -318,6 +318,6 @@ def test_what_cannot_be_pushed_is_named(
     ],
 )
 def test_arguments_are_checked(call: Call, arguments: list[str], complaint: str) -> None:
-    status, said = call("export", "nowhere", *arguments)
+    status, output = call("export", "nowhere", *arguments)
     assert status == 2
-    assert complaint in said
+    assert complaint in output

@@ -64,22 +64,22 @@ def test_halving_goes_on_after_a_stop_and_sees_validation_once(
 ) -> None:
     file, output = write(), tmp_path / "out"
     arguments = ("study", file, "--output", output)
-    status, said = call(*arguments, "--dry-run")
-    assert status == 0, said
+    status, printed = call(*arguments, "--dry-run")
+    assert status == 0, printed
     # 4 x 1 + 2 x 1 + 3 epochs.
-    assert "4 candidates to epoch 1, 2 candidates to epoch 2, " in said
-    assert "9 epochs in total, equal to 3 full trainings" in said
-    _, said = call("study", write({"seeds": [0, 1]}), "--output", output, "--dry-run")
-    assert "with 2 seeds: 18 epochs in total, equal to 6 full trainings" in said
+    assert "4 candidates to epoch 1, 2 candidates to epoch 2, " in printed
+    assert "9 epochs in total, equal to 3 full trainings" in printed
+    _, printed = call("study", write({"seeds": [0, 1]}), "--output", output, "--dry-run")
+    assert "with 2 seeds: 18 epochs in total, equal to 6 full trainings" in printed
     write()
     assert not output.exists()
 
     here.interrupt_at = 3
-    status, said = call(*arguments)
-    assert status == 130, said
+    status, printed = call(*arguments)
+    assert status == 130, printed
     here.interrupt_at = -1
-    status, said = call(*arguments)
-    assert status == 0, said
+    status, printed = call(*arguments)
+    assert status == 0, printed
 
     # What was trained before the stop is not trained again, nor is what did not stay finite.
     given = [dict(word.partition("=")[::2] for word in words) for words in here.started]
@@ -138,14 +138,14 @@ def test_halving_goes_on_after_a_stop_and_sees_validation_once(
     trained = len(here.started)
     assert call(*arguments)[0] == 0
     assert len(here.started) == trained
-    # Whoever would have another winner after that is told.
+    # A later change that would give another winner is reported.
     (other,) = {*first[:2]} - {second}
     with (output / f"{other}-seed0" / "metrics.jsonl").open("a") as metrics:
         print(json.dumps({"kind": "val", "step": 8, "top1": 100.0}), file=metrics)
-    status, said = call(*arguments)
+    status, printed = call(*arguments)
     assert status == 2
     evaluated = "another candidate was already evaluated on the validation split"
-    assert f"{other} is best now, but {evaluated}" in said
+    assert f"{other} is best now, but {evaluated}" in printed
 
 
 @pytest.mark.parametrize(
@@ -170,14 +170,14 @@ def test_ties_and_losses_are_ranked() -> None:
     assert search.Rung(1, scores, "loss").ranked == ["d", "a", "b", "c"]
 
 
-def test_the_best_at_the_end_of_three_values_or_more_is_said() -> None:
+def test_the_best_at_the_end_of_three_values_or_more_is_reported() -> None:
     axes = {"lr": [0.1, 0.2, 0.3], "phi": [1, 2], "kind": ["a", "b", "c"], "micro": [1, 2, 4]}
     best = {"lr": 0.3, "phi": 1, "kind": "a", "micro": 2}
     of = SimpleNamespace(axes=axes)
     made: Any = SimpleNamespace(study=SimpleNamespace(search=of), candidates={"c1": best})
-    said = search_report.at_the_edge(made, search.Standing([], "c1"))
+    text = search_report.at_the_edge(made, search.Standing([], "c1"))
     beyond = "a better one may be outside the range."
-    assert said == f"`lr`: 0.3 is the largest value that was tried; {beyond}"
+    assert text == f"`lr`: 0.3 is the largest value that was tried; {beyond}"
 
 
 @pytest.mark.parametrize(
@@ -203,9 +203,9 @@ def test_the_best_at_the_end_of_three_values_or_more_is_said() -> None:
 def test_mistakes_in_a_search_are_named(
     call: Call, write: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
-    status, said = call("study", write(changes), "--output", tmp_path / "out")
-    assert (status, said.count("\n")) == (2, 1), said
-    assert words in said
+    status, output = call("study", write(changes), "--output", tmp_path / "out")
+    assert (status, output.count("\n")) == (2, 1), output
+    assert words in output
     assert not (tmp_path / "out").exists()
 
 
@@ -218,8 +218,8 @@ def test_flags_that_a_search_does_not_take(
         (("--slurm", "--time", "1:00:00"), "--slurm: "),
         (("phases.0.optimizer.lr=0.1",), "phases.0.optimizer.lr is a searched key"),
     ):
-        status, said = call("study", file, "--output", tmp_path / "out", *arguments)
-        assert (status, words in said) == (2, True), said
+        status, output = call("study", file, "--output", tmp_path / "out", *arguments)
+        assert (status, words in output) == (2, True), output
 
 
 def test_the_searches_of_the_project_resolve(

@@ -39,7 +39,7 @@ def runs_of(file: Path, output: Path) -> list[StudyRun]:
 
 
 def steps_begun_at(log: Path) -> list[str]:
-    """What the starts of a run said about where they begin."""
+    """Lines of a run's starts about where they begin."""
     return re.findall(r"continuing \S+ from step (\d+)", log.read_text())
 
 
@@ -53,17 +53,17 @@ def test_a_study_is_trained_continued_and_reported(
         begun = [f"runs_dir={output}", f"name=sdt-seed{seed}", f"seed={seed}", "loss.kind=sdt"]
         assert main(tmp_path / "tiny.yaml", *begun, *more).status == 0
     (output / "tet-seed1").touch()
-    status, said = call("study", file, "--output", output, "--jobs", 2)
-    assert status == 1, said
+    status, printed = call("study", file, "--output", output, "--jobs", 2)
+    assert status == 1, printed
     failure = r"failed: tet-seed1: exit status 2: error: cannot write to .*tet-seed1\.log\)\n"
-    assert re.search(failure, said), said
-    assert "1 of 4 runs are already done" in said
-    assert re.search(r"\[\d/4\] sdt-seed1: top-1 \d+\.\d\d %", said), said
+    assert re.search(failure, printed), printed
+    assert "1 of 4 runs are already done" in printed
+    assert re.search(r"\[\d/4\] sdt-seed1: top-1 \d+\.\d\d %", printed), printed
     assert steps_begun_at(output / "logs" / "sdt-seed1.log") == ["3"]
     # Nothing is silent for long after the last run.
-    assert "writing the report and its figure\n" in said
+    assert "writing the report and its figure\n" in printed
     # What is finished is reported, and what is not is named.
-    assert f"the report is {output / 'report.md'}" in said
+    assert f"the report is {output / 'report.md'}" in printed
     report = (output / "report.md").read_text()
     assert "**Incomplete**: 1 of 4 runs is missing (tet-seed1)" in report
     before = {path: path.read_bytes() for path in output.glob("*/metrics.jsonl")}
@@ -71,9 +71,9 @@ def test_a_study_is_trained_continued_and_reported(
 
     # With room, the same command trains what is missing, and that alone.
     (output / "tet-seed1").unlink()
-    status, said = call("study", file, "--output", output, "--jobs", 2)
-    assert status == 0, said
-    assert "3 of 4 runs are already done" in said
+    status, printed = call("study", file, "--output", output, "--jobs", 2)
+    assert status == 0, printed
+    assert "3 of 4 runs are already done" in printed
     assert {path: path.read_bytes() for path in before} == before
     values = json.loads((output / "report" / "study.json").read_text())
     assert values["missing"] == []
@@ -86,9 +86,9 @@ def test_a_study_is_trained_continued_and_reported(
     # A run that is finished evaluates nothing again.
     metrics = output / "tet-seed1" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
-    status, said = call("study", file, "--output", output)
+    status, printed = call("study", file, "--output", output)
     lacks = f"failed: tet-seed1: {metrics} lacks evaluations; remove {metrics.parent} to retrain"
-    assert (status, lacks in said) == (1, True), said
+    assert (status, lacks in printed) == (1, True), printed
 
 
 @pytest.mark.usefixtures("here")
@@ -101,8 +101,8 @@ def test_thresholds_of_early_exit_are_compared(call: Call, write: Write, tmp_pat
     overrides = {"data.held_out": 0.25, "phases.0.optimizer.lr": 0.5}
     changes = {"exit_within": 20.0, "seeds": [0], "entries": entries, "overrides": overrides}
     file = write(changes)
-    status, said = call("study", file, "--output", output, "--append-to", results)
-    assert status == 0, said
+    status, printed = call("study", file, "--output", output, "--append-to", results)
+    assert status == 0, printed
     values = json.loads((tmp_path / "results" / "study.json").read_text())
     spent: dict[str, list[float]] = {name: [] for name in entries}
     for run in values["runs"]:
@@ -158,10 +158,10 @@ def test_the_result_is_on_the_validation_split_where_samples_are_held_out(
     )
     overrides = {"data.held_out": 0.25, "loss.kind": "own"}
     file = write({"seeds": [0], "entries": {"own": {}}, "overrides": overrides})
-    status, said = call("study", file, "--output", output)
-    assert (status, "there is no loss 'own'" in said) == (2, True), said
-    status, said = call("study", file, "--output", output, "--import", own)
-    assert status == 0, said
+    status, printed = call("study", file, "--output", output)
+    assert (status, "there is no loss 'own'" in printed) == (2, True), printed
+    status, printed = call("study", file, "--output", output, "--import", own)
+    assert status == 0, printed
     assert [words[-2:] for words in here.started] == [["--import", str(own)]] * 2
     values = json.loads((output / "report" / "study.json").read_text())
     assert [run["samples"] for run in values["runs"]] == [sum(tiny.VAL_SIZES)]
@@ -187,8 +187,10 @@ def test_one_begins_with_another(call: Call, write: Write, tmp_path: Path) -> No
     file = write({"entries": entries, "seeds": [0], "test_timesteps": [1, 3]})
     output = tmp_path / "out"
     # Asked for some, it trains the others first; those are evaluated beyond their T, too.
-    status, said = call("study", file, "--output", output, "--only", "taught", "--only", "second")
-    assert status == 0, said
+    status, printed = call(
+        "study", file, "--output", output, "--only", "taught", "--only", "second"
+    )
+    assert status == 0, printed
     log = (output / "logs" / "longer-seed0.log").read_text()
     assert f"beginning with the weights of {output / 'short-seed0'} (step 5, T=2)" in log
     values = json.loads((output / "report" / "study.json").read_text())
@@ -248,12 +250,12 @@ def test_ctrl_c_ends_the_runs_and_they_go_on(call: Call, write: Write, tmp_path:
     waiting = threading.Thread(target=ctrl_c)
     waiting.start()
     try:
-        status, said = call("study", write(ENDLESS), "--output", output)
+        status, printed = call("study", write(ENDLESS), "--output", output)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
         waiting.join()
-    assert (status, "stopped; the same command continues" in said) == (130, True), said
+    assert (status, "stopped; the same command continues" in printed) == (130, True), printed
     assert "stopped at step" in (output / "logs" / "long-seed0.log").read_text()
     assert list((output / "long-seed0" / "checkpoints").glob("step-*"))
 
@@ -273,9 +275,9 @@ def test_runs_of_a_killed_study_save_and_end(call: Call, write: Write, tmp_path:
             process.kill()
             process.communicate()
             # Meanwhile the same command leaves it alone.
-            status, said = call("study", file, "--output", output)
+            status, printed = call("study", file, "--output", output)
             at_work = f"error: another process is using {run}; wait for it"
-            assert (status, at_work in said) == (2, True), said
+            assert (status, at_work in printed) == (2, True), printed
         finally:
             os.kill(child, signal.SIGCONT)
         tiny.wait_until(lambda: not tiny.alive(mark), 60)
@@ -362,11 +364,11 @@ def test_mlflow_has_the_runs_below_the_study_and_is_sent_what_it_lacks_at_its_en
             for one in failing:
                 parent.announce(one, ended)
         write({"seeds": [0], "overrides": overrides, "entries": entries})
-        status, said = call("study", file, "--output", output)
-        assert status == 0, said
-        assert "checking whether MLflow has all points of all runs\n" in said
-        assert "MLflow lacks points of 1 run (sdt-seed0): sending them" in said
-        assert "the same command sends" not in said
+        status, printed = call("study", file, "--output", output)
+        assert status == 0, printed
+        assert "checking whether MLflow has all points of all runs\n" in printed
+        assert "MLflow lacks points of 1 run (sdt-seed0): sending them" in printed
+        assert "the same command sends" not in printed
     statuses = dict(asked("select name, status from runs"))
     assert statuses == {
         "study": "FINISHED",
@@ -394,10 +396,10 @@ def test_mlflow_has_the_runs_below_the_study_and_is_sent_what_it_lacks_at_its_en
     with tiny.mlflow_server(database, port):
         assert call("study", file, "--output", output)[0] == 0
     assert len(asked("select key from tags where key = 'mlflow.parentRunId'")) == 1
-    status, said = call("study", file, "--output", output)
+    status, printed = call("study", file, "--output", output)
     assert status == 0
-    assert f"MLflow at {uri}: " in said
-    assert "the same command sends MLflow the missing ones" in said
+    assert f"MLflow at {uri}: " in printed
+    assert "the same command sends MLflow the missing ones" in printed
 
 
 # --- on a cluster, of which tests/slurm/test_studies.py has one -----------------------------------
@@ -419,9 +421,9 @@ def test_dry_run_shows_each_job_after_those_it_needs(
     entries = ENTRIES | {"both": {"init": "sdt", "teacher": "tet"}}
     file = write({"entries": entries, "seeds": [0]})
     dry = ("--slurm", "--dry-run", "--gpus-per-node", "0")
-    status, said = call("study", file, "--output", tmp_path / "new", *dry)
-    assert status == 0, said
-    jobs = said.split("# === ")[1:]
+    status, output = call("study", file, "--output", tmp_path / "new", *dry)
+    assert status == 0, output
+    jobs = output.split("# === ")[1:]
     assert [job.splitlines()[0] for job in jobs] == [
         "sdt-seed0",
         "tet-seed0",
@@ -441,8 +443,8 @@ def test_dry_run_shows_each_job_after_those_it_needs(
 def test_dry_run_leaves_out_what_is_finished(call: Call, finished: tuple[Path, Path]) -> None:
     file, output = finished
     dry = ("--slurm", "--dry-run", "--gpus-per-node", "0")
-    status, said = call("study", file, "--output", output, *dry)
-    assert (status, said.count(": finished\n"), "#SBATCH" in said) == (0, 6, False)
+    status, printed = call("study", file, "--output", output, *dry)
+    assert (status, printed.count(": finished\n"), "#SBATCH" in printed) == (0, 6, False)
 
 
 @pytest.mark.usefixtures("no_slurm")
@@ -465,15 +467,15 @@ def test_mistakes_in_what_follows_slurm_are_named(
     flags: tuple[str, ...],
     words: tuple[str, ...],
 ) -> None:
-    status, said = call("study", write(), "--output", tmp_path / "out", "--slurm", *flags)
+    status, output = call("study", write(), "--output", tmp_path / "out", "--slurm", *flags)
     assert status == 2
-    assert [word for word in words if word not in said] == [], said
+    assert [word for word in words if word not in output] == [], output
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("again", [False, True])
 def test_what_is_submitted_by_how_the_runs_are(write: Write, tmp_path: Path, again: bool) -> None:
-    """A failed run is tried again only if that is said; those that need it wait for that, too."""
+    """A failed run is tried again only with --again; those that need it wait for that, too."""
     words = {"done": "finished", "bad": "failed", "ended": "cancelled", "waits": "queued"}
     needs = {"of_done": "done", "of_bad": "bad", "of_of_bad": "of_bad", "of_waits": "waits"}
     # Slurm has not removed it yet.
@@ -565,25 +567,25 @@ def test_mistakes_in_a_study_are_named(
     changes: dict[str, Any],
     words: tuple[str, ...],
 ) -> None:
-    status, said = call("study", write(changes), "--output", tmp_path / "out")
+    status, output = call("study", write(changes), "--output", tmp_path / "out")
     assert status == 2
-    assert said.count("\n") == 1
-    assert [word for word in words if word not in said] == [], said
+    assert output.count("\n") == 1
+    assert [word for word in words if word not in output] == [], output
     assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_says_what_is_left_to_train(call: Call, write: Write, tmp_path: Path) -> None:
-    status, said = call("study", write(), "--output", tmp_path / "out", "--dry-run")
+    status, output = call("study", write(), "--output", tmp_path / "out", "--dry-run")
     assert status == 0
-    assert said.splitlines()[-1] == "4 of 4 runs to train, 4 epochs in total"
+    assert output.splitlines()[-1] == "4 of 4 runs to train, 4 epochs in total"
     assert not (tmp_path / "out").exists()
     # A run that begins with the second phase trains that alone.
     phases = [{"epochs": e, "timesteps": 2, "optimizer": {"lr": 0.01}} for e in (5, 1)]
     later = {"init": "short", "overrides": {"phases": phases, "start_phase": 1}}
     file = write({"entries": {"short": {}, "later": later}, "seeds": [0]})
-    status, said = call("study", file, "--output", tmp_path / "out", "--dry-run")
+    status, output = call("study", file, "--output", tmp_path / "out", "--dry-run")
     assert status == 0
-    assert said.splitlines()[1:] == [
+    assert output.splitlines()[1:] == [
         "later-seed0: 1 epoch",
         "2 of 2 runs to train, 2 epochs in total",
     ]
@@ -595,15 +597,15 @@ def test_the_command_lines_key_that_entries_have_too_is_named(
     longer = {"control": "sdt", "overrides": {"phases.0.epochs": 3}}
     file = write({"entries": ENTRIES | {"longer": longer}})
     more = ("--output", tmp_path / "out", "--dry-run")
-    status, said = call("study", file, "phases.0.epochs=2", "batch.micro=1", *more)
+    status, output = call("study", file, "phases.0.epochs=2", "batch.micro=1", *more)
     assert status == 0
-    assert "phases.0.epochs on the command line replaces values of entries" in said
-    assert "compares: longer (phases.0.epochs=3)" in said
-    assert "batch.micro" not in said
+    assert "phases.0.epochs on the command line replaces values of entries" in output
+    assert "compares: longer (phases.0.epochs=3)" in output
+    assert "batch.micro" not in output
     # A whole section replaces its keys.
-    said = call("study", file, "loss={kind: tet, lambda: 0.1}", *more)[1]
-    assert "loss on the command line replaces" in said
-    assert "compares: sdt (loss.kind=sdt), tet (loss.kind=tet)" in said
+    output = call("study", file, "loss={kind: tet, lambda: 0.1}", *more)[1]
+    assert "loss on the command line replaces" in output
+    assert "compares: sdt (loss.kind=sdt), tet (loss.kind=tet)" in output
     assert "replaces" not in call("study", file, *more)[1]
 
 
@@ -655,8 +657,8 @@ def test_mistakes_on_the_command_line_are_named(call: Call, write: Write, tmp_pa
         ((file, "resume=must"), "the study itself sets resume"),
         ((file, "--append-to", tmp_path / "kept.txt"), "FILE.md"),
     ):
-        status, said = call("study", *arguments, "--output", output)
-        assert (status, word in said) == (2, True), said
+        status, printed = call("study", *arguments, "--output", output)
+        assert (status, word in printed) == (2, True), printed
 
 
 def test_the_studies_of_the_project_resolve(tmp_path: Path) -> None:
@@ -694,8 +696,8 @@ def finished(write: Write, tmp_path: Path) -> tuple[Path, Path]:
 
 def test_numbers_are_numpys(call: Call, finished: tuple[Path, Path]) -> None:
     file, output = finished
-    status, said = call("study", file, "--output", output, "--jobs", 2, "--report-only")
-    assert status == 0, said
+    status, printed = call("study", file, "--output", output, "--jobs", 2, "--report-only")
+    assert status == 0, printed
     values = json.loads((output / "report" / "study.json").read_text())
     for entry, accuracies in ACCURACIES.items():
         found = values["entries"][entry]
@@ -770,7 +772,7 @@ def test_what_sets_entries_apart_unnamed_is_at_the_head(by_hand: ByHand) -> None
     }
     numbers = by_hand({"entries": entries, "seeds": [3], "overrides": {"loss.lambda": 0.05}})
     head, _, _ = section(numbers, "link", "command").partition("* `like` against")
-    said = "Entries also differ in keys that they do not set, here with both values:"
+    heading = "Entries also differ in keys that they do not set, here with both values:"
     of_plif = (("surrogate=sigmoid", "triangle"), ("surrogate_width=4.0", "1.0"))
     of_plif += (("fires_at_threshold=true", "false"), ("decay_input=true", "none"))
     keys = ", ".join(f"`model.neuron.{key}` ({other})" for key, other in of_plif)
@@ -778,11 +780,11 @@ def test_what_sets_entries_apart_unnamed_is_at_the_head(by_hand: ByHand) -> None
         f"* `plif` against `base`: {keys}",
         "* `section` against `base`: `loss.lambda=0.001` (0.05)",
     ]
-    assert head.partition(said)[2].split("\n") == ["", "", *listed, "", ""]
+    assert head.partition(heading)[2].split("\n") == ["", "", *listed, "", ""]
 
 
 @pytest.mark.parametrize(
-    ("top1", "said"),
+    ("top1", "words"),
     [
         # Against 90, 90 and 90; the interval is of 4.3 standard errors to either side.
         ([92.0, 93.0, 94.0], "+3.00 [+0.52, +5.48] points, n = 3: **better** (p = 0.035)"),
@@ -795,16 +797,16 @@ def test_what_sets_entries_apart_unnamed_is_at_the_head(by_hand: ByHand) -> None
     ],
 )
 def test_a_verdict_is_as_sure_as_the_interval(
-    by_hand: ByHand, top1: list[float], said: str
+    by_hand: ByHand, top1: list[float], words: str
 ) -> None:
     def accuracies(run: StudyRun) -> list[float]:
         return [0.0, 0.0, 0.0, top1[run.seed] if run.entry == "tet" else 90.0]
 
     numbers = by_hand({"seeds": list(range(len(top1))), "test_timesteps": [4]}, accuracies)
-    assert verdict(numbers, "tet").startswith(f"* `tet` against `sdt`: {said}")
+    assert verdict(numbers, "tet").startswith(f"* `tet` against `sdt`: {words}")
     # An interval that cannot be told is not drawn as one of no width.
     (bar,) = figures.draw(numbers).axes[2].containers
-    assert bar.has_xerr == ("[" in said)
+    assert bar.has_xerr == ("[" in words)
 
 
 def test_early_exit_is_compared_with_the_full_t_of_the_study() -> None:
@@ -842,8 +844,8 @@ def test_a_section_replaces_its_earlier_self_only(
     assert results.read_text() == once + "\nAfter.\n"
     # An end that is lost would swallow what follows.
     results.write_text(once.replace("<!-- end of study study -->\n", ""))
-    status, said = call("study", *arguments)
-    assert (status, "has no end" in said) == (2, True)
+    status, printed = call("study", *arguments)
+    assert (status, "has no end" in printed) == (2, True)
     assert results.is_symlink()
 
 
@@ -853,7 +855,7 @@ def test_a_folder_of_another_study_is_left_alone(
     _, output = finished
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     changes = {"seeds": [3, 4, 5], "overrides": {"phases.0.timesteps": 4, "loss.phi": 2.0}}
-    status, said = call("study", write(changes), "--output", output)
+    status, printed = call("study", write(changes), "--output", output)
     assert status == 2
-    assert "sdt-seed3 holds a run of another configuration: loss.phi is 2.0 and was 1.0" in said
+    assert "sdt-seed3 holds a run of another configuration: loss.phi is 2.0 and was 1.0" in printed
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before

@@ -72,17 +72,17 @@ def test_a_file_without_a_summary_stays_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "numbers", "said"),
+    ("end", "numbers", "expected"),
     [
         ("", '{"study": {}, "candidates": {}}', "has no end"),
         (summary.END, "{}", "no numbers of a study"),
         (summary.END, "", "cannot be read"),
     ],
 )
-def test_mistakes_are_named(end: str, numbers: str, said: str, tmp_path: Path) -> None:
+def test_mistakes_are_named(end: str, numbers: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text(numbers)
     text = f"{summary.BEGIN}{end}<!-- study one -->\n"
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=expected):
         summary.refreshed(text, tmp_path, tmp_path / "kept.md")
 
 

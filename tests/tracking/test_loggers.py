@@ -27,7 +27,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    # W&B's settings of whoever runs the tests are none of their business.
+    # The tests ignore the user's own settings of W&B.
     monkeypatch.setenv("WANDB_CONFIG_DIR", "/nonexistent")
 
 
@@ -210,7 +210,7 @@ def test_an_outage_of_a_day_is_waited_for(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", list(READ))
-def test_a_missing_package_is_said_before_the_run_begins(
+def test_a_missing_package_is_reported_before_the_run_begins(
     name: str,
     main: Callable[..., tiny.Outcome],
     tiny_config: Callable[..., Path],
@@ -220,8 +220,8 @@ def test_a_missing_package_is_said_before_the_run_begins(
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
     outcome = main(tiny_config(), f"tracking.trackers=[{name}]", "name=without")
     assert outcome.status == 2
-    said = f"the package {name} is not installed; {pip_install(name)}, or leave {name} out"
-    assert said in outcome.text
+    message = f"the package {name} is not installed; {pip_install(name)}, or leave {name} out"
+    assert message in outcome.text
     assert not (tmp_path / "runs" / "without").exists()
 
 
@@ -241,12 +241,14 @@ def test_an_unknown_name_is_refused_with_the_configuration(
 ) -> None:
     given = ["--config", str(tiny_config()), f"tracking.trackers=[tensorboard, {name}]"]
     assert training.main([*given, "--print-config"]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert words in said.err
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err
 
 
-def test_wandb_without_an_account_is_said_instead_of_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_without_an_account_is_reported_instead_of_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "online")

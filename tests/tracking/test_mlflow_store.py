@@ -20,7 +20,7 @@ ConfigWriter = Callable[..., Path]
 
 
 @pytest.mark.parametrize(
-    ("uri", "said"),
+    ("uri", "expected"),
     [
         ("foo://bar", "MLflow cannot use foo://bar"),
         ("./mlruns", "MLflow cannot use ./mlruns"),
@@ -32,12 +32,12 @@ ConfigWriter = Callable[..., Path]
         ("mysql+nosuchdriver://user:secret@host/runs", "MLflow cannot use"),
     ],
 )
-def test_an_address_of_no_kind_is_refused(uri: str, said: str) -> None:
+def test_an_address_of_no_kind_is_refused(uri: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         check_store(uri)
     text = str(caught.value)
     assert text.startswith("tracking.uri: ")
-    assert said in text
+    assert expected in text
     assert "tracking.mlflow=false" in text
     assert "secret" not in text
     assert "\n" not in text
@@ -196,14 +196,14 @@ def test_the_end_does_not_send_to_an_mlflow_that_has_nothing(
 def test_the_tags_name_the_last_checkpoint_also_where_it_is_the_best(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
-    said: dict[str, str] = {}
+    tags: dict[str, str] = {}
 
     class Tags:
         def set_tag(self, key: str, value: str) -> None:
-            said[key] = value
+            tags[key] = value
 
     for which in ("last", "best"):
         (checkpoints / which).write_text("step-00000007\n")
     show_checkpoints(Tags(), checkpoints)  # type: ignore[arg-type]  # a stand-in
     step = str((checkpoints / "step-00000007").resolve())
-    assert said == {"checkpoint": step, "best_checkpoint": step}
+    assert tags == {"checkpoint": step, "best_checkpoint": step}

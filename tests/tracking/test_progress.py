@@ -41,7 +41,7 @@ def test_the_first_line_comes_soon_and_others_after_a_minute(
 ) -> None:
     settled: list[float] = []
     shown = RunProgress(0, 1000, 100, 32, settle=lambda: settled.append(clock.now), silent=False)
-    said: dict[int, str] = {}
+    lines: dict[int, str] = {}
     with shown:
         for step in range(1, 101):
             clock.now += 2
@@ -49,12 +49,12 @@ def test_the_first_line_comes_soon_and_others_after_a_minute(
             if step == 40:
                 shown.report_training(step, TRAINED)
             if text := capsys.readouterr().err:
-                said[step] = text.strip()
+                lines[step] = text.strip()
     # 2 s a step: after 5 s, and 60 s after each line that there was.
-    assert list(said) == [3, 33, 40, 70, 100]
-    assert said[3] == ("epoch 0.03  step 3/1000  16 samples/s since the first step  ETA 0:33:14")
-    assert said[40].startswith("epoch 0.10  step 40/1000  loss 1.000")
-    # A GPU is waited for only where its pace is told.
+    assert list(lines) == [3, 33, 40, 70, 100]
+    assert lines[3] == ("epoch 0.03  step 3/1000  16 samples/s since the first step  ETA 0:33:14")
+    assert lines[40].startswith("epoch 0.10  step 40/1000  loss 1.000")
+    # A GPU is waited for only where its pace is reported.
     assert len(settled) == 4
 
 
@@ -74,7 +74,7 @@ def test_the_first_step_tells_nothing_of_the_pace(
     assert third.endswith("ETA 0:49:18")  # 97 steps at 30.5 s
 
 
-def test_of_several_phases_the_present_one_is_said_and_a_gpus_memory(
+def test_of_several_phases_the_present_one_is_reported_and_a_gpus_memory(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shown = RunProgress(0, 1000, 100, 32, phases=2, silent=False)
@@ -123,11 +123,11 @@ def test_status_has_the_time_left_of_the_log(
 ) -> None:
     outcome = main(tiny_config(), "log_every=2", "max_steps=7")
     assert outcome.status == 0, outcome.text
-    said = re.findall(r"step (\d+)/7  loss .*ETA (\d+):(\d+):(\d+)", outcome.text)
+    shown = re.findall(r"step (\d+)/7  loss .*ETA (\d+):(\d+):(\d+)", outcome.text)
     run = tmp_path / "runs" / "tiny"
     # The file's last lines, when the process was at each of these steps.
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    for step, *clock in said:
+    for step, *clock in shown:
         until = [line for line in lines if json.loads(line)["step"] <= int(step)]
         (run / "metrics.jsonl").write_text("".join(until))
         with (run / ".lock").open("w") as lock:
@@ -136,7 +136,7 @@ def test_status_has_the_time_left_of_the_log(
         hours, minutes, seconds = map(int, clock)
         assert eta is not None
         assert round(eta) == 3600 * hours + 60 * minutes + seconds
-    assert [int(step) for step, *_ in said] == [2, 4, 5, 6, 7]
+    assert [int(step) for step, *_ in shown] == [2, 4, 5, 6, 7]
 
 
 def test_lines_between_do_not_change_what_is_logged(

@@ -273,7 +273,7 @@ def test_a_damaged_line_is_named(
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged") as caught:
         untracked(resume_step=3)
     assert path.read_bytes() == before
-    # Whoever follows the file and has read the first line tells the same number.
+    # A reader that follows the file and has read the first line gets the same number.
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
         list(lines_of(path, before.index(b"\n") + 1))
     # The way out that it names, followed to the letter.
@@ -305,7 +305,7 @@ def test_lines_from_the_end_are_those_from_the_beginning(
 
 
 def test_a_tracker_of_ones_own_is_given_no_torn_line(tmp_path: Path) -> None:
-    """Whoever removes a damaged line moves those behind it, and the tracker's mark stays."""
+    """Removing a damaged line moves those behind it, and the tracker's mark stays."""
     path = tmp_path / "metrics.jsonl"
     lines = [f'{{"kind": "train", "step": {step}, "loss": 1.{"5" * step}}}\n' for step in (1, 2, 3)]
     path.write_text("".join(lines))
@@ -317,7 +317,7 @@ def test_a_tracker_of_ones_own_is_given_no_torn_line(tmp_path: Path) -> None:
     assert [line for _, line in lines_of(path, _line_start(path, second))] == read_metrics(path)
 
 
-def test_a_full_disk_is_said_and_leaves_whole_lines(
+def test_a_full_disk_is_reported_and_leaves_whole_lines(
     untracked: Callable[..., Tracker], tmp_path: Path
 ) -> None:
     tracker = untracked()
@@ -655,11 +655,11 @@ def test_a_server_comes_late_and_goes_early(
         begin = time.monotonic()
         tracker.close("FINISHED", timeout=5)
         assert time.monotonic() - begin < 7
-    said = [one.getMessage() for one in caplog.records if one.name.startswith("tetdist")]
-    assert "Connection refused. Training continues" in said[0]
-    assert "up to 10 of the 1010 lines" in said[-1]
-    assert len(said) <= 4
-    assert not any("\n" in message for message in said)
+    messages = [one.getMessage() for one in caplog.records if one.name.startswith("tetdist")]
+    assert "Connection refused. Training continues" in messages[0]
+    assert "up to 10 of the 1010 lines" in messages[-1]
+    assert len(messages) <= 4
+    assert not any("\n" in message for message in messages)
     assert "secret" not in caplog.text
 
     caplog.clear()
@@ -719,12 +719,12 @@ def test_two_runs_make_one_database_at_once_after_a_kill(
     assert caplog.records == []
 
 
-def test_mlflow_missing_is_said_at_once(
+def test_mlflow_missing_is_reported_at_once(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    said = f"MLflow is not installed; {pip_install('train,cuda130')}, or"
-    with pytest.raises(UserError, match=re.escape(said)):
+    message = f"MLflow is not installed; {pip_install('train,cuda130')}, or"
+    with pytest.raises(UserError, match=re.escape(message)):
         store.open(tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

@@ -139,7 +139,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         ("layers", {"gradient_clipping": 0.05, "clip_mode": "agc"}),
     ],
 )
-def test_engines_agree_to_the_bit(optimizer: str, changes: dict[str, Any], world: World) -> None:
+def test_engines_agree_bitwise(optimizer: str, changes: dict[str, Any], world: World) -> None:
     """Gradients here have a norm of 2 or so."""
     states, norms = [], []
     for engine in (TORCH, DEEPSPEED):

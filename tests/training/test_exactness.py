@@ -132,7 +132,7 @@ def test_stages_agree_in_float32(
         pytest.param(2, "adam", KILL, marks=pytest.mark.long),
     ],
 )
-def test_stopped_stage_continues_to_the_bit(
+def test_stopped_stage_continues_bitwise(
     stage: int,
     optimizer: str,
     sig: int,

@@ -205,7 +205,7 @@ def test_a_capture_within_a_step_keeps_its_gradients(monkeypatch: pytest.MonkeyP
     assert layer.weight.grad.tolist() == [[6.0] * 3]
 
 
-def test_what_cannot_be_captured_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_captured_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first error is reported: ending such a capture fails as well."""
 
     class Stream:

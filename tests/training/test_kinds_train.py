@@ -55,7 +55,7 @@ def changes(kind: str) -> dict[str, Any]:
         for k in KINDS
     ],
 )
-def test_it_learns_and_continues_to_the_bit(
+def test_it_learns_and_continues_bitwise(
     kind: str, farm: Farm, tiny_root: Path, tmp_path: Path
 ) -> None:
     files = {

@@ -20,7 +20,7 @@ def nobody(_watched: Any) -> tuple[()]:
     return ()
 
 
-def test_launcher_is_told_of_an_error_and_of_the_others_end(
+def test_launcher_hears_of_an_error_and_of_the_others_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reported: list[Exception] = []
@@ -45,7 +45,7 @@ def test_launcher_is_told_of_an_error_and_of_the_others_end(
     assert shown == [False, True]
 
 
-def test_launcher_is_told_of_a_peer_that_is_lost_before_training(
+def test_launcher_hears_of_a_peer_that_is_lost_before_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reported: list[Exception] = []

@@ -154,7 +154,7 @@ def test_steps_follow_the_same_curve() -> None:
     assert [phase.learning_rate(step) for step in (0, 10, 39)] == pytest.approx([0.8, 0.2, 0.1])
 
 
-def test_a_rate_per_256_is_scaled_and_said() -> None:
+def test_a_rate_per_256_is_scaled_and_reported() -> None:
     optimizer = OptimizerSection(lr=6e-4, lr_per=256)
     phase = PhaseSection(epochs=1, timesteps=1, optimizer=optimizer, schedule="constant")
     (of_2048,) = schedule((phase,), 10, 2048)

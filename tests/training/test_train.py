@@ -162,7 +162,7 @@ def test_continued_at_another_world_size(
     assert_close_runs(run, straight("sparse"), steps=2)
 
 
-def test_two_processes_stop_together_and_continue_to_the_bit(
+def test_two_processes_stop_together_and_continue_bitwise(
     farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
     assert farm(tiny_config({"name": "straight"}), world=2).status == 0
@@ -182,7 +182,7 @@ def test_two_processes_stop_together_and_continue_to_the_bit(
         ("seed=1", 3, "1, 2"),  # 4 micro-batches a step
     ],
 )
-def test_user_error_on_several_processes_is_said_once(
+def test_user_error_on_several_processes_is_reported_once(
     override: str, world: int, message: str, farm: Farm, tiny_config: ConfigWriter
 ) -> None:
     outcome = farm(tiny_config(), override, world=world)
@@ -626,7 +626,7 @@ def test_float16_takes_overflowed_steps_again(
     assert tiny.metrics(run, "train") == lines
 
 
-def test_a_run_that_failed_before_its_first_line_can_be_mended(
+def test_a_run_that_failed_before_its_first_line_can_be_corrected(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
     """Only a run that has trained counts as having another configuration."""

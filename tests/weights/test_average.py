@@ -56,11 +56,11 @@ def test_weights_are_the_mean(
 ) -> None:
     output = tmp_path / "mean.safetensors"
     later, earlier = reversed(both(run))
-    status, said = call("average", later, earlier, "--output", output, *CPU, *options)
-    assert status == 0, said
-    assert "running statistics: 40 of 40 samples, " in said
+    status, printed = call("average", later, earlier, "--output", output, *CPU, *options)
+    assert status == 0, printed
+    assert "running statistics: 40 of 40 samples, " in printed
     names = "step-00000010, step-00000005; running statistics from 40 training samples"
-    assert names in said
+    assert names in printed
     a, b = (load_file(path / f"{file}.safetensors") for path in both(run))
     found, description = checkpoint.load_model_file(output)
     assert found.keys() == a.keys()
@@ -69,8 +69,8 @@ def test_weights_are_the_mean(
         assert value.dtype == torch.float32
         assert torch.equal(value, mean) != is_statistic(key), key
     assert (description.step, description.validation) == (10, None)
-    status, said = call("eval", "--checkpoint", output, "--json", tmp_path / "e.json", *CPU)
-    assert status == 0, said
+    status, printed = call("eval", "--checkpoint", output, "--json", tmp_path / "e.json", *CPU)
+    assert status == 0, printed
     assert "mean of 2" in json.loads((tmp_path / "e.json").read_text())["averaged"]
     assert call("average", *both(run), "--output", output, *CPU)[0] == 2  # it exists
 
@@ -174,9 +174,9 @@ def test_unlike_networks_are_refused(
     other = tmp_path / "other.safetensors"
     theirs = description.model_copy(update={"config": config})
     checkpoint.write_model_file(other, model.state_dict(), theirs)
-    status, said = call("average", run, other, "--output", tmp_path / "m.safetensors", *CPU)
+    status, output = call("average", run, other, "--output", tmp_path / "m.safetensors", *CPU)
     assert status == 2
-    assert f"{other} is another network than {run}: {text}" in said
+    assert f"{other} is another network than {run}: {text}" in output
 
 
 def test_other_timesteps_and_classes_are_refused(run: Path, call: Call, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_other_timesteps_and_classes_are_refused(run: Path, call: Call, tmp_path
     changes = {"timesteps": 3, "classes": list("abcd")}
     other = tmp_path / "other.safetensors"
     checkpoint.write_model_file(other, weights, description.model_copy(update=changes))
-    status, said = call("average", run, other, "--output", tmp_path / "m.safetensors", *CPU)
+    status, output = call("average", run, other, "--output", tmp_path / "m.safetensors", *CPU)
     assert status == 2
-    assert "T is 3 instead of 2; its classes differ" in said
+    assert "T is 3 instead of 2; its classes differ" in output
     assert not (tmp_path / "m.safetensors").exists()

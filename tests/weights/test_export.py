@@ -1,4 +1,4 @@
-"""What tools/export.py writes is the network that was trained, whoever runs it."""
+"""tools/export.py writes the trained network, for any program that runs it."""
 
 import json
 import re
@@ -138,8 +138,8 @@ def test_code_of_the_card_loads_the_network(
 ) -> None:
     file = save(network, tmp_path)
     folder = tmp_path / "given"
-    status, said = call("export", file, "--format", kind, "--output", folder)
-    assert status == 0, said
+    status, output = call("export", file, "--format", kind, "--output", folder)
+    assert status == 0, output
     trained = load(file)
     x = trained.examples(2)
     card = (folder / "README.md").read_text()
@@ -179,7 +179,7 @@ def test_card_says_what_a_reader_asks_and_no_secrets(call: Call, tmp_path: Path)
         assert part in card, part
     front = yaml.safe_load(card.split("---")[1])
     assert front["pipeline_tag"] == "image-classification"
-    assert "license" not in front  # nobody has said which
+    assert "license" not in front  # none was given
     recipe = yaml.safe_load((tmp_path / "given" / "recipe.yaml").read_text())
     assert not recipe.keys() & {"profile", "tracking", "cluster", "save", "runs_dir"}
     assert recipe["data"].keys() & {"root", "threads", "image_size"} == {"root", "image_size"}
@@ -226,8 +226,8 @@ def test_real_run_is_given_away_and_taken_back(
     outcome = main(tiny_config({"evaluate_every": 1}))
     assert outcome.status == 0, outcome.text
     run, given = tmp_path / "runs" / "tiny", tmp_path / "given"
-    status, said = call("export", run, "--format", "safetensors", "--output", given)
-    assert status == 0, said
+    status, output = call("export", run, "--format", "safetensors", "--output", given)
+    assert status == 0, output
     top1 = tiny.metrics(run, "val")[-1]["top1"]
     assert f"{top1:.2f} % top-1" in (given / "README.md").read_text()
     changes = {"name": "again", "init_checkpoint": str(given / "model.safetensors")}
@@ -240,15 +240,15 @@ def test_real_run_is_given_away_and_taken_back(
     outcome = main(tiny_config(changes), "max_steps=1")
     assert outcome.status == 0, outcome.text
     alone = tmp_path / "alone.safetensors"
-    status, said = call("export", given, "--format", "safetensors", "--output", alone)
-    assert status == 0, said
-    assert f"wrote {alone}: the weights" in said
+    status, output = call("export", given, "--format", "safetensors", "--output", alone)
+    assert status == 0, output
+    assert f"wrote {alone}: the weights" in output
     assert alone.read_bytes() == (given / "model.safetensors").read_bytes()
     tables = []
     for source in (run, given):
-        status, said = call("eval", "--checkpoint", source, "--data", tiny_root)
-        assert status == 0, said
-        tables.append(said.replace(str(source), ""))
+        status, output = call("eval", "--checkpoint", source, "--data", tiny_root)
+        assert status == 0, output
+        tables.append(output.replace(str(source), ""))
     assert f"{top1:.2f}" in tables[0]
     assert tables[0] == tables[1]
 
@@ -368,8 +368,8 @@ def over_time(module: nn.Module, trained: Trained, x: Tensor) -> Tensor:
 def test_nir_graph_run_by_nirtorch_is_the_network(network: str, tmp_path: Path) -> None:
     trained = load(save(network, tmp_path))
     dt = 1e-3
-    said = export.write_nir(trained, tmp_path / "graph.nir", dt)
-    assert "3 timesteps of 0.001 s" in said
+    output = export.write_nir(trained, tmp_path / "graph.nir", dt)
+    assert "3 timesteps of 0.001 s" in output
     graph = nir.read(tmp_path / "graph.nir")
     assert graph.metadata["dt"] == dt
     scaled = "minus [0.5, 0.5, 0.5], divided by [0.229, 0.224, 0.225]"
@@ -423,9 +423,9 @@ def test_what_nir_cannot_express_is_refused(
     call: Call, tmp_path: Path, network: str, neuron: dict[str, Any], words: str
 ) -> None:
     file = save(network, tmp_path, **neuron)
-    status, said = call("export", file, "--format", "nir", "--output", tmp_path / "graph.nir")
+    status, output = call("export", file, "--format", "nir", "--output", tmp_path / "graph.nir")
     assert status == 2
-    assert words in said
+    assert words in output
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -458,9 +458,9 @@ def test_onnx_graph_run_by_onnxruntime_is_the_network(
     network: str, call: Call, tmp_path: Path
 ) -> None:
     file = save(network, tmp_path)
-    status, said = call("export", file, "--format", "onnx", "--output", tmp_path / "net.onnx")
-    assert status == 0, said
-    assert "its logits match the model's" in said
+    status, output = call("export", file, "--format", "onnx", "--output", tmp_path / "net.onnx")
+    assert status == 0, output
+    assert "its logits match the model's" in output
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
     (given,) = session.get_inputs()
     trained = load(file)
@@ -496,9 +496,9 @@ def test_onnx_graph_of_a_timestep_carries_its_states(
     network: str, neuron: dict[str, Any], call: Call, tmp_path: Path
 ) -> None:
     file, path = save(network, tmp_path, **neuron), tmp_path / "step.onnx"
-    status, said = call("export", file, "--format", "onnx-step", "--output", path)
-    assert status == 0, said
-    assert "its logits match the model's" in said
+    status, output = call("export", file, "--format", "onnx-step", "--output", path)
+    assert status == 0, output
+    assert "its logits match the model's" in output
     trained = load(file)
     x = trained.examples(5)  # another batch size than it was traced with
     expected = logits(trained, x)
@@ -510,18 +510,18 @@ def test_onnx_graph_of_a_timestep_carries_its_states(
 def test_onnx_graph_of_a_timestep_is_refused_by_name(call: Call, tmp_path: Path) -> None:
     file = save("convnet", tmp_path, kind="psn", timesteps=T)
     path = tmp_path / "step.onnx"
-    status, said = call("export", file, "--format", "onnx-step", "--output", path)
+    status, output = call("export", file, "--format", "onnx-step", "--output", path)
     assert status == 2
-    assert "has psn neurons" in said
+    assert "has psn neurons" in output
     assert not path.exists()
 
 
 @pytest.mark.parametrize("network", ["vggsnn", pytest.param("ms, deep", marks=pytest.mark.long)])
 def test_program_of_torch_is_the_network(network: str, call: Call, tmp_path: Path) -> None:
     file = save(network, tmp_path)
-    status, said = call("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
-    assert status == 0, said
-    assert "its logits match the model's" in said
+    status, output = call("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
+    assert status == 0, output
+    assert "its logits match the model's" in output
     trained = load(file)
     x = trained.examples(5)
     extra = {"preparation": ""}
@@ -534,9 +534,9 @@ def test_program_of_torch_is_the_network(network: str, call: Call, tmp_path: Pat
 
 def test_a_check_that_shows_little_says_so(call: Call, tmp_path: Path) -> None:
     file = save("convnet", tmp_path, threshold=1e9)  # no neuron ever fires
-    status, said = call("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
-    assert status == 0, said
-    assert "because the network's logits are the same for all inputs" in said
+    status, output = call("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
+    assert status == 0, output
+    assert "because the network's logits are the same for all inputs" in output
 
 
 # ------------------------------------------------------------------------------------ mistakes
@@ -547,9 +547,9 @@ def test_missing_package_is_named(
 ) -> None:
     file = save("convnet", tmp_path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    status, said = call("export", file, "--format", "onnx", "--output", tmp_path / "net.onnx")
+    status, output = call("export", file, "--format", "onnx", "--output", tmp_path / "net.onnx")
     assert status == 2
-    assert f"onnxruntime is not installed; {pip_install('train,export')}\n" in said
+    assert f"onnxruntime is not installed; {pip_install('train,export')}\n" in output
 
 
 @pytest.mark.parametrize(
@@ -571,9 +571,9 @@ def test_missing_package_is_named(
     ],
 )
 def test_arguments_are_checked(call: Call, arguments: list[str], complaint: str) -> None:
-    status, said = call("export", "nowhere", *arguments)
+    status, output = call("export", "nowhere", *arguments)
     assert status == 2
-    assert complaint in said
+    assert complaint in output
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "nir"])
@@ -581,13 +581,13 @@ def test_what_exists_is_not_replaced(call: Call, tmp_path: Path, kind: str) -> N
     file = save("convnet", tmp_path)
     output = tmp_path / f"mine.{kind}"
     output.write_text("precious")
-    status, said = call("export", file, "--format", kind, "--output", output)
+    status, printed = call("export", file, "--format", kind, "--output", output)
     assert status == 2
-    assert f"{output.name} exists" in said
+    assert f"{output.name} exists" in printed
     assert output.read_text() == "precious"
     (tmp_path / checkpoint.MANIFEST_FILE).write_text("{}")
-    status, said = call("export", file, "--format", kind, "--output", tmp_path / f"new.{kind}")
-    assert (status, "is a checkpoint; choose another folder" in said) == (2, True)
+    status, printed = call("export", file, "--format", kind, "--output", tmp_path / f"new.{kind}")
+    assert (status, "is a checkpoint; choose another folder" in printed) == (2, True)
 
 
 def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

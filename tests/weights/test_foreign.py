@@ -483,7 +483,7 @@ def test_normalized_currents_are_those_of_the_relu_network(name: str, source: st
 
 
 class Code:
-    """Executes a command where it is unpickled by whoever does so."""
+    """Executes a command when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -544,7 +544,7 @@ def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
         foreign.convert(state, "torchvision", model)
 
 
-def test_names_that_several_sources_share_must_be_told() -> None:
+def test_names_that_several_sources_share_need_a_source() -> None:
     state = torchvision.models.resnet18(weights=None).state_dict()
     with pytest.raises(UserError, match="--from"):
         foreign.source_of(state, Path("a.pth"))
@@ -582,14 +582,14 @@ def test_training_and_evaluation_begin_with_a_relu_network(
 ) -> None:
     output = tmp_path / "converted.safetensors"
     command = [relu_file, "--model", "spiking_resnet18", "--from", "timm", "--output", output]
-    status, said = call("convert", *command, "--classes", tiny_root / "val", *SMALL_RESNET18)
-    assert status == 0, said
-    assert "107 of 107 tensors converted, as weights of timm" in said
-    assert "21 counters of batches" in said
+    status, printed = call("convert", *command, "--classes", tiny_root / "val", *SMALL_RESNET18)
+    assert status == 0, printed
+    assert "107 of 107 tensors converted, as weights of timm" in printed
+    assert "21 counters of batches" in printed
 
     arguments = ["--checkpoint", output, "--data", tiny_root, "--device", "cpu", "--json"]
-    status, said = call("eval", *arguments, tmp_path / "before.json")
-    assert status == 0, said
+    status, printed = call("eval", *arguments, tmp_path / "before.json")
+    assert status == 0, printed
     before = json.loads((tmp_path / "before.json").read_text())
     assert before["samples"] == sum(tiny.VAL_SIZES)
     assert before["model"] == "spiking_resnet18"
@@ -623,22 +623,22 @@ def test_another_number_of_classes_is_named_and_may_be_allowed(
     output = tmp_path / "converted.safetensors"
     command = [relu_file, "--model", "spiking_resnet18", "--from", "timm", "--output", output]
     command += [*SMALL_RESNET18, "model.num_classes=7"]
-    status, said = call("convert", *command)
+    status, printed = call("convert", *command)
     assert status == 2
-    assert "fc.weight (fc.weight in the file) has shape (4, 32) instead of (7, 32)" in said
-    assert "2 tensors missing or of another shape and 0 unknown" in said
+    assert "fc.weight (fc.weight in the file) has shape (4, 32) instead of (7, 32)" in printed
+    assert "2 tensors missing or of another shape and 0 unknown" in printed
     assert not output.exists()
-    status, said = call("convert", *command, "--allow-missing")
-    assert status == 0, said
-    assert "missing: fc.bias" in said
+    status, printed = call("convert", *command, "--allow-missing")
+    assert status == 0, printed
+    assert "missing: fc.bias" in printed
     weights, description = checkpoint.load_model_file(output)
     assert weights["fc.weight"].shape == (7, 32)
     assert torch.equal(weights["stem.conv.weight"], load_file(relu_file)["conv1.weight"])
     assert description.classes is None
     assert description.converted == {"file": "resnet18.safetensors", "from": "timm"}
 
-    status, said = call("eval", "--checkpoint", output, "--data", tiny_root, "--device", "cpu")
-    assert (status, f"the data has 4 classes, but {output} has 7" in said) == (2, True), said
+    status, printed = call("eval", "--checkpoint", output, "--data", tiny_root, "--device", "cpu")
+    assert (status, f"the data has 4 classes, but {output} has 7" in printed) == (2, True), printed
 
 
 @pytest.mark.parametrize(
@@ -656,9 +656,9 @@ def test_tets_checkpoint_is_recognized_and_sees_images_as_its_loader_scales_them
     output = tmp_path / "o.safetensors"
     command = [tmp_path / "tet.pth", "--model", "spiking_resnet19", "--timesteps", 6]
     small = [f"model.arguments.{k}={v}" for k, v in RESNET19.items() if k != "num_classes"]
-    status, said = call("convert", *command, "--output", output, *small)
-    assert status == 0, said
-    assert "as weights of tet" in said
+    status, printed = call("convert", *command, "--output", output, *small)
+    assert status == 0, printed
+    assert "as weights of tet" in printed
     _, description = checkpoint.load_model_file(output)
     assert description.timesteps == 6
     model, data = description.config["model"], description.config["data"]
@@ -723,9 +723,9 @@ def test_converted_file_notes_its_sources_network(
     given = [f"model.arguments.{k}={v}" for k, v in arguments.items() if v != 128]
     command = [tmp_path / "theirs.pth", "--model", model, "--output", output]
     command += [] if source is None else ["--from", source]
-    status, said = call("convert", *command, *given, "data.image_size=32", "data.resize=32")
-    assert status == 0, said
-    assert f"as weights of {source or 'ms'}" in said
+    status, printed = call("convert", *command, *given, "data.image_size=32", "data.resize=32")
+    assert status == 0, printed
+    assert f"as weights of {source or 'ms'}" in printed
     _, description = checkpoint.load_model_file(output)
     noted = description.config["model"]
     assert noted["arguments"] == arguments
@@ -755,22 +755,22 @@ def test_mistakes_end_in_a_sentence(
     call: Call, relu_file: Path, tmp_path: Path, arguments: list[str], complaint: str
 ) -> None:
     output = tmp_path / "o.safetensors"
-    status, said = call("convert", relu_file, "--from", "timm", "--output", output, *arguments)
+    status, printed = call("convert", relu_file, "--from", "timm", "--output", output, *arguments)
     assert status == 2
-    assert re.search(complaint, said), said
+    assert re.search(complaint, printed), printed
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_replaced_that_should_stay(call: Call, relu_file: Path, tmp_path: Path) -> None:
     command = [relu_file, "--model", "spiking_resnet18", "--from", "timm", "--output"]
     before = relu_file.read_bytes()
-    status, said = call("convert", *command, relu_file, *SMALL_RESNET18)
+    status, output = call("convert", *command, relu_file, *SMALL_RESNET18)
     assert (status, relu_file.read_bytes()) == (2, before)
-    assert f"{relu_file} exists; choose another --output" in said
+    assert f"{relu_file} exists; choose another --output" in output
     (tmp_path / checkpoint.MANIFEST_FILE).write_text("{}")
-    status, said = call("convert", *command, tmp_path / "model.safetensors", *SMALL_RESNET18)
+    status, output = call("convert", *command, tmp_path / "model.safetensors", *SMALL_RESNET18)
     assert status == 2
-    assert "is a checkpoint; choose another folder" in said
+    assert "is a checkpoint; choose another folder" in output
 
 
 def test_network_of_another_layout_lists_what_does_not_fit(call: Call, tmp_path: Path) -> None:
@@ -786,19 +786,19 @@ def test_network_of_another_layout_lists_what_does_not_fit(call: Call, tmp_path:
     torch.save({"state_dict": wrapped, "best_prec1": 91.78}, file)
     output = tmp_path / "o.safetensors"
     command = [file, "--model", "sew_resnet18", "--from", "torchvision", "--output", output]
-    status, said = call("convert", *command)
+    status, printed = call("convert", *command)
     assert status == 2
     # What is wrong is seen at a glance; the rest comes where it is asked for.
-    assert len(said.splitlines()) < 20
-    first, second, *_ = re.findall(r"(missing|unknown): (\d+) more \(--list", said)
+    assert len(printed.splitlines()) < 20
+    first, second, *_ = re.findall(r"(missing|unknown): (\d+) more \(--list", printed)
     assert (first[0], second[0]) == ("missing", "unknown")
-    status, said = call("convert", *command, "--list")
+    status, printed = call("convert", *command, "--list")
     assert status == 2
-    assert said.count("  missing: ") == 5 + int(first[1])
-    assert "missing: stem.conv.weight (conv1.weight in the file) has shape (16, 3, 3, 3)" in said
-    assert "blocks.7.conv2.conv.weight (layer4.1.conv2.weight in the file) is missing" in said
-    assert "unknown: linear.weight" in said
-    assert f"{file} is not a sew_resnet18 of torchvision" in said
+    assert printed.count("  missing: ") == 5 + int(first[1])
+    assert "missing: stem.conv.weight (conv1.weight in the file) has shape (16, 3, 3, 3)" in printed
+    assert "blocks.7.conv2.conv.weight (layer4.1.conv2.weight in the file) is missing" in printed
+    assert "unknown: linear.weight" in printed
+    assert f"{file} is not a sew_resnet18 of torchvision" in printed
     assert not output.exists()
 
 

@@ -50,7 +50,7 @@ def state_of(family: str) -> dict[str, Tensor]:
 
 
 def converted(family: str, call: Call, folder: Path, *more: str) -> tuple[Path, str]:
-    """A file made of a small published one, and what the command said."""
+    """A file made of a small published one, and the command's output."""
     wrapper, small = {
         "qkformer": ("model", {"widths": [8, 16, 24], "depths": [1, 1, 1], "heads": 2}),
         "sdt": ("state_dict", {"channels": 32, "depth": 1}),
@@ -73,9 +73,9 @@ def converted(family: str, call: Call, folder: Path, *more: str) -> tuple[Path, 
         output,
     ]
     arguments = [f"model.arguments.{key}={value}" for key, value in small.items()]
-    status, said = call("convert", *command, *arguments, "data.image_size=32", *more)
-    assert status == 0, said
-    return output, said
+    status, printed = call("convert", *command, *arguments, "data.image_size=32", *more)
+    assert status == 0, printed
+    return output, printed
 
 
 def images(batch: int) -> Tensor:
@@ -114,16 +114,16 @@ def test_published_file_is_recognised_computes_what_it_did_and_goes_out_again(
     else:
         assert neuron.threshold == 2
 
-    status, said = call("export", file, "--format", "timm", "--output", tmp_path / "given")
-    assert status == 0, said
+    status, output = call("export", file, "--format", "timm", "--output", tmp_path / "given")
+    assert status == 0, output
     model: Any = timm.create_model(f"local-dir:{tmp_path / 'given'}", pretrained=True).eval()
     model.set_execution("reference")
     with torch.no_grad():
         assert torch.equal(model(images(4)), logits)
-    status, said = call("export", file, "--format", "nir", "--output", tmp_path / "net.nir")
+    status, output = call("export", file, "--format", "nir", "--output", tmp_path / "net.nir")
     assert status == 2
-    assert "NIR cannot express" in said
-    assert "the product of two signals, which attention needs" in said
+    assert "NIR cannot express" in output
+    assert "the product of two signals, which attention needs" in output
 
 
 def test_unused_weights_are_named(call: Call, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_unused_weights_are_named(call: Call, tmp_path: Path) -> None:
     assert "1 tensor that the network does not use: block.0.attn.talking_heads.weight" in out
 
 
-def test_mixing_of_samples_is_told_and_may_be_asked_for(call: Call, tmp_path: Path) -> None:
+def test_mixing_of_samples_is_reported_and_may_be_asked_for(call: Call, tmp_path: Path) -> None:
     plain, out = converted("qkformer", call, tmp_path)
     assert "the samples of a batch influence each other" in out
     mixing, out = converted("qkformer", call, tmp_path, "model.arguments.mixes_samples=true")
@@ -150,9 +150,9 @@ LONG = ("qkformer", "espikeformer", "maxformer")
 )
 def test_program_of_torch_is_the_network(family: str, call: Call, tmp_path: Path) -> None:
     file, _ = converted(family, call, tmp_path)
-    status, said = call("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
-    assert status == 0, said
-    assert "its logits match the model's" in said
+    status, output = call("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
+    assert status == 0, output
+    assert "its logits match the model's" in output
     x = images(5)  # another batch size than it was traced with
     with torch.no_grad():
         actual = torch.export.load(tmp_path / "net.pt2").module()(x)
@@ -164,9 +164,9 @@ def test_program_of_torch_is_the_network(family: str, call: Call, tmp_path: Path
 def test_onnx_graph_is_the_network(family: str, call: Call, tmp_path: Path) -> None:
     file, _ = converted(family, call, tmp_path)
     path = tmp_path / "net.onnx"
-    status, said = call("export", file, "--format", "onnx", "--output", path)
-    assert status == 0, said
-    assert "its logits match the model's" in said
+    status, output = call("export", file, "--format", "onnx", "--output", path)
+    assert status == 0, output
+    assert "its logits match the model's" in output
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     x = images(5)
     (actual,) = session.run(["logits"], {"images": x.numpy()})
@@ -174,9 +174,9 @@ def test_onnx_graph_is_the_network(family: str, call: Call, tmp_path: Path) -> N
         expected = load(file).model(x)
     torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-3, atol=1e-4)
     step = tmp_path / "step.onnx"
-    status, said = call("export", file, "--format", "onnx-step", "--output", step)
-    assert status == 0, said
-    assert "its logits match the model's" in said
+    status, output = call("export", file, "--format", "onnx-step", "--output", step)
+    assert status == 0, output
+    assert "its logits match the model's" in output
 
 
 def test_program_of_events_has_the_size_that_the_network_is_described_with() -> None:
