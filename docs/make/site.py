@@ -228,7 +228,7 @@ def configuration_page() -> str:
     for key, documented in documented_keys().items():
         section = key.rpartition(".")[0]
         meaning = " ".join(documented.meaning.split())
-        default = documented.default.removeprefix("default ")
+        default = documented.default.removeprefix("default").lstrip(": ")
         row = f"| `{key}` | {_cell(meaning)} | {_cell(documented.takes)} | {_cell(default)} |"
         by_section.setdefault(section, []).append(row)
     for section, rows in by_section.items():

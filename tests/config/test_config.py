@@ -15,6 +15,7 @@ import yaml
 from tetdist import models
 from tetdist.apps.cli import train
 from tetdist.config import loading as configuration
+from tetdist.config.checks import without_effect
 from tetdist.config.documentation import documented_keys
 from tetdist.config.identity import OPERATIONAL_KEYS, differences, flatten
 from tetdist.config.loading import load, parse
@@ -67,25 +68,28 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"tracking.register": 3}, ("'tracking.register'", "string", "3")),
         ({"tracking.register": "m"}, ("tracking.register: 'm'", "tracking.log_checkpoint=best")),
         # Ranges.
-        ({"batch.micro": 0}, ("'batch.micro'", "greater than 0")),
-        ({"phases.0.timesteps": 0}, ("'phases.0.timesteps'", "greater than 0")),
-        ({"phases.0.timesteps": 100_000_000}, ("'phases.0.timesteps'", "equal to 10000")),
-        ({"data.threads": 100_000}, ("'data.threads'", "equal to 512")),
-        ({"data.prefetch": 100_000}, ("'data.prefetch'", "equal to 64")),
-        ({"data.image_size": 100_000}, ("'data.image_size'", "equal to 8192")),
-        ({"phases.0.optimizer.lr": 0.0}, ("'phases.0.optimizer.lr'", "greater than 0")),
-        ({"phases.0.optimizer.momentum": 1.0}, ("'phases.0.optimizer.momentum'", "less than 1")),
+        ({"batch.micro": 0}, ("'batch.micro'", "must be above 0, not 0")),
+        ({"phases.0.timesteps": 0}, ("'phases.0.timesteps'", "must be above 0, not 0")),
+        ({"phases.0.timesteps": 100_000_000}, ("'phases.0.timesteps'", "must be 10000 or less")),
+        ({"data.threads": 100_000}, ("'data.threads'", "must be 512 or less")),
+        ({"data.prefetch": 100_000}, ("'data.prefetch'", "must be 64 or less")),
+        ({"data.image_size": 100_000}, ("'data.image_size'", "must be 8192 or less")),
+        ({"phases.0.optimizer.lr": 0.0}, ("'phases.0.optimizer.lr'", "must be above 0, not 0")),
+        (
+            {"phases.0.optimizer.momentum": 1.0},
+            ("'phases.0.optimizer.momentum'", "must be below 1, not 1.0"),
+        ),
         ({"data.flip": 1.5}, ("'data.flip'", "1.5")),
-        ({"loss.label_smoothing": 1.0}, ("'loss.label_smoothing'", "less than 1")),
+        ({"loss.label_smoothing": 1.0}, ("'loss.label_smoothing'", "must be below 1, not 1.0")),
         ({"loss.lambda": float("nan")}, ("loss.lambda",)),
         ({"phases.0.optimizer.lr": float("inf")}, ("phases.0.optimizer.lr",)),
         ({"phases": []}, ("'phases'", "at least 1")),
-        ({"seed": -1}, ("'seed'",)),
+        ({"seed": -1}, ("x: 'seed': must be 0 or more, not -1",)),
         ({"seed": 2**63}, ("'seed'",)),
         ({"save.keep_last": 1}, ("'save.keep_last'",)),
         ({"model.num_classes": 1}, ("'model.num_classes'",)),
         ({"gradient_clipping": 0.0}, ("'gradient_clipping'",)),
-        ({"phases.0.optimizer.layer_decay": 1.5}, ("layer_decay", "less than or equal to 1")),
+        ({"phases.0.optimizer.layer_decay": 1.5}, ("layer_decay': must be 1 or less, not 1.5",)),
         # Contradictions.
         (
             {"gradient_clipping": 0.01, "clip_mode": "agc", "zero_stage": 1},
@@ -112,13 +116,16 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"model.arguments": {"chanels": [4]}}, ("model.arguments.chanels", "'channels'")),
         (
             {"model.neuron": {"spike": "sigmoid"}},
-            ("model.neuron.spike", "surrogate must be 'sigmoid'"),
+            ("spike=sigmoid needs surrogate=sigmoid, not triangle; set model.neuron.surrogate=",),
         ),
         ({"model.neuron": {"reset": "none"}}, ("'model.neuron.reset'", "'none'")),
         (
             {"model.neuron.kind": "psn", "model.neuron.timesteps": 1}
             | {"phases": [PHASE, PHASE | {"timesteps": 3}]},
-            ("phases.1.timesteps: psn has weights only for T=1",),
+            (
+                "phases.1.timesteps: psn cannot run 3 timesteps: it has weights for T=1 only; set "
+                "model.neuron.timesteps=3, or phases.1.timesteps=1",
+            ),
         ),
         ({"model.arguments": {"num_classes": 3}}, ("model.arguments.num_classes",)),
         ({"model.arguments": {"timesteps": 3}}, ("model.arguments.timesteps",)),
@@ -297,8 +304,10 @@ def test_list_item_of_a_default_can_be_overridden(tmp_path: Path) -> None:
         ("lr=3", "did you mean 'phases.0.optimizer.lr'?"),
         ("model=sew_resnet18", "did you mean model.name=sew_resnet18?"),
         ("model.neuron=lif", "did you mean model.neuron.kind=lif?"),
-        ("model.neuron.decay=2", "model.neuron.decay=2: 'model.neuron.decay': input should be"),
-        ("model.neuron.spike=sigmoid", "model.neuron.spike=sigmoid: model.neuron.spike"),
+        ("model.neuron.decay=2", "model.neuron.decay=2 must be 1 or less"),
+        ("seed=-1", "seed=-1 must be 0 or more"),
+        ("data.scale=[0.5,2]", "data.scale=[0.5,2]: 'data.scale.1': must be 1 or less, not 2"),
+        ("model.neuron.spike=sigmoid", "model.neuron.spike=sigmoid needs surrogate=sigmoid, not "),
         ("loss=sdt", "did you mean loss.kind=sdt?"),
         ("batch=64", "did you mean batch.global=64?"),
         ("data=events", "did you mean data.kind=events?"),
@@ -320,9 +329,9 @@ def test_list_item_of_a_default_can_be_overridden(tmp_path: Path) -> None:
         ("seed=", "seed=: 'seed'"),
         ("neuron.decay=0.2", "did you mean 'model.neuron'?"),
         ("optimizer=adam", "did you mean 'phases.0.optimizer'?"),
-        ("batch.eval=1000000000000", "less than or equal to 1048576"),
-        ("phases.0.epochs=100000000000000000000", "less than or equal to 1000000"),
-        ("log_every=10000000000", "less than or equal to 1000000000"),
+        ("batch.eval=1000000000000", "batch.eval=1000000000000 must be 1048576 or less"),
+        ("phases.0.epochs=100000000000000000000", "must be 1000000 or less"),
+        ("log_every=10000000000", "must be 1000000000 or less"),
     ],
 )
 def test_a_mistaken_override_is_named_and_not_the_file(
@@ -495,6 +504,15 @@ def test_recipes_of_cifar_begin_and_scale_as_the_papers_code(
             ],
         ),
         ("qkformer_10_384", ("model.neuron.kind=lif", "model.neuron.decay=0.9"), []),
+        (
+            "quickstart",
+            ("model.neuron.kind=psn",),
+            [
+                "surrogate: atan  # default of psn, in place of triangle",
+                "surrogate_width: 2.0  # default of psn, in place of 1.0",
+                "timesteps: 4  # default of psn",
+            ],
+        ),
     ],
 )
 def test_printed_config_is_the_same_config(
@@ -512,7 +530,7 @@ def test_printed_config_is_the_same_config(
     assert config.as_dict() == read_yaml(printed)
     assert differences(config.as_dict(), load(name, neuron).as_dict()) == ["seed is 0 and was 3"]
     marked = [re.sub(" +#", "  #", line.strip()) for line in text.splitlines()]
-    assert [line for line in marked if "in place of" in line] == of_kind
+    assert [line for line in marked if "default of" in line] == of_kind
 
 
 def test_forms_that_people_write_are_taken() -> None:
@@ -525,7 +543,7 @@ def test_forms_that_people_write_are_taken() -> None:
     for wrong in ("20", "20-30", "[20]", "[1, 2, 3]"):
         with pytest.raises(UserError, match=r"'profile.steps': must be the first and the last "):
             loaded(f"profile.steps={wrong}")
-    with pytest.raises(UserError, match=r"'profile.steps.0': input should be greater than 0"):
+    with pytest.raises(UserError, match=r"'profile.steps.0': must be above 0, not 0"):
         loaded("profile.steps=0..3")
     with pytest.raises(UserError, match=r"'tracking.trackers.0': input should be a valid string"):
         loaded("tracking.trackers=[1]")
@@ -574,8 +592,9 @@ def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture
         "seed": "[whole number >= 0 and < 9223372036854775808; default 0]",
         "model.name": f"[{models.names()[0]} | ",
         "model.num_classes": "[whole number > 1 or null; default null]",
-        "model.neuron.kind": "[lif | relu | ilif | nilif | plif | psn | masked_psn | sliding_psn; ",
+        "model.neuron.kind": f"[{' | '.join(NEURONS)}; default: the network's own]",
         "model.neuron.surrogate": "[triangle | atan | sigmoid | rectangle; default triangle]",
+        "name": "[text; default: the file's name]",
         "data.root": "[text; required]",
         "data.scale": "[list of 2: number >= 0 and <= 1; default [0.08, 1.0]]",
         "data.transforms": "[list: text; default []]",
@@ -589,7 +608,7 @@ def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture
     values = flatten(resolved().as_dict())
     for key, (_, default, meaning) in documented_keys().items():
         assert meaning.strip(), key
-        if default != "required" and key in values and key not in SET_BY_TINY:
+        if default.startswith("default ") and key in values and key not in SET_BY_TINY:
             shown = values[key] if isinstance(values[key], str) else json.dumps(values[key])
             assert default == f"default {shown}", key
 
@@ -600,6 +619,10 @@ def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture
         ({}, []),
         ({"loss.kind": "sdt"}, []),
         ({"loss": {"kind": "sdt", "lambda": 0.1, "phi": 1.0}}, ["loss.lambda", "loss.phi"]),
+        ({"loss": {"lambda": 0.0, "phi": 2.0}}, ["loss.phi"]),
+        ({"loss.distillation.temperature": 3.0}, ["loss.distillation.temperature"]),
+        ({"tracking.experiment": "e"}, ["tracking.experiment"]),
+        ({"tracking": {"mlflow": False, "experiment": "e", "trackers": ["wandb"]}}, []),
         ({"data.roll": 3}, ["data.roll"]),
         ({"data.padding": 2}, ["data.padding"]),
         ({"data.erasing.count": 2}, ["data.erasing.count"]),
@@ -677,6 +700,30 @@ def test_keys_without_effect_are_warned_of(
         resolved(changes)
     assert [record.getMessage().split()[0] for record in caplog.records] == warned
     assert all("has no effect with" in record.getMessage() for record in caplog.records)
+
+
+def test_keys_say_with_which_settings_they_have_no_effect() -> None:
+    for key, settings in {
+        "model.neuron.threshold": "kind=relu",
+        "loss.phi": "kind=sdt, or with lambda=0",
+        "loss.distillation.self_target": "self_weight=0, or with phases.N.timesteps=1 and "
+        "self_target=time_mean or similarity",
+        "data.padding": "kind=events, or with crop=resized",
+        "data.color_jitter.hue": "data.kind=events",
+        "phases.N.optimizer.momentum": "kind=adam or adamw",
+        "phases.N.power": "schedule=cosine or constant or step",
+        "tracking.experiment": "mlflow=false and wandb not in trackers",
+        "clip_mode": "gradient_clipping=null",
+    }.items():
+        assert documented_keys()[key].meaning.endswith(f" No effect with {settings}."), key
+    relu = {"model.neuron": {"kind": "relu"}, "phases": [PHASE, PHASE | {"schedule": "step"}]}
+    found = {key: because for key, _, because in without_effect(resolved(relu))}
+    assert found["model.neuron.threshold"] == "model.neuron.kind=relu"
+    assert found["phases.1.cooldown_epochs"] == "phases.1.schedule=step"
+    assert not {"phases.0.cooldown_epochs", "phases.1.min_lr"} & found.keys()
+    assert found["loss.distillation.temperature"] == (
+        "loss.distillation.teacher=null and loss.distillation.self_weight=0"
+    )
 
 
 def test_differences_pass_over_what_does_not_change_the_result() -> None:

@@ -172,7 +172,11 @@ def test_data_to_evaluate_alone_need_no_train(image_root, call, name):
 @pytest.mark.parametrize(
     ("spoil", "options", "words"),
     [
-        (lambda root: shutil.rmtree(root / "val"), [], "neither a folder 'val' nor"),
+        (
+            lambda root: shutil.rmtree(root / "val"),
+            [],
+            "neither a folder 'val' nor tar files of this split; make ",
+        ),
         (lambda root: (root / "val" / "bee").rename(root / "val" / "wasp"), [], "'bee' is in tra"),
         (
             lambda root: (root / "train" / "bee" / "bee0.jpg").write_text("hello"),
@@ -328,6 +332,7 @@ def test_samples_without_a_label_are_left_out_only_if_asked(image_root, tmp_path
         (["check", "R", "--shards", "test=x"], "'test' is not one of --splits"),
         (["shard", "R", "D", "--shard-mb", "0"], "--shard-mb must be at least 1"),
         (["shard", "R", "D"], "there is no index R/index/train.npz: build it with"),
+        (["index", "R"], "there is no data folder R; give one with train/ and val/"),
         (["extract", "R", "D"], "there is no data folder R"),
         (["check", "R", "--out", "/dev/null/x"], "/dev/null/x is not writable"),
     ],

@@ -111,16 +111,18 @@ def test_a_training_says_of_what_is_not_causal_only_the_whole(alone: World) -> N
 
 def test_a_network_runs_at_the_t_of_its_neurons_only() -> None:
     model = small({"kind": "psn"})
-    with pytest.raises(UserError, match="timesteps: psn has weights only for T=4"):
+    with pytest.raises(UserError, match="psn cannot run 2 timesteps: it has weights for T=4 only"):
         model.set_timesteps(2)
     assert model.timesteps == 4
     with pytest.raises(UserError, match="psn neurons have weights over all T timesteps"):
         model.set_segment(2)
-    with pytest.raises(UserError, match="timesteps: psn has weights only for T=4"):
+    with pytest.raises(UserError, match="psn cannot run 6 timesteps: it has weights for T=4 only"):
         network("spiking_convnet", {"kind": "psn"}, timesteps=6)
     masked = small({"kind": "masked_psn"})
     masked.set_timesteps(2)
-    with pytest.raises(UserError, match="and none for later timesteps; it cannot run 5 timesteps"):
+    with pytest.raises(
+        UserError, match="masked_psn cannot run 5 timesteps: it has weights for T=4 only"
+    ):
         masked.set_timesteps(5)
 
 

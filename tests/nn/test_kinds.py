@@ -294,8 +294,8 @@ def test_a_mask_rises_once_an_epoch_as_published() -> None:
     assert [config.at_epoch(epoch).mask for epoch in range(17)] == published
     assert [config.at_epoch(epoch).causal for epoch in range(4)] == [False, False, True, True]
     assert config.refusal(2) == (
-        "masked_psn has weights for T=4 (model.neuron.timesteps), and until mask_epochs answers "
-        "from later ones, too; it cannot run 2 timesteps"
+        "masked_psn cannot run 2 timesteps: its spikes depend on all T=4 timesteps until "
+        "mask_epochs"
     )
     part = make({"kind": "masked_psn", "mask": 0.5, "mask_epochs": 4})
     assert [part.at_epoch(epoch).mask for epoch in (0, 1, 4, 9)] == [0, 0.125, 0.5, 0.5]

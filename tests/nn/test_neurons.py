@@ -234,11 +234,13 @@ def test_sigmoid_control_has_its_own_gradient() -> None:
 
 
 def test_sigmoid_control_asks_for_its_derivative() -> None:
-    with pytest.raises(ValueError, match="surrogate must be 'sigmoid', not 'triangle'"):
+    with pytest.raises(
+        ValueError, match="spike=sigmoid needs surrogate=sigmoid, not triangle; set"
+    ):
         LIF(spike="sigmoid")
     with pytest.raises(ValueError, match="spike must be one of step, sigmoid, not 'stop'"):
         LIF(spike="stop")  # type: ignore[arg-type]  # the mistake
-    with pytest.raises(ValueError, match="fires_at_threshold must be false"):
+    with pytest.raises(ValueError, match="fires_at_threshold=false"):
         LIF(spike="sigmoid", surrogate="sigmoid", fires_at_threshold=True)
 
 

@@ -67,7 +67,7 @@ def test_cluster_file_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("time: 24:00:00", ["cluster.yaml: 24:00:00 in line 1", "quote it"]),
         ("time: 30", ["'time'", "a valid string, in quotes, not 30"]),
         ("time: tomorrow", ["cluster.time: 'tomorrow' is not a time"]),
-        ("nodes: 0", ["cluster.yaml", "'nodes'", "greater than 0"]),
+        ("nodes: 0", ["cluster.yaml", "'nodes'", "must be above 0, not 0"]),
         ("gpus_per_node: many", ["'gpus_per_node'", "not 'many'"]),
         ("- 1", ["cluster.yaml must hold keys and values"]),
         ("a: [", ["cluster.yaml is not valid YAML"]),

@@ -518,7 +518,7 @@ def test_commands_of_an_installed_package(
         ({"sedes": [0]}, ("unknown key 'sedes'", "seeds")),
         ({"title": ...}, ("'title' is missing",)),
         ({"seeds": [1, 1]}, ("seeds: [1, 1] has a duplicate",)),
-        ({"seeds": [-1]}, ("study.yaml: 'seeds.0': input should be greater than or equal to 0\n",)),
+        ({"seeds": [-1]}, ("study.yaml: 'seeds.0': must be 0 or more\n",)),
         ({"test_timesteps": []}, ("'test_timesteps'",)),
         ({"test_timesteps": [4, 2, 2]}, ("test_timesteps", "must ascend")),
         ({"entries.tet.controll": "sdt"}, ("unknown key 'entries.tet.controll'", "control")),

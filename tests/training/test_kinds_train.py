@@ -130,7 +130,10 @@ def test_an_evaluation_refuses_the_t_that_does_not_exist(
     assert main(file).status == 0
     run, found = tmp_path / "runs/tiny", tmp_path / "found.json"
     assert eval_command.main(["--checkpoint", str(run), "--timesteps", "1,2"]) == 2
-    assert "--timesteps: psn has weights only for T=2" in capfd.readouterr().err
+    assert (
+        "timesteps: psn cannot run 1 timestep: it has weights for T=2 only; leave it out"
+        in capfd.readouterr().err
+    )
     assert eval_command.main(["--checkpoint", str(run), "--json", str(found)]) == 0
     values = json.loads(found.read_text())
     assert values["reported_timesteps"] == [2]

@@ -4,16 +4,14 @@ import difflib
 import logging
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, assert_never
+from typing import Any
 
 from tetdist.config.fields import TIMM
 from tetdist.config.identity import flatten
 from tetdist.config.schema import RunConfig, phase_image_sizes
-from tetdist.config.sections.data import DataSection
-from tetdist.config.sections.phase import PhaseSection
 from tetdist.errors import UserError
 from tetdist.losses import LOSSES
-from tetdist.optimizers import kind_of
+from tetdist.optimizers import OPTIMIZERS, kind_of
 from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -41,9 +39,9 @@ def check(config: RunConfig) -> None:
     _check_kinds(config)
     data = config.data
     if data.scale[0] > data.scale[1] or data.scale[1] == 0:
-        raise UserError(f"data.scale: {list(data.scale)} must be [SMALLEST, LARGEST above 0]")
+        raise UserError(f"data.scale: {list(data.scale)} must ascend and end above 0")
     if not 0 < data.ratio[0] <= data.ratio[1]:
-        raise UserError(f"data.ratio: {list(data.ratio)} must be [SMALLEST, LARGEST], both above 0")
+        raise UserError(f"data.ratio: {list(data.ratio)} must ascend, with both values above 0")
     if min(data.std) <= 0:
         raise UserError(f"data.std: {list(data.std)} must be above 0")
     if data.resize is not None and data.resize < data.image_size:
@@ -65,8 +63,10 @@ def check(config: RunConfig) -> None:
             "set tracking.log_checkpoint=best or last, too"
         )
     if config.start_phase >= len(config.phases):
+        last = len(config.phases) - 1
+        has = f"phases 0 to {last}" if last else "one phase, number 0"
         raise UserError(
-            f"start_phase: {config.start_phase} must be one of 0 to {len(config.phases) - 1}"
+            f"start_phase={config.start_phase}: this run has {has}; set start_phase={last}"
         )
     if config.start_phase and config.init_checkpoint is None:
         raise UserError(
@@ -126,7 +126,10 @@ def _check_model(config: RunConfig) -> None:
             raise UserError(f"model.arguments.{key}: {name} has no such argument; {hint}")
     for i, phase in enumerate(config.phases):
         if (reason := config.model.neuron.refusal(phase.timesteps)) is not None:
-            raise UserError(f"phases.{i}.timesteps: {reason}")
+            trained = getattr(config.model.neuron, "timesteps", None)
+            both = f"model.neuron.timesteps={phase.timesteps}, or phases.{i}.timesteps={trained}"
+            hint = f"; set {both}" if trained else ""
+            raise UserError(f"phases.{i}.timesteps: {reason}{hint}")
     kind = models.input_kind(name)
     if kind not in (None, config.data.kind):
         raise UserError(
@@ -274,110 +277,138 @@ def effective(config: RunConfig) -> dict[str, Any]:
     return {
         key: value
         for key, value in flatten(config.as_dict()).items()
-        if not any(key == other or key.startswith(f"{other}.") for other in unread)
+        if not any(_is_in(key, other) for other in unread)
     }
 
 
 def warn_without_effect(config: RunConfig, inherited: Collection[str]) -> None:
     """Warn of each key without effect that was set, unless a ``base`` has set it."""
     for key, is_set, because in without_effect(config):
-        if is_set and not any(one == key or one.startswith(f"{key}.") for one in inherited):
+        if is_set and not any(_is_in(one, key) for one in inherited):
             logger.warning("%s has no effect with %s", key, because)
+
+
+def _is_in(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
+# By setting, the keys and sections that have no effect with it. A setting of phases.N disables keys
+# of the same phase; other keys only if all phases have it.
+_NO_EFFECT = {
+    "model.neuron.kind=relu": "model.neuron.threshold",
+    "loss.lambda=0": "loss.phi",
+    "loss.distillation.teacher=null": (
+        "loss.distillation.weight loss.distillation.teacher_alignment"
+    ),
+    "loss.distillation.weight=0": "loss.distillation.teacher loss.distillation.teacher_alignment",
+    "loss.distillation.self_weight=0": "loss.distillation.self_target",
+    "loss.distillation.teacher=null and loss.distillation.self_weight=0": (
+        "loss.distillation.temperature"
+    ),
+    "loss.distillation.weight=0 and loss.distillation.self_weight=0": (
+        "loss.distillation.temperature"
+    ),
+    # A single timestep is its own target; only correct_mean depends on the label, too.
+    "phases.N.timesteps=1 and loss.distillation.self_target=time_mean or similarity": (
+        "loss.distillation.self_weight loss.distillation.self_target"
+    ),
+    "phases.N.timesteps=1 and loss.distillation.self_target=time_mean or similarity and "
+    "loss.distillation.teacher=null": "loss.distillation.temperature",
+    "data.kind=events": (
+        "data.image_size data.resize data.crop data.scale data.ratio data.padding "
+        "data.interpolation data.auto_augment data.color_jitter data.erasing data.mean data.std "
+        "phases.N.image_size phases.N.final_image_size"
+    ),
+    "data.kind=images": "data.roll data.event_augment data.event_drop",
+    "data.crop=padded": "data.scale data.ratio",
+    "data.crop=resized": "data.padding",
+    "data.erasing.probability=0": "data.erasing.mode data.erasing.count",
+    "data.mixup=0 and data.cutmix=0": (
+        "data.mixing.mode data.mixing.probability data.mixing.off_epoch"
+    ),
+    "data.mixup=0": "data.mixing.switch_probability",
+    "data.cutmix=0": "data.mixing.switch_probability",
+    "phases.N.schedule=constant": "phases.N.min_lr phases.N.clock_after_warmup",
+    "phases.N.schedule=constant or step": "phases.N.cooldown_epochs",
+    "phases.N.schedule=cosine or constant or step": "phases.N.power",
+    "phases.N.schedule=cosine or constant or polynomial": (
+        "phases.N.decay_epochs phases.N.decay_rate"
+    ),
+    "phases.N.warmup_epochs=0": "phases.N.warmup_lr phases.N.clock_after_warmup",
+    "phases.N.optimizer.weight_decay=0": (
+        "phases.N.optimizer.decay_norms phases.N.optimizer.decay_neurons"
+    ),
+    "ema.decay=null": "ema.warmup",
+    "gradient_clipping=null": "clip_mode",
+    "tracking.mlflow=false": "tracking.uri tracking.log_checkpoint tracking.register",
+    # The experiment is wandb's project, too.
+    "tracking.mlflow=false and wandb not in tracking.trackers": "tracking.experiment",
+}
 
 
 def without_effect(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
     """Yield each key without effect, whether it was set, and the setting that disables it."""
-    for place, names, because in _unread(config):
-        section: Any = config
-        for part in place.split(".") if place else ():
-            section = section[int(part)] if part.isdigit() else getattr(section, part)
-        for name in names:
-            alias = type(section).model_fields[name].alias or name
-            yield f"{place}.{alias}".lstrip("."), name in section.model_fields_set, because
+    values, phases = flatten(config.as_dict()), range(len(config.phases))
+    found: dict[str, str] = {}
+    for setting, keys in _settings([phase.optimizer.kind for phase in config.phases]):
+        held = [_held(setting, values, phase) for phase in phases]
+        for key in keys.split():
+            if "phases.N." not in key:
+                of_key = {key: held[0]} if all(held) else {}
+            else:
+                of_key = {_of_phase(key, i): _of_phase(held[i], i) for i in phases if held[i]}
+            for one, because in of_key.items():
+                if not any(_is_in(one, known) for known in found):
+                    found[one] = because
+    for key, because in found.items():
+        yield key, _is_set(config, key), because
 
 
-# A section's dotted key, its fields without effect, and the setting that disables them.
-_Unread = tuple[str, Sequence[str], str]
+def settings_without(key: str) -> list[str]:
+    """Return the settings with which a key has no effect, as short as its section allows."""
+    prefix = key.rpartition(".")[0] + "."
+    every = [setting for setting, keys in _settings() if any(_is_in(key, k) for k in keys.split())]
+    return [setting.replace(prefix, "") if "." in key else setting for setting in every]
 
 
-def _unread(config: RunConfig) -> Iterator[_Unread]:
-    known = LOSSES[config.loss.kind].arguments
-    unread = [key for key in ("lambda_", "phi", "label_smoothing") if key not in known]
-    yield "loss", unread, f"loss.kind={config.loss.kind}"
-    yield from _unread_by_distillation(config)
-    match config.data.kind:
-        case "events":
-            crops = ("image_size", "resize", "crop", "scale", "ratio", "padding", "interpolation")
-            colors = ("auto_augment", "color_jitter", "erasing", "mean", "std")
-            yield "data", (*crops, *colors), "data.kind=events"
-        case "images":
-            yield "data", ("roll", "event_augment", "event_drop"), "data.kind=images"
-            crop, others = config.data.crop, {"padded": ("scale", "ratio"), "resized": ("padding",)}
-            yield "data", others[crop], f"data.crop={crop}"
-            if not config.data.erasing.probability:
-                yield "data.erasing", ("mode", "count"), "data.erasing.probability=0"
-        case other:
-            assert_never(other)
-    yield from _unread_by_mixing(config.data)
-    for i, phase in enumerate(config.phases):
-        place, optimizer = f"phases.{i}", phase.optimizer
-        if config.data.kind == "events":
-            yield place, ("image_size", "final_image_size"), "data.kind=events"
-        yield place, _unread_by_schedule(phase), f"schedule={phase.schedule}"
-        if not phase.warmup_epochs:
-            yield place, ("warmup_lr", "clock_after_warmup"), f"{place}.warmup_epochs=0"
-        read = kind_of(optimizer.kind).reads
-        names = ("momentum", "nesterov", "betas", "arguments")
-        unread = [name for name in names if name not in read]
-        yield f"{place}.optimizer", unread, f"kind={optimizer.kind}"
-        if optimizer.weight_decay == 0:
-            yield f"{place}.optimizer", ("decay_norms", "decay_neurons"), "weight_decay=0"
-    if config.ema.decay is None:
-        yield "ema", ("warmup",), "ema.decay=null"
-    if config.gradient_clipping is None:
-        yield "", ("clip_mode",), "gradient_clipping=null"
-    if not config.tracking.mlflow:
-        # The experiment is wandb's project, too.
-        of_both = () if "wandb" in config.tracking.trackers else ("experiment",)
-        names = (*of_both, "uri", "log_checkpoint", "register_")
-        yield "tracking", names, "tracking.mlflow=false"
+def _settings(kinds: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
+    """Yield the rows of `_NO_EFFECT`, and those of losses and optimisers (``kinds``: more ones)."""
+    for name in ("lambda", "phi", "label_smoothing"):
+        others = [k for k, loss in LOSSES.items() if not {name, f"{name}_"} & {*loss.arguments}]
+        if others:
+            yield f"loss.kind={' or '.join(others)}", f"loss.{name}"
+    for name in ("momentum", "nesterov", "betas", "arguments"):
+        others = [k for k in dict.fromkeys([*OPTIMIZERS, *kinds]) if name not in kind_of(k).reads]
+        yield f"phases.N.optimizer.kind={' or '.join(others)}", f"phases.N.optimizer.{name}"
+    yield from _NO_EFFECT.items()
 
 
-def _unread_by_distillation(config: RunConfig) -> Iterator[_Unread]:
-    section, place = config.loss.distillation, "loss.distillation"
-    # A single timestep is its own target; only correct_mean depends on the label, too.
-    alone = section.self_target != "correct_mean" and all(
-        phase.timesteps == 1 for phase in config.phases
-    )
-    if section.teacher is None:
-        yield place, ("weight", "teacher_alignment"), f"{place}.teacher=null"
-        if not section.self_weight or alone:
-            yield place, ("temperature",), "nothing to distil from"
-    elif section.weight == 0:
-        yield place, ("teacher", "teacher_alignment"), f"{place}.weight=0"
-    if not section.self_weight:
-        yield place, ("self_target",), f"{place}.self_weight=0"
-    elif alone:
-        yield place, ("self_weight", "self_target"), "timesteps=1 in every phase"
+def _held(setting: str, values: dict[str, Any], phase: int) -> str:
+    """Return the setting as a phase has it; empty if it has another."""
+    held = []
+    for part in setting.split(" and "):
+        wanted, is_out, owner = part.partition(" not in ")
+        if is_out:
+            held.append(part if wanted not in values[owner] else "")
+            continue
+        key, _, choices = part.partition("=")
+        value = values[_of_phase(key, phase)]
+        held.append(next((f"{key}={c}" for c in choices.split(" or ") if _parsed(c) == value), ""))
+    return " and ".join(held) if all(held) else ""
 
 
-def _unread_by_mixing(data: DataSection) -> Iterator[_Unread]:
-    if not (data.mixup or data.cutmix):
-        names = tuple(type(data.mixing).model_fields)
-        yield "data.mixing", names, "data.mixup=0 and data.cutmix=0"
-    elif not (data.mixup and data.cutmix):
-        without = "data.cutmix=0" if data.mixup else "data.mixup=0"
-        yield "data.mixing", ("switch_probability",), without
+def _parsed(text: str) -> Any:
+    return {"null": None, "false": False, "0": 0, "1": 1}.get(text, text)
 
 
-def _unread_by_schedule(phase: PhaseSection) -> tuple[str, ...]:
-    others = {
-        "constant": ("min_lr", "cooldown_epochs", "clock_after_warmup"),
-        "cosine": (),
-        "polynomial": (),
-        "step": ("cooldown_epochs",),
-    }
-    of_one = {"power": "polynomial", "decay_epochs": "step", "decay_rate": "step"}
-    return others[phase.schedule] + tuple(
-        key for key, schedule in of_one.items() if phase.schedule != schedule
-    )
+def _of_phase(text: str, phase: int) -> str:
+    return text.replace("phases.N.", f"phases.{phase}.")
+
+
+def _is_set(config: RunConfig, key: str) -> bool:
+    *place, name = key.split(".")
+    section: Any = config
+    for part in place:
+        section = section[int(part)] if part.isdigit() else getattr(section, part)
+    # A neuron has all its values, and its own warnings (loading.py).
+    return bool({name, f"{name}_"} & getattr(section, "model_fields_set", set()))

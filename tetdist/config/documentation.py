@@ -10,6 +10,7 @@ import pydantic
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from tetdist.config.checks import settings_without
 from tetdist.config.fields import OneOf
 from tetdist.config.schema import RunConfig
 from tetdist.config.sections.model import neuron_section
@@ -22,6 +23,8 @@ _PLAIN = {
     str: "text",
     NoneType: "null",
 }
+# Keys whose default no field has.
+_DEFAULTS = {"name": "default: the file's name", "model.neuron.kind": "default: the network's own"}
 _BOUNDS = {annotated_types.Gt: "> {0.gt}", annotated_types.Ge: ">= {0.ge}"}
 _BOUNDS |= {annotated_types.Lt: "< {0.lt}", annotated_types.Le: "<= {0.le}"}
 
@@ -49,7 +52,7 @@ def documented_keys(
             continue
         inner = _section_in(field.annotation)
         if inner is None or field.description:
-            keys[dotted] = _documented(field)
+            keys[dotted] = _documented(dotted, field)
         if inner is not None:
             is_list = get_origin(field.annotation) is tuple
             keys |= documented_keys(inner, f"{dotted}.N." if is_list else f"{dotted}.")
@@ -102,13 +105,16 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
     return next((s for a in get_args(annotation) if (s := _section_in(a))), None)
 
 
-def _documented(field: FieldInfo) -> Documented:
-    default = "required"
-    if not field.is_required():
+def _documented(key: str, field: FieldInfo) -> Documented:
+    default = _DEFAULTS.get(key, "required")
+    if default == "required" and not field.is_required():
         plain = pydantic.TypeAdapter(Any).dump_python(field.get_default(), mode="json")
         shown = plain if isinstance(plain, str) and plain else json.dumps(plain)
         default = f"default {shown}"
-    return Documented(_takes(field.annotation, field.metadata), default, field.description or "")
+    meaning = field.description or ""
+    if settings := settings_without(key):
+        meaning += f" No effect with {', or with '.join(settings)}."
+    return Documented(_takes(field.annotation, field.metadata), default, meaning)
 
 
 def _takes(annotation: Any, about: Sequence[Any] = ()) -> str:

@@ -1,6 +1,7 @@
 """Error messages for mistakes in a configuration."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_origin
 
@@ -11,6 +12,13 @@ from pydantic.fields import FieldInfo
 from tetdist.config.documentation import documented_keys, section_at
 from tetdist.config.fields import Section
 from tetdist.config.overrides import key_of
+
+_BOUNDS = {
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be {le} or less",
+}
 
 
 def sentences(
@@ -32,11 +40,14 @@ def sentences(
     problems_by_origin: dict[str, list[str]] = {}
     for one in found:
         override = _override_of(one, overrides)
+        problem = _explain(one, override)
         origin = override or _file_of(one, origins or {}) or source
-        problems = problems_by_origin.setdefault(origin, [])
-        problems.append(_explain(one, is_override=override is not None))
+        if override is not None and problem.startswith(f"{override} "):
+            problems_by_origin[problem] = []  # it names the override itself
+        else:
+            problems_by_origin.setdefault(origin, []).append(problem)
     return "; ".join(
-        f"{origin}: {'; '.join(dict.fromkeys(problems))}"
+        ": ".join([origin, *filter(None, ["; ".join(dict.fromkeys(problems))])])
         for origin, problems in problems_by_origin.items()
     )
 
@@ -66,7 +77,7 @@ def _opened(error: Any) -> list[Any]:
             inside, known = error["ctx"]["errors"], error["ctx"]["known"]
             return [one | {"loc": (*error["loc"], *one["loc"]), "known": known} for one in inside]
         case "neuron_numbers":  # its text begins with the key
-            key = error["msg"].split()[0].rstrip(":")
+            key = re.split("[ :=]", error["msg"])[0]
             return [error | {"loc": (*error["loc"], key)}]
         case _:
             return [error]
@@ -88,7 +99,15 @@ def _file_of(error: Any, origins: Mapping[str, str]) -> str | None:
     return origins.get(".".join(map(str, error["loc"])))
 
 
-def _explain(error: Any, *, is_override: bool) -> str:
+def message_of(error: Any) -> str:
+    """Return pydantic's message of an error, in fewer words if a value is out of its bounds."""
+    if (text := _BOUNDS.get(error["type"])) is None:
+        return str(error["msg"][0].lower() + error["msg"][1:])
+    limits = {name: f"{v:g}" if isinstance(v, float) else v for name, v in error["ctx"].items()}
+    return text.format(**limits)
+
+
+def _explain(error: Any, override: str | None) -> str:
     """Return one of pydantic's errors as a part of a sentence."""
     location = [str(part) for part in error["loc"]]
     dotted = ".".join(location)
@@ -102,10 +121,12 @@ def _explain(error: Any, *, is_override: bool) -> str:
         case "neuron_numbers":
             return f"{'.'.join(location[:-1])}.{error['msg']}"
         case "model_type" | "neuron" if (section := section_at(location)) is not None:
-            return _no_section(dotted, section, given, is_override=is_override)
+            return _no_section(dotted, section, given, is_override=override is not None)
         case "tuple_type" | "list_type" if dotted == "phases":
             return f"{dotted!r} is a list; set a phase's keys, such as {dotted}.0.epochs"
-    message = error["msg"][0].lower() + error["msg"][1:]
+    message = message_of(error)
+    if error["type"] in _BOUNDS and override is not None and key_of(override) == dotted:
+        return f"{override} {message}"
     is_whole = error["type"].startswith("neuron") or given is ... or isinstance(given, dict)
     shown = "" if is_whole else f", not {given!r}"
     return f"{dotted!r}: {message}{shown}"

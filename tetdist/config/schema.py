@@ -56,8 +56,8 @@ class RunConfig(Section):
     in segments of k timesteps, for long T; batch norm then normalises each segment separately,
     so results differ."""
     gradient_clipping: Annotated[float, Field(gt=0)] | None = None
-    """Limit of the gradient's norm, or of another quantity that clip_mode names; null: no
-    clipping."""
+    """Limit of the gradient's norm, or of another quantity that clip_mode names (timm's
+    clip_grad); null: no clipping."""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     """Quantity that gradient_clipping limits (timm's clip_mode). norm: norm of the whole gradient;
     value: each element; agc (adaptive): each filter's gradient norm divided by its weight norm,

@@ -52,7 +52,7 @@ def list_classes(root: str | Path, split: str) -> tuple[str, ...]:
     """
     folder = Path(root, split)
     if not Path(root).is_dir():
-        raise UserError(f"there is no data folder {root}")
+        raise UserError(f"there is no data folder {root}; give one with train/ and val/")
     if not folder.is_dir():
         raise UserError(
             f"the data folder {root} has neither a folder {split!r} nor tar files of this split"
@@ -115,7 +115,7 @@ def _way_out(root: Path, split: str) -> str:
     """Return the advice for a missing split if a folder with another usual name exists."""
     found = folders_called(root, split)
     if not found:
-        return ""
+        return f"; make {root / split}, with one folder of files per class"
     name, link = shlex.quote(found[0]), shlex.quote(str(root / split))
     evaluate = f"; to evaluate only, --splits {name}" if split == "val" else ""
     return (

@@ -126,7 +126,7 @@ def list_split(
     """
     root, hints = Path(root), hints or Hints()
     if not root.is_dir():
-        raise UserError(f"there is no data folder {root}")
+        raise UserError(f"there is no data folder {root}; give one with train/ and val/")
     official = _official_tar(split)
     if kind == "events" and not hints.shards:
         return _list_folder(root, split, kind)

@@ -351,11 +351,11 @@ class LIF(NeuronConfig):
         super().__post_init__()
         if self.spike == "sigmoid" and self.surrogate != "sigmoid":
             raise ValueError(
-                f"spike 'sigmoid' has its own derivative: surrogate must be 'sigmoid', not "
-                f"{self.surrogate!r}"
+                f"spike=sigmoid needs surrogate=sigmoid, not {self.surrogate}; set "
+                "model.neuron.surrogate=sigmoid"
             )
         if self.spike == "sigmoid" and self.fires_at_threshold:
-            raise ValueError("spike 'sigmoid' never fires: fires_at_threshold must be false")
+            raise ValueError("spike=sigmoid never fires; set model.neuron.fires_at_threshold=false")
 
     @property
     def resets_to_zero(self) -> bool:

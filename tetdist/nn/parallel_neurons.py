@@ -87,8 +87,8 @@ class PSN(ParallelNeuron):
         if timesteps == self.timesteps:
             return None
         return (
-            f"psn has weights only for T={self.timesteps} (model.neuron.timesteps); to run "
-            f"{counted(timesteps, 'timestep')}, train another network"
+            f"psn cannot run {counted(timesteps, 'timestep')}: it has weights for T="
+            f"{self.timesteps} only"
         )
 
     def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,15 +141,11 @@ class MaskedPSN(ParallelNeuron):
         if timesteps == self.timesteps or (self.causal and timesteps < self.timesteps):
             return None
         if timesteps > self.timesteps:
-            because = "and none for later timesteps"
-        elif self.mask_epochs:
-            because = "and until mask_epochs answers from later ones, too"
+            because = f"it has weights for T={self.timesteps} only"
         else:
-            because = f"and with mask {self.mask:g} answers from later ones, too"
-        return (
-            f"masked_psn has weights for T={self.timesteps} (model.neuron.timesteps), {because}; "
-            f"it cannot run {counted(timesteps, 'timestep')}"
-        )
+            until = "until mask_epochs" if self.mask_epochs else f"with mask={self.mask:g}"
+            because = f"its spikes depend on all T={self.timesteps} timesteps {until}"
+        return f"masked_psn cannot run {counted(timesteps, 'timestep')}: {because}"
 
     def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         assert self.refusal(timesteps) is None

@@ -88,8 +88,11 @@ def open_split(config: RunConfig, split: str, world: World) -> Index:
     """
     root = Path(config.data.root)
     if not root.is_dir():
+        made = "as the recipe's header says"
+        if root.name == "digits":
+            made = f"with `{typed('digits', root)}`"
         raise UserError(
-            f"data.root: there is no folder {root}; set data.root=FOLDER "
+            f"data.root: there is no folder {root}; make it {made}, or set data.root=FOLDER "
             f"({typed('eval').removeprefix('python ')}: --data FOLDER)"
         )
     file = data_index.index_file(config.data.index_dir, split)

@@ -444,7 +444,7 @@ def wanted_timesteps(
     else:
         wanted = options.timesteps
         if reason := next(filter(None, map(refusal, wanted)), None):
-            raise UserError(f"--timesteps: {reason}")
+            raise UserError(f"--timesteps: {reason}; leave it out for {trained}")
     if index.timesteps is not None and wanted[-1] > index.timesteps:
         raise UserError(f"--timesteps: {wanted[-1]} exceeds the data's {index.timesteps} time bins")
     if options.drop_events and index.dtype != "uint8":

@@ -128,7 +128,8 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     if options.print_config:
         model = loaded.config.model
         of_kind = {
-            f"model.neuron.{key}": f"{DEFAULT} of {kind_of(model.neuron)}, in place of {own}"
+            f"model.neuron.{key}": f"{DEFAULT} of {kind_of(model.neuron)}"
+            + ("" if own == "none" else f", in place of {own}")
             for key, (own, _) in model.changed_by_kind.items()
         }
         unread = {key: because for key, _, because in without_effect(loaded.config)}

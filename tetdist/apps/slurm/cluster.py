@@ -19,6 +19,7 @@ from pydantic import Field
 
 from tetdist.apps.roofline import cards
 from tetdist.config.fields import Positive, Section
+from tetdist.config.messages import message_of
 from tetdist.config.yaml_files import read_value
 from tetdist.errors import UserError
 
@@ -177,6 +178,6 @@ def _explain(error: Any) -> str:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key {key!r}; {hint}"
-    message = error["msg"][0].lower() + error["msg"][1:]
+    message = message_of(error)
     quoted = ", in quotes" if error["type"] == "string_type" else ""
     return f"{key!r}: {message}{quoted}, not {error['input']!r}"

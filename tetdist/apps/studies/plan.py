@@ -252,7 +252,7 @@ def _explain(error: Any, kind: type[Section], inner: dict[str, type[Section]]) -
         return f"unknown key {key!r}; known keys here: {known}"
     if error["type"] == "missing":
         return f"{key!r} is missing"
-    return f"{key!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{key!r}: {messages.message_of(error)}"
 
 
 def read(path: Path) -> StudySection:

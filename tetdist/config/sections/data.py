@@ -82,7 +82,7 @@ class DataSection(Section):
     """Fraction of each class's training samples that is not trained on, but evaluated in place of
     the validation split. The choice depends on seed; pieces of one recording stay together."""
     image_size: Pixels = 224
-    """Height and width of the network's input, in pixels (kind=images)."""
+    """Height and width of the network's input, in pixels."""
     resize: Pixels | None = None
     """Length of an image's shorter side in evaluation, in pixels, before the centre crop of
     image_size; null: image_size / 0.875."""
@@ -90,29 +90,28 @@ class DataSection(Section):
     """Random crop of training images. resized: torchvision's RandomResizedCrop; padded: a square
     of image_size pixels, cut after a black border is added to the image, as usual for CIFAR."""
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
-    """Smallest and largest area of a crop, as a fraction of the image's area (crop=resized)."""
+    """Smallest and largest area of a crop, as a fraction of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest aspect ratio of a crop, width / height (crop=resized)."""
+    """Smallest and largest aspect ratio of a crop, width / height."""
     padding: Annotated[int, Field(ge=0)] = 4
-    """Width of the black border around an image before it is cropped, in pixels (crop=padded)."""
+    """Width of the black border around an image before it is cropped, in pixels."""
     flip: Fraction = 0.5
-    """Probability of a horizontal flip of a training sample."""
+    """Probability of a horizontal flip of a training sample; timm's hflip."""
     roll: Annotated[int, Field(ge=0)] = 0
-    """Largest random shift of a training sample in pixels, wrapping around (kind=events); 0:
-    off."""
+    """Largest random shift of a training sample in pixels, wrapping around; 0: off."""
     event_augment: Literal["none", "nda", "snn_augment_wide"] = "none"
     """Augmentation of event tensors, one random operation per training sample. nda: roll, rotation
     or shear (Neuromorphic Data Augmentation); snn_augment_wide: shear, shift, rotation,
     cutout or none of them, as in QKFormer's code."""
     event_drop: Fraction = 0.0
     """Probability of EventDrop for a training sample: events of a time span, of an area, or of
-    random positions are dropped (kind=events). EventDrop's paper uses 0.75."""
+    random positions are dropped. EventDrop's paper uses 0.75."""
     auto_augment: Annotated[str, OneOf(lambda: (*POLICIES, EXAMPLE)), AfterValidator(_policy)] = (
         "none"
     )
     """Augmentation policy: random colour and geometry operations. cifar10, imagenet:
     AutoAugment's policies; trivial: TrivialAugment (wide); 3a: 3-Augment; rand-...: RandAugment
-    with timm's parameters m, n, p, mstd, mmax, inc."""
+    with parameters m, n, p, mstd, mmax, inc. 3a and rand-... are as in timm's aa."""
     color_jitter: ColorJitterSection = ColorJitterSection()
     cutout: Annotated[int, Field(ge=0)] = 0
     """Side in pixels of a random square set to 0 in each (normalised) training sample; 0: off."""

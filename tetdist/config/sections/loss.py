@@ -19,7 +19,7 @@ class DistillationSection(Section):
     teacher_weights: str | None = None
     """File with the weights of a timm:NAME teacher; null: timm downloads its pretrained weights."""
     weight: Annotated[float, Field(ge=0)] = 0.2
-    """Weight of the KL divergence from the teacher; it has no effect without a teacher."""
+    """Weight of the KL divergence from the teacher."""
     teacher_alignment: TeacherAlignment = "plain"
     """Change of logits before their divergence from the teacher is computed. plain: none.
     error_aware (the SeAl method): if a timestep predicts a wrong class, its logit of this class is
@@ -48,7 +48,7 @@ class LossSection(Section):
     """Value that TET's regulariser pulls all outputs to; the paper uses the firing threshold."""
     label_smoothing: OpenFraction = 0.0
     """Label smoothing: the part of the target's probability that is spread evenly over all classes,
-    as in torch's cross_entropy."""
+    as in torch's cross_entropy; timm's smoothing."""
     arguments: dict[str, Any] = {}
     """Further keyword arguments of your own loss."""
     distillation: DistillationSection = DistillationSection()

@@ -16,7 +16,7 @@ class OptimizerSection(Section):
     """Peak learning rate. It does not depend on the batch size unless lr_per is set."""
     lr_per: Annotated[int, Field(gt=0)] | None = None
     """Batch size that lr is given for: the peak learning rate is lr x batch.global / lr_per, as in
-    recipes that say "per 256". Null: lr is not scaled."""
+    recipes that say "per 256" (timm's lr_base_size with lr_base_scale=linear). Null: no scaling."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Ratio of each layer's learning rate to that of the next layer (timm's layer_decay). The
     classifier, the last layer, has the full rate. Null: all layers have the same rate."""
@@ -62,19 +62,20 @@ class PhaseSection(Section):
     recording has."""
     optimizer: OptimizerSection
     schedule: Literal["cosine", "constant", "polynomial", "step"] = "cosine"
-    """Learning-rate schedule. cosine: half a cosine period from the peak to min_lr; polynomial: to
-    min_lr as (1 - progress)^power; step: multiplied by decay_rate every decay_epochs; constant: the
-    peak throughout."""
+    """Learning-rate schedule (timm's sched, with poly for polynomial). cosine: half a cosine period
+    from the peak to min_lr; polynomial: to min_lr as (1 - progress)^power; step: multiplied by
+    decay_rate every decay_epochs; constant: the peak throughout."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     """Number of epochs at the phase's start over which the learning rate rises linearly from
-    warmup_lr."""
+    warmup_lr; timm's warmup_epochs."""
     warmup_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Initial learning rate of the warm-up (see warmup_epochs)."""
+    """Initial learning rate of the warm-up (see warmup_epochs); timm's warmup_lr."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Final learning rate of schedule=cosine and polynomial; smallest rate of schedule=step."""
+    """Final learning rate of schedule=cosine and polynomial, as timm's min_lr; smallest rate of
+    schedule=step, for which timm has none."""
     cooldown_epochs: Annotated[int, Field(ge=0)] = 0
-    """Number of epochs at the phase's end that keep the final learning rate, min_lr
-    (schedule=cosine or polynomial)."""
+    """Number of epochs at the phase's end that keep the final learning rate, min_lr;
+    timm's cooldown_epochs, which timm adds to epochs."""
     lr_changes: Literal["steps", "epochs"] = "steps"
     """Interval at which the learning rate changes. steps: at each step; epochs: once per epoch, as
     in timm's trainer, to the schedule's value at the beginning of the epoch."""
@@ -82,11 +83,11 @@ class PhaseSection(Section):
     """Start the schedule at the end of the warm-up. False: it starts with the phase, so that the
     warm-up ends below the peak, as with timm's cosine."""
     power: Annotated[float, Field(gt=0)] = 1.0
-    """Exponent of schedule=polynomial."""
+    """Exponent of schedule=polynomial; timm's decay_rate with sched=poly."""
     decay_epochs: Annotated[float, Field(gt=0)] = 30.0
-    """Number of epochs between two drops of the learning rate (schedule=step)."""
+    """Number of epochs between two drops of the learning rate; timm's decay_epochs."""
     decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Factor of the learning rate at each drop (schedule=step)."""
+    """Factor of the learning rate at each drop; timm's decay_rate with sched=step."""
     image_size: Pixels | None = None
     """Height and width of training images, in pixels; null: as in evaluation (data.image_size)."""
     final_image_size: Pixels | None = None

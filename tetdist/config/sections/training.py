@@ -33,8 +33,8 @@ class EmaSection(Section):
 
     decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per step of the exponential moving average (EMA) of weights and running statistics,
-    such as 0.9998; null: no average. The first step sets the average to the weights, as
-    in timm's ModelEmaV3."""
+    such as 0.9998 (timm's model_ema_decay); null: no average. The first step sets the average to
+    the weights, as in timm's ModelEmaV3."""
     warmup: bool = False
     """Let the EMA's decay rise as 1 - step^(-2/3) up to ema.decay (timm's EMA warm-up), so that
     early averages span fewer steps."""
