@@ -292,74 +292,60 @@ def _is_in(key: str, section: str) -> bool:
     return key == section or key.startswith(f"{section}.")
 
 
-# By setting, the keys and sections that have no effect with it. A setting of phases.N disables keys
-# of the same phase; other keys only if all phases have it.
-_NO_EFFECT = {
-    "model.neuron.kind=relu": "model.neuron.threshold",
-    "loss.lambda=0": "loss.phi",
-    "loss.distillation.teacher=null": (
-        "loss.distillation.weight loss.distillation.teacher_alignment"
-    ),
-    "loss.distillation.weight=0": "loss.distillation.teacher loss.distillation.teacher_alignment",
-    "loss.distillation.self_weight=0": "loss.distillation.self_target",
-    "loss.distillation.teacher=null and loss.distillation.self_weight=0": (
-        "loss.distillation.temperature"
-    ),
-    "loss.distillation.weight=0 and loss.distillation.self_weight=0": (
-        "loss.distillation.temperature"
+_ALONE = "phases.N.timesteps=1 and loss.distillation.self_target=time_mean or similarity"
+
+# A section, its keys without effect, and the setting that disables them. A setting of phases.N
+# disables keys of the same phase; other keys only if all phases have it.
+_NO_EFFECT = (
+    ("model.neuron", "threshold", "model.neuron.kind=relu"),
+    ("loss", "phi", "loss.lambda=0"),
+    ("loss.distillation", "weight teacher_alignment", "loss.distillation.teacher=null"),
+    ("loss.distillation", "teacher teacher_alignment", "loss.distillation.weight=0"),
+    ("loss.distillation", "self_target", "loss.distillation.self_weight=0"),
+    *(
+        ("loss.distillation", "temperature", f"{off} and loss.distillation.self_weight=0")
+        for off in ("loss.distillation.teacher=null", "loss.distillation.weight=0")
     ),
     # A single timestep is its own target; only correct_mean depends on the label, too.
-    "phases.N.timesteps=1 and loss.distillation.self_target=time_mean or similarity": (
-        "loss.distillation.self_weight loss.distillation.self_target"
-    ),
-    "phases.N.timesteps=1 and loss.distillation.self_target=time_mean or similarity and "
-    "loss.distillation.teacher=null": "loss.distillation.temperature",
-    "data.kind=events": (
-        "data.image_size data.resize data.crop data.scale data.ratio data.padding "
-        "data.interpolation data.auto_augment data.color_jitter data.erasing data.mean data.std "
-        "phases.N.image_size phases.N.final_image_size"
-    ),
-    "data.kind=images": "data.roll data.event_augment data.event_drop",
-    "data.crop=padded": "data.scale data.ratio",
-    "data.crop=resized": "data.padding",
-    "data.erasing.probability=0": "data.erasing.mode data.erasing.count",
-    "data.mixup=0 and data.cutmix=0": (
-        "data.mixing.mode data.mixing.probability data.mixing.off_epoch"
-    ),
-    "data.mixup=0": "data.mixing.switch_probability",
-    "data.cutmix=0": "data.mixing.switch_probability",
-    "phases.N.schedule=constant": "phases.N.min_lr phases.N.clock_after_warmup",
-    "phases.N.schedule=constant or step": "phases.N.cooldown_epochs",
-    "phases.N.schedule=cosine or constant or step": "phases.N.power",
-    "phases.N.schedule=cosine or constant or polynomial": (
-        "phases.N.decay_epochs phases.N.decay_rate"
-    ),
-    "phases.N.warmup_epochs=0": "phases.N.warmup_lr phases.N.clock_after_warmup",
-    "phases.N.optimizer.weight_decay=0": (
-        "phases.N.optimizer.decay_norms phases.N.optimizer.decay_neurons"
-    ),
-    "ema.decay=null": "ema.warmup",
-    "gradient_clipping=null": "clip_mode",
-    "tracking.mlflow=false": "tracking.uri tracking.log_checkpoint tracking.register",
+    ("loss.distillation", "self_weight self_target", _ALONE),
+    ("loss.distillation", "temperature", f"loss.distillation.teacher=null and {_ALONE}"),
+    ("data", "image_size resize crop scale ratio padding interpolation", "data.kind=events"),
+    ("data", "auto_augment color_jitter erasing mean std", "data.kind=events"),
+    ("phases.N", "image_size final_image_size", "data.kind=events"),
+    ("data", "roll event_augment event_drop", "data.kind=images"),
+    ("data", "scale ratio", "data.crop=padded"),
+    ("data", "padding", "data.crop=resized"),
+    ("data.erasing", "mode count", "data.erasing.probability=0"),
+    ("data.mixing", "mode probability off_epoch", "data.mixup=0 and data.cutmix=0"),
+    ("data.mixing", "switch_probability", "data.mixup=0"),
+    ("data.mixing", "switch_probability", "data.cutmix=0"),
+    ("phases.N", "min_lr clock_after_warmup", "phases.N.schedule=constant"),
+    ("phases.N", "cooldown_epochs", "phases.N.schedule=constant or step"),
+    ("phases.N", "power", "phases.N.schedule=cosine or constant or step"),
+    ("phases.N", "decay_epochs decay_rate", "phases.N.schedule=cosine or constant or polynomial"),
+    ("phases.N", "warmup_lr clock_after_warmup", "phases.N.warmup_epochs=0"),
+    ("phases.N.optimizer", "decay_norms decay_neurons", "phases.N.optimizer.weight_decay=0"),
+    ("ema", "warmup", "ema.decay=null"),
+    ("", "clip_mode", "gradient_clipping=null"),
+    ("tracking", "uri log_checkpoint register", "tracking.mlflow=false"),
     # The experiment is wandb's project, too.
-    "tracking.mlflow=false and wandb not in tracking.trackers": "tracking.experiment",
-}
+    ("tracking", "experiment", "tracking.mlflow=false and wandb not in tracking.trackers"),
+)
 
 
 def without_effect(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
     """Yield each key without effect, whether it was set, and the setting that disables it."""
     values, phases = flatten(config.as_dict()), range(len(config.phases))
     found: dict[str, str] = {}
-    for setting, keys in _settings([phase.optimizer.kind for phase in config.phases]):
+    for key, setting in _settings([phase.optimizer.kind for phase in config.phases]):
         held = [_held(setting, values, phase) for phase in phases]
-        for key in keys.split():
-            if "phases.N." not in key:
-                of_key = {key: held[0]} if all(held) else {}
-            else:
-                of_key = {_of_phase(key, i): _of_phase(held[i], i) for i in phases if held[i]}
-            for one, because in of_key.items():
-                if not any(_is_in(one, known) for known in found):
-                    found[one] = because
+        if "phases.N." in key:
+            of_key = {_of_phase(key, i): _of_phase(held[i], i) for i in phases if held[i]}
+        else:
+            of_key = {key: held[0]} if all(held) else {}
+        for one, because in of_key.items():
+            if not any(_is_in(one, known) for known in found):
+                found[one] = because
     for key, because in found.items():
         yield key, _is_set(config, key), because
 
@@ -367,20 +353,22 @@ def without_effect(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
 def settings_without(key: str) -> list[str]:
     """Return the settings with which a key has no effect, as short as its section allows."""
     prefix = key.rpartition(".")[0] + "."
-    every = [setting for setting, keys in _settings() if any(_is_in(key, k) for k in keys.split())]
+    every = [setting for disabled, setting in _settings() if _is_in(key, disabled)]
     return [setting.replace(prefix, "") if "." in key else setting for setting in every]
 
 
 def _settings(kinds: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
-    """Yield the rows of `_NO_EFFECT`, and those of losses and optimisers (``kinds``: more ones)."""
+    """Yield each key with a setting that disables it, also for losses and optimisers (``kinds``:
+    more of these)."""
     for name in ("lambda", "phi", "label_smoothing"):
         others = [k for k, loss in LOSSES.items() if not {name, f"{name}_"} & {*loss.arguments}]
         if others:
-            yield f"loss.kind={' or '.join(others)}", f"loss.{name}"
+            yield f"loss.{name}", f"loss.kind={' or '.join(others)}"
     for name in ("momentum", "nesterov", "betas", "arguments"):
         others = [k for k in dict.fromkeys([*OPTIMIZERS, *kinds]) if name not in kind_of(k).reads]
-        yield f"phases.N.optimizer.kind={' or '.join(others)}", f"phases.N.optimizer.{name}"
-    yield from _NO_EFFECT.items()
+        yield f"phases.N.optimizer.{name}", f"phases.N.optimizer.kind={' or '.join(others)}"
+    for section, names, setting in _NO_EFFECT:
+        yield from ((f"{section}.{name}".lstrip("."), setting) for name in names.split())
 
 
 def _held(setting: str, values: dict[str, Any], phase: int) -> str:

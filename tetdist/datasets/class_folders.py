@@ -112,7 +112,7 @@ def is_held_out(split: str) -> bool:
 
 
 def _way_out(root: Path, split: str) -> str:
-    """Return the advice for a missing split if a folder with another usual name exists."""
+    """Return the advice for a missing split: a folder with another usual name, or a new one."""
     found = folders_called(root, split)
     if not found:
         return f"; make {root / split}, with one folder of files per class"
