@@ -100,14 +100,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--data", type=Path, required=True, help="an indexed folder of images")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE.md", help="write the report there, too"
+        "--output", type=Path, metavar="FILE.md", help="also write the report there"
     )
     parser.add_argument(
         "--part",
         choices=("plain", "everything"),
         help="make this part only, and keep the other one that --output holds",
     )
-    parser.add_argument("--quick", action="store_true", help="a few of the runs only")
+    parser.add_argument("--quick", action="store_true", help="make only a few of the runs")
     options = parser.parse_args(arguments)
     if options.part and not (options.output and options.output.is_file()):
         parser.error("--part: --output FILE.md must exist and hold the other part")

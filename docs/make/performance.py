@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--gpu", type=Path, metavar="FILE.json", help="result of tools/check_gpu.py --json"
     )
-    parser.add_argument("--quick", action="store_true", help="small, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="measure little, as a smoke test")
     options = parser.parse_args(arguments)
     options.spikingjelly = importlib.util.find_spec("spikingjelly") is not None
     options.results.mkdir(parents=True, exist_ok=True)

@@ -79,12 +79,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     stream.add_argument("--timesteps", type=positive, default=4, metavar="T")
     stream.add_argument("--batch", type=positive, default=1, metavar="B")
     stream.add_argument("--threads", type=positive, help="default: torch's own number")
-    stream.add_argument("--repeats", type=positive, default=50, help="rounds of taking turns")
+    stream.add_argument("--repeats", type=positive, default=50, help="alternating rounds")
 
     scaling = command("scaling", "bf16", "several processes against one")
     scaling.add_argument("--timesteps", type=positive, default=4, metavar="T")
-    scaling.add_argument("--batch", type=positive, default=4, metavar="B", help="micro-batch")
-    scaling.add_argument("--accumulation", type=positive, default=1, metavar="N", help="steps")
+    scaling.add_argument("--batch", type=positive, default=4, metavar="B", help="micro-batch size")
+    scaling.add_argument("--accumulation", type=positive, default=1, help="micro-batches a step")
     scaling.add_argument("--engine", choices=["deepspeed", "torch"], default="deepspeed")
     scaling.add_argument("--processes", type=positive, default=2)
     scaling.add_argument("--threads", type=positive, help="threads a process; default: its cores")
@@ -93,7 +93,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     what = "images a second, compared with DALI's own reader and torchvision's DataLoader"
     data = commands.add_parser("data", help=what, description=what)
-    data.add_argument("--data", type=Path, metavar="FOLDER", help="JPEG files; default: made here")
+    data.add_argument("--data", type=Path, metavar="FOLDER", help="JPEGs; default: generated")
     data.add_argument("--images", type=positive, default=3000, help="images an epoch")
     data.add_argument("--size", type=positive, default=224, help="image side in pixels")
     data.add_argument("--batch", type=positive, default=32, metavar="B")
