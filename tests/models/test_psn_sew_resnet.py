@@ -83,7 +83,7 @@ def test_a_relu_network_is_what_it_begins_with(
 
 def test_which_timesteps_it_runs() -> None:
     assert PSNSEWResNet.default_neuron == PSN(timesteps=4)
-    with pytest.raises(UserError, match=r"psn has weights only for T=3"):
+    with pytest.raises(UserError, match=r"psn cannot run 2 timesteps: it has weights for T=3 only"):
         small().set_timesteps(2)
     model = small(neuron={"kind": "lif"}).eval()
     whole = model(images(torch.float32), per_timestep=True)
