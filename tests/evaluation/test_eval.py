@@ -480,9 +480,9 @@ def test_some_of_the_classes_are_found_by_their_names_and_reported_as_a_subset(
             assert row == (whole["confusion"][k] if k in labels else [0] * len(tiny.CLASSES))
         right = sum(whole["confusion"][k][k] for k in labels)
         assert found["top1"] == pytest.approx(100 * right / found["samples"])
-        words = f"with {len(names)} of its 4 classes ({', '.join(names)}); the network chose among"
-        assert words in out
-        assert words in page.read_text()
+        words = f"with {len(names)} of the 4 classes of the network ({', '.join(names)}); it chose"
+        assert f"{words} among all 4" in out
+        assert f"{words} among all 4" in page.read_text()
     assert "but one of Test; give --split Test" in broken(
         evaluate, "--checkpoint", run, "--data", tmp_path / "Test"
     )

@@ -382,7 +382,7 @@ def test_local_run_starts_again_after_a_warning(tiny_config: ConfigWriter, tmp_p
         process.send_signal(signal.SIGUSR2)
         output, _ = process.communicate(timeout=90)
     assert process.returncode == 0, output
-    assert "SIGUSR2: saved, the job is requeued" in output
+    assert "SIGUSR2: saved, the job restarts" in output
     kinds = [event.kind for event in history.history(run)]
     assert kinds == ["submitted", "started", "stopped", "started", "finished"]
     tiny.assert_same_run(run, tmp_path / "runs" / "straight")

@@ -3,8 +3,8 @@
 All are made from the same dictionary, which is also the JSON file: checkpoint, model, step, split,
 trained_timesteps, reported_timesteps and seed; data_split if the data have several; subset, the
 names of the data's classes if they lack some of the network's; variant and protocol of ImageNet's
-variants; and everything that `suite.run_suite` returns, where ``timesteps`` is the T of all values
-except ``per_timestep_*``.
+variants; measured_exit if it was measured; and everything that `suite.run_suite` returns, where
+``timesteps`` is the T of all values except ``per_timestep_*``.
 """
 
 import base64
@@ -125,9 +125,9 @@ def _of_measured_exit(found: EvaluationResults) -> str:
         f"measured: {measured['images_per_s']:.1f} images/s, {measured['ratio']:.2f} times the "
         f"{measured['whole_pass_images_per_s']:.1f} of whole passes, at batch {measured['batch']} "
         f"and {counted(measured['threads'], 'thread')}; {measured['top1']:.2f} % at T = "
-        f"{measured['mean_timesteps']:.3f} on average; {measured['differing']} decisions differ "
-        f"from the whole pass's, {measured['differing_within_1e-5']} of them within 1e-5 of the "
-        "threshold"
+        f"{measured['mean_timesteps']:.3f} on average; "
+        f"{counted(measured['differing'], 'decision')} unlike the whole pass's, "
+        f"{measured['differing_within_1e-5']} of them within 1e-5 of the threshold"
     )
 
 
@@ -255,8 +255,8 @@ def _of_subset(found: EvaluationResults) -> str:
     known = len(found["classes"])
     more = f" and {len(present) - 5} more" if len(present) > 5 else ""
     return (
-        f", with {len(present)} of its {known} classes ({', '.join(present[:5])}{more}); the "
-        f"network chose among all {known}"
+        f", with {len(present)} of the {known} classes of the network "
+        f"({', '.join(present[:5])}{more}); it chose among all {known}"
     )
 
 
@@ -287,7 +287,7 @@ def corruptions_as_text(found: EvaluationResults) -> str:
     ]
     if mean is not None:
         lines.append(
-            f"  mean error {mean:.2f} % over the existing ones of the 15 published corruptions"
+            f"  mean error {mean:.2f} % over those of the 15 published corruptions that exist"
         )
     if mce is None:
         lines.append("  no mean corruption error (mCE): it needs all 15, each at 5 severities")

@@ -69,7 +69,7 @@ class Reference:
         return float(np.interp(math.log(epochs), np.log(known), top1))
 
     def reached(self, top1: float) -> float | None:
-        """Return the epoch at which it reached a top-1; None: never, or before the first one."""
+        """Return the epoch at which it first reached a top-1; None: never, or before its first."""
         known = sorted(self.top1)
         if self.top1[known[0]] == top1:
             return known[0]

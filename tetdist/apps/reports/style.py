@@ -98,7 +98,7 @@ def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
 def widened(
     low: float, high: float, least: float, within: tuple[float, float]
 ) -> tuple[float, float]:
-    """Widen an axis' limits to the distance ``least``, with the same centre.
+    """Widen an axis' limits to at least the distance ``least``, with the same centre.
 
     If that would exceed the range of possible values, ``within``, shift the limits by the excess.
     """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 RUN_COMMANDS = {
     "status": "Show a run's state, progress, restarts and their reasons.",
     "cancel": "Cancel a run's job; a training run saves first. `resume` continues it.",
-    "resume": "Resubmit a run from its newest checkpoint, with the code of its first submission.",
+    "resume": "Resubmit a run from its newest checkpoint, with the code of its last submission.",
 }
 PROGRAM = typed("slurm").removeprefix("python ")
 # GPUs a node that a dry run assumes if none are given.

@@ -204,7 +204,7 @@ class _Start:
         return last.text
 
     def _end(self, status: int) -> int:
-        """Finish the start after training: the run is done, requeued, or stopped."""
+        """Finish the start after training: the run is done, restarts, or was stopped."""
         number = status - 128
         if number <= 0:
             self._note("finished" if status == 0 else "failed")
@@ -223,7 +223,7 @@ class _Start:
             assert self.config is not None
             history.announce(self.config, "KILLED", {})
             return status
-        print(f"{why}: saved, the job is requeued", file=sys.stderr, flush=True)
+        print(f"{why}: saved, the job restarts", file=sys.stderr, flush=True)
         return self.context.start_again()
 
     def _end_failed(self, status: int, why: str) -> int:

@@ -71,7 +71,7 @@ def state_of(submission: Submission) -> State:
 
 
 def states_of(submissions: Sequence[Submission]) -> dict[str, State]:
-    """Return the states of several jobs by id, with one query to Slurm, which serves many users.
+    """Return the states of several jobs by id, asking Slurm, which serves many users, about all.
 
     Raises:
         UserError: Slurm does not answer.

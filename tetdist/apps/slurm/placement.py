@@ -1,4 +1,4 @@
-"""Place of a process within its job: its rank, the rendezvous, and how the job is requeued."""
+"""Place of a process within its job: its rank, the rendezvous, and how the job restarts."""
 
 import os
 import re
@@ -91,7 +91,7 @@ class ProcessContext(ABC):
 
     @abstractmethod
     def start_again(self) -> int:
-        """Requeue the whole job, on rank 0 after saving; return the exit status."""
+        """Restart the whole job, on rank 0 after saving; return the exit status."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class SlurmContext(ProcessContext):
                 is_reported = True
             time.sleep(CONTROLLER_PAUSE)
         print(
-            f"Slurm refused `scontrol requeue {self.job}`: {refusal}. If Slurm requeues the job "
+            f"`scontrol requeue {self.job}` failed: {refusal}. If Slurm requeues the job "
             "itself, as after a preemption, nothing is to be done; otherwise continue with "
             f"`{typed('slurm', 'resume')} RUN`",
             file=sys.stderr,

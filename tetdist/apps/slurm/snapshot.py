@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tetdist.errors import UserError
+from tetdist.errors import UserError, way_out
 from tetdist.storage.files import write_json
 from tetdist.tracking import environment
 
@@ -51,7 +51,7 @@ def take(target: Path, project: Path = PROJECT) -> dict[str, Any]:
         (target / "snapshot.diff").write_text(git.get("diff", ""))
         write_json(target / "snapshot.json", state | {"untracked": new})
     except (OSError, shutil.Error) as error:
-        raise UserError(f"the code cannot be copied to {target} ({error}); make room") from error
+        raise UserError(f"cannot copy the code to {target} ({error}); {way_out(error)}") from error
     return state | {"untracked": new}
 
 

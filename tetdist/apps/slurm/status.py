@@ -30,7 +30,7 @@ def find(name: str, runs_dir: str = "runs") -> list[Path]:
             return swept
     if Path(name).is_dir():
         raise UserError(
-            f"{name} was not submitted with `{typed('slurm')}`, because it has no slurm/ folder"
+            f"{name} has no slurm/ folder, so it was not submitted with `{typed('slurm')}`"
         )
     raise UserError(f"there is no run {name}; give a run folder or a name in {runs_dir}/")
 

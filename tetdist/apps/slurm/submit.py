@@ -61,7 +61,7 @@ def prepare(
         config: The run's configuration.
         cluster: The cluster's settings.
         after: Runs that finish before this one starts; their checkpoints need not exist yet.
-        data: Indexes of the training and validation data to use instead of the data's own.
+        data: Indexes of the training and validation data; None: open the data's own.
 
     Raises:
         UserError: A check fails.

@@ -49,7 +49,7 @@ def write(study: StudySection, runs: list[StudyRun], name: str, file: Path, comm
     if not numbers.entries:
         raise UserError(
             f"nothing to report: none of {counted(len(runs), 'run')} is finished and evaluated; "
-            "run the same command without --report-only"
+            "the same command without --report-only trains them"
         )
     figure = figures.draw(numbers)
     put(name, file, lambda link: section(numbers, link, command), figure, numbers.as_dict())

@@ -307,7 +307,7 @@ class Search:
             able = [one for one in rung.ranked if scores[one]]
             if not able:
                 raise UserError(
-                    f"search: all candidates had non-finite gradients before epoch {epochs}; "
+                    f"search: no candidate reached epoch {epochs} with finite gradients; "
                     "search over smaller learning rates, or set gradient_clipping"
                 )
             left = able[: search.kept(len(left))]
