@@ -1,4 +1,4 @@
-"""Stream a recording through a network; all it does is in tetdist/apps/cli/replay.py."""
+"""Stream a recording through a network; its code is in tetdist/apps/cli/replay.py."""
 
 import sys
 

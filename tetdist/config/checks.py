@@ -297,10 +297,10 @@ _ALONE = "phases.N.timesteps=1 and loss.distillation.self_target=time_mean or si
 # A section, its keys without effect, and the setting that disables them. A setting of phases.N
 # disables keys of the same phase; other keys only if all phases have it.
 _NO_EFFECT = (
-    ("model.neuron", "threshold", "model.neuron.kind=relu"),
-    ("loss", "phi", "loss.lambda=0"),
+    ("loss", "phi", "loss.kind=tet and loss.lambda=0"),
     ("loss.distillation", "weight teacher_alignment", "loss.distillation.teacher=null"),
     ("loss.distillation", "teacher teacher_alignment", "loss.distillation.weight=0"),
+    ("loss.distillation", "teacher_weights", "loss.distillation.weight=0"),
     ("loss.distillation", "self_target", "loss.distillation.self_weight=0"),
     *(
         ("loss.distillation", "temperature", f"{off} and loss.distillation.self_weight=0")
@@ -398,5 +398,4 @@ def _is_set(config: RunConfig, key: str) -> bool:
     section: Any = config
     for part in place:
         section = section[int(part)] if part.isdigit() else getattr(section, part)
-    # A neuron has all its values, and its own warnings (loading.py).
-    return bool({name, f"{name}_"} & getattr(section, "model_fields_set", set()))
+    return bool({name, f"{name}_"} & section.model_fields_set)

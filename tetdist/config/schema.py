@@ -103,7 +103,7 @@ class RunConfig(Section):
     """Number of the phase to begin with, counted from 0, as if the phases before it were done.
     Above 0 it needs init_checkpoint."""
     peer_timeout: Annotated[float, Field(gt=0)] = 600.0
-    """Number of seconds without progress after which all processes end with an error."""
+    """Number of seconds without progress of one process after which all end with an error."""
     record_samples: bool = False
     """Write ids and checksums of each step's samples to samples-RANK.jsonl, for debugging."""
     profile: ProfileSection | None = None

@@ -307,7 +307,7 @@ def _read_ahead(inputs: Iterator[Inputs], reader: SampleReader, workers: Workers
 
 
 def _undecodable(index: Index, root: str | Path, ids: list[int]) -> UserError | None:
-    """Make an error that names the samples that PIL cannot decode either; None if it can."""
+    """Make an error that names the samples that PIL cannot decode either; None without any."""
     bad = []
     for i in ids if index.kind == "images" else []:
         probe = probe_range(probe_image, root, index.byte_range(i), True)

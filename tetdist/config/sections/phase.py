@@ -81,7 +81,7 @@ class PhaseSection(Section):
     in timm's trainer, to the schedule's value at the beginning of the epoch."""
     clock_after_warmup: bool = True
     """Start the schedule at the end of the warm-up. False: it starts with the phase, so that the
-    warm-up ends below the peak, as with timm's cosine."""
+    rate after the warm-up is below the peak, as with timm's cosine."""
     power: Annotated[float, Field(gt=0)] = 1.0
     """Exponent of schedule=polynomial; timm's decay_rate with sched=poly."""
     decay_epochs: Annotated[float, Field(gt=0)] = 30.0
