@@ -109,8 +109,7 @@ def test_two_streams_and_a_whole_pass_do_not_disturb_each_other() -> None:
     expected = whole(model, x)
     one, two = model.stream(), model.stream()
     for t in range(T):
-        own = one.step(x[:3, t])
-        torch.testing.assert_close(own, whole(model, x)[t][:3], rtol=0, atol=1e-12)
+        torch.testing.assert_close(one.step(x[:3, t]), whole(model, x)[t][:3], rtol=0, atol=1e-12)
         torch.testing.assert_close(two.step(x[3:, t]), expected[t][3:], rtol=0, atol=1e-12)
     one.reset()
     torch.testing.assert_close(one.step(x[:2, 0]), expected[0][:2], rtol=0, atol=1e-12)
@@ -123,6 +122,7 @@ def test_a_state_continues_in_another_stream() -> None:
     for t in range(2):
         first.step(x[:, t])
     second.load_state_dict(first.state_dict())
+    second.keep(torch.ones(6, dtype=torch.bool))
     assert torch.equal(second.step(x[:, 2]), first.step(x[:, 2]))
     assert second.timesteps == 3
     other = make("spiking_convnet", {})[0].stream()

@@ -96,6 +96,13 @@ class Decisions:
         return lowest
 
 
+def first_sure(confidence: Tensor, thresholds: Tensor | float) -> Tensor:
+    """Return the first t, from 0, at which a confidence (T, B) reaches each threshold, or T - 1."""
+    sure = confidence >= thresholds
+    sure[..., -1, :] = True
+    return sure.int().argmax(-2)
+
+
 class DecisionCounts:
     """Collects `Decisions` batch by batch on one process; `total` adds up all processes.
 
@@ -136,11 +143,9 @@ class DecisionCounts:
         self._confusion += torch.bincount(pairs, minlength=self._confusion.numel()).view_as(
             self._confusion
         )
-        sure = probabilities >= self._thresholds  # (thresholds, T, B)
-        sure[:, -1] = True
-        first = sure.int().argmax(1)  # (thresholds, B)
-        right = decided.expand_as(sure).gather(1, first[:, None])[:, 0] == labels
-        steps = torch.arange(sure.shape[1], device=first.device)
+        first = first_sure(probabilities, self._thresholds)  # (thresholds, B)
+        right = decided.gather(0, first) == labels
+        steps = torch.arange(len(decided), device=first.device)
         self._exits += (first[:, None] == steps.view(-1, 1)).sum(-1)
         self._exit_correct += right.sum(-1)
 

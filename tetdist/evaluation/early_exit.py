@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tetdist.data.build import eval_loader
 from tetdist.data.transfer import on_device
+from tetdist.evaluation.decisions import first_sure
 from tetdist.evaluation.evaluate import running_means
 from tetdist.evaluation.suite import Evaluator, ExitChoice
 from tetdist.models import SpikingNetwork
@@ -18,13 +19,10 @@ from tetdist.nn.precision import autocast, parameter_type
 # Rounding may move a confidence this close to the threshold to its other side.
 NEAR = 1e-5
 
-# Classes (B,) and timesteps from 1 (B,) of the decisions.
-Decided = tuple[Tensor, Tensor]
-
 
 def decide(
     model: SpikingNetwork, images: Tensor, threshold: float, outputs: Tensor | None = None
-) -> Decided:
+) -> tuple[Tensor, Tensor]:
     """Stream a batch and drop each sample when its confidence reaches the threshold.
 
     Args:
@@ -32,6 +30,9 @@ def decide(
         images: (B, C, H, W), or (B, T, C, H, W) of events.
         threshold: Softmax probability of the time-mean at which a sample is decided.
         outputs: The network's compared outputs; None: all.
+
+    Returns:
+        Classes, (B,), and timesteps from 1, (B,), of the decisions.
     """
     stream = model.stream()
     left = torch.arange(len(images), device=images.device)
@@ -43,9 +44,9 @@ def decide(
             mean = stream.step(images if t == 0 else None)
         if outputs is not None:
             mean = mean.index_select(-1, outputs)
-        sure, decided = mean.softmax(-1).max(-1)
-        done = sure >= (threshold if t + 1 < model.timesteps else -math.inf)
-        classes[left[done]], exits[left[done]] = decided[done], t + 1
+        sure = mean.softmax(-1).amax(-1) >= threshold
+        done = sure | (t + 1 == model.timesteps)
+        classes[left[done]], exits[left[done]] = mean.argmax(-1)[done], t + 1
         if bool(done.all()):
             break
         if bool(done.any()):
@@ -63,7 +64,6 @@ def measure_exit(evaluator: Evaluator, choice: ExitChoice) -> dict[str, Any]:
     Args:
         evaluator: A causal network at its T, the split and the processes.
         choice: The threshold; where it is None, all samples are decided at T.
-
     """
     model, world = evaluator.model.eval(), evaluator.world
     threshold = math.inf if choice.threshold is None else choice.threshold
@@ -81,11 +81,14 @@ def measure_exit(evaluator: Evaluator, choice: ExitChoice) -> dict[str, Any]:
                 if not sums.any():
                     decide(model, images, threshold, outputs)
                     _means(model, images, outputs)
+                world.wait_for_device()  # The images' copy is not timed.
                 streaming, (classes, exits) = _timed(decide, model, images, threshold, outputs)
                 passing, means = _timed(_means, model, images, outputs)
-            near, whole_exits = _exits(means, threshold)
-            at = (whole_exits - 1, torch.arange(len(means[0])))
-            differs = (exits.cpu() != whole_exits) | (classes.cpu() != means.argmax(-1)[at])
+            confidence = means.softmax(-1).amax(-1)  # (T, B)
+            near = ((confidence - threshold).abs() <= NEAR).any(0)
+            first = first_sure(confidence, threshold)
+            whole_classes = means.argmax(-1).gather(0, first[None])[0]
+            differs = (exits.cpu() != first + 1) | (classes.cpu() != whole_classes)
             right = classes.cpu() == torch.as_tensor(batch.labels)
             counts = (right, exits, differs, differs & near)
             sums += torch.tensor(
@@ -119,12 +122,3 @@ def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     started = time.perf_counter()
     found = function(*arguments)
     return time.perf_counter() - started, found
-
-
-def _exits(means: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return, for each sample, if a confidence is near the threshold, and its timestep from 1."""
-    confidence = means.softmax(-1).amax(-1)
-    near = ((confidence - threshold).abs() <= NEAR).any(0)
-    sure = confidence >= threshold
-    sure[-1] = True
-    return near, sure.int().argmax(0) + 1

@@ -367,7 +367,7 @@ def _objection_to_norm(norm: _NormBase, around: Sequence[nn.Module]) -> tuple[st
             return None
         return "its running statistics are not accumulated", "set track_running_stats=False"
     if type(norm) not in _DIMENSIONS:
-        return ("it is a batch norm that tetdist does not support"), _NORM
+        return "it is a batch norm that tetdist does not support", _NORM
     if not norm.track_running_stats:
         return "it has no running statistics to evaluate with", "set track_running_stats=True"
     if norm.momentum is None:

@@ -175,18 +175,18 @@ class Stream:
                 f"{mask.dtype} {tuple(mask.shape)}"
             )
         assert self._sum is not None
-        assert self._input is not None
         assert self._membranes is not None
-        self._sum = self._sum[mask]
-        self._input = self._input[mask].contiguous(memory_format=torch.channels_last)
-        axes = [layer.neuron.sample_axis for layer in self._layers.values()]
+        kept = mask.nonzero()[:, 0]
+        self._sum = self._sum[kept]
         self._membranes = [
-            membrane.index_select(axis, mask.nonzero()[:, 0])
-            for membrane, axis in zip(self._membranes, axes, strict=True)
+            membrane.index_select(layer.neuron.sample_axis, kept)
+            for layer, membrane in zip(self._layers.values(), self._membranes, strict=True)
         ]
-        if self._convolved is not None:
-            convolved = self._convolved[1][:, mask]
-            self._convolved = (self.model.frame(self._input, self.timesteps), convolved)
+        if self._input is not None:
+            self._input = self._input[kept].contiguous(memory_format=torch.channels_last)
+            if self._convolved is not None:
+                convolved = self._convolved[1][:, kept]
+                self._convolved = (self.model.frame(self._input, self.timesteps), convolved)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` continues from: timesteps, sum of logits, membranes."""

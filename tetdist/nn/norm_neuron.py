@@ -114,7 +114,7 @@ class FusedLayer(nn.Module):
         self.execution = "fused"
 
     def is_fused(self) -> bool:
-        """Use the fused kernels, where there are some. torch.export sees into the definition."""
+        """Return whether to use fused kernels, if any; torch.export needs the definition."""
         match self.execution:
             case "fused":
                 exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7

@@ -99,7 +99,7 @@ class PSN(ParallelNeuron):
 @NEURONS.register("masked_psn")
 @dataclass(frozen=True, kw_only=True)
 class MaskedPSN(ParallelNeuron):
-    """The parallel spiking neuron with currents before the last `order` masked by `mask`."""
+    """The parallel spiking neuron with all but the last `order` currents masked by `mask`."""
 
     timesteps: int = option(4, "Number of timesteps T that the learnt weights combine.", ge=1)
     order: int = option(

@@ -6,8 +6,8 @@ tf32    the same, and a GPU's convolutions and matrix products round their input
 bf16    convolutions in bfloat16 under autocast; parameters, gradients, membranes and loss in
         float32
 fp16    the same with float16, whose loss has to be scaled (see training/engines/base.py)
-fp64 everything in float64: slow, but without rounding that flips spikes, so that two
-        implementations can be compared exactly
+fp64    everything in float64: slow, but without rounding that flips spikes, so that a difference
+        between two implementations shows whether they compute the same
 """
 
 import contextlib

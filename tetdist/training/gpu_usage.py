@@ -50,7 +50,7 @@ class GPUUsage:
         self._joules_before = self._joules()
 
     def values(self) -> dict[str, float]:
-        """Metrics since the last `restart`; empty without GPUs.
+        """Return the metrics since the last `restart`; empty without GPUs.
 
         ``gpu_memory``: the most memory that torch has allocated on one GPU since the process began,
         in GiB. ``gpu_energy``: energy of all GPUs together in joules, including other programs'

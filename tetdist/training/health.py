@@ -80,7 +80,7 @@ class NonFiniteSteps:
         """
         found = [f"Rank {rank}: {text}" for rank, text in enumerate(reports) if text]
         if not found:
-            found = [("Repeated, it is finite on all processes: a device may be faulty")]
+            found = ["Repeated, it is finite on all processes: a device may be faulty"]
         saved = "no checkpoint has been saved yet"
         if saved_step is not None:
             saved = f"the last checkpoint is of step {saved_step}, in {checkpoints}"

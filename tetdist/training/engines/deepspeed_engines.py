@@ -129,8 +129,8 @@ class ZeroEngine:
                     if not torch.is_tensor(value):
                         own[key] = value
                     elif value.shape != parameter.shape or key == "step":
-                        # One value for the whole partition, such as Adam's step, which fused
-                        # kernels need on their device.
+                        # One value for the whole partition, such as Adam's step: fused kernels
+                        # need it on their device. Its shape is that of a scalar parameter, too.
                         own[key] = value.to(flat.device, torch.float32, copy=True)
                     elif fragment := _fragment(parameter):
                         partition = own.setdefault(key, torch.zeros_like(flat.detach()))

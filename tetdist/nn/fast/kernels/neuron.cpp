@@ -4,16 +4,16 @@
 //
 //     SURROGATE        0 triangle, 1 atan, 2 sigmoid, 3 rectangle (neurons.py has their formulas)
 //     HARD_RESET       1 hard, 0 soft
-// DETACH_RESET whether the reset is a constant in the backward pass FIRES_AT_THRESHOLD whether a
-// membrane at the threshold fires COUNTS whether it fires once per threshold in the membrane, up to
-// a maximum (I-LIF) LEARNS_DECAY whether the decay, 1 - share, gets a gradient (PLIF) SCALES_INPUT
-// whether the current is multiplied by the share PARALLEL whether it has no membrane, but weights
-// of the currents of all timesteps (PSN)
+//     DETACH_RESET     whether the reset is a constant in the backward pass
+//     FIRES_AT_THRESHOLD    whether a membrane at the threshold fires
+//     COUNTS           whether it fires once per threshold in the membrane, up to a maximum (I-LIF)
+//     LEARNS_DECAY     whether the decay, 1 - share, gets a gradient (PLIF)
+//     SCALES_INPUT     whether the current is multiplied by the share
+//     PARALLEL         whether it has no membrane, but weights of the currents of all timesteps (PSN)
 //
-// Tensors are (T, N, C) without gaps: N = B*H*W, channels last. Where nothing is normalised they are
-// any numbers, one beside the other. "Wide" is the type in which one computes: float, and double for
-// double. A sum over rows is made of sums over blocks of rows, whose
-// size does not depend on the number of threads; so neither does any result.
+// Tensors are contiguous (T, N, C): N = B*H*W, channels last; without normalisation, just contiguous
+// numbers. "Wide" is the compute type: float, or double for double. A sum over rows adds up sums over
+// blocks of rows, whose size does not depend on the number of threads; so results do not, either.
 
 #include <algorithm>
 #include <cmath>
