@@ -88,7 +88,6 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
                     Measurement(f"{name}-{precision}", f"model {options_of} --repeats 5"),
                     Measurement(f"{name}-memory-{precision}", f"memory {options_of}"),
                 ]
-    if not options.quick:
         for name, timesteps in STREAMS:
             for precision in ("fp32", "bf16"):
                 stream = f"stream --model {name} --precision {precision} --timesteps {timesteps}"
@@ -283,7 +282,7 @@ until the end of the backward pass.
         parts.append(gpu_text(json.loads(options.gpu.read_text())))
     if gpu := gpu_section(options.output):
         parts.append(gpu)
-    parts.append(LIMITS.strip())
+    parts.append((LIMITS + (DAYS if older(found) else "")).strip())
     parts.append(f"## All commands\n\n{commands}")
     return "\n\n".join(parts) + "\n"
 
@@ -351,6 +350,8 @@ LIMITS = """
 * **GPUs.** No GPU has run these kernels: "The GPU path, computed" is arithmetic.
 * **Other programs** used this machine at times. Compare seconds only within a run; ratios are
   within a run.
+"""
+DAYS = """\
 * **Days.** On 25 November the machine was about twice as fast. Seconds of that day cannot be
   compared with those of other days; memory can.
 """

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from tetdist.apps.events.binning import Binning, bin_events, resize_weights
+from tetdist.apps.events.binning import Binning, bin_events, resize_weights, window_frames
 from tetdist.apps.events.recording import BadRecording, Events, Sensor
 
 SENSOR = Sensor(12, 9)
@@ -20,9 +20,9 @@ def recording(number=500, sensor=SENSOR, seed=0):
     return Events(*made, sensor)
 
 
-def binned(events, timesteps=5, **changes):
+def binned(events, timesteps=5, make=bin_events, **changes):
     options = {"size": None, "bins": "count", "values": "count", "resize": "area"}
-    return bin_events(events, Binning(timesteps, **options | {"dtype": "float16"} | changes))
+    return make(events, Binning(timesteps, **options | {"dtype": "float16"} | changes))
 
 
 def one_by_one(events, bins, timesteps):
@@ -72,6 +72,8 @@ def test_windows_of_a_fixed_size_depend_on_no_later_event(number, timesteps, bin
     # A recording that goes on has the same first windows.
     longer = binned(events, timesteps + 2, bins=bins).tensor
     assert np.array_equal(longer[:timesteps], frames)
+    streamed = [frame for _, frame in binned(events, make=window_frames, bins=bins)]
+    assert np.array_equal(streamed, binned(events, passed[-1] + 1, bins=bins).tensor)
 
 
 def test_events_of_one_moment_have_a_bin():

@@ -48,7 +48,7 @@ def measure_model(options: argparse.Namespace) -> dict[str, Any]:
         rows = measure_here(names, options, _show)
     else:
         with turns.contestants(names, options) as processes:
-            seconds = _in_turns({name: one.step for name, one in processes.items()}, options)
+            seconds = in_turns({name: one.step for name, one in processes.items()}, options)
             rows = [
                 _row(name, seconds, options, one.warm_up, waiting=one.waiting)
                 for name, one in processes.items()
@@ -82,7 +82,7 @@ def measure_here(
     for name, step in steps.items():
         warm_up[name] = seconds_of(step) + seconds_of(step)
         show(f"{name}: first two steps {warm_up[name]:.1f} s")
-    seconds = _in_turns({name: partial(seconds_of, step) for name, step in steps.items()}, options)
+    seconds = in_turns({name: partial(seconds_of, step) for name, step in steps.items()}, options)
     return [
         _row(name, seconds, options, warm_up[name], peak=peak_mib(step) if on_gpu else None)
         for name, step in steps.items()
@@ -100,7 +100,7 @@ def seconds_of(step: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def _in_turns(
+def in_turns(
     steps: dict[str, Callable[[], float]], options: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Return the seconds of each contestant's steps, by round."""

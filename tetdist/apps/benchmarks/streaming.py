@@ -6,6 +6,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import timm
 import torch
 
 from tetdist.apps.benchmarks import turns
-from tetdist.apps.benchmarks.bench import seconds_of
+from tetdist.apps.benchmarks.bench import in_turns, seconds_of
 from tetdist.apps.benchmarks.contestants import (
     batch_of,
     has_spikingjelly_network,
@@ -23,6 +24,7 @@ from tetdist.apps.benchmarks.contestants import (
 from tetdist.models import SpikingNetwork
 from tetdist.nn.precision import autocast, choose_algorithms
 from tetdist.tables import aligned
+from tetdist.wording import counted
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -33,10 +35,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with torch.no_grad(), _steps(options) as steps:
         for step in steps.values():
             step()
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in range(options.repeats):
-            for name, step in steps.items():
-                seconds[name].append(seconds_of(step))
+        seconds = in_turns({name: partial(seconds_of, one) for name, one in steps.items()}, options)
     first = seconds["T=1 pass"]
     rows = [
         {
@@ -107,6 +106,6 @@ def table(result: dict[str, Any]) -> str:
     rows += [[row["name"], f"{row['ms']:.2f}", f"{row['ratio']:.3f}"] for row in result["rows"]]
     return (
         f"{result['model']}, batch {result['batch']}, {result['precision']}, {result['device']}, "
-        f"{result['threads']} threads: median of {result['repeats']}\n\n"
+        f"{counted(result['threads'], 'thread')}: median of {result['repeats']}\n\n"
         f"{aligned(rows, right=(1, 2))}"
     )

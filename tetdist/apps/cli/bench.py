@@ -6,7 +6,7 @@
     python tools/bench.py scaling                       several processes against one
     python tools/bench.py data --data FOLDER            from JPEG files to batches
 
-The first three run on the CPU or a GPU, on random images; the last makes images if it has none.
+All but data run on the CPU or a GPU, on random inputs; data generates images if it has none.
 """
 
 import argparse

@@ -300,9 +300,7 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
     """Return the training's configuration with the command line's changes."""
     from tetdist.config.loading import parse
 
-    parse(
-        raw, str(options.checkpoint), warn=False
-    )  # Validate: another program may have written it.
+    parse(raw, str(options.checkpoint), warn=False)  # another program may have written it
     data = dict(raw["data"])
     if options.data:
         data |= {"root": options.data, "index": None}

@@ -58,6 +58,11 @@ def replay(options: argparse.Namespace) -> None:
     trained = load(options.checkpoint, "best" if options.best else "last")
     binning, sensor = binning_of(trained, options.checkpoint)
     events = read(options.recording, sensor)
+    if not hasattr(trained.model, "stream"):
+        raise UserError(
+            f"{options.checkpoint} holds an adopted network, which has no stream(); train a "
+            "SpikingNetwork (docs/extending.md)"
+        )
     side, size = trained.model.input_size, binning.size or events.sensor
     if side is not None and size != (side, side):
         raise UserError(
@@ -130,17 +135,17 @@ def run(trained: "Trained", events: "Events", binning: "Binning", *, fast: bool)
     stream.step(torch.zeros(1, 2, height, width))  # Warm-up: the first step builds kernels.
     stream.reset()
     first, started = int(events.t[0]), time.monotonic()
-    for _, end, frame in window_frames(events, binning):
-        due = started + (end - first) / 1e6
+    for end, frame in window_frames(events, binning):
         if not fast:
-            time.sleep(max(0.0, due - time.monotonic()))
+            wait = started + (end - first) / 1e6 - time.monotonic()
+            late += wait < 0  # The previous frame was not finished in time.
+            time.sleep(max(0.0, wait))
         begun = time.perf_counter()
         if stream.timesteps == model.timesteps:
             stream.reset()
         mean = stream.step(torch.from_numpy(frame).float()[None])
         confidence, number = mean.softmax(-1)[0].max(-1)
         spent = time.perf_counter() - begun
-        late += not fast and time.monotonic() > due + _period(binning, events)
         name = classes[int(number)] if int(number) < len(classes) else f"class {int(number)}"
         line = (
             f"{(end - first) / 1e6:8.3f} s  timestep {stream.timesteps}/{model.timesteps}  "
@@ -153,14 +158,3 @@ def run(trained: "Trained", events: "Events", binning: "Binning", *, fast: bool)
     if terminal:
         print()
     return late
-
-
-def _period(binning: "Binning", events: "Events") -> float:
-    """Seconds from one frame to the next, on average where windows are of equally many events."""
-    from tetdist.apps.events.binning import Window
-
-    window = Window.of(binning.bins)
-    assert window is not None
-    if window.unit == "us":
-        return window.size / 1e6
-    return float(events.t[-1] - events.t[0]) * window.size / len(events) / 1e6

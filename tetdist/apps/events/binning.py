@@ -66,11 +66,9 @@ class Window(NamedTuple):
         if match is None:
             return None
         size, unit = int(match[1]), match[2]
-        return (
-            cls(size, "events")
-            if unit == "events"
-            else cls(size * {"ms": 1000, "us": 1}[unit], "us")
-        )
+        if unit == "events":
+            return cls(size, "events")
+        return cls(1000 * size if unit == "ms" else size, "us")
 
 
 class Frames(NamedTuple):
@@ -105,26 +103,25 @@ def bin_events(events: Events, binning: Binning) -> Frames:
     return Frames(tensor, saturated, int((counts.max(axis=(2, 3)) == 0).sum()))
 
 
-def window_frames(events: Events, binning: Binning) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
-    """Yield each window of a fixed size: its first and last microsecond, and its frame, (2, H, W).
+def window_frames(events: Events, binning: Binning) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Yield for each window of a fixed size its end in microseconds and its frame, (2, H, W).
 
-    Frames are those of `bin_events` at any T; the last window may be one that the recording ends.
+    Frames are those of `bin_events` at any T; the recording may end within the last window.
     """
     window = Window.of(binning.bins)
     assert window is not None, "the bins have no fixed size"
-    start, last = int(events.t[0]), int(events.t[-1])
     if window.unit == "us":
-        times = np.arange(start, last + 1, window.size)
-        edges = [*np.searchsorted(events.t, times).tolist(), len(events)]
-        ends = [int(time) + window.size for time in times]
+        ends = np.arange(events.t[0], events.t[-1] + 1, window.size) + window.size
+        edges = np.searchsorted(events.t, ends)
     else:
-        edges = [*range(0, len(events), window.size), len(events)]
-        ends = [int(events.t[edge - 1]) for edge in edges[1:]]
-    for i, end in enumerate(ends):
-        part = events.cut(slice(edges[i], edges[i + 1]))
+        edges = np.minimum(np.arange(0, len(events), window.size) + window.size, len(events))
+        ends = events.t[edges - 1]
+    start = 0
+    for edge, end in zip(edges.tolist(), ends.tolist(), strict=True):
+        part = events.cut(slice(start, edge))
         counts = _count(part, np.zeros(len(part), np.int64), 1)
-        yield start, end, _stored(_frames(counts, binning), binning)[0][0]
-        start = end
+        yield end, _stored(_frames(counts, binning), binning)[0][0]
+        start = edge
 
 
 def _bin_numbers(events: Events, binning: Binning) -> npt.NDArray[np.int64]:

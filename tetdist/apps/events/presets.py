@@ -1,7 +1,7 @@
 """Published data sets of event cameras: parameters and splits of published results.
 
 A preset names the source of its parameters and the known difficulty of each split. It also
-describes the data set's folder, so that other folders are recognised.
+describes the data set's folder, so that other folders are refused.
 """
 
 import textwrap

@@ -215,7 +215,7 @@ def card(trained: Trained, source: str | None = None) -> str:
 
 # {config.name}
 
-A {"spiking neural" if neuron.spiking else "ReLU"} network, trained with tetdist.
+A {"spiking neural" if neuron.spiking else "ReLU"} network, exported with tetdist.
 
 {markdown(["", ""], list(rows.items()))}
 
@@ -380,7 +380,7 @@ class OnnxStep:
         threads: Threads of onnxruntime; None: its own choice.
 
     Raises:
-        UserError: The network cannot be streamed, or its timesteps differ.
+        UserError: The network cannot be streamed or traced, or its timesteps differ.
     """
 
     def __init__(
@@ -405,7 +405,8 @@ class OnnxStep:
         batch = torch.export.Dim("batch")
         shapes = ({0: batch}, [{axis: batch} for axis in axes])
         states = [torch.zeros_like(one) for one in step(frame, None)[1]]
-        traced = torch.export.export(step, (frame, states), dynamic_shapes=shapes, strict=False)
+        with _reporting_trace_errors(type(model).__name__):
+            traced = torch.export.export(step, (frame, states), dynamic_shapes=shapes, strict=False)
         outputs = ["logits", *(f"next_{name}" for name in names)]
         program = _onnx_program(traced, ["frame", *names], outputs)
         program.model.metadata_props[_PREPARATION] = preparation
@@ -444,10 +445,8 @@ def write_onnx_step(trained: Trained, path: Path) -> str:
     with torch.no_grad(), _aside(path) as aside:
         is_events = model.input_kind == "events"
         x = trained.examples(2)
-        with _reporting_trace_errors(trained):
-            step = OnnxStep(
-                model, x[:, 0] if is_events else x, aside, preparation=_preparation(trained)
-            )
+        frame = x[:, 0] if is_events else x
+        step = OnnxStep(model, frame, aside, preparation=_preparation(trained))
 
         def run(x: Tensor) -> Tensor:
             states, total = step.at_rest(len(x)), torch.zeros(())
@@ -478,7 +477,7 @@ def _mean_logits(model: nn.Module) -> nn.Module:
 
 def _traced(trained: Trained) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch")
-    with _reporting_trace_errors(trained):
+    with _reporting_trace_errors(trained.config.model.name):
         return torch.export.export(
             _mean_logits(trained.model),
             (trained.examples(2),),
@@ -488,16 +487,14 @@ def _traced(trained: Trained) -> torch.export.ExportedProgram:
 
 
 @contextmanager
-def _reporting_trace_errors(trained: Trained) -> Iterator[None]:
+def _reporting_trace_errors(network: str) -> Iterator[None]:
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # torch raises many kinds
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"torch cannot trace {trained.config.model.name} for a variable batch size ({reason}); "
-            "export it as safetensors"
+            f"torch cannot trace {network} for a variable batch size ({reason}); export it as "
+            "safetensors"
         ) from error
 
 
