@@ -86,7 +86,7 @@ def test_replay_needs_windows_of_a_fixed_size(
     config["model"] = {"name": "vggsnn", "num_classes": 2, "arguments": {"input_size": 16}}
     weights = timm.create_model("vggsnn", num_classes=2, input_size=16).state_dict()
     for binning, expected in (
-        (None, "does not say how its recordings were binned"),
+        (None, "was trained on images, or on recordings whose binning it does not know; train on"),
         ({"bins": "count"}, "parts of a whole recording, which a stream cannot know; bin by wind"),
     ):
         values = {"config": config, "classes": ["a", "b"], "timesteps": 2, "step": 0}

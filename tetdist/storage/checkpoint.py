@@ -60,6 +60,7 @@ class Description(BaseModel):
         converted: The ``file`` of converted weights, and the library they come ``from``.
         which: The exported checkpoint of a run, ``last`` or ``best``.
         averaged: Description of the average, if the weights are one; None: they are not.
+        binning: Parameters by which the events were binned, and their sensor; None: unknown.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)

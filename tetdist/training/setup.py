@@ -88,12 +88,9 @@ def open_split(config: RunConfig, split: str, world: World) -> Index:
     """
     root = Path(config.data.root)
     if not root.is_dir():
-        made = "as the recipe's header says"
-        if root.name == "digits":
-            made = f"with `{typed('digits', root)}`"
         raise UserError(
-            f"data.root: there is no folder {root}; make it {made}, or set data.root=FOLDER "
-            f"({typed('eval').removeprefix('python ')}: --data FOLDER)"
+            f"data.root: there is no folder {root}; make it by the command in the recipe's header, "
+            f"or set data.root=FOLDER ({typed('eval').removeprefix('python ')}: --data FOLDER)"
         )
     file = data_index.index_file(config.data.index_dir, split)
     if not file.is_file():

@@ -86,8 +86,8 @@ def binning_of(trained: "Trained", path: Path) -> "tuple[Binning, Sensor | None]
     found = trained.description.binning
     if found is None:
         raise UserError(
-            f"{path} does not say how its recordings were binned; train on a folder that "
-            f"`{typed('prebin_dvs')}` made"
+            f"{path} was trained on images, or on recordings whose binning it does not know; "
+            f"train on a folder that `{typed('prebin_dvs')} --bins 20ms` made"
         )
     if Window.of(found["bins"]) is None:
         raise UserError(
