@@ -446,7 +446,7 @@ def test_data_may_move_but_not_change(
 @pytest.mark.parametrize(
     ("gone", "parts"),
     [
-        ("", ("data.root: there is no folder", "command in the recipe's header, or set data.root=")),
+        ("", ("data.root: there is no folder", "the recipe's header, or set data.root=")),
         ("index", ("train.npz", "python tools/images.py index")),
         ("index/val.npz", ("val.npz", "python tools/images.py index")),
         ("val/up", ("val/up", "index the data again")),
