@@ -10,6 +10,7 @@ from torch import Tensor
 from tetdist.errors import UserError
 from tetdist.evaluation.evaluate import running_means
 from tetdist.models import SpikingNetwork
+from tetdist.models.streaming import stream_of
 from tetdist.nn.batch_norm import BatchNorm, update_running_statistics
 
 T = 3
@@ -170,6 +171,11 @@ def test_misuse_is_one_sentence() -> None:
     # None of these changed the stream.
     model.eval()
     torch.testing.assert_close(stream.step(), whole(model, x)[1], rtol=0, atol=1e-12)
+
+
+def test_a_network_without_streams_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"Linear has no stream\(\); only a SpikingNetwork"):
+        stream_of(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("kind", ["psn", "masked_psn"])

@@ -209,3 +209,16 @@ class Stream:
         self.reset()
         self.timesteps, self._sum = state["timesteps"], state["sum"]
         self._membranes = list(membranes.values()) or None
+
+
+def stream_of(model: nn.Module) -> Stream:
+    """Return a stream of a network that may be a user's own.
+
+    Raises:
+        UserError: The network cannot be streamed.
+    """
+    if not hasattr(model, "stream"):
+        name = type(model).__name__
+        raise UserError(f"{name} has no stream(); only a SpikingNetwork has (docs/extending.md)")
+    stream: Stream = model.stream()  # type: ignore[operator]  # a method, for nn.Module a tensor
+    return stream

@@ -202,6 +202,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     from tetdist.evaluation import variants
     from tetdist.evaluation.early_exit import measure_exit
     from tetdist.evaluation.suite import Evaluator, choose_exit, run_suite
+    from tetdist.models.streaming import stream_of
     from tetdist.training.setup import load_model
 
     with (
@@ -242,7 +243,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
                 lambda: variants.RealLabels(file, index, model.num_classes, headline, world.device)
             )
         if options.measured:
-            world.run_on_all(lambda: check_streams(model))
+            world.run_on_all(lambda: stream_of(model))
         if options.exit_within is not None:
             held = world.run_on_all(lambda: held_out_samples(config, description, model, world))
             exit_choice = choose_exit(evaluator(held), headline, options.exit_within)
@@ -408,20 +409,6 @@ def held_out_samples(
             "give --data, the data of the training"
         )
     return Compared(held_out)
-
-
-def check_streams(model: "SpikingNetwork") -> None:
-    """Refuse, before an hour of evaluation, a network that cannot be streamed.
-
-    Raises:
-        UserError: It cannot.
-    """
-    if not hasattr(model, "stream"):
-        raise UserError(
-            "--measured needs a network with stream(), a SpikingNetwork (docs/extending.md); leave "
-            "it out"
-        )
-    model.stream()
 
 
 def wanted_timesteps(

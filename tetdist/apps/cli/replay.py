@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tetdist.apps.events.binning import Binning
     from tetdist.apps.events.recording import Events, Sensor
     from tetdist.apps.weights.trained import Trained
+    from tetdist.models.streaming import Stream
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -52,24 +53,20 @@ def replay(options: argparse.Namespace) -> None:
         UserError: The recording or the network does not suit.
     """
     from tetdist.apps.weights.trained import load
+    from tetdist.models.streaming import stream_of
     from tetdist.plugins import import_files
 
     import_files(options.imports)
     trained = load(options.checkpoint, "best" if options.best else "last")
     binning, sensor = binning_of(trained, options.checkpoint)
-    events = read(options.recording, sensor)
-    if not hasattr(trained.model, "stream"):
-        raise UserError(
-            f"{options.checkpoint} holds an adopted network, which has no stream(); train a "
-            "SpikingNetwork (docs/extending.md)"
-        )
+    events, stream = read(options.recording, sensor), stream_of(trained.model)
     side, size = trained.model.input_size, binning.size or events.sensor
     if side is not None and size != (side, side):
         raise UserError(
             f"{options.recording} has frames of {size} pixels, the network takes {side}x{side}; "
             "replay a recording of the camera that it was trained for"
         )
-    late = run(trained, events, binning, fast=options.fast)
+    late = run(stream, trained, events, binning, fast=options.fast)
     if late:
         print(f"{counted(late, 'frame')} late: computed after the next one was there")
 
@@ -121,7 +118,9 @@ def read(path: Path, sensor: "Sensor | None") -> "Events":
         raise UserError(f"{path}: {error}") from error
 
 
-def run(trained: "Trained", events: "Events", binning: "Binning", *, fast: bool) -> int:
+def run(
+    stream: "Stream", trained: "Trained", events: "Events", binning: "Binning", *, fast: bool
+) -> int:
     """Stream the windows, print a line for each; return how many came late."""
     import torch
 
@@ -129,7 +128,7 @@ def run(trained: "Trained", events: "Events", binning: "Binning", *, fast: bool)
 
     model = trained.model
     model.set_execution("fused")
-    stream, classes = model.stream(), trained.description.classes or []
+    classes = trained.description.classes or []
     terminal, late, shown = sys.stdout.isatty(), 0, ""
     height, width = reversed(binning.size or events.sensor)
     stream.step(torch.zeros(1, 2, height, width))  # Warm-up: the first step builds kernels.

@@ -1,9 +1,9 @@
 """The fast path: normalisation, shortcut, neuron and added spikes as one operation.
 
 It computes the end of `NormNeuron.forward` in one pass over memory each way. The forward pass keeps
-the convolution's output and two numbers per channel; from these the backward pass recomputes the
-normalised current and the membranes in registers, so nothing of the size of T membranes is ever
-stored. The kernels see every activation as (T, N, C), N = B*H*W, channels last.
+the convolution's output, the shortcut and two numbers per channel; from these the backward pass
+recomputes the normalised current and the membranes in registers, so nothing of the size of T
+membranes is ever stored. The kernels see every activation as (T, N, C), N = B*H*W, channels last.
 """
 
 from collections.abc import Sequence
