@@ -15,7 +15,7 @@ import yaml
 from tetdist import models
 from tetdist.apps.cli import train
 from tetdist.config import loading as configuration
-from tetdist.config.checks import without_effect
+from tetdist.config.checks import effective, without_effect
 from tetdist.config.documentation import documented_keys
 from tetdist.config.identity import OPERATIONAL_KEYS, differences, flatten
 from tetdist.config.loading import load, parse
@@ -634,10 +634,7 @@ def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture
             ["phases.0.optimizer.momentum"],
         ),
         ({"phases.0.optimizer.decay_norms": False}, ["phases.0.optimizer.decay_norms"]),
-        (
-            {"phases.0.optimizer": {"lr": 0.1, "weight_decay": 0.1, "decay_norms": False}},
-            [],
-        ),
+        ({"phases.0.optimizer": {"lr": 0.1, "weight_decay": 0.1, "decay_norms": False}}, []),
         ({"clip_mode": "value"}, ["clip_mode"]),
         ({"clip_mode": "value", "gradient_clipping": 0.5}, []),
         ({"tracking.uri": "http://localhost:1"}, ["tracking.uri"]),
@@ -645,13 +642,7 @@ def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture
             {"phases.0.timesteps": 1, "loss.distillation.self_weight": 0.5},
             ["loss.distillation.self_weight"],
         ),
-        (
-            {
-                "phases": [PHASE, PHASE | {"timesteps": 2}],
-                "loss.distillation.self_weight": 0.5,
-            },
-            [],
-        ),
+        ({"phases": [PHASE, PHASE | {"timesteps": 2}], "loss.distillation.self_weight": 0.5}, []),
         ({"loss.distillation.weight": 0.5}, ["loss.distillation.weight"]),
         (
             {"data.mixup": 0.2}  # refused with both of these where they have an effect
@@ -724,6 +715,10 @@ def test_keys_say_with_which_settings_they_have_no_effect() -> None:
     assert found["loss.distillation.temperature"] == (
         "loss.distillation.teacher=null and loss.distillation.self_weight=0"
     )
+    kept = effective(resolved(relu)).keys()
+    assert kept & {"clip_mode", "loss.phi", "phases.0.min_lr"} == {"loss.phi", "phases.0.min_lr"}
+    events = {"model": {"name": "vggsnn"}, "data": {"kind": "events", "root": "d"}}
+    assert kept - effective(resolved(events)).keys() >= {"data.mean", "data.color_jitter.hue"}
 
 
 def test_differences_pass_over_what_does_not_change_the_result() -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny import Farm, Tool
 
 from tetdist.apps.reports import evaluation_page, style
+from tetdist.evaluation import early_exit
 
 NUM_SAMPLES = sum(tiny.VAL_SIZES)
 
@@ -161,7 +162,8 @@ def test_what_is_decided_and_what_it_takes(run: Path, evaluate: Tool, tmp_path: 
     assert f"{NUM_SAMPLES} samples of val" in out
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows if len(row) == 4 and row[0].isdigit()] == ["1", "2", "3", "5"]
-    summary = f"top-1 {found['top1']:.2f} %, top-5 100.00 %, loss {found['loss']:.4f} at T = 3, "
+    summary = f"top-5 100.00 %, loss {found['loss']:.4f} at T = 3, which applies to everything "
+    summary = f"top-1 {found['top1']:.2f} %, {summary}not listed by T; trained at T = 3"
     assert summary in out
     assert summary in evaluation_page.html_page(found)
     assert panel(evaluation_page._early_exit, found).get_lines()[1].get_xdata()[-1] == 3
@@ -256,6 +258,7 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
     evaluate: Tool,
     run: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     held = 4 * 3  # a quarter of the 11 or 12 training samples of each class
     outcome = main(tiny_config({"data.held_out": 0.25, "phases.0.timesteps": 3}))
@@ -291,6 +294,13 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
     assert 3 >= spent[0] >= spent[1] >= spent[2] >= 1
     # At 0.3 nearly all of four classes are decided at once.
     assert found[100]["chosen_exit"]["threshold"] == 0.3
+    # Other classes or timesteps are counted.
+    decide = early_exit.decide
+    for wrong in (lambda c, t: (3 - c, t), lambda c, t: (c, t + 1)):
+        monkeypatch.setattr(early_exit, "decide", lambda *x, wrong=wrong: wrong(*decide(*x)))
+        assert evaluate("--checkpoint", trained, "--json", file, *options)[0] == 0
+        measured = json.loads(file.read_text())["measured_exit"]
+        assert (measured["differing"], measured["differing_within_1e-5"]) == (NUM_SAMPLES, 0)
     page = tmp_path / "page.html"
     assert evaluate("--checkpoint", trained, "--exit-within", 5, "--report", page)[0] == 0
     assert f"lost on {held} training samples held out" in page.read_text()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import cameras
 import numpy as np
@@ -21,7 +22,7 @@ from tetdist.apps.events.binning import Binning, bin_events
 from tetdist.apps.events.recording import Events, Sensor
 from tetdist.apps.events.simulate import DEFAULT_SENSOR
 from tetdist.apps.weights.trained import load
-from tetdist.evaluation.evaluate import running_means
+from tetdist.models.streaming import Stream
 from tetdist.storage import checkpoint
 
 TOOLS = tiny.PROJECT / "tools"
@@ -40,8 +41,8 @@ def data_root(tmp_path: Path) -> Path:
     return dest / "splits" / SPLIT
 
 
-def replayed_is_the_whole_pass(run: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A stream of a recording's windows says what the network says of the tensor of them."""
+def replayed_is_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Replay prints what a stream of the recording's windows returns."""
     made = cameras.events(900, *DEFAULT_SENSOR, duration=40_000)
     np.savez(folder / "it.npz", **made._asdict(), **DEFAULT_SENSOR._asdict())
     replay, command = tool("replay"), [str(folder / "it.npz"), "--checkpoint", str(run)]
@@ -51,24 +52,32 @@ def replayed_is_the_whole_pass(run: Path, folder: Path, capfd: pytest.CaptureFix
     assert time.monotonic() - started > 0.04  # at the recording's speed
     assert replay.main([*command, "--fast"]) == 0
     lines = [line for line in capfd.readouterr().out.splitlines() if "timestep" in line]
+    step = Stream.step
+
+    def slow(*given: Any) -> torch.Tensor:
+        time.sleep(0.02)  # longer than a window
+        return step(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stream, "step", slow)
+        assert replay.main(command) == 0
+        assert re.search(r"\n[45] frames late: ", capfd.readouterr().out)
+        assert replay.main([*command, "--fast"]) == 0
+        assert " late: " not in capfd.readouterr().out
     trained = load(run)
+    trained.model.set_execution("fused")
     binning = Binning(6, Sensor(16, 16), "9ms", "count", "area", "uint8")
-    frames = bin_events(Events(*made, DEFAULT_SENSOR), binning).tensor
-    expected = []
-    for t in range(0, 5, 2):  # Five windows; the network starts anew after two.
-        x = torch.from_numpy(frames[None, t : t + 2]).float()
-        with torch.no_grad():
-            means = running_means(trained.model(x, per_timestep=True))[:, 0].softmax(-1)
-        expected += [(f"timestep {i + 1}/2", *means[i].max(-1)) for i in range(2)][: 5 - t]
-    classes = trained.description.classes
-    assert len(lines) == 2 * 5
-    for line, (at, confidence, number) in zip(lines, 2 * expected, strict=True):
-        assert at in line
-        found = re.search(r"  (\w+)  ([\d.]+) %  ", line)
-        assert found is not None
-        # On another processor a spike may flip, by rounding, which moves the confidence a little.
-        assert float(found[2]) == pytest.approx(100 * float(confidence), abs=1)
-        assert found[1] == classes[number] or confidence < 0.52
+    frames = bin_events(Events(*made, DEFAULT_SENSOR), binning).tensor[:5]
+    stream, expected = trained.model.stream(), []
+    for t, frame in enumerate(frames):
+        if t % 2 == 0:  # The network starts anew after two of the five windows.
+            stream.reset()
+        at = f"{(t + 1) * 9 / 1000:8.3f} s  timestep {t % 2 + 1}/2"
+        mean = stream.step(torch.from_numpy(frame[None]).float())[0]
+        confidence, number = mean.softmax(-1).max(-1)
+        name = trained.description.classes[number]
+        expected.append(f"{at}  {name}  {100 * float(confidence):.1f} %  ")
+    assert [re.sub(r"\d+\.\d\d ms$", "", line) for line in lines] == 2 * expected
     np.savez(folder / "other.npz", **made._asdict(), width=99, height=99)
     assert replay.main([str(folder / "other.npz"), "--checkpoint", str(run)]) == 2
     refusal = f"other.npz: its sensor is 99x99, not {DEFAULT_SENSOR} as expected"
@@ -76,6 +85,9 @@ def replayed_is_the_whole_pass(run: Path, folder: Path, capfd: pytest.CaptureFix
     (folder / "torn.npz").write_bytes((folder / "it.npz").read_bytes()[:500])
     assert replay.main([str(folder / "torn.npz"), "--checkpoint", str(run)]) == 2
     assert "torn.npz: it is not an NPZ file, or damaged" in capfd.readouterr().err
+    (run / "checkpoints" / "best").write_text("none")
+    assert replay.main([*command, "--best"]) == 2
+    assert "best is damaged" in capfd.readouterr().err
 
 
 def test_replay_needs_windows_of_a_fixed_size(
@@ -119,7 +131,7 @@ def test_results_carry_the_name_of_the_split(
             (SPLIT,)
         ]
 
-    replayed_is_the_whole_pass(run, tmp_path, capfd)
+    replayed_is_a_stream(run, tmp_path, capfd)
     result = tmp_path / "result.json"
     arguments = ["--checkpoint", str(run), "--json", str(result), "--execution", "reference"]
     threads = torch.get_num_threads()

@@ -5,12 +5,7 @@ import json
 import pytest
 
 from tetdist.apps.events.folders import list_sources, natural_key
-from tetdist.apps.events.splits import (
-    NAMES,
-    assign,
-    default_split,
-    split_name,
-)
+from tetdist.apps.events.splits import NAMES, assign, default_split, split_name
 from tetdist.datasets.recorded_split import recorded_split, recordings_of
 from tetdist.errors import UserError
 

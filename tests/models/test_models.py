@@ -43,12 +43,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "spiking_resnet18": {"width": 4, "stem_width": 4},
     "spiking_resnet50": {"width": 2, "stem_width": 4},
     "spiking_resnet19": {"width": 4, "stem_width": 3, "hidden_features": 6},
-    "spiking_resnet19_dvs": {
-        "width": 4,
-        "stem_width": 3,
-        "hidden_features": 16,
-        "input_size": 16,
-    },
+    "spiking_resnet19_dvs": {"width": 4, "stem_width": 3, "hidden_features": 16, "input_size": 16},
     "preact_resnet18": {"width": 4},
     "ms_resnet18": {"width": 4, "stem": "deep", "pooled_projections": True},
     "vggsnn": {"input_size": 16},
@@ -153,10 +148,7 @@ def test_timms_arguments_are_heeded(name: str) -> None:
     [
         ({"global_pool": "max"}, "global_pool must be 'flatten', or '' with num_classes=0, not 'm"),
         ({"global_pool": ""}, "global_pool must be 'flatten', or '' with num_classes=0, not ''"),
-        (
-            {"features_only": True},
-            "features_only: vggsnn has features (T, B, C, H, W), which timm",
-        ),
+        ({"features_only": True}, "features_only: vggsnn has features (T, B, C, H, W), which timm"),
         ({"pretrained": True}, "No pretrained weights exist for vggsnn. Use `pretrained=False`"),
         ({"img_size": 64}, "unexpected keyword argument 'img_size'"),
     ],

@@ -16,20 +16,10 @@ from tetdist.nn.norm_neuron import Neuron
 BY_HAND = {
     "lif-hard": (LIF(), [0.5, 0.5, 0.5, 1.0, 0.5], [0, 0, 0, 1, 0], 0.5),
     # 1.5 fires and leaves 0.5; 2.1875 fires once and leaves 1.1875, above the threshold.
-    "lif-soft": (
-        LIF(reset="soft"),
-        [1.5, 0.5, 0.5, 1.75, 0.5],
-        [1, 0, 0, 1, 1],
-        0.09375,
-    ),
+    "lif-soft": (LIF(reset="soft"), [1.5, 0.5, 0.5, 1.75, 0.5], [1, 0, 0, 1, 1], 0.09375),
     "lif-slow-leak": (LIF(decay=0.75), [1.0, 0.5, 0.5, -1.0], [0, 1, 0, 0], -0.625),
     "if-hard": (LIF(decay=1.0), [0.5, 0.5, 0.25, 0.75, -0.5], [0, 0, 1, 0, 0], 0.25),
-    "if-soft": (
-        LIF(decay=1.0, reset="soft"),
-        [0.75, 0.5, 0.75, 2.5, 0.0],
-        [0, 1, 0, 1, 1],
-        1.5,
-    ),
+    "if-soft": (LIF(decay=1.0, reset="soft"), [0.75, 0.5, 0.75, 2.5, 0.0], [0, 1, 0, 1, 1], 1.5),
     "low-threshold-hard": (LIF(threshold=0.5), [0.75, 0.5, 0.5, 0.25], [1, 0, 1, 0], 0.25),
     "high-threshold-soft": (
         LIF(threshold=2.0, reset="soft"),

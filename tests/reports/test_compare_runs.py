@@ -224,7 +224,8 @@ def test_mistakes_end_in_one_sentence(run_tool: Tool, tmp_path: Path) -> None:
         assert errors.count("\n") == 1
         return errors
 
-    assert f"error: {empty} is not a run folder, because it has no" in mistaken(a, empty)
+    expected = f"error: {empty} is not a run folder, because it has no metrics.jsonl"
+    assert expected in mistaken(a, empty)
     assert f"there is no {tmp_path}/none; give a run folder" in mistaken(tmp_path / "none", a)
     assert "result.json: name a file in a folder" in mistaken(
         a, b, "--json", empty / "none/result.json"

@@ -14,10 +14,8 @@ import yaml
 from tetdist.apps.cli import status as command
 from tetdist.apps.reports.run_status import JobEvent, as_text, find_runs, read_status
 
-CONFIG: dict[str, Any] = {
-    "phases": [{"epochs": 3}, {"epochs": 1}],
-    "max_steps": None,
-}
+CONFIG: dict[str, Any] = {"phases": [{"epochs": 3}, {"epochs": 1}], "max_steps": None}
+NAMES_NONE = "is damaged: it must hold the name of a checkpoint, such as step-00000040, not"
 
 
 def train_line(step: int) -> dict[str, Any]:
@@ -167,10 +165,10 @@ def test_damaged_run_is_a_row_among_others_and_no_run_is_none_yet(
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("checkpoints/last", "step-x", "-00000040, not 'step-x'; write"),
-        ("checkpoints/last", "..", "-00000040, not '..'; write"),
+        ("checkpoints/last", "step-x", f"last {NAMES_NONE} 'step-x'; write"),
+        ("checkpoints/last", "..", f"last {NAMES_NONE} '..'; write"),
         ("checkpoints/last", "\udcff", "last is damaged: "),
-        ("checkpoints/best", "step-", "-00000040, not 'step-'; write"),
+        ("checkpoints/best", "step-", f"best {NAMES_NONE} 'step-'; write"),
         (
             "config.yaml",
             "phases: [{epochs: 1}]\nmax_steps: abc",
@@ -180,11 +178,7 @@ def test_damaged_run_is_a_row_among_others_and_no_run_is_none_yet(
         ("config.yaml", "[phases]", "config.yaml"),
         ("config.yaml", "\udcff", "config.yaml"),
         ("metrics.jsonl", "\udcff", "line 1 is damaged"),
-        (
-            "metrics.jsonl",
-            '{"kind": "train", "step": 1}',
-            "train of step 1 is damaged (time=None)",
-        ),
+        ("metrics.jsonl", '{"kind": "train", "step": 1}', "train of step 1 is damaged (time=None)"),
         ("metrics.jsonl", json.dumps(val_line(3, 1, 1) | {"time": "x"}), "(time=x); restore"),
         ("metrics.jsonl", '{"kind": "other", "step": 9}', "other of step 9 is damaged (time"),
         (

@@ -196,12 +196,7 @@ def test_one_begins_with_another(call: Call, write: Write, tmp_path: Path) -> No
     values = json.loads((output / "report" / "study.json").read_text())
     cost = {name: entry["image_timesteps"] for name, entry in values["entries"].items()}
     # What two of a run's needs begin with is paid for once.
-    assert cost == {
-        "short": 80,
-        "longer": 80 + 120,
-        "taught": 80 + 120 + 80,
-        "second": 80 + 120,
-    }
+    assert cost == {"short": 80, "longer": 80 + 120, "taught": 80 + 120 + 80, "second": 80 + 120}
     report = (output / "report.md").read_text()
     assert report.count("| `short` | `longer` |") == 1  # begins with, learns from
     # Of the phase that the others lack those keys that are set, and only keys that are read.
@@ -461,11 +456,7 @@ def test_dry_run_leaves_out_what_is_finished(call: Call, finished: tuple[Path, P
     ],
 )
 def test_mistakes_in_what_follows_slurm_are_named(
-    call: Call,
-    write: Write,
-    tmp_path: Path,
-    flags: tuple[str, ...],
-    words: tuple[str, ...],
+    call: Call, write: Write, tmp_path: Path, flags: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     status, output = call("study", write(), "--output", tmp_path / "out", "--slurm", *flags)
     assert status == 2
@@ -561,11 +552,7 @@ def test_commands_of_an_installed_package(
     ],
 )
 def test_mistakes_in_a_study_are_named(
-    call: Call,
-    write: Write,
-    tmp_path: Path,
-    changes: dict[str, Any],
-    words: tuple[str, ...],
+    call: Call, write: Write, tmp_path: Path, changes: dict[str, Any], words: tuple[str, ...]
 ) -> None:
     status, output = call("study", write(changes), "--output", tmp_path / "out")
     assert status == 2

@@ -12,6 +12,7 @@ import nirtorch
 import numpy as np
 import onnxruntime
 import pytest
+import timm
 import tiny
 import torch
 import yaml
@@ -410,11 +411,7 @@ def test_nir_neuron_that_fires_at_the_threshold(tmp_path: Path) -> None:
     [
         ("convnet", {"reset": "soft"}, "reset is soft"),
         ("convnet", {"spike": "sigmoid", "surrogate": "sigmoid"}, "spike is sigmoid"),
-        (
-            "convnet",
-            {"kind": "psn", "timesteps": T},
-            "no neurons of the kind PSN, which",
-        ),
+        ("convnet", {"kind": "psn", "timesteps": T}, "no neurons of the kind PSN, which"),
         ("convnet", {"kind": "ilif"}, "no neurons of the kind ILIF, which"),
         ("preact", {}, "preact_resnet18 takes maxima of real numbers in its stem"),
     ],
@@ -504,9 +501,8 @@ def test_onnx_graph_of_a_timestep_carries_its_states(
     expected = logits(trained, x)
     assert len(expected.unique()) > 5
     actual = by_the_loop_of_the_page(path, x, T)
-    # A membrane within rounding of the threshold may flip a spike of some sample.
-    difference = (actual - expected).norm(dim=1) / expected.norm(dim=1)
-    assert difference.median() < 1e-4
+    # Kernels round differently, so on some processor one sample may have a flipped spike.
+    assert torch.isclose(actual, expected, rtol=1e-4, atol=1e-5).all(1).sum() >= len(x) - 1
 
 
 def test_onnx_graph_of_a_timestep_is_refused_by_name(call: Call, tmp_path: Path) -> None:
@@ -516,6 +512,9 @@ def test_onnx_graph_of_a_timestep_is_refused_by_name(call: Call, tmp_path: Path)
     assert status == 2
     assert "has psn neurons" in output
     assert not path.exists()
+    model = timm.create_model("psn_sew_resnet18", neuron={"kind": "sliding_psn"})
+    with pytest.raises(UserError, match=r"needs equal timesteps, but PSNSEWResNet adds another"):
+        export.OnnxStep(model, torch.zeros(2, 3, 32, 32), path)
 
 
 @pytest.mark.parametrize("network", ["vggsnn", pytest.param("ms, deep", marks=pytest.mark.long)])
@@ -561,10 +560,7 @@ def test_missing_package_is_named(
         (["--format", "onnx", "--output", "n.onnx", "--dt", "1"], "applies to --format nir only"),
         (["--format", "nir", "--output", "n.nir", "--dt", "0"], "--dt must be above 0"),
         (["--format", "timm", "--output", "n", "--timesteps", "0"], "--timesteps must be"),
-        (
-            ["--format", "timm", "--output", "n.safetensors"],
-            "must be a folder, and n.safetensors",
-        ),
+        (["--format", "timm", "--output", "n.safetensors"], "must be a folder, and n.safetensors"),
         (
             ["--format", "safetensors", "--output", "n.onnx"],
             "a file that ends in .safetensors, and",

@@ -444,11 +444,7 @@ def test_weights_of_other_shortcuts_are_refused(name: str, source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "source"),
-    [
-        ("sew_resnet34", "torchvision"),
-        ("spiking_resnet34", "timm"),
-    ],
+    ("name", "source"), [("sew_resnet34", "torchvision"), ("spiking_resnet34", "timm")]
 )
 def test_normalized_currents_are_those_of_the_relu_network(name: str, source: str) -> None:
     torch.manual_seed(0)
@@ -615,10 +611,7 @@ def test_training_and_evaluation_begin_with_a_relu_network(
 
 
 def test_another_number_of_classes_is_named_and_may_be_allowed(
-    call: Call,
-    relu_file: Path,
-    tiny_root: Path,
-    tmp_path: Path,
+    call: Call, relu_file: Path, tiny_root: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "converted.safetensors"
     command = [relu_file, "--model", "spiking_resnet18", "--from", "timm", "--output", output]

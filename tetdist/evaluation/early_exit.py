@@ -20,16 +20,13 @@ from tetdist.nn.precision import autocast, parameter_type
 NEAR = 1e-5
 
 
-def decide(
-    model: SpikingNetwork, images: Tensor, threshold: float, outputs: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def decide(model: SpikingNetwork, images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Stream a batch and drop each sample when its confidence reaches the threshold.
 
     Args:
         model: The network, in evaluation mode; all samples are decided at its T.
         images: (B, C, H, W), or (B, T, C, H, W) of events.
         threshold: Softmax probability of the time-mean at which a sample is decided.
-        outputs: The network's compared outputs; None: all.
 
     Returns:
         Classes, (B,), and timesteps from 1, (B,), of the decisions.
@@ -42,8 +39,6 @@ def decide(
             mean = stream.step(images[left, t])
         else:
             mean = stream.step(images if t == 0 else None)
-        if outputs is not None:
-            mean = mean.index_select(-1, outputs)
         sure = mean.softmax(-1).amax(-1) >= threshold
         done = sure | (t + 1 == model.timesteps)
         classes[left[done]], exits[left[done]] = mean.argmax(-1)[done], t + 1
@@ -62,15 +57,13 @@ def measure_exit(evaluator: Evaluator, choice: ExitChoice) -> dict[str, Any]:
     Loading is not timed. The first batch runs once more before it is timed.
 
     Args:
-        evaluator: A causal network at its T, the split and the processes.
+        evaluator: A causal network at its T, all outputs of which are compared, the split and the
+            processes.
         choice: The threshold; where it is None, all samples are decided at T.
     """
     model, world = evaluator.model.eval(), evaluator.world
     threshold = math.inf if choice.threshold is None else choice.threshold
     precision, device = evaluator.config.precision, world.device
-    outputs = None
-    if evaluator.outputs is not None:
-        outputs = on_device(torch.tensor(evaluator.outputs), device)
     sums = torch.zeros(7, dtype=torch.float64)
     with eval_loader(evaluator.config, evaluator.index, world) as batches:
         for batch in batches:
@@ -79,11 +72,11 @@ def measure_exit(evaluator: Evaluator, choice: ExitChoice) -> dict[str, Any]:
             images = on_device(batch.images, device, parameter_type(precision))
             with autocast(device, precision):
                 if not sums.any():
-                    decide(model, images, threshold, outputs)
-                    _means(model, images, outputs)
+                    decide(model, images, threshold)
+                    _means(model, images)
                 world.wait_for_device()  # The images' copy is not timed.
-                streaming, (classes, exits) = _timed(decide, model, images, threshold, outputs)
-                passing, means = _timed(_means, model, images, outputs)
+                streaming, (classes, exits) = _timed(decide, model, images, threshold)
+                passing, means = _timed(_means, model, images)
             confidence = means.softmax(-1).amax(-1)  # (T, B)
             near = ((confidence - threshold).abs() <= NEAR).any(0)
             first = first_sure(confidence, threshold)
@@ -109,12 +102,9 @@ def measure_exit(evaluator: Evaluator, choice: ExitChoice) -> dict[str, Any]:
     }
 
 
-def _means(model: SpikingNetwork, images: Tensor, outputs: Tensor | None) -> Tensor:
+def _means(model: SpikingNetwork, images: Tensor) -> Tensor:
     """Return the outputs at every t of a whole pass, (T, B, K), on the host."""
-    logits = model(images, per_timestep=True)
-    if outputs is not None:
-        logits = logits.index_select(-1, outputs)
-    return running_means(logits).cpu()
+    return running_means(model(images, per_timestep=True)).cpu()
 
 
 def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
