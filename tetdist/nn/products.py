@@ -115,7 +115,8 @@ class _PositionSum(torch.autograd.Function):
 def tokens(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """Return (T, B, C, H, W) as (T, B, heads, N, d)."""
     of_heads = x.permute(0, 1, 3, 4, 2).flatten(2, 3).unflatten(-1, (heads, -1))
-    return of_heads.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format)
+    # One copy for all products; torch's `to` makes none where the type stays the same.
+    return of_heads.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def image(x: Tensor, shape: torch.Size) -> Tensor:
@@ -187,8 +188,10 @@ class _LinearAttention(torch.autograd.Function):
         shape = ctx.saved_tensors[0].shape
         heads, dtype = attention.heads, grad_outputs[0].dtype
         grad = tokens(grad_outputs[0], heads, dtype)
-        packed = (Packed(*one) for one in zip(ctx.saved_tensors, ctx.levels, strict=True))
-        q, k, v = (tokens(one.unpack(dtype), heads, dtype) for one in packed)
+        q, k, v = (
+            Packed(tokens(values, heads, torch.uint8), levels).unpack(dtype)
+            for values, levels in zip(ctx.saved_tensors, ctx.levels, strict=True)
+        )
         with exact(grad):
             of_k_v = attention.scale * (q.mT @ grad)
             grads = grad @ (attention.scale * (v.mT @ k)), v @ of_k_v.mT, k @ of_k_v
