@@ -5,10 +5,12 @@ import re
 import signal
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from tiny import LAUNCHED, Farm
 from torch import Tensor
 
@@ -202,6 +204,15 @@ def test_of_two_signals_the_one_that_says_more_counts(
             signal.raise_signal(number)
         assert stop.agreed()
         assert stop.exit_status == 128 + expected
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_equal_tensors_are_their_mean(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+        tensor.mul_({dist.ReduceOp.SUM: 2, dist.ReduceOp.AVG: 1}[op])
+
+    monkeypatch.setattr(dist, "all_reduce", reduce)
+    assert World(0, 2, torch.device(device), None).mean_(torch.tensor(3.0)) == 3
 
 
 def test_tensors_are_averaged_in_the_order_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:

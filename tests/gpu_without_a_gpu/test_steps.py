@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import timm
 import torch
 import worker
 from launches import num_launches
 from worker import Answer, Worker, launches
 
 from tetdist import models
+from tetdist.nn.batch_norm import BatchNorm
 
 Ask = Callable[..., Answer]
 
@@ -164,6 +166,19 @@ def test_launches(engine: str, ask: Ask) -> None:
     assert launches(answer, "update", "statistics") <= UPDATE_AND_STATISTICS
     # What the batch and the sums for the metrics need.
     assert launches(answer, "input") <= 20
+
+
+def test_synchronised_batch_norm_takes_at_most_three_more_launches_a_norm(ask: Ask) -> None:
+    """Forward, the average and what is computed from it; backward, the average of the sums."""
+    together, alone = (
+        ask("preact_resnet18", *ENGINES["torch"], f"batch_norm.sync={on}")
+        for on in ("true", "false")
+    )
+    assert_runs(together)
+    model = timm.create_model("preact_resnet18", num_classes=2)
+    norms = sum(isinstance(module, BatchNorm) for module in model.modules())
+    steps = (launches(one, "forward", "loss", "backward") for one in (together, alone))
+    assert 2 * norms < next(steps) - next(steps) <= 3 * norms
 
 
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])

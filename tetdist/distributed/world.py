@@ -59,7 +59,10 @@ class World:
 
     def mean_(self, tensor: Tensor) -> Tensor:
         """Average a tensor over all processes, in place."""
-        if self.world_size > 1:
+        if self.world_size > 1 and self.device.type == "cuda":
+            # NCCL divides in the same kernel, which gloo cannot.
+            dist.all_reduce(tensor, op=dist.ReduceOp.AVG)
+        elif self.world_size > 1:
             self.sum_(tensor).div_(self.world_size)
         return tensor
 

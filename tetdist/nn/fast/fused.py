@@ -49,12 +49,18 @@ class Inputs(NamedTuple):
 class Sums(NamedTuple):
     """Sums over T and N, each (C,): of the current's gradient, and of its products with the
     normalised x and shortcut, before gain and offset; and the gradients of the neurons' learnt
-    values."""
+    values.
+
+    Attributes:
+        copy: A copy of the first two or three, (2 or 3, C), to be averaged over processes; None:
+            `Norms.averaged` makes one.
+    """
 
     grad: Tensor
     grad_xhat: Tensor
     grad_shortcut_hat: Tensor | None
     grad_learned: tuple[Tensor, ...] = ()
+    copy: Tensor | None = None
 
 
 class Norms(NamedTuple):
@@ -87,20 +93,14 @@ class Norms(NamedTuple):
 
         None: not normalised, or not by batch statistics.
         """
-
-        def averaged(norm: BatchNorm, products: Tensor) -> tuple[Tensor, Tensor]:
-            if norm.average is None:
-                return sums.grad, products
-            first, second = norm.average_over_processes(torch.stack([sums.grad, products]))
-            return first, second
-
         if not training:
             return None, None
-        of_shortcut = None
-        if self.of_shortcut is not None:
-            assert sums.grad_shortcut_hat is not None
-            of_shortcut = averaged(self.of_shortcut, sums.grad_shortcut_hat)
-        return averaged(self.of_x, sums.grad_xhat), of_shortcut
+        grad, *products = (one for one in sums[:3] if one is not None)
+        if self.of_x.average is not None:
+            copy = torch.stack([grad, *products]) if sums.copy is None else sums.copy
+            grad, *products = self.of_x.average(copy)
+        of_x, *others = ((grad, one) for one in products)
+        return of_x, others[0] if others else None
 
     def gradients(self, sums: Sums) -> tuple[Tensor | None, ...]:
         """Return the gradients of `parameters`, each (C,)."""

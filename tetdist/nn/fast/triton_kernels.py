@@ -143,13 +143,14 @@ class NormKernels:
         if norm.training and norm.average is None:
             self._statistics(x, None, made_of, known)
         else:
-            mean, var = norm.running_mean, norm.running_var
+            given: list[Argument] = [None, norm.running_mean, norm.running_var]
             if norm.training:
-                moments = torch.empty(2, channels, dtype=wide, device=x.device)
+                assert norm.average is not None
+                moments = torch.empty(2, channels, dtype=torch.float64, device=x.device)
                 self._statistics(x, moments, made_of, known)
-                mean, var = norm.over_processes(*moments)
+                given = [norm.average(moments), None, None]
             programs, sizes = _adding(channels)
-            arguments = [mean, var, *made_of, channels // sizes["VEC"]]
+            arguments = [*given, *made_of, channels // sizes["VEC"]]
             sizes = {name: sizes[name] for name in ("VEC", "BC")}
             launch(neuron.normalization, (programs,), arguments, known | sizes)
         if records:
@@ -217,14 +218,15 @@ class NormKernels:
     def _finish_sums(self, partial: Tensor, affine: Affine, of_shortcut: Affine | None) -> Sums:
         """Add partial sums up, (blocks, 2 or 3, C)."""
         blocks, number, channels = partial.shape
-        sums = torch.empty(number, channels, dtype=partial.dtype, device=partial.device)
+        shape = (2, number, channels)
+        sums = torch.empty(shape, dtype=partial.dtype, device=partial.device)
         programs, sizes = _adding(channels)
         arguments: list[Argument] = [partial, affine.rstd]
         arguments += [None if of_shortcut is None else of_shortcut.rstd, sums]
         arguments += [blocks, channels // sizes["VEC"]]
         launch(neuron.finish_sums, (1, programs), arguments, sizes)
-        grad, grad_xhat, *others = sums.unbind()
-        return Sums(grad, grad_xhat, others[0] if others else None)
+        grad, grad_xhat, *others = sums[0]
+        return Sums(grad, grad_xhat, others[0] if others else None, copy=sums[1])
 
 
 def _shared(x: Tensor, shortcut: Tensor | None) -> dict[str, bool]:

@@ -137,8 +137,8 @@ def finish_statistics(
 ):
     """Compute mean and biased variance from the sums of `statistics`, in float64.
 
-    Write them to moments, (2, C), if they are averaged with other processes' first; else (None)
-    write what `normalization` computes from them.
+    If they are averaged with other processes' first, write mean and mean square to moments, (2, C)
+    float64; else (None) write what `normalization` computes from them.
     """
     C, c = _channels(groups, VEC, BC)
     p = tl.arange(0, BP).to(tl.int64)
@@ -169,8 +169,10 @@ def finish_statistics(
     mean = mean.to(wide)
     var = var.to(wide)
     if moments is not None:
-        tl.store(moments + c, mean, mask=c < C)
-        tl.store(moments + C + c, var, mask=c < C)
+        # In float64, so that subtracting the squared mean from the mean square loses nothing.
+        mean64 = mean.to(tl.float64)
+        tl.store(moments + c, mean64, mask=c < C)
+        tl.store(moments + C + c, var.to(tl.float64) + mean64 * mean64, mask=c < C)
     else:
         _normalization(
             mean, var, weight, bias, affine, mean_sum, var_sum, values.to(tl.float64), c, C, SCALE,
@@ -180,17 +182,24 @@ def finish_statistics(
 
 @triton.jit(do_not_specialize=[*SIZES, "values"])
 def normalization(
-    mean, var, weight, bias, affine, mean_sum, var_sum, values, groups, SCALE: tl.constexpr,
-    EPS: tl.constexpr, RECORDS: tl.constexpr, VEC: tl.constexpr, BC: tl.constexpr
+    moments, mean, var, weight, bias, affine, mean_sum, var_sum, values, groups,
+    SCALE: tl.constexpr, EPS: tl.constexpr, RECORDS: tl.constexpr, VEC: tl.constexpr,
+    BC: tl.constexpr
 ):
-    """Write gain, offset, mean and 1/std, affine (4, C), of the mean and variance, each (C,)."""
+    """Write gain, offset, mean and 1/std, affine (4, C), of the mean and variance, each (C,); or,
+    if given, of the moments of `finish_statistics`."""
     C = groups * VEC
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     wide = affine.dtype.element_ty
+    if moments is not None:
+        m = tl.load(moments + c, mask=c < C, other=0.0)
+        v = tl.load(moments + C + c, mask=c < C, other=0.0) - m * m
+    else:
+        m = tl.load(mean + c, mask=c < C, other=0.0)
+        v = tl.load(var + c, mask=c < C, other=0.0)
     _normalization(
-        tl.load(mean + c, mask=c < C, other=0.0).to(wide),
-        tl.load(var + c, mask=c < C, other=0.0).to(wide),
-        weight, bias, affine, mean_sum, var_sum, values.to(tl.float64), c, C, SCALE, EPS, RECORDS
+        m.to(wide), v.to(wide), weight, bias, affine, mean_sum, var_sum, values.to(tl.float64), c,
+        C, SCALE, EPS, RECORDS
     )
 
 
@@ -655,8 +664,8 @@ def finish_sums(
 ):
     """Add the sums of `backward_sums` up, in float64.
 
-    sums is (2, C), or with a normalised shortcut (3, C): sums of the gradient, and of its products
-    with the normalised current and shortcut, before gain and offset.
+    sums is (2, 2, C), or with a normalised shortcut (2, 3, C): twice the sums of the gradient, and
+    of its products with the normalised current and shortcut, before gain and offset.
     """
     C, c = _channels(groups, VEC, BC)
     p = tl.arange(0, BP).to(tl.int64)
@@ -674,6 +683,7 @@ def finish_sums(
         if k == 2:
             one *= tl.load(shortcut_rstd + c, mask=c < C, other=0.0).to(tl.float64)
         tl.store(sums + k * C + c, one.to(wide), mask=c < C)
+        tl.store(sums + (number + k) * C + c, one.to(wide), mask=c < C)
 
 
 @triton.jit
