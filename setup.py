@@ -9,6 +9,7 @@ setup(
     package_dir=CONFIGS,
     py_modules=["tetdist_command"],
     package_data={
+        "tetdist": ["pretrained/*/*"],
         "tetdist.nn.fast.kernels": ["*.cpp", "*.h"],
         "tetdist.apps.reports": ["published_curves.yaml"],
         "tetdist.configs": ["*.yaml", "studies/*.yaml"],

@@ -5,7 +5,7 @@ from typing import Any
 
 from tetdist.config.fields import TIMM
 from tetdist.config.schema import RunConfig
-from tetdist.storage.hub import HF
+from tetdist.storage.hub import NAMED
 
 # Keys that may change on a resume: places of files, amounts of output, and ways to compute the same
 # numbers; none changes the result beyond rounding. (The index's fingerprint identifies the data.)
@@ -76,8 +76,8 @@ _OF_THE_HOST = (
     "runs_dir",
 )
 
-# Input files and folders, compared by absolute path. A network may also be hf:ORG/NAME, and a
-# teacher timm:NAME.
+# Input files and folders, compared by absolute path. A network may also be hf:ORG/NAME or
+# tetdist:NAME, and a teacher timm:NAME.
 PATH_KEYS = ("init_checkpoint", "loss.distillation.teacher", "loss.distillation.teacher_weights")
 
 
@@ -126,4 +126,4 @@ def _with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
 
 def absolute_path(value: str) -> str:
     """Return the value of one of the `PATH_KEYS` so that it is valid in any folder."""
-    return value if value.startswith((TIMM, HF)) else str(Path(value).absolute())
+    return value if value.startswith((TIMM, *NAMED)) else str(Path(value).absolute())

@@ -97,8 +97,8 @@ class RunConfig(Section):
     init_checkpoint: str | None = None
     """Initial weights and running statistics: a run folder (its last checkpoint), the folder of a
     checkpoint or of an export (tools/export.py), a .safetensors file (tools/convert.py makes one
-    from other libraries' weights), or hf:ORG/NAME[@REVISION] on the Hugging Face hub. The
-    optimiser's state is not loaded. Null: random weights."""
+    from other libraries' weights), hf:ORG/NAME[@REVISION] on the Hugging Face hub, or tetdist:NAME,
+    which comes with the package. The optimiser's state is not loaded. Null: random weights."""
     start_phase: Annotated[int, Field(ge=0)] = 0
     """Number of the phase to begin with, counted from 0, as if the phases before it were done.
     Above 0 it needs init_checkpoint."""

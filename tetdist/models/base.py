@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, assert_never
 
 import torch
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
@@ -17,6 +17,7 @@ from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import FusedLayer, NeuronLayer, NormNeuron, neurons_of
 from tetdist.nn.packed import Conv2d
 from tetdist.nn.recompute import Block
+from tetdist.storage import bundled
 
 Network = TypeVar("Network", bound="SpikingNetwork")
 
@@ -501,10 +502,17 @@ def _set_exchanged_values(model: SpikingNetwork, neuron: NeuronConfig, variant: 
 
 
 def register(cls: type[Network], name: str, **defaults: Any) -> Callable[..., Network]:
-    """Register a variant with timm: a network of ``cls`` with these default arguments."""
+    """Register a variant with timm: a network of ``cls`` with these default arguments.
+
+    With weights of the package, the default arguments are those of the trained network.
+    """
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> Network:
-        return build(cls, name, pretrained, **(defaults | kwargs))
+        own = {}
+        if pretrained:
+            cfg = resolve_pretrained_cfg(name, pretrained_cfg=kwargs.get("pretrained_cfg"))
+            own = bundled.arguments(cfg.file)
+        return build(cls, name, pretrained, **(defaults | own | kwargs))
 
     entrypoint.__name__, entrypoint.__module__ = name, cls.__module__
     entrypoint.__annotations__["return"] = cls  # `class_of` reads it

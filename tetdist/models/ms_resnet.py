@@ -21,6 +21,7 @@ from tetdist.nn.dropout import rising_rates
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import Conv2d
+from tetdist.storage import bundled
 
 
 class MSResNet(SpikingNetwork):
@@ -110,9 +111,11 @@ class MSResNet(SpikingNetwork):
 
 
 default_cfgs = generate_default_cfgs(
-    {f"ms_resnet{depth}": base.model_cfg() for depth in (18, 34)}
-    | {"ms_resnet104": base.model_cfg(first_conv="stem.conv.0")}
-    | {"ms_resnet14_cifar": base.model_cfg(32, **base.CIFAR)}
+    bundled.with_weights(
+        {f"ms_resnet{depth}": base.model_cfg() for depth in (18, 34)}
+        | {"ms_resnet104": base.model_cfg(first_conv="stem.conv.0")}
+        | {"ms_resnet14_cifar": base.model_cfg(32, **base.CIFAR)}
+    )
 )
 
 # 11,693,736, 21,801,896 and 77,350,504 parameters at 1000 classes.

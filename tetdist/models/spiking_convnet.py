@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv3x3
 from tetdist.nn.neurons import NeuronConfig
+from tetdist.storage import bundled
 
 
 class SpikingConvNet(SpikingNetwork):
@@ -65,14 +66,16 @@ class SpikingConvNetDVS(SpikingConvNet):
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        "spiking_convnet": base.model_cfg(
-            28, num_classes=10, crop_pct=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
-        ),
-        "spiking_convnet_dvs": base.model_cfg(
-            num_classes=10, input_size=(2, 34, 34), **base.EVENTS
-        ),
-    }
+    bundled.with_weights(
+        {
+            "spiking_convnet": base.model_cfg(
+                28, num_classes=10, crop_pct=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+            ),
+            "spiking_convnet_dvs": base.model_cfg(
+                num_classes=10, input_size=(2, 34, 34), **base.EVENTS
+            ),
+        }
+    )
 )
 
 spiking_convnet = base.register(SpikingConvNet, "spiking_convnet")  # 55,000 parameters

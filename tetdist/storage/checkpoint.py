@@ -61,6 +61,7 @@ class Description(BaseModel):
         which: The exported checkpoint of a run, ``last`` or ``best``.
         averaged: Description of the average, if the weights are one; None: they are not.
         binning: Parameters by which the events were binned, and their sensor; None: unknown.
+        commit: Commit of the code that trained them; None: unknown.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -75,6 +76,7 @@ class Description(BaseModel):
     which: str | None = None
     averaged: str | None = None
     binning: dict[str, Any] | None = None
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,8 @@ def load_model_file(
     """Read weights and description of a run, a checkpoint, an export or a .safetensors file.
 
     Args:
-        path: A folder or file of these, or ``hf:ORG/NAME`` on the hub, see hub.py.
+        path: A folder or file of these, or a name, ``hf:ORG/NAME`` or
+            ``tetdist:NAME``, see hub.py.
         which: The ``last`` checkpoint of a run folder, or the ``best`` one.
         ema: Read the moving average instead; ``best`` is then the best average.
 
@@ -302,7 +305,7 @@ def _write_weights(path: Path, weights: dict[str, Tensor], description: Descript
 
 
 def _model_file(path: Path, which: str) -> Path:
-    if str(path).startswith(hub.HF):
+    if str(path).startswith(hub.NAMED):
         return hub.fetch(str(path), MODEL_FILE)
     if path.is_file():
         problem = verify(path.parent) if (path.parent / MANIFEST_FILE).is_file() else None

@@ -1,4 +1,4 @@
-"""Networks on the Hugging Face hub: fetching weights by name, and pushing a folder.
+"""Networks by name: fetching weights, from the Hugging Face hub or the package, and pushing.
 
 Only the weight file of a repository is fetched; its other files are never read. The token is the
 one that huggingface_hub finds; it is written nowhere.
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tetdist.errors import UserError
+from tetdist.storage import bundled
 
 HF = "hf:"  # before the name of a repository, where a path could stand
+NAMED = (HF, bundled.TETDIST)
 _REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
 _NAME = re.compile(rf"{HF}(?P<repo>{_REPOSITORY})(?:@(?P<revision>.+))?")
 _TIMEOUT = 30.0  # seconds without a byte of a response
@@ -33,18 +35,18 @@ def is_repository(name: str) -> bool:
 
 
 def fetch(name: str, file: str) -> Path:
-    """Download a file of a repository, unless the cache of huggingface_hub has it.
+    """Return a file of a network; one of a repository is downloaded unless it is in the cache.
 
     Args:
-        name: ``hf:ORG/NAME``, or ``hf:ORG/NAME@REVISION`` for a branch, a tag or a commit.
-        file: Its path in the repository.
-
-    Returns:
-        The file's path in the cache.
+        name: ``tetdist:NAME``, ``hf:ORG/NAME``, or ``hf:ORG/NAME@REVISION`` for a branch, a tag or
+            a commit.
+        file: Its path in the folder or repository.
 
     Raises:
         UserError: It does not exist, or cannot be reached.
     """
+    if name.startswith(bundled.TETDIST):
+        return bundled.folder(name) / file
     found = _NAME.fullmatch(name)
     if found is None:
         raise UserError(f"{name} is not of the form {HF}ORG/NAME or {HF}ORG/NAME@REVISION")

@@ -102,9 +102,8 @@ def git_state(root: Path = _ROOT) -> dict[str, Any]:
     }
 
 
-def git_version() -> str:
-    """Return the checkout's short commit, marked if changed; empty without a checkout."""
-    git = git_state()
+def git_version(git: dict[str, Any] | None) -> str:
+    """Return a checkout's short commit, marked if changed, from its `git_state`; empty: none."""
     return f"{git['commit'][:12]}{' (changed)' if git['dirty'] else ''}" if git else ""
 
 

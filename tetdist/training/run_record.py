@@ -131,7 +131,7 @@ class RunRecord:
             "timesteps": " then ".join(str(phase.timesteps) for phase in config.phases),
             "loss": config.loss.kind,
             "split": self._evaluated_on,
-            "git": environment.git_version() or "none",
+            "git": environment.git_version(environment.git_state()) or "none",
             "seed": str(config.seed),
             "precision": config.precision,
             "world_size": str(self.run.world.world_size),

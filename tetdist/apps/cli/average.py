@@ -12,7 +12,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from tetdist.apps.cli.common import check_new_weights, program, run_command
+from tetdist.apps.cli.common import CHECKPOINT, check_new_weights, program, run_command
 from tetdist.apps.cli.eval import HANGS_AFTER, evaluation_config
 from tetdist.config.flags import add_import, positive
 from tetdist.wording import counted
@@ -28,8 +28,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         metavar="RUN_OR_FILE",
         type=Path,
-        help="run folder (its last checkpoint), checkpoint or export folder, or .safetensors file; "
-        "all of one network. With only one, just its running statistics are recomputed",
+        help=f"{CHECKPOINT}; all of one network. With only one, just its running statistics are "
+        "recomputed",
     )
     add("--output", required=True, metavar="FILE.safetensors", type=Path)
     add("--best", action="store_true", help="use the best checkpoints of run folders")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.apps.cli.common import program, run_command
+from tetdist.apps.cli.common import CHECKPOINT, program, run_command
 from tetdist.config.flags import MOST_TIMESTEPS, add_import, positive
 from tetdist.errors import UserError
 from tetdist.storage import files
@@ -85,8 +85,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         required=True,
         metavar="RUN_OR_FILE",
         type=Path,
-        help="run folder (its last checkpoint), checkpoint or export folder, .safetensors file, or "
-        "hf:ORG/NAME[@REVISION] of the Hugging Face hub",
+        help=CHECKPOINT,
     )
     parser.add_argument(
         "--best",

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from tetdist.apps.cli.common import check_new_weights, program, run_command
+from tetdist.apps.cli.common import CHECKPOINT, check_new_weights, program, run_command
 from tetdist.config.flags import add_import
 from tetdist.errors import UserError
 from tetdist.wording import counted
@@ -41,8 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "checkpoint",
         metavar="RUN_OR_FILE",
         type=Path,
-        help="run folder (its last checkpoint), checkpoint or export folder, .safetensors file, or "
-        "hf:ORG/NAME",
+        help=CHECKPOINT,
     )
     add("--format", choices=["safetensors", "timm", "nir", "onnx", "onnx-step", "torch"])
     add(

@@ -14,6 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     from tetdist.losses import LOSSES
     from tetdist.nn.neurons import NEURONS
     from tetdist.optimizers import OPTIMIZERS
+    from tetdist.storage import bundled
 
     print("recipes (train --config NAME):")
     for file in sorted(CONFIGS_DIR.glob("*.yaml")):
@@ -21,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  {file.name:26} {textwrap.shorten(first.strip('# '), 90, placeholder=' ...')}")
     known: dict[str, Iterable[str]] = {
         "networks (model.name)": models.names(),
+        "trained networks (--checkpoint, init_checkpoint)": bundled.names(),
         "neurons (model.neuron.kind)": NEURONS,
         "losses (loss.kind)": LOSSES,
         "optimisers (phases.*.optimizer.kind), and timm's as timm:NAME": OPTIMIZERS,

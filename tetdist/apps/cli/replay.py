@@ -32,7 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    source = "run folder, checkpoint or export folder, or .safetensors file"
+    source = "run folder, checkpoint or export folder, .safetensors file, or tetdist:NAME"
     add("recording", metavar="RECORDING", type=Path, help="a file of events (docs/events.md)")
     add("--checkpoint", metavar="RUN_OR_FILE", type=Path, required=True, help=source)
     add("--best", action="store_true", help="use a run folder's best checkpoint")

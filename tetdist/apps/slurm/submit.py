@@ -110,8 +110,8 @@ def _check_inputs(config: RunConfig) -> None:
         path = values.get(key)
         if path is None or path.startswith(fields.TIMM) or (has_begun and key == "init_checkpoint"):
             continue
-        if path.startswith(hub.HF):
-            # Fetch it into the cache now: the job's node may have no network.
+        if path.startswith(hub.NAMED):
+            # Fetch it into the cache now, if it is not there: the job's node may have no network.
             hub.fetch(path, checkpoint.MODEL_FILE)
             continue
         if not Path(path).exists():

@@ -27,6 +27,7 @@ from tetdist.models import SpikingNetwork
 from tetdist.models.streaming import carrying_layers, run_step
 from tetdist.nn import neurons
 from tetdist.storage import checkpoint
+from tetdist.storage.bundled import TETDIST
 from tetdist.storage.files import made_aside
 from tetdist.storage.hub import HF
 from tetdist.tables import markdown
@@ -157,7 +158,8 @@ def card(trained: Trained, source: str | None = None) -> str:
     """Return a model card in Markdown.
 
     Args:
-        source: Name for timm to load it, ``local-dir:NAME`` or ``hf-hub:ORG/NAME``, if it can.
+        source: Name for timm to load it: ``local-dir:NAME``, ``hf-hub:ORG/NAME``, or
+            ``NETWORK.NAME`` if it comes with the package; None: it cannot.
     """
     model, config, description = trained.model, trained.config, trained.description
     neuron, data = config.model.neuron, config.data
@@ -190,6 +192,10 @@ def card(trained: Trained, source: str | None = None) -> str:
     if description.averaged:
         rows["weights"] = description.averaged
     rows["accuracy"] = _accuracy(description)
+    if description.binning:
+        rows["bins of events"] = ", ".join(_listed(description.binning))
+    if description.commit:
+        rows["trained at commit"] = description.commit
 
     is_ours = isinstance(model, SpikingNetwork)
     # An adopted network only guarantees the logits of each timestep.
@@ -203,6 +209,8 @@ def card(trained: Trained, source: str | None = None) -> str:
     weights = checkpoint.MODEL_FILE
     if source is not None and source.startswith(_TIMMS_HUB):
         weights = source.replace(_TIMMS_HUB, HF)
+    elif source is not None and ":" not in source:
+        weights = TETDIST + source.partition(".")[2]
     found_by = ModelCardData(
         library_name="timm",
         # The hub has no tag for event frames.

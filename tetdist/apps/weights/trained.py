@@ -15,7 +15,9 @@ from tetdist.config.schema import RunConfig
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 from tetdist.storage import checkpoint
-from tetdist.storage.hub import HF
+from tetdist.storage.files import parse_json
+from tetdist.storage.hub import NAMED
+from tetdist.tracking.environment import git_version
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,10 @@ class Trained:
 def load(
     path: Path, which: str = "last", timesteps: int | None = None, *, ema: bool = False
 ) -> Trained:
-    """Read a run folder, a checkpoint folder, a .safetensors file or a network of the hub.
+    """Read a run folder, a checkpoint folder, a .safetensors file, or a network by its name.
 
     Args:
-        path: Path of one of these four.
+        path: Path of one of these, or ``hf:ORG/NAME`` or ``tetdist:NAME``.
         which: Checkpoint of a run folder: ``last`` or ``best``.
         timesteps: T, if it differs from the training's.
         ema: Use the moving average of the weights.
@@ -90,6 +92,8 @@ def load(
     changes = {"config": config.as_dict(), "timesteps": model.timesteps, "which": which}
     if model.timesteps != description.timesteps:
         changes["validation"] = None  # It was measured at another T.
+    if (recorded := path / "environment.json").is_file():  # It is a run folder.
+        changes["commit"] = git_version(parse_json(recorded.read_text())["git"]) or None
     return Trained(model.eval(), config, description.model_copy(update=changes))
 
 
@@ -108,5 +112,5 @@ def _without_places(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name_of(path: str | None) -> str | None:
-    """Return a path's last part; timm:NAME and hf:ORG/NAME stay unchanged."""
-    return path if path is None or path.startswith((TIMM, HF)) else Path(path).name
+    """Return a path's last part; timm:NAME, hf:ORG/NAME and tetdist:NAME stay unchanged."""
+    return path if path is None or path.startswith((TIMM, *NAMED)) else Path(path).name

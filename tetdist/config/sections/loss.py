@@ -15,7 +15,7 @@ class DistillationSection(Section):
     teacher: str | None = None
     """Teacher network: a run folder (its last checkpoint), the folder of a checkpoint or of an
     export (tools/export.py), a .safetensors file (see init_checkpoint), hf:ORG/NAME on the Hugging
-    Face hub, or timm:NAME; null: none."""
+    Face hub, tetdist:NAME, or timm:NAME; null: none."""
     teacher_weights: str | None = None
     """File with the weights of a timm:NAME teacher; null: timm downloads its pretrained weights."""
     weight: Annotated[float, Field(ge=0)] = 0.2
