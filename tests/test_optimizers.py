@@ -10,6 +10,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from tetdist import optimizers
 from tetdist.config.sections.phase import OptimizerSection
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
@@ -110,11 +111,25 @@ def test_layer_decay_of_a_network_that_knows_no_layers() -> None:
         make_optimizer(network(), section(layer_decay=0.5))
 
 
+OF_TIMM = ("timm:muon", "timm:lion", "timm:adan", "timm:lamb")
+
+
 @pytest.mark.parametrize(
-    "kind", ["sgd", "adam", "adamw", "timm:muon", "timm:lion", "timm:adan", "timm:lamb"]
+    ("kind", "undoes"),
+    [
+        *((kind, False) for kind in ("sgd", "adam", "adamw", *OF_TIMM)),
+        *((k, True) for k in OF_TIMM),
+    ],
 )
-def test_optimisers_skip_and_continue(kind: str) -> None:
-    """Bitwise: a step that `found_inf` skips, and the continuation of a saved state."""
+def test_optimisers_skip_and_continue(
+    kind: str, undoes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitwise: a step that `found_inf` skips, and the continuation of a saved state.
+
+    ``undoes``: it is taken and undone, as on a GPU.
+    """
+    if undoes:
+        monkeypatch.setattr(optimizers, "_fetched", lambda flag: lambda: bool(flag))
 
     def model_of() -> nn.Module:
         torch.manual_seed(0)
@@ -125,6 +140,7 @@ def test_optimisers_skip_and_continue(kind: str) -> None:
             generator = torch.Generator().manual_seed(abs(number))
             for parameter in model.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
+                parameter.grad *= torch.nan if number < 0 else 1
             optimizer.found_inf = torch.tensor(float(number < 0))
             optimizer.grad_scale = None
             optimizer.step()
@@ -137,13 +153,18 @@ def test_optimisers_skip_and_continue(kind: str) -> None:
         counts = [group.get("step") for group in held["param_groups"]]
         return copy.deepcopy((straight.state_dict(), held["state"], counts))
 
+    if undoes:
+        before = everything()
+        steps(straight, optimizer, (-1,))
+        torch.testing.assert_close(straight.state_dict(), before[0], rtol=0, atol=0)
+        assert everything()[1:] == before[1:]
     steps(straight, optimizer, (1,))
     before = everything()
     steps(straight, optimizer, (-2,))
     torch.testing.assert_close(everything(), before, rtol=0, atol=0)
     file = io.BytesIO()
     torch.save((straight.state_dict(), optimizer.state_dict()), file)
-    steps(straight, optimizer, (3, 4))
+    steps(straight, optimizer, (3, -5, 4))
     assert not torch.equal(straight[0].weight, before[0]["0.weight"])
 
     file.seek(0)

@@ -1,8 +1,7 @@
 """Optimisers by name: torch's, timm's, and those of imported files.
 
 A step with a non-finite gradient changes nothing. Torch's fused kernels skip it on the device if
-`found_inf` is set, as by torch's GradScaler. For other optimisers the host checks `found_inf`
-first, and waits for the device once per step.
+`found_inf` is set, as by torch's GradScaler. For other optimisers the device undoes the step.
 """
 
 from collections.abc import Callable
@@ -11,8 +10,10 @@ from typing import Any, Protocol
 
 import torch
 from timm.models import group_parameters
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tetdist.buffers import one_buffer_for
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.plugins import Registry
@@ -48,8 +49,8 @@ class OptimizerKind:
     Attributes:
         build: Makes it from parameter groups (with their weight decay) and the section.
         reads: Keys of the section that it uses, besides kind, lr and weight decay.
-        reads_found_inf: True if its step does nothing when `found_inf` is set; otherwise the host
-            checks before each step.
+        reads_found_inf: True if its step does nothing when `found_inf` is set; otherwise
+            `make_optimizer` has the step undone.
         zero_stages: ZeRO stages that it supports. At 1 and 2 it gets flat partitions instead of
             parameters, so it must be elementwise.
         moments: Numbers that it keeps per parameter, to estimate the size of checkpoints.
@@ -241,12 +242,84 @@ def _by_layer(model: nn.Module, groups: Groups, layer_decay: float) -> Groups:
 
 
 class _SkipsNonFinite(torch.optim.Optimizer):
-    """Skips steps with ``found_inf`` for an optimiser that does not read it."""
+    """Skips steps with ``found_inf`` for an optimiser that does not read it.
 
+    On a GPU every step is taken, and the device undoes it in weights and state if ``found_inf`` is
+    set. The host holds numbers, too, such as the count of steps. It sets them back before it next
+    needs them: by then the device has the next gradient to compute, so it never runs idle.
+    """
+
+    # Returns whether the last step was undone; and the state and the groups before it.
+    _undone: tuple[Callable[[], bool], tuple[dict[Any, Any], Groups]] | None = None
+
+    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         # Removed because torch's optimisers that do not read these attributes refuse them.
         found_inf = self.__dict__.pop("found_inf", None)
         self.__dict__.pop("grad_scale", None)
-        if found_inf is not None and bool(found_inf):
-            return None
-        return super().step(closure)
+        self._set_back()
+        is_set = None if found_inf is None else _fetched(found_inf)
+        if is_set is None:
+            return None if found_inf is not None and found_inf else super().step(closure)
+        weights = [group["params"] for group in self.param_groups]
+        groups = [
+            {key: value for key, value in group.items() if key not in ("params", "lr")}
+            for group in self.param_groups
+        ]
+        # A step changes single numbers in place, too.
+        held = tree_map_only(
+            Tensor, lambda x: x if x.ndim else x.clone(), (dict(self.state), groups)
+        )
+        tensors = [x for x in tree_leaves((weights, held)) if isinstance(x, Tensor) and x.ndim]
+        by_type = [[x for x in tensors if x.dtype == dtype] for dtype in {x.dtype for x in tensors}]
+        before = [_joined(same) for same in by_type]
+        result = super().step(closure)
+        for same, (old, _) in zip(by_type, before, strict=True):
+            new, parts = _joined(same)
+            torch.where(found_inf > 0, old, new, out=new)
+            torch._foreach_copy_(same, parts)
+        self._undone = is_set, held
+        return result
+
+    def _set_back(self) -> None:
+        """If the last step was undone, restore what the host holds."""
+        undone, self._undone = self._undone, None
+        if undone is None or not undone[0]():
+            return
+        state, groups = undone[1]
+        self.state.clear()
+        self.state.update(state)
+        for group, old in zip(self.param_groups, groups, strict=True):
+            for key in group.keys() - old.keys() - {"params", "lr"}:
+                del group[key]
+            group.update(old)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._set_back()
+        return super().state_dict()
+
+
+def _joined(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Copy tensors into a buffer; see `one_buffer_for`."""
+    flat, parts = one_buffer_for(tensors)
+    torch._foreach_copy_(parts, tensors)
+    return flat, parts
+
+
+def _fetched(flag: Tensor) -> Callable[[], bool] | None:
+    """Begin to copy a flag to the host; return a function that waits for it and returns it.
+
+    None: the host has it.
+    """
+    if flag.device.type == "cpu":
+        return None
+    here = torch.empty_like(flag, device="cpu", pin_memory=True)
+    here.copy_(flag, non_blocking=True)
+    arrived = torch.cuda.Event(blocking=True)
+    arrived.record()
+
+    def is_set() -> bool:
+        arrived.synchronize()
+        return bool(here)
+
+    return is_set

@@ -204,6 +204,12 @@ def test_deepspeeds_timers_do_not_wait(ask: Ask) -> None:
     assert_runs(answer)
 
 
+@pytest.mark.parametrize("model", ["ms_resnet14_cifar", "sdt_8_384", "espikeformer_t"])
+def test_recipes_with_optimisers_of_timm_do_not_wait(model: str, ask: Ask) -> None:
+    """Their second step needs to know whether the first one was undone."""
+    assert_runs(ask(model, *ENGINES["torch"], steps=2))
+
+
 def test_zero(ask: Ask) -> None:
     assert_zero_runs(ask("spiking_convnet", *ENGINES["zero2"], steps=2, micro_batches=2))
 

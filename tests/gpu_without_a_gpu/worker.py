@@ -26,8 +26,7 @@ CONFIGS: dict[str, tuple[str, ...]] = {
     "spiking_resnet19_dvs": ("vggsnn_dvs.yaml",),
     "preact_resnet": ("preact_resnet34_t4.yaml",),
     "ms_resnet": ("ms_resnet34_t6.yaml",),
-    # Its own optimiser, Muon, takes no `found_inf`.
-    "ms_resnet14_cifar": ("cifar10_small.yaml", "phases.0.optimizer={kind: adamw, lr: 0.001}"),
+    "ms_resnet14_cifar": ("cifar10_small.yaml",),
     "spiking_convnet": ("quickstart.yaml", "precision=bf16", "phases.0.optimizer.kind=sgd"),
     "spiking_convnet_dvs": ("nmnist.yaml", "precision=bf16", "model.arguments={input_size: 34}"),
     "vggsnn": ("vggsnn_dvs.yaml",),
@@ -35,17 +34,15 @@ CONFIGS: dict[str, tuple[str, ...]] = {
     "qkformer_4_384_cifar": ("qkformer_cifar10.yaml", "loss.kind=tet"),
     "qkformer_2_256_dvs": ("vggsnn_dvs.yaml", "model.arguments={}"),
     "qkformer_2_256_gesture": ("vggsnn_dvs.yaml", "model.arguments={}"),
-    # LAMB, likewise.
-    "sdt": ("sdt_8_384.yaml", "loss.kind=tet", "phases.0.optimizer={kind: adamw, lr: 0.001}"),
+    "sdt": ("sdt_8_384.yaml", "loss.kind=tet"),
     "sdt_2_256_cifar": ("qkformer_cifar10.yaml", "loss.kind=tet"),
     "sdt_2_512_cifar": ("qkformer_cifar10.yaml", "loss.kind=tet"),
     "sdt_2_256_dvs": ("vggsnn_dvs.yaml", "model.arguments={}"),
     "sdt_2_256_gesture": ("vggsnn_dvs.yaml", "model.arguments={}"),
     "maxformer": ("maxformer_10_384.yaml", "loss.kind=tet"),
-    # LAMB, likewise.
     **dict.fromkeys(
         ("espikeformer_t", "espikeformer_s", "espikeformer_m", "espikeformer_l"),
-        ("espikeformer_s.yaml", "loss.kind=tet", "phases.0.optimizer={kind: adamw, lr: 0.001}"),
+        ("espikeformer_s.yaml", "loss.kind=tet"),
     ),
 }
 

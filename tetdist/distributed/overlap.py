@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tetdist.distributed.buffers import one_buffer_for
+from tetdist.buffers import one_buffer_for
 
 # Large enough for a link's bandwidth to matter rather than its latency, and small enough that
 # little is left to average after the first layer's gradient: 87 MB of a SEW-ResNet-34 make four.

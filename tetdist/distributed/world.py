@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tetdist.buffers import one_buffer_for
 from tetdist.distributed import meeting, shared_memory
-from tetdist.distributed.buffers import one_buffer_for
 from tetdist.distributed.devices import choose_device, keep_freed_memory
 from tetdist.errors import UserError
 
