@@ -158,6 +158,10 @@ def test_files_of_others_are_found_from_the_folder_of_the_code(
     # timm's models have names, not paths.
     timm = loading.load(str(tiny_config()), ["loss.distillation.teacher=timm:resnet18"])
     assert submit.prepare(timm, facts).config.loss.distillation.teacher == "timm:resnet18"
+    with pytest.raises(UserError, match="no network tetdist:it comes with tetdist"):
+        submit.prepare(loading.load(str(tiny_config()), ["init_checkpoint=tetdist:it"]), facts)
+    ours = loading.load(str(tiny_config()), ["init_checkpoint=tetdist:quickstart"])
+    assert submit.prepare(ours, facts).config.init_checkpoint == "tetdist:quickstart"
 
 
 def test_networks_of_the_hub_are_fetched_before_the_job_is_queued(
