@@ -107,11 +107,12 @@ def aedat4(
     compression=0,
     compress=bytes,
     lines=lambda lines: lines,
+    per_packet=100,
 ):
     """With what the table at the end says changed by `lines`."""
     packets, listed = b"", []
-    for start in range(0, len(made.t), 100):
-        part = Made(*(values[start : start + 100] for values in made))
+    for start in range(0, len(made.t), per_packet):
+        part = Made(*(values[start : start + per_packet] for values in made))
         packet = compress(_events_packet(part))
         packets += struct.pack("<ii", 0, len(packet))
         listed.append([len(packets), 0, len(packet), len(part.t)])

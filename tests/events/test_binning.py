@@ -72,13 +72,13 @@ def test_windows_of_a_fixed_size_depend_on_no_later_event(number, timesteps, bin
     # A recording that goes on has the same first windows.
     longer = binned(events, timesteps + 2, bins=bins).tensor
     assert np.array_equal(longer[:timesteps], frames)
-    windows = [*binned(events, make=window_frames, bins=bins)]
+    windows = [*binned([events], make=window_frames, bins=bins)]
     frames = binned(events, passed[-1] + 1, bins=bins).tensor
     assert np.array_equal([frame for _, frame in windows], frames)
     microseconds = {"3ms": 3000, "700us": 700}.get(bins)
     for i, (end, _) in enumerate(windows):
         last = events.t[min(9 * i + 8, number - 1)]
-        assert end == (events.t[0] + microseconds * (i + 1) if microseconds else last)
+        assert end == (microseconds * (i + 1) if microseconds else last - events.t[0])
 
 
 def test_events_of_one_moment_have_a_bin():

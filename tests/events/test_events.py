@@ -2,10 +2,15 @@
 
 import importlib
 import json
+import os
 import re
+import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +21,7 @@ import pytest
 import timm
 import tiny
 import torch
+from PIL import Image
 from tiny import Outcome
 
 from tetdist.apps.events.binning import Binning, bin_events
@@ -41,6 +47,54 @@ def data_root(tmp_path: Path) -> Path:
     return dest / "splits" / SPLIT
 
 
+SIZE = f"% Width {DEFAULT_SENSOR.width}\n% Height {DEFAULT_SENSOR.height}\n"
+# A writer, the bytes that a kill takes from its file's end, and the events lost with them.
+WRITERS = {
+    "bin": (cameras.nmnist, 2, 1),
+    "dat": (partial(cameras.dat, header=SIZE), 1, 1),
+    "evt2.raw": (partial(cameras.evt2, header="% evt 2.0\n" + SIZE), 6, 1),
+    "evt3.raw": (partial(cameras.evt3, header="% evt 3.0\n" + SIZE), 3, 1),
+    "aedat": (partial(cameras.aedat31, per_packet=50), 46, 50),
+    "aedat4": (
+        partial(cameras.aedat4, sensor=DEFAULT_SENSOR, finished=False, per_packet=50),
+        10,
+        50,
+    ),
+}
+# Writes parts of a file when told to, and never comes to its end.
+RECORDER = """
+import sys
+for size in map(int, sys.stdin):
+    with open(sys.argv[2], "ab") as file:
+        file.write(open(sys.argv[1], "rb").read()[file.tell():size])
+    print(size, flush=True)
+"""
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of the frames, without their milliseconds."""
+    return [re.sub(r"\d+\.\d\d ms$", "", line) for line in text.splitlines() if "step" in line]
+
+
+def lines_of_frames(run: Path, made: cameras.Made) -> list[str]:
+    """The lines that a replay is to print, from tensors as training reads them."""
+    trained = load(run)
+    trained.model.set_execution("fused")
+    frames = (int(made.t[-1]) - int(made.t[0])) // 9000 + 1
+    binning = Binning(frames, Sensor(16, 16), "9ms", "count", "area", "uint8")
+    stream, expected = trained.model.stream(), []
+    for t, frame in enumerate(bin_events(Events(*made, DEFAULT_SENSOR), binning).tensor):
+        if t % 2 == 0:  # The network starts anew after two windows.
+            stream.reset()
+        at = f"{(t + 1) * 9 / 1000:8.3f} s  timestep {t % 2 + 1}/2"
+        confidence, number = (
+            stream.step(torch.from_numpy(frame[None]).float())[0].softmax(-1).max(-1)
+        )
+        name = trained.description.classes[number]
+        expected.append(f"{at}  {name}  {100 * float(confidence):.1f} %  ")
+    return expected
+
+
 def replayed_is_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Replay prints what a stream of the recording's windows returns."""
     made = cameras.events(900, *DEFAULT_SENSOR, duration=40_000)
@@ -51,7 +105,13 @@ def replayed_is_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[s
     assert replay.main(command) == 0
     assert time.monotonic() - started > 0.04  # at the recording's speed
     assert replay.main([*command, "--fast"]) == 0
-    lines = [line for line in capfd.readouterr().out.splitlines() if "timestep" in line]
+    shown = capfd.readouterr().out
+    assert lines_of(shown) == 2 * lines_of_frames(run, made)
+    spent = [float(text) for text in re.findall(r"(\S+) ms$", shown, re.M)][-5:]
+    middle, most = np.percentile(spent, [50, 99])
+    found = re.search(r"\n5 frames: (\S+) ms \(p50\), (\S+) ms \(p99\)\n$", shown)
+    assert found is not None, shown
+    assert [float(text) for text in found.groups()] == pytest.approx([middle, most], abs=0.011)
     step = Stream.step
 
     def slow(*given: Any) -> torch.Tensor:
@@ -61,33 +121,115 @@ def replayed_is_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[s
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stream, "step", slow)
         assert replay.main(command) == 0
-        assert re.search(r"\n[45] frames late: ", capfd.readouterr().out)
+        assert re.search(r"\n5 frames: .*; 4 late: ", capfd.readouterr().out)
         assert replay.main([*command, "--fast"]) == 0
         assert " late: " not in capfd.readouterr().out
-    trained = load(run)
-    trained.model.set_execution("fused")
-    binning = Binning(6, Sensor(16, 16), "9ms", "count", "area", "uint8")
-    frames = bin_events(Events(*made, DEFAULT_SENSOR), binning).tensor[:5]
-    stream, expected = trained.model.stream(), []
-    for t, frame in enumerate(frames):
-        if t % 2 == 0:  # The network starts anew after two of the five windows.
-            stream.reset()
-        at = f"{(t + 1) * 9 / 1000:8.3f} s  timestep {t % 2 + 1}/2"
-        mean = stream.step(torch.from_numpy(frame[None]).float())[0]
-        confidence, number = mean.softmax(-1).max(-1)
-        name = trained.description.classes[number]
-        expected.append(f"{at}  {name}  {100 * float(confidence):.1f} %  ")
-    assert [re.sub(r"\d+\.\d\d ms$", "", line) for line in lines] == 2 * expected
     np.savez(folder / "other.npz", **made._asdict(), width=99, height=99)
-    assert replay.main([str(folder / "other.npz"), "--checkpoint", str(run)]) == 2
-    refusal = f"other.npz: its sensor is 99x99, not {DEFAULT_SENSOR} as expected"
-    assert refusal in capfd.readouterr().err
     (folder / "torn.npz").write_bytes((folder / "it.npz").read_bytes()[:500])
-    assert replay.main([str(folder / "torn.npz"), "--checkpoint", str(run)]) == 2
-    assert "torn.npz: it is not an NPZ file, or damaged" in capfd.readouterr().err
+    back = made._replace(t=np.where(np.arange(900) < 890, made.t, 0))
+    (folder / "back.bin").write_bytes(cameras.nmnist(back))
+    (folder / "no.bin").write_bytes(b"abc")
     (run / "checkpoints" / "best").write_text("none")
-    assert replay.main([*command, "--best"]) == 2
-    assert "best is damaged" in capfd.readouterr().err
+    for given, refusal in (
+        (["other.npz"], f"other.npz: its sensor is 99x99, not {DEFAULT_SENSOR} as expected"),
+        (["torn.npz"], "torn.npz: it is not an NPZ file, or damaged"),
+        (["back.bin"], "back.bin: timestamps decrease at event 890 (from "),
+        (["no.bin"], "no.bin: it is truncated: the record at its end is incomplete (3 bytes)"),
+        (["none.bin"], "none.bin cannot be read (No such file or directory)"),
+        (["it.npz", "--follow"], ".npz cannot be read before it is complete; give a finished"),
+        (["it.txt"], "it.txt has no known format; name it with --format, one of "),
+        (["-"], "standard input has no known format; name it with --format, one of "),
+        (["it.npz", "--output", "it.png"], "--output: it.png has another suffix than .gif"),
+        (["it.npz", "--best"], "best is damaged"),
+    ):
+        first = given[0] if given[0] == "-" else str(folder / given[0])
+        assert replay.main([first, "--checkpoint", str(run), "--fast", *given[1:]]) == 2
+        assert refusal in capfd.readouterr().err
+
+
+def follow_until_killed(whole: Path, size: int, command: list[str]) -> list[int]:
+    """Replay a file whose writer is killed after so many bytes, then press Ctrl-C.
+
+    Returns how many frames were computed whenever the file's end was reached.
+    """
+    writer = [sys.executable, "-c", RECORDER, str(whole), command[0]]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    step, sleep = Stream.step, time.sleep
+    steps: list[object] = []
+    at_end: list[int] = []
+    with tiny.ended(subprocess.Popen(writer, start_new_session=True, **pipes)) as recorder:
+
+        def record(until: int) -> None:
+            print(until, file=recorder.stdin, flush=True)
+            assert recorder.stdout.readline() == f"{until}\n"
+
+        def ended(seconds: float) -> None:  # Replay waits for more.
+            at_end.append(len(steps) - 1)  # without the warm-up
+            if len(at_end) == 1:
+                record(size)
+                recorder.kill()
+            else:
+                signal.raise_signal(signal.SIGINT)
+            sleep(seconds)
+
+        record(2 * size // 3)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Stream, "step", lambda *given: steps.append(1) or step(*given))
+            patch.setattr(time, "sleep", ended)
+            assert tool("replay").main([*command, "--follow"]) == 0
+    return at_end
+
+
+def pipe(file: Path, command: list[str]) -> None:
+    """Replay a file's contents from standard input."""
+    before = os.dup(0)
+    with subprocess.Popen(["cat", file], stdout=subprocess.PIPE) as cat:
+        os.dup2(cat.stdout.fileno(), 0)
+        try:
+            assert tool("replay").main(command) == 0
+        finally:
+            os.dup2(before, 0)
+            os.close(before)
+
+
+def arrivals_are_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Replay uses all complete records of a file whose writer is killed, and of a pipe."""
+    made = cameras.events(300, *DEFAULT_SENSOR, duration=40_000)
+    options = ["--checkpoint", str(run), "--fast"]
+    for name, (write, missing, lost) in WRITERS.items():
+        whole, growing = folder / f"whole.{name}", folder / f"growing.{name}"
+        whole.write_bytes(write(made))
+        size = whole.stat().st_size - missing
+        first, second = follow_until_killed(whole, size, [str(growing), *options])
+        followed = capfd.readouterr()
+        pipe(growing, ["-", "--format", growing.suffix[1:], *options])
+        piped = capfd.readouterr()
+        expected = lines_of_frames(run, cameras.Made(*(column[:-lost] for column in made)))
+        assert 2 <= first < second == len(expected) - 1
+        sentence = r" at its end is incomplete \(\d+ bytes?\); everything before it was used\n$"
+        for shown in followed, piped:
+            assert lines_of(shown.out) == expected
+            assert f"\n{len(expected)} frames: " in shown.out
+            assert re.search(sentence, shown.err), shown.err
+
+
+def drawn_are_events(run: Path, folder: Path) -> None:
+    """The GIF has an image for each window, with the colours of its events."""
+    made = cameras.events(900, *DEFAULT_SENSOR, duration=40_000)
+    made = made._replace(p=((made.t - made.t[0]) // 9000 % 2 == 0).astype(np.int64))
+    (folder / "it.bin").write_bytes(cameras.nmnist(made))
+    command = [str(folder / "it.bin"), "--checkpoint", str(run), "--fast"]
+    assert tool("replay").main([*command, "--output", str(folder / "it.gif")]) == 0
+    with Image.open(folder / "it.gif") as gif:
+        assert gif.n_frames == 5
+        for number in range(5):
+            gif.seek(number)
+            red, _, blue = np.asarray(gif.convert("RGB").crop((10, 30, 160, 170)), int).transpose(
+                2, 0, 1
+            )
+            more_blue = [int((blue > red + 50).sum()), int((red > blue + 50).sum())]
+            assert min(more_blue) == 0
+            assert more_blue[number % 2] > 1000  # ON is blue
 
 
 def test_replay_needs_windows_of_a_fixed_size(
@@ -116,7 +258,7 @@ def test_results_carry_the_name_of_the_split(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     changes = {
-        "model": {"name": "vggsnn", "arguments": {"input_size": 16}},
+        "model": {"name": "spiking_convnet_dvs", "arguments": {"input_size": 16}},
         "data": {"root": str(data_root), "kind": "events", "threads": 1},
         "batch": {"global": 4, "micro": 4, "eval": 4},
         "phases.0.epochs": 1,
@@ -132,6 +274,8 @@ def test_results_carry_the_name_of_the_split(
         ]
 
     replayed_is_a_stream(run, tmp_path, capfd)
+    arrivals_are_a_stream(run, tmp_path, capfd)
+    drawn_are_events(run, tmp_path)
     result = tmp_path / "result.json"
     arguments = ["--checkpoint", str(run), "--json", str(result), "--execution", "reference"]
     threads = torch.get_num_threads()

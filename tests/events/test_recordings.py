@@ -11,8 +11,8 @@ import zstandard
 from cameras import Made
 from samples import SHARED, needs_real_data
 
-from tetdist.apps.events.formats import read_recording
-from tetdist.apps.events.recording import BadRecording, Events, Sensor
+from tetdist.apps.events.formats import read_recording, stream_recording
+from tetdist.apps.events.recording import BadRecording, Contents, Events, Sensor
 
 MADE = cameras.events()
 
@@ -77,6 +77,65 @@ def test_compressed_aedat4_is_read_as_written(tmp_path, module, number):
     damaged = data[: packets + 30] + b"damaged" + data[packets + 37 :]
     with pytest.raises(BadRecording, match=r"cannot be decompressed|truncated or damaged"):
         read(tmp_path, "1.aedat4", damaged)
+
+
+# Vectors of each length, times that go beyond the counter, and rows that stay the same.
+SIDE_BY_SIDE = Made(
+    np.tile([100, 103, 111, 113, 119, 7], 8),
+    np.full(48, 9),
+    np.repeat(np.arange(8) * 4_000_000, 6),
+    np.tile([1, 1, 1, 1, 1, 0], 8),
+)
+FEW = cameras.events(number=40, duration=1_000)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "data", "steps"),
+    [
+        (".bin", cameras.nmnist(FEW), 40),
+        (".bin", bytes([1, 2, 0, 0, 5, 0, 240, 0, 0, 0, 3, 4, 0x80, 0, 7]), 2),
+        (".aedat", cameras.dvs128(FEW), 40),
+        (".aedat", cameras.davis240(FEW), 40),
+        (".aedat", cameras.aedat31(FEW, per_packet=10), 4),
+        (".dat", cameras.dat(FEW), 40),
+        (".raw", cameras.evt2(FEW), 40),
+        (".raw", cameras.evt3(FEW), 40),
+        (".raw", cameras.evt3(SIDE_BY_SIDE, "% evt 3.0\n% Width 1280\n% Height 720\n"), 24),
+        (".aedat4", cameras.aedat4(FEW, per_packet=10), 4),
+        (".aedat4", cameras.aedat4(FEW, finished=False, per_packet=10), 4),
+        (
+            ".aedat4",
+            cameras.aedat4(FEW, compression=1, compress=lz4.frame.compress, per_packet=10),
+            4,
+        ),
+    ],
+)
+def test_recordings_that_come_in_pieces_are_read_as_whole_ones(suffix, data, steps):
+    """Cut between any two bytes, and between all; every event comes as soon as it can."""
+    sensor = Sensor(240, 180) if len(data) == 15 else None
+    counts = []
+
+    def streamed(*parts):
+        got = []
+
+        def fed():
+            for part in parts:
+                yield part
+                counts.append(sum(map(len, got)))
+
+        contents = Contents(fed())
+        got.extend(stream_recording(suffix, contents, sensor))
+        columns = [np.concatenate([getattr(e, name) for e in got]).tolist() for name in "xytp"]
+        return columns, str(contents.bad_end)
+
+    whole = streamed(data)
+    assert whole[1] in ("None", "its recording was not finished: the table at its end is missing")
+    for cut in range(1, len(data)):
+        assert streamed(data[:cut], data[cut:]) == whole, cut
+    counts.clear()
+    assert streamed(*(data[i : i + 1] for i in range(len(data)))) == whole
+    assert counts == sorted(counts)
+    assert len(set(counts)) == steps + 1
 
 
 def test_evt3_vectors_are_events_side_by_side(tmp_path):
@@ -193,7 +252,11 @@ WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
     ("name", "data", "words"),
     [
         ("1.bin", b"", "the file is empty"),
-        ("1.bin", cameras.nmnist(MADE)[:-1], "truncated: 1499 bytes .* multiple of 5"),
+        (
+            "1.bin",
+            cameras.nmnist(MADE)[:-1],
+            r"truncated: the record at its end is incomplete \(4 bytes",
+        ),
         ("1.bin", cameras.nmnist(backwards(10, 200)), r"timestamps decrease at event 11 \(from"),
         ("1.bin", cameras.nmnist(WRAPPED), r"overflows at event 2 \(from 8388607 to 0 us\)"),
         ("1.bin", cameras.nmnist(changed("x", MADE.x + 1)), "outside the 34x34 sensor"),
@@ -207,8 +270,16 @@ WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
         ("1.aedat", b"#!AER-DAT2.0\r\n" + bytes([128, 0, 0, 0, 0, 0, 0, 1]), "names no camera"),
         ("1.aedat", b"#!AER-DAT1.0\r\n" + bytes(8), "AEDAT 1.0 is not supported"),
         ("1.aedat", cameras.aedat4(MADE), "its contents are AEDAT 4; rename it to .aedat4"),
-        ("1.aedat", cameras.aedat31(MADE)[:-40], "truncated within a packet"),
-        ("1.aedat", cameras.aedat31(MADE)[:-20], "truncated within a packet's header"),
+        (
+            "1.aedat",
+            cameras.aedat31(MADE)[:-40],
+            r"the packet at its end is incomplete \(832 bytes\)",
+        ),
+        (
+            "1.aedat",
+            cameras.aedat31(MADE)[:-20],
+            r"the packet at its end is incomplete \(16 bytes\)",
+        ),
         ("1.aedat", b"#!AER-DAT3.1\r\n#!END-HEADER\r\n" + bytes(28), "packet at byte 0 .* damaged"),
         ("1.aedat4", cameras.dvs128(MADE), "not an AEDAT 4 file"),
         ("1.dat", cameras.nmnist(MADE), "not a Prophesee file"),
@@ -260,10 +331,19 @@ def fewer(lines):
         (lambda data: data[: len(data) // 2], "truncated"),
         (lambda data: data[: data.index(b"FTAB") - 8], "truncated"),  # Behind the last packet.
         (lambda data: data[:-1], "no complete FTAB buffer"),
-        (lambda data: data + b"\0", "its end is followed by 1 byte$"),
-        (lambda _: cameras.aedat4(MADE, lines=lambda lines: lines[1:]), "the 2 packets in .* 3 in"),
-        (lambda _: cameras.aedat4(MADE, lines=fewer), "lists different numbers of events"),
-        (lambda data: data[:40], "truncated or damaged"),
+        (
+            lambda data: data + b"\0",
+            r"table at its end \(\d+ bytes\) cannot be .*its end is followed by 1 byte",
+        ),
+        (
+            lambda _: cameras.aedat4(MADE, lines=lambda lines: lines[1:]),
+            "the 2 packets in the table .* the 3 in",
+        ),
+        (
+            lambda _: cameras.aedat4(MADE, lines=fewer),
+            "differ, in place or number of events, from the 3",
+        ),
+        (lambda data: data[:40], r"the header at its end is incomplete \(26 bytes\)"),
         (lambda data: data.replace(b"EVTS", b"ABCD"), "0 streams of events|no whole EVTS"),
         (lambda data: data.replace(b"</dv>", b"</dw>"), "damaged"),
         (lambda _: cameras.aedat4(MADE, compression=9), "compression, number 9"),

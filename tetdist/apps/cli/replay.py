@@ -1,17 +1,25 @@
-"""Stream a recording of an event camera through a trained network, frame by frame.
+"""Stream events through a trained network, frame by frame, as they come.
 
     python tools/replay.py recording.aedat4 --checkpoint runs/live
-    python tools/replay.py recording.npz --checkpoint runs/live --fast
+    python tools/replay.py recording.npz --checkpoint runs/live --fast --output recording.gif
+    python tools/replay.py growing.raw --checkpoint runs/live --follow
+    camera | python tools/replay.py - --format raw --checkpoint runs/live
 
 The network must be trained on windows of a fixed size (tools/prebin_dvs.py --bins 20ms). After each
 window the class and its confidence so far are printed; after T windows the network starts anew.
+Ctrl-C ends the replay.
 """
 
 import argparse
+import select
+import signal
 import sys
 import time
+from array import array
+from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tetdist.apps.cli.common import program, run_command
 from tetdist.config.flags import add_import
@@ -20,9 +28,13 @@ from tetdist.wording import counted
 
 if TYPE_CHECKING:
     from tetdist.apps.events.binning import Binning
-    from tetdist.apps.events.recording import Events, Sensor
+    from tetdist.apps.events.recording import Sensor
+    from tetdist.apps.reports.replay_gif import ReplayGif
     from tetdist.apps.weights.trained import Trained
-    from tetdist.models.streaming import Stream
+    from tetdist.models.base import SpikingNetwork
+
+_PIECE = 2**14  # most bytes read at once
+_PAUSE = 0.01  # seconds between looks at a file that may grow, and at Ctrl-C
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -33,10 +45,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     source = "run folder, checkpoint or export folder, .safetensors file, or tetdist:NAME"
-    add("recording", metavar="RECORDING", type=Path, help="a file of events (docs/events.md)")
+    recording = "a file of events (docs/events.md), or - for standard input"
+    add("recording", metavar="RECORDING", type=Path, help=recording)
     add("--checkpoint", metavar="RUN_OR_FILE", type=Path, required=True, help=source)
     add("--best", action="store_true", help="use a run folder's best checkpoint")
     add("--fast", action="store_true", help="replay as fast as possible, not in real time")
+    add("--follow", action="store_true", help="wait for what is appended, until Ctrl-C")
+    add("--format", metavar="SUFFIX", help="format of the events; default: the file's suffix")
+    add("--output", metavar="GIF", type=Path, help="draw the frames and probabilities")
     add_import(parser)
     return parser.parse_args(arguments)
 
@@ -52,26 +68,57 @@ def replay(options: argparse.Namespace) -> None:
     Raises:
         UserError: The recording or the network does not suit.
     """
+    from tetdist.apps.events.binning import window_frames
+    from tetdist.apps.events.formats import SUFFIXES, stream_recording
+    from tetdist.apps.events.formats.arrays import DECODERS as WHOLE
+    from tetdist.apps.events.recording import BadRecording, Contents
+    from tetdist.apps.reports.replay_gif import ReplayGif
     from tetdist.apps.weights.trained import load
-    from tetdist.models.streaming import stream_of
     from tetdist.plugins import import_files
 
+    is_stdin = str(options.recording) == "-"
+    name = "standard input" if is_stdin else str(options.recording)
+    suffix = f".{options.format}" if options.format else options.recording.suffix.lower()
+    if suffix not in SUFFIXES:
+        known = ", ".join(known.removeprefix(".") for known in SUFFIXES)
+        raise UserError(f"{name} has no known format; name it with --format, one of {known}")
+    if suffix in WHOLE and (is_stdin or options.follow):
+        raise UserError(
+            f"{suffix} cannot be read before it is complete; give a finished file, without --follow"
+        )
     import_files(options.imports)
     trained = load(options.checkpoint, "best" if options.best else "last")
     binning, sensor = binning_of(trained, options.checkpoint)
-    events, stream = read(options.recording, sensor), stream_of(trained.model)
-    side, size = trained.model.input_size, binning.size or events.sensor
-    if side is not None and size != (side, side):
-        raise UserError(
-            f"{options.recording} has frames of {size} pixels, the network takes {side}x{side}; "
-            "replay a recording of the camera that it was trained for"
-        )
-    late = run(stream, trained, events, binning, fast=options.fast)
-    if late:
-        print(f"{counted(late, 'frame')} late: computed after the next one was there")
+    classes = list(trained.description.classes or [])
+    classes += [f"class {k}" for k in range(len(classes), trained.model.num_classes)]
+    gif = ReplayGif(options.output, classes) if options.output else None
+    pressed: list[bool] = []
+
+    def press(*_: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        with FileIO(0 if is_stdin else options.recording, closefd=not is_stdin) as file:
+            contents = Contents(pieces(file, pressed, follow=options.follow))
+            frames = window_frames(stream_recording(suffix, contents, sensor), binning)
+            size = binning.size or sensor
+            run(trained.model, size, classes, frames, pressed, gif, fast=options.fast)
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror})") from error
+    except BadRecording as error:
+        raise UserError(f"{name}: {error}") from error
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if contents.bad_end:
+        print(f"{name}: {contents.bad_end}; everything before it was used", file=sys.stderr)
+    if gif:
+        gif.save()
 
 
-def binning_of(trained: "Trained", path: Path) -> "tuple[Binning, Sensor | None]":
+def binning_of(trained: "Trained", path: Path) -> "tuple[Binning, Sensor]":
     """Return how the run's recordings were binned, and the sensor they are of.
 
     Raises:
@@ -93,67 +140,80 @@ def binning_of(trained: "Trained", path: Path) -> "tuple[Binning, Sensor | None]
             "again"
         )
 
-    def size(text: str | None) -> Sensor | None:
-        return None if text is None else Sensor(*map(int, text.split("x")))
+    def size(text: str) -> Sensor:
+        return Sensor(*map(int, text.split("x")))
 
     keys = ("timesteps", "bins", "values", "resize", "dtype")
-    binning = Binning(size=size(found["size"]), **{key: found[key] for key in keys})
+    frames = size(found["size"]) if found["size"] else None
+    binning = Binning(size=frames, **{key: found[key] for key in keys})
     return binning, size(found["sensor"])
 
 
-def read(path: Path, sensor: "Sensor | None") -> "Events":
-    """Read a recording.
-
-    Raises:
-        UserError: It cannot be used.
-    """
-    from tetdist.apps.events.formats import read_recording
-    from tetdist.apps.events.recording import BadRecording
-
-    try:
-        return read_recording(path, path.read_bytes(), sensor)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    except BadRecording as error:
-        raise UserError(f"{path}: {error}") from error
+def pieces(file: FileIO, pressed: list[bool], *, follow: bool) -> Iterator[bytes]:
+    """Yield a file's contents as they come, until they end or Ctrl-C was pressed."""
+    while not pressed:
+        if not select.select([file], [], [], _PAUSE)[0]:
+            continue
+        if data := file.read(_PIECE):
+            yield data
+        elif not follow:
+            return
+        else:
+            time.sleep(_PAUSE)
 
 
 def run(
-    stream: "Stream", trained: "Trained", events: "Events", binning: "Binning", *, fast: bool
-) -> int:
-    """Stream the windows, print a line for each; return how many came late."""
+    model: "SpikingNetwork",
+    size: "Sensor",
+    classes: list[str],
+    frames: "Iterator[tuple[int, Any]]",
+    pressed: list[bool],
+    gif: "ReplayGif | None",
+    *,
+    fast: bool,
+) -> None:
+    """Stream the frames, print a line for each, and a summary."""
+    import numpy as np
     import torch
 
-    from tetdist.apps.events.binning import window_frames
+    from tetdist.models.streaming import stream_of
 
-    model = trained.model
+    stream = stream_of(model)
     model.set_execution("fused")
-    classes = trained.description.classes or []
     terminal, late, shown = sys.stdout.isatty(), 0, ""
-    height, width = reversed(binning.size or events.sensor)
-    stream.step(torch.zeros(1, 2, height, width))  # Warm-up: the first step builds kernels.
+    stream.step(torch.zeros(1, 2, size.height, size.width))  # Warm-up: it builds kernels.
     stream.reset()
-    first, started = int(events.t[0]), time.monotonic()
-    for end, frame in window_frames(events, binning):
-        if not fast:
-            wait = started + (end - first) / 1e6 - time.monotonic()
-            late += wait < 0  # The previous frame was not finished in time.
-            time.sleep(max(0.0, wait))
-        begun = time.perf_counter()
-        if stream.timesteps == model.timesteps:
-            stream.reset()
-        mean = stream.step(torch.from_numpy(frame).float()[None])
-        confidence, number = mean.softmax(-1)[0].max(-1)
-        spent = time.perf_counter() - begun
-        name = classes[int(number)] if int(number) < len(classes) else f"class {int(number)}"
-        line = (
-            f"{(end - first) / 1e6:8.3f} s  timestep {stream.timesteps}/{model.timesteps}  "
-            f"{name}  {100 * float(confidence):.1f} %  {1e3 * spent:.2f} ms"
-        )
-        print(
-            f"\r{line:{len(shown)}}" if terminal else line, end="" if terminal else "\n", flush=True
-        )
-        shown = line
-    if terminal:
-        print()
-    return late
+    started, finished, spent = time.monotonic(), 0.0, array("d")
+    try:
+        for end, frame in frames:
+            if not spent:  # A live recording starts when its first events come.
+                started = max(started, time.monotonic() - end / 1e6)
+            due = started + end / 1e6
+            late += finished > due  # The result of the frame before.
+            while not fast and not pressed and (wait := due - time.monotonic()) > 0:
+                time.sleep(min(wait, _PAUSE))
+            begun = time.monotonic()
+            if stream.timesteps == model.timesteps:
+                stream.reset()
+            probabilities = stream.step(torch.from_numpy(frame).float()[None]).softmax(-1)[0]
+            confidence, number = probabilities.max(-1)
+            finished = time.monotonic()
+            spent.append(1e3 * (finished - begun))
+            line = (
+                f"{end / 1e6:8.3f} s  timestep {stream.timesteps}/{model.timesteps}  "
+                f"{classes[int(number)]}  {100 * float(confidence):.1f} %  {spent[-1]:.2f} ms"
+            )
+            print(
+                f"\r{line:{len(shown)}}" if terminal else line,
+                end="" if terminal else "\n",
+                flush=True,
+            )
+            shown = line
+            if gif:
+                gif.add(end / 1e6, frame, probabilities.numpy(), stream.timesteps == 1)
+    finally:
+        if spent:
+            middle, most = np.percentile(spent, [50, 99])
+            lateness = "" if fast else f"; {late} late: the result came after the next was due"
+            times = f"{middle:.2f} ms (p50), {most:.2f} ms (p99)"
+            print("\n" * terminal + f"{counted(len(spent), 'frame')}: {times}{lateness}")

@@ -1,7 +1,7 @@
 """Binning of events to frames: T time bins, two polarities, counted, resized, stored compactly."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, assert_never
 
@@ -103,25 +103,39 @@ def bin_events(events: Events, binning: Binning) -> Frames:
     return Frames(tensor, saturated, int((counts.max(axis=(2, 3)) == 0).sum()))
 
 
-def window_frames(events: Events, binning: Binning) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """Yield for each window of a fixed size its end in microseconds and its frame, (2, H, W).
+def window_frames(
+    pieces: Iterable[Events], binning: Binning
+) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Yield the windows of a fixed size, each as soon as its events are complete.
 
     Frames are those of `bin_events` at any T; the recording may end within the last window.
+
+    Yields:
+        A window's end in microseconds after the first event, and its frame, (2, H, W).
     """
     window = Window.of(binning.bins)
     assert window is not None, "the bins have no fixed size"
-    if window.unit == "us":
-        ends = np.arange(events.t[0], events.t[-1] + 1, window.size) + window.size
-        edges = np.searchsorted(events.t, ends)
-    else:
-        edges = np.minimum(np.arange(0, len(events), window.size) + window.size, len(events))
-        ends = events.t[edges - 1]
-    start = 0
-    for edge, end in zip(edges.tolist(), ends.tolist(), strict=True):
-        part = events.cut(slice(start, edge))
-        counts = _count(part, np.zeros(len(part), np.int64), 1)
-        yield end, _stored(_frames(counts, binning), binning)[0][0]
-        start = edge
+    size, by_time = window.size, window.unit == "us"
+    rest: Events | None = None
+    start = end = 0
+    for piece in pieces:
+        start = int(piece.t[0]) if rest is None else start
+        rest = piece if rest is None else rest.followed_by(piece)
+        while True:
+            edge = int(np.searchsorted(rest.t, start + end + size)) if by_time else size
+            if edge + by_time > len(rest):
+                break
+            end = end + size if by_time else int(rest.t[edge - 1]) - start
+            yield end, _frame(rest.cut(slice(edge)), binning)
+            rest = rest.cut(slice(edge, None))
+    if rest is not None and len(rest):
+        end = end + size if by_time else int(rest.t[-1]) - start
+        yield end, _frame(rest, binning)
+
+
+def _frame(events: Events, binning: Binning) -> npt.NDArray[Any]:
+    counts = _count(events, np.zeros(len(events), np.int64), 1)
+    return _stored(_frames(counts, binning), binning)[0][0]
 
 
 def _bin_numbers(events: Events, binning: Binning) -> npt.NDArray[np.int64]:

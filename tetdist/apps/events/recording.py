@@ -1,10 +1,13 @@
 """Recordings of an event camera, and the checks that reject unusable ones."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from tetdist.wording import counted
 
 # Number of consecutive equal events (pixel and microsecond) that means an overwritten part of the
 # file: a camera's pixel has a refractory period.
@@ -13,6 +16,10 @@ _REPEATS = 50
 
 class BadRecording(ValueError):
     """Raised for an unusable recording; the text is the reason, without the file's name."""
+
+
+class BadEnd(BadRecording):
+    """Raised after the last complete record, if what follows is incomplete or damaged."""
 
 
 class Sensor(NamedTuple):
@@ -58,101 +65,180 @@ class Events:
         """Return some of the events, by their number."""
         return Events(self.x[part], self.y[part], self.t[part], self.p[part], self.sensor)
 
+    def followed_by(self, later: "Events") -> "Events":
+        """Return these events and later ones."""
+        pairs = (self.x, later.x), (self.y, later.y), (self.t, later.t), (self.p, later.p)
+        x, y, t, p = map(np.concatenate, pairs)
+        return Events(x, y, t, p, self.sensor)
 
-def checked_events(
-    x: npt.NDArray[Any],
-    y: npt.NDArray[Any],
-    t: npt.NDArray[Any],
-    p: npt.NDArray[Any],
-    sensor: Sensor,
-    *,
-    dropped: int = 0,
-    counter: int | None = None,
-) -> Events:
-    """Convert a file's columns to events, and check them.
 
-    Args:
+class Columns(NamedTuple):
+    """Events as a decoder reads them from some of a file's bytes, not yet checked.
+
+    Attributes:
         x, y, t, p: (N,) integers, see `Events`.
         sensor, dropped: See `Events`.
         counter: Microseconds after which the format's timestamps overflow to zero.
+    """
+
+    x: npt.NDArray[Any]
+    y: npt.NDArray[Any]
+    t: npt.NDArray[Any]
+    p: npt.NDArray[Any]
+    sensor: Sensor
+    dropped: int = 0
+    counter: int | None = None
+
+
+def checked_events(pieces: Iterable[Columns]) -> Iterator[Events]:
+    """Convert a recording's columns to events, piece by piece, and check them.
+
+    Pieces without events are left out. How a recording is divided into pieces changes no check.
 
     Raises:
         BadRecording: There are no events, time decreases, a coordinate or polarity is invalid, or
             an event is repeated many times.
     """
-    x, y, t, p = (np.asarray(values).astype(np.int64) for values in (x, y, t, p))
-    if not len(t):
+    last = np.empty((4, 0), np.int64)  # The last events of the pieces before.
+    number = dropped = 0
+    for piece in pieces:
+        new = np.stack([np.asarray(values).astype(np.int64) for values in piece[:4]])
+        dropped += piece.dropped
+        if not new.shape[1]:
+            continue
+        known = np.concatenate([last, new], 1)
+        _check(known, number - last.shape[1], piece)
+        last = known[:, 1 - _REPEATS :]
+        number += new.shape[1]
+        x, y, t, p = new
+        yield Events(x, y, t, p, piece.sensor, piece.dropped)
+    if not number:
         others = f", only {dropped} records of other kinds" if dropped else ""
         raise BadRecording(f"it has no events{others}")
+
+
+def _check(events: npt.NDArray[np.int64], first: int, read: Columns) -> None:
+    """Check events (4, N), the first of which is number `first` of the recording."""
+    x, y, t, p = events
     back = np.flatnonzero(np.diff(t) < 0)
     if back.size:
         i = int(back[0]) + 1
         before, after = int(t[i - 1]), int(t[i])
-        wraps = counter is not None and before - after > counter // 2
+        wraps = read.counter is not None and before - after > read.counter // 2
         what = "the timestamp counter overflows" if wraps else "timestamps decrease"
-        raise BadRecording(f"{what} at event {i} (from {before} to {after} us)")
-    outside = np.flatnonzero((x < 0) | (x >= sensor.width) | (y < 0) | (y >= sensor.height))
+        raise BadRecording(f"{what} at event {first + i} (from {before} to {after} us)")
+    width, height = read.sensor
+    outside = np.flatnonzero((x < 0) | (x >= width) | (y < 0) | (y >= height))
     if outside.size:
         i = int(outside[0])
         raise BadRecording(
-            f"event {i} at x={x[i]}, y={y[i]} is outside the {sensor} sensor, as are"
-            f" {outside.size} of {len(t)}; if the sensor is another, give --sensor WIDTHxHEIGHT"
+            f"event {first + i} at x={x[i]}, y={y[i]} is outside the {read.sensor} sensor, as are"
+            f" {outside.size} of {len(t)}; if the sensor is another, bin with --sensor WIDTHxHEIGHT"
         )
     wrong = np.flatnonzero((p != 0) & (p != 1))
     if wrong.size:
         i = int(wrong[0])
-        raise BadRecording(f"event {i} has polarity {p[i]} instead of 0 or 1")
-    _check_repeats(np.stack([x, y, t, p]))
-    return Events(x, y, t, p, sensor, dropped)
+        raise BadRecording(f"event {first + i} has polarity {p[i]} instead of 0 or 1")
+    _check_repeats(events, first)
 
 
-def _check_repeats(events: npt.NDArray[np.int64]) -> None:
-    """Refuse events (4, N) with _REPEATS or more consecutive equal ones."""
+def _check_repeats(events: npt.NDArray[np.int64], first: int) -> None:
+    """Refuse events with _REPEATS or more consecutive equal ones."""
     changes = np.flatnonzero((np.diff(events) != 0).any(0)) + 1
     starts = np.concatenate([[0], changes])
     lengths = np.diff(starts, append=events.shape[1])
     long = np.flatnonzero(lengths >= _REPEATS)
     if long.size:
-        first, number = int(starts[long[0]]), int(lengths[long[0]])
+        i, number = int(starts[long[0]]), int(lengths[long[0]])
         raise BadRecording(
-            f"event {first} is repeated {number} times (x={events[0, first]},"
-            f" y={events[1, first]}, {events[2, first]} us); the file may be damaged"
+            f"event {first + i} is repeated {number} times (x={events[0, i]},"
+            f" y={events[1, i]}, {events[2, i]} us); the file may be damaged"
         )
 
 
-def split_header(data: bytes, mark: bytes, last: bytes) -> tuple[list[str], bytes]:
-    """Split a camera's file into its text header and the binary rest.
+class Contents:
+    """Contents of a recording, which arrive in pieces; a whole file is one piece.
 
-    Binary records may also begin with the mark's byte, so only printable lines are header.
-
-    Args:
-        data: The file's contents.
-        mark: Prefix of each header line.
-        last: Prefix of the line that ends the header, if the format has one.
+    Attributes:
+        position: Number of bytes taken so far.
+        bad_end: Reason why the recording's end could not be used; None: it could.
     """
-    lines: list[str] = []
-    start = 0
-    while data.startswith(mark, start):
-        end = data.find(b"\n", start)
-        line = data[start:end].rstrip(b"\r")
-        if end < 0 or not all(byte == 9 or 32 <= byte < 127 or byte >= 160 for byte in line):
-            break
-        lines.append(line.decode("latin-1"))
-        start = end + 1
-        if line.startswith(last):
-            break
-    return lines, data[start:]
 
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self.position = 0
+        self.bad_end: BadEnd | None = None
+        self._pieces = iter(pieces)
+        self._data, self._start = b"", 0
 
-def fixed_records(data: bytes, dtype: str, columns: int = 1) -> npt.NDArray[Any]:
-    """Read records of numbers as an array (N, columns).
+    def _extend(self) -> bool:
+        """Wait for the next piece; return whether there is one."""
+        piece = next(self._pieces, b"")
+        if piece:
+            self._data, self._start = self._data[self._start :] + piece, 0
+        return bool(piece)
 
-    Raises:
-        BadRecording: The last record is incomplete, so the file is truncated.
-    """
-    size = np.dtype(dtype).itemsize * columns
-    if len(data) % size:
-        raise BadRecording(
-            f"it is truncated: {len(data)} bytes are not a multiple of {size}, an event's size"
-        )
-    return np.frombuffer(data, dtype).reshape(-1, columns)
+    def ended(self) -> bool:
+        """Wait for the next byte; return whether there is none."""
+        return self._start == len(self._data) and not self._extend()
+
+    def peek(self, size: int, record: str) -> bytes:
+        """Wait for the next bytes, of a record, and return them without taking them.
+
+        Raises:
+            BadEnd: They are incomplete.
+        """
+        while (there := len(self._data) - self._start) < size:
+            if not self._extend():
+                number = counted(there, "byte")
+                raise BadEnd(f"it is truncated: the {record} at its end is incomplete ({number})")
+        return self._data[self._start : self._start + size]
+
+    def take(self, size: int, record: str) -> bytes:
+        """Wait for the next bytes and take them; see `peek`."""
+        data = self.peek(size, record)
+        self._start += size
+        self.position += size
+        return data
+
+    def rest(self) -> bytes:
+        """Wait for the end, and take everything."""
+        data = b"".join([self._data[self._start :], *self._pieces])
+        self._start = len(self._data)
+        return data
+
+    def header(self, mark: bytes, last: tuple[bytes, ...]) -> list[str]:
+        """Take the text header of a camera's file, and return its lines.
+
+        Binary records may also begin with the mark's byte, so only printable lines are header.
+
+        Args:
+            mark: First byte of each header line.
+            last: Prefixes of the line that ends the header, if the format has one.
+        """
+        lines: list[str] = []
+        while not self.ended() and self._data.startswith(mark, self._start):
+            end = self._data.find(b"\n", self._start)
+            line = self._data[self._start : end if end >= 0 else None].rstrip(b"\r")
+            if not all(byte == 9 or 32 <= byte < 127 or byte >= 160 for byte in line):
+                break
+            if end < 0 and self._extend():
+                continue
+            if end < 0:
+                break
+            self.take(end + 1 - self._start, "header")
+            lines.append(line.decode("latin-1"))
+            if line.startswith(last):
+                break
+        return lines
+
+    def records(self, dtype: str, columns: int = 1) -> Iterator[npt.NDArray[Any]]:
+        """Take the rest, records of numbers, as arrays (N, columns), as they arrive.
+
+        Raises:
+            BadEnd: The last record is incomplete.
+        """
+        size = np.dtype(dtype).itemsize * columns
+        while not self.ended():
+            self.peek(size, "record")
+            data = self.take((len(self._data) - self._start) // size * size, "record")
+            yield np.frombuffer(data, dtype).reshape(-1, columns)

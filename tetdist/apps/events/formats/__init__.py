@@ -1,24 +1,35 @@
-"""Readers of event-camera recordings, one module for each format, chosen by the file's suffix.
+"""Decoders of event-camera recordings, one module for each format, chosen by the file's suffix.
 
-Every reader gets the contents of the whole file, so that its checksum covers exactly what was read.
-It refuses a file with a damaged part, and never silently uses the readable rest. A format is a
-module of this folder with a table READERS of the suffixes that it reads.
+A decoder takes a file's contents as they arrive and yields the events of each piece. A whole file
+is one piece, so its checksum covers exactly what was read; a file with a damaged part is refused,
+and the readable rest never silently used. A format is a module of this folder with a table DECODERS
+of the suffixes that it decodes.
 """
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tetdist.apps.events.recording import BadRecording, Events, Sensor
+import numpy as np
 
-# A reader takes a file's contents, and the sensor's size for formats that do not store it.
-_READERS: dict[str, Callable[[bytes, Sensor | None], Events]] = {
-    suffix: reader
+from tetdist.apps.events.recording import (
+    BadEnd,
+    BadRecording,
+    Columns,
+    Contents,
+    Events,
+    Sensor,
+    checked_events,
+)
+
+# A decoder takes a file's contents, and the sensor's size for formats that do not store it.
+_DECODERS: dict[str, Callable[[Contents, Sensor | None], Iterator[Columns]]] = {
+    suffix: decoder
     for module in pkgutil.iter_modules(__path__)
-    for suffix, reader in importlib.import_module(f"{__name__}.{module.name}").READERS.items()
+    for suffix, decoder in importlib.import_module(f"{__name__}.{module.name}").DECODERS.items()
 }
-SUFFIXES = tuple(_READERS)
+SUFFIXES = tuple(_DECODERS)
 
 
 def read_recording(path: Path, data: bytes, sensor: Sensor | None) -> Events:
@@ -33,9 +44,34 @@ def read_recording(path: Path, data: bytes, sensor: Sensor | None) -> Events:
         BadRecording: The file cannot be used.
         UserError: A package that reads this format is missing.
     """
-    if not data:
-        raise BadRecording("the file is empty")
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
+    pieces = list(_decoded(path.suffix, Contents([data]), sensor))
+    if pieces:
+        x, y, t, p = (np.concatenate([piece[i] for piece in pieces]) for i in range(4))
+        dropped = sum(piece.dropped for piece in pieces)
+        pieces = [pieces[0]._replace(x=x, y=y, t=t, p=p, dropped=dropped)]
+    return next(checked_events(pieces))
+
+
+def stream_recording(suffix: str, contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
+    """Yield the events of a recording as they arrive; see `read_recording`.
+
+    If its end is incomplete, everything before it is yielded, and `contents.bad_end` is the reason.
+    """
+    number = 0
+    try:
+        for events in checked_events(_decoded(suffix, contents, sensor)):
+            number += 1
+            yield events
+    except BadEnd as error:
+        if not number:
+            raise
+        contents.bad_end = error
+
+
+def _decoded(suffix: str, contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+    decoder = _DECODERS.get(suffix.lower())
+    if decoder is None:
         raise BadRecording(f"its suffix is not one of {', '.join(SUFFIXES)}")
-    return reader(data, sensor)
+    if contents.ended():
+        raise BadRecording("the file is empty")
+    return decoder(contents, sensor)

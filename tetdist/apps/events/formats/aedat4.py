@@ -1,4 +1,4 @@
-"""Reader of AEDAT 4, the format of DV: compressed packets of events, each a flatbuffer.
+"""Decoder of AEDAT 4, the format of DV: compressed packets of events, each a flatbuffer.
 
 This uses no existing package: the one tried crashes the whole process on some damaged files, and
 one bad recording must not stop the conversion of the others.
@@ -6,13 +6,14 @@ one bad recording must not stop the conversion of the others.
 
 import struct
 import xml.etree.ElementTree as ET
+from array import array
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tetdist.apps.events.recording import BadRecording, Events, Sensor, checked_events
+from tetdist.apps.events.recording import BadEnd, BadRecording, Columns, Contents, Sensor
 from tetdist.errors import UserError, pip_install
 from tetdist.wording import counted
 
@@ -34,109 +35,102 @@ _POSITION, _STREAM_AND_SIZE, _NUM_ELEMENTS = 0, 1, 2
 _STORED, _LZ4, _ZSTANDARD = (0,), (1, 2), (3, 4)
 
 
-def read_aedat4(data: bytes, sensor: Sensor | None) -> Events:
-    """Read the events of an AEDAT 4 file.
+def decode_aedat4(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+    """Decode an AEDAT 4 file.
 
     Args:
-        data: The file's contents.
+        contents: The file's contents.
         sensor: Required size of the sensor, if any.
 
     Raises:
         BadRecording: The file cannot be used.
         UserError: The package that decompresses it is missing.
     """
-    if not data.startswith(_MAGIC):
-        raise BadRecording("it is not an AEDAT 4 file: it does not begin with #!AER-DAT4.0")
     try:
-        return _read(data, sensor)
+        yield from _decode(contents, sensor)
     except (struct.error, ET.ParseError, UnicodeDecodeError, ValueError) as error:
         if isinstance(error, BadRecording):
             raise
         raise BadRecording(f"it is truncated or damaged ({error})") from error
 
 
-def _read(data: bytes, sensor: Sensor | None) -> Events:
-    start = len(_MAGIC)
-    (size,) = struct.unpack_from("<I", data, start)
-    header = _Table.root(data[start : start + 4 + size], b"IOHE")
-    end = header.number(_TABLE_POSITION, "<q", -1)
-    if end < 0:
-        raise BadRecording("its recording was not finished: the table at its end is missing")
-    if len(data) <= end:
-        raise BadRecording(f"it is truncated: it has {len(data)} bytes and needs more than {end}")
-    stream, stated = _event_stream(header.text(_INFO))
+def _decode(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+    if contents.take(len(_MAGIC), "header") != _MAGIC:
+        raise BadRecording("it is not an AEDAT 4 file: it does not begin with #!AER-DAT4.0")
+    (size,) = struct.unpack("<I", contents.peek(4, "header"))
+    header = _Table.root(contents.take(4 + size, "header"), b"IOHE")
+    end = header.number(_TABLE_POSITION, "<q", -1)  # -1: not known when recording began
+    compression = header.number(_COMPRESSION, "<i", 0)
+    streams = _streams(header.text(_INFO))
+    sizes = [(number, of) for number, of in streams.items() if of is not None]
+    if len(sizes) != 1:
+        raise BadRecording(f"it has {len(sizes)} streams of events instead of one")
+    ((events, stated),) = sizes
     if sensor not in (None, stated):
         raise BadRecording(f"its sensor is {stated}, not {sensor} as expected")
-    compression = header.number(_COMPRESSION, "<i", 0)
-    parts = [np.empty(0, _EVENT)]
-    found = []
-    for position, number, packet in _packets(data, start + 4 + size, end):
-        if number == stream:
-            parts.append(_elements(_decompressed(packet, compression)))
-        found.append((position, number, len(packet)))
-    _check_table(data[end:], compression, found, stream, [len(part) for part in parts[1:]])
-    dropped = len(found) - len(parts) + 1
-    events = np.concatenate(parts)
-    x, y, t, p = (events[name] for name in "xytp")
-    return checked_events(x, y, t, p, stated, dropped=dropped)
+    found = array("q")  # position, stream, size and number of events of each packet
+    while contents.position != end and not (end < 0 and contents.ended()):
+        stream, size = struct.unpack("<ii", contents.peek(8, "packet"))
+        if end < 0 and stream not in streams:
+            break  # The table at the end: the recording was finished meanwhile.
+        start = contents.position + 8
+        if size < 0 or 0 <= end < start + size:
+            raise BadRecording(f"the packet at byte {start - 8} is damaged")
+        packet = contents.take(8 + size, "packet")[8:]
+        part = np.empty(0, _EVENT)
+        if stream == events:
+            part = _elements(_decompressed(packet, compression))
+        if end >= 0:
+            found.extend((start, stream, size, len(part)))
+        x, y, t, p = (part[name] for name in "xytp")
+        yield Columns(x, y, t, p, stated, dropped=int(stream != events))
+    _check_table(contents.rest(), compression, found if end >= 0 else None, events)
 
 
-def _event_stream(info: str) -> tuple[int, Sensor]:
-    """Return the number of the event stream, and the size of its sensor."""
-    found = []
+def _streams(info: str) -> dict[int, Sensor | None]:
+    """Return the numbers of the streams, and for those of events the size of the sensor."""
+    found: dict[int, Sensor | None] = {}
     for node in ET.fromstring(info).iterfind("./node[@name='outInfo']/node"):
         attributes = {attr.get("key"): attr.text or "" for attr in node.iter("attr")}
+        size = None
         if attributes.get("typeIdentifier") == "EVTS":
             size = Sensor(int(attributes.get("sizeX", 0)), int(attributes.get("sizeY", 0)))
-            found.append((int(node.get("name", "")), size))
-    if len(found) != 1:
-        raise BadRecording(f"it has {len(found)} streams of events instead of one")
-    return found[0]
+        found[int(node.get("name", ""))] = size
+    return found
 
 
-def _check_table(
-    data: bytes,
-    compression: int,
-    packets: list[tuple[int, int, int]],
-    stream: int,
-    num_events: list[int],
-) -> None:
+def _check_table(data: bytes, compression: int, packets: "array[int] | None", events: int) -> None:
     """Compare the table at the end of a finished recording with the packets that were read.
 
     Args:
         data: The file's contents from the table on.
         compression: See `_decompressed`.
-        packets: Position, stream and size of each packet.
-        stream: Number of the event stream.
-        num_events: Number of events in each of its packets.
+        packets: Position, stream, size and number of events of each packet; None: not compared.
+        events: Number of the event stream.
 
     Raises:
-        BadRecording: They differ, or the table is truncated.
+        BadEnd: They differ, or the table is missing or incomplete.
     """
-    contents = _decompressed(data, compression)
-    lines = _Table.root(contents, b"FTAB", whole=True).tables(_LINES)
-    listed = [
-        (line.number(_POSITION, "<q", 0), *line.pair(_STREAM_AND_SIZE), line.number(_NUM_ELEMENTS))
-        for line in lines
-    ]
-    if [line[:3] for line in listed] != packets:
-        raise BadRecording(
-            f"it is damaged: the {len(listed)} packets in the table at its end differ from the"
-            f" {len(packets)} in the file"
+    if not data:
+        reason = "it is truncated" if packets is not None else "its recording was not finished"
+        raise BadEnd(f"{reason}: the table at its end is missing")
+    try:
+        lines = _Table.root(_decompressed(data, compression), b"FTAB", whole=True).tables(_LINES)
+        listed = array("q")
+        for line in lines:
+            stream, size = line.pair(_STREAM_AND_SIZE)
+            number = line.number(_NUM_ELEMENTS) if stream == events else 0
+            listed.extend((line.number(_POSITION, "<q", 0), stream, size, number))
+    except (BadRecording, struct.error) as error:
+        raise BadEnd(
+            f"it is truncated or damaged: the table at its end ({counted(len(data), 'byte')})"
+            f" cannot be read ({error})"
+        ) from error
+    if packets not in (None, listed):
+        raise BadEnd(
+            f"it is damaged: the {len(lines)} packets in the table at its end differ, in place or"
+            f" number of events, from the {len(packets or ()) // 4} in the file"
         )
-    if [number for _, of, _, number in listed if of == stream] != num_events:
-        raise BadRecording("it is damaged: its table lists different numbers of events")
-
-
-def _packets(data: bytes, position: int, end: int) -> Iterator[tuple[int, int, bytes]]:
-    """Yield the position, stream and contents of each packet."""
-    while position < end:
-        stream, size = struct.unpack_from("<ii", data, position)
-        position += 8
-        if size < 0 or position + size > end:
-            raise BadRecording(f"the packet at byte {position - 8} is damaged")
-        yield position, stream, data[position : position + size]
-        position += size
 
 
 def _decompressed(packet: bytes, compression: int) -> bytes:
@@ -149,21 +143,19 @@ def _decompressed(packet: bytes, compression: int) -> bytes:
         if name == "lz4":
             import lz4.frame
 
-            contents, used = lz4.frame.decompress(packet, return_bytes_read=True)
-            whole = used == len(packet)
+            decompressor = lz4.frame.LZ4FrameDecompressor()
         else:
             import zstandard
 
             decompressor = zstandard.ZstdDecompressor().decompressobj()
-            contents = decompressor.decompress(packet)
-            whole = decompressor.eof and not decompressor.unused_data
+        contents = decompressor.decompress(packet)
     except ModuleNotFoundError as error:
         raise UserError(
             f"this AEDAT 4 file needs the package {name}; {pip_install('events')}"
         ) from error
     except Exception as error:  # Each package has its own errors.
         raise BadRecording(f"a packet cannot be decompressed ({error})") from error
-    if not whole:
+    if not decompressor.eof or decompressor.unused_data:
         raise BadRecording("a packet is truncated, or followed by other bytes")
     return bytes(contents)
 
@@ -240,4 +232,4 @@ class _Table:
         return self.vector(field, 1).decode()
 
 
-READERS = {".aedat4": read_aedat4}
+DECODERS = {".aedat4": decode_aedat4}

@@ -1,18 +1,19 @@
-"""Reader of recordings as arrays x, y, t and p: NPZ and HDF5."""
+"""Decoder of recordings as arrays x, y, t and p: NPZ and HDF5."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from tetdist.apps.events.recording import BadRecording, Events, Sensor, checked_events
+from tetdist.apps.events.recording import BadRecording, Columns, Contents, Sensor
 from tetdist.errors import UserError, pip_install
 
 _FIELDS = ("x", "y", "t", "p")
 
 
-def read_npz(data: bytes, sensor: Sensor | None) -> Events:
+def decode_npz(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+    data = contents.rest()
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -21,10 +22,11 @@ def read_npz(data: bytes, sensor: Sensor | None) -> Events:
     if len(arrays) == 1 and next(iter(arrays.values())).dtype.names:
         (table,) = arrays.values()
         arrays = {name: table[name] for name in table.dtype.names}
-    return _from_arrays(arrays, arrays, sensor)
+    yield _from_arrays(arrays, arrays, sensor)
 
 
-def read_hdf5(data: bytes, sensor: Sensor | None) -> Events:
+def decode_hdf5(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+    data = contents.rest()
     try:
         import h5py
     except ModuleNotFoundError as error:
@@ -42,7 +44,7 @@ def read_hdf5(data: bytes, sensor: Sensor | None) -> Events:
         raise
     except Exception as error:  # h5py has no common error class.
         raise BadRecording(f"it is not an HDF5 file, or damaged ({error})") from error
-    return _from_arrays(arrays, size, sensor)
+    yield _from_arrays(arrays, size, sensor)
 
 
 def _own_values(group: Any, name: str) -> Any:
@@ -57,8 +59,8 @@ def _own_values(group: Any, name: str) -> Any:
 
 def _from_arrays(
     arrays: Mapping[str, Any], size: Mapping[str, Any], sensor: Sensor | None
-) -> Events:
-    """Convert arrays x, y, t (microseconds) and p (0 and 1, or -1 and 1, or booleans) to events.
+) -> Columns:
+    """Convert arrays x, y, t (microseconds) and p (0 and 1, or -1 and 1, or booleans) to columns.
 
     Args:
         arrays: Arrays by name.
@@ -86,7 +88,7 @@ def _from_arrays(
         raise BadRecording("it does not store the sensor's size; give --sensor WIDTHxHEIGHT")
     if p.dtype.kind == "i" and set(np.unique(p)) <= {-1, 1}:
         p = p > 0
-    return checked_events(x, y, t, p, sensor)
+    return Columns(x, y, t, p, sensor)
 
 
-READERS = {".npz": read_npz, ".h5": read_hdf5, ".hdf5": read_hdf5}
+DECODERS = {".npz": decode_npz, ".h5": decode_hdf5, ".hdf5": decode_hdf5}

@@ -1,19 +1,16 @@
-"""Reader of N-MNIST's recordings, five bytes an event; N-Caltech101 has the same format."""
+"""Decoder of N-MNIST's recordings, five bytes an event; N-Caltech101 has the same format."""
+
+from collections.abc import Iterator
 
 import numpy as np
 
-from tetdist.apps.events.recording import (
-    BadRecording,
-    Events,
-    Sensor,
-    checked_events,
-    fixed_records,
-)
+from tetdist.apps.events.recording import BadRecording, Columns, Contents, Sensor
 
 NMNIST = Sensor(34, 34)
+_SIZE = 5  # bytes of a record
 # First bytes of other formats, with which N-MNIST's files never begin.
 _FOREIGN = {
-    b"#!AER-DAT": "AEDAT",
+    b"#!AER": "AEDAT",
     b"% ": "Prophesee",
     b"PK\x03\x04": "NPZ",
     b"\x89HDF": "HDF5",
@@ -22,25 +19,30 @@ _FOREIGN = {
 }
 
 
-def read_nmnist(data: bytes, sensor: Sensor | None) -> Events:
-    for beginning, name in _FOREIGN.items():
-        if data.startswith(beginning):
+def decode_nmnist(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+    beginning = contents.peek(_SIZE, "record")
+    for foreign, name in _FOREIGN.items():
+        if beginning.startswith(foreign):
             raise BadRecording(f"its name is of N-MNIST's format, but its contents are {name}")
-    octets = fixed_records(data, "u1", 5).astype(np.int64)
-    x, y = octets[:, 0], octets[:, 1]
-    t = ((octets[:, 2] & 0x7F) << 16) | (octets[:, 3] << 8) | octets[:, 4]
-    # In N-Caltech101, row 240 marks the overflow of a 13-bit time counter.
-    is_event = y != 240
-    t = t + np.cumsum(~is_event) * 2**13
-    return checked_events(
-        x[is_event],
-        y[is_event],
-        t[is_event],
-        octets[is_event, 2] >> 7,
-        sensor or NMNIST,
-        dropped=int((~is_event).sum()),
-        counter=2**23,
-    )
+    overflows = 0
+    for records in contents.records("u1", _SIZE):
+        octets = records.astype(np.int64)
+        x, y = octets[:, 0], octets[:, 1]
+        t = ((octets[:, 2] & 0x7F) << 16) | (octets[:, 3] << 8) | octets[:, 4]
+        # In N-Caltech101, row 240 marks the overflow of a 13-bit time counter.
+        is_event = y != 240
+        passed = overflows + np.cumsum(~is_event)
+        overflows = int(passed[-1])
+        t = t + passed * 2**13
+        yield Columns(
+            x[is_event],
+            y[is_event],
+            t[is_event],
+            octets[is_event, 2] >> 7,
+            sensor or NMNIST,
+            dropped=int((~is_event).sum()),
+            counter=2**23,
+        )
 
 
-READERS = {".bin": read_nmnist}
+DECODERS = {".bin": decode_nmnist}

@@ -1,19 +1,14 @@
-"""Reader of the formats of Prophesee's cameras: .dat, and .raw in EVT 2.0 and EVT 3.0."""
+"""Decoder of the formats of Prophesee's cameras: .dat, and .raw in EVT 2.0 and EVT 3.0."""
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tetdist.apps.events.recording import (
-    BadRecording,
-    Events,
-    Sensor,
-    checked_events,
-    fixed_records,
-    split_header,
-)
+from tetdist.apps.events.recording import BadRecording, Columns, Contents, Sensor
 
 # Sensor sizes that the files of some cameras omit, by a part of the header's plugin_name.
 _SENSORS = {
@@ -38,46 +33,50 @@ _EVT3_CONTINUED = (0x7, 0xF)
 _OTHER = 0xE
 
 
-def read_dat(data: bytes, sensor: Sensor | None) -> Events:
-    """Read the events of a .dat file.
+def decode_dat(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+    """Decode a .dat file.
 
     Raises:
         BadRecording: The file cannot be used.
     """
-    header, body = split_header(data, b"%", b"% end")
-    if not header:
-        raise BadRecording("it is not a Prophesee file: it does not begin with a % header")
+    header = _header(contents)
     if any(_evt_version(line) for line in header):
         raise BadRecording("its header is of EVT; rename it to .raw")
-    if len(body) < 2:
-        raise BadRecording("it is truncated within its header")
-    if body[0] not in _DAT_TYPES or body[1] != _DAT_SIZE:
+    kind, size = contents.take(2, "header")
+    if kind not in _DAT_TYPES or size != _DAT_SIZE:
         raise BadRecording(
-            f"its events have type {body[0]:#x} and {body[1]} bytes; only change detections of 8"
+            f"its events have type {kind:#x} and {size} bytes; only change detections of 8"
             " bytes are supported"
         )
-    records = fixed_records(body[2:], "<u4", 2)
-    t, word = records[:, 0], records[:, 1]
-    x, y, p = word & 0x3FFF, (word >> 14) & 0x3FFF, word >> 28
-    return checked_events(x, y, t, p, _sensor(header, sensor), counter=2**32)
+    sensor = _sensor(header, sensor)
+    for records in contents.records("<u4", 2):
+        t, word = records.T
+        x, y, p = word & 0x3FFF, (word >> 14) & 0x3FFF, word >> 28
+        yield Columns(x, y, t, p, sensor, counter=2**32)
 
 
-def read_raw(data: bytes, sensor: Sensor | None) -> Events:
-    """Read the events of a .raw file in EVT 2.0 or EVT 3.0.
+def decode_raw(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+    """Decode a .raw file in EVT 2.0 or EVT 3.0.
 
     Raises:
         BadRecording: The file cannot be used.
     """
-    header, body = split_header(data, b"%", b"% end")
-    if not header:
-        raise BadRecording("it is not a Prophesee file: it does not begin with a % header")
+    header = _header(contents)
     versions = {version for line in header if (version := _evt_version(line))}
     if versions == {"2"}:
-        return _read_evt2(body, _sensor(header, sensor))
-    if versions == {"3"}:
-        return _read_evt3(body, _sensor(header, sensor))
-    found = " and ".join(f"EVT {version}" for version in sorted(versions)) or "no EVT version"
-    raise BadRecording(f"its header has {found}; EVT 2.0 and EVT 3.0 are supported")
+        yield from _decode_evt2(contents, _sensor(header, sensor))
+    elif versions == {"3"}:
+        yield from _decode_evt3(contents, _sensor(header, sensor))
+    else:
+        found = " and ".join(f"EVT {version}" for version in sorted(versions)) or "no EVT version"
+        raise BadRecording(f"its header has {found}; EVT 2.0 and EVT 3.0 are supported")
+
+
+def _header(contents: Contents) -> list[str]:
+    header = contents.header(b"%", (b"% end",))
+    if not header:
+        raise BadRecording("it is not a Prophesee file: it does not begin with a % header")
+    return header
 
 
 def _evt_version(line: str) -> str | None:
@@ -109,131 +108,177 @@ def _stated_sensor(header: list[str]) -> Sensor | None:
     return Sensor(int(width[1]), int(height[1])) if width and height else None
 
 
-def _read_evt2(body: bytes, sensor: Sensor) -> Events:
-    word = fixed_records(body, "<u4")[:, 0].astype(np.int64)
-    kind = word >> 28
-    _check_kinds(kind, (_EVT2_OFF, _EVT2_ON, _EVT2_TIME_HIGH, *_EVT2_OTHERS), "EVT 2.0")
-    _check_continued(kind, _EVT2_CONTINUED)
-    high = _latest(kind == _EVT2_TIME_HIGH)
-    # Events before the first time word have no time.
-    is_event = (kind <= _EVT2_ON) & (high >= 0)
-    event = word[is_event]
-    t = ((word[high[is_event]] & 0x0FFF_FFFF) << 6) | ((event >> 22) & 0x3F)
-    return checked_events(
-        (event >> 11) & 0x7FF,
-        event & 0x7FF,
-        t,
-        event >> 28,
-        sensor,
-        dropped=int(np.isin(kind, _EVT2_OTHERS).sum() + ((kind <= _EVT2_ON) & (high < 0)).sum()),
-        counter=2**34,
-    )
+def _decode_evt2(contents: Contents, sensor: Sensor) -> Iterator[Columns]:
+    first, before, high = 0, -1, -1  # The next word's number; of the last words, kind and time.
+    for words in contents.records("<u4"):
+        word = words[:, 0].astype(np.int64)
+        kind = word >> 28
+        known = (_EVT2_OFF, _EVT2_ON, _EVT2_TIME_HIGH, *_EVT2_OTHERS)
+        _check_kinds(kind, known, "EVT 2.0", first)
+        _check_continued(kind, _EVT2_CONTINUED, before, first)
+        times = _latest(kind == _EVT2_TIME_HIGH, word & 0x0FFF_FFFF, high)
+        first, before, high = first + len(word), int(kind[-1]), int(times[-1])
+        # Events before the first time word have no time.
+        is_event = (kind <= _EVT2_ON) & (times >= 0)
+        event = word[is_event]
+        yield Columns(
+            (event >> 11) & 0x7FF,
+            event & 0x7FF,
+            (times[is_event] << 6) | ((event >> 22) & 0x3F),
+            event >> 28,
+            sensor,
+            dropped=int(
+                np.isin(kind, _EVT2_OTHERS).sum() + ((kind <= _EVT2_ON) & (times < 0)).sum()
+            ),
+            counter=2**34,
+        )
 
 
-def _read_evt3(body: bytes, sensor: Sensor) -> Events:
-    word = fixed_records(body, "<u2")[:, 0].astype(np.int64)
+@dataclass
+class _Evt3State:
+    """State after the words of earlier pieces; -1: not known yet."""
+
+    number: int = 0  # of words
+    kind: int = -1  # of the last word
+    value: int = -1
+    row: int = -1
+    high: int = -1  # upper half of the time, with overflows
+    low: int = 0
+    x: int = -1  # where the next vector begins
+    polarity: int = -1  # of vectors
+
+
+def _decode_evt3(contents: Contents, sensor: Sensor) -> Iterator[Columns]:
+    state = _Evt3State()
+    for words in contents.records("<u2"):
+        yield _evt3_columns(words[:, 0].astype(np.int64), state, sensor)
+
+
+def _evt3_columns(word: npt.NDArray[np.int64], state: _Evt3State, sensor: Sensor) -> Columns:
+    """Decode words, and update the state."""
     kind, value = word >> 12, word & 0xFFF
     known = (_EVT3_Y, _EVT3_X, _EVT3_BASE, _EVT3_VECTOR_12, _EVT3_VECTOR_8)
-    _check_kinds(kind, (*known, _EVT3_TIME_LOW, _EVT3_TIME_HIGH, *_EVT3_OTHERS), "EVT 3.0")
-    _check_continued(kind, _EVT3_CONTINUED)
-    _check_rows(kind, value)
-    time, row = _evt3_times(kind, value), _latest(kind == _EVT3_Y)
-    base = _latest(kind == _EVT3_BASE)
-
-    single = np.flatnonzero(kind == _EVT3_X)
+    times = (_EVT3_TIME_LOW, _EVT3_TIME_HIGH)
+    _check_kinds(kind, (*known, *times, *_EVT3_OTHERS), "EVT 3.0", state.number)
+    _check_continued(kind, _EVT3_CONTINUED, state.kind, state.number)
+    _check_rows(kind, value, state)
+    high, low = _evt3_times(kind, value, state)
+    row = _latest(kind == _EVT3_Y, value & 0x7FF, state.row)
+    is_base = kind == _EVT3_BASE
+    polarity = _latest(is_base, value >> 11, state.polarity)
     # Each vector word continues where the previous one ended.
     steps = np.select([kind == _EVT3_VECTOR_12, kind == _EVT3_VECTOR_8], [12, 8], 0)
     before = np.cumsum(steps) - steps
+    origin = _latest(is_base, (value & 0x7FF) - before, state.x) + before
+
+    single = np.flatnonzero(kind == _EVT3_X)
     vector = np.flatnonzero(steps)
-    if vector.size and base[vector[0]] < 0:
+    if vector.size and polarity[vector[0]] < 0:
         raise BadRecording("a vector of events precedes its base address; the file may be damaged")
     bits = (value[vector, None] >> np.arange(12)) & 1
     bits[:, 8:] &= (kind[vector] == _EVT3_VECTOR_12)[:, None]
     which, bit = np.nonzero(bits)
     vector = vector[which]
-    origin = base[vector]
 
     position = np.concatenate([single, vector])
-    x = np.concatenate(
-        [value[single] & 0x7FF, (value[origin] & 0x7FF) + before[vector] - before[origin] + bit]
-    )
-    p = np.concatenate([value[single] >> 11, value[origin] >> 11])
+    x = np.concatenate([value[single] & 0x7FF, origin[vector] + bit])
+    p = np.concatenate([value[single] >> 11, polarity[vector]])
     order = np.argsort(position, kind="stable")
     position, x, p = position[order], x[order], p[order]
-    complete = (row[position] >= 0) & (time[position] >= 0)
+    complete = (row[position] >= 0) & (high[position] >= 0)
     position, x, p = position[complete], x[complete], p[complete]
-    return checked_events(
+
+    state.number += len(kind)
+    state.kind, state.value, state.row = int(kind[-1]), int(value[-1]), int(row[-1])
+    state.high, state.low = int(high[-1]), int(low[-1])
+    state.x, state.polarity = int(origin[-1] + steps[-1]), int(polarity[-1])
+    return Columns(
         x,
-        value[row[position]] & 0x7FF,
-        time[position],
+        row[position],
+        (high[position] << 12) + low[position],
         p,
         sensor,
         dropped=int((kind == 0xA).sum() + (~complete).sum()),
     )
 
 
-def _evt3_times(kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the time in microseconds at each word; -1 before the first word of the upper half.
+def _evt3_times(
+    kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64], state: _Evt3State
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the two halves of the time at each word; the upper one is -1 before its first word.
 
-    The 24-bit counter overflows every 17 s; this adds the overflows.
+    The 24-bit counter overflows every 17 s; the upper half includes the overflows.
     """
-    positions = np.flatnonzero(kind == _EVT3_TIME_HIGH)
-    high = value[positions]
-    back = np.flatnonzero((np.diff(high) < 0) & (np.diff(high) >= -(2**11)))
+    is_high = kind == _EVT3_TIME_HIGH
+    overflows, last = divmod(state.high, 2**12)
+    positions = np.flatnonzero(is_high)
+    highs = value[positions]
+    before = np.concatenate([highs[:1] if state.high < 0 else [last], highs[:-1]])[: len(highs)]
+    back = np.flatnonzero((highs < before) & (highs - before >= -(2**11)))
     if back.size:
         i = int(back[0])
         raise BadRecording(
-            f"the upper half of the time decreases at word {positions[i + 1]} of its data (from"
-            f" {high[i]} to {high[i + 1]})"
+            f"the upper half of the time decreases at word {state.number + positions[i]} of its"
+            f" data (from {before[i]} to {highs[i]})"
         )
-    high = high + np.cumsum(np.diff(high, prepend=high[:1]) < -(2**11)) * 2**12
+    value = value.copy()
+    value[positions] += (max(overflows, 0) + np.cumsum(highs - before < -(2**11))) * 2**12
+    high = _latest(is_high, value, state.high)
     # The upper half is repeated frequently; when it changes, the lower half starts at zero.
-    changes = np.zeros(len(kind), bool)
-    changes[positions[np.diff(high, prepend=-1) != 0]] = True
-    last_low, last_change = _latest(kind == _EVT3_TIME_LOW), _latest(changes)
-    low = np.where(last_low > last_change, value[last_low], 0)
-    which = np.cumsum(kind == _EVT3_TIME_HIGH) - 1
-    return np.where(which >= 0, (high[which] << 12) + low, -1) if len(high) else which
+    changes = np.diff(high, prepend=state.high) != 0
+    is_low = kind == _EVT3_TIME_LOW
+    return high, _latest(is_low | changes, np.where(is_low, value, 0), state.low)
 
 
-def _latest(marked: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Return the position (N,) of the last marked word up to each word; -1 before the first."""
-    return np.maximum.accumulate(np.where(marked, np.arange(len(marked)), -1))
+def _latest(
+    marked: npt.NDArray[np.bool_], values: npt.NDArray[np.int64], before: int
+) -> npt.NDArray[np.int64]:
+    """Return the value (N,) of the last marked word up to each word; `before` until the first."""
+    last = np.maximum.accumulate(np.where(marked, np.arange(1, len(marked) + 1), 0))
+    return np.concatenate([[before], values])[last]
 
 
-def _check_kinds(kind: npt.NDArray[Any], known: tuple[int, ...], format_name: str) -> None:
+def _check_kinds(
+    kind: npt.NDArray[Any], known: tuple[int, ...], format_name: str, first: int
+) -> None:
     foreign = np.flatnonzero(~np.isin(kind, known))
     if foreign.size:
         i = int(foreign[0])
         raise BadRecording(
-            f"word {i} of its data has the type {kind[i]:#x}, which {format_name} does not have"
+            f"word {first + i} of its data has the type {kind[i]:#x}, which {format_name} does not"
+            " have"
         )
 
 
-def _check_continued(kind: npt.NDArray[Any], continued: tuple[int, ...]) -> None:
+def _check_continued(
+    kind: npt.NDArray[Any], continued: tuple[int, ...], before: int, first: int
+) -> None:
     """Refuse continuation words without a beginning, such as an area filled with ones."""
-    before = np.concatenate([[-1], kind[:-1]])
-    alone = np.flatnonzero(np.isin(kind, continued) & ~np.isin(before, (_OTHER, *continued)))
+    previous = np.concatenate([[before], kind[:-1]])
+    alone = np.flatnonzero(np.isin(kind, continued) & ~np.isin(previous, (_OTHER, *continued)))
     if alone.size:
         i = int(alone[0])
         raise BadRecording(
-            f"word {i} of its data continues a word that is missing (type {kind[i]:#x})"
+            f"word {first + i} of its data continues a word that is missing (type {kind[i]:#x})"
         )
 
 
-def _check_rows(kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64]) -> None:
+def _check_rows(
+    kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64], state: _Evt3State
+) -> None:
     """Refuse two equal consecutive row words, such as an area filled with zeros.
 
     The format only stores changes.
     """
-    is_row = kind == _EVT3_Y
-    again = np.flatnonzero(is_row[1:] & is_row[:-1] & (np.diff(value) == 0))
+    is_row = np.concatenate([[state.kind], kind]) == _EVT3_Y
+    same = np.diff(value, prepend=state.value) == 0
+    again = np.flatnonzero(is_row[1:] & is_row[:-1] & same)
     if again.size:
         i = int(again[0])
         raise BadRecording(
-            f"word {i + 1} of its data repeats the previous word, row {value[i] & 0x7FF}; the file"
-            " may be damaged"
+            f"word {state.number + i} of its data repeats the previous word, row"
+            f" {value[i] & 0x7FF}; the file may be damaged"
         )
 
 
-READERS = {".dat": read_dat, ".raw": read_raw}
+DECODERS = {".dat": decode_dat, ".raw": decode_raw}

@@ -1,0 +1,116 @@
+"""A GIF of a replay: the events of each frame, and the classes' probabilities over time."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tetdist.apps.reports.style import QUIET, SERIES, new_figure
+from tetdist.errors import UserError
+from tetdist.storage.files import replacing
+
+_OFF, _ON = (213, 94, 0), (0, 114, 178)  # colours of events, on white
+_SIDE = 200  # most pixels of a frame's side that are drawn
+_FRAMES = 1000  # that are kept, so memory is bounded
+_SHOWN = 40  # frames on the time axis
+_PERCENT = 5.0  # from which a class is drawn
+
+
+class _Drawn(NamedTuple):
+    """A frame: end in seconds, image, probabilities (K,), True for a network's first one."""
+
+    end: float
+    events: npt.NDArray[np.uint8]
+    probabilities: npt.NDArray[np.float32]
+    is_first: bool
+
+
+class ReplayGif:
+    """The first frames of a replay, drawn at its end.
+
+    Raises:
+        UserError: The file's suffix is not .gif.
+    """
+
+    def __init__(self, path: Path, classes: list[str]) -> None:
+        if path.suffix.lower() != ".gif":
+            raise UserError(f"--output: {path} has another suffix than .gif; rename it")
+        self._path, self._classes = path, classes
+        self._frames: list[_Drawn] = []
+
+    def add(
+        self, end: float, frame: npt.NDArray[Any], probabilities: npt.NDArray[Any], is_first: bool
+    ) -> None:
+        """Keep a frame, (2, H, W), OFF before ON; see `_Drawn`."""
+        if len(self._frames) < _FRAMES:
+            self._frames.append(_Drawn(end, _coloured(frame), probabilities, is_first))
+
+    def save(self) -> None:
+        """Draw the frames, a tenth of a second each, and write the file."""
+        from PIL import Image
+
+        figure = new_figure(4, 2, dpi=100)
+        figure.set_layout_engine("none")  # Each frame has the same layout.
+        left = figure.add_axes((0.02, 0.1, 0.4, 0.78))
+        right = figure.add_axes((0.53, 0.18, 0.44, 0.68))
+        images = []
+        for number in range(1, len(self._frames) + 1):
+            self._draw_events(left, self._frames[number - 1])
+            self._draw_probabilities(right, number)
+            figure.canvas.draw()
+            drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+            images.append(drawn.quantize(64, dither=Image.Dither.NONE))
+        first, *others = images
+        with replacing(self._path, sync=False) as file:
+            first.save(file, "GIF", save_all=True, append_images=others, duration=100, loop=0)
+        print(f"wrote {self._path}, {len(images)} frames")
+
+    def _draw_events(self, axis: Any, frame: _Drawn) -> None:
+        axis.clear()
+        axis.imshow(frame.events, interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_color("#BBBBBB")
+        axis.set_title(f"{frame.end:.3f} s", fontsize=9, color=QUIET, loc="left")
+        for x, name, colour in (0.0, "ON", _ON), (0.2, "OFF", _OFF):
+            place = {"transform": axis.transAxes, "va": "top", "fontsize": 9}
+            axis.text(x, -0.02, name, color=np.divide(colour, 255), **place)
+
+    def _draw_probabilities(self, axis: Any, number: int) -> None:
+        """Draw the last of the first frames: the classes' lines, which restart with the network."""
+        axis.clear()
+        begin = max(0, number - _SHOWN)
+        shown = self._frames[begin : begin + _SHOWN]
+        starts = [i for i, frame in enumerate(shown) if i == 0 or frame.is_first]
+        for start, end in pairwise([*(i for i in starts if i < number - begin), number - begin]):
+            ends = [frame.end for frame in shown[start:end]]
+            values = 100 * np.stack([frame.probabilities for frame in shown[start:end]])
+            best = int(values[-1].argmax())
+            name, colour = self._classes[best], SERIES[best % len(SERIES)]
+            for k in np.flatnonzero(values.max(0) >= _PERCENT):
+                axis.plot(ends, values[:, k], color="#BBBBBB", linewidth=0.8)
+            axis.plot(ends, values[:, best], "o-", color=colour, linewidth=1.8, markersize=2)
+            axis.text(ends[0], values[:, best].max() + 3, name, fontsize=8, color=colour)
+        title = {"color": colour, "fontsize": 12, "fontweight": "bold", "loc": "left"}
+        axis.set_title(f"{name}  {values[-1, best]:.0f} %", **title)
+        axis.set_xlim(self._frames[begin - 1].end if begin else 0, shown[-1].end)
+        axis.set_ylim(0, 112)
+        axis.set_yticks([0, 50, 100], ["0", "50", "100 %"])
+        axis.set_xlabel("s", fontsize=8, labelpad=1)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+def _coloured(frame: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Return the image (h, w, 3) of a frame, darker where there are more events."""
+    height, width = frame.shape[1:]
+    step = -(-max(height, width) // _SIDE)
+    rows, columns = np.arange(0, height, step), np.arange(0, width, step)
+    counts = np.add.reduceat(np.add.reduceat(frame.astype(np.float64), rows, 1), columns, 2)
+    total = counts.sum(0)
+    usual = np.percentile(total[total > 0], 90) if total.any() else 1.0
+    strength = np.where(total > 0, 0.3 + 0.7 * np.minimum(total / usual, 1), 0)[..., None]
+    colour = np.where((counts[1] >= counts[0])[..., None], _ON, _OFF)
+    image: npt.NDArray[np.uint8] = (255 - strength * (255 - colour)).astype(np.uint8)
+    return image
