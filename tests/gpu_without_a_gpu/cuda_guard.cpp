@@ -2,12 +2,23 @@
 //
 // Two registries are filled in: the device guard, which autograd asks for streams and events, and the
 // hooks by which torch asks what the build can do. The device has cuDNN, so that convolutions choose
-// the memory formats that they would choose there. Nothing here computes. torch may be built with CUDA
-// or without; what it brings of its own gives way.
+// the memory formats that they would choose there. Nothing here computes; of streams there is the number
+// of each thread's current one, and Python is told of the events. torch may be built with CUDA or
+// without; what it brings of its own gives way.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
+#include <atomic>
+#include <cstdint>
+#include <utility>
+
 namespace {
+
+thread_local c10::StreamId current = 0;
+// Takes whether a stream waits for an event, or else records it; the event's number; the stream's.
+using Told = void (*)(bool waits, std::int64_t event, std::int64_t stream);
+Told told = nullptr;
+std::atomic<std::intptr_t> events{0};
 
 using c10::Device;
 using c10::DeviceIndex;
@@ -16,19 +27,26 @@ using c10::Stream;
 
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   static Device device() { return {DeviceType::CUDA, 0}; }
-  static Stream stream() { return Stream(Stream::DEFAULT, device()); }
+  static Stream stream(c10::StreamId id) { return Stream(Stream::UNSAFE, device(), id); }
 
   Device getDevice() const override { return device(); }
   Device exchangeDevice(Device) const override { return device(); }
-  Stream getStream(Device) const noexcept override { return stream(); }
-  Stream getNewStream(Device, int) const override { return stream(); }
-  Stream getDefaultStream(Device) const override { return stream(); }
-  Stream getStreamFromGlobalPool(Device, bool) const override { return stream(); }
-  Stream exchangeStream(Stream) const noexcept override { return stream(); }
+  Stream getStream(Device) const noexcept override { return stream(current); }
+  Stream getNewStream(Device, int) const override { return stream(current); }
+  Stream getDefaultStream(Device) const override { return stream(0); }
+  Stream getStreamFromGlobalPool(Device, bool) const override { return stream(current); }
+  Stream exchangeStream(Stream next) const noexcept override {
+    return stream(std::exchange(current, next.id()));
+  }
   bool queryStream(const Stream&) const override { return true; }
   void synchronizeStream(const Stream&) const override {}
-  void record(void**, const Stream&, const DeviceIndex, const c10::EventFlag) const override {}
-  void block(void*, const Stream&) const override {}
+  void record(void** event, const Stream& at, const DeviceIndex, const c10::EventFlag) const override {
+    if (*event == nullptr) *event = reinterpret_cast<void*>(++events);
+    told(false, reinterpret_cast<std::intptr_t>(*event), at.id());
+  }
+  void block(void* event, const Stream& waiting) const override {
+    told(true, reinterpret_cast<std::intptr_t>(event), waiting.id());
+  }
   bool queryEvent(void*) const override { return true; }
   void synchronizeEvent(void*) const override {}
   void destroyEvent(void*, const DeviceIndex) const noexcept override {}
@@ -63,6 +81,10 @@ C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PRE
 }
 
 // To be called when torch has been loaded, since of two guards the later one stays.
-extern "C" void pretend() {
+extern "C" void pretend(Told on_event) {
+  told = on_event;
   c10::impl::registerDeviceGuard(DeviceType::CUDA, new Guard());
 }
+
+extern "C" std::int64_t current_stream() { return current; }
+extern "C" void set_stream(std::int64_t id) { current = id; }

@@ -2,21 +2,27 @@
 
 `install` answers, in Python, what torch and DeepSpeed ask of a device. Tensors on it are fake:
 they have a shape, a type and strides, but no numbers. `Recorder` takes down what is done to them:
-which kernels would be launched, what would have the host wait for the device, and whether a CUDA
-graph would do the same at every replay.
+which kernels would be launched, what would have the host wait for the device, whether a CUDA graph
+would do the same at every replay, and, with an `Order`, what streams use without waiting.
 """
 
 import contextlib
+import ctypes
+import functools
 import importlib.util
 import inspect
+import itertools
 import os
 import traceback
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from happens_before import HOST, Graph, Order
 from launches import is_refused_if_deterministic, num_launches
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -96,38 +102,78 @@ def within(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+# cuda_guard.cpp's library, which has the current stream of each thread.
+_library: Any = None
+_NEW = itertools.count(1)  # numbers of streams, and of Python's events
+# The stream on which a process group computes sums.
+NETWORK = -1
+# Its events are numbered upwards.
+_PYTHONS_EVENT = -1
+
+
+def current_stream() -> int:
+    return int(_library.current_stream())
+
+
+def order() -> Order | None:
+    return None if _active is None else _active.order
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_bool, ctypes.c_int64, ctypes.c_int64)
+def _on_event(waits: bool, event: int, stream: int) -> None:
+    """What autograd records and waits for, and Python's events do."""
+    if (known := order()) is not None:
+        known.block(event, stream, _place()) if waits else known.record(event, stream)
+
+
 class _Stream:
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.device, self.device_index, self.cuda_stream = DEVICE, 0, 0
+    def __init__(self, *_: Any, number: int | None = None, **__: Any) -> None:
+        self.device, self.device_index = DEVICE, 0
+        self.number = self.cuda_stream = next(_NEW) if number is None else number
 
     def synchronize(self) -> None:
         waited("Stream.synchronize()")
+        if (known := order()) is not None:
+            known.wait(known.reached(self.number))
 
     def query(self) -> bool:
         return True
 
-    def wait_stream(self, _other: Any) -> None: ...
+    def wait_stream(self, other: "_Stream") -> None:
+        self.wait_event(other.record_event())
 
-    def wait_event(self, _event: Any) -> None: ...
+    def wait_event(self, event: "_Event") -> None:
+        _on_event(True, event.number, self.number)
 
-    def record_event(self, event: Any = None) -> Any:
-        return event or _Event()
+    def record_event(self, event: "_Event | None" = None) -> "_Event":
+        event = event or _Event()
+        event.record(self)
+        return event
 
-    def __enter__(self) -> "_Stream":
-        return self
 
-    def __exit__(self, *_: object) -> None: ...
+@contextlib.contextmanager
+def stream(number: int = 0) -> Iterator[None]:
+    """A context with another current stream."""
+    before = current_stream()
+    _library.set_stream(number)
+    try:
+        yield
+    finally:
+        _library.set_stream(before)
 
 
 class _Event:
     _total = 0  # of kernels before it
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.number = _PYTHONS_EVENT * next(_NEW)
 
-    def record(self, *_: Any) -> None:
+    def record(self, stream: _Stream | None = None) -> None:
         self._total = 0 if _active is None else _active.total
+        _on_event(False, self.number, current_stream() if stream is None else stream.number)
 
-    def wait(self, *_: Any) -> None: ...
+    def wait(self, stream: _Stream | None = None) -> None:
+        _on_event(True, self.number, current_stream() if stream is None else stream.number)
 
     def query(self) -> bool:
         return True
@@ -136,24 +182,67 @@ class _Event:
         # The device does not run out of work while the host waits for what is long before.
         if _active is None or _active.total - self._total < MUCH_WORK:
             waited("Event.synchronize()")
+        if (known := order()) is not None:
+            known.wait_for_event(self.number)
 
     def elapsed_time(self, _end: Any) -> float:
         waited("Event.elapsed_time()")
         return 1.0
 
 
+def _record_stream(tensor: Tensor, stream: _Stream) -> None:
+    if (known := order()) is not None:
+        known.memory(tensor).recorded.add(stream.number)
+
+
+class _Work:
+    """A sum over all processes, which a stream of the process group computes."""
+
+    def __init__(self, known: Order, tensor: Tensor) -> None:
+        self._known, self._tensor = known, tensor  # held, as NCCL does
+        known.wait(known.reached(), NETWORK)
+        known.use(f"all_reduce at {_place()}", [], [tensor], on=NETWORK)
+        self._done = known.reached(NETWORK)
+
+    def wait(self) -> None:
+        self._known.wait(self._done, current_stream())
+
+
+def _all_reduce(all_reduce: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(tensor: Tensor, *arguments: Any, async_op: bool = False, **options: Any) -> Any:
+        work = all_reduce(tensor, *arguments, async_op=async_op, **options)
+        if (known := order()) is not None and tensor.device.type == "cuda":
+            work = _Work(known, tensor)
+            if not async_op:
+                work.wait()
+        return work
+
+    return wrapped
+
+
 class _Graph:
     """A CUDA graph, whose replay is one launch."""
 
+    captured: Graph | None = None
+
     def replay(self) -> None:
         launched("cuda.graph")
+        if (known := order()) is not None and self.captured is not None:
+            known.replay(self.captured)
 
 
 @contextlib.contextmanager
 def _graph(*arguments: Any, **options: Any) -> Iterator[None]:
     """What `torch.cuda.graph` does but once, before it captures: to wait, is not taken down."""
-    inspect.signature(torchs_graphs.graph).bind(*arguments, **options)
-    with capturing():
+    graph, its_stream = (
+        inspect.signature(torchs_graphs.graph).bind(*arguments, **options).arguments[name]
+        for name in ("cuda_graph", "stream")
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stream(its_stream.number))
+        stack.enter_context(capturing())
+        if (known := order()) is not None:
+            graph.captured = stack.enter_context(known.capturing(its_stream.number))
         yield
 
 
@@ -168,6 +257,7 @@ def compared(
     """A capture at whose replays the function runs once more, to be compared with what was
     captured."""
 
+    @functools.wraps(capture)
     def wrapped(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         result, replay = capture(function)
 
@@ -181,8 +271,17 @@ def compared(
     return wrapped
 
 
-def install() -> None:
-    """Answer for the device, for as long as this process lives."""
+def install(library: Any) -> None:
+    """Answer for the device, for as long as this process lives.
+
+    Args:
+        library: That of cuda_guard.cpp.
+    """
+    global _library
+    _library = library
+    library.current_stream.restype = ctypes.c_int64
+    library.set_stream.argtypes = (ctypes.c_int64,)
+    library.pretend(_on_event)
     answers: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -195,12 +294,14 @@ def install() -> None:
         "get_device_properties": lambda *_: Properties,
         "get_device_capability": lambda *_: (Properties.major, Properties.minor),
         "is_bf16_supported": lambda *_, **__: True,
-        "synchronize": lambda *_: waited("torch.cuda.synchronize()"),
+        "synchronize": _synchronize,
         "empty_cache": lambda: waited("torch.cuda.empty_cache()"),
         "Stream": _Stream,
         "Event": _Event,
-        "stream": lambda stream: stream or contextlib.nullcontext(),
-        "set_stream": lambda _stream: None,
+        "stream": lambda one: stream(current_stream() if one is None else one.number),
+        "set_stream": lambda stream: library.set_stream(stream.number),
+        "cudart": lambda: _Runtime,
+        "check_error": lambda _status: None,
         "manual_seed": seeded,
         "manual_seed_all": seeded,
         "get_rng_state": lambda *_: None,
@@ -208,8 +309,8 @@ def install() -> None:
         "CUDAGraph": _Graph,
         "graph": _graph,
     }
-    for name in ("current_stream", "default_stream"):
-        answers[name] = lambda *_: _Stream()
+    answers["current_stream"] = lambda *_: _Stream(number=current_stream())
+    answers["default_stream"] = lambda *_: _Stream(number=0)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
         answers[name] = lambda *_: 0
     for name in ("max_memory_reserved", "reset_peak_memory_stats"):
@@ -217,9 +318,27 @@ def install() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     torch.Tensor.pin_memory = _pinned  # type: ignore[method-assign]  # on purpose
+    torch.Tensor.record_stream = _record_stream  # type: ignore[method-assign]  # on purpose
+    dist.all_reduce = _all_reduce(dist.all_reduce)
     FakeTensor.tolist = _fetched  # type: ignore[method-assign]  # on purpose
     torch.nn.Module._apply = _apply  # type: ignore[method-assign]  # on purpose
     _count_triton_kernels()
+
+
+def _synchronize(*_: Any) -> None:
+    waited("torch.cuda.synchronize()")
+    if (known := order()) is not None:
+        known.wait_for_all()
+
+
+# Memory of the host that was pinned after it had been allocated: first and last byte.
+_registered: set[tuple[int, int]] = set()
+_Runtime = types.SimpleNamespace(
+    cudaHostRegister=lambda first, size, _: _registered.add((first, first + size)) or 0,
+    cudaHostUnregister=lambda first: (
+        _registered.difference_update([one for one in _registered if one[0] == first]) or 0
+    ),
+)
 
 
 def _apply(
@@ -255,6 +374,9 @@ def _fetched(tensor: Tensor) -> Any:
     """Numbers of a tensor, all zeros: of one on the device the host waits for them, once."""
     if tensor.device.type == "cuda":
         waited("numbers fetched")
+        if (known := order()) is not None:
+            known.use(f"tolist at {_place()}", [tensor], [], on=current_stream())
+            known.wait(known.reached())
     numbers: Any = 0.0 if tensor.is_floating_point() else 0
     for size in reversed(tensor.shape):
         numbers = [numbers] * size
@@ -277,6 +399,9 @@ def _count_triton_kernels() -> None:
         assert devices <= {"cuda"}, f"the Triton kernel {name} is given tensors on {devices}"
         options["grid"] = repr(options.get("grid"))
         launched(f"triton.{name}", (arguments, options))
+        if (known := order()) is not None:
+            tensors = [x for x in arguments if isinstance(x, Tensor)]
+            known.use(f"{name} at {_place()}", [], tensors, on=current_stream())
 
     JITFunction.run = run
     Autotuner.run = run
@@ -294,10 +419,12 @@ class Recorder(TorchDispatchMode):
             of convolutions that are not channels_last.
         captures: What was launched in each capture of a CUDA graph, one after another.
         ungraphed: What a capture refuses, or does not do again at a replay.
+        order: Where uses of memory are taken down, if they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, order: Order | None = None) -> None:
         super().__init__()
+        self.order = order
         self.phase, self.total = "input", 0
         self.launches: Counter[tuple[str, str]] = Counter()
         self.waits: list[tuple[str, str]] = []
@@ -321,7 +448,9 @@ class Recorder(TorchDispatchMode):
         super().__exit__(*error)
 
     def wait(self, what: str) -> None:
-        self.waits.append((self.phase, what))
+        # A thread that brings batches may wait: others train meanwhile.
+        if self.order is None or self.order.host == HOST:
+            self.waits.append((self.phase, what))
 
     def waits_of(self, *phases: str) -> list[str]:
         """What the host would wait for in the given phases."""
@@ -369,17 +498,20 @@ class Recorder(TorchDispatchMode):
         pins = bool(options.pop("pin_memory", None))
         name = str(function)
         tensors = [x for x in tree_leaves((arguments, options)) if isinstance(x, Tensor)]
+        self._note_allocated(tensors)
         if name.startswith("aten._fused_"):
             # Fake tensors have no such kernels; they write into tensors and return nothing.
             self._check_layouts(name, arguments)
             self.note_captured(name, (arguments, options), None)
             self.count(name, num_launches(function, arguments, None))
+            self._note_uses(function, arguments, options, [])
             return None
         if name == "aten._local_scalar_dense.default" and tensors[0].device.type == "cpu":
             # One that came from the device is 0; others, of steps, divide.
             return 0.0 if tensors[0].untyped_storage()._cdata in self._pinned else 1.0
         if name == "aten._local_scalar_dense.default":
             self.wait(f"a number fetched at {(place := _place())}")
+            self._note_uses(function, arguments, options, [], waits=True)
             if tensors[0].dtype == torch.bool:
                 # DeepSpeed asks whether something is wrong, and tetdist whether all is well.
                 return not place.startswith("deepspeed/")
@@ -388,7 +520,7 @@ class Recorder(TorchDispatchMode):
             self.wait(f"bincount, which looks for the largest number, at {_place()}")
             least = arguments[2] if len(arguments) > 2 else options.get("minlength", 0)
             return torch.empty(least, dtype=torch.int64, device=DEVICE)
-        self._look_for_waits(name, arguments, options, tensors)
+        waits = self._look_for_waits(name, arguments, options, tensors)
         if name == "aten.convolution.default":
             self._check_weight(*arguments[:2])
         result = function(*arguments, **options)
@@ -396,6 +528,9 @@ class Recorder(TorchDispatchMode):
             self.note_pinned(result)
             self.refuse_in_graph("pinned memory")
         results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self._note_allocated(results)
+        if num_launches(function, arguments, result):
+            self._note_uses(function, arguments, options, results, waits=waits)
         self.note_captured(name, (arguments, options), results)
         if any(x.device.type == "cpu" for x in results):
             self.refuse_in_graph(f"{name}, computed on the host,")
@@ -405,9 +540,38 @@ class Recorder(TorchDispatchMode):
                 self.refused.append(f"{name} at {_place()}")
         return result
 
+    def _note_allocated(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors if self.order is not None else []:
+            self.order.memory(tensor)
+
+    def _note_uses(
+        self,
+        function: Any,
+        arguments: tuple[Any, ...],
+        options: dict[str, Any],
+        results: list[Tensor],
+        *,
+        waits: bool = False,
+    ) -> None:
+        """Take down which tensors an operation reads and writes, where, and if the host waits."""
+        if self.order is None:
+            return
+        uses: dict[bool, list[Tensor]] = {False: [], True: list(results)}
+        for number, parameter in enumerate(function._schema.arguments):
+            given = arguments[number] if number < len(arguments) else options.get(parameter.name)
+            alias = parameter.alias_info
+            writes = alias is not None and alias.is_write
+            uses[writes] += [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+        on_device = any(x.device.type == "cuda" for both in uses.values() for x in both)
+        what = f"{str(function).rpartition('.')[0]} at {_place()}"
+        actor = current_stream() if on_device else self.order.host
+        self.order.use(what, uses[False], uses[True], on=actor)
+        if waits:
+            self.order.wait(self.order.reached())
+
     def _look_for_waits(
         self, name: str, arguments: tuple[Any, ...], options: dict[str, Any], tensors: list[Tensor]
-    ) -> None:
+    ) -> bool:
         """Find copies between host and device for which the host would wait."""
         if name == "aten._to_copy.default":
             source, target = arguments[0], options.get("device") or arguments[0].device
@@ -420,22 +584,31 @@ class Recorder(TorchDispatchMode):
             devices = {x.device.type for x in tensors}
             if len(devices) > 1:
                 self.wait(f"a copy of a number of the host at {_place()}")
-            return
+            return False
         else:
-            return
+            return False
         source_type, target_type = source.device.type, torch.device(target).type
         if (source_type, target_type) == ("cpu", "cuda"):
-            pinned = source.untyped_storage()._cdata in self._pinned
+            pinned = self._is_pinned(source)
             self.refuse_in_graph("a copy to the device")
             if not (pinned and free):
                 kind = "a blocking" if pinned else "a pageable"
                 self.wait(f"{kind} copy {_described(source)} to the device at {_place()}")
+                return True
         elif (source_type, target_type) == ("cuda", "cpu"):
-            into_pinned = name.startswith("aten.copy_") and (
-                arguments[0].untyped_storage()._cdata in self._pinned
-            )
+            into_pinned = name.startswith("aten.copy_") and self._is_pinned(arguments[0])
             if not (into_pinned and free):
                 self.wait(f"a copy {_described(source)} to the host at {_place()}")
+                return True
+        return False
+
+    def _is_pinned(self, x: Tensor) -> bool:
+        if x.untyped_storage()._cdata in self._pinned:
+            return True
+        # Only tensors with numbers have an address.
+        return not isinstance(x, FakeTensor) and any(
+            first <= x.data_ptr() < end for first, end in _registered
+        )
 
     def _check_weight(self, x: Tensor, weight: Tensor) -> None:
         """See that cuDNN need not change the layout of a convolution's weight at every call."""

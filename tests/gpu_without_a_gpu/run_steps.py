@@ -6,16 +6,20 @@ leaves on standard output; one without any fields asks for what is found of `MIS
 of cuda_guard.cpp has to be preloaded.
 """
 
+import contextlib
 import ctypes
 import gc
+import inspect
 import itertools
 import json
 import os
 import sys
 import types
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 os.environ |= {"DS_ACCELERATOR": "cuda", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "8"}
 
@@ -25,12 +29,16 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from faults import faulty
+from happens_before import Order
 from pretended import DEVICE, Recorder
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 
 WORLD_SIZE = 8
+DALI = -2  # its stream
 # The phases by which launches and waits are grouped.
 STEP = ("input", "forward", "teacher", "loss", "backward", "update", "statistics")
 EVALUATION, ASIDE = "evaluation", "shown besides"
@@ -49,6 +57,9 @@ class Case:
         learns: Whether it learns from a teacher, which has no weights.
         evaluates: Whether a batch is evaluated, too, and the membranes are looked at.
         mistake: One of `TRAINING_MISTAKES`, which is made.
+        feeds: Whether batches come from ``data.root``, as they come to a GPU, and the order of all
+            work is checked.
+        fault: Arguments of `faults.faulty`.
     """
 
     model: str
@@ -59,6 +70,8 @@ class Case:
     learns: bool = False
     evaluates: bool = False
     mistake: str | None = None
+    feeds: bool = False
+    fault: list[str] | None = None
 
 
 MISTAKES: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -154,8 +167,7 @@ def make_mistakes() -> dict[str, Any]:
 
 
 def main() -> None:
-    ctypes.CDLL(os.environ["LD_PRELOAD"]).pretend()
-    pretended.install()
+    pretended.install(ctypes.CDLL(os.environ["LD_PRELOAD"]))
     from tetdist.nn import batch_norm
     from tetdist.nn.fast import dispatch
     from tetdist.training import graphs
@@ -183,19 +195,22 @@ class _FakeTensors(FakeTensorMode):
 
     avoid_device_init = True
 
-    def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=False)
+    def __init__(self, *, allow_non_fake_inputs: bool = False) -> None:
+        super().__init__(allow_non_fake_inputs=allow_non_fake_inputs)
 
 
 def answer(case: Case) -> dict[str, Any]:
     # DeepSpeed's optimisers of the case before wait for the device when they are let go of.
     gc.collect()
-    recorder = Recorder()
+    recorder = Recorder(Order(pretended.current_stream) if case.feeds else None)
     error = None
     torch.set_grad_enabled(True)
     try:
-        with _FakeTensors():
-            run(case, _world(), recorder)
+        with (
+            _FakeTensors(allow_non_fake_inputs=case.feeds),
+            faulty(*case.fault) if case.fault else contextlib.nullcontext(),
+        ):
+            run_in_order(case, _world(), recorder) if case.feeds else run(case, _world(), recorder)
     except Exception as raised:
         error = pretended.failure(raised)
     finally:
@@ -215,6 +230,7 @@ def report(recorder: Recorder, error: str | None) -> dict[str, Any]:
         "layouts": recorder.layouts,
         "captures": len(recorder.captures),
         "ungraphed": recorder.ungraphed,
+        "unordered": recorder.order.faults if recorder.order else [],
         "launches": launches,
     }
 
@@ -264,10 +280,161 @@ def run(case: Case, world: Any, recorder: Recorder) -> None:
         trainer._leave()
 
 
+def run_in_order(case: Case, world: Any, recorder: Recorder) -> None:
+    """Train with batches that come as they come to a GPU: from a process, by a thread's stream."""
+    from tetdist.config import loading
+    from tetdist.data import loader, pixels, transfer
+    from tetdist.data.own_process import LoaderProcess as Source
+    from tetdist.training import graphs
+
+    pixels._scale.cache_clear()  # tensors of another case
+    config = loading.load(case.base, case.overrides)
+    # In its own process, DALI decodes on the CPU as ever.
+    dali = types.SimpleNamespace(Pipeline=_Pipeline)
+    with (
+        recorder,
+        mock.patch.object(transfer, "ThreadPoolExecutor", Turns),
+        mock.patch.object(Source, "__next__", _of_a_process(Source.__next__)),
+        mock.patch.object(loader, "import_dali", return_value=dali),
+        mock.patch.object(loader, "image_graph", lambda _, source, __, out: (source, out.size)),
+        mock.patch.object(torch, "from_dlpack", _decoded),
+        mock.patch.object(graphs, "capture", inspect.unwrap(graphs.capture)),
+        mock.patch.object(graphs.Graphed, "__call__", _read_by_a_graph(graphs.Graphed.__call__)),
+    ):
+        trainer = make_trainer(case, config, world)
+        trainer._enter(trainer.prepared.phases[0])
+        try:
+            trainer.model.train()
+            recorder.waits.clear()
+            for _ in range(case.steps):
+                trainer._train_step()
+            waits = list(recorder.waits)
+        finally:
+            trainer._leave()
+        recorder.order.find_freed()
+        recorder.waits = waits
+
+
+class Turns:
+    """Threads in turn: each task is done at once, on the default stream, after what the thread that
+    submits it has done, and before what comes after its result."""
+
+    def __init__(
+        self,
+        _workers: int,
+        thread_name_prefix: str,
+        initializer: Callable[[], None] | None = None,
+    ) -> None:
+        self._name = thread_name_prefix
+        if initializer is not None:
+            self.submit(initializer)
+
+    def submit(self, task: Callable[..., Any], *arguments: Any) -> "_Turn":
+        order, turn = pretended.order(), _Turn()
+        with order.acting(self._name, order.reached(order.host)), pretended.stream():
+            try:
+                turn.set_result(task(*arguments))
+            except Exception as error:
+                turn.set_exception(error)
+            turn.clock = order.reached(self._name)
+        return turn
+
+    def shutdown(self, **_: Any) -> None:
+        order = pretended.order()
+        order.wait(order.reached(self._name))
+
+
+class _Turn(Future[Any]):
+    clock: dict[Any, int]
+
+    def result(self, timeout: float | None = None) -> Any:
+        pretended.order().wait(self.clock)
+        return super().result(timeout)
+
+
+class _Channel:
+    """The channel to the process that loads data, which writes to memory that is given back, some
+    time before a batch comes from there."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader, self._channel = loader, loader._channel
+
+    def send(self, slot: int) -> None:
+        order, writer = pretended.order(), f"writer of slot {slot}"
+        order.wait(order.reached(order.host), writer)
+        order.use("the next batch", [], [self._loader._memory[slot]], on=writer)
+        self._channel.send(slot)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
+
+
+def _of_a_process(next_batch: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`LoaderProcess.__next__`, whose batches have numbers."""
+
+    def wrapped(loader: Any) -> Any:
+        order = pretended.order()
+        with _disable_current_modes():
+            if not isinstance(loader._channel, _Channel):
+                loader._channel = _Channel(loader)
+            batch = next_batch(loader)
+        order.wait(order.reached(f"writer of slot {loader._used}"))
+        return batch
+
+    return wrapped
+
+
+class _Pipeline:
+    """DALI's, which decodes on a stream of its own."""
+
+    def __init__(self, **_: Any) -> None: ...
+
+    def __enter__(self) -> "_Pipeline":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def build(self) -> None: ...
+
+    def set_outputs(self, graph: tuple[Callable[[], Any], int]) -> None:
+        self._source, self._size = graph
+
+    def run(self) -> tuple[Any]:
+        files, *_ = self._source()
+        shape = (len(files), self._size, self._size, 3)
+        return (types.SimpleNamespace(as_tensor=lambda: shape),)
+
+
+def _decoded(shape: tuple[int, ...]) -> Tensor:
+    """`torch.from_dlpack`, by which the current stream waits for DALI's."""
+    order = pretended.order()
+    with pretended.stream(DALI):
+        images = torch.empty(shape, dtype=torch.uint8, device=DEVICE)
+        order.use("DALI", [], [images], on=DALI)
+    order.wait(order.reached(DALI), pretended.current_stream())
+    return images
+
+
+def _read_by_a_graph(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`Graphed.__call__`, which has to read what it is given, at a replay as at the capture."""
+
+    def wrapped(graphed: Any, *given: Tensor) -> Tensor:
+        order = pretended.order()
+        before = order.number
+        result = call(graphed, *given)
+        for number, tensor in enumerate(given):
+            if not order.is_read(tensor, before):
+                order.faults.append(f"input {number} of the graph is not read")
+        return result
+
+    return wrapped
+
+
 def make_trainer(case: Case, config: Any, world: Any) -> Any:
     """A trainer whose data are made up and whose run folder is not there; the rest is its own."""
+    from tetdist import order
     from tetdist.nn.norm_neuron import changing_neurons
-    from tetdist.training import prepared
+    from tetdist.training import prepared, setup
     from tetdist.training.ema import WeightAverage
     from tetdist.training.feed import Feed
     from tetdist.training.observers import Observers
@@ -277,10 +444,12 @@ def make_trainer(case: Case, config: Any, world: Any) -> Any:
     size = config.model.arguments.get("input_size", 48)
     classes = [str(k) for k in range(config.model.num_classes or 1000)]
     index = _Index(classes=classes, heights=[size])
-    prepared.open_data = lambda *_: (index, index)
-    prepared.order = types.SimpleNamespace(
-        steps_per_epoch=lambda *_: 10, rank_micro_batches=lambda *_: range(case.micro_batches)
-    )
+    prepared.open_data, prepared.order = setup.open_data, order
+    if not case.feeds:
+        prepared.open_data = lambda *_: (index, index)
+        prepared.order = types.SimpleNamespace(
+            steps_per_epoch=lambda *_: 10, rank_micro_batches=lambda *_: range(case.micro_batches)
+        )
 
     class OnPaper(Trainer):
         def __init__(self) -> None:
@@ -294,10 +463,11 @@ def make_trainer(case: Case, config: Any, world: Any) -> Any:
             self.optimizer_state = self.loss_scale_state = None
             self.teacher = _teacher(config, index) if case.learns else None
             self.tracker = self.phase = None
-            self.observers = Observers()
+            self.observers, self.step = Observers(), 0
             self.record = lambda _step, _batch: None
             self.feed = Feed(self.prepared, self._on_batch)
-            self.feed._open_loader = lambda _step: _Batches(config, self.model)
+            if not case.feeds:
+                self.feed._open_loader = lambda _step: _Batches(config, self.model)
 
     return OnPaper()
 

@@ -7,13 +7,12 @@ the device, and kernels that are launched without need; they are blind to number
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import timm
 import torch
-import worker
 from launches import num_launches
 from worker import Answer, Worker, launches
 
@@ -57,12 +56,6 @@ OBJECTIVES = {
     "full-range": ("self_target=correct_mean",),
     "SeAl": ("teacher_alignment=error_aware", "self_target=similarity"),
 }
-
-
-@pytest.fixture(scope="session")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    with worker.started(tmp_path_factory.mktemp("steps")) as started:
-        yield started
 
 
 @pytest.fixture(scope="session")

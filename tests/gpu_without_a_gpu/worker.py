@@ -5,7 +5,7 @@ import json
 import os
 import selectors
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,11 @@ class Worker:
         changes = [f"{key}={value}" for key, value in dict(pairs).items()]
         return self._answer({"model": model, "base": base, "overrides": changes, **about})
 
+    def order(self, config: Path, *overrides: str, fault: Sequence[str] | None = None) -> Answer:
+        """Train two steps with the data of a configuration, and check the order of all work."""
+        asked = {"model": "", "base": str(config), "overrides": list(overrides)}
+        return self._answer(asked | {"feeds": True, "fault": fault, "steps": 2})
+
     def mistakes(self) -> dict[str, Answer]:
         """What is found of mistakes that are made on purpose, by their names."""
         return self._answer({})
@@ -97,7 +102,7 @@ def started(folder: Path) -> Iterator[Worker]:
     log = folder / "log"
     extra = {
         "LD_PRELOAD": str(_guard(folder)),
-        "PYTHONPATH": os.pathsep.join([str(tiny.PROJECT), str(HERE)]),
+        "PYTHONPATH": os.pathsep.join(map(str, (tiny.PROJECT, HERE, HERE.parent))),
         "CUDA_VISIBLE_DEVICES": "",
     }
     with (

@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ from torch import nn
 from tetdist.distributed import overlap
 from tetdist.distributed.world import join
 
+HERE = Path(__file__).parent
 CODE = """
     import dataclasses, json, sys
     import torch, timm
     import torch.distributed as dist
     import tetdist.models
+    sys.path.append(sys.argv.pop())
+    from faults import faulty
     from tetdist.config import loading
     from tetdist.distributed import overlap
     from tetdist.distributed.world import join
@@ -26,15 +30,28 @@ CODE = """
     from tetdist.training.engines.base import GradientMean
 
     overlap.BUCKET_BYTES = 2000
+    VALUES, FAULTS = map(json.loads, sys.argv[1:])
 
-    def averaged(world, recompute, overlapped, unused=False):
-        values = json.loads(sys.argv[1]) | {"recompute": recompute}
-        config = loading.parse(values, "x")
+    def made(recompute):
         torch.manual_seed(0)
         model = timm.create_model("sew_resnet18", num_classes=4, timesteps=2)
         model.set_grad_checkpointing(recompute != "none")
         if recompute not in ("none", "blocks"):
             model.set_segment(1)
+        return model
+
+    def loss_of(model, step, k, rank):
+        generator = torch.Generator().manual_seed(10 * step + 4 * k + rank)
+        images = torch.rand(2, 3, 33, 33, generator=generator)
+        logits = model(images, per_timestep=True)
+        return tet_loss(logits, torch.tensor([0, 1]), lambda_=0.001)
+
+    def gradients(model):
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    def averaged(world, recompute, overlapped, unused=False, steps=2):
+        config = loading.parse(VALUES | {"recompute": recompute}, "x")
+        model = made(recompute)
         if unused:
             model.fc.bias.requires_grad_(True)
             model.register_parameter("stray", torch.nn.Parameter(torch.ones(3)))
@@ -43,37 +60,71 @@ CODE = """
         if not overlapped:
             mean._overlaps = False
         early = []
-        for step in range(2 if recompute == "none" else 1):
+        for step in range(steps):
             optimizer.zero_grad()
             for k in range(2):
-                generator = torch.Generator().manual_seed(10 * step + 4 * k + world.rank)
-                images = torch.rand(2, 3, 33, 33, generator=generator)
-                logits = model(images, per_timestep=True)
-                loss = tet_loss(logits, torch.tensor([0, 1]), lambda_=0.001)
+                loss = loss_of(model, step, k, world.rank)
                 with mean.backward_pass():
                     loss.backward()
                 early.append(len(mean._overlapped._under_way))
             mean.average()
         mean.close()
-        return [p.grad for p in model.parameters() if p.grad is not None], early
+        return gradients(model), early
 
-    with join("cpu") as joined:
-        world = dataclasses.replace(joined, shared=None)
+    def by_hand(world_size):
+        sums = None
+        for rank in range(world_size):
+            model = made("none")
+            for k in range(2):
+                loss_of(model, 0, k, rank).backward()
+            mine = gradients(model)
+            sums = mine if sums is None else list(map(torch.add, sums, mine))
+        return [one / world_size for one in sums]
+
+    def compare_with_faults(world):
+        expected = by_hand(2)
+        def is_right(overlapped):
+            return all(map(torch.equal, expected, averaged(world, "none", overlapped, steps=1)[0]))
+        found = {"none": is_right(True), "after the backward pass": is_right(False)}
+        for name, fault in FAULTS.items():
+            with faulty(*fault):
+                found[name] = is_right(True)
+        print(json.dumps(found))
+
+    def compare_ways(world):
         for recompute in ("none", "blocks"):
-            after, at_the_end = averaged(world, recompute, False)
+            steps = 2 if recompute == "none" else 1
+            after, at_the_end = averaged(world, recompute, False, steps=steps)
             assert set(at_the_end) == {0}
-            during, early = averaged(world, recompute, True)
+            during, early = averaged(world, recompute, True, steps=steps)
             assert all(map(torch.equal, after, during)), recompute
             # None before a step's last micro-batch, and then all of them in the backward pass.
             assert early[::2] == [0] * (len(early) // 2), early
             assert min(early[1::2]) > 10, early
         # Over segments a gradient comes in parts.
-        assert set(averaged(world, {"timesteps": 1}, True)[1]) == {0}
+        assert set(averaged(world, {"timesteps": 1}, True, steps=1)[1]) == {0}
         after, _ = averaged(world, "none", False, unused=True)
         during, _ = averaged(world, "none", True, unused=True)
         assert all(map(torch.equal, after, during))
         print("all equal")
+
+    with join("cpu") as joined:
+        world = dataclasses.replace(joined, shared=None)
+        compare_with_faults(world) if FAULTS else compare_ways(world)
 """
+
+
+def compare(
+    farm: Farm, processes: int, folder: Path, faults: dict[str, tuple[str, str, str]]
+) -> Iterator[str]:
+    """Run CODE on several processes; what each prints."""
+    model = {"name": "sew_resnet18", "arguments": {}}
+    values = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d", "model": model})
+    arguments = map(json.dumps, (values, faults))
+    command = tiny.python("-c", textwrap.dedent(CODE), *arguments, HERE.parent)
+    for status, output in farm.side_by_side(processes, command, folder):
+        assert status == 0, output
+        yield output
 
 
 def test_gradients_behind_one_that_never_comes_are_averaged(
@@ -96,12 +147,35 @@ def test_gradients_behind_one_that_never_comes_are_averaged(
     ]
 
 
-# Of two processes' numbers a sum is the same in any order; of three it is not.
+OVERLAPPED = "tetdist.distributed.overlap:OverlappedMean"
+FAULTS = {
+    "averages are dropped": (
+        "tetdist.training.engines.base:GradientMean.average",
+        "self._overlapped.finish()",
+        "pass",
+    ),
+    "sums are dropped": (f"{OVERLAPPED}.finish", "torch._foreach_copy_(grads, parts)", "pass"),
+    "nothing is summed": (f"{OVERLAPPED}._begin", "dist.all_reduce(flat, async_op=True)", "None"),
+    "sums are not divided": (f"{OVERLAPPED}.finish", "flat.div_(self._world_size)", "pass"),
+    "earlier micro-batches are left out": (
+        f"{OVERLAPPED}._begin",
+        "join(bucket, self.earlier)",
+        "pass",
+    ),
+}
+
+
+def test_averages_are_the_sums_by_hand(farm: Farm, tmp_path: Path) -> None:
+    """With faults made in the code they are not. Of two numbers a sum is the same in any order."""
+    for output in compare(farm, 2, tmp_path, FAULTS):
+        found = json.loads(output.splitlines()[-1])
+        assert found == {"none": True, "after the backward pass": True} | dict.fromkeys(
+            FAULTS, False
+        )
+
+
+# Of three processes' numbers it is not.
 @pytest.mark.long
 def test_averages_of_a_backward_pass_are_those_after_it(farm: Farm, tmp_path: Path) -> None:
-    model = {"name": "sew_resnet18", "arguments": {}}
-    values = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d", "model": model})
-    command = tiny.python("-c", textwrap.dedent(CODE), json.dumps(values))
-    for status, output in farm.side_by_side(3, command, tmp_path):
-        assert status == 0, output
+    for output in compare(farm, 3, tmp_path, {}):
         assert "all equal" in output

@@ -1,6 +1,5 @@
 """Raw batches copied to the training device and finished there, ahead of the consumer."""
 
-import contextlib
 from collections import deque
 from concurrent.futures import Future
 
@@ -8,7 +7,7 @@ import torch
 
 from tetdist.data.loader import Batch, Batches
 from tetdist.data.pixels import finished
-from tetdist.data.transfer import on_device, taker
+from tetdist.data.transfer import completed_on, new_stream, on_device, taker
 
 # Batches copied ahead: while one is in use, the next is ready and another is being copied.
 _AHEAD = 2
@@ -28,7 +27,7 @@ class DeviceBatches(Batches):
             device: Device of the finished batches.
         """
         self._source, self._device = source, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = new_stream(device)
         self._ahead: deque[Future[Batch | None]] = deque()
         self._taker = taker(device, "tetdist-deliver")
 
@@ -51,14 +50,9 @@ class DeviceBatches(Batches):
         batch = next(self._source, None)
         if batch is None:
             return None
-        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            done = self._finished(batch)
-            if self._stream is not None:
-                # Sleep until the copy is done; the source may then overwrite its memory.
-                event = torch.cuda.Event(blocking=True)
-                event.record()
-                event.synchronize()
-        return done
+        # Once it is copied, the source may overwrite its memory.
+        with completed_on(self._stream):
+            return self._finished(batch)
 
     def _finished(self, batch: Batch) -> Batch:
         # A copy also on a CPU: the source is about to write the next batch there.

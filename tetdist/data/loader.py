@@ -24,7 +24,7 @@ from tetdist.data.dali import (
     import_dali,
 )
 from tetdist.data.pixels import Edits, Output, Rest, edited, finished
-from tetdist.data.transfer import taker
+from tetdist.data.transfer import completed_on, new_stream, taker
 from tetdist.data.transforms import Mix, Transform
 from tetdist.datasets.index import Index
 from tetdist.datasets.probe import probe_image, probe_range
@@ -131,6 +131,7 @@ class Loader(Batches):
         self._empty_batches = empty_batches
         self._output = output
         self._device = torch.device(f"cuda:{workers.device_id}" if on_gpu else "cpu")
+        self._edits = new_stream(self._device)
         self._in_work: deque[Inputs] = deque()
         self._pipeline: Any = dali.Pipeline(
             batch_size=max_batch,
@@ -185,13 +186,15 @@ class Loader(Batches):
             )
             raise
         inputs = self._in_work.popleft()
-        if inputs.edits is None:
-            images = torch.from_dlpack(output.as_tensor())
-            if self._workers.pinned:
-                images = images.pin_memory()
-        else:
-            assert self._output is not None
-            images = self._edited(output, inputs.edits, self._output)
+        # On a GPU, this stream waits for DALI's; the one that trains does not.
+        with completed_on(self._edits):
+            if inputs.edits is None:
+                images = torch.from_dlpack(output.as_tensor())
+                if self._workers.pinned:
+                    images = images.pin_memory()
+            else:
+                assert self._output is not None
+                images = self._edited(output, inputs.edits, self._output)
         batch = self._batch(images, inputs.ids)._replace(mix=inputs.mix, rest=inputs.rest)
         if not self._workers.raw:
             batch = batch._replace(images=finished(images, inputs.rest), rest=None)
@@ -205,8 +208,6 @@ class Loader(Batches):
             # DALI has resized and mirrored them.
             images = torch.from_dlpack(windows.as_tensor())
             operate(images, edits.operations, output)
-            # The batch's consumer uses another stream.
-            torch.cuda.current_stream(self._device).synchronize()
             return images
         shape = (len(edits.size), output.size, output.size, 3)
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._workers.pinned)

@@ -1,5 +1,7 @@
 """Asynchronous copies from the host to the computing device."""
 
+import contextlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -18,6 +20,22 @@ def on_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     if tensor.device.type == "cpu" and device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def new_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Make a stream beside the one that trains; None on a CPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def completed_on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Run the body's GPU work on a stream, and sleep until it is done."""
+    with torch.cuda.stream(stream):
+        yield
+        if stream is not None:
+            event = torch.cuda.Event(blocking=True)
+            event.record()
+            event.synchronize()
 
 
 def taker(device: torch.device, name: str) -> ThreadPoolExecutor:
