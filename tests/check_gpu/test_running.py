@@ -150,23 +150,38 @@ def test_a_check_that_hangs_ends_at_its_limit(
 
     report = run_checks({"fine": fine, "resume": hanging, "last": fine}, here, keep=keep)
     assert report.hangs
-    assert report.results[-1].worst.text.startswith("not finished after 0 s: it is at ")
-    assert report.conclusion().startswith("to fix: resume: run --only resume with NCCL_DEBUG=INFO")
+    assert report.results[-1].worst.text.startswith("stands still since 0 s at ")
+    assert report.conclusion().startswith("to fix: resume: check the GPUs with nvidia-smi")
     assert report.conclusion().endswith("; not reached: last")
     # What was found is kept after each check.
     assert kept == [["resume", "last"], ["last"]]
 
 
-def test_all_checks_together_have_a_limit(
-    here: Machine, hanging: Check, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("load", "because"), [(0.0, ""), (1e4, "this host is busy (load average 10000 on ")]
+)
+def test_a_check_that_moves_has_time_until_all_checks_have_to_end(
+    here: Machine, monkeypatch: pytest.MonkeyPatch, load: float, because: str
 ) -> None:
-    monkeypatch.setattr("tetdist.apps.check_gpu.run.BUDGET", 0.2)
-    report = run_checks({"fine": fine, "slow": hanging, "last": fine}, here)
-    assert report.status == 1
-    assert report.conclusion() == (
-        "to fix: slow: run the same command with --only slow, which then has more time; "
-        "not reached: last"
-    )
+    """As on a busy machine, where all is slow, and nothing hangs."""
+    ended = threading.Event()
+
+    def move(_: Machine) -> Finding:
+        while not ended.is_set():
+            ended.wait(0.07)
+            ended.wait(0.07)
+        return Finding("ok", "at last")
+
+    monkeypatch.setattr(Machine, "limit", 1.0)
+    monkeypatch.setattr(run, "BUDGET", 1.2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    report = run_checks({"slow": move, "last": fine}, here)
+    ended.set()
+    assert "the time for all checks: it is at" in report.results[0].worst.text
+    conclusion = report.conclusion()
+    assert conclusion.startswith(f"to fix: slow: {because}")
+    assert "run the same command with --only slow, which then has more time" in conclusion
+    assert conclusion.endswith("; not reached: last")
 
 
 def test_a_check_that_ends_while_it_is_looked_at_has_its_finding(
@@ -182,9 +197,11 @@ def test_the_process_that_is_elsewhere_is_to_blame(
     here: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of three that are late; the two at one place wait for the third."""
-    states = {f"links {rank}": {"busy": True, "where": "aba"[rank]} for rank in range(3)}
+    states = {
+        f"links {rank}": {"busy": True, "where": "aba"[rank], "still": 5.0} for rank in range(3)
+    }
     store: Any = types.SimpleNamespace(get=lambda key: json.dumps(states[key]))
-    monkeypatch.setattr(Machine, "limit", 0.0)
+    monkeypatch.setattr(Machine, "limit", 4.0)
     three = dataclasses.replace(here, world=dataclasses.replace(here.world, world_size=3))
     verdict = run._Round("links", fine, three, store, math.inf)._judge()
     assert verdict is not None

@@ -12,7 +12,7 @@ import os
 import socket
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,9 @@ from tetdist.apps.benchmarks.turns import TimedProcess, parent_options, ratio, s
 from tetdist.tables import aligned
 
 if TYPE_CHECKING:
+    from tetdist.config.schema import RunConfig
     from tetdist.distributed.world import World
+    from tetdist.training.step import Step
 
 # --- the processes ------------------------------------------------------------------------------
 
@@ -142,7 +144,7 @@ def work() -> None:
 
     with join(options.device) as world:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints
-            step, _ = training_step(
+            step = training_step(
                 world,
                 options.model,
                 size=options.size,
@@ -169,8 +171,8 @@ def training_step(
     accumulation: int = 1,
     timesteps: int = 4,
     **settings: Any,
-) -> tuple[Callable[[], Tensor], Callable[[], None]]:
-    """Make a training step on three batches in turn, again and again.
+) -> "MadeUp":
+    """Make the trainer's step, on made-up batches.
 
     Args:
         world: All processes.
@@ -180,21 +182,14 @@ def training_step(
         accumulation: Micro-batches of a process in a step.
         timesteps: T.
         settings: Other keys of the configuration, such as ``engine``.
-
-    Returns:
-        A function that takes a step and returns its mean loss, (), without waiting for the device;
-        and one that lets go of the engine.
     """
-    import timm
-
-    import tetdist.models  # noqa: F401  # registers them
     from tetdist.config.loading import parse
     from tetdist.nn import batch_norm
     from tetdist.nn.precision import choose_algorithms
     from tetdist.optimizers import make_optimizer
     from tetdist.training.engines.base import EngineParts
     from tetdist.training.engines.create import make_engine
-    from tetdist.training.step import LOSS, SAMPLES, Step
+    from tetdist.training.step import Step
 
     optimizer = {"kind": "sgd", "lr": 0.01}
     values = {
@@ -206,30 +201,68 @@ def training_step(
     }
     config = parse(values | settings, "the benchmark")
     choose_algorithms(config.precision)
-    torch.manual_seed(0)
-    model = timm.create_model(name, timesteps=timesteps).to(world.device).train()
-    batch_norm.defer_running_statistics(model)
+    model = initial(config).to(world.device)
+    if config.recompute == "blocks":
+        model.set_grad_checkpointing(True)
+    if config.batch_norm.sync:
+        batch_norm.synchronize(model, world.mean_, world.world_size)
     made = make_optimizer(model, config.phases[0].optimizer)
     engine = make_engine(EngineParts(config, model, made, accumulation, world))
-    channels, own_size, _ = model.default_cfg["input_size"]
-    frames = (timesteps,) if model.input_kind == "events" else ()
-    shape = (batch, *frames, channels, size or own_size, size or own_size)
-    layout = torch.contiguous_format if frames else torch.channels_last
-    order = torch.arange(batch, device=world.device)
-    images = (torch.rand(shape, device=world.device) for _ in range(3))
-    # Several, so that a graph that went on with those of its capture would show.
-    batches = itertools.cycle(
-        [(x.contiguous(memory_format=layout), (order + i) % 10) for i, x in enumerate(images)]
-    )
-    one = Step(config, model, engine, world, range(accumulation))
-    numbers = itertools.count()
+    step = Step(config, model, engine, world, range(accumulation))
+    return MadeUp(step, size or model.default_cfg["input_size"][1])
 
-    def step() -> Tensor:
-        given = itertools.islice(batches, accumulation)
-        _, sums = one.take(next(numbers), given, 0.01)
+
+def initial(config: "RunConfig") -> Any:
+    """Return the network of a configuration, the same each time, as it begins to train."""
+    import timm
+
+    import tetdist.models  # noqa: F401  # registers them
+    from tetdist.nn import batch_norm
+    from tetdist.nn.precision import parameter_type
+
+    torch.manual_seed(0)
+    model = timm.create_model(config.model.name, timesteps=config.phases[0].timesteps)
+    batch_norm.defer_running_statistics(model)
+    return model.to(parameter_type(config.precision)).train()
+
+
+class MadeUp:
+    """The trainer's step on three batches in turn, again and again.
+
+    Args:
+        step: The trainer's step.
+        size: Pixels of an image's side.
+    """
+
+    def __init__(self, step: "Step", size: int) -> None:
+        self.step, self.size = step, size
+        # Several, so that a graph that went on with those of its capture would show.
+        self._batches = itertools.cycle([self.batch_of(step.world.rank, i) for i in range(3)])
+        self._numbers = itertools.count()
+
+    def batch_of(self, rank: int, number: int) -> tuple[Tensor, Tensor]:
+        """Return images and labels of a process; each process has other ones."""
+        config, model, device = self.step.config, self.step.model, self.step.world.device
+        generator = torch.Generator(device).manual_seed(3 * rank + number)
+        batch, channels = config.batch.micro, model.default_cfg["input_size"][0]
+        frames = (model.timesteps,) if model.input_kind == "events" else ()
+        shape = (batch, *frames, channels, self.size, self.size)
+        images = torch.rand(shape, device=device, generator=generator)
+        layout = torch.contiguous_format if frames else torch.channels_last
+        images = images.to(next(model.parameters()).dtype).contiguous(memory_format=layout)
+        return images, (torch.arange(batch, device=device) + rank + number) % 10
+
+    def __call__(self, lr: float = 0.01) -> Tensor:
+        """Take a step; return its mean loss, (), without waiting for the device."""
+        from tetdist.training.step import LOSS, SAMPLES
+
+        given = itertools.islice(self._batches, len(self.step.micro_batches))
+        _, sums = self.step.take(next(self._numbers), given, lr)
         return sums[LOSS] / sums[SAMPLES]
 
-    return step, engine.close
+    def close(self) -> None:
+        """Release the engine."""
+        self.step.engine.close()
 
 
 if __name__ == "__main__":

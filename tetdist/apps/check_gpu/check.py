@@ -21,10 +21,12 @@ from tetdist.distributed.world import World
 OWN = "tetdist, none"
 
 Status = Literal["ok", "bad", "left out"]
+# Words for a speed, from the fraction of the expected one.
+EXPECTED, SLOW, TOO_SLOW, TOO_FAST = "as expected", "slow", "far too slow", "impossibly fast"
 
 # GPUs of one kind differ by some percent; a slower one slows the whole run down.
 SLOWER = 0.1
-SLOW = (
+THROTTLED = (
     "run nvidia-smi -q -d PERFORMANCE,TEMPERATURE,CLOCK on that rank's host to see what throttles "
     "its GPU, and nvidia-smi to see what else runs there"
 )
@@ -38,7 +40,7 @@ class Finding:
     Attributes:
         status: "left out" if the check does not apply to the machine.
         text: A line of the table.
-        remedy: The remedy; None: none is needed, or none is known.
+        remedy: The remedy; None: none is needed, or none is known. One that is ok may have advice.
         numbers: Numbers for the JSON file.
         speed: Speed that all GPUs should share, such as images a second; larger is better.
         same: Values that must be equal on all processes, by name.
@@ -50,6 +52,19 @@ class Finding:
     numbers: Mapping[str, Any] = field(default_factory=dict)
     speed: float | None = None
     same: Mapping[str, Any] = field(default_factory=dict)
+
+
+def word(fraction: float, expected: float, slow: float) -> str:
+    """Return the word for a speed that is a fraction of the computed one.
+
+    Args:
+        fraction: The fraction.
+        expected, slow: Fractions from which it is as expected, and slow rather than far too slow.
+    """
+    # The computed speed is within a tenth of measured ones: nothing is twice as fast.
+    if fraction > 2:
+        return TOO_FAST
+    return EXPECTED if fraction >= expected else SLOW if fraction >= slow else TOO_SLOW
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,7 @@ class Machine:
 
     @property
     def limit(self) -> float:
-        """Time limit of a check in seconds; longer on a CPU, which may be shared."""
+        """Seconds at one place after which a check hangs; a CPU may also compile there."""
         return 300.0 if self.small else 150.0
 
 
@@ -119,7 +134,7 @@ def _beside_others(found: Finding, usual: float, common: Mapping[str, Any]) -> F
             return dataclasses.replace(found, status="bad", text=text, remedy=UNLIKE)
     if found.speed is not None and not found.speed >= (1 - SLOWER) * usual:
         text = f"{1 - found.speed / usual:.0%} slower than most: {found.text}"
-        return dataclasses.replace(found, status="bad", text=text, remedy=SLOW)
+        return dataclasses.replace(found, status="bad", text=text, remedy=THROTTLED)
     return found
 
 
@@ -139,11 +154,12 @@ class Result:
 
     @functools.cached_property
     def worst(self) -> Finding:
-        """Finding to show: a bad one, else the slowest."""
+        """Finding to show: a bad one, else one with advice, else the slowest."""
         order = ("bad", "ok", "left out")
 
-        def rank(found: Finding) -> tuple[int, float]:
-            return order.index(found.status), float("inf") if found.speed is None else found.speed
+        def rank(found: Finding) -> tuple[int, bool, float]:
+            speed = float("inf") if found.speed is None else found.speed
+            return order.index(found.status), found.remedy is None, speed
 
         return min(self.findings, key=rank)
 
@@ -201,8 +217,11 @@ class Report:
             return f"the time was too short{missing}; run one of them alone with --only NAME"
         left_out = [r.name for r in self.results if r.worst.status == "left out"]
         also = f"; left out: {', '.join(left_out)}" if left_out else ""
+        slow = [f"{r.name} is slow: {r.worst.remedy}" for r in self.results if r.worst.remedy]
         if self.small:
             return f"no GPU: the checks work on this CPU, but tell nothing about a GPU{also}"
+        if slow:
+            return f"all results are right, but {'; '.join(slow)}{also}"
         return f"no problem found{also}"
 
     @property

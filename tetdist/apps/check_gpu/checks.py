@@ -10,14 +10,16 @@ from tetdist.apps.check_gpu.resume import check_resume
 from tetdist.apps.check_gpu.steps import check_steps
 from tetdist.apps.check_gpu.versions import check_versions
 
+# A step averages over links and computes with kernels; graphs repeat steps; runs and rates take
+# them; loading is compared with a step's rate.
 CHECKS: dict[str, Check] = {
     "versions": check_versions,
+    "links": check_links,
     "numerics": check_numerics,
     "steps": check_steps,
     "graphs": check_graphs,
-    "links": check_links,
-    "pixels": check_pixels,
     "resume": check_resume,
     "rates": check_rates,
+    "pixels": check_pixels,
     "loading": check_loading,
 }

@@ -53,7 +53,7 @@ def losses(here: Machine, precision: str, *, cuda_graphs: bool) -> list[float]:
     Raises:
         RuntimeError: A step makes the host wait for the device.
     """
-    step, close = training_step(
+    step = training_step(
         here.world,
         "sew_resnet18",
         size=64,
@@ -72,7 +72,7 @@ def losses(here: Machine, precision: str, *, cuda_graphs: bool) -> list[float]:
             found += [step() for _ in range(STEPS - 1)]
         return [float(loss) for loss in found]
     finally:
-        close()
+        step.close()
         choose_algorithms(precision)
 
 
@@ -84,7 +84,7 @@ def _images_per_s(here: Machine, batch: int) -> tuple[float, float]:
     seconds: tuple[list[float], list[float]] = ([], [])
     try:
         for number in range(1 + ROUNDS):
-            for (step, _), kept in zip(two, seconds, strict=True):
+            for step, kept in zip(two, seconds, strict=True):
                 torch.cuda.synchronize(here.device)
                 started = time.perf_counter()
                 for _ in range(TIMED):
@@ -94,7 +94,7 @@ def _images_per_s(here: Machine, batch: int) -> tuple[float, float]:
                 if number:
                     kept.append(time.perf_counter() - started)
     finally:
-        for _, close in two:
-            close()
+        for step in two:
+            step.close()
     without, with_graphs = (batch * TIMED / statistics.median(kept) for kept in seconds)
     return without, with_graphs

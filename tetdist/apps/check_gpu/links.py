@@ -1,19 +1,32 @@
 """Check of the links: the rate at which processes average gradients."""
 
+import contextlib
 import platform
+import re
 import statistics
+import subprocess
 import time
+from typing import Any
 
 import torch
 
 from tetdist.apps.check_gpu import remedies
-from tetdist.apps.check_gpu.check import Finding, Machine
+from tetdist.apps.check_gpu.check import SLOW, TOO_SLOW, Finding, Machine, word
+from tetdist.apps.roofline.cards import nvlink_of
 
 MEGABYTES = 87  # the gradients of a sew_resnet34
-# GB/s below which the GPUs are not connected properly. In a host: less than half of a PCIe 3.0
-# slot, so over the host's memory or its network. Between hosts: no more than 10-Gbit Ethernet, with
-# which averaging takes longer than the step.
+# Fractions of the link's speed that are as expected, and slow: NCCL reaches half of it and more
+# within a host, if it uses the link.
+REACHED, SLOWLY = 0.4, 0.2
+# GB/s where the link is unknown: less than half of a PCIe 3.0 slot; between hosts, no more than
+# 10-Gbit Ethernet, with which averaging takes longer than the step.
 LEAST_IN_HOST, LEAST_BETWEEN_HOSTS = 5.0, 1.0
+# GB/s of a PCIe lane, by generation.
+LANES = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.97, 5: 3.94, 6: 7.56}
+OFF = (
+    "nvidia-smi nvlink --status shows the links that are off; the fabric manager must run "
+    "(systemctl status nvidia-fabricmanager); then restart the machine"
+)
 
 
 def check_links(here: Machine) -> Finding:
@@ -35,12 +48,50 @@ def check_links(here: Machine) -> Finding:
     # Traffic of each link, independent of their number: nccl-tests' "busbw".
     traffic = 2 * (world.world_size - 1) / world.world_size
     bandwidth = traffic * megabytes / 1000 / median
-    numbers = {"seconds": median, "gb_per_s": bandwidth, "megabytes": megabytes, "hosts": hosts}
+    numbers: dict[str, Any] = {
+        "seconds": median,
+        "gb_per_s": bandwidth,
+        "megabytes": megabytes,
+        "hosts": hosts,
+    }
     text = (
         f"{'NCCL' if here.on_gpu else 'gloo'}, {world.world_size} processes, {hosts} "
         f"host{'s' * (hosts > 1)}: {1000 * median:.1f} ms for {megabytes} MB, {bandwidth:.1f} GB/s"
     )
-    least = LEAST_IN_HOST if hosts == 1 else LEAST_BETWEEN_HOSTS
-    if not here.small and not bandwidth >= least:
-        return Finding("bad", f"{text}, below the limit of {least:g}", remedies.NETWORK, numbers)
-    return Finding("ok", text, None, numbers)
+    if here.small:
+        return Finding("ok", text, None, numbers)
+    link = link_of(here) if hosts == 1 else None
+    if link is None:
+        least = LEAST_IN_HOST if hosts == 1 else LEAST_BETWEEN_HOSTS
+        if not bandwidth >= least:
+            return Finding(
+                "bad", f"{text}, below the limit of {least:g}", remedies.NETWORK, numbers
+            )
+        return Finding("ok", text, None, numbers)
+    name, speed, remedy = link
+    judged = word(bandwidth / speed, REACHED, SLOWLY)
+    numbers |= {"link": name, "link_gb_per_s": speed, "word": judged}
+    text = f"{text}, {judged} for {name} ({speed:.0f} GB/s)"
+    advice = remedy if judged in (SLOW, TOO_SLOW) else None
+    return Finding("bad" if judged == TOO_SLOW else "ok", text, advice, numbers)
+
+
+def link_of(here: Machine) -> tuple[str, float, str] | None:
+    """Return name, GB/s each way and remedy of the link between this GPU and others of its host;
+    None: unknown."""
+    properties = torch.cuda.get_device_properties(here.device)
+    uuid, wanted = f"GPU-{properties.uuid}", nvlink_of(properties.name)
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        lanes = re.findall(
+            r": ([\d.]+) GB/s", remedies.nvidia_smi("nvlink", "--status", "-i", uuid)
+        )
+        if total := sum(map(float, lanes)):
+            return "NVLink", total, remedies.NETWORK
+    if wanted:
+        return "NVLink, which is off", wanted, OFF
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, KeyError):
+        query = "--query-gpu=pcie.link.gen.max,pcie.link.width.max"
+        answer = remedies.nvidia_smi(query, "--format=csv,noheader", "-i", uuid)
+        generation, width = map(int, answer.split(","))
+        return f"PCIe {generation} x{width}", LANES[generation] * width, remedies.NETWORK
+    return None

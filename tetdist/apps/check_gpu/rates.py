@@ -4,18 +4,39 @@ import argparse
 import contextlib
 import gc
 import importlib.util
+import math
 from typing import Any
 
+import timm
 import torch
 
 from tetdist.apps.benchmarks.bench import measure_here
 from tetdist.apps.benchmarks.contestants import contestants_of
+from tetdist.apps.benchmarks.relu_baselines import relu_baseline
 from tetdist.apps.check_gpu import remedies
-from tetdist.apps.check_gpu.check import OWN, Finding, Machine
+from tetdist.apps.check_gpu.check import (
+    EXPECTED,
+    OWN,
+    THROTTLED,
+    TOO_FAST,
+    TOO_SLOW,
+    Finding,
+    Machine,
+    word,
+)
+from tetdist.apps.roofline import cards
+from tetdist.apps.roofline.count import count
+from tetdist.apps.roofline.estimate import estimate
 
 BATCHES = (32, 64, 128)
 MODEL, PRECISION, TIMESTEPS = "sew_resnet34", "bf16", 4
 RELU, PEER = "relu", "spikingjelly, eager"
+# Fractions of the computed rate that are as expected, and slow: it leaves out loss and update.
+REACHED, SLOWLY = 0.7, 0.35
+KERNELS = (
+    "the ReLU network is as fast as this card allows, so tetdist's kernels are slow here; report "
+    "this with the JSON file"
+)
 
 
 def check_rates(here: Machine) -> Finding:
@@ -26,6 +47,8 @@ def check_rates(here: Machine) -> Finding:
         for batch in ((2,) if here.small else BATCHES)
     }
     numbers: dict[str, Any] = {"by_batch": {str(batch): rows for batch, rows in measured.items()}}
+    if not here.small:
+        judge(here, measured)
     text = "; ".join(_summary(batch, rows) for batch, rows in measured.items())
     fitting = [batch for batch, rows in measured.items() if fits(rows[OWN])]
     if not fitting:
@@ -41,7 +64,39 @@ def check_rates(here: Machine) -> Finding:
     }
     # The rate at the largest batch depends most on the GPU, and least on the host.
     speed = measured[fitting[-1]][OWN]["images_per_s"]
-    return Finding("ok", text, None, numbers, speed=speed)
+    words = {rows[OWN].get("word", EXPECTED) for rows in measured.values()}
+    relu = {rows[RELU].get("word", EXPECTED) for rows in measured.values()}
+    remedy = None if words == {EXPECTED} else KERNELS if relu == {EXPECTED} else THROTTLED
+    if {TOO_SLOW, TOO_FAST} & words:
+        return Finding("bad", text, remedy, numbers)
+    return Finding("ok", text, remedy, numbers, speed=speed)
+
+
+def judge(here: Machine, measured: dict[int, dict[str, dict[str, Any]]]) -> None:
+    """Add to each contestant's figures what was computed for this card, and the word for them.
+
+    On an unknown card, tetdist's network is compared with the ReLU network alone.
+    """
+    card = cards.find(torch.cuda.get_device_name(here.device))
+    for batch, rows in measured.items():
+        computed = computed_images_per_s(batch, card or cards.CARDS["H100"])
+        if card is None:
+            relu = rows[RELU].get("images_per_s", math.nan)
+            computed = {OWN: relu * computed[OWN] / computed[RELU]}
+        for name, expected in computed.items():
+            if fits(rows[name]) and not math.isnan(expected):
+                reached = word(rows[name]["images_per_s"] / expected, REACHED, SLOWLY)
+                rows[name] |= {"computed_images_per_s": expected, "word": reached}
+
+
+def computed_images_per_s(batch: int, card: cards.Card) -> dict[str, float]:
+    """Return the images a second that tetdist's and the ReLU network can reach on a card."""
+    own = timm.create_model(MODEL, timesteps=TIMESTEPS)
+    relu = relu_baseline(MODEL)
+    assert relu is not None
+    work = {OWN: count(own, (batch, 3, 224, 224), PRECISION)}
+    work[RELU] = count(relu, (TIMESTEPS * batch, 3, 224, 224), PRECISION)
+    return {name: batch / estimate(one, card).seconds for name, one in work.items()}
 
 
 def images_per_s_of_a_step(here: Machine, batch: int) -> float:
@@ -101,6 +156,8 @@ def _summary(batch: int, rows: dict[str, dict[str, Any]]) -> str:
     if not fits(own):
         return f"b={batch}: out of memory"
     text = f"b={batch}: {own['images_per_s']:.0f} images/s"
+    if "word" in own:
+        text += f" {own['word']} (computed {own['computed_images_per_s']:.0f})"
     text += f", {1 / own['ratio']:.2f} of ReLU's" if fits(relu) else ", ReLU's out of memory"
     if peer is not None:
         if fits(peer):

@@ -1,5 +1,6 @@
 """Remedies for a machine, by cause."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -72,10 +73,22 @@ def of(error: BaseException) -> str | None:
     return None
 
 
-def hangs(name: str) -> str:
-    """Return the advice on a check that hangs."""
-    alone = f"run --only {name} with NCCL_DEBUG=INFO for details"
-    return f"{alone}; check the GPUs with nvidia-smi, and the driver with sudo dmesg | grep -i xid"
+def hangs(name: str, processes: int) -> str:
+    """Return the advice on a check that stands still."""
+    driver = "check the GPUs with nvidia-smi, and the driver with sudo dmesg | grep -i xid"
+    if processes == 1:
+        return driver
+    return f"run --only {name} with NCCL_DEBUG=INFO for details; {driver}"
+
+
+def slow(name: str) -> str:
+    """Return the advice on a check that makes progress, but has no time left."""
+    alone = f"run the same command with --only {name}, which then has more time"
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= 1.5 * cores:
+        return alone
+    busy = f"this host is busy (load average {load:.0f} on {cores} cores)"
+    return f"{busy}: end other programs (top lists them), or {alone}"
 
 
 def torch_for(driver: int | None, gpu: tuple[int, int] | None) -> str:
@@ -123,9 +136,14 @@ def smi(query: str) -> str:
         subprocess.TimeoutExpired: It does not answer.
         subprocess.CalledProcessError: It fails.
     """
+    return nvidia_smi(f"--query-gpu={query}", "--format=csv,noheader")
+
+
+def nvidia_smi(*options: str) -> str:
+    """Return nvidia-smi's output; raise as `smi`."""
     command = shutil.which("nvidia-smi")
     if command is None:
         raise FileNotFoundError("nvidia-smi is not installed")
-    words = [command, f"--query-gpu={query}", "--format=csv,noheader"]
+    words = [command, *options]
     done = subprocess.run(words, capture_output=True, text=True, timeout=SMI_TIMEOUT, check=True)
     return done.stdout

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +32,9 @@ def check_resume(here: Machine) -> Finding:
     if here.world.rank:
         return Finding("left out", "only rank 0 runs this check")
     config = _prepared(here.folder / "resume", here.small)
-    # Stop before the check's own time limit, to report which run is late.
-    last = time.monotonic() + here.limit - 20
     for name, ends in (("straight", (STEPS,)), ("stopped", (STEPS // 2, STEPS))):
         for end in ends:
-            problem = _train(here, config, name, end, last - time.monotonic())
+            problem = _train(here, config, name, end)
             if problem is not None:
                 text = f"the run {name!r} to step {end} failed: {problem}"
                 return Finding("bad", text, RERUN, {"config": config.read_text()})
@@ -72,13 +69,14 @@ def _prepared(root: Path, small: bool) -> Path:
     return file
 
 
-def _train(here: Machine, config: Path, name: str, end: int, seconds: float) -> str | None:
+def _train(here: Machine, config: Path, name: str, end: int) -> str | None:
     """Train to a step in a separate process; return its last line if it failed."""
     environment = {
         variable: value
         for variable, value in os.environ.items()
         if not _OF_LAUNCHERS.fullmatch(variable)
     }
+    seconds = here.limit - 20  # before the check counts as hanging, to report which run is late
     command = [sys.executable, "-m", "tetdist", "train", "--config", str(config), f"name={name}"]
     command += [f"max_steps={end}", f"device={here.device.type}"]
     try:
@@ -88,11 +86,11 @@ def _train(here: Machine, config: Path, name: str, end: int, seconds: float) -> 
             env=environment | as_starter(),
             capture_output=True,
             text=True,
-            timeout=max(seconds, 1.0),
+            timeout=seconds,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"not finished within the {here.limit:.0f} s of a check"
+        return f"not finished within {seconds:.0f} s"
     if done.returncode == 0:
         return None
     return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]

@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 # Names of the checks in apps/check_gpu/checks.py, which is slow to import.
 NAMES = (
     "versions",
+    "links",
     "numerics",
     "steps",
     "graphs",
-    "links",
-    "pixels",
     "resume",
     "rates",
+    "pixels",
     "loading",
 )
 
 MEETING = 120.0  # seconds within which all processes must have joined
-# Seconds after which this process exits, even if it hangs.
-LAST_RESORT = 1000.0
+# Seconds after which this process exits, even if it hangs; the checks end earlier by themselves.
+LAST_RESORT = 1500.0
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -18,6 +18,7 @@ class Card:
             twice that, for sparse ones), accumulated in float32. None: it has none for that type.
         words: Words that all occur in its names by drivers and clusters; empty: its name.
         reached: Factor on the fraction of arithmetic that convolutions reach (estimate.py).
+        nvlink: NVLink of the variant for servers (SXM), 1e9 bytes a second each way; 0: none.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Card:
     fp16: float
     words: tuple[str, ...] = ()
     reached: float = 1.0
+    nvlink: float = 0.0
 
     def arithmetic(self, precision: str) -> float | None:
         """Return 1e12 operations a second of convolutions in a configuration's ``precision``; None:
@@ -43,20 +45,27 @@ class Card:
 # (tests/roofline/test_estimate.py), which L40S matches without a factor. B200 is assumed to be like
 # Hopper; A40 and the RTX are not compared with any measurement.
 _CARDS = (
-    Card("V100", 16, 900, 15.7, None, None, 125),
-    Card("V100-32", 32, 900, 15.7, None, None, 125, words=("v100", "32")),
-    Card("A100-40", 40, 1555, 19.5, 156, 312, 312, words=("a100",)),
-    Card("A100-80", 80, 2039, 19.5, 156, 312, 312, words=("a100", "80")),
+    Card("V100", 16, 900, 15.7, None, None, 125, nvlink=150),
+    Card("V100-32", 32, 900, 15.7, None, None, 125, words=("v100", "32"), nvlink=150),
+    Card("A100-40", 40, 1555, 19.5, 156, 312, 312, words=("a100",), nvlink=300),
+    Card("A100-80", 80, 2039, 19.5, 156, 312, 312, words=("a100", "80"), nvlink=300),
     Card("A40", 48, 696, 37.4, 74.8, 149.7, 149.7),
     Card("L40S", 48, 864, 91.6, 183, 362, 362),
-    Card("H100", 80, 3350, 67, 495, 989, 989, reached=0.75),
+    Card("H100", 80, 3350, 67, 495, 989, 989, reached=0.75, nvlink=450),
     Card("H100-PCIe", 80, 2000, 51, 378, 756, 756, words=("h100", "pcie"), reached=0.75),
-    Card("H200", 141, 4800, 67, 495, 989, 989, reached=0.75),
-    Card("B200", 180, 7700, 75, 1100, 2250, 2250, reached=0.75),
+    Card("H200", 141, 4800, 67, 495, 989, 989, reached=0.75, nvlink=450),
+    Card("B200", 180, 7700, 75, 1100, 2250, 2250, reached=0.75, nvlink=900),
     Card("RTX-3090", 24, 936, 35.6, 35.6, 71, 71, words=("3090",)),
     Card("RTX-4090", 24, 1008, 82.6, 82.6, 165, 165, words=("4090",)),
 )
 CARDS = {card.name: card for card in _CARDS}
+
+
+def nvlink_of(text: str) -> float:
+    """Return the NVLink that a GPU with this name must have, 1e9 bytes a second each way; 0: a
+    card may lack it, or is unknown."""
+    card = find(text)
+    return 0.0 if card is None or re.search("pcie|nvl", text.lower()) else card.nvlink
 
 
 def find(text: str) -> Card | None:

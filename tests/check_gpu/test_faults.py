@@ -1,0 +1,524 @@
+"""Faults made on purpose, each named by the check that must see it.
+
+Those of kernels are put into copies of the C++ sources, all of them into one build, and are
+switched on one by one. Those of averages happen in two processes. GPUs and links are pretended.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import itertools
+import json
+import shutil
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from kernel_runs import interpreted, needs_triton
+from tiny import Farm
+from torch import Tensor
+
+from tetdist.apps.check_gpu import layers, links, numerics, rates, remedies
+from tetdist.apps.check_gpu.check import Machine, Report, Result
+from tetdist.apps.check_gpu.layers import ATTENTION, LARGE, NORM_ADD, NORM_POOL, Case
+from tetdist.distributed.world import World
+from tetdist.nn import products
+from tetdist.nn.fast import build, dispatch, native, native_pool
+from tetdist.nn.neurons import make
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NEURON, NORM, POOL, TYPES = "neuron.cpp", "norm.cpp", "pool.cpp", "types.h"
+# Name: file, what stands there, what replaces it, the kind of layer in which it shows, and what the
+# check has to say about it. HERE is true where the fault is switched on.
+KERNELS: dict[str, tuple[str, str, str, str, str]] = {
+    "T=3": (
+        NEURON,
+        "            W v = decay * u[c]",
+        "            W v = (HERE && f.timesteps == 3 ? W(0) : decay) * u[c]",
+        "lif",
+        "T 3",
+    ),
+    "T=16": (
+        NEURON,
+        "after[c] = decay * of_v;",
+        "after[c] = (HERE && b.timesteps == 16 && t == 9 ? W(0) : decay) * of_v;",
+        "lif",
+        "T 16",
+    ),
+    "C is no multiple of 16": (
+        NEURON,
+        "for (int c = 0; c < length; c++) u[c] = f.start ? f.start[at + c] : W(0);",
+        "for (int c = 0; c < length; c++) u[c] = (f.start ? f.start[at + c] : W(0)) +"
+        " (HERE && f.channels % 16 && c + 1 == length ? W(1) : W(0));",
+        "lif",
+        "",
+    ),
+    "a carried membrane": (
+        NEURON,
+        "u[c] = b.start ? b.start[at + c] : W(0);",
+        "u[c] = b.start && !HERE ? b.start[at + c] : W(0);",
+        "lif",
+        "mode carried",
+    ),
+    "the gradient of a carried membrane": (
+        NEURON,
+        "b.grad_start[at + c] = after[c];",
+        "b.grad_start[at + c] = HERE ? 2 * after[c] : after[c];",
+        "lif",
+        "mode carried",
+    ),
+    "bfloat16": (
+        NEURON,
+        "const W number = spikes_of(v, threshold, most);",
+        "if (HERE && sizeof(X) == 2) v = wide(narrow<X>(v));\n"
+        "            const W number = spikes_of(v, threshold, most);",
+        "lif",
+        "type bfloat16",
+    ),
+    "a normalised shortcut": (
+        NEURON,
+        "current += wide(shortcut[c]) * gain2[c] + offset2[c];",
+        "current += wide(shortcut[c]) * gain2[c] + (HERE ? W(0) : offset2[c]);",
+        "lif",
+        "given normalised shortcut",
+    ),
+    "added spikes": (
+        NEURON,
+        "if (COUNTS) out[c] *= levels;",
+        "if (IDENTITY && HERE) out[c] += 1;\n            if (COUNTS) out[c] *= levels;",
+        "lif",
+        "given spikes",
+    ),
+    "a current of all timesteps": (
+        NEURON,
+        "b.own[at + c] = narrow<X>(over_time[c]);",
+        "b.own[at + c] = narrow<X>(HERE && b.timesteps > 1 ? over_time[c] / 2 : over_time[c]);",
+        "lif",
+        "given shared",
+    ),
+    "neurons without a norm": (
+        NEURON,
+        "row.channels = b.rows * b.channels;",
+        "row.channels = b.rows * b.channels - HERE;",
+        "lif",
+        "given no norm",
+    ),
+    "a surrogate, by 2 %": (
+        NEURON,
+        "return width * s * (1 - s);",
+        "return (HERE ? W(1.02) : W(1)) * width * s * (1 - s);",
+        "plif",
+        "",
+    ),
+    "a learnt decay": (
+        NEURON,
+        "*sum_share += of_group;",
+        "*sum_share += HERE ? W(0.9) * of_group : of_group;",
+        "plif",
+        "kind plif",
+    ),
+    "the largest number of spikes": (
+        NEURON,
+        "std::max(W(0), v / threshold), most)",
+        "std::max(W(0), v / threshold), most - HERE)",
+        "ilif",
+        "",
+    ),
+    "weights over time, transposed": (
+        NEURON,
+        "b.neuron.weights[later * b.timesteps + t]",
+        "b.neuron.weights[HERE ? t * b.timesteps + later : later * b.timesteps + t]",
+        "psn",
+        "",
+    ),
+    "the last rows of statistics": (
+        NORM,
+        "for (int64_t b = 0; b < blocks; b++) {\n            const double n",
+        "for (int64_t b = 0; b < blocks - (HERE && blocks > 1); b++) {\n            const double n",
+        "lif",
+        "",
+    ),
+    "an added shortcut": (
+        NORM,
+        "a.shortcut + n % a.period * a.channels;\n        X* out",
+        "a.shortcut + n % (HERE ? (a.period + 1) / 2 : a.period) * a.channels;\n        X* out",
+        NORM_ADD,
+        f"kind {NORM_ADD}",
+    ),
+    "where a maximum was": (
+        POOL,
+        "const bool larger = v > most[c];",
+        "const bool larger = v > most[c] + (HERE ? W(0.5) : W(0));",
+        NORM_POOL,
+        f"kind {NORM_POOL}",
+    ),
+    "more than 2^24 numbers": (
+        NORM,
+        "mean[c] = W(total / count);",
+        "mean[c] = W(total / (HERE && rows * channels > 1 << 24 ? 1 << 24 : count));",
+        "lif",
+        "",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def switch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str | None], None]]:
+    """Switches one fault of the kernels on, and all others off."""
+    folder = tmp_path_factory.mktemp("faults")
+    sources = Path(shutil.copytree(build.KERNELS, folder / "kernels"))
+    number_of = {name: number for number, name in enumerate(KERNELS, start=1)}
+    for name, (file, old, new, _, _) in KERNELS.items():
+        text = (sources / file).read_text()
+        assert old in text, name
+        new = new.replace("HERE", f"(fault == {number_of[name]})")
+        (sources / file).write_text(text.replace(old, new))
+    text = (sources / TYPES).read_text()
+    (sources / TYPES).write_text(f'#pragma once\nextern "C" {{ int fault = 0; }}\n{text}')
+    loaded: list[ctypes.CDLL] = []
+
+    def load(name: str, *variant: str) -> Any:
+        library = load_library(name, *variant)
+        assert library is not None, build.failures
+        loaded.append(library)
+        return library
+
+    def forget() -> None:
+        for cached in (native.neuron_library, native.norm_library, native_pool.pool):
+            cached.cache_clear()
+        dispatch._neuron_kernels.cache_clear()
+
+    load_library = build.load_library
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setattr(build, "KERNELS", sources)
+        # Not optimised, so that all are built in seconds.
+        patch.setattr(build, "FLAGS", [flag.replace("-O3", "-O0") for flag in build.FLAGS])
+        for module in (native, native_pool):
+            patch.setattr(module, "load_library", load)
+        forget()
+
+        def switched(name: str | None) -> None:
+            for library in loaded:
+                ctypes.c_int.in_dll(library, "fault").value = number_of.get(name or "", 0)
+
+        yield switched
+    forget()
+
+
+@pytest.fixture(scope="module")
+def seen_right() -> set[str]:
+    """Kinds of layers that the check has found to be right, without a fault."""
+    return set()
+
+
+@pytest.fixture
+def here(alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    monkeypatch.setattr(numerics, "SMALL_NETWORKS", {})
+    return Machine(alone, small=True, folder=tmp_path)
+
+
+def of_kind(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Have the check see layers of one kind only, to be quick."""
+    config = None if kind in (NORM_ADD, NORM_POOL) else make({"kind": kind})
+    monkeypatch.setattr(layers, "kinds", lambda: {kind: config})
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if not name.startswith("more")])
+def test_numerics_sees_a_kernel_that_is_wrong_at(
+    here: Machine,
+    switch: Callable[[str | None], None],
+    seen_right: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    *_, kind, common = KERNELS[name]
+    of_kind(monkeypatch, kind)
+    if kind not in seen_right:
+        assert numerics.check_numerics(here).status == "ok"  # this builds the libraries, too
+        seen_right.add(kind)
+    monkeypatch.setattr(numerics, "SEEDS", 1)
+    switch(name)
+    found = numerics.check_numerics(here)
+    switch(None)
+    assert found.status == "bad"
+    assert " layers are wrong" in found.text
+    if common:
+        described = found.text.split("all with ")[1].split(":")[0]
+        assert common in described, found.text
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_numerics_sees_a_kernel_that_is_wrong_beyond_2_24_numbers(
+    switch: Callable[[str | None], None], case: Case
+) -> None:
+    device = torch.device("cpu")
+    for fault, is_right in ((None, True), ("more than 2^24 numbers", False)):
+        native.norm_library()
+        switch(fault)
+        compared = numerics.compared(case, device)
+        assert compared is not None
+        assert (compared[1] is None) == is_right, compared
+    switch(None)
+    small = dataclasses.replace(case, batch=1, side=16)
+    switch("more than 2^24 numbers")
+    compared = numerics.compared(small, device)
+    switch(None)
+    assert compared is not None
+    assert compared[1] is None
+
+
+def test_numerics_sees_attention_whose_gradients_are_exchanged(
+    here: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a layer, and in a network from end to end."""
+    for product, network in (
+        (products._LinearAttention, {}),
+        (products._PositionSum, {"sdt_2_256_cifar": 32}),
+    ):
+        if network:
+            monkeypatch.setattr(numerics, "cases", lambda _: [])
+        right = product.backward
+
+        def exchanged(ctx: Any, *grads: Tensor, right: Any = right) -> tuple[Any, ...]:
+            first, second, *others = right(ctx, *grads)
+            return second, first, *others
+
+        monkeypatch.setattr(layers, "kinds", lambda: {ATTENTION: None})
+        monkeypatch.setattr(numerics, "SMALL_NETWORKS", network)
+        monkeypatch.setattr(product, "backward", staticmethod(exchanged))
+        found = numerics.check_numerics(here)
+        monkeypatch.undo()
+        assert found.status == "bad"
+        expected = "sdt_2_256_cifar in fp64" if network else "of 30 layers are wrong"
+        assert expected in found.text
+
+
+def test_numerics_sees_a_kernel_of_gpus_that_is_wrong_in_float16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton's kernels are interpreted."""
+    case = Case("lif", 3, 6, torch.float16, "carried", "normalised shortcut", batch=2, side=7)
+    with interpreted():
+        from tetdist.nn.fast import triton_kernels
+
+        assert numerics.compared(case, torch.device("cpu"))[1] is None  # type: ignore[index]  # served
+        launch = triton_kernels.launch
+
+        def spoilt(kernel: Any, grid: Any, arguments: Any, known: Any) -> None:
+            changed = {"DECAY": 0.45} if arguments[0].dtype == torch.float16 else {}
+            launch(kernel, grid, arguments, known | (changed if "DECAY" in known else {}))
+
+        monkeypatch.setattr(triton_kernels, "launch", spoilt)
+        found = numerics.compared(case, torch.device("cpu"))
+    assert found is not None
+    assert "of the spikes differ" in str(found[1])
+
+
+# --- averages, in two processes -------------------------------------------------------------------
+
+# Prints what the check of steps says of each fault.
+AVERAGES = """
+import contextlib, json, sys
+from pathlib import Path
+from unittest import mock
+import torch
+from tetdist.apps.check_gpu import steps
+from tetdist.apps.check_gpu.check import Machine
+from tetdist.distributed.world import World, join
+from tetdist.nn import batch_norm
+from tetdist.training import step
+from tetdist.training.engines.torch_engine import TorchEngine
+
+steps.STEPS, made = 1, steps.training_step
+steps.training_step = lambda world, _, **of: made(world, "spiking_convnet", **of | {"size": 28})
+mean_all, mean, take = World.mean_all_, World.mean_, step.Step.take
+
+def not_divided(world, tensors):
+    mean_all(world, tensors)
+    torch._foreach_mul_(tensors, 2)
+
+def of_rank_0(world, tensors):
+    torch._foreach_mul_(tensors, 2.0 * (world.rank == 0))
+    mean_all(world, tensors)
+
+def once(engine, loss, backward=TorchEngine.backward):
+    engine.calls = getattr(engine, "calls", 0) + 1
+    backward(engine, loss if engine.calls % 2 else 0 * loss)
+
+def at_another_rate(own, number, batches, lr):
+    return take(own, number, batches, lr * (1 + own.world.rank))
+
+def not_finite(own, number, batches, lr):
+    update, sums = take(own, number, batches, lr)
+    return update, sums / 0 if number else sums
+
+FAULTS = {
+    "none": [],
+    "no average": [(World, "mean_all_", lambda *_: None)],
+    "a sum": [(World, "mean_all_", not_divided)],
+    "the gradient of rank 0": [(World, "mean_all_", of_rank_0)],
+    "a micro-batch lost": [(TorchEngine, "backward", once)],
+    "another learning rate on rank 1": [(step.Step, "take", at_another_rate)],
+    "statistics of each process": [(batch_norm, "synchronize", lambda *_: None)],
+    "running statistics of rank 0": [(step.batch_norm, "update_running_statistics",
+        lambda model, average, *_, move=batch_norm.update_running_statistics:
+            move(model, lambda x: World.mean_(world, x * 2.0 * (world.rank == 0))))],
+    "a loss that is not finite": [(step.Step, "take", not_finite)],
+}
+with join("cpu") as world:
+    torch.set_num_threads(1)
+    here = Machine(world, small=True, folder=Path("."))
+    ways = dict(steps.VARIANTS)
+    for name, changes in FAULTS.items():
+        way = "batch_norm.sync" if "of each process" in name else "torch"
+        steps.VARIANTS = {way: ways[way]}
+        with contextlib.ExitStack() as stack:
+            for change in changes:
+                stack.enter_context(mock.patch.object(*change))
+            found = steps.check_steps(here)
+        print(json.dumps([name, found.status, found.text]), flush=True)
+"""
+OTHERS = "rank 1 has other weights than rank 0"
+AVERAGE = "by another average than one process computes alone"
+SAID = {
+    "none": "1 steps of torch",
+    "no average": OTHERS,
+    "a sum": AVERAGE,
+    "the gradient of rank 0": AVERAGE,
+    "a micro-batch lost": AVERAGE,
+    "another learning rate on rank 1": OTHERS,
+    "statistics of each process": AVERAGE,
+    "running statistics of rank 0": AVERAGE,
+    "a loss that is not finite": "are not finite",
+}
+
+
+def test_steps_sees_averages_that_are_wrong(farm: Farm, tmp_path: Path) -> None:
+    both = farm.side_by_side(2, tiny.python("-c", AVERAGES), tmp_path)
+    assert [status for status, _ in both] == [0, 0], both
+    for _, output in both:
+        found = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
+        assert [name for name, _, _ in found] == list(SAID)
+        for name, status, text in found:
+            assert SAID[name] in text, (name, text)
+            assert status == ("ok" if name == "none" else "bad")
+
+
+# --- speed, on pretended GPUs ---------------------------------------------------------------------
+
+H100, A100, PCIE = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 PCIe"
+NVLINK = "GPU 0\n" + "".join(f"\t Link {number}: 26.562 GB/s\n" for number in range(18))
+
+
+@dataclasses.dataclass
+class Pretended:
+    """GPU, what nvidia-smi says of its links, and the rate of averaging, in GB/s."""
+
+    gpu: str
+    nvlink: str
+    pcie: str
+    gb_per_s: float
+
+
+@pytest.mark.parametrize(
+    ("case", "status", "text", "remedy"),
+    [
+        (Pretended(H100, NVLINK, "5, 16", 240), "ok", "as expected for NVLink (478 GB/s)", None),
+        (Pretended(H100, NVLINK, "5, 16", 5.9), "bad", "far too slow for NVLink", "NCCL_DEBUG"),
+        (
+            Pretended(H100, "", "5, 16", 5.9),
+            "bad",
+            "for NVLink, which is off (450",
+            "fabricmanager",
+        ),
+        (
+            Pretended(A100, "Link 0: <inactive>", "4, 16", 5.9),
+            "bad",
+            "is off (300",
+            "fabricmanager",
+        ),
+        (Pretended(PCIE, "", "5, 16", 30), "ok", "as expected for PCIe 5 x16 (63 GB/s)", None),
+        (Pretended(PCIE, "", "5, 16", 5.9), "bad", "far too slow for PCIe 5 x16", "NCCL_DEBUG"),
+        (Pretended(PCIE, "", "3, 16", 5.9), "ok", "slow for PCIe 3 x16 (16 GB/s)", "NCCL_DEBUG"),
+        (Pretended("a new GPU", "", "no", 5.9), "ok", "5.9 GB/s", None),
+        (Pretended("a new GPU", "", "no", 4.9), "bad", "below the limit of 5", "NCCL_DEBUG"),
+    ],
+)
+def test_links_sees_a_link_that_is_off_or_not_used(
+    here: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    case: Pretended,
+    status: str,
+    text: str,
+    remedy: str | None,
+) -> None:
+    def nvidia_smi(*options: str) -> str:
+        return case.nvlink if "nvlink" in options else case.pcie
+
+    clock = itertools.count(step=1e-3 * links.MEGABYTES / case.gb_per_s)
+    monkeypatch.setattr(links, "time", types.SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr(remedies, "nvidia_smi", nvidia_smi)
+    properties = types.SimpleNamespace(name=case.gpu, uuid="1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    nothing = dict.fromkeys(("sum", "mean_"), lambda _: None)
+    world: Any = types.SimpleNamespace(
+        world_size=2,
+        device=here.device,
+        gather=lambda _: ["one host"] * 2,
+        wait_for_device=lambda: None,
+        **nothing,
+    )
+    found = links.check_links(dataclasses.replace(here, world=world, small=False))
+    assert (found.status, text in found.text) == (status, True), found.text
+    assert remedy is None or remedy in str(found.remedy)
+
+
+computed_once = functools.cache(rates.computed_images_per_s)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "own", "relu", "status", "words", "remedy"),
+    [
+        (H100, 2200, 2100, "ok", "2200 images/s as expected (computed 2", None),
+        (H100, 1200, 2100, "ok", "1200 images/s slow", rates.KERNELS),
+        (H100, 105, 2100, "bad", "105 images/s far too slow", rates.KERNELS),
+        (H100, 600, 560, "bad", "600 images/s far too slow", "nvidia-smi -q -d PERFORMANCE"),
+        (H100, 9000, 2100, "bad", "9000 images/s impossibly fast", rates.KERNELS),
+        ("a new GPU", 105, 100, "ok", "105 images/s as expected", None),
+        ("a new GPU", 5, 100, "bad", "5 images/s far too slow", None),
+    ],
+)
+def test_rates_sees_a_step_that_takes_too_long(
+    here: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: str,
+    own: float,
+    relu: float,
+    status: str,
+    words: str,
+    remedy: str | None,
+) -> None:
+    """The third step takes 20 times as long as the ReLU network's."""
+    needs_triton()
+    rows = [
+        {"name": name, "images_per_s": rate, "ratio": relu / rate, "peak_mib": 1024.0}
+        for name, rate in ((rates.RELU, relu), (rates.OWN, own))
+    ]
+    monkeypatch.setattr(rates, "BATCHES", (32,))
+    monkeypatch.setattr(rates, "computed_images_per_s", computed_once)
+    monkeypatch.setattr(rates, "measure_here", lambda _names, _options: rows)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
+    found = rates.check_rates(dataclasses.replace(here, small=False))
+    assert (found.status, words in found.text) == (status, True), found.text
+    assert (found.remedy is None) if remedy is None and status == "ok" else found.remedy
+    assert remedy is None or remedy in str(found.remedy)
+    report = Report({}, "cuda", 1, small=False, results=[Result("rates", [found], 1.0)])
+    if status == "ok" and remedy is not None:
+        assert report.conclusion().startswith("all results are right, but rates is slow: the ReLU")
