@@ -11,7 +11,7 @@ import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import triton_kernels
-from tetdist.nn.fast.fused import Affine, Inputs
+from tetdist.nn.fast.fused import Affine, Heads, Inputs
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
 
@@ -61,7 +61,7 @@ def noted() -> Iterator[list[Launch]]:
     """Note launches, in this context, instead of doing them."""
     launches: list[Launch] = []
 
-    def note(kernel: Any, _grid: Any, arguments: Sequence[Any], known: Mapping[str, Any]) -> None:
+    def note(kernel: Any, _grid: Any, arguments: Sequence[Any], known: Any, _: int = 0) -> None:
         kinds = tuple(f"*{_TYPES[a.dtype]}" if isinstance(a, Tensor) else a for a in arguments)
         launches.append(Launch(kernel, kinds, dict(known)))
 
@@ -153,6 +153,35 @@ class Stream(Part):
         return launches
 
 
+@dataclass(frozen=True, kw_only=True)
+class Attention(Part):
+    """Attention and the neurons behind it; the defaults are of QKFormer's last stage."""
+
+    rows: int = 32 * 14 * 14
+    channels: int = 64  # of a head, in queries and keys
+    values: int = 64
+    positions: int = 14 * 14
+    carries: bool = False
+
+    def launches(self) -> list[Launch]:
+        """Return its kernel launches: the forward pass, then the backward pass."""
+        heads = Heads(6, self.channels, self.values, self.positions, 0.125)
+        options = {"carries": self.carries, "packs": True}
+        kernels = triton_kernels.AttentionKernels(self.neuron, self.timesteps, heads, **options)
+        assert kernels.serve(self.dtype)
+        shape = (self.timesteps, self.rows)
+        q, v = (
+            torch.empty(*shape, 6 * one, dtype=torch.uint8, device="meta")
+            for one in (self.channels, self.values)
+        )
+        start = torch.empty_like(v[0], dtype=self.wide) if self.carries else None
+        learned = (v.new_empty((), dtype=self.wide),) if isinstance(self.neuron, PLIF) else ()
+        with noted() as launches:
+            out, _, _ = kernels.attended([q, q, v], start, learned, self.dtype)
+            kernels.attended_gradients([q, q, v], start, learned, out, start)
+        return launches
+
+
 def pooling() -> list[Launch]:
     """Return the launches of max-pooling: behind a ResNet's stem, of a transformer's current."""
     kernels = triton_kernels.Pool()
@@ -187,6 +216,7 @@ def recorded_launches() -> dict[str, Launch]:
         name = f"{launch.name} alone" if launch.name in named else launch.name
         if launch.name != "finish_sums":
             named[name] = launch
+    named |= {f"attention {launch.name}": launch for launch in Attention().launches()}
     named |= {f"pool {launch.name}": launch for launch in pooling()}
     return named | {launch.name: launch for launch in packing()}
 
@@ -238,8 +268,9 @@ class Code:
 def compiled(launch: Launch, capability: int) -> Code:
     """Compile a kernel as it would be for this launch, for a GPU of a kind (80, 90)."""
     names = launch.kernel.arg_names
-    signature = dict.fromkeys(names, "constexpr")
     constants, attributes = dict(launch.known), {}
+    warps = constants.pop("num_warps", triton_kernels.WARPS)
+    signature = dict.fromkeys(names, "constexpr")
     for i, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
         match value:
             case None:
@@ -251,7 +282,7 @@ def compiled(launch: Launch, capability: int) -> Code:
                 # torch allocates at multiples of more than that.
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": triton_kernels.WARPS, "enable_fp_fusion": False}
+    options = {"num_warps": warps, "enable_fp_fusion": False}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return _read(kernel)
 

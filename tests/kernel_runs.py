@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -33,15 +34,22 @@ def needs_triton() -> None:
         pytest.skip("there is no Triton; make test installs it", allow_module_level=True)
 
 
+# Attributes of triton_kernels, and the modules of kernels that they are.
+MODULES = {"neuron": "neuron", "pooling": "pool", "packing": "packing", "attention": "attention"}
+
+
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
     """The kernels of GPUs, interpreted: run on the CPU, by NumPy, one by one."""
     needs_triton()
+    from triton.runtime.interpreter import InterpreterBuilder
+
     from tetdist.nn.fast import triton_kernels
 
     with not_native(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", _dot)
         patch.setattr(dispatch, "triton_for", lambda *_: triton_kernels)
-        for attribute, name in (("neuron", "neuron"), ("pooling", "pool"), ("packing", "packing")):
+        for attribute, name in MODULES.items():
             patch.setattr(triton_kernels, attribute, _interpreted_kernels(name))
         yield
 
@@ -62,6 +70,19 @@ IMPLEMENTATIONS = {"native": native_kernels, "triton": interpreted}
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
+def _dot(_self: object, a: Any, b: Any, total: Any, *_options: object) -> Any:
+    """Multiply matrices as a GPU does; the interpreter takes the bits of bfloat16 for integers."""
+    from triton.runtime import interpreter
+
+    a, b = (
+        torch.from_numpy(x.data).view(torch.bfloat16).float().numpy()
+        if x.data.dtype == "uint16"
+        else x.data.astype("float32")
+        for x in (a, b)
+    )
+    return interpreter.TensorHandle(a @ b + total.data, total.dtype.scalar)
+
+
 @functools.cache
 def _interpreted_kernels(name: str) -> ModuleType:
     """A second copy of a module of kernels. Triton decides by a variable of the environment, at the
@@ -77,6 +98,8 @@ def _interpreted_kernels(name: str) -> ModuleType:
         spec.loader.exec_module(module)
     # By this name the interpreter knows a sum, and has NumPy make it; another it makes in Python.
     module._add = tl.standard._sum_combine  # type: ignore[attr-defined]  # see above
+    if name != "neuron":
+        module.neuron = _interpreted_kernels("neuron")  # type: ignore[attr-defined]  # some use it
     return module
 
 

@@ -1,13 +1,19 @@
 """Products of spikes: exact sums, and bytes kept for the backward pass."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from kernel_runs import kept_tensors
+from kernel_runs import interpreted, kept_tensors
 from torch import Tensor
 
+from tetdist.models.attention import HALVING_NEURON
+from tetdist.nn.integer_neurons import ILIF, NILIF
+from tetdist.nn.learned_decay import PLIF
+from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import carried, carry, pack
 from tetdist.nn.products import HeadSum, LinearAttention, PositionSum, masked
 
@@ -15,11 +21,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spikes(
-    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, levels: int = 1
+    *shape: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    levels: int = 1,
+    most: int | None = None,
 ) -> Tensor:
-    """Spikes (T, B, C, H, W), channels last in memory, that carry their bytes."""
+    """Spikes (T, B, C, H, W), channels last in memory, that carry their bytes, of at most ``most``
+    (by default levels)."""
     generator = torch.Generator().manual_seed(seed)
-    x = ((torch.rand(*shape, generator=generator) * (levels + 1)).floor() / levels).to(dtype)
+    numbers = (torch.rand(*shape, generator=generator) * ((most or levels) + 1)).floor()
+    x = (numbers / levels).to(dtype)
     x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, shape[:2])
     x.requires_grad_()
     return carry(x, pack(x.detach(), levels))
@@ -117,3 +129,113 @@ def test_nothing_is_transposed_in_memory() -> None:
         masked(inputs[0], spikes(*CHANNELS, seed=4)),
     ):
         assert y.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+
+
+# Numbers of spikes that reach about the threshold.
+HARD = dataclasses.replace(HALVING_NEURON, threshold=64.0, surrogate_width=0.05)
+SOFT = LIF(decay=0.5, threshold=64, reset="soft", surrogate="atan", surrogate_width=0.05)
+DETACHED = LIF(decay=0.5, threshold=512, reset="soft", detach_reset=True, surrogate_width=512)
+LEARNED = PLIF(threshold=8, surrogate_width=8)
+LEARNED_SOFT = PLIF(threshold=32, reset="soft", decay_input=False, surrogate_width=32)
+# A neuron; timesteps, heads, channels of queries and of values in a head, height and width; whether
+# membranes are carried.
+FIRED: dict[str, tuple[NeuronConfig, tuple[int, ...], bool]] = {
+    "hard": (HARD, (4, 2, 32, 32, 7, 7), True),
+    "hard, at rest": (HARD, (2, 1, 48, 16, 5, 5), False),
+    "soft": (SOFT, (3, 2, 16, 40, 5, 13), True),
+    "detached": (DETACHED, (1, 1, 64, 64, 14, 14), True),
+    "plif": (LEARNED, (2, 1, 24, 20, 3, 5), False),
+    "plif, soft": (LEARNED_SOFT, (5, 1, 9, 11, 4, 17), True),
+    # k^T v is up to 15^2 x 20, and 8^2 x 49 in eighths: two parts in float16.
+    "ilif": (ILIF(most_spikes=15, threshold=2.0**14), (2, 1, 16, 16, 4, 5), True),
+    "nilif": (NILIF(most_spikes=8, threshold=16), (8, 1, 30, 33, 7, 7), False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FIRED)
+def test_triton_computes_attention_and_its_neurons(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact sums, hence the spikes and membranes of float64; gradients up to the type's rounding.
+
+    Spikes that are not in bytes give the same.
+    """
+    neuron, (timesteps, heads, channels, values, *size), carries = FIRED[name]
+    levels, most = neuron.levels or 1, neuron.highest * (neuron.levels or 1)
+    shapes = [(timesteps, 2, heads * one, *size) for one in (channels, channels, values)]
+    options = {"levels": levels, "most": most, "dtype": dtype}
+    inputs = [spikes(*shape, seed=i, **options) for i, shape in enumerate(shapes)]
+    for x in inputs[1:]:  # Most keys and values are as large as they can be.
+        with torch.no_grad():
+            x[..., x.shape[-1] // 2 :] = most / levels
+        carry(x, pack(x.detach(), levels))
+    layer, attention = Neuron(neuron).train(), LinearAttention(heads, 0.125)
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randint(-8, 8, shapes[2], generator=generator) / 4
+    start = weight[0].contiguous(memory_format=torch.channels_last)
+
+    def results(dtype: torch.dtype, inputs: list[Tensor]) -> dict[str, Tensor]:
+        layer.membrane = None
+        layer.carries = carries
+        leaves = dict(zip("qkv", inputs, strict=True))
+        if carries:
+            wide = torch.promote_types(dtype, torch.float32)
+            layer.membrane = leaves["start"] = start.to(wide).requires_grad_()
+        leaves |= {f"learned {key}": value for key, value in layer.named_parameters()}
+        y = attention.fired(*inputs, layer)
+        found = {"spikes": y}
+        total = (y * weight.to(dtype)).sum(dtype=torch.float64)
+        if layer.membrane is not None:
+            found["end"] = layer.membrane
+            total = total + (layer.membrane * weight[0]).sum()
+        gradients = torch.autograd.grad(total, list(leaves.values()))
+        return found | dict(zip(leaves, gradients, strict=True))
+
+    with interpreted(), monkeypatch.context() as patch:
+        patch.setattr(LinearAttention, "of", None)
+        found = results(dtype, inputs)
+        packed = carried(found["spikes"])
+        assert packed is not None
+        assert torch.equal(packed.unpack(dtype), found["spikes"])
+        with torch.no_grad():
+            layer.membrane = start if carries else None
+            numbers = attention.fired(*(x.detach() for x in inputs), layer)
+    assert torch.equal(numbers, found["spikes"])
+    assert carried(numbers) is None
+    layer.double().execution = "reference"
+    expected = results(torch.float64, [x.detach().double().requires_grad_() for x in inputs])
+    assert expected["spikes"].std() > 0.03 * most / levels
+    for key, right in expected.items():
+        if key in ("spikes", "end") and not isinstance(neuron, PLIF):
+            assert torch.equal(found[key].double(), right), key
+        else:
+            scale = right.abs().max().item()
+            # The interpreter cuts bfloat16 off.
+            rounding = 2**-5 if dtype == torch.bfloat16 else 2**-10
+            torch.testing.assert_close(
+                found[key].double(), right, rtol=0, atol=rounding * scale, msg=key
+            )
+
+
+@pytest.mark.parametrize(
+    ("neuron", "timesteps", "channels", "side", "dtype"),
+    [
+        (HALVING_NEURON, 2, 16, 4, torch.float32),
+        (HALVING_NEURON, 2, 65, 4, torch.bfloat16),
+        (HALVING_NEURON, 9, 16, 4, torch.bfloat16),
+        (ILIF(most_spikes=15), 1, 16, 40, torch.float16),
+        (NILIF(most_spikes=8), 1, 2, 257, torch.bfloat16),
+    ],
+    ids=["type", "channels", "timesteps", "float16's largest", "exact sums"],
+)
+def test_what_triton_cannot_compute_exactly_is_computed_by_the_definition(
+    neuron: NeuronConfig, timesteps: int, channels: int, side: int, dtype: torch.dtype
+) -> None:
+    x = torch.zeros(timesteps, 1, channels, side, side, dtype=dtype)
+    called = []
+    attention = LinearAttention(1, 0.125)
+    attention.register_forward_hook(lambda *_: called.append(True))
+    with interpreted():
+        assert attention.fired(x, x, x, Neuron(neuron).train()).dtype == dtype
+    assert called

@@ -11,6 +11,7 @@ import pytest
 import torch
 from kernel_runs import needs_triton
 
+from tetdist.models.attention import HALVING_NEURON
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast.fused import Inputs
 from tetdist.nn.integer_neurons import NILIF
@@ -21,7 +22,7 @@ needs_triton()
 
 import gpu_code  # noqa: E402  # needs Triton, as do those that follow
 import triton  # noqa: E402  # likewise
-from gpu_code import CAPABILITIES, Layer, Stream  # noqa: E402  # likewise
+from gpu_code import CAPABILITIES, Attention, Layer, Stream  # noqa: E402  # likewise
 
 from tetdist.nn.fast import triton_kernels  # noqa: E402  # likewise
 
@@ -187,14 +188,14 @@ def test_of_any_number_of_channels() -> None:
 
 
 FULL = {"shortcut": "normalized", "identity": True}
-USUAL: list[Layer | Stream] = [
+USUAL: list[Layer | Stream | Attention] = [
     *(
         Layer(neuron=one, **FULL)
         for one in (PLIF(), PLIF(reset="soft", decay_input=False), NILIF())
     ),
     Layer(timesteps=8, shortcut="plain", carries=True, neuron=LIF(surrogate="atan")),
 ]
-FURTHER: list[Layer | Stream] = [
+FURTHER: list[Layer | Stream | Attention] = [
     Layer(timesteps=timesteps, shortcut=shortcut, carries=carries, neuron=LIF(surrogate=surrogate))
     for timesteps, shortcut, carries, surrogate in (
         (8, "plain", False, "sigmoid"),
@@ -232,13 +233,26 @@ for dtype in (torch.bfloat16, torch.float64):
     USUAL += [Stream(channels=channels, **full) for channels in (64, 3)]
 
 
+ATTENTION = {"carries": True, "dtype": torch.float16}
+USUAL.append(Attention(neuron=NILIF(most_spikes=8), channels=24, values=96, **ATTENTION))
+FURTHER += [
+    Attention(neuron=neuron, timesteps=timesteps, positions=positions, **ATTENTION)
+    for neuron in (PLIF(surrogate="sigmoid"), NILIF(most_spikes=8), HALVING_NEURON)
+    for timesteps, positions in ((1, 300), (4, 196), (8, 49), (8, 196))
+]
+
+
 @each_gpu
 @pytest.mark.parametrize(
     "layer", [*USUAL, *(pytest.param(layer, marks=pytest.mark.long) for layer in FURTHER)]
 )
-def test_nothing_spills(layer: Layer | Stream, capability: int) -> None:
+def test_nothing_spills(layer: Layer | Stream | Attention, capability: int) -> None:
     adds = isinstance(layer, Stream) and layer.shared
-    names = ("add", "add_sums") if adds else ("fire", "backward_sums", "backward")
+    names: tuple[str, ...] = ("fire", "backward_sums", "backward")
+    if adds:
+        names = ("add", "add_sums")
+    elif isinstance(layer, Attention):
+        names = ("attend", "current_gradient", "gradients")
     # The assembler spills a number of float64 where it has three times the registers.
     spills = not adds and layer.dtype == torch.float64
     for launch in layer.launches():

@@ -17,8 +17,9 @@ from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import dispatch
 from tetdist.nn.neurons import LIF
-from tetdist.nn.norm_neuron import NormNeuron
+from tetdist.nn.norm_neuron import Neuron, NormNeuron
 from tetdist.nn.packed import Conv2d, carry, pack
+from tetdist.nn.products import LinearAttention
 
 needs_triton()
 
@@ -56,6 +57,11 @@ def test_every_family_is_counted(name: str) -> None:
     work = count(model, shape_of(model), "bf16")
     assert operations_of(work) > 0
     assert bytes_of(work) > 0
+    launches = Counter(kernel.name for kernel in work.kernels)
+    # All heads are small enough, except in E-SpikeFormer-L's last two blocks.
+    attentions = sum(isinstance(module, LinearAttention) for module in model.modules())
+    expected = attentions - 2 * (name == "espikeformer_l")
+    assert launches["attention.attend"] == launches["attention.gradients"] == expected
     # Nothing of the network has changed, and it is where it was.
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
@@ -101,6 +107,30 @@ def test_bytes_are_those_of_tritons_kernels(shortcut: str, identity: bool) -> No
         if name in expected:
             found[name] += round(kernel.bytes / numbers)
     assert found == expected
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.products, self.neuron = LinearAttention(1), Neuron(LIF(), 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.expand(4, *x.shape).clone(memory_format=torch.preserve_format).requires_grad_()
+        carry(x, pack(x))
+        return self.products.fired(x, x, x, self.neuron)
+
+
+def test_work_of_attention_is_that_of_its_products() -> None:
+    images, numbers = (2, 64, 8, 8), 4 * 2 * 64 * 64
+    kernels = {one.name: one for one in count(Attention(), images, "bf16").kernels}
+    products = 4 * numbers * 64  # operations of two, forward
+    for name, operations, bytes_of_number in (
+        ("attend", products, 3 + 2 + 1),  # q, k, v; spikes, and the same in bytes
+        ("current_gradient", products, 3 + 2 + 2),
+        ("gradients", 2.5 * products, 3 + 2 + 3 * 2),  # k^T v again
+    ):
+        kernel = kernels[f"attention.{name}"]
+        assert (kernel.operations, kernel.bytes) == (operations, bytes_of_number * numbers), name
 
 
 def test_memory_is_what_autograd_keeps_in_truth() -> None:

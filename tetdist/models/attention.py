@@ -19,7 +19,7 @@ from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.norm_pool import NormPool
-from tetdist.nn.packed import Conv2d, converted
+from tetdist.nn.packed import Conv2d
 from tetdist.nn.products import LinearAttention
 
 # spikingjelly's neuron with tau = 2 and threshold 1, which halves its input, in other units.
@@ -124,9 +124,8 @@ class StreamAttention(nn.Module):
         """Map a current (T, B, C, H, W) to one of the same shape."""
         spikes = self.neuron(x)
         q = self.q(spikes)
-        sums = self.attention(q, self.k(spikes), self.v(spikes))
-        # The sums are float32; their neurons' outputs are spikes again.
-        return self.add(self.proj(converted(self.attended(sums), q.dtype)), x)
+        attended = self.attention.fired(q, self.k(spikes), self.v(spikes), self.attended)
+        return self.add(self.proj(attended), x)
 
 
 class StreamMlp(nn.Module):

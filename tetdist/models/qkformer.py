@@ -32,7 +32,7 @@ from tetdist.models.sew_resnet import connect
 from tetdist.nn.dropout import DropPath, rising_rates
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron
-from tetdist.nn.packed import carried, carry, converted
+from tetdist.nn.packed import carried, carry
 from tetdist.nn.products import HeadSum, LinearAttention, masked
 
 logger = logging.getLogger(__name__)
@@ -144,10 +144,8 @@ class SelfAttention(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        q = self.q(x)
-        attended = self.neuron(self.attention(q, self.k(x), self.v(x)))
-        # The sums are float32; their neurons' outputs are spikes again.
-        return connect(self.proj, converted(attended, q.dtype), x, "add", self.drop_path)
+        attended = self.attention.fired(self.q(x), self.k(x), self.v(x), self.neuron)
+        return connect(self.proj, attended, x, "add", self.drop_path)
 
 
 class MixingConvNormNeuron(ConvNormNeuron):

@@ -7,7 +7,7 @@ pass over memory forward and one backward.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.dropout import DropPath
 from tetdist.nn.fast import dispatch
 from tetdist.nn.fast.fused import (
+    FusedAttention,
     FusedNeuron,
     FusedNormAdd,
     FusedNormNeuron,
@@ -206,16 +207,38 @@ class Neuron(NeuronLayer):
         super().__init__(neuron)
         self.learned = neurons.learned(neuron, num_channels)
 
-    def forward(self, current: Tensor, timesteps: int | None = None) -> Tensor:
+    def forward(
+        self,
+        current: Tensor,
+        timesteps: int | None = None,
+        attended: tuple[Tensor, Tensor, Any] | None = None,
+    ) -> Tensor:
         """Return spikes (T, B, ...), in the current's type and memory layout.
 
         Args:
             current: (T, B, ...); or (1, B, ...) when it is the same at all timesteps.
             timesteps: T; needed only for (1, B, ...).
+            attended: Keys, values and kernels of attention, whose queries stand in place of the
+                current that results; see `LinearAttention.fired`.
         """
+        if attended is not None:
+            return self._attend(current, *attended)
         timesteps = timesteps or current.shape[0]
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
         return self.fire(current, timesteps)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, kernels: Any) -> Tensor:
+        packed = [one and one.values for one in map(carried, (q, k, v))]
+        spikes = [rows_of(x) for x in (q, k, v)]
+        kept = [x if one is None else rows_of(one) for x, one in zip(spikes, packed, strict=True)]
+        start = None if self.membrane is None else rows_of(self.membrane[None])[0]
+        learned = self.for_kernels(q, kernels)
+        rows, values, end = FusedAttention.apply(*spikes, start, kept, kernels, *learned)
+        if self.carries:
+            self.membrane = image_of(end[None], v.shape)[0]
+        return self.carrying(
+            image_of(rows, v.shape), None if values is None else image_of(values, v.shape)
+        )
 
 
 class _Layout(NamedTuple):

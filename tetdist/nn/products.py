@@ -11,6 +11,9 @@ float32, under autocast, too: bfloat16 rounds whole numbers from 257 on, float16
 2^24. On a GPU TensorFloat-32 is enough for spikes of 0 and 1: its ten bits of mantissa hold the
 factors, spikes and sums over at most 2048 positions, and it adds up in float32.
 
+`LinearAttention.fired` also runs the neurons behind it. In training on a GPU one kernel computes
+both (fast/kernels/attention.py), also with exact sums, whatever the number of spikes.
+
 **Bytes.** If spikes carry their bytes (packed.py), only those are kept for the backward pass, which
 recomputes the sums.
 """
@@ -21,7 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tetdist.nn.packed import Packed, carried, carry
+from tetdist.nn.fast import dispatch
+from tetdist.nn.fast.fused import Heads
+from tetdist.nn.norm_neuron import Neuron
+from tetdist.nn.packed import Packed, carried, carry, converted
 from tetdist.nn.precision import exact
 
 
@@ -145,6 +151,23 @@ class LinearAttention(Product):
             return self.of(q, k, v)
         attended: Tensor = _LinearAttention.apply(q, k, v, packed, self)
         return attended
+
+    def fired(self, q: Tensor, k: Tensor, v: Tensor, neuron: Neuron) -> Tensor:
+        """Return the spikes of neurons whose current is the result, in the type of ``q``.
+
+        Queries, keys and values must be spikes of the same kind of neuron.
+        """
+        if neuron.training and neuron.is_fused():
+            channels, values = (x.shape[2] // self.heads for x in (q, v))
+            heads = Heads(self.heads, channels, values, q.shape[3:].numel(), self.scale)
+            packs = torch.is_grad_enabled()
+            options = {"carries": neuron.carries, "packs": packs}
+            kernels = dispatch.attention_kernels_for(neuron.neuron, q, heads, **options)
+            if kernels is not None:
+                fired: Tensor = neuron(q, attended=(k, v, kernels))
+                return fired
+        # The sums are float32; their neurons' outputs are spikes again.
+        return converted(neuron(self(q, k, v)), q.dtype)
 
     def of(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Compute attention by its definition."""

@@ -27,7 +27,12 @@ from tetdist.nn.precision import LOW_PRECISION, parameter_type
 CONVOLUTIONS, UNPACKING, POOLING = "convolutions", "unpacking", "pooling and sums"
 # Kinds by the files of Triton's kernels. Most of torch's operations count as POOLING: sums of the
 # gradients of two branches, pooling, the head.
-KINDS = {"neuron": "norm and neuron", "packing": UNPACKING, "pool": POOLING}
+KINDS = {
+    "neuron": "norm and neuron",
+    "packing": UNPACKING,
+    "pool": POOLING,
+    "attention": "attention",
+}
 # Operations that write nothing, although their schema does not declare views.
 FREE = ("_unsafe_view", "detach", "empty", "new_empty", "lift_fresh", "promote_types")
 
@@ -128,11 +133,13 @@ class _Counter(TorchDispatchMode):
             self.kernels += _kernels_of(name, arguments, result)
         return result
 
-    def launch(self, kernel: Any, _grid: Any, arguments: Sequence[Any], _known: Any) -> None:
+    def launch(
+        self, kernel: Any, _grid: Any, arguments: Sequence[Any], _known: Any, operations: int = 0
+    ) -> None:
         """Record a kernel of Triton, which reads or writes each of its tensors once."""
         file, name = kernel.fn.__module__.rpartition(".")[2], kernel.fn.__name__
         moved = _bytes_of(_tensors_in(arguments))
-        self.kernels.append(Kernel(KINDS[file], f"{file}.{name}", moved))
+        self.kernels.append(Kernel(KINDS[file], f"{file}.{name}", moved, operations))
 
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -250,6 +250,56 @@ def _gradients_of_outputs(
     return grad_spikes.contiguous(), None if grad_end is None else grad_end.contiguous()
 
 
+class Heads(NamedTuple):
+    """Heads of `products.LinearAttention`: their number, their channels in queries and keys, and in
+    values, the positions of an image, and the factor on the sums."""
+
+    number: int
+    keys: int
+    values: int
+    positions: int
+    scale: float
+
+
+class FusedAttention(torch.autograd.Function):
+    """Forward and backward pass of attention and the neurons behind it, (T, N, C).
+
+    ``kept`` are queries, keys and values again, in bytes if they carry those; only that is kept for
+    the backward pass. Returns what `FusedNormNeuron` does. The kernels are those of Triton.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        membrane: Tensor | None,
+        kept: Sequence[Tensor],
+        kernels: Any,
+        *learned: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        del k, v
+        ctx.save_for_backward(*kept, membrane, *learned)
+        ctx.kernels, ctx.like = kernels, q.new_empty(0)
+        ctx.set_materialize_grads(False)
+        spikes, packed, end = kernels.attended(kept, membrane, learned, q.dtype)
+        if packed is not None:
+            ctx.mark_non_differentiable(packed)
+        return spikes, packed, end
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        *kept, membrane = ctx.saved_tensors[:4]
+        learned = ctx.saved_tensors[4:]
+        grads = _gradients_of_outputs(ctx.like, ctx.kernels.timesteps, grad_outputs)
+        found, grad_start, grad_learned = ctx.kernels.attended_gradients(
+            kept, membrane, learned, *grads
+        )
+        return *found, grad_start, None, None, *grad_learned
+
+
 class FusedNormNeuron(torch.autograd.Function):
     """Forward and backward pass of norm + shortcut + neuron + identity on (T, N, C) tensors.
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from tetdist.nn import batch_norm
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast.dynamics import dynamics_of
-from tetdist.nn.fast.fused import Affine, Inputs, Sums
-from tetdist.nn.fast.kernels import neuron, packing
+from tetdist.nn.fast.fused import Affine, Heads, Inputs, Sums
+from tetdist.nn.fast.kernels import attention, neuron, packing
 from tetdist.nn.fast.kernels import pool as pooling
 from tetdist.nn.fast.pooling import Pooling, Sizes
 from tetdist.nn.neurons import NeuronConfig
@@ -48,7 +48,11 @@ PROGRAMS = {
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Argument], known: Mapping[str, Any]
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Sequence[Argument],
+    known: Mapping[str, Any],
+    operations: int = 0,
 ) -> None:
     """Launch a kernel; no other place does.
 
@@ -56,13 +60,16 @@ def launch(
         kernel: A function of kernels/*.py.
         grid: Number of programs along each axis.
         arguments: Contiguous tensors, sizes, and None for absent tensors.
-        known: Compile-time constants.
+        known: Compile-time constants, and num_warps if it is not `WARPS`.
+        operations: Operations of its matrix products, for roofline/count.py.
     """
+    del operations  # Only the counter needs them.
     tensors = [one for one in arguments if isinstance(one, Tensor)]
     assert all(tensor.is_contiguous() for tensor in tensors)
     with _on_device_of(tensors[0]):
         # Round products and sums one by one, as in C++ and torch.
-        kernel[grid](*arguments, **known, num_warps=WARPS, enable_fp_fusion=False)
+        options = {"num_warps": WARPS, "enable_fp_fusion": False, **known}
+        kernel[grid](*arguments, **options)
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -375,6 +382,91 @@ def _grad_learned(learned: tuple[Tensor, ...], partial: Tensor | None) -> tuple[
     if partial is None:
         return ()
     return (partial.sum(dtype=torch.float64).to(learned[0].dtype),)
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+# Numbers of k^T v in a head, and timesteps, that registers hold.
+MOST_PRODUCTS, MOST_TIMESTEPS = 64 * 64, 8
+
+
+class AttentionKernels(NeuronKernels):
+    """The kernels of `fused.FusedAttention` for one variant."""
+
+    def __init__(
+        self, config: NeuronConfig, timesteps: int, heads: Heads, *, carries: bool, packs: bool
+    ) -> None:
+        super().__init__(config, timesteps, carries=carries, packs=packs)
+        self.heads, levels = heads, self.forward["LEVELS"]
+        self.widths = [max(16, triton.next_power_of_2(one)) for one in (heads.keys, heads.values)]
+        # The sums k^T v, in whole numbers, are at most this.
+        self.highest = heads.positions * (config.highest * levels) ** 2
+        self.known = {"DK": heads.keys, "DV": heads.values, "D": self.widths[0], "LEVELS": levels}
+
+    def serve(self, dtype: torch.dtype) -> bool:
+        """Return whether they compute this variant, with exact sums, for spikes of ``dtype``."""
+        fits = math.prod(self.widths) <= MOST_PRODUCTS and self.timesteps <= MOST_TIMESTEPS
+        # In the backward pass float16 must hold the sums, times the factor.
+        is_exact = self.highest <= 2**22 and self.highest * self.factor(2) < 2**15
+        return fits and is_exact and dtype in (torch.bfloat16, torch.float16)
+
+    def factor(self, spikes: int) -> float:
+        """Return the factor on products of this many spikes, taken as whole numbers."""
+        return self.heads.scale / self.known["LEVELS"] ** spikes
+
+    def _tiles(self, rows: int, columns: int) -> tuple[Tiling, int]:
+        """Divide the neurons of ``rows`` positions; return also the operations of the products."""
+        positions = self.heads.positions
+        warps = 8 if positions > 64 else 4
+        tile = {"BN": 16 * warps, "BJ": min(self.widths[1], columns), "BM": 64}
+        tile |= {"SPLITS": self.highest > 2**11, "FACTOR": self.factor(3)}
+        blocks = triton.cdiv(positions, tile["BN"]) * triton.cdiv(self.heads.values, tile["BJ"])
+        grid = (rows // positions * self.heads.number, blocks)
+        summed = 64 * triton.cdiv(positions, 64) + tile["BN"] * (1 + tile["SPLITS"])
+        operations = math.prod(grid) * self.timesteps * 2 * self.widths[0] * tile["BJ"] * summed
+        return Tiling(grid, 1, self.known | tile | {"num_warps": warps}), operations
+
+    def attended(
+        self, spikes: Sequence[Tensor], start: Tensor | None, learned: Any, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return what `spikes` does, for the result of attention to queries, keys and values."""
+        v = spikes[2]
+        out = torch.empty_like(v, dtype=dtype)
+        packed = torch.empty_like(v, dtype=torch.uint8) if self.packs else None
+        end = torch.empty_like(v[0], dtype=torch.float32) if self.carries else None
+        divided, operations = self._tiles(v.shape[1], 32)
+        arguments: list[Argument] = [*spikes, start, _share(learned), out, packed, end]
+        arguments += [self.heads.number, self.heads.positions]
+        launch(attention.attend, divided.grid, arguments, self.forward | divided.sizes, operations)
+        return out, packed, end
+
+    def attended_gradients(
+        self,
+        spikes: Sequence[Tensor],
+        start: Tensor | None,
+        learned: tuple[Tensor, ...],
+        grad_spikes: Tensor,
+        grad_end: Tensor | None,
+    ) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, ...]]:
+        """Return the gradients of queries, keys and values, of start and of the learnt values."""
+        rows, sizes = grad_spikes.shape[1], [self.heads.number, self.heads.positions]
+        # As many membranes as registers hold.
+        columns = (64 if learned else 128) // triton.next_power_of_2(self.timesteps)
+        divided, operations = self._tiles(rows, columns)
+        grad, partial_share = torch.empty_like(grad_spikes), _partial_share(learned, divided)
+        grad_start = None if start is None else torch.empty_like(start)
+        arguments: list[Argument] = [*spikes, start, _share(learned), grad_spikes, grad_end, grad]
+        arguments += [grad_start, partial_share, *sizes]
+        known = self.backward | divided.sizes
+        launch(attention.current_gradient, divided.grid, arguments, known, operations)
+        grads = [torch.empty_like(one, dtype=grad.dtype) for one in spikes]
+        programs = self.timesteps * divided.grid[0]
+        known = self.known | {"FACTOR": self.factor(2), "DW": self.widths[1]}
+        known |= {"BN": 32, "num_warps": 8}
+        operations = programs * 10 * math.prod(self.widths) * 32 * triton.cdiv(sizes[1], 32)
+        arguments = [*spikes, grad, *grads, *sizes]
+        launch(attention.gradients, (programs,), arguments, known, operations)
+        return grads, grad_start, _grad_learned(learned, partial_share)
 
 
 # --- pooling ------------------------------------------------------------------------------------
