@@ -21,7 +21,6 @@ from cluster import wait_until
 from tetdist.apps.cli.slurm import main
 from tetdist.apps.slurm import batch, cluster, history, local, snapshot, submit
 from tetdist.apps.slurm.cluster import ClusterSection
-from tetdist.apps.slurm.placement import interface_towards
 from tetdist.config import identity, loading
 from tetdist.errors import UserError
 
@@ -253,12 +252,6 @@ def test_tracker_that_is_down_stops_no_submission(
     history.announce(config, "SCHEDULED", {"a": "b"})
     assert "MLflow at http://127.0.0.1:9 failed: " in caplog.text
     assert not (config.run_dir / "mlflow_run_id").exists()
-
-
-def test_interface() -> None:
-    assert interface_towards("127.0.0.1") == "lo"
-    with pytest.raises(UserError, match=r"finds no route to .*cluster\.interface"):
-        interface_towards("no.such.host.invalid")
 
 
 # --- the program ----------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
 from tetdist.distributed.starters import starters
@@ -44,7 +45,7 @@ def address() -> str:
 
 def _on_one_host() -> bool:
     master = os.environ["MASTER_ADDR"]
-    return master in ("localhost", "::1") or master.startswith("127.") or _is_one_launch()
+    return master == "localhost" or _is_loopback(master) or _is_one_launch()
 
 
 def _is_one_launch() -> bool:
@@ -54,10 +55,34 @@ def _is_one_launch() -> bool:
     return on_host == os.environ["WORLD_SIZE"]
 
 
-def keep_gloo_on_loopback() -> None:
-    """Keep gloo's connections within the host, too, if all processes are on one."""
-    if _on_one_host() and "lo" in (name for _, name in socket.if_nameindex()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+def _choose_interface(rank: int, addresses: Sequence[str]) -> None:
+    """Have gloo use the interface to the other hosts; within one host, the loopback interface.
+
+    By itself gloo announces the address of the host's own name, which is 127.0.1.1 on many hosts.
+
+    Args:
+        rank: Number of this process.
+        addresses: Address of each rank's host on the way to rank 0; a loopback address on rank 0's
+            own host.
+    """
+    own, others = addresses[rank], [one for one in addresses if not _is_loopback(one)]
+    if _is_loopback(own) and others:
+        own = _address_towards(others[0])
+    for name, found in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == own for entry in found):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
+
+
+def _address_towards(host: str) -> str:
+    """Return the address from which this host reaches another."""
+    family, kind, _, _, there = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as s:
+        s.connect(there)  # sends nothing, because it is a datagram socket
+        return str(s.getsockname()[0]).partition("%")[0]
 
 
 class SignedStore:
@@ -147,7 +172,7 @@ def _own_addresses() -> Iterator[tuple[socket.AddressFamily, str]]:
     ):
         own = str(found[0])
         # Many hosts resolve their own name to 127.0.1.1, which no other host can reach.
-        if own.startswith("127.") or own == "::1":
+        if _is_loopback(own):
             continue
         with socket.socket(family, kind) as attempt, contextlib.suppress(OSError):
             attempt.bind((own, 0))
@@ -177,7 +202,6 @@ def meet(
         SystemExit: Some processes have not joined, and rank 0 names them.
     """
     token = _token(shared_folder)
-    keep_gloo_on_loopback()
     with limited(seconds + 2 * _GRACE, "rank 0 is lost before all processes had met"):
         about = _about(world_size, shared_folder, run)
         store = _main_store(rank, token, seconds, about)
@@ -268,7 +292,8 @@ def _wait_for_port(host: str, port: int, seconds: float) -> None:
 
 def _wait_for_all(store: SignedStore, rank: int, world_size: int, seconds: float) -> None:
     end = time.monotonic() + seconds
-    this = secrets.token_hex(8)  # distinguishes this process from another with its rank
+    # The random part distinguishes this process from another with its rank.
+    this = f"{secrets.token_hex(8)} {_address_towards(address())}"
     store.set(f"here/{rank}", this)
     keys = [f"here/{other}" for other in range(world_size)]
     came: list[str | None] = []
@@ -299,6 +324,7 @@ def _wait_for_all(store: SignedStore, rank: int, world_size: int, seconds: float
             f"{os.environ['MASTER_PORT']}: the run was started twice and continues with that "
             "process; stop this one"
         )
+    _choose_interface(rank, [one.partition(" ")[2] for one in json.loads(taken)])
 
 
 @contextlib.contextmanager

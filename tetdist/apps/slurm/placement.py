@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tetdist.apps.slurm.history import LOCAL
-from tetdist.errors import UserError, typed
+from tetdist.errors import typed
 
 # Exit status with which a process asks the local launcher to restart the run.
 AGAIN = 75
@@ -41,7 +41,7 @@ class ProcessContext(ABC):
         local_rank, local_world_size: Rank among the processes on this host, and their number.
         master: Host of rank 0, as the other hosts know it.
         port: Port at which rank 0 waits for the others.
-        interface: Network interface to the other hosts; None on a single host.
+        interface: Network interface to the other hosts; None: the processes find it when they meet.
         job: The job's id.
         restart: Number of earlier starts of the job.
         hosts: The job's hosts.
@@ -69,8 +69,6 @@ class ProcessContext(ABC):
             "MASTER_PORT": str(self.port),
         }
         if self.interface:
-            # gloo would announce the address of this host's own name, which is 127.0.1.1 on many
-            # hosts.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", self.interface)
 
     def silent_hosts(self) -> list[str]:
@@ -112,16 +110,13 @@ class SlurmContext(ProcessContext):
         """Read the place of this process from the environment.
 
         Args:
-            interface: Network interface; None: the one that leads to the other hosts.
-            warn_before_end: See the class.
+            interface, warn_before_end: See the class.
         """
         from submitit.slurm.slurm import SlurmJobEnvironment
 
         environment = SlurmJobEnvironment()
         hosts = tuple(environment.hostnames)
         number = int(os.environ["SLURM_JOB_ID"])  # in an array, each task has its own
-        if interface is None and len(hosts) > 1:
-            interface = interface_towards(hosts[1 if environment.node == 0 else 0])
         return cls(
             rank=environment.global_rank,
             world_size=environment.num_tasks,
@@ -236,33 +231,6 @@ class LocalContext(ProcessContext):
 
     def start_again(self) -> int:
         return AGAIN
-
-
-def interface_towards(host: str) -> str:
-    """Return the network interface by which this host reaches another.
-
-    Raises:
-        UserError: The other host cannot be resolved, or no interface has the address.
-    """
-    import psutil
-
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as s:
-            s.connect(address)  # sends nothing, because it is a datagram socket
-            own = s.getsockname()[0]
-    except OSError as error:
-        raise UserError(
-            f"{socket.gethostname()} finds no route to {host} ({error}); set the network interface "
-            "between the nodes: cluster.interface=NAME"
-        ) from error
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address.partition("%")[0] == own for entry in addresses):
-            return str(name)
-    raise UserError(
-        f"{socket.gethostname()} has no network interface with its address {own} towards {host}; "
-        "set the one between the nodes: cluster.interface=NAME"
-    )
 
 
 def _answers(host: str) -> bool:
