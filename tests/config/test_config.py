@@ -724,9 +724,10 @@ def test_keys_say_with_which_settings_they_have_no_effect() -> None:
 def test_differences_pass_over_what_does_not_change_the_result() -> None:
     ours = resolved()
     same = resolved({"data.threads": 3, "log_every": 7, "max_steps": 5, "resume": "must"})
-    other = resolved({"phases.0.optimizer.lr": 0.1, "data.flip": 0.0})
+    other = resolved({"phases.0.optimizer.lr": 0.1, "data.flip": 0.0, "data.device": "gpu"})
     assert differences(ours.as_dict(), same.as_dict()) == []
     assert differences(ours.as_dict(), other.as_dict()) == [
+        "data.device is 'gpu' and was 'cpu'",
         "data.flip is 0.0 and was 0.5",
         "phases.0.optimizer.lr is 0.1 and was 0.05",
     ]

@@ -12,7 +12,6 @@ from tetdist.storage.hub import NAMED
 OPERATIONAL_KEYS = (
     "data.root",
     "data.index",
-    "data.device",
     "data.threads",
     "data.prefetch",
     "data.own_process",
@@ -45,11 +44,10 @@ OPERATIONAL_KEYS = (
     "tracking.register",
 )
 
-# Keys without use for repeating a run on another machine: its places, devices, tracking and
+# Keys without use for repeating a run on another machine: its places, device, tracking and
 # checkpoint interval.
 _OF_THE_MACHINE = (
     "data.index",
-    "data.device",
     "data.threads",
     "data.prefetch",
     "data.own_process",

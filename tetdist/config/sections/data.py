@@ -135,7 +135,8 @@ class DataSection(Section):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Per-channel standard deviation (RGB, in [0, 1]); pixels less data.mean are divided by it."""
     device: Literal["cpu", "gpu"] = "cpu"
-    """Device on which DALI (NVIDIA's data loader) decodes images; gpu needs training on a GPU."""
+    """Device on which DALI (NVIDIA's data loader) decodes images; gpu needs training on a GPU, and
+    gives slightly other pixels, so a resumed run must keep it."""
     threads: Annotated[int, Field(gt=0, le=MOST_THREADS)] = 2
     """Number of threads per process for each step of loading: reading, decoding, augmentation."""
     prefetch: Annotated[int, Field(gt=0, le=MOST_PREFETCHED)] = 2
