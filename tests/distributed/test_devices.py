@@ -4,14 +4,16 @@ import os
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from tiny import Farm
 
+from tetdist.distributed import devices
 from tetdist.distributed.devices import choose_device
-from tetdist.distributed.world import World, _refuse_shared_gpus, cores_of, join
+from tetdist.distributed.world import World, _refuse_shared_gpus, _stay_near_gpu, cores_of, join
 from tetdist.errors import UserError
 from tetdist.nn.precision import choose_algorithms
 from tetdist.training.engines.deepspeed_engines import _as_local_rank
@@ -147,6 +149,61 @@ def test_cores_are_divided_among_those_of_a_host_who_share_them(
     monkeypatch.setattr("platform.node", lambda: hosts[0][0])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(hosts[0][1]))
     assert cores_of(Gathered(0, 4, torch.device("cpu"), None))[0] == cores
+
+
+@pytest.mark.parametrize(
+    ("cores", "lists", "bound"),
+    [
+        # Two processors, whose cores have two threads each; four processes on some cores.
+        ([range(8)] * 2, ["0-1,4-5", "2-3,6-7"], [{0, 1, 4, 5}, {2, 3, 6, 7}]),
+        ([range(6)] * 4, ["0-3", "0-3", "4-7", "4-7"], [{0, 1, 2, 3}] * 2 + [{4, 5}] * 2),
+        # A machine with one processor or an unknown one; two GPUs at one of two processors.
+        ([range(4)] * 2, ["0-3", "0-3"], [set(range(4))] * 2),
+        ([range(4)] * 2, [None, "0-3"], [None, set(range(4))]),
+        ([range(8)] * 2, ["0-3", "0-3"], [None, None]),
+        # Slurm has bound the processes, one to the processor of the other's GPU.
+        ([range(4), range(4, 8)], ["4-7", "4-7"], [None, None]),
+        ([[3], [7]], ["0-3", "4-7"], [{3}, {7}]),
+    ],
+)
+def test_processes_stay_near_their_gpus(
+    cores: list[range],
+    lists: list[str | None],
+    bound: list[set[int] | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a pretended /sys says; another host has the same numbers of cores."""
+    monkeypatch.setattr(devices, "PCI", tmp_path)
+    for gpu, listed in enumerate(lists):
+        (tmp_path / f"0001:c{gpu}:1f.0").mkdir()
+        if listed:
+            (tmp_path / f"0001:c{gpu}:1f.0/local_cpulist").write_text(f"{listed}\n")
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda gpu: types.SimpleNamespace(
+            pci_domain_id=1, pci_bus_id=0xC0 + gpu.index, pci_device_id=0x1F
+        ),
+    )
+    gathered: list[Any] = []
+
+    class Gathered(World):
+        def gather(self, value: Any) -> list[Any]:
+            gathered.append(value)
+            return [*gathered, ("elsewhere", [99], [])]
+
+    set_to: list[set[int] | None] = [None] * len(cores)
+    for _ in range(2):  # at first to see what each tells the others
+        gathered = gathered[-len(cores) :]
+        for gpu, mine in enumerate(cores):
+            monkeypatch.setattr(os, "sched_getaffinity", lambda _, mine=mine: set(mine))
+            set_to[gpu] = None
+            monkeypatch.setattr(
+                os, "sched_setaffinity", lambda _, to, gpu=gpu: set_to.__setitem__(gpu, to)
+            )
+            _stay_near_gpu(Gathered(gpu, len(cores), torch.device("cuda", gpu), None))
+    assert set_to == bound
 
 
 @pytest.mark.parametrize("before", [None, "3"])

@@ -4,6 +4,8 @@ import ctypes
 import os
 import shutil
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +13,9 @@ from tetdist.errors import UserError
 
 # Seconds. nvidia-smi answers in one or two, unless a driver hangs.
 _SMI_TIMEOUT = 20
+
+# Folder in which Linux describes PCI devices.
+PCI = Path("/sys/bus/pci/devices")
 
 # Parameters of glibc's mallopt, as malloc.h has them.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -57,6 +62,19 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
             "train on the CPU all the same"
         )
     return torch.device("cpu")
+
+
+def cores_near(gpu: torch.device) -> set[int]:
+    """Return the cores of the NUMA node that a GPU is connected to; empty if they are unknown."""
+    found: Any = torch.cuda.get_device_properties(gpu)
+    try:
+        # Older versions of torch lack them.
+        place = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+        ranges = (PCI / place / "local_cpulist").read_text().strip().split(",")  # 0-23,48-71
+    except (AttributeError, OSError):
+        return set()
+    ends = [one.split("-") for one in ranges]
+    return {core for end in ends for core in range(int(end[0]), int(end[-1]) + 1)}
 
 
 def _gpus_of_the_machine() -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tetdist.buffers import one_buffer_for
 from tetdist.distributed import meeting, shared_memory
-from tetdist.distributed.devices import choose_device, keep_freed_memory
+from tetdist.distributed.devices import choose_device, cores_near, keep_freed_memory
 from tetdist.errors import UserError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -194,6 +194,8 @@ def join(
             backend, store=store, rank=rank, world_size=world_size, timeout=limit
         )
         world = World(rank, world_size, this_device, dist.new_group(backend="gloo"))
+        if this_device.type == "cuda":
+            _stay_near_gpu(world)
         cores, processes = cores_of(world)
         # Otherwise each process would use all cores, and they would spin waiting for each other.
         if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -210,13 +212,29 @@ def cores_of(world: World) -> tuple[int, int]:
     """Return the number of cores for this process and of processes on its host.
 
     With that many cores per process none waits for another. All processes must call this together.
-    Slurm gives each process its own cores, which are not divided again; launchers on one host let
-    every process use all cores.
+    Cores that Slurm gives to one process are not divided again; launchers on one host let every
+    process use all cores.
     """
     host, mine = platform.node(), sorted(os.sched_getaffinity(0))
     on_host = [cores for there, cores in world.gather((host, mine)) if there == host]
     sharing = sum(not set(mine).isdisjoint(cores) for cores in on_host)
     return max(1, len(mine) // sharing), len(on_host)
+
+
+def _stay_near_gpu(world: World) -> None:
+    """Keep this process and its further threads on those of its cores that are near its GPU.
+
+    From other cores, launches and copies cross from one processor to the other. All processes keep
+    all their cores if some cores of the host are near none of their GPUs: loading data needs them.
+    """
+    host, mine = platform.node(), os.sched_getaffinity(0)
+    near = mine & cores_near(world.device)
+    gathered = world.gather((host, sorted(mine), sorted(near)))
+    allowed, used = (
+        {core for there, *cores in gathered if there == host for core in cores[i]} for i in (0, 1)
+    )
+    if near and allowed == used:
+        os.sched_setaffinity(0, near)
 
 
 def _refuse_shared_gpus(world: World) -> None:

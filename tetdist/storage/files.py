@@ -272,12 +272,22 @@ def own_cache() -> Path:
         folder = (Path(base) if base else Path.home() / ".cache") / "tetdist"
     except RuntimeError as error:
         raise FileNotFoundError("this user has no home folder") from error
+    make_private(folder)
+    return folder
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that only this user can write to, unless it exists.
+
+    Raises:
+        OthersMayWrite: Other users can write to it.
+        OSError: It cannot be made or written to.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not is_ours_alone(folder.stat()):
         raise OthersMayWrite(folder)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written to")
-    return folder
 
 
 def is_ours_alone(facts: os.stat_result) -> bool:

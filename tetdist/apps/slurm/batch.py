@@ -60,6 +60,9 @@ def parameters(
             # Since Slurm 22.05 srun does not inherit this flag from sbatch; without it each
             # process would have a single core.
             *([f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []),
+            # Slurm would bind tasks to cores in order. Processes bind themselves, each to cores
+            # near its own GPU.
+            *(["--cpu-bind=none"] if cluster.gpus_per_node else []),
         ],
         "setup": [
             # Generated at every start; only this user's processes know it.

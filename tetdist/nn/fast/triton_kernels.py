@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tetdist.nn import batch_norm
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.fast import triton_cache
 from tetdist.nn.fast.dynamics import dynamics_of
 from tetdist.nn.fast.fused import Affine, Heads, Inputs, Sums
 from tetdist.nn.fast.kernels import attention, neuron, packing
@@ -548,6 +549,7 @@ def check(device: torch.device) -> None:
         raise RuntimeError(
             f"Triton {triton.__version__} is older than {oldest}, which comes with torch 2.7"
         )
+    triton_cache.use()
     values = torch.arange(200, dtype=torch.uint8, device=device)
     found = unpack(values, 4, torch.float32)
     if not torch.equal(found.cpu(), values.cpu() / 4):

@@ -1,0 +1,84 @@
+"""Processes of a host compile each of Triton's kernels once, on its own disk."""
+
+import fcntl
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from kernel_runs import needs_triton
+
+needs_triton()
+
+import triton  # noqa: E402  # needs Triton, as do those that follow
+from gpu_code import compiled, packing  # noqa: E402  # likewise
+
+from tetdist.nn.fast import triton_cache  # noqa: E402  # likewise
+from tetdist.nn.fast.triton_cache import CompiledOnce  # noqa: E402  # likewise
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(triton_cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    for name in ("TRITON_CACHE_DIR", "TRITON_CACHE_MANAGER"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return tmp_path / f"tetdist-{os.getuid()}"
+
+
+def is_locked(folder: Path) -> bool:
+    with (folder / "compiling").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_others_wait_for_a_kernel_that_one_compiles() -> None:
+    triton_cache.use()
+    first, second, third = (CompiledOnce("kernel") for _ in range(3))
+    assert first.get_group("a.json") is None
+    assert is_locked(Path(first.cache_dir))
+    with ThreadPoolExecutor() as threads:
+        waiting = [threads.submit(other.get_group, "a.json") for other in (second, third)]
+        group = {"a.json": first.put("{}", "a.json")}
+        first.put_group("a.json", group)
+        assert [one.result(timeout=60) for one in waiting] == [group, group]
+    assert not is_locked(Path(first.cache_dir))
+    # Another kernel is not waited for; a compilation that failed is left to the next one.
+    assert CompiledOnce("other").get_group("b.json") is None
+    assert CompiledOnce("other").get_group("b.json") is None
+
+
+def test_triton_takes_kernels_from_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked, hits = [], []
+    put_group = CompiledOnce.put_group
+
+    def note(self: CompiledOnce, *arguments: object) -> str:
+        locked.append(is_locked(Path(self.cache_dir)))
+        return str(put_group(self, *arguments))
+
+    monkeypatch.setattr(CompiledOnce, "put_group", note)
+    monkeypatch.setattr(
+        triton.knobs.compilation, "listener", lambda *, cache_hit, **_: hits.append(cache_hit)
+    )
+    triton_cache.use()
+    for _ in range(2):
+        compiled(packing()[0], 90)
+    assert (locked, hits) == ([True], [False, True])
+    assert list((folder / "triton").glob("*/*.cubin"))
+    assert not folder.stat().st_mode & 0o077
+
+
+def test_a_folder_of_others_is_not_used(folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir(mode=0o700)
+    folder.symlink_to(own)
+    triton_cache.use()
+    assert "TRITON_CACHE_DIR" not in os.environ
+    folder.unlink()
+    folder.mkdir()
+    folder.chmod(0o777)
+    triton_cache.use()
+    assert "TRITON_CACHE_DIR" not in os.environ
