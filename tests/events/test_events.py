@@ -76,20 +76,23 @@ def lines_of(text: str) -> list[str]:
     return [re.sub(r"\d+\.\d\d ms$", "", line) for line in text.splitlines() if "step" in line]
 
 
-def lines_of_frames(run: Path, made: cameras.Made) -> list[str]:
-    """The lines that a replay is to print, from tensors as training reads them."""
+def frames_of(made: cameras.Made) -> torch.Tensor:
+    """The recording's windows as training reads them."""
+    number = (int(made.t[-1]) - int(made.t[0])) // 9000 + 1
+    binning = Binning(number, Sensor(16, 16), "9ms", "count", "area", "uint8")
+    return torch.from_numpy(bin_events(Events(*made, DEFAULT_SENSOR), binning).tensor).float()
+
+
+def lines_of_frames(run: Path, frames: torch.Tensor) -> list[str]:
+    """The lines that a replay is to print."""
     trained = load(run)
     trained.model.set_execution("fused")
-    frames = (int(made.t[-1]) - int(made.t[0])) // 9000 + 1
-    binning = Binning(frames, Sensor(16, 16), "9ms", "count", "area", "uint8")
     stream, expected = trained.model.stream(), []
-    for t, frame in enumerate(bin_events(Events(*made, DEFAULT_SENSOR), binning).tensor):
+    for t, frame in enumerate(frames):
         if t % 2 == 0:  # The network starts anew after two windows.
             stream.reset()
         at = f"{(t + 1) * 9 / 1000:8.3f} s  timestep {t % 2 + 1}/2"
-        confidence, number = (
-            stream.step(torch.from_numpy(frame[None]).float())[0].softmax(-1).max(-1)
-        )
+        confidence, number = stream.step(frame[None])[0].softmax(-1).max(-1)
         name = trained.description.classes[number]
         expected.append(f"{at}  {name}  {100 * float(confidence):.1f} %  ")
     return expected
@@ -106,7 +109,7 @@ def replayed_is_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[s
     assert time.monotonic() - started > 0.04  # at the recording's speed
     assert replay.main([*command, "--fast"]) == 0
     shown = capfd.readouterr().out
-    assert lines_of(shown) == 2 * lines_of_frames(run, made)
+    assert lines_of(shown) == 2 * lines_of_frames(run, frames_of(made))
     spent = [float(text) for text in re.findall(r"(\S+) ms$", shown, re.M)][-5:]
     middle, most = np.percentile(spent, [50, 99])
     found = re.search(r"\n5 frames: (\S+) ms \(p50\), (\S+) ms \(p99\)\n$", shown)
@@ -147,16 +150,16 @@ def replayed_is_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[s
         assert refusal in capfd.readouterr().err
 
 
-def follow_until_killed(whole: Path, size: int, command: list[str]) -> list[int]:
+def follow_until_killed(
+    whole: Path, size: int, command: list[str], steps: list[torch.Tensor]
+) -> list[int]:
     """Replay a file whose writer is killed after so many bytes, then press Ctrl-C.
 
     Returns how many frames were computed whenever the file's end was reached.
     """
     writer = [sys.executable, "-c", RECORDER, str(whole), command[0]]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    step, sleep = Stream.step, time.sleep
-    steps: list[object] = []
-    at_end: list[int] = []
+    sleep, at_end = time.sleep, []
     with tiny.ended(subprocess.Popen(writer, start_new_session=True, **pipes)) as recorder:
 
         def record(until: int) -> None:
@@ -174,7 +177,6 @@ def follow_until_killed(whole: Path, size: int, command: list[str]) -> list[int]
 
         record(2 * size // 3)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Stream, "step", lambda *given: steps.append(1) or step(*given))
             patch.setattr(time, "sleep", ended)
             assert tool("replay").main([*command, "--follow"]) == 0
     return at_end
@@ -192,25 +194,36 @@ def pipe(file: Path, command: list[str]) -> None:
             os.close(before)
 
 
-def arrivals_are_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def arrivals_are_a_stream(
+    run: Path,
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Replay uses all complete records of a file whose writer is killed, and of a pipe."""
     made = cameras.events(300, *DEFAULT_SENSOR, duration=40_000)
     options = ["--checkpoint", str(run), "--fast"]
+    sentence = r" at its end is incomplete \(\d+ bytes?\); everything before it was used\n$"
+    step, steps = Stream.step, []
+    monkeypatch.setattr(Stream, "step", lambda of, x: steps.append(x) or step(of, x))
+
+    def check(expected: torch.Tensor) -> None:
+        assert torch.equal(torch.cat(steps[1:]), expected)  # after the warm-up
+        steps.clear()
+        shown = capfd.readouterr()
+        assert f"\n{len(expected)} frames: " in shown.out
+        assert re.search(sentence, shown.err), shown.err
+
     for name, (write, missing, lost) in WRITERS.items():
         whole, growing = folder / f"whole.{name}", folder / f"growing.{name}"
         whole.write_bytes(write(made))
         size = whole.stat().st_size - missing
-        first, second = follow_until_killed(whole, size, [str(growing), *options])
-        followed = capfd.readouterr()
-        pipe(growing, ["-", "--format", growing.suffix[1:], *options])
-        piped = capfd.readouterr()
-        expected = lines_of_frames(run, cameras.Made(*(column[:-lost] for column in made)))
+        expected = frames_of(cameras.Made(*(column[:-lost] for column in made)))
+        first, second = follow_until_killed(whole, size, [str(growing), *options], steps)
         assert 2 <= first < second == len(expected) - 1
-        sentence = r" at its end is incomplete \(\d+ bytes?\); everything before it was used\n$"
-        for shown in followed, piped:
-            assert lines_of(shown.out) == expected
-            assert f"\n{len(expected)} frames: " in shown.out
-            assert re.search(sentence, shown.err), shown.err
+        check(expected)
+        pipe(growing, ["-", "--format", growing.suffix[1:], *options])
+        check(expected)
 
 
 def drawn_are_events(run: Path, folder: Path) -> None:
@@ -256,6 +269,7 @@ def test_results_carry_the_name_of_the_split(
     tmp_path: Path,
     main: Callable[..., Outcome],
     capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     changes = {
         "model": {"name": "spiking_convnet_dvs", "arguments": {"input_size": 16}},
@@ -274,8 +288,9 @@ def test_results_carry_the_name_of_the_split(
         ]
 
     replayed_is_a_stream(run, tmp_path, capfd)
-    arrivals_are_a_stream(run, tmp_path, capfd)
     drawn_are_events(run, tmp_path)
+    with monkeypatch.context() as patch:
+        arrivals_are_a_stream(run, tmp_path, capfd, patch)
     result = tmp_path / "result.json"
     arguments = ["--checkpoint", str(run), "--json", str(result), "--execution", "reference"]
     threads = torch.get_num_threads()

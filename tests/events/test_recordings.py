@@ -317,8 +317,17 @@ WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
     ],
 )
 def test_bad_recordings_are_refused_with_the_reason(tmp_path, name, data, words):
+    refused(tmp_path, name, data, words)
+
+
+def refused(tmp_path, name, data, words):
+    """Whole, and byte by byte."""
     with pytest.raises(BadRecording, match=words):
         read(tmp_path, name, data)
+    contents = Contents(data[i : i + 1] for i in range(len(data)))
+    with pytest.raises(BadRecording, match=words):  # noqa: PT012
+        list(stream_recording("." + name.partition(".")[2], contents, None))
+        raise contents.bad_end
 
 
 def fewer(lines):
@@ -353,8 +362,7 @@ def fewer(lines):
     ],
 )
 def test_bad_aedat4_is_refused_with_the_reason(tmp_path, spoil, words):
-    with pytest.raises(BadRecording, match=words):
-        read(tmp_path, "1.aedat4", spoil(cameras.aedat4(MADE)))
+    refused(tmp_path, "1.aedat4", spoil(cameras.aedat4(MADE)), words)
 
 
 def test_bad_hdf5_is_refused_with_the_reason(tmp_path):
