@@ -56,7 +56,6 @@ class Case:
         micro_batches: Of this process, in each.
         learns: Whether it learns from a teacher, which has no weights.
         evaluates: Whether a batch is evaluated, too, and the membranes are looked at.
-        mistake: One of `TRAINING_MISTAKES`, which is made.
         feeds: Whether batches come from ``data.root``, as they come to a GPU, and the order of all
             work is checked.
         fault: Arguments of `faults.faulty`.
@@ -69,7 +68,6 @@ class Case:
     micro_batches: int = 1
     learns: bool = False
     evaluates: bool = False
-    mistake: str | None = None
     feeds: bool = False
     fault: list[str] | None = None
 
@@ -114,27 +112,6 @@ def _graph_mistakes() -> dict[str, Callable[[Tensor, Tensor], Any]]:
         "a seed": lambda _, __: torch.manual_seed(0),
         "none": lambda _, there: there.add_(1).sum().mul(2),
     }
-
-
-def _seed_within(trainer: Any) -> None:
-    forward = trainer.engine.forward
-    trainer.engine.forward = lambda images: (
-        trainer.training_step._seed(trainer.step, 0),
-        forward(images),
-    )[1]
-
-
-def _scale_on_the_host(trainer: Any) -> None:
-    scale = trainer.engine.loss_scale
-    scale.factor = lambda _device: scale.value
-
-
-# With CUDA graphs, made in a training step.
-TRAINING_MISTAKES: dict[str, Callable[[Any], None]] = {
-    "gradients let go of": lambda trainer: setattr(trainer.engine, "keeps_gradients", False),
-    "a seed": _seed_within,
-    "a scale of the host": _scale_on_the_host,
-}
 
 
 def make_mistakes() -> dict[str, Any]:
@@ -263,8 +240,6 @@ def run(case: Case, world: Any, recorder: Recorder) -> None:
     try:
         trainer.model.train()
         _tell_phases_apart(trainer)
-        if case.mistake is not None:
-            TRAINING_MISTAKES[case.mistake](trainer)
         for number in range(case.steps):
             recorder.launches.clear()
             with recorder:
@@ -281,10 +256,12 @@ def run(case: Case, world: Any, recorder: Recorder) -> None:
 
 
 def run_in_order(case: Case, world: Any, recorder: Recorder) -> None:
-    """Train with batches that come as they come to a GPU: from a process, by a thread's stream."""
+    """Train, evaluate and examine with batches that come as to a GPU: by a thread's stream."""
     from tetdist.config import loading
-    from tetdist.data import loader, pixels, transfer
+    from tetdist.data import build, loader, pixels, transfer
     from tetdist.data.own_process import LoaderProcess as Source
+    from tetdist.evaluation.evaluate import evaluate
+    from tetdist.order import evaluation_batches
     from tetdist.training import graphs
 
     pixels._scale.cache_clear()  # tensors of another case
@@ -309,6 +286,13 @@ def run_in_order(case: Case, world: Any, recorder: Recorder) -> None:
             for _ in range(case.steps):
                 trainer._train_step()
             waits = list(recorder.waits)
+            val = trainer.prepared.val
+            shares = evaluation_batches(len(val), config.batch.eval, 0, WORLD_SIZE)
+            with build.eval_loader(config, val, world) as batches:
+                samples = sum(map(len, shares))
+                evaluate(trainer.model, batches, samples, world, precision=config.precision)
+            with trainer.feed.again(0) as batches:
+                trainer.training_step.examine(0, batches)
         finally:
             trainer._leave()
         recorder.order.find_freed()

@@ -1,6 +1,6 @@
 """What streams and threads use waits for what made it: batches, averages and graphs.
 
-The worker trains two steps with the real data and averages of 8 processes, of which it is one.
+The worker, one of 8 processes, trains two steps, evaluates, and examines a step, with real data.
 `happens_before.Order` takes down each use of memory. Each fault is made in the code that trains.
 """
 
@@ -17,9 +17,6 @@ BATCHES = {"batch": {"global": 32, "micro": 2, "eval": 7}}
 ON_GPU = ("data.device=gpu",)
 EDITED = (*ON_GPU, "data.auto_augment=rand-m9-mstd0.5-inc1")
 GRAPHS = (*ON_GPU, "engine=torch", "cuda_graphs=true")
-
-DELIVERY, TRANSFER = "tetdist.data.delivery:DeviceBatches", "tetdist.data.transfer"
-OVERLAP, GRAPH = "tetdist.distributed.overlap:OverlappedMean", "tetdist.training.graphs"
 
 
 @pytest.mark.parametrize(
@@ -43,97 +40,71 @@ def test_all_work_waits_for_what_it_uses(
     assert waits == []
 
 
-# By their names: overrides, the fault, and what is said of it.
-FAULTS: dict[str, tuple[tuple[str, ...], tuple[str, str, str], str]] = {
+FINISH = "tetdist.distributed.overlap:OverlappedMean.finish"
+CAPTURE = "tetdist.training.graphs:capture"
+COPY = ("tetdist.training.graphs:Graphed.__call__", "static.copy_(tensor)")
+COMPLETE, TAKE = "tetdist.data.transfer:completed_on", "tetdist.data.loader:Loader._take"
+NEXT = "tetdist.data.delivery:DeviceBatches.__next__"
+LOADED = "tetdist.data.own_process:LoaderProcess.__next__"
+FREED = "is freed while aten.convolution_backward at .* on stream 0 may still use it"
+
+# Each with overrides, the function, the line, what is there instead, and what is said of it.
+FAULTS: dict[str, tuple[tuple[str, ...], str, str, str, str]] = {
     "an average is not waited for": (
-        ON_GPU,
-        (f"{OVERLAP}.finish", "work.wait()", "pass"),
+        *(ON_GPU, FINISH, "work.wait()", "pass"),
         "written by all_reduce at tetdist/distributed/overlap.py",
     ),
     "an average is divided before it is there": (
-        ON_GPU,
-        (
-            f"{OVERLAP}.finish",
-            "work.wait()\n            flat.div_(self._world_size)",
-            "flat.div_(self._world_size)\n            work.wait()",
-        ),
+        *(ON_GPU, FINISH, "work.wait()", "flat.div_(1); work.wait()"),
         "is written by aten.div_ at tetdist/distributed/overlap.py",
     ),
     "a copy is not waited for": (
-        (),
-        (f"{TRANSFER}:completed_on", "event.synchronize()", "pass"),
+        *((), COMPLETE, "event.synchronize()", "pass"),
         "data/delivery.py.* is written by the next batch on the writer of slot",
     ),
     "an event is before the copy": (
-        (),
-        (
-            f"{TRANSFER}:completed_on",
-            "yield\n        if stream is not None:\n            event = torch.cuda.Event("
-            "blocking=True)\n            event.record()",
-            "event = torch.cuda.Event()\n        event.record()\n        yield\n        if stream:",
+        *(
+            (),
+            COMPLETE,
+            "yield",
+            "event = torch.cuda.Event(); event.record(); yield; event.synchronize(); return",
         ),
         "data/pixels.py.* is read by aten.convolution",
     ),
     "memory is given back while it is read": (
-        (),
-        (
-            "tetdist.data.own_process:LoaderProcess.__next__",
-            "return self._read(answer)",
-            "batch = self._read(answer); self._channel.send(self._used); self._used = None; "
-            "return batch",
-        ),
+        *((), LOADED, "return self._read(answer)"),
+        "batch = self._read(answer); self._channel.send(self._used); self._used = None;"
+        "return batch",
         "written by the next batch on the writer of slot .* read by aten._to_copy",
     ),
     "memory is freed while the GPU trains on it": (
-        ON_GPU,
-        (f"{DELIVERY}.__next__", "tensor.record_stream(", "(lambda _: None)("),
-        "is freed while aten.convolution_backward at .* on stream 0 may still use it",
+        *(ON_GPU, NEXT, "tensor.record_stream(", "(lambda _: None)(", FREED),
     ),
     "memory is kept for another stream": (
-        ON_GPU,
-        (f"{DELIVERY}.__next__", "torch.cuda.current_stream(self._device)", "self._stream"),
-        "is freed while aten.convolution_backward at .* on stream 0 may still use it",
+        *(ON_GPU, NEXT, "torch.cuda.current_stream(self._device)", "self._stream", FREED),
     ),
     "images are edited where the network trains": (
-        EDITED,
-        (
-            "tetdist.data.loader:Loader._take",
-            "completed_on(self._edits)",
-            "torch.cuda.stream(None)",
-        ),
+        *(EDITED, TAKE, "completed_on(self._edits)", "torch.cuda.stream(None)"),
         "data/batch_operations.py:.* runs on the stream that trains",
     ),
     "edits are not waited for": (
-        EDITED,
-        (
-            "tetdist.data.loader:Loader._take",
-            "completed_on(self._edits)",
-            "torch.cuda.stream(self._edits)",
-        ),
+        *(EDITED, TAKE, "completed_on(self._edits)", "torch.cuda.stream(self._edits)"),
         "written by aten.index_copy_ at .*batch_operations.py.* read by aten._to_copy at .*deliv",
     ),
     "a capture does not wait for its inputs": (
-        GRAPHS,
-        (f"{GRAPH}:capture", "\n    stream.wait_stream(present)", ""),
+        *(GRAPHS, CAPTURE, "\n    stream.wait_stream(present)", ""),
         "written by aten.clone at tetdist/training/graphs.py.* read by aten.convolution",
     ),
     "a capture is not waited for": (
-        GRAPHS,
-        (f"{GRAPH}:capture", "present.wait_stream(stream)", "pass"),
+        *(GRAPHS, CAPTURE, "present.wait_stream(stream)", "pass"),
         "nn/batch_norm.py.* written by aten.copy_ at tetdist/training/graphs.py",
     ),
     "inputs do not get into the graph": (
-        GRAPHS,
-        (f"{GRAPH}:Graphed.__call__", "static.copy_(tensor)", "pass"),
+        *(GRAPHS, *COPY, "pass"),
         "input 0 of the graph is not read",
     ),
     "inputs are copied on another stream": (
-        GRAPHS,
-        (
-            f"{GRAPH}:Graphed.__call__",
-            "static.copy_(tensor)",
-            "with torch.cuda.stream(torch.cuda.Stream()): static.copy_(tensor)",
-        ),
+        *(GRAPHS, *COPY, "with torch.cuda.stream(torch.cuda.Stream()): static.copy_(tensor)"),
         "written by aten.copy_ at tetdist/training/graphs.py.* read by aten.convolution",
     ),
 }
@@ -141,7 +112,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], tuple[str, str, str], str]] = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_named(name: str, running: Worker, tiny_config: Callable[..., Path]) -> None:
-    overrides, fault, text = FAULTS[name]
+    overrides, *fault, text = FAULTS[name]
     answer = running.order(tiny_config(BATCHES), *overrides, fault=fault)
     assert answer["error"] is None
     assert any(re.search(text, one) for one in answer["unordered"]), answer["unordered"]

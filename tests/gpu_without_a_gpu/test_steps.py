@@ -282,15 +282,26 @@ def test_everything_in_a_graph(model: str, recompute: str, precision: str, ask: 
 
 
 @pytest.mark.parametrize(
-    ("mistake", "text"),
+    ("where", "line", "instead", "text"),
     [
-        ("gradients let go of", "aten._foreach_add_"),
-        ("a seed", "a seed at tetdist/training/step.py"),
-        ("a scale of the host", "aten.mul.Tensor"),
+        ("engines.torch_engine:TorchEngine._step", "not self.keeps", "self.keeps", "_foreach_add_"),
+        (
+            *("step:Step._add_micro_batch", "self._drop(dropped)", "self._seed(0, 0)"),
+            "a seed at tetdist/training/step.py",
+        ),
+        (
+            "engines.base:LossScale.factor",
+            "return self._factor",
+            "return self._value",
+            "mul.Tensor",
+        ),
     ],
 )
-def test_what_a_graph_would_not_repeat_is_found(mistake: str, text: str, ask: Ask) -> None:
-    answer = ask("spiking_convnet", *GRAPHS, "precision=fp16", steps=2, mistake=mistake)
+def test_what_a_graph_would_not_repeat_is_found(
+    where: str, line: str, instead: str, text: str, ask: Ask
+) -> None:
+    fault = (f"tetdist.training.{where}", line, instead)
+    answer = ask("spiking_convnet", *GRAPHS, "precision=fp16", steps=2, fault=fault)
     assert answer["error"] is None
     assert text in answer["ungraphed"][0]
 
