@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import triton_kernels
-from tetdist.nn.fast.fused import Affine, Heads, Inputs
+from tetdist.nn.fast.fused import Affine, Inputs
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
 
@@ -157,7 +157,6 @@ class Stream(Part):
 class Attention(Part):
     """Attention and the neurons behind it; the defaults are of QKFormer's last stage."""
 
-    rows: int = 32 * 14 * 14
     channels: int = 64  # of a head, in queries and keys
     values: int = 64
     positions: int = 14 * 14
@@ -165,20 +164,21 @@ class Attention(Part):
 
     def launches(self) -> list[Launch]:
         """Return its kernel launches: the forward pass, then the backward pass."""
-        heads = Heads(6, self.channels, self.values, self.positions, 0.125)
-        options = {"carries": self.carries, "packs": True}
-        kernels = triton_kernels.AttentionKernels(self.neuron, self.timesteps, heads, **options)
-        assert kernels.serve(self.dtype)
-        shape = (self.timesteps, self.rows)
         q, v = (
-            torch.empty(*shape, 6 * one, dtype=torch.uint8, device="meta")
+            torch.empty(self.timesteps, 32, 6 * one, 1, self.positions, device="meta")
             for one in (self.channels, self.values)
         )
+        options = {"carries": self.carries, "packs": True}
+        q = q.to(self.dtype)
+        kernels = triton_kernels.AttentionKernels(self.neuron, q, v, 6, 0.125, **options)
+        assert kernels.serve()
+        q, v = (x.flatten(1, 3).to(torch.uint8) for x in (q, v))
         start = torch.empty_like(v[0], dtype=self.wide) if self.carries else None
         learned = (v.new_empty((), dtype=self.wide),) if isinstance(self.neuron, PLIF) else ()
+        inputs = Inputs((q, q, v), None, None, None, start, learned)  # type: ignore[arg-type]  # see there
         with noted() as launches:
-            out, _, _ = kernels.attended([q, q, v], start, learned, self.dtype)
-            kernels.attended_gradients([q, q, v], start, learned, out, start)
+            spikes, _, _ = kernels.spikes(inputs, None)
+            kernels.current_gradient(inputs, spikes, start)
         return launches
 
 

@@ -159,7 +159,7 @@ def test_triton_computes_attention_and_its_neurons(
 ) -> None:
     """Exact sums, hence the spikes and membranes of float64; gradients up to the type's rounding.
 
-    Spikes that are not in bytes give the same.
+    Spikes that are not in bytes, and whose channels are not last in memory, give the same.
     """
     neuron, (timesteps, heads, channels, values, *size), carries = FIRED[name]
     levels, most = neuron.levels or 1, neuron.highest * (neuron.levels or 1)
@@ -200,7 +200,7 @@ def test_triton_computes_attention_and_its_neurons(
         assert torch.equal(packed.unpack(dtype), found["spikes"])
         with torch.no_grad():
             layer.membrane = start if carries else None
-            numbers = attention.fired(*(x.detach() for x in inputs), layer)
+            numbers = attention.fired(*(x.detach().contiguous() for x in inputs), layer)
     assert torch.equal(numbers, found["spikes"])
     assert carried(numbers) is None
     layer.double().execution = "reference"

@@ -7,7 +7,7 @@ pass over memory forward and one backward.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.dropout import DropPath
 from tetdist.nn.fast import dispatch
 from tetdist.nn.fast.fused import (
-    FusedAttention,
     FusedNeuron,
     FusedNormAdd,
     FusedNormNeuron,
@@ -167,11 +166,19 @@ class NeuronLayer(FusedLayer):
             self.membrane = membrane
         return spikes
 
-    def _fire_fused(self, current: Tensor, kernels: NeuronKernels) -> Tensor:
-        layout = _Layout.of(current)
+    def _fire_fused(
+        self, current: Tensor, kernels: NeuronKernels, attended: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        tensors = (current, *attended)
+        # Of an image that is attended to, channels are last.
+        layouts = [_Layout.of(x, (1, 3, 4, 2) if attended else None) for x in tensors]
+        flat = [of.flat(x) for of, x in zip(layouts, tensors, strict=True)]
+        kept, layout = flat, layouts[-1]
+        if attended and all(of_all := [carried(x) for x in tensors]):
+            kept = [of.flat(one.values) for of, one in zip(layouts, of_all, strict=True) if one]
         start = None if self.membrane is None else layout.flat(self.membrane[None])[0]
         learned = self.for_kernels(current, kernels)
-        spikes, packed, end = FusedNeuron.apply(layout.flat(current), start, kernels, *learned)
+        spikes, packed, end = FusedNeuron.apply(start, kernels, kept, *flat, *learned)
         if self.carries:
             self.membrane = layout.shaped(end[None])[0]
         spikes = layout.shaped(spikes)
@@ -211,34 +218,22 @@ class Neuron(NeuronLayer):
         self,
         current: Tensor,
         timesteps: int | None = None,
-        attended: tuple[Tensor, Tensor, Any] | None = None,
+        attended: tuple[Tensor, Tensor] | None = None,
+        kernels: NeuronKernels | None = None,
     ) -> Tensor:
         """Return spikes (T, B, ...), in the current's type and memory layout.
 
         Args:
             current: (T, B, ...); or (1, B, ...) when it is the same at all timesteps.
             timesteps: T; needed only for (1, B, ...).
-            attended: Keys, values and kernels of attention, whose queries stand in place of the
-                current that results; see `LinearAttention.fired`.
+            attended: Keys and values of attention; its queries stand in place of the current.
+            kernels: Kernels of that attention; see `LinearAttention.fired`.
         """
-        if attended is not None:
-            return self._attend(current, *attended)
+        if attended is not None and kernels is not None:
+            return self._fire_fused(current, kernels, attended)
         timesteps = timesteps or current.shape[0]
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
         return self.fire(current, timesteps)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, kernels: Any) -> Tensor:
-        packed = [one and one.values for one in map(carried, (q, k, v))]
-        spikes = [rows_of(x) for x in (q, k, v)]
-        kept = [x if one is None else rows_of(one) for x, one in zip(spikes, packed, strict=True)]
-        start = None if self.membrane is None else rows_of(self.membrane[None])[0]
-        learned = self.for_kernels(q, kernels)
-        rows, values, end = FusedAttention.apply(*spikes, start, kept, kernels, *learned)
-        if self.carries:
-            self.membrane = image_of(end[None], v.shape)[0]
-        return self.carrying(
-            image_of(rows, v.shape), None if values is None else image_of(values, v.shape)
-        )
 
 
 class _Layout(NamedTuple):
@@ -253,9 +248,9 @@ class _Layout(NamedTuple):
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, x: Tensor) -> "_Layout":
-        order = sorted(range(1, x.ndim), key=x.stride, reverse=True)
-        return cls(tuple(order), tuple(x.shape[i] for i in order))
+    def of(cls, x: Tensor, order: tuple[int, ...] | None = None) -> "_Layout":
+        order = order or tuple(sorted(range(1, x.ndim), key=x.stride, reverse=True))
+        return cls(order, tuple(x.shape[i] for i in order))
 
     def flat(self, x: Tensor) -> Tensor:
         """Return (T, ...) as (T, N, C) for the kernels: a view, if x has this layout."""

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tetdist.nn.fast import dispatch
-from tetdist.nn.fast.fused import Heads
 from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import Packed, carried, carry, converted
 from tetdist.nn.precision import exact
@@ -158,13 +157,10 @@ class LinearAttention(Product):
         Queries, keys and values must be spikes of the same kind of neuron.
         """
         if neuron.training and neuron.is_fused():
-            channels, values = (x.shape[2] // self.heads for x in (q, v))
-            heads = Heads(self.heads, channels, values, q.shape[3:].numel(), self.scale)
-            packs = torch.is_grad_enabled()
-            options = {"carries": neuron.carries, "packs": packs}
-            kernels = dispatch.attention_kernels_for(neuron.neuron, q, heads, **options)
+            of = (q, v, self.heads, self.scale)
+            kernels = dispatch.attention_kernels_for(neuron.neuron, *of, carries=neuron.carries)
             if kernels is not None:
-                fired: Tensor = neuron(q, attended=(k, v, kernels))
+                fired: Tensor = neuron(q, attended=(k, v), kernels=kernels)
                 return fired
         # The sums are float32; their neurons' outputs are spikes again.
         return converted(neuron(self(q, k, v)), q.dtype)

@@ -139,7 +139,8 @@ class Layer(nn.Module):
         if config is not None and "timesteps" in (one.name for one in fields(config)):
             config = replace(config, timesteps=case.timesteps)  # type: ignore[call-arg]  # psn
         if case.kind == ATTENTION:
-            self.layer = LinearAttention(1 if channels % 16 else channels // 16, scale=0.125)
+            self.products = LinearAttention(1 if channels % 16 else channels // 16, scale=0.125)
+            self.layer = Neuron(LIF(decay=0.5, threshold=32, surrogate_width=32))
         elif config is None:
             self.layer = NormPool(channels) if case.kind == NORM_POOL else NormAdd(channels)
         elif case.given == "no norm":
@@ -169,12 +170,13 @@ class Layer(nn.Module):
         return kernels is not None
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return spikes, or sums without neurons; also in bytes; and membranes at the end."""
+        """Return spikes, or a current without neurons; also in bytes; and membranes at the end."""
         if isinstance(self.layer, NeuronLayer):
             self.layer.carries, self.layer.membrane = self.carries, inputs.get("membrane")
         match self.layer:
-            case LinearAttention():
-                out = self.layer(*inputs.values())
+            case Neuron() if self.case.kind == ATTENTION:
+                q, k, v = inputs.values()
+                out: Any = self.products.fired(q, k, v, self.layer)
             case NormPool() | Neuron():
                 out = self.layer(inputs["current"])
             case NormAdd():

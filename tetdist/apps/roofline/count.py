@@ -27,12 +27,7 @@ from tetdist.nn.precision import LOW_PRECISION, parameter_type
 CONVOLUTIONS, UNPACKING, POOLING = "convolutions", "unpacking", "pooling and sums"
 # Kinds by the files of Triton's kernels. Most of torch's operations count as POOLING: sums of the
 # gradients of two branches, pooling, the head.
-KINDS = {
-    "neuron": "norm and neuron",
-    "packing": UNPACKING,
-    "pool": POOLING,
-    "attention": "attention",
-}
+KINDS = {"neuron": "norm and neuron", "packing": UNPACKING, "pool": POOLING, "attention": POOLING}
 # Operations that write nothing, although their schema does not declare views.
 FREE = ("_unsafe_view", "detach", "empty", "new_empty", "lift_fresh", "promote_types")
 

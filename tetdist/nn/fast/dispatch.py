@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tetdist.nn.fast import build, native, native_library, native_pool
-from tetdist.nn.fast.fused import Heads, NeuronKernels, NormKernels
+from tetdist.nn.fast.fused import NeuronKernels, NormKernels
 from tetdist.nn.fast.pooling import Pooling
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.parallel_neurons import ParallelNeuron
@@ -67,15 +67,15 @@ def _neuron_kernels(
 
 
 def attention_kernels_for(
-    config: NeuronConfig, q: Tensor, heads: Heads, *, carries: bool, packs: bool
-) -> Any:
-    """Return the kernels of attention to ``q`` and the neurons behind it; otherwise like
-    `kernels_for`."""
+    config: NeuronConfig, q: Tensor, v: Tensor, heads: int, scale: float, *, carries: bool
+) -> NeuronKernels | None:
+    """Return the kernels of `LinearAttention` and the neurons behind it; None: definitions run."""
     gpu = triton_for(q)
     if gpu is None or not config.has_kernels or isinstance(config, ParallelNeuron):
         return None
-    kernels = gpu.AttentionKernels(config, len(q), heads, carries=carries, packs=packs)
-    return kernels if kernels.serve(q.dtype) else None
+    options = {"carries": carries, "packs": torch.is_grad_enabled()}
+    kernels = gpu.AttentionKernels(config, q, v, heads, scale, **options)
+    return kernels if kernels.serve() else None
 
 
 def norm_kernels_for(tensors: tuple[Tensor | None, ...], timesteps: int) -> NormKernels | None:

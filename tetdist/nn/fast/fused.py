@@ -29,7 +29,8 @@ class Inputs(NamedTuple):
     """Inputs of a layer's neurons: the parts of their current, and the initial membranes.
 
     Attributes:
-        x: The convolution's output, (T, N, C), or (1, N, C) if all timesteps share it.
+        x: The convolution's output, (T, N, C), or (1, N, C) if all timesteps share it; or queries,
+            keys and values, in a tuple, if the current is attention's result.
         shortcut: Added to the normalised x, (T, N, C).
         affine: Normalises x. None: x is the current, without a shortcut, and N * C is the number of
             neurons, divided in any way.
@@ -214,16 +215,24 @@ class NeuronKernels(NormKernels, Protocol):
 class FusedNeuron(torch.autograd.Function):
     """Forward and backward pass of neurons alone, for a current (T or 1, N, C).
 
-    Returns what `FusedNormNeuron` does; keeps the current for the backward pass.
+    ``tensors`` are the current, or queries, keys and values, and the neurons' learnt values. Only
+    ``kept`` is kept for the backward pass: the same without the learnt values, perhaps in bytes.
+    Returns what `FusedNormNeuron` does.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, membrane: Tensor | None, kernels: NeuronKernels, *learned: Tensor
+        ctx: Any,
+        membrane: Tensor | None,
+        kernels: NeuronKernels,
+        kept: Sequence[Tensor],
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        ctx.save_for_backward(x, membrane, *learned)
-        ctx.kernels = kernels
+        learned = tensors[len(kept) :]
+        ctx.save_for_backward(membrane, *kept, *learned)
+        ctx.kernels, ctx.number = kernels, len(kept)
         ctx.set_materialize_grads(False)
+        x: Any = kept[0] if len(kept) == 1 else kept
         spikes, packed, end = kernels.spikes(Inputs(x, None, None, None, membrane, learned), None)
         if packed is not None:
             ctx.mark_non_differentiable(packed)
@@ -232,11 +241,12 @@ class FusedNeuron(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, membrane, *learned = ctx.saved_tensors
-        inputs = Inputs(x, None, None, None, membrane, tuple(learned))
-        grads = _gradients_of_outputs(x, ctx.kernels.timesteps, grad_outputs)
+        membrane, *saved = ctx.saved_tensors
+        x, learned = saved[: ctx.number], tuple(saved[ctx.number :])
+        grads = _gradients_of_outputs(x[0], ctx.kernels.timesteps, grad_outputs)
+        inputs = Inputs(x if len(x) > 1 else x[0], None, None, None, membrane, learned)
         grad_x, grad_start, grad_learned = ctx.kernels.current_gradient(inputs, *grads)
-        return grad_x, grad_start, None, *grad_learned
+        return grad_start, None, None, *(grad_x if len(x) > 1 else [grad_x]), *grad_learned
 
 
 def _gradients_of_outputs(
@@ -248,56 +258,6 @@ def _gradients_of_outputs(
         assert grad_end is not None
         grad_spikes = x.new_zeros(()).expand(timesteps, *grad_end.shape)
     return grad_spikes.contiguous(), None if grad_end is None else grad_end.contiguous()
-
-
-class Heads(NamedTuple):
-    """Heads of `products.LinearAttention`: their number, their channels in queries and keys, and in
-    values, the positions of an image, and the factor on the sums."""
-
-    number: int
-    keys: int
-    values: int
-    positions: int
-    scale: float
-
-
-class FusedAttention(torch.autograd.Function):
-    """Forward and backward pass of attention and the neurons behind it, (T, N, C).
-
-    ``kept`` are queries, keys and values again, in bytes if they carry those; only that is kept for
-    the backward pass. Returns what `FusedNormNeuron` does. The kernels are those of Triton.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        membrane: Tensor | None,
-        kept: Sequence[Tensor],
-        kernels: Any,
-        *learned: Tensor,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        del k, v
-        ctx.save_for_backward(*kept, membrane, *learned)
-        ctx.kernels, ctx.like = kernels, q.new_empty(0)
-        ctx.set_materialize_grads(False)
-        spikes, packed, end = kernels.attended(kept, membrane, learned, q.dtype)
-        if packed is not None:
-            ctx.mark_non_differentiable(packed)
-        return spikes, packed, end
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        *kept, membrane = ctx.saved_tensors[:4]
-        learned = ctx.saved_tensors[4:]
-        grads = _gradients_of_outputs(ctx.like, ctx.kernels.timesteps, grad_outputs)
-        found, grad_start, grad_learned = ctx.kernels.attended_gradients(
-            kept, membrane, learned, *grads
-        )
-        return *found, grad_start, None, None, *grad_learned
 
 
 class FusedNormNeuron(torch.autograd.Function):

@@ -19,7 +19,7 @@ from tetdist.nn import batch_norm
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import triton_cache
 from tetdist.nn.fast.dynamics import dynamics_of
-from tetdist.nn.fast.fused import Affine, Heads, Inputs, Sums
+from tetdist.nn.fast.fused import Affine, Inputs, Sums
 from tetdist.nn.fast.kernels import attention, neuron, packing
 from tetdist.nn.fast.kernels import pool as pooling
 from tetdist.nn.fast.pooling import Pooling, Sizes
@@ -392,81 +392,77 @@ MOST_PRODUCTS, MOST_TIMESTEPS = 64 * 64, 8
 
 
 class AttentionKernels(NeuronKernels):
-    """The kernels of `fused.FusedAttention` for one variant."""
+    """The kernels of `LinearAttention` and the neurons behind it, for queries, keys and values."""
 
     def __init__(
-        self, config: NeuronConfig, timesteps: int, heads: Heads, *, carries: bool, packs: bool
+        self, config: NeuronConfig, q: Tensor, v: Tensor, heads: int, scale: float, **options: bool
     ) -> None:
-        super().__init__(config, timesteps, carries=carries, packs=packs)
-        self.heads, levels = heads, self.forward["LEVELS"]
-        self.widths = [max(16, triton.next_power_of_2(one)) for one in (heads.keys, heads.values)]
+        super().__init__(config, len(q), **options)
+        self.dtype, self.programs, levels = q.dtype, q.shape[1] * heads, self.forward["LEVELS"]
+        self.positions = q.shape[3:].numel()
+        self.sizes: list[Argument] = [heads, self.positions]
+        self.known = {"DK": q.shape[2] // heads, "DV": v.shape[2] // heads, "LEVELS": levels}
+        self.widths = [max(16, triton.next_power_of_2(self.known[one])) for one in ("DK", "DV")]
+        self.factor = scale / levels**2
         # The sums k^T v, in whole numbers, are at most this.
-        self.highest = heads.positions * (config.highest * levels) ** 2
-        self.known = {"DK": heads.keys, "DV": heads.values, "D": self.widths[0], "LEVELS": levels}
+        self.highest = self.positions * (config.highest * levels) ** 2
 
-    def serve(self, dtype: torch.dtype) -> bool:
-        """Return whether they compute this variant, with exact sums, for spikes of ``dtype``."""
+    def serve(self) -> bool:
+        """Return whether they compute this variant, with exact sums."""
         fits = math.prod(self.widths) <= MOST_PRODUCTS and self.timesteps <= MOST_TIMESTEPS
         # In the backward pass float16 must hold the sums, times the factor.
-        is_exact = self.highest <= 2**22 and self.highest * self.factor(2) < 2**15
-        return fits and is_exact and dtype in (torch.bfloat16, torch.float16)
+        is_exact = self.highest <= 2**22 and self.highest * self.factor < 2**15
+        return fits and is_exact and self.dtype in (torch.bfloat16, torch.float16)
 
-    def factor(self, spikes: int) -> float:
-        """Return the factor on products of this many spikes, taken as whole numbers."""
-        return self.heads.scale / self.known["LEVELS"] ** spikes
-
-    def _tiles(self, rows: int, columns: int) -> tuple[Tiling, int]:
-        """Divide the neurons of ``rows`` positions; return also the operations of the products."""
-        positions = self.heads.positions
+    def _tiles(self, columns: int) -> tuple[Tiling, int]:
+        """Divide positions and channels; return also the operations of the matrix products."""
+        positions = self.positions
         warps = 8 if positions > 64 else 4
-        tile = {"BN": 16 * warps, "BJ": min(self.widths[1], columns), "BM": 64}
-        tile |= {"SPLITS": self.highest > 2**11, "FACTOR": self.factor(3)}
-        blocks = triton.cdiv(positions, tile["BN"]) * triton.cdiv(self.heads.values, tile["BJ"])
-        grid = (rows // positions * self.heads.number, blocks)
-        summed = 64 * triton.cdiv(positions, 64) + tile["BN"] * (1 + tile["SPLITS"])
-        operations = math.prod(grid) * self.timesteps * 2 * self.widths[0] * tile["BJ"] * summed
-        return Tiling(grid, 1, self.known | tile | {"num_warps": warps}), operations
+        rows, columns, splits = 16 * warps, min(self.widths[1], columns), self.highest > 2**11
+        blocks = triton.cdiv(positions, rows) * triton.cdiv(self.known["DV"], columns)
+        known = self.known | {"D": self.widths[0], "BJ": columns, "BN": rows, "BM": 64}
+        known |= {"FACTOR": self.factor / known["LEVELS"], "SPLITS": splits, "num_warps": warps}
+        summed = 64 * triton.cdiv(positions, 64) + rows * (1 + splits)
+        operations = 2 * self.timesteps * self.programs * blocks * self.widths[0] * columns * summed
+        return Tiling((self.programs, blocks), 1, known), operations
 
-    def attended(
-        self, spikes: Sequence[Tensor], start: Tensor | None, learned: Any, dtype: torch.dtype
+    def spikes(
+        self, inputs: Inputs, identity: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return what `spikes` does, for the result of attention to queries, keys and values."""
-        v = spikes[2]
-        out = torch.empty_like(v, dtype=dtype)
+        assert identity is None
+        v = inputs.x[2]
+        spikes = torch.empty_like(v, dtype=self.dtype)
         packed = torch.empty_like(v, dtype=torch.uint8) if self.packs else None
         end = torch.empty_like(v[0], dtype=torch.float32) if self.carries else None
-        divided, operations = self._tiles(v.shape[1], 32)
-        arguments: list[Argument] = [*spikes, start, _share(learned), out, packed, end]
-        arguments += [self.heads.number, self.heads.positions]
-        launch(attention.attend, divided.grid, arguments, self.forward | divided.sizes, operations)
-        return out, packed, end
+        (grid, _, known), operations = self._tiles(32)
+        arguments: list[Argument] = [*inputs.x, inputs.start, _share(inputs.learned)]
+        arguments += [spikes, packed, end, *self.sizes]
+        launch(attention.attend, grid, arguments, self.forward | known, operations)
+        return spikes, packed, end
 
-    def attended_gradients(
-        self,
-        spikes: Sequence[Tensor],
-        start: Tensor | None,
-        learned: tuple[Tensor, ...],
-        grad_spikes: Tensor,
-        grad_end: Tensor | None,
-    ) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, ...]]:
-        """Return the gradients of queries, keys and values, of start and of the learnt values."""
-        rows, sizes = grad_spikes.shape[1], [self.heads.number, self.heads.positions]
+    def current_gradient(
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+    ) -> tuple[Any, Tensor | None, tuple[Tensor, ...]]:
+        """Return the gradients of queries, keys and values, of the start and of learnt values."""
+        start, learned = inputs.start, inputs.learned
         # As many membranes as registers hold.
         columns = (64 if learned else 128) // triton.next_power_of_2(self.timesteps)
-        divided, operations = self._tiles(rows, columns)
-        grad, partial_share = torch.empty_like(grad_spikes), _partial_share(learned, divided)
+        divided, operations = self._tiles(columns)
+        partial_share = _partial_share(learned, divided)
+        grad_spikes = grad_spikes.to(self.dtype)
+        grad = torch.empty_like(grad_spikes)
         grad_start = None if start is None else torch.empty_like(start)
-        arguments: list[Argument] = [*spikes, start, _share(learned), grad_spikes, grad_end, grad]
-        arguments += [grad_start, partial_share, *sizes]
+        arguments: list[Argument] = [*inputs.x, start, _share(learned), grad_spikes, grad_end, grad]
+        arguments += [grad_start, partial_share, *self.sizes]
         known = self.backward | divided.sizes
         launch(attention.current_gradient, divided.grid, arguments, known, operations)
-        grads = [torch.empty_like(one, dtype=grad.dtype) for one in spikes]
-        programs = self.timesteps * divided.grid[0]
-        known = self.known | {"FACTOR": self.factor(2), "DW": self.widths[1]}
+        grads = [torch.empty_like(one, dtype=self.dtype) for one in inputs.x]
+        grid = (self.timesteps * self.programs,)
+        known = self.known | {"D": self.widths[0], "DW": self.widths[1], "FACTOR": self.factor}
         known |= {"BN": 32, "num_warps": 8}
-        operations = programs * 10 * math.prod(self.widths) * 32 * triton.cdiv(sizes[1], 32)
-        arguments = [*spikes, grad, *grads, *sizes]
-        launch(attention.gradients, (programs,), arguments, known, operations)
+        operations = 10 * grid[0] * math.prod(self.widths) * 32 * triton.cdiv(self.positions, 32)
+        arguments = [*inputs.x, grad, *grads, *self.sizes]
+        launch(attention.gradients, grid, arguments, known, operations)
         return grads, grad_start, _grad_learned(learned, partial_share)
 
 
