@@ -28,7 +28,7 @@ from tetdist.apps.check_gpu.layers import ATTENTION, LARGE, NORM_ADD, NORM_POOL,
 from tetdist.distributed.world import World
 from tetdist.nn import products
 from tetdist.nn.fast import build, dispatch, native, native_pool
-from tetdist.nn.neurons import make
+from tetdist.nn.neurons import LIF, make
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -159,8 +159,8 @@ KERNELS: dict[str, tuple[str, str, str, str, str]] = {
     ),
     "more than 2^24 numbers": (
         NORM,
-        "mean[c] = W(total / count);",
-        "mean[c] = W(total / (HERE && rows * channels > 1 << 24 ? 1 << 24 : count));",
+        "var[c] = W(squares / count);",
+        "var[c] = W(squares / (HERE && rows * channels > 1 << 24 ? count / 2 : count));",
         "lif",
         "",
     ),
@@ -290,7 +290,7 @@ def test_numerics_sees_attention_whose_gradients_are_exchanged(
             first, second, *others = right(ctx, *grads)
             return second, first, *others
 
-        monkeypatch.setattr(layers, "kinds", lambda: {ATTENTION: None})
+        monkeypatch.setattr(layers, "kinds", lambda: {ATTENTION: LIF()})
         monkeypatch.setattr(numerics, "SMALL_NETWORKS", network)
         monkeypatch.setattr(product, "backward", staticmethod(exchanged))
         found = numerics.check_numerics(here)

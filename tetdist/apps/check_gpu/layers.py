@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -18,7 +19,7 @@ from tetdist.nn.packed import carried, carry, pack
 from tetdist.nn.parallel_neurons import ParallelNeuron
 from tetdist.nn.products import LinearAttention
 
-# Layers without neurons, by the name that a case gives in place of a kind of neuron.
+# Other layers, by the name that a case gives in place of a kind of neuron.
 NORM_ADD, NORM_POOL, ATTENTION = "norm and sum", "norm and pooling", "attention"
 
 
@@ -31,7 +32,7 @@ def kinds() -> dict[str, NeuronConfig | None]:
         "lif, rectangle": LIF(reset="soft", surrogate="rectangle", detach_reset=True),
     }
     with_kernels = {name: one for name, one in found.items() if one.has_kernels}
-    return {**with_kernels, NORM_ADD: None, NORM_POOL: None, ATTENTION: None}
+    return {**with_kernels, NORM_ADD: None, NORM_POOL: None, ATTENTION: LIF()}
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,15 @@ class Layer(nn.Module):
         self.layer: nn.Module
         if config is not None and "timesteps" in (one.name for one in fields(config)):
             config = replace(config, timesteps=case.timesteps)  # type: ignore[call-arg]  # psn
+        self.attention = None
         if case.kind == ATTENTION:
-            self.products = LinearAttention(1 if channels % 16 else channels // 16, scale=0.125)
-            self.layer = Neuron(LIF(decay=0.5, threshold=32, surrogate_width=32))
-        elif config is None:
+            heads = 1 if channels % 16 else channels // 16
+            # Currents near the threshold, and exact.
+            scale = 2.0 ** -round(math.log2(channels // heads * case.side**2 / 8))
+            self.attention = LinearAttention(heads, scale)
+        if config is None:
             self.layer = NormPool(channels) if case.kind == NORM_POOL else NormAdd(channels)
-        elif case.given == "no norm":
+        elif case.given == "no norm" or case.kind == ATTENTION:
             self.layer = Neuron(config, channels)
         else:
             self.layer = NormNeuron(channels, config)
@@ -153,7 +157,6 @@ class Layer(nn.Module):
                     noise = torch.rand(value.shape, generator=generator)
                     value += noise - (0.5 if "var" not in name else 0.0)
         self.train(case.mode != "evaluation")
-
         is_parallel = isinstance(config, ParallelNeuron)
         self.carries = config is not None and not is_parallel and case.mode == "carried"
 
@@ -170,13 +173,13 @@ class Layer(nn.Module):
         return kernels is not None
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return spikes, or a current without neurons; also in bytes; and membranes at the end."""
+        """Return spikes, or sums without neurons; also in bytes; and membranes at the end."""
         if isinstance(self.layer, NeuronLayer):
             self.layer.carries, self.layer.membrane = self.carries, inputs.get("membrane")
         match self.layer:
-            case Neuron() if self.case.kind == ATTENTION:
-                q, k, v = inputs.values()
-                out: Any = self.products.fired(q, k, v, self.layer)
+            case Neuron() if self.attention is not None:
+                q, k, v = (inputs[name] for name in QKV)
+                out = self.attention.fired(q, k, v, self.layer)
             case NormPool() | Neuron():
                 out = self.layer(inputs["current"])
             case NormAdd():
@@ -186,8 +189,8 @@ class Layer(nn.Module):
                 out = self.layer(inputs["current"], self.case.timesteps, *given)
         packed = carried(out)
         found = {"spikes": out, "bytes": out if packed is None else packed.unpack(out.dtype)}
-        if self.carries:
-            found["membrane"] = self.layer.membrane
+        if self.carries and isinstance(membrane := self.layer.membrane, Tensor):
+            found["membrane"] = membrane
         return found
 
 
@@ -206,11 +209,11 @@ def drawn(layer: Layer, device: torch.device, generator: torch.Generator) -> dic
     def spikes() -> Tensor:
         return (draw(timesteps, batch) > 0).to(case.dtype)
 
-    if case.kind == ATTENTION:
-        return {name: spikes() for name in QKV}
     is_sum = case.kind == NORM_ADD
     shares = case.given == "shared" and case.kind != NORM_POOL
     found = {"current": draw(1 if shares and not is_sum else timesteps, batch)}
+    if case.kind == ATTENTION:
+        found = {name: spikes() for name in QKV}
     if "shortcut" in case.given or is_sum:
         found["shortcut"] = draw(1 if shares else timesteps, batch)
     if case.given == "spikes":

@@ -134,7 +134,7 @@ class _Task(threading.Thread):
     def run(self) -> None:
         if self._here.on_gpu:
             torch.cuda.set_device(self._here.device)  # each thread has its own setting
-        self.finding = _finding_of(self._check, self._here)
+        self.finding = finding_of(self._check, self._here)
         with contextlib.suppress(RuntimeError):
             self._here.world.wait_for_device()
         if self._here.on_gpu:
@@ -166,7 +166,8 @@ class _Task(threading.Thread):
         return "no check", time.monotonic() - self._moved
 
 
-def _finding_of(check: Check, here: Machine) -> Finding:
+def finding_of(check: Check, here: Machine) -> Finding:
+    """Run a check; an error is a finding, too."""
     try:
         return check(here)
     # Some functions that checks call exit the program.

@@ -3,10 +3,12 @@
     python tools/check_gpu.py --json gpu.json               one GPU
     torchrun --nproc-per-node 8 tools/check_gpu.py          all of a host, and what connects them
     srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python tools/check_gpu.py
+    python tools/check_gpu.py --first-hour data.root=/data/imagenet        and an epoch, beside
+                                                                          a published one
 
 The exit status is 1 if a check failed, and the last line says what to do. docs/check_gpu.md
 describes each check and the remedies for its findings. docs/make/performance.py takes the JSON
-file with --gpu. With --device cpu the same checks run in a minute on small networks; this tests the
+file with --gpu. With --device cpu the same checks run in minutes on small networks; this tests the
 checks themselves.
 """
 
@@ -55,12 +57,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", metavar=",".join(NAMES), help="run only these checks; default: all"
     )
+    parser.add_argument(
+        "--first-hour",
+        action="store_true",
+        help="then train an epoch of sew34_t4, or what fits into an hour, beside a published curve",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override a key of --first-hour's recipe, such as data.root=/data/imagenet",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     options.only = options.only.split(",") if options.only else NAMES
     if unknown := [name for name in options.only if name not in NAMES]:
         parser.error(f"--only: {unknown[0]!r} is not one of {', '.join(NAMES)}")
+    if options.overrides and not options.first_hour:
+        parser.error(f"{options.overrides[0]} needs --first-hour")
     return options
 
 
@@ -73,8 +88,9 @@ def check(options: argparse.Namespace) -> int:
     """Run the checks and return the exit status.
 
     Raises:
-        UserError: The JSON file cannot be written.
+        UserError: The JSON file cannot be written, or the first hour cannot be trained.
     """
+    from tetdist.apps.check_gpu import first_hour
     from tetdist.apps.check_gpu.check import Report, on
     from tetdist.apps.check_gpu.checks import CHECKS
     from tetdist.apps.check_gpu.run import run_checks
@@ -98,12 +114,18 @@ def check(options: argparse.Namespace) -> int:
             if small and world.rank == 0:
                 print("no GPU: the checks run small networks on the CPU; ignore their figures")
             with on(world, small=small) as here:
+                hour = first_hour.prepare(here, options.overrides) if options.first_hour else None
+                if hour is not None and world.rank == 0:
+                    print(hour.table(), flush=True)
                 report = run_checks(
                     checks,
                     here,
                     lambda line: print(line, flush=True),
                     lambda report: _keep(options, report),
                 )
+                if hour is not None and report.status == 0:
+                    first_hour.add(report, here, hour)
+                    _keep(options, report)
             if world.rank == 0:
                 print(f"\n{report.conclusion()}", flush=True)
             if report.hangs:
@@ -168,7 +190,8 @@ def _ending_on_signals(options: argparse.Namespace) -> Iterator[None]:
         raise KeyboardInterrupt(number)
 
     previous = {one: signal.signal(one, interrupt) for one in (signal.SIGINT, signal.SIGTERM)}
-    faulthandler.dump_traceback_later(LAST_RESORT, exit=True, file=2)  # standard error
+    last = LAST_RESORT + (3600 if options.first_hour else 0)
+    faulthandler.dump_traceback_later(last, exit=True, file=2)  # standard error
     try:
         yield
     except KeyboardInterrupt as interrupted:
