@@ -185,3 +185,7 @@ def test_threads_ask_nothing_of_another_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     with transfer.taker(device, "test") as taker:
         taker.submit(lambda: calls.append("work")).result(timeout=60)
     assert calls == [device, "work"]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: calls.append("current"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with transfer.completed_on(None):
+        assert calls == [device, "work"]

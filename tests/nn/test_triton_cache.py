@@ -51,6 +51,18 @@ def test_others_wait_for_a_kernel_that_one_compiles() -> None:
     assert CompiledOnce("other").get_group("b.json") is None
 
 
+def test_a_disk_without_locks_is_used_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(triton_cache.fcntl, "flock", refuse)
+    triton_cache.use()
+    kernel = CompiledOnce("kernel")
+    assert kernel.get_group("a.json") is None
+    kernel.put_group("a.json", {"a.json": kernel.put("{}", "a.json")})
+    assert CompiledOnce("kernel").get_group("a.json")
+
+
 def test_triton_takes_kernels_from_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     locked, hits = [], []
     put_group = CompiledOnce.put_group

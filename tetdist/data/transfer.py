@@ -29,8 +29,9 @@ def new_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 @contextlib.contextmanager
 def completed_on(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Run the body's GPU work on a stream, and sleep until it is done."""
-    with torch.cuda.stream(stream):
+    """Run the body's GPU work on a stream, and sleep until it is done; None: there is none."""
+    # torch.cuda.stream(None) would open the first GPU, also in a process that only loads data.
+    with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
         yield
         if stream is not None:
             event = torch.cuda.Event(blocking=True)

@@ -39,8 +39,10 @@ class CompiledOnce(FileCacheManager):
         """Return the kernel's files; None if the caller is to compile them."""
         found = super().get_group(filename)
         if found is None and self._lock is None:
-            self._lock = (Path(self.cache_dir) / "compiling").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            # Some shared disks, which the environment may name, have no locks.
+            with contextlib.suppress(OSError):
+                self._lock = (Path(self.cache_dir) / "compiling").open("w")
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
             found = super().get_group(filename)
             if found is not None:
                 self._unlock()
