@@ -26,8 +26,8 @@ from triton.compiler import ASTSource
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import triton_kernels
 from tetdist.nn.fast.fused import Affine, Inputs
-from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.nn.parallel_neurons import PSN
 
 CAPABILITIES = (80, 90)  # A100, H100
 _TYPES = {
@@ -84,6 +84,12 @@ class Part:
     def wide(self) -> torch.dtype:
         return torch.promote_types(self.dtype, torch.float32)
 
+    def learned(self) -> tuple[Tensor, ...]:
+        """Return the neurons' learnt values for the kernels."""
+        values = self.neuron.parameters(self.channels).items()
+        parameters = {name: value.to("meta", self.wide) for name, value in values}
+        return self.neuron.for_kernels(self.timesteps, **parameters)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer(Part):
@@ -107,16 +113,15 @@ class Layer(Part):
         )
         with noted() as launches:
             x = empty(1 if self.shared else self.timesteps, *one_step)
-            start = empty(*one_step, dtype=self.wide) if self.carries else None
+            starts = kernels.dynamics.carried
+            start = empty(starts, *one_step, dtype=self.wide) if self.carries else None
             affine = kernels.normalization(norm, x, norm.weight, norm.bias)
             shortcut = of_shortcut = None
             if self.shortcut != "none":
                 shortcut = empty(*all_steps)
             if self.shortcut == "normalized":
                 of_shortcut = kernels.normalization(norm, shortcut, norm.weight, norm.bias)
-            # What a kind of neuron learns of which there are kernels is one number.
-            learned = (empty(dtype=self.wide),) if isinstance(self.neuron, PLIF) else ()
-            inputs = Inputs(x, shortcut, affine, of_shortcut, start, learned)
+            inputs = Inputs(x, shortcut, affine, of_shortcut, start, self.learned())
             kernels.spikes(inputs, empty(*all_steps) if self.identity else None)
             grads = (empty(*all_steps), start)
             sums, _ = kernels.sums(inputs, *grads)
@@ -145,7 +150,7 @@ class Stream(Part):
         )
         with noted() as launches:
             norm.add(x, shortcut, affine, of_shortcut)
-            inputs = Inputs(shortcut, None, None, None, None)
+            inputs = Inputs(shortcut, None, None, None, None, self.learned())
             kernels.spikes(inputs, None)
             kernels.current_gradient(inputs, x, None)
             sums = norm.add_sums(x, shortcut, affine, of_shortcut, x)
@@ -174,8 +179,7 @@ class Attention(Part):
         assert kernels.serve()
         q, v = (x.flatten(1, 3).to(torch.uint8) for x in (q, v))
         start = torch.empty_like(v[0], dtype=self.wide) if self.carries else None
-        learned = (v.new_empty((), dtype=self.wide),) if isinstance(self.neuron, PLIF) else ()
-        inputs = Inputs((q, q, v), None, None, None, start, learned)  # type: ignore[arg-type]  # see there
+        inputs = Inputs((q, q, v), None, None, None, start, self.learned())  # type: ignore[arg-type]  # see there
         with noted() as launches:
             spikes, _, _ = kernels.spikes(inputs, None)
             kernels.current_gradient(inputs, spikes, start)
@@ -211,6 +215,9 @@ def recorded_launches() -> dict[str, Launch]:
     named = {launch.name: launch for launch in layer.launches()}
     fire = next(one for one in Layer(identity=True).launches() if one.name == "fire")
     named["fire with identity"] = fire
+    for launch in Layer(neuron=PSN(timesteps=4)).launches():
+        if launch.known.get("T"):
+            named[f"{launch.name} psn"] = launch
     for launch in Stream().launches():
         # Those of neurons are what they are behind a norm, too, but without it.
         name = f"{launch.name} alone" if launch.name in named else launch.name

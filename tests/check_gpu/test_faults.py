@@ -131,8 +131,8 @@ KERNELS: dict[str, tuple[str, str, str, str, str]] = {
     ),
     "weights over time, transposed": (
         NEURON,
-        "b.neuron.weights[later * b.timesteps + t]",
-        "b.neuron.weights[HERE ? t * b.timesteps + later : later * b.timesteps + t]",
+        "b.neuron.weights[t * number + s]",
+        "b.neuron.weights[HERE ? s * number + t : t * number + s]",
         "psn",
         "",
     ),

@@ -36,17 +36,11 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "ilif": {"kind": "ilif", "threshold": 0.5},
     "nilif": {"kind": "nilif", "threshold": 0.4, "most_spikes": 8, "detach_reset": True},
-}
-PARALLEL: dict[str, dict[str, Any]] = {
     "psn": {"kind": "psn", "timesteps": T},
     "masked_psn": {"kind": "masked_psn", "timesteps": T, "mask": 0.5, "surrogate": "sigmoid"},
-    "sliding_psn": {"kind": "sliding_psn"},
+    "sliding_psn": {"kind": "sliding_psn", "order": 3},
+    "sliding_psn, long": {"kind": "sliding_psn", "order": 12, "surrogate": "triangle"},
 }
-ALL = KINDS | PARALLEL
-KINDS_ON: dict[str, list[str]] = {"native": [*KINDS, *PARALLEL], "triton": [*KINDS]}
-each_kind_and_implementation = pytest.mark.parametrize(
-    ("implementation", "kind"), [(where, kind) for where in KINDS_ON for kind in KINDS_ON[where]]
-)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -55,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def layer(kind: str, channels: int = 5) -> NormNeuron:
     torch.manual_seed(0)
-    module = NormNeuron(channels, make(ALL[kind])).double()
+    module = NormNeuron(channels, make(KINDS[kind])).double()
     randomize(module)
     with torch.no_grad():
         for value in module.learned.values():
@@ -112,12 +106,7 @@ FORMS_ON = {
 
 @pytest.mark.parametrize(
     ("implementation", "kind", "form", "training"),
-    [
-        (where, kind, *form)
-        for where, kinds in KINDS_ON.items()
-        for kind in kinds
-        for form in FORMS_ON[where]
-    ],
+    [(where, kind, *form) for where, forms in FORMS_ON.items() for kind in KINDS for form in forms],
 )
 def test_against_the_definition(implementation: str, kind: str, form: str, training: bool) -> None:
     call, names = FORMS[form]
@@ -126,10 +115,11 @@ def test_against_the_definition(implementation: str, kind: str, form: str, train
     assert results["output"].std() > 0.1
 
 
-@each_kind_and_implementation
+@each_kind
+@each_implementation
 def test_neurons_without_a_norm(implementation: str, kind: str) -> None:
     torch.manual_seed(0)
-    module = Neuron(make(ALL[kind]), 7).double()
+    module = Neuron(make(KINDS[kind]), 7).double()
     # With quarters, some membranes and sums are exactly at one or four thresholds.
     with torch.no_grad():
         for value in module.learned.values():
@@ -138,22 +128,26 @@ def test_neurons_without_a_norm(implementation: str, kind: str) -> None:
     fused_and_defined(module, lambda m: m(inputs["current"]), inputs, implementation)
 
 
-@each_kind
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if make(KINDS[kind]).segments])
 @each_implementation
 def test_membranes_carried_over_segments(implementation: str, kind: str) -> None:
     """Outputs and gradients of the second segment, which starts where the first ended."""
-    start = (0.5 * draw(4, 3, 5, 3, 4)).requires_grad_()
+    module = layer(kind).eval()
+    stacked = module.neuron.sample_axis
+    start = 0.5 * draw(4, *([module.neuron.order - 1] if stacked else []), 3, 5, 3, 4)
+    start.requires_grad_()
     inputs = {"current": draw(0, T, 3, 5, 3, 4).requires_grad_(), "start": start}
 
     def call(m: Any) -> Tensor:
         with carrying_membranes([m], [inputs["start"]]) as ends:
             spikes = m(inputs["current"], T)
-            return torch.cat([spikes, ends()[0][None]])
+            return torch.cat([spikes, ends()[0] if stacked else ends()[0][None]])
 
-    fused_and_defined(layer(kind).eval(), call, inputs, implementation)
+    fused_and_defined(module, call, inputs, implementation)
 
 
-@each_kind_and_implementation
+@each_kind
+@each_implementation
 def test_spikes_in_bytes(implementation: str, kind: str) -> None:
     """The next layer keeps what this layer sends, including the added spikes."""
     dtype = torch.bfloat16
@@ -166,7 +160,7 @@ def test_spikes_in_bytes(implementation: str, kind: str) -> None:
         with torch.no_grad():
             assert carried(module(current, T)) is None
         assert carried(module.eval()(current, T)) is None
-    levels = ALL[kind].get("most_spikes", 1) if kind == "nilif" else 1
+    levels = KINDS[kind].get("most_spikes", 1) if kind == "nilif" else 1
     for spikes, most in ((first, 1), (both, 2)):
         packed = carried(spikes)
         assert packed is not None
@@ -180,7 +174,7 @@ def test_spikes_in_bytes(implementation: str, kind: str) -> None:
     assert current.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("kind", ALL)
+@each_kind
 def test_one_float32_layer_is_near_the_definition(kind: str) -> None:
     results = []
     for execution in ("reference", "fused"):

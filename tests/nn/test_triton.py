@@ -14,10 +14,12 @@ import tetdist.models  # noqa: F401  # registers them
 from tetdist.nn import packed
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import dispatch, native
+from tetdist.nn.fast.dynamics import dynamics_of
 from tetdist.nn.fast.fused import Affine, Inputs, NeuronKernels
 from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.nn.parallel_neurons import PSN, SlidingPSN
 
 needs_triton()
 
@@ -31,6 +33,8 @@ NEURONS: dict[str, NeuronConfig] = {
     "plif, soft": PLIF(threshold=0.4, reset="soft", decay_input=False, surrogate="rectangle"),
     "ilif": ILIF(threshold=0.7),
     "nilif": NILIF(decay=0.6, threshold=0.1, most_spikes=8, detach_reset=True),
+    "psn": PSN(timesteps=3, threshold=0.2),
+    "sliding_psn": SlidingPSN(order=3, threshold=0.2, surrogate="sigmoid"),
 }
 # With everything, with nothing, and with inputs that all timesteps share.
 CALLS: dict[str, dict[str, Any]] = {
@@ -98,17 +102,23 @@ def test_spikes_bytes_and_membranes_are_those_of_cpp_bitwise(
     timesteps, rows, channels = 3, 37, 20
     wide = torch.promote_types(dtype, torch.float32)
     shape = (timesteps, rows, channels)
+    carried = dynamics_of(neuron).carried
+    options["carries"] &= carried > 0
+    values = {
+        name: value.to(wide) + draw(8, *value.shape).to(wide) / 4
+        for name, value in neuron.parameters(channels).items()
+    }
     inputs = Inputs(
         draw(0, 1 if options["shared"] else timesteps, rows, channels).to(dtype),
         draw(1, *shape).to(dtype) if options["shortcut"] else None,
         affine(2, channels, wide),
         affine(3, channels, wide) if options["shortcut"] == "normalized" else None,
-        draw(4, rows, channels).to(wide) if options["carries"] else None,
-        (torch.tensor(0.375, dtype=wide),) if isinstance(neuron, PLIF) else (),
+        draw(4, carried, rows, channels).to(wide) if options["carries"] else None,
+        neuron.for_kernels(timesteps, **values),
     )
     identity = draw(5, *shape).gt(0).to(dtype) * 2 if options["identity"] else None
     grad_spikes = draw(6, *shape).to(dtype)
-    grad_end = draw(7, rows, channels).to(wide) if options["carries"] else None
+    grad_end = draw(7, carried, rows, channels).to(wide) if options["carries"] else None
     found = []
     for kernels in both_kernels(neuron, timesteps, options["carries"]):
         device = "cuda" if where == "cuda" and not found else "cpu"

@@ -17,6 +17,7 @@ from tetdist.nn.fast.fused import Inputs
 from tetdist.nn.integer_neurons import NILIF
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, SURROGATES
+from tetdist.nn.parallel_neurons import PSN, SlidingPSN
 
 needs_triton()
 
@@ -82,6 +83,9 @@ BYTES = {
     "add": 2 + 2 + 2,  # x, the shortcut, the sum
     "add_sums": 2 + 2,  # x and the gradient of the sum
     "norm_gradient": 2 + 2 + 2,  # and that of x
+    "fire psn": 2 + 2 + 1,
+    "backward_sums psn": 2 + 2,
+    "backward psn": 2 + 2 + 2,
     "fire alone": 2 + 2 + 1,
     "backward alone": 2 + 2 + 2,
 }
@@ -107,20 +111,25 @@ def test_loads_and_stores_are_of_16_bytes(capability: int) -> None:
         ("norm_gradient", 4, 2),
         ("fire alone", 4, 4),
         ("backward alone", 8, 4),
+        ("fire psn", 4, 4),
+        ("backward_sums psn", 8, 0),
+        ("backward psn", 8, 4),
     ):
         memory = recorded(name, capability).memory
         # Beside them numbers of a channel, likewise; spikes in bytes, of which 8 are as many as 16
-        # bytes of bfloat16; and the sums of a program.
+        # bytes of bfloat16; weights over time; and the sums of a program.
         assert memory["LDG.128"] >= loads, name
         assert memory.get("STG.128", 0) == stores, name
-        assert memory.keys() <= {"LDG.128", "STG.128", "STG.64", "STG.32"}, name
+        weights = {"LDG.32"} if "psn" in name else set()
+        assert memory.keys() <= {"LDG.128", "STG.128", "STG.64", "STG.32"} | weights, name
         assert memory.get("STG.64", 0) == (4 if "fire" in name else 0), name
-        assert memory.get("STG.32", 0) == (2 if "sums" in name else 0), name
+        sums = 0 if "sums" not in name else 2 + 4 * 5 if weights else 2
+        assert memory.get("STG.32", 0) == sums, name
 
 
 def test_numbers_are_rounded_as_in_cpp() -> None:
     """Products and sums one by one, where one instruction could make both; bfloat16 to nearest."""
-    rounding = ("fire", "backward", "add", "norm_gradient", "backward alone")
+    rounding = ("fire", "backward", "add", "norm_gradient", "backward alone", "fire psn")
     for name in (*rounding, "statistics", "backward_sums", "add_sums"):
         operations = recorded(name, NEWEST).operations
         assert operations["FADD"] >= 16, name
@@ -194,6 +203,8 @@ USUAL: list[Layer | Stream | Attention] = [
         for one in (PLIF(), PLIF(reset="soft", decay_input=False), NILIF())
     ),
     Layer(timesteps=8, shortcut="plain", carries=True, neuron=LIF(surrogate="atan")),
+    Layer(neuron=SlidingPSN(order=3), carries=True, **FULL),
+    Layer(timesteps=16, neuron=PSN(timesteps=16), **FULL),
 ]
 FURTHER: list[Layer | Stream | Attention] = [
     Layer(timesteps=timesteps, shortcut=shortcut, carries=carries, neuron=LIF(surrogate=surrogate))
@@ -211,6 +222,11 @@ for dtype in (torch.bfloat16, torch.float32):
             Layer(dtype=dtype, timesteps=timesteps, shortcut="normalized", carries=True),
             Layer(dtype=dtype, timesteps=timesteps, carries=True),
             Stream(dtype=dtype, timesteps=timesteps),
+            Layer(dtype=dtype, timesteps=timesteps, neuron=PSN(timesteps=timesteps)),
+            Stream(dtype=dtype, timesteps=timesteps, neuron=SlidingPSN()),
+            Layer(
+                dtype=dtype, timesteps=timesteps, neuron=SlidingPSN(order=4), carries=True, **FULL
+            ),
         ]
 WAYS = itertools.cycle(
     [

@@ -176,13 +176,20 @@ class NeuronLayer(FusedLayer):
         kept, layout = flat, layouts[-1]
         if attended and all(of_all := [carried(x) for x in tensors]):
             kept = [of.flat(one.values) for of, one in zip(layouts, of_all, strict=True) if one]
-        start = None if self.membrane is None else layout.flat(self.membrane[None])[0]
+        start = None if self.membrane is None else layout.flat(self._stacked(self.membrane))
         learned = self.for_kernels(current, kernels)
         spikes, packed, end = FusedNeuron.apply(start, kernels, kept, *flat, *learned)
         if self.carries:
-            self.membrane = layout.shaped(end[None])[0]
+            self.membrane = self._unstacked(layout.shaped(end))
         spikes = layout.shaped(spikes)
         return self.carrying(spikes, None if packed is None else layout.shaped(packed))
+
+    def _stacked(self, membrane: Tensor) -> Tensor:
+        """Return what `NeuronConfig.run` returns to start from as (K, B, ...), for the kernels."""
+        return membrane if self.neuron.sample_axis else membrane[None]
+
+    def _unstacked(self, end: Tensor) -> Tensor:
+        return end if self.neuron.sample_axis else end.squeeze(0)
 
     def for_kernels(self, current: Tensor, kernels: NeuronKernels) -> tuple[Tensor, ...]:
         """Return the learnt values as the kernels take them, in their compute type."""
@@ -364,18 +371,14 @@ class NormNeuron(NeuronLayer):
     ) -> Tensor:
         norms = Norms(self.norm, None if shortcut is None else shortcut_norm)
         added, joined = (None if one is None else rows_of(one) for one in (shortcut, identity))
-        batch, channels, height, width = current.shape[1:]
-        start = None
-        if self.membrane is not None:
-            start = self.membrane.permute(0, 2, 3, 1).reshape(-1, channels)
+        start = None if self.membrane is None else rows_of(self._stacked(self.membrane))
         learned = self.for_kernels(current, kernels)
         rows, packed, end = FusedNormNeuron.apply(
             *(rows_of(current), added, joined, start, norms, kernels),
             *(*norms.parameters(), *learned),
         )
         if self.carries:
-            self.membrane = end.view(batch, height, width, channels).permute(0, 3, 1, 2)
-
+            self.membrane = self._unstacked(image_of(end, current.shape))
         bytes_of = None if packed is None else image_of(packed, current.shape)
         return self.carrying(image_of(rows, current.shape), bytes_of)
 

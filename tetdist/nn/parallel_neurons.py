@@ -43,7 +43,8 @@ class ParallelNeuron(NeuronConfig):
         return type(self) in (PSN, MaskedPSN, SlidingPSN)
 
     def for_kernels(self, timesteps: int, **parameters: Tensor) -> tuple[Tensor, ...]:
-        return self.sums_over_time(timesteps, **parameters)
+        weight, bias = self.sums_over_time(timesteps, **parameters)
+        return weight, bias.contiguous()
 
     def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's A, (T, T), and b, (T,), from its parameters."""
@@ -184,9 +185,10 @@ class SlidingPSN(ParallelNeuron):
         return {"weight": weight, "bias": torch.tensor(-self.threshold)}
 
     def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        ones = weight.new_ones(timesteps, timesteps)
-        of_lag = [ones.tril(-lag) * ones.triu(-lag) for lag in range(self.order - 1, -1, -1)]
-        return (weight[:, None, None] * torch.stack(of_lag)).sum(0), bias.expand(timesteps)
+        """Return A, (T, order - 1 + T), whose columns begin with the currents before a segment."""
+        ones = weight.new_ones(timesteps, self.order - 1 + timesteps)
+        diagonals = [ones.tril(i) * ones.triu(i) for i in range(self.order)]
+        return (weight[:, None, None] * torch.stack(diagonals)).sum(0), bias.expand(timesteps)
 
     def run(
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor

@@ -16,7 +16,6 @@ from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig, make
 from tetdist.nn.norm_neuron import FusedLayer, Neuron, NeuronLayer, NormAdd, NormNeuron
 from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import carried, carry, pack
-from tetdist.nn.parallel_neurons import ParallelNeuron
 from tetdist.nn.products import LinearAttention
 
 # Other layers, by the name that a case gives in place of a kind of neuron.
@@ -157,8 +156,7 @@ class Layer(nn.Module):
                     noise = torch.rand(value.shape, generator=generator)
                     value += noise - (0.5 if "var" not in name else 0.0)
         self.train(case.mode != "evaluation")
-        is_parallel = isinstance(config, ParallelNeuron)
-        self.carries = config is not None and not is_parallel and case.mode == "carried"
+        self.carries = config is not None and config.segments and case.mode == "carried"
 
     def has_kernels(self, like: Tensor) -> bool:
         """Return whether kernels serve the layer for a tensor's type and device."""
@@ -219,7 +217,9 @@ def drawn(layer: Layer, device: torch.device, generator: torch.Generator) -> dic
     if case.given == "spikes":
         found["spikes"] = spikes()
     if layer.carries:
-        found["membrane"] = draw(batch, dtype=torch.float32)
+        config = kinds()[case.kind]
+        earlier = (1,) if config is not None and config.sample_axis else ()  # of sliding_psn
+        found["membrane"] = draw(*earlier, batch, dtype=torch.float32)
     return found
 
 

@@ -18,7 +18,6 @@ from tetdist.nn.fast import build, native, native_library, native_pool
 from tetdist.nn.fast.fused import NeuronKernels, NormKernels
 from tetdist.nn.fast.pooling import Pooling
 from tetdist.nn.neurons import NeuronConfig
-from tetdist.nn.parallel_neurons import ParallelNeuron
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +44,10 @@ def kernels_for(
         carries: True if membranes are carried to a next segment.
         packs: True if spikes are also packed into bytes.
     """
-    parallel = isinstance(config, ParallelNeuron)
-    # Neurons of sums over time have no membrane to carry.
-    if not config.has_kernels or (carries and parallel):
+    if not config.has_kernels:
         return None
     kernels = _module_for(*tensors)
-    # There are no Triton kernels for sums over time yet.
-    if kernels is None or (parallel and kernels is not native):
+    if kernels is None:
         return None
     if kernels is native and native.neuron_library(config) is None:
         _warn_of_missing_library()
@@ -71,7 +67,7 @@ def attention_kernels_for(
 ) -> NeuronKernels | None:
     """Return the kernels of `LinearAttention` and the neurons behind it; None: definitions run."""
     gpu = triton_for(q)
-    if gpu is None or not config.has_kernels or isinstance(config, ParallelNeuron):
+    if gpu is None or not config.has_kernels:
         return None
     options = {"carries": carries, "packs": torch.is_grad_enabled()}
     kernels = gpu.AttentionKernels(config, q, v, heads, scale, **options)

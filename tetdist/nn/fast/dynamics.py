@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tetdist.nn.integer_neurons import ILIF
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
-from tetdist.nn.parallel_neurons import ParallelNeuron
+from tetdist.nn.parallel_neurons import ParallelNeuron, SlidingPSN
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Dynamics:
         learns_decay: True if the decay is learnt, as the fraction 1 - decay.
         scales_input: True if the current is multiplied by 1 - decay.
         parallel: True if the neuron has no membrane and fires at learnt sums over time.
+        past: Number of currents before a segment that its sums over time include.
     """
 
     threshold: float
@@ -33,6 +34,12 @@ class Dynamics:
     learns_decay: bool = False
     scales_input: bool = False
     parallel: bool = False
+    past: int = 0
+
+    @property
+    def carried(self) -> int:
+        """Number of tensors, (N, C), that a segment starts from: the membranes, or currents."""
+        return self.past if self.parallel else 1
 
 
 def dynamics_of(config: NeuronConfig) -> Dynamics:
@@ -62,10 +69,11 @@ def dynamics_of(config: NeuronConfig) -> Dynamics:
             )
         case ParallelNeuron():
             return Dynamics(
-                threshold=config.threshold,
+                threshold=0.0,  # the sums' biases contain it
                 surrogate=config.surrogate,
                 width=config.surrogate_width,
                 fires_at_threshold=True,
                 parallel=True,
+                past=config.order - 1 if isinstance(config, SlidingPSN) else 0,
             )
     raise AssertionError(f"{type(config).__name__} has no kernels")

@@ -35,7 +35,8 @@ class Inputs(NamedTuple):
         affine: Normalises x. None: x is the current, without a shortcut, and N * C is the number of
             neurons, divided in any way.
         of_shortcut: Normalises the shortcut; None: it is added unchanged.
-        start: Membranes after an earlier segment, (N, C); None: at rest.
+        start: Membranes after an earlier segment, (1, N, C), or the K last currents, (K, N, C), of
+            a neuron that sums over time; None: at rest.
         learned: The neurons' own learnt values, from `NeuronConfig.for_kernels`.
     """
 
@@ -173,8 +174,8 @@ class NeuronKernels(NormKernels, Protocol):
     def spikes(
         self, inputs: Inputs, identity: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return spikes plus identity, (T, N, C); the same in bytes, or None; membranes after the
-        last reset, (N, C), or None."""
+        """Return spikes plus identity, (T, N, C); the same in bytes, or None; the start of the next
+        segment, or None."""
 
     def current_gradient(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
@@ -203,7 +204,7 @@ class NeuronKernels(NormKernels, Protocol):
         Args:
             inputs: Inputs of `sums`.
             grad_spikes: Gradient of the spikes, (T, N, C).
-            grad_end: Gradient of the last membranes, (N, C).
+            grad_end: Gradient of the start of the next segment.
             kept: Result of `sums`.
             of_x: Sums of the gradient and of its products with the normalised x, averaged over the
                 processes that normalise together; None: the statistics were constants.
@@ -252,11 +253,11 @@ class FusedNeuron(torch.autograd.Function):
 def _gradients_of_outputs(
     x: Tensor, timesteps: int, grad_outputs: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of the spikes (0 if there are none) and of the last membranes."""
+    """Return the gradients of the spikes (0 if there are none) and of the next start."""
     grad_spikes, _, grad_end = grad_outputs
     if grad_spikes is None:
         assert grad_end is not None
-        grad_spikes = x.new_zeros(()).expand(timesteps, *grad_end.shape)
+        grad_spikes = x.new_zeros(()).expand(timesteps, *grad_end.shape[1:])
     return grad_spikes.contiguous(), None if grad_end is None else grad_end.contiguous()
 
 
@@ -264,7 +265,7 @@ class FusedNormNeuron(torch.autograd.Function):
     """Forward and backward pass of norm + shortcut + neuron + identity on (T, N, C) tensors.
 
     ``parameters`` are those of the norms and the neurons' learnt values. Returns the spikes; the
-    same in bytes, if packed; the membrane after the last reset, (N, C), if carried.
+    same in bytes, if packed; the start of the next segment, if carried.
     """
 
     @staticmethod

@@ -29,6 +29,7 @@ class _Neuron(ctypes.Structure):
     _fields_ = (
         *_fields("decay threshold width share most levels", c_double),
         ("weights", c_void_p),
+        ("past", c_int64),
     )
 
 
@@ -186,7 +187,7 @@ class NeuronKernels(NormKernels):
             share = learned.item()
             decay = 1 - share
         numbers = (decay, of.threshold, of.width, share, of.most or 0, of.levels)
-        return _Neuron(*numbers, at(learned) if of.parallel else None)
+        return _Neuron(*numbers, at(learned) if of.parallel else None, of.past)
 
     def spikes(
         self, inputs: Inputs, identity: Tensor | None
@@ -197,7 +198,9 @@ class NeuronKernels(NormKernels):
         start = as_wide(start, x)
         spikes = torch.empty(shape, dtype=x.dtype)
         packed = torch.empty(shape, dtype=torch.uint8) if self.packs else None
-        end = torch.empty(shape[1:], dtype=wide_type(x)) if self.carries else None
+        end = None
+        if self.carries:
+            end = torch.empty(self.dynamics.carried, *shape[1:], dtype=wide_type(x))
         pointers = map(at, (x, shortcut, *norms, start, identity, spikes, packed, end))
         flat = _flat(learned)
         job = _Forward(*pointers, *shape, x.shape[0] == 1, self._neuron(flat))

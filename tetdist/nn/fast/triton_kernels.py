@@ -35,6 +35,8 @@ _NONE = (None,) * 4  # instead of an `Affine`
 # all a surrogate's exponential, needs the others. tests/nn/test_triton_code.py checks that nothing
 # spills.
 KEPT_REGISTERS = 64
+# Sums of tiles that a program keeps at most: the gradients of weights over time.
+KEPT_SUMS = 40
 # Maximum number of programs per kernel: enough to keep a GPU of 132 or 108 processors busy to the
 # end, and few enough that their partial sums are a percent of what is read.
 PROGRAMS = {
@@ -225,16 +227,20 @@ class NormKernels:
 
     def _finish_sums(self, partial: Tensor, affine: Affine, of_shortcut: Affine | None) -> Sums:
         """Add partial sums up, (blocks, 2 or 3, C)."""
-        blocks, number, channels = partial.shape
-        shape = (2, number, channels)
-        sums = torch.empty(shape, dtype=partial.dtype, device=partial.device)
-        programs, sizes = _adding(channels)
-        arguments: list[Argument] = [partial, affine.rstd]
-        arguments += [None if of_shortcut is None else of_shortcut.rstd, sums]
-        arguments += [blocks, channels // sizes["VEC"]]
-        launch(neuron.finish_sums, (1, programs), arguments, sizes)
-        grad, grad_xhat, *others = sums[0]
-        return Sums(grad, grad_xhat, others[0] if others else None, copy=sums[1])
+        sums, copy = _added(partial, affine.rstd, None if of_shortcut is None else of_shortcut.rstd)
+        grad, grad_xhat, *others = sums
+        return Sums(grad, grad_xhat, others[0] if others else None, copy=copy)
+
+
+def _added(partial: Tensor, *rstds: Tensor | None) -> Tensor:
+    """Add partial sums up, (blocks, number, C), by `neuron.finish_sums`; return them twice."""
+    blocks, number, channels = partial.shape
+    sums = torch.empty(2, number, channels, dtype=partial.dtype, device=partial.device)
+    programs, sizes = _adding(channels)
+    arguments: list[Argument] = [partial, *(rstds or (None, None)), sums]
+    arguments += [blocks, channels // sizes["VEC"]]
+    launch(neuron.finish_sums, (1, programs), arguments, sizes)
+    return sums
 
 
 def _shared(x: Tensor, shortcut: Tensor | None) -> dict[str, bool]:
@@ -248,6 +254,7 @@ class NeuronKernels(NormKernels):
         super().__init__(timesteps)
         of = dynamics_of(config)
         self.carries, self.packs = carries, packs
+        self.dynamics = of
         self.forward: dict[str, Any] = {
             "T": timesteps,
             "HARD": of.resets_to_zero,
@@ -276,66 +283,98 @@ class NeuronKernels(NormKernels):
 
         spikes = empty(*shape, dtype=x.dtype)
         packed = empty(*shape, dtype=torch.uint8) if self.packs else None
-        end = empty(rows, channels, dtype=_wide_type(x)) if self.carries else None
-        divided = tiling("fire", rows, channels, _per_load(x))
+        end = None
+        if self.carries:
+            end = empty(self.dynamics.carried, rows, channels, dtype=_wide_type(x))
+        divided = tiling("fire", rows, channels, self._per_thread(inputs, backward=False))
         arguments: list[Argument] = [x, shortcut, identity, *(affine or _NONE)[:2]]
         arguments += (of_shortcut or _NONE)[:2]
-        arguments += [start, _share(learned), spikes, packed, end]
+        arguments += [start, *_learned(learned), spikes, packed, end]
         arguments += [rows, channels // divided.sizes["VEC"], divided.steps]
-        known = self.forward | divided.sizes | {"SHARED": x.shape[0] == 1}
+        known = self.forward | divided.sizes | self._shapes(x)
         launch(neuron.fire, divided.grid, arguments, known)
         return spikes, packed, end
 
-    def _per_thread(self, inputs: Inputs) -> int:
-        """Return how many numbers of a timestep a thread processes in the backward pass: as many as
-        it loads at once, or fewer, so that all kept values stay in registers."""
+    def _per_thread(self, inputs: Inputs, *, backward: bool = True) -> int:
+        """Return how many numbers of a timestep a thread processes: as many as it loads at once, or
+        fewer, so that all kept values stay in registers."""
         x, shortcut, _, of_shortcut, _, learned = inputs
-        wide = _wide_type(x).itemsize
-        kept = x.shape[0] * x.element_size() + self.timesteps * wide
-        if shortcut is not None:
-            kept += self.timesteps * shortcut.element_size()
-        if of_shortcut is not None:
-            kept += 4 * wide  # the channel's normalisation
-        if learned:
-            # Also the membranes after the resets, for the share's gradient.
-            kept += self.timesteps * wide
+        of, wide = self.dynamics, _wide_type(x).itemsize
+        kept = 0 if of_shortcut is None else 4 * wide  # the channel's normalisation
+        if backward or of.parallel:
+            kept += (of.past + self.timesteps) * wide
+        if backward:
+            kept += x.shape[0] * x.element_size()
+            kept += 0 if shortcut is None else self.timesteps * shortcut.element_size()
+        if backward and learned:
+            # Also the membranes after the resets, for the share's gradient; or the gradients of the
+            # sums over time, half of them in place of currents.
+            kept += self.timesteps * wide // (2 if of.parallel else 1)
         number = _per_load(x)
         while number > 1 and number * kept > 4 * KEPT_REGISTERS:
             number //= 2
         return number
 
+    def _shapes(self, x: Tensor) -> dict[str, int]:
+        return {"SHARED": x.shape[0] == 1, "PAST": self.dynamics.past}
+
+    @property
+    def _rows(self) -> int:
+        """Number of timesteps whose weights' gradients a program sums, in registers."""
+        numbers = self.dynamics.past + self.timesteps + 1
+        return triton.cdiv(self.timesteps, triton.cdiv(self.timesteps * numbers, KEPT_SUMS))
+
     def sums(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Sums, None]:
+        assert inputs.affine is not None
+        partial, grad_learned = self._partial_sums(inputs, grad_spikes, grad_end)
+        assert partial is not None
+        sums = self._finish_sums(partial, inputs.affine, inputs.of_shortcut)
+        return sums._replace(grad_learned=grad_learned), None
+
+    def _partial_sums(
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """Return the programs' sums for batch norm, if there is one, and the learnt values'
+        gradients."""
         x, shortcut, affine, of_shortcut, start, learned = inputs
-        assert affine is not None
         rows, channels = x.shape[1:]
-        wide = _wide_type(x)
-        divided = tiling("backward_sums", rows, channels, self._per_thread(inputs))
+        per_thread = self._per_thread(inputs)
+        divided = tiling("backward_sums", rows, channels, per_thread)
         groups = channels // divided.sizes["VEC"]
-        number = 2 if of_shortcut is None else 3
-        partial = torch.empty(divided.blocks, number, channels, dtype=wide, device=x.device)
-        arguments: list[Argument] = [x, shortcut, *affine[:3]]
+        known = self.backward | divided.sizes | self._shapes(x) | {"ROWS": self._rows}
+        known["LOCAL"] = min(per_thread, known["BC"])
+        parts = triton.cdiv(self.timesteps, self._rows) if self.dynamics.parallel else 1
+        partial = None
+        if affine is not None:
+            shape = (parts * divided.blocks, 2 if of_shortcut is None else 3, channels)
+            partial = torch.empty(shape, dtype=_wide_type(x), device=x.device)
+        arguments: list[Argument] = [x, shortcut, *(affine or _NONE)[:3]]
         arguments += (of_shortcut or _NONE)[:3]
-        partial_share = _partial_share(learned, divided)
-        arguments += [start, _share(learned), grad_spikes, grad_end, partial, partial_share]
+        partial_learned = _partial_learned(learned, divided)
+        arguments += [start, *_learned(learned), grad_spikes, grad_end, partial, partial_learned]
         arguments += [rows, groups, divided.steps]
-        known = self.backward | divided.sizes | {"SHARED": x.shape[0] == 1}
-        launch(neuron.backward_sums, divided.grid, arguments, known)
-        sums = self._finish_sums(partial, affine, of_shortcut)
-        return sums._replace(grad_learned=_grad_learned(learned, partial_share)), None
+        launch(neuron.backward_sums, (*divided.grid, parts), arguments, known)
+        return partial, _grad_learned(learned, partial_learned)
 
     def current_gradient(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         rows, channels = inputs.x.shape[1:]
-        divided = tiling("backward", rows, channels, self._per_thread(inputs))
-        partial_share = _partial_share(inputs.learned, divided)
+        partial = None
+        if not self.dynamics.parallel:
+            divided = tiling("backward", rows, channels, self._per_thread(inputs))
+            partial = _partial_learned(inputs.learned, divided)
         grad_x, _, grad_start = self.gradients(
-            inputs, grad_spikes, grad_end, None, None, None, partial_share, needs_x=True
+            inputs, grad_spikes, grad_end, None, None, None, partial, needs_x=True
         )
         assert grad_x is not None
-        return grad_x, grad_start, _grad_learned(inputs.learned, partial_share)
+        if self.dynamics.parallel:
+            _, grad_learned = self._partial_sums(inputs, grad_spikes, grad_end)
+        else:
+            grad_learned = _grad_learned(inputs.learned, partial)
+        return grad_x, grad_start, grad_learned
 
     def gradients(
         self,
@@ -349,7 +388,7 @@ class NeuronKernels(NormKernels):
         *,
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """See `fused.NeuronKernels`; also fill the sums for learnt values, if given."""
+        """See `fused.NeuronKernels`; also fill the sums for a learnt share, if given."""
         del kept
         x, shortcut, affine, affine_of_shortcut, start, learned = inputs
         rows, channels = x.shape[1:]
@@ -361,28 +400,31 @@ class NeuronKernels(NormKernels):
         divided = tiling("backward", rows, channels, self._per_thread(inputs))
         arguments: list[Argument] = [x, shortcut]
         arguments += [*(affine or _NONE), *(affine_of_shortcut or _NONE)]
-        arguments += [start, _share(learned), grad_spikes, grad_end]
+        arguments += [start, *_learned(learned), grad_spikes, grad_end]
         arguments += [*(of_x or [None] * 2), *(of_shortcut or [None] * 2)]
         arguments += [grad_x, grad_shortcut, grad_start, partial_share]
         arguments += [rows, channels // divided.sizes["VEC"], divided.steps]
-        known = self.backward | divided.sizes | {"SHARED": x.shape[0] == 1}
+        known = self.backward | divided.sizes | self._shapes(x)
         launch(neuron.backward, divided.grid, arguments, known)
         return grad_x, grad_shortcut, grad_start
 
 
-def _share(learned: tuple[Tensor, ...]) -> Tensor | None:
-    return learned[0] if learned else None
+def _learned(learned: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """Return a learnt share, and weights and biases over time; None for those that are absent."""
+    return (None, *learned) if len(learned) == 2 else (*(learned or (None,)), None, None)
 
 
-def _partial_share(learned: tuple[Tensor, ...], divided: Tiling) -> Tensor | None:
-    """Allocate each program's sum of the share's gradient, if there is a share."""
-    return learned[0].new_empty(math.prod(divided.grid)) if learned else None
+def _partial_learned(learned: tuple[Tensor, ...], divided: Tiling) -> Tensor | None:
+    """Allocate each program's sums of the learnt values' gradients, if there are such values."""
+    numbers = sum(one.numel() for one in learned)
+    return learned[0].new_empty(math.prod(divided.grid), 1, numbers) if learned else None
 
 
 def _grad_learned(learned: tuple[Tensor, ...], partial: Tensor | None) -> tuple[Tensor, ...]:
     if partial is None:
         return ()
-    return (partial.sum(dtype=torch.float64).to(learned[0].dtype),)
+    parts = _added(partial)[0, 0].split([one.numel() for one in learned])
+    return tuple(part.view_as(one) for part, one in zip(parts, learned, strict=True))
 
 
 # --- attention ----------------------------------------------------------------------------------
@@ -412,7 +454,8 @@ class AttentionKernels(NeuronKernels):
         fits = math.prod(self.widths) <= MOST_PRODUCTS and self.timesteps <= MOST_TIMESTEPS
         # In the backward pass float16 must hold the sums, times the factor.
         is_exact = self.highest <= 2**22 and self.highest * self.factor < 2**15
-        return fits and is_exact and self.dtype in (torch.bfloat16, torch.float16)
+        is_served = not self.dynamics.parallel and self.dtype in (torch.bfloat16, torch.float16)
+        return fits and is_exact and is_served
 
     def _tiles(self, columns: int) -> tuple[Tiling, int]:
         """Divide positions and channels; return also the operations of the matrix products."""
@@ -433,9 +476,9 @@ class AttentionKernels(NeuronKernels):
         v = inputs.x[2]
         spikes = torch.empty_like(v, dtype=self.dtype)
         packed = torch.empty_like(v, dtype=torch.uint8) if self.packs else None
-        end = torch.empty_like(v[0], dtype=torch.float32) if self.carries else None
+        end = torch.empty_like(v[:1], dtype=torch.float32) if self.carries else None
         (grid, _, known), operations = self._tiles(32)
-        arguments: list[Argument] = [*inputs.x, inputs.start, _share(inputs.learned)]
+        arguments: list[Argument] = [*inputs.x, inputs.start, _learned(inputs.learned)[0]]
         arguments += [spikes, packed, end, *self.sizes]
         launch(attention.attend, grid, arguments, self.forward | known, operations)
         return spikes, packed, end
@@ -448,12 +491,12 @@ class AttentionKernels(NeuronKernels):
         # As many membranes as registers hold.
         columns = (64 if learned else 128) // triton.next_power_of_2(self.timesteps)
         divided, operations = self._tiles(columns)
-        partial_share = _partial_share(learned, divided)
+        partial_share = _partial_learned(learned, divided)
         grad_spikes = grad_spikes.to(self.dtype)
         grad = torch.empty_like(grad_spikes)
         grad_start = None if start is None else torch.empty_like(start)
-        arguments: list[Argument] = [*inputs.x, start, _share(learned), grad_spikes, grad_end, grad]
-        arguments += [grad_start, partial_share, *self.sizes]
+        arguments: list[Argument] = [*inputs.x, start, _learned(learned)[0], grad_spikes, grad_end]
+        arguments += [grad, grad_start, partial_share, *self.sizes]
         known = self.backward | divided.sizes
         launch(attention.current_gradient, divided.grid, arguments, known, operations)
         grads = [torch.empty_like(one, dtype=self.dtype) for one in inputs.x]

@@ -39,25 +39,36 @@ constexpr int CHANNELS = 64;
 
 struct Neuron {
     double decay, threshold, width;
-    double share;         // 1 - decay
-    double most, levels;  // maximum number of spikes in a timestep, and their divisor when sent
-    const double* weights;  // weights (T, T), then the offsets of the sums, (T,)
+    double share;           // 1 - decay
+    double most, levels;    // maximum number of spikes in a timestep, and their divisor when sent
+    const double* weights;  // weights (T, PAST + T), then the offsets of the sums, (T,)
+    int64_t past;           // PAST, the number of currents before a segment that the sums include
 };
 
 // Returns the number of learnt values of the neurons.
-inline int64_t num_learned(int64_t timesteps) {
-    return PARALLEL ? timesteps * (timesteps + 1) : LEARNS_DECAY ? 1 : 0;
+inline int64_t num_learned(const Neuron& neuron, int64_t timesteps) {
+    return PARALLEL ? timesteps * (neuron.past + timesteps + 1) : LEARNS_DECAY ? 1 : 0;
 }
 
 #if PARALLEL
-// Computes the weighted sums over time of the currents (T, CHANNELS) at a timestep.
+// Copies the currents before a segment, (PAST, CHANNELS); 0 without a start.
+template <class W, class Length>
+inline void copy_past(const Neuron& neuron, const W* start, int64_t plane, W* currents,
+                      Length length) {
+    for (int64_t s = 0; s < neuron.past; s++)
+        for (int c = 0; c < length; c++)
+            currents[s * CHANNELS + c] = start ? start[s * plane + c] : W(0);
+}
+
+// Computes the weighted sums over time of the currents (PAST + T, CHANNELS) at a timestep.
 template <class W, class Length>
 inline void sum_over_time(const Neuron& neuron, int64_t timesteps, int64_t t, const W* currents,
                           W* h, Length length) {
-    const double* weights = neuron.weights + t * timesteps;
-    const W bias(neuron.weights[timesteps * timesteps + t]);
+    const int64_t number = neuron.past + timesteps;
+    const double* weights = neuron.weights + t * number;
+    const W bias(neuron.weights[timesteps * number + t]);
     for (int c = 0; c < length; c++) h[c] = bias;
-    for (int64_t s = 0; s < timesteps; s++) {
+    for (int64_t s = 0; s < number; s++) {
         const W weight(weights[s]);
         const W* current = currents + s * CHANNELS;
 #pragma omp simd
@@ -136,11 +147,11 @@ template <class X> struct Forward {
     const X* shortcut;  // (T, N, C) or null
     const W *gain, *offset;                    // null: x is the current
     const W *shortcut_gain, *shortcut_offset;  // null: the shortcut is added as it is
-    const W* start;     // membranes, (N, C), or null
+    const W* start;     // membranes, (1, N, C), or currents, (PAST, N, C), or null
     const X* identity;  // (T, N, C) or null
     X* spikes;          // (T, N, C)
     uint8_t* packed;    // likewise, or null
-    W* end;             // membranes, (N, C), or null
+    W* end;             // like start
     int64_t timesteps, rows, channels, shared;
     Neuron neuron;
 };
@@ -167,18 +178,21 @@ inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length leng
     const int64_t at = n * f.channels + c0, plane = f.rows * f.channels;
     const W *gain = f.gain + c0, *offset = f.offset + c0;
     const W *gain2 = f.shortcut_gain + c0, *offset2 = f.shortcut_offset + c0;
-    W u[CHANNELS];
-    for (int c = 0; c < length; c++) u[c] = f.start ? f.start[at + c] : W(0);
 #if PARALLEL
+    const int64_t past = f.neuron.past;
     static thread_local std::vector<W> currents;
-    currents.resize(f.timesteps * CHANNELS);
+    currents.resize((past + f.timesteps) * CHANNELS);
+    copy_past(f.neuron, f.start ? f.start + at : nullptr, plane, currents.data(), length);
     for (int64_t t = 0; t < f.timesteps; t++) {
         const X *x = f.x + (f.shared ? at : t * plane + at), *shortcut = f.shortcut + t * plane + at;
-        W* current = currents.data() + t * CHANNELS;
+        W* current = currents.data() + (past + t) * CHANNELS;
 #pragma omp simd
         for (int c = 0; c < length; c++)
             current[c] = current_of<SHORTCUT, W>(x, shortcut, gain, offset, gain2, offset2, c);
     }
+#else
+    W u[CHANNELS];
+    for (int c = 0; c < length; c++) u[c] = f.start ? f.start[at + c] : W(0);
 #endif
     for (int64_t t = 0; t < f.timesteps; t++) {
         const int64_t now = t * plane + at;
@@ -215,8 +229,14 @@ inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length leng
             for (int c = 0; c < length; c++) packed[c] = uint8_t(int32_t(out[c]));
         }
     }
-    if (f.end)
-        for (int c = 0; c < length; c++) f.end[at + c] = u[c];
+    if (!f.end) return;
+#if PARALLEL
+    for (int64_t s = 0; s < past; s++)
+        for (int c = 0; c < length; c++)
+            f.end[s * plane + at + c] = currents[(f.timesteps + s) * CHANNELS + c];
+#else
+    for (int c = 0; c < length; c++) f.end[at + c] = u[c];
+#endif
 }
 
 template <Shortcut SHORTCUT, bool IDENTITY, class X>
@@ -259,18 +279,37 @@ template <class X> struct Backward {
     const X* shortcut;  // (T, N, C) or null
     const W *gain, *offset, *mean, *rstd;  // or all null: x is the current
     const W *shortcut_gain, *shortcut_offset, *shortcut_mean, *shortcut_rstd;  // or all null
-    const W* start;        // membranes, (N, C), or null
+    const W* start;        // as in Forward
     const X* grad_spikes;  // (T, N, C)
-    const W* grad_end;     // (N, C) or null
+    const W* grad_end;     // like start
     X* total;              // gradient of the current, (T, N, C), or null
     X* own;                // its sum over time, (N, C), where all timesteps share x; or null
     W *sum_grad, *sum_grad_xhat, *sum_grad_shortcut_hat;  // (C,); the last, or all, may be null
-    W* grad_start;                                        // (N, C) or null
+    W* grad_start;                                        // like start
     W* partial;                                           // (blocks, 3, C)
     double *sum_share, *partial_share;  // (K,), (parts, K): gradients of the K learnt numbers
     int64_t timesteps, rows, channels, shared;
     Neuron neuron;
 };
+
+#if PARALLEL
+// Computes the gradient of one of the PAST + T currents from those of the sums, (T, CHANNELS), and
+// from its own if it is among the last currents.
+template <class X, class Length>
+inline void gradient_of_current(const Backward<X>& b, const Wide<X>* grad_sums, int64_t s,
+                                int64_t at, Wide<X>* grad, Length length) {
+    using W = Wide<X>;
+    const int64_t number = b.neuron.past + b.timesteps, plane = b.rows * b.channels;
+    const W* end = b.grad_end && s >= b.timesteps ? b.grad_end + (s - b.timesteps) * plane + at : nullptr;
+    for (int c = 0; c < length; c++) grad[c] = end ? end[c] : W(0);
+    for (int64_t t = 0; t < b.timesteps; t++) {
+        const W weight(b.neuron.weights[t * number + s]);
+        const W* grad_h = grad_sums + t * CHANNELS;
+#pragma omp simd
+        for (int c = 0; c < length; c++) grad[c] += weight * grad_h[c];
+    }
+}
+#endif
 
 template <Shortcut SHORTCUT, class X, class Length>
 inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length length, Wide<X>* us,
@@ -285,10 +324,15 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
     const W* mean2 = b.shortcut_mean + c0;
     W u[CHANNELS], after[CHANNELS], over_time[CHANNELS], with_x[CHANNELS], with_shortcut[CHANNELS];
     W with_share[CHANNELS];
+    const int64_t past = PARALLEL ? b.neuron.past : 0;
+#if PARALLEL
+    copy_past(b.neuron, b.start ? b.start + at : nullptr, plane, us, length);
+#else
     for (int c = 0; c < length; c++) u[c] = b.start ? b.start[at + c] : W(0);
-    for (int64_t t = 0; t < b.timesteps; t++) {  // the membranes again
+#endif
+    for (int64_t t = 0; t < b.timesteps; t++) {  // the membranes, or currents, again
         const X *x = b.x + (b.shared ? at : t * plane + at), *shortcut = b.shortcut + t * plane + at;
-        W* before_reset = us + t * CHANNELS;
+        W* before_reset = us + (past + t) * CHANNELS;
 #pragma omp simd
         for (int c = 0; c < length; c++) {
             W current = current_of<SHORTCUT, W>(x, shortcut, gain, offset, gain2, offset2, c);
@@ -303,13 +347,14 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
         }
     }
     for (int c = 0; c < length; c++) {
-        after[c] = b.grad_end ? b.grad_end[at + c] : W(0);
+        after[c] = b.grad_end && !PARALLEL ? b.grad_end[at + c] : W(0);
         over_time[c] = with_x[c] = with_shortcut[c] = with_share[c] = 0;
     }
 #if PARALLEL
     // Gradients of the weighted sums and of their weights; `us` are the currents.
     static thread_local std::vector<W> grad_sums;
     grad_sums.resize(b.timesteps * CHANNELS);
+    const int64_t number = past + b.timesteps;
     for (int64_t t = 0; t < b.timesteps; t++) {
         const X* grad_spikes = b.grad_spikes + t * plane + at;
         W* grad_h = grad_sums.data() + t * CHANNELS;
@@ -318,16 +363,16 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
 #pragma omp simd
         for (int c = 0; c < length; c++) grad_h[c] = wide(grad_spikes[c]) * slope(h[c], width);
         W of_bias = 0;
-        for (int64_t s = 0; s < b.timesteps; s++) {
+        for (int64_t s = 0; s < number; s++) {
             const W* current = us + s * CHANNELS;
             W of_weight = 0;
 #pragma omp simd reduction(+ : of_weight)
             for (int c = 0; c < length; c++) of_weight += grad_h[c] * current[c];
-            sum_share[t * b.timesteps + s] += of_weight;
+            sum_share[t * number + s] += of_weight;
         }
 #pragma omp simd reduction(+ : of_bias)
         for (int c = 0; c < length; c++) of_bias += grad_h[c];
-        sum_share[b.timesteps * b.timesteps + t] += of_bias;
+        sum_share[b.timesteps * number + t] += of_bias;
     }
 #endif
     for (int64_t t = b.timesteps - 1; t >= 0; t--) {
@@ -337,13 +382,7 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
         const W* before_reset = us + t * CHANNELS;
         W grad[CHANNELS];
 #if PARALLEL
-        for (int c = 0; c < length; c++) grad[c] = 0;
-        for (int64_t later = 0; later < b.timesteps; later++) {
-            const W weight(b.neuron.weights[later * b.timesteps + t]);
-            const W* grad_h = grad_sums.data() + later * CHANNELS;
-#pragma omp simd
-            for (int c = 0; c < length; c++) grad[c] += weight * grad_h[c];
-        }
+        gradient_of_current(b, grad_sums.data(), past + t, at, grad, length);
 #pragma omp simd
         for (int c = 0; c < length; c++) {
             const W g = grad[c];
@@ -406,20 +445,25 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
     }
     if (b.own)
         for (int c = 0; c < length; c++) b.own[at + c] = narrow<X>(over_time[c]);
-    if (b.grad_start)
-        for (int c = 0; c < length; c++) b.grad_start[at + c] = after[c];
+    if (!b.grad_start) return;
+#if PARALLEL
+    for (int64_t s = 0; s < past; s++)
+        gradient_of_current(b, grad_sums.data(), s, at, b.grad_start + s * plane + at, length);
+#else
+    for (int c = 0; c < length; c++) b.grad_start[at + c] = after[c];
+#endif
 }
 
 // Allocates a part's gradients of the learnt values, set to 0.
 template <class X> double* share_of(const Backward<X>& b, int64_t part) {
-    const int64_t learned = num_learned(b.timesteps);
+    const int64_t learned = num_learned(b.neuron, b.timesteps);
     double* share = b.partial_share + part * learned;
     std::fill(share, share + learned, 0.0);
     return share;
 }
 
 template <class X> void add_shares(const Backward<X>& b, int64_t parts) {
-    const int64_t learned = num_learned(b.timesteps);
+    const int64_t learned = num_learned(b.neuron, b.timesteps);
     std::fill(b.sum_share, b.sum_share + learned, 0.0);
     for (int64_t part = 0; part < parts; part++)
         for (int64_t k = 0; k < learned; k++) b.sum_share[k] += b.partial_share[part * learned + k];
@@ -430,7 +474,7 @@ template <Shortcut SHORTCUT, class X> void backward_rows(const Backward<X>& b, i
     const int64_t step = rows_of_block(b.channels), blocks = (b.rows + step - 1) / step;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<W> us(b.timesteps * CHANNELS);
+        std::vector<W> us((b.neuron.past + b.timesteps) * CHANNELS);
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++) {
             W *sum = b.partial + 3 * block * b.channels, *sum_x = sum + b.channels;
@@ -463,7 +507,7 @@ template <class X> void backward_alone(const Backward<X>& b, int threads) {
     row.rows = 1;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<W> us(b.timesteps * CHANNELS);
+        std::vector<W> us((b.neuron.past + b.timesteps) * CHANNELS);
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < row.channels; first += CHANNELS)
             of_group(row.channels, first, [&](int64_t c, auto length) {

@@ -367,18 +367,71 @@ def _after_reset(
     return u
 
 
+@triton.jit
+def _currents(
+    x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T: tl.constexpr, PAST: tl.constexpr,
+    SHARED: tl.constexpr
+):
+    """Return the currents of PAST earlier timesteps, from start or 0, and of T; and loaded inputs.
+    """
+    wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    currents = ()
+    xs = ()
+    added = ()
+    for s in tl.static_range(PAST):
+        if start is not None:
+            earlier = _wide(tl.load(start + here + s * plane + at, mask=mask, other=0.0))
+        else:
+            earlier = tl.full(at.shape, 0.0, wide)
+        currents = currents + (earlier,)  # noqa: RUF005  # Triton has no other way
+    if SHARED:
+        xs = (tl.load(x + here + at, mask=mask, other=0.0),)
+        own = _wide(xs[0])
+        if g is not None:
+            own = own * g + o
+    for t in tl.static_range(T):
+        now = here + t * plane
+        if not SHARED:
+            value = tl.load(x + now + at, mask=mask, other=0.0)
+            xs = xs + (value,)  # noqa: RUF005  # as above
+            own = _wide(value)
+            if g is not None:
+                own = own * g + o
+        current = own
+        if shortcut is not None:
+            value = tl.load(shortcut + now + at, mask=mask, other=0.0)
+            if g2 is not None:
+                added = added + (value,)  # noqa: RUF005  # as above
+                current = own + (_wide(value) * g2 + o2)
+            else:
+                current = own + _wide(value)
+        currents = currents + (current,)  # noqa: RUF005  # as above
+    return currents, xs, added
+
+
+@triton.jit
+def _sum_over_time(weights, biases, currents, t, S: tl.constexpr):
+    """Return the bias at t plus the weighted sum of S currents; weights are (T, S)."""
+    h = tl.full(currents[0].shape, 0.0, currents[0].dtype) + tl.load(biases + t)
+    for s in tl.static_range(S):
+        h += tl.load(weights + t * S + s) * currents[s]
+    return h
+
+
 @triton.jit(do_not_specialize=SIZES)
 def fire(
-    x, shortcut, identity, gain, offset, shortcut_gain, shortcut_offset, start, share, spikes,
-    packed, end, rows, groups, steps, T: tl.constexpr, SHARED: tl.constexpr, HARD: tl.constexpr,
-    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr,
-    LEVELS: tl.constexpr, SCALES_INPUT: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr
+    x, shortcut, identity, gain, offset, shortcut_gain, shortcut_offset, start, share, weights,
+    biases, spikes, packed, end, rows, groups, steps, T: tl.constexpr, PAST: tl.constexpr,
+    SHARED: tl.constexpr, HARD: tl.constexpr, DECAY: tl.constexpr, THRESHOLD: tl.constexpr,
+    AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr, LEVELS: tl.constexpr,
+    SCALES_INPUT: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
 ):
-    """Compute spikes plus identity, (T, N, C); the same in bytes; membranes, (N, C).
+    """Compute spikes plus identity, (T, N, C); the same in bytes; membranes, (1, N, C).
 
     x is (1, N, C) if all timesteps share it. Without start, neurons begin at rest; without gain and
-    offset, x is the current. ``share``, if given, is learnt, and the decay is 1 - share.
+    offset, x is the current. ``share``, if given, is learnt, and the decay is 1 - share. Neurons
+    with weights, (T, PAST + T), and biases, (T,), have no membranes: start and end are the last
+    currents, (PAST, N, C).
     """
     C, c = _channels(groups, VEC, BC)
     a = None
@@ -387,9 +440,13 @@ def fire(
     plane = rows.to(tl.int64) * C
     r = tl.arange(0, BN)
     at = r[:, None] * C + c[None, :]
+    g = None
+    o = None
     if gain is not None:
         g = _load_row(gain, c, C)
         o = _load_row(offset, c, C)
+    g2 = None
+    o2 = None
     if shortcut_gain is not None:
         g2 = _load_row(shortcut_gain, c, C)
         o2 = _load_row(shortcut_offset, c, C)
@@ -398,29 +455,37 @@ def fire(
         mask = (r < rows - first)[:, None] & (c < C)[None, :]
         here = first * C
         u = None
-        if start is not None:
-            u = _wide(tl.load(start + here + at, mask=mask))
-        if SHARED:
-            own = _wide(tl.load(x + here + at, mask=mask))
-            if gain is not None:
-                own = own * g + o
-        for t in tl.static_range(T):
-            now = here + t * plane
-            if not SHARED:
-                own = _wide(tl.load(x + now + at, mask=mask))
+        if weights is not None:
+            currents, _, _ = _currents(
+                x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T, PAST, SHARED
+            )
+        else:
+            if start is not None:
+                u = _wide(tl.load(start + here + at, mask=mask))
+            if SHARED:
+                own = _wide(tl.load(x + here + at, mask=mask))
                 if gain is not None:
                     own = own * g + o
-            current = own
-            if shortcut is not None:
-                added = _wide(tl.load(shortcut + now + at, mask=mask))
-                if shortcut_gain is not None:
-                    added = added * g2 + o2
-                current = own + added
-            if SCALES_INPUT:
-                current = current * a
-            v = current
-            if u is not None:
-                v = _decayed(u, a, DECAY) + current
+        for t in tl.static_range(T):
+            now = here + t * plane
+            if weights is not None:
+                v = _sum_over_time(weights, biases, currents, t, PAST + T)
+            else:
+                if not SHARED:
+                    own = _wide(tl.load(x + now + at, mask=mask))
+                    if gain is not None:
+                        own = own * g + o
+                current = own
+                if shortcut is not None:
+                    added = _wide(tl.load(shortcut + now + at, mask=mask))
+                    if shortcut_gain is not None:
+                        added = added * g2 + o2
+                    current = own + added
+                if SCALES_INPUT:
+                    current = current * a
+                v = current
+                if u is not None:
+                    v = _decayed(u, a, DECAY) + current
             above = v - THRESHOLD
             if MOST is not None:
                 number = _number(v, THRESHOLD, MOST)
@@ -438,7 +503,11 @@ def fire(
                 tl.store(packed + now + at, byte, mask=mask)
             u = _after_reset(v, above, THRESHOLD, AT_THRESHOLD, MOST, HARD)
         if end is not None:
-            tl.store(end + here + at, u, mask=mask)
+            if weights is not None:
+                for s in tl.static_range(PAST):
+                    tl.store(end + here + s * plane + at, currents[T + s], mask=mask)
+            else:
+                tl.store(end + here + at, u, mask=mask)
 
 
 # ---------------------------------------------------------------------------------------- backward
@@ -446,51 +515,29 @@ def fire(
 
 @triton.jit
 def _membranes(
-    x, shortcut, start, g, o, g2, o2, a, here, plane, at, mask, T: tl.constexpr,
-    SHARED: tl.constexpr, HARD: tl.constexpr, DECAY: tl.constexpr, THRESHOLD: tl.constexpr,
-    AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr, SCALES_INPUT: tl.constexpr
+    currents, start, a, here, at, mask, T: tl.constexpr, HARD: tl.constexpr, DECAY: tl.constexpr,
+    THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr,
+    SCALES_INPUT: tl.constexpr
 ):
     """Recompute the membranes before the reset at each timestep, minus the threshold unless MOST is
-    given; return them and the loaded inputs. Nothing else is kept: a thread has 255 registers."""
-    xs = ()
-    added = ()
+    given. Nothing else is kept: a thread has 255 registers."""
     aboves = ()
     u = None
     if start is not None:
         u = _wide(tl.load(start + here + at, mask=mask, other=0.0))
-    if SHARED:
-        xs = (tl.load(x + here + at, mask=mask, other=0.0),)
-        own = _wide(xs[0])
-        if g is not None:
-            own = own * g + o
     for t in tl.static_range(T):
-        now = here + t * plane
-        if not SHARED:
-            value = tl.load(x + now + at, mask=mask, other=0.0)
-            xs = xs + (value,)  # noqa: RUF005  # Triton has no other way
-            own = _wide(value)
-            if g is not None:
-                own = own * g + o
-        current = own
-        if shortcut is not None:
-            value = tl.load(shortcut + now + at, mask=mask, other=0.0)
-            if g2 is not None:
-                added = added + (value,)  # noqa: RUF005  # as above
-                current = own + (_wide(value) * g2 + o2)
-            else:
-                current = own + _wide(value)
+        v = currents[t]
         if SCALES_INPUT:
-            current = current * a
-        v = current
+            v = v * a
         if u is not None:
-            v = _decayed(u, a, DECAY) + current
+            v = _decayed(u, a, DECAY) + v
         above = v - THRESHOLD
         if MOST is not None:
-            aboves = aboves + (v,)  # noqa: RUF005  # as above
+            aboves = aboves + (v,)  # noqa: RUF005  # Triton has no other way
         else:
             aboves = aboves + (above,)  # noqa: RUF005  # as above
         u = _after_reset(v, above, THRESHOLD, AT_THRESHOLD, MOST, HARD)
-    return aboves, xs, added
+    return aboves
 
 
 @triton.jit
@@ -543,10 +590,11 @@ def _gradient_of_membrane(
 
 
 @triton.jit
-def _store_sum(partial, x):
-    """Store a program's sum of a tile, partial (programs,)."""
+def _store_sum(partial, x, number=0, numbers=1):
+    """Store one of a program's sums of tiles, partial (programs, numbers)."""
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(partial + program, tl.reduce(tl.reduce(x, 0, _add), 0, _add))
+    total = tl.reduce(tl.reduce(x, 0, _add), 0, _add)
+    tl.store(partial + program.to(tl.int64) * numbers + number, total)
 
 
 @triton.jit
@@ -570,29 +618,79 @@ def _gradient_of_share(
     return result
 
 
+@triton.jit
+def _gradients_of_sums(
+    weights, biases, currents, grad_spikes, here, plane, at, mask, T: tl.constexpr,
+    PAST: tl.constexpr, ROWS: tl.constexpr, SURROGATE: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Return the gradients of the weighted sums at this program's ROWS timesteps, 0 beyond T."""
+    grads = ()
+    for k in tl.static_range(ROWS):
+        t = tl.program_id(2) * ROWS + k
+        is_there = mask & (tl.full(at.shape, t, tl.int32) < T)
+        grad = _wide(tl.load(grad_spikes + here + t * plane + at, mask=is_there, other=0.0))
+        h = _sum_over_time(weights, biases, currents, tl.minimum(t, T - 1), PAST + T)
+        grads = grads + (grad * _slope(h, SURROGATE, WIDTH),)  # noqa: RUF005  # as above
+    return grads
+
+
+@triton.jit
+def _gradient_of_current(
+    weights, grads, grad_end, s: tl.constexpr, here, plane, at, mask, T: tl.constexpr,
+    PAST: tl.constexpr, ROWS: tl.constexpr
+):
+    """Return the gradient of one of PAST + T currents from those of the sums, and from its own if
+    it is among the last currents, which the first program of its tiles adds."""
+    total = tl.full(grads[0].shape, 0.0, grads[0].dtype)
+    if PAST + T > 8:
+        # The assembler would load all of that many weights in advance, and registers spill.
+        tl.debug_barrier()
+    if grad_end is not None and s >= T:  # noqa: SIM102  # only this one is a constant
+        if tl.program_id(2) == 0:
+            total += _wide(tl.load(grad_end + here + (s - T) * plane + at, mask=mask, other=0.0))
+    for k in tl.static_range(ROWS):
+        t = tl.minimum(tl.program_id(2) * ROWS + k, T - 1)
+        total = tl.fma(grads[k], tl.load(weights + t * (PAST + T) + s), total)
+    return total
+
+
+@triton.jit
+def _added(totals, x, LOCAL: tl.constexpr):
+    """Return totals with a tile added, LOCAL neighbours, which a thread has, in one."""
+    parts = tl.reshape(x, [x.shape[0], x.shape[1] // LOCAL, LOCAL])
+    return totals + tl.reduce(parts, 2, _add)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def backward_sums(
     x, shortcut, gain, offset, mean, shortcut_gain, shortcut_offset, shortcut_mean, start, share,
-    grad_spikes, grad_end, partial, partial_share, rows, groups, steps, T: tl.constexpr,
+    weights, biases, grad_spikes, grad_end, partial, partial_learned, rows, groups, steps,
+    T: tl.constexpr, PAST: tl.constexpr, ROWS: tl.constexpr, LOCAL: tl.constexpr,
     SHARED: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr,
     DECAY: tl.constexpr, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr,
     LEVELS: tl.constexpr, SCALES_INPUT: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr
 ):
     """Sum a program's rows of the current's gradient, and of its product with each normalised input
-    less its mean. partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C). Also sum
-    the share's gradient, partial_share (programs,)."""
+    less its mean. partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C); without
+    gain, x is the current, and there are no such sums. Also sum the gradients of the learnt values,
+    partial_learned (programs, numbers). Those of weights are ROWS a program, for the registers."""
     C, c = _channels(groups, VEC, BC)
     a = None
     if share is not None:
         a = tl.load(share)
-    wide = gain.dtype.element_ty
+    wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     plane = rows.to(tl.int64) * C
     r = tl.arange(0, BN)
     at = r[:, None] * C + c[None, :]
-    g = _load_row(gain, c, C)
-    o = _load_row(offset, c, C)
-    m = _load_row(mean, c, C)
+    g = None
+    o = None
+    if gain is not None:
+        g = _load_row(gain, c, C)
+        o = _load_row(offset, c, C)
+        m = _load_row(mean, c, C)
+        total = tl.full([BN, BC], 0.0, wide)
+        with_x = tl.full([BN, BC], 0.0, wide)
     g2 = None
     o2 = None
     if shortcut_gain is not None:
@@ -600,54 +698,90 @@ def backward_sums(
         o2 = _load_row(shortcut_offset, c, C)
         m2 = _load_row(shortcut_mean, c, C)
         with_shortcut = tl.full([BN, BC], 0.0, wide)
-    total = tl.full([BN, BC], 0.0, wide)
-    with_x = tl.full([BN, BC], 0.0, wide)
-    if partial_share is not None:
+    if share is not None:
         with_share = tl.full([BN, BC], 0.0, wide)
+    S: tl.constexpr = PAST + T
+    of_weights = ()
+    if weights is not None:
+        for _ in tl.static_range(ROWS * (S + 1)):
+            zeros = tl.full([BN, BC // LOCAL], 0.0, wide)
+            of_weights = of_weights + (zeros,)  # noqa: RUF005  # as above
     for i in range(steps):
         first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
         # Masked values are 0, and so are their gradients.
         mask = (r < rows - first)[:, None] & (c < C)[None, :]
         here = first * C
-        aboves, xs, added = _membranes(
-            x, shortcut, start, g, o, g2, o2, a, here, plane, at, mask, T, SHARED, HARD, DECAY,
-            THRESHOLD, AT_THRESHOLD, MOST, SCALES_INPUT
+        currents, xs, added = _currents(
+            x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T, PAST, SHARED
         )
-        after = None
-        if grad_end is not None:
-            after = tl.load(grad_end + here + at, mask=mask, other=0.0).to(wide)
-        over_time = tl.full([BN, BC], 0.0, wide)
-        for t in tl.static_range(T - 1, -1, -1):
-            grad = tl.load(grad_spikes + here + t * plane + at, mask=mask, other=0.0).to(wide)
-            grad = _gradient_of_membrane(
-                aboves[t], grad, after, THRESHOLD, AT_THRESHOLD, MOST, LEVELS, HARD, DETACH,
+        if weights is not None:
+            grads = _gradients_of_sums(
+                weights, biases, currents, grad_spikes, here, plane, at, mask, T, PAST, ROWS,
                 SURROGATE, WIDTH
             )
-            after = _decayed(grad, a, DECAY)
-            if partial_share is not None:
-                with_share += _gradient_of_share(
-                    aboves, start, a, grad, here, at, mask, t, THRESHOLD, AT_THRESHOLD, HARD,
-                    SCALES_INPUT
-                )
-            if SCALES_INPUT:
-                grad = grad * a
-            over_time += grad
-            if not SHARED:
-                with_x += grad * (xs[t].to(wide) - m)
-            if shortcut_gain is not None:
-                with_shortcut += grad * (added[t].to(wide) - m2)
-        total += over_time
-        if SHARED:
-            with_x += over_time * (xs[0].to(wide) - m)
-    kept = c < C
-    sums: tl.constexpr = 2 if shortcut_gain is None else 3
-    partial += tl.program_id(0).to(tl.int64) * sums * C
-    tl.store(partial + c, tl.reduce(total, 0, _add), mask=kept)
-    tl.store(partial + C + c, tl.reduce(with_x, 0, _add), mask=kept)
-    if shortcut_gain is not None:
-        tl.store(partial + 2 * C + c, tl.reduce(with_shortcut, 0, _add), mask=kept)
-    if partial_share is not None:
-        _store_sum(partial_share, with_share)
+            before = of_weights
+            of_weights = ()
+            for k in tl.static_range(ROWS):
+                for s in tl.static_range(S):
+                    sums = _added(before[k * (S + 1) + s], grads[k] * currents[s], LOCAL)
+                    of_weights = of_weights + (sums,)  # noqa: RUF005  # as above
+                sums = _added(before[k * (S + 1) + S], grads[k], LOCAL)
+                of_weights = of_weights + (sums,)  # noqa: RUF005  # as above
+        else:
+            aboves = _membranes(
+                currents, start, a, here, at, mask, T, HARD, DECAY, THRESHOLD, AT_THRESHOLD, MOST,
+                SCALES_INPUT
+            )
+        if gain is not None:
+            after = None
+            if grad_end is not None and weights is None:
+                after = tl.load(grad_end + here + at, mask=mask, other=0.0).to(wide)
+            over_time = tl.full([BN, BC], 0.0, wide)
+            for t in tl.static_range(T - 1, -1, -1):
+                if weights is not None:
+                    grad = _gradient_of_current(
+                        weights, grads, grad_end, PAST + t, here, plane, at, mask, T, PAST, ROWS
+                    )
+                else:
+                    grad = tl.load(grad_spikes + here + t * plane + at, mask=mask, other=0.0)
+                    grad = _gradient_of_membrane(
+                        aboves[t], grad.to(wide), after, THRESHOLD, AT_THRESHOLD, MOST, LEVELS,
+                        HARD, DETACH, SURROGATE, WIDTH
+                    )
+                    after = _decayed(grad, a, DECAY)
+                    if share is not None:
+                        with_share += _gradient_of_share(
+                            aboves, start, a, grad, here, at, mask, t, THRESHOLD, AT_THRESHOLD,
+                            HARD, SCALES_INPUT
+                        )
+                if SCALES_INPUT:
+                    grad = grad * a
+                over_time += grad
+                if not SHARED:
+                    with_x += grad * (xs[t].to(wide) - m)
+                if shortcut_gain is not None:
+                    with_shortcut += grad * (added[t].to(wide) - m2)
+            total += over_time
+            if SHARED:
+                with_x += over_time * (xs[0].to(wide) - m)
+    if gain is not None:
+        kept = c < C
+        number: tl.constexpr = 2 if shortcut_gain is None else 3
+        block = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        partial += block.to(tl.int64) * number * C
+        tl.store(partial + c, tl.reduce(total, 0, _add), mask=kept)
+        tl.store(partial + C + c, tl.reduce(with_x, 0, _add), mask=kept)
+        if shortcut_gain is not None:
+            tl.store(partial + 2 * C + c, tl.reduce(with_shortcut, 0, _add), mask=kept)
+    if share is not None:
+        _store_sum(partial_learned, with_share)
+    if weights is not None:
+        for k in tl.static_range(ROWS):
+            t = tl.program_id(2) * ROWS + k
+            if t < T:
+                for s in tl.static_range(S):
+                    _store_sum(partial_learned, of_weights[k * (S + 1) + s], t * S + s, T * (S + 1))
+                _store_sum(partial_learned, of_weights[k * (S + 1) + S], T * S + t, T * (S + 1))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -665,11 +799,12 @@ def finish_sums(
     """Add the sums of `backward_sums` up, in float64.
 
     sums is (2, 2, C), or with a normalised shortcut (2, 3, C): twice the sums of the gradient, and
-    of its products with the normalised current and shortcut, before gain and offset.
+    of its products with the normalised current and shortcut, before gain and offset. Without rstd
+    it is (2, 1, C).
     """
     C, c = _channels(groups, VEC, BC)
     p = tl.arange(0, BP).to(tl.int64)
-    number: tl.constexpr = 2 if shortcut_rstd is None else 3
+    number: tl.constexpr = 1 if rstd is None else (2 if shortcut_rstd is None else 3)
     wide = sums.dtype.element_ty
     for k in tl.static_range(number):
         total = tl.full([BP, BC], 0.0, tl.float64)
@@ -696,18 +831,18 @@ def _coefficients(rstd, sum_grad, sum_grad_hat, per_value, c, C):
 @triton.jit(do_not_specialize=SIZES)
 def backward(
     x, shortcut, gain, offset, mean, rstd, shortcut_gain, shortcut_offset, shortcut_mean,
-    shortcut_rstd, start, share, grad_spikes, grad_end, sum_grad, sum_grad_hat, shortcut_sum_grad,
-    shortcut_sum_grad_hat, grad_x, grad_shortcut, grad_start, partial_share, rows, groups, steps,
-    T: tl.constexpr, SHARED: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr,
-    SURROGATE: tl.constexpr, DECAY: tl.constexpr, THRESHOLD: tl.constexpr,
-    AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr, LEVELS: tl.constexpr,
+    shortcut_rstd, start, share, weights, biases, grad_spikes, grad_end, sum_grad, sum_grad_hat,
+    shortcut_sum_grad, shortcut_sum_grad_hat, grad_x, grad_shortcut, grad_start, partial_learned,
+    rows, groups, steps, T: tl.constexpr, PAST: tl.constexpr, SHARED: tl.constexpr,
+    HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr, DECAY: tl.constexpr,
+    THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr, LEVELS: tl.constexpr,
     SCALES_INPUT: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
     BC: tl.constexpr
 ):
-    """Compute the gradients of x, (T or 1, N, C), shortcut, (T, N, C), and start, (N, C), if any.
+    """Compute the gradients of x, (T or 1, N, C), shortcut, (T, N, C), and start, if any.
 
     Without sums, means and variances were constants. Without gain, x is the current, and the
-    share's gradient is summed, too: partial_share (programs,).
+    share's gradient is summed, too: partial_learned (programs, 1).
     """
     C, c = _channels(groups, VEC, BC)
     a = None
@@ -737,33 +872,47 @@ def backward(
             a2, b2 = _coefficients(
                 shortcut_rstd, shortcut_sum_grad, shortcut_sum_grad_hat, per_value, c, C
             )
-    if partial_share is not None:
+    if partial_learned is not None:
         with_share = tl.full([BN, BC], 0.0, share.dtype.element_ty)
     for i in range(steps):
         first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
         mask = (r < rows - first)[:, None] & (c < C)[None, :]
         here = first * C
-        aboves, xs, added = _membranes(
-            x, shortcut, start, g, o, g2, o2, a, here, plane, at, mask, T, SHARED, HARD, DECAY,
-            THRESHOLD, AT_THRESHOLD, MOST, SCALES_INPUT
+        currents, xs, added = _currents(
+            x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T, PAST, SHARED
         )
         after = None
-        if grad_end is not None:
-            after = _wide(tl.load(grad_end + here + at, mask=mask, other=0.0))
-        over_time = tl.full([BN, BC], 0.0, aboves[0].dtype)
-        for t in tl.static_range(T - 1, -1, -1):
-            now = here + t * plane
-            grad = _wide(tl.load(grad_spikes + now + at, mask=mask, other=0.0))
-            grad = _gradient_of_membrane(
-                aboves[t], grad, after, THRESHOLD, AT_THRESHOLD, MOST, LEVELS, HARD, DETACH,
+        if weights is not None:
+            grads = _gradients_of_sums(
+                weights, biases, currents, grad_spikes, here, plane, at, mask, T, PAST, T,
                 SURROGATE, WIDTH
             )
-            after = _decayed(grad, a, DECAY)
-            if partial_share is not None:
-                with_share += _gradient_of_share(
-                    aboves, start, a, grad, here, at, mask, t, THRESHOLD, AT_THRESHOLD, HARD,
-                    SCALES_INPUT
+        else:
+            aboves = _membranes(
+                currents, start, a, here, at, mask, T, HARD, DECAY, THRESHOLD, AT_THRESHOLD, MOST,
+                SCALES_INPUT
+            )
+            if grad_end is not None:
+                after = _wide(tl.load(grad_end + here + at, mask=mask, other=0.0))
+        over_time = tl.full([BN, BC], 0.0, currents[0].dtype)
+        for t in tl.static_range(T - 1, -1, -1):
+            now = here + t * plane
+            if weights is not None:
+                grad = _gradient_of_current(
+                    weights, grads, grad_end, PAST + t, here, plane, at, mask, T, PAST, T
                 )
+            else:
+                grad = _wide(tl.load(grad_spikes + now + at, mask=mask, other=0.0))
+                grad = _gradient_of_membrane(
+                    aboves[t], grad, after, THRESHOLD, AT_THRESHOLD, MOST, LEVELS, HARD, DETACH,
+                    SURROGATE, WIDTH
+                )
+                after = _decayed(grad, a, DECAY)
+                if partial_learned is not None:
+                    with_share += _gradient_of_share(
+                        aboves, start, a, grad, here, at, mask, t, THRESHOLD, AT_THRESHOLD, HARD,
+                        SCALES_INPUT
+                    )
             if SCALES_INPUT:
                 grad = grad * a
             if SHARED:
@@ -790,7 +939,13 @@ def backward(
             if gain is not None:
                 through = through * g
             tl.store(grad_x + here + at, through.to(grad_x.dtype.element_ty), mask=mask)
-        if grad_start is not None:
+        if grad_start is not None and weights is None:
             tl.store(grad_start + here + at, after.to(grad_start.dtype.element_ty), mask=mask)
-    if partial_share is not None:
-        _store_sum(partial_share, with_share)
+        elif grad_start is not None:
+            for s in tl.static_range(PAST):
+                grad = _gradient_of_current(
+                    weights, grads, grad_end, s, here, plane, at, mask, T, PAST, T
+                )
+                tl.store(grad_start + here + s * plane + at, grad, mask=mask)
+    if partial_learned is not None:
+        _store_sum(partial_learned, with_share)
