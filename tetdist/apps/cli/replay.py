@@ -99,15 +99,12 @@ def replay(options: argparse.Namespace) -> None:
             raise KeyboardInterrupt
         pressed.append(True)
 
+    contents = Contents(pieces(options.recording, name, pressed, follow=options.follow))
+    frames = window_frames(stream_recording(suffix, contents, sensor), binning)
     before = signal.signal(signal.SIGINT, press)
     try:
-        with FileIO(0 if is_stdin else options.recording, closefd=not is_stdin) as file:
-            contents = Contents(pieces(file, pressed, follow=options.follow))
-            frames = window_frames(stream_recording(suffix, contents, sensor), binning)
-            size = binning.size or sensor
-            run(trained.model, size, classes, frames, pressed, gif, fast=options.fast)
-    except OSError as error:
-        raise UserError(f"{name} cannot be read ({error.strerror})") from error
+        size = binning.size or sensor
+        run(trained.model, size, classes, frames, pressed, gif, fast=options.fast)
     except BadRecording as error:
         raise UserError(f"{name}: {error}") from error
     finally:
@@ -149,17 +146,26 @@ def binning_of(trained: "Trained", path: Path) -> "tuple[Binning, Sensor]":
     return binning, size(found["sensor"])
 
 
-def pieces(file: FileIO, pressed: list[bool], *, follow: bool) -> Iterator[bytes]:
-    """Yield a file's contents as they come, until they end or Ctrl-C was pressed."""
-    while not pressed:
-        if not select.select([file], [], [], _PAUSE)[0]:
-            continue
-        if data := file.read(_PIECE):
-            yield data
-        elif not follow:
-            return
-        else:
-            time.sleep(_PAUSE)
+def pieces(path: Path, name: str, pressed: list[bool], *, follow: bool) -> Iterator[bytes]:
+    """Yield a file's contents as they come, until they end or Ctrl-C was pressed.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    is_stdin = str(path) == "-"
+    try:
+        with FileIO(0 if is_stdin else path, closefd=not is_stdin) as file:
+            while not pressed:
+                if not select.select([file], [], [], _PAUSE)[0]:
+                    continue
+                if data := file.read(_PIECE):
+                    yield data
+                elif not follow:
+                    return
+                else:
+                    time.sleep(_PAUSE)
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror})") from error
 
 
 def run(

@@ -9,7 +9,6 @@ import io
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,13 +51,7 @@ class Simulation:
     noise_hz: float = 0.1
 
 
-class _Columns(NamedTuple):
-    """Events before sorting, each (N,)."""
-
-    x: npt.NDArray[np.int64]
-    y: npt.NDArray[np.int64]
-    t: npt.NDArray[np.int64]
-    p: npt.NDArray[np.int64]
+_Columns = tuple[npt.NDArray[np.int64], ...]  # x, y, t and p before sorting, each (N,)
 
 
 def simulate(data: bytes, path: str, simulation: Simulation) -> Events:
@@ -124,7 +117,7 @@ def _seen(
         repeats = number[y, x]
         t = (step - 1) * _STEP_US + rng.integers(0, _STEP_US, int(repeats.sum()))
         p = (change[y, x] > 0).astype(np.int64)
-        yield _Columns(np.repeat(x, repeats), np.repeat(y, repeats), t, np.repeat(p, repeats))
+        yield np.repeat(x, repeats), np.repeat(y, repeats), t, np.repeat(p, repeats)
 
 
 def _view(
@@ -143,7 +136,7 @@ def _noise(simulation: Simulation, rng: np.random.Generator) -> _Columns:
     duration_us = 3 * simulation.saccade_ms * 1_000
     pixels = simulation.width * simulation.height
     number = rng.poisson(simulation.noise_hz * pixels * duration_us / 1e6)
-    return _Columns(
+    return (
         rng.integers(0, simulation.width, number),
         rng.integers(0, simulation.height, number),
         rng.integers(0, duration_us, number),

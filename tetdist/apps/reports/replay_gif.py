@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tetdist.apps.reports.style import QUIET, SERIES, new_figure
+from tetdist.apps.reports.style import QUIET, SERIES, finish, new_figure
 from tetdist.errors import UserError
 from tetdist.storage.files import replacing
 
@@ -53,15 +53,15 @@ class ReplayGif:
 
         figure = new_figure(4, 2, dpi=100)
         figure.set_layout_engine("none")  # Each frame has the same layout.
-        left = figure.add_axes((0.02, 0.1, 0.4, 0.78))
-        right = figure.add_axes((0.53, 0.18, 0.44, 0.68))
+        left = figure.add_axes((0.01, 0.1, 0.4, 0.78))
+        right = figure.add_axes((0.59, 0.19, 0.39, 0.68))
         images = []
         for number in range(1, len(self._frames) + 1):
             self._draw_events(left, self._frames[number - 1])
             self._draw_probabilities(right, number)
             figure.canvas.draw()
             drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-            images.append(drawn.quantize(64, dither=Image.Dither.NONE))
+            images.append(drawn.quantize(128, dither=Image.Dither.NONE))
         first, *others = images
         with replacing(self._path, sync=False) as file:
             first.save(file, "GIF", save_all=True, append_images=others, duration=100, loop=0)
@@ -82,8 +82,8 @@ class ReplayGif:
         axis.clear()
         begin = max(0, number - _SHOWN)
         shown = self._frames[begin : begin + _SHOWN]
-        starts = [i for i, frame in enumerate(shown) if i == 0 or frame.is_first]
-        for start, end in pairwise([*(i for i in starts if i < number - begin), number - begin]):
+        starts = [i for i, frame in enumerate(shown[: number - begin]) if i == 0 or frame.is_first]
+        for start, end in pairwise([*starts, number - begin]):
             ends = [frame.end for frame in shown[start:end]]
             values = 100 * np.stack([frame.probabilities for frame in shown[start:end]])
             best = int(values[-1].argmax())
@@ -92,14 +92,10 @@ class ReplayGif:
                 axis.plot(ends, values[:, k], color="#BBBBBB", linewidth=0.8)
             axis.plot(ends, values[:, best], "o-", color=colour, linewidth=1.8, markersize=2)
             axis.text(ends[0], values[:, best].max() + 3, name, fontsize=8, color=colour)
-        title = {"color": colour, "fontsize": 12, "fontweight": "bold", "loc": "left"}
-        axis.set_title(f"{name}  {values[-1, best]:.0f} %", **title)
+        finish(axis, f"{name}  {values[-1, best]:.0f} %", "probability (%)", legend=False)
         axis.set_xlim(self._frames[begin - 1].end if begin else 0, shown[-1].end)
         axis.set_ylim(0, 112)
-        axis.set_yticks([0, 50, 100], ["0", "50", "100 %"])
-        axis.set_xlabel("s", fontsize=8, labelpad=1)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlabel("s", fontsize=9, labelpad=1)
 
 
 def _coloured(frame: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
