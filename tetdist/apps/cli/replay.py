@@ -220,6 +220,6 @@ def run(
     finally:
         if spent:
             middle, most = np.percentile(spent, [50, 99])
-            lateness = "" if fast else f"; {late} late: the result came after the next was due"
+            lateness = "" if fast else f"; {late} late, after the next was due"
             times = f"{middle:.2f} ms (p50), {most:.2f} ms (p99)"
             print("\n" * terminal + f"{counted(len(spent), 'frame')}: {times}{lateness}")

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tetdist.apps.reports.style import QUIET, SERIES, finish, new_figure
 from tetdist.errors import UserError
-from tetdist.storage.files import replacing
+from tetdist.storage.files import explaining, replacing
 
 _OFF, _ON = (213, 94, 0), (0, 114, 178)  # colours of events, on white
 _SIDE = 200  # most pixels of a frame's side that are drawn
@@ -31,12 +31,14 @@ class ReplayGif:
     """The first frames of a replay, drawn at its end.
 
     Raises:
-        UserError: The file's suffix is not .gif.
+        UserError: The file's suffix is not .gif, or its folder cannot be made.
     """
 
     def __init__(self, path: Path, classes: list[str]) -> None:
         if path.suffix.lower() != ".gif":
             raise UserError(f"--output: {path} has another suffix than .gif; rename it")
+        with explaining(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._classes = path, classes
         self._frames: list[_Drawn] = []
 
@@ -63,7 +65,7 @@ class ReplayGif:
             drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
             images.append(drawn.quantize(128, dither=Image.Dither.NONE))
         first, *others = images
-        with replacing(self._path, sync=False) as file:
+        with explaining(self._path), replacing(self._path, sync=False) as file:
             first.save(file, "GIF", save_all=True, append_images=others, duration=100, loop=0)
         print(f"wrote {self._path}, {len(images)} frames")
 
