@@ -124,7 +124,9 @@ def replayed_is_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[s
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stream, "step", slow)
         assert replay.main(command) == 0
-        assert re.search(r"\n5 frames: .*; 4 late, after the next was due\n", capfd.readouterr().out)
+        assert re.search(
+            r"\n5 frames: .*; 4 late, after the next was due\n", capfd.readouterr().out
+        )
         assert replay.main([*command, "--fast"]) == 0
         assert " late" not in capfd.readouterr().out
     np.savez(folder / "other.npz", **made._asdict(), width=99, height=99)
