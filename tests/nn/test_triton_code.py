@@ -154,12 +154,12 @@ def test_one_compilation_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
     """Triton's own way from the arguments of a call to a compiled kernel, up to its start."""
     used = set()
 
-    def prepare(kernel: Any, grid: tuple[int, ...], arguments: Any, known: Any) -> None:
+    def prepare(kernel: Any, grid: Any, arguments: Any, known: Any, _: int = 0) -> None:
         if kernel not in used:
             kernel.device_caches.clear()
             used.add(kernel)
         options = {"num_warps": triton_kernels.WARPS, "enable_fp_fusion": False}
-        kernel.run(*arguments, grid=grid, warmup=True, **known, **options)
+        kernel.run(*arguments, grid=grid, warmup=True, **(options | known))
 
     monkeypatch.setattr(triton_kernels, "launch", prepare)
     monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
@@ -176,11 +176,20 @@ def test_one_compilation_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
             kernels.add(x, x, affine, None)
             kernels.add_sums(x, x, affine, None, x)
             kernels.norm_gradient(x, x, affine, sums[:2])
+    # As many heads and positions as there are.
+    for heads, side in ((1, 3), (4, 8)):
+        x = torch.zeros(2, 1, 16 * heads, side, side, dtype=torch.bfloat16)
+        options = {"carries": False, "packs": True}
+        attention = triton_kernels.AttentionKernels(LIF(), x, x, heads, 0.5, **options)
+        rows = x.new_zeros(2, side * side, 16 * heads)
+        inputs = Inputs((rows.byte(),) * 3, None, None, None, None)  # type: ignore[arg-type]  # see there
+        attention.spikes(inputs, None)
+        attention.current_gradient(inputs, rows, None)
     numbers = {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in used}
     for kernel in used:
         # What was compiled for no GPU is not for one that is there.
         kernel.device_caches.clear()
-    assert len(numbers) == 9
+    assert len(numbers) == 12
     assert set(numbers.values()) == {1}, numbers
 
 
