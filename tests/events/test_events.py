@@ -129,6 +129,22 @@ def replayed_is_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[s
         )
         assert replay.main([*command, "--fast"]) == 0
         assert " late" not in capfd.readouterr().out
+    # Ctrl-C in the first frame: of the first 16 KiB, two windows and a part of the third.
+    many = cameras.events(5000, *DEFAULT_SENSOR, duration=40_000)
+    (folder / "many.bin").write_bytes(cameras.nmnist(many))
+    steps: list[object] = []
+
+    def pressing(*given: Any) -> torch.Tensor:
+        steps.append(given)
+        if len(steps) == 2:  # after the warm-up
+            signal.raise_signal(signal.SIGINT)
+        return step(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stream, "step", pressing)
+        assert replay.main([str(folder / "many.bin"), *command[1:]]) == 0
+    shown = capfd.readouterr()
+    assert (shown.err, len(lines_of(shown.out))) == ("", 2)
     np.savez(folder / "other.npz", **made._asdict(), width=99, height=99)
     (folder / "torn.npz").write_bytes((folder / "it.npz").read_bytes()[:500])
     back = made._replace(t=np.where(np.arange(900) < 890, made.t, 0))

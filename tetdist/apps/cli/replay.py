@@ -92,24 +92,18 @@ def replay(options: argparse.Namespace) -> None:
     classes = list(trained.description.classes or [])
     classes += [f"class {k}" for k in range(len(classes), trained.model.num_classes)]
     gif = ReplayGif(options.output, classes) if options.output else None
-    pressed: list[bool] = []
-
-    def press(*_: object) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(True)
-
-    contents = Contents(pieces(options.recording, name, pressed, follow=options.follow))
+    ctrl_c = CtrlC()
+    contents = Contents(pieces(options.recording, name, ctrl_c, follow=options.follow))
     frames = window_frames(stream_recording(suffix, contents, sensor), binning)
-    before = signal.signal(signal.SIGINT, press)
+    before = signal.signal(signal.SIGINT, ctrl_c.press)
     try:
         size = binning.size or sensor
-        run(trained.model, size, classes, frames, pressed, gif, fast=options.fast)
+        run(trained.model, size, classes, frames, ctrl_c, gif, fast=options.fast)
     except BadRecording as error:
         raise UserError(f"{name}: {error}") from error
     finally:
         signal.signal(signal.SIGINT, before)
-    if contents.bad_end:
+    if contents.bad_end and not ctrl_c.is_early:
         print(f"{name}: {contents.bad_end}; everything before it was used", file=sys.stderr)
     if gif:
         gif.save()
@@ -146,7 +140,23 @@ def binning_of(trained: "Trained", path: Path) -> "tuple[Binning, Sensor]":
     return binning, size(found["sensor"])
 
 
-def pieces(path: Path, name: str, pressed: list[bool], *, follow: bool) -> Iterator[bytes]:
+class CtrlC:
+    """Ctrl-C, which ends the replay after what was read; a second one interrupts at once.
+
+    Attributes:
+        is_pressed: True if it was pressed.
+        is_early: True if there was more to read.
+    """
+
+    is_pressed = is_early = False
+
+    def press(self, *_: object) -> None:
+        if self.is_pressed:
+            raise KeyboardInterrupt
+        self.is_pressed = True
+
+
+def pieces(path: Path, name: str, ctrl_c: CtrlC, *, follow: bool) -> Iterator[bytes]:
     """Yield a file's contents as they come, until they end or Ctrl-C was pressed.
 
     Raises:
@@ -155,7 +165,7 @@ def pieces(path: Path, name: str, pressed: list[bool], *, follow: bool) -> Itera
     is_stdin = str(path) == "-"
     try:
         with FileIO(0 if is_stdin else path, closefd=not is_stdin) as file:
-            while not pressed:
+            while not ctrl_c.is_pressed:
                 if not select.select([file], [], [], _PAUSE)[0]:
                     continue
                 if data := file.read(_PIECE):
@@ -164,6 +174,7 @@ def pieces(path: Path, name: str, pressed: list[bool], *, follow: bool) -> Itera
                     return
                 else:
                     time.sleep(_PAUSE)
+            ctrl_c.is_early = bool(select.select([file], [], [], 0)[0] and file.read(1))
     except OSError as error:
         raise UserError(f"{name} cannot be read ({error.strerror})") from error
 
@@ -173,7 +184,7 @@ def run(
     size: "Sensor",
     classes: list[str],
     frames: "Iterator[tuple[int, Any]]",
-    pressed: list[bool],
+    ctrl_c: CtrlC,
     gif: "ReplayGif | None",
     *,
     fast: bool,
@@ -192,11 +203,13 @@ def run(
     started, finished, spent = time.monotonic(), 0.0, array("d")
     try:
         for end, frame in frames:
+            if ctrl_c.is_early:
+                break
             if not spent:  # A live recording starts when its first events come.
                 started = max(started, time.monotonic() - end / 1e6)
             due = started + end / 1e6
             late += finished > due  # The result of the frame before.
-            while not fast and not pressed and (wait := due - time.monotonic()) > 0:
+            while not (fast or ctrl_c.is_pressed) and (wait := due - time.monotonic()) > 0:
                 time.sleep(min(wait, _PAUSE))
             begun = time.monotonic()
             if stream.timesteps == model.timesteps:
