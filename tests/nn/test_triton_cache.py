@@ -35,20 +35,30 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-def test_others_wait_for_a_kernel_that_one_compiles() -> None:
+@pytest.mark.parametrize("of_kernel", [True, False])
+def test_others_wait_for_what_one_compiles(of_kernel: bool) -> None:
+    """A kernel's files, or a library by which it is launched."""
     triton_cache.use()
     first, second, third = (CompiledOnce("kernel") for _ in range(3))
-    assert first.get_group("a.json") is None
-    assert is_locked(Path(first.cache_dir))
+
+    def get(cache: CompiledOnce) -> object:
+        return cache.get_group("a.json") if of_kernel else cache.get_file("a.json")
+
+    assert get(first) is None
     with ThreadPoolExecutor() as threads:
-        waiting = [threads.submit(other.get_group, "a.json") for other in (second, third)]
-        group = {"a.json": first.put("{}", "a.json")}
-        first.put_group("a.json", group)
-        assert [one.result(timeout=60) for one in waiting] == [group, group]
+        waiting = [threads.submit(get, other) for other in (second, third)]
+        assert is_locked(Path(first.cache_dir))
+        made: object = first.put("{}", "a.json")
+        if of_kernel:
+            assert is_locked(Path(first.cache_dir))
+            made = {"a.json": made}
+            first.put_group("a.json", made)
+        assert [one.result(timeout=60) for one in waiting] == [made, made]
     assert not is_locked(Path(first.cache_dir))
     # Another kernel is not waited for; a compilation that failed is left to the next one.
-    assert CompiledOnce("other").get_group("b.json") is None
-    assert CompiledOnce("other").get_group("b.json") is None
+    for _ in range(2):
+        found = get(CompiledOnce("other"))
+        assert found is None
 
 
 def test_a_disk_without_locks_is_used_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

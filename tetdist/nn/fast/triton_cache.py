@@ -8,12 +8,15 @@ import contextlib
 import fcntl
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from triton.runtime.cache import FileCacheManager
 
 from tetdist.storage.files import make_private
+
+Found = TypeVar("Found")
 
 
 def use() -> None:
@@ -28,33 +31,47 @@ def use() -> None:
 
 
 class CompiledOnce(FileCacheManager):
-    """The cached files of a kernel; while a process compiles them, others wait.
+    """Cached files of a kernel, or of its launcher; while a process makes them, others wait.
 
     The lock ends with this object, too, as after a failed compilation, and with the process.
     """
 
     _lock: TextIO | None = None
+    _awaited = ""  # what the lock waits for
+
+    def get_file(self, filename: str) -> str | None:
+        """Return the path of a file; None if the caller is to make it."""
+        return self._found(lambda: super(CompiledOnce, self).get_file(filename), filename)
 
     def get_group(self, filename: str) -> dict[str, str] | None:
-        """Return the kernel's files; None if the caller is to compile them."""
-        found = super().get_group(filename)
+        """Return the paths of a kernel's files; None if the caller is to make them."""
+        return self._found(lambda: super(CompiledOnce, self).get_group(filename), f"all/{filename}")
+
+    def _found(self, find: Callable[[], Found | None], what: str) -> Found | None:
+        found = find()
         if found is None and self._lock is None:
             # Some shared disks, which the environment may name, have no locks.
             with contextlib.suppress(OSError):
-                self._lock = (Path(self.cache_dir) / "compiling").open("w")
+                self._lock, self._awaited = (Path(self.cache_dir) / "compiling").open("w"), what
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
-            found = super().get_group(filename)
+            found = find()
             if found is not None:
-                self._unlock()
+                self._unlock(what)
         return found
 
-    def put_group(self, filename: str, group: dict[str, str]) -> str:
-        """Keep the kernel's files, and let the others have them."""
-        path = super().put_group(filename, group)
-        self._unlock()
+    def put(self, data: str | bytes, filename: str, binary: bool = True) -> str:
+        """Keep a file, and let others have it."""
+        path = super().put(data, filename, binary)
+        self._unlock(filename)
         return path
 
-    def _unlock(self) -> None:
-        if self._lock is not None:
+    def put_group(self, filename: str, group: dict[str, str]) -> str:
+        """Keep a kernel's files, and let others have them."""
+        path = super().put_group(filename, group)
+        self._unlock(f"all/{filename}")
+        return path
+
+    def _unlock(self, what: str) -> None:
+        if self._lock is not None and what == self._awaited:
             self._lock.close()
             self._lock = None
