@@ -42,12 +42,13 @@ def test_an_epoch_is_judged_by_a_published_one_and_by_the_card(
     lines: Any, status: str, text: str, remedy: str | None
 ) -> None:
     reference = find_reference("sew34")
-    hour = Hour((), 256, STEPS, reference, None, 2400.0, "unknown", Path(), time.monotonic())
-    assert "12.6 % after an epoch (sew34, published)" in hour.table()
-    assert "2400 computed, 9 minutes an epoch" in hour.table()
+    hour = Hour((), 256, STEPS, reference, None, 2400.0, Path(), time.monotonic())
     found = first_hour.judged(hour, lines)
     assert (found.status, text in found.text, found.remedy) == (status, True, remedy), found
-    assert found.numbers["expected"]["images"] == STEPS * 256
+    assert found.numbers["expected"] == (
+        "images/s 2400 computed, 9 minutes an epoch; epoch 1,281,024 images; top-1 12.6 % after an "
+        "epoch (sew34, published)"
+    )
 
 
 @pytest.mark.long
@@ -68,10 +69,10 @@ def test_as_much_is_trained_as_fits_into_the_hour(
     command = ["--device", "cpu", "--first-hour", "--only", "versions", "--json", file]
     status, output = call("check_gpu", *command, *changes)
     assert status == 0, output
-    assert output.index("40 images in 5 steps") < output.index("ok        versions")
+    assert output.index("epoch 40 images") < output.index("ok        versions")
     found = json.loads(file.read_text())["checks"]["epoch"]
     assert found["status"] == "ok"
-    assert found["measured"]["images"] == 8 * steps
+    assert found["images"] == 8 * steps
     assert "these data have 4" in found["text"]
     (run,) = tmp_path.glob("first_hour_*")
     assert len(list((run / "checkpoints").glob("step-*"))) == (2 if steps == 5 else 1)

@@ -18,7 +18,7 @@ import torch
 
 from tetdist import order
 from tetdist.apps.benchmarks.scaling import free_port
-from tetdist.apps.check_gpu import links, remedies
+from tetdist.apps.check_gpu import remedies
 from tetdist.apps.check_gpu.check import (
     EXPECTED,
     TOO_SLOW,
@@ -36,7 +36,6 @@ from tetdist.apps.roofline import cards
 from tetdist.config import loading
 from tetdist.distributed.starters import as_starter
 from tetdist.errors import UserError
-from tetdist.tables import aligned
 from tetdist.tracking.metrics_file import read_metrics
 from tetdist.training.setup import open_data
 
@@ -65,7 +64,6 @@ class Hour:
         reference: The published training.
         obstacle: Reason why the data cannot be compared with it, if any.
         images_per_s: Rate computed for all GPUs; None: unknown.
-        link: Description of the link between the GPUs of a host.
         folder: The run's folder.
         begun: When the hour began, by `time.monotonic`.
     """
@@ -76,38 +74,26 @@ class Hour:
     reference: Reference
     obstacle: str | None
     images_per_s: float | None
-    link: str
     folder: Path
     begun: float
 
-    def expected(self) -> dict[str, Any]:
-        """Return the numbers to be expected, for the JSON file."""
+    def expected(self) -> str:
+        """Return the numbers to be expected."""
         images = self.steps * self.batch
-        rate, top1 = self.images_per_s, None
+        rate, top1 = "unknown on this device", f"not comparable: {self.obstacle}"
+        if self.images_per_s is not None:
+            minutes = images / self.images_per_s / 60
+            rate = f"{self.images_per_s:.0f} computed, {minutes:.0f} minutes an epoch"
         if self.obstacle is None:
-            top1 = published(self.reference, images)
-        minutes = None if rate is None else images / rate / 60
-        return {"images": images, "images_per_s": rate, "minutes": minutes, "top1": top1}
-
-    def table(self) -> str:
-        """Return the expected numbers as text."""
-        found = self.expected()
-        rate, top1 = "unknown for this device", f"not comparable: {self.obstacle}"
-        if found["images_per_s"] is not None:
-            rate = f"{found['images_per_s']:.0f} computed, {found['minutes']:.0f} minutes an epoch"
-        if found["top1"] is not None:
-            top1 = f"{found['top1']:.1f} % after an epoch ({self.reference.name}, published)"
-        epoch = f"{found['images']:,} images in {self.steps:,} steps"
-        rows = [["links", self.link], ["images/s", rate], ["epoch", epoch], ["top-1", top1]]
-        return f"expected of the hour: no bad check, and\n{aligned(rows)}"
+            there = published(self.reference, images)
+            top1 = f"{there:.1f} % after an epoch ({self.reference.name}, published)"
+        return f"images/s {rate}; epoch {images:,} images; top-1 {top1}"
 
 
-def published(reference: Reference, images: int) -> float | None:
-    """Return the published top-1 after as many images; within its first epoch, between chance and
-    that epoch's."""
-    epochs = images / IMAGES
-    first = min(reference.top1)
-    if (known := reference.at(epochs)) is not None or epochs > first:
+def published(reference: Reference, images: int) -> float:
+    """Return the published top-1 after at most an epoch; before its end, between chance and it."""
+    epochs, first = images / IMAGES, min(reference.top1)
+    if (known := reference.at(epochs)) is not None:
         return known
     return CHANCE + (reference.top1[first] - CHANCE) * epochs / first
 
@@ -126,16 +112,20 @@ def prepare(here: Machine, overrides: Sequence[str]) -> Hour:
     config = loading.load(RECIPE, changes)
     train, _ = open_data(config, here.world)
     reference = find_reference(config.reference or "sew34")
-    rate, batch, link = None, config.batch, "unknown"
+    rate, batch = None, config.batch
     card = cards.find(torch.cuda.get_device_name(here.device)) if here.on_gpu else None
     if card is not None:
         rate = here.world.world_size * computed_images_per_s(batch.micro, card)[OWN]
-    if here.on_gpu and here.world.world_size > 1 and (found := links.link_of(here)) is not None:
-        link = f"{links.REACHED * found[1]:.0f} GB/s or more by {found[0]}"
-    steps = order.steps_per_epoch(len(train), batch.global_)
-    obstacle = reference.obstacle(len(train.classes), has_average=False)
-    of_batch = (tuple(changes), batch.global_, steps)
-    return Hour(*of_batch, reference, obstacle, rate, link, config.run_dir, time.monotonic())
+    return Hour(
+        overrides=tuple(changes),
+        batch=batch.global_,
+        steps=order.steps_per_epoch(len(train), batch.global_),
+        reference=reference,
+        obstacle=reference.obstacle(len(train.classes), has_average=False),
+        images_per_s=rate,
+        folder=config.run_dir,
+        begun=time.monotonic(),
+    )
 
 
 def train(here: Machine, hour: Hour) -> Finding:
@@ -189,13 +179,15 @@ def _images_per_s(lines: Sequence[Mapping[str, Any]]) -> float:
 def judged(hour: Hour, lines: Sequence[Mapping[str, Any]]) -> Finding:
     """Judge a training by its metrics."""
     windows = [one for one in lines if one["kind"] == "train"]
-    value, last = next(one for one in reversed(lines) if one["kind"] == "val"), windows[-1]
-    images, rate = last["step"] * hour.batch, _images_per_s(lines)
+    top1 = [one["top1"] for one in lines if one["kind"] == "val"][-1]
+    images, rate = windows[-1]["step"] * hour.batch, _images_per_s(lines)
     wait = statistics.median(one["data_wait"] for one in windows)
-    measured = {"images": images, "images_per_s": rate, "top1": value["top1"], "data_wait": wait}
-    measured |= {"seconds": time.monotonic() - hour.begun, "loss": last["loss"]}
-    numbers: dict[str, Any] = {"expected": hour.expected(), "measured": measured}
-    text = f"top-1 {value['top1']:.2f} % after {images:,} images, {rate:.0f} images/s"
+    numbers: dict[str, Any] = {
+        "expected": hour.expected(),
+        "seconds": time.monotonic() - hour.begun,
+    }
+    numbers |= {"images": images, "images_per_s": rate, "data_wait": wait, "top1": top1}
+    text = f"top-1 {top1:.2f} % after {images:,} images, {rate:.0f} images/s"
     status: Status = "ok"
     remedy = None
     if hour.images_per_s is not None:
@@ -204,11 +196,10 @@ def judged(hour: Hour, lines: Sequence[Mapping[str, Any]]) -> Finding:
         if reached != EXPECTED:
             remedy = LOADING if wait > 10 else remedies.NETWORK
             status = "bad" if reached == TOO_SLOW else "ok"
-    there = None if hour.obstacle else published(hour.reference, images)
-    numbers["published_top1"] = there
-    if there is None:
+    if hour.obstacle is not None:
         return Finding(status, f"{text}; not compared: {hour.obstacle}", remedy, numbers)
+    numbers["published_top1"] = there = published(hour.reference, images)
     text += f"; {hour.reference.name} had {there:.2f} % after as many"
-    if there - value["top1"] > tolerated(images / IMAGES, there):
+    if there - top1 > tolerated(images / IMAGES, there):
         return Finding("bad", f"{text}: far behind", BEHIND, numbers)
     return Finding(status, text, remedy, numbers)

@@ -66,6 +66,7 @@ def check_steps(here: Machine) -> Finding:
             if wrong is not None:
                 return Finding("bad", f"{name}: {wrong}", REPORT, numbers)
             choose_algorithms(precision)
+            step()  # chooses the fastest ones, and allocates memory
             with refusing_synchronisation(here.on_gpu and not settings.get("zero_stage")):
                 losses = [step() for _ in range(STEPS)]
         except RuntimeError as error:
