@@ -152,7 +152,11 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], rtol: float
     for name, right in expected.items():
         scale = max(1.0, right.abs().max().item()) if right.numel() else 1.0
         torch.testing.assert_close(
-            got[name], right, rtol=rtol, atol=rtol * scale, msg=lambda text, n=name: f"{n}: {text}"
+            *(got[name], right),
+            rtol=rtol,
+            atol=rtol * scale,
+            equal_nan=True,
+            msg=lambda text, n=name: f"{n}: {text}",
         )
 
 

@@ -128,15 +128,30 @@ def test_neurons_without_a_norm(implementation: str, kind: str) -> None:
     fused_and_defined(module, lambda m: m(inputs["current"]), inputs, implementation)
 
 
+# A rectangle has slope 0 there.
+@pytest.mark.parametrize(
+    "neuron",
+    [{"surrogate": "triangle"}, {"surrogate": "atan"}, {"surrogate": "sigmoid"}, {"kind": "ilif"}],
+)
+@each_implementation
+def test_nan_is_as_in_the_definition(implementation: str, neuron: dict[str, Any]) -> None:
+    current = draw(0, T, 3, 5, 7)
+    current[0, 1, 2, 3] = torch.nan
+    current.requires_grad_()
+    module = Neuron(make(neuron), 7).double()
+    fused_and_defined(module, lambda m: m(current), {"current": current}, implementation)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if make(KINDS[kind]).segments])
 @each_implementation
 def test_membranes_carried_over_segments(implementation: str, kind: str) -> None:
-    """Outputs and gradients of the second segment, which starts where the first ended."""
+    """Outputs and gradients of the second segment, which starts where the first ended; in another
+    layout of a single sample."""
     module = layer(kind).eval()
     stacked = module.neuron.sample_axis
-    start = 0.5 * draw(4, *([module.neuron.order - 1] if stacked else []), 3, 5, 3, 4)
+    start = 0.5 * draw(4, *([module.neuron.order - 1] if stacked else []), 1, 5, 3, 4)
     start.requires_grad_()
-    inputs = {"current": draw(0, T, 3, 5, 3, 4).requires_grad_(), "start": start}
+    inputs = {"current": draw(0, T, 1, 5, 3, 4).requires_grad_(), "start": start}
 
     def call(m: Any) -> Tensor:
         with carrying_membranes([m], [inputs["start"]]) as ends:

@@ -193,19 +193,24 @@ def test_one_compilation_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
     assert set(numbers.values()) == {1}, numbers
 
 
-def test_of_any_number_of_channels() -> None:
-    # Loads as wide as rows allow: 24 channels are a multiple of 8 numbers, 3 of none.
-    for channels, width in ((24, "LDG.128"), (3, "LDG.16")):
+def test_of_any_number_of_channels_and_timesteps() -> None:
+    # Loads as wide as rows allow: 24 channels are a multiple of 8 numbers, 3 of none; and as wide
+    # as registers for 16 timesteps allow.
+    for channels, timesteps, name, width in (
+        (24, 2, "fire", "LDG.128"),
+        (3, 2, "fire", "LDG.16"),
+        (64, 16, "backward", "LDG.64"),
+    ):
         (code,) = (
             gpu_code.compiled(launch, 90)
-            for launch in Layer(timesteps=2, channels=channels).launches()
-            if launch.name == "fire"
+            for launch in Layer(timesteps=timesteps, channels=channels).launches()
+            if launch.name == name
         )
         check(code)
         assert code.memory[width] >= 2
 
 
-FULL = {"shortcut": "normalized", "identity": True}
+FULL: dict[str, Any] = {"shortcut": "normalized", "identity": True}
 USUAL: list[Layer | Stream | Attention] = [
     *(
         Layer(neuron=one, **FULL)
@@ -214,6 +219,8 @@ USUAL: list[Layer | Stream | Attention] = [
     Layer(timesteps=8, shortcut="plain", carries=True, neuron=LIF(surrogate="atan")),
     Layer(neuron=SlidingPSN(order=3), carries=True, **FULL),
     Layer(timesteps=16, neuron=PSN(timesteps=16), **FULL),
+    Layer(channels=3, carries=True, **FULL),
+    Layer(channels=130, timesteps=16, **FULL),
 ]
 FURTHER: list[Layer | Stream | Attention] = [
     Layer(timesteps=timesteps, shortcut=shortcut, carries=carries, neuron=LIF(surrogate=surrogate))

@@ -31,10 +31,9 @@ OLDEST = (3, 3)
 WARPS = 4
 THREADS = 32 * WARPS
 _NONE = (None,) * 4  # instead of an `Affine`
-# Registers (of 255) in which a thread keeps values of the backward pass, at most; computing, above
-# all a surrogate's exponential, needs the others. tests/nn/test_triton_code.py checks that nothing
-# spills.
-KEPT_REGISTERS = 64
+# Registers (of 255) for the numbers that a thread processes in the backward pass, at most;
+# addresses and sums need the others. tests/nn/test_triton_code.py checks that nothing spills.
+KEPT_REGISTERS = 128
 # Sums of tiles that a program keeps at most: the gradients of weights over time.
 KEPT_SUMS = 40
 # Maximum number of programs per kernel: enough to keep a GPU of 132 or 108 processors busy to the
@@ -295,12 +294,21 @@ class NeuronKernels(NormKernels):
         launch(neuron.fire, divided.grid, arguments, known)
         return spikes, packed, end
 
+    def _addressed(self, x: Tensor) -> int:
+        """Return how many numbers of a timestep a thread can process: as many as it loads at once,
+        or fewer if rows are not multiples of that, since each load needs registers for its address.
+        """
+        return min(_per_load(x), math.gcd(x.shape[2], 16) * max(1, 8 // self.timesteps))
+
     def _per_thread(self, inputs: Inputs, *, backward: bool = True) -> int:
-        """Return how many numbers of a timestep a thread processes: as many as it loads at once, or
-        fewer, so that all kept values stay in registers."""
+        """Return how many numbers of a timestep a thread processes: `_addressed`, or fewer, so that
+        all kept values stay in registers."""
         x, shortcut, _, of_shortcut, _, learned = inputs
         of, wide = self.dynamics, _wide_type(x).itemsize
-        kept = 0 if of_shortcut is None else 4 * wide  # the channel's normalisation
+        # Products over time need as many registers again; else computing a number needs some.
+        most = 2 * KEPT_REGISTERS if of.parallel else 4 * KEPT_REGISTERS
+        kept = 0 if of.parallel else 36 if of.surrogate == "sigmoid" else 24
+        kept += 0 if of_shortcut is None else 5 * wide  # the channel's, and its gradient's
         if backward or of.parallel:
             kept += (of.past + self.timesteps) * wide
         if backward:
@@ -310,8 +318,8 @@ class NeuronKernels(NormKernels):
             # Also the membranes after the resets, for the share's gradient; or the gradients of the
             # sums over time, half of them in place of currents.
             kept += self.timesteps * wide // (2 if of.parallel else 1)
-        number = _per_load(x)
-        while number > 1 and number * kept > 4 * KEPT_REGISTERS:
+        number = self._addressed(x)
+        while number > 1 and number * kept > most:
             number //= 2
         return number
 

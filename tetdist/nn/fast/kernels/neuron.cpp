@@ -85,7 +85,7 @@ template <class W> inline bool does_fire(W above) {
 // The number of spikes of a membrane before its reset.
 template <class W> inline W spikes_of(W v, W threshold, W most) {
 #if COUNTS
-    return std::rint(std::min(std::max(W(0), v / threshold), most));
+    return std::rint(std::min(std::max(v / threshold, W(0)), most));
 #else
     return does_fire(v - threshold) ? W(1) : W(0);
 #endif

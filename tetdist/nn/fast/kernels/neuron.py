@@ -40,6 +40,11 @@ def _wide(x):
 
 
 @triton.jit
+def _at_least_0(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _reciprocal(x):
     """Return 1 / x, for float64 up to the last bit but one: the hardware has no such instruction,
     and Triton's division calls a function."""
@@ -336,7 +341,8 @@ def _in_thresholds(v, THRESHOLD: tl.constexpr):
 @triton.jit
 def _number(v, THRESHOLD: tl.constexpr, MOST: tl.constexpr):
     """Return the number of spikes of membranes, up to MOST, with halves rounded to even."""
-    x = tl.minimum(tl.maximum(_in_thresholds(v, THRESHOLD), 0.0), MOST)
+    x = _at_least_0(_in_thresholds(v, THRESHOLD))
+    x = tl.minimum(x, MOST, propagate_nan=tl.PropagateNan.ALL)
     # Adding a number this large rounds the fraction away.
     large: tl.constexpr = 6755399441055744.0 if v.dtype == tl.float64 else 12582912.0
     return (x + large) - large
@@ -544,7 +550,7 @@ def _membranes(
 def _slope(x, SURROGATE: tl.constexpr, WIDTH: tl.constexpr):
     """Return the surrogate at ``x = u - V_th``; neurons.py has the formulas."""
     if SURROGATE == "triangle":
-        slope = tl.maximum(WIDTH - tl.abs(x), 0.0) * (1 / (WIDTH * WIDTH))
+        slope = _at_least_0(WIDTH - tl.abs(x)) * (1 / (WIDTH * WIDTH))
     elif SURROGATE == "atan":
         y = x * (1.5707963267948966 * WIDTH)
         slope = _reciprocal(1.0 + y * y) * (WIDTH / 2)
