@@ -64,6 +64,8 @@ class Order:
     Attributes:
         faults: What is used without an order, a sentence each.
         host: The host's thread that is running.
+        number: How many uses there have been.
+        replayed: How many before the last replay of a graph.
     """
 
     def __init__(self, current: Callable[[], int]) -> None:
@@ -75,7 +77,7 @@ class Order:
         self._memories: dict[int, _Memory] = {}
         self._events: dict[int, Clock] = {}
         self._graph: Graph | None = None
-        self._number = 0
+        self.number = self.replayed = 0
 
     # --- who waits for whom ---
 
@@ -140,7 +142,7 @@ class Order:
     def _use(self, parts: list[_Part], what: str, actor: Actor) -> None:
         clock = self._clocks[actor] = self.reached(actor)
         tick = clock[actor] = clock.get(actor, 0) + 1
-        self._number += 1
+        self.number += 1
         for memory, first, end, writes in parts:
             for where, (then, _, earlier) in memory.uses.items():
                 ordered = where.actor == actor or clock.get(where.actor, 0) >= then
@@ -152,7 +154,7 @@ class Order:
                         f"{verbs[1]} by {what} on {_named(actor)}, which does not wait for it"
                     )
             if end > first:
-                memory.uses[_Where(actor, first, end, writes)] = _Use(tick, self._number, what)
+                memory.uses[_Where(actor, first, end, writes)] = _Use(tick, self.number, what)
 
     def _part(self, x: Tensor, writes: bool) -> _Part:
         memory = self.memory(x)
@@ -172,14 +174,9 @@ class Order:
         return self._memories[storage._cdata]
 
     def is_read(self, x: Tensor, since: int) -> bool:
-        """Whether a tensor has been read since so many uses."""
+        """Whether a tensor has been read after so many uses, and before the last replay."""
         uses = self.memory(x).uses.items()
-        return any(use.number > since and not where.writes for where, use in uses)
-
-    @property
-    def number(self) -> int:
-        """How many uses there have been."""
-        return self._number
+        return any(since < use.number <= self.replayed and not where.writes for where, use in uses)
 
     def find_freed(self) -> None:
         """Check memory that has been freed: its stream may get it again for its next work."""
@@ -217,6 +214,7 @@ class Order:
 
     def replay(self, graph: Graph) -> None:
         """Do captured work again, on the current stream, with the memory that is still there."""
+        self.replayed = self.number
         for parts, what in graph.work:
             there = [part for part in parts if not part.memory.weak.expired()]
             self._use(there, what, self._current())

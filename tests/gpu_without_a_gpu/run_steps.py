@@ -400,7 +400,7 @@ def _decoded(shape: tuple[int, ...]) -> Tensor:
 
 
 def _read_by_a_graph(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`Graphed.__call__`, which has to read what it is given, at a replay as at the capture."""
+    """`Graphed.__call__`, which has to read what it is given before each replay."""
 
     def wrapped(graphed: Any, *given: Tensor) -> Tensor:
         order = pretended.order()

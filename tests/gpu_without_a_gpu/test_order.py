@@ -49,39 +49,18 @@ LOADED = "tetdist.data.own_process:LoaderProcess.__next__"
 FREED = "is freed while aten.convolution_backward at .* on stream 0 may still use it"
 
 # Each with overrides, the function, the line, what is there instead, and what is said of it.
-FAULTS: dict[str, tuple[tuple[str, ...], str, str, str, str]] = {
+Fault = tuple[tuple[str, ...], str, str, str, str]
+FAULTS: dict[str, Fault] = {
     "an average is not waited for": (
         *(ON_GPU, FINISH, "work.wait()", "pass"),
         "written by all_reduce at tetdist/distributed/overlap.py",
-    ),
-    "an average is divided before it is there": (
-        *(ON_GPU, FINISH, "work.wait()", "flat.div_(1); work.wait()"),
-        "is written by aten.div_ at tetdist/distributed/overlap.py",
     ),
     "a copy is not waited for": (
         *((), COMPLETE, "event.synchronize()", "pass"),
         "data/delivery.py.* is written by the next batch on the writer of slot",
     ),
-    "an event is before the copy": (
-        *(
-            (),
-            COMPLETE,
-            "yield",
-            "event = torch.cuda.Event(); event.record(); yield; event.synchronize(); return",
-        ),
-        "data/pixels.py.* is read by aten.convolution",
-    ),
-    "memory is given back while it is read": (
-        *((), LOADED, "return self._read(answer)"),
-        "batch = self._read(answer); self._channel.send(self._used); self._used = None;"
-        "return batch",
-        "written by the next batch on the writer of slot .* read by aten._to_copy",
-    ),
     "memory is freed while the GPU trains on it": (
         *(ON_GPU, NEXT, "tensor.record_stream(", "(lambda _: None)(", FREED),
-    ),
-    "memory is kept for another stream": (
-        *(ON_GPU, NEXT, "torch.cuda.current_stream(self._device)", "self._stream", FREED),
     ),
     "images are edited where the network trains": (
         *(EDITED, TAKE, "completed_on(self._edits)", "torch.cuda.stream(None)"),
@@ -103,6 +82,42 @@ FAULTS: dict[str, tuple[tuple[str, ...], str, str, str, str]] = {
         *(GRAPHS, *COPY, "pass"),
         "input 0 of the graph is not read",
     ),
+}
+MORE: dict[str, Fault] = {
+    "inputs get into the graph too late": (
+        *(GRAPHS, COPY[0]),
+        "static.copy_(tensor)\n    assert self._captured is not None\n    result, replay =",
+        "self._captured[1](); static.copy_(tensor)\n    result, replay = self._captured[0], int;",
+        "input 1 of the graph is not read",
+    ),
+    "a sum begins before its summands are there": (
+        *(ON_GPU, "tetdist.distributed.overlap:OverlappedMean._begin"),
+        "torch._foreach_copy_(parts, grads)",
+        "dist.all_reduce(flat, async_op=True); torch._foreach_copy_(parts, grads)",
+        "written by all_reduce at .* is written by aten._foreach_copy_ at .*overlap.py",
+    ),
+    "an average is divided before it is there": (
+        *(ON_GPU, FINISH, "work.wait()", "flat.div_(1); work.wait()"),
+        "is written by aten.div_ at tetdist/distributed/overlap.py",
+    ),
+    "an event is before the copy": (
+        *(
+            (),
+            COMPLETE,
+            "yield",
+            "event = torch.cuda.Event(); event.record(); yield; event.synchronize(); return",
+        ),
+        "data/pixels.py.* is read by aten.convolution",
+    ),
+    "memory is given back while it is read": (
+        *((), LOADED, "return self._read(answer)"),
+        "batch = self._read(answer); self._channel.send(self._used); self._used = None;"
+        "return batch",
+        "written by the next batch on the writer of slot .* read by aten._to_copy",
+    ),
+    "memory is kept for another stream": (
+        *(ON_GPU, NEXT, "torch.cuda.current_stream(self._device)", "self._stream", FREED),
+    ),
     "inputs are copied on another stream": (
         *(GRAPHS, *COPY, "with torch.cuda.stream(torch.cuda.Stream()): static.copy_(tensor)"),
         "written by aten.copy_ at tetdist/training/graphs.py.* read by aten.convolution",
@@ -110,9 +125,11 @@ FAULTS: dict[str, tuple[tuple[str, ...], str, str, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", [*FAULTS, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)]
+)
 def test_faults_are_named(name: str, running: Worker, tiny_config: Callable[..., Path]) -> None:
-    overrides, *fault, text = FAULTS[name]
+    overrides, *fault, text = (FAULTS | MORE)[name]
     answer = running.order(tiny_config(BATCHES), *overrides, fault=fault)
     assert answer["error"] is None
     assert any(re.search(text, one) for one in answer["unordered"]), answer["unordered"]
