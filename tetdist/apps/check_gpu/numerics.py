@@ -61,9 +61,10 @@ def check_numerics(here: Machine) -> Finding:
     if wrong is not None:
         return Finding("bad", wrong, REMEDY, numbers)
     text = ", ".join(f"{k} {x:.1g}" for k, x in numbers.items() if isinstance(x, float))
-    return Finding(
-        "ok", f"{numbers['layers']} layers, fused = reference within {text}", None, numbers
-    )
+    left_out = len(numbers["layers_left_out"])
+    also = f" ({left_out} left out: no kernels, or no memory)" if left_out else ""
+    text = f"{numbers['layers']} layers{also}, fused = reference within {text}"
+    return Finding("ok", text, None, numbers)
 
 
 _MODES = ("fused", "reference")
@@ -90,7 +91,7 @@ def _check_layers(here: Machine, numbers: dict[str, Any]) -> str | None:
         numbers[dtype] = _largest([numbers.get(dtype, 0.0), found[0]])
         if found[1] is not None:
             wrong[case] = found[1]
-    numbers |= {"layers": len(layers) - len(missing), "layers_without_kernels": missing}
+    numbers |= {"layers": len(layers) - len(missing), "layers_left_out": missing}
     if not wrong:
         return None
     numbers["wrong_layers"] = {str(case): text for case, text in wrong.items()}
