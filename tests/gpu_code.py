@@ -166,6 +166,7 @@ class Attention(Part):
     values: int = 64
     positions: int = 14 * 14
     carries: bool = False
+    packed: bool = True  # in bytes
 
     def launches(self) -> list[Launch]:
         """Return its kernel launches: the forward pass, then the backward pass."""
@@ -177,7 +178,8 @@ class Attention(Part):
         q = q.to(self.dtype)
         kernels = triton_kernels.AttentionKernels(self.neuron, q, v, 6, 0.125, **options)
         assert kernels.serve()
-        q, v = (x.flatten(1, 3).to(torch.uint8) for x in (q, v))
+        kept = torch.uint8 if self.packed else self.dtype
+        q, v = (x.flatten(1, 3).to(kept) for x in (q, v))
         start = torch.empty_like(v[0], dtype=self.wide) if self.carries else None
         inputs = Inputs((q, q, v), None, None, None, start, self.learned())  # type: ignore[arg-type]  # see there
         with noted() as launches:

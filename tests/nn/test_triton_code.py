@@ -266,6 +266,7 @@ for dtype in (torch.bfloat16, torch.float64):
 
 
 ATTENTION = {"carries": True, "dtype": torch.float16}
+FURTHER.append(Attention(packed=False))
 USUAL.append(Attention(neuron=NILIF(most_spikes=8), channels=24, values=96, **ATTENTION))
 FURTHER += [
     Attention(neuron=neuron, timesteps=timesteps, positions=positions, **ATTENTION)

@@ -465,16 +465,19 @@ class AttentionKernels(NeuronKernels):
         is_served = not self.dynamics.parallel and self.dtype in (torch.bfloat16, torch.float16)
         return fits and is_exact and is_served
 
-    def _tiles(self, columns: int) -> tuple[Tiling, int]:
-        """Divide positions and channels; return also the operations of the matrix products."""
+    def _tiles(self, columns: int, summed: int) -> tuple[Tiling, int]:
+        """Divide positions, also those summed in k^T v, and channels; return also the operations of
+        the matrix products."""
         positions = self.positions
         warps = 8 if positions > 64 else 4
         rows, columns, splits = 16 * warps, min(self.widths[1], columns), self.highest > 2**11
         blocks = triton.cdiv(positions, rows) * triton.cdiv(self.known["DV"], columns)
-        known = self.known | {"D": self.widths[0], "BJ": columns, "BN": rows, "BM": 64}
+        known = self.known | {"D": self.widths[0], "BJ": columns, "BN": rows, "BM": summed}
         known |= {"FACTOR": self.factor / known["LEVELS"], "SPLITS": splits, "num_warps": warps}
-        summed = 64 * triton.cdiv(positions, 64) + rows * (1 + splits)
-        operations = 2 * self.timesteps * self.programs * blocks * self.widths[0] * columns * summed
+        multiplied = summed * triton.cdiv(positions, summed) + rows * (1 + splits)
+        operations = (
+            2 * self.timesteps * self.programs * blocks * self.widths[0] * columns * multiplied
+        )
         return Tiling((self.programs, blocks), 1, known), operations
 
     def spikes(
@@ -485,7 +488,7 @@ class AttentionKernels(NeuronKernels):
         spikes = torch.empty_like(v, dtype=self.dtype)
         packed = torch.empty_like(v, dtype=torch.uint8) if self.packs else None
         end = torch.empty_like(v[:1], dtype=torch.float32) if self.carries else None
-        (grid, _, known), operations = self._tiles(32)
+        (grid, _, known), operations = self._tiles(32, 64)
         arguments: list[Argument] = [*inputs.x, inputs.start, _learned(inputs.learned)[0]]
         arguments += [spikes, packed, end, *self.sizes]
         launch(attention.attend, grid, arguments, self.forward | known, operations)
@@ -497,8 +500,8 @@ class AttentionKernels(NeuronKernels):
         """Return the gradients of queries, keys and values, of the start and of learnt values."""
         start, learned = inputs.start, inputs.learned
         # As many membranes as registers hold.
-        columns = (64 if learned else 128) // triton.next_power_of_2(self.timesteps)
-        divided, operations = self._tiles(columns)
+        kept = triton.next_power_of_2(self.timesteps) * (1 if start is None and not learned else 2)
+        divided, operations = self._tiles(128 // kept, 32)
         partial_share = _partial_learned(learned, divided)
         grad_spikes = grad_spikes.to(self.dtype)
         grad = torch.empty_like(grad_spikes)
