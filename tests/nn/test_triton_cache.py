@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from kernel_runs import needs_triton
 
 needs_triton()
@@ -13,7 +14,7 @@ needs_triton()
 import triton  # noqa: E402  # needs Triton, as do those that follow
 from gpu_code import compiled, packing  # noqa: E402  # likewise
 
-from tetdist.nn.fast import triton_cache  # noqa: E402  # likewise
+from tetdist.nn.fast import triton_cache, triton_kernels  # noqa: E402  # likewise
 from tetdist.nn.fast.triton_cache import CompiledOnce  # noqa: E402  # likewise
 
 
@@ -85,7 +86,8 @@ def test_triton_takes_kernels_from_there(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         triton.knobs.compilation, "listener", lambda *, cache_hit, **_: hits.append(cache_hit)
     )
-    triton_cache.use()
+    monkeypatch.setattr(triton_kernels, "unpack", lambda values, *_: values / 4)
+    triton_kernels.check(torch.device("cpu"))
     for _ in range(2):
         compiled(packing()[0], 90)
     assert (locked, hits) == ([True], [False, True])
