@@ -181,6 +181,19 @@ def test_statistics_of_many_blocks_do_not_cancel(
     torch.testing.assert_close(norm.pending_var, unbiased, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_sums_of_many_programs(number: int) -> None:
+    partial, (*rstds,) = draw(0, 1300, number, 20).float(), draw(1, 2, 20).float()
+    rstds = [one if i + 2 <= number else None for i, one in enumerate(rstds)]
+    with interpreted():
+        sums, copy = triton_kernels._added(partial, *rstds)
+    expected = partial.double().sum(0)
+    for row, rstd in zip(expected[1:], rstds, strict=False):
+        row *= rstd
+    torch.testing.assert_close(sums, expected.float(), rtol=1e-6, atol=0)
+    assert torch.equal(copy, sums)
+
+
 @pytest.mark.parametrize("count", [1, 31, 32, 200])
 def test_bytes_are_halved_and_unpacked_as_by_torch(count: int) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -76,6 +76,12 @@ def test_each_kernel_waits_for_what_takes_longer() -> None:
         assert estimate(work_of(kernel), faster(**{not_: 2})).seconds == before
 
 
+def test_few_programs_reach_a_part_of_the_bandwidth() -> None:
+    for programs, times in ((CARD.processors // 4, 4), (CARD.processors, 1), (10_000, 1)):
+        found = estimate(work_of(dataclasses.replace(MOVES, programs=programs)), CARD)
+        assert found.memory == pytest.approx(times * estimate(work_of(MOVES), CARD).memory)
+
+
 def test_many_small_kernels_wait_for_the_host() -> None:
     small = work_of(*[Kernel("a", "small", bytes=1000)] * 1000)
     found = estimate(small, CARD)

@@ -11,6 +11,7 @@ class Card:
     Attributes:
         name: Its name in a configuration.
         memory_gb: Size of its memory, in 1e9 bytes.
+        processors: Number of its streaming multiprocessors.
         bandwidth: Memory bandwidth, in 1e9 bytes a second.
         fp32: 1e12 operations a second in float32, without matrix units; a product and a sum count
             as two.
@@ -23,6 +24,7 @@ class Card:
 
     name: str
     memory_gb: float
+    processors: int
     bandwidth: float
     fp32: float
     tf32: float | None
@@ -45,18 +47,18 @@ class Card:
 # (tests/roofline/test_estimate.py), which L40S matches without a factor. B200 is assumed to be like
 # Hopper; A40 and the RTX are not compared with any measurement.
 _CARDS = (
-    Card("V100", 16, 900, 15.7, None, None, 125, nvlink=150),
-    Card("V100-32", 32, 900, 15.7, None, None, 125, words=("v100", "32"), nvlink=150),
-    Card("A100-40", 40, 1555, 19.5, 156, 312, 312, words=("a100",), nvlink=300),
-    Card("A100-80", 80, 2039, 19.5, 156, 312, 312, words=("a100", "80"), nvlink=300),
-    Card("A40", 48, 696, 37.4, 74.8, 149.7, 149.7),
-    Card("L40S", 48, 864, 91.6, 183, 362, 362),
-    Card("H100", 80, 3350, 67, 495, 989, 989, reached=0.75, nvlink=450),
-    Card("H100-PCIe", 80, 2000, 51, 378, 756, 756, words=("h100", "pcie"), reached=0.75),
-    Card("H200", 141, 4800, 67, 495, 989, 989, reached=0.75, nvlink=450),
-    Card("B200", 180, 7700, 75, 1100, 2250, 2250, reached=0.75, nvlink=900),
-    Card("RTX-3090", 24, 936, 35.6, 35.6, 71, 71, words=("3090",)),
-    Card("RTX-4090", 24, 1008, 82.6, 82.6, 165, 165, words=("4090",)),
+    Card("V100", 16, 80, 900, 15.7, None, None, 125, nvlink=150),
+    Card("V100-32", 32, 80, 900, 15.7, None, None, 125, words=("v100", "32"), nvlink=150),
+    Card("A100-40", 40, 108, 1555, 19.5, 156, 312, 312, words=("a100",), nvlink=300),
+    Card("A100-80", 80, 108, 2039, 19.5, 156, 312, 312, words=("a100", "80"), nvlink=300),
+    Card("A40", 48, 84, 696, 37.4, 74.8, 149.7, 149.7),
+    Card("L40S", 48, 142, 864, 91.6, 183, 362, 362),
+    Card("H100", 80, 132, 3350, 67, 495, 989, 989, reached=0.75, nvlink=450),
+    Card("H100-PCIe", 80, 114, 2000, 51, 378, 756, 756, words=("h100", "pcie"), reached=0.75),
+    Card("H200", 141, 132, 4800, 67, 495, 989, 989, reached=0.75, nvlink=450),
+    Card("B200", 180, 148, 7700, 75, 1100, 2250, 2250, reached=0.75, nvlink=900),
+    Card("RTX-3090", 24, 82, 936, 35.6, 35.6, 71, 71, words=("3090",)),
+    Card("RTX-4090", 24, 128, 1008, 82.6, 82.6, 165, 165, words=("4090",)),
 )
 CARDS = {card.name: card for card in _CARDS}
 

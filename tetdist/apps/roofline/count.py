@@ -9,6 +9,7 @@ arithmetic on shapes: it ignores caches, which speed up some reads, and cuDNN's 
 
 import copy
 import importlib.util
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,12 +42,14 @@ class Kernel:
         name: Name of the operation.
         bytes: Number of bytes that it reads and writes.
         operations: Number of products and sums of convolutions and matrix products.
+        programs: Number of programs of a Triton kernel; None: enough for any GPU.
     """
 
     kind: str
     name: str
     bytes: int
     operations: int = 0
+    programs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,12 +132,18 @@ class _Counter(TorchDispatchMode):
         return result
 
     def launch(
-        self, kernel: Any, _grid: Any, arguments: Sequence[Any], _known: Any, operations: int = 0
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: Sequence[Any],
+        _known: Any,
+        operations: int = 0,
     ) -> None:
         """Record a kernel of Triton, which reads or writes each of its tensors once."""
         file, name = kernel.fn.__module__.rpartition(".")[2], kernel.fn.__name__
         moved = _bytes_of(_tensors_in(arguments))
-        self.kernels.append(Kernel(KINDS[file], f"{file}.{name}", moved, operations))
+        programs = math.prod(grid)
+        self.kernels.append(Kernel(KINDS[file], f"{file}.{name}", moved, operations, programs))
 
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

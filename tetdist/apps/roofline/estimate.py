@@ -1,12 +1,14 @@
 """Time that a kind of GPU needs for counted work (count.py). Computed, not measured.
 
 A kernel takes the time of its bytes at the memory's bandwidth, or of its operations at the speed of
-arithmetic, whichever is longer; kernels run one after another. Neither speed is ever fully reached,
-so each is multiplied by a fraction. The fractions are fitted: the estimate is within a tenth of
-NVIDIA's measured rates of a ReLU ResNet-50 on an A100 and a V100 (DeepLearningExamples, PyTorch,
-2021), and of MLPerf's rates of other GPUs relative to an A100; tests/roofline/test_estimate.py
-compares them. One host thread launches all kernels; its time is an estimate. The loss, the update,
-the processes' own work and loading are left out and make a step longer.
+arithmetic, whichever is longer; kernels run one after another. A kernel with fewer programs than
+the GPU has processors reaches only their part of the bandwidth. Neither speed is ever fully
+reached, so each is multiplied by a fraction. The fractions are fitted: the estimate is within a
+tenth of NVIDIA's measured rates of a ReLU ResNet-50 on an A100 and a V100 (DeepLearningExamples,
+PyTorch, 2021), and of MLPerf's rates of other GPUs relative to an A100;
+tests/roofline/test_estimate.py compares them. One host thread launches all kernels; its time is an
+estimate. The loss, the update, the processes' own work and loading are left out and make a step
+longer.
 """
 
 from collections import defaultdict
@@ -71,7 +73,8 @@ def estimate(work: Work, card: Card, *, as_graph: bool = False) -> Estimate:
     by_kind: defaultdict[str, float] = defaultdict(float)
     memory = arithmetic = 0.0
     for kernel in work.kernels:
-        moving, computing = kernel.bytes / bandwidth, kernel.operations / speed
+        part = min(1.0, (kernel.programs or card.processors) / card.processors)
+        moving, computing = kernel.bytes / (bandwidth * part), kernel.operations / speed
         by_kind[kernel.kind] += max(moving, computing)
         if moving >= computing:
             memory += moving

@@ -124,11 +124,12 @@ def _wide_type(x: Tensor) -> torch.dtype:
 
 
 def _adding(channels: int) -> tuple[int, dict[str, int]]:
-    """Return the number of programs that add up partial sums, and their constants."""
-    columns = min(16, triton.next_power_of_2(channels))
+    """Return the number of programs that add up partial sums, and their constants: few channels and
+    many loads at once, since each program waits for the memory alone."""
+    columns = min(8, triton.next_power_of_2(channels))
     return triton.cdiv(channels, columns), {
         "VEC": math.gcd(channels, 16),
-        "BP": 1024 // columns,
+        "BP": 4 * THREADS,
         "BC": columns,
     }
 
@@ -238,7 +239,7 @@ def _added(partial: Tensor, *rstds: Tensor | None) -> Tensor:
     programs, sizes = _adding(channels)
     arguments: list[Argument] = [partial, *(rstds or (None, None)), sums]
     arguments += [blocks, channels // sizes["VEC"]]
-    launch(neuron.finish_sums, (1, programs), arguments, sizes)
+    launch(neuron.finish_sums, (number, programs), arguments, sizes)
     return sums
 
 

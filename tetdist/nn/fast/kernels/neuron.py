@@ -802,7 +802,7 @@ def finish_sums(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Add the sums of `backward_sums` up, in float64.
+    """Add the sums of `backward_sums` up, in float64; each program those of a kind and 8 channels.
 
     sums is (2, 2, C), or with a normalised shortcut (2, 3, C): twice the sums of the gradient, and
     of its products with the normalised current and shortcut, before gain and offset. Without rstd
@@ -810,21 +810,22 @@ def finish_sums(
     """
     C, c = _channels(groups, VEC, BC)
     p = tl.arange(0, BP).to(tl.int64)
-    number: tl.constexpr = 1 if rstd is None else (2 if shortcut_rstd is None else 3)
+    k, number = tl.program_id(0), tl.num_programs(0)
     wide = sums.dtype.element_ty
-    for k in tl.static_range(number):
-        total = tl.full([BP, BC], 0.0, tl.float64)
-        for i in range(0, blocks, BP):
-            mask = (i + p < blocks)[:, None] & (c < C)[None, :]
-            at = ((i + p) * number + k)[:, None] * C + c[None, :]
-            total += tl.load(partial + at, mask=mask, other=0.0).to(tl.float64)
-        one = tl.reduce(total, 0, _add)
+    total = tl.full([BP, BC], 0.0, tl.float64)
+    for i in range(0, blocks, BP):
+        mask = (i + p < blocks)[:, None] & (c < C)[None, :]
+        at = ((i + p) * number + k)[:, None] * C + c[None, :]
+        total += tl.load(partial + at, mask=mask, other=0.0).to(tl.float64)
+    one = tl.reduce(total, 0, _add)
+    if rstd is not None:  # noqa: SIM102  # only that is known to the compiler
         if k == 1:
             one *= tl.load(rstd + c, mask=c < C, other=0.0).to(tl.float64)
+    if shortcut_rstd is not None:  # noqa: SIM102  # as above
         if k == 2:
             one *= tl.load(shortcut_rstd + c, mask=c < C, other=0.0).to(tl.float64)
-        tl.store(sums + k * C + c, one.to(wide), mask=c < C)
-        tl.store(sums + (number + k) * C + c, one.to(wide), mask=c < C)
+    tl.store(sums + k * C + c, one.to(wide), mask=c < C)
+    tl.store(sums + (number + k) * C + c, one.to(wide), mask=c < C)
 
 
 @triton.jit
