@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from tetdist.apps.check_gpu import first_hour, remedies
+from tetdist.apps.check_gpu.check import Finding
+from tetdist.apps.check_gpu.checks import CHECKS
 from tetdist.apps.check_gpu.first_hour import Hour
 from tetdist.apps.reports.reference import IMAGES, find_reference
 
@@ -87,9 +89,17 @@ def test_what_fails_is_reported(
     assert (status, "ok        versions" in output) == (2, False)
     status, output = call("check_gpu", *command, f"data.root={tiny_root}")
     assert (status, "needs --first-hour" in output) == (2, True)
+    small = ("batch.global=8", "batch.micro=4")
+    hour = (*command, "--first-hour", f"data.root={tiny_root}", *small)
+    with monkeypatch.context() as patch:
+        patch.setitem(CHECKS, "versions", lambda _: Finding("bad", "two builds", "remove one"))
+        status, output = call("check_gpu", *hour)
+        assert (status, output.splitlines()[-1]) == (
+            1,
+            "to fix: versions: remove one; not reached: epoch",
+        )
     ended = types.SimpleNamespace(returncode=1)
     monkeypatch.setattr(first_hour.subprocess, "run", lambda *_, **__: ended)
-    small = ("batch.global=8", "batch.micro=4")
-    status, output = call("check_gpu", *command, "--first-hour", f"data.root={tiny_root}", *small)
+    status, output = call("check_gpu", *hour)
     assert status == 1
     assert output.splitlines()[-1] == "to fix: epoch: the training failed; read its message above"

@@ -90,7 +90,6 @@ def check(options: argparse.Namespace) -> int:
     Raises:
         UserError: The JSON file cannot be written, or the first hour cannot be trained.
     """
-    from tetdist.apps.check_gpu import first_hour
     from tetdist.apps.check_gpu.check import Report, on
     from tetdist.apps.check_gpu.checks import CHECKS
     from tetdist.apps.check_gpu.run import run_checks
@@ -116,9 +115,13 @@ def check(options: argparse.Namespace) -> int:
             if small and world.rank == 0:
                 print("no GPU: the checks run small networks on the CPU; ignore their figures")
             with on(world, small=small) as here:
-                hour = first_hour.prepare(here, options.overrides) if options.first_hour else None
-                if hour is not None and world.rank == 0:
-                    print(f"expected: no bad check; {hour.expected()}", flush=True)
+                hour = None
+                if options.first_hour:
+                    from tetdist.apps.check_gpu import first_hour
+
+                    hour = world.run_on_all(lambda: first_hour.prepare(here, options.overrides))
+                    if world.rank == 0:
+                        print(f"expected: no bad check; {hour.expected()}", flush=True)
                 report = run_checks(
                     checks,
                     here,
@@ -127,7 +130,9 @@ def check(options: argparse.Namespace) -> int:
                 )
                 if hour is not None and report.status == 0:
                     first_hour.add(report, here, hour)
-                    _keep(options, report)
+                elif hour is not None:
+                    report.not_reached.append("epoch")
+                _keep(options, report)
             if world.rank == 0:
                 print(f"\n{report.conclusion()}", flush=True)
             if report.hangs:
