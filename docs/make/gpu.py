@@ -21,6 +21,7 @@ import timm
 import triton
 
 import tetdist.models  # noqa: F401  # registers them with timm
+from tetdist.apps.benchmarks.relu_baselines import relu_baseline
 from tetdist.apps.roofline.cards import CARDS
 from tetdist.apps.roofline.count import Work, count
 from tetdist.apps.roofline.estimate import (
@@ -50,6 +51,10 @@ H100 = CARDS["H100"]
 INSTRUCTIONS = 132 * 128 * 1.75e9 * 0.65
 MODEL, TIMESTEPS, BATCH, PRECISION = "sew_resnet34", 4, 32, "bf16"
 RECOMPUTE = ("none", "blocks", "{timesteps: 2}")
+NETWORKS = (
+    *("sew_resnet34", "spiking_resnet34", "preact_resnet34", "ms_resnet34", "psn_sew_resnet34"),
+    *("qkformer_10_384", "sdt_8_384", "maxformer_10_384"),
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ COMPILED = {
     "backward": Cost(6, 95),
 }
 COMPILED_STEP, COMPILED_LAUNCHES = 22.7, 1650
-KERNELS = tuple(COMPILED)
+KERNELS = (*COMPILED, "fire psn", "backward_sums psn", "backward psn")
 # Numbers and timesteps in a thread's part of a tile, of bfloat16 at T = 4: four times 16 bytes.
 NUMBERS_OF_THREAD = 32
 
@@ -124,16 +129,39 @@ def work_of(recompute: str) -> Work:
 PHASES = (("forward", "loss", "backward"), ("update", "statistics"), ("input",))
 
 
-def launches() -> dict[str, list[int]]:
-    """Count the kernels of a step, by PHASES, with tests/gpu_without_a_gpu."""
-    found = {}
+def launches() -> tuple[dict[str, list[int]], dict[str, int]]:
+    """Count the kernels of a step with tests/gpu_without_a_gpu: of MODEL, by settings and PHASES;
+    of NETWORKS in the forward and backward pass."""
+
+    def counted(running: worker.Worker, model: str, settings: str) -> list[int]:
+        # The second step, since the first would capture a graph.
+        answer = running.run(model, *settings.split(), steps=2)
+        assert answer["error"] is None, answer["error"]
+        return [worker.launches(answer, *names) for names in PHASES]
+
     with tempfile.TemporaryDirectory() as folder, worker.started(Path(folder)) as running:
-        for settings in ("engine=torch", "engine=deepspeed", "engine=torch cuda_graphs=true"):
-            # The second step, since the first would capture a graph.
-            answer = running.run(MODEL, *settings.split(), steps=2)
-            assert answer["error"] is None, answer["error"]
-            found[settings] = [worker.launches(answer, *names) for names in PHASES]
-    return found
+        ways = ("engine=torch", "engine=deepspeed", "engine=torch cuda_graphs=true")
+        found = {settings: counted(running, MODEL, settings) for settings in ways}
+        return found, {name: counted(running, name, ways[0])[0] for name in NETWORKS}
+
+
+def network_rows(counts: dict[str, int]) -> list[list[str]]:
+    """Estimate the micro-batch of each of NETWORKS, and of its ReLU network on T times the batch.
+
+    Args:
+        counts: Their launches.
+    """
+    rows = []
+    for name, number in counts.items():
+        work = count(timm.create_model(name, timesteps=TIMESTEPS), (BATCH, 3, 224, 224), PRECISION)
+        times = [sum(estimate(work, H100).by_kind.values())]
+        if (relu := relu_baseline(name)) is not None:
+            work_of_relu = count(relu, (BATCH * TIMESTEPS, 3, 224, 224), PRECISION)
+            times.append(sum(estimate(work_of_relu, H100).by_kind.values()))
+        moved = sum(kernel.bytes for kernel in work.kernels) / 1e9
+        ms = [f"{1e3 * one:.1f}" for one in times]
+        rows.append([name, str(number), f"{moved:.1f}", *ms, *[""] * (2 - len(ms))])
+    return rows
 
 
 def small_batches(seconds_of_image: float, alone: int, graphed: int) -> list[list[str]]:
@@ -225,7 +253,10 @@ def section(code: dict[str, Any]) -> str:
         ["GPU", "precision", "TB/s", "TFLOP/s", f"ms, batch {BATCH}", "images/s", "memory-bound"],
         cards,
     )
-    counts = launches()
+    counts, of_networks = launches()
+    many = markdown(
+        ["network", "launches", "GB moved", "ms", "ReLU network, ms"], network_rows(of_networks)
+    )
     of_engines = markdown(
         ["settings", "forward and backward", "update and statistics", "input"],
         [[settings, *map(str, numbers)] for settings, numbers in counts.items()],
@@ -294,6 +325,14 @@ figures of A40, B200 and RTX have not been compared with a measurement:
 {of_cards}
 
 The loss, the update and loading are not included.
+
+Other networks on an H100: kernels launched in the forward and backward pass of one micro-batch of
+{BATCH} (T={TIMESTEPS}, {PRECISION}) with each network's recipe, bytes moved, and time. The ReLU
+network has the same convolutions, and torch's layers, on {TIMESTEPS} times the batch:
+
+{many}
+
+Only bytes and matrix products count here, not that `backward_sums psn` is bound by instructions.
 
 ### Launches
 

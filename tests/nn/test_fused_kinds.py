@@ -39,7 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "psn": {"kind": "psn", "timesteps": T},
     "masked_psn": {"kind": "masked_psn", "timesteps": T, "mask": 0.5, "surrogate": "sigmoid"},
     "sliding_psn": {"kind": "sliding_psn", "order": 3},
-    "sliding_psn, long": {"kind": "sliding_psn", "order": 12, "surrogate": "triangle"},
+    "sliding_psn, order 12": {"kind": "sliding_psn", "order": 12, "surrogate": "triangle"},
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 

@@ -304,7 +304,7 @@ class NeuronKernels(NormKernels):
     def _per_thread(self, inputs: Inputs, *, backward: bool = True) -> int:
         """Return how many numbers of a timestep a thread processes: `_addressed`, or fewer, so that
         all kept values stay in registers."""
-        x, shortcut, _, of_shortcut, _, learned = inputs
+        x, shortcut, _, of_shortcut, start, learned = inputs
         of, wide = self.dynamics, _wide_type(x).itemsize
         # Products over time need as many registers again; else computing a number needs some.
         most = 2 * KEPT_REGISTERS if of.parallel else 4 * KEPT_REGISTERS
@@ -313,6 +313,7 @@ class NeuronKernels(NormKernels):
         if backward or of.parallel:
             kept += (of.past + self.timesteps) * wide
         if backward:
+            kept += 0 if start is None else of.past * wide  # the gradients of earlier currents
             kept += x.shape[0] * x.element_size()
             kept += 0 if shortcut is None else self.timesteps * shortcut.element_size()
         if backward and learned:
