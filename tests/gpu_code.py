@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import triton_kernels
 from tetdist.nn.fast.fused import Affine, Inputs
+from tetdist.nn.fast.pooling import Pooled
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.parallel_neurons import PSN
 
@@ -198,6 +199,10 @@ def pooling() -> list[Launch]:
         kernels.forward_normalized(images.to(torch.bfloat16), affine, window)
         pooled, _, where = kernels.forward(images, 1, torch.bfloat16, window)
         kernels.backward(pooled, where, images.shape, window)
+        current = Pooled(images.to(torch.bfloat16), affine, where, window)
+        norm = triton_kernels.NormKernels(1)
+        sums, grad = kernels.sums(norm, current, pooled)
+        kernels.gradient(norm, current, grad, sums[:2])
     return launches
 
 
@@ -226,7 +231,7 @@ def recorded_launches() -> dict[str, Launch]:
         if launch.name != "finish_sums":
             named[name] = launch
     named |= {f"attention {launch.name}": launch for launch in Attention().launches()}
-    named |= {f"pool {launch.name}": launch for launch in pooling()}
+    named |= {f"pool {one.name}": one for one in pooling() if one.name != "finish_sums"}
     return named | {launch.name: launch for launch in packing()}
 
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import dispatch
 from tetdist.nn.fast.fused import Affine, NormKernels, Norms
-from tetdist.nn.fast.pooling import Pooling
+from tetdist.nn.fast.pooling import Pooled, Pooling
 from tetdist.nn.norm_neuron import FusedLayer, image_of, rows_of
 from tetdist.nn.packed import MaxPool
 
@@ -74,12 +74,11 @@ class _FusedNormPool(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, where, *saved = ctx.saved_tensors
         affine, kernels, shape, norms = Affine(*saved), ctx.kernels, ctx.shape, ctx.norms
-        images = torch.Size((shape[0] * shape[1], *shape[2:]))
-        of_images = ctx.pooling.backward(grad_outputs[0], where, images, ctx.pool)
-        grad = rows_of(of_images.unflatten(0, shape[:2]))
-        sums = kernels.add_sums(x, None, affine, None, grad)
+        pooled = Pooled(image_of(x, shape).flatten(0, 1), affine, where, ctx.pool)
+        sums, grad = ctx.pooling.sums(kernels, pooled, grad_outputs[0])
         of_x, _ = norms.averaged(sums, training=ctx.training)
         grad_current = None
         if ctx.needs_input_grad[0]:
-            grad_current = image_of(kernels.norm_gradient(x, grad, affine, of_x), shape)
+            grad_current = ctx.pooling.gradient(kernels, pooled, grad, of_x)
+            grad_current = grad_current.unflatten(0, shape[:2])
         return grad_current, *(None,) * 4, *norms.gradients(sums)

@@ -25,9 +25,9 @@ class Pool(Pooling):
         self.library = library
 
     def start(
-        self, name: str, tensors: tuple[Tensor, ...], sizes: Sizes, levels: int | None
+        self, name: str, tensors: tuple[Tensor | None, ...], sizes: Sizes, levels: int | None
     ) -> None:
-        dtype = next(one.dtype for one in tensors if one.is_floating_point())
+        dtype = next(one.dtype for one in tensors if one is not None and one.is_floating_point())
         numbers = () if levels is None else (levels,)
         function = self.library.function(name, dtype)
         function(*map(at, tensors), byref(_Sizes(*sizes)), *numbers, threads())

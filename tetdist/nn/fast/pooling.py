@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tetdist.nn.fast.fused import Affine
+from tetdist.nn.fast.fused import Affine, NormKernels, Sums
 
 
 class Sizes(NamedTuple):
@@ -36,12 +36,21 @@ class Sizes(NamedTuple):
         return cls(images, height, width, channels, rows, columns, kernel, stride, padding)
 
 
+class Pooled(NamedTuple):
+    """A current x, (N, C, H, W), that was normalised and pooled, and the maxima's positions."""
+
+    x: Tensor
+    affine: Affine
+    where: Tensor
+    window: nn.MaxPool2d
+
+
 class Pooling:
     """Max-pooling of images (N, C, H, W), from bytes or from a normalised current. A subclass
     launches the kernels."""
 
     def start(
-        self, name: str, tensors: tuple[Tensor, ...], sizes: Sizes, levels: int | None
+        self, name: str, tensors: tuple[Tensor | None, ...], sizes: Sizes, levels: int | None
     ) -> None:
         """Start a kernel.
 
@@ -60,7 +69,7 @@ class Pooling:
         sizes = Sizes.of(packed.shape, pool)
         out, where = _results(packed, sizes, dtype)
         most = torch.empty_like(where)
-        self.start("forward", (_rows(packed), out, most, where), sizes, levels)
+        self.start("forward", (rows_of_images(packed), out, most, where), sizes, levels)
         return out.permute(0, 3, 1, 2), most.permute(0, 3, 1, 2), where
 
     def forward_normalized(
@@ -71,7 +80,7 @@ class Pooling:
         out, where = _results(x, sizes, x.dtype)
         wide = torch.promote_types(x.dtype, torch.float32)
         gain, offset = (one.to(wide).contiguous() for one in affine[:2])
-        self.start("forward_normalized", (_rows(x), gain, offset, out, where), sizes, None)
+        self.start("forward_normalized", (rows_of_images(x), gain, offset, out, where), sizes, None)
         return out.permute(0, 3, 1, 2), where
 
     def backward(
@@ -80,11 +89,34 @@ class Pooling:
         """Return the gradient of images of the given shape."""
         sizes = Sizes.of(shape, pool)
         grad_in = grad.new_empty(sizes.images, sizes.height, sizes.width, sizes.channels)
-        self.start("backward", (_rows(grad), where, grad_in), sizes, None)
+        self.start("backward", (rows_of_images(grad), where, grad_in), sizes, None)
         return grad_in.permute(0, 3, 1, 2)
 
+    def sums(self, kernels: NormKernels, pooled: Pooled, grad: Tensor) -> tuple[Sums, Tensor]:
+        """Return batch norm's backward sums from the gradient of the results of
+        `forward_normalized`, and the argument ``grad`` of `gradient`."""
+        grad = self.backward(grad, pooled.where, pooled.x.shape, pooled.window)
+        return kernels.add_sums(_flat(pooled.x), None, pooled.affine, None, _flat(grad)), grad
 
-def _rows(x: Tensor) -> Tensor:
+    def gradient(
+        self,
+        kernels: NormKernels,
+        pooled: Pooled,
+        grad: Tensor,
+        sums: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Return the gradient of x; ``sums`` as for `NormKernels.norm_gradient`."""
+        found = kernels.norm_gradient(_flat(pooled.x), _flat(grad), pooled.affine, sums)
+        return found.view(rows_of_images(pooled.x).shape).permute(0, 3, 1, 2)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Return images (N, C, H, W) as (1, N * H * W, C)."""
+    return rows_of_images(x).flatten(0, 2)[None]
+
+
+def rows_of_images(x: Tensor) -> Tensor:
+    """Return images (N, C, H, W) as (N, H, W, C), contiguous."""
     return x.permute(0, 2, 3, 1).contiguous()
 
 

@@ -22,7 +22,7 @@ from tetdist.nn.fast.dynamics import dynamics_of
 from tetdist.nn.fast.fused import Affine, Inputs, Sums
 from tetdist.nn.fast.kernels import attention, neuron, packing
 from tetdist.nn.fast.kernels import pool as pooling
-from tetdist.nn.fast.pooling import Pooling, Sizes
+from tetdist.nn.fast.pooling import Pooled, Pooling, Sizes, rows_of_images
 from tetdist.nn.neurons import NeuronConfig
 
 Argument = Tensor | int | None
@@ -529,9 +529,11 @@ class Pool(Pooling):
     """Max-pooling in Triton."""
 
     def start(
-        self, name: str, tensors: tuple[Tensor, ...], sizes: Sizes, levels: int | None
+        self, name: str, tensors: tuple[Tensor | None, ...], sizes: Sizes, levels: int | None
     ) -> None:
         rows, results = tensors[0], tensors[-1]
+        assert rows is not None
+        assert results is not None
         pixels = math.prod(results.shape[:3])
         assert max(pixels, math.prod(rows.shape[:3])) < 2**31
         columns = min(64, triton.next_power_of_2(sizes.channels))
@@ -542,6 +544,33 @@ class Pool(Pooling):
         known |= {"KERNEL": sizes.kernel, "STRIDE": sizes.stride, "PADDING": sizes.padding}
         known |= {} if levels is None else {"LEVELS": levels}
         launch(getattr(pooling, name), grid, arguments, known)
+
+    def sums(self, kernels: Any, pooled: Pooled, grad: Tensor) -> tuple[Sums, Tensor]:
+        del kernels
+        x, affine, where, window = pooled
+        sizes, grad = Sizes.of(x.shape, window), rows_of_images(grad)
+        pixels = math.prod(where.shape[:3])
+        divided = tiling("add_sums", pixels, sizes.channels, 8)
+        shape = (divided.blocks, 2, sizes.channels)
+        partial = torch.empty(shape, dtype=_wide_type(x), device=x.device)
+        arguments: list[Argument] = [grad, where, rows_of_images(x), affine.mean, partial, pixels]
+        arguments += [divided.steps, sizes.channels // divided.sizes["VEC"]]
+        arguments += [sizes.height, sizes.width, sizes.out_height, sizes.out_width]
+        known = {"KERNEL": sizes.kernel, "STRIDE": sizes.stride, "PADDING": sizes.padding}
+        launch(pooling.backward_sums, divided.grid, arguments, known | divided.sizes)
+        (sum_grad, sum_grad_hat), copy = _added(partial, affine.rstd, None)
+        return Sums(sum_grad, sum_grad_hat, None, copy=copy), grad
+
+    def gradient(
+        self, kernels: Any, pooled: Pooled, grad: Tensor, sums: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        del kernels
+        x, (gain, _, mean, rstd), where, window = pooled
+        images = rows_of_images(x)
+        of_images = torch.empty_like(images)
+        tensors = (grad, where, images, gain, mean, rstd, *(sums or (None, None)), of_images)
+        self.start("backward_normalized", tensors, Sizes.of(x.shape, window), None)
+        return of_images.permute(0, 3, 1, 2)
 
 
 # --- spikes in bytes ----------------------------------------------------------------------------

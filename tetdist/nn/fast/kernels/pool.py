@@ -7,6 +7,9 @@ processes `BN` pixels of `BC` channels; neuron.py explains ``groups`` and capita
 import triton
 import triton.language as tl
 
+from tetdist.nn.fast.kernels import neuron
+from tetdist.nn.fast.kernels.neuron import _add
+
 # A kernel has many arguments, and a line for each would hide what it does.
 # fmt: off
 
@@ -96,25 +99,18 @@ def forward_normalized(
     tl.store(where + at, position.to(tl.uint8), mask=mask)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def backward(
-    grad_out, where, grad_in, pixels, groups, height, width, out_height, out_width,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, VEC: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr
+@triton.jit
+def _gradient(
+    grad_out, where, pixel, inside, c, C, height, width, out_height, out_width,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, wide: tl.constexpr
 ):
-    """Compute the gradient of each pixel: the sum over the windows whose maximum it is."""
-    C = groups * VEC
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    pixel = tl.program_id(0) * BN + tl.arange(0, BN)
-    inside = pixel < pixels
+    """Return the gradient of each pixel: the sum over the windows whose maximum it is."""
     channels = (c < C)[None, :]
     row = pixel // width
     x = pixel % width + PADDING
     y = row % height + PADDING
     image = row // height
-    kind = grad_in.dtype.element_ty
-    wide = tl.float64 if kind == tl.float64 else tl.float32
-    total = tl.full([BN, BC], 0.0, wide)
+    total = tl.full([pixel.shape[0], c.shape[0]], 0.0, wide)
     # The last window with a pixel begins at the multiple of the stride before it; at most this many
     # windows contain it. They are added in the order of the outputs, as in torch.
     WINDOWS: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
@@ -131,5 +127,83 @@ def backward(
             origin = tl.load(where + at, mask=mask, other=255).to(tl.int32)
             grad = tl.load(grad_out + at, mask=mask, other=0.0).to(wide)
             total += tl.where(origin == (dy * KERNEL + dx)[:, None], grad, 0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward(
+    grad_out, where, grad_in, pixels, groups, height, width, out_height, out_width,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, VEC: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr
+):
+    """Compute the gradient of each pixel."""
+    C = groups * VEC
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    pixel = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = pixel < pixels
+    kind = grad_in.dtype.element_ty
+    total = _gradient(
+        grad_out, where, pixel, inside, c, C, height, width, out_height, out_width, KERNEL, STRIDE,
+        PADDING, tl.float64 if kind == tl.float64 else tl.float32
+    )
+    tl.store(grad_in + _at(pixel, C, c), total.to(kind), mask=inside[:, None] & (c < C)[None, :])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_normalized(
+    grad_out, where, images, gain, mean, rstd, sum_grad, sum_grad_hat, grad_in, pixels, groups,
+    height, width, out_height, out_width, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    PADDING: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+):
+    """Do the same for the current before its norm; without sums, mean and variance were
+    constants."""
+    C = groups * VEC
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    pixel = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = pixel < pixels
+    wide = gain.dtype.element_ty
+    total = _gradient(
+        grad_out, where, pixel, inside, c, C, height, width, out_height, out_width, KERNEL, STRIDE,
+        PADDING, wide
+    )
     at = _at(pixel, C, c)
-    tl.store(grad_in + at, total.to(kind), mask=inside[:, None] & channels)
+    mask = inside[:, None] & (c < C)[None, :]
+    if sum_grad is not None:
+        per_value = neuron._reciprocal(pixels.to(wide))
+        a, b = neuron._coefficients(rstd, sum_grad, sum_grad_hat, per_value, c, C)
+        x = tl.load(images + at, mask=mask, other=0.0).to(wide)
+        total = total - a - (x - neuron._load_row(mean, c, C)) * b
+    total *= neuron._load_row(gain, c, C)
+    tl.store(grad_in + at, total.to(grad_in.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "steps"])
+def backward_sums(
+    grad_out, where, images, mean, partial, pixels, steps, groups, height, width, out_height,
+    out_width, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+):
+    """Sum a program's gradients of windows, and their products with the maximum's current less its
+    mean: each gradient is that of one pixel. partial is (programs, 2, C)."""
+    C = groups * VEC
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    wide = mean.dtype.element_ty
+    m = neuron._load_row(mean, c, C)
+    total = tl.full([BN, BC], 0.0, wide)
+    with_x = tl.full([BN, BC], 0.0, wide)
+    for i in range(steps):
+        pixel = (tl.program_id(0) * steps + i) * BN + tl.arange(0, BN)
+        mask = (pixel < pixels)[:, None] & (c < C)[None, :]
+        at = _at(pixel, C, c)
+        origin = tl.load(where + at, mask=mask, other=0).to(tl.int32)
+        grad = tl.load(grad_out + at, mask=mask, other=0.0).to(wide)
+        row = pixel // out_width
+        y = (row % out_height * STRIDE - PADDING)[:, None] + origin // KERNEL
+        x = (pixel % out_width * STRIDE - PADDING)[:, None] + origin % KERNEL
+        there = ((row // out_height * height)[:, None] + y) * width + x
+        value = tl.load(images + there.to(tl.int64) * C + c[None, :], mask=mask, other=0.0).to(wide)
+        total += grad
+        with_x += grad * (value - m)
+    partial += tl.program_id(0).to(tl.int64) * 2 * C
+    tl.store(partial + c, tl.reduce(total, 0, _add), mask=c < C)
+    tl.store(partial + C + c, tl.reduce(with_x, 0, _add), mask=c < C)
