@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ import triton
 
 import tetdist.models  # noqa: F401  # registers them with timm
 from tetdist.apps.benchmarks.relu_baselines import relu_baseline
-from tetdist.apps.roofline.cards import CARDS
-from tetdist.apps.roofline.count import Work, count
+from tetdist.apps.roofline.cards import CARDS, Card
+from tetdist.apps.roofline.count import Kernel, Work, count
 from tetdist.apps.roofline.estimate import (
     ARITHMETIC_SHARES,
     BANDWIDTH_SHARE,
@@ -164,6 +164,37 @@ def network_rows(counts: dict[str, int]) -> list[list[str]]:
     return rows
 
 
+def narrow_convolutions() -> list[list[str]]:
+    """Estimate the forward convolutions of spikes in bytes or bits, at best, in milliseconds.
+
+    With bytes, matrix units are twice as fast and inputs have half the bytes of bfloat16; with bits
+    there are no units for real weights, and the others add up weights, without products.
+    """
+    rows = []
+    for name in (MODEL, "qkformer_10_384"):
+        work = count(timm.create_model(name, timesteps=TIMESTEPS), (BATCH, 3, 224, 224), PRECISION)
+        convolutions = [one for one in work.kernels if one.name == "convolution"]
+
+        def milliseconds(
+            faster: Card, kernels: list[Kernel] = convolutions, precision: str = PRECISION
+        ) -> str:
+            found = estimate(Work(BATCH, precision, tuple(kernels), 0), faster)
+            return f"{1e3 * (found.memory + found.arithmetic):.1f}"
+
+        in_bytes = [replace(one, bytes=one.bytes * 3 // 4) for one in convolutions]
+        added = [replace(one, operations=one.operations // 2) for one in convolutions]
+        rows.append(
+            [
+                name,
+                milliseconds(H100),
+                milliseconds(replace(H100, bf16=2 * H100.bf16), in_bytes),
+                milliseconds(replace(H100, reached=1.0), added, "fp32"),
+                milliseconds(H100, list(work.kernels)),
+            ]
+        )
+    return rows
+
+
 def small_batches(seconds_of_image: float, alone: int, graphed: int) -> list[list[str]]:
     """Estimate the milliseconds of a micro-batch, launched kernel by kernel and as a graph."""
     rows = []
@@ -257,6 +288,9 @@ def section(code: dict[str, Any]) -> str:
     many = markdown(
         ["network", "launches", "GB moved", "ms", "ReLU network, ms"], network_rows(of_networks)
     )
+    narrow = markdown(
+        ["network", "bf16", "fp8, int8", "bits", "whole step, bf16"], narrow_convolutions()
+    )
     of_engines = markdown(
         ["settings", "forward and backward", "update and statistics", "input"],
         [[settings, *map(str, numbers)] for settings, numbers in counts.items()],
@@ -333,6 +367,18 @@ network has the same convolutions, and torch's layers, on {TIMESTEPS} times the 
 {many}
 
 Only bytes and matrix products count here, not that `backward_sums psn` is bound by instructions.
+
+### Convolutions of bytes and bits
+
+Spikes fit into 8 bits or one. Milliseconds of the forward convolutions of a micro-batch, at best:
+
+{narrow}
+
+fp8 and int8 would round the weights in the forward pass, which trains another network; the backward
+pass, twice as much work, multiplies real gradients and stays in bfloat16. That saves a tenth of a
+step at best, so it does not pay, and convolutions of packed bits are slower. Convolutions that
+read spikes in bytes, compute in bfloat16 and sum up the statistics of the next norm are not
+written: only a GPU can show whether they match cuDNN's.
 
 ### Launches
 
