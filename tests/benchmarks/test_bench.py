@@ -20,6 +20,7 @@ from kernel_runs import randomize
 from tetdist import models
 from tetdist.apps.benchmarks import bench as benchmark
 from tetdist.apps.benchmarks import data, scaling
+from tetdist.apps.benchmarks.streaming import survivors
 from tetdist.apps.cli.bench import main, parse_arguments, problem_of
 from tetdist.apps.reports import style
 from tetdist.apps.slurm.cluster import ClusterSection
@@ -86,6 +87,23 @@ def test_a_step_of_a_stream_beside_other_ways(
     assert ratios["stream, a step"] < 0.8 * ratios[whole]
     assert all(name in out for name in ratios)
     assert found["threads"] == 1
+
+
+def test_a_batch_that_decided_samples_leave(tmp_path: Path) -> None:
+    """It takes less time than the whole pass of all samples does."""
+    stream = "stream --model spiking_convnet_dvs --timesteps 10 --batch 16 --exits 1.75"
+    found, out = bench(tmp_path, f"{stream} --threads 1 --repeats 5")
+    ratios = {row["name"]: row["ratio"] for row in found["rows"]}
+    assert ratios["stream with exits"] < 0.7 * ratios["whole pass, T=10"]
+    assert ratios["onnxruntime with exits"] < 5 * ratios["onnxruntime, a step"]
+    assert "stream with exits" in out
+
+
+def test_samples_leave_after_the_mean_of_timesteps() -> None:
+    assert survivors(64, 10, 1.75) == [64, 27, 12, 5, 2, 1]
+    assert survivors(64, 4, 4.0) == [64] * 4
+    assert survivors(64, 4, 1.0) == [64]
+    assert survivors(64, 4, None) == []
 
 
 @pytest.mark.long

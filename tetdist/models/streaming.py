@@ -156,11 +156,11 @@ class Stream:
             assert self._convolved is not None
             return self._convolved[1]
 
-        layer.forward = forward  # type: ignore[assignment,method-assign]  # for this step
+        vars(layer)["forward"] = forward  # For this step; a tenth of an assignment's time.
         try:
             yield
         finally:
-            del layer.forward
+            del vars(layer)["forward"]
 
     def keep(self, mask: Tensor) -> None:
         """Drop the samples whose ``mask``, (B,), bool, is False; the others stay in their order.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -26,9 +26,15 @@ from tetdist.nn.precision import autocast, choose_algorithms
 from tetdist.tables import aligned
 from tetdist.wording import counted
 
+if TYPE_CHECKING:
+    from tetdist.apps.weights.export import OnnxStep
+
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the milliseconds of each way to run a timestep; all take turns in this process."""
+    """Return the milliseconds of each way to run a timestep; all take turns in this process.
+
+    With ``exits``, also those of a batch that samples leave when they are decided.
+    """
     choose_algorithms(options.precision)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -45,7 +51,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, values in seconds.items()
     ]
-    keys = ("model", "size", "timesteps", "batch", "precision", "device", "repeats")
+    keys = ("model", "size", "timesteps", "batch", "exits", "precision", "device", "repeats")
     found = {key: getattr(options, key) for key in keys}
     return found | {"threads": torch.get_num_threads(), "rows": rows}
 
@@ -79,6 +85,9 @@ def _steps(options: argparse.Namespace) -> Iterator[dict[str, Callable[[], None]
         "stream, a step": computed(lambda: stream.step(frame if events else None)),
         f"whole pass, T={options.timesteps}": computed(lambda: whole(images)),
     }
+    leaving = survivors(options.batch, options.timesteps, options.exits)
+    if leaving:
+        steps["stream with exits"] = computed(lambda: _exits(whole, images, leaving))
     if importlib.util.find_spec("spikingjelly") and has_spikingjelly_network(options.model):
         from spikingjelly.activation_based import functional
 
@@ -98,7 +107,44 @@ def _steps(options: argparse.Namespace) -> Iterator[dict[str, Callable[[], None]
         file = Path(folder, "step.onnx")
         graph = OnnxStep(defined, torch.cat([frame, frame]), file, threads=options.threads)
         states = graph.at_rest(len(frame))
-        yield steps | {"onnxruntime, a step": computed(lambda: graph.run(frame, states))}
+        steps["onnxruntime, a step"] = computed(lambda: graph.run(frame, states))
+        if leaving:
+            steps["onnxruntime with exits"] = computed(lambda: _onnx_exits(graph, images, leaving))
+        yield steps
+
+
+def survivors(batch: int, timesteps: int, mean: float | None) -> list[int]:
+    """Return how many samples take each timestep, where they take ``mean`` timesteps on average.
+
+    Each timestep decides the same fraction of the samples that are left. Without a mean: [].
+    """
+    if mean is None:
+        return []
+    low, high = 0.0, 1.0  # The fraction that a timestep leaves undecided.
+    for _ in range(50):
+        middle = (low + high) / 2
+        more = sum(middle**t for t in range(timesteps)) < mean
+        low, high = (middle, high) if more else (low, middle)
+    return [count for t in range(timesteps) if (count := round(batch * high**t))]
+
+
+def _exits(model: SpikingNetwork, images: torch.Tensor, left: list[int]) -> None:
+    """Stream a batch whose last samples leave it, as `evaluation.early_exit.decide`."""
+    stream = model.stream()
+    events = images.ndim == 5
+    for t, count in enumerate(left):
+        if t and count < left[t - 1]:
+            stream.keep(torch.arange(left[t - 1]) < count)
+        stream.step(images[:count, t] if events else images if t == 0 else None)
+
+
+def _onnx_exits(graph: "OnnxStep", images: torch.Tensor, left: list[int]) -> None:
+    """Do the same by onnxruntime."""
+    states = graph.at_rest(len(images))
+    for t, count in enumerate(left):
+        _, states = graph.run(
+            images[:count, t] if images.ndim == 5 else images[:count], graph.kept(states, count)
+        )
 
 
 def table(result: dict[str, Any]) -> str:

@@ -78,6 +78,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     stream = command("stream", "fp32", "one timestep of a stream, beside other ways to run it")
     stream.add_argument("--timesteps", type=positive, default=4, metavar="T")
     stream.add_argument("--batch", type=positive, default=1, metavar="B")
+    stream.add_argument(
+        "--exits",
+        type=float,
+        metavar="MEAN",
+        help="also time a batch that decided samples leave, after MEAN timesteps on average",
+    )
     stream.add_argument("--threads", type=positive, help="default: torch's own number")
     stream.add_argument("--repeats", type=positive, default=50, help="alternating rounds")
 
@@ -174,6 +180,8 @@ def problem_of(options: argparse.Namespace) -> str | None:
             return f"--size: {options.model} takes {size} pixels only, not {options.size}; omit it"
     elif options.size is not None and options.size < 33 and size == 224:
         return f"--size: {options.size} leaves the last batch norm one pixel; give 33 or more"
+    if (exits := getattr(options, "exits", None)) and not 1 <= exits <= options.timesteps:
+        return f"--exits: {exits} is not between 1 and --timesteps {options.timesteps}"
     if getattr(options, "spikingjelly", None):
         if importlib.util.find_spec("spikingjelly") is None:
             return "--spikingjelly: the package is not installed; pip install spikingjelly"

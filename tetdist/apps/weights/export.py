@@ -436,6 +436,11 @@ class OnnxStep:
             for name, (shape, axis) in self._shapes.items()
         }
 
+    def kept(self, states: dict[str, Any], samples: int) -> dict[str, Any]:
+        """Return the states of the first samples."""
+        axes = {name: axis for name, (_, axis) in self._shapes.items()}
+        return {n: s[(slice(None),) * axes[n] + (slice(samples),)] for n, s in states.items()}
+
     def run(self, frame: Tensor, states: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Return the timestep's logits and the states after it."""
         logits, *after = self._session.run(None, {"frame": frame.numpy(), **states})
