@@ -218,7 +218,7 @@ USUAL: list[Layer | Stream | Attention] = [
     ),
     Layer(timesteps=8, shortcut="plain", carries=True, neuron=LIF(surrogate="atan")),
     Layer(neuron=SlidingPSN(order=3), carries=True, **FULL),
-    Layer(timesteps=16, neuron=PSN(timesteps=16), **FULL),
+    Layer(timesteps=16, neuron=PSN(timesteps=16), identity=True),
     Layer(channels=3, carries=True, **FULL),
     Layer(channels=130, timesteps=16, **FULL),
 ]
@@ -240,9 +240,7 @@ for dtype in (torch.bfloat16, torch.float32):
             Stream(dtype=dtype, timesteps=timesteps),
             Layer(dtype=dtype, timesteps=timesteps, neuron=PSN(timesteps=timesteps)),
             Stream(dtype=dtype, timesteps=timesteps, neuron=SlidingPSN()),
-            Layer(
-                dtype=dtype, timesteps=timesteps, neuron=SlidingPSN(order=4), carries=True, **FULL
-            ),
+            Layer(dtype=dtype, timesteps=timesteps, neuron=SlidingPSN(), carries=True),
         ]
 WAYS = itertools.cycle(
     [
