@@ -73,7 +73,9 @@ for size in map(int, sys.stdin):
 
 def lines_of(text: str) -> list[str]:
     """The lines of the frames, without their milliseconds."""
-    return [re.sub(r"\d+\.\d\d ms$", "", line) for line in text.splitlines() if "step" in line]
+    return [
+        re.sub(r"\d+\.\d\d ms$", "", line) for line in text.splitlines() if "  timestep " in line
+    ]
 
 
 def frames_of(made: cameras.Made) -> torch.Tensor:
@@ -112,9 +114,17 @@ def replayed_is_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[s
     assert lines_of(shown) == 2 * lines_of_frames(run, frames_of(made))
     spent = [float(text) for text in re.findall(r"(\S+) ms$", shown, re.M)][-5:]
     middle, most = np.percentile(spent, [50, 99])
-    found = re.search(r"\n5 frames: (\S+) ms \(p50\), (\S+) ms \(p99\)\n$", shown)
+    part = "; the last answer is of 1 of 2 timesteps\n"
+    found = re.search(rf"\n5 frames: (\S+) ms \(p50\), (\S+) ms \(p99\){part}$", shown)
     assert found is not None, shown
     assert [float(text) for text in found.groups()] == pytest.approx([middle, most], abs=0.011)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.stdout, "isatty", lambda: True)
+        assert replay.main([*command, "--fast"]) == 0
+    # In a terminal, the answers after two windows and the last one stay.
+    stay = [line.rpartition("\r")[2].rstrip() for line in capfd.readouterr().out.split("\n")]
+    expected = lines_of_frames(run, frames_of(made))
+    assert lines_of("\n".join(stay)) == [expected[i] for i in (1, 3, 4)]
     step = Stream.step
 
     def slow(*given: Any) -> torch.Tensor:
@@ -124,9 +134,7 @@ def replayed_is_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[s
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stream, "step", slow)
         assert replay.main(command) == 0
-        assert re.search(
-            r"\n5 frames: .*; 4 late, after the next was due\n", capfd.readouterr().out
-        )
+        assert "; 4 late, after the next was due; the last" in capfd.readouterr().out
         assert replay.main([*command, "--fast"]) == 0
         assert " late" not in capfd.readouterr().out
     # Ctrl-C in the first frame: of the first 16 KiB, two windows and a part of the third.
@@ -149,24 +157,37 @@ def replayed_is_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[s
     (folder / "torn.npz").write_bytes((folder / "it.npz").read_bytes()[:500])
     back = made._replace(t=np.where(np.arange(900) < 890, made.t, 0))
     (folder / "back.bin").write_bytes(cameras.nmnist(back))
+    command = [str(folder / "back.bin"), *command[1:], "--fast", "--output", str(folder / "b.gif")]
+    assert replay.main(command) == 2
+    shown = capfd.readouterr()
+    good = cameras.Made(*(column[:890] for column in made))
+    assert lines_of(shown.out) == lines_of_frames(run, frames_of(good))
+    assert "wrote" in shown.out.splitlines()[-1]
+    assert re.search(r"event 890 \(.*\); everything before it was used\n$", shown.err)
+    other = cameras.dat(made._replace(x=made.x + 29), header="% Version 2\n")
+    (folder / "other.dat").write_bytes(other)
     (folder / "no.bin").write_bytes(b"abc")
     (run / "checkpoints" / "best").write_text("none")
     for given, refusal in (
         (["other.npz"], f"other.npz: its sensor is 99x99, not {DEFAULT_SENSOR} as expected"),
+        (["other.npz"], f"trained for a {DEFAULT_SENSOR} sensor, so replay a recording of one, or"),
+        (["other.dat"], f"is outside the {DEFAULT_SENSOR} sensor, as are "),
         (["torn.npz"], "torn.npz: it is not an NPZ file, or damaged"),
         (["back.bin"], "back.bin: timestamps decrease at event 890 (from "),
         (["no.bin"], "no.bin: it is truncated: the record at its end is incomplete (3 bytes)"),
-        (["none.bin"], "none.bin cannot be read (No such file or directory)"),
+        (["none.bin"], "none.bin: it cannot be read (No such file or directory)"),
         (["it.npz", "--follow"], ".npz cannot be read before it is complete; give a finished"),
         (["it.txt"], "it.txt has no known format; name it with --format, one of "),
         (["-"], "standard input has no known format; name it with --format, one of "),
         (["it.npz", "--output", "it.png"], "--output: it.png has another suffix than .gif"),
-        (["it.npz", "--output", "/dev/null/it.gif"], "/dev/null/it.gif cannot be written ("),
+        (["it.npz", "--output", "/proc/it.gif"], "/proc/it.gif cannot be written ("),
         (["it.npz", "--best"], "best is damaged"),
     ):
         first = given[0] if given[0] == "-" else str(folder / given[0])
         assert replay.main([first, "--checkpoint", str(run), "--fast", *given[1:]]) == 2
-        assert refusal in capfd.readouterr().err
+        shown = capfd.readouterr()
+        assert refusal in shown.err
+        assert given == ["back.bin"] or not lines_of(shown.out)
 
 
 def follow_until_killed(
@@ -262,6 +283,8 @@ def drawn_are_events(run: Path, folder: Path) -> None:
             more_blue = [int((blue > red + 50).sum()), int((red > blue + 50).sum())]
             assert min(more_blue) == 0
             assert more_blue[number % 2] > 1000  # ON is blue
+        # The label of the last answer, which begins at the right end, stays in its axis.
+        assert np.asarray(gif.convert("L"))[30:160, 394:].min() > 240
 
 
 def test_replay_needs_windows_of_a_fixed_size(

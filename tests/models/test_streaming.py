@@ -153,9 +153,31 @@ def test_a_state_continues_in_another_stream() -> None:
     second.keep(torch.ones(6, dtype=torch.bool))
     assert torch.equal(second.step(x[:, 2]), first.step(x[:, 2]))
     assert second.timesteps == 3
-    other = make("spiking_convnet", {})[0].stream()
-    with pytest.raises(UserError, match="of another network"):
-        other.load_state_dict(first.state_dict())
+    for name, classes in (("spiking_convnet", 10), ("spiking_convnet_dvs", 3)):
+        other = timm.create_model(name, num_classes=classes).stream()
+        with pytest.raises(UserError, match="of another network, with other neurons or classes"):
+            other.load_state_dict(first.state_dict())
+        with pytest.raises(UserError, match=r"not one that a stream's state_dict\(\) returned"):
+            other.load_state_dict({})
+
+
+def test_a_frame_of_another_size_leaves_a_continued_stream_as_it_was() -> None:
+    """Of a network that takes any size; also a frame whose step fails later loses nothing."""
+    model, x = make("sew_resnet18", {})
+    first, second = model.stream(), model.stream()
+    first.step(x)
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(
+        UserError, match=r"samples are \(3, 32, 16\), but those before were \(3, 32"
+    ):
+        second.step(x[..., :16])
+    second.step(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "pooled", lambda x: x)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            second.step(1 - x)
+    second.keep(torch.ones(6, dtype=torch.bool))
+    torch.testing.assert_close(second.step(), whole(model, x)[2], rtol=0, atol=1e-12)
 
 
 def test_a_repeated_image_is_convolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,15 +203,24 @@ def test_a_repeated_image_is_convolved_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_misuse_is_one_sentence() -> None:
     model, x = make("spiking_convnet", {})
     stream = model.stream()
-    with pytest.raises(UserError, match=r"there is none; call step\(x\)"):
-        stream.step()
+    with pytest.raises(UserError, match=r"no samples before its first step; call step\(x\)"):
+        stream.keep(torch.ones(6, dtype=torch.bool))
+    for wrong, words in (
+        (None, r"there is none; call step\(x\)"),
+        (torch.cat([x, x], 1), "the network takes frames of 3 channels, not of 6"),
+        (x[..., :-1], "the model is built for 28x28 pixels, but the input has 28x27"),
+        (x[None], r"a frame must be one timestep \(B, C, H, W\) of floating-point numbers, not"),
+        (x.to(torch.uint8), r"not \(6, 3, 28, 28\) of torch.uint8"),
+    ):
+        with pytest.raises(UserError, match=words):
+            stream.step(wrong)
     stream.step(x)
     with pytest.raises(UserError, match="holds 6 samples, but the frame has 5; call reset"):
         stream.step(x[:5])
     with pytest.raises(UserError, match=r"call reset\(\) before frames of another size"):
         stream.step(x[..., :-1])
-    with pytest.raises(UserError, match=r"a frame must be one timestep \(B, C, H, W\)"):
-        stream.step(x[None])
+    with pytest.raises(UserError, match="is built for 28x28 pixels, but the input has 28x27"):
+        model(x[..., :-1])
     with pytest.raises(UserError, match=r"a bool mask \(6,\)"):
         stream.keep(torch.ones(5, dtype=torch.bool))
     model.train()

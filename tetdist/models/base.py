@@ -221,6 +221,7 @@ class SpikingNetwork(nn.Module):
         Raises:
             ValueError: The shape is wrong, or there are fewer than T time bins.
         """
+        self.check_size(x)
         match self.input_kind:
             case "images":
                 if x.ndim != 4:
@@ -235,11 +236,6 @@ class SpikingNetwork(nn.Module):
     def _frames_first(self, x: Tensor) -> Tensor:
         if x.ndim != 5:
             raise ValueError(f"an event batch must be (B, T, C, H, W), not {tuple(x.shape)}")
-        if self.input_size not in (None, x.shape[-1]):
-            raise ValueError(
-                f"the model is built for {self.input_size}x{self.input_size} pixels, but the "
-                f"input has {x.shape[-2]}x{x.shape[-1]}"
-            )
         if x.shape[1] < self.timesteps:
             raise ValueError(
                 f"the model runs {self.timesteps} timesteps, but the input has {x.shape[1]} bins"
@@ -247,6 +243,14 @@ class SpikingNetwork(nn.Module):
         frames = x[:, : self.timesteps].transpose(0, 1)
         flat = frames.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         return flat.unflatten(0, frames.shape[:2])
+
+    def check_size(self, x: Tensor) -> None:
+        """Raise a `UserError` if an input (..., H, W) is not of ``input_size``."""
+        (height, width), side = x.shape[-2:], self.input_size
+        if side is not None and (height, width) != (side, side):
+            raise UserError(
+                f"the model is built for {side}x{side} pixels, but the input has {height}x{width}"
+            )
 
     def frame(self, x: Tensor, t: int) -> Tensor:
         """Return timestep t (from 0) of an input (B, C, H, W), as `features_of` takes it."""

@@ -17,9 +17,10 @@ class Streamed(Protocol):
     """The methods of a `SpikingNetwork` that a stream calls."""
 
     training: bool
+    num_classes: int
 
-    def modules(self) -> Iterator[nn.Module]: ...
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+    def check_size(self, x: Tensor) -> None: ...
     def frame(self, x: Tensor, t: int) -> Tensor: ...
     def features_of(self, x: Tensor, timesteps: int) -> Tensor: ...
     def forward_head(self, x: Tensor) -> Tensor: ...
@@ -82,12 +83,13 @@ class Stream:
     def __init__(self, model: Streamed) -> None:
         self.model = model
         self._layers = carrying_layers(model)
-        self._first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        self._first = next((m for _, m in model.named_modules() if isinstance(m, nn.Conv2d)), None)
         self.reset()
 
     def reset(self) -> None:
         """Restart: membranes at rest, no logits, any number of samples."""
         self.timesteps = 0
+        self._shape: tuple[int, ...] | None = None  # of a sample of the last frame
         self._input: Tensor | None = None
         self._convolved: tuple[Tensor, Tensor] | None = None  # The first layer's input and output.
         self._membranes: list[Tensor] | None = None
@@ -97,24 +99,26 @@ class Stream:
     def step(self, x: Tensor | None = None) -> Tensor:
         """Run one timestep and return the mean of the logits so far, (B, K), float32 at least.
 
+        A frame that is refused leaves the stream as it was.
+
         Args:
             x: An image or event frame, (B, C, H, W); None: the last one again, without recomputing
                 its first convolution.
 
         Raises:
-            UserError: The frame is not (B, C, H, W) or differs in shape from the last one, the
-                first frame is None, or the model is in training mode.
+            UserError: The frame is not (B, C, H, W) or does not suit the network or the last one,
+                the first frame is None, or the model is in training mode.
         """
-        repeated = x is None
-        self._input = self._checked(x).contiguous(memory_format=torch.channels_last)
-        with self._remembering(repeated):
-            frame = self.model.frame(self._input, self.timesteps)
-            logits, self._membranes = run_step(
+        given = self._checked(x).contiguous(memory_format=torch.channels_last)
+        with self._remembering(repeated=x is None):
+            frame = self.model.frame(given, self.timesteps)
+            logits, membranes = run_step(
                 self.model, frame, list(self._layers.values()), self._membranes
             )
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # In float64, as evaluate.running_means.
         self._sum = wide.double() if self._sum is None else self._sum + wide.double()
+        self._input, self._shape, self._membranes = given, tuple(given.shape[1:]), membranes
         self.timesteps += 1
         return self._sum.to(wide.dtype) / self.timesteps
 
@@ -125,23 +129,27 @@ class Stream:
             if self._input is None:
                 raise UserError("step() repeats the last frame, but there is none; call step(x)")
             return self._input
-        if x.ndim != 4:
-            raise UserError(f"a frame must be one timestep (B, C, H, W), not {tuple(x.shape)}")
+        if x.ndim != 4 or not x.is_floating_point():
+            raise UserError(
+                "a frame must be one timestep (B, C, H, W) of floating-point numbers, not "
+                f"{tuple(x.shape)} of {x.dtype}"
+            )
         held = self._sum
         if held is not None and len(x) != len(held):
             raise UserError(
                 f"the stream holds {counted(len(held), 'sample')}, but the frame has {len(x)}; "
                 "call reset() for other samples, or keep(mask) to drop some of these"
             )
-        if self._input is not None and x.shape[1:] != self._input.shape[1:]:
+        if self._shape not in (None, x.shape[1:]):
             raise UserError(
-                f"the frame is {tuple(x.shape)}, but the one before was "
-                f"{tuple(self._input.shape)}; call reset() before frames of another size"
+                f"the frame's samples are {tuple(x.shape[1:])}, but those before were "
+                f"{self._shape}; call reset() before frames of another size"
             )
+        self.model.check_size(x)
         return x
 
     @contextlib.contextmanager
-    def _remembering(self, repeated: bool) -> Iterator[None]:
+    def _remembering(self, *, repeated: bool) -> Iterator[None]:
         """Make the first convolution reuse its output for the same input."""
         layer = self._first
         if layer is None:
@@ -151,6 +159,9 @@ class Stream:
         last = self._convolved if repeated else None
 
         def forward(x: Tensor) -> Tensor:
+            if x.shape[-3] != layer.in_channels:
+                wanted = counted(layer.in_channels, "channel")
+                raise UserError(f"the network takes frames of {wanted}, not of {x.shape[-3]}")
             if last is None or x.data_ptr() != last[0].data_ptr():
                 self._convolved = (x, convolve(x))
             assert self._convolved is not None
@@ -159,6 +170,9 @@ class Stream:
         vars(layer)["forward"] = forward  # For this step; a tenth of an assignment's time.
         try:
             yield
+        except BaseException:
+            self._convolved = None  # It may be of a frame that was not taken.
+            raise
         finally:
             del vars(layer)["forward"]
 
@@ -166,16 +180,16 @@ class Stream:
         """Drop the samples whose ``mask``, (B,), bool, is False; the others stay in their order.
 
         Raises:
-            UserError: The mask does not fit the stream's samples.
+            UserError: The mask does not fit the stream's samples, or there are none yet.
         """
-        samples = 0 if self._sum is None else len(self._sum)
+        if self._sum is None or self._membranes is None:
+            raise UserError("the stream has no samples before its first step; call step(x) first")
+        samples = len(self._sum)
         if mask.dtype != torch.bool or mask.shape != (samples,):
             raise UserError(
                 f"keep needs a bool mask ({samples},), one value per sample of the stream, not "
                 f"{mask.dtype} {tuple(mask.shape)}"
             )
-        assert self._sum is not None
-        assert self._membranes is not None
         kept = mask.nonzero()[:, 0]
         self._sum = self._sum[kept]
         self._membranes = [
@@ -189,25 +203,29 @@ class Stream:
                 self._convolved = (self.model.frame(self._input, self.timesteps), convolved)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` continues from: timesteps, sum of logits, membranes."""
+        """Return what `load_state_dict` continues from: timesteps, logits, membranes, shape."""
         membranes = self._membranes or []
         return {
             "timesteps": self.timesteps,
             "sum": self._sum,
             "membranes": dict(zip(self._layers, membranes, strict=False)),
+            "shape": self._shape,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned, also of another stream of the same network.
 
         Raises:
-            UserError: The state is of another network.
+            UserError: The state is of another network, or is none. The stream stays as it was.
         """
-        membranes = state["membranes"]
-        if membranes and list(membranes) != list(self._layers):
-            raise UserError("the state is of another network, with other layers of neurons")
+        if state.keys() != self.state_dict().keys():
+            raise UserError("the state is not one that a stream's state_dict() returned")
+        membranes, total, classes = state["membranes"], state["sum"], self.model.num_classes
+        others = membranes and list(membranes) != list(self._layers)
+        if others or (total is not None and classes and total.shape[1] != classes):
+            raise UserError("the state is of another network, with other neurons or classes")
         self.reset()
-        self.timesteps, self._sum = state["timesteps"], state["sum"]
+        self.timesteps, self._sum, self._shape = state["timesteps"], total, state["shape"]
         self._membranes = list(membranes.values()) or None
 
 

@@ -71,7 +71,7 @@ def replay(options: argparse.Namespace) -> None:
     from tetdist.apps.events.binning import window_frames
     from tetdist.apps.events.formats import SUFFIXES, stream_recording
     from tetdist.apps.events.formats.arrays import DECODERS as WHOLE
-    from tetdist.apps.events.recording import BadRecording, Contents
+    from tetdist.apps.events.recording import BadEnd, Contents, OtherSize
     from tetdist.apps.reports.replay_gif import ReplayGif
     from tetdist.apps.weights.trained import load
     from tetdist.plugins import import_files
@@ -93,20 +93,27 @@ def replay(options: argparse.Namespace) -> None:
     classes += [f"class {k}" for k in range(len(classes), trained.model.num_classes)]
     gif = ReplayGif(options.output, classes) if options.output else None
     ctrl_c = CtrlC()
-    contents = Contents(pieces(options.recording, name, ctrl_c, follow=options.follow))
+    contents = Contents(pieces(options.recording, ctrl_c, follow=options.follow))
     frames = window_frames(stream_recording(suffix, contents, sensor), binning)
     before = signal.signal(signal.SIGINT, ctrl_c.press)
     try:
         size = binning.size or sensor
-        run(trained.model, size, classes, frames, ctrl_c, gif, fast=options.fast)
-    except BadRecording as error:
-        raise UserError(f"{name}: {error}") from error
+        used = run(trained.model, size, classes, frames, ctrl_c, gif, fast=options.fast)
     finally:
         signal.signal(signal.SIGINT, before)
-    if contents.bad_end and not ctrl_c.is_early:
-        print(f"{name}: {contents.bad_end}; everything before it was used", file=sys.stderr)
-    if gif:
+    if gif and used:
         gif.save()
+    if (bad := contents.bad_end) is None or ctrl_c.is_early:
+        return
+    text = f"{name}: {bad}" + "; everything before it was used" * used
+    if isinstance(bad, OtherSize):
+        text += (
+            f"; the network was trained for a {sensor} sensor, so replay a recording of one, or "
+            f"train on recordings of this one ({typed('prebin_dvs')} --sensor)"
+        )
+    if not (used and isinstance(bad, BadEnd)):
+        raise UserError(text) from bad
+    print(text, file=sys.stderr)
 
 
 def binning_of(trained: "Trained", path: Path) -> "tuple[Binning, Sensor]":
@@ -156,12 +163,14 @@ class CtrlC:
         self.is_pressed = True
 
 
-def pieces(path: Path, name: str, ctrl_c: CtrlC, *, follow: bool) -> Iterator[bytes]:
+def pieces(path: Path, ctrl_c: CtrlC, *, follow: bool) -> Iterator[bytes]:
     """Yield a file's contents as they come, until they end or Ctrl-C was pressed.
 
     Raises:
-        UserError: The file cannot be read.
+        BadRecording: The file cannot be read.
     """
+    from tetdist.apps.events.recording import BadRecording
+
     is_stdin = str(path) == "-"
     try:
         with FileIO(0 if is_stdin else path, closefd=not is_stdin) as file:
@@ -176,7 +185,7 @@ def pieces(path: Path, name: str, ctrl_c: CtrlC, *, follow: bool) -> Iterator[by
                     time.sleep(_PAUSE)
             ctrl_c.is_early = bool(select.select([file], [], [], 0)[0] and file.read(1))
     except OSError as error:
-        raise UserError(f"{name} cannot be read ({error.strerror})") from error
+        raise BadRecording(f"it cannot be read ({error.strerror})") from error
 
 
 def run(
@@ -188,8 +197,8 @@ def run(
     gif: "ReplayGif | None",
     *,
     fast: bool,
-) -> None:
-    """Stream the frames, print a line for each, and a summary."""
+) -> bool:
+    """Stream the frames, print a line for each, and a summary; return whether there are any."""
     import numpy as np
     import torch
 
@@ -222,12 +231,10 @@ def run(
                 f"{end / 1e6:8.3f} s  timestep {stream.timesteps}/{model.timesteps}  "
                 f"{classes[int(number)]}  {100 * float(confidence):.1f} %  {spent[-1]:.2f} ms"
             )
-            print(
-                f"\r{line:{len(shown)}}" if terminal else line,
-                end="" if terminal else "\n",
-                flush=True,
-            )
-            shown = line
+            # In a terminal, each line overwrites the last one, but no answer after T windows.
+            whole = not terminal or stream.timesteps == model.timesteps
+            print(f"\r{line:{len(shown)}}" if terminal else line, end="\n" * whole, flush=True)
+            shown = "" if whole else line
             if gif:
                 gif.add(end / 1e6, frame, probabilities.numpy(), stream.timesteps == 1)
     finally:
@@ -235,4 +242,7 @@ def run(
             middle, most = np.percentile(spent, [50, 99])
             lateness = "" if fast else f"; {late} late, after the next was due"
             times = f"{middle:.2f} ms (p50), {most:.2f} ms (p99)"
-            print("\n" * terminal + f"{counted(len(spent), 'frame')}: {times}{lateness}")
+            part = f"; the last answer is of {stream.timesteps} of {model.timesteps} timesteps"
+            part *= stream.timesteps < model.timesteps
+            print("\n" * bool(shown) + f"{counted(len(spent), 'frame')}: {times}{lateness}{part}")
+    return bool(spent)

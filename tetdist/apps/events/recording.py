@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,10 @@ _REPEATS = 50
 
 class BadRecording(ValueError):
     """Raised for an unusable recording; the text is the reason, without the file's name."""
+
+
+class OtherSize(BadRecording):
+    """Raised if the sensor's size is not the expected one."""
 
 
 class BadEnd(BadRecording):
@@ -97,7 +102,7 @@ def checked_events(pieces: Iterable[Columns]) -> Iterator[Events]:
 
     Raises:
         BadRecording: There are no events, time decreases, a coordinate or polarity is invalid, or
-            an event is repeated many times.
+            an event is repeated many times. The events before were yielded.
     """
     last = np.empty((4, 0), np.int64)  # The last events of the pieces before.
     number = dropped = 0
@@ -106,19 +111,26 @@ def checked_events(pieces: Iterable[Columns]) -> Iterator[Events]:
         dropped += piece.dropped
         if not new.shape[1]:
             continue
+        before = last.shape[1]
         known = np.concatenate([last, new], 1)
-        _check(known, number - last.shape[1], piece)
+        faults = _faults(known, number - before, piece)
+        end, error = min(faults, key=itemgetter(0), default=(None, None))
         last = known[:, 1 - _REPEATS :]
         number += new.shape[1]
-        x, y, t, p = new
-        yield Events(x, y, t, p, piece.sensor, piece.dropped)
+        x, y, t, p = known[:, before:end]
+        if len(t):
+            yield Events(x, y, t, p, piece.sensor, piece.dropped)
+        if error:
+            raise error
     if not number:
         others = f", only {dropped} records of other kinds" if dropped else ""
         raise BadRecording(f"it has no events{others}")
 
 
-def _check(events: npt.NDArray[np.int64], first: int, read: Columns) -> None:
-    """Check events (4, N), the first of which is number `first` of the recording."""
+def _faults(
+    events: npt.NDArray[np.int64], first: int, read: Columns
+) -> Iterator[tuple[int, BadRecording]]:
+    """Yield the first bad event of each kind and its reason; number `first` is events[:, 0]."""
     x, y, t, p = events
     back = np.flatnonzero(np.diff(t) < 0)
     if back.size:
@@ -126,34 +138,28 @@ def _check(events: npt.NDArray[np.int64], first: int, read: Columns) -> None:
         before, after = int(t[i - 1]), int(t[i])
         wraps = read.counter is not None and before - after > read.counter // 2
         what = "the timestamp counter overflows" if wraps else "timestamps decrease"
-        raise BadRecording(f"{what} at event {first + i} (from {before} to {after} us)")
+        yield i, BadRecording(f"{what} at event {first + i} (from {before} to {after} us)")
     width, height = read.sensor
     outside = np.flatnonzero((x < 0) | (x >= width) | (y < 0) | (y >= height))
     if outside.size:
         i = int(outside[0])
-        raise BadRecording(
-            f"event {first + i} at x={x[i]}, y={y[i]} is outside the {read.sensor} sensor, as are"
-            f" {outside.size} of {len(t)}; if the sensor is another, bin with --sensor WIDTHxHEIGHT"
-        )
+        text = f"event {first + i} at x={x[i]}, y={y[i]} is outside the {read.sensor} sensor"
+        # If most are, the camera is another one, and no event before this one is of use.
+        i *= 2 * outside.size <= len(t)
+        yield i, OtherSize(f"{text}, as are {outside.size} of {len(t)}")
     wrong = np.flatnonzero((p != 0) & (p != 1))
     if wrong.size:
         i = int(wrong[0])
-        raise BadRecording(f"event {first + i} has polarity {p[i]} instead of 0 or 1")
-    _check_repeats(events, first)
-
-
-def _check_repeats(events: npt.NDArray[np.int64], first: int) -> None:
-    """Refuse events with _REPEATS or more consecutive equal ones."""
+        yield i, BadRecording(f"event {first + i} has polarity {p[i]} instead of 0 or 1")
+    # The beginnings of stretches of equal events.
     changes = np.flatnonzero((np.diff(events) != 0).any(0)) + 1
     starts = np.concatenate([[0], changes])
-    lengths = np.diff(starts, append=events.shape[1])
+    lengths = np.diff(starts, append=len(t))
     long = np.flatnonzero(lengths >= _REPEATS)
     if long.size:
         i, number = int(starts[long[0]]), int(lengths[long[0]])
-        raise BadRecording(
-            f"event {first + i} is repeated {number} times (x={events[0, i]},"
-            f" y={events[1, i]}, {events[2, i]} us); the file may be damaged"
-        )
+        text = f"event {first + i} is repeated {number} times (x={x[i]}, y={y[i]}, {t[i]} us)"
+        yield i, BadRecording(f"{text}; the file may be damaged")
 
 
 class Contents:
@@ -161,12 +167,12 @@ class Contents:
 
     Attributes:
         position: Number of bytes taken so far.
-        bad_end: Reason why the recording's end could not be used; None: it could.
+        bad_end: Reason why the recording was not used to its end; None: it was.
     """
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         self.position = 0
-        self.bad_end: BadEnd | None = None
+        self.bad_end: BadRecording | None = None
         self._pieces = iter(pieces)
         self._data, self._start = b"", 0
 

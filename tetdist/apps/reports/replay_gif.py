@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ class ReplayGif:
     """The first frames of a replay, drawn at its end.
 
     Raises:
-        UserError: The file's suffix is not .gif, or its folder cannot be made.
+        UserError: The file's suffix is not .gif, or it cannot be written.
     """
 
     def __init__(self, path: Path, classes: list[str]) -> None:
@@ -39,6 +40,7 @@ class ReplayGif:
             raise UserError(f"--output: {path} has another suffix than .gif; rename it")
         with explaining(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=path.parent).close()
         self._path, self._classes = path, classes
         self._frames: list[_Drawn] = []
 
@@ -84,6 +86,8 @@ class ReplayGif:
         axis.clear()
         begin = max(0, number - _SHOWN)
         shown = self._frames[begin : begin + _SHOWN]
+        axis.set_xlim(self._frames[begin - 1].end if begin else 0, shown[-1].end)
+        axis.set_ylim(0, 112)
         starts = [i for i, frame in enumerate(shown[: number - begin]) if i == 0 or frame.is_first]
         for start, end in pairwise([*starts, number - begin]):
             ends = [frame.end for frame in shown[start:end]]
@@ -93,10 +97,10 @@ class ReplayGif:
             for k in np.flatnonzero(values.max(0) >= _PERCENT):
                 axis.plot(ends, values[:, k], color="#BBBBBB", linewidth=0.8)
             axis.plot(ends, values[:, best], "o-", color=colour, linewidth=1.8, markersize=2)
-            axis.text(ends[0], values[:, best].max() + 3, name, fontsize=8, color=colour)
+            label = axis.text(ends[0], values[:, best].max() + 3, name, fontsize=8, color=colour)
+            if label.get_window_extent().x1 > axis.bbox.x1:
+                label.set_ha("right")
         finish(axis, f"{name}  {values[-1, best]:.0f} %", "probability (%)", legend=False)
-        axis.set_xlim(self._frames[begin - 1].end if begin else 0, shown[-1].end)
-        axis.set_ylim(0, 112)
         axis.set_xlabel("s", fontsize=9, labelpad=1)
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from tetdist.apps.events.recording import (
-    BadEnd,
     BadRecording,
     Columns,
     Contents,
     Events,
+    OtherSize,
     Sensor,
     checked_events,
 )
@@ -49,22 +49,21 @@ def read_recording(path: Path, data: bytes, sensor: Sensor | None) -> Events:
         x, y, t, p = (np.concatenate([piece[i] for piece in pieces]) for i in range(4))
         dropped = sum(piece.dropped for piece in pieces)
         pieces = [pieces[0]._replace(x=x, y=y, t=t, p=p, dropped=dropped)]
-    return next(checked_events(pieces))
+    try:
+        (events,) = checked_events(pieces)
+    except OtherSize as error:
+        raise BadRecording(f"{error}; give the sensor's size as --sensor WIDTHxHEIGHT") from error
+    return events
 
 
 def stream_recording(suffix: str, contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
     """Yield the events of a recording as they arrive; see `read_recording`.
 
-    If its end is incomplete, everything before it is yielded, and `contents.bad_end` is the reason.
+    If a part is bad, everything before it is yielded, and `contents.bad_end` is the reason.
     """
-    number = 0
     try:
-        for events in checked_events(_decoded(suffix, contents, sensor)):
-            number += 1
-            yield events
-    except BadEnd as error:
-        if not number:
-            raise
+        yield from checked_events(_decoded(suffix, contents, sensor))
+    except BadRecording as error:
         contents.bad_end = error
 
 

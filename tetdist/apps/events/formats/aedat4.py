@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tetdist.apps.events.recording import BadEnd, BadRecording, Columns, Contents, Sensor
+from tetdist.apps.events.recording import BadEnd, BadRecording, Columns, Contents, OtherSize, Sensor
 from tetdist.errors import UserError, pip_install
 from tetdist.wording import counted
 
@@ -67,7 +67,7 @@ def _decode(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
         raise BadRecording(f"it has {len(sizes)} streams of events instead of one")
     ((events, stated),) = sizes
     if sensor not in (None, stated):
-        raise BadRecording(f"its sensor is {stated}, not {sensor} as expected")
+        raise OtherSize(f"its sensor is {stated}, not {sensor} as expected")
     found = array("q")  # position, stream, size and number of events of each packet
     while contents.position != end and not (end < 0 and contents.ended()):
         stream, size = struct.unpack("<ii", contents.peek(8, "packet"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tetdist.apps.events.recording import BadRecording, Columns, Contents, Sensor
+from tetdist.apps.events.recording import BadRecording, Columns, Contents, OtherSize, Sensor
 from tetdist.errors import UserError, pip_install
 
 _FIELDS = ("x", "y", "t", "p")
@@ -82,7 +82,7 @@ def _from_arrays(
     if "width" in size and "height" in size:
         stated = Sensor(int(size["width"]), int(size["height"]))
         if sensor not in (None, stated):
-            raise BadRecording(f"its sensor is {stated}, not {sensor} as expected")
+            raise OtherSize(f"its sensor is {stated}, not {sensor} as expected")
         sensor = stated
     if sensor is None:
         raise BadRecording("it does not store the sensor's size; give --sensor WIDTHxHEIGHT")

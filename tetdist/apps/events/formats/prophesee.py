@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tetdist.apps.events.recording import BadRecording, Columns, Contents, Sensor
+from tetdist.apps.events.recording import BadRecording, Columns, Contents, OtherSize, Sensor
 
 # Sensor sizes that the files of some cameras omit, by a part of the header's plugin_name.
 _SENSORS = {
@@ -88,7 +88,7 @@ def _evt_version(line: str) -> str | None:
 def _sensor(header: list[str], given: Sensor | None) -> Sensor:
     stated = _stated_sensor(header)
     if given and stated and given != stated:
-        raise BadRecording(f"its sensor is {stated}, not {given} as expected")
+        raise OtherSize(f"its sensor is {stated}, not {given} as expected")
     if sensor := given or stated:
         return sensor
     for line in header:
