@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 
-def one_buffer_for(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Make a flat buffer for tensors of one type; return it and each tensor's part of it.
+def in_one_buffer(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Copy tensors of one type into a flat buffer; return it and each tensor's part of it.
 
     A part has its tensor's strides, so that elements are copied in memory order. On a GPU a few
     kernels then copy all tensors, instead of one kernel per tensor.
@@ -17,4 +17,5 @@ def one_buffer_for(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         strides = torch.empty_like(tensor, device="meta").stride()
         parts.append(flat.as_strided(tensor.shape, strides, start))
         start += tensor.numel()
+    torch._foreach_copy_(parts, tensors)
     return flat, parts

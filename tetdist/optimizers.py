@@ -13,7 +13,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tetdist.buffers import one_buffer_for
+from tetdist.buffers import in_one_buffer
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.plugins import Registry
@@ -260,7 +260,7 @@ class _SkipsNonFinite(torch.optim.Optimizer):
         self._set_back()
         is_set = None if found_inf is None else _fetched(found_inf)
         if is_set is None:
-            return None if found_inf is not None and found_inf else super().step(closure)
+            return None if found_inf else super().step(closure)
         weights = [group["params"] for group in self.param_groups]
         groups = [
             {key: value for key, value in group.items() if key not in ("params", "lr")}
@@ -272,10 +272,10 @@ class _SkipsNonFinite(torch.optim.Optimizer):
         )
         tensors = [x for x in tree_leaves((weights, held)) if isinstance(x, Tensor) and x.ndim]
         by_type = [[x for x in tensors if x.dtype == dtype] for dtype in {x.dtype for x in tensors}]
-        before = [_joined(same) for same in by_type]
+        before = [in_one_buffer(same) for same in by_type]
         result = super().step(closure)
         for same, (old, _) in zip(by_type, before, strict=True):
-            new, parts = _joined(same)
+            new, parts = in_one_buffer(same)
             torch.where(found_inf > 0, old, new, out=new)
             torch._foreach_copy_(same, parts)
         self._undone = is_set, held
@@ -297,13 +297,6 @@ class _SkipsNonFinite(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         self._set_back()
         return super().state_dict()
-
-
-def _joined(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Copy tensors into a buffer; see `one_buffer_for`."""
-    flat, parts = one_buffer_for(tensors)
-    torch._foreach_copy_(parts, tensors)
-    return flat, parts
 
 
 def _fetched(flag: Tensor) -> Callable[[], bool] | None:

@@ -49,13 +49,13 @@ class _Part(NamedTuple):
     writes: bool
 
 
+@dataclass
 class Graph:
     """Work that was captured on a stream."""
 
-    def __init__(self, stream: int) -> None:
-        self.stream = stream
-        self.work: list[tuple[list[_Part], str]] = []
-        self.events: set[int] = set()
+    stream: int
+    work: list[tuple[list[_Part], str]] = field(default_factory=list)
+    events: set[int] = field(default_factory=set)
 
 
 class Order:
@@ -220,12 +220,8 @@ class Order:
             self._use(there, what, self._current())
 
 
-def _joined(*clocks: Clock) -> Clock:
-    joined: Clock = {}
-    for clock in clocks:
-        for actor, tick in clock.items():
-            joined[actor] = max(joined.get(actor, 0), tick)
-    return joined
+def _joined(one: Clock, other: Clock) -> Clock:
+    return {actor: max(one.get(actor, 0), other.get(actor, 0)) for actor in one | other}
 
 
 def _named(actor: Actor) -> str:

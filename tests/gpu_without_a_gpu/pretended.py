@@ -104,11 +104,9 @@ def within(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
 
 # cuda_guard.cpp's library, which has the current stream of each thread.
 _library: Any = None
-_NEW = itertools.count(1)  # numbers of streams, and of Python's events
+_NEW = itertools.count(1)  # numbers of streams and events
 # The stream on which a process group computes sums.
 NETWORK = -1
-# Its events are numbered upwards.
-_PYTHONS_EVENT = -1
 
 
 def current_stream() -> int:
@@ -166,7 +164,7 @@ class _Event:
     _total = 0  # of kernels before it
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.number = _PYTHONS_EVENT * next(_NEW)
+        self.number = -next(_NEW)  # the library's events have positive numbers
 
     def record(self, stream: _Stream | None = None) -> None:
         self._total = 0 if _active is None else _active.total
@@ -308,9 +306,9 @@ def install(library: Any) -> None:
         "set_rng_state": lambda *_: None,
         "CUDAGraph": _Graph,
         "graph": _graph,
+        "current_stream": lambda *_: _Stream(number=current_stream()),
+        "default_stream": lambda *_: _Stream(number=0),
     }
-    answers["current_stream"] = lambda *_: _Stream(number=current_stream())
-    answers["default_stream"] = lambda *_: _Stream(number=0)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
         answers[name] = lambda *_: 0
     for name in ("max_memory_reserved", "reset_peak_memory_stats"):

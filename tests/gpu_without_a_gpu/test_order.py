@@ -92,8 +92,9 @@ MORE: dict[str, Fault] = {
     ),
     "a sum begins before its summands are there": (
         *(ON_GPU, "tetdist.distributed.overlap:OverlappedMean._begin"),
-        "torch._foreach_copy_(parts, grads)",
-        "dist.all_reduce(flat, async_op=True); torch._foreach_copy_(parts, grads)",
+        "flat, parts = in_one_buffer(grads)",
+        "flat, parts = in_one_buffer(grads); dist.all_reduce(flat, async_op=True)\n"
+        "    torch._foreach_copy_(parts, grads)",
         "written by all_reduce at .* is written by aten._foreach_copy_ at .*overlap.py",
     ),
     "an average is divided before it is there": (

@@ -112,6 +112,7 @@ def test_batch_script_of_a_typical_submission(monkeypatch: pytest.MonkeyPatch) -
         partition="gpu",
         account="lab",
         setup=("module load cuda",),
+        interface="ib0",
     )
     folder = Path("/data/runs/sew34_t4/slurm/submission-1")
     text = batch.text(batch.parameters("sew34_t4", section, folder / "code"), folder)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tetdist.buffers import one_buffer_for
+from tetdist.buffers import in_one_buffer
 from tetdist.distributed import meeting, shared_memory
 from tetdist.distributed.devices import choose_device, cores_near, keep_freed_memory
 from tetdist.errors import UserError
@@ -80,8 +80,7 @@ class World:
             return
         for dtype in {tensor.dtype: None for tensor in tensors}:
             same = [tensor for tensor in tensors if tensor.dtype == dtype]
-            flat, parts = one_buffer_for(same)
-            torch._foreach_copy_(parts, same)
+            flat, parts = in_one_buffer(same)
             self.mean_(flat)
             torch._foreach_copy_(same, parts)
 

@@ -169,7 +169,7 @@ def _find_other_tasks_of_srun() -> None:
         return
     from tetdist.apps.slurm.placement import SlurmContext
 
-    SlurmContext.find(interface=None, warn_before_end=0).export()
+    SlurmContext.find(warn_before_end=0).export()
 
 
 def _is_first() -> bool:

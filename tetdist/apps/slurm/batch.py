@@ -25,6 +25,9 @@ WAYS_OUT = {
     "time limit": "give a shorter --time; `sinfo -o '%P %l'` lists the partitions' limits",
 }
 
+# The setup or the environment may already have chosen one.
+_INTERFACE = "export GLOO_SOCKET_IFNAME=${{GLOO_SOCKET_IFNAME:-{}}}"
+
 
 def parameters(
     name: str, cluster: ClusterSection, code: Path, after: Sequence[str] = ()
@@ -68,6 +71,7 @@ def parameters(
             # Generated at every start; only this user's processes know it.
             f"export {TOKEN}=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')",
             *cluster.setup,
+            *([_INTERFACE.format(shlex.quote(cluster.interface))] if cluster.interface else []),
             # The snapshot takes precedence over installed code; `python -m` looks here first.
             f"cd {shlex.quote(str(code))}",
             f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",

@@ -48,7 +48,7 @@ class Job:
         config: The configuration's file.
         code: Folder from which the code must be imported.
         log: Folder for the files of failures.
-        give_up_after, warn_before_end, interface: See `ClusterSection`.
+        give_up_after, warn_before_end: See `ClusterSection`.
     """
 
     run_dir: str
@@ -57,7 +57,6 @@ class Job:
     log: str
     give_up_after: int
     warn_before_end: int
-    interface: str | None
 
     def __call__(self) -> None:
         """Run as a task of Slurm, and exit the process."""
@@ -69,7 +68,7 @@ class Job:
             signal.signal(number, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGCONT):
             signal.signal(number, signal.SIG_DFL)
-        sys.exit(run(self, lambda: SlurmContext.find(self.interface, self.warn_before_end)))
+        sys.exit(run(self, lambda: SlurmContext.find(self.warn_before_end)))
 
 
 def run(job: Job, find_context: Callable[[], ProcessContext]) -> int:

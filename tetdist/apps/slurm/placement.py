@@ -41,7 +41,6 @@ class ProcessContext(ABC):
         local_rank, local_world_size: Rank among the processes on this host, and their number.
         master: Host of rank 0, as the other hosts know it.
         port: Port at which rank 0 waits for the others.
-        interface: Network interface to the other hosts; None: the processes find it when they meet.
         job: The job's id.
         restart: Number of earlier starts of the job.
         hosts: The job's hosts.
@@ -53,7 +52,6 @@ class ProcessContext(ABC):
     local_world_size: int
     master: str
     port: int
-    interface: str | None
     job: str
     restart: int
     hosts: tuple[str, ...]
@@ -68,8 +66,6 @@ class ProcessContext(ABC):
             "MASTER_ADDR": self.master,
             "MASTER_PORT": str(self.port),
         }
-        if self.interface:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", self.interface)
 
     def silent_hosts(self) -> list[str]:
         """Return the hosts of the job that no longer answer."""
@@ -106,11 +102,11 @@ class SlurmContext(ProcessContext):
     answering: tuple[str, ...]
 
     @classmethod
-    def find(cls, interface: str | None, warn_before_end: int) -> "SlurmContext":
+    def find(cls, warn_before_end: int) -> "SlurmContext":
         """Read the place of this process from the environment.
 
         Args:
-            interface, warn_before_end: See the class.
+            warn_before_end: See the class.
         """
         from submitit.slurm.slurm import SlurmJobEnvironment
 
@@ -124,7 +120,6 @@ class SlurmContext(ProcessContext):
             local_world_size=environment.num_tasks // environment.num_nodes,
             master=hosts[0],
             port=PORTS[number * 7 % len(PORTS)],
-            interface=interface,
             job=environment.job_id,
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             hosts=hosts,
@@ -217,7 +212,6 @@ class LocalContext(ProcessContext):
             local_world_size=int(env["WORLD_SIZE"]),
             master=env["MASTER_ADDR"],
             port=int(env["MASTER_PORT"]),
-            interface=None,
             job=LOCAL,
             restart=int(env["TETDIST_RESTART"]),
             hosts=(socket.gethostname(),),

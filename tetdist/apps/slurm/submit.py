@@ -342,7 +342,6 @@ def _job(run: Prepared, folder: Path, code: Path) -> Job:
         log=str(folder.absolute()),
         give_up_after=cluster.give_up_after,
         warn_before_end=cluster.warn_before_end,
-        interface=cluster.interface,
     )
 
 
