@@ -173,7 +173,7 @@ def test_processes_stay_near_their_gpus(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As a pretended /sys says; another host has the same numbers of cores."""
+    """By a pretended /sys; cores of another host do not count."""
     monkeypatch.setattr(devices, "PCI", tmp_path)
     for gpu, listed in enumerate(lists):
         (tmp_path / f"0001:c{gpu}:1f.0").mkdir()

@@ -15,9 +15,9 @@
 namespace {
 
 thread_local c10::StreamId current = 0;
-// Takes whether a stream waits for an event, or else records it; the event's number; the stream's.
-using Told = void (*)(bool waits, std::int64_t event, std::int64_t stream);
-Told told = nullptr;
+// Called when a stream waits for an event, or else records it.
+using OnEvent = void (*)(bool waits, std::int64_t event, std::int64_t stream);
+OnEvent on_event = nullptr;
 std::atomic<std::intptr_t> events{0};
 
 using c10::Device;
@@ -42,10 +42,10 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   void synchronizeStream(const Stream&) const override {}
   void record(void** event, const Stream& at, const DeviceIndex, const c10::EventFlag) const override {
     if (*event == nullptr) *event = reinterpret_cast<void*>(++events);
-    told(false, reinterpret_cast<std::intptr_t>(*event), at.id());
+    on_event(false, reinterpret_cast<std::intptr_t>(*event), at.id());
   }
   void block(void* event, const Stream& waiting) const override {
-    told(true, reinterpret_cast<std::intptr_t>(event), waiting.id());
+    on_event(true, reinterpret_cast<std::intptr_t>(event), waiting.id());
   }
   bool queryEvent(void*) const override { return true; }
   void synchronizeEvent(void*) const override {}
@@ -81,8 +81,8 @@ C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PRE
 }
 
 // To be called when torch has been loaded, since of two guards the later one stays.
-extern "C" void pretend(Told on_event) {
-  told = on_event;
+extern "C" void pretend(OnEvent function) {
+  on_event = function;
   c10::impl::registerDeviceGuard(DeviceType::CUDA, new Guard());
 }
 

@@ -1,4 +1,4 @@
-"""Which work of a pretended GPU is sure to come before which, and what does not wait for it.
+"""Order of the work of a pretended GPU, and uses of memory without an order.
 
 Host threads (names) and streams (numbers) are actors. Each has a vector clock: how far every actor
 is sure to have got when the actor's next piece of work begins. A launch, an event, a wait and a
@@ -62,10 +62,10 @@ class Order:
     """Takes down what actors do.
 
     Attributes:
-        faults: What is used without an order, a sentence each.
-        host: The host's thread that is running.
-        number: How many uses there have been.
-        replayed: How many before the last replay of a graph.
+        faults: Uses without an order, a sentence each.
+        host: Name of the running host thread.
+        number: Number of uses so far.
+        replayed: Number of uses before the last replay of a graph.
     """
 
     def __init__(self, current: Callable[[], int]) -> None:
@@ -82,12 +82,12 @@ class Order:
     # --- who waits for whom ---
 
     def reached(self, actor: Actor | None = None) -> Clock:
-        """What has been done once an actor, at first the current stream, is done with its work."""
+        """Return an actor's clock after its work so far; by default the current stream's."""
         actor = self._current() if actor is None else actor
         return _joined(self._clocks[actor], self._clocks[self.host])
 
     def wait(self, clock: Clock, actor: Actor | None = None) -> None:
-        """Have an actor's further work, at first the host's, come after what a clock says."""
+        """Have an actor's further work, by default the host's, come after a clock."""
         self.find_freed()
         actor = self.host if actor is None else actor
         self._clocks[actor] = _joined(self._clocks[actor], clock)
@@ -113,7 +113,7 @@ class Order:
 
     @contextlib.contextmanager
     def acting(self, host: str, after: Clock) -> Iterator[None]:
-        """A context in which a thread of that name does something, after what a clock says."""
+        """A context in which a thread of that name works, after a clock."""
         self.find_freed()
         self.host, before = host, self.host
         try:
@@ -164,7 +164,7 @@ class Order:
         return _Part(memory, first, end, writes)
 
     def memory(self, x: Tensor) -> _Memory:
-        """The memory of a tensor; if it is new, the current stream has allocated it."""
+        """Return a tensor's memory; if it is new, the current stream has allocated it."""
         storage = x.untyped_storage()
         if storage._cdata not in self._memories:
             on_host = x.device.type == "cpu" or self._graph is not None
@@ -174,7 +174,7 @@ class Order:
         return self._memories[storage._cdata]
 
     def is_read(self, x: Tensor, since: int) -> bool:
-        """Whether a tensor has been read after so many uses, and before the last replay."""
+        """Return whether a tensor was read after so many uses, and before the last replay."""
         uses = self.memory(x).uses.items()
         return any(since < use.number <= self.replayed and not where.writes for where, use in uses)
 

@@ -62,7 +62,7 @@ class Properties:
     gcnArchName = ""
 
 
-# Kernels, a few milliseconds of work.
+# Number of kernels that keep the device busy for a few milliseconds.
 MUCH_WORK = 200
 # The recorder that is active, if any: what is patched below reports to it.
 _active: "Recorder | None" = None
@@ -119,7 +119,7 @@ def order() -> Order | None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_bool, ctypes.c_int64, ctypes.c_int64)
 def _on_event(waits: bool, event: int, stream: int) -> None:
-    """What autograd records and waits for, and Python's events do."""
+    """Report to the `Order` that a stream waits for an event, or else records it."""
     if (known := order()) is not None:
         known.block(event, stream, _place()) if waits else known.record(event, stream)
 
@@ -177,7 +177,7 @@ class _Event:
         return True
 
     def synchronize(self) -> None:
-        # The device does not run out of work while the host waits for what is long before.
+        # After an event of long ago, the device still has enough work while the host waits.
         if _active is None or _active.total - self._total < MUCH_WORK:
             waited("Event.synchronize()")
         if (known := order()) is not None:
@@ -417,7 +417,7 @@ class Recorder(TorchDispatchMode):
             of convolutions that are not channels_last.
         captures: What was launched in each capture of a CUDA graph, one after another.
         ungraphed: What a capture refuses, or does not do again at a replay.
-        order: Where uses of memory are taken down, if they are.
+        order: Checks the order of all uses of memory, if given.
     """
 
     def __init__(self, order: Order | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What streams and threads use waits for what made it: batches, averages and graphs.
+"""Streams and threads wait for the batches, averages and graphs that they use.
 
 The worker, one of 8 processes, trains two steps, evaluates, and examines a step, with real data.
 `happens_before.Order` takes down each use of memory. Each fault is made in the code that trains.

@@ -37,7 +37,7 @@ class CompiledOnce(FileCacheManager):
     """
 
     _lock: TextIO | None = None
-    _awaited = ""  # what the lock waits for
+    _awaited = ""  # the file, or the group of files, that is compiled under the lock
 
     def get_file(self, filename: str) -> str | None:
         """Return the path of a file; None if the caller is to make it."""
