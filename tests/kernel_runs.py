@@ -146,7 +146,13 @@ def results_of(
     return results | dict(module.named_buffers())
 
 
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-9) -> None:
+def assert_same(
+    got: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    rtol: float = 1e-9,
+    *,
+    equal_nan: bool = False,
+) -> None:
     """Every named result within ``rtol`` of the largest value that its tensor has."""
     assert got.keys() == expected.keys()
     for name, right in expected.items():
@@ -155,7 +161,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], rtol: float
             *(got[name], right),
             rtol=rtol,
             atol=rtol * scale,
-            equal_nan=True,
+            equal_nan=equal_nan,
             msg=lambda text, n=name: f"{n}: {text}",
         )
 
@@ -166,6 +172,8 @@ def fused_and_defined(
     inputs: dict[str, Tensor],
     implementation: str = "native",
     rtol: float = 1e-9,
+    *,
+    equal_nan: bool = False,
 ) -> dict[str, Tensor]:
     """`results_of` a module's definition, which are those of its fused kernels."""
     results = []
@@ -175,7 +183,7 @@ def fused_and_defined(
                 layer.execution = execution
         with IMPLEMENTATIONS[implementation]():
             results.append(results_of(module, call, inputs))
-    assert_same(*results, rtol=rtol)
+    assert_same(*results, rtol=rtol, equal_nan=equal_nan)
     return results[1]
 
 

@@ -138,8 +138,9 @@ def test_nan_is_as_in_the_definition(implementation: str, neuron: dict[str, Any]
     current = draw(0, T, 3, 5, 7)
     current[0, 1, 2, 3] = torch.nan
     current.requires_grad_()
-    module = Neuron(make(neuron), 7).double()
-    fused_and_defined(module, lambda m: m(current), {"current": current}, implementation)
+    module, inputs = Neuron(make(neuron), 7).double(), {"current": current}
+    found = fused_and_defined(module, lambda m: m(current), inputs, implementation, equal_nan=True)
+    assert any(one.isnan().any() for one in found.values())
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if make(KINDS[kind]).segments])

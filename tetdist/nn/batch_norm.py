@@ -111,12 +111,8 @@ class BatchNorm(_Module):
         # In float64, so that subtracting the squared mean from the mean square loses nothing.
         mean64, var64 = mean.double(), var.double()
         moments = torch.stack([mean64, var64 + mean64.square()])
-        mean64, square = self.average_over_processes(moments)
+        mean64, square = _AverageOverProcesses.apply(moments, self.average)
         return mean64.to(mean.dtype), (square - mean64.square()).to(var.dtype)
-
-    def average_over_processes(self, x: Tensor) -> Tensor:
-        """Return the differentiable mean over the processes that normalise together."""
-        return x if self.average is None else _AverageOverProcesses.apply(x, self.average)
 
     def affine(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Return gain and offset, each (C,), such that the output is ``gain * x + offset``."""

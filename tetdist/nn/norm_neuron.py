@@ -185,7 +185,7 @@ class NeuronLayer(FusedLayer):
         return self.carrying(spikes, None if packed is None else layout.shaped(packed))
 
     def _stacked(self, membrane: Tensor) -> Tensor:
-        """Return what `NeuronConfig.run` returns to start from as (K, B, ...), for the kernels."""
+        """Return the carried membrane as the kernels take it, (K, B, ...)."""
         return membrane if self.neuron.sample_axis else membrane[None]
 
     def _unstacked(self, end: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class Neuron(NeuronLayer):
         self,
         current: Tensor,
         timesteps: int | None = None,
-        attended: tuple[Tensor, Tensor] | None = None,
+        attended: tuple[Tensor, ...] = (),
         kernels: NeuronKernels | None = None,
     ) -> Tensor:
         """Return spikes (T, B, ...), in the current's type and memory layout.
@@ -236,7 +236,7 @@ class Neuron(NeuronLayer):
             attended: Keys and values of attention; its queries stand in place of the current.
             kernels: Kernels of that attention; see `LinearAttention.fired`.
         """
-        if attended is not None and kernels is not None:
+        if kernels is not None:
             return self._fire_fused(current, kernels, attended)
         timesteps = timesteps or current.shape[0]
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)

@@ -140,26 +140,19 @@ def current_gradient(
         a = tl.load(share)
     if partial_share is not None:
         with_share = tl.full([BN, BJ], 0.0, tl.float32)
-    u = tl.full([BN, BJ], 0.0, tl.float32)
     here = image.to(tl.int64) * positions * heads * DV
-    if start is not None:
-        u = tl.load(start + here + at, mask=mask, other=0.0)
-    aboves = ()
+    currents = ()
     for t in tl.static_range(T):
         row = (t * images + image).to(tl.int64) * positions
         current = _sums(
             q, k, v, row, first, positions, heads, head, j, FACTOR, LEVELS, SPLITS, DK, DV, D, BJ,
             BN, BM
         )
-        if SCALES_INPUT:
-            current = current * a
-        u = neuron._decayed(u, a, DECAY) + current
-        above = u - THRESHOLD
-        if MOST is not None:
-            aboves = aboves + (u,)  # noqa: RUF005  # Triton has no other way
-        else:
-            aboves = aboves + (above,)  # noqa: RUF005  # as above
-        u = neuron._after_reset(u, above, THRESHOLD, AT_THRESHOLD, MOST, HARD)
+        currents = currents + (current,)  # noqa: RUF005  # Triton has no other way
+    aboves = neuron._membranes(
+        currents, start, a, here, at, mask, T, HARD, DECAY, THRESHOLD, AT_THRESHOLD, MOST,
+        SCALES_INPUT
+    )
     after = None
     if grad_end is not None:
         after = tl.load(grad_end + here + at, mask=mask, other=0.0)

@@ -374,6 +374,15 @@ def _after_reset(
 
 
 @triton.jit
+def _normalized(value, g, o):
+    """Return a loaded tile, times gain plus offset if they are given."""
+    value = _wide(value)
+    if g is not None:
+        value = value * g + o
+    return value
+
+
+@triton.jit
 def _currents(
     x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T: tl.constexpr, PAST: tl.constexpr,
     SHARED: tl.constexpr
@@ -392,25 +401,19 @@ def _currents(
         currents = currents + (earlier,)  # noqa: RUF005  # Triton has no other way
     if SHARED:
         xs = (tl.load(x + here + at, mask=mask, other=0.0),)
-        own = _wide(xs[0])
-        if g is not None:
-            own = own * g + o
+        own = _normalized(xs[0], g, o)
     for t in tl.static_range(T):
         now = here + t * plane
         if not SHARED:
             value = tl.load(x + now + at, mask=mask, other=0.0)
             xs = xs + (value,)  # noqa: RUF005  # as above
-            own = _wide(value)
-            if g is not None:
-                own = own * g + o
+            own = _normalized(value, g, o)
         current = own
         if shortcut is not None:
             value = tl.load(shortcut + now + at, mask=mask, other=0.0)
             if g2 is not None:
                 added = added + (value,)  # noqa: RUF005  # as above
-                current = own + (_wide(value) * g2 + o2)
-            else:
-                current = own + _wide(value)
+            current = own + _normalized(value, g2, o2)
         currents = currents + (current,)  # noqa: RUF005  # as above
     return currents, xs, added
 
@@ -469,24 +472,18 @@ def fire(
             if start is not None:
                 u = _wide(tl.load(start + here + at, mask=mask))
             if SHARED:
-                own = _wide(tl.load(x + here + at, mask=mask))
-                if gain is not None:
-                    own = own * g + o
+                own = _normalized(tl.load(x + here + at, mask=mask), g, o)
         for t in tl.static_range(T):
             now = here + t * plane
             if weights is not None:
                 v = _sum_over_time(weights, biases, currents, t, PAST + T)
             else:
                 if not SHARED:
-                    own = _wide(tl.load(x + now + at, mask=mask))
-                    if gain is not None:
-                        own = own * g + o
+                    own = _normalized(tl.load(x + now + at, mask=mask), g, o)
                 current = own
                 if shortcut is not None:
-                    added = _wide(tl.load(shortcut + now + at, mask=mask))
-                    if shortcut_gain is not None:
-                        added = added * g2 + o2
-                    current = own + added
+                    added = tl.load(shortcut + now + at, mask=mask)
+                    current = own + _normalized(added, g2, o2)
                 if SCALES_INPUT:
                     current = current * a
                 v = current
