@@ -168,7 +168,7 @@ def test_a_frame_of_another_size_leaves_a_continued_stream_as_it_was() -> None:
     first.step(x)
     second.load_state_dict(first.state_dict())
     with pytest.raises(
-        UserError, match=r"samples are \(3, 32, 16\), but those before were \(3, 32"
+        UserError, match=r"is \(6, 3, 32, 16\), but the stream.s are \(6, 3, 32, 32\)"
     ):
         second.step(x[..., :16])
     second.step(x)
@@ -215,10 +215,11 @@ def test_misuse_is_one_sentence() -> None:
         with pytest.raises(UserError, match=words):
             stream.step(wrong)
     stream.step(x)
-    with pytest.raises(UserError, match="holds 6 samples, but the frame has 5; call reset"):
-        stream.step(x[:5])
-    with pytest.raises(UserError, match=r"call reset\(\) before frames of another size"):
-        stream.step(x[..., :-1])
+    for wrong in (x[:5], x[..., :-1]):
+        with pytest.raises(
+            UserError, match=r"but the stream's are \(6, 3, 28, 28\); call reset\(\)"
+        ):
+            stream.step(wrong)
     with pytest.raises(UserError, match="is built for 28x28 pixels, but the input has 28x27"):
         model(x[..., :-1])
     with pytest.raises(UserError, match=r"a bool mask \(6,\)"):

@@ -89,7 +89,7 @@ class Stream:
     def reset(self) -> None:
         """Restart: membranes at rest, no logits, any number of samples."""
         self.timesteps = 0
-        self._shape: tuple[int, ...] | None = None  # of a sample of the last frame
+        self._shape: tuple[int, ...] = ()  # of a sample of the last frame
         self._input: Tensor | None = None
         self._convolved: tuple[Tensor, Tensor] | None = None  # The first layer's input and output.
         self._membranes: list[Tensor] | None = None
@@ -118,7 +118,7 @@ class Stream:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # In float64, as evaluate.running_means.
         self._sum = wide.double() if self._sum is None else self._sum + wide.double()
-        self._input, self._shape, self._membranes = given, tuple(given.shape[1:]), membranes
+        self._input, self._membranes, self._shape = given, membranes, tuple(given.shape[1:])
         self.timesteps += 1
         return self._sum.to(wide.dtype) / self.timesteps
 
@@ -134,16 +134,11 @@ class Stream:
                 "a frame must be one timestep (B, C, H, W) of floating-point numbers, not "
                 f"{tuple(x.shape)} of {x.dtype}"
             )
-        held = self._sum
-        if held is not None and len(x) != len(held):
+        held = None if self._sum is None else (len(self._sum), *self._shape)
+        if held not in (None, x.shape):
             raise UserError(
-                f"the stream holds {counted(len(held), 'sample')}, but the frame has {len(x)}; "
-                "call reset() for other samples, or keep(mask) to drop some of these"
-            )
-        if self._shape not in (None, x.shape[1:]):
-            raise UserError(
-                f"the frame's samples are {tuple(x.shape[1:])}, but those before were "
-                f"{self._shape}; call reset() before frames of another size"
+                f"the frame is {tuple(x.shape)}, but the stream's are {held}; call reset() for "
+                "other samples or another size, or keep(mask) to drop some of the samples"
             )
         self.model.check_size(x)
         return x

@@ -138,13 +138,11 @@ def binning_of(trained: "Trained", path: Path) -> "tuple[Binning, Sensor]":
             "again"
         )
 
-    def size(text: str) -> Sensor:
-        return Sensor(*map(int, text.split("x")))
-
+    size, sensor = (
+        text and Sensor(*map(int, text.split("x"))) for text in (found["size"], found["sensor"])
+    )
     keys = ("timesteps", "bins", "values", "resize", "dtype")
-    frames = size(found["size"]) if found["size"] else None
-    binning = Binning(size=frames, **{key: found[key] for key in keys})
-    return binning, size(found["sensor"])
+    return Binning(size=size, **{key: found[key] for key in keys}), sensor
 
 
 class CtrlC:

@@ -152,8 +152,7 @@ def _faults(
         i = int(wrong[0])
         yield i, BadRecording(f"event {first + i} has polarity {p[i]} instead of 0 or 1")
     # The beginnings of stretches of equal events.
-    changes = np.flatnonzero((np.diff(events) != 0).any(0)) + 1
-    starts = np.concatenate([[0], changes])
+    starts = np.flatnonzero((np.diff(events, prepend=-1) != 0).any(0))
     lengths = np.diff(starts, append=len(t))
     long = np.flatnonzero(lengths >= _REPEATS)
     if long.size:
