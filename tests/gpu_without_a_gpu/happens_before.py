@@ -92,10 +92,6 @@ class Order:
         actor = self.host if actor is None else actor
         self._clocks[actor] = _joined(self._clocks[actor], clock)
 
-    def wait_for_all(self) -> None:
-        for stream in [actor for actor in self._clocks if isinstance(actor, int)]:
-            self.wait(self.reached(stream))
-
     def record(self, event: int, stream: int) -> None:
         self._events[event] = self.reached(stream)
         if self._graph is not None and stream == self._graph.stream:
@@ -109,7 +105,7 @@ class Order:
         self.wait(self._events[event], stream)
 
     def wait_for_event(self, event: int) -> None:
-        self.wait(self._events.get(event, {}))
+        self.wait(self._events[event])
 
     @contextlib.contextmanager
     def acting(self, host: str, after: Clock) -> Iterator[None]:

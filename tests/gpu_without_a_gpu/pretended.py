@@ -131,22 +131,14 @@ class _Stream:
 
     def synchronize(self) -> None:
         waited("Stream.synchronize()")
-        if (known := order()) is not None:
-            known.wait(known.reached(self.number))
-
-    def query(self) -> bool:
-        return True
 
     def wait_stream(self, other: "_Stream") -> None:
-        self.wait_event(other.record_event())
+        event = _Event()
+        event.record(other)
+        self.wait_event(event)
 
     def wait_event(self, event: "_Event") -> None:
         _on_event(True, event.number, self.number)
-
-    def record_event(self, event: "_Event | None" = None) -> "_Event":
-        event = event or _Event()
-        event.record(self)
-        return event
 
 
 @contextlib.contextmanager
@@ -169,12 +161,6 @@ class _Event:
     def record(self, stream: _Stream | None = None) -> None:
         self._total = 0 if _active is None else _active.total
         _on_event(False, self.number, current_stream() if stream is None else stream.number)
-
-    def wait(self, stream: _Stream | None = None) -> None:
-        _on_event(True, self.number, current_stream() if stream is None else stream.number)
-
-    def query(self) -> bool:
-        return True
 
     def synchronize(self) -> None:
         # After an event of long ago, the device still has enough work while the host waits.
@@ -292,7 +278,7 @@ def install(library: Any) -> None:
         "get_device_properties": lambda *_: Properties,
         "get_device_capability": lambda *_: (Properties.major, Properties.minor),
         "is_bf16_supported": lambda *_, **__: True,
-        "synchronize": _synchronize,
+        "synchronize": lambda *_: waited("torch.cuda.synchronize()"),
         "empty_cache": lambda: waited("torch.cuda.empty_cache()"),
         "Stream": _Stream,
         "Event": _Event,
@@ -321,12 +307,6 @@ def install(library: Any) -> None:
     FakeTensor.tolist = _fetched  # type: ignore[method-assign]  # on purpose
     torch.nn.Module._apply = _apply  # type: ignore[method-assign]  # on purpose
     _count_triton_kernels()
-
-
-def _synchronize(*_: Any) -> None:
-    waited("torch.cuda.synchronize()")
-    if (known := order()) is not None:
-        known.wait_for_all()
 
 
 # Memory of the host that was pinned after it had been allocated: first and last byte.

@@ -84,7 +84,7 @@ MISTAKES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "question": lambda _, there: bool(there[0] > 0),
     "numbers": lambda _, there: there.tolist(),
     "device": lambda _, __: torch.cuda.synchronize(),
-    "event": lambda _, __: torch.cuda.current_stream().record_event().synchronize(),
+    "event": lambda _, __: (event := torch.cuda.Event()).record() or event.synchronize(),
     "stream": lambda _, __: torch.cuda.current_stream().synchronize(),
     "another device": lambda here, there: here + there,
     "not deterministic": lambda _, there: there.cumsum(0),
