@@ -55,12 +55,8 @@ class Finding:
 
 
 def word(fraction: float, expected: float, slow: float) -> str:
-    """Return the word for a speed that is a fraction of the computed one.
-
-    Args:
-        fraction: The fraction.
-        expected, slow: Fractions from which it is as expected, and slow rather than far too slow.
-    """
+    """Return the word for a speed that is this fraction of the computed one; it is as expected from
+    the fraction ``expected`` on, and far too slow below ``slow``."""
     # The computed speed is within a tenth of measured ones: nothing is twice as fast.
     if fraction > 2:
         return TOO_FAST

@@ -182,10 +182,8 @@ def judged(hour: Hour, lines: Sequence[Mapping[str, Any]]) -> Finding:
     top1 = [one["top1"] for one in lines if one["kind"] == "val"][-1]
     images, rate = windows[-1]["step"] * hour.batch, _images_per_s(lines)
     wait = statistics.median(one["data_wait"] for one in windows)
-    numbers: dict[str, Any] = {
-        "expected": hour.expected(),
-        "seconds": time.monotonic() - hour.begun,
-    }
+    numbers: dict[str, Any] = {"expected": hour.expected()}
+    numbers["seconds"] = time.monotonic() - hour.begun
     numbers |= {"images": images, "images_per_s": rate, "data_wait": wait, "top1": top1}
     text = f"top-1 {top1:.2f} % after {images:,} images, {rate:.0f} images/s"
     status: Status = "ok"

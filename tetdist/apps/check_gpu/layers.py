@@ -62,9 +62,9 @@ class Case:
 
     @property
     def _named(self) -> dict[str, Any]:
+        named = {"kind": self.kind, "T": self.timesteps, "C": self.channels}
         dtype = str(self.dtype).removeprefix("torch.")
-        named = {"T": self.timesteps, "C": self.channels, "type": dtype}
-        return {"kind": self.kind, **named, "mode": self.mode, "given": self.given}
+        return named | {"type": dtype, "mode": self.mode, "given": self.given}
 
     def common(self, others: Iterable["Case"]) -> str:
         """Return what this case has in common with all others."""
@@ -133,7 +133,7 @@ class Layer(nn.Module):
     def __init__(self, case: Case, generator: torch.Generator) -> None:
         super().__init__()
         config, channels = kinds()[case.kind], case.channels
-        self.case = case
+        self.case, self.config = case, config
         self.norm = BatchNorm(channels) if case.given == "normalised shortcut" else None
         self.layer: nn.Module
         if config is not None and "timesteps" in (one.name for one in fields(config)):
@@ -162,13 +162,11 @@ class Layer(nn.Module):
         """Return whether kernels serve the layer for a tensor's type and device."""
         if self.case.kind == ATTENTION:
             return True  # of bytes, at least
-        timesteps, config = self.case.timesteps, kinds()[self.case.kind]
-        if config is None:
-            return dispatch.norm_kernels_for((like,), timesteps) is not None
-        kernels = dispatch.kernels_for(
-            config, (like,), timesteps, carries=self.carries, packs=False
-        )
-        return kernels is not None
+        given = (like,), self.case.timesteps
+        if self.config is None:
+            return dispatch.norm_kernels_for(*given) is not None
+        carries = self.carries
+        return dispatch.kernels_for(self.config, *given, carries=carries, packs=False) is not None
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return spikes, or sums without neurons; also in bytes; and membranes at the end."""
@@ -216,9 +214,8 @@ def drawn(layer: Layer, device: torch.device, generator: torch.Generator) -> dic
         found["shortcut"] = draw(1 if shares else timesteps, batch)
     if case.given == "spikes":
         found["spikes"] = spikes()
-    if layer.carries:
-        config = kinds()[case.kind]
-        earlier = (1,) if config is not None and config.sample_axis else ()  # of sliding_psn
+    if layer.config is not None and layer.carries:
+        earlier = (1,) if layer.config.sample_axis else ()  # of sliding_psn
         found["membrane"] = draw(*earlier, batch, dtype=torch.float32)
     return found
 

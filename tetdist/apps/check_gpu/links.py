@@ -48,26 +48,18 @@ def check_links(here: Machine) -> Finding:
     # Traffic of each link, independent of their number: nccl-tests' "busbw".
     traffic = 2 * (world.world_size - 1) / world.world_size
     bandwidth = traffic * megabytes / 1000 / median
-    numbers: dict[str, Any] = {
-        "seconds": median,
-        "gb_per_s": bandwidth,
-        "megabytes": megabytes,
-        "hosts": hosts,
-    }
+    numbers: dict[str, Any] = {"seconds": median, "gb_per_s": bandwidth}
+    numbers |= {"megabytes": megabytes, "hosts": hosts}
     text = (
         f"{'NCCL' if here.on_gpu else 'gloo'}, {world.world_size} processes, {hosts} "
         f"host{'s' * (hosts > 1)}: {1000 * median:.1f} ms for {megabytes} MB, {bandwidth:.1f} GB/s"
     )
-    if here.small:
-        return Finding("ok", text, None, numbers)
-    link = link_of(here) if hosts == 1 else None
+    link = None if here.small or hosts > 1 else link_of(here)
     if link is None:
         least = LEAST_IN_HOST if hosts == 1 else LEAST_BETWEEN_HOSTS
-        if not bandwidth >= least:
-            return Finding(
-                "bad", f"{text}, below the limit of {least:g}", remedies.NETWORK, numbers
-            )
-        return Finding("ok", text, None, numbers)
+        if here.small or bandwidth >= least:
+            return Finding("ok", text, None, numbers)
+        return Finding("bad", f"{text}, below the limit of {least:g}", remedies.NETWORK, numbers)
     name, speed, remedy = link
     judged = word(bandwidth / speed, REACHED, SLOWLY)
     numbers |= {"link": name, "link_gb_per_s": speed, "word": judged}
@@ -89,8 +81,7 @@ def link_of(here: Machine) -> tuple[str, float, str] | None:
     if wanted:
         return "NVLink, which is off or partly off", wanted, OFF
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, KeyError):
-        query = "--query-gpu=pcie.link.gen.max,pcie.link.width.max"
-        answer = remedies.nvidia_smi(query, "--format=csv,noheader", "-i", uuid)
+        answer = remedies.smi("pcie.link.gen.max,pcie.link.width.max", "-i", uuid)
         generation, width = map(int, answer.split(","))
         return f"PCIe {generation} x{width}", LANES[generation] * width, remedies.NETWORK
     return None

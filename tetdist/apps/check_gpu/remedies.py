@@ -128,7 +128,7 @@ def driver_and_gpu() -> tuple[int | None, tuple[int, int] | None]:
         return None, None
 
 
-def smi(query: str) -> str:
+def smi(query: str, *options: str) -> str:
     """Return nvidia-smi's answer, one line for each GPU.
 
     Raises:
@@ -136,7 +136,7 @@ def smi(query: str) -> str:
         subprocess.TimeoutExpired: It does not answer.
         subprocess.CalledProcessError: It fails.
     """
-    return nvidia_smi(f"--query-gpu={query}", "--format=csv,noheader")
+    return nvidia_smi(f"--query-gpu={query}", "--format=csv,noheader", *options)
 
 
 def nvidia_smi(*options: str) -> str:
