@@ -184,7 +184,7 @@ def test_spikes_in_bytes(implementation: str, kind: str) -> None:
         assert torch.equal(packed.unpack(dtype), spikes)
         assert 0 <= spikes.min() <= spikes.max() <= most * module.neuron.highest
     assert torch.equal(both, 2 * first)
-    assert len(first.unique()) == (first.unique().numel() if "ilif" in kind else 2)
+    assert (len(first.unique()) > 2) == ("ilif" in kind)
     assert first.dtype == dtype
     assert current.grad is not None
     assert current.grad.abs().max() > 0

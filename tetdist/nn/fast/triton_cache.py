@@ -25,7 +25,7 @@ def use() -> None:
     folder = Path(tempfile.gettempdir()) / f"tetdist-{os.getuid()}"
     with contextlib.suppress(OSError):
         make_private(folder)
-        # Others could exchange a link of theirs, and libraries are loaded from there.
+        # Another user could redirect a link to code of theirs; noexec disks cannot hold libraries.
         if not folder.is_symlink() and not os.statvfs(folder).f_flag & os.ST_NOEXEC:
             os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 

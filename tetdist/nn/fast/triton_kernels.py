@@ -211,7 +211,7 @@ class NormKernels:
         arguments: list[Argument] = [x, shortcut, affine.mean, mean_of_shortcut, grad, partial]
         arguments += [rows, x.shape[1], groups, divided.steps]
         launch(neuron.add_sums, divided.grid, arguments, divided.sizes | _shared(x, shortcut))
-        return self._finish_sums(partial, affine, of_shortcut)
+        return _finish_sums(partial, affine, of_shortcut)
 
     def norm_gradient(
         self, x: Tensor, grad: Tensor, affine: Affine, sums: tuple[Tensor, Tensor] | None
@@ -225,11 +225,12 @@ class NormKernels:
         launch(neuron.norm_gradient, divided.grid, arguments, divided.sizes)
         return grad_x
 
-    def _finish_sums(self, partial: Tensor, affine: Affine, of_shortcut: Affine | None) -> Sums:
-        """Add partial sums up, (blocks, 2 or 3, C)."""
-        sums, copy = _added(partial, affine.rstd, None if of_shortcut is None else of_shortcut.rstd)
-        grad, grad_xhat, *others = sums
-        return Sums(grad, grad_xhat, others[0] if others else None, copy=copy)
+
+def _finish_sums(partial: Tensor, affine: Affine, of_shortcut: Affine | None) -> Sums:
+    """Add partial sums up, (blocks, 2 or 3, C)."""
+    sums, copy = _added(partial, affine.rstd, None if of_shortcut is None else of_shortcut.rstd)
+    grad, grad_xhat, *others = sums
+    return Sums(grad, grad_xhat, others[0] if others else None, copy=copy)
 
 
 def _added(partial: Tensor, *rstds: Tensor | None) -> Tensor:
@@ -340,7 +341,7 @@ class NeuronKernels(NormKernels):
         assert inputs.affine is not None
         partial, grad_learned = self._partial_sums(inputs, grad_spikes, grad_end)
         assert partial is not None
-        sums = self._finish_sums(partial, inputs.affine, inputs.of_shortcut)
+        sums = _finish_sums(partial, inputs.affine, inputs.of_shortcut)
         return sums._replace(grad_learned=grad_learned), None
 
     def _partial_sums(
@@ -558,8 +559,7 @@ class Pool(Pooling):
         arguments += [sizes.height, sizes.width, sizes.out_height, sizes.out_width]
         known = {"KERNEL": sizes.kernel, "STRIDE": sizes.stride, "PADDING": sizes.padding}
         launch(pooling.backward_sums, divided.grid, arguments, known | divided.sizes)
-        (sum_grad, sum_grad_hat), copy = _added(partial, affine.rstd, None)
-        return Sums(sum_grad, sum_grad_hat, None, copy=copy), grad
+        return _finish_sums(partial, affine, None), grad
 
     def gradient(
         self, kernels: Any, pooled: Pooled, grad: Tensor, sums: tuple[Tensor, Tensor] | None

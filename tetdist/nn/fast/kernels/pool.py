@@ -155,8 +155,8 @@ def backward_normalized(
     height, width, out_height, out_width, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     PADDING: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
 ):
-    """Do the same for the current before its norm; without sums, mean and variance were
-    constants."""
+    """Compute the gradient of each pixel of the current before its norm; without sums, mean and
+    variance were constants."""
     C = groups * VEC
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     pixel = tl.program_id(0) * BN + tl.arange(0, BN)
