@@ -80,16 +80,18 @@ def test_compressed_aedat4_is_read_as_written(tmp_path, module, number):
         read(tmp_path, "1.aedat4", damaged)
 
 
-# Vectors of each length, times that go beyond the counter, and rows that stay the same.
+# Vectors of each length, times that go beyond the counter twice, and rows that stay the same.
 SIDE_BY_SIDE = Made(
     np.tile([100, 103, 111, 113, 119, 7], 8),
     np.full(48, 9),
-    np.repeat(np.arange(8) * 4_000_000, 6),
+    np.repeat(np.arange(8) * 5_000_000, 6),
     np.tile([1, 1, 1, 1, 1, 0], 8),
 )
+# A vector of 8 pixels with 4 unused bits, one of 12, a word of another kind that is continued, and
+# an event after a word of the upper half of the time.
+WORDS = [0x8001, 0x6005, 0x0009, 0x3864, 0x5F81, 0x4001, 0xE000, 0xF000, 0x8002, 0x2803]
+EVT3 = b"% evt 3.0\n% geometry 1280x720\n% end\n" + np.array(WORDS, "<u2").tobytes()
 FEW = cameras.events(number=40, duration=1_000)
-
-
 PACKED = partial(cameras.aedat4, FEW, compression=1, compress=lz4.frame.compress, per_packet=10)
 # When its first bytes were written, the place of its table was not known.
 FINISHED_MEANWHILE = PACKED(finished=False)
@@ -105,8 +107,9 @@ FINISHED_MEANWHILE += PACKED()[len(FINISHED_MEANWHILE) :]
         (".aedat", cameras.davis240(FEW), 40),
         (".aedat", cameras.aedat31(FEW, per_packet=10), 4),
         (".dat", cameras.dat(FEW), 40),
-        (".raw", cameras.evt2(FEW), 40),
+        (".raw", cameras.evt2(FEW) + np.array([0xE << 28, 0xF << 28], "<u4").tobytes(), 40),
         (".raw", cameras.evt3(FEW), 40),
+        (".raw", EVT3, 3),
         (".raw", cameras.evt3(SIDE_BY_SIDE, "% evt 3.0\n% Width 1280\n% Height 720\n"), 24),
         (".aedat4", cameras.aedat4(FEW, per_packet=10), 4),
         (".aedat4", PACKED(finished=False), 4),
@@ -144,12 +147,13 @@ def test_recordings_that_come_in_pieces_are_read_as_whole_ones(suffix, data, ste
 
 
 def test_evt3_vectors_are_events_side_by_side(tmp_path):
-    # Of one time, row and polarity, further apart than one vector word reaches.
-    x = np.array([100, 103, 111, 113, 119, 7])
-    made = Made(x, np.full(6, 9), np.array([5, 5, 5, 5, 5, 6]), np.array([1, 1, 1, 1, 1, 0]))
-    data = cameras.evt3(made)
-    assert len(data) < len(cameras.evt3(Made(x, made.y, np.arange(6), made.p)))
-    check(read(tmp_path, "1.raw", data), made, (1280, 720))
+    # Further apart than one vector word reaches.
+    data = cameras.evt3(SIDE_BY_SIDE)
+    assert len(data) < len(cameras.evt3(SIDE_BY_SIDE._replace(t=np.arange(48))))
+    check(read(tmp_path, "1.raw", data), SIDE_BY_SIDE, (1280, 720))
+    t, ones = np.array([0x1005, 0x1005, 0x1005, 0x2000]), np.ones(4, int)
+    made = Made(np.array([100, 107, 108, 3]), 9 * ones, t, ones)
+    check(read(tmp_path, "2.raw", EVT3), made, (1280, 720))
 
 
 @pytest.mark.parametrize(
@@ -169,12 +173,6 @@ def test_events_before_the_first_time_are_dropped(tmp_path, write, word, sensor)
 def test_a_piece_begins_with_its_start_and_ends_before_its_end():
     t = np.array([1, 2, 2, 3, 3])
     assert Events(t, t, t, t, Sensor(9, 9)).between(2, 3).t.tolist() == [2, 2]
-
-
-def test_evt3_time_goes_on_when_its_counter_begins_again(tmp_path):
-    t = np.array([2**24 - 3, 2**24 + 5, 2**25 - 1, 2**25 + 1])
-    made = Made(np.arange(4), np.arange(4), t, np.array([0, 1, 1, 0]))
-    check(read(tmp_path, "1.raw", cameras.evt3(made)), made, (1280, 720))
 
 
 def test_the_time_of_aedat_31_goes_on_when_its_counter_begins_again(tmp_path):
@@ -307,7 +305,7 @@ WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
         ("1.raw", cameras.dat(MADE), "has no EVT version"),
         ("1.raw", cameras.evt2(MADE, header="% evt 2.1\n"), "has EVT 2.1; EVT 2.0 and EVT 3.0"),
         ("1.raw", cameras.evt2(MADE)[:-1], "truncated"),
-        ("1.raw", cameras.evt2(MADE)[:-4] + bytes([0, 0, 0, 0x50]), "0x5, which EVT 2.0 does not"),
+        ("1.raw", cameras.evt2(MADE)[:-4] + bytes([0, 0, 0, 0x50]), "word 600 .* 0x5, which"),
         ("1.raw", cameras.evt3(MADE)[:-1], "truncated"),
         ("1.raw", cameras.evt3(MADE)[:-2] + bytes([0, 0x90]), "type 0x9, which EVT 3.0 does not"),
         ("1.npz", npz(x=MADE.x, y=MADE.y, t=MADE.t), "no array 'p'"),

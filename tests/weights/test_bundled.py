@@ -76,7 +76,8 @@ def test_timm_builds_the_network_of_the_checkpoint(name: str) -> None:
     assert "seed 0" in card
     assert trained.description.commit in card
     assert "(changed)" not in card
-    assert b"/work" not in (bundled.folder(name) / checkpoint.MODEL_FILE).read_bytes()
+    _, stored = checkpoint.load_model_file(Path(name))
+    assert '"/' not in stored.model_dump_json()  # no path of the machine that trained it
 
 
 def test_accuracy_is_that_of_the_card_and_of_eval(
@@ -187,8 +188,3 @@ def test_unknown_name_is_refused_with_all_names(call: Call, command: tuple[str, 
     assert status == 2
     known = ", ".join(bundled.names())
     assert f"no network tetdist:mnist comes with tetdist; choose from {known}, or give" in output
-
-
-def test_networks_without_weights_are_refused() -> None:
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for sew_resnet18"):
-        timm.create_model("sew_resnet18", pretrained=True)

@@ -9,7 +9,7 @@ from tetdist.errors import PEER_FAILED, PeerFailed, UserError, sentence, typed
 # Help of an argument that names a trained network.
 CHECKPOINT = (
     "run folder (its last checkpoint), checkpoint or export folder, .safetensors file, "
-    "hf:ORG/NAME[@REVISION] of the Hugging Face hub, or tetdist:NAME (see the command list)"
+    "hf:ORG/NAME[@REVISION] of the Hugging Face hub, or tetdist:NAME (`tetdist list` names them)"
 )
 # Errors that the user can fix; any other exception is a bug and keeps its traceback.
 MISTAKES = (UserError, ModuleNotFoundError)

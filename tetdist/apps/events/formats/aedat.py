@@ -52,13 +52,10 @@ def _decode_2(contents: Contents, header: list[str], sensor: Sensor | None) -> I
         if sensor == DVS128:
             is_event = (address & 0x8000) == 0  # Bit 15 marks external triggers.
             beyond = np.flatnonzero(address >> 16)
-            if beyond.size and named is None:
-                raise BadRecording(
-                    "its header names no camera and the addresses do not fit a DVS128; give"
-                    " --sensor"
-                )
             if beyond.size:
-                raise BadRecording(f"address {address[beyond[0]]:#x} is invalid for a DVS128")
+                unnamed = "its header names no camera and the addresses do not fit a DVS128; give"
+                invalid = f"address {address[beyond[0]]:#x} is invalid for a DVS128"
+                raise BadRecording(invalid if named else f"{unnamed} --sensor")
             x, y = (address >> 1) & 0x7F, (address >> 8) & 0x7F
             p = 1 - (address & 1).astype(np.int64)  # The bit is set if the pixel became darker.
         else:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -110,12 +109,11 @@ def _stated_sensor(header: list[str]) -> Sensor | None:
 
 def _decode_evt2(contents: Contents, sensor: Sensor) -> Iterator[Columns]:
     first, before, high = 0, -1, -1  # The next word's number; of the last words, kind and time.
+    known = (_EVT2_OFF, _EVT2_ON, _EVT2_TIME_HIGH, *_EVT2_OTHERS)
     for words in contents.records("<u4"):
         word = words[:, 0].astype(np.int64)
         kind = word >> 28
-        known = (_EVT2_OFF, _EVT2_ON, _EVT2_TIME_HIGH, *_EVT2_OTHERS)
-        _check_kinds(kind, known, "EVT 2.0", first)
-        _check_continued(kind, _EVT2_CONTINUED, before, first)
+        _check_kinds(kind, known, _EVT2_CONTINUED, "EVT 2.0", before, first)
         times = _latest(kind == _EVT2_TIME_HIGH, word & 0x0FFF_FFFF, high)
         first, before, high = first + len(word), int(kind[-1]), int(times[-1])
         # Events before the first time word have no time.
@@ -127,9 +125,7 @@ def _decode_evt2(contents: Contents, sensor: Sensor) -> Iterator[Columns]:
             (times[is_event] << 6) | ((event >> 22) & 0x3F),
             event >> 28,
             sensor,
-            dropped=int(
-                np.isin(kind, _EVT2_OTHERS).sum() + ((kind <= _EVT2_ON) & (times < 0)).sum()
-            ),
+            dropped=int((~is_event & (kind != _EVT2_TIME_HIGH)).sum()),
             counter=2**34,
         )
 
@@ -158,9 +154,8 @@ def _evt3_columns(word: npt.NDArray[np.int64], state: _Evt3State, sensor: Sensor
     """Decode words, and update the state."""
     kind, value = word >> 12, word & 0xFFF
     known = (_EVT3_Y, _EVT3_X, _EVT3_BASE, _EVT3_VECTOR_12, _EVT3_VECTOR_8)
-    times = (_EVT3_TIME_LOW, _EVT3_TIME_HIGH)
-    _check_kinds(kind, (*known, *times, *_EVT3_OTHERS), "EVT 3.0", state.number)
-    _check_continued(kind, _EVT3_CONTINUED, state.kind, state.number)
+    others = (_EVT3_TIME_LOW, _EVT3_TIME_HIGH, *_EVT3_OTHERS)
+    _check_kinds(kind, known + others, _EVT3_CONTINUED, "EVT 3.0", state.kind, state.number)
     _check_rows(kind, value, state)
     high, low = _evt3_times(kind, value, state)
     row = _latest(kind == _EVT3_Y, value & 0x7FF, state.row)
@@ -239,8 +234,14 @@ def _latest(
 
 
 def _check_kinds(
-    kind: npt.NDArray[Any], known: tuple[int, ...], format_name: str, first: int
+    kind: npt.NDArray[np.int64],
+    known: tuple[int, ...],
+    continued: tuple[int, ...],
+    format_name: str,
+    before: int,
+    first: int,
 ) -> None:
+    """Refuse unknown words, and continuation words that continue none, such as an area of ones."""
     foreign = np.flatnonzero(~np.isin(kind, known))
     if foreign.size:
         i = int(foreign[0])
@@ -248,12 +249,6 @@ def _check_kinds(
             f"word {first + i} of its data has the type {kind[i]:#x}, which {format_name} does not"
             " have"
         )
-
-
-def _check_continued(
-    kind: npt.NDArray[Any], continued: tuple[int, ...], before: int, first: int
-) -> None:
-    """Refuse continuation words without a beginning, such as an area filled with ones."""
     previous = np.concatenate([[before], kind[:-1]])
     alone = np.flatnonzero(np.isin(kind, continued) & ~np.isin(previous, (_OTHER, *continued)))
     if alone.size:
