@@ -362,7 +362,8 @@ The loss, the update and loading are not included.
 
 Other networks on an H100: kernels launched in the forward and backward pass of one micro-batch of
 {BATCH} (T={TIMESTEPS}, {PRECISION}) with each network's recipe, bytes moved, and time. The ReLU
-network has the same convolutions, and torch's layers, on {TIMESTEPS} times the batch:
+network has the same convolutions, and torch's layers, on {TIMESTEPS} times the batch;
+transformers have none:
 
 {many}
 

@@ -183,8 +183,8 @@ def test_statistics_of_many_blocks_do_not_cancel(
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_sums_of_many_programs(number: int) -> None:
-    partial, (*rstds,) = draw(0, 1300, number, 20).float(), draw(1, 2, 20).float()
-    rstds = [one if i + 2 <= number else None for i, one in enumerate(rstds)]
+    partial, scales = draw(0, 1300, number, 20).float(), draw(1, 2, 20).float()
+    rstds = [*scales[: number - 1], None, None][:2]
     with interpreted():
         sums, copy = triton_kernels._added(partial, *rstds)
     expected = partial.double().sum(0)
