@@ -164,7 +164,7 @@ def replayed_is_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[s
     assert lines_of(shown.out) == lines_of_frames(run, frames_of(good))
     assert "wrote" in shown.out.splitlines()[-1]
     assert re.search(r"event 890 \(.*\); everything before it was used\n$", shown.err)
-    other = cameras.dat(made._replace(x=made.x + 29), header="% Version 2\n")
+    other = cameras.dat(made._replace(x=made.x + 29 * (made.t > made.t[0])), header="% Version 2\n")
     (folder / "other.dat").write_bytes(other)
     (folder / "no.bin").write_bytes(b"abc")
     (run / "checkpoints" / "best").write_text("none")
