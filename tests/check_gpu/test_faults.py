@@ -32,6 +32,9 @@ from tetdist.nn.neurons import LIF, make
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+# Kinds of layers that the check has found to be right, without a fault.
+SEEN_RIGHT: set[str] = set()
+
 NEURON, NORM, POOL, TYPES = "neuron.cpp", "norm.cpp", "pool.cpp", "types.h"
 # Name: file, the kind of layer in which it shows, what the check has to say about it, what stands
 # there, and what replaces it. HERE is true where the fault is switched on.
@@ -142,12 +145,6 @@ def switch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str |
     forget()
 
 
-@pytest.fixture(scope="module")
-def seen_right() -> set[str]:
-    """Kinds of layers that the check has found to be right, without a fault."""
-    return set()
-
-
 @pytest.fixture
 def here(alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(numerics, "SMALL_NETWORKS", {})
@@ -164,15 +161,14 @@ def of_kind(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
 def test_numerics_sees_a_kernel_that_is_wrong_at(
     here: Machine,
     switch: Callable[[str | None], None],
-    seen_right: set[str],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
     _, kind, common, *_ = KERNELS[name]
     of_kind(monkeypatch, kind)
-    if kind not in seen_right:
+    if kind not in SEEN_RIGHT:
         assert numerics.check_numerics(here).status == "ok"  # this builds the libraries, too
-        seen_right.add(kind)
+        SEEN_RIGHT.add(kind)
     monkeypatch.setattr(numerics, "SEEDS", 1)
     switch(name)
     found = numerics.check_numerics(here)

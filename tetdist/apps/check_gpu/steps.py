@@ -97,8 +97,8 @@ def changes_alone(step: MadeUp) -> dict[str, Tensor]:
     for number in range(len(step.step.micro_batches)):
         of_ranks = [step.batch_of(rank, number) for rank in range(world.world_size)]
         if config.batch_norm.sync:
-            both = zip(*of_ranks, strict=True)
-            of_ranks = [(torch.cat(next(both)), torch.cat(next(both)))]
+            images_of, labels_of = zip(*of_ranks, strict=True)
+            of_ranks = [(torch.cat(images_of), torch.cat(labels_of))]
         given += of_ranks
     for images, labels in given:
         with autocast(world.device, config.precision):
