@@ -21,7 +21,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.apps.cli.common import program, run_command
+from tetdist.apps.cli.common import CHECKPOINT, program, run_command
 from tetdist.config.flags import add_import
 from tetdist.errors import UserError, typed
 from tetdist.wording import counted
@@ -44,10 +44,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    source = "run folder, checkpoint or export folder, .safetensors file, or tetdist:NAME"
     recording = "a file of events (docs/events.md), or - for standard input"
     add("recording", metavar="RECORDING", type=Path, help=recording)
-    add("--checkpoint", metavar="RUN_OR_FILE", type=Path, required=True, help=source)
+    add("--checkpoint", metavar="RUN_OR_FILE", type=Path, required=True, help=CHECKPOINT)
     add("--best", action="store_true", help="use a run folder's best checkpoint")
     add("--fast", action="store_true", help="replay as fast as possible, not in real time")
     add("--follow", action="store_true", help="wait for what is appended, until Ctrl-C")

@@ -123,7 +123,7 @@ def window_frames(
         rest = piece if rest is None else rest.followed_by(piece)
         while True:
             edge = int(np.searchsorted(rest.t, start + end + size)) if by_time else size
-            if edge + by_time > len(rest):
+            if edge + by_time > len(rest):  # A duration is over when a later event is there.
                 break
             end = end + size if by_time else int(rest.t[edge - 1]) - start
             yield end, _frame(rest.cut(slice(edge)), binning)
