@@ -81,9 +81,13 @@ def test_as_much_is_trained_as_fits_into_the_hour(
 
 
 def test_what_fails_is_reported(
-    tiny_root: Path, call: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+    tiny_root: Path,
+    tmp_path: Path,
+    call: Callable[..., tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A mistake before the checks begin, and a training that fails as a finding."""
+    """A mistake before the checks begin, and a training that fails as a finding; until the training
+    ends, the file says that it was not reached."""
     command = ["--device", "cpu", "--only", "versions"]
     status, output = call("check_gpu", *command, "--first-hour", "data.root=/nowhere")
     assert (status, "ok        versions" in output) == (2, False)
@@ -98,8 +102,16 @@ def test_what_fails_is_reported(
             1,
             "to fix: versions: remove one; not reached: epoch",
         )
-    ended = types.SimpleNamespace(returncode=1)
-    monkeypatch.setattr(first_hour.subprocess, "run", lambda *_, **__: ended)
-    status, output = call("check_gpu", *hour)
-    assert status == 1
+    file = tmp_path / "hour.json"
+    meanwhile: list[Any] = []
+
+    def fail(*_: Any, **__: Any) -> Any:
+        meanwhile.append(json.loads(file.read_text()))
+        return types.SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(first_hour.subprocess, "run", fail)
+    status, output = call("check_gpu", *hour, "--json", file)
+    assert (status, list(meanwhile[0]["checks"])) == (1, ["versions"])
+    assert meanwhile[0]["not_reached"] == ["epoch"]
+    assert json.loads(file.read_text())["not_reached"] == []
     assert output.splitlines()[-1] == "to fix: epoch: the training failed; read its message above"

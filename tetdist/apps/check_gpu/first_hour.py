@@ -149,6 +149,7 @@ def add(report: Report, here: Machine, hour: Hour) -> None:
     started = time.monotonic()
     found = finding_of(lambda machine: train(machine, hour), here)
     report.results.append(Result("epoch", [found], time.monotonic() - started))
+    report.not_reached.remove("epoch")
     if here.world.rank == 0:
         print(report.results[-1].line(), flush=True)
 

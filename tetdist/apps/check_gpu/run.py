@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def run_checks(
     here: Machine,
     show: Callable[[str], None] = lambda _: None,
     keep: Callable[[Report], None] = lambda _: None,
+    later: Sequence[str] = (),
 ) -> Report:
     """Run checks in order on all processes.
 
@@ -63,13 +64,14 @@ def run_checks(
         here: The machine.
         show: Called with each result's line, on rank 0.
         keep: Called with the report after each check, on rank 0.
+        later: Checks that the caller runs after these ones; not reached until then.
 
     Returns:
         The findings. If a check ``hangs``, its thread still runs, and only `os._exit` can end the
         process.
     """
     world, device = here.world, here.device.type
-    report = Report(machine(device), device, world.world_size, here.small, list(checks))
+    report = Report(machine(device), device, world.world_size, here.small, [*checks, *later])
     end = time.monotonic() + (2 * BUDGET if here.small else BUDGET)
 
     def add(name: str, findings: list[Finding], seconds: float = 0.0) -> None:

@@ -99,7 +99,9 @@ def check(options: argparse.Namespace) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     checks = {name: CHECKS[name] for name in NAMES if name in options.only}
     # Find out now, not after ten minutes, if the file cannot be written.
-    _keep(options, Report({}, options.device, 0, small=False, not_reached=list(checks)))
+    later = ["epoch"] if options.first_hour else []
+    names = [*checks, *later]
+    _keep(options, Report({}, options.device, 0, small=False, not_reached=names))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ending_on_signals(options))
         stack.enter_context(_quiet())
@@ -108,7 +110,7 @@ def check(options: argparse.Namespace) -> int:
                 join(options.device, timeout=MEETING, run=vars(options) | {"local_rank": None})
             )
         except (UserError, PeerFailed) as error:
-            return _no_start(options, error, list(checks))
+            return _no_start(options, error, names)
         else:
             small = world.device.type == "cpu"
             if small and world.rank == 0:
@@ -126,11 +128,10 @@ def check(options: argparse.Namespace) -> int:
                     here,
                     lambda line: print(line, flush=True),
                     lambda report: _keep(options, report),
+                    later,
                 )
-                if hour is not None and report.status == 0:
+                if hour is not None and not report.bad and report.not_reached == later:
                     first_hour.add(report, here, hour)
-                elif hour is not None:
-                    report.not_reached.append("epoch")
                 _keep(options, report)
             if world.rank == 0:
                 print(f"\n{report.conclusion()}", flush=True)
