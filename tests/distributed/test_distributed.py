@@ -62,7 +62,7 @@ def test_two_processes(farm: Farm, tmp_path: Path) -> None:
             r = world.rank
             ports = psutil.net_connections("inet")
             ports = [c.laddr for c in ports if c.pid == os.getpid() and c.status == "LISTEN"]
-            print("listens at", {one.ip for one in ports})
+            print("listens at", {one.ip for one in ports}, os.environ.get("GLOO_SOCKET_IFNAME"))
             stores = [int(os.environ["MASTER_PORT"])]
             if r == 0:
                 stores.append(watch._store.store.underlying_store.port)
@@ -110,7 +110,7 @@ def test_two_processes(farm: Farm, tmp_path: Path) -> None:
     (status_0, first), (status_1, second) = farm.side_by_side(2, command, tmp_path)
     assert (status_0, status_1) == (0, 0), first + second
     for output in (first, second):
-        assert "listens at {'127.0.0.1'}" in output, output
+        assert "listens at {'127.0.0.1'} lo" in output, output
         # The store where all met; of rank 0 the watch's, too.
         assert output.count("a stranger finds False") == (2 if output is first else 1)
         assert "sum [3.0, 0.2]" in output
