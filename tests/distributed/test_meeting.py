@@ -1,11 +1,8 @@
 """Meeting of processes: address, secret, and recognition of their own run."""
 
-import contextlib
 import os
-import shutil
 import socket
 import stat
-import sys
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -81,48 +78,6 @@ def test_gloo_gets_the_interface_to_the_other_hosts(
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     meeting._choose_interface(rank, ["127.0.0.1"] * 3)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
-
-
-JOINED = """
-from tetdist.distributed.world import join
-with join("cpu", timeout=60) as world:
-    print(world.gather(world.rank), world.sum([1.0]))
-"""
-
-
-@pytest.mark.long
-def test_hosts_that_know_themselves_by_127_0_1_1_connect(tmp_path: Path) -> None:
-    """Two network namespaces with a cable between them are two hosts."""
-
-    def ip(command: str) -> bool:
-        return tiny.execute(["ip", *command.split()], tmp_path)[0] == 0
-
-    names = [f"tetdist{side}{os.getpid() % 10000}" for side in "ab"]
-    first, second = names
-    if os.geteuid() or not shutil.which("ip") or not ip(f"netns add {first}"):
-        pytest.skip("only root may make hosts")
-    with contextlib.ExitStack() as stack:
-        stack.callback(lambda: [ip(f"netns del {name}") for name in names])
-        assert ip(f"netns add {second}")
-        assert ip(f"link add {first} netns {first} type veth peer name {second} netns {second}")
-        processes = []
-        for rank, name in enumerate(names):
-            assert ip(f"-n {name} addr add 10.77.0.{rank + 1}/24 dev {name}")
-            assert all(ip(f"-n {name} link set {device} up") for device in ("lo", name))
-            hosts = tmp_path / name
-            hosts.write_text(f"127.0.1.1 {name}\n{'' if rank == 0 else f'10.77.0.1 {first}'}\n")
-            script = f"mount --bind {hosts} /etc/hosts; hostname {name}; exec $0 -c '{JOINED}'"
-            command = ["nsenter", f"--net=/run/netns/{name}", "unshare", "--mount", "--uts"]
-            env = tiny.clean_environment(
-                **{"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", meeting.TOKEN: "x"},
-                **{"MASTER_ADDR": first, "MASTER_PORT": "29500", "PYTHONPATH": str(tiny.PROJECT)},
-            )
-            started = tiny.started([*command, "sh", "-c", script, sys.executable], tmp_path, env)
-            processes.append(stack.enter_context(started))
-        for process in processes:
-            text, _ = process.communicate(timeout=200)
-            assert process.returncode == 0, text
-            assert "[0, 1] [2.0]" in text
 
 
 def test_a_secret_is_made_once_and_read_by_its_owner_alone(tmp_path: Path) -> None:
