@@ -159,7 +159,7 @@ def test_cores_are_divided_among_those_of_a_host_who_share_them(
         ([range(6)] * 4, ["0-3", "0-3", "4-7", "4-7"], [{0, 1, 2, 3}] * 2 + [{4, 5}] * 2),
         # A machine with one processor or an unknown one; two GPUs at one of two processors.
         ([range(4)] * 2, ["0-3", "0-3"], [set(range(4))] * 2),
-        ([range(4)] * 2, [None, "0-3"], [None, set(range(4))]),
+        ([range(4)] * 3, [None, "", "0-3"], [None, None, set(range(4))]),
         ([range(8)] * 2, ["0-3", "0-3"], [None, None]),
         # Slurm has bound the processes, one to the processor of the other's GPU.
         ([range(4), range(4, 8)], ["4-7", "4-7"], [None, None]),
@@ -177,7 +177,7 @@ def test_processes_stay_near_their_gpus(
     monkeypatch.setattr(devices, "PCI", tmp_path)
     for gpu, listed in enumerate(lists):
         (tmp_path / f"0001:c{gpu}:1f.0").mkdir()
-        if listed:
+        if listed is not None:
             (tmp_path / f"0001:c{gpu}:1f.0/local_cpulist").write_text(f"{listed}\n")
     monkeypatch.setattr(
         torch.cuda,

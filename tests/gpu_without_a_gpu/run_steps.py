@@ -258,6 +258,7 @@ def run_in_order(case: Case, world: Any, recorder: Recorder) -> None:
     from tetdist.config import loading
     from tetdist.data import build, loader, pixels, transfer
     from tetdist.data.own_process import LoaderProcess as Source
+    from tetdist.distributed import overlap
     from tetdist.evaluation.evaluate import evaluate
     from tetdist.order import evaluation_batches
     from tetdist.training import graphs
@@ -273,11 +274,13 @@ def run_in_order(case: Case, world: Any, recorder: Recorder) -> None:
         mock.patch.object(loader, "import_dali", return_value=dali),
         mock.patch.object(loader, "image_graph", lambda _, source, __, out: (source, out.size)),
         mock.patch.object(torch, "from_dlpack", _decoded),
+        mock.patch.object(overlap, "BUCKET_BYTES", 512),
         mock.patch.object(graphs, "capture", inspect.unwrap(graphs.capture)),
         mock.patch.object(graphs.Graphed, "__call__", _read_by_a_graph(graphs.Graphed.__call__)),
     ):
         trainer = make_trainer(case, config, world)
         trainer._enter(trainer.prepared.phases[0])
+        assert len(trainer.engine.mean._overlapped._buckets) > 1
         try:
             trainer.model.train()
             recorder.waits.clear()

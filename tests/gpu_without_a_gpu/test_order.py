@@ -55,6 +55,11 @@ FAULTS: dict[str, Fault] = {
         *(ON_GPU, FINISH, "work.wait()", "pass"),
         "written by all_reduce at tetdist/distributed/overlap.py",
     ),
+    "only the first average is waited for": (
+        *((*ON_GPU, "engine=torch"), FINISH),
+        *("work.wait()", "work is self._under_way[0].work and work.wait()"),
+        "written by all_reduce at tetdist/distributed/overlap.py",
+    ),
     "a copy is not waited for": (
         *((), COMPLETE, "event.synchronize()", "pass"),
         "data/delivery.py.* is written by the next batch on the writer of slot",

@@ -70,10 +70,10 @@ def cores_near(gpu: torch.device) -> set[int]:
     try:
         # Older versions of torch lack them.
         place = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
-        ranges = (PCI / place / "local_cpulist").read_text().strip().split(",")  # 0-23,48-71
+        listed = (PCI / place / "local_cpulist").read_text()  # 0-23,48-71, or nothing
     except (AttributeError, OSError):
         return set()
-    ends = [one.split("-") for one in ranges]
+    ends = [one.split("-") for one in listed.split(",") if one.strip()]
     return {core for end in ends for core in range(int(end[0]), int(end[-1]) + 1)}
 
 
