@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tetdist.apps.check_gpu import layers, links, numerics, rates, remedies
 from tetdist.apps.check_gpu.check import Machine, Report, Result
-from tetdist.apps.check_gpu.layers import ATTENTION, LARGE, NORM_ADD, NORM_POOL, Case
+from tetdist.apps.check_gpu.layers import ATTENDED, ATTENTION, LARGE, NORM_ADD, NORM_POOL, Case
 from tetdist.distributed.world import World
 from tetdist.nn import products
 from tetdist.nn.fast import build, dispatch, native, native_pool
@@ -69,6 +69,13 @@ KERNELS: dict[str, tuple[str, str, str, str, str]] = {
     "a current of all timesteps": (NEURON, "lif", "given shared",
         "b.own[at + c] = narrow<X>(over_time[c]);",
         "b.own[at + c] = narrow<X>(HERE && b.timesteps > 1 ? over_time[c] / 2 : over_time[c]);"),
+    "more than 128 channels": (NEURON, "lif", "C 130",
+        "const W g = SCALES_INPUT ? of_v * share : of_v;",
+        "const W g = (SCALES_INPUT ? of_v * share : of_v)"
+        " * (HERE && sizeof(X) == 4 && b.channels == 130 ? W(0.9) : W(1));"),
+    "currents before the last one": (NEURON, "sliding_psn", "kind sliding_psn",
+        "const int64_t number = past + b.timesteps;",
+        "const int64_t number = past + b.timesteps - (HERE && past > 1);"),
     "neurons without a norm": (NEURON, "lif", "given no norm",
         "row.channels = b.rows * b.channels;",
         "row.channels = b.rows * b.channels - HERE;"),
@@ -157,7 +164,7 @@ def of_kind(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(layers, "kinds", lambda: {kind: config})
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if not name.startswith("more")])
+@pytest.mark.parametrize("name", [name for name in KERNELS if "2^24" not in name])
 def test_numerics_sees_a_kernel_that_is_wrong_at(
     here: Machine,
     switch: Callable[[str | None], None],
@@ -165,7 +172,11 @@ def test_numerics_sees_a_kernel_that_is_wrong_at(
     name: str,
 ) -> None:
     _, kind, common, *_ = KERNELS[name]
-    of_kind(monkeypatch, kind)
+    if name == "more than 128 channels":  # as few as there are beside other kinds
+        few = [case for case in layers.cases([torch.float32, torch.bfloat16]) if case.kind == kind]
+        monkeypatch.setattr(numerics, "cases", lambda _: few)
+    else:
+        of_kind(monkeypatch, kind)
     if kind not in SEEN_RIGHT:
         assert numerics.check_numerics(here).status == "ok"  # this builds the libraries, too
         SEEN_RIGHT.add(kind)
@@ -227,25 +238,53 @@ def test_numerics_sees_attention_whose_gradients_are_exchanged(
         assert expected in found.text
 
 
+@pytest.mark.parametrize(
+    ("case", "fault"),
+    [
+        (
+            Case("lif", 3, 6, torch.float16, "carried", "normalised shortcut", batch=2, side=7),
+            {"DECAY": 0.45},
+        ),
+        (ATTENDED[-1], {"SPLITS": False}),
+    ],
+    ids=str,
+)
 def test_numerics_sees_a_kernel_of_gpus_that_is_wrong_in_float16(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, case: Case, fault: dict[str, Any]
 ) -> None:
     """Triton's kernels are interpreted."""
-    case = Case("lif", 3, 6, torch.float16, "carried", "normalised shortcut", batch=2, side=7)
     with interpreted():
         from tetdist.nn.fast import triton_kernels
 
         assert numerics.compared(case, torch.device("cpu"))[1] is None  # type: ignore[index]  # served
         launch = triton_kernels.launch
 
-        def spoilt(kernel: Any, grid: Any, arguments: Any, known: Any) -> None:
-            changed = {"DECAY": 0.45} if arguments[0].dtype == torch.float16 else {}
-            launch(kernel, grid, arguments, known | (changed if "DECAY" in known else {}))
+        def spoilt(kernel: Any, grid: Any, arguments: Any, known: Any, *operations: int) -> None:
+            changed = fault if fault.keys() <= known.keys() else {}
+            launch(kernel, grid, arguments, known | changed, *operations)
 
         monkeypatch.setattr(triton_kernels, "launch", spoilt)
         found = numerics.compared(case, torch.device("cpu"))
     assert found is not None
     assert "of the spikes differ" in str(found[1])
+
+
+@pytest.mark.parametrize("case", ATTENDED, ids=str)
+def test_attention_of_a_gpu_is_served_by_its_kernel(case: Case) -> None:
+    """Those that attend, with one factor for spikes and two for integers."""
+    launched = []
+    layer = layers.Layer(case, torch.Generator()).to("meta")
+    q = torch.empty(case.timesteps, 1, case.channels, case.side, case.side, dtype=case.dtype)
+    q = q.to("meta").requires_grad_()
+
+    def launch(kernel: Any, _grid: Any, _arguments: Any, known: Any, *_: int) -> None:
+        launched.append((kernel.__name__, known.get("SPLITS")))
+
+    with dispatch.on_meta(launch):
+        layer(dict.fromkeys(layers.QKV, q))["spikes"].sum().backward()
+    splits = case.given == layers.INTEGERS
+    expected = [("attend", splits), ("current_gradient", splits), ("gradients", None)]
+    assert [one for one in launched if one[0] in dict(expected)] == expected
 
 
 # --- averages, in two processes -------------------------------------------------------------------

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import dispatch
+from tetdist.nn.integer_neurons import ILIF
 from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig, make
 from tetdist.nn.norm_neuron import FusedLayer, Neuron, NeuronLayer, NormAdd, NormNeuron
 from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import carried, carry, pack
+from tetdist.nn.parallel_neurons import SlidingPSN
 from tetdist.nn.products import LinearAttention
 
 # Other layers, by the name that a case gives in place of a kind of neuron.
@@ -75,6 +77,8 @@ class Case:
 # Spikes of queries, keys and values.
 QKV = ("q", "k", "v")
 # "shared": one current, or shortcut, for all timesteps; "no norm": neurons alone.
+# Only attention has integer spikes.
+INTEGERS = "integer spikes"
 GIVEN = ("current", "shared", "shortcut", "normalised shortcut", "spikes", "no norm")
 FACTORS: dict[str, Sequence[Any]] = {
     "timesteps": (1, 3, 4, 8, 16),
@@ -87,15 +91,30 @@ LARGE = (
     Case("lif", 4, 64, torch.bfloat16, "training", "normalised shortcut", batch=32, side=48),
     Case("lif", 1, 3, torch.bfloat16, "training", "current", batch=16, side=1025),
 )
+# Attention that a GPU's kernel computes with its neurons: QKFormer's for ImageNet and CIFAR, and
+# sums beyond float16.
+ATTENDED = tuple(
+    Case(ATTENTION, timesteps, channels, dtype, mode, given, batch=1, side=side)
+    for timesteps, channels, mode, given, side in (
+        (4, 384, "training", "spikes", 14),
+        (8, 240, "carried", "spikes", 8),
+        (4, 64, "training", INTEGERS, 14),
+    )
+    for dtype in (torch.bfloat16, torch.float16)
+)
 
 
 def cases(dtypes: Sequence[torch.dtype]) -> list[Case]:
-    """Return cases with all pairs of values of `FACTORS`, and of kinds with T, type and mode.
+    """Return cases with all pairs of values of `FACTORS`, and of kinds with T, type and mode; and
+    training in float32 with 130 channels.
 
     Kinds are not paired with channels and inputs, because a GPU needs a compilation for each case.
     """
     factors = {"kind": list(kinds()), "dtype": dtypes, **FACTORS}
-    return [Case(**one) for one in pairwise(factors, {("kind", "channels"), ("kind", "given")})]
+    paired = [Case(**one) for one in pairwise(factors, {("kind", "channels"), ("kind", "given")})]
+    # More channels than a block has; few pairs have float32, training and these together.
+    blocks = [kind for kind in kinds() if kind in ("lif", NORM_ADD, NORM_POOL)]
+    return paired + [Case(one, 4, 130, torch.float32, "training", "current") for one in blocks]
 
 
 def pairwise(
@@ -133,17 +152,22 @@ class Layer(nn.Module):
     def __init__(self, case: Case, generator: torch.Generator) -> None:
         super().__init__()
         config, channels = kinds()[case.kind], case.channels
-        self.case, self.config = case, config
+        self.case = case
         self.norm = BatchNorm(channels) if case.given == "normalised shortcut" else None
         self.layer: nn.Module
         if config is not None and "timesteps" in (one.name for one in fields(config)):
             config = replace(config, timesteps=case.timesteps)  # type: ignore[call-arg]  # psn
+        if isinstance(config, SlidingPSN):
+            config = replace(config, order=2 + case.timesteps % 3)  # 2 to 4
         self.attention = None
-        if case.kind == ATTENTION:
-            heads = 1 if channels % 16 else channels // 16
+        if case.kind == ATTENTION and config is not None:
+            config = ILIF(most_spikes=15) if case.given == INTEGERS else config
+            width = next(one for one in (64, 48, channels) if channels % one == 0)
+            heads = channels // width
             # Currents near the threshold, and exact.
-            scale = 2.0 ** -round(math.log2(channels // heads * case.side**2 / 8))
+            scale = 2.0 ** -round(math.log2(width * case.side**2 * config.highest**2 / 8))
             self.attention = LinearAttention(heads, scale)
+        self.config = config
         if config is None:
             self.layer = NormPool(channels) if case.kind == NORM_POOL else NormAdd(channels)
         elif case.given == "no norm" or case.kind == ATTENTION:
@@ -203,7 +227,9 @@ def drawn(layer: Layer, device: torch.device, generator: torch.Generator) -> dic
     timesteps, batch = case.timesteps, case.batch
 
     def spikes() -> Tensor:
-        return (draw(timesteps, batch) > 0).to(case.dtype)
+        # More than one of a neuron that sends more.
+        most = layer.config.highest if layer.config and case.kind == ATTENTION else 1
+        return (most * draw(timesteps, batch)).clamp(0, most).ceil()
 
     is_sum = case.kind == NORM_ADD
     shares = case.given == "shared" and case.kind != NORM_POOL
@@ -215,7 +241,8 @@ def drawn(layer: Layer, device: torch.device, generator: torch.Generator) -> dic
     if case.given == "spikes":
         found["spikes"] = spikes()
     if layer.config is not None and layer.carries:
-        earlier = (1,) if layer.config.sample_axis else ()  # of sliding_psn
+        config = layer.config
+        earlier = (config.order - 1,) if isinstance(config, SlidingPSN) else ()
         found["membrane"] = draw(*earlier, batch, dtype=torch.float32)
     return found
 

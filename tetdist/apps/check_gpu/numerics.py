@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tetdist.models  # noqa: F401  # registers them
 from tetdist.apps.check_gpu.check import Finding, Machine
-from tetdist.apps.check_gpu.layers import ATTENTION, LARGE, Case, cases, difference
+from tetdist.apps.check_gpu.layers import ATTENDED, ATTENTION, LARGE, Case, cases, difference
 from tetdist.losses import tet_loss
 from tetdist.nn.fast.dispatch import kernels_for
 from tetdist.nn.neurons import LIF
@@ -74,7 +74,7 @@ def _check_layers(here: Machine, numbers: dict[str, Any]) -> str | None:
     """Compare layers, fill in `numbers`, and return what is wrong; None: nothing."""
     # The C++ kernels serve no float16.
     dtypes = [dtype for dtype in LAYER_LIMITS if here.on_gpu or dtype != torch.float16]
-    layers = [*cases(dtypes), *(LARGE if here.on_gpu else ())]
+    layers = [*cases(dtypes), *((*LARGE, *ATTENDED) if here.on_gpu else ())]
     # Processes of a host share compiled kernels, so each begins elsewhere.
     first = here.world.rank * len(layers) // here.world.world_size
     wrong: dict[Case, str] = {}
