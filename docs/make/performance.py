@@ -92,6 +92,11 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
             for precision in ("fp32", "bf16"):
                 stream = f"stream --model {name} --precision {precision} --timesteps {timesteps}"
                 found.append(Measurement(f"stream-{name}-{precision}", f"{stream} --threads 1"))
+        for name, timesteps in STREAMS[:3]:
+            for precision in ("fp32", "bf16"):
+                stream = f"stream --model {name} --precision {precision} --timesteps {timesteps}"
+                exits = "--batch 64 --exits 1.75 --threads 2 --repeats 9"
+                found.append(Measurement(f"exits-{name}-{precision}", f"{stream} {exits}"))
     if options.device == "cpu":
         found += [
             Measurement("scaling-1", f"scaling --model {network}"),
@@ -299,11 +304,40 @@ def stream_text(found: dict[str, dict[str, Any]]) -> str:
             whole = f"{measured[f'whole pass, T={timesteps}']['ms']:.2f} (T={timesteps})"
             rows.append([network, precision, *cells, ratio, whole])
     head = ["network", "", *columns, "stream / T=1 pass", "whole pass"]
+    exit_head = [
+        "network",
+        "T",
+        "",
+        "whole pass",
+        "stream with exits",
+        "ratio",
+        "onnxruntime with exits",
+    ]
+    exits = []
+    for network, timesteps in STREAMS[:3]:
+        for precision in ("fp32", "bf16"):
+            one = found[f"exits-{network}-{precision}"]
+            ms = {row["name"]: row["ms"] for row in one["rows"]}
+            whole, left = ms[f"whole pass, T={timesteps}"], ms["stream with exits"]
+            onnx = ms.get("onnxruntime with exits")
+            rates = [
+                f"{1e3 * one['batch'] / value:,.0f}" if value else ""
+                for value in (whole, left, onnx)
+            ]
+            exits.append(
+                [network, str(timesteps), precision, *rates[:2], f"{whole / left:.2f}", rates[2]]
+            )
     return f"""Milliseconds of one timestep of one sample on one thread. `model.stream()` carries
 membranes ([One timestep at a time](extending.md#one-timestep-at-a-time)). onnxruntime runs the
 graph of `export --format onnx-step`.
 
-{markdown(head, rows)}"""
+{markdown(head, rows)}
+
+Images a second at batch 64 on two threads, where samples leave the batch after 1.75 timesteps on
+average, as with early exit (`eval --exit-within X --measured`). Each timestep decides the same
+fraction of the samples that are left.
+
+{markdown(exit_head, exits)}"""
 
 
 def gpu_text(found: dict[str, Any]) -> str:
