@@ -220,8 +220,9 @@ def test_misuse_is_one_sentence() -> None:
             UserError, match=r"but the stream's are \(6, 3, 28, 28\); call reset\(\)"
         ):
             stream.step(wrong)
-    with pytest.raises(UserError, match="is built for 28x28 pixels, but the input has 28x27"):
-        model(x[..., :-1])
+    of_events, frames = make("spiking_convnet_dvs", {})
+    with pytest.raises(UserError, match="is built for 34x34 pixels, but the input has 34x33"):
+        of_events(frames[..., :-1])
     with pytest.raises(UserError, match=r"a bool mask \(6,\)"):
         stream.keep(torch.ones(5, dtype=torch.bool))
     model.train()

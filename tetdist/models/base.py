@@ -221,7 +221,6 @@ class SpikingNetwork(nn.Module):
         Raises:
             ValueError: The shape is wrong, or there are fewer than T time bins.
         """
-        self.check_size(x)
         match self.input_kind:
             case "images":
                 if x.ndim != 4:
@@ -236,6 +235,7 @@ class SpikingNetwork(nn.Module):
     def _frames_first(self, x: Tensor) -> Tensor:
         if x.ndim != 5:
             raise ValueError(f"an event batch must be (B, T, C, H, W), not {tuple(x.shape)}")
+        self.check_size(x)
         if x.shape[1] < self.timesteps:
             raise ValueError(
                 f"the model runs {self.timesteps} timesteps, but the input has {x.shape[1]} bins"
