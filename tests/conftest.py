@@ -52,9 +52,24 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     for name in tiny.LAUNCHED:
         os.environ.pop(name, None)
-    if config.getoption("markexpr") != "gpu":
+    if not are_about_gpus(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave tests that need a GPU to `make test-gpu`, since the others do not see one."""
+    if not are_about_gpus(config):
+        items[:] = [item for item in items if item.get_closest_marker("gpu") is None]
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("-m gpu needs a CUDA device, and torch finds none here")
+
+
+def are_about_gpus(config: pytest.Config) -> bool:
+    return config.getoption("markexpr") == "gpu"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,12 +15,12 @@ imports all, then forks for each job that comes in on standard input, one JSON o
 Answers, a line a job, are lists of the processes' exit statuses (-n: ended by signal n).
 """
 
+import importlib
 import itertools
 import json
 import os
 import runpy
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -170,16 +170,22 @@ def remember_the_environment() -> None:
         setattr(environment, name, lambda found=found: found)
 
 
-def main() -> None:
-    # What the children would else import, each for itself.
-    import deepspeed.ops  # noqa: F401
-    import matplotlib.backends.backend_agg  # noqa: F401
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
-    import nvidia.dali.pipeline  # noqa: F401
-    import timm.optim  # noqa: F401
+# Each child would else import them for itself.
+PRELOADED = (
+    "deepspeed.ops",
+    "matplotlib.backends.backend_agg",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "nvidia.dali.pipeline",
+    "timm.optim",
+    "tetdist.apps.reports.observers",
+    "tetdist.training.trainer",
+)
 
-    import tetdist.apps.reports.observers
-    import tetdist.training.trainer  # noqa: F401
+
+def main() -> None:
+    for module in PRELOADED:
+        importlib.import_module(module)
+    from tetdist.distributed.meeting import free_port
     from tetdist.distributed.starters import as_starter, end_with_starters
 
     end_with_starters()
@@ -188,9 +194,7 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         pids = [child(job, rank, port) for rank in range(job["world"])]
         print(json.dumps(wait(pids, job["timeout"])), flush=True)
 

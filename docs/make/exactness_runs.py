@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tetdist.apps.reports.compare import OF_THE_CLOCK
+from tetdist.distributed.meeting import free_port
 from tetdist.distributed.starters import as_starter
 
 START_LIMIT = 300  # seconds for a run to reach the step where it is stopped
@@ -137,12 +137,6 @@ def _train(
         base.lay_out = lambda *_: None
     end_with_starters()
     sys.exit(train.main(arguments))
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], bool], processes: Sequence[BaseProcess]) -> None:

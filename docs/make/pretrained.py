@@ -10,7 +10,6 @@ to bf16 as in their evaluation.
 
 import argparse
 import dataclasses
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from tetdist.apps.weights.export import card, write_timm
 from tetdist.apps.weights.trained import load
 from tetdist.config.loading import load as load_recipe
 from tetdist.storage import checkpoint
+from tetdist.storage.files import remove
 
 PROJECT = Path(__file__).parent.parent.parent
 FOLDER = PROJECT / "tetdist" / "pretrained"
@@ -51,7 +51,7 @@ def export(name: str, source: Path) -> None:
         weights = {k: v.bfloat16() if v.ndim > 1 else v for k, v in weights.items()}
         trained.model.load_state_dict(weights)
     folder = FOLDER / name
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     write_timm(trained, folder)
     checkpoint.write_model_file(folder / checkpoint.MODEL_FILE, weights, trained.description)
     (folder / "README.md").write_text(card(trained, f"{trained.config.model.name}.{name}"))

@@ -7,17 +7,10 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
 
 from tetdist.apps.check_gpu.checks import CHECKS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(),
-        reason="needs a CUDA device, which `make test` hides: `make test-gpu`",
-    ),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.timeout(900)  # The checks take ten minutes at most, and end by themselves.

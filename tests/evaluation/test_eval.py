@@ -43,8 +43,6 @@ def plain_logits(run: Path, root: Path, timesteps: int = 3) -> tuple[torch.Tenso
     from torchvision import tv_tensors
     from torchvision.transforms import v2
 
-    import tetdist.models  # noqa: F401  # registers them
-
     model = timm.create_model(
         "spiking_convnet", channels=(4, 8), input_size=16, num_classes=4, timesteps=timesteps
     )

@@ -328,7 +328,7 @@ def refused(tmp_path, name, data, words):
     with pytest.raises(BadRecording, match=words):
         read(tmp_path, name, data)
     contents = Contents(data[i : i + 1] for i in range(len(data)))
-    with pytest.raises(BadRecording, match=words):  # noqa: PT012
+    with pytest.raises(BadRecording, match=words):  # noqa: PT012  # by either line
         list(stream_recording("." + name.partition(".")[2], contents, None))
         raise contents.bad_end
 

@@ -498,7 +498,7 @@ def _teacher(config: Any, index: Any) -> Any:
             model = timm.create_model("resnet18", num_classes=classes)
         return model, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
-    teacher._from_timm, teacher._fingerprint = untrained, lambda _model: ""
+    teacher._from_timm, teacher.fingerprint = untrained, lambda _model: ""
     return teacher.Teacher(config, index, DEVICE)
 
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from kernel_runs import interpreted, kept_tensors, not_native
 from torch import Tensor, nn
 
-import tetdist.models  # noqa: F401  # registers them
 from tetdist.nn.fast import native_pool
 from tetdist.nn.packed import AvgPool, Conv2d, MaxPool, carried, carry, pack
 from tetdist.nn.precision import autocast

@@ -10,7 +10,6 @@ import timm
 import torch
 from kernel_runs import draw, fused_and_defined, interpreted, needs_triton, randomize
 
-import tetdist.models  # noqa: F401  # registers them
 from tetdist.nn import packed
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import dispatch, native
@@ -77,13 +76,7 @@ def moved(inputs: Inputs, device: str) -> Inputs:
     return Inputs(*map(move, inputs))
 
 
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-]
-
-
-@pytest.mark.parametrize("where", ["interpreted", pytest.param("cuda", marks=on_gpu)])
+@pytest.mark.parametrize("where", ["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     ("kind", "call"),
     # The other kinds' own options, with and without an initial membrane.

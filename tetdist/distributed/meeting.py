@@ -43,6 +43,13 @@ def address() -> str:
     return LOOPBACK if _on_one_host() else os.environ["MASTER_ADDR"]
 
 
+def free_port() -> int:
+    """Return a port of this host at which processes can meet."""
+    with socket.socket() as listener:
+        listener.bind((LOOPBACK, 0))
+        return int(listener.getsockname()[1])
+
+
 def _on_one_host() -> bool:
     master = os.environ["MASTER_ADDR"]
     return master == "localhost" or _is_loopback(master) or _is_one_launch()

@@ -15,12 +15,11 @@ WANDB_PROJECT (by default ``tracking.experiment``), ...
 import logging
 import os
 import secrets
-import shutil
 import sys
 from typing import Any, ClassVar
 
 from tetdist.errors import UserError, without_passwords
-from tetdist.storage.files import write_text
+from tetdist.storage.files import remove, write_text
 from tetdist.tracking.metrics_file import points_of
 from tetdist.tracking.trackers import TRACKERS, TrackedRun, require_package
 
@@ -58,7 +57,7 @@ class WeightsAndBiases:
             write_text(id_file, secrets.token_hex(4) + "\n")
         run_id = id_file.read_text().strip()
         for earlier in (run.folder / "wandb").glob(f"offline-run-*-{run_id}"):
-            shutil.rmtree(earlier, ignore_errors=True)
+            remove(earlier)
         # W&B records the command line from here.
         sys.argv[1:] = map(without_passwords, sys.argv[1:])
         self._run = wandb.init(

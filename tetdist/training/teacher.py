@@ -51,7 +51,7 @@ class Teacher:
             else:
                 self.model, mean, std = _from_checkpoint(Path(name), config, index)
         self.model.requires_grad_(False).eval()
-        self.fingerprint = _fingerprint(self.model)
+        self.fingerprint = fingerprint(self.model)
         place(self.model, device, config.precision)
         dtype = parameter_type(config.precision)
         # Convert from the student's normalisation to the one that the teacher was trained with.
@@ -95,12 +95,12 @@ class Teacher:
                 ) from error
 
 
-def _fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module) -> str:
     """Return the SHA-256 of a network's weights and running statistics."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
-        digest.update(value.contiguous().numpy().tobytes())
+        digest.update(value.contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

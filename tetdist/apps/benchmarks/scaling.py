@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import itertools
 import os
-import socket
 import statistics
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from tetdist.apps.benchmarks.contestants import wait
 from tetdist.apps.benchmarks.turns import TimedProcess, parent_options, ratio, serve
+from tetdist.distributed.meeting import free_port
 from tetdist.tables import aligned
 
 if TYPE_CHECKING:
@@ -73,12 +73,6 @@ def processes(options: argparse.Namespace) -> Iterator[tuple[list[Worker], list[
     finally:
         for worker in workers:
             worker.end()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 # --- what is measured ---------------------------------------------------------------------------

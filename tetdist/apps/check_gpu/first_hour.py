@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from tetdist import order
-from tetdist.apps.benchmarks.scaling import free_port
 from tetdist.apps.check_gpu import remedies
 from tetdist.apps.check_gpu.check import (
     EXPECTED,
@@ -34,6 +33,7 @@ from tetdist.apps.check_gpu.run import finding_of
 from tetdist.apps.reports.reference import CHANCE, IMAGES, Reference, find_reference, tolerated
 from tetdist.apps.roofline import cards
 from tetdist.config import loading
+from tetdist.distributed.meeting import free_port
 from tetdist.distributed.starters import as_starter
 from tetdist.errors import UserError
 from tetdist.tracking.metrics_file import read_metrics

@@ -1,7 +1,6 @@
 """Check of steps: each way to train averages rightly, without making the host wait."""
 
 import contextlib
-import hashlib
 import math
 import traceback
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from tetdist.apps.check_gpu.check import Finding, Machine
 from tetdist.nn import batch_norm
 from tetdist.nn.precision import autocast, choose_algorithms, place
 from tetdist.training.objective import compute_loss
+from tetdist.training.teacher import fingerprint
 
 STEPS = 3
 REPORT = "train with the other engine, and report this with the JSON file"
@@ -116,8 +116,7 @@ def compare(step: MadeUp, alone: dict[str, Tensor]) -> tuple[str | None, float]:
     before = _state(initial(step.step.config).to(step.step.world.device))
     step(LEARNING_RATE)
     after = _state(step.step.model)
-    weights = torch.cat([x.flatten() for x in after.values()]).cpu().numpy().tobytes()
-    digests = step.step.world.gather(hashlib.sha256(weights).hexdigest())
+    digests = step.step.world.gather(fingerprint(step.step.model))
     if unlike := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
         return f"rank {unlike[0]} has other weights than rank 0 after a step", math.nan
     apart = {

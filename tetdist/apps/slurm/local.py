@@ -6,7 +6,6 @@ python -m tetdist.apps.slurm.local JOB.json      (one process of the job)
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from types import FrameType
 # Imported before torch, because it sets a variable that torch reads.
 from tetdist.apps.slurm.job import RESTART_AFTER, Job, run
 from tetdist.apps.slurm.placement import AGAIN, LocalContext
+from tetdist.distributed.meeting import free_port
 from tetdist.distributed.starters import as_starter, end_with_starters
 
 FORWARDED = (signal.SIGTERM, *RESTART_AFTER)
@@ -40,7 +40,7 @@ def _start(file: Path, job: Job, processes: int, restart: int) -> int:
         **as_starter(),
         "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "TETDIST_RESTART": str(restart),
         "TETDIST_COMMAND": "job",
         "PYTHONPATH": os.pathsep.join([job.code, os.environ.get("PYTHONPATH", "")]).rstrip(":"),
@@ -94,12 +94,6 @@ def _wait(running: list[subprocess.Popen[bytes]]) -> int:
     statuses = [process.returncode for process in running if process.returncode]
     status = first or next((s for s in statuses if s != AGAIN), 0) or (AGAIN if statuses else 0)
     return status if status >= 0 else 128 - status
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def main() -> int:
