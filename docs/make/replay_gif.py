@@ -17,7 +17,7 @@ import numpy as np
 
 from tetdist.apps.cli import replay
 from tetdist.apps.cli.common import run_command
-from tetdist.apps.events.binning import Window
+from tetdist.apps.events.binning import Window, binning_of
 from tetdist.apps.events.simulate import Simulation, simulate
 from tetdist.apps.weights.trained import load
 
@@ -38,7 +38,8 @@ def main() -> int:
 
 
 def draw(options: argparse.Namespace) -> int:
-    binning, sensor = replay.binning_of(load(options.checkpoint), options.checkpoint)
+    description = load(options.checkpoint).description
+    binning, sensor = binning_of(description.binning, options.checkpoint)
     window = Window.of(binning.bins)
     assert window is not None
     span, end, parts = binning.timesteps * window.size, 0, []

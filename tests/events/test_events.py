@@ -9,8 +9,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +20,7 @@ import timm
 import tiny
 import torch
 from PIL import Image
-from tiny import Outcome
+from tiny import Farm
 
 from tetdist.apps.events.binning import Binning, bin_events
 from tetdist.apps.events.recording import Events, Sensor
@@ -39,36 +37,39 @@ def tool(name: str) -> ModuleType:
     return importlib.import_module(f"tetdist.apps.cli.{name}")
 
 
-@pytest.fixture
-def data_root(tmp_path: Path) -> Path:
-    images, dest = cameras.draw_bars(tmp_path / "images", train=8, val=3), tmp_path / "events"
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("simulated")
+    images, dest = cameras.draw_bars(folder / "images", train=8, val=3), folder / "events"
     options = ["--simulate", "--timesteps", "2", "--size", "16", "--workers", "1", "--bins", "9ms"]
     assert tool("prebin_dvs").main([str(images), str(dest), *options]) == 0
     return dest / "splits" / SPLIT
 
 
-SIZE = f"% Width {DEFAULT_SENSOR.width}\n% Height {DEFAULT_SENSOR.height}\n"
-# A writer, the bytes that a kill takes from its file's end, and the events lost with them.
-WRITERS = {
-    "bin": (cameras.nmnist, 2, 1),
-    "dat": (partial(cameras.dat, header=SIZE), 1, 1),
-    "evt2.raw": (partial(cameras.evt2, header="% evt 2.0\n" + SIZE), 6, 1),
-    "evt3.raw": (partial(cameras.evt3, header="% evt 3.0\n" + SIZE), 3, 1),
-    "aedat": (partial(cameras.aedat31, per_packet=50), 46, 50),
-    "aedat4": (
-        partial(cameras.aedat4, sensor=DEFAULT_SENSOR, finished=False, per_packet=50),
-        10,
-        50,
-    ),
-}
-# Writes parts of a file when told to, and never comes to its end.
-RECORDER = """
-import sys
-for size in map(int, sys.stdin):
-    with open(sys.argv[2], "ab") as file:
-        file.write(open(sys.argv[1], "rb").read()[file.tell():size])
-    print(size, flush=True)
-"""
+@pytest.fixture(scope="module")
+def run(data_root: Path, farm: Farm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that was trained on the simulated recordings, in windows of 9 ms."""
+    folder = tmp_path_factory.mktemp("trained")
+    changes = {
+        "model": {"name": "spiking_convnet_dvs", "arguments": {"input_size": 16}},
+        "data": {"root": str(data_root), "kind": "events", "threads": 1},
+        "batch": {"global": 4, "micro": 4, "eval": 4},
+        "phases.0.epochs": 1,
+        "tracking": {"mlflow": True},
+    }
+    outcome = farm(tiny.write_config(folder / "tiny.yaml", data_root, changes))
+    assert outcome.status == 0, outcome.text
+    return folder / "runs" / "tiny"
+
+
+MADE = cameras.events(900, *DEFAULT_SENSOR, duration=40_000)
+
+
+@pytest.fixture
+def command(run: Path, tmp_path: Path) -> list[str]:
+    """Arguments that replay MADE."""
+    np.savez(tmp_path / "it.npz", **MADE._asdict(), **DEFAULT_SENSOR._asdict())
+    return [str(tmp_path / "it.npz"), "--checkpoint", str(run)]
 
 
 def lines_of(text: str) -> list[str]:
@@ -100,18 +101,16 @@ def lines_of_frames(run: Path, frames: torch.Tensor) -> list[str]:
     return expected
 
 
-def replayed_is_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Replay prints what a stream of the recording's windows returns."""
-    made = cameras.events(900, *DEFAULT_SENSOR, duration=40_000)
-    np.savez(folder / "it.npz", **made._asdict(), **DEFAULT_SENSOR._asdict())
-    replay, command = tool("replay"), [str(folder / "it.npz"), "--checkpoint", str(run)]
-    capfd.readouterr()
+def test_replay_prints_what_a_stream_of_the_windows_returns(
+    run: Path, command: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    replay, expected = tool("replay"), lines_of_frames(run, frames_of(MADE))
     started = time.monotonic()
     assert replay.main(command) == 0
     assert time.monotonic() - started > 0.04  # at the recording's speed
     assert replay.main([*command, "--fast"]) == 0
     shown = capfd.readouterr().out
-    assert lines_of(shown) == 2 * lines_of_frames(run, frames_of(made))
+    assert lines_of(shown) == 2 * expected
     spent = [float(text) for text in re.findall(r"(\S+) ms$", shown, re.M)][-5:]
     middle, most = np.percentile(spent, [50, 99])
     part = "; the last answer is of 1 of 2 timesteps\n"
@@ -123,23 +122,29 @@ def replayed_is_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[s
         assert replay.main([*command, "--fast"]) == 0
     # In a terminal, the answers after two windows and the last one stay.
     stay = [line.rpartition("\r")[2].rstrip() for line in capfd.readouterr().out.split("\n")]
-    expected = lines_of_frames(run, frames_of(made))
     assert lines_of("\n".join(stay)) == [expected[i] for i in (1, 3, 4)]
-    step = Stream.step
+
+
+def test_late_frames_are_counted_and_ctrl_c_ends_with_what_was_read(
+    command: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replay, step = tool("replay"), Stream.step
 
     def slow(*given: Any) -> torch.Tensor:
         time.sleep(0.02)  # longer than a window
         return step(*given)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stream, "step", slow)
-        assert replay.main(command) == 0
-        assert "; 4 late, after the next was due; the last" in capfd.readouterr().out
-        assert replay.main([*command, "--fast"]) == 0
-        assert " late" not in capfd.readouterr().out
+    monkeypatch.setattr(Stream, "step", slow)
+    assert replay.main(command) == 0
+    assert "; 4 late, after the next was due; the last" in capfd.readouterr().out
+    assert replay.main([*command, "--fast"]) == 0
+    assert " late" not in capfd.readouterr().out
     # Ctrl-C in the first frame: of the first 16 KiB, two windows and a part of the third.
     many = cameras.events(5000, *DEFAULT_SENSOR, duration=40_000)
-    (folder / "many.bin").write_bytes(cameras.nmnist(many))
+    (tmp_path / "many.bin").write_bytes(cameras.nmnist(many))
     steps: list[object] = []
 
     def pressing(*given: Any) -> torch.Tensor:
@@ -148,28 +153,30 @@ def replayed_is_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[s
             signal.raise_signal(signal.SIGINT)
         return step(*given)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stream, "step", pressing)
-        assert replay.main([str(folder / "many.bin"), *command[1:]]) == 0
+    monkeypatch.setattr(Stream, "step", pressing)
+    assert replay.main([str(tmp_path / "many.bin"), *command[1:]]) == 0
     shown = capfd.readouterr()
     assert (shown.err, len(lines_of(shown.out))) == ("", 2)
-    np.savez(folder / "other.npz", **made._asdict(), width=99, height=99)
-    (folder / "torn.npz").write_bytes((folder / "it.npz").read_bytes()[:500])
-    back = made._replace(t=np.where(np.arange(900) < 890, made.t, 0))
-    (folder / "back.bin").write_bytes(cameras.nmnist(back))
-    command = [str(folder / "back.bin"), *command[1:], "--fast", "--output", str(folder / "b.gif")]
-    assert replay.main(command) == 2
+
+
+def test_everything_before_a_bad_event_is_used(
+    run: Path, command: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    back = MADE._replace(t=np.where(np.arange(900) < 890, MADE.t, 0))
+    (tmp_path / "back.bin").write_bytes(cameras.nmnist(back))
+    options = [*command[1:], "--fast", "--output", str(tmp_path / "b.gif")]
+    assert tool("replay").main([str(tmp_path / "back.bin"), *options]) == 2
     shown = capfd.readouterr()
-    good = cameras.Made(*(column[:890] for column in made))
+    good = cameras.Made(*(column[:890] for column in MADE))
     assert lines_of(shown.out) == lines_of_frames(run, frames_of(good))
     assert "wrote" in shown.out.splitlines()[-1]
     refusal = r"back\.bin: timestamps decrease at event 890 \(from .*\)"
     assert re.search(rf"{refusal}; everything before it was used\n$", shown.err)
-    other = cameras.dat(made._replace(x=made.x + 29 * (made.t > made.t[0])), header="% Version 2\n")
-    (folder / "other.dat").write_bytes(other)
-    (folder / "no.bin").write_bytes(b"abc")
-    (run / "checkpoints" / "best").write_text("none")
-    for given, refusal in (
+
+
+@pytest.mark.parametrize(
+    ("given", "refusal"),
+    [
         (["other.npz"], f"other.npz: its sensor is 99x99, not {DEFAULT_SENSOR} as expected"),
         (["other.npz"], f"trained for a {DEFAULT_SENSOR} sensor, so replay a recording of one, or"),
         (["other.dat"], f"is outside the {DEFAULT_SENSOR} sensor, as are "),
@@ -182,44 +189,27 @@ def replayed_is_a_stream(run: Path, folder: Path, capfd: pytest.CaptureFixture[s
         (["it.npz", "--output", "it.png"], "--output: it.png has another suffix than .gif"),
         (["it.npz", "--output", "/proc/it.gif"], "/proc/it.gif cannot be written ("),
         (["it.npz", "--best"], "best is damaged"),
-    ):
-        first = given[0] if given[0] == "-" else str(folder / given[0])
-        assert replay.main([first, "--checkpoint", str(run), "--fast", *given[1:]]) == 2
-        shown = capfd.readouterr()
-        assert refusal in shown.err
-        assert not lines_of(shown.out)
-
-
-def follow_until_killed(
-    whole: Path, size: int, command: list[str], steps: list[torch.Tensor]
-) -> list[int]:
-    """Replay a file whose writer is killed after so many bytes, then press Ctrl-C.
-
-    Returns how many frames were computed whenever the file's end was reached.
-    """
-    writer = [sys.executable, "-c", RECORDER, str(whole), command[0]]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    sleep, at_end = time.sleep, []
-    with tiny.ended(subprocess.Popen(writer, start_new_session=True, **pipes)) as recorder:
-
-        def record(until: int) -> None:
-            print(until, file=recorder.stdin, flush=True)
-            assert recorder.stdout.readline() == f"{until}\n"
-
-        def ended(seconds: float) -> None:  # Replay waits for more.
-            at_end.append(len(steps) - 1)  # without the warm-up
-            if len(at_end) == 1:
-                record(size)
-                recorder.kill()
-            else:
-                signal.raise_signal(signal.SIGINT)
-            sleep(seconds)
-
-        record(2 * size // 3)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(time, "sleep", ended)
-            assert tool("replay").main([*command, "--follow"]) == 0
-    return at_end
+    ],
+)
+def test_what_cannot_be_replayed_is_refused_before_the_first_frame(
+    run: Path,
+    command: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    given: list[str],
+    refusal: str,
+) -> None:
+    np.savez(tmp_path / "other.npz", **MADE._asdict(), width=99, height=99)
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "it.npz").read_bytes()[:500])
+    other = MADE._replace(x=MADE.x + 29 * (MADE.t > MADE.t[0]))
+    (tmp_path / "other.dat").write_bytes(cameras.dat(other, header="% Version 2\n"))
+    (tmp_path / "no.bin").write_bytes(b"abc")
+    (run / "checkpoints" / "best").write_text("none")
+    first = given[0] if given[0] == "-" else str(tmp_path / given[0])
+    assert tool("replay").main([first, *command[1:], "--fast", *given[1:]]) == 2
+    shown = capfd.readouterr()
+    assert refusal in shown.err
+    assert not lines_of(shown.out)
 
 
 def pipe(file: Path, command: list[str]) -> None:
@@ -234,52 +224,53 @@ def pipe(file: Path, command: list[str]) -> None:
             os.close(before)
 
 
-def arrivals_are_a_stream(
-    run: Path,
-    folder: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+def test_all_complete_packets_of_a_growing_file_and_of_a_pipe_are_used(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Replay uses all complete records of a file whose writer is killed, and of a pipe."""
+    """The writer is killed within the last of six packets; then Ctrl-C is pressed."""
     made = cameras.events(300, *DEFAULT_SENSOR, duration=40_000)
-    options = ["--checkpoint", str(run), "--fast"]
-    sentence = r" at its end is incomplete \(\d+ bytes?\); everything before it was used\n$"
-    step, steps = Stream.step, []
+    data = cameras.aedat4(made, sensor=DEFAULT_SENSOR, finished=False, per_packet=50)[:-10]
+    file, half = tmp_path / "growing.aedat4", 2 * len(data) // 3
+    file.write_bytes(data[:half])
+    expected = frames_of(cameras.Made(*(column[:250] for column in made)))
+    step, steps, at_end = Stream.step, [], []
     monkeypatch.setattr(Stream, "step", lambda of, x: steps.append(x) or step(of, x))
 
-    def check(expected: torch.Tensor) -> None:
-        assert torch.equal(torch.cat(steps[1:]), expected)  # after the warm-up
+    def ended(_seconds: float) -> None:  # Replay waits for more.
+        at_end.append(len(steps) - 1)  # without the warm-up
+        if len(at_end) == 1:
+            file.write_bytes(data)
+        else:
+            signal.raise_signal(signal.SIGINT)
+
+    def check() -> None:
+        assert torch.equal(torch.cat(steps[1:]), expected)
         steps.clear()
         shown = capfd.readouterr()
         assert f"\n{len(expected)} frames: " in shown.out
+        sentence = r" at its end is incomplete \(\d+ bytes\); everything before it was used\n$"
         assert re.search(sentence, shown.err), shown.err
 
-    for name, (write, missing, lost) in WRITERS.items():
-        whole, growing = folder / f"whole.{name}", folder / f"growing.{name}"
-        whole.write_bytes(write(made))
-        size = whole.stat().st_size - missing
-        expected = frames_of(cameras.Made(*(column[:-lost] for column in made)))
-        first, second = follow_until_killed(whole, size, [str(growing), *options], steps)
-        assert 2 <= first < second == len(expected) - 1
-        check(expected)
-        pipe(growing, ["-", "--format", growing.suffix[1:], *options])
-        check(expected)
+    options = ["--checkpoint", str(run), "--fast"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", ended)
+        assert tool("replay").main([str(file), *options, "--follow"]) == 0
+    assert 2 <= at_end[0] < at_end[1] == len(expected) - 1
+    check()
+    pipe(file, ["-", "--format", "aedat4", *options])
+    check()
 
 
-def drawn_are_events(run: Path, folder: Path) -> None:
-    """The GIF has an image for each window, with the colours of its events."""
-    made = cameras.events(900, *DEFAULT_SENSOR, duration=40_000)
-    made = made._replace(p=((made.t - made.t[0]) // 9000 % 2 == 0).astype(np.int64))
-    (folder / "it.bin").write_bytes(cameras.nmnist(made))
-    command = [str(folder / "it.bin"), "--checkpoint", str(run), "--fast"]
-    assert tool("replay").main([*command, "--output", str(folder / "it.gif")]) == 0
-    with Image.open(folder / "it.gif") as gif:
+def test_a_gif_has_an_image_of_each_windows_events(command: list[str], tmp_path: Path) -> None:
+    made = MADE._replace(p=((MADE.t - MADE.t[0]) // 9000 % 2 == 0).astype(np.int64))
+    np.savez(tmp_path / "it.npz", **made._asdict(), **DEFAULT_SENSOR._asdict())
+    assert tool("replay").main([*command, "--fast", "--output", str(tmp_path / "it.gif")]) == 0
+    with Image.open(tmp_path / "it.gif") as gif:
         assert gif.n_frames == 5
         for number in range(5):
             gif.seek(number)
-            red, _, blue = np.asarray(gif.convert("RGB").crop((10, 30, 160, 170)), int).transpose(
-                2, 0, 1
-            )
+            pixels = np.asarray(gif.convert("RGB").crop((10, 30, 160, 170)), int)
+            red, _, blue = pixels.transpose(2, 0, 1)
             more_blue = [int((blue > red + 50).sum()), int((red > blue + 50).sum())]
             assert min(more_blue) == 0
             assert more_blue[number % 2] > 1000  # ON is blue
@@ -307,32 +298,13 @@ def test_replay_needs_windows_of_a_fixed_size(
 
 
 def test_results_carry_the_name_of_the_split(
-    data_root: Path,
-    tmp_path: Path,
-    main: Callable[..., Outcome],
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    data_root: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    changes = {
-        "model": {"name": "spiking_convnet_dvs", "arguments": {"input_size": 16}},
-        "data": {"root": str(data_root), "kind": "events", "threads": 1},
-        "batch": {"global": 4, "micro": 4, "eval": 4},
-        "phases.0.epochs": 1,
-        "tracking": {"mlflow": True},
-    }
-    outcome = main(tiny.write_config(tmp_path / "tiny.yaml", data_root, changes))
-    assert outcome.status == 0, outcome.text
-    run = tmp_path / "runs" / "tiny"
     assert [line["data_split"] for line in tiny.metrics(run, "val")] == [SPLIT]
-    with sqlite3.connect(tmp_path / "runs/mlflow.db") as store:
+    with sqlite3.connect(run.parent / "mlflow.db") as store:
         assert store.execute("select value from tags where key = 'data_split'").fetchall() == [
             (SPLIT,)
         ]
-
-    replayed_is_a_stream(run, tmp_path, capfd)
-    drawn_are_events(run, tmp_path)
-    with monkeypatch.context() as patch:
-        arrivals_are_a_stream(run, tmp_path, capfd, patch)
     result = tmp_path / "result.json"
     arguments = ["--checkpoint", str(run), "--json", str(result), "--execution", "reference"]
     threads = torch.get_num_threads()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from samples import pixels
 
+from tetdist.apps.events.statistics import coloured
 from tetdist.apps.reports.curves import (
     _learning_rate,
     _phase_borders,
@@ -20,7 +21,7 @@ from tetdist.apps.reports.curves import (
     membranes,
 )
 from tetdist.apps.reports.overlay import _group
-from tetdist.apps.reports.run_plots import rgb_frames, rgb_images
+from tetdist.apps.reports.run_plots import rgb_images
 from tetdist.apps.reports.style import (
     ACCURACY,
     AVERAGE,
@@ -183,12 +184,10 @@ def test_images_and_events_as_rgb() -> None:
     data = DataSection(root="x", mean=(0.5, 0.5, 0.25), std=(0.5, 0.5, 0.25))
     rgb = rgb_images(torch.tensor([-1.0, 0.0, 9.0]).view(1, 3, 1, 1), data)
     assert rgb.tolist() == [[[[0.0, 0.5, 1.0]]]]
-    frames = torch.zeros(2, 1, 2, 1, 3)
-    frames[0, 0, 1, 0, 0] = 2.0  # on
-    frames[0, 0, 0, 0, 1] = 2.0  # off
-    shown = rgb_frames(frames)
-    assert shown[0, 0, 0].tolist() == [[1, 0, 0], [0, 0, 1], [1, 1, 1]]
-    assert (shown[1] == 1).all()
+    frames = np.zeros((1, 2, 1, 3), np.uint8)
+    assert (coloured(frames, 99) == 1).all()
+    frames[0, 1, 0, 0] = frames[0, 0, 0, 1] = 2  # on, off
+    assert coloured(frames, 99)[0, 0].tolist() == [[1, 0, 0], [0, 0, 1], [1, 1, 1]]
 
 
 def test_a_group_has_points_where_they_are_few_and_a_spread_within_its_limits() -> None:

@@ -27,10 +27,8 @@ from tetdist.errors import UserError, typed
 from tetdist.wording import counted
 
 if TYPE_CHECKING:
-    from tetdist.apps.events.binning import Binning
     from tetdist.apps.events.recording import Sensor
     from tetdist.apps.reports.replay_gif import ReplayGif
-    from tetdist.apps.weights.trained import Trained
     from tetdist.models.base import SpikingNetwork
 
 _PIECE = 2**14  # most bytes read at once
@@ -67,7 +65,7 @@ def replay(options: argparse.Namespace) -> None:
     Raises:
         UserError: The recording or the network does not suit.
     """
-    from tetdist.apps.events.binning import window_frames
+    from tetdist.apps.events.binning import binning_of, window_frames
     from tetdist.apps.events.formats import SUFFIXES, stream_recording
     from tetdist.apps.events.formats.arrays import DECODERS as WHOLE
     from tetdist.apps.events.recording import BadEnd, Contents, OtherSize
@@ -87,7 +85,7 @@ def replay(options: argparse.Namespace) -> None:
         )
     import_files(options.imports)
     trained = load(options.checkpoint, "best" if options.best else "last")
-    binning, sensor = binning_of(trained, options.checkpoint)
+    binning, sensor = binning_of(trained.description.binning, options.checkpoint)
     classes = list(trained.description.classes or [])
     classes += [f"class {k}" for k in range(len(classes), trained.model.num_classes)]
     gif = ReplayGif(options.output, classes) if options.output else None
@@ -113,35 +111,6 @@ def replay(options: argparse.Namespace) -> None:
     if not (used and isinstance(bad, BadEnd)):
         raise UserError(text) from bad
     print(text, file=sys.stderr)
-
-
-def binning_of(trained: "Trained", path: Path) -> "tuple[Binning, Sensor]":
-    """Return how the run's recordings were binned, and the sensor they are of.
-
-    Raises:
-        UserError: It is unknown, or is not by windows of a fixed size.
-    """
-    from tetdist.apps.events.binning import Binning, Window
-    from tetdist.apps.events.recording import Sensor
-
-    found = trained.description.binning
-    if found is None:
-        raise UserError(
-            f"{path} was trained on images, or on recordings whose binning it does not know; "
-            f"train on a folder that `{typed('prebin_dvs')} --bins 20ms` made"
-        )
-    if Window.of(found["bins"]) is None:
-        raise UserError(
-            f"{path} was trained on --bins {found['bins']}, T parts of a whole recording, which a "
-            f"stream cannot know; bin by windows, `{typed('prebin_dvs')} --bins 20ms`, and train "
-            "again"
-        )
-
-    size, sensor = (
-        text and Sensor(*map(int, text.split("x"))) for text in (found["size"], found["sensor"])
-    )
-    keys = ("timesteps", "bins", "values", "resize", "dtype")
-    return Binning(size=size, **{key: found[key] for key in keys}), sensor
 
 
 class CtrlC:

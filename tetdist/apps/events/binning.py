@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, assert_never
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from tetdist.apps.events.published import published_frames
 from tetdist.apps.events.recording import BadRecording, Events, Sensor
+from tetdist.errors import UserError, typed
 from tetdist.wording import are, counted
 
 Values = Literal["count", "occupancy", "normalised", "published"]
@@ -69,6 +71,34 @@ class Window(NamedTuple):
         if unit == "events":
             return cls(size, "events")
         return cls(1000 * size if unit == "ms" else size, "us")
+
+
+def binning_of(found: dict[str, Any] | None, run: Path) -> tuple[Binning, Sensor]:
+    """Return how the recordings that a run was trained on were binned, and their sensor.
+
+    Args:
+        found: Settings in the description of the run, None if it has none.
+        run: Path of the run, for errors.
+
+    Raises:
+        UserError: It is unknown, or is not by windows of a fixed size.
+    """
+    if found is None:
+        raise UserError(
+            f"{run} was trained on images, or on recordings whose binning it does not know; "
+            f"train on a folder that `{typed('prebin_dvs')} --bins 20ms` made"
+        )
+    if Window.of(found["bins"]) is None:
+        raise UserError(
+            f"{run} was trained on --bins {found['bins']}, T parts of a whole recording, which a "
+            f"stream cannot know; bin by windows, `{typed('prebin_dvs')} --bins 20ms`, and train "
+            "again"
+        )
+    size, sensor = (
+        text and Sensor(*map(int, text.split("x"))) for text in (found["size"], found["sensor"])
+    )
+    keys = ("timesteps", "bins", "values", "resize", "dtype")
+    return Binning(size=size, **{key: found[key] for key in keys}), sensor
 
 
 class Frames(NamedTuple):

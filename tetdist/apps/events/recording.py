@@ -41,6 +41,8 @@ class Sensor(NamedTuple):
 class Events:
     """Events of a recording, N in temporal order.
 
+    A decoder may return integers of any type; `checked_events` makes them int64 and checks them.
+
     Attributes:
         x: (N,) column, 0 at the left.
         y: (N,) row, 0 at the top.
@@ -49,14 +51,16 @@ class Events:
         sensor: Size of the sensor.
         dropped: Number of other records in the file: frames, inertial measurements, triggers,
             events marked invalid.
+        counter: Microseconds after which the format's timestamps overflow to zero.
     """
 
-    x: npt.NDArray[np.int64]
-    y: npt.NDArray[np.int64]
-    t: npt.NDArray[np.int64]
-    p: npt.NDArray[np.int64]
+    x: npt.NDArray[Any]
+    y: npt.NDArray[Any]
+    t: npt.NDArray[Any]
+    p: npt.NDArray[Any]
     sensor: Sensor
     dropped: int = 0
+    counter: int | None = None
 
     def __len__(self) -> int:
         return len(self.t)
@@ -70,33 +74,15 @@ class Events:
         """Return some of the events, by their number."""
         return Events(self.x[part], self.y[part], self.t[part], self.p[part], self.sensor)
 
-    def followed_by(self, later: "Events") -> "Events":
+    def followed_by(self, *later: "Events") -> "Events":
         """Return these events and later ones."""
-        pairs = (self.x, later.x), (self.y, later.y), (self.t, later.t), (self.p, later.p)
-        x, y, t, p = map(np.concatenate, pairs)
-        return Events(x, y, t, p, self.sensor)
+        parts = (self, *later)
+        x, y, t, p = (np.concatenate([getattr(one, name) for one in parts]) for name in "xytp")
+        return Events(x, y, t, p, self.sensor, sum(one.dropped for one in parts), self.counter)
 
 
-class Columns(NamedTuple):
-    """Events as a decoder reads them from some of a file's bytes, not yet checked.
-
-    Attributes:
-        x, y, t, p: (N,) integers, see `Events`.
-        sensor, dropped: See `Events`.
-        counter: Microseconds after which the format's timestamps overflow to zero.
-    """
-
-    x: npt.NDArray[Any]
-    y: npt.NDArray[Any]
-    t: npt.NDArray[Any]
-    p: npt.NDArray[Any]
-    sensor: Sensor
-    dropped: int = 0
-    counter: int | None = None
-
-
-def checked_events(pieces: Iterable[Columns]) -> Iterator[Events]:
-    """Convert a recording's columns to events, piece by piece, and check them.
+def checked_events(pieces: Iterable[Events]) -> Iterator[Events]:
+    """Check a recording's events, piece by piece.
 
     Pieces without events are left out. How a recording is divided into pieces changes no check.
 
@@ -107,7 +93,8 @@ def checked_events(pieces: Iterable[Columns]) -> Iterator[Events]:
     last = np.empty((4, 0), np.int64)  # The last events of the pieces before.
     number = dropped = 0
     for piece in pieces:
-        new = np.stack([np.asarray(values).astype(np.int64) for values in piece[:4]])
+        columns = (piece.x, piece.y, piece.t, piece.p)
+        new = np.stack([values.astype(np.int64) for values in columns])
         dropped += piece.dropped
         if not new.shape[1]:
             continue
@@ -128,7 +115,7 @@ def checked_events(pieces: Iterable[Columns]) -> Iterator[Events]:
 
 
 def _faults(
-    events: npt.NDArray[np.int64], first: int, read: Columns
+    events: npt.NDArray[np.int64], first: int, read: Events
 ) -> Iterator[tuple[int, BadRecording]]:
     """Yield the first bad event of each kind and its reason; number `first` is events[:, 0]."""
     x, y, t, p = events

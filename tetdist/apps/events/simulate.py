@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tetdist.apps.events.recording import BadRecording, Columns, Events, Sensor, checked_events
+from tetdist.apps.events.recording import BadRecording, Events, Sensor, checked_events
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 DEFAULT_SENSOR = Sensor(34, 34)
@@ -71,7 +71,7 @@ def simulate(data: bytes, path: str, simulation: Simulation) -> Events:
     x, y, t, p = (np.concatenate(values) for values in zip(*columns, strict=True))
     order = np.argsort(t, kind="stable")
     sensor = Sensor(simulation.width, simulation.height)
-    return next(checked_events([Columns(x[order], y[order], t[order], p[order], sensor)]))
+    return next(checked_events([Events(x[order], y[order], t[order], p[order], sensor)]))
 
 
 def _scene(data: bytes, simulation: Simulation) -> npt.NDArray[np.float64]:

@@ -102,20 +102,22 @@ def draw_preview(dest: Path, records: Iterable[Record], file: Path) -> None:
     for row, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
         top = row * (_CELL + _GAP)
         draw.text((4, top + _CELL // 2 - 6), name, fill="black")
-        for t, rgb in enumerate(_coloured(tensor)):
-            frame = Image.fromarray(rgb)
+        for t, rgb in enumerate(coloured(tensor, 95)):
+            frame = Image.fromarray((255 * rgb).astype(np.uint8))
             frame = frame.resize((_CELL, _CELL), Image.Resampling.NEAREST)
             canvas.paste(frame, (left + t * (_CELL + _GAP), top))
     with replacing(file) as stream:
         canvas.save(stream, "PNG")
 
 
-def _coloured(tensor: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Colour frames as (T, H, W, 3): white without events, redder by ON ones, bluer by OFF ones."""
-    values = tensor.astype(np.float64)
-    # Scale by a percentile, because a few hot pixels would make all others pale.
-    positive = values[values > 0]
-    full = np.percentile(positive, 95) if positive.size else 1.0
+def coloured(frames: npt.NDArray[Any], percentile: float) -> npt.NDArray[np.float64]:
+    """Convert frames (T, 2, H, W) to RGB values in [0, 1], (T, H, W, 3).
+
+    White means no event; ON events make a pixel redder, OFF events bluer, up to a percentile of the
+    nonzero values, because a few hot pixels would make all others pale.
+    """
+    values = frames.astype(np.float64)
+    present = values[values > 0]
+    full = np.percentile(present, percentile) if present.size else 1.0
     off, on = np.clip(values / full, 0, 1).swapaxes(0, 1)
-    shares = np.stack([off, np.maximum(on, off), on], axis=-1)
-    return (255 * (1 - shares)).astype(np.uint8)
+    return 1 - np.stack([off, np.maximum(on, off), on], axis=-1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from tetdist.apps.events.statistics import coloured
 from tetdist.apps.reports import curves
 from tetdist.config.sections.data import DataSection
 from tetdist.data import mixing
@@ -63,7 +64,8 @@ class RunPlots(Observer):
             images = mixing.mixed_images(images, mixing.on_device(batch.mix, images.device))
         match self.config.data.kind:
             case "events":
-                rgb = rgb_frames(images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS])
+                shown = images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS].numpy()
+                rgb = np.stack([coloured(frames, 99) for frames in shown])
                 unit = f"events (red: on, blue: off), {images.shape[1]} time bins"
             case "images":
                 rgb = rgb_images(images[:SHOWN_IMAGES], self.config.data)
@@ -120,19 +122,3 @@ def rgb_images(images: Tensor, data: DataSection) -> npt.NDArray[np.float64]:
     """Convert normalised images (N, 3, H, W) to RGB values in [0, 1], (N, H, W, 3)."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).double().numpy()
-
-
-def rgb_frames(frames: Tensor) -> npt.NDArray[np.float64]:
-    """Convert numbers of events (N, T, 2, H, W) to RGB values in [0, 1], (N, T, H, W, 3).
-
-    White means no event; darkness is proportional to the number of events, up to the 99th
-    percentile of the sample's nonzero values.
-    """
-    shown = np.empty((*frames.shape[:2], *frames.shape[3:], 3))
-    for rgb, sample in zip(shown, frames.double().numpy(), strict=True):
-        present = sample[sample > 0]
-        scale = np.percentile(present, 99) if present.size else 1.0
-        off, on = (np.clip(sample[:, polarity] / scale, 0, 1) for polarity in (0, 1))
-        rgb[..., 0], rgb[..., 2] = 1 - off, 1 - on
-        rgb[..., 1] = 1 - np.maximum(off, on)
-    return shown

@@ -11,11 +11,8 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from tetdist.apps.events.recording import (
     BadRecording,
-    Columns,
     Contents,
     Events,
     OtherSize,
@@ -24,7 +21,7 @@ from tetdist.apps.events.recording import (
 )
 
 # A decoder takes a file's contents, and the sensor's size for formats that do not store it.
-_DECODERS: dict[str, Callable[[Contents, Sensor | None], Iterator[Columns]]] = {
+_DECODERS: dict[str, Callable[[Contents, Sensor | None], Iterator[Events]]] = {
     suffix: decoder
     for module in pkgutil.iter_modules(__path__)
     for suffix, decoder in importlib.import_module(f"{__name__}.{module.name}").DECODERS.items()
@@ -45,12 +42,8 @@ def read_recording(path: Path, data: bytes, sensor: Sensor | None) -> Events:
         UserError: A package that reads this format is missing.
     """
     pieces = list(_decoded(path.suffix, Contents([data]), sensor))
-    if pieces:
-        x, y, t, p = (np.concatenate([piece[i] for piece in pieces]) for i in range(4))
-        dropped = sum(piece.dropped for piece in pieces)
-        pieces = [pieces[0]._replace(x=x, y=y, t=t, p=p, dropped=dropped)]
     try:
-        (events,) = checked_events(pieces)
+        (events,) = checked_events([pieces[0].followed_by(*pieces[1:])] if pieces else [])
     except OtherSize as error:
         raise BadRecording(f"{error}; give the sensor's size as --sensor WIDTHxHEIGHT") from error
     return events
@@ -67,7 +60,7 @@ def stream_recording(suffix: str, contents: Contents, sensor: Sensor | None) -> 
         contents.bad_end = error
 
 
-def _decoded(suffix: str, contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+def _decoded(suffix: str, contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
     decoder = _DECODERS.get(suffix.lower())
     if decoder is None:
         raise BadRecording(f"its suffix is not one of {', '.join(SUFFIXES)}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tetdist.apps.events.recording import BadRecording, Columns, Contents, Sensor
+from tetdist.apps.events.recording import BadRecording, Contents, Events, Sensor
 
 DVS128 = Sensor(128, 128)
 DAVIS240 = Sensor(240, 180)
@@ -17,7 +17,7 @@ _PACKET = struct.Struct("<hhiiiiii")
 _POLARITY_EVENTS, _EVENT_SIZE = 1, 8
 
 
-def decode_aedat(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+def decode_aedat(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
     """Decode an .aedat file: AEDAT 2.0 or 3.1.
 
     Args:
@@ -41,7 +41,7 @@ def decode_aedat(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]
         raise BadRecording(f"AEDAT {version} is not supported (only 2.0, 3.1 and 4)")
 
 
-def _decode_2(contents: Contents, header: list[str], sensor: Sensor | None) -> Iterator[Columns]:
+def _decode_2(contents: Contents, header: list[str], sensor: Sensor | None) -> Iterator[Events]:
     named = sensor or _camera(header)
     sensor = named or DVS128
     if sensor not in (DVS128, DAVIS240):
@@ -69,7 +69,7 @@ def _decode_2(contents: Contents, header: list[str], sensor: Sensor | None) -> I
             x, y, p = (address >> 12) & 0x3FF, (address >> 22) & 0x1FF, (address >> 11) & 1
         first += len(records)
         # Both cameras count columns from the right and rows from the bottom.
-        yield Columns(
+        yield Events(
             sensor.width - 1 - x[is_event].astype(np.int64),
             sensor.height - 1 - y[is_event].astype(np.int64),
             t[is_event],
@@ -92,7 +92,7 @@ def _camera(header: list[str]) -> Sensor | None:
     raise BadRecording(f"its camera is not supported: {chips[0].removeprefix('# AEChip: ')}")
 
 
-def _decode_3(contents: Contents, sensor: Sensor) -> Iterator[Columns]:
+def _decode_3(contents: Contents, sensor: Sensor) -> Iterator[Events]:
     start = contents.position
     while not contents.ended():
         fields = _PACKET.unpack(contents.peek(_PACKET.size, "packet"))
@@ -115,7 +115,7 @@ def _decode_3(contents: Contents, sensor: Sensor) -> Iterator[Columns]:
             )
         word, t = word[valid], t[valid] + (overflow << 31)
         x, y, p = word >> 17, (word >> 2) & 0x7FFF, (word >> 1) & 1
-        yield Columns(x, y, t, p, sensor, dropped=int(number - valid.sum()))
+        yield Events(x, y, t, p, sensor, dropped=int(number - valid.sum()))
 
 
 DECODERS = {".aedat": decode_aedat}

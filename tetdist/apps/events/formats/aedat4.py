@@ -8,12 +8,10 @@ import struct
 import xml.etree.ElementTree as ET
 from array import array
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from tetdist.apps.events.recording import BadEnd, BadRecording, Columns, Contents, OtherSize, Sensor
+from tetdist.apps.events.recording import BadEnd, BadRecording, Contents, Events, OtherSize, Sensor
 from tetdist.errors import UserError, pip_install
 from tetdist.wording import counted
 
@@ -35,7 +33,7 @@ _POSITION, _STREAM_AND_SIZE, _NUM_ELEMENTS = 0, 1, 2
 _STORED, _LZ4, _ZSTANDARD = (0,), (1, 2), (3, 4)
 
 
-def decode_aedat4(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+def decode_aedat4(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
     """Decode an AEDAT 4 file.
 
     Args:
@@ -54,14 +52,14 @@ def decode_aedat4(contents: Contents, sensor: Sensor | None) -> Iterator[Columns
         raise BadRecording(f"it is truncated or damaged ({error})") from error
 
 
-def _decode(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+def _decode(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
     if contents.take(len(_MAGIC), "header") != _MAGIC:
         raise BadRecording("it is not an AEDAT 4 file: it does not begin with #!AER-DAT4.0")
     (size,) = struct.unpack("<I", contents.peek(4, "header"))
     header = _Table.root(contents.take(4 + size, "header"), b"IOHE")
     end = header.number(_TABLE_POSITION, "<q", -1)  # -1: not known when recording began
     compression = header.number(_COMPRESSION, "<i", 0)
-    streams = _streams(header.text(_INFO))
+    streams = _streams(header.vector(_INFO, 1).decode())
     sizes = [(number, of) for number, of in streams.items() if of is not None]
     if len(sizes) != 1:
         raise BadRecording(f"it has {len(sizes)} streams of events instead of one")
@@ -77,13 +75,15 @@ def _decode(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
         if size < 0 or 0 <= end < start + size:
             raise BadRecording(f"the packet at byte {start - 8} is damaged")
         packet = contents.take(8 + size, "packet")[8:]
-        part = np.empty(0, _EVENT)
+        octets = b""
         if stream == events:
-            part = _elements(_decompressed(packet, compression))
+            table = _Table.root(_decompressed(packet, compression), b"EVTS")
+            octets = table.vector(_ELEMENTS, _EVENT.itemsize)
+        part = np.frombuffer(octets, _EVENT)
         if end >= 0:
             found.extend((start, stream, size, len(part)))
         x, y, t, p = (part[name] for name in "xytp")
-        yield Columns(x, y, t, p, stated, dropped=int(stream != events))
+        yield Events(x, y, t, p, stated, dropped=int(stream != events))
     _check_table(contents.rest(), compression, found if end >= 0 else None, events)
 
 
@@ -160,12 +160,6 @@ def _decompressed(packet: bytes, compression: int) -> bytes:
     return bytes(contents)
 
 
-def _elements(packet: bytes) -> npt.NDArray[Any]:
-    table = _Table.root(packet, b"EVTS")
-    octets = table.vector(_ELEMENTS, _EVENT.itemsize)
-    return np.frombuffer(octets, _EVENT)
-
-
 class _Table:
     """Table of a flatbuffer, at byte `start` of its data."""
 
@@ -227,9 +221,6 @@ class _Table:
         if len(self._data) < position + 4 + size:
             raise BadRecording("it is truncated or damaged: a vector is longer than its buffer")
         return position + 4, size
-
-    def text(self, field: int) -> str:
-        return self.vector(field, 1).decode()
 
 
 DECODERS = {".aedat4": decode_aedat4}

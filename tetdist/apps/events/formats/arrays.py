@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from tetdist.apps.events.recording import BadRecording, Columns, Contents, OtherSize, Sensor
+from tetdist.apps.events.recording import BadRecording, Contents, Events, OtherSize, Sensor
 from tetdist.errors import UserError, pip_install
 
 _FIELDS = ("x", "y", "t", "p")
 
 
-def decode_npz(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+def decode_npz(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
     data = contents.rest()
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
@@ -25,7 +25,7 @@ def decode_npz(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
     yield _from_arrays(arrays, arrays, sensor)
 
 
-def decode_hdf5(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+def decode_hdf5(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
     data = contents.rest()
     try:
         import h5py
@@ -59,7 +59,7 @@ def _own_values(group: Any, name: str) -> Any:
 
 def _from_arrays(
     arrays: Mapping[str, Any], size: Mapping[str, Any], sensor: Sensor | None
-) -> Columns:
+) -> Events:
     """Convert arrays x, y, t (microseconds) and p (0 and 1, or -1 and 1, or booleans) to columns.
 
     Args:
@@ -88,7 +88,7 @@ def _from_arrays(
         raise BadRecording("it does not store the sensor's size; give --sensor WIDTHxHEIGHT")
     if p.dtype.kind == "i" and set(np.unique(p)) <= {-1, 1}:
         p = p > 0
-    return Columns(x, y, t, p, sensor)
+    return Events(x, y, t, p, sensor)
 
 
 DECODERS = {".npz": decode_npz, ".h5": decode_hdf5, ".hdf5": decode_hdf5}

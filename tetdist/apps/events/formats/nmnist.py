@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tetdist.apps.events.recording import BadRecording, Columns, Contents, Sensor
+from tetdist.apps.events.recording import BadRecording, Contents, Events, Sensor
 
 NMNIST = Sensor(34, 34)
 _SIZE = 5  # bytes of a record
@@ -19,7 +19,7 @@ _FOREIGN = {
 }
 
 
-def decode_nmnist(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+def decode_nmnist(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
     beginning = contents.peek(_SIZE, "record")
     for foreign, name in _FOREIGN.items():
         if beginning.startswith(foreign):
@@ -34,7 +34,7 @@ def decode_nmnist(contents: Contents, sensor: Sensor | None) -> Iterator[Columns
         passed = overflows + np.cumsum(~is_event)
         overflows = int(passed[-1])
         t = t + passed * 2**13
-        yield Columns(
+        yield Events(
             x[is_event],
             y[is_event],
             t[is_event],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tetdist.apps.events.recording import BadRecording, Columns, Contents, OtherSize, Sensor
+from tetdist.apps.events.recording import BadRecording, Contents, Events, OtherSize, Sensor
 
 # Sensor sizes that the files of some cameras omit, by a part of the header's plugin_name.
 _SENSORS = {
@@ -32,7 +32,7 @@ _EVT3_CONTINUED = (0x7, 0xF)
 _OTHER = 0xE
 
 
-def decode_dat(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+def decode_dat(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
     """Decode a .dat file.
 
     Raises:
@@ -51,10 +51,10 @@ def decode_dat(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
     for records in contents.records("<u4", 2):
         t, word = records.T
         x, y, p = word & 0x3FFF, (word >> 14) & 0x3FFF, word >> 28
-        yield Columns(x, y, t, p, sensor, counter=2**32)
+        yield Events(x, y, t, p, sensor, counter=2**32)
 
 
-def decode_raw(contents: Contents, sensor: Sensor | None) -> Iterator[Columns]:
+def decode_raw(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
     """Decode a .raw file in EVT 2.0 or EVT 3.0.
 
     Raises:
@@ -107,7 +107,7 @@ def _stated_sensor(header: list[str]) -> Sensor | None:
     return Sensor(int(width[1]), int(height[1])) if width and height else None
 
 
-def _decode_evt2(contents: Contents, sensor: Sensor) -> Iterator[Columns]:
+def _decode_evt2(contents: Contents, sensor: Sensor) -> Iterator[Events]:
     first, before, high = 0, -1, -1  # The next word's number; of the last words, kind and time.
     known = (_EVT2_OFF, _EVT2_ON, _EVT2_TIME_HIGH, *_EVT2_OTHERS)
     for words in contents.records("<u4"):
@@ -119,7 +119,7 @@ def _decode_evt2(contents: Contents, sensor: Sensor) -> Iterator[Columns]:
         # Events before the first time word have no time.
         is_event = (kind <= _EVT2_ON) & (times >= 0)
         event = word[is_event]
-        yield Columns(
+        yield Events(
             (event >> 11) & 0x7FF,
             event & 0x7FF,
             (times[is_event] << 6) | ((event >> 22) & 0x3F),
@@ -144,13 +144,13 @@ class _Evt3State:
     polarity: int = -1  # of vectors
 
 
-def _decode_evt3(contents: Contents, sensor: Sensor) -> Iterator[Columns]:
+def _decode_evt3(contents: Contents, sensor: Sensor) -> Iterator[Events]:
     state = _Evt3State()
     for words in contents.records("<u2"):
         yield _evt3_columns(words[:, 0].astype(np.int64), state, sensor)
 
 
-def _evt3_columns(word: npt.NDArray[np.int64], state: _Evt3State, sensor: Sensor) -> Columns:
+def _evt3_columns(word: npt.NDArray[np.int64], state: _Evt3State, sensor: Sensor) -> Events:
     """Decode words, and update the state."""
     kind, value = word >> 12, word & 0xFFF
     known = (_EVT3_Y, _EVT3_X, _EVT3_BASE, _EVT3_VECTOR_12, _EVT3_VECTOR_8)
@@ -187,7 +187,7 @@ def _evt3_columns(word: npt.NDArray[np.int64], state: _Evt3State, sensor: Sensor
     state.kind, state.value, state.row = int(kind[-1]), int(value[-1]), int(row[-1])
     state.high, state.low = int(high[-1]), int(low[-1])
     state.x, state.polarity = int(origin[-1] + steps[-1]), int(polarity[-1])
-    return Columns(
+    return Events(
         x,
         row[position],
         (high[position] << 12) + low[position],
