@@ -493,7 +493,7 @@ def test_weights_begin_as_in_the_authors_code(case: Case) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "complaint"),
     [
-        ("qkformer_10_384", {"widths": (8, 16)}, "must have one entry per stage"),
+        ("qkformer_10_384", {"widths": (96, 192)}, "must have one entry per stage"),
         (
             "sdt_8_384",
             {"neuron": {"kind": "ilif", "most_spikes": 16}, "channels": 16},

@@ -1,5 +1,5 @@
-"""Parts of spiking transformers: blocks, attention's neurons, layers that pool before they fire,
-and the base class of networks whose blocks exchange currents.
+"""Parts of spiking transformers: blocks, stages, attention's neurons, layers that pool before they
+fire, layers that add currents to a real-valued stream, and the base class of such networks.
 
 A transformer's tokens are the positions of an image (T, B, C, H, W), whose channels come last in
 memory: a linear layer on tokens is a 1x1 convolution, and its norm and neurons are those of any
@@ -8,13 +8,15 @@ other. Products of spikes are in nn/products.py; each family of networks has its
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1
+from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.dropout import rising_rates
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
@@ -32,6 +34,10 @@ HALVING_NEURON = LIF(
     surrogate_width=2.0,
     fires_at_threshold=True,
 )
+
+
+# Factor on self-attention's sums of products, independent of the number of channels.
+SCALE = 0.125
 
 
 def attention_neuron(neuron: NeuronConfig, threshold: float) -> NeuronConfig:
@@ -82,6 +88,78 @@ class ConvPoolNeuron(nn.Module):
         return self.neuron(pooled, timesteps)
 
 
+class StreamEmbedding(nn.Module):
+    """3x3 convolutions with neurons between them, and a shortcut around the last ones that adds its
+    current to theirs.
+
+    Args:
+        in_channels: Channels of the input.
+        layers: Channels of each convolution, and whether it halves height and width.
+        branch: Number of layers before the shortcut; with 0, neurons come first: the input is a
+            stream.
+        neuron: All neurons.
+        strided: Halve by a convolution's stride, not by max-pooling of its current.
+        pooled_shortcut: Halve the shortcut by max-pooling of its current, not by a stride.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        layers: Sequence[tuple[int, bool]],
+        branch: int,
+        neuron: NeuronConfig,
+        *,
+        strided: bool = False,
+        pooled_shortcut: bool = False,
+    ) -> None:
+        super().__init__()
+        self.branch = branch
+        self.neuron = Neuron(neuron, in_channels) if branch == 0 else nn.Identity()
+        channels = [in_channels, *(width for width, _ in layers)]
+        self.layers = nn.ModuleList()
+        for before, (width, halves) in zip(channels, layers[:-1], strict=False):
+            if halves and not strided:
+                self.layers.append(ConvPoolNeuron(conv3x3(before, width), neuron))
+            else:
+                conv = conv3x3(before, width, 2 if halves else 1)
+                self.layers.append(ConvNormNeuron(conv, neuron))
+        width, self.pools_last = layers[-1]
+        self.conv = conv3x3(channels[-2], width)
+        stride = 1 if pooled_shortcut else 2 ** sum(halves for _, halves in layers[branch:])
+        self.shortcut = conv1x1(channels[branch], width, stride)
+        # Of the two currents, the sum normalises one; this is for the other, pooled or not.
+        pools_one = self.pools_last or pooled_shortcut
+        self.other_norm = NormPool(width) if pools_one else BatchNorm(width)
+        self.add = NormAdd(width)
+
+    def forward(self, x: Tensor, timesteps: int | None = None) -> Tensor:
+        """Map (1 or T, B, C, H, W) to a current (T, B, C', H', W')."""
+        x = branch = self.neuron(x)
+        for i, layer in enumerate(self.layers, 1):
+            x = layer(x, timesteps)
+            if i == self.branch:
+                branch = x
+        current, other = self.conv(x), self.shortcut(branch)
+        if self.pools_last:
+            current, other = other, current
+        if isinstance(self.other_norm, NormPool):
+            return self.add(current, self.other_norm(other))
+        return self.add(current, other, self.other_norm)
+
+
+class StreamConv(nn.Module):
+    """Neurons and a convolution, whose current is added to a real-valued stream."""
+
+    def __init__(self, conv: Conv2d, neuron: NeuronConfig, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.neuron = Neuron(neuron, conv.in_channels)
+        self.conv = conv
+        self.add = NormAdd(conv.out_channels, drop_path=drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(self.conv(self.neuron(x)), x)
+
+
 class StreamAttention(nn.Module):
     """Spiking self-attention without a softmax (Zhou et al., Spikformer, ICLR 2023), whose current
     is added to a real-valued stream.
@@ -104,9 +182,9 @@ class StreamAttention(nn.Module):
         neuron: NeuronConfig,
         threshold: float,
         *,
-        scale: float,
+        scale: float = SCALE,
         value_channels: int | None = None,
-        bias: bool,
+        bias: bool = True,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
@@ -162,6 +240,46 @@ class StreamTransformer(SpikingNetwork):
         current = x.mean((3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
         spikes: Tensor = self.head_neuron(current)
         return spikes.to(next(self.parameters()).dtype)
+
+
+def stages(
+    widths: Sequence[int],
+    depths: Sequence[int],
+    drop_path_rate: float,
+    embedding: Callable[[int, int], nn.Module],
+    block: Callable[[int, float], nn.Module],
+) -> nn.Sequential:
+    """Return the blocks of stages, of which all except the first begin with an embedding.
+
+    Args:
+        widths: Channels of each stage.
+        depths: Number of blocks of each stage.
+        drop_path_rate: See `SpikingNetwork`.
+        embedding: Returns an embedding for the channels before and after it.
+        block: Returns a block for its stage (from 0) and its rate of dropped paths.
+
+    Raises:
+        ValueError: ``widths`` and ``depths`` are not of equally many stages.
+    """
+    if len(widths) != len(depths):
+        raise ValueError(f"widths {widths} and depths {depths} must have one entry per stage")
+    rates = iter(rising_rates(drop_path_rate, sum(depths)))
+    blocks = []
+    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        if stage > 0:
+            blocks.append(embedding(widths[stage - 1], width))
+        blocks += [block(stage, next(rates)) for _ in range(depth)]
+    return nn.Sequential(*blocks)
+
+
+def convolutions_outside(
+    model: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...]
+) -> Iterator[nn.Conv2d]:
+    """Yield a model's convolutions that are not in modules of these kinds."""
+    inside = {layer for one in model.modules() if isinstance(one, kinds) for layer in one.modules()}
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d) and layer not in inside:
+            yield layer
 
 
 def init_as_published(layers: Iterable[nn.Module]) -> None:

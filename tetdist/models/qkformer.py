@@ -22,23 +22,22 @@ from torch import Tensor, nn
 from tetdist.models import base
 from tetdist.models.attention import (
     HALVING_NEURON,
+    SCALE,
     Block,
     ConvPoolNeuron,
     attention_neuron,
     init_as_published,
+    stages,
 )
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.models.sew_resnet import connect
-from tetdist.nn.dropout import DropPath, rising_rates
+from tetdist.nn.dropout import DropPath
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import carried, carry
 from tetdist.nn.products import HeadSum, LinearAttention, masked
 
 logger = logging.getLogger(__name__)
-
-# Factor on self-attention's sums of products, independent of the number of channels.
-SCALE = 0.125
 
 
 class Embedding(nn.Module):
@@ -76,6 +75,31 @@ class Embedding(nn.Module):
             if i + 1 == self.branch:
                 branch = x
         return connect(self.shortcut, branch, x, "add")
+
+
+def stem_layers(embedding: str, channels: int) -> tuple[list[tuple[int, bool]], int]:
+    """Return ``layers`` and ``branch`` of a stem; see `Embedding` and `QKFormer`.
+
+    Raises:
+        ValueError: ``embedding`` is unknown.
+    """
+    half = channels // 2
+    match embedding:
+        case "imagenet":
+            return [(half, True), (channels, True), (channels, False)], 1
+        case "cifar":
+            return [(half, False), (channels, False)], 1
+        case "dvs":
+            layers = [(channels // 8, False), (channels // 4, True), (half, True), (channels, True)]
+            return layers, 2
+        case _:
+            raise ValueError(f"embedding must be imagenet, cifar or dvs, not {embedding!r}")
+
+
+def stage_layers(embedding: str, channels: int) -> list[tuple[int, bool]]:
+    """Return ``layers`` of the embedding that a stage begins with."""
+    pools_first = embedding == "imagenet"
+    return [(channels, pools_first), (channels, not pools_first)]
 
 
 class TokenAttention(nn.Module):
@@ -234,8 +258,6 @@ class QKFormer(SpikingNetwork):
         super().__init__(
             num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
         )
-        if len(widths) != len(depths):
-            raise ValueError(f"widths {widths} and depths {depths} must have one entry per stage")
         if odd := [width for width in widths if width % heads]:
             raise ValueError(f"{odd[0]} channels cannot be divided among {heads} heads")
         if mixes_samples:
@@ -244,51 +266,26 @@ class QKFormer(SpikingNetwork):
                 "as in QKFormer's published code. Use it only to compare with published weights: "
                 "on data sorted by class, labels leak into the accuracy."
             )
-        first = widths[0]
-        match embedding:
-            case "imagenet":
-                stem, branch = [(first // 2, True), (first, True), (first, False)], 1
-            case "cifar":
-                stem, branch = [(first // 2, False), (first, False)], 1
-            case "dvs":
-                stem = [(first // 8, False), (first // 4, True), (first // 2, True), (first, True)]
-                branch = 2
-            case _:
-                raise ValueError(f"embedding must be imagenet, cifar or dvs, not {embedding!r}")
         self.embedding = embedding
-        pools_first = embedding == "imagenet"
-        self.stem = Embedding(in_chans, stem, branch, neuron)
-        blocks: list[nn.Module] = []
-        rates = iter(rising_rates(drop_path_rate, sum(depths)))
+        self.stem = Embedding(in_chans, *stem_layers(embedding, widths[0]), neuron)
+
+        def embed(before: int, width: int) -> Embedding:
+            return Embedding(before, stage_layers(embedding, width), 0, neuron)
+
+        def block(stage: int, rate: float) -> Block:
+            width = widths[stage]
+            of = (width, heads, neuron, attention_threshold)
+            attention: nn.Module
+            if stage < len(widths) - 1:
+                attention = TokenAttention(*of, drop_path=rate)
+            else:
+                attention = SelfAttention(*of, mixes_samples=mixes_samples, drop_path=rate)
+            return Block(attention, Mlp(width, mlp_ratio * width, neuron, rate))
+
+        self.blocks = stages(widths, depths, drop_path_rate, embed, block)
         # Largest input of each block: an embedding and each half of a block add two layers' spikes.
-        highest_inputs, highest = [], 2
-        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            if stage > 0:
-                layers = [(width, pools_first), (width, not pools_first)]
-                blocks.append(Embedding(widths[stage - 1], layers, 0, neuron))
-                highest_inputs.append(highest)
-                highest = 2
-            for _ in range(depth):
-                attention: nn.Module
-                drop_path = next(rates)
-                if stage < len(widths) - 1:
-                    attention = TokenAttention(
-                        width, heads, neuron, attention_threshold, drop_path=drop_path
-                    )
-                else:
-                    attention = SelfAttention(
-                        width,
-                        heads,
-                        neuron,
-                        attention_threshold,
-                        mixes_samples=mixes_samples,
-                        drop_path=drop_path,
-                    )
-                blocks.append(Block(attention, Mlp(width, mlp_ratio * width, neuron, drop_path)))
-                highest_inputs.append(highest)
-                highest += 2
-        self.blocks = nn.Sequential(*blocks)
-        self.highest_inputs = tuple(highest_inputs)
+        highest = [2 * i for depth in depths for i in range(1, depth + 2)]
+        self.highest_inputs = tuple(highest[:-1])  # The last one is the classifier's.
         self.set_head(widths[-1], drop_rate)
         init_as_published([self.fc])
 

@@ -3,8 +3,10 @@
 A rule is a pattern of our names and its replacement.
 """
 
-from tetdist.models import espikeformer, max_former, qkformer
-from tetdist.models.attention import StreamAttention
+from torch import nn
+
+from tetdist.models import espikeformer, qkformer
+from tetdist.models.attention import StreamAttention, StreamEmbedding
 from tetdist.models.espikeformer import ESpikeFormer
 from tetdist.models.max_former import MaxFormer
 from tetdist.models.qkformer import QKFormer
@@ -24,12 +26,16 @@ def _added(own: str, name: str, theirs: str, conv: str = "_conv.", norm: str = "
     return [(rf"^{own}\.{name}\.", theirs + conv), (rf"^{own}\.add\.norm\.", theirs + norm)]
 
 
-def _shortcut(own: str, theirs: str) -> Names:
-    """Return rules for a shortcut's convolution and norm, with or without a pooling."""
-    return [
-        (rf"^{own}\.shortcut\.", f"{theirs}_conv."),
-        (rf"^{own}\.shortcut_norm\.(?:norm\.)?", f"{theirs}_bn."),
-    ]
+def _stream_embedding(own: str, embedding: StreamEmbedding, theirs: list[str]) -> Names:
+    """Return rules for the layers, the last convolution and the shortcut, in this order."""
+    *layers, last, shortcut = theirs
+    rules = []
+    for i, name in enumerate(layers):
+        rules += _layer(rf"{own}\.layers\.{i}", name)
+    rules += [(rf"^{own}\.conv\.", f"{last}_conv."), (rf"^{own}\.shortcut\.", f"{shortcut}_conv.")]
+    added, other = (shortcut, last) if embedding.pools_last else (last, shortcut)
+    rules += [(rf"^{own}\.add\.norm\.", f"{added}_bn.")]
+    return [*rules, (rf"^{own}\.other_norm\.(?:norm\.)?", f"{other}_bn.")]
 
 
 def _attention(own: str, theirs: str, conv: str, norm: str) -> Names:
@@ -131,21 +137,18 @@ def espikeformer_names(model: ESpikeFormer) -> Names:
 
 
 def maxformer_names(model: MaxFormer) -> Names:
-    rules = [
-        *_layer(r"stem\.layers\.0", "patch_embed1.embed1.embed"),
-        *_layer(r"stem\.layers\.1", "patch_embed1.embed2.embed"),
-        *_layer("stem", "patch_embed1.embed3.embed"),
-        *_shortcut("stem", "patch_embed1.embed4.embed"),
-    ]
+    def embedding(own: str, ours: nn.Module, theirs: str, names: list[str]) -> Names:
+        assert isinstance(ours, StreamEmbedding)
+        return _stream_embedding(own, ours, [f"{theirs}.{name}.embed" for name in names])
+
+    rules = embedding("stem", model.stem, "patch_embed1", [f"embed{i}" for i in (1, 2, 3, 4)])
     stage, position = 1, -1
     for i, block in enumerate(model.blocks):
         own = rf"blocks\.{i}"
-        if isinstance(block, max_former.Embedding):
+        if isinstance(block, StreamEmbedding):
             stage, position = stage + 1, -1
-            theirs = f"patch_embed{stage}"
-            rules += _layer(rf"{own}\.layer", f"{theirs}.max_embed1.embed")
-            rules += _layer(own, f"{theirs}.embed1.embed")
-            rules += _shortcut(own, f"{theirs}.max_embed2.embed")
+            names = ["max_embed1", "embed1", "max_embed2"]
+            rules += embedding(own, block, f"patch_embed{stage}", names)
             continue
         position += 1
         theirs = f"stage{stage}.{position}"
