@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": "evaluate a checkpoint",
     "replay": "stream a recording through a network trained on windows of a fixed size",
     "slurm": "submit a run to a Slurm cluster; status, cancel, resume",
+    "torchrun": "start processes with torchrun, and exit with their status",
     "study": "train several configurations with several seeds, and report",
     "status": "show progress, ETA, results and checkpoint of runs",
     "compare_runs": "show where two runs first differ, or list several side by side",

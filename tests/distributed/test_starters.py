@@ -129,6 +129,15 @@ def test_only_torchruns_worker_whose_parent_is_gone_was_launched(
     assert starters._launchers() == [starters.GONE]
 
 
+@pytest.mark.parametrize("program", ["torchrun", "launch/torchrun.py", "/venv/bin/tetdist"])
+def test_launcher_may_be_the_first_process_of_a_container(
+    program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not adopted what it started."""
+    monkeypatch.setattr(starters, "_program", lambda _: program)
+    assert not starters._is_init(1)
+
+
 def test_what_came_from_another_host_is_nobody_here(monkeypatch: pytest.MonkeyPatch) -> None:
     ((name, text),) = starters.as_starter().items()
     place, pid, started = json.loads(text)

@@ -26,9 +26,9 @@ VARIABLE = "TETDIST_WORKS_FOR"
 BEAT = 1.0  # seconds between two checks
 SAVE_LIMIT = 300.0  # seconds that a process has to save before it is ended anyway
 
-# Launchers of torch and DeepSpeed, by program or module.
+# Launchers of torch and DeepSpeed, by program or module, and tetdist's own torchrun.
 _LAUNCHER = re.compile(
-    r"(?:.*/)?(?:deepspeed|ds|torchrun)"
+    r"(?:.*/)?(?:deepspeed|ds|torchrun(?:\.py)?|tetdist)"
     r"|(?:.*/)?deepspeed[./]launcher[./](?:launch|runner)(?:\.py)?"
     r"|(?:.*/)?torch[./]distributed[./](?:run|launch)(?:\.py)?"
 )

@@ -1,0 +1,71 @@
+"""torchrun with the exit status of its processes, and a cluster that evicts what it runs."""
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+
+TORCHRUN = tiny.PROJECT / "launch" / "torchrun.py"
+WORKER = """
+import os, signal, sys, time
+ends = {"mistake": lambda: sys.exit(2), "lost": lambda: os.kill(os.getpid(), signal.SIGKILL)}
+if os.environ["RANK"] == "1" and sys.argv[1] in ends:
+    ends[sys.argv[1]]()
+time.sleep(0 if sys.argv[1] == "well" else 60)
+"""
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Signals as before torchrun, which keeps its own."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def options(*command: object) -> list[object]:
+    return ["--nproc-per-node", 2, "--master-port", tiny.free_port(), *command]
+
+
+@pytest.mark.usefixtures("own_signals")
+@pytest.mark.parametrize(
+    ("end", "status"), [("well", 0), ("mistake", 2), ("lost", 128 + signal.SIGKILL)]
+)
+def test_status_is_that_of_the_process_that_failed_first(
+    end: str, status: int, tmp_path: Path, tool: tiny.Tool
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    assert tool("torchrun.py", *options(worker, end))[0] == status
+
+
+@pytest.mark.long
+def test_evicted_run_goes_on_with_the_same_command(
+    tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """An agent starts the command again as long as its status is that of an eviction."""
+    file = tiny_config({"phases.0.epochs": 40, "evaluate_every": 40})
+    command = [TORCHRUN, *options(tiny.TRAIN, "--config", file, "engine=torch")]
+    env = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT))
+    mark, env = tiny.marked(env)
+    statuses, evict_after = [], iter(["step 20/", "step 80/"])
+    while not statuses or statuses[-1] == 128 + signal.SIGTERM:
+        seen, line = next(evict_after, None), ""
+        with tiny.started(tiny.python(*command), tmp_path, env) as process:
+            assert process.stdout is not None
+            while seen and seen not in line and (line := process.stdout.readline()):
+                pass
+            if seen:
+                process.terminate()
+            output, _ = process.communicate(timeout=60)
+        statuses.append(process.returncode)
+        assert ("all saved; the same command continues" in output) == bool(seen), output
+        assert not tiny.alive(mark)
+    assert statuses == [143, 143, 0]
+    status, output = tiny.execute(tiny.python(*command, "name=straight"), tmp_path, env=env)
+    assert status == 0, output
+    tiny.assert_same_run(tmp_path / "runs/tiny", tmp_path / "runs/straight")
