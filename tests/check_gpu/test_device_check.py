@@ -129,7 +129,7 @@ def test_a_fault_is_reported_with_its_remedy(here: Machine) -> None:
             "second": broken,
         },
         here,
-        lines.append,
+        lambda report: lines.append(report.results[-1].line()),
     )
     assert [line.split()[0] for line in lines] == ["ok", "bad", "bad"]
     assert "RuntimeError: CUDA error: an illegal memory access" in lines[2]
@@ -228,7 +228,8 @@ def test_every_gpu_decodes_every_image(here: Machine, monkeypatch: pytest.Monkey
         return _Decoded(torch.zeros(100, 3, 2, 2))
 
     monkeypatch.setattr(Machine, "on_gpu", True)
-    monkeypatch.setattr(images, "_indexed", lambda *_, **__: None)
+    monkeypatch.setattr(images, "make_splits", lambda *_, **__: None)
+    monkeypatch.setattr(images, "build_index", lambda *_, **__: (None, None))
     monkeypatch.setattr(images, "eval_loader", loader)
     last = dataclasses.replace(here, world=dataclasses.replace(here.world, rank=7, world_size=8))
     found = images.check_pixels(last)
@@ -250,7 +251,8 @@ def test_images_that_come_slower_than_they_are_trained_on_are_bad(
         return contextlib.nullcontext(itertools.repeat(None))
 
     monkeypatch.setattr(Machine, "on_gpu", True)
-    monkeypatch.setattr(images, "_indexed", lambda *_, **__: None)
+    monkeypatch.setattr(images, "make_splits", lambda *_, **__: None)
+    monkeypatch.setattr(images, "build_index", lambda *_, **__: (None, None))
     monkeypatch.setattr(images, "cores_of", lambda _: (2, 1))
     monkeypatch.setattr(images, "train_loader", loader)
     monkeypatch.setattr(images, "images_per_s_of_a_step", lambda *_: trained)
@@ -428,25 +430,34 @@ def test_a_machine_whose_gpu_torch_does_not_see_learns_what_to_install(
 
 
 @pytest.mark.long
-def test_losses_with_graphs_are_compared(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what stands in for a graph on a CPU, and with one that does not read the images anew."""
-    monkeypatch.setattr(training_graphs, "capture", run_again)
+def test_results_with_graphs_are_compared(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what stands in for a graph on a CPU, and with two that go wrong."""
     monkeypatch.setattr(Machine, "on_gpu", True)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _mode: None)
     monkeypatch.setattr(graphs, "BATCHES", ())
     monkeypatch.setattr(graphs, "STEPS", 2)
     monkeypatch.setattr(graphs, "PRECISIONS", ("bf16",))
-    found = graphs.check_graphs(here)
-    assert (found.status, found.text) == ("ok", "2 steps in bf16 have the same losses with graphs")
 
-    def forgetful(function: Callable[[], Tensor]) -> Captured:
+    def without_new_images(function: Callable[[], Tensor]) -> Captured:
         result, replay = run_again(function)
         replays = iter([replay])
         return result, lambda: next(replays, lambda: None)()
 
-    monkeypatch.setattr(training_graphs, "capture", forgetful)
-    found = graphs.check_graphs(here)
-    assert found.status == "bad"
-    # The second micro-batch of the first step is another one already.
-    assert found.text.startswith("bf16: the loss of step 1 is ")
-    assert str(found.remedy).startswith("train with cuda_graphs=false")
+    def counting_twice(function: Callable[[], Tensor]) -> Captured:
+        result, _ = run_again(function)
+
+        def replay() -> None:
+            result.copy_(function())
+
+        return result, replay
+
+    for capture, status, text in (
+        (run_again, "ok", "2 steps in bf16 have the same results with graphs"),
+        # The second micro-batch of the first step is another one already.
+        (without_new_images, "bad", "bf16: the loss of step 1 is "),
+        (counting_twice, "bad", "bf16: the hash of weights and running statistics is "),
+    ):
+        monkeypatch.setattr(training_graphs, "capture", capture)
+        found = graphs.check_graphs(here)
+        assert (found.status, found.text.startswith(text)) == (status, True), found
+        assert (status == "bad") == str(found.remedy).startswith("train with cuda_graphs=false")

@@ -1,6 +1,8 @@
 """The first hour: what is trained, how much of it, and how it is judged."""
 
+import dataclasses
 import json
+import subprocess
 import time
 import types
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tetdist.apps.check_gpu import first_hour, remedies
+from tetdist.apps.check_gpu import check, first_hour, remedies
 from tetdist.apps.check_gpu.check import Finding
 from tetdist.apps.check_gpu.checks import CHECKS
 from tetdist.apps.check_gpu.first_hour import Hour
@@ -26,6 +28,7 @@ def metrics(top1: float, rate: float = 2300.0, wait: float = 1.0, steps: int = S
 @pytest.mark.parametrize(
     ("lines", "status", "text", "remedy"),
     [
+        (metrics(12.9, 4900.0), "bad", "4900 images/s impossibly fast", check.IMPOSSIBLE),
         (metrics(12.9), "ok", "2300 images/s as expected (computed 2400); sew34 had 12.59 %", None),
         (metrics(5.0), "bad", "far behind", first_hour.BEHIND),
         (metrics(12.9, 1200.0, 60.0), "ok", "1200 images/s slow", first_hour.LOADING),
@@ -44,8 +47,11 @@ def test_an_epoch_is_judged_by_a_published_one_and_by_the_card(
     lines: Any, status: str, text: str, remedy: str | None
 ) -> None:
     reference = find_reference("sew34")
-    hour = Hour((), 256, STEPS, reference, None, 2400.0, Path(), time.monotonic())
+    hour = Hour((), 256, STEPS, reference, None, 2400.0, 2, Path(), time.monotonic())
     found = first_hour.judged(hour, lines)
+    if remedy == remedies.NETWORK:
+        alone = dataclasses.replace(hour, processes=1)
+        assert first_hour.judged(alone, lines).remedy == check.THROTTLED
     assert (found.status, text in found.text, found.remedy) == (status, True, remedy), found
     assert found.numbers["expected"] == (
         "images/s 2400 computed, 9 minutes an epoch; epoch 1,281,024 images; top-1 12.6 % after an "
@@ -109,9 +115,12 @@ def test_what_fails_is_reported(
         meanwhile.append(json.loads(file.read_text()))
         return types.SimpleNamespace(returncode=1)
 
-    monkeypatch.setattr(first_hour.subprocess, "run", fail)
+    monkeypatch.setattr(subprocess, "run", fail)
     status, output = call("check_gpu", *hour, "--json", file)
     assert (status, list(meanwhile[0]["checks"])) == (1, ["versions"])
     assert meanwhile[0]["not_reached"] == ["epoch"]
+    assert meanwhile[0]["conclusion"].endswith(
+        "not reached: epoch; run it again, with --only NAME for fewer checks and more time"
+    )
     assert json.loads(file.read_text())["not_reached"] == []
     assert output.splitlines()[-1] == "to fix: epoch: the training failed; read its message above"

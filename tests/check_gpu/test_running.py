@@ -148,7 +148,7 @@ def test_a_check_that_hangs_ends_at_its_limit(
     def keep(report: Report) -> None:
         kept.append(list(report.not_reached))
 
-    report = run_checks({"fine": fine, "resume": hanging, "last": fine}, here, keep=keep)
+    report = run_checks({"fine": fine, "resume": hanging, "last": fine}, here, keep)
     assert report.hangs
     assert report.results[-1].worst.text.startswith("stands still since 0 s at ")
     assert report.conclusion().startswith("to fix: resume: check the GPUs with nvidia-smi")

@@ -23,6 +23,7 @@ OWN = "tetdist, none"
 Status = Literal["ok", "bad", "left out"]
 # Words for a speed, from the fraction of the expected one.
 EXPECTED, SLOW, TOO_SLOW, TOO_FAST = "as expected", "slow", "far too slow", "impossibly fast"
+BAD = {TOO_SLOW, TOO_FAST}
 
 # GPUs of one kind differ by some percent; a slower one slows the whole run down.
 SLOWER = 0.1
@@ -30,6 +31,7 @@ THROTTLED = (
     "run nvidia-smi -q -d PERFORMANCE,TEMPERATURE,CLOCK on that rank's host to see what throttles "
     "its GPU, and nvidia-smi to see what else runs there"
 )
+IMPOSSIBLE = "report this with the JSON file, since a step that does all of its work takes longer"
 UNLIKE = "give all hosts the same driver and the same Python environment"
 
 
@@ -210,7 +212,8 @@ class Report:
             more = f" (then {len(self.bad) - 1} more)" if len(self.bad) > 1 else ""
             return f"to fix: {first.name}: {remedy}{more}{missing}"
         if self.not_reached:
-            return f"the time was too short{missing}; run one of them alone with --only NAME"
+            ended = f"the command ended before all was done{missing}"
+            return f"{ended}; run it again, with --only NAME for fewer checks and more time"
         left_out = [r.name for r in self.results if r.worst.status == "left out"]
         also = f"; left out: {', '.join(left_out)}" if left_out else ""
         slow = [f"{r.name} is slow: {r.worst.remedy}" for r in self.results if r.worst.remedy]

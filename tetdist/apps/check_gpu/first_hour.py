@@ -4,10 +4,7 @@ The recipe trains in processes of its own, as the command `train` would: first a
 rate tells how many fit into the hour, and then to the end of the epoch or of the hour.
 """
 
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,25 +16,24 @@ import torch
 from tetdist import order
 from tetdist.apps.check_gpu import remedies
 from tetdist.apps.check_gpu.check import (
+    BAD,
     EXPECTED,
-    TOO_SLOW,
+    IMPOSSIBLE,
+    THROTTLED,
+    TOO_FAST,
     Finding,
     Machine,
-    Report,
-    Result,
-    Status,
     word,
 )
-from tetdist.apps.check_gpu.rates import OWN, REACHED, SLOWLY, computed_images_per_s
-from tetdist.apps.check_gpu.run import finding_of
+from tetdist.apps.check_gpu.rates import REACHED, SLOWLY
+from tetdist.apps.check_gpu.run_train import run_train
 from tetdist.apps.reports.reference import CHANCE, IMAGES, Reference, find_reference, tolerated
-from tetdist.apps.roofline import cards
+from tetdist.apps.slurm.cluster import ClusterSection
+from tetdist.apps.slurm.speed import Network, Speed, speed_of
 from tetdist.config import loading
-from tetdist.distributed.meeting import free_port
-from tetdist.distributed.starters import as_starter
 from tetdist.errors import UserError
 from tetdist.tracking.metrics_file import read_metrics
-from tetdist.training.setup import open_data
+from tetdist.training.setup import make_model, open_data
 
 RECIPE, HOUR = "sew34_t4.yaml", 3600.0
 FIRST_STEPS = 50
@@ -64,6 +60,7 @@ class Hour:
         reference: The published training.
         obstacle: Reason why the data cannot be compared with it, if any.
         images_per_s: Rate computed for all GPUs; None: unknown.
+        processes: Number of processes.
         folder: The run's folder.
         begun: When the hour began, by `time.monotonic`.
     """
@@ -74,6 +71,7 @@ class Hour:
     reference: Reference
     obstacle: str | None
     images_per_s: float | None
+    processes: int
     folder: Path
     begun: float
 
@@ -112,17 +110,19 @@ def prepare(here: Machine, overrides: Sequence[str]) -> Hour:
     config = loading.load(RECIPE, changes)
     train, _ = open_data(config, here.world)
     reference = find_reference(config.reference or "sew34")
-    rate, batch = None, config.batch
-    card = cards.find(torch.cuda.get_device_name(here.device)) if here.on_gpu else None
-    if card is not None:
-        rate = here.world.world_size * computed_images_per_s(batch.micro, card)[OWN]
+    rate, processes = None, here.world.world_size
+    if here.on_gpu:
+        cluster = ClusterSection(gpus_per_node=1, gpu=torch.cuda.get_device_name(here.device))
+        speed = speed_of(config, cluster, Network(make_model(config, train), None))
+        rate = processes * speed.images_per_s if isinstance(speed, Speed) else None
     return Hour(
         overrides=tuple(changes),
-        batch=batch.global_,
-        steps=order.steps_per_epoch(len(train), batch.global_),
+        batch=config.batch.global_,
+        steps=order.steps_per_epoch(len(train), config.batch.global_),
         reference=reference,
         obstacle=reference.obstacle(len(train.classes), has_average=False),
         images_per_s=rate,
+        processes=processes,
         folder=config.run_dir,
         begun=time.monotonic(),
     )
@@ -144,30 +144,14 @@ def train(here: Machine, hour: Hour) -> Finding:
     return judged(hour, lines)
 
 
-def add(report: Report, here: Machine, hour: Hour) -> None:
-    """Train, show the finding, and add it to the report as the last check."""
-    started = time.monotonic()
-    found = finding_of(lambda machine: train(machine, hour), here)
-    report.results.append(Result("epoch", [found], time.monotonic() - started))
-    report.not_reached.remove("epoch")
-    if here.world.rank == 0:
-        print(report.results[-1].line(), flush=True)
-
-
 def _train_until(step: int, here: Machine, hour: Hour) -> list[dict[str, Any]]:
     """Train, or go on, until a step; return the run's metrics.
 
     Raises:
         UserError: The training failed on a process.
     """
-    # The processes meet at a port of their own, since these ones hold the launcher's.
-    environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_USE_AGENT_STORE"}
-    if here.world.world_size == 1:
-        environment |= as_starter()
-    else:
-        environment["MASTER_PORT"] = str(here.world.from_rank_0(free_port()))
-    command = [sys.executable, "-m", "tetdist", "train", "--config", RECIPE, *hour.overrides]
-    done = subprocess.run([*command, f"max_steps={step}"], env=environment, check=False)
+    arguments = ("--config", RECIPE, *hour.overrides, f"max_steps={step}")
+    done = run_train(here, *arguments, alone=hour.processes == 1)
     if any(here.world.gather(done.returncode)):
         raise UserError("the training failed; read its message above")
     return read_metrics(hour.folder / "metrics.jsonl")
@@ -183,22 +167,25 @@ def judged(hour: Hour, lines: Sequence[Mapping[str, Any]]) -> Finding:
     top1 = [one["top1"] for one in lines if one["kind"] == "val"][-1]
     images, rate = windows[-1]["step"] * hour.batch, _images_per_s(lines)
     wait = statistics.median(one["data_wait"] for one in windows)
-    numbers: dict[str, Any] = {"expected": hour.expected()}
-    numbers["seconds"] = time.monotonic() - hour.begun
+    numbers = {"expected": hour.expected(), "seconds": time.monotonic() - hour.begun}
     numbers |= {"images": images, "images_per_s": rate, "data_wait": wait, "top1": top1}
     text = f"top-1 {top1:.2f} % after {images:,} images, {rate:.0f} images/s"
-    status: Status = "ok"
-    remedy = None
+    reached, remedy = EXPECTED, None
     if hour.images_per_s is not None:
         reached = word(rate / hour.images_per_s, REACHED, SLOWLY)
         text += f" {reached} (computed {hour.images_per_s:.0f})"
-        if reached != EXPECTED:
-            remedy = LOADING if wait > 10 else remedies.NETWORK
-            status = "bad" if reached == TOO_SLOW else "ok"
+    if reached == TOO_FAST:
+        remedy = IMPOSSIBLE
+    elif reached != EXPECTED and wait > 10:
+        remedy = LOADING
+    elif reached != EXPECTED:
+        remedy = THROTTLED if hour.processes == 1 else remedies.NETWORK
+    is_bad = reached in BAD
     if hour.obstacle is not None:
-        return Finding(status, f"{text}; not compared: {hour.obstacle}", remedy, numbers)
-    numbers["published_top1"] = there = published(hour.reference, images)
-    text += f"; {hour.reference.name} had {there:.2f} % after as many"
-    if there - top1 > tolerated(images / IMAGES, there):
-        return Finding("bad", f"{text}: far behind", BEHIND, numbers)
-    return Finding(status, text, remedy, numbers)
+        text += f"; not compared: {hour.obstacle}"
+    else:
+        numbers["published_top1"] = there = published(hour.reference, images)
+        text += f"; {hour.reference.name} had {there:.2f} % after as many"
+        if there - top1 > tolerated(images / IMAGES, there):
+            is_bad, text, remedy = True, f"{text}: far behind", BEHIND
+    return Finding("bad" if is_bad else "ok", text, remedy, numbers)

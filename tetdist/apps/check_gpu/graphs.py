@@ -10,6 +10,7 @@ from tetdist.apps.benchmarks.scaling import training_step
 from tetdist.apps.check_gpu.check import Finding, Machine
 from tetdist.apps.check_gpu.steps import refusing_synchronisation
 from tetdist.nn.precision import choose_algorithms
+from tetdist.training.teacher import fingerprint
 
 STEPS = 6
 BATCHES = (4, 32)
@@ -20,18 +21,18 @@ REMEDY = "train with cuda_graphs=false, and report this with the JSON file"
 
 
 def check_graphs(here: Machine) -> Finding:
-    """Compare training steps with and without graphs: bitwise losses, and rates."""
+    """Compare training steps with and without graphs: bitwise results, and rates."""
     if not here.on_gpu:
         return Finding("left out", "CUDA graphs need a GPU")
     numbers: dict[str, Any] = {}
     for precision in PRECISIONS:
-        plain, graphed = (losses(here, precision, cuda_graphs=on) for on in (False, True))
-        numbers[precision] = {"losses": plain, "losses_with_graphs": graphed}
-        for step, (loss, other) in enumerate(zip(plain, graphed, strict=True), start=1):
-            if loss != other:
-                text = f"{precision}: the loss of step {step} is {loss!r}, with graphs {other!r}"
+        plain, graphed = (results(here, precision, cuda_graphs=on) for on in (False, True))
+        numbers[precision] = {"without_graphs": plain, "with_graphs": graphed}
+        for name, result in plain.items():
+            if result != graphed[name]:
+                text = f"{precision}: {name} is {result!r}, with graphs {graphed[name]!r}"
                 return Finding("bad", text, REMEDY, numbers)
-    parts = [f"{STEPS} steps in {', '.join(PRECISIONS)} have the same losses with graphs"]
+    parts = [f"{STEPS} steps in {', '.join(PRECISIONS)} have the same results with graphs"]
     by_batch: dict[str, dict[str, Any]] = {}
     numbers["by_batch"] = by_batch
     for batch in BATCHES:
@@ -47,8 +48,9 @@ def check_graphs(here: Machine) -> Finding:
     return Finding("ok", "; ".join(parts), None, numbers)
 
 
-def losses(here: Machine, precision: str, *, cuda_graphs: bool) -> list[float]:
-    """Return the losses of a few steps of a small network, with two micro-batches each.
+def results(here: Machine, precision: str, *, cuda_graphs: bool) -> dict[str, Any]:
+    """Return losses and, at the end, a hash of the weights and running statistics of a small
+    network in a few steps of two micro-batches each.
 
     Raises:
         RuntimeError: A step makes the host wait for the device.
@@ -66,11 +68,12 @@ def losses(here: Machine, precision: str, *, cuda_graphs: bool) -> list[float]:
     # Results must not depend on the order of sums, nor on which algorithm was fastest.
     choose_algorithms(precision, deterministic=True)
     try:
-        found = [step()]  # captures the graphs
+        losses = [step()]  # captures the graphs
         # In float16 each step synchronises to check the gradient for overflow.
         with refusing_synchronisation(here.on_gpu and precision != "fp16"):
-            found += [step() for _ in range(STEPS - 1)]
-        return [float(loss) for loss in found]
+            losses += [step() for _ in range(STEPS - 1)]
+        found = {f"the loss of step {i}": float(loss) for i, loss in enumerate(losses, start=1)}
+        return found | {"the hash of weights and running statistics": fingerprint(step.step.model)}
     finally:
         step.close()
         choose_algorithms(precision)

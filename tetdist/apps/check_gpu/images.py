@@ -14,7 +14,7 @@ from tetdist.apps.check_gpu.rates import images_per_s_of_a_step
 from tetdist.config.loading import parse
 from tetdist.config.schema import RunConfig
 from tetdist.data.build import eval_loader, train_loader
-from tetdist.datasets.index import Index, build_index
+from tetdist.datasets.index import build_index
 from tetdist.distributed.world import World, cores_of
 
 # Levels of 255 by which an image may differ on average. Both decoders are within the standard's
@@ -26,10 +26,12 @@ def check_pixels(here: Machine) -> Finding:
     """Compare images decoded and resized on the GPU with the same ones on the CPU."""
     if not here.on_gpu:
         return Finding("left out", "comparing the decoders needs a GPU")
-    index = _indexed(here.folder / "pixels", copies=1)
+    root = here.folder / "pixels"
+    make_splits(root)
+    index, _ = build_index(root, "val", workers=1, decode=False)
     two = []
     for device in ("cpu", "gpu"):
-        config = _config(here.folder / "pixels", {"device": device}, batch=25)
+        config = _config(root, {"device": device}, batch=25)
         with eval_loader(config, index, _alone(here)) as batches:
             two.append(torch.cat([batch.images.cpu() for batch in batches]))
     difference = float((two[0] - two[1]).abs().mean() * 255 * 0.226)
@@ -46,7 +48,8 @@ def check_pixels(here: Machine) -> Finding:
 def check_loading(here: Machine) -> Finding:
     """Compare the images a second that this process loads from JPEG files and trains on."""
     root = here.folder / "loading"
-    index = _indexed(root, copies=1 if here.small else 40)
+    make_splits(root, copies=1 if here.small else 40)
+    index, _ = build_index(root, "train", workers=1, decode=False)
     size, batch = (33, 4) if here.small else (224, 32)
     threads = cores_of(here.world)[0]
     config = _config(root, {"threads": threads, "image_size": size}, batch=batch)
@@ -80,16 +83,13 @@ def _alone(here: Machine) -> World:
     return dataclasses.replace(here.world, rank=0, world_size=1)
 
 
-def _indexed(root: Path, copies: int) -> Index:
-    """Make and index JPEG files, with `copies` links to each."""
-    if not root.exists():
-        for i, source in enumerate(make_images(root / "made")):
-            for split, k in itertools.product(("train", "val"), range(copies)):
-                file = root / split / "01"[i % 2] / f"{k}-{source.name}"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.symlink_to(source)
-    index, _ = build_index(root, "train", workers=1, decode=False)
-    return index
+def make_splits(root: Path, copies: int = 1) -> None:
+    """Make JPEG files, and two splits of two classes with `copies` links to each file."""
+    for i, source in enumerate(make_images(root / "made")):
+        for split, k in itertools.product(("train", "val"), range(copies)):
+            file = root / split / "01"[i % 2] / f"{k}-{source.name}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.symlink_to(source)
 
 
 def _config(root: Path, data: dict[str, Any], *, batch: int) -> RunConfig:

@@ -57,21 +57,19 @@ def check_links(here: Machine) -> Finding:
     )
     if here.small:
         return Finding("ok", text, None, numbers)
-    also, slowly = "", SLOWLY
-    if hosts > 1:
-        link, slowly = ("a 100-Gbit network", BETWEEN_HOSTS, remedies.NETWORK), SLOWLY_BETWEEN_HOSTS
-        also = "; a run on one host judges the links within it"
-    elif (link_here := link_of(here)) is not None:
-        link = link_here
-    elif bandwidth >= LEAST_IN_HOST:
-        return Finding("ok", text, None, numbers)
-    else:
+    between = hosts > 1
+    also = "; a run on one host judges the links within it" if between else ""
+    network = ("a 100-Gbit network", BETWEEN_HOSTS, remedies.NETWORK)
+    link = network if between else link_of(here)
+    if link is None:
+        if bandwidth >= LEAST_IN_HOST:
+            return Finding("ok", text, None, numbers)
         text += f", below the limit of {LEAST_IN_HOST:g}"
         return Finding("bad", text, remedies.NETWORK, numbers)
     name, speed, remedy = link
     # Networks between hosts may be many times as fast as 100 Gbit/s.
-    fraction = min(bandwidth / speed, 1.0) if hosts > 1 else bandwidth / speed
-    judged = word(fraction, REACHED, slowly)
+    fraction = min(bandwidth / speed, 1.0) if between else bandwidth / speed
+    judged = word(fraction, REACHED, SLOWLY_BETWEEN_HOSTS if between else SLOWLY)
     numbers |= {"link": name, "link_gb_per_s": speed, "word": judged}
     text = f"{text}, {judged} for {name} ({round(speed, 1):g} GB/s){also}"
     advice = remedy if judged in (SLOW, TOO_SLOW) else None

@@ -15,11 +15,12 @@ from tetdist.apps.benchmarks.contestants import contestants_of
 from tetdist.apps.benchmarks.relu_baselines import relu_baseline
 from tetdist.apps.check_gpu import remedies
 from tetdist.apps.check_gpu.check import (
+    BAD,
     EXPECTED,
+    IMPOSSIBLE,
     OWN,
     THROTTLED,
     TOO_FAST,
-    TOO_SLOW,
     Finding,
     Machine,
     word,
@@ -67,17 +68,20 @@ def check_rates(here: Machine) -> Finding:
     words = {rows[OWN].get("word", EXPECTED) for rows in measured.values()}
     relu = {rows[RELU].get("word", EXPECTED) for rows in measured.values()}
     remedy = None if words == {EXPECTED} else KERNELS if relu == {EXPECTED} else THROTTLED
-    if {TOO_SLOW, TOO_FAST} & words:
-        return Finding("bad", text, remedy, numbers)
-    return Finding("ok", text, remedy, numbers, speed=speed)
+    if TOO_FAST in words:
+        remedy = IMPOSSIBLE
+    return Finding("bad" if BAD & words else "ok", text, remedy, numbers, speed=speed)
 
 
 def judge(here: Machine, measured: dict[int, dict[str, dict[str, Any]]]) -> None:
     """Add to each contestant's figures what was computed for this card, and the word for them.
 
-    On an unknown card, tetdist's network is compared with the ReLU network alone.
+    On an unknown card, or one without bfloat16, tetdist's network is compared with the ReLU network
+    alone.
     """
     card = cards.find(torch.cuda.get_device_name(here.device))
+    if card is not None and card.arithmetic(PRECISION) is None:
+        card = None
     for batch, rows in measured.items():
         computed = computed_images_per_s(batch, card or cards.CARDS["H100"])
         if card is None:
@@ -117,38 +121,24 @@ def fits(row: dict[str, Any]) -> bool:
 def rates_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Return each contestant's figures; they take turns if all fit into memory together."""
     names = list(contestants_of(options))
-    by_name: dict[str, dict[str, Any]] = {}
-    try:
-        for row in measure_here(names, options):
-            by_name[row["name"]] = _figures(row, row["ratio"])
-    except torch.OutOfMemoryError:
-        by_name.clear()
-    # Not inside `except`, where the error would keep the memory allocated.
-    if not by_name:
-        alone = {name: _alone(name, options) for name in names}
+    with contextlib.suppress(torch.OutOfMemoryError):
+        return {row["name"]: row for row in measure_here(names, options)}
+    # Not while the error is handled, which would keep the memory allocated.
+    alone = {name: _alone(name, options) for name in names}
+    for row in filter(fits, alone.values()):
         relu = alone[RELU]
-        for name, own in alone.items():
-            if own is None:
-                by_name[name] = {"out_of_memory": True}
-            else:
-                ratio = None if relu is None else relu["images_per_s"] / own["images_per_s"]
-                by_name[name] = _figures(own, ratio)
-    return by_name
+        row["ratio"] = relu["images_per_s"] / row["images_per_s"] if fits(relu) else None
+    return alone
 
 
-def _figures(row: dict[str, Any], ratio: float | None) -> dict[str, Any]:
-    return {"images_per_s": row["images_per_s"], "ratio": ratio, "peak_mib": row["peak_mib"]}
-
-
-def _alone(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
-    """Return the figures of one contestant alone on the GPU; None if it does not fit."""
+def _alone(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of one contestant alone on the GPU."""
     if options.device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
     with contextlib.suppress(torch.OutOfMemoryError):
-        (row,) = measure_here([name], options)
-        return row
-    return None
+        return measure_here([name], options)[0]
+    return {"out_of_memory": True}
 
 
 def _summary(batch: int, rows: dict[str, dict[str, Any]]) -> str:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 
 import torch
@@ -22,13 +21,11 @@ BUILDS = (
 )
 
 BUSY = "stop other programs on that GPU (nvidia-smi lists them), or use a GPU with more memory"
+_READ_LOG = "read the driver's log with sudo dmesg | grep -i -e xid -e nvrm"
 HARDWARE = (
-    "read the driver's log with sudo dmesg | grep -i -e xid -e nvrm; if the error repeats after a "
-    "restart of the machine, have the GPU replaced"
+    f"{_READ_LOG}; if the error repeats after a restart of the machine, have the GPU replaced"
 )
-HANGING_DRIVER = (
-    "read the driver's log with sudo dmesg | grep -i -e xid -e nvrm, then restart the machine"
-)
+HANGING_DRIVER = f"{_READ_LOG}, then restart the machine"
 DEAD = (
     "read the launcher's message about that process first; if sudo dmesg | grep -i oom lists it, "
     "the host's memory was too small"
@@ -43,14 +40,8 @@ NETWORK = (
 _BY_TEXT = (
     (r"NCCL|ncclUnhandled|ncclSystem|ncclInternal", NETWORK),
     (r"uncorrectable ECC|illegal memory access|unspecified launch failure|hardware", HARDWARE),
-    (
-        r"shared memory|/dev/shm|bus error",
-        "enlarge /dev/shm: docker run --ipc=host, or --shm-size",
-    ),
-    (
-        r"No space left",
-        "make room in TMPDIR (or /tmp), or set TMPDIR=FOLDER on another disk",
-    ),
+    (r"shared memory|/dev/shm|bus error", "enlarge /dev/shm: docker run --ipc=host, or --shm-size"),
+    (r"No space left", "make room in TMPDIR (or /tmp), or set TMPDIR=FOLDER on another disk"),
     (r"Too many open files", "run ulimit -n 65536 in the shell before the same command"),
 )
 
@@ -141,9 +132,6 @@ def smi(query: str, *options: str) -> str:
 
 def nvidia_smi(*options: str) -> str:
     """Return nvidia-smi's output; raise as `smi`."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        raise FileNotFoundError("nvidia-smi is not installed")
-    words = [command, *options]
+    words = ["nvidia-smi", *options]
     done = subprocess.run(words, capture_output=True, text=True, timeout=SMI_TIMEOUT, check=True)
     return done.stdout

@@ -18,8 +18,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,9 +51,8 @@ _GOODBYE = 10.0  # seconds for the others to read the last verdict
 def run_checks(
     checks: dict[str, Check],
     here: Machine,
-    show: Callable[[str], None] = lambda _: None,
-    keep: Callable[[Report], None] = lambda _: None,
-    later: Sequence[str] = (),
+    show: Callable[[Report], None] = lambda _: None,
+    later: Mapping[str, Check] = MappingProxyType({}),
 ) -> Report:
     """Run checks in order on all processes.
 
@@ -62,9 +62,8 @@ def run_checks(
     Args:
         checks: Checks by name, ordered so that the first failure explains later ones.
         here: The machine.
-        show: Called with each result's line, on rank 0.
-        keep: Called with the report after each check, on rank 0.
-        later: Checks that the caller runs after these ones; not reached until then.
+        show: Called with the report after each check, on rank 0.
+        later: Checks to run after these ones, if none of these is bad; they may take any time.
 
     Returns:
         The findings. If a check ``hangs``, its thread still runs, and only `os._exit` can end the
@@ -78,8 +77,7 @@ def run_checks(
         report.results.append(Result(name, findings, seconds))
         report.not_reached.remove(name)
         if world.rank == 0:
-            show(report.results[-1].line())
-            keep(report)
+            show(report)
 
     def add_death(what: str) -> None:
         # The watch exits the process, so `on` cannot clean up; a check may still be writing.
@@ -115,6 +113,10 @@ def run_checks(
         except RuntimeError as error:
             watch.await_verdict(error)  # does not return if rank 0 and its store are gone
             raise
+    for name, check in later.items():
+        if not report.bad and report.not_reached[0] == name:
+            started = time.monotonic()
+            add(name, [_finding_of(check, here)], time.monotonic() - started)
     return report
 
 
@@ -136,7 +138,7 @@ class _Task(threading.Thread):
     def run(self) -> None:
         if self._here.on_gpu:
             torch.cuda.set_device(self._here.device)  # each thread has its own setting
-        self.finding = finding_of(self._check, self._here)
+        self.finding = _finding_of(self._check, self._here)
         with contextlib.suppress(RuntimeError):
             self._here.world.wait_for_device()
         if self._here.on_gpu:
@@ -168,8 +170,7 @@ class _Task(threading.Thread):
         return "no check", time.monotonic() - self._moved
 
 
-def finding_of(check: Check, here: Machine) -> Finding:
-    """Run a check; an error is a finding, too."""
+def _finding_of(check: Check, here: Machine) -> Finding:
     try:
         return check(here)
     # Some functions that checks call exit the program.

@@ -19,15 +19,14 @@ from tetdist.training.teacher import fingerprint
 
 STEPS = 3
 REPORT = "train with the other engine, and report this with the JSON file"
-# Settings by name. All but DeepSpeed at stages 1 and 2, which reads from the device whether the
-# gradient is finite, must be free of synchronisation.
+# Settings by name; graphs.py compares CUDA graphs with the first. All but DeepSpeed at stages 1 and
+# 2, which reads from the device whether the gradient is finite, must be free of synchronisation.
 TORCH, DEEPSPEED = {"engine": "torch"}, {"engine": "deepspeed"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "torch": TORCH,
     "recompute=blocks": TORCH | {"recompute": "blocks"},
     # In float64, where no spike is flipped by the rounding of statistics over all processes.
     "batch_norm.sync": TORCH | {"batch_norm": {"sync": True}, "precision": "fp64"},
-    "cuda_graphs": TORCH | {"cuda_graphs": True},
     "deepspeed": DEEPSPEED,
     "deepspeed ZeRO 1": DEEPSPEED | {"zero_stage": 1},
     "deepspeed ZeRO 2": DEEPSPEED | {"zero_stage": 2},
@@ -44,8 +43,6 @@ def check_steps(here: Machine) -> Finding:
     numbers: dict[str, dict[str, Any]] = {}
     alone: dict[str, dict[str, Tensor]] = {}
     for name, settings in VARIANTS.items():
-        if settings.get("cuda_graphs") and not here.on_gpu:
-            continue
         step = training_step(
             here.world,
             "sew_resnet18",

@@ -14,6 +14,7 @@ checks themselves.
 import argparse
 import contextlib
 import faulthandler
+import functools
 import os
 import signal
 import sys
@@ -99,8 +100,7 @@ def check(options: argparse.Namespace) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     checks = {name: CHECKS[name] for name in NAMES if name in options.only}
     # Find out now, not after ten minutes, if the file cannot be written.
-    later = ["epoch"] if options.first_hour else []
-    names = [*checks, *later]
+    names = [*checks, *(["epoch"] if options.first_hour else [])]
     _keep(options, Report({}, options.device, 0, small=False, not_reached=names))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ending_on_signals(options))
@@ -116,23 +116,15 @@ def check(options: argparse.Namespace) -> int:
             if small and world.rank == 0:
                 print("no GPU: the checks run small networks on the CPU; ignore their figures")
             with on(world, small=small) as here:
-                hour = None
+                later = {}
                 if options.first_hour:
                     from tetdist.apps.check_gpu import first_hour
 
                     hour = world.run_on_all(lambda: first_hour.prepare(here, options.overrides))
+                    later["epoch"] = functools.partial(first_hour.train, hour=hour)
                     if world.rank == 0:
                         print(f"expected: no bad check; {hour.expected()}", flush=True)
-                report = run_checks(
-                    checks,
-                    here,
-                    lambda line: print(line, flush=True),
-                    lambda report: _keep(options, report),
-                    later,
-                )
-                if hour is not None and not report.bad and report.not_reached == later:
-                    first_hour.add(report, here, hour)
-                _keep(options, report)
+                report = run_checks(checks, here, lambda report: _show(options, report), later)
             if world.rank == 0:
                 print(f"\n{report.conclusion()}", flush=True)
             if report.hangs:
@@ -158,8 +150,8 @@ def _no_start(options: argparse.Namespace, error: Exception, names: list[str]) -
     found = Finding("bad", str(error), remedy)
     report = Report(machine("cpu"), "cpu", 1, small=False, not_reached=names)
     report.results.append(Result("device", [found], 0.0))
-    print(f"{report.results[0].line()}\n\n{report.conclusion()}", flush=True)
-    _keep(options, report)
+    _show(options, report)
+    print(f"\n{report.conclusion()}", flush=True)
     return report.status
 
 
@@ -174,6 +166,12 @@ def _find_other_tasks_of_srun() -> None:
 
 def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def _show(options: argparse.Namespace, report: "Report") -> None:
+    """Print the last finding, and keep all."""
+    print(report.results[-1].line(), flush=True)
+    _keep(options, report)
 
 
 def _keep(options: argparse.Namespace, report: "Report") -> None:
