@@ -223,6 +223,7 @@ def test_processes_are_timed_alone_apart_and_together(tmp_path: Path, engine: st
         (["model", "--json", "."], "--json"),
         (["model", "--modes", "none,all"], "'all' is not one of none, blocks, timesteps"),
         (["model", "--batch", "0"], "0 must be 1 or more"),
+        (["stream", "--exits", "0"], "--exits: 0.0 is not between 1 and --timesteps 4"),
         (["memory", "--timesteps", "2,x"], "'x' is not a whole number"),
         (["scaling", "--json", "no/such/folder/x.json"], "--json"),
         (["model", "--json", "no/such/folder/x.json"], "--json"),

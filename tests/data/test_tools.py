@@ -330,7 +330,7 @@ def test_samples_without_a_label_are_left_out_only_if_asked(image_root, tmp_path
     [
         (["index", "R", "--shards", "train"], "--shards train: write SPLIT=PATTERN"),
         (["check", "R", "--shards", "test=x"], "'test' is not one of --splits"),
-        (["shard", "R", "D", "--shard-mb", "0"], "--shard-mb must be at least 1"),
+        (["shard", "R", "D", "--shard-mb", "0"], "--shard-mb: 0 must be 1 or more"),
         (["shard", "R", "D"], "there is no index R/index/train.npz: build it with"),
         (["index", "R"], "there is no data folder R; give one with train/ and val/"),
         (["extract", "R", "D"], "there is no data folder R"),

@@ -562,7 +562,7 @@ def test_missing_package_is_named(
         (["--format", "onnx", "--output", "net.nir"], "must end in .onnx"),
         (["--format", "onnx", "--output", "n.onnx", "--dt", "1"], "applies to --format nir only"),
         (["--format", "nir", "--output", "n.nir", "--dt", "0"], "--dt must be above 0"),
-        (["--format", "timm", "--output", "n", "--timesteps", "0"], "--timesteps must be"),
+        (["--format", "timm", "--output", "n", "--timesteps", "0"], "--timesteps: 0 must be"),
         (["--format", "timm", "--output", "n.safetensors"], "must be a folder, and n.safetensors"),
         (
             ["--format", "safetensors", "--output", "n.onnx"],

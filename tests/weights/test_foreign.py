@@ -737,7 +737,7 @@ def test_converted_file_notes_its_sources_network(
         (["--model", "spiking_resnet18", "model.neuron.tau=2"], "unknown key 'model.neuron.tau'"),
         (["--model", "spiking_resnet18", "model.arguments.width=-1"], "cannot be built with"),
         (["--model", "spiking_resnet18", "--classes", "nowhere"], "--classes: nowhere cannot"),
-        (["--model", "spiking_resnet18", "--timesteps", "0"], "--timesteps must be at least 1"),
+        (["--model", "spiking_resnet18", "--timesteps", "0"], "--timesteps: 0 must be 1 or more"),
         (
             ["--model", "vggsnn", "model.num_classes=7", "--allow-missing"],
             "no tensor in .* fits vggsnn",

@@ -23,11 +23,11 @@ def add_import(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive(text: str) -> int:
+def positive(text: str, most: int | None = None) -> int:
     """Type of an argument that counts something.
 
     Raises:
-        argparse.ArgumentTypeError: It is no whole number above 0.
+        argparse.ArgumentTypeError: It is no whole number above 0, or above ``most``.
     """
     try:
         value = int(text)
@@ -35,4 +35,6 @@ def positive(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be 1 or more")
+    if most is not None and value > most:
+        raise argparse.ArgumentTypeError(f"{value} must be at most {most}")
     return value

@@ -180,7 +180,8 @@ def problem_of(options: argparse.Namespace) -> str | None:
             return f"--size: {options.model} takes {size} pixels only, not {options.size}; omit it"
     elif options.size is not None and options.size < 33 and size == 224:
         return f"--size: {options.size} leaves the last batch norm one pixel; give 33 or more"
-    if (exits := getattr(options, "exits", None)) and not 1 <= exits <= options.timesteps:
+    exits = getattr(options, "exits", None)
+    if exits is not None and not 1 <= exits <= options.timesteps:
         return f"--exits: {exits} is not between 1 and --timesteps {options.timesteps}"
     if getattr(options, "spikingjelly", None):
         if importlib.util.find_spec("spikingjelly") is None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tetdist.apps.cli.common import check_new_weights, program, run_command
 from tetdist.apps.weights.sources import SOURCES
+from tetdist.config.flags import positive
 from tetdist.errors import UserError
 from tetdist.storage.files import read_text
 from tetdist.wording import counted
@@ -35,7 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     choices = ["auto", *SOURCES]
     add("--from", dest="layout", choices=choices, default="auto", help="project that wrote FILE")
     add("--output", required=True, metavar="FILE.safetensors", type=Path)
-    add("--timesteps", type=int, metavar="T", help="T of its training; default: the model's")
+    add("--timesteps", type=positive, metavar="T", help="T of its training; default: the model's")
     add(
         "--classes",
         metavar="WHERE",
@@ -57,8 +58,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "model.arguments.connect_function=and, model.num_classes=100, data.image_size=128",
     )
     options = parser.parse_intermixed_args(arguments)
-    if options.timesteps is not None and options.timesteps < 1:
-        parser.error(f"--timesteps must be at least 1, not {options.timesteps}")
     if options.output.suffix != ".safetensors":
         parser.error(f"--output must end in .safetensors, unlike {options.output}")
     return options

@@ -81,11 +81,7 @@ def report_file(text: str) -> Path:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=program("eval"), description="Evaluate a checkpoint.")
     parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="RUN_OR_FILE",
-        type=Path,
-        help=CHECKPOINT,
+        "--checkpoint", required=True, metavar="RUN_OR_FILE", type=Path, help=CHECKPOINT
     )
     parser.add_argument(
         "--best",

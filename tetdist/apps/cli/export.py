@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from tetdist.apps.cli.common import CHECKPOINT, check_new_weights, program, run_command
-from tetdist.config.flags import add_import
+from tetdist.config.flags import add_import, positive
 from tetdist.errors import UserError
 from tetdist.wording import counted
 
@@ -37,12 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         prog=program("export"), description="Export a trained network."
     )
     add = parser.add_argument
-    add(
-        "checkpoint",
-        metavar="RUN_OR_FILE",
-        type=Path,
-        help=CHECKPOINT,
-    )
+    add("checkpoint", metavar="RUN_OR_FILE", type=Path, help=CHECKPOINT)
     add("--format", choices=["safetensors", "timm", "nir", "onnx", "onnx-step", "torch"])
     add(
         "--output",
@@ -58,7 +53,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="export the moving average of the weights, if the run has one; with --best, the best "
         "average",
     )
-    add("--timesteps", type=int, metavar="T", help="default: as in training")
+    add("--timesteps", type=positive, metavar="T", help="default: as in training")
     add(
         "--dt",
         type=float,
@@ -71,8 +66,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     check_hub(parser, options)
     if options.output is not None:
         check_output(parser, options.format, options.output)
-    if options.timesteps is not None and options.timesteps < 1:
-        parser.error(f"--timesteps must be at least 1, not {options.timesteps}")
     if options.dt is not None and options.format != "nir":
         parser.error("--dt applies to --format nir only; leave it out")
     if options.dt is not None and not 0 < options.dt < float("inf"):

@@ -7,11 +7,12 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.apps.cli.common import MISTAKES, program, run_command
-from tetdist.config.flags import MOST_THREADS
+from tetdist.config.flags import MOST_THREADS, positive
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import check_writable, explaining, write_json
 from tetdist.wording import are, counted
@@ -47,12 +48,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         args.splits = [split for split in args.splits.split(",") if split]
         if not args.splits:
             command.error("--splits is empty; name splits, such as train,val")
-    if not 1 <= args.workers <= MOST_THREADS:
-        command.error(f"--workers must be from 1 to {MOST_THREADS}, not {args.workers}")
     if args.command == "index" and args.events and args.no_decode:
         command.error("--no-decode has no effect with --events; leave it out")
-    if args.command == "shard" and args.shard_mb < 1:
-        command.error(f"--shard-mb must be at least 1, not {args.shard_mb}")
     if args.command != "shard":
         args.shards = dict(_split_and_pattern(command, given) for given in args.shards)
         if args.shards and args.splits is None:
@@ -134,9 +131,8 @@ def _add_shard(commands: Any) -> None:
     add("root", metavar="ROOT", type=Path, help="the data root")
     add("dest", metavar="DEST", type=Path, help="the new data root")
     add("--index", metavar="DIR", type=Path, help="default: ROOT/index")
-    add(
-        "--shard-mb", metavar="N", type=int, default=256, help="shard size; default: %(default)s MB"
-    )
+    size = "shard size; default: %(default)s MB"
+    add("--shard-mb", metavar="N", type=positive, default=256, help=size)
     add("--seed", metavar="N", type=int, default=0, help="seed of the order; default: %(default)s")
     _add_common(command)
 
@@ -159,9 +155,11 @@ def _add_extract(commands: Any) -> None:
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0))
+    workers = partial(positive, most=MOST_THREADS)
     add = command.add_argument
     add("--splits", help="default: train,val; without a train split, every evaluation split")
-    add("--workers", metavar="N", type=int, default=cores, help="processes; default: %(default)s")
+    processes = "processes; default: %(default)s"
+    add("--workers", metavar="N", type=workers, default=cores, help=processes)
 
 
 def _add_source(command: argparse.ArgumentParser) -> None:

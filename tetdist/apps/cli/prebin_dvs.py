@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tetdist.apps.cli.common import program, run_command
-from tetdist.config.flags import MOST_PIXELS, MOST_THREADS, MOST_TIMESTEPS
+from tetdist.config.flags import MOST_PIXELS, MOST_THREADS, MOST_TIMESTEPS, positive
 from tetdist.errors import UserError, typed
 from tetdist.wording import are, counted
 
@@ -82,7 +82,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--timesteps",
         metavar="T",
-        type=partial(_positive, most=MOST_TIMESTEPS),
+        type=partial(positive, most=MOST_TIMESTEPS),
         help="number of time bins; required without --preset",
     )
     add("--size", metavar="N|WxH", type=_size, help="size of the frames; default: the sensor's")
@@ -121,7 +121,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=_seed, default=0, help="seed of stratified-9-1 and --simulate; default: 0")
     add("--simulate", action="store_true", help="simulate an event camera from images in SOURCE")
     cores = len(os.sched_getaffinity(0))
-    workers = partial(_positive, most=MOST_THREADS)
+    workers = partial(positive, most=MOST_THREADS)
     add("--workers", metavar="N", type=workers, default=cores, help="default: %(default)s")
     add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
     add("--overwrite", action="store_true", help="remove this tool's files in DEST and start over")
@@ -160,14 +160,6 @@ def _bins(text: str) -> str:
             " such as 2000events"
         )
     return text
-
-
-def _positive(text: str, most: int) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
-    if int(text) > most:
-        raise argparse.ArgumentTypeError(f"{text!r} must be at most {most}")
-    return int(text)
 
 
 def _seed(text: str) -> int:

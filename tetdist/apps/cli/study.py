@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tetdist.apps.cli.common import program, run_command
-from tetdist.config.flags import add_import
+from tetdist.config.flags import add_import, positive
 from tetdist.errors import UserError
 from tetdist.wording import counted
 
@@ -47,7 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--output", metavar="DIR", type=Path, help="folder of runs and report; default: runs/STUDY"
     )
     parser.add_argument(
-        "--jobs", metavar="N", type=int, default=1, help="runs trained at once, sharing the cores"
+        "--jobs", metavar="N", type=positive, default=1, help="runs trained at once, sharing cores"
     )
     parser.add_argument(
         "--only",
@@ -82,8 +82,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "finished, the same command without --slurm evaluates and reports",
     )
     options = parser.parse_intermixed_args(arguments)
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, not {options.jobs}")
     if options.append_to and options.append_to.suffix != ".md":
         parser.error(f"--append-to takes a Markdown file, FILE.md, not {options.append_to}")
     if options.slurm is not None and options.dry_run:
