@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +23,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import tiny
 from samples import picture
 from tiny import Farm, Outcome, Tool
+
+from tetdist import plugins
 
 if TYPE_CHECKING:
     from tetdist.distributed.world import World
@@ -78,6 +81,24 @@ def _all_end_with_the_tests() -> None:
     from tetdist.distributed.starters import as_starter
 
     os.environ |= as_starter()
+
+
+@pytest.fixture(autouse=True)
+def _without_what_others_imported() -> Iterator[None]:
+    """Every test begins as a process does: without a user's own neurons, losses, optimisers."""
+    yield
+    own = [name for name in sys.modules if name.startswith(f"{plugins.PACKAGE}.")]
+    for name in own:
+        del sys.modules[name]
+    if own:
+        from tetdist.losses import LOSSES
+        from tetdist.nn.neurons import NEURONS
+        from tetdist.optimizers import OPTIMIZERS
+
+        registries: list[plugins.Registry[Any]] = [NEURONS, LOSSES, OPTIMIZERS]
+        for known in registries:
+            for kind in [one for one in known if known._modules[one] in own]:
+                del known._entries[kind], known._modules[kind]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,6 @@ from tetdist import plugins
 from tetdist.apps.cli import eval as evaluation
 from tetdist.apps.cli import export as exporting
 from tetdist.errors import UserError
-from tetdist.losses import LOSSES
-from tetdist.nn.neurons import NEURONS
-from tetdist.optimizers import OPTIMIZERS
 from tetdist.plugins import import_files
 
 PAGE = tiny.PROJECT / "docs" / "extending.md"
@@ -43,19 +40,6 @@ USES: dict[str, dict[str, Any]] = {
 }
 Main = Callable[..., Outcome]
 ConfigWriter = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def _without_what_others_imported() -> Iterator[None]:
-    """Every test begins as a process does; what stays registered is registered again."""
-    yield
-    for name in [name for name in sys.modules if name.startswith(plugins.PACKAGE)]:
-        del sys.modules[name]
-    # Every kind of neuron, loss and optimiser that there is stands in the documentation of keys.
-    registries: list[plugins.Registry[Any]] = [NEURONS, LOSSES, OPTIMIZERS]
-    for known in registries:
-        for kind in [kind for kind in known if known._modules[kind].startswith(plugins.PACKAGE)]:
-            del known._entries[kind], known._modules[kind]
 
 
 @pytest.fixture
