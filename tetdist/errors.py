@@ -31,7 +31,11 @@ _PASSWORDS = re.compile(
 )
 _CHECKOUT = Path(__file__).resolve().parents[1]
 # The scripts of a checkout by their command, where not in tools/.
-_SCRIPTS = {"train": "tetdist/train.py", "slurm": "launch/slurm.py"}
+_SCRIPTS = {
+    "train": "tetdist/train.py",
+    "slurm": "launch/slurm.py",
+    "torchrun": "launch/torchrun.py",
+}
 
 
 class UserError(ValueError):

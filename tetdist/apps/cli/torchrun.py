@@ -6,9 +6,7 @@ The options are torchrun's. Its own exit status is 1 whatever happened, so that 
 tell a run to be started again from a mistake.
 """
 
-import sys
-
-from tetdist.apps.cli.common import run_command
+from tetdist.apps.cli.common import program, run_command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,8 +19,10 @@ def _main(arguments: list[str] | None) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    parser = run.get_args_parser()
+    parser.prog = program("torchrun")
     try:
-        run.main(sys.argv[1:] if arguments is None else arguments)
+        run.run(parser.parse_args(arguments))
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as failed:
