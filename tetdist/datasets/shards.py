@@ -12,16 +12,16 @@ import json
 import os
 import re
 import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tetdist.datasets import archives
-from tetdist.datasets.index import Index, assemble, index_file, load_index, save_index
-from tetdist.datasets.layouts import CLASSES_FILE, list_split
-from tetdist.datasets.probe import Probe
+from tetdist.datasets.index import Index, build_index, index_file, load_index, save_index
+from tetdist.datasets.layouts import CLASSES_FILE
 from tetdist.datasets.processes import ReportProgress, run_tasks
 from tetdist.datasets.reader import SampleReader
 from tetdist.errors import UserError
@@ -33,6 +33,15 @@ _VERSION = 1
 _BLOCK = 512
 # Letters of the sample's own name in its key; a tar's header has room for 100 bytes.
 _NAME_LENGTH = 60
+
+
+class Packed(NamedTuple):
+    """A sample for a shard: its number in the split, path, label and bytes."""
+
+    number: int
+    path: str
+    label: int
+    data: bytes
 
 
 def shard_split(
@@ -68,18 +77,47 @@ def shard_split(
     index = load_index(file)
     if index.kind != "images":
         raise UserError(f"{file} is an index of {index.kind}, but only images can be packed")
-    folder = dest / index.split
     plan = plan_shards(index, seed, max_bytes)
+    sizes = [int(_tar_sizes(index)[ids].sum()) for ids in plan]
+    settings = {"fingerprint": index.fingerprint, "seed": seed, "max_bytes": max_bytes}
+    read = functools.partial(_read, file, root)
+    return pack(dest, index.split, index.classes, settings, plan, sizes, read, workers, progress)
+
+
+def pack(
+    dest: Path,
+    split: str,
+    classes: Sequence[str],
+    settings: dict[str, Any],
+    plan: Sequence[Any],
+    sizes: Sequence[int],
+    read: Callable[[Any], Iterable[Packed]],
+    workers: int,
+    progress: ReportProgress | None,
+) -> Index:
+    """Write the shards that do not exist yet, and their index.
+
+    Args:
+        dest, split, classes, workers, progress: See `shard_split`.
+        settings: Values on which the shards depend; the index must have their fingerprint.
+        plan: Description of each shard's samples.
+        sizes: Bytes that each shard needs.
+        read: Yields the samples of a description, in a worker.
+    """
+    folder = dest / split
     with only_writer(folder):
-        _begin(dest, index, {"seed": seed, "max_bytes": max_bytes, "shards": len(plan)})
-        files = [folder / f"{index.split}-{number:06d}.tar" for number in range(len(plan))]
+        _begin(dest, split, classes, settings | {"shards": len(plan)})
+        files = [folder / f"{split}-{number:06d}.tar" for number in range(len(plan))]
         tasks = list(zip(files, plan, strict=True))
-        missing = [ids for shard, ids in tasks if not shard.is_file()]
-        check_space(folder, int(sum(_tar_sizes(index)[ids].sum() for ids in missing)))
-        for _ in run_tasks(functools.partial(_pack, file, root), tasks, workers, progress):
+        check_space(folder, sum(n for f, n in zip(files, sizes, strict=True) if not f.is_file()))
+        for _ in run_tasks(functools.partial(_pack, read), tasks, workers, progress):
             pass
-        packed = _index_of_shards(dest, index, workers)
-        save_index(packed, index_file(dest / "index", index.split))
+        packed, _ = build_index(dest, split, workers, decode=False)
+        if packed.fingerprint != settings.get("fingerprint", packed.fingerprint):
+            raise UserError(
+                f"the shards in {folder} do not match the index: remove the folder and pack again"
+            )
+        save_index(packed, index_file(dest / "index", split))
     return packed
 
 
@@ -100,11 +138,11 @@ def _tar_sizes(index: Index) -> npt.NDArray[np.int64]:
     return 3 * _BLOCK + -(-index.file_sizes // _BLOCK) * _BLOCK
 
 
-def _begin(dest: Path, index: Index, settings: dict[str, int]) -> None:
+def _begin(dest: Path, split: str, names: Sequence[str], settings: dict[str, Any]) -> None:
     """Write the plan of the shards, or check that an existing one is the same."""
-    plan = {"version": _VERSION, "fingerprint": index.fingerprint, **settings}
-    plan_file, classes_file = dest / index.split / _PLAN_FILE, dest / CLASSES_FILE
-    classes = "".join(f"{name}\n" for name in index.classes).encode()
+    plan = {"version": _VERSION, **settings}
+    plan_file, classes_file = dest / split / _PLAN_FILE, dest / CLASSES_FILE
+    classes = "".join(f"{name}\n" for name in names).encode()
     if classes_file.is_file() and classes_file.read_bytes() != classes:
         raise UserError(f"{classes_file} names other classes than the index: choose another folder")
     if plan_file.is_file():
@@ -123,25 +161,26 @@ def _begin(dest: Path, index: Index, settings: dict[str, int]) -> None:
             stream.write(data)
 
 
-def _pack(index_file: Path, root: str | Path, task: tuple[Path, npt.NDArray[np.int64]]) -> None:
+def _read(index_file: Path, root: str | Path, ids: npt.NDArray[np.int64]) -> Iterator[Packed]:
+    index = _load_once(index_file)
+    with SampleReader(index, root) as reader:
+        for i in ids.tolist():
+            yield Packed(i, index.path(i), int(index.labels[i]), reader.read(i).tobytes())
+
+
+def _pack(read: Callable[[Any], Iterable[Packed]], task: tuple[Path, Any]) -> None:
     """Write one shard, verify it, and only then give it its name."""
-    file, ids = task
+    file, samples = task
     if file.is_file():
         return
-    index = _load_once(index_file)
     checksums: dict[str, str] = {}
-    with (
-        explaining(file),
-        replacing(file) as stream,
-        SampleReader(index, root) as reader,
-    ):
+    with explaining(file), replacing(file) as stream:
         with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for i in ids.tolist():
-                key, suffix = _key(index, i)
-                data = reader.read(i).tobytes()
+            for number, path, label, data in read(samples):
+                key, suffix = _key(number, path)
                 checksums[key + suffix] = _checksum(data)
                 _add(archive, key + suffix, data)
-                _add(archive, f"{key}.cls", str(index.labels[i]).encode())
+                _add(archive, f"{key}.cls", str(label).encode())
         stream.flush()
         os.fsync(stream.fileno())
         # Verification must read from the disk, not from memory.
@@ -154,9 +193,9 @@ def _load_once(file: Path) -> Index:
     return load_index(file)
 
 
-def _key(index: Index, i: int) -> tuple[str, str]:
+def _key(i: int, file: str) -> tuple[str, str]:
     """Return a sample's key and suffix in the shards: its number first, to keep the order."""
-    path = PurePosixPath(index.path(i))
+    path = PurePosixPath(file)
     suffix = path.suffix.lower()
     name = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)[:_NAME_LENGTH]
     return f"{i:08d}-{name}", ".jpg" if suffix == ".jpeg" else suffix
@@ -177,20 +216,3 @@ def _verify(aside: Path, file: Path, checksums: dict[str, str]) -> None:
     found = archives.shard_samples(aside).members
     if {m.name: _checksum(archives.read(aside, m)) for m in found} != checksums:
         raise UserError(f"{file} differs from what was written: its disk is faulty; use another")
-
-
-def _index_of_shards(dest: Path, index: Index, workers: int) -> Index:
-    """Make the index of the shards, with the image sizes of the given one."""
-    listing = list_split(dest, index.split, "images", workers)
-    probes = []
-    for name, byte_range in zip(listing.names, listing.byte_ranges, strict=True):
-        i = int(name.partition("-")[0])
-        assert byte_range.size is not None
-        probes.append(Probe(byte_range.size, int(index.heights[i]), int(index.widths[i])))
-    packed, _ = assemble(dest, listing, probes)
-    if packed.fingerprint != index.fingerprint:
-        raise UserError(
-            f"the shards in {dest / index.split} do not match the index: remove the folder and pack"
-            " again"
-        )
-    return packed

@@ -121,10 +121,11 @@ def _add_check(commands: Any) -> None:
 def _add_shard(commands: Any) -> None:
     command = commands.add_parser(
         "shard",
-        help="pack an indexed data set into WebDataset shards",
+        help="pack an indexed data set, or Parquet files, into WebDataset shards",
         description="Pack the indexed images of ROOT, in random order, into"
-        " DEST/SPLIT/SPLIT-000000.tar and so on, and write their index. The same command continues"
-        " when stopped. Exit status: 0 done, 2 not done, 130 stopped.",
+        " DEST/SPLIT/SPLIT-000000.tar and so on, and write their index. With --from-parquet, ROOT"
+        " holds Parquet files, and needs no index. The same command continues when stopped. Exit"
+        " status: 0 done, 2 not done, 130 stopped.",
     )
     command.set_defaults(run=_shard, when_stopped="the same command continues")
     add = command.add_argument
@@ -134,6 +135,12 @@ def _add_shard(commands: Any) -> None:
     size = "shard size; default: %(default)s MB"
     add("--shard-mb", metavar="N", type=positive, default=256, help=size)
     add("--seed", metavar="N", type=int, default=0, help="seed of the order; default: %(default)s")
+    add(
+        "--from-parquet",
+        action="store_true",
+        help="pack the Parquet files in ROOT or ROOT/data, such as the Hugging Face hub's ImageNet:"
+        " one shard for each, in its order",
+    )
     _add_common(command)
 
 
@@ -335,6 +342,8 @@ def _shard(args: argparse.Namespace) -> int:
     from tetdist.datasets.shards import shard_split
 
     _check_writable(args.dest, "DEST")
+    if args.from_parquet:
+        return _shard_parquet(args)
     folder = args.index or args.root / "index"
     splits = args.splits or _indexed_splits(folder)
     files = [index_file(folder, split) for split in splits]
@@ -354,6 +363,19 @@ def _shard(args: argparse.Namespace) -> int:
                 workers=args.workers,
                 progress=progress,
             )
+        print(f"{args.dest / split}: {_described(index)}, packed and indexed")
+    return 0
+
+
+def _shard_parquet(args: argparse.Namespace) -> int:
+    from tetdist.apps import parquet
+
+    names = args.splits or ["train", "val"]
+    splits = {split: parquet.read_tables(args.root, split, args.workers) for split in names}
+    classes = parquet.class_names(args.root, splits)
+    for split, tables in splits.items():
+        with _progress(split, "shard") as progress:
+            index = parquet.shard_tables(split, tables, classes, args.dest, args.workers, progress)
         print(f"{args.dest / split}: {_described(index)}, packed and indexed")
     return 0
 

@@ -1,0 +1,160 @@
+"""Shards of images in Parquet, the form in which the Hugging Face hub gives them out.
+
+A file has the columns image, a struct of bytes and path, and label, a whole number. One pass
+decodes each image, to find damage, and copies its bytes. Samples are numbered by label and name, so
+that the shards are the same data set as class folders. Each file becomes a shard.
+"""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tetdist.datasets.archives import IMAGE_SUFFIXES, WORDNET_ID
+from tetdist.datasets.check import IMAGENET_COUNTS
+from tetdist.datasets.index import Index
+from tetdist.datasets.layouts import imagenet_classes
+from tetdist.datasets.probe import probe_image
+from tetdist.datasets.processes import ReportProgress, run_tasks
+from tetdist.datasets.shards import Packed, pack
+from tetdist.errors import UserError
+from tetdist.wording import and_more
+
+# Names of a split in the hub's files.
+_ALIASES = {"val": "val|validation"}
+# The hub's ImageNet appends the class to each name, which changes their order.
+_CLASS_AT_END = re.compile(r"_n\d{8}(?=\.\w+$)")
+
+
+class Table(NamedTuple):
+    """A Parquet file without its images: label and name of each, and the hub's class names."""
+
+    file: Path
+    samples: list[tuple[int, str]]
+    classes: tuple[str, ...]
+
+
+def read_tables(root: Path, split: str, workers: int) -> list[Table]:
+    """Read everything of a split but its images, from files in ROOT or ROOT/data.
+
+    Raises:
+        UserError: A file is missing, damaged or of another form.
+    """
+    folder = root / "data" if (root / "data").is_dir() else root
+    name = re.compile(rf"(?:{_ALIASES.get(split, re.escape(split))})(?:[-_.].*)?\.parquet")
+    files = sorted(file for file in folder.glob("*.parquet") if name.fullmatch(file.name))
+    first = re.fullmatch(r"(.*-)(\d+)(-of-(\d+).*)", files[0].name) if files else None
+    count, width = (int(first[4]), len(first[2])) if first else (0, 0)
+    wanted = [f"{first[1]}{i:0{width}d}{first[3]}" for i in range(count) if first]
+    missing = [file for file in wanted if not (folder / file).is_file()]
+    if missing or not files:
+        file = missing[0] + and_more(missing) if missing else f"{split}-00000-of-N.parquet"
+        raise UserError(f"there is no {file} in {folder}: fetch it, or name other --splits")
+    return list(run_tasks(_read_table, files, workers))
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+            yield opened
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{file} is damaged, or not Parquet ({reason}): fetch it again") from error
+
+
+def _read_table(file: Path) -> Table:
+    with _opened(file) as opened:
+        columns = [opened.schema.column(i).path for i in range(len(opened.schema))]
+        if not {"image.bytes", "image.path", "label"} <= set(columns):
+            raise UserError(
+                f"{file} has the columns {', '.join(columns)}, but image.bytes, image.path and"
+                " label are needed: give a data set of images with one label each"
+            )
+        rows = opened.read(["image.path", "label"]).to_pylist()
+        about = json.loads((opened.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+    names = (PurePosixPath(row["image"]["path"] or "image").name for row in rows)
+    samples = [(row["label"], name) for row, name in zip(rows, names, strict=True)]
+    if not all(isinstance(label, int) and label >= 0 for label, _ in samples):
+        raise UserError(f"{file} has rows without a class: leave its split out of --splits")
+    label = about.get("info", {}).get("features", {}).get("label", {})
+    return Table(file, samples, tuple(label.get("names", ())))
+
+
+def class_names(root: Path, splits: Mapping[str, list[Table]]) -> tuple[str, ...]:
+    """Return ImageNet-1k's classes if the files' names contain them, else the hub's, else numbers.
+
+    Raises:
+        UserError: ImageNet-1k is not complete, or an image has the label of another class.
+    """
+    known, tables = imagenet_classes(), [*chain.from_iterable(splits.values())]
+    samples = [sample for table in tables for sample in table.samples]
+    ids = [(*sample, found[0]) for sample in samples if (found := WORDNET_ID.search(sample[1]))]
+    wrong = [(name, k) for k, name, of_name in ids if known[k : k + 1] != (of_name,)]
+    if 2 * len(wrong) >= len(ids):
+        of_hub, last = tables[0].classes, max(samples)[0]
+        numbers = tuple(f"{k:0{len(str(last))}d}" for k in range(last + 1))
+        return of_hub if len(set(of_hub)) == len(of_hub) > last else numbers
+    if wrong:
+        raise UserError(
+            f"{wrong[0][0]} in {root} has the label {wrong[0][1]}, which is another class of"
+            " ImageNet-1k: fetch the files from their original source"
+        )
+    for split, of_split in splits.items():
+        number = sum(len(table.samples) for table in of_split)
+        if number != (wanted := IMAGENET_COUNTS.get(split, number)):
+            raise UserError(
+                f"{root} has {number:,} images of {split}, but ImageNet-1k has {wanted:,}: fetch"
+                " the files again"
+            )
+    return known
+
+
+def shard_tables(
+    split: str,
+    tables: list[Table],
+    classes: tuple[str, ...],
+    dest: Path,
+    workers: int,
+    progress: ReportProgress | None = None,
+) -> Index:
+    """Pack a split into DEST/SPLIT/SPLIT-000000.tar and following, as `shards.pack` does.
+
+    Raises:
+        UserError: A file or an image is damaged, or the shards cannot be written.
+    """
+    rows = [
+        (label, _CLASS_AT_END.sub("", name)) for table in tables for label, name in table.samples
+    ]
+    numbers = np.empty(len(rows), int)
+    numbers[sorted(range(len(rows)), key=rows.__getitem__)] = range(len(rows))
+    left = zip(numbers.tolist(), rows, strict=True)
+    plan = [(table.file, list(islice(left, len(table.samples)))) for table in tables]
+    sizes = [table.file.stat().st_size for table in tables]
+    settings = {"parquet": hashlib.sha256(json.dumps([rows, sizes]).encode()).hexdigest()}
+    return pack(dest, split, classes, settings, plan, sizes, _read, workers, progress)
+
+
+def _read(task: tuple[Path, list[tuple[int, tuple[int, str]]]]) -> Iterator[Packed]:
+    """Yield the images of a file with number, label and name, if they decode."""
+    file, samples = task
+    with _opened(file) as opened:
+        batches = opened.iter_batches(64, columns=["image.bytes"])
+        images = (image for batch in batches for image in batch["image"].field("bytes"))
+        for (number, (label, name)), image in zip(samples, images, strict=True):
+            data = image.as_py() or b""
+            found = probe_image(io.BytesIO(data), len(data), decode=True)
+            if isinstance(found, str):
+                raise UserError(f"{name} in {file} cannot be used ({found}): fetch the file again")
+            if not name.lower().endswith(IMAGE_SUFFIXES):
+                name += ".jpg" if found.format in ("JPEG", "MPO") else f".{found.format}"
+            yield Packed(number, name, label, data)
