@@ -28,6 +28,11 @@ def duration(seconds: float) -> str:
     return " ".join(parts[:1] if parts[-1].startswith("0 ") else parts)
 
 
+def rate(per_second: float, thing: str = "sample") -> str:
+    """Format a speed: "1400 samples/s", "2.5 files/s"."""
+    return f"{per_second:.{0 if per_second >= 10 else 1}f} {thing}s/s"
+
+
 def and_more(names: Sequence[str]) -> str:
     """Return the text after the first of several names: " and 2 more", or nothing."""
     return f" and {len(names) - 1} more" if len(names) > 1 else ""

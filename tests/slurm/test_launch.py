@@ -19,8 +19,9 @@ import yaml
 from cluster import wait_until
 
 from tetdist.apps.cli.slurm import main
-from tetdist.apps.slurm import batch, cluster, history, local, snapshot, submit
+from tetdist.apps.slurm import batch, cluster, history, local, snapshot, status, submit
 from tetdist.apps.slurm.cluster import ClusterSection
+from tetdist.apps.slurm.history import JobEvent
 from tetdist.config import identity, loading
 from tetdist.errors import UserError
 
@@ -384,6 +385,26 @@ def test_local_run_starts_again_after_a_warning(tiny_config: ConfigWriter, tmp_p
     kinds = [event.kind for event in history.history(run)]
     assert kinds == ["submitted", "started", "stopped", "started", "finished"]
     tiny.assert_same_run(run, tmp_path / "runs" / "straight")
+
+
+def test_goodput_is_the_time_in_steps_since_the_submission(tmp_path: Path) -> None:
+    """Of a run that trained 100 steps, waited a day, and was submitted again at time 1000."""
+    run = tmp_path / "run"
+    submission = history.Submission("local", str(run), "c", "c", str(run), {}, 400, 100, 8, 1000.0)
+    history.write_submission(history.next_submission(run), submission)
+    history.note(run, JobEvent("submitted", "local", time=1000.0))
+    assert "  goodput" not in status.describe(run)
+    one = {"kind": "train", "epoch": 1.0, "loss": 1.0}
+    lines = [
+        one | {"step": step, "time": now, "samples_per_s": rate}
+        for step, now, rate in ((100, 900.0, 1.0), (150, 1050.0, 40.0), (250, 1100.0, 16.0))
+    ]
+    lines.insert(2, {"kind": "val", "step": 150, "time": 1060.0})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    history.note(run, JobEvent("finished", "local", time=1120.0))
+    # 50 steps of 0.2 s and 100 of 0.5 s.
+    shown = "  goodput   50 % (1 min in steps, of 2 min since the submission)"
+    assert shown in status.describe(run).splitlines()
 
 
 @pytest.mark.parametrize(("fails", "status"), [("exit 3", 3), ("kill -9 $$", 128 + signal.SIGKILL)])

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 import tiny
 from tiny import Outcome
 
+from tetdist.apps.cli.file_progress import file_progress
 from tetdist.apps.reports.run_status import read_status
 from tetdist.tracking import progress
-from tetdist.tracking.progress import FileProgress, RunProgress
+from tetdist.tracking.progress import RunProgress
 
 
 class Clock:
@@ -28,7 +30,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
+    for module in (progress, sys.modules[file_progress.__module__]):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -162,8 +165,7 @@ def test_lines_between_do_not_change_what_is_logged(
 def test_files_are_counted_in_words_and_human_time(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with FileProgress() as shown:
-        done = shown.titled("val", "recording")
+    with file_progress("val", "recording") as done:
         clock.now += 20
         done(2, 2000)
         clock.now += 4
@@ -171,7 +173,7 @@ def test_files_are_counted_in_words_and_human_time(
         clock.now += 16
         done(1002, 2000)
         done(2000, 2000)
-        done = shown.titled("train", "image")
+    with file_progress("train", "image") as done:
         clock.now += 0.5
         done(1, 1)
     assert capsys.readouterr().err.splitlines() == [
@@ -187,8 +189,7 @@ def test_no_time_is_left_before_there_is_a_pace(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """600 recordings that take 12 s once the processes have started, which took 9 s."""
-    with FileProgress() as shown:
-        done = shown.titled("bin")
+    with file_progress("bin") as done:
         clock.now += 9
         for number in range(1, 601):
             done(number, 600)

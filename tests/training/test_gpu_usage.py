@@ -1,22 +1,15 @@
 """Memory and energy of GPUs among the metrics, with a stand-in for the driver's library."""
 
+import math
 import sys
 import types
-from typing import Any
 
 import pytest
 import torch
 
-from tetdist.training.gpu_usage import GPUUsage
+from tetdist.training.gpu_usage import GPUUsage, values_of
 
-
-def world_on(device: str, others: list[list[float | None]]) -> Any:
-    """A process whose peers answer what they are given."""
-
-    def gather(value: list[float | None]) -> list[list[float | None]]:
-        return [value, *others]
-
-    return types.SimpleNamespace(device=torch.device(device), gather=gather)
+CUDA = torch.device("cuda:0")
 
 
 class NVML(types.ModuleType):
@@ -52,20 +45,20 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> NVML:
 
 
 def test_energy_is_that_of_all_gpus_since_the_line_before(nvml: NVML) -> None:
-    usage = GPUUsage(world_on("cuda:0", [[4.5, 100.0]]))
+    usage, other = GPUUsage(CUDA), (4.5, 100.0)
     nvml.millijoules = 5_250_000
-    assert usage.values() == {"gpu_memory": 4.5, "gpu_energy": 350.0}
+    assert values_of([usage.reading(), other]) == {"gpu_memory": 4.5, "gpu_energy": 350.0}
     nvml.millijoules = 6_000_000  # an evaluation
     usage.restart()
     nvml.millijoules = 6_010_000
-    assert usage.values()["gpu_energy"] == 110.0
+    assert values_of([usage.reading(), other])["gpu_energy"] == 110.0
 
 
 def test_a_gpu_that_counts_no_energy_leaves_it_out(nvml: NVML) -> None:
-    assert GPUUsage(world_on("cuda:0", [[1.0, None]])).values() == {"gpu_memory": 3.0}
+    assert values_of([GPUUsage(CUDA).reading(), (1.0, math.nan)]) == {"gpu_memory": 3.0}
     nvml.millijoules = None
-    assert GPUUsage(world_on("cuda:0", [[1.0, 7.0]])).values() == {"gpu_memory": 3.0}
+    assert values_of([GPUUsage(CUDA).reading(), (1.0, 7.0)]) == {"gpu_memory": 3.0}
 
 
 def test_a_cpu_has_neither() -> None:
-    assert GPUUsage(world_on("cpu", [])).values() == {}
+    assert values_of([GPUUsage(torch.device("cpu")).reading()]) == {}

@@ -14,6 +14,7 @@ import torch
 from tiny import Outcome
 
 from tetdist.apps.reports import observers
+from tetdist.distributed.world import join
 from tetdist.storage import checkpoint
 from tetdist.tracking.tracker import Tracker
 from tetdist.training import evaluating, prepared, window
@@ -164,19 +165,20 @@ def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch: pytest.Mon
     monkeypatch.setattr(window, "time", Clock)
     update = Update(grad_norm=torch.tensor(1.0), applied=torch.tensor(True))
     config = SimpleNamespace(batch=SimpleNamespace(global_=11), non_finite_limit=3)
-    alone = SimpleNamespace(device=torch.device("cpu"), sum=lambda values: values)
-    found = window.Window(config, alone)  # type: ignore[arg-type]  # all that it reads
     sums = torch.tensor([8.0, 4.0, 16.0], dtype=torch.float64)
-    found.restart(waited=5.0)
-    for step in (1, 2):
-        now += 5.5
-        found.add(step, update, sums)
-    values = found.close(waited=8.3, scale=None)
-    assert values["samples_per_s"] == 2
-    assert values["data_wait"] == pytest.approx(30)
-    assert (values["loss"], values["top1"]) == (0.5, 25.0)
-    now += 2
-    assert found.close(waited=8.3, scale=None)["samples_per_s"] == 0
+    with join("cpu") as alone:
+        found = window.Window(config, alone)  # type: ignore[arg-type]  # all that it reads
+        found.restart(waited=5.0)
+        for step in (1, 2):
+            now += 5.5
+            found.add(step, update, sums)
+        values = found.close(waited=8.3, scale=None)
+        assert values["samples_per_s"] == 2
+        assert values["data_wait"] == pytest.approx(30)
+        assert (values["loss"], values["top1"]) == (0.5, 25.0)
+        found.restart(waited=8.3)
+        now += 2
+        assert found.close(waited=8.3, scale=None)["samples_per_s"] == 0
 
 
 def test_an_observer_that_fails_ends_nothing(

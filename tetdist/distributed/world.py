@@ -6,6 +6,7 @@ import platform
 import secrets
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
@@ -17,6 +18,7 @@ from torch import Tensor
 from tetdist.buffers import in_one_buffer
 from tetdist.distributed import meeting, shared_memory
 from tetdist.distributed.devices import choose_device, cores_near, keep_freed_memory
+from tetdist.distributed.waiting import Waiting
 from tetdist.errors import UserError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -45,6 +47,11 @@ class World:
     control: Any
     shared: shared_memory.SharedMemory | None = None
 
+    @cached_property
+    def waiting(self) -> Waiting:
+        """Time in the collectives of training steps."""
+        return Waiting(self.device)
+
     def sum(self, values: list[float]) -> list[float]:
         """Add values up element by element over all processes, in float64, on the host."""
         total = torch.tensor(values, dtype=torch.float64)
@@ -59,11 +66,14 @@ class World:
 
     def mean_(self, tensor: Tensor) -> Tensor:
         """Average a tensor over all processes, in place."""
-        if self.world_size > 1 and self.device.type == "cuda":
-            # NCCL divides in the same kernel, which gloo cannot.
-            dist.all_reduce(tensor, op=dist.ReduceOp.AVG)
-        elif self.world_size > 1:
-            self.sum_(tensor).div_(self.world_size)
+        if self.world_size == 1:
+            return tensor
+        with self.waiting.measured():
+            if self.device.type == "cuda":
+                # NCCL divides in the same kernel, which gloo cannot.
+                dist.all_reduce(tensor, op=dist.ReduceOp.AVG)
+            else:
+                self.sum_(tensor).div_(self.world_size)
         return tensor
 
     def mean_all_(self, tensors: list[Tensor]) -> None:
@@ -76,7 +86,8 @@ class World:
             return
         if self.shared:
             one = torch.zeros(1)
-            self.shared.mean_(tensors, lambda: dist.all_reduce(one))
+            with self.waiting.measured():
+                self.shared.mean_(tensors, lambda: dist.all_reduce(one))
             return
         for dtype in {tensor.dtype: None for tensor in tensors}:
             same = [tensor for tensor in tensors if tensor.dtype == dtype]

@@ -2,13 +2,13 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Self
 
 from tqdm import tqdm
 
-from tetdist.wording import counted, duration
+from tetdist.wording import counted, duration, rate
 
 
 class RunProgress:
@@ -80,8 +80,8 @@ class RunProgress:
                 pace = f"the first step took {took}; later ones are faster"
             else:
                 samples = (self.step - self.first_step - 1) * self.global_batch
-                rate = samples / max(now - self.steady_since, 1e-6)
-                pace = f"{_pace(rate)} since the first step  ETA {_clock(self.seconds_left())}"
+                pace = rate(samples / max(now - self.steady_since, 1e-6))
+                pace += f" since the first step  ETA {_clock(self.seconds_left())}"
             epoch = self.step / self.steps_per_epoch
             self._print(f"epoch {epoch:.2f}  step {self.step}/{self.last_step}  {pace}")
 
@@ -103,11 +103,9 @@ class RunProgress:
             self.bar.set_description_str(f"{phase}epoch {values['epoch']:.1f}")
             self.bar.set_postfix_str(", ".join([*learned, *machine]))
             return
-        rate, left = _pace(values["samples_per_s"]), f"ETA {_clock(values['eta_s'])}"
-        where = f"{phase}epoch {values['epoch']:.2f}"
-        self._print(
-            "  ".join([where, f"step {step}/{self.last_step}", *learned, rate, *machine, left])
-        )
+        parts = [f"{phase}epoch {values['epoch']:.2f}", f"step {step}/{self.last_step}", *learned]
+        parts += [rate(values["samples_per_s"]), *machine, *slowest_rank(values)]
+        self._print("  ".join([*parts, f"ETA {_clock(values['eta_s'])}"]))
 
     def advance_evaluation(self, samples: int, total: int) -> None:
         """Count ``samples`` more of ``total`` as evaluated on this process."""
@@ -162,8 +160,15 @@ def _clock(seconds: float) -> timedelta:
     return timedelta(seconds=round(seconds))
 
 
-def _pace(per_second: float, unit: str = "sample") -> str:
-    return f"{per_second:.{0 if per_second >= 10 else 1}f} {unit}s/s"
+def slowest_rank(values: Mapping[str, Any]) -> list[str]:
+    """Describe the slowest rank in a line of training; empty for a single process."""
+    if "slowest" not in values:
+        return []
+    one = values["slowest"]
+    return [
+        f"slowest rank {one['rank']} on {values['slowest_host']}: {one['step_seconds']:.3g} s/step "
+        f"(mean {values['step_seconds']:.3g} s), data wait {one['data_wait']:.0f} %"
+    ]
 
 
 def sample_bar(total: int, title: str, *, silent: bool) -> "tqdm[Any]":
@@ -176,58 +181,3 @@ def sample_bar(total: int, title: str, *, silent: bool) -> "tqdm[Any]":
         disable=silent or not sys.stderr.isatty(),
         leave=False,
     )
-
-
-class FileProgress:
-    """Files done, with rate and time left: a bar on a terminal, elsewhere a line now and then."""
-
-    _SECONDS_BETWEEN_LINES = 10.0
-    # After the first files; with fewer seconds a rate would be a guess.
-    _SECONDS_OF_A_RATE = 5.0
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def titled(self, title: str, unit: str = "file") -> Callable[[int, int], None]:
-        """Begin with other files; call the result with the numbers of files done and of all.
-
-        Rate and time left ignore the first files, which waited for processes to start, and appear
-        some seconds later. The last line's rate is that of all files.
-        """
-        self._close()
-        started = last_line = time.monotonic()
-        first: tuple[int, float] | None = None  # the files done at the first call, and its time
-
-        def on_terminal(done: int, total: int) -> None:
-            if self._bar is None:
-                self._bar = tqdm(desc=title, unit=unit, total=total, initial=done, smoothing=0.05)
-            self._bar.update(done - self._bar.n)
-
-        def in_log(done: int, total: int) -> None:
-            nonlocal last_line, first
-            now = time.monotonic()
-            first = first or (done, now)
-            if done < total and now - last_line <= self._SECONDS_BETWEEN_LINES:
-                return
-            last_line = now
-            line = f"{title}: {done:,} of {counted(total, unit)}"
-            files, seconds = done - first[0], now - first[1]
-            if done >= total:
-                line += f", {_pace(done / max(now - started, 1e-6), unit)}"
-            elif files and seconds >= self._SECONDS_OF_A_RATE:
-                rate = files / seconds
-                line += f", {_pace(rate, unit)}, {duration((total - done) / rate)} left"
-            print(line, file=sys.stderr, flush=True)
-
-        return on_terminal if sys.stderr.isatty() else in_log

@@ -1,6 +1,7 @@
 """The record of a run for MLflow and other trackers besides metrics: tags, data, description."""
 
 import json
+import platform
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,6 +65,7 @@ class RunRecord:
     @contextmanager
     def tracked(self, step: int, stop: StopRequest) -> Iterator[Tracker | None]:
         """Record the run from ``step`` on, on rank 0, until it ends or is stopped."""
+        hosts = dict.fromkeys(self.run.world.gather(platform.node()))
         if self.run.world.rank != 0:
             yield None
             return
@@ -73,7 +75,7 @@ class RunRecord:
                 folder,
                 config.name,
                 params=flatten(config.as_dict()),
-                tags=self._tags(),
+                tags=self._tags() | {"hosts": " ".join(hosts)},
                 resume_step=step if (folder / "metrics.jsonl").exists() else None,
                 phases=[flatten(phase) for phase in config.as_dict()["phases"]],
                 datasets=self._datasets(),

@@ -212,6 +212,7 @@ class Trainer:
         self._log("train", values)
         self.progress.report_training(self.step, values)
         self.observers.on_line("train", self.step, values)
+        self.window.restart(self.feed.waited)
 
     def _check_finite(self) -> None:
         """End the run, on all processes, if too many steps in a row were not finite."""

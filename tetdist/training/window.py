@@ -1,6 +1,8 @@
 """Sums and timing between two lines of training metrics."""
 
+import logging
 import math
+import platform
 import time
 from typing import Any
 
@@ -10,9 +12,12 @@ from torch import Tensor
 from tetdist.config.schema import RunConfig
 from tetdist.distributed.world import World
 from tetdist.training.engines.base import LossScale, Update
-from tetdist.training.gpu_usage import GPUUsage
+from tetdist.training.gpu_usage import GPUUsage, values_of
 from tetdist.training.health import NonFiniteSteps
 from tetdist.training.step import CORRECT, LOSS, SAMPLES
+from tetdist.training.stragglers import RankTimes, Stragglers, compared
+
+logger = logging.getLogger(__name__)
 
 
 class Window:
@@ -28,7 +33,7 @@ class Window:
         self._world, self._global_batch = world, config.batch.global_
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         self.non_finite = NonFiniteSteps(world.device, config.non_finite_limit)
-        self._gpus = GPUUsage(world)
+        self._gpus, self._stragglers = GPUUsage(world.device), Stragglers()
         self.restart(0.0)
 
     def restart(self, waited: float) -> None:
@@ -52,26 +57,34 @@ class Window:
             self.sums += torch.tensor(total, dtype=torch.float64).to(self.sums.device)
 
     def close(self, waited: float, scale: LossScale | None) -> dict[str, Any]:
-        """Return the metrics over all processes, and start a new window.
+        """Return the metrics over all processes; the next window begins with `restart`.
 
         Args:
             waited: `Feed.waited` now.
             scale: The engine's.
         """
-        loss, correct, samples = self.total()
+        sums = self.sums.tolist()  # this waits for the device
+        steps = max(self._steps, 1)
+        own = time.monotonic() - self._started - self._world.waiting.take()
+        data = waited - self._waited_before
+        times = RankTimes(platform.node(), own / steps, data / steps)
+        ranks, gpus = zip(*self._world.gather((times, self._gpus.reading())), strict=True)
+        if self._world.rank == 0:
+            for found in self._stragglers.new(ranks):
+                logger.warning("%s", found)
+        loss, correct, samples = self._world.sum(sums)
         seconds = max(time.monotonic() - self._started, 1e-9)
         values: dict[str, Any] = {
             "loss": loss / samples if samples else math.nan,
             "top1": 100 * correct / samples if samples else math.nan,
             "non_finite_steps": self.non_finite.new(),
             "samples_per_s": self._steps * self._global_batch / seconds,
-            "data_wait": 100 * (waited - self._waited_before) / seconds,
-            **self._gpus.values(),
+            **compared(ranks, seconds / steps),
+            **values_of(gpus),
         }
         if scale is not None:
             values |= {"loss_scale": scale.value, "overflows": scale.overflows}
         self.sums.zero_()
-        self.restart(waited)
         return values
 
     def total(self) -> list[float]:

@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def average(options: argparse.Namespace) -> None:
     from tetdist import plugins
+    from tetdist.apps.cli.file_progress import file_progress
     from tetdist.apps.weights.average import mean_weights, recompute_statistics
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
@@ -73,7 +74,6 @@ def average(options: argparse.Namespace) -> None:
     from tetdist.nn.batch_norm import has_running_statistics
     from tetdist.order import steps_per_epoch
     from tetdist.storage import checkpoint
-    from tetdist.tracking.progress import FileProgress
     from tetdist.training.setup import load_model, open_split
 
     with (
@@ -97,8 +97,7 @@ def average(options: argparse.Namespace) -> None:
         statistics = "the network has no running statistics"
         if has_running_statistics(model):
             model.set_timesteps(description.timesteps)
-            with FileProgress() as shown:
-                show = shown.titled("running statistics", "sample")
+            with file_progress("running statistics", "sample") as show:
 
                 def progress(done: int, total: int) -> None:
                     watch.progress("the running statistics")

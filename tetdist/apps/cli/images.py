@@ -1,17 +1,16 @@
 """Prepare images for training: index, check, shard, extract. docs/data.md has the layouts."""
 
 import argparse
-import contextlib
 import itertools
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.apps.cli.common import MISTAKES, program, run_command
+from tetdist.apps.cli.file_progress import file_progress
 from tetdist.config.flags import MOST_THREADS, positive
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import check_writable, explaining, write_json
@@ -213,7 +212,7 @@ def _index(args: argparse.Namespace) -> int:
     bad: list[BadFile] = []
     listings = _list(args, "events" if args.events else "images")
     for listing in listings:
-        with _progress(listing.split) as progress:
+        with file_progress(listing.split) as progress:
             decode = not args.no_decode
             result = index_listing(args.root, listing, args.workers, decode, progress)
         indexes.append(result[0])
@@ -271,7 +270,7 @@ def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
     listings = []
     for split in args.splits or default_splits(args.root):
         hints = Hints(args.shards.get(split), args.labels, args.classes)
-        with _progress(f"{split}: reading tars", "tar") as progress:
+        with file_progress(f"{split}: reading tars", "tar") as progress:
             listings.append(list_split(args.root, split, kind, args.workers, hints, progress))
     try:
         check_same_classes({listing.split: listing.classes for listing in listings})
@@ -300,7 +299,7 @@ def _check(args: argparse.Namespace) -> int:
     journals = []
     for listing in _list(args):
         journals.append(out / f"check-{listing.split}.jsonl")
-        with _progress(listing.split) as progress:
+        with file_progress(listing.split) as progress:
             found = check.examine_split(args.root, listing, journals[-1], args.workers, progress)
         examined[listing.split] = listing, found
         findings.extend(check.split_findings(listing, found))
@@ -353,7 +352,7 @@ def _shard(args: argparse.Namespace) -> int:
     for index, file in zip(indexes, files, strict=True):
         check_fresh(index, args.root, file)
     for split, file in zip(splits, files, strict=True):
-        with _progress(split, "shard") as progress:
+        with file_progress(split, "shard") as progress:
             index = shard_split(
                 file,
                 args.root,
@@ -424,15 +423,7 @@ def _extract(args: argparse.Namespace) -> int:
     if bad and not args.skip_bad:
         raise UserError("nothing was extracted: replace the bad files, or give --skip-bad")
     for listing in listings:
-        with _progress(listing.split) as progress:
+        with file_progress(listing.split) as progress:
             extract_split(args.root, listing, args.dest, args.workers, progress)
         print(f"{args.dest / listing.split}: {counted(len(listing.labels), 'image')}")
     return 0
-
-
-@contextlib.contextmanager
-def _progress(title: str, unit: str = "file") -> Iterator[Callable[[int, int], None]]:
-    from tetdist.tracking.progress import FileProgress
-
-    with FileProgress() as progress:
-        yield progress.titled(title, unit)

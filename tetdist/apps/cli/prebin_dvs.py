@@ -185,11 +185,11 @@ def _sensor(text: str) -> "Sensor":
 
 
 def _prebin(options: argparse.Namespace) -> None:
+    from tetdist.apps.cli.file_progress import file_progress
     from tetdist.apps.events.splits import default_split
     from tetdist.apps.events.statistics import draw_preview, statistics, table
     from tetdist.apps.events.tensors import make_tensors, open_destination
     from tetdist.storage.files import explaining, write_json
-    from tetdist.tracking.progress import FileProgress
 
     settings = _settings(options)
     listing = _listing(options)
@@ -200,10 +200,9 @@ def _prebin(options: argparse.Namespace) -> None:
     names = options.split.split(",") if options.split else [default_split(listing.sources)]
     names = _possible_splits(options, listing, names)
     with open_destination(options.dest, options.source, settings, overwrite=options.overwrite):
-        with FileProgress() as progress:
-            tensors = make_tensors(
-                options.source, options.dest, listing, settings, options.workers, progress.titled
-            )
+        tensors = make_tensors(
+            options.source, options.dest, listing, settings, options.workers, file_progress
+        )
         for path, reason in tensors.bad:
             print(f"bad: {path}: {reason}", file=sys.stderr)
         if bad := len(tensors.bad):

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,13 +213,16 @@ def _way_out() -> str:
     return "name another DEST, or give --overwrite to make all tensors again"
 
 
+ShowsProgress = Callable[[str], AbstractContextManager[ReportProgress]]
+
+
 def make_tensors(
     source: Path,
     dest: Path,
     listing: Listing,
     settings: Settings,
     workers: int,
-    progress: Callable[[str], ReportProgress],
+    progress: ShowsProgress,
 ) -> Tensors:
     """Make the missing tensors of all pieces of all sources.
 
@@ -230,7 +233,7 @@ def make_tensors(
         settings: Settings of the tensors.
         workers: Number of processes; with more than one, the calling script must guard its main
             part with `if __name__ == "__main__"`.
-        progress: Takes a title and returns a function to call with the files done and their total.
+        progress: Takes a title; yields a function to call with the files done and their total.
 
     Raises:
         UserError: A recording has changed since its tensor was made, or a tensor cannot be written.
@@ -249,7 +252,7 @@ def _keep(
     dest: Path,
     listing: Listing,
     workers: int,
-    progress: Callable[[str], ReportProgress],
+    progress: ShowsProgress,
 ) -> dict[str, Record]:
     """Verify existing tensors, and return the records of those to keep."""
     by_source: dict[str, list[Record]] = {}
@@ -260,7 +263,8 @@ def _keep(
         for item in listing.sources
         if item.pieces and len(by_source.get(item.path, ())) == len(item.pieces)
     ]
-    verified = run_tasks(_verify, tasks, workers, progress("verify") if tasks else None)
+    with progress("verify") as advance:
+        verified = list(run_tasks(_verify, tasks, workers, advance))
     return {record.key: record for records in verified for record in records}
 
 
@@ -271,7 +275,7 @@ def _add(
     settings: Settings,
     kept: dict[str, Record],
     workers: int,
-    progress: Callable[[str], ReportProgress],
+    progress: ShowsProgress,
 ) -> tuple[dict[str, Record], list[BadFile]]:
     """Make and record the missing tensors; return them, and the bad recordings."""
     bad = [BadFile(item.path, item.problem) for item in listing.sources if item.problem]
@@ -280,9 +284,8 @@ def _add(
         for item in listing.sources
         if not item.problem and not all(piece.key in kept for piece in item.pieces)
     ]
-    advance = progress("bin") if tasks else None
     made: dict[str, Record] = {}
-    with (dest / _RECORDS).open("a", encoding="utf-8") as stream:
+    with progress("bin") as advance, (dest / _RECORDS).open("a", encoding="utf-8") as stream:
         for records, wrong in run_tasks(_make, tasks, workers, advance):
             stream.writelines(json.dumps(asdict(record)) + "\n" for record in records)
             stream.flush()

@@ -15,7 +15,8 @@ from tetdist.errors import UserError, typed
 from tetdist.storage.files import checkpoint_at, is_held
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import from_end
-from tetdist.wording import duration
+from tetdist.tracking.progress import slowest_rank
+from tetdist.wording import duration, rate
 
 DAMAGED = "damaged"
 # Numbers that a line of each kind must have, and optional numbers.
@@ -267,12 +268,13 @@ def as_text(status: RunStatus) -> str:
             f"loss {train['loss']:.3f}",
             f"top-1 {train['top1']:.1f} %",
             f"lr {train['lr']:.2g}",
-            f"{train['samples_per_s']:.{0 if train['samples_per_s'] >= 10 else 1}f} samples/s",
+            rate(train["samples_per_s"]),
             f"data wait {train['data_wait']:.0f} %",
         ]
         if "gpu_memory" in train:
             parts.append(f"GPU {train['gpu_memory']:.1f} GiB")
         lines.append("  train       " + "  ".join(parts))
+        lines += [f"  {text}" for text in slowest_rank(train)]
     if val:
         lines.append(
             f"  evaluation  top-1 {val['top1']:.2f} %  loss {val['loss']:.3f}, epoch "

@@ -1,15 +1,20 @@
 """State of a run across all its starts: progress, events, its log."""
 
+import itertools
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from tetdist.apps.slurm import history, jobs
 from tetdist.apps.slurm.history import JobEvent, Submission
 from tetdist.apps.slurm.jobs import State
 from tetdist.errors import UserError, typed
 from tetdist.tracking.metrics_file import from_end
+from tetdist.tracking.progress import slowest_rank
+from tetdist.wording import duration, rate
 
 QUERY_EVERY = 5.0  # seconds between two queries to Slurm, which serves many users
 READ_EVERY = 0.5  # seconds between two reads of a log
@@ -50,6 +55,8 @@ def describe(run_dir: Path) -> str:
     events = history.history(run_dir)
     lines = [f"{run_dir}: job {submission.job} {state.name} ({state.text})"]
     lines.append("  " + progress(run_dir, submission, state))
+    more = slowest_rank(next(_trained(run_dir), {})) + goodput(run_dir, submission, events)
+    lines += [f"  {text}" for text in more]
     if submission.after and state.name == "PENDING":
         lines.append(f"  after     {', '.join(submission.after)}")
     again = history.restarts(events)
@@ -67,22 +74,47 @@ def describe(run_dir: Path) -> str:
 
 def progress(run_dir: Path, submission: Submission, state: State) -> str:
     """Return the last step, the rate and the remaining time as text."""
-    metrics, saved = run_dir / "metrics.jsonl", history.saved_step(run_dir)
-    lines = from_end(metrics) if metrics.exists() else ()
-    last = next((line for line in lines if line["kind"] == "train"), None)
+    last, saved = next(_trained(run_dir), None), history.saved_step(run_dir)
     if last is None:
         return f"no step of {submission.last_step} is logged yet; saved at step {saved}"
-    step, rate = int(last["step"]), float(last["samples_per_s"])
+    step = int(last["step"])
     parts = [
         f"step {step} of {submission.last_step} ({100 * step / submission.last_step:.1f} %)",
         f"epoch {last['epoch']:.2f}",
         f"loss {last['loss']:.3f}",
-        f"{rate:.{0 if rate >= 10 else 1}f} samples/s",
+        rate(last["samples_per_s"]),
         f"saved at step {saved}",
     ]
     if state.is_queued and step < submission.last_step and "eta_s" in last:
         parts.append(f"ETA {timedelta(seconds=round(last['eta_s']))} of training")
     return ", ".join(parts)
+
+
+def goodput(run_dir: Path, submission: Submission, events: list[JobEvent]) -> list[str]:
+    """Describe how much of the time since the submission steps took; repeated ones count once."""
+    in_steps, later = 0.0, None
+    for line in itertools.chain(_trained(run_dir), [{"step": 0, "time": 0.0}]):
+        if later is not None:
+            steps = later["step"] - line["step"]
+            in_steps += steps * submission.global_batch / later["samples_per_s"]
+        if line["time"] < submission.time:
+            break
+        later = line
+    if later is None:
+        return []
+    has_ended = bool(events) and events[-1].kind in ("finished", "failed", "cancelled")
+    seconds = (events[-1].time if has_ended else time.time()) - submission.time
+    return [
+        f"goodput   {100 * in_steps / seconds:.0f} % ({duration(in_steps)} in steps, of "
+        f"{duration(seconds)} since the submission)"
+    ]
+
+
+def _trained(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of training, the last one first."""
+    metrics = run_dir / "metrics.jsonl"
+    lines = from_end(metrics) if metrics.exists() else ()
+    return (line for line in lines if line["kind"] == "train")
 
 
 def failure_of(events: list[JobEvent], submission: Submission) -> str | None:

@@ -183,7 +183,8 @@ class GradientMean:
         self._backward_passes = 0
         grads = [p.grad for p in self._parameters if p.grad is not None]
         if self._overlapped is not None:
-            self._overlapped.finish()
+            with self._world.waiting.measured():
+                self._overlapped.finish()
         else:
             self._world.mean_all_(grads)
         return grads

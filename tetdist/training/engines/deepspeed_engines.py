@@ -79,6 +79,9 @@ class ZeroEngine:
             "zero_allow_untested_optimizer": True,
         }
         self.engine = _initialize(parts, settings)
+        # It averages the gradients at the end of the last backward pass.
+        average = self.engine.allreduce_gradients
+        self.engine.allreduce_gradients = self.world.waiting.measured()(average)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.engine(images, per_timestep=True)

@@ -1,0 +1,125 @@
+"""The slowest rank of each line of metrics, and ranks that stay slow: named rightly, and once."""
+
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import Farm
+
+from tetdist.apps.reports.run_status import as_text, read_status
+from tetdist.distributed.waiting import Waiting
+from tetdist.tracking.metrics_file import read_metrics
+from tetdist.training.stragglers import RankTimes, Stragglers
+
+ConfigWriter = Callable[..., Path]
+
+# Every rank computes and loads for 30 ms more than it needs, against which noise is small.
+DELAYS = """
+import os, time
+from tetdist.training import feed
+from tetdist.training.engines.base import WholeEngine
+from tetdist.training.engines.deepspeed_engines import ZeroEngine
+
+def delayed(function, delay):
+    def wrapped(*args):
+        time.sleep(0.03 + (delay if os.environ["RANK"] == "{rank}" else 0))
+        return function(*args)
+    return wrapped
+
+class Loader:
+    def __init__(self, *args):
+        self.batches = make(*args)
+        self.close = self.batches.close
+
+    def __next__(self):
+        return following(self.batches)
+
+make, following = feed.train_loader, delayed(next, {data})
+feed.train_loader = Loader
+for engine in (WholeEngine, ZeroEngine):
+    engine.backward = delayed(engine.backward, {computing})
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "delays", "changes"),
+    [
+        (1, {"data": 0.15, "computing": 0}, {}),
+        (2, {"data": 0, "computing": 0.15}, {}),
+        # DeepSpeed averages the gradients itself.
+        pytest.param(2, {"data": 0, "computing": 0.15}, {"zero_stage": 1}, marks=pytest.mark.long),
+        (None, {"data": 0, "computing": 0}, {}),
+    ],
+)
+def test_a_slow_rank_is_named_with_its_reason(
+    rank: int | None,
+    delays: dict[str, float],
+    changes: dict[str, Any],
+    farm: Farm,
+    tiny_config: ConfigWriter,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "delays.py").write_text(DELAYS.format(rank=rank, **delays))
+    batch = {"batch.global": 6, "log_every": 2, "evaluate_every": 4}
+    run = {"imports": [str(tmp_path / "delays.py")], "phases.0.epochs": 4} | batch | changes
+    outcome = farm(tiny_config(run), world=3)
+    assert outcome.status == 0, outcome.text
+    host = platform.node()
+    named = re.findall(r"rank (\d) on (\S+) is slow.*mostly for (.*); all ranks", outcome.text)
+    lines = [x for x in read_metrics(tmp_path / "runs/tiny/metrics.jsonl") if x["kind"] == "train"]
+    assert len(lines) == 16
+    if rank is None:
+        assert named == []
+        return
+    data = delays["data"] > 0
+    assert named == [(str(rank), host, "waiting for data" if data else "computing")]
+    # Of 0.21 s on this rank, and 0.06 s on two others; a busy machine may spoil some lines.
+    fits = [
+        (line["slowest"]["rank"], line["slowest_host"]) == (rank, host)
+        and line["slowest"]["step_seconds"] > 1.3 * line["step_seconds"]
+        and (line["slowest"]["data_wait"] > 1.3 * line["data_wait"]) == data
+        for line in lines
+    ]
+    assert sum(fits) >= 10
+    shown = as_text(read_status(tmp_path / "runs/tiny")) + outcome.text
+    pattern = rf"slowest rank {rank} on {re.escape(host)}: \S+ s/step \(mean \S+ s\), data wait"
+    assert len(re.findall(pattern, shown)) == 1 + len(lines)
+
+
+def test_a_rank_is_named_after_ten_slow_lines_in_a_row() -> None:
+    def line(slow: float) -> list[RankTimes]:
+        return [RankTimes("a", 1.0, 0.1), RankTimes("b", slow, 0.1), RankTimes("a", 0.9, 0.1)]
+
+    ranks = Stragglers()
+    named = [list(ranks.new(line(slow))) for slow in (*[1.2] * 9, 1.05, *[1.11] * 20)]
+    assert [len(texts) for texts in named] == [0] * 19 + [1] + [0] * 10
+    assert "rank 1 on b" in named[19][0]
+    assert "1.11 s instead of 1 s" in named[19][0]
+
+
+def test_a_gpu_is_asked_only_at_the_end_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 150.0, 300.0, 320.0])
+    asked: list[float] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.milliseconds = next(clock)
+
+        def elapsed_time(self, end: "Event") -> float:
+            asked.append(end.milliseconds - self.milliseconds)
+            return asked[-1]
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    waiting = Waiting(torch.device("cuda"))
+    for _ in range(2):
+        with waiting.measured():
+            assert not asked
+    assert waiting.take() == pytest.approx(0.07)
+    assert waiting.take() == 0
