@@ -741,7 +741,8 @@ def test_environment_is_json_and_true(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     found = json.loads(json.dumps(environment()))
-    assert found["packages"]["torch"] == torch.__version__
+    # PyPI's build for CUDA does not give its local version in its metadata.
+    assert torch.__version__.startswith(found["packages"]["torch"])
     assert "mlflow" in found["packages"]
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["slurm"]["SLURM_JOB_ID"] == "42"

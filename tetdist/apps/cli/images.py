@@ -373,7 +373,7 @@ def _shard_parquet(args: argparse.Namespace) -> int:
     splits = {split: parquet.read_tables(args.root, split, args.workers) for split in names}
     classes = parquet.class_names(args.root, splits)
     for split, tables in splits.items():
-        with _progress(split, "shard") as progress:
+        with file_progress(split, "shard") as progress:
             index = parquet.shard_tables(split, tables, classes, args.dest, args.workers, progress)
         print(f"{args.dest / split}: {_described(index)}, packed and indexed")
     return 0
