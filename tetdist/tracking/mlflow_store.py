@@ -130,7 +130,8 @@ def _problem(path: Path) -> str | None:
 def _damage(path: Path) -> str | None:
     """Return the fault of an SQLite file; None without one, or while another process uses it."""
     try:
-        database = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=rw", timeout=1.0, uri=True)
+        address = f"file:{quote(str(path.absolute()))}?mode=rw"
+        database = sqlite3.connect(address, timeout=1.0, uri=True)
         with contextlib.closing(database):
             database.execute("PRAGMA schema_version")
             if path.stat().st_size > _MOST_BYTES_READ:
