@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tetdist.datasets import processes
 from tetdist.datasets.index import check_fresh, index_file, load_index
 
 TEN = [f"class{i}" for i in range(10)]
@@ -66,7 +67,10 @@ def test_cifar10(call: Call, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ten", "ten.tar.gz"]
 
 
-def test_cifar100_takes_the_fine_label(call: Call, tmp_path: Path) -> None:
+def test_cifar100_takes_the_fine_label(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_SAMPLES_PER_TASK", 100)  # so that no process is started
     labels = [[label % 20, label] for label in range(100)]
     train, pixels = records(labels, 1)
     contents = {

@@ -35,10 +35,10 @@ AUGMENTED = {
 
 
 def batches_of(
-    config: RunConfig, index: Index, world: World, count: int, *, train: bool = True, step: int = 0
+    config: RunConfig, index: Index, world: World, count: int, *, train: bool = True
 ) -> list[Batch]:
     with (
-        build.train_loader(config, index, world, step, config.data.image_size)
+        build.train_loader(config, index, world, 0, config.data.image_size)
         if train
         else build.eval_loader(config, index, world)
     ) as batches:
@@ -65,24 +65,14 @@ def test_images_are_the_same_from_a_process_of_their_own(
     index = load_index(tiny_root / "index" / "train.npz")
     here = load(tiny_config(AUGMENTED), [])
     there = load(tiny_config(AUGMENTED | {"data.own_process": True}), [])
-    assert_same(batches_of(here, index, alone, 7), batches_of(there, index, alone, 7))
+    of_training = batches_of(here, index, alone, 7)
+    assert_same(of_training, batches_of(there, index, alone, 7))
+    other = load(tiny_config(AUGMENTED | {"seed": 3}), [])
+    assert batches_of(other, index, alone, 1)[0].ids.tolist() != of_training[0].ids.tolist()
     # All of an evaluation: its last batch is smaller, and it ends.
     evaluated = batches_of(there, index, alone, 99, train=False)
     assert_same(batches_of(here, index, alone, 99, train=False), evaluated)
     assert sum(len(batch.labels) for batch in evaluated) == len(index)
-
-
-def test_training_goes_on_at_any_step(
-    tiny_root: Path, tiny_config: Callable[..., Path], alone: World
-) -> None:
-    index = load_index(tiny_root / "index" / "train.npz")
-    config = load(tiny_config({"data.repeats": 2, "seed": 3}), [])
-    straight = batches_of(config, index, alone, 30)  # an epoch has 5 steps of 4
-    assert_same(batches_of(config, index, alone, 6, step=6), straight[24:])
-    counts = np.unique(np.concatenate([batch.ids for batch in straight[:20]]), return_counts=True)
-    assert counts[1].tolist() == [2] * 20
-    other = load(tiny_config({"data.repeats": 2}), [])
-    assert straight[0].ids.tolist() != batches_of(other, index, alone, 1)[0].ids.tolist()
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16])

@@ -43,7 +43,8 @@ sys.exit(subprocess.call(sys.argv[1:], start_new_session=True))
 STUDY = """
 import os, subprocess, sys
 from tetdist.distributed.starters import as_starter
-sys.exit(subprocess.call(sys.argv[1:], env=os.environ | as_starter(), start_new_session=True))
+env = os.environ | as_starter() | {"TETDIST_COMMAND": "test"}  # which importing tetdist removes
+sys.exit(subprocess.call(sys.argv[1:], env=env, start_new_session=True))
 """
 
 

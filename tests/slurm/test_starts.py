@@ -60,7 +60,7 @@ def start(tmp_path: Path) -> Starter:
     (tmp_path / "log").mkdir()
 
     def make(rank: int = 0, restart: int = 0, **says: object) -> _Start:
-        place = (rank, 2, rank, 2, "node1", 29500, "12", restart, ("node1", "node2"))
+        place = (rank, "12", restart, ("node1", "node2"))
         described = Job(
             run_dir=str(run_dir),
             config=str(run_dir / "config.yaml"),
@@ -301,6 +301,6 @@ def test_controller_is_asked_until_it_takes_or_refuses(
     monkeypatch.setattr(placement, "_run", ask)
     monkeypatch.setattr(placement, "_show", lambda _: "" if now[0] == "is away" else "JobState=")
     monkeypatch.setattr(placement.time, "sleep", lambda _: None)
-    place = (0, 2, 0, 2, "node1", 29500, "12", 0, ("node1", "node2"))
+    place = (0, "12", 0, ("node1", "node2"))
     assert SlurmContext(*place, warn_before_end=60, answering=()).start_again() == status
     assert list(states) == []

@@ -2,6 +2,7 @@
 
 import random
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,7 @@ EVERYTHING: dict[str, Any] = FLOAT64 | {
             **{"widths": [8, 8, 16], "depths": [1, 1, 1], "heads": 2},
             **{"drop_rate": 0.2, "drop_path_rate": 0.3},
         },
+        "neuron": {"kind": "plif"},
     },
     "data.auto_augment": "rand-m9-mstd0.5-inc1",
     "data.erasing": {"probability": 0.5, "count": 2},
@@ -226,7 +228,7 @@ EVERYTHING: dict[str, Any] = FLOAT64 | {
     "ema": {"decay": 0.9, "warmup": True},
     "max_steps": 6,  # the last one is of the second epoch, which mixes nothing
     **{"execution": "fused", "recompute": "blocks", "batch.eval": 23, "evaluate_every": 2},
-    "save.every_steps": 2,
+    **{"log_every": 4, "save.every_steps": 2},  # it goes on in the middle of a line of metrics
     "record_samples": True,
 }
 
@@ -239,8 +241,11 @@ def test_everything_on_two_processes_and_stopped(
         outcome = farm(file, f"name={name}", world=world)
         assert outcome.status == 0, outcome.text
     one, two = tmp_path / "runs/one", tmp_path / "runs/two"
-    assert len(set(samples := tiny.samples(one))) == EVERYTHING["max_steps"]
+    samples = tiny.samples(one)
+    assert len(samples) == EVERYTHING["max_steps"]
     assert samples == tiny.samples(two)
+    counts = Counter(i for step in range(1, 6) for i, _ in samples[step])  # of an epoch
+    assert max(counts.values()) == EVERYTHING["data.repeats"]
     assert_close_runs(two, one, 1e-9)
     statuses, text = farm.each(file, "name=stopped", world=2, stop=("step", 3, KILL), rank=1)
     assert statuses[1] == -KILL, text

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
 from safetensors.torch import load_file
 from tiny import Farm, Outcome
 
@@ -86,19 +85,6 @@ def test_it_learns_and_continues_bitwise(
     second = farm(files["stopped"])
     assert second.status == 0, second.text
     tiny.assert_same_run(stopped, straight)
-
-
-def test_two_processes_are_the_run_of_one(farm: Farm, tiny_root: Path, tmp_path: Path) -> None:
-    own = changes("psn") | {"phases.0.epochs": 2, "engine": "torch", "precision": "fp64"}
-    runs = []
-    for world in (1, 2):
-        name = f"of{world}"
-        file = tiny.write_config(tmp_path / f"{name}.yaml", tiny_root, own | {"name": name})
-        outcome = farm(file, world=world)
-        assert outcome.status == 0, outcome.text
-        runs.append(load_file(tiny.newest(tmp_path / "runs" / name) / "model.safetensors"))
-    for key, value in runs[0].items():
-        torch.testing.assert_close(runs[1][key], value, rtol=1e-9, atol=1e-9, msg=key)
 
 
 def test_a_mask_rises_and_a_checkpoint_has_what_it_was(

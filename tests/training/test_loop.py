@@ -97,27 +97,6 @@ def test_loss_scale_of_one_phase_is_where_the_next_begins(
     assert number == 4 * (10 + overflows[-1])
 
 
-def test_run_that_is_not_finite_ends_before_its_next_line_is_due(
-    main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compute, calls = step_module.compute_loss, itertools.count(1)
-    number = 0
-
-    def spoilt(*arguments: Any) -> Any:
-        nonlocal number
-        number = next(calls)
-        return compute(*arguments) * float("nan")
-
-    monkeypatch.setattr(step_module, "compute_loss", spoilt)
-    outcome = main(tiny_config({"log_every": 5, "non_finite_limit": 2}))
-    assert outcome.status == 2
-    assert "in 2 steps in a row, last at step 2 (learning rate " in outcome.text
-    assert "no checkpoint has been saved yet" in outcome.text
-    # Two steps of four micro-batches, and the second once more to examine it.
-    assert number == 12
-    assert not (tmp_path / "runs/tiny/checkpoints").exists()
-
-
 def test_checkpoints_come_at_their_steps_and_at_the_end_of_each_epoch(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:

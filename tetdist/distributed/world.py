@@ -205,13 +205,12 @@ def join(
         )
         world = World(rank, world_size, this_device, dist.new_group(backend="gloo"))
         if this_device.type == "cuda":
+            _refuse_shared_gpus(world)
             _stay_near_gpu(world)
         cores, processes = cores_of(world)
         # Otherwise each process would use all cores, and they would spin waiting for each other.
         if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(cores)
-        if this_device.type == "cuda":
-            _refuse_shared_gpus(world)
         if this_device.type == "cuda" or world_size == 1:
             return world
         shared = shared_memory.share(rank, world_size, world.gather)

@@ -159,9 +159,9 @@ def _find_other_tasks_of_srun() -> None:
     """Set the launcher's environment variables if srun has started several tasks."""
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
         return
-    from tetdist.apps.slurm.placement import SlurmContext
+    from tetdist.apps.slurm.placement import export_place
 
-    SlurmContext.find(warn_before_end=0).export()
+    export_place()
 
 
 def _is_first() -> bool:

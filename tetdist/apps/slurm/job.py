@@ -76,7 +76,6 @@ def run(job: Job, find_context: Callable[[], ProcessContext]) -> int:
     rank = os.environ.get("SLURM_PROCID", "?")
     try:
         context = find_context()
-        context.export()
     except (UserError, ModuleNotFoundError) as error:
         print(f"rank {rank}: error: {sentence(error)}", file=sys.stderr)
         return 2

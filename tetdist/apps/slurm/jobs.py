@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import assert_never
 
 from tetdist.apps.roofline import cards
 from tetdist.apps.slurm import history
@@ -140,17 +139,11 @@ def _by_the_run(submission: Submission) -> State:
         return State("unknown", f"{forgotten}, and it did not start", is_queued=False)
     last = events[-1]
     moment = datetime.fromtimestamp(last.time).strftime("%Y-%m-%dT%H:%M:%S")
-    match last.kind:
-        case "finished" | "failed" | "cancelled":
-            name = {"finished": "COMPLETED", "failed": "FAILED", "cancelled": "CANCELLED"}[
-                last.kind
-            ]
-            return State(name, f"by the run's history, {moment}", is_queued=False)
-        case "submitted" | "started" | "stopped":
-            text = f"{forgotten}; by the run's history, {last.kind} {moment}"
-            return State("unknown", text, is_queued=False)
-        case other:
-            assert_never(other)
+    ends = {"finished": "COMPLETED", "failed": "FAILED", "cancelled": "CANCELLED"}
+    if last.kind in ends:
+        return State(ends[last.kind], f"by the run's history, {moment}", is_queued=False)
+    text = f"{forgotten}; by the run's history, {last.kind} {moment}"
+    return State("unknown", text, is_queued=False)
 
 
 def refuse_if_queued(run_dir: Path) -> None:

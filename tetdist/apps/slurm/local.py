@@ -39,6 +39,7 @@ def _start(file: Path, job: Job, processes: int, restart: int) -> int:
         **os.environ,
         **as_starter(),
         "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "TETDIST_RESTART": str(restart),

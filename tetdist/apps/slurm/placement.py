@@ -11,9 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tetdist.apps.slurm.history import LOCAL
 from tetdist.errors import typed
+
+if TYPE_CHECKING:
+    from submitit.slurm.slurm import SlurmJobEnvironment
 
 # Exit status with which a process asks the local launcher to restart the run.
 AGAIN = 75
@@ -37,35 +41,16 @@ class ProcessContext(ABC):
     """Process of a job.
 
     Attributes:
-        rank, world_size: Rank among all processes, and their number.
-        local_rank, local_world_size: Rank among the processes on this host, and their number.
-        master: Host of rank 0, as the other hosts know it.
-        port: Port at which rank 0 waits for the others.
+        rank: Rank among all processes.
         job: The job's id.
         restart: Number of earlier starts of the job.
         hosts: The job's hosts.
     """
 
     rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    master: str
-    port: int
     job: str
     restart: int
     hosts: tuple[str, ...]
-
-    def export(self) -> None:
-        """Set the environment variables by which torch's and DeepSpeed's processes meet."""
-        os.environ |= {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": str(self.local_rank),
-            "LOCAL_WORLD_SIZE": str(self.local_world_size),
-            "MASTER_ADDR": self.master,
-            "MASTER_PORT": str(self.port),
-        }
 
     def silent_hosts(self) -> list[str]:
         """Return the hosts of the job that no longer answer."""
@@ -103,28 +88,20 @@ class SlurmContext(ProcessContext):
 
     @classmethod
     def find(cls, warn_before_end: int) -> "SlurmContext":
-        """Read the place of this process from the environment.
+        """Return the context of this process, and export its place (`export_place`).
 
         Args:
             warn_before_end: See the class.
         """
-        from submitit.slurm.slurm import SlurmJobEnvironment
-
-        environment = SlurmJobEnvironment()
-        hosts = tuple(environment.hostnames)
-        number = int(os.environ["SLURM_JOB_ID"])  # in an array, each task has its own
+        task = export_place()
+        hosts = tuple(task.hostnames)
         return cls(
-            rank=environment.global_rank,
-            world_size=environment.num_tasks,
-            local_rank=environment.local_rank,
-            local_world_size=environment.num_tasks // environment.num_nodes,
-            master=hosts[0],
-            port=PORTS[number * 7 % len(PORTS)],
-            job=environment.job_id,
+            rank=task.global_rank,
+            job=task.job_id,
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             hosts=hosts,
             warn_before_end=warn_before_end,
-            answering=tuple(_answering([h for i, h in enumerate(hosts) if i != environment.node])),
+            answering=tuple(_answering([h for i, h in enumerate(hosts) if i != task.node])),
         )
 
     def silent_hosts(self) -> list[str]:
@@ -207,11 +184,6 @@ class LocalContext(ProcessContext):
         env = os.environ
         return cls(
             rank=int(env["RANK"]),
-            world_size=int(env["WORLD_SIZE"]),
-            local_rank=int(env["LOCAL_RANK"]),
-            local_world_size=int(env["WORLD_SIZE"]),
-            master=env["MASTER_ADDR"],
-            port=int(env["MASTER_PORT"]),
             job=LOCAL,
             restart=int(env["TETDIST_RESTART"]),
             hosts=(socket.gethostname(),),
@@ -225,6 +197,23 @@ class LocalContext(ProcessContext):
 
     def start_again(self) -> int:
         return AGAIN
+
+
+def export_place() -> "SlurmJobEnvironment":
+    """Set the variables by which torch's and DeepSpeed's processes meet; return srun's values."""
+    from submitit.slurm.slurm import SlurmJobEnvironment
+
+    task = SlurmJobEnvironment()
+    number = int(os.environ["SLURM_JOB_ID"])  # in an array, each task has its own
+    os.environ |= {
+        "RANK": str(task.global_rank),
+        "WORLD_SIZE": str(task.num_tasks),
+        "LOCAL_RANK": str(task.local_rank),
+        "LOCAL_WORLD_SIZE": str(task.num_tasks // task.num_nodes),
+        "MASTER_ADDR": task.hostnames[0],
+        "MASTER_PORT": str(PORTS[number * 7 % len(PORTS)]),
+    }
+    return task
 
 
 def _answers(host: str) -> bool:

@@ -49,9 +49,8 @@ def submission_of(run_dir: Path) -> Submission:
 def describe(run_dir: Path) -> str:
     """Return the state of the run as text."""
     submission = submission_of(run_dir)
-    is_local = submission.job == history.LOCAL
-    state = State("local", "without Slurm", False) if is_local else None
-    state = state or jobs.state_of(submission)
+    local = State("local", "without Slurm", False)
+    state = local if submission.job == history.LOCAL else jobs.state_of(submission)
     events = history.history(run_dir)
     lines = [f"{run_dir}: job {submission.job} {state.name} ({state.text})"]
     lines.append("  " + progress(run_dir, submission, state))

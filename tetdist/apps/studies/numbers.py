@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -290,16 +291,9 @@ class Numbers:
         }
 
 
-def last(result: Result) -> float:
-    return result.top1
-
-
-def best(result: Result) -> float:
-    return result.best_top1
-
-
-def loss(result: Result) -> float:
-    return result.loss
+last: Value = attrgetter("top1")
+best: Value = attrgetter("best_top1")
+loss: Value = attrgetter("loss")
 
 
 def at(timesteps: int) -> Value:

@@ -532,12 +532,6 @@ def check_inputs(runs: list[StudyRun], kind: str = "entries.") -> None:
     alone = World(0, 1, torch.device("cpu"), control=None)
     # All seeds of an entry have the same data and network, so checking one is enough.
     for run in {run.entry: run for run in runs}.values():
-        root = Path(run.config.data.root)
-        if not root.is_dir():
-            raise UserError(
-                f"data.root: there is no folder {root}, which entry {run.entry} needs; make it as "
-                f"the header of its configuration says, or set data.root=FOLDER"
-            )
         try:
             train_index, _ = open_data(run.config, alone)
             make_model(run.config, train_index)
