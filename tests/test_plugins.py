@@ -176,6 +176,32 @@ def test_a_checkpoint_asks_for_its_files_and_imports_none(
         )
 
 
+def test_network_that_mixes_samples_is_neither_trained_nor_evaluated_nor_exported(
+    main: Main, write: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"phases.0.epochs": 1, "precision": "fp32", "model.name": "toy"}
+    file = write("my_plain.py", changes=changes)
+    source = tmp_path / "my_plain.py"
+    source.write_text(FILES["my_plain.py"].replace("def plain(", "def toy("))
+    assert main(file, "name=apart").status == 0
+    source.write_text(source.read_text().replace("nn.ReLU()", "nn.Softmax(0)"))
+    refusal = "layers.2 (Softmax) of toy mixes the samples of a batch"
+
+    def use(name: str) -> tuple[int, int]:
+        run, imports = str(tmp_path / "runs" / name), ["--import", str(source)]
+        evaluated = evaluation.main(["--checkpoint", run, "--device", "cpu", *imports])
+        target = str(tmp_path / f"{name}.safetensors")
+        form = ["--format", "safetensors"]
+        return evaluated, exporting.main([run, "--output", target, *form, *imports])
+
+    assert use("apart") == (2, 2)
+    assert capfd.readouterr().err.count(refusal) == 2
+    refused = main(file, "name=mixing")
+    assert (refused.status, refusal in refused.text) == (2, True)
+    assert main(file, "name=mixing", "model.mixes_samples=true").status == 0
+    assert use("mixing") == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -10,6 +10,7 @@ from tetdist.storage.hub import NAMED
 # Keys that may change on a resume: places of files, amounts of output, and ways to compute the same
 # numbers; none changes the result beyond rounding. (The index's fingerprint identifies the data.)
 OPERATIONAL_KEYS = (
+    "model.mixes_samples",
     "data.root",
     "data.index",
     "data.threads",

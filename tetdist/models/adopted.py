@@ -21,6 +21,7 @@ Nothing else in tetdist imports this module, which needs the package spikingjell
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeGuard
 
@@ -32,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tetdist.errors import UserError
 from tetdist.models.base import SpikingNetwork
+from tetdist.models.separate import trace
 from tetdist.models.streaming import Stream
 from tetdist.nn import batch_norm
 from tetdist.nn.batch_norm import BatchNorm
@@ -143,14 +145,14 @@ class Adopted(SpikingNetwork):
         Raises:
             ValueError: The input has a wrong shape, or fewer than T time bins.
             UserError: The output is not (T, B, K); or, in the first training pass, the logits
-                depend on later inputs, the network draws random numbers in evaluation, or it
-                changes a buffer.
+                depend on later inputs, or the network changes a buffer.
         """
         sequence = self.time_first(x)
         if self.input_kind == "images":
             # Copy once, in the convolutions' memory layout.
             sequence = torch.cat([sequence[0]] * self.timesteps).unflatten(0, (self.timesteps, -1))
         if self.training and not self._examined:
+            functional.reset_net(self.net)
             _examine(self.net, sequence)
             logits = self._run_watched(sequence)
             # T = 1 cannot show a dependence on later inputs.
@@ -391,62 +393,30 @@ def _examine(net: nn.Module, sequence: Tensor) -> None:
     """Run one sample twice in evaluation mode to check what types do not show.
 
     Raises:
-        UserError: The output depends on later inputs, or on random numbers.
+        UserError: The output depends on later inputs.
     """
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
     sample = sequence[:, :1].clone()
     later = sample.clone()
     later[-1] = 1 - later[-1]
-    state = _random_state(sample.device)
     try:
-        ours, theirs = (_outputs(net, x) for x in (sample, later))
+        ours, theirs = (
+            trace(copy.deepcopy(net).eval(), x, lambda value: value) for x in (sample, later)
+        )
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"{type(net).__name__} cannot run a sequence (T, B, C, H, W), here "
             f"{tuple(sample.shape)}: {reason}; one that loops over time itself cannot be adopted"
         ) from error
-    finally:
-        functional.reset_net(net)
-        for module, mode in modes.items():
-            module.training = mode
-        # Otherwise training would reuse weights that were cast without a gradient.
-        torch.clear_autocast_cache()
-    if not torch.equal(state, _random_state(sample.device)):
-        raise UserError(
-            f"{type(net).__name__} draws random numbers in evaluation mode, so its results would "
-            "not be reproducible; draw them in training mode only (module.training)"
-        )
     for (name, a), (_, b) in zip(ours, theirs, strict=False):
-        if len(a) == len(sequence) == len(b) and not torch.equal(a[:-1], b[:-1]):
+        timed = a.ndim and len(a) == len(sequence) == len(b)
+        if timed and not torch.equal(a[:-1], b[:-1]):
             if not (a.isfinite().all() and b.isfinite().all()):
                 return
             raise UserError(
-                f"{name or type(net).__name__} cannot be adopted: {_AHEAD}; replace it by a module "
-                "that does not look ahead"
+                f"{name} cannot be adopted: {_AHEAD}; replace it by a module that does not look "
+                "ahead"
             )
-
-
-def _outputs(net: nn.Module, sequence: Tensor) -> list[tuple[str, Tensor]]:
-    """Record each module's output for (T, 1, C, H, W), in the order of execution."""
-    found: list[tuple[str, Tensor]] = []
-    names = {module: name for name, module in net.named_modules()}
-
-    def keep(module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim and module in names:
-            found.append((names[module], output.clone()))
-
-    with nn.modules.module.register_module_forward_hook(keep):
-        functional.reset_net(net)
-        net(sequence)
-    return found
-
-
-def _random_state(device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        return torch.cat([torch.get_rng_state(), torch.cuda.get_rng_state(device)])
-    return torch.get_rng_state()
 
 
 # --- activation checkpointing ---------------------------------------------------------------------

@@ -139,6 +139,8 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
             f"data has {size}x{size}; set model.arguments.input_size={size}"
             + (", and all phases' image sizes to the same" if len(image_sizes) > 1 else "")
         )
+    frames = None if index.timesteps is None else (model.timesteps, *index.frames_shape[1:])
+    section.refuse_mixing(model, frames or (3, config.data.image_size, config.data.image_size))
     # Otherwise the optimiser of a later phase would refuse these when that phase begins.
     Clipping(config, model)
     if any(phase.optimizer.layer_decay is not None for phase in config.phases):

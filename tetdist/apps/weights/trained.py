@@ -47,8 +47,8 @@ class Trained:
                 return (3, self.config.data.image_size, self.config.data.image_size)
             case "events":
                 side = getattr(self.model, "input_size", None)
-                if side is None and isinstance(self.model, SpikingNetwork):
-                    side = self.model.default_cfg["input_size"][-1]  # any size is possible
+                if side is None:  # any size is possible
+                    side = getattr(self.model, "default_cfg", {}).get("input_size", (None,))[-1]
                 if side is None:
                     raise UserError(
                         f"the size of {self.config.model.name}'s event frames is unknown; give the "
@@ -77,7 +77,7 @@ def load(
         ema: Use the moving average of the weights.
 
     Raises:
-        UserError: See `checkpoint.load_model_file`.
+        UserError: See `checkpoint.load_model_file`; or the network mixes samples.
     """
     weights, description = checkpoint.load_model_file(path, which, ema=ema)
     plugins.require(description.imports, path)
@@ -94,7 +94,9 @@ def load(
         changes["validation"] = None  # It was measured at another T.
     if (recorded := path / "environment.json").is_file():  # It is a run folder.
         changes["commit"] = git_version(parse_json(recorded.read_text())["git"]) or None
-    return Trained(model.eval(), config, description.model_copy(update=changes))
+    trained = Trained(model.eval(), config, description.model_copy(update=changes))
+    config.model.refuse_mixing(model, trained.examples(1).shape[1:])
+    return trained
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, get_type_hints
 
 import pydantic
@@ -15,6 +15,7 @@ from tetdist import models
 from tetdist.config.fields import OneOf, Section
 from tetdist.models import SpikingNetwork
 from tetdist.models.create import create_model
+from tetdist.models.separate import refuse_mixing
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig
 
@@ -92,6 +93,9 @@ class ModelSection(Section):
     """Neuron of all layers. Unset fields default to the network's published neuron."""
     arguments: dict[str, Any] = {}
     """Further arguments of the network, such as connect_function: add."""
+    mixes_samples: bool = False
+    """Accept a network or neuron of your own with which a sample's logits depend on the rest of its
+    batch; accuracy then depends on the order of samples. Such a network is refused otherwise."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -134,3 +138,10 @@ class ModelSection(Section):
             neuron=self.neuron,
             arguments=self.arguments,
         )
+
+    def refuse_mixing(self, model: SpikingNetwork, shape: Sequence[int]) -> None:
+        """Refuse a network or neuron of the user's that mixes samples; see `separate.py`."""
+        makers = (timm.model_entrypoint(self.name), type(self.neuron))
+        own = all(maker.__module__.startswith("tetdist.") for maker in makers)
+        if not own and not self.mixes_samples:
+            refuse_mixing(self.name, model, shape)
