@@ -231,7 +231,10 @@ def recorded_launches() -> dict[str, Launch]:
         if launch.name != "finish_sums":
             named[name] = launch
     named |= {f"attention {launch.name}": launch for launch in Attention().launches()}
-    named |= {f"pool {one.name}": one for one in pooling() if one.name != "finish_sums"}
+    for launch in pooling():
+        is_normalized = launch.name == "backward" and launch.argument("gain")
+        named[f"pool {launch.name}{'_normalized' if is_normalized else ''}"] = launch
+    del named["pool finish_sums"]
     return named | {launch.name: launch for launch in packing()}
 
 

@@ -47,7 +47,13 @@ class Pooled(NamedTuple):
 
 class Pooling:
     """Max-pooling of images (N, C, H, W), from bytes or from a normalised current. A subclass
-    launches the kernels."""
+    launches the kernels.
+
+    Attributes:
+        no_norm: Arguments of its kernel `backward` in place of a norm's.
+    """
+
+    no_norm: tuple[None, ...] = ()
 
     def start(
         self, name: str, tensors: tuple[Tensor | None, ...], sizes: Sizes, levels: int | None
@@ -89,7 +95,8 @@ class Pooling:
         """Return the gradient of images of the given shape."""
         sizes = Sizes.of(shape, pool)
         grad_in = grad.new_empty(sizes.images, sizes.height, sizes.width, sizes.channels)
-        self.start("backward", (rows_of_images(grad), where, grad_in), sizes, None)
+        tensors = (rows_of_images(grad), where, *self.no_norm, grad_in)
+        self.start("backward", tensors, sizes, None)
         return grad_in.permute(0, 3, 1, 2)
 
     def sums(self, kernels: NormKernels, pooled: Pooled, grad: Tensor) -> tuple[Sums, Tensor]:

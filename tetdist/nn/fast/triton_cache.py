@@ -33,45 +33,29 @@ def use() -> None:
 class CompiledOnce(FileCacheManager):
     """Cached files of a kernel, or of its launcher; while a process makes them, others wait.
 
-    The lock ends with this object, too, as after a failed compilation, and with the process.
+    Triton drops this object, and with it the lock, when they are made or that has failed.
     """
 
     _lock: TextIO | None = None
-    _awaited = ""  # the file, or the group of files, that is compiled under the lock
 
     def get_file(self, filename: str) -> str | None:
         """Return the path of a file; None if the caller is to make it."""
-        return self._found(lambda: super(CompiledOnce, self).get_file(filename), filename)
+        return self._found(super().get_file, filename)
 
     def get_group(self, filename: str) -> dict[str, str] | None:
         """Return the paths of a kernel's files; None if the caller is to make them."""
-        return self._found(lambda: super(CompiledOnce, self).get_group(filename), f"all/{filename}")
+        return self._found(super().get_group, filename)
 
-    def _found(self, find: Callable[[], Found | None], what: str) -> Found | None:
-        found = find()
+    def _found(self, find: Callable[[str], Found | None], filename: str) -> Found | None:
+        found = find(filename)
         if found is None and self._lock is None:
             # Some shared disks, which the environment may name, have no locks.
             with contextlib.suppress(OSError):
-                self._lock, self._awaited = (Path(self.cache_dir) / "compiling").open("w"), what
+                self._lock = (Path(self.cache_dir) / "compiling").open("w")
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
-            found = find()
-            if found is not None:
-                self._unlock(what)
+            found = find(filename)
         return found
 
-    def put(self, data: str | bytes, filename: str, binary: bool = True) -> str:
-        """Keep a file, and let others have it."""
-        path = super().put(data, filename, binary)
-        self._unlock(filename)
-        return path
-
-    def put_group(self, filename: str, group: dict[str, str]) -> str:
-        """Keep a kernel's files, and let others have them."""
-        path = super().put_group(filename, group)
-        self._unlock(f"all/{filename}")
-        return path
-
-    def _unlock(self, what: str) -> None:
-        if self._lock is not None and what == self._awaited:
+    def __del__(self) -> None:
+        if self._lock is not None:
             self._lock.close()
-            self._lock = None

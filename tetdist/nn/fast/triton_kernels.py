@@ -529,6 +529,8 @@ class AttentionKernels(NeuronKernels):
 class Pool(Pooling):
     """Max-pooling in Triton."""
 
+    no_norm = (None,) * 6
+
     def start(
         self, name: str, tensors: tuple[Tensor | None, ...], sizes: Sizes, levels: int | None
     ) -> None:
@@ -569,7 +571,7 @@ class Pool(Pooling):
         images = rows_of_images(x)
         of_images = torch.empty_like(images)
         tensors = (grad, where, images, gain, mean, rstd, *(sums or (None, None)), of_images)
-        self.start("backward_normalized", tensors, Sizes.of(x.shape, window), None)
+        self.start("backward", tensors, Sizes.of(x.shape, window), None)
         return of_images.permute(0, 3, 1, 2)
 
 

@@ -32,6 +32,13 @@ def _whole(x, at, mask, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def _rows(first, positions, heads, columns, WIDTH: tl.constexpr, BN: tl.constexpr):
+    """Return the offsets of BN positions' numbers of a head of WIDTH, and which of them exist."""
+    n = first + tl.arange(0, BN)
+    return (n * heads * WIDTH)[:, None] + columns, (n < positions)[:, None] & (columns < WIDTH)
+
+
+@triton.jit
 def _sums(
     q, k, v, row, first, positions, heads, head, j, FACTOR: tl.constexpr, LEVELS: tl.constexpr,
     SPLITS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, D: tl.constexpr, BJ: tl.constexpr,
@@ -40,20 +47,18 @@ def _sums(
     """Return FACTOR * q (k^T v), exact before the factor, for BN positions of an image, from the
     first, and channels j of a head. row is that of the image's first position."""
     i = tl.arange(0, D)
-    m = tl.arange(0, BM)
     q += row * heads * DK + head * DK
     k += row * heads * DK + head * DK
     v += row * heads * DV + head * DV
     both = tl.full([D, BJ], 0.0, tl.float32)
     for start in range(0, positions, BM):
-        n = start + m
-        inside = (n < positions)[:, None]
-        keys = _whole(k, (n * heads * DK)[:, None] + i, inside & (i < DK), LEVELS)
-        values = _whole(v, (n * heads * DV)[:, None] + j, inside & (j < DV), LEVELS)
+        at, mask = _rows(start, positions, heads, i, DK, BM)
+        keys = _whole(k, at, mask, LEVELS)
+        at, mask = _rows(start, positions, heads, j, DV, BM)
+        values = _whole(v, at, mask, LEVELS)
         both = tl.dot(tl.trans(keys), values, both)
-    n = first + tl.arange(0, BN)
-    mask = (n < positions)[:, None] & (i < DK)
-    queries = _whole(q, (n * heads * DK)[:, None] + i, mask, LEVELS)
+    at, mask = _rows(first, positions, heads, i, DK, BN)
+    queries = _whole(q, at, mask, LEVELS)
     if SPLITS:
         high = tl.floor(both * (1 / 2048))
         both -= high * 2048
@@ -73,9 +78,8 @@ def _place(heads, positions, DV: tl.constexpr, BJ: tl.constexpr, BN: tl.constexp
     head = tl.program_id(0) % heads
     first = tl.program_id(1) // ACROSS * BN
     j = tl.program_id(1) % ACROSS * BJ + tl.arange(0, BJ)
-    n = first + tl.arange(0, BN)
-    at = (n * heads * DV)[:, None] + (head * DV + j)
-    return image, head, first, j, at, (n < positions)[:, None] & (j < DV)
+    at, mask = _rows(first, positions, heads, j, DV, BN)
+    return image, head, first, j, head * DV + at, mask
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -90,9 +94,7 @@ def attend(
     bytes; membranes, (B*N, C). The grid is (B * heads, blocks of positions and channels)."""
     image, head, first, j, at, mask = _place(heads, positions, DV, BJ, BN)
     images = tl.num_programs(0) // heads
-    a = None
-    if share is not None:
-        a = tl.load(share)
+    a = neuron._load(share)
     u = tl.full([BN, BJ], 0.0, tl.float32)
     here = image.to(tl.int64) * positions * heads * DV
     if start is not None:
@@ -103,10 +105,8 @@ def attend(
             q, k, v, row, first, positions, heads, head, j, FACTOR, LEVELS, SPLITS, DK, DV, D, BJ,
             BN, BM
         )
-        if SCALES_INPUT:
-            current = current * a
         # At rest this is the current.
-        u = neuron._decayed(u, a, DECAY) + current
+        u = neuron._membrane(u, current, a, DECAY, SCALES_INPUT)
         above = u - THRESHOLD
         if MOST is not None:
             number = neuron._number(u, THRESHOLD, MOST)
@@ -135,9 +135,7 @@ def current_gradient(
     that of the share, partial_share (programs,). It computes the result again."""
     image, head, first, j, at, mask = _place(heads, positions, DV, BJ, BN)
     images = tl.num_programs(0) // heads
-    a = None
-    if share is not None:
-        a = tl.load(share)
+    a = neuron._load(share)
     if partial_share is not None:
         with_share = tl.full([BN, BJ], 0.0, tl.float32)
     here = image.to(tl.int64) * positions * heads * DV
@@ -197,14 +195,10 @@ def gradients(
     k_v = tl.full([D, DW], 0.0, tl.float32)
     q_grad = tl.full([D, DW], 0.0, tl.float32)
     for first in range(0, positions, BN):
-        n = first + tl.arange(0, BN)
-        inside = (n < positions)[:, None]
-        at = (n * heads * DK)[:, None] + i
-        mask = inside & (i < DK)
+        at, mask = _rows(first, positions, heads, i, DK, BN)
         queries = _whole(q + ours, at, mask, LEVELS).to(kind)
         keys = _whole(k + ours, at, mask, LEVELS)
-        at = (n * heads * DV)[:, None] + j
-        mask = inside & (j < DV)
+        at, mask = _rows(first, positions, heads, j, DV, BN)
         values = _whole(v + theirs, at, mask, LEVELS)
         own = tl.load(grad + theirs + at, mask=mask, other=0.0)
         k_v = tl.dot(tl.trans(keys), values, k_v)
@@ -212,13 +206,9 @@ def gradients(
     k_v_half = (k_v * FACTOR).to(kind)
     q_grad_half = (q_grad * FACTOR).to(kind)
     for first in range(0, positions, BN):
-        n = first + tl.arange(0, BN)
-        inside = (n < positions)[:, None]
-        at = (n * heads * DK)[:, None] + i
-        mask = inside & (i < DK)
+        at, mask = _rows(first, positions, heads, i, DK, BN)
         keys = _whole(k + ours, at, mask, LEVELS).to(kind)
-        wide_at = (n * heads * DV)[:, None] + j
-        wide_mask = inside & (j < DV)
+        wide_at, wide_mask = _rows(first, positions, heads, j, DV, BN)
         values = _whole(v + theirs, wide_at, wide_mask, LEVELS).to(kind)
         own = tl.load(grad + theirs + wide_at, mask=wide_mask, other=0.0)
         tl.store(grad_q + ours + at, tl.dot(own, tl.trans(k_v_half)).to(kind), mask=mask)

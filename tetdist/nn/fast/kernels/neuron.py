@@ -64,9 +64,36 @@ def _channels(groups, VEC: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
+def _numbers(groups, VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+    """Return C, the channels of this program, a tile's rows, and its numbers' offsets."""
+    C, c = _channels(groups, VEC, BC)
+    r = tl.arange(0, BN)
+    return C, c, r, r[:, None] * C + c[None, :]
+
+
+@triton.jit
+def _load(base):
+    """Load a number; None if there is none."""
+    number = None
+    if base is not None:
+        number = tl.load(base)
+    return number
+
+
+@triton.jit
 def _load_row(base, c, C):
-    """Load one number per channel, (1, BC)."""
-    return tl.load(base + c, mask=c < C, other=0.0)[None, :]
+    """Load one number per channel, (1, BC); None if there are none."""
+    row = None
+    if base is not None:
+        row = tl.load(base + c, mask=c < C, other=0.0)[None, :]
+    return row
+
+
+@triton.jit
+def _tile(i, steps, rows, r, c, C):
+    """Return the offset of the first row of this program's tile i, and which numbers exist."""
+    first = (tl.program_id(0).to(tl.int64) * steps + i) * r.shape[0]
+    return first * C, (r < rows - first)[:, None] & (c < C)[None, :]
 
 
 # -------------------------------------------------------------------------------------- statistics
@@ -81,18 +108,15 @@ def statistics(
     Subtracting a squared mean from a mean square would cancel; relative to a value of the same
     channel it does not. partial is (blocks, 3, C): that value and the two sums.
     """
-    C, c = _channels(groups, VEC, BC)
+    C, c, r, at = _numbers(groups, VEC, BN, BC)
     block = tl.program_id(0).to(tl.int64)
-    r = tl.arange(0, BN)
-    at = r[:, None] * C + c[None, :]
     wide = partial.dtype.element_ty
     shift = tl.load(x + block * steps * BN * C + c, mask=c < C, other=0.0).to(wide)
     total = tl.full([BN, BC], 0.0, wide)
-    squares = tl.full([BN, BC], 0.0, wide)
+    squares = total
     for i in range(steps):
-        first = (block * steps + i) * BN
-        mask = (r < rows - first)[:, None] & (c < C)[None, :]
-        above = tl.load(x + first * C + at, mask=mask, other=0.0).to(wide) - shift[None, :]
+        here, mask = _tile(i, steps, rows, r, c, C)
+        above = tl.load(x + here + at, mask=mask, other=0.0).to(wide) - shift[None, :]
         above = tl.where(mask, above, 0.0)
         total += above
         squares += above * above
@@ -229,26 +253,30 @@ def add(
     SHARED: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
 ):
     """Add the normalised x and the shortcut, (rows, C); a shared shortcut is (period, C)."""
-    C, c = _channels(groups, VEC, BC)
-    r = tl.arange(0, BN)
-    at = r[:, None] * C + c[None, :]
+    C, c, r, at = _numbers(groups, VEC, BN, BC)
     g = _load_row(gain, c, C)
     o = _load_row(offset, c, C)
-    if shortcut_gain is not None:
-        g2 = _load_row(shortcut_gain, c, C)
-        o2 = _load_row(shortcut_offset, c, C)
+    g2 = _load_row(shortcut_gain, c, C)
+    o2 = _load_row(shortcut_offset, c, C)
     for i in range(steps):
-        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
-        mask = (r < rows - first)[:, None] & (c < C)[None, :]
-        here = first * C
-        total = _wide(tl.load(x + here + at, mask=mask)) * g + o
+        here, mask = _tile(i, steps, rows, r, c, C)
+        total = _normalized(tl.load(x + here + at, mask=mask), g, o)
         if shortcut is not None:
             there = _rows_of_shortcut(i, steps, period, r, c, C, BN, SHARED)
-            added = _wide(tl.load(shortcut + there, mask=mask))
-            if shortcut_gain is not None:
-                added = added * g2 + o2
-            total += added
+            total += _normalized(tl.load(shortcut + there, mask=mask), g2, o2)
         tl.store(out + here + at, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_rows(partial, block, c, C, total, with_x, with_shortcut):
+    """Store a program's sums of rows, partial (blocks, 2, C), or (blocks, 3, C) if there are three.
+    """
+    number: tl.constexpr = 2 if with_shortcut is None else 3
+    partial += block.to(tl.int64) * number * C + c
+    tl.store(partial, tl.reduce(total, 0, _add), mask=c < C)
+    tl.store(partial + C, tl.reduce(with_x, 0, _add), mask=c < C)
+    if with_shortcut is not None:
+        tl.store(partial + 2 * C, tl.reduce(with_shortcut, 0, _add), mask=c < C)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -258,20 +286,15 @@ def add_sums(
 ):
     """Sum a program's rows of the gradient, and of its product with each normalised input less its
     mean. partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C)."""
-    C, c = _channels(groups, VEC, BC)
+    C, c, r, at = _numbers(groups, VEC, BN, BC)
     wide = mean.dtype.element_ty
-    r = tl.arange(0, BN)
-    at = r[:, None] * C + c[None, :]
     m = _load_row(mean, c, C)
+    m2 = _load_row(shortcut_mean, c, C)
     total = tl.full([BN, BC], 0.0, wide)
-    with_x = tl.full([BN, BC], 0.0, wide)
-    if shortcut_mean is not None:
-        m2 = _load_row(shortcut_mean, c, C)
-        with_shortcut = tl.full([BN, BC], 0.0, wide)
+    with_x = total
+    with_shortcut = None if shortcut_mean is None else total
     for i in range(steps):
-        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
-        mask = (r < rows - first)[:, None] & (c < C)[None, :]
-        here = first * C
+        here, mask = _tile(i, steps, rows, r, c, C)
         # What is masked is 0.
         g = _wide(tl.load(grad + here + at, mask=mask, other=0.0))
         total += g
@@ -279,13 +302,27 @@ def add_sums(
         if shortcut_mean is not None:
             there = _rows_of_shortcut(i, steps, period, r, c, C, BN, SHARED)
             with_shortcut += g * (_wide(tl.load(shortcut + there, mask=mask, other=0.0)) - m2)
-    kept = c < C
-    sums: tl.constexpr = 2 if shortcut_mean is None else 3
-    partial += tl.program_id(0).to(tl.int64) * sums * C
-    tl.store(partial + c, tl.reduce(total, 0, _add), mask=kept)
-    tl.store(partial + C + c, tl.reduce(with_x, 0, _add), mask=kept)
-    if shortcut_mean is not None:
-        tl.store(partial + 2 * C + c, tl.reduce(with_shortcut, 0, _add), mask=kept)
+    _store_rows(partial, tl.program_id(0), c, C, total, with_x, with_shortcut)
+
+
+@triton.jit
+def _mean(total, rows, T: tl.constexpr, c, C):
+    """Return sums over T * rows values divided by their number, (1, BC); None without sums."""
+    mean = None
+    if total is not None:
+        mean = _load_row(total, c, C) * _reciprocal(rows.to(total.dtype.element_ty) * T)
+    return mean
+
+
+@triton.jit
+def _through_norm(grad, x, gain, m, rstd, mean_grad, mean_grad_hat):
+    """Return the gradient of a norm's input x from that of its result; without means, the norm's
+    statistics were constants; without gain, there is no norm."""
+    if mean_grad is not None:
+        grad = grad - mean_grad - (_wide(x) - m) * (mean_grad_hat * rstd)
+    if gain is not None:
+        grad = grad * gain
+    return grad
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -295,22 +332,17 @@ def norm_gradient(
 ):
     """Compute the gradient of x, (rows, C), from that of the normalised x; without sums, mean and
     variance were constants."""
-    C, c = _channels(groups, VEC, BC)
-    r = tl.arange(0, BN)
-    at = r[:, None] * C + c[None, :]
+    C, c, r, at = _numbers(groups, VEC, BN, BC)
     g = _load_row(gain, c, C)
-    if sum_grad is not None:
-        m = _load_row(mean, c, C)
-        per_value = _reciprocal(rows.to(gain.dtype.element_ty))
-        a, b = _coefficients(rstd, sum_grad, sum_grad_hat, per_value, c, C)
+    m = _load_row(mean, c, C)
+    s = _load_row(rstd, c, C)
+    less = _mean(sum_grad, rows, 1, c, C)
+    less_hat = _mean(sum_grad_hat, rows, 1, c, C)
     for i in range(steps):
-        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
-        mask = (r < rows - first)[:, None] & (c < C)[None, :]
-        here = first * C
+        here, mask = _tile(i, steps, rows, r, c, C)
         through = _wide(tl.load(grad + here + at, mask=mask))
-        if sum_grad is not None:
-            through = through - a - (_wide(tl.load(x + here + at, mask=mask)) - m) * b
-        tl.store(grad_x + here + at, (through * g).to(grad_x.dtype.element_ty), mask=mask)
+        through = _through_norm(through, tl.load(x + here + at, mask=mask), g, m, s, less, less_hat)
+        tl.store(grad_x + here + at, through.to(grad_x.dtype.element_ty), mask=mask)
 
 
 # ------------------------------------------------------------------------------------------ firing
@@ -356,6 +388,16 @@ def _decayed(u, a, DECAY: tl.constexpr):
     else:
         left = u * (1.0 - a)
     return left
+
+
+@triton.jit
+def _membrane(u, current, a, DECAY: tl.constexpr, SCALES_INPUT: tl.constexpr):
+    """Return the membrane before the reset, from the one after the last reset (None: at rest)."""
+    if SCALES_INPUT:
+        current = current * a
+    if u is not None:
+        current = _decayed(u, a, DECAY) + current
+    return current
 
 
 @triton.jit
@@ -442,27 +484,15 @@ def fire(
     with weights, (T, PAST + T), and biases, (T,), have no membranes: start and end are the last
     currents, (PAST, N, C).
     """
-    C, c = _channels(groups, VEC, BC)
-    a = None
-    if share is not None:
-        a = tl.load(share)
+    C, c, r, at = _numbers(groups, VEC, BN, BC)
     plane = rows.to(tl.int64) * C
-    r = tl.arange(0, BN)
-    at = r[:, None] * C + c[None, :]
-    g = None
-    o = None
-    if gain is not None:
-        g = _load_row(gain, c, C)
-        o = _load_row(offset, c, C)
-    g2 = None
-    o2 = None
-    if shortcut_gain is not None:
-        g2 = _load_row(shortcut_gain, c, C)
-        o2 = _load_row(shortcut_offset, c, C)
+    a = _load(share)
+    g = _load_row(gain, c, C)
+    o = _load_row(offset, c, C)
+    g2 = _load_row(shortcut_gain, c, C)
+    o2 = _load_row(shortcut_offset, c, C)
     for i in range(steps):
-        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
-        mask = (r < rows - first)[:, None] & (c < C)[None, :]
-        here = first * C
+        here, mask = _tile(i, steps, rows, r, c, C)
         u = None
         if weights is not None:
             currents, _, _ = _currents(
@@ -484,11 +514,7 @@ def fire(
                 if shortcut is not None:
                     added = tl.load(shortcut + now + at, mask=mask)
                     current = own + _normalized(added, g2, o2)
-                if SCALES_INPUT:
-                    current = current * a
-                v = current
-                if u is not None:
-                    v = _decayed(u, a, DECAY) + current
+                v = _membrane(u, current, a, DECAY, SCALES_INPUT)
             above = v - THRESHOLD
             if MOST is not None:
                 number = _number(v, THRESHOLD, MOST)
@@ -529,11 +555,7 @@ def _membranes(
     if start is not None:
         u = _wide(tl.load(start + here + at, mask=mask, other=0.0))
     for t in tl.static_range(T):
-        v = currents[t]
-        if SCALES_INPUT:
-            v = v * a
-        if u is not None:
-            v = _decayed(u, a, DECAY) + v
+        v = _membrane(u, currents[t], a, DECAY, SCALES_INPUT)
         above = v - THRESHOLD
         if MOST is not None:
             aboves = aboves + (v,)  # noqa: RUF005  # Triton has no other way
@@ -678,31 +700,20 @@ def backward_sums(
     less its mean. partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C); without
     gain, x is the current, and there are no such sums. Also sum the gradients of the learnt values,
     partial_learned (programs, numbers). Those of weights are ROWS a program, for the registers."""
-    C, c = _channels(groups, VEC, BC)
-    a = None
-    if share is not None:
-        a = tl.load(share)
+    C, c, r, at = _numbers(groups, VEC, BN, BC)
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     plane = rows.to(tl.int64) * C
-    r = tl.arange(0, BN)
-    at = r[:, None] * C + c[None, :]
-    g = None
-    o = None
-    if gain is not None:
-        g = _load_row(gain, c, C)
-        o = _load_row(offset, c, C)
-        m = _load_row(mean, c, C)
-        total = tl.full([BN, BC], 0.0, wide)
-        with_x = tl.full([BN, BC], 0.0, wide)
-    g2 = None
-    o2 = None
-    if shortcut_gain is not None:
-        g2 = _load_row(shortcut_gain, c, C)
-        o2 = _load_row(shortcut_offset, c, C)
-        m2 = _load_row(shortcut_mean, c, C)
-        with_shortcut = tl.full([BN, BC], 0.0, wide)
-    if share is not None:
-        with_share = tl.full([BN, BC], 0.0, wide)
+    a = _load(share)
+    g = _load_row(gain, c, C)
+    o = _load_row(offset, c, C)
+    m = _load_row(mean, c, C)
+    g2 = _load_row(shortcut_gain, c, C)
+    o2 = _load_row(shortcut_offset, c, C)
+    m2 = _load_row(shortcut_mean, c, C)
+    total = tl.full([BN, BC], 0.0, wide)
+    with_x = total
+    with_shortcut = None if shortcut_gain is None else total
+    with_share = total
     S: tl.constexpr = PAST + T
     of_weights = ()
     if weights is not None:
@@ -710,10 +721,8 @@ def backward_sums(
             zeros = tl.full([BN, BC // LOCAL], 0.0, wide)
             of_weights = of_weights + (zeros,)  # noqa: RUF005  # as above
     for i in range(steps):
-        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
         # Masked values are 0, and so are their gradients.
-        mask = (r < rows - first)[:, None] & (c < C)[None, :]
-        here = first * C
+        here, mask = _tile(i, steps, rows, r, c, C)
         currents, xs, added = _currents(
             x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T, PAST, SHARED
         )
@@ -768,14 +777,8 @@ def backward_sums(
             if SHARED:
                 with_x += over_time * (xs[0].to(wide) - m)
     if gain is not None:
-        kept = c < C
-        number: tl.constexpr = 2 if shortcut_gain is None else 3
         block = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        partial += block.to(tl.int64) * number * C
-        tl.store(partial + c, tl.reduce(total, 0, _add), mask=kept)
-        tl.store(partial + C + c, tl.reduce(with_x, 0, _add), mask=kept)
-        if shortcut_gain is not None:
-            tl.store(partial + 2 * C + c, tl.reduce(with_shortcut, 0, _add), mask=kept)
+        _store_rows(partial, block, c, C, total, with_x, with_shortcut)
     if share is not None:
         _store_sum(partial_learned, with_share)
     if weights is not None:
@@ -789,15 +792,8 @@ def backward_sums(
 
 @triton.jit(do_not_specialize=SIZES)
 def finish_sums(
-    partial,
-    rstd,
-    shortcut_rstd,
-    sums,
-    blocks,
-    groups,
-    VEC: tl.constexpr,
-    BP: tl.constexpr,
-    BC: tl.constexpr,
+    partial, rstd, shortcut_rstd, sums, blocks, groups, VEC: tl.constexpr, BP: tl.constexpr,
+    BC: tl.constexpr
 ):
     """Add the sums of `backward_sums` up, in float64; each program those of a kind and 8 channels.
 
@@ -825,13 +821,6 @@ def finish_sums(
     tl.store(sums + (number + k) * C + c, one.to(wide), mask=c < C)
 
 
-@triton.jit
-def _coefficients(rstd, sum_grad, sum_grad_hat, per_value, c, C):
-    """Return the terms that a batch norm's backward pass subtracts, each (1, BC)."""
-    share = _load_row(sum_grad, c, C) * per_value
-    return share, _load_row(sum_grad_hat, c, C) * per_value * _load_row(rstd, c, C)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def backward(
     x, shortcut, gain, offset, mean, rstd, shortcut_gain, shortcut_offset, shortcut_mean,
@@ -848,40 +837,25 @@ def backward(
     Without sums, means and variances were constants. Without gain, x is the current, and the
     share's gradient is summed, too: partial_learned (programs, 1).
     """
-    C, c = _channels(groups, VEC, BC)
-    a = None
-    if share is not None:
-        a = tl.load(share)
+    C, c, r, at = _numbers(groups, VEC, BN, BC)
     plane = rows.to(tl.int64) * C
-    r = tl.arange(0, BN)
-    at = r[:, None] * C + c[None, :]
-    g = None
-    o = None
-    if gain is not None:
-        g = _load_row(gain, c, C)
-        o = _load_row(offset, c, C)
-    g2 = None
-    o2 = None
-    if shortcut_gain is not None:
-        g2 = _load_row(shortcut_gain, c, C)
-        o2 = _load_row(shortcut_offset, c, C)
-    if sum_grad is not None:
-        values = rows.to(gain.dtype.element_ty)
-        own_values = values if SHARED else values * T
-        m = _load_row(mean, c, C)
-        less, b = _coefficients(rstd, sum_grad, sum_grad_hat, _reciprocal(own_values), c, C)
-        if shortcut_gain is not None:
-            m2 = _load_row(shortcut_mean, c, C)
-            per_value = _reciprocal(values * T)
-            a2, b2 = _coefficients(
-                shortcut_rstd, shortcut_sum_grad, shortcut_sum_grad_hat, per_value, c, C
-            )
+    a = _load(share)
+    g = _load_row(gain, c, C)
+    o = _load_row(offset, c, C)
+    g2 = _load_row(shortcut_gain, c, C)
+    o2 = _load_row(shortcut_offset, c, C)
+    m = _load_row(mean, c, C)
+    m2 = _load_row(shortcut_mean, c, C)
+    s = _load_row(rstd, c, C)
+    s2 = _load_row(shortcut_rstd, c, C)
+    less = _mean(sum_grad, rows, 1 if SHARED else T, c, C)
+    less_hat = _mean(sum_grad_hat, rows, 1 if SHARED else T, c, C)
+    less2 = _mean(shortcut_sum_grad, rows, T, c, C)
+    less2_hat = _mean(shortcut_sum_grad_hat, rows, T, c, C)
     if partial_learned is not None:
         with_share = tl.full([BN, BC], 0.0, share.dtype.element_ty)
     for i in range(steps):
-        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
-        mask = (r < rows - first)[:, None] & (c < C)[None, :]
-        here = first * C
+        here, mask = _tile(i, steps, rows, r, c, C)
         currents, xs, added = _currents(
             x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T, PAST, SHARED
         )
@@ -922,26 +896,16 @@ def backward(
             if SHARED:
                 over_time += grad
             elif grad_x is not None:
-                through = grad
-                if sum_grad is not None:
-                    through = grad - less - (_wide(xs[t]) - m) * b
-                if gain is not None:
-                    through = through * g
+                through = _through_norm(grad, xs[t], g, m, s, less, less_hat)
                 tl.store(grad_x + now + at, through.to(grad_x.dtype.element_ty), mask=mask)
             if grad_shortcut is not None:
                 through = grad
                 if shortcut_gain is not None:
-                    if sum_grad is not None:
-                        through = grad - a2 - (_wide(added[t]) - m2) * b2
-                    through = through * g2
+                    through = _through_norm(grad, added[t], g2, m2, s2, less2, less2_hat)
                 kind = grad_shortcut.dtype.element_ty
                 tl.store(grad_shortcut + now + at, through.to(kind), mask=mask)
         if SHARED and grad_x is not None:
-            through = over_time
-            if sum_grad is not None:
-                through = over_time - less - (_wide(xs[0]) - m) * b
-            if gain is not None:
-                through = through * g
+            through = _through_norm(over_time, xs[0], g, m, s, less, less_hat)
             tl.store(grad_x + here + at, through.to(grad_x.dtype.element_ty), mask=mask)
         if grad_start is not None and weights is None:
             tl.store(grad_start + here + at, after.to(grad_start.dtype.element_ty), mask=mask)

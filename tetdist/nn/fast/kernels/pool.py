@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from tetdist.nn.fast.kernels import neuron
-from tetdist.nn.fast.kernels.neuron import _add
 
 # A kernel has many arguments, and a line for each would hide what it does.
 # fmt: off
@@ -22,6 +21,46 @@ def _at(pixel, C, c):
     return pixel.to(tl.int64)[:, None] * C + c[None, :]
 
 
+@triton.jit
+def _place(pixels, groups, VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+    """Return C; the channels and pixels of this program; its numbers' offsets, and which exist."""
+    C, c = neuron._channels(groups, VEC, BC)
+    pixel = tl.program_id(0) * BN + tl.arange(0, BN)
+    return C, c, pixel, _at(pixel, C, c), (pixel < pixels)[:, None] & (c < C)[None, :]
+
+
+@triton.jit
+def _largest(
+    images, g, o, pixel, mask, C, c, height, width, out_height, out_width, KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr, PADDING: tl.constexpr
+):
+    """Return each window's largest byte, or g * x + o if they are given, and its position there."""
+    row = pixel // out_width
+    left = pixel % out_width * STRIDE - PADDING
+    top = row % out_height * STRIDE - PADDING
+    image = row // out_height
+    most = tl.full(mask.shape, -1, tl.int32 if g is None else g.dtype)
+    position = tl.full(mask.shape, -1, tl.int32)
+    for dy in tl.static_range(KERNEL):
+        for dx in tl.static_range(KERNEL):
+            y = top + dy
+            x = left + dx
+            here = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            here = mask & here[:, None]
+            at = _at((image * height + y) * width + x, C, c)
+            value = tl.load(images + at, mask=here, other=0)
+            if g is None:
+                value = value.to(tl.int32)
+                larger = here & (value > most)
+            else:
+                value = value.to(g.dtype) * g + o
+                # Take a window's first pixel in any case: comparisons with NaN are false.
+                larger = here & ((position < 0) | (value > most))
+            most = tl.where(larger, value, most)
+            position = tl.where(larger, dy * KERNEL + dx, position)
+    return most, position.to(tl.uint8)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward(
     images, out, packed, where, pixels, groups, height, width, out_height, out_width,
@@ -29,35 +68,16 @@ def forward(
     VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
 ):
     """Compute each window's largest byte, as a number and as a byte, and its position there."""
-    C = groups * VEC
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    pixel = tl.program_id(0) * BN + tl.arange(0, BN)
-    inside = pixel < pixels
-    channels = (c < C)[None, :]
-    row = pixel // out_width
-    left = pixel % out_width * STRIDE - PADDING
-    top = row % out_height * STRIDE - PADDING
-    image = row // out_height
-    most = tl.full([BN, BC], -1, tl.int32)
-    position = tl.full([BN, BC], 0, tl.int32)
-    for dy in tl.static_range(KERNEL):
-        for dx in tl.static_range(KERNEL):
-            y = top + dy
-            x = left + dx
-            here = inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            at = _at((image * height + y) * width + x, C, c)
-            mask = here[:, None] & channels
-            value = tl.load(images + at, mask=mask, other=0).to(tl.int32)
-            larger = here[:, None] & (value > most)
-            most = tl.where(larger, value, most)
-            position = tl.where(larger, dy * KERNEL + dx, position)
-    at = _at(pixel, C, c)
-    mask = inside[:, None] & channels
+    C, c, pixel, at, mask = _place(pixels, groups, VEC, BN, BC)
+    most, position = _largest(
+        images, None, None, pixel, mask, C, c, height, width, out_height, out_width, KERNEL, STRIDE,
+        PADDING
+    )
     kind = out.dtype.element_ty
     wide = tl.float64 if kind == tl.float64 else tl.float32
     tl.store(out + at, (most.to(wide) * (1 / LEVELS)).to(kind), mask=mask)
     tl.store(packed + at, most.to(tl.uint8), mask=mask)
-    tl.store(where + at, position.to(tl.uint8), mask=mask)
+    tl.store(where + at, position, mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -67,50 +87,31 @@ def forward_normalized(
     BN: tl.constexpr, BC: tl.constexpr
 ):
     """Do the same for gain * x + offset, per channel, without storing that."""
-    C = groups * VEC
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    pixel = tl.program_id(0) * BN + tl.arange(0, BN)
-    inside = pixel < pixels
-    channels = (c < C)[None, :]
-    row = pixel // out_width
-    left = pixel % out_width * STRIDE - PADDING
-    top = row % out_height * STRIDE - PADDING
-    image = row // out_height
-    wide = gain.dtype.element_ty
-    g = tl.load(gain + c, mask=c < C, other=0.0)[None, :]
-    o = tl.load(offset + c, mask=c < C, other=0.0)[None, :]
-    most = tl.full([BN, BC], 0.0, wide)
-    # Take a window's first pixel in any case: comparisons with NaN are false.
-    position = tl.full([BN, BC], -1, tl.int32)
-    for dy in tl.static_range(KERNEL):
-        for dx in tl.static_range(KERNEL):
-            y = top + dy
-            x = left + dx
-            here = inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            at = _at((image * height + y) * width + x, C, c)
-            mask = here[:, None] & channels
-            value = tl.load(images + at, mask=mask, other=0.0).to(wide) * g + o
-            larger = here[:, None] & ((position < 0) | (value > most))
-            most = tl.where(larger, value, most)
-            position = tl.where(larger, dy * KERNEL + dx, position)
-    at = _at(pixel, C, c)
-    mask = inside[:, None] & channels
+    C, c, pixel, at, mask = _place(pixels, groups, VEC, BN, BC)
+    most, position = _largest(
+        images, neuron._load_row(gain, c, C), neuron._load_row(offset, c, C), pixel, mask, C, c,
+        height, width, out_height, out_width, KERNEL, STRIDE, PADDING
+    )
     tl.store(out + at, most.to(out.dtype.element_ty), mask=mask)
-    tl.store(where + at, position.to(tl.uint8), mask=mask)
+    tl.store(where + at, position, mask=mask)
 
 
-@triton.jit
-def _gradient(
-    grad_out, where, pixel, inside, c, C, height, width, out_height, out_width,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, wide: tl.constexpr
+@triton.jit(do_not_specialize=SIZES)
+def backward(
+    grad_out, where, images, gain, mean, rstd, sum_grad, sum_grad_hat, grad_in, pixels, groups,
+    height, width, out_height, out_width, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    PADDING: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
 ):
-    """Return the gradient of each pixel: the sum over the windows whose maximum it is."""
-    channels = (c < C)[None, :]
+    """Compute the gradient of each pixel, or of the current before its norm, if there is gain: the
+    sum over the windows whose maximum it is. Without sums, mean and variance were constants."""
+    C, c, pixel, at, mask = _place(pixels, groups, VEC, BN, BC)
+    kind = grad_in.dtype.element_ty
+    wide = tl.float64 if kind == tl.float64 else tl.float32
     row = pixel // width
     x = pixel % width + PADDING
     y = row % height + PADDING
     image = row // height
-    total = tl.full([pixel.shape[0], c.shape[0]], 0.0, wide)
+    total = tl.full([BN, BC], 0.0, wide)
     # The last window with a pixel begins at the multiple of the stride before it; at most this many
     # windows contain it. They are added in the order of the outputs, as in torch.
     WINDOWS: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
@@ -120,61 +121,20 @@ def _gradient(
             window_x = x // STRIDE - back_x
             dy = y - window_y * STRIDE
             dx = x - window_x * STRIDE
-            here = inside & (window_y >= 0) & (window_y < out_height) & (dy < KERNEL)
+            here = (window_y >= 0) & (window_y < out_height) & (dy < KERNEL)
             here = here & (window_x >= 0) & (window_x < out_width) & (dx < KERNEL)
-            at = _at((image * out_height + window_y) * out_width + window_x, C, c)
-            mask = here[:, None] & channels
-            origin = tl.load(where + at, mask=mask, other=255).to(tl.int32)
-            grad = tl.load(grad_out + at, mask=mask, other=0.0).to(wide)
+            here = mask & here[:, None]
+            there = _at((image * out_height + window_y) * out_width + window_x, C, c)
+            origin = tl.load(where + there, mask=here, other=255).to(tl.int32)
+            grad = tl.load(grad_out + there, mask=here, other=0.0).to(wide)
             total += tl.where(origin == (dy * KERNEL + dx)[:, None], grad, 0.0)
-    return total
-
-
-@triton.jit(do_not_specialize=SIZES)
-def backward(
-    grad_out, where, grad_in, pixels, groups, height, width, out_height, out_width,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, VEC: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr
-):
-    """Compute the gradient of each pixel."""
-    C = groups * VEC
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    pixel = tl.program_id(0) * BN + tl.arange(0, BN)
-    inside = pixel < pixels
-    kind = grad_in.dtype.element_ty
-    total = _gradient(
-        grad_out, where, pixel, inside, c, C, height, width, out_height, out_width, KERNEL, STRIDE,
-        PADDING, tl.float64 if kind == tl.float64 else tl.float32
-    )
-    tl.store(grad_in + _at(pixel, C, c), total.to(kind), mask=inside[:, None] & (c < C)[None, :])
-
-
-@triton.jit(do_not_specialize=SIZES)
-def backward_normalized(
-    grad_out, where, images, gain, mean, rstd, sum_grad, sum_grad_hat, grad_in, pixels, groups,
-    height, width, out_height, out_width, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
-    PADDING: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
-):
-    """Compute the gradient of each pixel of the current before its norm; without sums, mean and
-    variance were constants."""
-    C = groups * VEC
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    pixel = tl.program_id(0) * BN + tl.arange(0, BN)
-    inside = pixel < pixels
-    wide = gain.dtype.element_ty
-    total = _gradient(
-        grad_out, where, pixel, inside, c, C, height, width, out_height, out_width, KERNEL, STRIDE,
-        PADDING, wide
-    )
-    at = _at(pixel, C, c)
-    mask = inside[:, None] & (c < C)[None, :]
-    if sum_grad is not None:
-        per_value = neuron._reciprocal(pixels.to(wide))
-        a, b = neuron._coefficients(rstd, sum_grad, sum_grad_hat, per_value, c, C)
-        x = tl.load(images + at, mask=mask, other=0.0).to(wide)
-        total = total - a - (x - neuron._load_row(mean, c, C)) * b
-    total *= neuron._load_row(gain, c, C)
-    tl.store(grad_in + at, total.to(grad_in.dtype.element_ty), mask=mask)
+    if gain is not None:
+        total = neuron._through_norm(
+            total, tl.load(images + at, mask=mask, other=0.0), neuron._load_row(gain, c, C),
+            neuron._load_row(mean, c, C), neuron._load_row(rstd, c, C),
+            neuron._mean(sum_grad, pixels, 1, c, C), neuron._mean(sum_grad_hat, pixels, 1, c, C)
+        )
+    tl.store(grad_in + at, total.to(kind), mask=mask)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "steps"])
@@ -185,12 +145,11 @@ def backward_sums(
 ):
     """Sum a program's gradients of windows, and their products with the maximum's current less its
     mean: each gradient is that of one pixel. partial is (programs, 2, C)."""
-    C = groups * VEC
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    C, c = neuron._channels(groups, VEC, BC)
     wide = mean.dtype.element_ty
     m = neuron._load_row(mean, c, C)
     total = tl.full([BN, BC], 0.0, wide)
-    with_x = tl.full([BN, BC], 0.0, wide)
+    with_x = total
     for i in range(steps):
         pixel = (tl.program_id(0) * steps + i) * BN + tl.arange(0, BN)
         mask = (pixel < pixels)[:, None] & (c < C)[None, :]
@@ -204,6 +163,4 @@ def backward_sums(
         value = tl.load(images + there.to(tl.int64) * C + c[None, :], mask=mask, other=0.0).to(wide)
         total += grad
         with_x += grad * (value - m)
-    partial += tl.program_id(0).to(tl.int64) * 2 * C
-    tl.store(partial + c, tl.reduce(total, 0, _add), mask=c < C)
-    tl.store(partial + C + c, tl.reduce(with_x, 0, _add), mask=c < C)
+    neuron._store_rows(partial, tl.program_id(0), c, C, total, with_x, None)
