@@ -335,13 +335,14 @@ def norm_gradient(
     C, c, r, at = _numbers(groups, VEC, BN, BC)
     g = _load_row(gain, c, C)
     m = _load_row(mean, c, C)
-    s = _load_row(rstd, c, C)
+    rs = _load_row(rstd, c, C)
     less = _mean(sum_grad, rows, 1, c, C)
     less_hat = _mean(sum_grad_hat, rows, 1, c, C)
     for i in range(steps):
         here, mask = _tile(i, steps, rows, r, c, C)
         through = _wide(tl.load(grad + here + at, mask=mask))
-        through = _through_norm(through, tl.load(x + here + at, mask=mask), g, m, s, less, less_hat)
+        value = tl.load(x + here + at, mask=mask)
+        through = _through_norm(through, value, g, m, rs, less, less_hat)
         tl.store(grad_x + here + at, through.to(grad_x.dtype.element_ty), mask=mask)
 
 
@@ -846,8 +847,8 @@ def backward(
     o2 = _load_row(shortcut_offset, c, C)
     m = _load_row(mean, c, C)
     m2 = _load_row(shortcut_mean, c, C)
-    s = _load_row(rstd, c, C)
-    s2 = _load_row(shortcut_rstd, c, C)
+    rs = _load_row(rstd, c, C)
+    rs2 = _load_row(shortcut_rstd, c, C)
     less = _mean(sum_grad, rows, 1 if SHARED else T, c, C)
     less_hat = _mean(sum_grad_hat, rows, 1 if SHARED else T, c, C)
     less2 = _mean(shortcut_sum_grad, rows, T, c, C)
@@ -896,16 +897,16 @@ def backward(
             if SHARED:
                 over_time += grad
             elif grad_x is not None:
-                through = _through_norm(grad, xs[t], g, m, s, less, less_hat)
+                through = _through_norm(grad, xs[t], g, m, rs, less, less_hat)
                 tl.store(grad_x + now + at, through.to(grad_x.dtype.element_ty), mask=mask)
             if grad_shortcut is not None:
                 through = grad
                 if shortcut_gain is not None:
-                    through = _through_norm(grad, added[t], g2, m2, s2, less2, less2_hat)
+                    through = _through_norm(grad, added[t], g2, m2, rs2, less2, less2_hat)
                 kind = grad_shortcut.dtype.element_ty
                 tl.store(grad_shortcut + now + at, through.to(kind), mask=mask)
         if SHARED and grad_x is not None:
-            through = _through_norm(over_time, xs[0], g, m, s, less, less_hat)
+            through = _through_norm(over_time, xs[0], g, m, rs, less, less_hat)
             tl.store(grad_x + here + at, through.to(grad_x.dtype.element_ty), mask=mask)
         if grad_start is not None and weights is None:
             tl.store(grad_start + here + at, after.to(grad_start.dtype.element_ty), mask=mask)
