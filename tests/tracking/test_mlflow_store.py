@@ -13,6 +13,7 @@ from tiny import Outcome
 
 from tetdist.errors import UserError, without_passwords
 from tetdist.tracking import mlflow_store
+from tetdist.tracking.mlflow_logger import new_client
 from tetdist.tracking.mlflow_store import check_store, hand_over
 from tetdist.training.run_record import show_checkpoints
 
@@ -77,6 +78,20 @@ def test_a_damaged_database_is_refused(damage: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is damaged .*move it away") as caught:
         check_store(f"sqlite:///{path}")
     assert str(path) in str(caught.value)
+
+
+def test_a_database_of_a_newer_mlflow_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    new_client(f"sqlite:///{path}").search_experiments()
+    check_store(f"sqlite:///{path}")
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+    database.close()
+    path = path.rename(tmp_path / "newer.db")  # MLflow keeps the other open
+    with pytest.raises(Exception, match="ffffffffffff"):
+        new_client(f"sqlite:///{path}").search_experiments()
+    with pytest.raises(UserError, match="a newer MLflow than this one has upgraded it; pip inst"):
+        check_store(f"sqlite:///{path}")
 
 
 def test_a_database_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

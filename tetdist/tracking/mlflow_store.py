@@ -6,6 +6,7 @@ work are refused: invalid addresses and damaged databases.
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import os
 import sqlite3
@@ -120,26 +121,37 @@ def _problem(path: Path) -> str | None:
     for one in (place, folder):
         if not os.access(one, os.W_OK):
             return f"you need permission to write to {one}"
-    damage = _damage(path) if place == path else None
-    return damage and (
-        f"it is damaged ({damage}); restore it, or move it away: a new one is then made and gets "
-        "this run from its first step on"
-    )
-
-
-def _damage(path: Path) -> str | None:
-    """Return the fault of an SQLite file; None without one, or while another process uses it."""
+    if place != path:
+        return None
     try:
         address = f"file:{quote(str(path.absolute()))}?mode=rw"
         database = sqlite3.connect(address, timeout=1.0, uri=True)
         with contextlib.closing(database):
             database.execute("PRAGMA schema_version")
+            if _is_newer(database):
+                return "a newer MLflow than this one has upgraded it; pip install --upgrade mlflow"
             if path.stat().st_size > _MOST_BYTES_READ:
                 return None
             (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
-            return None if found == "ok" else " ".join(str(found).split())
-    except sqlite3.OperationalError as error:
-        # It is locked, or a file server does not answer, which is temporary.
-        return None if "lock" in str(error) or "busy" in str(error) else str(error)
+            if found == "ok":
+                return None
+            damage = " ".join(str(found).split())
     except sqlite3.DatabaseError as error:
-        return str(error)
+        damage = str(error)
+        if isinstance(error, sqlite3.OperationalError) and ("lock" in damage or "busy" in damage):
+            return None  # another process uses it, or a file server does not answer
+    return (
+        f"it is damaged ({damage}); restore it, or move it away: a new one is then made and gets "
+        "this run from its first step on"
+    )
+
+
+def _is_newer(database: sqlite3.Connection) -> bool:
+    """Return whether a newer MLflow than the installed one has upgraded a database."""
+    mlflow = importlib.util.find_spec("mlflow")  # importing it takes seconds
+    tables = database.execute("SELECT name FROM sqlite_master").fetchall()
+    if mlflow is None or mlflow.origin is None or ("alembic_version",) not in tables:
+        return False
+    known = Path(mlflow.origin).parent / "store" / "db_migrations" / "versions"
+    revisions = database.execute("SELECT version_num FROM alembic_version").fetchall()
+    return not all(any(known.glob(f"{revision}_*.py")) for (revision,) in revisions)
