@@ -11,7 +11,7 @@ import pytest
 import tiny
 from tiny import Outcome
 
-from tetdist.apps.cli.file_progress import file_progress
+from tetdist.apps.file_progress import file_progress
 from tetdist.apps.reports.run_status import read_status
 from tetdist.tracking import progress
 from tetdist.tracking.progress import RunProgress

@@ -13,6 +13,7 @@ OPERATIONAL_KEYS = (
     "model.mixes_samples",
     "data.root",
     "data.index",
+    "data.cache",
     "data.threads",
     "data.prefetch",
     "data.own_process",
@@ -49,6 +50,7 @@ OPERATIONAL_KEYS = (
 # checkpoint interval.
 _OF_THE_MACHINE = (
     "data.index",
+    "data.cache",
     "data.threads",
     "data.prefetch",
     "data.own_process",
@@ -69,6 +71,7 @@ _OF_THE_MACHINE = (
 _OF_THE_HOST = (
     "data.root",
     "data.index",
+    "data.cache",
     "data.threads",
     "data.prefetch",
     "data.own_process",

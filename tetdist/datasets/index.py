@@ -12,7 +12,7 @@ import shlex
 import zipfile
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, assert_never
@@ -65,6 +65,7 @@ class Index:
         fingerprint: SHA-256, in hex, of what training depends on: kind, split, classes, labels and
             sizes in order; for event tensors, which all have one size, also the paths. Copies, and
             shards packed from a folder, have the same fingerprint.
+        copies: Folders with copies of archives, which readers prefer; not saved.
     """
 
     kind: Kind
@@ -86,6 +87,7 @@ class Index:
     timesteps: int | None
     dtype: str | None
     fingerprint: str
+    copies: list[Path] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +25,7 @@ from tetdist.datasets.processes import ReportProgress, run_tasks
 from tetdist.datasets.reader import SampleReader
 from tetdist.errors import UserError
 from tetdist.order import permutation
-from tetdist.storage.files import check_space, explaining, only_writer, replacing
+from tetdist.storage.files import check_space, explaining, only_writer, replacing, settle
 
 _PLAN_FILE = "plan.json"
 _VERSION = 1
@@ -181,10 +180,7 @@ def _pack(read: Callable[[Any], Iterable[Packed]], task: tuple[Path, Any]) -> No
                 checksums[key + suffix] = _checksum(data)
                 _add(archive, key + suffix, data)
                 _add(archive, f"{key}.cls", str(label).encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-        # Verification must read from the disk, not from memory.
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        settle(stream)
         _verify(Path(stream.name), file, checksums)
 
 

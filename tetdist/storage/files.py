@@ -205,6 +205,13 @@ def is_held(file: Path) -> bool:
     return False
 
 
+def settle(stream: BinaryIO) -> None:
+    """Wait until a file is on the disk, and have it read from there again, not from memory."""
+    stream.flush()
+    os.fsync(stream.fileno())
+    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 @contextlib.contextmanager
 def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
     """Lock an existing folder against other processes of this machine.

@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def average(options: argparse.Namespace) -> None:
     from tetdist import plugins
-    from tetdist.apps.cli.file_progress import file_progress
+    from tetdist.apps.file_progress import file_progress
     from tetdist.apps.weights.average import mean_weights, recompute_statistics
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.apps.cli.common import MISTAKES, program, run_command
-from tetdist.apps.cli.file_progress import file_progress
+from tetdist.apps.file_progress import file_progress
 from tetdist.config.flags import MOST_THREADS, positive
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import check_writable, explaining, write_json

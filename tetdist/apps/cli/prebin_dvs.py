@@ -185,10 +185,10 @@ def _sensor(text: str) -> "Sensor":
 
 
 def _prebin(options: argparse.Namespace) -> None:
-    from tetdist.apps.cli.file_progress import file_progress
     from tetdist.apps.events.splits import default_split
     from tetdist.apps.events.statistics import draw_preview, statistics, table
     from tetdist.apps.events.tensors import make_tensors, open_destination
+    from tetdist.apps.file_progress import file_progress
     from tetdist.storage.files import explaining, write_json
 
     settings = _settings(options)
