@@ -29,6 +29,6 @@ def test_a_baseline_has_the_same_convolutions(name: str) -> None:
         if name.startswith(("preact_", "ms_")):
             sizes = [sum(p.numel() for p in one.parameters()) for one in (baseline, model)]
             assert sizes[0] == sizes[1]
-        channels, height, width = model.default_cfg["input_size"]
+        *_, channels, height, width = model.default_cfg["input_size"]
         logits = baseline(torch.empty(2, channels, height, width))
     assert logits.shape == (2, model.num_classes)

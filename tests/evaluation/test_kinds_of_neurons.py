@@ -237,7 +237,7 @@ def test_attentions_products_are_unrolled(
 
     with torch.no_grad():
         with counting_operations(model) as numbers:
-            features = model.forward_head(model.forward_features(x), pre_logits=True)
+            features = model.forward_head(model.forward_features(x), True, per_timestep=True)
             expected = model.get_classifier()(features)
         monkeypatch.setattr(products, "tokens", look)
         with unrolled(model) as most, counting_operations(model, in_spikes=True) as spikes:

@@ -1,12 +1,13 @@
 """Models: timm's interface, and agreement with the papers' networks."""
 
+import contextlib
 import copy
 import functools
 import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import timm.task
 import torch
 import torch.nn.functional as F
 from kernel_runs import randomize
-from torch import Tensor, nn
+from timm.models import group_parameters
+from torch import Tensor, fx, nn
 
 import tetdist
 from tetdist import models
@@ -92,73 +94,6 @@ def inputs_for(name: str, batch: int = 2, bins: int = 3) -> Tensor:
 # ----------------------------------------------------------------------------------------- registry
 
 
-@pytest.mark.parametrize("name", models.names())
-def test_registered_model_and_its_default_cfg(name: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    cfg = model.default_cfg
-    assert cfg["architecture"] == name
-    channels, height, width = cfg["input_size"]
-    assert channels == len(cfg["mean"]) == len(cfg["std"])
-    assert model.input_kind == ("events" if channels == 2 else "images")
-    is_cifars = name.endswith("_cifar") or name == "spiking_resnet19"
-    usual = 32 if is_cifars else 224 if channels == 3 else height
-    assert height == width == (model.input_size or usual)
-    assert (cfg["num_classes"] == 1000) == (height == 224)
-    first = model.get_submodule(cfg["first_conv"])
-    assert first is first_convolution(model)
-    assert first.in_channels == channels == model.in_chans
-    classifier = model.get_submodule(cfg["classifier"])
-    assert classifier is model.get_classifier()
-    assert classifier.out_features == cfg["num_classes"] == model.num_classes
-    assert classifier.in_features == model.num_features == model.head_hidden_size
-    for promised in timm.list_pretrained(name):
-        assert Path(timm.get_pretrained_cfg(promised).file).is_file()
-
-
-# Of each class the first network.
-ONE_OF_EACH = {models.class_of(name): name for name in reversed(models.names())}.values()
-
-
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_timms_arguments_are_heeded(name: str) -> None:
-    rates = dict.fromkeys(("drop_rate", "drop_path_rate"), 0.1)
-    heeded = rates.keys() & (models.arguments_of(name) or ())
-    for rate in rates.keys() - heeded:
-        with pytest.raises(UserError, match=f"{rate}: {name} drops nothing in training; remove it"):
-            timm.create_model(name, **{rate: rates.pop(rate)})
-    with torch.device("meta"):
-        dropping = dropout.dropping(model := timm.create_model(name, **rates))
-        found = {"drop_rate": model.head_drop in dropping, "drop_path_rate": len(dropping) > 1}
-        assert {rate for rate in found if found[rate]} == heeded
-        options = {"num_classes": 0, "global_pool": "", "in_chans": 5, "scriptable": False}
-        model = timm.create_model(name, **options, drop_rate=0.0, drop_path_rate=0.0).eval()
-        assert not dropout.dropping(model)
-        model.set_execution("reference")
-        side, bins = model.input_size or 32, [model.timesteps] * (model.input_kind == "events")
-        x = torch.empty(2, *bins, 5, side, side)
-        maps = model(x, per_timestep=True)
-        assert maps.shape == model.forward_features(x).shape
-        assert maps.ndim == 5
-        model.reset_classifier(0, type(model).global_pool)
-        assert model.forward_head(maps).shape == (model.timesteps, 2, model.num_features)
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        ({"global_pool": "max"}, "global_pool must be 'flatten', or '' with num_classes=0, not 'm"),
-        ({"global_pool": ""}, "global_pool must be 'flatten', or '' with num_classes=0, not ''"),
-        ({"features_only": True}, "features_only: vggsnn has features (T, B, C, H, W), which timm"),
-        ({"pretrained": True}, "No pretrained weights exist for vggsnn. Use `pretrained=False`"),
-        ({"img_size": 64}, "unexpected keyword argument 'img_size'"),
-    ],
-)
-def test_timms_other_arguments_are_refused(options: dict[str, Any], complaint: str) -> None:
-    with pytest.raises((ValueError, RuntimeError, TypeError), match=re.escape(complaint)):
-        timm.create_model("vggsnn", **options)
-
-
 @pytest.mark.parametrize("name", [*SEW, *SPIKING])
 def test_as_many_parameters_as_the_resnet_of_that_depth(name: str) -> None:
     with torch.device("meta"):
@@ -171,9 +106,7 @@ def _num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def test_unknown_option_is_refused_by_name() -> None:
-    with pytest.raises(TypeError, match="no_such_option"):
-        timm.create_model("sew_resnet18", no_such_option=1)
+def test_unknown_neuron_option_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match="tau"):
         timm.create_model("sew_resnet18", neuron={"tau": 2.0})
 
@@ -191,6 +124,8 @@ def test_unknown_option_is_refused_by_name() -> None:
         ("spiking_resnet18", {"norm": "ln"}, "norm must be 'bn' or 'tdbn', not 'ln'"),
         ("spiking_resnet18", {"init": "he"}, "init must be 'kaiming' or 'torch', not 'he'"),
         ("vggsnn", {"input_size": 15}, "input_size must be at least 16"),
+        ("vggsnn", {"global_pool": "avg"}, "global_pool must be 'flatten', or '' with num_classes"),
+        ("vggsnn", {"global_pool": ""}, "global_pool must be 'flatten', or '' with num_classes=0,"),
     ],
 )
 def test_bad_option_is_named(name: str, options: dict[str, Any], complaint: str) -> None:
@@ -205,31 +140,216 @@ def test_neuron_may_be_a_mapping() -> None:
     assert found == {LIF(decay=1.0, reset="soft")}
 
 
-# -------------------------------------------------------------------------------- timm's methods
+# ----------------------------------------------------------------------------- timm's conventions
+
+
+@contextlib.contextmanager
+def refused(words: str) -> Iterator[None]:
+    """Check that what is asked is refused with these words, in one sentence."""
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        yield
+    assert ". " not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_a_network_is_described_as_timm_describes_its_own(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        cfg, ends = model.default_cfg, [info["blocks"] for info in model.feature_info]
+        x = torch.empty(2, *cfg["input_size"])
+        with torch.no_grad():
+            features, outputs = model.forward_intermediates(x)
+    assert cfg["architecture"] == name
+    *bins, channels, height, width = cfg["input_size"]
+    assert cfg["input_size"] == timm.get_pretrained_cfg_value(name, "input_size")
+    assert bins == ([model.timesteps] if model.input_kind == "events" else [])
+    assert channels == len(cfg["mean"]) == len(cfg["std"]) == (2 if bins else 3)
+    is_cifars = name.endswith("_cifar") or name == "spiking_resnet19"
+    usual = 32 if is_cifars else height if bins else 224
+    assert height == width == (model.input_size or usual)
+    assert cfg.get("fixed_input_size", False) == (model.input_size is not None)
+    assert (cfg["num_classes"] == 1000) == (height == 224)
+    first = model.get_submodule(cfg["first_conv"])
+    assert first is first_convolution(model)
+    assert first.in_channels == channels == model.in_chans
+    classifier = model.get_submodule(cfg["classifier"])
+    assert classifier is model.get_classifier()
+    assert classifier.out_features == cfg["num_classes"] == model.num_classes
+    assert classifier.in_features == model.head_hidden_size
+    for promised in timm.list_pretrained(name):
+        assert Path(timm.get_pretrained_cfg(promised).file).is_file()
+
+    assert features.shape == (model.timesteps, 2, model.num_features, *cfg["pool_size"])
+    assert len(outputs) >= 3
+    for info, output in zip(model.feature_info, outputs, strict=True):
+        sides = [math.ceil(side / info["reduction"]) for side in (height, width)]
+        assert output.shape == (2, info["num_chs"], *sides)
+        module = f"blocks.{info['blocks'] - 1}" if info["blocks"] else "stem"
+        assert info["module"] == module
+
+    of_blocks, of_stages = (
+        group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+        for coarse in (False, True)
+    )
+    assert of_blocks.keys() == of_stages.keys() == dict(model.named_parameters()).keys()
+    for parameter in of_blocks:
+        layers = {"stem": (0, 0)}.get(parameter.split(".")[0], (1 + ends[-1], len(ends)))
+        if (block := re.match(r"blocks\.(\d+)", parameter)) is not None:
+            layers = 1 + int(block[1]), sum(end <= int(block[1]) for end in ends)
+        assert (of_blocks[parameter], of_stages[parameter]) == layers
+    assert all(parameter in of_blocks for parameter in model.no_weight_decay())
+
+
+# Of each class the first network.
+ONE_OF_EACH = {models.class_of(name): name for name in reversed(models.names())}.values()
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_timms_arguments_are_heeded_or_refused(name: str) -> None:
+    def make(**options: Any) -> Any:
+        return timm.create_model(name, device="meta", **options)
+
+    own, rates = models.arguments_of(name) or (), {"drop_rate": 0.1, "drop_path_rate": 0.1}
+    heeded = rates.keys() & own
+    for rate in rates.keys() - heeded:
+        with refused(f"{rate}: {name} drops nothing in training; remove it"):
+            make(**{rate: rates.pop(rate)})
+    model = make(**rates, bn_eps=0.5, bn_momentum=0.25, dtype=torch.float64)
+    dropping = dropout.dropping(model)
+    found = {"drop_rate": model.head_drop in dropping, "drop_path_rate": len(dropping) > 1}
+    assert {rate for rate in found if found[rate]} == heeded
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    assert {(norm.eps, norm.momentum) for norm in norms} == {(0.5, 0.25)}
+    values = [*model.parameters(), *model.buffers()]
+    assert {(value.device.type, value.dtype) for value in values} == {("meta", torch.float64)}
+
+    if "input_size" in own:
+        assert make(img_size=32).input_size == make(img_size=(32, 32)).input_size == 32
+        with refused(f"img_size: {name} takes square images; remove (32, 48)"):
+            make(img_size=(32, 48))
+    else:
+        with refused(f"img_size: {name} takes images of any size; remove 32"):
+            make(img_size=32)
+    with refused(f"feature_cls: {name} needs timm's getter, not 'hook'; remove it"):
+        make(features_only=True, feature_cls="hook")
+    with pytest.raises(TypeError, match="no_such_option"):
+        make(no_such_option=1)
+    options = {"num_classes": 0, "global_pool": "", "in_chans": 5, "scriptable": False}
+    model = make(**options, drop_rate=0.0, drop_path_rate=0.0).eval()
+    assert not dropout.dropping(model)
+    assert first_convolution(model).in_channels == model.in_chans == 5
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_what_would_change_or_trace_a_network_is_refused(name: str) -> None:
+    model = timm.create_model(name, device="meta")
+    for refusing in (torch.jit.script, fx.symbolic_trace):
+        with refused("TorchScript and torch.fx cannot trace"):
+            refusing(model)
+    for refusing in (timm.layers.convert_sync_batchnorm, timm.utils.freeze):
+        with refused("set batch_norm.sync=true"):
+            refusing(model)
+    model = timm.create_model(name, device="meta")
+    timm.utils.freeze(model, ["stem"], include_bn_running_stats=False)
+    names = {name for name, one in model.named_parameters() if not one.requires_grad}
+    assert names == {name for name, _ in model.named_parameters() if name.startswith("stem.")}
 
 
 @each_family
-def test_classifier_can_be_replaced(name: str) -> None:
+def test_features_and_head_make_up_the_network(name: str) -> None:
     model, x = create(name).eval(), inputs_for(name)
-    pool = model.global_pool
+    own, fc = model.global_pool, model.get_classifier()
     with torch.no_grad():
-        features = model.forward_head(model.forward_features(x), pre_logits=True)
-        assert features.shape == (3, 2, model.num_features)
-        assert features.any()
-        fc = model.get_classifier()
-        assert torch.equal(model(x, per_timestep=True), fc(features))
+        features = model.forward_features(x)
+        assert features.shape[:3] == (3, 2, model.num_features)
+        logits = model(x, per_timestep=True)
+        assert torch.equal(model.forward_head(features, per_timestep=True), logits)
+        assert torch.equal(model.forward_head(features), model(x))
+        inputs = model.forward_head(features, pre_logits=True, per_timestep=True)
+        assert inputs.shape == (3, 2, model.head_hidden_size)
+        assert inputs.any()
+        assert torch.equal(fc(inputs), logits)
         model.reset_classifier(7)
         assert model.get_classifier() is not fc
-        assert model.num_classes == 7
+        assert {module.training for module in model.modules()} == {False}
         assert model(x).shape == (2, 7)
         model.reset_classifier(0, "")
-        assert torch.equal(model(x, per_timestep=True), model.forward_features(x))
-        model.reset_classifier(0, pool)
-        assert torch.equal(model(x, per_timestep=True), features)
-    for refused in ("max", ""):
-        with pytest.raises(ValueError, match=f"global_pool must be '{pool}', .* not '{refused}'"):
-            model.reset_classifier(7, refused)
+        assert torch.equal(model(x), features.mean(0))
+        model.reset_classifier(0, own)
+        assert torch.equal(model(x), inputs.mean(0))
+        if own == "avg":
+            maps = torch.rand(3, 2, model.num_features, 2, 2).double().round()
+            flat = maps.amax((3, 4), keepdim=True).expand_as(maps)
+            averages = [model.forward_head(one) for one in (maps, flat)]
+            model.reset_classifier(0, "max")
+            largest = [model.forward_head(one) for one in (maps, flat)]
+            assert torch.equal(*largest)
+            assert torch.equal(largest[1], averages[1])
+            assert not torch.equal(largest[0], averages[0])
+    pools = "'avg' or 'max'" if own == "avg" else f"'{own}'"
+    for pool in ("token", ""):
+        with refused(f"global_pool must be {pools}, or '' with num_classes=0, not '{pool}'"):
+            model.reset_classifier(7, pool)
     assert model.num_classes == 0
+
+
+@each_family
+def test_features_are_the_outputs_of_the_stem_and_the_stages(name: str) -> None:
+    model, x = create(name).eval(), inputs_for(name)
+    seen: list[Tensor] = []
+    for info in model.feature_info[1:]:
+        block = model.get_submodule(info["module"])
+        block.register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad():
+        features, spikes = model.forward_intermediates(x, per_timestep=True)
+        stem = model.forward_stem(model.time_first(x), 3)
+        for one, expected in zip(spikes, [stem, *seen], strict=True):
+            assert torch.equal(one, expected.expand_as(one))
+        assert torch.equal(features, spikes[-1])
+        rates = [one.mean(0) for one in spikes]
+        for indices, expected in ((2, rates[-2:]), ([0, -1], rates[:: len(rates) - 1])):
+            found = model.forward_intermediates(x, indices, intermediates_only=True)
+            assert all(map(torch.allclose, found, expected))
+            assert len(found) == 2
+    with refused("output_fmt must be NCHW, not NHWC"):
+        model.forward_intermediates(x, output_fmt="NHWC")
+    del model.feature_info[:]
+    with refused("names no stages; call set_stages() in it"):
+        model.forward_intermediates(x)
+
+
+@each_family
+def test_a_backbone_of_features_trains_all_that_it_has(name: str) -> None:
+    whole, x = create(name), inputs_for(name)
+    options = SMALL[name] | {"num_classes": 5, "timesteps": 3, "neuron": NEURON}
+    net = timm.create_model(name, features_only=True, out_indices=(0, 1), **options).double()
+    net.model.load_state_dict(whole.state_dict(), strict=False)
+    assert net.default_cfg["pool_size"] == whole.default_cfg["pool_size"]
+    assert len(net.model.blocks) == whole.feature_info[1]["blocks"]
+    assert net.feature_info.channels() == [whole.feature_info[i]["num_chs"] for i in (0, 1)]
+    expected = whole.forward_intermediates(x, [0, 1], intermediates_only=True)
+    gradients = []
+    for recompute in (False, True):
+        net.model.set_grad_checkpointing(recompute)
+        net.zero_grad()
+        outputs = net(x)
+        for one, other in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        sum(output.square().sum() for output in outputs).backward()
+        gradients.append([parameter.grad for parameter in net.parameters()])
+        assert all(gradient is not None for gradient in gradients[-1])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@each_family
+def test_timms_distillation_takes_ours_as_student_and_teacher(name: str) -> None:
+    model, other = create(name).float(), create(name).float()
+    task = timm.task.LogitDistillationTask(model, other, nn.CrossEntropyLoss(), verbose=False)
+    found = task.train()(inputs_for(name).float(), torch.tensor([1, 4]))
+    assert 0 < found["kd_loss"] < 10
+    found["loss"].backward()
+    assert first_convolution(model).weight.grad.any()
 
 
 @each_family
@@ -296,15 +416,6 @@ def test_export_takes_the_definition_and_trace_is_refused() -> None:
         torch.testing.assert_close(exported(0.5 * x), model(0.5 * x))
     with pytest.raises(UserError, match=r"use torch\.export instead of torch\.jit\.trace"):
         torch.jit.trace(model, x)
-
-
-def test_timms_distillation_takes_ours_as_student_and_teacher() -> None:
-    model, other = (create("spiking_convnet").float() for _ in range(2))
-    task = timm.task.LogitDistillationTask(model, other, nn.CrossEntropyLoss(), verbose=False)
-    found = task.train()(inputs_for("spiking_convnet").float(), torch.tensor([1, 4]))
-    assert 0 < found["kd_loss"] < 1
-    found["loss"].backward()
-    assert first_convolution(model).weight.grad.any()
 
 
 # ------------------------------------------------------------------------------------ the stem
@@ -453,30 +564,6 @@ def test_scales_of_the_batch_norms(
     assert scales.pop("stem") == {stem}
     assert scales.pop("blocks") == {chain}
     assert scales == ({} if merged is None else {"merge": {merged}})
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "shapes"),
-    [
-        ("sew_resnet34", 64, [(64, 16)] * 3 + [(128, 8)] * 4 + [(256, 4)] * 6 + [(512, 2)] * 3),
-        ("spiking_resnet18", 64, [(64, 16)] * 2 + [(128, 8)] * 2 + [(256, 4)] * 2 + [(512, 2)] * 2),
-        ("spiking_resnet19", 32, [(128, 32)] * 3 + [(256, 16)] * 3 + [(512, 8)] * 2),
-        ("ms_resnet14_cifar", 32, [(64, 16)] * 2 + [(128, 8)] * 2 + [(256, 4)] * 2),
-        ("vggsnn", 48, [(128, 24), (256, 12), (512, 6), (512, 3)]),
-    ],
-)
-def test_shapes_from_block_to_block(name: str, size: int, shapes: list[tuple[int, int]]) -> None:
-    seen: list[tuple[int, ...]] = []
-    with torch.device("meta"):
-        model = timm.create_model(name, timesteps=2).eval()
-        model.set_execution("reference")
-        for block in model.blocks:
-            block.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape)))
-        images = (
-            torch.empty(1, 2, 2, size, size) if name == "vggsnn" else torch.empty(1, 3, size, size)
-        )
-        model(images)
-    assert seen == [(2, 1, channels, side, side) for channels, side in shapes]
 
 
 def test_resnet19_has_a_hidden_layer_of_spikes_in_its_head() -> None:

@@ -49,7 +49,7 @@ def make(name: str, neuron: dict[str, Any]) -> tuple[SpikingNetwork, Tensor]:
     torch.manual_seed(0)
     arguments = {"timesteps": T, "neuron": neuron or None} | SMALLER.get(name, {})
     model: SpikingNetwork = timm.create_model(name, **arguments).double()
-    channels, size, _ = model.pretrained_cfg["input_size"]
+    *_, channels, size, _ = model.pretrained_cfg["input_size"]
     size = model.input_size or min(size, 32)
     frames = (T,) if model.input_kind == "events" else ()
     x = torch.rand(6, *frames, channels, size, size, dtype=torch.float64)

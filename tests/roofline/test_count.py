@@ -31,7 +31,7 @@ def network(name: str = "sew_resnet18", **arguments: Any) -> Any:
 
 
 def shape_of(model: Any, batch: int = 2) -> tuple[int, ...]:
-    channels, height, width = model.default_cfg["input_size"]
+    *_, channels, height, width = model.default_cfg["input_size"]
     height, width = min(height, 64), min(width, 64)
     bins = (model.timesteps,) if model.input_kind == "events" else ()
     return (batch, *bins, channels, height, width)

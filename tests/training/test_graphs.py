@@ -5,6 +5,7 @@ capture asks of a micro-batch.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,12 +125,13 @@ def dropping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the network draw numbers, and give it an unused parameter."""
     build, head = SpikingConvNet.__init__, SpikingConvNet.forward_head
 
+    @functools.wraps(build)
     def make(self: Any, *arguments: Any, **options: Any) -> None:
         build(self, *arguments, **options)
         self.stray = nn.Parameter(torch.ones(3))
 
-    def drop(self: Any, x: Tensor, *arguments: Any) -> Tensor:
-        return head(self, F.dropout(x, 0.3, self.training), *arguments)
+    def drop(self: Any, x: Tensor, **options: Any) -> Tensor:
+        return head(self, F.dropout(x, 0.3, self.training), **options)
 
     monkeypatch.setattr(SpikingConvNet, "__init__", make)
     monkeypatch.setattr(SpikingConvNet, "forward_head", drop)

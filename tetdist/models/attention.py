@@ -237,7 +237,7 @@ class StreamTransformer(SpikingNetwork):
 
     def pooled(self, x: Tensor) -> Tensor:
         """Return spikes (T, B, C) of the mean current over positions."""
-        current = x.mean((3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
+        current = self.over_positions(x, torch.promote_types(x.dtype, torch.float32))
         spikes: Tensor = self.head_neuron(current)
         return spikes.to(next(self.parameters()).dtype)
 

@@ -1,18 +1,23 @@
 """The common part of all spiking networks: time first, logits per timestep, timm's methods."""
 
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, assert_never
+from typing import Any, ClassVar, Literal, Never, Protocol, TypeVar, assert_never
 
 import torch
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from tetdist.errors import UserError
 from tetdist.models.streaming import Stream
 from tetdist.nn import dropout, neurons
+from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import FusedLayer, NeuronLayer, NormNeuron, neurons_of
 from tetdist.nn.packed import Conv2d
@@ -75,8 +80,8 @@ def check_logits(
 class SpikingNetwork(nn.Module):
     """Base of all models: ``encode`` the input, ``body`` of blocks, pooled ``head``.
 
-    Subclasses set ``stem``, ``blocks`` (an ``nn.Sequential`` of (T, B, C, H, W) modules) and the
-    head (`set_head`, or ``num_features`` and ``fc``), and call `init_weights` at the end. A
+    Subclasses set ``stem``, ``blocks`` (an ``nn.Sequential`` of (T, B, C, H, W) modules), name
+    their stages (`set_stages`), make the head (`set_head`), and call `init_weights` at the end. A
     subclass whose `pooled` is not a mean over positions names it in ``global_pool``.
 
     Args:
@@ -95,7 +100,9 @@ class SpikingNetwork(nn.Module):
     blocks: nn.Sequential
     head_drop: dropout.Dropout
     fc: nn.Module
+    # timm's names: channels of `forward_features`, and the number of the classifier's inputs.
     num_features: int
+    head_hidden_size: int
     # Blocks exchange multiples of 1 / spike_levels (None: any numbers), up to 1 or, by block, up to
     # highest_inputs (None: any numbers); recompute.py stores them in half a byte or one. Networks
     # set these for spikes of 0 and 1; `build` adapts them to other neurons.
@@ -104,7 +111,8 @@ class SpikingNetwork(nn.Module):
     # Number of last blocks that are recomputed only in segments: recomputing a ResNet's last stage
     # takes time and saves next to no memory.
     small_blocks: int = 0
-    # timm's name of the pooling before the classifier; '': no pooling and no classifier.
+    # timm's name of the pooling before the classifier: ``avg``, ``max``, or ``flatten``, which
+    # keeps all positions; '': no pooling and no classifier.
     global_pool: str = "avg"
     # ``images`` (B, C, H, W), the same at all timesteps, or ``events`` (B, T, C, H, W).
     input_kind: Literal["images", "events"] = "images"
@@ -123,6 +131,7 @@ class SpikingNetwork(nn.Module):
         self.set_timesteps(timesteps)
         self.grad_checkpointing = False
         self.segment: int | None = None
+        self.feature_info: list[dict[str, Any]] = []
 
     def set_timesteps(self, timesteps: int) -> None:
         """Change T; weights and running statistics stay.
@@ -173,11 +182,30 @@ class SpikingNetwork(nn.Module):
                 )
         self.segment = timesteps
 
-    def set_head(self, num_features: int, drop_rate: float) -> None:
-        """Make the classifier for ``num_features``, of which training drops a fraction."""
-        self.num_features = self.head_hidden_size = num_features
-        self.head_drop = dropout.Dropout(drop_rate, num_features)
-        self.fc = new_classifier(num_features, self.num_classes)
+    def set_stages(self, stem: tuple[int, int], *stages: tuple[int, int, int]) -> None:
+        """Describe the outputs of the stem and of each stage of blocks, for timm's users.
+
+        Args:
+            stem: Channels and reduction, the ratio of the input's sides to the output's.
+            stages: Channels, reduction and number of ``blocks`` of each.
+        """
+        end, self.feature_info = 0, []
+        for channels, reduction, blocks in ((*stem, 0), *stages):
+            end += blocks
+            module = f"blocks.{end - 1}" if end else "stem"
+            self.feature_info.append(
+                {"num_chs": channels, "reduction": reduction, "module": module, "blocks": end}
+            )
+        self.num_features = stages[-1][0]
+
+    def set_head(self, drop_rate: float = 0.0, inputs: int | None = None) -> None:
+        """Make the classifier of the last stage's channels, or of ``inputs`` features.
+
+        Training drops the fraction ``drop_rate`` of them.
+        """
+        self.head_hidden_size = inputs or self.num_features
+        self.head_drop = dropout.Dropout(drop_rate, self.head_hidden_size)
+        self.fc = new_classifier(self.head_hidden_size, self.num_classes)
 
     @property
     def in_chans(self) -> int:
@@ -192,23 +220,34 @@ class SpikingNetwork(nn.Module):
         self.set_global_pool(global_pool, num_classes)
         self.num_classes = num_classes
         old = next(self.parameters())
-        self.fc = new_classifier(self.num_features, num_classes).to(old.device, old.dtype)
+        new = new_classifier(self.head_hidden_size, num_classes).to(old.device, old.dtype)
+        self.fc = new.train(self.training)
 
     def set_global_pool(self, global_pool: str | None, num_classes: int) -> None:
         """Pool features before a classifier of ``num_classes``; '' keeps them and has none.
 
         Raises:
-            ValueError: The network has no such pooling; None changes nothing.
+            ValueError: The network has no such pooling. None keeps it, and restores it from ''.
         """
-        own, pool = type(self).global_pool, self.global_pool if global_pool is None else global_pool
-        if pool != own and (pool or num_classes):
-            raise ValueError(f"global_pool must be {own!r}, or '' with num_classes=0, not {pool!r}")
+        own = type(self).global_pool
+        kept = self.global_pool or (own if num_classes else "")
+        pool = kept if global_pool is None else global_pool
+        pools = ("avg", "max") if own == "avg" else (own,)
+        if pool not in pools and (pool or num_classes):
+            raise ValueError(
+                f"global_pool must be {' or '.join(map(repr, pools))}, or '' with num_classes=0, "
+                f"not {pool!r}"
+            )
         self.global_pool = pool
 
-    # timm's networks take `coarse` for stages instead of blocks; here only blocks exist.
-    def group_matcher(self, coarse: bool = False) -> dict[str, str]:  # noqa: ARG002  # see above
-        """Return patterns of parameter names by layer, as timm does: stem, each block, the rest."""
-        return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Return patterns of parameter names by layer, as timm does: stem, each block (if
+        ``coarse``, each stage), the rest."""
+        if not coarse:
+            return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
+        ends = itertools.pairwise(info["blocks"] for info in self.feature_info)
+        numbers = ["|".join(map(str, range(*stage))) for stage in ends]
+        return {"stem": r"^stem"} | {f"stage{n}": rf"^blocks\.(?:{n})\." for n in numbers}
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters without weight decay in timm's optimisers: those of neurons."""
@@ -221,6 +260,8 @@ class SpikingNetwork(nn.Module):
         Raises:
             ValueError: The shape is wrong, or there are fewer than T time bins.
         """
+        if isinstance(x, Proxy):
+            self.__prepare_scriptable__()
         match self.input_kind:
             case "images":
                 if x.ndim != 4:
@@ -265,25 +306,89 @@ class SpikingNetwork(nn.Module):
         """
         return Stream(self)
 
+    def __prepare_scriptable__(self) -> Never:
+        """Refuse TorchScript, which calls this first, and torch.fx."""
+        name = type(self).__name__
+        raise UserError(f"TorchScript and torch.fx cannot trace {name}; use torch.export instead")
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the spikes of the last block, (T, B, C, H, W)."""
         return self.features_of(self.time_first(x), self.timesteps)
 
-    def features_of(self, x: Tensor, timesteps: int) -> Tensor:
-        """Compute `forward_features` of an input that `time_first` returned."""
+    def features_of(
+        self, x: Tensor, timesteps: int, kept: dict[int, Tensor] | None = None
+    ) -> Tensor:
+        """Compute `forward_features` of an input that `time_first` returned.
+
+        ``kept`` gets the outputs of the stem (key 0) and of block i (key i + 1), for its keys.
+        """
+        kept = {} if kept is None else kept
         if self.training and self.drop_path_rate:
             dropout.draw_paths(self.blocks, x)
         x = self._run(self.forward_stem, x, timesteps, self.stem, levels=None)
+        if 0 in kept:
+            kept[0] = x
         small_from = len(self.blocks) - (0 if self.segment else self.small_blocks)
         for i, block in enumerate(self.blocks):
             if i >= small_from:
                 x = self.forward_block(block, x, timesteps)
-                continue
-            highest = self.highest_inputs[i] if self.highest_inputs else 1
-            levels = None if highest is None else self.spike_levels
-            run = partial(self.forward_block, block)
-            x = self._run(run, x, timesteps, block, levels=levels, highest=highest or 1)
+            else:
+                highest = self.highest_inputs[i] if self.highest_inputs else 1
+                levels = None if highest is None else self.spike_levels
+                run = partial(self.forward_block, block)
+                x = self._run(run, x, timesteps, block, levels=levels, highest=highest or 1)
+            if i + 1 in kept:
+                kept[i + 1] = x
         return x
+
+    # timm passes `norm` and `stop_early`: no network has a norm of features, and all blocks run.
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,  # noqa: ARG002  # see above
+        stop_early: bool = False,  # noqa: ARG002  # see above
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        per_timestep: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return `forward_features`, and the outputs that ``feature_info`` describes.
+
+        Those are means over time, (B, C, H, W): firing rates, or the mean currents of a real-valued
+        stream; with ``per_timestep`` the values of each timestep, (T, B, C, H, W). ``indices`` are
+        positions in ``feature_info``, or a number of last ones; None: all.
+        """
+        if output_fmt != "NCHW":
+            raise UserError(f"output_fmt must be NCHW, not {output_fmt}")
+        taken, _ = self._taken(indices)
+        kept = dict.fromkeys((self.feature_info[i]["blocks"] for i in sorted(taken)), x)
+        y = self.features_of(self.time_first(x), self.timesteps, kept)
+        outputs = [
+            one.expand(self.timesteps, *one.shape[1:]) if per_timestep else one.mean(0)
+            for one in kept.values()
+        ]
+        return outputs if intermediates_only else (y, outputs)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the outputs of ``indices`` do not need, and return them as a list."""
+        del prune_norm
+        taken, last = self._taken(indices)
+        blocks = list(self.blocks)[: self.feature_info[last]["blocks"]]
+        self.small_blocks = max(0, self.small_blocks - len(self.blocks) + len(blocks))
+        self.blocks = nn.Sequential(*blocks)
+        names = list(self._modules)
+        for name in names[names.index("blocks") + 1 :] if prune_head else ():
+            setattr(self, name, nn.Identity())
+        return taken
+
+    def _taken(self, indices: int | list[int] | None) -> tuple[list[int], int]:
+        """Return positions in ``feature_info``, and the largest of them."""
+        if not self.feature_info:
+            raise UserError(f"{type(self).__name__} names no stages; call set_stages() in it")
+        found: tuple[list[int], int] = feature_take_indices(len(self.feature_info), indices)
+        return found
 
     def _run(
         self,
@@ -315,40 +420,41 @@ class SpikingNetwork(nn.Module):
         """Map (1 or T, B, C, H, W) to spikes (T, B, C', H', W'), or to the current of a stream,
         which may be (1, ...) for all timesteps."""
         y: Tensor = self.stem(x, timesteps)
-        return y
+        pool = getattr(self, "pool", None)  # ResNets have one.
+        return y if pool is None else pool(y)
 
     def forward_block(self, block: nn.Module, x: Tensor, timesteps: int) -> Tensor:
-        """Run one of ``blocks``, with T from its input. Families whose stem returns a current,
-        which may be (1, ...) for all timesteps, override this."""
-        assert x.shape[0] == timesteps
-        y: Tensor = block(x)
+        """Run one of ``blocks``; ``x`` may be a current (1, ...) for all timesteps."""
+        y: Tensor = block(x) if x.shape[0] == timesteps else block(x, timesteps)
         return y
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map (T, B, C, H, W) to logits (T, B, K), or to pooled features (T, B, C).
-
-        If ``global_pool`` is '', return the features unchanged.
-        """
-        if not self.global_pool:
-            return x
-        x = self.pooled(x)
-        if pre_logits:
-            return x
-        # A user's network may have none.
-        drop = getattr(self, "head_drop", None)
-        return self.fc(x if drop is None else drop(x))
+    def forward_head(
+        self, x: Tensor, pre_logits: bool = False, per_timestep: bool = False
+    ) -> Tensor:
+        """Map `forward_features` to logits, (B, K), or with ``pre_logits`` to the classifier's
+        input, (B, F): means over time, or with ``per_timestep`` the values of each timestep, (T,
+        B, ...). If ``global_pool`` is '', both are the features."""
+        if self.global_pool:
+            x = self.pooled(x)
+            x = x if pre_logits else self.fc(self.head_drop(x))
+        return x if per_timestep else x.mean(0)
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Map (T, B, C, H, W) to the classifier's input, (T, B, C)."""
-        return x.mean((3, 4))
+        """Map (T, B, C, H, W) to the classifier's input, (T, B, F)."""
+        return self.over_positions(x)
+
+    def over_positions(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Pool (T, B, C, H, W) by ``global_pool``; a mean is computed in ``dtype`` if given."""
+        if self.global_pool == "flatten":
+            return x.flatten(2)
+        return x.amax((3, 4)) if self.global_pool == "max" else x.mean((3, 4), dtype=dtype)
 
     def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
         """Return logits: their mean over time, (B, K), or those of each timestep, (T, B, K).
 
         The output layer neither decays nor fires: O(t) is its input at t.
         """
-        logits = self.forward_head(self.forward_features(x))
-        return logits if per_timestep else logits.mean(0)
+        return self.forward_head(self.forward_features(x), per_timestep=per_timestep)
 
 
 class ConvNormNeuron(nn.Module):
@@ -386,6 +492,17 @@ def resnet_blocks(
             stride = 1 if i else (2 if stage else first)
             yield in_channels, width * 2**stage, stride
             in_channels = width * 2**stage * expansion
+
+
+def stages_of(
+    widths: Sequence[int], depths: Sequence[int], reduction: int, embeddings: int = 0
+) -> list[tuple[int, int, int]]:
+    """Return stages for `set_stages`, whose reduction doubles; all but the first begin with
+    ``embeddings``, which are not counted in ``depths``."""
+    return [
+        (width, reduction * 2**i, depth + min(i, 1) * embeddings)
+        for i, (width, depth) in enumerate(zip(widths, depths, strict=True))
+    ]
 
 
 def new_classifier(num_features: int, num_classes: int) -> nn.Module:
@@ -427,7 +544,9 @@ CIFAR: dict[str, Any] = {
     "mean": (0.4914, 0.4822, 0.4465),
     "std": (0.2470, 0.2435, 0.2616),
 }
+# An event network's ``input_size`` is (T, C, H, W).
 EVENTS: dict[str, Any] = {"crop_pct": 1.0, "mean": (0.0, 0.0), "std": (1.0, 1.0)}
+FIXED_EVENTS = EVENTS | {"fixed_input_size": True}
 
 
 def model_cfg(image_size: int = 224, **overrides: Any) -> dict[str, Any]:
@@ -436,7 +555,6 @@ def model_cfg(image_size: int = 224, **overrides: Any) -> dict[str, Any]:
         "url": "",
         "num_classes": 1000,
         "input_size": (3, image_size, image_size),
-        "pool_size": None,
         "crop_pct": 0.875,
         "interpolation": "bilinear",
         "mean": (0.485, 0.456, 0.406),
@@ -460,14 +578,8 @@ def build(
     ``neuron`` may be a mapping; missing values are those of the network's `default_neuron`.
 
     Raises:
-        UserError: ``features_only``, or a drop rate that the network does not support, is
-            requested.
+        UserError: An argument of timm's is given that the network does not support.
     """
-    if kwargs.pop("features_only", False):
-        raise UserError(
-            f"features_only: {variant} has features (T, B, C, H, W), which timm's feature "
-            "extraction cannot handle; call forward_features, or put hooks on model.blocks"
-        )
     neuron = neurons.make(neuron, cls.default_neuron)
     parameters = inspect.signature(cls).parameters
     for rate in ("drop_rate", "drop_path_rate"):  # timm's train.py passes 0 to any network
@@ -475,12 +587,47 @@ def build(
             raise UserError(
                 f"{rate}: {variant} drops nothing in training; remove it, or set it to 0"
             )
-    global_pool = None if "global_pool" in parameters else kwargs.pop("global_pool", None)
-    model: Network = build_model_with_cfg(cls, variant, pretrained, neuron=neuron, **kwargs)
-    model.set_global_pool(global_pool, model.num_classes)
-    model.set_timesteps(model.timesteps)  # The neurons now exist and may refuse T.
-    _set_exchanged_values(model, neuron, variant)
-    return model
+    given = {name: kwargs.pop(name, None) for name in ("pretrained_cfg", "pretrained_cfg_overlay")}
+    cfg = resolve_pretrained_cfg(variant, **given).to_dict()
+    cfg["input_size"] = tuple(cfg["input_size"][-3:])  # timm expects no T
+    if "input_size" in kwargs and "input_size" in parameters:
+        kwargs.setdefault("img_size", kwargs.pop("input_size"))
+    if kwargs.get("features_only"):
+        kwargs = {"feature_cls": "getter", "out_indices": None} | kwargs
+        if (other := kwargs["feature_cls"]) != "getter":
+            raise UserError(f"feature_cls: {variant} needs timm's getter, not {other!r}; remove it")
+
+    def make(img_size: Any = None, **arguments: Any) -> Network:
+        if img_size is not None:
+            height, width = to_2tuple(img_size)
+            if "input_size" not in parameters or height != width:
+                sizes = "square images" if "input_size" in parameters else "images of any size"
+                raise UserError(f"img_size: {variant} takes {sizes}; remove {img_size}")
+            arguments["input_size"] = height
+        placed = {name: arguments.pop(name, None) for name in ("device", "dtype")}
+        of_norms = {name: arguments.pop(f"bn_{name}", None) for name in ("eps", "momentum")}
+        of_norms = {name: value for name, value in of_norms.items() if value is not None}
+        pool = None if "global_pool" in parameters else arguments.pop("global_pool", None)
+        model = cls(**arguments)
+        model.set_global_pool(pool, model.num_classes)
+        model.set_timesteps(model.timesteps)  # The neurons now exist and may refuse T.
+        _set_exchanged_values(model, neuron, variant)
+        for norm in (module for module in model.modules() if isinstance(module, BatchNorm)):
+            vars(norm).update(of_norms)
+        return model.to(**placed)
+
+    kwargs |= {"neuron": neuron, "pretrained_cfg": cfg}
+    built: Network = build_model_with_cfg(make, variant, pretrained, **kwargs)
+    model = built.model if isinstance(built, FeatureGetterNet) else built
+    own = {}
+    if model.feature_info:
+        reduction = model.feature_info[-1]["reduction"]
+        own["pool_size"] = tuple(-(-side // reduction) for side in cfg["input_size"][1:])
+    if model.input_kind == "events":
+        own["input_size"] = (model.timesteps, *cfg["input_size"])
+    for one in (built, model):
+        one.pretrained_cfg.update(own)
+    return built
 
 
 def _set_exchanged_values(model: SpikingNetwork, neuron: NeuronConfig, variant: str) -> None:

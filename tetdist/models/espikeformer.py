@@ -231,8 +231,13 @@ class ESpikeFormer(StreamTransformer):
             Downsampling(third, fourth, 1, neuron),
             *(transformer(fourth) for _ in range(depths[1])),
         )
+        self.set_stages(
+            (first // 2, 2),
+            *((first // 2, 2, 1), (first, 4, 2), (second, 8, 3)),
+            *((third, 16, 1 + depths[0]), (fourth, 16, 1 + depths[1])),
+        )
         self.head_neuron = Neuron(counting_neuron(neuron), fourth)
-        self.set_head(fourth, drop_rate)
+        self.set_head(drop_rate)
         init_as_published([self.fc])
 
 

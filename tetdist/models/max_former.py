@@ -102,8 +102,9 @@ class MaxFormer(StreamTransformer):
             return Block(mixer, StreamMlp(width, mlp_ratio * width, neuron, rate))
 
         self.blocks = stages(widths, depths, drop_path_rate, embedding, block)
+        self.set_stages((first, 4), *base.stages_of(widths, depths, 4, embeddings=1))
         self.head_neuron = Neuron(neuron, widths[-1])
-        self.set_head(widths[-1], drop_rate)
+        self.set_head(drop_rate)
         # As in the authors' code: attention keeps torch's own initialisation.
         init_as_published(convolutions_outside(self, StreamAttention))
 

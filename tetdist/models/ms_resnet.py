@@ -91,9 +91,11 @@ class MSResNet(SpikingNetwork):
             )
         )
         self.small_blocks = layers[-1]
-        num_features = width * 2 ** (len(layers) - 1)
-        self.neuron = Neuron(neuron, num_features)
-        self.set_head(num_features, drop_rate)
+        reduction = 1 if stem == "cifar" else 2
+        widths = [width * 2**i for i in range(len(layers))]
+        self.set_stages((width, reduction), *base.stages_of(widths, layers, 2 * reduction))
+        self.neuron = Neuron(neuron, self.num_features)
+        self.set_head(drop_rate)
         base.init_weights(self, init)
         for module in self.modules():
             if isinstance(module, BatchNorm):
@@ -102,12 +104,8 @@ class MSResNet(SpikingNetwork):
             assert isinstance(block, Block)
             nn.init.zeros_(block.add.norm.weight)
 
-    def forward_block(self, block: nn.Module, x: Tensor, timesteps: int) -> Tensor:
-        y: Tensor = block(x, timesteps)
-        return y
-
     def pooled(self, x: Tensor) -> Tensor:
-        return self.neuron(x).mean((3, 4))
+        return self.over_positions(self.neuron(x))
 
 
 default_cfgs = generate_default_cfgs(

@@ -82,8 +82,8 @@ class Block(nn.Module):
             self.downsample = conv1x1(in_channels, width, stride, bias)
             self.downsample_norm = BatchNorm(width)
 
-    def forward(self, x: Tensor, timesteps: int) -> Tensor:
-        """Map (T, B, C, H, W), or (1, ...) for all timesteps, to (T, B, C, H, W)."""
+    def forward(self, x: Tensor, timesteps: int | None = None) -> Tensor:
+        """Map (T, B, C, H, W), or (1, ...) for all ``timesteps``, to (T, B, C, H, W)."""
         residual = self.conv2(self.conv1(self.neuron(x, timesteps)))
         shortcut = self.downsample(self.pool(x))
         return self.add(residual, shortcut, shortcut_norm=self.downsample_norm)
@@ -132,16 +132,10 @@ class PreActResNet(SpikingNetwork):
             )
         )
         self.small_blocks = layers[-1]
-        self.set_head(width * 2 ** (len(layers) - 1), drop_rate)
+        widths = [width * 2**i for i in range(len(layers))]
+        self.set_stages((width, 4), *base.stages_of(widths, layers, 4))
+        self.set_head(drop_rate)
         base.init_weights(self)
-
-    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        """Map (1 or T, B, C, H, W) to a current with the same number of timesteps."""
-        return self.pool(self.stem(x, timesteps))
-
-    def forward_block(self, block: nn.Module, x: Tensor, timesteps: int) -> Tensor:
-        y: Tensor = block(x, timesteps)
-        return y
 
 
 default_cfgs = generate_default_cfgs(

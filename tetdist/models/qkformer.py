@@ -286,7 +286,9 @@ class QKFormer(SpikingNetwork):
         # Largest input of each block: an embedding and each half of a block add two layers' spikes.
         highest = [2 * i for depth in depths for i in range(1, depth + 2)]
         self.highest_inputs = tuple(highest[:-1])  # The last one is the classifier's.
-        self.set_head(widths[-1], drop_rate)
+        reduction = {"imagenet": 4, "cifar": 1, "dvs": 8}[embedding]
+        self.set_stages((widths[0], reduction), *base.stages_of(widths, depths, reduction, 1))
+        self.set_head(drop_rate)
         init_as_published([self.fc])
 
 
@@ -299,7 +301,7 @@ class QKFormerDVS(QKFormer):
 _FIRST: dict[str, Any] = {"first_conv": "stem.layers.0.conv"}
 _IMAGENET = _FIRST | {"interpolation": "bicubic"}
 _CIFAR = _IMAGENET | base.CIFAR
-_EVENTS = _FIRST | base.EVENTS | {"input_size": (2, 128, 128)}
+_EVENTS = _FIRST | base.EVENTS | {"input_size": (16, 2, 128, 128)}
 default_cfgs = generate_default_cfgs(
     {f"qkformer_10_{width}": base.model_cfg(**_IMAGENET) for width in (384, 512, 768)}
     | {

@@ -175,12 +175,10 @@ class SEWResNet(SpikingNetwork):
                 highest = 1 + (highest if isinstance(one.downsample, nn.Identity) else 1)
         self.highest_inputs = tuple(highest_inputs)
         self.small_blocks = layers[-1]
-        self.set_head(width * 2 ** (len(layers) - 1) * block.expansion, drop_rate)
+        widths = [width * 2**i * block.expansion for i in range(len(layers))]
+        self.set_stages((width, 4), *base.stages_of(widths, layers, 4))
+        self.set_head(drop_rate)
         base.init_weights(self)
-
-    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        y: Tensor = self.pool(self.stem(x, timesteps))
-        return y
 
 
 default_cfgs = generate_default_cfgs(

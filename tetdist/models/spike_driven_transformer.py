@@ -194,7 +194,9 @@ class SpikeDrivenTransformer(StreamTransformer):
             )
         )
         self.head_neuron = Neuron(neuron, channels)
-        self.set_head(channels, drop_rate)
+        reduction = 2 ** sum(pools)
+        self.set_stages((channels, reduction), *[(channels, reduction, 1)] * depth)
+        self.set_head(drop_rate)
         init_as_published(module for module in self.modules() if isinstance(module, nn.Conv2d))
 
 
@@ -213,8 +215,10 @@ default_cfgs = generate_default_cfgs(
     | {"sdt_8_768": base.model_cfg(**_IMAGENET)}
     | {f"sdt_2_{width}_cifar": base.model_cfg(32, **_CIFAR) for width in (256, 512)}
     | {
-        "sdt_2_256_dvs": base.model_cfg(num_classes=10, input_size=(2, 64, 64), **_EVENTS),
-        "sdt_2_256_gesture": base.model_cfg(num_classes=11, input_size=(2, 128, 128), **_EVENTS),
+        "sdt_2_256_dvs": base.model_cfg(num_classes=10, input_size=(10, 2, 64, 64), **_EVENTS),
+        "sdt_2_256_gesture": base.model_cfg(
+            num_classes=11, input_size=(16, 2, 128, 128), **_EVENTS
+        ),
     }
 )
 

@@ -6,7 +6,7 @@
 import itertools
 
 from timm.models import generate_default_cfgs
-from torch import Tensor, nn
+from torch import nn
 
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv3x3
@@ -52,11 +52,10 @@ class SpikingConvNet(SpikingNetwork):
         self.input_size = side = input_size
         for _ in channels[1:]:
             side = (side + 1) // 2
-        self.set_head(channels[-1] * side**2, drop_rate)
+        first, *stages = ((wide, 2**i, 1) for i, wide in enumerate(channels))
+        self.set_stages(first[:2], *stages)
+        self.set_head(drop_rate, channels[-1] * side**2)
         base.init_weights(self)
-
-    def pooled(self, x: Tensor) -> Tensor:
-        return x.flatten(2)
 
 
 class SpikingConvNetDVS(SpikingConvNet):
@@ -69,10 +68,15 @@ default_cfgs = generate_default_cfgs(
     bundled.with_weights(
         {
             "spiking_convnet": base.model_cfg(
-                28, num_classes=10, crop_pct=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+                28,
+                num_classes=10,
+                fixed_input_size=True,
+                crop_pct=1.0,
+                mean=(0.5, 0.5, 0.5),
+                std=(0.5, 0.5, 0.5),
             ),
             "spiking_convnet_dvs": base.model_cfg(
-                num_classes=10, input_size=(2, 34, 34), **base.EVENTS
+                num_classes=10, input_size=(10, 2, 34, 34), **base.FIXED_EVENTS
             ),
         }
     )

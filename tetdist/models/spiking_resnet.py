@@ -173,20 +173,19 @@ class SpikingResNet(SpikingNetwork):
             *(block(*place, neuron, norm, rate) for place, rate in zip(places, rates, strict=True))
         )
         self.small_blocks = layers[-1]
-        channels = width * 2 ** (len(layers) - 1) * block.expansion
+        reduction = 1 if stem == "cifar" else 4
+        widths = [width * 2**i * block.expansion for i in range(len(layers))]
+        self.set_stages((stem_width, reduction), *base.stages_of(widths, layers, reduction))
         self.hidden: nn.Module = nn.Identity()
         if hidden_features:
             self.hidden = nn.Sequential(
-                nn.Linear(channels, hidden_features), Neuron(neuron, hidden_features)
+                nn.Linear(self.num_features, hidden_features), Neuron(neuron, hidden_features)
             )
-        self.set_head(hidden_features or channels, drop_rate)
+        self.set_head(drop_rate, hidden_features)
         base.init_weights(self, init)
 
-    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        return self.pool(self.stem(x, timesteps))
-
     def pooled(self, x: Tensor) -> Tensor:
-        return self.hidden(x.mean((3, 4)))
+        return self.hidden(self.over_positions(x))
 
 
 class SpikingResNetDVS(SpikingResNet):
@@ -206,7 +205,7 @@ default_cfgs = generate_default_cfgs(
     }
     | {
         "spiking_resnet19_dvs": base.model_cfg(
-            num_classes=10, input_size=(2, 48, 48), **base.EVENTS
+            num_classes=10, input_size=(10, 2, 48, 48), **base.FIXED_EVENTS
         )
     }
 )

@@ -23,7 +23,7 @@ class Streamed(Protocol):
     def check_size(self, x: Tensor) -> None: ...
     def frame(self, x: Tensor, t: int) -> Tensor: ...
     def features_of(self, x: Tensor, timesteps: int) -> Tensor: ...
-    def forward_head(self, x: Tensor) -> Tensor: ...
+    def forward_head(self, x: Tensor, *, per_timestep: bool) -> Tensor: ...
 
 
 def carrying_layers(model: Streamed) -> dict[str, NeuronLayer]:
@@ -61,7 +61,7 @@ def run_step(
         The timestep's logits, (B, K), and the membranes after it.
     """
     with carrying_membranes(layers, membranes) as ends:
-        logits = model.forward_head(model.features_of(frame, 1))
+        logits = model.forward_head(model.features_of(frame, 1), per_timestep=True)
         return logits[0], ends()
 
 

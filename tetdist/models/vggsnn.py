@@ -1,7 +1,7 @@
 """VGGSNN, the network of TET for 48x48 two-channel event frames (CIFAR10-DVS)."""
 
 from timm.models import generate_default_cfgs
-from torch import Tensor, nn
+from torch import nn
 
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv3x3
@@ -49,15 +49,13 @@ class VGGSNN(SpikingNetwork):
             nn.Sequential(layer(256, 512), layer(512, 512), AvgPool()),
             nn.Sequential(layer(512, 512), layer(512, 512), AvgPool()),
         )
-        self.set_head(512 * (input_size // 16) ** 2, drop_rate)
+        self.set_stages((64, 1), (128, 2, 1), (256, 4, 1), (512, 8, 1), (512, 16, 1))
+        self.set_head(drop_rate, 512 * (input_size // 16) ** 2)
         base.init_weights(self)
-
-    def pooled(self, x: Tensor) -> Tensor:
-        return x.flatten(2)
 
 
 default_cfgs = generate_default_cfgs(
-    {"vggsnn": base.model_cfg(num_classes=10, input_size=(2, 48, 48), **base.EVENTS)}
+    {"vggsnn": base.model_cfg(num_classes=10, input_size=(10, 2, 48, 48), **base.FIXED_EVENTS)}
 )
 
 vggsnn = base.register(VGGSNN, "vggsnn")  # 9.27 million parameters at 48x48 and 10 classes

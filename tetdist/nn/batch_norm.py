@@ -150,7 +150,7 @@ class BatchNorm(_Module):
             UserError: Always.
         """
         raise UserError(
-            "tetdist's batch norm runs inside fused layers and cannot be converted or traced. To "
+            "tetdist's batch norm runs inside fused layers and cannot be converted or traced; to "
             "synchronise it, set batch_norm.sync=true or call tetdist.nn.batch_norm.synchronize; "
             "to freeze it with timm, pass include_bn_running_stats=False; to export the network, "
             "use torch.export instead of torch.jit.trace"

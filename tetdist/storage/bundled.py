@@ -45,6 +45,7 @@ def with_weights(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         if network in cfgs:
             own = {key: tuple(v) if isinstance(v, list) else v for key, v in values}
             own["file"] = str(file.with_name("model.safetensors"))
+            own["input_size"] = (*cfgs[network]["input_size"][:-3], *own["input_size"])  # with T
             cfgs = cfgs | {f"{network}.{file.parent.name}": cfgs[network] | own}
     return cfgs
 

@@ -158,7 +158,7 @@ def batch_of(options: argparse.Namespace) -> Tensor:
     """Make random images (B, 3, H, W) or event frames (B, T, 2, H, W), by the network."""
     import timm
 
-    channels, size, _ = timm.get_pretrained_cfg(options.model).input_size
+    *_, channels, size, _ = timm.get_pretrained_cfg(options.model).input_size
     size = options.size or size
     generator = torch.Generator().manual_seed(0)
     frames = (options.timesteps,) if channels == 2 else ()

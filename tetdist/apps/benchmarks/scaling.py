@@ -203,7 +203,7 @@ def training_step(
     made = make_optimizer(model, config.phases[0].optimizer)
     engine = make_engine(EngineParts(config, model, made, accumulation, world))
     step = Step(config, model, engine, world, range(accumulation))
-    return MadeUp(step, size or model.default_cfg["input_size"][1])
+    return MadeUp(step, size or model.default_cfg["input_size"][-1])
 
 
 def initial(config: "RunConfig") -> Any:
@@ -238,7 +238,7 @@ class MadeUp:
         """Return images and labels of a process; each process has other ones."""
         config, model, device = self.step.config, self.step.model, self.step.world.device
         generator = torch.Generator(device).manual_seed(3 * rank + number)
-        batch, channels = config.batch.micro, model.default_cfg["input_size"][0]
+        batch, channels = config.batch.micro, model.in_chans
         frames = (model.timesteps,) if model.input_kind == "events" else ()
         shape = (batch, *frames, channels, self.size, self.size)
         images = torch.rand(shape, device=device, generator=generator)
