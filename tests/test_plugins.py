@@ -1,6 +1,7 @@
 """Files from outside: those of docs/extending.md are run, kept and compared."""
 
 import copy
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
+from safetensors.torch import load_file
 from tiny import Farm, Outcome
 
 from tetdist import plugins
@@ -38,6 +40,7 @@ USES: dict[str, dict[str, Any]] = {
         "data.resize": 32,
     },
 }
+LOOPS = ("loop_torch.py", "loop_accelerate.py", "loop_lightning.py")
 Main = Callable[..., Outcome]
 ConfigWriter = Callable[..., Path]
 
@@ -57,7 +60,7 @@ def write(tiny_config: ConfigWriter, tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_every_file_of_the_page_is_tried() -> None:
-    assert FILES.keys() == USES.keys()
+    assert FILES.keys() == {*USES, *LOOPS, "own_parts.py"}
 
 
 @pytest.mark.parametrize("name", USES)
@@ -82,6 +85,40 @@ def test_file_of_the_page_trains_on_two_processes_as_on_one(
     if name == "my_tracker.py":
         rows = (tmp_path / "runs/world1/losses.csv").read_text().splitlines()
         assert len(rows) == sum(line["kind"] == "train" for line in one)
+
+
+@pytest.mark.parametrize("script", LOOPS)
+def test_own_loop_is_the_trainers(
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path, script: str
+) -> None:
+    """On two processes; that in plain torch has been stopped on one."""
+    optimizer = {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0}
+    phase = {"epochs": 1, "timesteps": 2, "schedule": "constant", "optimizer": optimizer}
+    changes = {"phases": [phase], "loss.lambda": 0.05, "precision": "fp64", "engine": "torch"}
+    file = tiny_config(changes)
+    assert main(file, "name=trainer").status == 0
+    for name in (script, "own_parts.py"):
+        (tmp_path / name).write_text(FILES[name])
+    torchrun = ["-m", "torch.distributed.run", "--master-port", tiny.free_port()]
+    starts = [[*torchrun, "--nproc-per-node", 2, script, file, "name=own"]]
+    if script == "loop_torch.py":
+        starts.insert(0, [script, file, "name=own", "max_steps=2"])
+    env = tiny.clean_environment(PYTHONPATH=os.pathsep.join([str(tiny.PROJECT), str(tmp_path)]))
+    for start in starts:
+        status, text = tiny.execute(tiny.python(*start), tmp_path, env=env)
+        assert status == 0, text
+    own, trainers = (
+        load_file(tiny.newest(tmp_path / "runs" / name) / "model.safetensors")
+        for name in ("own", "trainer")
+    )
+    assert own.keys() == trainers.keys()
+    for key, value in trainers.items():
+        assert (own[key] - value).abs().max() <= 1e-12 * value.abs().max(), key
+    top1 = tiny.metrics(tmp_path / "runs/trainer", "val")[-1]["top1"]
+    assert f"step 5: top-1 {top1:.2f} %" in text
+    evaluate = ["--checkpoint", str(tmp_path / "runs/own"), "--json", str(tmp_path / "found.json")]
+    assert evaluation.main([*evaluate, "--device", "cpu"]) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["samples"] == sum(tiny.VAL_SIZES)
 
 
 def test_all_at_once_stopped_and_continued(

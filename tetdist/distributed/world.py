@@ -158,6 +158,8 @@ def join(
 ) -> World:
     """Join the other processes as the launcher's environment says; without a launcher, run alone.
 
+    If another library has initialised torch's process group, that is used.
+
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
         timeout: Maximum number of seconds that a process may keep the others waiting.
@@ -170,6 +172,10 @@ def join(
             the port is in use; or rank 0 is of another run.
         PeerFailed: Not all processes have joined.
     """
+    if dist.is_initialized():  # by another library, which knows the launcher
+        this_device = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        control = dist.new_group(backend="gloo")
+        return World(dist.get_rank(), dist.get_world_size(), this_device, control)
     present = [name for name in _VARIABLES if name in os.environ]
     launched = bool({"RANK", "WORLD_SIZE"} & set(present))
     # LOCAL_RANK and the master's address mean nothing without these two.
