@@ -50,7 +50,7 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def taped(function: Callable[[], Tensor]) -> Captured:
+def taped(function: Callable[[], Tensor], *_: Any) -> Captured:
     for _ in range(graphs.WARM_UPS):
         function()
     with Tape() as tape:
@@ -58,7 +58,7 @@ def taped(function: Callable[[], Tensor]) -> Captured:
     return result, tape.replay
 
 
-def run_again(function: Callable[[], Tensor]) -> Captured:
+def run_again(function: Callable[[], Tensor], *_: Any) -> Captured:
     for _ in range(graphs.WARM_UPS):
         function()
     result = function()

@@ -53,6 +53,7 @@ CONFIG: dict[str, Any] = {
 _OF_THE_CLOCK = (
     "time",
     "samples_per_s",
+    "image_timesteps_per_s",
     "data_wait",
     "step_seconds",
     "slowest",

@@ -7,7 +7,7 @@ implemented here in exact integer arithmetic, so that no library release can cha
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -95,6 +95,14 @@ def drop_uniforms(
     """
     positions = micro_batch_positions(0, micro_batch, 0, batch_size)
     return uniforms(seed, step, positions, num_draws, _DROPPING)
+
+
+def drawn_timesteps(choices: Sequence[int], seed: int, step: int) -> int:
+    """Return the T of the step after ``step`` others: one of ``choices``, all equally likely."""
+    if len(choices) == 1:
+        return choices[0]
+    draw = uniforms(seed, step, np.zeros(1, np.int64), 1, named_stream("timesteps"))
+    return choices[int(draw[0, 0] * len(choices))]
 
 
 def _key(stream: int, seed: int, epoch: int) -> npt.NDArray[np.uint64]:

@@ -69,8 +69,44 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"tracking.register": "m"}, ("tracking.register: 'm'", "tracking.log_checkpoint=best")),
         # Ranges.
         ({"batch.micro": 0}, ("'batch.micro'", "must be above 0, not 0")),
-        ({"phases.0.timesteps": 0}, ("'phases.0.timesteps'", "must be above 0, not 0")),
-        ({"phases.0.timesteps": 100_000_000}, ("'phases.0.timesteps'", "must be 10000 or less")),
+        *(
+            (
+                {"phases.0.timesteps": wrong},
+                (
+                    "x: 'phases.0.timesteps': must be a whole number from 1 to 10000, a list of "
+                    f"such numbers, or a range of them, such as {{from: 1, to: 4}}{shown}",
+                ),
+            )
+            for wrong, shown in (
+                (0, ", not 0"),
+                (100_000_000, ", not 100000000"),
+                ([2, 0], ", not [2, 0]"),
+                ([], ", not []"),
+                (True, ", not True"),
+                ({"from": 4, "to": 1}, ""),
+                ({"from": 1}, ""),
+            )
+        ),
+        ({"phases.0.optimizer": "adamw"}, ("'phases.0.optimizer' holds keys", "{kind: adamw}")),
+        ({"phases.0.optimizer": "continue"}, ("phases.0.optimizer: continue needs a phase",)),
+        (
+            {"phases": [PHASE, PHASE | {"optimizer": "continue"}], "start_phase": 1}
+            | {"init_checkpoint": "run"},
+            ("phases.1.optimizer: continue needs a phase before it in the same run",),
+        ),
+        ({"phases.0.loss.lamda": 1}, ("'phases.0.loss.lamda'", "'phases.0.loss.lambda'")),
+        (
+            {"phases.0.loss.kind": "sdt", "loss.distillation.self_weight": 1.0},
+            ("phases.0.loss.distillation.self_weight: ", "set phases.0.loss.kind=tet"),
+        ),
+        (
+            {"phases.0.loss.distillation.teacher": "timm:resnet18"},
+            ("phases.0.loss.distillation.teacher: a run has one teacher",),
+        ),
+        (
+            {"model.neuron.kind": "psn", "model.neuron.timesteps": 4, "phases.0.timesteps": [4, 2]},
+            ("weights for T=4 only; set phases.0.timesteps=4, or",),
+        ),
         ({"data.threads": 100_000}, ("'data.threads'", "must be 512 or less")),
         ({"data.prefetch": 100_000}, ("'data.prefetch'", "must be 64 or less")),
         ({"data.image_size": 100_000}, ("'data.image_size'", "must be 8192 or less")),
@@ -124,7 +160,7 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
             | {"phases": [PHASE, PHASE | {"timesteps": 3}]},
             (
                 "phases.1.timesteps: psn cannot run 3 timesteps: it has weights for T=1 only; set "
-                "model.neuron.timesteps=3, or phases.1.timesteps=1",
+                "phases.1.timesteps=1, or model.neuron.timesteps to its only T",
             ),
         ),
         ({"model.arguments": {"num_classes": 3}}, ("model.arguments.num_classes",)),
@@ -557,13 +593,14 @@ def test_every_key_is_printed_and_explained(capsys: pytest.CaptureFixture[str]) 
     numbered = {key.replace("phases.0.", "phases.N.") for key in printed}
     # Free mappings have entries of their own.
     numbered = {k if not k.startswith("model.arguments.") else "model.arguments" for k in numbered}
-    # What is printed is one form of `recompute` and of `profile`, and the numbers of one kind of
-    # neuron.
+    # What is printed is one form of `recompute`, `profile`, T and optimiser, and the numbers of one
+    # kind of neuron.
     others = {
         f"model.neuron.{key}" for kind in NEURONS for key in neurons.as_dict(make({"kind": kind}))
     }
     others = {key for key in explained if key.startswith("model.neuron.")} & others
-    assert numbered - others == explained - others - {"recompute.timesteps", "profile.steps"}
+    other_forms = {"recompute.timesteps", "profile.steps", "phases.N.optimizer"}
+    assert numbered - others == explained - others - other_forms
     assert explained >= set(OPERATIONAL_KEYS)
 
 
@@ -701,7 +738,7 @@ def test_keys_say_with_which_settings_they_have_no_effect() -> None:
         "data.padding": "kind=events, or with crop=resized",
         "data.color_jitter.hue": "data.kind=events",
         "phases.N.optimizer.momentum": "kind=adam or adamw",
-        "phases.N.power": "schedule=cosine or constant or step",
+        "phases.N.power": "optimizer=continue, or with schedule=cosine or constant or step",
         "tracking.experiment": "mlflow=false and wandb not in trackers",
         "clip_mode": "gradient_clipping=null",
     }.items():

@@ -242,8 +242,8 @@ def compared(
     captured."""
 
     @functools.wraps(capture)
-    def wrapped(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-        result, replay = capture(function)
+    def wrapped(function: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
+        result, replay = capture(function, pool)
 
         def replayed() -> None:
             replay()
@@ -292,6 +292,7 @@ def install(library: Any) -> None:
         "set_rng_state": lambda *_: None,
         "CUDAGraph": _Graph,
         "graph": _graph,
+        "graph_pool_handle": lambda: (0, 1),
         "current_stream": lambda *_: _Stream(number=current_stream()),
         "default_stream": lambda *_: _Stream(number=0),
     }

@@ -91,6 +91,10 @@ def test_hours_by_hand() -> None:
 def test_a_quarter_of_the_epochs_is_slower() -> None:
     plain = make(overrides=("evaluate_every=1000",))
     phases = make("spiking34_t4_t6.yaml", ("evaluate_every=1000",))
+    drawn = make(overrides=("evaluate_every=1000", "phases.0.timesteps=[1, 4]"))
+    shorter = cost(drawn, Speed(9.0, 4), 1).hours / cost(plain, Speed(9.0, 4), 1).hours
+    assert shorter == pytest.approx(2.5 / 4, rel=0.01)
+    assert "T = 1 or 4" in plan.describe(drawn, "not given")
     # At T=6 instead of 4: 9/8 of the time. At half of a known speed: 5/4.
     for speed, times in ((Speed(9.0, 4), 9 / 8), (Speed(9.0, 4, of_phases=(9.0, 4.5)), 5 / 4)):
         longer = cost(phases, speed, 1).hours / cost(plain, Speed(9.0, 4), 1).hours

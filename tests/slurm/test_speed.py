@@ -84,6 +84,10 @@ def test_each_phase_has_its_own_speed() -> None:
     # As many images of each: the mean of the times.
     times = 1 / small.images_per_s + 1 / large.images_per_s
     assert grown.images_per_s == pytest.approx(2 / times)
+    # A step of T from 1 to 4 takes 2.5/4 of the time at T = 4, on average.
+    drawn = known(*SMALL, "phases.0.timesteps={from: 1, to: 4}")
+    assert drawn.images_per_s == drawn.of_phases[0] == pytest.approx(1.6 * small.images_per_s)
+    assert drawn.rate(0, 2.5) == drawn.images_per_s
     two = known("model.name=spiking_resnet18", recipe="spiking34_t4_t6.yaml")
     assert two.of_phases[0] > two.of_phases[1] > two.of_phases[0] / 2
 

@@ -21,7 +21,12 @@ STEPS = 12  # docs/make/exactness.py takes 30
 SEW: dict[str, Any] = {
     "model": {"name": "sew_resnet18", "arguments": {"width": 8}},
     "batch": {"global": 24, "micro": 2, "eval": 7},
-    "phases": [{"epochs": STEPS, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05}}],
+    # T drawn by step; the optimiser goes on from SDT to TET.
+    "phases": [
+        {"epochs": STEPS // 2, "timesteps": {"from": 1, "to": 3}, "loss": {"kind": "sdt"}}
+        | {"optimizer": {"kind": "sgd", "lr": 0.05}},
+        {"epochs": STEPS // 2, "timesteps": [1, 2], "optimizer": "continue"},
+    ],
     "evaluate_every": STEPS // 2,
     "ema": {"decay": 0.8},
     "record_samples": True,
@@ -111,7 +116,7 @@ def test_stages_agree_in_float32(
     changes = SEW | {
         "phases.0.optimizer": {"kind": optimizer, "lr": lr, "weight_decay": 0.01},
         "gradient_clipping": 1.0,
-        "phases.0.epochs": 4,
+        "max_steps": 4,
     }
     runs = []
     for name, stage_, world_ in (("one", 0, 1), ("many", stage, world)):
@@ -142,7 +147,8 @@ def test_stopped_stage_continues_bitwise(
     tmp_path: Path,
 ) -> None:
     changes = {"zero_stage": stage, "save.every_steps": 2, "ema.decay": 0.8}
-    changes |= {"phases.0.optimizer": {"kind": optimizer, "lr": 0.01}}
+    first = {"epochs": 1, "timesteps": [1, 2], "optimizer": {"kind": optimizer, "lr": 0.01}}
+    changes |= {"phases": [first, {"epochs": 1, "timesteps": 2, "optimizer": "continue"}]}
     assert farm(tiny_config(changes | {"name": "straight"}), world=2).status == 0
     file = tiny_config(changes | {"name": "run"})
     statuses, text = farm.each(file, world=2, stop=("step", 7, sig), rank=1)
@@ -187,7 +193,7 @@ def test_checkpoint_of_any_stage_continues_on_any_other(
 def test_synchronised_batch_norm_of_four_is_one_with_four_times_the_batch(
     farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
-    changes = SEW | FLOAT64 | {"batch_norm.sync": True, "phases.0.epochs": 4, "evaluate_every": 4}
+    changes = SEW | FLOAT64 | {"batch_norm.sync": True, "max_steps": 4, "evaluate_every": 4}
     for world, micro in ((1, 8), (4, 2)):
         file = tiny_config(changes | {"name": str(world), "batch.micro": micro})
         outcome = farm(file, world=world)

@@ -60,7 +60,7 @@ def stem_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lines(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """Lines of a metrics.jsonl without what the clock says, by kind and step."""
-    clock = ("time", "samples_per_s", "data_wait", "eta_s", "seconds")
+    clock = ("time", "samples_per_s", "image_timesteps_per_s", "data_wait", "eta_s", "seconds")
     read = [json.loads(line) for line in file.read_text().splitlines()]
     kept = [{key: value for key, value in line.items() if key not in clock} for line in read]
     return {(line["kind"], line["step"]): line for line in kept}

@@ -150,9 +150,9 @@ def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch: pytest.Mon
         found.restart(waited=5.0)
         for step in (1, 2):
             now += 5.5
-            found.add(step, update, sums)
+            found.add(step, update, sums, timesteps=2 * step)
         values = found.close(waited=8.3, scale=None)
-        assert values["samples_per_s"] == 2
+        assert (values["samples_per_s"], values["image_timesteps_per_s"]) == (2, 6)
         assert values["data_wait"] == pytest.approx(30)
         assert (values["loss"], values["top1"]) == (0.5, 25.0)
         found.restart(waited=8.3)

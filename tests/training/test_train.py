@@ -29,11 +29,19 @@ TWO_PHASES = [
     {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05}},
     {"epochs": 1, "timesteps": 3, "optimizer": {"kind": "adam", "lr": 0.01}},
 ]
+TURNING = [
+    {"epochs": 1, "timesteps": {"from": 1, "to": 3}, "loss": {"kind": "sdt"}}
+    | {"optimizer": {"kind": "sgd", "lr": 0.05, "momentum": 0.9}},
+    {"epochs": 1, "timesteps": [1, 2], "optimizer": "continue"}
+    | {"loss": {"distillation": {"self_weight": 0.5}}},
+]
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     # Lines of metrics that a stop cuts in two, checkpoints between them, clipped gradients.
     "sparse": {"log_every": 3, "save.every_steps": 2, "gradient_clipping": 1.0},
     "phases": {"phases": TWO_PHASES, "log_every": 4},
+    # T drawn by step; the optimiser goes on from SDT to TET.
+    "turned": {"phases": TURNING, "save.every_steps": 2, "ema.decay": 0.8, "recompute": "blocks"},
     "rare": {"evaluate_every": 2, "log_every": 2, "precision": "bf16"},
     "torch": {"engine": "torch"},
     "augmented": {
@@ -79,6 +87,9 @@ def straight(
         ("phases", "step", 5, TERM),
         ("phases", "saved", 1, KILL),
         ("phases", "step", 7, KILL),
+        ("turned", "step", 3, TERM),
+        ("turned", "saved", 3, KILL),  # at the phases' border
+        ("turned", "step", 8, KILL),
         ("rare", "step", 7, USR1),
         ("augmented", "micro", 14, KILL),
         # At every day's places by the other kind of signal, and at other places.
@@ -746,7 +757,7 @@ def test_mlflow_has_the_run_and_its_phases(
     farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
     tracking = {"mlflow": True, "experiment": "tiny", "log_checkpoint": "last", "register": "t"}
-    file = tiny_config({"tracking": tracking, "plots": True, "phases": TWO_PHASES})
+    file = tiny_config({"tracking": tracking, "plots": True, "phases": TURNING})
     run = tmp_path / "runs/tiny"
 
     def rows(query: str) -> list[Any]:
@@ -760,7 +771,7 @@ def test_mlflow_has_the_run_and_its_phases(
         where = f"where key = 'train/loss' and run_uuid = '{uuid}' order by step"
         return rows(f"select step, value from metrics {where}")
 
-    names = ("tiny", "phase 0: T=2", "phase 1: T=3")
+    names = ("tiny", "phase 0: T=1 to 3", "phase 1: T=1 or 2")
     # After the second phase's first step.
     first = farm(file, stop=("step", 6, TERM))
     assert first.status == 143, first.text
@@ -776,7 +787,7 @@ def test_mlflow_has_the_run_and_its_phases(
     for number, name in enumerate(names[1:]):
         points = [(x["step"], x["loss"]) for x in lines if x["phase"] == number]
         assert losses(uuids[name]) == points
-        assert of(uuids[name], "params")["timesteps"] == str(TWO_PHASES[number]["timesteps"])
+        assert of(uuids[name], "params")["timesteps"] == ("1 to 3", "1 or 2")[number]
         assert of(uuids[name], "tags")["mlflow.parentRunId"] == parent
     assert of(parent, "params")["phases.0.optimizer.lr"] == "0.05"
     tags = of(parent, "tags")
@@ -785,9 +796,11 @@ def test_mlflow_has_the_run_and_its_phases(
         newest = (run / "checkpoints" / which).read_text().strip()
         assert tags[tag] == str(run / "checkpoints" / newest)
     assert Path(tags["run_dir"]) == run
-    assert (tags["split"], tags["timesteps"]) == ("val", "2 then 3")
-    assert "| 0 | 1 | 2 | sgd | 0.05, cosine |" in tags["mlflow.note.content"]
-    assert "\nLoss: TET, lambda 0.001, phi 1.\n" in tags["mlflow.note.content"]
+    assert (tags["split"], tags["timesteps"]) == ("val", "1 to 3 then 1 or 2")
+    assert (tags["loss"], tags["self_distillation"]) == ("sdt then tet", "0.5")
+    assert "| 1 | 1 | 1 or 2 | sgd | 0.05, cosine |" in tags["mlflow.note.content"]
+    loss = "SDT: cross-entropy of the time-mean; then TET, lambda 0.001, phi 1; 0.5 x divergence"
+    assert f"\nLoss: {loss} from the time-mean, " in tags["mlflow.note.content"]
     assert dict(rows("select name, digest from datasets")).keys() == {"data/train", "data/val"}
     (final,) = rows("select step, value from metrics where key = 'final/top1'")
     assert final == (10, tiny.metrics(run, "val")[-1]["top1"])

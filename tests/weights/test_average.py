@@ -59,7 +59,7 @@ def test_weights_are_the_mean(
     status, printed = call("average", later, earlier, "--output", output, *CPU, *options)
     assert status == 0, printed
     assert "running statistics: 40 of 40 samples, " in printed
-    names = "step-00000010, step-00000005; running statistics from 40 training samples"
+    names = "step-00000010, step-00000005; running statistics at T=2 from 40 training samples"
     assert names in printed
     a, b = (load_file(path / f"{file}.safetensors") for path in both(run))
     found, description = checkpoint.load_model_file(output)
@@ -85,35 +85,38 @@ class Alone(World):
         return tensor
 
 
-def network(run: Path, **changes: Any) -> tuple[RunConfig, Index, SpikingNetwork]:
+def network(
+    run: Path, timesteps: int = 2, **changes: Any
+) -> tuple[RunConfig, Index, SpikingNetwork]:
     """Configuration, training split and the mean of the checkpoints, in float64."""
     weights, description = mean_weights(both(run))
     changed = tiny.changed(description.config, {"precision": "fp64"} | changes)
     config = parse(changed, "test", warn=False)
     index = load_index(index_file(config.data.index_dir, "train"))
-    model = config.model.build(num_classes=4, timesteps=2)
+    model = config.model.build(num_classes=4, timesteps=timesteps)
     model.set_execution("reference")
     model.load_state_dict(weights)
     return config, index, model.double()
 
 
 def statistics(
-    run: Path, samples: int, rank: int = 0, world_size: int = 1, **changes: Any
+    run: Path, samples: int, rank: int = 0, world_size: int = 1, timesteps: int = 2, **changes: Any
 ) -> dict[str, Tensor]:
-    config, index, model = network(run, **changes)
+    config, index, model = network(run, timesteps, **changes)
     world = Alone(rank, world_size, torch.device("cpu"), None)
     recompute_statistics(model, config, index, world, samples)
     return {key: value for key, value in model.state_dict().items() if is_statistic(key)}
 
 
 @pytest.mark.parametrize(
-    ("size", "changes"), [(16, {}), (15, {"data.repeats": 2, "phases.0.final_image_size": 15})]
+    ("size", "timesteps", "changes"),
+    [(16, 3, {}), (15, 2, {"data.repeats": 2, "phases.0.final_image_size": 15})],
 )
 def test_statistics_are_of_the_training_samples(
-    size: int, changes: dict[str, Any], run: Path
+    size: int, timesteps: int, changes: dict[str, Any], run: Path
 ) -> None:
     """Against what the norms are given, each micro-batch by itself; 10 samples are two steps."""
-    config, index, model = network(run, **changes)
+    config, index, model = network(run, timesteps, **changes)
     seen: dict[str, list[Tensor]] = {}
 
     def note(name: str) -> Callable[[nn.Module, Any], None]:
@@ -140,19 +143,51 @@ def test_statistics_are_of_the_training_samples(
             assert batch.mix is not None
             mix = mixing.on_device(batch.mix, world.device)
             model(mixing.mixed_images(batch.images.double(), mix))
-    found = statistics(run, 10, **changes)
+    found = statistics(run, 10, timesteps=timesteps, **changes)
     assert found.keys() == seen.keys()
     for key, values in seen.items():
         assert len(values) == 8
         torch.testing.assert_close(found[key], torch.stack(values).mean(0), rtol=1e-9, atol=1e-12)
 
 
-def test_any_number_of_processes_has_the_same_statistics(run: Path) -> None:
-    one = statistics(run, 16)
-    shares = [statistics(run, 16, rank, 2) for rank in (0, 1)]
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_has_the_same_statistics(processes: int, run: Path) -> None:
+    batch = {"batch.global": 12}
+    one = statistics(run, 24, **batch)
+    shares = [statistics(run, 24, rank, processes, **batch) for rank in range(processes)]
     for key, value in one.items():
-        torch.testing.assert_close(value, (shares[0][key] + shares[1][key]) / 2, rtol=1e-9, atol=0)
+        together = torch.stack([share[key] for share in shares])
+        torch.testing.assert_close(value, together.mean(0), rtol=1e-9, atol=1e-15)
         assert not torch.equal(shares[0][key], shares[1][key])
+
+
+def test_all_commands_recompute_them_at_another_timestep(
+    run: Path, call: Call, tmp_path: Path
+) -> None:
+    """average writes them; eval and export get the same, and leave the checkpoint alone."""
+    file, answers = tmp_path / "at_1.safetensors", []
+    at_1 = ("--timesteps", 1)
+    status, printed = call("average", run, "--output", file, *at_1, "--samples", 9, *CPU)
+    assert status == 0, printed
+    text = "running statistics at T=1 from 16 training samples"
+    assert f"wrote {file}: {text}\n" in printed
+    for number, given in enumerate([(file,), (run, "--recompute-statistics", 9), (run,)]):
+        json_file = tmp_path / f"{number}.json"
+        status, printed = call("eval", "--checkpoint", *given, *at_1, "--json", json_file, *CPU)
+        assert status == 0, printed
+        answers.append(json.loads(json_file.read_text()))
+        assert (text in printed) == (number < 2)
+    assert answers[0]["loss"] == answers[1]["loss"] != answers[2]["loss"]
+    weights, description = checkpoint.load_model_file(file)
+    assert description.timesteps == 1
+    exported = tmp_path / "exported"
+    options = ("--format", "safetensors", "--output", exported, *at_1)
+    status, printed = call("export", run, "--recompute-statistics", 9, *options)
+    assert status == 0, printed
+    of_export, _ = checkpoint.load_model_file(exported)
+    for key, value in weights.items():
+        torch.testing.assert_close(of_export[key], value, rtol=1e-5, atol=1e-6)
+    assert text in (exported / "README.md").read_text()
 
 
 # --- what has no mean ---------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from typing import Any
 from tetdist.config.fields import TIMM
 from tetdist.config.identity import flatten
 from tetdist.config.schema import RunConfig, phase_image_sizes
+from tetdist.config.sections.loss import DistillationSection, LossSection
+from tetdist.config.sections.phase import schedule_epochs
 from tetdist.errors import UserError
 from tetdist.losses import LOSSES
 from tetdist.optimizers import OPTIMIZERS, kind_of
@@ -36,6 +38,7 @@ def check(config: RunConfig) -> None:
             "3 is usual"
         )
     _check_model(config)
+    _check_start(config)
     _check_kinds(config)
     data = config.data
     if data.scale[0] > data.scale[1] or data.scale[1] == 0:
@@ -52,7 +55,6 @@ def check(config: RunConfig) -> None:
     _check_augmentation(config)
     _check_precision_and_engine(config)
     _check_cuda_graphs(config)
-    _check_distillation(config)
     _check_profile(config)
     trackers = config.tracking.trackers
     if twice := [name for name in trackers if trackers.count(name) > 1]:
@@ -62,36 +64,48 @@ def check(config: RunConfig) -> None:
             f"tracking.register: {config.tracking.register_!r} needs a checkpoint in MLflow; "
             "set tracking.log_checkpoint=best or last, too"
         )
-    if config.start_phase >= len(config.phases):
-        last = len(config.phases) - 1
-        has = f"phases 0 to {last}" if last else "one phase, number 0"
-        raise UserError(
-            f"start_phase={config.start_phase}: this run has {has}; set start_phase={last}"
-        )
-    if config.start_phase and config.init_checkpoint is None:
-        raise UserError(
-            f"start_phase: {config.start_phase} skips the phases before it; set init_checkpoint to "
-            "the checkpoint of a run that trained them"
-        )
     for i, phase in enumerate(config.phases):
-        if phase.warmup_epochs + phase.cooldown_epochs >= phase.epochs:
+        if phase.optimizer == "continue":
+            continue
+        epochs = schedule_epochs(config.phases, i)
+        if phase.warmup_epochs + phase.cooldown_epochs >= epochs:
             both = " and cooldown_epochs" if phase.cooldown_epochs else ""
             raise UserError(
                 f"phases.{i}.warmup_epochs{both}: {phase.warmup_epochs + phase.cooldown_epochs:g} "
-                f"must be below the phase's {counted(phase.epochs, 'epoch')}"
+                f"must be below the schedule's {counted(epochs, 'epoch')}"
             )
-        own = {"lr", "weight_decay", *kind_of(phase.optimizer.kind).reads}
-        for key in phase.optimizer.arguments.keys() & own:
+        optimizer = config.optimizer_of(i)
+        own = {"lr", "weight_decay", *kind_of(optimizer.kind).reads}
+        for key in optimizer.arguments.keys() & own:
             raise UserError(
                 f"phases.{i}.optimizer.arguments.{key}: set phases.{i}.optimizer.{key} instead"
             )
-        peak = phase.optimizer.peak_lr(config.batch.global_)
+        peak = optimizer.peak_lr(config.batch.global_)
         for key, value in (("warmup_lr", phase.warmup_lr), ("min_lr", phase.min_lr)):
             if value > peak:
                 raise UserError(
                     f"phases.{i}.{key}: {value:g} must not be above the peak of the learning rate, "
                     f"{peak:g}"
                 )
+
+
+def _check_start(config: RunConfig) -> None:
+    number = config.start_phase
+    if number >= len(config.phases):
+        last = len(config.phases) - 1
+        has = f"phases 0 to {last}" if last else "one phase, number 0"
+        raise UserError(f"start_phase={number}: this run has {has}; set start_phase={last}")
+    if number and config.init_checkpoint is None:
+        raise UserError(
+            f"start_phase: {number} skips the phases before it; set init_checkpoint to "
+            "the checkpoint of a run that trained them"
+        )
+    for i in dict.fromkeys((0, number)):
+        if config.phases[i].optimizer == "continue":
+            raise UserError(
+                f"phases.{i}.optimizer: continue needs a phase before it in the same run, whose "
+                f"optimiser goes on, and this run begins with phase {i}; give the optimiser itself"
+            )
 
 
 def check_name(config: RunConfig) -> None:
@@ -125,11 +139,11 @@ def _check_model(config: RunConfig) -> None:
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(allowed)}"
             raise UserError(f"model.arguments.{key}: {name} has no such argument; {hint}")
     for i, phase in enumerate(config.phases):
-        if (reason := config.model.neuron.refusal(phase.timesteps)) is not None:
+        refused = filter(None, map(config.model.neuron.refusal, phase.choices))
+        if (reason := next(refused, None)) is not None:
             trained = getattr(config.model.neuron, "timesteps", None)
-            both = f"model.neuron.timesteps={phase.timesteps}, or phases.{i}.timesteps={trained}"
-            hint = f"; set {both}" if trained else ""
-            raise UserError(f"phases.{i}.timesteps: {reason}{hint}")
+            one = f"; set phases.{i}.timesteps={trained}, or model.neuron.timesteps to its only T"
+            raise UserError(f"phases.{i}.timesteps: {reason}{one if trained else ''}")
     kind = models.input_kind(name)
     if kind not in (None, config.data.kind):
         raise UserError(
@@ -140,28 +154,40 @@ def _check_model(config: RunConfig) -> None:
 
 def _check_kinds(config: RunConfig) -> None:
     """Refuse unknown losses and optimisers, and settings that do not suit them."""
-    loss = LOSSES[config.loss.kind]
-    own = [name for name in loss.arguments if name not in ("lambda_", "phi", "label_smoothing")]
-    for key in config.loss.arguments:
-        if key not in own:
-            known = ", ".join(own) or "none"
-            raise UserError(
-                f"loss.arguments.{key}: loss.kind={config.loss.kind} has no such argument; known: "
-                f"{known}"
-            )
-    if config.loss.distillation.self_weight and loss.of_time_mean:
-        raise UserError(
-            "loss.distillation.self_weight: timesteps cannot learn from their mean, because "
-            f"loss.kind={config.loss.kind} sees only that; set loss.kind=tet, or self_weight=0"
-        )
-    for i, phase in enumerate(config.phases):
-        kind = kind_of(phase.optimizer.kind, f"phases.{i}.optimizer.kind")
+    losses = {"loss": config.loss} | {
+        f"phases.{i}.loss": config.loss_of(phase)
+        for i, phase in enumerate(config.phases)
+        if phase.loss.model_fields_set
+    }
+    for key, section in losses.items():
+        _check_loss(key, section)
+        _check_distillation(config, f"{key}.distillation", section.distillation)
+    for i in range(len(config.phases)):
+        optimizer = config.optimizer_of(i)
+        kind = kind_of(optimizer.kind, f"phases.{i}.optimizer.kind")
         if config.zero_stage not in kind.zero_stages:
             stages = ", ".join(map(str, kind.zero_stages))
             raise UserError(
                 f"zero_stage: {config.zero_stage} does not suit phases.{i}.optimizer.kind="
-                f"{phase.optimizer.kind}, which needs whole parameters; set zero_stage to {stages}"
+                f"{optimizer.kind}, which needs whole parameters; set zero_stage to {stages}"
             )
+
+
+def _check_loss(key: str, section: LossSection) -> None:
+    loss = LOSSES[section.kind]
+    own = [name for name in loss.arguments if name not in ("lambda_", "phi", "label_smoothing")]
+    for name in section.arguments:
+        if name not in own:
+            known = ", ".join(own) or "none"
+            raise UserError(
+                f"{key}.arguments.{name}: {key}.kind={section.kind} has no such argument; known: "
+                f"{known}"
+            )
+    if section.distillation.self_weight and loss.of_time_mean:
+        raise UserError(
+            f"{key}.distillation.self_weight: timesteps cannot learn from their mean, because "
+            f"{key}.kind={section.kind} sees only that; set {key}.kind=tet, or self_weight=0"
+        )
 
 
 def _check_augmentation(config: RunConfig) -> None:
@@ -249,8 +275,13 @@ def _check_profile(config: RunConfig) -> None:
         )
 
 
-def _check_distillation(config: RunConfig) -> None:
-    section, key = config.loss.distillation, "loss.distillation"
+def _check_distillation(config: RunConfig, key: str, section: DistillationSection) -> None:
+    for name in ("teacher", "teacher_weights"):
+        if getattr(section, name) != getattr(config.loss.distillation, name):
+            raise UserError(
+                f"{key}.{name}: a run has one teacher; set loss.distillation.{name}, and "
+                "distillation.weight=0 in the loss of phases without it"
+            )
     if section.teacher_weights and not (section.teacher or "").startswith(TIMM):
         raise UserError(
             f"{key}.teacher_weights: needs a timm teacher; set {key}.teacher=timm:NAME, too, or "
@@ -312,6 +343,12 @@ _NO_EFFECT = (
     ("data", "image_size resize crop scale ratio padding interpolation", "data.kind=events"),
     ("data", "auto_augment color_jitter erasing mean std", "data.kind=events"),
     ("phases.N", "image_size final_image_size", "data.kind=events"),
+    (
+        "phases.N",
+        "schedule warmup_epochs warmup_lr min_lr cooldown_epochs lr_changes clock_after_warmup "
+        "power decay_epochs decay_rate",
+        "phases.N.optimizer=continue",
+    ),
     ("data", "roll event_augment event_drop", "data.kind=images"),
     ("data", "scale ratio", "data.crop=padded"),
     ("data", "padding", "data.crop=resized"),
@@ -336,13 +373,17 @@ _NO_EFFECT = (
 def without_effect(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
     """Yield each key without effect, whether it was set, and the setting that disables it."""
     values, phases = flatten(config.as_dict()), range(len(config.phases))
+    losses = [config.loss_of(phase).model_dump(mode="json") for phase in config.phases]
+    of_phases = [values | flatten({"loss": loss}) for loss in losses]
     found: dict[str, str] = {}
-    for key, setting in _settings([phase.optimizer.kind for phase in config.phases]):
-        held = [_held(setting, values, phase) for phase in phases]
-        if "phases.N." in key:
-            of_key = {_of_phase(key, i): _of_phase(held[i], i) for i in phases if held[i]}
-        else:
-            of_key = {key: held[0]} if all(held) else {}
+    for key, setting in _settings([config.optimizer_of(i).kind for i in phases]):
+        held = [_held(setting, of_phases[phase], phase) for phase in phases]
+        of_loss = "phases.N." + key if key.startswith("loss.") else key
+        of_key = {_of_phase(of_loss, i): _of_phase(held[i], i) for i in phases if held[i]}
+        if "phases.N." not in key:
+            # A phase has only those keys of the loss that it sets.
+            of_key = {one: because for one, because in of_key.items() if one in values}
+            of_key |= {key: held[0]} if all(held) else {}
         for one, because in of_key.items():
             if not any(_is_in(one, known) for known in found):
                 found[one] = because
@@ -380,7 +421,7 @@ def _held(setting: str, values: dict[str, Any], phase: int) -> str:
             held.append(part if wanted not in values[owner] else "")
             continue
         key, _, choices = part.partition("=")
-        value = values[_of_phase(key, phase)]
+        value = values.get(_of_phase(key, phase))
         held.append(next((f"{key}={c}" for c in choices.split(" or ") if _parsed(c) == value), ""))
     return " and ".join(held) if all(held) else ""
 

@@ -25,6 +25,7 @@ _PLAIN = {
 }
 # Keys whose default no field has.
 _DEFAULTS = {"name": "default: the file's name", "model.neuron.kind": "default: the network's own"}
+_DEFAULTS["phases.N.loss"] = "default: the run's loss"
 _BOUNDS = {annotated_types.Gt: "> {0.gt}", annotated_types.Ge: ">= {0.ge}"}
 _BOUNDS |= {annotated_types.Lt: "< {0.lt}", annotated_types.Le: "<= {0.le}"}
 
@@ -53,7 +54,7 @@ def documented_keys(
         inner = _section_in(field.annotation)
         if inner is None or field.description:
             keys[dotted] = _documented(dotted, field)
-        if inner is not None:
+        if inner is not None and dotted != "phases.N.loss":
             is_list = get_origin(field.annotation) is tuple
             keys |= documented_keys(inner, f"{dotted}.N." if is_list else f"{dotted}.")
     return keys

@@ -49,7 +49,7 @@ def read_layers(
     # Imports of both are kept: the base's values need the base's files.
     values["imports"] = [*inherited["imports"], *imports]
     origins = from_where | dict.fromkeys(_leaves(values), str(path))
-    joined = _over(inherited, values, str(path), "")
+    joined = over(inherited, values, str(path))
     return joined, {key: origins[key] for key in _leaves(joined) if key in origins}
 
 
@@ -65,7 +65,7 @@ def imports_of(raw: dict[str, Any], source: Path | str) -> list[str]:
     raise UserError(f"{source}: 'imports' must be a list of files, such as [my_snn.py]")
 
 
-def _over(base: Any, own: Any, source: str, place: str) -> Any:
+def over(base: Any, own: Any, source: str = "", place: str = "") -> Any:
     """Merge a value into the base's: mappings key by key, a list's items by their position."""
     if not isinstance(own, dict):
         return own
@@ -77,7 +77,7 @@ def _over(base: Any, own: Any, source: str, place: str) -> Any:
     if any(key in own and own[key] != base.get(key) for key in _OWNERS):
         base = {key: value for key, value in base.items() if key != "arguments"}
     return base | {
-        key: _over(base.get(key), value, source, f"{place}.{key}".lstrip("."))
+        key: over(base.get(key), value, source, f"{place}.{key}".lstrip("."))
         for key, value in own.items()
     }
 
@@ -90,7 +90,7 @@ def _items_over(base: list[Any], own: dict[str, Any], source: str, place: str) -
                 f"{source}: {place!r} has items 0 to {len(items) - 1} in the base, but no {key!r}; "
                 "change an item by its number, or give the whole list"
             )
-        items[int(key)] = _over(items[int(key)], value, source, f"{place}.{key}")
+        items[int(key)] = over(items[int(key)], value, source, f"{place}.{key}")
     return items
 
 

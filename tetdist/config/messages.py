@@ -55,7 +55,8 @@ def sentences(
 def united(error: Any) -> Any:
     """Return one error for a key of two types, for which pydantic has one each."""
     if error["loc"][:1] != ("recompute",):
-        return error
+        kinds = ("OptimizerSection", "literal['continue']")
+        return error | {"loc": tuple(part for part in error["loc"] if part not in kinds)}
     message = "must be none, blocks or {timesteps: K} with a whole number K above 0"
     return {"loc": ("recompute",), "type": "union", "msg": message, "input": ...}
 

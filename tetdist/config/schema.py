@@ -5,6 +5,7 @@ Unknown keys, values of a wrong type or range, and settings that contradict each
 `UserError` that names the dotted key.
 """
 
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,10 +13,11 @@ import yaml
 from pydantic import Field
 
 from tetdist.config.fields import Positive, Section
+from tetdist.config.inheritance import over
 from tetdist.config.sections.data import DataSection
 from tetdist.config.sections.loss import LossSection
 from tetdist.config.sections.model import ModelSection
-from tetdist.config.sections.phase import PhaseSection
+from tetdist.config.sections.phase import OptimizerSection, PhaseSection
 from tetdist.config.sections.tracking import TrackingSection
 from tetdist.config.sections.training import (
     BatchNormSection,
@@ -120,6 +122,20 @@ class RunConfig(Section):
     cluster: dict[str, Any] = {}
     """Slurm settings, such as partition, nodes, gpus_per_node and time (docs/slurm.md); only
     launch/slurm.py reads and checks them."""
+
+    def loss_of(self, phase: PhaseSection) -> LossSection:
+        """Return a phase's loss: the run's, with the keys that the phase sets."""
+        own = phase.loss.model_dump(exclude_unset=True)
+        return LossSection.model_validate(over(self.loss.model_dump(), own))
+
+    def losses(self) -> list[LossSection]:
+        """Return the losses of all phases in order, without repetitions."""
+        return [loss for loss, _ in groupby(map(self.loss_of, self.phases))]
+
+    def optimizer_of(self, number: int) -> OptimizerSection:
+        """Return a phase's optimiser, which may be that of a phase before."""
+        section = self.phases[number].optimizer
+        return self.optimizer_of(number - 1) if section == "continue" else section
 
     @property
     def run_dir(self) -> Path:

@@ -25,7 +25,6 @@ from tetdist.evaluation.robustness import (
     without_timesteps,
 )
 from tetdist.evaluation.unrolling import unrolled
-from tetdist.evaluation.variants import RealLabels
 from tetdist.models import SpikingNetwork
 from tetdist.nn.norm_neuron import is_causal
 from tetdist.tracking.progress import sample_bar
@@ -117,7 +116,7 @@ def run_suite(
     drop_timesteps: Sequence[float] = (),
     drop_events: Sequence[float] = (),
     seed: int = 0,
-    real: RealLabels | None = None,
+    also: Also = lambda _logits, _labels, _ids: None,
     exit_choice: ExitChoice | None = None,
 ) -> dict[str, Any]:
     """Evaluate at one T: unchanged, and then with each fraction of timesteps or events dropped.
@@ -136,12 +135,12 @@ def run_suite(
         drop_timesteps: Shares of timesteps, see `without_timesteps`.
         drop_events: Shares of events, see `without_events`; the frames must be numbers of events.
         seed: Seed of the choice of dropped parts.
-        real: Several labels of each sample, used at ``headline``.
+        also: Called with each batch of the unchanged evaluation, see `evaluate`.
         exit_choice: A threshold of early exit, for a causal network.
 
     Returns:
         Everything in `Evaluation` and more; ``operations`` is None if they cannot be counted;
-        ``real`` and ``chosen_exit`` are present if ``real`` and ``exit_choice`` are given.
+        ``chosen_exit`` is present if ``exit_choice`` is given.
 
     Raises:
         UserError: The network does not support this evaluation.
@@ -166,8 +165,7 @@ def run_suite(
 
     def count(logits: Tensor, labels: Tensor, ids: npt.NDArray[np.int64]) -> None:
         counts.add(logits, labels)
-        if real is not None:
-            real.add(logits, ids)
+        also(logits, labels, ids)
 
     # Layers of other networks may get inputs other than (T, B, ...).
     counting: AbstractContextManager[OperationCounts | None] = (
@@ -189,7 +187,6 @@ def run_suite(
         "per_class": decisions.per_class(),
         "operations": operations and operations.total(world, result.samples).as_dict(),
         **({"sub_timesteps": sub_timesteps} if unroll else {}),
-        **({} if real is None else {"real": real.total(world, shows_each)}),
         **({} if exit_choice is None else {"chosen_exit": _chosen(exit_choice, result, points)}),
         "dropped_timesteps": [],
         "dropped_events": [],

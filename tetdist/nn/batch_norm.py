@@ -14,7 +14,7 @@ count a forward pass twice that activation checkpointing repeats.
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Never
 
 import torch
@@ -238,6 +238,31 @@ def update_running_statistics(
         if norms:
             weight = own if momentum is None else momentum
             _move_all(norms, weight, average_over_ranks, apply)
+
+
+@torch.no_grad()
+def recompute_running_statistics(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    average_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> None:
+    """Replace all running statistics by their mean over some batches, at the model's present T.
+
+    Args:
+        model: Model in evaluation mode; it runs in training mode meanwhile.
+        batches: Inputs of this process. Every process must have the same number of them.
+        average_over_ranks: See `update_running_statistics`.
+    """
+    deferred = [norm.deferred for norm in _norms(model)]
+    defer_running_statistics(model)
+    model.train()
+    for number, batch in enumerate(batches, start=1):
+        model(batch)
+        # This momentum gives each batch the same weight.
+        update_running_statistics(model, average_over_ranks, momentum=1 / number)
+    model.eval()
+    for norm, before in zip(_norms(model), deferred, strict=True):
+        norm.deferred = before
 
 
 def _move_all(

@@ -21,6 +21,7 @@ class RunProgress:
         step, last_step: Optimiser steps done, and in all.
         steps_per_epoch: Optimiser steps per epoch.
         global_batch: Samples per step.
+        work: Returns the training images times T of the first steps; time left counts them.
         phases: Number of the run's phases; lines name the current one of several.
         settle: Waits for the device, which may lag behind the host by some steps.
         silent: Show nothing (all processes except one).
@@ -36,11 +37,12 @@ class RunProgress:
         steps_per_epoch: int,
         global_batch: int,
         *,
+        work: Callable[[int], float] = float,
         phases: int = 1,
         settle: Callable[[], None] = lambda: None,
         silent: bool,
     ) -> None:
-        self.silent, self.settle = silent, settle
+        self.silent, self.settle, self.work = silent, settle, work
         self.on_terminal = sys.stderr.isatty()
         self.last_step, self.steps_per_epoch = last_step, steps_per_epoch
         self.global_batch, self.phases = global_batch, phases
@@ -151,9 +153,10 @@ class RunProgress:
         The first step, which compiles and warms up, may take as long as a hundred others.
         """
         done = self.step - self.first_step
-        since, steps = (self.steady_since, done - 1) if done > 1 else (self.started, 1)
-        pace = (time.monotonic() - since) / steps
-        return (self.last_step - self.step) * pace
+        since, first = (self.steady_since, 1) if done > 1 else (self.started, 0)
+        before, now = self.work(self.first_step + first), self.work(self.step)
+        pace = (time.monotonic() - since) / (now - before)
+        return (self.work(self.last_step) - now) * pace
 
 
 def _clock(seconds: float) -> timedelta:

@@ -15,13 +15,15 @@ all at once, on the memory that they used during capture. So:
 Learning rate, averaging over processes, update and running statistics stay outside the graph.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tetdist.errors import UserError
+from tetdist.models import SpikingNetwork
 from tetdist.nn.batch_norm import BatchNorm
 
 # Calls before the capture: libraries choose algorithms and allocate memory, kernels are compiled,
@@ -32,16 +34,23 @@ WARM_UPS = 3
 Captured = tuple[Tensor, Callable[[], None]]
 
 
-class Graphed:
-    """A function of a micro-batch, captured at its first call and replayed from then on.
+class _Graph(NamedTuple):
+    inputs: tuple[Tensor, ...]  # where the graph reads them
+    records: list[int]  # batches that each norm records
+    captured: Captured
 
-    It is captured again when an input has a new shape, as in an epoch with larger images.
+
+class Graphed:
+    """A function of a micro-batch, captured at the first call with each T and then replayed.
+
+    All graphs are captured again when an input has a new shape, as in an epoch with larger images.
+    They share memory, because they run one after another and nothing else reads it.
     """
 
     def __init__(
         self,
         function: Callable[..., Tensor],
-        model: nn.Module,
+        model: SpikingNetwork,
         agree: Callable[[Callable[[], None]], None] = lambda action: action(),
     ) -> None:
         """
@@ -53,9 +62,7 @@ class Graphed:
         """
         self._function, self._model, self._agree = function, model, agree
         self._norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
-        self._inputs: tuple[Tensor, ...] = ()
-        self._records: list[int] = []
-        self._captured: Captured | None = None
+        self._graphs: dict[int, _Graph] = {}  # by T
 
     def __call__(self, *given: Tensor) -> Tensor:
         """Return the function's result, in a tensor that the next call overwrites.
@@ -63,21 +70,24 @@ class Graphed:
         Raises:
             UserError: The function cannot be captured.
         """
-        if list(map(_layout, given)) != list(map(_layout, self._inputs)):
+        graph = self._graphs.get(self._model.timesteps)
+        if graph is None or list(map(_layout, given)) != list(map(_layout, graph.inputs)):
             self._agree(lambda: self._capture(given))
-        for static, tensor in zip(self._inputs, given, strict=True):
+            graph = self._graphs[self._model.timesteps]
+        for static, tensor in zip(graph.inputs, given, strict=True):
             static.copy_(tensor)
-        assert self._captured is not None
-        result, replay = self._captured
+        result, replay = graph.captured
         replay()
-        for norm, records in zip(self._norms, self._records, strict=True):
+        for norm, records in zip(self._norms, graph.records, strict=True):
             norm.pending_count += records
         return result
 
     def _capture(self, given: tuple[Tensor, ...]) -> None:
-        # Free the old graph's memory, which the next one may need.
-        self._captured = None
-        self._inputs = ()
+        if self._model.timesteps in self._graphs:
+            # Free the old graphs' memory, which the next ones may need.
+            self._graphs.clear()
+        if not self._graphs:
+            self._pool = functools.cache(torch.cuda.graph_pool_handle)
         inputs = tuple(tensor.clone() for tensor in given)
         parameters = list(self._model.parameters())
         # Restore what the calls before the capture change: this micro-batch counts once.
@@ -92,9 +102,9 @@ class Graphed:
 
         device = given[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            self._captured = capture(once)
+            captured = capture(once, self._pool)
         after = [norm.pending_count for norm in self._norms]
-        self._records = [now - then for now, then in zip(after, before, strict=True)]
+        records = [now - then for now, then in zip(after, before, strict=True)]
         for norm, count in zip(self._norms, counts, strict=True):
             norm.pending_count = count
         for buffer, values in buffers:
@@ -103,18 +113,19 @@ class Graphed:
             if parameter.grad is not None:
                 # In place, because the graph adds to this memory.
                 parameter.grad.copy_(torch.zeros_like(parameter.grad) if grad is None else grad)
-        self._inputs = inputs
+        self._graphs[self._model.timesteps] = _Graph(inputs, records, captured)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
-def capture(function: Callable[[], Tensor]) -> Captured:
+def capture(function: Callable[[], Tensor], pool: Callable[[], Any] = lambda: None) -> Captured:
     """Capture a function as a CUDA graph.
 
     Args:
         function: A function that launches the same kernels on the same memory at every call.
+        pool: Returns the memory pool of torch that the graph shares with others.
 
     Returns:
         The function's result, in the graph's own memory, and a function that replays the graph.
@@ -131,7 +142,9 @@ def capture(function: Callable[[], Tensor]) -> Captured:
         try:
             # The thread that copies batches to the device goes on meanwhile, on its own stream,
             # which would otherwise make the capture fail.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=pool(), stream=stream, capture_error_mode="thread_local"
+            ):
                 result = function()
         except torch.OutOfMemoryError:
             raise

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -14,7 +15,7 @@ from tetdist.models import SpikingNetwork
 from tetdist.nn import batch_norm
 from tetdist.nn.precision import choose_algorithms, parameter_type
 from tetdist.tracking.progress import RunProgress
-from tetdist.training.schedule import Phase, phase_at, schedule_phases
+from tetdist.training.schedule import Phase, image_timesteps, phase_at, schedule_phases
 from tetdist.training.setup import choose_kernels, evaluated_split, make_model, open_data
 
 
@@ -83,6 +84,7 @@ class Prepared:
             self.last_step,
             self.steps_per_epoch,
             self.config.batch.global_,
+            work=partial(image_timesteps, self.phases, global_batch=self.config.batch.global_),
             phases=len(self.config.phases),
             settle=self.world.wait_for_device,
             silent=self.world.rank != 0,

@@ -77,7 +77,10 @@ class RunRecord:
                 params=flatten(config.as_dict()),
                 tags=self._tags() | {"hosts": " ".join(hosts)},
                 resume_step=step if (folder / "metrics.jsonl").exists() else None,
-                phases=[flatten(phase) for phase in config.as_dict()["phases"]],
+                phases=[
+                    flatten(phase.model_dump(mode="json")) | {"timesteps": phase.timesteps_as_text}
+                    for phase in config.phases
+                ],
                 datasets=self._datasets(),
                 note=self._note(),
             ),
@@ -121,17 +124,17 @@ class RunRecord:
         return "train, held out" if self.config.data.held_out else "val"
 
     def _tags(self) -> dict[str, str]:
-        config, distillation = self.config, self.config.loss.distillation
+        config, losses = self.config, self.config.losses()
         # These distinguish it from a run of its loss alone.
         begun_with = {
             "init_checkpoint": config.init_checkpoint,
-            "teacher": distillation.teacher,
-            "self_distillation": distillation.self_weight or None,
+            "teacher": config.loss.distillation.teacher,
+            "self_distillation": max(loss.distillation.self_weight for loss in losses) or None,
         }
         return {
             "model": config.model.name,
-            "timesteps": " then ".join(str(phase.timesteps) for phase in config.phases),
-            "loss": config.loss.kind,
+            "timesteps": " then ".join(phase.timesteps_as_text for phase in config.phases),
+            "loss": " then ".join(loss.kind for loss in losses),
             "split": self._evaluated_on,
             "git": environment.git_version(environment.git_state()) or "none",
             "seed": str(config.seed),
@@ -150,21 +153,23 @@ class RunRecord:
         data = f"{len(train):,} {train.kind}, {counted(len(train.classes), 'class')}"
         phases = [
             [
-                str(number),
-                str(phase.epochs),
-                str(phase.timesteps),
+                str(phase.number),
+                str(phase.section.epochs),
+                phase.section.timesteps_as_text,
                 phase.optimizer.kind,
-                f"{phase.optimizer.lr_as_text(config.batch.global_)}, {phase.schedule}",
+                f"{phase.optimizer.lr_as_text(config.batch.global_)}, {phase.schedule.schedule}",
             ]
-            for number, phase in enumerate(config.phases)
+            for phase in self.run.phases
         ]
+        losses = config.losses()
         lines = [
-            f"**{config.model.name}** by {config.loss.kind.upper()} on {config.data.root} ({data}; "
+            f"**{config.model.name}** by {' then '.join(loss.kind.upper() for loss in losses)} on "
+            f"{config.data.root} ({data}; "
             f"evaluated on the {len(self.run.val):,} of {self._evaluated_on})",
             "",
             markdown(["phase", "epochs", "T", "optimiser", "learning rate"], phases, tight=True),
             "",
-            f"Loss: {config.loss.as_text()}.",
+            f"Loss: {'; then '.join(loss.as_text() for loss in losses)}.",
             f"Begun with the weights of {config.init_checkpoint or 'no other network'}.",
             f"Batch {config.batch.global_} in micro-batches of {config.batch.micro}, "
             f"{config.precision}, seed {config.seed}.",

@@ -1,10 +1,11 @@
 """Phase, epoch and learning rate as functions of the step, with no state."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from tetdist.config.sections.phase import PhaseSection
+from tetdist.config.sections.phase import OptimizerSection, PhaseSection, schedule_epochs
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,9 @@ class Phase:
         section: Configuration of the phase.
         first_step: First step, counted over all phases from 0.
         steps_per_epoch: Optimiser steps of one epoch.
+        optimizer: The optimiser, which may be that of a phase before.
+        schedule, schedule_start: Keys of the learning-rate schedule, with the epochs of all phases
+            that it spans, and its first step.
         peak_lr: Learning rate at the end of warm-up, for the global batch.
     """
 
@@ -23,6 +27,9 @@ class Phase:
     section: PhaseSection
     first_step: int
     steps_per_epoch: int
+    optimizer: OptimizerSection
+    schedule: PhaseSection
+    schedule_start: int
     peak_lr: float
 
     @property
@@ -31,7 +38,7 @@ class Phase:
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of the update of ``step``."""
-        section, done = self.section, step - self.first_step
+        section, done = self.schedule, step - self.schedule_start
         warmup = section.warmup_epochs * self.steps_per_epoch
         first = 1
         if section.lr_changes == "epochs":
@@ -48,7 +55,7 @@ class Phase:
 
     def _after_warmup(self, done: float, steps: float) -> float:
         """Return the learning rate after ``done`` of the schedule's ``steps``."""
-        section, share = self.section, min(1.0, done / steps)
+        section, share = self.schedule, min(1.0, done / steps)
         match section.schedule:
             case "constant":
                 return self.peak_lr
@@ -89,9 +96,20 @@ def schedule_phases(
     phases: list[Phase] = []
     for number, section in enumerate(sections):
         first = phases[-1].end_step if phases else 0
-        peak = section.optimizer.peak_lr(global_batch)
-        phases.append(Phase(number, section, first, steps_per_epoch, peak))
+        if isinstance(section.optimizer, OptimizerSection):
+            schedule = section.model_copy(update={"epochs": schedule_epochs(sections, number)})
+            clock = section.optimizer, schedule, first, section.optimizer.peak_lr(global_batch)
+        phases.append(Phase(number, section, first, steps_per_epoch, *clock))
     return phases
+
+
+def image_timesteps(phases: Sequence[Phase], steps: int, global_batch: int) -> float:
+    """Return the training images times T, a mean if drawn, of the first ``steps`` steps."""
+    return global_batch * sum(
+        (min(phase.end_step, steps) - phase.first_step) * phase.section.mean_timesteps
+        for phase in phases
+        if steps > phase.first_step
+    )
 
 
 def phase_at(phases: list[Phase], step: int) -> Phase:

@@ -44,7 +44,7 @@ def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
             f"data.cache copies tar files, and {config.data.root} has none; pack it with "
             f"`{typed('images', 'shard', config.data.root, 'DEST')}`, or remove data.cache"
         )
-    most = max(phase.timesteps for phase in config.phases)
+    most = max(phase.most_timesteps for phase in config.phases)
     if train.timesteps is not None and most > train.timesteps:
         raise UserError(
             f"phases.*.timesteps: {most} exceeds the {train.timesteps} time bins of the data in "
@@ -117,7 +117,8 @@ def open_split(config: RunConfig, split: str, world: World) -> Index:
 
 
 def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
-    """Return the configured model for the data of ``index``, initialised, at the first phase's T.
+    """Return the configured model for the data of ``index``, initialised, at the first phase's
+    largest T.
 
     Raises:
         UserError: ``model.arguments`` does not fit the model or the data.
@@ -125,16 +126,18 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
     section = config.model
     image_sizes = _image_sizes(config, index)
     model = section.build(
-        num_classes=section.num_classes or len(index.classes), timesteps=config.phases[0].timesteps
+        num_classes=section.num_classes or len(index.classes),
+        timesteps=config.phases[0].most_timesteps,
     )
     if model.input_kind != config.data.kind:
         raise UserError(
             f"data.kind={config.data.kind} does not suit model.name={section.name}, which takes "
             f"{model.input_kind}; choose another model or other data"
         )
-    # Refuse the T of a later phase now; end with the first phase's T.
+    # Refuse the T of a later step now; end with the first phase's largest T.
     for phase in reversed(config.phases):
-        model.set_timesteps(phase.timesteps)
+        for timesteps in sorted(phase.choices):
+            model.set_timesteps(timesteps)
     _refuse_foreign_norms(section.name, model)
     input_size = getattr(model, "input_size", None)
     if input_size is not None and (others := image_sizes - {input_size}):
@@ -148,7 +151,8 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
     section.refuse_mixing(model, frames or (3, config.data.image_size, config.data.image_size))
     # Otherwise the optimiser of a later phase would refuse these when that phase begins.
     Clipping(config, model)
-    if any(phase.optimizer.layer_decay is not None for phase in config.phases):
+    optimizers = map(config.optimizer_of, range(len(config.phases)))
+    if any(optimizer.layer_decay is not None for optimizer in optimizers):
         layers_of(model)
     if hasattr(model, "set_execution"):
         model.set_execution(config.execution)

@@ -5,7 +5,8 @@ compares networks, also those of other libraries, by forward and backward pass a
 batches on the device, opens no file and logs nothing.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,13 +36,14 @@ class Step:
     """This process's part of every optimiser step of a phase.
 
     Args:
-        config: The run's; seed, micro-batch, precision, loss and cuda_graphs are read.
+        config: The run's; seed, micro-batch, precision, losses and cuda_graphs are read.
         model: The model, in training mode and with deferred running statistics.
         engine: The phase's engine, made for ``model``.
         world: All processes.
         micro_batches: Numbers of this process's micro-batches, counted over all processes.
         teacher: A network whose logits are an additional target.
         average: The moving average of the weights.
+        phase: Number of the phase.
     """
 
     def __init__(
@@ -53,9 +55,13 @@ class Step:
         micro_batches: Sequence[int],
         teacher: Teacher | None = None,
         average: WeightAverage | None = None,
+        phase: int = 0,
     ) -> None:
         self.config, self.model, self.engine, self.world = config, model, engine, world
-        self.micro_batches, self.teacher, self.average = micro_batches, teacher, average
+        self.micro_batches, self.average = micro_batches, average
+        self.section = config.phases[phase]
+        self.loss = config.loss_of(self.section)
+        self.teacher = teacher if self.loss.distillation.weight else None
         self._dropping = dropout.dropping(model)
         self._run: Callable[..., Tensor] = self._add_micro_batch
         if config.cuda_graphs:
@@ -90,14 +96,28 @@ class Step:
         self, step: int, batches: Iterable[MicroBatch], lr: float
     ) -> tuple[Update, Tensor]:
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
-        for number, (images, targets) in zip(self.micro_batches, batches, strict=True):
-            self._seed(step, number)
-            sums += self._run(images, targets, *self._dropped(step, number))
+        with self._timesteps_of(step):
+            for number, (images, targets) in zip(self.micro_batches, batches, strict=True):
+                self._seed(step, number)
+                sums += self._run(images, targets, *self._dropped(step, number))
         update = self.engine.update(lr)
         batch_norm.update_running_statistics(self.model, self.world.mean_, update.applied)
         if self.average is not None:
             self.average.update(step + 1, update.applied)
         return update, sums
+
+    def timesteps(self, step: int) -> int:
+        """Return the T of the step after ``step`` others, the same on all processes."""
+        return order.drawn_timesteps(self.section.choices, self.config.seed, step)
+
+    @contextlib.contextmanager
+    def _timesteps_of(self, step: int) -> Iterator[None]:
+        """Give the model the T that a step draws; otherwise it has the phase's largest."""
+        if is_drawn := len(self.section.choices) > 1:
+            self.model.set_timesteps(self.timesteps(step))
+        yield
+        if is_drawn:
+            self.model.set_timesteps(self.section.most_timesteps)
 
     def _add_micro_batch(self, images: Tensor, targets: Tensor, *dropped: Tensor) -> Tensor:
         """Add a micro-batch's gradient to the step's; return its sums.
@@ -112,7 +132,7 @@ class Step:
 
     def _loss(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         check_logits(logits, self.model.timesteps, len(images), self.model.num_classes)
-        return compute_loss(self.config.loss, logits, targets, self._teacher_logits(images))
+        return compute_loss(self.loss, logits, targets, self._teacher_logits(images))
 
     def _teacher_logits(self, images: Tensor) -> Tensor | None:
         return None if self.teacher is None else self.teacher(images)
@@ -145,7 +165,8 @@ class Step:
                 logits = self.model(images, per_timestep=True)
             return self._loss(images, logits, targets)
 
-        return health.examine(self.model, batches, loss)
+        with self._timesteps_of(step):
+            return health.examine(self.model, batches, loss)
 
 
 def sums_of(logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:

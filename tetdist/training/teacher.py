@@ -26,7 +26,7 @@ class Teacher:
     """Frozen network that returns logits (B, K) for exactly the images that the student sees.
 
     A spiking teacher returns its time-mean: for a static image over its own T, for events over the
-    student's time bins.
+    student's time bins, all that the data have.
 
     Attributes:
         fingerprint: Checksum of its weights, which must stay the same during a run.
@@ -64,7 +64,8 @@ class Teacher:
     def of(cls, config: RunConfig, index: Index, device: torch.device) -> "Teacher | None":
         """Make the teacher that a configuration asks for, if any."""
         section = config.loss.distillation
-        wanted = section.teacher is not None and section.weight > 0
+        weights = (loss.distillation.weight for loss in config.losses())
+        wanted = section.teacher is not None and any(weights)
         return cls(config, index, device) if wanted else None
 
     @torch.no_grad()

@@ -125,32 +125,31 @@ class Trainer:
         """Set up T, optimiser, engine and data of a phase, unless it is already active."""
         if self.phase is phase:
             return
-        self._leave()
+        if self.phase is None or phase.section.optimizer != "continue":
+            self._leave()
+            self._open_engine(phase)
         if self.tracker:
             self.tracker.enter_phase(phase.number)
-        self.model.set_timesteps(phase.section.timesteps)
-        run, optimizer = self.prepared, make_optimizer(self.model, phase.section.optimizer)
+        run = self.prepared
+        self.model.set_timesteps(phase.section.most_timesteps)
+        given = (run.micro_batches, self.teacher, self.average, phase.number)
+        self.training_step = Step(run.config, run.model, self.engine, run.world, *given)
+        self.feed.open(self.step)
+        self.phase = phase
+
+    def _open_engine(self, phase: Phase) -> None:
+        run, optimizer = self.prepared, make_optimizer(self.model, phase.optimizer)
         parts = EngineParts(run.config, run.model, optimizer, len(run.micro_batches), run.world)
         self.engine = make_engine(parts)
         # At the start of a phase a checkpoint holds the optimiser of the previous phase.
-        if self.optimizer_state is not None and self.step > phase.first_step:
+        is_its_own = self.step > phase.first_step or phase.section.optimizer == "continue"
+        if self.optimizer_state is not None and is_its_own:
             self.engine.load_optimizer_state(self.optimizer_state)
         if self.loss_scale_state is not None and self.engine.loss_scale:
             self.engine.loss_scale.load_state_dict(self.loss_scale_state)
         self.optimizer_state = None
         if self.average is not None:
             self.average.follow()
-        self.training_step = Step(
-            run.config,
-            run.model,
-            self.engine,
-            run.world,
-            run.micro_batches,
-            self.teacher,
-            self.average,
-        )
-        self.feed.open(self.step)
-        self.phase = phase
 
     def _leave(self) -> None:
         if self.phase is not None:
@@ -185,10 +184,11 @@ class Trainer:
     def _train_step(self) -> Tensor:
         """Take one optimiser step; return the norm of its gradient, ()."""
         lr = self.prepared.learning_rate(self.step)
+        timesteps = self.training_step.timesteps(self.step)
         update, sums = self.training_step.take(self.step, self.feed.of_step(self.step), lr)
         self.step += 1
         self.watch.progress(f"step {self.step}")
-        self.window.add(self.step, update, sums)
+        self.window.add(self.step, update, sums, timesteps)
         if self.world.device.type == "cpu":
             self._check_finite()
         return update.grad_norm

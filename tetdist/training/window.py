@@ -38,17 +38,19 @@ class Window:
 
     def restart(self, waited: float) -> None:
         """Restart clock and energy counter; ``waited`` is `Feed.waited` now."""
-        self._started, self._steps, self._waited_before = time.monotonic(), 0, waited
+        self._started, self._waited_before = time.monotonic(), waited
+        self._steps = self._timesteps = 0
         self._gpus.restart()
 
-    def add(self, step: int, update: Update, sums: Tensor) -> None:
-        """Add a step (from 1); one without a finite gradient changed nothing and is left out.
+    def add(self, step: int, update: Update, sums: Tensor, timesteps: int) -> None:
+        """Add a step (from 1) and its T, without synchronising with a GPU.
 
-        On a GPU this does not synchronise with the device.
+        A step without a finite gradient changed nothing, and its sums are left out.
         """
         self.sums += torch.where(update.applied, sums, 0.0)
         self.non_finite.record(step, update.applied)
         self._steps += 1
+        self._timesteps += timesteps
 
     def restore(self, total: list[float], non_finite: dict[str, int]) -> None:
         """Continue from a checkpoint's sums, which rank 0 keeps for all processes."""
@@ -79,6 +81,7 @@ class Window:
             "top1": 100 * correct / samples if samples else math.nan,
             "non_finite_steps": self.non_finite.new(),
             "samples_per_s": self._steps * self._global_batch / seconds,
+            "image_timesteps_per_s": self._timesteps * self._global_batch / seconds,
             **compared(ranks, seconds / steps),
             **values_of(gpus),
         }

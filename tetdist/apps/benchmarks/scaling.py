@@ -200,7 +200,7 @@ def training_step(
         model.set_grad_checkpointing(True)
     if config.batch_norm.sync:
         batch_norm.synchronize(model, world.mean_, world.world_size)
-    made = make_optimizer(model, config.phases[0].optimizer)
+    made = make_optimizer(model, config.optimizer_of(0))
     engine = make_engine(EngineParts(config, model, made, accumulation, world))
     step = Step(config, model, engine, world, range(accumulation))
     return MadeUp(step, size or model.default_cfg["input_size"][-1])
@@ -215,7 +215,7 @@ def initial(config: "RunConfig") -> Any:
     from tetdist.nn.precision import parameter_type
 
     torch.manual_seed(0)
-    model = timm.create_model(config.model.name, timesteps=config.phases[0].timesteps)
+    model = timm.create_model(config.model.name, timesteps=config.phases[0].most_timesteps)
     batch_norm.defer_running_statistics(model)
     return model.to(parameter_type(config.precision)).train()
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from tetdist.apps.cli.common import CHECKPOINT, check_new_weights, program, run_command
 from tetdist.apps.cli.eval import HANGS_AFTER, evaluation_config
 from tetdist.config.flags import add_import, positive
-from tetdist.wording import counted
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,6 +42,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="number of training samples for the running statistics, in whole global batches "
         "(default: one epoch)",
     )
+    add(
+        "--timesteps",
+        type=positive,
+        metavar="T",
+        help="T of the running statistics and of the written network (default: the training's)",
+    )
     add("--threads", type=positive, metavar="N", help="number of decoding threads")
     add("--precision", choices=["bf16", "fp32", "tf32", "fp16", "fp64"])
     add("--execution", choices=["fused", "reference"], help="default: fused")
@@ -64,17 +69,18 @@ def main(arguments: list[str] | None = None) -> int:
     return run_command(lambda: average(options))
 
 
-def average(options: argparse.Namespace) -> None:
+def average(options: argparse.Namespace, *, silent: bool = False) -> None:
     from tetdist import plugins
     from tetdist.apps.file_progress import file_progress
-    from tetdist.apps.weights.average import mean_weights, recompute_statistics
+    from tetdist.apps.weights.average import (
+        mean_weights,
+        open_training_split,
+        recompute_statistics,
+    )
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
-    from tetdist.evaluation.variants import with_classes_of_model
-    from tetdist.nn.batch_norm import has_running_statistics
-    from tetdist.order import steps_per_epoch
     from tetdist.storage import checkpoint
-    from tetdist.training.setup import load_model, open_split
+    from tetdist.training.setup import load_model
 
     with (
         join(options.device, run=vars(options) | {"local_rank": None}) as world,
@@ -87,40 +93,27 @@ def average(options: argparse.Namespace) -> None:
             lambda: mean_weights(options.sources, which, ema=options.ema)
         )
         config = world.run_on_all(lambda: evaluation_config(description.config, options))
-        data = world.run_on_all(lambda: open_split(config, "train", world))
-        known, source = config.model.num_classes, str(options.checkpoint)
+        source = options.checkpoint
         index = world.run_on_all(
-            lambda: with_classes_of_model(data, description.classes, known, source)
+            lambda: open_training_split(config, description.classes, source, world)
         )
-        epoch = world.run_on_all(lambda: steps_per_epoch(len(index), config.batch.global_))
-        model = load_model(config, index, weights, options.checkpoint, world)
-        statistics = "the network has no running statistics"
-        if has_running_statistics(model):
-            model.set_timesteps(description.timesteps)
-            with file_progress("running statistics", "sample") as show:
-
-                def progress(done: int, total: int) -> None:
-                    watch.progress("the running statistics")
-                    if world.rank == 0:
-                        show(done, total)
-
-                taken = recompute_statistics(
-                    model,
-                    config,
-                    index,
-                    world,
-                    options.samples or epoch * config.batch.global_,
-                    progress,
-                )
-            statistics = f"running statistics from {counted(taken, 'training sample')}"
-            # Weights keep the mean's values, even if the model computed in another type.
-            for key, value in model.state_dict().items():
-                if key.rpartition(".")[2] in ("running_mean", "running_var"):
-                    weights[key] = value.to("cpu", weights[key].dtype)
+        model = load_model(config, index, weights, source, world)
+        timesteps = options.timesteps or description.timesteps
+        world.run_on_all(lambda: model.set_timesteps(timesteps))
+        with file_progress("running statistics", "sample") as show:
+            given = (config, index, world, options.samples, show, watch.progress)
+            statistics = recompute_statistics(model, *given)
+        # Weights keep the mean's values, even if the model computed in another type.
+        for key, value in model.state_dict().items():
+            if key.rpartition(".")[2] in ("running_mean", "running_var"):
+                weights[key] = value.to("cpu", weights[key].dtype)
+        averaged = "; ".join(filter(None, [description.averaged, statistics]))
+        changed = description.model_copy(update={"timesteps": timesteps, "averaged": averaged})
 
         def write() -> None:
             if world.rank == 0:
-                checkpoint.write_model_file(options.output, weights, description)
-                print(f"wrote {options.output}: {description.averaged}; {statistics}")
+                checkpoint.write_model_file(options.output, weights, changed)
+                if not silent:
+                    print(f"wrote {options.output}: {averaged}")
 
         world.run_on_all(write)

@@ -9,10 +9,10 @@ figure. Or compare a run on ImageNet with a published training curve.
     python tools/compare_runs.py runs/sew34_t4 --reference sew34
 
 The comparison of two runs leaves out values that depend on the clock or the machine (time,
-samples_per_s, data_wait, the slowest rank, eta_s, gpu_memory, gpu_energy, seconds). Two values
-differ if |a - b| is more than the tolerance times the larger of |a| and |b|; NaN equals NaN. For
-two folders, the configurations are compared too, and the samples-RANK.jsonl files if both have
-them.
+samples_per_s, image_timesteps_per_s, data_wait, the slowest rank, eta_s, gpu_memory, gpu_energy,
+seconds). Two values differ if |a - b| is more than the tolerance times the larger of |a| and |b|;
+NaN equals NaN. For two folders, the configurations are compared too, and the samples-RANK.jsonl
+files if both have them.
 
 Exit status: 0 the same, 1 different values, steps or samples (a different configuration alone does
 not count), 2 a user error. More than two runs are only listed: 0 or 2. With --reference: 1 if a

@@ -19,7 +19,7 @@ from tetdist.config.flags import MOST_TIMESTEPS, add_import, positive
 from tetdist.errors import UserError
 from tetdist.storage import files
 
-# Variants of ImageNet's validation set (evaluation/variants.py) whose folder holds class folders.
+# Variants of ImageNet's validation set (apps/weights/variants.py) whose folder holds class folders.
 OF_CLASS_FOLDERS = ("imagenet-v2", "imagenet-a", "imagenet-r")
 VARIANTS = (*OF_CLASS_FOLDERS, "imagenet-c", "real")
 HANGS_AFTER = 600  # seconds without progress after which a process counts as hanging
@@ -27,10 +27,10 @@ HANGS_AFTER = 600  # seconds without progress after which a process counts as ha
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tetdist.apps.weights.variants import Compared
     from tetdist.config.schema import RunConfig
     from tetdist.datasets.index import Index
     from tetdist.distributed.world import World
-    from tetdist.evaluation.variants import Compared
     from tetdist.models import SpikingNetwork
     from tetdist.storage.checkpoint import Description
 
@@ -114,6 +114,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         " 1 up to it); all else uses the T of training, or the last of these if it is not listed",
     )
     parser.add_argument(
+        "--recompute-statistics",
+        type=positive,
+        metavar="N",
+        help="first recompute the running statistics from N training samples, at the T of all "
+        "else, as tools/average.py does",
+    )
+    parser.add_argument(
         "--exit-within",
         type=points,
         metavar="POINTS",
@@ -175,8 +182,10 @@ def check_variant(parser: argparse.ArgumentParser, options: argparse.Namespace) 
             parser.error(f"--variant {options.variant} needs its folder; give --data FOLDER")
         if options.split != "val":
             parser.error(f"--variant {options.variant} is itself a split; leave out --split")
-    if options.variant is not None and options.exit_within is not None:
-        parser.error("--exit-within needs the data of the training; leave out --variant")
+    for flag in ("exit_within", "recompute_statistics"):
+        if options.variant is not None and getattr(options, flag) is not None:
+            name = flag.replace("_", "-")
+            parser.error(f"--{name} needs the data of the training; leave out --variant")
     if options.variant == "imagenet-c":
         for flag in ("report", "unroll", "drop_timesteps", "drop_events"):
             if getattr(options, flag):
@@ -192,12 +201,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate_checkpoint(options: argparse.Namespace) -> None:
+    from tetdist.apps.file_progress import file_progress
+    from tetdist.apps.weights import variants
+    from tetdist.apps.weights.average import open_training_split, recompute_statistics
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
-    from tetdist.evaluation import variants
     from tetdist.evaluation.early_exit import measure_exit
     from tetdist.evaluation.suite import Evaluator, choose_exit, run_suite
     from tetdist.models.streaming import stream_of
+    from tetdist.nn.norm_neuron import is_causal
     from tetdist.training.setup import load_model
 
     with (
@@ -231,6 +243,16 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         headline = trained if trained in wanted else wanted[-1]
         model = load_model(config, index, weights, options.checkpoint, world)
         found = about(description, config, compared, options) | {"reported_timesteps": wanted}
+        if options.recompute_statistics is not None:
+            source = options.checkpoint
+            training = world.run_on_all(
+                lambda: open_training_split(config, description.classes, source, world)
+            )
+            model.set_timesteps(headline)
+            with file_progress("running statistics", "sample") as bar:
+                given = (config, training, world, options.recompute_statistics, bar, watch.progress)
+                done = recompute_statistics(model, *given)
+            found["averaged"] = "; ".join(filter(None, [description.averaged, done]))
         real = exit_choice = None
         if options.variant == "real":
             file = Path(config.data.root, variants.REAL_FILE)
@@ -256,9 +278,11 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
                 drop_timesteps=options.drop_timesteps,
                 drop_events=options.drop_events,
                 seed=options.seed,
-                real=real,
+                **({} if real is None else {"also": real.add}),
                 exit_choice=exit_choice,
             )
+        if real is not None:
+            found["real"] = real.total(world, is_causal(model))
         if options.measured and exit_choice is not None:
             found["measured_exit"] = measure_exit(evaluator(compared), exit_choice)
         world.run_on_all(lambda: show(found, options) if world.rank == 0 else None)
@@ -327,7 +351,7 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
 
 def index_variant(config: "RunConfig", split: str, alive: Callable[[], None]) -> None:
     """Index a variant's split, unless an index exists."""
-    from tetdist.evaluation.variants import make_index
+    from tetdist.apps.weights.variants import make_index
 
     data = config.data
     if data.kind != "images":
@@ -348,8 +372,8 @@ def open_compared(
         UserError: The classes do not match, the training's data are missing, or only other splits
             are indexed.
     """
+    from tetdist.apps.weights.variants import compared_with_model
     from tetdist.datasets.index import index_command, index_file
-    from tetdist.evaluation.variants import compared_with_model
     from tetdist.training.setup import open_split
 
     data = config.data
@@ -386,7 +410,7 @@ def held_out_samples(
     Raises:
         UserError: The run held out none, or the network has no early exit.
     """
-    from tetdist.evaluation.variants import Compared
+    from tetdist.apps.weights.variants import Compared
     from tetdist.nn.norm_neuron import is_causal
     from tetdist.training.setup import open_data
 

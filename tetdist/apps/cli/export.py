@@ -8,10 +8,13 @@ docs/weights.md describes what each format can and cannot hold.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from tetdist.apps.cli.average import average
+from tetdist.apps.cli.average import parse_arguments as parse_average
 from tetdist.apps.cli.common import CHECKPOINT, check_new_weights, program, run_command
 from tetdist.config.flags import add_import, positive
 from tetdist.errors import UserError
@@ -54,6 +57,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "average",
     )
     add("--timesteps", type=positive, metavar="T", help="default: as in training")
+    add(
+        "--recompute-statistics",
+        type=positive,
+        metavar="N",
+        help="first recompute the running statistics at that T from N training samples, as "
+        "tools/average.py does",
+    )
     add(
         "--dt",
         type=float,
@@ -134,6 +144,8 @@ def export(options: argparse.Namespace) -> None:
     import_files(options.imports)
     which = "best" if options.best else "last"
     trained = load(options.checkpoint, which, options.timesteps, ema=options.ema)
+    if options.recompute_statistics is not None:
+        trained = with_new_statistics(trained, options)
     if options.push is not None:
         publish(trained, options)
         return
@@ -154,6 +166,27 @@ def export(options: argparse.Namespace) -> None:
         case other:
             raise AssertionError(other)
     print(f"wrote {output}: {contents}")
+
+
+def with_new_statistics(trained: "Trained", options: argparse.Namespace) -> "Trained":
+    """Recompute the running statistics at the network's T.
+
+    Raises:
+        UserError: The training data are missing or do not suit the network.
+    """
+    from tetdist.apps.weights.trained import load
+
+    with TemporaryDirectory() as aside:
+        file = Path(aside, "recomputed.safetensors")
+        given = ["--output", file, "--timesteps", trained.model.timesteps]
+        given += ["--samples", options.recompute_statistics]
+        given += [flag for flag in ("--best", "--ema") if getattr(options, flag[2:])]
+        average(parse_average([str(options.checkpoint), *map(str, given)]), silent=True)
+        found = load(file)
+    changes = {"averaged": found.description.averaged, "validation": None}
+    return dataclasses.replace(
+        trained, model=found.model, description=trained.description.model_copy(update=changes)
+    )
 
 
 def publish(trained: "Trained", options: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ from tetdist.wording import counted
 OF_THE_CLOCK = (
     "time",
     "samples_per_s",
+    "image_timesteps_per_s",
     "data_wait",
     "step_seconds",
     "slowest",

@@ -86,8 +86,8 @@ def _log_start(watched: Watched) -> None:
             config.model.name,
             ", ".join(f"{key}={new} ({old})" for key, (old, new) in changed.items()),
         )
-    for number, phase in enumerate(config.phases):
-        optimizer = phase.optimizer
+    for number in range(len(config.phases)):
+        optimizer = config.optimizer_of(number)
         if optimizer.lr_per is not None or optimizer.layer_decay is not None:
             rate = optimizer.lr_as_text(config.batch.global_)
             logger.info("phase %d: learning rate %s", number, rate)

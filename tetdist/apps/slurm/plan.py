@@ -111,7 +111,7 @@ def make(
     last_step = min(phases[-1].end_step, config.max_steps or phases[-1].end_step)
     first_step = phases[config.start_phase].first_step
     every = config.evaluate_every * per_epoch
-    moments = max(kind_of(phase.optimizer.kind).moments for phase in config.phases)
+    moments = max(kind_of(phase.optimizer.kind).moments for phase in phases)
     copies = 1 if config.ema.decay is None else 2  # the weights, and their moving average
     return Plan(
         config=config,
@@ -141,7 +141,7 @@ def cost(plan: Plan, speed: Speed, nodes: int) -> Cost | None:
     phases = schedule_phases(plan.config.phases, plan.steps_per_epoch, plan.config.batch.global_)
     for number, phase in list(enumerate(phases))[plan.config.start_phase :]:
         steps = max(0, min(phase.end_step, plan.last_step) - phase.first_step)
-        rate = speed.rate(number, phase.section.timesteps)
+        rate = speed.rate(number, phase.section.mean_timesteps)
         training += steps * samples / rate
         waiting += steps * communication
         part = plan.evaluations * steps / plan.steps
@@ -175,7 +175,7 @@ def describe(plan: Plan, speed: Speed | str) -> str:
     # The newest, and the best of the weights and of their moving average.
     kept = config.save.keep_last + (1 if config.ema.decay is None else 2)
     phases = config.phases[config.start_phase :]
-    timesteps = " then ".join(str(phase.timesteps) for phase in phases)
+    timesteps = " then ".join(phase.timesteps_as_text for phase in phases)
     epochs = " + ".join(str(phase.epochs) for phase in phases)
     devices = counted(cluster.gpus_per_node, "GPU") if cluster.gpus_per_node else "no GPU"
     lines = [
@@ -205,7 +205,7 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"({own.images_per_s:.0f} samples/s)",
         "",
         f"By number of nodes, from {speed.images_per_s:.4g} samples/s a process at "
-        f"T={speed.timesteps} ({speed.source}),",
+        f"T={speed.timesteps:g} ({speed.source}),",
         f"{_size(plan.average_bytes)} averaged a step over {cluster.link_in_node:g} GB/s in a node "
         f"and {cluster.link_between_nodes:g} GB/s between nodes, without overlap,",
         f"and {RESTART_MINUTES:g} minutes a restart:",

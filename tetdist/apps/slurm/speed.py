@@ -34,7 +34,7 @@ class Speed:
 
     Attributes:
         images_per_s: The rate of one process alone.
-        timesteps: T of the measurement.
+        timesteps: T of the measurement; a mean, if steps draw their T.
         of_phases: The rate in each of the configuration's phases, if known; otherwise the rate is
             assumed to fall with T.
         source: Origin of the speed.
@@ -42,12 +42,12 @@ class Speed:
     """
 
     images_per_s: float
-    timesteps: int
+    timesteps: float
     of_phases: tuple[float, ...] = ()
     source: str = "as given"
     details: tuple[tuple[str, str], ...] = ()
 
-    def rate(self, phase: int, timesteps: int) -> float:
+    def rate(self, phase: int, timesteps: float) -> float:
         """Return the samples a second in a phase of the configuration, with its T."""
         if self.of_phases:
             return self.of_phases[phase]
@@ -108,7 +108,7 @@ def speed_of(
     if images_per_s is not None:
         if not 0 < images_per_s < math.inf:
             raise UserError(f"--images-per-s must be above 0, not {images_per_s:g}")
-        return Speed(images_per_s, config.phases[config.start_phase].timesteps)
+        return Speed(images_per_s, config.phases[config.start_phase].mean_timesteps)
     card = cards.find(cluster.gpu or "")
     if file is not None:
         return measured(file, config, cluster, network, card)
@@ -179,7 +179,7 @@ def measured(
         raise UserError(f"{mismatch}; give --gpu NAME to compare the two, {way_out}")
     try:
         here = computed(config, network, card)
-        there = estimate(_work_of(case, speed.timesteps, config.batch.micro), measured_on)
+        there = estimate(_work_of(case, int(speed.timesteps), config.batch.micro), measured_on)
     except UserError as error:
         raise UserError(f"{mismatch}; they cannot be compared ({error}): {way_out}") from error
     share = speed.images_per_s / there.images_per_s
@@ -206,7 +206,8 @@ def _speed_in(values: dict[str, Any], config: RunConfig) -> Speed:
         rate, text = by_batch[batch], f" in batches of {batch}"
     if not 0 < rate < math.inf:
         raise ValueError(rate)
-    timesteps = int(values.get("timesteps", config.phases[config.start_phase].timesteps))
+    mean = config.phases[config.start_phase].mean_timesteps
+    timesteps = float(values.get("timesteps", mean))
     return Speed(rate, timesteps, source=f"measured{text}")
 
 
@@ -246,7 +247,11 @@ def computed(config: RunConfig, network: Network, card: Card) -> Speed:
     """
     phases = [_estimates(config, phase, network, card) for phase in config.phases]
     # If the image size grows, take the mean of the first and the last.
-    rates = [harmonic_mean([found.images_per_s for found, _ in phase]) for phase in phases]
+    rates = [
+        harmonic_mean([found.images_per_s for found, _ in of_sizes])
+        * (phase.most_timesteps / phase.mean_timesteps)
+        for phase, of_sizes in zip(config.phases, phases, strict=True)
+    ]
     first = config.start_phase
     found, work = phases[first][-1]
     limit = (
@@ -262,7 +267,7 @@ def computed(config: RunConfig, network: Network, card: Card) -> Speed:
     )
     return Speed(
         rates[first],
-        config.phases[first].timesteps,
+        config.phases[first].mean_timesteps,
         of_phases=tuple(rates),
         source=f"computed, not measured, for an {card.name}",
         details=(("a GPU", gpu), ("memory", _memory(config, network, card, work.peak_bytes))),
@@ -272,9 +277,10 @@ def computed(config: RunConfig, network: Network, card: Card) -> Speed:
 def _estimates(
     config: RunConfig, phase: PhaseSection, network: Network, card: Card
 ) -> list[tuple[Estimate, Work]]:
-    """Return time and work of a micro-batch, for the first and last image size of a phase."""
+    """Return time and work of a micro-batch at the largest T of a phase, for its first and last
+    image size."""
     before = network.model.timesteps
-    network.model.set_timesteps(phase.timesteps)
+    network.model.set_timesteps(phase.most_timesteps)
     try:
         sizes = dict.fromkeys(phase_image_sizes(config, phase))
         works = [network.count(config.batch.micro, size, config.precision) for size in sizes]
@@ -285,7 +291,8 @@ def _estimates(
 
 def _memory(config: RunConfig, network: Network, card: Card, peak_bytes: int) -> str:
     parameters = sum(p.numel() for p in network.model.parameters())
-    moments = max(kind_of(phase.optimizer.kind).moments for phase in config.phases)
+    kinds = (config.optimizer_of(i).kind for i in range(len(config.phases)))
+    moments = max(kind_of(kind).moments for kind in kinds)
     averages = 0 if config.ema.decay is None else 1
     weights = 4 * parameters * (2 + moments + averages) / 1e9
     total = weights + peak_bytes / 1e9

@@ -137,7 +137,7 @@ def needed_first(runs: list[StudyRun]) -> list[StudyRun]:
     Args:
         runs: Runs, each after those that it needs; the result keeps this property.
     """
-    after = dict.fromkeys(runs, 0)  # the size of the longest chain of runs that waits for each
+    after = dict.fromkeys(runs, 0.0)  # the size of the longest chain of runs that waits for each
     for run in reversed(runs):
         for needed in run.needs:
             if needed in after:
@@ -285,7 +285,7 @@ class StudyProgress:
 
     def __init__(self, total: int, left: Iterable[StudyRun]) -> None:
         self.total, self.left = total, list(left)
-        self.begun, self.size = time.monotonic(), 0  # total size of the finished runs
+        self.begun, self.size = time.monotonic(), 0.0  # total size of the finished runs
         if len(self.left) < total:
             _print(f"{total - len(self.left)} of {total} runs are already done")
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from tetdist.apps.studies.plan import StudyRun, StudySection, evaluation, is_trained, lines
 from tetdist.storage.files import parse_json
+from tetdist.training import schedule
 from tetdist.training.schedule import Phase, schedule_phases
 
 CONFIDENCE = 0.95
@@ -144,13 +145,8 @@ def phases_of(run: StudyRun, line: dict[str, Any]) -> list[Phase]:
 
 def image_timesteps(run: StudyRun, last: dict[str, Any]) -> int:
     """Return the number of training images times T, up to a line of the metrics."""
-    return sum(
-        (min(phase.end_step, last["step"]) - phase.first_step)
-        * run.config.batch.global_
-        * phase.section.timesteps
-        for phase in phases_of(run, last)
-        if phase.first_step < last["step"]
-    )
+    phases, batch = phases_of(run, last), run.config.batch.global_
+    return round(schedule.image_timesteps(phases, last["step"], batch))
 
 
 def training_seconds(run: StudyRun) -> float:

@@ -131,8 +131,8 @@ class StudyRun:
 
     @property
     def timesteps(self) -> int:
-        """T at the end of training."""
-        return self.config.phases[-1].timesteps
+        """T of evaluations at the end of training."""
+        return self.config.phases[-1].most_timesteps
 
     @property
     def own_phases(self) -> tuple[PhaseSection, ...]:
@@ -140,9 +140,9 @@ class StudyRun:
         return self.config.phases[self.config.start_phase :]
 
     @property
-    def size(self) -> int:
+    def size(self) -> float:
         """Cost of the run relative to others of the study: epochs times T."""
-        return sum(phase.epochs * phase.timesteps for phase in self.own_phases)
+        return sum(phase.epochs * phase.mean_timesteps for phase in self.own_phases)
 
     @property
     def is_evaluated_again(self) -> bool:

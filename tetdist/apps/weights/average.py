@@ -5,20 +5,21 @@ over training samples, augmented and mixed as in training, in its micro-batches 
 mode. Each is the average over all of these micro-batches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tetdist import order, plugins
+from tetdist.apps.weights.variants import with_classes_of_model
 from tetdist.config.identity import differences
 from tetdist.config.loading import parse
 from tetdist.config.schema import RunConfig, phase_image_sizes
 from tetdist.data import mixing
 from tetdist.data.build import train_loader
 from tetdist.data.dropping import drop_factors
+from tetdist.data.loader import Batches
 from tetdist.data.transfer import on_device
 from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
@@ -27,6 +28,7 @@ from tetdist.models import SpikingNetwork
 from tetdist.nn import batch_norm, dropout
 from tetdist.nn.precision import autocast, parameter_type
 from tetdist.storage import checkpoint
+from tetdist.training.setup import open_data, open_split
 from tetdist.wording import counted
 
 
@@ -61,11 +63,12 @@ def mean_weights(
         key: (total[key] / len(sources)).to(value.dtype) if value.is_floating_point() else value
         for key, value in weights.items()
     }
-    names = ", ".join(source.resolve().name for source in sources)
-    what = (
-        f"mean of {counted(len(sources), 'moving average')}" if ema else f"mean of {len(sources)}"
-    )
-    changes = {"step": step, "validation": None, "averaged": f"{what}: {names}"}
+    averaged = description.averaged
+    if len(sources) > 1:
+        number = counted(len(sources), "moving average") if ema else len(sources)
+        names = ", ".join(source.resolve().name for source in sources)
+        averaged = f"mean of {number}: {names}"
+    changes = {"step": step, "validation": None, "averaged": averaged}
     return mean, description.model_copy(update=changes)
 
 
@@ -106,58 +109,82 @@ def _check_alike(source: Path, of_source: Read, first: Path, of_first: Read) -> 
         )
 
 
-@torch.no_grad()
+def open_training_split(
+    config: RunConfig, classes: list[str] | None, source: Path, world: World
+) -> Index:
+    """Return the training samples, without those that the run held out.
+
+    ``classes`` are the network's, if known; messages name its ``source``.
+
+    Raises:
+        UserError: The data are missing, or do not have the network's classes.
+    """
+    if config.data.held_out:
+        index = open_data(config, world)[0]
+    else:
+        index = open_split(config, "train", world)
+    return with_classes_of_model(index, classes, config.model.num_classes, str(source))
+
+
 def recompute_statistics(
     model: SpikingNetwork,
     config: RunConfig,
     index: Index,
     world: World,
-    samples: int,
-    progress: Callable[[int, int], Any] = lambda _done, _total: None,
-) -> int:
-    """Recompute a model's running statistics; every process must call it.
+    samples: int | None = None,
+    show: Callable[[int, int], None] = lambda _done, _total: None,
+    alive: Callable[[str], None] = lambda _: None,
+) -> str:
+    """Recompute a model's running statistics at its T; every process must call it.
 
     Samples, augmentation and dropout are those of the training's last epoch and, if more samples
     are needed, of the epochs that would follow.
 
     Args:
-        model: The model on its device, at its T; it is left in evaluation mode.
+        model: The model on its device, at the T of the statistics, in evaluation mode.
         config: Configuration of its training, whose data, batch and precision are used.
         index: The training split.
         world: All processes; their number only changes the rounding.
-        samples: Minimum number of samples, rounded up to whole global batches.
-        progress: Called with the samples done and their total.
+        samples: Minimum number of samples, rounded up to whole global batches; None: one epoch.
+        show: Called on rank 0 with the samples done and their total.
+        alive: Called with the work's name during the work.
 
     Returns:
-        The number of samples.
+        A description for reports.
 
     Raises:
         UserError: The batches do not suit the data or the number of processes.
     """
+    if not batch_norm.has_running_statistics(model):
+        return "the network has no running statistics"
     batch, device = config.batch, world.device
-    steps = -(-samples // batch.global_)
+    per_epoch = order.steps_per_epoch(len(index), batch.global_)
+    steps = per_epoch if samples is None else -(-samples // batch.global_)
     numbers = order.rank_micro_batches(world.rank, world.world_size, batch.global_, batch.micro)
-    epoch = sum(phase.epochs for phase in config.phases) - 1
-    first = epoch * order.steps_per_epoch(len(index), batch.global_)
+    first = (sum(phase.epochs for phase in config.phases) - 1) * per_epoch
     dropping = dropout.dropping(model)
     size = phase_image_sizes(config, config.phases[-1])[1]
-    batch_norm.defer_running_statistics(model)
-    model.train()
-    with train_loader(config, index, world, first, size) as loader:
-        for step in range(steps):
+
+    def batches(loader: Batches) -> Iterator[Tensor]:
+        for step in range(first, first + steps):
             for number in numbers:
                 given = next(loader)
                 images = on_device(given.images, device, parameter_type(config.precision))
                 if given.mix is not None:
                     images = mixing.mixed_images(images, mixing.on_device(given.mix, device))
                 # As in training: an adopted network draws from torch's generator.
-                torch.manual_seed(order.forward_seed(config.seed, first + step, number))
-                for factors in drop_factors(config, dropping, first + step, number, device):
+                torch.manual_seed(order.forward_seed(config.seed, step, number))
+                for factors in drop_factors(config, dropping, step, number, device):
                     dropout.set_factors(dropping, factors)
-                with autocast(device, config.precision):
-                    model(images, per_timestep=True)
-            # This momentum gives each step the same weight.
-            batch_norm.update_running_statistics(model, world.mean_, momentum=1 / (step + 1))
-            progress((step + 1) * batch.global_, steps * batch.global_)
-    model.eval()
-    return steps * batch.global_
+                yield images
+            alive("the running statistics")
+            if world.rank == 0:
+                show((step + 1 - first) * batch.global_, steps * batch.global_)
+
+    with (
+        train_loader(config, index, world, first, size) as loader,
+        autocast(device, config.precision),
+    ):
+        batch_norm.recompute_running_statistics(model, batches(loader), world.mean_)
+    taken = counted(steps * batch.global_, "training sample")
+    return f"running statistics at T={model.timesteps} from {taken}"

@@ -176,11 +176,12 @@ def card(trained: Trained, source: str | None = None) -> str:
         rows["origin"] = f"weights converted from {origin}, not trained here"
     else:
         phases = (
-            f"{counted(p.epochs, 'epoch')} at T={p.timesteps}, {p.optimizer.kind}, "
-            f"lr {p.optimizer.lr_as_text(config.batch.global_)}"
-            for p in config.phases
+            f"{counted(p.epochs, 'epoch')} at T={p.timesteps_as_text}, "
+            f"{config.optimizer_of(i).kind}, "
+            f"lr {config.optimizer_of(i).lr_as_text(config.batch.global_)}"
+            for i, p in enumerate(config.phases)
         )
-        rows["loss"] = config.loss.as_text()
+        rows["loss"] = "; then ".join(loss.as_text() for loss in config.losses())
         if config.init_checkpoint:
             rows["initial weights"] = config.init_checkpoint
         rows["phases"] = "; ".join(phases)

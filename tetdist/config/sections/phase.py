@@ -1,10 +1,15 @@
 """The sections of a phase: T, optimiser, schedule."""
 
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic_core import PydanticCustomError
 
 from tetdist.config.fields import Epochs, OneOf, OpenFraction, Pixels, Section, Timesteps
+from tetdist.config.flags import MOST_TIMESTEPS
+from tetdist.config.sections.loss import LossSection
 from tetdist.optimizers import OPTIMIZERS
 
 
@@ -52,15 +57,39 @@ class OptimizerSection(Section):
         return text
 
 
+def _timesteps(value: Any) -> Any:
+    """Refuse, in one sentence for all three forms, what is no T, no list of them and no range."""
+    is_range = isinstance(value, dict) and value.keys() == {"from", "to"}
+    given = [value["from"], value["to"]] if is_range else value
+    several = given if isinstance(given, list) else [given]
+    right = several and all(type(t) is int and 1 <= t <= MOST_TIMESTEPS for t in several)
+    if not right or (is_range and several[0] > several[1]):
+        raise PydanticCustomError(
+            "timesteps",
+            f"must be a whole number from 1 to {MOST_TIMESTEPS}, a list of such numbers, or a "
+            "range of them, such as {from: 1, to: 4}",
+        )
+    return tuple(value) if isinstance(value, list) else value
+
+
 class PhaseSection(Section):
-    """A part of training with its own T, optimiser and schedule."""
+    """A part of training with its own T, loss, optimiser and schedule."""
 
     epochs: Epochs
     """Number of passes over the training samples in this phase."""
-    timesteps: Timesteps
-    """Number of timesteps T: how many times the network sees an image, or how many time bins a
-    recording has."""
-    optimizer: OptimizerSection
+    timesteps: Annotated[
+        Timesteps | tuple[Timesteps, ...] | dict[str, Timesteps], BeforeValidator(_timesteps)
+    ]
+    """Number of timesteps T: how many times the network sees an image, or how many time bins of a
+    recording it sees, from the first on. A list such as [1, 2, 4], or {from: 1, to: 4}: each step
+    draws its T from these numbers, all equally likely; evaluations use the largest."""
+    loss: Annotated[
+        LossSection, PlainSerializer(lambda loss: loss.model_dump(mode="json", exclude_unset=True))
+    ] = LossSection()
+    """Keys of the section loss that differ in this phase, such as {kind: sdt}."""
+    optimizer: OptimizerSection | Literal["continue"]
+    """Optimiser of the phase, which starts without state. continue: the optimiser of the phase
+    before goes on, with its state and its learning-rate schedule, which spans both phases."""
     schedule: Literal["cosine", "constant", "polynomial", "step"] = "cosine"
     """Learning-rate schedule (timm's sched, with poly for polynomial). cosine: half a cosine period
     from the peak to min_lr; polynomial: to min_lr as (1 - progress)^power; step: multiplied by
@@ -93,3 +122,33 @@ class PhaseSection(Section):
     final_image_size: Pixels | None = None
     """Height and width of training images in the phase's last epoch, in pixels. The size changes
     evenly from image_size to it, in multiples of 32. Null: image_size in all epochs."""
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """All T that a step may have."""
+        if isinstance(self.timesteps, dict):
+            return tuple(range(self.timesteps["from"], self.timesteps["to"] + 1))
+        return (self.timesteps,) if isinstance(self.timesteps, int) else self.timesteps
+
+    @property
+    def most_timesteps(self) -> int:
+        """Largest T, that of evaluations."""
+        return max(self.choices)
+
+    @property
+    def mean_timesteps(self) -> float:
+        """Average T of a step."""
+        return sum(self.choices) / len(self.choices)
+
+    @property
+    def timesteps_as_text(self) -> str:
+        """T as in "4", "1 to 4" or "1 or 2 or 4"."""
+        if isinstance(self.timesteps, dict):
+            return "{from} to {to}".format(**self.timesteps)
+        return " or ".join(map(str, self.choices))
+
+
+def schedule_epochs(phases: Sequence[PhaseSection], number: int) -> int:
+    """Return the epochs of a phase and of those after it that continue its optimiser."""
+    following = takewhile(lambda phase: phase.optimizer == "continue", phases[number + 1 :])
+    return sum(phase.epochs for phase in (phases[number], *following))

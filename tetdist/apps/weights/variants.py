@@ -308,7 +308,7 @@ class RealLabels:
             self._answers[i, answers[int(found[1]) - 1]] = True
         self._right = torch.zeros(timesteps + 1, dtype=torch.float64, device=device)
 
-    def add(self, logits: Tensor, ids: Any) -> None:
+    def add(self, logits: Tensor, _labels: Tensor, ids: Any) -> None:
         """Count a batch of logits (T, B, K) of the samples ``ids``, (B,)."""
         answers = on_device(self._answers[torch.from_numpy(ids)], logits.device)
         decided = running_means(logits).argmax(-1)  # (T, B)

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from tiny import Tool
 
+from tetdist.apps.weights import variants
 from tetdist.apps.weights.trained import load
 from tetdist.config.loading import parse
 from tetdist.datasets import index
-from tetdist.evaluation import variants
 from tetdist.storage import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
