@@ -517,7 +517,7 @@ def test_onnx_graph_of_a_timestep_is_refused_by_name(call: Call, tmp_path: Path)
     assert not path.exists()
     model = timm.create_model("psn_sew_resnet18", neuron={"kind": "sliding_psn"})
     with pytest.raises(UserError, match=r"needs equal timesteps, but PSNSEWResNet adds another"):
-        export.OnnxStep(model, torch.zeros(2, 3, 32, 32), path)
+        export.save_step(model, torch.zeros(2, 3, 32, 32), path)
 
 
 @pytest.mark.parametrize("network", ["vggsnn", pytest.param("ms, deep", marks=pytest.mark.long)])

@@ -99,13 +99,14 @@ def _steps(options: argparse.Namespace) -> Iterator[dict[str, Callable[[], None]
     if not (on_host and importlib.util.find_spec("onnxruntime")):
         yield steps
         return
-    from tetdist.apps.weights.export import OnnxStep
+    from tetdist.apps.weights.export import OnnxStep, save_step
 
     defined = network(1)
     defined.set_execution("reference")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "step.onnx")
-        graph = OnnxStep(defined, torch.cat([frame, frame]), file, threads=options.threads)
+        save_step(defined, torch.cat([frame, frame]), file)
+        graph = OnnxStep(file, options.threads)
         states = graph.at_rest(len(frame))
         steps["onnxruntime, a step"] = computed(lambda: graph.run(frame, states))
         if leaving:

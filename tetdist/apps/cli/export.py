@@ -2,6 +2,7 @@
 
     python tools/export.py runs/sew34_t4 --format safetensors --output sew34_t4
     python tools/export.py runs/sew34_t4 --best --format nir --output sew34_t4.nir
+    python tools/export.py runs/sew34_t4 --format onnx-step --int8 --output sew34_t4.onnx
     python tools/export.py runs/sew34_t4 --best --push ORG/NAME --dry-run
 
 docs/weights.md describes what each format can and cannot hold.
@@ -34,6 +35,9 @@ ENDINGS = {
 # Formats whose --output may be a folder without a suffix.
 FOLDERS = ("safetensors", "timm")
 
+# Formats of --int8.
+WHOLE = ("safetensors", "onnx-step", "nir")
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -56,6 +60,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="export the moving average of the weights, if the run has one; with --best, the best "
         "average",
     )
+    add(
+        "--int8",
+        action="store_true",
+        help="write whole numbers, with int8 weights: --format safetensors, onnx-step or nir",
+    )
     add("--timesteps", type=positive, metavar="T", help="default: as in training")
     add(
         "--recompute-statistics",
@@ -74,6 +83,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_hub(parser.add_argument_group("the Hugging Face hub"))
     options = parser.parse_args(arguments)
     check_hub(parser, options)
+    if options.int8 and options.format not in WHOLE:
+        parser.error(f"--int8 needs --format {', '.join(WHOLE)}, not {options.format}")
+    if options.int8 and options.format == "safetensors" and options.output.suffix:
+        parser.error(f"--output of --int8 must be a folder, unlike {options.output}")
     if options.output is not None:
         check_output(parser, options.format, options.output)
     if options.dt is not None and options.format != "nir":
@@ -151,12 +164,16 @@ def export(options: argparse.Namespace) -> None:
         return
     output: Path = options.output
     match options.format:
+        case "safetensors" if options.int8:
+            contents = formats.write_integers(trained, output)
+        case "onnx-step" if options.int8:
+            contents = formats.write_integer_step(trained, output)
         case "safetensors":
             contents = formats.write_safetensors(trained, output)
         case "timm":
             contents = formats.write_timm(trained, output)
         case "nir":
-            contents = formats.write_nir(trained, output, options.dt or 1e-4)
+            contents = formats.write_nir(trained, output, options.dt or 1e-4, int8=options.int8)
         case "onnx":
             contents = formats.write_onnx(trained, output)
         case "onnx-step":

@@ -16,9 +16,11 @@ import timm
 import torch
 import yaml
 from huggingface_hub import ModelCardData
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 import tetdist
+from tetdist.apps.weights.integers import IntegerNetwork, convert
 from tetdist.apps.weights.trained import Trained
 from tetdist.config.identity import without_machine
 from tetdist.datasets.layouts import CLASSES_FILE
@@ -38,6 +40,7 @@ _INPUTS = {"images": "image", "events": "event frame per timestep"}
 _CHECKED, _TOLERANCE = 4, 1e-4
 # Configuration for the command train, beside the weights in a folder for timm.
 RECIPE_FILE = "recipe.yaml"
+INTEGERS_FILE = "integers.json"  # beside whole numbers
 _TIMMS_HUB = "hf-hub:"  # timm's prefix of the hub; tetdist's is `HF`
 # Metadata key of a program or graph for the preparation of its input.
 _PREPARATION = "preparation"
@@ -301,8 +304,14 @@ def _preparation(trained: Trained) -> str:
 # --- programs -------------------------------------------------------------------------------------
 
 
-def write_nir(trained: Trained, path: Path, dt: float) -> str:
+def write_nir(trained: Trained, path: Path, dt: float, *, int8: bool = False) -> str:
     """Write the graph of `nir_graph` as a file of the package nir.
+
+    Args:
+        trained: The network.
+        path: The file to write.
+        dt: Length of a timestep in seconds.
+        int8: Write the parameters in whole numbers.
 
     Raises:
         UserError: NIR cannot express the network, or it is not one of tetdist's.
@@ -310,10 +319,16 @@ def write_nir(trained: Trained, path: Path, dt: float) -> str:
     refuse_foreign(trained, "nir")
     import nir
 
-    from tetdist.apps.weights.nir_graph import to_nir
+    from tetdist.apps.weights.nir_graph import in_integers, to_nir
 
     graph = to_nir(trained.model, trained.input_shape, dt)
     graph.metadata[_PREPARATION] = _preparation(trained)
+    if int8:
+        network = convert(trained, trained.model.timesteps)
+        in_integers(graph, network)
+        zeros = network.numbers("pixels").values() if "pixels" in network.values else ()
+        less = "".join(f" Minus {one.tolist()}." for one in zeros)
+        graph.metadata[_PREPARATION] = _byte_preparation(trained) + less
     with _aside(path) as aside:
         nir.write(aside, graph)
         again = nir.read(aside)
@@ -382,65 +397,38 @@ class OnnxStep:
     ``logits``, (B, K), and the next states, whose names have the prefix ``next_``.
 
     Args:
-        model: A network that can be streamed, in evaluation mode and float32, on the CPU.
-        frame: Example input, (2, C, H, W) or more.
-        path: The file to write.
-        preparation: Description of the inputs' preparation, for the file's metadata.
+        path: File that `save_step` or `integer_onnx.save_step` wrote.
         threads: Threads of onnxruntime; None: its own choice.
-
-    Raises:
-        UserError: The network cannot be streamed or traced, or its timesteps differ.
     """
 
-    def __init__(
-        self,
-        model: SpikingNetwork,
-        frame: Tensor,
-        path: Path,
-        *,
-        preparation: str = "",
-        threads: int | None = None,
-    ) -> None:
+    def __init__(self, path: Path, threads: int | None = None) -> None:
         import onnxruntime
 
-        if type(model).frame is not SpikingNetwork.frame:
-            raise UserError(
-                f"--format onnx-step needs equal timesteps, but {type(model).__name__} adds "
-                "another value to the input at each; export it with --format onnx"
-            )
-        step = _Step(model)
-        names = [f"state_{name}" for name in step.layers]
-        axes = [layer.neuron.sample_axis for layer in step.layers.values()]
-        batch = torch.export.Dim("batch")
-        shapes = ({0: batch}, [{axis: batch} for axis in axes])
-        states = [torch.zeros_like(one) for one in step(frame, None)[1]]
-        with _reporting_trace_errors(type(model).__name__):
-            traced = torch.export.export(step, (frame, states), dynamic_shapes=shapes, strict=False)
-        outputs = ["logits", *(f"next_{name}" for name in names)]
-        program = _onnx_program(traced, ["frame", *names], outputs)
-        program.model.metadata_props[_PREPARATION] = preparation
-        program.save(path, external_data=False)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         self._session = onnxruntime.InferenceSession(
             path, options, providers=["CPUExecutionProvider"]
         )
-        self._shapes = {
-            name: (tuple(one.shape), axis)
-            for name, one, axis in zip(names, states, axes, strict=True)
+        _, *states = self._session.get_inputs()
+        # The name in place of a number is the batch's.
+        self._axes = {
+            one.name: next(map(one.shape.index, filter(_is_name, one.shape))) for one in states
         }
+        self._states = {one.name: (one.shape, _ELEMENTS[one.type]) for one in states}
 
     def at_rest(self, samples: int) -> dict[str, Any]:
         """Return the states before the first step: zeros."""
         return {
-            name: np.zeros((*shape[:axis], samples, *shape[axis + 1 :]), np.float32)
-            for name, (shape, axis) in self._shapes.items()
+            name: np.zeros([samples if _is_name(size) else size for size in shape], kind)
+            for name, (shape, kind) in self._states.items()
         }
 
     def kept(self, states: dict[str, Any], samples: int) -> dict[str, Any]:
         """Return the states of the first samples."""
-        axes = {name: axis for name, (_, axis) in self._shapes.items()}
-        return {n: s[(slice(None),) * axes[n] + (slice(samples),)] for n, s in states.items()}
+        return {
+            name: state[(slice(None),) * self._axes[name] + (slice(samples),)]
+            for name, state in states.items()
+        }
 
     def run(self, frame: Tensor, states: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Return the timestep's logits and the states after it."""
@@ -448,19 +436,57 @@ class OnnxStep:
         return torch.from_numpy(logits), dict(zip(states, after, strict=True))
 
 
+_ELEMENTS = {"tensor(float)": np.float32, "tensor(int32)": np.int32}
+
+
+def _is_name(size: object) -> bool:
+    return isinstance(size, str)
+
+
+def save_step(model: SpikingNetwork, frame: Tensor, path: Path, preparation: str = "") -> None:
+    """Write a network's step for `OnnxStep`.
+
+    Args:
+        model: A network that can be streamed, in evaluation mode and float32, on the CPU.
+        frame: Example input, (2, C, H, W) or more.
+        path: The file to write.
+        preparation: Description of the inputs' preparation, for the file's metadata.
+
+    Raises:
+        UserError: The network cannot be streamed or traced, or its timesteps differ.
+    """
+    if type(model).frame is not SpikingNetwork.frame:
+        raise UserError(
+            f"--format onnx-step needs equal timesteps, but {type(model).__name__} adds "
+            "another value to the input at each; export it with --format onnx"
+        )
+    step = _Step(model)
+    names = [f"state_{name}" for name in step.layers]
+    axes = [layer.neuron.sample_axis for layer in step.layers.values()]
+    batch = torch.export.Dim("batch")
+    shapes = ({0: batch}, [{axis: batch} for axis in axes])
+    states = [torch.zeros_like(one) for one in step(frame, None)[1]]
+    with _reporting_trace_errors(type(model).__name__):
+        traced = torch.export.export(step, (frame, states), dynamic_shapes=shapes, strict=False)
+    outputs = ["logits", *(f"next_{name}" for name in names)]
+    program = _onnx_program(traced, ["frame", *names], outputs)
+    program.model.metadata_props[_PREPARATION] = preparation
+    program.save(path, external_data=False)
+
+
 def write_onnx_step(trained: Trained, path: Path) -> str:
     """Write one timestep as the ONNX graph of `OnnxStep`.
 
     Raises:
-        UserError: See `OnnxStep`.
+        UserError: See `save_step`.
     """
     refuse_foreign(trained, "onnx-step")
     model = trained.model
     with torch.no_grad(), _aside(path) as aside:
         is_events = model.input_kind == "events"
         x = trained.examples(2)
-        frame = x[:, 0] if is_events else x
-        step = OnnxStep(model, frame, aside, preparation=_preparation(trained))
+        save_step(model, x[:, 0] if is_events else x, aside, _preparation(trained))
+        step = OnnxStep(aside)
 
         def run(x: Tensor) -> Tensor:
             states, total = step.at_rest(len(x)), torch.zeros(())
@@ -470,6 +496,66 @@ def write_onnx_step(trained: Trained, path: Path) -> str:
             return total / model.timesteps
 
         return _agreement(trained, run)
+
+
+# --- whole numbers --------------------------------------------------------------------------------
+
+
+def write_integers(trained: Trained, folder: Path) -> str:
+    """Write the whole numbers of a network, and their description as JSON."""
+    network = convert(trained, trained.model.timesteps)
+    with _aside(folder) as aside:
+        aside.mkdir(parents=True)
+        tensors = {
+            f"{layer}.{key}": torch.from_numpy(value)
+            for layer in network.values
+            for key, value in network.numbers(layer).items()
+        }
+        (aside / checkpoint.MODEL_FILE).write_bytes(serialize(tensors))
+        description = {_PREPARATION: _byte_preparation(trained)} | network.description
+        (aside / INTEGERS_FILE).write_text(json.dumps(description, indent=1) + "\n")
+    return f"{checkpoint.MODEL_FILE}, whole numbers, and {INTEGERS_FILE}, {_proven(network)}"
+
+
+def write_integer_step(trained: Trained, path: Path) -> str:
+    """Write one timestep in whole numbers as the ONNX graph of `OnnxStep`.
+
+    Raises:
+        UserError: onnxruntime computes other numbers on this processor.
+    """
+    from tetdist.apps.weights.integer_onnx import save_step
+
+    network = convert(trained, trained.model.timesteps)
+    numbers = {"timesteps": network.timesteps, "logit": network.description["logit"]}
+    metadata = {key: str(value) for key, value in numbers.items()}
+    with torch.no_grad(), _aside(path) as aside:
+        save_step(network, aside, metadata | {_PREPARATION: _byte_preparation(trained)})
+        step, frames = OnnxStep(aside), network.frames(trained.examples(_CHECKED))
+        states, membranes = step.at_rest(_CHECKED), dict[str, Tensor]()
+        for t in range(network.timesteps):
+            frame = frames[t if len(frames) > 1 else 0].contiguous()
+            logits, states = step.run(frame, states)
+            expected, membranes = network.step(frame, membranes)
+            if not torch.equal(logits.double(), expected):
+                raise UserError(
+                    "--int8: onnxruntime's sums of integers are wrong on this processor, so the "
+                    "graph cannot be checked here; export it on another one"
+                )
+    return f"onnxruntime's integers are the definition's on this processor; {_proven(network)}"
+
+
+def _proven(network: IntegerNetwork) -> str:
+    return f"ranges proven for {counted(network.timesteps, 'timestep')}"
+
+
+def _byte_preparation(trained: Trained) -> str:
+    if trained.config.data.kind == "events":
+        return "Input: bytes (C, H, W), numbers of events, as in the training data."
+    data = trained.config.data
+    return (
+        f"Input: bytes (3, H, W) of RGB images, shorter side resized to {data.resize_side} "
+        f"({data.interpolation}), centre crop of {data.image_size}."
+    )
 
 
 class _MeanLogits(nn.Module):

@@ -22,37 +22,34 @@ The graph runs one timestep at a time. Its input is the image at every timestep,
 event bin; its output is the timestep's logits, whose mean is the prediction.
 """
 
-import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import nir
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tetdist.apps.weights.integers import IntegerNetwork
+from tetdist.apps.weights.structure import Traversal, folded, pooled
 from tetdist.errors import UserError
 from tetdist.models import (
     ESpikeFormer,
     MaxFormer,
-    MSResNet,
     PreActResNet,
     PSNSEWResNet,
     QKFormer,
     SpikeDrivenTransformer,
     SpikingNetwork,
-    SpikingResNet,
-    preact_resnet,
-    sew_resnet,
-    spiking_resnet,
 )
-from tetdist.models.base import ConvNormNeuron
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import NeuronLayer
 from tetdist.nn.norm_pool import NormPool
-from tetdist.nn.packed import AvgPool, MaxPool
+from tetdist.nn.packed import MaxPool
+
+_NO_NODE = ", for which NIR has no node"
 
 
 class Signal(NamedTuple):
@@ -65,10 +62,6 @@ class Signal(NamedTuple):
 
     sources: tuple[str, ...]
     shape: tuple[int, ...]
-
-    def plus(self, other: "Signal") -> "Signal":
-        assert self.shape == other.shape, (self, other)
-        return Signal(self.sources + other.sources, self.shape)
 
 
 def to_nir(model: SpikingNetwork, input_shape: Sequence[int], dt: float = 1e-4) -> nir.NIRGraph:
@@ -85,9 +78,55 @@ def to_nir(model: SpikingNetwork, input_shape: Sequence[int], dt: float = 1e-4) 
     return _Builder(model, dt).build(tuple(input_shape))
 
 
-class _Builder:
+def in_integers(graph: nir.NIRGraph, network: IntegerNetwork) -> None:
+    """Replace a graph's parameters by those of a network in whole numbers.
+
+    An importer that computes in float64, or in float32 below 2^24, has the network's spikes where
+    the decay's shift has no remainder.
+
+    Raises:
+        UserError: The network has a layer that NIR cannot express.
+    """
+    for layer in network.layers:
+        name, values = layer["name"], network.numbers(layer["name"])
+        node = graph.nodes.get(name)
+        match layer["op"]:
+            case "conv" | "linear":
+                node.weight, node.bias = values["weight"], np.zeros(len(values["weight"]))
+            case "sum_pool":
+                sizes = node.kernel_size, node.stride, node.padding
+                graph.nodes[name] = nir.SumPool2d(*sizes)
+            case "logits":
+                graph.nodes[layer["inputs"][0]].bias = values["bias"]
+            case "scale":
+                source, target = layer["inputs"][0], name.removesuffix("_shortcut")
+                graph.edges.remove((source, target))
+                graph.edges += [(source, name), (name, target)]
+                gain = np.broadcast_to(values["gain"][:, None, None], layer["shape"])
+                fraction = next(one["shifts"][0] for one in network.layers if one["name"] == target)
+                graph.nodes[name] = nir.Scale(gain / 2.0**fraction)
+            case "neurons":
+                shape, parts = layer["shape"], 2.0 ** layer["shifts"][0]
+                graph.nodes[layer["inputs"][0]].bias = values["bias"] / parts
+                sides = (1,) * (len(shape) - 1)
+                above = (values["thresholds"][0] + 0.5).reshape(-1, *sides) / parts
+                node.v_threshold = np.broadcast_to(above, shape).copy()
+                if isinstance(node, nir.LIF):
+                    steps = 1 / (1 - layer["decay"][0] / 2 ** layer["decay"][1])
+                    node.tau = np.full(shape, steps * graph.metadata["dt"])
+                    node.r = np.full(shape, steps)
+            case "stream":
+                raise UserError(
+                    "NIR has no node for the int16 current between blocks with membrane shortcuts; "
+                    "export the network to onnx-step with --int8, or to nir without it"
+                )
+    graph.metadata["logit"] = network.description["logit"]
+
+
+class _Builder(Traversal[Signal]):
     def __init__(self, model: SpikingNetwork, dt: float) -> None:
-        self.model, self.dt = model, dt
+        super().__init__(model)
+        self.dt = dt
         self.nodes: dict[str, nir.NIRNode] = {}
         self.edges: list[tuple[str, str]] = []
 
@@ -103,137 +142,34 @@ class _Builder:
                 "torch"
             )
         if isinstance(model, PreActResNet):
-            self.refuse("takes maxima of real numbers in its stem")
+            raise self.refused(f"takes maxima of real numbers in its stem{_NO_NODE}")
         if isinstance(model, PSNSEWResNet):
-            self.refuse("adds a learnt number to the image at each timestep")
+            raise self.refused(f"adds a learnt number to the image at each timestep{_NO_NODE}")
         self.nodes["input"] = nir.Input({"input": np.array(input_shape)})
-        x = self.layer("stem", model.stem, Signal(("input",), input_shape))
-        # Families without a pooling in the stem lack the attribute, or have an identity.
-        x = self.layer("pool", getattr(model, "pool", nn.Identity()), x)
-        x = self.layer("blocks", model.blocks, x)
-        x = self.head(x)
+        x = self.run(Signal(("input",), input_shape))
         self.add("output", nir.Output({"output": np.array(x.shape)}), x, x.shape)
         metadata = {"dt": self.dt, "timesteps": model.timesteps, "producer": "tetdist"}
         return nir.NIRGraph(self.nodes, self.edges, metadata=metadata)
-
-    def refuse(self, what: str) -> NoReturn:
-        raise UserError(
-            f"{self.model.default_cfg['architecture']} {what}, for which NIR has no node; export "
-            "it to onnx or torch"
-        )
 
     def add(self, name: str, node: nir.NIRNode, x: Signal, shape: Sequence[int]) -> Signal:
         self.nodes[name] = node
         self.edges += [(source, name) for source in x.sources]
         return Signal((name,), tuple(shape))
 
-    def layer(self, name: str, module: nn.Module, x: Signal) -> Signal:
-        match module:
-            case nn.Identity():
-                return x
-            case nn.Sequential():
-                for child_name, child in module.named_children():
-                    x = self.layer(f"{name}_{child_name}", child, x)
-                return x
-            case ConvNormNeuron():
-                norm_neuron = module.neuron
-                x = self.convolution(f"{name}_conv", module.conv, norm_neuron.norm, x)
-                return self.neurons(f"{name}_neuron", norm_neuron, x)
-            case preact_resnet.Stem():
-                stem = module.conv
-                *convs, last = stem if isinstance(stem, nn.Sequential) else [stem]
-                for i, conv in enumerate(convs):
-                    x = self.convolution(f"{name}_conv{i}", conv, None, x)
-                return self.convolution(f"{name}_conv", last, module.add.norm, x)
-            case preact_resnet.Block():
-                return self.preact_block(name, module, x)
-            case sew_resnet.BasicBlock() | sew_resnet.Bottleneck():
-                return self.sew_block(name, module, x)
-            case spiking_resnet.BasicBlock() | spiking_resnet.Bottleneck():
-                return self.spiking_block(name, module, x)
-            case MaxPool():
-                size = module.kernel_size, module.stride, module.padding
-                x = self.pool(f"{name}_sum", nir.SumPool2d, x, *size)
-                return self.threshold(f"{name}_any", 0.5, x)
-            case AvgPool():
-                return self.pool(name, nir.AvgPool2d, x, 2, 2)
-        raise AssertionError(f"no node of NIR for {type(module).__name__}")
-
-    def head(self, x: Signal) -> Signal:
-        model = self.model
-        if isinstance(model, MSResNet):
-            x = self.neurons("neuron", model.neuron, x)
-        if isinstance(model, (sew_resnet.SEWResNet, SpikingResNet, MSResNet)):
-            x = self.pool("head_pool", nir.AvgPool2d, x, x.shape[-1], x.shape[-1])
-        size = int(np.prod(x.shape))
-        # Negative dimensions suit readers with and without dimensions of time and batch.
-        flatten = nir.Flatten({"input": np.array(x.shape)}, start_dim=-len(x.shape), end_dim=-1)
-        x = self.add("head_flatten", flatten, x, (size,))
-        if isinstance(model, SpikingResNet) and isinstance(model.hidden, nn.Sequential):
-            linear, neuron = model.hidden
-            x = self.affine("hidden_linear", linear, x)
-            x = self.neurons("hidden_neuron", neuron, x)
-        return x if isinstance(model.fc, nn.Identity) else self.affine("fc", model.fc, x)
-
-    def preact_block(self, name: str, block: preact_resnet.Block, x: Signal) -> Signal:
-        residual = self.neurons(f"{name}_neuron", block.neuron, x)
-        residual = self.layer(f"{name}_conv1", block.conv1, residual)
-        residual = self.convolution(f"{name}_conv2", block.conv2, block.add.norm, residual)
-        shortcut = self.layer(f"{name}_pool", block.pool, x)
-        if block.downsample_norm is not None:
-            shortcut = self.convolution(
-                f"{name}_downsample", block.downsample, block.downsample_norm, shortcut
-            )
-        return residual.plus(shortcut)
-
-    def sew_block(self, name: str, block: Any, x: Signal) -> Signal:
-        identity = self.layer(f"{name}_downsample", block.downsample, x)
-        residual = x
-        for layer in ("conv1", "conv2", "conv3")[: 2 if block.expansion == 1 else 3]:
-            residual = self.layer(f"{name}_{layer}", getattr(block, layer), residual)
-        match block.function:
-            case "add":
-                return residual.plus(identity)
-            case "and":
-                return self.threshold(f"{name}_and", 1.5, residual.plus(identity))
-            case "iand":
-                minus = nir.Scale(np.full(residual.shape, -1, np.float32))
-                residual = self.add(f"{name}_minus", minus, residual, residual.shape)
-                return self.threshold(f"{name}_iand", 0.5, residual.plus(identity))
-        raise AssertionError(f"no node of NIR for the connect function {block.function}")
-
-    def spiking_block(self, name: str, block: Any, x: Signal) -> Signal:
-        residual = x
-        for layer in ("conv1", "conv2")[: 1 if block.expansion == 1 else 2]:
-            residual = self.layer(f"{name}_{layer}", getattr(block, layer), residual)
-        merge = block.merge
-        residual = self.convolution(f"{name}_merge_conv", merge.conv, merge.neuron.norm, residual)
-        shortcut = x
-        if merge.downsample_norm is not None:
-            shortcut = self.convolution(
-                f"{name}_downsample_conv", merge.downsample, merge.downsample_norm, x
-            )
-        return self.neurons(f"{name}_merge_neuron", merge.neuron, residual.plus(shortcut))
-
     def convolution(self, name: str, conv: nn.Module, norm: BatchNorm | None, x: Signal) -> Signal:
         assert isinstance(conv, nn.Conv2d)
-        # Fold in double precision, so that the graph's parameters are rounded only once.
-        offset = torch.zeros(conv.out_channels, dtype=torch.float64)
-        gain, bias = torch.ones_like(offset), 0.0 if conv.bias is None else conv.bias.double()
-        if norm is not None:
-            norm = copy.deepcopy(norm).double()
-            gain, offset = norm.affine(norm.running_mean, norm.running_var)
+        weight, bias = folded(conv, norm)  # So parameters are rounded only once.
         stride, padding, kernel = conv.stride[0], int(conv.padding[0]), conv.kernel_size[0]
         node = nir.Conv2d(
             input_shape=x.shape[1:],
-            weight=_array(conv.weight.double() * gain.view(-1, 1, 1, 1)),
+            weight=_array(weight),
             stride=stride,
             padding=padding,
             dilation=1,
             groups=1,
-            bias=_array(offset + gain * bias),
+            bias=_array(bias),
         )
-        shape = (conv.out_channels, *_pooled(x.shape[1:], kernel, stride, padding))
+        shape = (conv.out_channels, *pooled(x.shape[1:], kernel, stride, padding))
         return self.add(name, node, x, shape)
 
     def neurons(self, name: str, module: nn.Module, x: Signal) -> Signal:
@@ -245,9 +181,13 @@ class _Builder:
                 "export it to onnx or torch"
             )
         if config.reset == "soft":
-            self.refuse("resets its neurons by subtraction (model.neuron.reset is soft)")
+            raise self.refused(
+                f"resets its neurons by subtraction (model.neuron.reset is soft){_NO_NODE}"
+            )
         if config.spike != "step":
-            self.refuse(f"has neurons without spikes (model.neuron.spike is {config.spike})")
+            raise self.refused(
+                f"has neurons without spikes (model.neuron.spike is {config.spike}){_NO_NODE}"
+            )
 
         def everywhere(value: float) -> np.ndarray:
             return np.full(x.shape, value, np.float32)
@@ -272,23 +212,45 @@ class _Builder:
         )
         return self.add(name, node, x, x.shape)
 
+    def max_pool(self, name: str, pool: MaxPool, x: Signal) -> Signal:
+        size = pool.kernel_size, pool.stride, pool.padding
+        x = self.pool(f"{name}_sum", nir.SumPool2d, x, *size)
+        return self.threshold(f"{name}_any", 0.5, x)
+
+    def mean_pool(self, name: str, side: int | None, x: Signal) -> Signal:
+        side = side or x.shape[-1]
+        return self.pool(name, nir.AvgPool2d, x, side, side)
+
+    def plus(self, name: str, one: Signal, other: Signal) -> Signal:
+        del name
+        assert one.shape == other.shape, (one, other)
+        return Signal(one.sources + other.sources, one.shape)
+
+    def joined(self, name: str, function: str, residual: Signal, identity: Signal) -> Signal:
+        if function == "and":
+            return self.threshold(name, 1.5, self.plus(name, residual, identity))
+        minus = nir.Scale(np.full(residual.shape, -1, np.float32))
+        residual = self.add(name.replace("iand", "minus"), minus, residual, residual.shape)
+        return self.threshold(name, 0.5, self.plus(name, residual, identity))
+
+    def flattened(self, x: Signal) -> Signal:
+        # Negative dimensions suit readers with and without dimensions of time and batch.
+        flatten = nir.Flatten({"input": np.array(x.shape)}, start_dim=-len(x.shape), end_dim=-1)
+        return self.add("head_flatten", flatten, x, (int(np.prod(x.shape)),))
+
     def pool(
         self, name: str, kind: type, x: Signal, kernel: Any, stride: Any, padding: Any = 0
     ) -> Signal:
         node = kind(*(np.array([size, size]) for size in (kernel, stride, padding)))
-        return self.add(name, node, x, (x.shape[0], *_pooled(x.shape[1:], kernel, stride, padding)))
+        return self.add(name, node, x, (x.shape[0], *pooled(x.shape[1:], kernel, stride, padding)))
 
     def threshold(self, name: str, value: float, x: Signal) -> Signal:
         return self.add(name, nir.Threshold(np.full(x.shape, value, np.float32)), x, x.shape)
 
-    def affine(self, name: str, linear: nn.Module, x: Signal) -> Signal:
+    def linear(self, name: str, linear: nn.Module, x: Signal) -> Signal:
         assert isinstance(linear, nn.Linear)
         node = nir.Affine(weight=_array(linear.weight), bias=_array(linear.bias))
         return self.add(name, node, x, (linear.out_features,))
-
-
-def _pooled(shape: Sequence[int], kernel: int, stride: int, padding: int) -> tuple[int, ...]:
-    return tuple((side + 2 * padding - kernel) // stride + 1 for side in shape)
 
 
 def _array(x: Tensor) -> np.ndarray:

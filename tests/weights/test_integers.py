@@ -1,0 +1,307 @@
+"""A network in whole numbers: its definition, its files, and what other programs make of them."""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nir
+import numpy as np
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from safetensors.numpy import load_file
+from test_export import T, by_nirtorch, over_time, save
+from torch import nn
+
+from tetdist.apps.weights import export, integers
+from tetdist.apps.weights.integers import convert
+from tetdist.apps.weights.trained import Trained, load
+from tetdist.errors import UserError
+from tetdist.nn.batch_norm import BatchNorm
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Call = Callable[..., tuple[int, str]]
+Array = np.ndarray[Any, Any]
+HALF = {"decay": 0.5, "threshold": 0.4567}
+# Each kind of layer, neuron, reset and input.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sew, add": ("sew, add", {"threshold": 0.4567}),
+    "sew, and": ("sew, and", {}),
+    "sew, iand": ("sew, iand", {}),
+    "sew, of parts": ("sew, add", {"kind": "nilif"}),
+    "shortcut of spikes": ("resnet19", {}),
+    "two branches": ("spiking bottleneck", {}),
+    "stream": ("ms", {}),
+    "stream, deep": ("ms, deep", {}),
+    "events": ("vggsnn", {}),
+    "learned decay": ("plif", {}),
+    "soft": ("convnet", {"reset": "soft", "decay": 0.3}),
+    "several spikes": ("convnet", {"kind": "ilif"}),
+}
+
+
+def trained_network(network: str, folder: Path, **neuron: Any) -> Trained:
+    return load(save(network, folder, **neuron))
+
+
+def by_numpy(folder: Path, frames: Array) -> Array:
+    """Logits of each timestep, (T, B, K), of an exported folder: nothing of tetdist, nor torch."""
+    whole = load_file(folder / "model.safetensors")
+    described = json.loads((folder / "integers.json").read_text())
+    states: dict[str, Array] = {}
+    logits = []
+
+    def windows(x: Array, kernel: int, stride: int, padding: int) -> Array:
+        sides = [(0, 0), (0, 0), (padding, padding), (padding, padding)]
+        found = np.lib.stride_tricks.sliding_window_view(np.pad(x, sides), (kernel, kernel), (2, 3))
+        return found[:, :, ::stride, ::stride]
+
+    for t in range(described["timesteps"]):
+        found = {"frame": frames[min(t, len(frames) - 1)].astype(np.int64)}
+        for layer in described["layers"]:
+            name = layer["name"]
+            x, *more = (found[one] for one in layer["inputs"])
+            values = {
+                key: whole[f"{name}.{key}"].astype(np.int64)
+                for key in ("zero", "weight", "gain", "gains", "bias", "thresholds", "step")
+                if f"{name}.{key}" in whole
+            }
+            over = [-1] + [1] * (x.ndim - 2)
+            match layer["op"]:
+                case "offset":
+                    y = x - values["zero"].reshape(over)
+                case "conv":
+                    kernel = values["weight"].shape[-1]
+                    parts = windows(x, kernel, layer["stride"], layer["padding"])
+                    y = np.einsum("bchwij,ocij->bohw", parts, values["weight"])
+                case "linear":
+                    y = x.reshape(len(x), -1) @ values["weight"].T
+                case "scale":
+                    y = x * values["gain"].reshape(over)
+                case "neurons":
+                    factor, bits = layer["decay"]
+                    v = (factor * states.get(name, np.zeros_like(x)) >> bits) + sum(
+                        one << shift for one, shift in zip([x, *more], layer["shifts"], strict=True)
+                    )
+                    v = v + values["bias"].reshape(over)
+                    y = sum((v > one.reshape(over)).astype(int) for one in values["thresholds"])
+                    steps = values.get("step")
+                    states[name] = v * (y == 0) if steps is None else v - y * steps.reshape(over)
+                    assert np.abs(states[name]).max() < 2**31
+                case "stream":
+                    gained = zip(values["gains"], [x, *more], strict=True)
+                    y = sum(gain.reshape(over) * one for gain, one in gained)
+                    y = (y + values["bias"].reshape(over)) >> 24
+                case "add":
+                    y = x + more[0]
+                case "and":
+                    y = x * more[0]
+                case "iand":
+                    y = (1 - x) * more[0]
+                case "max_pool":
+                    parts = windows(x, layer["kernel"], layer["stride"], layer["padding"])
+                    y = parts.max((-2, -1))
+                case "sum_pool":
+                    y = windows(x, layer["kernel"], layer["kernel"], 0).sum((-2, -1))
+                case "logits":
+                    y = x + values["bias"]
+            low, high = {8: (0, 255), 16: (-(2**15), 2**15 - 1)}.get(
+                layer["bits"], (-(2**31), 2**31 - 1)
+            )
+            assert low <= y.min(), name
+            assert y.max() <= high, name
+            found[name] = y
+        logits.append(y)
+    return np.stack(logits)
+
+
+def steps_of(session: Any, frames: Array, states: dict[str, Array]) -> Array:
+    """Logits of each timestep of an ONNX step."""
+    logits = []
+    for t in range(T):
+        frame = np.ascontiguousarray(frames[min(t, len(frames) - 1)])
+        one, *after = session.run(None, {"frame": frame, **states})
+        states = dict(zip(states, after, strict=True))
+        logits.append(one)
+    return np.stack(logits)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exported_integers_are_the_definition_for_every_reader(
+    case: str, call: Call, tmp_path: Path
+) -> None:
+    network, neuron = CASES[case]
+    file = save(network, tmp_path, **neuron)
+    folder, step = tmp_path / "whole", tmp_path / "step.onnx"
+    for form, path in (("safetensors", folder), ("onnx-step", step)):
+        status, output = call("export", file, "--int8", "--format", form, "--output", path)
+        assert status == 0, output
+    trained = load(file)
+    defined = convert(trained, T)
+    x = trained.examples(3)
+    with torch.no_grad():
+        real = defined(x, per_timestep=True).numpy()
+    expected = np.rint(real / defined.description["logit"]).astype(np.int64)
+    assert len(np.unique(expected)) > 3
+    frames = defined.frames(x).numpy()
+    np.testing.assert_array_equal(by_numpy(folder, frames), expected)
+    graph = export.OnnxStep(step)
+    np.testing.assert_array_equal(steps_of(graph._session, frames, graph.at_rest(3)), expected)
+    reference = ReferenceEvaluator(str(step))
+    np.testing.assert_array_equal(steps_of(reference, frames, graph.at_rest(3)), expected)
+    assert {node.op_type for node in reference.proto_.graph.node}.isdisjoint({"Conv", "Gemm"})
+
+
+def with_whole_weights(trained: Trained) -> None:
+    """Replace weights by those that whole numbers express, in float64."""
+    torch.manual_seed(1)
+    for name, module in trained.model.double().named_modules():
+        if isinstance(module, BatchNorm):
+            nn.init.constant_(module.weight, 1 / module.scale)
+            nn.init.constant_(module.running_var, 1 - module.eps)
+            for one in (module.bias, module.running_mean):
+                nn.init.zeros_(one)
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            most = 63 if name.startswith("stem") else 127
+            weight = torch.randint(-most, most + 1, module.weight.shape).double()
+            weight.flatten(1)[:, 0] = most
+            # A bell curve would have few large weights; here few are not 0.
+            weight.flatten(1)[:, 1:] *= torch.rand_like(weight.flatten(1)[:, 1:]) < 0.2
+            module.weight.data = weight / 2**5
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+@pytest.mark.parametrize(
+    ("network", "neuron", "tolerance"),
+    [
+        ("convnet", HALF, 0),
+        ("convnet", HALF | {"reset": "soft", "threshold": 0.5, "fires_at_threshold": True}, 0),
+        ("convnet", {"kind": "ilif", "decay": 0.5, "threshold": 0.75}, 0),
+        ("sew, add", HALF, 0),
+        ("sew bottleneck, IF", {"decay": 1.0, "threshold": 0.4567}, 0),
+        ("resnet19", HALF, 0),
+        ("vggsnn", HALF, 0),
+        ("ms", HALF, 0.02),  # the stream is rounded
+    ],
+)
+def test_networks_that_whole_numbers_express_are_unchanged(
+    network: str, neuron: dict[str, Any], tolerance: float, tmp_path: Path
+) -> None:
+    trained = trained_network(network, tmp_path, **neuron)
+    for key in ("mean", "std"):
+        object.__setattr__(trained.config.data, key, (128 / 255,) * 3)
+    with_whole_weights(trained)
+    defined = convert(trained, T)
+    bytes_of = defined.frames(trained.examples(4))
+    x = bytes_of.double().transpose(0, 1)
+    if trained.config.data.kind == "images":
+        x = (bytes_of[0].double() / 255 - 128 / 255) / (128 / 255)
+    with torch.no_grad():
+        expected = trained.model(x, per_timestep=True)
+        actual = defined(x, per_timestep=True)
+    assert len(expected.unique()) > 2
+    if tolerance:
+        distance = (actual - expected).norm(dim=2) / expected.norm(dim=2)
+        assert distance.median() <= tolerance
+    else:
+        torch.testing.assert_close(actual, expected)
+
+
+def test_weights_of_a_byte_do_not_saturate_16_bits(tmp_path: Path) -> None:
+    defined = convert(trained_network("convnet", tmp_path), T)
+    most = {
+        layer["name"]: abs(defined.numbers(layer["name"])["weight"].astype(int)).max()
+        for layer in defined.layers
+        if layer["op"] in ("conv", "linear")
+    }
+    assert most["stem_conv"] == 63
+    assert 2 * 255 * most.pop("stem_conv") < 2**15
+    assert set(most.values()) == {127}
+
+
+@pytest.mark.parametrize("reset", ["hard", "soft", "several"])
+def test_no_inputs_exceed_the_proven_range(reset: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for decay in ((1, 0), (1, 1), (205, 10)):
+        drawn = torch.randint(1, 50, (4, 64), generator=generator)
+        thresholds = torch.stack([drawn[0] // 2, drawn[0] // 2 + drawn[0], drawn[0] * 3])
+        values = {
+            "bias": drawn[1] - 25,
+            "thresholds": thresholds if reset == "several" else drawn[:1],
+        }
+        if reset != "hard":
+            values["step"] = drawn[0]
+        low, high = -3 * drawn[2], 2 * drawn[3]
+        reach = integers._reach(values, [[low, high]], decay, 5)
+        whole = {key: one.int() for key, one in values.items()}
+        layer = {"decay": decay, "shifts": [0]}
+        highest = torch.zeros(64, dtype=torch.int32)
+        for inputs in itertools.product((low, 0 * low, high), repeat=5):
+            u = None
+            for x in inputs:
+                _, u = integers._fire(layer, whole, [x.int()[None]], u)
+                highest = torch.maximum(highest, u.abs()[0])
+        assert (highest <= reach).all()
+        assert (highest > reach // 4).any()  # The proof is not idle.
+
+
+def test_a_sum_that_could_overflow_is_refused_with_its_layer(tmp_path: Path) -> None:
+    trained = trained_network("convnet", tmp_path)
+    with torch.no_grad():
+        trained.model.fc.bias.fill_(1e9)
+    with pytest.raises(
+        UserError, match=r"could overflow: logits has sums over time of up to .* at T=3"
+    ):
+        convert(trained, T)
+
+
+@pytest.mark.parametrize(
+    ("network", "neuron", "words"),
+    [
+        ("convnet", {"kind": "psn", "timesteps": T}, "has psn neurons without whole numbers"),
+        ("convnet", {"spike": "sigmoid", "surrogate": "sigmoid"}, "lif neurons without whole"),
+        ("preact", {}, "is a PreActResNet, and --int8 takes SEW-"),
+    ],
+)
+def test_what_whole_numbers_cannot_express_is_refused(
+    network: str, neuron: dict[str, Any], words: str, call: Call, tmp_path: Path
+) -> None:
+    file, path = save(network, tmp_path, **neuron), tmp_path / "whole"
+    status, output = call("export", file, "--int8", "--format", "safetensors", "--output", path)
+    assert status == 2
+    assert words in output
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "network", ["convnet", "sew bottleneck, IF", "sew, iand", "resnet19", "vggsnn"]
+)
+def test_nir_graph_of_whole_numbers_is_the_definition(network: str, tmp_path: Path) -> None:
+    # 0.5 is halved without a remainder but for the last fraction bits.
+    neuron = {} if "IF" in network else {"decay": 0.5}
+    trained = trained_network(network, tmp_path, **neuron)
+    export.write_nir(trained, tmp_path / "graph.nir", 1e-3, int8=True)
+    graph = nir.read(tmp_path / "graph.nir")
+    kinds = [node for node in graph.nodes.values() if isinstance(node, (nir.Conv2d, nir.Affine))]
+    assert {node.weight.dtype for node in kinds} == {np.dtype(np.int8)}
+    for node in kinds:
+        node.weight = node.weight.astype(np.float64)
+        node.bias = node.bias.astype(np.float64)
+    defined = convert(trained, T)
+    x = trained.examples(2)
+    frames = defined.frames(x).double()
+    if "pixels" in defined.values:
+        frames = frames - defined.values["pixels"]["zero"].view(-1, 1, 1)
+    frames = frames[0] if len(frames) == 1 else frames.transpose(0, 1)
+    actual = over_time(by_nirtorch(graph, 1e-3), trained, frames) * defined.description["logit"]
+    with torch.no_grad():
+        torch.testing.assert_close(actual, defined(x, per_timestep=True))
+
+
+def test_nir_has_no_node_for_the_stream(tmp_path: Path) -> None:
+    trained = trained_network("ms", tmp_path)
+    with pytest.raises(UserError, match="no node for the int16 current"):
+        export.write_nir(trained, tmp_path / "graph.nir", 1e-3, int8=True)

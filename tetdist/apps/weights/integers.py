@@ -1,0 +1,537 @@
+"""A trained network in whole numbers: its definition, and the conversion to it.
+
+Weights are int8 with a scale for each output channel. Batch norms and scales are folded into int32
+biases and thresholds. With ``a`` the int32 sums of weights times inputs, and F fraction bits, a
+timestep of a layer of neurons is
+
+    v = (m * u >> r) + 2^F * a + bias         decay m / 2^r; the shift rounds down
+    n = number of thresholds that v exceeds   0 or 1; I-LIF: up to D
+    u = 0 if n > 0 else v                     hard reset
+    u = v - n * step                          soft reset
+
+Decays that are multiples of 1/4096, such as 0.5, are exact. Inputs are pixels or counts of events
+(uint8), then numbers of spikes. Means over windows are sums, whose divisor is in the next scale.
+The current between blocks with membrane shortcuts is int16: a block's sums are added to it by
+``(sum of gain * a + bias) >> 24``, in units for which its proven range fits.
+
+The conversion proves the range of every sum and membrane from the weights alone. A range that does
+not fit is an error, so nothing overflows for any input.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tetdist.apps.weights.structure import Traversal, folded, pooled
+from tetdist.apps.weights.trained import Trained
+from tetdist.config.sections.data import DataSection
+from tetdist.errors import UserError
+from tetdist.models import (
+    VGGSNN,
+    MSResNet,
+    PSNSEWResNet,
+    SEWResNet,
+    SpikingConvNet,
+    SpikingNetwork,
+    SpikingResNet,
+)
+from tetdist.nn import neurons
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.integer_neurons import ILIF, NILIF
+from tetdist.nn.learned_decay import PLIF
+from tetdist.nn.neurons import LIF
+from tetdist.nn.norm_neuron import NeuronLayer
+from tetdist.nn.packed import MaxPool
+
+_SUM, _STREAM = 2**31 - 1, 2**15 - 1  # int32 and int16
+MEMBRANE_BITS = 30  # Plus 2^30, membranes are unsigned, which ONNX can shift.
+_DECAY_BITS, STREAM_BITS, _FRACTION_BITS = 12, 24, 8
+_COARSEST = 2**20  # units of a threshold or bias at most
+
+
+class IntegerNetwork(nn.Module):
+    """The definition: a network that computes in whole numbers.
+
+    Args:
+        description: T, classes, input, layers in order, and units.
+        tensors: Whole numbers of the layers, by ``LAYER.NAME``.
+    """
+
+    def __init__(self, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.description = description
+        self.timesteps: int = description["timesteps"]
+        self.num_classes: int = description["classes"]
+        self.layers: list[dict[str, Any]] = description["layers"]
+        whole: dict[str, dict[str, nn.Parameter]] = {layer["name"]: {} for layer in self.layers}
+        for name, value in tensors.items():
+            owner, _, key = name.partition(".")
+            whole[owner][key] = nn.Parameter(value, requires_grad=False)
+        values = nn.ModuleDict({name: nn.ParameterDict(of) for name, of in whole.items()})
+        self.values: Any = values
+
+    def numbers(self, layer: str) -> dict[str, Any]:
+        """Return a layer's whole numbers as arrays."""
+        return {key: value.detach().numpy() for key, value in self.values[layer].items()}
+
+    def set_timesteps(self, timesteps: int) -> None:
+        """Change T, up to the T that ranges are proven for."""
+        if timesteps > (proven := self.description["timesteps"]):
+            raise UserError(f"timesteps: ranges are proven for up to {proven}, not {timesteps}")
+        self.timesteps = timesteps
+
+    def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
+        """Return logits as a `SpikingNetwork` does, in float64."""
+        frames, logits = self.frames(x), []
+        states: dict[str, Tensor] = {}
+        for t in range(self.timesteps):
+            sums, states = self.step(frames[t if len(frames) > 1 else 0], states)
+            logits.append(sums * self.description["logit"])
+        return torch.stack(logits) if per_timestep else torch.stack(logits).mean(0)
+
+    def frames(self, x: Tensor) -> Tensor:
+        """Return the bytes of normalised images, (1, B, C, H, W), or of counts, (T, B, ...)."""
+        given = self.description["input"]
+        if given["kind"] == "events":
+            return x.round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
+        mean, std = (x.new_tensor(given[key]).double().view(-1, 1, 1) for key in ("mean", "std"))
+        return (255 * (x * std + mean)).round().clamp(0, 255).to(torch.uint8)[None]
+
+    def step(self, frame: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run one timestep.
+
+        Args:
+            frame: Bytes, (B, C, H, W).
+            states: Membranes after the previous timestep, by layer; empty: at rest.
+
+        Returns:
+            The timestep's logits in units, (B, K), and the membranes after it.
+        """
+        found, after = {"frame": frame.int()}, {}
+        for layer in self.layers:
+            name = layer["name"]
+            values = dict(self.values[name].items())
+            inputs = [found[one] for one in layer["inputs"]]
+            if layer["op"] == "neurons":
+                found[name], after[name] = _fire(layer, values, inputs, states.get(name))
+            else:
+                found[name] = _LAYERS[layer["op"]](layer, values, *inputs)
+        return found[name].double(), after
+
+
+def _exactly(function: Callable[..., Tensor], *of: Tensor) -> Tensor:
+    """Compute sums of whole numbers in float64, where proven ones are exact on any device."""
+    return function(*(one.double() for one in of)).round().int()
+
+
+def _over(values: Tensor, x: Tensor) -> Tensor:
+    """Return values by channel as they broadcast over a signal (B, C, ...)."""
+    return values.view(-1, *(1,) * (x.ndim - 2))
+
+
+def _stream(_: dict[str, Any], values: dict[str, Tensor], *x: Tensor) -> Tensor:
+    gained = (_over(gain, one) * one.long() for gain, one in zip(values["gains"], x, strict=True))
+    return (sum(gained, _over(values["bias"], x[0])) >> STREAM_BITS).int()
+
+
+# A layer's output, from the layer, its whole numbers and its inputs.
+_LAYERS: dict[str, Callable[..., Tensor]] = {
+    "offset": lambda _, values, x: x - _over(values["zero"], x),
+    "conv": lambda layer, values, x: _exactly(
+        partial(F.conv2d, stride=layer["stride"], padding=layer["padding"]), x, values["weight"]
+    ),
+    "linear": lambda _, values, x: _exactly(F.linear, x.flatten(1), values["weight"]),
+    "scale": lambda _, values, x: x * _over(values["gain"], x),
+    "stream": _stream,
+    "add": lambda _layer, _values, x, y: x + y,
+    "and": lambda _layer, _values, x, y: x * y,
+    "iand": lambda _layer, _values, x, y: (1 - x) * y,
+    "max_pool": lambda layer, _, x: _exactly(
+        lambda x: F.max_pool2d(x, layer["kernel"], layer["stride"], layer["padding"]), x
+    ),
+    "sum_pool": lambda layer, _, x: _exactly(
+        lambda x: F.avg_pool2d(x, layer["kernel"], divisor_override=1), x
+    ),
+    "logits": lambda _, values, x: x + values["bias"],
+}
+
+
+def _fire(
+    layer: dict[str, Any], values: dict[str, Tensor], x: list[Tensor], membrane: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return numbers of spikes, and the membranes after them."""
+    factor, bits = layer["decay"]
+    v = _over(values["bias"], x[0])
+    if membrane is not None:
+        v = v + (factor * membrane.long() >> bits).int()
+    for current, shift in zip(x, layer["shifts"], strict=True):
+        v = v + (current << shift)
+    spikes = torch.zeros_like(v)
+    for threshold in values["thresholds"]:
+        spikes += v > _over(threshold, v)
+    if "step" in values:
+        return spikes, v - spikes * _over(values["step"], v)
+    return spikes, torch.where(spikes > 0, 0, v)
+
+
+# --- conversion -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Signal:
+    """Whole numbers between layers; tensors are by channel.
+
+    Attributes:
+        name: The layer that sends them.
+        shape: Shape without time and batch.
+        unit: The real number that is 1.
+        low, high: Their proven range, which includes 0.
+        is_stream: True for the current of membrane shortcuts.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    unit: Tensor
+    low: Tensor
+    high: Tensor
+    is_stream: bool = False
+
+
+class _Term(NamedTuple):
+    """Part of a current: real weights (C, ...) times a signal; op identity: (C,), by channel."""
+
+    op: str
+    name: str
+    weight: Tensor
+    x: _Signal
+    sizes: dict[str, int]
+
+    @property
+    def most(self) -> int:
+        """Largest weight.
+
+        Without VNNI, processors add two products of a byte and a weight in 16 bits; they saturate
+        if both are large.
+        """
+        return 127 if int((self.x.high - self.x.low).max()) < 128 or self.x.is_stream else 63
+
+    @property
+    def scale(self) -> Tensor:
+        """Real value of 1 in each channel's whole weights."""
+        return self.weight.flatten(1).abs().amax(1) / self.most
+
+
+class _Current(NamedTuple):
+    """Sum of terms and a bias, before a layer takes it."""
+
+    terms: list[_Term]
+    bias: Tensor
+    shape: tuple[int, ...]
+
+
+_Value = _Signal | _Current
+_Range = tuple[Tensor, Tensor]
+
+
+def convert(trained: Trained, timesteps: int) -> IntegerNetwork:
+    """Convert a network to whole numbers, whose ranges are proven for T timesteps.
+
+    Raises:
+        UserError: The network has inputs or layers without whole numbers, or a sum could overflow.
+    """
+    builder = _Builder(trained.model, timesteps)
+    kind = (trained.description.binning or {}).get("dtype", "uint8")
+    if kind != "uint8":
+        raise builder.refused(
+            f"was trained on event frames of {kind}, and --int8 takes bytes: numbers of events"
+        )
+    return builder.build(trained.config.data, trained.input_shape)
+
+
+class _Builder(Traversal[_Value]):
+    instead = "another format, without --int8"
+
+    def __init__(self, model: SpikingNetwork, timesteps: int) -> None:
+        super().__init__(model)
+        self.timesteps = timesteps
+        self.layers: list[dict[str, Any]] = []
+        self.tensors: dict[str, Tensor] = {}
+        self.units: dict[str, list[float]] = {}
+
+    @torch.no_grad()
+    def build(self, data: DataSection, shape: tuple[int, ...]) -> IntegerNetwork:
+        model = self.model
+        known = SEWResNet, SpikingResNet, MSResNet, VGGSNN, SpikingConvNet
+        ours = type(model).__module__.startswith("tetdist.")
+        if not (ours and isinstance(model, known)) or isinstance(model, PSNSEWResNet):
+            raise self.refused(
+                f"is a {type(model).__name__}, and --int8 takes SEW-, spiking and MS-ResNets, "
+                "VGGSNN and spiking_convnet only"
+            )
+        if isinstance(model.fc, nn.Identity):
+            raise self.refused("has no classifier")
+        given: dict[str, Any] = {"kind": model.input_kind, "shape": list(shape)}
+        zero, unit = torch.zeros(shape[0]).long(), torch.ones(shape[0], dtype=torch.float64)
+        if model.input_kind == "images":
+            mean, std = (torch.tensor(one, dtype=torch.float64) for one in (data.mean, data.std))
+            given |= {"mean": list(data.mean), "std": list(data.std)}
+            zero, unit = (255 * mean).round().clamp(0, 255).long(), 1 / (255 * std)
+            # Padding is the whole level next to the mean; only the bias takes the rest.
+            self.rest = zero * unit - mean / std
+            self.write("offset", "pixels", ["frame"], shape, 16, zero=zero.int())
+        name = self.layers[0]["name"] if self.layers else "frame"
+        current = self.run(_Signal(name=name, shape=shape, unit=unit, low=-zero, high=255 - zero))
+        assert isinstance(current, _Current)
+        logit = self.logits(current)
+        description = {
+            "timesteps": self.timesteps,
+            "classes": model.num_classes,
+            "input": given,
+            "layers": self.layers,
+            "logit": logit,
+            "units": self.units,
+        }
+        return IntegerNetwork(description, self.tensors)
+
+    # Layers that become terms of a current.
+
+    def convolution(
+        self, name: str, conv: nn.Module, norm: BatchNorm | None, x: _Value
+    ) -> _Current:
+        assert isinstance(conv, nn.Conv2d)
+        weight, bias = folded(conv, norm)
+        stride, padding, kernel = conv.stride[0], int(conv.padding[0]), conv.kernel_size[0]
+        x = x if isinstance(x, _Signal) else self.stream(f"{name}_in", x)
+        if x.name == "pixels":
+            bias = bias + weight.sum((2, 3)) @ self.rest
+        sizes = {"stride": stride, "padding": padding}
+        term = _Term("conv", name, weight * x.unit.view(-1, 1, 1), x, sizes)
+        shape = (conv.out_channels, *pooled(x.shape[1:], kernel, stride, padding))
+        return _Current([term], bias, shape)
+
+    def linear(self, name: str, linear: nn.Module, x: _Value) -> _Current:
+        assert isinstance(linear, nn.Linear)
+        assert isinstance(x, _Signal)
+        term = _Term("linear", name, linear.weight.double() * x.unit, x, {})
+        return _Current([term], linear.bias.double(), (linear.out_features,))
+
+    def plus(self, name: str, one: _Value, other: _Value) -> _Value:
+        if isinstance(one, _Signal) and isinstance(other, _Signal):
+            high = one.high + other.high
+            self.prove(name, "spikes", high, 255)
+            self.write("add", name, [one.name, other.name], one.shape, 8)
+            return replace(one, name=name, high=high)
+        first, second = _current(one), _current(other)
+        return _Current(first.terms + second.terms, first.bias + second.bias, first.shape)
+
+    # Layers that are written.
+
+    def write(
+        self, op: str, name: str, inputs: list[str], shape: tuple[int, ...], bits: int, **of: Any
+    ) -> None:
+        """Append a layer of outputs with some bits, unsigned if 8.
+
+        Options that are tensors are its whole numbers.
+        """
+        whole = {key: one for key, one in of.items() if isinstance(one, Tensor)}
+        self.tensors |= {f"{name}.{key}": one.contiguous() for key, one in whole.items()}
+        rest = {key: one for key, one in of.items() if key not in whole}
+        layer = {"op": op, "name": name, "inputs": inputs, "shape": list(shape), "bits": bits}
+        self.layers.append(layer | rest)
+
+    def prove(self, name: str, what: str, reach: Tensor, most: int) -> None:
+        """Raise a `UserError` if a layer's magnitudes could exceed ``most``."""
+        if (worst := int(reach.max())) > most:
+            raise self.refused(
+                f"could overflow: {name} has {what} of up to {worst:,} at T={self.timesteps}, "
+                f"and at most {most:,} fits"
+            )
+
+    def weighted(self, term: _Term, scale: Tensor, shape: tuple[int, ...]) -> _Range:
+        """Write a term with int8 weights of a scale (C,); return the range of its sums."""
+        scale = torch.where(scale > 0, scale, 1).view(-1, *(1,) * (term.weight.ndim - 1))
+        whole = (term.weight / scale).round().clamp(-term.most, term.most)
+        rows = whole.flatten(2).long() if whole.ndim > 2 else whole.long()[..., None]
+        up, down = (rows.clamp(**{end: 0}).sum(2) for end in ("min", "max"))
+        low = up @ term.x.low + down @ term.x.high
+        high = up @ term.x.high + down @ term.x.low
+        self.prove(term.name, "sums", torch.maximum(-low, high), _SUM)
+        weight = whole.to(torch.int8)
+        self.write(term.op, term.name, [term.x.name], shape, 32, weight=weight, **term.sizes)
+        return low, high
+
+    def neurons(self, name: str, module: nn.Module, x: _Value) -> _Signal:
+        assert isinstance(module, NeuronLayer)
+        config = module.neuron
+        if type(config) not in (LIF, PLIF, ILIF, NILIF) or not (config.levels or 0):
+            raise self.refused(f"has {neurons.kind_of(config)} neurons without whole numbers")
+        assert isinstance(config, (LIF, ILIF))
+        terms, bias, shape = _current(x)
+        decay, gain = config.decay, 1.0
+        if isinstance(config, PLIF):
+            share = float(module.learned["w"].double().sigmoid())
+            decay, gain = 1 - share, share if config.decay_input else 1.0
+        terms = [term._replace(weight=gain * term.weight) for term in terms]
+        bias, unit = gain * bias, terms[0].weight
+        if weights := [term for term in terms if term.op != "identity"]:
+            least = bias.abs().clamp(min=config.threshold) / _COARSEST
+            unit = torch.stack([least, *(term.scale for term in weights)]).amax(0)
+        ranges = {term.name: self.weighted(term, unit, shape) for term in weights}
+        factor = round(decay * 2**_DECAY_BITS)
+        bits = _DECAY_BITS - (math.gcd(factor, 2**_DECAY_BITS).bit_length() - 1)
+        ratio = factor >> (_DECAY_BITS - bits), bits
+        for fraction in range(_FRACTION_BITS, -1, -1):
+            per_real = 2**fraction / unit
+            values = _thresholds(config, per_real) | {"bias": (bias * per_real).round().long()}
+            gains, parts = dict[int, Tensor](), list[list[Tensor]]()
+            for i, term in enumerate(terms):
+                if term.op == "identity":
+                    gains[i] = (term.weight * per_real).round().long()
+                    parts.append([gains[i] * end for end in (term.x.low, term.x.high)])
+                else:
+                    parts.append([end << fraction for end in ranges[term.name]])
+            reach = _reach(values, parts, ratio, self.timesteps)
+            if int(reach.max()) < 2**MEMBRANE_BITS:
+                break
+        self.prove(name, "membranes", reach, 2**MEMBRANE_BITS - 1)
+        inputs, shifts = [term.name for term in terms], [fraction] * len(terms)
+        for i in gains if weights else ():
+            inputs[i], shifts[i] = f"{name}_shortcut", 0
+            self.write("scale", inputs[i], [terms[i].name], shape, 32, gain=gains[i].int())
+        whole = {key: one.clamp(max=_SUM).int() for key, one in values.items()}
+        of: Any = whole | {"shifts": shifts, "decay": list(ratio)}
+        self.write("neurons", name, inputs, shape, 8, **of)
+        self.units[name] = (unit / 2**fraction).tolist()
+        high = torch.full((shape[0],), len(whole["thresholds"]))
+        one = torch.full((shape[0],), 1 / (config.levels or 1), dtype=torch.float64)
+        return _Signal(name=name, shape=shape, unit=one, low=0 * high, high=high)
+
+    def stream(self, name: str, x: _Value) -> _Signal:
+        """Write a current as int16, in units for which its proven range fits."""
+        terms, bias, shape = _current(x)
+        low, high, scales, ranges = bias, bias, list[Tensor](), list[_Range]()
+        for term in terms:
+            plain = term.op == "identity"
+            scale = term.weight if plain else term.scale
+            of = (term.x.low, term.x.high) if plain else self.weighted(term, scale, shape)
+            low, high = low + scale * of[0], high + scale * of[1]
+            scales, ranges = [*scales, scale], [*ranges, of]
+        # 64 units are left for rounding.
+        unit = (torch.maximum(-low, high) / (_STREAM - 64)).clamp(min=1e-30)
+        gains = torch.stack([(2**STREAM_BITS * scale / unit).round().long() for scale in scales])
+        half = 2 ** (STREAM_BITS - 1)
+        whole = (2**STREAM_BITS * bias / unit).round().long() + half
+        sums = [
+            whole + sum(gain * of[end] for gain, of in zip(gains, ranges, strict=True))
+            for end in (0, 1)
+        ]
+        least, most = (one >> STREAM_BITS for one in sums)
+        self.prove(name, "currents", torch.maximum(-least, most), _STREAM)
+        names = [term.name for term in terms]
+        self.write("stream", name, names, shape, 16, gains=gains, bias=whole)
+        self.units[name] = unit.tolist()
+        return _Signal(
+            name=name,
+            shape=shape,
+            unit=unit,
+            low=least.clamp(max=0),
+            high=most.clamp(min=0),
+            is_stream=True,
+        )
+
+    def joined(self, name: str, function: str, residual: _Value, identity: _Value) -> _Signal:
+        assert isinstance(residual, _Signal)
+        assert isinstance(identity, _Signal)
+        self.write(function, name, [residual.name, identity.name], residual.shape, 8)
+        return replace(residual, name=name)
+
+    def max_pool(self, name: str, pool: MaxPool, x: _Value) -> _Signal:
+        assert isinstance(x, _Signal)
+        sizes: Any = pool.kernel_size, pool.stride, pool.padding
+        kernel, stride, padding = sizes
+        shape = (*x.shape[:1], *pooled(x.shape[1:], kernel, stride, padding))
+        of = {"kernel": kernel, "stride": stride, "padding": padding}
+        self.write("max_pool", name, [x.name], shape, 8, **of)
+        return replace(x, name=name, shape=shape)
+
+    def mean_pool(self, name: str, side: int | None, x: _Value) -> _Signal:
+        assert isinstance(x, _Signal)
+        side = side or x.shape[-1]
+        shape = (*x.shape[:1], *pooled(x.shape[1:], side, side, 0))
+        low, high = (side**2 * one for one in (x.low, x.high))
+        bits = 8 if int(high.max()) < 256 and not int(low.min()) else 32
+        self.write("sum_pool", name, [x.name], shape, bits, kernel=side)
+        return replace(x, name=name, shape=shape, unit=x.unit / side**2, low=low, high=high)
+
+    def flattened(self, x: _Value) -> _Signal:
+        assert isinstance(x, _Signal)
+        count = math.prod(x.shape[1:])
+        spread = {key: getattr(x, key).repeat_interleave(count) for key in ("unit", "low", "high")}
+        return replace(x, shape=(x.shape[0] * count,), **spread)
+
+    def logits(self, x: _Current) -> float:
+        """Write the classifier, and return the unit of all classes' logits."""
+        (term,) = x.terms
+        # Of 11 binary digits, so that sums of its multiples are exact in floating point, too.
+        mantissa, exponent = math.frexp(float(term.scale.max()) or 1.0)
+        unit = math.ldexp(math.ceil(mantissa * 2048), exponent - 11)
+        low, high = self.weighted(term, torch.full_like(x.bias, unit), x.shape)
+        bias = (x.bias / unit).round().long()
+        reach = self.timesteps * torch.maximum(-low - bias, high + bias)
+        self.prove("logits", "sums over time", reach, _SUM)
+        self.write("logits", "logits", [term.name], x.shape, 32, bias=bias.int())
+        return unit
+
+
+def _current(x: _Value) -> _Current:
+    """Return a signal as a current."""
+    if isinstance(x, _Current):
+        return x
+    return _Current([_Term("identity", x.name, x.unit, x, {})], torch.zeros_like(x.unit), x.shape)
+
+
+def _thresholds(config: LIF | ILIF, per_real: Tensor) -> dict[str, Tensor]:
+    """Return thresholds that v must exceed, (D, C), and the step of a soft reset."""
+    threshold = config.threshold * per_real
+    if isinstance(config, ILIF):
+        # Halves are rounded to even: from an odd number of spikes up, where v reaches them.
+        steps = [(count + 0.5, count % 2 == 1) for count in range(config.most_spikes)]
+    else:
+        steps = [(1.0, config.fires_at_threshold)]
+    found = [
+        (level * threshold).ceil() - 1 if reached else (level * threshold).floor()
+        for level, reached in steps
+    ]
+    values = {"thresholds": torch.stack(found).long()}
+    if isinstance(config, ILIF) or not config.resets_to_zero:
+        values["step"] = threshold.round().long()
+    return values
+
+
+def _reach(
+    values: dict[str, Tensor], parts: list[list[Tensor]], ratio: tuple[int, int], timesteps: int
+) -> Tensor:
+    """Return the largest magnitude of a layer's membranes and of their partial sums, (C,)."""
+    bias, thresholds, step = values["bias"], values["thresholds"], values.get("step")
+    low, high = (bias + sum(part[end] for part in parts) for end in (0, 1))
+    largest = bias.abs() + sum(torch.maximum(-part[0], part[1]) for part in parts)
+    start = end = torch.zeros_like(bias)
+    reach = largest
+    for _ in range(timesteps):
+        start, end = (ratio[0] * one >> ratio[1] for one in (start, end))
+        reach = torch.maximum(reach, largest + torch.maximum(-start, end))
+        start, end = start + low, end + high
+        if step is None:
+            start, end = start.clamp(max=0), torch.minimum(end, thresholds[0])
+        else:
+            counts = torch.arange(len(thresholds) + 1).view(-1, 1)
+            least = thresholds + 1 - counts[1:] * step
+            most = torch.cat([thresholds, end[None]]) - counts * step
+            start, end = torch.minimum(start, least.amin(0)), torch.minimum(end, most.amax(0))
+    return reach
