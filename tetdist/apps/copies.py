@@ -76,16 +76,9 @@ def _folder(root: Path, cache: str) -> Path:
 def _copy_all(
     root: Path, folder: Path, archives: list[str], stopped: Event, done: list[int]
 ) -> str | None:
-    """Make the missing copies and verify the others by their digests.
+    """Make the missing copies, verify the others by their digests, and return why that fails.
 
-    Args:
-        root, folder: Folders of the original files and of the copies.
-        archives: Paths of the files in both.
-        stopped: Ends the copying when it is set.
-        done: Gets the bytes of all files, then those done of each file.
-
-    Returns:
-        The reason why there are not all copies; None if there are.
+    ``done`` gets the bytes of all files, then those done of each file.
     """
 
     def progress(i: int, position: int) -> None:
@@ -106,19 +99,18 @@ def _copy_all(
                 pool.submit(_copy, root / f, folder / f, kept.get(f), partial(progress, i))
                 for i, f in enumerate(archives, 1)
             ]
-            try:
-                for file, job in zip(archives, jobs, strict=True):
-                    known[file] = [*state[file], job.result()]
-                    files.write_json(journal, known)
-            finally:
-                stopped.set()  # After an error, the other files need not be copied.
+            for file, job in zip(archives, jobs, strict=True):
+                if job.exception() is not None:
+                    stopped.set()  # The other files need not be copied.
+                known[file] = [*state[file], job.result()]
+                files.write_json(journal, known)
     except (ValueError, OSError) as error:
         return str(error)
     return None
 
 
 def _copy(source: Path, copy: Path, known: str | None, progress: Callable[[int], None]) -> str:
-    """Copy a file, unless a copy with the known digest is there, and return its digest."""
+    """Return the digest of a file's copy, which is made unless it has the known one."""
     if known is not None and copy.is_file() and _digest(copy, progress) == known:
         return known
     copy.parent.mkdir(parents=True, exist_ok=True)

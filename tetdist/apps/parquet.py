@@ -44,11 +44,7 @@ class Table(NamedTuple):
 
 
 def read_tables(root: Path, split: str, workers: int) -> list[Table]:
-    """Read everything of a split but its images, from files in ROOT or ROOT/data.
-
-    Raises:
-        UserError: A file is missing, damaged or of another form.
-    """
+    """Read everything of a split but its images, from files in ROOT or ROOT/data."""
     folder = root / "data" if (root / "data").is_dir() else root
     name = re.compile(rf"(?:{_ALIASES.get(split, re.escape(split))})(?:[-_.].*)?\.parquet")
     files = sorted(file for file in folder.glob("*.parquet") if name.fullmatch(file.name))
@@ -93,8 +89,7 @@ def _read_table(file: Path) -> Table:
 def class_names(root: Path, splits: Mapping[str, list[Table]]) -> tuple[str, ...]:
     """Return ImageNet-1k's classes if the files' names contain them, else the hub's, else numbers.
 
-    Raises:
-        UserError: ImageNet-1k is not complete, or an image has the label of another class.
+    ImageNet-1k must be complete, and its labels must be those of the names.
     """
     known, tables = imagenet_classes(), [*chain.from_iterable(splits.values())]
     samples = [sample for table in tables for sample in table.samples]
@@ -127,14 +122,8 @@ def shard_tables(
     workers: int,
     progress: ReportProgress | None = None,
 ) -> Index:
-    """Pack a split into DEST/SPLIT/SPLIT-000000.tar and following, as `shards.pack` does.
-
-    Raises:
-        UserError: A file or an image is damaged, or the shards cannot be written.
-    """
-    rows = [
-        (label, _CLASS_AT_END.sub("", name)) for table in tables for label, name in table.samples
-    ]
+    """Pack a split; see `shards.pack`."""
+    rows = [(k, _CLASS_AT_END.sub("", name)) for table in tables for k, name in table.samples]
     numbers = np.empty(len(rows), int)
     numbers[sorted(range(len(rows)), key=rows.__getitem__)] = range(len(rows))
     left = zip(numbers.tolist(), rows, strict=True)

@@ -94,14 +94,12 @@ def pack(
     workers: int,
     progress: ReportProgress | None,
 ) -> Index:
-    """Write the shards that do not exist yet, and their index.
+    """Write the shards that do not exist yet, and their index; see `shard_split`.
 
     Args:
-        dest, split, classes, workers, progress: See `shard_split`.
         settings: Values on which the shards depend; the index must have their fingerprint.
-        plan: Description of each shard's samples.
+        plan: Description of each shard's samples, which `read` yields in a worker.
         sizes: Bytes that each shard needs.
-        read: Yields the samples of a description, in a worker.
     """
     folder = dest / split
     with only_writer(folder):
