@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-long test-gpu docs lint format clean
+.PHONY: help venv quickstart test test-long test-gpu docs lint constraints format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -71,6 +71,9 @@ lint: venv ## run ruff, the type checker and the import contracts
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+constraints: venv ## renew constraints.txt with the newest versions that pyproject.toml allows
+	@$(BIN)/python docs/make/constraints.py
 
 format: venv ## reformat and fix the code with ruff
 	@$(BIN)/ruff check --fix .

@@ -4,11 +4,14 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import tiny
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 FILES = ("tetdist", "configs", "tetdist_command.py")
 
@@ -35,6 +38,23 @@ def tracked(*places: str) -> list[str]:
     command += ["--exclude-standard", "--", *places]
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [file for file in listed.split("\0") if file and (tiny.PROJECT / file).is_file()]
+
+
+def test_constraints_are_within_the_ranges() -> None:
+    """CI installs constraints.txt; `make constraints` renews it after a change of a range."""
+    lines = (tiny.PROJECT / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    versions = {canonicalize_name(name): version for name, version in pinned.items()}
+    project = tomllib.loads((tiny.PROJECT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    # One of two builds of DALI, what comes with torch for CUDA, and what pip leaves out.
+    names = extras.keys() - {"cuda120", "gpu-code"}
+    wanted = [*project["dependencies"], *(one for name in names for one in extras[name])]
+    ranges = {canonicalize_name(one.name): one.specifier for one in map(Requirement, wanted)}
+    del ranges[canonicalize_name("setuptools")]
+    assert len(ranges) > 30
+    for name, allowed in ranges.items():
+        assert versions.get(name) in allowed, f"{name}{allowed}: make constraints"
 
 
 def tetdist(installed: Path, cwd: Path, *arguments: object, status: int = 0) -> str:
