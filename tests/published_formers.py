@@ -1,7 +1,7 @@
-"""E-SpikeFormer and Max-Former, typed anew from their descriptions as functions of tensors, as
-published_transformers.py has the earlier two.
+"""E-SpikeFormer, Max-Former and MS-QKFormer, typed anew from their descriptions as functions of
+tensors, as published_transformers.py has the earlier two.
 
-E-SpikeFormer: Yao et al., TPAMI 2025, github.com/BICLab/Spike-Driven-Transformer-V3. Max-Former:
+E-SpikeFormer: Yao et al., TPAMI 2025, github.com/BICLab/Spike-Driven-Transformer-V3. The others:
 Fang et al., NeurIPS 2025, github.com/bic-L/MaxFormer.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from published_transformers import Published, Shapes, lif, pool, split
+from published_transformers import Published, QKFormerSize, Shapes, lif, pool, split
 from torch import Tensor
 
 # ----------------------------------------------------------------------------------- E-SpikeFormer
@@ -215,18 +215,105 @@ def maxformer(net: Published, x: Tensor, size: MaxFormerSize) -> Tensor:
                 x = net.layer(conv, f"{conv}_bn", lif(x)) + x
                 x = _mlp(net, f"{block}.mlp", x)
     for i in range(size.depths[2]):
-        spikes, name = lif(x), f"stage3.{i}.attn"
-        q, k, v = (split(lif(net.conv_bn(f"{name}.{one}", spikes)), size.heads) for one in "qkv")
-        attended = (q @ k.mT) @ v * 0.125
-        image = attended.transpose(3, 4).reshape(x.shape)
-        x = net.conv_bn(f"{name}.proj", lif(image, threshold=0.5)) + x
-        x = _mlp(net, f"stage3.{i}.mlp", x)
+        x = _mlp(net, f"stage3.{i}.mlp", _attention(net, f"stage3.{i}.attn", x, size.heads))
     return net.head(lif(x.mean((3, 4))))
+
+
+def _attention(net: Published, name: str, x: Tensor, heads: int) -> Tensor:
+    spikes = lif(x)
+    q, k, v = (split(lif(net.conv_bn(f"{name}.{one}", spikes)), heads) for one in "qkv")
+    image = ((q @ k.mT) @ v * 0.125).transpose(3, 4).reshape(x.shape)
+    return net.conv_bn(f"{name}.proj", lif(image, threshold=0.5)) + x
 
 
 def _mlp(net: Published, name: str, x: Tensor) -> Tensor:
     hidden = net.conv_bn(f"{name}.fc1", lif(x))
     return net.conv_bn(f"{name}.fc2", lif(hidden)) + x
+
+
+# ------------------------------------------------------------------------------------- MS-QKFormer
+
+# What their programs call the stem's convolutions, of which the last is the shortcut's, with the
+# number behind "conv" and "bn"; and those of the other embeddings.
+_LATER = ("embed1.embed", "max_embed1.embed", "embed2.embed")
+_NAMES: dict[str, tuple[list[tuple[str, str]], tuple[str, str, str]]] = {
+    "imagenet": (
+        [("proj", ""), ("proj", "1"), ("proj", "2"), ("rpe", "")],
+        ("proj3", "proj4", "proj_res"),
+    ),
+    "cifar": ([("proj", ""), ("embed1.embed", ""), ("embed2.embed", "")], _LATER),
+    "dvs": (
+        [("proj", ""), *((f"max_embed{i}.embed", "") for i in (1, 2, 3)), ("embed1.embed", "")],
+        _LATER,
+    ),
+}
+
+
+def ms_qkformer_shapes(size: QKFormerSize) -> Shapes:
+    shapes: Shapes = {}
+    stem, later = _NAMES[size.program]
+    widths = [size.in_chans, *(width for _, width, _ in size.stem)]
+    sides = [3] * len(size.stem) + [1]
+    into = [*widths[:-1], widths[size.branch]]
+    for (name, number), out, channels, side in zip(
+        stem, [*widths[1:], widths[-1]], into, sides, strict=True
+    ):
+        name = f"patch_embed1.{name}"
+        _add(shapes, f"{name}_conv{number}", f"{name}_bn{number}", (out, channels, side, side))
+    for stage, (width, depth) in enumerate(zip(size.widths, size.depths, strict=True), 1):
+        if stage > 1:
+            before = size.widths[stage - 2]
+            for name, channels, side in zip(later, (before, width, before), (3, 3, 1), strict=True):
+                name = f"patch_embed{stage}.{name}"
+                _add(shapes, f"{name}_conv", f"{name}_bn", (width, channels, side, side))
+        for i in range(depth):
+            for one in ("q", "k", *("v" * (stage == len(size.widths))), "proj"):
+                name = f"stage{stage}.{i}.attn.{one}"
+                _add(shapes, f"{name}_conv", f"{name}_bn", (width, width, 1), bias=one == "proj")
+            _add_mlp(shapes, f"stage{stage}.{i}.mlp", width, size.mlp_ratio)
+    last = size.widths[-1]
+    return shapes | {"head.weight": (size.classes, last), "head.bias": (size.classes,)}
+
+
+def ms_qkformer(net: Published, x: Tensor, size: QKFormerSize) -> Tensor:
+    """Frames (T, B, C, H, W) to logits (T, B, K)."""
+    stem, later = _NAMES[size.program]
+    signals = [x]
+    for (name, number), (_, _, pools) in zip(stem, size.stem, strict=False):
+        x = net.conv_bn(f"patch_embed1.{name}", signals[-1], number=number)
+        x = pool(x) if pools else x
+        signals.append(lif(x))
+    stride = 2 ** sum(pools for _, _, pools in size.stem[size.branch :])
+    x = x + net.conv_bn(f"patch_embed1.{stem[-1][0]}", signals[size.branch], stride)
+    for stage, depth in enumerate(size.depths, 1):
+        if stage > 1:
+            spikes = lif(x)
+            first, second, shortcut = (f"patch_embed{stage}.{name}" for name in later)
+            inner = net.conv_bn(first, spikes)
+            if size.program == "imagenet":
+                x = net.conv_bn(second, lif(pool(inner)))
+            else:
+                x = pool(net.conv_bn(second, lif(inner)))
+            x = x + net.conv_bn(shortcut, spikes, 2)
+        for i in range(depth):
+            name = f"stage{stage}.{i}"
+            if stage < len(size.depths):
+                x = _token_attention(net, f"{name}.attn", x, size.heads)
+            else:
+                x = _attention(net, f"{name}.attn", x, size.heads)
+            if size.mlp_ratio == 1:  # Both layers have a shortcut then.
+                x = net.conv_bn(f"{name}.mlp.fc1", lif(x)) + x
+                x = net.conv_bn(f"{name}.mlp.fc2", lif(x)) + x
+            else:
+                x = _mlp(net, f"{name}.mlp", x)
+    return net.head(lif(x.mean((3, 4))))
+
+
+def _token_attention(net: Published, name: str, x: Tensor, heads: int) -> Tensor:
+    spikes = lif(x)
+    q, k = (lif(net.conv_bn(f"{name}.{one}", spikes)).unflatten(2, (heads, -1)) for one in "qk")
+    passed = (lif(q.sum(3, keepdim=True), threshold=0.5) * k).flatten(2, 3)
+    return net.conv_bn(f"{name}.proj", passed) + x
 
 
 # ------------------------------------------------------------------------------------------ weights

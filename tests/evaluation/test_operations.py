@@ -206,6 +206,11 @@ def test_attentions_products_are_counted(alone: World) -> None:
             "blocks.4.mixer.attention",
         ),
         (
+            "ms_qkformer_10_384",
+            {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2, "mlp_ratio": 1},
+            "blocks.0.attention.sum",
+        ),
+        (
             "espikeformer_t",
             {
                 "widths": (8, 8, 8, 8),

@@ -424,7 +424,7 @@ def make_trainer(case: Case, config: Any, world: Any) -> Any:
 
     size = config.model.arguments.get("input_size", 48)
     classes = [str(k) for k in range(config.model.num_classes or 1000)]
-    index = _Index(classes=classes, heights=[size])
+    index = _Index(classes=classes, heights=[size], timesteps=None)
     prepared.open_data, prepared.order = setup.open_data, order
     if not case.feeds:
         prepared.open_data = lambda *_: (index, index)

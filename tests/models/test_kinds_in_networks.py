@@ -30,7 +30,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         {"widths": (8, 8, 16, 16), "depths": (1, 1), "heads": 2, "mlp_ratio": 2},
         (3, 32, 32),
     ),
-    "maxformer_10_384": ({"widths": (8, 16, 24), "depths": (1, 1, 1), "heads": 2}, (3, 32, 32)),
+    "ms_qkformer_2_256_dvs": ({"widths": (16, 24), "heads": 2}, (T, 2, 32, 32)),
 }
 KINDS: dict[str, dict[str, Any]] = {
     "lif": {},

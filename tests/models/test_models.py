@@ -54,6 +54,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sdt_2_256_cifar": {"channels": 16, "depth": 1},
     "espikeformer_t": {"widths": (8, 8, 8, 16), "depths": (1, 1), "heads": 2},
     "maxformer_10_384": {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2},
+    "ms_qkformer_4_384_cifar": {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2},
 }
 each_family = pytest.mark.parametrize("name", SMALL)
 # Networks whose stem ends in neurons, followed only by pooling. (Others: test_published.py.)

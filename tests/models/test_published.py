@@ -31,6 +31,7 @@ import tetdist
 from tetdist.apps.weights import foreign
 from tetdist.models import QKFormer, SpikingNetwork
 from tetdist.models.attention import StreamAttention, attention_neuron
+from tetdist.models.ms_qkformer import StreamTokenAttention
 from tetdist.models.preact_resnet import Block
 from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, update_running_statistics
 from tetdist.nn.neurons import LIF, ReLU, make
@@ -69,6 +70,11 @@ PARAMETERS = {
     "maxformer_10_384": (16_237_240, 0),
     "maxformer_10_512": (28_653_480, 0),
     "maxformer_10_768": (63_992_200, 0),
+    "ms_qkformer_10_384": (16_473_688, 0),
+    "ms_qkformer_10_512": (29_079_336, 0),
+    "ms_qkformer_10_768": (64_962_760, 0),
+    "ms_qkformer_4_384_cifar": (6_706_234, 0),
+    "ms_qkformer_2_256_dvs": (1_504_138, 0),
     "preact_resnet18": (11_694_312, 0),
     "preact_resnet34": (21_806_184, 0),
     "ms_resnet18": (11_693_736, 0),
@@ -95,9 +101,13 @@ def test_published_number_of_parameters(name: str) -> None:
 # ------------------------------------------------------------------------- the published networks
 
 
-# Source of a family's weights, by the prefix of its networks' names.
+# Source of a family's weights, by the prefix of its networks' names; a longer one is nearer.
 SOURCES = {one: one for one in ("qkformer", "sdt", "espikeformer", "maxformer", "ms", "psn")}
-SOURCES["preact"] = "decoupling"
+SOURCES |= {"preact": "decoupling", "ms_qkformer": "maxformer"}
+
+
+def source_of(name: str) -> str:
+    return SOURCES[max((one for one in SOURCES if name.startswith(one)), key=len)]
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ class Case:
 
     @property
     def source(self) -> str:
-        return self.of or SOURCES[self.name.partition("_")[0]]
+        return self.of or source_of(self.name)
 
     def state(self) -> dict[str, Tensor]:
         if self.is_resnet:
@@ -211,6 +221,18 @@ def maxformer_case() -> Case:
     )
 
 
+def ms_qkformer_case(name: str, size: QKFormerSize, image: tuple[int, ...], seed: int = 0) -> Case:
+    arguments = {"widths": size.widths, "depths": size.depths, "heads": size.heads}
+    return Case(
+        name,
+        arguments | {"mlp_ratio": size.mlp_ratio},
+        formers.ms_qkformer_shapes(size),
+        lambda net, x: formers.ms_qkformer(net, x, size),
+        image,
+        seed=seed,
+    )
+
+
 def resnet_case(
     method: str, source: str, shapes: published.Shapes, neurons: Any, **arguments: Any
 ) -> Case:
@@ -257,6 +279,15 @@ CASES = {
     "espikeformer": espikeformer_case(1),  # as published
     "espikeformer over time": espikeformer_case(T),
     "maxformer": maxformer_case(),
+    "ms_qkformer": ms_qkformer_case("ms_qkformer_10_384", IMAGENET, (3, 48, 32), seed=2),
+    "ms_qkformer cifar": ms_qkformer_case(
+        "ms_qkformer_4_384_cifar", QKFormerSize("cifar", (8, 12, 24), (1, 1, 2), 2), (3, 16, 12)
+    ),
+    "ms_qkformer dvs": ms_qkformer_case(
+        "ms_qkformer_2_256_dvs",
+        QKFormerSize("dvs", (16, 24), (1, 1), 2, mlp_ratio=1, in_chans=2),
+        (T, 2, 32, 32),
+    ),
     "preact, decoupling": resnet_case(
         "preact", "decoupling", preact_shapes(LAYERS, 8, 5), DECOUPLING
     ),
@@ -267,7 +298,7 @@ CASES = {
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 # One of each family, for what does not depend on the embedding.
-FAMILIES = ("qkformer", "sdt", "sdt dvs", "espikeformer over time", "maxformer")
+FAMILIES = ("qkformer", "sdt", "sdt dvs", "espikeformer over time", "maxformer", "ms_qkformer")
 each_family = pytest.mark.parametrize("case", [CASES[name] for name in FAMILIES], ids=FAMILIES)
 
 
@@ -338,6 +369,13 @@ def test_is_the_published_network(case: Case, training: bool, execution: str) ->
             formers.maxformer_shapes(formers.MaxFormerSize((96, 192, 384), classes=1000)),
             398,
         ),
+        (
+            "ms_qkformer_10_384",
+            formers.ms_qkformer_shapes(
+                QKFormerSize("imagenet", (96, 192, 384), (1, 2, 7), 6, classes=1000)
+            ),
+            434,
+        ),
         ("preact_resnet18", preact_shapes(LAYERS), 142),
         ("preact_resnet34", preact_shapes((3, 4, 6, 3)), 254),
         ("ms_resnet34", ms_shapes((3, 4, 6, 3)), 224),
@@ -355,7 +393,7 @@ def test_published_state_dicts_have_these_tensors(
     with torch.device("meta"):
         model = timm.create_model(name)
         state = {one: torch.empty(shape) for one, shape in shapes.items()}
-    source = SOURCES[name.partition("_")[0]]
+    source = source_of(name)
     if source != "decoupling":  # which another source has the names of
         assert foreign.source_of(state, Path("file")) == source
     found = foreign.convert(state, source, model)
@@ -408,10 +446,11 @@ def test_attentions_neurons_have_a_threshold_of_their_own(case: Case) -> None:
     of_attention = dataclasses.replace(own, threshold=2.0, fires_at_threshold=True)
     found = neurons_of(model)
     # SDT's attention begins with ordinary neurons of this name.
-    last = {"qkformer": "attention.neuron", "sdt": "attention.mask"}.get(case.source, "attended")
+    names = {"qkformer": "attention.neuron", "sdt": "attention.mask"}
+    last = names.get(case.source, ("attended", "attention.mask"))
     in_attention = {name for name in found if name.endswith(last)}
     depth = case.arguments.get("depth") or sum(case.arguments["depths"])
-    if case.source == "maxformer":  # Its first stages have none.
+    if case.name.startswith("maxformer"):  # Its first stages have none.
         depth = case.arguments["depths"][-1]
     assert len(in_attention) == depth
     for name, config in found.items():
@@ -473,13 +512,14 @@ def test_weights_begin_as_in_the_authors_code(case: Case) -> None:
     """With a deviation of 0.02 and without biases, or as torch begins them."""
     torch.manual_seed(0)
     model = timm.create_model(case.name, **case.arguments)
-    attention = [m for m in model.modules() if isinstance(m, StreamAttention)]
+    kinds = StreamAttention, StreamTokenAttention
+    attention = [m for m in model.modules() if isinstance(m, kinds)]
     as_torch = {layer for module in attention for layer in module.modules()}
     for layer in model.modules():
         if not isinstance(layer, (nn.Conv2d, nn.Linear)) or layer.weight.numel() < 100:
             continue
         match case.name.partition("_")[0]:
-            case "maxformer":
+            case "maxformer" | "ms":
                 as_published = isinstance(layer, nn.Conv2d) and layer not in as_torch
             case "sdt":
                 as_published = isinstance(layer, nn.Conv2d)

@@ -31,6 +31,8 @@ T, CLASSES, SHAPE = 2, 5, (3, 16, 16)
 SMALLER: dict[str, dict[str, Any]] = {
     "qkformer_2": {"widths": (16, 16), "depths": (1, 1), "heads": 2},
     "qkformer": {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2},
+    "ms_qkformer_2": {"widths": (16, 16), "depths": (1, 1), "heads": 2},
+    "ms_qkformer": {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2},
     "maxformer": {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2},
     "espikeformer": {"widths": (8, 8, 8, 16), "depths": (1, 1), "heads": 2},
     "sdt": {"channels": 16, "depth": 1},

@@ -33,6 +33,7 @@ NETWORKS: list[tuple[str, dict[str, Any]]] = [
     ("sdt_2_256_dvs", {}),
     ("espikeformer_t", {}),
     ("maxformer_10_384", {}),
+    ("ms_qkformer_2_256_dvs", {}),
 ]
 
 # Of networks that would take seconds: fewer channels, or pixels.
@@ -41,6 +42,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "qkformer_4_384_cifar": {"widths": (16, 32, 64)},
     "spiking_resnet18_cifar": {"width": 16},
     "sdt_2_256_dvs": {"channels": 64},
+    "ms_qkformer_2_256_dvs": {"widths": (32, 64)},
 }
 
 

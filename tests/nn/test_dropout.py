@@ -32,7 +32,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "qkformer_4_384_cifar": {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2},
     "sdt_2_256_cifar": {"channels": 16},
     "espikeformer_t": {"widths": (8, 8, 8, 16), "depths": (1, 1), "heads": 2},
-    "maxformer_10_384": {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2},
+    "ms_qkformer_4_384_cifar": {
+        "widths": (8, 8, 16),
+        "depths": (1, 1, 1),
+        "heads": 2,
+        "mlp_ratio": 1,
+    },
 }
 RATES = {"drop_path_rate": 0.5, "drop_rate": 0.25}
 T, BATCH = 2, 6
@@ -218,7 +223,7 @@ def test_rates_rise_as_timms() -> None:
     theirs = timm.create_model("vit_tiny_patch16_224", depth=5, drop_path_rate=0.3)
     expected = [getattr(block.drop_path1, "drop_prob", 0.0) for block in theirs.blocks]
     assert dropout.rising_rates(0.3, 5) == pytest.approx(expected)
-    model = network("maxformer_10_384", drop_path_rate=0.3)
+    model = network("qkformer_4_384_cifar", drop_path_rate=0.3)
     rates = [m.rate for m in model.modules() if isinstance(m, DropPath) and m.rate]
     assert rates == pytest.approx([0.15, 0.15, 0.3, 0.3])  # of two branches a block
 

@@ -35,10 +35,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "qkformer_4_384_cifar": {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2},
     "sdt_2_256_cifar": {"channels": 16, "depth": 1},
     "espikeformer_t": {"widths": (8, 8, 8, 16), "depths": (1, 1), "heads": 2},
-    "maxformer_10_384": {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2},
+    "ms_qkformer_4_384_cifar": {
+        "widths": (8, 8, 16),
+        "depths": (1, 1, 1),
+        "heads": 2,
+        "mlp_ratio": 1,
+    },
 }
 # Their blocks exchange currents.
-REAL = ("preact_resnet18", "ms_resnet18", "sdt_2_256_cifar", "espikeformer_t", "maxformer_10_384")
+REAL = (
+    *("preact_resnet18", "ms_resnet18", "sdt_2_256_cifar", "espikeformer_t"),
+    "ms_qkformer_4_384_cifar",
+)
 TIMESTEPS = 5
 KEEP_ALL = {"recompute": False, "segment": None}
 

@@ -29,6 +29,8 @@ TRANSFORMER = "widths=[16,16,32]", "heads=2", "depths=[1,1,1]"
 SMALL: dict[str, tuple[str, ...]] = {
     "espikeformer": ("widths=[16,16,32,32]", "depths=[1,1]", "heads=2"),
     "maxformer": TRANSFORMER,
+    "ms_qkformer": TRANSFORMER,
+    "ms_qkformer_2": ("widths=[16,32]", "heads=2"),
     "ms_resnet": ("width=8",),
     "preact_resnet": ("width=8",),
     "psn_sew_resnet": ("width=8",),
@@ -126,7 +128,9 @@ def relu(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 # Wider networks of a family, and another place to run: their recipes differ in a few numbers.
-ALIKE = {"qkformer_10_512", "qkformer_10_768", "sdt_8_512", "sdt_8_768", "sew34_t4_64gpus"}
+ALIKE = {"sdt_8_512", "sdt_8_768", "sew34_t4_64gpus"} | {
+    f"{family}_10_{width}" for family in ("qkformer", "ms_qkformer") for width in (512, 768)
+}
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ NAMES = {
     "sdt": "sdt_8_384",
     "espikeformer": "espikeformer_s",
     "maxformer": "maxformer_10_384",
+    "ms_qkformer": "ms_qkformer_10_384",
 }
 TIMESTEPS = dict.fromkeys(NAMES, 2) | {"espikeformer": 1}  # which is published so
 each_family = pytest.mark.parametrize("family", NAMES)
@@ -43,6 +44,7 @@ def state_of(family: str) -> dict[str, Tensor]:
         "sdt": published.sdt_shapes(SDT),
         "espikeformer": formers.espikeformer_shapes(ESPIKEFORMER),
         "maxformer": formers.maxformer_shapes(MAXFORMER),
+        "ms_qkformer": formers.ms_qkformer_shapes(QKFORMER),
     }
     gain = 4.0 if family == "espikeformer" else 1.0
     state: dict[str, Tensor] = published.random_state(shapes[family], gain=gain)
@@ -59,6 +61,7 @@ def converted(family: str, call: Call, folder: Path, *more: str) -> tuple[Path, 
             {"widths": [8, 8, 8, 12], "depths": [1, 1], "heads": 2},
         ),
         "maxformer": ("model", {"widths": [8, 16, 24], "depths": [1, 1, 1], "heads": 2}),
+        "ms_qkformer": ("model", {"widths": [8, 16, 24], "depths": [1, 1, 1], "heads": 2}),
     }[family]
     name = "".join(letter for letter in "-".join(more) if letter.isalnum())
     source, output = folder / f"{family}.pth", folder / f"{family}{name}.safetensors"
@@ -88,7 +91,8 @@ def test_published_file_is_recognised_computes_what_it_did_and_goes_out_again(
     family: str, call: Call, tmp_path: Path
 ) -> None:
     file, out = converted(family, call, tmp_path)
-    assert f"as weights of {family}" in out
+    repository = {"ms_qkformer": "maxformer"}.get(family, family)
+    assert f"as weights of {repository}" in out
     trained = load(file)
     net = Published({k: v.float() for k, v in state_of(family).items()}, training=False)
     frames = images(4).expand(TIMESTEPS[family], -1, -1, -1, -1)
@@ -101,12 +105,14 @@ def test_published_file_is_recognised_computes_what_it_did_and_goes_out_again(
             expected = formers.espikeformer(net, frames, ESPIKEFORMER)
         case "maxformer":
             expected = formers.maxformer(net, frames, MAXFORMER)
+        case "ms_qkformer":
+            expected = formers.ms_qkformer(net, frames, QKFORMER)
     with torch.no_grad():
         logits = trained.model(images(4))
         torch.testing.assert_close(logits, expected.mean(0), rtol=1e-4, atol=1e-5)
     data = trained.config.data
     assert data.interpolation == "bicubic"
-    side = {"qkformer": 256, "sdt": 235, "espikeformer": 232, "maxformer": 256}[family]
+    side = {"sdt": 235, "espikeformer": 232}.get(family, 256)
     assert data.resize_side == side  # as timm rounds it, of a crop of 95 % of the SDT's
     neuron = trained.config.model.neuron
     if family == "espikeformer":
@@ -142,7 +148,7 @@ def test_mixing_of_samples_is_reported_and_may_be_asked_for(call: Call, tmp_path
 
 
 # Traced with all timesteps, of which each is some tens of operations a layer: that takes its time.
-LONG = ("qkformer", "espikeformer", "maxformer")
+LONG = ("qkformer", "espikeformer", "maxformer", "ms_qkformer")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tetdist import plugins
 from tetdist.models.base import SpikingModel, SpikingNetwork
 from tetdist.models.espikeformer import ESpikeFormer
 from tetdist.models.max_former import MaxFormer
+from tetdist.models.ms_qkformer import MSQKFormer
 from tetdist.models.ms_resnet import MSResNet
 from tetdist.models.preact_resnet import PreActResNet
 from tetdist.models.psn_sew_resnet import PSNSEWResNet
@@ -31,6 +32,7 @@ from tetdist.nn.neurons import LIF, NeuronConfig
 __all__ = [
     "VGGSNN",
     "ESpikeFormer",
+    "MSQKFormer",
     "MSResNet",
     "MaxFormer",
     "PSNSEWResNet",

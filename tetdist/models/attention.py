@@ -242,6 +242,12 @@ class StreamTransformer(SpikingNetwork):
         return spikes.to(next(self.parameters()).dtype)
 
 
+def check_heads(widths: Sequence[int], heads: int) -> None:
+    """Raise a ValueError if a stage's channels cannot be divided among the heads."""
+    if odd := [width for width in widths if width % heads]:
+        raise ValueError(f"{odd[0]} channels cannot be divided among {heads} heads")
+
+
 def stages(
     widths: Sequence[int],
     depths: Sequence[int],

@@ -20,6 +20,7 @@ from tetdist.models.attention import (
     StreamEmbedding,
     StreamMlp,
     StreamTransformer,
+    check_heads,
     convolutions_outside,
     init_as_published,
     stages,
@@ -80,8 +81,7 @@ class MaxFormer(StreamTransformer):
             )
         if even := [kernel for kernel in kernels if kernel % 2 == 0]:
             raise ValueError(f"kernels must be odd, not {even[0]}")
-        if widths[-1] % heads:
-            raise ValueError(f"{widths[-1]} channels cannot be divided among {heads} heads")
+        check_heads(widths[-1:], heads)
         first = widths[0]
         layers = [(first // 2, True), (first, True), (first, False)]
         self.stem = StreamEmbedding(in_chans, layers, 1, neuron, strided=True)

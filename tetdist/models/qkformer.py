@@ -26,6 +26,7 @@ from tetdist.models.attention import (
     Block,
     ConvPoolNeuron,
     attention_neuron,
+    check_heads,
     init_as_published,
     stages,
 )
@@ -258,8 +259,7 @@ class QKFormer(SpikingNetwork):
         super().__init__(
             num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
         )
-        if odd := [width for width in widths if width % heads]:
-            raise ValueError(f"{odd[0]} channels cannot be divided among {heads} heads")
+        check_heads(widths, heads)
         if mixes_samples:
             logger.warning(
                 "mixes_samples: a sample's logits depend on the samples before it in its batch, "
@@ -267,7 +267,8 @@ class QKFormer(SpikingNetwork):
                 "on data sorted by class, labels leak into the accuracy."
             )
         self.embedding = embedding
-        self.stem = Embedding(in_chans, *stem_layers(embedding, widths[0]), neuron)
+        layers, branch = stem_layers(embedding, widths[0])
+        self.stem = Embedding(in_chans, layers, branch, neuron)
 
         def embed(before: int, width: int) -> Embedding:
             return Embedding(before, stage_layers(embedding, width), 0, neuron)
@@ -286,7 +287,7 @@ class QKFormer(SpikingNetwork):
         # Largest input of each block: an embedding and each half of a block add two layers' spikes.
         highest = [2 * i for depth in depths for i in range(1, depth + 2)]
         self.highest_inputs = tuple(highest[:-1])  # The last one is the classifier's.
-        reduction = {"imagenet": 4, "cifar": 1, "dvs": 8}[embedding]
+        reduction = 2 ** sum(pools for _, pools in layers)
         self.set_stages((widths[0], reduction), *base.stages_of(widths, depths, reduction, 1))
         self.set_head(drop_rate)
         init_as_published([self.fc])

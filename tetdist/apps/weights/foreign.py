@@ -15,6 +15,7 @@ from tetdist.errors import UserError
 from tetdist.models.base import SpikingNetwork
 from tetdist.models.espikeformer import ESpikeFormer
 from tetdist.models.max_former import MaxFormer
+from tetdist.models.ms_qkformer import MSQKFormer
 from tetdist.models.ms_resnet import MSResNet
 from tetdist.models.preact_resnet import PreActResNet
 from tetdist.models.qkformer import QKFormer
@@ -216,6 +217,8 @@ def _names(model: SpikingNetwork) -> dict[str, str]:
             rules = transformer_names.espikeformer_names(model)
         case MaxFormer():
             rules = transformer_names.maxformer_names(model)
+        case MSQKFormer():
+            rules = transformer_names.ms_qkformer_names(model)
         case VGGSNN():
             rules = _vgg_names(model)
         case MSResNet():
@@ -226,8 +229,8 @@ def _names(model: SpikingNetwork) -> dict[str, str]:
             raise UserError(
                 f"--model: {model.default_cfg['architecture']} has no counterpart in other "
                 "projects; choose from sew_resnet*, psn_sew_resnet*, spiking_resnet*, "
-                "preact_resnet*, ms_resnet*, vggsnn, qkformer_*, sdt_*, espikeformer_* and "
-                "maxformer_*"
+                "preact_resnet*, ms_resnet*, vggsnn, qkformer_*, ms_qkformer_*, sdt_*, "
+                "espikeformer_* and maxformer_*"
             )
     # A deep network has more rules than re's cache has places.
     compiled = [(re.compile(pattern), name) for pattern, name in rules]

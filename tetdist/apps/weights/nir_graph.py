@@ -34,14 +34,12 @@ from tetdist.apps.weights.integers import IntegerNetwork
 from tetdist.apps.weights.structure import Traversal, folded, pooled
 from tetdist.errors import UserError
 from tetdist.models import (
-    ESpikeFormer,
-    MaxFormer,
     PreActResNet,
     PSNSEWResNet,
     QKFormer,
-    SpikeDrivenTransformer,
     SpikingNetwork,
 )
+from tetdist.models.attention import StreamTransformer
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF
@@ -133,7 +131,7 @@ class _Builder(Traversal[Signal]):
     @torch.no_grad()
     def build(self, input_shape: tuple[int, ...]) -> nir.NIRGraph:
         model = self.model
-        if isinstance(model, (ESpikeFormer, MaxFormer, QKFormer, SpikeDrivenTransformer)):
+        if isinstance(model, (QKFormer, StreamTransformer)):
             pools = any(isinstance(module, NormPool) for module in model.modules())
             maximum = ", nor for the embedding's maximum over currents"
             raise UserError(

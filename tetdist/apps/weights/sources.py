@@ -105,7 +105,7 @@ SOURCES = {
     "timm": Source(is_relu=True),
     # The original repositories of transformers: QKFormer, for ImageNet, CIFAR and DVS; the
     # Spike-driven Transformer, V1; the small networks of its V3, Efficient_Spiking_Transformer_*;
-    # Max-Former's networks for ImageNet.
+    # Max-Former, for ImageNet, and MS-QKFormer, for ImageNet, CIFAR and DVS, of one repository.
     "qkformer": Source(
         mark=r"^patch_embed1\.proj_res_conv\.weight$", names=_HEAD_NAMES, is_transformer=True
     ),
@@ -119,7 +119,10 @@ SOURCES = {
         mark=r"^downsample1_1\.encode_conv\.weight$", names=_HEAD_NAMES, is_transformer=True
     ),
     "maxformer": Source(
-        mark=r"^stage1\.0\.mixer\.conv5\.weight$", names=_HEAD_NAMES, is_transformer=True
+        mark=r"^stage1\.0\.(mixer\.conv5|attn\.q_conv)\.weight$",
+        names=_HEAD_NAMES,
+        is_transformer=True,
+        cifar100=True,
     ),
     # Two repositories of distillation, Intelli-Chip-Lab/snn_temporal_decoupling_distillation and
     # KaiSUN1/SeAl: ResNets for CIFAR and events, PreAct-ResNets under torchvision's names.

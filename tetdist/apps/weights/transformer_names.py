@@ -3,12 +3,16 @@
 A rule is a pattern of our names and its replacement.
 """
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from tetdist.models import espikeformer, qkformer
 from tetdist.models.attention import StreamAttention, StreamEmbedding
+from tetdist.models.base import SpikingNetwork
 from tetdist.models.espikeformer import ESpikeFormer
 from tetdist.models.max_former import MaxFormer
+from tetdist.models.ms_qkformer import MSQKFormer
 from tetdist.models.qkformer import QKFormer
 from tetdist.models.spike_driven_transformer import SpikeDrivenTransformer
 
@@ -26,20 +30,43 @@ def _added(own: str, name: str, theirs: str, conv: str = "_conv.", norm: str = "
     return [(rf"^{own}\.{name}\.", theirs + conv), (rf"^{own}\.add\.norm\.", theirs + norm)]
 
 
-def _stream_embedding(own: str, embedding: StreamEmbedding, theirs: list[str]) -> Names:
-    """Return rules for the layers, the last convolution and the shortcut, in this order."""
-    *layers, last, shortcut = theirs
+def _stream_embedding(own: str, embedding: nn.Module, theirs: str, names: list[str]) -> Names:
+    """Return rules for a `StreamEmbedding`: its layers, its last convolution, its shortcut.
+
+    Args:
+        own: Our name of it.
+        embedding: The embedding.
+        theirs: Their name of it.
+        names: Their names of these convolutions and norms, for which `{}` is conv or bn.
+    """
+    assert isinstance(embedding, StreamEmbedding)
+    *layers, last, shortcut = (
+        [f"{theirs}.{name.format(one)}." for one in ("conv", "bn")] for name in names
+    )
     rules = []
-    for i, name in enumerate(layers):
-        rules += _layer(rf"{own}\.layers\.{i}", name)
-    rules += [(rf"^{own}\.conv\.", f"{last}_conv."), (rf"^{own}\.shortcut\.", f"{shortcut}_conv.")]
+    for i, (conv, norm) in enumerate(layers):
+        rules += _layer(rf"{own}\.layers\.{i}", "", conv, norm)
     added, other = (shortcut, last) if embedding.pools_last else (last, shortcut)
-    rules += [(rf"^{own}\.add\.norm\.", f"{added}_bn.")]
-    return [*rules, (rf"^{own}\.other_norm\.(?:norm\.)?", f"{other}_bn.")]
+    return [
+        *rules,
+        (rf"^{own}\.conv\.", last[0]),
+        (rf"^{own}\.shortcut\.", shortcut[0]),
+        (rf"^{own}\.add\.norm\.", added[1]),
+        (rf"^{own}\.other_norm\.(?:norm\.)?", other[1]),
+    ]
+
+
+def _places(model: SpikingNetwork) -> Iterator[tuple[str, int, int, nn.Module]]:
+    """Yield each block with its name, its stage and its position therein, -1 of an embedding."""
+    stage, position = 1, -1
+    for i, block in enumerate(model.blocks):
+        begins = isinstance(block, (qkformer.Embedding, StreamEmbedding))
+        stage, position = (stage + 1, -1) if begins else (stage, position + 1)
+        yield rf"blocks\.{i}", stage, position, block
 
 
 def _attention(own: str, theirs: str, conv: str, norm: str) -> Names:
-    """Return rules for a `StreamAttention`, the ``attention`` or ``mixer`` of its block."""
+    """Return rules for attention to a stream, the ``attention`` or ``mixer`` of its block."""
     own = rf"{own}\.(?:attention|mixer)"
     return [
         *_layer(rf"{own}\.([qkv])", rf"{theirs}.\1", conv, norm),
@@ -50,7 +77,7 @@ def _attention(own: str, theirs: str, conv: str, norm: str) -> Names:
 def _mlp(own: str, theirs: str) -> Names:
     """Return rules for an MLP of a real-valued stream."""
     return [
-        *_layer(rf"{own}\.mlp\.fc1", f"{theirs}.fc1"),
+        *_layer(rf"{own}\.mlp\.fc([12])", rf"{theirs}.fc\1"),
         *_added(rf"{own}\.mlp", "fc2", f"{theirs}.fc2"),
     ]
 
@@ -68,14 +95,10 @@ def qkformer_names(model: QKFormer) -> Names:
         return rules
 
     rules = embedding("stem", "patch_embed1", ["proj", "proj1", "proj2", "proj3"])
-    stage, position = 1, -1
-    for i, block in enumerate(model.blocks):
-        own = rf"blocks\.{i}"
-        if isinstance(block, qkformer.Embedding):
-            stage, position = stage + 1, -1
+    for own, stage, position, block in _places(model):
+        if position < 0:
             rules += embedding(own, f"patch_embed{stage}", later)
             continue
-        position += 1
         theirs = f"stage{stage}.{position}"
         is_token = isinstance(block.attention, qkformer.TokenAttention)
         attention = f"{theirs}.{'tssa' if is_token else last_attention}"
@@ -137,20 +160,13 @@ def espikeformer_names(model: ESpikeFormer) -> Names:
 
 
 def maxformer_names(model: MaxFormer) -> Names:
-    def embedding(own: str, ours: nn.Module, theirs: str, names: list[str]) -> Names:
-        assert isinstance(ours, StreamEmbedding)
-        return _stream_embedding(own, ours, [f"{theirs}.{name}.embed" for name in names])
-
-    rules = embedding("stem", model.stem, "patch_embed1", [f"embed{i}" for i in (1, 2, 3, 4)])
-    stage, position = 1, -1
-    for i, block in enumerate(model.blocks):
-        own = rf"blocks\.{i}"
-        if isinstance(block, StreamEmbedding):
-            stage, position = stage + 1, -1
-            names = ["max_embed1", "embed1", "max_embed2"]
-            rules += embedding(own, block, f"patch_embed{stage}", names)
+    names = [f"embed{i}.embed_{{}}" for i in (1, 2, 3, 4)]
+    rules = _stream_embedding("stem", model.stem, "patch_embed1", names)
+    for own, stage, position, block in _places(model):
+        if position < 0:
+            names = ["max_embed1.embed_{}", "embed1.embed_{}", "max_embed2.embed_{}"]
+            rules += _stream_embedding(own, block, f"patch_embed{stage}", names)
             continue
-        position += 1
         theirs = f"stage{stage}.{position}"
         if isinstance(block.mixer, StreamAttention):
             rules += _attention(own, f"{theirs}.attn", "_conv.", "_bn.")
@@ -158,5 +174,27 @@ def maxformer_names(model: MaxFormer) -> Names:
             # The first stage's convolution has this name although its size is 7x7.
             name = "conv5" if stage == 1 else "conv"
             rules += _layer(rf"{own}\.mixer", f"{theirs}.mixer.{name}", ".", "_bn.")
+        rules += _mlp(own, f"{theirs}.mlp")
+    return rules
+
+
+def ms_qkformer_names(model: MSQKFormer) -> Names:
+    """Return rules to the authors' names, which differ between ImageNet and other data."""
+    later = ["embed1.embed_{}", "max_embed1.embed_{}", "embed2.embed_{}"]
+    match model.embedding:
+        case "imagenet":
+            stem = ["proj_{}", "proj_{}1", "proj_{}2", "rpe_{}"]
+            later = ["proj3_{}", "proj4_{}", "proj_res_{}"]
+        case "cifar":
+            stem = ["proj_{}", "embed1.embed_{}", "embed2.embed_{}"]
+        case "dvs":
+            stem = ["proj_{}", *(f"max_embed{i}.embed_{{}}" for i in (1, 2, 3)), "embed1.embed_{}"]
+    rules = _stream_embedding("stem", model.stem, "patch_embed1", stem)
+    for own, stage, position, block in _places(model):
+        if position < 0:
+            rules += _stream_embedding(own, block, f"patch_embed{stage}", later)
+            continue
+        theirs = f"stage{stage}.{position}"
+        rules += _attention(own, f"{theirs}.attn", "_conv.", "_bn.")
         rules += _mlp(own, f"{theirs}.mlp")
     return rules
