@@ -28,7 +28,7 @@ from tetdist.models.attention import (
     stages,
 )
 from tetdist.models.base import ConvNormNeuron, conv1x1
-from tetdist.models.qkformer import stage_layers, stem_layers
+from tetdist.models.qkformer import DVS_SIZE, IMAGE_SIZES, stage_layers, stem_layers
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.products import HeadSum, masked
@@ -95,7 +95,7 @@ class MSQKFormer(StreamTransformer):
         *,
         neuron: NeuronConfig,
         widths: tuple[int, ...],
-        depths: tuple[int, ...] = (1, 2, 7),
+        depths: tuple[int, ...],
         heads: int,
         mlp_ratio: int = 4,
         embedding: Literal["imagenet", "cifar", "dvs"] = "imagenet",
@@ -153,34 +153,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-# 16.47, 29.08 and 64.96 million parameters at 1000 classes, as QKFormer.
-ms_qkformer_10_384 = base.register(MSQKFormer, "ms_qkformer_10_384", widths=(96, 192, 384), heads=6)
-ms_qkformer_10_512 = base.register(
-    MSQKFormer, "ms_qkformer_10_512", widths=(128, 256, 512), heads=8
-)
-ms_qkformer_10_768 = base.register(
-    MSQKFormer, "ms_qkformer_10_768", widths=(192, 384, 768), heads=12
-)
-# For 32x32 images: 6.71 million parameters at 10 classes.
-ms_qkformer_4_384_cifar = base.register(
-    MSQKFormer,
-    "ms_qkformer_4_384_cifar",
-    widths=(96, 192, 384),
-    depths=(1, 1, 2),
-    heads=8,
-    embedding="cifar",
-    num_classes=10,
-)
-# For event frames of 128x128, of CIFAR10-DVS and DVS128 Gesture: 1.50 million parameters.
-ms_qkformer_2_256_dvs = base.register(
-    MSQKFormerDVS,
-    "ms_qkformer_2_256_dvs",
-    widths=(128, 256),
-    depths=(1, 1),
-    heads=16,
-    mlp_ratio=1,
-    embedding="dvs",
-    in_chans=2,
-    num_classes=10,
-    timesteps=16,
-)
+# With as many parameters as QKFormer's. The last one is for DVS128 Gesture, too.
+for _name, _size in IMAGE_SIZES.items():
+    base.register(MSQKFormer, f"ms_qkformer_{_name}", **_size)
+base.register(MSQKFormerDVS, "ms_qkformer_2_256_dvs", **DVS_SIZE)

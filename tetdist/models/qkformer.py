@@ -312,48 +312,38 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-# 16.47, 29.08 and 64.96 million parameters at 1000 classes. As in the paper, names have the number
-# of blocks and the last stage's channels.
-qkformer_10_384 = base.register(
-    QKFormer, "qkformer_10_384", widths=(96, 192, 384), depths=(1, 2, 7), heads=6
-)
-qkformer_10_512 = base.register(
-    QKFormer, "qkformer_10_512", widths=(128, 256, 512), depths=(1, 2, 7), heads=8
-)
-qkformer_10_768 = base.register(
-    QKFormer, "qkformer_10_768", widths=(192, 384, 768), depths=(1, 2, 7), heads=12
-)
-# For 32x32 images: 6.71 million parameters at 10 classes.
-qkformer_4_384_cifar = base.register(
-    QKFormer,
-    "qkformer_4_384_cifar",
-    widths=(96, 192, 384),
-    depths=(1, 1, 2),
-    heads=8,
-    embedding="cifar",
-    num_classes=10,
-)
+# As in the paper, names have the number of blocks and the last stage's channels. 16.47, 29.08 and
+# 64.96 million parameters at 1000 classes; 6.71 for 32x32 images, at 10.
+IMAGE_SIZES: dict[str, dict[str, Any]] = {
+    f"10_{width}": {
+        "widths": (width // 4, width // 2, width),
+        "depths": (1, 2, 7),
+        "heads": width // 64,
+    }
+    for width in (384, 512, 768)
+} | {
+    "4_384_cifar": {
+        "widths": (96, 192, 384),
+        "depths": (1, 1, 2),
+        "heads": 8,
+        "embedding": "cifar",
+        "num_classes": 10,
+    }
+}
 # For event frames of 128x128: of CIFAR10-DVS, 1.50 million parameters, and of DVS128 Gesture, 2.00.
-qkformer_2_256_dvs = base.register(
-    QKFormerDVS,
-    "qkformer_2_256_dvs",
-    widths=(128, 256),
-    depths=(1, 1),
-    heads=16,
-    mlp_ratio=1,
-    embedding="dvs",
-    in_chans=2,
-    num_classes=10,
-    timesteps=16,
-)
-qkformer_2_256_gesture = base.register(
-    QKFormerDVS,
-    "qkformer_2_256_gesture",
-    widths=(128, 256),
-    depths=(1, 1),
-    heads=16,
-    embedding="dvs",
-    in_chans=2,
-    num_classes=11,
-    timesteps=16,
+DVS_SIZE: dict[str, Any] = {
+    "widths": (128, 256),
+    "depths": (1, 1),
+    "heads": 16,
+    "mlp_ratio": 1,
+    "embedding": "dvs",
+    "in_chans": 2,
+    "num_classes": 10,
+    "timesteps": 16,
+}
+for _name, _size in IMAGE_SIZES.items():
+    base.register(QKFormer, f"qkformer_{_name}", **_size)
+base.register(QKFormerDVS, "qkformer_2_256_dvs", **DVS_SIZE)
+base.register(
+    QKFormerDVS, "qkformer_2_256_gesture", **DVS_SIZE | {"mlp_ratio": 4, "num_classes": 11}
 )
