@@ -17,7 +17,7 @@ from tetdist.storage.files import check_writable, explaining, write_json
 from tetdist.wording import are, counted
 
 if TYPE_CHECKING:
-    from tetdist.datasets.check import Examined, Finding
+    from tetdist.apps.images.check import Examined, Finding
     from tetdist.datasets.index import BadFile, Index
     from tetdist.datasets.layouts import Listing
 
@@ -288,7 +288,7 @@ def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
 
 def _check(args: argparse.Namespace) -> int:
     """Examine every split, then compare them with each other, with ImageNet and the index."""
-    from tetdist.datasets import check
+    from tetdist.apps.images import check
 
     out = args.out or args.root / "index"
     _check_writable(out, "--out")
@@ -337,8 +337,8 @@ def _print_findings(findings: "list[Finding]", file: Path | None) -> None:
 
 
 def _shard(args: argparse.Namespace) -> int:
+    from tetdist.apps.images.shards import shard_split
     from tetdist.datasets.index import check_fresh, index_file, load_index
-    from tetdist.datasets.shards import shard_split
 
     _check_writable(args.dest, "DEST")
     if args.from_parquet:
@@ -367,7 +367,7 @@ def _shard(args: argparse.Namespace) -> int:
 
 
 def _shard_parquet(args: argparse.Namespace) -> int:
-    from tetdist.apps import parquet
+    from tetdist.apps.images import parquet
 
     names = args.splits or ["train", "val"]
     splits = {split: parquet.read_tables(args.root, split, args.workers) for split in names}
@@ -411,7 +411,7 @@ def _indexed_splits(folder: Path) -> list[str]:
 
 
 def _extract(args: argparse.Namespace) -> int:
-    from tetdist.datasets.extract import extract_split
+    from tetdist.apps.images.extract import extract_split
 
     _check_writable(args.dest, "DEST")
     listings = _list(args)

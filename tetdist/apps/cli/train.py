@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     if config is None:
         return 0
     try:
-        from tetdist.apps.copies import copy_to_hosts
+        from tetdist.apps.images.copies import copy_to_hosts
         from tetdist.apps.reports.observers import observers
         from tetdist.training.run import train
 

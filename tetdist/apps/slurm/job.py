@@ -100,7 +100,7 @@ class _Start:
             if self._is_cancelled():
                 # Not a success: another run may be waiting for this one to finish.
                 return 128 + signal.SIGTERM
-            from tetdist.apps.copies import copy_to_hosts
+            from tetdist.apps.images.copies import copy_to_hosts
             from tetdist.apps.reports.observers import observers
             from tetdist.config import loading
             from tetdist.training.run import train

@@ -19,13 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tetdist.apps.images.check import IMAGENET_COUNTS
+from tetdist.apps.images.shards import Packed, pack
 from tetdist.datasets.archives import IMAGE_SUFFIXES, WORDNET_ID
-from tetdist.datasets.check import IMAGENET_COUNTS
 from tetdist.datasets.index import Index
 from tetdist.datasets.layouts import imagenet_classes
 from tetdist.datasets.probe import probe_image
 from tetdist.datasets.processes import ReportProgress, run_tasks
-from tetdist.datasets.shards import Packed, pack
 from tetdist.errors import UserError
 from tetdist.wording import and_more
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from samples import picture
 
-from tetdist.apps import parquet
+from tetdist.apps.images import parquet
 from tetdist.datasets import index as ix
 from tetdist.datasets.reader import SampleReader
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from samples import picture, write_shards, write_tar
 
-from tetdist.datasets import check
+from tetdist.apps.images import check
 from tetdist.datasets import index as ix
 from tetdist.datasets.archives import ByteRange
 from tetdist.datasets.layouts import Listing, imagenet_classes, list_split

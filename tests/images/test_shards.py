@@ -22,14 +22,14 @@ from samples import (
     write_tar,
 )
 
+from tetdist.apps.images import shards
+from tetdist.apps.images.extract import extract_split
+from tetdist.apps.images.shards import plan_shards, shard_split
 from tetdist.config.sections.data import DataSection
 from tetdist.data.batches import Share, eval_batches, train_batches
 from tetdist.data.dali import Workers
 from tetdist.datasets import index as ix
-from tetdist.datasets import shards
-from tetdist.datasets.extract import extract_split
 from tetdist.datasets.layouts import Hints, list_split
-from tetdist.datasets.shards import plan_shards, shard_split
 from tetdist.errors import UserError
 from tetdist.order import evaluation_batches
 from tetdist.storage.files import only_writer

@@ -14,10 +14,10 @@ import pytest
 import tiny
 from tiny import Farm, Outcome
 
-from tetdist.apps import copies
+from tetdist.apps.images import copies
+from tetdist.apps.images.shards import shard_split
 from tetdist.datasets import index as ix
 from tetdist.datasets import reader
-from tetdist.datasets.shards import shard_split
 from tetdist.storage.files import only_writer
 
 ConfigWriter = Callable[..., Path]
