@@ -16,7 +16,11 @@ from safetensors.torch import load_file
 from tiny import Farm, Tool
 
 from tetdist.apps.reports import evaluation_page, style
+from tetdist.apps.weights import integers
+from tetdist.apps.weights.integers import convert
+from tetdist.apps.weights.trained import load
 from tetdist.evaluation import early_exit
+from tetdist.wording import counted
 
 NUM_SAMPLES = sum(tiny.VAL_SIZES)
 
@@ -37,7 +41,9 @@ def evaluate(tool: Tool) -> Tool:
     return lambda *options: tool("eval", *options, "--execution", "reference", "--device", "cpu")
 
 
-def plain_logits(run: Path, root: Path, timesteps: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_logits(
+    run: Path, root: Path, timesteps: int = 3, network: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (T, N, K) and labels of the validation images, without tetdist's pipeline."""
     import timm
     from torchvision import tv_tensors
@@ -64,8 +70,36 @@ def plain_logits(run: Path, root: Path, timesteps: int = 3) -> tuple[torch.Tenso
             images.append(crop(tv_tensors.Image(pixels)))
             labels.append(label)
     with torch.no_grad():
+        model = network or model
         logits = torch.cat([model(x[None], per_timestep=True) for x in torch.stack(images)], 1)
     return logits, torch.tensor(labels)
+
+
+def test_whole_numbers_are_evaluated_beside_real_ones(
+    evaluate: Tool, run: Path, tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(*options: object) -> tuple[dict[str, Any], str]:
+        file = tmp_path / "found.json"
+        status, out, err = evaluate("--checkpoint", run, "--json", file, "--batch", 5, *options)
+        assert status == 0, err
+        return json.loads(file.read_text()), out
+
+    real, (whole, out) = found()[0], found("--int8")
+    assert whole["real_numbers"]["top1"] == real["top1"]
+    logits, labels = plain_logits(run, tiny_root, network=convert(load(run), 3))
+    top1 = 100 * (logits.mean(0).argmax(1) == labels).float().mean().item()
+    assert whole["top1"] == pytest.approx(top1, abs=100.1 / NUM_SAMPLES)
+    changed = whole["real_numbers"]["changed"]
+    assert NUM_SAMPLES / 4 > changed >= abs(whole["top1"] - real["top1"]) * NUM_SAMPLES / 100 - 0.1
+    assert f"top-1 {real['top1']:.2f} %, and {counted(changed, 'decision')} of {NUM_SAMPLES}" in out
+    # A network that always prefers the least likely class decides otherwise.
+    reversed_network = convert(load(run), 3)
+    reversed_network.description["logit"] *= -1
+    monkeypatch.setattr(integers, "convert", lambda *_: reversed_network)
+    assert found("--int8")[0]["real_numbers"]["changed"] == NUM_SAMPLES
+    status, _, err = evaluate("--checkpoint", run, "--int8", "--unroll")
+    assert status == 2
+    assert "--int8 does not support --unroll" in err
 
 
 def test_numbers_are_those_of_plain_torch(

@@ -5,7 +5,7 @@ import importlib.util
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from tetdist.apps.benchmarks.contestants import (
     spikingjelly_network,
     wait,
 )
+from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 from tetdist.nn.precision import autocast, choose_algorithms
 from tetdist.tables import aligned
@@ -100,6 +101,8 @@ def _steps(options: argparse.Namespace) -> Iterator[dict[str, Callable[[], None]
         yield steps
         return
     from tetdist.apps.weights.export import OnnxStep, save_step
+    from tetdist.apps.weights.integer_onnx import save_step as save_integer_step
+    from tetdist.apps.weights.integers import untrained
 
     defined = network(1)
     defined.set_execution("reference")
@@ -109,6 +112,15 @@ def _steps(options: argparse.Namespace) -> Iterator[dict[str, Callable[[], None]
         graph = OnnxStep(file, options.threads)
         states = graph.at_rest(len(frame))
         steps["onnxruntime, a step"] = computed(lambda: graph.run(frame, states))
+        with suppress(UserError):  # A network without whole numbers has no such row.
+            whole_numbers = untrained(defined, tuple(frame.shape[1:]), options.timesteps)
+            save_integer_step(whole_numbers, file, {})
+            integer_graph = OnnxStep(file, options.threads)
+            bytes_of = whole_numbers.frames(images)[0].contiguous()
+            at_rest = integer_graph.at_rest(len(frame))
+            steps["onnxruntime, a step in int8"] = computed(
+                lambda: integer_graph.run(bytes_of, at_rest)
+            )
         if leaving:
             steps["onnxruntime with exits"] = computed(lambda: _onnx_exits(graph, images, leaving))
         yield steps

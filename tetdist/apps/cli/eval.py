@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
     from tetdist.datasets.index import Index
     from tetdist.distributed.world import World
+    from tetdist.evaluation.evaluate import Also
     from tetdist.models import SpikingNetwork
     from tetdist.storage.checkpoint import Description
 
@@ -153,6 +154,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="split each timestep into sub-timesteps with spikes of 0 or 1, as hardware runs "
         "neurons that fire several times: slower, with the same result",
     )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="evaluate the network in whole numbers (export --int8), and count the decisions that "
+        "differ from those of the real numbers",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the drops (default: 0)")
     parser.add_argument("--batch", type=positive, metavar="N", help="samples a forward pass")
     parser.add_argument("--threads", type=positive, metavar="N", help="number of decoding threads")
@@ -171,6 +178,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.measured and options.exit_within is None:
         parser.error("--measured runs the early exit of --exit-within; add --exit-within POINTS")
+    if options.int8 and (options.unroll or options.measured or options.variant == "imagenet-c"):
+        parser.error("--int8 does not support --unroll, --measured and --variant imagenet-c")
     check_variant(parser, options)
     return options
 
@@ -204,6 +213,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     from tetdist.apps.file_progress import file_progress
     from tetdist.apps.weights import variants
     from tetdist.apps.weights.average import open_training_split, recompute_statistics
+    from tetdist.apps.weights.integers import convert
+    from tetdist.apps.weights.trained import Trained
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
     from tetdist.evaluation.early_exit import measure_exit
@@ -254,6 +265,13 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
                 done = recompute_statistics(model, *given)
             found["averaged"] = "; ".join(filter(None, [description.averaged, done]))
         real = exit_choice = None
+        decided: dict[str, dict[int, int]] = {"real": {}, "whole": {}}
+        if options.int8:
+            model.set_timesteps(headline)
+            numbers = evaluator(compared).run("real numbers", also=deciding(decided["real"]))
+            plain = Trained(model.cpu(), config, description)
+            whole: Any = world.run_on_all(lambda: convert(plain, wanted[-1]))
+            model = whole.to(world.device)
         if options.variant == "real":
             file = Path(config.data.root, variants.REAL_FILE)
             real = world.run_on_all(
@@ -278,14 +296,32 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
                 drop_timesteps=options.drop_timesteps,
                 drop_events=options.drop_events,
                 seed=options.seed,
-                **({} if real is None else {"also": real.add}),
+                also=deciding(decided["whole"], None if real is None else real.add),
                 exit_choice=exit_choice,
             )
+            if options.int8:
+                (changed,) = world.sum(
+                    [sum(one != decided["real"][i] for i, one in decided["whole"].items())]
+                )
+                found["real_numbers"] = {"top1": numbers.top1, "changed": int(changed)}
         if real is not None:
             found["real"] = real.total(world, is_causal(model))
         if options.measured and exit_choice is not None:
             found["measured_exit"] = measure_exit(evaluator(compared), exit_choice)
         world.run_on_all(lambda: show(found, options) if world.rank == 0 else None)
+
+
+def deciding(decided: dict[int, int], also: "Also | None" = None) -> "Also":
+    """Return a function for `evaluate` that notes each sample's class, and calls another one."""
+    from tetdist.evaluation.evaluate import running_means
+
+    def note(logits: "Tensor", labels: "Tensor", ids: Any) -> None:
+        classes = running_means(logits)[-1].argmax(-1).tolist()
+        decided.update(zip(ids.tolist(), classes, strict=True))
+        if also is not None:
+            also(logits, labels, ids)
+
+    return note
 
 
 def open_checkpoint(
@@ -451,9 +487,11 @@ def wanted_timesteps(
             raise UserError(f"--timesteps: {reason}; leave it out for {trained}")
     if index.timesteps is not None and wanted[-1] > index.timesteps:
         raise UserError(f"--timesteps: {wanted[-1]} exceeds the data's {index.timesteps} time bins")
-    if options.drop_events and index.dtype != "uint8":
+    of_bytes = options.drop_events or (options.int8 and index.timesteps is not None)
+    if of_bytes and index.dtype != "uint8":
+        flag = "--drop-events" if options.drop_events else "--int8"
         raise UserError(
-            f"--drop-events needs frames of event counts (uint8), and the data are "
+            f"{flag} needs frames of event counts (uint8), and the data are "
             f"{index.dtype or 'images'}; leave it out"
         )
     if options.report:

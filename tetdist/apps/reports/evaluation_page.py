@@ -210,8 +210,7 @@ def quantity(number: float) -> str:
 def as_text(found: EvaluationResults) -> str:
     """Return the results as text for a terminal."""
     parts = [heading(found), f"  {headline(found)}"]
-    if "real" in found:
-        parts.append(f"  {real_line(found)}")
+    parts += [f"  {line}" for line in extra_lines(found)]
     for section in sections(found, brief=True):
         parts += [f"  {line}" for line in section.sentences]
         parts += [aligned(table, right=range(1, 4)) for table in section.tables]
@@ -258,6 +257,17 @@ def _of_subset(found: EvaluationResults) -> str:
         f", with {len(present)} of the {known} classes of the network "
         f"({', '.join(present[:5])}{more}); it chose among all {known}"
     )
+
+
+def extra_lines(found: EvaluationResults) -> list[str]:
+    """Return the lines on other labels and on real numbers, if these were compared."""
+    lines = [real_line(found)] if "real" in found else []
+    if (numbers := found.get("real_numbers")) is not None:
+        lines.append(
+            f"in whole numbers (--int8); in real numbers top-1 {numbers['top1']:.2f} %, and "
+            f"{counted(numbers['changed'], 'decision')} of {found['samples']:,} differ"
+        )
+    return lines
 
 
 def real_line(found: EvaluationResults) -> str:
@@ -474,8 +484,7 @@ img { max-width: 100%; vertical-align: top } .note { color: #555; font-size: .9r
 def html_page(found: EvaluationResults) -> str:
     """Return the page with embedded figures, without external resources or scripts."""
     parts = [f"<h1>{html.escape(heading(found))}</h1>", f"<p><b>{headline(found)}.</b></p>"]
-    if "real" in found:
-        parts.append(f"<p>{html.escape(real_line(found))}</p>")
+    parts += [f"<p>{html.escape(line)}</p>" for line in extra_lines(found)]
     for section in sections(found, brief=False):
         parts.append(f"<h2>{section.title}</h2>")
         if section.panels:

@@ -19,7 +19,7 @@ not fit is an error, so nothing overflows for any input.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from tetdist.apps.weights.structure import Traversal, folded, pooled
 from tetdist.apps.weights.trained import Trained
-from tetdist.config.sections.data import DataSection
 from tetdist.errors import UserError
 from tetdist.models import (
     VGGSNN,
@@ -68,6 +67,7 @@ class IntegerNetwork(nn.Module):
         self.description = description
         self.timesteps: int = description["timesteps"]
         self.num_classes: int = description["classes"]
+        self.input_kind: str = description["input"]["kind"]
         self.layers: list[dict[str, Any]] = description["layers"]
         whole: dict[str, dict[str, nn.Parameter]] = {layer["name"]: {} for layer in self.layers}
         for name, value in tensors.items():
@@ -98,7 +98,7 @@ class IntegerNetwork(nn.Module):
     def frames(self, x: Tensor) -> Tensor:
         """Return the bytes of normalised images, (1, B, C, H, W), or of counts, (T, B, ...)."""
         given = self.description["input"]
-        if given["kind"] == "events":
+        if self.input_kind == "events":
             return x.round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
         mean, std = (x.new_tensor(given[key]).double().view(-1, 1, 1) for key in ("mean", "std"))
         return (255 * (x * std + mean)).round().clamp(0, 255).to(torch.uint8)[None]
@@ -245,13 +245,19 @@ def convert(trained: Trained, timesteps: int) -> IntegerNetwork:
     Raises:
         UserError: The network has inputs or layers without whole numbers, or a sum could overflow.
     """
-    builder = _Builder(trained.model, timesteps)
     kind = (trained.description.binning or {}).get("dtype", "uint8")
+    builder, data = _Builder(trained.model, timesteps), trained.config.data
     if kind != "uint8":
         raise builder.refused(
             f"was trained on event frames of {kind}, and --int8 takes bytes: numbers of events"
         )
-    return builder.build(trained.config.data, trained.input_shape)
+    return builder.build(trained.input_shape, data.mean, data.std)
+
+
+def untrained(model: SpikingNetwork, shape: tuple[int, ...], timesteps: int) -> IntegerNetwork:
+    """Convert a network of a registered model's own input, as `convert` does."""
+    cfg = model.default_cfg
+    return _Builder(model, timesteps).build(shape, cfg["mean"], cfg["std"])
 
 
 class _Builder(Traversal[_Value]):
@@ -265,7 +271,9 @@ class _Builder(Traversal[_Value]):
         self.units: dict[str, list[float]] = {}
 
     @torch.no_grad()
-    def build(self, data: DataSection, shape: tuple[int, ...]) -> IntegerNetwork:
+    def build(
+        self, shape: tuple[int, ...], mean: Sequence[float], std: Sequence[float]
+    ) -> IntegerNetwork:
         model = self.model
         known = SEWResNet, SpikingResNet, MSResNet, VGGSNN, SpikingConvNet
         ours = type(model).__module__.startswith("tetdist.")
@@ -279,11 +287,11 @@ class _Builder(Traversal[_Value]):
         given: dict[str, Any] = {"kind": model.input_kind, "shape": list(shape)}
         zero, unit = torch.zeros(shape[0]).long(), torch.ones(shape[0], dtype=torch.float64)
         if model.input_kind == "images":
-            mean, std = (torch.tensor(one, dtype=torch.float64) for one in (data.mean, data.std))
-            given |= {"mean": list(data.mean), "std": list(data.std)}
-            zero, unit = (255 * mean).round().clamp(0, 255).long(), 1 / (255 * std)
+            given |= {"mean": list(mean), "std": list(std)}
+            middle, spread = (torch.tensor(one, dtype=torch.float64) for one in (mean, std))
+            zero, unit = (255 * middle).round().clamp(0, 255).long(), 1 / (255 * spread)
             # Padding is the whole level next to the mean; only the bias takes the rest.
-            self.rest = zero * unit - mean / std
+            self.rest = zero * unit - middle / spread
             self.write("offset", "pixels", ["frame"], shape, 16, zero=zero.int())
         name = self.layers[0]["name"] if self.layers else "frame"
         current = self.run(_Signal(name=name, shape=shape, unit=unit, low=-zero, high=255 - zero))
