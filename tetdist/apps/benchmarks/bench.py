@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import platform
 import statistics
 import sys
@@ -67,10 +66,7 @@ def measure_here(
 ) -> list[dict[str, Any]]:
     """Measure all contestants in this process, as on a GPU, whose memory processes would share.
 
-    Args:
-        names: Names of the contestants.
-        options: Options of `measure_model`.
-        show: Called with a line when a contestant is ready.
+    ``show`` is called with a line when a contestant is ready.
 
     Raises:
         torch.OutOfMemoryError: The contestants do not fit into the GPU's memory together.

@@ -97,8 +97,6 @@ class SelfAttention(nn.Module):
     """Self-attention, added to its input; values may be wider than the input.
 
     Args:
-        channels, heads: Numbers of the input's channels and of attention heads.
-        make: Makes neurons.
         first: Neurons before all, where the input is a current.
         last: Neurons behind the projection, where the input is spikes.
         scale: Factor of the attended values.
@@ -337,12 +335,8 @@ def espikeformer(
     make: MakeNeuron,
     counting: MakeNeuron,
 ) -> Network:
-    """The network of models/espikeformer.py.
-
-    Args:
-        widths, depths, heads: See models/espikeformer.py.
-        make: Makes neurons that send shares of 1.
-        counting: Makes those before the classifier, which send whole numbers.
+    """Make the network of models/espikeformer.py; ``make`` makes neurons that send shares of 1, and
+    ``counting`` those before the classifier, which send whole numbers.
     """
 
     def separable(channels: int, kernel: int) -> nn.Module:

@@ -166,16 +166,10 @@ def training_step(
     timesteps: int = 4,
     **settings: Any,
 ) -> "MadeUp":
-    """Make the trainer's step, on made-up batches.
+    """Make the trainer's step, on made-up batches of ``batch`` samples a process and micro-batch.
 
-    Args:
-        world: All processes.
-        name: The network's.
-        size: Pixels of an image's side; None for the network's own.
-        batch: The micro-batch of a process.
-        accumulation: Micro-batches of a process in a step.
-        timesteps: T.
-        settings: Other keys of the configuration, such as ``engine``.
+    ``size`` is an image's side in pixels (None: the network's own); ``settings`` are other keys of
+    the configuration, such as ``engine``.
     """
     from tetdist.config.loading import parse
     from tetdist.nn import batch_norm
@@ -221,12 +215,7 @@ def initial(config: "RunConfig") -> Any:
 
 
 class MadeUp:
-    """The trainer's step on three batches in turn, again and again.
-
-    Args:
-        step: The trainer's step.
-        size: Pixels of an image's side.
-    """
+    """The trainer's step on three batches in turn, again and again."""
 
     def __init__(self, step: "Step", size: int) -> None:
         self.step, self.size = step, size

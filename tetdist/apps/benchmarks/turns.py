@@ -30,11 +30,8 @@ class TimedProcess:
     """Process that runs steps on command, and returns the seconds that they took."""
 
     def __init__(self, module: str, options: argparse.Namespace, **environment: str | None) -> None:
-        """
-        Args:
-            module: Module to run by ``python -m``; it reads the options with `parent_options`.
-            options: Options, as far as JSON can represent them.
-            environment: Changed variables; None: removed.
+        """Start ``python -m module``, which reads the options, as JSON, by `parent_options`; a
+        variable of the environment that is None is removed.
         """
         variables = os.environ | {_OPTIONS: json.dumps(vars(options) | {"json": None})}
         for name, value in environment.items():
@@ -100,12 +97,7 @@ def serve(step: Callable[[], object]) -> None:
 
 
 class Contestant:
-    """Network that is measured in its own process.
-
-    Attributes:
-        waiting: Its key of `WAITING`.
-        warm_up: Seconds of the first two steps.
-    """
+    """Network that is measured in its own process."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         options = argparse.Namespace(**vars(options) | {"contestant": name})
@@ -113,6 +105,7 @@ class Contestant:
         ways = ["asleep"] if name.startswith("tetdist") else list(WAITING)
         self._processes: dict[str, TimedProcess] = {}
         try:
+            # Its key of `WAITING`, and the seconds of its first two steps.
             self.waiting, self.warm_up, best = "", 0.0, float("inf")
             for waiting in ways:
                 policy = WAITING[waiting]

@@ -26,18 +26,11 @@ _LARGEST_FILE = 200_000_000  # bytes; the largest real file has 154 million
 
 @dataclass(frozen=True)
 class Kind:
-    """The contents of one of the two archives.
+    """The contents of one of the two archives."""
 
-    Attributes:
-        files: The binary files of each split.
-        names: The text file with the classes' names, in the order of their numbers.
-        label_bytes: Bytes before the pixels of each image; the last of them is the class.
-        num_classes: Number of classes.
-    """
-
-    files: dict[str, tuple[str, ...]]
-    names: str
-    label_bytes: int
+    files: dict[str, tuple[str, ...]]  # of each split
+    names: str  # text file of the classes' names, in the order of their numbers
+    label_bytes: int  # before the pixels of each image; the last of them is the class
     num_classes: int
 
 

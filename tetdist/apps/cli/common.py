@@ -24,10 +24,7 @@ def run_command(
     """Run a command and return its exit status: 2 for a user error, 3 if another process of the
     run has died, 130 for Ctrl-C.
 
-    Args:
-        command: Returns its exit status; None is 0.
-        interrupted: Text printed after Ctrl-C.
-        mistakes: Exceptions printed as one sentence.
+    Exceptions in ``mistakes`` are printed as one sentence.
     """
     try:
         return command() or 0

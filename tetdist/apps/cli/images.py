@@ -382,17 +382,7 @@ def _shard_parquet(args: argparse.Namespace) -> int:
 def _check_apart(
     args: argparse.Namespace, splits: list[str], archives: list[str], index_dir: Path
 ) -> None:
-    """Refuse a DEST inside a folder of the source, where its files would be taken for samples.
-
-    Args:
-        args: ROOT and DEST.
-        splits: The splits that are read and written.
-        archives: The tar files that are read, relative to ROOT.
-        index_dir: Folder of the source's indexes.
-
-    Raises:
-        UserError: DEST is inside the source.
-    """
+    """Refuse a DEST inside a folder of the source, where its files would be taken for samples."""
     held = {"train", "val", *splits, *(file.rpartition("/")[0] for file in archives)} - {""}
     sources = [*(args.root / name for name in sorted(held)), index_dir]
     for name, source in itertools.product((*splits, "index"), sources):

@@ -42,9 +42,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def show(options: argparse.Namespace) -> int:
     """Print the runs; among several, a damaged run is a row, and its error follows the table.
 
-    Returns:
-        Exit status.
-
     Raises:
         UserError: A run does not exist, or the only one is damaged.
     """

@@ -173,15 +173,7 @@ def conclude(
     write: Callable[[str, Path, str], None],
     failed: dict[str, str],
 ) -> int:
-    """Write the report, print the failed runs, and return the exit status.
-
-    Args:
-        options: The command line.
-        file: The file of the study or search.
-        output: Folder of its runs.
-        write: Writes the report's section; takes its name, the Markdown file and the command.
-        failed: The reason of each failed run.
-    """
+    """Write the report, print the failed runs with their reasons, and return the exit status."""
     print("writing the report and its figure", file=sys.stderr)
     for target in filter(None, (output / "report.md", options.append_to)):
         write(file.stem, target, command(options, file))

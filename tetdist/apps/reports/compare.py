@@ -86,14 +86,9 @@ def reading() -> Iterator[None]:
 
 
 def open_run(path: Path, *, effective: bool = False) -> tuple[Path, dict[str, Any] | None]:
-    """Find a run's metrics.jsonl, and read its configuration if it has one.
+    """Find a run's metrics.jsonl, and read its configuration, if it has one, with dotted keys.
 
-    Args:
-        path: A run folder or a metrics.jsonl.
-        effective: Leave out the keys of the configuration that have no effect.
-
-    Returns:
-        The file, and the configuration with dotted keys.
+    If ``effective``, keys of the configuration that have no effect are left out.
 
     Raises:
         UserError: There is no such run, or its configuration is damaged.
@@ -229,15 +224,9 @@ def _read_rank_samples(path: Path) -> dict[int, list[tuple[int, int]]]:
 
 
 def compare(a: Path, b: Path, tolerance: float) -> tuple[dict[str, Any], str]:
-    """Compare two runs.
+    """Return the differences of two runs, ready for JSON, and a text to print.
 
-    Args:
-        a: A run folder or a metrics.jsonl.
-        b: The other run.
-        tolerance: Relative difference up to which values count as the same.
-
-    Returns:
-        The differences, ready for JSON (including ``same``), and a text to print.
+    Values up to the relative difference ``tolerance`` apart count as the same.
 
     Raises:
         UserError: A run does not exist, or a file of it is damaged.

@@ -40,12 +40,7 @@ Lines = list[dict[str, Any]]
 def learning_curves(metrics_file: Path, out: Path) -> None:
     """Draw loss, accuracy, learning rate and throughput of a run into one PNG.
 
-    A moving average of the weights (EMA) has its own curves. Without measurements, nothing is
-    drawn.
-
-    Args:
-        metrics_file: The run's metrics.jsonl.
-        out: The PNG; its folder is created.
+    A moving average of the weights (EMA) has its own curves. Nothing is drawn without measurements.
 
     Raises:
         UserError: A line of the file is damaged, or matplotlib is not installed.
@@ -96,13 +91,7 @@ def _head(figure: Any, metrics_file: Path, text: str) -> None:
 
 
 def firing_rates(metrics_file: Path, out: Path) -> None:
-    """Draw a heat map of the firing rate of each layer at each evaluation of a run.
-
-    Nothing is drawn before the first evaluation.
-
-    Args:
-        metrics_file: The run's metrics.jsonl.
-        out: The PNG; its folder is created.
+    """Draw a heat map of each layer's firing rate at each evaluation of a run, if there is one.
 
     Raises:
         UserError: A line of the file is damaged, or matplotlib is not installed.
@@ -180,11 +169,6 @@ def _edges(centres: list[float]) -> list[float]:
 def membranes(found: "Membranes", title: str, out: Path) -> None:
     """Draw the distribution of each layer's membrane potentials relative to the threshold.
 
-    Args:
-        found: The distributions.
-        title: Title of the plot.
-        out: The PNG; its folder is created.
-
     Raises:
         UserError: matplotlib is not installed.
     """
@@ -223,13 +207,9 @@ def membranes(found: "Membranes", title: str, out: Path) -> None:
 
 
 def inputs(rgb: "npt.NDArray[np.float64]", labels: Sequence[str], title: str, out: Path) -> None:
-    """Draw a network's inputs: images, or the event frames of some samples over time.
+    """Draw a network's inputs in RGB, from 0 to 1, with the class names of the N samples.
 
-    Args:
-        rgb: RGB values in [0, 1]: images (N, H, W, 3), or frames (N, T, H, W, 3).
-        labels: Class names of the N samples.
-        title: Title of the plot.
-        out: The PNG; its folder is created.
+    They are images (N, H, W, 3), or event frames over time (N, T, H, W, 3).
 
     Raises:
         UserError: matplotlib is not installed.

@@ -34,11 +34,8 @@ def runs(
 ) -> None:
     """Draw the curves of several runs into the same axes, with mean and spread of each group.
 
-    Args:
-        groups: Metrics of runs that differ only in their seed, by the group's name.
-        title: Title of the figure.
-        out: The PNG; its folder is created.
-        published: A published curve of top-1 to add: its name, epochs and percent.
+    The runs of a group differ only in their seed. A published curve of top-1 has a name, epochs and
+    percent.
 
     Raises:
         UserError: matplotlib is not installed.

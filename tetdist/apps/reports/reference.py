@@ -34,29 +34,17 @@ STEEP_EPOCHS = 10
 
 @dataclass(frozen=True)
 class Reference:
-    """Published training on ImageNet.
-
-    Attributes:
-        name: Its name for --reference.
-        what: Network, loss and T.
-        source: Source of the curve.
-        caveat: Limitation of the numbers, if any.
-        epochs: Epochs of the whole training.
-        top1: Top-1 in percent, by epoch.
-        recipe: Its recipe, as keys of our configuration.
-        begins_with: Source of its initial weights; None: random weights.
-        of_average: True if the top-1 is that of a moving average of the weights.
-    """
+    """Published training on ImageNet."""
 
     name: str
-    what: str
-    source: str
-    caveat: str | None
-    epochs: int
-    top1: dict[float, float]
-    recipe: dict[str, Any]
-    begins_with: str | None = None
-    of_average: bool = False
+    what: str  # network, loss and T
+    source: str  # of the curve
+    caveat: str | None  # limitation of the numbers
+    epochs: int  # of the whole training
+    top1: dict[float, float]  # percent, by epoch
+    recipe: dict[str, Any]  # as keys of our configuration
+    begins_with: str | None = None  # source of its initial weights; None: random weights
+    of_average: bool = False  # True if the top-1 is that of a moving average of the weights
 
     def at(self, epochs: float) -> float | None:
         """Return the top-1 after a number of epochs, interpolated in the logarithm of the epochs;
@@ -80,12 +68,7 @@ class Reference:
         return None
 
     def obstacle(self, classes: int, has_average: bool) -> str | None:
-        """Return why a run cannot be compared with it; None if it can.
-
-        Args:
-            classes: Number of classes of the run's data.
-            has_average: True if the run keeps a moving average of its weights.
-        """
+        """Return why a run with these data cannot be compared with it; None if it can."""
         if classes != IMAGENET_CLASSES:
             theirs = f"{self.name} has ImageNet's {IMAGENET_CLASSES:,} classes"
             return f"{theirs} and these data have {classes:,}"
@@ -112,21 +95,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class Point:
-    """Evaluation of the run with the reference's values; None where the reference has none.
+    """Evaluation of the run with the reference's top-1; None where the reference has none."""
 
-    Attributes:
-        epoch: Epochs of the run's data.
-        top1: The run's top-1, percent.
-        at_epoch: The reference's top-1 after as many epochs.
-        at_images: The reference's top-1 after as many images.
-        images: Number of images that the run has seen, with repetitions.
-    """
-
-    epoch: float
-    top1: float
-    images: int
-    at_epoch: float | None
-    at_images: float | None
+    epoch: float  # of the run's data
+    top1: float  # percent
+    images: int  # that the run has seen, with repetitions
+    at_epoch: float | None  # the reference's top-1 after as many epochs
+    at_images: float | None  # the reference's top-1 after as many images
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,7 @@ OPTIONAL = ("phase", "eta_s", "gpu_memory", "best_top1")
 
 
 class JobEvent(NamedTuple):
-    """Last event of the run's job on a cluster.
-
-    Attributes:
-        kind: ``submitted``, ``started``, ``stopped``, ``finished``, ``failed`` or ``cancelled``.
-        job: The job's id.
-        text: The reason, or the hosts.
-    """
+    """Last event of the run's job on a cluster; see `tetdist.apps.slurm.history.JobEvent`."""
 
     kind: str
     job: str
@@ -46,45 +40,31 @@ class RunStatus:
     """Status of a run; None means not known (yet).
 
     Attributes:
-        run: Its name.
-        folder: Its folder.
         state: ``training`` (a process locks the folder), ``finished``, ``stopped`` (all steps are
             saved), ``broken off`` (steps after the checkpoint will be repeated), ``begun`` (no step
             is logged), or the last event of its job: ``queued``, ``started``, ``failed``,
             ``cancelled``; or ``damaged``, when nothing else is known.
-        text: More about the state.
-        step, last_step: Last logged optimiser step, and the total number.
-        epoch, epochs: The same in epochs.
-        phase, phases: Index of the present phase, from 0, and the number of phases.
-        train: The last line of training in metrics.jsonl.
-        val: The last evaluation in metrics.jsonl.
-        best_top1, best_step: The best evaluation.
-        eta_s: Seconds to the end, by the last line of training.
-        line_age_s: Seconds since the last line.
-        checkpoint: Name of the newest checkpoint.
-        checkpoint_age_s: Age of that checkpoint in seconds.
-        bytes: Size of the folder.
     """
 
     run: str
     folder: str
     state: str
-    text: str
-    step: int | None = None
+    text: str  # more about the state
+    step: int | None = None  # the last logged one
     last_step: int | None = None
     epoch: float | None = None
     epochs: int | None = None
-    phase: int | None = None
-    phases: int | None = None
-    train: dict[str, Any] = field(default_factory=dict)
-    val: dict[str, Any] = field(default_factory=dict)
+    phase: int | None = None  # index of the present one, from 0
+    phases: int | None = None  # their number
+    train: dict[str, Any] = field(default_factory=dict)  # last line of training
+    val: dict[str, Any] = field(default_factory=dict)  # last evaluation
     best_top1: float | None = None
     best_step: int | None = None
-    eta_s: float | None = None
-    line_age_s: float | None = None
-    checkpoint: str | None = None
+    eta_s: float | None = None  # by the last line of training
+    line_age_s: float | None = None  # since the last line
+    checkpoint: str | None = None  # name of the newest one
     checkpoint_age_s: float | None = None
-    bytes: int = 0
+    bytes: int = 0  # size of the folder
 
 
 def find_runs(names: Sequence[str]) -> list[Path]:
@@ -115,11 +95,7 @@ def _runs_at(path: Path) -> list[Path]:
 
 
 def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
-    """Read the status of the run in a folder.
-
-    Args:
-        folder: A folder with a config.yaml.
-        job: The last event of the run's job, if it runs on a cluster.
+    """Read the status of the run in a folder with a config.yaml.
 
     Raises:
         UserError: The configuration or a line of the metrics is damaged.

@@ -29,19 +29,12 @@ SHOWN_CHARACTERS = 24
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Run, as input of tables and plots.
+    """Run, as input of tables and plots."""
 
-    Attributes:
-        name: Name of its folder, with the path if several folders have the same name.
-        lines: Its metrics, with the values in `KEPT`.
-        speeds: Samples per second of each line of training.
-        configuration: Its configuration with dotted keys, if it has one.
-    """
-
-    name: str
-    lines: list[dict[str, Any]]
-    speeds: Sequence[float]
-    configuration: dict[str, Any] | None
+    name: str  # of its folder, with the path if several folders have the same name
+    lines: list[dict[str, Any]]  # its metrics, with the values in `KEPT`
+    speeds: Sequence[float]  # samples per second of each line of training
+    configuration: dict[str, Any] | None  # with dotted keys
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["kind"] == kind]
@@ -80,11 +73,7 @@ class RunRecord:
 
 
 def read_records(paths: Sequence[Path], *, curves: bool) -> list[RunRecord]:
-    """Read runs.
-
-    Args:
-        paths: Run folders or files of metrics.
-        curves: Keep all lines of training, not only those before an evaluation.
+    """Read runs; without ``curves``, of training only the last line before each evaluation.
 
     Raises:
         UserError: A run does not exist, or a file of it is damaged.

@@ -84,11 +84,7 @@ class StepProfile(Observer):
         self._started = time.perf_counter()
 
     def _finish(self) -> None:
-        """Write the profile once.
-
-        Raises:
-            UserError: The files cannot be written.
-        """
+        """Write the profile once."""
         if self._profiler is None:
             return
         if self._device.type == "cuda":

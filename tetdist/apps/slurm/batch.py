@@ -32,13 +32,8 @@ _INTERFACE = "export GLOO_SOCKET_IFNAME=${{GLOO_SOCKET_IFNAME:-{}}}"
 def parameters(
     name: str, cluster: ClusterSection, code: Path, after: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return the parameters of submitit's SlurmExecutor, in sbatch's terms.
-
-    Args:
-        name: The job's name.
-        cluster: The cluster's settings.
-        code: The folder that the job runs in.
-        after: Jobs that must succeed first.
+    """Return the parameters of submitit's SlurmExecutor, in sbatch's terms, for a job in the folder
+    ``code`` that the jobs ``after`` must precede.
     """
     values: dict[str, Any] = {
         "job_name": name,

@@ -81,11 +81,7 @@ class ClusterSection(Section):
 
 
 def gather(section: dict[str, Any], flags: dict[str, Any]) -> ClusterSection:
-    """Combine the settings from all places.
-
-    Args:
-        section: The section ``cluster:`` of the run's configuration.
-        flags: The flags of the command line.
+    """Combine the cluster's file, the section ``cluster:`` of a configuration and the flags.
 
     Raises:
         UserError: A key is unknown, or its type or value is invalid, or a file is not YAML.
@@ -127,12 +123,10 @@ def cluster_file() -> Path:
 def minutes(text: str, name: str = "cluster.time") -> int:
     """Convert Slurm's notation of a time to whole minutes, rounded up.
 
-    Args:
-        text: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``.
-        name: The key or flag, for the error.
+    It is ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``.
 
     Raises:
-        UserError: The text has none of these forms.
+        UserError: The text has none of these forms; ``name`` is the key or flag.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if match is None:

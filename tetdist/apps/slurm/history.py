@@ -34,30 +34,19 @@ LOCAL = "local"
 
 @dataclass(frozen=True)
 class Submission:
-    """Submitted job; in a sweep, one task of a job array.
+    """Submitted job; in a sweep, one task of a job array."""
 
-    Attributes:
-        job: Slurm's id: ``12``, or ``12_0`` for an array's task; ``local`` without Slurm.
-        run_dir: The run's folder.
-        config, code: The job's configuration file and its code.
-        log: Folder of the logs and failures.
-        cluster: Cluster settings of the submission.
-        last_step, steps_per_epoch, global_batch: Values of the run.
-        time: Time of the submission, in Unix seconds.
-        after: Folders of the runs that must be finished first.
-    """
-
-    job: str
+    job: str  # Slurm's id: ``12``, or ``12_0`` for an array's task; ``local`` without Slurm
     run_dir: str
-    config: str
-    code: str
-    log: str
-    cluster: dict[str, Any]
+    config: str  # file
+    code: str  # folder
+    log: str  # folder of the logs and failures
+    cluster: dict[str, Any]  # settings
     last_step: int
     steps_per_epoch: int
     global_batch: int
-    time: float
-    after: list[str] = field(default_factory=list)
+    time: float  # Unix time in seconds
+    after: list[str] = field(default_factory=list)  # folders of runs that must be finished first
 
     @property
     def log_file(self) -> Path:
@@ -69,22 +58,13 @@ EventKind = Literal["submitted", "started", "stopped", "finished", "failed", "ca
 
 @dataclass(frozen=True)
 class JobEvent:
-    """Line of history.jsonl.
-
-    Attributes:
-        kind: The event.
-        job: See `Submission`.
-        restart: Number of earlier starts of the job: 0, 1, ...
-        step: Step of the newest checkpoint.
-        text: The reason, and the hosts.
-        time: Unix time in seconds.
-    """
+    """Line of history.jsonl."""
 
     kind: EventKind
     job: str
-    restart: int = 0
-    step: int = 0
-    text: str = ""
+    restart: int = 0  # number of earlier starts of the job
+    step: int = 0  # of the newest checkpoint
+    text: str = ""  # the reason, or the hosts
     time: float = field(default_factory=lambda: round(time.time(), 3))
 
 
@@ -217,17 +197,10 @@ def announce(
     tags: dict[str, str],
     heading: tuple[Path, str] | None = None,
 ) -> str | None:
-    """Update MLflow about a run that no process trains now; see `mlflow_logger.announce`.
+    """Update MLflow about a run that no process trains now; return its MLflow id.
 
-    Args:
-        config: The run's configuration.
-        status: The run's status in MLflow; None: unchanged.
-        tags: The run's tags in MLflow.
-        heading: If given, the parent run is updated instead: the existing folder that keeps its
-            id, and its name.
-
-    Returns:
-        The run's MLflow id; None without MLflow, or if it does not answer.
+    Without a status, only tags change. A heading, the existing folder that keeps the id and a name,
+    updates a parent run instead. The id is None without MLflow, or if it does not answer.
     """
     destination = mlflow_logger.Destination.of(config)
     if destination is None:

@@ -41,21 +41,13 @@ NODE_PATIENCE = 1200.0
 
 @dataclass(frozen=True)
 class Job:
-    """Run on a cluster, or on this machine; pickled by submitit, called in each process.
-
-    Attributes:
-        run_dir: The run's folder.
-        config: The configuration's file.
-        code: Folder from which the code must be imported.
-        log: Folder for the files of failures.
-        give_up_after, warn_before_end: See `ClusterSection`.
-    """
+    """Run on a cluster, or on this machine; pickled by submitit, called in each process."""
 
     run_dir: str
-    config: str
-    code: str
-    log: str
-    give_up_after: int
+    config: str  # file
+    code: str  # folder from which the code must be imported
+    log: str  # folder of the failures
+    give_up_after: int  # see `ClusterSection`
     warn_before_end: int
 
     def __call__(self) -> None:
@@ -281,10 +273,8 @@ class _Start:
         history.write_failure(self.log, *place, f"{where}\n{text}")
 
     def _show_first_failure(self, known: str | None = None) -> None:
-        """Print the first failure to rank 0's log, which users read first, before rank 0's error.
-
-        Args:
-            known: The error that this log already has.
+        """Print the first failure to rank 0's log, which users read first, unless it is ``known``
+        there.
         """
         text = history.first_failure(self.log, self.context.job, self.context.restart)
         if not self.is_first or text is None or text.startswith("rank 0 "):

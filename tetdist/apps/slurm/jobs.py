@@ -26,11 +26,10 @@ class State:
     Attributes:
         name: Slurm's state, RUNNING, PENDING, COMPLETED, FAILED, ...; ``unknown`` if Slurm has
             forgotten the job and the run's folder does not record its end.
-        text: Its nodes, the reason for waiting, or how it ended.
     """
 
     name: str
-    text: str
+    text: str  # its nodes, the reason for waiting, or how it ended
     is_queued: bool
 
 
@@ -40,10 +39,8 @@ def is_here() -> bool:
 
 
 def kind_of_gpu(partition: str | None) -> str | None:
-    """Return the kind of the nodes' GPUs by Slurm; None if there are several, or an unknown one.
-
-    Args:
-        partition: Partition of the nodes; None: all nodes.
+    """Return the kind of GPU of a partition's nodes, or of all; None if there are several or
+    unknown ones.
     """
     try:
         of_partition = [] if partition is None else [f"--partition={partition}"]

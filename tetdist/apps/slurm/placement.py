@@ -38,19 +38,12 @@ PORTS = range(16000, 32000)
 
 @dataclass(frozen=True)
 class ProcessContext(ABC):
-    """Process of a job.
-
-    Attributes:
-        rank: Rank among all processes.
-        job: The job's id.
-        restart: Number of earlier starts of the job.
-        hosts: The job's hosts.
-    """
+    """Process of a job."""
 
     rank: int
-    job: str
-    restart: int
-    hosts: tuple[str, ...]
+    job: str  # id
+    restart: int  # number of earlier starts of the job
+    hosts: tuple[str, ...]  # of the job
 
     def silent_hosts(self) -> list[str]:
         """Return the hosts of the job that no longer answer."""
@@ -75,24 +68,15 @@ class ProcessContext(ABC):
 
 @dataclass(frozen=True)
 class SlurmContext(ProcessContext):
-    """Task of a Slurm job, described by srun's variables.
+    """Task of a Slurm job, described by srun's variables."""
 
-    Attributes:
-        warn_before_end: Seconds before the time limit at which Slurm warns.
-        answering: The other hosts that answered when the job started; behind a firewall, a healthy
-            host may not answer.
-    """
-
-    warn_before_end: int
+    warn_before_end: int  # seconds before the time limit at which Slurm warns
+    # The other hosts that answered when the job started; a healthy one behind a firewall may not.
     answering: tuple[str, ...]
 
     @classmethod
     def find(cls, warn_before_end: int) -> "SlurmContext":
-        """Return the context of this process, and export its place (`export_place`).
-
-        Args:
-            warn_before_end: See the class.
-        """
+        """Return the context of this process, and export its place (`export_place`)."""
         task = export_place()
         hosts = tuple(task.hostnames)
         return cls(

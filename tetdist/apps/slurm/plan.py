@@ -29,29 +29,19 @@ TABLE_NODES = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Plan:
-    """Work of a run, independent of the speed.
-
-    Attributes:
-        steps_per_epoch: Optimiser steps an epoch.
-        first_step, last_step: Steps of the run; the first is not 0 if it begins with a later phase.
-        evaluations: Number of evaluations of the validation split, by weights and average.
-        train_images, val_images: Sizes of the splits.
-        origin: Source of these sizes.
-        parameters: Number of the model's parameters.
-        checkpoint_bytes: Size of one checkpoint.
-    """
+    """Work of a run, independent of the speed."""
 
     config: RunConfig
     cluster: ClusterSection
     steps_per_epoch: int
-    first_step: int
+    first_step: int  # not 0 if the run begins with a later phase
     last_step: int
-    evaluations: int
+    evaluations: int  # of the validation split, by weights and average
     train_images: int
     val_images: int
-    origin: str
+    origin: str  # source of these sizes
     parameters: int
-    checkpoint_bytes: int
+    checkpoint_bytes: int  # of one checkpoint
 
     @property
     def micro_batches(self) -> int:
@@ -74,18 +64,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of the run on a given number of nodes.
+    """Cost of the run on a given number of nodes."""
 
-    Attributes:
-        hours: Computing time, without waiting in a queue.
-        communication: Fraction of a training step spent on communication.
-        periods: Number of time limits that the run needs; 0: the limit is too short.
-    """
-
-    hours: float
+    hours: float  # computing time, without waiting in a queue
     gpu_hours: float
-    communication: float
-    periods: int
+    communication: float  # fraction of a training step
+    periods: int  # time limits that the run needs; 0: the limit is too short
     images_per_s: float
 
 

@@ -21,10 +21,6 @@ SIZES = {
 def indexes(config: RunConfig, images: int | None) -> tuple[Index, Index] | None:
     """Return indexes of a published or given size, without files; None: read the data's own.
 
-    Args:
-        config: The run's configuration.
-        images: Training images; None: as published, if the data are not on this machine.
-
     Raises:
         UserError: The data are missing and of unknown size, or a size is given for recordings.
     """

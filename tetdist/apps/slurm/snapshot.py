@@ -22,15 +22,11 @@ INSTALLED_PARTS = ("tetdist", "tetdist_command.py")
 
 
 def take(target: Path, project: Path = PROJECT) -> dict[str, Any]:
-    """Copy the code to ``target``, uncommitted changes included.
+    """Copy the code, uncommitted changes included, to a new folder that a job uses as PYTHONPATH.
 
-    Args:
-        target: A new folder, which a job uses as PYTHONPATH.
-        project: A checkout, or the folder into which a wheel was installed.
-
-    Returns:
-        The commit and whether the code differs from it; also written to TARGET/snapshot.json, with
-        the output of `git diff` in TARGET/snapshot.diff.
+    ``project`` is a checkout, or the folder into which a wheel was installed. The commit, and
+    whether the code differs from it, are returned and written to snapshot.json; snapshot.diff has
+    the output of `git diff`.
 
     Raises:
         UserError: The copy cannot be written.

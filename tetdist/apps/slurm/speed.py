@@ -30,22 +30,13 @@ from tetdist.storage.files import parse_json, read_text
 
 @dataclass(frozen=True)
 class Speed:
-    """Training speed of one process.
+    """Training speed of one process."""
 
-    Attributes:
-        images_per_s: The rate of one process alone.
-        timesteps: T of the measurement; a mean, if steps draw their T.
-        of_phases: The rate in each of the configuration's phases, if known; otherwise the rate is
-            assumed to fall with T.
-        source: Origin of the speed.
-        details: Further lines of the plan, each a name and a text.
-    """
-
-    images_per_s: float
-    timesteps: float
-    of_phases: tuple[float, ...] = ()
+    images_per_s: float  # of one process alone
+    timesteps: float  # T of the measurement; a mean, if steps draw their T
+    of_phases: tuple[float, ...] = ()  # rate in each phase; if unknown, it falls with T
     source: str = "as given"
-    details: tuple[tuple[str, str], ...] = ()
+    details: tuple[tuple[str, str], ...] = ()  # further lines of the plan: name and text
 
     def rate(self, phase: int, timesteps: float) -> float:
         """Return the samples a second in a phase of the configuration, with its T."""
@@ -56,12 +47,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Network:
-    """Network of a run and the shape of its input.
-
-    Attributes:
-        model: The network; its weights are not needed.
-        frames: Shape of recordings, (T, 2, H, W); None for images.
-    """
+    """Network of a run, and the shape of its recordings, (T, 2, H, W); None for images."""
 
     model: Any  # a SpikingModel and a module
     frames: tuple[int, ...] | None
@@ -94,13 +80,6 @@ def speed_of(
     file: str | None = None,
 ) -> Speed | str:
     """Return the speed of one process, or a sentence that says how to provide it.
-
-    Args:
-        config: The run's configuration.
-        cluster: The cluster's settings.
-        network: The run's network.
-        images_per_s: The flag of that name.
-        file: JSON file of a benchmark; see `measured`.
 
     Raises:
         UserError: The file is not of a benchmark, or its benchmark cannot be applied to this run.

@@ -57,11 +57,8 @@ def prepare(
 ) -> Prepared:
     """Check configuration, data, model and the batch arithmetic, as the run itself will.
 
-    Args:
-        config: The run's configuration.
-        cluster: The cluster's settings.
-        after: Runs that finish before this one starts; their checkpoints need not exist yet.
-        data: Indexes of the training and validation data; None: open the data's own.
+    Checkpoints of the runs ``after`` need not exist yet. ``data`` are indexes of the training and
+    validation data, instead of the data's own.
 
     Raises:
         UserError: A check fails.
@@ -227,12 +224,9 @@ def submit(
 ) -> list[Submission]:
     """Submit one run, or several as an array, and return the submissions.
 
-    Args:
-        runs: Checked runs with the same cluster settings.
-        name: The job's name; for several runs, also that of their parent run in MLflow.
-        code: Run this copy of the code, say of an earlier submission, instead of a new one.
-        after: Folders of runs that must be finished first.
-        sweep: All runs of the sweep that these belong to, if any.
+    The runs have the same cluster settings. ``code`` is a copy to run instead of a new one; the
+    runs in the folders ``after`` must be finished first; ``sweep`` are all runs of the sweep that
+    these belong to.
 
     Raises:
         UserError: A run is already queued or its folder is in use, one of ``after`` will not
@@ -417,11 +411,7 @@ def dry_run(runs: list[Prepared], name: str, speed: Speed | str, after: Sequence
 
 
 def run_here(run: Prepared) -> int:
-    """Run the job on this machine, with the cluster section's number of processes.
-
-    Returns:
-        The exit status.
-    """
+    """Run the job here in the cluster section's number of processes; return the exit status."""
     from tetdist.apps.slurm import local
 
     with history.submitting(run.config.run_dir):

@@ -30,16 +30,10 @@ _IN_USE = "another process is using {}; wait for it or stop it, and run the same
 
 
 def work(runs: list[StudyRun], jobs: int, parent: Parent, *, again: bool = False) -> dict[str, str]:
-    """Train and evaluate the unfinished runs, several at a time.
+    """Train and evaluate the unfinished runs, several at a time; return why each failed run failed.
 
-    Args:
-        runs: Runs, each after those that it needs.
-        jobs: Number of runs at a time.
-        parent: The study's run in MLflow, which shows the untrained runs below it.
-        again: Restart finished runs instead; each sends MLflow its missing points.
-
-    Returns:
-        The reason of each failed run.
+    Each run comes after those that it needs. With ``again``, finished runs are restarted instead,
+    and each sends MLflow its missing points.
 
     Raises:
         KeyboardInterrupt: A signal stopped the study; all runs in progress have saved.
@@ -96,12 +90,6 @@ def catch_up(study: str, runs: Iterable[StudyRun], output: Path, jobs: int) -> N
 
     The study's result does not depend on MLflow, so a failure to send does not fail the study.
 
-    Args:
-        study: Name of the study.
-        runs: Its runs.
-        output: Folder of the study.
-        jobs: Number of runs to restart at a time.
-
     Raises:
         KeyboardInterrupt: A signal stopped it; the same command sends the rest.
     """
@@ -133,9 +121,6 @@ def needed_first(runs: list[StudyRun]) -> list[StudyRun]:
     """Sort runs so that those which others need (init, teacher) come first, longest chains first.
 
     In the order of seeds, one core would end with the last seed's chain while others are idle.
-
-    Args:
-        runs: Runs, each after those that it needs; the result keeps this property.
     """
     after = dict.fromkeys(runs, 0.0)  # the size of the longest chain of runs that waits for each
     for run in reversed(runs):
@@ -276,12 +261,7 @@ def outcome(run: StudyRun) -> str:
 
 
 class StudyProgress:
-    """Progress of a study: prints a line for each run, with the time left.
-
-    Args:
-        total: Number of all runs.
-        left: The runs to do.
-    """
+    """Progress of a study: prints a line for each run, with the time left."""
 
     def __init__(self, total: int, left: Iterable[StudyRun]) -> None:
         self.total, self.left = total, list(left)

@@ -32,11 +32,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference of n pairs, with 95 % interval and p; these are NaN for fewer than two pairs
-    or if all pairs differ equally.
-
-    Attributes:
-        p: Two-sided p of the paired t-test.
+    """Mean difference of n pairs, with 95 % interval and the paired t-test's two-sided p; these are
+    NaN for fewer than two pairs or if all pairs differ equally.
     """
 
     n: int
@@ -53,39 +50,22 @@ class Difference:
 
 @dataclass(frozen=True)
 class Result:
-    """Result of one run.
-
-    Attributes:
-        top1, best_top1: Accuracies of the last and the best epoch, in percent; the latter is NaN if
-            the evaluations during training used held-out samples, or weights that are not averaged.
-        samples: Size of the validation split.
-        data_split: Name of the split of recordings, if there are several.
-        by_timestep: Top-1 of the last epoch's time-mean up to timestep 1, 2, ...
-        loss: Loss of the last epoch, on the validation split.
-        chosen_exit: Early exit at the chosen threshold, see `tetdist.evaluation.suite`; None: no
-            threshold was chosen.
-        early_exit: (threshold, top-1, average timesteps a sample) at other thresholds; empty if no
-            threshold was chosen.
-        curve: (epoch, loss, top-1) of every evaluation, with the weights of the result.
-        image_timesteps: Training images times T, of this run alone.
-        seconds: Training time of this run alone, without evaluations.
-        ended: Unix time in seconds.
-    """
+    """Result of one run; accuracies in percent."""
 
     run: StudyRun
-    top1: float
-    best_top1: float
+    top1: float  # of the last epoch, as by_timestep and loss
+    best_top1: float  # NaN if training evaluated other samples or weights than the result's
     best_epoch: float
-    by_timestep: list[float]
+    by_timestep: list[float]  # top-1 of the time-mean up to timestep 1, 2, ...
     loss: float
-    chosen_exit: dict[str, Any] | None
-    early_exit: list[tuple[float, float, float]]
-    samples: int
-    data_split: str | None
-    curve: list[tuple[float, float, float]]
-    image_timesteps: int
-    seconds: float
-    ended: float
+    chosen_exit: dict[str, Any] | None  # see `tetdist.evaluation.suite`; None: not chosen
+    early_exit: list[tuple[float, float, float]]  # threshold, top-1, average timesteps a sample
+    samples: int  # size of the validation split
+    data_split: str | None  # of recordings, if there are several
+    curve: list[tuple[float, float, float]]  # epoch, loss, top-1 of every evaluation
+    image_timesteps: int  # training images times T, of this run alone
+    seconds: float  # of training this run alone, without evaluations
+    ended: float  # Unix time in seconds
     environment: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
@@ -315,10 +295,8 @@ def exit_curve(
 ) -> list[tuple[float, float]]:
     """Return (average timesteps a sample, top-1), from all decided at T=1 to all at the last T.
 
-    Args:
-        by_timestep: Top-1 with all samples decided at t = 1, 2 and so on.
-        points: (threshold, top-1, timesteps) of early exit, in ascending thresholds.
-        most: The last timestep.
+    Between them are the points (threshold, top-1, timesteps) of early exit, in ascending
+    thresholds.
     """
     between = [(spent, top1) for _, top1, spent in points]
     return [(1.0, by_timestep[0]), *between, (float(most), by_timestep[most - 1])]

@@ -93,12 +93,6 @@ class StudyRun:
     Attributes:
         arguments: Arguments of the commands train and slurm: the configuration, all ``key=value``
             and ``--import``.
-        control: The entry to compare with.
-        init: The run that provides the initial weights.
-        teacher: The run that provides the teacher.
-        test_timesteps: Numbers of timesteps at which it is evaluated; empty: its own.
-        exit_within: Points of top-1 that early exit may lose; None: no threshold is chosen.
-        average: True if the moving average of its weights is evaluated at the end.
     """
 
     entry: str
@@ -108,7 +102,7 @@ class StudyRun:
     control: str | None = None
     init: "StudyRun | None" = None
     teacher: "StudyRun | None" = None
-    test_timesteps: tuple[int, ...] = ()
+    test_timesteps: tuple[int, ...] = ()  # empty: its own
     exit_within: float | None = None
     average: bool = False
 
@@ -219,12 +213,7 @@ def find(name: str) -> Path:
 
 
 def read_section(path: Path, kind: type[Kind], inner: dict[str, type[Section]]) -> Kind:
-    """Read the file of a study or of a search.
-
-    Args:
-        path: The file.
-        kind: Section class of the file.
-        inner: Classes of the sections inside it, by key.
+    """Read the file of a study or of a search; ``inner`` are the classes of its sections, by key.
 
     Raises:
         UserError: The file is invalid; the text says why.
@@ -287,11 +276,8 @@ def runs_of(
 ) -> list[StudyRun]:
     """Return all runs, seed by seed, each after those that it needs.
 
-    Args:
-        study: The study.
-        output: Folder of the runs.
-        more: ``key=value`` for all runs, applied after the study's own.
-        imports: Files that all runs import.
+    The runs are in the folder ``output``. ``more`` are ``key=value``, applied after the study's
+    own.
 
     Raises:
         UserError: A configuration is invalid, or entries need each other in a circle.
@@ -356,15 +342,8 @@ def make_run(
 ) -> StudyRun:
     """Return a run, without the runs that it needs, and load its configuration.
 
-    Args:
-        entry: Its entry.
-        seed: Its seed.
-        output: Folder of all runs.
-        config_name: A file, or its name in configs/.
-        given: ``key=value`` of the file and the command line.
-        own: ``key=value`` that the study adds.
-        own_keys: Keys that only the study may set, with remedies.
-        imports: Files that it imports.
+    ``given`` and ``own`` are ``key=value``: those of the file and the command line, and those that
+    the study adds. ``own_keys`` are keys that only the study may set, with remedies.
 
     Raises:
         UserError: The configuration is invalid, or sets a key that only the study may set.
@@ -384,11 +363,7 @@ def make_run(
 
 
 def _check(run: StudyRun) -> None:
-    """Refuse a run that cannot be evaluated as requested.
-
-    Raises:
-        UserError: It cannot.
-    """
+    """Refuse a run that cannot be evaluated as requested."""
     name, config, last = run.entry, run.config, max(run.test_timesteps)
     if run.exit_within is not None and not config.data.held_out:
         raise UserError(
@@ -415,12 +390,7 @@ def _check(run: StudyRun) -> None:
 
 
 def replaced(study: StudySection, more: Sequence[str]) -> list[str]:
-    """Return warnings about keys of the command line that replace values of entries.
-
-    Args:
-        study: The study.
-        more: ``key=value`` for all runs.
-    """
+    """Return warnings about keys of the command line that replace values of entries."""
     warnings = []
     for key in map(key_of, more):
         own = [
@@ -495,11 +465,7 @@ def evaluation(run: StudyRun) -> dict[str, Any] | None:
 
 
 def check_folder(run: StudyRun) -> None:
-    """Check that the run's folder holds no run of another configuration.
-
-    Raises:
-        UserError: It does.
-    """
+    """Refuse a folder that holds a run of another configuration."""
     file = run.folder / "config.yaml"
     if not file.exists():
         return
@@ -519,12 +485,8 @@ def check_folder(run: StudyRun) -> None:
 def check_inputs(runs: list[StudyRun], kind: str = "entries.") -> None:
     """Check each entry's data, that they suit its network, and that MLflow can take its runs.
 
-    Args:
-        runs: The runs.
-        kind: Prefix of an entry's name in errors.
-
     Raises:
-        UserError: A check fails, so all runs of the entry would fail.
+        UserError: A check fails, so all runs of the entry would fail; ``kind`` begins its text.
     """
     for uri in {run.config.tracking_uri for run in runs}:
         if uri is not None:

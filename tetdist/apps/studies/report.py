@@ -60,12 +60,7 @@ def put(
 ) -> None:
     """Write a study's or search's section into a Markdown file, with figure and numbers beside it.
 
-    Args:
-        name: Name of the study or search.
-        file: The Markdown file.
-        section: Makes the section; takes the link to figure and numbers, without suffix.
-        figure: The figure.
-        values: The numbers.
+    ``section`` makes it, given the link to figure and numbers without suffix.
 
     Raises:
         UserError: A section of the file has no end.

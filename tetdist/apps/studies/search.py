@@ -158,11 +158,8 @@ class Rung:
 
 @dataclass(frozen=True)
 class Standing:
-    """State of a search.
-
-    Attributes:
-        rungs: The reached rungs; all but the last one are complete.
-        winner: The best candidate; None until the last rung is complete.
+    """State of a search: the reached rungs, of which all but the last one are complete, and the
+    best candidate of the last rung, once that is complete.
     """
 
     rungs: list[Rung]
@@ -204,13 +201,7 @@ def read(path: Path) -> SearchStudy:
 
 
 class Search:
-    """Search and its runs.
-
-    Args:
-        study: Contents of its file.
-        output: Folder of its runs.
-        more: ``key=value`` for all runs, applied after the study's own.
-        imports: Files that all runs import.
+    """Search and its runs, in the folder ``output``; ``more`` comes after the study's overrides.
 
     Raises:
         UserError: A candidate's configuration is invalid, or the data do not suit it.

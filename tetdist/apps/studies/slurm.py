@@ -33,12 +33,7 @@ LOST: dict[Word, str] = {
 
 @dataclass(frozen=True)
 class Standing:
-    """State of a run in the study.
-
-    Attributes:
-        word: The state; ``submitted`` means by this command.
-        text: The state with details, to print.
-    """
+    """State of a run in the study, and a text with details; ``submitted``: by this command."""
 
     word: Word
     text: str
@@ -47,12 +42,7 @@ class Standing:
 def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str], again: bool) -> int:
     """Submit the runs that are neither finished nor queued, and print the state of each.
 
-    Args:
-        study: Name of the study.
-        runs: Runs, each after those that it needs.
-        output: Folder of the study.
-        flags: Flags of the command slurm.
-        again: Also submit runs that have failed or were cancelled.
+    Each run comes after those that it needs; ``again`` also submits failed and cancelled ones.
 
     Returns:
         Exit status: 0 all are finished, running or queued; 1 some failed, or depend on such.
@@ -192,10 +182,6 @@ def decide(standings: dict[StudyRun, Standing], again: bool) -> dict[StudyRun, S
 
     A run that waits for a failed job leaves the queue a moment later; it is treated as if it had
     already left.
-
-    Args:
-        standings: The states of all runs, each after those that it needs.
-        again: Also submit runs that have failed or were cancelled.
     """
     decided: dict[StudyRun, Standing] = {}
     for run, standing in standings.items():

@@ -87,10 +87,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def table(studies: dict[str, dict[str, Any]]) -> str:
-    """Return the table with a row for each entry that has a control.
-
-    Args:
-        studies: The result of `tetdist.apps.studies.numbers.Numbers.as_dict` of each study.
+    """Return the table with a row for each entry that has a control, by `Numbers.as_dict` of each
+    study.
     """
     rows, intervals = [], 0
     for values in studies.values():

@@ -15,12 +15,6 @@ class Parent:
     """
 
     def __init__(self, study: str, runs: list[StudyRun], output: Path) -> None:
-        """
-        Args:
-            study: Name of the study.
-            runs: The runs to show.
-            output: Folder of the study, which stores the id.
-        """
         self.study = study
         self.run_id: str | None = None
         tracked = next((run.config for run in runs if run.config.tracking_uri is not None), None)
@@ -31,12 +25,7 @@ class Parent:
             self.run_id = history.announce(tracked, "FINISHED", tags, heading=(output, study))
 
     def announce(self, run: StudyRun, status: str | None) -> None:
-        """Show a run below this one, with tags of its entry, seed and control.
-
-        Args:
-            run: A run that no process trains now.
-            status: See `tetdist.apps.slurm.history.announce`.
-        """
+        """Show a run that no process trains now below this one; see `history.announce`."""
         if self.run_id is None or run.config.tracking_uri is None:
             return
         try:
