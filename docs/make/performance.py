@@ -92,6 +92,11 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
             for precision in ("fp32", "bf16"):
                 stream = f"stream --model {name} --precision {precision} --timesteps {timesteps}"
                 found.append(Measurement(f"stream-{name}-{precision}", f"{stream} --threads 1"))
+                for threads in (1, 2) if name in INTEGERS else ():
+                    more = f"--threads {threads} --repeats 9"
+                    found.append(
+                        Measurement(f"int8-{threads}-{name}-{precision}", f"{stream} {more}")
+                    )
         for name, timesteps in STREAMS[:3]:
             for precision in ("fp32", "bf16"):
                 stream = f"stream --model {name} --precision {precision} --timesteps {timesteps}"
@@ -140,6 +145,8 @@ STREAMS = (
     ("sew_resnet34", 4),
     ("sdt_2_256_cifar", 4),
 )
+# Those that have whole numbers.
+INTEGERS = tuple(name for name, _ in STREAMS[:4])
 
 
 def timesteps_of(options: argparse.Namespace) -> tuple[int, ...]:
@@ -279,6 +286,7 @@ until the end of the backward pass.
     ]
     if not options.quick:
         parts.append(f"## One timestep at a time\n\n{stream_text(found)}")
+        parts.append(f"## One timestep in int8\n\n{integer_text(found)}")
     if "scaling-1" in found:
         parts.append(f"## Several processes\n\n{scaling_text(found)}")
     if "data" in found:
@@ -338,6 +346,28 @@ average, as with early exit (`eval --exit-within X --measured`). Each timestep d
 fraction of the samples that are left.
 
 {markdown(exit_head, exits)}"""
+
+
+def integer_text(found: dict[str, dict[str, Any]]) -> str:
+    """The section about whole numbers."""
+    rows = []
+    for network in INTEGERS:
+        for threads in (1, 2):
+            real, half = (
+                {row["name"]: row["ms"] for row in found[f"int8-{threads}-{network}-{one}"]["rows"]}
+                for one in ("fp32", "bf16")
+            )
+            streams = (one["stream, a step"] for one in (real, half))
+            graphs = [real[f"onnxruntime, a step{one}"] for one in ("", " in int8")]
+            cells = [f"{value:.2f}" for value in (*streams, *graphs)]
+            rows.append([network, str(threads), *cells, f"{graphs[1] / graphs[0]:.2f}"])
+    head = ["network", "threads", "stream, fp32", "stream, bf16", "onnxruntime, fp32"]
+    head += ["onnxruntime, int8", "int8 / fp32"]
+    return f"""Milliseconds of one timestep of one sample. int8 is the graph of
+`export --format onnx-step --int8` ([Whole numbers](weights.md#whole-numbers)), whose sums and
+membranes are int32. The ratio is of onnxruntime's two graphs, measured in turns.
+
+{markdown(head, rows)}"""
 
 
 def gpu_text(found: dict[str, Any]) -> str:

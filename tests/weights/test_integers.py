@@ -20,6 +20,8 @@ from tetdist.apps.weights.integers import convert
 from tetdist.apps.weights.trained import Trained, load
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.integer_neurons import ILIF
+from tetdist.nn.neurons import LIF
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Call = Callable[..., tuple[int, str]]
@@ -35,7 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "two branches": ("spiking bottleneck", {}),
     "stream": ("ms", {}),
     "stream, deep": ("ms, deep", {}),
-    "events": ("vggsnn", {}),
+    "events": ("vggsnn", {"decay": 0.5}),
     "learned decay": ("plif", {}),
     "soft": ("convnet", {"reset": "soft", "decay": 0.3}),
     "several spikes": ("convnet", {"kind": "ilif"}),
@@ -117,15 +119,15 @@ def by_numpy(folder: Path, frames: Array) -> Array:
     return np.stack(logits)
 
 
-def steps_of(session: Any, frames: Array, states: dict[str, Array]) -> Array:
-    """Logits of each timestep of an ONNX step."""
+def steps_of(session: Any, frames: Array, states: dict[str, Array]) -> tuple[Array, list[Array]]:
+    """Logits of each timestep of an ONNX step, and the states at the end, channels first."""
     logits = []
     for t in range(T):
         frame = np.ascontiguousarray(frames[min(t, len(frames) - 1)])
         one, *after = session.run(None, {"frame": frame, **states})
         states = dict(zip(states, after, strict=True))
         logits.append(one)
-    return np.stack(logits)
+    return np.stack(logits), [np.moveaxis(one, -1, 1) for one in states.values()]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -148,9 +150,16 @@ def test_exported_integers_are_the_definition_for_every_reader(
     frames = defined.frames(x).numpy()
     np.testing.assert_array_equal(by_numpy(folder, frames), expected)
     graph = export.OnnxStep(step)
-    np.testing.assert_array_equal(steps_of(graph._session, frames, graph.at_rest(3)), expected)
+    membranes: dict[str, torch.Tensor] = {}
+    for t in range(T):
+        frame = torch.from_numpy(frames[min(t, len(frames) - 1)])
+        membranes = defined.step(frame, membranes)[1]
     reference = ReferenceEvaluator(str(step))
-    np.testing.assert_array_equal(steps_of(reference, frames, graph.at_rest(3)), expected)
+    for session in (graph._session, reference):
+        actual, states = steps_of(session, frames, graph.at_rest(3))
+        np.testing.assert_array_equal(actual, expected)
+        for state, membrane in zip(states, membranes.values(), strict=True):
+            np.testing.assert_array_equal(state, membrane.numpy())
     assert {node.op_type for node in reference.proto_.graph.node}.isdisjoint({"Conv", "Gemm"})
 
 
@@ -208,6 +217,19 @@ def test_networks_that_whole_numbers_express_are_unchanged(
         assert distance.median() <= tolerance
     else:
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("reached", [False, True])
+def test_thresholds_have_no_error(reached: bool) -> None:
+    per_real = torch.tensor([0.3, 1.0, 2.0, 7.7, 1000.0], dtype=torch.float64)
+    v = torch.arange(-3, 5000).view(-1, 1)
+    config = LIF(threshold=2.0, fires_at_threshold=reached)
+    (threshold,) = integers._thresholds(config, per_real)["thresholds"]
+    real = v / per_real
+    assert torch.equal(v > threshold, real >= 2 if reached else real > 2)
+    levels = integers._thresholds(ILIF(threshold=2.0), per_real)["thresholds"]
+    counts = (real / 2).clamp(0, 4).round()
+    assert torch.equal((v[:, None] > levels).sum(1), counts.long())
 
 
 def test_weights_of_a_byte_do_not_saturate_16_bits(tmp_path: Path) -> None:
