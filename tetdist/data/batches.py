@@ -33,11 +33,7 @@ class Share:
     """A rank's part of the training, beginning at some step.
 
     Attributes:
-        seed: Seed of order and augmentation.
         global_batch: Samples per step of all ranks together.
-        micro_batch: Samples in each batch of the loader.
-        rank: This process's number.
-        world_size: Number of processes.
         epoch: The first batch's epoch.
         step_in_epoch: The first batch's step in that epoch.
         repeats: Number of copies of each sample; see `order.repeated`.
@@ -59,11 +55,7 @@ def train_batches(
     """Make an endless loader of randomly changed samples, epoch after epoch.
 
     Args:
-        data: Place of the samples, and settings of their changes.
-        index: The training split.
-        share: This rank's part.
         image_size: Height and width of images; events keep their stored size.
-        workers: Resources of the loader.
 
     Raises:
         UserError: DALI is not installed, a transform is not registered, or the batch sizes do not
@@ -97,11 +89,8 @@ def eval_batches(
     """Make a loader of samples without random changes: images are resized and centre-cropped.
 
     Args:
-        data: Place of the samples, and format of images.
-        index: The split to evaluate.
         batches: Sample numbers of each batch; see `order.evaluation_batches`. The last ones may be
             empty.
-        workers: Resources of the loader.
 
     Raises:
         UserError: DALI is not installed or the crop is larger than the resized image. Iterating

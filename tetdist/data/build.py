@@ -23,9 +23,6 @@ def train_loader(
     """Make an endless iterator of this process's training batches, beginning at a step.
 
     Args:
-        config: The run's configuration.
-        index: The training split.
-        world: The processes of the run.
         step: Optimiser steps before the first batch.
         image_size: Height and width of images; events keep their stored size.
 

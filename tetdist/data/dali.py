@@ -21,7 +21,6 @@ class Workers:
 
     Attributes:
         device: Device of the batches; "gpu" also decodes (DALI's mixed decoder) and resizes there.
-        device_id: The GPU's number; None for the CPU.
         threads: Number of threads each for reading, decoding and finishing images. A reading thread
             waits for its file, so slow storage needs more threads than cores.
         prefetch: Number of batches prepared ahead of the consumer.
@@ -70,10 +69,7 @@ def image_graph(dali: Any, source: Source, workers: Workers, output: Output) -> 
     windows are (size, size, 3).
 
     Args:
-        dali: DALI's module.
         source: Returns the files and `image_inputs`.
-        workers: The device that decodes.
-        output: Format of all images.
     """
     fn, types = dali.fn, dali.types
     on_gpu = workers.device == "gpu"

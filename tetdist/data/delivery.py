@@ -24,7 +24,6 @@ class DeviceBatches(Batches):
         """
         Args:
             source: Raw batches, each valid until the next one is requested.
-            device: Device of the finished batches.
         """
         self._source, self._device = source, device
         self._stream = new_stream(device)

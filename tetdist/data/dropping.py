@@ -22,11 +22,9 @@ def drop_factors(
     """Return the factors for `dropout.set_factors`; () without layers that drop.
 
     Args:
-        config: The run's configuration: its seed, micro-batch and precision are read.
         layers: The layers of `dropout.dropping`.
         step: Optimiser steps before this one.
         micro_batch: Number of the micro-batch among those of all processes.
-        device: Device of the factors, copied asynchronously.
     """
     if not layers:
         return ()

@@ -45,8 +45,6 @@ class EventChanges:
         """
         Args:
             positions: (B,) of the samples in the epoch's order.
-            size: Height and width of the frames.
-            data: Settings of the changes.
         """
         draws = event_draws(seed, epoch, positions)
         self._mirror = draws.flip[:, 0] < data.flip
@@ -100,7 +98,6 @@ def operations(draws: _Floats, policy: Policy, size: tuple[int, int]) -> list[Op
 
     Args:
         draws: (B, OPERATION_DRAWS) uniform in [0, 1).
-        size: Height and width of the frames.
     """
     match policy:
         case "nda":

@@ -39,13 +39,8 @@ def augmented(
     """Draw the changes of the images at some positions of an epoch.
 
     Args:
-        index: The training split.
         ids: (B,) sample numbers.
-        seed: Seed of augmentation.
-        epoch: The epoch, counted from 0.
         positions: (B,) in the epoch's order.
-        output: Format of all images.
-        data: Settings of the changes.
     """
     draws, side = image_draws(seed, epoch, positions), output.size
     sizes = index.heights[ids], index.widths[ids]

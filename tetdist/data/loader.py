@@ -78,7 +78,6 @@ class Inputs(NamedTuple):
         edits: Changes of decoded images; None for events.
         rest: Changes of images after that.
         change: Makes DALI's input from the k-th sample's bytes; None: the bytes themselves.
-        mix: Mixing of the batch.
         transforms: User transforms of finished samples, each with its draws (B, n).
     """
 
@@ -114,12 +113,7 @@ class Loader(Batches):
     ) -> None:
         """
         Args:
-            index: The split.
-            root: The data root.
-            inputs: The batches to make.
-            workers: Resources of the loader.
             output: Format of all images; None for events.
-            max_batch: Largest number of samples in a batch.
             empty_batches: Number of batches without samples at the end.
         """
         dali = import_dali()

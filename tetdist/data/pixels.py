@@ -77,9 +77,6 @@ def edited(window: Tensor, edits: Edits, k: int, output: Output) -> Tensor:
 
     Args:
         window: (H, W, 3), on the CPU.
-        edits: Changes of the whole batch.
-        k: The sample's number in the batch.
-        output: Format of the image.
     """
     height, width = edits.size[k].tolist()
     row, column = edits.corner[k].tolist()

@@ -38,8 +38,7 @@ def random_resized_crop(
     """Draw windows of torchvision's RandomResizedCrop.
 
     Args:
-        heights: (B,) pixels.
-        widths: (B,) pixels.
+        heights, widths: (B,) pixels.
         draws: (B, RANDOM_RESIZED_CROP_DRAWS) uniform in [0, 1).
         scale: Smallest and largest fraction of the image's area.
         ratio: Smallest and largest width / height of the window.
@@ -84,11 +83,9 @@ def padded_crop(
     """Draw windows of torchvision's RandomCrop(size, padding), with a black border.
 
     Args:
-        heights: (B,) pixels, at least size - 2 * padding.
-        widths: (B,) pixels, with the same minimum.
+        heights, widths: (B,) pixels, at least size - 2 * padding.
         draws: (B, 2) uniform in [0, 1).
         padding: Pixels added on each side, fewer than `size`.
-        size: Height and width of the crop.
 
     Returns:
         (B, 4): top, left, height, width of the part of the crop inside the image; (B, 2): row and
@@ -331,7 +328,6 @@ class Transform:
         name: Its name in data.transforms.
         function: Takes a sample in float32, (3, H, W) after normalisation or the frames
             (T, 2, H, W) of events, and its draws; returns a sample of the same shape.
-        num_draws: Number of random numbers for each sample.
     """
 
     name: str
@@ -352,7 +348,6 @@ def register_transform(
     """Make a decorator that enters a function in `TRANSFORMS`; see `Transform`.
 
     Args:
-        name: Its name in data.transforms.
         draws: Number of random numbers, uniform in [0, 1), that the function gets for a sample.
     """
 

@@ -129,13 +129,8 @@ def first_difference(
 ) -> tuple[str, str]:
     """Find the first name that is in only one of two collections.
 
-    Args:
-        first: One of them.
-        second: The other, which differs.
-        names: Names of the two in messages.
-
     Returns:
-        The name, and "in FIRST but not in SECOND", or vice versa.
+        The name, and "in FIRST but not in SECOND", by their ``names``, or vice versa.
     """
     name = min(set(first) ^ set(second))
     has, lacks = names if name in first else reversed(names)

@@ -28,9 +28,7 @@ def divide(
     recordings are divided regardless of classes.
 
     Args:
-        index: N samples.
         share: Fraction that is held out, above 0 and below 1.
-        seed: The run's seed.
         recordings: (N,) recording that each sample belongs to; None: each sample is a recording.
 
     Raises:

@@ -42,12 +42,10 @@ class Index:
 
     Attributes:
         kind: "images", or "events" for pre-binned tensors of shape (T, 2, H, W).
-        split: Name of the split.
         classes: The K class names; a label is a position among them. Those of class folders are
             sorted.
         labels: (N,).
-        heights: (N,) pixels as stored, without any EXIF orientation.
-        widths: (N,) pixels as stored.
+        heights, widths: (N,) pixels as stored, without any EXIF orientation.
         file_sizes: (N,) bytes of each sample.
         offsets: (N,) bytes before each sample in its archive; 0 for a separate file.
         archive_ids: (N,) number of the archive; -1 for a separate file.
@@ -232,12 +230,9 @@ def index_listing(
     Event tensors with another shape or type than the first good one count as bad.
 
     Args:
-        root: The data root.
-        listing: A listing of `list_split`.
         workers: Number of processes. With more than one, the calling script must guard its main
             part with `if __name__ == "__main__"`.
         decode: Decode every image completely, to find damage now; otherwise only read its header.
-        progress: Called now and then with the number of samples done and of all.
 
     Returns:
         The index of the good samples, and the bad ones in order.
@@ -318,8 +313,6 @@ def assemble(
     """Make the index of a listing's good samples, and return the bad ones, too.
 
     Args:
-        root: The data root.
-        listing: N samples.
         found: Facts about each sample, or the reason why it cannot be used.
     """
     good: list[Probe] = []

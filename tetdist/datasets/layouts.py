@@ -72,12 +72,8 @@ class Listing:
     """A split's samples as listed, N of them, sorted by label, then by name.
 
     Attributes:
-        kind: "images" or "events".
-        split: The split's name.
         classes: The class names; a label is a position among them.
-        labels: Label of each sample.
         names: Paths relative to the data root, or names in an archive.
-        byte_ranges: Place of each sample's bytes.
         class_mtimes_ns: Modification time of each class folder; empty with archives.
         archives: The tar files that hold the samples, sorted; empty with class folders.
         bad: Samples that cannot be used, such as those without a label.
@@ -113,11 +109,7 @@ def list_split(
     """List a split in any of the layouts.
 
     Args:
-        root: The data root.
-        split: The split's name.
-        kind: Type of the samples. Event tensors are in class folders.
         workers: Number of processes that read tar files.
-        hints: Facts about the split from the user.
         progress: Called with the number of tar files read and of all.
 
     Raises:
@@ -183,9 +175,6 @@ def _is_there(root: Path, split: str) -> bool:
 
 def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
     """Check that a label means the same in several splits.
-
-    Args:
-        classes: The class names of each split.
 
     Raises:
         UserError: They differ; it names the first difference.

@@ -27,11 +27,7 @@ class Probe(NamedTuple):
     """Facts about one good sample.
 
     Attributes:
-        size: Bytes.
-        height: Pixels as stored.
-        width: Pixels as stored.
-        timesteps: T of an event tensor.
-        dtype: Type of an event tensor.
+        height, width: Pixels as stored.
         format: PIL's name of an image's format.
     """
 

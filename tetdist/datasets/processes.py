@@ -26,11 +26,7 @@ def run_on_samples(
     workers: int,
     progress: ReportProgress | None = None,
 ) -> Iterator[_Result]:
-    """Yield the results of `work(samples[i : i + 64])`, in order, by `run_tasks`.
-
-    Args:
-        progress: Called with the number of samples done and of all, after their results were taken.
-    """
+    """Yield the results of `work(samples[i : i + 64])`, in order, by `run_tasks`."""
     starts = range(0, len(samples), _SAMPLES_PER_TASK)
     tasks = [samples[i : i + _SAMPLES_PER_TASK] for i in starts]
     for start, task, result in zip(starts, tasks, run_tasks(work, tasks, workers), strict=True):
@@ -46,9 +42,6 @@ def run_tasks(
     progress: ReportProgress | None = None,
 ) -> Iterator[_Result]:
     """Yield the results of `work(task)`, in order; one worker or task runs in this process.
-
-    Args:
-        progress: Called with the number of tasks done and of all.
 
     Raises:
         UserError: A worker, or the process that starts them, dies.

@@ -68,7 +68,6 @@ def _choose_interface(rank: int, addresses: Sequence[str]) -> None:
     By itself gloo announces the address of the host's own name, which is 127.0.1.1 on many hosts.
 
     Args:
-        rank: Number of this process.
         addresses: Address of each rank's host on the way to rank 0; a loopback address on rank 0's
             own host.
     """
@@ -196,8 +195,6 @@ def meet(
     """Wait until all processes of the run are there; return a store of torch for them all.
 
     Args:
-        rank: Number of this process.
-        world_size: Number of processes.
         seconds: Time limit until the last process has joined.
         shared_folder: A folder of the run that all hosts share.
         run: Values that all processes of the run have in common, by name.
@@ -339,7 +336,6 @@ def limited(seconds: float, what: str) -> Iterator[None]:
     """End this process with a message if the body of the context takes longer.
 
     Args:
-        seconds: Time limit.
         what: Message for that case, and for a broken connection.
 
     Raises:

@@ -31,7 +31,6 @@ def join(parameters: Iterable[nn.Parameter], earlier: Earlier) -> None:
     On a GPU this takes a few kernels; autograd's accumulation takes one per parameter.
 
     Args:
-        parameters: Parameters whose gradients have been computed.
         earlier: Earlier gradients; those of ``parameters`` are removed.
     """
     grads = {p: earlier.pop(p) for p in parameters if p in earlier}
@@ -67,7 +66,6 @@ class OverlappedMean:
         Args:
             parameters: Parameters in the order of the forward pass; each gets its gradient once in
                 a backward pass.
-            world_size: Number of processes.
         """
         self.active = False
         self.earlier: Earlier = {}

@@ -27,7 +27,6 @@ class SharedMemory:
     """Memory that all processes of a run on one host share.
 
     Attributes:
-        rank: Number of this process.
         chunks: (2, world_size, chunk bytes) uint8: two chunks of each process, so that the next is
             written while the others still read the last.
     """
@@ -36,8 +35,6 @@ class SharedMemory:
         """
         Args:
             path: A file of at least the size of ``chunks``.
-            rank: Number of this process.
-            world_size: Number of processes.
         """
         self.rank = rank
         shape = (2, world_size, _chunk_bytes(world_size))
@@ -84,8 +81,6 @@ def share(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> Sha
     """Make shared memory for all processes; None if they are on several hosts, or if that fails.
 
     Args:
-        rank: Number of this process.
-        world_size: Number of processes.
         gather: Returns every process's value, by rank, on every process.
     """
     # On another host rank 0's process id belongs to an unrelated process, whose files we must not

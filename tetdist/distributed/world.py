@@ -34,8 +34,6 @@ class World:
 
     Attributes:
         rank: Number of this process, 0 to world_size - 1.
-        world_size: Number of processes.
-        device: Device on which this process computes.
         control: Group of CPU collectives for flags and numbers that the host needs, so that reading
             them does not wait for the GPU.
         shared: Memory that all processes share; None on GPUs or on several hosts.

@@ -51,8 +51,6 @@ def adopt(
     Args:
         net: Network that maps a sequence (T, B, C, H, W) to logits (T, B, K), in step mode "m". It
             is modified: its batch norms are replaced, and it must no longer be run on its own.
-        timesteps: T.
-        num_classes: K.
         input_kind: ``images``, each shown T times, or ``events``.
 
     Raises:
@@ -62,11 +60,7 @@ def adopt(
 
 
 class Adopted(SpikingNetwork):
-    """The network that `adopt` returns; its first training pass checks what only a run shows.
-
-    Attributes:
-        net: The library's network.
-    """
+    """The network that `adopt` returns; its first training pass checks what only a run shows."""
 
     def __init__(
         self,
@@ -76,7 +70,7 @@ class Adopted(SpikingNetwork):
         num_classes: int,
         input_kind: Literal["images", "events"] = "images",
     ) -> None:
-        super().__init__(num_classes=num_classes, timesteps=timesteps)
+        super().__init__(num_classes, timesteps)
         self.input_kind = input_kind
         _refuse(net)
         self.net = _with_own_norms(net)

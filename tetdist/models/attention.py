@@ -49,7 +49,6 @@ def attention_neuron(neuron: NeuronConfig, threshold: float) -> NeuronConfig:
     numbers can reach. Kind, decay, reset and surrogate are those of the other layers.
 
     Args:
-        neuron: Neuron of the other layers.
         threshold: Threshold in units of attention's sums; 1 in the published networks, whose
             neurons halve their input (tau = 2) and have the threshold 0.5.
 
@@ -94,11 +93,9 @@ class StreamEmbedding(nn.Module):
     current to theirs.
 
     Args:
-        in_channels: Channels of the input.
         layers: Channels of each convolution, and whether it halves height and width.
         branch: Number of layers before the shortcut; with 0, neurons come first: the input is a
             stream.
-        neuron: All neurons.
         strided: Halve by a convolution's stride, not by max-pooling of its current.
         pooled_shortcut: Halve the shortcut by max-pooling of its current, not by a stride.
     """
@@ -170,14 +167,9 @@ class StreamAttention(nn.Module):
     is added to a real-valued stream.
 
     Args:
-        channels: C of the stream.
-        heads: Each attends by itself.
         neuron: All neurons except those behind the products.
         threshold: Threshold of those, in attention's sums times ``scale``.
-        scale: Factor on the products' sums.
         value_channels: Channels of the values; None: C.
-        bias: True if the last convolution has a bias.
-        drop_path: Probability of dropping the added current in training.
     """
 
     def __init__(
@@ -265,9 +257,6 @@ def stages(
     """Return the blocks of stages, of which all except the first begin with an embedding.
 
     Args:
-        widths: Channels of each stage.
-        depths: Number of blocks of each stage.
-        drop_path_rate: See `SpikingNetwork`.
         embedding: Returns an embedding for the channels before and after it.
         block: Returns a block for its stage (from 0) and its rate of dropped paths.
 

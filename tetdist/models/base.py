@@ -92,8 +92,9 @@ class SpikingNetwork(nn.Module):
             for all timesteps (timm's name); it rises linearly over the blocks, from 0 (see
             dropout.py).
 
-    Subclasses also take ``drop_rate``, the fraction of the classifier's features dropped in
-    training, the same ones at all timesteps.
+    Subclasses also take ``neuron``, that of all layers, ``in_chans``, the input's channels, and
+    ``drop_rate``, the fraction of the classifier's features dropped in training, the same ones at
+    all timesteps.
     """
 
     stem: nn.Module
@@ -124,7 +125,7 @@ class SpikingNetwork(nn.Module):
     pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]
 
-    def __init__(self, *, num_classes: int, timesteps: int, drop_path_rate: float = 0.0) -> None:
+    def __init__(self, num_classes: int, timesteps: int, drop_path_rate: float = 0.0) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.drop_path_rate = drop_path_rate
@@ -481,8 +482,6 @@ def resnet_blocks(
     """Yield input channels, width and stride of each block of a ResNet.
 
     Args:
-        layers: Number of blocks in each of the stages.
-        in_channels: Channels of the first block's input.
         width: Width of the first stage; it doubles from stage to stage.
         expansion: Ratio of a block's output channels to its width.
         first: Stride of the first stage; the others have 2.
@@ -513,7 +512,6 @@ def init_weights(model: nn.Module, init: Init = "kaiming") -> None:
     """Initialise convolutions; other layers keep torch's initial values.
 
     Args:
-        model: New model, with torch's initial values everywhere.
         init: ``kaiming``: normal (fan out, ReLU gain), as in the code of SEW-ResNet and of TET's
             VGGSNN. ``torch``: torch's own, as in the code of TET's ResNet-19: uniform, with a
             standard deviation smaller by sqrt(6) if fan in and fan out are equal. A batch norm
@@ -652,7 +650,7 @@ def _set_exchanged_values(model: SpikingNetwork, neuron: NeuronConfig, variant: 
         )
 
 
-def register(cls: type[Network], name: str, **defaults: Any) -> Callable[..., Network]:
+def register(cls: type[Network], name: str, **defaults: Any) -> None:
     """Register a variant with timm: a network of ``cls`` with these default arguments.
 
     With weights of the package, the default arguments are those of the trained network.
@@ -667,5 +665,4 @@ def register(cls: type[Network], name: str, **defaults: Any) -> Callable[..., Ne
 
     entrypoint.__name__, entrypoint.__module__ = name, cls.__module__
     entrypoint.__annotations__["return"] = cls  # `class_of` reads it
-    registered: Callable[..., Network] = register_model(entrypoint)
-    return registered
+    register_model(entrypoint)

@@ -21,9 +21,6 @@ def create_model(
     """Build a registered model, initialised.
 
     Args:
-        name: Name registered with timm.
-        num_classes: K.
-        timesteps: T.
         neuron: Neuron of all layers; networks with neurons of their own may ignore it.
         arguments: The model's further arguments, `model.arguments` in a configuration.
 

@@ -31,6 +31,7 @@ from tetdist.models.attention import (
     StreamAttention,
     StreamMlp,
     StreamTransformer,
+    check_heads,
     init_as_published,
 )
 from tetdist.models.base import ConvNormNeuron, conv1x1, conv3x3
@@ -117,11 +118,7 @@ class TransformerBlock(nn.Sequential):
     """A separable convolution of 3x3, self-attention, and an MLP.
 
     Args:
-        channels: Channels of the stream.
-        heads: Number of attention heads.
-        mlp_ratio: Ratio of the MLP's inner channels to the stream's.
         neuron: All neurons except those behind attention's products.
-        threshold: Threshold of the neurons behind attention's products.
         drop_path: Probability of dropping each of the three in training.
     """
 
@@ -174,11 +171,8 @@ class ESpikeFormer(StreamTransformer):
             1/2 half of the first.
         depths: Numbers of transformer blocks of the third and the fourth width. Before them come
             one convolutional block at half the first width, one at the first and two at the second.
-        heads: Number of attention heads.
         mlp_ratio: Ratio of an MLP's inner to its outer channels.
         attention_threshold: Threshold of the neurons behind attention's products.
-        in_chans: Channels of the input.
-        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
     # Published at T=1, where the decay has no effect; its value here is that of the I-LIF paper.
@@ -199,16 +193,12 @@ class ESpikeFormer(StreamTransformer):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(
-            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
-        )
+        super().__init__(num_classes, timesteps, drop_path_rate)
         if len(widths) != 4 or len(depths) != 2:
             raise ValueError(
                 f"widths must have 4 entries and depths 2, not {len(widths)} and {len(depths)}"
             )
-        if odd := [width for width in widths[2:] if width % heads]:
-            raise ValueError(f"{odd[0]} channels cannot be divided among {heads} heads")
-
+        check_heads(widths[2:], heads)
         rates = iter(rising_rates(drop_path_rate, 4 + sum(depths)))
 
         def convolutional(width: int) -> ConvBlock:
@@ -253,7 +243,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 # 2.70, 5.11, 10.0 and 19.0 million parameters at 1000 classes.
-espikeformer_t = base.register(ESpikeFormer, "espikeformer_t", widths=(24, 48, 96, 128))
-espikeformer_s = base.register(ESpikeFormer, "espikeformer_s", widths=(32, 64, 128, 192))
-espikeformer_m = base.register(ESpikeFormer, "espikeformer_m", widths=(48, 96, 192, 240))
-espikeformer_l = base.register(ESpikeFormer, "espikeformer_l", widths=(64, 128, 256, 360))
+base.register(ESpikeFormer, "espikeformer_t", widths=(24, 48, 96, 128))
+base.register(ESpikeFormer, "espikeformer_s", widths=(32, 64, 128, 192))
+base.register(ESpikeFormer, "espikeformer_m", widths=(48, 96, 192, 240))
+base.register(ESpikeFormer, "espikeformer_l", widths=(64, 128, 256, 360))

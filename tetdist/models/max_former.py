@@ -46,11 +46,8 @@ class MaxFormer(StreamTransformer):
         depths: Blocks of each stage.
         kernels: Kernel sizes of the depthwise convolutions, per stage except the last, which has
             self-attention.
-        heads: Number of attention heads.
         mlp_ratio: Ratio of an MLP's inner to its outer channels.
         attention_threshold: Threshold of the neurons in attention.
-        in_chans: Channels of the input.
-        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
     default_neuron = HALVING_NEURON
@@ -71,9 +68,7 @@ class MaxFormer(StreamTransformer):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(
-            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
-        )
+        super().__init__(num_classes, timesteps, drop_path_rate)
         if len(widths) != len(kernels) + 1:
             raise ValueError(
                 f"widths {widths} must have one entry per stage, and kernels {kernels} one per "
@@ -116,6 +111,6 @@ default_cfgs = generate_default_cfgs(
 
 # 16.24, 28.65 and 63.99 million parameters at 1000 classes. As in the paper, names have the number
 # of blocks and the last stage's channels.
-maxformer_10_384 = base.register(MaxFormer, "maxformer_10_384", widths=(96, 192, 384), heads=6)
-maxformer_10_512 = base.register(MaxFormer, "maxformer_10_512", widths=(128, 256, 512), heads=8)
-maxformer_10_768 = base.register(MaxFormer, "maxformer_10_768", widths=(192, 384, 768), heads=12)
+base.register(MaxFormer, "maxformer_10_384", widths=(96, 192, 384), heads=6)
+base.register(MaxFormer, "maxformer_10_512", widths=(128, 256, 512), heads=8)
+base.register(MaxFormer, "maxformer_10_768", widths=(192, 384, 768), heads=12)

@@ -38,11 +38,9 @@ class StreamTokenAttention(nn.Module):
     """QKFormer's token attention, whose current is added to a real-valued stream.
 
     Args:
-        channels: C of the stream.
         heads: Number of heads; each has its own mask.
         neuron: All neurons except the mask's.
         threshold: Threshold of the mask's neurons, in spikes of the query.
-        drop_path: Probability of dropping the added current in training.
     """
 
     def __init__(
@@ -85,7 +83,6 @@ class MSQKFormer(StreamTransformer):
     Args:
         neuron: All neurons; those of attention have another threshold, see `attention_neuron`.
         widths, depths, heads, mlp_ratio, embedding, attention_threshold, in_chans: See `QKFormer`.
-        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
     default_neuron = HALVING_NEURON
@@ -106,9 +103,7 @@ class MSQKFormer(StreamTransformer):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(
-            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
-        )
+        super().__init__(num_classes, timesteps, drop_path_rate)
         check_heads(widths, heads)
         self.embedding = embedding
         layers, branch = stem_layers(embedding, widths[0])

@@ -29,14 +29,11 @@ class MSResNet(SpikingNetwork):
 
     Args:
         layers: Number of blocks in each of the stages.
-        neuron: All neurons of the network.
         stem: ``plain``: a 7x7 convolution; ``deep``: three 3x3 ones with biases, both of stride 2;
             ``cifar``: one 3x3 convolution of stride 1.
         pooled_projections: True if projections average 2x2 pixels instead of using a stride of 2.
         width: Channels of the first stage; they double from stage to stage.
         init: Initialisation of convolutions; see `base.init_weights`.
-        in_chans: Channels of the input.
-        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
     spike_levels = None  # blocks exchange currents
@@ -64,9 +61,7 @@ class MSResNet(SpikingNetwork):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(
-            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
-        )
+        super().__init__(num_classes, timesteps, drop_path_rate)
         conv: nn.Module
         match stem:
             case "plain":
@@ -117,9 +112,9 @@ default_cfgs = generate_default_cfgs(
 )
 
 # 11,693,736, 21,801,896 and 77,350,504 parameters at 1000 classes.
-ms_resnet18 = base.register(MSResNet, "ms_resnet18", layers=(2, 2, 2, 2))
-ms_resnet34 = base.register(MSResNet, "ms_resnet34", layers=(3, 4, 6, 3))
-ms_resnet104 = base.register(
+base.register(MSResNet, "ms_resnet18", layers=(2, 2, 2, 2))
+base.register(MSResNet, "ms_resnet34", layers=(3, 4, 6, 3))
+base.register(
     MSResNet,
     "ms_resnet104",
     layers=(3, 8, 32, 8),
@@ -128,6 +123,4 @@ ms_resnet104 = base.register(
     drop_rate=0.2,
 )
 # For 32x32 images: 2,781,898 parameters at 10 classes.
-ms_resnet14_cifar = base.register(
-    MSResNet, "ms_resnet14_cifar", layers=(2, 2, 2), stem="cifar", timesteps=4
-)
+base.register(MSResNet, "ms_resnet14_cifar", layers=(2, 2, 2), stem="cifar", timesteps=4)

@@ -29,7 +29,6 @@ class Stem(nn.Module):
 
     Args:
         conv: One convolution, or several with nothing between them.
-        channels: Channels of its output.
     """
 
     def __init__(self, conv: nn.Module, channels: int) -> None:
@@ -47,13 +46,8 @@ class Block(nn.Module):
     """Residual block: neuron-conv-BN twice, added to the input.
 
     Args:
-        in_channels: Channels of the input.
-        width: Channels of the output.
         stride: Stride of the first convolution and the projection.
-        neuron: Neuron of both layers.
-        bias: True if convolutions have biases.
         pooled_projection: True if the projection averages 2x2 pixels instead of a stride of 2.
-        drop_path: Probability of dropping the branch in training.
     """
 
     def __init__(
@@ -96,10 +90,7 @@ class PreActResNet(SpikingNetwork):
 
     Args:
         layers: Number of blocks in each of the stages.
-        neuron: All neurons of the network.
         width: Channels of the first stage; they double from stage to stage.
-        in_chans: Channels of the input.
-        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
     spike_levels = None  # blocks exchange currents
@@ -120,9 +111,7 @@ class PreActResNet(SpikingNetwork):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(
-            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
-        )
+        super().__init__(num_classes, timesteps, drop_path_rate)
         self.stem = Stem(Conv2d(in_chans, width, 7, stride=2, padding=3), width)
         self.pool = MaxPool(3, stride=2, padding=1)
         places = base.resnet_blocks(layers, width, width)
@@ -145,5 +134,5 @@ default_cfgs = generate_default_cfgs(
 )
 
 # 11,694,312 and 21,806,184 parameters at 1000 classes.
-preact_resnet18 = base.register(PreActResNet, "preact_resnet18", layers=(2, 2, 2, 2))
-preact_resnet34 = base.register(PreActResNet, "preact_resnet34", layers=(3, 4, 6, 3))
+base.register(PreActResNet, "preact_resnet18", layers=(2, 2, 2, 2))
+base.register(PreActResNet, "preact_resnet34", layers=(3, 4, 6, 3))

@@ -27,8 +27,6 @@ class PSNSEWResNet(SEWResNet):
     """SEW-ResNet with a learnt image offset for each timestep, and a stem that averages.
 
     Args:
-        layers: Number of blocks in each of the stages.
-        neuron: All neurons of the network.
         connect_function, width, in_chans: See `SEWResNet`.
         num_classes, timesteps: See `SpikingNetwork`; T is the largest that it can run.
     """
@@ -94,5 +92,5 @@ default_cfgs = generate_default_cfgs(
 )
 
 # 11,689,916 and 21,798,396 parameters at 1000 classes.
-psn_sew_resnet18 = base.register(PSNSEWResNet, "psn_sew_resnet18", layers=(2, 2, 2, 2))
-psn_sew_resnet34 = base.register(PSNSEWResNet, "psn_sew_resnet34", layers=(3, 4, 6, 3))
+base.register(PSNSEWResNet, "psn_sew_resnet18", layers=(2, 2, 2, 2))
+base.register(PSNSEWResNet, "psn_sew_resnet34", layers=(3, 4, 6, 3))

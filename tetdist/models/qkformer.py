@@ -45,10 +45,8 @@ class Embedding(nn.Module):
     """3x3 convolutions, each with neurons, and a shortcut around the last ones that adds spikes.
 
     Args:
-        in_channels: Channels of the input.
         layers: Channels of each convolution, and whether to pool its current.
         branch: Number of layers before the shortcut.
-        neuron: All neurons.
     """
 
     def __init__(
@@ -113,11 +111,9 @@ class TokenAttention(nn.Module):
     """Token attention: a head passes its key if its query has enough spikes (paper, eq. 4 to 6).
 
     Args:
-        channels: C.
         heads: Number of heads; each has its own mask.
         neuron: All neurons except the mask's.
         threshold: Threshold of the mask's neurons, in spikes of the query.
-        drop_path: Probability of dropping the added spikes in training.
     """
 
     def __init__(
@@ -147,12 +143,9 @@ class SelfAttention(nn.Module):
     """Spiking self-attention (Zhou et al., Spikformer, ICLR 2023), without a softmax.
 
     Args:
-        channels: C.
-        heads: Number of heads; each attends separately.
         neuron: All neurons except those behind the products.
         threshold: Threshold of those, in eighths of the products' sums; see `SCALE`.
         mixes_samples: See `QKFormer`.
-        drop_path: Probability of dropping the added spikes in training.
     """
 
     def __init__(
@@ -234,7 +227,6 @@ class QKFormer(SpikingNetwork):
         neuron: All neurons; those of attention have another threshold, see `attention_neuron`.
         widths: Channels of each stage.
         depths: Blocks of each stage; the last stage has self-attention, the others token attention.
-        heads: Number of heads of each attention.
         mlp_ratio: Ratio of an MLP's inner to its outer channels.
         embedding: ``imagenet`` pools before its last convolutions, and twice in the stem; ``cifar``
             pools after them, and not in the stem; ``dvs`` is like ``cifar``, but pools three times
@@ -242,8 +234,6 @@ class QKFormer(SpikingNetwork):
         attention_threshold: Threshold of the neurons in attention.
         mixes_samples: Compute as the authors' code does: logits depend on earlier samples of the
             batch.
-        in_chans: Channels of the input.
-        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
     default_neuron = HALVING_NEURON
@@ -265,9 +255,7 @@ class QKFormer(SpikingNetwork):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(
-            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
-        )
+        super().__init__(num_classes, timesteps, drop_path_rate)
         check_heads(widths, heads)
         if mixes_samples:
             logger.warning(

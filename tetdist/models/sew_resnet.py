@@ -42,7 +42,6 @@ def connect(
         last: The layer.
         x: Its input, (T, B, C, H, W).
         identity: Spikes of the shortcut, of the shape of the layer's output.
-        function: Name of the joining function in `CONNECT`.
         drop_path: Drops the block's spikes in training, so that only the identity is left, for any
             function.
     """
@@ -124,13 +123,9 @@ class SEWResNet(SpikingNetwork):
     """SEW-ResNet.
 
     Args:
-        block: Kind of block.
         layers: Number of blocks in each of the stages.
-        neuron: All neurons of the network.
         connect_function: Function that joins a block's spikes with its input's.
         width: Channels of the first stage; they double from stage to stage.
-        in_chans: Channels of the input.
-        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
     def __init__(
@@ -147,9 +142,7 @@ class SEWResNet(SpikingNetwork):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(
-            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
-        )
+        super().__init__(num_classes, timesteps, drop_path_rate)
         if connect_function not in CONNECT:
             raise ValueError(f"connect_function must be add, and or iand, not {connect_function!r}")
         of_others = neuron.levels is not None and not neuron.binary
@@ -187,9 +180,9 @@ default_cfgs = generate_default_cfgs(
     {f"sew_resnet{depth}": base.model_cfg() for depth in (18, 34, 50, 101, 152)}
 )
 
-sew_resnet18 = base.register(SEWResNet, "sew_resnet18", block=BasicBlock, layers=(2, 2, 2, 2))
+base.register(SEWResNet, "sew_resnet18", block=BasicBlock, layers=(2, 2, 2, 2))
 # 21.79 million parameters at 1000 classes.
-sew_resnet34 = base.register(SEWResNet, "sew_resnet34", block=BasicBlock, layers=(3, 4, 6, 3))
-sew_resnet50 = base.register(SEWResNet, "sew_resnet50", block=Bottleneck, layers=(3, 4, 6, 3))
-sew_resnet101 = base.register(SEWResNet, "sew_resnet101", block=Bottleneck, layers=(3, 4, 23, 3))
-sew_resnet152 = base.register(SEWResNet, "sew_resnet152", block=Bottleneck, layers=(3, 8, 36, 3))
+base.register(SEWResNet, "sew_resnet34", block=BasicBlock, layers=(3, 4, 6, 3))
+base.register(SEWResNet, "sew_resnet50", block=Bottleneck, layers=(3, 4, 6, 3))
+base.register(SEWResNet, "sew_resnet101", block=Bottleneck, layers=(3, 4, 23, 3))
+base.register(SEWResNet, "sew_resnet152", block=Bottleneck, layers=(3, 8, 36, 3))

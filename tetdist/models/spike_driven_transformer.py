@@ -41,10 +41,8 @@ class Embedding(nn.Module):
     position.
 
     Args:
-        in_channels: Channels of the input.
         channels: Channels of the output; the first convolutions have 1/8, 1/4 and 1/2 of them.
         pools: One flag for each of the four: pool its spikes, or the current of the fourth.
-        neuron: All neurons.
     """
 
     def __init__(
@@ -76,14 +74,12 @@ class Attention(nn.Module):
     """Spike-driven self-attention (paper, eq. 10 and 11), added to the stream.
 
     Args:
-        channels: C.
         neuron: All neurons except the mask's.
         threshold: Threshold of the mask's neurons, in coincident spikes of key and value.
         dilated: True to dilate the spikes of key, value, their product and the output by a 3x3
             maximum: for key and value over positions; for the other two, as in the authors' code,
             over positions in row order and channels of a head.
         heads: Number of heads; matters only for dilation, since each channel has its own mask.
-        drop_path: Probability of dropping the added current in training.
     """
 
     def __init__(
@@ -141,14 +137,10 @@ class SpikeDrivenTransformer(StreamTransformer):
     Args:
         neuron: All neurons; those of attention have another threshold, see `attention_neuron`.
         channels: Channels of the stream.
-        depth: Number of blocks.
         pools: One flag for each of the stem's four convolutions: pool after it, halving the sides.
         mlp_ratio: Ratio of an MLP's inner channels to the stream's.
         attention_threshold: Threshold of the neurons in attention.
-        dilated: See `Attention`.
-        heads: See `Attention`.
-        in_chans: Channels of the input.
-        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
+        dilated, heads: See `Attention`.
     """
 
     default_neuron = HALVING_NEURON
@@ -170,9 +162,7 @@ class SpikeDrivenTransformer(StreamTransformer):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(
-            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
-        )
+        super().__init__(num_classes, timesteps, drop_path_rate)
         if len(pools) != 4 or not all(isinstance(one, bool) for one in pools):
             raise ValueError(
                 f"pools must be four of true or false, one per stem convolution, not {pools!r}"
@@ -226,41 +216,26 @@ default_cfgs = generate_default_cfgs(
 )
 
 # As in the paper, names have blocks and channels. 16.8 to 66.3 million parameters at 1000 classes.
-sdt_8_384 = base.register(SpikeDrivenTransformer, "sdt_8_384", channels=384, depth=8)
-sdt_6_512 = base.register(SpikeDrivenTransformer, "sdt_6_512", channels=512, depth=6)
-sdt_8_512 = base.register(SpikeDrivenTransformer, "sdt_8_512", channels=512, depth=8)
-sdt_10_512 = base.register(SpikeDrivenTransformer, "sdt_10_512", channels=512, depth=10)
-sdt_8_768 = base.register(SpikeDrivenTransformer, "sdt_8_768", channels=768, depth=8)
+base.register(SpikeDrivenTransformer, "sdt_8_384", channels=384, depth=8)
+base.register(SpikeDrivenTransformer, "sdt_6_512", channels=512, depth=6)
+base.register(SpikeDrivenTransformer, "sdt_8_512", channels=512, depth=8)
+base.register(SpikeDrivenTransformer, "sdt_10_512", channels=512, depth=10)
+base.register(SpikeDrivenTransformer, "sdt_8_768", channels=768, depth=8)
 # For 32x32 images: 2.57 and 10.2 million parameters at 10 classes.
-sdt_2_256_cifar = base.register(
-    SpikeDrivenTransformer,
-    "sdt_2_256_cifar",
-    channels=256,
-    depth=2,
-    pools=(False, False, True, True),
-    num_classes=10,
-)
-sdt_2_512_cifar = base.register(
-    SpikeDrivenTransformer,
-    "sdt_2_512_cifar",
-    channels=512,
-    depth=2,
-    pools=(False, False, True, True),
-    num_classes=10,
-)
+_SMALL: dict[str, Any] = {"depth": 2, "pools": (False, False, True, True), "num_classes": 10}
+base.register(SpikeDrivenTransformer, "sdt_2_256_cifar", **_SMALL, channels=256)
+base.register(SpikeDrivenTransformer, "sdt_2_512_cifar", **_SMALL, channels=512)
 # For event frames: CIFAR10-DVS at 64x64, DVS128 Gesture at 128x128.
-sdt_2_256_dvs = base.register(
+base.register(
     SpikeDrivenTransformerDVS,
     "sdt_2_256_dvs",
+    **_SMALL,
     channels=256,
-    depth=2,
-    pools=(False, False, True, True),
     dilated=True,
     in_chans=2,
-    num_classes=10,
     timesteps=10,
 )
-sdt_2_256_gesture = base.register(
+base.register(
     SpikeDrivenTransformerDVS,
     "sdt_2_256_gesture",
     channels=256,

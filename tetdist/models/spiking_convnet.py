@@ -21,11 +21,8 @@ class SpikingConvNet(SpikingNetwork):
     positions cost 17 points of accuracy.
 
     Args:
-        neuron: All neurons of the network.
         channels: Output channels of the convolutions.
         input_size: Height and width of the images.
-        in_chans: Channels of the input.
-        num_classes, timesteps, drop_rate: See `SpikingNetwork`.
     """
 
     global_pool = "flatten"
@@ -41,7 +38,7 @@ class SpikingConvNet(SpikingNetwork):
         timesteps: int = 4,
         drop_rate: float = 0.0,
     ) -> None:
-        super().__init__(num_classes=num_classes, timesteps=timesteps)
+        super().__init__(num_classes, timesteps)
         self.stem = ConvNormNeuron(conv3x3(in_chans, channels[0]), neuron)
         self.blocks = nn.Sequential(
             *(
@@ -82,9 +79,9 @@ default_cfgs = generate_default_cfgs(
     )
 )
 
-spiking_convnet = base.register(SpikingConvNet, "spiking_convnet")  # 55,000 parameters
+base.register(SpikingConvNet, "spiking_convnet")  # 55,000 parameters
 # For event frames of 34x34, those of N-MNIST.
-spiking_convnet_dvs = base.register(
+base.register(
     SpikingConvNetDVS,
     "spiking_convnet_dvs",
     channels=(32, 64, 128, 128),

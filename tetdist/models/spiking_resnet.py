@@ -10,7 +10,7 @@ batch norm: `spiking_resnet18_cifar`; `spiking_resnet19` with `stem_width=128`; 
 `spiking_resnet19_dvs` for events.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
@@ -119,19 +119,14 @@ class SpikingResNet(SpikingNetwork):
     """Spiking ResNet.
 
     Args:
-        block: Kind of block.
         layers: Number of blocks in each stage.
-        neuron: All neurons of the network.
         norm: ``tdbn`` scales batch norms to the threshold, ``bn`` does not.
         stem: ``imagenet``: a 7x7 convolution of stride 2 and max-pooling; ``cifar``: a 3x3
             convolution.
-        stem_width: Channels of the stem.
         width: Channels of the first stage; they double from stage to stage.
         hidden_features: Width of a spiking layer before the classifier; 0: none.
         init: Initialisation of convolutions; see `base.init_weights`.
         input_size: Height and width of event frames; None: any.
-        in_chans: Channels of the input.
-        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
     def __init__(
@@ -153,9 +148,7 @@ class SpikingResNet(SpikingNetwork):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(
-            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
-        )
+        super().__init__(num_classes, timesteps, drop_path_rate)
         self.input_size = input_size
         scale, _ = _norm_scales(neuron, norm)
         self.pool: nn.Module = nn.Identity()
@@ -212,48 +205,14 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-spiking_resnet18 = base.register(
-    SpikingResNet, "spiking_resnet18", block=BasicBlock, layers=(2, 2, 2, 2)
-)
-spiking_resnet34 = base.register(
-    SpikingResNet, "spiking_resnet34", block=BasicBlock, layers=(3, 4, 6, 3)
-)
-spiking_resnet50 = base.register(
-    SpikingResNet, "spiking_resnet50", block=Bottleneck, layers=(3, 4, 6, 3)
-)
-# For 32x32 images: 12.63 million parameters at 10 classes.
-spiking_resnet19 = base.register(
-    SpikingResNet,
-    "spiking_resnet19",
-    block=BasicBlock,
-    layers=(3, 3, 2),
-    norm="bn",
-    stem="cifar",
-    stem_width=64,
-    width=128,
-    hidden_features=256,
-)
-# For 32x32 images: 11,173,962 parameters.
-spiking_resnet18_cifar = base.register(
-    SpikingResNet,
-    "spiking_resnet18_cifar",
-    block=BasicBlock,
-    layers=(2, 2, 2, 2),
-    norm="bn",
-    stem="cifar",
-)
+base.register(SpikingResNet, "spiking_resnet18", block=BasicBlock, layers=(2, 2, 2, 2))
+base.register(SpikingResNet, "spiking_resnet34", block=BasicBlock, layers=(3, 4, 6, 3))
+base.register(SpikingResNet, "spiking_resnet50", block=Bottleneck, layers=(3, 4, 6, 3))
+_SMALL: dict[str, Any] = {"block": BasicBlock, "norm": "bn", "stem": "cifar"}
+_SMALL_19 = _SMALL | {"layers": (3, 3, 2), "width": 128, "hidden_features": 256}
+# For 32x32 images: 11,173,962 parameters, and 12.63 million at 10 classes.
+base.register(SpikingResNet, "spiking_resnet18_cifar", **_SMALL, layers=(2, 2, 2, 2))
+base.register(SpikingResNet, "spiking_resnet19", **_SMALL_19)
 # For 48x48 event frames: 12,696,842 parameters.
-spiking_resnet19_dvs = base.register(
-    SpikingResNetDVS,
-    "spiking_resnet19_dvs",
-    block=BasicBlock,
-    layers=(3, 3, 2),
-    norm="bn",
-    stem="cifar",
-    stem_width=128,
-    width=128,
-    hidden_features=256,
-    input_size=48,
-    in_chans=2,
-    timesteps=10,
-)
+_DVS = _SMALL_19 | {"stem_width": 128, "input_size": 48, "in_chans": 2, "timesteps": 10}
+base.register(SpikingResNetDVS, "spiking_resnet19_dvs", **_DVS)

@@ -54,7 +54,6 @@ def run_step(
     Args:
         model: The network, in evaluation mode.
         frame: The input as `SpikingNetwork.frame` returns it, (1, B, C, H, W).
-        layers: Layers from `carrying_layers`.
         membranes: Their membranes after the previous timestep; None: at rest.
 
     Returns:

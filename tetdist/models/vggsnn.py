@@ -13,10 +13,7 @@ class VGGSNN(SpikingNetwork):
     """64C3-128C3-AP2-256C3-256C3-AP2-512C3-512C3-AP2-512C3-512C3-AP2-FC.
 
     Args:
-        neuron: All neurons of the network.
         input_size: Height and width of the frames, which determine the classifier's inputs.
-        in_chans: Channels of the input: two polarities.
-        num_classes, timesteps, drop_rate: See `SpikingNetwork`.
     """
 
     input_kind = "events"
@@ -33,7 +30,7 @@ class VGGSNN(SpikingNetwork):
         timesteps: int = 10,
         drop_rate: float = 0.0,
     ) -> None:
-        super().__init__(num_classes=num_classes, timesteps=timesteps)
+        super().__init__(num_classes, timesteps)
         if input_size < 16:
             raise ValueError(f"input_size must be at least 16 (four poolings), not {input_size}")
 
@@ -58,4 +55,4 @@ default_cfgs = generate_default_cfgs(
     {"vggsnn": base.model_cfg(num_classes=10, input_size=(10, 2, 48, 48), **base.FIXED_EVENTS)}
 )
 
-vggsnn = base.register(VGGSNN, "vggsnn")  # 9.27 million parameters at 48x48 and 10 classes
+base.register(VGGSNN, "vggsnn")  # 9.27 million parameters at 48x48 and 10 classes

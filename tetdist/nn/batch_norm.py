@@ -52,11 +52,9 @@ class BatchNorm(_Module):
     """Batch norm of a current (T, B, C, H, W) per channel, over T, B, H and W jointly.
 
     Args:
-        num_channels: C.
         scale: Factor on the normalised current before weight and bias: ``alpha * V_th`` for tdBN, 1
             for plain batch norm. It is a constant, not folded into the initial weight, so that
             weight decay pulls towards the same network for any threshold.
-        eps: Added to the variance.
         momentum: Weight of the newest statistics in the running ones.
     """
 
@@ -193,9 +191,7 @@ def synchronize(
     Each of ``num_processes`` must run the same forward and backward passes, with equal batch sizes.
 
     Args:
-        model: Model whose batch norms are changed.
         average_over_ranks: Maps a tensor, in place, to its mean over all processes.
-        num_processes: Number of processes.
     """
     for norm in _norms(model):
         norm.average, norm.num_processes = average_over_ranks, num_processes
@@ -251,7 +247,6 @@ def recompute_running_statistics(
     Args:
         model: Model in evaluation mode; it runs in training mode meanwhile.
         batches: Inputs of this process. Every process must have the same number of them.
-        average_over_ranks: See `update_running_statistics`.
     """
     deferred = [norm.deferred for norm in _norms(model)]
     defer_running_statistics(model)

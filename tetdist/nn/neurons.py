@@ -104,7 +104,6 @@ def run(
 
     Args:
         current: Input current, (T, ...), T >= 1.
-        config: The neuron.
         membrane: Membrane after the last reset of an earlier segment, (...); None: a neuron at rest
             (0).
         decay: Replaces the configured decay, for kinds that learn it; broadcast to (...).
@@ -135,7 +134,6 @@ def option(default: Any, doc: str, **bounds: float) -> Any:
     """Declare an option of a kind of neuron.
 
     Args:
-        default: Default value.
         doc: Description, for the list of configuration keys.
         bounds: Bounds of the value: ``gt`` (above), ``ge`` (at least), ``lt`` (below) or ``le`` (at
             most).
@@ -301,7 +299,6 @@ def completed(values: Mapping[str, Any], default: NeuronConfig | None = None) ->
     """Return kind and all options; some may be given, perhaps by a version that had fewer.
 
     Args:
-        values: The given options.
         default: Neuron with the missing values, unless ``values`` has another kind, whose defaults
             apply then; None: LIF.
     """
@@ -412,8 +409,6 @@ def broadcasting(
     """Return a layer's parameters as `run` takes them.
 
     Args:
-        config: The neuron.
-        parameters: Result of `learned`.
         sides: Number of the current's dimensions after the channels.
     """
     return {

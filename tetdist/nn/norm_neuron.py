@@ -129,9 +129,6 @@ class FusedLayer(nn.Module):
 class NeuronLayer(FusedLayer):
     """A layer of neurons, whose membranes `carrying_membranes` carries.
 
-    Args:
-        neuron: The neuron.
-
     Attributes:
         learned: The neurons' own learnt values; a subclass creates them after its norm.
         branches: Number of branches of the spikes whose gradients the layer's kernels add: of the
@@ -231,7 +228,6 @@ class Neuron(NeuronLayer):
     """Neurons that start each sample at rest and map currents (T, B, ...) to spikes (T, B, ...).
 
     Args:
-        neuron: The neuron.
         num_channels: C of a current (T, B, C, H, W), else its last dimension; needed by kinds with
             a learnt value per channel.
     """
@@ -295,9 +291,6 @@ class NormNeuron(NeuronLayer):
     """Batch norm, an optional shortcut added to the normalised current, and the neuron.
 
     Args:
-        num_channels: C.
-        neuron: The neuron.
-        norm_scale: See `BatchNorm`.
         drop_path: Probability of dropping the normalised current in training, which leaves only the
             shortcut. If above 0, norm, sum and neuron are separate passes over memory.
     """
@@ -421,8 +414,6 @@ class NormAdd(FusedLayer):
     It keeps the current for the backward pass, and the shortcut if that is normalised.
 
     Args:
-        num_channels: C.
-        norm_scale: See `BatchNorm`.
         drop_path: Probability of dropping the normalised current in training, which leaves only the
             shortcut. If above 0, the sum is a separate pass over memory.
     """

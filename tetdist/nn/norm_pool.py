@@ -19,11 +19,7 @@ from tetdist.nn.packed import MaxPool
 
 
 class NormPool(FusedLayer):
-    """Batch norm, then 3x3 max-pooling with stride 2.
-
-    Args:
-        num_channels: C.
-    """
+    """Batch norm, then 3x3 max-pooling with stride 2."""
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()

@@ -70,11 +70,7 @@ def place(model: nn.Module, device: torch.device, precision: str) -> None:
 
 
 def exact(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Return the context in which matrix products compute in their inputs' type.
-
-    Args:
-        x: A tensor on the device.
-    """
+    """Return the context in which matrix products compute in their inputs' type."""
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()

@@ -222,7 +222,6 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     """Return spikes (T, B, C, H, W) where the mask also spikes; above 1, products.
 
     Args:
-        x: The spikes.
         mask: Mask spikes per head and position, (T, B, heads, H, W), or per channel, (T, B, C, 1,
             1).
     """

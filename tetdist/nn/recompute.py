@@ -29,7 +29,6 @@ class Block:
         forward: Function of an input and its number of timesteps. It must be causal: its output at
             t depends only on inputs up to t.
         modules: Modules that it runs, each once.
-        timesteps: T.
         segment: Length of a segment in timesteps; None: no segments.
         levels: Inputs are multiples of ``1 / levels``; None: any numbers.
         highest: Largest input in that case; below ``256 / levels``.

@@ -51,12 +51,7 @@ class Binning:
 
 
 class Window(NamedTuple):
-    """Window of a fixed size.
-
-    Attributes:
-        size: Its size, in microseconds or events.
-        unit: Unit of the size.
-    """
+    """Window of a fixed size."""
 
     size: int
     unit: Literal["us", "events"]
@@ -75,10 +70,6 @@ class Window(NamedTuple):
 
 def binning_of(found: dict[str, Any] | None, run: Path) -> tuple[Binning, Sensor]:
     """Return how the recordings that a run was trained on were binned, and their sensor.
-
-    Args:
-        found: Settings in the description of the run, None if it has none.
-        run: Path of the run, for errors.
 
     Raises:
         UserError: It is unknown, or is not by windows of a fixed size.

@@ -34,7 +34,6 @@ class Piece:
     """Source of one tensor: a recording, or a labelled part of one.
 
     Attributes:
-        class_name: Its class.
         name: Name of the tensor, without suffix; unique within the class.
         window: Its start and end in microseconds; None: the whole recording.
     """
@@ -54,7 +53,6 @@ class Source:
 
     Attributes:
         path: Path relative to the folder, with slashes.
-        pieces: The pieces that become tensors.
         part: Part of the published split, if there is one.
         problem: Why it cannot be used, if the listing already shows this.
     """
@@ -94,7 +92,6 @@ def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
     its trials_to_train.txt and trials_to_test.txt are the published split).
 
     Args:
-        root: The folder.
         suffixes: Suffixes of recordings, in lower case.
 
     Raises:

@@ -43,16 +43,11 @@ class Preset:
         title: Its name in the literature.
         tree: Description of its folder.
         layout: Its layout, one of those that `list_sources` reads.
-        suffix: Suffix of its recordings.
         some_classes: Class names; any folder of this data set has at least one of them.
         classes: Number of classes of the whole data set.
         recordings: Number of recordings.
         sensor: Size of the sensor, if the format does not store it.
-        timesteps: T.
-        size: Width and height of the frames.
-        bins: See `Binning`.
-        values: See `Binning`.
-        splits: The splits to make.
+        timesteps, size, bins, values: See `Binning`.
         origin: Source of these parameters.
     """
 
@@ -241,11 +236,6 @@ def expectation(name: str) -> str:
 
 def check_source(name: str, root: Path, sources: Sequence[Source]) -> str | None:
     """Check that a folder holds the recordings of a preset's data set.
-
-    Args:
-        name: One of `PRESETS`.
-        root: The folder.
-        sources: Its recordings.
 
     Returns:
         A warning if its numbers of classes or recordings differ from the data set's.

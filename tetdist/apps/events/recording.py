@@ -48,7 +48,6 @@ class Events:
         y: (N,) row, 0 at the top.
         t: (N,) microseconds.
         p: (N,) polarity, 1 if the pixel became brighter (ON), 0 if darker (OFF).
-        sensor: Size of the sensor.
         dropped: Number of other records in the file: frames, inertial measurements, triggers,
             events marked invalid.
         counter: Microseconds after which the format's timestamps overflow to zero.

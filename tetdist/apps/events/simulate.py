@@ -58,9 +58,7 @@ def simulate(data: bytes, path: str, simulation: Simulation) -> Events:
     """Simulate the events of an image that moves in front of the sensor.
 
     Args:
-        data: The image file's contents.
         path: Path of the image in its folder; together with the seed, it determines the noise.
-        simulation: Settings of the camera.
 
     Raises:
         BadRecording: The data is not an image, or makes no events.

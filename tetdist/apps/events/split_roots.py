@@ -40,14 +40,9 @@ def make_split(
     It is written under a temporary name and renamed; an equal existing split is left unchanged.
 
     Args:
-        dest: The folder with the tensors.
         sources: All recordings, including bad ones, in order.
-        records: Records of the good tensors, by key.
-        settings: Settings of the tensors.
         name: One of `splits.NAMES`.
-        seed: Seed of the stratified split.
         bad: Number of recordings, or pieces, that were left out.
-        workers: Number of indexing processes.
 
     Raises:
         UserError: The split is impossible, or leaves a class without recordings in a part.

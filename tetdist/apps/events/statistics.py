@@ -80,13 +80,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def draw_preview(dest: Path, records: Iterable[Record], file: Path) -> None:
-    """Draw the first recording of each class as a row of its T frames, ON red and OFF blue.
-
-    Args:
-        dest: The folder of the tensors.
-        records: Records of the tensors.
-        file: The PNG to write.
-    """
+    """Draw the first recording of each class as a row of its T frames, ON red and OFF blue."""
     from PIL import Image, ImageDraw
 
     first: dict[str, Record] = {}

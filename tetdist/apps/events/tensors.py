@@ -48,7 +48,6 @@ class Settings:
     """Parameters of a tensor, in addition to its recording.
 
     Attributes:
-        binning: Conversion of events to frames.
         sensor: Size of the sensor, if the format does not store it.
         simulation: Conversion of images to recordings; None for real recordings.
     """
@@ -76,18 +75,11 @@ class Record:
     Attributes:
         key: CLASS/NAME.
         source: Path of the recording, relative to its folder.
-        source_size: Bytes of the recording.
-        source_mtime_ns: Modification time of the recording.
-        source_sha256: Checksum of the recording.
         window: Start and end of the piece in microseconds; None: the whole recording.
         sha256: Checksum of the tensor's file.
-        sensor: Width and height of the sensor.
-        events: Number of events of both polarities.
-        on_events: Number of events of the polarity ON.
         duration_us: Time from the first event to the last.
         dropped: Number of records of the file that are not events; 0 for a piece.
         frames: T x 2.
-        empty_frames: Number of frames without events.
         saturated: Number of values that were clipped to the type's maximum.
     """
 
@@ -117,7 +109,6 @@ class Tensors(NamedTuple):
 
     Attributes:
         records: Records of all good tensors, by key, in the order of the listing.
-        bad: Recordings that cannot be used.
     """
 
     records: dict[str, Record]
@@ -137,8 +128,6 @@ def open_destination(
 
     Args:
         dest: The folder, created if it is missing.
-        source: The folder of the recordings.
-        settings: Settings of its tensors.
         overwrite: Remove all files that this tool made there before.
 
     Raises:
@@ -227,10 +216,7 @@ def make_tensors(
     """Make the missing tensors of all pieces of all sources.
 
     Args:
-        source: Folder of the recordings.
         dest: Folder of the tensors, opened by `open_destination`.
-        listing: The recordings.
-        settings: Settings of the tensors.
         workers: Number of processes; with more than one, the calling script must guard its main
             part with `if __name__ == "__main__"`.
         progress: Takes a title; yields a function to call with the files done and their total.

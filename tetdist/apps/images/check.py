@@ -60,7 +60,6 @@ class Finding(NamedTuple):
             not of these files; "misnamed": the format differs from the suffix; "duplicate": twice
             in one split; "passed over": ignored for its suffix (the first file of each suffix).
         path: Path of the sample, relative to the data root, or of another file or folder.
-        text: Description of the fault.
     """
 
     kind: FindingKind
@@ -81,11 +80,7 @@ def examine_split(
     """Decode and checksum every sample of a listing of images, except those in the journal.
 
     Args:
-        root: The data root.
-        listing: The samples.
         journal: File of results, which the next call continues.
-        workers: Number of processes.
-        progress: Called with the number of samples done and of all.
 
     Returns:
         Each sample's result, or the reason why it cannot be used.

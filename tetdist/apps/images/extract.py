@@ -26,13 +26,6 @@ def extract_split(
 
     Existing files are kept, so a stopped extraction continues.
 
-    Args:
-        root: The data root of the listing.
-        listing: Samples in archives.
-        dest: The new data root.
-        workers: Processes.
-        progress: Called with the number of samples done and of all.
-
     Raises:
         UserError: The listing is not of archives, a name is not a valid file name or comes twice in
             a class, another process writes to the folder, it holds a different file of that name,

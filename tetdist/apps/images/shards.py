@@ -59,13 +59,7 @@ def shard_split(
     index of the shards, with the fingerprint of the given one.
 
     Args:
-        file: The index of the split.
-        root: The data root of that index.
-        dest: The new data root.
-        seed: Seed of the order of the samples.
         max_bytes: Size of a shard; a larger sample gets a separate one.
-        workers: Processes.
-        progress: Called with the number of shards done and of all.
 
     Returns:
         The index of the shards.

@@ -38,9 +38,7 @@ def kernels_for(
     """Return a neuron's kernels, or None to run its definition; warn once if a compiler is missing.
 
     Args:
-        config: The neuron.
         tensors: Current, shortcut and identity.
-        timesteps: T.
         carries: True if membranes are carried to a next segment.
         packs: True if spikes are also packed into bytes.
     """
@@ -148,7 +146,6 @@ def decide(
     different networks. If they are not used, each process logs why.
 
     Args:
-        device: This process's.
         gather: Takes this process's reason against them (None: no reason) and returns those of all
             processes, by rank. All processes must call `decide` then.
     """

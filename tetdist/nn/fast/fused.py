@@ -183,9 +183,6 @@ class NormKernels(Protocol):
         """Return the gradient of x from that of the normalised x, both (T, N, C).
 
         Args:
-            x: Input of the normalisation.
-            grad: The gradient of the normalised x.
-            affine: The normalisation.
             sums: Sums of the gradient and of its products with the normalised x, averaged over the
                 processes that normalise together; None: the statistics were constants.
         """
@@ -233,12 +230,10 @@ class NeuronKernels(NormKernels, Protocol):
         Args:
             inputs: Inputs of `sums`.
             grad_spikes: Sum of the gradients of the spikes, (T, N, C).
-            grad_end: Gradient of the start of the next segment.
             kept: Result of `sums`.
             of_x: Sums of the gradient and of its products with the normalised x, averaged over the
                 processes that normalise together; None: the statistics were constants.
             of_shortcut: The same for the shortcut, if it is normalised.
-            needs_x: True if x needs a gradient.
         """
 
 

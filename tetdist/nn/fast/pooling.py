@@ -61,9 +61,7 @@ class Pooling:
         """Start a kernel.
 
         Args:
-            name: Name of its function.
             tensors: Inputs, then outputs: vectors (C,) and images (N, H, W, C), contiguous.
-            sizes: Sizes of the pooling.
             levels: Bytes count multiples of ``1 / levels``; None: it reads no bytes.
         """
         raise NotImplementedError  # C++ and Triton have their own.

@@ -60,7 +60,6 @@ def launch(
 
     Args:
         kernel: A function of kernels/*.py.
-        grid: Number of programs along each axis.
         arguments: Contiguous tensors, sizes, and None for absent tensors.
         known: Compile-time constants, and num_warps if it is not `WARPS`.
         operations: Operations of its matrix products, for roofline/count.py.

@@ -32,11 +32,6 @@ SUFFIXES = tuple(_DECODERS)
 def read_recording(path: Path, data: bytes, sensor: Sensor | None) -> Events:
     """Read the events of a file, and check them.
 
-    Args:
-        path: The file; its suffix defines the format.
-        data: Its contents.
-        sensor: Size of the sensor, for formats that do not store it.
-
     Raises:
         BadRecording: The file cannot be used.
         UserError: A package that reads this format is missing.

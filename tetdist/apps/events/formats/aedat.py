@@ -21,7 +21,6 @@ def decode_aedat(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
     """Decode an .aedat file: AEDAT 2.0 or 3.1.
 
     Args:
-        contents: The file's contents.
         sensor: Size of an AEDAT 2.0 camera, 128x128 or 240x180, which some headers omit.
 
     Raises:

@@ -37,7 +37,6 @@ def decode_aedat4(contents: Contents, sensor: Sensor | None) -> Iterator[Events]
     """Decode an AEDAT 4 file.
 
     Args:
-        contents: The file's contents.
         sensor: Required size of the sensor, if any.
 
     Raises:
@@ -104,9 +103,7 @@ def _check_table(data: bytes, compression: int, packets: "array[int] | None", ev
 
     Args:
         data: The file's contents from the table on.
-        compression: See `_decompressed`.
         packets: Position, stream, size and number of events of each packet; None: not compared.
-        events: Number of the event stream.
 
     Raises:
         BadEnd: They differ, or the table is missing or incomplete.

@@ -63,7 +63,6 @@ def _from_arrays(
     """Convert arrays x, y, t (microseconds) and p (0 and 1, or -1 and 1, or booleans) to columns.
 
     Args:
-        arrays: Arrays by name.
         size: Attributes that may have the sensor's `width` and `height`.
         sensor: The sensor's size if the attributes lack it; otherwise it must be equal.
     """
