@@ -6,7 +6,7 @@ and step alone.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -125,13 +125,9 @@ def eval_batches(
 
 def _output(data: DataSection, size: int) -> Output | None:
     """Return the format of all images; None for events."""
-    match data.kind:
-        case "events":
-            return None
-        case "images":
-            return Output(size=size, mean=data.mean, std=data.std, interpolation=data.interpolation)
-        case _:
-            assert_never(data.kind)
+    if data.kind == "events":
+        return None
+    return Output(size=size, mean=data.mean, std=data.std, interpolation=data.interpolation)
 
 
 _MicroBatch = tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]

@@ -15,7 +15,7 @@ Kind = Literal["images", "events"]
 # Suffixes of images are those of torchvision's ImageFolder, in any case.
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"images": archives.IMAGE_SUFFIXES, "events": (".npy",)}
 # Usual names of the folders of both splits, in lower case.
-_ELSEWHERE = {
+USUAL_NAMES: dict[Literal["train", "val"], tuple[str, ...]] = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "test", "testing"),
 }
@@ -97,7 +97,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 def folders_called(root: Path, split: str) -> tuple[str, ...]:
     """Return the names of folders that may hold "train" or "val" under another usual name."""
-    names = _ELSEWHERE.get(split, ())
+    names = [name for part, names in USUAL_NAMES.items() if part == split for name in names]
     return names_in(root, lambda entry: entry.name.lower() in names and is_folder(entry))
 
 
@@ -108,7 +108,7 @@ def fewest_classes(split: str) -> int:
 
 def is_held_out(split: str) -> bool:
     """Return whether a split has a usual name of evaluation data."""
-    return split.lower() in _ELSEWHERE["val"]
+    return split.lower() in USUAL_NAMES["val"]
 
 
 def _way_out(root: Path, split: str) -> str:

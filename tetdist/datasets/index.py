@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -241,13 +241,10 @@ def index_listing(
         UserError: A worker dies.
     """
     what = root, listing.byte_ranges, workers, progress
-    match listing.kind:
-        case "events":
-            found = probe_batches(probe_tensor, (), *what)
-        case "images":
-            found = probe_batches(probe_image, (decode,), *what)
-        case _:
-            assert_never(listing.kind)
+    if listing.kind == "events":
+        found = probe_batches(probe_tensor, (), *what)
+    else:
+        found = probe_batches(probe_image, (decode,), *what)
     return assemble(root, listing, chain.from_iterable(found))
 
 

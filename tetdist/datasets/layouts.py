@@ -270,11 +270,7 @@ def _check_no_gaps(root: Path, files: list[str]) -> None:
 
 
 def _expand(root: Path, pattern: str) -> list[str]:
-    """Find the tar files of a pattern, relative to the root.
-
-    Raises:
-        UserError: One does not exist, or is outside the root.
-    """
+    """Find the tar files of a pattern, relative to the root."""
     if (root / pattern).is_dir():
         pattern = f"{pattern}/*.tar"
     files: list[str] = []

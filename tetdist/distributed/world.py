@@ -273,10 +273,9 @@ def _refuse_shared_gpus(world: World) -> None:
 
 
 def _refuse_to_be_alone_under_srun() -> None:
-    """Make sure that srun has not started this as one of several tasks without a launcher.
+    """Refuse to be one of several tasks that srun started without a launcher.
 
-    Raises:
-        UserError: It has: each task would train by itself, all into one folder.
+    Each task would train by itself, all into one folder.
     """
     # srun sets it, but not for the batch script, which always runs alone.
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)

@@ -101,11 +101,7 @@ class Adopted(SpikingNetwork):
                 )
 
     def set_segment(self, timesteps: int | None) -> None:
-        """Refuse to train in segments.
-
-        Raises:
-            UserError: ``timesteps`` is not None.
-        """
+        """Refuse to train in segments."""
         if timesteps is not None:
             raise UserError(
                 f"recompute: a spikingjelly network cannot run in segments of {timesteps} "
@@ -113,11 +109,7 @@ class Adopted(SpikingNetwork):
             )
 
     def stream(self) -> Stream:
-        """Refuse to run one timestep at a time.
-
-        Raises:
-            UserError: Always.
-        """
+        """Refuse to run one timestep at a time."""
         raise UserError(
             "a network of spikingjelly keeps its membranes in its own modules; run it by "
             'functional.set_step_mode(model.net, "s") and functional.reset_net(model.net)'

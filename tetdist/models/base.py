@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, Never, Protocol, TypeVar, assert_never
+from typing import Any, ClassVar, Literal, Never, Protocol, TypeVar
 
 import torch
 from timm.layers import to_2tuple
@@ -263,18 +263,11 @@ class SpikingNetwork(nn.Module):
         """
         if isinstance(x, Proxy):
             self.__prepare_scriptable__()
-        match self.input_kind:
-            case "images":
-                if x.ndim != 4:
-                    raise ValueError(f"an image batch must be (B, C, H, W), not {tuple(x.shape)}")
-                # channels_last, and so is every later activation (fused.py needs it to be fast).
-                return x.contiguous(memory_format=torch.channels_last)[None]
-            case "events":
-                return self._frames_first(x)
-            case other:
-                assert_never(other)
-
-    def _frames_first(self, x: Tensor) -> Tensor:
+        if self.input_kind == "images":
+            if x.ndim != 4:
+                raise ValueError(f"an image batch must be (B, C, H, W), not {tuple(x.shape)}")
+            # channels_last, and so is every later activation (fused.py needs it to be fast).
+            return x.contiguous(memory_format=torch.channels_last)[None]
         if x.ndim != 5:
             raise ValueError(f"an event batch must be (B, T, C, H, W), not {tuple(x.shape)}")
         self.check_size(x)
@@ -521,13 +514,10 @@ def init_weights(model: nn.Module, init: Init = "kaiming") -> None:
     Raises:
         ValueError: ``init`` is unknown.
     """
-    match init:
-        case "torch":
-            return
-        case "kaiming":
-            pass
-        case _:
-            raise ValueError(f"init must be 'kaiming' or 'torch', not {init!r}")
+    if init == "torch":
+        return
+    if init != "kaiming":
+        raise ValueError(f"init must be 'kaiming' or 'torch', not {init!r}")
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -629,11 +619,7 @@ def build(
 
 
 def _set_exchanged_values(model: SpikingNetwork, neuron: NeuronConfig, variant: str) -> None:
-    """Adapt what a network declares about its blocks' inputs to spikes other than 0 and 1.
-
-    Raises:
-        UserError: Sums of spikes in its blocks do not fit into a byte.
-    """
+    """Adapt what a network declares about its blocks' inputs to spikes other than 0 and 1."""
     if neuron.levels is None or model.spike_levels is None:
         model.spike_levels = None
         return

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
+from tetdist.nn.precision import wide_type
 
 # Functions of torch and timm that synchronise or freeze batch norms convert BatchNorm2d and
 # silently skip other classes. Ours is a BatchNorm2d, so they read its num_features, which raises.
@@ -92,7 +93,7 @@ class BatchNorm(_Module):
         ``copies`` is the number of equal timesteps that each given one stands for: T if a static
         image's (1, B, C, H, W) serves all. The running variance counts them.
         """
-        x = current.to(torch.promote_types(current.dtype, torch.float32))
+        x = current.to(wide_type(current))
         if self.training:
             mean, var = self.over_processes(*batch_statistics(x))
             self.record(mean, var, copies * x.numel() // self.num_channels)
@@ -142,11 +143,7 @@ class BatchNorm(_Module):
 
     @property
     def num_features(self) -> Never:
-        """Refuse conversions, which read this attribute first.
-
-        Raises:
-            UserError: Always.
-        """
+        """Refuse conversions, which read this attribute first."""
         raise UserError(
             "tetdist's batch norm runs inside fused layers and cannot be converted or traced; to "
             "synchronise it, set batch_norm.sync=true or call tetdist.nn.batch_norm.synchronize; "

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.nn.packed import carried, carry, pack
+from tetdist.nn.precision import wide_type
 
 
 class Dropout(nn.Module):
@@ -59,7 +60,7 @@ class Dropout(nn.Module):
 
     def draw(self, x: Tensor) -> None:
         """Draw the dropped features of (T, B, C, ...) from torch's generator."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = wide_type(x)
         self.factors = self.factors_of(
             torch.rand(x.shape[1], self.size, dtype=dtype, device=x.device)
         )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tetdist.nn.neurons import NEURONS, NeuronConfig, option
+from tetdist.nn.precision import wide_type
 
 
 class _Count(torch.autograd.Function):
@@ -75,7 +76,7 @@ class ILIF(NeuronConfig):
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         assert not parameters
-        wide = torch.promote_types(current.dtype, torch.float32)
+        wide = wide_type(current)
         u = torch.zeros_like(current[0], dtype=wide) if membrane is None else membrane
         counts = []
         for current_t in current.to(wide):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NEURONS, SurrogateName, option
+from tetdist.nn.precision import wide_type
 
 
 @NEURONS.register("plif")
@@ -50,7 +51,7 @@ class PLIF(LIF):
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         (w,) = parameters.values()
-        share = w.to(torch.promote_types(current.dtype, torch.float32)).sigmoid()
+        share = w.to(wide_type(current)).sigmoid()
         scaled = current.to(share.dtype)
         if self.decay_input:
             scaled = scaled * share

@@ -17,12 +17,13 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Literal, assert_never, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
+from tetdist.nn.precision import wide_type
 from tetdist.plugins import Registry
 
 SurrogateName = Literal["triangle", "atan", "sigmoid", "rectangle"]
@@ -81,14 +82,10 @@ def spike(x: Tensor, config: "LIF") -> Tensor:
 
     With ``spike="sigmoid"``: values between 0 and 1 with their true gradient.
     """
-    match config.spike:
-        case "step":
-            surrogate, width = config.surrogate, config.surrogate_width
-            return step(x, surrogate, width, at_threshold=config.fires_at_threshold)
-        case "sigmoid":
-            return torch.sigmoid(config.surrogate_width * x)
-        case other:
-            assert_never(other)
+    width = config.surrogate_width
+    if config.spike == "sigmoid":
+        return torch.sigmoid(width * x)
+    return step(x, config.surrogate, width, at_threshold=config.fires_at_threshold)
 
 
 def run(
@@ -112,7 +109,7 @@ def run(
         Spikes (T, ...) of the current's type, and the membrane after the last reset, (...).
     """
     decay = config.decay if decay is None else decay
-    compute_type = torch.promote_types(current.dtype, torch.float32)
+    compute_type = wide_type(current)
     u = torch.zeros_like(current[0], dtype=compute_type) if membrane is None else membrane
     spikes = []
     for current_t in current.to(compute_type):
@@ -356,8 +353,7 @@ class LIF(NeuronConfig):
 
     @property
     def resets_to_zero(self) -> bool:
-        """True for the hard reset, False for the soft one."""
-        return {"hard": True, "soft": False}[self.reset]
+        return self.reset == "hard"
 
     @property
     def binary(self) -> bool:

@@ -27,6 +27,7 @@ from tetdist.nn.fast.fused import (
 )
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Packed, carried, carry
+from tetdist.nn.precision import wide_type
 
 
 def spiking_layers(model: nn.Module) -> "dict[str, NeuronLayer]":
@@ -202,7 +203,7 @@ class NeuronLayer(FusedLayer):
 
     def for_kernels(self, current: Tensor, kernels: NeuronKernels) -> tuple[Tensor, ...]:
         """Return the learnt values as the kernels take them, in their compute type."""
-        wide = torch.promote_types(current.dtype, torch.float32)
+        wide = wide_type(current)
         parameters = {name: value.to(wide) for name, value in self.learned.items()}
         return self.neuron.for_kernels(kernels.timesteps, **parameters)
 

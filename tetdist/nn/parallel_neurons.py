@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tetdist.nn import neurons
 from tetdist.nn.neurons import NEURONS, NeuronConfig, SurrogateName, option
-from tetdist.nn.precision import exact
+from tetdist.nn.precision import exact, wide_type
 from tetdist.wording import counted
 
 
@@ -54,7 +54,7 @@ class ParallelNeuron(NeuronConfig):
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         assert membrane is None, "it would have to know all earlier currents"
-        wide = torch.promote_types(current.dtype, torch.float32)
+        wide = wide_type(current)
         parameters = {name: value.to(wide) for name, value in parameters.items()}
         weight, bias = self.sums_over_time(len(current), **parameters)
         with exact(current):
@@ -195,7 +195,7 @@ class SlidingPSN(ParallelNeuron):
     ) -> tuple[Tensor, Tensor]:
         """Run the neurons over time. The next segment starts from the last currents, (order - 1,
         ...)."""
-        wide = torch.promote_types(current.dtype, torch.float32)
+        wide = wide_type(current)
         weight, bias = (parameters[name].to(wide) for name in ("weight", "bias"))
         if membrane is None:
             membrane = current.new_zeros((self.order - 1, *current.shape[1:]), dtype=wide)

@@ -69,6 +69,11 @@ def place(model: nn.Module, device: torch.device, precision: str) -> None:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
 
 
+def wide_type(x: Tensor) -> torch.dtype:
+    """Return the type in which sums of a tensor's numbers are computed: at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def exact(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Return the context in which matrix products compute in their inputs' type."""
     kind = x.device.type

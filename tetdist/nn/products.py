@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from tetdist.nn.fast import dispatch
 from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import Packed, carried, carry, converted
-from tetdist.nn.precision import exact
+from tetdist.nn.precision import exact, wide_type
 
 
 class Product(nn.Module):
@@ -53,7 +53,7 @@ class HeadSum(Product):
         self.heads = heads
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.heads, -1)).sum(3, dtype=_wide_type(x))
+        return x.unflatten(2, (self.heads, -1)).sum(3, dtype=wide_type(x))
 
     def accumulates(self, *inputs: Tensor) -> Tensor:
         return _total(inputs[0])
@@ -81,7 +81,7 @@ class PositionSum(Product):
     def forward(self, one: Tensor, other: Tensor) -> Tensor:
         if self.spread is not None:
             products: Tensor = self.spread(one * other)
-            return products.sum((3, 4), keepdim=True, dtype=_wide_type(one))
+            return products.sum((3, 4), keepdim=True, dtype=wide_type(one))
         packed, packed_other = carried(one), carried(other)
         if not (_is_whole(packed) and _is_whole(packed_other) and torch.is_grad_enabled()):
             return _position_sum(one, other)
@@ -97,7 +97,7 @@ class PositionSum(Product):
 
 
 def _position_sum(one: Tensor, other: Tensor) -> Tensor:
-    return (one * other).sum((3, 4), keepdim=True, dtype=_wide_type(one))
+    return (one * other).sum((3, 4), keepdim=True, dtype=wide_type(one))
 
 
 class _PositionSum(torch.autograd.Function):
@@ -167,7 +167,7 @@ class LinearAttention(Product):
 
     def of(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Compute attention by its definition."""
-        wide = _wide_type(q)
+        wide = wide_type(q)
         q_tokens, k_tokens, v_tokens = (tokens(x, self.heads, wide) for x in (q, k, v))
         with exact(q):
             attended = q_tokens @ (self.scale * (k_tokens.mT @ v_tokens))
@@ -263,10 +263,6 @@ class _Masked(torch.autograd.Function):
 
 def _is_whole(packed: Packed | None) -> TypeGuard[Packed]:
     return packed is not None and packed.levels == 1
-
-
-def _wide_type(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _total(x: Tensor) -> Tensor:

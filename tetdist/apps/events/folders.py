@@ -8,21 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tetdist.datasets.class_folders import PassedOver
+from tetdist.datasets.class_folders import USUAL_NAMES, PassedOver
 from tetdist.errors import UserError
 
 Part = Literal["train", "val"]
 
 # Names (in lower case) of folders that define the part of the published split.
 _PARTS: dict[str, Part] = {
-    "train": "train",
-    "training": "train",
+    **{name: part for part, names in USUAL_NAMES.items() for name in names},
     "n-cars_train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "val",
-    "testing": "val",
     "n-cars_test": "val",
 }
 _LABELS = "_labels.csv"

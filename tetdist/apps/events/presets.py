@@ -35,7 +35,7 @@ class PresetSplit:
     ease: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preset:
     """Published data set, with the settings that convert its recordings to tensors.
 
@@ -47,7 +47,7 @@ class Preset:
         classes: Number of classes of the whole data set.
         recordings: Number of recordings.
         sensor: Size of the sensor, if the format does not store it.
-        timesteps, size, bins, values: See `Binning`.
+        timesteps, size, values: See `Binning`.
         origin: Source of these parameters.
     """
 
@@ -58,11 +58,10 @@ class Preset:
     some_classes: tuple[str, ...]
     classes: int
     recordings: int
-    sensor: Sensor | None
-    timesteps: int
+    sensor: Sensor | None = None
+    timesteps: int = 10
     size: Sensor
-    bins: str
-    values: Values
+    values: Values = "count"
     splits: tuple[PresetSplit, ...]
     origin: str
 
@@ -71,7 +70,7 @@ class Preset:
         options: dict[str, Any] = {
             "timesteps": self.timesteps,
             "size": self.size,
-            "bins": self.bins,
+            "bins": "count",
             "values": self.values,
             "split": ",".join(split.name for split in self.splits),
         }
@@ -89,10 +88,7 @@ PRESETS = {
         some_classes=tuple(_CIFAR10.split()),
         classes=10,
         recordings=10_000,
-        sensor=None,
-        timesteps=10,
         size=Sensor(48, 48),
-        bins="count",
         values="published",
         splits=(
             PresetSplit(
@@ -134,11 +130,8 @@ PRESETS = {
         some_classes=tuple(str(number) for number in range(1, 12)),
         classes=11,
         recordings=122,
-        sensor=None,
         timesteps=16,
         size=Sensor(128, 128),
-        bins="count",
-        values="count",
         splits=(
             PresetSplit(
                 "published",
@@ -158,10 +151,7 @@ PRESETS = {
         classes=101,
         recordings=8709,
         sensor=Sensor(240, 180),
-        timesteps=10,
         size=Sensor(48, 48),
-        bins="count",
-        values="count",
         splits=(
             PresetSplit(
                 "first-90-percent",
@@ -187,10 +177,7 @@ PRESETS = {
         classes=2,
         recordings=24_029,
         sensor=Sensor(120, 100),
-        timesteps=10,
         size=Sensor(48, 48),
-        bins="count",
-        values="count",
         splits=(
             PresetSplit(
                 "published",
@@ -208,11 +195,7 @@ PRESETS = {
         some_classes=tuple("0123456789"),
         classes=10,
         recordings=70_000,
-        sensor=None,
-        timesteps=10,
         size=Sensor(34, 34),
-        bins="count",
-        values="count",
         splits=(
             PresetSplit(
                 "published",

@@ -321,11 +321,7 @@ def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
 
 
 def _verify(task: tuple[Path, Path, list[Record]]) -> list[Record]:
-    """Return the records of a source whose tensors are intact.
-
-    Raises:
-        UserError: The source has changed.
-    """
+    """Return the records of an unchanged source whose tensors are intact."""
     source, dest, records = task
     first = records[0]
     file = source / first.source
@@ -350,11 +346,7 @@ def _is_intact(dest: Path, record: Record) -> bool:
 
 
 def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list[BadFile]]:
-    """Read a source and write its tensors.
-
-    Raises:
-        UserError: A piece's frames do not fit into memory.
-    """
+    """Read a source and write its tensors."""
     source, dest, item, settings = task
     try:
         file = source / item.path

@@ -15,8 +15,9 @@ from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast.build import load_library
 from tetdist.nn.fast.dynamics import dynamics_of
 from tetdist.nn.fast.fused import BRANCHES, Affine, Gradients, Inputs, Sums
-from tetdist.nn.fast.native_library import CHANNELS, Library, as_wide, at, threads, wide_type
+from tetdist.nn.fast.native_library import CHANNELS, Library, as_wide, at
 from tetdist.nn.neurons import SURROGATES, NeuronConfig
+from tetdist.nn.precision import wide_type
 
 
 def _fields(names: str, kind: Any) -> tuple[tuple[str, Any], ...]:
@@ -97,7 +98,7 @@ class NormKernels:
         mean, var = torch.empty(2, channels, dtype=wide_type(x))
         partial = self.norms.partial(2, rows, x)
         sizes, results = (rows, channels), map(at, (mean, var, partial))
-        self.norms.function("statistics", x.dtype)(at(x), *sizes, *results, threads())
+        self.norms.function("statistics", x.dtype)(at(x), *sizes, *results, torch.get_num_threads())
         return mean, var
 
     def add(
@@ -133,7 +134,7 @@ class NormKernels:
         period = 1 if shortcut is None else shortcut.shape[0] * shortcut.shape[1]
         sizes = (x.shape[0] * x.shape[1], x.shape[2], period)
         job = _Add(*map(at, (x, shortcut, *norms, *results)), *sizes)
-        self.norms.function(function, x.dtype)(byref(job), threads())
+        self.norms.function(function, x.dtype)(byref(job), torch.get_num_threads())
 
     def norm_gradient(
         self,
@@ -151,7 +152,7 @@ class NormKernels:
         gain, _, mean, rstd = affine
         wide = [as_wide(t, x) for t in (gain, mean, rstd, *sums)]
         function = self.norms.function("input_gradient", x.dtype)
-        function(*map(at, (x, grad, *wide, grad_x)), rows, channels, threads())
+        function(*map(at, (x, grad, *wide, grad_x)), rows, channels, torch.get_num_threads())
         return grad_x
 
 
@@ -207,7 +208,7 @@ class NeuronKernels(NormKernels):
         pointers = map(at, (x, shortcut, *norms, start, identity, spikes, packed, end))
         flat = _flat(learned)
         job = _Forward(*pointers, *shape, x.shape[0] == 1, self._neuron(flat))
-        self.library.function("forward", x.dtype)(byref(job), threads())
+        self.library.function("forward", x.dtype)(byref(job), torch.get_num_threads())
         return spikes, packed, end
 
     def sums(self, inputs: Inputs, grads: Gradients) -> tuple[Sums, Tensor, _Gradients]:
@@ -237,7 +238,7 @@ class NeuronKernels(NormKernels):
         pointers = map(at, (*given, *results, partial, grad_flat, partial_learned))
         sizes = (timesteps, rows, channels, shared)
         job = _Backward(*pointers, *sizes, self._neuron(flat))
-        self.library.function("backward", x.dtype)(byref(job), threads())
+        self.library.function("backward", x.dtype)(byref(job), torch.get_num_threads())
         grad_y = own if own is not None else total
         assert grad_y is not None
         if grad_flat is not None:

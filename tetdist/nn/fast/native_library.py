@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tetdist.nn.precision import wide_type
+
 CHANNELS = 64  # that kernels/neuron.cpp processes at a time
 TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
@@ -47,13 +49,5 @@ def at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def wide_type(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def as_wide(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     return None if tensor is None else tensor.to(wide_type(like)).contiguous()
-
-
-def threads() -> int:
-    return torch.get_num_threads()

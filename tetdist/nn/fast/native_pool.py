@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tetdist.nn.fast.build import load_library
-from tetdist.nn.fast.native_library import Library, at, serves, threads
+from tetdist.nn.fast.native_library import Library, at, serves
 from tetdist.nn.fast.pooling import Pooling, Sizes
+from tetdist.nn.precision import wide_type
 
 
 class _Sizes(ctypes.Structure):
@@ -30,7 +31,7 @@ class Pool(Pooling):
         dtype = next(one.dtype for one in tensors if one is not None and one.is_floating_point())
         numbers = () if levels is None else (levels,)
         function = self.library.function(name, dtype)
-        function(*map(at, tensors), byref(_Sizes(*sizes)), *numbers, threads())
+        function(*map(at, tensors), byref(_Sizes(*sizes)), *numbers, torch.get_num_threads())
 
 
 @functools.cache
@@ -58,12 +59,12 @@ def total(x: Tensor) -> Tensor:
     if library is None:
         # float32 is exact only up to 2^24, so sum one channel of one image, (H, W), at a time.
         image = tuple(range(x.ndim)[-2:])
-        parts = x.sum(image, dtype=torch.promote_types(x.dtype, torch.float32))
+        parts = x.sum(image, dtype=wide_type(x))
         return parts.sum(dtype=torch.float64)
     in_memory_order = sorted(range(x.ndim), key=x.stride, reverse=True)
     flat = x.permute(in_memory_order).contiguous()
     result = torch.zeros((), dtype=torch.float64)
-    library.total_bfloat16(at(flat), flat.numel(), at(result), threads())
+    library.total_bfloat16(at(flat), flat.numel(), at(result), torch.get_num_threads())
     return result
 
 

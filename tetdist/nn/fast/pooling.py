@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.nn.fast.fused import Affine, NormKernels, Sums
+from tetdist.nn.precision import wide_type
 
 
 class Sizes(NamedTuple):
@@ -82,7 +83,7 @@ class Pooling:
         """Return each window's maximum of a normalised current, and its position."""
         sizes = Sizes.of(x.shape, pool)
         out, where = _results(x, sizes, x.dtype)
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = wide_type(x)
         gain, offset = (one.to(wide).contiguous() for one in affine[:2])
         self.start("forward_normalized", (rows_of_images(x), gain, offset, out, where), sizes, None)
         return out.permute(0, 3, 1, 2), where

@@ -24,6 +24,7 @@ from tetdist.nn.fast.kernels import attention, neuron, packing
 from tetdist.nn.fast.kernels import pool as pooling
 from tetdist.nn.fast.pooling import Pooled, Pooling, Sizes, rows_of_images
 from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.precision import wide_type
 
 Argument = Tensor | int | None
 # Older versions of Triton lack tuples in kernels.
@@ -118,10 +119,6 @@ def _per_load(x: Tensor) -> int:
     return 16 // x.element_size()
 
 
-def _wide_type(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _adding(channels: int) -> tuple[int, dict[str, int]]:
     """Return the number of programs that add up partial sums, and their constants: few channels and
     many loads at once, since each program waits for the memory alone."""
@@ -140,7 +137,7 @@ class NormKernels:
         self.timesteps = timesteps
 
     def normalization(self, norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
-        channels, wide = x.shape[2], _wide_type(x)
+        channels, wide = x.shape[2], wide_type(x)
         affine = torch.empty(4, channels, dtype=wide, device=x.device)
         records = norm.training and not batch_norm.is_repetition()
         known = {"SCALE": norm.scale, "EPS": norm.eps, "RECORDS": records}
@@ -172,7 +169,7 @@ class NormKernels:
         rows, channels = x.shape[0] * x.shape[1], x.shape[2]
         divided = tiling("statistics", rows, channels, 4 * _per_load(x))
         shape = (divided.blocks, 3, channels)
-        partial = torch.empty(shape, dtype=_wide_type(x), device=x.device)
+        partial = torch.empty(shape, dtype=wide_type(x), device=x.device)
         groups = channels // divided.sizes["VEC"]
         arguments: list[Argument] = [x, partial, rows, groups, divided.steps]
         launch(neuron.statistics, divided.grid, arguments, divided.sizes)
@@ -205,7 +202,7 @@ class NormKernels:
         groups = channels // divided.sizes["VEC"]
         number = 2 if of_shortcut is None else 3
         shape = (divided.blocks, number, channels)
-        partial = torch.empty(shape, dtype=_wide_type(x), device=x.device)
+        partial = torch.empty(shape, dtype=wide_type(x), device=x.device)
         mean_of_shortcut = None if of_shortcut is None else of_shortcut.mean
         arguments: list[Argument] = [x, shortcut, affine.mean, mean_of_shortcut, grad, partial]
         arguments += [rows, x.shape[1], groups, divided.steps]
@@ -287,7 +284,7 @@ class NeuronKernels(NormKernels):
         packed = empty(*shape, dtype=torch.uint8) if self.packs else None
         end = None
         if self.carries:
-            end = empty(self.dynamics.carried, rows, channels, dtype=_wide_type(x))
+            end = empty(self.dynamics.carried, rows, channels, dtype=wide_type(x))
         divided = tiling("fire", rows, channels, self._per_thread(inputs, backward=False))
         arguments: list[Argument] = [x, shortcut, identity, *(affine or _NONE)[:2]]
         arguments += (of_shortcut or _NONE)[:2]
@@ -307,7 +304,7 @@ class NeuronKernels(NormKernels):
         """Return how many numbers of a timestep a thread processes: `_addressed`, or fewer, so that
         all kept values stay in registers."""
         x, shortcut, _, of_shortcut, start, learned = inputs
-        of, wide = self.dynamics, _wide_type(x).itemsize
+        of, wide = self.dynamics, wide_type(x).itemsize
         # Products over time need as many registers again; else computing a number needs some.
         most = 2 * KEPT_REGISTERS if of.parallel else 4 * KEPT_REGISTERS
         kept = 0 if of.parallel else 36 if of.surrogate == "sigmoid" else 24
@@ -361,7 +358,7 @@ class NeuronKernels(NormKernels):
         partial = None
         if affine is not None:
             shape = (parts * divided.blocks, 2 if of_shortcut is None else 3, channels)
-            partial = torch.empty(shape, dtype=_wide_type(x), device=x.device)
+            partial = torch.empty(shape, dtype=wide_type(x), device=x.device)
         arguments: list[Argument] = [x, shortcut, *(affine or _NONE)[:3]]
         arguments += (of_shortcut or _NONE)[:3]
         partial_learned = _partial_learned(learned, divided)
@@ -567,7 +564,7 @@ class Pool(Pooling):
         pixels = math.prod(where.shape[:3])
         divided = tiling("add_sums", pixels, sizes.channels, 8)
         shape = (divided.blocks, 2, sizes.channels)
-        partial = torch.empty(shape, dtype=_wide_type(x), device=x.device)
+        partial = torch.empty(shape, dtype=wide_type(x), device=x.device)
         arguments: list[Argument] = [grad, where, rows_of_images(x), affine.mean, partial, pixels]
         arguments += [divided.steps, sizes.channels // divided.sizes["VEC"]]
         arguments += [sizes.height, sizes.width, sizes.out_height, sizes.out_width]
