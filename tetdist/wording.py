@@ -33,6 +33,6 @@ def rate(per_second: float, thing: str = "sample") -> str:
     return f"{per_second:.{0 if per_second >= 10 else 1}f} {thing}s/s"
 
 
-def and_more(names: Sequence[str]) -> str:
+def and_more(names: Sequence[object], shown: int = 1) -> str:
     """Return the text after the first of several names: " and 2 more", or nothing."""
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f" and {len(names) - shown:,} more" if len(names) > shown else ""

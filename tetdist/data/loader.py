@@ -30,8 +30,7 @@ from tetdist.datasets.index import Index
 from tetdist.datasets.probe import probe_image, probe_range
 from tetdist.datasets.reader import SampleReader
 from tetdist.errors import UserError
-
-_NAMED_FILES = 5
+from tetdist.wording import and_more
 
 
 class Batch(NamedTuple):
@@ -312,8 +311,7 @@ def _undecodable(index: Index, root: str | Path, ids: list[int]) -> UserError | 
             bad.append(f"{index.path(i)} (its size differs from the index)")
     if not bad:
         return None
-    more = f" and {len(bad) - _NAMED_FILES} more" if len(bad) > _NAMED_FILES else ""
     return UserError(
-        f"files in {root} cannot be decoded: {', '.join(bad[:_NAMED_FILES])}{more}; repair or"
+        f"files in {root} cannot be decoded: {', '.join(bad[:5])}{and_more(bad, 5)}; repair or"
         f" remove them, then index the data again with `{index.command(root)}`"
     )

@@ -108,11 +108,11 @@ def _refuse(member: tarfile.TarInfo, file: str) -> None:
         )
 
 
-def read(file: Path, member: Member) -> bytes:
-    """Read a member's contents."""
+def read(file: Path, place: Member | ByteRange) -> bytes:
+    """Read the contents of a place in a file."""
     with file.open("rb") as stream:
-        stream.seek(member.offset)
-        return stream.read(member.size)
+        stream.seek(place.offset)
+        return stream.read(place.size)
 
 
 def shard_samples(file: Path) -> Samples:

@@ -32,7 +32,7 @@ from tetdist.datasets.class_folders import (
 from tetdist.datasets.processes import ReportProgress, run_tasks
 from tetdist.errors import UserError
 from tetdist.storage.files import read_text
-from tetdist.wording import counted
+from tetdist.wording import and_more, counted
 
 # Names of a split in public shards.
 _ALIASES = {"val": ("val", "validation")}
@@ -262,10 +262,9 @@ def _check_no_gaps(root: Path, files: list[str]) -> None:
         missing = sorted(set(range(max(numbers) + 1)) - numbers)
         if missing:
             name = f"{first[1]}{missing[0]:0{len(first[2])}d}{first[3]}"
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UserError(
-                f"the shard {name}{more} is missing in {root}: fetch it, or select the others"
-                " with --shards"
+                f"the shard {name}{and_more(missing)} is missing in {root}: fetch it, or select the"
+                " others with --shards"
             )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tetdist.errors import UserError
+from tetdist.wording import and_more
 
 # Seconds. nvidia-smi answers in one or two, unless a driver hangs.
 _SMI_TIMEOUT = 20
@@ -96,8 +97,7 @@ def _gpus_of_the_machine() -> str | None:
     lines = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
     if listed.returncode or not lines:
         return None
-    more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
-    return f"{lines[0].partition(' (UUID')[0]} (nvidia-smi){more}"
+    return f"{lines[0].partition(' (UUID')[0]} (nvidia-smi){and_more(lines)}"
 
 
 def _why_no_gpu() -> str:

@@ -24,6 +24,7 @@ from tetdist.distributed import meeting
 from tetdist.distributed.meeting import CONNECTION
 from tetdist.distributed.world import World
 from tetdist.errors import PEER_FAILED, Stopped, UserError
+from tetdist.wording import and_more
 
 logger = logging.getLogger(__name__)
 
@@ -207,10 +208,9 @@ class Watch:
                 f"rank {rank} (process {present[rank][0]['pid']} on {present[rank][0]['host']})"
                 for rank in behind[:4]
             )
-            names += f" and {len(behind) - 4} more" if len(behind) > 4 else ""
             others = ", and the others wait" if len(behind) < len(present) else ""
             return (
-                f"no progress for {self.timeout:.0f} s: {names} hangs at "
+                f"no progress for {self.timeout:.0f} s: {names}{and_more(behind, 4)} hangs at "
                 f"{present[behind[0]][0]['where']}{others}; peer_timeout=SECONDS allows for more"
             )
         return None

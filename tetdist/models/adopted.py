@@ -39,14 +39,10 @@ from tetdist.nn import batch_norm
 from tetdist.nn.batch_norm import BatchNorm
 
 
-def adopt(
-    net: nn.Module,
-    *,
-    timesteps: int,
-    num_classes: int,
-    input_kind: Literal["images", "events"] = "images",
-) -> "Adopted":
-    """Wrap a spikingjelly network for tetdist's trainer and tools.
+class Adopted(SpikingNetwork):
+    """A spikingjelly network for tetdist's trainer and tools, made by `adopt`.
+
+    Its first training pass checks what only a run shows.
 
     Args:
         net: Network that maps a sequence (T, B, C, H, W) to logits (T, B, K), in step mode "m". It
@@ -56,11 +52,6 @@ def adopt(
     Raises:
         UserError: Some module cannot be adopted; the text names it and says what to do.
     """
-    return Adopted(net, timesteps=timesteps, num_classes=num_classes, input_kind=input_kind)
-
-
-class Adopted(SpikingNetwork):
-    """The network that `adopt` returns; its first training pass checks what only a run shows."""
 
     def __init__(
         self,
@@ -179,6 +170,9 @@ class Adopted(SpikingNetwork):
                     "(register_memory) that is reset"
                 )
         return logits
+
+
+adopt = Adopted
 
 
 # --- batch norms ----------------------------------------------------------------------------------

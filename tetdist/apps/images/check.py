@@ -23,7 +23,7 @@ from tetdist.datasets.layouts import Listing, imagenet_classes
 from tetdist.datasets.probe import Probe, probe_batches, probe_image
 from tetdist.datasets.processes import ReportProgress
 from tetdist.errors import UserError
-from tetdist.wording import counted
+from tetdist.wording import and_more, counted
 
 FindingKind = Literal[
     "bad", "label", "overlap", "missing", "index", "misnamed", "duplicate", "passed over"
@@ -37,17 +37,6 @@ _TRAIN_PER_CLASS = (732, 1300)
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 _TRAIN_NAME = re.compile(r"(n\d{8})_\d+")
 
-_SUFFIXES = {
-    ".jpg": ("JPEG", "MPO"),
-    ".jpeg": ("JPEG", "MPO"),
-    ".png": ("PNG",),
-    ".ppm": ("PPM",),
-    ".pgm": ("PPM",),
-    ".bmp": ("BMP",),
-    ".tif": ("TIFF",),
-    ".tiff": ("TIFF",),
-    ".webp": ("WEBP",),
-}
 _JOURNAL_VERSION = 1
 
 
@@ -156,19 +145,22 @@ def _unchanged(file: Path, since_ns: int) -> bool:
 
 def split_findings(listing: Listing, examined: list[Examined | str]) -> Iterator[Finding]:
     """Find unusable samples, and those with the name of another class or the wrong suffix."""
+    from PIL import Image
+
     for bad in listing.bad:
         yield Finding("bad", bad.path, bad.reason)
     for suffix, (number, first) in sorted(listing.passed_over.suffixes.items()):
         files = counted(number, "file")
         yield Finding("passed over", first, f"{files} with {suffix}, which is not read")
-    wordnet = are_wordnet_ids(listing.classes)
+    wordnet, formats = are_wordnet_ids(listing.classes), Image.registered_extensions()
     for i, result in enumerate(examined):
         path = listing.path(i)
         if isinstance(result, str):
             yield Finding("bad", path, result)
             continue
         suffix = PurePosixPath(path).suffix.lower()
-        if result.probe.format not in _SUFFIXES[suffix]:
+        # Pillow opens a JPEG file that holds several images as MPO.
+        if formats[suffix] != ("JPEG" if result.probe.format == "MPO" else result.probe.format):
             yield Finding("misnamed", path, f"a {result.probe.format} file; it is used as it is")
         named = _TRAIN_NAME.search(PurePosixPath(path).name) if wordnet else None
         label = listing.classes[listing.labels[i]]
@@ -234,8 +226,7 @@ def imagenet_findings(listing: Listing) -> Iterator[Finding]:
 
 
 def _some(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(names[:most]) + and_more(names, most)
 
 
 def index_findings(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from tetdist.datasets.archives import ByteRange
+from tetdist.datasets.archives import ByteRange, read
 from tetdist.datasets.layouts import Listing
 from tetdist.datasets.processes import ReportProgress, run_on_samples
 from tetdist.errors import UserError
@@ -89,9 +89,7 @@ def _extract(root: str | Path, folder: Path, samples: Sequence[tuple[ByteRange, 
         file = folder / name
         if _is_there(file, byte_range):
             continue
-        with Path(root, byte_range.file).open("rb") as source:
-            source.seek(byte_range.offset)
-            data = source.read(byte_range.size or 0)
+        data = read(Path(root, byte_range.file), byte_range)
         if len(data) != byte_range.size:
             raise UserError(f"{byte_range.file} in {root} is now shorter: fetch it again")
         with explaining(file), replacing(file, sync=False) as stream:
