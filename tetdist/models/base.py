@@ -3,13 +3,19 @@
 import inspect
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, Never, Protocol, TypeVar
 
 import torch
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -636,11 +642,19 @@ def _set_exchanged_values(model: SpikingNetwork, neuron: NeuronConfig, variant: 
         )
 
 
-def register(cls: type[Network], name: str, **defaults: Any) -> None:
+def register(
+    cls: type[Network], name: str, cfg: dict[str, Any] | None = None, **defaults: Any
+) -> None:
     """Register a variant with timm: a network of ``cls`` with these default arguments.
 
-    With weights of the package, the default arguments are those of the trained network.
+    With weights of the package, the default arguments are those of the trained network. ``cfg`` is
+    timm's description; None: that of a network for ImageNet.
     """
+    cfgs = bundled.with_weights({name: cfg or model_cfg()})
+    # timm reads them in the module of the function.
+    vars(sys.modules[cls.__module__]).setdefault("default_cfgs", {}).update(
+        generate_default_cfgs(cfgs)
+    )
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> Network:
         own = {}

@@ -21,9 +21,7 @@ As in all networks, any other kind of neuron can be used.
 
 import dataclasses
 from collections import OrderedDict
-from typing import Any
 
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
@@ -233,17 +231,9 @@ class ESpikeFormer(StreamTransformer):
         init_as_published([self.fc])
 
 
-_IMAGENET: dict[str, Any] = {
-    "first_conv": "stem.conv",
-    "crop_pct": 224 / 232,
-    "interpolation": "bicubic",
-}
-default_cfgs = generate_default_cfgs(
-    {f"espikeformer_{size}": base.model_cfg(**_IMAGENET) for size in "tsml"}
-)
-
+_CFG = base.model_cfg(first_conv="stem.conv", crop_pct=224 / 232, interpolation="bicubic")
 # 2.70, 5.11, 10.0 and 19.0 million parameters at 1000 classes.
-base.register(ESpikeFormer, "espikeformer_t", widths=(24, 48, 96, 128))
-base.register(ESpikeFormer, "espikeformer_s", widths=(32, 64, 128, 192))
-base.register(ESpikeFormer, "espikeformer_m", widths=(48, 96, 192, 240))
-base.register(ESpikeFormer, "espikeformer_l", widths=(64, 128, 256, 360))
+base.register(ESpikeFormer, "espikeformer_t", _CFG, widths=(24, 48, 96, 128))
+base.register(ESpikeFormer, "espikeformer_s", _CFG, widths=(32, 64, 128, 192))
+base.register(ESpikeFormer, "espikeformer_m", _CFG, widths=(48, 96, 192, 240))
+base.register(ESpikeFormer, "espikeformer_l", _CFG, widths=(64, 128, 256, 360))

@@ -7,9 +7,7 @@ depthwise convolution instead of attention. The last stage has self-attention wi
 """
 
 from collections import OrderedDict
-from typing import Any
 
-from timm.models import generate_default_cfgs
 from torch import nn
 
 from tetdist.models import base
@@ -104,13 +102,9 @@ class MaxFormer(StreamTransformer):
         init_as_published(convolutions_outside(self, StreamAttention))
 
 
-_IMAGENET: dict[str, Any] = {"first_conv": "stem.layers.0.conv", "interpolation": "bicubic"}
-default_cfgs = generate_default_cfgs(
-    {f"maxformer_10_{width}": base.model_cfg(**_IMAGENET) for width in (384, 512, 768)}
-)
-
+_CFG = base.model_cfg(first_conv="stem.layers.0.conv", interpolation="bicubic")
 # 16.24, 28.65 and 63.99 million parameters at 1000 classes. As in the paper, names have the number
 # of blocks and the last stage's channels.
-base.register(MaxFormer, "maxformer_10_384", widths=(96, 192, 384), heads=6)
-base.register(MaxFormer, "maxformer_10_512", widths=(128, 256, 512), heads=8)
-base.register(MaxFormer, "maxformer_10_768", widths=(192, 384, 768), heads=12)
+base.register(MaxFormer, "maxformer_10_384", _CFG, widths=(96, 192, 384), heads=6)
+base.register(MaxFormer, "maxformer_10_512", _CFG, widths=(128, 256, 512), heads=8)
+base.register(MaxFormer, "maxformer_10_768", _CFG, widths=(192, 384, 768), heads=12)

@@ -7,9 +7,8 @@ spikes. In the authors' code, too, no sample sees another, unlike in that of QKF
 """
 
 from collections import OrderedDict
-from typing import Any, Literal
+from typing import Literal
 
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
@@ -136,17 +135,6 @@ class MSQKFormerDVS(MSQKFormer):
 
     input_kind = "events"
 
-
-_FIRST: dict[str, Any] = {"first_conv": "stem.layers.0.conv"}
-_IMAGENET = _FIRST | {"interpolation": "bicubic"}
-_EVENTS = _FIRST | base.EVENTS | {"input_size": (16, 2, 128, 128)}
-default_cfgs = generate_default_cfgs(
-    {f"ms_qkformer_10_{width}": base.model_cfg(**_IMAGENET) for width in (384, 512, 768)}
-    | {
-        "ms_qkformer_4_384_cifar": base.model_cfg(32, **_IMAGENET, **base.CIFAR),
-        "ms_qkformer_2_256_dvs": base.model_cfg(num_classes=10, **_EVENTS),
-    }
-)
 
 # With as many parameters as QKFormer's. The last one is for DVS128 Gesture, too.
 for _name, _size in IMAGE_SIZES.items():

@@ -10,7 +10,6 @@ stem of one 3x3 convolution, and three stages.
 
 from typing import Literal
 
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
@@ -21,7 +20,6 @@ from tetdist.nn.dropout import rising_rates
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import Conv2d
-from tetdist.storage import bundled
 
 
 class MSResNet(SpikingNetwork):
@@ -103,24 +101,18 @@ class MSResNet(SpikingNetwork):
         return self.over_positions(self.neuron(x))
 
 
-default_cfgs = generate_default_cfgs(
-    bundled.with_weights(
-        {f"ms_resnet{depth}": base.model_cfg() for depth in (18, 34)}
-        | {"ms_resnet104": base.model_cfg(first_conv="stem.conv.0")}
-        | {"ms_resnet14_cifar": base.model_cfg(32, **base.CIFAR)}
-    )
-)
-
 # 11,693,736, 21,801,896 and 77,350,504 parameters at 1000 classes.
 base.register(MSResNet, "ms_resnet18", layers=(2, 2, 2, 2))
 base.register(MSResNet, "ms_resnet34", layers=(3, 4, 6, 3))
 base.register(
     MSResNet,
     "ms_resnet104",
+    base.model_cfg(first_conv="stem.conv.0"),
     layers=(3, 8, 32, 8),
     stem="deep",
     pooled_projections=True,
     drop_rate=0.2,
 )
 # For 32x32 images: 2,781,898 parameters at 10 classes.
-base.register(MSResNet, "ms_resnet14_cifar", layers=(2, 2, 2), stem="cifar", timesteps=4)
+_CIFAR = base.model_cfg(32, **base.CIFAR)
+base.register(MSResNet, "ms_resnet14_cifar", _CIFAR, layers=(2, 2, 2), stem="cifar", timesteps=4)

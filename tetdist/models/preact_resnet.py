@@ -11,7 +11,6 @@ over positions, without a norm or neuron before it. ms_resnet.py has the older n
 kind.
 """
 
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
@@ -128,10 +127,6 @@ class PreActResNet(SpikingNetwork):
         self.set_head(drop_rate)
         base.init_weights(self)
 
-
-default_cfgs = generate_default_cfgs(
-    {f"preact_resnet{depth}": base.model_cfg() for depth in (18, 34)}
-)
 
 # 11,694,312 and 21,806,184 parameters at 1000 classes.
 base.register(PreActResNet, "preact_resnet18", layers=(2, 2, 2, 2))

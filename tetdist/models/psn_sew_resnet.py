@@ -11,7 +11,6 @@ other neurons T may be lower than the one that the network was built for.
 
 import torch
 from timm.layers import trunc_normal_
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
@@ -86,10 +85,6 @@ class PSNSEWResNet(SEWResNet):
             )
         return (x + self.offsets[t]).contiguous(memory_format=torch.channels_last)[None]
 
-
-default_cfgs = generate_default_cfgs(
-    {f"psn_sew_resnet{depth}": base.model_cfg() for depth in (18, 34)}
-)
 
 # 11,689,916 and 21,798,396 parameters at 1000 classes.
 base.register(PSNSEWResNet, "psn_sew_resnet18", layers=(2, 2, 2, 2))

@@ -16,7 +16,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
@@ -298,21 +297,13 @@ class QKFormerDVS(QKFormer):
 
 _FIRST: dict[str, Any] = {"first_conv": "stem.layers.0.conv"}
 _IMAGENET = _FIRST | {"interpolation": "bicubic"}
-_CIFAR = _IMAGENET | base.CIFAR
-_EVENTS = _FIRST | base.EVENTS | {"input_size": (16, 2, 128, 128)}
-default_cfgs = generate_default_cfgs(
-    {f"qkformer_10_{width}": base.model_cfg(**_IMAGENET) for width in (384, 512, 768)}
-    | {
-        "qkformer_4_384_cifar": base.model_cfg(32, **_CIFAR),
-        "qkformer_2_256_dvs": base.model_cfg(num_classes=10, **_EVENTS),
-        "qkformer_2_256_gesture": base.model_cfg(num_classes=11, **_EVENTS),
-    }
-)
+_EVENTS = base.model_cfg(**_FIRST, **base.EVENTS, num_classes=10, input_size=(16, 2, 128, 128))
 
 # As in the paper, names have the number of blocks and the last stage's channels. 16.47, 29.08 and
 # 64.96 million parameters at 1000 classes; 6.71 for 32x32 images, at 10.
 IMAGE_SIZES: dict[str, dict[str, Any]] = {
     f"10_{width}": {
+        "cfg": base.model_cfg(**_IMAGENET),
         "widths": (width // 4, width // 2, width),
         "depths": (1, 2, 7),
         "heads": width // 64,
@@ -320,6 +311,7 @@ IMAGE_SIZES: dict[str, dict[str, Any]] = {
     for width in (384, 512, 768)
 } | {
     "4_384_cifar": {
+        "cfg": base.model_cfg(32, **_IMAGENET, **base.CIFAR),
         "widths": (96, 192, 384),
         "depths": (1, 1, 2),
         "heads": 8,
@@ -329,6 +321,7 @@ IMAGE_SIZES: dict[str, dict[str, Any]] = {
 }
 # For event frames of 128x128: of CIFAR10-DVS, 1.50 million parameters, and of DVS128 Gesture, 2.00.
 DVS_SIZE: dict[str, Any] = {
+    "cfg": _EVENTS,
     "widths": (128, 256),
     "depths": (1, 1),
     "heads": 16,
@@ -341,6 +334,5 @@ DVS_SIZE: dict[str, Any] = {
 for _name, _size in IMAGE_SIZES.items():
     base.register(QKFormer, f"qkformer_{_name}", **_size)
 base.register(QKFormerDVS, "qkformer_2_256_dvs", **DVS_SIZE)
-base.register(
-    QKFormerDVS, "qkformer_2_256_gesture", **DVS_SIZE | {"mlp_ratio": 4, "num_classes": 11}
-)
+_GESTURE = {"cfg": _EVENTS | {"num_classes": 11}, "mlp_ratio": 4, "num_classes": 11}
+base.register(QKFormerDVS, "qkformer_2_256_gesture", **DVS_SIZE | _GESTURE)

@@ -9,7 +9,6 @@ convolves and normalises a static image once; all timesteps share it.
 from collections.abc import Callable
 from typing import Literal
 
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
@@ -175,10 +174,6 @@ class SEWResNet(SpikingNetwork):
         self.set_head(drop_rate)
         base.init_weights(self)
 
-
-default_cfgs = generate_default_cfgs(
-    {f"sew_resnet{depth}": base.model_cfg() for depth in (18, 34, 50, 101, 152)}
-)
 
 base.register(SEWResNet, "sew_resnet18", block=BasicBlock, layers=(2, 2, 2, 2))
 # 21.79 million parameters at 1000 classes.

@@ -12,7 +12,6 @@ here, so networks have 64 parameters per block fewer.
 from collections.abc import Sequence
 from typing import Any
 
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -200,35 +199,25 @@ class SpikeDrivenTransformerDVS(SpikeDrivenTransformer):
 
 
 _FIRST: dict[str, Any] = {"first_conv": "stem.layers.0.conv"}
-_IMAGENET = _FIRST | {"crop_pct": 0.95, "interpolation": "bicubic"}
-_CIFAR = _FIRST | base.CIFAR | {"interpolation": "bicubic"}
+_IMAGENET = base.model_cfg(**_FIRST, crop_pct=0.95, interpolation="bicubic")
+_CIFAR = base.model_cfg(32, **_FIRST, **base.CIFAR, interpolation="bicubic")
 _EVENTS = _FIRST | base.EVENTS
-default_cfgs = generate_default_cfgs(
-    {f"sdt_{size}": base.model_cfg(**_IMAGENET) for size in ("8_384", "6_512", "8_512", "10_512")}
-    | {"sdt_8_768": base.model_cfg(**_IMAGENET)}
-    | {f"sdt_2_{width}_cifar": base.model_cfg(32, **_CIFAR) for width in (256, 512)}
-    | {
-        "sdt_2_256_dvs": base.model_cfg(num_classes=10, input_size=(10, 2, 64, 64), **_EVENTS),
-        "sdt_2_256_gesture": base.model_cfg(
-            num_classes=11, input_size=(16, 2, 128, 128), **_EVENTS
-        ),
-    }
-)
 
 # As in the paper, names have blocks and channels. 16.8 to 66.3 million parameters at 1000 classes.
-base.register(SpikeDrivenTransformer, "sdt_8_384", channels=384, depth=8)
-base.register(SpikeDrivenTransformer, "sdt_6_512", channels=512, depth=6)
-base.register(SpikeDrivenTransformer, "sdt_8_512", channels=512, depth=8)
-base.register(SpikeDrivenTransformer, "sdt_10_512", channels=512, depth=10)
-base.register(SpikeDrivenTransformer, "sdt_8_768", channels=768, depth=8)
+base.register(SpikeDrivenTransformer, "sdt_8_384", _IMAGENET, channels=384, depth=8)
+base.register(SpikeDrivenTransformer, "sdt_6_512", _IMAGENET, channels=512, depth=6)
+base.register(SpikeDrivenTransformer, "sdt_8_512", _IMAGENET, channels=512, depth=8)
+base.register(SpikeDrivenTransformer, "sdt_10_512", _IMAGENET, channels=512, depth=10)
+base.register(SpikeDrivenTransformer, "sdt_8_768", _IMAGENET, channels=768, depth=8)
 # For 32x32 images: 2.57 and 10.2 million parameters at 10 classes.
 _SMALL: dict[str, Any] = {"depth": 2, "pools": (False, False, True, True), "num_classes": 10}
-base.register(SpikeDrivenTransformer, "sdt_2_256_cifar", **_SMALL, channels=256)
-base.register(SpikeDrivenTransformer, "sdt_2_512_cifar", **_SMALL, channels=512)
+base.register(SpikeDrivenTransformer, "sdt_2_256_cifar", _CIFAR, **_SMALL, channels=256)
+base.register(SpikeDrivenTransformer, "sdt_2_512_cifar", _CIFAR, **_SMALL, channels=512)
 # For event frames: CIFAR10-DVS at 64x64, DVS128 Gesture at 128x128.
 base.register(
     SpikeDrivenTransformerDVS,
     "sdt_2_256_dvs",
+    base.model_cfg(num_classes=10, input_size=(10, 2, 64, 64), **_EVENTS),
     **_SMALL,
     channels=256,
     dilated=True,
@@ -238,6 +227,7 @@ base.register(
 base.register(
     SpikeDrivenTransformerDVS,
     "sdt_2_256_gesture",
+    base.model_cfg(num_classes=11, input_size=(16, 2, 128, 128), **_EVENTS),
     channels=256,
     depth=2,
     pools=(False, True, True, True),

@@ -5,13 +5,11 @@
 
 import itertools
 
-from timm.models import generate_default_cfgs
 from torch import nn
 
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv3x3
 from tetdist.nn.neurons import NeuronConfig
-from tetdist.storage import bundled
 
 
 class SpikingConvNet(SpikingNetwork):
@@ -61,29 +59,14 @@ class SpikingConvNetDVS(SpikingConvNet):
     input_kind = "events"
 
 
-default_cfgs = generate_default_cfgs(
-    bundled.with_weights(
-        {
-            "spiking_convnet": base.model_cfg(
-                28,
-                num_classes=10,
-                fixed_input_size=True,
-                crop_pct=1.0,
-                mean=(0.5, 0.5, 0.5),
-                std=(0.5, 0.5, 0.5),
-            ),
-            "spiking_convnet_dvs": base.model_cfg(
-                num_classes=10, input_size=(10, 2, 34, 34), **base.FIXED_EVENTS
-            ),
-        }
-    )
-)
-
-base.register(SpikingConvNet, "spiking_convnet")  # 55,000 parameters
+_GREY = (0.5, 0.5, 0.5)
+_CFG = {"num_classes": 10, "fixed_input_size": True, "crop_pct": 1.0, "mean": _GREY, "std": _GREY}
+base.register(SpikingConvNet, "spiking_convnet", base.model_cfg(28, **_CFG))  # 55,000 parameters
 # For event frames of 34x34, those of N-MNIST.
 base.register(
     SpikingConvNetDVS,
     "spiking_convnet_dvs",
+    base.model_cfg(num_classes=10, input_size=(10, 2, 34, 34), **base.FIXED_EVENTS),
     channels=(32, 64, 128, 128),
     input_size=34,
     in_chans=2,

@@ -12,7 +12,6 @@ batch norm: `spiking_resnet18_cifar`; `spiking_resnet19` with `stem_width=128`; 
 
 from typing import Any, Literal
 
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
@@ -191,19 +190,8 @@ class SpikingResNetDVS(SpikingResNet):
 
 # From the paper's code. Its standard deviation, a widespread one, is the mean of each image's own;
 # that of all pixels together is 0.2470, 0.2435, 0.2616.
-_CIFAR = base.CIFAR | {"std": (0.2023, 0.1994, 0.2010)}
-default_cfgs = generate_default_cfgs(
-    {f"spiking_resnet{depth}": base.model_cfg() for depth in (18, 34, 50)}
-    | {
-        name: base.model_cfg(32, **_CIFAR)
-        for name in ("spiking_resnet19", "spiking_resnet18_cifar")
-    }
-    | {
-        "spiking_resnet19_dvs": base.model_cfg(
-            num_classes=10, input_size=(10, 2, 48, 48), **base.FIXED_EVENTS
-        )
-    }
-)
+_CIFAR = base.model_cfg(32, **base.CIFAR | {"std": (0.2023, 0.1994, 0.2010)})
+_EVENTS = base.model_cfg(num_classes=10, input_size=(10, 2, 48, 48), **base.FIXED_EVENTS)
 
 base.register(SpikingResNet, "spiking_resnet18", block=BasicBlock, layers=(2, 2, 2, 2))
 base.register(SpikingResNet, "spiking_resnet34", block=BasicBlock, layers=(3, 4, 6, 3))
@@ -211,8 +199,8 @@ base.register(SpikingResNet, "spiking_resnet50", block=Bottleneck, layers=(3, 4,
 _SMALL: dict[str, Any] = {"block": BasicBlock, "norm": "bn", "stem": "cifar"}
 _SMALL_19 = _SMALL | {"layers": (3, 3, 2), "width": 128, "hidden_features": 256}
 # For 32x32 images: 11,173,962 parameters, and 12.63 million at 10 classes.
-base.register(SpikingResNet, "spiking_resnet18_cifar", **_SMALL, layers=(2, 2, 2, 2))
-base.register(SpikingResNet, "spiking_resnet19", **_SMALL_19)
+base.register(SpikingResNet, "spiking_resnet18_cifar", _CIFAR, **_SMALL, layers=(2, 2, 2, 2))
+base.register(SpikingResNet, "spiking_resnet19", _CIFAR, **_SMALL_19)
 # For 48x48 event frames: 12,696,842 parameters.
 _DVS = _SMALL_19 | {"stem_width": 128, "input_size": 48, "in_chans": 2, "timesteps": 10}
-base.register(SpikingResNetDVS, "spiking_resnet19_dvs", **_DVS)
+base.register(SpikingResNetDVS, "spiking_resnet19_dvs", _EVENTS, **_DVS)

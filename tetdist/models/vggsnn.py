@@ -1,6 +1,5 @@
 """VGGSNN, the network of TET for 48x48 two-channel event frames (CIFAR10-DVS)."""
 
-from timm.models import generate_default_cfgs
 from torch import nn
 
 from tetdist.models import base
@@ -51,8 +50,5 @@ class VGGSNN(SpikingNetwork):
         base.init_weights(self)
 
 
-default_cfgs = generate_default_cfgs(
-    {"vggsnn": base.model_cfg(num_classes=10, input_size=(10, 2, 48, 48), **base.FIXED_EVENTS)}
-)
-
-base.register(VGGSNN, "vggsnn")  # 9.27 million parameters at 48x48 and 10 classes
+_CFG = base.model_cfg(num_classes=10, input_size=(10, 2, 48, 48), **base.FIXED_EVENTS)
+base.register(VGGSNN, "vggsnn", _CFG)  # 9.27 million parameters at 48x48 and 10 classes
