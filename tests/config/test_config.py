@@ -74,7 +74,8 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
                 {"phases.0.timesteps": wrong},
                 (
                     "x: 'phases.0.timesteps': must be a whole number from 1 to 10000, a list of "
-                    f"such numbers, or a range of them, such as {{from: 1, to: 4}}{shown}",
+                    f"such numbers, or a range of them from the smaller one on, such as "
+                    f"{{from: 1, to: 4}}{shown}",
                 ),
             )
             for wrong, shown in (

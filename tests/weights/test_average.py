@@ -162,7 +162,7 @@ def test_any_number_of_processes_has_the_same_statistics(processes: int, run: Pa
 
 
 def test_all_commands_recompute_them_at_another_timestep(
-    run: Path, call: Call, tmp_path: Path
+    run: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """average writes them; eval and export get the same, and leave the checkpoint alone."""
     file, answers = tmp_path / "at_1.safetensors", []
@@ -188,6 +188,10 @@ def test_all_commands_recompute_them_at_another_timestep(
     for key, value in weights.items():
         torch.testing.assert_close(of_export[key], value, rtol=1e-5, atol=1e-6)
     assert text in (exported / "README.md").read_text()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = ("--format", "safetensors", "--output", tmp_path / "another", *at_1)
+    status, printed = call("export", run, "--recompute-statistics", 9, *options)
+    assert (status, "an export runs on one process" in printed) == (2, True), printed
 
 
 # --- what has no mean ---------------------------------------------------------------------------

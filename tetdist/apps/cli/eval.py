@@ -118,8 +118,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--recompute-statistics",
         type=positive,
         metavar="N",
-        help="first recompute the running statistics from N training samples, at the T of all "
-        "else, as tools/average.py does",
+        help="first recompute the running statistics from at least N training samples, as "
+        "tools/average.py does, at one T (see --timesteps): that of training if it is listed",
     )
     parser.add_argument(
         "--exit-within",

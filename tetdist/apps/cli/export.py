@@ -10,6 +10,7 @@ docs/weights.md describes what each format can and cannot hold.
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -158,6 +159,11 @@ def export(options: argparse.Namespace) -> None:
     which = "best" if options.best else "last"
     trained = load(options.checkpoint, which, options.timesteps, ema=options.ema)
     if options.recompute_statistics is not None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "--recompute-statistics: an export runs on one process; start it without a "
+                "launcher, or first run tools/average.py on several, and export its file"
+            )
         trained = with_new_statistics(trained, options)
     if options.push is not None:
         publish(trained, options)

@@ -67,7 +67,7 @@ def _timesteps(value: Any) -> Any:
         raise PydanticCustomError(
             "timesteps",
             f"must be a whole number from 1 to {MOST_TIMESTEPS}, a list of such numbers, or a "
-            "range of them, such as {from: 1, to: 4}",
+            "range of them from the smaller one on, such as {from: 1, to: 4}",
         )
     return tuple(value) if isinstance(value, list) else value
 
