@@ -105,10 +105,8 @@ def spikingjelly_network(name: str) -> torch.nn.Module:
                 "s": (32, 64, 128, 192),
                 "m": (48, 96, 192, 240),
                 "l": (64, 128, 256, 360),
-            }
-            return peers.espikeformer(
-                widths[numbers[0]], (6, 2), 8, sharing_neuron, counting_neuron
-            )
+            }[numbers[0]]
+            return peers.espikeformer(widths, (6, 2), 8, sharing_neuron, counting_neuron)
         case _:
             raise AssertionError(name)
 

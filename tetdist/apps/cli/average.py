@@ -12,9 +12,15 @@ import argparse
 import logging
 from pathlib import Path
 
-from tetdist.apps.cli.common import CHECKPOINT, check_new_weights, program, run_command
+from tetdist.apps.cli.common import (
+    CHECKPOINT,
+    add_evaluation,
+    check_new_weights,
+    program,
+    run_command,
+)
 from tetdist.apps.cli.eval import HANGS_AFTER, evaluation_config
-from tetdist.config.flags import add_import, positive
+from tetdist.config.flags import positive
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -48,13 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="T",
         help="T of the running statistics and of the written network (default: the training's)",
     )
-    add("--threads", type=positive, metavar="N", help="number of decoding threads")
-    add("--precision", choices=["bf16", "fp32", "tf32", "fp16", "fp64"])
-    add("--execution", choices=["fused", "reference"], help="default: fused")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add_import(parser)
-    # The deepspeed launcher adds it; LOCAL_RANK in the environment has the same value.
-    add("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    add_evaluation(parser)
     options = parser.parse_args(arguments)
     if options.output.suffix != ".safetensors":
         parser.error(f"--output must end in .safetensors, unlike {options.output}")

@@ -119,11 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Run one benchmark and print its result.
-
-    Raises:
-        UserError: The options contradict each other or do not suit this machine.
-    """
+    """Run one benchmark and print its result."""
     from tetdist.apps.benchmarks import bench, data, scaling, streaming
     from tetdist.distributed.devices import choose_device
 
@@ -132,25 +128,15 @@ def measure(options: argparse.Namespace) -> None:
     if (problem := problem_of(options)) is not None:
         raise UserError(problem)
     options.device = choose_device(options.device, local_rank=0).type
-    match options.command:
-        case "data":
-            result = data.measure(options)
-            text = data.table(result)
-        case "memory":
-            result = bench.measure_memory(options)
-            text = bench.memory_table(result)
-        case "scaling":
-            result = scaling.measure(options)
-            text = scaling.table(result)
-        case "stream":
-            result = streaming.measure(options)
-            text = streaming.table(result)
-        case "model":
-            result = bench.measure_model(options)
-            text = bench.model_table(result)
-        case other:
-            raise AssertionError(other)
-    print(text)
+    measure_it, table = {
+        "data": (data.measure, data.table),
+        "memory": (bench.measure_memory, bench.memory_table),
+        "scaling": (scaling.measure, scaling.table),
+        "stream": (streaming.measure, streaming.table),
+        "model": (bench.measure_model, bench.model_table),
+    }[options.command]
+    result = measure_it(options)
+    print(table(result))
     if options.json:
         result["machine"] = bench.machine(options.device)
         with explaining(options.json):

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from tetdist.apps.cli.common import fail, program, run_command
+from tetdist.apps.cli.common import add_local_rank, fail, program, run_command
 from tetdist.errors import PeerFailed, UserError
 from tetdist.storage.files import check_writable, explaining, write_json
 
@@ -69,7 +69,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="override a key of --first-hour's recipe, such as data.root=/data/imagenet",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    add_local_rank(parser)
     options = parser.parse_intermixed_args(arguments)
     options.only = options.only.split(",") if options.only else NAMES
     if unknown := [name for name in options.only if name not in NAMES]:
@@ -85,11 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Run the checks and return the exit status.
-
-    Raises:
-        UserError: The JSON file cannot be written, or the first hour cannot be trained.
-    """
+    """Run the checks and return the exit status."""
     from tetdist.apps.check_gpu.check import Report, on
     from tetdist.apps.check_gpu.checks import CHECKS
     from tetdist.apps.check_gpu.run import run_checks

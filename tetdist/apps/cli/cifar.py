@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tetdist.apps.cli.common import MISTAKES, program, run_command
-from tetdist.errors import UserError, typed
+from tetdist.apps.cli.common import MISTAKES, documented_parser, run_command
+from tetdist.errors import UserError
 from tetdist.storage.files import made_aside, open_file
 from tetdist.wording import counted
 
@@ -58,11 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=program("cifar"),
-        description=(__doc__ or "").replace("python tools/cifar.py", typed("cifar")),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = documented_parser("cifar", __doc__)
     parser.add_argument("archive", metavar="ARCHIVE", type=Path, help="CIFAR's binary .tar.gz")
     parser.add_argument("dest", metavar="DEST", type=Path, help="new data root")
     parser.add_argument(
@@ -82,11 +78,7 @@ def _two_numbers(text: str) -> dict[str, int]:
 
 
 def make(archive: Path, dest: Path, per_class: dict[str, int] | None) -> None:
-    """Write the data root in a temporary folder and rename it into place.
-
-    Raises:
-        UserError: The archive is not one of the two, or `dest` is not empty.
-    """
+    """Write the data root in a temporary folder and rename it into place."""
     from tetdist.datasets.index import index_splits
 
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
@@ -112,9 +104,6 @@ def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
     """Return the archive's kind, and the contents of its files by base name.
 
     Nothing is unpacked to the disk, so a path in the archive cannot escape the folder.
-
-    Raises:
-        UserError: The file is no archive, not one of the two, or incomplete.
     """
     wanted = {name for kind in (CIFAR10, CIFAR100) for name in _names(kind)}
     found: dict[str, bytes] = {}

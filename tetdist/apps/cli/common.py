@@ -1,9 +1,11 @@
-"""Shared handling of user errors, missing packages and Ctrl-C."""
+"""Shared arguments, and handling of user errors, missing packages and Ctrl-C."""
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tetdist.config.flags import add_import, positive
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError, sentence, typed
 
 # Help of an argument that names a trained network.
@@ -45,11 +47,7 @@ def fail(error: Exception, prefix: str = "") -> int:
 
 
 def check_new_weights(output: Path) -> None:
-    """Refuse to overwrite weights or to write into a checkpoint, which would damage it.
-
-    Raises:
-        UserError: ``--output`` exists, or its folder is a checkpoint.
-    """
+    """Refuse to overwrite weights or to write into a checkpoint, which would damage it."""
     from tetdist.storage import checkpoint
 
     if (output.parent / checkpoint.MANIFEST_FILE).exists():
@@ -61,3 +59,28 @@ def check_new_weights(output: Path) -> None:
 def program(command: str) -> str:
     """Return a command's name for its --help."""
     return typed(command).removeprefix("python ")
+
+
+def documented_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose --help is a module's docstring, with the command as typed here."""
+    return argparse.ArgumentParser(
+        prog=program(command),
+        description=(doc or "").replace(f"python tools/{command}.py", typed(command)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of commands that evaluate a network on one or several processes."""
+    add = parser.add_argument
+    add("--threads", type=positive, metavar="N", help="number of decoding threads")
+    add("--precision", choices=["bf16", "fp32", "tf32", "fp16", "fp64"])
+    add("--execution", choices=["fused", "reference"], help="default: fused")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add_import(parser)
+    add_local_rank(parser)
+
+
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """Accept what the deepspeed launcher adds; LOCAL_RANK in the environment has the same value."""
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)

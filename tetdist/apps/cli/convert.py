@@ -174,11 +174,7 @@ def report(
     source: str,
     timesteps: int,
 ) -> None:
-    """Print which tensors were converted and which do not fit.
-
-    Raises:
-        UserError: A tensor does not fit, and --allow-missing is not given.
-    """
+    """Print which tensors were converted; refuse those that do not fit without --allow-missing."""
     missing, unexpected = converted.missing, converted.unexpected
     carried = len(converted.weights) - len(missing) - len(converted.initialised)
     total = counted(len(converted.weights), "tensor")

@@ -5,12 +5,11 @@ to train and 1,000 to validate, balanced over the classes. They are written as P
 folders and indexed, so training reads them in the same way as ImageNet.
 """
 
-import argparse
 import os
 from pathlib import Path
 
-from tetdist.apps.cli.common import MISTAKES, program, run_command
-from tetdist.errors import UserError, typed
+from tetdist.apps.cli.common import MISTAKES, documented_parser, run_command
+from tetdist.errors import UserError
 from tetdist.storage.files import made_aside
 
 _SPLIT_SEED = 0
@@ -19,11 +18,7 @@ _NUM_CLASSES = 10
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program("digits"),
-        description=(__doc__ or "").replace("python tools/digits.py", typed("digits")),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = documented_parser("digits", __doc__)
     parser.add_argument("dest", metavar="DEST", type=Path, help="new data root")
     dest = parser.parse_args(arguments).dest
     return run_command(

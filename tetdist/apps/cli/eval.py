@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.apps.cli.common import CHECKPOINT, program, run_command
-from tetdist.config.flags import MOST_TIMESTEPS, add_import, positive
+from tetdist.apps.cli.common import CHECKPOINT, add_evaluation, program, run_command
+from tetdist.config.flags import MOST_TIMESTEPS, positive
 from tetdist.errors import UserError
 from tetdist.storage import files
 
@@ -95,7 +95,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="use the moving average of the weights, if the run has one; with --best, the best "
         "average",
     )
-    add_import(parser)
     parser.add_argument(
         "--data", metavar="ROOT", help="folder that holds val/; default: training's"
     )
@@ -162,10 +161,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the drops (default: 0)")
     parser.add_argument("--batch", type=positive, metavar="N", help="samples a forward pass")
-    parser.add_argument("--threads", type=positive, metavar="N", help="number of decoding threads")
-    parser.add_argument("--precision", choices=["bf16", "fp32", "tf32", "fp16", "fp64"])
-    parser.add_argument("--execution", choices=["fused", "reference"], help="default: fused")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add_evaluation(parser)
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the result as JSON")
     parser.add_argument(
         "--report",
@@ -173,8 +169,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=report_file,
         help="write the result as a page: FILE.html (self-contained) or FILE.png",
     )
-    # The deepspeed launcher adds it; LOCAL_RANK in the environment has the same value.
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measured and options.exit_within is None:
         parser.error("--measured runs the early exit of --exit-within; add --exit-within POINTS")
@@ -327,20 +321,13 @@ def deciding(decided: dict[int, int], also: "Also | None" = None) -> "Also":
 def open_checkpoint(
     options: argparse.Namespace,
 ) -> "tuple[dict[str, Tensor], Description, RunConfig]":
-    """Read the weights and their description, and configure the evaluation.
-
-    Raises:
-        UserError: The checkpoint or the data folder does not exist or cannot be used.
-    """
+    """Read the weights and their description, and configure the evaluation."""
     from tetdist import plugins
     from tetdist.storage import checkpoint
 
     if options.data is not None and not Path(options.data).is_dir():
-        if Path(options.data).exists():
-            problem = f"{options.data} is a file; give the data folder"
-        else:
-            problem = f"{options.data} does not exist; give the data folder"
-        raise UserError(f"--data: {problem}")
+        problem = "is a file" if Path(options.data).exists() else "does not exist"
+        raise UserError(f"--data: {options.data} {problem}; give the data folder")
     if options.variant in OF_CLASS_FOLDERS:
         # Treat the variant's folder as a split of its parent folder.
         folder = Path(options.data).absolute()
@@ -402,12 +389,7 @@ def open_compared(
     options: argparse.Namespace,
     world: "World",
 ) -> "Compared":
-    """Open a split, and map its classes to the network's outputs.
-
-    Raises:
-        UserError: The classes do not match, the training's data are missing, or only other splits
-            are indexed.
-    """
+    """Open a split, and map its classes to the network's outputs."""
     from tetdist.apps.weights.variants import compared_with_model
     from tetdist.datasets.index import index_command, index_file
     from tetdist.training.setup import open_split
@@ -441,11 +423,7 @@ def open_compared(
 def held_out_samples(
     config: "RunConfig", description: "Description", model: "SpikingNetwork", world: "World"
 ) -> "Compared":
-    """Return the training samples that the run held out.
-
-    Raises:
-        UserError: The run held out none, or the network has no early exit.
-    """
+    """Return the training samples that the run held out."""
     from tetdist.apps.weights.variants import Compared
     from tetdist.nn.norm_neuron import is_causal
     from tetdist.training.setup import open_data
@@ -472,9 +450,6 @@ def wanted_timesteps(
     """Return every requested T; by default, every T up to the training's that the neurons support.
 
     It also checks, before an hour of evaluation, everything that would fail afterwards.
-
-    Raises:
-        UserError: The options do not suit the network, the data or this machine.
     """
     from tetdist.apps.reports import style
 

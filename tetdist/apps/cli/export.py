@@ -11,6 +11,8 @@ docs/weights.md describes what each format can and cannot hold.
 import argparse
 import dataclasses
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -169,34 +171,22 @@ def export(options: argparse.Namespace) -> None:
         publish(trained, options)
         return
     output: Path = options.output
-    match options.format:
-        case "safetensors" if options.int8:
-            contents = formats.write_integers(trained, output)
-        case "onnx-step" if options.int8:
-            contents = formats.write_integer_step(trained, output)
-        case "safetensors":
-            contents = formats.write_safetensors(trained, output)
-        case "timm":
-            contents = formats.write_timm(trained, output)
-        case "nir":
-            contents = formats.write_nir(trained, output, options.dt or 1e-4, int8=options.int8)
-        case "onnx":
-            contents = formats.write_onnx(trained, output)
-        case "onnx-step":
-            contents = formats.write_onnx_step(trained, output)
-        case "torch":
-            contents = formats.write_torch(trained, output)
-        case other:
-            raise AssertionError(other)
-    print(f"wrote {output}: {contents}")
+    write: dict[str, Callable[[Trained, Path], str]] = {
+        "safetensors": formats.write_safetensors,
+        "timm": formats.write_timm,
+        "nir": partial(formats.write_nir, dt=options.dt or 1e-4, int8=options.int8),
+        "onnx": formats.write_onnx,
+        "onnx-step": formats.write_onnx_step,
+        "torch": formats.write_torch,
+    }
+    if options.int8:
+        write["safetensors"] = formats.write_integers
+        write["onnx-step"] = formats.write_integer_step
+    print(f"wrote {output}: {write[options.format](trained, output)}")
 
 
 def with_new_statistics(trained: "Trained", options: argparse.Namespace) -> "Trained":
-    """Recompute the running statistics at the network's T.
-
-    Raises:
-        UserError: The training data are missing or do not suit the network.
-    """
+    """Recompute the running statistics at the network's T."""
     from tetdist.apps.weights.trained import load
 
     with TemporaryDirectory() as aside:
@@ -213,11 +203,7 @@ def with_new_statistics(trained: "Trained", options: argparse.Namespace) -> "Tra
 
 
 def publish(trained: "Trained", options: argparse.Namespace) -> None:
-    """Push a network to the hub, or with --dry-run print what would be pushed.
-
-    Raises:
-        UserError: The classes have no names, the files cannot be written, or the hub refuses them.
-    """
+    """Push a network to the hub, or with --dry-run print what would be pushed."""
     import tetdist
     from tetdist.apps.weights.export import write_timm
     from tetdist.storage import hub

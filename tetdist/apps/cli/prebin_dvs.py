@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tetdist.apps.cli.common import program, run_command
+from tetdist.apps.cli.common import documented_parser, run_command
 from tetdist.config.flags import MOST_PIXELS, MOST_THREADS, MOST_TIMESTEPS, positive
 from tetdist.errors import UserError, typed
 from tetdist.wording import are, counted
@@ -59,11 +59,7 @@ def _run(options: argparse.Namespace) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     from tetdist.apps.events.presets import PRESETS, presets_in_words
 
-    parser = argparse.ArgumentParser(
-        prog=program("prebin_dvs"),
-        description=(__doc__ or "").replace("python tools/prebin_dvs.py", typed("prebin_dvs")),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = documented_parser("prebin_dvs", __doc__)
     add = parser.add_argument
     add("source", metavar="SOURCE", type=Path, help="folder of the recordings")
     add("dest", metavar="DEST", type=Path, help="folder of the tensors")

@@ -21,7 +21,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.apps.cli.common import CHECKPOINT, program, run_command
+from tetdist.apps.cli.common import CHECKPOINT, documented_parser, run_command
 from tetdist.config.flags import add_import
 from tetdist.errors import UserError, typed
 from tetdist.wording import counted
@@ -36,11 +36,7 @@ _PAUSE = 0.01  # seconds between looks at a file that may grow, and at Ctrl-C
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=program("replay"),
-        description=(__doc__ or "").replace("python tools/replay.py", typed("replay")),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = documented_parser("replay", __doc__)
     add = parser.add_argument
     recording = "a file of events (docs/events.md), or - for standard input"
     add("recording", metavar="RECORDING", type=Path, help=recording)
@@ -60,11 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def replay(options: argparse.Namespace) -> None:
-    """Read, bin, stream and print.
-
-    Raises:
-        UserError: The recording or the network does not suit.
-    """
+    """Read, bin, stream and print."""
     from tetdist.apps.events.binning import binning_of, window_frames
     from tetdist.apps.events.formats import SUFFIXES, stream_recording
     from tetdist.apps.events.formats.arrays import DECODERS as WHOLE

@@ -40,11 +40,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def show(options: argparse.Namespace) -> int:
-    """Print the runs; among several, a damaged run is a row, and its error follows the table.
-
-    Raises:
-        UserError: A run does not exist, or the only one is damaged.
-    """
+    """Print the runs; among several, a damaged run is a row, and its error follows the table."""
     from tetdist.apps.reports import run_status
     from tetdist.apps.reports.compare import reading
     from tetdist.apps.reports.run_status import JobEvent, RunStatus

@@ -13,7 +13,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-from tetdist.apps.cli.common import MISTAKES, fail, program
+from tetdist.apps.cli.common import MISTAKES, add_local_rank, fail, program
 from tetdist.config.flags import add_import
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError
 
@@ -47,8 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="list all configuration keys, or the given ones (--explain batch), with type, default "
         "and description, and exit",
     )
-    # The deepspeed launcher adds it; LOCAL_RANK in the environment has the same value.
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    add_local_rank(parser)
     options = parser.parse_intermixed_args(arguments)
     if not options.config and not options.explain:
         parser.error("--config is missing; give a YAML file, or its name in configs/")

@@ -121,11 +121,7 @@ def _read_configuration(path: Path, effective: bool) -> dict[str, Any] | None:
 
 
 def _ascending(path: Path, side: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Yield step, side and line of each line.
-
-    Raises:
-        UserError: A line is damaged, or the steps do not ascend.
-    """
+    """Yield step, side and line of each line."""
     before, kinds = -1, set[str]()
     for line in each_line(path):
         step, kind = line["step"], line["kind"]

@@ -316,13 +316,8 @@ def write_page(found: EvaluationResults, out: Path) -> None:
         UserError: matplotlib is not installed.
         OSError: The file cannot be written.
     """
-    match out.suffix:
-        case ".png":
-            page = png_page(found)
-        case ".html":
-            page = html_page(found).encode()
-        case other:
-            raise AssertionError(f"neither .html nor .png: {other}")
+    assert out.suffix in (".png", ".html"), out.suffix
+    page = png_page(found) if out.suffix == ".png" else html_page(found).encode()
     with replacing(out) as stream:
         stream.write(page)
 

@@ -151,11 +151,7 @@ def _configured(file: Path) -> tuple[int, int, float]:
 
 
 def _last_lines(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return the last line, the last of training and the last evaluation; {} for a missing one.
-
-    Raises:
-        UserError: A line is damaged, or lacks a value.
-    """
+    """Return the last line, the last of training and the last evaluation; {} for a missing one."""
     found: dict[str, dict[str, Any]] = {}
     for line in from_end(file) if file.is_file() else ():
         shown = {key: line.get(key) for key in NEEDED.get(line["kind"], ("time",))}
@@ -201,11 +197,7 @@ def _state(folder: Path, end: dict[str, Any], saved: int, job: JobEvent | None) 
 
 
 def _checkpoint(folder: Path, which: str) -> Path | None:
-    """Return the checkpoint that the pointer ``last`` or ``best`` names, if it exists.
-
-    Raises:
-        UserError: The pointer is damaged.
-    """
+    """Return the checkpoint that the pointer ``last`` or ``best`` names, if it exists."""
     pointer = folder / "checkpoints" / which
     if not pointer.is_file():
         return None

@@ -125,11 +125,7 @@ class _Start:
         return self._end(status)
 
     def _check_code(self) -> None:
-        """Check that the submitted code runs, whatever the environment has installed.
-
-        Raises:
-            UserError: Python imports other code.
-        """
+        """Check that the submitted code runs, whatever the environment has installed."""
         here = Path(__file__).resolve().parents[3]
         if here != Path(self.job.code).resolve():
             raise UserError(

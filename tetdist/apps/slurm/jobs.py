@@ -144,11 +144,7 @@ def _by_the_run(submission: Submission) -> State:
 
 
 def refuse_if_queued(run_dir: Path) -> None:
-    """Refuse a run with a job in the queue: two jobs must not train in one folder.
-
-    Raises:
-        UserError: A job of the run is queued or running.
-    """
+    """Refuse a run with a job in the queue: two jobs must not train in one folder."""
     submission = history.newest_submission(run_dir)
     if submission is None or submission.job == history.LOCAL:
         return

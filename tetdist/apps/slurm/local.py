@@ -55,11 +55,9 @@ def _start(file: Path, job: Job, processes: int, restart: int) -> int:
         for process in running:
             process.send_signal(number)
 
-    def ignore(_number: int, _frame: FrameType | None) -> None:
-        """Do nothing: a terminal sends Ctrl-C to the child processes directly."""
-
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
-    previous[signal.SIGINT] = signal.signal(signal.SIGINT, ignore)
+    # A terminal sends Ctrl-C to the child processes directly.
+    previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
     # Blocked signals stay pending, so a child that is still importing handles them later.
     signal.pthread_sigmask(signal.SIG_BLOCK, RESTART_AFTER)
     try:

@@ -194,11 +194,7 @@ def _as_name(value: str) -> str:
 
 
 def unfinished(runs: list[Prepared]) -> list[Prepared]:
-    """Return the unfinished runs; others would only wait in the queue.
-
-    Raises:
-        UserError: All runs are finished.
-    """
+    """Return the unfinished runs; others would only wait in the queue."""
     left = [run for run in runs if not is_trained(run.config)]
     if not left:
         folder = runs[0].config.run_dir

@@ -131,11 +131,7 @@ def needed_first(runs: list[StudyRun]) -> list[StudyRun]:
 
 
 def refuse_if_at_work(runs: list[StudyRun]) -> None:
-    """Refuse to start while another process trains or evaluates one of the runs.
-
-    Raises:
-        UserError: There is one; the text names the folder.
-    """
+    """Refuse to start while another process trains or evaluates one of the runs."""
     for run in runs:
         # A study's process locks the log; any training process locks the other file.
         if is_held(run.log) or is_held(run.folder / ".lock"):

@@ -262,11 +262,7 @@ class Search:
         return self._runs[key]
 
     def check_inputs(self) -> None:
-        """Check data, networks, MLflow and the folder for all candidates.
-
-        Raises:
-            UserError: A check fails.
-        """
+        """Check data, networks, MLflow and the folder for all candidates."""
         runs = [self.run(one, seed, 1) for one in self.candidates for seed in self.study.seeds]
         for run in runs:
             check_folder(run)

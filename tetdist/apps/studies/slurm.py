@@ -133,11 +133,7 @@ def query(runs: list[StudyRun]) -> dict[StudyRun, Standing]:
 
 
 def refuse_if_queued(runs: list[StudyRun]) -> None:
-    """Refuse to train runs here that Slurm will train.
-
-    Raises:
-        UserError: One of the runs is queued or running.
-    """
+    """Refuse to train runs here that Slurm will train."""
     if not is_here():
         return
     for run, standing in query(runs).items():
