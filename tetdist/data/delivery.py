@@ -51,13 +51,10 @@ class DeviceBatches(Batches):
             return None
         # Once it is copied, the source may overwrite its memory.
         with completed_on(self._stream):
-            return self._finished(batch)
-
-    def _finished(self, batch: Batch) -> Batch:
-        # A copy also on a CPU: the source is about to write the next batch there.
-        images = batch.images.to(self._device, non_blocking=True, copy=True)
-        labels = on_device(batch.labels.clone(), self._device)
-        return batch._replace(images=finished(images, batch.rest), labels=labels, rest=None)
+            # A copy also on a CPU: the source is about to write the next batch there.
+            images = batch.images.to(self._device, non_blocking=True, copy=True)
+            labels = on_device(batch.labels.clone(), self._device)
+            return batch._replace(images=finished(images, batch.rest), labels=labels, rest=None)
 
     def close(self) -> None:
         """Close the source, too."""

@@ -6,7 +6,6 @@ Register your own network with timm, too, in a file that a configuration imports
 
 import inspect
 import typing
-from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -68,7 +67,7 @@ def class_of(name: str) -> type[nn.Module] | None:
 
 def arguments_of(name: str) -> list[str] | None:
     """Return a registered model's arguments besides classes, T and neuron; None: unknown."""
-    parameters = _parameters(name)
+    parameters = inspect.signature(class_of(name) or timm.model_entrypoint(name)).parameters
     if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
         return None
     return [parameter for parameter in parameters if parameter not in _FIXED]
@@ -90,7 +89,3 @@ def input_kind(name: str) -> str | None:
     """Return a registered model's input, ``images`` or ``events``; None: known once it is built."""
     kind: Any = getattr(class_of(name), "input_kind", None)
     return kind if isinstance(kind, str) else None
-
-
-def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(class_of(name) or timm.model_entrypoint(name)).parameters

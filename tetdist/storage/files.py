@@ -300,3 +300,15 @@ def make_private(folder: Path) -> None:
 def is_ours_alone(facts: os.stat_result) -> bool:
     """Return whether only this user (and root) can change a file or folder."""
     return facts.st_uid == os.getuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def whole_lines(journal: Path) -> list[bytes]:
+    """Return the lines of a journal, after removing a last line that a kill left incomplete."""
+    if not journal.is_file():
+        return []
+    data = journal.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
+        with explaining(journal):
+            os.truncate(journal, end)
+    return data[:end].splitlines()

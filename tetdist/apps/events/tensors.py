@@ -25,16 +25,23 @@ import numpy as np
 import numpy.typing as npt
 
 import tetdist
-from tetdist.apps.events.binning import Binning, Frames, bin_events
-from tetdist.apps.events.folders import Listing, Piece, Source
+from tetdist.apps.events.binning import Binning, bin_events
+from tetdist.apps.events.folders import Listing, Source
 from tetdist.apps.events.formats import read_recording
-from tetdist.apps.events.recording import BadRecording, Events, Sensor
+from tetdist.apps.events.recording import BadRecording, Sensor
 from tetdist.apps.events.simulate import Simulation, simulate
 from tetdist.datasets.index import BadFile
 from tetdist.datasets.processes import ReportProgress, run_tasks
 from tetdist.datasets.recorded_split import RECORDS_FILE
 from tetdist.errors import UserError
-from tetdist.storage.files import explaining, open_file, parse_json, replacing, write_json
+from tetdist.storage.files import (
+    explaining,
+    open_file,
+    parse_json,
+    replacing,
+    whole_lines,
+    write_json,
+)
 
 # Increased when the same parameters make other tensors than before.
 _FORMAT_VERSION = 1
@@ -294,12 +301,7 @@ def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
     pieces = {piece.key: piece for item in listing.sources for piece in item.pieces}
     file = dest / _RECORDS
     found: dict[str, Record] = {}
-    data = file.read_bytes() if file.is_file() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:  # A kill tore the last line.
-        with explaining(file), replacing(file) as stream:
-            stream.write(whole)
-    for line in whole.splitlines():
+    for line in whole_lines(file):
         try:
             values = parse_json(line)
             values["sensor"] = Sensor(*values["sensor"])
@@ -352,14 +354,19 @@ def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list
         file = source / item.path
         status = file.stat()
         data = _read(file)
-        events = _events(file, data, item, settings)
+        if settings.simulation is not None:
+            events = simulate(data, item.path, settings.simulation)
+        else:
+            events = read_recording(file, data, settings.sensor)
     except (BadRecording, OSError) as error:
         return [], [BadFile(item.path, str(error))]
     digest = hashlib.sha256(data).hexdigest()
     records, bad = [], []
     for piece in item.pieces:
         try:
-            part = _cut(events, piece)
+            part = events if piece.window is None else events.between(*piece.window)
+            if not len(part):
+                raise BadRecording("it has no events")
             frames = bin_events(part, settings.binning)
         except MemoryError as error:
             shape = settings.binning.timesteps, settings.binning.size or events.sensor
@@ -380,7 +387,14 @@ def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list
                 source_sha256=digest,
                 window=piece.window,
                 sha256=_write_tensor(tensor_file(dest, piece.key), frames.tensor),
-                **_statistics(part, frames),
+                sensor=part.sensor,
+                events=len(part),
+                on_events=int(part.p.sum()),
+                duration_us=int(part.t[-1] - part.t[0]),
+                dropped=part.dropped,
+                frames=2 * len(frames.tensor),
+                empty_frames=frames.empty,
+                saturated=frames.saturated,
             )
         )
     return records, bad
@@ -389,34 +403,6 @@ def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list
 def _read(file: Path) -> bytes:
     with open_file(file) as stream:
         return stream.read()
-
-
-def _events(file: Path, data: bytes, item: Source, settings: Settings) -> Events:
-    if settings.simulation is not None:
-        return simulate(data, item.path, settings.simulation)
-    return read_recording(file, data, settings.sensor)
-
-
-def _cut(events: Events, piece: Piece) -> Events:
-    if piece.window is None:
-        return events
-    part = events.between(*piece.window)
-    if not len(part):
-        raise BadRecording("it has no events")
-    return part
-
-
-def _statistics(events: Events, frames: Frames) -> dict[str, Any]:
-    return {
-        "sensor": events.sensor,
-        "events": len(events),
-        "on_events": int(events.p.sum()),
-        "duration_us": int(events.t[-1] - events.t[0]),
-        "dropped": events.dropped,
-        "frames": 2 * len(frames.tensor),
-        "empty_frames": frames.empty,
-        "saturated": frames.saturated,
-    }
 
 
 def _write_tensor(file: Path, tensor: npt.NDArray[Any]) -> str:

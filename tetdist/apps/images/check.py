@@ -7,7 +7,6 @@ stopped check continues where it was.
 import hashlib
 import io
 import json
-import os
 import re
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from tetdist.datasets.layouts import Listing, imagenet_classes
 from tetdist.datasets.probe import Probe, probe_batches, probe_image
 from tetdist.datasets.processes import ReportProgress
 from tetdist.errors import UserError
+from tetdist.storage.files import whole_lines
 from tetdist.wording import and_more, counted
 
 FindingKind = Literal[
@@ -101,7 +101,7 @@ def _examine(stream: IO[bytes], size: int) -> Examined | str:
 def _resume(root: Path, listing: Listing, journal: Path) -> dict[int, Examined | str]:
     """Read the journal's results for this listing; a journal of another one is started anew."""
     identity = _identity(root, listing)
-    lines = _whole_lines(journal)
+    lines = whole_lines(journal)
     header = json.loads(lines[0]) if lines else {}
     if (header.get("version"), header.get("listing")) != (_JOURNAL_VERSION, identity):
         header = {"version": _JOURNAL_VERSION, "listing": identity, "begun_ns": time.time_ns()}
@@ -124,16 +124,6 @@ def _identity(root: Path, listing: Listing) -> str:
         status = (root / file).stat()
         digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def _whole_lines(journal: Path) -> list[bytes]:
-    """Return the lines of a journal, after removing a last line that a kill left incomplete."""
-    if not journal.is_file():
-        return []
-    data = journal.read_bytes()
-    end = data.rfind(b"\n") + 1
-    os.truncate(journal, end)
-    return data[:end].splitlines()
 
 
 def _unchanged(file: Path, since_ns: int) -> bool:
