@@ -62,21 +62,9 @@ def _blended(images: Tensor, others: Tensor, shares: list[float]) -> Tensor:
     return (_numbers(images, shares) * images + rest * others).clamp(0, 255).to(torch.uint8)
 
 
-def _brightness(images: Tensor, factors: list[float]) -> Tensor:
-    return _blended(images, torch.zeros_like(images), factors)
-
-
 def _contrast(images: Tensor, factors: list[float]) -> Tensor:
     gray = vision.rgb_to_grayscale(images).float()
     return _blended(images, gray.mean(dim=(1, 2, 3), keepdim=True), factors)
-
-
-def _saturation(images: Tensor, factors: list[float]) -> Tensor:
-    return _blended(images, vision.rgb_to_grayscale(images), factors)
-
-
-def _sharpness(images: Tensor, factors: list[float]) -> Tensor:
-    return _blended(images, vision.adjust_sharpness(images, 0.0), factors)
 
 
 # For red, green and blue in each of six hue sectors: index into (value, falling, least, rising).
@@ -116,10 +104,6 @@ def _hue(images: Tensor, turns: list[float]) -> Tensor:
 def _posterize(images: Tensor, bits: list[float]) -> Tensor:
     masks = torch.tensor([256 - 2 ** (8 - int(number)) for number in bits], dtype=torch.uint8)
     return images & on_device(masks, images.device)[:, None, None, None]
-
-
-def _solarize(images: Tensor, thresholds: list[float]) -> Tensor:
-    return torch.where(images >= _numbers(images, thresholds), 255 - images, images)
 
 
 def _equalize(images: Tensor, _: list[float]) -> Tensor:
@@ -257,18 +241,18 @@ _BETWEEN: dict[str, tuple[Callable[[list[Tensor], Tensor], Tensor], tuple[int, .
 # By the names in transforms.py, auto_augment.py and rand_augment.py. timm's geometry is missing
 # because `_warped` does all of it at once.
 CHANGES: dict[str, _Change] = {
-    "brightness": _brightness,
+    "brightness": lambda images, v: _blended(images, torch.zeros_like(images), v),
     "contrast": _contrast,
-    "saturation": _saturation,
+    "saturation": lambda images, v: _blended(images, vision.rgb_to_grayscale(images), v),
     "hue": _hue,
-    "sharpness": _sharpness,
+    "sharpness": lambda images, v: _blended(images, vision.adjust_sharpness(images, 0.0), v),
     "shear_x": _moved(lambda value, height, _: (1, value, value * height / 2, 0, 1, 0)),
     "shear_y": _moved(lambda value, _, width: (1, 0, 0, value, 1, value * width / 2)),
     "translate_x": _moved(lambda value, *_: (1, 0, -int(value), 0, 1, 0)),
     "translate_y": _moved(lambda value, *_: (1, 0, 0, 0, 1, -int(value))),
     "rotate": _moved(_rotation),
     "posterize": _posterize,
-    "solarize": _solarize,
+    "solarize": lambda images, v: torch.where(images >= _numbers(images, v), 255 - images, images),
     "autocontrast": lambda images, _: vision.autocontrast(images),
     "equalize": _equalize,
     "invert": lambda images, _: 255 - images,

@@ -12,7 +12,7 @@ import shlex
 import zipfile
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -112,20 +112,9 @@ class Index:
         return index_command(root, self.split, self.kind) + self.options
 
 
-_ARRAYS = (
-    "labels",
-    "heights",
-    "widths",
-    "file_sizes",
-    "offsets",
-    "archive_ids",
-    "archive_sizes",
-    "path_blob",
-    "path_offsets",
-    "class_mtimes_ns",
-)
 _NAMES = ("classes", "archives", "skipped")
 _META = (*_NAMES, "kind", "split", "options", "timesteps", "dtype", "fingerprint")
+_ARRAYS = [one.name for one in fields(Index) if one.name not in (*_META, "copies")]
 
 
 def index_file(index_dir: str | Path, split: str) -> Path:

@@ -61,9 +61,6 @@ def shard_split(
     Args:
         max_bytes: Size of a shard; a larger sample gets a separate one.
 
-    Returns:
-        The index of the shards.
-
     Raises:
         UserError: DEST holds something else, another process writes there, or the disk is full.
     """
@@ -152,6 +149,9 @@ def _begin(dest: Path, split: str, names: Sequence[str], settings: dict[str, Any
             stream.write(data)
 
 
+_load_once = functools.lru_cache(maxsize=1)(load_index)
+
+
 def _read(index_file: Path, root: str | Path, ids: npt.NDArray[np.int64]) -> Iterator[Packed]:
     index = _load_once(index_file)
     with SampleReader(index, root) as reader:
@@ -174,11 +174,6 @@ def _pack(read: Callable[[Any], Iterable[Packed]], task: tuple[Path, Any]) -> No
                 _add(archive, f"{key}.cls", str(label).encode())
         settle(stream)
         _verify(Path(stream.name), file, checksums)
-
-
-@functools.lru_cache(maxsize=1)
-def _load_once(file: Path) -> Index:
-    return load_index(file)
 
 
 def _key(i: int, file: str) -> tuple[str, str]:
