@@ -215,7 +215,6 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
             )
         ) as process,
     ):
-        assert process.stdout is not None
         while (line := process.stdout.readline()) != "ready\n":
             assert line, (folder / "farm.log").read_text()
         yield Farm(process, folder / "log")
@@ -285,6 +284,18 @@ def call(tool: Tool) -> Callable[..., tuple[int, str]]:
     def run_main(name: str, *arguments: object) -> tuple[int, str]:
         status, out, err = tool(name, *arguments)
         return status, out + err
+
+    return run_main
+
+
+@pytest.fixture
+def output_of(call: Callable[..., tuple[int, str]]) -> Callable[..., str]:
+    """Runs a tool in this process, which ends with a status: (name, *arguments, status=0)."""
+
+    def run_main(name: str, *arguments: object, status: int = 0) -> str:
+        found, output = call(name, *arguments)
+        assert found == status, output
+        return output
 
     return run_main
 

@@ -176,10 +176,6 @@ def alive(mark: str) -> list[int]:
     return found
 
 
-def command_line(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-
-
 def wait_until(condition: Callable[[], object], seconds: float) -> None:
     """Wait for a condition; fail if it does not come true in time."""
     end = time.monotonic() + seconds
@@ -199,13 +195,7 @@ def execute(
 
 @contextmanager
 def mlflow_server(database: Path, port: int, password: str | None = None) -> Iterator[None]:
-    """MLflow's server in this process; with a password it serves the user "me" alone.
-
-    Args:
-        database: The server's SQLite file, made if it is missing.
-        port: The port at 127.0.0.1.
-        password: The password.
-    """
+    """MLflow's server in this process; with a password it serves the user "me" alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{database}")
         patch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", str(database.with_name("artifacts")))
@@ -294,6 +284,19 @@ class Outcome:
     text: str  # what a person saw: standard error and log
 
 
+def expect(outcome: Outcome, *parts: str, status: int = 0) -> str:
+    """What a person saw of a run: these parts among it, no traceback, and this status."""
+    assert outcome.status == status, outcome.text
+    assert "Traceback" not in outcome.text, outcome.text
+    assert [part for part in parts if part not in outcome.text] == [], outcome.text
+    return outcome.text
+
+
+def refused(outcome: Outcome, *parts: str) -> str:
+    """As `expect`, of a run that a user's mistake ends."""
+    return expect(outcome, *parts, status=2)
+
+
 class Farm:
     """Trains in real processes, quickly: see farm.py."""
 
@@ -325,15 +328,9 @@ class Farm:
         rank: int,
         timeout: float = 60,
     ) -> tuple[list[int], str]:
-        """Train; the status of each process, and what they printed.
+        """Train; the status of each process (-999: killed at the timeout), and what they printed.
 
-        Args:
-            file: The configuration.
-            overrides: ``key=value``.
-            world: Number of processes.
-            stop: Point, how often it has been passed, and signal: see farm.py.
-            rank: Which process the signal comes to.
-            timeout: Seconds after which they are killed (status -999).
+        `stop` is a point, how often it has been passed, and the signal that rank then gets.
         """
         self._log.unlink(missing_ok=True)
         job = {
@@ -356,8 +353,6 @@ class Farm:
         return [(status, log.read_text()) for status, log in zip(statuses, logs, strict=True)]
 
     def _ask(self, job: dict[str, Any]) -> list[int]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())

@@ -69,7 +69,7 @@ def values_of(name: str, size: int) -> list[float]:
 
 @pytest.mark.parametrize("size", [(40, 30), (33, 65)])
 @pytest.mark.parametrize("name", TORCHVISIONS)
-def test_each_operation_is_torchvisions_bitwise(name: str, size: tuple[int, int]) -> None:
+def test_each_operation_is_torchvisions_bitwise(name, size):
     values = values_of(name, size[1])
     operations = [[Operation(name, value)] for value in values for _ in range(4)]
     batch = images(len(operations), *size)
@@ -78,7 +78,7 @@ def test_each_operation_is_torchvisions_bitwise(name: str, size: tuple[int, int]
     assert torch.equal(batch, expected)
 
 
-def test_a_batch_of_mixed_operations_is_torchvisions() -> None:
+def test_a_batch_of_mixed_operations_is_torchvisions():
     count = 60
     draws = uniforms(1, 0, np.arange(count), AUTO_AUGMENT_DRAWS)
     first = auto_augment.auto_augment(draws, "cifar10", 48)
@@ -106,7 +106,7 @@ TIMMS_VALUES = {
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(40, 30), (33, 65)])
-def test_what_only_timm_has_is_pillows_bitwise(interpolation: Any, size: tuple[int, int]) -> None:
+def test_what_only_timm_has_is_pillows_bitwise(interpolation, size):
     output = dataclasses.replace(OUTPUT, interpolation=interpolation)
     each = [Operation(name, value) for name, values in TIMMS_VALUES.items() for value in values]
     operations = [[operation] for operation in each for _ in range(4)]
@@ -153,7 +153,7 @@ def kernels(batch: int) -> int:
     return counted.count
 
 
-def test_kernels_do_not_grow_with_the_batch() -> None:
+def test_kernels_do_not_grow_with_the_batch():
     assert kernels(60) == kernels(240)
     # The blur and all geometry between pixels are some 150 each.
     assert kernels(240) < 2 * (len(CHANGES) * 25 + 300)

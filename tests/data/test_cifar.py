@@ -3,7 +3,6 @@
 import io
 import pickle
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,6 @@ from tetdist.datasets.index import check_fresh, index_file, load_index
 
 TEN = [f"class{i}" for i in range(10)]
 HUNDRED = [f"fine_{i}" for i in range(100)]
-
-
-Call = Callable[..., tuple[int, str]]
 
 
 def records(labels: list[list[int]], seed: int) -> tuple[bytes, np.ndarray]:
@@ -50,9 +46,8 @@ def cifar10(changes: dict[str, bytes | None] | None = None) -> dict[str, bytes]:
     return {name: content for name, content in contents.items() if content is not None}
 
 
-def test_cifar10(call: Call, tmp_path: Path) -> None:
-    status, output = call("cifar.py", archive(tmp_path / "ten.tar.gz", cifar10()), tmp_path / "ten")
-    assert status == 0, output
+def test_cifar10(output_of, tmp_path):
+    output = output_of("cifar.py", archive(tmp_path / "ten.tar.gz", cifar10()), tmp_path / "ten")
     assert "20 images to train and 10 to validate, in 10 classes" in output
     files = sorted((tmp_path / "ten" / "train" / "class3").iterdir())
     assert [file.name for file in files] == ["00005.png", "00007.png"]
@@ -67,9 +62,7 @@ def test_cifar10(call: Call, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ten", "ten.tar.gz"]
 
 
-def test_cifar100_takes_the_fine_label(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cifar100_takes_the_fine_label(output_of, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "_SAMPLES_PER_TASK", 100)  # so that no process is started
     labels = [[label % 20, label] for label in range(100)]
     train, pixels = records(labels, 1)
@@ -79,25 +72,22 @@ def test_cifar100_takes_the_fine_label(
         "cifar-100-binary/fine_label_names.txt": "\n".join(HUNDRED).encode(),
         "cifar-100-binary/coarse_label_names.txt": b"animals\n",
     }
-    status, output = call(
-        "cifar.py", archive(tmp_path / "hundred.tar.gz", contents), tmp_path / "hundred"
-    )
-    assert status == 0, output
+    output_of("cifar.py", archive(tmp_path / "hundred.tar.gz", contents), tmp_path / "hundred")
     (file,) = (tmp_path / "hundred" / "train" / "fine_42").iterdir()
     assert np.array_equal(np.asarray(Image.open(file)), pixels[42])
 
 
-def test_the_first_of_each_class(call: Call, tmp_path: Path) -> None:
+def test_the_first_of_each_class(output_of, tmp_path):
     three_each = records([[k] for k in range(10)] * 3, 0)[0]
     contents = cifar10({"test_batch.bin": three_each})
     file = archive(tmp_path / "ten.tar.gz", contents)
-    status, output = call("cifar.py", file, tmp_path / "ten", "--per-class", "1,2")
-    assert (status, "10 images to train and 20 to validate" in output) == (0, True)
+    output = output_of("cifar.py", file, tmp_path / "ten", "--per-class", "1,2")
+    assert "10 images to train and 20 to validate" in output
     (first,) = (tmp_path / "ten" / "train" / "class3").iterdir()
     assert first.name == "00005.png"
 
 
-def test_pickles_are_refused_and_not_opened(call: Call, tmp_path: Path) -> None:
+def test_pickles_are_refused_and_not_opened(output_of, tmp_path):
     class Trap:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return Path.touch, (tmp_path / "trapped",)  # type: ignore[return-value]  # a trap
@@ -109,8 +99,7 @@ def test_pickles_are_refused_and_not_opened(call: Call, tmp_path: Path) -> None:
             "cifar-10-batches-py/batches.meta": pickle.dumps(Trap()),
         },
     )
-    status, output = call("cifar.py", file, tmp_path / "ten")
-    assert status == 2
+    output = output_of("cifar.py", file, tmp_path / "ten", status=2)
     assert "pickles" in output
     assert "cifar-10-binary.tar.gz" in output
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
@@ -130,36 +119,29 @@ def test_pickles_are_refused_and_not_opened(call: Call, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_wrong_archive_is_named(
-    call: Call, tmp_path: Path, changes: dict[str, bytes | None], words: tuple[str, ...]
-) -> None:
-    status, output = call(
-        "cifar.py", archive(tmp_path / "ten.tar.gz", cifar10(changes)), tmp_path / "ten"
-    )
-    assert status == 2
+def test_a_wrong_archive_is_named(output_of, tmp_path, changes, words):
+    file = archive(tmp_path / "ten.tar.gz", cifar10(changes))
+    output = output_of("cifar.py", file, tmp_path / "ten", status=2)
     assert [word for word in ("ten.tar.gz", *words) if word not in output] == [], output
     assert not (tmp_path / "ten").exists()
 
 
-def test_names_that_lead_away_are_not_followed(call: Call, tmp_path: Path) -> None:
+def test_names_that_lead_away_are_not_followed(output_of, tmp_path):
     """The files are read into memory, whatever folder they claim to be in."""
     away = {name.replace("cifar-10-batches-bin", "../../away"): c for name, c in cifar10().items()}
-    status, _ = call("cifar.py", archive(tmp_path / "ten.tar.gz", away), tmp_path / "root" / "ten")
-    assert status == 0
+    output_of("cifar.py", archive(tmp_path / "ten.tar.gz", away), tmp_path / "root" / "ten")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["root", "ten.tar.gz"]
 
 
-def test_no_archive_and_no_room(call: Call, tmp_path: Path) -> None:
+def test_no_archive_and_no_room(output_of, tmp_path):
     (tmp_path / "text.tar.gz").write_text("hello")
     for name in ("text.tar.gz", "none.tar.gz"):
-        status, output = call("cifar.py", tmp_path / name, tmp_path / "ten")
-        assert (status, name in output) == (2, True)
+        assert name in output_of("cifar.py", tmp_path / name, tmp_path / "ten", status=2)
     whole = archive(tmp_path / "ten.tar.gz", cifar10())
     torn = tmp_path / "torn.tar.gz"
     torn.write_bytes(whole.read_bytes()[:-2000])
-    status, output = call("cifar.py", torn, tmp_path / "ten")
-    assert (status, "torn.tar.gz cannot be read" in output) == (2, True)
+    output = output_of("cifar.py", torn, tmp_path / "ten", status=2)
+    assert "torn.tar.gz cannot be read" in output
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").touch()
-    status, output = call("cifar.py", whole, tmp_path / "taken")
-    assert (status, "not empty" in output) == (2, True)
+    assert "not empty" in output_of("cifar.py", whole, tmp_path / "taken", status=2)

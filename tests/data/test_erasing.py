@@ -1,8 +1,6 @@
 """Random erasing: its rectangles are timm's with the same draws, and its noise has the same bits
 on a GPU, whose part is run here on tensors of the CPU."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -44,7 +42,7 @@ class Draws:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_rectangles_are_timms(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_rectangles_are_timms(monkeypatch, count):
     erasing = ErasingSection(probability=0.7, mode="const", count=count)
     # With this seed a try has a side of just 24.
     what = erased(2, 2, POSITIONS, 24, erasing)
@@ -66,7 +64,7 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
-def test_the_rectangles_and_nothing_else_are_erased(mode: Any) -> None:
+def test_the_rectangles_and_nothing_else_are_erased(mode):
     what = erased(1, 0, POSITIONS, 24, ErasingSection(probability=0.5, mode=mode, count=2))
     batch = images()
     erase(batch, what)
@@ -86,13 +84,13 @@ def test_the_rectangles_and_nothing_else_are_erased(mode: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
-def test_the_host_waits_for_no_pixel(mode: Any) -> None:
+def test_the_host_waits_for_no_pixel(mode):
     """Tensors without numbers cannot be waited for."""
     what = erased(1, 0, POSITIONS, 24, ErasingSection(probability=0.5, mode=mode, count=2))
     erase(torch.empty(len(POSITIONS), 3, 24, 24, device="meta"), what)
 
 
-def test_erasing_depends_on_seed_epoch_and_position_alone() -> None:
+def test_erasing_depends_on_seed_epoch_and_position_alone():
     erasing = ErasingSection(probability=1.0)
     whole = erased(1, 0, POSITIONS, 24, erasing)
     alone = erased(1, 0, POSITIONS[40:41], 24, erasing)

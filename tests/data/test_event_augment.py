@@ -83,9 +83,7 @@ def snn_augment_wide(
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16])
-def test_snn_augment_wide_is_torchvisions_with_the_same_draws(
-    dtype: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_snn_augment_wide_is_torchvisions_with_the_same_draws(dtype, monkeypatch):
     draws, frames = drawn(90, OPERATION_DRAWS), some_frames(dtype)
     seen = Counter[str]()
     for row, operation in zip(
@@ -100,7 +98,7 @@ def test_snn_augment_wide_is_torchvisions_with_the_same_draws(
     assert seen["translate"] > seen["rotate"]  # along x and along y
 
 
-def test_nda_is_torchvisions_with_the_same_draws() -> None:
+def test_nda_is_torchvisions_with_the_same_draws():
     draws, frames = drawn(60, OPERATION_DRAWS), some_frames()
     whole = torch.from_numpy(frames.astype(np.float32))
     seen = set()
@@ -118,7 +116,7 @@ def test_nda_is_torchvisions_with_the_same_draws() -> None:
     assert seen == {"roll", "rotate", "shear_x"}
 
 
-def test_a_square_that_does_not_fit_is_none() -> None:
+def test_a_square_that_does_not_fit_is_none():
     """As torchvision's, which then erases nothing."""
     cut = operations(np.array([[0.99, 0.99, 0.5, 0.5]]), "snn_augment_wide", (2, 100))
     assert cut == [Operation("cutout", (0, 0, 0, 0))]
@@ -132,7 +130,7 @@ def sample(number: int, **fixed: float) -> tuple[Draw, np.ndarray]:
     return (lambda count: numbers[:count]), numbers
 
 
-def test_a_stretch_of_time_is_dropped() -> None:
+def test_a_stretch_of_time_is_dropped():
     frames = some_frames()
     for number in range(30):
         draw, (_, length, begin, *_) = sample(number, which=0.0)
@@ -145,7 +143,7 @@ def test_a_stretch_of_time_is_dropped() -> None:
         assert np.array_equal(left, expected if expected.any() else frames)
 
 
-def test_an_area_is_dropped() -> None:
+def test_an_area_is_dropped():
     """That of the original's code: the events in it, whose rows and columns are both between its
     bounds."""
     frames = some_frames()
@@ -161,7 +159,7 @@ def test_an_area_is_dropped() -> None:
         assert np.array_equal(dropped(frames.copy(), draw, 1.0), np.where(inside, 0, frames))
 
 
-def test_events_are_dropped_at_random() -> None:
+def test_events_are_dropped_at_random():
     frames = some_frames()
     for number in range(5):
         draw, numbers = sample(number, which=0.9)
@@ -170,7 +168,7 @@ def test_events_are_dropped_at_random() -> None:
         assert abs((left == 0).mean() - share) < 0.06
 
 
-def test_a_share_of_the_samples_is_dropped_from_and_none_loses_all() -> None:
+def test_a_share_of_the_samples_is_dropped_from_and_none_loses_all():
     frames = some_frames()[:1]  # one timestep: a stretch of time is all of it, or nothing
     changed, number = Counter[int](), 1000
     draws = drawn(number, DROP_DRAWS + frames.size, DROP_STREAM)
@@ -184,7 +182,7 @@ def test_a_share_of_the_samples_is_dropped_from_and_none_loses_all() -> None:
     assert abs(changed[2] / number - 0.25) < 0.05
 
 
-def test_draws_are_of_streams_of_their_own() -> None:
+def test_draws_are_of_streams_of_their_own():
     positions = np.arange(4)
     streams = (order.AUGMENTATION, order.MIXING, OPERATION_STREAM, DROP_STREAM)
     draws = [order.uniforms(0, 0, positions, 50, stream) for stream in streams]

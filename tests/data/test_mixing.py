@@ -1,7 +1,5 @@
 """Mixup and CutMix, written out sample by sample."""
 
-from typing import Literal
-
 import numpy as np
 import pytest
 import timm.data
@@ -22,7 +20,6 @@ from tetdist.data.transforms import (
 from tetdist.losses import tet_loss
 from tetdist.order import MIXING, uniforms
 from tetdist.training.objective import compute_loss
-from tetdist.training.step import CORRECT, sums_of
 
 B, K = 6, 5
 
@@ -33,9 +30,7 @@ def drawn(mixing: Mixing, height: int = 9, width: int = 7) -> Mix:
 
 @pytest.mark.parametrize("shape", [(B, 3, 9, 7), (B, 4, 2, 9, 7)])
 @pytest.mark.parametrize("mixing", [Mixing(mixup=0.4), Mixing(cutmix=1.0), Mixing(0.4, 1.0)])
-def test_each_sample_is_mixed_with_the_one_before_it(
-    shape: tuple[int, ...], mixing: Mixing
-) -> None:
+def test_each_sample_is_mixed_with_the_one_before_it(shape, mixing):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(shape, generator=generator)
     if images.ndim == 4:
@@ -55,7 +50,7 @@ def test_each_sample_is_mixed_with_the_one_before_it(
             assert torch.allclose(mixed[i], expected)
 
 
-def test_the_loss_is_lambda_of_one_and_the_rest_of_the_other() -> None:
+def test_the_loss_is_lambda_of_one_and_the_rest_of_the_other():
     values = {"kind": "tet", "lambda": 0.3, "phi": 0.7, "label_smoothing": 0.1}
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(4, B, K, generator=generator, dtype=torch.float64)
@@ -77,18 +72,6 @@ def test_the_loss_is_lambda_of_one_and_the_rest_of_the_other() -> None:
     ).mean()
     section = LossSection.model_validate(values)
     assert torch.allclose(compute_loss(section, logits, targets), expected)
-
-
-def test_a_prediction_is_as_right_as_its_share() -> None:
-    labels = torch.tensor([0, 1, 1])
-    mix = Mix(np.array([0.75, 0.25, 0.5]), np.ones(3), np.zeros((3, 4), np.int32))
-    targets = mixed_targets(labels, on_device(mix, labels.device), K, torch.float32)
-    logits = torch.zeros(2, 3, K)
-    logits[:, :, 0] = 1  # predicts class 0 thrice: shares 0.75, 0.75 and 0
-    assert sums_of(logits, targets, torch.tensor(0.0))[CORRECT] == 1.5
-    logits[:, :, 1] = 2  # class 1: shares 0.25, 0.25 and 1
-    assert sums_of(logits, targets, torch.tensor(0.0))[CORRECT] == 1.5
-    assert sums_of(logits, labels, torch.tensor(0.0))[CORRECT] == 2
 
 
 def timms(draws: list[float], mixing: Mixing, patch: pytest.MonkeyPatch) -> timm.data.Mixup:
@@ -121,9 +104,7 @@ def timms(draws: list[float], mixing: Mixing, patch: pytest.MonkeyPatch) -> timm
 @pytest.mark.parametrize(
     "mixing", [Mixing(mixup=0.4), Mixing(cutmix=1.0), Mixing(0.4, 1.0, switch_probability=0.3)]
 )
-def test_a_whole_micro_batch_is_mixed_as_by_timm(
-    shape: tuple[int, ...], mixing: Mixing, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_whole_micro_batch_is_mixed_as_by_timm(shape, mixing, monkeypatch):
     """Images, targets, and the loss of these: timm smooths the labels before it mixes them."""
     mixing = mixing._replace(mode="batch", probability=0.7, off_epoch=9)
     generator = torch.Generator().manual_seed(0)
@@ -151,7 +132,7 @@ def test_a_whole_micro_batch_is_mixed_as_by_timm(
 
 
 @pytest.mark.parametrize("mode", ["sample", "batch"])
-def test_mixing_is_a_function_of_the_position(mode: Literal["sample", "batch"]) -> None:
+def test_mixing_is_a_function_of_the_position(mode):
     mixing = Mixing(0.4, 1.0, mode, probability=0.5, off_epoch=2)
 
     def shares(epoch: int, first: int) -> list[float]:
@@ -166,7 +147,7 @@ def test_mixing_is_a_function_of_the_position(mode: Literal["sample", "batch"]) 
     assert (found == found[:, :1]).all() == (mode == "batch")
 
 
-def test_what_is_not_mixed_stays_as_it_is() -> None:
+def test_what_is_not_mixed_stays_as_it_is():
     mixing = Mixing(0.4, 1.0, probability=0.5)
     images = torch.rand(B, 3, 9, 7)
     mix = micro_batch_mix(0, 0, np.arange(B), (9, 7), mixing)

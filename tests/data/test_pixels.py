@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from samples import picture
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, ColorJitter
 from torchvision.transforms import functional as tv
@@ -58,22 +57,3 @@ def test_normalising_is_torchvisions():
     expected = tv.normalize(tv.to_tensor(image), mean, std)
     expected[:, 2:9, 3:24] = 0
     assert torch.allclose(got, expected, atol=1e-5)
-
-
-def test_an_edit_does_all_in_order():
-    image = picture(28, 36)
-    operations = [transforms.Operation("invert", 0), transforms.Operation("brightness", 0.5)]
-    edits = pixels.Edits(
-        window=np.zeros((1, 4), np.int32),
-        size=np.array([[32, 40]]),
-        corner=np.array([[2, -5]]),
-        mirror=np.array([True]),
-        operations=[operations],
-    )
-    output = pixels.Output(size=34, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear")
-    expected = Image.new("RGB", (34, 34))
-    expected.paste(
-        Image.fromarray(pixels.resized(tensor(image), 32, 40, "bilinear").numpy()), (-5, 2)
-    )
-    expected = tv.adjust_brightness(tv.invert(tv.hflip(expected)), 0.5)
-    assert torch.equal(pixels.edited(tensor(image), edits, 0, output), tensor(expected))

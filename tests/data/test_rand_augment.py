@@ -66,7 +66,7 @@ def ours(policy: RandomPolicy, count: int) -> tuple[np.ndarray, list[Any], list[
         "rand",
     ],
 )
-def test_rand_augment_is_timms_bitwise(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_rand_augment_is_timms_bitwise(monkeypatch, text):
     policy = rand_augment(text)
     theirs = timms.rand_augment_transform(text, dict(HYPERPARAMETERS))
     monkeypatch.setattr(timms.ImageOps, "posterize", posterize)
@@ -84,7 +84,7 @@ def test_rand_augment_is_timms_bitwise(monkeypatch: pytest.MonkeyPatch, text: st
     assert len(found) == 15
 
 
-def test_three_augment_is_timms_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_augment_is_timms_bitwise(monkeypatch):
     theirs = timms.auto_augment_transform("3a", dict(HYPERPARAMETERS))
     draws, operations, images = ours("3a", 40)
     for (choice, level), got in zip(draws.tolist(), images, strict=True):
@@ -93,7 +93,7 @@ def test_three_augment_is_timms_bitwise(monkeypatch: pytest.MonkeyPatch) -> None
     assert len({done.name for (done,) in operations}) == 3
 
 
-def test_trivial_augment_is_torchvisions_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trivial_augment_is_torchvisions_bitwise(monkeypatch):
     draws, operations, images = ours("trivial", 300)
     for (choice, level, back), got in zip(draws.tolist(), images, strict=True):
         answers = {14: int(choice * 14), 31: int(level * 31), 2: int(back < 0.5)}
@@ -102,7 +102,7 @@ def test_trivial_augment_is_torchvisions_bitwise(monkeypatch: pytest.MonkeyPatch
     assert len({name for done in operations for name, _ in done}) == 13
 
 
-def test_the_mean_comes_in_from_outside() -> None:
+def test_the_mean_comes_in_from_outside():
     assert OUTPUT.fill == HYPERPARAMETERS["img_mean"]
 
 
@@ -117,6 +117,6 @@ def test_the_mean_comes_in_from_outside() -> None:
         ("rand-", "unknown: ''"),
     ],
 )
-def test_allowed_texts_are_named(text: str, words: str) -> None:
+def test_allowed_texts_are_named(text, words):
     with pytest.raises(ValueError, match=words):
         rand_augment(text)

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,54 +19,34 @@ from tetdist.datasets.index import check_fresh, load_index
 from tetdist.datasets.reader import SampleReader
 from tetdist.errors import UserError
 
-TOOLS = Path(__file__).parents[2] / "tools"
 
-
-def run(tool, *arguments, cwd, **options):
-    return subprocess.run(
-        [sys.executable, TOOLS / tool, *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        **options,
+@pytest.fixture
+def images(output_of):
+    """Runs tools/images.py: (command, *arguments, status=0) -> output."""
+    return lambda command, *arguments, status=0: output_of(
+        "images.py", command, "--workers", 1, *arguments, status=status
     )
 
 
-def test_a_good_data_set_is_indexed(image_root, tmp_path):
-    root = image_root()
-    # From elsewhere, with a relative root.
-    done = run("images.py", "index", root.name, "--workers", 1, cwd=tmp_path)
-    assert (done.returncode, done.stdout.count("12 images in 3 classes")) == (0, 2), done.stderr
-    for split in ("train", "val"):
-        index = load_index(root / "index" / f"{split}.npz")
-        assert len(index) == 12
-        check_fresh(index, root)
-    assert sorted(p.name for p in (root / "index").iterdir()) == ["train.npz", "val.npz"]
-
-
-def test_bad_files_are_named_and_nothing_is_written(image_root, tmp_path, call):
+def test_bad_files_are_named_and_nothing_is_written(image_root, tmp_path, images):
     root = image_root()
     (root / "train" / "ant" / "bad.jpg").write_text("hello")
     (root / "val" / "cow" / "worse.jpg").touch()
-    status, output = call("images.py", "index", root, "--workers", 1)
-    assert status == 2
+    output = images("index", root, status=2)
     assert "bad: train/ant/bad.jpg: not an image" in output
     assert "bad: val/cow/worse.jpg: the file is empty" in output
     assert "2 of 26 files are bad" in output
     assert not (root / "index").exists()
 
     out = tmp_path / "elsewhere"
-    options = ["--skip-bad", "--out", out, "--workers", 1]
-    status, output = call("images.py", "index", root, *options)
-    assert status == 0
+    options = ["--skip-bad", "--out", out]
+    output = images("index", root, *options)
     assert "bad: train/ant/bad.jpg" in output
     assert load_index(out / "val.npz").skipped == ("val/cow/worse.jpg",)
     assert not (root / "index").exists()
 
 
-def test_what_is_no_file_is_bad_and_never_waited_for(image_root, call):
+def test_what_is_no_file_is_bad_and_never_waited_for(image_root, images):
     root = image_root(per_class=1)
     folder = root / "train" / "bee"
     os.mkfifo(folder / "pipe.jpg")
@@ -85,14 +64,12 @@ def test_what_is_no_file_is_bad_and_never_waited_for(image_root, call):
         "socket.jpg": "No such device or address",
     }
     for command in ("index", "check"):
-        status, output = call("images.py", command, root, "--workers", 1)
-        assert status == (2 if command == "index" else 1), output
+        output = images(command, root, status=2 if command == "index" else 1)
         for name, reason in reasons.items():
             (line,) = [line for line in output.splitlines() if f"train/bee/{name}: cannot" in line]
             assert line.startswith("bad: ")
             assert reason in line
-    status, output = call("images.py", "index", root, "--workers", 1, "--skip-bad")
-    assert status == 0, output
+    output = images("index", root, "--skip-bad")
     index = load_index(root / "index" / "train.npz")
     assert len(index) == 3
     # Nor does a file that becomes a pipe later stop a reader.
@@ -105,67 +82,58 @@ def test_what_is_no_file_is_bad_and_never_waited_for(image_root, call):
         reader.read(1)
 
 
-def test_files_that_are_not_taken_are_counted_and_named(image_root, call):
+def test_files_that_are_not_taken_are_counted_and_named(image_root, images):
     root = image_root(per_class=1)
     for name in ("ant/a.gif", "ant/b.gif", "bee/c.HEIC", "bee/Thumbs.db", "ant/.hidden", "note"):
         (root / "train" / name).touch()
-    status, output = call("images.py", "index", root, "--workers", 1)
-    assert status == 0, output
+    output = images("index", root)
     assert (
         "train: ignored 1 with .db (train/bee/Thumbs.db), 2 with .gif (train/ant/a.gif, ...),"
         " 1 with .heic (train/bee/c.HEIC), 1 with no suffix (train/note)\n"
     ) in output
-    status, output = call("images.py", "check", root, "--workers", 1)
-    assert status == 0, output
+    output = images("check", root)
     assert "passed over: train/ant/a.gif: 2 files with .gif, which is not read" in output
     assert "passed over: train/bee/c.HEIC: 1 file with .heic, which is not read" in output
     assert "all good" not in output
     (root / "train" / "ant" / "ant0.jpg").rename(root / "train" / "ant" / "ant0.avif")
-    status, output = call("images.py", "index", root, "--workers", 1)
-    assert status == 2
+    output = images("index", root, status=2)
     assert "holds no images" in output
     assert "1 with .avif (train/ant/ant0.avif)" in output
 
 
-def test_a_test_folder_is_not_mistaken_for_what_training_takes(image_root, call):
+def test_a_test_folder_is_not_mistaken_for_what_training_takes(image_root, images):
     root = image_root(per_class=1)
     (root / "val").rename(root / "test")
-    status, output = call("images.py", "index", root, "--workers", 1)
-    assert status == 2
+    output = images("index", root, status=2)
     assert f"rename it to 'val', or link it, `ln -s test {root}/val`" in output
-    status, output = call("images.py", "index", root, "--splits", "train,test", "--workers", 1)
-    assert status == 2
+    output = images("index", root, "--splits", "train,test", status=2)
     assert "would not find 'test'" in output
     assert f"`ln -s test {root}/val`, and leave out --splits" in output
     assert not (root / "index").exists()
     (root / "val").symlink_to("test")
     for options in ([], ["--splits", "train,test"]):
-        status, output = call("images.py", "index", root, "--workers", 1, *options)
-        assert status == 0, output
+        output = images("index", root, *options)
         assert "without a train split" not in output
     assert sorted(p.stem for p in (root / "index").iterdir()) == ["test", "train", "val"]
 
 
 @pytest.mark.parametrize("name", ["val", "Test"])
-def test_data_to_evaluate_alone_need_no_train(image_root, call, name):
+def test_data_to_evaluate_alone_need_no_train(image_root, images, name):
     root = image_root(per_class=1)
     shutil.rmtree(root / "train")
     (root / "val").rename(root / name)
     shutil.rmtree(root / name / "ant")
     shutil.rmtree(root / name / "bee")
-    status, output = call("images.py", "index", root, "--workers", 1)
-    assert status == 0, output
+    output = images("index", root)
     assert "1 image in 1 class" in output
     assert f"eval.py --checkpoint RUN --data {root} --split {name}" in output
     index = load_index(root / "index" / f"{name}.npz")
     assert index.classes == ("cow",)
     check_fresh(index, root)
-    status, output = call("images.py", "check", root, "--workers", 1)
-    assert status == 0, output
+    output = images("check", root)
     assert "\nall good\n" in output
     shards = root.parent / "shards"
-    status, output = call("images.py", "shard", root, shards, "--workers", 1)
-    assert status == 0, output
+    output = images("shard", root, shards)
     assert len(load_index(shards / "index" / f"{name}.npz")) == 1
 
 
@@ -180,7 +148,7 @@ def test_data_to_evaluate_alone_need_no_train(image_root, call, name):
         (lambda root: (root / "val" / "bee").rename(root / "val" / "wasp"), [], "'bee' is in tra"),
         (
             lambda root: (root / "train" / "bee" / "bee0.jpg").write_text("hello"),
-            ["--skip-bad", "--workers", 1],
+            ["--skip-bad"],
             "train has no usable file of 'bee'",
         ),
         (None, ["--splits", "train,test"], "neither a folder 'test' nor"),
@@ -191,24 +159,24 @@ def test_data_to_evaluate_alone_need_no_train(image_root, call, name):
         (None, ["--out", "/dev/null/index"], "/dev/null/index is not writable"),
     ],
 )
-def test_mistakes_end_in_a_sentence(image_root, call, spoil, options, words):
+def test_mistakes_end_in_a_sentence(image_root, images, spoil, options, words):
     root = image_root(per_class=1)
     if spoil is not None:
         spoil(root)
-    status, output = call("images.py", "index", root, *options)
-    assert status == 2
+    output = images("index", root, *options, status=2)
     assert words in output
     assert not (root / "index").exists()
 
 
-def test_a_check_names_problems_and_notes_and_says_which_by_its_status(image_root, tmp_path, call):
+def test_a_check_names_problems_and_notes_and_says_which_by_its_status(
+    image_root, tmp_path, images
+):
     root = image_root()
     report = tmp_path / "report.json"
     report.symlink_to("target.json")
-    options = ["--workers", 1, "--json", report]
-    assert call("images.py", "index", root, "--workers", 1)[0] == 0
-    status, output = call("images.py", "check", root, *options)
-    assert status == 0
+    options = ["--json", report]
+    images("index", root)
+    output = images("check", root, *options)
     assert "train: 12 images in 3 classes examined" in output
     assert "\nall good\n" in output
     assert json.loads(report.read_text()) == []
@@ -217,8 +185,7 @@ def test_a_check_names_problems_and_notes_and_says_which_by_its_status(image_roo
     for i in range(23):
         picture(20, 30 + i).save(root / "train" / "cow" / f"z{i}.jpg", "PNG")
     (root / "index" / "train.npz").unlink()  # Of the files of before.
-    status, output = call("images.py", "check", root, *options)
-    assert status == 0
+    output = images("check", root, *options)
     assert "misnamed: train/cow/z0.jpg: a PNG file" in output
     assert f"misnamed: 3 more; see {report}" in output
     same = "duplicate: train/bee/other.jpg: the same bytes as train/ant/ant2.jpg"
@@ -227,8 +194,7 @@ def test_a_check_names_problems_and_notes_and_says_which_by_its_status(image_roo
     assert "0 problems, 25 notes" in output
     shutil.copy(root / "train" / "ant" / "ant1.jpg", root / "val" / "ant" / "leak.jpg")
     (root / "val" / "bee" / "bee1.jpg").write_bytes(b"x")
-    status, output = call("images.py", "check", root, *options)
-    assert status == 1
+    output = images("check", root, *options, status=1)
     assert "overlap: val/ant/leak.jpg: the same bytes as train/ant/ant1.jpg" in output
     assert "bad: val/bee/bee1.jpg: not an image" in output
     assert f"index: {root}/index/val.npz: val/ant/leak.jpg is in {root} but not in" in output
@@ -239,27 +205,26 @@ def test_a_check_names_problems_and_notes_and_says_which_by_its_status(image_roo
     assert [file.name for file in (root / "index").iterdir()] == ["val.npz"]
 
 
-def test_imagenet_is_compared_unless_it_is_a_subset(tmp_path, call):
+def test_imagenet_is_compared_unless_it_is_a_subset(tmp_path, images):
     for split in ("train", "val"):
         for i, name in enumerate(("n01440764", "n01443537")):
             (tmp_path / split / name).mkdir(parents=True)
             picture(20, 30, 2 * i + (split == "val")).save(tmp_path / split / name / "0.jpg")
-    status, output = call("images.py", "check", tmp_path, "--workers", 1)
-    assert status == 1
+    output = images("check", tmp_path, status=1)
     assert "missing: train: 998 of 1,000 classes: n01484850" in output
-    assert call("images.py", "check", tmp_path, "--workers", 1, "--subset")[0] == 0
+    images("check", tmp_path, "--subset")
 
 
-def test_images_go_from_folders_to_shards_and_back(image_root, tmp_path, call):
+def test_images_go_from_folders_to_shards_and_back(image_root, tmp_path, images, monkeypatch):
     root = image_root()
     shards, folders = tmp_path / "shards", tmp_path / "folders"
-    assert call("images.py", "index", root, "--workers", 1)[0] == 0
-    status, output = call("images.py", "shard", root, shards, "--workers", 1)
-    assert status == 0
+    monkeypatch.chdir(tmp_path)
+    assert images("index", root.name).count("12 images in 3 classes") == 2
+    assert sorted(p.name for p in (root / "index").iterdir()) == ["train.npz", "val.npz"]
+    output = images("shard", root, shards)
     assert "12 images in 1 tar file in 3 classes, packed and indexed" in output
-    status, output = call("images.py", "extract", shards, folders, "--workers", 1)
-    assert (status, output.count(": 12 images")) == (0, 2)
-    assert call("images.py", "index", folders, "--workers", 1)[0] == 0
+    assert images("extract", shards, folders).count(": 12 images") == 2
+    images("index", folders)
     for split in ("train", "val"):
         indexes = [
             load_index(place / "index" / f"{split}.npz") for place in (root, shards, folders)
@@ -269,18 +234,16 @@ def test_images_go_from_folders_to_shards_and_back(image_root, tmp_path, call):
             check_fresh(index, place, place / "index" / f"{split}.npz")
         assert images_by_class(folders, split) == images_by_class(root, split)
     (root / "val" / "bee" / "bee1.jpg").unlink()
-    status, output = call("images.py", "shard", root, tmp_path / "again")
-    assert status == 2
+    output = images("shard", root, tmp_path / "again", status=2)
     assert "val/bee/bee1.jpg is in the index but not in" in output
     assert not (tmp_path / "again").exists()
 
 
-def test_nothing_is_written_into_the_source(image_root, tmp_path, call):
+def test_nothing_is_written_into_the_source(image_root, tmp_path, images):
     root, shards = image_root(), tmp_path / "shards"
-    assert call("images.py", "index", root, "--workers", 1)[0] == 0
+    images("index", root)
     (tmp_path / "link").symlink_to(root / "val")
-    packed = call("images.py", "shard", root, root / "packed", "--workers", 1)
-    assert packed[0] == 0, packed[1]
+    images("shard", root, root / "packed")
     (root / "packed").rename(shards)
 
     def everything():
@@ -297,31 +260,28 @@ def test_nothing_is_written_into_the_source(image_root, tmp_path, call):
         ("extract", shards, shards / "val"),
     ]:
         # Another split than the one that is written counts, too.
-        status, output = call("images.py", command, source, dest, "--splits", "train")
-        assert (status, "a folder of the source" in output) == (2, True), (dest, output)
+        output = images(command, source, dest, "--splits", "train", status=2)
+        assert "a folder of the source" in output, dest
         assert everything() == before
     # The index that is read must not become that of the shards.
     (root / "index").rename(tmp_path / "index")
     arguments = (root, tmp_path, "--index", tmp_path / "index")
-    status, output = call("images.py", "shard", *arguments)
-    assert (status, "a folder of the source" in output) == (2, True), output
+    assert "a folder of the source" in images("shard", *arguments, status=2)
 
 
-def test_samples_without_a_label_are_left_out_only_if_asked(image_root, tmp_path, call):
+def test_samples_without_a_label_are_left_out_only_if_asked(image_root, tmp_path, images):
     image = (image_root() / "train" / "ant" / "ant0.jpg").read_bytes()
     members = {"a.jpg": image, "a.cls": b"0", "b.jpg": image, "b.cls": b"2", "c.jpg": image}
     write_tar(tmp_path / "s" / "data" / "0.tar", members)
-    options = ["--splits", "train", "--shards", "train=data/*.tar", "--workers", 1]
+    options = ["--splits", "train", "--shards", "train=data/*.tar"]
     for command, dest in (("index", []), ("extract", [tmp_path / "d"])):
-        status, output = call("images.py", command, tmp_path / "s", *dest, *options)
-        assert status == 2
+        output = images(command, tmp_path / "s", *dest, *options, status=2)
         assert "bad: data/0.tar/c.jpg: no label" in output
         assert "1 of 3 files is bad" in output
-        status, output = call("images.py", command, tmp_path / "s", *dest, *options, "--skip-bad")
-        assert status == 0
+        output = images(command, tmp_path / "s", *dest, *options, "--skip-bad")
     assert load_index(tmp_path / "s" / "index" / "train.npz").skipped == ("data/0.tar/c.jpg",)
     assert sorted(p.name for p in (tmp_path / "d" / "train").glob("*/*")) == ["a.jpg", "b.jpg"]
-    status, output = call("images.py", "index", tmp_path / "s", *options, "--skip-bad")
+    output = images("index", tmp_path / "s", *options, "--skip-bad")
     assert "2 images in 1 tar file in 3 classes, 1 of them empty, 1 bad one" in output
 
 
@@ -337,21 +297,19 @@ def test_samples_without_a_label_are_left_out_only_if_asked(image_root, tmp_path
         (["check", "R", "--out", "/dev/null/x"], "/dev/null/x is not writable"),
     ],
 )
-def test_mistakes_with_the_other_commands_do_too(call, tmp_path, monkeypatch, arguments, words):
+def test_mistakes_with_the_other_commands_do_too(images, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
-    status, output = call("images.py", *arguments)
-    assert status == 2
+    output = images(*arguments, status=2)
     assert words in output
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_package_is_named(image_root, call, monkeypatch):
+def test_a_missing_package_is_named(image_root, images, monkeypatch):
     root = image_root(per_class=1)
     monkeypatch.setitem(sys.modules, "PIL", None)
-    status, output = call("images.py", "index", root, "--workers", 1)
+    output = images("index", root, status=2)
     # No index has tetdist by its name, so that the command names the checkout.
     command = f"pip install -e '{tiny.PROJECT}[train,cuda130]'"
-    assert status == 2
     assert output.endswith(f"error: the package PIL is not installed; {command}\n")
 
 
@@ -373,10 +331,9 @@ def test_ctrl_c_writes_no_index(image_root, capsys, monkeypatch):
     assert not (root / "index").exists()
 
 
-def test_the_digits_are_made_once_and_completely(tmp_path, call):
+def test_the_digits_are_made_once_and_completely(tmp_path, output_of):
     dest = tmp_path / "digits"
-    status, output = call("digits.py", dest)
-    assert (status, "4,000 to train" in output) == (0, True), output
+    assert "4,000 to train" in output_of("digits.py", dest)
     assert list(tmp_path.iterdir()) == [dest]
     names = {}
     for split, count in (("train", 400), ("val", 100)):
@@ -397,20 +354,18 @@ def test_the_digits_are_made_once_and_completely(tmp_path, call):
     assert (image.mode, image.getextrema()) == ("L", (0, 255))
 
     before = (dest / "index" / "val.npz").stat().st_mtime_ns
-    assert call("digits.py", dest) == (0, f"{dest} already holds the 5,000 digits\n")
+    assert output_of("digits.py", dest) == f"{dest} already holds the 5,000 digits\n"
     assert (dest / "index" / "val.npz").stat().st_mtime_ns == before
 
     shutil.rmtree(dest / "train" / "5")
-    status, output = call("digits.py", dest)
-    assert status == 2
+    output = output_of("digits.py", dest, status=2)
     assert "train/5" in output
 
 
-def test_the_digits_take_nothing_elses_place(tmp_path, call):
+def test_the_digits_take_nothing_elses_place(tmp_path, output_of):
     dest = tmp_path / "mine"
     dest.mkdir()
     (dest / "thesis.txt").write_text("all of it")
-    status, output = call("digits.py", dest)
-    assert status == 2
+    output = output_of("digits.py", dest, status=2)
     assert "does not hold this tool's digits" in output
     assert (dest / "thesis.txt").read_text() == "all of it"

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from tiny import Farm
 
 from tetdist.distributed import devices
 from tetdist.distributed.devices import choose_device
@@ -38,7 +37,7 @@ def put_smi(folder: Path, body: str) -> None:
 TWO = 'print("GPU 0: NVIDIA A100 (UUID: GPU-1)\\nGPU 1: NVIDIA A100 (UUID: GPU-2)")'
 
 
-def test_auto_refuses_the_cpu_where_the_machine_has_a_gpu(smi: Path) -> None:
+def test_auto_refuses_the_cpu_where_the_machine_has_a_gpu(smi):
     put_smi(smi, TWO)
     with pytest.raises(UserError) as caught:
         choose_device("auto", 0)
@@ -52,9 +51,7 @@ def test_auto_refuses_the_cpu_where_the_machine_has_a_gpu(smi: Path) -> None:
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
-def test_hidden_gpus_are_not_missed(
-    smi: Path, monkeypatch: pytest.MonkeyPatch, hidden: str
-) -> None:
+def test_hidden_gpus_are_not_missed(smi, monkeypatch, hidden):
     put_smi(smi, TWO)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     assert choose_device("auto", 0).type == "cpu"
@@ -66,14 +63,14 @@ def test_hidden_gpus_are_not_missed(
     "body",
     ["print('No devices found.')", "raise SystemExit('no driver')", "print('GPU 0'); exit(9)"],
 )
-def test_auto_takes_the_cpu_where_there_is_no_gpu(smi: Path, body: str) -> None:
+def test_auto_takes_the_cpu_where_there_is_no_gpu(smi, body):
     assert choose_device("auto", 0).type == "cpu"  # no nvidia-smi at all
     put_smi(smi, body)
     assert choose_device("auto", 0).type == "cpu"
 
 
 @pytest.mark.usefixtures("smi")
-def test_auto_refuses_the_cpu_in_a_slurm_job_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_refuses_the_cpu_in_a_slurm_job_with_gpus(monkeypatch):
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     with pytest.raises(UserError, match=r"Slurm has granted .*SLURM_GPUS_ON_NODE=8"):
         choose_device("auto", 3)
@@ -81,7 +78,7 @@ def test_auto_refuses_the_cpu_in_a_slurm_job_with_gpus(monkeypatch: pytest.Monke
     assert choose_device("auto", 3).type == "cpu"
 
 
-def test_deepspeed_and_the_rest_do_not_part(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_and_the_rest_do_not_part(smi, monkeypatch):
     put_smi(smi, TWO)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert choose_device("auto", 0).type == "cpu"
@@ -89,7 +86,7 @@ def test_deepspeed_and_the_rest_do_not_part(smi: Path, monkeypatch: pytest.Monke
         choose_device("cuda", 0)
 
 
-def test_no_two_processes_take_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_two_processes_take_one_gpu(monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
@@ -117,7 +114,7 @@ def test_no_two_processes_take_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         _refuse_shared_gpus(Others(3, 4, torch.device("cuda", 0), None))
 
 
-def test_a_task_of_srun_does_not_think_that_it_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_of_srun_does_not_think_that_it_is_alone(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     with pytest.raises(UserError, match="srun has started 2 tasks"):
         join("cpu")
@@ -138,9 +135,7 @@ def test_a_task_of_srun_does_not_think_that_it_is_alone(monkeypatch: pytest.Monk
         ([("node1", [0])] * 3, 1),
     ],
 )
-def test_cores_are_divided_among_those_of_a_host_who_share_them(
-    monkeypatch: pytest.MonkeyPatch, hosts: list[tuple[str, list[int]]], cores: int
-) -> None:
+def test_cores_are_divided_among_those_of_a_host_who_share_them(monkeypatch, hosts, cores):
     class Gathered(World):
         def gather(self, value: object) -> list[tuple[str, list[int]]]:
             assert value == hosts[0]
@@ -166,13 +161,7 @@ def test_cores_are_divided_among_those_of_a_host_who_share_them(
         ([[3], [7]], ["0-3", "4-7"], [{3}, {7}]),
     ],
 )
-def test_processes_stay_near_their_gpus(
-    cores: list[range],
-    lists: list[str | None],
-    bound: list[set[int] | None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_processes_stay_near_their_gpus(cores, lists, bound, tmp_path, monkeypatch):
     """By a pretended /sys; cores of another host do not count."""
     monkeypatch.setattr(devices, "PCI", tmp_path)
     for gpu, listed in enumerate(lists):
@@ -207,9 +196,7 @@ def test_processes_stay_near_their_gpus(
 
 
 @pytest.mark.parametrize("before", [None, "3"])
-def test_deepspeed_gets_the_gpu_that_the_process_sees(
-    monkeypatch: pytest.MonkeyPatch, before: str | None
-) -> None:
+def test_deepspeed_gets_the_gpu_that_the_process_sees(monkeypatch, before):
     """With one visible GPU a process, local rank 3 has GPU 0."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if before:
@@ -221,7 +208,7 @@ def test_deepspeed_gets_the_gpu_that_the_process_sees(
         assert os.environ["LOCAL_RANK"] == (before or "0")
 
 
-def test_fp32_is_not_silently_tf32() -> None:
+def test_fp32_is_not_silently_tf32():
     try:
         choose_algorithms("tf32")
         assert torch.backends.cudnn.allow_tf32
@@ -256,9 +243,7 @@ with join("cpu"):
 
 
 @pytest.mark.parametrize("variable", ["", "MALLOC_TRIM_THRESHOLD_"])
-def test_freed_memory_is_kept_unless_the_environment_says_how(
-    variable: str, farm: Farm, tmp_path: Path
-) -> None:
+def test_freed_memory_is_kept_unless_the_environment_says_how(variable, farm, tmp_path):
     code = f'import os\nos.environ |= {{"{variable}": "131072"}} if "{variable}" else {{}}\n{PAGES}'
     ((status, output),) = farm.side_by_side(1, tiny.python("-c", code), tmp_path)
     assert status == 0, output

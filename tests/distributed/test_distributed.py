@@ -4,22 +4,23 @@ import os
 import re
 import signal
 import textwrap
-from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from tiny import LAUNCHED, Farm
+from tiny import LAUNCHED
 from torch import Tensor
 
+from tetdist.distributed.signals import StopRequest, let_go_of_closed_streams
 from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
 
 
 @pytest.mark.parametrize("absent", LAUNCHED)
-def test_partly_set_environment(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partly_set_environment(absent, monkeypatch):
     values = {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -35,7 +36,7 @@ def test_partly_set_environment(absent: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
-def test_alone_in_spite_of_a_stray_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alone_in_spite_of_a_stray_variable(name, monkeypatch):
     monkeypatch.setenv(name, "1")
     with join("cpu") as world:
         assert (world.rank, world.world_size) == (0, 1)
@@ -44,7 +45,7 @@ def test_alone_in_spite_of_a_stray_variable(name: str, monkeypatch: pytest.Monke
         assert world.run_on_all(lambda: 3) == 3
 
 
-def test_two_processes(farm: Farm, tmp_path: Path) -> None:
+def test_two_processes(farm, tmp_path):
     """Sums, broadcast, failing together and stopping together, in one start of two processes."""
     code = """
         import os, signal, time
@@ -131,9 +132,7 @@ def test_two_processes(farm: Farm, tmp_path: Path) -> None:
     ]
 
 
-def test_stop_request_alone() -> None:
-    from tetdist.distributed.signals import StopRequest
-
+def test_stop_request_alone():
     before = signal.getsignal(signal.SIGTERM)
     with join("cpu") as world, StopRequest(world) as stop:
         assert not stop.agreed()
@@ -146,9 +145,7 @@ def test_stop_request_alone() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_second_interrupt_ends_at_once() -> None:
-    from tetdist.distributed.signals import StopRequest
-
+def test_second_interrupt_ends_at_once():
     with join("cpu") as world, StopRequest(world) as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.exit_status == 130
@@ -157,23 +154,19 @@ def test_second_interrupt_ends_at_once() -> None:
 
 
 @pytest.mark.usefixtures("a_terminal")
-def test_a_terminal_that_closes_stops_what_is_not_under_nohup() -> None:
-    from tetdist.distributed import signals
-
-    with join("cpu") as world, signals.StopRequest(world) as stop:
+def test_a_terminal_that_closes_stops_what_is_not_under_nohup():
+    with join("cpu") as world, StopRequest(world) as stop:
         signal.raise_signal(signal.SIGHUP)
         assert stop.agreed()
         assert stop.exit_status == 129
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with signals.StopRequest(world) as nohup:
+        with StopRequest(world) as nohup:
             signal.raise_signal(signal.SIGHUP)
             assert not nohup.agreed()
         assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
 
 
-def test_output_that_nobody_reads_is_no_error() -> None:
-    from tetdist.distributed.signals import let_go_of_closed_streams
-
+def test_output_that_nobody_reads_is_no_error():
     reads, writes = os.pipe()
     let_go_of_closed_streams([writes])
     os.write(writes, b"heard")
@@ -194,11 +187,7 @@ def test_output_that_nobody_reads_is_no_error() -> None:
         ([signal.SIGTERM, signal.SIGINT], signal.SIGTERM),
     ],
 )
-def test_of_two_signals_the_one_that_says_more_counts(
-    sent: list[signal.Signals], expected: signal.Signals
-) -> None:
-    from tetdist.distributed.signals import StopRequest
-
+def test_of_two_signals_the_one_that_says_more_counts(sent, expected):
     with join("cpu") as world, StopRequest(world) as stop:
         for number in sent:
             signal.raise_signal(number)
@@ -207,15 +196,16 @@ def test_of_two_signals_the_one_that_says_more_counts(
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_equal_tensors_are_their_mean(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_tensors_are_their_mean(device, monkeypatch):
     def reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
         tensor.mul_({dist.ReduceOp.SUM: 2, dist.ReduceOp.AVG: 1}[op])
 
     monkeypatch.setattr(dist, "all_reduce", reduce)
+    monkeypatch.setattr(torch.cuda, "Event", Mock())  # which torch for CPUs has not
     assert World(0, 2, torch.device(device), None).mean_(torch.tensor(3.0)) == 3
 
 
-def test_tensors_are_averaged_in_the_order_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_averaged_in_the_order_of_memory(monkeypatch):
     """All of one type in a single collective, whatever their layout; each keeps its own."""
     sent: list[Tensor] = []
 

@@ -4,7 +4,7 @@ import os
 import socket
 import stat
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import psutil
 import pytest
 import tiny
 import torch.distributed as dist
-from tiny import Farm
+from tiny import expect
 
 from tetdist.distributed import meeting, starters
 from tetdist.errors import PeerFailed, UserError
@@ -38,12 +38,12 @@ def launched(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
         ({"MASTER_ADDR": "node1"}, "node1"),
     ],
 )
-def test_address(variables: dict[str, str], address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_address(variables, address, monkeypatch):
     launched(monkeypatch, **variables)
     assert meeting.address() == address
 
 
-def test_rank_0_listens_where_the_others_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_0_listens_where_the_others_come(monkeypatch):
     launched(monkeypatch, MASTER_ADDR="node1", LOCAL_SIZE="2")
     try:
         own = meeting._address_towards("192.0.2.1")
@@ -63,9 +63,7 @@ def test_rank_0_listens_where_the_others_come(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_gloo_gets_the_interface_to_the_other_hosts(
-    rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gloo_gets_the_interface_to_the_other_hosts(rank, monkeypatch):
     """Rank 0's host, which has two processes, knows itself by its loopback address."""
     launched(monkeypatch, MASTER_ADDR="node1")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
@@ -80,7 +78,7 @@ def test_gloo_gets_the_interface_to_the_other_hosts(
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 
-def test_a_secret_is_made_once_and_read_by_its_owner_alone(tmp_path: Path) -> None:
+def test_a_secret_is_made_once_and_read_by_its_owner_alone(tmp_path):
     file = tmp_path / "new" / ".token"
     token = meeting._kept(file)
     assert len(token) == 32
@@ -93,7 +91,7 @@ def test_a_secret_is_made_once_and_read_by_its_owner_alone(tmp_path: Path) -> No
         meeting._kept(file)
 
 
-def test_where_the_secret_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_where_the_secret_comes_from(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     launched(monkeypatch, MASTER_ADDR="127.0.0.1")
     here = meeting._token(tmp_path / "run")
@@ -127,13 +125,7 @@ def met(rank: int, seconds: float = 30, folder: str = "runs/a", **run: Any) -> A
         ({starters.VARIABLE: "another"}, {}, "rank 1 has met .* differs in launch; "),
     ],
 )
-def test_run_is_met_by_its_own_processes_alone(
-    variables: dict[str, str],
-    run: dict[str, Any],
-    words: str,
-    rank_0: ThreadPoolExecutor,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_run_is_met_by_its_own_processes_alone(variables, run, words, rank_0, monkeypatch):
     port = tiny.free_port()
     own = starters.as_starter() | {meeting.TOKEN: "one", "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
     launched(monkeypatch, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **own)
@@ -154,9 +146,7 @@ def test_run_is_met_by_its_own_processes_alone(
         met(1)
 
 
-def test_second_attempt_reads_nothing_of_the_first(
-    rank_0: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_attempt_reads_nothing_of_the_first(rank_0, monkeypatch):
     """Under torchrun, whose store outlives the processes of one attempt."""
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     launched(monkeypatch, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(agent.port))
@@ -173,9 +163,7 @@ def test_second_attempt_reads_nothing_of_the_first(
         assert first.result().get("by") == attempt.encode()
 
 
-def test_processes_of_other_configurations_do_not_train(
-    farm: Farm, tiny_config: Callable[..., Path]
-) -> None:
+def test_processes_of_other_configurations_do_not_train(farm, tiny_config):
     file = tiny_config({"peer_timeout": 3.0})
     # Each host may read the data as it can.
     options = ("seed=RANK", "data.threads=1RANK")
@@ -186,11 +174,9 @@ def test_processes_of_other_configurations_do_not_train(
 
 
 @pytest.mark.long
-def test_two_launches_of_one_run_do_not_mix(
-    farm: Farm, tiny_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_two_launches_of_one_run_do_not_mix(farm, tiny_config, tmp_path):
     straight = tiny_config({"name": "straight", "engine": "torch"})
-    assert farm(straight, world=2).status == 0
+    expect(farm(straight, world=2))
     command = tiny.launched(2, tiny.TRAIN, "--config", straight, "name=twice")
     env = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT))
     with tiny.started(command, tmp_path, env) as one, tiny.started(command, tmp_path, env) as other:

@@ -2,12 +2,12 @@
 
 import os
 import textwrap
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from tiny import Farm
+
+from tetdist.distributed import shared_memory
 
 # In chunks so small that a tensor takes several, and that several tensors share one.
 CODE = """
@@ -57,23 +57,18 @@ CODE = """
         (2, "other-host", False),
     ],
 )
-def test_mean_over_processes(
-    farm: Farm, processes: int, case: str, shared: bool, tmp_path: Path
-) -> None:
+def test_mean_over_processes(farm, processes, case, shared, tmp_path):
     command = tiny.python("-c", textwrap.dedent(CODE), case)
     for status, output in farm.side_by_side(processes, command, tmp_path):
         assert status == 0, output
         assert f"shared {shared}" in output
 
 
-def test_no_file_of_another_host_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_of_another_host_is_opened(monkeypatch):
     """There, rank 0's process id may belong to another program."""
-    from tetdist.distributed import shared_memory
-
     opened: list[str] = []
     monkeypatch.setattr(shared_memory, "_open", lambda path, *_: opened.append(path))
     here = shared_memory.place()
-    assert here is not None
     for i in range(len(here)):
         there = (*here[:i], "another", *here[i + 1 :])
         assert shared_memory.share(1, 2, lambda own, there=there: [there, own]) is None
@@ -81,9 +76,7 @@ def test_no_file_of_another_host_is_opened(monkeypatch: pytest.MonkeyPatch) -> N
     assert opened == []
 
 
-def test_what_is_no_file_of_rank_0_is_left_alone(tmp_path: Path) -> None:
-    from tetdist.distributed import shared_memory
-
+def test_what_is_no_file_of_rank_0_is_left_alone(tmp_path):
     token = bytes(range(16))
     (tmp_path / "small").write_bytes(token)
     with (tmp_path / "without-token").open("wb") as file:
@@ -99,16 +92,14 @@ def test_what_is_no_file_of_rank_0_is_left_alone(tmp_path: Path) -> None:
     os.close(writes)
 
 
-def test_chunks_of_any_number_of_processes_hold_whole_numbers() -> None:
-    from tetdist.distributed.shared_memory import _chunk_bytes
+def test_chunks_of_any_number_of_processes_hold_whole_numbers():
+    assert [
+        n for n in range(1, 100) if shared_memory._chunk_bytes(n) % torch.float64.itemsize
+    ] == []
 
-    assert [n for n in range(1, 100) if _chunk_bytes(n) % torch.float64.itemsize] == []
 
-
-def test_what_is_not_dense_is_refused() -> None:
-    from tetdist.distributed.shared_memory import _in_memory_order
-
+def test_what_is_not_dense_is_refused():
     dense = torch.arange(24.0).view(2, 3, 4)
-    assert torch.equal(_in_memory_order(dense.transpose(0, 2)), torch.arange(24.0))
+    assert torch.equal(shared_memory._in_memory_order(dense.transpose(0, 2)), torch.arange(24.0))
     with pytest.raises(RuntimeError):
-        _in_memory_order(dense[:, :2])
+        shared_memory._in_memory_order(dense[:, :2])

@@ -5,15 +5,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 
 from tetdist.distributed import starters
 
-ConfigWriter = Callable[..., Path]
 KILL = signal.SIGKILL
 
 # Ends upon SIGTERM as training does: it saves. It reports if all its starters have ended.
@@ -59,7 +58,7 @@ while os.getppid() == parent:
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_ends_though_its_launcher_was_gone_before_it_looked(launcher: str, tmp_path: Path) -> None:
+def test_ends_though_its_launcher_was_gone_before_it_looked(launcher, tmp_path):
     texts = {
         "deepspeed": {
             "bin/deepspeed": LAUNCHER,
@@ -78,7 +77,6 @@ def test_ends_though_its_launcher_was_gone_before_it_looked(launcher: str, tmp_p
     if launcher == "torchrun":
         env["TORCHELASTIC_RUN_ID"] = "none"
     with tiny.started([*map(str, command), "result", "1000"], tmp_path, env) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(KILL)
         process.communicate(timeout=60)
@@ -95,7 +93,7 @@ def test_ends_though_its_launcher_was_gone_before_it_looked(launcher: str, tmp_p
         (["shell"], "goes on"),
     ],
 )
-def test_ends_with_those_it_works_for(above: list[str], result: str, tmp_path: Path) -> None:
+def test_ends_with_those_it_works_for(above, result, tmp_path):
     """The first of those above it is killed; the rest of them live."""
     texts = {"study": STUDY, "worker.py": WORKER}
     for name in {*above, "worker.py"} - {"shell"}:
@@ -110,7 +108,6 @@ def test_ends_with_those_it_works_for(above: list[str], result: str, tmp_path: P
         PYTHONPATH=str(tiny.PROJECT), TETDIST_COMMAND="test", **{starters.VARIABLE: ""}
     )
     with tiny.started(command, tmp_path, env) as process:
-        assert process.stdout is not None
         words = process.stdout.readline().split()
         assert words[:1] == ["ready"], process.stdout.read()
         process.send_signal(KILL)
@@ -119,9 +116,7 @@ def test_ends_with_those_it_works_for(above: list[str], result: str, tmp_path: P
     assert (tmp_path / "result").read_text() == result
 
 
-def test_only_torchruns_worker_whose_parent_is_gone_was_launched(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_only_torchruns_worker_whose_parent_is_gone_was_launched(monkeypatch):
     """A person's shell that set the variables may end."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(starters, "_is_init", lambda _: True)
@@ -131,15 +126,13 @@ def test_only_torchruns_worker_whose_parent_is_gone_was_launched(
 
 
 @pytest.mark.parametrize("program", ["torchrun", "launch/torchrun.py", "/venv/bin/tetdist"])
-def test_launcher_may_be_the_first_process_of_a_container(
-    program: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_launcher_may_be_the_first_process_of_a_container(program, monkeypatch):
     """It has not adopted what it started."""
     monkeypatch.setattr(starters, "_program", lambda _: program)
     assert not starters._is_init(1)
 
 
-def test_what_came_from_another_host_is_nobody_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_came_from_another_host_is_nobody_here(monkeypatch):
     ((name, text),) = starters.as_starter().items()
     place, pid, started = json.loads(text)
     assert starters.Process(pid, started).is_there
@@ -156,9 +149,7 @@ def test_what_came_from_another_host_is_nobody_here(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.long
 @pytest.mark.parametrize("killed", ["deepspeed", "deepspeed.launcher.launch", "torchrun"])
-def test_ranks_of_a_killed_launcher_save_and_end(
-    killed: str, tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
+def test_ranks_of_a_killed_launcher_save_and_end(killed, tiny_config, tmp_path):
     """The real launchers: the deepspeed command, what it starts, and torchrun."""
     file = tiny_config({"phases.0.epochs": 100_000, "evaluate_every": 100_000})
     command = tiny.launched(2, tiny.TRAIN, "--config", file)
@@ -168,13 +159,10 @@ def test_ranks_of_a_killed_launcher_save_and_end(
         command = [str(torchrun), *options, str(tiny.TRAIN), "--config", str(file)]
     mark, env = tiny.marked(tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT)))
     with tiny.started(command, tmp_path, env) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "step 12/" in line:
-                break
+        assert any("step 12/" in line for line in process.stdout)
         victim = process.pid
         if killed == "deepspeed.launcher.launch":
-            (victim,) = (pid for pid in tiny.alive(mark) if killed in tiny.command_line(pid))
+            (victim,) = (p for p in tiny.alive(mark) if killed in psutil.Process(p).cmdline())
         os.kill(victim, KILL)
         output, _ = process.communicate(timeout=120)
         tiny.wait_until(lambda: not tiny.alive(mark), 60)
@@ -184,7 +172,7 @@ def test_ranks_of_a_killed_launcher_save_and_end(
 
 
 @pytest.mark.long
-def test_training_saves_when_its_terminal_closes(tiny_config: ConfigWriter, tmp_path: Path) -> None:
+def test_training_saves_when_its_terminal_closes(tiny_config, tmp_path):
     import pty
 
     file = tiny_config({"phases.0.epochs": 100_000, "evaluate_every": 100_000})

@@ -1,8 +1,7 @@
 """torchrun with the exit status of its processes, and a cluster that evicts what it runs."""
 
 import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import tiny
@@ -35,18 +34,14 @@ def options(*command: object) -> list[object]:
 @pytest.mark.parametrize(
     ("end", "status"), [("well", 0), ("mistake", 2), ("lost", 128 + signal.SIGKILL)]
 )
-def test_status_is_that_of_the_process_that_failed_first(
-    end: str, status: int, tmp_path: Path, tool: tiny.Tool
-) -> None:
+def test_status_is_that_of_the_process_that_failed_first(end, status, tmp_path, tool):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     assert tool("torchrun.py", *options(worker, end))[0] == status
 
 
 @pytest.mark.long
-def test_evicted_run_goes_on_with_the_same_command(
-    tiny_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_evicted_run_goes_on_with_the_same_command(tiny_config, tmp_path):
     """An agent starts the command again as long as its status is that of an eviction."""
     file = tiny_config({"phases.0.epochs": 40, "evaluate_every": 40})
     command = [TORCHRUN, *options(tiny.TRAIN, "--config", file, "engine=torch")]
@@ -56,7 +51,6 @@ def test_evicted_run_goes_on_with_the_same_command(
     while not statuses or statuses[-1] == 128 + signal.SIGTERM:
         seen, line = next(evict_after, None), ""
         with tiny.started(tiny.python(*command), tmp_path, env) as process:
-            assert process.stdout is not None
             while seen and seen not in line and (line := process.stdout.readline()):
                 pass
             if seen:

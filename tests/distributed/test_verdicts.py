@@ -67,27 +67,27 @@ class Processes:
         return None
 
 
-def test_silence_is_death_after_a_while(clock: Clock) -> None:
+def test_silence_is_death_after_a_while(clock):
     run = Processes(clock, 3, timeout=600)
     assert run.until(SILENCE - 1, silent=(1,), moving=(0, 2)) is None
     expected = f"rank 1 {ME} has died or is cut off: nothing was heard of it for 30 s, since step 1"
     assert run.until(SILENCE + 1, silent=(1,), moving=(0, 2)) == expected
 
 
-def test_a_rank_that_is_heard_again_was_not_dead(clock: Clock) -> None:
+def test_a_rank_that_is_heard_again_was_not_dead(clock):
     run = Processes(clock, 2, timeout=600)
     assert run.until(SILENCE - 1, silent=(1,), moving=(0,)) is None
     assert run.until(SILENCE + 20, moving=(0,)) is None
     assert run.until(2 * SILENCE, silent=(1,), moving=(0,)) is None
 
 
-def test_patience_is_no_longer_than_what_was_asked_for(clock: Clock) -> None:
+def test_patience_is_no_longer_than_what_was_asked_for(clock):
     run = Processes(clock, 2, timeout=10)
     assert run.until(9, silent=(1,), moving=(0,)) is None
     assert "rank 1 " in str(run.until(11, silent=(1,), moving=(0,)))
 
 
-def test_in_trouble_silence_is_death_soon(clock: Clock) -> None:
+def test_in_trouble_silence_is_death_soon(clock):
     """After a connection has failed, most likely because of that death."""
     run = Processes(clock, 2, timeout=600)
     run.watches[0]._store.set(watchdog._TROUBLE, "connection closed by peer")
@@ -95,7 +95,7 @@ def test_in_trouble_silence_is_death_soon(clock: Clock) -> None:
     assert "rank 1 " in str(run.until(SILENCE_IN_TROUBLE + 1, silent=(1,), moving=(0,)))
 
 
-def test_what_is_not_signed_is_not_heard(clock: Clock) -> None:
+def test_what_is_not_signed_is_not_heard(clock):
     run = Processes(clock, 2, timeout=600)
     signed = run.watches[0]._store
     stranger = signed.store
@@ -108,7 +108,7 @@ def test_what_is_not_signed_is_not_heard(clock: Clock) -> None:
     assert "rank 1 " in str(run.until(SILENCE + 1, silent=(1,), moving=(0,)))
 
 
-def test_a_rank_that_is_behind_hangs_and_the_others_wait(clock: Clock) -> None:
+def test_a_rank_that_is_behind_hangs_and_the_others_wait(clock):
     run = Processes(clock, 3, timeout=20)
     assert run.until(1, moving=(0, 2)) is None
     assert run.until(20) is None
@@ -116,21 +116,21 @@ def test_a_rank_that_is_behind_hangs_and_the_others_wait(clock: Clock) -> None:
     assert str(run.until(22)).startswith(expected)
 
 
-def test_nobody_hangs_while_one_gets_on(clock: Clock) -> None:
+def test_nobody_hangs_while_one_gets_on(clock):
     """An evaluation may be a single process's work for long."""
     run = Processes(clock, 2, timeout=20)
     assert run.until(200, moving=(1,)) is None
     assert run.until(400, moving=(0,)) is None
 
 
-def test_where_all_hang_a_few_are_named(clock: Clock) -> None:
+def test_where_all_hang_a_few_are_named(clock):
     run = Processes(clock, 6, timeout=20)
     verdict = str(run.until(30))
     assert [f"rank {rank} " in verdict for rank in range(6)] == [True] * 4 + [False] * 2
     assert "and 2 more hangs at step 1; peer_timeout" in verdict
 
 
-def test_end_of_one_is_reported_where_the_others_go_on(clock: Clock) -> None:
+def test_end_of_one_is_reported_where_the_others_go_on(clock):
     run = Processes(clock, 2, timeout=600)
     run.watches[1]._ended = "ValueError: of rank 1 alone"
     # If all made the same mistake they would all have ended by now.
@@ -139,7 +139,7 @@ def test_end_of_one_is_reported_where_the_others_go_on(clock: Clock) -> None:
     assert run.until(60, silent=(1,), moving=(0,)) == expected
 
 
-def test_a_rank_that_has_finished_is_not_missed(clock: Clock) -> None:
+def test_a_rank_that_has_finished_is_not_missed(clock):
     run = Processes(clock, 2, timeout=600)
     run.watches[1]._ended = "well"
     run.watches[1]._report_alive()

@@ -3,20 +3,16 @@
 import os
 import re
 import signal
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import tiny
-from tiny import Farm
 
-ConfigWriter = Callable[..., Path]
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 PEER_FAILED = 3
 HUNG = -999  # farm.py's status for a killed process
 
 
-def test_killed_process_is_named(farm: Farm, tiny_config: ConfigWriter) -> None:
+def test_killed_process_is_named(farm, tiny_config):
     statuses, text = farm.each(tiny_config(), world=2, stop=("step", 3, KILL), rank=1)
     assert statuses == [PEER_FAILED, -KILL], text
     assert text.count("error:") == 1, text
@@ -26,7 +22,7 @@ def test_killed_process_is_named(farm: Farm, tiny_config: ConfigWriter) -> None:
     assert "Traceback" not in text
 
 
-def test_killed_rank_0(farm: Farm, tiny_config: ConfigWriter) -> None:
+def test_killed_rank_0(farm, tiny_config):
     statuses, text = farm.each(tiny_config(), world=2, stop=("step", 3, KILL), rank=0)
     assert statuses == [-KILL, PEER_FAILED], text
     assert "rank 1: error: rank 0 has died or cannot be reached" in text
@@ -44,9 +40,7 @@ def test_killed_rank_0(farm: Farm, tiny_config: ConfigWriter) -> None:
         ("met", 1, "error: a process is lost while all connect to each other"),
     ],
 )
-def test_killed_before_all_have_met(
-    point: str, rank: int, message: str, farm: Farm, tiny_config: ConfigWriter
-) -> None:
+def test_killed_before_all_have_met(point, rank, message, farm, tiny_config):
     statuses, text = farm.each(
         tiny_config({"peer_timeout": 3.0}), world=2, stop=(point, 1, KILL), rank=rank, timeout=30
     )
@@ -56,9 +50,7 @@ def test_killed_before_all_have_met(
     assert "Traceback" not in text
 
 
-def test_killed_rank_0_is_noticed_by_the_store_first(
-    farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
+def test_killed_rank_0_is_noticed_by_the_store_first(farm, tiny_config, tmp_path):
     """The thread has met the broken store before the training meets the broken collective."""
     file = tiny_config({"engine": "torch"})
     code = f"""
@@ -94,9 +86,7 @@ sys.exit(train.main(["--config", {str(file)!r}]))
         ),
     ],
 )
-def test_stopped_process_ends_the_others(
-    rank: int, parts: list[str], farm: Farm, tiny_config: ConfigWriter
-) -> None:
+def test_stopped_process_ends_the_others(rank, parts, farm, tiny_config):
     statuses, text = farm.each(
         tiny_config({"peer_timeout": 3.0}),
         world=2,
@@ -110,7 +100,7 @@ def test_stopped_process_ends_the_others(
     assert [part for part in parts if part not in text] == [], text
 
 
-def test_hanging_process_is_named(farm: Farm, tiny_config: ConfigWriter, tmp_path: Path) -> None:
+def test_hanging_process_is_named(farm, tiny_config, tmp_path):
     """A process that is alive without progress: its thread reports that."""
     file = tiny_config({"peer_timeout": 4.0, "engine": "torch"})
     code = f"""
@@ -134,7 +124,7 @@ sys.exit(train.main(["--config", {str(file)!r}]))
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.long)])
-def test_error_of_one_process_ends_all(rank: int, farm: Farm, tiny_config: ConfigWriter) -> None:
+def test_error_of_one_process_ends_all(rank, farm, tiny_config):
     statuses, text = farm.each(tiny_config(), world=2, stop=("raise", 3, 0), rank=rank)
     assert statuses[rank] == 1, text
     assert statuses[1 - rank] == PEER_FAILED, text
@@ -144,9 +134,7 @@ def test_error_of_one_process_ends_all(rank: int, farm: Farm, tiny_config: Confi
         assert "error: rank 1 has failed ('LookupError: made for the test')" in text
 
 
-def test_bad_file_on_one_process_ends_all(
-    farm: Farm, tiny_copy: Path, tiny_config: ConfigWriter
-) -> None:
+def test_bad_file_on_one_process_ends_all(farm, tiny_copy, tiny_config):
     """A user's mistake that only one process meets."""
     file = tiny_copy / "train/left/03.png"
     status = file.stat()

@@ -20,7 +20,7 @@ import timm
 import tiny
 import torch
 from PIL import Image
-from tiny import Farm
+from tiny import Farm, expect
 
 from tetdist.apps.events.binning import Binning, bin_events
 from tetdist.apps.events.recording import Events, Sensor
@@ -57,8 +57,7 @@ def run(data_root: Path, farm: Farm, tmp_path_factory: pytest.TempPathFactory) -
         "phases.0.epochs": 1,
         "tracking": {"mlflow": True},
     }
-    outcome = farm(tiny.write_config(folder / "tiny.yaml", data_root, changes))
-    assert outcome.status == 0, outcome.text
+    expect(farm(tiny.write_config(folder / "tiny.yaml", data_root, changes)))
     return folder / "runs" / "tiny"
 
 
@@ -101,9 +100,7 @@ def lines_of_frames(run: Path, frames: torch.Tensor) -> list[str]:
     return expected
 
 
-def test_replay_prints_what_a_stream_of_the_windows_returns(
-    run: Path, command: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_replay_prints_what_a_stream_of_the_windows_returns(run, command, capfd):
     replay, expected = tool("replay"), lines_of_frames(run, frames_of(MADE))
     started = time.monotonic()
     assert replay.main(command) == 0
@@ -126,11 +123,8 @@ def test_replay_prints_what_a_stream_of_the_windows_returns(
 
 
 def test_late_frames_are_counted_and_ctrl_c_ends_with_what_was_read(
-    command: list[str],
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    command, tmp_path, capfd, monkeypatch
+):
     replay, step = tool("replay"), Stream.step
 
     def slow(*given: Any) -> torch.Tensor:
@@ -159,9 +153,7 @@ def test_late_frames_are_counted_and_ctrl_c_ends_with_what_was_read(
     assert (shown.err, len(lines_of(shown.out))) == ("", 2)
 
 
-def test_everything_before_a_bad_event_is_used(
-    run: Path, command: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_everything_before_a_bad_event_is_used(run, command, tmp_path, capfd):
     back = MADE._replace(t=np.where(np.arange(900) < 890, MADE.t, 0))
     (tmp_path / "back.bin").write_bytes(cameras.nmnist(back))
     options = [*command[1:], "--fast", "--output", str(tmp_path / "b.gif")]
@@ -192,13 +184,8 @@ def test_everything_before_a_bad_event_is_used(
     ],
 )
 def test_what_cannot_be_replayed_is_refused_before_the_first_frame(
-    run: Path,
-    command: list[str],
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    given: list[str],
-    refusal: str,
-) -> None:
+    run, command, tmp_path, capfd, given, refusal
+):
     np.savez(tmp_path / "other.npz", **MADE._asdict(), width=99, height=99)
     (tmp_path / "torn.npz").write_bytes((tmp_path / "it.npz").read_bytes()[:500])
     other = MADE._replace(x=MADE.x + 29 * (MADE.t > MADE.t[0]))
@@ -225,8 +212,8 @@ def pipe(file: Path, command: list[str]) -> None:
 
 
 def test_all_complete_packets_of_a_growing_file_and_of_a_pipe_are_used(
-    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    run, tmp_path, capfd, monkeypatch
+):
     """The writer is killed within the last of six packets; then Ctrl-C is pressed."""
     made = cameras.events(300, *DEFAULT_SENSOR, duration=40_000)
     data = cameras.aedat4(made, sensor=DEFAULT_SENSOR, finished=False, per_packet=50)[:-10]
@@ -261,7 +248,7 @@ def test_all_complete_packets_of_a_growing_file_and_of_a_pipe_are_used(
     check()
 
 
-def test_a_gif_has_an_image_of_each_windows_events(command: list[str], tmp_path: Path) -> None:
+def test_a_gif_has_an_image_of_each_windows_events(command, tmp_path):
     made = MADE._replace(p=((MADE.t - MADE.t[0]) // 9000 % 2 == 0).astype(np.int64))
     np.savez(tmp_path / "it.npz", **made._asdict(), **DEFAULT_SENSOR._asdict())
     assert tool("replay").main([*command, "--fast", "--output", str(tmp_path / "it.gif")]) == 0
@@ -278,9 +265,7 @@ def test_a_gif_has_an_image_of_each_windows_events(command: list[str], tmp_path:
         assert np.asarray(gif.convert("L"))[30:160, 394:].min() > 240
 
 
-def test_replay_needs_windows_of_a_fixed_size(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_replay_needs_windows_of_a_fixed_size(tmp_path, capfd):
     trained = tmp_path / "model.safetensors"
     config = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d", "data.kind": "events"})
     config["model"] = {"name": "vggsnn", "num_classes": 2, "arguments": {"input_size": 16}}
@@ -297,9 +282,7 @@ def test_replay_needs_windows_of_a_fixed_size(
         trained.unlink()
 
 
-def test_results_carry_the_name_of_the_split(
-    data_root: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_results_carry_the_name_of_the_split(data_root, run, tmp_path, capfd):
     assert [line["data_split"] for line in tiny.metrics(run, "val")] == [SPLIT]
     with sqlite3.connect(run.parent / "mlflow.db") as store:
         assert store.execute("select value from tags where key = 'data_split'").fetchall() == [

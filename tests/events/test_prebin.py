@@ -47,13 +47,12 @@ def source(tmp_path):
 
 
 @pytest.fixture
-def prebin_dvs(call, tmp_path):
-    """Runs the tool in this process: (source, *options) -> status and output; DEST is dest/."""
+def prebin_dvs(output_of, tmp_path):
+    """Runs the tool in this process: (source, *options, status=0) -> output; DEST is dest/."""
 
-    def run(source, *options, timesteps=4, workers=1):
-        dest = tmp_path / "dest"
+    def run(source, *options, timesteps=4, workers=1, status=0):
         rest = ["--timesteps", timesteps, "--workers", workers, *options]
-        return call(TOOL, source, dest, *rest)
+        return output_of(TOOL, source, tmp_path / "dest", *rest, status=status)
 
     return run
 
@@ -77,8 +76,7 @@ def lines(dest):
 
 def test_tensors_splits_and_records_are_written(source, tmp_path, prebin_dvs):
     dest = tmp_path / "dest"
-    status, output = prebin_dvs(source, "--split", "first-80-percent", "--size", "20x17")
-    assert status == 0, output
+    output = prebin_dvs(source, "--split", "first-80-percent", "--size", "20x17")
     root = dest / "splits" / "first-80-percent"
     assert f"{root}: 16 to train, 4 to test; data.root={root}" in output
 
@@ -119,12 +117,11 @@ def test_tensors_splits_and_records_are_written(source, tmp_path, prebin_dvs):
 
 def test_a_second_call_keeps_tensors_and_adds_a_split(source, tmp_path, prebin_dvs):
     dest = tmp_path / "dest"
-    assert prebin_dvs(source)[0] == 0
+    prebin_dvs(source)
     before = contents(dest)
     times = {path: path.stat().st_mtime_ns for path in dest.rglob("*.np[yz]")}
     assert "splits/stratified-9-1-seed-0/dataset.json" in before
-    status, output = prebin_dvs(source, "--split", "stratified-9-1,first-70-percent", "--preview")
-    assert status == 0, output
+    prebin_dvs(source, "--split", "stratified-9-1,first-70-percent", "--preview")
     after = contents(dest)
     assert {path: after[path] for path in before} == before
     assert all(path.stat().st_mtime_ns == at for path, at in times.items())
@@ -170,8 +167,7 @@ def test_a_stopped_call_is_continued(tmp_path, prebin_dvs, ended, how):
     with journal.open("a") as stream:
         stream.write('{"key": "left/3')
     (dest / "recordings" / "left" / ".5.npy.1.tmp").write_bytes(b"half")
-    status, text = prebin_dvs(source)
-    assert status == 0, text
+    prebin_dvs(source)
     assert {path: (dest / "recordings" / path).stat().st_mtime_ns for path in kept} == times
     assert len(lines(dest)) == 300
     assert len(tensors(dest)) == 300
@@ -179,14 +175,14 @@ def test_a_stopped_call_is_continued(tmp_path, prebin_dvs, ended, how):
 
 def test_a_damaged_tensor_is_made_again(source, tmp_path, prebin_dvs):
     dest = tmp_path / "dest"
-    assert prebin_dvs(source)[0] == 0
+    prebin_dvs(source)
     good = tensors(dest)
     damaged, gone = dest / "recordings" / "left" / "3.npy", dest / "recordings" / "right" / "0.npy"
     status = damaged.stat()
     damaged.write_bytes(good["left/3.npy"][:-1] + b"\x07")
     os.utime(damaged, ns=(status.st_atime_ns, status.st_mtime_ns))
     gone.unlink()
-    assert prebin_dvs(source)[0] == 0
+    prebin_dvs(source)
     assert tensors(dest) == good
     split = contents(dest / "splits" / "stratified-9-1-seed-0")
     assert {data for path, data in split.items() if path.endswith(".npy")} == set(good.values())
@@ -194,16 +190,14 @@ def test_a_damaged_tensor_is_made_again(source, tmp_path, prebin_dvs):
 
 def test_a_changed_parameter_is_not_mixed_with_old_tensors(source, tmp_path, prebin_dvs):
     dest = tmp_path / "dest"
-    assert prebin_dvs(source)[0] == 0
+    prebin_dvs(source)
     before = contents(dest)
-    status, output = prebin_dvs(source, "--bins", "time")
-    assert status == 2
+    output = prebin_dvs(source, "--bins", "time", status=2)
     assert "were made with bins=count, not time; name another DEST, or give --overw" in output
-    assert "with bins=count, not 3ms" in prebin_dvs(source, "--bins", "3ms")[1]
-    assert prebin_dvs(source, timesteps=5)[0] == 2
+    assert "with bins=count, not 3ms" in prebin_dvs(source, "--bins", "3ms", status=2)
+    prebin_dvs(source, timesteps=5, status=2)
     assert contents(dest) == before
-    status, output = prebin_dvs(source, "--overwrite", timesteps=5)
-    assert status == 0, output
+    output = prebin_dvs(source, "--overwrite", timesteps=5)
     assert np.load(dest / "recordings" / "left" / "3.npy").shape == (5, 2, 34, 34)
 
 
@@ -217,23 +211,22 @@ def test_a_changed_parameter_is_not_mixed_with_old_tensors(source, tmp_path, pre
 def test_a_changed_source_is_not_mixed_with_old_tensors(
     source, tmp_path, prebin_dvs, change, words
 ):
-    assert prebin_dvs(source)[0] == 0
+    prebin_dvs(source)
     before = contents(tmp_path / "dest")
     change(source / "left" / "3.bin")
-    status, output = prebin_dvs(source)
-    assert status == 2
+    output = prebin_dvs(source, status=2)
     assert "left/3.bin" in output
     assert words in output
     assert "--overwrite" in output
     assert contents(tmp_path / "dest") == before
-    assert prebin_dvs(source, "--overwrite")[0] == 0
+    prebin_dvs(source, "--overwrite")
 
 
 def test_a_copy_of_the_source_is_the_same(source, prebin_dvs):
-    assert prebin_dvs(source)[0] == 0
+    prebin_dvs(source)
     for file in source.rglob("*.bin"):
         os.utime(file, ns=(1, 1))
-    assert prebin_dvs(source)[0] == 0
+    prebin_dvs(source)
 
 
 def spoil(source):
@@ -260,8 +253,7 @@ def spoil(source):
 
 def test_bad_recordings_are_named_and_left_out_only_by_a_flag(source, tmp_path, prebin_dvs):
     expected = spoil(source)
-    status, output = prebin_dvs(source, "--split", "first-80-percent")
-    assert status == 2
+    output = prebin_dvs(source, "--split", "first-80-percent", status=2)
     for path, reason in expected.items():
         (line,) = [line for line in output.splitlines() if line.startswith(f"bad: {path}: ")]
         assert reason in line
@@ -269,8 +261,7 @@ def test_bad_recordings_are_named_and_left_out_only_by_a_flag(source, tmp_path, 
     assert "no split was made: replace the bad recordings, or give --skip-bad" in output
     assert not (tmp_path / "dest" / "splits").exists()
 
-    status, output = prebin_dvs(source, "--split", "first-80-percent", "--skip-bad")
-    assert status == 0, output
+    output = prebin_dvs(source, "--split", "first-80-percent", "--skip-bad")
     assert "bad: left/a.bin" in output
     root = tmp_path / "dest" / "splits" / "first-80-percent"
     described = json.loads((root / "dataset.json").read_text())
@@ -281,13 +272,12 @@ def test_bad_recordings_are_named_and_left_out_only_by_a_flag(source, tmp_path, 
 
 
 def test_what_is_no_file_is_bad_and_never_waited_for(source, prebin_dvs):
-    assert prebin_dvs(source)[0] == 0
+    prebin_dvs(source)
     os.mkfifo(source / "left" / "a.bin")
     (source / "left" / "b.bin").symlink_to("/dev/zero")
     (source / "left" / "c.bin").symlink_to("c.bin")
     (source / "left" / "d.mat").touch()
-    status, output = prebin_dvs(source, "--skip-bad", "--split", "first-80-percent")
-    assert status == 0, output
+    output = prebin_dvs(source, "--skip-bad", "--split", "first-80-percent")
     assert "ignored 1 with .mat (left/d.mat)" in output
     for name, reason in (("a", "It is a pipe"), ("b", "a device"), ("c", "Too many levels")):
         (line,) = [line for line in output.splitlines() if f"bad: left/{name}.bin" in line]
@@ -295,15 +285,13 @@ def test_what_is_no_file_is_bad_and_never_waited_for(source, prebin_dvs):
     # A recording that has become a pipe.
     (source / "left" / "3.bin").unlink()
     os.mkfifo(source / "left" / "3.bin")
-    status, output = prebin_dvs(source, "--skip-bad", "--split", "first-80-percent")
-    assert status == 2
+    output = prebin_dvs(source, "--skip-bad", "--split", "first-80-percent", status=2)
     assert "left/3.bin cannot be read (It is a pipe" in output
 
 
 def test_new_recordings_are_for_evaluation_alone(source, tmp_path, prebin_dvs):
     shutil.rmtree(source / "right")
-    status, output = prebin_dvs(source, "--split", "all-to-val")
-    assert status == 0, output
+    output = prebin_dvs(source, "--split", "all-to-val")
     root = tmp_path / "dest" / "splits" / "all-to-val"
     assert f"{root}: 10 to test; " in output
     assert f"eval.py --checkpoint RUN --data {root}" in output
@@ -312,18 +300,16 @@ def test_new_recordings_are_for_evaluation_alone(source, tmp_path, prebin_dvs):
     described = json.loads((root / "dataset.json").read_text())
     assert (described["split"], described["recordings"]) == ("all-to-val", {"train": 0, "val": 10})
     times = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    assert prebin_dvs(source, "--split", "all-to-val")[0] == 0
+    prebin_dvs(source, "--split", "all-to-val")
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == times
-    status, output = prebin_dvs(source)
-    assert status == 2
+    output = prebin_dvs(source, status=2)
     assert "only one class, 'left'" in output
 
 
 def test_a_class_of_bad_recordings_only_is_refused(source, tmp_path, prebin_dvs):
     for i in (8, 9):
         (source / "left" / f"{i}.bin").write_bytes(b"")
-    status, output = prebin_dvs(source, "--split", "first-80-percent", "--skip-bad")
-    assert status == 2
+    output = prebin_dvs(source, "--split", "first-80-percent", "--skip-bad", status=2)
     assert "'first-80-percent' has no usable recording of class 'left' in val" in output
     assert not (tmp_path / "dest" / "splits").exists()
 
@@ -339,8 +325,7 @@ def test_a_full_disk_loses_nothing(source, tmp_path, prebin_dvs, monkeypatch):
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    status, output = prebin_dvs(source)
-    assert status == 2
+    output = prebin_dvs(source, status=2)
     assert "cannot be written" in output
     assert "No space left on device" in output
     assert "run the same command again" in output
@@ -363,8 +348,7 @@ def test_labelled_gestures_are_cut_out(tmp_path, prebin_dvs):
         labels.write_text(f"class,startTime_usec,endTime_usec\n{rows}")
     (source / "trials_to_train.txt").write_text("user0.aedat\nuser2.aedat\nuser3.aedat\n")
     (source / "trials_to_test.txt").write_text("user1.aedat\n")
-    status, output = prebin_dvs(source, "--skip-bad")
-    assert status == 0, output
+    output = prebin_dvs(source, "--skip-bad")
     assert "bad: user3.aedat: 2000000 to 3000000 us: it has no events" in output
     root = dest / "splits" / "published"
     assert {path for path in contents(root) if path.startswith("val")} == {
@@ -376,15 +360,13 @@ def test_labelled_gestures_are_cut_out(tmp_path, prebin_dvs):
     assert first.sum() == number // 4 * 4
     labels = source / "user0_labels.csv"
     labels.write_text(labels.read_text().replace("400000", "300000"))
-    status, output = prebin_dvs(source, "--skip-bad")
-    assert status == 2
+    output = prebin_dvs(source, "--skip-bad", status=2)
     assert "the labels of user0.aedat have changed" in output
 
 
 def test_images_become_simulated_recordings_named_so(tmp_path, prebin_dvs):
     images, dest = cameras.draw_bars(tmp_path / "images", train=4, val=2), tmp_path / "dest"
-    status, output = prebin_dvs(images, "--simulate", "--preview")
-    assert status == 0, output
+    output = prebin_dvs(images, "--simulate", "--preview")
     root = dest / "splits" / "simulated-published"
     assert f"{root}: simulated from images, 8 to train, 4 to test" in output
     described = json.loads((root / "dataset.json").read_text())
@@ -398,13 +380,11 @@ def test_images_become_simulated_recordings_named_so(tmp_path, prebin_dvs):
 
     first, journal = tensors(dest), lines(dest)
     shutil.rmtree(dest)
-    assert prebin_dvs(images, "--simulate", workers=2)[0] == 0
+    prebin_dvs(images, "--simulate", workers=2)
     assert (tensors(dest), lines(dest)) == (first, journal)
-    status, output = prebin_dvs(images, "--simulate", "--seed", 1)
-    assert status == 2
+    output = prebin_dvs(images, "--simulate", "--seed", 1, status=2)
     assert "simulation" in output
-    status, output = prebin_dvs(images, "--simulate", "--seed", 1, "--overwrite")
-    assert status == 0, output
+    output = prebin_dvs(images, "--simulate", "--seed", 1, "--overwrite")
     assert tensors(dest) != first
 
 
@@ -413,16 +393,14 @@ def test_frames_that_fit_into_no_memory_end_in_a_sentence(source, prebin_dvs, mo
         raise MemoryError
 
     monkeypatch.setattr(tensors_module, "bin_events", full)
-    status, output = prebin_dvs(source, "--size", 40)
-    assert status == 2
+    output = prebin_dvs(source, "--size", 40, status=2)
     assert "4 frames of 40x40 pixels from left/0.bin do not fit into memory" in output
 
 
 def test_what_is_no_image_is_not_simulated(image_root, prebin_dvs):
     root = image_root(per_class=2)
     (root / "train" / "ant" / "ant0.jpg").write_text("hello")
-    status, output = prebin_dvs(root, "--simulate")
-    assert status == 2
+    output = prebin_dvs(root, "--simulate", status=2)
     assert "bad: train/ant/ant0.jpg: it is not an image, or damaged" in output
 
 
@@ -449,33 +427,29 @@ def test_what_is_no_image_is_not_simulated(image_root, prebin_dvs):
     ],
 )
 def test_mistakes_end_in_a_sentence(source, tmp_path, prebin_dvs, options, words):
-    status, output = prebin_dvs(source, *options)
-    assert status == 2
+    output = prebin_dvs(source, *options, status=2)
     assert words in output
     assert not (tmp_path / "dest" / "splits").exists()
 
 
-def test_nothing_elses_folder_is_taken(source, tmp_path, prebin_dvs, call):
+def test_nothing_elses_folder_is_taken(source, tmp_path, prebin_dvs, output_of):
     dest = tmp_path / "dest"
     dest.mkdir()
     (dest / "thesis.txt").write_text("all of it")
     for options in ([], ["--overwrite"]):
-        status, output = prebin_dvs(source, *options)
-        assert status == 2
+        output = prebin_dvs(source, *options, status=2)
         assert "holds 'thesis.txt', which is not this tool's" in output
     assert contents(dest) == {"thesis.txt": b"all of it"}
     for inside in (source, source / "deep", tmp_path):
-        status, output = call(TOOL, source, inside, "--timesteps", 4)
-        assert status == 2
+        output = output_of(TOOL, source, inside, "--timesteps", 4, status=2)
         assert "contain each other" in output
 
 
 def test_two_calls_do_not_work_in_one_folder(source, tmp_path, prebin_dvs):
-    assert prebin_dvs(source)[0] == 0
+    prebin_dvs(source)
     settings = Settings(Binning(4, None, "count", "count", "area", "uint8"), None)
     with open_destination(tmp_path / "dest", source, settings, overwrite=False):
-        status, output = prebin_dvs(source)
-    assert status == 2
+        output = prebin_dvs(source, status=2)
     assert "another process is using" in output
 
 
@@ -487,8 +461,7 @@ def test_where_there_are_no_hard_links_tensors_are_copied(
 
     monkeypatch.setattr(os, "link", refuse)
     for _ in range(2):
-        status, output = prebin_dvs(source)
-        assert status == 0, output
+        prebin_dvs(source)
     root = tmp_path / "dest" / "splits" / "stratified-9-1-seed-0"
     copies = [data for path, data in contents(root).items() if path.endswith(".npy")]
     assert sorted(copies) == sorted(tensors(tmp_path / "dest").values())
@@ -502,8 +475,7 @@ def test_saturation_is_reported(tmp_path, prebin_dvs):
         for i in range(2):
             made = cameras.events(3000, width=2, height=1, seed=i)
             (source / name / f"{i}.bin").write_bytes(cameras.nmnist(made))
-    status, output = prebin_dvs(source, timesteps=2)
-    assert status == 0, output
+    output = prebin_dvs(source, timesteps=2)
     # Each of 2 pixels has some 375 of the 1500 events of a bin, of either polarity.
     assert "32 values were clipped to the maximum of uint8" in output
     found = json.loads((tmp_path / "dest" / "statistics.json").read_text())
@@ -540,17 +512,13 @@ def test_statistics_by_hand():
 def test_a_missing_package_is_named(source, prebin_dvs, monkeypatch):
     (source / "left" / "x.h5").write_bytes(b"\x89HDF")
     monkeypatch.setitem(sys.modules, "h5py", None)
-    status, output = prebin_dvs(source)
-    assert status == 2
+    output = prebin_dvs(source, status=2)
     assert f"error: HDF5 needs the package h5py; {pip_install('events')}\n" in output
 
 
 @needs_real_data
 def test_real_recordings_become_a_data_set(prebin_dvs, tmp_path):
-    status, output = prebin_dvs(
-        SHARED / "nmnist", "--size", 34, "--preview", timesteps=10, workers=2
-    )
-    assert status == 0, output
+    output = prebin_dvs(SHARED / "nmnist", "--size", 34, "--preview", timesteps=10, workers=2)
     assert "ignored 1 with .bin (tonic_sample_nmnist.bin)" in output
     root = tmp_path / "dest" / "splits" / "published"
     assert json.loads((root / "dataset.json").read_text())["recordings"] == {

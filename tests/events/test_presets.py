@@ -96,17 +96,15 @@ def trees(tmp_path_factory):
 
 
 @pytest.fixture
-def prebin_dvs(call, tmp_path):
-    def run(source, *options):
-        return call("prebin_dvs.py", source, tmp_path / "dest", "--workers", 1, *options)
-
-    return run
+def prebin_dvs(output_of, tmp_path):
+    return lambda source, *options, status=0: output_of(
+        "prebin_dvs.py", source, tmp_path / "dest", "--workers", 1, *options, status=status
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_makes_its_frames_and_splits(name, trees, tmp_path, prebin_dvs):
-    status, output = prebin_dvs(trees[name], "--preset", name)
-    assert status == 0, output
+    output = prebin_dvs(trees[name], "--preset", name)
     shape, expected = MADE[name]
     made = {
         file.parent.name: json.loads(file.read_text())["recordings"]
@@ -131,10 +129,9 @@ def test_a_preset_makes_its_frames_and_splits(name, trees, tmp_path, prebin_dvs)
 
 
 def test_a_custom_split_is_reported_to_have_no_published_result(trees, prebin_dvs):
-    status, output = prebin_dvs(
+    output = prebin_dvs(
         trees["nmnist"], "--preset", "nmnist", "--split", "published,first-90-percent"
     )
-    assert status == 0, output
     published, _, own = output.partition("splits/first-90-percent")
     assert "  difficulty: " in published
     assert "no published result" not in published
@@ -166,8 +163,7 @@ def test_the_whole_data_set_passes_without_a_word(tmp_path):
 
 def test_options_beside_a_preset_count_and_are_reported(trees, tmp_path, prebin_dvs):
     options = ["--preset", "n-cars", "--timesteps", 4, "--size", "20x17", "--bins", "count"]
-    status, output = prebin_dvs(trees["n-cars"], *options)
-    assert status == 0, output
+    output = prebin_dvs(trees["n-cars"], *options)
     assert "--preset n-cars: --values count --split published --sensor 120x100\n" in output
     assert "--timesteps 4 instead of the preset's 10\n" in output
     assert "--size 20x17 instead of the preset's 48x48\n" in output
@@ -175,7 +171,7 @@ def test_options_beside_a_preset_count_and_are_reported(trees, tmp_path, prebin_
     # Without the preset, all that it sets given: the same tensors.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
     options = ["--timesteps", 4, "--size", "20x17", "--sensor", "120x100", "--split", "published"]
-    assert prebin_dvs(trees["n-cars"], *options)[0] == 0
+    prebin_dvs(trees["n-cars"], *options)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == before
     assert np.load(next(iter(before))).shape == (4, 2, 17, 20)
 
@@ -191,8 +187,7 @@ def test_options_beside_a_preset_count_and_are_reported(trees, tmp_path, prebin_
     ],
 )
 def test_mistakes_with_presets_end_in_a_sentence(trees, tmp_path, prebin_dvs, options, words):
-    status, output = prebin_dvs(trees["nmnist"], *options)
-    assert status == 2
+    output = prebin_dvs(trees["nmnist"], *options, status=2)
     assert words in output
     assert not (tmp_path / "dest").exists()
 
@@ -200,22 +195,19 @@ def test_mistakes_with_presets_end_in_a_sentence(trees, tmp_path, prebin_dvs, op
 def test_a_part_that_has_none_of_a_presets_splits_is_refused(tmp_path, prebin_dvs):
     (tmp_path / "source/Faces_easy").mkdir(parents=True)
     (tmp_path / "source/Faces_easy/image_0001.bin").write_bytes(cameras.nmnist(cameras.events()))
-    status, output = prebin_dvs(tmp_path / "source", "--preset", "n-caltech101")
-    assert status == 2
+    output = prebin_dvs(tmp_path / "source", "--preset", "n-caltech101", status=2)
     assert "error: there is only one class, 'Faces_easy'" in output
 
 
 def test_the_folder_around_a_data_set_is_refused_with_what_is_expected(trees, prebin_dvs):
     around = trees["n-caltech101"].parent
-    status, output = prebin_dvs(around, "--preset", "n-caltech101")
-    assert status == 2
+    output = prebin_dvs(around, "--preset", "n-caltech101", status=2)
     assert "holds a folder" in output
     assert "--preset n-caltech101 expects 101 classes in 8,709 recordings, accordion/" in output
 
 
-def test_presets_are_listed(call):
-    status, output = call("prebin_dvs.py", "--list-presets")
-    assert status == 0
+def test_presets_are_listed(output_of):
+    output = output_of("prebin_dvs.py", "--list-presets")
     for name, preset in PRESETS.items():
         assert f"{name}: {preset.title}, {preset.classes} classes" in output
         for split in preset.splits:

@@ -4,20 +4,17 @@ import os
 import secrets
 import sqlite3
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
-from tiny import Outcome
+from tiny import expect, refused
 
 from tetdist.errors import UserError, without_passwords
 from tetdist.tracking import mlflow_store
 from tetdist.tracking.mlflow_logger import new_client
 from tetdist.tracking.mlflow_store import check_store, hand_over
 from tetdist.training.run_record import show_checkpoints
-
-ConfigWriter = Callable[..., Path]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +30,7 @@ ConfigWriter = Callable[..., Path]
         ("mysql+nosuchdriver://user:secret@host/runs", "MLflow cannot use"),
     ],
 )
-def test_an_address_of_no_kind_is_refused(uri: str, expected: str) -> None:
+def test_an_address_of_no_kind_is_refused(uri, expected):
     with pytest.raises(UserError) as caught:
         check_store(uri)
     text = str(caught.value)
@@ -54,7 +51,7 @@ def filled(path: Path) -> Path:
     return path
 
 
-def test_what_may_do_its_work_later_is_taken(tmp_path: Path) -> None:
+def test_what_may_do_its_work_later_is_taken(tmp_path):
     path = filled(tmp_path / "mlflow.db")
     check_store("https://user:secret@nowhere.invalid/mlflow")  # may come back
     check_store(f"sqlite:///{path}")
@@ -70,7 +67,7 @@ def test_what_may_do_its_work_later_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["garbage", "torn", "within"])
-def test_a_damaged_database_is_refused(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_database_is_refused(damage, tmp_path):
     path = filled(tmp_path / "mlflow.db")
     data = path.read_bytes()
     torn = {"garbage": b"no database" * 100, "torn": data[: len(data) // 2]}
@@ -80,7 +77,7 @@ def test_a_damaged_database_is_refused(damage: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_a_database_of_a_newer_mlflow_is_refused(tmp_path: Path) -> None:
+def test_a_database_of_a_newer_mlflow_is_refused(tmp_path):
     path = tmp_path / "mlflow.db"
     new_client(f"sqlite:///{path}").search_experiments()
     check_store(f"sqlite:///{path}")
@@ -94,7 +91,7 @@ def test_a_database_of_a_newer_mlflow_is_refused(tmp_path: Path) -> None:
         check_store(f"sqlite:///{path}")
 
 
-def test_a_database_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def test_a_database_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file is no folder"):
         check_store(f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}")
@@ -102,34 +99,23 @@ def test_a_database_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         check_store(f"sqlite:///{tmp_path}")
 
 
-def test_permissions_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_permissions_are_asked_for(tmp_path, monkeypatch):
     path = filled(tmp_path / "mlflow.db")
     monkeypatch.setattr(os, "access", lambda place, _: place != tmp_path)
     with pytest.raises(UserError, match="permission to write to"):
         check_store(f"sqlite:///{path}")
 
 
-def test_the_run_is_refused_before_it_begins(
-    main: Callable[..., Outcome], tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
+def test_the_run_is_refused_before_it_begins(main, tiny_config, tmp_path):
     file = tiny_config({"tracking": {"mlflow": True}})
-    refused = main(file, "tracking.uri=foo://bar")
-    assert refused.status == 2
-    assert refused.text.count("error: ") == 1
+    assert refused(main(file, "tracking.uri=foo://bar")).count("error: ") == 1
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mlflow.db").write_bytes(b"no database" * 100)
-    refused = main(file)
-    assert refused.status == 2
-    assert "is damaged" in refused.text
+    refused(main(file), "is damaged")
     assert not (tmp_path / "runs/tiny").exists()
 
 
-def test_a_password_is_used_and_kept_nowhere(
-    main: Callable[..., Outcome],
-    tiny_config: ConfigWriter,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_password_is_used_and_kept_nowhere(main, tiny_config, tmp_path, monkeypatch):
     # One that is not in the diff of this file, which environment.json has.
     secret, port = secrets.token_hex(8), tiny.free_port()
     address = f"127.0.0.1:{port}"
@@ -143,11 +129,10 @@ def test_a_password_is_used_and_kept_nowhere(
     database = tmp_path / "store" / "mlflow.db"
     database.parent.mkdir()
     with tiny.mlflow_server(database, port, secret):
-        done = main(file, given)
-    assert done.status == 0, done.text
-    assert done.text.count("tracking.uri holds a password") == 1
-    assert "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in done.text
-    assert f"  look      http://{address}\n" in done.text
+        done = expect(main(file, given))
+    assert done.count("tracking.uri holds a password") == 1
+    assert "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in done
+    assert f"  look      http://{address}\n" in done
     with sqlite3.connect(database) as store:
         assert store.execute("select key from metrics where key = 'train/loss'").fetchall()
         kept = store.execute("select value from params where key = 'tracking.uri'").fetchall()
@@ -157,12 +142,11 @@ def test_a_password_is_used_and_kept_nowhere(
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {".json", ".safetensors", ".wandb"} <= {path.suffix for path in files}
     assert [path for path in files if secret.encode() in path.read_bytes()] == []
-    refused = main(file, "tracking.mlflow=7", given)
-    assert refused.status == 2
-    assert secret not in done.text + refused.text + main(file, given, given).text
+    later = refused(main(file, "tracking.mlflow=7", given))
+    assert secret not in done + later + main(file, given, given).text
 
 
-def test_a_job_gets_a_servers_password_by_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_gets_a_servers_password_by_variables(monkeypatch):
     variables = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
     for name in variables:
         monkeypatch.setenv(name, "")
@@ -192,23 +176,18 @@ def test_a_job_gets_a_servers_password_by_variables(monkeypatch: pytest.MonkeyPa
         ("sqlite:////data/a:b@c.db", "sqlite:////data/a:b@c.db"),
     ],
 )
-def test_what_is_shown_of_an_address(address: str, shown: str) -> None:
+def test_what_is_shown_of_an_address(address, shown):
     assert without_passwords(f"see {address}, me@home") == f"see {shown}, me@home"
 
 
-def test_the_end_does_not_send_to_an_mlflow_that_has_nothing(
-    main: Callable[..., Outcome], tiny_config: ConfigWriter
-) -> None:
+def test_the_end_does_not_send_to_an_mlflow_that_has_nothing(main, tiny_config):
     uri = f"http://127.0.0.1:{tiny.free_port()}"
     file = tiny_config({"tracking": {"mlflow": True, "uri": uri}, "max_steps": 1})
-    done = main(file)
-    assert done.status == 0, done.text
-    assert "runs/tiny is finished" in done.text
-    assert "again when the tracker answers" in done.text
-    assert "look  " not in done.text
+    done = expect(main(file), "runs/tiny is finished", "again when the tracker answers")
+    assert "look  " not in done
 
 
-def test_the_tags_name_the_last_checkpoint_also_where_it_is_the_best(tmp_path: Path) -> None:
+def test_the_tags_name_the_last_checkpoint_also_where_it_is_the_best(tmp_path):
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
     tags: dict[str, str] = {}

@@ -170,9 +170,7 @@ def assert_all_there(store: Store, run_dir: Path) -> None:
 # The file.
 
 
-def test_lines_are_strict_json_and_read_back(
-    untracked: Callable[..., Tracker], tmp_path: Path
-) -> None:
+def test_lines_are_strict_json_and_read_back(untracked, tmp_path):
     tracker = untracked()
     before = time.time()
     tracker.log("train", 1, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.1, "note": None})
@@ -199,9 +197,7 @@ def test_lines_are_strict_json_and_read_back(
     tracker.close("FINISHED")
 
 
-def test_a_new_run_does_not_touch_the_file_of_another(
-    untracked: Callable[..., Tracker], tmp_path: Path
-) -> None:
+def test_a_new_run_does_not_touch_the_file_of_another(untracked, tmp_path):
     untracked().close("FINISHED")
     path = tmp_path / "run" / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 1}\n')
@@ -211,9 +207,7 @@ def test_a_new_run_does_not_touch_the_file_of_another(
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"kind": "train", "st', b"\x00" * 100])
-def test_resume_removes_later_steps_and_a_torn_line(
-    untracked: Callable[..., Tracker], tmp_path: Path, torn: bytes
-) -> None:
+def test_resume_removes_later_steps_and_a_torn_line(untracked, tmp_path, torn):
     path = tmp_path / "run" / "metrics.jsonl"
     tracker = untracked()
     for step in range(1, 11):
@@ -239,9 +233,7 @@ def test_resume_removes_later_steps_and_a_torn_line(
     assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-def test_the_checkpoints_own_step_is_not_written_twice(
-    untracked: Callable[..., Tracker], tmp_path: Path
-) -> None:
+def test_the_checkpoints_own_step_is_not_written_twice(untracked, tmp_path):
     tracker = untracked()
     tracker.log("val", 4, {"top1": 1.0})
     tracker.close("KILLED")
@@ -263,9 +255,7 @@ def test_the_checkpoints_own_step_is_not_written_twice(
 
 
 @pytest.mark.parametrize("damaged", ['{"kind": "tr', '{"step": 1}', '{"a":' * 10**5])
-def test_a_damaged_line_is_named(
-    untracked: Callable[..., Tracker], tmp_path: Path, damaged: str
-) -> None:
+def test_a_damaged_line_is_named(untracked, tmp_path, damaged):
     path = tmp_path / "run" / "metrics.jsonl"
     path.parent.mkdir()
     path.write_text(f'{{"kind": "a", "step": 1}}\n{damaged}\n{{"kind": "b", "step": 3}}\n')
@@ -278,7 +268,6 @@ def test_a_damaged_line_is_named(
         list(lines_of(path, before.index(b"\n") + 1))
     # The way out that it names, followed to the letter.
     command = re.search(r"\((sed .*?)\)", str(caught.value))
-    assert command is not None
     subprocess.run(shlex.split(command[1]), check=True, timeout=60)
     untracked(resume_step=3).close("FINISHED")
     assert [line["step"] for line in read_metrics(path)] == [1, 3]
@@ -286,9 +275,7 @@ def test_a_damaged_line_is_named(
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
 @pytest.mark.parametrize("torn", ["", '{"kind": "tra'])
-def test_lines_from_the_end_are_those_from_the_beginning(
-    block: int, torn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_from_the_end_are_those_from_the_beginning(block, torn, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics_file, "_BLOCK", block)
     path = tmp_path / "metrics.jsonl"
     for steps in range(4):
@@ -304,7 +291,7 @@ def test_lines_from_the_end_are_those_from_the_beginning(
         next(found)
 
 
-def test_a_tracker_of_ones_own_is_given_no_torn_line(tmp_path: Path) -> None:
+def test_a_tracker_of_ones_own_is_given_no_torn_line(tmp_path):
     """Removing a damaged line moves those behind it, and the tracker's mark stays."""
     path = tmp_path / "metrics.jsonl"
     lines = [f'{{"kind": "train", "step": {step}, "loss": 1.{"5" * step}}}\n' for step in (1, 2, 3)]
@@ -317,9 +304,7 @@ def test_a_tracker_of_ones_own_is_given_no_torn_line(tmp_path: Path) -> None:
     assert [line for _, line in lines_of(path, _line_start(path, second))] == read_metrics(path)
 
 
-def test_a_full_disk_is_reported_and_leaves_whole_lines(
-    untracked: Callable[..., Tracker], tmp_path: Path
-) -> None:
+def test_a_full_disk_is_reported_and_leaves_whole_lines(untracked, tmp_path):
     tracker = untracked()
     tracker.log("train", 1, {"loss": 1.0})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -334,7 +319,7 @@ def test_a_full_disk_is_reported_and_leaves_whole_lines(
     assert path.read_bytes().endswith(b"}\n")
 
 
-def test_without_mlflow_its_package_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_mlflow_its_package_is_not_imported(monkeypatch):
     monkeypatch.setattr(tetdist, "tracking", tetdist.tracking)  # which the import sets
     for name in [name for name in sys.modules if name.startswith("tetdist.tracking")]:
         monkeypatch.delitem(sys.modules, name)
@@ -346,7 +331,7 @@ def test_without_mlflow_its_package_is_not_imported(monkeypatch: pytest.MonkeyPa
 # MLflow.
 
 
-def test_everything_arrives(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_arrives(store, tmp_path, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -415,7 +400,7 @@ def test_everything_arrives(store: Store, tmp_path: Path, monkeypatch: pytest.Mo
     assert list(elsewhere.iterdir()) == []
 
 
-def test_experiments_open_as_model_training(store: Store, tmp_path: Path) -> None:
+def test_experiments_open_as_model_training(store, tmp_path):
     def kind(name: str) -> str:
         return str(store.client.get_experiment_by_name(name).tags["mlflow.experimentKind"])
 
@@ -427,9 +412,7 @@ def test_experiments_open_as_model_training(store: Store, tmp_path: Path) -> Non
     assert kind("chosen") == "genai_development"
 
 
-def test_a_resumed_run_is_the_same_run_and_newest_values_count(
-    store: Store, tmp_path: Path
-) -> None:
+def test_a_resumed_run_is_the_same_run_and_newest_values_count(store, tmp_path):
     """Requeued at step 6 after a checkpoint of step 2; only the speed comes out another."""
     run_dir = tmp_path / "run"
 
@@ -480,7 +463,7 @@ class Killed(BaseException):
 
 # The thread that sends ends by what kills it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_kill_at_any_call_is_caught_up(store: Store, tmp_path: Path) -> None:
+def test_a_kill_at_any_call_is_caught_up(store, tmp_path):
     """MLflow gets the first calls of a process, and all the rest from the next one.
 
     Of the 1,000 points that MLflow's client sends at once the last are some of step 13.
@@ -520,9 +503,7 @@ def test_a_kill_at_any_call_is_caught_up(store: Store, tmp_path: Path) -> None:
     assert number > 12
 
 
-def test_a_run_that_mlflow_forgot_is_sent_anew(
-    store: Store, empty_store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_that_mlflow_forgot_is_sent_anew(store, empty_store, tmp_path, caplog):
     run_dir = tmp_path / "run"
     tracker = store.open(run_dir)  # by a version that knew nothing of phases
     log_steps(tracker, 1, 10)
@@ -561,9 +542,7 @@ def test_a_run_that_mlflow_forgot_is_sent_anew(
     assert_all_there(elsewhere, run_dir)
 
 
-def test_datasets_and_models_are_there_once_however_often_a_run_is_opened(
-    store: Store, tmp_path: Path
-) -> None:
+def test_datasets_and_models_are_there_once_however_often_a_run_is_opened(store, tmp_path):
     data = Dataset("digits/train", "0123456789abcdef", "/d/train", "training", {"samples": 40})
     for name, starts in (("run", 3), ("other", 1)):
         file = tmp_path / name / "checkpoints" / "step-00000005" / "model.safetensors"
@@ -587,9 +566,7 @@ def test_datasets_and_models_are_there_once_however_often_a_run_is_opened(
         assert (folder / "model.safetensors").read_text() == name
 
 
-def test_a_phase_has_its_state_and_the_one_that_stops_that_of_its_run(
-    store: Store, tmp_path: Path
-) -> None:
+def test_a_phase_has_its_state_and_the_one_that_stops_that_of_its_run(store, tmp_path):
     run_dir = tmp_path / "run"
     tracker = store.open(run_dir, phases=PHASES)
     tracker.enter_phase(0)
@@ -627,12 +604,7 @@ def test_a_phase_has_its_state_and_the_one_that_stops_that_of_its_run(
 # Servers and databases.
 
 
-def test_a_server_comes_late_and_goes_early(
-    store: Store,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_server_comes_late_and_goes_early(store, tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     run_dir, port = tmp_path / "run", tiny.free_port()
     uri = f"http://me:secret@127.0.0.1:{port}"
@@ -669,12 +641,7 @@ def test_a_server_comes_late_and_goes_early(
     assert store.run(run_dir).info.status == "FINISHED"
 
 
-def test_a_server_that_never_answers_holds_nobody_up(
-    store: Store,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_server_that_never_answers_holds_nobody_up(store, tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -694,9 +661,7 @@ def test_a_server_that_never_answers_holds_nobody_up(
     assert "up to 1 of the 1 lines" in record.getMessage()
 
 
-def test_two_runs_make_one_database_at_once_after_a_kill(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_two_runs_make_one_database_at_once_after_a_kill(tmp_path, capfd, caplog):
     def kill(_: object) -> None:
         raise Killed
 
@@ -719,9 +684,7 @@ def test_two_runs_make_one_database_at_once_after_a_kill(
     assert caplog.records == []
 
 
-def test_mlflow_missing_is_reported_at_once(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mlflow_missing_is_reported_at_once(store, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     message = f"MLflow is not installed; {pip_install('train,cuda130')}, or"
     with pytest.raises(UserError, match=re.escape(message)):
@@ -732,7 +695,7 @@ def test_mlflow_missing_is_reported_at_once(
 # What surrounds a run.
 
 
-def test_environment_is_json_and_true(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_is_json_and_true(monkeypatch):
     import torch
 
     monkeypatch.setenv("SLURM_JOB_ID", "42")
@@ -753,7 +716,7 @@ def test_environment_is_json_and_true(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(
     shutil.which("git") is None and not os.environ.get("CI"), reason="no git here (CI installs it)"
 )
-def test_state_of_a_checkout(tmp_path: Path) -> None:
+def test_state_of_a_checkout(tmp_path):
     def git(*args: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
         command = ["git", "-C", str(tmp_path), *identity, *args]
@@ -778,7 +741,7 @@ def test_state_of_a_checkout(tmp_path: Path) -> None:
     assert git_state(source.parent) == {}
 
 
-def test_ui_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ui_command(monkeypatch):
     monkeypatch.setattr(mlflow_logger.shutil, "which", lambda _: "/usr/bin/mlflow")
     assert ui_command("sqlite:////a b/x.db") == (
         "mlflow ui --workers 1 --backend-store-uri 'sqlite:////a b/x.db'"

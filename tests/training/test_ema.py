@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
-from tiny import Farm, Outcome
+from tiny import Farm, expect, refused
 from torch import Tensor, nn
 
 from tetdist.apps.cli import eval as evaluation
@@ -21,8 +20,6 @@ from tetdist.errors import UserError
 from tetdist.storage import checkpoint
 from tetdist.training.ema import WeightAverage, decay_at
 
-ConfigWriter = Callable[..., Path]
-Main = Callable[..., Outcome]
 APPLIED, GIVEN_UP = torch.tensor(True), torch.tensor(False)
 
 
@@ -38,7 +35,7 @@ def change(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("warmup", [False, True])
-def test_average_is_timms(warmup: bool) -> None:
+def test_average_is_timms(warmup):
     model = network()
     section = EmaSection(decay=0.9, warmup=warmup)
     ours = WeightAverage(model, section)
@@ -57,7 +54,7 @@ def test_average_is_timms(warmup: bool) -> None:
     assert ours.state_dict()["0.weight"].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_step_that_was_given_up_changes_nothing() -> None:
+def test_step_that_was_given_up_changes_nothing():
     model = network()
     ours = WeightAverage(model, EmaSection(decay=0.9))
     ours.follow()
@@ -72,7 +69,7 @@ def test_step_that_was_given_up_changes_nothing() -> None:
     assert not torch.equal(ours.state_dict()["0.weight"], before["0.weight"])
 
 
-def test_averages_and_weights_change_places_and_back() -> None:
+def test_averages_and_weights_change_places_and_back():
     model = network()
     model.add_module("tied", nn.Linear(4, 2))
     model.tied.weight = model[2].weight  # the same parameter by two names
@@ -137,26 +134,24 @@ def run(farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -
     """A finished run of two phases with an average."""
     folder = tmp_path_factory.mktemp("ema")
     file = tiny.write_config(folder / "t.yaml", tiny_root, EVERY_STEP | {"phases": PHASES})
-    outcome = farm(file, "name=run", "engine=torch")
-    assert outcome.status == 0, outcome.text
-    assert "evaluation of the moving average at epoch 3, step 15: top-1 " in outcome.text
-    assert ". Moving average: " in outcome.text
+    expect(
+        farm(file, "name=run", "engine=torch"),
+        "evaluation of the moving average at epoch 3, step 15: top-1 ",
+        ". Moving average: ",
+    )
     return folder / "runs" / "run"
 
 
-def test_average_is_of_all_steps_of_all_phases(run: Path) -> None:
+def test_average_is_of_all_steps_of_all_phases(run):
     assert_average_of_its_steps(run)
 
 
-def test_average_at_a_higher_stage_of_zero(
-    farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
-    outcome = farm(tiny_config(EVERY_STEP | {"zero_stage": 2, "max_steps": 3}), world=2)
-    assert outcome.status == 0, outcome.text
+def test_average_at_a_higher_stage_of_zero(farm, tiny_config, tmp_path):
+    expect(farm(tiny_config(EVERY_STEP | {"zero_stage": 2, "max_steps": 3}), world=2))
     assert_average_of_its_steps(tmp_path / "runs/tiny")
 
 
-def test_evaluated_beside_the_weights_and_chosen_by_itself(run: Path) -> None:
+def test_evaluated_beside_the_weights_and_chosen_by_itself(run):
     weights, averages = tiny.metrics(run, "val"), tiny.metrics(run, "val_ema")
     assert [line["step"] for line in averages] == [line["step"] for line in weights] == [5, 10, 15]
     assert all(ours.keys() == theirs.keys() for ours, theirs in zip(averages, weights, strict=True))
@@ -178,7 +173,7 @@ def test_evaluated_beside_the_weights_and_chosen_by_itself(run: Path) -> None:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("which", ["last", "best"])
-def test_evaluated_again_it_is_what_the_run_logged(which: str, run: Path, tmp_path: Path) -> None:
+def test_evaluated_again_it_is_what_the_run_logged(which, run, tmp_path):
     options = ["--execution", "reference", "--device", "cpu", "--json", str(tmp_path / "e.json")]
     options += ["--best"] if which == "best" else []
     assert evaluation.main(["--checkpoint", str(run), "--ema", *options]) == 0
@@ -190,9 +185,7 @@ def test_evaluated_again_it_is_what_the_run_logged(which: str, run: Path, tmp_pa
     assert found["averaged"] == "moving average, decay 0.8"
 
 
-def test_exported_and_begun_with(
-    run: Path, main: Main, tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
+def test_exported_and_begun_with(run, main, tiny_config, tmp_path):
     trained = load(run, "last", ema=True)
     expected = load_file(tiny.newest(run) / "ema.safetensors")
     assert all(torch.equal(v, expected[k]) for k, v in trained.model.state_dict().items())
@@ -200,24 +193,18 @@ def test_exported_and_begun_with(
     assert "| weights | moving average, decay 0.8 |" in card
     assert f"| accuracy | {tiny.metrics(run, 'val_ema')[-1]['top1']:.2f} % top-1" in card
     file = tiny.newest(run) / "ema.safetensors"
-    assert main(tiny_config(), f"init_checkpoint={file}", "max_steps=1").status == 0
+    expect(main(tiny_config(), f"init_checkpoint={file}", "max_steps=1"))
     begun = load_file(tiny.newest(tmp_path / "runs/tiny") / "model.safetensors")
     key = "blocks.0.conv.weight"
     assert 0 < (begun[key] - expected[key]).abs().max() < 0.05
 
 
-def test_average_cannot_come_or_go_within_a_run(
-    main: Main, tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
+def test_average_cannot_come_or_go_within_a_run(main, tiny_config, tmp_path):
     file = tiny_config({"save.every_steps": 1})
-    assert main(file, "max_steps=1").status == 0
-    outcome = main(file, "ema.decay=0.9", "max_steps=2")
-    assert outcome.status == 2
-    assert "ema.decay is 0.9 and was None" in outcome.text
+    expect(main(file, "max_steps=1"))
+    refused(main(file, "ema.decay=0.9", "max_steps=2"), "ema.decay is 0.9 and was None")
     with pytest.raises(UserError, match="has no moving average of its weights"):
         checkpoint.load_model_file(tmp_path / "runs/tiny", "best", ema=True)
     # Nor where nobody knows any more what the run was.
     (tmp_path / "runs/tiny/config.yaml").unlink()
-    outcome = main(file, "ema.decay=0.9", "max_steps=2")
-    assert outcome.status == 2
-    assert "has no moving average to continue from" in outcome.text
+    refused(main(file, "ema.decay=0.9", "max_steps=2"), "has no moving average to continue from")

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -139,7 +139,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         ("layers", {"gradient_clipping": 0.05, "clip_mode": "agc"}),
     ],
 )
-def test_engines_agree_bitwise(optimizer: str, changes: dict[str, Any], world: World) -> None:
+def test_engines_agree_bitwise(optimizer, changes, world):
     """Gradients here have a norm of 2 or so."""
     states, norms = [], []
     for engine in (TORCH, DEEPSPEED):
@@ -157,41 +157,13 @@ def test_engines_agree_bitwise(optimizer: str, changes: dict[str, Any], world: W
     assert norms[0] == norms[1]
 
 
-def test_torch_engine_is_the_plain_loop(world: World) -> None:
-    """Against a model that sees the step's micro-batches and plain SGD, written out."""
-    model = network()
-    plain = copy.deepcopy(model)
-    eng, _ = made(TORCH, model, world, {})
-    velocity: list[Tensor] = []
-    for number in range(3):
-        step(eng, model, number)
-        plain.train()
-        plain.zero_grad()
-        losses = []
-        for i in range(MICRO_BATCHES):
-            images, labels = batch(MICRO_BATCHES * number + i)
-            losses.append(F.cross_entropy(plain(images), labels))
-        torch.stack(losses).mean().backward()
-        grads = [p.grad for p in plain.parameters()]
-        old = velocity or [torch.zeros_like(g) for g in grads]
-        velocity = [0.9 * v + g for v, g in zip(old, grads, strict=True)]
-        with torch.no_grad():
-            for p, v in zip(plain.parameters(), velocity, strict=True):
-                p -= 0.05 * v
-        batch_norm.update_running_statistics(plain, lambda t: t)
-        for (key, ours), theirs in zip(
-            model.state_dict().items(), plain.state_dict().values(), strict=True
-        ):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=key)
-
-
 def _by_filter(gradient: Tensor, weight: Tensor, limit: float) -> Tensor:
     dims = list(range(1, weight.ndim)) or [0]
     ours, its = (torch.linalg.vector_norm(x, dim=dims, keepdim=True) for x in (weight, gradient))
     return gradient * (limit * ours.clamp(min=1e-3) / its).clamp(max=1.0)
 
 
-def test_clipping_is_by_its_formulas(world: World) -> None:
+def test_clipping_is_by_its_formulas(world):
     """Without momentum a step is the clipped gradient times the learning rate; the reported norm is
     that before clipping."""
     sgd = {"phases.0.optimizer": {"kind": "sgd", "lr": 0.5, "momentum": 0.0}}
@@ -222,7 +194,7 @@ def test_clipping_is_by_its_formulas(world: World) -> None:
     assert limited == expected.keys()
 
 
-def test_clipping_by_filters_has_to_know_the_classifier() -> None:
+def test_clipping_by_filters_has_to_know_the_classifier():
     cfg = config({"gradient_clipping": 0.01, "clip_mode": "agc"})
     with pytest.raises(UserError, match=r"clip_mode: agc .* Decaying .*get_classifier"):
         Clipping(cfg, Decaying())
@@ -243,14 +215,7 @@ def test_clipping_by_filters_has_to_know_the_classifier() -> None:
         (ZERO_2, "nesterov", 0.5, INF, 1),
     ],
 )
-def test_non_finite_gradient_changes_nothing(
-    engine: EngineName,
-    optimizer: str,
-    clipping: float | None,
-    poison: float,
-    bad: int,
-    world: World,
-) -> None:
+def test_non_finite_gradient_changes_nothing(engine, optimizer, clipping, poison, bad, world):
     """It has no after-effect: the next steps are as if it had not happened."""
     changes = {"phases.0.optimizer": OPTIMIZERS[optimizer], "gradient_clipping": clipping}
     after = []
@@ -284,13 +249,7 @@ def test_non_finite_gradient_changes_nothing(
         (Decaying, ZERO_2, TORCH, "sgd"),
     ],
 )
-def test_optimizer_state_moves_between_engines(
-    make: Callable[[], nn.Module],
-    source: EngineName,
-    target: EngineName,
-    optimizer: str,
-    world: World,
-) -> None:
+def test_optimizer_state_moves_between_engines(make, source, target, optimizer, world):
     """Exported and imported unchanged, and the next step is the same on each engine."""
     changes = {"phases.0.optimizer": OPTIMIZERS[optimizer], "gradient_clipping": 0.5}
     model = make()
@@ -317,7 +276,7 @@ def test_optimizer_state_moves_between_engines(
 
 
 @pytest.mark.parametrize("engine", [TORCH, DEEPSPEED])
-def test_loss_scale_cancels_out(engine: EngineName, world: World) -> None:
+def test_loss_scale_cancels_out(engine, world):
     """The scale is a power of two: bitwise equal if gradients neither overflow nor vanish."""
     states = []
     for start in (1.0, 2.0**10):
@@ -333,7 +292,7 @@ def test_loss_scale_cancels_out(engine: EngineName, world: World) -> None:
     assert differing(*states) == []
 
 
-def test_loss_scale_moves() -> None:
+def test_loss_scale_moves():
     scale = base.LossScale()
     assert scale.value == 2.0**16
     scale.succeeded()
@@ -351,7 +310,7 @@ def test_loss_scale_moves() -> None:
     assert scale.value == 1.0
 
 
-def test_missing_deepspeed_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_deepspeed_is_named(world, monkeypatch):
     find = deepspeed_engines.importlib.util.find_spec
     monkeypatch.setattr(
         deepspeed_engines.importlib.util,

@@ -44,7 +44,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> NVML:
     return nvml
 
 
-def test_energy_is_that_of_all_gpus_since_the_line_before(nvml: NVML) -> None:
+def test_energy_is_that_of_all_gpus_since_the_line_before(nvml):
     usage, other = GPUUsage(CUDA), (4.5, 100.0)
     nvml.millijoules = 5_250_000
     assert values_of([usage.reading(), other]) == {"gpu_memory": 4.5, "gpu_energy": 350.0}
@@ -54,11 +54,11 @@ def test_energy_is_that_of_all_gpus_since_the_line_before(nvml: NVML) -> None:
     assert values_of([usage.reading(), other])["gpu_energy"] == 110.0
 
 
-def test_a_gpu_that_counts_no_energy_leaves_it_out(nvml: NVML) -> None:
+def test_a_gpu_that_counts_no_energy_leaves_it_out(nvml):
     assert values_of([GPUUsage(CUDA).reading(), (1.0, math.nan)]) == {"gpu_memory": 3.0}
     nvml.millijoules = None
     assert values_of([GPUUsage(CUDA).reading(), (1.0, 7.0)]) == {"gpu_memory": 3.0}
 
 
-def test_a_cpu_has_neither() -> None:
+def test_a_cpu_has_neither():
     assert values_of([GPUUsage(torch.device("cpu")).reading()]) == {}

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
 from graph_stand_ins import run_again, taped
-from tiny import Outcome
+from tiny import Outcome, expect
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
@@ -48,9 +47,8 @@ def both(
         monkeypatch.setattr(graphs, "capture", counting)
         for name, with_graphs in (("plain", False), ("graphs", True)):
             file = tiny_config({"phases.0.epochs": 1, "name": name, "engine": "torch"} | changes)
-            outcome = main(file, f"cuda_graphs={str(with_graphs).lower()}")
-            assert outcome.status == 0, outcome.text
-            assert ("check_gpu" in outcome.text) == with_graphs
+            text = expect(main(file, f"cuda_graphs={str(with_graphs).lower()}"))
+            assert ("check_gpu" in text) == with_graphs
         assert captures == captured
         return tmp_path / "runs/plain", tmp_path / "runs/graphs"
 
@@ -94,9 +92,7 @@ long = pytest.mark.long
         ("fused", run_again),
     ],
 )
-def test_a_run_is_the_same_with_graphs(
-    case: str, capture: Callable[..., Captured], both: Callable[..., tuple[Path, Path]]
-) -> None:
+def test_a_run_is_the_same_with_graphs(case, capture, both):
     execution = "fused" if capture is run_again else "reference"
     captured = 2 if "T drawn" in case else 1
     changes = CASES.get(case, {}) | {"execution": execution}
@@ -104,9 +100,7 @@ def test_a_run_is_the_same_with_graphs(
 
 
 @long
-def test_each_phase_and_size_of_images_has_its_graph(
-    both: Callable[..., tuple[Path, Path]],
-) -> None:
+def test_each_phase_and_size_of_images_has_its_graph(both):
     optimizer = {"kind": "sgd", "lr": 0.05, "momentum": 0.9}
     phases = [
         {"epochs": 2, "timesteps": 1, "image_size": 32, "final_image_size": 64},
@@ -122,28 +116,15 @@ def test_each_phase_and_size_of_images_has_its_graph(
     tiny.assert_same_run(*both(changes, taped, captured=3))
 
 
-@pytest.fixture
-def dropping(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the network draw numbers, and give it an unused parameter."""
-    build, head = SpikingConvNet.__init__, SpikingConvNet.forward_head
+def test_a_parameter_without_a_gradient_decays_in_neither_run(both, monkeypatch):
+    build = SpikingConvNet.__init__
 
     @functools.wraps(build)
     def make(self: Any, *arguments: Any, **options: Any) -> None:
         build(self, *arguments, **options)
         self.stray = nn.Parameter(torch.ones(3))
 
-    def drop(self: Any, x: Tensor, **options: Any) -> Tensor:
-        return head(self, F.dropout(x, 0.3, self.training), **options)
-
     monkeypatch.setattr(SpikingConvNet, "__init__", make)
-    monkeypatch.setattr(SpikingConvNet, "forward_head", drop)
-
-
-@pytest.mark.usefixtures("dropping")
-def test_what_a_network_draws_and_leaves_alone_is_the_same(
-    both: Callable[..., tuple[Path, Path]],
-) -> None:
-    """A parameter without a gradient decays in neither run."""
     optimizer = {"kind": "sgd", "lr": 0.05, "weight_decay": 0.1}
     plain, with_graphs = both({"phases.0.optimizer": optimizer}, taped)
     tiny.assert_same_run(plain, with_graphs)
@@ -152,18 +133,14 @@ def test_what_a_network_draws_and_leaves_alone_is_the_same(
 
 
 @long
-def test_a_teachers_answers_are_in_the_graph(
-    main: Main, tiny_config: ConfigWriter, both: Callable[..., tuple[Path, Path]], tmp_path: Path
-) -> None:
-    assert main(tiny_config({"name": "teacher", "seed": 5})).status == 0
+def test_a_teachers_answers_are_in_the_graph(main, tiny_config, both, tmp_path):
+    expect(main(tiny_config({"name": "teacher", "seed": 5})))
     distillation = {"teacher": str(tmp_path / "runs/teacher"), "weight": 1.0}
     distillation |= {"self_weight": 0.5, "self_target": "correct_mean"}
     tiny.assert_same_run(*both({"loss.distillation": distillation}, taped))
 
 
-def test_steps_that_are_not_finite_change_nothing(
-    both: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_that_are_not_finite_change_nothing(both, monkeypatch):
     """They leave nothing in the gradients that a graph adds to."""
     prepared, calls = feed.Feed.prepared, 0
 
@@ -180,9 +157,7 @@ def test_steps_that_are_not_finite_change_nothing(
     tiny.assert_same_run(plain, with_graphs)
 
 
-def test_the_scale_of_a_float16_loss_is_read_anew(
-    both: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_scale_of_a_float16_loss_is_read_anew(both, monkeypatch):
     """It is halved while the graph is there, and doubled again."""
     monkeypatch.setattr(base.LossScale, "START", 2.0**30)
     monkeypatch.setattr(base.LossScale, "GROWTH_INTERVAL", 3)
@@ -197,7 +172,7 @@ class OneLayer(nn.Linear):
     timesteps = 1
 
 
-def test_a_capture_within_a_step_keeps_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_within_a_step_keeps_its_gradients(monkeypatch):
     monkeypatch.setattr(graphs, "capture", taped)
     layer = OneLayer(3, 1, bias=False)
 
@@ -209,11 +184,10 @@ def test_a_capture_within_a_step_keeps_its_gradients(monkeypatch: pytest.MonkeyP
     graphed = graphs.Graphed(add_gradients, layer)  # type: ignore[arg-type]  # all that it reads
     for samples in (2, 4):
         graphed(torch.ones(samples, 3))
-    assert layer.weight.grad is not None
     assert layer.weight.grad.tolist() == [[6.0] * 3]
 
 
-def test_what_cannot_be_captured_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_captured_is_reported(monkeypatch):
     """The first error is reported: ending such a capture fails as well."""
 
     class Stream:

@@ -28,19 +28,19 @@ def counted(answers: str, limit: int = 3) -> NonFiniteSteps:
     ("answers", "reached_at"),
     [("", 0), ("xx", 0), ("xx.x.xx", 0), ("xxx", 3), (".xxxx.xxx", 4)],
 )
-def test_too_many_are_so_many_in_a_row(answers: str, reached_at: int) -> None:
+def test_too_many_are_so_many_in_a_row(answers, reached_at):
     """Also if the row ended before the check: the step is the one that reached the limit."""
     assert counted(answers).limit_reached_at == reached_at
 
 
-def test_new_ones_since_the_last_question() -> None:
+def test_new_ones_since_the_last_question():
     steps = counted("x.x")
     assert (steps.new(), steps.new()) == (2, 0)
     steps.record(4, torch.tensor(False))
     assert steps.new() == 1
 
 
-def test_count_goes_on_after_a_stop() -> None:
+def test_count_goes_on_after_a_stop():
     first = counted("..xx")
     second = NonFiniteSteps(torch.device("cpu"), 3)
     second.load_state_dict(first.state_dict())
@@ -67,7 +67,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize(
     ("layer", "first"), [("stem.conv", "stem.conv"), ("blocks.0.conv", "blocks.0.conv"), ("", None)]
 )
-def test_examination_names_the_first_layer(layer: str, first: str | None) -> None:
+def test_examination_names_the_first_layer(layer, first):
     model = network()
     if layer:
         model.get_submodule(layer).weight.data[0] = math.inf
@@ -85,7 +85,7 @@ def test_examination_names_the_first_layer(layer: str, first: str | None) -> Non
         assert "not finite" not in str(found)
 
 
-def test_examination_sees_the_gradients_of_the_step() -> None:
+def test_examination_sees_the_gradients_of_the_step():
     model = network()
     found = dict(examine(model, batches(), lambda x, y: F.cross_entropy(model(x), y)).gradients)
     sum(F.cross_entropy(model(x), y) for x, y in batches()).backward()
@@ -93,7 +93,7 @@ def test_examination_sees_the_gradients_of_the_step() -> None:
         assert found[name] == pytest.approx(float(parameter.grad.norm()), rel=1e-5)
 
 
-def test_examination_changes_nothing() -> None:
+def test_examination_changes_nothing():
     model = network()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     examine(model, batches(), lambda x, y: F.cross_entropy(model(x), y))
@@ -103,7 +103,7 @@ def test_examination_changes_nothing() -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_layers_are_named_when_they_change() -> None:
+def test_layers_are_named_when_they_change():
     watch = FiringWatch()
     assert watch.changes({"a": 0.1, "b": 0.2, "c": 0.3}) == []
     assert watch.changes({"a": 0.0005, "b": 0.95, "c": 0.0}) == [

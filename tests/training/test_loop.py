@@ -3,15 +3,14 @@
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from tiny import Outcome
+from tiny import expect
 
 from tetdist.apps.reports import observers
 from tetdist.distributed.world import join
@@ -23,13 +22,10 @@ from tetdist.training.engines import base
 from tetdist.training.engines.base import Update
 from tetdist.training.observers import Observer
 
-ConfigWriter = Callable[..., Path]
-Main = Callable[..., Outcome]
-
 
 def test_run_that_ended_at_a_phases_border_goes_on_as_the_straight_one(
-    main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    main, tiny_config, tmp_path, monkeypatch
+):
     """The second phase's optimiser begins anew, though the checkpoint holds one of the same kind:
     the first phase's momentum and numbers would fit it, and would be wrong."""
     phases = [
@@ -38,10 +34,10 @@ def test_run_that_ended_at_a_phases_border_goes_on_as_the_straight_one(
     ]
     changes, entered = {"phases": phases}, list[int]()
     monkeypatch.setattr(Tracker, "enter_phase", lambda _, number: entered.append(number))
-    assert main(tiny_config(changes | {"name": "straight"})).status == 0
+    expect(main(tiny_config(changes | {"name": "straight"})))
     assert entered == [0, 1]
     file = tiny_config(changes | {"name": "run"})
-    assert main(file, f"max_steps={tiny.STEPS_PER_EPOCH}").status == 0
+    expect(main(file, f"max_steps={tiny.STEPS_PER_EPOCH}"))
     outcome = main(file)
     assert f"from step {tiny.STEPS_PER_EPOCH}" in outcome.text
     for kind in ("train", "val"):
@@ -51,9 +47,7 @@ def test_run_that_ended_at_a_phases_border_goes_on_as_the_straight_one(
         assert ours == theirs
 
 
-def test_first_of_equal_results_stays_the_best(
-    main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_first_of_equal_results_stays_the_best(main, tiny_config, tmp_path, monkeypatch):
     """Which checkpoint is published does not depend on how long the run went on at its best."""
     real = evaluating.evaluate
     answers: Iterator[float] = iter([40.0, 60.0, 60.0, 50.0])
@@ -63,8 +57,7 @@ def test_first_of_equal_results_stays_the_best(
         return type(result)(**vars(result) | {"top1": next(answers)})
 
     monkeypatch.setattr(evaluating, "evaluate", evaluate)
-    outcome = main(tiny_config({"phases.0.epochs": 4, "log_every": 5}))
-    assert outcome.status == 0, outcome.text
+    expect(main(tiny_config({"phases.0.epochs": 4, "log_every": 5})))
     run = tmp_path / "runs/tiny"
     assert [line["best_top1"] for line in tiny.metrics(run, "val")] == [40, 60, 60, 60]
     assert (run / "checkpoints/best").read_text().strip() == "step-00000010"
@@ -72,9 +65,7 @@ def test_first_of_equal_results_stays_the_best(
     assert state["result"] == {"best_top1": 60.0, "best_step": 10, "top1": 50.0}
 
 
-def test_loss_scale_of_one_phase_is_where_the_next_begins(
-    main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_scale_of_one_phase_is_where_the_next_begins(main, tiny_config, tmp_path, monkeypatch):
     """On a CPU, where only the tests let float16 run."""
     monkeypatch.setattr(prepared, "_check_device", lambda *_: None)
     monkeypatch.setattr(base.LossScale, "START", 2.0**40)
@@ -88,8 +79,7 @@ def test_loss_scale_of_one_phase_is_where_the_next_begins(
         return compute(*arguments)
 
     monkeypatch.setattr(step_module, "compute_loss", counted)
-    outcome = main(tiny_config({"precision": "fp16", "phases": [phase, phase]}))
-    assert outcome.status == 0, outcome.text
+    expect(main(tiny_config({"precision": "fp16", "phases": [phase, phase]})))
     overflows = [line["overflows"] for line in tiny.metrics(tmp_path / "runs/tiny", "train")]
     assert overflows[4] > 5
     # Ten steps of four micro-batches, and only the reported repetitions: if the scale were reset,
@@ -97,33 +87,30 @@ def test_loss_scale_of_one_phase_is_where_the_next_begins(
     assert number == 4 * (10 + overflows[-1])
 
 
-def test_checkpoints_come_at_their_steps_and_at_the_end_of_each_epoch(
-    main: Main, tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
+def test_checkpoints_come_at_their_steps_and_at_the_end_of_each_epoch(main, tiny_config, tmp_path):
     changes = {"save": {"every_steps": 2, "keep_last": 100}, "evaluate_every": 2}
-    assert main(tiny_config(changes)).status == 0
+    expect(main(tiny_config(changes)))
     saved = sorted(path.name for path in (tmp_path / "runs/tiny/checkpoints").glob("step-*"))
     assert saved == [f"step-{step:08}" for step in (2, 4, 5, 6, 8, 10)]
 
 
 def test_checkpoint_is_evaluated_from_any_folder(
-    main: Main,
-    tiny_root: Path,
-    tiny_config: ConfigWriter,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    main, tiny_root, tiny_config, tmp_path, monkeypatch
+):
     """Although the run's data path was relative to its working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(tiny_root)
     changes = {"data.root": "data", "data.index": "data/index", "max_steps": 1}
-    assert main(tiny_config(changes)).status == 0
+    expect(main(tiny_config(changes)))
     _, description = checkpoint.load_model_file(tmp_path / "runs/tiny")
     data = description.config["data"]
     assert (data["root"], data["index"]) == (str(tiny_root), str(tiny_root / "index"))
+    assert (description.classes, description.step) == (list(tiny.CLASSES), 1)
+    (line,) = tiny.metrics(tmp_path / "runs/tiny", "val")
+    assert description.validation["top1"] == line["top1"]
 
 
-def test_sums_of_a_micro_batch() -> None:
+def test_sums_of_a_micro_batch():
     logits = torch.tensor([[[3.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.0, 1.0]]])  # (T, B, K)
     loss = torch.tensor(0.25)
     # The time-mean decides: class 0, then class 1.
@@ -133,7 +120,7 @@ def test_sums_of_a_micro_batch() -> None:
     assert step_module.sums_of(logits, shares, loss).tolist() == [0.5, 1.25, 2.0]
 
 
-def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch):
     now = 10.0
 
     class Clock:
@@ -160,9 +147,7 @@ def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch: pytest.Mon
         assert found.close(waited=8.3, scale=None)["samples_per_s"] == 0
 
 
-def test_an_observer_that_fails_ends_nothing(
-    main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_observer_that_fails_ends_nothing(main, tiny_config, tmp_path, monkeypatch):
     events: list[str] = []
 
     class Counting(Observer):
@@ -188,15 +173,14 @@ def test_an_observer_that_fails_ends_nothing(
             return {"new": "text"}
 
     made = [lambda _, kind=kind: kind() for kind in (Faulty, Replacing, Odd, Counting)]
-    assert main(tiny_config({"name": "usual"})).status == 0
+    expect(main(tiny_config({"name": "usual"})))
     monkeypatch.setattr(observers, "observers", lambda _: [Unmade, *made])
-    outcome = main(tiny_config({"name": "faulty"}))
-    assert outcome.status == 0
+    text = expect(main(tiny_config({"name": "faulty"})))
     message = "Faulty failed and was disabled; the run continues (LookupError: train 1 data_wait)"
-    assert outcome.text.count(message) == 1
+    assert text.count(message) == 1
     # 10 steps of 4 micro-batches, and a line a step; 2 evaluations.
     assert Counter(events) == {"on_batch": 40, "on_line": 12, "on_evaluation": 2, "on_end": 1}
     for name in ("Unmade", "Replacing", "Odd"):
-        assert outcome.text.count(f"{name} failed and was disabled") == 1
-    assert "(ValueError: the line of metrics already has top1)" in outcome.text
+        assert text.count(f"{name} failed and was disabled") == 1
+    assert "(ValueError: the line of metrics already has top1)" in text
     tiny.assert_same_run(tmp_path / "runs/usual", tmp_path / "runs/faulty")

@@ -127,9 +127,7 @@ def compare(
         yield output
 
 
-def test_gradients_behind_one_that_never_comes_are_averaged(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_gradients_behind_one_that_never_comes_are_averaged(monkeypatch):
     """A lone process sums its own gradients; the mean of two processes is half of that."""
     monkeypatch.setattr(overlap, "BUCKET_BYTES", 1)  # a bucket for each parameter
     first, stray, last = (nn.Parameter(torch.ones(2)) for _ in range(3))
@@ -165,7 +163,7 @@ FAULTS = {
 }
 
 
-def test_averages_are_the_sums_by_hand(farm: Farm, tmp_path: Path) -> None:
+def test_averages_are_the_sums_by_hand(farm, tmp_path):
     """With faults made in the code they are not. Of two numbers a sum is the same in any order."""
     for output in compare(farm, 2, tmp_path, FAULTS):
         found = json.loads(output.splitlines()[-1])
@@ -176,6 +174,6 @@ def test_averages_are_the_sums_by_hand(farm: Farm, tmp_path: Path) -> None:
 
 # Of three processes' numbers it is not.
 @pytest.mark.long
-def test_averages_of_a_backward_pass_are_those_after_it(farm: Farm, tmp_path: Path) -> None:
+def test_averages_of_a_backward_pass_are_those_after_it(farm, tmp_path):
     for output in compare(farm, 3, tmp_path, {}):
         assert "all equal" in output

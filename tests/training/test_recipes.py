@@ -11,7 +11,7 @@ import timm
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import Outcome
+from tiny import Outcome, expect
 
 from tetdist.apps.cli import slurm
 from tetdist.config.loading import CONFIGS_DIR, load
@@ -120,8 +120,7 @@ def relu(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
             **{"name": "relu", "model.neuron.kind": "relu", "phases.0.timesteps": 1},
         }
         file = tiny.write_config(folder / "relu.yaml", tiny_root, changes)
-        outcome = main(file, "max_steps=1")
-        assert outcome.status == 0, outcome.text
+        expect(main(file, "max_steps=1"))
         return folder / "runs/relu"
 
     return train
@@ -140,15 +139,7 @@ ALIKE = {"sdt_8_512", "sdt_8_768", "sew34_t4_64gpus"} | {
         for file in sorted(CONFIGS_DIR.glob("*.yaml"))
     ],
 )
-def test_recipe_resolves_plans_and_trains(
-    name: str,
-    main: Main,
-    relu: Callable[[Main], Path],
-    tiny_root: Path,
-    event_data: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_recipe_resolves_plans_and_trains(name, main, relu, tiny_root, event_data, tmp_path, capfd):
     recipe = load(name)
     overrides = small(name, tiny_root if recipe.data.kind == "images" else event_data)
     teacher = relu(main) if recipe.loss.distillation.teacher == "runs/relu34" else tmp_path
@@ -162,8 +153,7 @@ def test_recipe_resolves_plans_and_trains(
     assert "a step       4 samples in 2 micro-batches of 2, 2 a process" in plan
     assert f"{STEPS} in total" in plan
 
-    outcome = main(name, *overrides)
-    assert outcome.status == 0, outcome.text
+    expect(main(name, *overrides))
     run = tmp_path / "runs" / name
     lines = tiny.metrics(run, "train")
     assert [line["step"] for line in lines] == [1, 2]

@@ -20,9 +20,7 @@ def nobody(_watched: Any) -> tuple[()]:
     return ()
 
 
-def test_launcher_hears_of_an_error_and_of_the_others_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_launcher_hears_of_an_error_and_of_the_others_end(monkeypatch):
     reported: list[Exception] = []
     shown: list[bool] = []
 
@@ -45,9 +43,7 @@ def test_launcher_hears_of_an_error_and_of_the_others_end(
     assert shown == [False, True]
 
 
-def test_launcher_hears_of_a_peer_that_is_lost_before_training(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_launcher_hears_of_a_peer_that_is_lost_before_training(monkeypatch):
     reported: list[Exception] = []
     lost = PeerFailed("rank 1 did not come")
 
@@ -60,7 +56,7 @@ def test_launcher_hears_of_a_peer_that_is_lost_before_training(
     assert reported == [lost]
 
 
-def test_status_is_that_of_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_is_that_of_the_signal(monkeypatch):
     reported: list[Exception] = []
 
     class Trainer:

@@ -23,7 +23,7 @@ def section(**values: Any) -> PhaseSection:
     return PhaseSection(**{"epochs": 4, "timesteps": 2, "optimizer": optimizer} | values)
 
 
-def test_cosine_goes_from_the_peak_towards_zero() -> None:
+def test_cosine_goes_from_the_peak_towards_zero():
     (phase,) = schedule_phases((section(),), 10)
     rates = [phase.learning_rate(step) for step in range(40)]
     assert rates[0] == 0.8
@@ -34,7 +34,7 @@ def test_cosine_goes_from_the_peak_towards_zero() -> None:
     assert all(later < earlier for earlier, later in pairwise(rates))
 
 
-def test_warm_up_rises_by_equal_steps_and_ends_at_the_peak() -> None:
+def test_warm_up_rises_by_equal_steps_and_ends_at_the_peak():
     (phase,) = schedule_phases((section(warmup_epochs=1.0),), 10)
     rates = [phase.learning_rate(step) for step in range(40)]
     assert rates[:10] == pytest.approx([0.08 * (i + 1) for i in range(10)])
@@ -43,7 +43,7 @@ def test_warm_up_rises_by_equal_steps_and_ends_at_the_peak() -> None:
     assert rates[25] == pytest.approx(0.4)
 
 
-def test_warm_up_of_a_fraction_of_a_step() -> None:
+def test_warm_up_of_a_fraction_of_a_step():
     (phase,) = schedule_phases((section(warmup_epochs=0.25),), 10)
     rates = [phase.learning_rate(step) for step in range(40)]
     assert max(rates) <= 0.8 + 1e-12
@@ -51,13 +51,13 @@ def test_warm_up_of_a_fraction_of_a_step() -> None:
     assert rates[:3] == sorted(rates[:3])
 
 
-def test_constant() -> None:
+def test_constant():
     (phase,) = schedule_phases((section(schedule="constant", warmup_epochs=1.0),), 10)
     assert phase.learning_rate(0) == pytest.approx(0.08)
     assert {phase.learning_rate(step) for step in range(10, 40)} == {0.8}
 
 
-def test_phases_follow_each_other() -> None:
+def test_phases_follow_each_other():
     phases = schedule_phases((section(), section(epochs=2, timesteps=3, lr=0.1)), 10)
     assert [(phase.first_step, phase.end_step) for phase in phases] == [(0, 40), (40, 60)]
     assert [phase_at(phases, step).number for step in (0, 39, 40, 59, 60, 1000)] == [
@@ -72,7 +72,7 @@ def test_phases_follow_each_other() -> None:
     assert phases[1].learning_rate(50) == pytest.approx(0.05)
 
 
-def test_image_sizes_rise_epoch_by_epoch() -> None:
+def test_image_sizes_rise_epoch_by_epoch():
     def sizes(default: int = 224, **values: Any) -> list[int]:
         phases = schedule_phases((section(epochs=2), section(epochs=5, **values)), 10)
         return [phases[1].image_size(step, default) for step in range(20, 70, 10)]
@@ -135,14 +135,14 @@ WARM_AT_TIMM = {"warmup_t": 3, "warmup_lr_init": 0.01, "warmup_prefix": False}
         ),
     ],
 )
-def test_epochs_learn_at_the_rates_of_timm(ours: dict[str, Any], theirs: Any) -> None:
+def test_epochs_learn_at_the_rates_of_timm(ours, theirs):
     (phase,) = schedule_phases((section(epochs=12, lr_changes="epochs", **ours),), 10)
     rates = [phase.learning_rate(step) for step in range(120)]
     assert rates[::10] == pytest.approx(theirs(), rel=1e-12)
     assert rates == [rates[step // 10 * 10] for step in range(120)]
 
 
-def test_steps_follow_the_same_curve() -> None:
+def test_steps_follow_the_same_curve():
     values = {"min_lr": 0.1, "cooldown_epochs": 1, "schedule": "polynomial", "power": 2.0}
     (phase,) = schedule_phases((section(epochs=5, warmup_epochs=1.0, **values),), 10)
     rates = [phase.learning_rate(step) for step in range(50)]
@@ -154,7 +154,7 @@ def test_steps_follow_the_same_curve() -> None:
     assert [phase.learning_rate(step) for step in (0, 10, 39)] == pytest.approx([0.8, 0.2, 0.1])
 
 
-def test_a_rate_per_256_is_scaled_and_reported() -> None:
+def test_a_rate_per_256_is_scaled_and_reported():
     optimizer = OptimizerSection(lr=6e-4, lr_per=256)
     phase = PhaseSection(epochs=1, timesteps=1, optimizer=optimizer, schedule="constant")
     (of_2048,) = schedule((phase,), 10, 2048)

@@ -1,9 +1,7 @@
 """What is agreed on before the first step."""
 
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,46 +13,24 @@ from tetdist.nn.fast import dispatch
 from tetdist.training.setup import choose_kernels, open_split
 
 
-class OneOfThree(World):
-    """Rank 1 of three processes; what the other two say is given."""
-
-    others: tuple[Any, Any] = (None, None)
-
-    def gather(self, value: Any) -> list[Any]:
-        return [self.others[0], value, self.others[1]]
-
-
-@pytest.fixture
-def reason(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
-    """Why there are no kernels on this process; None: there are."""
-    reasons: dict[str, str | None] = {"ours": None}
-    monkeypatch.setattr(dispatch, "decide", lambda _device, gather: gather(reasons["ours"]))
-    return reasons
-
-
-def world(others: tuple[str | None, str | None]) -> World:
-    one = OneOfThree(1, 3, torch.device("cuda"), None)
-    object.__setattr__(one, "others", others)
-    return one
+@pytest.mark.parametrize(
+    ("reasons", "refusal"),
+    [
+        ([None, None, "no ptxas"], r"on 2 of 3 processes, but not on rank 2 \(no ptxas\)"),
+        ([None, "no gcc", None], r"on 2 of 3 processes, but not on rank 1 \(no gcc\)"),
+        ([None] * 3, None),
+        (["no gcc"] * 3, None),
+    ],
+)
+def test_kernels_work_on_all_processes_or_on_none(reasons, refusal, monkeypatch):
+    """Of three processes, the second is this one."""
+    monkeypatch.setattr(dispatch, "decide", lambda _device, gather: gather(reasons[1]))
+    monkeypatch.setattr(World, "gather", lambda _, mine: [reasons[0], mine, reasons[2]])
+    with pytest.raises(UserError, match=refusal) if refusal else nullcontext():
+        choose_kernels(World(1, 3, torch.device("cuda"), None))
 
 
-def test_kernels_that_work_on_some_processes_end_the_run(reason: dict[str, str | None]) -> None:
-    with pytest.raises(UserError, match=r"on 2 of 3 processes, but not on rank 2 \(no ptxas\)"):
-        choose_kernels(world((None, "no ptxas")))
-    reason["ours"] = "no gcc"
-    with pytest.raises(UserError, match=r"on 2 of 3 processes, but not on rank 1 \(no gcc\)"):
-        choose_kernels(world((None, None)))
-
-
-def test_kernels_that_work_on_all_or_none_do_not(reason: dict[str, str | None]) -> None:
-    choose_kernels(world((None, None)))
-    reason["ours"] = "no gcc"
-    choose_kernels(world(("no gcc", "no gcc")))
-
-
-def test_data_to_evaluate_alone_are_not_trained_on(
-    tiny_copy: Path, tiny_config: Callable[..., Path]
-) -> None:
+def test_data_to_evaluate_alone_are_not_trained_on(tiny_copy, tiny_config):
     """No command is advised that cannot work."""
     config = load(tiny_config({"data.root": str(tiny_copy)}), [])
     (tiny_copy / "index" / "train.npz").unlink()

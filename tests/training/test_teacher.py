@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import timm
 import tiny
 import torch
 from safetensors.torch import save_file
-from tiny import Farm, Outcome
+from tiny import Farm, expect, refused
 
 from tetdist import losses
 from tetdist.config import loading
@@ -18,11 +17,9 @@ from tetdist.config.sections.loss import LossSection
 from tetdist.config.sections.model import ModelSection
 from tetdist.datasets import index as data_index
 from tetdist.errors import UserError
+from tetdist.storage import checkpoint
 from tetdist.training.objective import compute_loss
 from tetdist.training.teacher import Teacher
-
-ConfigWriter = Callable[..., Path]
-Main = Callable[..., Outcome]
 
 RELU = {"name": "relu", "model.neuron.kind": "relu", "phases.0.timesteps": 1}
 KEY = "loss.distillation.teacher"
@@ -34,8 +31,7 @@ TIMM, CPU = "timm:test_resnet", torch.device("cpu")
 def relu(farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the ReLU network of the tiny configuration's shape; to be read only."""
     folder = tmp_path_factory.mktemp("relu")
-    outcome = farm(tiny.write_config(folder / "relu.yaml", tiny_root, RELU), "max_steps=6")
-    assert outcome.status == 0, outcome.text
+    expect(farm(tiny.write_config(folder / "relu.yaml", tiny_root, RELU), "max_steps=6"))
     return folder / "runs/relu"
 
 
@@ -48,7 +44,7 @@ def teacher(file: Path, *overrides: str) -> Teacher:
 # --- the loss -------------------------------------------------------------------------------------
 
 
-def test_loss_is_the_sum_of_its_parts() -> None:
+def test_loss_is_the_sum_of_its_parts():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
     taught = torch.randn(4, 5, generator=generator, dtype=torch.float64)
@@ -72,16 +68,15 @@ def test_loss_is_the_sum_of_its_parts() -> None:
 # --- the ReLU network -----------------------------------------------------------------------------
 
 
-def test_relu_network_is_a_teacher_and_the_weights_to_begin_with(
-    main: Main, relu: Path, tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
+def test_relu_network_is_a_teacher_and_the_weights_to_begin_with(main, relu, tiny_config, tmp_path):
     assert [line["firing_rate"] for line in tiny.metrics(relu, "val")] == [{}, {}]  # none fire
     changes = {"loss.distillation": {"weight": 0.5, "self_weight": 0.5}, "max_steps": 6}
     file = tiny_config(changes)
-    outcome = main(file, f"{KEY}={relu}", f"init_checkpoint={relu}", "name=taught")
-    assert outcome.status == 0, outcome.text
-    assert "another network: model.neuron.kind is 'lif' and was 'relu'" in outcome.text
-    assert main(file, f"init_checkpoint={relu}", "name=alone").status == 0
+    expect(
+        main(file, f"{KEY}={relu}", f"init_checkpoint={relu}", "name=taught"),
+        "another network: model.neuron.kind is 'lif' and was 'relu'",
+    )
+    expect(main(file, f"init_checkpoint={relu}", "name=alone"))
     taught, alone = (tiny.metrics(tmp_path / "runs" / name) for name in ("taught", "alone"))
     # The same samples and weights, and more to be learnt.
     assert taught[0]["loss"] > alone[0]["loss"]
@@ -90,54 +85,48 @@ def test_relu_network_is_a_teacher_and_the_weights_to_begin_with(
 
 
 def test_taught_run_is_the_same_on_two_processes_and_when_stopped(
-    farm: Farm, relu: Path, tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
+    farm, relu, tiny_config, tmp_path
+):
     distillation = {"teacher": str(relu), "weight": 0.6, "teacher_alignment": "error_aware"}
     distillation |= {"self_weight": 0.15, "self_target": "similarity", "temperature": 3.0}
     changes = {"loss.distillation": distillation, "max_steps": 6}
     changes |= {"engine": "torch", "precision": "fp64"}
-    assert farm(tiny_config({"name": "one"} | changes)).status == 0
-    assert farm(tiny_config({"name": "two"} | changes), world=2).status == 0
+    expect(farm(tiny_config({"name": "one"} | changes)))
+    expect(farm(tiny_config({"name": "two"} | changes), world=2))
     one, two = (tiny.metrics(tmp_path / "runs" / name, "train") for name in ("one", "two"))
     assert [line["loss"] for line in one] == pytest.approx(
         [line["loss"] for line in two], rel=1e-12
     )
     file = tiny_config({"name": "stopped"} | changes)
-    assert farm(file, stop=("step", 2, signal.SIGTERM)).status == 128 + signal.SIGTERM
+    expect(farm(file, stop=("step", 2, signal.SIGTERM)), status=128 + signal.SIGTERM)
     assert len(tiny.metrics(tmp_path / "runs/stopped", "train")) == 2
-    assert farm(file).status == 0
+    expect(farm(file))
     tiny.assert_same_run(tmp_path / "runs/stopped", tmp_path / "runs/one")
 
 
 def test_teacher_stays_the_same_and_is_needed_no_longer_than_the_run(
-    main: Main, relu: Path, tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
+    main, relu, tiny_config, tmp_path
+):
     own = Path(shutil.copytree(relu, tmp_path / "own"))
     key = f"{KEY}={own}"
-    assert main(tiny_config({"name": "taught"}), key, "max_steps=2").status == 0
+    expect(main(tiny_config({"name": "taught"}), key, "max_steps=2"))
     # Another network in its place: that of other initial weights.
     shutil.rmtree(own)
     changes = {"name": "own", "seed": 1, "runs_dir": str(tmp_path)}
-    assert main(tiny_config(RELU | changes), "max_steps=1").status == 0
+    expect(main(tiny_config(RELU | changes), "max_steps=1"))
     file = tiny_config({"name": "taught"})
-    outcome = main(file, key, "max_steps=3")
-    assert outcome.status == 2
-    assert f"learned from another network than {own}" in outcome.text
+    refused(main(file, key, "max_steps=3"), f"learned from another network than {own}")
     shutil.rmtree(own)
     shutil.copytree(relu, own)
-    assert main(file, key, "max_steps=3").status == 0
+    expect(main(file, key, "max_steps=3"))
     shutil.rmtree(own)
-    outcome = main(file, key, "max_steps=3")
-    assert outcome.status == 0
-    assert "was trained before: nothing to do" in outcome.text
+    expect(main(file, key, "max_steps=3"), "was trained before: nothing to do")
 
 
 # --- teachers -------------------------------------------------------------------------------------
 
 
-def test_teacher_answers_as_its_own_run_does(relu: Path, tiny_config: ConfigWriter) -> None:
-    from tetdist.storage import checkpoint
-
+def test_teacher_answers_as_its_own_run_does(relu, tiny_config):
     weights, description = checkpoint.load_model_file(relu)
     section = loading.parse(description.config, "relu").model
     model = section.build(num_classes=4, timesteps=1)
@@ -154,9 +143,7 @@ def test_teacher_answers_as_its_own_run_does(relu: Path, tiny_config: ConfigWrit
     torch.testing.assert_close(answers, model.eval()(images).detach())
 
 
-def test_timm_teacher_sees_images_in_its_own_normalisation(
-    tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
+def test_timm_teacher_sees_images_in_its_own_normalisation(tiny_config, tmp_path):
     torch.manual_seed(3)
     theirs = timm.create_model(TIMM.removeprefix("timm:"), num_classes=4).eval()
     file = tmp_path / "weights.safetensors"
@@ -176,7 +163,7 @@ def test_timm_teacher_sees_images_in_its_own_normalisation(
     torch.testing.assert_close(answers, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_events_are_taught_at_the_students_timesteps() -> None:
+def test_events_are_taught_at_the_students_timesteps():
     section = ModelSection.model_validate({"name": "spiking_convnet_dvs"})
     model = section.build(num_classes=3, timesteps=2)
     answering = Teacher.__new__(Teacher)
@@ -187,14 +174,11 @@ def test_events_are_taught_at_the_students_timesteps() -> None:
     torch.testing.assert_close(answers, model(frames).detach())
 
 
-def test_teachers_that_do_not_suit(
-    main: Main, relu: Path, tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
-    def refusal(*overrides: str) -> str:
-        outcome = main(tiny_config(), *overrides)
-        assert outcome.status == 2, outcome.text
-        assert "Traceback" not in outcome.text
-        return outcome.text.strip()
+def test_teachers_that_do_not_suit(main, relu, tiny_config, tmp_path):
+    def refusal(*overrides):
+        text = refused(main(tiny_config(), *overrides))
+        assert "Traceback" not in text
+        return text
 
     assert f"{KEY}: there is no checkpoint /nowhere" in refusal(f"{KEY}=/nowhere")
     text = refusal(f"{KEY}={relu}", "data.image_size=24", "data.resize=24", "model.arguments={}")
@@ -219,7 +203,7 @@ def test_teachers_that_do_not_suit(
     assert f"set {KEY}=timm:NAME, too" in text
 
 
-def test_teacher_of_other_classes(relu: Path, tiny_config: ConfigWriter, tmp_path: Path) -> None:
+def test_teacher_of_other_classes(relu, tiny_config, tmp_path):
     root = tmp_path / "other"
     tiny.make_images(root)
     for split in ("train", "val"):

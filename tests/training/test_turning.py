@@ -1,8 +1,6 @@
 """A run whose loss turns and whose steps draw their T, against a loop written by hand."""
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +8,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tiny import Outcome
+from tiny import expect
 
 from tetdist import order
 from tetdist.config.loading import load
@@ -19,9 +17,6 @@ from tetdist.datasets.index import index_file, load_index
 from tetdist.distributed.world import World
 from tetdist.tracking.progress import RunProgress
 from tetdist.training import teacher as teachers
-
-ConfigWriter = Callable[..., Path]
-Main = Callable[..., Outcome]
 
 EPOCH = tiny.STEPS_PER_EPOCH
 OPTIMIZER = {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
@@ -35,7 +30,7 @@ FROM_TET = [TO_TET[0] | {"loss": {}}, TO_TET[1] | {"loss": {"kind": "sdt"}}]
 DRAWN = [4, 2, 4, 4, 2, 4, 2, 2, 4, 2]
 
 
-def test_steps_draw_what_they_always_did() -> None:
+def test_steps_draw_what_they_always_did():
     found = [order.drawn_timesteps((1, 2, 3, 4), 0, step) for step in range(EPOCH)]
     found += [order.drawn_timesteps((2, 4), 0, step) for step in range(EPOCH, 2 * EPOCH)]
     assert found == DRAWN
@@ -44,9 +39,7 @@ def test_steps_draw_what_they_always_did() -> None:
 
 
 @pytest.mark.parametrize("phases", [TO_TET, FROM_TET])
-def test_a_turning_run_is_a_loop_by_hand(
-    phases: list[dict[str, Any]], main: Main, tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
+def test_a_turning_run_is_a_loop_by_hand(phases, main, tiny_config, tmp_path):
     loss = {"lambda": 0.1, "phi": 2.0, "label_smoothing": 0.1}
     file = tiny_config({"engine": "torch", "precision": "fp64", "phases": phases, "loss": loss})
     config, world = load(str(file)), World(0, 1, torch.device("cpu"), None)
@@ -78,8 +71,7 @@ def test_a_turning_run_is_a_loop_by_hand(
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             expected.append((total, lr))
-    outcome = main(file)
-    assert outcome.status == 0, outcome.text
+    expect(main(file))
     found = tiny.metrics(tmp_path / "runs/tiny", "train")
     assert [(line["loss"], line["lr"]) for line in found] == [pytest.approx(e) for e in expected]
     weights = load_file(tiny.newest(tmp_path / "runs/tiny") / "model.safetensors")
@@ -89,10 +81,8 @@ def test_a_turning_run_is_a_loop_by_hand(
     assert [line["timesteps"] for line in tiny.metrics(tmp_path / "runs/tiny", "val")] == [4, 4]
 
 
-def test_a_phase_leaves_out_the_teacher(
-    main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert main(tiny_config({"name": "teacher", "seed": 5}), "max_steps=1").status == 0
+def test_a_phase_leaves_out_the_teacher(main, tiny_config, tmp_path, monkeypatch):
+    expect(main(tiny_config({"name": "teacher", "seed": 5}), "max_steps=1"))
     asked = 0
     answer = teachers.Teacher.__call__
 
@@ -107,14 +97,14 @@ def test_a_phase_leaves_out_the_teacher(
     monkeypatch.setattr(teachers.Teacher, "__call__", counting)
     for name, given in (("with", {"teacher": str(tmp_path / "runs/teacher")}), ("without", {})):
         more = {f"loss.distillation.{key}": value for key, value in given.items()}
-        assert main(tiny_config(changes | more | {"name": name})).status == 0
+        expect(main(tiny_config(changes | more | {"name": name})))
         assert asked == 4 * EPOCH + 1  # and once for the size of images
     both = [tiny.metrics(tmp_path / "runs" / name, "train") for name in ("with", "without")]
     assert both[0][:EPOCH] == both[1][:EPOCH]
     assert both[0][EPOCH]["loss"] > both[1][EPOCH]["loss"]
 
 
-def test_time_left_counts_image_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_left_counts_image_timesteps(monkeypatch):
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     # Five steps at T=2, then five at T=4.
