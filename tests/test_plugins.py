@@ -20,6 +20,7 @@ from tetdist.apps.cli import eval as evaluation
 from tetdist.apps.cli import export as exporting
 from tetdist.errors import UserError
 from tetdist.plugins import import_files
+from tetdist.storage.checkpoint import load_model_file, write_model_file
 
 PAGE = tiny.PROJECT / "docs" / "extending.md"
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL))
@@ -237,6 +238,37 @@ def test_network_that_mixes_samples_is_neither_trained_nor_evaluated_nor_exporte
     assert (refused.status, refusal in refused.text) == (2, True)
     assert main(file, "name=mixing", "model.mixes_samples=true").status == 0
     assert use("mixing") == (0, 0)
+
+
+def test_network_that_mixes_only_with_trained_weights_is_refused(
+    main: Main, write: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A buffer of the weights switches the mixing on."""
+    changes = {"phases.0.epochs": 1, "precision": "fp32", "model.name": "toy"}
+    file = write("my_plain.py", changes=changes)
+    source = tmp_path / "my_plain.py"
+    layer = (
+        "import torch\n\n\nclass Mixing(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.register_buffer('on', torch.zeros(()))\n"
+        "    def forward(self, x):\n"
+        "        return x.relu() + self.on * x.softmax(0)\n\n\n"
+    )
+    text = FILES["my_plain.py"].replace("def plain(", "def toy(").replace("nn.ReLU()", "Mixing()")
+    source.write_text(text.replace("@register_model", layer + "@register_model", 1))
+    assert main(file, "name=first").status == 0
+    weights, description = load_model_file(tmp_path / "runs/first")
+    changed = {key: value + key.endswith(".on") for key, value in weights.items()}
+    write_model_file(tmp_path / "on.safetensors", changed, description)
+    on = str(tmp_path / "on.safetensors")
+    refusal = "(Mixing) of toy mixes the samples of a batch"
+    for key in ("init_checkpoint", "loss.distillation.teacher"):
+        refused = main(file, "name=next", f"{key}={on}", "loss.distillation.weight=0.5")
+        assert (refused.status, refusal in refused.text) == (2, True), refused.text
+    imports = ["--import", str(source)]
+    assert evaluation.main(["--checkpoint", on, "--device", "cpu", *imports]) == 2
+    assert refusal in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """No sample sees another: networks from outside that mix a batch's samples are refused."""
 
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -180,6 +181,33 @@ def silent() -> nn.Module:
     return Plain(*layers, layer.SeqToANNContainer(conv(8)), Neuron(OverTheBatch()), folded=False)
 
 
+class Beside(nn.Module):
+    """A branch that is silent before training, beside a real-valued shortcut.
+
+    Its last neurons get (T * B, ...) instead of (T, B, ...).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+        self.norms = nn.ModuleList(BatchNorm(3) for _ in range(4))
+        self.lifs = nn.ModuleList(Neuron(LIF(threshold=20.0)) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = x
+        for conv, norm, lif in zip(self.convs, self.norms, self.lifs, strict=True):
+            current = norm(conv(branch))
+            if lif is not self.lifs[-1]:
+                current = current.unflatten(0, (T, -1))
+            branch = lif(current).view_as(x)
+        return x + branch
+
+
+def of_four(x: Tensor) -> Tensor:
+    groups = x.unflatten(1, (-1, 4)) if x.shape[1] % 4 == 0 else x[:, :, None]
+    return (groups - groups.mean(2, keepdim=True)).flatten(1, 2)
+
+
 def single(x: Tensor) -> Tensor:
     if x.dtype != torch.float32:
         raise RuntimeError(f"expected float32, not {x.dtype}")
@@ -210,6 +238,15 @@ MIXING: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "branch that is switched off": (lambda: Plain(conv(), Branch()), r"layers\.1.* \((Softmax|Br)"),
     "silent before training": (silent, r"layers\.5 \(Neuron\)"),
+    "silent beside a shortcut": (lambda: Plain(Beside()), r"layers\.0\.lifs\.3 \(Neuron\)"),
+    "from three samples on": (
+        lambda: Plain(Function(lambda x: x + x.roll(2, 1)), folded=False),
+        r"layers\.0 \(Function\)",
+    ),
+    "four samples": (
+        lambda: Plain(layer.SeqToANNContainer(conv()), Function(of_four), folded=False),
+        r"layers\.1 \(Function\)",
+    ),
     "in float32 alone": (
         lambda: Plain(Function(single), conv(), nn.Softmax(0)),
         r"layers\.2 \(Softmax\)",
@@ -251,3 +288,14 @@ def test_noise_is_refused_and_what_cannot_run_is_reported(
         refuse_mixing("toy", Plain(conv(), Function(lambda x: x + torch.rand_like(x))), SHAPE)
     refuse_mixing("toy", Plain(conv()), (2, 16, 16))
     assert re.search("toy cannot be checked .* to have 3 channels", caplog.text)
+
+
+def test_silent_layer_is_named_and_what_cannot_be_copied_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    refuse_mixing("toy", Plain(conv(), Neuron(LIF()), Function(torch.zeros_like), conv(8)), SHAPE)
+    assert "layers.2 (Function) of toy is silent for random samples" in caplog.text
+    model = Plain(conv())
+    model.lock = threading.Lock()
+    with pytest.raises(UserError, match=r"toy cannot be copied .* model\.mixes_samples=true"):
+        refuse_mixing("toy", model, SHAPE)

@@ -22,29 +22,43 @@ from tetdist.nn.norm_neuron import FusedLayer
 logger = logging.getLogger(__name__)
 
 _SIDE = 64  # pixels that suffice, if the network takes other sizes than its own
+_TIMESTEPS = 2  # and timesteps
 _COMPARED = 20_000  # values of each tensor in the search for the module
+_GAINS = (-4, -16, -64, -256, 4, 16, 64, 256)  # of a silent layer's input
 
 
 @torch.no_grad()
 def refuse_mixing(name: str, model: SpikingNetwork, shape: Sequence[int]) -> None:
     """Refuse a network on the CPU in which a sample's logits depend on the rest of its batch.
 
-    Two random samples of ``shape`` run alone and together, in both orders, through a copy of the
+    Random samples of ``shape`` run alone and together, in both orders, through a copy of the
     network in float64, so that no spike flips by rounding. If it cannot run in float64, each runs
-    beside itself instead of alone, in its own type: batches of one size round alike.
+    among copies of itself instead of alone: batches of one size round alike.
 
     Raises:
-        UserError: The network mixes samples, draws random numbers in evaluation mode, or does not
-            return logits (T, B, K).
+        UserError: The network mixes samples, draws random numbers in evaluation mode, cannot be
+            copied, or does not return logits (T, B, K).
     """
     before = torch.get_rng_state()
     samples = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
-    own = samples.to(next(model.parameters()).dtype)
-    for x, copies in ((samples[..., :_SIDE, :_SIDE].double(), 1), (samples.double(), 1), (own, 2)):
+    own, double = next(model.parameters()).dtype, torch.float64
+    for timesteps, side, dtype in (
+        (_TIMESTEPS, _SIDE, double),
+        (model.timesteps, _SIDE, double),
+        (model.timesteps, None, double),
+        (model.timesteps, None, own),
+    ):
         try:
-            net = _firing(copy.deepcopy(model).to(x.dtype), x[:2])
-            together = [_logits(net, x[:2]), _logits(net, x[:2].flip(0)).flip(1)]
-            each = [_logits(net, torch.cat([one] * copies))[:, :1] for one in x[:2].split(1)]
+            net = _copy(name, model).to(dtype)
+            if timesteps != model.timesteps:
+                net.set_timesteps(timesteps)
+            x = samples[: 8 if dtype is double else 4, ..., :side, :side].to(dtype)
+            if len(shape) == 4:
+                x = x[:, :timesteps]
+            silent = _make_fire(net, x[:2])
+            together = [_logits(net, x), _logits(net, x.flip(0)).flip(1)]
+            each = [one if dtype is double else one.expand_as(x) for one in x.split(1)]
+            alone = torch.stack([_logits(net, y)[:, i % len(y)] for i, y in enumerate(each)], 1)
             break
         except Exception as error:  # any error of foreign code
             failure = error
@@ -58,39 +72,101 @@ def refuse_mixing(name: str, model: SpikingNetwork, shape: Sequence[int]) -> Non
             f"{name} draws random numbers in evaluation mode, so its results would not be "
             "reproducible; draw them in training mode only (module.training)"
         )
-    alone = torch.cat(each, 1)
     tolerance = 1e-9 * float(alone.abs().max())
-    if not all(torch.allclose(one, alone, 0, tolerance, equal_nan=True) for one in together):
+
+    def keeps(found: Tensor) -> bool:
+        return torch.allclose(found, alone[:, : found.shape[1]], 0, tolerance, equal_nan=True)
+
+    if not all(map(keeps, together)):
+        module = _mixing_module(net, x, x if keeps(_logits(net, x[:2])) else x[:2])
         raise UserError(
-            f"{_mixing_module(net, x)} of {name} mixes the samples of a batch, so accuracy would "
+            f"{module} of {name} mixes the samples of a batch, so accuracy would "
             "depend on their order; keep them apart (neurons take (T, B, ...), not (T * B, ...)), "
             "or set model.mixes_samples=true to accept it"
         )
+    if silent is not None:
+        message = "%s of %s is silent for random samples; whether it mixes them was not checked"
+        logger.warning(message, silent, name)
 
 
-def _firing(model: SpikingNetwork, pair: Tensor) -> SpikingNetwork:
-    """Make spikes reach the last layer, also in a network that is not trained yet.
+def _copy(name: str, model: SpikingNetwork) -> SpikingNetwork:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise UserError(
+            f"{name} cannot be copied by copy.deepcopy ({error}), so whether it mixes samples is "
+            "unknown; make it copyable, or set model.mixes_samples=true to go without this check"
+        ) from error
+
+
+def _make_fire(model: SpikingNetwork, pair: Tensor) -> str | None:
+    """Make spikes leave every layer, also of a network that is not trained yet.
 
     Parameters that are all zero, such as gains of branches, become random, running statistics
-    become those of the samples, norms' gains triple, and weights double until logits differ.
+    become those of the samples, norms' gains triple, and inputs of silent layers grow.
+
+    Returns:
+        The first layer that stays silent, if any.
     """
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if not parameter.any():
             parameter.normal_(generator=generator)
-    for module in model.eval().modules():
+    norms = [module for module in model.eval().modules() if isinstance(module, BatchNorm)]
+    for module in model.modules():
         if isinstance(module, FusedLayer):
             module.execution = "reference"
-        if isinstance(module, BatchNorm):
-            module.training, module.momentum = True, 1.0
-            module.weight.mul_(3)
-    for _ in range(8):
-        first, second = _logits(model, pair).unbind(1)
-        if not torch.equal(first, second):
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.weight.mul_(3)
+    for _ in range(4):
+        for norm in norms:
+            norm.training = True
+        _logits(model, pair)
+        model.eval()
+        raised, silent = _raise_inputs(model, pair)
+        if not raised and silent is None:
             break
-        for parameter in model.parameters():
-            parameter.mul_(1 + (parameter.ndim > 1))
-    return model.eval()
+        for parameter in model.parameters():  # Layers may be functions, which have no inputs here.
+            parameter.mul_(1 + (parameter.ndim > 1 and silent is not None))
+    return silent
+
+
+def _raise_inputs(model: SpikingNetwork, x: Tensor) -> tuple[bool, str | None]:
+    """Multiply the input of each innermost module that returns zeros, until some are not.
+
+    Returns:
+        True if there were any, and the first one that stays silent.
+    """
+    names = _names(model)
+    innermost, raised, fires = [True], False, dict[nn.Module, bool]()
+
+    def enter(_module: nn.Module, _inputs: Any) -> None:
+        innermost[-1] = False
+        innermost.append(True)
+
+    def leave(module: nn.Module, inputs: Any, keywords: Any, output: Any) -> Any:
+        nonlocal raised
+        x = inputs[0] if inputs else None
+        if not (innermost.pop() and isinstance(x, Tensor) and isinstance(output, Tensor)):
+            return output
+        if x.any() and not output.any():
+            raised = True
+            for gain in _GAINS:
+                output = module.forward(x * gain, *inputs[1:], **keywords)
+                if 64 * output.count_nonzero() >= output.numel():
+                    break
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * gain, *inputs[1:]))
+        fires[module] = fires.get(module, False) or bool(x.any() and output.any())
+        return output
+
+    hooks = nn.modules.module
+    with (
+        hooks.register_module_forward_pre_hook(enter),
+        hooks.register_module_forward_hook(leave, with_kwargs=True),
+    ):
+        model(x)
+    return raised, next((names[module] for module, fired in fires.items() if not fired), None)
 
 
 def _logits(model: SpikingNetwork, x: Tensor) -> Tensor:
@@ -99,32 +175,50 @@ def _logits(model: SpikingNetwork, x: Tensor) -> Tensor:
     return logits
 
 
-def _mixing_module(model: nn.Module, samples: Tensor) -> str:
-    """Return the first module with a value that depends on both samples of a batch."""
+def _names(model: nn.Module) -> dict[nn.Module, str]:
+    return {m: f"{name or 'the network'} ({type(m).__name__})" for name, m in model.named_modules()}
 
-    def values(*pair: Tensor) -> list[tuple[str, Tensor]]:
-        return trace(model, torch.stack(pair), lambda x: x.flatten()[:: x.numel() // _COMPARED + 1])
 
-    a, b, *others = samples
-    firsts, seconds = [values(x, b) for x in others], [values(a, x) for x in others]
-    with contextlib.suppress(IndexError, RuntimeError):  # operations that depend on the sample
-        for i, (name, value) in enumerate(values(a, b)):
-            one, other = (
-                torch.stack([found[i][1] for found in runs]).ne(value).any(0)
-                for runs in (firsts, seconds)
-            )
-            if (one & other).any():
-                return name
-    return "a module"
+class _EnoughError(Exception):
+    """The rest of a pass is not needed."""
+
+
+def _mixing_module(model: nn.Module, samples: Tensor, batch: Tensor) -> str:
+    """Return the first module with a value that depends on a batch's first sample and others."""
+
+    def values(x: Tensor, most: int | None = None) -> tuple[list[Tensor], list[str]]:
+        found: list[Tensor] = []
+
+        def keep(x: Tensor) -> Tensor:
+            if len(found) == most:
+                raise _EnoughError
+            found.append(x.flatten()[:: x.numel() // _COMPARED + 1].clone())
+            return x[:0]
+
+        with contextlib.suppress(_EnoughError):
+            return found, [name for name, _ in trace(model, x, keep)]
+        return found, []
+
+    base, names = values(batch)
+    depends = [[torch.zeros_like(x, dtype=torch.bool) for x in base] for _ in range(2)]
+    first = len(base)
+    with contextlib.suppress(RuntimeError):  # operations that depend on the sample
+        for i in range(1, len(samples)):
+            other = samples.roll(i, 0)[: len(batch)]
+            mixed = torch.cat([other[:1], batch[1:]]), torch.cat([batch[:1], other[1:]])
+            for changed, x in zip(depends, mixed, strict=True):
+                for mask, new, old in zip(changed, values(x, first)[0], base, strict=False):
+                    mask |= new != old
+            both = (bool((one & two).any()) for one, two in zip(*depends, strict=True))
+            first = next((i for i, mixes in enumerate(both) if mixes), first)
+    return [*names, "a module"][first]
 
 
 def trace(
     model: nn.Module, x: Tensor, keep: Callable[[Tensor], Tensor]
 ) -> list[tuple[str, Tensor]]:
     """Record ``keep`` of the tensors between a model's modules, with the module that made each."""
-    names = {
-        m: f"{name or 'the network'} ({type(m).__name__})" for name, m in model.named_modules()
-    }
+    names = _names(model)
     found: list[tuple[str, Tensor]] = []
     around = [names[model]]
 

@@ -1,22 +1,28 @@
 """A run before its first step: data opened, phases scheduled, network built."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from tetdist import order
+from tetdist.config.identity import differences
 from tetdist.config.schema import RunConfig
 from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
-from tetdist.nn import batch_norm
+from tetdist.nn import batch_norm, neurons
 from tetdist.nn.precision import choose_algorithms, parameter_type
+from tetdist.storage import checkpoint
 from tetdist.tracking.progress import RunProgress
 from tetdist.training.schedule import Phase, image_timesteps, phase_at, schedule_phases
 from tetdist.training.setup import choose_kernels, evaluated_split, make_model, open_data
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,9 @@ def _prepare(config: RunConfig, world: World) -> Prepared:
     _check_steps(config, phases, last_step)
     torch.manual_seed(config.seed)
     choose_algorithms(config.precision, deterministic=config.deterministic)
-    model = make_model(config, train)
+    source = None if resumes(config) else config.init_checkpoint
+    load = partial(_load_initial_weights, config, train, world, source) if source else None
+    model = make_model(config, train, load)
     model.to(world.device, parameter_type(config.precision))
     batch_norm.defer_running_statistics(model)
     if config.batch_norm.sync and world.world_size > 1:
@@ -124,6 +132,34 @@ def _prepare(config: RunConfig, world: World) -> Prepared:
     )
     placed = (phases, steps_per_epoch, last_step, micro_batches)
     return Prepared(config, world, train, val, model, *placed, evaluated_split(config))
+
+
+def resumes(config: RunConfig) -> bool:
+    """Return whether a run has a checkpoint of its own, and needs no initial weights."""
+    return any((config.run_dir / "checkpoints").glob("step-*"))
+
+
+def _load_initial_weights(
+    config: RunConfig, index: Index, world: World, source: str, model: SpikingNetwork
+) -> None:
+    """Load the weights that ``init_checkpoint`` names; rank 0 logs them."""
+    weights, description = checkpoint.load_model_file(Path(source))
+    checkpoint.load_weights(model, weights, Path(source))
+    if world.rank != 0:
+        return
+    theirs, ours = description.config["model"], config.as_dict()["model"]
+    theirs = theirs | {"neuron": neurons.completed(theirs.get("neuron", {}))}
+    for change in differences({"model": theirs}, {"model": ours}):
+        if not change.startswith("model.num_classes"):
+            logger.warning("init_checkpoint comes from another network: %s", change)
+    if description.classes not in (None, list(index.classes)):
+        logger.warning("init_checkpoint was trained on other classes than those of the data")
+    logger.info(
+        "beginning with the weights of %s (step %s, T=%s)",
+        source,
+        description.step,
+        description.timesteps,
+    )
 
 
 def _check_device(config: RunConfig, world: World) -> None:

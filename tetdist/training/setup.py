@@ -1,5 +1,6 @@
 """Opening and checking of a run's data and model before its first step."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import assert_never
 
@@ -16,7 +17,7 @@ from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
 from tetdist.models import SpikingNetwork
 from tetdist.nn.fast import dispatch
-from tetdist.nn.precision import choose_algorithms, place
+from tetdist.nn.precision import choose_algorithms, parameter_type, place
 from tetdist.optimizers import layers_of
 from tetdist.storage import checkpoint
 from tetdist.training.engines.clipping import Clipping
@@ -116,12 +117,15 @@ def open_split(config: RunConfig, split: str, world: World) -> Index:
     return index
 
 
-def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
+def make_model(
+    config: RunConfig, index: Index, load: Callable[[SpikingNetwork], None] | None = None
+) -> SpikingNetwork:
     """Return the configured model for the data of ``index``, initialised, at the first phase's
-    largest T.
+    largest T; ``load`` loads weights into it.
 
     Raises:
-        UserError: ``model.arguments`` does not fit the model or the data.
+        UserError: ``model.arguments`` does not fit the model or the data; or the model, with these
+            weights, mixes samples.
     """
     section = config.model
     image_sizes = _image_sizes(config, index)
@@ -147,6 +151,9 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
             f"data has {size}x{size}; set model.arguments.input_size={size}"
             + (", and all phases' image sizes to the same" if len(image_sizes) > 1 else "")
         )
+    if load is not None:
+        model.to(parameter_type(config.precision))
+        load(model)
     frames = None if index.timesteps is None else (model.timesteps, *index.frames_shape[1:])
     section.refuse_mixing(model, frames or (3, config.data.image_size, config.data.image_size))
     # Otherwise the optimiser of a later phase would refuse these when that phase begins.
@@ -184,12 +191,13 @@ def load_model(
     Raises:
         UserError: The weights or the configuration do not fit the model.
     """
-    model = world.run_on_all(lambda: make_model(config, index))
+    model = world.run_on_all(
+        lambda: make_model(config, index, lambda m: checkpoint.load_weights(m, weights, source))
+    )
     choose_algorithms(config.precision)
     if config.execution == "fused":
         world.run_on_all(lambda: choose_kernels(world))
     place(model, world.device, config.precision)
-    world.run_on_all(lambda: checkpoint.load_weights(model, weights, source))
     return model
 
 

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tetdist.config.identity import differences
 from tetdist.datasets import recorded_split
 from tetdist.errors import UserError
 from tetdist.nn import neurons
@@ -15,7 +14,7 @@ from tetdist.storage import checkpoint
 from tetdist.tracking.tracker import Tracker
 from tetdist.training.ema import WeightAverage
 from tetdist.training.evaluating import AVERAGE, WEIGHTS, Evaluated
-from tetdist.training.prepared import Prepared
+from tetdist.training.prepared import Prepared, resumes
 from tetdist.training.run_record import show_checkpoints
 from tetdist.training.teacher import Teacher
 
@@ -158,39 +157,11 @@ def _describe(
 
 
 def begin(run: Prepared) -> Teacher | None:
-    """Load the initial weights and the teacher of a new run.
-
-    A run that resumes from its own checkpoint needs neither.
+    """Load the teacher of a new run; see `teacher_again`.
 
     Raises:
-        UserError: They are missing or do not fit the run.
+        UserError: It is missing or does not fit the run.
     """
-    if any((run.config.run_dir / "checkpoints").glob("step-*")):
+    if resumes(run.config):
         return None
-    _load_initial_weights(run)
     return Teacher.of(run.config, run.train, run.world.device)
-
-
-def _load_initial_weights(run: Prepared) -> None:
-    """Load the weights that ``init_checkpoint`` names, if any; rank 0 logs them."""
-    config, model, index = run.config, run.model, run.train
-    source = config.init_checkpoint
-    if source is None:
-        return
-    weights, description = checkpoint.load_model_file(Path(source))
-    checkpoint.load_weights(model, weights, Path(source))
-    if run.world.rank != 0:
-        return
-    theirs, ours = description.config["model"], config.as_dict()["model"]
-    theirs = theirs | {"neuron": neurons.completed(theirs.get("neuron", {}))}
-    for change in differences({"model": theirs}, {"model": ours}):
-        if not change.startswith("model.num_classes"):
-            logger.warning("init_checkpoint comes from another network: %s", change)
-    if description.classes not in (None, list(index.classes)):
-        logger.warning("init_checkpoint was trained on other classes than those of the data")
-    logger.info(
-        "beginning with the weights of %s (step %s, T=%s)",
-        source,
-        description.step,
-        description.timesteps,
-    )

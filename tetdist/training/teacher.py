@@ -136,6 +136,12 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
             f"data has {index.heights[0]}x{index.heights[0]}; choose a teacher of that size"
         )
     checkpoint.load_weights(model, weights, path)
+    side = config.data.image_size
+    frames = None if index.timesteps is None else (model.timesteps, *index.frames_shape[1:])
+    try:
+        theirs.model.refuse_mixing(model, frames or (3, side, side))
+    except UserError as error:
+        raise UserError(f"{KEY}: {error} in {path}'s own run") from error
     return model, theirs.data.mean, theirs.data.std
 
 
