@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import platform
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,9 @@ def copy(shards: Path, folder: Path) -> str | None:
     return reason
 
 
-def test_damaged_old_and_unfinished_copies_are_made_again(shards: Path, tmp_path: Path) -> None:
+def test_damaged_old_and_unfinished_copies_are_made_again(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source, folder = tmp_path / "source", tmp_path / "copies"
     for name, data in tars(shards).items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +104,8 @@ def test_damaged_old_and_unfinished_copies_are_made_again(shards: Path, tmp_path
     (folder / gone).unlink()
     (folder / "train" / ".train-000000.tar.1.tmp").write_bytes(b"of a killed process")
     assert copy(source, folder) is None
+    (message,) = caplog.messages
+    assert message.startswith(f"{platform.node()}: {folder / damaged} has changed since it was")
     assert tars(folder) == tars(source)
     assert not list(folder.rglob(".*.tmp"))
     again = [name for name in written if (folder / name).stat().st_mtime_ns != written[name]]

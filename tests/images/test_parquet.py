@@ -146,8 +146,8 @@ def drop_row(file):
             lambda file: write(file, [(b"", "", 0)], columns=("img", "label")),
             "00001-of-00002.parquet has the columns img.bytes, img.path, label, but image.bytes, ",
         ),
-        (relabel, " has the label "),
-        (drop_row, "has 8 images of train, but ImageNet-1k has 9: fetch the files again"),
+        (relabel, "1 of 12 images in "),
+        (drop_row, "has 8 images of train, but ImageNet-1k has 9: fetch the missing files, or "),
     ],
 )
 def test_what_is_missing_or_broken_is_named_before_anything_is_packed(hub, call, change, words):
@@ -157,3 +157,16 @@ def test_what_is_missing_or_broken_is_named_before_anything_is_packed(hub, call,
     assert words in output
     assert not (hub / "p").exists()
     assert "there is no test-00000-of-N.parquet" in shard(call, hub, "--splits", "test")[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "count", "classes"),
+    [(drop_row, 8, list(IDS)), (relabel, 9, ["0", "1", "2"])],
+)
+def test_part_of_imagenet_is_packed_on_request(hub, call, change, count, classes):
+    change(hub / "data" / "train-00001-of-00002.parquet")
+    assert "--subset to " in shard(call, hub)[1]
+    status, output = shard(call, hub, "--subset")
+    assert status == 0, output
+    assert len(ix.load_index(hub / "p" / "index" / "train.npz")) == count
+    assert (hub / "p" / "classes.txt").read_text().split() == classes

@@ -140,6 +140,11 @@ def _add_shard(commands: Any) -> None:
         help="pack the Parquet files in ROOT or ROOT/data, such as the Hugging Face hub's ImageNet:"
         " one shard for each, in its order",
     )
+    add(
+        "--subset",
+        action="store_true",
+        help="with --from-parquet: pack a part of ImageNet-1k, or its images with other labels",
+    )
     _add_common(command)
 
 
@@ -371,7 +376,7 @@ def _shard_parquet(args: argparse.Namespace) -> int:
 
     names = args.splits or ["train", "val"]
     splits = {split: parquet.read_tables(args.root, split, args.workers) for split in names}
-    classes = parquet.class_names(args.root, splits)
+    classes = parquet.class_names(args.root, splits, subset=args.subset)
     for split, tables in splits.items():
         with file_progress(split, "shard") as progress:
             index = parquet.shard_tables(split, tables, classes, args.dest, args.workers, progress)

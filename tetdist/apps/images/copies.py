@@ -111,8 +111,11 @@ def _copy_all(
 
 def _copy(source: Path, copy: Path, known: str | None, progress: Callable[[int], None]) -> str:
     """Return the digest of a file's copy, which is made unless it has the known one."""
-    if known is not None and copy.is_file() and _digest(copy, progress) == known:
-        return known
+    if known is not None and copy.is_file():
+        if _digest(copy, progress) == known:
+            return known
+        message = "%s: %s has changed since it was copied, so it is copied again: check this disk"
+        logging.getLogger(__name__).warning(message, platform.node(), copy)
     copy.parent.mkdir(parents=True, exist_ok=True)
     with files.explaining(copy), files.replacing(copy) as stream:
         digest = _digest(source, lambda n: progress(n // 2), stream)

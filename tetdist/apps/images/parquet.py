@@ -86,30 +86,34 @@ def _read_table(file: Path) -> Table:
     return Table(file, samples, tuple(label.get("names", ())))
 
 
-def class_names(root: Path, splits: Mapping[str, list[Table]]) -> tuple[str, ...]:
+def class_names(
+    root: Path, splits: Mapping[str, list[Table]], *, subset: bool = False
+) -> tuple[str, ...]:
     """Return ImageNet-1k's classes if the files' names contain them, else the hub's, else numbers.
 
-    ImageNet-1k must be complete, and its labels must be those of the names.
+    ImageNet-1k must be complete, and its labels must be those of the names, unless a ``subset``,
+    perhaps with labels of its own, is wanted.
     """
     known, tables = imagenet_classes(), [*chain.from_iterable(splits.values())]
     samples = [sample for table in tables for sample in table.samples]
     ids = [(*sample, found[0]) for sample in samples if (found := WORDNET_ID.search(sample[1]))]
     wrong = [(name, k) for k, name, of_name in ids if known[k : k + 1] != (of_name,)]
-    if 2 * len(wrong) >= len(ids):
+    if 2 * len(wrong) >= len(ids) or (wrong and subset):
         of_hub, last = tables[0].classes, max(samples)[0]
         numbers = tuple(f"{k:0{len(str(last))}d}" for k in range(last + 1))
         return of_hub if len(set(of_hub)) == len(of_hub) > last else numbers
     if wrong:
         raise UserError(
-            f"{wrong[0][0]} in {root} has the label {wrong[0][1]}, which is another class of"
-            " ImageNet-1k: fetch the files from their original source"
+            f"{len(wrong):,} of {len(ids):,} images in {root} have the label of another class of"
+            f" ImageNet-1k, such as {wrong[0][0]} with {wrong[0][1]}: fetch the files from their"
+            " original source, or give --subset to keep these labels"
         )
     for split, of_split in splits.items():
         number = sum(len(table.samples) for table in of_split)
-        if number != (wanted := IMAGENET_COUNTS.get(split, number)):
+        if number != (wanted := IMAGENET_COUNTS.get(split, number)) and not subset:
             raise UserError(
                 f"{root} has {number:,} images of {split}, but ImageNet-1k has {wanted:,}: fetch"
-                " the files again"
+                " the missing files, or give --subset to pack a part of it"
             )
     return known
 
