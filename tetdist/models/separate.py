@@ -43,7 +43,7 @@ def refuse_mixing(name: str, model: SpikingNetwork, shape: Sequence[int]) -> Non
     samples = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
     own, double = next(model.parameters()).dtype, torch.float64
     for timesteps, side, dtype in (
-        (_TIMESTEPS, _SIDE, double),
+        (min(_TIMESTEPS, model.timesteps), _SIDE, double),
         (model.timesteps, _SIDE, double),
         (model.timesteps, None, double),
         (model.timesteps, None, own),
@@ -56,7 +56,8 @@ def refuse_mixing(name: str, model: SpikingNetwork, shape: Sequence[int]) -> Non
             if len(shape) == 4:
                 x = x[:, :timesteps]
             silent = _make_fire(net, x[:2])
-            together = [_logits(net, x), _logits(net, x.flip(0)).flip(1)]
+            few = x[:2] if dtype is double else x
+            together = [_logits(net, x), _logits(net, few.flip(0)).flip(1)]
             each = [one if dtype is double else one.expand_as(x) for one in x.split(1)]
             alone = torch.stack([_logits(net, y)[:, i % len(y)] for i, y in enumerate(each)], 1)
             break
@@ -78,7 +79,7 @@ def refuse_mixing(name: str, model: SpikingNetwork, shape: Sequence[int]) -> Non
         return torch.allclose(found, alone[:, : found.shape[1]], 0, tolerance, equal_nan=True)
 
     if not all(map(keeps, together)):
-        module = _mixing_module(net, x, x if keeps(_logits(net, x[:2])) else x[:2])
+        module = _mixing_module(net, x, x if keeps(together[1]) else few)
         raise UserError(
             f"{module} of {name} mixes the samples of a batch, so accuracy would "
             "depend on their order; keep them apart (neurons take (T, B, ...), not (T * B, ...)), "

@@ -143,7 +143,7 @@ def _add_shard(commands: Any) -> None:
     add(
         "--subset",
         action="store_true",
-        help="with --from-parquet: pack a part of ImageNet-1k, or its images with other labels",
+        help="pack a part of ImageNet-1k, or its images with other labels (--from-parquet)",
     )
     _add_common(command)
 
