@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import triton_kernels
-from tetdist.nn.fast.fused import Affine, Gradients, Inputs
+from tetdist.nn.fast.fused import Affine, Inputs
 from tetdist.nn.fast.pooling import Pooled
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.parallel_neurons import PSN
@@ -80,7 +80,6 @@ class Part:
     channels: int = 64
     neuron: NeuronConfig = field(default_factory=LIF)
     shared: bool = False
-    branches: int = 1  # of the spikes; if more, also of a stream around the neurons
 
     @property
     def wide(self) -> torch.dtype:
@@ -125,11 +124,11 @@ class Layer(Part):
                 of_shortcut = kernels.normalization(norm, shortcut, norm.weight, norm.bias)
             inputs = Inputs(x, shortcut, affine, of_shortcut, start, self.learned())
             kernels.spikes(inputs, empty(*all_steps) if self.identity else None)
-            grads = Gradients([empty(*all_steps)] * self.branches, start)
-            sums, total, _ = kernels.sums(inputs, grads)
+            grads = (empty(*all_steps), start)
+            sums, _ = kernels.sums(inputs, *grads)
             own, others = (sums.grad, sums.grad_xhat), (sums.grad, sums.grad_shortcut_hat)
             of_other = None if others[1] is None else others
-            kernels.gradients(inputs, total, start, None, own, of_other, needs_x=True)
+            kernels.gradients(inputs, *grads, None, own, of_other, needs_x=True)
         return launches
 
 
@@ -154,8 +153,7 @@ class Stream(Part):
             norm.add(x, shortcut, affine, of_shortcut)
             inputs = Inputs(shortcut, None, None, None, None, self.learned())
             kernels.spikes(inputs, None)
-            passed = shortcut if self.branches > 1 else None
-            kernels.current_gradient(inputs, Gradients([x] * self.branches, None, passed))
+            kernels.current_gradient(inputs, x, None)
             sums = norm.add_sums(x, shortcut, affine, of_shortcut, x)
             norm.norm_gradient(x, x, affine, (sums.grad, sums.grad_xhat))
         return launches
@@ -187,7 +185,7 @@ class Attention(Part):
         inputs = Inputs((q, q, v), None, None, None, start, self.learned())  # type: ignore[arg-type]  # see there
         with noted() as launches:
             spikes, _, _ = kernels.spikes(inputs, None)
-            kernels.current_gradient(inputs, Gradients([spikes], start))
+            kernels.current_gradient(inputs, spikes, start)
         return launches
 
 
@@ -232,10 +230,6 @@ def recorded_launches() -> dict[str, Launch]:
         name = f"{launch.name} alone" if launch.name in named else launch.name
         if launch.name != "finish_sums":
             named[name] = launch
-    (*_, sums, _, _), (_, _, branches, *_) = (
-        layer.launches() for layer in (Layer(branches=2), Stream(branches=3))
-    )
-    named |= {f"{one.name} branches": one for one in (sums, branches)}
     named |= {f"attention {launch.name}": launch for launch in Attention().launches()}
     for launch in pooling():
         is_normalized = launch.name == "backward" and launch.argument("gain")

@@ -33,7 +33,6 @@ import tetdist
 from tetdist.losses import tet_loss
 from tetdist.nn import norm_neuron
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.branches import branch
 from tetdist.nn.fast import build, dispatch, native, native_pool
 from tetdist.nn.neurons import LIF, SURROGATES
 from tetdist.nn.norm_neuron import NormNeuron
@@ -54,14 +53,12 @@ class Case:
     identity: bool = False
     norm_scale: float = 1.0
     training: bool = True
-    branches: int = 1
     channels_last: bool = True
     seed: int = 0
 
     def module(self) -> NormNeuron:
         module = NormNeuron(self.shape[1], self.neuron, norm_scale=self.norm_scale).double()
         randomize(module, self.seed)
-        module.branches = self.branches
         return module.train(self.training)
 
     def inputs(self) -> dict[str, Tensor]:
@@ -95,9 +92,7 @@ class Pair(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], timesteps: int) -> Tensor:
         shortcut, identity = inputs.get("shortcut"), inputs.get("identity")
-        spikes = self.neuron(inputs["current"], timesteps, shortcut, identity, self.norm)
-        # Of branches with different gradients; one more than the layer knows of.
-        return sum(k * branch(spikes) for k in range(1, self.neuron.branches + 2))
+        return self.neuron(inputs["current"], timesteps, shortcut, identity, self.norm)
 
 
 def assert_fused_is_the_definition(case: Case, implementation: str) -> None:
@@ -151,7 +146,6 @@ any_case = st.builds(
     identity=st.booleans(),
     norm_scale=st.sampled_from([1.0, 0.7]),
     training=st.booleans(),
-    branches=st.sampled_from([1, 2, 4]),
     channels_last=st.booleans(),
     seed=st.integers(0, 2**31),
 )

@@ -14,7 +14,7 @@ from tetdist.nn import packed
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import dispatch, native
 from tetdist.nn.fast.dynamics import dynamics_of
-from tetdist.nn.fast.fused import Affine, Gradients, Inputs, NeuronKernels
+from tetdist.nn.fast.fused import Affine, Inputs, NeuronKernels
 from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
@@ -38,7 +38,7 @@ NEURONS: dict[str, NeuronConfig] = {
 # With everything, with nothing, and with inputs that all timesteps share.
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "plain shortcut, identity": {"shortcut": "plain", "identity": True, "branches": 4},
+    "plain shortcut, identity": {"shortcut": "plain", "identity": True},
     "normalised shortcut, carried": {"shortcut": "normalized", "carries": True},
     "shared": {"shared": True, "carries": True, "identity": True},
     "shared, shortcut": {"shared": True, "shortcut": "plain"},
@@ -91,8 +91,7 @@ def test_spikes_bytes_and_membranes_are_those_of_cpp_bitwise(
     dtype: torch.dtype, kind: str, call: str, where: str
 ) -> None:
     neuron = NEURONS[kind]
-    options = {"shared": False, "shortcut": None, "identity": False, "carries": False}
-    options |= {"branches": 1} | CALLS[call]
+    options = {"shared": False, "shortcut": None, "identity": False, "carries": False} | CALLS[call]
     timesteps, rows, channels = 3, 37, 20
     wide = torch.promote_types(dtype, torch.float32)
     shape = (timesteps, rows, channels)
@@ -111,28 +110,26 @@ def test_spikes_bytes_and_membranes_are_those_of_cpp_bitwise(
         neuron.for_kernels(timesteps, **values),
     )
     identity = draw(5, *shape).gt(0).to(dtype) * 2 if options["identity"] else None
-    grad_spikes = [draw(60 + i, *shape).to(dtype) for i in range(options["branches"])]
+    grad_spikes = draw(6, *shape).to(dtype)
     grad_end = draw(7, carried, rows, channels).to(wide) if options["carries"] else None
     found = []
     for kernels in both_kernels(neuron, timesteps, options["carries"]):
         device = "cuda" if where == "cuda" and not found else "cpu"
         own = moved(inputs, device)
-        own_end = None if grad_end is None else grad_end.to(device)
-        grads = Gradients([one.to(device) for one in grad_spikes], own_end)
+        grads = (grad_spikes.to(device), None if grad_end is None else grad_end.to(device))
         with contextlib.nullcontext() if device == "cuda" else interpreted():
             fired = kernels.spikes(own, None if identity is None else identity.to(device))
-            sums, total, kept = kernels.sums(own, grads)
+            sums, kept = kernels.sums(own, *grads)
             others = sums.grad_shortcut_hat
             gradients = kernels.gradients(
                 own,
-                total,
-                own_end,
+                *grads,
                 kept,
                 (sums.grad, sums.grad_xhat),
                 None if others is None else (sums.grad, others),
                 needs_x=True,
             )
-        every = (*fired, total, *sums[:3], *sums.grad_learned, *gradients)
+        every = (*fired, *sums[:3], *sums.grad_learned, *gradients)
         every = tuple(None if one is None else one.cpu() for one in every)
         found.append((every[:3], every[3:]))
     (fired, gradients), (expected_fired, expected_gradients) = found

@@ -13,7 +13,7 @@ from kernel_runs import needs_triton
 
 from tetdist.models.attention import HALVING_NEURON
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fast.fused import Gradients, Inputs
+from tetdist.nn.fast.fused import Inputs
 from tetdist.nn.integer_neurons import NILIF
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, SURROGATES
@@ -88,8 +88,6 @@ BYTES = {
     "backward psn": 2 + 2 + 2,
     "fire alone": 2 + 2 + 1,
     "backward alone": 2 + 2 + 2,
-    "backward_sums branches": 2 + 2 * 2 + 2,  # two gradients of the spikes, and their sum
-    "backward branches": 2 + 3 * 2 + 2 + 2,  # three, and one that passes the neurons
 }
 # Whose loops over tiles see no timesteps.
 FLAT = ("statistics", "add", "add_sums", "norm_gradient")
@@ -173,8 +171,8 @@ def test_one_compilation_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
             affine = kernels.normalization(norm, x, norm.weight, norm.bias)
             inputs = Inputs(x, None, affine, None, None)
             kernels.spikes(inputs, None)
-            sums, grad, _ = kernels.sums(inputs, Gradients([x]))
-            kernels.gradients(inputs, grad, None, None, sums[:2], None, needs_x=True)
+            sums, _ = kernels.sums(inputs, x, None)
+            kernels.gradients(inputs, x, None, None, sums[:2], None, needs_x=True)
             kernels.add(x, x, affine, None)
             kernels.add_sums(x, x, affine, None, x)
             kernels.norm_gradient(x, x, affine, sums[:2])
@@ -186,7 +184,7 @@ def test_one_compilation_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
         rows = x.new_zeros(2, side * side, 16 * heads)
         inputs = Inputs((rows.byte(),) * 3, None, None, None, None)  # type: ignore[arg-type]  # see there
         attention.spikes(inputs, None)
-        attention.current_gradient(inputs, Gradients([rows]))
+        attention.current_gradient(inputs, rows, None)
     numbers = {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in used}
     for kernel in used:
         # What was compiled for no GPU is not for one that is there.
@@ -223,9 +221,6 @@ USUAL: list[Layer | Stream | Attention] = [
     Layer(timesteps=16, neuron=PSN(timesteps=16), identity=True),
     Layer(channels=3, carries=True, **FULL),
     Layer(channels=130, timesteps=16, **FULL),
-    Layer(timesteps=8, branches=4, **FULL),
-    Layer(timesteps=8, neuron=PSN(timesteps=8), branches=4),
-    Stream(timesteps=8, branches=4),
 ]
 FURTHER: list[Layer | Stream | Attention] = [
     Layer(timesteps=timesteps, shortcut=shortcut, carries=carries, neuron=LIF(surrogate=surrogate))

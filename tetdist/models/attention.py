@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.branches import around
 from tetdist.nn.dropout import rising_rates
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
-from tetdist.nn.norm_neuron import Neuron, NeuronLayer, NormAdd
+from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import Conv2d
 from tetdist.nn.products import LinearAttention
@@ -121,9 +120,6 @@ class StreamEmbedding(nn.Module):
             else:
                 conv = conv3x3(before, width, 2 if halves else 1)
                 self.layers.append(ConvNormNeuron(conv, neuron))
-        forking = self.layers[branch - 1].neuron if branch else self.neuron
-        assert isinstance(forking, NeuronLayer)
-        forking.branches = 2
         width, self.pools_last = layers[-1]
         self.conv = conv3x3(channels[-2], width)
         stride = 1 if pooled_shortcut else 2 ** sum(halves for _, halves in layers[branch:])
@@ -158,8 +154,7 @@ class StreamConv(nn.Module):
         self.add = NormAdd(conv.out_channels, drop_path=drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        spikes = self.neuron(x)
-        return self.add(self.conv(spikes), around(spikes, x))
+        return self.add(self.conv(self.neuron(x)), x)
 
 
 class StreamAttention(nn.Module):
@@ -187,7 +182,6 @@ class StreamAttention(nn.Module):
         super().__init__()
         value_channels = value_channels or channels
         self.neuron = Neuron(neuron, channels)
-        self.neuron.branches = 3
         self.q = ConvNormNeuron(conv1x1(channels, channels), neuron)
         self.k = ConvNormNeuron(conv1x1(channels, channels), neuron)
         self.v = ConvNormNeuron(conv1x1(channels, value_channels), neuron)
@@ -201,7 +195,7 @@ class StreamAttention(nn.Module):
         spikes = self.neuron(x)
         q = self.q(spikes)
         attended = self.attention.fired(q, self.k(spikes), self.v(spikes), self.attended)
-        return self.add(self.proj(attended), around(spikes, x))
+        return self.add(self.proj(attended), x)
 
 
 class StreamMlp(nn.Module):
@@ -217,8 +211,7 @@ class StreamMlp(nn.Module):
         self.add = NormAdd(channels, drop_path=drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        spikes = self.neuron(x)
-        return self.add(self.fc2(self.fc1(spikes)), around(spikes, x))
+        return self.add(self.fc2(self.fc1(self.neuron(x))), x)
 
 
 class Block(nn.Sequential):

@@ -33,7 +33,6 @@ from tetdist.models.attention import (
     init_as_published,
 )
 from tetdist.models.base import ConvNormNeuron, conv1x1, conv3x3
-from tetdist.nn.branches import around
 from tetdist.nn.dropout import rising_rates
 from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.neurons import NeuronConfig
@@ -82,8 +81,8 @@ class SeparableConv(nn.Module):
         self.add = NormAdd(channels, drop_path=drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        spikes = self.neuron(x)
-        return self.add(self.narrow(self.depthwise(self.widen(spikes))), around(spikes, x))
+        spikes = self.depthwise(self.widen(self.neuron(x)))
+        return self.add(self.narrow(spikes), x)
 
 
 class ConvMlp(nn.Module):
@@ -97,8 +96,7 @@ class ConvMlp(nn.Module):
         self.add = NormAdd(channels, drop_path=drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        spikes = self.neuron(x)
-        return self.add(self.conv2(self.conv1(spikes)), around(spikes, x))
+        return self.add(self.conv2(self.conv1(self.neuron(x))), x)
 
 
 class ConvBlock(nn.Sequential):

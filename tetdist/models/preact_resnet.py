@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.branches import around
 from tetdist.nn.dropout import rising_rates
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
@@ -78,9 +77,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, timesteps: int | None = None) -> Tensor:
         """Map (T, B, C, H, W), or (1, ...) for all ``timesteps``, to (T, B, C, H, W)."""
-        spikes = self.neuron(x, timesteps)
-        residual = self.conv2(self.conv1(spikes))
-        shortcut = self.downsample(self.pool(around(spikes, x)))
+        residual = self.conv2(self.conv1(self.neuron(x, timesteps)))
+        shortcut = self.downsample(self.pool(x))
         return self.add(residual, shortcut, shortcut_norm=self.downsample_norm)
 
 

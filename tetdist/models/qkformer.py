@@ -33,7 +33,7 @@ from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.models.sew_resnet import connect
 from tetdist.nn.dropout import DropPath
 from tetdist.nn.neurons import NeuronConfig
-from tetdist.nn.norm_neuron import Neuron, NeuronLayer
+from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import carried, carry
 from tetdist.nn.products import HeadSum, LinearAttention, masked
 
@@ -63,13 +63,7 @@ class Embedding(nn.Module):
             layer = ConvPoolNeuron if pools else ConvNormNeuron
             self.layers.append(layer(conv3x3(before, width), neuron))
         stride = 2 ** sum(pools for _, pools in layers[branch:])
-        if branch:
-            forking = self.layers[branch - 1].neuron
-            assert isinstance(forking, NeuronLayer)
-            forking.branches = 2
         self.shortcut = ConvNormNeuron(conv1x1(channels[branch], channels[-1], stride), neuron)
-        # Queries, keys, perhaps values, and the sum behind them.
-        self.shortcut.neuron.branches = 4
 
     def forward(self, x: Tensor, timesteps: int | None = None) -> Tensor:
         """Map (1 or T, B, C, H, W) to sums of two spikes, (T, B, C', H', W')."""
@@ -130,7 +124,6 @@ class TokenAttention(nn.Module):
         self.sum = HeadSum(heads)
         self.neuron = Neuron(attention_neuron(neuron, threshold), heads)
         self.proj = ConvNormNeuron(conv1x1(channels, channels, bias=True), neuron)
-        self.proj.neuron.branches = 2
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,7 +158,6 @@ class SelfAttention(nn.Module):
         self.neuron = Neuron(attention_neuron(neuron, threshold), channels)
         last = MixingConvNormNeuron if mixes_samples else ConvNormNeuron
         self.proj = last(conv1x1(channels, channels, bias=True), neuron)
-        self.proj.neuron.branches = 2
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -212,7 +204,6 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = ConvNormNeuron(conv1x1(channels, hidden, bias=True), neuron)
         self.fc2 = ConvNormNeuron(conv1x1(hidden, channels, bias=True), neuron)
-        self.fc2.neuron.branches = 4
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:

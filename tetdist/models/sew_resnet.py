@@ -76,7 +76,6 @@ class BasicBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.conv1 = ConvNormNeuron(conv3x3(in_channels, width, stride), neuron)
         self.conv2 = ConvNormNeuron(conv3x3(width, width), neuron)
-        self.conv2.neuron.branches = 2
         self.downsample = _downsample(in_channels, width, stride, neuron)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +101,6 @@ class Bottleneck(nn.Module):
         self.conv1 = ConvNormNeuron(conv1x1(in_channels, width), neuron)
         self.conv2 = ConvNormNeuron(conv3x3(width, width, stride), neuron)
         self.conv3 = ConvNormNeuron(conv1x1(width, 4 * width), neuron)
-        self.conv3.neuron.branches = 2
         self.downsample = _downsample(in_channels, 4 * width, stride, neuron)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from tetdist.models.attention import (
 )
 from tetdist.models.base import ConvNormNeuron, conv1x1, conv3x3
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.branches import around
 from tetdist.nn.dropout import rising_rates
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
@@ -65,8 +64,7 @@ class Embedding(nn.Module):
         for layer, pool in zip(self.layers, self.pools, strict=True):
             x = pool(layer(x, timesteps))
         current: Tensor = self.norm(self.conv(x))
-        spikes = self.neuron(current)
-        return self.add(self.position(spikes), around(spikes, current))
+        return self.add(self.position(self.neuron(current)), current)
 
 
 class Attention(nn.Module):
@@ -93,7 +91,6 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.neuron = Neuron(neuron, channels)
-        self.neuron.branches = 3
         self.q = ConvNormNeuron(conv1x1(channels, channels), neuron)
         self.k = ConvNormNeuron(conv1x1(channels, channels), neuron)
         self.v = ConvNormNeuron(conv1x1(channels, channels), neuron)
@@ -109,7 +106,7 @@ class Attention(nn.Module):
         k, v = self.spread(self.k(spikes)), self.spread(self.v(spikes))
         mask = self.mask(self.sum(k, v))
         passed = self.spread_tokens(masked(self.q(spikes), mask))
-        return self.add(self.proj(passed), around(spikes, x))
+        return self.add(self.proj(passed), x)
 
 
 class SpreadTokens(nn.Module):

@@ -42,7 +42,6 @@ class _Merge(nn.Module):
         self.neuron = NormNeuron(
             conv.out_channels, neuron, norm_scale=norm_scale, drop_path=drop_path
         )
-        self.neuron.branches = 2
         self.downsample: nn.Module = nn.Identity()
         self.downsample_norm: BatchNorm | None = None
         if stride != 1 or in_channels != conv.out_channels:
@@ -160,7 +159,6 @@ class SpikingResNet(SpikingNetwork):
             case _:
                 raise ValueError(f"stem must be 'imagenet' or 'cifar', not {stem!r}")
         self.stem = ConvNormNeuron(conv, neuron, norm_scale=scale)
-        self.stem.neuron.branches = 2
         places = base.resnet_blocks(layers, stem_width, width, expansion=block.expansion)
         rates = rising_rates(drop_path_rate, sum(layers))
         self.blocks = nn.Sequential(

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.branches import branch, fork, lead_around
 from tetdist.nn.dropout import DropPath
 from tetdist.nn.fast import dispatch
 from tetdist.nn.fast.fused import (
@@ -132,12 +131,9 @@ class NeuronLayer(FusedLayer):
 
     Attributes:
         learned: The neurons' own learnt values; a subclass creates them after its norm.
-        branches: Number of branches of the spikes whose gradients the layer's kernels add: of the
-            layers and sums that take the spikes.
     """
 
     learned: nn.ParameterDict
-    branches: int = 1
 
     def __init__(self, neuron: NeuronConfig) -> None:
         super().__init__()
@@ -180,19 +176,11 @@ class NeuronLayer(FusedLayer):
             kept = [of.flat(one.values) for of, one in zip(layouts, of_all, strict=True) if one]
         start = None if self.membrane is None else layout.flat(self._stacked(self.membrane))
         learned = self.for_kernels(current, kernels)
-        passes = current.requires_grad and torch.is_grad_enabled()
-        passes = passes and kernels.branches > 1 and not attended
-        options = (self._branches_by(kernels), passes)
-        passed, packed, end, *all_spikes = FusedNeuron.apply(
-            start, kernels, kept, *options, *flat, *learned
-        )
+        spikes, packed, end = FusedNeuron.apply(start, kernels, kept, *flat, *learned)
         if self.carries:
             self.membrane = self._unstacked(layout.shaped(end))
-        packed = None if packed is None else layout.shaped(packed)
-        spikes = self.carrying([layout.shaped(one) for one in all_spikes], packed)
-        if passes:
-            lead_around(spikes, layout.shaped(passed))
-        return spikes
+        spikes = layout.shaped(spikes)
+        return self.carrying(spikes, None if packed is None else layout.shaped(packed))
 
     def _stacked(self, membrane: Tensor) -> Tensor:
         """Return the carried membrane as the kernels take it, (K, B, ...)."""
@@ -207,15 +195,8 @@ class NeuronLayer(FusedLayer):
         parameters = {name: value.to(wide) for name, value in self.learned.items()}
         return self.neuron.for_kernels(kernels.timesteps, **parameters)
 
-    def _branches_by(self, kernels: NeuronKernels) -> int:
-        """Return how many times the kernels return the spikes."""
-        return min(self.branches, kernels.branches) if torch.is_grad_enabled() else 1
-
-    def carrying(self, all_spikes: list[Tensor], packed: Tensor | None) -> Tensor:
-        """Return the spikes, which are there for each branch, carrying their byte form if there is
-        one."""
-        spikes, *others = all_spikes
-        fork(spikes, others)
+    def carrying(self, spikes: Tensor, packed: Tensor | None) -> Tensor:
+        """Return the spikes, carrying their byte form if there is one."""
         if packed is None:
             return spikes
         assert self.neuron.levels is not None
@@ -383,19 +364,17 @@ class NormNeuron(NeuronLayer):
         kernels: NeuronKernels,
     ) -> Tensor:
         norms = Norms(self.norm, None if shortcut is None else shortcut_norm)
-        added, joined = (
-            None if one is None else rows_of(branch(one)) for one in (shortcut, identity)
-        )
+        added, joined = (None if one is None else rows_of(one) for one in (shortcut, identity))
         start = None if self.membrane is None else rows_of(self._stacked(self.membrane))
         learned = self.for_kernels(current, kernels)
-        packed, end, *all_rows = FusedNormNeuron.apply(
-            *(rows_of(current), added, joined, start, norms, kernels, self._branches_by(kernels)),
+        rows, packed, end = FusedNormNeuron.apply(
+            *(rows_of(current), added, joined, start, norms, kernels),
             *(*norms.parameters(), *learned),
         )
         if self.carries:
             vars(self)["membrane"] = self._unstacked(image_of(end, current.shape))
-        packed = None if packed is None else image_of(packed, current.shape)
-        return self.carrying([image_of(rows, current.shape) for rows in all_rows], packed)
+        bytes_of = None if packed is None else image_of(packed, current.shape)
+        return self.carrying(image_of(rows, current.shape), bytes_of)
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -467,7 +446,6 @@ def _norm_add(
     kernels: NormKernels,
 ) -> Tensor:
     """Compute norm and shortcut by one fused kernel, or several if the current may be dropped."""
-    shortcut = None if shortcut is None else branch(shortcut)
     if shortcut is not None and drop_path.is_active:
         if shortcut_norm is not None:
             shortcut = _norm_add(shortcut_norm, shortcut, None, None, drop_path, kernels)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tetdist.nn.branches import branch, version
 from tetdist.nn.fast import dispatch
 from tetdist.nn.fast.pooling import Pooling
 
@@ -86,14 +85,14 @@ def halve(packed: Packed) -> Halved:
 def carry(x: Tensor, packed: Packed) -> Tensor:
     """Attach a tensor's packed form to it, for the following operations."""
     # The version is stored, too: writing into the tensor invalidates the packed form.
-    x.packed_spikes = (packed, version(x))  # type: ignore[attr-defined]  # ours
+    x.packed_spikes = (packed, _version(x))  # type: ignore[attr-defined]  # ours
     return x
 
 
 def carried(x: Tensor) -> Packed | None:
     """Return the packed form that a tensor carries, if any."""
-    packed, known = getattr(x, "packed_spikes", (None, 0))
-    return packed if known == version(x) else None
+    packed, version = getattr(x, "packed_spikes", (None, 0))
+    return packed if version == _version(x) else None
 
 
 def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,12 +101,17 @@ def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
     return y if packed is None else carry(y, packed)
 
 
+def _version(x: Tensor) -> int:
+    # Tensors of inference_mode have no version counter.
+    return 0 if x.is_inference() else x._version
+
+
 class Conv2d(nn.Conv2d):
     """A convolution of each timestep of (T, B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
         packed = carried(x)
-        flat = branch(x).flatten(0, 1)
+        flat = x.flatten(0, 1)
         dtype = _compute_type(x)
         if x.device.type == "cpu" and flat.shape[2:] == (1, 1) and dtype.itemsize == 2:
             # torch 2.13 on a CPU leaves the weight gradient of a strided bfloat16 convolution of a

@@ -15,9 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from tetdist.nn.batch_norm import BatchNorm
 
-# Branches of a layer's spikes whose gradients kernels add, at most.
-BRANCHES = 4
-
 
 class Affine(NamedTuple):
     """A normalisation, ``gain * x + offset``, and its statistics; each (C,)."""
@@ -66,26 +63,6 @@ class Sums(NamedTuple):
     grad_shortcut_hat: Tensor | None
     grad_learned: tuple[Tensor, ...] = ()
     copy: Tensor | None = None
-
-
-class Gradients(NamedTuple):
-    """Gradients of what a layer of neurons returned.
-
-    Attributes:
-        spikes: Gradients of the spikes, (T, N, C), one for each branch, at most `BRANCHES`, in the
-            order in which autograd would add them.
-        end: Gradient of the start of the next segment, or None.
-        passed: Gradient of x from branches around the neurons, like x, or None.
-    """
-
-    spikes: list[Tensor]
-    end: Tensor | None = None
-    passed: Tensor | None = None
-
-    def more(self) -> list[Tensor | None]:
-        """Return the gradients of the branches but the first, None for those that are absent."""
-        assert len(self.spikes) <= BRANCHES
-        return [*self.spikes[1:], *[None] * (BRANCHES - len(self.spikes))]
 
 
 class Norms(NamedTuple):
@@ -189,14 +166,7 @@ class NormKernels(Protocol):
 
 
 class NeuronKernels(NormKernels, Protocol):
-    """Kernels of one variant: neuron, T, and whether membranes are carried and spikes packed.
-
-    Attributes:
-        branches: Number of branches of the spikes whose gradients they add, at most; 1: they also
-            take none of branches around the neurons.
-    """
-
-    branches: int
+    """Kernels of one variant: neuron, T, and whether membranes are carried and spikes packed."""
 
     def spikes(
         self, inputs: Inputs, identity: Tensor | None
@@ -205,14 +175,15 @@ class NeuronKernels(NormKernels, Protocol):
         segment, or None."""
 
     def current_gradient(
-        self, inputs: Inputs, grads: Gradients
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         """Return the gradients of x, which is not normalised, of the start, if any, and of the
         learnt values."""
 
-    def sums(self, inputs: Inputs, grads: Gradients) -> tuple[Sums, Tensor, Any]:
-        """Return batch norm's backward sums, the sum of the spikes' gradients, and the argument
-        ``kept`` of `gradients`."""
+    def sums(
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+    ) -> tuple[Sums, Any]:
+        """Return batch norm's backward sums, and the argument ``kept`` of `gradients`."""
 
     def gradients(
         self,
@@ -229,7 +200,7 @@ class NeuronKernels(NormKernels, Protocol):
 
         Args:
             inputs: Inputs of `sums`.
-            grad_spikes: Sum of the gradients of the spikes, (T, N, C).
+            grad_spikes: Gradient of the spikes, (T, N, C).
             kept: Result of `sums`.
             of_x: Sums of the gradient and of its products with the normalised x, averaged over the
                 processes that normalise together; None: the statistics were constants.
@@ -242,8 +213,7 @@ class FusedNeuron(torch.autograd.Function):
 
     ``tensors`` are the current, or queries, keys and values, and the neurons' learnt values. Only
     ``kept`` is kept for the backward pass: the same without the learnt values, perhaps in bytes.
-    Returns the current, if it passes to branches around the neurons, and what `FusedNormNeuron`
-    does.
+    Returns what `FusedNormNeuron` does.
     """
 
     @staticmethod
@@ -252,10 +222,8 @@ class FusedNeuron(torch.autograd.Function):
         membrane: Tensor | None,
         kernels: NeuronKernels,
         kept: Sequence[Tensor],
-        branches: int,
-        passes: bool,
         *tensors: Tensor,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         learned = tensors[len(kept) :]
         ctx.save_for_backward(membrane, *kept, *learned)
         ctx.kernels, ctx.number = kernels, len(kept)
@@ -264,49 +232,35 @@ class FusedNeuron(torch.autograd.Function):
         spikes, packed, end = kernels.spikes(Inputs(x, None, None, None, membrane, learned), None)
         if packed is not None:
             ctx.mark_non_differentiable(packed)
-        passed = tensors[0].detach() if passes else None
-        return passed, packed, end, *_copies(spikes, branches)
+        return spikes, packed, end
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         membrane, *saved = ctx.saved_tensors
         x, learned = saved[: ctx.number], tuple(saved[ctx.number :])
-        passed, _, end, *spikes = grad_outputs
-        grads = _gradients_of_outputs(x[0], ctx.kernels.timesteps, spikes, end, passed)
+        grads = _gradients_of_outputs(x[0], ctx.kernels.timesteps, grad_outputs)
         inputs = Inputs(x if len(x) > 1 else x[0], None, None, None, membrane, learned)
-        grad_x, grad_start, grad_learned = ctx.kernels.current_gradient(inputs, grads)
-        of_tensors = (*(grad_x if len(x) > 1 else [grad_x]), *grad_learned)
-        return grad_start, *(None,) * 4, *of_tensors
-
-
-def _copies(x: Tensor, number: int) -> list[Tensor]:
-    """Return a tensor that many times, for autograd different ones."""
-    return [x, *(x.detach() for _ in range(number - 1))]
+        grad_x, grad_start, grad_learned = ctx.kernels.current_gradient(inputs, *grads)
+        return grad_start, None, None, *(grad_x if len(x) > 1 else [grad_x]), *grad_learned
 
 
 def _gradients_of_outputs(
-    x: Tensor,
-    timesteps: int,
-    spikes: Sequence[Tensor | None],
-    end: Tensor | None,
-    passed: Tensor | None = None,
-) -> Gradients:
-    """Return the gradients of the spikes (0 if there are none), of the next start and of x."""
-    found = [one.contiguous() for one in spikes if one is not None]
-    end, passed = (None if one is None else one.contiguous() for one in (end, passed))
-    if not found:
-        like = passed if end is None else end
-        assert like is not None
-        found = [x.new_zeros(timesteps, *like.shape[1:])]
-    return Gradients(found, end, passed)
+    x: Tensor, timesteps: int, grad_outputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of the spikes (0 if there are none) and of the next start."""
+    grad_spikes, _, grad_end = grad_outputs
+    if grad_spikes is None:
+        assert grad_end is not None
+        grad_spikes = x.new_zeros(()).expand(timesteps, *grad_end.shape[1:])
+    return grad_spikes.contiguous(), None if grad_end is None else grad_end.contiguous()
 
 
 class FusedNormNeuron(torch.autograd.Function):
     """Forward and backward pass of norm + shortcut + neuron + identity on (T, N, C) tensors.
 
-    ``parameters`` are those of the norms and the neurons' learnt values. Returns the spikes in
-    bytes, if packed; the start of the next segment, if carried; the spikes, once for each branch.
+    ``parameters`` are those of the norms and the neurons' learnt values. Returns the spikes; the
+    same in bytes, if packed; the start of the next segment, if carried.
     """
 
     @staticmethod
@@ -318,9 +272,8 @@ class FusedNormNeuron(torch.autograd.Function):
         membrane: Tensor | None,
         norms: Norms,
         kernels: NeuronKernels,
-        branches: int,
         *parameters: Tensor,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         affine, of_shortcut = norms.normalizations(kernels, x, shortcut, parameters)
         learned = parameters[4:]
         ctx.save_for_backward(x, shortcut, membrane, *affine, *(of_shortcut or ()), *learned)
@@ -331,7 +284,7 @@ class FusedNormNeuron(torch.autograd.Function):
         spikes, packed, end = kernels.spikes(inputs, identity)
         if packed is not None:
             ctx.mark_non_differentiable(packed)
-        return packed, end, *_copies(spikes, branches)
+        return spikes, packed, end
 
     @staticmethod
     @once_differentiable
@@ -343,19 +296,18 @@ class FusedNormNeuron(torch.autograd.Function):
         if norms.of_shortcut is not None:
             affine_of_shortcut, saved = Affine(*saved[:4]), saved[4:]
         inputs = Inputs(x, shortcut, affine, affine_of_shortcut, membrane, tuple(saved))
-        _, end, *spikes = grad_outputs
-        grads = _gradients_of_outputs(x, ctx.kernels.timesteps, spikes, end)
-        sums, grad_spikes, kept = ctx.kernels.sums(inputs, grads)
+        grads = _gradients_of_outputs(x, ctx.kernels.timesteps, grad_outputs)
+        sums, kept = ctx.kernels.sums(inputs, *grads)
         averages = norms.averaged(sums, training=ctx.training)
         grad_x, grad_shortcut, grad_start = ctx.kernels.gradients(
-            inputs, grad_spikes, grads.end, kept, *averages, needs_x=ctx.needs_input_grad[0]
+            inputs, *grads, kept, *averages, needs_x=ctx.needs_input_grad[0]
         )
         return (
             grad_x,
             None if grad_shortcut is None else grad_shortcut.to(shortcut.dtype),
-            grad_spikes if ctx.has_identity else None,
+            grad_outputs[0] if ctx.has_identity else None,
             grad_start,
-            *(None, None, None),
+            *(None, None),
             *norms.gradients(sums),
             *sums.grad_learned,
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast.build import load_library
 from tetdist.nn.fast.dynamics import dynamics_of
-from tetdist.nn.fast.fused import BRANCHES, Affine, Gradients, Inputs, Sums
+from tetdist.nn.fast.fused import Affine, Inputs, Sums
 from tetdist.nn.fast.native_library import CHANNELS, Library, as_wide, at
 from tetdist.nn.neurons import SURROGATES, NeuronConfig
 from tetdist.nn.precision import wide_type
@@ -55,8 +55,7 @@ class _Backward(ctypes.Structure):
 
     _fields_ = (
         *_fields(f"x shortcut {_NORM} {_OF_SHORTCUT}", c_void_p),
-        *_fields("start grad_spikes grad_2 grad_3 grad_4 grad_end passed total_grad", c_void_p),
-        *_fields(f"total own {_SUMS}", c_void_p),
+        *_fields(f"start grad_spikes grad_end total own {_SUMS}", c_void_p),
         *_fields("grad_start partial sum_share partial_share", c_void_p),
         *_SIZES,
     )
@@ -173,8 +172,6 @@ class _Gradients(NamedTuple):
 class NeuronKernels(NormKernels):
     """The kernels of fused.py for one variant: kernels/neuron.cpp."""
 
-    branches = BRANCHES
-
     def __init__(self, config: NeuronConfig, timesteps: int, *, carries: bool, packs: bool) -> None:
         super().__init__(timesteps)
         library = neuron_library(config)
@@ -211,17 +208,17 @@ class NeuronKernels(NormKernels):
         self.library.function("forward", x.dtype)(byref(job), torch.get_num_threads())
         return spikes, packed, end
 
-    def sums(self, inputs: Inputs, grads: Gradients) -> tuple[Sums, Tensor, _Gradients]:
+    def sums(
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+    ) -> tuple[Sums, _Gradients]:
         # On a CPU storing the current's gradient pays: recomputing takes longer than reading.
         x, shortcut, affine, of_shortcut, start, learned = inputs
-        first, *others = grads.spikes
-        timesteps, rows, channels = first.shape
+        timesteps, rows, channels = grad_spikes.shape
         shared = x.shape[0] == 1
         norms = [as_wide(t, x) for one in (affine, of_shortcut) for t in one or _NONE]
-        start, grad_end = as_wide(start, x), as_wide(grads.end, x)
-        total_grad = None if affine is None or not others else torch.empty_like(first)
+        start, grad_end = as_wide(start, x), as_wide(grad_end, x)
         # If all timesteps share x, its gradient is the sum; only the shortcut needs each one.
-        total = torch.empty_like(first) if shortcut is not None or not shared else None
+        total = torch.empty_like(grad_spikes) if shortcut is not None or not shared else None
         own = torch.empty_like(x) if shared else None
         sums = _empty_sums(x, of_shortcut)
         grad_start = None if start is None else torch.empty_like(start)
@@ -233,11 +230,10 @@ class NeuronKernels(NormKernels):
             if affine is not None:
                 parts = self.library.num_blocks(rows, channels)
             partial_learned = torch.empty(parts, len(flat), dtype=torch.float64)
-        given = (x, shortcut, *norms, start, first, *grads.more(), grad_end, grads.passed)
-        results = (total_grad, total, own, *sums[:3], grad_start)
-        pointers = map(at, (*given, *results, partial, grad_flat, partial_learned))
+        given = (x, shortcut, *norms, start, grad_spikes, grad_end)
+        results = (total, own, *sums[:3], grad_start, partial, grad_flat, partial_learned)
         sizes = (timesteps, rows, channels, shared)
-        job = _Backward(*pointers, *sizes, self._neuron(flat))
+        job = _Backward(*map(at, (*given, *results)), *sizes, self._neuron(flat))
         self.library.function("backward", x.dtype)(byref(job), torch.get_num_threads())
         grad_y = own if own is not None else total
         assert grad_y is not None
@@ -245,13 +241,12 @@ class NeuronKernels(NormKernels):
             parts_of_it = grad_flat.to(wide_type(x)).split([one.numel() for one in learned])
             grad_learned = (a.view_as(b) for a, b in zip(parts_of_it, learned, strict=True))
             sums = sums._replace(grad_learned=tuple(grad_learned))
-        all_gradients = _Gradients(total, grad_y, grad_start)
-        return sums, first if total_grad is None else total_grad, all_gradients
+        return sums, _Gradients(total, grad_y, grad_start)
 
     def current_gradient(
-        self, inputs: Inputs, grads: Gradients
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        sums, _, gradients = self.sums(inputs, grads)
+        sums, gradients = self.sums(inputs, grad_spikes, grad_end)
         return gradients.of_normalized, gradients.start, sums.grad_learned
 
     def gradients(

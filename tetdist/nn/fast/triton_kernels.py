@@ -19,7 +19,7 @@ from tetdist.nn import batch_norm
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import triton_cache
 from tetdist.nn.fast.dynamics import dynamics_of
-from tetdist.nn.fast.fused import BRANCHES, Affine, Gradients, Inputs, Sums
+from tetdist.nn.fast.fused import Affine, Inputs, Sums
 from tetdist.nn.fast.kernels import attention, neuron, packing
 from tetdist.nn.fast.kernels import pool as pooling
 from tetdist.nn.fast.pooling import Pooled, Pooling, Sizes, rows_of_images
@@ -251,8 +251,6 @@ class NeuronKernels(NormKernels):
         super().__init__(timesteps)
         of = dynamics_of(config)
         self.carries, self.packs = carries, packs
-        # A thread has no registers for more tensors' addresses beside that many membranes.
-        self.branches = BRANCHES if timesteps <= 8 else 1
         self.dynamics = of
         self.forward: dict[str, Any] = {
             "T": timesteps,
@@ -333,20 +331,20 @@ class NeuronKernels(NormKernels):
         numbers = self.dynamics.past + self.timesteps + 1
         return triton.cdiv(self.timesteps, triton.cdiv(self.timesteps * numbers, KEPT_SUMS))
 
-    def sums(self, inputs: Inputs, grads: Gradients) -> tuple[Sums, Tensor, None]:
+    def sums(
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+    ) -> tuple[Sums, None]:
         assert inputs.affine is not None
-        first, *others = grads.spikes
-        total = torch.empty_like(first) if others else None
-        partial, grad_learned = self._partial_sums(inputs, grads, total)
+        partial, grad_learned = self._partial_sums(inputs, grad_spikes, grad_end)
         assert partial is not None
         sums = _finish_sums(partial, inputs.affine, inputs.of_shortcut)
-        return sums._replace(grad_learned=grad_learned), first if total is None else total, None
+        return sums._replace(grad_learned=grad_learned), None
 
     def _partial_sums(
-        self, inputs: Inputs, grads: Gradients, total: Tensor | None = None
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """Return the programs' sums for batch norm, if there is one, and the learnt values'
-        gradients; fill the sum of the spikes' gradients, if given."""
+        gradients."""
         x, shortcut, affine, of_shortcut, start, learned = inputs
         rows, channels = x.shape[1:]
         per_thread = self._per_thread(inputs)
@@ -362,23 +360,25 @@ class NeuronKernels(NormKernels):
         arguments: list[Argument] = [x, shortcut, *(affine or _NONE)[:3]]
         arguments += (of_shortcut or _NONE)[:3]
         partial_learned = _partial_learned(learned, divided)
-        arguments += [start, *_learned(learned), grads.spikes[0], *grads.more(), grads.end, total]
-        arguments += [partial, partial_learned, rows, groups, divided.steps]
+        arguments += [start, *_learned(learned), grad_spikes, grad_end, partial, partial_learned]
+        arguments += [rows, groups, divided.steps]
         launch(neuron.backward_sums, (*divided.grid, parts), arguments, known)
         return partial, _grad_learned(learned, partial_learned)
 
     def current_gradient(
-        self, inputs: Inputs, grads: Gradients
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         rows, channels = inputs.x.shape[1:]
         partial = None
         if not self.dynamics.parallel:
             divided = tiling("backward", rows, channels, self._per_thread(inputs))
             partial = _partial_learned(inputs.learned, divided)
-        grad_x, _, grad_start = self._gradients(inputs, grads, None, None, partial, needs_x=True)
+        grad_x, _, grad_start = self.gradients(
+            inputs, grad_spikes, grad_end, None, None, None, partial, needs_x=True
+        )
         assert grad_x is not None
         if self.dynamics.parallel:
-            _, grad_learned = self._partial_sums(inputs, grads)
+            _, grad_learned = self._partial_sums(inputs, grad_spikes, grad_end)
         else:
             grad_learned = _grad_learned(inputs.learned, partial)
         return grad_x, grad_start, grad_learned
@@ -391,24 +391,12 @@ class NeuronKernels(NormKernels):
         kept: None,
         of_x: tuple[Tensor, Tensor] | None,
         of_shortcut: tuple[Tensor, Tensor] | None,
+        partial_share: Tensor | None = None,
         *,
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See `fused.NeuronKernels`; also fill the sums for a learnt share, if given."""
         del kept
-        grads = Gradients([grad_spikes], grad_end)
-        return self._gradients(inputs, grads, of_x, of_shortcut, None, needs_x=needs_x)
-
-    def _gradients(
-        self,
-        inputs: Inputs,
-        grads: Gradients,
-        of_x: tuple[Tensor, Tensor] | None,
-        of_shortcut: tuple[Tensor, Tensor] | None,
-        partial_share: Tensor | None,
-        *,
-        needs_x: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Compute `gradients`; also fill the sums for a learnt share, if given."""
         x, shortcut, affine, affine_of_shortcut, start, learned = inputs
         rows, channels = x.shape[1:]
         grad_x = torch.empty_like(x) if needs_x else None
@@ -419,8 +407,8 @@ class NeuronKernels(NormKernels):
         divided = tiling("backward", rows, channels, self._per_thread(inputs))
         arguments: list[Argument] = [x, shortcut]
         arguments += [*(affine or _NONE), *(affine_of_shortcut or _NONE)]
-        arguments += [start, *_learned(learned), grads.spikes[0], *grads.more()]
-        arguments += [grads.end, grads.passed, *(of_x or [None] * 2), *(of_shortcut or [None] * 2)]
+        arguments += [start, *_learned(learned), grad_spikes, grad_end]
+        arguments += [*(of_x or [None] * 2), *(of_shortcut or [None] * 2)]
         arguments += [grad_x, grad_shortcut, grad_start, partial_share]
         arguments += [rows, channels // divided.sizes["VEC"], divided.steps]
         known = self.backward | divided.sizes | self._shapes(x)
@@ -506,7 +494,7 @@ class AttentionKernels(NeuronKernels):
         return spikes, packed, end
 
     def current_gradient(
-        self, inputs: Inputs, grads: Gradients
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Any, Tensor | None, tuple[Tensor, ...]]:
         """Return the gradients of queries, keys and values, of the start and of learnt values."""
         start, learned = inputs.start, inputs.learned
@@ -514,7 +502,6 @@ class AttentionKernels(NeuronKernels):
         kept = triton.next_power_of_2(self.timesteps) * (1 if start is None and not learned else 2)
         divided, operations = self._tiles(128 // kept, 32)
         partial_share = _partial_learned(learned, divided)
-        (grad_spikes,), grad_end, _ = grads
         grad_spikes = grad_spikes.to(self.dtype)
         grad = torch.empty_like(grad_spikes)
         grad_start = None if start is None else torch.empty_like(start)
@@ -522,14 +509,14 @@ class AttentionKernels(NeuronKernels):
         arguments += [grad, grad_start, partial_share, *self.sizes]
         known = self.backward | divided.sizes
         launch(attention.current_gradient, divided.grid, arguments, known, operations)
-        of_inputs = [torch.empty_like(one, dtype=self.dtype) for one in inputs.x]
+        grads = [torch.empty_like(one, dtype=self.dtype) for one in inputs.x]
         grid = (self.timesteps * self.programs,)
         known = self.known | {"D": self.widths[0], "DW": self.widths[1], "FACTOR": self.factor}
         known |= {"BN": 32, "num_warps": 8}
         operations = 10 * grid[0] * math.prod(self.widths) * 32 * triton.cdiv(self.positions, 32)
-        arguments = [*inputs.x, grad, *of_inputs, *self.sizes]
+        arguments = [*inputs.x, grad, *grads, *self.sizes]
         launch(attention.gradients, grid, arguments, known, operations)
-        return of_inputs, grad_start, _grad_learned(learned, partial_share)
+        return grads, grad_start, _grad_learned(learned, partial_share)
 
 
 # --- pooling ------------------------------------------------------------------------------------

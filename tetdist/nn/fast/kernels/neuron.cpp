@@ -280,10 +280,8 @@ template <class X> struct Backward {
     const W *gain, *offset, *mean, *rstd;  // or all null: x is the current
     const W *shortcut_gain, *shortcut_offset, *shortcut_mean, *shortcut_rstd;  // or all null
     const W* start;        // as in Forward
-    const X* grad_spikes[4];  // (T, N, C), of each branch of the spikes; null: no more branches
-    const W* grad_end;        // like start
-    const X* passed;    // gradient that is added to that of x, like x, or null
-    X* total_grad;      // sum of grad_spikes, or null
+    const X* grad_spikes;  // (T, N, C)
+    const W* grad_end;     // like start
     X* total;              // gradient of the current, (T, N, C), or null
     X* own;                // its sum over time, (N, C), where all timesteps share x; or null
     W *sum_grad, *sum_grad_xhat, *sum_grad_shortcut_hat;  // (C,); the last, or all, may be null
@@ -293,35 +291,6 @@ template <class X> struct Backward {
     int64_t timesteps, rows, channels, shared;
     Neuron neuron;
 };
-
-// Computes the sum of the gradients of the spikes' branches, rounded and added as autograd does.
-template <class X, class Length>
-inline void gradient_of_spikes(const Backward<X>& b, int64_t at, Wide<X>* grad, Length length) {
-    const X* first = b.grad_spikes[0] + at;
-    for (int c = 0; c < length; c++) grad[c] = wide(first[c]);
-    for (int i = 1; i < 4 && b.grad_spikes[i]; i++) {
-        const X* other = b.grad_spikes[i] + at;
-#pragma omp simd
-        for (int c = 0; c < length; c++) grad[c] = wide(narrow<X>(grad[c] + wide(other[c])));
-    }
-    if (!b.total_grad) return;
-    for (int c = 0; c < length; c++) b.total_grad[at + c] = narrow<X>(grad[c]);
-}
-
-// Stores the gradient of x; what is passed is added to it, once it is rounded.
-template <class X, class Length>
-inline void store_gradient(const Backward<X>& b, X* to, int64_t at, const Wide<X>* grad,
-                           Length length) {
-    const X* passed = b.passed + at;
-    if (b.passed) {
-#pragma omp simd
-        for (int c = 0; c < length; c++)
-            to[at + c] = narrow<X>(wide(narrow<X>(grad[c])) + wide(passed[c]));
-    } else {
-#pragma omp simd
-        for (int c = 0; c < length; c++) to[at + c] = narrow<X>(grad[c]);
-    }
-}
 
 #if PARALLEL
 // Computes the gradient of one of the PAST + T currents from those of the sums, (T, CHANNELS), and
@@ -387,12 +356,12 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
     grad_sums.resize(b.timesteps * CHANNELS);
     const int64_t number = past + b.timesteps;
     for (int64_t t = 0; t < b.timesteps; t++) {
+        const X* grad_spikes = b.grad_spikes + t * plane + at;
         W* grad_h = grad_sums.data() + t * CHANNELS;
-        W h[CHANNELS], grad_spikes[CHANNELS];
-        gradient_of_spikes(b, t * plane + at, grad_spikes, length);
+        W h[CHANNELS];
         sum_over_time(b.neuron, b.timesteps, t, us, h, length);
 #pragma omp simd
-        for (int c = 0; c < length; c++) grad_h[c] = grad_spikes[c] * slope(h[c], width);
+        for (int c = 0; c < length; c++) grad_h[c] = wide(grad_spikes[c]) * slope(h[c], width);
         W of_bias = 0;
         for (int64_t s = 0; s < number; s++) {
             const W* current = us + s * CHANNELS;
@@ -408,7 +377,7 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
 #endif
     for (int64_t t = b.timesteps - 1; t >= 0; t--) {
         const int64_t now = t * plane + at;
-        const X* x = b.x + (b.shared ? at : now);
+        const X *x = b.x + (b.shared ? at : now), *grad_spikes = b.grad_spikes + now;
         const X* shortcut = b.shortcut + now;
         const W* before_reset = us + t * CHANNELS;
         W grad[CHANNELS];
@@ -422,8 +391,7 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             if (SHORTCUT == NORMALIZED) with_shortcut[c] += g * (wide(shortcut[c]) - mean2[c]);
         }
 #else
-        W before[CHANNELS], grad_spikes[CHANNELS];
-        gradient_of_spikes(b, now, grad_spikes, length);
+        W before[CHANNELS];
         // The membranes before this timestep. A condition on t in the loop below would prevent its
         // vectorisation.
         if (LEARNS_DECAY && t > 0) {
@@ -440,7 +408,7 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             const bool fires = !COUNTS && does_fire(v - threshold);
             const W kept = HARD_RESET && fires ? W(0) : after[c];
             const W through_reset = DETACH_RESET ? W(0) : after[c] * (HARD_RESET ? v : threshold);
-            const W sent = COUNTS ? grad_spikes[c] / levels : grad_spikes[c];
+            const W sent = COUNTS ? wide(grad_spikes[c]) / levels : wide(grad_spikes[c]);
             const W fired = (sent - through_reset) * derivative(v, threshold, width, most);
             const W of_v = fired + kept;
             if (LEARNS_DECAY) {
@@ -455,7 +423,11 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             after[c] = decay * of_v;  // the gradient of the membrane before
         }
 #endif
-        if (b.total) store_gradient(b, b.total, now, grad, length);
+        if (b.total) {
+            X* total = b.total + now;
+#pragma omp simd
+            for (int c = 0; c < length; c++) total[c] = narrow<X>(grad[c]);
+        }
     }
     if (SHORTCUT != ALONE) {
 #pragma omp simd
@@ -471,7 +443,8 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
         for (int c = 0; c < length; c++) of_group += with_share[c];
         *sum_share += of_group;
     }
-    if (b.own) store_gradient(b, b.own, at, over_time, length);
+    if (b.own)
+        for (int c = 0; c < length; c++) b.own[at + c] = narrow<X>(over_time[c]);
     if (!b.grad_start) return;
 #if PARALLEL
     for (int64_t s = 0; s < past; s++)

@@ -567,20 +567,6 @@ def _membranes(
 
 
 @triton.jit
-def _gradient_of_spikes(grad_spikes, others, total, at, mask):
-    """Return the sum of the gradients of the spikes' branches, rounded and added as autograd does;
-    also store it, if there is a total."""
-    grad = _wide(tl.load(grad_spikes + at, mask=mask, other=0.0))
-    for i in tl.static_range(len(others)):
-        if others[i] is not None:
-            grad += _wide(tl.load(others[i] + at, mask=mask, other=0.0))
-            grad = _wide(grad.to(grad_spikes.dtype.element_ty))
-    if total is not None:
-        tl.store(total + at, grad.to(total.dtype.element_ty), mask=mask)
-    return grad
-
-
-@triton.jit
 def _slope(x, SURROGATE: tl.constexpr, WIDTH: tl.constexpr):
     """Return the surrogate at ``x = u - V_th``; neurons.py has the formulas."""
     if SURROGATE == "triangle":
@@ -660,7 +646,7 @@ def _gradient_of_share(
 
 @triton.jit
 def _gradients_of_sums(
-    weights, biases, currents, grad_spikes, others, total, here, plane, at, mask, T: tl.constexpr,
+    weights, biases, currents, grad_spikes, here, plane, at, mask, T: tl.constexpr,
     PAST: tl.constexpr, ROWS: tl.constexpr, SURROGATE: tl.constexpr, WIDTH: tl.constexpr
 ):
     """Return the gradients of the weighted sums at this program's ROWS timesteps, 0 beyond T."""
@@ -668,8 +654,7 @@ def _gradients_of_sums(
     for k in tl.static_range(ROWS):
         t = tl.program_id(2) * ROWS + k
         is_there = mask & (tl.full(at.shape, t, tl.int32) < T)
-        there = here + t * plane + at
-        grad = _gradient_of_spikes(grad_spikes, others, total, there, is_there)
+        grad = _wide(tl.load(grad_spikes + here + t * plane + at, mask=is_there, other=0.0))
         h = _sum_over_time(weights, biases, currents, tl.minimum(t, T - 1), PAST + T)
         grads = grads + (grad * _slope(h, SURROGATE, WIDTH),)  # noqa: RUF005  # as above
     return grads
@@ -705,20 +690,17 @@ def _added(totals, x, LOCAL: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def backward_sums(
     x, shortcut, gain, offset, mean, shortcut_gain, shortcut_offset, shortcut_mean, start, share,
-    weights, biases, grad_spikes, grad_2, grad_3, grad_4, grad_end, total_grad, partial,
-    partial_learned, rows, groups, steps, T: tl.constexpr, PAST: tl.constexpr, ROWS: tl.constexpr,
-    LOCAL: tl.constexpr, SHARED: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr,
-    SURROGATE: tl.constexpr, DECAY: tl.constexpr, THRESHOLD: tl.constexpr,
-    AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr, LEVELS: tl.constexpr,
-    SCALES_INPUT: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr
+    weights, biases, grad_spikes, grad_end, partial, partial_learned, rows, groups, steps,
+    T: tl.constexpr, PAST: tl.constexpr, ROWS: tl.constexpr, LOCAL: tl.constexpr,
+    SHARED: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr,
+    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr,
+    LEVELS: tl.constexpr, SCALES_INPUT: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr
 ):
     """Sum a program's rows of the current's gradient, and of its product with each normalised input
     less its mean. partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C); without
     gain, x is the current, and there are no such sums. Also sum the gradients of the learnt values,
-    partial_learned (programs, numbers). Those of weights are ROWS a program, for the registers. If
-    the spikes have other branches, grad_2, ... are their gradients, and total_grad gets the sum."""
-    others = (grad_2, grad_3, grad_4)
+    partial_learned (programs, numbers). Those of weights are ROWS a program, for the registers."""
     C, c, r, at = _numbers(groups, VEC, BN, BC)
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     plane = rows.to(tl.int64) * C
@@ -747,8 +729,8 @@ def backward_sums(
         )
         if weights is not None:
             grads = _gradients_of_sums(
-                weights, biases, currents, grad_spikes, others, total_grad, here, plane, at, mask,
-                T, PAST, ROWS, SURROGATE, WIDTH
+                weights, biases, currents, grad_spikes, here, plane, at, mask, T, PAST, ROWS,
+                SURROGATE, WIDTH
             )
             before = of_weights
             of_weights = ()
@@ -774,10 +756,9 @@ def backward_sums(
                         weights, grads, grad_end, PAST + t, here, plane, at, mask, T, PAST, ROWS
                     )
                 else:
-                    there = here + t * plane + at
-                    grad = _gradient_of_spikes(grad_spikes, others, total_grad, there, mask)
+                    grad = tl.load(grad_spikes + here + t * plane + at, mask=mask, other=0.0)
                     grad = _gradient_of_membrane(
-                        aboves[t], grad, after, THRESHOLD, AT_THRESHOLD, MOST, LEVELS,
+                        aboves[t], grad.to(wide), after, THRESHOLD, AT_THRESHOLD, MOST, LEVELS,
                         HARD, DETACH, SURROGATE, WIDTH
                     )
                     after = _decayed(grad, a, DECAY)
@@ -841,33 +822,22 @@ def finish_sums(
     tl.store(sums + (number + k) * C + c, one.to(wide), mask=c < C)
 
 
-@triton.jit
-def _store_added(grad_x, grad, passed, at, mask):
-    """Store a gradient; if given, passed is added to it, once it is rounded."""
-    grad = grad.to(grad_x.dtype.element_ty)
-    if passed is not None:
-        grad = (_wide(grad) + _wide(tl.load(passed + at, mask=mask))).to(grad.dtype)
-    tl.store(grad_x + at, grad, mask=mask)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def backward(
     x, shortcut, gain, offset, mean, rstd, shortcut_gain, shortcut_offset, shortcut_mean,
-    shortcut_rstd, start, share, weights, biases, grad_spikes, grad_2, grad_3, grad_4, grad_end,
-    passed, sum_grad, sum_grad_hat, shortcut_sum_grad, shortcut_sum_grad_hat, grad_x, grad_shortcut,
-    grad_start, partial_learned, rows, groups, steps, T: tl.constexpr, PAST: tl.constexpr,
-    SHARED: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr,
-    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr,
-    LEVELS: tl.constexpr, SCALES_INPUT: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr
+    shortcut_rstd, start, share, weights, biases, grad_spikes, grad_end, sum_grad, sum_grad_hat,
+    shortcut_sum_grad, shortcut_sum_grad_hat, grad_x, grad_shortcut, grad_start, partial_learned,
+    rows, groups, steps, T: tl.constexpr, PAST: tl.constexpr, SHARED: tl.constexpr,
+    HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr, DECAY: tl.constexpr,
+    THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr, LEVELS: tl.constexpr,
+    SCALES_INPUT: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
+    BC: tl.constexpr
 ):
     """Compute the gradients of x, (T or 1, N, C), shortcut, (T, N, C), and start, if any.
 
     Without sums, means and variances were constants. Without gain, x is the current, and the
-    share's gradient is summed, too: partial_learned (programs, 1). If given, passed, the gradient
-    of branches of x around the neurons, is added to that of x.
+    share's gradient is summed, too: partial_learned (programs, 1).
     """
-    others = (grad_2, grad_3, grad_4)
     C, c, r, at = _numbers(groups, VEC, BN, BC)
     plane = rows.to(tl.int64) * C
     a = _load(share)
@@ -893,8 +863,8 @@ def backward(
         after = None
         if weights is not None:
             grads = _gradients_of_sums(
-                weights, biases, currents, grad_spikes, others, None, here, plane, at, mask, T,
-                PAST, T, SURROGATE, WIDTH
+                weights, biases, currents, grad_spikes, here, plane, at, mask, T, PAST, T,
+                SURROGATE, WIDTH
             )
         else:
             aboves = _membranes(
@@ -911,7 +881,7 @@ def backward(
                     weights, grads, grad_end, PAST + t, here, plane, at, mask, T, PAST, T
                 )
             else:
-                grad = _gradient_of_spikes(grad_spikes, others, None, now + at, mask)
+                grad = _wide(tl.load(grad_spikes + now + at, mask=mask, other=0.0))
                 grad = _gradient_of_membrane(
                     aboves[t], grad, after, THRESHOLD, AT_THRESHOLD, MOST, LEVELS, HARD, DETACH,
                     SURROGATE, WIDTH
@@ -928,7 +898,7 @@ def backward(
                 over_time += grad
             elif grad_x is not None:
                 through = _through_norm(grad, xs[t], g, m, rs, less, less_hat)
-                _store_added(grad_x, through, passed, now + at, mask)
+                tl.store(grad_x + now + at, through.to(grad_x.dtype.element_ty), mask=mask)
             if grad_shortcut is not None:
                 through = grad
                 if shortcut_gain is not None:
@@ -937,7 +907,7 @@ def backward(
                 tl.store(grad_shortcut + now + at, through.to(kind), mask=mask)
         if SHARED and grad_x is not None:
             through = _through_norm(over_time, xs[0], g, m, rs, less, less_hat)
-            _store_added(grad_x, through, passed, here + at, mask)
+            tl.store(grad_x + here + at, through.to(grad_x.dtype.element_ty), mask=mask)
         if grad_start is not None and weights is None:
             tl.store(grad_start + here + at, after.to(grad_start.dtype.element_ty), mask=mask)
         elif grad_start is not None:
