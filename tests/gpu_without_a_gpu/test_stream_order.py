@@ -91,8 +91,8 @@ FAULTS: dict[str, Fault] = {
 MORE: dict[str, Fault] = {
     "inputs get into the graph too late": (
         *(GRAPHS, COPY[0]),
-        "static.copy_(tensor)\n    assert self._captured is not None\n    result, replay =",
-        "self._captured[1](); static.copy_(tensor)\n    result, replay = self._captured[0], int;",
+        "static.copy_(tensor)\n    result, replay = graph.captured",
+        "graph.captured[1](); static.copy_(tensor)\n    result, replay = graph.captured[0], int",
         "input 1 of the graph is not read",
     ),
     "a sum begins before its summands are there": (

@@ -276,6 +276,7 @@ def difference(
         differences, relative to that of the results. Neurons with differing spikes do not count:
         both of their gradients are correct. None: there are no kernels.
     """
+    torch.manual_seed(seed)  # of the initial weights
     generator = torch.Generator().manual_seed(seed)
     layer = Layer(case, generator).to(device)
     inputs = drawn(layer, device, generator)
