@@ -181,17 +181,28 @@ def silent() -> nn.Module:
     return Plain(*layers, layer.SeqToANNContainer(conv(8)), Neuron(OverTheBatch()), folded=False)
 
 
+class Integrate(nn.Module):
+    """Neurons around a surrogate function, as a library's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.surrogate = Function(lambda x: x.ge(0).to(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.surrogate(x.cumsum(0) - 200)
+
+
 class Beside(nn.Module):
     """A branch that is silent before training, beside a real-valued shortcut.
 
     Its last neurons get (T * B, ...) instead of (T, B, ...).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
         self.norms = nn.ModuleList(BatchNorm(3) for _ in range(4))
-        self.lifs = nn.ModuleList(Neuron(LIF(threshold=20.0)) for _ in range(4))
+        self.lifs = nn.ModuleList(make() for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         branch = x
@@ -238,7 +249,14 @@ MIXING: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "branch that is switched off": (lambda: Plain(conv(), Branch()), r"layers\.1.* \((Softmax|Br)"),
     "silent before training": (silent, r"layers\.5 \(Neuron\)"),
-    "silent beside a shortcut": (lambda: Plain(Beside()), r"layers\.0\.lifs\.3 \(Neuron\)"),
+    "silent beside a shortcut": (
+        lambda: Plain(Beside(lambda: Neuron(LIF(threshold=200.0)))),
+        r"layers\.0\.lifs\.3 \(Neuron\)",
+    ),
+    "silent around a surrogate": (
+        lambda: Plain(Beside(Integrate)),
+        r"layers\.0\.lifs\.3 \(Integrate\)",
+    ),
     "from three samples on": (
         lambda: Plain(Function(lambda x: x + x.roll(2, 1)), folded=False),
         r"layers\.0 \(Function\)",

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ logger = logging.getLogger(__name__)
 _SIDE = 64  # pixels that suffice, if the network takes other sizes than its own
 _TIMESTEPS = 2  # and timesteps
 _COMPARED = 20_000  # values of each tensor in the search for the module
-_GAINS = (-4, -16, -64, -256, 4, 16, 64, 256)  # of a silent layer's input
+_UNCHANGED = 3  # rounds that end the search if they find no earlier module
+_GAINS = (4, 16, 64, 256)  # of a silent layer's input
 
 
 @torch.no_grad()
@@ -79,6 +81,7 @@ def refuse_mixing(name: str, model: SpikingNetwork, shape: Sequence[int]) -> Non
         return torch.allclose(found, alone[:, : found.shape[1]], 0, tolerance, equal_nan=True)
 
     if not all(map(keeps, together)):
+        logger.info("%s mixes the samples of a batch; searching for the module", name)
         module = _mixing_module(net, x, x if keeps(together[1]) else few)
         raise UserError(
             f"{module} of {name} mixes the samples of a batch, so accuracy would "
@@ -134,31 +137,40 @@ def _make_fire(model: SpikingNetwork, pair: Tensor) -> str | None:
 
 
 def _raise_inputs(model: SpikingNetwork, x: Tensor) -> tuple[bool, str | None]:
-    """Multiply the input of each innermost module that returns zeros, until some are not.
+    """Multiply the input of each layer that returns zeros, until some are not.
+
+    A layer is an innermost module, or one around it, as neurons around a surrogate function.
 
     Returns:
         True if there were any, and the first one that stays silent.
     """
     names = _names(model)
-    innermost, raised, fires = [True], False, dict[nn.Module, bool]()
+    heights, trying, raised = [0], False, False
+    fires: dict[nn.Module, bool] = {}
 
     def enter(_module: nn.Module, _inputs: Any) -> None:
-        innermost[-1] = False
-        innermost.append(True)
+        if not trying:
+            heights.append(0)
 
     def leave(module: nn.Module, inputs: Any, keywords: Any, output: Any) -> Any:
-        nonlocal raised
-        x = inputs[0] if inputs else None
-        if not (innermost.pop() and isinstance(x, Tensor) and isinstance(output, Tensor)):
+        nonlocal trying, raised
+        if trying:
             return output
-        if x.any() and not output.any():
-            raised = True
-            for gain in _GAINS:
-                output = module.forward(x * gain, *inputs[1:], **keywords)
-                if 64 * output.count_nonzero() >= output.numel():
-                    break
-            module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * gain, *inputs[1:]))
-        fires[module] = fires.get(module, False) or bool(x.any() and output.any())
+        height = heights.pop()
+        heights[-1] = max(heights[-1], height + 1)
+        x = inputs[0] if inputs else None
+        if height > 1 or not (isinstance(x, Tensor) and isinstance(output, Tensor)):
+            return output
+        trying = True
+        for gain in _GAINS if x.any() and not output.any() else ():
+            again = module.forward(x * gain, *inputs[1:], **keywords)
+            if 16 * again.count_nonzero() >= again.numel() or (gain == _GAINS[-1] and again.any()):
+                output, raised = again, True
+                module.register_forward_pre_hook(partial(_raised, gain))
+                break
+        trying = False
+        if height == 0:
+            fires[module] = fires.get(module, False) or bool(x.any() and output.any())
         return output
 
     hooks = nn.modules.module
@@ -168,6 +180,10 @@ def _raise_inputs(model: SpikingNetwork, x: Tensor) -> tuple[bool, str | None]:
     ):
         model(x)
     return raised, next((names[module] for module, fired in fires.items() if not fired), None)
+
+
+def _raised(gain: float, _module: nn.Module, inputs: Any) -> Any:
+    return inputs[0] * gain, *inputs[1:]
 
 
 def _logits(model: SpikingNetwork, x: Tensor) -> Tensor:
@@ -202,7 +218,7 @@ def _mixing_module(model: nn.Module, samples: Tensor, batch: Tensor) -> str:
 
     base, names = values(batch)
     depends = [[torch.zeros_like(x, dtype=torch.bool) for x in base] for _ in range(2)]
-    first = len(base)
+    first, unchanged = len(base), 0
     with contextlib.suppress(RuntimeError):  # operations that depend on the sample
         for i in range(1, len(samples)):
             other = samples.roll(i, 0)[: len(batch)]
@@ -211,7 +227,10 @@ def _mixing_module(model: nn.Module, samples: Tensor, batch: Tensor) -> str:
                 for mask, new, old in zip(changed, values(x, first)[0], base, strict=False):
                     mask |= new != old
             both = (bool((one & two).any()) for one, two in zip(*depends, strict=True))
-            first = next((i for i, mixes in enumerate(both) if mixes), first)
+            before, first = first, next((k for k, mixes in enumerate(both) if mixes), first)
+            unchanged = unchanged + 1 if first == before < len(base) else 0
+            if unchanged == _UNCHANGED:
+                break
     return [*names, "a module"][first]
 
 
