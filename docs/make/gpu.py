@@ -370,7 +370,7 @@ transformers have none:
 Only bytes and matrix products count here, not that `backward_sums psn` is bound by instructions.
 Kernels that also add up the gradients of a tensor's branches, as at a shortcut, were written and
 taken out: they save 1 to 3 % of the time (qkformer_10_384 0.7 ms), spill registers at T=8, and
-whoever reads a gradient at a block's output, as Grad-CAM does, would get a part of it.
+a program that reads a gradient at a block's output, as Grad-CAM does, would get a part of it.
 
 ### Convolutions of bytes and bits
 
