@@ -398,11 +398,9 @@ class NormAdd(FusedLayer):
             shortcut. If above 0, the sum is a separate pass over memory.
     """
 
-    def __init__(
-        self, num_channels: int, norm_scale: float = 1.0, *, drop_path: float = 0.0
-    ) -> None:
+    def __init__(self, num_channels: int, *, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.norm = BatchNorm(num_channels, scale=norm_scale)
+        self.norm = BatchNorm(num_channels)
         self.drop_path = DropPath(drop_path)
 
     def forward(
