@@ -16,7 +16,7 @@ from tetdist.errors import typed
 @pytest.mark.parametrize(
     "command", [("-m", "tetdist_command", "--help"), (tiny.TRAIN, "--explain")]
 )
-def test_output_that_nobody_reads_is_no_fault(command: tuple[object, ...]) -> None:
+def test_output_that_nobody_reads_is_no_fault(command):
     """As in `... | head`, when head has seen enough."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -34,7 +34,7 @@ def test_output_that_nobody_reads_is_no_fault(command: tuple[object, ...]) -> No
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_the_dockerfile_copies_and_runs_what_is_there() -> None:
+def test_the_dockerfile_copies_and_runs_what_is_there():
     text = (tiny.PROJECT / "Dockerfile").read_text()
     copied = " ".join(re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE)).split()
     _, script, _ = json.loads(text.splitlines()[-1].removeprefix("CMD"))
@@ -43,7 +43,7 @@ def test_the_dockerfile_copies_and_runs_what_is_there() -> None:
     assert missing == []
 
 
-def test_another_pipe_that_breaks_is_a_fault() -> None:
+def test_another_pipe_that_breaks_is_a_fault():
     def command() -> int:
         raise BrokenPipeError("of a process that reads images")
 
@@ -51,7 +51,7 @@ def test_another_pipe_that_breaks_is_a_fault() -> None:
         tetdist_command._answer_while_read(command)
 
 
-def test_help_names_the_command_as_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_names_the_command_as_it_was_typed(monkeypatch):
     assert typed("eval", "x") == "python tools/eval.py x"
     monkeypatch.setattr(sys, "argv", ["/usr/bin/tetdist", "eval"])
     assert typed("eval", "x") == "tetdist eval x"

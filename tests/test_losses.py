@@ -68,7 +68,7 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-B{}-K{}
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
 @each_shape
-def test_sdt_equals_the_papers_formula(shape: tuple[int, int, int], smoothing: float) -> None:
+def test_sdt_equals_the_papers_formula(shape, smoothing):
     logits, target = _random(*shape)
     loss = sdt_loss(logits, target, label_smoothing=smoothing)
     assert loss.item() == pytest.approx(_paper_sdt(logits, target, smoothing), rel=1e-12)
@@ -78,22 +78,20 @@ def test_sdt_equals_the_papers_formula(shape: tuple[int, int, int], smoothing: f
 @pytest.mark.parametrize("phi", [0.0, 1.0, -0.5])
 @pytest.mark.parametrize("regularization", [0.0, 0.001, 0.05, 1.0])
 @each_shape
-def test_tet_equals_the_papers_formula(
-    shape: tuple[int, int, int], regularization: float, phi: float, smoothing: float
-) -> None:
+def test_tet_equals_the_papers_formula(shape, regularization, phi, smoothing):
     logits, target = _random(*shape)
     loss = tet_loss(logits, target, lambda_=regularization, phi=phi, label_smoothing=smoothing)
     expected = _paper_tet(logits, target, regularization, phi, smoothing)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_pull_is_to_1_by_default() -> None:
+def test_the_pull_is_to_1_by_default():
     logits, target = _random(3, 4, 5)
     assert tet_loss(logits, target, lambda_=0.3) == tet_loss(logits, target, lambda_=0.3, phi=1.0)
     assert tet_loss(torch.ones_like(logits), target, lambda_=1.0) == 0
 
 
-def test_tet_gradient() -> None:
+def test_tet_gradient():
     logits, target = _random(3, 4, 5)
     logits.requires_grad_()
     tet_loss(logits, target, lambda_=0.05, phi=1.5).backward()
@@ -111,7 +109,7 @@ def test_tet_gradient() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype, autocast: bool) -> None:
+def test_half_precision_logits_are_computed_in_float32(dtype, autocast):
     logits, target = _random(4, 8, 10)
     half = logits.to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -123,13 +121,13 @@ def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype, autoc
     assert tet.item() == pytest.approx(_paper_tet(half.double(), target, 0.05, 1.0), rel=1e-6)
 
 
-def test_float16_logits_whose_squares_overflow() -> None:
+def test_float16_logits_whose_squares_overflow():
     logits = torch.tensor([[[3e4, 0.0]]], dtype=torch.float16, requires_grad=True)
     loss = tet_loss(logits, torch.tensor([0]), lambda_=1.0, phi=0.0)
     assert loss.item() == pytest.approx(9e8 / 2, rel=1e-3)
 
 
-def test_large_logits_do_not_overflow() -> None:
+def test_large_logits_do_not_overflow():
     logits = torch.tensor([[[1e4, -1e4]]])
     assert sdt_loss(logits, torch.tensor([1])).item() == pytest.approx(2e4)
     assert tet_loss(logits, torch.tensor([1]), lambda_=0.0).item() == pytest.approx(2e4)
@@ -145,7 +143,7 @@ def _softened(logits: list[float], temperature: float) -> list[float]:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @each_shape
-def test_distillation_equals_its_formula(shape: tuple[int, int, int], temperature: float) -> None:
+def test_distillation_equals_its_formula(shape, temperature):
     (logits, _), (teacher, _) = _random(*shape), _random(1, *shape[1:], seed=1)
     expected = 0.0
     for t in range(shape[0]):
@@ -158,7 +156,7 @@ def test_distillation_equals_its_formula(shape: tuple[int, int, int], temperatur
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_teacher_learns_nothing() -> None:
+def test_teacher_learns_nothing():
     (logits, _), (teacher, _) = _random(3, 4, 5), _random(1, 4, 5, seed=1)
     logits.requires_grad_()
     teacher.requires_grad_()
@@ -167,7 +165,7 @@ def test_teacher_learns_nothing() -> None:
     assert teacher.grad is None
 
 
-def test_self_distillation_learns_from_the_time_mean_alone() -> None:
+def test_self_distillation_learns_from_the_time_mean_alone():
     logits, _ = _random(3, 4, 5)
     logits.requires_grad_()
     labels = torch.zeros(4, dtype=torch.int64)
@@ -302,7 +300,7 @@ each_objective = pytest.mark.parametrize("name", ["full-range", "SeAl"])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("timesteps", [1, 4])
 @each_objective
-def test_published_objectives(name: str, timesteps: int, temperature: float) -> None:
+def test_published_objectives(name, timesteps, temperature):
     logits, teacher, labels = _cases(timesteps)
     logits.requires_grad_()
     loss = compute_loss(_objective(name, temperature), logits, labels, teacher)
@@ -316,7 +314,7 @@ def test_published_objectives(name: str, timesteps: int, temperature: float) -> 
 
 
 @each_objective
-def test_published_objectives_of_half_precision_logits(name: str) -> None:
+def test_published_objectives_of_half_precision_logits(name):
     logits, teacher, labels = _cases()
     half, taught, section = logits.bfloat16(), teacher.bfloat16(), _objective(name, 3.0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -326,7 +324,7 @@ def test_published_objectives_of_half_precision_logits(name: str) -> None:
     assert loss.item() == pytest.approx(wide.item(), rel=1e-6)
 
 
-def test_what_an_objective_is_called() -> None:
+def test_what_an_objective_is_called():
     text = _objective("full-range", 1.0).as_text()
     assert text == (
         "TET, lambda 0, phi 1; 0.2 x divergence from timm:resnet34; 0.5 x divergence from the mean "

@@ -45,9 +45,7 @@ def section(**values: Any) -> OptimizerSection:
         ({"decay_norms": False, "decay_neurons": True}, {"0.bias", "1.weight", "1.bias"}),
     ],
 )
-def test_what_neurons_learn_decays_if_asked(
-    kind: str, asked: dict[str, bool], kept: set[str]
-) -> None:
+def test_what_neurons_learn_decays_if_asked(kind, asked, kept):
     model = network()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = make_optimizer(model, section(kind=kind, **asked)).param_groups
@@ -58,14 +56,14 @@ def test_what_neurons_learn_decays_if_asked(
     assert {decay for name, decay in found.items() if name not in kept} == {0.3}
 
 
-def test_arguments_of_an_optimiser_that_has_none_such() -> None:
+def test_arguments_of_an_optimiser_that_has_none_such():
     with pytest.raises(UserError, match=r"timm:lamb cannot be built with arguments .*nonsense"):
         make_optimizer(network(), section(kind="timm:lamb", arguments={"nonsense": 1}))
 
 
 @pytest.mark.parametrize("kind", ["sgd", "timm:lamb"])
 @pytest.mark.parametrize("name", ["spiking_convnet", "qkformer_2_256_dvs", "spiking_resnet19"])
-def test_layer_decay_is_that_of_timm(name: str, kind: str) -> None:
+def test_layer_decay_is_that_of_timm(name, kind):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=4, timesteps=2)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -93,7 +91,7 @@ def test_layer_decay_is_that_of_timm(name: str, kind: str) -> None:
     assert decays[True] == decays[False]
 
 
-def test_every_network_has_its_blocks_as_layers() -> None:
+def test_every_network_has_its_blocks_as_layers():
     for name in ("sew_resnet18", "preact_resnet18", "ms_resnet18", "vggsnn", "sdt_2_256_cifar"):
         with torch.device("meta"):
             model = timm.create_model(name, timesteps=2)
@@ -106,7 +104,7 @@ def test_every_network_has_its_blocks_as_layers() -> None:
             assert layer == number.get(first, 1 + int(second) if first == "blocks" else -1)
 
 
-def test_layer_decay_of_a_network_that_knows_no_layers() -> None:
+def test_layer_decay_of_a_network_that_knows_no_layers():
     with pytest.raises(UserError, match=r"layer_decay: Sequential has no group_matcher"):
         make_optimizer(network(), section(layer_decay=0.5))
 
@@ -121,9 +119,7 @@ OF_TIMM = ("timm:muon", "timm:lion", "timm:adan", "timm:lamb")
         *((k, True) for k in OF_TIMM),
     ],
 )
-def test_optimisers_skip_and_continue(
-    kind: str, undoes: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_optimisers_skip_and_continue(kind, undoes, monkeypatch):
     """Bitwise: a step that `found_inf` skips, and the continuation of a saved state.
 
     ``undoes``: it is taken and undone, as on a GPU.
@@ -181,7 +177,7 @@ def test_optimisers_skip_and_continue(
     assert numbers // weight.numel() == kind_of(kind).moments
 
 
-def test_muon_takes_a_filter_for_a_row() -> None:
+def test_muon_takes_a_filter_for_a_row():
     """The update of a convolution is orthogonal as the matrix (out, in x height x width)."""
     torch.manual_seed(0)
     conv = nn.Conv2d(6, 4, 3, bias=False).to(memory_format=torch.channels_last)
@@ -197,11 +193,11 @@ def test_muon_takes_a_filter_for_a_row() -> None:
     torch.testing.assert_close(found, torch.full((4,), 0.1 * 0.2 * 54**0.5), rtol=0.1, atol=0)
 
 
-def test_what_does_not_continue_is_refused() -> None:
+def test_what_does_not_continue_is_refused():
     with pytest.raises(UserError, match="timm:kron does not resume exactly"):
         make_optimizer(nn.Linear(2, 2), section(kind="timm:kron"))
 
 
-def test_a_name_of_timms_is_hinted_at() -> None:
+def test_a_name_of_timms_is_hinted_at():
     with pytest.raises(UserError, match="for timm's, set timm:lamb"):
         make_optimizer(nn.Linear(2, 2), section(kind="lamb"))

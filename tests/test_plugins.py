@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import tiny
 from safetensors.torch import load_file
-from tiny import Farm, Outcome
 
 from tetdist import plugins
 from tetdist.apps.cli import eval as evaluation
@@ -42,7 +41,6 @@ USES: dict[str, dict[str, Any]] = {
     },
 }
 LOOPS = ("loop_torch.py", "loop_accelerate.py", "loop_lightning.py")
-Main = Callable[..., Outcome]
 ConfigWriter = Callable[..., Path]
 
 
@@ -60,14 +58,12 @@ def write(tiny_config: ConfigWriter, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_every_file_of_the_page_is_tried() -> None:
+def test_every_file_of_the_page_is_tried():
     assert FILES.keys() == {*USES, *LOOPS, "own_parts.py"}
 
 
 @pytest.mark.parametrize("name", USES)
-def test_file_of_the_page_trains_on_two_processes_as_on_one(
-    farm: Farm, write: Callable[..., Path], tmp_path: Path, name: str
-) -> None:
+def test_file_of_the_page_trains_on_two_processes_as_on_one(farm, write, tmp_path, name):
     steps = {"max_steps": 2} if name == "my_spikingjelly.py" else {}
     file = write(
         name, changes={"phases.0.epochs": 1, "precision": "fp64", "engine": "torch"} | steps
@@ -89,9 +85,7 @@ def test_file_of_the_page_trains_on_two_processes_as_on_one(
 
 
 @pytest.mark.parametrize("script", LOOPS)
-def test_own_loop_is_the_trainers(
-    main: Main, tiny_config: ConfigWriter, tmp_path: Path, script: str
-) -> None:
+def test_own_loop_is_the_trainers(main, tiny_config, tmp_path, script):
     """On two processes; that in plain torch has been stopped on one."""
     optimizer = {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0}
     phase = {"epochs": 1, "timesteps": 2, "schedule": "constant", "optimizer": optimizer}
@@ -122,9 +116,7 @@ def test_own_loop_is_the_trainers(
     assert json.loads((tmp_path / "found.json").read_text())["samples"] == sum(tiny.VAL_SIZES)
 
 
-def test_all_at_once_stopped_and_continued(
-    farm: Farm, write: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_all_at_once_stopped_and_continued(farm, write, tmp_path):
     names = ["my_snn.py", "my_neuron.py", "my_loss.py", "my_transform.py", "my_tracker.py"]
     file = write(*names, changes={"save.every_steps": 2})
     assert farm(file, "name=straight").status == 0
@@ -139,7 +131,7 @@ def test_all_at_once_stopped_and_continued(
     assert b"stem.neuron.learned.logit" in learnt.read_bytes()
 
 
-def test_a_changed_file_is_named(main: Main, write: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_changed_file_is_named(main, write, tmp_path):
     file = write("my_loss.py", changes={"phases.0.epochs": 1})
     assert main(file).status == 0
     (tmp_path / "my_loss.py").write_text(FILES["my_loss.py"] + "\n# changed\n")
@@ -158,9 +150,7 @@ def test_a_changed_file_is_named(main: Main, write: Callable[..., Path], tmp_pat
     assert "more.py was not imported" in more.text
 
 
-def test_what_becomes_of_a_file_during_training_does_not_matter(
-    farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
+def test_what_becomes_of_a_file_during_training_does_not_matter(farm, tiny_config, tmp_path):
     """The file removes itself when its loss is first asked for; the run saves and finishes."""
     (tmp_path / "gone.py").write_text(
         "from pathlib import Path\nfrom tetdist.losses import register_loss, tet_loss\n"
@@ -175,7 +165,7 @@ def test_what_becomes_of_a_file_during_training_does_not_matter(
     assert (tmp_path / "runs/tiny/imports/gone.py").is_file()
 
 
-def test_import_on_the_command_line(farm: Farm, tiny_config: ConfigWriter, tmp_path: Path) -> None:
+def test_import_on_the_command_line(farm, tiny_config, tmp_path):
     (tmp_path / "my_loss.py").write_text(FILES["my_loss.py"])
     file = tiny_config({"phases.0.epochs": 1})
     missing = farm(file, "loss.kind=late")
@@ -185,12 +175,7 @@ def test_import_on_the_command_line(farm: Farm, tiny_config: ConfigWriter, tmp_p
     assert farm(file, "loss.kind=late", "--import", str(tmp_path / "my_loss.py")).status == 0
 
 
-def test_a_checkpoint_asks_for_its_files_and_imports_none(
-    main: Main,
-    write: Callable[..., Path],
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_a_checkpoint_asks_for_its_files_and_imports_none(main, write, tmp_path, capfd):
     file = write("my_snn.py", changes={"phases.0.epochs": 1, "precision": "fp32"})
     assert main(file).status == 0
     run = tmp_path / "runs/tiny"
@@ -215,8 +200,8 @@ def test_a_checkpoint_asks_for_its_files_and_imports_none(
 
 
 def test_network_that_mixes_samples_is_neither_trained_nor_evaluated_nor_exported(
-    main: Main, write: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+    main, write, tmp_path, capfd
+):
     changes = {"phases.0.epochs": 1, "precision": "fp32", "model.name": "toy"}
     file = write("my_plain.py", changes=changes)
     source = tmp_path / "my_plain.py"
@@ -240,9 +225,7 @@ def test_network_that_mixes_samples_is_neither_trained_nor_evaluated_nor_exporte
     assert use("mixing") == (0, 0)
 
 
-def test_network_that_mixes_only_with_trained_weights_is_refused(
-    main: Main, write: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_network_that_mixes_only_with_trained_weights_is_refused(main, write, tmp_path, capfd):
     """A buffer of the weights switches the mixing on."""
     changes = {"phases.0.epochs": 1, "precision": "fp32", "model.name": "toy"}
     file = write("my_plain.py", changes=changes)
@@ -287,7 +270,7 @@ def test_network_that_mixes_only_with_trained_weights_is_refused(
         ),
     ],
 )
-def test_a_bad_file_is_one_sentence(tmp_path: Path, text: str, expected: str) -> None:
+def test_a_bad_file_is_one_sentence(tmp_path, text, expected):
     import timm
 
     before = timm.model_entrypoint("resnet18")
@@ -298,7 +281,7 @@ def test_a_bad_file_is_one_sentence(tmp_path: Path, text: str, expected: str) ->
     assert f"{plugins.PACKAGE}.bad" not in sys.modules
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_are_none(tmp_path):
     os.mkfifo(tmp_path / "pipe.py")
     with pytest.raises(UserError, match=r"pipe.py cannot be read \(It is a pipe, a device"):
         import_files([tmp_path / "pipe.py"])
@@ -313,7 +296,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         import_files([tmp_path / "a/same.py", tmp_path / "b/same.py"])
 
 
-def test_one_file_may_use_another(tmp_path: Path) -> None:
+def test_one_file_may_use_another(tmp_path):
     (tmp_path / "helpers.py").write_text("answer = 42\n")
     (tmp_path / "uses.py").write_text("from tetdist_imports.helpers import answer\n")
     import_files([tmp_path / "helpers.py", tmp_path / "uses.py"])
@@ -396,13 +379,8 @@ def test_one_file_may_use_another(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_that_shows_later_is_one_sentence(
-    main: Main,
-    tiny_config: ConfigWriter,
-    tmp_path: Path,
-    text: str,
-    uses: dict[str, Any],
-    expected: str,
-) -> None:
+    main, tiny_config, tmp_path, text, uses, expected
+):
     (tmp_path / "bad.py").write_text(text)
     outcome = main(tiny_config({"imports": ["bad.py"]} | uses))
     assert outcome.status == 2, outcome.text
@@ -410,7 +388,7 @@ def test_a_mistake_that_shows_later_is_one_sentence(
 
 
 @pytest.mark.long
-def test_every_optimiser_of_timm_steps_or_is_refused() -> None:
+def test_every_optimiser_of_timm_steps_or_is_refused():
     """And changes nothing when `found_inf` is set."""
     import torch
     from timm.optim import list_optimizers
@@ -443,7 +421,7 @@ def test_every_optimiser_of_timm_steps_or_is_refused() -> None:
     assert {"sgd", "adam", "adamw", "adagrad", "adopt", "lamb", "lion", "muon"} <= set(stepped)
 
 
-def test_optimiser_that_is_none(main: Main, tiny_config: ConfigWriter) -> None:
+def test_optimiser_that_is_none(main, tiny_config):
     for kind, message in (
         ("timm:adma", "timm has no optimiser 'adma'"),
         ("adma", "there is no optimiser 'adma'; did you mean adam"),

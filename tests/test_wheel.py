@@ -40,7 +40,7 @@ def tracked(*places: str) -> list[str]:
     return [file for file in listed.split("\0") if file and (tiny.PROJECT / file).is_file()]
 
 
-def test_constraints_are_within_the_ranges() -> None:
+def test_constraints_are_within_the_ranges():
     """CI installs constraints.txt; `make constraints` renews it after a change of a range."""
     lines = (tiny.PROJECT / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
@@ -73,7 +73,7 @@ def tetdist(installed: Path, cwd: Path, *arguments: object, status: int = 0) -> 
     return output
 
 
-def test_everything_is_in_it(installed: Path) -> None:
+def test_everything_is_in_it(installed):
     wanted = {
         f"tetdist/{file}" if file.startswith("configs/") else file for file in tracked(*FILES)
     }
@@ -81,7 +81,7 @@ def test_everything_is_in_it(installed: Path) -> None:
     assert {file for file in found if ".dist-info/" not in file} == wanted
 
 
-def test_commands_answer_without_a_checkout(installed: Path, tmp_path: Path) -> None:
+def test_commands_answer_without_a_checkout(installed, tmp_path):
     from tetdist_command import COMMANDS
 
     assert set(COMMANDS) <= set(tetdist(installed, tmp_path, "--help").split())
@@ -96,7 +96,7 @@ def test_commands_answer_without_a_checkout(installed: Path, tmp_path: Path) -> 
     assert "there is no command 'evla'" in tetdist(installed, tmp_path, "evla", status=2)
 
 
-def test_a_run_without_a_checkout(installed: Path, tmp_path: Path, tiny_root: Path) -> None:
+def test_a_run_without_a_checkout(installed, tmp_path, tiny_root):
     shown = tetdist(
         installed, tmp_path, "train", "--config", "sew34_t4", "--print-config", "data.root=x"
     )
@@ -107,7 +107,7 @@ def test_a_run_without_a_checkout(installed: Path, tmp_path: Path, tiny_root: Pa
 
 
 @pytest.mark.long
-def test_a_job_without_a_checkout(installed: Path, tmp_path: Path, tiny_root: Path) -> None:
+def test_a_job_without_a_checkout(installed, tmp_path, tiny_root):
     """Planned, trained by the job's own launcher, evaluated: from the wheel's code and configs."""
     file = tiny.write_config(tmp_path / "tiny.yaml", tiny_root, {"engine": "torch", "max_steps": 2})
     planned = ("slurm", "--config", file, "--gpus-per-node", "0", "--dry-run")
@@ -121,7 +121,7 @@ def test_a_job_without_a_checkout(installed: Path, tmp_path: Path, tiny_root: Pa
     assert "tetdist eval: --data" in missing
 
 
-def test_importing_it_does_not_need_the_command(installed: Path, tmp_path: Path) -> None:
+def test_importing_it_does_not_need_the_command(installed, tmp_path):
     # Only torch and timm are needed, also for a trained network.
     code = (
         "import sys; sys.modules |= dict.fromkeys(['pydantic', 'deepspeed', 'mlflow', 'psutil'])\n"

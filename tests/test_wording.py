@@ -16,11 +16,11 @@ from tetdist.wording import are, counted, duration
         (1234567, "image", "1,234,567 images"),
     ],
 )
-def test_one_is_singular(number: int, thing: str, expected: str) -> None:
+def test_one_is_singular(number, thing, expected):
     assert counted(number, thing) == expected
 
 
-def test_one_thing_is_and_others_are() -> None:
+def test_one_thing_is_and_others_are():
     assert [are(0), are(1), are(2)] == ["are", "is", "are"]
 
 
@@ -38,5 +38,5 @@ def test_one_thing_is_and_others_are() -> None:
         (86_400 + 59, "1 d"),
     ],
 )
-def test_a_time_has_its_two_largest_units(seconds: float, expected: str) -> None:
+def test_a_time_has_its_two_largest_units(seconds, expected):
     assert duration(seconds) == expected

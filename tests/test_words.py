@@ -75,7 +75,7 @@ ROOMS = ("tetdist", "tools", "launch", "docs/make")
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_docstrings_and_help_texts_begin_with_a_verb_or_a_noun(room: str) -> None:
+def test_docstrings_and_help_texts_begin_with_a_verb_or_a_noun(room):
     leaning = [
         f"{name}: {text.splitlines()[0]}"
         for name, file in sources(room)
@@ -92,7 +92,7 @@ def test_docstrings_and_help_texts_begin_with_a_verb_or_a_noun(room: str) -> Non
     assert not leaning, "\n".join(leaning)
 
 
-def test_entries_and_help_texts_are_found(tmp_path: Path) -> None:
+def test_entries_and_help_texts_are_found(tmp_path):
     docstring = """Make a thing.
 
     Args:
@@ -111,7 +111,7 @@ def test_entries_and_help_texts_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_sources_have_the_words_of_the_field(room: str) -> None:
+def test_sources_have_the_words_of_the_field(room):
     found = []
     for name, file in sources(room):
         with tokenize.open(file) as lines:
@@ -122,14 +122,14 @@ def test_sources_have_the_words_of_the_field(room: str) -> None:
     assert not found, "\n".join(found)
 
 
-def test_texts_of_keys_begin_with_a_verb_or_a_noun() -> None:
+def test_texts_of_keys_begin_with_a_verb_or_a_noun():
     texts = {key: documented.meaning for key, documented in documented_keys().items()}
     # Before it a key says for which kinds of neurons it is.
     alone = {key: text.rpartition(" only) ")[2] for key, text in texts.items() if text}
     assert [key for key, text in alone.items() if leans(text)] == []
 
 
-def test_docs_have_headings_of_nouns_and_the_words_of_the_field() -> None:
+def test_docs_have_headings_of_nouns_and_the_words_of_the_field():
     # Studies write docs/results.md.
     pages = [page for page in (tiny.PROJECT / "docs").rglob("*.md") if page.name != "results.md"]
     found = [

@@ -75,9 +75,7 @@ def speed_that_the_plan_reads(file: Path) -> Speed | str:
         ),
     ],
 )
-def test_a_step_of_a_stream_beside_other_ways(
-    arguments: str, peers: list[str], tmp_path: Path
-) -> None:
+def test_a_step_of_a_stream_beside_other_ways(arguments, peers, tmp_path):
     """A step costs what a pass at T = 1 does, and not what the whole pass does."""
     found, out = bench(tmp_path, f"stream {arguments} --threads 1 --repeats 9")
     ratios = {row["name"]: row["ratio"] for row in found["rows"]}
@@ -90,7 +88,7 @@ def test_a_step_of_a_stream_beside_other_ways(
     assert found["threads"] == 1
 
 
-def test_a_batch_that_decided_samples_leave(tmp_path: Path) -> None:
+def test_a_batch_that_decided_samples_leave(tmp_path):
     """It takes less time than the whole pass of all samples does."""
     stream = "stream --model spiking_convnet_dvs --timesteps 10 --batch 16 --exits 1.75"
     found, out = bench(tmp_path, f"{stream} --threads 1 --repeats 5")
@@ -100,7 +98,7 @@ def test_a_batch_that_decided_samples_leave(tmp_path: Path) -> None:
     assert "stream with exits" in out
 
 
-def test_samples_leave_after_the_mean_of_timesteps() -> None:
+def test_samples_leave_after_the_mean_of_timesteps():
     assert survivors(64, 10, 1.75) == [64, 27, 12, 5, 2, 1]
     assert survivors(64, 4, 4.0) == [64] * 4
     assert survivors(64, 4, 1.0) == [64]
@@ -108,7 +106,7 @@ def test_samples_leave_after_the_mean_of_timesteps() -> None:
 
 
 @pytest.mark.long
-def test_a_step_is_timed_against_others(tmp_path: Path) -> None:
+def test_a_step_is_timed_against_others(tmp_path):
     small = "--model sew_resnet18 --size 64 --timesteps 2 --batch 2 --repeats 3"
     result, out = bench(tmp_path, f"model {small} --modes none,timesteps --spikingjelly eager")
     names = [row["name"] for row in result["rows"]]
@@ -125,7 +123,7 @@ def test_a_step_is_timed_against_others(tmp_path: Path) -> None:
     assert speed == Speed(result["rows"][1]["images_per_s"], timesteps=2, source="measured")
 
 
-def test_ratios_are_taken_round_by_round() -> None:
+def test_ratios_are_taken_round_by_round():
     """Something slows all contestants down in the second round."""
     seconds = {"relu": [1.0, 8.0, 2.0], "own": [2.0, 8.0, 8.0]}
     row = benchmark._row("own", seconds, argparse.Namespace(batch=4), 1.0)
@@ -136,9 +134,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert (found["images_per_s"], found["fastest"], found["of_dali"]) == (200, 200, 2)
 
 
-def test_several_processes_are_as_efficient_as_one_is_faster(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_several_processes_are_as_efficient_as_one_is_faster(monkeypatch):
     """Steps of 1 s alone, of 2 s side by side, and of 4 s together."""
     groups = contextlib.nullcontext((["a", "b"], ["c", "d"]))
     monkeypatch.setattr(scaling, "processes", lambda _: groups)
@@ -152,7 +148,7 @@ def test_several_processes_are_as_efficient_as_one_is_faster(
     assert (result["images_per_s"], result["processes"]) == (4, 2)
 
 
-def test_bytes_are_kept_once_and_parameters_not_at_all() -> None:
+def test_bytes_are_kept_once_and_parameters_not_at_all():
     model, x = torch.nn.Linear(3, 5), torch.ones(7, 3, requires_grad=True)
     saved = benchmark.SavedBytes(model)
     with saved.counting():
@@ -163,7 +159,7 @@ def test_bytes_are_kept_once_and_parameters_not_at_all() -> None:
 
 
 @pytest.mark.long
-def test_an_evaluation_is_timed(tmp_path: Path) -> None:
+def test_an_evaluation_is_timed(tmp_path):
     result, out = bench(
         tmp_path,
         "model --model vggsnn --timesteps 2 --batch 1 --evaluate --repeats 1 --precision bf16",
@@ -176,7 +172,7 @@ def test_an_evaluation_is_timed(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_memory_is_what_the_documentation_promises(tmp_path: Path, precision: str) -> None:
+def test_memory_is_what_the_documentation_promises(tmp_path, precision):
     result, _ = bench(
         tmp_path, f"memory --model sew_resnet34 --size 64 --timesteps 2,4 --precision {precision}"
     )
@@ -188,7 +184,7 @@ def test_memory_is_what_the_documentation_promises(tmp_path: Path, precision: st
     assert held["tetdist, none", 4] < 2 * held["tetdist, none", 2]
 
 
-def test_a_model_without_a_relu_network_stands_alone(tmp_path: Path) -> None:
+def test_a_model_without_a_relu_network_stands_alone(tmp_path):
     file = tmp_path / "result.json"
     command = "memory --model spiking_convnet --timesteps 2 --json"
     assert main([*command.split(), str(file)]) == 0
@@ -198,7 +194,7 @@ def test_a_model_without_a_relu_network_stands_alone(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])
-def test_processes_are_timed_alone_apart_and_together(tmp_path: Path, engine: str) -> None:
+def test_processes_are_timed_alone_apart_and_together(tmp_path, engine):
     result, out = bench(
         tmp_path, f"scaling --model spiking_convnet --engine {engine} --repeats 2 --accumulation 3"
     )
@@ -230,9 +226,7 @@ def test_processes_are_timed_alone_apart_and_together(tmp_path: Path, engine: st
         (["model", "--json", "no/such/folder/x.json"], "--json"),
     ],
 )
-def test_wrong_flags_are_named_at_once(
-    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_flags_are_named_at_once(arguments, expected, capsys):
     try:
         status = main(arguments)
     except SystemExit as ended:
@@ -241,13 +235,11 @@ def test_wrong_flags_are_named_at_once(
     assert expected in capsys.readouterr().err
 
 
-def test_33_pixels_are_enough_for_imagenets_networks() -> None:
+def test_33_pixels_are_enough_for_imagenets_networks():
     assert problem_of(parse_arguments(["memory", "--size", "33"])) is None
 
 
-def test_the_report_is_made_and_goes_on_after_a_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_report_is_made_and_goes_on_after_a_stop(tmp_path, monkeypatch):
     """Of the results that the project has: its page, and after a stop what is missing alone."""
     recorded = json.loads((tiny.PROJECT / "docs/performance/results.json").read_text())
     measured: list[str] = []
@@ -278,9 +270,7 @@ def test_the_report_is_made_and_goes_on_after_a_stop(
         assert f"performance/{figure}" in text
 
 
-def test_readmes_figure_shows_the_numbers_that_are_in_the_project(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_readmes_figure_shows_the_numbers_that_are_in_the_project(monkeypatch, capsys):
     drawn: list[Any] = []
     monkeypatch.setattr(style, "save", lambda figure, _: drawn.append(figure))
     draw = runpy.run_path(str(README_FIGURE))["main"]
@@ -311,7 +301,7 @@ def test_readmes_figure_shows_the_numbers_that_are_in_the_project(
 
 
 @pytest.mark.long
-def test_batches_are_timed_against_other_pipelines(tmp_path: Path) -> None:
+def test_batches_are_timed_against_other_pipelines(tmp_path):
     result, out = bench(
         tmp_path, "data --images 48 --size 32 --batch 8 --batches 2 --repeats 2 --epochs 2"
     )
@@ -328,7 +318,7 @@ def test_batches_are_timed_against_other_pipelines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["qkformer_10_384", "sdt_8_384", "maxformer_10_384", "espikeformer_s"]
 )
-def test_transformers_of_spikingjellys_neurons_are_ours(name: str) -> None:
+def test_transformers_of_spikingjellys_neurons_are_ours(name):
     """With the same weights in the same order, in a small size: logits at every timestep."""
     from spikingjelly.activation_based import functional
 
@@ -369,7 +359,7 @@ def test_transformers_of_spikingjellys_neurons_are_ours(name: str) -> None:
         torch.testing.assert_close(theirs.double().eval()(x.expand(3, *x.shape)), expected)
 
 
-def test_whether_there_is_a_network_of_spikingjellys() -> None:
+def test_whether_there_is_a_network_of_spikingjellys():
     from tetdist.apps.benchmarks.contestants import has_spikingjelly_network
 
     found = {name for name in models.names() if has_spikingjelly_network(name)}

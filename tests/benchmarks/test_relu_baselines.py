@@ -18,7 +18,7 @@ def convolutions(model: nn.Module) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.parametrize("name", models.names())
-def test_a_baseline_has_the_same_convolutions(name: str) -> None:
+def test_a_baseline_has_the_same_convolutions(name):
     with torch.device("meta"):
         baseline, model = relu_baseline(name), timm.create_model(name)
         if "resnet" not in name and name != "vggsnn":

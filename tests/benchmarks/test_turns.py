@@ -32,16 +32,14 @@ class Pretended:
         self.alive.remove(self)
 
 
-def test_ours_waits_as_its_commands_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ours_waits_as_its_commands_do(monkeypatch):
     monkeypatch.setattr(turns, "TimedProcess", Pretended)
     with turns.contestants(["tetdist, none"], argparse.Namespace()) as found:
         assert [one.waiting for one in found.values()] == ["asleep"]
 
 
 @pytest.mark.parametrize(("spinning", "better"), [(1.0, "spinning"), (3.0, "asleep")])
-def test_the_better_way_of_waiting_competes(
-    monkeypatch: pytest.MonkeyPatch, spinning: float, better: str
-) -> None:
+def test_the_better_way_of_waiting_competes(monkeypatch, spinning, better):
     monkeypatch.setattr(turns, "TimedProcess", Pretended)
     monkeypatch.setattr(Pretended, "spinning", spinning)
     with turns.contestants(["one", "other"], argparse.Namespace()) as found:

@@ -48,11 +48,11 @@ def here(alone: World, tmp_path: Path) -> Machine:
     return Machine(alone, small=True, folder=tmp_path)
 
 
-def test_the_command_knows_all_checks() -> None:
+def test_the_command_knows_all_checks():
     assert tuple(CHECKS) == check_gpu.NAMES
 
 
-def test_the_quick_checks_pass_here(tmp_path: Path, call: Callable[..., tuple[int, str]]) -> None:
+def test_the_quick_checks_pass_here(tmp_path, call):
     file = tmp_path / "found.json"
     names = "versions,numerics,graphs,links,pixels"
     status, output = call("check_gpu", "--device", "cpu", "--only", names, "--json", file)
@@ -70,7 +70,7 @@ def test_the_quick_checks_pass_here(tmp_path: Path, call: Callable[..., tuple[in
 
 @pytest.mark.long
 @pytest.mark.timeout(1000)  # The machine may be busy: alone it takes less than a minute.
-def test_all_checks_pass_here_on_two_processes(tmp_path: Path) -> None:
+def test_all_checks_pass_here_on_two_processes(tmp_path):
     file = tmp_path / "found.json"
     command = tiny.launched(2, tiny.PROJECT / "tools" / "check_gpu.py", "--device", "cpu")
     status, output = tiny.execute([*command, "--json", str(file)], tmp_path, timeout=900)
@@ -91,7 +91,7 @@ def test_all_checks_pass_here_on_two_processes(tmp_path: Path) -> None:
     assert found["images_per_s"] == 2 * min(one["images_per_s"] for one in by_rank)
 
 
-def test_the_plan_and_the_document_read_what_is_written(here: Machine, tmp_path: Path) -> None:
+def test_the_plan_and_the_document_read_what_is_written(here, tmp_path):
     rates = {"images_per_s": 2000.0, "ratio": 0.5, "peak_mib": 2048.0}
     relu = {"images_per_s": 1000.0, "ratio": 1.0, "peak_mib": None}
     numbers = {
@@ -117,7 +117,7 @@ def test_the_plan_and_the_document_read_what_is_written(here: Machine, tmp_path:
     assert "| rates | ok | fast |" in text
 
 
-def test_a_fault_is_reported_with_its_remedy(here: Machine) -> None:
+def test_a_fault_is_reported_with_its_remedy(here):
     def broken(_: Machine) -> Finding:
         raise RuntimeError("CUDA error: an illegal memory access\nmore")
 
@@ -137,9 +137,7 @@ def test_a_fault_is_reported_with_its_remedy(here: Machine) -> None:
     assert "Traceback" in report.as_dict()["checks"]["second"]["traceback"]
 
 
-def test_kernels_that_do_not_work_are_not_called_equal(
-    here: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_that_do_not_work_are_not_called_equal(here, monkeypatch):
     """Without them both would be the definition."""
     monkeypatch.setattr(numerics, "kernels_for", lambda *_, **__: None)
     found = numerics.check_numerics(here)
@@ -147,7 +145,7 @@ def test_kernels_that_do_not_work_are_not_called_equal(
     assert "do not work here" in found.text
 
 
-def test_rounding_alone_is_not_called_wrong(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_alone_is_not_called_wrong(here, monkeypatch):
     """Half of the limits, with other inputs than those of the check."""
     halves = {dtype: limit / 2 for dtype, limit in numerics.LAYER_LIMITS.items()}
     monkeypatch.setattr(numerics, "LAYER_LIMITS", halves)
@@ -161,7 +159,7 @@ def test_rounding_alone_is_not_called_wrong(here: Machine, monkeypatch: pytest.M
         assert found[1] is None, (case, found)
 
 
-def test_all_pairs_are_tried() -> None:
+def test_all_pairs_are_tried():
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     found = numerics.cases(dtypes)
     assert len(found) < 70
@@ -175,9 +173,7 @@ def test_all_pairs_are_tried() -> None:
 
 
 @pytest.mark.parametrize("place", ["spikes", "network", "gradient of x", None])
-def test_a_single_nan_is_called_wrong(
-    here: Machine, monkeypatch: pytest.MonkeyPatch, place: str | None
-) -> None:
+def test_a_single_nan_is_called_wrong(here, monkeypatch, place):
     def nan_at(name: str) -> float:
         return math.nan if place == name else 0.0
 
@@ -189,7 +185,7 @@ def test_a_single_nan_is_called_wrong(
     assert numerics.check_numerics(here).status == ("ok" if place is None else "bad")
 
 
-def test_every_way_to_wait_for_the_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_to_wait_for_the_device_is_refused(monkeypatch):
     modes: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     ways = {
@@ -219,7 +215,7 @@ class _Decoded:
     def __exit__(self, *_: object) -> None: ...
 
 
-def test_every_gpu_decodes_every_image(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_gpu_decodes_every_image(here, monkeypatch):
     """Of a hundred images in batches of 25 ranks 4 to 7 would get none, and nothing is not bad."""
     worlds: list[World] = []
 
@@ -241,8 +237,8 @@ def test_every_gpu_decodes_every_image(here: Machine, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(("trained", "status"), [(1e12, "bad"), (1e-12, "ok")])
 def test_images_that_come_slower_than_they_are_trained_on_are_bad(
-    here: Machine, monkeypatch: pytest.MonkeyPatch, trained: float, status: str
-) -> None:
+    here, monkeypatch, trained, status
+):
     """Of each process for itself, which has an index of its own."""
     worlds: list[World] = []
 
@@ -261,9 +257,7 @@ def test_images_that_come_slower_than_they_are_trained_on_are_bad(
     assert [(world.rank, world.world_size) for world in worlds] == [(0, 1)]
 
 
-def test_one_contestant_that_does_not_fit_takes_no_row_away(
-    here: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_contestant_that_does_not_fit_takes_no_row_away(here, monkeypatch):
     """With sizes of memory of 10 for all, of which the batches take so much each."""
     monkeypatch.setattr(rates, "judge", lambda *_: None)
     needs = {rates.RELU: 1, rates.OWN: 2, rates.PEER: 3}
@@ -299,7 +293,7 @@ def test_one_contestant_that_does_not_fit_takes_no_row_away(
     assert found.text.startswith("b=32: out of memory; ")
 
 
-def test_runs_that_take_long_are_ended(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_take_long_are_ended(here, monkeypatch):
     """Each has less time than a check may stand still."""
     monkeypatch.setattr(Machine, "limit", 20.1)
     file = here.folder / "check.yaml"
@@ -347,7 +341,7 @@ INSTALLED = {
 }
 
 
-def test_versions_that_suit_each_other(on_gpu: Machine) -> None:
+def test_versions_that_suit_each_other(on_gpu):
     found = versions.check_versions(on_gpu)
     assert found.status == "ok", found
     assert found.text.startswith("NVIDIA H100, driver 580.95.05, torch ")
@@ -373,12 +367,8 @@ def test_versions_that_suit_each_other(on_gpu: Machine) -> None:
     ],
 )
 def test_a_version_that_does_not_fit_comes_with_a_command(
-    on_gpu: Machine,
-    monkeypatch: pytest.MonkeyPatch,
-    changes: dict[str, list[str]],
-    text: str,
-    remedy: str,
-) -> None:
+    on_gpu, monkeypatch, changes, text, remedy
+):
     for package, installed in changes.items():
         monkeypatch.setitem(INSTALLED, package, installed)
     found = versions.check_versions(on_gpu)
@@ -387,7 +377,7 @@ def test_a_version_that_does_not_fit_comes_with_a_command(
     assert remedy in str(found.remedy)
 
 
-def test_what_triton_builds_with_is_looked_for(on_gpu: Machine) -> None:
+def test_what_triton_builds_with_is_looked_for(on_gpu):
     (on_gpu.folder / "Python.h").unlink()
     assert versions.check_versions(on_gpu).remedy == "apt-get install python3-dev"
     for name in ("gcc", "clang"):
@@ -395,18 +385,14 @@ def test_what_triton_builds_with_is_looked_for(on_gpu: Machine) -> None:
     assert versions.check_versions(on_gpu).remedy == "apt-get install gcc"
 
 
-def test_a_gpu_that_torch_is_not_built_for(
-    on_gpu: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_that_torch_is_not_built_for(on_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70", "sm_75"])
     found = versions.check_versions(on_gpu)
     assert "built for sm_70, sm_75, but this GPU is sm_90" in found.text
     assert "whl/cu130" in str(found.remedy)
 
 
-def test_a_machine_whose_gpu_torch_does_not_see_learns_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str]]
-) -> None:
+def test_a_machine_whose_gpu_torch_does_not_see_learns_what_to_install(tmp_path, monkeypatch, call):
     """A driver that is too old ends in a table and a file like any other finding."""
     smi = tmp_path / "nvidia-smi"
     smi.write_text(
@@ -430,7 +416,7 @@ def test_a_machine_whose_gpu_torch_does_not_see_learns_what_to_install(
 
 
 @pytest.mark.long
-def test_results_with_graphs_are_compared(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_with_graphs_are_compared(here, monkeypatch):
     """With what stands in for a graph on a CPU, and with two that go wrong."""
     monkeypatch.setattr(Machine, "on_gpu", True)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _mode: None)

@@ -20,7 +20,6 @@ import pytest
 import tiny
 import torch
 from kernel_runs import interpreted, needs_triton
-from tiny import Farm
 from torch import Tensor
 
 from tetdist.apps.check_gpu import check, layers, links, numerics, rates, remedies
@@ -143,12 +142,7 @@ def of_kind(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if "2^24" not in name])
-def test_numerics_sees_a_kernel_that_is_wrong_at(
-    here: Machine,
-    switch: Callable[[str | None], None],
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-) -> None:
+def test_numerics_sees_a_kernel_that_is_wrong_at(here, switch, monkeypatch, name):
     _, kind, common, *_ = KERNELS[name]
     if name == "more than 128 channels":  # as few as there are beside other kinds
         few = [case for case in layers.cases([torch.float32, torch.bfloat16]) if case.kind == kind]
@@ -171,9 +165,7 @@ def test_numerics_sees_a_kernel_that_is_wrong_at(
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_numerics_sees_a_kernel_that_is_wrong_beyond_2_24_numbers(
-    switch: Callable[[str | None], None], case: Case
-) -> None:
+def test_numerics_sees_a_kernel_that_is_wrong_beyond_2_24_numbers(switch, case):
     device = torch.device("cpu")
     native.norm_library()
     beyond, small = "more than 2^24 numbers", dataclasses.replace(case, batch=1, side=16)
@@ -189,9 +181,7 @@ def test_numerics_sees_a_kernel_that_is_wrong_beyond_2_24_numbers(
         assert (compared[1] is None) == is_right, compared
 
 
-def test_numerics_sees_attention_whose_gradients_are_exchanged(
-    here: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_numerics_sees_attention_whose_gradients_are_exchanged(here, monkeypatch):
     """In a layer, and in a network from end to end."""
     for product, network in (
         (products._LinearAttention, {}),
@@ -227,9 +217,7 @@ def test_numerics_sees_attention_whose_gradients_are_exchanged(
     ],
     ids=str,
 )
-def test_numerics_sees_a_kernel_of_gpus_that_is_wrong_in_float16(
-    monkeypatch: pytest.MonkeyPatch, case: Case, fault: dict[str, Any]
-) -> None:
+def test_numerics_sees_a_kernel_of_gpus_that_is_wrong_in_float16(monkeypatch, case, fault):
     """Triton's kernels are interpreted."""
     with interpreted():
         from tetdist.nn.fast import triton_kernels
@@ -248,7 +236,7 @@ def test_numerics_sees_a_kernel_of_gpus_that_is_wrong_in_float16(
 
 
 @pytest.mark.parametrize("case", ATTENDED, ids=str)
-def test_attention_of_a_gpu_is_served_by_its_kernel(case: Case) -> None:
+def test_attention_of_a_gpu_is_served_by_its_kernel(case):
     """Those that attend, with one factor for spikes and two for integers."""
     launched = []
     layer = layers.Layer(case, torch.Generator()).to("meta")
@@ -344,7 +332,7 @@ SAID = {
 }
 
 
-def test_steps_sees_averages_that_are_wrong(farm: Farm, tmp_path: Path) -> None:
+def test_steps_sees_averages_that_are_wrong(farm, tmp_path):
     both = farm.side_by_side(2, tiny.python("-c", AVERAGES), tmp_path)
     assert [status for status, _ in both] == [0, 0], both
     for _, output in both:
@@ -382,16 +370,8 @@ NVLINK = "GPU 0\n" + "".join(f"\t Link {number}: 26.562 GB/s\n" for number in ra
     ],
 )
 def test_links_sees_a_link_that_is_off_or_not_used(
-    here: Machine,
-    monkeypatch: pytest.MonkeyPatch,
-    gpu: str,
-    nvlink: str,
-    pcie: str,
-    gb_per_s: float,
-    status: str,
-    text: str,
-    remedy: str,
-) -> None:
+    here, monkeypatch, gpu, nvlink, pcie, gb_per_s, status, text, remedy
+):
     def nvidia_smi(*options: str) -> str:
         return nvlink if "nvlink" in options else pcie
 
@@ -429,15 +409,8 @@ computed_once = functools.cache(rates.computed_images_per_s)
     ],
 )
 def test_rates_sees_a_step_that_takes_too_long(
-    here: Machine,
-    monkeypatch: pytest.MonkeyPatch,
-    gpu: str,
-    own: float,
-    relu: float,
-    status: str,
-    words: str,
-    remedy: str,
-) -> None:
+    here, monkeypatch, gpu, own, relu, status, words, remedy
+):
     needs_triton()
     rows = [
         {"name": name, "images_per_s": rate, "ratio": relu / rate, "peak_mib": 1024.0}

@@ -20,13 +20,13 @@ def rates(images_per_s: float, **others: Any) -> Finding:
     return Finding("ok", f"{images_per_s} images/s", None, numbers, speed=images_per_s, same=others)
 
 
-def test_ranks_that_fail_are_named() -> None:
+def test_ranks_that_fail_are_named():
     fine, bad = Finding("ok", "x"), Finding("bad", "no link")
     result = Result("links", [fine, bad, fine, bad], 0.1)
     assert result.line().endswith("rank 1, 3: no link")
 
 
-def test_a_slow_gpu_among_others_is_bad() -> None:
+def test_a_slow_gpu_among_others_is_bad():
     speeds = [2000.0, 1990.0, 2010.0, 1700.0, 2005.0]
     result = Result("rates", compared([rates(speed) for speed in speeds]), 1.0)
     assert result.worst.status == "bad"
@@ -42,7 +42,7 @@ def test_a_slow_gpu_among_others_is_bad() -> None:
         assert [found.status for found in compared([rates(one) for one in speeds])] == statuses
 
 
-def test_gpus_of_one_kind_may_differ_a_little() -> None:
+def test_gpus_of_one_kind_may_differ_a_little():
     found = compared([rates(speed) for speed in (2000.0, 1850.0, 1990.0)])
     result = Result("rates", found, 1.0)
     assert result.worst.status == "ok"
@@ -50,12 +50,12 @@ def test_gpus_of_one_kind_may_differ_a_little() -> None:
     assert result.text.startswith("1850.0 images/s (slowest process 1850, fastest 2000)")
 
 
-def test_a_speed_that_is_no_number_is_bad() -> None:
+def test_a_speed_that_is_no_number_is_bad():
     found = compared([rates(2000.0), rates(float("nan")), rates(2000.0)])
     assert [one.status for one in found] == ["ok", "bad", "ok"]
 
 
-def test_a_process_with_another_version_is_bad() -> None:
+def test_a_process_with_another_version_is_bad():
     drivers = ("580.1", "570.2", "580.1")
     found = compared([rates(1.0, driver=driver) for driver in drivers])
     assert [one.status for one in found] == ["ok", "bad", "ok"]
@@ -64,7 +64,7 @@ def test_a_process_with_another_version_is_bad() -> None:
     assert without[1].text == "triton is None, but 3.4 on other processes"
 
 
-def test_all_processes_together_are_as_fast_as_the_slowest() -> None:
+def test_all_processes_together_are_as_fast_as_the_slowest():
     """What `slurm --benchmark` divides by their number."""
     report = Report({}, "cuda", 4, small=False)
     found = [rates(2000.0), rates(1900.0), rates(2000.0), rates(2000.0)]
@@ -76,7 +76,7 @@ def test_all_processes_together_are_as_fast_as_the_slowest() -> None:
     assert by_rank == [2000.0, 1900.0, 2000.0, 2000.0]
 
 
-def test_the_last_line_says_that_there_was_no_gpu() -> None:
+def test_the_last_line_says_that_there_was_no_gpu():
     report = Report(
         {}, "cpu", 1, small=True, results=[Result("versions", [Finding("ok", "x")], 1.0)]
     )
@@ -108,9 +108,7 @@ def test_the_last_line_says_that_there_was_no_gpu() -> None:
         (None, None, "whl/cu130"),
     ],
 )
-def test_a_torch_is_found_for_a_driver_and_a_gpu(
-    driver: int | None, gpu: tuple[int, int] | None, wanted: str
-) -> None:
+def test_a_torch_is_found_for_a_driver_and_a_gpu(driver, gpu, wanted):
     assert wanted in remedies.torch_for(driver, gpu)
 
 
@@ -126,7 +124,7 @@ def test_a_torch_is_found_for_a_driver_and_a_gpu(
         (RuntimeError("something else"), None),
     ],
 )
-def test_what_fails_for_a_known_reason_has_its_remedy(error: Exception, remedy: str | None) -> None:
+def test_what_fails_for_a_known_reason_has_its_remedy(error, remedy):
     found = remedies.of(error)
     assert found == remedy or (remedy is not None and remedy in str(found))
 
@@ -137,18 +135,14 @@ def put_smi(folder: Path, body: str) -> None:
     file.chmod(0o755)
 
 
-def test_an_older_gpu_than_torch_is_built_for_gets_a_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_older_gpu_than_torch_is_built_for_gets_a_command(tmp_path, monkeypatch):
     put_smi(tmp_path, 'print("570.86.15, 7.0\\n570.86.15, 7.0")')
     monkeypatch.setenv("PATH", str(tmp_path))
     found = remedies.of(RuntimeError("CUDA error: no kernel image is available for execution"))
     assert "whl/cu126" in str(found)
 
 
-def test_an_out_of_reach_driver_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_out_of_reach_driver_is_not_waited_for(tmp_path, monkeypatch):
     put_smi(tmp_path, "import threading; threading.Event().wait()")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(remedies, "SMI_TIMEOUT", 0.2)

@@ -5,7 +5,6 @@ import json
 import subprocess
 import time
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,7 @@ def metrics(top1: float, rate: float = 2300.0, wait: float = 1.0, steps: int = S
         ),
     ],
 )
-def test_an_epoch_is_judged_by_a_published_one_and_by_the_card(
-    lines: Any, status: str, text: str, remedy: str | None
-) -> None:
+def test_an_epoch_is_judged_by_a_published_one_and_by_the_card(lines, status, text, remedy):
     reference = find_reference("sew34")
     hour = Hour((), 256, STEPS, reference, None, 2400.0, 2, Path(), time.monotonic())
     found = first_hour.judged(hour, lines)
@@ -62,13 +59,8 @@ def test_an_epoch_is_judged_by_a_published_one_and_by_the_card(
 @pytest.mark.long
 @pytest.mark.parametrize(("seconds", "steps"), [(1e4, 5), (0.0, 2)])
 def test_as_much_is_trained_as_fits_into_the_hour(
-    tiny_root: Path,
-    tmp_path: Path,
-    call: Callable[..., tuple[int, str]],
-    monkeypatch: pytest.MonkeyPatch,
-    seconds: float,
-    steps: int,
-) -> None:
+    tiny_root, tmp_path, call, monkeypatch, seconds, steps
+):
     """Of 5 steps, of which 2 are taken first."""
     monkeypatch.setattr(first_hour, "HOUR", seconds)
     monkeypatch.setattr(first_hour, "FIRST_STEPS", 2)
@@ -86,12 +78,7 @@ def test_as_much_is_trained_as_fits_into_the_hour(
     assert len(list((run / "checkpoints").glob("step-*"))) == (2 if steps == 5 else 1)
 
 
-def test_what_fails_is_reported(
-    tiny_root: Path,
-    tmp_path: Path,
-    call: Callable[..., tuple[int, str]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_fails_is_reported(tiny_root, tmp_path, call, monkeypatch):
     """A mistake before the checks begin, and a training that fails as a finding; until the training
     ends, the file says that it was not reached."""
     command = ["--device", "cpu", "--only", "versions"]

@@ -2,8 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import tiny
@@ -14,7 +12,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.timeout(900)  # The checks take ten minutes at most, and end by themselves.
-def test_all_checks_pass(tmp_path: Path, call: Callable[..., tuple[int, str]]) -> None:
+def test_all_checks_pass(tmp_path, call):
     file = tmp_path / "found.json"
     status, output = call("check_gpu", "--device", "cuda", "--json", file)
     assert status == 0, output
@@ -24,7 +22,7 @@ def test_all_checks_pass(tmp_path: Path, call: Callable[..., tuple[int, str]]) -
     assert sum(one["seconds"] for one in found["checks"].values()) < 600
 
 
-def test_a_run_is_the_same_with_graphs(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_is_the_same_with_graphs(tiny_config, tmp_path):
     """With mixing, clipping, and images that grow, so that a second graph is captured."""
     optimizer = {"kind": "sgd", "lr": 0.05, "momentum": 0.9}
     phase = {"epochs": 2, "timesteps": 2, "image_size": 32, "final_image_size": 64}
@@ -51,7 +49,7 @@ def test_a_run_is_the_same_with_graphs(tiny_config: Callable[..., Path], tmp_pat
     tiny.assert_same_run(tmp_path / "runs/plain", tmp_path / "runs/graphs")
 
 
-def test_a_run_trains_and_evaluates(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_trains_and_evaluates(tiny_config, tmp_path):
     """DeepSpeed's engine on the GPU, fused kernels, data from a process of its own."""
     changes = {"execution": "fused", "precision": "bf16", "device": "cuda", "data.mixup": 0.2}
     command = tiny.python(tiny.TRAIN, "--config", tiny_config(changes))

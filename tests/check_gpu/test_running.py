@@ -7,13 +7,12 @@ import os
 import signal
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-from tiny import Farm
 
 from tetdist.apps.check_gpu import remedies, run
 from tetdist.apps.check_gpu.check import Check, Finding, Machine, Report
@@ -65,9 +64,7 @@ def temporary(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_rank_that_fails_in_a_collective_keeps_nobody_waiting(
-    farm: Farm, tmp_path: Path, temporary: Path
-) -> None:
+def test_a_rank_that_fails_in_a_collective_keeps_nobody_waiting(farm, tmp_path, temporary):
     file = tmp_path / "found.json"
     both = farm.side_by_side(2, tiny.python("-c", COMMAND, file, temporary, "none"), tmp_path)
     assert [status for status, _ in both] == [1, 1], both
@@ -84,7 +81,7 @@ def test_a_rank_that_fails_in_a_collective_keeps_nobody_waiting(
     assert list(temporary.iterdir()) == []
 
 
-def test_a_rank_that_dies_is_a_finding(farm: Farm, tmp_path: Path, temporary: Path) -> None:
+def test_a_rank_that_dies_is_a_finding(farm, tmp_path, temporary):
     file = tmp_path / "found.json"
     both = farm.side_by_side(2, tiny.python("-c", COMMAND, file, temporary, 0), tmp_path)
     assert [status for status, _ in both] == [7, 3], both
@@ -104,9 +101,7 @@ def test_a_rank_that_dies_is_a_finding(farm: Farm, tmp_path: Path, temporary: Pa
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_the_findings_and_no_folder(
-    tmp_path: Path, temporary: Path, number: signal.Signals
-) -> None:
+def test_a_signal_leaves_the_findings_and_no_folder(tmp_path, temporary, number):
     """Also while a check waits where Python cannot be interrupted."""
     file = tmp_path / "found.json"
 
@@ -139,9 +134,7 @@ def hanging() -> Iterator[Check]:
     awaited.set()
 
 
-def test_a_check_that_hangs_ends_at_its_limit(
-    here: Machine, hanging: Check, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_check_that_hangs_ends_at_its_limit(here, hanging, monkeypatch):
     monkeypatch.setattr(Machine, "limit", 0.3)
     kept: list[list[str]] = []
 
@@ -157,9 +150,7 @@ def test_a_check_that_hangs_ends_at_its_limit(
     assert kept == [["resume", "last"], ["last"]]
 
 
-def test_a_check_that_moves_has_time_until_all_checks_have_to_end(
-    here: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_check_that_moves_has_time_until_all_checks_have_to_end(here, monkeypatch):
     """As on a busy machine, where all is slow, and nothing hangs."""
     ended = threading.Event()
 
@@ -183,18 +174,14 @@ def test_a_check_that_moves_has_time_until_all_checks_have_to_end(
     assert busy.endswith(alone)
 
 
-def test_a_check_that_ends_while_it_is_looked_at_has_its_finding(
-    here: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_check_that_ends_while_it_is_looked_at_has_its_finding(here, monkeypatch):
     task = run._Task(fine, here)
     monkeypatch.setattr(task, "is_alive", lambda: task.run() is not None)
     state = task.state()
     assert (state["busy"], state["finding"]["text"]) == (False, "7 of 7")
 
 
-def test_the_process_that_is_elsewhere_is_to_blame(
-    here: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_process_that_is_elsewhere_is_to_blame(here, monkeypatch):
     """Of three that are late; the two at one place wait for the third."""
     states = {
         f"links {rank}": {"busy": True, "where": "aba"[rank], "still": 5.0} for rank in range(3)
@@ -207,7 +194,7 @@ def test_the_process_that_is_elsewhere_is_to_blame(
     assert [found.status for found in verdict[0]] == ["left out", "bad", "left out"]
 
 
-def test_a_check_that_would_end_the_program_does_not(here: Machine) -> None:
+def test_a_check_that_would_end_the_program_does_not(here):
     def ending(_: Machine) -> Finding:
         raise SystemExit("error: a process of the benchmark ended (1)")
 
@@ -216,7 +203,7 @@ def test_a_check_that_would_end_the_program_does_not(here: Machine) -> None:
     assert "a process of the benchmark ended" in report.results[0].worst.text
 
 
-def test_no_thread_is_left(here: Machine) -> None:
+def test_no_thread_is_left(here):
     before = threading.active_count()
     assert not run_checks({"fine": fine}, here).hangs
     assert threading.active_count() == before
@@ -226,9 +213,7 @@ def fine(_: Machine) -> Finding:
     return Finding("ok", "7 of 7")
 
 
-def test_a_file_that_cannot_be_written_is_reported_before_anything_is_checked(
-    tmp_path: Path, call: Callable[..., tuple[int, str]]
-) -> None:
+def test_a_file_that_cannot_be_written_is_reported_before_anything_is_checked(tmp_path, call):
     for file in (tmp_path, tmp_path / "none" / "x.json", Path("/proc/x.json")):
         status, output = call("check_gpu", "--device", "cpu", "--json", file)
         assert status == 2

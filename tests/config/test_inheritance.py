@@ -16,7 +16,7 @@ def written(file: Path, text: str) -> str:
     return str(file)
 
 
-def test_only_differences_are_written(tmp_path: Path) -> None:
+def test_only_differences_are_written(tmp_path):
     own = written(
         tmp_path / "mine.yaml",
         "base: sew34_t4.yaml\n"
@@ -34,14 +34,14 @@ def test_only_differences_are_written(tmp_path: Path) -> None:
     assert config.as_dict() == changed
 
 
-def test_a_list_replaces_a_list(tmp_path: Path) -> None:
+def test_a_list_replaces_a_list(tmp_path):
     text = "base: spiking34_t4_t6\nphases:\n- {epochs: 1, timesteps: 2, optimizer: {lr: 1}}\n"
     assert len(load("spiking34_t4_t6").phases) == 2
     (only,) = load(written(tmp_path / "short.yaml", text)).phases
     assert (only.epochs, only.optimizer.momentum) == (1, 0.9)
 
 
-def test_a_base_is_beside_the_file_and_may_have_a_base(tmp_path: Path) -> None:
+def test_a_base_is_beside_the_file_and_may_have_a_base(tmp_path):
     written(tmp_path / "a/first.yaml", "base: quickstart\nseed: 1\nlog_every: 3\n")
     written(tmp_path / "a/b/second.yaml", "base: ../first.yaml\nseed: 2\n")
     own = written(tmp_path / "a/b/third.yaml", "base: second.yaml\nsave: {keep_last: 9}\n")
@@ -62,9 +62,7 @@ def test_a_base_is_beside_the_file_and_may_have_a_base(tmp_path: Path) -> None:
     ]
 
 
-def test_a_key_without_effect_is_reported_of_the_file_that_sets_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_key_without_effect_is_reported_of_the_file_that_sets_it(tmp_path, caplog):
     written(tmp_path / "first.yaml", "base: quickstart\nloss: {lambda: 0.1}\n")
     own = written(tmp_path / "second.yaml", "base: first.yaml\nloss: {kind: sdt, phi: 2.0}\n")
     load(own)
@@ -72,9 +70,7 @@ def test_a_key_without_effect_is_reported_of_the_file_that_sets_it(
     assert message.startswith("loss.phi has no effect with loss.kind=sdt")
 
 
-def test_printed_configuration_says_where_each_value_is_from(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_printed_configuration_says_where_each_value_is_from(tmp_path, capsys):
     own = written(tmp_path / "mine.yaml", "base: quickstart\nseed: 5\nphases: {0: {epochs: 4}}\n")
     overrides = ["data={root: x, kind: images, image_size: 8, resize: 8}"]
     assert train.main(["--config", own, "--print-config", *overrides]) == 0
@@ -90,7 +86,7 @@ def test_printed_configuration_says_where_each_value_is_from(
     assert origins["padding: 4"] == f"{DEFAULT}; no effect with data.crop=resized"
 
 
-def test_arguments_are_those_of_the_named_network(tmp_path: Path) -> None:
+def test_arguments_are_those_of_the_named_network(tmp_path):
     same = "base: sew34_t4\nmodel: {name: sew_resnet34, num_classes: 7}\n"
     assert load(written(tmp_path / "same.yaml", same)).model.arguments == {
         "connect_function": "add"
@@ -100,7 +96,7 @@ def test_arguments_are_those_of_the_named_network(tmp_path: Path) -> None:
     assert other.model.neuron == load("sew34_t4").model.neuron
 
 
-def test_files_to_be_imported_add_up(tmp_path: Path) -> None:
+def test_files_to_be_imported_add_up(tmp_path):
     loss = (
         "from tetdist.losses import register_loss\n"
         "@register_loss('{0}')\n"
@@ -115,7 +111,7 @@ def test_files_to_be_imported_add_up(tmp_path: Path) -> None:
         assert [Path(one).name for one in config.imports] == ["one.py", "two.py"]
 
 
-def test_a_mistake_names_the_file_that_it_is_in(tmp_path: Path) -> None:
+def test_a_mistake_names_the_file_that_it_is_in(tmp_path):
     written(tmp_path / "base.yaml", "base: quickstart\nlog_every: often\n")
     own = written(tmp_path / "mine.yaml", "base: base.yaml\nsede: 1\n")
     with pytest.raises(UserError) as caught:
@@ -134,7 +130,7 @@ def test_a_mistake_names_the_file_that_it_is_in(tmp_path: Path) -> None:
         ("base: quickstart\nphases: {first: {epochs: 2}}", "no 'first'"),
     ],
 )
-def test_a_base_that_cannot_be_one(tmp_path: Path, text: str, part: str) -> None:
+def test_a_base_that_cannot_be_one(tmp_path, text, part):
     with pytest.raises(UserError) as caught:
         load(written(tmp_path / "odd.yaml", text))
     assert part in str(caught.value)

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tiny import Outcome
 
 from tetdist.config.loading import parse
 from tetdist.datasets import held_out
@@ -30,7 +28,7 @@ def whole(tiny_root: Path) -> Index:
     return load_index(index_file(tiny_root / "index", "train"))
 
 
-def test_each_class_is_divided(whole: Index) -> None:
+def test_each_class_is_divided(whole):
     train, held = held_out.divide(whole, 0.3, seed=1)
     assert sorted(files(train) + files(held)) == sorted(files(whole))
     # 11, 12, 12 and 12 samples; the nearest whole numbers to their 30 %.
@@ -55,7 +53,7 @@ def test_each_class_is_divided(whole: Index) -> None:
 
 
 @pytest.mark.parametrize("several_classes", [False, True])
-def test_a_recording_is_on_one_side(whole: Index, several_classes: bool) -> None:
+def test_a_recording_is_on_one_side(whole, several_classes):
     # Three samples in succession are pieces of one recording.
     within = 0 if several_classes else whole.labels * 100
     recordings = [str(number) for number in within + np.arange(len(whole)) // 3]
@@ -74,16 +72,14 @@ def test_a_recording_is_on_one_side(whole: Index, several_classes: bool) -> None
         (["a"] * 11 + [*"bcdefghijkl"] * 3 + ["m"] * 3, "'down' has only one recording or sample"),
     ],
 )
-def test_too_little_to_divide(whole: Index, recordings: list[str], words: str) -> None:
+def test_too_little_to_divide(whole, recordings, words):
     if words.startswith("'down'"):
         recordings = [f"{one}{label}" for one, label in zip(recordings, whole.labels, strict=True)]
     with pytest.raises(UserError, match=words):
         held_out.divide(whole, 0.1, seed=0, recordings=recordings)
 
 
-def test_a_run_leaves_the_validation_split_alone(
-    tiny_copy: Path, tmp_path: Path, main: Callable[..., Outcome]
-) -> None:
+def test_a_run_leaves_the_validation_split_alone(tiny_copy, tmp_path, main):
     shutil.rmtree(tiny_copy / "val")
     index_file(tiny_copy / "index", "val").unlink()
     changes: dict[str, Any] = {"name": "held", "data.held_out": 0.3, "record_samples": True}
@@ -105,7 +101,7 @@ def test_a_run_leaves_the_validation_split_alone(
     assert "data.held_out is 0.2 and was 0.3" in again.text
 
 
-def test_pieces_of_event_data_stay_together(event_root: Callable[..., Path]) -> None:
+def test_pieces_of_event_data_stay_together(event_root):
     """As tools/prebin_dvs.py leaves them: DEST/recordings.jsonl and DEST/splits/NAME/train."""
     made = event_root()
     root = made.parent / "dest" / "splits" / "published"

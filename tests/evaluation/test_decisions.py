@@ -32,7 +32,7 @@ def of_probabilities(*of_timesteps: list[float]) -> Tensor:
     return torch.cat([sums[:1], sums.diff(dim=0)])
 
 
-def test_a_sample_is_decided_when_it_is_sure_enough(alone: World) -> None:
+def test_a_sample_is_decided_when_it_is_sure_enough(alone):
     # Certain of a at once; of b at the second timestep; of a late, and first for b; never certain.
     logits = of_probabilities(
         [0.97, 0.45, 0.35, 0.55], [0.97, 0.15, 0.55, 0.45], [0.97, 0.02, 0.85, 0.48]
@@ -51,7 +51,7 @@ def test_a_sample_is_decided_when_it_is_sure_enough(alone: World) -> None:
     assert list(curve) == list(THRESHOLDS)
 
 
-def test_the_lowest_threshold_that_costs_little_from_there_on() -> None:
+def test_the_lowest_threshold_that_costs_little_from_there_on():
     # Of 10 samples 8 are right at T; in early exit at the thresholds 7, 9, 6, 7 and 8.
     of_one_class, exits = [[8, 2], [0, 0]], [[10]] * 5
     thresholds, right = (0.3, 0.5, 0.7, 0.8, 0.9), [7, 9, 6, 7, 8]
@@ -62,7 +62,7 @@ def test_the_lowest_threshold_that_costs_little_from_there_on() -> None:
     assert worse.threshold_within(5) is None
 
 
-def test_where_no_threshold_costs_so_little_all_are_decided_at_t() -> None:
+def test_where_no_threshold_costs_so_little_all_are_decided_at_t():
     choice, point = ExitChoice(0.0, None, 9, 70.0), {"threshold": 0.5, "top1": 1.0}
     whole: Any = SimpleNamespace(top1=80.0, timesteps=3)
     found = _chosen(choice, whole, [point | {"mean_timesteps": 1.0}])
@@ -71,7 +71,7 @@ def test_where_no_threshold_costs_so_little_all_are_decided_at_t() -> None:
     assert (found["threshold"], found["top1"], found["mean_timesteps"]) == (0.5, 1.0, 1.0)
 
 
-def test_confusion_and_classes(alone: World) -> None:
+def test_confusion_and_classes(alone):
     logits = torch.zeros(2, 5, 3)
     for sample, decided in enumerate((0, 1, 1, 2, 0)):
         logits[0, sample, (decided + 1) % 3] = 1  # of the mean, the second timestep decides
@@ -87,14 +87,14 @@ def test_confusion_and_classes(alone: World) -> None:
     assert (spare["samples"], spare["recall"], spare["precision"]) == (0, None, 0.0)
 
 
-def test_of_many_classes_those_of_least_recall_are_shown() -> None:
+def test_of_many_classes_those_of_least_recall_are_shown():
     row = {"samples": 1, "precision": None, "mistaken_for": None, "mistaken": 0}
     rows = [row | {"class": f"c{k}", "recall": 100.0 - k} for k in range(SHOWN_CLASSES + 2)]
     shown = _classes({"per_class": rows}, brief=True)[1:]
     assert [row[0] for row in shown] == [f"c{k}" for k in range(SHOWN_CLASSES + 1, 1, -1)]
 
 
-def test_at_the_largest_threshold_it_is_nearly_the_accuracy_at_t(alone: World) -> None:
+def test_at_the_largest_threshold_it_is_nearly_the_accuracy_at_t(alone):
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 50, 2), torch.randint(2, (50,))
     found = decide(alone, (logits, labels))
@@ -106,7 +106,7 @@ def test_at_the_largest_threshold_it_is_nearly_the_accuracy_at_t(alone: World) -
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_running_means_are_those_of_cumsum(dtype: torch.dtype) -> None:
+def test_running_means_are_those_of_cumsum(dtype):
     """Bitwise equal to cumsum, which is not used because it is not deterministic on a GPU."""
     logits = torch.randn(9, 5, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
     wide = logits.to(torch.promote_types(dtype, torch.float32))
@@ -114,7 +114,7 @@ def test_running_means_are_those_of_cumsum(dtype: torch.dtype) -> None:
     assert torch.equal(running_means(logits), wide.cumsum(0) / steps)
 
 
-def test_of_equal_logits_the_first_class_is_ahead(alone: World) -> None:
+def test_of_equal_logits_the_first_class_is_ahead(alone):
     # 12 classes with three logits between them: half of the samples have several highest ones.
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(0, 3, (2, 500, 12), generator=generator).bfloat16()
@@ -131,7 +131,7 @@ def test_of_equal_logits_the_first_class_is_ahead(alone: World) -> None:
     assert never["top1"] == 100 * counts[0, -1].item() / 500
 
 
-def test_what_is_not_a_number_is_never_right(alone: World) -> None:
+def test_what_is_not_a_number_is_never_right(alone):
     logits = torch.zeros(1, 3, 6)
     logits[0, 0, 2] = logits[0, 1, 3] = logits[0, 2] = math.nan
     labels = torch.tensor([2, 0, 0])

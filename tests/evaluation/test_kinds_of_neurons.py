@@ -76,7 +76,7 @@ ABOUT = {
 }
 
 
-def test_what_is_not_causal_is_evaluated_at_each_t_by_itself(alone: World) -> None:
+def test_what_is_not_causal_is_evaluated_at_each_t_by_itself(alone):
     model = small({"kind": "ahead"})
     evaluator = evaluator_of(model, alone)
     found = run_suite(evaluator, timesteps=[1, 2, 4], headline=2)
@@ -101,7 +101,7 @@ def test_what_is_not_causal_is_evaluated_at_each_t_by_itself(alone: World) -> No
     assert png_page(about | found).startswith(b"\x89PNG")
 
 
-def test_a_training_says_of_what_is_not_causal_only_the_whole(alone: World) -> None:
+def test_a_training_says_of_what_is_not_causal_only_the_whole(alone):
     evaluator = evaluator_of(small({"kind": "psn"}), alone)
     result = evaluator.run("evaluate")
     assert result.timesteps == 4
@@ -109,7 +109,7 @@ def test_a_training_says_of_what_is_not_causal_only_the_whole(alone: World) -> N
     assert evaluator_of(small({"kind": "masked_psn"}), alone).run("").per_timestep_top1 != []
 
 
-def test_a_network_runs_at_the_t_of_its_neurons_only() -> None:
+def test_a_network_runs_at_the_t_of_its_neurons_only():
     model = small({"kind": "psn"})
     with pytest.raises(UserError, match="psn cannot run 2 timesteps: it has weights for T=4 only"):
         model.set_timesteps(2)
@@ -147,7 +147,7 @@ UNROLLED: dict[str, dict[str, Any]] = {
         *(("espikeformer_t", kind) for kind in ("nilif", "lif")),
     ],
 )
-def test_binary_sub_timesteps_give_the_same_logits(name: str, kind: str) -> None:
+def test_binary_sub_timesteps_give_the_same_logits(name, kind):
     numbers = {"lif": {"threshold": 0.3}}.get(kind, {"threshold": 0.3, "most_spikes": 4})
     model = network(name, {"kind": kind, **numbers}, **UNROLLED[name])
     generator = torch.Generator().manual_seed(0)
@@ -185,9 +185,7 @@ def test_binary_sub_timesteps_give_the_same_logits(name: str, kind: str) -> None
 
 @pytest.mark.parametrize("kind", ["ilif", "nilif"])
 @pytest.mark.parametrize("name", ["spiking_convnet", "sew_resnet18"])
-def test_operations_of_integer_spikes_are_those_of_the_unrolled_network(
-    name: str, kind: str
-) -> None:
+def test_operations_of_integer_spikes_are_those_of_the_unrolled_network(name, kind):
     """Spikes one by one: each layer's inputs in sub-timesteps, times what each reaches."""
     model = network(name, {"kind": kind, "threshold": 0.3}, **UNROLLED[name])
     x = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(0)).double()
@@ -219,9 +217,7 @@ def test_operations_of_integer_spikes_are_those_of_the_unrolled_network(
 
 
 @pytest.mark.parametrize("kind", ["ilif", "nilif"])
-def test_attentions_products_are_unrolled(
-    kind: str, alone: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attentions_products_are_unrolled(kind, alone, monkeypatch):
     """As its convolutions, E-SpikeFormer's attention sees spikes of 0 and 1, and counts the same;
     so does the classifier, whose neurons send whole numbers of spikes in either case."""
     model = network(
@@ -254,7 +250,7 @@ def test_attentions_products_are_unrolled(
         assert layer.accumulates > 0 or name == "stem.conv"
 
 
-def test_the_most_sub_timesteps_are_those_of_all_batches() -> None:
+def test_the_most_sub_timesteps_are_those_of_all_batches():
     model = small({"kind": "ilif", "threshold": 0.3})
     x = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0)).double()
     found = []
@@ -266,7 +262,7 @@ def test_the_most_sub_timesteps_are_those_of_all_batches() -> None:
     assert found[0] == found[1] != found[2]
 
 
-def test_what_does_not_fire_is_not_unrolled() -> None:
+def test_what_does_not_fire_is_not_unrolled():
     with (
         pytest.raises(UserError, match="--unroll needs a network in which all neurons"),
         unrolled(small({"kind": "relu"})),
@@ -275,7 +271,7 @@ def test_what_does_not_fire_is_not_unrolled() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ilif", "nilif"])
-def test_firing_rates_of_integer_spikes_are_shares_of_the_most(kind: str, alone: World) -> None:
+def test_firing_rates_of_integer_spikes_are_shares_of_the_most(kind, alone):
     model = small({"kind": kind, "most_spikes": 8, "threshold": 0.3})
     seen: list[Tensor] = []
     model.stem.neuron.register_forward_hook(lambda _m, _i, output: seen.append(output))  # type: ignore[union-attr]  # of a ConvNormNeuron
@@ -285,14 +281,14 @@ def test_firing_rates_of_integer_spikes_are_shares_of_the_most(kind: str, alone:
     assert result.firing_rate["stem.neuron"] == pytest.approx(spikes.mean().item())
 
 
-def test_there_may_be_nothing_to_unroll(alone: World) -> None:
+def test_there_may_be_nothing_to_unroll(alone):
     evaluator = evaluator_of(small({"kind": "lif", "threshold": 0.3}), alone)
     found = run_suite(evaluator, timesteps=[2, 4], unroll=True)
     assert "the spikes that layers receive are already 0 or 1" in as_text(ABOUT | found)
 
 
 @pytest.mark.parametrize("kind", ["ilif", "nilif"])
-def test_an_unrolled_evaluation_says_the_same(kind: str, alone: World) -> None:
+def test_an_unrolled_evaluation_says_the_same(kind, alone):
     model = small({"kind": kind, "threshold": 0.3})
     evaluator = evaluator_of(model, alone)
     numbers, spikes = (

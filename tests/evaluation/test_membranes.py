@@ -24,7 +24,7 @@ class Network(nn.Sequential):
 
 
 @pytest.mark.parametrize("reset", ["hard", "soft"])
-def test_a_neuron_by_hand(reset: str) -> None:
+def test_a_neuron_by_hand(reset):
     config = LIF(decay=0.5, threshold=2.0, reset=reset)  # type: ignore[arg-type]  # of str
     # (T, B): u = 1, 0.5 + 2.1 = 2.6 (fires), then 0 (or 0.6) decayed + 9 (fires)
     found = membrane_distribution(
@@ -35,7 +35,7 @@ def test_a_neuron_by_hand(reset: str) -> None:
     assert any(edge == pytest.approx(1) for edge in found.edges)
 
 
-def test_a_current_that_all_timesteps_share() -> None:
+def test_a_current_that_all_timesteps_share():
     """By hand: u = 1, 1.5 and 1.75, of one current of 1."""
 
     class OfThree(Network):
@@ -49,7 +49,7 @@ def test_a_current_that_all_timesteps_share() -> None:
     assert _bins(found) == pytest.approx({0.5: 1 / 3, 0.75: 1 / 3, 0.85: 1 / 3}, abs=0.05)
 
 
-def test_membranes_of_other_kinds() -> None:
+def test_membranes_of_other_kinds():
     """By hand: PLIF with half of each current, and a neuron that fires twice."""
     plif = PLIF(threshold=1.0)
     found = membrane_distribution(
@@ -72,7 +72,7 @@ def _bins(found: Membranes) -> dict[float, float]:
 
 
 @pytest.mark.parametrize("name", ["sew_resnet18", "spiking_resnet18"])
-def test_what_fires_is_what_the_network_says(name: str) -> None:
+def test_what_fires_is_what_the_network_says(name):
     torch.manual_seed(0)
     model = (
         timm.create_model(name, num_classes=3, timesteps=3, width=8, stem_width=8)
@@ -104,7 +104,7 @@ def test_what_fires_is_what_the_network_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_counts_are_those_of_histc(dtype: torch.dtype) -> None:
+def test_counts_are_those_of_histc(dtype):
     lowest, highest, bins = membranes.LOWEST, membranes.HIGHEST, membranes.BINS
     borders = torch.linspace(lowest, highest, bins + 1, dtype=dtype)
     between = torch.randn(10_000, generator=torch.Generator().manual_seed(0), dtype=dtype)

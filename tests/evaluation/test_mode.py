@@ -8,7 +8,6 @@ from torch import nn
 
 import tetdist.models  # registers them
 from tetdist.data.loader import Batch
-from tetdist.distributed.world import World
 from tetdist.evaluation.evaluate import Interrupted, evaluate
 
 assert tetdist.models
@@ -29,7 +28,7 @@ def batches() -> list[Batch]:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("ends", [False, True])
-def test_network_is_left_as_it_was(training: bool, ends: bool, alone: World) -> None:
+def test_network_is_left_as_it_was(training, ends, alone):
     model = network().train(training)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     if ends:
@@ -42,7 +41,7 @@ def test_network_is_left_as_it_was(training: bool, ends: bool, alone: World) -> 
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_running_statistics_decide_and_not_the_batch(alone: World) -> None:
+def test_running_statistics_decide_and_not_the_batch(alone):
     """So that a network in training mode gets the same result as its checkpoint."""
     training, evaluating = network().train(), network().eval()
     found = [evaluate(m, batches(), 6, alone, precision="fp32") for m in (training, evaluating)]

@@ -45,7 +45,7 @@ def evaluator_of(model: Any, world: World) -> OneBatch:
 
 
 @pytest.mark.parametrize("kind", ["images", "events"])
-def test_all_but_what_is_known_of_ours_is_reported(kind: str, alone: World) -> None:
+def test_all_but_what_is_known_of_ours_is_reported(kind, alone):
     model: Any = Outside(kind)
     evaluator = evaluator_of(model, alone)
     dropped = [0.5] if kind == "events" else []
@@ -64,13 +64,13 @@ def test_all_but_what_is_known_of_ours_is_reported(kind: str, alone: World) -> N
     assert png_page(about | found).startswith(b"\x89PNG")
 
 
-def test_what_only_ours_can_do_is_refused(alone: World) -> None:
+def test_what_only_ours_can_do_is_refused(alone):
     model: Any = Outside()
     with pytest.raises(UserError, match=r"--drop-timesteps .* not Outside"):
         run_suite(evaluator_of(model, alone), timesteps=[T], drop_timesteps=[0.5])
 
 
-def test_other_than_logits_of_each_timestep_is_refused(alone: World) -> None:
+def test_other_than_logits_of_each_timestep_is_refused(alone):
     model: Any = Outside()
     model.forward = lambda x, **_: torch.zeros(len(x), 4)
     with pytest.raises(

@@ -24,7 +24,7 @@ def together(found: list[Batch]) -> Tensor:
     return torch.cat([batch.images for batch in found])
 
 
-def test_timesteps_of_images_and_of_events() -> None:
+def test_timesteps_of_images_and_of_events():
     images = torch.rand(300, 3, 2, 2) + 1
     frames = together(list(without_timesteps(batches(images, 7), 0.3, 4, seed=1)))
     assert frames.shape == (300, 4, 3, 2, 2)
@@ -53,7 +53,7 @@ def without_timesteps_of_none() -> Tensor:
     return together(list(without_timesteps(batches(torch.ones(5, 3, 2, 2), 5), 1.0, 3, seed=1)))
 
 
-def test_events() -> None:
+def test_events():
     torch.manual_seed(0)
     counts = torch.randint(0, 9, (40, 3, 2, 6, 6)).float()
     dropped = together(list(without_events(batches(counts, 7), 0.25, seed=3)))
@@ -66,7 +66,7 @@ def test_events() -> None:
     assert next(without_events([empty], 0.5, seed=3)).images.shape == (0, 3, 2, 6, 6)
 
 
-def test_a_network_of_images_takes_frames() -> None:
+def test_a_network_of_images_takes_frames():
     torch.manual_seed(0)
     model = timm.create_model("spiking_convnet", channels=(4, 8), input_size=8, timesteps=3).eval()
     model.set_execution("reference")

@@ -29,7 +29,6 @@ from tetdist.apps.weights.trained import load
 from tetdist.models.streaming import Stream
 from tetdist.storage import checkpoint
 
-TOOLS = tiny.PROJECT / "tools"
 SPLIT = "simulated-published"
 
 

@@ -71,7 +71,7 @@ def ask(running: Worker) -> Ask:
     return ask
 
 
-def test_mistakes_are_found(running: Worker) -> None:
+def test_mistakes_are_found(running):
     found = running.mistakes()
     clean = found.pop("none")
     assert_runs(clean)
@@ -92,7 +92,7 @@ def test_mistakes_are_found(running: Worker) -> None:
             assert len(answer["waits"]) == 1, (name, answer["waits"])
 
 
-def test_launches_of_lists_are_counted() -> None:
+def test_launches_of_lists_are_counted():
     """As multi_tensor_apply divides lists of tensors: 110 or 64 of one or two, and 320 chunks."""
     function = torch.ops.aten._foreach_add_.Scalar
 
@@ -152,7 +152,7 @@ FORWARD_AND_BACKWARD, UPDATE_AND_STATISTICS = 600, 60
 
 
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])
-def test_launches(engine: str, ask: Ask) -> None:
+def test_launches(engine, ask):
     answer = ask("sew_resnet34", *ENGINES[engine])
     assert_runs(answer)
     assert launches(answer, "forward", "loss", "backward") <= FORWARD_AND_BACKWARD
@@ -161,7 +161,7 @@ def test_launches(engine: str, ask: Ask) -> None:
     assert launches(answer, "input") <= 20
 
 
-def test_synchronised_batch_norm_takes_at_most_three_more_launches_a_norm(ask: Ask) -> None:
+def test_synchronised_batch_norm_takes_at_most_three_more_launches_a_norm(ask):
     """Forward, the average and what is computed from it; backward, the average of the sums."""
     together, alone = (
         ask("preact_resnet18", *ENGINES["torch"], f"batch_norm.sync={on}")
@@ -175,14 +175,14 @@ def test_synchronised_batch_norm_takes_at_most_three_more_launches_a_norm(ask: A
 
 
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])
-def test_gradients_are_added_up_in_a_few_launches(engine: str, ask: Ask) -> None:
+def test_gradients_are_added_up_in_a_few_launches(engine, ask):
     """Not in one for each parameter, of which a sew_resnet34 has 110."""
     one, two = (ask("sew_resnet34", *ENGINES[engine], micro_batches=n) for n in (1, 2))
     assert_runs(two)
     assert launches(two, "backward") <= 2 * launches(one, "backward") + 10
 
 
-def test_a_moving_average_takes_a_few_launches(ask: Ask) -> None:
+def test_a_moving_average_takes_a_few_launches(ask):
     """Not some for each of sew_resnet34's 182 tensors."""
     without, average = (
         ask("sew_resnet34", *ENGINES["torch"], *o) for o in ((), ("ema.decay=0.9",))
@@ -191,23 +191,23 @@ def test_a_moving_average_takes_a_few_launches(ask: Ask) -> None:
     assert 3 <= launches(average, "loss") - launches(without, "loss") <= 12
 
 
-def test_deepspeeds_timers_do_not_wait(ask: Ask) -> None:
+def test_deepspeeds_timers_do_not_wait(ask):
     """Its throughput timer would begin with the third step."""
     answer = ask("spiking_convnet", *ENGINES["deepspeed"], steps=3, micro_batches=2)
     assert_runs(answer)
 
 
 @pytest.mark.parametrize("model", ["ms_resnet14_cifar", "sdt_8_384"])
-def test_recipes_with_optimisers_of_timm_do_not_wait(model: str, ask: Ask) -> None:
+def test_recipes_with_optimisers_of_timm_do_not_wait(model, ask):
     """Their second step needs to know whether the first one was undone."""
     assert_runs(ask(model, *ENGINES["torch"], steps=2))
 
 
-def test_zero(ask: Ask) -> None:
+def test_zero(ask):
     assert_zero_runs(ask("spiking_convnet", *ENGINES["zero2"], steps=2, micro_batches=2))
 
 
-def test_an_evaluation_waits_once_and_is_deterministic(ask: Ask) -> None:
+def test_an_evaluation_waits_once_and_is_deterministic(ask):
     answer = ask("spiking_convnet", *ENGINES["torch"], "deterministic=true", evaluates=True)
     assert_runs(answer)
     (wait,) = answer["evaluation_waits"]
@@ -223,7 +223,7 @@ GRAPHED += ("batch_norm.sync=false",)  # some recipes have it
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_objectives_are_in_the_graph(objective: str, ask: Ask) -> None:
+def test_objectives_are_in_the_graph(objective, ask):
     changes = [f"loss.distillation.{change}" for change in OBJECTIVES[objective]]
     answer = ask(
         "spiking_convnet",
@@ -237,7 +237,7 @@ def test_objectives_are_in_the_graph(objective: str, ask: Ask) -> None:
     assert answer["captures"] == 2
 
 
-def test_a_graph_is_one_launch(ask: Ask) -> None:
+def test_a_graph_is_one_launch(ask):
     answer = ask("sew_resnet34", *GRAPHS, steps=2, micro_batches=2)
     assert_runs(answer)
     assert launches(answer, "forward", "teacher", "backward") == 0
@@ -277,7 +277,7 @@ def graphed(ask: Ask, model: str, recompute: str, precision: str) -> None:
     ("model", "recompute", "precision"),
     [("sew_resnet18", "blocks", "fp16"), ("spiking_convnet_dvs", "segments", "bf16")],
 )
-def test_everything_in_a_graph(model: str, recompute: str, precision: str, ask: Ask) -> None:
+def test_everything_in_a_graph(model, recompute, precision, ask):
     graphed(ask, model, recompute, precision)
 
 
@@ -292,9 +292,7 @@ def test_everything_in_a_graph(model: str, recompute: str, precision: str, ask: 
         ("engines.base:LossScale.factor", "return self._factor", "return self.value", "mul.Tensor"),
     ],
 )
-def test_what_a_graph_would_not_repeat_is_found(
-    where: str, line: str, instead: str, text: str, ask: Ask
-) -> None:
+def test_what_a_graph_would_not_repeat_is_found(where, line, instead, text, ask):
     fault = (f"tetdist.training.{where}", line, instead)
     answer = ask("spiking_convnet", *GRAPHS, "precision=fp16", steps=2, fault=fault)
     assert answer["error"] is None
@@ -334,7 +332,7 @@ def everything(ask: Ask, model: str, recompute: str, engine: str, precision: str
 
 
 @pytest.mark.parametrize(("model", "recompute", "engine", "precision"), SHORT)
-def test_everything(model: str, recompute: str, engine: str, precision: str, ask: Ask) -> None:
+def test_everything(model, recompute, engine, precision, ask):
     everything(ask, model, recompute, engine, precision)
 
 
@@ -349,7 +347,7 @@ for few in FEW:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("network", "way"), PAIRS)
-def test_every_pair_of_choices(network: tuple[str, str], way: Any, ask: Ask) -> None:
+def test_every_pair_of_choices(network, way, ask):
     model, recompute = network
     match way:
         case "as it is":

@@ -5,11 +5,8 @@ The worker, one of 8 processes, trains two steps, evaluates, and examines a step
 """
 
 import re
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from worker import Worker
 
 # Two micro-batches for each of the 8 processes.
 BATCHES = {"batch": {"global": 32, "micro": 2, "eval": 7}}
@@ -29,9 +26,7 @@ GRAPHS = (*ON_GPU, "engine=torch", "cuda_graphs=true")
     ],
     ids=" ".join,
 )
-def test_all_work_waits_for_what_it_uses(
-    overrides: tuple[str, ...], running: Worker, tiny_config: Callable[..., Path]
-) -> None:
+def test_all_work_waits_for_what_it_uses(overrides, running, tiny_config):
     answer = running.order(tiny_config(BATCHES), *overrides)
     assert answer["error"] is None
     assert answer["unordered"] == []
@@ -134,7 +129,7 @@ MORE: dict[str, Fault] = {
 @pytest.mark.parametrize(
     "name", [*FAULTS, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)]
 )
-def test_faults_are_named(name: str, running: Worker, tiny_config: Callable[..., Path]) -> None:
+def test_faults_are_named(name, running, tiny_config):
     overrides, *fault, text = (FAULTS | MORE)[name]
     answer = running.order(tiny_config(BATCHES), *overrides, fault=fault)
     assert answer["error"] is None

@@ -5,23 +5,19 @@ import errno
 import os
 import platform
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pytest
 import tiny
-from tiny import Farm, Outcome
 
 from tetdist.apps.images import copies
 from tetdist.apps.images.shards import shard_split
 from tetdist.datasets import index as ix
 from tetdist.datasets import reader
 from tetdist.storage.files import only_writer
-
-ConfigWriter = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +49,8 @@ def tars(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_host_reads_verified_copies_and_trains_the_same(
-    farm: Farm,
-    main: Callable[..., Outcome],
-    tiny_config: ConfigWriter,
-    shards: Path,
-    tmp_path: Path,
-    opened: list[Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    farm, main, tiny_config, shards, tmp_path, opened, monkeypatch
+):
     file = tiny_config({"data.root": str(shards)})
     monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
     assert farm(file, "name=plain", world=2).status == 0
@@ -87,9 +77,7 @@ def copy(shards: Path, folder: Path) -> str | None:
     return reason
 
 
-def test_damaged_old_and_unfinished_copies_are_made_again(
-    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_old_and_unfinished_copies_are_made_again(shards, tmp_path, caplog):
     source, folder = tmp_path / "source", tmp_path / "copies"
     for name, data in tars(shards).items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -129,15 +117,8 @@ def no_space(_: BinaryIO) -> None:
     ],
 )
 def test_a_host_that_cannot_copy_reads_the_original(
-    fault: tuple[str, Any] | None,
-    words: str,
-    shards: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    main: Callable[..., Outcome],
-    tiny_config: ConfigWriter,
-    opened: list[Path],
-) -> None:
+    fault, words, shards, tmp_path, monkeypatch, main, tiny_config, opened
+):
     file = tiny_config({"data.root": str(shards), "data.cache": str(tmp_path / "scratch")})
     folder = copies._folder(shards, str(tmp_path / "scratch"))
     if fault:
@@ -161,25 +142,14 @@ def test_a_host_that_cannot_copy_reads_the_original(
     ],
 )
 def test_what_cannot_be_copied_or_written_to_is_refused(
-    root: str,
-    cache: str,
-    words: str,
-    request: pytest.FixtureRequest,
-    main: Callable[..., Outcome],
-    tiny_config: ConfigWriter,
-) -> None:
+    root, cache, words, request, main, tiny_config
+):
     file = tiny_config({"data.root": str(request.getfixturevalue(root))})
     outcome = main(file, f"data.cache={cache}")
     assert (outcome.status, words in outcome.text) == (2, True), outcome.text
 
 
-def test_stopped_while_it_copies(
-    shards: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    main: Callable[..., Outcome],
-    tiny_config: ConfigWriter,
-) -> None:
+def test_stopped_while_it_copies(shards, tmp_path, monkeypatch, main, tiny_config):
     """A slow disk; the job's requeueing needs the status of the signal."""
 
     def wait(_: BinaryIO) -> None:

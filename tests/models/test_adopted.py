@@ -166,18 +166,18 @@ def assert_is_the_librarys_step(make: Callable[[], nn.Module], size: int) -> Non
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_is_the_librarys_training_step(name: str) -> None:
+def test_is_the_librarys_training_step(name):
     """Dropout masks also come from the same seed."""
     assert_is_the_librarys_step(NETWORKS[name], SIZES[name])
 
 
 @pytest.mark.long
-def test_is_the_librarys_training_step_of_its_vgg() -> None:
+def test_is_the_librarys_training_step_of_its_vgg():
     """130 million parameters: a gigabyte, and its gradients twice that."""
     assert_is_the_librarys_step(vgg11, 32)
 
 
-def test_evaluation_is_the_librarys() -> None:
+def test_evaluation_is_the_librarys():
     net, model, x = built(small), adopted(small), images(16)
     library_step(net, x)
     own_step(model, x)
@@ -204,7 +204,7 @@ def test_evaluation_is_the_librarys() -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
 )
-def test_batch_norms_are_the_librarys(norm: nn.Module, shape: tuple[int, ...]) -> None:
+def test_batch_norms_are_the_librarys(norm, shape):
     theirs = copy.deepcopy(norm).double()
     ours = AdoptedBatchNorm(copy.deepcopy(theirs))
     generator = torch.Generator().manual_seed(0)
@@ -220,7 +220,7 @@ def test_batch_norms_are_the_librarys(norm: nn.Module, shape: tuple[int, ...]) -
         ours(x[None, None])
 
 
-def test_weights_go_to_the_library_and_back() -> None:
+def test_weights_go_to_the_library_and_back():
     model = adopted(small)
     own_step(model, images(16))
     weights = dict(model.state_dict())
@@ -241,7 +241,7 @@ def test_weights_go_to_the_library_and_back() -> None:
 # ---------------------------------------------------------------------------- as our trainer wants
 
 
-def test_no_state_goes_from_one_pass_to_the_next() -> None:
+def test_no_state_goes_from_one_pass_to_the_next():
     model, x = adopted(small), images(16)
     first = own_step(model, x)
     fresh = adopted(small)
@@ -256,7 +256,7 @@ def test_no_state_goes_from_one_pass_to_the_next() -> None:
     assert torch.equal(own_step(adopted(small), x), first)
 
 
-def test_logits_at_t_are_those_of_a_run_of_t_timesteps() -> None:
+def test_logits_at_t_are_those_of_a_run_of_t_timesteps():
     model, x = adopted(small, timesteps=4), images(16)
     own_step(model, x)
     model.eval()
@@ -268,7 +268,7 @@ def test_logits_at_t_are_those_of_a_run_of_t_timesteps() -> None:
     assert not torch.equal(whole[0], whole[3])
 
 
-def test_events_are_the_first_bins() -> None:
+def test_events_are_the_first_bins():
     def make() -> nn.Module:
         return Small(in_channels=2)
 
@@ -287,7 +287,7 @@ def test_events_are_the_first_bins() -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_grad_checkpointing_changes_no_bit(name: str) -> None:
+def test_grad_checkpointing_changes_no_bit(name):
     """Dropout masks are the same when a part is recomputed."""
     x = images(SIZES[name])
     plain, again = (adopted(NETWORKS[name]) for _ in range(2))
@@ -302,7 +302,7 @@ def test_grad_checkpointing_changes_no_bit(name: str) -> None:
     assert torch.equal(own_step(plain, x), own_step(again, x))
 
 
-def test_grad_checkpointing_keeps_less_and_can_be_switched_off() -> None:
+def test_grad_checkpointing_keeps_less_and_can_be_switched_off():
     model, x = adopted(sew18), images(64)
     model(x)
 
@@ -318,7 +318,7 @@ def test_grad_checkpointing_keeps_less_and_can_be_switched_off() -> None:
     assert kept() == everything
 
 
-def test_parts_that_are_run_again() -> None:
+def test_parts_that_are_run_again():
     parts = adopted(sew18)._parts
     assert [type(part).__name__ for part in parts.alone] == ["LIFNode"]  # of the stem
     again = [part for cut in parts.cut.values() for part, twice in cut if twice]
@@ -331,7 +331,7 @@ def test_parts_that_are_run_again() -> None:
     ]
 
 
-def test_hooks_are_called_of_parts_that_are_run_again() -> None:
+def test_hooks_are_called_of_parts_that_are_run_again():
     model, x, called = adopted(sew18), images(64), []
     model(x)  # the first batch is run more often, to be examined
     blocks = [part for cut in model._parts.cut.values() for part, twice in cut if twice]
@@ -342,7 +342,7 @@ def test_hooks_are_called_of_parts_that_are_run_again() -> None:
     assert called == blocks
 
 
-def test_part_that_runs_twice_is_not_run_again() -> None:
+def test_part_that_runs_twice_is_not_run_again():
     class Twice(Small):
         def forward(self, x: Tensor) -> Tensor:
             self.features(x)
@@ -359,7 +359,7 @@ def test_part_that_runs_twice_is_not_run_again() -> None:
     model(x)
 
 
-def test_first_step_in_low_precision_has_all_gradients() -> None:
+def test_first_step_in_low_precision_has_all_gradients():
     """Weights cast during the examination are not cached without a gradient."""
     model = adopt(built(small).float(), timesteps=T, num_classes=4)
     with torch.autocast("cpu", torch.bfloat16):
@@ -368,7 +368,7 @@ def test_first_step_in_low_precision_has_all_gradients() -> None:
     assert all(float(g.abs().max()) > 0 for g in gradients(model).values())
 
 
-def test_firing_rates_and_operations_of_the_librarys_layers() -> None:
+def test_firing_rates_and_operations_of_the_librarys_layers():
     model, x = adopted(small), images(16, samples=6)
     own_step(model, x[:2])
     batch = Batch(images=x, labels=torch.tensor([0, 1, 2, 3, 0, 1]), ids=torch.arange(6), mix=None)
@@ -385,7 +385,7 @@ def test_firing_rates_and_operations_of_the_librarys_layers() -> None:
     assert operations.layers["net.features.4"].accumulates > 0
 
 
-def test_execution_and_segments() -> None:
+def test_execution_and_segments():
     model = adopted(small)
     model.set_execution("reference")
     model.set_segment(None)
@@ -456,9 +456,7 @@ def masked(lambda_init: float) -> nn.Module:
         (lambda: nn.LSTM(8, 8, bidirectional=True), "bidirectional=False"),
     ],
 )
-def test_what_cannot_be_adopted_is_refused_by_name(
-    make: Callable[[], nn.Module], complaint: str
-) -> None:
+def test_what_cannot_be_adopted_is_refused_by_name(make, complaint):
     with pytest.raises(UserError, match=rf"features\.3.* cannot be adopted: |{complaint}") as error:
         adopt(with_module(make()), timesteps=T, num_classes=4)
     assert "\n" not in str(error.value)
@@ -477,14 +475,14 @@ def test_what_cannot_be_adopted_is_refused_by_name(
         lambda: layer.SeqToANNContainer(nn.InstanceNorm2d(8), nn.MaxPool2d(2)),
     ],
 )
-def test_what_looks_like_it_is_adopted(make: Callable[[], nn.Module]) -> None:
+def test_what_looks_like_it_is_adopted(make):
     model = adopted(lambda: with_module(make()))
     own_step(model, images(16))
     model.eval()
     model(images(16))
 
 
-def test_masked_neurons_have_one_t() -> None:
+def test_masked_neurons_have_one_t():
     net = with_module(nn.Sequential(layer.MaxPool2d(2, 2, step_mode="m"), masked(1.0)))
     with pytest.raises(UserError, match=r"features.3.1 \(MaskedPSN\) is built for T=2"):
         adopt(net, timesteps=3, num_classes=4)
@@ -548,15 +546,13 @@ class Counter(nn.Module):
         ),
     ],
 )
-def test_what_only_a_run_shows_is_refused_in_the_first(
-    make: Callable[[], nn.Module], complaint: str
-) -> None:
+def test_what_only_a_run_shows_is_refused_in_the_first(make, complaint):
     model = adopted(make)
     with pytest.raises(UserError, match=complaint):
         model(images(16), per_timestep=True)
 
 
-def test_examination_leaves_no_trace() -> None:
+def test_examination_leaves_no_trace():
     """The examination changes nothing."""
     model, x = adopted(small), images(16)
     model.net.features[5].eval()  # as for a frozen layer
@@ -608,9 +604,7 @@ def train(main: Callable[..., tiny.Outcome], file: Path, tmp_path: Path) -> Call
     return run
 
 
-def test_run_with_dropout_on_two_processes(
-    train: Callable[..., Path], file: Path, farm: tiny.Farm, tmp_path: Path
-) -> None:
+def test_run_with_dropout_on_two_processes(train, file, farm, tmp_path):
     one = train("one")
     outcome = farm(file, "name=two", world=2)
     assert outcome.status == 0, outcome.text
@@ -620,9 +614,7 @@ def test_run_with_dropout_on_two_processes(
             assert ours[key] == pytest.approx(theirs[key], rel=1e-9), key
 
 
-def test_run_with_dropout_stopped_and_continued(
-    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_with_dropout_stopped_and_continued(train, monkeypatch):
     straight = train("straight")
     steps = itertools.count(1)
     original = Trainer._train_step
@@ -641,9 +633,7 @@ def test_run_with_dropout_stopped_and_continued(
 
 @pytest.mark.long
 @pytest.mark.parametrize("recompute", ["none", "blocks"])
-def test_run_with_graphs(
-    recompute: str, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_with_graphs(recompute, train, monkeypatch):
     """Neurons keep their membranes in Python, from one timestep to the next."""
     monkeypatch.setattr(prepared, "_check_device", lambda *_: None)
     monkeypatch.setattr(graphs, "capture", taped)

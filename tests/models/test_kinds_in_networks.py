@@ -72,7 +72,7 @@ def step(model: SpikingNetwork, x: Tensor) -> dict[str, Tensor]:
         if name != "vggsnn" or kind == "ilif"  # a large one: what it sends goes by quarters
     ],
 )
-def test_a_step(name: str, kind: str) -> None:
+def test_a_step(name, kind):
     """Logits, gradients and statistics; and logits in evaluation."""
     model, x = network(name, kind)
     kept = step(model, x)
@@ -89,7 +89,7 @@ def test_a_step(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_segments(kind: str) -> None:
+def test_segments(kind):
     """Segments of one timestep, recomputed or not; refused if a neuron sees all timesteps."""
     model, x = network("spiking_convnet", kind)
     if kind in ("psn", "masked_psn"):

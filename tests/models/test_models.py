@@ -96,7 +96,7 @@ def inputs_for(name: str, batch: int = 2, bins: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize("name", [*SEW, *SPIKING])
-def test_as_many_parameters_as_the_resnet_of_that_depth(name: str) -> None:
+def test_as_many_parameters_as_the_resnet_of_that_depth(name):
     with torch.device("meta"):
         spiking = timm.create_model(name)
         ann = timm.create_model("resnet" + name.partition("resnet")[2])
@@ -107,7 +107,7 @@ def _num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def test_unknown_neuron_option_is_refused_by_name() -> None:
+def test_unknown_neuron_option_is_refused_by_name():
     with pytest.raises(TypeError, match="tau"):
         timm.create_model("sew_resnet18", neuron={"tau": 2.0})
 
@@ -129,12 +129,12 @@ def test_unknown_neuron_option_is_refused_by_name() -> None:
         ("vggsnn", {"global_pool": ""}, "global_pool must be 'flatten', or '' with num_classes=0,"),
     ],
 )
-def test_bad_option_is_named(name: str, options: dict[str, Any], complaint: str) -> None:
+def test_bad_option_is_named(name, options, complaint):
     with pytest.raises(ValueError, match=complaint):
         timm.create_model(name, **options)
 
 
-def test_neuron_may_be_a_mapping() -> None:
+def test_neuron_may_be_a_mapping():
     mapping = {"decay": 1.0, "reset": "soft"}
     model = timm.create_model("spiking_convnet", neuron=mapping)
     found = {module.neuron for module in model.modules() if isinstance(module, NormNeuron)}
@@ -153,7 +153,7 @@ def refused(words: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", models.names())
-def test_a_network_is_described_as_timm_describes_its_own(name: str) -> None:
+def test_a_network_is_described_as_timm_describes_its_own(name):
     with torch.device("meta"):
         model = timm.create_model(name).eval()
         cfg, ends = model.default_cfg, [info["blocks"] for info in model.feature_info]
@@ -206,7 +206,7 @@ ONE_OF_EACH = {models.class_of(name): name for name in reversed(models.names())}
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_timms_arguments_are_heeded_or_refused(name: str) -> None:
+def test_timms_arguments_are_heeded_or_refused(name):
     def make(**options: Any) -> Any:
         return timm.create_model(name, device="meta", **options)
 
@@ -242,7 +242,7 @@ def test_timms_arguments_are_heeded_or_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_what_would_change_or_trace_a_network_is_refused(name: str) -> None:
+def test_what_would_change_or_trace_a_network_is_refused(name):
     model = timm.create_model(name, device="meta")
     for refusing in (torch.jit.script, fx.symbolic_trace):
         with refused("TorchScript and torch.fx cannot trace"):
@@ -257,7 +257,7 @@ def test_what_would_change_or_trace_a_network_is_refused(name: str) -> None:
 
 
 @each_family
-def test_features_and_head_make_up_the_network(name: str) -> None:
+def test_features_and_head_make_up_the_network(name):
     model, x = create(name).eval(), inputs_for(name)
     own, fc = model.global_pool, model.get_classifier()
     with torch.no_grad():
@@ -295,7 +295,7 @@ def test_features_and_head_make_up_the_network(name: str) -> None:
 
 
 @each_family
-def test_features_are_the_outputs_of_the_stem_and_the_stages(name: str) -> None:
+def test_features_are_the_outputs_of_the_stem_and_the_stages(name):
     model, x = create(name).eval(), inputs_for(name)
     seen: list[Tensor] = []
     for info in model.feature_info[1:]:
@@ -320,7 +320,7 @@ def test_features_are_the_outputs_of_the_stem_and_the_stages(name: str) -> None:
 
 
 @each_family
-def test_a_backbone_of_features_trains_all_that_it_has(name: str) -> None:
+def test_a_backbone_of_features_trains_all_that_it_has(name):
     whole, x = create(name), inputs_for(name)
     options = SMALL[name] | {"num_classes": 5, "timesteps": 3, "neuron": NEURON}
     net = timm.create_model(name, features_only=True, out_indices=(0, 1), **options).double()
@@ -344,7 +344,7 @@ def test_a_backbone_of_features_trains_all_that_it_has(name: str) -> None:
 
 
 @each_family
-def test_timms_distillation_takes_ours_as_student_and_teacher(name: str) -> None:
+def test_timms_distillation_takes_ours_as_student_and_teacher(name):
     model, other = create(name).float(), create(name).float()
     task = timm.task.LogitDistillationTask(model, other, nn.CrossEntropyLoss(), verbose=False)
     found = task.train()(inputs_for(name).float(), torch.tensor([1, 4]))
@@ -354,7 +354,7 @@ def test_timms_distillation_takes_ours_as_student_and_teacher(name: str) -> None
 
 
 @each_family
-def test_output_is_the_mean_over_time(name: str) -> None:
+def test_output_is_the_mean_over_time(name):
     model, x = create(name), inputs_for(name)
     for training in (True, False):
         model.train(training)
@@ -366,7 +366,7 @@ def test_output_is_the_mean_over_time(name: str) -> None:
 
 
 @each_family
-def test_set_timesteps_changes_nothing_but_t(name: str) -> None:
+def test_set_timesteps_changes_nothing_but_t(name):
     """Later input does not influence earlier output."""
     model, x = create(name).eval(), inputs_for(name, bins=5)
     before = copy.deepcopy(model.state_dict())
@@ -385,13 +385,13 @@ def test_set_timesteps_changes_nothing_but_t(name: str) -> None:
 
 
 @each_family
-def test_a_sample_is_not_influenced_by_its_batch_in_evaluation(name: str) -> None:
+def test_a_sample_is_not_influenced_by_its_batch_in_evaluation(name):
     model, x = create(name).eval(), inputs_for(name, batch=3)
     with torch.no_grad():
         torch.testing.assert_close(model(x)[1:2], model(x[1:2]))
 
 
-def test_unknown_execution_is_refused() -> None:
+def test_unknown_execution_is_refused():
     with pytest.raises(ValueError, match="execution must be 'fused' or 'reference', not 'eager'"):
         create("spiking_convnet").set_execution("eager")
 
@@ -400,7 +400,7 @@ def test_unknown_execution_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["sew_resnet18", "sdt_2_256_cifar"])
-def test_models_of_a_low_type(name: str) -> None:
+def test_models_of_a_low_type(name):
     """Also if a convolution sees one pixel, and if attention's sums are float32."""
     size = {"width": 4} if name == "sew_resnet18" else {"channels": 16, "depth": 1}
     model = timm.create_model(name, num_classes=5, timesteps=2, **size).bfloat16()
@@ -410,7 +410,7 @@ def test_models_of_a_low_type(name: str) -> None:
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_export_takes_the_definition_and_trace_is_refused() -> None:
+def test_export_takes_the_definition_and_trace_is_refused():
     model, x = create("spiking_convnet").eval(), inputs_for("spiking_convnet")
     exported = torch.export.export(model, (x,)).module()
     with torch.no_grad():
@@ -423,7 +423,7 @@ def test_export_takes_the_definition_and_trace_is_refused() -> None:
 
 
 @each_image_family_with_spikes
-def test_stem_of_a_static_image_is_convolved_once_as_if_it_were_repeated(name: str) -> None:
+def test_stem_of_a_static_image_is_convolved_once_as_if_it_were_repeated(name):
     model, x = create(name), inputs_for(name)
     naive = copy.deepcopy(model)
     seen: list[tuple[int, ...]] = []
@@ -457,7 +457,7 @@ def test_stem_of_a_static_image_is_convolved_once_as_if_it_were_repeated(name: s
         torch.testing.assert_close(parameter.grad, other.grad)
 
 
-def test_events_are_convolved_bin_by_bin_and_surplus_bins_ignored() -> None:
+def test_events_are_convolved_bin_by_bin_and_surplus_bins_ignored():
     model, x = create("vggsnn").eval(), inputs_for("vggsnn", bins=5)
     with torch.no_grad():
         assert torch.equal(model.time_first(x), x[:, :3].transpose(0, 1))
@@ -494,7 +494,7 @@ def _block(factory: Callable[[], nn.Module]) -> Any:
 @pytest.mark.parametrize("function", ["add", "and", "iand"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck"])
-def test_sew_block_joins_spikes(kind: str, stride: int, function: sew_resnet.Connect) -> None:
+def test_sew_block_joins_spikes(kind, stride, function):
     cls = getattr(sew_resnet, kind)
     width = 6 if kind == "BasicBlock" else 3
     channels = width * cls.expansion if stride == 1 else 4
@@ -520,9 +520,7 @@ def test_sew_block_joins_spikes(kind: str, stride: int, function: sew_resnet.Con
 @pytest.mark.parametrize("norm", ["bn", "tdbn"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck"])
-def test_spiking_block_adds_the_shortcut_to_the_current(
-    kind: str, stride: int, norm: spiking_resnet.Norm
-) -> None:
+def test_spiking_block_adds_the_shortcut_to_the_current(kind, stride, norm):
     cls = getattr(spiking_resnet, kind)
     width = 6 if kind == "BasicBlock" else 3
     channels = width * cls.expansion if stride == 1 else 4
@@ -552,9 +550,7 @@ def test_spiking_block_adds_the_shortcut_to_the_current(
         ("sew_resnet34", 1.0, 1.0, None),
     ],
 )
-def test_scales_of_the_batch_norms(
-    name: str, stem: float, chain: float, merged: float | None
-) -> None:
+def test_scales_of_the_batch_norms(name, stem, chain, merged):
     with torch.device("meta"):
         model = timm.create_model(name, neuron=NEURON)
     scales: dict[str, set[float]] = {}
@@ -567,7 +563,7 @@ def test_scales_of_the_batch_norms(
     assert scales == ({} if merged is None else {"merge": {merged}})
 
 
-def test_resnet19_has_a_hidden_layer_of_spikes_in_its_head() -> None:
+def test_resnet19_has_a_hidden_layer_of_spikes_in_its_head():
     model, x = create("spiking_resnet19").eval(), inputs_for("spiking_resnet19")
     with torch.no_grad():
         maps = model.forward_features(x)
@@ -583,7 +579,7 @@ def test_resnet19_has_a_hidden_layer_of_spikes_in_its_head() -> None:
     ("name", "init"),
     [("vggsnn", "kaiming"), ("spiking_resnet19", "kaiming"), ("spiking_resnet19", "torch")],
 )
-def test_convolutions_start_as_in_the_papers_code(name: str, init: str) -> None:
+def test_convolutions_start_as_in_the_papers_code(name, init):
     torch.manual_seed(0)
     model = timm.create_model(name, **({} if name == "vggsnn" else {"width": 32, "init": init}))
     for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
@@ -601,7 +597,7 @@ def test_convolutions_start_as_in_the_papers_code(name: str, init: str) -> None:
 # ------------------------------------------------------------------------------------ wrong input
 
 
-def test_events_with_too_few_bins() -> None:
+def test_events_with_too_few_bins():
     with pytest.raises(ValueError, match="the model runs 3 timesteps, but the input has 2 bins"):
         create("vggsnn")(inputs_for("vggsnn", bins=2))
 
@@ -618,7 +614,7 @@ def test_events_with_too_few_bins() -> None:
         ("spiking_convnet", (3, 12, 12), r"image batch must be \(B, C, H, W\), not \(3, 12, 12\)"),
     ],
 )
-def test_wrong_number_of_dimensions(name: str, shape: tuple[int, ...], complaint: str) -> None:
+def test_wrong_number_of_dimensions(name, shape, complaint):
     with pytest.raises(ValueError, match=complaint):
         create(name)(torch.zeros(shape, dtype=torch.float64))
 
@@ -639,7 +635,7 @@ print(timm.create_model("spiking_convnet").num_classes, tetdist.losses.tet_loss.
 """
 
 
-def test_import_needs_torch_and_timm_alone(tmp_path: Path) -> None:
+def test_import_needs_torch_and_timm_alone(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_ALONE],
         cwd=tmp_path,

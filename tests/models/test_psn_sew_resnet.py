@@ -1,6 +1,5 @@
 """SEW-ResNets with parallel spiking neurons: bytes, initial weights, and T."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,7 +39,7 @@ def images(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 @pytest.mark.parametrize("connect", ["add", "and"])
-def test_means_are_not_kept_in_bytes(connect: str) -> None:
+def test_means_are_not_kept_in_bytes(connect):
     """Ninths do not fit into bytes: gradients are bitwise those of a recomputed network."""
     model, x = small(width=8, connect_function=connect).train(), images(torch.float32)
     with torch.no_grad():
@@ -58,9 +57,7 @@ def test_means_are_not_kept_in_bytes(connect: str) -> None:
     assert [k for k, v in gradients[0].items() if not torch.equal(gradients[1][k], v)] == []
 
 
-def test_a_relu_network_is_what_it_begins_with(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_relu_network_is_what_it_begins_with(tmp_path, capsys):
     theirs = torchvision.models.resnet18(num_classes=7).state_dict()
     torch.save(theirs, tmp_path / "r18.pth")
     arguments = [str(tmp_path / "r18.pth"), "--model", "psn_sew_resnet18", "--from", "torchvision"]
@@ -81,7 +78,7 @@ def test_a_relu_network_is_what_it_begins_with(
     assert len(foreign.convert(theirs, "torchvision", model).missing) == 1
 
 
-def test_which_timesteps_it_runs() -> None:
+def test_which_timesteps_it_runs():
     assert PSNSEWResNet.default_neuron == PSN(timesteps=4)
     with pytest.raises(UserError, match=r"psn cannot run 2 timesteps: it has weights for T=3 only"):
         small().set_timesteps(2)
@@ -102,6 +99,6 @@ def test_which_timesteps_it_runs() -> None:
     assert not torch.equal(model(images(torch.float32), per_timestep=True)[2], first[2])
 
 
-def test_nir_has_no_node_for_its_offsets() -> None:
+def test_nir_has_no_node_for_its_offsets():
     with pytest.raises(UserError, match="psn_sew_resnet18 adds a learnt number to the image"):
         to_nir(small(neuron={"kind": "lif"}), (3, 64, 64))

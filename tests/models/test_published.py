@@ -91,7 +91,7 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_published_number_of_parameters(name: str) -> None:
+def test_published_number_of_parameters(name):
     there, unused = PARAMETERS[name]
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -305,7 +305,7 @@ each_family = pytest.mark.parametrize("case", [CASES[name] for name in FAMILIES]
 @pytest.mark.parametrize("execution", ["fused", "reference"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @each_case
-def test_is_the_published_network(case: Case, training: bool, execution: str) -> None:
+def test_is_the_published_network(case, training, execution):
     """Logits at every timestep, all gradients and running statistics, from published weights."""
     model = case.loaded().train(training)
     model.set_execution(execution)
@@ -384,9 +384,7 @@ def test_is_the_published_network(case: Case, training: bool, execution: str) ->
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_published_state_dicts_have_these_tensors(
-    name: str, shapes: published.Shapes, tensors: int | None
-) -> None:
+def test_published_state_dicts_have_these_tensors(name, shapes, tensors):
     """In the published size; so the small ones above are of the published form, too."""
     assert tensors is None or len(shapes) == tensors
     assert published.num_parameters(shapes) == PARAMETERS[name][0]
@@ -404,7 +402,7 @@ def test_published_state_dicts_have_these_tensors(
 # --------------------------------------------------------------------------------- sample by sample
 
 
-def test_mixing_makes_a_sample_depend_on_its_batch() -> None:
+def test_mixing_makes_a_sample_depend_on_its_batch():
     case = CASES["qkformer mixing"]
     model, x = case.loaded().eval(), case.batch()
     with torch.no_grad():
@@ -417,7 +415,7 @@ def test_mixing_makes_a_sample_depend_on_its_batch() -> None:
     assert not torch.allclose(together, backwards)
 
 
-def test_mixing_of_samples_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_mixing_of_samples_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING):
         CASES["qkformer"].model()
         assert not caplog.records
@@ -438,7 +436,7 @@ def neurons_of(model: nn.Module) -> dict[str, Any]:
 
 
 @each_family
-def test_attentions_neurons_have_a_threshold_of_their_own(case: Case) -> None:
+def test_attentions_neurons_have_a_threshold_of_their_own(case):
     own = LIF(threshold=3.0, decay=0.25, reset="soft", surrogate="atan", surrogate_width=5.0)
     model = timm.create_model(
         case.name, neuron=own, **case.arguments | {"attention_threshold": 2.0}
@@ -457,7 +455,7 @@ def test_attentions_neurons_have_a_threshold_of_their_own(case: Case) -> None:
         assert config == (of_attention if name in in_attention else own), name
 
 
-def test_neurons_without_a_threshold_of_whole_spikes() -> None:
+def test_neurons_without_a_threshold_of_whole_spikes():
     assert attention_neuron(ReLU(), 1.0) == ReLU()
     control = make({"spike": "sigmoid", "surrogate": "sigmoid"})
     assert attention_neuron(control, 0.5) == dataclasses.replace(control, threshold=0.5)
@@ -474,7 +472,7 @@ def test_neurons_without_a_threshold_of_whole_spikes() -> None:
         "sdt_2_256_cifar",
     ],
 )
-def test_a_learned_decay_begins_as_the_published_neuron(name: str) -> None:
+def test_a_learned_decay_begins_as_the_published_neuron(name):
     """Its input is halved as that of the published neurons is, also in attention."""
     small = {"sdt_2_256_cifar": {"channels": 16, "depth": 1}}.get(
         name, {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2}
@@ -496,7 +494,7 @@ def test_a_learned_decay_begins_as_the_published_neuron(name: str) -> None:
 
 
 @each_family
-def test_relu_network_of_the_same_shape(case: Case) -> None:
+def test_relu_network_of_the_same_shape(case):
     channels = 2 if "dvs" in case.name else 3
     model = timm.create_model(
         case.name, neuron={"kind": "relu"}, timesteps=1, in_chans=channels, **case.arguments
@@ -508,7 +506,7 @@ def test_relu_network_of_the_same_shape(case: Case) -> None:
 
 
 @each_family
-def test_weights_begin_as_in_the_authors_code(case: Case) -> None:
+def test_weights_begin_as_in_the_authors_code(case):
     """With a deviation of 0.02 and without biases, or as torch begins them."""
     torch.manual_seed(0)
     model = timm.create_model(case.name, **case.arguments)
@@ -551,12 +549,12 @@ def test_weights_begin_as_in_the_authors_code(case: Case) -> None:
         ("sdt_8_384", {"channels": 12}, "channels=12 must be a multiple of 8 and of heads"),
     ],
 )
-def test_bad_option_is_named(name: str, options: dict[str, Any], complaint: str) -> None:
+def test_bad_option_is_named(name, options, complaint):
     with pytest.raises(ValueError, match=complaint):
         timm.create_model(name, **options)
 
 
-def test_sums_of_spikes_are_as_high_as_documented() -> None:
+def test_sums_of_spikes_are_as_high_as_documented():
     """recompute.py keeps what blocks exchange in half a byte; neurons that always fire reach it."""
     model = timm.create_model(
         "qkformer_10_384", widths=(8, 8, 8), heads=2, neuron=LIF(threshold=0.01), num_classes=2
@@ -574,7 +572,7 @@ def test_sums_of_spikes_are_as_high_as_documented() -> None:
     assert max(seen) < 16
 
 
-def test_how_ms_resnets_begin() -> None:
+def test_how_ms_resnets_begin():
     torch.manual_seed(0)
     model = timm.create_model("ms_resnet18", width=8, neuron=LIF(threshold=0.5))
     for name, module in model.named_modules():
@@ -588,14 +586,14 @@ def test_how_ms_resnets_begin() -> None:
     assert 0.9 * bound < conv.weight.abs().max() <= bound
 
 
-def test_a_pooled_projection_has_the_stride_2() -> None:
+def test_a_pooled_projection_has_the_stride_2():
     with pytest.raises(ValueError, match="needs stride 2, not 1"):
         Block(4, 8, 1, LIF(), pooled_projection=True)
 
 
 @pytest.mark.parametrize("segment", [None, 2])
 @pytest.mark.parametrize("case", ["preact, decoupling", "ms, deep"])
-def test_an_image_is_as_its_copies_at_all_timesteps(case: str, segment: int | None) -> None:
+def test_an_image_is_as_its_copies_at_all_timesteps(case, segment):
     """Logits, gradients and running statistics, computed again or not."""
     model, x = CASES[case].loaded(), CASES[case].batch()
     repeated, again = copy.deepcopy(model), copy.deepcopy(model)

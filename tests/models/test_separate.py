@@ -59,12 +59,12 @@ OWN = [name for name in models.names() if timm.model_entrypoint(name).__module__
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_our_own_networks_keep_samples_apart(name: str) -> None:
+def test_our_own_networks_keep_samples_apart(name):
     refuse_mixing(name, *own(name))
 
 
 @pytest.mark.parametrize("name", [name for name in OWN if name.startswith("qkformer")])
-def test_published_defect_is_found_in_the_whole_network(name: str) -> None:
+def test_published_defect_is_found_in_the_whole_network(name):
     complaint = rf"blocks\.\d\.attention\.proj\.neuron \(NormNeuron\) of {name} mixes the samples"
     with pytest.raises(UserError, match=complaint):
         # So few positions need a lower threshold than all.
@@ -273,7 +273,7 @@ MIXING: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("name", MIXING)
-def test_mixing_network_is_refused_by_module(name: str) -> None:
+def test_mixing_network_is_refused_by_module(name):
     make, module = MIXING[name]
     torch.manual_seed(0)
     model = make()
@@ -289,7 +289,7 @@ def test_mixing_network_is_refused_by_module(name: str) -> None:
         lambda: Plain(Function(single), conv(), nn.GroupNorm(2, 8)),
     ],
 )
-def test_others_are_accepted_and_unchanged(make: Callable[[], nn.Module]) -> None:
+def test_others_are_accepted_and_unchanged(make):
     model = make().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     random = torch.get_rng_state()
@@ -299,18 +299,14 @@ def test_others_are_accepted_and_unchanged(make: Callable[[], nn.Module]) -> Non
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_noise_is_refused_and_what_cannot_run_is_reported(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_noise_is_refused_and_what_cannot_run_is_reported(caplog):
     with pytest.raises(UserError, match="toy draws random numbers in evaluation mode"):
         refuse_mixing("toy", Plain(conv(), Function(lambda x: x + torch.rand_like(x))), SHAPE)
     refuse_mixing("toy", Plain(conv()), (2, 16, 16))
     assert re.search("toy cannot be checked .* to have 3 channels", caplog.text)
 
 
-def test_silent_layer_is_named_and_what_cannot_be_copied_refused(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_silent_layer_is_named_and_what_cannot_be_copied_refused(caplog):
     refuse_mixing("toy", Plain(conv(), Neuron(LIF()), Function(torch.zeros_like), conv(8)), SHAPE)
     assert "layers.2 (Function) of toy is silent for random samples" in caplog.text
     model = Plain(conv())

@@ -81,7 +81,7 @@ def frame(model: SpikingNetwork, x: Tensor, t: int) -> Tensor | None:
 
 
 @pytest.mark.parametrize(("name", "neuron"), NETWORKS, ids=lambda one: str(one))
-def test_each_step_is_the_whole_pass_up_to_it(name: str, neuron: dict[str, Any]) -> None:
+def test_each_step_is_the_whole_pass_up_to_it(name, neuron):
     """Also for the samples that remain when others are dropped."""
     model, x = make(name, neuron)
     expected = whole(model, x)
@@ -97,9 +97,7 @@ def test_each_step_is_the_whole_pass_up_to_it(name: str, neuron: dict[str, Any])
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_lower_precision_takes_the_same_kernels(
-    precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lower_precision_takes_the_same_kernels(precision, monkeypatch):
     model, x = make("sew_resnet18", {})
     model, x = model.float(), x.float()
     convolve = torch.nn.Conv2d._conv_forward
@@ -120,7 +118,7 @@ def test_lower_precision_takes_the_same_kernels(
 @pytest.mark.parametrize("execution", ["fused", "reference"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [k for k, one in neurons.NEURONS.items() if one.segments])
-def test_layers_carry_membranes_bitwise(kind: str, precision: torch.dtype, execution: str) -> None:
+def test_layers_carry_membranes_bitwise(kind, precision, execution):
     torch.manual_seed(0)
     neuron, current = neurons.make({"kind": kind}), 2 * torch.rand(T, 4, 8, 5, 5).to(precision)
     for layer in (Neuron(neuron, 8), NormNeuron(8, neuron)):
@@ -134,7 +132,7 @@ def test_layers_carry_membranes_bitwise(kind: str, precision: torch.dtype, execu
         assert kind == "relu" or not torch.equal(layer(one, 1), expected[-1:])  # without membranes
 
 
-def test_two_streams_and_a_whole_pass_do_not_disturb_each_other() -> None:
+def test_two_streams_and_a_whole_pass_do_not_disturb_each_other():
     model, x = make("spiking_convnet_dvs", {})
     expected = whole(model, x)
     one, two = model.stream(), model.stream()
@@ -146,7 +144,7 @@ def test_two_streams_and_a_whole_pass_do_not_disturb_each_other() -> None:
     assert one.timesteps == 1
 
 
-def test_a_state_continues_in_another_stream() -> None:
+def test_a_state_continues_in_another_stream():
     model, x = make("spiking_convnet_dvs", {})
     first, second = model.stream(), model.stream()
     for t in range(2):
@@ -163,7 +161,7 @@ def test_a_state_continues_in_another_stream() -> None:
             other.load_state_dict({})
 
 
-def test_a_frame_of_another_size_leaves_a_continued_stream_as_it_was() -> None:
+def test_a_frame_of_another_size_leaves_a_continued_stream_as_it_was():
     """Of a network that takes any size; also a frame whose step fails later loses nothing."""
     model, x = make("sew_resnet18", {})
     first, second = model.stream(), model.stream()
@@ -182,7 +180,7 @@ def test_a_frame_of_another_size_leaves_a_continued_stream_as_it_was() -> None:
     torch.testing.assert_close(second.step(), whole(model, x)[2], rtol=0, atol=1e-12)
 
 
-def test_a_repeated_image_is_convolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repeated_image_is_convolved_once(monkeypatch):
     model, x = make("sew_resnet18", {})
     first = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
     calls, forward = [], type(first)._conv_forward
@@ -202,7 +200,7 @@ def test_a_repeated_image_is_convolved_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(calls) == 2
 
 
-def test_misuse_is_one_sentence() -> None:
+def test_misuse_is_one_sentence():
     model, x = make("spiking_convnet", {})
     stream = model.stream()
     with pytest.raises(UserError, match=r"no samples before its first step; call step\(x\)"):
@@ -235,13 +233,13 @@ def test_misuse_is_one_sentence() -> None:
     torch.testing.assert_close(stream.step(), whole(model, x)[1], rtol=0, atol=1e-12)
 
 
-def test_a_network_without_streams_is_refused_by_name() -> None:
+def test_a_network_without_streams_is_refused_by_name():
     with pytest.raises(UserError, match=r"Linear has no stream\(\); only a SpikingNetwork"):
         stream_of(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("kind", ["psn", "masked_psn"])
-def test_neurons_that_need_all_timesteps_are_refused_by_name(kind: str) -> None:
+def test_neurons_that_need_all_timesteps_are_refused_by_name(kind):
     model, _ = make("spiking_convnet", {"kind": kind, "timesteps": T})
     with pytest.raises(UserError, match=rf"stem.* has {kind} neurons, .*sliding_psn"):
         model.stream()

@@ -3,7 +3,6 @@ step."""
 
 import copy
 import threading
-from collections.abc import Callable
 
 import pytest
 import timm
@@ -60,7 +59,7 @@ def _pending_is_empty(norm: BatchNorm) -> bool:
 
 
 @pytest.mark.parametrize(("eps", "momentum"), [(1e-5, 0.1), (1e-2, 0.3)])
-def test_equals_torch_over_flattened_time(eps: float, momentum: float) -> None:
+def test_equals_torch_over_flattened_time(eps, momentum):
     ours = BatchNorm(3, eps=eps, momentum=momentum).double()
     theirs = nn.BatchNorm2d(3, eps=eps, momentum=momentum).double()
     with torch.no_grad():
@@ -93,7 +92,7 @@ def test_equals_torch_over_flattened_time(eps: float, momentum: float) -> None:
 
 
 @pytest.mark.parametrize("deferred", [False, True], ids=["immediate", "deferred"])
-def test_copies_count_as_if_they_were_there(deferred: bool) -> None:
+def test_copies_count_as_if_they_were_there(deferred):
     norm = _deferred() if deferred else BatchNorm(3).double()
     spread_out = copy.deepcopy(norm)
     for image in (batch[:1] for batch in _currents(2)):
@@ -104,7 +103,7 @@ def test_copies_count_as_if_they_were_there(deferred: bool) -> None:
     torch.testing.assert_close(_statistics(norm), _statistics(spread_out), rtol=1e-12, atol=0)
 
 
-def test_bfloat16_current_is_normalised_in_float32() -> None:
+def test_bfloat16_current_is_normalised_in_float32():
     (current,) = _currents(1, dtype=torch.bfloat16)
     norm = BatchNorm(3)
     y = norm(current)
@@ -116,7 +115,7 @@ def test_bfloat16_current_is_normalised_in_float32() -> None:
     assert torch.equal(norm.running_mean, wide.running_mean)
 
 
-def test_a_mean_far_from_0_does_not_drown_the_variance() -> None:
+def test_a_mean_far_from_0_does_not_drown_the_variance():
     generator = torch.Generator().manual_seed(0)
     current = 1000 + torch.randn(2, 4, 1, 8, 8, generator=generator)
     y = BatchNorm(1)(current)
@@ -134,7 +133,7 @@ def _deferred(channels: int = 3) -> BatchNorm:
 
 
 @pytest.mark.parametrize("num_batches", [1, 2, 5])
-def test_one_update_moves_by_the_average_over_micro_batches(num_batches: int) -> None:
+def test_one_update_moves_by_the_average_over_micro_batches(num_batches):
     norm = _deferred()
     for step in range(2):
         batches = _currents(num_batches, seed=step)
@@ -148,7 +147,7 @@ def test_one_update_moves_by_the_average_over_micro_batches(num_batches: int) ->
         assert _pending_is_empty(norm)
 
 
-def test_update_without_a_forward_pass_changes_nothing_and_calls_nobody() -> None:
+def test_update_without_a_forward_pass_changes_nothing_and_calls_nobody():
     norm = _deferred()
     norm(_currents(1)[0])
     update_running_statistics(norm, _itself)
@@ -161,7 +160,7 @@ def test_update_without_a_forward_pass_changes_nothing_and_calls_nobody() -> Non
     assert all(map(torch.equal, _statistics(norm), before))
 
 
-def test_a_norm_that_was_not_used_stays_and_the_others_get_their_own_statistics() -> None:
+def test_a_norm_that_was_not_used_stays_and_the_others_get_their_own_statistics():
     model = nn.ModuleList([BatchNorm(3), BatchNorm(5), BatchNorm(2)]).double()
     defer_running_statistics(model)
     first, unused, last = model
@@ -184,7 +183,7 @@ def test_a_norm_that_was_not_used_stays_and_the_others_get_their_own_statistics(
     assert unused.running_var.tolist() == [1] * 5
 
 
-def test_two_ranks_end_up_with_what_one_rank_gets_from_all_batches() -> None:
+def test_two_ranks_end_up_with_what_one_rank_gets_from_all_batches():
     batches = _currents(4)
     alone = _deferred()
     for batch in batches:
@@ -215,7 +214,7 @@ def test_two_ranks_end_up_with_what_one_rank_gets_from_all_batches() -> None:
 
 @pytest.mark.parametrize("discards", [False, True], ids=["given up", "discarded"])
 @pytest.mark.parametrize("bad", [1.0, float("nan"), float("inf")])
-def test_a_step_that_is_given_up_leaves_no_trace(bad: float, discards: bool) -> None:
+def test_a_step_that_is_given_up_leaves_no_trace(bad, discards):
     norm = _deferred()
     poisoned, clean = _currents(2)
     poisoned[0, 0, 1, 0, 0] = bad
@@ -237,7 +236,7 @@ def test_a_step_that_is_given_up_leaves_no_trace(bad: float, discards: bool) -> 
 
 
 @pytest.mark.parametrize("deferred", [False, True], ids=["immediate", "deferred"])
-def test_a_repeated_forward_pass_is_not_counted(deferred: bool) -> None:
+def test_a_repeated_forward_pass_is_not_counted(deferred):
     norm = _deferred() if deferred else BatchNorm(3).double()
     (batch,) = _currents(1)
     expected = _moved(norm, [batch])
@@ -249,7 +248,7 @@ def test_a_repeated_forward_pass_is_not_counted(deferred: bool) -> None:
     torch.testing.assert_close(_statistics(norm), expected)
 
 
-def test_counting_resumes_after_a_repetition_that_failed() -> None:
+def test_counting_resumes_after_a_repetition_that_failed():
     norm = _deferred()
     (batch,) = _currents(1)
     with pytest.raises(RuntimeError, match="stop"), recomputing():
@@ -268,9 +267,7 @@ def test_counting_resumes_after_a_repetition_that_failed() -> None:
         timm.layers.freeze_batch_norm_2d,
     ],
 )
-def test_conversions_that_would_change_nothing_are_refused(
-    convert: Callable[[nn.Module], object],
-) -> None:
+def test_conversions_that_would_change_nothing_are_refused(convert):
     model = nn.Sequential(nn.Conv2d(3, 3, 1), BatchNorm(3))
     with pytest.raises(UserError, match=r"batch_norm.sync=true.* include_bn_running_stats=False"):
         convert(model)
@@ -281,7 +278,7 @@ def test_conversions_that_would_change_nothing_are_refused(
     model[1].load_state_dict(dict(model[1].state_dict()))  # no version, as of a file
 
 
-def test_a_repetition_in_one_thread_does_not_silence_another() -> None:
+def test_a_repetition_in_one_thread_does_not_silence_another():
     # autograd repeats forward passes in its own threads on a GPU.
     norm = _deferred()
     (batch,) = _currents(1)

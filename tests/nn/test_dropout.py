@@ -86,7 +86,7 @@ def step(model: nn.Module, x: Tensor, precision: str = "fp32") -> dict[str, Tens
 
 
 @pytest.mark.parametrize("execution", ["reference", "fused"])
-def test_a_branch_is_dropped_as_by_timm(execution: str) -> None:
+def test_a_branch_is_dropped_as_by_timm(execution):
     """The same mask gives the same sum and gradients, with or without a norm of the shortcut."""
     generator = torch.Generator().manual_seed(0)
     x, shortcut, grad = torch.randn(3, T, BATCH, 4, 3, 3, generator=generator).double()
@@ -112,7 +112,7 @@ def test_a_branch_is_dropped_as_by_timm(execution: str) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_neurons_of_a_dropped_branch_see_the_shortcut_alone() -> None:
+def test_neurons_of_a_dropped_branch_see_the_shortcut_alone():
     layer = NormNeuron(4, timm.create_model("spiking_resnet18").stem.neuron.neuron, drop_path=0.5)
     layer.double()
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +124,7 @@ def test_neurons_of_a_dropped_branch_see_the_shortcut_alone() -> None:
         assert torch.equal(spikes, layer.neuron.run(total, None)[0])
 
 
-def test_features_are_dropped_at_all_timesteps_or_none() -> None:
+def test_features_are_dropped_at_all_timesteps_or_none():
     layer, x = Dropout(0.25, 64), torch.rand(T, 50, 64, dtype=torch.float64) + 1
     torch.manual_seed(0)
     y = layer(x)
@@ -138,7 +138,7 @@ def test_features_are_dropped_at_all_timesteps_or_none() -> None:
 
 
 @pytest.mark.parametrize("name", ["sew_resnet18", "qkformer_4_384_cifar"])
-def test_spikes_of_a_dropped_branch_leave_whole_numbers(name: str) -> None:
+def test_spikes_of_a_dropped_branch_leave_whole_numbers(name):
     """Kept spikes are not scaled, so that sums fit into the bytes that blocks exchange."""
     model = network(name, **RATES)
     set_masks(model)
@@ -151,7 +151,7 @@ def test_spikes_of_a_dropped_branch_leave_whole_numbers(name: str) -> None:
         assert 0 <= x.min() <= x.max() <= highest
 
 
-def test_a_block_that_is_dropped_passes_its_input() -> None:
+def test_a_block_that_is_dropped_passes_its_input():
     for name in ("sew_resnet18", "sew_resnet50", "preact_resnet18", "sdt_2_256_cifar"):
         model = network(name, **RATES)
         set_masks(model, 0.0)
@@ -166,7 +166,7 @@ def test_a_block_that_is_dropped_passes_its_input() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_network_drops_the_same_when_computed_otherwise(name: str) -> None:
+def test_a_network_drops_the_same_when_computed_otherwise(name):
     """Fused equals the definition; recomputed blocks are bitwise equal despite draws in between."""
     x = images()
     results = []
@@ -188,7 +188,7 @@ def test_a_network_drops_the_same_when_computed_otherwise(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sew_resnet18", "preact_resnet18"])
-def test_segments_drop_the_same(name: str) -> None:
+def test_segments_drop_the_same(name):
     """So do a network's own draws, which differ in a second forward pass."""
     x = images().double()
     results = []
@@ -207,7 +207,7 @@ def test_segments_drop_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sew_resnet18", "preact_resnet18", "espikeformer_t"])
-def test_nothing_is_dropped_in_evaluation_or_at_rate_0(name: str) -> None:
+def test_nothing_is_dropped_in_evaluation_or_at_rate_0(name):
     x, plain, dropping = images(), network(name), network(name, **RATES)
     assert plain.state_dict().keys() == dropping.state_dict().keys()
     assert dropout.dropping(plain) == []
@@ -219,7 +219,7 @@ def test_nothing_is_dropped_in_evaluation_or_at_rate_0(name: str) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_rates_rise_as_timms() -> None:
+def test_rates_rise_as_timms():
     theirs = timm.create_model("vit_tiny_patch16_224", depth=5, drop_path_rate=0.3)
     expected = [getattr(block.drop_path1, "drop_prob", 0.0) for block in theirs.blocks]
     assert dropout.rising_rates(0.3, 5) == pytest.approx(expected)
@@ -236,7 +236,7 @@ def test_rates_rise_as_timms() -> None:
         ("sdt_2_256_cifar", {"depth": 1, "drop_path_rate": 0.1}, "the network has only one block"),
     ],
 )
-def test_bad_rates_are_refused(name: str, arguments: dict[str, Any], complaint: str) -> None:
+def test_bad_rates_are_refused(name, arguments, complaint):
     with pytest.raises(ValueError, match=complaint):
         timm.create_model(name, **arguments)
 
@@ -244,7 +244,7 @@ def test_bad_rates_are_refused(name: str, arguments: dict[str, Any], complaint: 
 # ----------------------------------------------------------------------------------- the numbers
 
 
-def test_what_is_dropped_belongs_to_the_sample() -> None:
+def test_what_is_dropped_belongs_to_the_sample():
     """Masks do not depend on the division of samples, but on seed, step and layer."""
     parts = [order.drop_uniforms(3, 7, number, 2, 5) for number in range(4)]
     assert np.array_equal(np.concatenate(parts), order.drop_uniforms(3, 7, 0, 8, 5))

@@ -104,7 +104,7 @@ def assert_fused_is_the_definition(case: Case, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own-current", "shared-current"])
-def test_definition_is_norm_plus_shortcut_into_the_neuron(shared: bool) -> None:
+def test_definition_is_norm_plus_shortcut_into_the_neuron(shared):
     case = Case(shape=(2, 2, 2, 3), shared=shared, shortcut=True, norm_scale=0.7, timesteps=3)
     module, inputs = case.module(), case.inputs()
     norm = module.norm
@@ -168,16 +168,14 @@ BUILT: list[dict[str, Any]] = [
     # As many channels as are processed at a time, fewer, and more.
     st.sampled_from([None, (1, 64, 2, 2), (2, 65, 1, 3), (1, 200, 2, 1)]),
 )
-def test_any_combination_native(
-    case: Case, built: dict[str, Any], shape: tuple[int, int, int, int] | None
-) -> None:
+def test_any_combination_native(case, built, shape):
     neuron = dataclasses.replace(case.neuron, **built)
     case = dataclasses.replace(case, neuron=neuron, shape=shape or case.shape)
     assert_fused_is_the_definition(case, "native")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_native_sums_are_the_same_for_any_number_of_threads(dtype: torch.dtype) -> None:
+def test_native_sums_are_the_same_for_any_number_of_threads(dtype):
     case = Case(shape=(3, 40, 33, 31), timesteps=2, shortcut=True)
     module = case.module().float()
     results = []
@@ -199,7 +197,7 @@ def test_native_sums_are_the_same_for_any_number_of_threads(dtype: torch.dtype) 
         assert [k for k, v in results[0].items() if not torch.equal(v, other[k])] == []
 
 
-def test_native_statistics_do_not_cancel() -> None:
+def test_native_statistics_do_not_cancel():
     # In float32 the mean square minus the squared mean cancels completely here.
     x = 1000 + torch.randn(2, 5000, 3, generator=torch.Generator().manual_seed(0))
     with native_kernels():
@@ -211,9 +209,7 @@ def test_native_statistics_do_not_cancel() -> None:
 
 
 @pytest.mark.long
-def test_a_library_is_built_once_and_survives_processes_that_build_it_at_once(
-    tmp_path: Path,
-) -> None:
+def test_a_library_is_built_once_and_survives_processes_that_build_it_at_once(tmp_path):
     script = (
         "import logging; logging.basicConfig(level=logging.INFO)\n"
         "from tetdist.nn.fast import native_pool\n"
@@ -287,9 +283,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert list((tmp_path / "passing").glob("tetdist-*")) == []
 
 
-def test_what_a_killed_compilation_has_left_is_removed_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_killed_compilation_has_left_is_removed_later(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for name in ("tetdist-kernels-old", "tetdist-kernels-new", "of-others"):
         (tmp_path / name).mkdir()
@@ -302,7 +296,7 @@ def test_what_a_killed_compilation_has_left_is_removed_later(
 
 
 @pytest.mark.parametrize("built", BUILT, ids=[one["surrogate"] for one in BUILT])
-def test_every_neuron_triton(built: dict[str, Any]) -> None:
+def test_every_neuron_triton(built):
     neuron = LIF(surrogate_width=1.5, **built)
     case = Case(neuron=neuron, timesteps=3, shape=(1, 3, 3, 2))
     assert_fused_is_the_definition(case, "triton")
@@ -321,7 +315,7 @@ TRITON_SHAPES = [
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=12)
 @given(any_case, st.sampled_from(TRITON_SHAPES))
-def test_any_combination_triton(case: Case, shape: tuple[int, int, int, int]) -> None:
+def test_any_combination_triton(case, shape):
     assert_fused_is_the_definition(dataclasses.replace(case, shape=shape), "triton")
 
 
@@ -329,9 +323,7 @@ def test_any_combination_triton(case: Case, shape: tuple[int, int, int, int]) ->
 
 
 @each_implementation
-def test_spikes_are_channels_last_so_that_the_next_layer_copies_nothing(
-    implementation: str,
-) -> None:
+def test_spikes_are_channels_last_so_that_the_next_layer_copies_nothing(implementation):
     case = Case(shape=(2, 8, 4, 4))
     current = case.inputs()["current"]
     rows = norm_neuron.rows_of(current)
@@ -343,7 +335,7 @@ def test_spikes_are_channels_last_so_that_the_next_layer_copies_nothing(
 
 
 @each_implementation
-def test_gradients_are_those_that_are_asked_for(implementation: str) -> None:
+def test_gradients_are_those_that_are_asked_for(implementation):
     """Gradients of the norm alone, of the current alone, and in any layout, such as a pooling's."""
     for trains, frozen in ((True, False), (False, True), (True, True)):
         module, current = Case().module().requires_grad_(not frozen), Case().inputs()["current"]
@@ -357,7 +349,7 @@ def test_gradients_are_those_that_are_asked_for(implementation: str) -> None:
 
 
 @each_implementation
-def test_only_the_current_is_kept_for_the_backward_pass(implementation: str) -> None:
+def test_only_the_current_is_kept_for_the_backward_pass(implementation):
     # The neuron is cheap because nothing of the size of T membranes is kept between the kernels.
     case = Case(shape=(2, 16, 8, 8), timesteps=16)
     module, current = case.module(), case.inputs()["current"]
@@ -373,9 +365,7 @@ def test_only_the_current_is_kept_for_the_backward_pass(implementation: str) -> 
 
 
 @each_implementation
-def test_bfloat16_differs_from_the_definition_only_within_rounding_of_the_threshold(
-    implementation: str,
-) -> None:
+def test_bfloat16_differs_from_the_definition_only_within_rounding_of_the_threshold(implementation):
     """The definition rounds the normalised current to bfloat16, the fused kernel does not."""
     case = Case(shape=(2, 12, 16, 16), timesteps=2)
     exact = case.module()
@@ -414,9 +404,7 @@ def test_bfloat16_differs_from_the_definition_only_within_rounding_of_the_thresh
 # ------------------------------------------------------------------------------ without a compiler
 
 
-def test_without_a_compiler_a_model_trains_and_says_so_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_compiler_a_model_trains_and_says_so_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kernels"))
     monkeypatch.setattr(build, "failures", {})

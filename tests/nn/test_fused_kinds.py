@@ -108,7 +108,7 @@ FORMS_ON = {
     ("implementation", "kind", "form", "training"),
     [(where, kind, *form) for where, forms in FORMS_ON.items() for kind in KINDS for form in forms],
 )
-def test_against_the_definition(implementation: str, kind: str, form: str, training: bool) -> None:
+def test_against_the_definition(implementation, kind, form, training):
     call, names = FORMS[form]
     module, inputs = Whole(kind, form).train(training), inputs_of(names)
     results = fused_and_defined(module, lambda m: call(m, inputs), inputs, implementation)
@@ -117,7 +117,7 @@ def test_against_the_definition(implementation: str, kind: str, form: str, train
 
 @each_kind
 @each_implementation
-def test_neurons_without_a_norm(implementation: str, kind: str) -> None:
+def test_neurons_without_a_norm(implementation, kind):
     torch.manual_seed(0)
     module = Neuron(make(KINDS[kind]), 7).double()
     # With quarters, some membranes and sums are exactly at one or four thresholds.
@@ -134,7 +134,7 @@ def test_neurons_without_a_norm(implementation: str, kind: str) -> None:
     [{"surrogate": "triangle"}, {"surrogate": "atan"}, {"surrogate": "sigmoid"}, {"kind": "ilif"}],
 )
 @each_implementation
-def test_nan_is_as_in_the_definition(implementation: str, neuron: dict[str, Any]) -> None:
+def test_nan_is_as_in_the_definition(implementation, neuron):
     current = draw(0, T, 3, 5, 7)
     current[0, 1, 2, 3] = torch.nan
     current.requires_grad_()
@@ -145,7 +145,7 @@ def test_nan_is_as_in_the_definition(implementation: str, neuron: dict[str, Any]
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if make(KINDS[kind]).segments])
 @each_implementation
-def test_membranes_carried_over_segments(implementation: str, kind: str) -> None:
+def test_membranes_carried_over_segments(implementation, kind):
     """Outputs and gradients of the second segment, which starts where the first ended; in another
     layout of a single sample."""
     module = layer(kind).eval()
@@ -164,7 +164,7 @@ def test_membranes_carried_over_segments(implementation: str, kind: str) -> None
 
 @each_kind
 @each_implementation
-def test_spikes_in_bytes(implementation: str, kind: str) -> None:
+def test_spikes_in_bytes(implementation, kind):
     """The next layer keeps what this layer sends, including the added spikes."""
     dtype = torch.bfloat16
     module = layer(kind).float().train()
@@ -191,7 +191,7 @@ def test_spikes_in_bytes(implementation: str, kind: str) -> None:
 
 
 @each_kind
-def test_one_float32_layer_is_near_the_definition(kind: str) -> None:
+def test_one_float32_layer_is_near_the_definition(kind):
     results = []
     for execution in ("reference", "fused"):
         module = layer(kind).float().train()

@@ -150,7 +150,7 @@ def doubled(config: NeuronConfig, seed: int = 0) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_against_the_equations(case: str) -> None:
+def test_against_the_equations(case):
     values, equations, numbers = CASES[case]
     config = make(values)
     generator = torch.Generator().manual_seed(1)
@@ -173,7 +173,7 @@ def test_against_the_equations(case: str) -> None:
         torch.testing.assert_close(got, right, rtol=1e-10, atol=1e-10)
 
 
-def test_integer_spikes_by_hand() -> None:
+def test_integer_spikes_by_hand():
     # Halves round to even: 0.5 is silent, 1.5 and 2.5 are two spikes. The excess above 4 remains.
     config = make({"kind": "ilif", "decay": 0.5})
     current = torch.tensor([[0.5, 1.5, 2.5, 5.0, -1.0], [0.0, 0.0, 0.0, 0.0, 3.5]])
@@ -189,7 +189,7 @@ def test_integer_spikes_by_hand() -> None:
     assert ends.grad.tolist() == [[0, 1, 1, 0]]
 
 
-def test_plif_begins_as_lif_of_its_decay() -> None:
+def test_plif_begins_as_lif_of_its_decay():
     generator = torch.Generator().manual_seed(0)
     current = torch.randn(6, 50, generator=generator, dtype=DOUBLE) + 0.5
     surrogate = {"surrogate": "sigmoid", "surrogate_width": 4.0}
@@ -203,7 +203,7 @@ def test_plif_begins_as_lif_of_its_decay() -> None:
 
 
 @pytest.mark.parametrize("kind", ["psn", "masked_psn", "sliding_psn"])
-def test_first_weights_of_psn(kind: str) -> None:
+def test_first_weights_of_psn(kind):
     torch.manual_seed(0)
     numbers = {"sliding_psn": {"order": 100, "init": "uniform"}}
     config = make({"kind": kind, **numbers.get(kind, {"timesteps": 100})})
@@ -218,7 +218,7 @@ def test_first_weights_of_psn(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("length", "order"), [(1, 4), (2, 4), (4, 4), (2, 1)])
-def test_sliding_psn_over_segments_equals_one_run(length: int, order: int) -> None:
+def test_sliding_psn_over_segments_equals_one_run(length, order):
     config = make({"kind": "sliding_psn", "order": order})
     parameters = doubled(config)
     current = torch.randn(6, 20, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
@@ -240,7 +240,7 @@ def test_sliding_psn_over_segments_equals_one_run(length: int, order: int) -> No
         torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
 
 
-def test_which_kinds_are_causal_and_what_they_run() -> None:
+def test_which_kinds_are_causal_and_what_they_run():
     """A causal neuron gives at T = t what it gives at t of a longer run; others are marked."""
     current = torch.randn(4, 200, dtype=DOUBLE, generator=torch.Generator().manual_seed(0)) + 0.5
     found = {}
@@ -275,7 +275,7 @@ def test_which_kinds_are_causal_and_what_they_run() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_membranes_are_wide_and_spikes_are_as_the_current(case: str, dtype: torch.dtype) -> None:
+def test_membranes_are_wide_and_spikes_are_as_the_current(case, dtype):
     config = make(CASES[case][0])
     current = torch.randn(5, 60, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
     parameters = neurons.learned(config, 3)
@@ -288,7 +288,7 @@ def test_membranes_are_wide_and_spikes_are_as_the_current(case: str, dtype: torc
     assert torch.equal(spikes.float(), wide.to(dtype).float())
 
 
-def test_a_mask_rises_once_an_epoch_as_published() -> None:
+def test_a_mask_rises_once_an_epoch_as_published():
     published = [min(8 * epoch / (17 - 1), 1) for epoch in range(17)]
     config = make({"kind": "masked_psn", "mask_epochs": (17 - 1) / 8})
     assert [config.at_epoch(epoch).mask for epoch in range(17)] == published
@@ -316,6 +316,6 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_numbers_outside_their_range_are_refused(message: str) -> None:
+def test_numbers_outside_their_range_are_refused(message):
     with pytest.raises(ValueError, match=message):
         make(BAD[message])

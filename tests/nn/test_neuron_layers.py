@@ -72,7 +72,7 @@ def assert_fused_is_the_definition(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @each_implementation
-def test_any_layout(implementation: str, layout: str) -> None:
+def test_any_layout(implementation, layout):
     current = 2 * LAYOUTS[layout](4)
     assert_fused_is_the_definition(Neuron(LIF()), current, implementation)
     with IMPLEMENTATIONS[implementation]():
@@ -84,14 +84,14 @@ def test_any_layout(implementation: str, layout: str) -> None:
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=60)
 @given(st.sampled_from(list(KINDS)), st.integers(1, 12), st.integers(1, 300), st.integers(0, 2**31))
-def test_any_combination_native(kind: str, timesteps: int, size: int, seed: int) -> None:
+def test_any_combination_native(kind, timesteps, size, seed):
     leaf = (2 * draw(seed, timesteps, 2, size) + 0.5).requires_grad_()
     fused_and_defined(Neuron(KINDS[kind]), lambda m: m(leaf), {"current": leaf})
 
 
 @each_kind
 @each_implementation
-def test_whole_numbers_meet_the_threshold_exactly(implementation: str, kind: str) -> None:
+def test_whole_numbers_meet_the_threshold_exactly(implementation, kind):
     """Input as in attention, whose neurons get sums of spikes."""
     config = dataclasses.replace(KINDS[kind], threshold=1.0)
     current = draw(3, 4, 2, 64).round()
@@ -104,7 +104,7 @@ def test_whole_numbers_meet_the_threshold_exactly(implementation: str, kind: str
 
 @pytest.mark.parametrize("fires_at_threshold", [False, True])
 @each_implementation
-def test_one_current_for_all_timesteps(implementation: str, fires_at_threshold: bool) -> None:
+def test_one_current_for_all_timesteps(implementation, fires_at_threshold):
     """Input as from a static image after the stem."""
     config = dataclasses.replace(
         KINDS["hard, at the threshold"], fires_at_threshold=fires_at_threshold
@@ -119,7 +119,7 @@ def test_one_current_for_all_timesteps(implementation: str, fires_at_threshold: 
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
 )
 @each_implementation
-def test_types(implementation: str, dtype: torch.dtype) -> None:
+def test_types(implementation, dtype):
     """Membranes are float32, also in the definition, so the spikes are equal."""
     current = (2 * draw(0, 4, 2, 48)).to(dtype)
     results = []
@@ -136,7 +136,7 @@ def test_types(implementation: str, dtype: torch.dtype) -> None:
 
 
 @each_implementation
-def test_nothing_but_the_current_is_kept(implementation: str) -> None:
+def test_nothing_but_the_current_is_kept(implementation):
     current = channels_last(draw(0, 16, 2, 8, 4, 4)).requires_grad_()
     with IMPLEMENTATIONS[implementation](), kept_tensors() as kept:
         Neuron(LIF())(current)
@@ -145,7 +145,7 @@ def test_nothing_but_the_current_is_kept(implementation: str) -> None:
 
 
 @each_implementation
-def test_gradient_of_the_last_membrane_alone(implementation: str) -> None:
+def test_gradient_of_the_last_membrane_alone(implementation):
     current, results = 2 * draw(0, 3, 2, 16), []
     for execution in ("fused", "reference"):
         neuron = Neuron(LIF())
@@ -160,7 +160,7 @@ def test_gradient_of_the_last_membrane_alone(implementation: str) -> None:
     assert_same(*results)
 
 
-def test_it_is_a_layer_of_neurons() -> None:
+def test_it_is_a_layer_of_neurons():
     net = nn.ModuleDict({"spiking": Neuron(LIF()), "relu": Neuron(neurons.make({"kind": "relu"}))})
     assert spiking_layers(net).keys() == {"spiking"}
     neuron = Neuron(LIF())
@@ -182,7 +182,7 @@ class OwnThresholds(LIF):
         return neurons.run(current + parameters["shift"], self, membrane)
 
 
-def test_what_a_channel_learns_is_of_the_channel() -> None:
+def test_what_a_channel_learns_is_of_the_channel():
     neuron = Neuron(OwnThresholds(), 4)
     for current, view in (
         (draw(0, 3, 2, 4, 2, 2), (4, 1, 1)),

@@ -31,7 +31,7 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("case", BY_HAND)
-def test_sequence_by_hand(case: str) -> None:
+def test_sequence_by_hand(case):
     config, current, spikes, membrane = BY_HAND[case]
     fired, u = run(torch.tensor(current), config)
     assert fired.tolist() == spikes
@@ -40,7 +40,7 @@ def test_sequence_by_hand(case: str) -> None:
 
 @pytest.mark.parametrize("threshold", [0.25, 3.0])
 @pytest.mark.parametrize("reset", ["hard", "soft"])
-def test_membrane_exactly_at_the_threshold(threshold: float, reset: str) -> None:
+def test_membrane_exactly_at_the_threshold(threshold, reset):
     """It is silent, or fires if configured to."""
     below, above = math.nextafter(threshold, 0), math.nextafter(threshold, math.inf)
     current = torch.tensor([[below, threshold, above]], dtype=torch.float64, requires_grad=True)
@@ -54,7 +54,7 @@ def test_membrane_exactly_at_the_threshold(threshold: float, reset: str) -> None
         assert gradient.tolist() == [[0, 1, 0]]
 
 
-def test_given_membrane_is_where_the_neuron_starts() -> None:
+def test_given_membrane_is_where_the_neuron_starts():
     fired, u = run(torch.tensor([[0.5, 0.5]]), LIF(), torch.tensor([1.0, 1.5]))
     assert fired.tolist() == [[0, 1]]  # 0.5 + 0.5 is at the threshold, 0.75 + 0.5 above it
     assert u.tolist() == [1.0, 0.0]
@@ -62,7 +62,7 @@ def test_given_membrane_is_where_the_neuron_starts() -> None:
 
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 @pytest.mark.parametrize("first", [1, 3])
-def test_two_segments_with_the_membrane_carried_equal_one_run(reset: str, first: int) -> None:
+def test_two_segments_with_the_membrane_carried_equal_one_run(reset, first):
     config = LIF(reset=reset, surrogate="sigmoid", surrogate_width=3.0)
     generator = torch.Generator().manual_seed(0)
     current = torch.rand(6, 4, 5, generator=generator, dtype=torch.float64) * 1.5
@@ -83,7 +83,7 @@ def test_two_segments_with_the_membrane_carried_equal_one_run(reset: str, first:
         assert torch.equal(whole, parts)
 
 
-def test_neuron_module_forgets_between_samples() -> None:
+def test_neuron_module_forgets_between_samples():
     neuron = Neuron(LIF())
     current = torch.full((3, 2), 0.6)
     first, second = neuron(current), neuron(current)
@@ -114,7 +114,7 @@ each_width = pytest.mark.parametrize("width", [0.5, 1.0, 2.0, 4.0])
 
 @each_width
 @each_surrogate
-def test_surrogate_is_the_derivative_of_a_step(surrogate: str, width: float) -> None:
+def test_surrogate_is_the_derivative_of_a_step(surrogate, width):
     step = ANTIDERIVATIVES[surrogate]
     assert step(-1e9, width) == pytest.approx(0, abs=1e-8)
     assert step(1e9, width) == pytest.approx(1, abs=1e-8)
@@ -127,7 +127,7 @@ def test_surrogate_is_the_derivative_of_a_step(surrogate: str, width: float) -> 
     assert slopes.tolist() == pytest.approx(differences, rel=1e-6, abs=1e-8)
 
 
-def test_surrogates_at_values_from_the_papers() -> None:
+def test_surrogates_at_values_from_the_papers():
     x = torch.tensor([-2.0, -0.25, 0.0, 0.5, 1.0], dtype=torch.float64)
     # TET: gamma = 1; SEW-ResNet: 1 / (1 + (pi x)^2) at alpha = 2; STBP: a window of height 1/(2a).
     assert SURROGATES["triangle"](x, 1.0).tolist() == [0, 0.75, 1, 0.5, 0]
@@ -173,9 +173,7 @@ def _gradient_by_sensitivities(
 @pytest.mark.parametrize("detach_reset", [False, True], ids=["through-reset", "detached"])
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 @each_surrogate
-def test_gradient_through_time(
-    surrogate: str, reset: str, detach_reset: bool, decay: float
-) -> None:
+def test_gradient_through_time(surrogate, reset, detach_reset, decay):
     config = LIF(
         decay=decay,
         threshold=0.75,
@@ -204,7 +202,7 @@ def test_gradient_through_time(
         assert rest.grad[n].item() == pytest.approx(by_rest, rel=1e-10, abs=1e-12)
 
 
-def test_sigmoid_control_has_its_own_gradient() -> None:
+def test_sigmoid_control_has_its_own_gradient():
     config = LIF(spike="sigmoid", surrogate="sigmoid", surrogate_width=5.0)
     generator = torch.Generator().manual_seed(0)
     current = torch.randn(4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -223,7 +221,7 @@ def test_sigmoid_control_has_its_own_gradient() -> None:
     assert membrane.shape == (6,)
 
 
-def test_sigmoid_control_asks_for_its_derivative() -> None:
+def test_sigmoid_control_asks_for_its_derivative():
     with pytest.raises(
         ValueError, match="spike=sigmoid needs surrogate=sigmoid, not triangle; set"
     ):
@@ -237,7 +235,7 @@ def test_sigmoid_control_asks_for_its_derivative() -> None:
 # ------------------------------------------------------------------------------------- precision
 
 
-def test_bfloat16_current_keeps_a_float32_membrane() -> None:
+def test_bfloat16_current_keeps_a_float32_membrane():
     # 1 + 2^-10 is above the threshold, but is 1 in bfloat16: such a membrane would never fire.
     current = torch.tensor([1.0, 2**-10, 0.5], dtype=torch.bfloat16, requires_grad=True)
     spikes, membrane = run(current, LIF(decay=1.0))
@@ -250,7 +248,7 @@ def test_bfloat16_current_keeps_a_float32_membrane() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_types_of_spikes_and_membrane(dtype: torch.dtype) -> None:
+def test_types_of_spikes_and_membrane(dtype):
     spikes, membrane = run(torch.ones(2, 3, dtype=dtype), LIF())
     assert spikes.dtype == dtype
     assert membrane.dtype == torch.promote_types(dtype, torch.float32)
@@ -270,22 +268,22 @@ _BAD = list(itertools.chain(*([(k, v) for v in values] for k, values in BAD_VALU
 
 
 @pytest.mark.parametrize(("key", "value"), _BAD, ids=[f"{k}={v}" for k, v in _BAD])
-def test_error_names_the_key_and_the_value(key: str, value: float | str) -> None:
+def test_error_names_the_key_and_the_value(key, value):
     with pytest.raises(ValueError, match=rf"^{key} must be .*not '?{value}'?$"):
         LIF(**{key: value})
 
 
-def test_unknown_surrogate_is_answered_with_the_known_ones() -> None:
+def test_unknown_surrogate_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="triangle, atan, sigmoid, rectangle"):
         LIF(surrogate="arctan")
 
 
-def test_unknown_key_is_refused() -> None:
+def test_unknown_key_is_refused():
     with pytest.raises(TypeError, match="tau"):
         LIF(tau=2.0)
 
 
-def test_defaults_are_the_papers_neuron() -> None:
+def test_defaults_are_the_papers_neuron():
     assert LIF() == LIF(
         decay=0.5,
         threshold=1.0,
@@ -297,7 +295,7 @@ def test_defaults_are_the_papers_neuron() -> None:
     )
 
 
-def test_numbers_of_an_earlier_version_are_completed() -> None:
+def test_numbers_of_an_earlier_version_are_completed():
     earlier = {"decay": 0.75, "reset": "soft"}
     assert completed(earlier) == as_dict(LIF(decay=0.75, reset="soft"))
     assert completed({"kind": "somebodys", "a": 1}) == {"kind": "somebodys", "a": 1}

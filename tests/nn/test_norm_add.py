@@ -115,7 +115,7 @@ any_case = st.builds(
 )
 
 
-def test_definition_by_hand() -> None:
+def test_definition_by_hand():
     case = Case(shortcut="normalized")
     pair, inputs = Pair(case), case.inputs()
     pair.add.execution = "reference"
@@ -131,18 +131,18 @@ def test_definition_by_hand() -> None:
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=100)
 @given(any_case)
-def test_any_combination_native(case: Case) -> None:
+def test_any_combination_native(case):
     assert_fused_is_the_definition(case, "native")
 
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=12)
 @given(any_case)
-def test_any_combination_triton(case: Case) -> None:
+def test_any_combination_triton(case):
     assert_fused_is_the_definition(case, "triton")
 
 
 @each_implementation
-def test_many_rows_are_divided(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_are_divided(implementation, monkeypatch):
     case = Case(shape=(2, 2, 16, 24, 24), shortcut="normalized", shared=True)
     if implementation == "triton":
         needs_triton()
@@ -152,7 +152,7 @@ def test_many_rows_are_divided(implementation: str, monkeypatch: pytest.MonkeyPa
     assert_fused_is_the_definition(case, implementation)
 
 
-def test_native_results_are_the_same_for_any_number_of_threads() -> None:
+def test_native_results_are_the_same_for_any_number_of_threads():
     case = Case(shape=(2, 3, 40, 33, 31), shortcut="normalized", dtype=torch.bfloat16)
     found = []
     before = torch.get_num_threads()
@@ -170,7 +170,7 @@ def test_native_results_are_the_same_for_any_number_of_threads() -> None:
 @pytest.mark.parametrize("shortcut", ["none", "normalized"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @each_implementation
-def test_types(implementation: str, dtype: torch.dtype, shortcut: Shortcut) -> None:
+def test_types(implementation, dtype, shortcut):
     """Rounded once, so at most as far from the exact result as the definition."""
     case = Case(shape=(2, 2, 24, 6, 5), shortcut=shortcut, dtype=dtype)
     with IMPLEMENTATIONS[implementation]():
@@ -188,7 +188,7 @@ def test_types(implementation: str, dtype: torch.dtype, shortcut: Shortcut) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
-def test_triton_is_cpp_bitwise(shared: bool, dtype: torch.dtype) -> None:
+def test_triton_is_cpp_bitwise(shared, dtype):
     """Equal except for sums, which are added in another order."""
     case = Case(shape=(3, 1, 20, 6, 5), shortcut="normalized", shared=shared, dtype=dtype)
     pair, inputs = Pair(case), case.inputs()
@@ -226,7 +226,7 @@ def test_triton_is_cpp_bitwise(shared: bool, dtype: torch.dtype) -> None:
 
 
 @each_implementation
-def test_only_what_was_normalised_is_kept(implementation: str) -> None:
+def test_only_what_was_normalised_is_kept(implementation):
     for shortcut, expected in (("none", 1), ("plain", 1), ("normalized", 2)):
         case = Case(shape=(2, 2, 8, 6, 6), shortcut=shortcut)
         pair, inputs = Pair(case), case.inputs()
@@ -238,7 +238,7 @@ def test_only_what_was_normalised_is_kept(implementation: str) -> None:
 
 
 @each_implementation
-def test_gradients_are_those_that_are_asked_for(implementation: str) -> None:
+def test_gradients_are_those_that_are_asked_for(implementation):
     """Gradients of a current alone, a shortcut alone, with frozen weights, in any layout."""
     for frozen, without in itertools.product((False, True), ("current", "shortcut", "")):
         found = []
@@ -262,7 +262,7 @@ def _gradients(output: Tensor, pair: Pair, inputs: dict[str, Tensor]) -> dict[st
 
 @pytest.mark.parametrize("processes", [1, 2])
 @each_implementation
-def test_statistics_are_recorded_as_by_the_definition(implementation: str, processes: int) -> None:
+def test_statistics_are_recorded_as_by_the_definition(implementation, processes):
     """At once or once a step, on one process or several, and not when a block is recomputed."""
     for deferred, shared in itertools.product((False, True), (False, True)):
         found = []
@@ -284,7 +284,7 @@ def test_statistics_are_recorded_as_by_the_definition(implementation: str, proce
         assert not torch.equal(found[0][changed], dict(Pair(case).named_buffers())[changed])
 
 
-def test_types_that_differ_are_added_by_the_definition() -> None:
+def test_types_that_differ_are_added_by_the_definition():
     case = Case(dtype=torch.float32)
     pair, inputs = Pair(case), case.inputs()
     low = {"current": inputs["current"].bfloat16(), "shortcut": inputs["shortcut"]}

@@ -39,14 +39,14 @@ def current_of(
 @pytest.mark.parametrize("implementation", ["native", "triton"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("shape", [(7, 6), (1, 1), (8, 3)], ids=str)
-def test_is_the_definition(shape: tuple[int, int], training: bool, implementation: str) -> None:
+def test_is_the_definition(shape, training, implementation):
     x, module = current_of(shape=shape), module_of(training=training)
     results = fused_and_defined(module, lambda m: m(x), {"current": x}, implementation)
     assert results["output"].shape == (2, 3, 5, (shape[0] + 1) // 2, (shape[1] + 1) // 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_other_types(dtype: torch.dtype) -> None:
+def test_other_types(dtype):
     x = current_of(dtype=dtype)
     exact = module_of(training=True)
     exact.execution = "reference"
@@ -62,7 +62,7 @@ def test_other_types(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_the_pass_of_gpus_is_that_of_cpus_bitwise(dtype: torch.dtype) -> None:
+def test_the_pass_of_gpus_is_that_of_cpus_bitwise(dtype):
     """Also with several equal maxima in a window, and with NaN."""
     x = (2 * current_of(dtype=dtype).detach().flatten(0, 1)).round()
     x[0, :, 0, 0], x[1, :, 2, 2] = -torch.inf, torch.nan
@@ -82,12 +82,12 @@ def test_the_pass_of_gpus_is_that_of_cpus_bitwise(dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours, theirs, rtol=within, atol=within, equal_nan=True)
 
 
-def test_copies_count_for_the_running_variance() -> None:
+def test_copies_count_for_the_running_variance():
     x = current_of(timesteps=1)
     fused_and_defined(module_of(training=True), lambda m: m(x, copies=4), {"current": x})
 
 
-def test_keeps_the_current_and_bytes() -> None:
+def test_keeps_the_current_and_bytes():
     x = current_of(dtype=torch.float32)
     with kept_tensors() as kept:
         module_of(training=True, dtype=torch.float32)(x)
@@ -95,7 +95,7 @@ def test_keeps_the_current_and_bytes() -> None:
     assert sorted(t.dtype.itemsize for t in large) == [1, 4]
 
 
-def test_without_kernels_the_definition_computes() -> None:
+def test_without_kernels_the_definition_computes():
     module, x = module_of(training=False), current_of()
     with not_native():
         assert torch.equal(module(x), module.pool(module.norm(x)))

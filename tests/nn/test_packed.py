@@ -55,7 +55,7 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("levels", [1, 4])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolution(name: str, levels: int, precision: str) -> None:
+def test_convolution(name, levels, precision):
     conv = CONVOLUTIONS[name].to(memory_format=torch.channels_last)
     results = []
     for packed in (False, True):
@@ -86,9 +86,7 @@ def test_convolution(name: str, levels: int, precision: str) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("implementation", ["native", "torch", "triton"])
-def test_max_pool(
-    implementation: str, window: tuple[int, int, int], size: tuple[int, int], levels: int
-) -> None:
+def test_max_pool(implementation, window, size, levels):
     """The first of equal maxima gets the gradient, as in torch."""
     if implementation == "native":
         needs_native_pool()
@@ -112,7 +110,7 @@ def test_max_pool(
 
 
 @pytest.mark.parametrize("implementation", ["native", "triton"])
-def test_max_pool_in_bfloat16_adds_gradients_in_float32(implementation: str) -> None:
+def test_max_pool_in_bfloat16_adds_gradients_in_float32(implementation):
     if implementation == "native":
         needs_native_pool()
     x = torch.randint(0, 2, (1, 1, 70, 5, 5), generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -132,7 +130,7 @@ def test_max_pool_in_bfloat16_adds_gradients_in_float32(implementation: str) -> 
         assert torch.equal(gradients[0], gradients[1].bfloat16())
 
 
-def test_average_pool() -> None:
+def test_average_pool():
     results = []
     for packed in (False, True):
         x = some(highest=1)
@@ -148,7 +146,7 @@ def test_average_pool() -> None:
 
 
 @pytest.mark.parametrize("operation", ["conv", "max"])
-def test_bytes_are_kept_instead_of_numbers(operation: str) -> None:
+def test_bytes_are_kept_instead_of_numbers(operation):
     module = CONVOLUTIONS["3x3"] if operation == "conv" else MaxPool(3, 2, 1)
     x = with_packed(some(), 1)
     with kept_tensors() as kept:
@@ -159,7 +157,7 @@ def test_bytes_are_kept_instead_of_numbers(operation: str) -> None:
     assert y.requires_grad
 
 
-def test_note_is_void_after_a_write() -> None:
+def test_note_is_void_after_a_write():
     x = with_packed(some(), 1)
     assert carried(x) is not None
     with torch.no_grad():
@@ -170,7 +168,7 @@ def test_note_is_void_after_a_write() -> None:
     assert torch.equal(conv(x), timewise(conv, x))
 
 
-def test_without_gradients_nothing_is_packed() -> None:
+def test_without_gradients_nothing_is_packed():
     conv = CONVOLUTIONS["3x3"]
     with torch.no_grad():
         x = with_packed(some(), 1)
@@ -181,7 +179,7 @@ def test_without_gradients_nothing_is_packed() -> None:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_bfloat16_convolution_of_one_pixel(stride: int) -> None:
+def test_bfloat16_convolution_of_one_pixel(stride):
     """torch's own convolution leaves garbage in the weight's gradient on some CPUs."""
     torch.manual_seed(0)
     conv = Conv2d(16, 32, 3, stride=stride, padding=1, bias=False)
@@ -199,7 +197,7 @@ def test_bfloat16_convolution_of_one_pixel(stride: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_total_is_exact(dtype: torch.dtype) -> None:
+def test_total_is_exact(dtype):
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 9, (3, 5, 64, 20, 21), generator=generator).to(dtype) / 4
     for laid_out in (x, x.transpose(2, 4), x[..., ::2], x[:, 1:], x[:1].expand(3, -1, -1, -1, -1)):
@@ -209,13 +207,13 @@ def test_total_is_exact(dtype: torch.dtype) -> None:
     assert native_pool.total(x[:0]).item() == 0
 
 
-def test_total_is_exact_beyond_what_float32_holds() -> None:
+def test_total_is_exact_beyond_what_float32_holds():
     """An odd number of spikes above 2^24, of identical images."""
     image = torch.ones(7, 1, 1, 1, 1).expand(-1, 1, 3, 1001, 801)
     assert native_pool.total(image).item() == image.numel() > 2**24
 
 
-def test_inference_mode_is_no_grad() -> None:
+def test_inference_mode_is_no_grad():
     model = timm.create_model("sew_resnet18", timesteps=2, num_classes=5).eval()
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for execution in ("fused", "reference"):
@@ -226,7 +224,7 @@ def test_inference_mode_is_no_grad() -> None:
             assert torch.equal(model(x), expected)
 
 
-def test_gradient_of_a_gradient_is_refused() -> None:
+def test_gradient_of_a_gradient_is_refused():
     model = timm.create_model("spiking_convnet", channels=(4, 8), input_size=8, timesteps=2)
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
     (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)

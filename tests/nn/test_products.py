@@ -67,7 +67,7 @@ def plain(name: str, *inputs: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("levels", [1, 4, None], ids=["bytes", "bytes of quarters", "numbers"])
 @pytest.mark.parametrize("name", CASES)
-def test_is_the_definition(name: str, levels: int | None) -> None:
+def test_is_the_definition(name, levels):
     function, shapes = CASES[name]
     inputs = [spikes(*shape, seed=i, levels=levels or 1) for i, shape in enumerate(shapes)]
     if levels is None:
@@ -86,7 +86,7 @@ def test_is_the_definition(name: str, levels: int | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["attention", "positions", "mask of heads", "mask of channels"])
-def test_keeps_bytes_alone(name: str) -> None:
+def test_keeps_bytes_alone(name):
     function, shapes = CASES[name]
     with kept_tensors() as kept:
         function(*(spikes(*shape, seed=i) for i, shape in enumerate(shapes)))
@@ -97,7 +97,7 @@ def test_keeps_bytes_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("carries", [True, False], ids=["bytes", "numbers"])
-def test_sums_are_exact_under_autocast(carries: bool) -> None:
+def test_sums_are_exact_under_autocast(carries):
     """Sums over 32x32 positions and 32 channels a head: up to 32768, where bfloat16's step is
     256."""
     inputs = [spikes(1, 1, 64, 32, 32, seed=i, dtype=torch.bfloat16) for i in range(3)]
@@ -120,7 +120,7 @@ def test_sums_are_exact_under_autocast(carries: bool) -> None:
         assert gradient.dtype == torch.bfloat16
 
 
-def test_nothing_is_transposed_in_memory() -> None:
+def test_nothing_is_transposed_in_memory():
     """The output is channels last, like the input."""
     inputs: list[Any] = [spikes(*SHAPE, seed=i) for i in range(3)]
     for y in (
@@ -154,9 +154,7 @@ FIRED: dict[str, tuple[NeuronConfig, tuple[int, ...], bool]] = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", FIRED)
-def test_triton_computes_attention_and_its_neurons(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_triton_computes_attention_and_its_neurons(name, dtype, monkeypatch):
     """Exact sums, hence the spikes and membranes of float64; gradients up to the type's rounding.
 
     Spikes that are not in bytes, and whose channels are not last in memory, give the same.
@@ -230,8 +228,8 @@ def test_triton_computes_attention_and_its_neurons(
     ids=["type", "channels", "timesteps", "float16's largest", "exact sums"],
 )
 def test_what_triton_cannot_compute_exactly_is_computed_by_the_definition(
-    neuron: NeuronConfig, timesteps: int, channels: int, side: int, dtype: torch.dtype
-) -> None:
+    neuron, timesteps, channels, side, dtype
+):
     x = torch.zeros(timesteps, 1, channels, side, side, dtype=dtype)
     called = []
     attention = LinearAttention(1, 0.125)

@@ -98,7 +98,7 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
         if name != "vggsnn" or how != ("fused", "fp32")  # a large one
     ],
 )
-def test_recomputed_blocks_are_the_same_bitwise(name: str, execution: str, precision: str) -> None:
+def test_recomputed_blocks_are_the_same_bitwise(name, execution, precision):
     # Not 16 pixels: bfloat16 convolutions with one output pixel are not bitwise reproducible on
     # every CPU.
     x = images(name, 16 if model_size(name) else 32)
@@ -112,7 +112,7 @@ def test_recomputed_blocks_are_the_same_bitwise(name: str, execution: str, preci
 @pytest.mark.parametrize(
     "name", [name for name in MODELS if name not in ("qkformer_10_384", "vggsnn")]
 )
-def test_segments_in_float64(name: str) -> None:
+def test_segments_in_float64(name):
     """Fused and recomputed against the plain definition in segments, without rounding."""
     x = images(name).double()
     plain = network(name, recompute=False, segment=2, execution="reference").double()
@@ -130,7 +130,7 @@ def test_segments_in_float64(name: str) -> None:
         pytest.param("vggsnn", "fused", marks=pytest.mark.long),
     ],
 )
-def test_membranes_are_carried_across_segments(name: str, execution: str) -> None:
+def test_membranes_are_carried_across_segments(name, execution):
     """With fixed statistics segments change nothing: membranes are carried exactly."""
     x = images(name).double()
     results = []
@@ -144,7 +144,7 @@ def test_membranes_are_carried_across_segments(name: str, execution: str) -> Non
         assert_same(found, results[0])
 
 
-def test_networks_without_membranes_run_in_segments() -> None:
+def test_networks_without_membranes_run_in_segments():
     x, neuron = images("preact_resnet18"), {"kind": "relu"}
     results = []
     for recompute in (False, True):
@@ -161,7 +161,7 @@ def test_networks_without_membranes_run_in_segments() -> None:
         torch.testing.assert_close(again[key], value, rtol=1e-4, atol=1e-6, msg=key)
 
 
-def test_segments_normalise_by_themselves_in_training_alone() -> None:
+def test_segments_normalise_by_themselves_in_training_alone():
     name = "spiking_convnet"
     for recompute in (False, True):
         whole = network(name, execution="fused", **KEEP_ALL)
@@ -173,7 +173,7 @@ def test_segments_normalise_by_themselves_in_training_alone() -> None:
             assert torch.equal(whole.eval()(images(name)), parts.eval()(images(name)))
 
 
-def test_input_gradient_of_a_static_image() -> None:
+def test_input_gradient_of_a_static_image():
     """The stem's input serves all segments."""
     gradients = []
     for recompute in (False, True):
@@ -186,7 +186,7 @@ def test_input_gradient_of_a_static_image() -> None:
 
 
 @pytest.mark.parametrize("kind", ["lif", "plif"])
-def test_what_is_no_spike_is_not_packed(kind: str) -> None:
+def test_what_is_no_spike_is_not_packed(kind):
     """The sigmoid control's outputs do not fit a byte, and its fused path is the definition."""
     neuron = {"kind": kind, "spike": "sigmoid", "surrogate": "sigmoid", "surrogate_width": 5.0}
     neuron |= {"fires_at_threshold": False}
@@ -203,7 +203,7 @@ def test_what_is_no_spike_is_not_packed(kind: str) -> None:
     assert differing(*results) == []
 
 
-def test_every_block_runs_in_segments() -> None:
+def test_every_block_runs_in_segments():
     model = network("sew_resnet18", recompute=True, segment=2, execution="reference")
     lengths: dict[nn.Module, list[int]] = {block: [] for block in model.blocks}
     for block, seen in lengths.items():
@@ -212,7 +212,7 @@ def test_every_block_runs_in_segments() -> None:
     assert list(lengths.values()) == [[2, 2, 1]] * len(model.blocks)
 
 
-def test_no_segment_below_one() -> None:
+def test_no_segment_below_one():
     with pytest.raises(ValueError, match="at least 1 timestep, not 0"):
         network("spiking_convnet", recompute=False, segment=0, execution="fused")
 
@@ -222,7 +222,7 @@ def test_no_segment_below_one() -> None:
     [(1, 1, 0.5), (1, 15, 0.5), (4, 3, 0.5), (8, 2, 1.0), (4, 63, 1.0), (1, 255, 1.0)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_packing_is_exact(levels: int, highest: int, share: float, dtype: torch.dtype) -> None:
+def test_packing_is_exact(levels, highest, share, dtype):
     block = Block(lambda x, _: x, timesteps=3, segment=None, levels=levels, highest=highest)
     for shape in ((3, 2, 4, 5, 6), (3, 1, 3, 5, 7)):
         generator = torch.Generator().manual_seed(0)
@@ -237,7 +237,7 @@ def test_packing_is_exact(levels: int, highest: int, share: float, dtype: torch.
         assert again.stride() == x.stride()
 
 
-def test_highest_sums_of_spikes() -> None:
+def test_highest_sums_of_spikes():
     """(3, 4, 6, 3) blocks; the shortcut of a stage's first block is spikes again."""
     model = timm.create_model("sew_resnet34", width=4)
     assert model.highest_inputs == (1, 2, 3, 4, 2, 3, 4, 5, 2, 3, 4, 5, 6, 7, 2, 3)
@@ -247,7 +247,7 @@ def test_highest_sums_of_spikes() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_blocks_exchange_is_packed_where_it_can_be(name: str) -> None:
+def test_what_blocks_exchange_is_packed_where_it_can_be(name):
     """Currents do not fit into bytes."""
     model = network(name, execution="fused", **KEEP_ALL)
     seen: list[Tensor] = []
@@ -283,7 +283,7 @@ def kept_bytes(timesteps: int, *, recompute: bool, segment: int | None) -> tuple
     return sum(sizes[pointer] for pointer in sizes.keys() - weights), sum(outputs)
 
 
-def test_what_a_network_keeps_for_its_backward_pass() -> None:
+def test_what_a_network_keeps_for_its_backward_pass():
     """Each convolution keeps its output and spikes in bytes; recomputed blocks keep a sixth."""
     kept, outputs = kept_bytes(4, recompute=False, segment=None)
     # Four bytes plus one, and little besides; spikes as numbers would make it eight.

@@ -87,9 +87,7 @@ def moved(inputs: Inputs, device: str) -> Inputs:
     [torch.bfloat16, torch.float32, pytest.param(torch.float64, marks=pytest.mark.long)],
     ids=str,
 )
-def test_spikes_bytes_and_membranes_are_those_of_cpp_bitwise(
-    dtype: torch.dtype, kind: str, call: str, where: str
-) -> None:
+def test_spikes_bytes_and_membranes_are_those_of_cpp_bitwise(dtype, kind, call, where):
     neuron = NEURONS[kind]
     options = {"shared": False, "shortcut": None, "identity": False, "carries": False} | CALLS[call]
     timesteps, rows, channels = 3, 37, 20
@@ -149,9 +147,7 @@ def test_spikes_bytes_and_membranes_are_those_of_cpp_bitwise(
 
 
 @pytest.mark.parametrize("few_programs", [False, True], ids=["one-step", "many-steps"])
-def test_statistics_of_many_blocks_do_not_cancel(
-    few_programs: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_of_many_blocks_do_not_cancel(few_programs, monkeypatch):
     if few_programs:
         monkeypatch.setattr(triton_kernels, "PROGRAMS", dict.fromkeys(triton_kernels.PROGRAMS, 3))
     x = (1000 + draw(0, 2, 5000, 3)).float()
@@ -175,7 +171,7 @@ def test_statistics_of_many_blocks_do_not_cancel(
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_sums_of_many_programs(number: int) -> None:
+def test_sums_of_many_programs(number):
     partial, scales = draw(0, 1300, number, 20).float(), draw(1, 2, 20).float()
     rstds = [*scales[: number - 1], None, None][:2]
     with interpreted():
@@ -188,7 +184,7 @@ def test_sums_of_many_programs(number: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 31, 32, 200])
-def test_bytes_are_halved_and_unpacked_as_by_torch(count: int) -> None:
+def test_bytes_are_halved_and_unpacked_as_by_torch(count):
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(0, 16, (count,), generator=generator).to(torch.uint8)
     whole = packed.Packed(values, 4)
@@ -205,7 +201,7 @@ def test_bytes_are_halved_and_unpacked_as_by_torch(count: int) -> None:
     assert torch.equal(unpacked, values / 4)
 
 
-def test_network_in_segments_is_the_definition() -> None:
+def test_network_in_segments_is_the_definition():
     """Membranes are carried, and blocks recomputed from half bytes."""
     torch.manual_seed(0)
     neuron = LIF(threshold=0.5, surrogate="atan", surrogate_width=2.0)
@@ -229,9 +225,7 @@ def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("undecided")
 @pytest.mark.parametrize("reasons", [["no Triton"], [None, "no Triton", None], [None, None]])
-def test_all_processes_use_triton_or_none_does(
-    reasons: list[str | None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_all_processes_use_triton_or_none_does(reasons, monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "_reason_against_triton", lambda _: reasons[0])
     gathered = []
 
@@ -252,9 +246,7 @@ def test_all_processes_use_triton_or_none_does(
 
 
 @pytest.mark.usefixtures("undecided")
-def test_where_triton_does_not_work_the_reason_is_reported_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_triton_does_not_work_the_reason_is_reported_once(caplog, monkeypatch):
     # This device cannot compute, and no driver is called.
     monkeypatch.setattr(torch, "arange", lambda *_, **__: 1 / 0)
     with caplog.at_level(logging.WARNING):
@@ -266,17 +258,17 @@ def test_where_triton_does_not_work_the_reason_is_reported_once(
 
 
 @pytest.mark.usefixtures("undecided")
-def test_a_cpu_needs_no_decision() -> None:
+def test_a_cpu_needs_no_decision():
     dispatch.decide(torch.device("cpu"), lambda _: pytest.fail("a CPU has nothing to agree about"))
     assert dispatch._uses_triton == {}
 
 
-def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_triton_is_refused(monkeypatch):
     monkeypatch.setattr(triton_kernels.triton, "__version__", "3.2.0")
     with pytest.raises(RuntimeError, match=r"Triton 3\.2\.0 is older than 3\.3"):
         triton_kernels.check(torch.device("cpu"))
 
 
-def test_kernels_compute_what_check_asks_for() -> None:
+def test_kernels_compute_what_check_asks_for():
     with interpreted():
         triton_kernels.check(torch.device("cpu"))

@@ -37,7 +37,7 @@ def is_locked(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("of_kernel", [True, False])
-def test_others_wait_for_what_one_compiles(of_kernel: bool) -> None:
+def test_others_wait_for_what_one_compiles(of_kernel):
     """A kernel's files, or a library by which it is launched."""
     triton_cache.use()
 
@@ -63,7 +63,7 @@ def test_others_wait_for_what_one_compiles(of_kernel: bool) -> None:
     assert not is_locked(folder)
 
 
-def test_a_disk_without_locks_is_used_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_locks_is_used_all_the_same(monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
@@ -75,7 +75,7 @@ def test_a_disk_without_locks_is_used_all_the_same(monkeypatch: pytest.MonkeyPat
     assert CompiledOnce("kernel").get_group("a.json")
 
 
-def test_triton_takes_kernels_from_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_takes_kernels_from_there(folder, monkeypatch):
     locked, hits = [], []
     put_group = CompiledOnce.put_group
 
@@ -97,7 +97,7 @@ def test_triton_takes_kernels_from_there(folder: Path, monkeypatch: pytest.Monke
     assert not folder.stat().st_mode & 0o077
 
 
-def test_a_folder_of_others_is_not_used(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_of_others_is_not_used(folder, tmp_path):
     own = tmp_path / "own"
     own.mkdir(mode=0o700)
     folder.symlink_to(own)

@@ -47,7 +47,7 @@ def check(code: gpu_code.Code, *, spills: bool = False) -> None:
 
 
 @each_gpu
-def test_code_is_what_is_recorded(capability: int) -> None:
+def test_code_is_what_is_recorded(capability):
     """A change of a kernel must update the record: `python docs/make/gpu.py`."""
     record = json.loads(RECORD.read_text())
     names = {name.rpartition(" sm_")[0] for name in record["code"]}
@@ -62,7 +62,7 @@ def test_code_is_what_is_recorded(capability: int) -> None:
             assert code.instructions < 1.3 * expected["instructions"], name
 
 
-def test_no_number_of_a_large_tensor_overflows() -> None:
+def test_no_number_of_a_large_tensor_overflows():
     """Sizes have 32 bits if they fit, and a tensor may have more than 2^31 values."""
     for launch in gpu_code.packing():
         code = gpu_code.compiled(launch, 90).intermediate
@@ -93,14 +93,14 @@ BYTES = {
 FLAT = ("statistics", "add", "add_sums", "norm_gradient")
 
 
-def test_bytes_of_a_number_and_timestep() -> None:
+def test_bytes_of_a_number_and_timestep():
     for name, expected in BYTES.items():
         timesteps = 1 if name in FLAT else 4
         assert recorded(name, NEWEST).bytes_of_number(timesteps) == expected, name
 
 
 @each_gpu
-def test_loads_and_stores_are_of_16_bytes(capability: int) -> None:
+def test_loads_and_stores_are_of_16_bytes(capability):
     for name, loads, stores in (
         ("fire", 4, 4),
         ("fire with identity", 8, 4),
@@ -127,7 +127,7 @@ def test_loads_and_stores_are_of_16_bytes(capability: int) -> None:
         assert memory.get("STG.32", 0) == sums, name
 
 
-def test_numbers_are_rounded_as_in_cpp() -> None:
+def test_numbers_are_rounded_as_in_cpp():
     """Products and sums one by one, where one instruction could make both; bfloat16 to nearest."""
     rounding = ("fire", "backward", "add", "norm_gradient", "backward alone", "fire psn")
     for name in (*rounding, "statistics", "backward_sums", "add_sums"):
@@ -150,7 +150,7 @@ class _Driver:
         return triton.backends.compiler.GPUTarget("cuda", 90, 32)
 
 
-def test_one_compilation_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_compilation_serves_all_layers(monkeypatch):
     """Triton's own way from the arguments of a call to a compiled kernel, up to its start."""
     used = set()
 
@@ -193,7 +193,7 @@ def test_one_compilation_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
     assert set(numbers.values()) == {1}, numbers
 
 
-def test_of_any_number_of_channels_and_timesteps() -> None:
+def test_of_any_number_of_channels_and_timesteps():
     # Loads as wide as rows allow: 24 channels are a multiple of 8 numbers, 3 of none; and as wide
     # as registers for 16 timesteps allow.
     for channels, timesteps, name, width in (
@@ -277,7 +277,7 @@ FURTHER += [
 @pytest.mark.parametrize(
     "layer", [*USUAL, *(pytest.param(layer, marks=pytest.mark.long) for layer in FURTHER)]
 )
-def test_nothing_spills(layer: Layer | Stream | Attention, capability: int) -> None:
+def test_nothing_spills(layer, capability):
     adds = isinstance(layer, Stream) and layer.shared
     names: tuple[str, ...] = ("fire", "backward_sums", "backward")
     if adds:

@@ -70,7 +70,7 @@ def row(text: str, start: str) -> list[str]:
 # --- metrics --------------------------------------------------------------------------------------
 
 
-def test_what_only_the_clock_changes_is_the_same(run_tool: Tool, tmp_path: Path) -> None:
+def test_what_only_the_clock_changes_is_the_same(run_tool, tmp_path):
     a = make_run(tmp_path / "a")
     clock = {"time": 2.0, "samples_per_s": 3.0, "data_wait": 4.0}
     b = make_run(tmp_path / "b", {("train", 3): clock, ("val", 5): {"time": 9.0, "seconds": 9.0}})
@@ -84,7 +84,7 @@ def test_what_only_the_clock_changes_is_the_same(run_tool: Tool, tmp_path: Path)
     assert row(printed, "name") == ["name", "a", "b"]
 
 
-def test_where_they_part_and_by_how_much(run_tool: Tool, tmp_path: Path) -> None:
+def test_where_they_part_and_by_how_much(run_tool, tmp_path):
     a = make_run(tmp_path / "a")
     bit = math.nextafter(1 / 4, 1)
     b = make_run(
@@ -124,7 +124,7 @@ def test_where_they_part_and_by_how_much(run_tool: Tool, tmp_path: Path) -> None
     assert result["samples"] is None
 
 
-def test_an_evaluation_may_be_the_first_to_differ(run_tool: Tool, tmp_path: Path) -> None:
+def test_an_evaluation_may_be_the_first_to_differ(run_tool, tmp_path):
     a = make_run(tmp_path / "a")
     b = make_run(tmp_path / "b", {("val", 5): {"top1": 55.0}, ("train", 8): {"loss": 1.0}})
     status, printed, _ = run_tool(a, b)
@@ -133,7 +133,7 @@ def test_an_evaluation_may_be_the_first_to_differ(run_tool: Tool, tmp_path: Path
     assert row(printed.split("Over all")[0], "val/top1") == ["val/top1", "50.0", "55.0", "0.091"]
 
 
-def test_the_tolerance_decides_what_is_different(run_tool: Tool, tmp_path: Path) -> None:
+def test_the_tolerance_decides_what_is_different(run_tool, tmp_path):
     a = make_run(tmp_path / "a")
     b = make_run(tmp_path / "b", {("train", 2): {"loss": 0.5005}, ("train", 3): {"loss": 0.333}})
     for tolerance, status, first in (("0", 1, 2), ("0.0009995", 1, 3), ("0.0011", 0, None)):
@@ -148,7 +148,7 @@ def test_the_tolerance_decides_what_is_different(run_tool: Tool, tmp_path: Path)
     assert run_tool(a, c, "--tolerance", 9)[0] == 1
 
 
-def test_what_is_not_finite(run_tool: Tool, tmp_path: Path) -> None:
+def test_what_is_not_finite(run_tool, tmp_path):
     values: dict[str, Any] = {"loss": "NaN", "grad_norm": "Infinity"}
     a = make_run(tmp_path / "a", {("train", 6): values})
     assert run_tool(a, make_run(tmp_path / "b", {("train", 6): values}))[0] == 0
@@ -159,7 +159,7 @@ def test_what_is_not_finite(run_tool: Tool, tmp_path: Path) -> None:
         assert row(printed.split("Over all")[0], f"train/{key}")[-1] == "inf"
 
 
-def test_steps_that_only_one_has(run_tool: Tool, tmp_path: Path) -> None:
+def test_steps_that_only_one_has(run_tool, tmp_path):
     a = make_run(tmp_path / "a")
     without: dict[tuple[str, int], Any] = {("train", step): None for step in (2, 9)}
     b = make_run(tmp_path / "b", without | {("val", 10): None})
@@ -180,7 +180,7 @@ def test_steps_that_only_one_has(run_tool: Tool, tmp_path: Path) -> None:
 @given(st.floats(), st.floats() | st.integers())
 @example(1.7e308, -1.7e308)
 @example(1.0, 10**400)
-def test_relative_difference(a: float, b: float) -> None:
+def test_relative_difference(a, b):
     found = compare.relative_difference(a, b)
     assert found == compare.relative_difference(b, a)
     assert (found == 0) == (a == b or (math.isnan(a) and math.isnan(b)))
@@ -193,7 +193,7 @@ def test_relative_difference(a: float, b: float) -> None:
 # --- what is read ---------------------------------------------------------------------------------
 
 
-def test_files_alone_torn_and_empty(run_tool: Tool, tmp_path: Path) -> None:
+def test_files_alone_torn_and_empty(run_tool, tmp_path):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     file = b / "metrics.jsonl"
     with file.open("a") as stream:
@@ -213,7 +213,7 @@ def test_files_alone_torn_and_empty(run_tool: Tool, tmp_path: Path) -> None:
     assert run_tool(b, b)[0] == 0
 
 
-def test_mistakes_end_in_one_sentence(run_tool: Tool, tmp_path: Path) -> None:
+def test_mistakes_end_in_one_sentence(run_tool, tmp_path):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -276,7 +276,7 @@ def sampled(tmp_path: Path) -> tuple[Path, Path]:
     return a, b
 
 
-def test_the_same_samples_on_two_processes(run_tool: Tool, sampled: tuple[Path, Path]) -> None:
+def test_the_same_samples_on_two_processes(run_tool, sampled):
     a, b = sampled
     write_samples(
         b,
@@ -291,7 +291,7 @@ def test_the_same_samples_on_two_processes(run_tool: Tool, sampled: tuple[Path, 
     assert "Samples: the same at 3 steps." in printed
 
 
-def test_after_a_resume_the_last_start_counts(run_tool: Tool, sampled: tuple[Path, Path]) -> None:
+def test_after_a_resume_the_last_start_counts(run_tool, sampled):
     a, b = sampled
     # Killed within step 3 and continued from step 1; killed again, within step 3, and continued
     # from step 2.
@@ -307,9 +307,7 @@ def test_after_a_resume_the_last_start_counts(run_tool: Tool, sampled: tuple[Pat
     assert run_tool(a, b)[0] == 0
 
 
-def test_the_first_step_with_other_samples(
-    run_tool: Tool, sampled: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_the_first_step_with_other_samples(run_tool, sampled, tmp_path):
     a, b = sampled
     write_samples(
         b,
@@ -333,9 +331,7 @@ def test_the_first_step_with_other_samples(
     }
 
 
-def test_a_step_whose_samples_one_run_alone_recorded(
-    run_tool: Tool, sampled: tuple[Path, Path]
-) -> None:
+def test_a_step_whose_samples_one_run_alone_recorded(run_tool, sampled):
     a, b = sampled
     write_samples(b, sample_lines(1, [0, 1], [2, 3]) + sample_lines(2, [4, 5], [6, 7]))
     status, printed, _ = run_tool(a, b)
@@ -343,7 +339,7 @@ def test_a_step_whose_samples_one_run_alone_recorded(
     assert "Samples: the same at 2 steps.\n  only a recorded step 3\n" in printed
 
 
-def test_samples_of_one_run_only_and_damaged(run_tool: Tool, sampled: tuple[Path, Path]) -> None:
+def test_samples_of_one_run_only_and_damaged(run_tool, sampled):
     a, b = sampled
     status, printed, _ = run_tool(b, a)
     assert status == 0
@@ -383,7 +379,7 @@ def series(tmp_path: Path) -> list[Path]:
     ]
 
 
-def test_table_has_the_moving_average_of_runs_with_one(run_tool: Tool, tmp_path: Path) -> None:
+def test_table_has_the_moving_average_of_runs_with_one(run_tool, tmp_path):
     fast = {("train", 3): {"samples_per_s": 9.0}}  # of ten lines one, so that the median is 1
     plain, averaged, other = (make_run(tmp_path / name, fast) for name in ("a", "b", "c"))
     reached = [{"kind": "val_ema", "step": step, "top1": 10.0 * step} for step in (7, 5)]
@@ -397,7 +393,7 @@ def test_table_has_the_moving_average_of_runs_with_one(run_tool: Tool, tmp_path:
     assert "EMA" not in run_tool(plain, other, plain)[1]
 
 
-def test_several_runs_in_one_table(run_tool: Tool, series: list[Path], tmp_path: Path) -> None:
+def test_several_runs_in_one_table(run_tool, series, tmp_path):
     status, printed, _ = run_tool(*series, "--json", tmp_path / "all.json")
     assert status == 0
     each, groups = printed.split("group", 1)
@@ -414,7 +410,7 @@ def test_several_runs_in_one_table(run_tool: Tool, series: list[Path], tmp_path:
     assert result["groups"][0]["top1_deviation"] == pytest.approx(8**0.5)
 
 
-def test_runs_without_configuration_or_evaluation(run_tool: Tool, tmp_path: Path) -> None:
+def test_runs_without_configuration_or_evaluation(run_tool, tmp_path):
     diverged = {("val", 10): {"loss": "NaN"}}
     runs = [make_run(tmp_path / name, diverged) for name in "ab"]
     write_lines(tmp_path / "c.jsonl", [])
@@ -427,14 +423,14 @@ def test_runs_without_configuration_or_evaluation(run_tool: Tool, tmp_path: Path
     assert " ".join(row(groups, "equal except for the seed")[5:]) == expected
 
 
-def test_all_lines_of_training_are_kept_for_curves_alone(tmp_path: Path) -> None:
+def test_all_lines_of_training_are_kept_for_curves_alone(tmp_path):
     run = make_run(tmp_path / "a")
     (table,), (drawn,) = (runs_table.read_records([run], curves=one) for one in (False, True))
     assert table.result() == drawn.result()
     assert [len(record.of_kind("train")) for record in (table, drawn)] == [2, 10]
 
 
-def test_figure_of_several_runs(run_tool: Tool, series: list[Path], tmp_path: Path) -> None:
+def test_figure_of_several_runs(run_tool, series, tmp_path):
     out = tmp_path / "all.png"
 
     def colours(*runs: Path) -> list[int]:
@@ -448,7 +444,7 @@ def test_figure_of_several_runs(run_tool: Tool, series: list[Path], tmp_path: Pa
     assert colours(*reversed(series)) == [first, second, third]
 
 
-def test_a_studys_folder(run_tool: Tool, tmp_path: Path) -> None:
+def test_a_studys_folder(run_tool, tmp_path):
     """Runs that begin with runs of their own seed, beside logs and a report, by two versions."""
     from tetdist.config.loading import parse
 
@@ -485,7 +481,7 @@ def test_a_studys_folder(run_tool: Tool, tmp_path: Path) -> None:
     assert row(printed.split("group")[1], str(other))[:3] == [str(other), "1", "1.00"]
 
 
-def test_wrong_numbers_of_runs(run_tool: Tool, series: list[Path], tmp_path: Path) -> None:
+def test_wrong_numbers_of_runs(run_tool, series, tmp_path):
     for arguments in (
         series[:1],
         [*series, "--tolerance", "1e-3"],

@@ -62,7 +62,7 @@ def draw(folder: Path, lines: list[dict[str, Any]]) -> Path:
     return out
 
 
-def test_a_whole_run_with_two_phases(tmp_path: Path) -> None:
+def test_a_whole_run_with_two_phases(tmp_path):
     lines = []
     for step in range(10, 1210, 10):
         later = step > 900
@@ -82,7 +82,7 @@ def test_a_whole_run_with_two_phases(tmp_path: Path) -> None:
     assert _phase_borders(train[:90], val) == []
 
 
-def test_a_moving_average_has_curves_of_its_own(tmp_path: Path) -> None:
+def test_a_moving_average_has_curves_of_its_own(tmp_path):
     lines = [line(step) for step in (100, 200, 300) for line in (train_line, val_line)]
     assert pixels(draw(tmp_path, lines), AVERAGE) == 0
     lines += [val_line(step, kind="val_ema", top1=70.0, loss=0.5) for step in (100, 200, 300)]
@@ -91,7 +91,7 @@ def test_a_moving_average_has_curves_of_its_own(tmp_path: Path) -> None:
     assert pixels(out, VALIDATION) > 1000
 
 
-def test_one_line_of_each(tmp_path: Path) -> None:
+def test_one_line_of_each(tmp_path):
     out = draw(tmp_path, [train_line(10)])
     assert pixels(out, TRAIN) > 20
     assert pixels(out, VALIDATION) == 0
@@ -100,7 +100,7 @@ def test_one_line_of_each(tmp_path: Path) -> None:
     assert pixels(draw(tmp_path, [val_line(1, epoch=0.0)]), VALIDATION) > 100
 
 
-def test_lines_that_lack_something_or_are_not_finite(tmp_path: Path) -> None:
+def test_lines_that_lack_something_or_are_not_finite(tmp_path):
     bare = {"kind": "train", "step": 5, "time": 0.0, "epoch": 0.05}
     lines = [bare, train_line(10), train_line(20, loss="NaN", samples_per_s="Infinity")]
     lines += [train_line(30, top1=None), val_line(30, top1="NaN", per_timestep_top1=["NaN"] * 3)]
@@ -108,7 +108,7 @@ def test_lines_that_lack_something_or_are_not_finite(tmp_path: Path) -> None:
     assert pixels(draw(tmp_path, lines), TRAIN) > 100
 
 
-def test_nothing_to_draw(tmp_path: Path) -> None:
+def test_nothing_to_draw(tmp_path):
     out = draw(tmp_path, [])
     assert not out.parent.exists()
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "st')
@@ -116,7 +116,7 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
     assert not out.parent.exists()
 
 
-def test_a_new_plot_replaces_the_old_one(tmp_path: Path) -> None:
+def test_a_new_plot_replaces_the_old_one(tmp_path):
     out = draw(tmp_path, [train_line(10)])
     before = out.read_bytes()
     with out.open("rb") as reader:  # somebody looks at it
@@ -125,7 +125,7 @@ def test_a_new_plot_replaces_the_old_one(tmp_path: Path) -> None:
     assert out.read_bytes() != before
 
 
-def test_firing_rates_show_what_is_dead_and_saturated(tmp_path: Path) -> None:
+def test_firing_rates_show_what_is_dead_and_saturated(tmp_path):
     def colours(*rates: dict[str, float]) -> tuple[int, int]:
         metrics = tmp_path / "metrics.jsonl"
         lines = [val_line(100 * i, firing_rate=rate) for i, rate in enumerate(rates, start=1)]
@@ -147,13 +147,13 @@ def test_firing_rates_show_what_is_dead_and_saturated(tmp_path: Path) -> None:
     colours({"layer0": 0.1}, alive)
 
 
-def test_firing_rates_before_the_first_evaluation(tmp_path: Path) -> None:
+def test_firing_rates_before_the_first_evaluation(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(train_line(10)) + "\n")
     firing_rates(tmp_path / "metrics.jsonl", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
-def test_membranes_are_coloured_by_whether_they_fire(tmp_path: Path) -> None:
+def test_membranes_are_coloured_by_whether_they_fire(tmp_path):
     edges = [-1.0, 0.0, 1.0, 2.0]
 
     def colours(shares: list[float], fires: float) -> tuple[int, int]:
@@ -167,7 +167,7 @@ def test_membranes_are_coloured_by_whether_they_fire(tmp_path: Path) -> None:
     assert firing[1] > 5000
 
 
-def test_inputs_are_shown_as_they_are(tmp_path: Path) -> None:
+def test_inputs_are_shown_as_they_are(tmp_path):
     images = np.zeros((3, 8, 8, 3))
     images[1, ..., 0] = 1.0
     inputs(images, ["a", "b", "c"], "title", tmp_path / "i.png")
@@ -180,7 +180,7 @@ def test_inputs_are_shown_as_they_are(tmp_path: Path) -> None:
     assert pixels(tmp_path / "e.png", "#0000FF") > 1000
 
 
-def test_images_and_events_as_rgb() -> None:
+def test_images_and_events_as_rgb():
     data = DataSection(root="x", mean=(0.5, 0.5, 0.25), std=(0.5, 0.5, 0.25))
     rgb = rgb_images(torch.tensor([-1.0, 0.0, 9.0]).view(1, 3, 1, 1), data)
     assert rgb.tolist() == [[[[0.0, 0.5, 1.0]]]]
@@ -190,7 +190,7 @@ def test_images_and_events_as_rgb() -> None:
     assert coloured(frames, 99)[0, 0].tolist() == [[1, 0, 0], [0, 0, 1], [1, 1, 1]]
 
 
-def test_a_group_has_points_where_they_are_few_and_a_spread_within_its_limits() -> None:
+def test_a_group_has_points_where_they_are_few_and_a_spread_within_its_limits():
     axis = new_figure(3, 3).subplots()
     curves = [([1.0], [99.0]), ([1.0], [39.0])]  # one evaluation of each
     _group(axis, curves, TRAIN, "two", PERCENT)
@@ -204,7 +204,7 @@ def test_a_group_has_points_where_they_are_few_and_a_spread_within_its_limits() 
     _group(axis, [([1.0], [1.0]), ([2.0], [1.0])], TRAIN, "no epoch in common", PERCENT)
 
 
-def test_means_over_a_few_steps_are_not_drawn() -> None:
+def test_means_over_a_few_steps_are_not_drawn():
     """Every 20 steps, and at the ends of two epochs of 62; half as many are enough."""
     train = [train_line(step) for step in (20, 40, 60, 62, 82, 102, 122, 124, 134)]
     assert [line["step"] for line in steady_part(train)] == [20, 40, 60, 82, 102, 122, 134]
@@ -212,7 +212,7 @@ def test_means_over_a_few_steps_are_not_drawn() -> None:
     assert steady_part([]) == []
 
 
-def test_small_rates_are_written_as_others_are() -> None:
+def test_small_rates_are_written_as_others_are():
     axis = new_figure(3, 3).subplots()
     _learning_rate(axis, [train_line(1, lr=1e-4), train_line(2, lr=5e-5)])
     written = axis.yaxis.get_major_formatter()
@@ -234,30 +234,28 @@ def test_small_rates_are_written_as_others_are() -> None:
         ([40.0, 80.0], (38.0, 82.0)),  # as it was
     ],
 )
-def test_accuracies_that_differ_little_look_so(
-    top1: list[float], limits: tuple[float, float]
-) -> None:
+def test_accuracies_that_differ_little_look_so(top1, limits):
     axis = new_figure(4, 3).subplots()
     axis.plot(range(len(top1)), top1)
     finish(axis, "Accuracy", ACCURACY)
     assert axis.get_ylim() == pytest.approx(limits)
 
 
-def test_other_axes_are_as_their_values_are() -> None:
+def test_other_axes_are_as_their_values_are():
     axis = new_figure(4, 3).subplots()
     axis.plot([1.0, 1.1])
     finish(axis, "Loss", "loss")
     assert axis.get_ylim() == pytest.approx((0.995, 1.105))
 
 
-def test_running_mean() -> None:
+def test_running_mean():
     values = [1.0, 2.0, 6.0, 3.0, 5.0]
     assert _running_mean(values, 1) == [1.5, 3.0, 11 / 3, 14 / 3, 4.0]
     assert _running_mean(values, 0) == values
     assert all(map(math.isclose, _running_mean(values, 9), [3.4] * 5))
 
 
-def test_matplotlib_missing_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matplotlib_missing_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"matplotlib is not installed; pip install"):
         draw(tmp_path, [train_line(10)])

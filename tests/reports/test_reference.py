@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
-from tiny import Farm, Tool
+from tiny import Tool
 
 from tetdist.apps.reports import runs_table
 from tetdist.apps.reports.reference import IMAGES, find_reference, references, tolerated
@@ -46,7 +46,7 @@ def compare(tool: Tool) -> Tool:
     return partial(tool, "compare_runs")
 
 
-def test_every_curve_is_whole() -> None:
+def test_every_curve_is_whole():
     keys = set(RunConfig.model_fields)
     for name, curve in references().items():
         assert min(curve.top1) == 1, name
@@ -55,7 +55,7 @@ def test_every_curve_is_whole() -> None:
         assert {key.partition(".")[0] for key in curve.recipe} <= keys, name
 
 
-def test_between_published_epochs() -> None:
+def test_between_published_epochs():
     assert SEW.at(4) == 36.33
     assert SEW.at(3) == pytest.approx(23.18 + (36.33 - 23.18) * math.log(1.5) / math.log(2))
     assert SEW.at(0.5) is None
@@ -70,11 +70,11 @@ def test_between_published_epochs() -> None:
     assert SEW.reached(0.1) is None
 
 
-def test_curves_are_steep_for_ten_epochs() -> None:
+def test_curves_are_steep_for_ten_epochs():
     assert [tolerated(epochs, 50.0) for epochs in (10, 10.1)] == [5.0, 1.5]
 
 
-def test_a_run_on_the_way(tmp_path: Path, compare: Tool) -> None:
+def test_a_run_on_the_way(tmp_path, compare):
     run = a_run(tmp_path / "r", {1: 11.0, 3: 30.0})
     status, out, _ = compare(run, "--reference", "sew34", "--json", tmp_path / "v.json")
     assert status == 0
@@ -85,7 +85,7 @@ def test_a_run_on_the_way(tmp_path: Path, compare: Tool) -> None:
     assert verdict["points"][1]["at_epoch"] == pytest.approx(SEW.at(3))
 
 
-def test_a_run_behind(tmp_path: Path, compare: Tool) -> None:
+def test_a_run_behind(tmp_path, compare):
     run = a_run(tmp_path / "r", {21: 50.38})
     figure = tmp_path / "both.png"
     status, out, _ = compare(run, "--reference", "sew34", "--plot", figure)
@@ -96,7 +96,7 @@ def test_a_run_behind(tmp_path: Path, compare: Tool) -> None:
 
 
 @pytest.mark.parametrize("reference", ["t_revsnn", "spiking34", "qkformer_10_384", "sew34"])
-def test_a_run_that_guesses_is_behind(reference: str, tmp_path: Path, compare: Tool) -> None:
+def test_a_run_that_guesses_is_behind(reference, tmp_path, compare):
     published = find_reference(reference)
     for epoch in (1.0, 2.0, 3.0):
         run = a_run(tmp_path / "r", {epoch: 0.10})
@@ -110,7 +110,7 @@ def test_a_run_that_guesses_is_behind(reference: str, tmp_path: Path, compare: T
         assert published.warning(0.6 * top1, round(epoch * IMAGES)) is None or top1 > 12
 
 
-def test_too_early_where_the_reference_itself_guesses(tmp_path: Path, compare: Tool) -> None:
+def test_too_early_where_the_reference_itself_guesses(tmp_path, compare):
     average = find_reference("t_revsnn_ema")
     run = a_run(tmp_path / "r", {3: 0.10}, kind="val_ema")
     status, out, _ = compare(run, "--reference", "t_revsnn_ema")
@@ -119,7 +119,7 @@ def test_too_early_where_the_reference_itself_guesses(tmp_path: Path, compare: T
     assert average.warning(0.10, 3 * IMAGES) is None
 
 
-def test_an_average_is_compared_with_an_average(tmp_path: Path, compare: Tool) -> None:
+def test_an_average_is_compared_with_an_average(tmp_path, compare):
     run = a_run(tmp_path / "r", {21: 52.0}, kind="val_ema")
     a_run(run, {21: 40.0})
     assert compare(run, "--reference", "t_revsnn_ema")[0] == 0
@@ -129,7 +129,7 @@ def test_an_average_is_compared_with_an_average(tmp_path: Path, compare: Tool) -
 
 
 @pytest.mark.parametrize("loss", ["NaN", "Infinity"])
-def test_a_run_that_has_diverged(loss: str, tmp_path: Path, compare: Tool) -> None:
+def test_a_run_that_has_diverged(loss, tmp_path, compare):
     run = a_run(tmp_path / "r", {2: 25.0})
     a_run(run, {3: 0.1}, loss=loss)
     status, out, _ = compare(run, "--reference", "sew34")
@@ -143,7 +143,7 @@ def test_a_run_that_has_diverged(loss: str, tmp_path: Path, compare: Tool) -> No
     assert f"t has diverged: its loss after 2.1 epochs is {float(loss)}." in out
 
 
-def test_other_data_have_no_verdict(tmp_path: Path, compare: Tool) -> None:
+def test_other_data_have_no_verdict(tmp_path, compare):
     # A run on half of the images: two of its epochs are one of theirs.
     run = a_run(tmp_path / "r", {2: 12.0}, images=IMAGES // 2)
     status, out, _ = compare(run, "--reference", "sew34", "--json", tmp_path / "v.json")
@@ -221,14 +221,7 @@ def test_other_data_have_no_verdict(tmp_path: Path, compare: Tool) -> None:
         ),
     ],
 )
-def test_what_differs(
-    recipe: str,
-    overrides: list[str],
-    reference: str,
-    differences: dict[str, object],
-    tmp_path: Path,
-    compare: Tool,
-) -> None:
+def test_what_differs(recipe, overrides, reference, differences, tmp_path, compare):
     run = a_run(tmp_path / "r", {3: 50.0}, recipe, overrides)
     out = compare(run, "--reference", reference, "--json", tmp_path / "v.json")[1]
     (verdict,) = json.loads((tmp_path / "v.json").read_text())["verdicts"]
@@ -236,7 +229,7 @@ def test_what_differs(
     assert ("Its configuration differs" in out) == bool(differences)
 
 
-def test_the_phase_that_the_run_is_in_is_compared(tmp_path: Path, compare: Tool) -> None:
+def test_the_phase_that_the_run_is_in_is_compared(tmp_path, compare):
     run = a_run(tmp_path / "r", {95: 57.0}, "spiking34_t4_t6")
     lines = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(lines.replace('"kind": "val"', '"kind": "val", "phase": 1'))
@@ -246,9 +239,7 @@ def test_the_phase_that_the_run_is_in_is_compared(tmp_path: Path, compare: Tool)
     assert "phases.0" not in out
 
 
-def test_the_figure_of_an_average_has_the_average(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compare: Tool
-) -> None:
+def test_the_figure_of_an_average_has_the_average(tmp_path, monkeypatch, compare):
     drawn: list[RunRecord] = []
     monkeypatch.setattr(runs_table, "plot", lambda records, *_: drawn.extend(records))
     run = a_run(a_run(tmp_path / "r", {1: 40.0}), {1: 60.0}, kind="val_ema")
@@ -258,7 +249,7 @@ def test_the_figure_of_an_average_has_the_average(
     assert [[line["top1"] for line in one.of_kind("val")] for one in drawn] == [[40.0], [60.0]]
 
 
-def test_recipes_of_imagenet_name_a_curve() -> None:
+def test_recipes_of_imagenet_name_a_curve():
     named = {
         file.stem: config.reference
         for file in sorted((tiny.PROJECT / "configs").glob("*.yaml"))
@@ -279,7 +270,7 @@ def test_recipes_of_imagenet_name_a_curve() -> None:
         find_reference(name)
 
 
-def test_mistakes(tmp_path: Path, compare: Tool) -> None:
+def test_mistakes(tmp_path, compare):
     run = a_run(tmp_path / "r", {})
     status, _, told = compare(run, "--reference", "sew43")
     assert status == 2
@@ -296,7 +287,7 @@ def test_mistakes(tmp_path: Path, compare: Tool) -> None:
     assert "needs the run's folder" in told
 
 
-def test_a_run_says_so_itself(farm: Farm, tiny_root: Path, tmp_path: Path, compare: Tool) -> None:
+def test_a_run_says_so_itself(farm, tiny_root, tmp_path, compare):
     runs = tmp_path / "runs"
     config = tiny.write_config(tmp_path / "c.yaml", tiny_root)
     unknown = farm(config, "reference=sew43")

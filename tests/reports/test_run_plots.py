@@ -1,6 +1,6 @@
 """When a run draws itself, and what it says in the log."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,9 +58,7 @@ def evaluate(pictures: RunPlots, tracker: Tracker, epoch: int, rate: float) -> N
     pictures.on_line("val", epoch, values)
 
 
-def test_plots_at_evaluations_and_warnings_at_once(
-    config: RunConfig, tracker: Tracker, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_plots_at_evaluations_and_warnings_at_once(config, tracker, caplog):
     model = timm.create_model("spiking_convnet", channels=(4, 8), input_size=16, timesteps=2)
     model.set_execution("reference")
     pictures = watching(config, model, tracker)
@@ -81,9 +79,7 @@ def test_plots_at_evaluations_and_warnings_at_once(
     assert all(last[name] != first[name] for name in first)
 
 
-def test_a_plot_that_cannot_be_written_ends_nothing(
-    config: RunConfig, tracker: Tracker, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_plot_that_cannot_be_written_ends_nothing(config, tracker, caplog):
     (config.run_dir / "plots").write_text("in the way")
     model = timm.create_model("spiking_convnet", channels=(4, 8), input_size=16, timesteps=2)
     model.set_execution("reference")
@@ -92,9 +88,7 @@ def test_a_plot_that_cannot_be_written_ends_nothing(
         assert f"cannot draw the plot {name}: " in caplog.text
 
 
-def test_without_plots_the_log_still_names_dead_layers(
-    main: Callable[..., tiny.Outcome], tiny_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_without_plots_the_log_still_names_dead_layers(main, tiny_config, tmp_path):
     changes = {"model.neuron.threshold": 1e6, "loss.phi": 1e6}
     for plots in (True, False):
         outcome = main(tiny_config(changes | {"name": f"{plots}", "plots": plots}))

@@ -67,14 +67,7 @@ FINISHED = [*LINES, train_line(20), val_line(20, 65.0, 70.0), {"kind": "final", 
         (LINES, 12, JobEvent("stopped", "7", "time limit"), "stopped", "saved; the same command"),
     ],
 )
-def test_the_state(
-    lines: list[dict[str, Any]],
-    saved: int | None,
-    job: JobEvent | None,
-    state: str,
-    text: str,
-    tmp_path: Path,
-) -> None:
+def test_the_state(lines, saved, job, state, text, tmp_path):
     status = read_status(made(tmp_path / "run", lines, saved), job)
     assert status.state == state
     assert status.text.startswith(text)
@@ -82,7 +75,7 @@ def test_the_state(
     as_text(status)  # of whatever there is
 
 
-def test_a_run_that_trains_says_how_far_it_is(tmp_path: Path) -> None:
+def test_a_run_that_trains_says_how_far_it_is(tmp_path):
     run = made(tmp_path / "run", LINES, 10)
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -99,18 +92,16 @@ def test_a_run_that_trains_says_how_far_it_is(tmp_path: Path) -> None:
     assert lines[4].startswith("  checkpoint  step-00000010.1, ")
 
 
-def test_max_steps_end_a_run(tmp_path: Path) -> None:
+def test_max_steps_end_a_run(tmp_path):
     assert read_status(made(tmp_path / "run", LINES, 12, max_steps=14)).last_step == 14
 
 
-def test_best_evaluation_may_not_be_saved_yet(tmp_path: Path) -> None:
+def test_best_evaluation_may_not_be_saved_yet(tmp_path):
     status = read_status(made(tmp_path / "run", [*LINES, val_line(15, 80.0, 80.0)], 12))
     assert (status.best_top1, status.best_step) == (80.0, 15)
 
 
-def test_several_runs_are_a_table_and_json(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_runs_are_a_table_and_json(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     made(Path("runs/one"), LINES, 12)
     made(Path("runs/two"), FINISHED, 20)
@@ -127,9 +118,7 @@ def test_several_runs_are_a_table_and_json(
     assert "there is no run three" in capsys.readouterr().err
 
 
-def test_damaged_run_is_a_row_among_others_and_no_run_is_none_yet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_run_is_a_row_among_others_and_no_run_is_none_yet(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert command.main([]) == 0
     assert capsys.readouterr().out == "there are no runs yet in runs/\n"
@@ -193,9 +182,7 @@ def test_damaged_run_is_a_row_among_others_and_no_run_is_none_yet(
         ),
     ],
 )
-def test_one_damaged_run_leaves_the_table(
-    name: str, text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_damaged_run_leaves_the_table(name, text, expected, tmp_path, capsys):
     runs = [made(tmp_path / run, LINES, 12) for run in ("a", "b")]
     (runs[0] / name).write_text(text + "\n", errors="surrogateescape")
     assert command.main([str(tmp_path)]) == 2
@@ -211,7 +198,7 @@ def test_one_damaged_run_leaves_the_table(
     assert capsys.readouterr() == ("", err)
 
 
-def test_it_loads_no_torch(tmp_path: Path) -> None:
+def test_it_loads_no_torch(tmp_path):
     run = made(tmp_path / "run", LINES, 12)
     command_line = tiny.python("-X", "importtime", tiny.PROJECT / "tools/status.py", run)
     done = subprocess.run(command_line, capture_output=True, text=True, timeout=60, check=False)

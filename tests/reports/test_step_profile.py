@@ -2,19 +2,12 @@
 
 import gzip
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import tiny
-from tiny import Outcome
-
-Main = Callable[..., Outcome]
 
 
-def test_results_are_the_same_bitwise_and_own_kernels_are_named(
-    main: Main, tiny_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_results_are_the_same_bitwise_and_own_kernels_are_named(main, tiny_config, tmp_path):
     file = tiny_config({"execution": "fused", "max_steps": 7})
     assert main(file, "name=without").status == 0
     # Epochs are of 5 steps, and the profile ends with the first of them.
@@ -53,9 +46,7 @@ def test_results_are_the_same_bitwise_and_own_kernels_are_named(
         (["profile.steps=[2,2]", "cuda_graphs=true"], "profile: the operations of a CUDA graph"),
     ],
 )
-def test_steps_that_cannot_be_profiled_are_refused(
-    overrides: list[str], expected: str, main: Main, tiny_config: Callable[..., Path]
-) -> None:
+def test_steps_that_cannot_be_profiled_are_refused(overrides, expected, main, tiny_config):
     outcome = main(tiny_config(), *overrides)
     assert outcome.status == 2
     assert expected in outcome.text

@@ -25,12 +25,12 @@ from tetdist.apps.slurm import jobs
         ("", None),
     ],
 )
-def test_names(text: str, name: str | None) -> None:
+def test_names(text, name):
     found = cards.find(text)
     assert (None if found is None else found.name) == name
 
 
-def test_each_is_found_by_its_own_name() -> None:
+def test_each_is_found_by_its_own_name():
     for name, card in cards.CARDS.items():
         assert cards.find(name) is card
 
@@ -47,5 +47,5 @@ def test_each_is_found_by_its_own_name() -> None:
         ("gpu:mine:4", None),
     ],
 )
-def test_kinds_in_slurms_resources(text: str, name: str | None) -> None:
+def test_kinds_in_slurms_resources(text, name):
     assert jobs.kind_in(text) == name

@@ -51,7 +51,7 @@ OF_EACH_FILE = {timm.model_entrypoint(name).__module__: name for name in NAMES}
 
 
 @pytest.mark.parametrize("name", OF_EACH_FILE.values())
-def test_every_family_is_counted(name: str) -> None:
+def test_every_family_is_counted(name):
     model = network(name)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     work = count(model, shape_of(model), "bf16")
@@ -89,7 +89,7 @@ class OneLayer(nn.Module):
 
 
 @pytest.mark.parametrize(("shortcut", "identity"), [("none", True), ("normalized", False)])
-def test_bytes_are_those_of_tritons_kernels(shortcut: str, identity: bool) -> None:
+def test_bytes_are_those_of_tritons_kernels(shortcut, identity):
     import gpu_code
 
     layer = gpu_code.Layer(shortcut=shortcut, identity=identity)  # type: ignore[arg-type]  # one of them
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         return self.products.fired(x, x, x, self.neuron)
 
 
-def test_work_of_attention_is_that_of_its_products() -> None:
+def test_work_of_attention_is_that_of_its_products():
     images, numbers = (2, 64, 8, 8), 4 * 2 * 64 * 64
     kernels = {one.name: one for one in count(Attention(), images, "bf16").kernels}
     products = 4 * numbers * 64  # operations of two, forward
@@ -133,7 +133,7 @@ def test_work_of_attention_is_that_of_its_products() -> None:
         assert (kernel.operations, kernel.bytes) == (operations, bytes_of_number * numbers), name
 
 
-def test_memory_is_what_autograd_keeps_in_truth() -> None:
+def test_memory_is_what_autograd_keeps_in_truth():
     """MiB an image, of sew_resnet34 in bfloat16: docs/performance.md, "Scaling with T"."""
     model = network("sew_resnet34", num_classes=1000)
     size = (3, 224, 224)
@@ -147,7 +147,7 @@ def test_memory_is_what_autograd_keeps_in_truth() -> None:
     assert of_an_image() == pytest.approx(70.6, rel=0.05)
 
 
-def test_operations_are_those_of_the_definition() -> None:
+def test_operations_are_those_of_the_definition():
     """Three times the forward pass's, but for the gradient of the image."""
     convolutions = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
     layers = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16 * 16 * 16, 7))
@@ -167,13 +167,13 @@ class Expands(nn.Module):
         return x.expand(4, *x.shape) * self.weight
 
 
-def test_of_an_expanded_tensor_each_number_is_read_once() -> None:
+def test_of_an_expanded_tensor_each_number_is_read_once():
     product = count(Expands(), SMALL, "fp32").kernels[0]
     numbers = math.prod(SMALL)
     assert (product.name, product.bytes) == ("mul", 4 * (numbers + 1 + 4 * numbers))
 
 
-def test_recomputing_takes_work_and_spares_memory() -> None:
+def test_recomputing_takes_work_and_spares_memory():
     model = network()
     plain = count(model, SMALL, "bf16")
     model.set_grad_checkpointing(True)
@@ -185,7 +185,7 @@ def test_recomputing_takes_work_and_spares_memory() -> None:
     assert blocks.peak_bytes < plain.peak_bytes
 
 
-def test_work_grows_with_what_is_asked_for() -> None:
+def test_work_grows_with_what_is_asked_for():
     model = network()
     plain = count(model, SMALL, "bf16")
     twice = count(model, (4, 3, 64, 64), "bf16")
@@ -200,7 +200,7 @@ def test_work_grows_with_what_is_asked_for() -> None:
     assert 1.8 < operations_of(longer) / operations_of(plain) < 2
 
 
-def test_definitions_move_more_than_the_kernels() -> None:
+def test_definitions_move_more_than_the_kernels():
     model = network()
     fused = count(model, SMALL, "bf16")
     model.set_execution("reference")
@@ -218,12 +218,12 @@ class AsksForNumbers(nn.Module):
         return x * float(x.mean())
 
 
-def test_a_network_that_asks_for_numbers_is_named() -> None:
+def test_a_network_that_asks_for_numbers_is_named():
     with pytest.raises(UserError, match="the work of AsksForNumbers cannot be counted"):
         count(AsksForNumbers(), SMALL, "bf16")
 
 
-def test_counting_leaves_nothing_behind() -> None:
+def test_counting_leaves_nothing_behind():
     from tetdist.nn.fast import triton_kernels
 
     before = triton_kernels.launch
@@ -235,7 +235,7 @@ def test_counting_leaves_nothing_behind() -> None:
     assert count(model, SMALL, "bf16") == count(model, SMALL, "bf16")
 
 
-def test_without_triton_the_way_out_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_the_way_out_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(UserError, match=r"needs Triton.*pip install 'triton"):
         count(nn.Linear(1, 1), (1, 1), "fp32")

@@ -27,9 +27,7 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("name", "precision", "batch", "images_per_s"), PUBLISHED)
-def test_published_rates_of_a_relu_network(
-    name: str, precision: str, batch: int, images_per_s: float
-) -> None:
+def test_published_rates_of_a_relu_network(name, precision, batch, images_per_s):
     work = count(timm.create_model("resnet50"), (batch, 3, 224, 224), precision)
     found = estimate(work, CARDS[name])
     assert found.images_per_s == pytest.approx(images_per_s, rel=0.12)
@@ -42,7 +40,7 @@ def test_published_rates_of_a_relu_network(
 RATIOS = {"H100": 1.96, "H100-PCIe": 1.32, "H200": 2.17, "L40S": 0.60}
 
 
-def test_published_ratios_of_a_relu_network() -> None:
+def test_published_ratios_of_a_relu_network():
     work = count(timm.create_model("resnet50"), (256, 3, 224, 224), "fp16")
     a100 = estimate(work, CARDS["A100-80"]).images_per_s
     found = {name: estimate(work, CARDS[name]).images_per_s / a100 for name in RATIOS}
@@ -63,7 +61,7 @@ def faster(**times: float) -> Card:
     return dataclasses.replace(CARD, **changed)
 
 
-def test_each_kernel_waits_for_what_takes_longer() -> None:
+def test_each_kernel_waits_for_what_takes_longer():
     moves, computes = (estimate(work_of(kernel), CARD) for kernel in (MOVES, COMPUTES))
     assert moves.arithmetic == computes.memory == 0
     both = estimate(work_of(MOVES, COMPUTES), CARD)
@@ -76,13 +74,13 @@ def test_each_kernel_waits_for_what_takes_longer() -> None:
         assert estimate(work_of(kernel), faster(**{not_: 2})).seconds == before
 
 
-def test_few_programs_reach_a_part_of_the_bandwidth() -> None:
+def test_few_programs_reach_a_part_of_the_bandwidth():
     for programs, times in ((CARD.processors // 4, 4), (CARD.processors, 1), (10_000, 1)):
         found = estimate(work_of(dataclasses.replace(MOVES, programs=programs)), CARD)
         assert found.memory == pytest.approx(times * estimate(work_of(MOVES), CARD).memory)
 
 
-def test_many_small_kernels_wait_for_the_host() -> None:
+def test_many_small_kernels_wait_for_the_host():
     small = work_of(*[Kernel("a", "small", bytes=1000)] * 1000)
     found = estimate(small, CARD)
     assert found.seconds == found.launches > found.memory
@@ -92,7 +90,7 @@ def test_many_small_kernels_wait_for_the_host() -> None:
     assert found.seconds == found.memory > found.launches
 
 
-def test_a_card_without_arithmetic_for_a_precision() -> None:
+def test_a_card_without_arithmetic_for_a_precision():
     for card, precision in ((CARDS["V100"], "bf16"), (CARD, "fp64")):
         with pytest.raises(UserError, match=f"the speed of a {card.name} in precision="):
             estimate(dataclasses.replace(work_of(MOVES), precision=precision), card)

@@ -2,15 +2,13 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
-from cluster import Cluster
 
 
 @pytest.mark.long
-def test_the_tasks_of_srun_find_each_other(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_tasks_of_srun_find_each_other(cluster, tmp_path):
     file = tmp_path / "found.json"
     command = [sys.executable, str(tiny.PROJECT / "tools/check_gpu.py"), "--device", "cpu"]
     output = cluster.run(

@@ -1,9 +1,7 @@
 """The test cluster is a real one: several hosts, accounting, preemption's partitions."""
 
-from cluster import Cluster
 
-
-def test_nodes_are_hosts_of_their_own(cluster: Cluster) -> None:
+def test_nodes_are_hosts_of_their_own(cluster):
     script = "echo $SLURM_PROCID $(hostname) $(getent hosts node1)"
     output = cluster.run("srun", "-N2", "--ntasks-per-node=1", "--job-name=own", "sh", "-c", script)
     # A host's own name leads it to itself only; node2 finds the real address of node1.

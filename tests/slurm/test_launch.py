@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from tetdist.apps.slurm.history import JobEvent
 from tetdist.config import identity, loading
 from tetdist.errors import UserError
 
-ConfigWriter = Callable[..., Path]
 LAUNCHER = tiny.PROJECT / "launch" / "slurm.py"
 
 
@@ -40,7 +38,7 @@ def without_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 # --- facts ----------------------------------------------------------------------------------------
 
 
-def test_facts_from_three_places(cluster_file: Path) -> None:
+def test_facts_from_three_places(cluster_file):
     cluster_file.write_text(
         "partition: gpu\naccount: lab\ngpus_per_node: 8\nsetup: [module load x]\n"
     )
@@ -50,7 +48,7 @@ def test_facts_from_three_places(cluster_file: Path) -> None:
     assert (facts.processes_per_node, facts.processes) == (8, 16)
 
 
-def test_cluster_file_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cluster_file_elsewhere(monkeypatch, tmp_path):
     (tmp_path / "other.yaml").write_text("qos: high\n")
     monkeypatch.setenv("TETDIST_CLUSTER", str(tmp_path / "other.yaml"))
     assert cluster.gather({}, {}).qos == "high"
@@ -76,7 +74,7 @@ def test_cluster_file_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ('partition: "a\\nb"', ["'partition'"]),
     ],
 )
-def test_wrong_facts(text: str, parts: list[str], cluster_file: Path) -> None:
+def test_wrong_facts(text, parts, cluster_file):
     cluster_file.write_text(text)
     with pytest.raises(UserError) as error:
         cluster.gather({}, {})
@@ -96,14 +94,14 @@ def test_wrong_facts(text: str, parts: list[str], cluster_file: Path) -> None:
         ("1-00:00:01", 1441),
     ],
 )
-def test_times_in_slurms_notation(text: str, expected: int) -> None:
+def test_times_in_slurms_notation(text, expected):
     assert cluster.minutes(text) == expected
 
 
 # --- batch script, snapshot, sweeps ---------------------------------------------------------------
 
 
-def test_batch_script_of_a_typical_submission(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_script_of_a_typical_submission(monkeypatch):
     """2 nodes x 8 GPUs; to accept a change, write the new text into the file."""
     monkeypatch.setattr(sys, "executable", "/opt/tetdist/bin/python")
     section = ClusterSection(
@@ -120,7 +118,7 @@ def test_batch_script_of_a_typical_submission(monkeypatch: pytest.MonkeyPatch) -
     assert text == Path(__file__).with_name("sew34_2x8.sbatch").read_text()
 
 
-def test_further_flags_of_sbatch() -> None:
+def test_further_flags_of_sbatch():
     further = {"exclusive": True, "mail-user": "a@b.c", "dependency": "singleton"}
     section = ClusterSection(gpus_per_node=0, sbatch=further)
     text = batch.text(batch.parameters("x", section, Path("/code")), Path("/folder"), count=3)
@@ -136,9 +134,7 @@ def test_further_flags_of_sbatch() -> None:
     assert "#SBATCH --kill-on-invalid-dep=yes\n" in text
 
 
-def test_files_of_others_are_found_from_the_folder_of_the_code(
-    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_of_others_are_found_from_the_folder_of_the_code(tiny_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overrides = ["init_checkpoint=given", "loss.distillation.teacher=its/folder"]
     config = loading.load(str(tiny_config()), overrides)
@@ -166,8 +162,8 @@ def test_files_of_others_are_found_from_the_folder_of_the_code(
 
 
 def test_networks_of_the_hub_are_fetched_before_the_job_is_queued(
-    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_config, tmp_path, monkeypatch
+):
     config = loading.load(str(tiny_config()), ["init_checkpoint=hf:us/small"])
     facts = ClusterSection(gpus_per_node=0)
     with hub_stand_in.serving(monkeypatch, tmp_path / "home") as hub:
@@ -180,7 +176,7 @@ def test_networks_of_the_hub_are_fetched_before_the_job_is_queued(
     assert len(list((tmp_path / "home").rglob("snapshots/*/model.safetensors"))) == 1
 
 
-def test_snapshot_holds_what_is_not_committed(tmp_path: Path) -> None:
+def test_snapshot_holds_what_is_not_committed(tmp_path):
     project, target = tmp_path / "project", tmp_path / "copy"
 
     def git(*arguments: str) -> str:
@@ -208,7 +204,7 @@ def test_snapshot_holds_what_is_not_committed(tmp_path: Path) -> None:
     assert "with uncommitted changes" in snapshot.describe(taken)
 
 
-def test_snapshot_of_an_installed_package(tmp_path: Path) -> None:
+def test_snapshot_of_an_installed_package(tmp_path):
     """A wheel's folder: configs/ is in the package, and tools/ beside it is somebody else's."""
     site = tmp_path / "site-packages"
     for file in ("tetdist/a.py", "tetdist/configs/a.yaml", "tetdist_command.py", "tools/b.py"):
@@ -221,7 +217,7 @@ def test_snapshot_of_an_installed_package(tmp_path: Path) -> None:
     assert (tmp_path / "code/tetdist/configs/a.yaml").exists()
 
 
-def test_sweeps() -> None:
+def test_sweeps():
     assert submit.sweep_of("run", ["seed=0,1", "loss.kind=sdt,tet"]) == {
         "run_seed-0_kind-sdt": ["seed=0", "loss.kind=sdt"],
         "run_seed-0_kind-tet": ["seed=0", "loss.kind=tet"],
@@ -245,9 +241,7 @@ def test_sweeps() -> None:
         submit.sweep_of("run", many)
 
 
-def test_tracker_that_is_down_stops_no_submission(
-    tiny_config: ConfigWriter, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_tracker_that_is_down_stops_no_submission(tiny_config, caplog):
     file = tiny_config({"tracking": {"mlflow": True, "uri": "http://127.0.0.1:9"}})
     config = loading.load(str(file))
     config.run_dir.mkdir(parents=True)
@@ -269,11 +263,7 @@ def refused(capfd: pytest.CaptureFixture[str], arguments: list[str], *parts: str
 
 
 @pytest.mark.usefixtures("without_slurm")
-def test_dry_run_writes_nothing(
-    tiny_config: ConfigWriter,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_dry_run_writes_nothing(tiny_config, tmp_path, capfd):
     file = tiny_config()
     before = sorted(tmp_path.rglob("*"))
     arguments = ["--config", str(file), "--dry-run", "--nodes", "2", "--gpus-per-node", "2"]
@@ -293,9 +283,7 @@ def test_dry_run_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_plan_without_the_data(
-    tiny_config: ConfigWriter, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_without_the_data(tiny_config, tmp_path, capfd):
     file = str(tiny_config())
 
     def planned(*arguments: str) -> str:
@@ -322,11 +310,7 @@ def test_plan_without_the_data(
 
 
 @pytest.mark.usefixtures("without_slurm")
-def test_what_is_refused_before_anything_is_written(
-    tiny_config: ConfigWriter,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_what_is_refused_before_anything_is_written(tiny_config, tmp_path, capfd):
     file = str(tiny_config())
     refused(capfd, ["--config", file], "the number of GPUs", "--gpus-per-node G")
     four = ["--config", file, "--gpus-per-node", "4"]
@@ -348,7 +332,7 @@ def test_what_is_refused_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
-def test_wrong_command_line(capfd: pytest.CaptureFixture[str]) -> None:
+def test_wrong_command_line(capfd):
     for arguments, part in (
         ([], "--config is missing"),
         (["--config", "x", "--nodes", "none"], "'none' is not a whole number"),
@@ -366,7 +350,7 @@ def test_wrong_command_line(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.long
-def test_local_run_starts_again_after_a_warning(tiny_config: ConfigWriter, tmp_path: Path) -> None:
+def test_local_run_starts_again_after_a_warning(tiny_config, tmp_path):
     """The job's own function in two processes: warned, saved, started again, to the bit."""
     changes: dict[str, Any] = {"engine": "torch", "phases.0.epochs": 30, "evaluate_every": 30}
     straight = tiny_config(changes | {"name": "straight"})
@@ -387,7 +371,7 @@ def test_local_run_starts_again_after_a_warning(tiny_config: ConfigWriter, tmp_p
     tiny.assert_same_run(run, tmp_path / "runs" / "straight")
 
 
-def test_goodput_is_the_time_in_steps_since_the_submission(tmp_path: Path) -> None:
+def test_goodput_is_the_time_in_steps_since_the_submission(tmp_path):
     """Of a run that trained 100 steps, waited a day, and was submitted again at time 1000."""
     run = tmp_path / "run"
     submission = history.Submission("local", str(run), "c", "c", str(run), {}, 400, 100, 8, 1000.0)
@@ -408,9 +392,7 @@ def test_goodput_is_the_time_in_steps_since_the_submission(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("fails", "status"), [("exit 3", 3), ("kill -9 $$", 128 + signal.SIGKILL)])
-def test_one_failed_process_ends_the_others(
-    fails: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_failed_process_ends_the_others(fails, status, tmp_path, monkeypatch):
     """Whichever it is; here the last."""
     monkeypatch.setattr(local, "PATIENCE", 0.1)
     job: Any = types.SimpleNamespace(code=str(tmp_path))
@@ -423,7 +405,7 @@ def test_one_failed_process_ends_the_others(
     assert time.monotonic() - begin < 15
 
 
-def test_cluster_file_of_the_documentation(cluster_file: Path) -> None:
+def test_cluster_file_of_the_documentation(cluster_file):
     """An example, and all other keys with their defaults."""
     text = (tiny.PROJECT / "docs" / "slurm.md").read_text()
     example, others = (part.split("```")[0] for part in text.split("```yaml\n")[1:3])

@@ -27,7 +27,7 @@ def cost(made: Plan, speed: Speed, nodes: int) -> plan.Cost:
     return found
 
 
-def test_counts() -> None:
+def test_counts():
     made = make()
     assert made.micro_batches == 256 // 32
     assert made.steps_per_epoch == 1281167 // 256 == 5004
@@ -48,19 +48,19 @@ def test_counts() -> None:
     assert make("spiking34_t4_t6.yaml").checkpoint_bytes == 4 * (3 * PARAMETERS + 1000)
 
 
-def test_fewer_steps_and_evaluations() -> None:
+def test_fewer_steps_and_evaluations():
     made = make(overrides=("max_steps=5005", "evaluate_every=2"))
     assert (made.last_step, made.evaluations) == (5005, 1)
 
 
-def test_processes_that_cannot_share_a_step() -> None:
+def test_processes_that_cannot_share_a_step():
     with pytest.raises(
         UserError, match=r"8 micro-batches a step .* among 16 processes; use 1, 2, 4"
     ):
         make(gpus_per_node=8)
 
 
-def test_averaging_by_hand() -> None:
+def test_averaging_by_hand():
     section = ClusterSection(link_in_node=100.0, link_between_nodes=10.0)
     # One process talks to nobody.
     assert plan.communication_seconds(10**9, 1, 1, section) == 0
@@ -73,7 +73,7 @@ def test_averaging_by_hand() -> None:
     assert share == pytest.approx(0.0092 / (0.0092 + 0.32))
 
 
-def test_hours_by_hand() -> None:
+def test_hours_by_hand():
     made = make(
         overrides=("evaluate_every=1000",), link_in_node=1e9, link_between_nodes=1e9, time="60"
     )
@@ -88,7 +88,7 @@ def test_hours_by_hand() -> None:
     assert "too short" in plan.describe(make(time="5"), Speed(100.0, 4))
 
 
-def test_a_quarter_of_the_epochs_is_slower() -> None:
+def test_a_quarter_of_the_epochs_is_slower():
     plain = make(overrides=("evaluate_every=1000",))
     phases = make("spiking34_t4_t6.yaml", ("evaluate_every=1000",))
     drawn = make(overrides=("evaluate_every=1000", "phases.0.timesteps=[1, 4]"))
@@ -101,7 +101,7 @@ def test_a_quarter_of_the_epochs_is_slower() -> None:
         assert longer == pytest.approx(times, rel=0.01)
 
 
-def test_table() -> None:
+def test_table():
     text = plan.describe(make(), Speed(100.0, 4))
     rows = {line.split()[0]: line for line in text.splitlines() if line[:5].strip().isdigit()}
     assert list(rows) == ["1", "2", "4", "8", "16", "32", "64"]
@@ -128,13 +128,13 @@ def test_table() -> None:
         (8, "8 a process, of which data.threads=8 load samples"),
     ],
 )
-def test_cpus_that_are_too_few_are_reported(given: int | None, expected: str) -> None:
+def test_cpus_that_are_too_few_are_reported(given, expected):
     text = plan.describe(make(cpus_per_task=given), "not given")
     assert f"CPUs         {expected}" in text
     assert ("give cluster.cpus_per_task=8" in text) == (given != 8)
 
 
-def test_run_that_begins_with_a_later_phase() -> None:
+def test_run_that_begins_with_a_later_phase():
     later = ("start_phase=1", "init_checkpoint=weights.safetensors")
     links = {"link_in_node": 1e9, "link_between_nodes": 1e9}
     made = make("spiking34_t4_t6.yaml", later, **links)

@@ -39,9 +39,7 @@ def preempt(cluster: Cluster, run: Run) -> None:
     )
 
 
-def test_submitted_to_finished(
-    launcher: Launcher, straight: Run, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_submitted_to_finished(launcher, straight, capfd):
     assert straight.logged_step == LAST_STEP
     assert [event.kind for event in straight.history] == ["submitted", "started", "finished"]
     # Its processes on two nodes average over the network.
@@ -60,9 +58,7 @@ def test_submitted_to_finished(
 
 
 @pytest.mark.long
-def test_preempted_requeued_cancelled_resumed(
-    launcher: Launcher, straight: Run, cluster: Cluster, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_preempted_requeued_cancelled_resumed(launcher, straight, cluster, capsys):
     """After its end it is started once more, as Slurm does after some preemptions: it notices."""
     run = launcher("badly-treated")
     run.wait_for_step(FIRST_PHASE + 5)
@@ -115,9 +111,7 @@ def test_preempted_requeued_cancelled_resumed(
 
 
 @pytest.mark.long
-def test_preempted_without_grace_and_a_node_crashes(
-    launcher: Launcher, straight: Run, cluster: Cluster
-) -> None:
+def test_preempted_without_grace_and_a_node_crashes(launcher, straight, cluster):
     """Both cost at most the steps since the last checkpoint; the third node replaces the second."""
     run = launcher("unlucky", "--partition", "abrupt")
     run.wait_for_step(15)
@@ -138,9 +132,7 @@ def test_preempted_without_grace_and_a_node_crashes(
 
 
 @pytest.mark.long
-def test_a_rank_that_is_killed_is_named(
-    launcher: Launcher, cluster: Cluster, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rank_that_is_killed_is_named(launcher, cluster, capsys):
     """As for want of memory; the others only see that a connection breaks."""
     run = launcher("killed")
     for rank in (2, 0):
@@ -164,9 +156,7 @@ def test_a_rank_that_is_killed_is_named(
 
 
 @pytest.mark.long
-def test_started_again_when_the_controller_is_back(
-    launcher: Launcher, straight: Run, cluster: Cluster
-) -> None:
+def test_started_again_when_the_controller_is_back(launcher, straight, cluster):
     run = held(launcher, "without-controller")
     placement = run.path / "slurm/submission-1/code/tetdist/apps/slurm/placement.py"
     placement.write_text(
@@ -187,7 +177,7 @@ def test_started_again_when_the_controller_is_back(
 
 
 @pytest.mark.long
-def test_time_limit(launcher: Launcher, straight: Run, cluster: Cluster) -> None:
+def test_time_limit(launcher, straight, cluster):
     """Slurm's shortest limit is a minute. One process is made to wait, so that it is reached.
 
     The warning comes while that process still imports; it must not be lost.
@@ -231,9 +221,7 @@ def held(launcher: Launcher, name: str, *arguments: str) -> Run:
     return launcher(name, "cluster.sbatch.hold=true", *arguments)
 
 
-def test_submitted_twice_and_cancelled_in_the_queue(
-    launcher: Launcher, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_submitted_twice_and_cancelled_in_the_queue(launcher, capfd):
     run = held(launcher, "waiting")
     assert mlflow_status(run) == "SCHEDULED"
     for again in ([], ["--local", "1"]):
@@ -250,12 +238,8 @@ def test_submitted_twice_and_cancelled_in_the_queue(
 
 
 def test_status_waits_for_a_controller_that_has_much_to_do(
-    launcher: Launcher,
-    cluster: Cluster,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+    launcher, cluster, tmp_path, monkeypatch, capfd
+):
     run = held(launcher, "asked-late")
     impatient = tmp_path / "slurm.conf"
     conf = re.sub(r"(?m)^MessageTimeout=.*$", "MessageTimeout=1", cluster.conf.read_text())
@@ -275,12 +259,7 @@ def test_status_waits_for_a_controller_that_has_much_to_do(
     assert f"job {run.job} PENDING" in capfd.readouterr().out
 
 
-def test_two_submissions_at_once_are_one_run(
-    launcher: Launcher,
-    cluster: Cluster,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_two_submissions_at_once_are_one_run(launcher, cluster, monkeypatch, capfd):
     """The second comes when the first is about to make its run in MLflow."""
     name = "twice-at-once"
     arguments = ["--config", str(launcher.config), f"name={name}", "cluster.sbatch.hold=true"]
@@ -317,9 +296,7 @@ if os.environ.get("RANK") == "2":
 
 
 @pytest.mark.long
-def test_rank_that_raises_ends_the_job(
-    launcher: Launcher, cluster: Cluster, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rank_that_raises_ends_the_job(launcher, cluster, capsys):
     run = held(launcher, "faulty", "engine=deepspeed")
     trainer = run.path / "slurm/submission-1/code/tetdist/training/trainer.py"
     trainer.write_text(trainer.read_text() + FAULT)
@@ -338,9 +315,7 @@ def test_rank_that_raises_ends_the_job(
 
 
 @pytest.mark.long
-def test_sweep_is_an_array_with_one_parent(
-    launcher: Launcher, cluster: Cluster, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sweep_is_an_array_with_one_parent(launcher, cluster, capsys):
     import sqlite3
 
     one = ["--nodes", "1", "cluster.tasks_per_node=1", "max_steps=20", "engine=deepspeed"]

@@ -52,7 +52,7 @@ def written(tmp_path: Path, **values: Any) -> Path:
 # --- by the roofline ------------------------------------------------------------------------------
 
 
-def test_a_gpus_speed_is_computed_and_says_so() -> None:
+def test_a_gpus_speed_is_computed_and_says_so():
     found = known()
     assert found.source == "computed, not measured, for an H100"
     text = " ".join(text for _, text in found.details)
@@ -69,7 +69,7 @@ def test_a_gpus_speed_is_computed_and_says_so() -> None:
     assert re.search(r"hours +\d+\.\d, \d\.\d+ an epoch", plan_text)
 
 
-def test_a_better_gpu_is_faster_and_what_it_does_more_is_slower() -> None:
+def test_a_better_gpu_is_faster_and_what_it_does_more_is_slower():
     rate = known(*SMALL).images_per_s
     # By 43 % more bandwidth, where that bounds it.
     assert rate < known(*SMALL, gpu="H200").images_per_s < 1.44 * rate
@@ -78,7 +78,7 @@ def test_a_better_gpu_is_faster_and_what_it_does_more_is_slower() -> None:
     assert known(*SMALL, "phases.0.timesteps=8").images_per_s < 0.7 * rate
 
 
-def test_each_phase_has_its_own_speed() -> None:
+def test_each_phase_has_its_own_speed():
     small, grown = known(*SMALL), known(*SMALL, "phases.0.final_image_size=256")
     large = known(*SMALL, "phases.0.image_size=256")
     # As many images of each: the mean of the times.
@@ -92,7 +92,7 @@ def test_each_phase_has_its_own_speed() -> None:
     assert two.of_phases[0] > two.of_phases[1] > two.of_phases[0] / 2
 
 
-def test_what_cannot_be_computed_is_reported_with_the_way_out() -> None:
+def test_what_cannot_be_computed_is_reported_with_the_way_out():
     unnamed = of(gpu=None)
     assert isinstance(unnamed, str)
     assert re.search(r"--gpu .*H100.*--benchmark FILE of tools/check_gpu.py", unnamed)
@@ -106,7 +106,7 @@ def test_what_cannot_be_computed_is_reported_with_the_way_out() -> None:
     assert "--images-per-s" in on_cpu
 
 
-def test_memory_that_is_too_small_is_reported() -> None:
+def test_memory_that_is_too_small_is_reported():
     large = ("batch.micro=256", "phases.0.timesteps=16")
     for gpu, more, fits in (
         ("H100", (), True),
@@ -128,7 +128,7 @@ def test_memory_that_is_too_small_is_reported() -> None:
 MEASURED = {"model": "sew_resnet18", "size": 224, "precision": "bf16", "device": "cuda"}
 
 
-def test_what_was_measured_comes_before_the_roofline(tmp_path: Path) -> None:
+def test_what_was_measured_comes_before_the_roofline(tmp_path):
     file = written(tmp_path, images_per_s=123.0, timesteps=4, **MEASURED)
     found = known(*SMALL, file=file)
     assert found == Speed(123.0, 4, source="measured")
@@ -139,7 +139,7 @@ def test_what_was_measured_comes_before_the_roofline(tmp_path: Path) -> None:
     assert known(file=together) == Speed(100.0, 6, source="measured")
 
 
-def test_the_batch_that_is_nearest_counts(tmp_path: Path) -> None:
+def test_the_batch_that_is_nearest_counts(tmp_path):
     rates = {"32": 100.0, "64": 150.0, "128": 170.0}
     file = written(tmp_path, images_per_s=100.0, timesteps=4, by_batch=rates, **MEASURED)
     for micro, expected in ((16, 100.0), (32, 100.0), (64, 150.0), (128, 170.0)):
@@ -162,21 +162,19 @@ def on_h100(tmp_path: Path, share: float) -> Path:
         (SMALL, "A100-80"),
     ],
 )
-def test_what_differs_is_compared_by_the_roofline(
-    overrides: tuple[str, ...], gpu: str | None, tmp_path: Path
-) -> None:
+def test_what_differs_is_compared_by_the_roofline(overrides, gpu, tmp_path):
     found = known(*overrides, file=on_h100(tmp_path, 0.5), gpu=gpu)
     alone = known(*overrides, gpu=gpu or "H100")
     assert found.images_per_s == pytest.approx(alone.images_per_s / 2, rel=0.01)
     assert "was measured to reach 50 %" in found.source
 
 
-def test_more_than_the_roofline_allows_is_refused(tmp_path: Path) -> None:
+def test_more_than_the_roofline_allows_is_refused(tmp_path):
     with pytest.raises(UserError, match="200 % of the roofline of an H100, so"):
         of(*SMALL, file=on_h100(tmp_path, 2), gpu="A100-80")
 
 
-def test_a_graph_is_advised_where_the_host_is_waited_for() -> None:
+def test_a_graph_is_advised_where_the_host_is_waited_for():
     small = (*SMALL, "batch.micro=4", "engine=torch")
     alone, graphed = known(*small), known(*small, "cuda_graphs=true")
     assert graphed.images_per_s > 1.5 * alone.images_per_s
@@ -184,11 +182,11 @@ def test_a_graph_is_advised_where_the_host_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("kind", NEURONS)
-def test_every_kind_of_neuron_has_an_estimate(kind: str) -> None:
+def test_every_kind_of_neuron_has_an_estimate(kind):
     assert known(*SMALL, f"model.neuron={{kind: {kind}}}").images_per_s > 0
 
 
-def test_a_benchmark_that_says_nothing_about_the_run(tmp_path: Path) -> None:
+def test_a_benchmark_that_says_nothing_about_the_run(tmp_path):
     on_cpu = written(tmp_path, images_per_s=4.2, **(MEASURED | {"device": "cpu"}))
     with pytest.raises(UserError, match="was measured on a CPU, which does not predict"):
         of(*SMALL, file=on_cpu)
@@ -204,20 +202,20 @@ def test_a_benchmark_that_says_nothing_about_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"images_per_s": "fast"}', '{"images_per_s": 0}']
 )
-def test_file_that_is_no_benchmark(text: str, tmp_path: Path) -> None:
+def test_file_that_is_no_benchmark(text, tmp_path):
     file = tmp_path / "bench.json"
     file.write_text(text)
     with pytest.raises(UserError, match=r"--benchmark: .*bench\.json"):
         of(file=file)
 
 
-def test_benchmark_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_benchmark_that_is_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"pipe cannot be read \(It is a pipe, a device"):
         of(file=tmp_path / "pipe")
 
 
-def test_speed_that_is_none(tmp_path: Path) -> None:
+def test_speed_that_is_none(tmp_path):
     config, facts = loading.load("sew34_t4.yaml", []), ClusterSection(**GPUS)
     network = Network(config.model.build(num_classes=10, timesteps=4), None)
     assert speed.speed_of(config, facts, network, images_per_s=90.0) == Speed(90.0, 4)

@@ -113,17 +113,13 @@ STARTED: tuple[EventKind, int, str] = ("started", 0, "")
         ),
     ],
 )
-def test_reason_of_a_start(
-    events: list[tuple[EventKind, int, str]], ended: str | None, why: str, start: Starter
-) -> None:
+def test_reason_of_a_start(events, ended, why, start):
     this = start(ended=ended)
     note(this, *events)
     assert this._why_started(history.history(this.run_dir)) == why
 
 
-def test_starts_are_counted_and_sent_to_mlflow(
-    start: Starter, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_starts_are_counted_and_sent_to_mlflow(start, capsys):
     first = start()
     note(first, ("submitted", 0, ""))
     assert first._begin() == {"slurm_job": "12", "restarts": "0"}
@@ -151,9 +147,7 @@ def test_starts_are_counted_and_sent_to_mlflow(
         ([5, 5, 5, 4], False),
     ],
 )
-def test_starts_in_vain_are_those_in_a_row_at_this_step(
-    steps: list[int], refused: bool, start: Starter
-) -> None:
+def test_starts_in_vain_are_those_in_a_row_at_this_step(steps, refused, start):
     this = start()
     save(this, 5)
     note(this, ("submitted", 0, ""), *(("started", step, "") for step in steps))
@@ -183,15 +177,7 @@ def test_starts_in_vain_are_those_in_a_row_at_this_step(
         (1, 128 + TERM, False, 0, 0, []),
     ],
 )
-def test_end_of_a_start(
-    rank: int,
-    status: int,
-    cancelled: bool,
-    answer: int,
-    again: int,
-    written: list[str],
-    start: Starter,
-) -> None:
+def test_end_of_a_start(rank, status, cancelled, answer, again, written, start):
     this = start(rank, cancelled=cancelled)
     this.config = loading.parse(tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"}), "x")
     assert this._end(status) == answer
@@ -199,9 +185,7 @@ def test_end_of_a_start(
     assert kinds(this) == written
 
 
-def test_failure_is_written_by_rank_0_alone(
-    start: Starter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failure_is_written_by_rank_0_alone(start, monkeypatch):
     ignored: list[int] = []
     monkeypatch.setattr(job.signal, "signal", lambda number, _: ignored.append(number))
     assert start(1)._end_failed(1, "another process says why") == 1
@@ -213,9 +197,7 @@ def test_failure_is_written_by_rank_0_alone(
     assert ignored == [TERM]
 
 
-def test_first_failure_is_kept_and_shown(
-    start: Starter, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_first_failure_is_kept_and_shown(start, capsys):
     first, second = start(1), start(0)
     first._write_failure(ValueError("the cause"))
     first._write_failure(RuntimeError("what came of it"))
@@ -232,9 +214,7 @@ def test_first_failure_is_kept_and_shown(
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
-def test_lost_node_is_waited_for(
-    in_thread: bool, start: Starter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lost_node_is_waited_for(in_thread, start, monkeypatch):
     """Also in the watch's thread, where no signal can be handled, for which it must not end."""
     slept: list[float] = []
     monkeypatch.setattr(job.time, "sleep", slept.append)
@@ -257,7 +237,7 @@ def test_lost_node_is_waited_for(
     assert len(history.history(alone.run_dir)) == 2
 
 
-def test_what_was_cancelled_is_not_started_by_a_late_requeue(start: Starter) -> None:
+def test_what_was_cancelled_is_not_started_by_a_late_requeue(start):
     this = start()
     note(this, ("submitted", 0, ""), ("cancelled", 3, ""))
     assert this.run() == 128 + TERM
@@ -269,7 +249,7 @@ def test_what_was_cancelled_is_not_started_by_a_late_requeue(start: Starter) -> 
     assert kinds(this)[-1] == "failed"
 
 
-def test_rank_1_writes_where_rank_0_has_died(start: Starter) -> None:
+def test_rank_1_writes_where_rank_0_has_died(start):
     start(1)._on_failure(PeerFailed("rank 2 has died"))
     assert kinds(start()) == []
     start(1, restart=1)._on_failure(PeerFailed("rank 0 has died or cannot be reached"))
@@ -287,9 +267,7 @@ def test_rank_1_writes_where_rank_0_has_died(start: Starter) -> None:
         (["refuses", "refuses"], 1),
     ],
 )
-def test_controller_is_asked_until_it_takes_or_refuses(
-    controller: list[str], status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_controller_is_asked_until_it_takes_or_refuses(controller, status, monkeypatch):
     states = iter(controller)
     now = [""]
 

@@ -72,9 +72,7 @@ def job_in(output: str, name: str) -> str:
     return found[1]
 
 
-def test_typed_twice_it_submits_nothing_twice(
-    study: Callable[..., Study], cluster: Cluster, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_typed_twice_it_submits_nothing_twice(study, cluster, capfd):
     tiny_study = study({"second": {"init": "first"}, "first": {}})
     status, output, errors = tiny_study("--slurm", *ON_CPU, *HELD)
     assert status == 0, errors
@@ -107,9 +105,7 @@ def test_typed_twice_it_submits_nothing_twice(
     assert "--after: out/first-seed0 is neither finished nor queued" in capfd.readouterr().err
 
 
-def test_ended_by_scancel_and_submitted_again_at_once(
-    study: Callable[..., Study], cluster: Cluster, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_ended_by_scancel_and_submitted_again_at_once(study, cluster, capfd):
     """Slurm does not remove what is held; so the second waits for a job that is gone."""
     tiny_study = study({"second": {"init": "first"}, "first": {}, "other": {}})
     held = ("--slurm", *ON_CPU, *HELD)
@@ -143,9 +139,7 @@ def test_ended_by_scancel_and_submitted_again_at_once(
     assert re.findall(r"(\w+)-seed0: job", capfd.readouterr().out) == ["first", "second"]
 
 
-def test_cancelled_in_the_queue_where_nobody_remembers_it(
-    study: Callable[..., Study], cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cancelled_in_the_queue_where_nobody_remembers_it(study, cluster, monkeypatch):
     """Without accounting Slurm forgets a job some minutes after its end."""
     monkeypatch.setenv("SLURM_CONF", str(cluster.conf_without_accounting))
     tiny_study = study({"first": {}})
@@ -169,9 +163,7 @@ def test_cancelled_in_the_queue_where_nobody_remembers_it(
         (("--nodes", "9", "cluster.tasks_per_node=1", "cluster.mem_gb=1e6"), ("`sinfo",)),
     ],
 )
-def test_mistakes_are_named_and_nothing_is_queued(
-    study: Callable[..., Study], cluster: Cluster, flags: tuple[str, ...], words: tuple[str, ...]
-) -> None:
+def test_mistakes_are_named_and_nothing_is_queued(study, cluster, flags, words):
     changes = {"batch.global": 9, "batch.micro": 1} if "--nodes" in flags else {}
     status, _, errors = study({"first": {}}, changes)("--slurm", *ON_CPU, *flags)
     assert status == 2
@@ -181,9 +173,7 @@ def test_mistakes_are_named_and_nothing_is_queued(
 
 
 @pytest.mark.long
-def test_a_run_begins_when_the_one_it_needs_is_finished(
-    study: Callable[..., Study], cluster: Cluster
-) -> None:
+def test_a_run_begins_when_the_one_it_needs_is_finished(study, cluster):
     """It is requeued in between, which the other one must not take for its end."""
     long = {"phases.0.epochs": 150, "evaluate_every": 150}
     needs = {"init": "first", "teacher": "first"}
@@ -220,8 +210,8 @@ def test_a_run_begins_when_the_one_it_needs_is_finished(
 
 @pytest.mark.long
 def test_what_begins_after_a_run_that_fails_leaves_the_queue_and_is_named(
-    study: Callable[..., Study], cluster: Cluster, tiny_root: Path, tmp_path: Path
-) -> None:
+    study, cluster, tiny_root, tmp_path
+):
     root = Path(shutil.copytree(tiny_root, tmp_path / "spoilt"))
     entries = {
         "bad": {"overrides": {"data.root": str(root)}},

@@ -1,6 +1,5 @@
 """From a configuration to a job: its script, and the jobs that it waits for."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +7,12 @@ import pytest
 
 from tetdist.apps.slurm import history, jobs, submit
 from tetdist.apps.slurm.cluster import ClusterSection
-from tetdist.apps.slurm.history import LOCAL, EventKind, JobEvent, Submission
+from tetdist.apps.slurm.history import LOCAL, JobEvent, Submission
 from tetdist.config import loading
 from tetdist.errors import UserError
 
-ConfigWriter = Callable[..., Path]
 
-
-def test_job_runs_in_another_folder_and_again_and_again(
-    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_job_runs_in_another_folder_and_again_and_again(tiny_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     places = {"data.root": "data", "data.index": "where/index", "runs_dir": "out"}
     cluster = {"cluster.gpus_per_node": 2}
@@ -42,7 +37,7 @@ def submitted(folder: Path, saved: int, job: str = LOCAL) -> Submission:
     return submission
 
 
-def test_a_run_that_is_waited_for_is_finished_or_queued(tmp_path: Path) -> None:
+def test_a_run_that_is_waited_for_is_finished_or_queued(tmp_path):
     for name, saved in (("finished", 10), ("also finished", 10), ("half", 9)):
         submitted(tmp_path / name, saved)
     assert submit.jobs_to_wait_for([tmp_path / "finished"]) == []
@@ -60,9 +55,7 @@ def test_a_run_that_is_waited_for_is_finished_or_queued(tmp_path: Path) -> None:
         ("cancelled", "CANCELLED", "by the run's history, 20"),
     ],
 )
-def test_job_that_slurm_has_forgotten(
-    kind: EventKind, name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_job_that_slurm_has_forgotten(kind, name, text, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "query", lambda *_: (1, "", "Invalid job id specified"))
     submission = submitted(tmp_path, 10, "12")
     # Of another job's end it says nothing.
@@ -73,9 +66,7 @@ def test_job_that_slurm_has_forgotten(
     assert state.text.startswith(text)
 
 
-def test_job_imports_the_copy_that_was_made_when_it_was_submitted(
-    tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
+def test_job_imports_the_copy_that_was_made_when_it_was_submitted(tiny_config, tmp_path):
     file = tmp_path / "my_loss.py"
     file.write_text("FIRST = True\n")
     config = loading.load(str(tiny_config()), imports=[file])
@@ -87,9 +78,7 @@ def test_job_imports_the_copy_that_was_made_when_it_was_submitted(
     assert Path(imported).read_text() == "FIRST = True\n"
 
 
-def test_job_that_slurm_refuses_leaves_nothing_behind(
-    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_job_that_slurm_refuses_leaves_nothing_behind(tiny_config, tmp_path, monkeypatch):
     """But a closed run in MLflow, and a folder in which the run may be submitted again."""
     config = loading.load(str(tiny_config()))
     run = submit.prepare(config, ClusterSection(gpus_per_node=0, tasks_per_node=1))

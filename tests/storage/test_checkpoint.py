@@ -67,7 +67,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_round_trip(tmp_path):
     model, optimizer = trained(7)
     path = save(tmp_path, 7)
     found = checkpoint.newest(tmp_path)
@@ -88,7 +88,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert weights.keys() == model.state_dict().keys()
 
 
-def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.newest(tmp_path / "nothing") is None
     assert checkpoint.newest(tmp_path) is None
 
@@ -109,9 +109,7 @@ def empty(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut, flip_byte, empty, Path.unlink])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
-def test_damaged_one_is_named_and_the_one_before_it_used(
-    name: str, damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_one_is_named_and_the_one_before_it_used(name, damage, tmp_path, caplog):
     save(tmp_path, 1)
     older, newer = save(tmp_path, 2), save(tmp_path, 3)
     damage(newer / name)
@@ -127,9 +125,7 @@ def test_damaged_one_is_named_and_the_one_before_it_used(
 @pytest.mark.parametrize(
     "manifest", [None, "", "null", "[]", '{"files": {}}', '{"files": {"x": 1}}', "{", "[" * 10**5]
 )
-def test_damaged_manifest(
-    manifest: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_manifest(manifest, tmp_path, caplog):
     older, newer = save(tmp_path, 2), save(tmp_path, 3)
     if manifest is None:
         (newer / "manifest.json").unlink()
@@ -142,7 +138,7 @@ def test_damaged_manifest(
     assert "manifest.json" in caplog.text
 
 
-def test_all_damaged_is_an_error(tmp_path: Path) -> None:
+def test_all_damaged_is_an_error(tmp_path):
     for step in (1, 2):
         cut(save(tmp_path, step) / "optimizer.pt")
     with pytest.raises(UserError, match=rf"{tmp_path} holds 2 checkpoints, but no undamaged one"):
@@ -151,7 +147,7 @@ def test_all_damaged_is_an_error(tmp_path: Path) -> None:
     assert {"step-00000001", "step-00000002"} <= set(names(tmp_path))
 
 
-def test_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
+def test_last_ones_and_the_best_are_kept(tmp_path):
     for step in range(1, 7):
         save(tmp_path, step, keep_last=2, best=step == 2, best_average=step == 3)
     pointers = ["best", "best-ema", "last"]
@@ -164,7 +160,7 @@ def test_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     assert checkpoint.load_model_file(tmp_path, "best", ema=True)[1].step == 3
 
 
-def test_same_step_again_replaces(tmp_path: Path) -> None:
+def test_same_step_again_replaces(tmp_path):
     """Numbers, not text: .10 comes after .9."""
     save(tmp_path, 1)
     for number in range(13):
@@ -178,7 +174,7 @@ def test_same_step_again_replaces(tmp_path: Path) -> None:
         assert (tmp_path / "last").read_text().strip() == path.name
 
 
-def test_leftovers_of_a_kill_are_ignored_and_then_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_kill_are_ignored_and_then_removed(tmp_path):
     save(tmp_path, 1)
     for name in (".step-00000002.tmp", ".step-00000001.old"):
         (tmp_path / name).mkdir()
@@ -212,7 +208,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("left", [0, 4096, 8192, 12288, 16384, 20480])
-def test_full_disk_leaves_the_earlier_ones(left: int, small_disk: Path) -> None:
+def test_full_disk_leaves_the_earlier_ones(left, small_disk):
     folder = small_disk / "checkpoints"
     save(folder, 1, best=True)
     stat = os.statvfs(small_disk)
@@ -236,7 +232,7 @@ def test_full_disk_leaves_the_earlier_ones(left: int, small_disk: Path) -> None:
     assert steps == ["best", "last", "step-00000001", "step-00000002"]
 
 
-def test_file_size_limit_is_an_error_too(tmp_path: Path) -> None:
+def test_file_size_limit_is_an_error_too(tmp_path):
     """A limit stands for a full disk where nothing can be mounted: writes of a file fail."""
     save(tmp_path, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -252,13 +248,13 @@ def test_file_size_limit_is_an_error_too(tmp_path: Path) -> None:
     assert names(tmp_path) == ["last", "step-00000001"]
 
 
-def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:
+def test_unwritable_folder_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not be written"):
         save(tmp_path / "file" / "checkpoints", 1)
 
 
-def test_kill_while_saving_always_leaves_a_whole_newest(tmp_path: Path) -> None:
+def test_kill_while_saving_always_leaves_a_whole_newest(tmp_path):
     """SIGKILL at each of the places where the state of the disk changes."""
     code = f"""
         import itertools, os, signal, sys
@@ -308,7 +304,7 @@ def test_kill_while_saving_always_leaves_a_whole_newest(tmp_path: Path) -> None:
         assert all({newest, shown} <= {"1", again} for _, _, newest, shown in killed), output
 
 
-def test_other_model_is_recognised(tmp_path: Path) -> None:
+def test_other_model_is_recognised(tmp_path):
     weights = network(4).state_dict()
     with pytest.raises(UserError, match=r"another model: .*\(4, 3\) instead of \(5, 3\)"):
         checkpoint.load_weights(network(5), weights, tmp_path)
@@ -329,7 +325,7 @@ class Bomb:
         return (Path.touch, (self.file,))
 
 
-def test_pickled_code_is_not_executed(tmp_path: Path) -> None:
+def test_pickled_code_is_not_executed(tmp_path):
     path, trace = save(tmp_path / "c", 1), tmp_path / "executed"
     torch.save({"state": Bomb(trace)}, path / "optimizer.pt")
     # Even with a manifest that fits: a program that can write the one can write the other.
@@ -342,14 +338,14 @@ def test_pickled_code_is_not_executed(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
-def test_other_format_is_named(tmp_path: Path) -> None:
+def test_other_format_is_named(tmp_path):
     path = save(tmp_path, 1)
     (path / "state.json").write_text(json.dumps({"format": 99, "step": 1}))
     with pytest.raises(UserError, match="format 99"):
         checkpoint.read(path)
 
 
-def test_model_file_by_each_of_its_names(tmp_path: Path) -> None:
+def test_model_file_by_each_of_its_names(tmp_path):
     run = tmp_path / "run"
     for step in (1, 2):
         save(run / "checkpoints", step, best=step == 1)
@@ -366,7 +362,7 @@ def test_model_file_by_each_of_its_names(tmp_path: Path) -> None:
     assert checkpoint.load_model_file(run)[1].step == 2
 
 
-def test_model_file_errors(tmp_path: Path) -> None:
+def test_model_file_errors(tmp_path):
     from safetensors.torch import save_file
 
     def problem(path: Path) -> str:
@@ -415,6 +411,6 @@ def test_model_file_errors(tmp_path: Path) -> None:
         assert f"{last} is damaged: " in problem(tmp_path / "run")
 
 
-def test_this_file_is_a_module_for_its_children() -> None:
+def test_this_file_is_a_module_for_its_children():
     # The subprocesses above import it, without the names that pytest gives it.
     assert sys.modules[save.__module__].__file__ == __file__

@@ -17,7 +17,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("sync", [True, False])
-def test_a_file_is_replaced_when_all_of_it_is_written(tmp_path: Path, sync: bool) -> None:
+def test_a_file_is_replaced_when_all_of_it_is_written(tmp_path, sync):
     file = tmp_path / "a.txt"
     file.write_text("old")
     with files.replacing(file, sync=sync) as stream:
@@ -32,7 +32,7 @@ def test_a_file_is_replaced_when_all_of_it_is_written(tmp_path: Path, sync: bool
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_after_an_error_all_is_as_before(tmp_path: Path) -> None:
+def test_after_an_error_all_is_as_before(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("old")
 
@@ -57,7 +57,7 @@ def test_after_an_error_all_is_as_before(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_a_folder_appears_with_all_that_is_in_it(tmp_path: Path) -> None:
+def test_a_folder_appears_with_all_that_is_in_it(tmp_path):
     folder = tmp_path / "b"
     # What a process of the same number has left.
     leftover = tmp_path / f".b.{os.getpid()}.tmp.x"
@@ -74,7 +74,7 @@ def test_a_folder_appears_with_all_that_is_in_it(tmp_path: Path) -> None:
     assert names(tmp_path) == ["b"]
 
 
-def test_links_are_followed_and_what_is_no_file_is_written_through(tmp_path: Path) -> None:
+def test_links_are_followed_and_what_is_no_file_is_written_through(tmp_path):
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     target, link, pipe = folder / "a.json", tmp_path / "link.json", tmp_path / "pipe.json"
@@ -117,15 +117,13 @@ def test_links_are_followed_and_what_is_no_file_is_written_through(tmp_path: Pat
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 10**5, b"\xff"])
-def test_what_is_no_json_is_a_value_error(text: str | bytes) -> None:
+def test_what_is_no_json_is_a_value_error(text):
     with pytest.raises(ValueError):  # noqa: PT011  # in the words of json
         files.parse_json(text)
 
 
 @pytest.mark.parametrize("mode", [0o720, 0o702])
-def test_a_cache_that_others_may_write_to_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
-) -> None:
+def test_a_cache_that_others_may_write_to_is_refused(tmp_path, monkeypatch, mode):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     files.own_cache().chmod(mode)
     with pytest.raises(files.OthersMayWrite):

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import hub_stand_in
@@ -13,7 +13,6 @@ import torch
 import yaml
 from hub_stand_in import Hub, Repository
 from huggingface_hub import constants
-from tiny import Outcome
 
 from tetdist.apps.weights.trained import load
 from tetdist.config.loading import parse
@@ -29,9 +28,6 @@ FILES = {"README.md", "classes.txt", "config.json", "model.safetensors", "recipe
 def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with hub_stand_in.serving(monkeypatch, tmp_path / "home") as found:
         yield found
-
-
-Call = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +58,7 @@ def save(path: Path, classes: tuple[str, ...] | None) -> Path:
     return path
 
 
-def test_network_goes_out_and_comes_back(
-    there: Hub, call: Call, file: Path, tiny_root: Path, tmp_path: Path
-) -> None:
+def test_network_goes_out_and_comes_back(there, call, file, tiny_root, tmp_path):
     status, output = call("export", file, "--push", "us/small")
     assert status == 0, output
     repository = there.repositories["us/small"]
@@ -105,7 +99,7 @@ def test_network_goes_out_and_comes_back(
     assert "the data has other classes than hf:us/small was trained on" in output
 
 
-def test_weights_are_sent_as_an_object_and_once(there: Hub, call: Call, file: Path) -> None:
+def test_weights_are_sent_as_an_object_and_once(there, call, file):
     assert call("export", file, "--push", "us/small")[0] == 0
     (oid,) = there.objects
     steps = [
@@ -121,9 +115,7 @@ def test_weights_are_sent_as_an_object_and_once(there: Hub, call: Call, file: Pa
     assert hashlib.sha256(fetched.read_bytes()).hexdigest() == oid
 
 
-def test_repository_that_was_made_on_the_hubs_pages_is_taken(
-    there: Hub, call: Call, file: Path
-) -> None:
+def test_repository_that_was_made_on_the_hubs_pages_is_taken(there, call, file):
     repository = there.repositories["us/made"] = Repository()
     repository.commit({".gitattributes": b"x", "LICENSE": b"theirs", "README.md": b"---\n---\n"})
     status, output = call("export", file, "--push", "us/made")
@@ -135,9 +127,7 @@ def test_repository_that_was_made_on_the_hubs_pages_is_taken(
     assert b"# small" in files["README.md"]
 
 
-def test_without_a_network_one_sentence_says_so(
-    there: Hub, call: Call, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_network_one_sentence_says_so(there, call, file, monkeypatch):
     assert call("export", file, "--push", "us/small")[0] == 0
     commit = there.repositories["us/small"].hash("main")
     assert hub.fetch(f"hf:us/small@{commit}", "model.safetensors").is_file()
@@ -155,7 +145,7 @@ def test_without_a_network_one_sentence_says_so(
     assert hub.fetch(f"hf:us/small@{commit}", "model.safetensors").is_file()
 
 
-def test_dry_run_sends_nothing(there: Hub, call: Call, file: Path, tmp_path: Path) -> None:
+def test_dry_run_sends_nothing(there, call, file, tmp_path):
     kept = tmp_path / "kept"
     status, output = call("export", file, "--push", "us/it", "--dry-run", "--output", kept)
     assert status == 0, output
@@ -168,12 +158,8 @@ def test_dry_run_sends_nothing(there: Hub, call: Call, file: Path, tmp_path: Pat
 
 
 def test_run_begins_with_a_network_of_the_hub_and_is_taught_by_it(
-    there: Hub,
-    call: Call,
-    file: Path,
-    main: Callable[..., Outcome],
-    tiny_config: Callable[..., Path],
-) -> None:
+    there, call, file, main, tiny_config
+):
     assert call("export", file, "--push", "us/small", "--public")[0] == 0
     assert not there.repositories["us/small"].private
     commit = there.repositories["us/small"].hash("main")
@@ -189,7 +175,7 @@ def test_run_begins_with_a_network_of_the_hub_and_is_taught_by_it(
     assert load(Path(f"hf:us/small@{commit}")).description.step == 7
 
 
-def test_files_that_may_hold_code_are_not_fetched(there: Hub, tmp_path: Path) -> None:
+def test_files_that_may_hold_code_are_not_fetched(there, tmp_path):
     repository = there.repositories["them/it"] = Repository()
     repository.commit({"pytorch_model.bin": b"code", "model.py": b"code"})
     with pytest.raises(UserError, match=r"hf:them/it has no model.safetensors, only model.py, pyt"):
@@ -213,7 +199,7 @@ def test_files_that_may_hold_code_are_not_fetched(there: Hub, tmp_path: Path) ->
         ("hf:them/secret", "there is no hf:them/secret at http://127.0.0.1.*, or it is private"),
     ],
 )
-def test_what_cannot_be_fetched_is_named(there: Hub, tmp_path: Path, name: str, words: str) -> None:
+def test_what_cannot_be_fetched_is_named(there, tmp_path, name, words):
     there.repositories["them/it"] = Repository()
     there.repositories["them/it"].commit({"README.md": b""})
     there.repositories["them/secret"] = Repository(private=True)
@@ -231,17 +217,13 @@ def test_what_cannot_be_fetched_is_named(there: Hub, tmp_path: Path, name: str, 
         (302, {"Location": "/again"}, r"cannot be reached \(.*redirects"),
     ],
 )
-def test_hub_that_answers_wrongly_is_not_called_away(
-    there: Hub, status: int, headers: dict[str, str], words: str
-) -> None:
+def test_hub_that_answers_wrongly_is_not_called_away(there, status, headers, words):
     there.broken = status, headers
     with pytest.raises(UserError, match=words):
         hub.fetch("hf:them/it", "model.safetensors")
 
 
-def test_hub_that_answers_nothing_is_not_waited_for(
-    there: Hub, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_that_answers_nothing_is_not_waited_for(there, file, monkeypatch):
     there.broken = 0, {}
     monkeypatch.setattr(hub, "_TIMEOUT", 0.2)
     with pytest.raises(UserError, match=r"cannot be reached for us/small \(.*timed out"):
@@ -259,14 +241,8 @@ def test_hub_that_answers_nothing_is_not_waited_for(
     ],
 )
 def test_hub_writes_nothing_outside_of_the_cache(
-    there: Hub,
-    main: Callable[..., Outcome],
-    tiny_config: Callable[..., Path],
-    tmp_path: Path,
-    header: str,
-    teacher: str,
-    lie: str,
-) -> None:
+    there, main, tiny_config, tmp_path, header, teacher, lie
+):
     for name in ("them/it", "timm/test_vit.r160_in1k"):
         there.repositories[name] = Repository()
         there.repositories[name].commit({"model.safetensors": b"weights"})
@@ -279,9 +255,7 @@ def test_hub_writes_nothing_outside_of_the_cache(
     assert [path.name for path in tmp_path.iterdir() if "elsewhere" in path.name] == []
 
 
-def test_what_cannot_be_pushed_is_named(
-    there: Hub, call: Call, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_pushed_is_named(there, call, file, tmp_path, monkeypatch):
     def refused(source: Path, repo: str, words: str) -> None:
         status, output = call("export", source, "--push", repo)
         assert status == 2, output
@@ -317,7 +291,7 @@ def test_what_cannot_be_pushed_is_named(
         (["--format", "timm"], "give --format and --output, or --push ORG/NAME"),
     ],
 )
-def test_arguments_are_checked(call: Call, arguments: list[str], complaint: str) -> None:
+def test_arguments_are_checked(call, arguments, complaint):
     status, output = call("export", "nowhere", *arguments)
     assert status == 2
     assert complaint in output

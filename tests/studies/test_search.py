@@ -12,15 +12,12 @@ import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import Outcome
-from tiny_study import Here
 
 from tetdist.apps.studies import search, search_report, summary
 from tetdist.apps.studies.plan import STUDIES_DIR
 from tetdist.errors import UserError
 
 RATES = {"c01": 0.001, "c02": 0.05, "c03": 1e30, "c04": 0.2}
-Call = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
@@ -55,13 +52,7 @@ def write(tiny_config: Callable[..., Path], tmp_path: Path) -> Callable[..., Pat
     return made
 
 
-def test_halving_goes_on_after_a_stop_and_sees_validation_once(
-    call: Call,
-    write: Callable[..., Path],
-    here: Here,
-    main: Callable[..., Outcome],
-    tmp_path: Path,
-) -> None:
+def test_halving_goes_on_after_a_stop_and_sees_validation_once(call, write, here, main, tmp_path):
     file, output = write(), tmp_path / "out"
     arguments = ("study", file, "--output", output)
     status, printed = call(*arguments, "--dry-run")
@@ -156,7 +147,7 @@ def test_halving_goes_on_after_a_stop_and_sees_validation_once(
         ([[1, 2], "a", None], [[1, 2], "a", None]),
     ],
 )
-def test_values_of_an_axis(write: Callable[..., Path], axis: Any, values: list[Any]) -> None:
+def test_values_of_an_axis(write, axis, values):
     over = {"loss.phi": axis, "loss.kind": ["sdt", "tet"]}
     found = search.read(write({"over": over})).search
     assert found.axes == {"loss.phi": values, "loss.kind": ["sdt", "tet"]}
@@ -164,13 +155,13 @@ def test_values_of_an_axis(write: Callable[..., Path], axis: Any, values: list[A
     assert combined == [(value, kind) for value in values for kind in ("sdt", "tet")]
 
 
-def test_ties_and_losses_are_ranked() -> None:
+def test_ties_and_losses_are_ranked():
     scores = {"a": [1.0, 3.0], "b": [2.0, 2.0], "c": [], "d": [1.0, 2.0]}
     assert search.Rung(1, scores, "top1").ranked == ["a", "b", "d", "c"]
     assert search.Rung(1, scores, "loss").ranked == ["d", "a", "b", "c"]
 
 
-def test_the_best_at_the_end_of_three_values_or_more_is_reported() -> None:
+def test_the_best_at_the_end_of_three_values_or_more_is_reported():
     axes = {"lr": [0.1, 0.2, 0.3], "phi": [1, 2], "kind": ["a", "b", "c"], "micro": [1, 2, 4]}
     best = {"lr": 0.3, "phi": 1, "kind": "a", "micro": 2}
     of = SimpleNamespace(axes=axes)
@@ -200,18 +191,14 @@ def test_the_best_at_the_end_of_three_values_or_more_is_reported() -> None:
         ({"entries": {}}, "unknown key 'entries'"),
     ],
 )
-def test_mistakes_in_a_search_are_named(
-    call: Call, write: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], words: str
-) -> None:
+def test_mistakes_in_a_search_are_named(call, write, tmp_path, changes, words):
     status, output = call("study", write(changes), "--output", tmp_path / "out")
     assert (status, output.count("\n")) == (2, 1), output
     assert words in output
     assert not (tmp_path / "out").exists()
 
 
-def test_flags_that_a_search_does_not_take(
-    call: Call, write: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_flags_that_a_search_does_not_take(call, write, tmp_path):
     file = write()
     for arguments, words in (
         (("--only", "c01"), "--only: "),
@@ -222,9 +209,7 @@ def test_flags_that_a_search_does_not_take(
         assert (status, words in output) == (2, True), output
 
 
-def test_the_searches_of_the_project_resolve(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_searches_of_the_project_resolve(tmp_path, monkeypatch):
     # Elsewhere than in the checkout, where `make quickstart` may have left the data.
     monkeypatch.chdir(tmp_path)
     found = [file for file in sorted(STUDIES_DIR.glob("*.yaml")) if search.is_search(file)]

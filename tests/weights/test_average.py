@@ -24,8 +24,6 @@ from tetdist.nn.batch_norm import BatchNorm
 from tetdist.order import steps_per_epoch
 from tetdist.storage import checkpoint
 
-Call = Callable[..., tuple[int, str]]
-ConfigWriter = Callable[..., Path]
 STATISTICS = ("running_mean", "running_var")
 CPU = ("--device", "cpu", "--execution", "reference", "--threads", 1)
 
@@ -51,9 +49,7 @@ def is_statistic(key: str) -> bool:
 
 
 @pytest.mark.parametrize(("file", "options"), [("model", ()), ("ema", ("--ema",))])
-def test_weights_are_the_mean(
-    file: str, options: tuple[str, ...], run: Path, call: Call, tmp_path: Path
-) -> None:
+def test_weights_are_the_mean(file, options, run, call, tmp_path):
     output = tmp_path / "mean.safetensors"
     later, earlier = reversed(both(run))
     status, printed = call("average", later, earlier, "--output", output, *CPU, *options)
@@ -112,9 +108,7 @@ def statistics(
     ("size", "timesteps", "changes"),
     [(16, 3, {}), (15, 2, {"data.repeats": 2, "phases.0.final_image_size": 15})],
 )
-def test_statistics_are_of_the_training_samples(
-    size: int, timesteps: int, changes: dict[str, Any], run: Path
-) -> None:
+def test_statistics_are_of_the_training_samples(size, timesteps, changes, run):
     """Against what the norms are given, each micro-batch by itself; 10 samples are two steps."""
     config, index, model = network(run, timesteps, **changes)
     seen: dict[str, list[Tensor]] = {}
@@ -151,7 +145,7 @@ def test_statistics_are_of_the_training_samples(
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_processes_has_the_same_statistics(processes: int, run: Path) -> None:
+def test_any_number_of_processes_has_the_same_statistics(processes, run):
     batch = {"batch.global": 12}
     one = statistics(run, 24, **batch)
     shares = [statistics(run, 24, rank, processes, **batch) for rank in range(processes)]
@@ -161,9 +155,7 @@ def test_any_number_of_processes_has_the_same_statistics(processes: int, run: Pa
         assert not torch.equal(shares[0][key], shares[1][key])
 
 
-def test_all_commands_recompute_them_at_another_timestep(
-    run: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_commands_recompute_them_at_another_timestep(run, call, tmp_path, monkeypatch):
     """average writes them; eval and export get the same, and leave the checkpoint alone."""
     file, answers = tmp_path / "at_1.safetensors", []
     at_1 = ("--timesteps", 1)
@@ -204,9 +196,7 @@ def test_all_commands_recompute_them_at_another_timestep(
         ({"model.arguments.channels": [4, 6]}, "model.arguments.channels is [4, 6] and was [4, 8]"),
     ],
 )
-def test_unlike_networks_are_refused(
-    changes: dict[str, Any], text: str, run: Path, call: Call, tmp_path: Path
-) -> None:
+def test_unlike_networks_are_refused(changes, text, run, call, tmp_path):
     _, description = checkpoint.load_model_file(run)
     config = tiny.changed(description.config, changes)
     model = parse(config, "test", warn=False).model.build(num_classes=4, timesteps=2)
@@ -218,7 +208,7 @@ def test_unlike_networks_are_refused(
     assert f"{other} is another network than {run}: {text}" in output
 
 
-def test_other_timesteps_and_classes_are_refused(run: Path, call: Call, tmp_path: Path) -> None:
+def test_other_timesteps_and_classes_are_refused(run, call, tmp_path):
     weights, description = checkpoint.load_model_file(run)
     changes = {"timesteps": 3, "classes": list("abcd")}
     other = tmp_path / "other.safetensors"

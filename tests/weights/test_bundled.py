@@ -1,7 +1,6 @@
 """Networks that come with the package: by timm, by commands, with the accuracy of their cards."""
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +21,6 @@ from tetdist.config.loading import parse
 from tetdist.datasets.index import index_splits
 from tetdist.order import permutation
 from tetdist.storage import bundled, checkpoint
-
-Call = Callable[..., tuple[int, str]]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,7 +53,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
 
 
 @pytest.mark.parametrize("name", bundled.names())
-def test_timm_builds_the_network_of_the_checkpoint(name: str) -> None:
+def test_timm_builds_the_network_of_the_checkpoint(name):
     trained = load(Path(name))
     model = timm.create_model(
         f"{trained.config.model.name}.{name.removeprefix('tetdist:')}", pretrained=True
@@ -80,9 +77,7 @@ def test_timm_builds_the_network_of_the_checkpoint(name: str) -> None:
     assert '"/' not in stored.model_dump_json()  # no path of the machine that trained it
 
 
-def test_accuracy_is_that_of_the_card_and_of_eval(
-    digits: Digits, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_accuracy_is_that_of_the_card_and_of_eval(digits, call, tmp_path, monkeypatch):
     model = timm.create_model("spiking_convnet", pretrained=True).eval()
     mean, std = (model.pretrained_cfg[key][0] for key in ("mean", "std"))
     with torch.no_grad():
@@ -104,9 +99,7 @@ def test_accuracy_is_that_of_the_card_and_of_eval(
     assert json.loads(result.read_text())["top1"] == pytest.approx(100 * float(few), abs=1e-3)
 
 
-def test_simulated_camera_is_evaluated_replayed_and_exported(
-    digits: Digits, call: Call, tmp_path: Path
-) -> None:
+def test_simulated_camera_is_evaluated_replayed_and_exported(digits, call, tmp_path):
     made = tmp_path / "made"
     bins = ("--timesteps", 10, "--bins", "30ms")
     status, output = call("prebin_dvs", "--simulate", digits.root, made, *bins, "--workers", 1)
@@ -138,7 +131,7 @@ def test_simulated_camera_is_evaluated_replayed_and_exported(
     assert f"| trained at commit | {description.commit} |" in card
 
 
-def test_timm_adapts_the_network_to_other_classes_and_channels() -> None:
+def test_timm_adapts_the_network_to_other_classes_and_channels():
     weights, _ = checkpoint.load_model_file(Path("tetdist:quickstart"))
     model = timm.create_model("spiking_convnet", pretrained=True, num_classes=3, in_chans=1)
     state = model.state_dict()
@@ -152,9 +145,7 @@ def test_timm_adapts_the_network_to_other_classes_and_channels() -> None:
     assert model(torch.rand(2, 3, 28, 28)).shape == (2, 5)
 
 
-def test_network_has_the_arguments_of_its_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_network_has_the_arguments_of_its_training(tmp_path, monkeypatch):
     changes = {"data.root": "d", "model.num_classes": 4, "model.neuron.decay": 0.75}
     config = parse(tiny.changed(tiny.CONFIG, {"name": "x", **changes}), "test", warn=False)
     model = config.model.build(num_classes=4, timesteps=3).eval()
@@ -183,7 +174,7 @@ def test_network_has_the_arguments_of_its_training(
         ("average", "tetdist:mnist", "--output", "it.safetensors"),
     ],
 )
-def test_unknown_name_is_refused_with_all_names(call: Call, command: tuple[str, ...]) -> None:
+def test_unknown_name_is_refused_with_all_names(call, command):
     status, output = call(*command)
     assert status == 2
     known = ", ".join(bundled.names())

@@ -19,7 +19,6 @@ import yaml
 from kernel_runs import randomize
 from safetensors.torch import load_file
 from spikingjelly.activation_based import nir_exchange
-from tiny import Outcome
 from torch import Tensor, nn
 
 from tetdist.apps.weights import export
@@ -112,9 +111,6 @@ def save(network: str, folder: Path, **neuron: Any) -> Path:
     return file
 
 
-Call = Callable[..., tuple[int, str]]
-
-
 def logits(trained: Trained, x: Tensor) -> Tensor:
     with torch.no_grad():
         result = trained.model(x)
@@ -134,9 +130,7 @@ def logits(trained: Trained, x: Tensor) -> Tensor:
         ("resnet19", "timm"),
     ],
 )
-def test_code_of_the_card_loads_the_network(
-    call: Call, network: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_of_the_card_loads_the_network(call, network, kind, tmp_path, monkeypatch):
     file = save(network, tmp_path)
     folder = tmp_path / "given"
     status, output = call("export", file, "--format", kind, "--output", folder)
@@ -159,7 +153,7 @@ def test_code_of_the_card_loads_the_network(
     assert all(torch.equal(given[key], expected[key]) for key in given)
 
 
-def test_card_says_what_a_reader_asks_and_no_secrets(call: Call, tmp_path: Path) -> None:
+def test_card_says_what_a_reader_asks_and_no_secrets(call, tmp_path):
     file = save("spiking, tdbn", tmp_path)
     assert call("export", file, "--format", "timm", "--output", tmp_path / "given")[0] == 0
     card = (tmp_path / "given" / "README.md").read_text()
@@ -194,7 +188,7 @@ def test_card_says_what_a_reader_asks_and_no_secrets(call: Call, tmp_path: Path)
     assert (cfg["mean"], cfg["std"]) == ([0.5, 0.5, 0.5], [0.229, 0.224, 0.225])
 
 
-def test_card_says_what_an_accuracy_flatters(tmp_path: Path) -> None:
+def test_card_says_what_an_accuracy_flatters(tmp_path):
     _, description = checkpoint.load_model_file(save("convnet", tmp_path))
     held_out = tiny.changed(description.config, {"data.held_out": 0.1})
     for config, of in (
@@ -206,9 +200,7 @@ def test_card_says_what_an_accuracy_flatters(tmp_path: Path) -> None:
             assert export._accuracy(described).endswith(f" of {of}, with these weights{rest}")
 
 
-def test_accuracy_is_not_claimed_at_another_t_and_names_may_have_dots(
-    call: Call, tmp_path: Path
-) -> None:
+def test_accuracy_is_not_claimed_at_another_t_and_names_may_have_dots(call, tmp_path):
     file, folder = save("convnet", tmp_path), tmp_path / "net-1.5"
     command = [file, "--format", "safetensors", "--output", folder, "--timesteps", 6]
     assert call("export", *command)[0] == 0
@@ -217,13 +209,7 @@ def test_accuracy_is_not_claimed_at_another_t_and_names_may_have_dots(
     assert "| accuracy | not measured with this file |" in card
 
 
-def test_real_run_is_given_away_and_taken_back(
-    call: Call,
-    tiny_root: Path,
-    tiny_config: Callable[..., Path],
-    main: Callable[..., Outcome],
-    tmp_path: Path,
-) -> None:
+def test_real_run_is_given_away_and_taken_back(call, tiny_root, tiny_config, main, tmp_path):
     outcome = main(tiny_config({"evaluate_every": 1}))
     assert outcome.status == 0, outcome.text
     run, given = tmp_path / "runs" / "tiny", tmp_path / "given"
@@ -270,7 +256,7 @@ class Outside(nn.Module):
         return torch.stack([t * self.fc(x.flatten(1)) for t in range(1, T + 1)])
 
 
-def test_a_network_from_outside(tmp_path: Path) -> None:
+def test_a_network_from_outside(tmp_path):
     ours = load(save("convnet", tmp_path))
     network: Any = Outside().eval()
     trained = Trained(network, ours.config, ours.description)
@@ -369,7 +355,7 @@ def over_time(module: nn.Module, trained: Trained, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("network", [name for name in NETWORKS if name not in ("vggsnn", "preact")])
-def test_nir_graph_run_by_nirtorch_is_the_network(network: str, tmp_path: Path) -> None:
+def test_nir_graph_run_by_nirtorch_is_the_network(network, tmp_path):
     trained = load(save(network, tmp_path))
     dt = 1e-3
     output = export.write_nir(trained, tmp_path / "graph.nir", dt)
@@ -389,7 +375,7 @@ def test_nir_graph_run_by_nirtorch_is_the_network(network: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("network", ["convnet", "vggsnn"])
-def test_spikingjelly_imports_the_nir_graph(network: str, tmp_path: Path) -> None:
+def test_spikingjelly_imports_the_nir_graph(network, tmp_path):
     trained = load(save(network, tmp_path))
     export.write_nir(trained, tmp_path / "graph.nir", 1e-4)
     module = nir_exchange.import_from_nir(tmp_path / "graph.nir", dtype=torch.float64)
@@ -401,7 +387,7 @@ def test_spikingjelly_imports_the_nir_graph(network: str, tmp_path: Path) -> Non
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_nir_neuron_that_fires_at_the_threshold(tmp_path: Path) -> None:
+def test_nir_neuron_that_fires_at_the_threshold(tmp_path):
     file = save("convnet", tmp_path, threshold=0.7, fires_at_threshold=True)
     node = to_nir(load(file).model, (3, 12, 12)).nodes["stem_neuron"]
     at = np.float32(0.7)
@@ -419,9 +405,7 @@ def test_nir_neuron_that_fires_at_the_threshold(tmp_path: Path) -> None:
         ("preact", {}, "preact_resnet18 takes maxima of real numbers in its stem"),
     ],
 )
-def test_what_nir_cannot_express_is_refused(
-    call: Call, tmp_path: Path, network: str, neuron: dict[str, Any], words: str
-) -> None:
+def test_what_nir_cannot_express_is_refused(call, tmp_path, network, neuron, words):
     file = save(network, tmp_path, **neuron)
     status, output = call("export", file, "--format", "nir", "--output", tmp_path / "graph.nir")
     assert status == 2
@@ -443,7 +427,7 @@ def test_what_nir_cannot_express_is_refused(
         ),
     ],
 )
-def test_programs_of_other_neurons_say_what_the_network_says(kind: str, tmp_path: Path) -> None:
+def test_programs_of_other_neurons_say_what_the_network_says(kind, tmp_path):
     numbers = {"timesteps": T} if kind in ("psn", "masked_psn") else {}
     trained = load(save("convnet", tmp_path, kind=kind, threshold=0.3, **numbers))
     assert len(logits(trained, trained.examples(4)).unique()) > 5
@@ -454,9 +438,7 @@ def test_programs_of_other_neurons_say_what_the_network_says(kind: str, tmp_path
 
 @pytest.mark.long
 @pytest.mark.parametrize("network", ["sew, add", "preact"])
-def test_onnx_graph_run_by_onnxruntime_is_the_network(
-    network: str, call: Call, tmp_path: Path
-) -> None:
+def test_onnx_graph_run_by_onnxruntime_is_the_network(network, call, tmp_path):
     file = save(network, tmp_path)
     status, output = call("export", file, "--format", "onnx", "--output", tmp_path / "net.onnx")
     assert status == 0, output
@@ -492,9 +474,7 @@ def by_the_loop_of_the_page(path: Path, x: Tensor, timesteps: int) -> Tensor:
         pytest.param("convnet", {"kind": "ilif", "threshold": 0.3}, marks=pytest.mark.long),
     ],
 )
-def test_onnx_graph_of_a_timestep_carries_its_states(
-    network: str, neuron: dict[str, Any], call: Call, tmp_path: Path
-) -> None:
+def test_onnx_graph_of_a_timestep_carries_its_states(network, neuron, call, tmp_path):
     file, path = save(network, tmp_path, **neuron), tmp_path / "step.onnx"
     status, output = call("export", file, "--format", "onnx-step", "--output", path)
     assert status == 0, output
@@ -508,7 +488,7 @@ def test_onnx_graph_of_a_timestep_carries_its_states(
     assert torch.isclose(actual, expected, rtol=1e-4, atol=1e-5).all(1).sum() >= len(x) - 1
 
 
-def test_onnx_graph_of_a_timestep_is_refused_by_name(call: Call, tmp_path: Path) -> None:
+def test_onnx_graph_of_a_timestep_is_refused_by_name(call, tmp_path):
     file = save("convnet", tmp_path, kind="psn", timesteps=T)
     path = tmp_path / "step.onnx"
     status, output = call("export", file, "--format", "onnx-step", "--output", path)
@@ -521,7 +501,7 @@ def test_onnx_graph_of_a_timestep_is_refused_by_name(call: Call, tmp_path: Path)
 
 
 @pytest.mark.parametrize("network", ["vggsnn", pytest.param("ms, deep", marks=pytest.mark.long)])
-def test_program_of_torch_is_the_network(network: str, call: Call, tmp_path: Path) -> None:
+def test_program_of_torch_is_the_network(network, call, tmp_path):
     file = save(network, tmp_path)
     status, output = call("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
     assert status == 0, output
@@ -536,7 +516,7 @@ def test_program_of_torch_is_the_network(network: str, call: Call, tmp_path: Pat
     torch.testing.assert_close(actual, logits(trained, x))
 
 
-def test_a_check_that_shows_little_says_so(call: Call, tmp_path: Path) -> None:
+def test_a_check_that_shows_little_says_so(call, tmp_path):
     file = save("convnet", tmp_path, threshold=1e9)  # no neuron ever fires
     status, output = call("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
     assert status == 0, output
@@ -546,9 +526,7 @@ def test_a_check_that_shows_little_says_so(call: Call, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ mistakes
 
 
-def test_missing_package_is_named(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_package_is_named(call, tmp_path, monkeypatch):
     file = save("convnet", tmp_path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     status, output = call("export", file, "--format", "onnx", "--output", tmp_path / "net.onnx")
@@ -571,14 +549,14 @@ def test_missing_package_is_named(
         (["--format", "tflite", "--output", "n"], "invalid choice"),
     ],
 )
-def test_arguments_are_checked(call: Call, arguments: list[str], complaint: str) -> None:
+def test_arguments_are_checked(call, arguments, complaint):
     status, output = call("export", "nowhere", *arguments)
     assert status == 2
     assert complaint in output
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "nir"])
-def test_what_exists_is_not_replaced(call: Call, tmp_path: Path, kind: str) -> None:
+def test_what_exists_is_not_replaced(call, tmp_path, kind):
     file = save("convnet", tmp_path)
     output = tmp_path / f"mine.{kind}"
     output.write_text("precious")
@@ -591,7 +569,7 @@ def test_what_exists_is_not_replaced(call: Call, tmp_path: Path, kind: str) -> N
     assert (status, "is a checkpoint; choose another folder" in printed) == (2, True)
 
 
-def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_place_that_cannot_be_written_is_named(tmp_path):
     trained = load(save("convnet", tmp_path))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"graph\.nir cannot be written"):

@@ -28,7 +28,6 @@ from published_networks import (
 from safetensors.torch import load_file, save_file
 from spikingjelly.activation_based import functional, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
-from tiny import Outcome
 from torch import Tensor, nn
 
 from tetdist.apps.weights import foreign
@@ -44,7 +43,6 @@ T = 3
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-Call = Callable[..., tuple[int, str]]
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -116,12 +114,7 @@ def from_spikingjelly(name: str, decay_input: bool | None = None, **options: Any
         pytest.param("spiking_resnet50", {}, {}, {"norm": "tdbn"}, marks=pytest.mark.long),
     ],
 )
-def test_agrees_with_spikingjelly(
-    name: str,
-    theirs_options: dict[str, Any],
-    own_neuron: dict[str, float],
-    ours_options: dict[str, Any],
-) -> None:
+def test_agrees_with_spikingjelly(name, theirs_options, own_neuron, ours_options):
     theirs = from_spikingjelly(name, **theirs_options)
     neuron = SOURCES["spikingjelly"].neuron | own_neuron
     model = ours(name, num_classes=5, neuron=neuron, **ours_options)
@@ -187,7 +180,7 @@ LEARNING: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
         ("sew_resnet18", "sliding_psn"),
     ],
 )
-def test_what_spikingjellys_neurons_learn_comes_with_the_weights(name: str, kind: str) -> None:
+def test_what_spikingjellys_neurons_learn_comes_with_the_weights(name, kind):
     """docs/weights.md: a neuron of the same kind, with its own numbers."""
     torch.manual_seed(0)
     make, numbers = LEARNING[kind]
@@ -210,7 +203,7 @@ def test_what_spikingjellys_neurons_learn_comes_with_the_weights(name: str, kind
     assert relative(logits, expected) < 1e-8
 
 
-def test_spikingjelly_fires_at_its_threshold() -> None:
+def test_spikingjelly_fires_at_its_threshold():
     """docs/weights.md: it matters of whole numbers, as spikes that attention adds up."""
     node = neuron.LIFNode(
         tau=2.0,
@@ -236,7 +229,7 @@ def test_spikingjelly_fires_at_its_threshold() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_relu_network_is_torchvisions(name: str) -> None:
+def test_relu_network_is_torchvisions(name):
     """So that a teacher may be one of torchvision's, and its accuracy may be checked here."""
     theirs = randomized(getattr(torchvision.models, name)(num_classes=5))
     model = ours(f"spiking_{name}", num_classes=5, norm="bn", neuron={"kind": "relu"})
@@ -249,14 +242,14 @@ def test_relu_network_is_torchvisions(name: str) -> None:
         assert relative(model(x), theirs(x)) < 1e-12
 
 
-def test_iand_bottleneck_of_spikingjelly_is_another_network() -> None:
+def test_iand_bottleneck_of_spikingjelly_is_another_network():
     theirs = from_spikingjelly("sew_resnet50", cnf="IAND")
     model = ours("sew_resnet50", num_classes=5, connect_function="iand")
     with pytest.raises(UserError, match="have the opposite IAND"):
         foreign.convert(theirs.state_dict(), "spikingjelly", model)
 
 
-def test_parameters_of_a_learned_neuron_are_named() -> None:
+def test_parameters_of_a_learned_neuron_are_named():
     theirs = from_spikingjelly("sew_resnet18", cnf="ADD").state_dict() | {"sn1.w": torch.zeros(())}
     result = foreign.convert(theirs, "spikingjelly", ours("sew_resnet18", num_classes=5))
     assert result.unexpected == ["sn1.w"]
@@ -280,7 +273,7 @@ def sew_layout(state: dict[str, Tensor], sew: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["sew_resnet50", "spiking_resnet18"])
-def test_checkpoints_of_the_sew_repository(name: str, tmp_path: Path) -> None:
+def test_checkpoints_of_the_sew_repository(name, tmp_path):
     sew = name.startswith("sew")
     state = from_spikingjelly(name, **({"cnf": "ADD"} if sew else {})).state_dict()
     file = tmp_path / "checkpoint_319.pth"
@@ -337,7 +330,7 @@ def tet_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def test_agrees_with_the_resnet19_of_tet_and_of_distillation(tmp_path: Path) -> None:
+def test_agrees_with_the_resnet19_of_tet_and_of_distillation(tmp_path):
     """Under best_net; neither's names tell which of the two repositories it is from."""
     state, file = resnet19(), tmp_path / "model_weights.pth"
     torch.save({"best_acc": 95.0, "best_epoch": 7, "best_net": state, "optimizer": {}}, file)
@@ -375,7 +368,7 @@ def test_agrees_with_the_resnet19_of_tet_and_of_distillation(tmp_path: Path) -> 
             assert relative(logits, x) < 1e-12
 
 
-def test_agrees_with_tets_vggsnn() -> None:
+def test_agrees_with_tets_vggsnn():
     layers: list[tuple[int, int]] = []
     shapes: Shapes = {"classifier.module.weight": (5, 512), "classifier.module.bias": (5,)}
     narrow = 2
@@ -403,7 +396,7 @@ def test_agrees_with_tets_vggsnn() -> None:
         assert relative(logits, x) < 1e-12
 
 
-def test_prefix_of_a_parallel_wrapper_is_removed(tmp_path: Path) -> None:
+def test_prefix_of_a_parallel_wrapper_is_removed(tmp_path):
     state = tet_layout(resnet19())
     torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "a.pth")
     read = foreign_files.read(tmp_path / "a.pth")
@@ -411,14 +404,14 @@ def test_prefix_of_a_parallel_wrapper_is_removed(tmp_path: Path) -> None:
     assert foreign.source_of(read, tmp_path / "a.pth") == "tet"
 
 
-def test_file_that_contradicts_itself_is_refused() -> None:
+def test_file_that_contradicts_itself_is_refused():
     state = tet_layout(resnet19())
     state["conv1_s.layer.module.weight"] = state["conv1.weight"] + 1
     with pytest.raises(UserError, match=r"conv1\.weight and conv1_s\.layer\.module\.weight"):
         foreign.convert(state, "tet", ours("spiking_resnet19", **RESNET19))
 
 
-def test_vggsnn_without_pooling_is_another_network() -> None:
+def test_vggsnn_without_pooling_is_another_network():
     state = {f"features.{i}.fwd.module.0.weight": torch.zeros(1) for i in range(8)}
     with pytest.raises(UserError, match="VGGSNNwoAP"):
         foreign.convert(state, "tet", ours("vggsnn", num_classes=5, input_size=16))
@@ -435,7 +428,7 @@ def test_vggsnn_without_pooling_is_another_network() -> None:
         ("vggsnn", "seal"),
     ],
 )
-def test_weights_of_other_shortcuts_are_refused(name: str, source: str) -> None:
+def test_weights_of_other_shortcuts_are_refused(name, source):
     with pytest.raises(UserError, match=f"weights of {source} do not belong to {name}"):
         foreign.convert({"fc.weight": torch.zeros(1)}, source, ours(name, num_classes=5))
 
@@ -446,7 +439,7 @@ def test_weights_of_other_shortcuts_are_refused(name: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("name", "source"), [("sew_resnet34", "torchvision"), ("spiking_resnet34", "timm")]
 )
-def test_normalized_currents_are_those_of_the_relu_network(name: str, source: str) -> None:
+def test_normalized_currents_are_those_of_the_relu_network(name, source):
     torch.manual_seed(0)
     depth = name.partition("resnet")[2]
     if source == "torchvision":
@@ -488,7 +481,7 @@ class Code:
         return (Path.touch, (self.file,))
 
 
-def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
+def test_code_in_a_file_is_refused_and_not_executed(tmp_path):
     torch.save({"state_dict": {}, "extra": Code(tmp_path / "executed")}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"holds more than weights .* is not read"):
         foreign_files.read(tmp_path / "a.pth")
@@ -516,9 +509,7 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
         ("a.pth", {"a": torch.ones(2).to_sparse()}, r"sparse, complex, .* tensor \(a\)"),
     ],
 )
-def test_files_without_weights_are_named(
-    name: str, content: Any, complaint: str, tmp_path: Path
-) -> None:
+def test_files_without_weights_are_named(name, content, complaint, tmp_path):
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
     elif content is not None:
@@ -527,7 +518,7 @@ def test_files_without_weights_are_named(
         foreign_files.read(tmp_path / name)
 
 
-def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_weights_that_are_none_are_refused(tmp_path):
     torch.jit.save(torch.jit.script(nn.Linear(1, 1)), tmp_path / "b.pt")
     with pytest.raises(UserError, match="is a TorchScript program, which is code"):
         foreign_files.read(tmp_path / "b.pt")
@@ -540,7 +531,7 @@ def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
         foreign.convert(state, "torchvision", model)
 
 
-def test_names_that_several_sources_share_need_a_source() -> None:
+def test_names_that_several_sources_share_need_a_source():
     state = torchvision.models.resnet18(weights=None).state_dict()
     with pytest.raises(UserError, match="--from"):
         foreign.source_of(state, Path("a.pth"))
@@ -548,7 +539,7 @@ def test_names_that_several_sources_share_need_a_source() -> None:
         foreign.source_of({"encoder.weight": torch.zeros(1)}, Path("a.pth"))
 
 
-def test_model_without_a_counterpart_is_refused() -> None:
+def test_model_without_a_counterpart_is_refused():
     with pytest.raises(UserError, match="spiking_convnet has no counterpart"):
         foreign.convert({}, "timm", ours("spiking_convnet"))
 
@@ -569,13 +560,8 @@ def relu_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_and_evaluation_begin_with_a_relu_network(
-    call: Call,
-    relu_file: Path,
-    tiny_root: Path,
-    tmp_path: Path,
-    tiny_config: Callable[..., Path],
-    main: Callable[..., Outcome],
-) -> None:
+    call, relu_file, tiny_root, tmp_path, tiny_config, main
+):
     output = tmp_path / "converted.safetensors"
     command = [relu_file, "--model", "spiking_resnet18", "--from", "timm", "--output", output]
     status, printed = call("convert", *command, "--classes", tiny_root / "val", *SMALL_RESNET18)
@@ -611,8 +597,8 @@ def test_training_and_evaluation_begin_with_a_relu_network(
 
 
 def test_another_number_of_classes_is_named_and_may_be_allowed(
-    call: Call, relu_file: Path, tiny_root: Path, tmp_path: Path
-) -> None:
+    call, relu_file, tiny_root, tmp_path
+):
     output = tmp_path / "converted.safetensors"
     command = [relu_file, "--model", "spiking_resnet18", "--from", "timm", "--output", output]
     command += [*SMALL_RESNET18, "model.num_classes=7"]
@@ -642,8 +628,8 @@ def test_another_number_of_classes_is_named_and_may_be_allowed(
     ],
 )
 def test_tets_checkpoint_is_recognized_and_sees_images_as_its_loader_scales_them(
-    num_classes: int, mean: list[float], std: list[float], call: Call, tmp_path: Path
-) -> None:
+    num_classes, mean, std, call, tmp_path
+):
     state = {key: value.float() for key, value in tet_layout(resnet19(num_classes)).items()}
     torch.save(state, tmp_path / "tet.pth")
     output = tmp_path / "o.safetensors"
@@ -701,15 +687,8 @@ def test_tets_checkpoint_is_recognized_and_sees_images_as_its_loader_scales_them
     ],
 )
 def test_converted_file_notes_its_sources_network(
-    source: str | None,
-    model: str,
-    shapes: Shapes,
-    arguments: dict[str, int],
-    neuron: dict[str, Any],
-    call: Call,
-    tiny_root: Path,
-    tmp_path: Path,
-) -> None:
+    source, model, shapes, arguments, neuron, call, tiny_root, tmp_path
+):
     torch.save({"best_acc": 1.0, "best_net": random_state(shapes)}, tmp_path / "theirs.pth")
     output = tmp_path / "o.safetensors"
     # The stem of a ResNet-19, 128 channels wide, is noted unasked.
@@ -744,9 +723,7 @@ def test_converted_file_notes_its_sources_network(
         ),
     ],
 )
-def test_mistakes_end_in_a_sentence(
-    call: Call, relu_file: Path, tmp_path: Path, arguments: list[str], complaint: str
-) -> None:
+def test_mistakes_end_in_a_sentence(call, relu_file, tmp_path, arguments, complaint):
     output = tmp_path / "o.safetensors"
     status, printed = call("convert", relu_file, "--from", "timm", "--output", output, *arguments)
     assert status == 2
@@ -754,7 +731,7 @@ def test_mistakes_end_in_a_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_replaced_that_should_stay(call: Call, relu_file: Path, tmp_path: Path) -> None:
+def test_nothing_is_replaced_that_should_stay(call, relu_file, tmp_path):
     command = [relu_file, "--model", "spiking_resnet18", "--from", "timm", "--output"]
     before = relu_file.read_bytes()
     status, output = call("convert", *command, relu_file, *SMALL_RESNET18)
@@ -766,7 +743,7 @@ def test_nothing_is_replaced_that_should_stay(call: Call, relu_file: Path, tmp_p
     assert "is a checkpoint; choose another folder" in output
 
 
-def test_network_of_another_layout_lists_what_does_not_fit(call: Call, tmp_path: Path) -> None:
+def test_network_of_another_layout_lists_what_does_not_fit(call, tmp_path):
     """A CIFAR ResNet-20, with the names and shapes that a widely used repository gives it."""
     file = tmp_path / "resnet20.th"
     state = torchvision.models.ResNet(
@@ -795,7 +772,7 @@ def test_network_of_another_layout_lists_what_does_not_fit(call: Call, tmp_path:
     assert not output.exists()
 
 
-def test_converting_does_not_change_the_model() -> None:
+def test_converting_does_not_change_the_model():
     model = ours("spiking_resnet19", **RESNET19)
     before = copy.deepcopy(model.state_dict())
     result = foreign.convert(tet_layout(resnet19()), "tet", model)

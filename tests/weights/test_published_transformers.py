@@ -88,8 +88,8 @@ def images(batch: int) -> Tensor:
 
 @each_family
 def test_published_file_is_recognised_computes_what_it_did_and_goes_out_again(
-    family: str, call: Call, tmp_path: Path
-) -> None:
+    family, call, tmp_path
+):
     file, out = converted(family, call, tmp_path)
     repository = {"ms_qkformer": "maxformer"}.get(family, family)
     assert f"as weights of {repository}" in out
@@ -132,12 +132,12 @@ def test_published_file_is_recognised_computes_what_it_did_and_goes_out_again(
     assert "the product of two signals, which attention needs" in output
 
 
-def test_unused_weights_are_named(call: Call, tmp_path: Path) -> None:
+def test_unused_weights_are_named(call, tmp_path):
     _, out = converted("sdt", call, tmp_path)
     assert "1 tensor that the network does not use: block.0.attn.talking_heads.weight" in out
 
 
-def test_mixing_of_samples_is_reported_and_may_be_asked_for(call: Call, tmp_path: Path) -> None:
+def test_mixing_of_samples_is_reported_and_may_be_asked_for(call, tmp_path):
     plain, out = converted("qkformer", call, tmp_path)
     assert "the samples of a batch influence each other" in out
     mixing, out = converted("qkformer", call, tmp_path, "model.arguments.mixes_samples=true")
@@ -154,7 +154,7 @@ LONG = ("qkformer", "espikeformer", "maxformer", "ms_qkformer")
 @pytest.mark.parametrize(
     "family", ["sdt", *(pytest.param(family, marks=pytest.mark.long) for family in LONG)]
 )
-def test_program_of_torch_is_the_network(family: str, call: Call, tmp_path: Path) -> None:
+def test_program_of_torch_is_the_network(family, call, tmp_path):
     file, _ = converted(family, call, tmp_path)
     status, output = call("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
     assert status == 0, output
@@ -167,7 +167,7 @@ def test_program_of_torch_is_the_network(family: str, call: Call, tmp_path: Path
 
 @pytest.mark.long
 @each_family
-def test_onnx_graph_is_the_network(family: str, call: Call, tmp_path: Path) -> None:
+def test_onnx_graph_is_the_network(family, call, tmp_path):
     file, _ = converted(family, call, tmp_path)
     path = tmp_path / "net.onnx"
     status, output = call("export", file, "--format", "onnx", "--output", path)
@@ -185,7 +185,7 @@ def test_onnx_graph_is_the_network(family: str, call: Call, tmp_path: Path) -> N
     assert "its logits match the model's" in output
 
 
-def test_program_of_events_has_the_size_that_the_network_is_described_with() -> None:
+def test_program_of_events_has_the_size_that_the_network_is_described_with():
     """Of a network that takes frames of any size."""
     description = {
         "name": "small",

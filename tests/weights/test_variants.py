@@ -98,7 +98,7 @@ def evaluate(file: Path, tmp_path: Path, tool: Tool) -> Evaluate:
     return call
 
 
-def test_numbered_folders_of_v2(file: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+def test_numbered_folders_of_v2(file, evaluate, tmp_path):
     numbers = [0, 2, 10, 11]
     pixels = make(tmp_path / "data" / "v2", [str(k) for k in numbers])
     status, output, found = evaluate("imagenet-v2", "--data", tmp_path / "data" / "v2")
@@ -115,9 +115,7 @@ def test_numbered_folders_of_v2(file: Path, evaluate: Evaluate, tmp_path: Path) 
     assert "by the network's class numbers, 0 to 11, not 12" in output
 
 
-def test_some_classes_compared_with_each_other(
-    file: Path, evaluate: Evaluate, tmp_path: Path
-) -> None:
+def test_some_classes_compared_with_each_other(file, evaluate, tmp_path):
     numbers = [1, 4, 5, 9]
     names = [CLASSES[k] for k in numbers]
     pixels = make(tmp_path / "imagenet-a", names)
@@ -138,7 +136,7 @@ def test_some_classes_compared_with_each_other(
     assert "the folder has the class n9, which the network was not trained on" in output
 
 
-def test_corruptions_by_severity(file: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+def test_corruptions_by_severity(file, evaluate, tmp_path):
     places = {("fog", "1"): "fog/1", ("glass_blur", "2"): "blur/glass_blur/2"}
     places |= {("fog", "5"): "fog/5", ("saturate", "1"): "extra/saturate/1"}
     expected = {}
@@ -158,7 +156,7 @@ def test_corruptions_by_severity(file: Path, evaluate: Evaluate, tmp_path: Path)
     assert f"{accuracy['glass_blur']['2']:.2f}" in output
 
 
-def test_mean_corruption_error_is_100_times_that_of_alexnet() -> None:
+def test_mean_corruption_error_is_100_times_that_of_alexnet():
     def mce(factor: float, **changed: dict[int, float]) -> Any:
         accuracies = {
             name: dict.fromkeys(range(1, 6), 100 - 100 * factor * error)
@@ -175,7 +173,7 @@ def test_mean_corruption_error_is_100_times_that_of_alexnet() -> None:
     assert mce(1, snow={1: 50.0}) is None
 
 
-def test_several_labels_of_an_image(file: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+def test_several_labels_of_an_image(file, evaluate, tmp_path):
     pixels = make(tmp_path / "val", CLASSES)
     # Numbers in no order of the folders.
     numbers = np.random.default_rng(1).permutation(12 * EACH).reshape(12, EACH)
@@ -239,7 +237,7 @@ def test_several_labels_of_an_image(file: Path, evaluate: Evaluate, tmp_path: Pa
         (["real", "--data", __file__], "test_variants.py is a file; give the data folder"),
     ],
 )
-def test_options_are_checked(evaluate: Evaluate, arguments: list[str], complaint: str) -> None:
+def test_options_are_checked(evaluate, arguments, complaint):
     status, output, _ = evaluate(*arguments)
     assert status == 2
     assert complaint in output
