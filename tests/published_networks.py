@@ -26,10 +26,7 @@ def preact_shapes(layers: tuple[int, ...], width: int = 64, classes: int = 1000)
     """The state dict of a PreAct-ResNet of the repositories of distillation."""
 
     def conv(name: str, inputs: int, outputs: int, kernel: int) -> Shapes:
-        return {
-            f"{name}.weight": (outputs, inputs, kernel, kernel),
-            f"{name}.bias": (outputs,),
-        }
+        return {f"{name}.weight": (outputs, inputs, kernel, kernel), f"{name}.bias": (outputs,)}
 
     shapes = conv("conv1", 3, width, 7) | norm_shapes("bn1", width)
     channels = width

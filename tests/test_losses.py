@@ -7,12 +7,7 @@ import torch
 from torch import Tensor
 
 from tetdist.config.sections.loss import LossSection
-from tetdist.losses import (
-    distillation_loss,
-    sdt_loss,
-    self_target,
-    tet_loss,
-)
+from tetdist.losses import distillation_loss, sdt_loss, self_target, tet_loss
 from tetdist.training.objective import compute_loss
 
 

@@ -330,8 +330,7 @@ def same(first, second):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "world_size", "sizes"),
-    [(5, 2, [[5, 2], [5, 0]]), (12, 3, [[12], [0], [0]])],
+    ("batch_size", "world_size", "sizes"), [(5, 2, [[5, 2], [5, 0]]), (12, 3, [[12], [0], [0]])]
 )
 def test_evaluation_sees_every_sample_once(image_root, batch_size, world_size, sizes):
     root = image_root()

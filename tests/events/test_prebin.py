@@ -420,10 +420,7 @@ def test_what_is_no_image_is_not_simulated(image_root, prebin_dvs):
         (["--split", "published"], "the part of left/0.bin is unknown"),
         (["--split", "0-99-test"], "leaves nothing to train of 'left', which has 10"),
         (["--sensor", "10x10"], "outside the 10x10 sensor"),
-        (
-            ["--simulate", "--sensor", "7x9"],
-            "--simulate needs at least 8x8 pixels, not 7x9",
-        ),
+        (["--simulate", "--sensor", "7x9"], "--simulate needs at least 8x8 pixels, not 7x9"),
     ],
 )
 def test_mistakes_end_in_a_sentence(source, tmp_path, prebin_dvs, options, words):

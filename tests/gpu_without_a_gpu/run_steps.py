@@ -305,10 +305,7 @@ class Turns:
     submits it has done, and before what comes after its result."""
 
     def __init__(
-        self,
-        _workers: int,
-        thread_name_prefix: str,
-        initializer: Callable[[], None] | None = None,
+        self, _workers: int, thread_name_prefix: str, initializer: Callable[[], None] | None = None
     ) -> None:
         self._name = thread_name_prefix
         if initializer is not None:

@@ -160,8 +160,7 @@ def test_what_is_missing_or_broken_is_named_before_anything_is_packed(hub, call,
 
 
 @pytest.mark.parametrize(
-    ("change", "count", "classes"),
-    [(drop_row, 8, list(IDS)), (relabel, 9, ["0", "1", "2"])],
+    ("change", "count", "classes"), [(drop_row, 8, list(IDS)), (relabel, 9, ["0", "1", "2"])]
 )
 def test_part_of_imagenet_is_packed_on_request(hub, call, change, count, classes):
     change(hub / "data" / "train-00001-of-00002.parquet")

@@ -108,11 +108,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[..., Tensor], dict[str, Any]]] =
         {"soft": True, "scaled": False, "cut": True},
     ),
     "psn": ({"kind": "psn", "timesteps": 5}, psn, {}),
-    "masked_psn": (
-        {"kind": "masked_psn", "timesteps": 5},
-        masked_psn,
-        {"order": 2, "mask": 1.0},
-    ),
+    "masked_psn": ({"kind": "masked_psn", "timesteps": 5}, masked_psn, {"order": 2, "mask": 1.0}),
     "masked_psn, in part": (
         {"kind": "masked_psn", "timesteps": 5, "order": 3, "mask": 0.25},
         masked_psn,

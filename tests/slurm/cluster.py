@@ -89,10 +89,7 @@ class Cluster:
         number = os.getpid() % (250 * 250)
         self._bridge = f"tet{os.getpid()}-"  # of a device's name, 15 characters are allowed
         self._net = f"10.{64 + number // (250 * 16) % 16}.{number % 250}"
-        self.env = {
-            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
-            "SLURM_CONF": str(self.conf),
-        }
+        self.env = {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "SLURM_CONF": str(self.conf)}
 
     # --- up and down --------------------------------------------------------------------------
 

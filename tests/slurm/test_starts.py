@@ -106,11 +106,7 @@ STARTED: tuple[EventKind, int, str] = ("started", 0, "")
         # What a process saw of the loss of a node is less than what Slurm knows.
         ([STARTED, ("failed", 3, "rank 1 has died")], "a node failed", "a node failed"),
         ([STARTED, ("failed", 3, "rank 1 has died")], None, "rank 1 has died"),
-        (
-            [STARTED, ("stopped", 3, "SIGUSR2 from outside")],
-            "requeued",
-            "SIGUSR2 from outside",
-        ),
+        ([STARTED, ("stopped", 3, "SIGUSR2 from outside")], "requeued", "SIGUSR2 from outside"),
     ],
 )
 def test_reason_of_a_start(events, ended, why, start):

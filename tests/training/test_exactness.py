@@ -121,10 +121,7 @@ def test_stages_agree_in_float32(stage, world, optimizer, farm, tiny_config, tmp
 
 @pytest.mark.parametrize(
     ("stage", "optimizer", "sig"),
-    [
-        (1, "sgd", TERM),
-        pytest.param(2, "adam", KILL, marks=pytest.mark.long),
-    ],
+    [(1, "sgd", TERM), pytest.param(2, "adam", KILL, marks=pytest.mark.long)],
 )
 def test_stopped_stage_continues_bitwise(stage, optimizer, sig, farm, tiny_config, tmp_path):
     changes = {"zero_stage": stage, "save.every_steps": 2, "ema.decay": 0.8}

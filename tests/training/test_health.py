@@ -25,8 +25,7 @@ def counted(answers: str, limit: int = 3) -> NonFiniteSteps:
 
 
 @pytest.mark.parametrize(
-    ("answers", "reached_at"),
-    [("", 0), ("xx", 0), ("xx.x.xx", 0), ("xxx", 3), (".xxxx.xxx", 4)],
+    ("answers", "reached_at"), [("", 0), ("xx", 0), ("xx.x.xx", 0), ("xxx", 3), (".xxxx.xxx", 4)]
 )
 def test_too_many_are_so_many_in_a_row(answers, reached_at):
     """Also if the row ended before the check: the step is the one that reached the limit."""

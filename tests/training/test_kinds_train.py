@@ -43,8 +43,7 @@ def changes(kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [pytest.param(k, marks=() if k in ("plif", "psn") else pytest.mark.long) for k in KINDS],
+    "kind", [pytest.param(k, marks=() if k in ("plif", "psn") else pytest.mark.long) for k in KINDS]
 )
 def test_it_learns_and_continues_bitwise(kind, farm, tiny_root, tmp_path):
     files = {

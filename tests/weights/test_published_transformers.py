@@ -56,10 +56,7 @@ def converted(family: str, call: Call, folder: Path, *more: str) -> tuple[Path, 
     wrapper, small = {
         "qkformer": ("model", {"widths": [8, 16, 24], "depths": [1, 1, 1], "heads": 2}),
         "sdt": ("state_dict", {"channels": 32, "depth": 1}),
-        "espikeformer": (
-            "model",
-            {"widths": [8, 8, 8, 12], "depths": [1, 1], "heads": 2},
-        ),
+        "espikeformer": ("model", {"widths": [8, 8, 8, 12], "depths": [1, 1], "heads": 2}),
         "maxformer": ("model", {"widths": [8, 16, 24], "depths": [1, 1, 1], "heads": 2}),
         "ms_qkformer": ("model", {"widths": [8, 16, 24], "depths": [1, 1, 1], "heads": 2}),
     }[family]
