@@ -71,6 +71,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError("-m gpu needs a CUDA device, and torch finds none here")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Spare garbage collections, of which every run of `main` needs one, what was imported."""
+    gc.freeze()
+    session.config.add_cleanup(gc.unfreeze)
+
+
 def are_about_gpus(config: pytest.Config) -> bool:
     return config.getoption("markexpr") == "gpu"
 
