@@ -109,7 +109,7 @@ def test_the_plan_and_the_document_read_what_is_written(here, tmp_path):
     found = speed.speed_of(config, facts, network, file=str(file))
     assert isinstance(found, speed.Speed)
     assert (found.images_per_s, found.timesteps) == (2000.0, 4)
-    with pytest.raises(UserError, match="was measured on a CPU"):
+    with pytest.raises(UserError, match="measured a CPU"):
         speed.speed_of(config, ClusterSection(gpus_per_node=1), network, file=str(file))
     script = tiny.PROJECT / "docs" / "make" / "performance.py"
     text = runpy.run_path(str(script))["gpu_text"](report.as_dict())

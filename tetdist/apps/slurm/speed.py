@@ -1,13 +1,13 @@
 """Throughput of one process for the plan: as given, as measured, or by the roofline.
 
 A GPU's speed is never taken from a CPU's. A measurement by tools/check_gpu.py or tools/bench.py
-comes first. If it was of another network, precision or size, the plan assumes that this run reaches
-the same fraction of its roofline. Without a measurement the roofline alone is the estimate, for the
-kind of GPU that the cluster's settings name.
+comes first. Without one the roofline is the estimate, for the kind of GPU that the cluster's
+settings name.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import harmonic_mean
 from typing import Any
@@ -57,20 +57,6 @@ class Network:
         return count(self.model, (batch, *(self.frames or (3, size, size))), precision)
 
 
-@dataclass(frozen=True)
-class Case:
-    """Subject of a benchmark: network, kind of neuron, pixels, precision."""
-
-    model: str
-    neuron: str
-    size: int
-    precision: str
-
-    def __str__(self) -> str:
-        neuron = "" if self.neuron == _own_neuron(self.model) else f" of {self.neuron} neurons"
-        return f"{self.model}{neuron} at {self.size} pixels in {self.precision}"
-
-
 def speed_of(
     config: RunConfig,
     cluster: ClusterSection,
@@ -90,7 +76,7 @@ def speed_of(
         return Speed(images_per_s, config.phases[config.start_phase].mean_timesteps)
     card = cards.find(cluster.gpu or "")
     if file is not None:
-        return measured(file, config, cluster, network, card)
+        return measured(file, config, cluster, network)
     if not cluster.gpus_per_node:
         return "give --images-per-s X, or --benchmark FILE of tools/bench.py"
     if card is None:
@@ -107,18 +93,15 @@ def speed_of(
 # --- as measured ----------------------------------------------------------------------------------
 
 
-def measured(
-    file: str, config: RunConfig, cluster: ClusterSection, network: Network, card: Card | None
-) -> Speed:
+def measured(file: str, config: RunConfig, cluster: ClusterSection, network: Network) -> Speed:
     """Return the speed by a benchmark's file.
 
-    The file is a JSON object with ``images_per_s`` (of all ``processes`` together) and the case
-    that was measured: ``model``, ``size``, ``precision``, ``timesteps``, ``device``. Missing keys
-    default to the configuration. ``by_batch`` has rates by size of the micro-batch.
+    The file is a JSON object with ``images_per_s`` (of all ``processes`` together) and what was
+    measured: ``model``, ``size``, ``precision``, ``timesteps``, ``device``. Missing keys default to
+    the configuration. ``by_batch`` has rates by size of the micro-batch.
 
     Raises:
-        UserError: The file is no benchmark, was measured on a CPU for a job on GPUs, or is of
-            another network while the kind of GPU is unknown.
+        UserError: The file is no benchmark, or measured something else than this run.
     """
     try:
         values = parse_json(read_text(Path(file)))
@@ -129,52 +112,40 @@ def measured(
         raise UserError(
             f"--benchmark: {file} does not give images_per_s as a number above 0 ({error!r})"
         ) from error
-    if cluster.gpus_per_node and values.get("device") == "cpu":
+    if unlike := list(_unlike(values, config, cluster, network)):
+        device = "cuda" if cluster.gpus_per_node else "cpu"
+        command = typed("bench", "model", "--model", config.model.name, "--device", device)
         raise UserError(
-            f"--benchmark: {file} was measured on a CPU, which does not predict a GPU's speed; "
-            f"measure on the GPU with `{typed('check_gpu', '--json', 'FILE')}`, or leave out the "
+            f"--benchmark: {file} measured {', '.join(unlike)}; measure this run's with `{command} "
+            f"--precision {config.precision} --json FILE`, give --images-per-s X, or leave out the "
             "flag for an estimate"
         )
-    first = config.phases[config.start_phase]
+    return speed
+
+
+def _unlike(
+    values: dict[str, Any], config: RunConfig, cluster: ClusterSection, network: Network
+) -> Iterator[str]:
+    """Yield what a benchmark measured and this run does not train."""
+    if cluster.gpus_per_node and values.get("device") == "cpu":
+        yield "a CPU, which does not predict a GPU's speed"
+    first, model = config.phases[config.start_phase], values.get("model", config.model.name)
     size = network.frames[2] if network.frames else phase_image_sizes(config, first)[1]
+    own = {"model": config.model.name, "precision": config.precision, "size": size}
+    there = {key: values[key] for key in own if values.get(key) is not None}
     kind = neurons.kind_of(config.model.neuron)
-    own = Case(config.model.name, kind, size, config.precision)
-    case, machine = _case_in(values, own), values.get("machine")
-    device = machine.get("device", "") if isinstance(machine, dict) else ""
-    measured_on = cards.find(str(device)) or card
-    card = card or measured_on
-    is_same_work = config.recompute == "none" and measured_on == card
-    if case == own and (is_same_work or not cluster.gpus_per_node):
-        return speed
-    mismatch = f"--benchmark: {file} measured {case}, and this run trains {own}"
-    if not cluster.gpus_per_node:
-        raise UserError(f"{mismatch}; measure that, or give --images-per-s X")
-    command = typed("bench", "model", "--model", config.model.name, "--device", "cuda")
-    way_out = (
-        f"measure this with `{command} --precision {config.precision} --json FILE`, or give "
-        "--images-per-s X"
-    )
-    if card is None or measured_on is None:
-        raise UserError(f"{mismatch}; give --gpu NAME to compare the two, {way_out}")
-    try:
-        here = computed(config, network, card)
-        there = estimate(_work_of(case, int(speed.timesteps), config.batch.micro), measured_on)
-    except UserError as error:
-        raise UserError(f"{mismatch}; they cannot be compared ({error}): {way_out}") from error
-    share = speed.images_per_s / there.images_per_s
-    if share > 1.25:
-        raise UserError(
-            f"{mismatch}: its speed is {100 * share:.0f} % of the roofline of an "
-            f"{measured_on.name}, so it is not of that GPU, or not of {case}; {way_out}"
-        )
-    return Speed(
-        share * here.images_per_s,
-        here.timesteps,
-        of_phases=tuple(share * rate for rate in here.of_phases),
-        source=f"by the roofline of an {card.name}; {case} was measured to reach "
-        f"{100 * share:.0f} % of that of an {measured_on.name}",
-        details=here.details,
-    )
+    if timm.is_model(model) and "model" in there:
+        there.setdefault("size", int(timm.get_pretrained_cfg(model).input_size[-1]))
+        own["neuron"], there["neuron"] = kind, neurons.kind_of(models.default_neuron(model))
+    for key, value in there.items():
+        if value != own[key]:
+            yield f"{key} {value} instead of {own[key]}"
+    machine = values.get("machine")
+    card = cards.find(str(machine.get("device", ""))) if isinstance(machine, dict) else None
+    if cluster.gpus_per_node and card is not None and card.name != (cluster.gpu or card.name):
+        yield f"an {card.name} instead of an {cluster.gpu}"
+    if config.recompute != "none" and "model" in there:
+        yield "no recomputation"
 
 
 def _speed_in(values: dict[str, Any], config: RunConfig) -> Speed:
@@ -188,31 +159,6 @@ def _speed_in(values: dict[str, Any], config: RunConfig) -> Speed:
     mean = config.phases[config.start_phase].mean_timesteps
     timesteps = float(values.get("timesteps", mean))
     return Speed(rate, timesteps, source=f"measured{text}")
-
-
-def _case_in(values: dict[str, Any], own: Case) -> Case:
-    """Return a benchmark's case; without neuron or size, those of the network that it names."""
-    model = values.get("model")
-    if model is not None:
-        own = replace(own, neuron=_own_neuron(model))
-        if timm.is_model(model):
-            own = replace(own, size=int(timm.get_pretrained_cfg(model).input_size[-1]))
-    return replace(own, **{k: values[k] for k in asdict(own) if values.get(k) is not None})
-
-
-def _own_neuron(model: str) -> str:
-    return neurons.kind_of(models.default_neuron(model)) if timm.is_model(model) else "lif"
-
-
-def _work_of(case: Case, timesteps: int, batch: int) -> Work:
-    if case.model not in models.names():
-        raise UserError(f"{case.model} is not a network of tetdist")
-    kind: dict[str, Any] = {"kind": case.neuron}
-    if "timesteps" in neurons.class_of(case.neuron).__dataclass_fields__:
-        kind["timesteps"] = timesteps
-    model: Any = timm.create_model(case.model, timesteps=timesteps, neuron=kind)
-    frames = (timesteps, 2, case.size, case.size) if model.input_kind == "events" else None
-    return Network(model, frames).count(batch, case.size, case.precision)
 
 
 # --- by the roofline ------------------------------------------------------------------------------
