@@ -77,8 +77,7 @@ def has_spikingjelly_network(name: str) -> bool:
     if name.startswith(("sew_resnet", "spiking_resnet")):
         return not name.startswith(("spiking_resnet19", "spiking_resnet18_"))
     # Transformers for images of ImageNet's size.
-    transformers = ("qkformer_10_", "sdt_", "maxformer_", "espikeformer_")
-    return name.startswith(transformers) and not name.startswith("sdt_2_")
+    return name.startswith(("qkformer_10_", "sdt_")) and not name.startswith("sdt_2_")
 
 
 def spikingjelly_network(name: str) -> torch.nn.Module:
@@ -92,21 +91,13 @@ def spikingjelly_network(name: str) -> torch.nn.Module:
             return getattr(sew_resnet, name)(spiking_neuron=spikingjelly_neuron, cnf="ADD")
         case "spiking":
             return getattr(spiking_resnet, name)(spiking_neuron=spikingjelly_neuron)
-        case "qkformer" | "maxformer":
+        case "qkformer":
             width = int(numbers[1])
-            make = peers.qkformer if family == "qkformer" else peers.max_former
-            return make((width // 4, width // 2, width), (1, 2, 7), width // 64, halving_neuron)
+            widths = (width // 4, width // 2, width)
+            return peers.qkformer(widths, (1, 2, 7), width // 64, halving_neuron)
         case "sdt":
             depth, width = map(int, numbers)
             return peers.spike_driven_transformer(width, depth, halving_neuron)
-        case "espikeformer":
-            widths = {
-                "t": (24, 48, 96, 128),
-                "s": (32, 64, 128, 192),
-                "m": (48, 96, 192, 240),
-                "l": (64, 128, 256, 360),
-            }[numbers[0]]
-            return peers.espikeformer(widths, (6, 2), 8, sharing_neuron, counting_neuron)
         case _:
             raise AssertionError(name)
 
@@ -124,7 +115,7 @@ def spikingjelly_neuron() -> torch.nn.Module:
 
 
 def halving_neuron(threshold: float = 1.0) -> torch.nn.Module:
-    """Make a layer of spikingjelly's neurons as in QKFormer, Max-Former and SDT."""
+    """Make a layer of spikingjelly's neurons as in QKFormer and SDT."""
     from spikingjelly.activation_based import neuron, surrogate
 
     return neuron.LIFNode(
@@ -133,23 +124,6 @@ def halving_neuron(threshold: float = 1.0) -> torch.nn.Module:
         surrogate_function=surrogate.Sigmoid(alpha=4.0),
         detach_reset=True,
     )
-
-
-def counting_neuron(threshold: float = 1.0) -> torch.nn.Module:
-    """Make a layer of spikingjelly's neurons that emit up to 4 spikes."""
-    from spikingjelly.activation_based import neuron
-
-    return neuron.ILIFNode(v_threshold=threshold)
-
-
-def sharing_neuron(threshold: float = 1.0) -> torch.nn.Module:
-    """Make a `counting_neuron` with its output divided by 4, as in E-SpikeFormer."""
-    return torch.nn.Sequential(counting_neuron(threshold), _Quarter())
-
-
-class _Quarter(torch.nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x / 4
 
 
 def batch_of(options: argparse.Namespace) -> Tensor:

@@ -1,10 +1,9 @@
 """Transformers of torch's layers and spikingjelly's neurons, as in their authors' code.
 
-spikingjelly has no transformers. These are the networks of models/qkformer.py,
-models/spike_driven_transformer.py, models/max_former.py and models/espikeformer.py, for images of
-ImageNet's size, with the same weights in the same order, built as published code builds them:
-convolution and batch norm on (T * B, C, H, W), neurons in multi-step mode on (T, B, C, H, W), and
-attention's tensors in the order of heads and tokens.
+spikingjelly has no transformers. These are the networks of models/qkformer.py and
+models/spike_driven_transformer.py, for images of ImageNet's size, with the same weights in the same
+order, built as published code builds them: convolution and batch norm on (T * B, C, H, W), neurons
+in multi-step mode on (T, B, C, H, W), and attention's tensors in the order of heads and tokens.
 """
 
 import itertools
@@ -89,62 +88,21 @@ def image_of(x: Tensor, shape: torch.Size) -> Tensor:
     return x.transpose(3, 4).reshape(shape).contiguous()
 
 
-def depthwise(channels: int, kernel: int, *, bias: bool) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, kernel, 1, kernel // 2, groups=channels, bias=bias)
-
-
 class SelfAttention(nn.Module):
-    """Self-attention, added to its input; values may be wider than the input.
-
-    Args:
-        first: Neurons before all, where the input is a current.
-        last: Neurons behind the projection, where the input is spikes.
-        scale: Factor of the attended values.
-        threshold: Threshold of the neurons that these go through.
-        value_ratio: Width of the values, as a multiple of the input's.
-        bias: True if the projection has a bias.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        heads: int,
-        make: MakeNeuron,
-        *,
-        first: nn.Module | None = None,
-        last: nn.Module | None = None,
-        scale: float = 0.125,
-        threshold: float = OF_ATTENTION,
-        value_ratio: int = 1,
-        bias: bool = True,
-    ) -> None:
+    def __init__(self, channels: int, heads: int, make: MakeNeuron) -> None:
         super().__init__()
-        self.heads, self.scale = heads, scale
-        wide = value_ratio * channels
-        self.first = first or nn.Identity()
+        self.heads = heads
         self.q = Layer(conv1x1(channels, channels), make())
         self.k = Layer(conv1x1(channels, channels), make())
-        self.v = Layer(conv1x1(channels, wide), make())
-        self.neuron = make(threshold)
-        self.proj = Layer(conv1x1(wide, channels, bias=bias), last)
+        self.v = Layer(conv1x1(channels, channels), make())
+        self.neuron = make(OF_ATTENTION)
+        self.proj = Layer(conv1x1(channels, channels, bias=True), make())
 
     def forward(self, x: Tensor) -> Tensor:
-        spikes = self.first(x)
-        q, k, v = (of_heads(layer(spikes), self.heads) for layer in (self.q, self.k, self.v))
-        wide = torch.Size([*x.shape[:2], v.shape[2] * v.shape[4], *x.shape[3:]])
-        attended = image_of(q @ (k.mT @ v) * self.scale, wide)
+        q, k, v = (of_heads(layer(x), self.heads) for layer in (self.q, self.k, self.v))
+        attended = image_of(q @ (k.mT @ v) * 0.125, x.shape)
         y: Tensor = self.proj(self.neuron(attended)) + x
         return y
-
-
-def driven_mlp(channels: int, make: MakeNeuron) -> nn.Module:
-    """MLP that begins with neurons and adds its last convolution's current to the stream."""
-    wide = 4 * channels
-    layers = (
-        Layer(conv1x1(channels, wide, bias=True), make()),
-        Layer(conv1x1(wide, channels, bias=True)),
-    )
-    return Residual(make(), *layers)
 
 
 # ---------------------------------------------------------------------------------------- QKFormer
@@ -199,11 +157,8 @@ def qkformer(widths: Sequence[int], depths: Sequence[int], heads: int, make: Mak
             parts.append(Embedding(widths[stage - 1], [(width, True), (width, False)], 0, make))
         for _ in range(depth):
             is_last = stage == len(widths) - 1
-            parts.append(
-                SelfAttention(width, heads, make, last=make())
-                if is_last
-                else TokenAttention(width, heads, make)
-            )
+            attention = SelfAttention if is_last else TokenAttention
+            parts.append(attention(width, heads, make))
             layers = (width, 4 * width), (4 * width, width)
             parts.append(Residual(*(Layer(conv1x1(*one, bias=True), make()) for one in layers)))
     return Network(parts, nn.Identity(), widths[-1])
@@ -252,130 +207,19 @@ class DrivenAttention(nn.Module):
         return y
 
 
+def driven_mlp(channels: int, make: MakeNeuron) -> nn.Module:
+    """MLP that begins with neurons and adds its last convolution's current to the stream."""
+    wide = 4 * channels
+    layers = (
+        Layer(conv1x1(channels, wide, bias=True), make()),
+        Layer(conv1x1(wide, channels, bias=True)),
+    )
+    return Residual(make(), *layers)
+
+
 def spike_driven_transformer(channels: int, depth: int, make: MakeNeuron) -> Network:
     """Make the network of models/spike_driven_transformer.py."""
     parts: list[nn.Module] = [DrivenEmbedding(channels, make)]
     for _ in range(depth):
         parts += [DrivenAttention(channels, 8, make), driven_mlp(channels, make)]
     return Network(parts, make(), channels)
-
-
-# -------------------------------------------------------------------------------------- Max-Former
-
-
-class Joined(nn.Module):
-    """Sum of the currents of two convolutions; the second one's shortcut may be pooled."""
-
-    def __init__(self, conv: nn.Conv2d, shortcut: nn.Conv2d, *, pools: bool = False) -> None:
-        super().__init__()
-        self.conv, self.shortcut = conv, shortcut
-        self.shortcut_norm = nn.BatchNorm2d(conv.out_channels)
-        self.norm = nn.BatchNorm2d(conv.out_channels)
-        self.pool = nn.MaxPool2d(3, stride=2, padding=1) if pools else nn.Identity()
-
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        current = self.norm(self.conv(x.flatten(0, 1)))
-        shortcut = self.pool(self.shortcut_norm(self.shortcut(other.flatten(0, 1))))
-        y: Tensor = (current + shortcut).unflatten(0, x.shape[:2])
-        return y
-
-
-class MaxStem(nn.Module):
-    def __init__(self, channels: int, make: MakeNeuron) -> None:
-        super().__init__()
-        half = channels // 2
-        self.first = Layer(nn.Conv2d(3, half, 3, 2, 1, bias=False), make())
-        self.second = Layer(nn.Conv2d(half, channels, 3, 2, 1, bias=False), make())
-        self.joined = Joined(conv3x3(channels, channels), conv1x1(half, channels, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        first = self.first(x)
-        y: Tensor = self.joined(self.second(first), first)
-        return y
-
-
-class MaxEmbedding(nn.Module):
-    def __init__(self, before: int, channels: int, make: MakeNeuron) -> None:
-        super().__init__()
-        self.neuron = make()
-        self.layer = Layer(conv3x3(before, channels), make(), pools=True)
-        self.joined = Joined(conv3x3(channels, channels), conv1x1(before, channels), pools=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        spikes = self.neuron(x)
-        y: Tensor = self.joined(self.layer(spikes), spikes)
-        return y
-
-
-def max_former(
-    widths: Sequence[int], depths: Sequence[int], heads: int, make: MakeNeuron
-) -> Network:
-    """Make the network of models/max_former.py."""
-    parts: list[nn.Module] = [MaxStem(widths[0], make)]
-    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-        if stage > 0:
-            parts.append(MaxEmbedding(widths[stage - 1], width, make))
-        for _ in range(depth):
-            if stage < 2:
-                conv = depthwise(width, (7, 5)[stage], bias=True)
-                parts.append(Residual(make(), Layer(conv)))
-            else:
-                parts.append(SelfAttention(width, heads, make, first=make()))
-            parts.append(driven_mlp(width, make))
-    return Network(parts, make(), widths[-1])
-
-
-# ----------------------------------------------------------------------------------- E-SpikeFormer
-
-
-def espikeformer(
-    widths: Sequence[int],
-    depths: Sequence[int],
-    heads: int,
-    make: MakeNeuron,
-    counting: MakeNeuron,
-) -> Network:
-    """Make the network of models/espikeformer.py; ``make`` makes neurons that send shares of 1, and
-    ``counting`` those before the classifier, which send whole numbers.
-    """
-
-    def separable(channels: int, kernel: int) -> nn.Module:
-        wide = 2 * channels
-        return Residual(
-            make(),
-            Layer(conv1x1(channels, wide), make()),
-            Layer(depthwise(wide, kernel, bias=False), make()),
-            Layer(conv1x1(wide, channels)),
-        )
-
-    def convolutional(channels: int) -> list[nn.Module]:
-        wide = 4 * channels
-        mlp = [make(), Layer(conv3x3(channels, wide), make()), Layer(conv3x3(wide, channels))]
-        return [separable(channels, 7), Residual(*mlp)]
-
-    def downsampling(before: int, channels: int, stride: int) -> list[nn.Module]:
-        return [make(), Layer(nn.Conv2d(before, channels, 3, stride, 1))]
-
-    def transformer(channels: int) -> list[nn.Module]:
-        attention = SelfAttention(
-            channels,
-            heads,
-            make,
-            first=make(),
-            scale=2 * (channels // heads) ** -0.5,
-            threshold=1.0,
-            value_ratio=4,
-            bias=False,
-        )
-        return [separable(channels, 3), attention, driven_mlp(channels, make)]
-
-    first, second, third, fourth = widths
-    parts = [Layer(nn.Conv2d(3, first // 2, 7, 2, 3)), *convolutional(first // 2)]
-    parts += [*downsampling(first // 2, first, 2), *convolutional(first)]
-    parts += downsampling(first, second, 2)
-    parts += [*convolutional(second), *convolutional(second)]
-    parts += downsampling(second, third, 2)
-    parts += [part for _ in range(depths[0]) for part in transformer(third)]
-    parts += downsampling(third, fourth, 1)
-    parts += [part for _ in range(depths[1]) for part in transformer(fourth)]
-    return Network(parts, counting(), fourth)
