@@ -12,7 +12,7 @@ import tiny
 import yaml
 
 from tetdist.apps.cli import status as command
-from tetdist.apps.reports.run_status import JobEvent, as_text, find_runs, read_status
+from tetdist.apps.reports.run_status import as_text, find_runs, read_status
 
 CONFIG: dict[str, Any] = {"phases": [{"epochs": 3}, {"epochs": 1}], "max_steps": None}
 NAMES_NONE = "is damaged: it must hold the name of a checkpoint, such as step-00000040, not"
@@ -61,10 +61,10 @@ FINISHED = [*LINES, train_line(20), val_line(20, 65.0, 70.0), {"kind": "final", 
         (LINES, 12, None, "stopped", "saved; the same command continues"),
         (LINES, 10, None, "broken off", "2 logged steps after the last checkpoint"),
         (FINISHED, 20, None, "finished", ""),
-        (FINISHED, 20, JobEvent("finished", "7", ""), "finished", ""),
-        (LINES, 10, JobEvent("failed", "7", "out of memory"), "failed", "job 7: out of memory"),
-        ([], None, JobEvent("submitted", "7", ""), "queued", "job 7: `python launch/slurm.py stat"),
-        (LINES, 12, JobEvent("stopped", "7", "time limit"), "stopped", "saved; the same command"),
+        (FINISHED, 20, ("finished", "7", ""), "finished", ""),
+        (LINES, 10, ("failed", "7", "out of memory"), "failed", "job 7: out of memory"),
+        ([], None, ("submitted", "7", ""), "queued", "job 7: `python launch/slurm.py stat"),
+        (LINES, 12, ("stopped", "7", "time limit"), "stopped", "saved; the same command"),
     ],
 )
 def test_the_state(lines, saved, job, state, text, tmp_path):

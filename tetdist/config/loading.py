@@ -158,8 +158,6 @@ def _with_present_names(raw: dict[str, Any], warn: bool) -> dict[str, Any]:
 
 def _of_its_kind(neuron: dict[str, Any], kind: str, warn: bool) -> dict[str, Any]:
     """Return the neuron, with a default kind, without keys that only other kinds have."""
-    if neuron.get("spike") == "relu":  # what earlier versions called this kind
-        neuron = {key: value for key, value in neuron.items() if key != "spike"} | {"kind": "relu"}
     kind = neuron.get("kind", kind)
     if kind not in NEURONS:
         return neuron

@@ -3,7 +3,8 @@
 import os
 import select
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -13,34 +14,45 @@ import torch.distributed as dist
 from tetdist.distributed.world import World
 
 
-class StopRequest:
+@contextmanager
+def handling(
+    numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], Any]
+) -> Iterator[None]:
+    """Handle signals by a function, and at the end as before.
+
+    Where SIGHUP is ignored, as under nohup, it stays so.
+    """
+    under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    handled = [one for one in numbers if not (one == signal.SIGHUP and under_nohup)]
+    previous = {number: signal.signal(number, handler) for number in handled}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
+
+
+class StopRequest(ExitStack):
     """An agreement of all processes, upon a signal to any, to stop after the same step.
 
     SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal closes), SIGUSR1 and SIGUSR2 to any process are
-    requests to save and end. A second SIGINT ends the process at once. Where SIGHUP is ignored, as
-    under nohup, it stays so.
+    requests to save and end. A second SIGINT ends the process at once.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self, world: World) -> None:
+        super().__init__()
         self.signal: signal.Signals | None = None
         self._world = world
         self._flag = torch.zeros(1)
         self._exchange: Any = None
-        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        handled = [s for s in self.SIGNALS if not (s == signal.SIGHUP and under_nohup)]
-        self._previous = {s: signal.signal(s, self._receive) for s in handled}
+        self.enter_context(handling(self.SIGNALS, self._receive))
         # A launcher blocks these signals until a process is ready to receive them.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.signal == signal.SIGINT and number == signal.SIGINT:

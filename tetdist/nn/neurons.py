@@ -276,8 +276,6 @@ def make(
     if isinstance(values, NeuronConfig):
         return values
     values = dict(values or {})
-    if values.get("spike") == "relu":  # earlier versions called this kind so
-        values = {"kind": "relu"}
     values = completed(values, default)
     return class_of(values.pop("kind"))(**values)
 

@@ -4,6 +4,7 @@ Each is a folder tetdist/pretrained/NAME that docs/make/pretrained.py exports fo
 name of its recipe.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,15 @@ def folder(name: str) -> Path:
     return _FOLDER / name.removeprefix(TETDIST)
 
 
+@functools.cache
+def _config(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
 def with_weights(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Add a description ``NETWORK.NAME`` to timm's of some networks, for each one with weights."""
     for file in sorted(_FOLDER.glob(f"*/{_CONFIG_FILE}")):
-        config = json.loads(file.read_text())
+        config = _config(file)
         network, values = config["architecture"], config["pretrained_cfg"].items()
         if network in cfgs:
             own = {key: tuple(v) if isinstance(v, list) else v for key, v in values}
@@ -58,5 +64,5 @@ def arguments(file: str | None) -> dict[str, Any]:
     home = Path(file or "").parent
     if home.parent != _FOLDER:
         return {}
-    found: dict[str, Any] = json.loads((home / _CONFIG_FILE).read_text())["model_args"]
+    found: dict[str, Any] = _config(home / _CONFIG_FILE)["model_args"]
     return found

@@ -190,11 +190,13 @@ def _ending_on_signals(options: argparse.Namespace) -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
-    previous = {one: signal.signal(one, interrupt) for one in (signal.SIGINT, signal.SIGTERM)}
+    from tetdist.distributed.signals import handling
+
     last = LAST_RESORT + (3600 if options.first_hour else 0)
     faulthandler.dump_traceback_later(last, exit=True, file=2)  # standard error
     try:
-        yield
+        with handling((signal.SIGINT, signal.SIGTERM), interrupt):
+            yield
     except KeyboardInterrupt as interrupted:
         if _is_first():
             kept = f"{options.json} has the findings so far" if options.json else "no --json"
@@ -202,8 +204,6 @@ def _ending_on_signals(options: argparse.Namespace) -> Iterator[None]:
         _leave(128 + interrupted.args[0])
     finally:
         faulthandler.cancel_dump_traceback_later()
-        for one, handler in previous.items():
-            signal.signal(one, handler)
 
 
 def _leave(status: int) -> NoReturn:

@@ -63,6 +63,7 @@ def replay(options: argparse.Namespace) -> None:
     from tetdist.apps.events.recording import BadEnd, Contents, OtherSize
     from tetdist.apps.reports.replay_gif import ReplayGif
     from tetdist.apps.weights.trained import load
+    from tetdist.distributed.signals import handling
     from tetdist.plugins import import_files
 
     is_stdin = str(options.recording) == "-"
@@ -84,12 +85,9 @@ def replay(options: argparse.Namespace) -> None:
     ctrl_c = CtrlC()
     contents = Contents(pieces(options.recording, ctrl_c, follow=options.follow))
     frames = window_frames(stream_recording(suffix, contents, sensor), binning)
-    before = signal.signal(signal.SIGINT, ctrl_c.press)
-    try:
+    with handling([signal.SIGINT], ctrl_c.press):
         size = binning.size or sensor
         used = run(trained.model, size, classes, frames, ctrl_c, gif, fast=options.fast)
-    finally:
-        signal.signal(signal.SIGINT, before)
     if gif and used:
         gif.save()
     if (bad := contents.bad_end) is None or ctrl_c.is_early:

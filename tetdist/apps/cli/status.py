@@ -43,20 +43,17 @@ def show(options: argparse.Namespace) -> int:
     """Print the runs; among several, a damaged run is a row, and its error follows the table."""
     from tetdist.apps.reports import run_status
     from tetdist.apps.reports.compare import reading
-    from tetdist.apps.reports.run_status import JobEvent, RunStatus
+    from tetdist.apps.reports.run_status import RunStatus
     from tetdist.apps.slurm.history import history
     from tetdist.tracking.metrics_file import strict
-
-    def last_event(folder: Path) -> JobEvent | None:
-        events = history(folder)
-        return JobEvent(events[-1].kind, events[-1].job, events[-1].text) if events else None
 
     folders = run_status.find_runs(options.runs)
 
     def status_of(folder: Path) -> RunStatus:
         try:
             with reading():
-                return run_status.read_status(folder, last_event(folder))
+                events = [(one.kind, one.job, one.text) for one in history(folder)[-1:]]
+                return run_status.read_status(folder, *events)
         except UserError as error:
             if len(folders) == 1:
                 raise

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError, typed
@@ -25,14 +25,6 @@ NEEDED = {
     "val": ("time", "epoch", "loss", "top1"),
 }
 OPTIONAL = ("phase", "eta_s", "gpu_memory", "best_top1")
-
-
-class JobEvent(NamedTuple):
-    """Last event of the run's job on a cluster; see `tetdist.apps.slurm.history.JobEvent`."""
-
-    kind: str
-    job: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -92,6 +84,10 @@ def _runs_at(path: Path) -> list[Path]:
     if (path / "config.yaml").is_file():
         return [path]
     return sorted(file.parent for file in path.glob("*/config.yaml"))
+
+
+# Kind, job and text of the last event of a run's job, as in its history.
+JobEvent = tuple[str, str, str]
 
 
 def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
@@ -182,12 +178,13 @@ def _state(folder: Path, end: dict[str, Any], saved: int, job: JobEvent | None) 
         return "training", f"for {duration(since)}"
     if end.get("kind") == "final":
         return "finished", ""
-    if job is not None and job.kind in ("submitted", "started", "failed", "cancelled"):
+    kind, number, text = job or ("", "", "")
+    if kind in ("submitted", "started", "failed", "cancelled"):
         # The file system may not show locks of processes on other hosts.
         hint = f"`{typed('slurm', 'status', folder)}` asks Slurm"
-        more = {"submitted": hint, "started": hint}.get(job.kind, job.text)
-        name = {"submitted": "queued"}.get(job.kind, job.kind)
-        return name, f"job {job.job}: {more}" if more else f"job {job.job}"
+        more = hint if kind in ("submitted", "started") else text
+        name = "queued" if kind == "submitted" else kind
+        return name, f"job {number}: {more}" if more else f"job {number}"
     if not end and not saved:
         return "begun", "no step is logged"
     ahead = end.get("step", 0) - saved

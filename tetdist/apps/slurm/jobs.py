@@ -168,13 +168,14 @@ def cancel(job: str) -> None:
         raise UserError(f"Slurm did not cancel job {job}: {errors.strip()}")
 
 
-def query(*command: str) -> tuple[int, str, str]:
+def query(*command: str, patience: float | None = None) -> tuple[int, str, str]:
     """Run a Slurm command, and return its exit status, output and error output.
 
     A busy controller answers nothing until Slurm's own timeout, by default ten seconds; such a
     command is retried. All commands here are safe to repeat.
     """
-    end = time.monotonic() + PATIENCE
+    patience = PATIENCE if patience is None else patience
+    end = time.monotonic() + patience
     is_reported = False
     while True:
         left = end - time.monotonic()
@@ -186,14 +187,14 @@ def query(*command: str) -> tuple[int, str, str]:
             ) from error
         except subprocess.TimeoutExpired as error:
             raise UserError(
-                f"Slurm does not answer: {command[0]} took more than {PATIENCE:.0f} s; try later"
+                f"Slurm does not answer: {command[0]} took more than {patience:.0f} s; try later"
             ) from error
         is_late = done.returncode != 0 and "timed out" in done.stderr
         if not is_late or time.monotonic() + PAUSE > end:
             return done.returncode, done.stdout.strip(), done.stderr
         if not is_reported:
             print(
-                f"Slurm is slow to answer {command[0]}; retrying for up to {PATIENCE:.0f} s",
+                f"Slurm is slow to answer {command[0]}; retrying for up to {patience:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )

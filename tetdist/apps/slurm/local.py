@@ -17,6 +17,7 @@ from types import FrameType
 from tetdist.apps.slurm.job import RESTART_AFTER, Job, run
 from tetdist.apps.slurm.placement import AGAIN, LocalContext
 from tetdist.distributed.meeting import free_port
+from tetdist.distributed.signals import handling
 from tetdist.distributed.starters import as_starter, end_with_starters
 
 FORWARDED = (signal.SIGTERM, *RESTART_AFTER)
@@ -55,27 +56,24 @@ def _start(file: Path, job: Job, processes: int, restart: int) -> int:
         for process in running:
             process.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
-    # A terminal sends Ctrl-C to the child processes directly.
-    previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
     # Blocked signals stay pending, so a child that is still importing handles them later.
     signal.pthread_sigmask(signal.SIG_BLOCK, RESTART_AFTER)
-    try:
-        for rank in range(processes):
-            env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            running.append(subprocess.Popen(command, env=env, cwd=job.code))
-            if received:  # The signal came before this child existed.
-                running[-1].send_signal(received[-1])
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, RESTART_AFTER)
-        return _wait(running)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, RESTART_AFTER)
-        for process in running:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    # A terminal sends Ctrl-C to the child processes directly.
+    with handling(FORWARDED, forward), handling([signal.SIGINT], lambda *_: None):
+        try:
+            for rank in range(processes):
+                env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                running.append(subprocess.Popen(command, env=env, cwd=job.code))
+                if received:  # The signal came before this child existed.
+                    running[-1].send_signal(received[-1])
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, RESTART_AFTER)
+            return _wait(running)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, RESTART_AFTER)
+            for process in running:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
 
 
 def _wait(running: list[subprocess.Popen[bytes]]) -> int:

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -13,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tetdist.apps.slurm import jobs
 from tetdist.apps.slurm.history import LOCAL
-from tetdist.errors import typed
+from tetdist.errors import UserError, typed
 
 if TYPE_CHECKING:
     from submitit.slurm.slurm import SlurmJobEnvironment
@@ -229,11 +229,7 @@ def _query(*command: str) -> str:
 def _run(*command: str, timeout: float) -> tuple[bool, str]:
     """Run a Slurm command; return whether it succeeded, and its output or its error."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return False, f"no answer within {timeout:.0f} s"
-    except OSError as error:
+        status, output, errors = jobs.query(*command, patience=timeout)
+    except UserError as error:
         return False, str(error)
-    if done.returncode != 0:
-        return False, " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-    return True, done.stdout
+    return status == 0, output if status == 0 else " ".join(errors.split()) or f"status {status}"

@@ -15,11 +15,10 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from tetdist.apps.studies.plan import Command, StudyRun, evaluation, is_trained, lines
 from tetdist.apps.studies.tracking import Parent, lacking_runs
-from tetdist.distributed.signals import let_go_of_closed_streams
+from tetdist.distributed.signals import handling, let_go_of_closed_streams
 from tetdist.distributed.starters import as_starter
 from tetdist.errors import UserError
 from tetdist.storage.files import is_held
@@ -56,7 +55,8 @@ def work(runs: list[StudyRun], jobs: int, parent: Parent, *, again: bool = False
         except UserError as error:  # Another process was faster.
             fail(run, str(error))
 
-    with StopRequest() as stop, ended_at_exit(running, stop):
+    stop = StopRequest()
+    with handling(StopRequest.SIGNALS, stop.receive), ended_at_exit(running, stop):
         while waiting or running:
             stop.check()
             for run in list(waiting):
@@ -187,8 +187,7 @@ class Child:
 class StopRequest:
     """Request to stop, by Ctrl-C, SIGTERM or a closing terminal; takes effect in `check`.
 
-    An exception in the middle of a start would leave an unknown process behind. Where SIGHUP is
-    ignored, as under nohup, it stays ignored.
+    An exception in the middle of a start would leave an unknown process behind.
 
     Attributes:
         came: True after the request.
@@ -197,21 +196,9 @@ class StopRequest:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def __init__(self) -> None:
-        self.came = self.at_once = False
-        self._previous: dict[signal.Signals, Any] = {}
+    came = at_once = False
 
-    def __enter__(self) -> "StopRequest":
-        for number in self.SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
+    def receive(self, number: int, _frame: FrameType | None) -> None:
         let_go_of_closed_streams()
         self.at_once |= self.came and number == signal.SIGINT
         self.came = True
