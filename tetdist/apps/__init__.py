@@ -1,1 +1,4 @@
-"""Applications around the core, which never imports them: commands, Slurm, studies, reports."""
+"""Applications around the core, which never imports them.
+
+A user's mistake raises `UserError` in any of their functions; the commands print its sentence.
+"""

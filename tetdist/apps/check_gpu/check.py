@@ -70,7 +70,6 @@ class Machine:
     """Machine that the checks run on.
 
     Attributes:
-        world: All processes.
         small: True if the checks run small sizes on a CPU, where their figures are meaningless.
         folder: Folder of this process, removed at the end.
     """
@@ -138,13 +137,7 @@ def _beside_others(found: Finding, usual: float, common: Mapping[str, Any]) -> F
 
 @dataclass(frozen=True)
 class Result:
-    """Findings of a check on all processes.
-
-    Attributes:
-        name: Name of the check.
-        findings: Findings by rank.
-        seconds: Duration of the check.
-    """
+    """Findings of a check on all processes, by rank."""
 
     name: str
     findings: list[Finding]
@@ -184,10 +177,7 @@ class Report:
     Attributes:
         machine: Description of rank 0's machine by `benchmarks.bench.machine`.
         device: Type of the processes' devices, ``cpu`` or ``cuda``.
-        processes: Number of processes.
-        small: See `Machine`.
         not_reached: Checks that have not run (yet).
-        results: Results of the checks that have run.
         hangs: True if the last check still runs on a process, so that no other may start.
     """
 

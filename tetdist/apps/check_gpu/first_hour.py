@@ -54,14 +54,8 @@ class Hour:
     """Training of the first hour.
 
     Attributes:
-        overrides: Changes of the recipe.
-        batch: Images of a step.
-        steps: Steps of an epoch.
-        reference: The published training.
         obstacle: Reason why the data cannot be compared with it, if any.
         images_per_s: Rate computed for all GPUs; None: unknown.
-        processes: Number of processes.
-        folder: The run's folder.
         begun: When the hour began, by `time.monotonic`.
     """
 
@@ -97,11 +91,7 @@ def published(reference: Reference, images: int) -> float:
 
 
 def prepare(here: Machine, overrides: Sequence[str]) -> Hour:
-    """Read the recipe and open the data.
-
-    Raises:
-        UserError: The recipe cannot train on these data.
-    """
+    """Read the recipe and open the data."""
     name = here.world.from_rank_0(time.strftime("first_hour_%Y%m%d_%H%M%S"))
     changes = [*(SMALL if here.small else ()), "tracking.mlflow=false", "log_every=10"]
     changes += [*overrides, f"name={name}", f"device={here.device.type}"]
@@ -145,11 +135,7 @@ def train(here: Machine, hour: Hour) -> Finding:
 
 
 def _train_until(step: int, here: Machine, hour: Hour) -> list[dict[str, Any]]:
-    """Train, or go on, until a step; return the run's metrics.
-
-    Raises:
-        UserError: The training failed on a process.
-    """
+    """Train, or go on, until a step; return the run's metrics."""
     arguments = ("--config", RECIPE, *hour.overrides, f"max_steps={step}")
     done = run_train(here, *arguments, alone=hour.processes == 1)
     if any(here.world.gather(done.returncode)):

@@ -61,7 +61,6 @@ def run_checks(
 
     Args:
         checks: Checks by name, ordered so that the first failure explains later ones.
-        here: The machine.
         show: Called with the report after each check, on rank 0.
         later: Checks to run after these ones, if none of these is bad; they may take any time.
 
@@ -187,14 +186,6 @@ class _Round:
     def __init__(
         self, name: str, check: Check, here: Machine, store: SignedStore, end: float
     ) -> None:
-        """
-        Args:
-            name: Name of the check.
-            check: The check, which starts immediately.
-            here: The machine.
-            store: The store that all processes share.
-            end: End of the time for all checks, by `time.monotonic`.
-        """
         self.name, self.world, self.store, self.end = name, here.world, store, end
         self.limit, self.started = here.limit, time.monotonic()
         self.task = _Task(check, here)

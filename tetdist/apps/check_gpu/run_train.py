@@ -13,14 +13,7 @@ from tetdist.distributed.starters import as_starter
 def run_train(
     here: Machine, *arguments: str, alone: bool, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Train, by one process, or by as many as there are here; all of these must then call this.
-
-    Args:
-        here: The machine.
-        arguments: Arguments of the command.
-        alone: Train by one process.
-        options: Options of `subprocess.run`.
-    """
+    """Train, by one process, or by as many as there are here; all of these must then call this."""
     # These processes hold the launcher's port.
     port = free_port() if alone else here.world.from_rank_0(free_port())
     changes = {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}

@@ -107,7 +107,6 @@ class CtrlC:
     """Ctrl-C, which ends the replay after what was read; a second one interrupts at once.
 
     Attributes:
-        is_pressed: True if it was pressed.
         is_early: True if there was more to read.
     """
 

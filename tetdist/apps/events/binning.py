@@ -69,11 +69,7 @@ class Window(NamedTuple):
 
 
 def binning_of(found: dict[str, Any] | None, run: Path) -> tuple[Binning, Sensor]:
-    """Return how the recordings that a run was trained on were binned, and their sensor.
-
-    Raises:
-        UserError: It is unknown, or is not by windows of a fixed size.
-    """
+    """Return how the recordings that a run was trained on were binned, and their sensor."""
     if found is None:
         raise UserError(
             f"{run} was trained on images, or on recordings whose binning it does not know; "

@@ -87,10 +87,6 @@ def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
 
     Args:
         suffixes: Suffixes of recordings, in lower case.
-
-    Raises:
-        UserError: The folder is missing, holds no recordings, or two of its recordings would get
-            the same name.
     """
     if not root.is_dir():
         raise UserError(f"there is no folder {root}; give the folder of the recordings")

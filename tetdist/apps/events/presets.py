@@ -25,7 +25,6 @@ class PresetSplit:
     """Split of a preset.
 
     Attributes:
-        name: One of `splits.NAMES`.
         behind: Published results that used it.
         ease: Known difficulty.
     """
@@ -40,12 +39,9 @@ class Preset:
     """Published data set, with the settings that convert its recordings to tensors.
 
     Attributes:
-        title: Its name in the literature.
-        tree: Description of its folder.
         layout: Its layout, one of those that `list_sources` reads.
         some_classes: Class names; any folder of this data set has at least one of them.
         classes: Number of classes of the whole data set.
-        recordings: Number of recordings.
         sensor: Size of the sensor, if the format does not store it.
         timesteps, size, values: See `Binning`.
         origin: Source of these parameters.
@@ -222,9 +218,6 @@ def check_source(name: str, root: Path, sources: Sequence[Source]) -> str | None
 
     Returns:
         A warning if its numbers of classes or recordings differ from the data set's.
-
-    Raises:
-        UserError: The folder does not look like the data set.
     """
     preset = PRESETS[name]
     usable = [source for source in sources if source.pieces]

@@ -43,9 +43,6 @@ def make_split(
         sources: All recordings, including bad ones, in order.
         name: One of `splits.NAMES`.
         bad: Number of recordings, or pieces, that were left out.
-
-    Raises:
-        UserError: The split is impossible, or leaves a class without recordings in a part.
     """
     parts = splits.assign(sources, name, seed)
     members: dict[Part, list[Record]] = {part: [] for part in _PARTS}

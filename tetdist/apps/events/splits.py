@@ -51,11 +51,6 @@ def assign(sources: Sequence[Source], name: str, seed: int) -> dict[str, Part]:
     Args:
         sources: Recordings in order, including bad ones, so that leaving one out does not move the
             others to another part.
-        name: One of `NAMES`.
-        seed: Seed of the stratified split.
-
-    Raises:
-        UserError: The sources do not have this split, or have fewer than two classes.
     """
     if name == ALL_TO_VAL:
         return {source.path: "val" for source in sources if source.pieces}

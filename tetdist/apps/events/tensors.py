@@ -80,11 +80,7 @@ class Record:
     """Record of one tensor.
 
     Attributes:
-        key: CLASS/NAME.
-        source: Path of the recording, relative to its folder.
         window: Start and end of the piece in microseconds; None: the whole recording.
-        sha256: Checksum of the tensor's file.
-        duration_us: Time from the first event to the last.
         dropped: Number of records of the file that are not events; 0 for a piece.
         frames: T x 2.
         saturated: Number of values that were clipped to the type's maximum.
@@ -112,11 +108,7 @@ class Record:
 
 
 class Tensors(NamedTuple):
-    """Result of `make_tensors`.
-
-    Attributes:
-        records: Records of all good tensors, by key, in the order of the listing.
-    """
+    """Result of `make_tensors`."""
 
     records: dict[str, Record]
     bad: list[BadFile]
@@ -134,11 +126,7 @@ def open_destination(
     """Lock the folder of the tensors, and check that it has these settings.
 
     Args:
-        dest: The folder, created if it is missing.
         overwrite: Remove all files that this tool made there before.
-
-    Raises:
-        UserError: The folder is in use, belongs to other programs, or has other settings.
     """
     if dest.exists() and not dest.is_dir():
         raise UserError(f"{dest} is a file; name a folder")
@@ -227,9 +215,6 @@ def make_tensors(
         workers: Number of processes; with more than one, the calling script must guard its main
             part with `if __name__ == "__main__"`.
         progress: Takes a title; yields a function to call with the files done and their total.
-
-    Raises:
-        UserError: A recording has changed since its tensor was made, or a tensor cannot be written.
     """
     _remove_remains(dest)
     kept = _keep(source, dest, listing, workers, progress)

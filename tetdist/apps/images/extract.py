@@ -25,11 +25,6 @@ def extract_split(
     """Write each sample of a listing to DEST/SPLIT/CLASS/NAME, without the folders in its name.
 
     Existing files are kept, so a stopped extraction continues.
-
-    Raises:
-        UserError: The listing is not of archives, a name is not a valid file name or comes twice in
-            a class, another process writes to the folder, it holds a different file of that name,
-            or the disk is full.
     """
     if not listing.archives:
         raise UserError(f"{listing.split} in {root} has class folders already; use it as it is")

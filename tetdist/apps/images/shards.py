@@ -60,9 +60,6 @@ def shard_split(
 
     Args:
         max_bytes: Size of a shard; a larger sample gets a separate one.
-
-    Raises:
-        UserError: DEST holds something else, another process writes there, or the disk is full.
     """
     index = load_index(file)
     if index.kind != "images":

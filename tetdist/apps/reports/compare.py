@@ -89,9 +89,6 @@ def open_run(path: Path, *, effective: bool = False) -> tuple[Path, dict[str, An
     """Find a run's metrics.jsonl, and read its configuration, if it has one, with dotted keys.
 
     If ``effective``, keys of the configuration that have no effect are left out.
-
-    Raises:
-        UserError: There is no such run, or its configuration is damaged.
     """
     if not path.exists():
         raise UserError(f"there is no {path}; give a run folder or a metrics.jsonl")
@@ -223,9 +220,6 @@ def compare(a: Path, b: Path, tolerance: float) -> tuple[dict[str, Any], str]:
     """Return the differences of two runs, ready for JSON, and a text to print.
 
     Values up to the relative difference ``tolerance`` apart count as the same.
-
-    Raises:
-        UserError: A run does not exist, or a file of it is damaged.
     """
     with reading():
         (file_a, config_a), (file_b, config_b) = open_run(a), open_run(b)
@@ -309,11 +303,7 @@ def relative_difference(a: Any, b: Any) -> float:
 
 
 def compare_metrics(a: Path, b: Path, tolerance: float) -> MetricsResult:
-    """Compare two files of metrics, which are read once and in parallel.
-
-    Raises:
-        UserError: A line is damaged, or steps do not ascend.
-    """
+    """Compare two files of metrics, which are read once and in parallel."""
     found = MetricsResult()
     for step, kind, both in _side_by_side(a, b):
         alone = found.only.setdefault(kind, {"a": [], "b": []})
@@ -464,11 +454,7 @@ def _steps(steps: list[int]) -> str:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a result as JSON.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
+    """Write a result as JSON."""
     # YAML has dates, JSON does not.
     text = json.dumps(strict(values), indent=1, allow_nan=False, default=str)
     with explaining(path):

@@ -41,9 +41,6 @@ def learning_curves(metrics_file: Path, out: Path) -> None:
     """Draw loss, accuracy, learning rate and throughput of a run into one PNG.
 
     A moving average of the weights (EMA) has its own curves. Nothing is drawn without measurements.
-
-    Raises:
-        UserError: A line of the file is damaged, or matplotlib is not installed.
     """
     kinds: dict[str, Lines] = {"train": [], "val": [], "val_ema": []}
     for line in each_line(metrics_file):
@@ -91,11 +88,7 @@ def _head(figure: Any, metrics_file: Path, text: str) -> None:
 
 
 def firing_rates(metrics_file: Path, out: Path) -> None:
-    """Draw a heat map of each layer's firing rate at each evaluation of a run, if there is one.
-
-    Raises:
-        UserError: A line of the file is damaged, or matplotlib is not installed.
-    """
+    """Draw a heat map of each layer's firing rate at each evaluation of a run, if there is one."""
     val = [
         line
         for line in each_line(metrics_file)
@@ -167,11 +160,7 @@ def _edges(centres: list[float]) -> list[float]:
 
 
 def membranes(found: "Membranes", title: str, out: Path) -> None:
-    """Draw the distribution of each layer's membrane potentials relative to the threshold.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Draw the distribution of each layer's membrane potentials relative to the threshold."""
     layers = list(found.fractions)
     figure = new_figure(9, _height(2 * len(layers)))
     axis = figure.subplots()
@@ -210,9 +199,6 @@ def inputs(rgb: "npt.NDArray[np.float64]", labels: Sequence[str], title: str, ou
     """Draw a network's inputs in RGB, from 0 to 1, with the class names of the N samples.
 
     They are images (N, H, W, 3), or event frames over time (N, T, H, W, 3).
-
-    Raises:
-        UserError: matplotlib is not installed.
     """
     over_time = rgb.ndim == 5
     columns = rgb.shape[1] if over_time else min(8, len(rgb))

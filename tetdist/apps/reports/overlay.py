@@ -36,9 +36,6 @@ def runs(
 
     The runs of a group differ only in their seed. A published curve of top-1 has a name, epochs and
     percent.
-
-    Raises:
-        UserError: matplotlib is not installed.
     """
     figure = new_figure(13, 7.6)
     axes = figure.subplot_mosaic("LLLAAA;VVVTTT")

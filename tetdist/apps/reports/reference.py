@@ -140,11 +140,7 @@ def find_reference(name: str, key: str = "--reference") -> Reference:
 
 
 def verdict(record: RunRecord, reference: Reference) -> Verdict:
-    """Compare a run's evaluations with a published curve at equal epochs and at equal images.
-
-    Raises:
-        UserError: The run has no configuration, which has the batch size.
-    """
+    """Compare a run's evaluations with a published curve at equal epochs and at equal images."""
     if record.configuration is None:
         raise UserError(
             f"{record.name}: --reference needs the run's folder, because its config.yaml has the "

@@ -29,11 +29,7 @@ class _Drawn(NamedTuple):
 
 
 class ReplayGif:
-    """The first frames of a replay, drawn at its end.
-
-    Raises:
-        UserError: The file's suffix is not .gif, or it cannot be written.
-    """
+    """The first frames of a replay, drawn at its end."""
 
     def __init__(self, path: Path, classes: list[str]) -> None:
         if path.suffix.lower() != ".gif":

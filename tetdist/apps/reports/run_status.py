@@ -61,11 +61,7 @@ class RunStatus:
 
 def find_runs(names: Sequence[str]) -> list[Path]:
     """Return the folders of runs, each given by its path, its name in runs/, or a folder of runs.
-    Without names, return those in runs/, where there may be none yet.
-
-    Raises:
-        UserError: There is no run of that name.
-    """
+    Without names, return those in runs/, where there may be none yet."""
     if not names:
         return _runs_at(Path("runs"))
     found: list[Path] = []
@@ -91,11 +87,7 @@ JobEvent = tuple[str, str, str]
 
 
 def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
-    """Read the status of the run in a folder with a config.yaml.
-
-    Raises:
-        UserError: The configuration or a line of the metrics is damaged.
-    """
+    """Read the status of the run in a folder with a config.yaml."""
     file, now = folder / "metrics.jsonl", time.time()
     epochs, phases, most = _configured(folder / "config.yaml")
     end, train, val = _last_lines(file)

@@ -73,11 +73,7 @@ class RunRecord:
 
 
 def read_records(paths: Sequence[Path], *, curves: bool) -> list[RunRecord]:
-    """Read runs; without ``curves``, of training only the last line before each evaluation.
-
-    Raises:
-        UserError: A run does not exist, or a file of it is damaged.
-    """
+    """Read runs; without ``curves``, of training only the last line before each evaluation."""
     folders = Counter(path.name for path in paths if path.is_dir())
     records = []
     for path in paths:
@@ -266,11 +262,7 @@ def plot(
     out: Path,
     published: tuple[str, list[float], list[float]] | None = None,
 ) -> None:
-    """Draw the runs' curves, and a published one, into the same axes; see `overlay.runs`.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Draw the runs' curves, and a published one, into the same axes; see `overlay.runs`."""
     groups = group(records)
     members = list(itertools.chain(*groups.values()))
     title = "1 run" if len(members) == 1 else f"{len(members)} runs"

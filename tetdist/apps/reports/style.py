@@ -30,11 +30,7 @@ PERCENT, POSITIVE = (0.0, 100.0), (0.0, math.inf)  # limits of a mean and its sp
 
 
 def new_figure(width: float, height: float, *, dpi: int = 110) -> Any:
-    """Return an empty matplotlib figure of this size in inches.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Return an empty matplotlib figure of this size in inches."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -9,8 +9,6 @@ class Card:
     """Kind of GPU.
 
     Attributes:
-        name: Its name in a configuration.
-        memory_gb: Size of its memory, in 1e9 bytes.
         processors: Number of its streaming multiprocessors.
         bandwidth: Memory bandwidth, in 1e9 bytes a second.
         fp32: 1e12 operations a second in float32, without matrix units; a product and a sum count

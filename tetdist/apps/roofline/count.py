@@ -39,7 +39,6 @@ class Kernel:
 
     Attributes:
         kind: Its group in the table.
-        name: Name of the operation.
         bytes: Number of bytes that it reads and writes.
         operations: Number of products and sums of convolutions and matrix products.
         programs: Number of programs of a Triton kernel; None: enough for any GPU.
@@ -57,9 +56,6 @@ class Work:
     """Work of a micro-batch, forward and backward.
 
     Attributes:
-        batch: Number of samples.
-        precision: Precision of the configuration.
-        kernels: The operations in order.
         peak_bytes: Peak memory of activations, their gradients and the weights' gradients.
     """
 
@@ -75,7 +71,6 @@ def count(model: nn.Module, shape: tuple[int, ...], precision: str) -> Work:
     Args:
         model: The network, which is not changed; its setting for recomputation applies.
         shape: Shape of the input: (B, 3, H, W), or (B, T, 2, H, W) for events.
-        precision: Precision of the configuration.
 
     Raises:
         UserError: The network reads a tensor's values, or Triton is not installed.

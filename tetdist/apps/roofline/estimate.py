@@ -32,7 +32,6 @@ class Estimate:
     """Time of a micro-batch, forward and backward.
 
     Attributes:
-        batch: Number of samples.
         by_kind: Seconds of each group of kernels.
         memory: Seconds of memory-bound kernels.
         arithmetic: Seconds of compute-bound kernels.

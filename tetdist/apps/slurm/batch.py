@@ -117,11 +117,7 @@ def text(values: dict[str, Any], folder: Path, count: int = 1) -> str:
 
 
 def submit(jobs: list[Job], values: dict[str, Any], folder: Path) -> list[str]:
-    """Submit one job, or several as an array, and return their ids.
-
-    Raises:
-        UserError: Slurm refuses the job.
-    """
+    """Submit one job, or several as an array, and return their ids."""
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 

@@ -81,11 +81,7 @@ class ClusterSection(Section):
 
 
 def gather(section: dict[str, Any], flags: dict[str, Any]) -> ClusterSection:
-    """Combine the cluster's file, the section ``cluster:`` of a configuration and the flags.
-
-    Raises:
-        UserError: A key is unknown, or its type or value is invalid, or a file is not YAML.
-    """
+    """Combine the cluster's file, the section ``cluster:`` of a configuration and the flags."""
     file = cluster_file()
     facts = _read(file) if file.is_file() else {}
     _checked(facts, str(file))
@@ -124,9 +120,6 @@ def minutes(text: str, name: str = "cluster.time") -> int:
     """Convert Slurm's notation of a time to whole minutes, rounded up.
 
     It is ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``.
-
-    Raises:
-        UserError: The text has none of these forms; ``name`` is the key or flag.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if match is None:

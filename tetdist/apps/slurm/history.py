@@ -169,11 +169,7 @@ def first_failure(log: Path, job: str, restart: int) -> str | None:
 
 @contextmanager
 def submitting(run_dir: Path) -> Iterator[None]:
-    """Lock a run, so that only one program at a time submits it or trains it locally.
-
-    Raises:
-        UserError: Another program holds the lock, or the run's folder is not writable.
-    """
+    """Lock a run, so that only one program at a time submits it or trains it locally."""
     folder = slurm_folder(run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

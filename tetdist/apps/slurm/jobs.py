@@ -58,20 +58,12 @@ def kind_in(resources: str) -> str | None:
 
 
 def state_of(submission: Submission) -> State:
-    """Return a job's state, by Slurm or, if Slurm has forgotten the job, by the run's folder.
-
-    Raises:
-        UserError: Slurm does not answer.
-    """
+    """Return a job's state, by Slurm or, if Slurm has forgotten the job, by the run's folder."""
     return states_of([submission])[submission.job]
 
 
 def states_of(submissions: Sequence[Submission]) -> dict[str, State]:
-    """Return the states of several jobs by id, asking Slurm, which serves many users, about all.
-
-    Raises:
-        UserError: Slurm does not answer.
-    """
+    """Return the states of several jobs by id, asking Slurm, which serves many users, about all."""
     if not submissions:
         return {}
     jobs = [submission.job for submission in submissions]
@@ -158,11 +150,7 @@ def refuse_if_queued(run_dir: Path) -> None:
 
 
 def cancel(job: str) -> None:
-    """Cancel a job; a running one saves first.
-
-    Raises:
-        UserError: Slurm refuses.
-    """
+    """Cancel a job; a running one saves first."""
     status, _, errors = query("scancel", job)
     if status != 0:
         raise UserError(f"Slurm did not cancel job {job}: {errors.strip()}")

@@ -83,11 +83,7 @@ def make(
     buffers: int,
     origin: str = "in the split",
 ) -> Plan:
-    """Return the plan of a run; ``buffers`` is the size of the model's buffers.
-
-    Raises:
-        UserError: The micro-batches do not divide among the processes, or an epoch has no step.
-    """
+    """Return the plan of a run; ``buffers`` is the size of the model's buffers."""
     batch = config.batch
     order.rank_micro_batches(0, cluster.processes, batch.global_, batch.micro)
     per_epoch = order.steps_per_epoch(train_images, batch.global_)

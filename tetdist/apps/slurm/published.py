@@ -19,11 +19,7 @@ SIZES = {
 
 
 def indexes(config: RunConfig, images: int | None) -> tuple[Index, Index] | None:
-    """Return indexes of a published or given size, without files; None: read the data's own.
-
-    Raises:
-        UserError: The data are missing and of unknown size, or a size is given for recordings.
-    """
+    """Return indexes of a published or given size, without files; None: read the data's own."""
     root = Path(config.data.root)
     if images is not None and config.data.kind == "events":
         raise UserError(

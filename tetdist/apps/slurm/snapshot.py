@@ -27,9 +27,6 @@ def take(target: Path, project: Path = PROJECT) -> dict[str, Any]:
     ``project`` is a checkout, or the folder into which a wheel was installed. The commit, and
     whether the code differs from it, are returned and written to snapshot.json; snapshot.diff has
     the output of `git diff`.
-
-    Raises:
-        UserError: The copy cannot be written.
     """
     try:
         installed = (project / "tetdist" / "configs").is_dir()

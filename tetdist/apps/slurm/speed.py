@@ -65,11 +65,7 @@ def speed_of(
     images_per_s: float | None = None,
     file: str | None = None,
 ) -> Speed | str:
-    """Return the speed of one process, or a sentence that says how to provide it.
-
-    Raises:
-        UserError: The file is not of a benchmark, or its benchmark cannot be applied to this run.
-    """
+    """Return the speed of one process, or a sentence that says how to provide it."""
     if images_per_s is not None:
         if not 0 < images_per_s < math.inf:
             raise UserError(f"--images-per-s must be above 0, not {images_per_s:g}")
@@ -99,9 +95,6 @@ def measured(file: str, config: RunConfig, cluster: ClusterSection, network: Net
     The file is a JSON object with ``images_per_s`` (of all ``processes`` together) and what was
     measured: ``model``, ``size``, ``precision``, ``timesteps``, ``device``. Missing keys default to
     the configuration. ``by_batch`` has rates by size of the micro-batch.
-
-    Raises:
-        UserError: The file is no benchmark, or measured something else than this run.
     """
     try:
         values = parse_json(read_text(Path(file)))

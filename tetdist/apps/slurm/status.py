@@ -21,11 +21,7 @@ READ_EVERY = 0.5  # seconds between two reads of a log
 
 
 def find(name: str, runs_dir: str = "runs") -> list[Path]:
-    """Return the folder of a run, or of all runs of a sweep, by path or by name in runs/.
-
-    Raises:
-        UserError: The run does not exist, or was never submitted.
-    """
+    """Return the folder of a run, or of all runs of a sweep, by path or by name in runs/."""
     for path in (Path(name), Path(runs_dir) / name):
         if history.newest_submission(path) is not None:
             return [path]

@@ -59,9 +59,6 @@ def prepare(
 
     Checkpoints of the runs ``after`` need not exist yet. ``data`` are indexes of the training and
     validation data, instead of the data's own.
-
-    Raises:
-        UserError: A check fails.
     """
     folder = config.run_dir.absolute()
     if set("%\\\n") & set(str(folder)):
@@ -144,9 +141,6 @@ def sweep_of(name: str, items: list[str]) -> dict[str, list[str]]:
     """Return the overrides of every combination of ``key=a,b,...``, by the run's name.
 
     Such a name is NAME_seed-0_kind-tet; it lists only keys that vary.
-
-    Raises:
-        UserError: An item has another form, there are too many runs, or two have the same name.
     """
     choices: list[list[tuple[str, str]]] = []
     for item in items:
@@ -223,10 +217,6 @@ def submit(
     The runs have the same cluster settings. ``code`` is a copy to run instead of a new one; the
     runs in the folders ``after`` must be finished first; ``sweep`` are all runs of the sweep that
     these belong to.
-
-    Raises:
-        UserError: A run is already queued or its folder is in use, one of ``after`` will not
-            finish, or there is no Slurm.
     """
     if not is_here():
         raise UserError(
@@ -274,11 +264,7 @@ def submit(
 
 
 def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
-    """Return the jobs of the runs that are not finished yet.
-
-    Raises:
-        UserError: A run is neither finished nor queued.
-    """
+    """Return the jobs of the runs that are not finished yet."""
     submissions = {run: status.submission_of(run) for run in runs}
     states = states_of([s for s in submissions.values() if s.job != history.LOCAL])
     jobs: list[str] = []

@@ -21,11 +21,7 @@ from tetdist.apps.studies.numbers import Numbers, at, exit_curve, exit_timesteps
 
 
 def draw(numbers: Numbers) -> Any:
-    """Draw the figure.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Draw the figure."""
     compared = [entry for entry in numbers.entries if numbers.difference(entry, last).n]
     figure = new_figure(15 if compared else 10.4, 4.8)
     axes = figure.subplots(1, 3 if compared else 2)

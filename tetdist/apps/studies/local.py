@@ -139,11 +139,7 @@ def refuse_if_at_work(runs: list[StudyRun]) -> None:
 
 
 class Child:
-    """Process that trains or evaluates a run, with its output in the run's log.
-
-    Raises:
-        UserError: Another process is using the run's folder.
-    """
+    """Process that trains or evaluates a run, with its output in the run's log."""
 
     def __init__(self, run: StudyRun, jobs: int, command: Command) -> None:
         self.run, self.command = run, command
@@ -190,7 +186,6 @@ class StopRequest:
     An exception in the middle of a start would leave an unknown process behind.
 
     Attributes:
-        came: True after the request.
         at_once: True after a further Ctrl-C, which stops the runs without saving.
     """
 

@@ -213,11 +213,7 @@ def find(name: str) -> Path:
 
 
 def read_section(path: Path, kind: type[Kind], inner: dict[str, type[Section]]) -> Kind:
-    """Read the file of a study or of a search; ``inner`` are the classes of its sections, by key.
-
-    Raises:
-        UserError: The file is invalid; the text says why.
-    """
+    """Read the file of a study or search; ``inner`` are the classes of its sections, by key."""
     try:
         section = kind.model_validate_json(json.dumps(read_yaml(path)))
     except ValidationError as error:
@@ -245,11 +241,7 @@ def _explain(error: Any, kind: type[Section], inner: dict[str, type[Section]]) -
 
 
 def read(path: Path) -> StudySection:
-    """Read a study file.
-
-    Raises:
-        UserError: The file is not a valid study; the text says why.
-    """
+    """Read a study file."""
     study = read_section(path, StudySection, {"entries": EntrySection})
     if list(study.test_timesteps) != sorted(set(study.test_timesteps)):
         raise UserError(
@@ -278,9 +270,6 @@ def runs_of(
 
     The runs are in the folder ``output``. ``more`` are ``key=value``, applied after the study's
     own.
-
-    Raises:
-        UserError: A configuration is invalid, or entries need each other in a circle.
     """
     runs: dict[tuple[str, int], StudyRun] = {}
 
@@ -344,9 +333,6 @@ def make_run(
 
     ``given`` and ``own`` are ``key=value``: those of the file and the command line, and those that
     the study adds. ``own_keys`` are keys that only the study may set, with remedies.
-
-    Raises:
-        UserError: The configuration is invalid, or sets a key that only the study may set.
     """
     nested: dict[str, Any] = {}
     for override in given:
@@ -483,11 +469,7 @@ def check_folder(run: StudyRun) -> None:
 
 
 def check_inputs(runs: list[StudyRun], kind: str = "entries.") -> None:
-    """Check each entry's data, that they suit its network, and that MLflow can take its runs.
-
-    Raises:
-        UserError: A check fails, so all runs of the entry would fail; ``kind`` begins its text.
-    """
+    """Check each entry's data, that they suit its network, and that MLflow can take its runs."""
     for uri in {run.config.tracking_uri for run in runs}:
         if uri is not None:
             check_store(uri)

@@ -171,11 +171,7 @@ def is_search(path: Path) -> bool:
 
 
 def read(path: Path) -> SearchStudy:
-    """Read the file of a search.
-
-    Raises:
-        UserError: The file is not a valid search; the text says why.
-    """
+    """Read the file of a search."""
     inner: dict[str, type[Section]] = {"search": SearchSection, "over": RangeSection}
     study = read_section(path, SearchStudy, inner)
     search, rungs = study.search, list(study.search.rungs)
@@ -201,11 +197,7 @@ def read(path: Path) -> SearchStudy:
 
 
 class Search:
-    """Search and its runs, in the folder ``output``; ``more`` comes after the study's overrides.
-
-    Raises:
-        UserError: A candidate's configuration is invalid, or the data do not suit it.
-    """
+    """Search and its runs, in the folder ``output``; ``more`` comes after the study's overrides."""
 
     def __init__(
         self, study: SearchStudy, output: Path, more: Sequence[str], imports: Sequence[str]
@@ -277,12 +269,7 @@ class Search:
         return sum(phase.epochs for phase in first.phases)
 
     def standing(self) -> Standing:
-        """Rank the candidates, rung by rung, by the evaluations of their runs.
-
-        Raises:
-            UserError: No candidate reached a rung, or another candidate than the best has already
-                been trained on all data.
-        """
+        """Rank the candidates, rung by rung, by the evaluations of their runs."""
         search, left = self.study.search, list(self.candidates)
         rungs = list[Rung]()
         for epochs in search.rungs:

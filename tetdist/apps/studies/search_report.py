@@ -17,11 +17,7 @@ _UNITS = {"top1": "top-1, %", "loss": "cross-entropy"}
 
 
 def write(search: Search, standing: Standing, name: str, file: Path, command: str) -> None:
-    """Write the search's section into a Markdown file, with figure and numbers beside the file.
-
-    Raises:
-        UserError: A section of the file has no end.
-    """
+    """Write the search's section into a Markdown file, with figure and numbers beside the file."""
     figure, values = draw(search, standing), as_dict(search, standing)
     report.put(name, file, lambda link: section(search, standing, link, command), figure, values)
 
@@ -175,11 +171,7 @@ def as_dict(search: Search, standing: Standing) -> dict[str, Any]:
 
 
 def draw(search: Search, standing: Standing) -> Any:
-    """Draw the metric of every candidate by epoch, with a line at each rung.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Draw the metric of every candidate by epoch, with a line at each rung."""
     figure = style.new_figure(7.4, 4.8)
     axis = figure.subplots()
     metric, furthest = search.study.search.metric, standing.rungs[-1].epochs

@@ -46,9 +46,6 @@ def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str], aga
 
     Returns:
         Exit status: 0 all are finished, running or queued; 1 some failed, or depend on such.
-
-    Raises:
-        UserError: The flags are invalid, there is no Slurm, or it refuses a job.
     """
     if read_flags(flags, runs[0].arguments[1]).dry_run:
         return dry_run(runs, flags)
@@ -77,11 +74,7 @@ def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str], aga
 
 
 def read_flags(flags: list[str], config_name: str) -> argparse.Namespace:
-    """Parse the flags after --slurm.
-
-    Raises:
-        UserError: A flag does not apply to a study.
-    """
+    """Parse the flags after --slurm."""
     options = command.parse_arguments(["--config", config_name, *flags])
     given = [name for name in ("sweep", "follow", "local", "after") if getattr(options, name)]
     if options.config != config_name:
@@ -197,11 +190,7 @@ def decide(standings: dict[StudyRun, Standing], again: bool) -> dict[StudyRun, S
 
 
 def job_of(run: StudyRun, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
-    """Return the configuration of the run and the cluster's settings.
-
-    Raises:
-        UserError: The settings are invalid or incomplete.
-    """
+    """Return the configuration of the run and the cluster's settings."""
     options = command.parse_arguments([*run.arguments, *flags])
     config = configuration.load(options.config, options.overrides, options.imports)
     return config, command.cluster_of(config.cluster, options)
@@ -240,11 +229,7 @@ def send_all(
 
 
 def send(run: StudyRun, config: RunConfig, cluster: ClusterSection, code: Path) -> Standing:
-    """Submit one run.
-
-    Raises:
-        UserError: A check of the run fails, or Slurm refuses it.
-    """
+    """Submit one run."""
     after = [needed for needed in run.needs if not is_trained(needed)]
     folders = [needed.folder for needed in after]
     prepared = submission.prepare(config, cluster, folders)

@@ -40,11 +40,7 @@ class Parent:
 
 
 def lacking_runs(runs: Iterable[StudyRun]) -> tuple[list[StudyRun], list[StudyRun]]:
-    """Return the finished runs with missing points in MLflow, and those without the study's tags.
-
-    Raises:
-        UserError: MLflow does not answer.
-    """
+    """Return finished runs with missing points in MLflow, and those without the study's tags."""
     lacking: list[StudyRun] = []
     untagged: list[StudyRun] = []
     for run in runs:

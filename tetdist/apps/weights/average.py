@@ -37,17 +37,9 @@ def mean_weights(
 ) -> tuple[dict[str, Tensor], checkpoint.Description]:
     """Return the mean weights of several copies of one network, computed in float64.
 
-    Args:
-        sources: Run folders, folders of checkpoints or exports, or .safetensors files.
-        which: Checkpoint of run folders: ``last`` or ``best``.
-        ema: Use the moving averages of the weights.
-
     Returns:
         The mean, in the weights' own types, and the first network's description, adapted to the
         mean. Integer entries (counters) are those of the first.
-
-    Raises:
-        UserError: A source cannot be read, or is another network than the first.
     """
     first = sources[0]
     weights, description = _read(first, which, ema)
@@ -82,11 +74,7 @@ def _read(path: Path, which: str, ema: bool) -> Read:
 
 
 def _check_alike(source: Path, of_source: Read, first: Path, of_first: Read) -> None:
-    """Refuse weights of another network.
-
-    Raises:
-        UserError: The network differs; the text lists how.
-    """
+    """Refuse weights of another network."""
     (weights, theirs), (first_weights, ours) = of_source, of_first
     found = differences(
         *(
@@ -115,9 +103,6 @@ def open_training_split(
     """Return the training samples, without those that the run held out.
 
     ``classes`` are the network's, if known; messages name its ``source``.
-
-    Raises:
-        UserError: The data are missing, or do not have the network's classes.
     """
     if config.data.held_out:
         index = open_data(config, world)[0]
@@ -142,18 +127,11 @@ def recompute_statistics(
 
     Args:
         model: The model on its device, at the T of the statistics, in evaluation mode.
-        config: Configuration of its training, whose data, batch and precision are used.
-        index: The training split.
-        world: All processes; their number only changes the rounding.
         samples: Minimum number of samples, rounded up to whole global batches; None: one epoch.
         show: Called on rank 0 with the samples done and their total.
-        alive: Called with the work's name during the work.
 
     Returns:
         A description for reports.
-
-    Raises:
-        UserError: The batches do not suit the data or the number of processes.
     """
     if not batch_norm.has_running_statistics(model):
         return "the network has no running statistics"

@@ -53,7 +53,6 @@ def write_safetensors(trained: Trained, path: Path) -> str:
     """Write the weights for eval and init_checkpoint, and a model card.
 
     Args:
-        trained: The network to export.
         path: A folder, for model.safetensors and the card; or a file ending in .safetensors, for
             the weights alone.
 
@@ -74,11 +73,7 @@ def write_timm(trained: Trained, folder: Path, repo: str | None = None) -> str:
     """Write a folder that timm loads as a local model, or as a model of the Hugging Face hub.
 
     Args:
-        folder: A new folder.
         repo: Its future ``ORG/NAME`` on the hub, which its card uses to load it.
-
-    Raises:
-        UserError: The network is not one of tetdist's, or the folder cannot be written.
     """
     refuse_foreign(trained, "timm")
     with _aside(folder) as aside:
@@ -140,11 +135,7 @@ def _model_arguments(trained: Trained) -> dict[str, Any]:
 
 
 def refuse_foreign(trained: Trained, form: str) -> None:
-    """Refuse an adopted network for a format that needs one of tetdist's own.
-
-    Raises:
-        UserError: The network is an adopted one.
-    """
+    """Refuse an adopted network for a format that needs one of tetdist's own."""
     if not hasattr(trained.model, "stem"):
         raise UserError(
             f"--format {form} is for tetdist's own networks, and {trained.config.model.name} "
@@ -308,13 +299,7 @@ def write_nir(trained: Trained, path: Path, dt: float, *, int8: bool = False) ->
     """Write the graph of `nir_graph` as a file of the package nir.
 
     Args:
-        trained: The network.
-        path: The file to write.
         dt: Length of a timestep in seconds.
-        int8: Write the parameters in whole numbers.
-
-    Raises:
-        UserError: NIR cannot express the network, or it is not one of tetdist's.
     """
     refuse_foreign(trained, "nir")
     import nir
@@ -449,11 +434,6 @@ def save_step(model: SpikingNetwork, frame: Tensor, path: Path, preparation: str
     Args:
         model: A network that can be streamed, in evaluation mode and float32, on the CPU.
         frame: Example input, (2, C, H, W) or more.
-        path: The file to write.
-        preparation: Description of the inputs' preparation, for the file's metadata.
-
-    Raises:
-        UserError: The network cannot be streamed or traced, or its timesteps differ.
     """
     if type(model).frame is not SpikingNetwork.frame:
         raise UserError(
@@ -475,11 +455,7 @@ def save_step(model: SpikingNetwork, frame: Tensor, path: Path, preparation: str
 
 
 def write_onnx_step(trained: Trained, path: Path) -> str:
-    """Write one timestep as the ONNX graph of `OnnxStep`.
-
-    Raises:
-        UserError: See `save_step`.
-    """
+    """Write one timestep as the ONNX graph of `OnnxStep`."""
     refuse_foreign(trained, "onnx-step")
     model = trained.model
     with torch.no_grad(), _aside(path) as aside:
@@ -518,11 +494,7 @@ def write_integers(trained: Trained, folder: Path) -> str:
 
 
 def write_integer_step(trained: Trained, path: Path) -> str:
-    """Write one timestep in whole numbers as the ONNX graph of `OnnxStep`.
-
-    Raises:
-        UserError: onnxruntime computes other numbers on this processor.
-    """
+    """Write one timestep in whole numbers as the ONNX graph of `OnnxStep`."""
     from tetdist.apps.weights.integer_onnx import save_step
 
     network = convert(trained, trained.model.timesteps)
@@ -619,11 +591,7 @@ def _agreement(trained: Trained, run: Callable[[Tensor], Tensor]) -> str:
 
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``, and rename it to ``path`` at the end.
-
-    Raises:
-        UserError: ``path`` exists, or cannot be written.
-    """
+    """Yield a temporary path beside ``path``, and rename it to ``path`` at the end."""
     if path.exists():
         raise UserError(f"{path} exists; choose another --output, or remove it first")
     try:

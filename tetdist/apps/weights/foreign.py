@@ -77,11 +77,7 @@ class Converted:
 
 
 def source_of(state: Mapping[str, Tensor], path: Path) -> str:
-    """Return the source of a state dict, recognised by its names.
-
-    Raises:
-        UserError: The names are unknown or ambiguous.
-    """
+    """Return the source of a state dict, recognised by its names."""
     for name, source in SOURCES.items():
         if source.mark is not None and any(re.search(source.mark, key) for key in state):
             return name
@@ -108,12 +104,7 @@ def convert(state: Mapping[str, Tensor], source: str, model: SpikingNetwork) -> 
     norm are divided by the scale that ours applies.
 
     Args:
-        state: The state dict that `read` returns.
-        source: Name of its source.
         model: The model as it will be used; it is not changed and shares no memory with the result.
-
-    Raises:
-        UserError: The file contradicts itself, or is of a network that only looks like ``model``.
     """
     _refuse_look_alikes(state, source, model)
     pattern = SOURCES[source].unused

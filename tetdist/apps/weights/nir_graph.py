@@ -66,12 +66,8 @@ def to_nir(model: SpikingNetwork, input_shape: Sequence[int], dt: float = 1e-4) 
     """Convert a network in evaluation mode to a graph with float32 parameters.
 
     Args:
-        model: A network of tetdist.
         input_shape: Shape of one sample at one timestep, (C, H, W).
         dt: Length of a timestep in seconds; the graph must be run with the same length.
-
-    Raises:
-        UserError: NIR cannot express the network.
     """
     return _Builder(model, dt).build(tuple(input_shape))
 
@@ -81,9 +77,6 @@ def in_integers(graph: nir.NIRGraph, network: IntegerNetwork) -> None:
 
     An importer that computes in float64, or in float32 below 2^24, has the network's spikes where
     the decay's shift has no remainder.
-
-    Raises:
-        UserError: The network has a layer that NIR cannot express.
     """
     for layer in network.layers:
         name, values = layer["name"], network.numbers(layer["name"])

@@ -27,7 +27,6 @@ class Trained:
     Attributes:
         model: The network in evaluation mode, in float32; tetdist's own networks run by the plain
             definitions of normalisation and neurons.
-        config: Configuration of its training.
         description: The checkpoint's description, without the machine's paths.
     """
 
@@ -37,11 +36,7 @@ class Trained:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one sample at one timestep, (C, H, W).
-
-        Raises:
-            UserError: An adopted network of events has no input_size.
-        """
+        """Shape of one sample at one timestep, (C, H, W)."""
         match self.config.data.kind:
             case "images":
                 return (3, self.config.data.image_size, self.config.data.image_size)
@@ -72,12 +67,6 @@ def load(
 
     Args:
         path: Path of one of these, or ``hf:ORG/NAME`` or ``tetdist:NAME``.
-        which: Checkpoint of a run folder: ``last`` or ``best``.
-        timesteps: T, if it differs from the training's.
-        ema: Use the moving average of the weights.
-
-    Raises:
-        UserError: See `checkpoint.load_model_file`; or the network mixes samples.
     """
     weights, description = checkpoint.load_model_file(path, which, ema=ema)
     plugins.require(description.imports, path)

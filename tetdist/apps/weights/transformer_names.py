@@ -34,9 +34,6 @@ def _stream_embedding(own: str, embedding: nn.Module, theirs: str, names: list[s
     """Return rules for a `StreamEmbedding`: its layers, its last convolution, its shortcut.
 
     Args:
-        own: Our name of it.
-        embedding: The embedding.
-        theirs: Their name of it.
         names: Their names of these convolutions and norms, for which `{}` is conv or bn.
     """
     assert isinstance(embedding, StreamEmbedding)

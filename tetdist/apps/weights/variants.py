@@ -82,14 +82,9 @@ def compared_with_model(
     """Return a split with the labels that its classes have among a network's outputs.
 
     Args:
-        index: Index of the split.
         trained: Names of the network's classes; None: unknown.
         num_classes: Number of the network's classes, if the configuration sets it.
         variant: Variant of ImageNet's validation set; None: not a variant.
-        source: File or folder that the network was read from.
-
-    Raises:
-        UserError: A class has no label.
     """
     match variant:
         case "imagenet-v2":
@@ -108,9 +103,6 @@ def with_classes_of_model(
     """Return the index with all classes of the model, and labels among them.
 
     The data may have only some of the classes, found by name; see `compared_with_model`.
-
-    Raises:
-        UserError: The model does not know a class, or does not name its classes.
     """
     present = index.classes
     if trained is None:
@@ -168,11 +160,7 @@ def _classes_alone(index: Index, trained: list[str] | None, variant: str) -> Com
 
 
 def check_numbered(variant: str, trained: list[str] | None) -> None:
-    """Refuse a network whose class order differs from the data set's class numbers.
-
-    Raises:
-        UserError: Its classes have names, but are not in the order of these.
-    """
+    """Refuse a network whose class order differs from the data set's class numbers."""
     if trained is not None and trained != sorted(trained):
         raise UserError(
             f"--variant {variant} numbers classes in the order of their WordNet ids, but this "
@@ -186,19 +174,7 @@ def check_numbered(variant: str, trained: list[str] | None) -> None:
 def make_index(
     root: Path, index_dir: Path, split: str, workers: int, progress: Callable[[], Any]
 ) -> None:
-    """Index a split, if it has no index yet, without decoding its images.
-
-    Args:
-        root: Folder that contains the split's folder.
-        index_dir: Folder of the indexes.
-        split: Its name.
-        workers: Number of reading processes.
-        progress: Called repeatedly while indexing.
-
-    Raises:
-        UserError: An image cannot be read, though published results include it; or the index cannot
-            be written.
-    """
+    """Index a split, if it has no index yet, without decoding its images."""
     file = data_index.index_file(index_dir, split)
     if file.is_file() or not (root / split).is_dir():
         return  # opening the split reports what is missing
@@ -223,9 +199,6 @@ def corruptions(folder: Path) -> dict[str, tuple[str, int]]:
     """Return corruption and severity of each split of imagenet-c, by folder.
 
     Corruptions are in the folder itself, or in subfolders as in the archives: blur/defocus_blur.
-
-    Raises:
-        UserError: There is none.
     """
     found = {}
     for name in (*ALEXNET, *_FURTHER):
@@ -283,13 +256,6 @@ class RealLabels:
     Args:
         file: JSON list with a list of class numbers for each image of the validation set, in the
             order of file numbers.
-        index: Index of the validation set.
-        outputs: K of the network.
-        timesteps: T.
-        device: Device of the logits.
-
-    Raises:
-        UserError: The file is not such a list, or the images do not have their original names.
     """
 
     def __init__(

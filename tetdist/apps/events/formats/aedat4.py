@@ -36,9 +36,6 @@ _STORED, _LZ4, _ZSTANDARD = (0,), (1, 2), (3, 4)
 def decode_aedat4(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
     """Decode an AEDAT 4 file.
 
-    Args:
-        sensor: Required size of the sensor, if any.
-
     Raises:
         BadRecording: The file cannot be used.
         UserError: The package that decompresses it is missing.
