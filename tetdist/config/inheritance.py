@@ -27,9 +27,6 @@ def read_layers(
     Returns:
         The merged keys and values, as `read_yaml` returns them; and the file of each value, by
         dotted key.
-
-    Raises:
-        UserError: A file is not a configuration, or inherits from itself.
     """
     if path.resolve() in above:
         names = " <- ".join(file.name for file in (*above, path))
@@ -54,11 +51,7 @@ def read_layers(
 
 
 def imports_of(raw: dict[str, Any], source: Path | str) -> list[str]:
-    """Return the files that a configuration imports.
-
-    Raises:
-        UserError: They are not a list of file names.
-    """
+    """Return the files that a configuration imports."""
     found = raw.get("imports") or []
     if isinstance(found, list) and all(isinstance(one, str) for one in found):
         return found

@@ -39,11 +39,7 @@ class Loaded(NamedTuple):
 
 
 def find(name: str, folder: Path = Path()) -> Path:
-    """Find a configuration: a path relative to ``folder``, or a name in configs/.
-
-    Raises:
-        UserError: There is none.
-    """
+    """Find a configuration: a path relative to ``folder``, or a name in configs/."""
     candidates = [folder / name, CONFIGS_DIR / name, CONFIGS_DIR / f"{name}.yaml"]
     for path in candidates:
         if path.is_file():
@@ -93,9 +89,6 @@ def load_written(path: Path) -> RunConfig:
     """Read a written configuration of a run, and import its files.
 
     Keys without effect cause no warning, since every key is written out.
-
-    Raises:
-        UserError: It cannot be read, or one of its files cannot be imported.
     """
     try:
         raw = read_yaml(path)

@@ -8,11 +8,7 @@ from tetdist.errors import UserError
 
 
 def key_of(override: str) -> str:
-    """Return the dotted key of an override.
-
-    Raises:
-        UserError: It is not an override.
-    """
+    """Return the dotted key of an override."""
     key, separator, _ = override.partition("=")
     if not separator or not key:
         raise UserError(f"{override!r} is not an override; write it as dotted.key=value")
@@ -20,11 +16,7 @@ def key_of(override: str) -> str:
 
 
 def refuse_repeated(overrides: Sequence[str]) -> None:
-    """Refuse overrides where a later one would silently undo an earlier one.
-
-    Raises:
-        UserError: A key is set twice, or set and then replaced with its whole section.
-    """
+    """Refuse overrides where a later one would silently undo an earlier one."""
     for number, override in enumerate(overrides):
         key = key_of(override)
         for earlier in overrides[:number]:
@@ -53,11 +45,7 @@ def _replaces(key: str, other: str) -> bool:
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set one ``dotted.key=value`` in nested dictionaries.
-
-    Raises:
-        UserError: The place does not exist, or the value is no YAML.
-    """
+    """Set one ``dotted.key=value`` in nested dictionaries."""
     key = key_of(override)
     text = override.partition("=")[2]
     # YAML 1.1 takes 1e-4 for text, but the user means a number.

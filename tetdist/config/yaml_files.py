@@ -31,11 +31,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_value(text: str, source: str) -> Any:
-    """Parse a piece of YAML; errors name ``source``.
-
-    Raises:
-        UserError: See `read_yaml`.
-    """
+    """Parse a piece of YAML; errors name ``source``."""
     return _plain(text, source)
 
 
@@ -115,11 +111,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _plain_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
-    """Construct a number, but refuse base 60, as which YAML 1.1 reads 1:30.
-
-    Raises:
-        UserError: The number is written in base 60.
-    """
+    """Construct a number, but refuse base 60, as which YAML 1.1 reads 1:30."""
     if ":" in node.value:
         line = node.start_mark.line + 1
         raise UserError(

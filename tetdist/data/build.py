@@ -25,10 +25,6 @@ def train_loader(
     Args:
         step: Optimiser steps before the first batch.
         image_size: Height and width of images; events keep their stored size.
-
-    Raises:
-        UserError: data.device=gpu is set but the model runs on the CPU, or the data do not suit
-            the batch sizes.
     """
     batch = config.batch
     epoch, step_in_epoch = divmod(step, steps_per_epoch(len(index), batch.global_))
@@ -78,12 +74,7 @@ def _delivered(config: RunConfig, world: World, make: Callable[[dali.Workers], L
 
 
 def check_augmentation(config: RunConfig, index: Index) -> None:
-    """Check that all transforms exist and that all phases' crops fit into the training images.
-
-    Raises:
-        UserError: A name of data.transforms is not registered, or an image is too small for
-            data.crop=padded.
-    """
+    """Check that all transforms exist and that all phases' crops fit into the training images."""
     data = config.data
     transforms_called(data.transforms)
     if data.kind == "events" or data.crop == "resized":
@@ -101,11 +92,7 @@ def check_augmentation(config: RunConfig, index: Index) -> None:
 
 
 def eval_loader(config: RunConfig, index: Index, world: World) -> Batches:
-    """Make the iterator of this process's share of an evaluation on the split of ``index``.
-
-    Raises:
-        UserError: data.device=gpu is set but the model runs on the CPU.
-    """
+    """Make the iterator of this process's share of an evaluation on the split of ``index``."""
     ids = list(evaluation_batches(len(index), config.batch.eval, world.rank, world.world_size))
     # Transforms apply to training samples only.
     without = config.model_copy(

@@ -108,9 +108,6 @@ def centre_crop(heights: _Ints, widths: _Ints, resize: int, crop: int) -> tuple[
 
     Returns:
         (B, 2): height and width to resize to; (B, 2): row and column of the crop's first pixel.
-
-    Raises:
-        UserError: The crop is larger than the resized image, which torchvision would pad.
     """
     if crop > resize:
         raise UserError(
@@ -359,11 +356,7 @@ def register_transform(
 
 
 def transforms_called(names: Sequence[str]) -> tuple[Transform, ...]:
-    """Return the transforms of some names.
-
-    Raises:
-        UserError: A name is not registered, or listed twice.
-    """
+    """Return the transforms of some names."""
     repeated = [name for name, times in Counter(names).items() if times > 1]
     if repeated:
         # Both would get the same random numbers.

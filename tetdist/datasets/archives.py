@@ -62,12 +62,7 @@ class Samples(NamedTuple):
 
 
 def members(tar: ByteRange) -> Iterator[Member]:
-    """Yield every regular file of a tar, in its order, without those whose name begins with a dot.
-
-    Raises:
-        UserError: It is compressed, cut off or damaged, or holds what never belongs in a data set:
-            a link, a device, a sparse file, a name that leaves the folder.
-    """
+    """Yield every regular file of a tar in its order, except those whose name begins with a dot."""
     with Path(tar.file).open("rb") as file:
         end = file.seek(0, io.SEEK_END) if tar.size is None else tar.offset + tar.size
         file.seek(tar.offset)
@@ -120,9 +115,6 @@ def shard_samples(file: Path) -> Samples:
 
     A key is a member's path up to the first dot of its name. KEY.cls holds the label as a decimal
     number, KEY.json an object with the number as "label" or "cls".
-
-    Raises:
-        UserError: See `members`; or a member comes twice.
     """
     groups: dict[str, dict[str, Member]] = defaultdict(dict)
     for member in members(ByteRange(str(file))):
@@ -172,11 +164,7 @@ def _label(file: Path, parts: Mapping[str, Member]) -> int | str:
 
 
 def class_tars(file: Path) -> dict[str, ByteRange]:
-    """Find the tars in the official training tar, by class.
-
-    Raises:
-        UserError: See `members`; or it holds anything else.
-    """
+    """Find the tars in the official training tar, by class."""
     found = {}
     for member in members(ByteRange(str(file))):
         path = PurePosixPath(member.name)
@@ -212,9 +200,6 @@ def validation_labels(file: Path, names: list[str]) -> tuple[tuple[str, ...], di
 
     Returns:
         All classes, sorted; and the id of each name that has one.
-
-    Raises:
-        UserError: The file is neither, or its number of labels is not that of the images.
     """
     if file.name.endswith((".tar.gz", ".tgz", ".tar")):
         classes, ids = _devkit_labels(file)

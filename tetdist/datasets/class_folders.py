@@ -44,12 +44,7 @@ class PassedOver:
 
 
 def list_classes(root: str | Path, split: str) -> tuple[str, ...]:
-    """Return the sorted class names of a split in class folders, without hidden ones.
-
-    Raises:
-        UserError: The split's folder is missing, or holds no class folder, or a training split
-            holds fewer than two.
-    """
+    """Return the sorted class names of a split in class folders, without hidden ones."""
     folder = Path(root, split)
     if not Path(root).is_dir():
         raise UserError(f"there is no data folder {root}; give one with train/ and val/")
@@ -66,11 +61,7 @@ def list_classes(root: str | Path, split: str) -> tuple[str, ...]:
 
 
 def list_class(folder: Path, kind: Kind) -> tuple[list[str], list[str]]:
-    """List the names of a class folder's samples, and of its other files, without hidden ones.
-
-    Raises:
-        UserError: It holds a folder.
-    """
+    """List the names of a class folder's samples, and of its other files, without hidden ones."""
     folders = names_in(folder, is_folder)
     if folders:
         raise UserError(

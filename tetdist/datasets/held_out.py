@@ -30,9 +30,6 @@ def divide(
     Args:
         share: Fraction that is held out, above 0 and below 1.
         recordings: (N,) recording that each sample belongs to; None: each sample is a recording.
-
-    Raises:
-        UserError: A class has too few samples for both parts.
     """
     units = np.arange(len(index))
     if recordings is not None:

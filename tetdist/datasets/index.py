@@ -143,11 +143,7 @@ def save_index(index: Index, file: str | Path) -> None:
 
 
 def load_index(file: str | Path) -> Index:
-    """Read an index written by `save_index`.
-
-    Raises:
-        UserError: The file is missing, damaged, or of another version of the format.
-    """
+    """Read an index written by `save_index`."""
     file = Path(file)
     # The default place is <root>/index/<split>.npz; elsewhere the root is unknown.
     command = (
@@ -225,9 +221,6 @@ def index_listing(
 
     Returns:
         The index of the good samples, and the bad ones in order.
-
-    Raises:
-        UserError: A worker dies.
     """
     what = root, listing.byte_ranges, workers, progress
     if listing.kind == "events":

@@ -111,10 +111,6 @@ def list_split(
     Args:
         workers: Number of processes that read tar files.
         progress: Called with the number of tar files read and of all.
-
-    Raises:
-        UserError: The split is missing, incomplete or damaged, a class has no sample, or there are
-            too few classes.
     """
     root, hints = Path(root), hints or Hints()
     if not root.is_dir():
@@ -150,11 +146,7 @@ def default_splits(root: Path) -> tuple[str, ...]:
 
 
 def check_splits(root: Path, splits: Sequence[str]) -> None:
-    """Refuse to index a training split with an evaluation split that training would not find.
-
-    Raises:
-        UserError: The evaluation split is not called "val".
-    """
+    """Refuse to index a training split with an evaluation split that training would not find."""
     others = [split for split in splits if is_held_out(split)]
     if "train" in splits and others and "val" not in splits and not _is_there(root, "val"):
         name, link = shlex.quote(others[0]), shlex.quote(str(root / "val"))
@@ -174,11 +166,7 @@ def _is_there(root: Path, split: str) -> bool:
 
 
 def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
-    """Check that a label means the same in several splits.
-
-    Raises:
-        UserError: They differ; it names the first difference.
-    """
+    """Check that a label means the same in several splits."""
     (first, expected), *others = classes.items()
     for split, names in others:
         if names != expected:

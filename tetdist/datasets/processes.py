@@ -41,11 +41,7 @@ def run_tasks(
     workers: int,
     progress: ReportProgress | None = None,
 ) -> Iterator[_Result]:
-    """Yield the results of `work(task)`, in order; one worker or task runs in this process.
-
-    Raises:
-        UserError: A worker, or the process that starts them, dies.
-    """
+    """Yield the results of `work(task)`, in order; one worker or task runs in this process."""
     for done, result in enumerate(_results(work, tasks, workers), 1):
         if progress is not None:
             progress(done, len(tasks))

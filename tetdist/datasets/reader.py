@@ -30,11 +30,7 @@ class SampleReader:
         self._kept: dict[str, int] = {}
 
     def read(self, i: int) -> npt.NDArray[np.uint8]:
-        """Read all bytes of sample `i`: (size,).
-
-        Raises:
-            UserError: They cannot be read, or their number differs from the index.
-        """
+        """Read all bytes of sample `i`: (size,)."""
         byte_range = self._index.byte_range(i)
         try:
             descriptor, is_kept = self._opened(byte_range.file)

@@ -10,11 +10,7 @@ DATASET_FILE, RECORDS_FILE = "dataset.json", "recordings.jsonl"
 
 
 def description(root: str | Path) -> dict[str, Any] | None:
-    """Read a data root's dataset.json; None if there is none.
-
-    Raises:
-        UserError: The file is damaged.
-    """
+    """Read a data root's dataset.json; None if there is none."""
     file = Path(root, DATASET_FILE)
     if not file.is_file():
         return None
@@ -31,9 +27,6 @@ def recordings_of(root: str | Path) -> dict[str, str] | None:
     """Return the recording that each tensor of a data root, CLASS/NAME, was cut from.
 
     None if tetdist has not made the data root; each tensor then counts as a recording.
-
-    Raises:
-        UserError: The file of recordings is missing or damaged.
     """
     if description(root) is None:
         return None
@@ -49,21 +42,13 @@ def recordings_of(root: str | Path) -> dict[str, str] | None:
 
 
 def recorded_split(root: str | Path) -> str | None:
-    """Return the name of the split in a data root's dataset.json; None if there is none.
-
-    Raises:
-        UserError: Its dataset.json is damaged.
-    """
+    """Return the name of the split in a data root's dataset.json; None if there is none."""
     found = description(root)
     return found["split"] if found else None
 
 
 def binning(root: str | Path) -> dict[str, Any] | None:
-    """Return the parameters with which a data root's events were binned; None: unknown.
-
-    Raises:
-        UserError: Its dataset.json is damaged.
-    """
+    """Return the parameters with which a data root's events were binned; None: unknown."""
     found = description(root) or {}
     sensor = {"sensor": found["sensor"]} if "sensor" in found else {}
     return found["parameters"] | sensor if "parameters" in found else None

@@ -65,11 +65,7 @@ def _thinned(counts: Tensor, fraction: float, seed: int, sample: int) -> Tensor:
 
 
 def check_takes_frames(model: SpikingNetwork) -> None:
-    """Check that a network can take frames; see `taking_frames`.
-
-    Raises:
-        UserError: The network cannot take a different image at each timestep.
-    """
+    """Check that a network can take frames; see `taking_frames`."""
     if model.input_kind != "events" and not isinstance(model, SpikingNetwork):
         raise UserError(
             "--drop-timesteps shows an image network a different image at each timestep, which "

@@ -141,9 +141,6 @@ def run_suite(
     Returns:
         Everything in `Evaluation` and more; ``operations`` is None if they cannot be counted;
         ``chosen_exit`` is present if ``exit_choice`` is given.
-
-    Raises:
-        UserError: The network does not support this evaluation.
     """
     model, world = evaluator.model, evaluator.world
     if drop_timesteps:

@@ -103,9 +103,6 @@ def unrolled(model: nn.Module) -> Iterator[dict[str, int]]:
     Yields:
         Maximum number of sub-timesteps in a timestep, by layer, without layers whose inputs were
         real numbers; filled at the end.
-
-    Raises:
-        UserError: Some neurons do not fire, or are not tetdist's.
     """
     neurons = neurons_of(model)
     if not neurons or any(neuron.levels is None for neuron in neurons):

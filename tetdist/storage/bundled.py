@@ -26,9 +26,6 @@ def folder(name: str) -> Path:
 
     Args:
         name: ``tetdist:NAME``.
-
-    Raises:
-        UserError: There is no such network.
     """
     if name not in names():
         raise UserError(

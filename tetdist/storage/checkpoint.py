@@ -197,9 +197,6 @@ def newest(folder: Path) -> Checkpoint | None:
 
     Returns:
         None if there is no checkpoint at all.
-
-    Raises:
-        UserError: All checkpoints are damaged.
     """
     paths = _all(folder)[::-1]
     for path in paths:
@@ -365,11 +362,7 @@ def write_model_file(path: Path, weights: dict[str, Tensor], description: Descri
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Load weights into a model; keys and shapes must match exactly.
-
-    Raises:
-        UserError: They are of another model; the text names the differences.
-    """
+    """Load weights into a model; keys and shapes must match exactly."""
     own = model.state_dict()
     problems = [f"{key} is missing" for key in own.keys() - weights.keys()]
     problems += [f"{key} is not in the model" for key in weights.keys() - own.keys()]

@@ -128,11 +128,7 @@ def read_text(path: Path) -> str:
 
 
 def checkpoint_at(pointer: Path) -> Path:
-    """Return the checkpoint named in the file ``last``, ``best`` or ``best-ema``.
-
-    Raises:
-        UserError: The file is damaged.
-    """
+    """Return the checkpoint named in the file ``last``, ``best`` or ``best-ema``."""
     name = pointer.read_text(errors="replace").strip()
     if not re.fullmatch(r"step-\d+(\.\d+)?", name):
         raise UserError(
@@ -156,11 +152,7 @@ def _is_pipe_or_device(path: Path) -> bool:
 
 
 def check_writable(flag: str, file: Path) -> None:
-    """Refuse an output file that cannot be written, before the work begins.
-
-    Raises:
-        UserError: It is a folder, or the user has no permission to write there.
-    """
+    """Refuse an output file that cannot be written, before the work begins."""
     try:
         if _is_pipe_or_device(file):
             writable = os.access(file, os.W_OK)
@@ -231,11 +223,7 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Make a folder, lock it against other writers, and remove temporary files of killed ones.
-
-    Raises:
-        UserError: Another process is writing there.
-    """
+    """Make a folder, lock it against other writers, and remove temporary files of killed ones."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with locked(folder, wait=False):
@@ -248,11 +236,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Check that `needed` bytes fit on the disk of a folder.
-
-    Raises:
-        UserError: They do not.
-    """
+    """Check that `needed` bytes fit on the disk of a folder."""
     free = shutil.disk_usage(folder).free
     in_mb = f"{needed / 1e6:,.1f} MB, but its disk has {free / 1e6:,.1f} MB free"
     if free < needed:

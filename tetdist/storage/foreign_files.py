@@ -20,11 +20,7 @@ _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "best_net")
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Read the state dict of an untrusted file, .safetensors or torch's, without executing code.
-
-    Raises:
-        UserError: It cannot be read safely, or holds no state dict.
-    """
+    """Read the state dict of an untrusted file, .safetensors or torch's, without executing code."""
     try:
         content = _load(path)
     except FileNotFoundError:

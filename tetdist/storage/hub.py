@@ -91,9 +91,6 @@ def names_checked(name: str) -> Iterator[None]:
     """Refuse responses of a hub that would make huggingface_hub write outside its cache.
 
     huggingface_hub uses a response's ETag and commit as names of files and folders.
-
-    Raises:
-        UserError: One of them is no valid name.
     """
     from huggingface_hub import constants, file_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -184,11 +181,7 @@ def _endpoint() -> str:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turn exceptions of huggingface_hub into a `UserError`, and silence its warnings.
-
-    Raises:
-        UserError: huggingface_hub has raised an exception.
-    """
+    """Turn exceptions of huggingface_hub into a `UserError`, and silence its warnings."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,

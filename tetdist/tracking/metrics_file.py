@@ -40,9 +40,6 @@ def lines_of(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]
 
     Yields:
         Start of the next line, in bytes, and the contents of this one.
-
-    Raises:
-        UserError: A line is damaged.
     """
     with path.open("rb") as file:
         file.seek(offset)
@@ -54,11 +51,7 @@ def lines_of(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]
 
 
 def from_end(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of `read_metrics` from the last one on, reading only as far as needed.
-
-    Raises:
-        UserError: A line is damaged.
-    """
+    """Yield the lines of `read_metrics` from the last one on, reading only as far as needed."""
     with path.open("rb") as file:
         offset = file.seek(0, os.SEEK_END)
         end, rest, is_whole = offset + 1, b"", False

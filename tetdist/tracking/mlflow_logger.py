@@ -383,9 +383,6 @@ def find_run(run_dir: Path, uri: str) -> Any:
     """Return the MLflow run of a run's folder; None if MLflow does not have it.
 
     Its status is FINISHED only if MLflow has all of its points.
-
-    Raises:
-        UserError: MLflow does not answer.
     """
     try:
         return _known_run(new_client(uri), run_dir)

@@ -30,9 +30,6 @@ def check_store(uri: str) -> None:
 
     Args:
         uri: The tracking URI of a configuration.
-
-    Raises:
-        UserError: It cannot; the text says what to do.
     """
     address = urlsplit(uri)
     shown = without_passwords(uri)

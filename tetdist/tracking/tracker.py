@@ -33,10 +33,6 @@ class Tracker:
                 Metrics after ``resume_step`` are removed, because those steps are computed again.
             destination: The run's place in MLflow; None: no MLflow.
             trackers: Names in `TRACKERS` of trackers besides MLflow.
-
-        Raises:
-            UserError: A new run finds the file of another, a line of the file is damaged, MLflow is
-                not installed, or a tracker does not exist.
         """
         self.path = run.folder / "metrics.jsonl"
         self._resume_step = run.resume_step

@@ -102,11 +102,7 @@ TRACKERS: Registry[MakesTracker] = Registry("tracker", "tracking.trackers")
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Check that trackers of these names exist, even if they cannot be used here.
-
-    Raises:
-        UserError: One does not exist.
-    """
+    """Check that trackers of these names exist, even if they cannot be used here."""
     for name in names:
         if name == "mlflow" and name not in TRACKERS:
             raise UserError(
@@ -117,22 +113,14 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def check_tracker(name: str) -> None:
-    """Check that a tracker exists and can be used here.
-
-    Raises:
-        UserError: It does not exist, or cannot be used.
-    """
+    """Check that a tracker exists and can be used here."""
     check = getattr(TRACKERS[name], "check", None)
     if check is not None:
         check()
 
 
 def require_package(tracker: str, package: str) -> None:
-    """Check that a tracker's package is installed, without importing it.
-
-    Raises:
-        UserError: It is not installed; the text says how to install it.
-    """
+    """Check that a tracker's package is installed, without importing it."""
     if importlib.util.find_spec(package) is None:
         missing = sentence(ModuleNotFoundError(name=package))
         raise UserError(f"tracking.trackers: {tracker}: {missing}, or leave {tracker} out")

@@ -34,11 +34,7 @@ class WeightsAndBiases:
 
     @staticmethod
     def check() -> None:
-        """Check that W&B works without a prompt at the terminal.
-
-        Raises:
-            UserError: It is not installed, or not logged in.
-        """
+        """Check that W&B works without a prompt at the terminal."""
         require_package("wandb", "wandb")
         import wandb
 

@@ -98,11 +98,7 @@ class Prepared:
 
 
 def prepare(config: RunConfig, world: World) -> Prepared:
-    """Open data and build the model, on every process.
-
-    Raises:
-        UserError: Device, data, model and phases do not fit together.
-    """
+    """Open data and build the model, on every process."""
     prepared = world.run_on_all(lambda: _prepare(config, world))
     if config.execution == "fused":
         world.run_on_all(lambda: choose_kernels(world))

@@ -26,9 +26,6 @@ class RunFolder:
     """``runs/NAME``: configuration, environment, metrics, checkpoints and plots of one run.
 
     Every process of the run opens it; rank 0 writes to it and keeps it locked.
-
-    Raises:
-        UserError: The folder belongs to another run, is in use, or does not match ``resume``.
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
@@ -135,11 +132,7 @@ class RunFolder:
 
 
 def is_trained(config: RunConfig) -> bool:
-    """Return whether the run has finished and its last checkpoint is of the last step.
-
-    Raises:
-        UserError: A line of its metrics is damaged.
-    """
+    """Return whether the run has finished and its last checkpoint is of the last step."""
     file = config.run_dir / "metrics.jsonl"
     lines = metrics_file.from_end(file) if file.exists() else ()
     last = next((line for line in lines if line["kind"] == "val"), None)

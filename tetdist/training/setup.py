@@ -25,11 +25,7 @@ from tetdist.training.engines.clipping import Clipping
 
 def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
     """Return the indexes of the training and evaluation samples, checked against the files and each
-    other: two splits, or two parts of the training split (`held_out`).
-
-    Raises:
-        UserError: Data is missing, outdated or does not match the configuration.
-    """
+    other: two splits, or two parts of the training split (`held_out`)."""
     evaluated_split(config)  # so that planning a run reports damage, too
     train = open_split(config, "train", world)
     if config.data.held_out:
@@ -77,21 +73,13 @@ def _recordings(config: RunConfig, index: Index) -> list[str] | None:
 
 def evaluated_split(config: RunConfig) -> str | None:
     """Return the name of the evaluated samples: one of several splits of the data set, or a
-    held-out part of training; None for the only validation split.
-
-    Raises:
-        UserError: The data's dataset.json is damaged.
-    """
+    held-out part of training; None for the only validation split."""
     recorded, share = recorded_split.recorded_split(config.data.root), config.data.held_out
     return held_out.name(share, config.seed, recorded) if share else recorded
 
 
 def open_split(config: RunConfig, split: str, world: World) -> Index:
-    """Return the index of one split, checked against its files.
-
-    Raises:
-        UserError: It is missing, outdated or does not match the configuration.
-    """
+    """Return the index of one split, checked against its files."""
     root = Path(config.data.root)
     if not root.is_dir():
         raise UserError(
@@ -121,12 +109,7 @@ def make_model(
     config: RunConfig, index: Index, load: Callable[[SpikingNetwork], None] | None = None
 ) -> SpikingNetwork:
     """Return the configured model for the data of ``index``, initialised, at the first phase's
-    largest T; ``load`` loads weights into it.
-
-    Raises:
-        UserError: ``model.arguments`` does not fit the model or the data; or the model, with these
-            weights, mixes samples.
-    """
+    largest T; ``load`` loads weights into it."""
     section = config.model
     image_sizes = _image_sizes(config, index)
     model = section.build(
@@ -187,9 +170,6 @@ def load_model(
         weights: Tensors under the names of the model's state.
         source: File or folder that the weights were read from.
         world: The processes.
-
-    Raises:
-        UserError: The weights or the configuration do not fit the model.
     """
     model = world.run_on_all(
         lambda: make_model(config, index, lambda m: checkpoint.load_weights(m, weights, source))
@@ -206,9 +186,6 @@ def choose_kernels(world: World) -> None:
 
     They round differently from the definition, which replaces them where they cannot be compiled.
     If that happens on all processes, a warning is logged once and the run goes on, slower.
-
-    Raises:
-        UserError: It happens on some processes only.
     """
 
     def gather(reason: str | None) -> list[str | None]:

@@ -157,11 +157,7 @@ def _describe(
 
 
 def begin(run: Prepared) -> Teacher | None:
-    """Load the teacher of a new run; see `teacher_again`.
-
-    Raises:
-        UserError: It is missing or does not fit the run.
-    """
+    """Load the teacher of a new run; see `teacher_again`."""
     if resumes(run.config):
         return None
     return Teacher.of(run.config, run.train, run.world.device)

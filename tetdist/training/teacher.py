@@ -35,9 +35,6 @@ class Teacher:
         config: The student's configuration; ``loss.distillation.teacher`` is set.
         index: Index of the student's data.
         device: Device of the teacher.
-
-    Raises:
-        UserError: There is no such teacher, or it does not fit the student's data.
     """
 
     def __init__(self, config: RunConfig, index: Index, device: torch.device) -> None:

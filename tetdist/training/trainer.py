@@ -42,11 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One run on this process, resumed from its newest checkpoint or started.
-
-    Raises:
-        UserError: Data, checkpoint or run folder do not match the configuration.
-    """
+    """One run on this process, resumed from its newest checkpoint or started."""
 
     def __init__(self, config: RunConfig, world: World, stop: StopRequest, watch: Watch) -> None:
         self.config, self.world, self.stop, self.watch = config, world, stop, watch

@@ -16,9 +16,6 @@ class Clipping:
     Args:
         config: Configuration of the run.
         model: The model whose gradients are clipped.
-
-    Raises:
-        UserError: The mode needs the classifier, and the model has no get_classifier().
     """
 
     def __init__(self, config: RunConfig, model: nn.Module) -> None:
@@ -47,11 +44,7 @@ class Clipping:
 
 
 def _below_classifier(model: nn.Module) -> list[nn.Parameter]:
-    """Return all parameters except the classifier's, which the paper does not clip.
-
-    Raises:
-        UserError: The model has no get_classifier().
-    """
+    """Return all parameters except the classifier's, which the paper does not clip."""
     try:
         classifier: nn.Module = model.get_classifier()  # type: ignore[operator]  # timm's method
     except (AttributeError, UserError) as error:

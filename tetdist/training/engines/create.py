@@ -16,9 +16,5 @@ ENGINES: dict[tuple[str, int], Callable[[EngineParts], Engine]] = {
 
 
 def make_engine(parts: EngineParts) -> Engine:
-    """Make the configured engine for one phase.
-
-    Raises:
-        UserError: DeepSpeed is not installed.
-    """
+    """Make the configured engine for one phase."""
     return ENGINES[parts.config.engine, parts.config.zero_stage](parts)
