@@ -123,12 +123,7 @@ def _file_of(module: str) -> str:
 
 @dataclass(frozen=True)
 class Imported:
-    """A file that was imported.
-
-    Attributes:
-        path: Its place.
-        sha256: Checksum of its bytes, in hexadecimal.
-    """
+    """A file that was imported."""
 
     path: Path
     sha256: str

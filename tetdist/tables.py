@@ -15,8 +15,6 @@ def markdown(head: Row, rows: Sequence[Row], *, numbers: bool = False, tight: bo
     """Make a table in Markdown.
 
     Args:
-        head: The titles of the columns.
-        rows: The cells below them.
         numbers: Align all columns except the first to the right.
         tight: Write the rule below the head without spaces, as in MLflow's notes.
     """
@@ -33,7 +31,6 @@ def aligned(rows: Sequence[Row], right: Sequence[int] = ()) -> str:
 
     Args:
         rows: The cells, with any head as the first row.
-        right: Numbers of the columns to align to the right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

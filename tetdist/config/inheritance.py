@@ -20,7 +20,6 @@ def read_layers(
     """Read a file, and what it inherits from its ``base``.
 
     Args:
-        path: The file.
         find: Finds a ``base`` by its name and the folder of the file that names it.
         above: The files that inherit from this one.
 
@@ -118,7 +117,6 @@ def annotated(text: str, origins: Mapping[str, str], unread: Mapping[str, str]) 
     """Add a comment behind each value of a YAML: its origin, and why it has no effect if so.
 
     Args:
-        text: The configuration.
         origins: Origin of each dotted key, from `read_layers`.
         unread: Settings that disable a key or section, by its dotted key.
     """

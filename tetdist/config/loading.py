@@ -111,7 +111,6 @@ def parse(
     Nothing is imported: the user's files must be imported before.
 
     Args:
-        raw: The configuration.
         source: File of the configuration, as errors name it.
         warn: Warn of keys without effect.
         overrides: Overrides that were applied; errors name one in place of ``source`` if the

@@ -27,15 +27,7 @@ def sentences(
     overrides: Sequence[str] = (),
     origins: Mapping[str, str] | None = None,
 ) -> str:
-    """Return all mistakes in a configuration as one message.
-
-    Args:
-        error: pydantic's error.
-        source: File of the configuration, as the message names it.
-        overrides: Overrides that were applied; the message names one in place of the file if the
-            mistake is in it.
-        origins: Files of the values, by dotted key, if not all are from ``source``.
-    """
+    """Return all mistakes in a configuration as one message."""
     found = innermost([united(one) for outer in error.errors() for one in _opened(outer)])
     problems_by_origin: dict[str, list[str]] = {}
     for one in found:

@@ -322,7 +322,6 @@ class Transform:
     """A user's transform of finished training samples.
 
     Attributes:
-        name: Its name in data.transforms.
         function: Takes a sample in float32, (3, H, W) after normalisation or the frames
             (T, 2, H, W) of events, and its draws; returns a sample of the same shape.
     """

@@ -38,8 +38,6 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
 
     Args:
         model: The network, called with ``per_timestep=True``; its mode is restored.
-        images: A batch as the model takes it, on its device.
-        precision: Precision of the forward pass, see precision.py.
     """
     fractions: dict[str, list[float]] = {}
     fires: dict[str, float] = {}

@@ -27,9 +27,6 @@ def without_timesteps(
 
     Args:
         batches: Images (B, C, H, W), or event frames (B, T or more, C, H, W).
-        fraction: A probability.
-        timesteps: T.
-        seed: Seed of the choice.
 
     Yields:
         Batches of frames (B, T, C, H, W); see `taking_frames`.
@@ -47,8 +44,6 @@ def without_events(batches: Iterable[Batch], fraction: float, seed: int) -> Iter
 
     Args:
         batches: Numbers of events, (B, T, 2, H, W).
-        fraction: A probability.
-        seed: Seed of the choice.
     """
     for batch in batches:
         frames = [

@@ -128,13 +128,11 @@ def run_suite(
     The result is the same on every process.
 
     Args:
-        evaluator: The network, the split and the processes.
         timesteps: All requested T, rising; only ``per_timestep_*`` cover all of them.
         headline: T of all other results, one of ``timesteps``; None: the last. The model keeps it.
         unroll: Run the unchanged evaluation in sub-timesteps of binary spikes, see unrolling.py.
         drop_timesteps: Shares of timesteps, see `without_timesteps`.
         drop_events: Shares of events, see `without_events`; the frames must be numbers of events.
-        seed: Seed of the choice of dropped parts.
         also: Called with each batch of the unchanged evaluation, see `evaluate`.
         exit_choice: A threshold of early exit, for a causal network.
 

@@ -28,7 +28,6 @@ class _Layer:
     """A convolution or linear layer that sees only spikes of 0 and 1 and adds up its results.
 
     Args:
-        module: The layer.
         latest: The neurons before it. Its inputs are spikes if they are multiples of one neuron's
             output value, or means of four.
     """
@@ -96,9 +95,6 @@ def unrolled(model: nn.Module) -> Iterator[dict[str, int]]:
     """Make layers of synapses see only spikes of 0 and 1, one sub-timestep after another.
 
     The first layer sees the network's unchanged input.
-
-    Args:
-        model: A network of tetdist's, in evaluation mode.
 
     Yields:
         Maximum number of sub-timesteps in a timestep, by layer, without layers whose inputs were

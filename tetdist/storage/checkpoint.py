@@ -53,8 +53,6 @@ class Description(BaseModel):
     Attributes:
         config: The configuration as plain values, unchecked until it is parsed.
         classes: Class names, in order; None: known by number only.
-        timesteps: T.
-        step: Optimiser steps done.
         validation: Accuracy in percent of exactly these weights; None: not measured.
         imports: Checksums of the user's files that it needs, by name.
         converted: The ``file`` of converted weights, and the library they come ``from``.
@@ -84,8 +82,6 @@ class Average:
     """A moving average of the weights, stored in the same checkpoint.
 
     Attributes:
-        weights: Weights by their names in the model's state.
-        description: Header of these weights, with their own accuracy.
         best: True if it is the best average so far.
     """
 
@@ -99,10 +95,8 @@ class Checkpoint:
     """A verified checkpoint in memory.
 
     Attributes:
-        path: Folder of the checkpoint.
         state: The trainer's state: step, accumulated metrics, best result, ...
         model: Model state, on the CPU.
-        optimizer: The optimiser's ``state_dict``.
         average: The moving average of the model's state, if any.
     """
 
@@ -128,13 +122,9 @@ def save(
 
     Args:
         folder: The run's ``checkpoints`` folder.
-        model: Model of model.safetensors.
-        optimizer: The optimiser's ``state_dict``, for optimizer.pt.
-        description: Header of model.safetensors.
         state: JSON values.
         keep_last: Number of newest checkpoints to keep, besides the best ones.
         best: True if this is the best one so far.
-        average: Contents of ema.safetensors.
 
     Returns:
         The checkpoint's folder.
@@ -345,8 +335,6 @@ def write_model_file(path: Path, weights: dict[str, Tensor], description: Descri
 
     Args:
         path: The file, which is replaced if it exists.
-        weights: A model's state.
-        description: Header of the file.
 
     Raises:
         UserError: It could not be written.

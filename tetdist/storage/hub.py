@@ -139,9 +139,7 @@ def push(folder: Path, repo: str, *, private: bool, message: str) -> Pushed:
 
     Args:
         folder: Folder of the files, which are then the only ones in the repository.
-        repo: ``ORG/NAME``.
         private: Make a new repository private; an existing one keeps its setting.
-        message: Message of the commit.
 
     Raises:
         UserError: The repository holds other files, or it cannot be written to.

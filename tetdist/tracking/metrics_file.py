@@ -35,7 +35,6 @@ def lines_of(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]
     Non-finite values are floats again; an incomplete last line is left out.
 
     Args:
-        path: The file.
         offset: Start of the first line, in bytes.
 
     Yields:

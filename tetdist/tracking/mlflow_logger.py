@@ -76,10 +76,6 @@ class MLflow:
 
     The training thread only sets `tags`, `artifacts`, `model` and `phase`; the tracker's thread
     only reads them. Single operations on a dict are atomic, hence no locks.
-
-    Args:
-        destination: The run's place in MLflow.
-        run: The run.
     """
 
     from_first_line: ClassVar[bool] = True
@@ -123,9 +119,6 @@ class _Receiver:
     """A run in MLflow: the points that it has, and those to be sent.
 
     Args:
-        client: MLflow's client.
-        run: MLflow's entity.
-        tracked: The tracked run.
         params: Parameters of `run`; MLflow does not let existing ones change.
     """
 
@@ -402,10 +395,6 @@ def announce(
     The run is made if missing; the training process will find and use it.
 
     Args:
-        run_dir: The run's existing folder.
-        run_name: The run's name.
-        destination: The run's place in MLflow.
-        tags: Further tags.
         status: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED; None: unchanged.
 
     Returns:
@@ -562,7 +551,6 @@ def ui_command(tracking_uri: str, run_id: str | None = None) -> str:
     MLflow listens on 127.0.0.1:5000 by default, so it is not exposed to the network.
 
     Args:
-        tracking_uri: The store's URI.
         run_id: Run whose page on a server to return.
     """
     shown = without_passwords(tracking_uri)

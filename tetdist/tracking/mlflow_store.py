@@ -26,11 +26,7 @@ _MOST_BYTES_READ = 64 * 2**20
 
 
 def check_store(uri: str) -> None:
-    """Check that MLflow can keep runs at an address, without contacting a server.
-
-    Args:
-        uri: The tracking URI of a configuration.
-    """
+    """Check that MLflow can keep runs at an address, without contacting a server."""
     address = urlsplit(uri)
     shown = without_passwords(uri)
     if shown != uri:

@@ -19,8 +19,6 @@ class RunProgress:
 
     Args:
         step, last_step: Optimiser steps done, and in all.
-        steps_per_epoch: Optimiser steps per epoch.
-        global_batch: Samples per step.
         work: Returns the training images times T of the first steps; time left counts them.
         phases: Number of the run's phases; lines name the current one of several.
         settle: Waits for the device, which may lag behind the host by some steps.

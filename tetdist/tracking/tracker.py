@@ -31,7 +31,6 @@ class Tracker:
         Args:
             run: The run. MLflow does not let parameters of an earlier start change, only tags.
                 Metrics after ``resume_step`` are removed, because those steps are computed again.
-            destination: The run's place in MLflow; None: no MLflow.
             trackers: Names in `TRACKERS` of trackers besides MLflow.
         """
         self.path = run.folder / "metrics.jsonl"
@@ -118,11 +117,6 @@ class Tracker:
         """Register an announced artifact as the next version of a model in MLflow.
 
         The same artifact of the same run is registered only once.
-
-        Args:
-            path: The artifact.
-            name: Name of the model.
-            description: Description of this version, in Markdown.
         """
         if self._mlflow is not None:
             self._mlflow.model = path, name, description
@@ -142,7 +136,6 @@ class Tracker:
 
         Args:
             status: The run's new state. "RUNNING" is for a run that continues in another process.
-            timeout: Seconds to wait for each tracker.
         """
         self._file.close()
         complete = [thread.close(status, timeout) for thread in self._threads]

@@ -37,11 +37,8 @@ class Dataset:
     """A split of the data, as MLflow's pages show it.
 
     Attributes:
-        name: Name of the data and the split.
         digest: Fingerprint of its content, in at most 36 characters.
-        source: Place of the data.
         context: "training" or "validation".
-        profile: Sizes, by name.
     """
 
     name: str
@@ -57,14 +54,11 @@ class TrackedRun:
 
     Attributes:
         folder: The run's existing folder.
-        name: The run's name.
         params: The resolved configuration, flattened to dotted keys.
-        tags: Further facts, such as the commit.
         resume_step: Step at which the run resumes; None: it is new. Later steps are computed and
             sent again.
         phases: The configuration of each phase, flattened, with its `timesteps`. If there are
             several, MLflow shows each as a child run.
-        datasets: Data of training and evaluation.
         note: A description in Markdown.
     """
 
@@ -130,8 +124,6 @@ class TrackerThread:
     """A thread that sends a tracker the lines of metrics.jsonl, and retries after an error.
 
     Args:
-        name: The tracker's name, in messages and of its progress file.
-        make: Makes the tracker.
         file: metrics.jsonl, of this run up to ``run.resume_step``.
         run: The run, as the tracker gets it.
     """
@@ -208,10 +200,6 @@ class TrackerThread:
 
     def close(self, status: Status, timeout: float) -> bool:
         """Send the remaining lines to the tracker, and close it.
-
-        Args:
-            status: The run's new state.
-            timeout: Seconds to wait.
 
         Returns:
             True if it has everything.

@@ -33,7 +33,6 @@ class WeightAverage:
 
     Args:
         model: The model; the average starts from its present weights.
-        section: Section ``ema``; its decay is set.
     """
 
     def __init__(self, model: nn.Module, section: EmaSection) -> None:

@@ -21,8 +21,6 @@ class Evaluated(NamedTuple):
 
     Attributes:
         kind: WEIGHTS or AVERAGE.
-        values: Values of its line of metrics.
-        first: The first batch.
         is_best: True if it is the best of its kind so far.
     """
 
@@ -44,8 +42,6 @@ class Evaluations:
         result: Last and best top-1; stored in checkpoints.
 
     Args:
-        run: The run: model and validation data.
-        average: The moving average of the weights.
         stop: See `evaluate`.
         progress: Called with this process's number of evaluated samples, and their total.
     """

@@ -20,7 +20,6 @@ class Feed:
         waited: Seconds spent waiting for data so far.
 
     Args:
-        run: The run: data, model and processes.
         on_batch: Called with the step (from 1) and each batch before mixing.
     """
 

@@ -30,7 +30,6 @@ class NonFiniteSteps:
     All processes have the same count, since they agree about each step.
 
     Args:
-        device: Device on which the steps run.
         limit: Number of such steps in a row that ends the run.
     """
 
@@ -70,10 +69,7 @@ class NonFiniteSteps:
         """End a run that had too many such steps in a row.
 
         Args:
-            lr: Learning rate of the step that reached the limit.
             reports: Each rank's examination of that step; None if everything was finite.
-            saved_step: Step of the last checkpoint.
-            checkpoints: Folder of the checkpoints.
 
         Raises:
             UserError: Always.
@@ -110,7 +106,6 @@ class Examination:
     """One process's findings for the samples of one step.
 
     Attributes:
-        losses: Loss of each micro-batch.
         first: First layer with a non-finite output, or None.
         gradients: Layers sorted by the norm of their gradient, largest (or not finite) first.
         weights: Layers sorted by the norm of their weights, largest (or not finite) first.
@@ -148,7 +143,6 @@ def examine(
     Args:
         model: The model, in training mode; only pending statistics change.
         batches: Images and labels of each micro-batch of this process.
-        loss: Function of images and labels.
     """
     first: str | None = None
 

@@ -12,7 +12,6 @@ def compute_loss(
     """Compute the configured loss, ().
 
     Args:
-        settings: The section ``loss`` of the configuration.
         logits: Output before softmax at each timestep, (T, B, K).
         targets: Class numbers, (B,), int64, or fractions of the classes, (B, K).
         teacher_logits: Logits of the teacher, (B, K), if there is one.

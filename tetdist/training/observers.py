@@ -23,8 +23,6 @@ class Watched:
     """A run as passed to its observers at the start.
 
     Attributes:
-        run: The trained run.
-        tracker: Tracker that takes artifacts and writes the metrics.
         step: Optimiser steps done before this start.
         finished: True if nothing is left to do.
     """

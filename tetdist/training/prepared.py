@@ -30,12 +30,8 @@ class Prepared:
     """Everything about a run that does not change between its steps.
 
     Attributes:
-        config, world: The run's configuration and processes.
-        train, val: Indexes of the training and validation samples.
         model: The network, on its device; the same on all processes.
         phases: Phases with their optimiser steps.
-        steps_per_epoch: Number of optimiser steps in an epoch.
-        last_step: Number of optimiser steps in the whole run.
         micro_batches: Numbers of this process's micro-batches, counted over all processes.
         data_split: Name of the evaluated split; see `evaluated_split`.
     """

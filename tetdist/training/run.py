@@ -24,7 +24,6 @@ def train(
     """Run this process's part of the training.
 
     Args:
-        config: The run's.
         make_observers: Makes the run's observers, on rank 0.
         launcher: Program that started the run; None for a person's command.
         copy_data: Copies the data to `data.cache` before the first step.

@@ -52,12 +52,7 @@ def show_checkpoints(tracker: Tracker, checkpoints: Path) -> None:
 
 
 class RunRecord:
-    """The record of a run for trackers.
-
-    Args:
-        run: The trained run.
-        launcher: The program that started it.
-    """
+    """The record of a run for trackers."""
 
     def __init__(self, run: Prepared, launcher: Launcher) -> None:
         self.run, self.config, self.launcher = run, run.config, launcher

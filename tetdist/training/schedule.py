@@ -13,10 +13,7 @@ class Phase:
     """One phase with its place among the run's optimiser steps.
 
     Attributes:
-        number: 0, 1, ...
-        section: Configuration of the phase.
         first_step: First step, counted over all phases from 0.
-        steps_per_epoch: Optimiser steps of one epoch.
         optimizer: The optimiser, which may be that of a phase before.
         schedule, schedule_start: Keys of the learning-rate schedule, with the epochs of all phases
             that it spans, and its first step.

@@ -162,15 +162,7 @@ def make_model(
 def load_model(
     config: RunConfig, index: Index, weights: dict[str, Tensor], source: Path, world: World
 ) -> SpikingNetwork:
-    """Return the model of `make_model` with weights, on the device, the same on all processes.
-
-    Args:
-        config: The configuration of the model and its execution.
-        index: Index of the data.
-        weights: Tensors under the names of the model's state.
-        source: File or folder that the weights were read from.
-        world: The processes.
-    """
+    """Return the model of `make_model` with weights, on the device, the same on all processes."""
     model = world.run_on_all(
         lambda: make_model(config, index, lambda m: checkpoint.load_weights(m, weights, source))
     )

@@ -52,12 +52,7 @@ def save(
     """Write a checkpoint on rank 0, and wait on all processes until it is complete.
 
     Args:
-        state: State of the trainer.
-        run: The trained run.
-        optimizer: State of the optimiser.
-        average: The moving average of the weights.
         evaluated: Evaluations of the weights and of their average, if just made.
-        tracker: Rank 0's.
 
     Raises:
         UserError: The disk is full, ...

@@ -39,7 +39,6 @@ class Step:
         config: The run's; seed, micro-batch, precision, losses and cuda_graphs are read.
         model: The model, in training mode and with deferred running statistics.
         engine: The phase's engine, made for ``model``.
-        world: All processes.
         micro_batches: Numbers of this process's micro-batches, counted over all processes.
         teacher: A network whose logits are an additional target.
         average: The moving average of the weights.

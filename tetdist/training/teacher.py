@@ -33,8 +33,6 @@ class Teacher:
 
     Args:
         config: The student's configuration; ``loss.distillation.teacher`` is set.
-        index: Index of the student's data.
-        device: Device of the teacher.
     """
 
     def __init__(self, config: RunConfig, index: Index, device: torch.device) -> None:

@@ -72,10 +72,6 @@ class Trainer:
     def run(self, launcher: Launcher, make_observers: MakeObservers) -> None:
         """Train and evaluate to the end.
 
-        Args:
-            launcher: Program that started the run.
-            make_observers: Makes the run's observers, on rank 0.
-
         Raises:
             Stopped: A signal requested it; everything is saved.
             UserError: The loss is not finite, a file cannot be read, the disk is full, ...

@@ -43,9 +43,7 @@ class EngineParts(NamedTuple):
         config: The run's; ``engine``, ``zero_stage``, ``precision``, ``batch``,
             ``gradient_clipping`` and ``clip_mode`` are read.
         model: The model, on its device and the same on every process.
-        optimizer: The optimiser that `make_optimizer` returned.
         accumulation: Micro-batches that this process contributes to each step.
-        world: All processes.
     """
 
     config: RunConfig

@@ -11,12 +11,7 @@ from tetdist.errors import UserError
 
 
 class Clipping:
-    """Gradient clipping by ``gradient_clipping`` and ``clip_mode``.
-
-    Args:
-        config: Configuration of the run.
-        model: The model whose gradients are clipped.
-    """
+    """Gradient clipping by ``gradient_clipping`` and ``clip_mode``."""
 
     def __init__(self, config: RunConfig, model: nn.Module) -> None:
         self._limit, self._mode = config.gradient_clipping, config.clip_mode
