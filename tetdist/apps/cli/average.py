@@ -1,11 +1,7 @@
 """Average the weights of several trained networks, and recompute the running statistics.
 
-    python tools/average.py runs/sew34_t4/checkpoints/step-* --output mean.safetensors
-    python tools/average.py runs/a runs/b --data /data/imagenet --output mean.safetensors
-    python tools/eval.py --checkpoint mean.safetensors
-
-The running statistics are recomputed over training samples, augmented as in training. The command
-also runs on several processes, under the deepspeed launcher or torchrun.
+They are recomputed over training samples, augmented as in training. The command also runs on
+several processes, under the deepspeed launcher or torchrun.
 """
 
 import argparse

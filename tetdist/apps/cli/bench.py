@@ -1,11 +1,5 @@
 """Run a benchmark; everything that it compares takes turns within one run.
 
-    python tools/bench.py model                         a training step against the ReLU network's
-    python tools/bench.py memory                        bytes kept for the backward pass, by T
-    python tools/bench.py stream                        one timestep of a stream
-    python tools/bench.py scaling                       several processes against one
-    python tools/bench.py data --data FOLDER            from JPEG files to batches
-
 All but data run on the CPU or a GPU, on random inputs; data generates images if it has none.
 """
 

@@ -1,14 +1,7 @@
 """Check a machine with GPUs before training on it: versions, results, speed; at most ten minutes.
 
-    python tools/check_gpu.py --json gpu.json               one GPU
-    torchrun --nproc-per-node 8 tools/check_gpu.py          all of a host, and what connects them
-    srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python tools/check_gpu.py
-    python tools/check_gpu.py --first-hour data.root=FOLDER     then an epoch on ImageNet
-
-The exit status is 1 if a check failed, and the last line says what to do. docs/check_gpu.md
-describes each check and the remedies for its findings. docs/make/performance.py takes the JSON
-file with --gpu. With --device cpu the same checks run in minutes on small networks; this tests the
-checks themselves.
+The exit status is 1 if a check failed, and the last line says what to do. With --device cpu the
+same checks run in minutes on small networks; this tests the checks themselves.
 """
 
 import argparse

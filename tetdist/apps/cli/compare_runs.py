@@ -2,17 +2,8 @@
 samples. Or list several: the result of each, mean and spread over seeds, their curves in one
 figure. Or compare a run on ImageNet with a published training curve.
 
-    python tools/compare_runs.py runs/one runs/two
-    python tools/compare_runs.py one/metrics.jsonl two/metrics.jsonl --tolerance 1e-6
-    python tools/compare_runs.py runs/tet_* runs/sdt_* --plot tet_sdt.png
-    python tools/compare_runs.py runs/STUDY --plot study.png
-    python tools/compare_runs.py runs/sew34_t4 --reference sew34
-
-The comparison of two runs leaves out values that depend on the clock or the machine (time,
-samples_per_s, image_timesteps_per_s, data_wait, the slowest rank, eta_s, gpu_memory, gpu_energy,
-seconds). Two values differ if |a - b| is more than the tolerance times the larger of |a| and |b|;
-NaN equals NaN. For two folders, the configurations are compared too, and the samples-RANK.jsonl
-files if both have them.
+Two values differ if |a - b| is more than the tolerance times the larger of |a| and |b|; NaN equals
+NaN. Values that depend on the clock or the machine do not count.
 
 Exit status: 0 the same, 1 different values, steps or samples (a different configuration alone does
 not count), 2 a user error. More than two runs are only listed: 0 or 2. With --reference: 1 if a

@@ -1,11 +1,4 @@
-"""Convert weights from other projects to a file for training (init_checkpoint) and eval.
-
-    python tools/convert.py sew34.pth --model sew_resnet34 --from sew --output sew34.safetensors
-    python tools/convert.py r34.pth --model sew_resnet34 --from torchvision --output r34.safetensors
-    python tetdist/train.py --config sew34_t4.yaml init_checkpoint=r34.safetensors
-
-docs/weights.md lists the known files and what is converted.
-"""
+"""Convert weights from other projects to a file for training (init_checkpoint) and eval."""
 
 import argparse
 import math

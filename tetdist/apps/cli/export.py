@@ -1,12 +1,4 @@
-"""Export a trained network: weights with a model card, timm, NIR, ONNX, torch.export or the hub.
-
-    python tools/export.py runs/sew34_t4 --format safetensors --output sew34_t4
-    python tools/export.py runs/sew34_t4 --best --format nir --output sew34_t4.nir
-    python tools/export.py runs/sew34_t4 --format onnx-step --int8 --output sew34_t4.onnx
-    python tools/export.py runs/sew34_t4 --best --push ORG/NAME --dry-run
-
-docs/weights.md describes what each format can and cannot hold.
-"""
+"""Export a trained network: weights with a model card, timm, NIR, ONNX, torch.export or the hub."""
 
 import argparse
 import dataclasses

@@ -1,12 +1,4 @@
-"""Submit a run to a Slurm cluster once; it requeues itself until it is finished.
-
-    python launch/slurm.py --config sew34_t4.yaml --nodes 2 --gpus-per-node 8
-    python launch/slurm.py --config sew34_t4.yaml --dry-run --gpu H100
-    python launch/slurm.py status|cancel|resume runs/sew34_t4
-
-After a time limit or a preemption the run resumes at the step that it saved; after a node's crash,
-at the last checkpoint. docs/slurm.md has the details.
-"""
+"""Submit a run to a Slurm cluster once; it requeues itself until it is finished."""
 
 import logging
 import sys

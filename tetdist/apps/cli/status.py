@@ -1,12 +1,4 @@
-"""Show the status of one or more runs, read from their folders.
-
-    python tools/status.py runs/quickstart
-    python tools/status.py quickstart other_run
-    python tools/status.py                       (all of runs/)
-    watch -n 10 python tools/status.py runs/STUDY
-
-One run is shown in some lines, several as a table. Slurm is not asked; `slurm status` does that.
-"""
+"""Show the status of one or more runs, read from their folders; Slurm is not asked."""
 
 import argparse
 import json

@@ -1,15 +1,7 @@
 """Run a study (several configurations with several seeds) and write its report.
 
-    python tools/study.py tet_vs_sdt_digits
-    python tools/study.py STUDY.yaml --jobs 2 --append-to docs/results.md
-    python tools/study.py STUDY.yaml --slurm --gpus-per-node 1 --time 4:00:00
-    python tools/study.py SEARCH.yaml --dry-run
-
 A file with the section `search` is a search for the values of keys, by successive halving on
-held-out training data (docs/searches.md).
-
-The same command continues a stopped study: it skips finished runs and resumes the others at their
-last checkpoint. With --slurm it also prints each run's state, and leaves queued runs alone.
+held-out training data. The same command continues a stopped study.
 """
 
 import argparse

@@ -1,10 +1,4 @@
-"""Train a spiking network.
-
-    deepspeed tetdist/train.py --config sew34_t4.yaml data.root=/data/imagenet
-    python tetdist/train.py --config quickstart.yaml        (one process)
-
-The same command continues a run that was stopped.
-"""
+"""Train a spiking network; the same command continues a run that was stopped."""
 
 import argparse
 import logging
