@@ -318,19 +318,6 @@ def test_grad_checkpointing_keeps_less_and_can_be_switched_off():
     assert kept() == everything
 
 
-def test_parts_that_are_run_again():
-    parts = adopted(sew18)._parts
-    assert [type(part).__name__ for part in parts.alone] == ["LIFNode"]  # of the stem
-    again = [part for cut in parts.cut.values() for part, twice in cut if twice]
-    assert [type(part).__name__ for part in again] == ["BasicBlock"] * 4
-    again = [part for cut in adopted(small)._parts.cut.values() for part, twice in cut if twice]
-    assert [[type(m).__name__ for m in part] for part in again] == [
-        ["Conv2d", "AdoptedBatchNorm", "LIFNode"],
-        ["MaxPool2d", "Conv2d", "AdoptedBatchNorm", "LIFNode"],
-        ["Linear", "ParametricLIFNode"],
-    ]
-
-
 def test_hooks_are_called_of_parts_that_are_run_again():
     model, x, called = adopted(sew18), images(64), []
     model(x)  # the first batch is run more often, to be examined
@@ -457,11 +444,9 @@ def masked(lambda_init: float) -> nn.Module:
     ],
 )
 def test_what_cannot_be_adopted_is_refused_by_name(make, complaint):
-    with pytest.raises(UserError, match=rf"features\.3.* cannot be adopted: |{complaint}") as error:
+    with pytest.raises(UserError, match=complaint) as error:
         adopt(with_module(make()), timesteps=T, num_classes=4)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=complaint):
-        adopt(with_module(make()), timesteps=T, num_classes=4)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,6 @@ from tetdist.models import SpikingNetwork, sew_resnet, spiking_resnet
 from tetdist.nn import dropout, neurons
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF
-from tetdist.nn.norm_neuron import NormNeuron
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,13 +131,6 @@ def test_unknown_neuron_option_is_refused_by_name():
 def test_bad_option_is_named(name, options, complaint):
     with pytest.raises(ValueError, match=complaint):
         timm.create_model(name, **options)
-
-
-def test_neuron_may_be_a_mapping():
-    mapping = {"decay": 1.0, "reset": "soft"}
-    model = timm.create_model("spiking_convnet", neuron=mapping)
-    found = {module.neuron for module in model.modules() if isinstance(module, NormNeuron)}
-    assert found == {LIF(decay=1.0, reset="soft")}
 
 
 # ----------------------------------------------------------------------------- timm's conventions
@@ -266,6 +258,8 @@ def test_features_and_head_make_up_the_network(name):
         logits = model(x, per_timestep=True)
         assert torch.equal(model.forward_head(features, per_timestep=True), logits)
         assert torch.equal(model.forward_head(features), model(x))
+        assert torch.equal(model(x), logits.mean(0))
+        assert len(logits.flatten(1).unique(dim=0)) > 1  # time makes a difference
         inputs = model.forward_head(features, pre_logits=True, per_timestep=True)
         assert inputs.shape == (3, 2, model.head_hidden_size)
         assert inputs.any()
@@ -354,18 +348,6 @@ def test_timms_distillation_takes_ours_as_student_and_teacher(name):
 
 
 @each_family
-def test_output_is_the_mean_over_time(name):
-    model, x = create(name), inputs_for(name)
-    for training in (True, False):
-        model.train(training)
-        with torch.no_grad():
-            logits = model(x, per_timestep=True)
-            assert logits.shape == (3, 2, 5)
-            assert torch.equal(model(x), logits.mean(0))
-    assert len(logits.flatten(1).unique(dim=0)) > 1  # time makes a difference
-
-
-@each_family
 def test_set_timesteps_changes_nothing_but_t(name):
     """Later input does not influence earlier output."""
     model, x = create(name).eval(), inputs_for(name, bins=5)
@@ -382,18 +364,6 @@ def test_set_timesteps_changes_nothing_but_t(name):
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
     with pytest.raises(ValueError, match="timesteps must be a whole number and at least 1, not 0"):
         model.set_timesteps(0)
-
-
-@each_family
-def test_a_sample_is_not_influenced_by_its_batch_in_evaluation(name):
-    model, x = create(name).eval(), inputs_for(name, batch=3)
-    with torch.no_grad():
-        torch.testing.assert_close(model(x)[1:2], model(x[1:2]))
-
-
-def test_unknown_execution_is_refused():
-    with pytest.raises(ValueError, match="execution must be 'fused' or 'reference', not 'eager'"):
-        create("spiking_convnet").set_execution("eager")
 
 
 # ----------------------------------------------------------------- as torch and timm take models
@@ -455,14 +425,6 @@ def test_stem_of_a_static_image_is_convolved_once_as_if_it_were_repeated(name):
     (expected * weight).sum().backward()
     for parameter, other in zip(model.stem.parameters(), naive.stem.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad)
-
-
-def test_events_are_convolved_bin_by_bin_and_surplus_bins_ignored():
-    model, x = create("vggsnn").eval(), inputs_for("vggsnn", bins=5)
-    with torch.no_grad():
-        assert torch.equal(model.time_first(x), x[:, :3].transpose(0, 1))
-        assert torch.equal(model(x), model(x[:, :3]))
-        assert not torch.equal(model(x), model(x.flip(1)))
 
 
 # ------------------------------------------------------------------------------- blocks by hand
@@ -592,31 +554,6 @@ def test_convolutions_start_as_in_the_papers_code(name, init):
         normal = conv.weight.abs().max() > math.sqrt(3.1 * variance)  # beyond a uniform one's ends
         assert normal == (init == "kaiming")
         assert conv.bias is None or not conv.bias.any()
-
-
-# ------------------------------------------------------------------------------------ wrong input
-
-
-def test_events_with_too_few_bins():
-    with pytest.raises(ValueError, match="the model runs 3 timesteps, but the input has 2 bins"):
-        create("vggsnn")(inputs_for("vggsnn", bins=2))
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "complaint"),
-    [
-        ("vggsnn", (2, 2, 16, 16), r"event batch must be \(B, T, C, H, W\), not \(2, 2, 16, 16\)"),
-        (
-            "sew_resnet18",
-            (1, 2, 3, 8, 8),
-            r"image batch must be \(B, C, H, W\), not \(1, 2, 3, 8, 8\)",
-        ),
-        ("spiking_convnet", (3, 12, 12), r"image batch must be \(B, C, H, W\), not \(3, 12, 12\)"),
-    ],
-)
-def test_wrong_number_of_dimensions(name, shape, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        create(name)(torch.zeros(shape, dtype=torch.float64))
 
 
 # ----------------------------------------------------------------------------- import on its own

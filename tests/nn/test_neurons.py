@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tetdist.nn.neurons import LIF, SURROGATES, as_dict, completed, run
-from tetdist.nn.norm_neuron import Neuron
 
 # Currents, spikes and the last membrane, worked out by hand in binary fractions: float arithmetic
 # is exact on them, so every comparison is for equality.
@@ -81,14 +80,6 @@ def test_two_segments_with_the_membrane_carried_equal_one_run(reset, first):
 
     for whole, parts in zip(loss_and_gradient(False), loss_and_gradient(True), strict=True):
         assert torch.equal(whole, parts)
-
-
-def test_neuron_module_forgets_between_samples():
-    neuron = Neuron(LIF())
-    current = torch.full((3, 2), 0.6)
-    first, second = neuron(current), neuron(current)
-    assert first.tolist() == [[0, 0], [0, 0], [1, 1]]
-    assert torch.equal(first, second)
 
 
 # ------------------------------------------------------------------------------------ surrogates
@@ -247,13 +238,6 @@ def test_bfloat16_current_keeps_a_float32_membrane():
     assert current.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_types_of_spikes_and_membrane(dtype):
-    spikes, membrane = run(torch.ones(2, 3, dtype=dtype), LIF())
-    assert spikes.dtype == dtype
-    assert membrane.dtype == torch.promote_types(dtype, torch.float32)
-
-
 # ----------------------------------------------------------------------------------------- errors
 
 
@@ -271,16 +255,6 @@ _BAD = list(itertools.chain(*([(k, v) for v in values] for k, values in BAD_VALU
 def test_error_names_the_key_and_the_value(key, value):
     with pytest.raises(ValueError, match=rf"^{key} must be .*not '?{value}'?$"):
         LIF(**{key: value})
-
-
-def test_unknown_surrogate_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="triangle, atan, sigmoid, rectangle"):
-        LIF(surrogate="arctan")
-
-
-def test_unknown_key_is_refused():
-    with pytest.raises(TypeError, match="tau"):
-        LIF(tau=2.0)
 
 
 def test_defaults_are_the_papers_neuron():
