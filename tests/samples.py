@@ -7,15 +7,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-# Real data must not be committed with the project, and CI has nothing else; other tests do the same
-# with what they draw themselves.
-needs_real_data = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="real images and recordings lie beside a checkout, or not at all"
-)
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from samples import SHARED, needs_real_data, picture
+from samples import picture
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
@@ -97,10 +97,9 @@ def test_a_batch_is_what_the_trainer_expects(image_root):
     assert torch.allclose(batch.images, (raw / 255 - 0.5) / deviation, atol=1e-5)
 
 
-@pytest.mark.parametrize("real", [False, pytest.param(True, marks=needs_real_data)])
-def test_training_crops_are_torchvisions(image_root, real):
-    root, split = (SHARED, "imagenet-sample") if real else (image_root(), "train")
-    index = indexed(root, split)
+def test_training_crops_are_torchvisions(image_root):
+    root = image_root()
+    index = indexed(root)
     with train(index, root) as loader:
         batches = list(islice(loader, 6))
     flipped = 0
@@ -117,26 +116,19 @@ def test_training_crops_are_torchvisions(image_root, real):
             expected.append(tv.hflip(image) if draw < CROPS["flip"] else image)
             flipped += draw < CROPS["flip"]
         mean, _ = difference(batch.images, expected)
-        assert mean < (0.05 if real else 0.5)  # of 255
+        assert mean < 0.5  # of 255
     assert 0 < flipped < 12
 
 
-@pytest.mark.parametrize(
-    ("interpolation", "largest", "real"),
-    [
-        ("bilinear", 1, False),
-        ("bicubic", 8, False),
-        pytest.param("bilinear", 2, True, marks=needs_real_data),
-    ],
-)
-def test_evaluation_crops_are_torchvisions(image_root, interpolation, largest, real):
-    root, split = (SHARED, "imagenet-sample") if real else (image_root(size=(41, 67)), "train")
-    index = indexed(root, split)
+@pytest.mark.parametrize(("interpolation", "largest"), [("bilinear", 1), ("bicubic", 8)])
+def test_evaluation_crops_are_torchvisions(image_root, interpolation, largest):
+    root = image_root(size=(41, 67))
+    index = indexed(root)
     for batch in evaluate(index, root, interpolation=interpolation):
         images = [Image.open(root / index.path(i)).convert("RGB") for i in batch.ids]
         resized = [tv.resize(image, 36, MODES[interpolation]) for image in images]
         mean, most = difference(batch.images, [tv.center_crop(image, 32) for image in resized])
-        assert mean < (0.05 if real else 0.5)
+        assert mean < 0.5
         assert most <= largest
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from samples import SHARED, needs_real_data
 
 from tetdist.apps.events import tensors as tensors_module
 from tetdist.apps.events.binning import Binning, bin_events
@@ -511,14 +510,3 @@ def test_a_missing_package_is_named(source, prebin_dvs, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     output = prebin_dvs(source, status=2)
     assert f"error: HDF5 needs the package h5py; {pip_install('events')}\n" in output
-
-
-@needs_real_data
-def test_real_recordings_become_a_data_set(prebin_dvs, tmp_path):
-    output = prebin_dvs(SHARED / "nmnist", "--size", 34, "--preview", timesteps=10, workers=2)
-    assert "ignored 1 with .bin (tonic_sample_nmnist.bin)" in output
-    root = tmp_path / "dest" / "splits" / "published"
-    assert json.loads((root / "dataset.json").read_text())["recordings"] == {
-        "train": 500,
-        "val": 100,
-    }

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import zstandard
 from cameras import Made
-from samples import SHARED, needs_real_data
 
 from tetdist.apps.events.formats import read_recording, stream_recording
 from tetdist.apps.events.recording import BadRecording, Contents, Events, Sensor
@@ -392,24 +391,3 @@ def test_hdf5_that_points_to_another_file_is_refused(tmp_path):
 def test_a_sensor_that_the_file_contradicts_is_refused(tmp_path, name, write):
     with pytest.raises(BadRecording, match=r"its sensor is .*, not 99x99 as expected"):
         read(tmp_path, name, write(MADE), Sensor(99, 99))
-
-
-@needs_real_data
-@pytest.mark.parametrize(
-    ("path", "sensor", "events", "dropped"),
-    [
-        ("nmnist/tonic_sample_nmnist.bin", (34, 34), 4325, 0),
-        ("dvs128-aedat2/box_long.aedat", (128, 128), 201523, 0),
-        ("dvs128-aedat2/cam300_fix_lense_alex_standing_up.aedat", (128, 128), 155766, 0),
-        ("mnist-dvs-aedat2/mnist_0_scale04_0001.aedat", (128, 128), 15744, 0),
-        ("davis240-aedat2/IMU_translBoxes.aedat", (240, 180), 162771, 33837),
-        ("aedat4/sample.aedat4", (320, 240), 111954, 59),
-        ("prophesee/evt2_sample.raw", (640, 480), 539481, 0),
-        ("prophesee/evt3_sample.raw", (1280, 720), 219596, 0),
-    ],
-)
-def test_real_recordings_are_read(path, sensor, events, dropped):
-    file = SHARED / path
-    found = read_recording(file, file.read_bytes(), None)
-    assert (found.sensor, len(found), found.dropped) == (sensor, events, dropped)
-    assert 0.4 < found.p.mean() < 0.7

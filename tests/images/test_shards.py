@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 import torch
 from samples import (
-    SHARED,
     images_by_class,
-    needs_real_data,
     picture,
     write_official,
     write_shards,
@@ -314,12 +312,8 @@ def batches(index, root, training):
         return [batch.images for batch in islice(loader, 4)]
 
 
-@pytest.mark.parametrize("real", [False, pytest.param(True, marks=needs_real_data)])
-def test_batches_of_shards_are_those_of_the_folder(image_root, tmp_path, real):
-    root = tmp_path / "real" if real else image_root()
-    if real:
-        root.mkdir()
-        (root / "train").symlink_to(SHARED / "imagenet-sample")
+def test_batches_of_shards_are_those_of_the_folder(image_root, tmp_path):
+    root = image_root()
     index = indexed(root)
     packed = pack(root, tmp_path / "p")
     for training in (True, False):
