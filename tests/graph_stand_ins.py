@@ -66,10 +66,10 @@ def run_again(function: Callable[[], Tensor], *_: Any) -> Captured:
 
     def replay() -> None:
         # What is counted on the host is not counted by a graph.
-        BatchNorm.recorded = lambda _: None  # type: ignore[method-assign]  # until the next line
+        BatchNorm.recorded = lambda _: None
         try:
             result.copy_(function())
         finally:
-            BatchNorm.recorded = recorded  # type: ignore[method-assign]  # as it was
+            BatchNorm.recorded = recorded
 
     return result, replay

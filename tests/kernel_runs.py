@@ -90,16 +90,14 @@ def _interpreted_kernels(name: str) -> ModuleType:
     import triton.language as tl
 
     spec = importlib.util.find_spec(f"tetdist.nn.fast.kernels.{name}")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         spec.loader.exec_module(module)
     # By this name the interpreter knows a sum, and has NumPy make it; another it makes in Python.
-    module._add = tl.standard._sum_combine  # type: ignore[attr-defined]  # see above
+    module._add = tl.standard._sum_combine
     if name != "neuron":
-        module.neuron = _interpreted_kernels("neuron")  # type: ignore[attr-defined]  # some use it
+        module.neuron = _interpreted_kernels("neuron")
     return module
 
 

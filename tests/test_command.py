@@ -44,7 +44,7 @@ def test_the_dockerfile_copies_and_runs_what_is_there():
 
 
 def test_another_pipe_that_breaks_is_a_fault():
-    def command() -> int:
+    def command():
         raise BrokenPipeError("of a process that reads images")
 
     with pytest.raises(BrokenPipeError, match="reads images"):

@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from tetdist.config.sections.loss import LossSection
 from tetdist.losses import distillation_loss, sdt_loss, self_target, tet_loss
 from tetdist.training.objective import compute_loss
 
 
-def _cross_entropy(logits: list[float], target: int, smoothing: float = 0.0) -> float:
+def _cross_entropy(logits, target, smoothing=0.0):
     """Cross-entropy of one sample against its class, a share ``smoothing`` spread over all."""
     log_total = math.log(sum(math.exp(z) for z in logits))
     num_classes = len(logits)
@@ -21,7 +20,7 @@ def _cross_entropy(logits: list[float], target: int, smoothing: float = 0.0) -> 
     )
 
 
-def _paper_sdt(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> float:
+def _paper_sdt(logits, target, smoothing=0.0):
     """Equation 7."""
     timesteps, batch, num_classes = logits.shape
     total = 0.0
@@ -34,9 +33,7 @@ def _paper_sdt(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> float:
     return total / batch
 
 
-def _paper_tet(
-    logits: Tensor, target: Tensor, regularization: float, phi: float, smoothing: float = 0.0
-) -> float:
+def _paper_tet(logits, target, regularization, phi, smoothing=0.0):
     """Equations 9 to 13: the mean over time of each timestep's loss, and the pull to phi."""
     timesteps, batch, num_classes = logits.shape
     cross_entropy = pull = 0.0
@@ -48,9 +45,7 @@ def _paper_tet(
     return (1 - regularization) * cross_entropy + regularization * pull
 
 
-def _random(
-    timesteps: int, batch: int, num_classes: int, seed: int = 0, scale: float = 3.0
-) -> tuple[Tensor, Tensor]:
+def _random(timesteps, batch, num_classes, seed=0, scale=3.0):
     generator = torch.Generator().manual_seed(seed)
     shape = (timesteps, batch, num_classes)
     logits = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -131,7 +126,7 @@ def test_large_logits_do_not_overflow():
 # --- distillation -------------------------------------------------------------------------------
 
 
-def _softened(logits: list[float], temperature: float) -> list[float]:
+def _softened(logits, temperature):
     total = sum(math.exp(z / temperature) for z in logits)
     return [math.exp(z / temperature) / total for z in logits]
 
@@ -165,12 +160,11 @@ def test_self_distillation_learns_from_the_time_mean_alone():
     logits.requires_grad_()
     labels = torch.zeros(4, dtype=torch.int64)
 
-    def of_time_mean(logits: Tensor) -> Tensor:
+    def of_time_mean(logits):
         target = self_target("time_mean", logits, labels)
         return distillation_loss(logits, target, temperature=1.5)
 
     of_time_mean(logits).backward()
-    assert logits.grad is not None
     ours, own = logits.grad.clone(), logits.detach().clone().requires_grad_()
     distillation_loss(own, own.detach().mean(0), temperature=1.5).backward()
     assert own.grad is not None
@@ -183,10 +177,9 @@ def test_self_distillation_learns_from_the_time_mean_alone():
 # --- published objectives: value and gradient, one timestep of one sample after another -----------
 
 LABELS = [1, 0, 3, 2, 4]
-Gradient = list[list[list[float]]]
 
 
-def _cases(timesteps: int = 4, num_classes: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+def _cases(timesteps=4, num_classes=5):
     """Logits, a teacher's and labels of samples that are right always, never, in the first half of
     the timesteps, and as it happens."""
     (logits, _), (teacher, _) = _random(timesteps, 5, num_classes), _random(1, 5, num_classes, 1)
@@ -197,34 +190,34 @@ def _cases(timesteps: int = 4, num_classes: int = 5) -> tuple[Tensor, Tensor, Te
     return logits, teacher[0], torch.tensor(LABELS)
 
 
-def _divergence(teacher: list[float], student: list[float], temperature: float) -> float:
+def _divergence(teacher, student, temperature):
     """``temperature^2 * KL`` of one answer."""
     p, s = _softened(teacher, temperature), _softened(student, temperature)
     return temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, s, strict=True))
 
 
-def _pull(teacher: list[float], student: list[float], temperature: float) -> list[float]:
+def _pull(teacher, student, temperature):
     """Its gradient with respect to the student's logits."""
     p, s = _softened(teacher, temperature), _softened(student, temperature)
     return [temperature * (b - a) for a, b in zip(p, s, strict=True)]
 
 
-def _most(row: list[float]) -> int:
+def _most(row):
     return max(range(len(row)), key=row.__getitem__)
 
 
-def _mean(rows: list[list[float]], weights: list[float]) -> list[float]:
+def _mean(rows, weights):
     pairs = list(zip(rows, weights, strict=True))
     return [sum(weight * row[k] for row, weight in pairs) for k in range(len(rows[0]))]
 
 
-def _correct_mean(rows: list[list[float]], label: int) -> list[float]:
+def _correct_mean(rows, label):
     correct = [row for row in rows if _most(row) == label]
     return _mean(correct, [1 / len(correct)] * len(correct)) if correct else [0.0] * len(rows[0])
 
 
-def _similarity_mean(rows: list[list[float]], i: int) -> list[float]:
-    def product(a: list[float], b: list[float]) -> float:
+def _similarity_mean(rows, i):
+    def product(a, b):
         return sum(x * y for x, y in zip(a, b, strict=True))
 
     scores = []
@@ -237,9 +230,7 @@ def _similarity_mean(rows: list[list[float]], i: int) -> list[float]:
     return _mean(rows, [other / sum(others) for other in others])
 
 
-def _published(
-    name: str, logits: Tensor, teacher: Tensor, labels: Tensor, temperature: float
-) -> tuple[float, Gradient]:
+def _published(name, logits, teacher, labels, temperature):
     """Loss and gradient of full-range distillation, with weights of 0.2 (teacher) and 0.5, or of
     SeAl, with 0.6 and 0.15."""
     timesteps, batch, num_classes = logits.shape
@@ -275,7 +266,7 @@ def _published(
     return total / (timesteps * batch), gradient
 
 
-def _objective(name: str, temperature: float) -> LossSection:
+def _objective(name, temperature):
     keys = {
         "full-range": {"weight": 0.2, "self_weight": 0.5, "self_target": "correct_mean"},
         "SeAl": {

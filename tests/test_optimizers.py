@@ -19,19 +19,19 @@ from tetdist.training.engines.base import set_lr
 
 
 class Neuron(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.learned = nn.ParameterDict({"decay": nn.Parameter(torch.full((2,), 0.5))})
 
 
-def network() -> nn.Module:
+def network():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), BatchNorm(2), Neuron(), nn.Linear(2, 2))
     model[3].bias.requires_grad_(False)
     return model
 
 
-def section(**values: Any) -> OptimizerSection:
+def section(**values):
     return OptimizerSection(**{"kind": "sgd", "lr": 0.1, "weight_decay": 0.3} | values)
 
 
@@ -68,7 +68,7 @@ def test_layer_decay_is_that_of_timm(name, kind):
         model = timm.create_model(name, num_classes=4, timesteps=2)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
-    def scales(groups: list[dict[str, Any]]) -> dict[str, float]:
+    def scales(groups):
         return {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
 
     optimizer = make_optimizer(model, section(kind=kind, layer_decay=0.7, decay_norms=False))
@@ -127,11 +127,11 @@ def test_optimisers_skip_and_continue(kind, undoes, monkeypatch):
     if undoes:
         monkeypatch.setattr(optimizers, "_fetched", lambda flag: lambda: bool(flag))
 
-    def model_of() -> nn.Module:
+    def model_of():
         torch.manual_seed(0)
         return nn.Sequential(nn.Conv2d(4, 8, 3), BatchNorm(8), nn.Linear(8, 4))
 
-    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: tuple[int, ...]) -> None:
+    def steps(model, optimizer, numbers):
         for number in numbers:
             generator = torch.Generator().manual_seed(abs(number))
             for parameter in model.parameters():
@@ -144,7 +144,7 @@ def test_optimisers_skip_and_continue(kind, undoes, monkeypatch):
     straight, asked = model_of(), section(kind=kind, lr=0.01)
     optimizer = make_optimizer(straight, asked)
 
-    def everything() -> Any:
+    def everything():
         held = optimizer.state_dict()
         counts = [group.get("step") for group in held["param_groups"]]
         return copy.deepcopy((straight.state_dict(), held["state"], counts))

@@ -6,9 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -24,7 +21,7 @@ from tetdist.storage.checkpoint import load_model_file, write_model_file
 PAGE = tiny.PROJECT / "docs" / "extending.md"
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL))
 # What makes a run use each of them.
-USES: dict[str, dict[str, Any]] = {
+USES = {
     "my_snn.py": {"model": {"name": "my_snn", "arguments": {"width": 4}}},
     "my_plain.py": {"model": {"name": "plain"}},
     "my_neuron.py": {"model.neuron": {"kind": "learnt_decay", "decay": 0.6}},
@@ -41,15 +38,14 @@ USES: dict[str, dict[str, Any]] = {
     },
 }
 LOOPS = ("loop_torch.py", "loop_accelerate.py", "loop_lightning.py")
-ConfigWriter = Callable[..., Path]
 
 
 @pytest.fixture
-def write(tiny_config: ConfigWriter, tmp_path: Path) -> Callable[..., Path]:
+def write(tiny_config, tmp_path):
     """Writes tiny.yaml with files of the page beside it: ("my_loss.py", {key: value}) -> file."""
 
-    def make(*names: str, changes: dict[str, Any] | None = None) -> Path:
-        used: dict[str, Any] = {"imports": list(names)}
+    def make(*names, changes=None):
+        used = {"imports": list(names)}
         for name in names:
             (tmp_path / name).write_text(FILES[name])
             used |= copy.deepcopy(USES[name])
@@ -210,7 +206,7 @@ def test_network_that_mixes_samples_is_neither_trained_nor_evaluated_nor_exporte
     source.write_text(source.read_text().replace("nn.ReLU()", "nn.Softmax(0)"))
     refusal = "layers.2 (Softmax) of toy mixes the samples of a batch"
 
-    def use(name: str) -> tuple[int, int]:
+    def use(name):
         run, imports = str(tmp_path / "runs" / name), ["--import", str(source)]
         evaluated = evaluation.main(["--checkpoint", run, "--device", "cpu", *imports])
         target = str(tmp_path / f"{name}.safetensors")

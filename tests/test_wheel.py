@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from pathlib import Path
 
 import pytest
 import tiny
@@ -17,7 +16,7 @@ FILES = ("tetdist", "configs", "tetdist_command.py")
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(tmp_path_factory):
     """A folder as pip would install it."""
     folder = tmp_path_factory.mktemp("wheel")
     # From a copy, since a build leaves folders in its source.
@@ -33,7 +32,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def tracked(*places: str) -> list[str]:
+def tracked(*places):
     command = ["git", "-C", str(tiny.PROJECT), "ls-files", "-z", "--cached", "--others"]
     command += ["--exclude-standard", "--", *places]
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -57,7 +56,7 @@ def test_constraints_are_within_the_ranges():
         assert versions.get(name) in allowed, f"{name}{allowed}: make constraints"
 
 
-def tetdist(installed: Path, cwd: Path, *arguments: object, status: int = 0) -> str:
+def tetdist(installed, cwd, *arguments, status=0):
     done = subprocess.run(
         [sys.executable, "-m", "tetdist_command", *map(str, arguments)],
         cwd=cwd,

@@ -4,8 +4,6 @@ import ast
 import inspect
 import re
 import tokenize
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import tiny
@@ -35,11 +33,11 @@ SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Yields):\n((?:(?: .*)?\n
 FSTRING_MIDDLE = getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)
 
 
-def leans(text: str) -> bool:
+def leans(text):
     return LEANING.match(text.strip().lstrip("`\"'")) is not None
 
 
-def docstrings(file: Path) -> Iterator[str]:
+def docstrings(file):
     """Docstrings of modules, classes and functions, and of fields, which stand below them."""
     for node in ast.walk(ast.parse(file.read_text())):
         body = getattr(node, "body", None)
@@ -49,14 +47,14 @@ def docstrings(file: Path) -> Iterator[str]:
                 yield str(one.value.value)
 
 
-def entries(docstring: str) -> Iterator[str]:
+def entries(docstring):
     """First lines of the texts in sections such as "Args:" of a docstring."""
     for title, body in SECTION.findall(inspect.cleandoc(docstring)):
         for line in re.findall(r"^    (\S.*)", body, re.MULTILINE):
             yield line if title in ("Returns", "Yields") else line.partition(": ")[2]
 
 
-def help_texts(file: Path) -> Iterator[str]:
+def help_texts(file):
     """Texts of the flags that a file adds to an argument parser."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.keyword) and node.arg == "help":
@@ -65,7 +63,7 @@ def help_texts(file: Path) -> Iterator[str]:
                 yield str(parts[0].value)
 
 
-def sources(*rooms: str) -> Iterator[tuple[str, Path]]:
+def sources(*rooms):
     for room in rooms:
         for file in sorted((tiny.PROJECT / room).rglob("*.py")):
             yield str(file.relative_to(tiny.PROJECT)), file

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import pytest
 import timm
@@ -32,7 +31,7 @@ README_FIGURE = tiny.PROJECT / "docs" / "make" / "readme_figure.py"
 PERFORMANCE = tiny.PROJECT / "docs" / "make" / "performance.py"
 
 
-def run(*command: object, status: int = 0, limit: float = 240) -> str:
+def run(*command, status=0, limit=240):
     done = subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=limit
     )
@@ -41,13 +40,13 @@ def run(*command: object, status: int = 0, limit: float = 240) -> str:
     return done.stdout if status == 0 else done.stderr
 
 
-def bench(tmp_path: Path, arguments: str) -> tuple[dict[str, Any], str]:
+def bench(tmp_path, arguments):
     """Its JSON, and what it printed."""
     out = run(BENCH, *arguments.split(), "--json", tmp_path / "result.json")
     return json.loads((tmp_path / "result.json").read_text()), out
 
 
-def speed_that_the_plan_reads(file: Path) -> Speed | str:
+def speed_that_the_plan_reads(file):
     """The speed of a run, on a CPU, of what was measured."""
     measured = json.loads(file.read_text())
     changes = {
@@ -242,9 +241,9 @@ def test_33_pixels_are_enough_for_imagenets_networks():
 def test_the_report_is_made_and_goes_on_after_a_stop(tmp_path, monkeypatch):
     """Of the results that the project has: its page, and after a stop what is missing alone."""
     recorded = json.loads((tiny.PROJECT / "docs/performance/results.json").read_text())
-    measured: list[str] = []
+    measured = []
 
-    def measure(command: list[str], **_: Any) -> Any:
+    def measure(command, **_):
         assert command[:2] == [sys.executable, str(BENCH)]
         file = Path(command[-1])
         measured.append(file.stem)
@@ -271,7 +270,7 @@ def test_the_report_is_made_and_goes_on_after_a_stop(tmp_path, monkeypatch):
 
 
 def test_readmes_figure_shows_the_numbers_that_are_in_the_project(monkeypatch, capsys):
-    drawn: list[Any] = []
+    drawn = []
     monkeypatch.setattr(style, "save", lambda figure, _: drawn.append(figure))
     draw = runpy.run_path(str(README_FIGURE))["main"]
     assert draw([]) == 0
@@ -323,7 +322,7 @@ def test_transformers_of_spikingjellys_neurons_are_ours(name):
     from tetdist.apps.benchmarks import contestants, peers
 
     make = contestants.halving_neuron
-    small: dict[str, Any] = {"widths": (8, 16, 24), "depths": (1, 1, 1), "heads": 2}
+    small = {"widths": (8, 16, 24), "depths": (1, 1, 1), "heads": 2}
     theirs: torch.nn.Module
     if name == "qkformer_10_384":
         theirs = peers.qkformer(*small.values(), make)

@@ -9,7 +9,7 @@ from tetdist import models
 from tetdist.apps.benchmarks.relu_baselines import relu_baseline
 
 
-def convolutions(model: nn.Module) -> list[tuple[object, ...]]:
+def convolutions(model):
     return sorted(
         (tuple(module.weight.shape), module.stride, module.padding, module.bias is not None)
         for module in model.modules()

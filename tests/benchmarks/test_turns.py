@@ -13,21 +13,21 @@ class Pretended:
     spinning = 1.0
     alive: list["Pretended"] = []  # noqa: RUF012  # shared on purpose
 
-    def __init__(self, _module: str, _options: object, **environment: str | None) -> None:
+    def __init__(self, _module, _options, **environment):
         self.a_step = 2.0 if environment["OMP_WAIT_POLICY"] == "PASSIVE" else self.spinning
-        self.unanswered: list[int] = []
+        self.unanswered = []
         self.steps = 0
         self.alive.append(self)
 
-    def send(self, line: str) -> None:
+    def send(self, line):
         assert not self.unanswered, "sent before it has answered"
         self.unanswered.append(int(line))
 
-    def seconds(self) -> float:
+    def seconds(self):
         self.steps += self.unanswered.pop()
         return self.a_step
 
-    def end(self) -> None:
+    def end(self):
         assert not self.unanswered
         self.alive.remove(self)
 

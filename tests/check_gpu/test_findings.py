@@ -3,8 +3,6 @@
 import dataclasses
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from tetdist.apps.check_gpu.check import Finding, Report, Result, compared
 from tetdist.errors import UserError, pip_install
 
 
-def rates(images_per_s: float, **others: Any) -> Finding:
+def rates(images_per_s, **others):
     rows = {"tetdist, none": {"images_per_s": images_per_s}}
     numbers = {"images_per_s": images_per_s, "timesteps": 4, "by_batch": {"32": rows}}
     return Finding("ok", f"{images_per_s} images/s", None, numbers, speed=images_per_s, same=others)
@@ -129,7 +127,7 @@ def test_what_fails_for_a_known_reason_has_its_remedy(error, remedy):
     assert found == remedy or (remedy is not None and remedy in str(found))
 
 
-def put_smi(folder: Path, body: str) -> None:
+def put_smi(folder, body):
     file = folder / "nvidia-smi"
     file.write_text(f"#!{sys.executable}\n{body}\n")
     file.chmod(0o755)

@@ -6,7 +6,6 @@ import subprocess
 import time
 import types
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +18,7 @@ from tetdist.apps.reports.reference import IMAGES, find_reference
 STEPS = IMAGES // 256
 
 
-def metrics(top1: float, rate: float = 2300.0, wait: float = 1.0, steps: int = STEPS) -> Any:
+def metrics(top1, rate=2300.0, wait=1.0, steps=STEPS):
     train = {"kind": "train", "step": steps, "samples_per_s": rate, "data_wait": wait, "loss": 5.0}
     return [train, {"kind": "val", "step": steps, "top1": top1}]
 
@@ -96,9 +95,9 @@ def test_what_fails_is_reported(tiny_root, tmp_path, call, monkeypatch):
             "to fix: versions: remove one; not reached: epoch",
         )
     file = tmp_path / "hour.json"
-    meanwhile: list[Any] = []
+    meanwhile = []
 
-    def fail(*_: Any, **__: Any) -> Any:
+    def fail(*_, **__):
         meanwhile.append(json.loads(file.read_text()))
         return types.SimpleNamespace(returncode=1)
 

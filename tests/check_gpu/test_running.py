@@ -7,17 +7,14 @@ import os
 import signal
 import threading
 import types
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 
 from tetdist.apps.check_gpu import remedies, run
-from tetdist.apps.check_gpu.check import Check, Finding, Machine, Report
+from tetdist.apps.check_gpu.check import Finding, Machine
 from tetdist.apps.check_gpu.run import run_checks
-from tetdist.distributed.world import World
 
 # Runs the command with checks of its own, of which the second has rank 1 fail or die, or hangs if
 # there is a single process. Arguments: the JSON file, a folder for temporary files, who dies.
@@ -52,12 +49,12 @@ sys.exit(check_gpu.main(["--device", "cpu", "--json", file]))
 
 
 @pytest.fixture
-def here(alone: World, tmp_path: Path) -> Machine:
+def here(alone, tmp_path):
     return Machine(alone, small=True, folder=tmp_path)
 
 
 @pytest.fixture
-def temporary(tmp_path: Path) -> Path:
+def temporary(tmp_path):
     """A folder for the temporary ones of processes that a test starts."""
     folder = tmp_path / "temporary"
     folder.mkdir()
@@ -105,7 +102,7 @@ def test_a_signal_leaves_the_findings_and_no_folder(tmp_path, temporary, number)
     """Also while a check waits where Python cannot be interrupted."""
     file = tmp_path / "found.json"
 
-    def is_at_the_second() -> bool:
+    def is_at_the_second():
         return file.is_file() and "versions" in json.loads(file.read_text())["checks"]
 
     environment = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT), TETDIST_COMMAND="check_gpu")
@@ -122,11 +119,11 @@ def test_a_signal_leaves_the_findings_and_no_folder(tmp_path, temporary, number)
 
 
 @pytest.fixture
-def hanging() -> Iterator[Check]:
+def hanging():
     """A check that comes to no end before the test does."""
     awaited = threading.Event()
 
-    def hang(_: Machine) -> Finding:
+    def hang(_):
         awaited.wait()
         return Finding("ok", "at last")
 
@@ -136,9 +133,9 @@ def hanging() -> Iterator[Check]:
 
 def test_a_check_that_hangs_ends_at_its_limit(here, hanging, monkeypatch):
     monkeypatch.setattr(Machine, "limit", 0.3)
-    kept: list[list[str]] = []
+    kept = []
 
-    def keep(report: Report) -> None:
+    def keep(report):
         kept.append(list(report.not_reached))
 
     report = run_checks({"fine": fine, "resume": hanging, "last": fine}, here, keep)
@@ -154,7 +151,7 @@ def test_a_check_that_moves_has_time_until_all_checks_have_to_end(here, monkeypa
     """As on a busy machine, where all is slow, and nothing hangs."""
     ended = threading.Event()
 
-    def move(_: Machine) -> Finding:
+    def move(_):
         while not ended.is_set():
             ended.wait(0.07)
             ended.wait(0.07)
@@ -186,16 +183,15 @@ def test_the_process_that_is_elsewhere_is_to_blame(here, monkeypatch):
     states = {
         f"links {rank}": {"busy": True, "where": "aba"[rank], "still": 5.0} for rank in range(3)
     }
-    store: Any = types.SimpleNamespace(get=lambda key: json.dumps(states[key]))
+    store = types.SimpleNamespace(get=lambda key: json.dumps(states[key]))
     monkeypatch.setattr(Machine, "limit", 4.0)
     three = dataclasses.replace(here, world=dataclasses.replace(here.world, world_size=3))
     verdict = run._Round("links", fine, three, store, math.inf)._judge()
-    assert verdict is not None
     assert [found.status for found in verdict[0]] == ["left out", "bad", "left out"]
 
 
 def test_a_check_that_would_end_the_program_does_not(here):
-    def ending(_: Machine) -> Finding:
+    def ending(_):
         raise SystemExit("error: a process of the benchmark ended (1)")
 
     report = run_checks({"rates": ending, "last": fine}, here)
@@ -209,7 +205,7 @@ def test_no_thread_is_left(here):
     assert threading.active_count() == before
 
 
-def fine(_: Machine) -> Finding:
+def fine(_):
     return Finding("ok", "7 of 7")
 
 

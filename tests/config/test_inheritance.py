@@ -10,7 +10,7 @@ from tetdist.config.loading import load, load_with_origins
 from tetdist.errors import UserError
 
 
-def written(file: Path, text: str) -> str:
+def written(file, text):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     return str(file)

@@ -16,14 +16,14 @@ TEN = [f"class{i}" for i in range(10)]
 HUNDRED = [f"fine_{i}" for i in range(100)]
 
 
-def records(labels: list[list[int]], seed: int) -> tuple[bytes, np.ndarray]:
+def records(labels, seed):
     """Images with their label bytes, as in the archives; and their pixels (N, 32, 32, 3)."""
     pixels = np.random.default_rng(seed).integers(0, 256, (len(labels), 3, 32, 32), np.uint8)
     rows = np.concatenate([np.array(labels, np.uint8), pixels.reshape(len(labels), -1)], axis=1)
     return rows.tobytes(), pixels.transpose(0, 2, 3, 1)
 
 
-def archive(file: Path, contents: dict[str, bytes]) -> Path:
+def archive(file, contents):
     with tarfile.open(file, "w:gz") as tar:
         for name, content in contents.items():
             member = tarfile.TarInfo(name)
@@ -32,10 +32,10 @@ def archive(file: Path, contents: dict[str, bytes]) -> Path:
     return file
 
 
-def cifar10(changes: dict[str, bytes | None] | None = None) -> dict[str, bytes]:
+def cifar10(changes=None):
     """Two images of each class to train, one to validate."""
     folder = "cifar-10-batches-bin"
-    contents: dict[str, bytes | None] = {
+    contents = {
         f"{folder}/data_batch_{i}.bin": records([[2 * i - 2], [2 * i - 1]] * 2, i)[0]
         for i in range(1, 6)
     }
@@ -89,8 +89,8 @@ def test_the_first_of_each_class(output_of, tmp_path):
 
 def test_pickles_are_refused_and_not_opened(output_of, tmp_path):
     class Trap:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return Path.touch, (tmp_path / "trapped",)  # type: ignore[return-value]  # a trap
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "trapped",)
 
     file = archive(
         tmp_path / "cifar-10-python.tar.gz",

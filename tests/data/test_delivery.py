@@ -3,23 +3,17 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tetdist.config.loading import load
-from tetdist.config.schema import RunConfig
 from tetdist.data import build, dali, own_process, transfer
 from tetdist.data.dali import import_dali
-from tetdist.data.loader import Batch
 from tetdist.data.pixels import Edits, Output, edited
-from tetdist.datasets.index import Index, build_index, load_index
-from tetdist.distributed.world import World
+from tetdist.datasets.index import build_index, load_index
 from tetdist.errors import UserError
 
 # All that is done to images, before and after normalisation.
@@ -34,9 +28,7 @@ AUGMENTED = {
 }
 
 
-def batches_of(
-    config: RunConfig, index: Index, world: World, count: int, *, train: bool = True
-) -> list[Batch]:
+def batches_of(config, index, world, count, *, train=True):
     with (
         build.train_loader(config, index, world, 0, config.data.image_size)
         if train
@@ -45,7 +37,7 @@ def batches_of(
         return list(islice(batches, count))
 
 
-def assert_same(first: list[Batch], second: list[Batch]) -> None:
+def assert_same(first, second):
     assert len(first) == len(second) > 0
     for one, two in zip(first, second, strict=True):
         assert one.images.dtype == two.images.dtype == torch.float32
@@ -84,7 +76,7 @@ def test_events_are_the_same_from_a_process_of_their_own(event_root, tiny_config
 
 
 @pytest.fixture
-def config(tiny_copy: Path, tiny_config: Callable[..., Path]) -> RunConfig:
+def config(tiny_copy, tiny_config):
     return load(tiny_config({"data.own_process": True, "data.root": str(tiny_copy)}), [])
 
 
@@ -118,7 +110,7 @@ def test_a_killed_loader_is_reported(config, tiny_copy, alone):
 
 
 def test_missing_memory_is_reported(monkeypatch):
-    def full(*_: object) -> None:
+    def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
@@ -140,7 +132,7 @@ def test_a_gpus_graph_places_windows_by_the_same_rules(interpolation):
         mirror=np.array([False, True, False, True, True]),
     )
 
-    def source() -> tuple[Any, ...]:
+    def source():
         start, mirror = -edits.corner, edits.mirror.astype(np.int32)
         return windows, edits.size.astype(np.float32), start, mirror
 
@@ -161,7 +153,7 @@ def test_a_gpus_graph_places_windows_by_the_same_rules(interpolation):
 
 def test_threads_ask_nothing_of_another_gpu(monkeypatch):
     """Their present GPU would be the first of the machine, whichever one trains here."""
-    calls: list[object] = []
+    calls = []
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     device = torch.device("cuda", 3)
     with transfer.taker(device, "test") as taker:

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from timm.data import random_erasing
-from torch import Tensor
 
 from tetdist.config.sections.data import ErasingSection
 from tetdist.data.erasing import _BOXES, erase, erased
@@ -17,20 +16,20 @@ POSITIONS = np.arange(60)
 class Draws:
     """Takes the place of Python's generator, and answers with what was put in."""
 
-    def __init__(self, first: list[float], boxes: np.ndarray) -> None:
+    def __init__(self, first, boxes):
         self.first, self.boxes = list(first), [box.tolist() for box in boxes]
         self.number = self.tries = 0
 
-    def random(self) -> float:
+    def random(self):
         return self.first.pop(0)
 
-    def uniform(self, low: float, high: float) -> float:
+    def uniform(self, low, high):
         # An area and a ratio in turn, of which ours has ten in a row.
         which = self.tries // 2 + 10 * (self.tries % 2)
         self.tries += 1
         return low + (high - low) * self.boxes[self.number][which]
 
-    def randint(self, low: int, high: int) -> int:
+    def randint(self, low, high):
         if low == 1:
             return low + int(self.first.pop(0) * (high - low + 1))
         box = self.boxes[self.number]
@@ -58,7 +57,7 @@ def test_rectangles_are_timms(monkeypatch, count):
     assert 30 < some < 55
 
 
-def images() -> Tensor:
+def images():
     """(B, 3, H, W), of numbers that noise has not."""
     return torch.full((len(POSITIONS), 3, 24, 24), 9.0)
 

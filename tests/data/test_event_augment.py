@@ -15,7 +15,6 @@ from tetdist.data.event_augment import (
     DROP_STREAM,
     OPERATION_DRAWS,
     OPERATION_STREAM,
-    Draw,
     Operation,
     dropped,
     operated,
@@ -25,46 +24,42 @@ from tetdist.data.event_augment import (
 T, H, W = 3, 22, 30
 
 
-def some_frames(dtype: type = np.uint8) -> np.ndarray:
+def some_frames(dtype=np.uint8):
     return np.random.default_rng(0).integers(1, 9, (T, 2, H, W)).astype(dtype)
 
 
-def drawn(count: int, columns: int, stream: int = OPERATION_STREAM) -> np.ndarray:
+def drawn(count, columns, stream=OPERATION_STREAM):
     return order.uniforms(3, 1, np.arange(count), columns, stream)
 
 
-def erased(frames: torch.Tensor, numbers: list[float], patch: pytest.MonkeyPatch) -> torch.Tensor:
+def erased(frames, numbers, patch):
     """What torchvision's RandomErasing makes of frames if it draws these numbers."""
     left = itertools.chain([numbers[0], 0.5], numbers[1:])
 
-    def uniform(tensor: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    def uniform(tensor, low, high):
         return tensor.fill_(low + (high - low) * next(left))
 
-    def integer(low: int, high: int, **_: object) -> torch.Tensor:
+    def integer(low, high, **_):
         return torch.tensor([low + int((high - low) * next(left))])
 
     with patch.context() as context:
         context.setattr(torch.Tensor, "uniform_", uniform)
         context.setattr(torch, "randint", integer)
         context.setattr(torch, "rand", lambda *_: torch.zeros(1))
-        done: torch.Tensor = RandomErasing(p=1, scale=(0.001, 0.11), ratio=(1, 1))(frames)
-        return done
+        return RandomErasing(p=1, scale=(0.001, 0.11), ratio=(1, 1))(frames)
 
 
-def snn_augment_wide(
-    frames: torch.Tensor, row: list[float], patch: pytest.MonkeyPatch
-) -> torch.Tensor:
+def snn_augment_wide(frames, row, patch):
     """The recipe's definition, in torchvision's words, on (T, 2, H, W) in float32."""
     which, first, second, third = row
     kind = int(6 * which)
 
-    def magnitude(most: float) -> float:
+    def magnitude(most):
         value = float(torch.linspace(-most, most, 31)[int(first * 31)])
         return -value if second < 0.5 else value
 
-    def affine(across: int = 0, down: int = 0, shear: float = 0.0) -> torch.Tensor:
-        done: torch.Tensor = functional.affine(frames, 0.0, [across, down], 1.0, [shear, 0.0])
-        return done
+    def affine(across=0, down=0, shear=0.0):
+        return functional.affine(frames, 0.0, [across, down], 1.0, [shear, 0.0])
 
     match kind:
         case 0:
@@ -76,8 +71,7 @@ def snn_augment_wide(
         case 3:
             return affine(down=int(magnitude(5.0)))
         case 4:
-            turned: torch.Tensor = functional.rotate(frames, magnitude(30.0))
-            return turned
+            return functional.rotate(frames, magnitude(30.0))
         case _:
             return erased(frames, [first, second, third], patch)
 
@@ -122,7 +116,7 @@ def test_a_square_that_does_not_fit_is_none():
     assert cut == [Operation("cutout", (0, 0, 0, 0))]
 
 
-def sample(number: int, **fixed: float) -> tuple[Draw, np.ndarray]:
+def sample(number, **fixed):
     """Numbers of one sample, some of them fixed by their place, and how they are asked for."""
     numbers = drawn(number + 1, DROP_DRAWS + T * 2 * H * W, DROP_STREAM)[number].copy()
     for i, name in enumerate(("which", "first", "second", "third")):

@@ -5,13 +5,11 @@ import pytest
 import timm.data
 import torch
 from timm.loss import SoftTargetCrossEntropy
-from torch import Tensor
 
 from tetdist.config.sections.loss import LossSection
 from tetdist.data.mixing import mixed_images, mixed_targets, on_device
 from tetdist.data.transforms import (
     MIXING_DRAWS,
-    Mix,
     Mixing,
     micro_batch_mix,
     mixes,
@@ -24,7 +22,7 @@ from tetdist.training.objective import compute_loss
 B, K = 6, 5
 
 
-def drawn(mixing: Mixing, height: int = 9, width: int = 7) -> Mix:
+def drawn(mixing, height=9, width=7):
     return mixes(uniforms(2, 0, np.arange(B), MIXING_DRAWS), height, width, mixing)
 
 
@@ -58,7 +56,7 @@ def test_the_loss_is_lambda_of_one_and_the_rest_of_the_other():
     mix = drawn(Mixing(0.4, 1.0))
     targets = mixed_targets(labels, on_device(mix, labels.device), K, torch.float64)
 
-    def of_one(i: int, label: Tensor) -> Tensor:
+    def of_one(i, label):
         one = logits[:, i : i + 1], label.view(1)
         return tet_loss(*one, lambda_=0.3, phi=0.7, label_smoothing=0.1)
 
@@ -74,15 +72,15 @@ def test_the_loss_is_lambda_of_one_and_the_rest_of_the_other():
     assert torch.allclose(compute_loss(section, logits, targets), expected)
 
 
-def timms(draws: list[float], mixing: Mixing, patch: pytest.MonkeyPatch) -> timm.data.Mixup:
+def timms(draws, mixing, patch):
     """timm's Mixup, which draws these numbers."""
     chances, places = iter([draws[5], draws[0]]), iter(draws[3:5])
 
-    def beta(alpha: float, _: float) -> float:
+    def beta(alpha, _):
         u, v = np.array(draws[1:3])[:, None]
         return float(symmetric_beta(u, v, np.array([alpha]))[0])
 
-    def integer(low: int, high: int, size: None) -> int:
+    def integer(low, high, size):
         assert size is None
         return low + int((high - low) * next(places))
 
@@ -135,7 +133,7 @@ def test_a_whole_micro_batch_is_mixed_as_by_timm(shape, mixing, monkeypatch):
 def test_mixing_is_a_function_of_the_position(mode):
     mixing = Mixing(0.4, 1.0, mode, probability=0.5, off_epoch=2)
 
-    def shares(epoch: int, first: int) -> list[float]:
+    def shares(epoch, first):
         positions = np.arange(first, first + B)
         return micro_batch_mix(0, epoch, positions, (9, 7), mixing).share.tolist()
 

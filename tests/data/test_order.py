@@ -15,7 +15,7 @@ from tetdist.errors import UserError
 MASK = 2**64 - 1
 
 
-def splitmix(key: int, word: int) -> int:
+def splitmix(key, word):
     """The hash again, in Python's integers."""
     z = ((key ^ word) + 0x9E3779B97F4A7C15) & MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
@@ -66,7 +66,7 @@ def test_a_permutation_holds_each_sample_once_and_depends_on_the_epoch(n, seed, 
         assert not np.array_equal(first, order.permutation(n, (seed + 1) % 2**64, epoch))
 
 
-def samples_of_a_step(world_size: int, step: int) -> list[list[int]]:
+def samples_of_a_step(world_size, step):
     """By the time at which the processes, side by side, come to them."""
     epoch_order = order.permutation(100, 0, 0)
     shares = [order.rank_micro_batches(rank, world_size, 24, 2) for rank in range(world_size)]

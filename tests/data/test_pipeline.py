@@ -8,15 +8,12 @@ import sys
 import threading
 import time
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 from samples import picture
-from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
@@ -27,9 +24,8 @@ from tetdist.data import build, event_augment, pixels, transforms
 from tetdist.data.auto_augment import auto_augment
 from tetdist.data.batches import Share, eval_batches, train_batches
 from tetdist.data.dali import Workers
-from tetdist.data.loader import Loader
 from tetdist.data.transforms import Transform
-from tetdist.datasets.index import Index, build_index, load_index
+from tetdist.datasets.index import build_index, load_index
 from tetdist.distributed.world import join
 from tetdist.errors import UserError
 from tetdist.plugins import Registry
@@ -43,26 +39,16 @@ OUTPUT = pixels.Output(size=32, interpolation="bilinear", **RAW)
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 
 
-def section(index: Index, root: Path, **changes: Any) -> DataSection:
+def section(index, root, **changes):
     values = {"kind": index.kind, "root": str(root), "roll": 2, "image_size": 32, "resize": 36}
     return DataSection.model_validate(values | RAW | CROPS | changes)
 
 
-def train(
-    index: Index, root: Path, *, share: Share = SHARE, workers: Workers = WORKERS, **changes: Any
-) -> Loader:
+def train(index, root, *, share=SHARE, workers=WORKERS, **changes):
     return train_batches(section(index, root, **changes), index, share, 32, workers)
 
 
-def evaluate(
-    index: Index,
-    root: Path,
-    *,
-    batch_size: int = 5,
-    rank: int = 0,
-    world_size: int = 1,
-    **changes: Any,
-) -> Loader:
+def evaluate(index, root, *, batch_size=5, rank=0, world_size=1, **changes):
     batches = list(order.evaluation_batches(len(index), batch_size, rank, world_size))
     return eval_batches(section(index, root, **changes), index, batches, WORKERS)
 
@@ -208,12 +194,12 @@ EVERYTHING = {
 }
 
 
-def shifted(sample: Tensor, draws: tuple[float, ...]) -> Tensor:
+def shifted(sample, draws):
     """Adds a constant of its own to each sample, which its draws decide."""
     return sample + 1000 * draws[0] + draws[1]
 
 
-def doubled(sample: Tensor, draws: tuple[float, ...]) -> Tensor:
+def doubled(sample, draws):
     assert draws == ()
     return sample.mul_(2)
 
@@ -222,9 +208,9 @@ SHIFTED, DOUBLED = Transform("shifted", shifted, 2), Transform("doubled", double
 
 
 @pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def registered(monkeypatch):
     """The two transforms, registered for the time of a test."""
-    table: Registry[Transform] = Registry("transform", "data.transforms")
+    table = Registry("transform", "data.transforms")
     monkeypatch.setattr(transforms, "TRANSFORMS", table)
     transforms.register_transform("shifted", draws=2)(shifted)
     transforms.register_transform("doubled")(doubled)
@@ -537,7 +523,7 @@ def test_transforms_of_ones_own_are_applied_in_order_with_draws_of_their_own(
     root = event_root() if kind == "events" else image_root()
     index = indexed(root, kind=kind)
 
-    def training(*names: str) -> list[tuple[Tensor, list[int]]]:
+    def training(*names):
         return images_and_ids(train(index, root, transforms=names), 8)
 
     plain, changed = training(), training("shifted", "doubled")
@@ -584,7 +570,7 @@ def test_a_transform_that_does_not_keep_the_shape_is_named(image_root):
 def test_the_configuration_names_transforms_which_change_training_alone(tiny_root, tiny_config):
     index = load_index(tiny_root / "index" / "train.npz")
 
-    def evaluated(*names: str) -> list[tuple[Tensor, list[int]]]:
+    def evaluated(*names):
         config = load(tiny_config({"data.transforms": list(names)}), [])
         build.check_augmentation(config, index)
         with join("cpu") as world:

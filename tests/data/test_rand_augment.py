@@ -1,18 +1,15 @@
 """RandAugment, 3-Augment, TrivialAugment: timm's and torchvision's pixels with the same draws."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from samples import picture
 from timm.data import auto_augment as timms
 from torchvision.transforms import TrivialAugmentWide
 
 from tetdist.config.rand_augment import rand_augment
 from tetdist.data import pixels
-from tetdist.data.rand_augment import RandomPolicy, num_draws, random_operations
+from tetdist.data.rand_augment import num_draws, random_operations
 from tetdist.order import uniforms
 
 IMAGE = picture(32, 32)
@@ -26,29 +23,29 @@ HYPERPARAMETERS = {"img_mean": (124, 116, 104), "interpolation": 3}
 class Draws:
     """Takes the place of Python's generator, and answers with what was put in."""
 
-    def __init__(self, *answers: float) -> None:
+    def __init__(self, *answers):
         self.answers = list(answers)
 
-    def random(self) -> float:
+    def random(self):
         return self.answers.pop(0)
 
-    def gauss(self, mean: float, deviation: float) -> float:
+    def gauss(self, mean, deviation):
         return mean + deviation * self.answers.pop(0)
 
-    def uniform(self, low: float, high: float) -> float:
+    def uniform(self, low, high):
         return low + (high - low) * self.answers.pop(0)
 
-    def choice(self, items: list[Any]) -> Any:
+    def choice(self, items):
         return items[int(self.answers.pop(0) * len(items))]
 
 
-def posterize(image: Image.Image, bits: int) -> Image.Image:
+def posterize(image, bits):
     """Pillow's as it was up to 12, when it took any number of bits; timm asks for 0, too."""
     mask = ~(2 ** (8 - bits) - 1)
     return image.point([level & mask for level in range(256)] * 3)
 
 
-def ours(policy: RandomPolicy, count: int) -> tuple[np.ndarray, list[Any], list[torch.Tensor]]:
+def ours(policy, count):
     """Draws, operations and pixels of so many samples."""
     draws = uniforms(3, 1, np.arange(count), num_draws(policy))
     operations = random_operations(draws, policy, 32)
@@ -73,7 +70,7 @@ def test_rand_augment_is_timms_bitwise(monkeypatch, text):
     draws, operations, images = ours(policy, 150)
     found = set()
     for row, done, got in zip(draws.reshape(150, policy.n, 5), operations, images, strict=True):
-        expected: Any = IMAGE
+        expected = IMAGE
         for choice, chance, u, v, back in row.tolist():
             normal = (-2 * np.log(1 - u)) ** 0.5 * np.cos(2 * np.pi * v)
             varied = [] if policy.mstd == 0 else [u if policy.mstd > 100 else normal]

@@ -3,8 +3,6 @@
 import json
 import shutil
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,18 +11,18 @@ import torch
 
 from tetdist.config.loading import parse
 from tetdist.datasets import held_out
-from tetdist.datasets.index import Index, index_file, index_splits, load_index
+from tetdist.datasets.index import index_file, index_splits, load_index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.training.setup import evaluated_split, open_data
 
 
-def files(index: Index) -> list[str]:
+def files(index):
     return [index.path(i) for i in range(len(index))]
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_root: Path) -> Index:
+def whole(tiny_root):
     return load_index(index_file(tiny_root / "index", "train"))
 
 
@@ -82,7 +80,7 @@ def test_too_little_to_divide(whole, recordings, words):
 def test_a_run_leaves_the_validation_split_alone(tiny_copy, tmp_path, main):
     shutil.rmtree(tiny_copy / "val")
     index_file(tiny_copy / "index", "val").unlink()
-    changes: dict[str, Any] = {"name": "held", "data.held_out": 0.3, "record_samples": True}
+    changes = {"name": "held", "data.held_out": 0.3, "record_samples": True}
     outcome = main(tiny.write_config(tmp_path / "c.yaml", tiny_copy, changes))
     assert outcome.status == 0, outcome.text
     run = tmp_path / "runs/held"
@@ -121,7 +119,7 @@ def test_pieces_of_event_data_stay_together(event_root):
     data = {"kind": "events", "root": str(root), "held_out": 0.5}
     sides = []
     for seed in range(3):
-        changes: dict[str, Any] = {"name": "x", "model": model, "data": data, "seed": seed}
+        changes = {"name": "x", "model": model, "data": data, "seed": seed}
         config = parse(tiny.changed(tiny.CONFIG, changes), "x")
         assert evaluated_split(config) == f"published-held-out-0.5-seed-{seed}"
         alone = World(0, 1, torch.device("cpu"), control=None)

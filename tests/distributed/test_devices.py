@@ -3,8 +3,6 @@
 import os
 import sys
 import types
-from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -19,7 +17,7 @@ from tetdist.training.engines.deepspeed_engines import _as_local_rank
 
 
 @pytest.fixture
-def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def smi(tmp_path, monkeypatch):
     """The only folder in PATH, for an nvidia-smi; nothing hides GPUs, and torch sees none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "SLURM_GPUS_ON_NODE"):
@@ -28,7 +26,7 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def put_smi(folder: Path, body: str) -> None:
+def put_smi(folder, body):
     file = folder / "nvidia-smi"
     file.write_text(f"#!{sys.executable}\n{body}\n")
     file.chmod(0o755)
@@ -102,7 +100,7 @@ def test_no_two_processes_take_one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
 
     class Others(World):
-        def gather(self, value: str) -> list[str]:
+        def gather(self, value):
             return ["GPU-a", value, "GPU-c", shown]
 
     shown = "GPU-d"
@@ -137,7 +135,7 @@ def test_a_task_of_srun_does_not_think_that_it_is_alone(monkeypatch):
 )
 def test_cores_are_divided_among_those_of_a_host_who_share_them(monkeypatch, hosts, cores):
     class Gathered(World):
-        def gather(self, value: object) -> list[tuple[str, list[int]]]:
+        def gather(self, value):
             assert value == hosts[0]
             return hosts
 
@@ -175,14 +173,14 @@ def test_processes_stay_near_their_gpus(cores, lists, bound, tmp_path, monkeypat
             pci_domain_id=1, pci_bus_id=0xC0 + gpu.index, pci_device_id=0x1F
         ),
     )
-    gathered: list[Any] = []
+    gathered = []
 
     class Gathered(World):
-        def gather(self, value: Any) -> list[Any]:
+        def gather(self, value):
             gathered.append(value)
             return [*gathered, ("elsewhere", [99], [])]
 
-    set_to: list[set[int] | None] = [None] * len(cores)
+    set_to = [None] * len(cores)
     for _ in range(2):  # at first to see what each tells the others
         gathered = gathered[-len(cores) :]
         for gpu, mine in enumerate(cores):

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import textwrap
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -12,7 +11,6 @@ import tiny
 import torch
 import torch.distributed as dist
 from tiny import LAUNCHED
-from torch import Tensor
 
 from tetdist.distributed.signals import StopRequest, let_go_of_closed_streams
 from tetdist.distributed.world import World, join
@@ -197,7 +195,7 @@ def test_of_two_signals_the_one_that_says_more_counts(sent, expected):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_equal_tensors_are_their_mean(device, monkeypatch):
-    def reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+    def reduce(tensor, op=dist.ReduceOp.SUM):
         tensor.mul_({dist.ReduceOp.SUM: 2, dist.ReduceOp.AVG: 1}[op])
 
     monkeypatch.setattr(dist, "all_reduce", reduce)
@@ -207,9 +205,9 @@ def test_equal_tensors_are_their_mean(device, monkeypatch):
 
 def test_tensors_are_averaged_in_the_order_of_memory(monkeypatch):
     """All of one type in a single collective, whatever their layout; each keeps its own."""
-    sent: list[Tensor] = []
+    sent = []
 
-    def mean(_world: World, flat: Tensor) -> Tensor:
+    def mean(_world, flat):
         sent.append(flat.clone())
         return flat.div_(2)
 

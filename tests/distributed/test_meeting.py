@@ -4,10 +4,8 @@ import os
 import socket
 import stat
 import types
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -19,7 +17,7 @@ from tetdist.distributed import meeting, starters
 from tetdist.errors import PeerFailed, UserError
 
 
-def launched(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+def launched(monkeypatch, **variables):
     for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE", meeting.TOKEN):
         monkeypatch.delenv(name, raising=False)
     # `meet` sets this one, for all that follows in this process.
@@ -50,7 +48,7 @@ def test_rank_0_listens_where_the_others_come(monkeypatch):
     except OSError:
         own = ""
 
-    def known_as(*addresses: str) -> str:
+    def known_as(*addresses):
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 0)) for one in addresses]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
         with meeting._listen(0) as listener:
@@ -105,13 +103,13 @@ def test_where_the_secret_comes_from(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def rank_0() -> Iterator[ThreadPoolExecutor]:
+def rank_0():
     """A thread to be rank 0, beside that of the test."""
     with ThreadPoolExecutor(1) as thread:
         yield thread
 
 
-def met(rank: int, seconds: float = 30, folder: str = "runs/a", **run: Any) -> Any:
+def met(rank, seconds=30, folder="runs/a", **run):
     return meeting.meet(rank, 2, seconds, Path(folder), {"name": "a", "seed": 0} | run)
 
 
@@ -129,7 +127,7 @@ def test_run_is_met_by_its_own_processes_alone(variables, run, words, rank_0, mo
     port = tiny.free_port()
     own = starters.as_starter() | {meeting.TOKEN: "one", "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
     launched(monkeypatch, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **own)
-    first: Future[Any] = rank_0.submit(met, 0)
+    first = rank_0.submit(met, 0)
     # By now it has read these variables.
     meeting._wait_for_port("127.0.0.1", port, 30)
     for name, value in variables.items():
@@ -156,7 +154,7 @@ def test_second_attempt_reads_nothing_of_the_first(rank_0, monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
         with pytest.raises(PeerFailed, match="rank 0 did not join within 1 s"):
             met(1, seconds=1)
-        first: Future[Any] = rank_0.submit(met, 0)
+        first = rank_0.submit(met, 0)
         second = met(1)
         assert not second.check(["by"])
         second.set("by", attempt)

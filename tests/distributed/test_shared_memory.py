@@ -66,7 +66,7 @@ def test_mean_over_processes(farm, processes, case, shared, tmp_path):
 
 def test_no_file_of_another_host_is_opened(monkeypatch):
     """There, rank 0's process id may belong to another program."""
-    opened: list[str] = []
+    opened = []
     monkeypatch.setattr(shared_memory, "_open", lambda path, *_: opened.append(path))
     here = shared_memory.place()
     for i in range(len(here)):

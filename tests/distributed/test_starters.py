@@ -67,7 +67,7 @@ def test_ends_though_its_launcher_was_gone_before_it_looked(launcher, tmp_path):
         },
         "torchrun": {"torchrun": LAUNCHER, "worker.py": ALONE + WORKER},
     }[launcher]
-    command: list[object] = []
+    command = []
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -185,7 +185,7 @@ def test_training_saves_when_its_terminal_closes(tiny_config, tmp_path):
     os.set_blocking(terminal, False)
     seen = b""
 
-    def trains() -> bool:
+    def trains():
         nonlocal seen
         with contextlib.suppress(BlockingIOError):
             seen += os.read(terminal, 4096)

@@ -1,7 +1,6 @@
 """torchrun with the exit status of its processes, and a cluster that evicts what it runs."""
 
 import signal
-from collections.abc import Iterator
 
 import pytest
 import tiny
@@ -17,7 +16,7 @@ time.sleep(0 if sys.argv[1] == "well" else 60)
 
 
 @pytest.fixture
-def own_signals() -> Iterator[None]:
+def own_signals():
     """Signals as before torchrun, which keeps its own."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}
@@ -26,7 +25,7 @@ def own_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def options(*command: object) -> list[object]:
+def options(*command):
     return ["--nproc-per-node", 2, "--master-port", tiny.free_port(), *command]
 
 

@@ -22,14 +22,14 @@ ME = f"(process {os.getpid()} on {socket.gethostname()})"
 class Clock:
     now = 1000.0
 
-    def monotonic(self) -> float:
+    def monotonic(self):
         return self.now
 
     time = monotonic
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(watchdog, "time", clock)
     return clock
@@ -38,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Processes:
     """The watches of a run's processes; rank 0 judges whenever time passes."""
 
-    def __init__(self, clock: Clock, count: int, timeout: float) -> None:
+    def __init__(self, clock, count, timeout):
         self.clock, self.start = clock, clock.now
         store = dist.HashStore()
         self.watches = [
@@ -51,9 +51,7 @@ class Processes:
             watch._report_alive()
         assert self.watches[0]._judge() is None
 
-    def until(
-        self, second: float, *, silent: tuple[int, ...] = (), moving: tuple[int, ...] = ()
-    ) -> str | None:
+    def until(self, second, *, silent=(), moving=()):
         """Advance the clock to that second after the start; return the first verdict on the way."""
         while self.clock.now < self.start + second:
             self.clock.now += 0.5

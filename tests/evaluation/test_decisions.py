@@ -3,27 +3,24 @@
 import math
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tetdist.apps.reports.evaluation_page import SHOWN_CLASSES, _classes
-from tetdist.distributed.world import World
 from tetdist.evaluation.decisions import THRESHOLDS, DecisionCounts, Decisions
 from tetdist.evaluation.evaluate import _count, running_means
 from tetdist.evaluation.suite import ExitChoice, _chosen
 
 
-def decide(world: World, *batches: tuple[Tensor, Tensor], outputs: int = 2) -> Decisions:
+def decide(world, *batches, outputs=2):
     counts = DecisionCounts(["a", "b"], outputs, len(batches[0][0]), torch.device("cpu"))
     for logits, labels in batches:
         counts.add(logits, labels)
     return counts.total(world)
 
 
-def of_probabilities(*of_timesteps: list[float]) -> Tensor:
+def of_probabilities(*of_timesteps):
     """Logits (T, B, 2) whose running means give class 0 these probabilities, a list per
     timestep."""
     wanted = torch.tensor(of_timesteps, dtype=torch.float64)
@@ -64,7 +61,7 @@ def test_the_lowest_threshold_that_costs_little_from_there_on():
 
 def test_where_no_threshold_costs_so_little_all_are_decided_at_t():
     choice, point = ExitChoice(0.0, None, 9, 70.0), {"threshold": 0.5, "top1": 1.0}
-    whole: Any = SimpleNamespace(top1=80.0, timesteps=3)
+    whole = SimpleNamespace(top1=80.0, timesteps=3)
     found = _chosen(choice, whole, [point | {"mean_timesteps": 1.0}])
     assert (found["threshold"], found["top1"], found["mean_timesteps"]) == (None, 80.0, 3.0)
     found = _chosen(replace(choice, threshold=0.5), whole, [point | {"mean_timesteps": 1.0}])

@@ -1,9 +1,8 @@
 """Evaluation of networks with neurons other than LIF."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,16 +10,14 @@ import timm
 import torch
 from kernel_runs import randomize
 from one_batch import OneBatch
-from torch import Tensor
 
 from tetdist.apps.reports.evaluation_page import as_text, html_page, png_page
 from tetdist.data.loader import Batch
-from tetdist.distributed.world import World, join
+from tetdist.distributed.world import join
 from tetdist.errors import UserError
 from tetdist.evaluation.operations import counting_operations
 from tetdist.evaluation.suite import run_suite
 from tetdist.evaluation.unrolling import unrolled
-from tetdist.models import SpikingNetwork
 from tetdist.nn import neurons, products
 from tetdist.nn.neurons import LIF
 
@@ -33,33 +30,31 @@ class Ahead(LIF):
 
     causal: ClassVar[bool] = False
 
-    def run(
-        self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, current, membrane, **parameters):
         grown = torch.arange(1, len(current) + 1).view(-1, *(1,) * (current.ndim - 1))
         return neurons.run(current + (current * grown).mean(0), self, membrane, **parameters)
 
 
 @pytest.fixture(autouse=True)
-def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def ahead(monkeypatch):
     monkeypatch.setitem(neurons.NEURONS._entries, "ahead", Ahead)
 
 
-def network(name: str, neuron: dict[str, Any], **arguments: Any) -> SpikingNetwork:
+def network(name, neuron, **arguments):
     torch.manual_seed(0)
-    model: SpikingNetwork = timm.create_model(name, num_classes=4, neuron=neuron, **arguments)
+    model = timm.create_model(name, num_classes=4, neuron=neuron, **arguments)
     randomize(model)
     return model.double().eval()
 
 
-def small(neuron: dict[str, Any]) -> SpikingNetwork:
+def small(neuron):
     return network("spiking_convnet", neuron, channels=(6, 8, 8), input_size=12)
 
 
-def evaluator_of(model: SpikingNetwork, world: World) -> OneBatch:
+def evaluator_of(model, world):
     generator = torch.Generator().manual_seed(0)
-    index: Any = type("Index", (), {"classes": CLASSES})
-    config: Any = None
+    index = type("Index", (), {"classes": CLASSES})
+    config = None
     images = torch.randn(24, 3, 12, 12, generator=generator, dtype=torch.float64)
     batch = Batch(images, torch.arange(24) % 4, np.arange(24))
     return OneBatch(model, config, index, world, lambda: None, batch, "fp64")
@@ -126,7 +121,7 @@ def test_a_network_runs_at_the_t_of_its_neurons_only():
         masked.set_timesteps(5)
 
 
-UNROLLED: dict[str, dict[str, Any]] = {
+UNROLLED = {
     "spiking_convnet": {"channels": (6, 8, 8), "input_size": 12},
     "sew_resnet18": {"width": 4},
     "spiking_resnet18": {"width": 4, "stem_width": 4},
@@ -153,9 +148,9 @@ def test_binary_sub_timesteps_give_the_same_logits(name, kind):
     generator = torch.Generator().manual_seed(0)
     shape = (2, 4, 2, 16, 16) if model.input_kind == "events" else (2, 3, 12, 12)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    seen: dict[str, Tensor] = {}
+    seen = {}
 
-    def look(layer: str) -> Callable[..., None]:
+    def look(layer):
         return lambda _module, inputs, _output: seen.__setitem__(layer, inputs[0])
 
     with torch.no_grad():
@@ -189,10 +184,10 @@ def test_operations_of_integer_spikes_are_those_of_the_unrolled_network(name, ki
     """Spikes one by one: each layer's inputs in sub-timesteps, times what each reaches."""
     model = network(name, {"kind": kind, "threshold": 0.3}, **UNROLLED[name])
     x = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(0)).double()
-    reached: dict[str, float] = {}
+    reached = {}
 
-    def count(layer: str) -> Callable[..., None]:
-        def hook(module: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+    def count(layer):
+        def hook(module, inputs, _output):
             ones, flat = torch.ones_like(module.weight), inputs[0].flatten(0, 1)
             assert set(flat.unique().tolist()) <= {0.0, 1.0}
             sums = torch.nn.functional.conv2d(flat, ones, None, module.stride, module.padding)
@@ -224,10 +219,10 @@ def test_attentions_products_are_unrolled(kind, alone, monkeypatch):
         "espikeformer_t", {"kind": kind, "threshold": 0.3}, **UNROLLED["espikeformer_t"]
     )
     x = torch.randn(3, 3, 48, 32, generator=torch.Generator().manual_seed(0)).double()
-    seen: list[Tensor] = []
+    seen = []
     tokens = products.tokens
 
-    def look(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    def look(x, heads, dtype):
         seen.append(x)
         return tokens(x, heads, dtype)
 
@@ -273,8 +268,8 @@ def test_what_does_not_fire_is_not_unrolled():
 @pytest.mark.parametrize("kind", ["ilif", "nilif"])
 def test_firing_rates_of_integer_spikes_are_shares_of_the_most(kind, alone):
     model = small({"kind": kind, "most_spikes": 8, "threshold": 0.3})
-    seen: list[Tensor] = []
-    model.stem.neuron.register_forward_hook(lambda _m, _i, output: seen.append(output))  # type: ignore[union-attr]  # of a ConvNormNeuron
+    seen = []
+    model.stem.neuron.register_forward_hook(lambda _m, _i, output: seen.append(output))
     result = evaluator_of(model, alone).run("evaluate")
     spikes = seen[0] / (8 if kind == "ilif" else 1)
     assert 0.1 < result.firing_rate["stem.neuron"] < 1
@@ -297,7 +292,6 @@ def test_an_unrolled_evaluation_says_the_same(kind, alone):
     unrolled_into = re.search(r"unrolled: 3 layers into up to (\d) sub", as_text(ABOUT | spikes))
     assert "unrolled" not in as_text(ABOUT | numbers)
     most = spikes.pop("sub_timesteps")
-    assert unrolled_into is not None
     assert int(unrolled_into[1]) == max(most.values())
     assert most.keys() == {"blocks.0.conv", "blocks.1.conv", "fc"}
     assert set(most.values()) <= {2, 3, 4}

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tetdist
 from tetdist.evaluation import membranes
@@ -18,14 +18,14 @@ assert tetdist.__doc__  # registers the models
 
 
 class Network(nn.Sequential):
-    def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
+    def forward(self, x, per_timestep=False):
         assert per_timestep, "no other call is allowed"
         return super().forward(x)
 
 
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 def test_a_neuron_by_hand(reset):
-    config = LIF(decay=0.5, threshold=2.0, reset=reset)  # type: ignore[arg-type]  # of str
+    config = LIF(decay=0.5, threshold=2.0, reset=reset)
     # (T, B): u = 1, 0.5 + 2.1 = 2.6 (fires), then 0 (or 0.6) decayed + 9 (fires)
     found = membrane_distribution(
         Network(Neuron(config)), torch.tensor([[1.0], [2.1], [9.0]]), "fp32"
@@ -39,7 +39,7 @@ def test_a_current_that_all_timesteps_share():
     """By hand: u = 1, 1.5 and 1.75, of one current of 1."""
 
     class OfThree(Network):
-        def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
+        def forward(self, x, per_timestep=False):
             assert per_timestep
             return self[0](x, 3)
 
@@ -66,7 +66,7 @@ def test_membranes_of_other_kinds():
     )
 
 
-def _bins(found: Membranes) -> dict[float, float]:
+def _bins(found):
     (fractions,) = found.fractions.values()
     return {round(found.edges[i], 2): one for i, one in enumerate(fractions) if one > 0}
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from torch import nn
 
 import tetdist.models  # registers them
 from tetdist.data.loader import Batch
@@ -13,14 +12,14 @@ from tetdist.evaluation.evaluate import Interrupted, evaluate
 assert tetdist.models
 
 
-def network() -> nn.Module:
+def network():
     torch.manual_seed(0)
     return timm.create_model(
         "spiking_convnet", channels=(4, 8), input_size=16, num_classes=4, timesteps=2
     )
 
 
-def batches() -> list[Batch]:
+def batches():
     generator = torch.Generator().manual_seed(0)
     images = [torch.rand(3, 3, 16, 16, generator=generator) for _ in range(2)]
     return [Batch(one, torch.tensor([0, 1, 2]), np.arange(3)) for one in images]

@@ -3,7 +3,6 @@
 import numpy as np
 import timm
 import torch
-from torch import Tensor
 
 import tetdist
 from tetdist.data.loader import Batch
@@ -12,7 +11,7 @@ from tetdist.evaluation.robustness import taking_frames, without_events, without
 assert tetdist.__doc__  # registers the models
 
 
-def batches(images: Tensor, size: int) -> list[Batch]:
+def batches(images, size):
     ids = np.arange(len(images))
     return [
         Batch(images[i : i + size], torch.zeros(len(images[i : i + size])), ids[i : i + size])
@@ -20,7 +19,7 @@ def batches(images: Tensor, size: int) -> list[Batch]:
     ]
 
 
-def together(found: list[Batch]) -> Tensor:
+def together(found):
     return torch.cat([batch.images for batch in found])
 
 
@@ -49,7 +48,7 @@ def test_timesteps_of_images_and_of_events():
     assert not without_timesteps_of_none().any()
 
 
-def without_timesteps_of_none() -> Tensor:
+def without_timesteps_of_none():
     return together(list(without_timesteps(batches(torch.ones(5, 3, 2, 2), 5), 1.0, 3, seed=1)))
 
 

@@ -9,9 +9,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import cameras
 import numpy as np
@@ -20,7 +17,7 @@ import timm
 import tiny
 import torch
 from PIL import Image
-from tiny import Farm, expect
+from tiny import expect
 
 from tetdist.apps.events.binning import Binning, bin_events
 from tetdist.apps.events.recording import Events, Sensor
@@ -32,12 +29,12 @@ from tetdist.storage import checkpoint
 SPLIT = "simulated-published"
 
 
-def tool(name: str) -> ModuleType:
+def tool(name):
     return importlib.import_module(f"tetdist.apps.cli.{name}")
 
 
 @pytest.fixture(scope="module")
-def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("simulated")
     images, dest = cameras.draw_bars(folder / "images", train=8, val=3), folder / "events"
     options = ["--simulate", "--timesteps", "2", "--size", "16", "--workers", "1", "--bins", "9ms"]
@@ -46,7 +43,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(data_root: Path, farm: Farm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(data_root, farm, tmp_path_factory):
     """A network that was trained on the simulated recordings, in windows of 9 ms."""
     folder = tmp_path_factory.mktemp("trained")
     changes = {
@@ -64,27 +61,27 @@ MADE = cameras.events(900, *DEFAULT_SENSOR, duration=40_000)
 
 
 @pytest.fixture
-def command(run: Path, tmp_path: Path) -> list[str]:
+def command(run, tmp_path):
     """Arguments that replay MADE."""
     np.savez(tmp_path / "it.npz", **MADE._asdict(), **DEFAULT_SENSOR._asdict())
     return [str(tmp_path / "it.npz"), "--checkpoint", str(run)]
 
 
-def lines_of(text: str) -> list[str]:
+def lines_of(text):
     """The lines of the frames, without their milliseconds."""
     return [
         re.sub(r"\d+\.\d\d ms$", "", line) for line in text.splitlines() if "  timestep " in line
     ]
 
 
-def frames_of(made: cameras.Made) -> torch.Tensor:
+def frames_of(made):
     """The recording's windows as training reads them."""
     number = (int(made.t[-1]) - int(made.t[0])) // 9000 + 1
     binning = Binning(number, Sensor(16, 16), "9ms", "count", "area", "uint8")
     return torch.from_numpy(bin_events(Events(*made, DEFAULT_SENSOR), binning).tensor).float()
 
 
-def lines_of_frames(run: Path, frames: torch.Tensor) -> list[str]:
+def lines_of_frames(run, frames):
     """The lines that a replay is to print."""
     trained = load(run)
     trained.model.set_execution("fused")
@@ -126,7 +123,7 @@ def test_late_frames_are_counted_and_ctrl_c_ends_with_what_was_read(
 ):
     replay, step = tool("replay"), Stream.step
 
-    def slow(*given: Any) -> torch.Tensor:
+    def slow(*given):
         time.sleep(0.02)  # longer than a window
         return step(*given)
 
@@ -138,9 +135,9 @@ def test_late_frames_are_counted_and_ctrl_c_ends_with_what_was_read(
     # Ctrl-C in the first frame: of the first 16 KiB, two windows and a part of the third.
     many = cameras.events(5000, *DEFAULT_SENSOR, duration=40_000)
     (tmp_path / "many.bin").write_bytes(cameras.nmnist(many))
-    steps: list[object] = []
+    steps = []
 
-    def pressing(*given: Any) -> torch.Tensor:
+    def pressing(*given):
         steps.append(given)
         if len(steps) == 2:  # after the warm-up
             signal.raise_signal(signal.SIGINT)
@@ -198,7 +195,7 @@ def test_what_cannot_be_replayed_is_refused_before_the_first_frame(
     assert not lines_of(shown.out)
 
 
-def pipe(file: Path, command: list[str]) -> None:
+def pipe(file, command):
     """Replay a file's contents from standard input."""
     before = os.dup(0)
     with subprocess.Popen(["cat", file], stdout=subprocess.PIPE) as cat:
@@ -229,7 +226,7 @@ def test_all_complete_packets_of_a_growing_file_and_of_a_pipe_are_used(
         else:
             signal.raise_signal(signal.SIGINT)
 
-    def check() -> None:
+    def check():
         assert torch.equal(torch.cat(steps[1:]), expected)
         steps.clear()
         shown = capfd.readouterr()

@@ -35,7 +35,6 @@ DEVICE = torch.device("cuda", 0)
 
 def _folder_of(package: str) -> str:
     spec = importlib.util.find_spec(package)
-    assert spec is not None
     assert spec.origin is not None
     return f"{Path(spec.origin).parent}{os.sep}"
 
@@ -302,11 +301,11 @@ def install(library: Any) -> None:
         answers[name] = lambda *_: 0
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
-    torch.Tensor.pin_memory = _pinned  # type: ignore[method-assign]  # on purpose
-    torch.Tensor.record_stream = _record_stream  # type: ignore[method-assign]  # on purpose
+    torch.Tensor.pin_memory = _pinned
+    torch.Tensor.record_stream = _record_stream
     dist.all_reduce = _all_reduce(dist.all_reduce)
-    FakeTensor.tolist = _fetched  # type: ignore[method-assign]  # on purpose
-    torch.nn.Module._apply = _apply  # type: ignore[method-assign]  # on purpose
+    FakeTensor.tolist = _fetched
+    torch.nn.Module._apply = _apply
     _count_triton_kernels()
 
 

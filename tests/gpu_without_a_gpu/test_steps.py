@@ -7,19 +7,15 @@ the device, and kernels that are launched without need; they are blind to number
 
 import itertools
 import json
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import timm
 import torch
 from launches import num_launches
-from worker import Answer, Worker, launches
+from worker import launches
 
 from tetdist import models
 from tetdist.nn.batch_norm import BatchNorm
-
-Ask = Callable[..., Answer]
 
 RECOMPUTE = {
     "none": "recompute=none",
@@ -59,11 +55,11 @@ OBJECTIVES = {
 
 
 @pytest.fixture(scope="session")
-def ask(running: Worker) -> Ask:
+def ask(running):
     """Asks the worker, once of each case."""
-    answers: dict[str, Answer] = {}
+    answers = {}
 
-    def ask(*case: str, **about: Any) -> Answer:
+    def ask(*case, **about):
         key = json.dumps([case, about])
         answers[key] = answers.get(key) or running.run(*case, **about)
         return dict(answers[key])
@@ -96,7 +92,7 @@ def test_launches_of_lists_are_counted():
     """As multi_tensor_apply divides lists of tensors: 110 or 64 of one or two, and 320 chunks."""
     function = torch.ops.aten._foreach_add_.Scalar
 
-    def add(*numels: int) -> int:
+    def add(*numels):
         return num_launches(function, ([torch.empty(n, device="meta") for n in numels], 1), None)
 
     assert add(*[5] * 110) == 1
@@ -111,7 +107,7 @@ def test_launches_of_lists_are_counted():
     assert num_launches(copy, tuple(lists), None) == 65
 
 
-def assert_runs(answer: Answer) -> None:
+def assert_runs(answer):
     """It ran, waited for nothing, and would run in the same way twice."""
     assert answer["error"] is None
     assert answer["waits"] == []
@@ -120,14 +116,14 @@ def assert_runs(answer: Answer) -> None:
     assert answer["ungraphed"] == []
 
 
-def assert_fp16_runs(answer: Answer) -> None:
+def assert_fp16_runs(answer):
     """Likewise; in float16 the host has to know whether the gradient overflowed."""
     (wait,) = set(answer.pop("waits"))
     assert wait.startswith("a number fetched at tetdist/training/step.py")
     assert_runs(answer | {"waits": []})
 
 
-def assert_zero_runs(answer: Answer) -> None:
+def assert_zero_runs(answer):
     """Likewise; at ZeRO's stages DeepSpeed itself asks the device whether the norm is finite, and
     weights, which are parts of its flat buffers, are not channels_last."""
     waits, layouts = answer.pop("waits"), answer.pop("layouts")
@@ -137,7 +133,7 @@ def assert_zero_runs(answer: Answer) -> None:
     assert_runs(answer | {"waits": [], "layouts": others})
 
 
-CHECKS: dict[tuple[str, str], Callable[[Answer], None]] = {
+CHECKS = {
     ("torch", "bf16"): assert_runs,
     ("torch", "fp16"): assert_fp16_runs,
     ("deepspeed", "bf16"): assert_runs,
@@ -249,13 +245,13 @@ def test_a_graph_is_one_launch(ask):
     assert answer["captures"] == 5
 
 
-def dropped(model: str) -> list[str]:
+def dropped(model):
     """Overrides that have a network drop in training all that it can."""
     rates = {"drop_rate", "drop_path_rate"}.intersection(models.arguments_of(model) or [])
     return [f"model.arguments.{rate}=0.1" for rate in sorted(rates)]
 
 
-def graphed(ask: Ask, model: str, recompute: str, precision: str) -> None:
+def graphed(ask, model, recompute, precision):
     """Two steps with all that goes with graphs: each micro-batch launches the same kernels, on the
     same memory, with the same numbers of the host."""
     answer = ask(
@@ -315,7 +311,7 @@ SHORT = [
 ]
 
 
-def everything(ask: Ask, model: str, recompute: str, engine: str, precision: str) -> Answer:
+def everything(ask, model, recompute, engine, precision):
     """One step with all that a configuration can ask for."""
     answer = ask(
         model,
@@ -338,7 +334,7 @@ def test_everything(model, recompute, engine, precision, ask):
 
 # Each network with each recomputation, of which each is in each way, as is each kind of network:
 # those of few networks are in all of them.
-WAYS: tuple[Any, ...] = (*CHECKS, "graph", "as it is")
+WAYS = (*CHECKS, "graph", "as it is")
 FEW = ("preact_resnet18", "psn_sew_resnet18", "spiking_convnet", "vggsnn")
 PAIRS = list(zip((way for way in EVERY_WAY if way[0] not in FEW), itertools.cycle(WAYS)))
 for few in FEW:

@@ -44,8 +44,7 @@ LOADED = "tetdist.data.own_process:LoaderProcess.__next__"
 FREED = "is freed while aten.convolution_backward at .* on stream 0 may still use it"
 
 # Each with overrides, the function, the line, what is there instead, and what is said of it.
-Fault = tuple[tuple[str, ...], str, str, str, str]
-FAULTS: dict[str, Fault] = {
+FAULTS = {
     "an average is not waited for": (
         *(ON_GPU, FINISH, "work.wait()", "pass"),
         "written by all_reduce at tetdist/distributed/overlap.py",
@@ -83,7 +82,7 @@ FAULTS: dict[str, Fault] = {
         "input 0 of the graph is not read",
     ),
 }
-MORE: dict[str, Fault] = {
+MORE = {
     "inputs get into the graph too late": (
         *(GRAPHS, COPY[0]),
         "static.copy_(tensor)\n    result, replay = graph.captured",

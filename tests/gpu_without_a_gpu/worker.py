@@ -83,13 +83,11 @@ class Worker:
         return self._answer({})
 
     def _answer(self, asked: dict[str, Any]) -> Answer:
-        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         return self._read(280)
 
     def _read(self, seconds: float) -> Answer:
-        assert self._process.stdout is not None
         ready = self._selector.select(seconds)
         line = self._process.stdout.readline() if ready else ""
         if not line:

@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
-from typing import BinaryIO
 
 import pytest
 import tiny
@@ -21,7 +20,7 @@ from tetdist.storage.files import only_writer
 
 
 @pytest.fixture(scope="module")
-def shards(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(tiny_root, tmp_path_factory):
     dest = tmp_path_factory.mktemp("shards") / "data"
     for split in ("train", "val"):
         file = ix.index_file(tiny_root / "index", split)
@@ -30,12 +29,12 @@ def shards(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def opened(monkeypatch):
     """Archives that samples were read from."""
-    files: list[Path] = []
+    files = []
     actual = os.open
 
-    def spy(path: Path, *options: int) -> int:
+    def spy(path, *options):
         files.append(Path(path))
         return actual(path, *options)
 
@@ -43,7 +42,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return files
 
 
-def tars(folder: Path) -> dict[str, bytes]:
+def tars(folder):
     found = sorted(folder.rglob("*.tar"))
     return {str(file.relative_to(folder)): file.read_bytes() for file in found}
 
@@ -70,8 +69,8 @@ def test_a_host_reads_verified_copies_and_trains_the_same(
     assert {path.is_relative_to(shards) for path in opened} == {True}
 
 
-def copy(shards: Path, folder: Path) -> str | None:
-    done: list[int] = []
+def copy(shards, folder):
+    done = []
     reason = copies._copy_all(shards, folder, list(tars(shards)), Event(), done)
     assert reason or sum(done[1:]) == done[0] == sum(map(len, tars(shards).values()))
     return reason
@@ -100,7 +99,7 @@ def test_damaged_old_and_unfinished_copies_are_made_again(shards, tmp_path, capl
     assert (kept in again, again) == (False, [damaged, old, gone])
 
 
-def no_space(_: BinaryIO) -> None:
+def no_space(_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -152,7 +151,7 @@ def test_what_cannot_be_copied_or_written_to_is_refused(
 def test_stopped_while_it_copies(shards, tmp_path, monkeypatch, main, tiny_config):
     """A slow disk; the job's requeueing needs the status of the signal."""
 
-    def wait(_: BinaryIO) -> None:
+    def wait(_):
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stopped.wait(60)
 

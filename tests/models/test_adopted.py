@@ -3,9 +3,6 @@
 import copy
 import itertools
 import signal
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -15,7 +12,7 @@ from graph_stand_ins import taped
 from kernel_runs import kept_tensors
 from spikingjelly.activation_based import encoding, functional, layer, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spikformer, spiking_resnet, spiking_vgg
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from tetdist.data.loader import Batch
@@ -39,34 +36,34 @@ LIF = {
 }
 
 
-def multi_step(net: nn.Module) -> nn.Module:
+def multi_step(net):
     functional.set_step_mode(net, "m")
     return net
 
 
-def small() -> nn.Module:
+def small():
     return Small()
 
 
-def sew18() -> nn.Module:
+def sew18():
     block = sew_resnet.BasicBlock
     return multi_step(sew_resnet.SEWResNet(block, [1] * 4, num_classes=4, cnf="ADD", **LIF))
 
 
-def resnet18() -> nn.Module:
+def resnet18():
     """Its blocks add in place to what a batch norm returns."""
     block = spiking_resnet.BasicBlock
     return multi_step(spiking_resnet.SpikingResNet(block, [1] * 4, num_classes=4, **LIF))
 
 
-def vgg11() -> nn.Module:
+def vgg11():
     return multi_step(spiking_vgg.spiking_vgg11_bn(num_classes=4, **LIF))
 
 
 class TimeOfSpikformer(nn.Module):
     """One-dimensional batch norms in the library's containers, as in its transformers."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.stem = layer.SeqToANNContainer(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8))
         self.lif = neuron.LIFNode(step_mode="m", surrogate_function=surrogate.ATan())
@@ -74,7 +71,7 @@ class TimeOfSpikformer(nn.Module):
         self.flat = layer.BatchNorm1d(8, step_mode="m")
         self.head = layer.Linear(8, 4, step_mode="m")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.block(self.lif(self.stem(x)))
         return self.head(self.flat(x.mean((3, 4))))
 
@@ -83,27 +80,27 @@ NETWORKS = {"small": small, "sew": sew18, "resnet": resnet18, "transformer": Tim
 SIZES = {"small": 16, "sew": 64, "resnet": 32, "transformer": 32}
 
 
-def images(size: int, samples: int = 2, seed: int = 1) -> Tensor:
+def images(size, samples=2, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(samples, 3, size, size, dtype=torch.float64, generator=generator)
 
 
-def built(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+def built(make, seed=0):
     torch.manual_seed(seed)
     return make().double()
 
 
-def adopted(make: Callable[[], nn.Module], timesteps: int = T, seed: int = 0) -> Adopted:
+def adopted(make, timesteps=T, seed=0):
     return adopt(built(make, seed), timesteps=timesteps, num_classes=4)
 
 
-def step(logits: Tensor) -> Tensor:
+def step(logits):
     """Backward pass of TET; the logits."""
     tet_loss(logits, TARGET, lambda_=0.05).backward()
     return logits.detach()
 
 
-def library_step(net: nn.Module, x: Tensor) -> Tensor:
+def library_step(net, x):
     """Train as the library's examples do, with a fixed seed."""
     net.train()
     torch.manual_seed(5)
@@ -112,7 +109,7 @@ def library_step(net: nn.Module, x: Tensor) -> Tensor:
     return logits
 
 
-def own_step(model: Adopted, x: Tensor) -> Tensor:
+def own_step(model, x):
     """The same through tetdist, with its running statistics at the end of the step."""
     model.train()
     batch_norm.defer_running_statistics(model)
@@ -122,7 +119,7 @@ def own_step(model: Adopted, x: Tensor) -> Tensor:
     return logits
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
+def gradients(model):
     prefix = "net." if isinstance(model, Adopted) else ""
     found = {}
     for name, parameter in model.named_parameters():
@@ -131,11 +128,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def statistics(model: nn.Module) -> dict[str, Tensor]:
+def statistics(model):
     return {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
 
 
-def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], scale: float = 0) -> None:
+def assert_close(ours, theirs, scale=0):
     """Within 1e-8 of the largest element, and of ``scale`` where that is larger."""
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
@@ -143,7 +140,7 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], scale: floa
         assert (ours[key] - value).abs().max() <= 1e-8 * largest, key
 
 
-def assert_is_the_librarys_step(make: Callable[[], nn.Module], size: int) -> None:
+def assert_is_the_librarys_step(make, size):
     net = built(make)
     before = {key: value.clone() for key, value in net.state_dict().items() if "running" in key}
     x = images(size)
@@ -269,7 +266,7 @@ def test_logits_at_t_are_those_of_a_run_of_t_timesteps():
 
 
 def test_events_are_the_first_bins():
-    def make() -> nn.Module:
+    def make():
         return Small(in_channels=2)
 
     model = adopt(built(make), timesteps=T, num_classes=4, input_kind="events").eval()
@@ -306,7 +303,7 @@ def test_grad_checkpointing_keeps_less_and_can_be_switched_off():
     model, x = adopted(sew18), images(64)
     model(x)
 
-    def kept() -> int:
+    def kept():
         with kept_tensors() as tensors:
             model(x)
         return sum(tensor.numel() for tensor in tensors)
@@ -331,7 +328,7 @@ def test_hooks_are_called_of_parts_that_are_run_again():
 
 def test_part_that_runs_twice_is_not_run_again():
     class Twice(Small):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             self.features(x)
             return super().forward(x)
 
@@ -385,13 +382,13 @@ def test_execution_and_segments():
 # ------------------------------------------------------------------------------- what is refused
 
 
-def with_module(module: nn.Module) -> nn.Module:
+def with_module(module):
     net = Small()
     net.features[3] = module
     return net
 
 
-def masked(lambda_init: float) -> nn.Module:
+def masked(lambda_init):
     return neuron.MaskedPSN(k=2, T=T, lambda_init=lambda_init, step_mode="m")
 
 
@@ -477,28 +474,28 @@ def test_masked_neurons_have_one_t():
 
 
 class Mean(Small):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return super().forward(x).mean(0)
 
 
 class Looping(Small):
     """Runs its timesteps itself, as the library's SNASNet."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.classifier(self.features(x[0])[None].flatten(2))
 
 
 class Ahead(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return x - x.mean(0)
 
 
 class Counter(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.register_buffer("count", torch.zeros(()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         self.count += 1
         return x
 
@@ -567,21 +564,21 @@ from tetdist.models.adopted import adopt
 def sj_small(pretrained=False, *, num_classes, timesteps, **_):
     return adopt(Small(num_classes), timesteps=timesteps, num_classes=num_classes)
 """
-RUN: dict[str, Any] = {"model": {"name": "sj_small"}, "precision": "fp64", "engine": "torch"}
+RUN = {"model": {"name": "sj_small"}, "precision": "fp64", "engine": "torch"}
 
 
 @pytest.fixture
-def file(tiny_root: Path, tmp_path: Path) -> Path:
+def file(tiny_root, tmp_path):
     """The configuration of a run of the small network, with dropout, from an imported file."""
     (tmp_path / "sj_file.py").write_text(IMPORTED)
     return tiny.write_config(tmp_path / "run.yaml", tiny_root, RUN | {"imports": ["sj_file.py"]})
 
 
 @pytest.fixture
-def train(main: Callable[..., tiny.Outcome], file: Path, tmp_path: Path) -> Callable[..., Path]:
+def train(main, file, tmp_path):
     """Trains it in this process: (name, *overrides) -> run."""
 
-    def run(name: str, *overrides: str, status: int = 0) -> Path:
+    def run(name, *overrides, status=0):
         outcome = main(file, f"name={name}", *overrides)
         assert outcome.status == status, outcome.text
         return tmp_path / "runs" / name
@@ -604,7 +601,7 @@ def test_run_with_dropout_stopped_and_continued(train, monkeypatch):
     steps = itertools.count(1)
     original = Trainer._train_step
 
-    def stopping(self: Trainer) -> Any:
+    def stopping(self):
         if next(steps) in (3, 9):
             signal.raise_signal(signal.SIGUSR1)
         return original(self)

@@ -1,19 +1,16 @@
 """Every network takes every kind of neuron: fused and by definition, stored and recomputed."""
 
 import copy
-from typing import Any
 
 import pytest
 import timm
 import torch
 from kernel_runs import assert_same, randomize, results_of
-from torch import Tensor
 
 from tetdist.errors import UserError
-from tetdist.models import SpikingNetwork
 
 T = 2
-NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+NETWORKS = {
     "sew_resnet18": ({"width": 4}, (3, 32, 32)),
     "sew_resnet50": ({"width": 4}, (3, 32, 32)),
     "psn_sew_resnet18": ({"width": 4}, (3, 32, 32)),
@@ -32,7 +29,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     ),
     "ms_qkformer_2_256_dvs": ({"widths": (16, 24), "heads": 2}, (T, 2, 32, 32)),
 }
-KINDS: dict[str, dict[str, Any]] = {
+KINDS = {
     "lif": {},
     "plif": {},
     "psn": {"timesteps": T},
@@ -47,19 +44,17 @@ EVERY_DAY = ("lif", "plif", "psn", "ilif")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def network(name: str, kind: str) -> tuple[SpikingNetwork, Tensor]:
+def network(name, kind):
     arguments, shape = NETWORKS[name]
     torch.manual_seed(0)
     neuron = {"kind": kind, "threshold": 0.3} | KINDS[kind]
-    model: SpikingNetwork = timm.create_model(
-        name, num_classes=3, timesteps=T, neuron=neuron, **arguments
-    )
+    model = timm.create_model(name, num_classes=3, timesteps=T, neuron=neuron, **arguments)
     randomize(model)
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return model.double().train(), x
 
 
-def step(model: SpikingNetwork, x: Tensor) -> dict[str, Tensor]:
+def step(model, x):
     return results_of(model, lambda m: m(x, per_timestep=True), {})
 
 

@@ -7,9 +7,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -18,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from kernel_runs import randomize
 from timm.models import group_parameters
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 import tetdist
 from tetdist import models
 from tetdist.errors import UserError
-from tetdist.models import SpikingNetwork, sew_resnet, spiking_resnet
+from tetdist.models import sew_resnet, spiking_resnet
 from tetdist.nn import dropout, neurons
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF
@@ -38,7 +36,7 @@ EVENTS = ["vggsnn", "spiking_resnet19_dvs"]
 # One of each family and kind of block, small enough to run often. Thresholds are low, so that
 # random networks of this size fire up to the last layer.
 NEURON = LIF(threshold=0.5, surrogate="atan", surrogate_width=2.0)
-SMALL: dict[str, dict[str, Any]] = {
+SMALL = {
     "sew_resnet18": {"width": 4},
     "sew_resnet50": {"width": 2, "connect_function": "iand"},
     "spiking_resnet18": {"width": 4, "stem_width": 4},
@@ -62,13 +60,13 @@ each_image_family_with_spikes = pytest.mark.parametrize(
 )
 
 
-def create(name: str) -> SpikingNetwork:
+def create(name):
     """A small float64 model with 5 classes, T = 3 and randomised norms."""
     return copy.deepcopy(_created(name))
 
 
 @functools.cache
-def _created(name: str) -> SpikingNetwork:
+def _created(name):
     torch.manual_seed(0)
     options = SMALL[name] | {"num_classes": 5, "timesteps": 3, "neuron": NEURON}
     model = timm.create_model(name, **options).double()
@@ -79,11 +77,11 @@ def _created(name: str) -> SpikingNetwork:
     return model
 
 
-def first_convolution(model: nn.Module) -> nn.Conv2d:
+def first_convolution(model):
     return next(module for module in model.modules() if isinstance(module, nn.Conv2d))
 
 
-def inputs_for(name: str, batch: int = 2, bins: int = 3) -> Tensor:
+def inputs_for(name, batch=2, bins=3):
     generator = torch.Generator().manual_seed(1)
     shapes = {"spiking_convnet": (batch, 3, 12, 12)}
     shapes |= dict.fromkeys(EVENTS, (batch, bins, 2, 16, 16))
@@ -102,7 +100,7 @@ def test_as_many_parameters_as_the_resnet_of_that_depth(name):
     assert _num_parameters(spiking) == _num_parameters(ann)
 
 
-def _num_parameters(model: nn.Module) -> int:
+def _num_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
@@ -137,7 +135,7 @@ def test_bad_option_is_named(name, options, complaint):
 
 
 @contextlib.contextmanager
-def refused(words: str) -> Iterator[None]:
+def refused(words):
     """Check that what is asked is refused with these words, in one sentence."""
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         yield
@@ -199,7 +197,7 @@ ONE_OF_EACH = {models.class_of(name): name for name in reversed(models.names())}
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_timms_arguments_are_heeded_or_refused(name):
-    def make(**options: Any) -> Any:
+    def make(**options):
         return timm.create_model(name, device="meta", **options)
 
     own, rates = models.arguments_of(name) or (), {"drop_rate": 0.1, "drop_path_rate": 0.1}
@@ -291,7 +289,7 @@ def test_features_and_head_make_up_the_network(name):
 @each_family
 def test_features_are_the_outputs_of_the_stem_and_the_stages(name):
     model, x = create(name).eval(), inputs_for(name)
-    seen: list[Tensor] = []
+    seen = []
     for info in model.feature_info[1:]:
         block = model.get_submodule(info["module"])
         block.register_forward_hook(lambda _, __, output: seen.append(output))
@@ -396,7 +394,7 @@ def test_export_takes_the_definition_and_trace_is_refused():
 def test_stem_of_a_static_image_is_convolved_once_as_if_it_were_repeated(name):
     model, x = create(name), inputs_for(name)
     naive = copy.deepcopy(model)
-    seen: list[tuple[int, ...]] = []
+    seen = []
     model.stem.conv.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape[:2])))
     spikes = model.forward_stem(model.time_first(x), model.timesteps)
     assert seen == [(1, 2)]  # the batch, not T times the batch
@@ -430,23 +428,23 @@ def test_stem_of_a_static_image_is_convolved_once_as_if_it_were_repeated(name):
 # ------------------------------------------------------------------------------- blocks by hand
 
 
-def _normalized(conv: nn.Conv2d, norm: BatchNorm, scale: float, x: Tensor) -> Tensor:
+def _normalized(conv, norm, scale, x):
     """conv-BN of (T, B, C, H, W) with batch norm's own formula."""
     y = F.conv2d(x.flatten(0, 1), conv.weight, conv.bias, conv.stride, conv.padding)
     y = F.batch_norm(y, None, None, scale * norm.weight, norm.bias, True, 0, norm.eps)
     return y.unflatten(0, x.shape[:2])
 
 
-def _fire(current: Tensor) -> Tensor:
+def _fire(current):
     return neurons.run(current, NEURON)[0]
 
 
-def _spikes_in(channels: int) -> Tensor:
+def _spikes_in(channels):
     generator = torch.Generator().manual_seed(2)
     return (torch.rand(3, 2, channels, 8, 8, generator=generator) < 0.3).double()
 
 
-def _block(factory: Callable[[], nn.Module]) -> Any:
+def _block(factory):
     torch.manual_seed(0)
     block = factory().double()
     randomize(block)
@@ -515,7 +513,7 @@ def test_spiking_block_adds_the_shortcut_to_the_current(kind, stride, norm):
 def test_scales_of_the_batch_norms(name, stem, chain, merged):
     with torch.device("meta"):
         model = timm.create_model(name, neuron=NEURON)
-    scales: dict[str, set[float]] = {}
+    scales = {}
     for path, module in model.named_modules():
         if isinstance(module, BatchNorm):
             kind = "merge" if ".merge." in path else path.split(".")[0]

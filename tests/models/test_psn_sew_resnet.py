@@ -1,18 +1,15 @@
 """SEW-ResNets with parallel spiking neurons: bytes, initial weights, and T."""
 
-from typing import Any
-
 import pytest
 import timm
 import torch
 import torchvision
-from torch import Tensor
 
 from tetdist.apps.cli.convert import main as convert
 from tetdist.apps.weights import foreign
 from tetdist.apps.weights.nir_graph import to_nir
 from tetdist.errors import UserError
-from tetdist.models import PSNSEWResNet, SpikingNetwork
+from tetdist.models import PSNSEWResNet
 from tetdist.nn.norm_neuron import spiking_layers
 from tetdist.nn.parallel_neurons import PSN
 from tetdist.nn.precision import autocast
@@ -22,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 T = 3
 
 
-def small(**arguments: Any) -> SpikingNetwork:
+def small(**arguments):
     torch.manual_seed(0)
     arguments = {
         "width": 4,
@@ -33,7 +30,7 @@ def small(**arguments: Any) -> SpikingNetwork:
     return timm.create_model("psn_sew_resnet18", **arguments)
 
 
-def images(dtype: torch.dtype = torch.float64) -> Tensor:
+def images(dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(2, 3, 64, 64, generator=generator, dtype=dtype)
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import tetdist
 from tetdist.apps.weights import foreign
-from tetdist.models import QKFormer, SpikingNetwork
+from tetdist.models import QKFormer
 from tetdist.models.attention import StreamAttention, attention_neuron
 from tetdist.models.ms_qkformer import StreamTokenAttention
 from tetdist.models.preact_resnet import Block
@@ -106,7 +106,7 @@ SOURCES = {one: one for one in ("qkformer", "sdt", "espikeformer", "maxformer", 
 SOURCES |= {"preact": "decoupling", "ms_qkformer": "maxformer"}
 
 
-def source_of(name: str) -> str:
+def source_of(name):
     return SOURCES[max((one for one in SOURCES if name.startswith(one)), key=len)]
 
 
@@ -138,21 +138,20 @@ class Case:
     is_resnet: bool = False
 
     @property
-    def source(self) -> str:
+    def source(self):
         return self.of or source_of(self.name)
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self):
         if self.is_resnet:
             return random_state(self.shapes)
-        state: dict[str, Tensor] = published.random_state(self.shapes, self.seed, gain=self.gain)
-        return state
+        return published.random_state(self.shapes, self.seed, gain=self.gain)
 
-    def model(self) -> SpikingNetwork:
+    def model(self):
         return timm.create_model(
             self.name, num_classes=5, timesteps=self.timesteps, **self.arguments
         ).double()
 
-    def loaded(self) -> SpikingNetwork:
+    def loaded(self):
         """The model with the weights of `state`."""
         model = self.model()
         found = foreign.convert(self.state(), self.source, model)
@@ -160,19 +159,17 @@ class Case:
         model.load_state_dict(found.weights)
         return model
 
-    def batch(self, size: int = BATCH) -> Tensor:
+    def batch(self, size=BATCH):
         generator = torch.Generator().manual_seed(1)
         x = torch.randn((size, *self.input), generator=generator, dtype=torch.float64)
         return x if len(self.input) == 3 else x.abs().round()
 
-    def frames(self, x: Tensor) -> Tensor:
+    def frames(self, x):
         """The batch at all timesteps, (T, B, C, H, W)."""
         return x.expand(self.timesteps, *x.shape) if x.ndim == 4 else x.transpose(0, 1)
 
 
-def qkformer_case(
-    name: str, size: QKFormerSize, image: tuple[int, ...], *, mixes: bool = False
-) -> Case:
+def qkformer_case(name, size, image, *, mixes=False):
     arguments = {"widths": size.widths, "depths": size.depths, "heads": size.heads}
     return Case(
         name,
@@ -183,7 +180,7 @@ def qkformer_case(
     )
 
 
-def sdt_case(name: str, size: SDTSize, image: tuple[int, ...]) -> Case:
+def sdt_case(name, size, image):
     return Case(
         name,
         {"channels": size.channels, "depth": size.depth, "heads": size.heads},
@@ -193,7 +190,7 @@ def sdt_case(name: str, size: SDTSize, image: tuple[int, ...]) -> Case:
     )
 
 
-def espikeformer_case(timesteps: int) -> Case:
+def espikeformer_case(timesteps):
     # Sums of attention are multiples of 1/64 where it has 4 channels a head, and some are halves,
     # which are rounded to even; with 6 channels they are irrational.
     size = formers.ESpikeFormerSize((8, 8, 8, 12), (1, 1), heads=2, mlp_ratio=2)
@@ -209,7 +206,7 @@ def espikeformer_case(timesteps: int) -> Case:
     )
 
 
-def maxformer_case() -> Case:
+def maxformer_case():
     size = formers.MaxFormerSize((8, 16, 24), (1, 1, 2), heads=2, mlp_ratio=2)
     return Case(
         "maxformer_10_384",
@@ -221,7 +218,7 @@ def maxformer_case() -> Case:
     )
 
 
-def ms_qkformer_case(name: str, size: QKFormerSize, image: tuple[int, ...], seed: int = 0) -> Case:
+def ms_qkformer_case(name, size, image, seed=0):
     arguments = {"widths": size.widths, "depths": size.depths, "heads": size.heads}
     return Case(
         name,
@@ -233,13 +230,11 @@ def ms_qkformer_case(name: str, size: QKFormerSize, image: tuple[int, ...], seed
     )
 
 
-def resnet_case(
-    method: str, source: str, shapes: published.Shapes, neurons: Any, **arguments: Any
-) -> Case:
-    def forward(net: Published, frames: Tensor) -> Tensor:
+def resnet_case(method, source, shapes, neurons, **arguments):
+    def forward(net, frames):
         state = {key: x.clone() if "running" in key else x for key, x in net.state.items()}
         definition = Definition(state, neurons, len(frames), net.training)
-        logits: Tensor = getattr(definition, method)(frames[0])
+        logits = getattr(definition, method)(frames[0])
         net.moved.update({key: x for key, x in state.items() if "running" in key})
         return logits
 
@@ -427,7 +422,7 @@ def test_mixing_of_samples_is_warned_of(caplog):
 # ------------------------------------------------------------------------------------- the neurons
 
 
-def neurons_of(model: nn.Module) -> dict[str, Any]:
+def neurons_of(model):
     return {
         name: module.neuron
         for name, module in model.named_modules()
@@ -560,7 +555,7 @@ def test_sums_of_spikes_are_as_high_as_documented():
         "qkformer_10_384", widths=(8, 8, 8), heads=2, neuron=LIF(threshold=0.01), num_classes=2
     )
     assert isinstance(model, QKFormer)
-    seen: list[float] = []
+    seen = []
     for module in model.modules():
         if isinstance(module, BatchNorm):
             nn.init.constant_(module.weight, 0)
@@ -597,7 +592,7 @@ def test_an_image_is_as_its_copies_at_all_timesteps(case, segment):
     """Logits, gradients and running statistics, computed again or not."""
     model, x = CASES[case].loaded(), CASES[case].batch()
     repeated, again = copy.deepcopy(model), copy.deepcopy(model)
-    seen: list[int] = []
+    seen = []
     stem = model.stem.conv[-1] if case.endswith("deep") else model.stem.conv
     stem.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
     repeated.time_first = lambda x: x.expand(T, *x.shape)

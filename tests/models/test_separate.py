@@ -2,15 +2,13 @@
 
 import re
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import timm
 import torch
 from spikingjelly.activation_based import layer, neuron
-from torch import Tensor, nn
+from torch import nn
 
 from tetdist import models
 from tetdist.errors import UserError
@@ -29,7 +27,7 @@ T, CLASSES, SHAPE = 2, 5, (3, 16, 16)
 # ------------------------------------------------------------------------------ our own networks
 
 # By the beginning of a name: what makes the network small.
-SMALLER: dict[str, dict[str, Any]] = {
+SMALLER = {
     "qkformer_2": {"widths": (16, 16), "depths": (1, 1), "heads": 2},
     "qkformer": {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2},
     "ms_qkformer_2": {"widths": (16, 16), "depths": (1, 1), "heads": 2},
@@ -44,7 +42,7 @@ SMALLER: dict[str, dict[str, Any]] = {
 }
 
 
-def own(name: str, **arguments: Any) -> tuple[nn.Module, tuple[int, ...]]:
+def own(name, **arguments):
     """One of our networks, small, and the shape of its samples."""
     torch.manual_seed(0)
     smaller = next(values for start, values in SMALLER.items() if name.startswith(start))
@@ -79,7 +77,7 @@ class Plain(nn.Module):
 
     input_kind = "images"
 
-    def __init__(self, *layers: nn.Module, folded: bool = True) -> None:
+    def __init__(self, *layers, folded=True):
         super().__init__()
         self.num_classes, self.timesteps, self.folded = CLASSES, T, folded
         self.layers = nn.Sequential(*layers)
@@ -87,7 +85,7 @@ class Plain(nn.Module):
         with torch.no_grad():
             self(torch.zeros(2, 3, 16, 16))
 
-    def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
+    def forward(self, x, per_timestep=False):
         x = x.repeat(T, 1, 1, 1, 1)
         x = self.layers(x.flatten(0, 1)).unflatten(0, (T, -1)) if self.folded else self.layers(x)
         logits = self.fc(x.mean((3, 4)))
@@ -97,15 +95,15 @@ class Plain(nn.Module):
 class Function(nn.Module):
     """A function as a module."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function):
         super().__init__()
         self.function = function
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.function(x)
 
 
-def conv(channels: int = 3) -> nn.Module:
+def conv(channels=3):
     return nn.Conv2d(channels, 8, 3)
 
 
@@ -115,7 +113,7 @@ class Attention(nn.Module):
     The last neurons get (T * B, C, N) instead of (T, B, C, N).
     """
 
-    def __init__(self, *, mixes: bool) -> None:
+    def __init__(self, *, mixes):
         super().__init__()
         self.mixes = mixes
         self.stem = layer.SeqToANNContainer(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8))
@@ -127,10 +125,10 @@ class Attention(nn.Module):
         self.attn_lif = neuron.LIFNode(step_mode="m", v_threshold=0.5)
         self.head = layer.Linear(8, CLASSES, step_mode="m")
 
-    def part(self, name: str, x: Tensor) -> Tensor:
+    def part(self, name, x):
         return self.get_submodule(f"{name}_bn")(self.get_submodule(f"{name}_conv")(x))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.lif(self.stem(x)).flatten(3)
         flat, shape = x.flatten(0, 1), x.shape[:2]
         q, k, v = (
@@ -144,7 +142,7 @@ class Attention(nn.Module):
         return self.head((x + self.proj_lif(current).reshape(x.shape)).mean(3))
 
 
-def attention(*, mixes: bool) -> nn.Module:
+def attention(*, mixes):
     return adopt(Attention(mixes=mixes), timesteps=T, num_classes=CLASSES)
 
 
@@ -152,7 +150,7 @@ def attention(*, mixes: bool) -> nn.Module:
 class OverTheBatch(LIF):
     """LIF whose membrane goes on from each sample to the next."""
 
-    def run(self, current: Tensor, *_: Any, **_learned: Tensor) -> Any:
+    def run(self, current, *_, **_learned):
         spikes, end = neurons.run(current.flatten(0, 1)[:, None], self, None)
         return spikes.view_as(current), end
 
@@ -160,22 +158,22 @@ class OverTheBatch(LIF):
 class Branch(nn.Module):
     """A branch that a gain of zero switches off before training, and that mixes."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.gain = nn.Parameter(torch.zeros(()))
         self.over = nn.Softmax(0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return x + self.gain * self.over(x)
 
 
-def over_batch(x: Tensor) -> Tensor:
+def over_batch(x):
     return x - x.mean(1, keepdim=True)
 
 
-def silent() -> nn.Module:
+def silent():
     """Without norms, too weak for its third layer of neurons before it is trained."""
-    layers: list[nn.Module] = []
+    layers = []
     for channels in (3, 8):
         layers += [layer.SeqToANNContainer(conv(channels)), Neuron(LIF())]
     return Plain(*layers, layer.SeqToANNContainer(conv(8)), Neuron(OverTheBatch()), folded=False)
@@ -184,11 +182,11 @@ def silent() -> nn.Module:
 class Integrate(nn.Module):
     """Neurons around a surrogate function, as a library's are."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.surrogate = Function(lambda x: x.ge(0).to(x))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.surrogate(x.cumsum(0) - 200)
 
 
@@ -198,13 +196,13 @@ class Beside(nn.Module):
     Its last neurons get (T * B, ...) instead of (T, B, ...).
     """
 
-    def __init__(self, make: Callable[[], nn.Module]) -> None:
+    def __init__(self, make):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
         self.norms = nn.ModuleList(BatchNorm(3) for _ in range(4))
         self.lifs = nn.ModuleList(make() for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         branch = x
         for conv, norm, lif in zip(self.convs, self.norms, self.lifs, strict=True):
             current = norm(conv(branch))
@@ -214,18 +212,18 @@ class Beside(nn.Module):
         return x + branch
 
 
-def of_four(x: Tensor) -> Tensor:
+def of_four(x):
     groups = x.unflatten(1, (-1, 4)) if x.shape[1] % 4 == 0 else x[:, :, None]
     return (groups - groups.mean(2, keepdim=True)).flatten(1, 2)
 
 
-def single(x: Tensor) -> Tensor:
+def single(x):
     if x.dtype != torch.float32:
         raise RuntimeError(f"expected float32, not {x.dtype}")
     return x
 
 
-MIXING: dict[str, tuple[Callable[[], nn.Module], str]] = {
+MIXING = {
     "membrane over the batch": (lambda: attention(mixes=True), r"net\.proj_lif \(LIFNode\)"),
     "neuron of the user's": (
         lambda: own("sew_resnet18", neuron=OverTheBatch(threshold=0.5))[0],

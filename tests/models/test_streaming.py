@@ -1,22 +1,18 @@
 """Streaming: one timestep at a time is the whole pass, for every family and kind of neuron."""
 
-from typing import Any
-
 import pytest
 import timm
 import torch
-from torch import Tensor
 
 from tetdist.errors import UserError
 from tetdist.evaluation.evaluate import running_means
-from tetdist.models import SpikingNetwork
 from tetdist.models.streaming import stream_of
 from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm, update_running_statistics
 from tetdist.nn.norm_neuron import Neuron, NormNeuron, carrying_membranes
 
 T = 3
-NETWORKS: list[tuple[str, dict[str, Any]]] = [
+NETWORKS = [
     ("spiking_convnet", {}),
     ("spiking_convnet", {"kind": "plif"}),
     ("spiking_convnet", {"kind": "ilif"}),
@@ -37,7 +33,7 @@ NETWORKS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 # Of networks that would take seconds: fewer channels, or pixels.
-SMALLER: dict[str, dict[str, Any]] = {
+SMALLER = {
     "vggsnn": {"input_size": 16},
     "qkformer_4_384_cifar": {"widths": (16, 32, 64)},
     "spiking_resnet18_cifar": {"width": 16},
@@ -46,11 +42,11 @@ SMALLER: dict[str, dict[str, Any]] = {
 }
 
 
-def make(name: str, neuron: dict[str, Any]) -> tuple[SpikingNetwork, Tensor]:
+def make(name, neuron):
     """A network in float64 whose neurons fire, in evaluation mode, and six samples."""
     torch.manual_seed(0)
     arguments = {"timesteps": T, "neuron": neuron or None} | SMALLER.get(name, {})
-    model: SpikingNetwork = timm.create_model(name, **arguments).double()
+    model = timm.create_model(name, **arguments).double()
     *_, channels, size, _ = model.pretrained_cfg["input_size"]
     size = model.input_size or min(size, 32)
     frames = (T,) if model.input_kind == "events" else ()
@@ -67,13 +63,13 @@ def make(name: str, neuron: dict[str, Any]) -> tuple[SpikingNetwork, Tensor]:
     return model.eval(), x
 
 
-def whole(model: SpikingNetwork, x: Tensor) -> Tensor:
+def whole(model, x):
     """The outputs at every t of the whole pass, (T, B, K)."""
     with torch.no_grad():
         return running_means(model(x, per_timestep=True))
 
 
-def frame(model: SpikingNetwork, x: Tensor, t: int) -> Tensor | None:
+def frame(model, x, t):
     """Return a step's input: an event frame, or an image, once."""
     if model.input_kind == "events":
         return x[:, t]
@@ -102,7 +98,7 @@ def test_lower_precision_takes_the_same_kernels(precision, monkeypatch):
     model, x = model.float(), x.float()
     convolve = torch.nn.Conv2d._conv_forward
 
-    def one_by_one(self: torch.nn.Conv2d, images: Tensor, *weights: Tensor) -> Tensor:
+    def one_by_one(self, images, *weights):
         return torch.cat([convolve(self, one.clone(), *weights) for one in images.split(1)])
 
     # On some processors convolutions of T * B images round otherwise than those of B.
@@ -185,7 +181,7 @@ def test_a_repeated_image_is_convolved_once(monkeypatch):
     first = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
     calls, forward = [], type(first)._conv_forward
 
-    def count(self: torch.nn.Conv2d, *arguments: Tensor) -> Tensor:
+    def count(self, *arguments):
         calls.extend([1] if self is first else [])
         return forward(self, *arguments)
 

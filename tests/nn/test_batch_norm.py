@@ -7,7 +7,7 @@ import threading
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import (
@@ -18,9 +18,7 @@ from tetdist.nn.batch_norm import (
 )
 
 
-def _currents(
-    num: int, channels: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64
-) -> list[Tensor]:
+def _currents(num, channels=3, seed=0, dtype=torch.float64):
     """Currents (T, B, C, H, W) whose channels differ in mean and spread."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.linspace(0.5, 3, channels, dtype=torch.float64).view(-1, 1, 1)
@@ -33,12 +31,12 @@ def _currents(
     ]
 
 
-def _itself(flat: Tensor) -> Tensor:
+def _itself(flat):
     """Mean over the processes, with only one process."""
     return flat
 
 
-def _moved(norm: BatchNorm, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _moved(norm, batches):
     """Running mean and variance after one update with the average over ``batches``."""
     flat = [batch.transpose(0, 2).flatten(1) for batch in batches]
     mean = torch.stack([values.mean(1) for values in flat]).mean(0)
@@ -47,11 +45,11 @@ def _moved(norm: BatchNorm, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
     return keep * norm.running_mean + take * mean, keep * norm.running_var + take * var
 
 
-def _statistics(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+def _statistics(norm):
     return norm.running_mean.clone(), norm.running_var.clone()
 
 
-def _pending_is_empty(norm: BatchNorm) -> bool:
+def _pending_is_empty(norm):
     return norm.pending_count == 0 and not norm.pending_mean.any() and not norm.pending_var.any()
 
 
@@ -76,7 +74,6 @@ def test_equals_torch_over_flattened_time(eps, momentum):
             norm.zero_grad()
             (output * weight).sum().backward()
         assert mine.grad is not None
-        assert flat.grad is not None
         torch.testing.assert_close(mine.grad, flat.grad.unflatten(0, (2, 3)))
         torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
         torch.testing.assert_close(ours.bias.grad, theirs.bias.grad)
@@ -126,7 +123,7 @@ def test_a_mean_far_from_0_does_not_drown_the_variance():
 # -------------------------------------------------------------------------------- deferred moves
 
 
-def _deferred(channels: int = 3) -> BatchNorm:
+def _deferred(channels=3):
     norm = BatchNorm(channels).double()
     defer_running_statistics(norm)
     return norm
@@ -153,7 +150,7 @@ def test_update_without_a_forward_pass_changes_nothing_and_calls_nobody():
     update_running_statistics(norm, _itself)
     before = _statistics(norm)
 
-    def unexpected(flat: Tensor) -> Tensor:
+    def unexpected(flat):
         raise AssertionError(f"a collective call about {flat.numel()} values of nothing")
 
     update_running_statistics(norm, unexpected)
@@ -171,7 +168,7 @@ def test_a_norm_that_was_not_used_stays_and_the_others_get_their_own_statistics(
             norm(batch)
     calls = []
 
-    def average(flat: Tensor) -> Tensor:
+    def average(flat):
         calls.append(flat.shape)
         return flat
 
@@ -194,9 +191,9 @@ def test_two_ranks_end_up_with_what_one_rank_gets_from_all_batches():
     for rank, norm in enumerate(ranks):
         for batch in batches[rank::2]:
             norm(batch)
-    sent: list[Tensor] = []
+    sent = []
 
-    def collect(flat: Tensor) -> Tensor:
+    def collect(flat):
         sent.append(flat)
         return flat
 

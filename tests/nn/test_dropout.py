@@ -2,18 +2,16 @@
 arithmetic."""
 
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
 from timm.layers import DropPath as TimmDropPath
-from torch import Tensor, nn
+from torch import nn
 
 from tetdist import order
 from tetdist.losses import tet_loss
-from tetdist.models import SpikingNetwork
 from tetdist.nn import batch_norm, dropout
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.dropout import Dropout, DropPath
@@ -23,7 +21,7 @@ from tetdist.nn.precision import autocast
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # One of each family and kind of block, small.
-MODELS: dict[str, dict[str, Any]] = {
+MODELS = {
     "sew_resnet18": {"width": 8},
     "sew_resnet50": {"width": 8, "connect_function": "iand"},
     "spiking_resnet18": {"width": 8, "stem_width": 8},
@@ -43,11 +41,9 @@ RATES = {"drop_path_rate": 0.5, "drop_rate": 0.25}
 T, BATCH = 2, 6
 
 
-def network(name: str, **arguments: Any) -> SpikingNetwork:
+def network(name, **arguments):
     torch.manual_seed(0)
-    model: SpikingNetwork = timm.create_model(
-        name, timesteps=T, num_classes=3, **MODELS[name], **arguments
-    )
+    model = timm.create_model(name, timesteps=T, num_classes=3, **MODELS[name], **arguments)
     for module in model.modules():
         # MS-ResNet's branches start with weight 0.
         if isinstance(module, BatchNorm):
@@ -56,7 +52,7 @@ def network(name: str, **arguments: Any) -> SpikingNetwork:
     return model.train()
 
 
-def set_masks(model: nn.Module, value: float | None = None) -> list[Dropout]:
+def set_masks(model, value=None):
     """Set a model's masks from random numbers, or all from one value."""
     layers = dropout.dropping(model)
     generator = torch.Generator().manual_seed(1)
@@ -68,11 +64,11 @@ def set_masks(model: nn.Module, value: float | None = None) -> list[Dropout]:
     return layers
 
 
-def images() -> Tensor:
+def images():
     return 3 * torch.rand(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
-def step(model: nn.Module, x: Tensor, precision: str = "fp32") -> dict[str, Tensor]:
+def step(model, x, precision="fp32"):
     """Logits, gradients and running statistics of one step."""
     with autocast(x.device, precision):
         logits = model(x, per_timestep=True)
@@ -142,7 +138,7 @@ def test_spikes_of_a_dropped_branch_leave_whole_numbers(name):
     """Kept spikes are not scaled, so that sums fit into the bytes that blocks exchange."""
     model = network(name, **RATES)
     set_masks(model)
-    seen: list[Tensor] = []
+    seen = []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(images())
@@ -155,7 +151,7 @@ def test_a_block_that_is_dropped_passes_its_input():
     for name in ("sew_resnet18", "sew_resnet50", "preact_resnet18", "sdt_2_256_cifar"):
         model = network(name, **RATES)
         set_masks(model, 0.0)
-        inputs: list[Tensor] = []
+        inputs = []
         model.blocks[-1].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))  # noqa: B023  # called before the next round
         outputs = model.forward_features(images())
         assert inputs[0].any()

@@ -10,7 +10,6 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -27,7 +26,7 @@ from kernel_runs import (
     randomize,
     results_of,
 )
-from torch import Tensor, nn
+from torch import nn
 
 import tetdist
 from tetdist.losses import tet_loss
@@ -56,15 +55,15 @@ class Case:
     channels_last: bool = True
     seed: int = 0
 
-    def module(self) -> NormNeuron:
+    def module(self):
         module = NormNeuron(self.shape[1], self.neuron, norm_scale=self.norm_scale).double()
         randomize(module, self.seed)
         return module.train(self.training)
 
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self):
         generator = torch.Generator().manual_seed(self.seed)
 
-        def draw(timesteps: int) -> Tensor:
+        def draw(timesteps):
             x = torch.randn(timesteps, *self.shape, generator=generator, dtype=torch.float64)
             if self.channels_last:
                 x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
@@ -81,7 +80,7 @@ class Case:
 class Pair(nn.Module):
     """The module and a norm of its shortcut, as in a Spiking-ResNet's merging layer."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case):
         super().__init__()
         self.neuron = case.module()
         self.norm = None
@@ -90,12 +89,12 @@ class Pair(nn.Module):
             randomize(self.norm, case.seed + 1)
             self.norm.train(case.training)
 
-    def forward(self, inputs: dict[str, Tensor], timesteps: int) -> Tensor:
+    def forward(self, inputs, timesteps):
         shortcut, identity = inputs.get("shortcut"), inputs.get("identity")
         return self.neuron(inputs["current"], timesteps, shortcut, identity, self.norm)
 
 
-def assert_fused_is_the_definition(case: Case, implementation: str) -> None:
+def assert_fused_is_the_definition(case, implementation):
     inputs = case.inputs()
     fused_and_defined(Pair(case), lambda m: m(inputs, case.timesteps), inputs, implementation)
 
@@ -153,7 +152,7 @@ any_case = st.builds(
 
 # A library is built for each kind of neuron; these four cover every surrogate, every reset, and
 # both rules at the threshold.
-BUILT: list[dict[str, Any]] = [
+BUILT = [
     {"surrogate": "triangle", "reset": "hard", "detach_reset": False},
     {"surrogate": "atan", "reset": "hard", "detach_reset": True, "fires_at_threshold": True},
     {"surrogate": "sigmoid", "reset": "soft", "detach_reset": False, "fires_at_threshold": True},
@@ -341,8 +340,8 @@ def test_gradients_are_those_that_are_asked_for(implementation):
         module, current = Case().module().requires_grad_(not frozen), Case().inputs()["current"]
         current = current.detach().requires_grad_(frozen)
 
-        def call(m: nn.Module, x: Tensor = current, trains: bool = trains) -> Tensor:
-            spikes: Tensor = m(x, 4)
+        def call(m, x=current, trains=trains):
+            spikes = m(x, 4)
             return spikes if trains else spikes.mean((0, 3, 4)).transpose(0, 1)[:2]
 
         fused_and_defined(module, call, {"current": current}, implementation)
@@ -410,7 +409,7 @@ def test_without_a_compiler_a_model_trains_and_says_so_once(tmp_path, monkeypatc
     monkeypatch.setattr(build, "failures", {})
     libraries = (native.neuron_library, native.norm_library, native_pool.pool)
     kept = (*libraries, dispatch._neuron_kernels, dispatch._warn_of_missing_library)
-    losses: dict[str, list[float]] = {"fused": [], "reference": []}
+    losses = {"fused": [], "reference": []}
     for one in kept:
         one.cache_clear()
     try:

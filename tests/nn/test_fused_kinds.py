@@ -1,8 +1,6 @@
 """Fused kernels of the neurons other than LIF, against their definition: C++ and Triton."""
 
 import itertools
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from kernel_runs import (
     randomize,
     results_of,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import make
@@ -22,7 +20,7 @@ from tetdist.nn.norm_neuron import Neuron, NormNeuron, carrying_membranes
 from tetdist.nn.packed import carried
 
 T = 3
-KINDS: dict[str, dict[str, Any]] = {
+KINDS = {
     "lif": {},
     "plif": {"kind": "plif"},
     "plif, soft": {
@@ -47,7 +45,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def layer(kind: str, channels: int = 5) -> NormNeuron:
+def layer(kind, channels=5):
     torch.manual_seed(0)
     module = NormNeuron(channels, make(KINDS[kind])).double()
     randomize(module)
@@ -60,7 +58,7 @@ def layer(kind: str, channels: int = 5) -> NormNeuron:
 class Whole(nn.Module):
     """A layer with everything that can be added: a normalised shortcut, and spikes."""
 
-    def __init__(self, kind: str, form: str) -> None:
+    def __init__(self, kind, form):
         super().__init__()
         self.layer = layer(kind)
         if "normalised" in form:
@@ -68,8 +66,7 @@ class Whole(nn.Module):
             randomize(self.norm, seed=1)
 
 
-Call = Callable[[Any, dict[str, Tensor]], Tensor]
-FORMS: dict[str, tuple[Call, tuple[str, ...]]] = {
+FORMS = {
     "alone": (lambda m, x: m.layer(x["current"], T), ("current",)),
     "one for all timesteps": (lambda m, x: m.layer(x["still"], T), ("still",)),
     "with a shortcut": (
@@ -87,7 +84,7 @@ FORMS: dict[str, tuple[Call, tuple[str, ...]]] = {
 }
 
 
-def inputs_of(names: tuple[str, ...]) -> dict[str, Tensor]:
+def inputs_of(names):
     made = {
         "current": draw(0, T, 3, 5, 3, 4),
         "still": draw(1, 1, 3, 5, 3, 4),
@@ -154,7 +151,7 @@ def test_membranes_carried_over_segments(implementation, kind):
     start.requires_grad_()
     inputs = {"current": draw(0, T, 1, 5, 3, 4).requires_grad_(), "start": start}
 
-    def call(m: Any) -> Tensor:
+    def call(m):
         with carrying_membranes([m], [inputs["start"]]) as ends:
             spikes = m(inputs["current"], T)
             return torch.cat([spikes, ends()[0] if stacked else ends()[0][None]])
@@ -179,14 +176,12 @@ def test_spikes_in_bytes(implementation, kind):
     levels = KINDS[kind].get("most_spikes", 1) if kind == "nilif" else 1
     for spikes, most in ((first, 1), (both, 2)):
         packed = carried(spikes)
-        assert packed is not None
         assert packed.levels == levels
         assert torch.equal(packed.unpack(dtype), spikes)
         assert 0 <= spikes.min() <= spikes.max() <= most * module.neuron.highest
     assert torch.equal(both, 2 * first)
     assert (len(first.unique()) > 2) == ("ilif" in kind)
     assert first.dtype == dtype
-    assert current.grad is not None
     assert current.grad.abs().max() > 0
 
 

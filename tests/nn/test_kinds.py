@@ -1,34 +1,31 @@
 """Kinds of neurons other than LIF: each against its equations, written out again, and by hand."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tetdist.nn import neurons
-from tetdist.nn.neurons import NeuronConfig, make
+from tetdist.nn.neurons import make
 
 DOUBLE = torch.float64
 
 
-def fires(x: Tensor, smooth: Callable[[Tensor], Tensor]) -> Tensor:
+def fires(x, smooth):
     """A step at 0 (included) with the derivative of ``smooth``."""
     soft = smooth(x)
     return (x.detach() >= 0).to(x.dtype) + soft - soft.detach()
 
 
-def sigmoid_of(alpha: float) -> Callable[[Tensor], Tensor]:
+def sigmoid_of(alpha):
     return lambda x: torch.sigmoid(alpha * x)
 
 
-def atan_of(alpha: float) -> Callable[[Tensor], Tensor]:
+def atan_of(alpha):
     return lambda x: (math.pi / 2 * alpha * x).atan() / math.pi
 
 
-def plif(x: Tensor, p: dict[str, Tensor], *, soft: bool, scaled: bool, cut: bool) -> Tensor:
+def plif(x, p, *, soft, scaled, cut):
     """spikingjelly's form: a membrane v and a threshold of 1."""
     v, spikes = torch.zeros_like(x[0]), []
     share = 1 / (1 + (-p["w"]).exp())
@@ -41,9 +38,7 @@ def plif(x: Tensor, p: dict[str, Tensor], *, soft: bool, scaled: bool, cut: bool
     return torch.stack(spikes)
 
 
-def weighted(
-    x: Tensor, allowed: Callable[[int, int], Tensor], bias: Callable[[int], Tensor]
-) -> Tensor:
+def weighted(x, allowed, bias):
     rows = []
     for t in range(len(x)):
         h = bias(t) + sum(allowed(t, s) * x[s] for s in range(len(x)))
@@ -51,19 +46,19 @@ def weighted(
     return torch.stack(rows)
 
 
-def psn(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+def psn(x, p):
     return weighted(x, lambda t, s: p["weight"][t, s], lambda t: p["bias"][t])
 
 
-def masked_psn(x: Tensor, p: dict[str, Tensor], *, order: int, mask: float) -> Tensor:
-    def share(t: int, s: int) -> Tensor:
+def masked_psn(x, p, *, order, mask):
+    def share(t, s):
         return p["weight"][t, s] * (1.0 if t - order < s <= t else 1 - mask)
 
     return weighted(x, share, lambda t: p["bias"][t])
 
 
-def sliding_psn(x: Tensor, p: dict[str, Tensor], *, order: int) -> Tensor:
-    def share(t: int, s: int) -> Tensor:
+def sliding_psn(x, p, *, order):
+    def share(t, s):
         return (
             p["weight"][order - 1 - (t - s)]
             if 0 <= t - s < order
@@ -73,16 +68,7 @@ def sliding_psn(x: Tensor, p: dict[str, Tensor], *, order: int) -> Tensor:
     return weighted(x, share, lambda _: p["bias"])
 
 
-def ilif(
-    x: Tensor,
-    p: dict[str, Tensor],
-    *,
-    decay: float,
-    threshold: float,
-    most: int,
-    cut: bool,
-    over: int,
-) -> Tensor:
+def ilif(x, p, *, decay, threshold, most, cut, over):
     assert not p
     u, counts = torch.zeros_like(x[0]), []
     for x_t in x:
@@ -94,7 +80,7 @@ def ilif(
     return torch.stack(counts) / over
 
 
-CASES: dict[str, tuple[dict[str, Any], Callable[..., Tensor], dict[str, Any]]] = {
+CASES = {
     "plif": ({"kind": "plif"}, plif, {"soft": False, "scaled": True, "cut": False}),
     "plif, soft": (
         {
@@ -133,7 +119,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[..., Tensor], dict[str, Any]]] =
 }
 
 
-def doubled(config: NeuronConfig, seed: int = 0) -> dict[str, Tensor]:
+def doubled(config, seed=0):
     """The neuron's parameters in float64, away from their initial values."""
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -181,7 +167,6 @@ def test_integer_spikes_by_hand():
     assert torch.equal(shares, counts / 4)
     ends = torch.tensor([[-0.5, 0.0, 4.0, 4.5]], requires_grad=True)
     config.run(ends, None)[0].sum().backward()
-    assert ends.grad is not None
     assert ends.grad.tolist() == [[0, 1, 1, 0]]
 
 

@@ -1,7 +1,6 @@
 """Neurons without a norm, fused, against their definition: in C++, and in Triton."""
 
 import dataclasses
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from kernel_runs import (
     kept_tensors,
     results_of,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF
@@ -41,12 +40,12 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def channels_last(x: Tensor) -> Tensor:
+def channels_last(x):
     return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
 # Shapes that networks have, and some unusual ones; each (T, B, ...).
-LAYOUTS: dict[str, Callable[[int], Tensor]] = {
+LAYOUTS = {
     "image": lambda t: draw(0, t, 2, 3, 4, 5),
     "image, channels last": lambda t: channels_last(draw(0, t, 2, 8, 4, 4)),
     "tokens": lambda t: draw(0, t, 2, 5, 16),
@@ -61,9 +60,7 @@ LAYOUTS: dict[str, Callable[[int], Tensor]] = {
 }
 
 
-def assert_fused_is_the_definition(
-    neuron: Neuron, current: Tensor, implementation: str, timesteps: int | None = None
-) -> None:
+def assert_fused_is_the_definition(neuron, current, implementation, timesteps=None):
     leaf = current.detach().requires_grad_()
     inputs = {"current": leaf}
     results = fused_and_defined(neuron, lambda m: m(leaf, timesteps), inputs, implementation)
@@ -173,12 +170,10 @@ def test_it_is_a_layer_of_neurons():
 class OwnThresholds(LIF):
     """A kind without fused kernels, with a shift per channel."""
 
-    def parameters(self, num_channels: int) -> dict[str, Tensor]:
+    def parameters(self, num_channels):
         return {"shift": torch.arange(num_channels) / num_channels}
 
-    def run(
-        self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, current, membrane, **parameters):
         return neurons.run(current + parameters["shift"], self, membrane)
 
 

@@ -19,7 +19,7 @@ from kernel_runs import (
     randomize,
     results_of,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, recomputing, synchronize
 from tetdist.nn.fast import native
@@ -45,10 +45,10 @@ class Case:
     seed: int = 0
     dtype: torch.dtype = torch.float64
 
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self):
         generator = torch.Generator().manual_seed(self.seed)
 
-        def draw(timesteps: int) -> Tensor:
+        def draw(timesteps):
             shape = (timesteps, *self.shape[1:])
             x = 0.3 + 1.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
             x = x.to(self.dtype)
@@ -70,7 +70,7 @@ class Case:
 class Pair(nn.Module):
     """The module, and a norm of its shortcut."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case):
         super().__init__()
         self.add = NormAdd(case.shape[2])
         self.norm = BatchNorm(case.shape[2], scale=1.1) if case.shortcut == "normalized" else None
@@ -79,16 +79,16 @@ class Pair(nn.Module):
         randomize(self, case.seed)
         self.train(case.training)
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+    def forward(self, inputs):
         return self.add(inputs["current"], inputs.get("shortcut"), self.norm, copies=self.copies)
 
 
-def results(case: Case) -> dict[str, Tensor]:
+def results(case):
     pair, inputs = Pair(case), case.inputs()
     return results_of(pair, lambda module: module(inputs), inputs)
 
 
-def assert_fused_is_the_definition(case: Case, implementation: str) -> None:
+def assert_fused_is_the_definition(case, implementation):
     inputs = case.inputs()
     fused_and_defined(Pair(case), lambda module: module(inputs), inputs, implementation)
 
@@ -122,7 +122,6 @@ def test_definition_by_hand():
     expected = []
     for name, norm, scale in (("current", pair.add.norm, 1.0), ("shortcut", pair.norm, 1.1)):
         x = inputs[name].detach()
-        assert norm is not None
         mean, var = (x.mean((0, 1, 3, 4)), x.var((0, 1, 3, 4), correction=0))
         gain = scale * norm.weight / (var + norm.eps).sqrt()
         expected.append((x - mean.view(-1, 1, 1)) * gain.view(-1, 1, 1) + norm.bias.view(-1, 1, 1))
@@ -214,7 +213,6 @@ def test_triton_is_cpp_bitwise(shared, dtype):
         sums = [one.add_sums(*rows, *norms, grad) for one in (ours, theirs)]
         assert all(one.grad_learned == () for one in sums)
         for one, other in zip(*(one[:3] for one in sums), strict=True):
-            assert one is not None
             assert one.dtype == wide
             torch.testing.assert_close(one, other)
         for given_sums in (None, (sums[0].grad, sums[0].grad_xhat)):
@@ -254,7 +252,7 @@ def test_gradients_are_those_that_are_asked_for(implementation):
         assert_same(*found)
 
 
-def _gradients(output: Tensor, pair: Pair, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _gradients(output, pair, inputs):
     output.square().sum().backward()
     named = {**inputs, **dict(pair.named_parameters())}
     return {name: x.grad for name, x in named.items() if x.grad is not None}

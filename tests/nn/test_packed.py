@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from kernel_runs import interpreted, kept_tensors, not_native
-from torch import Tensor, nn
+from torch import nn
 
 from tetdist.nn.fast import native_pool
 from tetdist.nn.packed import AvgPool, Conv2d, MaxPool, carried, carry, pack
@@ -17,7 +17,7 @@ from tetdist.nn.precision import autocast
 SHAPE = (3, 2, 4, 9, 7)  # (T, B, C, H, W), with an odd height
 
 
-def some(levels: int = 1, highest: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+def some(levels=1, highest=3, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(0, highest * levels + 1, SHAPE, generator=generator) / levels
     # Channels last in memory, as everywhere.
@@ -25,18 +25,18 @@ def some(levels: int = 1, highest: int = 3, dtype: torch.dtype = torch.float32) 
     return flat.unflatten(0, SHAPE[:2]).to(dtype).requires_grad_()
 
 
-def with_packed(x: Tensor, levels: int) -> Tensor:
+def with_packed(x, levels):
     y = x * 1
     return carry(y, pack(x.detach(), levels))
 
 
-def needs_native_pool() -> None:
+def needs_native_pool():
     if native_pool.pool() is None:
         assert not os.environ.get("CI"), "CI has a C++ compiler, and this does not build"
         pytest.skip("no C++ compiler")
 
 
-def timewise(module: nn.Module, x: Tensor) -> Tensor:
+def timewise(module, x):
     """torch's own operation on each timestep."""
     if isinstance(module, nn.Conv2d):
         y = F.conv2d(x.flatten(0, 1), module.weight, module.bias, module.stride, module.padding)
@@ -100,7 +100,6 @@ def test_max_pool(implementation, window, size, levels):
             if packed:
                 y = MaxPool(*window)(with_packed(x, levels))
                 found = carried(y)
-                assert found is not None
                 assert torch.equal(found.unpack(torch.float32), y)
             else:
                 y = timewise(nn.MaxPool2d(*window), x)
@@ -140,7 +139,6 @@ def test_average_pool():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     y = AvgPool()(with_packed(some(highest=1), 1))
     found = carried(y)
-    assert found is not None
     assert found.levels == 4
     assert torch.equal(found.unpack(torch.float32), y)
 

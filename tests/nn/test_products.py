@@ -1,18 +1,15 @@
 """Products of spikes: exact sums, and bytes kept for the backward pass."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from kernel_runs import interpreted, kept_tensors
-from torch import Tensor
 
 from tetdist.models.attention import HALVING_NEURON
 from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.learned_decay import PLIF
-from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import carried, carry, pack
 from tetdist.nn.products import HeadSum, LinearAttention, PositionSum, masked
@@ -20,13 +17,7 @@ from tetdist.nn.products import HeadSum, LinearAttention, PositionSum, masked
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def spikes(
-    *shape: int,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    levels: int = 1,
-    most: int | None = None,
-) -> Tensor:
+def spikes(*shape, seed=0, dtype=torch.float64, levels=1, most=None):
     """Spikes (T, B, C, H, W), channels last in memory, that carry their bytes, of at most ``most``
     (by default levels)."""
     generator = torch.Generator().manual_seed(seed)
@@ -40,7 +31,7 @@ def spikes(
 SHAPE = (2, 3, 12, 4, 5)
 MASK = (2, 3, 4, 4, 5)  # of heads
 CHANNELS = (2, 3, 12, 1, 1)
-CASES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+CASES = {
     "attention": (LinearAttention(4, 0.3), (SHAPE,) * 3),
     "positions": (PositionSum(), (SHAPE,) * 2),
     "heads": (HeadSum(4), (SHAPE,)),
@@ -49,7 +40,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
 }
 
 
-def plain(name: str, *inputs: Tensor) -> Tensor:
+def plain(name, *inputs):
     """The definition, in torch's terms."""
     if name == "attention":
         q, k, v = (x.flatten(3).unflatten(2, (4, 3)) for x in inputs)  # (T, B, heads, d, N)
@@ -81,7 +72,6 @@ def test_is_the_definition(name, levels):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     if name.startswith("mask") and levels == 1:
         packed = carried(y)
-        assert packed is not None
         assert torch.equal(packed.unpack(y.dtype), y)
 
 
@@ -103,7 +93,7 @@ def test_sums_are_exact_under_autocast(carries):
     inputs = [spikes(1, 1, 64, 32, 32, seed=i, dtype=torch.bfloat16) for i in range(3)]
     if not carries:
         inputs = [x.detach().requires_grad_() for x in inputs]
-    functions: list[tuple[Callable[..., Tensor], int]] = [
+    functions = [
         (LinearAttention(2, 0.125), 3),
         (PositionSum(), 2),
         (HeadSum(2), 1),
@@ -122,7 +112,7 @@ def test_sums_are_exact_under_autocast(carries):
 
 def test_nothing_is_transposed_in_memory():
     """The output is channels last, like the input."""
-    inputs: list[Any] = [spikes(*SHAPE, seed=i) for i in range(3)]
+    inputs = [spikes(*SHAPE, seed=i) for i in range(3)]
     for y in (
         LinearAttention(4)(*inputs),
         masked(inputs[0], spikes(*MASK, seed=4)),
@@ -139,7 +129,7 @@ LEARNED = PLIF(threshold=8, surrogate_width=8)
 LEARNED_SOFT = PLIF(threshold=32, reset="soft", decay_input=False, surrogate_width=32)
 # A neuron; timesteps, heads, channels of queries and of values in a head, height and width; whether
 # membranes are carried.
-FIRED: dict[str, tuple[NeuronConfig, tuple[int, ...], bool]] = {
+FIRED = {
     "hard": (HARD, (4, 2, 32, 32, 7, 7), True),
     "hard, at rest": (HARD, (2, 1, 48, 16, 5, 5), False),
     "soft": (SOFT, (3, 2, 16, 40, 5, 13), True),
@@ -173,7 +163,7 @@ def test_triton_computes_attention_and_its_neurons(name, dtype, monkeypatch):
     weight = torch.randint(-8, 8, shapes[2], generator=generator) / 4
     start = weight[0].contiguous(memory_format=torch.channels_last)
 
-    def results(dtype: torch.dtype, inputs: list[Tensor]) -> dict[str, Tensor]:
+    def results(dtype, inputs):
         layer.membrane = None
         layer.carries = carries
         leaves = dict(zip("qkv", inputs, strict=True))
@@ -194,7 +184,6 @@ def test_triton_computes_attention_and_its_neurons(name, dtype, monkeypatch):
         patch.setattr(LinearAttention, "of", None)
         found = results(dtype, inputs)
         packed = carried(found["spikes"])
-        assert packed is not None
         assert torch.equal(packed.unpack(dtype), found["spikes"])
         with torch.no_grad():
             layer.membrane = start if carries else None

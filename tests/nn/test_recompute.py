@@ -1,13 +1,12 @@
 """Recomputed blocks and segments of timesteps: the same gradients, in less memory."""
 
 import copy
-from typing import Any
 
 import pytest
 import timm
 import torch
 from kernel_runs import assert_same, kept_tensors, results_of
-from torch import Tensor, nn
+from torch import nn
 
 from tetdist.losses import tet_loss
 from tetdist.nn import batch_norm
@@ -17,7 +16,7 @@ from tetdist.nn.recompute import Block
 # One small network of each family and kind of block, with at least eight channels: with fewer, on
 # processors with only AVX2, oneDNN writes past its memory in strided 1x1 convolutions' backward
 # pass.
-MODELS: dict[str, dict[str, Any]] = {
+MODELS = {
     "sew_resnet18": {"width": 8},
     "sew_resnet50": {"width": 8, "connect_function": "iand"},
     "spiking_resnet18": {"width": 8, "stem_width": 8},
@@ -51,7 +50,7 @@ TIMESTEPS = 5
 KEEP_ALL = {"recompute": False, "segment": None}
 
 
-def network(name: str, *, recompute: bool, segment: int | None, execution: str) -> nn.Module:
+def network(name, *, recompute, segment, execution):
     torch.manual_seed(0)
     model = timm.create_model(name, timesteps=TIMESTEPS, num_classes=3, **MODELS[name])
     model.set_execution(execution)
@@ -61,19 +60,18 @@ def network(name: str, *, recompute: bool, segment: int | None, execution: str) 
     return model.train()
 
 
-def images(name: str, size: int = 16) -> Tensor:
+def images(name, size=16):
     generator = torch.Generator().manual_seed(1)
     shape = (2, TIMESTEPS, 2, size, size) if name == "vggsnn" else (2, 3, size, size)
     return torch.rand(shape, generator=generator) * 3
 
 
-def model_size(name: str) -> int | None:
+def model_size(name):
     """Image size that a network is built for, if any."""
-    size: int | None = MODELS[name].get("input_size")
-    return size
+    return MODELS[name].get("input_size")
 
 
-def step(model: nn.Module, x: Tensor, precision: str = "fp32") -> dict[str, Tensor]:
+def step(model, x, precision="fp32"):
     """Loss, gradients and running statistics of one step."""
     with autocast(x.device, precision):
         logits = model(x, per_timestep=True)
@@ -84,7 +82,7 @@ def step(model: nn.Module, x: Tensor, precision: str = "fp32") -> dict[str, Tens
     return result | dict(model.named_buffers()) | {"loss": loss.detach()}
 
 
-def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+def differing(a, b):
     assert a.keys() == b.keys()
     return [key for key in a if not torch.equal(a[key], b[key])]
 
@@ -205,7 +203,7 @@ def test_what_is_no_spike_is_not_packed(kind):
 
 def test_every_block_runs_in_segments():
     model = network("sew_resnet18", recompute=True, segment=2, execution="reference")
-    lengths: dict[nn.Module, list[int]] = {block: [] for block in model.blocks}
+    lengths = {block: [] for block in model.blocks}
     for block, seen in lengths.items():
         block.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(len(inputs[0])))
     model(images("sew_resnet18"))
@@ -250,7 +248,7 @@ def test_highest_sums_of_spikes():
 def test_what_blocks_exchange_is_packed_where_it_can_be(name):
     """Currents do not fit into bytes."""
     model = network(name, execution="fused", **KEEP_ALL)
-    seen: list[Tensor] = []
+    seen = []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(images(name, 16))
@@ -265,14 +263,14 @@ def test_what_blocks_exchange_is_packed_where_it_can_be(name):
         assert 0 <= x.min() <= x.max() <= highest < 256 / model.spike_levels
 
 
-def kept_bytes(timesteps: int, *, recompute: bool, segment: int | None) -> tuple[int, int]:
+def kept_bytes(timesteps, *, recompute, segment):
     """Bytes that are kept for the backward pass, and the number of outputs of convolutions."""
     model = timm.create_model("sew_resnet18", timesteps=timesteps, num_classes=4, width=16)
     model.to(memory_format=torch.channels_last)
     model.set_grad_checkpointing(recompute)
     model.set_segment(segment)
     weights = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
-    outputs: list[int] = []
+    outputs = []
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda _, __, output: outputs.append(output.numel()))

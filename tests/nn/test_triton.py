@@ -3,7 +3,6 @@ chosen. The kernels are interpreted; test_fused.py has them against the definiti
 
 import contextlib
 import logging
-from typing import Any
 
 import pytest
 import timm
@@ -14,10 +13,10 @@ from tetdist.nn import packed
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import dispatch, native
 from tetdist.nn.fast.dynamics import dynamics_of
-from tetdist.nn.fast.fused import Affine, Inputs, NeuronKernels
+from tetdist.nn.fast.fused import Affine, Inputs
 from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.learned_decay import PLIF
-from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.nn.neurons import LIF
 from tetdist.nn.parallel_neurons import PSN, SlidingPSN
 
 needs_triton()
@@ -25,7 +24,7 @@ needs_triton()
 from tetdist.nn.fast import triton_kernels  # noqa: E402  # needs Triton
 
 # A neuron of each reset, with parameters that are not powers of two.
-NEURONS: dict[str, NeuronConfig] = {
+NEURONS = {
     "hard": LIF(decay=0.9, threshold=0.7, surrogate_width=1.5),
     "soft": LIF(decay=0.6, threshold=0.7, reset="soft", detach_reset=True, surrogate="atan"),
     "plif": PLIF(threshold=0.2),
@@ -36,7 +35,7 @@ NEURONS: dict[str, NeuronConfig] = {
     "sliding_psn": SlidingPSN(order=3, threshold=0.2, surrogate="sigmoid"),
 }
 # With everything, with nothing, and with inputs that all timesteps share.
-CALLS: dict[str, dict[str, Any]] = {
+CALLS = {
     "plain": {},
     "plain shortcut, identity": {"shortcut": "plain", "identity": True},
     "normalised shortcut, carried": {"shortcut": "normalized", "carries": True},
@@ -51,22 +50,20 @@ OF_ALL_KINDS = ("plain shortcut, identity", "normalised shortcut, carried")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def affine(seed: int, channels: int, wide: torch.dtype) -> Affine:
+def affine(seed, channels, wide):
     gain, offset, mean, spread = draw(seed, 4, channels).to(wide)
     return Affine(1 + gain / 4, offset / 4, mean / 2, 1 + spread.abs())
 
 
-def both_kernels(
-    neuron: NeuronConfig, timesteps: int, carries: bool
-) -> tuple[NeuronKernels, NeuronKernels]:
+def both_kernels(neuron, timesteps, carries):
     return (
         triton_kernels.NeuronKernels(neuron, timesteps, carries=carries, packs=True),
         native.NeuronKernels(neuron, timesteps, carries=carries, packs=True),
     )
 
 
-def moved(inputs: Inputs, device: str) -> Inputs:
-    def move(one: Any) -> Any:
+def moved(inputs, device):
+    def move(one):
         if isinstance(one, Affine):
             return Affine(*(tensor.to(device) for tensor in one))
         if isinstance(one, tuple):
@@ -195,7 +192,6 @@ def test_bytes_are_halved_and_unpacked_as_by_torch(count):
         numbers = found.numbers(torch.bfloat16)
         unpacked = whole.unpack(torch.float32)
     carried = packed.carried(numbers)
-    assert carried is not None
     assert torch.equal(carried.values, values)
     assert torch.equal(numbers, values.bfloat16() / 4)
     assert torch.equal(unpacked, values / 4)
@@ -219,7 +215,7 @@ def test_network_in_segments_is_the_definition():
 
 
 @pytest.fixture
-def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+def undecided(monkeypatch):
     monkeypatch.setattr(dispatch, "_uses_triton", {})
 
 
@@ -229,7 +225,7 @@ def test_all_processes_use_triton_or_none_does(reasons, monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "_reason_against_triton", lambda _: reasons[0])
     gathered = []
 
-    def gather(reason: str | None) -> list[str | None]:
+    def gather(reason):
         gathered.append(reason)
         return reasons
 

@@ -19,7 +19,7 @@ from tetdist.nn.fast.triton_cache import CompiledOnce  # noqa: E402  # likewise
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(triton_cache.tempfile, "gettempdir", lambda: str(tmp_path))
     for name in ("TRITON_CACHE_DIR", "TRITON_CACHE_MANAGER"):
         monkeypatch.setenv(name, "")
@@ -27,7 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / f"tetdist-{os.getuid()}"
 
 
-def is_locked(folder: Path) -> bool:
+def is_locked(folder):
     with (folder / "compiling").open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,7 +41,7 @@ def test_others_wait_for_what_one_compiles(of_kernel):
     """A kernel's files, or a library by which it is launched."""
     triton_cache.use()
 
-    def get(cache: CompiledOnce) -> object:
+    def get(cache):
         return cache.get_group("a.json") if of_kernel else cache.get_file("a.json")
 
     first = CompiledOnce("kernel")
@@ -52,7 +52,7 @@ def test_others_wait_for_what_one_compiles(of_kernel):
         # Another kernel is not waited for; a compilation that failed is left to the next one.
         for _ in range(2):
             assert get(CompiledOnce("other")) is None
-        made: object = first.put("{}", "a.json")
+        made = first.put("{}", "a.json")
         if of_kernel:
             first.put_group("a.json", {"a.json": made})
             made = {"a.json": made}
@@ -64,7 +64,7 @@ def test_others_wait_for_what_one_compiles(of_kernel):
 
 
 def test_a_disk_without_locks_is_used_all_the_same(monkeypatch):
-    def refuse(*_: object) -> None:
+    def refuse(*_):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(triton_cache.fcntl, "flock", refuse)
@@ -79,7 +79,7 @@ def test_triton_takes_kernels_from_there(folder, monkeypatch):
     locked, hits = [], []
     put_group = CompiledOnce.put_group
 
-    def note(self: CompiledOnce, *arguments: object) -> str:
+    def note(self, *arguments):
         locked.append(is_locked(Path(self.cache_dir)))
         return str(put_group(self, *arguments))
 

@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -34,12 +33,12 @@ each_gpu = pytest.mark.parametrize("capability", GPUS, ids="sm_{}".format)
 
 
 @functools.cache
-def recorded(name: str, capability: int) -> gpu_code.Code:
+def recorded(name, capability):
     """One of the kernels in the record, compiled once for all tests."""
     return gpu_code.compiled(gpu_code.recorded_launches()[name], capability)
 
 
-def check(code: gpu_code.Code, *, spills: bool = False) -> None:
+def check(code, *, spills=False):
     assert code.calls == 0
     assert spills or code.spills == 0
     # No operation with a random order.
@@ -140,13 +139,13 @@ def test_numbers_are_rounded_as_in_cpp():
 class _Driver:
     """Everything that Triton needs from a driver before it launches a kernel."""
 
-    def get_current_device(self) -> int:
+    def get_current_device(self):
         return 0
 
-    def get_current_stream(self, _device: int) -> int:
+    def get_current_stream(self, _device):
         return 0
 
-    def get_current_target(self) -> Any:
+    def get_current_target(self):
         return triton.backends.compiler.GPUTarget("cuda", 90, 32)
 
 
@@ -154,7 +153,7 @@ def test_one_compilation_serves_all_layers(monkeypatch):
     """Triton's own way from the arguments of a call to a compiled kernel, up to its start."""
     used = set()
 
-    def prepare(kernel: Any, grid: Any, arguments: Any, known: Any, _: int = 0) -> None:
+    def prepare(kernel, grid, arguments, known, _=0):
         if kernel not in used:
             kernel.device_caches.clear()
             used.add(kernel)
@@ -182,7 +181,7 @@ def test_one_compilation_serves_all_layers(monkeypatch):
         options = {"carries": False, "packs": True}
         attention = triton_kernels.AttentionKernels(LIF(), x, x, heads, 0.5, **options)
         rows = x.new_zeros(2, side * side, 16 * heads)
-        inputs = Inputs((rows.byte(),) * 3, None, None, None, None)  # type: ignore[arg-type]  # see there
+        inputs = Inputs((rows.byte(),) * 3, None, None, None, None)
         attention.spikes(inputs, None)
         attention.current_gradient(inputs, rows, None)
     numbers = {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in used}
@@ -210,8 +209,8 @@ def test_of_any_number_of_channels_and_timesteps():
         assert code.memory[width] >= 2
 
 
-FULL: dict[str, Any] = {"shortcut": "normalized", "identity": True}
-USUAL: list[Layer | Stream | Attention] = [
+FULL = {"shortcut": "normalized", "identity": True}
+USUAL = [
     *(
         Layer(neuron=one, **FULL)
         for one in (PLIF(), PLIF(reset="soft", decay_input=False), NILIF())
@@ -222,7 +221,7 @@ USUAL: list[Layer | Stream | Attention] = [
     Layer(channels=3, carries=True, **FULL),
     Layer(channels=130, timesteps=16, **FULL),
 ]
-FURTHER: list[Layer | Stream | Attention] = [
+FURTHER = [
     Layer(timesteps=timesteps, shortcut=shortcut, carries=carries, neuron=LIF(surrogate=surrogate))
     for timesteps, shortcut, carries, surrogate in (
         (8, "plain", False, "sigmoid"),
@@ -279,7 +278,7 @@ FURTHER += [
 )
 def test_nothing_spills(layer, capability):
     adds = isinstance(layer, Stream) and layer.shared
-    names: tuple[str, ...] = ("fire", "backward_sums", "backward")
+    names = ("fire", "backward_sums", "backward")
     if adds:
         names = ("add", "add_sums")
     elif isinstance(layer, Attention):

@@ -3,10 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -14,27 +11,26 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 from samples import pixels
-from tiny import Tool
 
 from tetdist.apps.reports import compare, runs_table, style
 
 
 @pytest.fixture
-def run_tool(tool: Tool) -> Tool:
+def run_tool(tool):
     return partial(tool, "compare_runs")
 
 
-def train_line(step: int, **values: Any) -> dict[str, Any]:
+def train_line(step, **values):
     line = {"kind": "train", "step": step, "time": 1.0, "phase": 0, "loss": 1 / step, "lr": 0.1}
     return line | {"samples_per_s": 1.0, "data_wait": 1.0} | values
 
 
-def val_line(step: int, **values: Any) -> dict[str, Any]:
+def val_line(step, **values):
     line = {"kind": "val", "step": step, "time": 1.0, "top1": 50.0, "seconds": 1.0}
     return line | {"per_timestep_top1": [40.0, 50.0], "firing_rate": {"a.sn": 0.25}} | values
 
 
-def lines() -> list[dict[str, Any]]:
+def lines():
     """Ten steps with an evaluation at every fifth."""
     return [
         line
@@ -43,13 +39,13 @@ def lines() -> list[dict[str, Any]]:
     ]
 
 
-def write_lines(path: Path, values: Iterable[dict[str, Any]]) -> Path:
+def write_lines(path, values):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
     return path
 
 
-def make_run(folder: Path, changes: dict[tuple[str, int], dict[str, Any]] | None = None) -> Path:
+def make_run(folder, changes=None):
     """A run folder whose lines of some (kind, step) have other values; None: without the line."""
     changed = []
     for line in lines():
@@ -62,7 +58,7 @@ def make_run(folder: Path, changes: dict[tuple[str, int], dict[str, Any]] | None
     return folder
 
 
-def row(text: str, start: str) -> list[str]:
+def row(text, start):
     (line,) = [line for line in text.splitlines() if line.strip().startswith(f"{start} ")]
     return line.split()
 
@@ -149,7 +145,7 @@ def test_the_tolerance_decides_what_is_different(run_tool, tmp_path):
 
 
 def test_what_is_not_finite(run_tool, tmp_path):
-    values: dict[str, Any] = {"loss": "NaN", "grad_norm": "Infinity"}
+    values = {"loss": "NaN", "grad_norm": "Infinity"}
     a = make_run(tmp_path / "a", {("train", 6): values})
     assert run_tool(a, make_run(tmp_path / "b", {("train", 6): values}))[0] == 0
     for name, other in (("c", {"loss": 1.0}), ("d", {"grad_norm": "-Infinity"})):
@@ -161,7 +157,7 @@ def test_what_is_not_finite(run_tool, tmp_path):
 
 def test_steps_that_only_one_has(run_tool, tmp_path):
     a = make_run(tmp_path / "a")
-    without: dict[tuple[str, int], Any] = {("train", step): None for step in (2, 9)}
+    without = {("train", step): None for step in (2, 9)}
     b = make_run(tmp_path / "b", without | {("val", 10): None})
     status, printed, _ = run_tool(b, a, "--tolerance", 1, "--json", tmp_path / "r.json")
     assert status == 1
@@ -218,7 +214,7 @@ def test_mistakes_end_in_one_sentence(run_tool, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
 
-    def mistaken(*arguments: object) -> str:
+    def mistaken(*arguments):
         status, _, errors = run_tool(*arguments)
         assert status == 2
         assert errors.count("\n") == 1
@@ -251,20 +247,20 @@ def test_mistakes_end_in_one_sentence(run_tool, tmp_path):
 # --- samples --------------------------------------------------------------------------------------
 
 
-def sample_lines(step: int, *micro_batches: list[int], changed: int = -1) -> list[dict[str, Any]]:
+def sample_lines(step, *micro_batches, changed=-1):
     return [
         {"step": step, "ids": ids, "crc32": [id_ * 7 + (id_ == changed) for id_ in ids]}
         for ids in micro_batches
     ]
 
 
-def write_samples(run: Path, *ranks: list[dict[str, Any]]) -> None:
+def write_samples(run, *ranks):
     for rank, values in enumerate(ranks):
         write_lines(run / f"samples-{rank}.jsonl", values)
 
 
 @pytest.fixture
-def sampled(tmp_path: Path) -> tuple[Path, Path]:
+def sampled(tmp_path):
     """Two runs; the first saw, on one process, samples 0 to 3, then 4 to 7, then 8 to 11."""
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     write_samples(
@@ -354,9 +350,9 @@ def test_samples_of_one_run_only_and_damaged(run_tool, sampled):
 # --- several --------------------------------------------------------------------------------------
 
 
-def make_series(folder: Path, loss: str, seed: int, top1: list[float]) -> Path:
+def make_series(folder, loss, seed, top1):
     """A run folder with an evaluation an epoch."""
-    lines: list[dict[str, Any]] = []
+    lines = []
     for epoch, value in enumerate(top1, start=1):
         common = {"step": 10 * epoch, "time": 0.0, "epoch": float(epoch), "phase": 0}
         lines.append(common | {"kind": "train", "loss": 1 / epoch, "samples_per_s": 100.0 * epoch})
@@ -371,7 +367,7 @@ def make_series(folder: Path, loss: str, seed: int, top1: list[float]) -> Path:
 
 
 @pytest.fixture
-def series(tmp_path: Path) -> list[Path]:
+def series(tmp_path):
     return [
         make_series(tmp_path / "tet_0", "tet", 0, [50.0, 70.0]),
         make_series(tmp_path / "tet_1", "tet", 1, [60.0, 74.0]),
@@ -433,7 +429,7 @@ def test_all_lines_of_training_are_kept_for_curves_alone(tmp_path):
 def test_figure_of_several_runs(run_tool, series, tmp_path):
     out = tmp_path / "all.png"
 
-    def colours(*runs: Path) -> list[int]:
+    def colours(*runs):
         run_tool(*runs, "--plot", out)
         return [pixels(out, colour) for colour in style.SERIES[:3]]
 
@@ -452,7 +448,7 @@ def test_a_studys_folder(run_tool, tmp_path):
     for entry in ("tet", "tit"):
         for seed in (0, 1):
             run = make_series(study / f"{entry}-seed{seed}", "tet", seed, [50.0, 70.0 + seed])
-            changes: dict[str, Any] = {"name": run.name, "seed": seed, "data.root": "data"}
+            changes = {"name": run.name, "seed": seed, "data.root": "data"}
             changes["phases.0.optimizer.betas"] = [0.5, 0.5 + seed / 4]  # SGD has none
             if entry == "tit":
                 changes["init_checkpoint"] = f"{study}/tet-seed{seed}/checkpoints/best"

@@ -3,8 +3,6 @@
 import json
 import math
 import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -41,20 +39,20 @@ from tetdist.errors import UserError
 from tetdist.evaluation.membranes import Membranes
 
 
-def train_line(step: int, **values: Any) -> dict[str, Any]:
+def train_line(step, **values):
     line = {"kind": "train", "step": step, "time": 0.0, "epoch": step / 100, "phase": 0}
     line |= {"loss": 7 / step, "top1": 60 - 50 / step, "lr": 0.1, "grad_norm": 1.0}
     return line | {"samples_per_s": 1400.0, "data_wait": 3.0} | values
 
 
-def val_line(step: int, **values: Any) -> dict[str, Any]:
+def val_line(step, **values):
     line = {"kind": "val", "step": step, "time": 0.0, "epoch": step / 100, "phase": 0}
     line |= {"timesteps": 3, "loss": 6 / step, "top1": 55 - 50 / step, "top5": 80.0}
     line |= {"per_timestep_top1": [50.0, 52.0, 54.5], "firing_rate": {"layer1": 0.2}}
     return line | {"samples": 1000, "seconds": 1.0} | values
 
 
-def draw(folder: Path, lines: list[dict[str, Any]]) -> Path:
+def draw(folder, lines):
     metrics = folder / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     out = folder / "plots" / "learning_curves.png"
@@ -126,7 +124,7 @@ def test_a_new_plot_replaces_the_old_one(tmp_path):
 
 
 def test_firing_rates_show_what_is_dead_and_saturated(tmp_path):
-    def colours(*rates: dict[str, float]) -> tuple[int, int]:
+    def colours(*rates):
         metrics = tmp_path / "metrics.jsonl"
         lines = [val_line(100 * i, firing_rate=rate) for i, rate in enumerate(rates, start=1)]
         metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -156,7 +154,7 @@ def test_firing_rates_before_the_first_evaluation(tmp_path):
 def test_membranes_are_coloured_by_whether_they_fire(tmp_path):
     edges = [-1.0, 0.0, 1.0, 2.0]
 
-    def colours(shares: list[float], fires: float) -> tuple[int, int]:
+    def colours(shares, fires):
         found = Membranes(edges, {"layer": shares}, {"layer": fires})
         membranes(found, "title", tmp_path / "m.png")
         return pixels(tmp_path / "m.png", TRAIN), pixels(tmp_path / "m.png", VALIDATION)

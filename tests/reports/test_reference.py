@@ -2,33 +2,21 @@
 
 import json
 import math
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import pytest
 import tiny
 import yaml
-from tiny import Tool
 
 from tetdist.apps.reports import runs_table
 from tetdist.apps.reports.reference import IMAGES, find_reference, references, tolerated
-from tetdist.apps.reports.runs_table import RunRecord
 from tetdist.config.loading import load
 from tetdist.config.schema import RunConfig
 
 SEW = find_reference("sew34")
 
 
-def a_run(
-    folder: Path,
-    top1: dict[float, float],
-    recipe: str = "sew34_t4",
-    overrides: Sequence[str] = (),
-    kind: str = "val",
-    images: int = IMAGES,
-    loss: float | str = 1.0,
-) -> Path:
+def a_run(folder, top1, recipe="sew34_t4", overrides=(), kind="val", images=IMAGES, loss=1.0):
     """A run of a recipe on so many images that was evaluated after so many epochs."""
     config = load(tiny.PROJECT / "configs" / f"{recipe}.yaml", overrides)
     folder.mkdir(exist_ok=True)
@@ -42,7 +30,7 @@ def a_run(
 
 
 @pytest.fixture
-def compare(tool: Tool) -> Tool:
+def compare(tool):
     return partial(tool, "compare_runs")
 
 
@@ -240,7 +228,7 @@ def test_the_phase_that_the_run_is_in_is_compared(tmp_path, compare):
 
 
 def test_the_figure_of_an_average_has_the_average(tmp_path, monkeypatch, compare):
-    drawn: list[RunRecord] = []
+    drawn = []
     monkeypatch.setattr(runs_table, "plot", lambda records, *_: drawn.extend(records))
     run = a_run(a_run(tmp_path / "r", {1: 40.0}), {1: 60.0}, kind="val_ema")
     for name in ("t_revsnn", "t_revsnn_ema"):

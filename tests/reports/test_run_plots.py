@@ -1,9 +1,6 @@
 """When a run draws itself, and what it says in the log."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +11,6 @@ import torch
 import tetdist
 from tetdist.apps.reports.run_plots import RunPlots
 from tetdist.config import loading as configuration
-from tetdist.config.schema import RunConfig
 from tetdist.data.loader import Batch
 from tetdist.tracking.tracker import Tracker
 from tetdist.tracking.trackers import TrackedRun
@@ -25,13 +21,13 @@ assert tetdist.__doc__  # registers the models
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> RunConfig:
+def config(tmp_path):
     file = tiny.write_config(tmp_path / "tiny.yaml", tmp_path, {"plots": True})
     return configuration.load(str(file))
 
 
 @pytest.fixture
-def tracker(config: RunConfig) -> Iterator[Tracker]:
+def tracker(config):
     config.run_dir.mkdir(parents=True)
     tracker = Tracker(TrackedRun(config.run_dir, "r", {}, {}, None), None)
     yield tracker
@@ -41,14 +37,14 @@ def tracker(config: RunConfig) -> Iterator[Tracker]:
 LAST = 4
 
 
-def watching(config: RunConfig, model: Any, tracker: Tracker) -> RunPlots:
-    run: Any = SimpleNamespace(
+def watching(config, model, tracker):
+    run = SimpleNamespace(
         config=config, model=model, last_step=LAST, train=SimpleNamespace(classes=tiny.CLASSES)
     )
     return RunPlots(Watched(run, tracker, step=0, finished=False))
 
 
-def evaluate(pictures: RunPlots, tracker: Tracker, epoch: int, rate: float) -> None:
+def evaluate(pictures, tracker, epoch, rate):
     """Tell of an evaluation, as the trainer does, after epochs of one step."""
     values = {"epoch": float(epoch), "phase": 0, "top1": 50.0, "firing_rate": {"stem": rate}}
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -63,7 +59,7 @@ def test_plots_at_evaluations_and_warnings_at_once(config, tracker, caplog):
     model.set_execution("reference")
     pictures = watching(config, model, tracker)
 
-    def drawn(epoch: int, rate: float) -> dict[str, bytes]:
+    def drawn(epoch, rate):
         evaluate(pictures, tracker, epoch, rate)
         return {path.name: path.read_bytes() for path in pictures.folder.iterdir()}
 

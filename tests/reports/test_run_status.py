@@ -5,7 +5,6 @@ import json
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -14,22 +13,22 @@ import yaml
 from tetdist.apps.cli import status as command
 from tetdist.apps.reports.run_status import as_text, find_runs, read_status
 
-CONFIG: dict[str, Any] = {"phases": [{"epochs": 3}, {"epochs": 1}], "max_steps": None}
+CONFIG = {"phases": [{"epochs": 3}, {"epochs": 1}], "max_steps": None}
 NAMES_NONE = "is damaged: it must hold the name of a checkpoint, such as step-00000040, not"
 
 
-def train_line(step: int) -> dict[str, Any]:
+def train_line(step):
     values = {"epoch": step / 5, "phase": 0, "loss": 1 / step, "top1": 50.0, "lr": 0.1}
     speed = {"samples_per_s": 16.0, "data_wait": 3.0, "eta_s": 24.4}
     return {"kind": "train", "step": step, **values, **speed}
 
 
-def val_line(step: int, top1: float, best: float) -> dict[str, Any]:
+def val_line(step, top1, best):
     values = {"epoch": step / 5, "phase": 0, "loss": 1.0, "top1": top1, "best_top1": best}
     return {"kind": "val", "step": step, **values}
 
 
-def made(folder: Path, lines: list[dict[str, Any]], saved: int | None, **config: Any) -> Path:
+def made(folder, lines, saved, **config):
     """The folder of a run of 20 steps, 5 an epoch, whose best checkpoint is the first."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | config))

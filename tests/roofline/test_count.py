@@ -3,7 +3,6 @@
 import math
 import sys
 from collections import Counter
-from typing import Any
 
 import pytest
 import timm
@@ -12,7 +11,7 @@ from kernel_runs import needs_triton
 from torch import nn
 
 from tetdist import models
-from tetdist.apps.roofline.count import CONVOLUTIONS, Work, count
+from tetdist.apps.roofline.count import CONVOLUTIONS, count
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import dispatch
@@ -26,22 +25,22 @@ needs_triton()
 SMALL = (2, 3, 64, 64)
 
 
-def network(name: str = "sew_resnet18", **arguments: Any) -> Any:
+def network(name="sew_resnet18", **arguments):
     return timm.create_model(name, **{"timesteps": 4, "num_classes": 10} | arguments)
 
 
-def shape_of(model: Any, batch: int = 2) -> tuple[int, ...]:
+def shape_of(model, batch=2):
     *_, channels, height, width = model.default_cfg["input_size"]
     height, width = min(height, 64), min(width, 64)
     bins = (model.timesteps,) if model.input_kind == "events" else ()
     return (batch, *bins, channels, height, width)
 
 
-def bytes_of(work: Work) -> int:
+def bytes_of(work):
     return sum(kernel.bytes for kernel in work.kernels)
 
 
-def operations_of(work: Work) -> int:
+def operations_of(work):
     return sum(kernel.operations for kernel in work.kernels)
 
 
@@ -69,14 +68,14 @@ def test_every_family_is_counted(name):
 class OneLayer(nn.Module):
     """A convolution and a layer of neurons, with what may come besides."""
 
-    def __init__(self, shortcut: str, *, identity: bool) -> None:
+    def __init__(self, shortcut, *, identity):
         super().__init__()
         self.first, self.second = (Conv2d(64, 64, 1, bias=False) for _ in range(2))
         self.neuron = NormNeuron(64, LIF())
         self.shortcut, self.identity = shortcut, identity
         self.norm = BatchNorm(64) if shortcut == "normalized" else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         x = x.expand(4, *x.shape).clone(memory_format=torch.preserve_format)
         added = None if self.shortcut == "none" else self.second(x)
         identity = None
@@ -92,8 +91,8 @@ class OneLayer(nn.Module):
 def test_bytes_are_those_of_tritons_kernels(shortcut, identity):
     import gpu_code
 
-    layer = gpu_code.Layer(shortcut=shortcut, identity=identity)  # type: ignore[arg-type]  # one of them
-    expected: Counter[str] = Counter()
+    layer = gpu_code.Layer(shortcut=shortcut, identity=identity)
+    expected = Counter()
     for launch in layer.launches():
         timesteps = 1 if launch.name == "statistics" else 4
         if launch.name in ("statistics", "fire", "backward_sums", "backward"):
@@ -101,7 +100,7 @@ def test_bytes_are_those_of_tritons_kernels(shortcut, identity):
     shape = (2, 64, 16, 16)
     work = count(OneLayer(shortcut, identity=identity), shape, "bf16")
     numbers = 4 * 2 * 64 * 16 * 16
-    found: Counter[str] = Counter()
+    found = Counter()
     for kernel in work.kernels:
         name = kernel.name.removeprefix("neuron.")
         if name in expected:
@@ -110,11 +109,11 @@ def test_bytes_are_those_of_tritons_kernels(shortcut, identity):
 
 
 class Attention(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.products, self.neuron = LinearAttention(1), Neuron(LIF(), 64)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         x = x.expand(4, *x.shape).clone(memory_format=torch.preserve_format).requires_grad_()
         carry(x, pack(x))
         return self.products.fired(x, x, x, self.neuron)
@@ -138,7 +137,7 @@ def test_memory_is_what_autograd_keeps_in_truth():
     model = network("sew_resnet34", num_classes=1000)
     size = (3, 224, 224)
 
-    def of_an_image() -> float:
+    def of_an_image():
         two, four = (count(model, (batch, *size), "bf16").peak_bytes for batch in (2, 4))
         return (four - two) / 2 / 2**20
 
@@ -159,11 +158,11 @@ def test_operations_are_those_of_the_definition():
 
 
 class Expands(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return x.expand(4, *x.shape) * self.weight
 
 
@@ -214,7 +213,7 @@ def test_definitions_move_more_than_the_kernels():
 
 
 class AsksForNumbers(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return x * float(x.mean())
 
 

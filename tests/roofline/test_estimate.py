@@ -1,13 +1,12 @@
 """The roofline: what bounds it, and that it is right where somebody has measured."""
 
 import dataclasses
-from typing import Any
 
 import pytest
 import timm
 from kernel_runs import needs_triton
 
-from tetdist.apps.roofline.cards import CARDS, Card
+from tetdist.apps.roofline.cards import CARDS
 from tetdist.apps.roofline.count import Kernel, Work, count
 from tetdist.apps.roofline.estimate import estimate
 from tetdist.errors import UserError
@@ -47,7 +46,7 @@ def test_published_ratios_of_a_relu_network():
     assert found == pytest.approx(RATIOS, rel=0.1)
 
 
-def work_of(*kernels: Kernel) -> Work:
+def work_of(*kernels):
     return Work(32, "bf16", kernels, 0)
 
 
@@ -56,8 +55,8 @@ MOVES = Kernel("a", "moves", bytes=10**9)
 COMPUTES = Kernel("b", "computes", bytes=10, operations=10**12)
 
 
-def faster(**times: float) -> Card:
-    changed: dict[str, Any] = {name: getattr(CARD, name) * by for name, by in times.items()}
+def faster(**times):
+    changed = {name: getattr(CARD, name) * by for name, by in times.items()}
     return dataclasses.replace(CARD, **changed)
 
 

@@ -354,7 +354,6 @@ class Cluster:
         inside = ("nsenter", f"--net=/proc/{process.pid}/ns/net", "ip")
         output(*inside, "address", "add", f"{self._net}.{number}/24", "dev", "eth0")
         output(*inside, "link", "set", "eth0", "up")
-        assert process.stdin is not None
         process.stdin.write(b"\n")
         process.stdin.close()
 

@@ -49,13 +49,11 @@ class Run:
     @property
     def job(self) -> str:
         submission = newest_submission(self.path)
-        assert submission is not None
         return submission.job
 
     @property
     def log(self) -> str:
         submission = newest_submission(self.path)
-        assert submission is not None
         return submission.log_file.read_text() if submission.log_file.exists() else ""
 
     @property

@@ -9,7 +9,6 @@ import sys
 import time
 import types
 from pathlib import Path
-from typing import Any
 
 import hub_stand_in
 import pytest
@@ -28,7 +27,7 @@ LAUNCHER = tiny.PROJECT / "launch" / "slurm.py"
 
 
 @pytest.fixture
-def without_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def without_slurm(monkeypatch, tmp_path):
     """As on a machine that has none."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "git").symlink_to("/usr/bin/git")
@@ -179,7 +178,7 @@ def test_networks_of_the_hub_are_fetched_before_the_job_is_queued(
 def test_snapshot_holds_what_is_not_committed(tmp_path):
     project, target = tmp_path / "project", tmp_path / "copy"
 
-    def git(*arguments: str) -> str:
+    def git(*arguments):
         names = ("-c", "user.name=a", "-c", "user.email=a@b.c")
         command = ["git", "-C", str(project), *names, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -253,7 +252,7 @@ def test_tracker_that_is_down_stops_no_submission(tiny_config, caplog):
 # --- the program ----------------------------------------------------------------------------------
 
 
-def refused(capfd: pytest.CaptureFixture[str], arguments: list[str], *parts: str) -> None:
+def refused(capfd, arguments, *parts):
     capfd.readouterr()
     assert main(arguments) == 2
     errors = capfd.readouterr().err
@@ -286,7 +285,7 @@ def test_dry_run_writes_nothing(tiny_config, tmp_path, capfd):
 def test_plan_without_the_data(tiny_config, tmp_path, capfd):
     file = str(tiny_config())
 
-    def planned(*arguments: str) -> str:
+    def planned(*arguments):
         flags = ("--dry-run", "--gpus-per-node", "1", "--images-per-s", "9")
         assert main(["--config", file, *flags, *arguments]) == 0
         return capfd.readouterr().out
@@ -352,7 +351,7 @@ def test_wrong_command_line(capfd):
 @pytest.mark.long
 def test_local_run_starts_again_after_a_warning(tiny_config, tmp_path):
     """The job's own function in two processes: warned, saved, started again, to the bit."""
-    changes: dict[str, Any] = {"engine": "torch", "phases.0.epochs": 30, "evaluate_every": 30}
+    changes = {"engine": "torch", "phases.0.epochs": 30, "evaluate_every": 30}
     straight = tiny_config(changes | {"name": "straight"})
     assert (
         tiny.execute(tiny.python(LAUNCHER, "--config", straight, "--local", "2"), tmp_path)[0] == 0
@@ -395,7 +394,7 @@ def test_goodput_is_the_time_in_steps_since_the_submission(tmp_path):
 def test_one_failed_process_ends_the_others(fails, status, tmp_path, monkeypatch):
     """Whichever it is; here the last."""
     monkeypatch.setattr(local, "PATIENCE", 0.1)
-    job: Any = types.SimpleNamespace(code=str(tmp_path))
+    job = types.SimpleNamespace(code=str(tmp_path))
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\n[ $RANK = 0 ] && exec sleep 20\n{fails}\n")
     program.chmod(0o755)

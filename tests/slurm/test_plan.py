@@ -1,12 +1,9 @@
 """The plan's arithmetic, against numbers worked out by hand."""
 
-from typing import Any
-
 import pytest
 
 from tetdist.apps.slurm import plan
 from tetdist.apps.slurm.cluster import ClusterSection
-from tetdist.apps.slurm.plan import Plan
 from tetdist.apps.slurm.speed import Speed
 from tetdist.config import loading as configuration
 from tetdist.errors import UserError
@@ -15,13 +12,13 @@ IMAGENET = {"train_images": 1281167, "val_images": 50000}
 PARAMETERS = 20_000_000
 
 
-def make(name: str = "sew34_t4.yaml", overrides: tuple[str, ...] = (), **cluster: Any) -> Plan:
+def make(name="sew34_t4.yaml", overrides=(), **cluster):
     section = ClusterSection(**({"nodes": 2, "gpus_per_node": 4} | cluster))
     config = configuration.load(name, list(overrides))
     return plan.make(config, section, parameters=PARAMETERS, buffers=1000, **IMAGENET)
 
 
-def cost(made: Plan, speed: Speed, nodes: int) -> plan.Cost:
+def cost(made, speed, nodes):
     found = plan.cost(made, speed, nodes)
     assert found is not None
     return found

@@ -5,16 +5,14 @@ import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import tiny
-from cluster import Cluster, wait_until
+from cluster import wait_until
 from runs import (
     FIRST_PHASE,
     LAST_STEP,
-    Launcher,
     Run,
     assert_mlflow_has,
     assert_undisturbed,
@@ -25,7 +23,7 @@ from tetdist.apps.cli import slurm
 from tetdist.tracking import mlflow_logger
 
 
-def preempt(cluster: Cluster, run: Run) -> None:
+def preempt(cluster, run):
     """A job of a higher partition takes the run's nodes, and leaves them at once."""
     nodes = cluster.job(run.job)["NodeList"]
     cluster.run(
@@ -188,7 +186,7 @@ def test_time_limit(launcher, straight, cluster):
     process = cluster.tasks_of(f"node{last_node}")[-1]
     process.suspend()
 
-    def warned() -> bool:
+    def warned():
         return is_pending(process.pid, signal.SIGUSR2) or run.history[-1].kind == "stopped"
 
     try:
@@ -206,7 +204,7 @@ def test_time_limit(launcher, straight, cluster):
     assert_undisturbed(run, straight)
 
 
-def is_pending(process: int, number: signal.Signals) -> bool:
+def is_pending(process, number):
     """Whether a process has a signal that it has not taken yet."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
@@ -216,7 +214,7 @@ def is_pending(process: int, number: signal.Signals) -> bool:
     return bool(int(mask, 16) & 1 << (number - 1))
 
 
-def held(launcher: Launcher, name: str, *arguments: str) -> Run:
+def held(launcher, name, *arguments):
     """A run that waits in the queue until it is released."""
     return launcher(name, "cluster.sbatch.hold=true", *arguments)
 
@@ -247,9 +245,9 @@ def test_status_waits_for_a_controller_that_has_much_to_do(
     monkeypatch.setenv("SLURM_CONF", str(impatient))
     with ThreadPoolExecutor(1) as threads, cluster.frozen_controller():
         status = threads.submit(slurm.main, ["status", str(run.path)])
-        told: list[str] = []
+        told = []
 
-        def is_told() -> bool:
+        def is_told():
             told.append(capfd.readouterr().err)
             return "Slurm is slow to answer squeue; retrying" in "".join(told)
 
@@ -264,9 +262,9 @@ def test_two_submissions_at_once_are_one_run(launcher, cluster, monkeypatch, cap
     name = "twice-at-once"
     arguments = ["--config", str(launcher.config), f"name={name}", "cluster.sbatch.hold=true"]
     create_run = mlflow_logger._create_run
-    others: list[int] = []
+    others = []
 
-    def submit_another_first(*args: Any, **kwargs: Any) -> Any:
+    def submit_another_first(*args, **kwargs):
         if not others:
             others.append(0)
             others[0] = slurm.main(arguments)

@@ -4,8 +4,6 @@ import functools
 import json
 import os
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 from kernel_runs import needs_triton
@@ -25,9 +23,7 @@ GPUS = {"nodes": 1, "gpus_per_node": 8, "gpu": "H100"}
 SMALL = ("model.name=sew_resnet18",)
 
 
-def of(
-    *overrides: str, recipe: str = "sew34_t4.yaml", file: Path | None = None, **cluster: Any
-) -> Speed | str:
+def of(*overrides, recipe="sew34_t4.yaml", file=None, **cluster):
     config = loading.load(recipe, list(overrides))
     network = Network(config.model.build(num_classes=10, timesteps=4), None)
     if config.recompute != "none":
@@ -37,13 +33,13 @@ def of(
 
 
 @functools.cache
-def known(*overrides: str, **more: Any) -> Speed:
+def known(*overrides, **more):
     found = of(*overrides, **more)
     assert isinstance(found, Speed), found
     return found
 
 
-def written(tmp_path: Path, **values: Any) -> Path:
+def written(tmp_path, **values):
     file = tmp_path / "bench.json"
     file.write_text(json.dumps(values))
     return file

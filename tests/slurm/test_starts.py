@@ -4,16 +4,14 @@ Slurm's part is played by an object here; test_runs.py has the real one.
 """
 
 import signal
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import tiny
 
 from tetdist.apps.slurm import history, job, placement
-from tetdist.apps.slurm.history import EventKind, JobEvent
+from tetdist.apps.slurm.history import JobEvent
 from tetdist.apps.slurm.job import Job, _Start
 from tetdist.apps.slurm.placement import ProcessContext, SlurmContext
 from tetdist.config import loading
@@ -32,34 +30,31 @@ class Context(ProcessContext):
     silent: list[list[str]] = field(default_factory=list)
     asked_again: list[str] = field(default_factory=list)
 
-    def why_stopped(self, number: int) -> str:
+    def why_stopped(self, number):
         return f"{signal.Signals(number).name} from outside"
 
-    def why_ended(self) -> str | None:
+    def why_ended(self):
         return self.ended
 
-    def was_cancelled(self) -> bool:
+    def was_cancelled(self):
         return self.cancelled
 
-    def silent_hosts(self) -> list[str]:
+    def silent_hosts(self):
         return self.silent.pop(0) if self.silent else []
 
-    def start_again(self) -> int:
+    def start_again(self):
         self.asked_again.append(self.job)
         return AGAIN
 
 
-Starter = Callable[..., _Start]
-
-
 @pytest.fixture
-def start(tmp_path: Path) -> Starter:
+def start(tmp_path):
     """Makes the start of a job in one of its processes: (rank, restart, what Slurm says)."""
     run_dir = tmp_path / "run"
     (run_dir / "slurm").mkdir(parents=True)
     (tmp_path / "log").mkdir()
 
-    def make(rank: int = 0, restart: int = 0, **says: object) -> _Start:
+    def make(rank=0, restart=0, **says):
         place = (rank, "12", restart, ("node1", "node2"))
         described = Job(
             run_dir=str(run_dir),
@@ -69,25 +64,25 @@ def start(tmp_path: Path) -> Starter:
             give_up_after=3,
             warn_before_end=60,
         )
-        return _Start(described, Context(*place, **says))  # type: ignore[arg-type]  # a stand-in
+        return _Start(described, Context(*place, **says))
 
     return make
 
 
-def note(start: _Start, *events: tuple[EventKind, int, str]) -> None:
+def note(start, *events):
     for kind, step, text in events:
         history.note(start.run_dir, JobEvent(kind, "12", step=step, text=text))
 
 
-def kinds(start: _Start) -> list[str]:
+def kinds(start):
     return [event.kind for event in history.history(start.run_dir)]
 
 
-def save(start: _Start, step: int) -> None:
+def save(start, step):
     (start.run_dir / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
 
 
-STARTED: tuple[EventKind, int, str] = ("started", 0, "")
+STARTED = ("started", 0, "")
 
 
 @pytest.mark.parametrize(
@@ -177,12 +172,12 @@ def test_end_of_a_start(rank, status, cancelled, answer, again, written, start):
     this = start(rank, cancelled=cancelled)
     this.config = loading.parse(tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"}), "x")
     assert this._end(status) == answer
-    assert len(this.context.asked_again) == again  # type: ignore[attr-defined]  # the stand-in's
+    assert len(this.context.asked_again) == again
     assert kinds(this) == written
 
 
 def test_failure_is_written_by_rank_0_alone(start, monkeypatch):
-    ignored: list[int] = []
+    ignored = []
     monkeypatch.setattr(job.signal, "signal", lambda number, _: ignored.append(number))
     assert start(1)._end_failed(1, "another process says why") == 1
     assert (kinds(start()), ignored) == ([], [])
@@ -212,7 +207,7 @@ def test_first_failure_is_kept_and_shown(start, capsys):
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_lost_node_is_waited_for(in_thread, start, monkeypatch):
     """Also in the watch's thread, where no signal can be handled, for which it must not end."""
-    slept: list[float] = []
+    slept = []
     monkeypatch.setattr(job.time, "sleep", slept.append)
     before = signal.getsignal(TERM)
     this = start(silent=[["node2"], ["node2"], []])
@@ -267,7 +262,7 @@ def test_controller_is_asked_until_it_takes_or_refuses(controller, status, monke
     states = iter(controller)
     now = [""]
 
-    def ask(*_: str, timeout: float) -> tuple[bool, str]:
+    def ask(*_, timeout):
         assert timeout == placement.REQUEUE_TIMEOUT
         now[0] = next(states)
         return now[0] == "takes it", now[0]

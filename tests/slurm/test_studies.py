@@ -2,13 +2,11 @@
 
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from cluster import Cluster, wait_until
+from cluster import wait_until
 from runs import Run, assert_mlflow_has, mlflow_status
 
 from tetdist.apps.cli import slurm
@@ -21,36 +19,30 @@ HELD = ("cluster.sbatch.hold=true",)
 class Study:
     """A study in a folder of its own, in which this process now is."""
 
-    def __init__(self, cluster: Cluster, capfd: pytest.CaptureFixture[str], folder: Path) -> None:
+    def __init__(self, cluster, capfd, folder):
         self.cluster, self._capfd = cluster, capfd
         self.output = folder / "out"
 
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+    def __call__(self, *arguments):
         """Runs the tool: status, output, errors."""
         self._capfd.readouterr()
         status = command.main(["study.yaml", "--output", "out", *map(str, arguments)])
         return status, *self._capfd.readouterr()
 
-    def run(self, name: str) -> Run:
+    def run(self, name):
         return Run(self.cluster, self.output / name)
 
-    def release(self, *names: str) -> None:
+    def release(self, *names):
         for name in names:
             self.cluster.run("scontrol", "release", self.run(name).job)
 
 
 @pytest.fixture
-def study(
-    cluster: Cluster,
-    tiny_config: Callable[..., Path],
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., Study]:
+def study(cluster, tiny_config, tmp_path, capfd, monkeypatch):
     """Writes a study of tiny runs with one seed: (entries, changes of the configuration)."""
     monkeypatch.chdir(tmp_path)
 
-    def write(entries: dict[str, Any], changes: dict[str, Any] | None = None) -> Study:
+    def write(entries, changes=None):
         base = tiny_config({"engine": "torch", "phases.0.epochs": 1} | (changes or {}))
         values = {
             "title": "A tiny study",
@@ -65,7 +57,7 @@ def study(
     return write
 
 
-def job_in(output: str, name: str) -> str:
+def job_in(output, name):
     """The job that a run was submitted as."""
     found = re.search(rf"^{name}: submitted as job (\d+)", output, re.MULTILINE)
     assert found, output

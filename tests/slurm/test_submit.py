@@ -1,7 +1,6 @@
 """From a configuration to a job: its script, and the jobs that it waits for."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,7 +28,7 @@ def test_job_runs_in_another_folder_and_again_and_again(tiny_config, tmp_path, m
     assert "uri: http://host\n" in job.as_yaml()
 
 
-def submitted(folder: Path, saved: int, job: str = LOCAL) -> Submission:
+def submitted(folder, saved, job=LOCAL):
     """A run of 10 steps, trained up to a step."""
     (folder / "checkpoints" / f"step-{saved:08}").mkdir(parents=True)
     submission = Submission(job, str(folder), "", "", "", {}, 10, 5, 8, 0.0)
@@ -82,9 +81,9 @@ def test_job_that_slurm_refuses_leaves_nothing_behind(tiny_config, tmp_path, mon
     """But a closed run in MLflow, and a folder in which the run may be submitted again."""
     config = loading.load(str(tiny_config()))
     run = submit.prepare(config, ClusterSection(gpus_per_node=0, tasks_per_node=1))
-    told: list[str | None] = []
+    told = []
 
-    def refuse(*_: Any) -> list[str]:
+    def refuse(*_):
         raise UserError("Slurm refuses the job: no such partition")
 
     monkeypatch.setattr(submit, "is_here", lambda: True)

@@ -8,9 +8,7 @@ import resource
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -22,11 +20,11 @@ from tetdist.storage import checkpoint
 from tetdist.storage.checkpoint import Description
 
 
-def network(width: int = 4) -> nn.Module:
+def network(width=4):
     return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
 
 
-def trained(seed: int, width: int = 4) -> tuple[nn.Module, torch.optim.Optimizer]:
+def trained(seed, width=4):
     """A network and an Adam with state."""
     torch.manual_seed(seed)
     model = network(width)
@@ -36,15 +34,7 @@ def trained(seed: int, width: int = 4) -> tuple[nn.Module, torch.optim.Optimizer
     return model, optimizer
 
 
-def save(
-    folder: Path,
-    step: int,
-    *,
-    keep_last: int = 10,
-    best: bool = False,
-    best_average: bool | None = None,
-    seed: int | None = None,
-) -> Path:
+def save(folder, step, *, keep_last=10, best=False, best_average=None, seed=None):
     """Save a checkpoint, with an average of its weights if `best_average` is given."""
     model, optimizer = trained(step if seed is None else seed)
     description = Description(config={}, classes=["a"], timesteps=1, step=step)
@@ -63,7 +53,7 @@ def save(
     )
 
 
-def names(folder: Path) -> list[str]:
+def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -71,7 +61,6 @@ def test_round_trip(tmp_path):
     model, optimizer = trained(7)
     path = save(tmp_path, 7)
     found = checkpoint.newest(tmp_path)
-    assert found is not None
     assert found.path == path
     assert found.state["step"] == 7
     assert found.state["result"] == {"top1": 7 / 3}
@@ -93,17 +82,17 @@ def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.newest(tmp_path) is None
 
 
-def cut(file: Path) -> None:
+def cut(file):
     os.truncate(file, file.stat().st_size // 2)
 
 
-def flip_byte(file: Path) -> None:
+def flip_byte(file):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
 
 
-def empty(file: Path) -> None:
+def empty(file):
     file.write_bytes(b"")
 
 
@@ -115,7 +104,6 @@ def test_damaged_one_is_named_and_the_one_before_it_used(name, damage, tmp_path,
     damage(newer / name)
     with caplog.at_level(logging.WARNING):
         found = checkpoint.newest(tmp_path)
-    assert found is not None
     assert found.path == older
     (record,) = caplog.records
     assert str(newer) in record.getMessage()
@@ -133,7 +121,6 @@ def test_damaged_manifest(manifest, tmp_path, caplog):
         (newer / "manifest.json").write_text(manifest)
     with caplog.at_level(logging.WARNING):
         found = checkpoint.newest(tmp_path)
-    assert found is not None
     assert found.path == older
     assert "manifest.json" in caplog.text
 
@@ -167,7 +154,6 @@ def test_same_step_again_replaces(tmp_path):
         path = save(tmp_path, 2, keep_last=2, seed=number)
         assert path.name == ("step-00000002" if number == 0 else f"step-00000002.{number}")
         found = checkpoint.newest(tmp_path)
-        assert found is not None
         assert found.path == path
         assert torch.equal(found.model["0.weight"], trained(number)[0].state_dict()["0.weight"])
         assert names(tmp_path) == ["last", "step-00000001", path.name]
@@ -180,14 +166,13 @@ def test_leftovers_of_a_kill_are_ignored_and_then_removed(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
     found = checkpoint.newest(tmp_path)
-    assert found is not None
     assert found.path.name == "step-00000001"
     save(tmp_path, 2)
     assert names(tmp_path) == ["last", "step-00000001", "step-00000002"]
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path):
     """A file system of 256 KiB; skipped where it cannot be mounted."""
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -220,7 +205,6 @@ def test_full_disk_leaves_the_earlier_ones(left, small_disk):
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
     found = checkpoint.newest(folder)
-    assert found is not None
     # 2: all of it found room, and only the pointer to it did not.
     assert found.state["step"] == 1 or left == 20480
     assert checkpoint.load_model_file(folder)[1].step == 1
@@ -243,7 +227,6 @@ def test_file_size_limit_is_an_error_too(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     found = checkpoint.newest(tmp_path)
-    assert found is not None
     assert found.state["step"] == 1
     assert names(tmp_path) == ["last", "step-00000001"]
 
@@ -318,10 +301,10 @@ def test_other_model_is_recognised(tmp_path):
 
 
 class Bomb:
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file):
         self.file = file
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self):
         return (Path.touch, (self.file,))
 
 
@@ -365,7 +348,7 @@ def test_model_file_by_each_of_its_names(tmp_path):
 def test_model_file_errors(tmp_path):
     from safetensors.torch import save_file
 
-    def problem(path: Path) -> str:
+    def problem(path):
         with pytest.raises(UserError) as caught:
             checkpoint.load_model_file(path)
         assert "\n" not in str(caught.value)

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import stat
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,7 @@ from tetdist.errors import UserError
 from tetdist.storage import files
 
 
-def names(folder: Path) -> list[str]:
+def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -36,12 +35,12 @@ def test_after_an_error_all_is_as_before(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("old")
 
-    def fail() -> None:
+    def fail():
         with files.explaining(file), files.replacing(file) as stream:
             stream.write(b"new")
             raise OSError(28, "disk full")
 
-    def stop() -> None:
+    def stop():
         with files.made_aside(tmp_path / "b") as aside:
             aside.mkdir()
             (aside / "part").write_text("half")

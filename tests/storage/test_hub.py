@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import hub_stand_in
@@ -11,7 +10,7 @@ import timm
 import tiny
 import torch
 import yaml
-from hub_stand_in import Hub, Repository
+from hub_stand_in import Repository
 from huggingface_hub import constants
 
 from tetdist.apps.weights.trained import load
@@ -25,19 +24,19 @@ FILES = {"README.md", "classes.txt", "config.json", "model.safetensors", "recipe
 
 
 @pytest.fixture
-def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+def there(monkeypatch, tmp_path):
     with hub_stand_in.serving(monkeypatch, tmp_path / "home") as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(tmp_path_factory):
     """Weights of a small network of the tiny data set."""
     folder = tmp_path_factory.mktemp("weights")
     return save(folder / "small.safetensors", tiny.CLASSES)
 
 
-def save(path: Path, classes: tuple[str, ...] | None) -> Path:
+def save(path, classes):
     changes = {
         "name": "small",
         "model.num_classes": len(tiny.CLASSES),
@@ -65,7 +64,6 @@ def test_network_goes_out_and_comes_back(there, call, file, tiny_root, tmp_path)
     assert repository.private
     (commit,) = re.findall(r"pushed http.*/us/small, commit ([0-9a-f]{40})", output)
     files = repository.files(commit)
-    assert files is not None
     assert files.keys() - {".gitattributes"} == FILES
     assert all(hub_stand_in.TOKEN.encode() not in data for data in files.values())
     assert all(b"/home/me" not in data for data in files.values())
@@ -121,7 +119,6 @@ def test_repository_that_was_made_on_the_hubs_pages_is_taken(there, call, file):
     status, output = call("export", file, "--push", "us/made")
     assert status == 0, output
     files = repository.files("main")
-    assert files is not None
     assert files.keys() == FILES | {".gitattributes", "LICENSE"}
     assert files["LICENSE"] == b"theirs"
     assert b"# small" in files["README.md"]
@@ -256,7 +253,7 @@ def test_hub_writes_nothing_outside_of_the_cache(
 
 
 def test_what_cannot_be_pushed_is_named(there, call, file, tmp_path, monkeypatch):
-    def refused(source: Path, repo: str, words: str) -> None:
+    def refused(source, repo, words):
         status, output = call("export", source, "--push", repo)
         assert status == 2, output
         assert words in output

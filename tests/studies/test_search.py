@@ -2,10 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import tiny
@@ -21,12 +18,12 @@ RATES = {"c01": 0.001, "c02": 0.05, "c03": 1e30, "c04": 0.2}
 
 
 @pytest.fixture
-def write(tiny_config: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+def write(tiny_config, tmp_path):
     """Writes search.yaml, over four learning rates of a training of 3 epochs."""
     base = tiny_config({"phases.0.epochs": 3, "engine": "torch"})
 
-    def made(changes: dict[str, Any] | None = None) -> Path:
-        values: dict[str, Any] = {
+    def made(changes=None):
+        values = {
             "title": "A tiny search",
             "config": str(base),
             "seeds": [0],
@@ -165,7 +162,7 @@ def test_the_best_at_the_end_of_three_values_or_more_is_reported():
     axes = {"lr": [0.1, 0.2, 0.3], "phi": [1, 2], "kind": ["a", "b", "c"], "micro": [1, 2, 4]}
     best = {"lr": 0.3, "phi": 1, "kind": "a", "micro": 2}
     of = SimpleNamespace(axes=axes)
-    made: Any = SimpleNamespace(study=SimpleNamespace(search=of), candidates={"c1": best})
+    made = SimpleNamespace(study=SimpleNamespace(search=of), candidates={"c1": best})
     text = search_report.at_the_edge(made, search.Standing([], "c1"))
     beyond = "a better one may be outside the range."
     assert text == f"`lr`: 0.3 is the largest value that was tried; {beyond}"

@@ -4,9 +4,6 @@ whatever happens between; and both go on beside each other."""
 import json
 import math
 import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -19,11 +16,9 @@ from tetdist.tracking.metrics_file import points_of, read_metrics
 from tetdist.tracking.tracker import Tracker
 from tetdist.tracking.trackers import TRACKERS, TrackedRun
 
-Points = list[tuple[str, int, float]]
-
 
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def _offline(monkeypatch):
     monkeypatch.setattr(trackers, "SEND_EVERY", 0.02)
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
@@ -32,14 +27,14 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_CONFIG_DIR", "/nonexistent")
 
 
-def opened(folder: Path, names: list[str], resume_step: int | None = None) -> Tracker:
+def opened(folder, names, resume_step=None):
     folder.mkdir(exist_ok=True)
     params = {"model.name": "sew_resnet18", "tracking.experiment": "trials"}
     run = TrackedRun(folder, "a run", params, {"loss": "tet"}, resume_step)
     return Tracker(run, None, names)
 
 
-def train(tracker: Tracker, first: int, last: int) -> None:
+def train(tracker, first, last):
     """Log steps as a run of epochs of four steps does."""
     for step in range(first, last + 1):
         tracker.log("train", step, {"loss": 1 / step, "lr": 0.1})
@@ -48,19 +43,19 @@ def train(tracker: Tracker, first: int, last: int) -> None:
             tracker.log("val", step, values | {"firing_rate": {"stem.sn": 0.5}, "split": "a"})
 
 
-def in_file(folder: Path) -> Points:
+def in_file(folder):
     """What metrics.jsonl has, rounded as TensorBoard keeps it; NaN as None, which equals itself."""
     lines = read_metrics(folder / "metrics.jsonl")
     return points((name, line["step"], value) for line in lines for name, value in points_of(line))
 
 
-def points(values: Iterator[tuple[str, int, float]] | Any) -> Points:
+def points(values):
     return sorted(
         (name, step, -1.0 if math.isnan(value) else round(value, 6)) for name, step, value in values
     )
 
 
-def in_tensorboard(folder: Path) -> Points:
+def in_tensorboard(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
@@ -72,7 +67,7 @@ def in_tensorboard(folder: Path) -> Points:
     )
 
 
-def in_wandb(folder: Path) -> Points:
+def in_wandb(folder):
     """What `wandb sync` would send of the latest run."""
     found = []
     for record in wandb_records(folder):
@@ -89,7 +84,7 @@ def in_wandb(folder: Path) -> Points:
     return points(found)
 
 
-def wandb_records(folder: Path) -> Iterator[Any]:
+def wandb_records(folder):
     """Records of the file of the latest offline run: LevelDB's log, in blocks of 32 KiB, behind a
     header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
@@ -134,20 +129,20 @@ def test_online_only_what_wandb_lacks_is_sent(tmp_path, monkeypatch):
     """A stand-in for the server, which keeps a summary: there is no network in a test."""
     import wandb
 
-    rows: list[dict[str, float]] = []
+    rows = []
 
     class Run:
         url, offline = "https://there", False
         summary: dict[str, float] = {}  # noqa: RUF012  # the server's, for all starts
 
-        def define_metric(self, *_: Any, **__: Any) -> None:
+        def define_metric(self, *_, **__):
             pass
 
-        def log(self, row: dict[str, float]) -> None:
+        def log(self, row):
             rows.append(row)
             self.summary.update(row)
 
-        def finish(self, **_: Any) -> None:
+        def finish(self, **_):
             pass
 
     monkeypatch.setattr(wandb, "init", lambda **_: Run())
@@ -167,7 +162,7 @@ def test_after_an_error_it_is_made_anew_and_given_everything(tmp_path, monkeypat
 
     whole, calls = TensorBoard.log, []
 
-    def fails_twice(self: TensorBoard, lines: list[dict[str, Any]]) -> None:
+    def fails_twice(self, lines):
         whole(self, lines)
         calls.append(len(lines))
         if len(calls) <= 2:
@@ -185,18 +180,18 @@ def test_after_an_error_it_is_made_anew_and_given_everything(tmp_path, monkeypat
 
 def test_an_outage_of_a_day_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "SEND_EVERY", 0.0)
-    attempts: list[int] = []
+    attempts = []
 
     class Down:
-        def __init__(self, run: TrackedRun) -> None:
+        def __init__(self, run):
             pass
 
-        def log(self, lines: list[dict[str, Any]]) -> None:
+        def log(self, lines):
             attempts.append(len(lines))
             if len(attempts) < 1500:
                 raise OSError("down")
 
-        def close(self, status: str) -> None:
+        def close(self, status):
             pass
 
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
@@ -241,6 +236,6 @@ def test_wandb_without_an_account_is_reported_instead_of_asked(monkeypatch):
     wandb.teardown()  # it has read the variables before
     try:
         with pytest.raises(UserError, match=r"wandb is not logged in.*WANDB_MODE=offline"):
-            TRACKERS["wandb"].check()  # type: ignore[attr-defined]  # its own, beside the protocol
+            TRACKERS["wandb"].check()
     finally:
         wandb.teardown()

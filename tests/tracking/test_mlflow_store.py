@@ -4,7 +4,6 @@ import os
 import secrets
 import sqlite3
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
@@ -41,7 +40,7 @@ def test_an_address_of_no_kind_is_refused(uri, expected):
     assert "\n" not in text
 
 
-def filled(path: Path) -> Path:
+def filled(path):
     with sqlite3.connect(path) as database:
         database.execute("create table metrics (key text, step integer)")
         database.executemany(
@@ -190,14 +189,14 @@ def test_the_end_does_not_send_to_an_mlflow_that_has_nothing(main, tiny_config):
 def test_the_tags_name_the_last_checkpoint_also_where_it_is_the_best(tmp_path):
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
-    tags: dict[str, str] = {}
+    tags = {}
 
     class Tags:
-        def set_tag(self, key: str, value: str) -> None:
+        def set_tag(self, key, value):
             tags[key] = value
 
     for which in ("last", "best"):
         (checkpoints / which).write_text("step-00000007\n")
-    show_checkpoints(Tags(), checkpoints)  # type: ignore[arg-type]  # a stand-in
+    show_checkpoints(Tags(), checkpoints)
     step = str((checkpoints / "step-00000007").resolve())
     assert tags == {"checkpoint": step, "best_checkpoint": step}

@@ -18,15 +18,15 @@ from tetdist.tracking.progress import RunProgress
 class Clock:
     """Time that passes when a test says so."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.now = 1000.0
 
-    def monotonic(self) -> float:
+    def monotonic(self):
         return self.now
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch):
     clock = Clock()
     for module in (progress, sys.modules[file_progress.__module__]):
         monkeypatch.setattr(module, "time", clock)
@@ -38,9 +38,9 @@ TRAINED |= {"data_wait": 3.0, "eta_s": 2000.0}
 
 
 def test_the_first_line_comes_soon_and_others_after_a_minute(clock, capsys):
-    settled: list[float] = []
+    settled = []
     shown = RunProgress(0, 1000, 100, 32, settle=lambda: settled.append(clock.now), silent=False)
-    lines: dict[int, str] = {}
+    lines = {}
     with shown:
         for step in range(1, 101):
             clock.now += 2

@@ -16,9 +16,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -40,14 +38,14 @@ from tetdist.tracking.tracker import Tracker
 from tetdist.tracking.trackers import Dataset, TrackedRun, _line_start
 
 MONITOR = "mlflow.system_metrics.system_metrics_monitor"
-PHASES: list[dict[str, Any]] = [
+PHASES = [
     {"timesteps": 4, "epochs": 90, "optimizer.kind": "sgd", "optimizer.lr": 0.1},
     {"timesteps": 6, "epochs": 30, "optimizer.kind": "adam", "optimizer.lr": 0.001},
 ]
 
 
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def empty_store(tmp_path_factory):
     """A database that is set up, because that takes seconds."""
     import mlflow
 
@@ -57,7 +55,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick(monkeypatch):
     monkeypatch.setattr(trackers, "SEND_EVERY", 0.05)
     # A missing psutil must do no harm.
     monkeypatch.setitem(sys.modules, MONITOR, None)
@@ -66,28 +64,28 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 class Store:
     """A local MLflow store and what it holds."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.folder = folder
         self.uri = f"sqlite:///{folder}/mlflow.db"
-        self.opened: list[Tracker] = []
+        self.opened = []
 
     @property
-    def client(self) -> Any:
+    def client(self):
         import mlflow
 
         return mlflow.MlflowClient(tracking_uri=self.uri)
 
     def open(
         self,
-        run_dir: Path,
-        resume_step: int | None = None,
+        run_dir,
+        resume_step=None,
         *,
-        params: dict[str, Any] | None = None,
-        tags: dict[str, str] | None = None,
-        uri: str | None = None,
-        experiment: str = "trials",
-        **known: Any,
-    ) -> Tracker:
+        params=None,
+        tags=None,
+        uri=None,
+        experiment="trials",
+        **known,
+    ):
         run_dir.mkdir(exist_ok=True)
         params = {"model.name": "sew_resnet18", "lr": 0.1} if params is None else params
         run = TrackedRun(run_dir, "a run", params, tags or {"loss": "tet"}, resume_step, **known)
@@ -95,10 +93,10 @@ class Store:
         self.opened.append(Tracker(run, destination))
         return self.opened[-1]
 
-    def run(self, run_dir: Path) -> Any:
+    def run(self, run_dir):
         return self.client.get_run((run_dir / "mlflow_run_id").read_text().strip())
 
-    def phases(self, run_dir: Path) -> list[Any]:
+    def phases(self, run_dir):
         """The child runs that stand for phases, in their order."""
         if not (run_dir / "mlflow_run_id").exists():
             return []
@@ -109,10 +107,10 @@ class Store:
         phases = [run for run in found if run.data.tags.get("phase", "").isdecimal()]
         return sorted(phases, key=lambda run: int(run.data.tags["phase"]))
 
-    def statuses(self, run_dir: Path) -> list[str]:
+    def statuses(self, run_dir):
         return [run.info.status for run in self.phases(run_dir)]
 
-    def points(self, run: Any) -> list[tuple[str, int, float]]:
+    def points(self, run):
         """All that a run has been sent, sorted; NaN as -1, which equals itself."""
         with sqlite3.connect(self.folder / "mlflow.db") as database:
             found = database.execute(
@@ -122,7 +120,7 @@ class Store:
             )
             return sorted(found)
 
-    def steps(self, run_dir: Path, key: str = "train/loss") -> list[int]:
+    def steps(self, run_dir, key="train/loss"):
         """The steps at which a run has a metric."""
         if not (run_dir / "mlflow_run_id").exists():
             return []
@@ -130,7 +128,7 @@ class Store:
 
 
 @pytest.fixture
-def store(tmp_path: Path, empty_store: Path) -> Iterator[Store]:
+def store(tmp_path, empty_store):
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     store = Store(tmp_path)
     yield store
@@ -139,15 +137,15 @@ def store(tmp_path: Path, empty_store: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
-def untracked(tmp_path: Path) -> Callable[..., Tracker]:
-    def open_tracker(resume_step: int | None = None) -> Tracker:
+def untracked(tmp_path):
+    def open_tracker(resume_step=None):
         (tmp_path / "run").mkdir(exist_ok=True)
         return Tracker(TrackedRun(tmp_path / "run", "a run", {}, {}, resume_step), None)
 
     return open_tracker
 
 
-def log_steps(tracker: Tracker, first: int, last: int, **values: float) -> None:
+def log_steps(tracker, first, last, **values):
     """One line a step, and an evaluation at every fifth; the second phase begins at step 11."""
     for step in range(first, last + 1):
         phase = int(step > 10)
@@ -157,7 +155,7 @@ def log_steps(tracker: Tracker, first: int, last: int, **values: float) -> None:
             tracker.log("val", step, {"phase": phase, "top1": float(step)})
 
 
-def assert_all_there(store: Store, run_dir: Path) -> None:
+def assert_all_there(store, run_dir):
     """Each point of the file once, in the run and in the run of its phase, which are finished."""
     lines = read_metrics(run_dir / "metrics.jsonl")
     for number, run in ((None, store.run(run_dir)), *enumerate(store.phases(run_dir))):
@@ -180,7 +178,7 @@ def test_lines_are_strict_json_and_read_back(untracked, tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     first, second = path.read_text().splitlines()  # there before close()
 
-    def refuse(word: str) -> float:
+    def refuse(word):
         raise AssertionError(f"{word} is not JSON")
 
     line = json.loads(first, parse_constant=refuse)
@@ -341,7 +339,7 @@ def test_everything_arrives(store, tmp_path, monkeypatch):
     params = {"model.name": "sew_resnet18", "crop": [0.08, 1.0], "long": "x" * 9000}
     tracker = store.open(run_dir, params=params | {f"p{i}": i for i in range(250)})
 
-    def values_of(step: int) -> list[tuple[str, float]]:
+    def values_of(step):
         return [("train/loss", 1 / step), ("train/lr", 0.1), ("train/epoch", step / 100)]
 
     for step in range(1, 301):
@@ -401,7 +399,7 @@ def test_everything_arrives(store, tmp_path, monkeypatch):
 
 
 def test_experiments_open_as_model_training(store, tmp_path):
-    def kind(name: str) -> str:
+    def kind(name):
         return str(store.client.get_experiment_by_name(name).tags["mlflow.experimentKind"])
 
     store.client.create_experiment("older")
@@ -416,7 +414,7 @@ def test_a_resumed_run_is_the_same_run_and_newest_values_count(store, tmp_path):
     """Requeued at step 6 after a checkpoint of step 2; only the speed comes out another."""
     run_dir = tmp_path / "run"
 
-    def train(tracker: Tracker, first: int, last: int, speed: float) -> None:
+    def train(tracker, first, last, speed):
         tracker.enter_phase(1)
         for step in range(first, last + 1):
             values = {"loss": math.inf if step == 4 else math.nan if step == 5 else float(step)}
@@ -479,8 +477,8 @@ def test_a_kill_at_any_call_is_caught_up(store, tmp_path):
         before.close("RUNNING")
         calls = itertools.count(1)
 
-        def counted(original: Any, calls: Any = calls, number: int = number) -> Any:
-            def call(*args: Any, **kwargs: Any) -> Any:
+        def counted(original, calls=calls, number=number):
+            def call(*args, **kwargs):
                 if next(calls) > number:
                     raise Killed
                 return original(*args, **kwargs)
@@ -662,7 +660,7 @@ def test_a_server_that_never_answers_holds_nobody_up(store, tmp_path, caplog, mo
 
 
 def test_two_runs_make_one_database_at_once_after_a_kill(tmp_path, capfd, caplog):
-    def kill(_: object) -> None:
+    def kill(_):
         raise Killed
 
     store = Store(tmp_path / "not" / "yet")
@@ -717,7 +715,7 @@ def test_environment_is_json_and_true(monkeypatch):
     shutil.which("git") is None and not os.environ.get("CI"), reason="no git here (CI installs it)"
 )
 def test_state_of_a_checkout(tmp_path):
-    def git(*args: str) -> str:
+    def git(*args):
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
         command = ["git", "-C", str(tmp_path), *identity, *args]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -2,15 +2,14 @@
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
-from tiny import Farm, expect, refused
-from torch import Tensor, nn
+from tiny import expect, refused
+from torch import nn
 
 from tetdist.apps.cli import eval as evaluation
 from tetdist.apps.weights import export
@@ -23,12 +22,12 @@ from tetdist.training.ema import WeightAverage, decay_at
 APPLIED, GIVEN_UP = torch.tensor(True), torch.tensor(False)
 
 
-def network() -> nn.Module:
+def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)).double()
 
 
-def change(model: nn.Module) -> None:
+def change(model):
     """Stand in for a step: other weights, running statistics and counts."""
     for value in model.state_dict().values():
         value += torch.randn_like(value) if value.is_floating_point() else 1
@@ -84,7 +83,7 @@ def test_averages_and_weights_change_places_and_back():
     averages = {key: value.clone() for key, value in ours.state_dict().items()}
     assert not torch.equal(averages["2.weight"], own["2.weight"][2])
 
-    def interrupted() -> None:
+    def interrupted():
         with ours.in_model():
             for key, value in model.state_dict().items():
                 assert torch.equal(value, averages[key]), key
@@ -109,9 +108,9 @@ PHASES = [
 ]
 
 
-def averaged_again(run: Path) -> dict[str, Tensor]:
+def averaged_again(run):
     """The average by its definition, of the weights in the checkpoints of all steps."""
-    average: dict[str, Tensor] = {}
+    average = {}
     checkpoints = sorted((run / "checkpoints").glob("step-*"))
     assert len(checkpoints) == json.loads((checkpoints[-1] / "state.json").read_text())["step"]
     for path in checkpoints:
@@ -121,7 +120,7 @@ def averaged_again(run: Path) -> dict[str, Tensor]:
     return average
 
 
-def assert_average_of_its_steps(run: Path) -> None:
+def assert_average_of_its_steps(run):
     found = load_file(tiny.newest(run) / "ema.safetensors")
     expected = averaged_again(run)
     assert found.keys() == expected.keys()
@@ -130,7 +129,7 @@ def assert_average_of_its_steps(run: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(farm, tiny_root, tmp_path_factory):
     """A finished run of two phases with an average."""
     folder = tmp_path_factory.mktemp("ema")
     file = tiny.write_config(folder / "t.yaml", tiny_root, EVERY_STEP | {"phases": PHASES})

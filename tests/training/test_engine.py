@@ -2,8 +2,6 @@
 
 import copy
 import re
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import timm
@@ -13,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tetdist.config.loading import parse
-from tetdist.config.schema import RunConfig
-from tetdist.distributed.world import World, join
+from tetdist.distributed.world import join
 from tetdist.errors import UserError, pip_install
 from tetdist.nn import batch_norm
 from tetdist.optimizers import make_optimizer
@@ -23,7 +20,6 @@ from tetdist.training.engines.clipping import Clipping
 
 MICRO_BATCHES = 4
 
-EngineName = tuple[str, int]  # with the ZeRO stage
 TORCH, DEEPSPEED, ZERO_1, ZERO_2 = (
     ("torch", 0),
     ("deepspeed", 0),
@@ -34,7 +30,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
+def world():
     """This process alone; once, since DeepSpeed keeps what it finds at its first start."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -43,13 +39,11 @@ def world() -> Iterator[World]:
     torch.set_num_threads(threads)
 
 
-def config(changes: dict[str, Any]) -> RunConfig:
+def config(changes):
     return parse(tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"} | changes), "x")
 
 
-def made(
-    engine: EngineName, model: nn.Module, world: World, changes: dict[str, Any]
-) -> tuple[Any, torch.optim.Optimizer]:
+def made(engine, model, world, changes):
     """An engine for a network, and the optimiser that it was given."""
     cfg = config(changes | {"engine": engine[0], "zero_stage": engine[1]})
     optimizer = make_optimizer(model, cfg.phases[0].optimizer)
@@ -57,7 +51,7 @@ def made(
     return create.make_engine(parts), optimizer
 
 
-def network() -> nn.Module:
+def network():
     torch.manual_seed(0)
     model = timm.create_model(
         "spiking_convnet", channels=(4, 8), input_size=16, num_classes=4, timesteps=2
@@ -70,7 +64,7 @@ def network() -> nn.Module:
 class Decaying(nn.Module):
     """A parameter without a dimension, as the step of Adam's state is, between two others."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Linear(3 * 16 * 16, 8)
@@ -83,15 +77,13 @@ class Decaying(nn.Module):
         ]
 
 
-def batch(seed: int) -> tuple[Tensor, Tensor]:
+def batch(seed):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(2, 3, 16, 16, generator=generator)
     return images, torch.randint(4, (2,), generator=generator)
 
 
-def step(
-    engine: Any, model: nn.Module, number: int, lr: float = 0.05, poison: float = 1.0
-) -> base.Update:
+def step(engine, model, number, lr=0.05, poison=1.0):
     model.train()
     for i in range(MICRO_BATCHES):
         images, labels = batch(MICRO_BATCHES * number + i)
@@ -102,7 +94,7 @@ def step(
     return update
 
 
-def state(model: nn.Module, optimizer_state: dict[str, Any]) -> dict[str, Tensor]:
+def state(model, optimizer_state):
     tensors = {key: value.clone() for key, value in model.state_dict().items()}
     for i, values in optimizer_state["state"].items():
         for key, value in values.items():
@@ -111,16 +103,16 @@ def state(model: nn.Module, optimizer_state: dict[str, Any]) -> dict[str, Tensor
     return tensors
 
 
-def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+def differing(a, b):
     assert a.keys() == b.keys()
     return [key for key in a if not torch.equal(a[key], b[key])]
 
 
-def vector(model: nn.Module) -> Tensor:
+def vector(model):
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double()
 
 
-OPTIMIZERS: dict[str, dict[str, Any]] = {
+OPTIMIZERS = {
     "sgd": {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
     "nesterov": {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True},
     "adam": {"kind": "adam", "lr": 0.01, "weight_decay": 0.01, "decay_norms": False},
@@ -157,7 +149,7 @@ def test_engines_agree_bitwise(optimizer, changes, world):
     assert norms[0] == norms[1]
 
 
-def _by_filter(gradient: Tensor, weight: Tensor, limit: float) -> Tensor:
+def _by_filter(gradient, weight, limit):
     dims = list(range(1, weight.ndim)) or [0]
     ours, its = (torch.linalg.vector_norm(x, dim=dims, keepdim=True) for x in (weight, gradient))
     return gradient * (limit * ours.clamp(min=1e-3) / its).clamp(max=1.0)

@@ -3,21 +3,18 @@
 import random
 import signal
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from tiny import Farm, expect, refused
+from tiny import expect, refused
 
 TERM, KILL = signal.SIGTERM, signal.SIGKILL
 
 STEPS = 12  # docs/make/exactness.py takes 30
 # A small SEW-ResNet; 12 micro-batches a step, which 1, 2, 3 and 4 processes share.
-SEW: dict[str, Any] = {
+SEW = {
     "model": {"name": "sew_resnet18", "arguments": {"width": 8}},
     "batch": {"global": 24, "micro": 2, "eval": 7},
     # T drawn by step; the optimiser goes on from SDT to TET.
@@ -33,7 +30,7 @@ SEW: dict[str, Any] = {
 FLOAT64 = {"engine": "torch", "precision": "fp64"}
 
 
-def assert_close_runs(a: Path, b: Path, tolerance: float) -> None:
+def assert_close_runs(a, b, tolerance):
     """Losses and weights and running statistics within a relative tolerance."""
     for ours, theirs in zip(tiny.metrics(a), tiny.metrics(b), strict=True):
         assert ours.keys() == theirs.keys()
@@ -51,7 +48,7 @@ def assert_close_runs(a: Path, b: Path, tolerance: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_process(farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_process(farm, tiny_root, tmp_path_factory):
     """The run in float64 on one process."""
     folder = tmp_path_factory.mktemp("float64")
     file = tiny.write_config(folder / "one.yaml", tiny_root, SEW | FLOAT64)
@@ -177,7 +174,7 @@ def test_synchronised_batch_norm_of_four_is_one_with_four_times_the_batch(
 # --- everything on -----------------------------------------------------------------------------
 
 # All that draws random numbers, averages weights or treats layers apart; see docs/exactness.md.
-EVERYTHING: dict[str, Any] = FLOAT64 | {
+EVERYTHING = FLOAT64 | {
     "model": {
         "name": "qkformer_4_384_cifar",
         "arguments": {
@@ -227,7 +224,7 @@ def test_everything_on_two_processes_and_stopped(farm, tiny_config, tmp_path):
 # --- stops at random ---------------------------------------------------------------------------
 
 POINTS = {"micro": 30, "step": 10, "evaluate": 6, "save": 2, "saved": 2, "log": 9}
-FUZZED: list[dict[str, Any]] = [
+FUZZED = [
     {"world": 1},
     {"world": 2},
     {"world": 1, "precision": "bf16", "log_every": 3, "ema.decay": 0.8},
@@ -246,14 +243,12 @@ FUZZED: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], Path]:
+def undisturbed(farm, tiny_root, tmp_path_factory):
     """The run folder of one of FUZZED that nothing stopped."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    made: set[int] = set()
+    made = set()
 
-    def get(variant: int) -> Path:
+    def get(variant):
         if variant not in made:
             changes = {k: v for k, v in FUZZED[variant].items() if k != "world"}
             file = tiny.write_config(folder / f"{variant}.yaml", tiny_root, changes)
@@ -280,7 +275,7 @@ def test_stopped_anywhere(number, undisturbed, farm, tiny_config, tmp_path):
     changes = dict(FUZZED[variant])
     world = changes.pop("world")
     file = tiny_config(changes | {"name": "run"})
-    history: list[Any] = []
+    history = []
     for _ in range(chance.randint(1, 3)):
         point = chance.choice(list(POINTS))
         stop = (

@@ -2,16 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import Outcome, expect, refused
+from tiny import expect, refused
 
 from tetdist.apps.cli import eval as evaluation
 from tetdist.datasets import index
@@ -20,11 +18,10 @@ from tetdist.nn.batch_norm import BatchNorm
 GOLDEN = tiny.PROJECT / "tests" / "golden"
 # To the bit on the machine that wrote them; another processor adds up in another order.
 EQUAL = {"rel": 1e-9, "abs": 1e-12}
-Main = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory):
     """The tiny images as BMP files, whose bytes no release of a library changes."""
     root = tmp_path_factory.mktemp("golden") / "data"
     tiny.make_images(root)
@@ -36,10 +33,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train(main: Main, root: Path, tmp_path: Path) -> Main:
+def train(main, root, tmp_path):
     """Trains golden.yaml in runs/NAME of the test's folder: (name, *overrides)."""
 
-    def run(name: str, *overrides: str) -> Outcome:
+    def run(name, *overrides):
         places = (f"data.root={root}", f"runs_dir={tmp_path / 'runs'}", f"name={name}")
         return main(GOLDEN / "golden.yaml", *places, *overrides)
 
@@ -47,7 +44,7 @@ def train(main: Main, root: Path, tmp_path: Path) -> Main:
 
 
 @pytest.fixture
-def stem_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def stem_counted_once(monkeypatch):
     """Move the running variance of an image's stem as that version did: as of one copy, not of T.
 
     This changes no training, but by a thousandth what is evaluated.
@@ -58,7 +55,7 @@ def stem_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def lines(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
+def lines(file):
     """Lines of a metrics.jsonl without what the clock says, by kind and step."""
     clock = ("time", "samples_per_s", "image_timesteps_per_s", "data_wait", "eta_s", "seconds")
     read = [json.loads(line) for line in file.read_text().splitlines()]
@@ -66,7 +63,7 @@ def lines(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
     return {(line["kind"], line["step"]): line for line in kept}
 
 
-def same(got: Any, expected: Any) -> bool:
+def same(got, expected):
     if isinstance(expected, dict):
         return got.keys() == expected.keys() and all(same(got[k], expected[k]) for k in expected)
     if isinstance(expected, list):

@@ -20,14 +20,14 @@ class NVML(types.ModuleType):
 
     millijoules: int | None = 5_000_000
 
-    def nvmlInit(self) -> None:
+    def nvmlInit(self):
         pass
 
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+    def nvmlDeviceGetHandleByUUID(self, uuid):
         assert uuid == "GPU-0123"
         return "handle"
 
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
         assert handle == "handle"
         if self.millijoules is None:
             raise self.NVMLError("not supported")
@@ -35,7 +35,7 @@ class NVML(types.ModuleType):
 
 
 @pytest.fixture
-def nvml(monkeypatch: pytest.MonkeyPatch) -> NVML:
+def nvml(monkeypatch):
     nvml = NVML("pynvml")
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     properties = types.SimpleNamespace(uuid="0123")

@@ -6,40 +6,29 @@ capture asks of a micro-batch.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
 from graph_stand_ins import run_again, taped
-from tiny import Outcome, expect
-from torch import Tensor, nn
+from tiny import expect
+from torch import nn
 
 from tetdist.errors import UserError
 from tetdist.models.spiking_convnet import SpikingConvNet
 from tetdist.storage import checkpoint
 from tetdist.training import feed, graphs, prepared
 from tetdist.training.engines import base
-from tetdist.training.graphs import Captured
-
-ConfigWriter = Callable[..., Path]
-Main = Callable[..., Outcome]
 
 
 @pytest.fixture
-def both(
-    main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., tuple[Path, Path]]]:
+def both(main, tiny_config, tmp_path, monkeypatch):
     """Trains with and without graphs: (changes, what stands in); the folders of the runs."""
     monkeypatch.setattr(prepared, "_check_device", lambda *_: None)
     captures = 0
 
-    def run(
-        changes: dict[str, Any], capture: Callable[..., Captured], *, captured: int = 1
-    ) -> tuple[Path, Path]:
-        def counting(function: Callable[[], Tensor], *_: Any) -> Captured:
+    def run(changes, capture, *, captured=1):
+        def counting(function, *_):
             nonlocal captures
             captures += 1
             return capture(function)
@@ -55,7 +44,7 @@ def both(
     return run
 
 
-CASES: dict[str, dict[str, Any]] = {
+CASES = {
     "clipped, smoothed, distilled from itself, mixed": {
         "gradient_clipping": 0.5,
         "phases.0.optimizer": {"kind": "adamw", "lr": 0.01, "weight_decay": 0.1},
@@ -120,7 +109,7 @@ def test_a_parameter_without_a_gradient_decays_in_neither_run(both, monkeypatch)
     build = SpikingConvNet.__init__
 
     @functools.wraps(build)
-    def make(self: Any, *arguments: Any, **options: Any) -> None:
+    def make(self, *arguments, **options):
         build(self, *arguments, **options)
         self.stray = nn.Parameter(torch.ones(3))
 
@@ -144,7 +133,7 @@ def test_steps_that_are_not_finite_change_nothing(both, monkeypatch):
     """They leave nothing in the gradients that a graph adds to."""
     prepared, calls = feed.Feed.prepared, 0
 
-    def spoilt(self: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    def spoilt(self, batch):
         nonlocal calls
         images, targets = prepared(self, batch)
         calls += 1
@@ -176,12 +165,12 @@ def test_a_capture_within_a_step_keeps_its_gradients(monkeypatch):
     monkeypatch.setattr(graphs, "capture", taped)
     layer = OneLayer(3, 1, bias=False)
 
-    def add_gradients(images: Tensor) -> Tensor:
+    def add_gradients(images):
         loss = layer(images).sum()
         loss.backward()
         return loss.detach()
 
-    graphed = graphs.Graphed(add_gradients, layer)  # type: ignore[arg-type]  # all that it reads
+    graphed = graphs.Graphed(add_gradients, layer)
     for samples in (2, 4):
         graphed(torch.ones(samples, 3))
     assert layer.weight.grad.tolist() == [[6.0] * 3]
@@ -191,10 +180,10 @@ def test_what_cannot_be_captured_is_reported(monkeypatch):
     """The first error is reported: ending such a capture fails as well."""
 
     class Stream:
-        def wait_stream(self, _other: object) -> None: ...
+        def wait_stream(self, _other): ...
 
     @contextlib.contextmanager
-    def graph(*_: object, **__: object) -> Iterator[None]:
+    def graph(*_, **__):
         try:
             yield
         finally:
@@ -206,7 +195,7 @@ def test_what_cannot_be_captured_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
     calls = 0
 
-    def asking() -> Tensor:
+    def asking():
         nonlocal calls
         calls += 1
         if calls > graphs.WARM_UPS:

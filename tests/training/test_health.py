@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 import tetdist.models  # registers them
 from tetdist.evaluation.firing import FiringWatch
@@ -16,7 +15,7 @@ from tetdist.training.health import NonFiniteSteps, examine
 assert tetdist.models
 
 
-def counted(answers: str, limit: int = 3) -> NonFiniteSteps:
+def counted(answers, limit=3):
     """Count a string of steps; x is a skipped one."""
     steps = NonFiniteSteps(torch.device("cpu"), limit)
     for i, answer in enumerate(answers, start=1):
@@ -49,7 +48,7 @@ def test_count_goes_on_after_a_stop():
     assert second.new() == 3
 
 
-def network() -> nn.Module:
+def network():
     torch.manual_seed(0)
     model = timm.create_model(
         "spiking_convnet", channels=(4, 8), input_size=16, num_classes=4, timesteps=2
@@ -58,7 +57,7 @@ def network() -> nn.Module:
     return model.train()
 
 
-def batches() -> list[tuple[Tensor, Tensor]]:
+def batches():
     generator = torch.Generator().manual_seed(0)
     return [(torch.rand(2, 3, 16, 16, generator=generator), torch.tensor([0, 3])) for _ in range(2)]
 

@@ -2,7 +2,6 @@
 
 import json
 import signal
-from typing import Any
 
 import pytest
 import tiny
@@ -12,7 +11,7 @@ from tiny import expect, refused
 from tetdist.apps.cli import eval as eval_command
 from tetdist.storage import checkpoint
 
-KINDS: dict[str, dict[str, Any]] = {
+KINDS = {
     "plif": {"kind": "plif", "threshold": 0.5},
     "psn": {"kind": "psn", "timesteps": 2},
     "masked_psn": {"kind": "masked_psn", "timesteps": 2, "mask_epochs": 6},
@@ -30,9 +29,9 @@ SET_BY = {
 }
 
 
-def changes(kind: str) -> dict[str, Any]:
+def changes(kind):
     phase = {"epochs": 8, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05}}
-    phase["optimizer"]["weight_decay"] = 0.01  # type: ignore[index]  # of a mapping
+    phase["optimizer"]["weight_decay"] = 0.01
     return {
         "model.neuron": KINDS[kind],
         "phases": [phase],

@@ -3,9 +3,7 @@
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import tiny
@@ -50,9 +48,9 @@ def test_run_that_ended_at_a_phases_border_goes_on_as_the_straight_one(
 def test_first_of_equal_results_stays_the_best(main, tiny_config, tmp_path, monkeypatch):
     """Which checkpoint is published does not depend on how long the run went on at its best."""
     real = evaluating.evaluate
-    answers: Iterator[float] = iter([40.0, 60.0, 60.0, 50.0])
+    answers = iter([40.0, 60.0, 60.0, 50.0])
 
-    def evaluate(*arguments: Any, **options: Any) -> Any:
+    def evaluate(*arguments, **options):
         result = real(*arguments, **options)
         return type(result)(**vars(result) | {"top1": next(answers)})
 
@@ -73,7 +71,7 @@ def test_loss_scale_of_one_phase_is_where_the_next_begins(main, tiny_config, tmp
     compute, calls = step_module.compute_loss, itertools.count(1)
     number = 0
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments):
         nonlocal number
         number = next(calls)
         return compute(*arguments)
@@ -125,7 +123,7 @@ def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch):
 
     class Clock:
         @staticmethod
-        def monotonic() -> float:
+        def monotonic():
             return now
 
     monkeypatch.setattr(window, "time", Clock)
@@ -133,7 +131,7 @@ def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch):
     config = SimpleNamespace(batch=SimpleNamespace(global_=11), non_finite_limit=3)
     sums = torch.tensor([8.0, 4.0, 16.0], dtype=torch.float64)
     with join("cpu") as alone:
-        found = window.Window(config, alone)  # type: ignore[arg-type]  # all that it reads
+        found = window.Window(config, alone)
         found.restart(waited=5.0)
         for step in (1, 2):
             now += 5.5
@@ -148,28 +146,28 @@ def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch):
 
 
 def test_an_observer_that_fails_ends_nothing(main, tiny_config, tmp_path, monkeypatch):
-    events: list[str] = []
+    events = []
 
     class Counting(Observer):
-        def __getattribute__(self, name: str) -> Any:
+        def __getattribute__(self, name):
             if name.startswith("on_"):
                 events.append(name)
             return super().__getattribute__(name)
 
     class Faulty(Observer):
-        def on_line(self, kind: str, step: int, values: Any) -> None:
+        def on_line(self, kind, step, values):
             raise LookupError(f"{kind} {step} {sorted(values)[0]}")
 
     class Unmade(Observer):
-        def __init__(self, _: Any) -> None:
+        def __init__(self, _):
             raise LookupError("none")
 
     class Replacing(Observer):
-        def on_evaluation(self, *_: Any) -> Any:
+        def on_evaluation(self, *_):
             return {"top1": -1.0}
 
     class Odd(Observer):
-        def on_evaluation(self, *_: Any) -> Any:
+        def on_evaluation(self, *_):
             return {"new": "text"}
 
     made = [lambda _, kind=kind: kind() for kind in (Faulty, Replacing, Odd, Counting)]

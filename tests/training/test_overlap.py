@@ -2,13 +2,11 @@
 
 import json
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from tiny import Farm
 from torch import nn
 
 from tetdist.distributed import overlap
@@ -114,9 +112,7 @@ CODE = """
 """
 
 
-def compare(
-    farm: Farm, processes: int, folder: Path, faults: dict[str, tuple[str, str, str]]
-) -> Iterator[str]:
+def compare(farm, processes, folder, faults):
     """Run CODE on several processes; what each prints."""
     model = {"name": "sew_resnet18", "arguments": {}}
     values = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d", "model": model})

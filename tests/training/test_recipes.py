@@ -1,9 +1,6 @@
 """Every recipe in configs/ resolves, plans and trains: its network, made small, on tiny data."""
 
 import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,22 +8,19 @@ import timm
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import Outcome, expect
+from tiny import expect
 
 from tetdist.apps.cli import slurm
 from tetdist.config.loading import CONFIGS_DIR, load
-from tetdist.config.schema import RunConfig
 from tetdist.datasets import index as data_index
 from tetdist.storage import checkpoint
-
-Main = Callable[..., Outcome]
 
 SIDE = 32  # pixels of images; 16 of event frames
 CLASSES = len(tiny.CLASSES)
 STEPS = 2
 TRANSFORMER = "widths=[16,16,32]", "heads=2", "depths=[1,1,1]"
 # Smaller networks of the same kind, by the beginnings of their names: a longer one is nearer.
-SMALL: dict[str, tuple[str, ...]] = {
+SMALL = {
     "espikeformer": ("widths=[16,16,32,32]", "depths=[1,1]", "heads=2"),
     "maxformer": TRANSFORMER,
     "ms_qkformer": TRANSFORMER,
@@ -52,7 +46,7 @@ OVERRIDES = (
 
 
 @pytest.fixture(scope="module")
-def event_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def event_data(tmp_path_factory):
     """An indexed data root of event tensors."""
     root, rng = tmp_path_factory.mktemp("events"), np.random.default_rng(0)
     for split in ("train", "val"):
@@ -65,7 +59,7 @@ def event_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def small(name: str, data: Path) -> list[str]:
+def small(name, data):
     """Overrides that make a recipe one for two cores."""
     config = load(name)
     nearest = max((key for key in SMALL if config.model.name.startswith(key)), key=len)
@@ -84,7 +78,7 @@ def small(name: str, data: Path) -> list[str]:
     return [*overrides, *OVERRIDES]
 
 
-def given(config: RunConfig, folder: Path, relu: Path) -> list[str]:
+def given(config, folder, relu):
     """Overrides of what a recipe begins with, or learns from, by files of the right shape."""
     overrides = []
     if config.init_checkpoint:
@@ -110,12 +104,12 @@ def given(config: RunConfig, folder: Path, relu: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def relu(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Main], Path]:
+def relu(tiny_root, tmp_path_factory):
     """Trains the ReLU network that a recipe learns from."""
     folder = tmp_path_factory.mktemp("relu")
 
-    def train(main: Main) -> Path:
-        changes: dict[str, Any] = {
+    def train(main):
+        changes = {
             **{"data.image_size": SIDE, "data.resize": SIDE, "model.arguments.input_size": SIDE},
             **{"name": "relu", "model.neuron.kind": "relu", "phases.0.timesteps": 1},
         }

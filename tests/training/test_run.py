@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-from typing import Any
 
 import pytest
 import tiny
@@ -15,16 +14,16 @@ from tetdist.training.run_record import Launcher
 CONFIG = parse(tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "/nowhere"}), "x")
 
 
-def nobody(_watched: Any) -> tuple[()]:
+def nobody(_watched):
     """No observers."""
     return ()
 
 
 def test_launcher_hears_of_an_error_and_of_the_others_end(monkeypatch):
-    reported: list[Exception] = []
-    shown: list[bool] = []
+    reported = []
+    shown = []
 
-    def fail(_config: Any, _world: Any, _stop: Any, watch: Any) -> None:
+    def fail(_config, _world, _stop, watch):
         shown.append(watch.shows_errors)
         for action in watch.before_end:  # as the watch does when another process is gone
             action("rank 1 has died")
@@ -44,10 +43,10 @@ def test_launcher_hears_of_an_error_and_of_the_others_end(monkeypatch):
 
 
 def test_launcher_hears_of_a_peer_that_is_lost_before_training(monkeypatch):
-    reported: list[Exception] = []
+    reported = []
     lost = PeerFailed("rank 1 did not come")
 
-    def fail(*_: Any) -> None:
+    def fail(*_):
         raise lost
 
     monkeypatch.setattr(run, "join", fail)
@@ -57,16 +56,16 @@ def test_launcher_hears_of_a_peer_that_is_lost_before_training(monkeypatch):
 
 
 def test_status_is_that_of_the_signal(monkeypatch):
-    reported: list[Exception] = []
+    reported = []
 
     class Trainer:
         step = 7
         folder = contextlib.nullcontext()
 
-        def __init__(self, _config: Any, _world: Any, stop: Any, _watch: Any) -> None:
+        def __init__(self, _config, _world, stop, _watch):
             self.stop = stop
 
-        def run(self, *_: Any) -> None:
+        def run(self, *_):
             signal.raise_signal(signal.SIGUSR1)
             while not self.stop.agreed():
                 pass

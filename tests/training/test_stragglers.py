@@ -74,7 +74,7 @@ def test_a_slow_rank_is_named_with_its_reason(rank, delays, changes, farm, tiny_
 
 
 def test_a_rank_is_named_after_ten_slow_lines_in_a_row():
-    def line(slow: float) -> list[RankTimes]:
+    def line(slow):
         return [RankTimes("a", 1.0, 0.1), RankTimes("b", slow, 0.1), RankTimes("a", 0.9, 0.1)]
 
     ranks = Stragglers()
@@ -86,16 +86,16 @@ def test_a_rank_is_named_after_ten_slow_lines_in_a_row():
 
 def test_a_gpu_is_asked_only_at_the_end_of_a_window(monkeypatch):
     clock = iter([100.0, 150.0, 300.0, 320.0])
-    asked: list[float] = []
+    asked = []
 
     class Event:
-        def __init__(self, enable_timing: bool) -> None:
+        def __init__(self, enable_timing):
             assert enable_timing
 
-        def record(self) -> None:
+        def record(self):
             self.milliseconds = next(clock)
 
-        def elapsed_time(self, end: "Event") -> float:
+        def elapsed_time(self, end):
             asked.append(end.milliseconds - self.milliseconds)
             return asked[-1]
 

@@ -9,7 +9,7 @@ import timm
 import tiny
 import torch
 from safetensors.torch import save_file
-from tiny import Farm, expect, refused
+from tiny import expect, refused
 
 from tetdist import losses
 from tetdist.config import loading
@@ -28,14 +28,14 @@ TIMM, CPU = "timm:test_resnet", torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def relu(farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def relu(farm, tiny_root, tmp_path_factory):
     """A finished run of the ReLU network of the tiny configuration's shape; to be read only."""
     folder = tmp_path_factory.mktemp("relu")
     expect(farm(tiny.write_config(folder / "relu.yaml", tiny_root, RELU), "max_steps=6"))
     return folder / "runs/relu"
 
 
-def teacher(file: Path, *overrides: str) -> Teacher:
+def teacher(file, *overrides):
     config = loading.load(str(file), list(overrides))
     index = data_index.load_index(data_index.index_file(config.data.index_dir, "train"))
     return Teacher(config, index, CPU)
@@ -153,7 +153,7 @@ def test_timm_teacher_sees_images_in_its_own_normalisation(tiny_config, tmp_path
     found = teacher(tiny_config(changes), f"{KEY}={TIMM}", weights)
     pixels = torch.rand(2, 3, 16, 16)
 
-    def normalised(mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    def normalised(mean, std):
         return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
     described = timm.get_pretrained_cfg(TIMM.removeprefix("timm:"))

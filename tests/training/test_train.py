@@ -7,16 +7,14 @@ import re
 import shutil
 import signal
 import sqlite3
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from tiny import Farm, expect, refused
+from tiny import expect, refused
 
 from tetdist.apps.cli import train
 from tetdist.datasets import index
@@ -38,7 +36,7 @@ TURNING = [
     {"epochs": 1, "timesteps": [1, 2], "optimizer": "continue"}
     | {"loss": {"distillation": {"self_weight": 0.5}}},
 ]
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS = {
     "default": {},
     # Lines of metrics that a stop cuts in two, checkpoints between them, clipped gradients.
     "sparse": {"log_every": 3, "save.every_steps": 2, "gradient_clipping": 1.0},
@@ -61,14 +59,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def straight(
-    farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def straight(farm, tiny_root, tmp_path_factory):
     """The run folder of a variant that nothing stopped; made once."""
     folder = tmp_path_factory.mktemp("straight")
-    made: set[str] = set()
+    made = set()
 
-    def get(variant: str) -> Path:
+    def get(variant):
         if variant not in made:
             file = tiny.write_config(folder / f"{variant}.yaml", tiny_root, VARIANTS[variant])
             expect(farm(file))
@@ -113,7 +109,7 @@ def test_stopped_and_continued_is_the_straight_run(
 # --- several processes -------------------------------------------------------------------------
 
 
-def assert_close_runs(a: Path, b: Path, steps: int = 3) -> None:
+def assert_close_runs(a, b, steps=3):
     """The first lines of metrics, until a spike flips."""
     for ours, theirs in zip(*(tiny.metrics(run, "train")[:steps] for run in (a, b)), strict=True):
         assert ours["step"] == theirs["step"]
@@ -247,7 +243,7 @@ def test_images_grow_within_a_run_that_may_stop_anywhere(farm, tiny_config, tmp_
     """The first epoch's images have 16 pixels, the second's 32, as evaluation's have."""
     growing = GROWING | {"phases.0.final_image_size": 32}
 
-    def run(name: str, changes: dict[str, Any], **stop: Any) -> Path:
+    def run(name, changes, **stop):
         expect(
             farm(tiny_config(changes | {"name": name}), **stop), status=128 + TERM if stop else 0
         )
@@ -326,7 +322,7 @@ def test_read_only_place(main, tiny_config, tmp_path, monkeypatch):
     (tmp_path / "runs").unlink()
 
     # Root, as which the tests may run, writes everywhere.
-    def refuse(path: Path, *_: object, **__: object) -> None:
+    def refuse(path, *_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
@@ -450,7 +446,7 @@ def test_a_few_non_finite_steps_end_nothing(main, tiny_config, tmp_path, monkeyp
     compute = step_module.compute_loss
     calls = iter(range(1000))
 
-    def spoilt(*arguments: Any) -> torch.Tensor:
+    def spoilt(*arguments):
         bad = next(calls) // 4 + 1 in (4, 5)
         return compute(*arguments) * (float("nan") if bad else 1.0)
 
@@ -609,14 +605,14 @@ def test_mlflow_has_the_run_and_its_phases(farm, tiny_config, tmp_path):
     file = tiny_config({"tracking": tracking, "plots": True, "phases": TURNING})
     run = tmp_path / "runs/tiny"
 
-    def rows(query: str) -> list[Any]:
+    def rows(query):
         with sqlite3.connect(tmp_path / "runs/mlflow.db") as store:
             return store.execute(query).fetchall()
 
-    def of(uuid: str, table: str) -> dict[str, str]:
+    def of(uuid, table):
         return dict(rows(f"select key, value from {table} where run_uuid = '{uuid}'"))
 
-    def losses(uuid: str) -> list[Any]:
+    def losses(uuid):
         where = f"where key = 'train/loss' and run_uuid = '{uuid}' order by step"
         return rows(f"select step, value from metrics {where}")
 

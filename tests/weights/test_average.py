@@ -1,25 +1,19 @@
 """tools/average.py: the mean of weights, and running statistics that are the mean's own."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from tetdist.apps.cli import train
 from tetdist.apps.weights.average import mean_weights, recompute_statistics
 from tetdist.config.loading import parse
-from tetdist.config.schema import RunConfig
 from tetdist.data import mixing
 from tetdist.data.build import train_loader
-from tetdist.datasets.index import Index, index_file, load_index
+from tetdist.datasets.index import index_file, load_index
 from tetdist.distributed.world import World
-from tetdist.models import SpikingNetwork
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.order import steps_per_epoch
 from tetdist.storage import checkpoint
@@ -31,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def run(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tiny_root, tmp_path_factory):
     """A run with two checkpoints."""
     folder = tmp_path_factory.mktemp("average")
     changes = {"ema.decay": 0.8, "data.cutmix": 1.0, "engine": "torch", "name": "run"}
@@ -40,11 +34,11 @@ def run(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "run"
 
 
-def both(run: Path) -> list[Path]:
+def both(run):
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def is_statistic(key: str) -> bool:
+def is_statistic(key):
     return key.rpartition(".")[2] in STATISTICS
 
 
@@ -77,13 +71,11 @@ def test_weights_are_the_mean(file, options, run, call, tmp_path):
 class Alone(World):
     """One of several processes, whose averages are its own numbers."""
 
-    def mean_(self, tensor: Tensor) -> Tensor:
+    def mean_(self, tensor):
         return tensor
 
 
-def network(
-    run: Path, timesteps: int = 2, **changes: Any
-) -> tuple[RunConfig, Index, SpikingNetwork]:
+def network(run, timesteps=2, **changes):
     """Configuration, training split and the mean of the checkpoints, in float64."""
     weights, description = mean_weights(both(run))
     changed = tiny.changed(description.config, {"precision": "fp64"} | changes)
@@ -95,9 +87,7 @@ def network(
     return config, index, model.double()
 
 
-def statistics(
-    run: Path, samples: int, rank: int = 0, world_size: int = 1, timesteps: int = 2, **changes: Any
-) -> dict[str, Tensor]:
+def statistics(run, samples, rank=0, world_size=1, timesteps=2, **changes):
     config, index, model = network(run, timesteps, **changes)
     world = Alone(rank, world_size, torch.device("cpu"), None)
     recompute_statistics(model, config, index, world, samples)
@@ -111,10 +101,10 @@ def statistics(
 def test_statistics_are_of_the_training_samples(size, timesteps, changes, run):
     """Against what the norms are given, each micro-batch by itself; 10 samples are two steps."""
     config, index, model = network(run, timesteps, **changes)
-    seen: dict[str, list[Tensor]] = {}
+    seen = {}
 
-    def note(name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(_norm: nn.Module, inputs: Any) -> None:
+    def note(name):
+        def hook(_norm, inputs):
             x = inputs[0].transpose(0, 2).flatten(1)  # (C, ...)
             copies = inputs[1] if len(inputs) > 1 else 1
             count = x.shape[1] * copies

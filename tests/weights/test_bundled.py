@@ -34,7 +34,7 @@ class Digits(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
+def digits(tmp_path_factory):
     pixels, labels = mnist_data()
     root = tmp_path_factory.mktemp("made") / "data" / "digits"
     of_class = [(labels == digit).nonzero()[0] for digit in range(10)]

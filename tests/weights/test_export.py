@@ -3,9 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nir
 import nirtorch
@@ -19,7 +17,7 @@ import yaml
 from kernel_runs import randomize
 from safetensors.torch import load_file
 from spikingjelly.activation_based import nir_exchange
-from torch import Tensor, nn
+from torch import nn
 
 from tetdist.apps.weights import export
 from tetdist.apps.weights.nir_graph import to_nir
@@ -34,7 +32,7 @@ LIF = {"decay": 0.75, "threshold": 0.5}
 RESNET19 = {"width": 4, "stem_width": 3, "hidden_features": 6}
 CONVNET = {"channels": [4, 6, 8], "input_size": 12}
 # Each family and each kind of block, connect function, neuron and pooling.
-NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
+NETWORKS = {
     "sew, add": ("sew_resnet18", {"width": 4}, LIF, 32),
     "sew bottleneck, IF": ("sew_resnet50", {"width": 2}, IF, 32),
     "sew, and": ("sew_resnet18", {"width": 4, "connect_function": "and"}, IF, 32),
@@ -65,10 +63,10 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def save(network: str, folder: Path, **neuron: Any) -> Path:
+def save(network, folder, **neuron):
     """A checkpoint of a small network with norms of no initialiser's choice."""
     name, arguments, own_neuron, side = NETWORKS[network]
-    data: dict[str, Any] = {"root": "/home/me/secret", "kind": "events"}
+    data = {"root": "/home/me/secret", "kind": "events"}
     if name != "vggsnn":
         data = {"root": "/home/me/secret", "image_size": side, "mean": [0.5, 0.5, 0.5]}
     raw = {
@@ -111,7 +109,7 @@ def save(network: str, folder: Path, **neuron: Any) -> Path:
     return file
 
 
-def logits(trained: Trained, x: Tensor) -> Tensor:
+def logits(trained, x):
     with torch.no_grad():
         result = trained.model(x)
     assert len(result.unique()) > 5  # it does say something
@@ -142,7 +140,7 @@ def test_code_of_the_card_loads_the_network(call, network, kind, tmp_path, monke
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     # As its reader does: beside the folder, or in it.
     monkeypatch.chdir(tmp_path if kind == "timm" else folder)
-    names: dict[str, Any] = {"x": x}
+    names = {"x": x}
     with torch.no_grad():
         exec(code.replace("model(x)  #", "y = model(x)  #"), names)  # the card is ours
     torch.testing.assert_close(names["y"], logits(trained, x))
@@ -246,19 +244,19 @@ def test_real_run_is_given_away_and_taken_back(call, tiny_root, tiny_config, mai
 class Outside(nn.Module):
     """A network from outside, with nothing but what is asked of one."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.timesteps, self.num_classes, self.input_kind = T, 5, "images"
         self.fc = nn.Linear(3 * 12 * 12, 5)
 
-    def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
+    def forward(self, x, per_timestep=False):
         assert per_timestep, "nothing else may be asked for"
         return torch.stack([t * self.fc(x.flatten(1)) for t in range(1, T + 1)])
 
 
 def test_a_network_from_outside(tmp_path):
     ours = load(save("convnet", tmp_path))
-    network: Any = Outside().eval()
+    network = Outside().eval()
     trained = Trained(network, ours.config, ours.description)
     assert "relative difference" in export.write_torch(trained, tmp_path / "it.pt2")
     assert "relative difference" in export.write_onnx(trained, tmp_path / "it.onnx")
@@ -282,11 +280,11 @@ def test_a_network_from_outside(tmp_path):
 class Neurons(nn.Module):
     """NIR's equation, by the Euler method."""
 
-    def __init__(self, node: nir.IF | nir.LIF, dt: float) -> None:
+    def __init__(self, node, dt):
         super().__init__()
         self.node, self.dt = node, dt
 
-    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x, state=None):
         node, v = self.node, torch.zeros_like(x) if state is None else state
         r, reset = torch.from_numpy(node.r).double(), torch.from_numpy(node.v_reset).double()
         change = r * x
@@ -299,18 +297,18 @@ class Neurons(nn.Module):
 
 
 class Function(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function):
         super().__init__()
         self.function = function
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.function(x)
 
 
-def by_nirtorch(graph: nir.NIRGraph, dt: float) -> nn.Module:
+def by_nirtorch(graph, dt):
     """The graph as nirtorch runs it; what it has no module for is written here."""
 
-    def sum_pool(node: nir.SumPool2d) -> nn.Module:
+    def sum_pool(node):
         kernel, stride, padding = (
             tuple(map(int, v)) for v in (node.kernel_size, node.stride, node.padding)
         )
@@ -318,13 +316,13 @@ def by_nirtorch(graph: nir.NIRGraph, dt: float) -> nn.Module:
             lambda x: nn.functional.avg_pool2d(x, kernel, stride, padding, divisor_override=1)
         )
 
-    def affine(node: nir.Affine) -> nn.Module:
+    def affine(node):
         # nirtorch 2.6 has one that leaves the bias at random.
         module = nn.Linear(*node.weight.shape[::-1])
         module.weight.data, module.bias.data = map(torch.from_numpy, (node.weight, node.bias))
         return module
 
-    def average_pool(node: nir.AvgPool2d) -> nn.Module:
+    def average_pool(node):
         return nn.AvgPool2d(tuple(map(int, node.kernel_size)), tuple(map(int, node.stride)))
 
     return nirtorch.nir_to_torch(
@@ -344,7 +342,7 @@ def by_nirtorch(graph: nir.NIRGraph, dt: float) -> nn.Module:
     )
 
 
-def over_time(module: nn.Module, trained: Trained, x: Tensor) -> Tensor:
+def over_time(module, trained, x):
     """Logits of each timestep, (T, B, K)."""
     state, outputs = None, []
     for t in range(T):
@@ -454,7 +452,7 @@ def test_onnx_graph_run_by_onnxruntime_is_the_network(network, call, tmp_path):
     torch.testing.assert_close(torch.from_numpy(actual), logits(trained, x), rtol=1e-4, atol=1e-5)
 
 
-def by_the_loop_of_the_page(path: Path, x: Tensor, timesteps: int) -> Tensor:
+def by_the_loop_of_the_page(path, x, timesteps):
     """Run a graph of a timestep by the code that docs/weights.md shows."""
     page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
     (code,) = re.findall(r"```python\n(import numpy.*?)```", page, re.DOTALL)

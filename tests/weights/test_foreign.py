@@ -4,9 +4,7 @@ import argparse
 import copy
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -18,7 +16,6 @@ from kernel_runs import randomize
 from published_networks import (
     SEAL,
     Definition,
-    Shapes,
     distilled_shapes,
     ms_shapes,
     norm_shapes,
@@ -28,12 +25,11 @@ from published_networks import (
 from safetensors.torch import load_file, save_file
 from spikingjelly.activation_based import functional, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
-from torch import Tensor, nn
+from torch import nn
 
 from tetdist.apps.weights import foreign
 from tetdist.apps.weights.sources import SOURCES
 from tetdist.errors import UserError
-from tetdist.models import SpikingNetwork
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import Neuron
@@ -45,11 +41,11 @@ T = 3
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def relative(a: Tensor, b: Tensor) -> float:
+def relative(a, b):
     return ((a.detach() - b.detach()).norm() / b.detach().norm()).item()
 
 
-def randomized(model: nn.Module) -> nn.Module:
+def randomized(model):
     """In float64, with norms of no initialiser's choice."""
     model = model.double()
     generator = torch.Generator().manual_seed(1)
@@ -63,14 +59,14 @@ def randomized(model: nn.Module) -> nn.Module:
     return model
 
 
-def ours(name: str, **options: Any) -> SpikingNetwork:
+def ours(name, **options):
     torch.manual_seed(2)
     model = timm.create_model(name, timesteps=T, **options).double()
     model.set_execution("reference")
     return model
 
 
-def converted(state: dict[str, Tensor], source: str, model: SpikingNetwork) -> SpikingNetwork:
+def converted(state, source, model):
     result = foreign.convert(state, source, model)
     assert (result.missing, result.unexpected) == ([], [])
     model.load_state_dict(result.weights)
@@ -80,7 +76,7 @@ def converted(state: dict[str, Tensor], source: str, model: SpikingNetwork) -> S
 # ---------------------------------------------------------------------------------- spikingjelly
 
 
-def from_spikingjelly(name: str, decay_input: bool | None = None, **options: Any) -> nn.Module:
+def from_spikingjelly(name, decay_input=None, **options):
     torch.manual_seed(0)
     module = sew_resnet if name.startswith("sew") else spiking_resnet
     kind, extra = neuron.IFNode, {}
@@ -141,7 +137,7 @@ def test_agrees_with_spikingjelly(name, theirs_options, own_neuron, ours_options
             assert relative(value, moved[key]) < 1e-8, key
 
 
-def assert_same_gradients(model: SpikingNetwork, theirs: nn.Module) -> None:
+def assert_same_gradients(model, theirs):
     # The gradient of a batch norm's weight w' = w / scale is scale times that of w, and
     # conversion divides by the scale once.
     scales = {
@@ -160,7 +156,7 @@ def assert_same_gradients(model: SpikingNetwork, theirs: nn.Module) -> None:
     assert len(silent) <= 2, silent
 
 
-LEARNING: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+LEARNING = {
     "plif": (lambda **_: neuron.ParametricLIFNode(), {}),
     "psn": (lambda **_: neuron.PSN(T), {"timesteps": T}),
     "masked_psn": (
@@ -215,7 +211,7 @@ def test_spikingjelly_fires_at_its_threshold():
     generator = torch.Generator().manual_seed(0)
     current = torch.randint(0, 3, (4, 200), generator=generator).double().requires_grad_()
     weight = torch.randn(4, 200, generator=generator, dtype=torch.float64)
-    config: dict[str, Any] = {
+    config = {
         **{"decay": 0.5, "threshold": 1.0, "detach_reset": True},
         **{"surrogate": "sigmoid", "surrogate_width": 2.0},
     }
@@ -258,7 +254,7 @@ def test_parameters_of_a_learned_neuron_are_named():
 # ------------------------------------------------------------------- the original repositories
 
 
-def sew_layout(state: dict[str, Tensor], sew: bool) -> dict[str, Tensor]:
+def sew_layout(state, sew):
     """torchvision's names as the original repository has them: layers in containers."""
     renamed = {}
     for key, value in state.items():
@@ -300,12 +296,12 @@ LIKE_TET = SEAL._replace(decay=0.5)
 RESNET19 = {"num_classes": 5, "stem_width": 6, "width": 8, "hidden_features": 10}
 
 
-def resnet19(num_classes: int = 5) -> dict[str, Tensor]:
+def resnet19(num_classes=5):
     """A small ResNet-19 under the names of the repositories of distillation."""
     return random_state(distilled_shapes((3, 3, 2), 6, 8, 10, num_classes))
 
 
-def tet_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def tet_layout(state):
     """A ResNet-19 under TET's names, where a layer is registered by itself and in containers."""
     found = {}
     for name, value in state.items():
@@ -369,8 +365,8 @@ def test_agrees_with_the_resnet19_of_tet_and_of_distillation(tmp_path):
 
 
 def test_agrees_with_tets_vggsnn():
-    layers: list[tuple[int, int]] = []
-    shapes: Shapes = {"classifier.module.weight": (5, 512), "classifier.module.bias": (5,)}
+    layers = []
+    shapes = {"classifier.module.weight": (5, 512), "classifier.module.bias": (5,)}
     narrow = 2
     for i, wide in enumerate((64, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0)):
         layers.append((i, wide))
@@ -474,10 +470,10 @@ def test_normalized_currents_are_those_of_the_relu_network(name, source):
 class Code:
     """Executes a command when it is unpickled."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file):
         self.file = file
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self):
         return (Path.touch, (self.file,))
 
 
@@ -550,7 +546,7 @@ SMALL_RESNET18 = ["model.arguments.width=4", "data.image_size=16", "data.resize=
 
 
 @pytest.fixture(scope="module")
-def relu_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def relu_file(tmp_path_factory):
     """A narrow ResNet-18 of timm, of 4 classes."""
     torch.manual_seed(0)
     model = timm.create_model("resnet18", channels=(4, 8, 16, 32), num_classes=4)

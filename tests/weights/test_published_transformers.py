@@ -1,9 +1,5 @@
 """Transformers in and out: from a published file to a program that somebody else runs."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import onnxruntime
 import published_formers as formers
 import published_transformers as published
@@ -11,7 +7,6 @@ import pytest
 import timm
 import torch
 from published_transformers import Published, QKFormerSize, SDTSize
-from torch import Tensor
 
 from tetdist.apps.weights.trained import Trained, load
 from tetdist.nn.integer_neurons import NILIF
@@ -35,10 +30,7 @@ each_family = pytest.mark.parametrize("family", NAMES)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-Call = Callable[..., tuple[int, str]]
-
-
-def state_of(family: str) -> dict[str, Tensor]:
+def state_of(family):
     shapes = {
         "qkformer": published.qkformer_shapes(QKFORMER),
         "sdt": published.sdt_shapes(SDT),
@@ -47,11 +39,10 @@ def state_of(family: str) -> dict[str, Tensor]:
         "ms_qkformer": formers.ms_qkformer_shapes(QKFORMER),
     }
     gain = 4.0 if family == "espikeformer" else 1.0
-    state: dict[str, Tensor] = published.random_state(shapes[family], gain=gain)
-    return state
+    return published.random_state(shapes[family], gain=gain)
 
 
-def converted(family: str, call: Call, folder: Path, *more: str) -> tuple[Path, str]:
+def converted(family, call, folder, *more):
     """A file made of a small published one, and the command's output."""
     wrapper, small = {
         "qkformer": ("model", {"widths": [8, 16, 24], "depths": [1, 1, 1], "heads": 2}),
@@ -78,7 +69,7 @@ def converted(family: str, call: Call, folder: Path, *more: str) -> tuple[Path, 
     return output, printed
 
 
-def images(batch: int) -> Tensor:
+def images(batch):
     generator = torch.Generator().manual_seed(4)
     return torch.randn(batch, 3, 32, 32, generator=generator)
 
@@ -119,7 +110,7 @@ def test_published_file_is_recognised_computes_what_it_did_and_goes_out_again(
 
     status, output = call("export", file, "--format", "timm", "--output", tmp_path / "given")
     assert status == 0, output
-    model: Any = timm.create_model(f"local-dir:{tmp_path / 'given'}", pretrained=True).eval()
+    model = timm.create_model(f"local-dir:{tmp_path / 'given'}", pretrained=True).eval()
     model.set_execution("reference")
     with torch.no_grad():
         assert torch.equal(model(images(4)), logits)

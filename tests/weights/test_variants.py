@@ -1,16 +1,12 @@
 """Variants of ImageNet's validation set, in miniature, against plain sums over the logits."""
 
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
-from tiny import Tool
 
 from tetdist.apps.weights import variants
 from tetdist.apps.weights.trained import load
@@ -26,7 +22,7 @@ EACH = 3
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(tmp_path_factory):
     """An untrained network that knows twelve classes."""
     changes = {"name": "twelve", "model.num_classes": len(CLASSES), "data.root": "data"}
     # A crop of what was enlarged would not be the image that is stored.
@@ -46,7 +42,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make(folder: Path, names: Sequence[str], seed: int = 0, side: int = 20) -> torch.Tensor:
+def make(folder, names, seed=0, side=20):
     """Class folders of noise of several colours, by default with a border that is cropped."""
     rng = np.random.default_rng(seed)
     pixels = np.zeros((len(names), EACH, side, side, 3), np.uint8)
@@ -61,7 +57,7 @@ def make(folder: Path, names: Sequence[str], seed: int = 0, side: int = 20) -> t
     return torch.from_numpy(pixels)
 
 
-def decided(file: Path, pixels: torch.Tensor, outputs: Sequence[int] | None = None) -> torch.Tensor:
+def decided(file, pixels, outputs=None):
     """Outputs, (K, N), that the network decides on for images in the middle of ``pixels``."""
     trained = load(file)
     border = (pixels.shape[2] - 16) // 2
@@ -77,18 +73,15 @@ def decided(file: Path, pixels: torch.Tensor, outputs: Sequence[int] | None = No
     return kept.argmax(1).view(pixels.shape[:2])
 
 
-def top1(right: torch.Tensor) -> Any:
+def top1(right):
     return pytest.approx(100 * right.double().mean().item())
 
 
-Evaluate = Callable[..., tuple[int, str, dict[str, Any]]]
-
-
 @pytest.fixture
-def evaluate(file: Path, tmp_path: Path, tool: Tool) -> Evaluate:
+def evaluate(file, tmp_path, tool):
     """Runs tools/eval.py on a variant: status, output, JSON."""
 
-    def call(variant: str, *arguments: object) -> tuple[int, str, dict[str, Any]]:
+    def call(variant, *arguments):
         out = tmp_path / "found.json"
         out.unlink(missing_ok=True)
         command = ("--checkpoint", file, "--variant", variant, "--json", out, *arguments)
@@ -157,7 +150,7 @@ def test_corruptions_by_severity(file, evaluate, tmp_path):
 
 
 def test_mean_corruption_error_is_100_times_that_of_alexnet():
-    def mce(factor: float, **changed: dict[int, float]) -> Any:
+    def mce(factor, **changed):
         accuracies = {
             name: dict.fromkeys(range(1, 6), 100 - 100 * factor * error)
             for name, error in variants.ALEXNET.items()
@@ -184,7 +177,7 @@ def test_several_labels_of_an_image(file, evaluate, tmp_path):
     outputs = decided(file, pixels)
     index.index_splits(tmp_path, ["val"])
     rng = np.random.default_rng(2)
-    answers: list[list[int]] = [
+    answers = [
         sorted(rng.choice(12, size, replace=False).tolist()) for size in rng.integers(0, 5, 36)
     ]
     status, output, _ = evaluate("real", "--data", tmp_path)
