@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -82,11 +83,13 @@ def are_about_gpus(config: pytest.Config) -> bool:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _all_end_with_the_tests() -> None:
-    """Whatever a test has started ends by itself when the tests are killed."""
+def _all_end_with_the_tests() -> Iterator[None]:
+    """Whatever a test has started ends by itself when the tests are killed, and leaves no files."""
     from tetdist.distributed.starters import as_starter
 
-    os.environ |= as_starter()
+    with tempfile.TemporaryDirectory(prefix="tetdist-tests-") as folder:
+        os.environ |= as_starter() | {"TMPDIR": folder}
+        yield
 
 
 @pytest.fixture(autouse=True)

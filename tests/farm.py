@@ -145,13 +145,16 @@ def child(job: dict[str, Any], rank: int, port: int) -> int:
 def wait(pids: list[int], seconds: float) -> list[int]:
     end = time.monotonic() + seconds
     statuses: dict[int, int] = {}
+    stopped: set[int] = set()
     while len(statuses) < len(pids):
         for pid in pids:
             if pid not in statuses:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
+                done, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+                if done and os.WIFSTOPPED(status):
+                    stopped.add(pid)
+                elif done:
                     statuses[pid] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end:
+        if time.monotonic() > end or stopped | statuses.keys() == {*pids}:
             for pid in pids:
                 if pid not in statuses:
                     os.kill(pid, signal.SIGKILL)

@@ -1,6 +1,7 @@
 """torchrun with the exit status of its processes, and a cluster that evicts what it runs."""
 
 import signal
+import tempfile
 
 import pytest
 import tiny
@@ -16,8 +17,9 @@ time.sleep(0 if sys.argv[1] == "well" else 60)
 
 
 @pytest.fixture
-def own_signals():
-    """Signals as before torchrun, which keeps its own."""
+def own_signals(monkeypatch, tmp_path):
+    """Signals as before torchrun, which keeps its own, and a folder for what it leaves."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}
     yield

@@ -88,7 +88,7 @@ sys.exit(train.main(["--config", {str(file)!r}]))
 )
 def test_stopped_process_ends_the_others(rank, parts, farm, tiny_config):
     statuses, text = farm.each(
-        tiny_config({"peer_timeout": 3.0}), world=2, stop=("step", 3, STOP), rank=rank, timeout=12
+        tiny_config({"peer_timeout": 3.0}), world=2, stop=("step", 3, STOP), rank=rank, timeout=30
     )
     expected = [PEER_FAILED, PEER_FAILED]
     expected[rank] = HUNG
