@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.integer_neurons import ILIF
 from tetdist.nn.neurons import LIF
+from tetdist.nn.rounding import round_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Call = Callable[..., tuple[int, str]]
@@ -41,6 +43,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "learned decay": ("plif", {}),
     "soft": ("convnet", {"reset": "soft", "decay": 0.3}),
     "several spikes": ("convnet", {"kind": "ilif"}),
+}
+
+FIRST = "stem.conv", "stem.0.conv", "stem.conv.0"
+# Weights whose unit other layers determine: branches of one current share theirs, and a stream has
+# one for each channel.
+BY_OTHERS = {
+    "shortcut of spikes": "merge|downsample",
+    "two branches": "merge|downsample",
+    "stream": "downsample",
+    "stream, deep": "downsample|stem.conv.?[12]|stem_conv$",
 }
 
 
@@ -217,6 +229,36 @@ def test_networks_that_whole_numbers_express_are_unchanged(
         assert distance.median() <= tolerance
     else:
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_rounds_weights_to_the_exported_integers(case, tmp_path):
+    network, neuron = CASES[case]
+    trained = trained_network(network, tmp_path, **neuron)
+    exported, others = convert(trained, T), BY_OTHERS.get(case, "none")
+    layers = {
+        name: (module, module.weight.detach().clone())
+        for name, module in trained.model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+    }
+    std = trained.config.data.input_std
+    round_weights(trained.model, std)
+    again = convert(trained, T)
+    for name, (module, before) in layers.items():
+        is_first = name in FIRST
+        divisor = torch.tensor(std if is_first and std else (1.0,)).view(-1, 1, 1)
+        after, before = (one / divisor if is_first else one for one in (module.weight, before))
+        most = (before.flatten(1) if name != "fc" else before.view(1, -1)).abs().amax(1)
+        over = (-1, *(1,) * (before.ndim - 1))
+        whole = after / most.view(over) * (63 if is_first else 127)
+        # Names of layers are not those of modules; random weights are.
+        ours = [values["weight"] for values in again.values.values() if "weight" in values]
+        rest = [(one - whole).abs().max() for one in ours if one.shape == whole.shape]
+        assert min(rest) < 1e-4 or re.search(others, name), name
+    for name, values in exported.values.items():
+        # The classifier's unit is rounded up.
+        if "weight" in values and name != "fc" and not re.search(others, name):
+            assert torch.equal(values["weight"], again.values[name]["weight"]), name
 
 
 @pytest.mark.parametrize("reached", [False, True])

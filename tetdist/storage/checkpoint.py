@@ -60,6 +60,7 @@ class Description(BaseModel):
         averaged: Description of the average, if the weights are one; None: they are not.
         binning: Parameters by which the events were binned, and their sensor; None: unknown.
         commit: Commit of the code that trained them; None: unknown.
+        quantize: True if the network computes with these weights rounded (nn/rounding.py).
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -75,6 +76,7 @@ class Description(BaseModel):
     averaged: str | None = None
     binning: dict[str, Any] | None = None
     commit: str | None = None
+    quantize: bool = False
 
 
 @dataclass(frozen=True)

@@ -62,15 +62,16 @@ class Evaluations:
         Raises:
             Interrupted: ``stop`` returned True; nothing has changed.
         """
-        found = [(WEIGHTS, *self._evaluate())]
+        found = [(WEIGHTS, *self._evaluate(step))]
         if self.average is not None:
             with self.average.in_model():
-                found.append((AVERAGE, *self._evaluate()))
+                found.append((AVERAGE, *self._evaluate(step)))
         return [self._scored(step, *one) for one in found]
 
-    def _evaluate(self) -> tuple[dict[str, Any], Batch]:
+    def _evaluate(self, step: int) -> tuple[dict[str, Any], Batch]:
         run, started = self.run, time.monotonic()
-        with eval_loader(run.config, run.val, run.world) as batches:
+        loader = eval_loader(run.config, run.val, run.world)
+        with loader as batches, run.weights_at(step):
             first = next(batches)
             result = evaluate(
                 run.model,

@@ -148,7 +148,8 @@ def _describe(
         validation=validation,
         imports=checksums_of(config.imports),
     )
-    return description.model_copy(update={"binning": binning}) if binning else description
+    of_phase = {"quantize": run.phase_at(step - 1).section.quantize, "binning": binning}
+    return description.model_copy(update={key: one for key, one in of_phase.items() if one})
 
 
 def begin(run: Prepared) -> Teacher | None:

@@ -173,6 +173,7 @@ def card(trained: Trained, source: str | None = None) -> str:
             f"{counted(p.epochs, 'epoch')} at T={p.timesteps_as_text}, "
             f"{config.optimizer_of(i).kind}, "
             f"lr {config.optimizer_of(i).lr_as_text(config.batch.global_)}"
+            f"{', weights rounded to int8' if p.quantize else ''}"
             for i, p in enumerate(config.phases)
         )
         rows["loss"] = "; then ".join(loss.as_text() for loss in config.losses())

@@ -31,22 +31,14 @@ from torch import Tensor, nn
 from tetdist.apps.weights.structure import Traversal, folded, pooled
 from tetdist.apps.weights.trained import Trained
 from tetdist.errors import UserError
-from tetdist.models import (
-    VGGSNN,
-    MSResNet,
-    PSNSEWResNet,
-    SEWResNet,
-    SpikingConvNet,
-    SpikingNetwork,
-    SpikingResNet,
-)
-from tetdist.nn import neurons
+from tetdist.models import SpikingNetwork, int8_refusal
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.integer_neurons import ILIF, NILIF
+from tetdist.nn.integer_neurons import ILIF
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import NeuronLayer
 from tetdist.nn.packed import MaxPool
+from tetdist.nn.rounding import MOST, MOST_OF_BYTES
 
 _SUM, _STREAM = 2**31 - 1, 2**15 - 1  # int32 and int16
 MEMBRANE_BITS = 30  # Plus 2^30, membranes are unsigned, which ONNX can shift.
@@ -214,12 +206,9 @@ class _Term(NamedTuple):
 
     @property
     def most(self) -> int:
-        """Largest weight.
-
-        Without VNNI, processors add two products of a byte and a weight in 16 bits; they saturate
-        if both are large.
-        """
-        return 127 if int((self.x.high - self.x.low).max()) < 128 or self.x.is_stream else 63
+        """Largest weight."""
+        is_small = int((self.x.high - self.x.low).max()) < 128 or self.x.is_stream
+        return MOST if is_small else MOST_OF_BYTES
 
     @property
     def scale(self) -> Tensor:
@@ -275,13 +264,9 @@ class _Builder(Traversal[_Value]):
         self, shape: tuple[int, ...], mean: Sequence[float], std: Sequence[float]
     ) -> IntegerNetwork:
         model = self.model
-        known = SEWResNet, SpikingResNet, MSResNet, VGGSNN, SpikingConvNet
-        ours = type(model).__module__.startswith("tetdist.")
-        if not (ours and isinstance(model, known)) or isinstance(model, PSNSEWResNet):
-            raise self.refused(
-                f"is a {type(model).__name__}, and --int8 takes SEW-, spiking and MS-ResNets, "
-                "VGGSNN and spiking_convnet only"
-            )
+        for layer in (one for one in model.modules() if isinstance(one, NeuronLayer)):
+            if reason := int8_refusal(type(model), layer.neuron):
+                raise self.refused(reason)
         if isinstance(model.fc, nn.Identity):
             raise self.refused("has no classifier")
         given: dict[str, Any] = {"kind": model.input_kind, "shape": list(shape)}
@@ -377,8 +362,6 @@ class _Builder(Traversal[_Value]):
     def neurons(self, name: str, module: nn.Module, x: _Value) -> _Signal:
         assert isinstance(module, NeuronLayer)
         config = module.neuron
-        if type(config) not in (LIF, PLIF, ILIF, NILIF) or not (config.levels or 0):
-            raise self.refused(f"has {neurons.kind_of(config)} neurons without whole numbers")
         assert isinstance(config, (LIF, ILIF))
         terms, bias, shape = _current(x)
         decay, gain = config.decay, 1.0
