@@ -205,20 +205,31 @@ def test_report(run: Path, evaluate: Tool, tmp_path: Path) -> None:
     from PIL import Image
 
     page, picture = tmp_path / "page.html", tmp_path / "page.png"
+    constants = tmp_path / "constants.yaml"
+    constants.write_text("hops: 0.5\nweight_fetches: sample\n")
     for file in (page, picture):
         options = ("--report", file, "--drop-timesteps", "0.5", "--json", tmp_path / "e.json")
-        status, _, err = evaluate("--checkpoint", run, "--timesteps", "1,4", *options)
+        options += ("--energy", constants)
+        status, out, err = evaluate("--checkpoint", run, "--timesteps", "1,4", *options)
         assert status == 0, err
     text = page.read_text()
     assert text.startswith("<!doctype html>")
-    for word in ("spiking_convnet", *tiny.CLASSES, "pJ", "Robustness"):
+    for word in ("spiking_convnet", *tiny.CLASSES, "pJ", "Robustness", "arithmetic only"):
         assert word in text
+    assert "<td>0.5 (--energy)</td><td>Hops that" in text
+    energy = json.loads((tmp_path / "e.json").read_text())["energy"]
+    assert energy["constants"]["hops"] == 0.5
+    assert "changed by --energy: hops=0.5, weight_fetches=sample" in out
+    for number in (energy["relu"]["pj"]["total"], energy["arithmetic_only_pj"]["spiking"]):
+        assert f"  {number / 1e6:.4g}" in out
+    assert f"mean spike rate at synapses {100 * energy['spike_rate']:.3g} %; " in out
     # Nothing is fetched from elsewhere, and nothing is run.
-    assert text.count("src=") == text.count('src="data:image/png;base64,') == 4
+    assert text.count("src=") == text.count('src="data:image/png;base64,') == 5
     assert not any(word in text for word in ("http", "<script", "<link", "@import", "url("))
     with Image.open(picture) as image:
         assert image.width > 1000
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.json", "page.html", "page.png"]
+    written = {path.name for path in tmp_path.iterdir()} - {constants.name}
+    assert written == {"e.json", "page.html", "page.png"}
     found = json.loads((tmp_path / "e.json").read_text())
     found["per_class"][0]["class"] = found["classes"][0] = "<script>alert(1)</script>"
     assert "<script" not in evaluation_page.html_page(found)
@@ -423,6 +434,7 @@ def test_what_would_fail_after_the_evaluation_fails_before(
         (("--json", tmp_path), f"--json: cannot write {tmp_path}: name a file in a folder"),
         (("--report", tmp_path / "no" / "page.html"), "--report: cannot write"),
         (("--drop-events", "0.5"), "--drop-events needs"),
+        (("--energy", tmp_path / "no.yaml"), "--energy: "),
     ):
         assert message in broken(evaluate, "--checkpoint", run, *arguments)
     kept = tmp_path / "kept.json"

@@ -106,17 +106,6 @@ def test_linear_layer(alone: World) -> None:
     assert found.relu_multiply_accumulates == 5 * 7
 
 
-def test_energy() -> None:
-    from tetdist.evaluation.operations import LayerOperations
-
-    found = Operations(
-        {"a": LayerOperations(0.0, 100.0, 100.0), "b": LayerOperations(50.0, 0.0, 200.0)}
-    )
-    assert found.energy_pj == pytest.approx(0.9 * 50 + 4.6 * 100)
-    assert found.relu_energy_pj == pytest.approx(4.6 * 300)
-    assert found.as_dict()["layers"]["b"]["accumulates"] == 50
-
-
 def test_a_network(alone: World) -> None:
     """A SEW-ResNet: its first layer once for all timesteps, its sums as events, its head real."""
     torch.manual_seed(0)
@@ -142,6 +131,15 @@ def test_a_network(alone: World) -> None:
     # 1x1 positions: their mean is the spikes themselves.
     assert found.layers["fc"].accumulates == pytest.approx(float(seen["fc"].sum()) * 3 / 2)
     assert not found.layers["fc"].multiply_accumulates
+    # Each of two timesteps updates every membrane: those of the stem, and of four layers a stage,
+    # plus a projection's in all stages but the first. An ADD has none.
+    assert stem.membrane_updates == 2 * 4 * 16 * 16
+    assert found.layers["fc"].membrane_updates == 0
+    stages = 4 * (4 * 8 * 8) + 5 * (8 * 4 * 4) + 5 * (16 * 2 * 2) + 5 * 32
+    updates = [layer.membrane_updates for layer in found.layers.values()]
+    assert sum(updates) == 2 * (4 * 16 * 16 + stages)
+    assert (stem.weights, found.layers["fc"].weights) == (7 * 7 * 3 * 4, 3 * 32)
+    assert found.most_spikes == 1
 
 
 # --------------------------------------------------------------------------------------- attention
@@ -173,6 +171,7 @@ def test_attentions_products_are_counted(alone: World) -> None:
     # one of v alone. A spike of q adds three sums.
     assert found.accumulates == 2 * 2 + 1 * 2 + 2 * 3
     assert found.relu_multiply_accumulates == 2 * (2 * 4 * 3 * 3)
+    assert [layer.weights for layer in found.layers.values()] == [0]
     assert not found.multiply_accumulates
     # Of values with twice the channels, a spike of k meets six in its head, and one of q adds six.
     wider = torch.ones(1, 1, 12, 2, 2)

@@ -1,4 +1,4 @@
-"""Synaptic operations, counted while a network runs, and an estimate of the energy they take.
+"""Synaptic operations and updates of membranes, counted while a network runs.
 
 Counting works by layer of synapses (a convolution or a linear layer):
 
@@ -22,9 +22,9 @@ Counting works by layer of synapses (a convolution or a linear layer):
   number of synapses is that of the multiplications of real numbers: per head and timestep, N d for
   each sum over positions or channels, and 2 N d^2 for k^T v and its product with q.
 
-Batch norm counts as folded into the weights. Biases, membranes (decay, threshold, reset), identity
-shortcuts, pooling and, above all, memory access are not counted; on most hardware memory takes more
-energy than arithmetic. So the result compares networks, not devices.
+A neuron updates its membrane once a timestep, which is counted with the layer of synapses that ran
+last before it. Batch norm counts as folded into the weights. Biases, identity shortcuts and pooling
+are not counted. apps/reports/energy.py estimates the energy that all this takes.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,25 +38,8 @@ from torch import Tensor, nn
 
 from tetdist.distributed.world import World
 from tetdist.nn.fast import native_pool
-from tetdist.nn.norm_neuron import LatestLevels
+from tetdist.nn.norm_neuron import LatestLevels, firing_layers, neurons_of
 from tetdist.nn.products import Product
-
-# Energy of a 32-bit floating-point operation in a 45 nm process, in picojoules (Horowitz, ISSCC
-# 2014): an addition, and a multiplication with an addition.
-ACCUMULATE_PJ, MULTIPLY_ACCUMULATE_PJ = 0.9, 4.6
-
-ASSUMPTIONS = (
-    f"45 nm, 32-bit floating point: {ACCUMULATE_PJ} pJ an accumulate, {MULTIPLY_ACCUMULATE_PJ} pJ "
-    "a multiply-accumulate",
-    "a spike is an accumulate at each synapse that it reaches; a sum of n spikes (SEW's ADD) is n, "
-    "a mean over 2x2 pixels is its spikes",
-    "real-valued inputs (an image, a mean before the classifier) are a multiply-accumulate at each "
-    "synapse; a static image's first layer is computed once for all timesteps",
-    "attention: an accumulate a spike or product of spikes that is added up, and a spike of q adds "
-    "the d sums that it selects; masks are not counted",
-    "batch norm is folded into the weights; biases, membranes, identity shortcuts, pooling and "
-    "memory access are not counted",
-)
 
 
 @dataclass(frozen=True)
@@ -67,18 +50,26 @@ class LayerOperations:
         accumulates, multiply_accumulates: Numbers of operations; one of the two is 0.
         synapses: Pairs of an input and an output that a weight connects: the multiply-accumulates
             of the same layer in a ReLU network. Attention has no weights; its products count.
+        weights: Number of weights, each of which may connect many synapses.
+        membrane_updates: Updates of membranes by the neurons after this layer.
     """
 
     accumulates: float
     multiply_accumulates: float
     synapses: float
+    weights: int
+    membrane_updates: float
 
 
 @dataclass(frozen=True)
 class Operations:
-    """The operations of a network for an average sample; layers in the order they run."""
+    """The operations of a network for an average sample; layers in the order they run.
+
+    ``most_spikes`` is the largest number of spikes that a neuron sends in a timestep.
+    """
 
     layers: dict[str, LayerOperations]
+    most_spikes: int
 
     @property
     def accumulates(self) -> float:
@@ -89,28 +80,17 @@ class Operations:
         return sum(layer.multiply_accumulates for layer in self.layers.values())
 
     @property
-    def energy_pj(self) -> float:
-        """The energy in picojoules; see `ASSUMPTIONS`."""
-        return ACCUMULATE_PJ * self.accumulates + MULTIPLY_ACCUMULATE_PJ * self.multiply_accumulates
-
-    @property
     def relu_multiply_accumulates(self) -> float:
         """The operations of the ReLU network with the same synapses, which runs once."""
         return sum(layer.synapses for layer in self.layers.values())
-
-    @property
-    def relu_energy_pj(self) -> float:
-        return MULTIPLY_ACCUMULATE_PJ * self.relu_multiply_accumulates
 
     def as_dict(self) -> dict[str, Any]:
         """Return the operations, ready for JSON."""
         return {
             "accumulates": self.accumulates,
             "multiply_accumulates": self.multiply_accumulates,
-            "energy_pj": self.energy_pj,
             "relu_multiply_accumulates": self.relu_multiply_accumulates,
-            "relu_energy_pj": self.relu_energy_pj,
-            "assumptions": list(ASSUMPTIONS),
+            "most_spikes": self.most_spikes,
             "layers": {name: vars(layer) for name, layer in self.layers.items()},
         }
 
@@ -128,7 +108,7 @@ def counting_operations(
 
 
 # Indices of a layer's sums. Whole numbers are multiples of one spike's value.
-PRESENTATIONS, PRESENTED_SYNAPSES, CARRIED, NOT_WHOLE, NOT_QUARTERS = range(5)
+PRESENTATIONS, PRESENTED_SYNAPSES, CARRIED, NOT_WHOLE, NOT_QUARTERS, UPDATES = range(6)
 
 
 class OperationCounts:
@@ -145,18 +125,28 @@ class OperationCounts:
 
     def __init__(self, model: nn.Module, *, in_spikes: bool = False) -> None:
         self._latest, self._in_spikes = LatestLevels(model), in_spikes
-        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, int] = {}
         self._fan_outs: dict[tuple[str, torch.Size], Tensor] = {}
         self._handles = []
+        self._most_spikes = max(
+            ((one.levels or 1) * one.highest for one in neurons_of(model)), default=1
+        )
+        for module in firing_layers(model).values():
+            self._handles.append(module.register_forward_hook(self._count_updates))
         for name, module in model.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                self._sums[name] = torch.zeros(5, dtype=torch.float64)
+                self._weights[name] = module.weight.numel()
                 self._handles.append(module.register_forward_hook(self._hook(name)))
             if isinstance(module, Product):
-                self._sums[name] = torch.zeros(5, dtype=torch.float64)
+                self._weights[name] = 0
                 self._handles.append(module.register_forward_hook(self._product_hook(name)))
+        self._sums = {name: torch.zeros(6, dtype=torch.float64) for name in self._weights}
         # Networks register their layers in the order in which they run.
-        self._of_input = next(iter(self._sums), None)
+        self._of_input = self._ran_last = next(iter(self._sums), None)
+
+    def _count_updates(self, _module: nn.Module, _inputs: Any, spikes: Tensor) -> None:
+        if self._ran_last is not None:
+            self._sums[self._ran_last][UPDATES] += spikes.numel()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
         def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -165,7 +155,7 @@ class OperationCounts:
                 # A container of spikingjelly has folded time into the batch.
                 x = x[None]
             levels = self._levels_of(name)
-            sums = self._sums[name] = self._sums[name].to(x.device)
+            sums = self._sums_on(x.device, name)
             presentations = x.shape[0] * x.shape[1]  # T * B
             if isinstance(module, nn.Conv2d):
                 fan_out = self._fan_out(name, module, x, output)
@@ -185,7 +175,7 @@ class OperationCounts:
     def _product_hook(self, name: str) -> Callable[[Product, tuple[Tensor, ...], Tensor], None]:
         def count(product: Product, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
             inputs = tuple(x.detach() for x in inputs)
-            sums = self._sums[name] = self._sums[name].to(inputs[0].device)
+            sums = self._sums_on(inputs[0].device, name)
             sums[PRESENTATIONS] += inputs[0].shape[0] * inputs[0].shape[1]  # T * B
             sums[PRESENTED_SYNAPSES] += product.synapses(*inputs)
             levels = self._latest.levels or 1
@@ -197,6 +187,11 @@ class OperationCounts:
             sums[CARRIED] += product.accumulates(*(levels * x for x in inputs))
 
         return count
+
+    def _sums_on(self, device: torch.device, name: str) -> Tensor:
+        """Return the sums of the layer that is running, on the device that it runs on."""
+        self._ran_last, self._sums[name] = name, self._sums[name].to(device)
+        return self._sums[name]
 
     def _levels_of(self, name: str) -> int:
         """Return the levels of a layer's inputs (multiples of 1 / levels), if they are spikes."""
@@ -227,12 +222,12 @@ class OperationCounts:
 
         The result is the same on every process.
         """
-        names = list(self._sums)
-        flat = world.sum([value for name in names for value in self._sums[name].tolist()])
-        rows = [flat[5 * i : 5 * i + 5] for i in range(len(names))]
-        return Operations(
-            {name: _layer(row, samples) for name, row in zip(names, rows, strict=True)}
-        )
+        flat = world.sum([value for sums in self._sums.values() for value in sums.tolist()])
+        layers = {
+            name: _layer(flat[6 * i : 6 * i + 6], weights, samples)
+            for i, (name, weights) in enumerate(self._weights.items())
+        }
+        return Operations(layers, self._most_spikes)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -240,12 +235,13 @@ class OperationCounts:
         self._latest.remove()
 
 
-def _layer(sums: list[float], samples: int) -> LayerOperations:
-    synapses = sums[PRESENTED_SYNAPSES] / sums[PRESENTATIONS]
-    if sums[NOT_WHOLE] and sums[NOT_QUARTERS]:
-        return LayerOperations(0.0, sums[PRESENTED_SYNAPSES] / samples, synapses)
-    spikes_in_one = 4 if sums[NOT_WHOLE] else 1
-    return LayerOperations(spikes_in_one * sums[CARRIED] / samples, 0.0, synapses)
+def _layer(sums: list[float], weights: int, samples: int) -> LayerOperations:
+    synapses, accumulates = sums[PRESENTED_SYNAPSES] / sums[PRESENTATIONS], 0.0
+    is_real = bool(sums[NOT_WHOLE] and sums[NOT_QUARTERS])
+    if not is_real:
+        accumulates = (4 if sums[NOT_WHOLE] else 1) * sums[CARRIED] / samples
+    multiplied = sums[PRESENTED_SYNAPSES] / samples if is_real else 0.0
+    return LayerOperations(accumulates, multiplied, synapses, weights, sums[UPDATES] / samples)
 
 
 def _over_positions(x: Tensor) -> Tensor:

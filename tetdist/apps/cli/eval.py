@@ -159,6 +159,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="evaluate the network in whole numbers (export --int8), and count the decisions that "
         "differ from those of the real numbers",
     )
+    parser.add_argument(
+        "--energy",
+        metavar="FILE",
+        type=Path,
+        help="YAML or JSON file of constants and assumptions of the energy estimate that differ "
+        "from the defaults (docs/evaluation.md)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the drops (default: 0)")
     parser.add_argument("--batch", type=positive, metavar="N", help="samples a forward pass")
     add_evaluation(parser)
@@ -172,8 +179,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.measured and options.exit_within is None:
         parser.error("--measured runs the early exit of --exit-within; add --exit-within POINTS")
-    if options.int8 and (options.unroll or options.measured or options.variant == "imagenet-c"):
-        parser.error("--int8 does not support --unroll, --measured and --variant imagenet-c")
+    unsupported = options.unroll or options.measured or options.energy
+    if options.int8 and (unsupported or options.variant == "imagenet-c"):
+        parser.error(
+            "--int8 does not support --unroll, --measured, --energy and --variant imagenet-c"
+        )
     check_variant(parser, options)
     return options
 
@@ -190,7 +200,7 @@ def check_variant(parser: argparse.ArgumentParser, options: argparse.Namespace) 
             name = flag.replace("_", "-")
             parser.error(f"--{name} needs the data of the training; leave out --variant")
     if options.variant == "imagenet-c":
-        for flag in ("report", "unroll", "drop_timesteps", "drop_events"):
+        for flag in ("report", "unroll", "drop_timesteps", "drop_events", "energy"):
             if getattr(options, flag):
                 parser.error(f"--variant imagenet-c does not support --{flag.replace('_', '-')}")
         if len(options.timesteps or ()) > 1:
@@ -205,6 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate_checkpoint(options: argparse.Namespace) -> None:
     from tetdist.apps.file_progress import file_progress
+    from tetdist.apps.reports import energy
     from tetdist.apps.weights import variants
     from tetdist.apps.weights.average import open_training_split, recompute_statistics
     from tetdist.apps.weights.integers import convert
@@ -237,6 +248,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         def evaluator(of: "Compared") -> Evaluator:
             return Evaluator(model, config, of.index, world, alive, outputs=of.outputs)
 
+        constants = world.run_on_all(lambda: energy.read_constants(options.energy))
         weights, description, config = world.run_on_all(lambda: open_checkpoint(options))
         trained = description.timesteps
         corrupted: dict[str, tuple[str, int]] = {}
@@ -295,6 +307,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
                 also=deciding(decided["whole"], None if real is None else real.add),
                 exit_choice=exit_choice,
             )
+            if found["operations"]:
+                found["energy"] = energy.estimate(found["operations"], headline, *constants)
             if options.int8:
                 (changed,) = world.sum(
                     [sum(one != decided["real"][i] for i, one in decided["whole"].items())]

@@ -3,8 +3,9 @@
 All are made from the same dictionary, which is also the JSON file: checkpoint, model, step, split,
 trained_timesteps, reported_timesteps and seed; data_split if the data have several; subset, the
 names of the data's classes if they lack some of the network's; variant and protocol of ImageNet's
-variants; measured_exit if it was measured; and everything that `suite.run_suite` returns, where
-``timesteps`` is the T of all values except ``per_timestep_*``.
+variants; measured_exit if it was measured; everything that `suite.run_suite` returns, where
+``timesteps`` is the T of all values except ``per_timestep_*``; and the energy (`energy.estimate`)
+if operations were counted.
 """
 
 import base64
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tetdist.apps.reports import style
+from tetdist.apps.reports.energy import ASSUMED, EnergySection, Use
 from tetdist.storage.files import replacing
 from tetdist.tables import aligned, as_html, number
 from tetdist.wording import counted
@@ -43,13 +45,9 @@ class Section(NamedTuple):
 def sections(found: EvaluationResults, *, brief: bool) -> list[Section]:
     """Return the results in order; if brief, with fewer classes and without assumptions."""
     has_exits = found["early_exit"] is not None
-    operations = found["operations"] or {"layers": {}, "assumptions": []}
+    operations, energy = found["operations"] or {"layers": {}}, found.get("energy")
     of_layers = [(found["firing_rate"], _firing_rate), (operations["layers"], _operations)]
     counts = operations_lines(found)
-    if brief and found["operations"]:
-        counts[-1] += " (an estimate; --json and --report state its assumptions)"
-    elif not brief:
-        counts += operations["assumptions"]
     if not found["firing_rate"]:
         counts.append("no firing rates: the network has no spiking neurons")
     rates = [[layer, f"{rate:.4f}"] for layer, rate in found["firing_rate"].items()]
@@ -70,6 +68,7 @@ def sections(found: EvaluationResults, *, brief: bool) -> list[Section]:
             [panel for values, panel in of_layers if values],
             height=1.5 + 0.22 * max(len(values) for values, _ in of_layers),
         ),
+        *([_energy(energy, brief=brief)] if energy else []),
         Section("Classes", (), [_classes(found, brief=brief)], [_confusion], 9, 7.5),
     ]
 
@@ -184,16 +183,83 @@ def operations_lines(found: EvaluationResults) -> list[str]:
     operations = found["operations"]
     if operations is None:
         return ["operations are only counted for tetdist's own networks"]
-    ratio = operations["energy_pj"] / operations["relu_energy_pj"]
     return [
         f"{quantity(operations['accumulates'])} accumulates and "
         f"{quantity(operations['multiply_accumulates'])} multiply-accumulates a sample at "
-        f"T = {found['timesteps']}: about {operations['energy_pj'] / 1e6:.4g} uJ",
-        f"the ReLU network with the same synapses: "
-        f"{quantity(operations['relu_multiply_accumulates'])} multiply-accumulates, about "
-        f"{operations['relu_energy_pj'] / 1e6:.4g} uJ; the spiking network needs "
-        f"{100 * ratio:.3g} % of it",
+        f"T = {found['timesteps']}; the ReLU network with the same synapses: "
+        f"{quantity(operations['relu_multiply_accumulates'])} multiply-accumulates",
+        *(energy_lines(found["energy"]) if "energy" in found else []),
     ]
+
+
+# Kinds of networks whose energy is estimated, and their names.
+NETWORKS = {"spiking": "spiking", "bitmaps": "spikes as bitmaps", "relu": "ReLU"}
+
+
+def energy_lines(energy: dict[str, Any]) -> list[str]:
+    """Return sentences on the spike rates, and on the constants."""
+    rate, even = energy["spike_rate"], energy["break_even_rate"]
+    known = "no spikes reach a synapse"
+    if rate is not None:
+        more = "takes more energy than the ReLU network even without spikes"
+        less = f"takes less energy than the ReLU network below {100 * (even or 0):.3g} %"
+        known = (
+            f"mean spike rate at synapses {100 * rate:.3g} %; with memory, the spiking network "
+            f"{less if even else more}"
+        )
+    assumed, changed = (
+        ", ".join(f"{key}={energy['constants'][key]}" for key in keys)
+        for keys in (ASSUMED, energy["changed"])
+    )
+    return [
+        f"{known}; the ReLU network's activations have {counted(energy['activation_bits'], 'bit')}",
+        f"energy is an estimate; assumed: {assumed}; other constants: arXiv 2409.08290v4 (22 nm), "
+        "fitted to it for weights, membranes and products, and Horowitz (45 nm, 32-bit floating "
+        "point) for arithmetic only" + (f"; changed by --energy: {changed}" if changed else ""),
+    ]
+
+
+def _energy(energy: dict[str, Any], *, brief: bool) -> Section:
+    """Return the section on energy; if brief, only by cause."""
+
+    def uj(pj: float) -> str:
+        return f"{pj / 1e6:.4g}"
+
+    only = energy["arithmetic_only_pj"]
+    causes = [
+        [cause, *(uj(energy[network]["pj"][cause]) for network in NETWORKS)]
+        for cause in energy["relu"]["pj"]
+    ]
+    causes.append(["arithmetic only", uj(only["spiking"]), "-", uj(only["relu"])])
+    head = ["energy, uJ a sample", *NETWORKS.values()]
+    if brief:
+        return Section("Energy", (), [[head, *causes]], [_energy_bars])
+    uses = [
+        [key.replace("_", " "), *(quantity(energy[network][key]) for network in NETWORKS)]
+        for key in Use._fields
+    ]
+    layers = [["layer", "spike rate %", "break-even %", *(f"{n}, uJ" for n in NETWORKS.values())]]
+    for name, one in energy["layers"].items():
+        rates = (one[key] and 100 * one[key] for key in ("spike_rate", "break_even_rate"))
+        layers.append(
+            [
+                name,
+                *(number(rate, ".3g") for rate in rates),
+                *(uj(one[network]["pj"]["total"]) for network in NETWORKS),
+            ]
+        )
+    constants = [["constant", "value", "meaning (pJ, bits) and source of the default"]]
+    for key, value in energy["constants"].items():
+        source = " (--energy)" if key in energy["changed"] else ""
+        meaning = EnergySection.model_fields[key].description or ""
+        constants.append([key, f"{value}{source}", " ".join(meaning.split())])
+    return Section(
+        "Energy",
+        energy["assumptions"],
+        [[head, *causes], [["a sample", *NETWORKS.values()], *uses], layers, constants],
+        [_energy_bars],
+        height=2.5,
+    )
 
 
 def quantity(number: float) -> str:
@@ -325,7 +391,7 @@ def write_page(found: EvaluationResults, out: Path) -> None:
 def png_page(found: EvaluationResults) -> bytes:
     """Draw all panels into one PNG."""
     panels = [panel for part in sections(found, brief=True) for panel in part.panels]
-    operations = found["operations"] or {"layers": {}, "assumptions": []}
+    operations = found["operations"] or {"layers": {}}
     layers = max(len(found["firing_rate"]), len(operations["layers"]))
     height = max(5.0, 1.5 + 0.16 * layers)
     rows = (len(panels) + 2) // 3
@@ -335,10 +401,11 @@ def png_page(found: EvaluationResults) -> bytes:
         axis.set_axis_off()
     for axis, panel in zip(axes, panels, strict=False):
         panel(axis, found)
-    title = "\n".join([heading(found), headline(found), *operations_lines(found)])
+    lines = [heading(found), headline(found), *operations_lines(found)]
+    title = "\n".join(textwrap.fill(line, 180) for line in lines)
     figure.suptitle(title, fontsize=11, fontweight="bold")
-    if operations["assumptions"]:
-        assumptions = f"Energy is an estimate: {'; '.join(operations['assumptions'])}."
+    if "energy" in found:
+        assumptions = f"Assumptions: {'; '.join(found['energy']['assumptions'])}."
         figure.supxlabel(
             textwrap.fill(assumptions, 240), x=0.01, ha="left", fontsize=9, color=style.QUIET
         )
@@ -433,6 +500,16 @@ def _operations(axis: Any, found: EvaluationResults) -> None:
     axis.legend(frameon=False, fontsize=9, loc="lower right")
     axis.set_title("Synaptic operations", loc="left", fontsize=11, fontweight="bold")
     axis.set_xlabel("millions a sample", fontsize=9)
+
+
+def _energy_bars(axis: Any, found: EvaluationResults) -> None:
+    energy, colours = found["energy"], (style.TRAIN, style.WAIT, style.RATE, style.SPEED)
+    styles = list(zip(colours, ("weights", "activations", "membranes", "arithmetic"), strict=True))
+    bars = [[energy[n]["pj"][cause] / 1e6 for n in NETWORKS] for _, cause in styles]
+    _layer_bars(axis, list(NETWORKS.values()), bars, styles)
+    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    axis.set_title("Energy with memory", loc="left", fontsize=11, fontweight="bold")
+    axis.set_xlabel("uJ a sample", fontsize=9)
 
 
 def _layer_bars(

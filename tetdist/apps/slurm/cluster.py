@@ -7,19 +7,16 @@ Each setting is taken from the last of these places that sets it:
     3. the flags of the command line
 """
 
-import difflib
-import json
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
 
-import pydantic
 from pydantic import Field
 
 from tetdist.apps.roofline import cards
+from tetdist.apps.sections import checked
 from tetdist.config.fields import Positive, Section
-from tetdist.config.messages import message_of
 from tetdist.config.yaml_files import read_value
 from tetdist.errors import UserError
 
@@ -150,21 +147,6 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _checked(facts: dict[str, Any], source: str) -> ClusterSection:
     """Validate the settings; errors name their source."""
-    try:
-        cluster = ClusterSection.model_validate_json(json.dumps(facts))
-    except pydantic.ValidationError as error:
-        raise UserError(f"{source}: {'; '.join(_explain(e) for e in error.errors())}") from None
+    cluster = checked(ClusterSection, facts, source)
     minutes(cluster.time)
     return cluster
-
-
-def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    known = list(ClusterSection.model_fields)
-    if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
-    message = message_of(error)
-    quoted = ", in quotes" if error["type"] == "string_type" else ""
-    return f"{key!r}: {message}{quoted}, not {error['input']!r}"

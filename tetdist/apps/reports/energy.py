@@ -1,0 +1,284 @@
+"""Energy of an evaluated network with its memory, beside that of a ReLU network.
+
+Both networks have the same synapses. The ReLU network runs once, and its activations have as many
+bits as T timesteps with up to D spikes each need: ceil(log2(T D + 1)), after arXiv 2409.08290v4,
+for D = 1. For each layer of synapses, and the neurons after it, the energy is that of
+
+* weights, read as often as ``weight_fetches`` says, and not more often than they are used;
+* activations, moved to each synapse that they reach. Spikes move as events, or as bitmaps, which
+  have bits for every input in every timestep. Outputs of neurons are written once;
+* membranes, read and written once a timestep; a ReLU network has none;
+* arithmetic: an accumulate for each spike at a synapse, a comparison for each update of a membrane,
+  and multiply-accumulates of real numbers. A ReLU network skips activations that are zero.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from tetdist.apps.sections import checked
+from tetdist.config.fields import Section
+from tetdist.config.yaml_files import read_yaml
+from tetdist.errors import UserError
+
+Bits = Annotated[int, Field(ge=1, le=64)]
+Amount = Annotated[float, Field(ge=0, le=1e6)]
+
+
+class EnergySection(Section):
+    """Assumptions and constants, with energies in picojoules; --energy changes them."""
+
+    weight_bits: Bits = 8
+    """Bits of a weight (assumed: those of export --int8)."""
+    membrane_bits: Bits = 16
+    """Bits of a membrane (assumed)."""
+    real_bits: Bits = 8
+    """Bits of a real-valued input, such as a pixel, a mean or a current (assumed)."""
+    weight_fetches: Literal["synapse", "timestep", "sample"] = "timestep"
+    """Reads of a weight (assumed). synapse: for each of its uses. timestep: once a
+    timestep, and kept for all positions. sample: a T-th of that, as if kept for all timesteps."""
+    hops: Amount = 1.0
+    """Hops that an activation moves for each synapse (assumed; below 1 if synapses share moves)."""
+    spike_move: Amount = 3.0
+    """Energy of moving a spike, as an event, by one hop (arXiv 2409.08290v4, 22 nm; of Loihi 1)."""
+    bit_move: Amount = 0.25
+    """Energy of moving a bit of a dense activation by one hop (arXiv 2409.08290v4, 22 nm)."""
+    weight_bit: Amount = 0.0375
+    """Energy of reading a bit of a weight on the chip (fitted to break-even rates of arXiv
+    2409.08290v4, which has 20.3 for DRAM)."""
+    state_bit: Amount = 0.0375
+    """Energy of reading or writing a bit of a membrane, or writing one of an activation (fitted: as
+    weight_bit)."""
+    accumulate: Amount = 0.05448
+    """Energy of accumulating a weight (arXiv 2409.08290v4, 22 nm)."""
+    compare: Amount = 0.05448
+    """Energy of comparing a membrane with its threshold (arXiv 2409.08290v4, 22 nm)."""
+    multiply_accumulate: Amount = 0.0125
+    """Energy of a multiply-accumulate, for each product of a bit of the activation and one of the
+    weight (fitted to break-even rates of arXiv 2409.08290v4)."""
+    fp32_accumulate: Amount = 0.9
+    """Energy of an addition in 32-bit floating point, for arithmetic only (Horowitz, ISSCC 2014,
+    45 nm)."""
+    fp32_multiply_accumulate: Amount = 4.6
+    """Energy of a multiplication and an addition in 32-bit floating point, for arithmetic only
+    (Horowitz, ISSCC 2014, 45 nm)."""
+
+
+# Keys that are assumptions, not measured constants.
+ASSUMED = ("weight_bits", "membrane_bits", "real_bits", "weight_fetches", "hops")
+ASSUMPTIONS = (
+    "a spike is an accumulate at each synapse that it reaches; a sum of n spikes (SEW's ADD) is n, "
+    "a mean over 2x2 pixels is its spikes, and events of a camera are spikes",
+    "real-valued inputs (an image, a mean before the classifier) are a multiply-accumulate at each "
+    "synapse, in the ReLU network, too; a static image's first layer is computed once for all "
+    "timesteps",
+    "attention: an accumulate a spike or product of spikes that is added up, and a spike of q adds "
+    "the d sums that it selects; one factor of each product is moved, no weight is read, and masks "
+    "are not counted",
+    "the ReLU network has ceil(log2(T D + 1)) bits, also where SEW adds; T D is the largest number "
+    "of spikes of a neuron that sends up to D in a timestep",
+    "of the ReLU network's activations 2 s T D / (T D + 1) are not zero, at spike rate s (arXiv "
+    "2409.08290v4); only these are multiplied",
+    "a membrane is read and written once a timestep; partial sums are not spilled",
+    "batch norm is folded into the weights; biases, identity shortcuts, pooling and control are "
+    "not counted",
+)
+
+
+def read_constants(file: Path | None) -> tuple[EnergySection, dict[str, Any]]:
+    """Read the constants and assumptions that a file changes; return all, and the changed ones.
+
+    Raises:
+        UserError: The file cannot be read, or is not valid.
+    """
+    if file is None:
+        return EnergySection(), {}
+    try:
+        changed = read_yaml(file)
+    except OSError as error:
+        raise UserError(
+            f"--energy: {file} cannot be read ({error.strerror}); give a YAML or JSON file of keys "
+            "and values"
+        ) from error
+    return checked(EnergySection, changed, f"--energy {file}"), changed
+
+
+class Use(NamedTuple):
+    """Memory accesses and arithmetic for an average sample; spikes read are a bit each."""
+
+    weight_bits_read: float = 0.0
+    spikes_read: float = 0.0
+    activation_bits_read: float = 0.0
+    activation_bits_written: float = 0.0
+    membrane_bits_read: float = 0.0
+    membrane_bits_written: float = 0.0
+    accumulates: float = 0.0
+    comparisons: float = 0.0
+    bit_products: float = 0.0
+
+    def pj(self, c: EnergySection) -> dict[str, float]:
+        """Return the energy in picojoules by its cause, and in total."""
+        moves = c.spike_move * self.spikes_read + c.bit_move * self.activation_bits_read
+        found = {
+            "weights": c.weight_bit * self.weight_bits_read,
+            "activations": c.hops * moves + c.state_bit * self.activation_bits_written,
+            "membranes": c.state_bit * (self.membrane_bits_read + self.membrane_bits_written),
+            "arithmetic": c.accumulate * self.accumulates
+            + c.compare * self.comparisons
+            + c.multiply_accumulate * self.bit_products,
+        }
+        return found | {"total": sum(found.values())}
+
+
+Layer = dict[str, Any]  # of Operations.as_dict
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Estimates for layers at T timesteps, in each of which a neuron sends up to D spikes."""
+
+    constants: EnergySection
+    timesteps: int
+    most_spikes: int
+
+    @property
+    def most(self) -> int:
+        """Largest number of spikes of a neuron in all timesteps, T D."""
+        return self.timesteps * self.most_spikes
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of the ReLU network's activations, ceil(log2(T D + 1))."""
+        return self.most.bit_length()
+
+    def spiking(self, layers: Iterable[Layer], scale: float = 1.0, *, bitmaps: bool = False) -> Use:
+        """Return the spiking network's use if it sent ``scale`` times its spikes."""
+        c, sent_bits, found = self.constants, self.most_spikes.bit_length(), []
+        for layer in layers:
+            spikes, real = scale * layer["accumulates"], layer["multiply_accumulates"]
+            steps = real / layer["synapses"] if real else self.timesteps
+            dense = steps * layer["synapses"] if real or bitmaps else 0.0
+            membranes = layer["membrane_updates"]
+            use = Use(
+                weight_bits_read=self._weight_bits(layer, dense or spikes, steps),
+                spikes_read=0.0 if bitmaps else spikes,
+                activation_bits_read=dense * (c.real_bits if real else sent_bits),
+                activation_bits_written=sent_bits * membranes,
+                membrane_bits_read=c.membrane_bits * membranes,
+                membrane_bits_written=c.membrane_bits * membranes,
+                accumulates=spikes,
+                comparisons=membranes,
+                bit_products=real * self._bit_products(layer, c.real_bits),
+            )
+            found.append(use)
+        return _total(found)
+
+    def relu(self, layers: Iterable[Layer], scale: float = 1.0) -> Use:
+        """Return the ReLU network's use if the spiking network sent ``scale`` times its spikes."""
+        found = []
+        for layer in layers:
+            products, bits = layer["synapses"], self.constants.real_bits
+            if not layer["multiply_accumulates"]:
+                bits = self.activation_bits
+                products = min(products, 2 * scale * layer["accumulates"] / (self.most + 1))
+            use = Use(
+                weight_bits_read=self._weight_bits(layer, layer["synapses"], 1),
+                activation_bits_read=bits * layer["synapses"],
+                activation_bits_written=self.activation_bits
+                * layer["membrane_updates"]
+                / self.timesteps,
+                bit_products=products * self._bit_products(layer, bits),
+            )
+            found.append(use)
+        return _total(found)
+
+    def _bit_products(self, layer: Layer, bits: int) -> int:
+        """Return the products of bits in a product with an activation of so many."""
+        return bits * (self.constants.weight_bits if layer["weights"] else bits)
+
+    def _weight_bits(self, layer: Layer, uses: float, steps: float) -> float:
+        """Return the bits of weights that are read for so many uses in so many timesteps."""
+        c, weights = self.constants, layer["weights"]
+        fetches = uses if weights else 0.0
+        if c.weight_fetches != "synapse":
+            fetches = min(uses, steps * weights)
+        if c.weight_fetches == "sample":
+            fetches /= steps
+        return c.weight_bits * fetches
+
+    def spike_rate(self, layers: Iterable[Layer]) -> float | None:
+        """Return the spikes that a synapse receives in a timestep, of up to D; None without any."""
+        spiking = [layer for layer in layers if not layer["multiply_accumulates"]]
+        spikes = sum(layer["accumulates"] for layer in spiking)
+        return spikes / self.most / sum(layer["synapses"] for layer in spiking) if spikes else None
+
+    def break_even(self, layers: Sequence[Layer]) -> float | None:
+        """Return the spike rate, up to 1, below which the spiking network takes less energy.
+
+        All layers' rates are scaled alike. 0: it takes more even without spikes. None: it has none.
+        """
+        if (rate := self.spike_rate(layers)) is None:
+            return None
+
+        def wins(at: float) -> bool:
+            spiking, relu = (of(layers, at / rate) for of in (self.spiking, self.relu))
+            return spiking.pj(self.constants)["total"] < relu.pj(self.constants)["total"]
+
+        low, high = 0.0, float(wins(0.0))
+        if wins(1.0):
+            low = high
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if wins(middle) else (low, middle)
+        return low
+
+    def as_dict(self, layers: Sequence[Layer]) -> dict[str, Any]:
+        """Return the use and energy of layers in both networks, ready for JSON."""
+        c = self.constants
+        uses = {
+            "spiking": self.spiking(layers),
+            "bitmaps": self.spiking(layers, bitmaps=True),
+            "relu": self.relu(layers),
+        }
+        accumulates, products, synapses = (
+            sum(layer[key] for layer in layers)
+            for key in ("accumulates", "multiply_accumulates", "synapses")
+        )
+        add, multiply = c.fp32_accumulate, c.fp32_multiply_accumulate
+        return {
+            "spike_rate": self.spike_rate(layers),
+            "break_even_rate": self.break_even(layers),
+            **{name: use._asdict() | {"pj": use.pj(c)} for name, use in uses.items()},
+            "arithmetic_only_pj": {
+                "spiking": add * accumulates + multiply * products,
+                "relu": multiply * synapses,
+            },
+        }
+
+
+def _total(uses: list[Use]) -> Use:
+    return Use(*map(sum, zip(*uses, strict=True)))
+
+
+def estimate(
+    operations: dict[str, Any], timesteps: int, constants: EnergySection, changed: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the energy of a network and of each layer of synapses, ready for JSON.
+
+    Args:
+        operations: The network's operations, see `Operations.as_dict`.
+        timesteps: T.
+        constants, changed: See `read_constants`.
+    """
+    of, layers = Estimator(constants, timesteps, operations["most_spikes"]), operations["layers"]
+    return {
+        **of.as_dict(list(layers.values())),
+        "activation_bits": of.activation_bits,
+        "constants": constants.model_dump(),
+        "changed": sorted(changed),
+        "assumptions": list(ASSUMPTIONS),
+        "layers": {name: of.as_dict([layer]) for name, layer in layers.items()},
+    }
