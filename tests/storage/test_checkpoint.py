@@ -237,7 +237,7 @@ def test_unwritable_folder_is_an_error(tmp_path):
         save(tmp_path / "file" / "checkpoints", 1)
 
 
-def test_kill_while_saving_always_leaves_a_whole_newest(tmp_path):
+def test_kill_while_saving_always_leaves_a_whole_newest(farm, tmp_path):
     """SIGKILL at each of the places where the state of the disk changes."""
     code = f"""
         import itertools, os, signal, sys
@@ -276,9 +276,8 @@ def test_kill_while_saving_always_leaves_a_whole_newest(tmp_path):
                 rest = t.names(folder)
                 assert [n for n in rest if n.startswith(".step")] == [], rest
     """
-    status, output = tiny.execute(
-        tiny.python("-c", textwrap.dedent(code), tmp_path), tmp_path, timeout=100
-    )
+    command = tiny.python("-c", textwrap.dedent(code), tmp_path)
+    ((status, output),) = farm.side_by_side(1, command, tmp_path)
     assert status == 0, output
     lines = [line.split() for line in output.splitlines()]
     for again in ("1", "2"):
