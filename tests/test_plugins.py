@@ -81,7 +81,7 @@ def test_file_of_the_page_trains_on_two_processes_as_on_one(farm, write, tmp_pat
 
 
 @pytest.mark.parametrize("script", LOOPS)
-def test_own_loop_is_the_trainers(main, tiny_config, tmp_path, script):
+def test_own_loop_is_the_trainers(main, farm, tiny_config, tmp_path, script):
     """On two processes; that in plain torch has been stopped on one."""
     optimizer = {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0}
     phase = {"epochs": 1, "timesteps": 2, "schedule": "constant", "optimizer": optimizer}
@@ -90,14 +90,17 @@ def test_own_loop_is_the_trainers(main, tiny_config, tmp_path, script):
     assert main(file, "name=trainer").status == 0
     for name in (script, "own_parts.py"):
         (tmp_path / name).write_text(FILES[name])
-    torchrun = ["-m", "torch.distributed.run", "--master-port", tiny.free_port()]
-    starts = [[*torchrun, "--nproc-per-node", 2, script, file, "name=own"]]
-    if script == "loop_torch.py":
-        starts.insert(0, [script, file, "name=own", "max_steps=2"])
-    env = tiny.clean_environment(PYTHONPATH=os.pathsep.join([str(tiny.PROJECT), str(tmp_path)]))
-    for start in starts:
-        status, text = tiny.execute(tiny.python(*start), tmp_path, env=env)
-        assert status == 0, text
+    own = tiny.python(script, file, "name=own")
+    if script == "loop_torch.py":  # as on the page; the others in processes that have torch already
+        stopped = farm.side_by_side(1, [*own, "max_steps=2"], tmp_path)
+        torchrun = ("-m", "torch.distributed.run", "--master-port", tiny.free_port())
+        env = tiny.clean_environment(PYTHONPATH=os.pathsep.join([str(tiny.PROJECT), str(tmp_path)]))
+        command = tiny.python(*torchrun, "--nproc-per-node", 2, *own[1:])
+        outcomes = [tiny.execute(command, tmp_path, env=env), *stopped]
+    else:
+        outcomes = farm.side_by_side(2, own, tmp_path)
+    assert {status for status, _ in outcomes} == {0}, outcomes
+    text = outcomes[0][1]
     own, trainers = (
         load_file(tiny.newest(tmp_path / "runs" / name) / "model.safetensors")
         for name in ("own", "trainer")

@@ -183,7 +183,6 @@ def test_options_beside_a_preset_count_and_are_reported(trees, tmp_path, prebin_
         (["--preset", "mnist-dvs"], "invalid choice: 'mnist-dvs'"),
         (["--preset", "nmnist", "--simulate"], "--preset needs recordings and --simulate images"),
         (["--preset", "cifar10-dvs"], "--preset cifar10-dvs expects 10 classes in 10,000 record"),
-        (["--preset", "nmnist", "--split", "0-99-test"], "leaves nothing to train of '3'"),
     ],
 )
 def test_mistakes_with_presets_end_in_a_sentence(trees, tmp_path, prebin_dvs, options, words):

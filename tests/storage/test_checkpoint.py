@@ -4,9 +4,7 @@ import json
 import logging
 import os
 import pickle
-import resource
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -77,11 +75,6 @@ def test_round_trip(tmp_path):
     assert weights.keys() == model.state_dict().keys()
 
 
-def test_no_checkpoint_is_none(tmp_path):
-    assert checkpoint.newest(tmp_path / "nothing") is None
-    assert checkpoint.newest(tmp_path) is None
-
-
 def cut(file):
     os.truncate(file, file.stat().st_size // 2)
 
@@ -123,15 +116,6 @@ def test_damaged_manifest(manifest, tmp_path, caplog):
         found = checkpoint.newest(tmp_path)
     assert found.path == older
     assert "manifest.json" in caplog.text
-
-
-def test_all_damaged_is_an_error(tmp_path):
-    for step in (1, 2):
-        cut(save(tmp_path, step) / "optimizer.pt")
-    with pytest.raises(UserError, match=rf"{tmp_path} holds 2 checkpoints, but no undamaged one"):
-        checkpoint.newest(tmp_path)
-    # Nothing was deleted on the way.
-    assert {"step-00000001", "step-00000002"} <= set(names(tmp_path))
 
 
 def test_last_ones_and_the_best_are_kept(tmp_path):
@@ -214,27 +198,6 @@ def test_full_disk_leaves_the_earlier_ones(left, small_disk):
     # A second one of step 2 where the first was whole and only the pointer to it was not.
     steps = [name.split(".")[0] for name in names(folder)]
     assert steps == ["best", "last", "step-00000001", "step-00000002"]
-
-
-def test_file_size_limit_is_an_error_too(tmp_path):
-    """A limit stands for a full disk where nothing can be mounted: writes of a file fail."""
-    save(tmp_path, 1)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
-    try:
-        with pytest.raises(UserError, match="the checkpoint of step 2 could not be written"):
-            save(tmp_path, 2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    found = checkpoint.newest(tmp_path)
-    assert found.state["step"] == 1
-    assert names(tmp_path) == ["last", "step-00000001"]
-
-
-def test_unwritable_folder_is_an_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="could not be written"):
-        save(tmp_path / "file" / "checkpoints", 1)
 
 
 def test_kill_while_saving_always_leaves_a_whole_newest(farm, tmp_path):
@@ -391,8 +354,3 @@ def test_model_file_errors(tmp_path):
     for data in (b"\xff\xfe", b"..\n", b"step-x", b""):
         last.write_bytes(data)
         assert f"{last} is damaged: " in problem(tmp_path / "run")
-
-
-def test_this_file_is_a_module_for_its_children():
-    # The subprocesses above import it, without the names that pytest gives it.
-    assert sys.modules[save.__module__].__file__ == __file__
