@@ -43,6 +43,13 @@ _LOG = logging.getLogger("mkdocs.hooks.site")
 _CODE = re.compile(r"^(```.*?^```)", flags=re.MULTILINE | re.DOTALL)
 
 
+def on_config(config: MkDocsConfig) -> None:
+    """List the pages of studies in the navigation."""
+    pages = sorted(f"results/{page.name}" for page in (PROJECT / "docs" / "results").glob("*.md"))
+    (measured,) = (entry["Measured"] for entry in config.nav or [] if "Measured" in entry)
+    measured.insert(1, {"Results by study": pages})
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     made = {site: (PROJECT / name).read_text() for name, site in ROOT_PAGES.items()}

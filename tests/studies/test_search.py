@@ -84,7 +84,7 @@ def test_halving_goes_on_after_a_stop_and_sees_validation_once(call, write, here
     first = sorted(finite, key=lambda name: -validations[name][0]["top1"])
     assert set(names[4:6]) == set(first[:2])
     second = max(first[:2], key=lambda name: validations[name][1]["top1"])
-    values = json.loads((output / "report" / "search.json").read_text())
+    values = json.loads((output / "report.json").read_text())
     assert values["chosen"] == second
     assert set(values["commands"]) == {*(f"{name}-seed0" for name in RATES), "final-seed0"}
     assert len(values["environments"]) == 1
@@ -102,11 +102,9 @@ def test_halving_goes_on_after_a_stop_and_sees_validation_once(call, write, here
     error = 100 * math.sqrt(right * (1 - right) / validations[first[0]][0]["samples"])
     assert f" % is ± {error:.2g} points" in report
     assert f"top-1 **{only['top1']:.2f}** % on the 23 samples of the validation split" in report
-    assert (output / "report" / "search.png").stat().st_size > 10_000
-    # A study that has its section in the same file goes on without it.
-    head = f"{summary.BEGIN}{summary.END}"
-    made = summary.refreshed(head + report, output / "report", output / "report.md")
-    assert made.endswith(f"{summary.END}{report}")
+    assert (output / "report.png").stat().st_size > 10_000
+    # The summary of the folder has no row of a search.
+    assert "report.md" not in summary.write(output).read_text()
 
     # Through rungs it is the run that it would have been at once.
     straight = search.Search(search.read(file), output, (), ())

@@ -23,10 +23,11 @@ from scipy import stats
 from tiny import Outcome
 from tiny_study import ENTRIES, Here, finish
 
-from tetdist.apps.studies import figures, local, plan, search, slurm, tracking
-from tetdist.apps.studies.numbers import Numbers, gather, paired_difference, spread
+from tetdist.apps.studies import figures, local, plan, search, slurm, summary, tracking
+from tetdist.apps.studies.numbers import EQUAL, Numbers, gather, paired_difference, spread
 from tetdist.apps.studies.plan import StudyRun
-from tetdist.apps.studies.report import early_exit, section, verdict
+from tetdist.apps.studies.report import comparisons, differs_unnamed, early_exit
+from tetdist.errors import UserError
 
 STUDY = tiny.PROJECT / "tools" / "study.py"
 Call = Callable[..., tuple[int, str]]
@@ -75,7 +76,7 @@ def test_a_study_is_trained_continued_and_reported(
     assert status == 0, printed
     assert "3 of 4 runs are already done" in printed
     assert {path: path.read_bytes() for path in before} == before
-    values = json.loads((output / "report" / "study.json").read_text())
+    values = json.loads((output / "report.json").read_text())
     assert values["missing"] == []
     for run in values["runs"]:
         val = tiny.metrics(output / run["name"], "val")[-1]
@@ -93,17 +94,16 @@ def test_a_study_is_trained_continued_and_reported(
 
 @pytest.mark.usefixtures("here")
 def test_thresholds_of_early_exit_are_compared(call: Call, write: Write, tmp_path: Path) -> None:
-    output, results = tmp_path / "out", tmp_path / "results.md"
-    results.write_text("<!-- summary of studies -->\n<!-- end of the summary -->\n")
+    output, pages = tmp_path / "out", tmp_path / "results"
     averaged = {"control": "tet", "average": True, "overrides": {"ema.decay": 0.5}}
     fewer = {"overrides": {"phases.0.timesteps": 1}}
     entries = {**ENTRIES, "averaged": averaged, "fewer": fewer}
     overrides = {"data.held_out": 0.25, "phases.0.optimizer.lr": 0.5}
     changes = {"exit_within": 20.0, "seeds": [0], "entries": entries, "overrides": overrides}
     file = write(changes)
-    status, printed = call("study", file, "--output", output, "--append-to", results)
+    status, printed = call("study", file, "--output", output, "--pages", pages)
     assert status == 0, printed
-    values = json.loads((tmp_path / "results" / "study.json").read_text())
+    values = json.loads((pages / "study.json").read_text())
     spent: dict[str, list[float]] = {name: [] for name in entries}
     for run in values["runs"]:
         found = json.loads((output / run["name"] / "test_timesteps.json").read_text())
@@ -137,11 +137,11 @@ def test_thresholds_of_early_exit_are_compared(call: Call, write: Write, tmp_pat
         assert run["curve"] == points
     difference = values["differences"]["tet"]["exit_timesteps"]
     assert difference["mean"] == pytest.approx(np.mean(np.subtract(spent["tet"], spent["sdt"])))
-    report = results.read_text()
+    report = (pages / "study.md").read_text()
     assert "loses at most 20 points on the 12 training samples that a run holds out" in report
     assert "The full T is 2, more than the training of `fewer` had." in report
-    row = f"| `tet` - `sdt` | 1 | 20 | {np.mean(spent['tet']):.2f} | {np.mean(spent['sdt']):.2f} |"
-    assert row in report[: report.index("<!-- end of the summary -->")]
+    # Both runs have the lower accuracy of the two less 20 points at the first timestep.
+    assert "| `tet` - `sdt` | +0.00 | +0.00 |" in report
     assert "best epoch" not in report
 
 
@@ -163,7 +163,7 @@ def test_the_result_is_on_the_validation_split_where_samples_are_held_out(
     status, printed = call("study", file, "--output", output, "--import", own)
     assert status == 0, printed
     assert [words[-2:] for words in here.started] == [["--import", str(own)]] * 2
-    values = json.loads((output / "report" / "study.json").read_text())
+    values = json.loads((output / "report.json").read_text())
     assert [run["samples"] for run in values["runs"]] == [sum(tiny.VAL_SIZES)]
     report = (output / "report.md").read_text()
     assert f"on {sum(tiny.VAL_SIZES)} validation samples" in report
@@ -193,7 +193,7 @@ def test_one_begins_with_another(call: Call, write: Write, tmp_path: Path) -> No
     assert status == 0, printed
     log = (output / "logs" / "longer-seed0.log").read_text()
     assert f"beginning with the weights of {output / 'short-seed0'} (step 5, T=2)" in log
-    values = json.loads((output / "report" / "study.json").read_text())
+    values = json.loads((output / "report.json").read_text())
     cost = {name: entry["image_timesteps"] for name, entry in values["entries"].items()}
     # What two of a run's needs begin with is paid for once.
     assert cost == {"short": 80, "longer": 80 + 120, "taught": 80 + 120 + 80, "second": 80 + 120}
@@ -223,7 +223,7 @@ def test_one_begins_with_another(call: Call, write: Write, tmp_path: Path) -> No
     assert runs["short"]["by_timestep"][:2] == pytest.approx(val["per_timestep_top1"])
     assert len(runs["short"]["by_timestep"]) == 3
     assert "tools/eval.py" in runs["short"]["commands"][1]
-    assert f"for instance `{runs['short']['commands'][1]}`" in report
+    assert f"\n{runs['short']['commands'][1]}\n" in report
     assert len(runs["longer"]["commands"]) == 1
 
 
@@ -642,7 +642,7 @@ def test_mistakes_on_the_command_line_are_named(call: Call, write: Write, tmp_pa
         ((file, "--again"), "--again needs --slurm"),
         ((file, "seed"), "'seed' is not an override"),
         ((file, "resume=must"), "the study itself sets resume"),
-        ((file, "--append-to", tmp_path / "kept.txt"), "FILE.md"),
+        ((file, "--pages", file), "--pages takes a folder"),
     ):
         status, printed = call("study", *arguments, "--output", output)
         assert (status, word in printed) == (2, True), printed
@@ -685,7 +685,7 @@ def test_numbers_are_numpys(call: Call, finished: tuple[Path, Path]) -> None:
     file, output = finished
     status, printed = call("study", file, "--output", output, "--jobs", 2, "--report-only")
     assert status == 0, printed
-    values = json.loads((output / "report" / "study.json").read_text())
+    values = json.loads((output / "report.json").read_text())
     for entry, accuracies in ACCURACIES.items():
         found = values["entries"][entry]
         for t in (1, 2, 4):
@@ -710,13 +710,13 @@ def test_numbers_are_numpys(call: Call, finished: tuple[Path, Path]) -> None:
     report = (output / "report.md").read_text()
     top1 = ACCURACIES["tet"][:, 3]
     assert f"| {top1.mean():.2f} ± {top1.std(ddof=1):.2f} | 99.00 ± 0.00 |" in report
-    picture = Image.open(output / "report" / "study.png")
+    picture = Image.open(output / "report.png")
     assert min(picture.size) > 300
     # What differs between the entries, and how each was trained.
     assert "| `sdt` | sdt |" in report
     assert f"runs_dir={output}" in report
     assert "name=tet-seed3" in report
-    assert f"`python tools/study.py {file} --output {output} --jobs 2`" in report
+    assert f"`python tools/study.py {file}`" in report
 
 
 def test_the_figure_tells_entries_and_epochs_apart(by_hand: ByHand) -> None:
@@ -747,7 +747,7 @@ def test_the_figure_tells_entries_and_epochs_apart(by_hand: ByHand) -> None:
     assert [tick for tick in axis.get_xticks() if tick != round(tick)] == []
 
 
-def test_what_sets_entries_apart_unnamed_is_at_the_head(by_hand: ByHand) -> None:
+def test_what_sets_entries_apart_unnamed_is_listed(by_hand: ByHand) -> None:
     like_lif = {"surrogate": "triangle", "surrogate_width": 1, "fires_at_threshold": False}
     neuron = like_lif | {"kind": "plif", "decay_input": False}
     entries: dict[str, Any] = {
@@ -758,7 +758,6 @@ def test_what_sets_entries_apart_unnamed_is_at_the_head(by_hand: ByHand) -> None
         "section": {"control": "base", "overrides": {"loss": {"kind": "tet"}}},
     }
     numbers = by_hand({"entries": entries, "seeds": [3], "overrides": {"loss.lambda": 0.05}})
-    head, _, _ = section(numbers, "link", "command").partition("* `like` against")
     heading = "Entries also differ in keys that they do not set, here with both values:"
     of_plif = (("surrogate=sigmoid", "triangle"), ("surrogate_width=4.0", "1.0"))
     of_plif += (("fires_at_threshold=true", "false"), ("decay_input=true", "none"))
@@ -767,20 +766,21 @@ def test_what_sets_entries_apart_unnamed_is_at_the_head(by_hand: ByHand) -> None
         f"* `plif` against `base`: {keys}",
         "* `section` against `base`: `loss.lambda=0.001` (0.05)",
     ]
-    assert head.partition(heading)[2].split("\n") == ["", "", *listed, "", ""]
+    head, _, _ = differs_unnamed(numbers).partition("\n* `like` against")
+    assert head.split("\n") == [heading, "", *listed]
 
 
 @pytest.mark.parametrize(
     ("top1", "words"),
     [
         # Against 90, 90 and 90; the interval is of 4.3 standard errors to either side.
-        ([92.0, 93.0, 94.0], "+3.00 [+0.52, +5.48] points, n = 3: **better** (p = 0.035)"),
-        ([88.0, 87.0, 86.0], "-3.00 [-5.48, -0.52] points, n = 3: **worse** (p = 0.035)"),
-        ([91.0, 92.0, 93.0], "+2.00 [-0.48, +4.48] points, n = 3: not significant (p ="),
-        ([91.0, 91.0, 91.0], "+1.00 points, n = 3: no spread between the seeds"),
+        ([92.0, 93.0, 94.0], "3 | +3.00 [+0.52, +5.48] | 3.26 | 0.035 | **better**"),
+        ([88.0, 87.0, 86.0], "3 | -3.00 [-5.48, -0.52] | 3.26 | 0.035 | **worse**"),
+        ([91.0, 92.0, 93.0], "3 | +2.00 [-0.48, +4.48] | 3.26 | 0.074 | not significant"),
+        ([91.0, 91.0, 91.0], "3 | +1.00 |  |  | no test (no spread)"),
         # But for rounding.
-        ([90.3, math.nextafter(90.3, 91)], "+0.30 points, n = 2: no spread between the seeds"),
-        ([88.0], "-2.00 points, n = 1: one seed, so no test is possible"),
+        ([90.3, math.nextafter(90.3, 91)], "2 | +0.30 |  |  | no test (no spread)"),
+        ([88.0], "1 | -2.00 |  |  | no test (one seed)"),
     ],
 )
 def test_a_verdict_is_as_sure_as_the_interval(
@@ -790,7 +790,7 @@ def test_a_verdict_is_as_sure_as_the_interval(
         return [0.0, 0.0, 0.0, top1[run.seed] if run.entry == "tet" else 90.0]
 
     numbers = by_hand({"seeds": list(range(len(top1))), "test_timesteps": [4]}, accuracies)
-    assert verdict(numbers, "tet").startswith(f"* `tet` against `sdt`: {words}")
+    assert f"| `tet` - `sdt` | {words} |\n" in comparisons(numbers)
     # An interval that cannot be told is not drawn as one of no width.
     (bar,) = figures.draw(numbers).axes[2].containers
     assert bar.has_xerr == ("[" in words)
@@ -807,33 +807,49 @@ def test_early_exit_is_compared_with_the_full_t_of_the_study() -> None:
         difference=lambda *_: paired_difference([], []),
         spread=lambda _, value: spread([value(result), value(result)]),
         timesteps=lambda _: 1,
+        at_equal_top1=lambda _: dict.fromkeys(EQUAL, paired_difference([], [])),
     )
     assert "| 1.50 ± 0.00 | 55.00 ± 0.00 | -5.00 ± 0.00 |" in early_exit(numbers)
 
 
-def test_a_section_replaces_its_earlier_self_only(
-    call: Call, finished: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_page_is_made_of_the_runs_and_anew_of_its_numbers(call, finished, tmp_path):
     file, output = finished
-    results = tmp_path / "results.md"
+    pages, results = tmp_path / "results", tmp_path / "results.md"
     results.symlink_to("target.md")
-    results.write_text("# Results\n\nBy hand.\n")
+    results.write_text(f"# Results\n\nBy hand.\n\n{summary.MARK}an old table\n")
     given = "tracking.uri=http://me:secret@host"
-    arguments = (file, given, "--output", output, "--report-only", "--append-to", results)
-    assert call("study", *arguments)[0] == 0
-    assert "secret" not in results.read_text() + (tmp_path / "results" / "study.json").read_text()
+    arguments = (file, given, "--report-only", "--pages", pages, "--output")
+    assert call("study", *arguments, output)[0] == 0
+    written = {path.suffix: path.read_bytes() for path in pages.glob("study.*")}
+    assert set(written) == {".md", ".json", ".png"}
+    assert b"secret" not in written[".md"] + written[".json"] + results.read_bytes()
+    assert b"![A tiny study](study.png)" in written[".md"]
     once = results.read_text()
-    assert once.startswith("# Results\n\nBy hand.\n\n<!-- study study -->\n## A tiny study\n")
-    assert "(results/study.png)" in once
-    assert (tmp_path / "results" / "study.png").is_file()
-    results.write_text(once + "\nAfter.\n")
-    assert call("study", *arguments)[0] == 0
-    assert results.read_text() == once + "\nAfter.\n"
-    # An end that is lost would swallow what follows.
-    results.write_text(once.replace("<!-- end of study study -->\n", ""))
-    status, printed = call("study", *arguments)
-    assert (status, "has no end" in printed) == (2, True)
+    assert once.startswith(f"# Results\n\nBy hand.\n\n{summary.MARK}\n## TET against SDT\n")
+    assert "an old table" not in once
     assert results.is_symlink()
+
+    # Elsewhere, without the runs.
+    elsewhere = tmp_path / "elsewhere"
+    assert call("study", *arguments, elsewhere)[0] == 0
+    assert {path.suffix: path.read_bytes() for path in pages.glob("study.*")} == written
+    assert not elsewhere.exists()
+    worded = file.read_text() + "answer: |\n  TET minus SDT is {tet -\n  sdt: 1}; {tet} %.\n"
+    file.write_text(worded)
+    assert call("study", *arguments, elsewhere)[0] == 0
+    difference = paired_difference(*(list(ACCURACIES[name][:, 0]) for name in ("tet", "sdt")))
+    answer = f"TET minus SDT is {difference}; {spread(list(ACCURACIES['tet'][:, 3]))} %."
+    assert f"**Answer.** {answer}\n" in (pages / "study.md").read_text()
+    assert f"| [A tiny study](results/study.md) | {answer} | 3 |\n" in results.read_text()
+    (pages / "study.json").write_text("{}")
+    status, printed = call("study", *arguments, elsewhere)
+    assert (status, "no numbers of a study" in printed) == (2, True), printed
+
+
+@pytest.mark.parametrize("blank", ["{tte}", "{tet - sdt: 9}", "{tet: exit_top1}", "{tet: top}"])
+def test_an_answer_names_numbers_of_its_study(write, blank):
+    with pytest.raises(UserError, match=re.escape(f"answer: {blank} is no number of this study")):
+        plan.read(write({"answer": f"It is {blank}."}))
 
 
 def test_a_folder_of_another_study_is_left_alone(

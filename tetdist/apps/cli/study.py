@@ -54,10 +54,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="list the runs to train and their epochs, then stop"
     )
     parser.add_argument(
-        "--append-to",
-        metavar="FILE.md",
+        "--pages",
+        metavar="DIR",
         type=Path,
-        help="also write the report into FILE.md, in place of the study's earlier one",
+        help="also write the report as a page into DIR, and the summary of all its pages into "
+        "DIR.md; with --report-only and no finished run, from the numbers of the earlier page",
     )
     parser.add_argument(
         "--again",
@@ -74,8 +75,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "finished, the same command without --slurm evaluates and reports",
     )
     options = parser.parse_intermixed_args(arguments)
-    if options.append_to and options.append_to.suffix != ".md":
-        parser.error(f"--append-to takes a Markdown file, FILE.md, not {options.append_to}")
+    if options.pages and options.pages.is_file():
+        parser.error(f"--pages takes a folder, such as docs/results, not the file {options.pages}")
     if options.slurm is not None and options.dry_run:
         parser.error("--dry-run must follow --slurm: --slurm ... --dry-run")
     if options.slurm is not None and options.report_only:
@@ -93,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def study(options: argparse.Namespace) -> int:
-    from tetdist.apps.studies import plan, report, search, tracking
+    from tetdist.apps.studies import numbers, plan, report, search, tracking
     from tetdist.apps.studies.local import catch_up, refuse_if_at_work, work
 
     file = plan.find(options.study)
@@ -127,7 +128,13 @@ def study(options: argparse.Namespace) -> int:
         parent = tracking.Parent(file.stem, untrained, output)
         failed = work(chosen, options.jobs, parent)
         catch_up(file.stem, chosen, output, options.jobs)
-    return conclude(options, file, output, partial(report.write, section, runs), failed)
+    found = numbers.gather(section, runs)
+    targets = [output / "report.md", *page_of(options, file)]
+    if options.report_only and not found.entries and targets[-1].with_suffix(".json").is_file():
+        del targets[0]
+        earlier = targets[0].with_suffix(".json")
+        found = numbers.recorded(earlier, section, output, options.overrides)
+    return conclude(options, file, targets, partial(report.write, found), failed)
 
 
 def search_for(options: argparse.Namespace, file: Path) -> int:
@@ -155,21 +162,32 @@ def search_for(options: argparse.Namespace, file: Path) -> int:
             standing = found.standing()
     if not options.report_only:
         catch_up(file.stem, found.runs_of(standing), output, options.jobs)
-    return conclude(options, file, output, partial(search_report.write, found, standing), failed)
+    targets = [output / "report.md", *page_of(options, file)]
+    write = partial(search_report.write, found, standing)
+    return conclude(options, file, targets, write, failed)
+
+
+def page_of(options: argparse.Namespace, file: Path) -> list[Path]:
+    """Return the page of a study's file, if there is one."""
+    return [options.pages / f"{file.stem}.md"] if options.pages else []
 
 
 def conclude(
     options: argparse.Namespace,
     file: Path,
-    output: Path,
-    write: Callable[[str, Path, str], None],
+    targets: list[Path],
+    write: Callable[[Path, str], None],
     failed: dict[str, str],
 ) -> int:
     """Write the report, print the failed runs with their reasons, and return the exit status."""
+    from tetdist.apps.studies import summary
+
     print("writing the report and its figure", file=sys.stderr)
-    for target in filter(None, (output / "report.md", options.append_to)):
-        write(file.stem, target, command(options, file))
+    for target in targets:
+        write(target, command(options, file))
         print(f"the report is {target}")
+    if options.pages:
+        print(f"the summary is {summary.write(options.pages)}")
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
@@ -190,14 +208,8 @@ def command(options: argparse.Namespace, file: Path) -> str:
     """Return the command of the study, which its report quotes."""
     from tetdist.apps.studies import plan
 
-    words = [str(file), *options.overrides, *plan.import_flags(options.imports)]
-    if options.output:
-        words += ["--output", str(options.output)]
-    if options.jobs > 1:
-        words += ["--jobs", str(options.jobs)]
-    for entry in options.only or []:
-        words += ["--only", entry]
-    return str(plan.Command("study", tuple(words)))
+    words = (str(file), *options.overrides, *plan.import_flags(options.imports))
+    return str(plan.Command("study", words))
 
 
 def choose(runs: "list[StudyRun]", entries: list[str] | None) -> "list[StudyRun]":

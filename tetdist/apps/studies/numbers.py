@@ -1,19 +1,33 @@
 """Results of a study: means, standard deviations and paired differences over seeds."""
 
+import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tetdist.apps.studies.plan import StudyRun, StudySection, evaluation, is_trained, lines
+from tetdist.apps.studies.plan import (
+    BLANK,
+    StudyRun,
+    StudySection,
+    evaluation,
+    is_trained,
+    lines,
+    runs_of,
+)
+from tetdist.errors import UserError
 from tetdist.storage.files import parse_json
+from tetdist.tracking.metrics_file import restored
 from tetdist.training import schedule
 from tetdist.training.schedule import Phase, schedule_phases
 
 CONFIDENCE = 0.95
+POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -58,25 +72,20 @@ class Result:
     best_epoch: float
     by_timestep: list[float]  # top-1 of the time-mean up to timestep 1, 2, ...
     loss: float
-    chosen_exit: dict[str, Any] | None  # see `tetdist.evaluation.suite`; None: not chosen
-    early_exit: list[tuple[float, float, float]]  # threshold, top-1, average timesteps a sample
     samples: int  # size of the validation split
     data_split: str | None  # of recordings, if there are several
     curve: list[tuple[float, float, float]]  # epoch, loss, top-1 of every evaluation
     image_timesteps: int  # training images times T, of this run alone
     seconds: float  # of training this run alone, without evaluations
     ended: float  # Unix time in seconds
-    environment: dict[str, Any]
+    commands: list[str]  # training and, if it is separate, evaluation
+    chosen_exit: dict[str, Any] | None = None  # see `tetdist.evaluation.suite`; None: not chosen
+    early_exit: Sequence[tuple[float, float, float]] = ()  # threshold, top-1, average timesteps
 
     def as_dict(self) -> dict[str, Any]:
-        left_out = ("run", "environment")
-        values = {key: value for key, value in vars(self).items() if key not in left_out}
         named = {"name": self.run.name, "entry": self.run.entry, "seed": self.run.seed}
         named |= {"timesteps": self.run.timesteps}
-        commands = [str(self.run.train_command)]
-        if self.run.is_evaluated_again:
-            commands.append(str(self.run.eval_command))
-        return named | values | {"commands": commands}
+        return named | {key: value for key, value in vars(self).items() if key != "run"}
 
 
 # --- the numbers ----------------------------------------------------------------------------------
@@ -111,7 +120,10 @@ def result_of(run: StudyRun) -> Result | None:
         image_timesteps=image_timesteps(run, last),
         seconds=training_seconds(run),
         ended=last["time"],
-        environment=run_environment(run),
+        commands=[
+            str(run.train_command),
+            *([str(run.eval_command)] if run.is_evaluated_again else []),
+        ],
     )
 
 
@@ -172,6 +184,13 @@ def paired_difference(values: list[float], control: list[float]) -> Difference:
     return Difference(n, mean, mean - half, mean + half, p)
 
 
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p values corrected for their number by Holm's method; NaN, no test, stays NaN."""
+    tested = sorted(p for p in values if not math.isnan(p))
+    scaled = [min(1.0, (len(tested) - i) * p) for i, p in enumerate(tested)]
+    return [max(scaled[: tested.index(p) + 1]) if p in tested else math.nan for p in values]
+
+
 Value = Callable[[Result], float]
 
 
@@ -182,6 +201,7 @@ class Numbers:
     study: StudySection
     runs: list[StudyRun]
     results: dict[str, dict[int, Result]]
+    environments: list[dict[str, Any]]  # the distinct ones
 
     @property
     def missing(self) -> list[str]:
@@ -203,15 +223,42 @@ class Numbers:
         """Return the spread over seeds of a value of each result."""
         return spread(list(map(value, self.of(entry))))
 
-    def difference(self, entry: str, value: Value) -> Difference:
-        """Return the difference to the control in a value of each result, paired by seed.
+    def pairs(self, entry: str, control: str | None = None) -> list[tuple[Result, Result]]:
+        """Return results of equal seed, of an entry and another, by default its control."""
+        other = control or self.study.entries[entry].control
+        ours, theirs = self.results[entry], self.results[other] if other else {}
+        return [(result, theirs[seed]) for seed, result in ours.items() if seed in theirs]
 
-        It has no pairs without a control, or without a seed that both have finished.
+    def difference(self, entry: str, value: Value, control: str | None = None) -> Difference:
+        """Return the difference in a value of each of the `pairs`; without any, its n is 0."""
+        pairs = self.pairs(entry, control)
+        return paired_difference(*([value(pair[i]) for pair in pairs] for i in (0, 1)))
+
+    def at_equal_top1(self, entry: str, control: str | None = None) -> dict[str, Difference]:
+        """Return the differences of timesteps at equal top-1, for each of `EQUAL`: with early exit
+        at any threshold, and with all samples stopped at one t.
         """
-        control = self.study.entries[entry].control
-        ours, theirs = self.results[entry], self.results[control] if control else {}
-        seeds = [seed for seed in ours if seed in theirs]
-        return paired_difference(*([value(of[seed]) for seed in seeds] for of in (ours, theirs)))
+        most, within = max(self.study.test_timesteps), self.study.exit_within or 0.0
+        found = [timesteps_at_equal(pair, most, within) for pair in self.pairs(entry, control)]
+        return {
+            key: paired_difference(*([values[i][j] for values in found] for j in (0, 1)))
+            for i, key in enumerate(EQUAL)
+        }
+
+    @property
+    def answer(self) -> str:
+        """The study's answer, its blanks filled in; empty while runs are missing."""
+
+        def filled(blank: re.Match[str]) -> str:
+            entry, control, key = blank.groups()
+            if key in EQUAL:
+                return str(self.at_equal_top1(entry, control)[key])
+            value = at(int(key)) if key and key.isdigit() else VALUES[key or "top1"]
+            if control is None:
+                return str(self.spread(entry, value))
+            return str(self.difference(entry, value, control))
+
+        return "" if self.missing else BLANK.sub(filled, " ".join(self.study.answer.split()))
 
     def cost(self, entry: str) -> tuple[float, float]:
         """Return image-timesteps and training seconds, medians over seeds, with needed runs."""
@@ -254,16 +301,18 @@ class Numbers:
                 "control": self.study.entries[entry].control,
                 "top1": vars(top1),
                 **{key: vars(self.difference(entry, value)) for key, value in exits.items()},
+                **({k: vars(v) for k, v in self.at_equal_top1(entry).items()} if exits else {}),
                 "by_timestep": {t: vars(self.difference(entry, of)) for t, of in by_t.items()},
             }
         results = [result for entry in self.entries for result in self.of(entry)]
         return {
             "study": self.study.model_dump(mode="json"),
+            "answer": self.answer,
             "missing": self.missing,
             "entries": entries,
             "differences": differences,
             "runs": [result.as_dict() for result in results],
-            "environments": distinct([result.environment for result in results]),
+            "environments": self.environments,
         }
 
 
@@ -288,6 +337,9 @@ def exit_top1(result: Result) -> float:
 
 
 EXIT_VALUES = {"exit_timesteps": exit_timesteps, "exit_top1": exit_top1}
+# Values that an answer may name (`plan.IN_ANSWERS`).
+VALUES = {"top1": last, "loss": loss, **EXIT_VALUES}
+EQUAL = ("exit_timesteps_at_equal_top1", "timesteps_at_equal_top1")
 
 
 def exit_curve(
@@ -316,13 +368,77 @@ def timesteps_for(curve: list[tuple[float, float]], top1: float) -> float:
     return math.nan
 
 
+def timesteps_at_equal(
+    pair: tuple[Result, Result], most: int, within: float
+) -> list[Sequence[float]]:
+    """Return the timesteps of both results with early exit, and with one t for all samples.
+
+    Their accuracy is that of the less accurate one at the last timestep, less ``within``.
+    """
+    top1 = min(one.by_timestep[most - 1] for one in pair) - within
+    curves = [exit_curve(one.by_timestep, one.early_exit, most) for one in pair]
+    numbered = [enumerate(one.by_timestep, start=1) for one in pair]
+    first = [next(t for t, of_t in one if of_t >= top1) for one in numbered]
+    return [[timesteps_for(curve, top1) for curve in curves], first]
+
+
+def detectable(difference: Difference) -> float:
+    """Return the smallest true difference that a paired t-test of n pairs finds at 80 % power.
+
+    The observed spread is taken as the true one. NaN for a single pair.
+    """
+    from scipy import optimize, stats
+
+    if math.isnan(difference.low):
+        return math.nan
+    freedom = difference.n - 1
+    limit = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom))
+    error = (difference.high - difference.low) / 2 / limit
+
+    def lacking(size: float) -> float:
+        return POWER - float(stats.nct.sf(limit, freedom, size))
+
+    # In standard errors; two seeds need the most, 16.
+    return error * float(optimize.brentq(lacking, 0.1, 100.0))
+
+
 def gather(study: StudySection, runs: list[StudyRun]) -> Numbers:
     results: dict[str, dict[int, Result]] = {name: {} for name in study.entries}
     for run in runs:
         result = result_of(run)
         if result is not None:
             results[run.entry][run.seed] = result
-    return Numbers(study, runs, results)
+    ran = [run for run in runs if run.seed in results[run.entry]]
+    return Numbers(study, runs, results, distinct(list(map(run_environment, ran))))
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Read the numbers of a study or of a search."""
+    try:
+        values = restored(parse_json(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); run its study again") from None
+    of_one = ({"study", "entries", "differences"}, {"study", "candidates"})
+    if not isinstance(values, dict) or not any(keys <= values.keys() for keys in of_one):
+        raise UserError(f"{file} has no numbers of a study; run its study again")
+    return values
+
+
+def recorded(file: Path, study: StudySection, output: Path, more: list[str]) -> Numbers:
+    """Return the numbers that an earlier report has written.
+
+    Title, question and answer are the given study's; all else is as it was run.
+    """
+    values = read(file)
+    words = study.model_dump(mode="json", include={"title", "question", "answer"})
+    as_run = StudySection.model_validate_json(json.dumps(values["study"] | words))
+    runs = {run.name: run for run in runs_of(as_run, output, more)}
+    results: dict[str, dict[int, Result]] = {name: {} for name in as_run.entries}
+    for found in values["runs"]:
+        # The numbers of a study without early exit may be older than it.
+        kept = {field.name: found[field.name] for field in fields(Result) if field.name in found}
+        results[found["entry"]][found["seed"]] = Result(run=runs[found["name"]], **kept)
+    return Numbers(as_run, list(runs.values()), results, values["environments"])
 
 
 def distinct(values: list[dict[str, Any]]) -> list[dict[str, Any]]:

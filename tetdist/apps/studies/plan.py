@@ -76,7 +76,19 @@ class QuestionSection(Section):
 Kind = TypeVar("Kind", bound=QuestionSection)
 
 
+# Numbers of an answer besides top-1, which numbers.py computes.
+IN_ANSWERS = (
+    *("loss", "exit_top1", "exit_timesteps"),
+    *("exit_timesteps_at_equal_top1", "timesteps_at_equal_top1"),
+)
+BLANK = re.compile(rf"\{{([\w.-]+)(?: - ([\w.-]+))?(?:: (\d+|{'|'.join(IN_ANSWERS)}))?\}}")
+
+
 class StudySection(QuestionSection):
+    answer: str = ""
+    """One to three sentences for the report and the summary, written once results are known.
+    Numbers are blanks: {entry} is its top-1, {entry - other} the difference, {entry - other: 1}
+    that at T=1, and so on for `IN_ANSWERS`."""
     test_timesteps: Annotated[tuple[Timesteps, ...], Field(min_length=1)]
     """Numbers of timesteps at which every run is evaluated."""
     exit_within: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -256,6 +268,15 @@ def read(path: Path) -> StudySection:
                     f"{path}: entries.{name}.{key}: {other!r} is not another entry; choose from "
                     f"{known}"
                 )
+    for blank in re.findall(r"\{.*?\}", " ".join(study.answer.split())):
+        named, other, key = found.groups("") if (found := BLANK.fullmatch(blank)) else ("",) * 3
+        beyond = key.isdigit() and int(key) > study.test_timesteps[-1]
+        lacking = "exit" in key and study.exit_within is None
+        if beyond or lacking or not {named, other or named} <= study.entries.keys():
+            raise UserError(
+                f"{path}: answer: {blank} is no number of this study; use {{ENTRY}}, "
+                "{ENTRY - OTHER} or {ENTRY - OTHER: T}, with T up to that of test_timesteps"
+            )
     return study
 
 

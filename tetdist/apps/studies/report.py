@@ -3,25 +3,27 @@
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tetdist.apps.reports import style
-from tetdist.apps.studies import figures, summary
+from tetdist.apps.studies import figures
 from tetdist.apps.studies.numbers import (
+    CONFIDENCE,
+    EQUAL,
+    Difference,
     Numbers,
     Result,
     at,
     best,
-    distinct,
+    detectable,
     exit_timesteps,
     exit_top1,
-    gather,
+    holm,
     last,
     loss,
 )
-from tetdist.apps.studies.plan import TEACHER_KEY, StudyRun, StudySection, as_text
+from tetdist.apps.studies.plan import TEACHER_KEY, as_text
 from tetdist.config.checks import effective
 from tetdist.config.identity import flatten
 from tetdist.errors import UserError, without_passwords
@@ -36,88 +38,66 @@ OF_THE_RUN = ("name", "seed", "init_checkpoint", TEACHER_KEY)
 # --- the report -----------------------------------------------------------------------------------
 
 
-def write(study: StudySection, runs: list[StudyRun], name: str, file: Path, command: str) -> None:
-    """Write the study's section into a Markdown file, with figure and numbers beside the file.
-
-    This replaces the study's earlier section and the summary of all studies, if the file has them;
-    everything else stays.
-
-    Raises:
-        UserError: No run is finished, or a section of the file has no end.
-    """
-    numbers = gather(study, runs)
+def write(numbers: Numbers, file: Path, command: str) -> None:
+    """Write a study's page, with figure and numbers beside it."""
     if not numbers.entries:
         raise UserError(
-            f"nothing to report: none of {counted(len(runs), 'run')} is finished and evaluated; "
-            "the same command without --report-only trains them"
+            f"nothing to report: none of {counted(len(numbers.runs), 'run')} is finished and "
+            "evaluated; the same command without --report-only trains them"
         )
-    figure = figures.draw(numbers)
-    put(name, file, lambda link: section(numbers, link, command), figure, numbers.as_dict())
+    put(file, page(numbers, file.stem, command), figures.draw(numbers), numbers.as_dict())
 
 
-def put(
-    name: str, file: Path, section: Callable[[str], str], figure: Any, values: dict[str, Any]
-) -> None:
-    """Write a study's or search's section into a Markdown file, with figure and numbers beside it.
-
-    ``section`` makes it, given the link to figure and numbers without suffix.
-
-    Raises:
-        UserError: A section of the file has no end.
-    """
-    folder = file.with_suffix("")
-    whole = section(f"{folder.name}/{name}")
-    text = replaced(file.read_text() if file.is_file() else "", name, whole, file)
-    folder.mkdir(parents=True, exist_ok=True)
-    style.save(figure, folder / f"{name}.png")
+def put(file: Path, page: str, figure: Any, values: dict[str, Any]) -> None:
+    """Write the page of a study or search, with figure and numbers beside it."""
     numbers = json.dumps(strict(values), indent=1, allow_nan=False)
     with explaining(file):
-        write_text(folder / f"{name}.json", without_passwords(numbers) + "\n")
-        write_text(file, summary.refreshed(text, folder, file))
+        style.save(figure, file.with_suffix(".png"))
+        write_text(file.with_suffix(".json"), without_passwords(numbers) + "\n")
+        write_text(file, page)
 
 
-def replaced(text: str, name: str, section: str, file: Path) -> str:
-    """Return the file's text with the study's section replaced, or added at the end."""
-    begin, end = f"<!-- study {name} -->\n", f"<!-- end of study {name} -->\n"
-    if begin not in text:
-        return f"{text.rstrip()}\n\n{begin}{section}{end}".lstrip()
-    return summary.between(text, begin, end, section, file)
-
-
-def section(numbers: Numbers, link: str, command: str) -> str:
-    """Return the section in Markdown; ``link`` is the path of figure and numbers without suffix."""
+def page(numbers: Numbers, name: str, command: str) -> str:
+    """Return the page in Markdown; figure and numbers are beside it, by this name."""
     study = numbers.study
-    parts = [f"## {study.title}", study.question.strip(), provenance(numbers, command)]
-    parts.append(differs_unnamed(numbers))
+    parts = [f"# {study.title}", study.question.strip()]
+    if numbers.answer:
+        parts.append(f"**Answer.** {numbers.answer}")
     if numbers.missing:
         parts.append(
             f"**Incomplete**: {len(numbers.missing)} of {counted(len(numbers.runs), 'run')} "
             f"{are(len(numbers.missing))} missing ({', '.join(numbers.missing)})."
         )
-    verdicts = [verdict(numbers, entry) for entry in numbers.entries]
     parts += [
-        "\n".join(text for text in verdicts if text),
+        comparisons(numbers),
         overview(numbers),
+        f"![{study.title}]({name}.png)",
         early_exit(numbers),
-        f"![{study.title}]({link}.png)",
         by_timestep(numbers),
         difference_by_timestep(numbers),
         what_differs(numbers),
-        commands(numbers, f"{link}.json"),
+        differs_unnamed(numbers),
+        provenance(numbers, name, command),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def provenance(numbers: Numbers, command: str) -> str:
+def provenance(numbers: Numbers, name: str, command: str) -> str:
     results = [result for entry in numbers.entries for result in numbers.of(entry)]
     day = time.strftime("%d %B %Y", time.gmtime(max(result.ended for result in results)))
-    machines = distinct([result.environment for result in results])
+    machines = numbers.environments
     described = "; ".join(dict.fromkeys(map(machine, machines)))
     commits = dict.fromkeys(f"{str(m['commit'])[:10]}" for m in machines if m.get("commit"))
     of = f", at commit {', '.join(commits)}" if commits else ""
     if any(m.get("dirty") for m in machines):
         of += ", some with uncommitted changes"
-    return f"`{command}`\n\nFinished on {day.lstrip('0')}{of}, on {described}."
+    firsts = [numbers.of(entry)[0] for entry in numbers.entries]
+    listed = "\n".join(command for first in firsts for command in first.commands)
+    return (
+        f"## Provenance\n\n`{command}`\n\nFinished on {day.lstrip('0')}{of}, on {described}. "
+        f"[{name}.json]({name}.json) has every number, and the commands of all runs. Those of the "
+        f"first seed, {firsts[0].run.seed}:\n\n```\n{listed}\n```"
+    )
 
 
 def machine(environment: dict[str, Any]) -> str:
@@ -162,23 +142,44 @@ def differs_unnamed(numbers: Numbers) -> str:
     return f"Entries also differ in keys that they do not set, here with both values:\n\n{lines}"
 
 
-def verdict(numbers: Numbers, entry: str) -> str:
-    """Return a line that compares an entry with its control; empty without one."""
-    difference = numbers.difference(entry, last)
-    control = numbers.study.entries[entry].control
-    if difference.n == 0:
+def comparisons(numbers: Numbers) -> str:
+    """Return the table of entries and their controls; empty without any."""
+    found = {entry: numbers.difference(entry, last) for entry in numbers.entries}
+    found = {entry: difference for entry, difference in found.items() if difference.n}
+    if not found:
         return ""
+    several = len(found) > 1
+    corrected = holm([difference.p for difference in found.values()])
+    rows = []
+    for (entry, difference), p in zip(found.items(), corrected, strict=True):
+        control = numbers.study.entries[entry].control
+        row = [f"`{entry}` - `{control}`", str(difference.n), str(difference)]
+        row += [_number(detectable(difference)), _number(difference.p, ".2g")]
+        rows.append([*row, *([_number(p, ".2g")] if several else []), verdict(difference, p)])
+    head = ["", "n", "points [95 % CI]", "minimum detectable effect", "p"]
+    head += [*(["p, Holm"] if several else []), "result"]
+    holms = (
+        f" Holm's method corrects p for the {len(found)} comparisons; it decides the result."
+        if several
+        else ""
+    )
+    return (
+        f"## Comparisons\n\n{markdown(head, rows, numbers=True)}\n\nDifference of top-1 after the "
+        "last epoch, at the T of training, between runs with the same seed, with the 95 % interval "
+        f"and p of the paired t-test.{holms} The minimum detectable effect is the true difference "
+        "that n seeds with this spread would show as significant with a probability of 80 %."
+    )
+
+
+def verdict(difference: Difference, p: float) -> str:
+    """Describe the result of a comparison, by its corrected p."""
     if difference.n == 1:
-        result = "one seed, so no test is possible"
-    elif math.isnan(difference.low):
-        result = "no spread between the seeds, so no test is possible"
-    elif difference.low > 0:
-        result = f"**better** (p = {difference.p:.2g})"
-    elif difference.high < 0:
-        result = f"**worse** (p = {difference.p:.2g})"
-    else:
-        result = f"not significant (p = {difference.p:.2g})"
-    return f"* `{entry}` against `{control}`: {difference} points, n = {difference.n}: {result}."
+        return "no test (one seed)"
+    if math.isnan(difference.low):
+        return "no test (no spread)"
+    if p >= 1 - CONFIDENCE:
+        return "not significant"
+    return "**better**" if difference.mean > 0 else "**worse**"
 
 
 def overview(numbers: Numbers) -> str:
@@ -194,7 +195,6 @@ def overview(numbers: Numbers) -> str:
                 str(numbers.timesteps(entry)),
                 str(len(numbers.of(entry))),
                 *(str(numbers.spread(entry, value)) for value in shown),
-                *(str(numbers.difference(entry, value)) for value in shown),
                 f"{numbers.spread(entry, loss).mean:.4f}",
                 f"{image_timesteps / 1e6:.3g}",
                 f"{seconds:.0f}",
@@ -202,8 +202,7 @@ def overview(numbers: Numbers) -> str:
         )
     epochs = ["last", "best"][: len(shown)]
     head = ["", "T", "n", *(f"{one} epoch, %" for one in epochs)]
-    head += [*(f"{one} - control" for one in epochs), "loss", "image-timesteps, millions"]
-    head += ["training, s"]
+    head += ["loss", "image-timesteps, millions", "training, s"]
     table = markdown(head, rows, numbers=True)
     first = numbers.of(numbers.entries[0])[0]
     split = f" of the split {first.data_split}" if first.data_split else ""
@@ -213,11 +212,10 @@ def overview(numbers: Numbers) -> str:
         else ""
     )
     return (
-        f"{table}\n\nTop-1 on {first.samples} validation samples{split}: mean ± standard "
-        "deviation over n seeds. Differences are between runs with the same seed, with the "
-        f"95 % interval of the paired t-test. {flatters}Image-timesteps and seconds are medians "
-        "and include the training of init and teacher; seconds exclude evaluations and depend "
-        "on the machine's other load."
+        f"## Accuracy and cost\n\n{table}\n\nTop-1 on {first.samples} validation samples{split}: "
+        f"mean ± standard deviation over n seeds. {flatters}Image-timesteps (training images times "
+        "T) and seconds are medians and include the training of init and teacher; seconds exclude "
+        "evaluations and depend on the machine's other load."
     )
 
 
@@ -253,10 +251,30 @@ def early_exit(numbers: Numbers) -> str:
         else ""
     )
     return (
-        "Early exit: a sample is decided once the softmax of its time-mean reaches a confidence. "
-        f"The confidence is the lowest that loses at most {numbers.study.exit_within:g} points on "
-        f"the {held_out['chosen_on']['samples']} training samples that a run holds out:\n\n"
-        f"{markdown(head, rows, numbers=True)}{beyond}"
+        "## Early exit\n\nA sample is decided once the softmax of its time-mean reaches a "
+        "confidence. The confidence is the lowest that loses at most "
+        f"{numbers.study.exit_within:g} points on the {held_out['chosen_on']['samples']} training "
+        f"samples that a run holds out:\n\n{markdown(head, rows, numbers=True)}{beyond}"
+        f"{at_equal_accuracy(numbers)}"
+    )
+
+
+def at_equal_accuracy(numbers: Numbers) -> str:
+    """Return the table of timesteps at equal accuracy; empty without a comparison."""
+    rows = []
+    for entry in numbers.entries:
+        found = numbers.at_equal_top1(entry)
+        if found[EQUAL[0]].n:
+            control = numbers.study.entries[entry].control
+            rows.append([f"`{entry}` - `{control}`", *map(str, found.values())])
+    if not rows:
+        return ""
+    table = markdown(["", "early exit", "all samples stopped at one t"], rows, numbers=True)
+    return (
+        "\n\nDifference of timesteps at equal accuracy, which is that of the less accurate run of "
+        f"a pair at the last timestep less {numbers.study.exit_within:g} points. With early exit, "
+        "the threshold reaches this accuracy on the validation samples, interpolated between the "
+        f"tried ones; without it, t is the first at which all samples reach it:\n\n{table}"
     )
 
 
@@ -267,7 +285,9 @@ def by_timestep(numbers: Numbers) -> str:
         trained = numbers.timesteps(entry)
         cells = [f"**{of}**" if t == trained else str(of) for t, of in found.items()]
         rows.append([f"`{entry}`", *cells])
-    title = "Top-1, last epoch, by test T (bold: the T of training):"
+    title = (
+        "## Accuracy at each T\n\nTop-1 after the last epoch, by test T (bold: the T of training):"
+    )
     return f"{title}\n\n{_table_by_timestep(numbers, rows)}"
 
 
@@ -320,22 +340,8 @@ def what_differs(numbers: Numbers) -> str:
     if not columns:
         return ""
     rows = list(zip((f"`{entry}`" for entry in entries), *columns.values(), strict=True))
-    return f"Differences between the entries:\n\n{markdown(['', *columns], rows, numbers=True)}"
+    return f"## Differences between the entries\n\n{markdown(['', *columns], rows, numbers=True)}"
 
 
-def commands(numbers: Numbers, link: str) -> str:
-    runs = [numbers.of(entry)[0].run for entry in numbers.entries]
-    listed = "\n".join(str(run.train_command) for run in runs)
-    beyond = [run for run in runs if run.is_evaluated_again]
-    tested = (
-        "Accuracies that the training does not evaluate come from another command, for instance "
-        f"`{beyond[0].eval_command}`.\n\n"
-        if beyond
-        else ""
-    )
-    return (
-        '<details markdown="1"><summary>Commands</summary>\n\n'
-        f"Commands of the first seed, {runs[0].seed}; "
-        f"[{link.rpartition('/')[2]}]({link}) has those of all runs and every number.\n\n"
-        f"```\n{listed}\n```\n\n{tested}</details>"
-    )
+def _number(value: float, form: str = ".2f") -> str:
+    return "" if math.isnan(value) else f"{value:{form}}"

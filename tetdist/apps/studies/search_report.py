@@ -16,10 +16,10 @@ from tetdist.wording import counted
 _UNITS = {"top1": "top-1, %", "loss": "cross-entropy"}
 
 
-def write(search: Search, standing: Standing, name: str, file: Path, command: str) -> None:
-    """Write the search's section into a Markdown file, with figure and numbers beside the file."""
-    figure, values = draw(search, standing), as_dict(search, standing)
-    report.put(name, file, lambda link: section(search, standing, link, command), figure, values)
+def write(search: Search, standing: Standing, file: Path, command: str) -> None:
+    """Write the search's page, with figure and numbers beside it."""
+    text = page(search, standing, file.stem, command)
+    report.put(file, text, draw(search, standing), as_dict(search, standing))
 
 
 def candidates_as_text(search: Search) -> str:
@@ -29,20 +29,20 @@ def candidates_as_text(search: Search) -> str:
     return aligned([head, *rows])
 
 
-def section(search: Search, standing: Standing, link: str, command: str) -> str:
-    """Return the section in Markdown; ``link`` is the path of figure and numbers without suffix."""
+def page(search: Search, standing: Standing, name: str, command: str) -> str:
+    """Return the page in Markdown; figure and numbers are beside it, by this name."""
     study = search.study
     parts = [
-        f"## {study.title}",
+        f"# {study.title}",
         study.question.strip(),
         f"`{command}`",
         f"Budget: {search.budget()}.",
         judged_on(search, standing),
         table(search, standing),
-        f"![{study.title}]({link}.png)",
+        f"![{study.title}]({name}.png)",
         at_the_edge(search, standing),
         conclusion(search, standing),
-        f"Every number is in [{link.rpartition('/')[2]}.json]({link}.json).",
+        f"Every number is in [{name}.json]({name}.json).",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
