@@ -14,11 +14,7 @@ Kind = TypeVar("Kind", bound=Section)
 
 
 def checked(kind: type[Kind], values: dict[str, Any], source: str) -> Kind:
-    """Validate the keys and values of a section.
-
-    Raises:
-        UserError: They are not valid; the text names ``source`` and says why.
-    """
+    """Validate the keys and values of a section; errors name ``source``."""
     try:
         # Through JSON, because only then strict validation accepts a list as a tuple.
         return kind.model_validate_json(json.dumps(values))

@@ -5,11 +5,10 @@ bits as T timesteps with up to D spikes each need: ceil(log2(T D + 1)), after ar
 for D = 1. For each layer of synapses, and the neurons after it, the energy is that of
 
 * weights, read as often as ``weight_fetches`` says, and not more often than they are used;
-* activations, moved to each synapse that they reach. Spikes move as events, or as bitmaps, which
-  have bits for every input in every timestep. Outputs of neurons are written once;
+* activations, written once and moved to each synapse that they reach. Spikes move as events, or as
+  bitmaps of all inputs in all timesteps;
 * membranes, read and written once a timestep; a ReLU network has none;
-* arithmetic: an accumulate for each spike at a synapse, a comparison for each update of a membrane,
-  and multiply-accumulates of real numbers. A ReLU network skips activations that are zero.
+* arithmetic: accumulates, comparisons with thresholds, and multiply-accumulates.
 """
 
 from collections.abc import Iterable, Sequence
@@ -47,53 +46,40 @@ class EnergySection(Section):
     bit_move: Amount = 0.25
     """Energy of moving a bit of a dense activation by one hop (arXiv 2409.08290v4, 22 nm)."""
     weight_bit: Amount = 0.0375
-    """Energy of reading a bit of a weight on the chip (fitted to break-even rates of arXiv
-    2409.08290v4, which has 20.3 for DRAM)."""
+    """Energy of reading a bit of a weight on chip (fitted to arXiv 2409.08290v4; DRAM: 20.3)."""
     state_bit: Amount = 0.0375
-    """Energy of reading or writing a bit of a membrane, or writing one of an activation (fitted: as
-    weight_bit)."""
+    """Energy of reading or writing a bit of a membrane or activation (fitted as weight_bit)."""
     accumulate: Amount = 0.05448
     """Energy of accumulating a weight (arXiv 2409.08290v4, 22 nm)."""
     compare: Amount = 0.05448
     """Energy of comparing a membrane with its threshold (arXiv 2409.08290v4, 22 nm)."""
     multiply_accumulate: Amount = 0.0125
-    """Energy of a multiply-accumulate, for each product of a bit of the activation and one of the
-    weight (fitted to break-even rates of arXiv 2409.08290v4)."""
+    """Energy of a product of an activation's and a weight's bit (fitted to arXiv 2409.08290v4)."""
     fp32_accumulate: Amount = 0.9
-    """Energy of an addition in 32-bit floating point, for arithmetic only (Horowitz, ISSCC 2014,
-    45 nm)."""
+    """Energy of a 32-bit addition, for arithmetic only (Horowitz, ISSCC 2014, 45 nm)."""
     fp32_multiply_accumulate: Amount = 4.6
-    """Energy of a multiplication and an addition in 32-bit floating point, for arithmetic only
-    (Horowitz, ISSCC 2014, 45 nm)."""
+    """Energy of a 32-bit multiply-accumulate, for arithmetic only (Horowitz, ISSCC 2014, 45 nm)."""
 
 
-# Keys that are assumptions, not measured constants.
 ASSUMED = ("weight_bits", "membrane_bits", "real_bits", "weight_fetches", "hops")
 ASSUMPTIONS = (
     "a spike is an accumulate at each synapse that it reaches; a sum of n spikes (SEW's ADD) is n, "
     "a mean over 2x2 pixels is its spikes, and events of a camera are spikes",
-    "real-valued inputs (an image, a mean before the classifier) are a multiply-accumulate at each "
-    "synapse, in the ReLU network, too; a static image's first layer is computed once for all "
-    "timesteps",
-    "attention: an accumulate a spike or product of spikes that is added up, and a spike of q adds "
-    "the d sums that it selects; one factor of each product is moved, no weight is read, and masks "
-    "are not counted",
+    "real-valued inputs (images, means before a classifier) are a multiply-accumulate at each "
+    "synapse in both networks; a static image's first layer is computed once for all timesteps",
+    "attention: an accumulate a spike or product of spikes that is added up, d a spike of q; one "
+    "factor of each product is moved, no weight is read, and masks are not counted",
     "the ReLU network has ceil(log2(T D + 1)) bits, also where SEW adds; T D is the largest number "
     "of spikes of a neuron that sends up to D in a timestep",
     "of the ReLU network's activations 2 s T D / (T D + 1) are not zero, at spike rate s (arXiv "
     "2409.08290v4); only these are multiplied",
     "a membrane is read and written once a timestep; partial sums are not spilled",
-    "batch norm is folded into the weights; biases, identity shortcuts, pooling and control are "
-    "not counted",
+    "batch norm is folded into weights; biases, shortcuts, pooling and control are not counted",
 )
 
 
 def read_constants(file: Path | None) -> tuple[EnergySection, dict[str, Any]]:
-    """Read the constants and assumptions that a file changes; return all, and the changed ones.
-
-    Raises:
-        UserError: The file cannot be read, or is not valid.
-    """
+    """Read the constants and assumptions that a file changes; return all, and the changed ones."""
     if file is None:
         return EnergySection(), {}
     try:
@@ -151,8 +137,7 @@ class Estimator:
 
     @property
     def activation_bits(self) -> int:
-        """Bits of the ReLU network's activations, ceil(log2(T D + 1))."""
-        return self.most.bit_length()
+        return self.most.bit_length()  # ceil(log2(T D + 1)), of the ReLU network
 
     def spiking(self, layers: Iterable[Layer], scale: float = 1.0, *, bitmaps: bool = False) -> Use:
         """Return the spiking network's use if it sent ``scale`` times its spikes."""
@@ -161,16 +146,16 @@ class Estimator:
             spikes, real = scale * layer["accumulates"], layer["multiply_accumulates"]
             steps = real / layer["synapses"] if real else self.timesteps
             dense = steps * layer["synapses"] if real or bitmaps else 0.0
-            membranes = layer["membrane_updates"]
+            updates = layer["membrane_updates"]
             use = Use(
                 weight_bits_read=self._weight_bits(layer, dense or spikes, steps),
                 spikes_read=0.0 if bitmaps else spikes,
                 activation_bits_read=dense * (c.real_bits if real else sent_bits),
-                activation_bits_written=sent_bits * membranes,
-                membrane_bits_read=c.membrane_bits * membranes,
-                membrane_bits_written=c.membrane_bits * membranes,
+                activation_bits_written=sent_bits * updates,
+                membrane_bits_read=c.membrane_bits * updates,
+                membrane_bits_written=c.membrane_bits * updates,
                 accumulates=spikes,
-                comparisons=membranes,
+                comparisons=updates,
                 bit_products=real * self._bit_products(layer, c.real_bits),
             )
             found.append(use)
@@ -181,15 +166,14 @@ class Estimator:
         found = []
         for layer in layers:
             products, bits = layer["synapses"], self.constants.real_bits
+            outputs = layer["membrane_updates"] / self.timesteps
             if not layer["multiply_accumulates"]:
                 bits = self.activation_bits
                 products = min(products, 2 * scale * layer["accumulates"] / (self.most + 1))
             use = Use(
                 weight_bits_read=self._weight_bits(layer, layer["synapses"], 1),
                 activation_bits_read=bits * layer["synapses"],
-                activation_bits_written=self.activation_bits
-                * layer["membrane_updates"]
-                / self.timesteps,
+                activation_bits_written=self.activation_bits * outputs,
                 bit_products=products * self._bit_products(layer, bits),
             )
             found.append(use)
@@ -216,10 +200,7 @@ class Estimator:
         return spikes / self.most / sum(layer["synapses"] for layer in spiking) if spikes else None
 
     def break_even(self, layers: Sequence[Layer]) -> float | None:
-        """Return the spike rate, up to 1, below which the spiking network takes less energy.
-
-        All layers' rates are scaled alike. 0: it takes more even without spikes. None: it has none.
-        """
+        """Return the rate below which spikes take less energy (all scaled alike); 0: never."""
         if (rate := self.spike_rate(layers)) is None:
             return None
 
@@ -243,19 +224,17 @@ class Estimator:
             "bitmaps": self.spiking(layers, bitmaps=True),
             "relu": self.relu(layers),
         }
-        accumulates, products, synapses = (
+        added, multiplied, synapses = (
             sum(layer[key] for layer in layers)
             for key in ("accumulates", "multiply_accumulates", "synapses")
         )
-        add, multiply = c.fp32_accumulate, c.fp32_multiply_accumulate
+        spiking = c.fp32_accumulate * added + c.fp32_multiply_accumulate * multiplied
+        relu = c.fp32_multiply_accumulate * synapses
         return {
             "spike_rate": self.spike_rate(layers),
             "break_even_rate": self.break_even(layers),
             **{name: use._asdict() | {"pj": use.pj(c)} for name, use in uses.items()},
-            "arithmetic_only_pj": {
-                "spiking": add * accumulates + multiply * products,
-                "relu": multiply * synapses,
-            },
+            "arithmetic_only_pj": {"spiking": spiking, "relu": relu},
         }
 
 
@@ -266,13 +245,7 @@ def _total(uses: list[Use]) -> Use:
 def estimate(
     operations: dict[str, Any], timesteps: int, constants: EnergySection, changed: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the energy of a network and of each layer of synapses, ready for JSON.
-
-    Args:
-        operations: The network's operations, see `Operations.as_dict`.
-        timesteps: T.
-        constants, changed: See `read_constants`.
-    """
+    """Return the energy at T of `Operations.as_dict`, also of each layer, ready for JSON."""
     of, layers = Estimator(constants, timesteps, operations["most_spikes"]), operations["layers"]
     return {
         **of.as_dict(list(layers.values())),

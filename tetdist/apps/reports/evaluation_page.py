@@ -192,7 +192,6 @@ def operations_lines(found: EvaluationResults) -> list[str]:
     ]
 
 
-# Kinds of networks whose energy is estimated, and their names.
 NETWORKS = {"spiking": "spiking", "bitmaps": "spikes as bitmaps", "relu": "ReLU"}
 
 
@@ -201,12 +200,9 @@ def energy_lines(energy: dict[str, Any]) -> list[str]:
     rate, even = energy["spike_rate"], energy["break_even_rate"]
     known = "no spikes reach a synapse"
     if rate is not None:
-        more = "takes more energy than the ReLU network even without spikes"
-        less = f"takes less energy than the ReLU network below {100 * (even or 0):.3g} %"
-        known = (
-            f"mean spike rate at synapses {100 * rate:.3g} %; with memory, the spiking network "
-            f"{less if even else more}"
-        )
+        known = f"mean spike rate at synapses {100 * rate:.3g} %; with memory, the spiking network "
+        known += "takes less energy than the ReLU network " if even else "takes more energy than "
+        known += f"below {100 * even:.3g} %" if even else "the ReLU network even without spikes"
     assumed, changed = (
         ", ".join(f"{key}={energy['constants'][key]}" for key in keys)
         for keys in (ASSUMED, energy["changed"])
@@ -240,19 +236,13 @@ def _energy(energy: dict[str, Any], *, brief: bool) -> Section:
     ]
     layers = [["layer", "spike rate %", "break-even %", *(f"{n}, uJ" for n in NETWORKS.values())]]
     for name, one in energy["layers"].items():
-        rates = (one[key] and 100 * one[key] for key in ("spike_rate", "break_even_rate"))
-        layers.append(
-            [
-                name,
-                *(number(rate, ".3g") for rate in rates),
-                *(uj(one[network]["pj"]["total"]) for network in NETWORKS),
-            ]
-        )
+        rates = [one[key] and 100 * one[key] for key in ("spike_rate", "break_even_rate")]
+        totals = [uj(one[network]["pj"]["total"]) for network in NETWORKS]
+        layers.append([name, *(number(rate, ".3g") for rate in rates), *totals])
     constants = [["constant", "value", "meaning (pJ, bits) and source of the default"]]
     for key, value in energy["constants"].items():
-        source = " (--energy)" if key in energy["changed"] else ""
-        meaning = EnergySection.model_fields[key].description or ""
-        constants.append([key, f"{value}{source}", " ".join(meaning.split())])
+        meaning = " ".join((EnergySection.model_fields[key].description or "").split())
+        constants.append([key, f"{value}{' (--energy)' * (key in energy['changed'])}", meaning])
     return Section(
         "Energy",
         energy["assumptions"],
