@@ -29,6 +29,7 @@ COMMANDS = {
     "convert": "convert weights of other projects",
     "export": "export a trained network",
     "average": "average the weights of several trained networks",
+    "landscape": "measure the sharpness of trained networks, and draw their loss landscapes",
     "bench": "measure speed and memory",
     "check_gpu": "check a machine with GPUs before training on it; takes ten minutes",
     "list": "list recipes, networks, neurons, losses and optimisers",

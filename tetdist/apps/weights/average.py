@@ -47,7 +47,8 @@ def mean_weights(
     step = description.step
     for source in sources[1:]:
         others, theirs = _read(source, which, ema)
-        _check_alike(source, (others, theirs), first, (weights, description))
+        because = "only weights of the same network can be averaged"
+        check_alike(source, (others, theirs), first, (weights, description), because)
         for key, value in others.items():
             total[key] += value
         step = max(step, theirs.step)
@@ -73,8 +74,8 @@ def _read(path: Path, which: str, ema: bool) -> Read:
     return weights, description
 
 
-def _check_alike(source: Path, of_source: Read, first: Path, of_first: Read) -> None:
-    """Refuse weights of another network."""
+def check_alike(source: Path, of_source: Read, first: Path, of_first: Read, because: str) -> None:
+    """Refuse weights of another network; ``because`` is the reason."""
     (weights, theirs), (first_weights, ours) = of_source, of_first
     found = differences(
         *(
@@ -93,7 +94,7 @@ def _check_alike(source: Path, of_source: Read, first: Path, of_first: Read) -> 
     if found:
         raise UserError(
             f"{source} is another network than {first}: {'; '.join(found)}. Leave it out, because "
-            "only weights of the same network can be averaged"
+            f"{because}"
         )
 
 
