@@ -20,7 +20,7 @@ def draw(groups: Mapping[str, Sequence[dict[str, Any]]], radius: float, out: Pat
     """Draw measured networks, those of a group as one.
 
     A curve is the mean over random directions and networks, with a band of one standard deviation.
-    Contours are those of a group's first network; both rows share their levels.
+    Contours are those of a group's first network; the plots of a row share levels.
     """
     firsts = {name: members[0]["surface"] for name, members in groups.items()}
     rows = 1 + len(DRAWN) * all(firsts.values())
