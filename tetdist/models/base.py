@@ -4,7 +4,7 @@ import inspect
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, Never, Protocol, TypeVar
 
@@ -204,6 +204,37 @@ class SpikingNetwork(nn.Module):
                 {"num_chs": channels, "reduction": reduction, "module": module, "blocks": end}
             )
         self.num_features = stages[-1][0]
+
+    def set_resnet(
+        self,
+        make: Callable[..., nn.Module],
+        layers: tuple[int, ...],
+        stem: tuple[int, int],
+        width: int,
+        *,
+        expansion: int = 1,
+        first: int = 1,
+    ) -> None:
+        """Make the blocks of a ResNet, and describe its stages.
+
+        Args:
+            make: Returns a block for its input channels, width, stride and ``drop_path``.
+            stem: See `set_stages`.
+            width: Width of the first stage; it doubles from stage to stage.
+            expansion: Ratio of a block's output channels to its width.
+            first: Stride of the first stage; the others have 2.
+        """
+        channels, rates = stem[0], iter(dropout.rising_rates(self.drop_path_rate, sum(layers)))
+        self.blocks = nn.Sequential()
+        for stage, num_blocks in enumerate(layers):
+            for i in range(num_blocks):
+                stride = 1 if i else (2 if stage else first)
+                block = make(channels, width * 2**stage, stride, drop_path=next(rates))
+                self.blocks.append(block)
+                channels = width * 2**stage * expansion
+        self.small_blocks = layers[-1]
+        widths = [width * 2**i * expansion for i in range(len(layers))]
+        self.set_stages(stem, *stages_of(widths, layers, first * stem[1]))
 
     def set_head(self, drop_rate: float = 0.0, inputs: int | None = None) -> None:
         """Make the classifier of the last stage's channels, or of ``inputs`` features.
@@ -473,23 +504,6 @@ class ConvNormNeuron(nn.Module):
         ``timesteps`` is needed only if ``x`` is (1, ...), one input for all timesteps.
         """
         return self.neuron(self.conv(x), timesteps or x.shape[0], identity=identity)
-
-
-def resnet_blocks(
-    layers: tuple[int, ...], in_channels: int, width: int, *, expansion: int = 1, first: int = 1
-) -> Iterator[tuple[int, int, int]]:
-    """Yield input channels, width and stride of each block of a ResNet.
-
-    Args:
-        width: Width of the first stage; it doubles from stage to stage.
-        expansion: Ratio of a block's output channels to its width.
-        first: Stride of the first stage; the others have 2.
-    """
-    for stage, num_blocks in enumerate(layers):
-        for i in range(num_blocks):
-            stride = 1 if i else (2 if stage else first)
-            yield in_channels, width * 2**stage, stride
-            in_channels = width * 2**stage * expansion
 
 
 def stages_of(

@@ -8,6 +8,7 @@ pixels, and a fifth of the features is dropped in training. `ms_resnet14_cifar` 
 stem of one 3x3 convolution, and three stages.
 """
 
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from tetdist.models import base
 from tetdist.models.base import SpikingNetwork, conv3x3
 from tetdist.models.preact_resnet import Block, Stem
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.dropout import rising_rates
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import Conv2d
@@ -75,18 +75,13 @@ class MSResNet(SpikingNetwork):
             case _:
                 raise ValueError(f"stem must be 'plain', 'deep' or 'cifar', not {stem!r}")
         self.stem = Stem(conv, width)
-        places = base.resnet_blocks(layers, width, width, first=2)
-        rates = rising_rates(drop_path_rate, sum(layers))
-        self.blocks = nn.Sequential(
-            *(
-                Block(*place, neuron, pooled_projection=pooled_projections, drop_path=rate)
-                for place, rate in zip(places, rates, strict=True)
-            )
+        self.set_resnet(
+            partial(Block, neuron=neuron, pooled_projection=pooled_projections),
+            layers,
+            (width, 1 if stem == "cifar" else 2),
+            width,
+            first=2,
         )
-        self.small_blocks = layers[-1]
-        reduction = 1 if stem == "cifar" else 2
-        widths = [width * 2**i for i in range(len(layers))]
-        self.set_stages((width, reduction), *base.stages_of(widths, layers, 2 * reduction))
         self.neuron = Neuron(neuron, self.num_features)
         self.set_head(drop_rate)
         base.init_weights(self, init)

@@ -11,12 +11,13 @@ over positions, without a norm or neuron before it. ms_resnet.py has the older n
 kind.
 """
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.dropout import rising_rates
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.packed import AvgPool, Conv2d, MaxPool
@@ -111,17 +112,7 @@ class PreActResNet(SpikingNetwork):
         super().__init__(num_classes, timesteps, drop_path_rate)
         self.stem = Stem(Conv2d(in_chans, width, 7, stride=2, padding=3), width)
         self.pool = MaxPool(3, stride=2, padding=1)
-        places = base.resnet_blocks(layers, width, width)
-        rates = rising_rates(drop_path_rate, sum(layers))
-        self.blocks = nn.Sequential(
-            *(
-                Block(*place, neuron, bias=True, drop_path=rate)
-                for place, rate in zip(places, rates, strict=True)
-            )
-        )
-        self.small_blocks = layers[-1]
-        widths = [width * 2**i for i in range(len(layers))]
-        self.set_stages((width, 4), *base.stages_of(widths, layers, 4))
+        self.set_resnet(partial(Block, neuron=neuron, bias=True), layers, (width, 4), width)
         self.set_head(drop_rate)
         base.init_weights(self)
 

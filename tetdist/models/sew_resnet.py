@@ -7,6 +7,7 @@ convolves and normalises a static image once; all timesteps share it.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from tetdist.errors import UserError
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.nn import neurons
-from tetdist.nn.dropout import DropPath, rising_rates
+from tetdist.nn.dropout import DropPath
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Conv2d, MaxPool, carried, carry, pack
 
@@ -152,13 +153,12 @@ class SEWResNet(SpikingNetwork):
             Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False), neuron
         )
         self.pool: nn.Module = MaxPool(3, stride=2, padding=1)
-        places = base.resnet_blocks(layers, width, width, expansion=block.expansion)
-        rates = rising_rates(drop_path_rate, sum(layers))
-        self.blocks = nn.Sequential(
-            *(
-                block(*place, connect_function, neuron, rate)
-                for place, rate in zip(places, rates, strict=True)
-            )
+        self.set_resnet(
+            partial(block, function=connect_function, neuron=neuron),
+            layers,
+            (width, 4),
+            width,
+            expansion=block.expansion,
         )
         highest, highest_inputs = 1, list[int | None]()
         for one in self.blocks:
@@ -166,9 +166,6 @@ class SEWResNet(SpikingNetwork):
             if connect_function == "add":
                 highest = 1 + (highest if isinstance(one.downsample, nn.Identity) else 1)
         self.highest_inputs = tuple(highest_inputs)
-        self.small_blocks = layers[-1]
-        widths = [width * 2**i * block.expansion for i in range(len(layers))]
-        self.set_stages((width, 4), *base.stages_of(widths, layers, 4))
         self.set_head(drop_rate)
         base.init_weights(self)
 

@@ -10,6 +10,7 @@ batch norm: `spiking_resnet18_cifar`; `spiking_resnet19` with `stem_width=128`; 
 `spiking_resnet19_dvs` for events.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from tetdist.models import base
 from tetdist.models.base import INV_SQRT_2, ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.dropout import rising_rates
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormNeuron
 from tetdist.nn.packed import Conv2d, MaxPool
@@ -159,15 +159,13 @@ class SpikingResNet(SpikingNetwork):
             case _:
                 raise ValueError(f"stem must be 'imagenet' or 'cifar', not {stem!r}")
         self.stem = ConvNormNeuron(conv, neuron, norm_scale=scale)
-        places = base.resnet_blocks(layers, stem_width, width, expansion=block.expansion)
-        rates = rising_rates(drop_path_rate, sum(layers))
-        self.blocks = nn.Sequential(
-            *(block(*place, neuron, norm, rate) for place, rate in zip(places, rates, strict=True))
+        self.set_resnet(
+            partial(block, neuron=neuron, norm=norm),
+            layers,
+            (stem_width, 1 if stem == "cifar" else 4),
+            width,
+            expansion=block.expansion,
         )
-        self.small_blocks = layers[-1]
-        reduction = 1 if stem == "cifar" else 4
-        widths = [width * 2**i * block.expansion for i in range(len(layers))]
-        self.set_stages((stem_width, reduction), *base.stages_of(widths, layers, reduction))
         self.hidden: nn.Module = nn.Identity()
         if hidden_features:
             self.hidden = nn.Sequential(
