@@ -7,10 +7,10 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from tetdist.apps.cli.common import program, run_command
+from tetdist.apps.cli.common import program, run_command, write_result
 from tetdist.config.flags import positive
 from tetdist.errors import UserError
-from tetdist.storage.files import check_writable, explaining, write_json
+from tetdist.storage.files import check_writable
 
 
 def numbers(text: str) -> list[int]:
@@ -131,10 +131,7 @@ def measure(options: argparse.Namespace) -> None:
     }[options.command]
     result = measure_it(options)
     print(table(result))
-    if options.json:
-        result["machine"] = bench.machine(options.device)
-        with explaining(options.json):
-            write_json(options.json, result)
+    write_result(options.json, result | {"machine": bench.machine(options.device)})
 
 
 def problem_of(options: argparse.Namespace) -> str | None:

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from tetdist.apps.cli.common import add_local_rank, fail, program, run_command
+from tetdist.apps.cli.common import add_local_rank, fail, program, run_command, write_result
 from tetdist.errors import PeerFailed, UserError
-from tetdist.storage.files import check_writable, explaining, write_json
+from tetdist.storage.files import check_writable
 
 if TYPE_CHECKING:
     from tetdist.apps.check_gpu.check import Report
@@ -167,8 +167,7 @@ def _keep(options: argparse.Namespace, report: "Report") -> None:
     """Write the findings so far, on rank 0."""
     if options.json and _is_first():
         check_writable("--json", options.json)
-        with explaining(options.json):
-            write_json(options.json, report.as_dict())
+        write_result(options.json, report.as_dict())
 
 
 # --- the end --------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """Shared arguments, and handling of user errors, missing packages and Ctrl-C."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tetdist.config.flags import add_import, positive
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError, sentence, typed
@@ -54,6 +56,18 @@ def check_new_weights(output: Path) -> None:
         raise UserError(f"--output: {output.parent} is a checkpoint; choose another folder")
     if output.exists():
         raise UserError(f"{output} exists; choose another --output, or remove it first")
+
+
+def write_result(file: Path | None, values: Any) -> None:
+    """Write a result as JSON, if a file is given; non-finite numbers become text."""
+    from tetdist.storage.files import explaining, write_text
+    from tetdist.tracking.metrics_file import strict
+
+    if file:
+        # YAML has dates, JSON does not.
+        text = json.dumps(strict(values), indent=1, allow_nan=False, default=str)
+        with explaining(file):
+            write_text(file, f"{text}\n")
 
 
 def program(command: str) -> str:

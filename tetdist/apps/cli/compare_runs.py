@@ -16,7 +16,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from tetdist.apps.cli.common import program, run_command
+from tetdist.apps.cli.common import program, run_command, write_result
 from tetdist.storage.files import check_writable, explaining
 from tetdist.tables import aligned
 
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(options: argparse.Namespace) -> int:
     """Compare two runs, or list several side by side; return the exit status."""
-    from tetdist.apps.reports.compare import compare, write_json
+    from tetdist.apps.reports.compare import compare
 
     if options.json:
         check_writable("--json", options.json)
@@ -60,8 +60,7 @@ def show(options: argparse.Namespace) -> int:
         if options.plot:
             with explaining(options.plot):
                 reference.plot(records, published, options.plot)
-    if options.json:
-        write_json(options.json, found)
+    write_result(options.json, found)
     return status
 
 

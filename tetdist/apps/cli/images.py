@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.apps.cli.common import MISTAKES, program, run_command
+from tetdist.apps.cli.common import MISTAKES, program, run_command, write_result
 from tetdist.apps.file_progress import file_progress
 from tetdist.config.flags import MOST_THREADS, positive
 from tetdist.errors import UserError, typed
-from tetdist.storage.files import check_writable, explaining, write_json
+from tetdist.storage.files import check_writable
 from tetdist.wording import are, counted
 
 if TYPE_CHECKING:
@@ -336,9 +336,7 @@ def _print_findings(findings: "list[Finding]", file: Path | None) -> None:
         if count > _PRINTED_FINDINGS:
             where = f"see {file}" if file else "--json FILE lists all"
             print(f"{name}: {count - _PRINTED_FINDINGS} more; {where}")
-    if file:
-        with explaining(file):
-            write_json(file, [finding._asdict() for finding in findings])
+    write_result(file, [finding._asdict() for finding in findings])
 
 
 def _shard(args: argparse.Namespace) -> int:

@@ -13,7 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.apps.cli.common import CHECKPOINT, add_evaluation, documented_parser, run_command
+from tetdist.apps.cli.common import (
+    CHECKPOINT,
+    add_evaluation,
+    documented_parser,
+    run_command,
+    write_result,
+)
 from tetdist.apps.cli.eval import HANGS_AFTER, open_checkpoint
 from tetdist.config.flags import positive
 from tetdist.storage import files
@@ -138,7 +144,6 @@ def opened(options: argparse.Namespace, world: "World") -> list[Any]:
 def report(networks: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print the sharpness of each group and its difference from the first; write the files."""
     from tetdist.apps.reports import landscape as figure
-    from tetdist.apps.reports.compare import write_json
     from tetdist.apps.reports.runs_table import RunRecord, group
     from tetdist.apps.studies.numbers import paired_difference
     from tetdist.apps.weights.landscape import LOSSES
@@ -170,7 +175,7 @@ def report(networks: list[dict[str, Any]], options: argparse.Namespace) -> None:
         about = {key: getattr(options, key) for key in ("split", "directions", "radius", "seed")}
         members = {name: [one["checkpoint"] for one in groups[name]] for name in groups}
         about |= {"groups": members, "control": control, "differences": differences}
-        write_json(options.json, about | {"networks": networks})
+        write_result(options.json, about | {"networks": networks})
     if options.output:
         with files.explaining(options.output):
             figure.draw(groups, options.radius, options.output)

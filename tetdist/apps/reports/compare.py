@@ -6,7 +6,6 @@ Both files of metrics are read in parallel, a step at a time, so long files take
 
 import heapq
 import itertools
-import json
 import math
 import re
 import sys
@@ -18,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.errors import UserError
-from tetdist.storage.files import explaining, parse_json, write_text
+from tetdist.storage.files import parse_json
 from tetdist.tables import aligned
-from tetdist.tracking.metrics_file import each_line, strict
+from tetdist.tracking.metrics_file import each_line
 from tetdist.wording import counted
 
 # Values that depend on the clock or the machine.
@@ -451,11 +450,3 @@ def _steps(steps: list[int]) -> str:
     if len(steps) <= SHOWN:
         return ", ".join(map(str, steps))
     return f"{steps[0]}, {steps[1]}, ... {steps[-1]} ({counted(len(steps), 'step')})"
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a result as JSON."""
-    # YAML has dates, JSON does not.
-    text = json.dumps(strict(values), indent=1, allow_nan=False, default=str)
-    with explaining(path):
-        write_text(path, text + "\n")
