@@ -178,10 +178,9 @@ def paired_difference(values: list[float], control: list[float]) -> Difference:
     # Differences that are equal up to rounding would give an interval of width zero.
     if n < 2 or np.ptp(differences) < 1e-9:
         return Difference(n, mean, math.nan, math.nan, math.nan)
-    error = float(np.std(differences, ddof=1)) / math.sqrt(n)
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
-    return Difference(n, mean, mean - half, mean + half, p)
+    test = stats.ttest_rel(values, control)
+    low, high = test.confidence_interval(CONFIDENCE)
+    return Difference(n, mean, float(low), float(high), float(test.pvalue))
 
 
 def holm(values: Sequence[float]) -> list[float]:
