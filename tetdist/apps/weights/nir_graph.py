@@ -1,25 +1,10 @@
 """Trained network as a graph of NIR, the neuromorphic intermediate representation (package nir).
 
-NIR's neurons are differential equations. Integrated by the Euler method with step ``dt``, as other
-libraries do, they equal ours exactly (without input scaling, which ``R`` undoes):
-
-    nir.IF   dv/dt = R I             v <- v + dt R I                        R = 1 / dt
-    nir.LIF  tau dv/dt = -v + R I    v <- (1 - dt/tau) v + (dt/tau) R I     tau = dt / (1 - decay)
-                                                                            R = tau / dt
-
-A neuron that scales its input by 1/tau, as PLIF does, is nir.LIF with R = 1.
-
-Both fire if v is above the threshold, and are then reset to 0 (hard reset). NIR has no node for the
-soft reset. Neurons that also fire exactly at the threshold get the next smaller float32.
-
-An edge carries a node's output, and a node's input is the sum of its edges; so shortcuts, of
-currents (MS-ResNet) or of spikes, need no node. Batch norm is folded into the preceding
-convolution. Some nodes that NIR lacks are composed exactly, since spikes are 0 or 1: the maximum
-over a window is a sum above 1/2, AND is residual + identity above 3/2, IAND is identity - residual
-above 1/2. This is impossible for a maximum of real numbers, so PreAct-ResNets are refused.
-
-The graph runs one timestep at a time. Its input is the image at every timestep, or the timestep's
-event bin; its output is the timestep's logits, whose mean is the prediction.
+docs/weights.md has the equations by which NIR's neurons are ours. An edge carries a node's output,
+and a node's input is the sum of its edges; so shortcuts, of currents (MS-ResNet) or of spikes, need
+no node. Batch norm is folded into the preceding convolution. Some nodes that NIR lacks are composed
+exactly, since spikes are 0 or 1: the maximum over a window is a sum above 1/2, AND is residual +
+identity above 3/2, IAND is identity - residual above 1/2.
 """
 
 from collections.abc import Sequence
