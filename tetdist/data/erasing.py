@@ -41,11 +41,7 @@ class Erased(NamedTuple):
 
 
 def erased(
-    seed: int,
-    epoch: int,
-    positions: npt.NDArray[np.int64],
-    size: int,
-    erasing: ErasingSection,
+    seed: int, epoch: int, positions: npt.NDArray[np.int64], size: int, erasing: ErasingSection
 ) -> Erased:
     """Draw the rectangles to erase from images (size, size) at some positions of an epoch."""
     count = erasing.count

@@ -15,14 +15,7 @@ import numpy.typing as npt
 import torch
 
 from tetdist.data.batch_operations import operate
-from tetdist.data.dali import (
-    Source,
-    Workers,
-    event_graph,
-    image_graph,
-    image_inputs,
-    import_dali,
-)
+from tetdist.data.dali import Source, Workers, event_graph, image_graph, image_inputs, import_dali
 from tetdist.data.pixels import Edits, Output, Rest, edited, finished
 from tetdist.data.transfer import completed_on, new_stream, taker
 from tetdist.data.transforms import Mix, Transform

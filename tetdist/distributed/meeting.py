@@ -186,11 +186,7 @@ def _own_addresses() -> Iterator[tuple[socket.AddressFamily, str]]:
 
 
 def meet(
-    rank: int,
-    world_size: int,
-    seconds: float,
-    shared_folder: Path | None,
-    run: Mapping[str, Any],
+    rank: int, world_size: int, seconds: float, shared_folder: Path | None, run: Mapping[str, Any]
 ) -> Any:
     """Wait until all processes of the run are there; return a store of torch for them all.
 

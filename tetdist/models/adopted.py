@@ -271,11 +271,7 @@ _NORM = "take layer.BatchNorm2d or layer.ThresholdDependentBatchNorm2d"
 # Kinds of modules, the reason for refusing them, and the way out.
 _REFUSED: tuple[tuple[tuple[type, ...], str, str], ...] = (
     ((neuron.PSN,), _AHEAD, "take neuron.SlidingPSN, or MaskedPSN with lambda_ = 1"),
-    (
-        (layer.TemporalWiseAttention, layer.MultiDimensionalAttention),
-        _AHEAD,
-        "leave it out",
-    ),
+    ((layer.TemporalWiseAttention, layer.MultiDimensionalAttention), _AHEAD, "leave it out"),
     ((neuron.MPBNBaseNode, layer.bn._BatchNormThroughTimeBase), _OWN_NORM, f"{_LIF}, and {_NORM}"),
     (
         (layer.bn._TemporalEffectiveBatchNormBase,),

@@ -44,10 +44,7 @@ def carrying_layers(model: Streamed) -> dict[str, NeuronLayer]:
 
 
 def run_step(
-    model: Streamed,
-    frame: Tensor,
-    layers: list[NeuronLayer],
-    membranes: list[Tensor] | None,
+    model: Streamed, frame: Tensor, layers: list[NeuronLayer], membranes: list[Tensor] | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Run one timestep.
 

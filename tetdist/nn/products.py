@@ -189,12 +189,7 @@ class LinearAttention(Product):
 class _LinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        packed: list[Packed],
-        attention: LinearAttention,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, packed: list[Packed], attention: LinearAttention
     ) -> Tensor:
         ctx.save_for_backward(*(one.values for one in packed))
         ctx.levels, ctx.attention, ctx.dtype = [one.levels for one in packed], attention, q.dtype

@@ -51,11 +51,7 @@ def fetch(name: str, file: str) -> Path:
     if found is None:
         raise UserError(f"{name} is not of the form {HF}ORG/NAME or {HF}ORG/NAME@REVISION")
     from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-    )
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     repo, revision = found["repo"], found["revision"]
     with _explained(name), names_checked(name):

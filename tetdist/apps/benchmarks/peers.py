@@ -53,11 +53,7 @@ class Layer(nn.Module):
     """Convolution, batch norm, then optionally pooling and neurons."""
 
     def __init__(
-        self,
-        conv: nn.Conv2d,
-        neuron: nn.Module | None = None,
-        *,
-        pools: bool = False,
+        self, conv: nn.Conv2d, neuron: nn.Module | None = None, *, pools: bool = False
     ) -> None:
         super().__init__()
         self.conv, self.norm = conv, nn.BatchNorm2d(conv.out_channels)

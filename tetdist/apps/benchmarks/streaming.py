@@ -45,11 +45,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         seconds = in_turns({name: partial(seconds_of, one) for name, one in steps.items()}, options)
     first = seconds["T=1 pass"]
     rows = [
-        {
-            "name": name,
-            "ms": 1e3 * statistics.median(values),
-            "ratio": turns.ratio(values, first),
-        }
+        {"name": name, "ms": 1e3 * statistics.median(values), "ratio": turns.ratio(values, first)}
         for name, values in seconds.items()
     ]
     keys = ("model", "size", "timesteps", "batch", "exits", "precision", "device", "repeats")

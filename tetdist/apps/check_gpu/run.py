@@ -28,15 +28,7 @@ import torch.distributed as dist
 
 from tetdist.apps.benchmarks.bench import machine
 from tetdist.apps.check_gpu import remedies
-from tetdist.apps.check_gpu.check import (
-    Check,
-    Finding,
-    Machine,
-    Report,
-    Result,
-    Status,
-    compared,
-)
+from tetdist.apps.check_gpu.check import Check, Finding, Machine, Report, Result, Status, compared
 from tetdist.distributed.meeting import SignedStore
 from tetdist.distributed.watchdog import Watch
 from tetdist.errors import sentence

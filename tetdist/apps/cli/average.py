@@ -68,11 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 def average(options: argparse.Namespace, *, silent: bool = False) -> None:
     from tetdist import plugins
     from tetdist.apps.file_progress import file_progress
-    from tetdist.apps.weights.average import (
-        mean_weights,
-        open_training_split,
-        recompute_statistics,
-    )
+    from tetdist.apps.weights.average import mean_weights, open_training_split, recompute_statistics
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
     from tetdist.storage import checkpoint

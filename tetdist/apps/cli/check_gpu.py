@@ -25,17 +25,7 @@ if TYPE_CHECKING:
     from tetdist.apps.check_gpu.check import Report
 
 # Names of the checks in apps/check_gpu/checks.py, which is slow to import.
-NAMES = (
-    "versions",
-    "links",
-    "numerics",
-    "steps",
-    "graphs",
-    "resume",
-    "rates",
-    "pixels",
-    "loading",
-)
+NAMES = ("versions", "links", "numerics", "steps", "graphs", "resume", "rates", "pixels", "loading")
 
 MEETING = 120.0  # seconds within which all processes must have joined
 # Seconds after which this process exits, even if it hangs; the checks end earlier by themselves.

@@ -35,10 +35,7 @@ class Kind:
 
 
 CIFAR10 = Kind(
-    {
-        "train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
-        "val": ("test_batch.bin",),
-    },
+    {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "val": ("test_batch.bin",)},
     "batches.meta.txt",
     1,
     10,

@@ -33,8 +33,7 @@ def run() -> int:
     for command, *rest in STEPS:
         print(f"$ {typed(command, *rest)}", flush=True)
         status = subprocess.run(
-            [sys.executable, "-m", "tetdist_command", command, *rest],
-            env=os.environ | as_starter(),
+            [sys.executable, "-m", "tetdist_command", command, *rest], env=os.environ | as_starter()
         ).returncode
         if status:
             return status

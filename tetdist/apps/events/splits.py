@@ -13,11 +13,7 @@ from tetdist.errors import UserError
 from tetdist.order import permutation
 
 # Percent of each class in the training part: the first ones, in the order of numbers.
-_FIRST = {
-    "first-90-percent": 90,
-    "first-80-percent": 80,
-    "first-70-percent": 70,
-}
+_FIRST = {"first-90-percent": 90, "first-80-percent": 80, "first-70-percent": 70}
 # The first 90 percent, but in alphabetical order (2 after 10), and rounded up: the result of
 # torchvision's sorted file names and spikingjelly's `split_to_train_test_set`.
 _BY_LETTERS = "first-90-percent-by-letters"

@@ -226,11 +226,7 @@ def make_tensors(
 
 
 def _keep(
-    source: Path,
-    dest: Path,
-    listing: Listing,
-    workers: int,
-    progress: ShowsProgress,
+    source: Path, dest: Path, listing: Listing, workers: int, progress: ShowsProgress
 ) -> dict[str, Record]:
     """Verify existing tensors, and return the records of those to keep."""
     by_source: dict[str, list[Record]] = {}

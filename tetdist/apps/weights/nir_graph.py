@@ -18,12 +18,7 @@ from torch import Tensor, nn
 from tetdist.apps.weights.integers import IntegerNetwork
 from tetdist.apps.weights.structure import Traversal, folded, pooled
 from tetdist.errors import UserError
-from tetdist.models import (
-    PreActResNet,
-    PSNSEWResNet,
-    QKFormer,
-    SpikingNetwork,
-)
+from tetdist.models import PreActResNet, PSNSEWResNet, QKFormer, SpikingNetwork
 from tetdist.models.attention import StreamTransformer
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.learned_decay import PLIF

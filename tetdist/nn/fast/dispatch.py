@@ -137,8 +137,7 @@ def on_meta(launch: Callable[..., None]) -> Iterator[None]:
 
 
 def decide(
-    device: torch.device,
-    gather: Callable[[str | None], list[str | None]] = lambda reason: [reason],
+    device: torch.device, gather: Callable[[str | None], list[str | None]] = lambda reason: [reason]
 ) -> None:
     """Decide whether Triton's kernels are used on a device: on all processes of a run, or on none.
 

@@ -105,11 +105,7 @@ class Pooling:
         return kernels.add_sums(_flat(pooled.x), None, pooled.affine, None, _flat(grad)), grad
 
     def gradient(
-        self,
-        kernels: NormKernels,
-        pooled: Pooled,
-        grad: Tensor,
-        sums: tuple[Tensor, Tensor] | None,
+        self, kernels: NormKernels, pooled: Pooled, grad: Tensor, sums: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """Return the gradient of x; ``sums`` as for `NormKernels.norm_gradient`."""
         found = kernels.norm_gradient(_flat(pooled.x), _flat(grad), pooled.affine, sums)
