@@ -6,7 +6,6 @@ settings name.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import harmonic_mean
@@ -105,40 +104,48 @@ def measured(file: str, config: RunConfig, cluster: ClusterSection, network: Net
         raise UserError(
             f"--benchmark: {file} does not give images_per_s as a number above 0 ({error!r})"
         ) from error
-    if unlike := list(_unlike(values, config, cluster, network)):
-        device = "cuda" if cluster.gpus_per_node else "cpu"
-        command = typed("bench", "model", "--model", config.model.name, "--device", device)
-        raise UserError(
-            f"--benchmark: {file} measured {', '.join(unlike)}; measure this run's with `{command} "
-            f"--precision {config.precision} --json FILE`, give --images-per-s X, or leave out the "
-            "flag for an estimate"
-        )
+    if unlike := _unlike(values, config, cluster, network):
+        ways = "give --images-per-s X, or leave out the flag for an estimate"
+        # bench measures networks as they are by default.
+        if not unlike.keys() & {"neuron", "recompute"}:
+            device = "cuda" if cluster.gpus_per_node else "cpu"
+            size: list[object] = ["--size", _size(config, network), "--precision", config.precision]
+            named = ("--model", config.model.name, *size, "--device", device, "--json", "FILE")
+            ways = f"measure this run's with `{typed('bench', 'model', *named)}`, {ways}"
+        raise UserError(f"--benchmark: {file} measured {', '.join(unlike.values())}; {ways}")
     return speed
+
+
+def _size(config: RunConfig, network: Network) -> int:
+    first = config.phases[config.start_phase]
+    return network.frames[2] if network.frames else phase_image_sizes(config, first)[1]
 
 
 def _unlike(
     values: dict[str, Any], config: RunConfig, cluster: ClusterSection, network: Network
-) -> Iterator[str]:
-    """Yield what a benchmark measured and this run does not train."""
-    if cluster.gpus_per_node and values.get("device") == "cpu":
-        yield "a CPU, which does not predict a GPU's speed"
-    first, model = config.phases[config.start_phase], values.get("model", config.model.name)
-    size = network.frames[2] if network.frames else phase_image_sizes(config, first)[1]
+) -> dict[str, str]:
+    """Return what a benchmark measured and this run does not train."""
+    model, size = values.get("model", config.model.name), _size(config, network)
     own = {"model": config.model.name, "precision": config.precision, "size": size}
     there = {key: values[key] for key in own if values.get(key) is not None}
-    kind = neurons.kind_of(config.model.neuron)
     if timm.is_model(model) and "model" in there:
         there.setdefault("size", int(timm.get_pretrained_cfg(model).input_size[-1]))
-        own["neuron"], there["neuron"] = kind, neurons.kind_of(models.default_neuron(model))
-    for key, value in there.items():
-        if value != own[key]:
-            yield f"{key} {value} instead of {own[key]}"
+        own["neuron"] = neurons.kind_of(config.model.neuron)
+        there["neuron"] = neurons.kind_of(models.default_neuron(model))
+    found = {
+        key: f"{key} {value} instead of {own[key]}"
+        for key, value in there.items()
+        if value != own[key]
+    }
     machine = values.get("machine")
     card = cards.find(str(machine.get("device", ""))) if isinstance(machine, dict) else None
-    if cluster.gpus_per_node and card is not None and card.name != (cluster.gpu or card.name):
-        yield f"an {card.name} instead of an {cluster.gpu}"
+    if cluster.gpus_per_node and values.get("device") == "cpu":
+        found["device"] = "a CPU, which does not predict a GPU's speed"
+    elif cluster.gpus_per_node and card is not None and card.name != (cluster.gpu or card.name):
+        found["device"] = f"an {card.name} instead of an {cluster.gpu}"
     if config.recompute != "none" and "model" in there:
-        yield "no recomputation"
+        found["recompute"] = "no recomputation"
+    return found
 
 
 def _speed_in(values: dict[str, Any], config: RunConfig) -> Speed:
