@@ -3,12 +3,13 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tetdist.config.flags import add_import, positive
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError, sentence, typed
+from tetdist.wording import are, counted
 
 # Help of an argument that names a trained network.
 CHECKPOINT = (
@@ -56,6 +57,14 @@ def check_new_weights(output: Path) -> None:
         raise UserError(f"--output: {output.parent} is a checkpoint; choose another folder")
     if output.exists():
         raise UserError(f"{output} exists; choose another --output, or remove it first")
+
+
+def report_bad(bad: Sequence[tuple[str, str]], kind: str, number: int) -> None:
+    """Print path and fault of each bad file, and how many of how many files are bad."""
+    for path, reason in bad:
+        print(f"bad: {path}: {reason}", file=sys.stderr)
+    if bad:
+        print(f"{len(bad)} of {counted(number, kind)} {are(len(bad))} bad", file=sys.stderr)
 
 
 def write_result(file: Path | None, values: Any) -> None:

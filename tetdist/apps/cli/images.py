@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.apps.cli.common import MISTAKES, program, run_command, write_result
+from tetdist.apps.cli.common import MISTAKES, program, report_bad, run_command, write_result
 from tetdist.apps.file_progress import file_progress
 from tetdist.config.flags import MOST_THREADS, positive
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import check_writable
-from tetdist.wording import are, counted
+from tetdist.wording import counted
 
 if TYPE_CHECKING:
     from tetdist.apps.images.check import Examined, Finding
@@ -226,7 +226,7 @@ def _index(args: argparse.Namespace) -> int:
     for listing in listings:
         if listing.passed_over:
             print(f"{listing.split}: ignored {listing.passed_over}", file=sys.stderr)
-    _report_bad(bad, len(bad) + sum(map(len, indexes)))
+    report_bad(bad, "file", len(bad) + sum(map(len, indexes)))
     if bad and not args.skip_bad:
         raise UserError("no index was written: replace the bad files, or give --skip-bad")
     for index, listing in zip(indexes, listings, strict=True):
@@ -248,14 +248,6 @@ def _check_writable(folder: Path, option: str) -> None:
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise UserError(f"{folder} is not writable; name another folder with {option}")
-
-
-def _report_bad(bad: "list[BadFile]", num_files: int) -> None:
-    for path, reason in bad:
-        print(f"bad: {path}: {reason}", file=sys.stderr)
-    if bad:
-        files = counted(num_files, "file")
-        print(f"{len(bad)} of {files} {are(len(bad))} bad", file=sys.stderr)
 
 
 def _described(index: "Index") -> str:
@@ -412,7 +404,7 @@ def _extract(args: argparse.Namespace) -> int:
     splits = [listing.split for listing in listings]
     _check_apart(args, splits, archives, args.root / "index")
     bad = [file for listing in listings for file in listing.bad]
-    _report_bad(bad, len(bad) + sum(len(listing.labels) for listing in listings))
+    report_bad(bad, "file", len(bad) + sum(len(listing.labels) for listing in listings))
     if bad and not args.skip_bad:
         raise UserError("nothing was extracted: replace the bad files, or give --skip-bad")
     for listing in listings:

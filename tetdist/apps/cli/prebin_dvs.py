@@ -15,10 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tetdist.apps.cli.common import documented_parser, run_command
+from tetdist.apps.cli.common import documented_parser, report_bad, run_command
 from tetdist.config.flags import MOST_PIXELS, MOST_THREADS, MOST_TIMESTEPS, positive
 from tetdist.errors import UserError, typed
-from tetdist.wording import are, counted
 
 # Each worker multiplies small matrices, for which numpy's threads cost a hundred times their gain.
 # numpy reads this variable at import.
@@ -27,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if TYPE_CHECKING:
     from tetdist.apps.events.folders import Listing
     from tetdist.apps.events.recording import Sensor
-    from tetdist.apps.events.tensors import Settings, Tensors
+    from tetdist.apps.events.tensors import Record, Settings
 
 
 _SENSORS = {"dvs128": "128x128", "davis240": "240x180"}
@@ -196,19 +195,15 @@ def _prebin(options: argparse.Namespace) -> None:
     names = options.split.split(",") if options.split else [default_split(listing.sources)]
     names = _possible_splits(options, listing, names)
     with open_destination(options.dest, options.source, settings, overwrite=options.overwrite):
-        tensors = make_tensors(
+        records, bad = make_tensors(
             options.source, options.dest, listing, settings, options.workers, file_progress
         )
-        for path, reason in tensors.bad:
-            print(f"bad: {path}: {reason}", file=sys.stderr)
-        if bad := len(tensors.bad):
-            of = counted(bad + len(tensors.records), "recording")
-            print(f"{bad} of {of} {are(bad)} bad", file=sys.stderr)
+        report_bad(bad, "recording", len(bad) + len(records))
         if bad and not options.skip_bad:
             raise UserError("no split was made: replace the bad recordings, or give --skip-bad")
-        if not tensors.records:
+        if not records:
             raise UserError("no split was made: no recording can be used (see above)")
-        found = statistics(tensors.records.values())
+        found = statistics(records.values())
         file = options.dest / "statistics.json"
         with explaining(file):
             write_json(file, found)
@@ -220,10 +215,10 @@ def _prebin(options: argparse.Namespace) -> None:
                 file=sys.stderr,
             )
         if options.preview:
-            draw_preview(options.dest, tensors.records.values(), options.dest / "preview.png")
+            draw_preview(options.dest, records.values(), options.dest / "preview.png")
             print(f"{options.dest / 'preview.png'}: the first recording of each class")
         for name in names:
-            _make_split(options, listing, tensors, settings, name)
+            _make_split(options, listing, records, settings, name, len(bad))
 
 
 def _settings(options: argparse.Namespace) -> "Settings":
@@ -309,9 +304,10 @@ def _possible_splits(
 def _make_split(
     options: argparse.Namespace,
     listing: "Listing",
-    tensors: "Tensors",
+    records: "dict[str, Record]",
     settings: "Settings",
     name: str,
+    bad: int,
 ) -> None:
     from tetdist.apps.events.presets import PRESETS
     from tetdist.apps.events.split_roots import make_split
@@ -321,11 +317,11 @@ def _make_split(
     root = make_split(
         options.dest,
         listing.sources,
-        tensors.records,
+        records,
         settings,
         name=name,
         seed=options.seed,
-        bad=len(tensors.bad),
+        bad=bad,
         workers=options.workers,
     )
     described = description(root)

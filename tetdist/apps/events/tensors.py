@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -105,13 +105,6 @@ class Record:
     @property
     def class_name(self) -> str:
         return self.key.partition("/")[0]
-
-
-class Tensors(NamedTuple):
-    """Result of `make_tensors`."""
-
-    records: dict[str, Record]
-    bad: list[BadFile]
 
 
 def tensor_file(dest: Path, key: str) -> Path:
@@ -207,22 +200,36 @@ def make_tensors(
     settings: Settings,
     workers: int,
     progress: ShowsProgress,
-) -> Tensors:
-    """Make the missing tensors of all pieces of all sources.
+) -> tuple[dict[str, Record], list[BadFile]]:
+    """Make and record the missing tensors of all pieces of all sources.
 
     Args:
         dest: Folder of the tensors, opened by `open_destination`.
         workers: Number of processes; with more than one, the calling script must guard its main
             part with `if __name__ == "__main__"`.
         progress: Takes a title; yields a function to call with the files done and their total.
+
+    Returns:
+        All records by key, and the bad recordings or pieces.
     """
     _remove_remains(dest)
-    kept = _keep(source, dest, listing, workers, progress)
-    made, bad = _add(source, dest, listing, settings, kept, workers, progress)
-    found = kept | made
+    found = _keep(source, dest, listing, workers, progress)
+    bad = [BadFile(item.path, item.problem) for item in listing.sources if item.problem]
+    tasks = [
+        (source, dest, item, settings)
+        for item in listing.sources
+        if not item.problem and not all(piece.key in found for piece in item.pieces)
+    ]
+    with progress("bin") as advance, (dest / _RECORDS).open("a", encoding="utf-8") as stream:
+        for made, wrong in run_tasks(_make, tasks, workers, advance):
+            stream.writelines(json.dumps(asdict(record)) + "\n" for record in made)
+            stream.flush()
+            found |= {record.key: record for record in made}
+            bad.extend(wrong)
+        os.fsync(stream.fileno())
     keys = [piece.key for item in listing.sources for piece in item.pieces]
     records, mixed = _same_sensor({key: found[key] for key in keys if key in found})
-    return Tensors(records, bad + mixed)
+    return records, bad + mixed
 
 
 def _keep(
@@ -240,33 +247,6 @@ def _keep(
     with progress("verify") as advance:
         verified = list(run_tasks(_verify, tasks, workers, advance))
     return {record.key: record for records in verified for record in records}
-
-
-def _add(
-    source: Path,
-    dest: Path,
-    listing: Listing,
-    settings: Settings,
-    kept: dict[str, Record],
-    workers: int,
-    progress: ShowsProgress,
-) -> tuple[dict[str, Record], list[BadFile]]:
-    """Make and record the missing tensors; return them, and the bad recordings."""
-    bad = [BadFile(item.path, item.problem) for item in listing.sources if item.problem]
-    tasks = [
-        (source, dest, item, settings)
-        for item in listing.sources
-        if not item.problem and not all(piece.key in kept for piece in item.pieces)
-    ]
-    made: dict[str, Record] = {}
-    with progress("bin") as advance, (dest / _RECORDS).open("a", encoding="utf-8") as stream:
-        for records, wrong in run_tasks(_make, tasks, workers, advance):
-            stream.writelines(json.dumps(asdict(record)) + "\n" for record in records)
-            stream.flush()
-            made |= {record.key: record for record in records}
-            bad.extend(wrong)
-        os.fsync(stream.fileno())
-    return made, bad
 
 
 def _remove_remains(dest: Path) -> None:
