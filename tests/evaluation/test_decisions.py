@@ -10,7 +10,7 @@ import torch
 from tetdist.apps.reports.evaluation_page import SHOWN_CLASSES, _classes
 from tetdist.evaluation.decisions import THRESHOLDS, DecisionCounts, Decisions
 from tetdist.evaluation.evaluate import _count, running_means
-from tetdist.evaluation.suite import ExitChoice, _chosen
+from tetdist.evaluation.suite import ExitChoice, _chosen, choose_exit
 
 
 def decide(world, *batches, outputs=2):
@@ -57,6 +57,23 @@ def test_the_lowest_threshold_that_costs_little_from_there_on():
     assert [found.threshold_within(points) for points in (0, 9.9, 10, 20)] == [0.9, 0.9, 0.8, 0.3]
     worse = Decisions(["a", "b"], of_one_class, thresholds, exits, [7, 9, 6, 7, 7])
     assert worse.threshold_within(5) is None
+
+
+def test_without_labels_the_decision_at_t_counts_as_right(alone):
+    # The first is right only before T, the last only at T; the decisions between do not change.
+    logits = of_probabilities([0.75, 0.8, 0.15, 0.5], [0.2, 0.9, 0.1, 0.45])
+    labels, result = torch.tensor([0, 0, 0, 1]), SimpleNamespace(samples=4, top1=50.0)
+    evaluator: Any = SimpleNamespace(
+        model=SimpleNamespace(num_classes=2, set_timesteps=lambda _: None),
+        world=alone,
+        index=SimpleNamespace(classes=()),
+        run=lambda _, also: (also(logits, labels, None), result)[1],
+    )
+    # With labels, the first makes up for the last. The next tried above 0.5 and 0.75 are these.
+    assert choose_exit(evaluator, 2, 0) == ExitChoice(0, 0.3, 4, 50.0)
+    for within, threshold in ((0, 0.755925), (25, 0.54073), (50, 0.3)):
+        chosen = choose_exit(evaluator, 2, within, labelled=False)
+        assert chosen == ExitChoice(within, threshold, 4, None)
 
 
 def test_where_no_threshold_costs_so_little_all_are_decided_at_t():

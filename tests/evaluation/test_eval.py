@@ -19,6 +19,7 @@ from tetdist.apps.reports import evaluation_page, style
 from tetdist.apps.weights import integers
 from tetdist.apps.weights.integers import convert
 from tetdist.apps.weights.trained import load
+from tetdist.datasets.index import index_splits
 from tetdist.evaluation import early_exit
 from tetdist.wording import counted
 
@@ -297,6 +298,7 @@ def test_events_are_dropped(main: Callable[..., Any], evaluate: Tool, tmp_path: 
 
 def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
     main: Callable[..., Any],
+    tiny_root: Path,
     tiny_config: Callable[..., Path],
     evaluate: Tool,
     run: Path,
@@ -314,9 +316,9 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         assert status == 0, err
         found[within] = json.loads(file.read_text())
         chosen = found[within]["chosen_exit"]
-        one = f"{100 / held:.2g} points"
-        limit = f"at most {within} points lost on {held} training samples held out (one is {one})"
-        assert limit in out
+        limit = f"at most {within} points lost on {held} training samples held out (so many can "
+        assert f"{limit}promise no less than 17 points with 90% confidence" in out
+        assert (", 5 points need 45)" in out) == (within == 5)
         assert f"at T = {chosen['mean_timesteps']:.3f} on average" in out
         # It is chosen on other samples than it is judged by, and the run saw them as these.
         own = tiny.metrics(trained, "val")[-1]
@@ -344,13 +346,30 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         assert evaluate("--checkpoint", trained, "--json", file, *options)[0] == 0
         measured = json.loads(file.read_text())["measured_exit"]
         assert (measured["differing"], measured["differing_within_1e-5"]) == (NUM_SAMPLES, 0)
+    # Samples without labels, in folders of any names, and more of these than classes.
+    for i, image in enumerate(sorted((tiny_root / "val").rglob("*.png"))):
+        folder = tmp_path / "today" / "frames" / f"{i % 5}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, folder / f"{i}.png")
+    index_splits(tmp_path / "today", ("frames",))
+    there = ("--exit-within", 0, "--exit-on", tmp_path / "today" / "frames", "--timesteps", "3")
+    status, out, err = evaluate("--checkpoint", run, "--json", file, *there)
+    assert status == 0, err
+    assert f"at most 0 % of decisions changed on {NUM_SAMPLES} samples without labels" in out
+    chosen = json.loads(file.read_text())["chosen_exit"]
+    assert chosen["chosen_on"] == {"samples": NUM_SAMPLES, "top1": None}
+    # These are the evaluated samples, so none of their decisions changes.
+    assert chosen["top1"] == json.loads(file.read_text())["top1"]
     page = tmp_path / "page.html"
     assert evaluate("--checkpoint", trained, "--exit-within", 5, "--report", page)[0] == 0
     assert f"lost on {held} training samples held out" in page.read_text()
     for arguments, message in (
         (("--checkpoint", run, "--exit-within", "1"), "train with data.held_out=0.1"),
         (("--checkpoint", run, "--exit-within", "-1"), "from 0 to 100"),
-        (("--checkpoint", run, "--measured"), "add --exit-within POINTS"),
+        (("--checkpoint", run, "--measured"), "--measured needs the early exit of --exit-within"),
+        (("--checkpoint", run, "--exit-on", "x"), "add --exit-within POINTS"),
+        (("--checkpoint", run, *there[:3], tmp_path / "x"), "x does not exist; give the data fold"),
+        (("--checkpoint", run, *there[:3], tmp_path / "today"), "there is no index"),
         (("--checkpoint", run, "--exit-within", "few"), "'few' must be a number"),
         (("--checkpoint", run, "--exit-within", "1", "--variant", "real"), "leave out --variant"),
     ):

@@ -4,6 +4,7 @@ have decided."""
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -64,20 +65,16 @@ class Decisions:
 
     def early_exit(self) -> list[dict[str, Any]]:
         """Return a point for each threshold: top-1 (percent), mean timesteps of a sample, exits."""
-        curve = []
         points = zip(self.thresholds, self.exits, self.exit_correct, strict=True)
-        for threshold, exits, right in points:
-            samples = sum(exits)
-            spent = sum(t * count for t, count in enumerate(exits, start=1))
-            curve.append(
-                {
-                    "threshold": threshold,
-                    "top1": 100 * right / samples,
-                    "mean_timesteps": spent / samples,
-                    "exits": exits,
-                }
-            )
-        return curve
+        return [
+            {
+                "threshold": threshold,
+                "top1": 100 * right / sum(exits),
+                "mean_timesteps": sum(t * n for t, n in enumerate(exits, start=1)) / sum(exits),
+                "exits": exits,
+            }
+            for threshold, exits, right in points
+        ]
 
     def threshold_within(self, points: float) -> float | None:
         """Return the lowest threshold from which on early exit costs at most ``points`` of top-1.
@@ -86,14 +83,9 @@ class Decisions:
         """
         right = sum(row[k] for k, row in enumerate(self.confusion))
         samples = sum(self.exits[0])
-        lowest = None
-        for threshold, early in zip(
-            reversed(self.thresholds), reversed(self.exit_correct), strict=True
-        ):
-            if 100 * (right - early) > points * samples:
-                break
-            lowest = threshold
-        return lowest
+        highest_first = zip(reversed(self.thresholds), reversed(self.exit_correct), strict=True)
+        cheap = takewhile(lambda one: 100 * (right - one[1]) <= points * samples, highest_first)
+        return min((threshold for threshold, _ in cheap), default=None)
 
 
 def first_sure(confidence: Tensor, thresholds: Tensor | float) -> Tensor:

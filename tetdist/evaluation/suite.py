@@ -16,7 +16,7 @@ from tetdist.data.loader import Batch
 from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.evaluation.decisions import FINE_THRESHOLDS, THRESHOLDS, DecisionCounts
-from tetdist.evaluation.evaluate import Also, Evaluation, evaluate
+from tetdist.evaluation.evaluate import Also, Evaluation, evaluate, running_means
 from tetdist.evaluation.operations import OperationCounts, counting_operations
 from tetdist.evaluation.robustness import (
     check_takes_frames,
@@ -77,16 +77,18 @@ class ExitChoice:
         threshold: Softmax probability of the time-mean; None: every threshold costs more, so all
             samples are decided at T.
         samples: Number of the samples that it was chosen on.
-        top1: Their accuracy at T, in percent.
+        top1: Their accuracy at T, in percent; None: it was chosen without labels.
     """
 
     within: float
     threshold: float | None
     samples: int
-    top1: float
+    top1: float | None
 
 
-def choose_exit(evaluator: Evaluator, timesteps: int, within: float) -> ExitChoice:
+def choose_exit(
+    evaluator: Evaluator, timesteps: int, within: float, *, labelled: bool = True
+) -> ExitChoice:
     """Choose the lowest early-exit threshold with at most ``within`` loss on some samples.
 
     The result is the same on every process.
@@ -95,16 +97,20 @@ def choose_exit(evaluator: Evaluator, timesteps: int, within: float) -> ExitChoi
         evaluator: The network, and samples used neither for training nor for the final result.
         timesteps: T, also of the model afterwards.
         within: Maximum decrease of top-1, in points.
+        labelled: Use the samples' labels. Without them the decision at T counts as the right one,
+            so that ``within`` limits the percentage of decisions that early exit changes.
     """
     model, world = evaluator.model, evaluator.world
     model.set_timesteps(timesteps)
     classes = list(evaluator.index.classes)
     counts = DecisionCounts(classes, model.num_classes, timesteps, world.device, FINE_THRESHOLDS)
-    result = evaluator.run(
-        "choose a threshold", also=lambda logits, labels, _ids: counts.add(logits, labels)
-    )
+
+    def count(logits: Tensor, labels: Tensor, _ids: npt.NDArray[np.int64]) -> None:
+        counts.add(logits, labels if labelled else running_means(logits)[-1].argmax(-1))
+
+    result = evaluator.run("choose a threshold", also=count)
     threshold = counts.total(world).threshold_within(within)
-    return ExitChoice(within, threshold, result.samples, result.top1)
+    return ExitChoice(within, threshold, result.samples, result.top1 if labelled else None)
 
 
 def run_suite(

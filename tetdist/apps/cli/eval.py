@@ -11,6 +11,7 @@ the deepspeed launcher or torchrun.
 import argparse
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from tetdist.datasets.index import Index
     from tetdist.distributed.world import World
     from tetdist.evaluation.evaluate import Also
-    from tetdist.models import SpikingNetwork
+    from tetdist.evaluation.suite import Evaluator
     from tetdist.storage.checkpoint import Description
 
 
@@ -128,6 +129,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "samples that the run held out (data.held_out), and report its effect on this split",
     )
     parser.add_argument(
+        "--exit-on",
+        type=Path,
+        metavar="ROOT/SPLIT",
+        help="choose that threshold on this split instead, without its labels: at most POINTS "
+        "percent of its decisions may differ from those at T; for recordings of the place and day "
+        "of use",
+    )
+    parser.add_argument(
         "--measured",
         action="store_true",
         help="also run early exit at that threshold for real: decided samples leave the batch; "
@@ -177,8 +186,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="write the result as a page: FILE.html (self-contained) or FILE.png",
     )
     options = parser.parse_args(arguments)
-    if options.measured and options.exit_within is None:
-        parser.error("--measured runs the early exit of --exit-within; add --exit-within POINTS")
+    for flag, given in (("--measured", options.measured), ("--exit-on", options.exit_on)):
+        if given and options.exit_within is None:
+            parser.error(f"{flag} needs the early exit of --exit-within; add --exit-within POINTS")
     unsupported = options.unroll or options.measured or options.energy
     if options.int8 and (unsupported or options.variant == "imagenet-c"):
         parser.error(
@@ -288,8 +298,12 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         if options.measured:
             world.run_on_all(lambda: stream_of(model))
         if options.exit_within is not None:
-            held = world.run_on_all(lambda: held_out_samples(config, description, model, world))
-            exit_choice = choose_exit(evaluator(held), headline, options.exit_within)
+            calibration = world.run_on_all(
+                lambda: calibration_samples(evaluator(compared), description, headline, options)
+            )
+            labelled = options.exit_on is None
+            within = options.exit_within
+            exit_choice = choose_exit(calibration, headline, within, labelled=labelled)
         if corrupted:
             model.set_timesteps(headline)
             found |= {"timesteps": headline} | variants.run_corruptions(
@@ -341,9 +355,10 @@ def open_checkpoint(
     from tetdist import plugins
     from tetdist.storage import checkpoint
 
-    if options.data is not None and not Path(options.data).is_dir():
-        problem = "is a file" if Path(options.data).exists() else "does not exist"
-        raise UserError(f"--data: {options.data} {problem}; give the data folder")
+    for flag, folder in (("--data", options.data), ("--exit-on", options.exit_on)):
+        if folder is not None and not Path(folder).is_dir():
+            problem = "is a file" if Path(folder).exists() else "does not exist"
+            raise UserError(f"{flag}: {folder} {problem}; give the data folder")
     if options.variant in OF_CLASS_FOLDERS:
         # Treat the variant's folder as a split of its parent folder.
         folder = Path(options.data).absolute()
@@ -436,28 +451,51 @@ def open_compared(
     )
 
 
-def held_out_samples(
-    config: "RunConfig", description: "Description", model: "SpikingNetwork", world: "World"
-) -> "Compared":
-    """Return the training samples that the run held out."""
-    from tetdist.apps.weights.variants import Compared
-    from tetdist.nn.norm_neuron import is_causal
-    from tetdist.training.setup import open_data
+def calibration_samples(
+    evaluator: "Evaluator",
+    description: "Description",
+    timesteps: int,
+    options: argparse.Namespace,
+) -> "Evaluator":
+    """Return the evaluator on the samples that the threshold of early exit is chosen on.
 
+    These are the training samples that the run held out or, with --exit-on, those of another split,
+    whose labels are blanked, since its class folders may have any names.
+    """
+    import numpy as np
+
+    from tetdist.nn.norm_neuron import is_causal
+    from tetdist.training.setup import open_data, open_split
+
+    config, world = evaluator.config, evaluator.world
+    if not is_causal(evaluator.model):
+        raise UserError("--exit-within: the network is not causal and has no early exit; omit it")
+    if options.exit_on is not None:
+        folder = options.exit_on.absolute()
+        given = argparse.Namespace(**vars(options) | {"data": str(folder.parent), "index": None})
+        config = evaluation_config(description.config, given)
+        index = open_split(config, folder.name, world)
+        if index.timesteps is not None:
+            shape, wanted = index.frames_shape, (timesteps, *evaluator.index.frames_shape[1:])
+            if shape[0] < timesteps or shape[1:] != wanted[1:]:
+                raise UserError(
+                    f"--exit-on: {options.exit_on} has frames of {'x'.join(map(str, shape))}, and "
+                    f"{'x'.join(map(str, wanted))} are needed; convert it as the evaluated split"
+                )
+        unlabelled = replace(index, classes=(), labels=np.zeros_like(index.labels))
+        return replace(evaluator, config=config, index=unlabelled, outputs=None)
     if not config.data.held_out:
         raise UserError(
             "--exit-within needs training samples that the run held out, and this run held out "
-            "none; train with data.held_out=0.1"
+            "none; train with data.held_out=0.1, or give --exit-on ROOT/SPLIT"
         )
-    if not is_causal(model):
-        raise UserError("--exit-within: the network is not causal and has no early exit; omit it")
     _, held_out = open_data(config, world)
     if list(held_out.classes) != list(description.classes or held_out.classes):
         raise UserError(
             f"--exit-within: the classes of {config.data.root} differ from those of the training; "
             "give --data, the data of the training"
         )
-    return Compared(held_out)
+    return replace(evaluator, index=held_out, outputs=None)
 
 
 def wanted_timesteps(

@@ -10,6 +10,7 @@ if operations were counted.
 
 import base64
 import html
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from tetdist.wording import counted
 SHOWN_CLASSES = 20
 # Largest numbers of classes for which a confusion matrix shows numbers, and names.
 NUMBERED_CLASSES, NAMED_CLASSES = 20, 50
+# Probability that a promise about early exit, by the samples it was chosen on, may be wrong.
+DOUBT = 0.1
 
 EvaluationResults = dict[str, Any]
 Panel = Callable[[Any, EvaluationResults], None]
@@ -105,9 +108,16 @@ def _early_exit_lines(found: EvaluationResults) -> list[str]:
 
 def _of_chosen_exit(found: EvaluationResults) -> str:
     chosen = found["chosen_exit"]
-    samples = chosen["chosen_on"]["samples"]
-    on = f"{counted(samples, 'training sample')} held out (one is {100 / samples:.2g} points)"
-    limit = f"at most {chosen['within']:g} points lost on {on}"
+    samples, within = chosen["chosen_on"]["samples"], chosen["within"]
+    least = 100 * (1 - DOUBT ** (1 / samples))
+    bound = f"so many can promise no less than {least:.2g} points with {1 - DOUBT:.0%} confidence"
+    if 0 < within < least:
+        bound += f", {within:g} points need {math.ceil(math.log(DOUBT, 1 - within / 100))}"
+    if chosen["chosen_on"]["top1"] is None:
+        limit = f"at most {within:g} % of decisions changed on {samples} samples without labels"
+    else:
+        limit = f"at most {within:g} points lost on {samples} training samples held out"
+    limit += f" ({bound})"
     if chosen["threshold"] is None:
         return f"early exit with {limit}: no threshold achieves this"
     lost = chosen["top1"] - found["top1"]
