@@ -63,7 +63,7 @@ def test_without_labels_the_decision_at_t_counts_as_right(alone):
     # The first is right only before T, the last only at T; the decisions between do not change.
     logits = of_probabilities([0.75, 0.8, 0.15, 0.5], [0.2, 0.9, 0.1, 0.45])
     labels, result = torch.tensor([0, 0, 0, 1]), SimpleNamespace(samples=4, top1=50.0)
-    evaluator: Any = SimpleNamespace(
+    evaluator = SimpleNamespace(
         model=SimpleNamespace(num_classes=2, set_timesteps=lambda _: None),
         world=alone,
         index=SimpleNamespace(classes=()),
