@@ -108,7 +108,9 @@ def even(timesteps: int, weight_bits: int, sources: int = 4096, **changed: Any) 
     """The break-even rate in percent. Membranes of 8 bits are our fit."""
     constants = EnergySection(weight_bits=weight_bits, membrane_bits=8, **changed)
     of = Estimator(constants, timesteps, 1)
-    return 100 * (of.break_even([layer(sources, timesteps)]) or 0.0)
+    rate, below = of.break_even([layer(sources, timesteps)]) or (0.0, False)
+    assert below
+    return 100 * rate
 
 
 @pytest.mark.parametrize(
@@ -181,9 +183,24 @@ def test_neurons_that_fire_several_times_and_attention():
 def test_a_rate_that_does_not_decide():
     """Membranes alone may take more, spikes may cost nothing, or there are none."""
     costly, free = layer(membrane_updates=1e9), EnergySection(spike_move=0.0, bit_move=1.0)
-    assert Estimator(EnergySection(), 5, 1).break_even([costly]) == 0
-    assert Estimator(free, 5, 1).break_even([layer()]) == 1
+    assert Estimator(EnergySection(), 5, 1).break_even([costly]) == (0, True)
+    assert Estimator(free, 5, 1).break_even([layer()]) == (1, True)
     assert Estimator(free, 5, 1).break_even([layer(accumulates=0.0)]) is None
+
+
+def test_spikes_that_win_above_a_rate():
+    """If spikes are free and a ReLU network's products cost much, many spikes win."""
+    constants = EnergySection(
+        spike_move=0.0, accumulate=0.0, bit_move=0.0, weight_bit=0.0, multiply_accumulate=1.0
+    )
+    of, busy = Estimator(constants, 4, 1), layer(membrane_updates=4e4)
+    rate, below = of.break_even([busy])
+    assert 0 < rate < 1
+    assert not below
+    scale = rate / of.spike_rate([busy])
+    for factor in (0.99, 1.01):
+        spiking, relu = (one([busy], factor * scale).pj(constants) for one in (of.spiking, of.relu))
+        assert (spiking["total"] < relu["total"]) == (factor > 1)
 
 
 def test_constants_of_a_file(tmp_path):

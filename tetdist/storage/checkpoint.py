@@ -269,8 +269,9 @@ def load_model_file(
         raise UserError(f"{file} is not a readable model file ({_reason(error)}){hint}") from error
     if "tetdist" not in metadata:
         raise UserError(
-            f"{file} has no description of its model, so tetdist did not write it; convert it with "
-            f"`{typed('convert')}`"
+            f"{file} has no description of its model: it holds another library's weights, which "
+            f"`{typed('convert')}` converts, or whole numbers by export --int8, which no command "
+            "reads"
         )
     try:
         return weights, Description.model_validate_json(metadata["tetdist"])

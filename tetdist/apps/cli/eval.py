@@ -288,7 +288,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
             model.set_timesteps(headline)
             numbers = evaluator(compared).run("real numbers", also=deciding(decided["real"]))
             plain = Trained(model.cpu(), config, description)
-            whole: Any = world.run_on_all(lambda: convert(plain, wanted[-1]))
+            whole: Any = world.run_on_all(lambda: convert(plain, max(trained, wanted[-1])))
             model = whole.to(world.device)
         if options.variant == "real":
             file = Path(config.data.root, variants.REAL_FILE)

@@ -60,7 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--output: {options.output} must end in .png")
     # `open_checkpoint` also reads these.
     options.best = options.ema = False
-    options.index = options.variant = options.batch = None
+    options.index = options.variant = options.batch = options.exit_on = None
     return options
 
 

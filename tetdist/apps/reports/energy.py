@@ -33,7 +33,7 @@ class EnergySection(Section):
     weight_bits: Bits = 8
     """Bits of a weight (assumed: those of export --int8)."""
     membrane_bits: Bits = 16
-    """Bits of a membrane (assumed)."""
+    """Bits of a membrane (assumed: those of most chips; export --int8 has 32)."""
     real_bits: Bits = 8
     """Bits of a real-valued input, such as a pixel, a mean or a current (assumed)."""
     weight_fetches: Literal["synapse", "timestep", "sample"] = "timestep"
@@ -199,8 +199,9 @@ class Estimator:
         spikes = sum(layer["accumulates"] for layer in spiking)
         return spikes / self.most / sum(layer["synapses"] for layer in spiking) if spikes else None
 
-    def break_even(self, layers: Sequence[Layer]) -> float | None:
-        """Return the rate below which spikes take less energy (all scaled alike); 0: never."""
+    def break_even(self, layers: Sequence[Layer]) -> tuple[float, bool] | None:
+        """Return the rate of equal energy, all layers' rates scaled alike, and whether spikes take
+        less energy below it, not above it; (0, True): never, (1, True): at all rates."""
         if (rate := self.spike_rate(layers)) is None:
             return None
 
@@ -208,17 +209,17 @@ class Estimator:
             spiking, relu = (of(layers, at / rate) for of in (self.spiking, self.relu))
             return spiking.pj(self.constants)["total"] < relu.pj(self.constants)["total"]
 
-        low, high = 0.0, float(wins(0.0))
-        if wins(1.0):
-            low = high
+        low, high, first = 0.0, 1.0, wins(0.0)
+        if wins(1.0) == first:
+            return float(first), True
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (middle, high) if wins(middle) else (low, middle)
-        return low
+            low, high = (middle, high) if wins(middle) == first else (low, middle)
+        return low, first
 
     def as_dict(self, layers: Sequence[Layer]) -> dict[str, Any]:
         """Return the use and energy of layers in both networks, ready for JSON."""
-        c = self.constants
+        c, even = self.constants, self.break_even(layers)
         uses = {
             "spiking": self.spiking(layers),
             "bitmaps": self.spiking(layers, bitmaps=True),
@@ -232,7 +233,8 @@ class Estimator:
         relu = c.fp32_multiply_accumulate * synapses
         return {
             "spike_rate": self.spike_rate(layers),
-            "break_even_rate": self.break_even(layers),
+            "break_even_rate": None if even is None else even[0],
+            "wins_below": None if even is None else even[1],
             **{name: use._asdict() | {"pj": use.pj(c)} for name, use in uses.items()},
             "arithmetic_only_pj": {"spiking": spiking, "relu": relu},
         }

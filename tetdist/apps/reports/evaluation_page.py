@@ -52,7 +52,7 @@ def sections(found: EvaluationResults, *, brief: bool) -> list[Section]:
     of_layers = [(found["firing_rate"], _firing_rate), (operations["layers"], _operations)]
     counts = operations_lines(found)
     if not found["firing_rate"]:
-        counts.append("no firing rates: the network has no spiking neurons")
+        counts.append("no firing rates: the network has no spiking neurons, or runs with --int8")
     rates = [[layer, f"{rate:.4f}"] for layer, rate in found["firing_rate"].items()]
     title = f"firing rate over {counted(found['timesteps'], 'timestep')}"
     return [
@@ -192,7 +192,7 @@ def operations_lines(found: EvaluationResults) -> list[str]:
     """Return sentences on operations and energy."""
     operations = found["operations"]
     if operations is None:
-        return ["operations are only counted for tetdist's own networks"]
+        return ["operations are only counted for tetdist's own networks, without --int8"]
     return [
         f"{quantity(operations['accumulates'])} accumulates and "
         f"{quantity(operations['multiply_accumulates'])} multiply-accumulates a sample at "
@@ -211,8 +211,9 @@ def energy_lines(energy: dict[str, Any]) -> list[str]:
     known = "no spikes reach a synapse"
     if rate is not None:
         known = f"mean spike rate at synapses {100 * rate:.3g} %; with memory, the spiking network "
-        known += "takes less energy than the ReLU network " if even else "takes more energy than "
-        known += f"below {100 * even:.3g} %" if even else "the ReLU network even without spikes"
+        known += f"takes {'less' if even else 'more'} energy than the ReLU network "
+        side = "below" if energy["wins_below"] else "above"
+        known += f"{side} {100 * even:.3g} %" if 0 < even < 1 else "at any rate"
     assumed, changed = (
         ", ".join(f"{key}={energy['constants'][key]}" for key in keys)
         for keys in (ASSUMED, energy["changed"])
@@ -330,8 +331,8 @@ def extra_lines(found: EvaluationResults) -> list[str]:
     lines = [real_line(found)] if "real" in found else []
     if (numbers := found.get("real_numbers")) is not None:
         lines.append(
-            f"in whole numbers (--int8); in real numbers top-1 {numbers['top1']:.2f} %, and "
-            f"{counted(numbers['changed'], 'decision')} of {found['samples']:,} differ"
+            f"in whole numbers (--int8); in real numbers top-1 {numbers['top1']:.2f} %; different "
+            f"decisions: {numbers['changed']:,} of {found['samples']:,}"
         )
     return lines
 

@@ -412,13 +412,15 @@ def gather(study: StudySection, runs: list[StudyRun]) -> Numbers:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Read the numbers of a study or of a search."""
+    """Read the numbers of a study, of a search, or of a page by a script in docs/make."""
     try:
         values = restored(parse_json(file.read_text()))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); run its study again") from None
-    of_one = ({"study", "entries", "differences"}, {"study", "candidates"})
-    if not isinstance(values, dict) or not any(keys <= values.keys() for keys in of_one):
+    of_one = ({"entries", "differences"}, {"candidates"}, {"answer", "n"})
+    if not isinstance(values, dict) or not any(
+        {"study", *keys} <= values.keys() for keys in of_one
+    ):
         raise UserError(f"{file} has no numbers of a study; run its study again")
     return values
 

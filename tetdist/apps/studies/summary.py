@@ -23,21 +23,22 @@ def write(folder: Path) -> Path:
     text = file.read_text() if file.is_file() else "# Results\n"
     pages = [page for page in sorted(folder.glob("*.md")) if page.with_suffix(".json").is_file()]
     read_ = {f"{folder.name}/{page.name}": read(page.with_suffix(".json")) for page in pages}
-    # A search has candidates.
     studies = {link: values for link, values in read_.items() if "entries" in values}
+    answered = {link: values for link, values in read_.items() if "answer" in values}
     above = text.partition(MARK)[0].rstrip()
     with explaining(file):
-        write_text(file, f"{above}\n\n{MARK}{tet_against_sdt(studies)}{answers(studies)}")
+        write_text(file, f"{above}\n\n{MARK}{tet_against_sdt(studies)}{answers(answered)}")
     return file
 
 
-def answers(studies: dict[str, dict[str, Any]]) -> str:
-    """Return the table of questions and answers, by `Numbers.as_dict` of each page."""
+def answers(pages: dict[str, dict[str, Any]]) -> str:
+    """Return the table of questions and answers, by the numbers of each page."""
     rows = []
-    for link, values in studies.items():
+    for link, values in pages.items():
         study = values["study"]
         asked, mark, _ = " ".join(study["question"].split()).partition("?")
-        seeds = {str(entry["top1"]["n"]) for entry in values["entries"].values()}
+        entries = values.get("entries", {"": {"top1": values}})
+        seeds = {str(entry["top1"]["n"]) for entry in entries.values()}
         question = f"[{asked}?]({link})" if mark else f"[{study['title']}]({link})"
         rows.append([question, values["answer"], " to ".join(sorted(seeds))])
     return (
