@@ -316,9 +316,9 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         assert status == 0, err
         found[within] = json.loads(file.read_text())
         chosen = found[within]["chosen_exit"]
-        limit = f"at most {within} points lost on {held} training samples held out (so many can "
-        assert f"{limit}promise no less than 17 points with 90% confidence" in out
-        assert (", 5 points need 45)" in out) == (within == 5)
+        limit = f"at most {within} points lost on {held} training samples held out ({held} can "
+        assert f"{limit}limit it to 17 at best, with 90% confidence" in out
+        assert ("; a limit of 5 needs 45)" in out) == (within == 5)
         assert f"at T = {chosen['mean_timesteps']:.3f} on average" in out
         # It is chosen on other samples than it is judged by, and the run saw them as these.
         own = tiny.metrics(trained, "val")[-1]

@@ -110,9 +110,9 @@ def _of_chosen_exit(found: EvaluationResults) -> str:
     chosen = found["chosen_exit"]
     samples, within = chosen["chosen_on"]["samples"], chosen["within"]
     least = 100 * (1 - DOUBT ** (1 / samples))
-    bound = f"so many can promise no less than {least:.2g} points with {1 - DOUBT:.0%} confidence"
+    bound = f"{samples} can limit it to {least:.2g} at best, with {1 - DOUBT:.0%} confidence"
     if 0 < within < least:
-        bound += f", {within:g} points need {math.ceil(math.log(DOUBT, 1 - within / 100))}"
+        bound += f"; a limit of {within:g} needs {math.ceil(math.log(DOUBT, 1 - within / 100))}"
     if chosen["chosen_on"]["top1"] is None:
         limit = f"at most {within:g} % of decisions changed on {samples} samples without labels"
     else:
