@@ -16,13 +16,12 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from tetdist.apps.cli import eval as eval_command
+from tetdist.apps.studies.numbers import paired_difference
+from tetdist.storage.files import parse_json
+from tetdist.tables import markdown
 
-from tetdist.apps.cli import eval as eval_command  # noqa: E402
-from tetdist.apps.studies.numbers import paired_difference  # noqa: E402
-from tetdist.storage.files import parse_json  # noqa: E402
-from tetdist.tables import markdown  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 DATA = {
     "digits": "MNIST digits, T=4",
@@ -143,10 +142,10 @@ def cost_table(found: dict[str, list[dict[str, Any]]]) -> str:
     for data, seeds in found.items():
 
         def middle(*keys: str, seeds: list[dict[str, Any]] = seeds) -> float:
-            values = seeds
+            values: Any = seeds
             for key in keys:
                 values = [one[key] for one in values]
-            return mean(values)  # type: ignore[type-var]
+            return mean(values)
 
         spiking, relu = middle("uj", "spiking"), middle("uj", "relu")
         rows.append(

@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from tetdist.apps.cli import landscape
+from tetdist.apps.studies.numbers import Difference, holm, signed
+from tetdist.storage.files import write_json
+from tetdist.tables import markdown
 
-from tetdist.apps.cli import landscape  # noqa: E402
-from tetdist.apps.studies.numbers import Difference, holm, signed  # noqa: E402
-from tetdist.storage.files import write_json  # noqa: E402
-from tetdist.tables import markdown  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 PAGE = ROOT / "docs/results/landscape_digits.md"
 QUESTION = "Does TET end in flatter minima than SDT, on handwritten digits at T=4?"

@@ -21,7 +21,6 @@ from tetdist.apps.weights.integers import convert
 from tetdist.apps.weights.trained import load
 from tetdist.datasets.index import index_splits
 from tetdist.evaluation import early_exit
-from tetdist.wording import counted
 
 NUM_SAMPLES = sum(tiny.VAL_SIZES)
 
@@ -92,7 +91,7 @@ def test_whole_numbers_are_evaluated_beside_real_ones(
     assert whole["top1"] == pytest.approx(top1, abs=100.1 / NUM_SAMPLES)
     changed = whole["real_numbers"]["changed"]
     assert NUM_SAMPLES / 4 > changed >= abs(whole["top1"] - real["top1"]) * NUM_SAMPLES / 100 - 0.1
-    assert f"top-1 {real['top1']:.2f} %, and {counted(changed, 'decision')} of {NUM_SAMPLES}" in out
+    assert f"top-1 {real['top1']:.2f} %; different decisions: {changed} of {NUM_SAMPLES}" in out
     # A network that always prefers the least likely class decides otherwise.
     reversed_network = convert(load(run), 3)
     reversed_network.description["logit"] *= -1
