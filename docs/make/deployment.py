@@ -5,8 +5,8 @@
     python docs/make/deployment.py
 
 Every run is evaluated in real numbers and in int8, and the networks trained with TET also with
-their early exit, measured. Evaluations that exist are kept; delete
-RUN/deployment_*.json to repeat one.
+their early exit, measured. Evaluations that exist are kept; delete RUN/deployment_*.json to repeat
+one.
 """
 
 import argparse
