@@ -10,18 +10,17 @@ one.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+import pages
+
 from tetdist.apps.cli import eval as eval_command
 from tetdist.apps.studies.numbers import paired_difference
 from tetdist.storage.files import parse_json
 from tetdist.tables import markdown
-
-ROOT = Path(__file__).resolve().parents[2]
 
 DATA = {
     "digits": "MNIST digits, T=4",
@@ -30,17 +29,14 @@ DATA = {
     "objects": "five objects, DVS128, T=10",
     "days": "five objects, another day, T=10",
 }
-QUESTION = (
-    "What do networks trained with TET lose in int8, and do they take less energy than a low-bit "
-    "ReLU network of the same structure?"
-)
-PAGE = """# Accuracy in int8, early exit and energy
-
-**Question.** {question}
-
-**Answer.** {answer}
-
-{accuracy}
+ABOUT = {
+    "title": "Accuracy in int8, early exit and energy",
+    "question": (
+        "What do networks trained with TET lose in int8, and do they take less energy than a "
+        "low-bit ReLU network of the same structure?"
+    ),
+}
+TEXT = """{accuracy}
 
 Top-1 on the validation split, mean ± standard deviation over {seeds} seeds, in percent. *Differ*:
 decisions of the validation samples that int8 changes, median. *Fine-tuned*: one epoch with
@@ -168,13 +164,12 @@ def cost_table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs")
+    parser.add_argument("--runs", type=Path, default=pages.ROOT / "runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     found = {
         data: [numbers_of(options.runs, data, seed) for seed in options.seeds] for data in DATA
     }
-    output = ROOT / "docs/results"
     flat = [one for seeds in found.values() for one in seeds]
     lost = [
         mean(one["top1"]["real"] - one["top1"]["int8"] for one in seeds) for seeds in found.values()
@@ -196,20 +191,15 @@ def main() -> int:
         f"{max(rates):.0f} % spikes, and break even at {min(even):.1f} to {max(even):.1f} %. "
         f"Early exit is {min(speed):.1f} to {max(speed):.1f} times as fast."
     )
-    study = {"title": "Accuracy in int8, early exit and energy", "question": QUESTION}
-    values = {"study": study, "answer": answer, "n": len(options.seeds), "data": found}
-    (output / "hardware.json").write_text(json.dumps(values, indent=1) + "\n")
     threads = found["digits"][0]["early_exit"]["threads"]
-    page = PAGE.format(
-        question=QUESTION,
-        answer=answer,
+    text = TEXT.format(
         accuracy=accuracy_table(found),
         costs=cost_table(found),
         seeds=len(options.seeds),
         threads="one thread" if threads == 1 else f"{threads} threads",
     )
-    (output / "hardware.md").write_text(page)
-    print(page)
+    page = pages.RESULTS / "hardware.md"
+    pages.write(page, ABOUT, answer, len(options.seeds), {"data": found}, text)
     return 0
 
 

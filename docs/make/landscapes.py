@@ -1,7 +1,7 @@
-"""Makes docs/results/landscape_digits.md, .json and .png from the runs of tet_vs_sdt_digits.
+"""Makes docs/results/landscape_DATA.md, .json and .png, with DATA digits or cifar10.
 
-    python tools/study.py tet_vs_sdt_digits --jobs 2 --only sdt_t4 --only tet_t4
-    python docs/make/landscapes.py
+    python tools/study.py tet_vs_sdt_DATA --jobs 2 --only sdt_t4 --only tet_t4
+    python docs/make/landscapes.py DATA
 
 `--measured FILE.json` takes the numbers of an earlier tools/landscape.py instead.
 """
@@ -12,28 +12,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pages
+
 from tetdist.apps.cli import landscape
 from tetdist.apps.studies.numbers import Difference, holm, signed
-from tetdist.storage.files import write_json
 from tetdist.tables import markdown
 
-ROOT = Path(__file__).resolve().parents[2]
-
-PAGE = ROOT / "docs/results/landscape_digits.md"
-QUESTION = "Does TET end in flatter minima than SDT, on handwritten digits at T=4?"
+DATA = {"digits": "handwritten digits", "cifar10": "5,000 images of CIFAR-10"}
 KEYS = {
     "rise": "rise at half a filter's norm",
     "curvature": "curvature",
     "worst_rise": "largest rise found",
     "eigenvalue": "eigenvalue, lower bound",
 }
-TEXT = """# Sharpness of minima with TET and SDT on handwritten digits
+TEXT = """The paper claims that it does: its abstract, and its figure of the landscape.
 
-**Question.** {question} The paper claims that it does.
-
-**Answer.** {answer}
-
-![Loss along filter-normalised directions](landscape_digits.png)
+![Loss along filter-normalised directions](landscape_{data}.png)
 
 {table}
 
@@ -42,22 +36,26 @@ every filter by up to half its norm, running statistics recomputed at every poin
 ([how](../evaluation.md#measure-sharpness)). `time_mean` is L_SDT and `per_timestep` is L_TET
 without its regulariser, both for all networks. Differences are paired by seed, with 95 %
 intervals; p is corrected by Holm's method for the {tests} rows. Spikes jump, so no number is an
-upper bound.
+upper bound. Contours are those of the first seed, in the plane of two random directions.
 
-Commands: `python tools/study.py tet_vs_sdt_digits --jobs 2 --only sdt_t4 --only tet_t4` and
-`python docs/make/landscapes.py`. Numbers: [landscape_digits.json](landscape_digits.json).
+Commands: `python tools/study.py tet_vs_sdt_{data} --jobs 2 --only sdt_t4 --only tet_t4` and
+`python docs/make/landscapes.py {data}`. Numbers: [landscape_{data}.json](landscape_{data}.json).
 """
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("data", choices=DATA)
     parser.add_argument("--measured", type=Path)
     options = parser.parse_args()
-    measured = options.measured or PAGE.with_suffix(".json")
+    page = pages.RESULTS / f"landscape_{options.data}.md"
+    measured = options.measured or page.with_suffix(".json")
     if options.measured is None:
-        runs, figure = ROOT / "runs/tet_vs_sdt_digits", str(PAGE.with_suffix(".png"))
-        given = ["--directions", "5", "--json", str(measured), "--output", figure]
-        if code := landscape.main([str(runs), *given]):
+        study, figure = pages.ROOT / f"runs/tet_vs_sdt_{options.data}", page.with_suffix(".png")
+        runs = [str(study / f"{loss}_t4-seed{k}") for loss in ("sdt", "tet") for k in range(5)]
+        given = ["--directions", "5", "--grid", "11", "--threads", "1"]
+        given += ["--json", str(measured), "--output", str(figure)]
+        if code := landscape.main([*runs, *given]):
             return code
     found: dict[str, Any] = json.loads(measured.read_text())
     ((name, by_loss),) = found["differences"].items()
@@ -79,20 +77,20 @@ def main() -> int:
         f"sharper by {flatter.count('sharper')} after Holm's correction. The rise of L_SDT along "
         f"random directions, TET minus SDT, is {rows[0][2]}."
     )
-    study = {"title": "Sharpness of minima on digits", "question": QUESTION}
-    write_json(PAGE.with_suffix(".json"), found | {"study": study, "answer": answer, "n": n})
-    table = markdown(["loss", "measure", "TET - SDT", "p, Holm"], rows, numbers=True)
+    where = f"{DATA[options.data]} at T=4"
+    about = {
+        "title": f"Sharpness of minima with TET and SDT on {where}",
+        "question": f"Does TET end in flatter minima than SDT, on {where}?",
+    }
     text = TEXT.format(
-        question=QUESTION,
-        answer=answer,
-        table=table,
+        data=options.data,
+        table=markdown(["loss", "measure", "TET - SDT", "p, Holm"], rows, numbers=True),
         n=n,
         samples=found["networks"][0]["samples"],
         directions=found["directions"],
         tests=len(rows),
     )
-    PAGE.write_text(text)
-    print(text)
+    pages.write(page, about, answer, n, found, text)
     return 0
 
 

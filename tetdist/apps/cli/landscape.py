@@ -43,7 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--directions", type=positive, default=10, metavar="K", help=given)
     given = "largest change of a filter, relative to its norm (default: 0.5)"
     add("--radius", type=float, default=0.5, metavar="R", help=given)
-    given = "also measure N x N points in the plane of two directions; N is odd"
+    given = "also measure N x N points in the plane of two directions, of a network of each group"
     add("--grid", type=int, default=0, metavar="N", help=given)
     add("--seed", type=int, default=0, help="seed of samples and directions (default: 0)")
     add_evaluation(parser)
@@ -85,7 +85,9 @@ def compare_landscapes(options: argparse.Namespace) -> None:
         file_progress("loss landscape", "evaluation") as show,
     ):
         found = world.run_on_all(lambda: opened(options, world))
-        total = len(found) * evaluations(options.directions, options.grid)
+        groups = grouped({str(path): effective(config) for path, _, _, config, _ in found})
+        grids = {names[0]: options.grid for names in groups.values()}
+        total = sum(evaluations(options.directions, grids.get(str(one[0]), 0)) for one in found)
 
         def progress() -> None:
             nonlocal done
@@ -100,11 +102,23 @@ def compare_landscapes(options: argparse.Namespace) -> None:
             model.set_timesteps(description.timesteps)
             given = (model, config, index, options.samples, options.seed, world, progress)
             landscape = world.run_on_all(partial(Landscape, *given))
-            measured = measure(landscape, options.directions, options.radius, options.grid)
+            grid = grids.get(str(path), 0)
+            measured = measure(landscape, options.directions, options.radius, grid)
             about = {"checkpoint": str(path), "step": description.step, "seed": config.seed}
             about |= {"timesteps": model.timesteps, "configuration": effective(config)}
             networks.append(about | measured)
-        world.run_on_all(lambda: report(networks, options) if world.rank == 0 else None)
+        world.run_on_all(lambda: report(networks, groups, options) if world.rank == 0 else None)
+
+
+def grouped(configurations: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Return the networks of each group, by its name."""
+    from tetdist.apps.reports.runs_table import RunRecord, group
+
+    folders = {path: Path(path).name for path in configurations}
+    names = folders if len(set(folders.values())) == len(folders) else {p: p for p in folders}
+    path_of = {name: path for path, name in names.items()}
+    records = [RunRecord(names[path], [], [], found) for path, found in configurations.items()]
+    return {k: [path_of[one.name] for one in ones] for k, ones in group(records).items()}
 
 
 def opened(options: argparse.Namespace, world: "World") -> list[Any]:
@@ -142,20 +156,17 @@ def opened(options: argparse.Namespace, world: "World") -> list[Any]:
     return found
 
 
-def report(networks: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def report(
+    networks: list[dict[str, Any]], of_group: dict[str, list[str]], options: argparse.Namespace
+) -> None:
     """Print the sharpness of each group and its difference from the first; write the files."""
     from tetdist.apps.reports import landscape as figure
-    from tetdist.apps.reports.runs_table import RunRecord, group
     from tetdist.apps.studies.numbers import paired_difference
     from tetdist.apps.weights.landscape import LOSSES
     from tetdist.tables import aligned
 
-    of_name = {one["checkpoint"]: one for one in networks}
-    folders = [Path(name).name for name in of_name]
-    if len(set(folders)) == len(folders):
-        of_name = dict(zip(folders, networks, strict=True))
-    records = [RunRecord(name, [], [], one["configuration"]) for name, one in of_name.items()]
-    groups = {k: [of_name[one.name] for one in ones] for k, ones in group(records).items()}
+    of_path = {one["checkpoint"]: one for one in networks}
+    groups = {name: [of_path[path] for path in paths] for name, paths in of_group.items()}
     control = next(name for name, members in groups.items() if networks[0] in members)
     differences: dict[str, Any] = {name: {} for name in groups if name != control}
     for loss in LOSSES:
@@ -174,8 +185,7 @@ def report(networks: list[dict[str, Any]], options: argparse.Namespace) -> None:
         print(aligned(rows, right=range(1, len(rows[0]))), end="\n\n")
     if options.json:
         about = {key: getattr(options, key) for key in ("split", "directions", "radius", "seed")}
-        members = {name: [one["checkpoint"] for one in groups[name]] for name in groups}
-        about |= {"groups": members, "control": control, "differences": differences}
+        about |= {"groups": of_group, "control": control, "differences": differences}
         write_result(options.json, about | {"networks": networks})
     if options.output:
         with files.explaining(options.output):
