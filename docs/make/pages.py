@@ -1,5 +1,6 @@
 """What the scripts that write pages of results share."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ HEAD = """# {title}
 
 def results_of(study: str) -> dict[str, list[numbers.Result]]:
     """Return the finished runs of a study in runs/, by entry and in the order of their seeds."""
+    logging.basicConfig(level=logging.ERROR)
     runs = plan.runs_of(plan.read(plan.find(study)), ROOT / "runs" / study, [])
     found: dict[str, list[numbers.Result]] = {}
     for run in runs:
@@ -28,7 +30,7 @@ def results_of(study: str) -> dict[str, list[numbers.Result]]:
 
 
 def write(
-    page: Path, about: dict[str, str], answer: str, n: int, found: dict[str, Any], text: str
+    page: Path, about: dict[str, str], answer: str, n: int | str, found: dict[str, Any], text: str
 ) -> None:
     """Write a page and its numbers, with what the summary of all pages names.
 

@@ -1,0 +1,233 @@
+"""Makes docs/results/any_t.md, .json and .png from the runs of three studies.
+
+    python tools/study.py any_t_cifar10 --jobs 2
+    python tools/study.py any_t_nmnist --jobs 2
+    python tools/study.py any_t_days --jobs 2
+    python docs/make/any_t.py
+
+Every run is also evaluated with running statistics recomputed at each T. Evaluations that exist
+are kept; delete RUN/recomputed_*.json to repeat one.
+"""
+
+import sys
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+import pages
+
+from tetdist.apps.cli import eval as eval_command
+from tetdist.apps.reports import style
+from tetdist.apps.studies.numbers import (
+    Difference,
+    Result,
+    exit_curve,
+    exit_timesteps,
+    exit_top1,
+    holm,
+    paired_difference,
+    spread,
+)
+from tetdist.storage.files import parse_json
+from tetdist.tables import markdown
+
+# Study: data, the T that are compared, the training samples that statistics are recomputed from.
+STUDIES = {
+    "any_t_cifar10": ("CIFAR-10, 10,000 images", (1, 2, 4), 1000),
+    "any_t_nmnist": ("N-MNIST", (1, 2, 4, 10), 400),
+    "any_t_days": ("objects, another day", (1, 2, 4, 10), 400),
+}
+ABOUT = {
+    "title": "One training for any T",
+    "question": (
+        "Does one training, whose T is drawn at each step, serve every T as well as a training for "
+        "each T?"
+    ),
+}
+TEXT = """![Accuracy by mean timesteps with early exit](any_t.png)
+
+The curves vary the threshold of early exit; a diamond is the threshold chosen on held-out training
+samples, a square a network trained and tested at that T.
+
+## Drawn T minus training at that T
+
+{own}
+
+Points of top-1, paired by seed, with 95 % intervals; p is corrected by Holm's method for all of the
+table. `t1` is the same for both losses. On recordings, SDT was trained at T=10 alone.
+
+## Accuracy and cost
+
+{accuracy}
+
+Top-1 in percent at each T, mean ± standard deviation over {n} seeds, by the time-mean of the first
+T outputs. Image-timesteps (training images times T) and seconds are medians of one training;
+seconds are those of two trainings at a time on two cores. *Early exit* is at the chosen threshold.
+
+## Running statistics recomputed at the T of test
+
+{recomputed}
+
+Points of top-1 that `tools/eval.py --recompute-statistics` adds, with statistics of training
+samples at that T, with 95 % intervals, uncorrected.
+
+Commands: `python tools/study.py` with [any_t_cifar10](any_t_cifar10.md),
+[any_t_nmnist](any_t_nmnist.md) and [any_t_days](any_t_days.md), whose pages have all comparisons,
+then `python docs/make/any_t.py`. Numbers: [any_t.json](any_t.json).
+"""
+
+
+def recomputed(result: Result, t: int, samples: int) -> float:
+    """Return top-1 at T=t with running statistics recomputed at that T."""
+    file = result.run.folder / f"recomputed_{t}.json"
+    if not file.exists():
+        print(f"{result.run.name}: statistics at T={t}", file=sys.stderr)
+        given = ["--checkpoint", str(result.run.folder), "--threads", "1", "--timesteps", str(t)]
+        given += ["--recompute-statistics", str(samples), "--json", str(file)]
+        if code := eval_command.main(given):
+            sys.exit(code)
+    return float(parse_json(file.read_bytes())["per_timestep_top1"][t - 1])
+
+
+def numbers_of(study: str) -> dict[str, Any]:
+    """Return the numbers of each entry of a study."""
+    data, compared, samples = STUDIES[study]
+    entries = {}
+    for entry, results in pages.results_of(study).items():
+        most = max(compared)
+        curves = [exit_curve(one.by_timestep, one.early_exit, most) for one in results]
+        entries[entry] = {
+            "seeds": [one.run.seed for one in results],
+            "image_timesteps": median(one.image_timesteps for one in results),
+            "seconds": median(one.seconds for one in results),
+            "top1": {t: [one.by_timestep[t - 1] for one in results] for t in compared},
+            "recomputed": {t: [recomputed(one, t, samples) for one in results] for t in compared},
+            "exit_top1": [exit_top1(one) for one in results],
+            "exit_timesteps": [exit_timesteps(one) for one in results],
+            "exit_curve": np.mean(curves, axis=0).tolist(),
+        }
+    return {"data": data, "entries": entries, "drawn_minus_own": differences(entries, compared)}
+
+
+def differences(entries: dict[str, Any], compared: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Return each network of drawn T minus that trained at a T, at that T."""
+    found = []
+    for entry, one in entries.items():
+        loss, _, drawn = entry.partition("_")
+        for t in compared if "_" in drawn else ():
+            own = "t1" if t == 1 else f"{loss}_t{t}"
+            if own in entries:
+                pair = (one["top1"][t], entries[own]["top1"][t])
+                found.append({"entry": entry, "t": t} | vars(paired_difference(*pair)))
+    return found
+
+
+def difference(one: dict[str, Any]) -> Difference:
+    return Difference(**{key: one[key] for key in ("n", "mean", "low", "high", "p")})
+
+
+def own_table(found: dict[str, Any]) -> str:
+    all_of = [one for values in found.values() for one in values["drawn_minus_own"]]
+    for one, p in zip(all_of, holm([one["p"] for one in all_of]), strict=True):
+        one["holm"] = p
+    rows = []
+    for values in found.values():
+        for one in values["drawn_minus_own"]:
+            row = [values["data"], f"`{one['entry']}`", str(one["t"]), str(difference(one))]
+            rows.append([*row, f"{one['p']:.2g}", f"{one['holm']:.2g}"])
+    return markdown(["data", "training", "T", "difference", "p", "p, Holm"], rows, numbers=True)
+
+
+def accuracy_table(found: dict[str, Any]) -> str:
+    head = ["data, training", "image-timesteps, millions", "s", "T=1", "T=2", "T=4", "T=10"]
+    rows = []
+    for values in found.values():
+        for entry, one in values["entries"].items():
+            cells = {t: str(spread(top1)) for t, top1 in one["top1"].items()}
+            row = [f"{values['data']}, `{entry}`", f"{one['image_timesteps'] / 1e6:.3f}"]
+            row += [f"{one['seconds']:.0f}", *(cells.get(t, "") for t in (1, 2, 4, 10))]
+            row += [f"{mean(one['exit_top1']):.2f} at {mean(one['exit_timesteps']):.2f}"]
+            rows.append(row)
+    return markdown([*head, "early exit: top-1 at mean T"], rows, numbers=True)
+
+
+def recomputed_table(found: dict[str, Any]) -> str:
+    rows = []
+    for values in found.values():
+        for entry, one in values["entries"].items():
+            changes = {
+                t: str(paired_difference(after, one["top1"][t]))
+                for t, after in one["recomputed"].items()
+            }
+            rows.append(
+                [f"{values['data']}, `{entry}`", *(changes.get(t, "") for t in (1, 2, 4, 10))]
+            )
+    return markdown(["data, training", "T=1", "T=2", "T=4", "T=10"], rows, numbers=True)
+
+
+def draw(found: dict[str, Any]) -> Any:
+    figure = style.new_figure(14, 4.8)
+    for axis, (study, values) in zip(figure.subplots(1, 3), found.items(), strict=True):
+        entries, most = values["entries"], max(STUDIES[study][1])
+        shown = {
+            f"tet_t{most}": "TET",
+            f"tet_1_to_{most}": "TET, T drawn",
+            f"sdt_t{most}": "SDT",
+            f"sdt_1_to_{most}": "SDT, T drawn",
+        }
+        for colour, (entry, label) in zip(style.SERIES, shown.items(), strict=False):
+            one = entries[entry]
+            axis.plot(*np.transpose(one["exit_curve"]), "o-", ms=3.5, color=colour, label=label)
+            chosen = mean(one["exit_timesteps"]), mean(one["exit_top1"])
+            axis.plot(*chosen, "D", ms=9, color=colour)
+        for entry, one in entries.items():
+            t = int(entry.rpartition("t")[2]) if entry.rpartition("t")[2].isdigit() else 0
+            if t and t < most:
+                colour = style.SERIES[0 if entry.startswith("t") else 2]
+                axis.plot(t, mean(one["top1"][t]), "s", ms=8, mfc="none", mec=colour)
+        axis.set_xlabel("mean timesteps of a sample")
+        style.finish(axis, values["data"], style.ACCURACY, legend=False)
+        axis.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def answer_of(found: dict[str, Any]) -> str:
+    parts, changed = [], []
+    for study, values in found.items():
+        compared, entries = STUDIES[study][1], values["entries"]
+        drawn = f"tet_1_to_{max(compared)}"
+        of_t = [one for one in values["drawn_minus_own"] if one["entry"] == drawn]
+        texts = [f"{difference(one)} at T={one['t']}" for one in of_t]
+        all_of = sum(entries["t1" if t == 1 else f"tet_t{t}"]["image_timesteps"] for t in compared)
+        cost = 100 * entries[drawn]["image_timesteps"] / all_of
+        parts.append(
+            f"{values['data']}: {', '.join(texts)}, for {cost:.0f} % of the image-timesteps"
+        )
+        changed += [
+            abs(mean(after) - mean(entries[drawn]["top1"][t]))
+            for t, after in entries[drawn]["recomputed"].items()
+        ]
+    return (
+        "TET with T drawn from 1 to the largest T, minus TET trained at that T, for the share of "
+        f"the image-timesteps of all these trainings. {'; '.join(parts)}. Running statistics "
+        f"recomputed at the T of test change its mean top-1 by at most {max(changed):.2f} points."
+    )
+
+
+def main() -> int:
+    found = {study: numbers_of(study) for study in STUDIES}
+    n = min(len(one["seeds"]) for values in found.values() for one in values["entries"].values())
+    text = TEXT.format(
+        own=own_table(found),
+        accuracy=accuracy_table(found),
+        recomputed=recomputed_table(found),
+        n=n,
+    )
+    page = pages.RESULTS / "any_t.md"
+    style.save(draw(found), page.with_suffix(".png"))
+    pages.write(page, ABOUT, answer_of(found), n, {"studies": found}, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""Makes docs/results/timesteps.md, .json and .png: what single timesteps of transformers do.
+
+    python tools/study.py transformers_long --jobs 2
+    python docs/make/timesteps.py
+
+Numbers of a run that exist are kept; delete RUN/timesteps.json to repeat them.
+"""
+
+import json
+import sys
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import pages
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tetdist.apps.reports import style
+from tetdist.apps.studies.numbers import Result, paired_difference, spread
+from tetdist.apps.weights.trained import load
+from tetdist.data.build import eval_loader
+from tetdist.data.transfer import on_device
+from tetdist.distributed.world import join
+from tetdist.evaluation.evaluate import running_means
+from tetdist.nn.norm_neuron import firing_layers
+from tetdist.nn.precision import autocast
+from tetdist.storage.files import write_json
+from tetdist.tables import markdown
+from tetdist.training.setup import open_split
+
+STUDY = "transformers_long"
+ABOUT = {
+    "title": "What single timesteps of a transformer do with TET and SDT",
+    "question": "Why does TET score lower than SDT at T=4 on a small transformer?",
+}
+TEXT = """![Accuracy, spikes and gradients by timestep](timesteps.png)
+
+## Each timestep
+
+{by_timestep}
+
+*Alone*: top-1 of the output at that timestep, without the others. *Spike rate*: before the
+classifier, and the mean over all layers of neurons. *Gradient*: norm of the classifier's gradient
+of that timestep's cross-entropy. All on the 5,000 validation images, mean over {n} seeds.
+
+## Losses
+
+{losses}
+
+L_SDT (of the time-mean) and L_TET (mean over timesteps), on the training images without
+augmentation and on the validation images. *Mean - best*: what the time-mean adds to the best single
+timestep, in points. *Last fifth*: change of top-1 in the last 6 of 30 epochs. ± is the standard
+deviation over seeds.
+
+## The tested reason
+
+{reason}
+
+Two further losses change one thing each. `tet_without_first` leaves t=1 out, at which an SDT
+network hardly fires. `tet_of_means` takes the cross-entropy of the running mean at each t: a
+timestep must not decide alone, it may add what earlier ones lack. Points of top-1, paired by seed.
+
+Commands: `python tools/study.py transformers_long --jobs 2` ([page](transformers_long.md)) and
+`python docs/make/timesteps.py`. Numbers: [timesteps.json](timesteps.json).
+"""
+
+
+@torch.no_grad()
+def outputs_of(result: Result, split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return logits (T, N, K), labels (N,), the classifier's inputs (T, N, D), and the mean over
+    layers and batches, which are all equally large, of the spike rate at each timestep (T,)."""
+    config, model = result.run.config, load(result.run.folder).model
+    model.set_execution("fused")
+    classifier = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    inputs, rates, logits, labels = (list[Tensor]() for _ in range(4))
+    classifier.register_forward_pre_hook(lambda _, given: inputs.append(given[0].float()))
+
+    def count(_layer: nn.Module, _inputs: Any, spikes: Tensor) -> None:
+        rates.append(spikes.float().reshape(model.timesteps, -1).mean(1))
+
+    for layer in firing_layers(model).values():
+        layer.register_forward_hook(count)
+    with join("cpu") as world:
+        index = open_split(config, split, world)
+        with eval_loader(config, index, world) as batches:
+            for batch in batches:
+                with autocast(world.device, config.precision):
+                    images = on_device(batch.images, world.device, torch.float32)
+                    logits.append(model(images, per_timestep=True).float())
+                labels.append(torch.as_tensor(batch.labels).long())
+    before = [one.reshape(model.timesteps, -1, one.shape[-1]) for one in inputs]
+    return torch.cat(logits, 1), torch.cat(labels), torch.cat(before, 1), torch.stack(rates).mean(0)
+
+
+def numbers_of(result: Result) -> dict[str, Any]:
+    """Return the numbers of a run, from its folder if they are there."""
+    file = result.run.folder / "timesteps.json"
+    if not file.exists():
+        print(result.run.name, file=sys.stderr)
+        trained, own, _, _ = outputs_of(result, "train")
+        logits, labels, before, rates = outputs_of(result, "val")
+        errors = logits.softmax(-1) - F.one_hot(labels, logits.shape[-1])
+        gradients = torch.einsum("tnk,tnd->tkd", errors, before) / len(labels)
+        write_json(
+            file,
+            {
+                "alone": percent(logits, labels),
+                "of_means": percent(running_means(logits), labels),
+                "spike_rate": before.mean((1, 2)).tolist(),
+                "spike_rate_of_layers": rates.tolist(),
+                "gradient": gradients.flatten(1).norm(dim=1).tolist(),
+                "losses": {
+                    "train": losses(trained, own),
+                    "val": losses(logits, labels),
+                },
+            },
+        )
+    return dict(json.loads(file.read_text()))
+
+
+def percent(outputs: Tensor, labels: Tensor) -> list[float]:
+    return [100 * float((one.argmax(-1) == labels).double().mean()) for one in outputs]
+
+
+def losses(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return L_SDT and L_TET without its regulariser."""
+    of_mean = F.cross_entropy(logits.mean(0), labels)
+    return {
+        "sdt": float(of_mean),
+        "tet": mean(float(F.cross_entropy(one, labels)) for one in logits),
+    }
+
+
+def timestep_table(found: dict[str, list[dict[str, Any]]]) -> str:
+    head = ["training", "t", "alone", "mean of 1 to t", "spike rate, %", "of all layers, %"]
+    rows = []
+    for entry, runs in found.items():
+        for t in range(len(runs[0]["alone"])):
+            values = {key: mean(run[key][t] for run in runs) for key in runs[0] if key in COLUMNS}
+            row = [f"`{entry}`", str(t + 1), f"{values['alone']:.2f}", f"{values['of_means']:.2f}"]
+            row += [f"{100 * values['spike_rate']:.2f}"]
+            row += [f"{100 * values['spike_rate_of_layers']:.2f}", f"{values['gradient']:.4f}"]
+            rows.append(row)
+    return markdown([*head, "gradient"], rows, numbers=True)
+
+
+COLUMNS = ("alone", "of_means", "spike_rate", "spike_rate_of_layers", "gradient")
+
+
+def loss_table(found: dict[str, list[dict[str, Any]]]) -> str:
+    head = ["training", "L_SDT, training", "L_SDT, validation", "L_TET, training"]
+    rows = []
+    for entry, runs in found.items():
+        row = [f"`{entry}`"]
+        row += [
+            str(spread([run["losses"][split][loss] for run in runs]))
+            for loss in ("sdt", "tet")
+            for split in ("train", "val")
+        ]
+        row.append(str(spread([run["of_means"][-1] - max(run["alone"]) for run in runs])))
+        row.append(str(spread([run["last_fifth"] for run in runs])))
+        rows.append(row)
+    return markdown([*head, "L_TET, validation", "mean - best", "last fifth"], rows, numbers=True)
+
+
+def draw(found: dict[str, list[dict[str, Any]]]) -> Any:
+    panels = {
+        "alone": ("Accuracy of each timestep alone", style.ACCURACY),
+        "of_means": ("Accuracy of the mean of 1 to t", style.ACCURACY),
+        "spike_rate": ("Spike rate before the classifier", "spikes per neuron"),
+        "gradient": ("Classifier's gradient", "norm"),
+    }
+    figure = style.new_figure(16, 4.4)
+    axes = figure.subplots(1, len(panels))
+    for axis, (key, (title, unit)) in zip(axes, panels.items(), strict=True):
+        for colour, (entry, runs) in zip(style.SERIES, found.items(), strict=False):
+            values = np.array([run[key] for run in runs])
+            steps = range(1, values.shape[1] + 1)
+            axis.plot(steps, values.mean(0), "o-", ms=4, color=colour, label=entry)
+            axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.12, lw=0)
+        axis.set_xticks(list(steps))
+        axis.set_xlabel("timestep t (band: range over seeds)")
+        style.finish(axis, title, unit, legend=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def minus(found: dict[str, list[dict[str, Any]]], entry: str, control: str, t: int) -> str:
+    """Return the paired difference of two entries at T=t."""
+    ours, theirs = ([run["of_means"][t - 1] for run in found[one]] for one in (entry, control))
+    return str(paired_difference(ours, theirs))
+
+
+def reason_table(found: dict[str, list[dict[str, Any]]]) -> str:
+    compared = [("tet", "sdt")]
+    for entry in ("tet_then_sdt", "tet_without_first", "tet_of_means"):
+        compared += [(entry, "sdt"), (entry, "tet")]
+    rows = [
+        [f"`{entry}` - `{control}`", *(minus(found, entry, control, t) for t in (1, 2, 4))]
+        for entry, control in compared
+    ]
+    return markdown(["", "T=1", "T=2", "T=4"], rows, numbers=True)
+
+
+def main() -> int:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for entry, results in pages.results_of(STUDY).items():
+        for one in results:
+            top1 = {epoch: value for epoch, _, value in one.curve}
+            last = {"seed": one.run.seed, "last_fifth": top1[30.0] - top1[24.0]}
+            found.setdefault(entry, []).append(numbers_of(one) | last)
+
+    def gain(entry: str) -> float:
+        return mean(run["of_means"][-1] - max(run["alone"]) for run in found[entry])
+
+    answer = (
+        f"Because TET asks every timestep to decide alone: with SDT the time-mean is "
+        f"{gain('sdt'):.1f} points better than the best single timestep, with TET "
+        f"{gain('tet'):.1f}. A loss that asks the running mean instead (`tet_of_means`) minus SDT "
+        f"is {minus(found, 'tet_of_means', 'sdt', 4)} points at T=4 and "
+        f"{minus(found, 'tet_of_means', 'sdt', 1)} at T=1; leaving out t=1 is "
+        f"{minus(found, 'tet_without_first', 'sdt', 4)} at T=4."
+    )
+    n = min(len(runs) for runs in found.values())
+    text = TEXT.format(
+        by_timestep=timestep_table(found),
+        losses=loss_table(found),
+        reason=reason_table(found),
+        n=n,
+    )
+    page = pages.RESULTS / "timesteps.md"
+    style.save(draw(found), page.with_suffix(".png"))
+    pages.write(page, ABOUT, answer, n, {"runs": found}, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
