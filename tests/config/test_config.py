@@ -28,7 +28,7 @@ from tetdist.models import QKFormer
 from tetdist.nn import neurons
 from tetdist.nn.integer_neurons import NILIF
 from tetdist.nn.learned_decay import PLIF
-from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig, make
+from tetdist.nn.neurons import LIF, NEURONS, make
 
 ConfigWriter = Callable[..., Path]
 
@@ -210,7 +210,7 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
-def test_mistake_is_named(changes: dict[str, Any], parts: tuple[str, ...]) -> None:
+def test_mistake_is_named(changes, parts):
     with pytest.raises(UserError) as caught:
         resolved(changes)
     text = str(caught.value)
@@ -219,7 +219,7 @@ def test_mistake_is_named(changes: dict[str, Any], parts: tuple[str, ...]) -> No
     assert "pydantic" not in text
 
 
-def test_no_such_config() -> None:
+def test_no_such_config():
     with pytest.raises(UserError, match=r"'quickstar'.*did you mean quickstart\.yaml"):
         load("quickstar")
     with pytest.raises(UserError, match=r"'zzz'.*sew34_t4\.yaml"):
@@ -235,7 +235,7 @@ def test_no_such_config() -> None:
         ("seed: 1\nloss:\n  kind: tet\n  kind: sdt\n", "'kind' appears twice, in lines 3 and 4"),
     ],
 )
-def test_file_that_is_no_configuration(tmp_path: Path, text: str, part: str) -> None:
+def test_file_that_is_no_configuration(tmp_path, text, part):
     file = tmp_path / "odd.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=part) as caught:
@@ -243,27 +243,27 @@ def test_file_that_is_no_configuration(tmp_path: Path, text: str, part: str) -> 
     assert str(file) in str(caught.value)
 
 
-def test_a_merged_key_may_be_overridden(tmp_path: Path) -> None:
+def test_a_merged_key_may_be_overridden(tmp_path):
     file = tmp_path / "merged.yaml"
     # The second merge comes first to the deep one's keys.
     file.write_text("a: {b: {c: &x {<<: {k: 1}, k: 2}}}\nd: {<<: *x, k: 3}\n")
     assert read_yaml(file) == {"a": {"b": {"c": {"k": 2}}}, "d": {"k": 3}}
 
 
-def test_unquoted_date_is_named(tiny_config: ConfigWriter) -> None:
+def test_unquoted_date_is_named(tiny_config):
     with pytest.raises(UserError, match="quote it"):
         load(str(tiny_config()), ["name=2026-01-01"])
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00name: x", b"name: \x00"])
-def test_binary_file(tmp_path: Path, content: bytes) -> None:
+def test_binary_file(tmp_path, content):
     file = tmp_path / "binary.yaml"
     file.write_bytes(content)
     with pytest.raises(UserError, match="not valid YAML"):
         load(str(file))
 
 
-def test_overrides(tiny_config: ConfigWriter) -> None:
+def test_overrides(tiny_config):
     config = load(
         str(tiny_config()),
         [
@@ -307,13 +307,13 @@ def test_overrides(tiny_config: ConfigWriter) -> None:
         ({"name": "espikeformer_s", "neuron": {"most_spikes": 2}}, NILIF(most_spikes=2)),
     ],
 )
-def test_what_a_neuron_leaves_out_is_the_networks_own(model: Any, expected: NeuronConfig) -> None:
+def test_what_a_neuron_leaves_out_is_the_networks_own(model, expected):
     section = ModelSection.model_validate_json(json.dumps(model))
     assert section.neuron == expected
     assert section.model_dump(mode="json")["neuron"] == neurons.as_dict(expected)
 
 
-def test_the_networks_neuron_is_written_down(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_networks_neuron_is_written_down(caplog):
     neuron = {"most_spikes": 2, "surrogate": "atan"}
     config = resolved({"model": {"name": "espikeformer_s", "neuron": neuron}})
     assert "model.neuron.surrogate has no effect with model.neuron.kind=nilif" in caplog.text
@@ -322,7 +322,7 @@ def test_the_networks_neuron_is_written_down(caplog: pytest.LogCaptureFixture) -
     assert parse(written, "config.yaml") == config
 
 
-def test_list_item_of_a_default_can_be_overridden(tmp_path: Path) -> None:
+def test_list_item_of_a_default_can_be_overridden(tmp_path):
     # data.std is in no file here, only in the defaults.
     file = tiny.write_config(tmp_path / "c.yaml", "d")
     config = load(str(file), ["data.std=[0.1, 0.2, 0.3]", "data.std.0=0.4"])
@@ -371,9 +371,7 @@ def test_list_item_of_a_default_can_be_overridden(tmp_path: Path) -> None:
         ("log_every=10000000000", "must be 1000000000 or less"),
     ],
 )
-def test_a_mistaken_override_is_named_and_not_the_file(
-    tiny_config: ConfigWriter, override: str, expected: str
-) -> None:
+def test_a_mistaken_override_is_named_and_not_the_file(tiny_config, override, expected):
     file = str(tiny_config({"seed": 0}))
     with pytest.raises(UserError) as caught:
         load(file, ["profile=null", override])
@@ -382,9 +380,7 @@ def test_a_mistaken_override_is_named_and_not_the_file(
     assert file not in str(caught.value)
 
 
-def test_mistakes_of_the_file_and_of_an_override_are_distinguished(
-    tiny_config: ConfigWriter,
-) -> None:
+def test_mistakes_of_the_file_and_of_an_override_are_distinguished(tiny_config):
     file = str(tiny_config({"sede": 1}))
     with pytest.raises(UserError) as caught:
         load(file, ["log_every=x"])
@@ -405,15 +401,13 @@ def test_mistakes_of_the_file_and_of_an_override_are_distinguished(
         (["data={kind: images, kind: events}"], "the key 'kind' appears twice"),
     ],
 )
-def test_what_would_be_undone_in_silence_is_refused(
-    tiny_config: ConfigWriter, overrides: list[str], expected: str
-) -> None:
+def test_what_would_be_undone_in_silence_is_refused(tiny_config, overrides, expected):
     with pytest.raises(UserError) as caught:
         load(str(tiny_config()), overrides)
     assert expected in str(caught.value)
 
 
-def test_later_layers_of_overrides_replace_earlier_ones() -> None:
+def test_later_layers_of_overrides_replace_earlier_ones():
     study, entry = ["seed=1", "loss.kind=tet", "loss.phi=2"], ["loss={kind: sdt}"]
     assert joined(study, entry, ["seed=3"]) == ["loss={kind: sdt}", "seed=3"]
     assert joined(["lossy=1", "seeds=2"], ["loss=3", "seed=4"]) == [
@@ -450,9 +444,7 @@ def _laughs(levels: int) -> str:
         *("minutes", "large"),
     ],
 )
-def test_yaml_without_an_end_or_a_meaning(
-    tiny_config: ConfigWriter, tmp_path: Path, text: str, expected: str
-) -> None:
+def test_yaml_without_an_end_or_a_meaning(tiny_config, tmp_path, text, expected):
     file = tmp_path / "odd.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=expected) as caught:
@@ -465,7 +457,7 @@ def test_yaml_without_an_end_or_a_meaning(
         assert "name=" in str(caught.value)
 
 
-def test_what_is_written_as_an_alias_is_overridden_alone(tmp_path: Path) -> None:
+def test_what_is_written_as_an_alias_is_overridden_alone(tmp_path):
     file = tiny.write_config(tmp_path / "c.yaml", "d", {"phases": []})
     phase = "{epochs: 1, timesteps: 2, optimizer: {lr: 0.1}}"
     file.write_text(file.read_text().replace("phases: []", f"phases: [&p {phase}, *p]"))
@@ -473,7 +465,7 @@ def test_what_is_written_as_an_alias_is_overridden_alone(tmp_path: Path) -> None
     assert [phase.timesteps for phase in config.phases] == [2, 3]
 
 
-def test_aliases_are_the_written_names(tiny_config: ConfigWriter) -> None:
+def test_aliases_are_the_written_names(tiny_config):
     config = load(str(tiny_config({"loss.lambda": 0.25})))
     assert (config.batch.global_, config.loss.lambda_) == (8, 0.25)
     written = yaml.safe_load(config.as_yaml())
@@ -483,9 +475,7 @@ def test_aliases_are_the_written_names(tiny_config: ConfigWriter) -> None:
 
 
 @pytest.mark.parametrize("name", ["100%", "a b", "a\nb", "-x", ".x", "größe", "a;b", "'quoted'"])
-def test_name_of_a_new_run_is_sound_and_earlier_ones_stay_readable(
-    tiny_config: ConfigWriter, tmp_path: Path, name: str
-) -> None:
+def test_name_of_a_new_run_is_sound_and_earlier_ones_stay_readable(tiny_config, tmp_path, name):
     file = tiny_config({"name": name})
     with pytest.raises(
         UserError, match=r"^name: .* must consist of letters .A to Z., digits"
@@ -496,14 +486,12 @@ def test_name_of_a_new_run_is_sound_and_earlier_ones_stay_readable(
     assert load(str(file)).name == configuration.load_written(file).name == name
 
 
-def test_name_is_by_default_that_of_the_file(tiny_config: ConfigWriter) -> None:
+def test_name_is_by_default_that_of_the_file(tiny_config):
     assert load(str(tiny_config())).name == "tiny"
 
 
 @pytest.mark.parametrize("file", sorted(configuration.CONFIGS_DIR.glob("*.yaml")), ids=str)
-def test_shipped_configs_load_without_a_warning(
-    file: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_shipped_configs_load_without_a_warning(file, caplog):
     with caplog.at_level(logging.WARNING):
         config = load(file.name)
     assert caplog.records == []
@@ -518,9 +506,7 @@ def test_shipped_configs_load_without_a_warning(
         ("cifar100_resnet19", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     ],
 )
-def test_recipes_of_cifar_begin_and_scale_as_the_papers_code(
-    name: str, mean: tuple[float, ...], std: tuple[float, ...]
-) -> None:
+def test_recipes_of_cifar_begin_and_scale_as_the_papers_code(name, mean, std):
     config = load(name)
     assert config.model.arguments == {"init": "torch"}
     assert (config.data.mean, config.data.std) == (mean, std)
@@ -552,13 +538,7 @@ def test_recipes_of_cifar_begin_and_scale_as_the_papers_code(
         ),
     ],
 )
-def test_printed_config_is_the_same_config(
-    name: str,
-    neuron: tuple[str, ...],
-    of_kind: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_printed_config_is_the_same_config(name, neuron, of_kind, tmp_path, capsys):
     assert train.main(["--config", name, "--print-config", "seed=3", *neuron]) == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(text := capsys.readouterr().out)
@@ -570,7 +550,7 @@ def test_printed_config_is_the_same_config(
     assert [line for line in marked if "default of" in line] == of_kind
 
 
-def test_forms_that_people_write_are_taken() -> None:
+def test_forms_that_people_write_are_taken():
     def loaded(*overrides: str) -> RunConfig:
         return load("quickstart", overrides)
 
@@ -586,7 +566,7 @@ def test_forms_that_people_write_are_taken() -> None:
         loaded("tracking.trackers=[1]")
 
 
-def test_every_key_is_printed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_key_is_printed_and_explained(capsys):
     assert train.main(["--explain"]) == 0
     explained = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
     assert explained == documented_keys().keys()
@@ -605,7 +585,7 @@ def test_every_key_is_printed_and_explained(capsys: pytest.CaptureFixture[str]) 
     assert explained >= set(OPERATIONAL_KEYS)
 
 
-def test_some_keys_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+def test_some_keys_are_explained(capsys):
     assert train.main(["--explain", "batch", "phases.0.epochs"]) == 0
     explained = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert explained == ["batch.global", "batch.micro", "batch.eval", "phases.N.epochs"]
@@ -621,7 +601,7 @@ def test_some_keys_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no key 'bach'" in capsys.readouterr().err
 
 
-def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_key_is_explained_with_what_it_takes(capsys):
     assert train.main(["--explain"]) == 0
     explained = {
         line.split()[0]: line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()
@@ -722,16 +702,14 @@ def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture
         ),
     ],
 )
-def test_keys_without_effect_are_warned_of(
-    changes: dict[str, Any], warned: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_keys_without_effect_are_warned_of(changes, warned, caplog):
     with caplog.at_level(logging.WARNING):
         resolved(changes)
     assert [record.getMessage().split()[0] for record in caplog.records] == warned
     assert all("has no effect with" in record.getMessage() for record in caplog.records)
 
 
-def test_keys_say_with_which_settings_they_have_no_effect() -> None:
+def test_keys_say_with_which_settings_they_have_no_effect():
     for key, settings in {
         "loss.phi": "kind=sdt, or with kind=tet and lambda=0",
         "loss.distillation.self_target": "self_weight=0, or with phases.N.timesteps=1 and "
@@ -759,7 +737,7 @@ def test_keys_say_with_which_settings_they_have_no_effect() -> None:
     assert kept - effective(resolved(events)).keys() >= {"data.mean", "data.color_jitter.hue"}
 
 
-def test_differences_pass_over_what_does_not_change_the_result() -> None:
+def test_differences_pass_over_what_does_not_change_the_result():
     ours = resolved()
     same = resolved({"data.threads": 3, "log_every": 7, "max_steps": 5, "resume": "must"})
     other = resolved({"phases.0.optimizer.lr": 0.1, "data.flip": 0.0, "data.device": "gpu"})

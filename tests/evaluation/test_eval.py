@@ -76,8 +76,8 @@ def plain_logits(
 
 
 def test_whole_numbers_are_evaluated_beside_real_ones(
-    evaluate: Tool, run: Path, tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    evaluate, run, tiny_root, tmp_path, monkeypatch
+):
     def found(*options: object) -> tuple[dict[str, Any], str]:
         file = tmp_path / "found.json"
         status, out, err = evaluate("--checkpoint", run, "--json", file, "--batch", 5, *options)
@@ -102,9 +102,7 @@ def test_whole_numbers_are_evaluated_beside_real_ones(
     assert "--int8 does not support --unroll" in err
 
 
-def test_numbers_are_those_of_plain_torch(
-    run: Path, tiny_root: Path, evaluate: Tool, tmp_path: Path
-) -> None:
+def test_numbers_are_those_of_plain_torch(run, tiny_root, evaluate, tmp_path):
     status, out, err = evaluate("--checkpoint", run, "--json", tmp_path / "e.json", "--batch", 4)
     assert status == 0, err
     result = json.loads((tmp_path / "e.json").read_text())
@@ -132,9 +130,7 @@ def test_numbers_are_those_of_plain_torch(
         assert result[key] == pytest.approx(last[key], rel=1e-6), key
 
 
-def test_each_timestep_is_the_evaluation_at_that_many(
-    run: Path, evaluate: Tool, tmp_path: Path
-) -> None:
+def test_each_timestep_is_the_evaluation_at_that_many(run, evaluate, tmp_path):
     """One pass at the largest T against a pass of its own at each T."""
     file = tmp_path / "e.json"
     status, out, err = evaluate("--checkpoint", run, "--json", file, "--timesteps", "5,1")
@@ -152,7 +148,7 @@ def test_each_timestep_is_the_evaluation_at_that_many(
         assert alone["loss"] == pytest.approx(together["per_timestep_loss"][t - 1], rel=1e-6)
 
 
-def test_what_is_decided_and_what_it_takes(run: Path, evaluate: Tool, tmp_path: Path) -> None:
+def test_what_is_decided_and_what_it_takes(run, evaluate, tmp_path):
     """At the T of training, 3, though the table of T goes beyond; or at the one T that is given."""
     by_timesteps = {}
     for timesteps in ("1,5", "3", "1-3,5"):
@@ -201,7 +197,7 @@ def test_what_is_decided_and_what_it_takes(run: Path, evaluate: Tool, tmp_path: 
     assert panel(evaluation_page._early_exit, found).get_lines()[1].get_xdata()[-1] == 3
 
 
-def test_report(run: Path, evaluate: Tool, tmp_path: Path) -> None:
+def test_report(run, evaluate, tmp_path):
     from PIL import Image
 
     page, picture = tmp_path / "page.html", tmp_path / "page.png"
@@ -257,7 +253,7 @@ def panel(draw: Callable[..., None], found: dict[str, Any]) -> Any:
     return axis
 
 
-def test_events_are_dropped(main: Callable[..., Any], evaluate: Tool, tmp_path: Path) -> None:
+def test_events_are_dropped(main, evaluate, tmp_path):
     """Two classes of events, in the upper or in the lower half; without any there is no telling."""
     from tetdist.datasets import index
 
@@ -296,14 +292,8 @@ def test_events_are_dropped(main: Callable[..., Any], evaluate: Tool, tmp_path: 
 
 
 def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
-    main: Callable[..., Any],
-    tiny_root: Path,
-    tiny_config: Callable[..., Path],
-    evaluate: Tool,
-    run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    main, tiny_root, tiny_config, evaluate, run, tmp_path, monkeypatch
+):
     held = 4 * 3  # a quarter of the 11 or 12 training samples of each class
     outcome = main(tiny_config({"data.held_out": 0.25, "phases.0.timesteps": 3}))
     assert outcome.status == 0, outcome.text
@@ -375,7 +365,7 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         assert message in broken(evaluate, *arguments)
 
 
-def test_best_and_last(run: Path, evaluate: Tool, tmp_path: Path) -> None:
+def test_best_and_last(run, evaluate, tmp_path):
     steps = {}
     for name, options in {"last": (), "best": ("--best",)}.items():
         file = tmp_path / f"{name}.json"
@@ -386,7 +376,7 @@ def test_best_and_last(run: Path, evaluate: Tool, tmp_path: Path) -> None:
     assert steps["best"]["top1"] == max(line["top1"] for line in lines)
 
 
-def test_real_command_without_deepspeed_and_mlflow(run: Path, tmp_path: Path) -> None:
+def test_real_command_without_deepspeed_and_mlflow(run, tmp_path):
     """Neither may even be importable."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nfor name in ('deepspeed', 'mlflow', 'matplotlib'):\n"
@@ -416,9 +406,7 @@ def assert_alike(ours: Any, theirs: Any, where: str = "") -> None:
         assert theirs == ours, where
 
 
-def test_two_processes_give_the_same_json(
-    farm: Farm, run: Path, evaluate: Tool, tmp_path: Path
-) -> None:
+def test_two_processes_give_the_same_json(farm, run, evaluate, tmp_path):
     one, two = tmp_path / "1.json", tmp_path / "2.json"
     common = ("--checkpoint", run, "--batch", 4, "--drop-timesteps", "0.4")
     assert evaluate(*common, "--json", one)[0] == 0
@@ -436,7 +424,7 @@ def test_two_processes_give_the_same_json(
     assert output.count("firing rate") == 1
 
 
-def test_more_processes_than_batches(farm: Farm, run: Path, tiny_root: Path) -> None:
+def test_more_processes_than_batches(farm, run, tiny_root):
     """In training's own evaluation: one batch, of which the second process gets nothing."""
     file = tiny.write_config(run.parents[1] / "few.yaml", tiny_root, {"batch.eval": 30})
     outcome = farm(file, "name=few", "max_steps=1", world=2)
@@ -444,9 +432,7 @@ def test_more_processes_than_batches(farm: Farm, run: Path, tiny_root: Path) -> 
     assert f"({NUM_SAMPLES} samples)" in outcome.text
 
 
-def test_what_would_fail_after_the_evaluation_fails_before(
-    run: Path, evaluate: Tool, tmp_path: Path
-) -> None:
+def test_what_would_fail_after_the_evaluation_fails_before(run, evaluate, tmp_path):
     for arguments, message in (
         (("--json", tmp_path / "no" / "e.json"), "--json: cannot write"),
         (("--json", tmp_path), f"--json: cannot write {tmp_path}: name a file in a folder"),
@@ -463,9 +449,7 @@ def test_what_would_fail_after_the_evaluation_fails_before(
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
 
 
-def test_file_alone_is_enough_wherever_the_data_is(
-    run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path
-) -> None:
+def test_file_alone_is_enough_wherever_the_data_is(run, tiny_copy, evaluate, tmp_path):
     """A model file that was copied, and data that moved away."""
     file = tmp_path / "model.safetensors"
     shutil.copy(tiny.newest(run) / "model.safetensors", file)
@@ -488,9 +472,7 @@ def test_file_alone_is_enough_wherever_the_data_is(
     assert status == 0, err
 
 
-def test_weights_of_somebody_else_ask_for_the_data(
-    run: Path, evaluate: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_of_somebody_else_ask_for_the_data(run, evaluate, tmp_path, monkeypatch):
     """An export names no place of the data; one of that name may be here by chance."""
     from tetdist.apps.cli import export
 
@@ -513,7 +495,7 @@ def broken(evaluate: Tool, *arguments: object) -> str:
     return err
 
 
-def test_bad_checkpoints(run: Path, evaluate: Tool, tmp_path: Path) -> None:
+def test_bad_checkpoints(run, evaluate, tmp_path):
     assert "there is no checkpoint" in broken(evaluate, "--checkpoint", tmp_path / "none")
     assert "no last checkpoint" in broken(evaluate, "--checkpoint", tmp_path)
     copy = Path(shutil.copytree(run, tmp_path / "run"))
@@ -527,8 +509,8 @@ def test_bad_checkpoints(run: Path, evaluate: Tool, tmp_path: Path) -> None:
 
 
 def test_some_of_the_classes_are_found_by_their_names_and_reported_as_a_subset(
-    run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path
-) -> None:
+    run, tiny_copy, evaluate, tmp_path
+):
     from tetdist.datasets import index
 
     file, page = tmp_path / "e.json", tmp_path / "e.html"
@@ -560,7 +542,7 @@ def test_some_of_the_classes_are_found_by_their_names_and_reported_as_a_subset(
     )
 
 
-def test_bad_data(run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path) -> None:
+def test_bad_data(run, tiny_copy, evaluate, tmp_path):
     from tetdist.datasets import index
 
     def problem(*options: object) -> str:
@@ -605,5 +587,5 @@ def test_bad_data(run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path) ->
         ("--checkpoint", "x", "--nonsense"),
     ],
 )
-def test_bad_command_line(options: tuple[str, ...], evaluate: Tool) -> None:
+def test_bad_command_line(options, evaluate):
     broken(evaluate, *options)

@@ -49,7 +49,7 @@ def spikes_at(*places: tuple[int, int, int, int], size: int = 4, value: float = 
     return x
 
 
-def test_a_spike_reaches_the_neurons_around_it(alone: World) -> None:
+def test_a_spike_reaches_the_neurons_around_it(alone):
     # In the middle 9 positions of 4 channels, at a border 6, in a corner 4.
     assert count(conv(), alone, spikes_at((0, 0, 1, 1))).accumulates == 9 * 4
     assert count(conv(), alone, spikes_at((1, 1, 0, 2))).accumulates == 6 * 4
@@ -60,7 +60,7 @@ def test_a_spike_reaches_the_neurons_around_it(alone: World) -> None:
     assert count(conv(groups=2), alone, spikes_at((0, 0, 1, 1))).accumulates == 9 * 2
 
 
-def test_a_stride_skips_positions(alone: World) -> None:
+def test_a_stride_skips_positions(alone):
     # Windows begin at rows -1 and 1 of 4: row 0 is in the first, 1 in both, 2 and 3 in the second.
     for row, windows in enumerate((1, 2, 1, 1)):
         found = count(conv(stride=2), alone, spikes_at((0, 0, row, 0)))
@@ -69,7 +69,7 @@ def test_a_stride_skips_positions(alone: World) -> None:
     assert count(conv(stride=2), alone, spikes_at((0, 0, 1, 1), size=3)).accumulates == 4 * 4
 
 
-def test_synapses_are_what_a_gradient_reaches(alone: World) -> None:
+def test_synapses_are_what_a_gradient_reaches(alone):
     """Each input's number of outputs, by brute force."""
     for layer, size in ((conv(), 5), (conv(stride=2), 5), (conv(stride=2, groups=2), 6)):
         convolution = layer.layer
@@ -83,7 +83,7 @@ def test_synapses_are_what_a_gradient_reaches(alone: World) -> None:
         assert found.relu_multiply_accumulates == x.grad.sum() / 2  # of one timestep
 
 
-def test_sums_means_and_real_numbers(alone: World) -> None:
+def test_sums_means_and_real_numbers(alone):
     place = (0, 0, 1, 1)
     sums = count(conv(), alone, spikes_at(place, value=3.0))
     assert (sums.accumulates, sums.multiply_accumulates) == (3 * 36, 0)
@@ -98,7 +98,7 @@ def test_sums_means_and_real_numbers(alone: World) -> None:
     assert (mixed.accumulates, mixed.multiply_accumulates) == (0, 2 * synapses)
 
 
-def test_linear_layer(alone: World) -> None:
+def test_linear_layer(alone):
     x = torch.zeros(2, 3, 5)  # B, T, inputs
     x[0, 0, 1] = x[0, 2, 1] = x[1, 0, 4] = 1
     found = count(Layer(nn.Linear(5, 7)), alone, x)
@@ -106,7 +106,7 @@ def test_linear_layer(alone: World) -> None:
     assert found.relu_multiply_accumulates == 5 * 7
 
 
-def test_a_network(alone: World) -> None:
+def test_a_network(alone):
     """A SEW-ResNet: its first layer once for all timesteps, its sums as events, its head real."""
     torch.manual_seed(0)
     model = timm.create_model("sew_resnet18", num_classes=3, timesteps=2, width=4).eval()
@@ -156,7 +156,7 @@ class Products(nn.Module):
         return self.product(*(x[:, i].transpose(0, 1) for i in range(self.inputs)))
 
 
-def test_attentions_products_are_counted(alone: World) -> None:
+def test_attentions_products_are_counted(alone):
     from tetdist.nn.products import HeadSum, LinearAttention, PositionSum
 
     # One sample at one timestep: two heads of three channels, 2x2 positions.
@@ -221,7 +221,7 @@ def test_attentions_products_are_counted(alone: World) -> None:
         ),
     ],
 )
-def test_a_transformer(name: str, arguments: dict[str, object], layer: str, alone: World) -> None:
+def test_a_transformer(name, arguments, layer, alone):
     """Attention is a layer among the others; only the first one, and a mean's, see real numbers."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3, timesteps=2, **arguments).eval()
@@ -236,7 +236,7 @@ def test_a_transformer(name: str, arguments: dict[str, object], layer: str, alon
     assert all(one.synapses > 0 for one in found.layers.values())
 
 
-def test_real_numbers_of_a_membrane_shortcut(alone: World) -> None:
+def test_real_numbers_of_a_membrane_shortcut(alone):
     """Projections multiply what the shortcut carries; a deep stem's convolutions run once."""
     torch.manual_seed(0)
     model = timm.create_model(

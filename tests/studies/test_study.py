@@ -20,8 +20,7 @@ import pytest
 import tiny
 from PIL import Image
 from scipy import stats
-from tiny import Outcome
-from tiny_study import ENTRIES, Here, finish
+from tiny_study import ENTRIES, finish
 
 from tetdist.apps.studies import figures, local, plan, search, slurm, summary, tracking
 from tetdist.apps.studies.numbers import EQUAL, Numbers, gather, paired_difference, spread
@@ -45,9 +44,7 @@ def steps_begun_at(log: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures("here")
-def test_a_study_is_trained_continued_and_reported(
-    call: Call, write: Write, main: Callable[..., Outcome], tmp_path: Path
-) -> None:
+def test_a_study_is_trained_continued_and_reported(call, write, main, tmp_path):
     file, output = write(), tmp_path / "out"
     # Of the control, one run has been trained by hand, one stopped at step 3; another has no place.
     for seed, more in ((0, ()), (1, ("max_steps=3",))):
@@ -93,7 +90,7 @@ def test_a_study_is_trained_continued_and_reported(
 
 
 @pytest.mark.usefixtures("here")
-def test_thresholds_of_early_exit_are_compared(call: Call, write: Write, tmp_path: Path) -> None:
+def test_thresholds_of_early_exit_are_compared(call, write, tmp_path):
     output, pages = tmp_path / "out", tmp_path / "results"
     averaged = {"control": "tet", "average": True, "overrides": {"ema.decay": 0.5}}
     fewer = {"overrides": {"phases.0.timesteps": 1}}
@@ -146,8 +143,8 @@ def test_thresholds_of_early_exit_are_compared(call: Call, write: Write, tmp_pat
 
 
 def test_the_result_is_on_the_validation_split_where_samples_are_held_out(
-    call: Call, write: Write, here: Here, tmp_path: Path
-) -> None:
+    call, write, here, tmp_path
+):
     """And a file of one's own goes to training and evaluation, and into the report's command."""
     own, output = tmp_path / "my_loss.py", tmp_path / "out"
     own.write_text(
@@ -174,7 +171,7 @@ def test_the_result_is_on_the_validation_split_where_samples_are_held_out(
 
 
 @pytest.mark.usefixtures("here")
-def test_one_begins_with_another(call: Call, write: Write, tmp_path: Path) -> None:
+def test_one_begins_with_another(call, write, tmp_path):
     longer = {"phases.0.timesteps": 3, "phases.0.optimizer.lr": 0.01}
     phases = [{"epochs": 1, "timesteps": t, "optimizer": {"lr": 0.01}} for t in (2, 3)]
     entries = {
@@ -232,7 +229,7 @@ def test_one_begins_with_another(call: Call, write: Write, tmp_path: Path) -> No
 ENDLESS = {"seeds": [0], "entries": {"long": {}}, "overrides": {"phases.0.epochs": 100_000}}
 
 
-def test_ctrl_c_ends_the_runs_and_they_go_on(call: Call, write: Write, tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_runs_and_they_go_on(call, write, tmp_path):
     output = tmp_path / "out"
     metrics = output / "long-seed0" / "metrics.jsonl"
 
@@ -255,7 +252,7 @@ def test_ctrl_c_ends_the_runs_and_they_go_on(call: Call, write: Write, tmp_path:
     assert list((output / "long-seed0" / "checkpoints").glob("step-*"))
 
 
-def test_runs_of_a_killed_study_save_and_end(call: Call, write: Write, tmp_path: Path) -> None:
+def test_runs_of_a_killed_study_save_and_end(call, write, tmp_path):
     file = write(ENDLESS)
     output = tmp_path / "out"
     run, log = output / "long-seed0", output / "logs" / "long-seed0.log"
@@ -282,9 +279,7 @@ def test_runs_of_a_killed_study_save_and_end(call: Call, write: Write, tmp_path:
 
 @pytest.mark.usefixtures("a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_run_that_is_being_started_ends_with_the_study(
-    number: signal.Signals, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_is_being_started_ends_with_the_study(number, write, tmp_path, monkeypatch):
     """The signal comes before the new process is known by its number."""
     mark, env = tiny.marked({})
     for name, value in env.items():
@@ -306,9 +301,7 @@ def test_a_run_that_is_being_started_ends_with_the_study(
     assert signal.getsignal(number) is before
 
 
-def test_two_studies_do_not_share_a_run(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_studies_do_not_share_a_run(write, tmp_path, monkeypatch):
     """The second has looked before the first has begun."""
     runs = runs_of(write(ENDLESS), tmp_path / "out")
     sleep = property(lambda _: tiny.python("-c", "import time; time.sleep(300)"))
@@ -323,8 +316,8 @@ def test_two_studies_do_not_share_a_run(
 
 
 def test_mlflow_has_the_runs_below_the_study_and_is_sent_what_it_lacks_at_its_end(
-    call: Call, write: Write, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    call, write, here, tmp_path, monkeypatch
+):
     port, database, output = tiny.free_port(), tmp_path / "mlflow.db", tmp_path / "out"
     uri = f"http://127.0.0.1:{port}"
     overrides = {"tracking.mlflow": True, "tracking.uri": uri}
@@ -410,9 +403,7 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_slurm")
-def test_dry_run_shows_each_job_after_those_it_needs(
-    call: Call, write: Write, tmp_path: Path
-) -> None:
+def test_dry_run_shows_each_job_after_those_it_needs(call, write, tmp_path):
     entries = ENTRIES | {"both": {"init": "sdt", "teacher": "tet"}}
     file = write({"entries": entries, "seeds": [0]})
     dry = ("--slurm", "--dry-run", "--gpus-per-node", "0")
@@ -435,7 +426,7 @@ def test_dry_run_shows_each_job_after_those_it_needs(
 
 
 @pytest.mark.usefixtures("no_slurm")
-def test_dry_run_leaves_out_what_is_finished(call: Call, finished: tuple[Path, Path]) -> None:
+def test_dry_run_leaves_out_what_is_finished(call, finished):
     file, output = finished
     dry = ("--slurm", "--dry-run", "--gpus-per-node", "0")
     status, printed = call("study", file, "--output", output, *dry)
@@ -455,9 +446,7 @@ def test_dry_run_leaves_out_what_is_finished(call: Call, finished: tuple[Path, P
         (("seed=3",), ("write seed=3 before it",)),
     ],
 )
-def test_mistakes_in_what_follows_slurm_are_named(
-    call: Call, write: Write, tmp_path: Path, flags: tuple[str, ...], words: tuple[str, ...]
-) -> None:
+def test_mistakes_in_what_follows_slurm_are_named(call, write, tmp_path, flags, words):
     status, output = call("study", write(), "--output", tmp_path / "out", "--slurm", *flags)
     assert status == 2
     assert [word for word in words if word not in output] == [], output
@@ -465,7 +454,7 @@ def test_mistakes_in_what_follows_slurm_are_named(
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_what_is_submitted_by_how_the_runs_are(write: Write, tmp_path: Path, again: bool) -> None:
+def test_what_is_submitted_by_how_the_runs_are(write, tmp_path, again):
     """A failed run is tried again only with --again; those that need it wait for that, too."""
     words = {"done": "finished", "bad": "failed", "ended": "cancelled", "waits": "queued"}
     needs = {"of_done": "done", "of_bad": "bad", "of_of_bad": "of_bad", "of_waits": "waits"}
@@ -485,9 +474,7 @@ def test_what_is_submitted_by_how_the_runs_are(write: Write, tmp_path: Path, aga
     assert {run.entry: standing.word for run, standing in decided.items()} == expected
 
 
-def test_commands_of_an_installed_package(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_of_an_installed_package(write, tmp_path, monkeypatch):
     """Without a checkout there are no scripts: the package itself is run."""
     from tetdist import errors
 
@@ -551,9 +538,7 @@ def test_commands_of_an_installed_package(
         ({"exit_within": -1.0, "overrides": {"data.held_out": 0.2}}, ("'exit_within'",)),
     ],
 )
-def test_mistakes_in_a_study_are_named(
-    call: Call, write: Write, tmp_path: Path, changes: dict[str, Any], words: tuple[str, ...]
-) -> None:
+def test_mistakes_in_a_study_are_named(call, write, tmp_path, changes, words):
     status, output = call("study", write(changes), "--output", tmp_path / "out")
     assert status == 2
     assert output.count("\n") == 1
@@ -561,7 +546,7 @@ def test_mistakes_in_a_study_are_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_says_what_is_left_to_train(call: Call, write: Write, tmp_path: Path) -> None:
+def test_a_dry_run_says_what_is_left_to_train(call, write, tmp_path):
     status, output = call("study", write(), "--output", tmp_path / "out", "--dry-run")
     assert status == 0
     assert output.splitlines()[-1] == "4 of 4 runs to train, 4 epochs in total"
@@ -578,9 +563,7 @@ def test_a_dry_run_says_what_is_left_to_train(call: Call, write: Write, tmp_path
     ]
 
 
-def test_the_command_lines_key_that_entries_have_too_is_named(
-    call: Call, write: Write, tmp_path: Path
-) -> None:
+def test_the_command_lines_key_that_entries_have_too_is_named(call, write, tmp_path):
     longer = {"control": "sdt", "overrides": {"phases.0.epochs": 3}}
     file = write({"entries": ENTRIES | {"longer": longer}})
     more = ("--output", tmp_path / "out", "--dry-run")
@@ -596,7 +579,7 @@ def test_the_command_lines_key_that_entries_have_too_is_named(
     assert "replaces" not in call("study", file, *more)[1]
 
 
-def test_runs_that_others_wait_for_go_first_side_by_side(write: Write, tmp_path: Path) -> None:
+def test_runs_that_others_wait_for_go_first_side_by_side(write, tmp_path):
     begun = {"begun": {}, "sdt": {"init": "begun"}, "tet": {"init": "begun", "teacher": "sdt"}}
     study = plan.read(write({"entries": {"alone": {}, **begun}}))
     runs = plan.runs_of(study, tmp_path / "out", [])
@@ -609,9 +592,7 @@ def test_runs_that_others_wait_for_go_first_side_by_side(write: Write, tmp_path:
     assert local.needed_first(left) == left
 
 
-def test_the_time_left_goes_by_the_size_of_runs(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_time_left_goes_by_the_size_of_runs(capsys, monkeypatch):
     clock = 0.0
     monkeypatch.setattr(local.time, "monotonic", lambda: clock)
     sizes = {"long": 20, "broken": 4, "short": 4, "other": 12}
@@ -630,7 +611,7 @@ def test_the_time_left_goes_by_the_size_of_runs(
     ]
 
 
-def test_mistakes_on_the_command_line_are_named(call: Call, write: Write, tmp_path: Path) -> None:
+def test_mistakes_on_the_command_line_are_named(call, write, tmp_path):
     file, output = write(), tmp_path / "out"
     for arguments, word in (
         (("no_such_study",), "tet_vs_sdt_digits"),
@@ -648,7 +629,7 @@ def test_mistakes_on_the_command_line_are_named(call: Call, write: Write, tmp_pa
         assert (status, word in printed) == (2, True), printed
 
 
-def test_the_studies_of_the_project_resolve(tmp_path: Path) -> None:
+def test_the_studies_of_the_project_resolve(tmp_path):
     files = sorted((tiny.PROJECT / "configs" / "studies").glob("*.yaml"))
     studies = [plan.read(file) for file in files if not search.is_search(file)]
     assert studies
@@ -681,7 +662,7 @@ def finished(write: Write, tmp_path: Path) -> tuple[Path, Path]:
     return file, output
 
 
-def test_numbers_are_numpys(call: Call, finished: tuple[Path, Path]) -> None:
+def test_numbers_are_numpys(call, finished):
     file, output = finished
     status, printed = call("study", file, "--output", output, "--jobs", 2, "--report-only")
     assert status == 0, printed
@@ -719,7 +700,7 @@ def test_numbers_are_numpys(call: Call, finished: tuple[Path, Path]) -> None:
     assert f"`python tools/study.py {file}`" in report
 
 
-def test_the_figure_tells_entries_and_epochs_apart(by_hand: ByHand) -> None:
+def test_the_figure_tells_entries_and_epochs_apart(by_hand):
     # Pairs, two controls of several, a control of a control; more of them than there are colours.
     controls = {"b": "a", "d": "c", "f": "e", "g": "e", "i": "h", "j": "h", "l": "k", "m": "l"}
     controls |= {f"n{i}": "e" for i in range(8)}
@@ -747,7 +728,7 @@ def test_the_figure_tells_entries_and_epochs_apart(by_hand: ByHand) -> None:
     assert [tick for tick in axis.get_xticks() if tick != round(tick)] == []
 
 
-def test_what_sets_entries_apart_unnamed_is_listed(by_hand: ByHand) -> None:
+def test_what_sets_entries_apart_unnamed_is_listed(by_hand):
     like_lif = {"surrogate": "triangle", "surrogate_width": 1, "fires_at_threshold": False}
     neuron = like_lif | {"kind": "plif", "decay_input": False}
     entries: dict[str, Any] = {
@@ -783,9 +764,7 @@ def test_what_sets_entries_apart_unnamed_is_listed(by_hand: ByHand) -> None:
         ([88.0], "1 | -2.00 |  |  | no test (one seed)"),
     ],
 )
-def test_a_verdict_is_as_sure_as_the_interval(
-    by_hand: ByHand, top1: list[float], words: str
-) -> None:
+def test_a_verdict_is_as_sure_as_the_interval(by_hand, top1, words):
     def accuracies(run: StudyRun) -> list[float]:
         return [0.0, 0.0, 0.0, top1[run.seed] if run.entry == "tet" else 90.0]
 
@@ -796,7 +775,7 @@ def test_a_verdict_is_as_sure_as_the_interval(
     assert bar.has_xerr == ("[" in words)
 
 
-def test_early_exit_is_compared_with_the_full_t_of_the_study() -> None:
+def test_early_exit_is_compared_with_the_full_t_of_the_study():
     """The entry was trained with fewer timesteps."""
     chosen = {"threshold": 0.5, "top1": 55.0, "mean_timesteps": 1.5, "chosen_on": {"samples": 9}}
     result = SimpleNamespace(top1=50.0, by_timestep=[50.0, 60.0], chosen_exit=chosen)
@@ -852,9 +831,7 @@ def test_an_answer_names_numbers_of_its_study(write, blank):
         plan.read(write({"answer": f"It is {blank}."}))
 
 
-def test_a_folder_of_another_study_is_left_alone(
-    call: Call, finished: tuple[Path, Path], write: Write
-) -> None:
+def test_a_folder_of_another_study_is_left_alone(call, finished, write):
     _, output = finished
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     changes = {"seeds": [3, 4, 5], "overrides": {"phases.0.timesteps": 4, "loss.phi": 2.0}}

@@ -143,9 +143,7 @@ def steps_of(session: Any, frames: Array, states: dict[str, Array]) -> tuple[Arr
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_exported_integers_are_the_definition_for_every_reader(
-    case: str, call: Call, tmp_path: Path
-) -> None:
+def test_exported_integers_are_the_definition_for_every_reader(case, call, tmp_path):
     network, neuron = CASES[case]
     file = save(network, tmp_path, **neuron)
     folder, step = tmp_path / "whole", tmp_path / "step.onnx"
@@ -208,9 +206,7 @@ def with_whole_weights(trained: Trained) -> None:
         ("ms", HALF, 0.02),  # the stream is rounded
     ],
 )
-def test_networks_that_whole_numbers_express_are_unchanged(
-    network: str, neuron: dict[str, Any], tolerance: float, tmp_path: Path
-) -> None:
+def test_networks_that_whole_numbers_express_are_unchanged(network, neuron, tolerance, tmp_path):
     trained = trained_network(network, tmp_path, **neuron)
     for key in ("mean", "std"):
         object.__setattr__(trained.config.data, key, (128 / 255,) * 3)
@@ -262,7 +258,7 @@ def test_training_rounds_weights_to_the_exported_integers(case, tmp_path):
 
 
 @pytest.mark.parametrize("reached", [False, True])
-def test_thresholds_have_no_error(reached: bool) -> None:
+def test_thresholds_have_no_error(reached):
     per_real = torch.tensor([0.3, 1.0, 2.0, 7.7, 1000.0], dtype=torch.float64)
     v = torch.arange(-3, 5000).view(-1, 1)
     config = LIF(threshold=2.0, fires_at_threshold=reached)
@@ -274,7 +270,7 @@ def test_thresholds_have_no_error(reached: bool) -> None:
     assert torch.equal((v[:, None] > levels).sum(1), counts.long())
 
 
-def test_weights_of_a_byte_do_not_saturate_16_bits(tmp_path: Path) -> None:
+def test_weights_of_a_byte_do_not_saturate_16_bits(tmp_path):
     defined = convert(trained_network("convnet", tmp_path), T)
     most = {
         layer["name"]: abs(defined.numbers(layer["name"])["weight"].astype(int)).max()
@@ -287,7 +283,7 @@ def test_weights_of_a_byte_do_not_saturate_16_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reset", ["hard", "soft", "several"])
-def test_no_inputs_exceed_the_proven_range(reset: str) -> None:
+def test_no_inputs_exceed_the_proven_range(reset):
     generator = torch.Generator().manual_seed(0)
     for decay in ((1, 0), (1, 1), (205, 10)):
         drawn = torch.randint(1, 50, (4, 64), generator=generator)
@@ -312,7 +308,7 @@ def test_no_inputs_exceed_the_proven_range(reset: str) -> None:
         assert (highest > reach // 4).any()  # The proof is not idle.
 
 
-def test_a_sum_that_could_overflow_is_refused_with_its_layer(tmp_path: Path) -> None:
+def test_a_sum_that_could_overflow_is_refused_with_its_layer(tmp_path):
     trained = trained_network("convnet", tmp_path)
     with torch.no_grad():
         trained.model.fc.bias.fill_(1e9)
@@ -330,9 +326,7 @@ def test_a_sum_that_could_overflow_is_refused_with_its_layer(tmp_path: Path) -> 
         ("preact", {}, "is a PreActResNet, and --int8 takes SEW-"),
     ],
 )
-def test_what_whole_numbers_cannot_express_is_refused(
-    network: str, neuron: dict[str, Any], words: str, call: Call, tmp_path: Path
-) -> None:
+def test_what_whole_numbers_cannot_express_is_refused(network, neuron, words, call, tmp_path):
     file, path = save(network, tmp_path, **neuron), tmp_path / "whole"
     status, output = call("export", file, "--int8", "--format", "safetensors", "--output", path)
     assert status == 2
@@ -343,7 +337,7 @@ def test_what_whole_numbers_cannot_express_is_refused(
 @pytest.mark.parametrize(
     "network", ["convnet", "sew bottleneck, IF", "sew, iand", "resnet19", "vggsnn"]
 )
-def test_nir_graph_of_whole_numbers_is_the_definition(network: str, tmp_path: Path) -> None:
+def test_nir_graph_of_whole_numbers_is_the_definition(network, tmp_path):
     # 0.5 is halved without a remainder but for the last fraction bits.
     neuron = {} if "IF" in network else {"decay": 0.5}
     trained = trained_network(network, tmp_path, **neuron)
@@ -365,7 +359,7 @@ def test_nir_graph_of_whole_numbers_is_the_definition(network: str, tmp_path: Pa
         torch.testing.assert_close(actual, defined(x, per_timestep=True))
 
 
-def test_nir_has_no_node_for_the_stream(tmp_path: Path) -> None:
+def test_nir_has_no_node_for_the_stream(tmp_path):
     trained = trained_network("ms", tmp_path)
     with pytest.raises(UserError, match="no node for the int16 current"):
         export.write_nir(trained, tmp_path / "graph.nir", 1e-3, int8=True)

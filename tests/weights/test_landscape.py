@@ -79,7 +79,7 @@ class Smooth(nn.Module):
         return self.logits(self.weight, len(images))
 
 
-def test_curvature_is_that_of_the_hessian(around: Callable[..., Landscape]) -> None:
+def test_curvature_is_that_of_the_hessian(around):
     model = Smooth()
     found = around(model)
     labels = torch.cat([labels for _, labels in found.batches])
@@ -107,7 +107,7 @@ def test_curvature_is_that_of_the_hessian(around: Callable[..., Landscape]) -> N
     assert not torch.equal(other[0], random[0])
 
 
-def test_scale_of_normalised_filters_does_not_matter(around: Callable[..., Landscape]) -> None:
+def test_scale_of_normalised_filters_does_not_matter(around):
     """Which needs directions relative to the filters and running statistics of each point."""
     curves = []
     for factor in (1.0, 7.0):
@@ -124,7 +124,7 @@ def test_scale_of_normalised_filters_does_not_matter(around: Callable[..., Lands
     assert len(set(curves[0])) == landscape.POINTS
 
 
-def test_groups_are_compared_by_seed(runs: Path, call: Callable[..., Any], tmp_path: Path) -> None:
+def test_groups_are_compared_by_seed(runs, call, tmp_path):
     output, file = tmp_path / "l.png", tmp_path / "l.json"
     options = ("--grid", 3, "--json", file, "--output", output)
     status, printed = call("landscape", runs / "tet-seed0", runs, *FEW, *options)
@@ -166,9 +166,7 @@ def test_a_network_with_rounded_weights_is_measured_around_them(runs, call, tmp_
     assert abs(centers["plain"] / centers["rounded"] - 1) > 1e-4
 
 
-def test_any_number_of_processes_measures_the_same(
-    runs: Path, farm: tiny.Farm, tmp_path: Path, call: Callable[..., Any]
-) -> None:
+def test_any_number_of_processes_measures_the_same(runs, farm, tmp_path, call):
     command = (runs / "tet-seed0", *FEW, "--split", "val", "--grid", 3, "--json")
     status, printed = call("landscape", *command, tmp_path / "1.json")
     assert status == 0, printed
@@ -198,13 +196,13 @@ def test_any_number_of_processes_measures_the_same(
         (("tet-seed0", "--json", "no/a.json"), "--json: cannot write no/a.json: name a file in a"),
     ],
 )
-def test_errors_are_one_sentence(arguments, text, runs, call, monkeypatch) -> None:
+def test_errors_are_one_sentence(arguments, text, runs, call, monkeypatch):
     monkeypatch.chdir(runs)
     status, printed = call("landscape", *FEW, *arguments)
     assert (status, text in printed, "Traceback" in printed) == (2, True, False), printed
 
 
-def test_ctrl_c_writes_nothing(runs, call, monkeypatch, tmp_path) -> None:
+def test_ctrl_c_writes_nothing(runs, call, monkeypatch, tmp_path):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
