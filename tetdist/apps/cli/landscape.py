@@ -179,7 +179,10 @@ def report(
             pairs = [(of[name][seed], of[control][seed]) for seed in of[name].keys() & of[control]]
             ours, theirs = ([pair[i] for pair in pairs] for i in (0, 1))
             found = [paired_difference([x[k] for x in ours], [x[k] for x in theirs]) for k in KEYS]
-            texts = (f"{d.mean:+.2g} [{d.low:+.2g}, {d.high:+.2g}]" for d in found)
+            texts = (
+                f"{d.mean:+.2g}" + (f" [{d.low:+.2g}, {d.high:+.2g}]" if len(pairs) > 1 else "")
+                for d in found
+            )
             rows.append([f"{name} - {control}", str(len(pairs)), *texts])
             by_key[loss] = dict(zip(KEYS, map(vars, found), strict=True))
         print(aligned(rows, right=range(1, len(rows[0]))), end="\n\n")
