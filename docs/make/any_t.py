@@ -56,7 +56,9 @@ samples, a square a network trained and tested at that T.
 
 Points of top-1 at T, of trainings with drawn T and of those at the largest T, paired by seed, with
 95 % intervals; p is corrected by Holm's method for all of the table. The training at T=1 is the
-same for both losses. On recordings, SDT has no training at T=2 and 4.
+same for both losses. On recordings, SDT has no training at T=2 and 4. `tet_of_means` is a training
+at the largest T, of which TET sees the running mean at each t instead of each output; it is
+compared with TET's trainings ([timesteps](timesteps.md) has its reason).
 
 ## Accuracy and cost
 
@@ -92,7 +94,7 @@ def recomputed(result: Result, t: int, samples: int) -> float:
 
 
 def trained_at(entry: str) -> int | None:
-    """Return the T at which an entry is trained; None for a drawn T."""
+    """Return the T that an entry's name has: that of its training. The others serve every T."""
     found = re.search(r"(?:^|_)t(\d+)$", entry)
     return int(found[1]) if found else None
 
@@ -185,6 +187,7 @@ def draw(found: dict[str, Any]) -> Any:
             f"tet_1_to_{most}": "TET, T drawn",
             f"sdt_t{most}": "SDT",
             f"sdt_1_to_{most}": "SDT, T drawn",
+            "tet_of_means": "TET of means",
         }
         for colour, (entry, label) in zip(style.SERIES, shown.items(), strict=False):
             one = entries[entry]
@@ -204,27 +207,29 @@ def draw(found: dict[str, Any]) -> Any:
 
 def answer_of(found: dict[str, Any]) -> str:
     all_of = [one for values in found.values() for one in values["minus_own"]]
-    changed = {}
+    changed, at_1 = {}, {}
     for loss in ("tet", "sdt"):
-        of_loss = [one for one in all_of if one["entry"].startswith(loss) and one["holm"] < 0.05]
-        worse = sum(one["mean"] < 0 for one in of_loss)
-        changed[loss] = f"{len(of_loss) - worse} are better and {worse} worse with {loss.upper()}"
-    parts, costs = [], []
+        of_loss = [one for one in all_of if one["entry"].startswith(loss)]
+        better, worse = (
+            sum(one["holm"] < 0.05 and sign * one["mean"] > 0 for one in of_loss)
+            for sign in (1, -1)
+        )
+        changed[loss] = f"{better} of {len(of_loss)} are better and {worse} worse"
+        not_drawn = [one for one in of_loss if one["t"] == 1 and trained_at(one["entry"])]
+        at_1[loss] = ", ".join(str(difference(one)) for one in not_drawn)
+    data = ", ".join(values["data"] for values in found.values())
+    drawn, costs = [], []
     for study, values in found.items():
-        most, entries = max(STUDIES[study][1]), values["entries"]
-        drawn = f"tet_1_to_{most}"
-        of_t = {
-            one["t"]: str(difference(one)) for one in values["minus_own"] if one["entry"] == drawn
-        }
-        parts.append(f"{of_t[1]} at T=1 and {of_t[most]} at T={most} on {values['data']}")
-        own = ["t1" if t == 1 else f"tet_t{t}" for t in STUDIES[study][1]]
-        all_own = sum(entries[one]["image_timesteps"] for one in own)
-        costs.append(100 * entries[drawn]["image_timesteps"] / all_own)
+        most = max(STUDIES[study][1])
+        ours, theirs = (values["entries"][f"tet_{one}{most}"] for one in ("1_to_", "t"))
+        drawn.append(str(paired_difference(ours["top1"][most], theirs["top1"][most])))
+        costs.append(100 * ours["image_timesteps"] / theirs["image_timesteps"])
     return (
-        f"TET with drawn T minus TET trained at that T is {'; '.join(parts)}; it costs "
-        f"{min(costs):.0f} to {max(costs):.0f} % of the image-timesteps of a training for each T. "
-        f"Of all {len(all_of)} comparisons, {changed['tet']}, {changed['sdt']}, after Holm's "
-        "correction."
+        "One training at the largest T, tested at T=1, minus the training at T=1: with TET "
+        f"{at_1['tet']} points ({data}), with SDT {at_1['sdt']}. TET with drawn T costs "
+        f"{min(costs):.0f} to {max(costs):.0f} % of the image-timesteps of TET at the largest T, "
+        f"and at that T is {', '.join(drawn)} points ahead. Of the comparisons with the training "
+        f"at the T of test, {changed['tet']} with TET, {changed['sdt']} with SDT (Holm)."
     )
 
 
