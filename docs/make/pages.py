@@ -1,4 +1,4 @@
-"""What the scripts that write pages of results share."""
+"""Parts that the scripts of result pages share."""
 
 import logging
 from pathlib import Path
