@@ -190,9 +190,10 @@ def draw(found: dict[str, list[dict[str, Any]]]) -> Any:
 
 
 def minus(found: dict[str, list[dict[str, Any]]], entry: str, control: str, t: int) -> str:
-    """Return the paired difference of two entries at T=t."""
-    ours, theirs = ([run["of_means"][t - 1] for run in found[one]] for one in (entry, control))
-    return str(paired_difference(ours, theirs))
+    """Return the difference of two entries at T=t, of the seeds that both have."""
+    ours, theirs = ({r["seed"]: r["of_means"][t - 1] for r in found[e]} for e in (entry, control))
+    both = ours.keys() & theirs.keys()
+    return str(paired_difference([ours[k] for k in both], [theirs[k] for k in both]))
 
 
 def reason_table(found: dict[str, list[dict[str, Any]]]) -> str:
@@ -219,8 +220,8 @@ def main() -> int:
 
     answer = (
         "Because TET asks each timestep to decide alone, and SDT's timesteps complement each "
-        f"other: the time-mean is {gain('sdt'):.1f} points better than the best single timestep with SDT, "
-        f"{gain('tet'):.1f} with TET. The cross-entropy of the running mean at each t "
+        f"other: the time-mean is {gain('sdt'):.1f} points better than the best single timestep "
+        f"with SDT, {gain('tet'):.1f} with TET. The cross-entropy of the running mean at each t "
         f"(`tet_of_means`) instead of TET adds {minus(found, 'tet_of_means', 'tet', 4)} points at "
         f"T=4 and {minus(found, 'tet_of_means', 'tet', 1)} at T=1; leaving out t=1 adds "
         f"{minus(found, 'tet_without_first', 'tet', 4)} at T=4."
