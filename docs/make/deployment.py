@@ -47,13 +47,16 @@ are paired by seed, with 95 % intervals.
 {costs}
 
 Energy is an estimate ([assumptions and constants](../evaluation.md#energy)): a sample of the
-validation split at T, weights of 8 bits, memory included. The network takes less energy than the
-ReLU network below the break-even spike rate. *Early exit*: samples leave the batch at the
-threshold that loses at most 0.5 points on held-out training samples; the speed-up is that of
-images per second over whole passes, on {threads} of a shared machine, and depends on it.
+validation split at T, weights of 8 bits, memory included, spikes sent as events or stored as
+bitmaps. The network takes less energy than the ReLU network below the break-even spike rate. *With
+early exit*: that of events times mean T / T, computed; the decision itself is not counted. *Early
+exit*: samples leave the batch at the threshold that loses at most 0.5 points on held-out training
+samples; the speed-up is that of images per second over whole passes, on {threads} of a shared
+machine, and depends on it.
 
-Numbers: [hardware.json](hardware.json). Commands: `python tools/study.py deployment --jobs 2` and
-`python docs/make/deployment.py`; the study's own page is [deployment](deployment.md).
+Numbers: [hardware.json](hardware.json). Commands: `python tools/study.py deployment --jobs 2`,
+`python tools/study.py low_bit_relu --jobs 2` and `python docs/make/deployment.py`; the studies' own
+pages are [deployment](deployment.md) and [low_bit_relu](low_bit_relu.md).
 """
 
 
@@ -91,6 +94,7 @@ def numbers_of(runs: Path, data: str, seed: int) -> dict[str, Any]:
             "int8": int8["real_numbers"]["changed"],
             "fine_int8": fine_int8["real_numbers"]["changed"],
         },
+        "timesteps": whole["timesteps"],
         "early_exit": whole["measured_exit"],
         "spike_rate": energy["spike_rate"],
         "break_even_rate": energy["break_even_rate"],
@@ -98,6 +102,12 @@ def numbers_of(runs: Path, data: str, seed: int) -> dict[str, Any]:
         "uj": {one: energy[one]["pj"]["total"] / 1e6 for one in ("spiking", "bitmaps", "relu")},
         "arithmetic_only_uj": {one: pj / 1e6 for one, pj in energy["arithmetic_only_pj"].items()},
     }
+
+
+def exit_ratio(one: dict[str, Any]) -> float:
+    """Return the energy with early exit, by its share of timesteps, over the ReLU network's."""
+    share = one["early_exit"]["mean_timesteps"] / one["timesteps"]
+    return float(share * one["uj"]["spiking"] / one["uj"]["relu"])
 
 
 def described(values: list[float]) -> str:
@@ -132,8 +142,9 @@ def accuracy_table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def cost_table(found: dict[str, list[dict[str, Any]]]) -> str:
-    head = ["data", "spike rate, %", "break-even, %", "energy, uJ: spiking", "ReLU", "ratio"]
-    head += ["arithmetic only: spiking", "ReLU", "early exit: mean T", "top-1, %", "speed-up"]
+    head = ["data", "spike rate, %", "break-even, %", "energy, uJ: events", "bitmaps", "ReLU"]
+    head += ["events / ReLU", "with early exit", "arithmetic only: spiking", "ReLU"]
+    head += ["early exit: mean T", "top-1, %", "top-1 - ReLU", "speed-up"]
     rows = []
     for data, seeds in found.items():
 
@@ -150,12 +161,20 @@ def cost_table(found: dict[str, list[dict[str, Any]]]) -> str:
                 f"{100 * middle('spike_rate'):.1f}",
                 f"{100 * middle('break_even_rate'):.1f}",
                 f"{spiking:.3g}",
+                f"{middle('uj', 'bitmaps'):.3g}",
                 f"{relu:.3g}",
                 f"{spiking / relu:.2f}",
+                f"{mean(map(exit_ratio, seeds)):.2f}",
                 f"{middle('arithmetic_only_uj', 'spiking'):.3g}",
                 f"{middle('arithmetic_only_uj', 'relu'):.3g}",
                 f"{middle('early_exit', 'mean_timesteps'):.2f}",
                 f"{middle('early_exit', 'top1'):.2f}",
+                str(
+                    paired_difference(
+                        [one["early_exit"]["top1"] for one in seeds],
+                        [one["top1"]["relu"] for one in seeds],
+                    )
+                ),
                 f"{middle('early_exit', 'ratio'):.2f}",
             ]
         )
@@ -184,12 +203,20 @@ def main() -> int:
     ]
     speed = [mean(one["early_exit"]["ratio"] for one in seeds) for seeds in found.values()]
     rates, even = ([100 * one[key] for one in flat] for key in ("spike_rate", "break_even_rate"))
+    exits = [mean(map(exit_ratio, seeds)) for seeds in found.values()]
+    lost_by_exit = [
+        mean(one["top1"]["real"] - one["early_exit"]["top1"] for one in seeds)
+        for seeds in found.values()
+    ]
     answer = (
-        f"In int8 the five networks lose {min(lost):.2f} to {max(lost):.2f} points. With memory, "
-        f"{len(winning)} of {len(found)} take less energy than the ReLU network; they take "
+        f"In int8, top-1 changes by {-max(lost):+.2f} to {-min(lost):+.2f} points. With memory, "
+        f"{len(winning)} of {len(found)} take less energy at T than the ReLU network: "
         f"{min(ratios):.1f} to {max(ratios):.1f} times its energy at {min(rates):.0f} to "
-        f"{max(rates):.0f} % spikes, and break even at {min(even):.1f} to {max(even):.1f} %. "
-        f"Early exit is {min(speed):.1f} to {max(speed):.1f} times as fast."
+        f"{max(rates):.0f} % spikes, with break-even at {min(even):.1f} to {max(even):.1f} %. With "
+        f"early exit {sum(ratio < 1 for ratio in exits)} of {len(found)} do ({min(exits):.1f} to "
+        f"{max(exits):.1f} times, computed in proportion to timesteps), {min(speed):.1f} to "
+        f"{max(speed):.1f} times as fast as without, for {min(lost_by_exit):.1f} to "
+        f"{max(lost_by_exit):.1f} points of top-1."
     )
     threads = found["digits"][0]["early_exit"]["threads"]
     text = TEXT.format(

@@ -1,5 +1,6 @@
 """Parts that the scripts of result pages share."""
 
+import argparse
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ HEAD = """# {title}
 **Answer.** {answer}
 
 """
+
+
+def no_flags(script: str | None) -> None:
+    """Refuse flags, by the docstring of a script."""
+    text = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=script, formatter_class=text).parse_args()
 
 
 def results_of(study: str) -> dict[str, list[numbers.Result]]:

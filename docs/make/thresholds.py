@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 import torch
 from scipy import optimize, stats
 from torch import Tensor
@@ -312,6 +313,7 @@ def summarised(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
+    pages.no_flags(__doc__)
     found: dict[str, Any] = {}
     for name in STUDIES:
         runs = plan.runs_of(plan.read(plan.find(name)), Path("runs", name), [])

@@ -51,5 +51,7 @@ def draw(groups: Mapping[str, Sequence[dict[str, Any]]], radius: float, out: Pat
             axis.clabel(lines, lines.levels[::3], fontsize=7, fmt="%.2g")
             axis.plot(0, 0, "+", color="black")
             axis.set_title(f"{name}, {title}", loc="left", fontsize=10)
+            axis.set_xlabel("first direction")
+            axis.set_ylabel("second direction")
             axis.set_aspect("equal")
     save(figure, out)

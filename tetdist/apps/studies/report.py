@@ -329,7 +329,8 @@ def what_differs(numbers: Numbers) -> str:
     columns = {
         f"`{key}`": [str(flat[entry].get(key, "")) for entry in entries]
         for key in keys
-        if key not in OF_THE_RUN and len({str(flat[entry].get(key)) for entry in entries}) > 1
+        if key not in (*OF_THE_RUN, "imports")
+        and len({str(flat[entry].get(key)) for entry in entries}) > 1
     }
     for head, names in (
         ("init", [numbers.study.entries[entry].init for entry in entries]),

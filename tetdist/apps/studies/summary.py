@@ -77,8 +77,9 @@ def tet_against_sdt(studies: dict[str, dict[str, Any]]) -> str:
         row.append("" if first is None else _tested(first, p_first))
     survive = [sum(p < 1 - CONFIDENCE for p in ps) for ps in (corrected[:count], corrected[count:])]
     return (
-        "\n## TET against SDT\n\nAll comparisons in which only the loss differs: points of top-1 "
-        "after the last epoch, between runs with the same seed, at the T of training and stopped "
+        "\n## TET against SDT\n\nAll comparisons of an entry with its study's control in which "
+        "only the loss differs: points of top-1 after the last epoch, between runs with the same "
+        "seed, at the T of training and stopped "
         "at T=1. The minimum detectable effect is that at the T of training, for a power of 80 % "
         f"without correction. p is the paired t-test's, corrected by Holm's method for the "
         f"{sum(not math.isnan(p) for p in corrected)} p values of the table. **{survive[0]} of "
