@@ -32,7 +32,7 @@ from tetdist.training.setup import open_split
 
 STUDY = "transformers_long"
 ABOUT = {
-    "title": "What single timesteps of a transformer do with TET and SDT",
+    "title": "Single timesteps of a transformer with TET and SDT",
     "question": "Why does TET score lower than SDT at T=4 on a small transformer?",
 }
 TEXT = """![Accuracy, spikes and gradients by timestep](timesteps.png)
