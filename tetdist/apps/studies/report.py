@@ -329,7 +329,7 @@ def what_differs(numbers: Numbers) -> str:
     columns = {
         f"`{key}`": [str(flat[entry].get(key, "")) for entry in entries]
         for key in keys
-        if key not in (*OF_THE_RUN, "imports")
+        if key not in (*OF_THE_RUN, "imports")  # imports are paths of this machine
         and len({str(flat[entry].get(key)) for entry in entries}) > 1
     }
     for head, names in (
