@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_runs import needs_triton
+from tiny import wait_until
 
 needs_triton()
 
@@ -36,6 +37,12 @@ def is_locked(folder):
     return False
 
 
+def blocked():
+    """Return how many threads of this process wait for a lock."""
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    return sum("->" in lock and str(os.getpid()) in lock for lock in locks)
+
+
 @pytest.mark.parametrize("of_kernel", [True, False])
 def test_others_wait_for_what_one_compiles(of_kernel):
     """A kernel's files, or a library by which it is launched."""
@@ -52,6 +59,8 @@ def test_others_wait_for_what_one_compiles(of_kernel):
         # Another kernel is not waited for; a compilation that failed is left to the next one.
         for _ in range(2):
             assert get(CompiledOnce("other")) is None
+        # One that asked after the file is there would not wait.
+        wait_until(lambda: blocked() == 2, 60)
         made = first.put("{}", "a.json")
         if of_kernel:
             first.put_group("a.json", {"a.json": made})
