@@ -145,9 +145,6 @@ def difference(one: dict[str, Any]) -> Difference:
 
 
 def own_table(found: dict[str, Any]) -> str:
-    all_of = [one for values in found.values() for one in values["minus_own"]]
-    for one, p in zip(all_of, holm([one["p"] for one in all_of]), strict=True):
-        one["holm"] = p
     rows = []
     for values in found.values():
         for one in values["minus_own"]:
@@ -244,6 +241,9 @@ def answer_of(found: dict[str, Any]) -> str:
 def main() -> int:
     pages.no_flags(__doc__)
     found = {study: numbers_of(study) for study in STUDIES}
+    all_of = [one for values in found.values() for one in values["minus_own"]]
+    for one, p in zip(all_of, holm([one["p"] for one in all_of]), strict=True):
+        one["holm"] = p
     n = min(len(one["seeds"]) for values in found.values() for one in values["entries"].values())
     text = TEXT.format(
         own=own_table(found),
@@ -252,8 +252,7 @@ def main() -> int:
         n=n,
     )
     page = pages.RESULTS / "any_t.md"
-    style.save(draw(found), page.with_suffix(".png"))
-    pages.write(page, ABOUT, answer_of(found), n, {"studies": found}, text)
+    pages.write(page, ABOUT, answer_of(found), n, {"studies": found}, text, draw(found))
     return 0
 
 

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from tetdist.apps.reports import style
 from tetdist.apps.studies import numbers, plan
 from tetdist.storage.files import write_json
 
@@ -37,14 +38,22 @@ def results_of(study: str) -> dict[str, list[numbers.Result]]:
 
 
 def write(
-    page: Path, about: dict[str, str], answer: str, n: int | str, found: dict[str, Any], text: str
+    page: Path,
+    about: dict[str, str],
+    answer: str,
+    n: int | str,
+    found: dict[str, Any],
+    text: str,
+    figure: Any = None,
 ) -> None:
-    """Write a page and its numbers, with what the summary of all pages names.
+    """Write a page, its numbers with what the summary of all pages names, and its figure.
 
     Args:
         about: Title and question.
         n: Number of seeds.
     """
     write_json(page.with_suffix(".json"), {"study": about, "answer": answer, "n": n, **found})
+    if figure is not None:
+        style.save(figure, page.with_suffix(".png"))
     page.write_text(HEAD.format(**about, answer=answer) + text)
     print(page.read_text())

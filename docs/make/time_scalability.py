@@ -155,8 +155,8 @@ def main() -> int:
     head += ["change", "TET - SDT", "minimum detectable effect"]
     table = markdown(head, rows, numbers=True)
     page = pages.RESULTS / "time_scalability.md"
-    style.save(draw(found), page.with_suffix(".png"))
-    pages.write(page, ABOUT, answer, "3 or 5", {"studies": found}, TEXT.format(table=table))
+    text = TEXT.format(table=table)
+    pages.write(page, ABOUT, answer, "3 or 5", {"studies": found}, text, draw(found))
     return 0
 
 

@@ -31,6 +31,7 @@ from tetdist.tables import markdown
 from tetdist.training.setup import open_split
 
 STUDY = "transformers_long"
+COLUMNS = ("alone", "of_means", "spike_rate", "spike_rate_of_layers", "gradient")
 ABOUT = {
     "title": "Single timesteps of a transformer with TET and SDT",
     "question": "Why does TET score lower than SDT at T=4 on a small transformer?",
@@ -144,15 +145,12 @@ def timestep_table(found: dict[str, list[dict[str, Any]]]) -> str:
     rows = []
     for entry, runs in found.items():
         for t in range(len(runs[0]["alone"])):
-            values = {key: mean(run[key][t] for run in runs) for key in runs[0] if key in COLUMNS}
+            values = {key: mean(run[key][t] for run in runs) for key in COLUMNS}
             row = [f"`{entry}`", str(t + 1), f"{values['alone']:.2f}", f"{values['of_means']:.2f}"]
             row += [f"{100 * values['spike_rate']:.2f}"]
             row += [f"{100 * values['spike_rate_of_layers']:.2f}", f"{values['gradient']:.4f}"]
             rows.append(row)
     return markdown([*head, "gradient"], rows, numbers=True)
-
-
-COLUMNS = ("alone", "of_means", "spike_rate", "spike_rate_of_layers", "gradient")
 
 
 def loss_table(found: dict[str, list[dict[str, Any]]]) -> str:
@@ -241,8 +239,7 @@ def main() -> int:
         n=n,
     )
     page = pages.RESULTS / "timesteps.md"
-    style.save(draw(found), page.with_suffix(".png"))
-    pages.write(page, ABOUT, answer, n, {"runs": found}, text)
+    pages.write(page, ABOUT, answer, n, {"runs": found}, text, draw(found))
     return 0
 
 
