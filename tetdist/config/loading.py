@@ -14,6 +14,7 @@ from tetdist.config.checks import check, check_name, warn_without_effect
 from tetdist.config.inheritance import COMMAND_LINE, imports_of, overridden, read_layers
 from tetdist.config.messages import sentences
 from tetdist.config.overrides import apply_override, key_of, refuse_repeated
+from tetdist.config.retired import without_retired
 from tetdist.config.schema import RunConfig
 from tetdist.config.sections.model import network_neuron
 from tetdist.config.yaml_files import read_yaml
@@ -103,6 +104,7 @@ def parse(
     source: str,
     *,
     warn: bool = True,
+    is_trained: bool = False,
     overrides: Sequence[str] = (),
     origins: Mapping[str, str] | None = None,
 ) -> RunConfig:
@@ -113,6 +115,8 @@ def parse(
     Args:
         source: File of the configuration, as errors name it.
         warn: Warn of keys without effect.
+        is_trained: The network is only used, not trained, so keys of training that are gone do
+            not matter.
         overrides: Overrides that were applied; errors name one in place of ``source`` if the
             mistake is in it.
         origins: Files of the values, by dotted key, if not all are from ``source``.
@@ -121,6 +125,7 @@ def parse(
         UserError: It is not valid, or contradicts itself.
     """
     raw = _with_present_names(raw, warn)
+    raw = without_retired(raw, source, is_trained=is_trained)
     try:
         # Through JSON, because only then strict validation accepts a list as a tuple.
         config = RunConfig.model_validate_json(json.dumps(raw))

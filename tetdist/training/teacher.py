@@ -110,7 +110,7 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
     except UserError as error:
         raise UserError(f"{KEY}: {error}") from error
     plugins.require(description.imports, path)
-    theirs = parse(description.config, str(path), warn=False)
+    theirs = parse(description.config, str(path), warn=False, is_trained=True)
     if theirs.data.kind != config.data.kind:
         raise UserError(
             f"{KEY}: {path} was trained on {theirs.data.kind}, but data.kind={config.data.kind}"

@@ -374,7 +374,8 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
     """Return the training's configuration with the command line's changes."""
     from tetdist.config.loading import parse
 
-    parse(raw, str(options.checkpoint), warn=False)  # another program may have written it
+    # Another program may have written it.
+    parse(raw, str(options.checkpoint), warn=False, is_trained=True)
     data = dict(raw["data"])
     if options.data:
         data |= {"root": options.data, "index": None}
@@ -400,7 +401,7 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
     }
     if options.batch:
         changed["batch"] = {**raw["batch"], "eval": options.batch}
-    return parse(changed, str(options.checkpoint), warn=False)
+    return parse(changed, str(options.checkpoint), warn=False, is_trained=True)
 
 
 def index_variant(config: "RunConfig", split: str, alive: Callable[[], None]) -> None:

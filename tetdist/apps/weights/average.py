@@ -79,7 +79,7 @@ def check_alike(source: Path, of_source: Read, first: Path, of_first: Read, beca
     (weights, theirs), (first_weights, ours) = of_source, of_first
     found = differences(
         *(
-            {"model": parse(one.config, str(path), warn=False).as_dict()["model"]}
+            {"model": parse(one.config, str(path), warn=False, is_trained=True).as_dict()["model"]}
             for one, path in ((ours, first), (theirs, source))
         )
     )

@@ -71,8 +71,9 @@ def load(
     """
     weights, description = checkpoint.load_model_file(path, which, ema=ema)
     plugins.require(description.imports, path)
-    parse(description.config, str(path), warn=False)  # another program may have written it
-    config = parse(_without_places(description.config), str(path), warn=False)
+    # Another program may have written it.
+    parse(description.config, str(path), warn=False, is_trained=True)
+    config = parse(_without_places(description.config), str(path), warn=False, is_trained=True)
     num_classes = config.model.num_classes or len(description.classes or ())
     timesteps = timesteps or description.timesteps
     model = config.model.build(num_classes=num_classes, timesteps=timesteps)

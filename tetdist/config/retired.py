@@ -1,0 +1,66 @@
+"""Keys of earlier versions that are gone, so that old run folders and checkpoints stay usable."""
+
+import logging
+from typing import Any, NamedTuple
+
+from tetdist.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Retired(NamedTuple):
+    """A key that is gone.
+
+    Attributes:
+        default: Its value in configurations that did not set it.
+        instead: What to do instead, as the end of a sentence.
+    """
+
+    default: Any
+    instead: str
+
+
+# By dotted key; phases.N stands for each phase.
+RETIRED: dict[str, Retired] = {}
+
+
+def without_retired(raw: dict[str, Any], source: str, *, is_trained: bool) -> dict[str, Any]:
+    """Return a configuration without keys that are gone.
+
+    Args:
+        source: File of the configuration, as errors name it.
+        is_trained: The network is only used, not trained; any value of a key that is gone is then
+            dropped, because these keys concern training alone.
+
+    Raises:
+        UserError: A key that is gone has another value than its default.
+    """
+    raw, dropped = dict(raw), []
+    for key, retired in RETIRED.items():
+        for place, parent, name in _found(raw, key.split(".")):
+            value = parent.pop(name)
+            if value != retired.default and not is_trained:
+                raise UserError(f"{source}: {place}={value!r} is gone; {retired.instead}")
+            dropped.append(place)
+    if dropped and not is_trained:
+        logger.info("%s: dropped keys of an earlier version: %s", source, ", ".join(dropped))
+    return raw
+
+
+def _found(owner: Any, key: list[str], place: str = "") -> list[tuple[str, dict[str, Any], str]]:
+    """Return each place of a key with the mapping that holds it, copied into its own ``owner``."""
+    name, *inner = key
+    if not isinstance(owner, dict) or name not in owner:
+        return []
+    if not inner:
+        return [(f"{place}{name}", owner, name)]
+    if inner[0] == "N":
+        if not isinstance(owner[name], list):
+            return []
+        items = owner[name] = [dict(i) if isinstance(i, dict) else i for i in owner[name]]
+        numbered = enumerate(items)
+        return [hit for i, one in numbered for hit in _found(one, inner[1:], f"{place}{name}.{i}.")]
+    if not isinstance(owner[name], dict):
+        return []
+    owner[name] = dict(owner[name])
+    return _found(owner[name], inner, f"{place}{name}.")
