@@ -55,7 +55,7 @@ class Case:
         steps: Optimiser steps that are taken; the last one's launches are counted.
         micro_batches: Of this process, in each.
         learns: Whether it learns from a teacher, which has no weights.
-        evaluates: Whether a batch is evaluated, too, and the membranes are looked at.
+        evaluates: True to evaluate a batch, too.
         feeds: Whether batches come from ``data.root``, as they come to a GPU, and the order of all
             work is checked.
         fault: Arguments of `faults.faulty`.
@@ -513,7 +513,6 @@ def _evaluate(trainer: Any, recorder: Recorder) -> None:
     """Evaluate two batches, and look at what the commands show of a network besides."""
     from tetdist.evaluation.decisions import DecisionCounts
     from tetdist.evaluation.evaluate import evaluate
-    from tetdist.evaluation.membranes import membrane_distribution
 
     model, precision = trainer.model, trainer.config.precision
     batches = [next(trainer.feed._loader)._replace(mix=None) for _ in range(2)]
@@ -522,14 +521,12 @@ def _evaluate(trainer: Any, recorder: Recorder) -> None:
     decisions = DecisionCounts(classes, model.num_classes, model.timesteps, DEVICE)
     logits = torch.empty(model.timesteps, samples, model.num_classes, device=DEVICE)
     labels = torch.empty(samples, dtype=torch.int64, device=DEVICE)
-    images, _ = trainer.feed.prepared(batches[0])
     with recorder:
         recorder.phase = EVALUATION
         evaluate(model, batches, samples, trainer.world, precision=precision)
     with recorder:
         recorder.phase = ASIDE
         decisions.add(logits, labels)
-        membrane_distribution(model, images, precision)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from tetdist.apps.reports.curves import (
     firing_rates,
     inputs,
     learning_curves,
-    membranes,
 )
 from tetdist.apps.reports.overlay import _group
 from tetdist.apps.reports.run_plots import rgb_images
@@ -36,7 +35,6 @@ from tetdist.apps.reports.style import (
 )
 from tetdist.config.sections.data import DataSection
 from tetdist.errors import UserError
-from tetdist.evaluation.membranes import Membranes
 
 
 def train_line(step, **values):
@@ -149,20 +147,6 @@ def test_firing_rates_before_the_first_evaluation(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(train_line(10)) + "\n")
     firing_rates(tmp_path / "metrics.jsonl", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
-
-
-def test_membranes_are_coloured_by_whether_they_fire(tmp_path):
-    edges = [-1.0, 0.0, 1.0, 2.0]
-
-    def colours(shares, fires):
-        found = Membranes(edges, {"layer": shares}, {"layer": fires})
-        membranes(found, "title", tmp_path / "m.png")
-        return pixels(tmp_path / "m.png", TRAIN), pixels(tmp_path / "m.png", VALIDATION)
-
-    silent, firing = colours([0.5, 0.5, 0.0], 0.0), colours([0.0, 0.5, 0.5], 0.5)
-    assert silent[0] > 1.5 * firing[0] > 1000
-    assert silent[1] < 500  # the number beside it
-    assert firing[1] > 5000
 
 
 def test_inputs_are_shown_as_they_are(tmp_path):

@@ -2,22 +2,14 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import timm
 import tiny
-import torch
 
-import tetdist
 from tetdist.apps.reports.run_plots import RunPlots
 from tetdist.config import loading as configuration
-from tetdist.data.loader import Batch
 from tetdist.tracking.tracker import Tracker
 from tetdist.tracking.trackers import TrackedRun
-from tetdist.training.evaluating import Evaluated
 from tetdist.training.observers import Watched
-
-assert tetdist.__doc__  # registers the models
 
 
 @pytest.fixture
@@ -37,9 +29,9 @@ def tracker(config):
 LAST = 4
 
 
-def watching(config, model, tracker):
+def watching(config, tracker):
     run = SimpleNamespace(
-        config=config, model=model, last_step=LAST, train=SimpleNamespace(classes=tiny.CLASSES)
+        config=config, last_step=LAST, train=SimpleNamespace(classes=tiny.CLASSES)
     )
     return RunPlots(Watched(run, tracker, step=0, finished=False))
 
@@ -47,24 +39,19 @@ def watching(config, model, tracker):
 def evaluate(pictures, tracker, epoch, rate):
     """Tell of an evaluation, as the trainer does, after epochs of one step."""
     values = {"epoch": float(epoch), "phase": 0, "top1": 50.0, "firing_rate": {"stem": rate}}
-    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    batch = Batch(images, torch.zeros(3), np.zeros(3, np.int64))
-    pictures.on_evaluation(epoch, Evaluated("val", values, batch))
     tracker.log("val", epoch, values)
     pictures.on_line("val", epoch, values)
 
 
 def test_plots_at_evaluations_and_warnings_at_once(config, tracker, caplog):
-    model = timm.create_model("spiking_convnet", channels=(4, 8), input_size=16, timesteps=2)
-    model.set_execution("reference")
-    pictures = watching(config, model, tracker)
+    pictures = watching(config, tracker)
 
     def drawn(epoch, rate):
         evaluate(pictures, tracker, epoch, rate)
         return {path.name: path.read_bytes() for path in pictures.folder.iterdir()}
 
     first = drawn(1, 0.2)
-    assert first.keys() == {"learning_curves.png", "firing_rates.png", "membranes.png"}
+    assert first.keys() == {"learning_curves.png", "firing_rates.png"}
     assert caplog.text == ""
     assert drawn(2, 0.0) == first
     assert drawn(3, 0.0) == first
@@ -77,10 +64,8 @@ def test_plots_at_evaluations_and_warnings_at_once(config, tracker, caplog):
 
 def test_a_plot_that_cannot_be_written_ends_nothing(config, tracker, caplog):
     (config.run_dir / "plots").write_text("in the way")
-    model = timm.create_model("spiking_convnet", channels=(4, 8), input_size=16, timesteps=2)
-    model.set_execution("reference")
-    evaluate(watching(config, model, tracker), tracker, LAST, 0.2)
-    for name in ("learning_curves.png", "firing_rates.png", "membranes.png"):
+    evaluate(watching(config, tracker), tracker, LAST, 0.2)
+    for name in ("learning_curves.png", "firing_rates.png"):
         assert f"cannot draw the plot {name}: " in caplog.text
 
 

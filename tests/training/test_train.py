@@ -654,4 +654,4 @@ def test_mlflow_has_the_run_and_its_phases(farm, tiny_config, tmp_path):
     assert description == summary + tags["mlflow.note.content"]
     assert registered.read_bytes() == (tiny.newest(run) / "model.safetensors").read_bytes()
     plots = {path.name for path in registered.parents[2].glob("plots/*")}
-    assert plots == {"learning_curves.png", "firing_rates.png", "membranes.png", "inputs.png"}
+    assert plots == {"learning_curves.png", "firing_rates.png", "inputs.png"}

@@ -1,13 +1,11 @@
 """The evaluations of a run: of its weights, and of their moving average."""
 
-import itertools
 import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tetdist.data.build import eval_loader
-from tetdist.data.loader import Batch
 from tetdist.evaluation.evaluate import evaluate
 from tetdist.training.ema import WeightAverage
 from tetdist.training.prepared import Prepared
@@ -26,7 +24,6 @@ class Evaluated(NamedTuple):
 
     kind: str
     values: dict[str, Any]
-    first: Batch
     is_best: bool = False
 
     @property
@@ -62,20 +59,19 @@ class Evaluations:
         Raises:
             Interrupted: ``stop`` returned True; nothing has changed.
         """
-        found = [(WEIGHTS, *self._evaluate(step))]
+        found = [(WEIGHTS, self._evaluate(step))]
         if self.average is not None:
             with self.average.in_model():
-                found.append((AVERAGE, *self._evaluate(step)))
+                found.append((AVERAGE, self._evaluate(step)))
         return [self._scored(step, *one) for one in found]
 
-    def _evaluate(self, step: int) -> tuple[dict[str, Any], Batch]:
+    def _evaluate(self, step: int) -> dict[str, Any]:
         run, started = self.run, time.monotonic()
         loader = eval_loader(run.config, run.val, run.world)
         with loader as batches, run.weights_at(step):
-            first = next(batches)
             result = evaluate(
                 run.model,
-                itertools.chain([first], batches),
+                batches,
                 len(run.val),
                 run.world,
                 precision=run.config.precision,
@@ -91,14 +87,14 @@ class Evaluations:
             "per_timestep_top1": result.per_timestep_top1,
             "firing_rate": result.firing_rate,
             "seconds": time.monotonic() - started,
-        }, first
+        }
 
     def _count(self, samples: int) -> None:
         # Each process has its share of the samples; a moving average doubles the number.
         total = len(self.run.val) * (1 if self.average is None else 2)
         self.progress(samples, total // self.run.world.world_size or 1)
 
-    def _scored(self, step: int, kind: str, values: dict[str, Any], first: Batch) -> Evaluated:
+    def _scored(self, step: int, kind: str, values: dict[str, Any]) -> Evaluated:
         """Record the result, and whether it is the best of its kind."""
         prefix = {WEIGHTS: "", AVERAGE: "ema_"}[kind]
         is_best = values["top1"] > self.result.get(f"{prefix}best_top1", -math.inf)
@@ -108,4 +104,4 @@ class Evaluations:
         values["best_top1"] = self.result[f"{prefix}best_top1"]
         if self.run.data_split:
             values["data_split"] = self.run.data_split
-        return Evaluated(kind, values, first, is_best)
+        return Evaluated(kind, values, is_best)

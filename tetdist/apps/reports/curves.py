@@ -1,4 +1,4 @@
-"""Plots of a run: its metrics.jsonl, its inputs and its membranes."""
+"""Plots of a run: its metrics.jsonl and its inputs."""
 
 import itertools
 import math
@@ -31,8 +31,6 @@ from tetdist.tracking.metrics_file import each_line
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-    from tetdist.evaluation.membranes import Membranes
 
 Lines = list[dict[str, Any]]
 
@@ -157,42 +155,6 @@ def _edges(centres: list[float]) -> list[float]:
     before = centres[0] - middles[0] if middles else 0.5
     after = centres[-1] - middles[-1] if middles else 0.5
     return [centres[0] - abs(before), *middles, centres[-1] + after]
-
-
-def membranes(found: "Membranes", title: str, out: Path) -> None:
-    """Draw the distribution of each layer's membrane potentials relative to the threshold."""
-    layers = list(found.fractions)
-    figure = new_figure(9, _height(2 * len(layers)))
-    axis = figure.subplots()
-    threshold = next(i for i, edge in enumerate(found.edges) if math.isclose(edge, 1))
-    for row, (layer, fractions) in enumerate(found.fractions.items()):
-        floor = row + 1
-        # Most values may be beyond the scale; their bins would flatten the others.
-        highest = max(fractions[1:-1]) or 1.0
-        tops = [floor - 0.9 * min(fraction / highest, 1) for fraction in fractions]
-        for colour, part in (
-            (TRAIN, slice(0, threshold)),
-            (VALIDATION, slice(threshold, len(fractions))),
-        ):
-            edges = found.edges[part.start : part.stop + 1]
-            heights = [*tops[part], tops[part][-1]]
-            axis.fill_between(edges, heights, floor, step="post", color=colour, linewidth=0)
-        axis.axhline(floor, color="#BBBBBB", linewidth=0.6)
-        axis.text(
-            found.edges[-1],
-            floor - 0.3,
-            f" {100 * found.fires[layer]:.3g} % fire",  # beside the axes, outside the bars
-            va="center",
-            fontsize=8,
-            color=VALIDATION,
-        )
-    axis.axvline(1, color="black", linewidth=1, linestyle=(0, (4, 3)))
-    axis.text(1, 0, " threshold", fontsize=8, va="bottom")
-    _layer_axis(axis, layers)
-    axis.set_xlim(found.edges[0], found.edges[-1])
-    axis.set_xlabel("membrane before the reset, in thresholds (outermost bins include the rest)")
-    figure.suptitle(title, fontsize=12, fontweight="bold")
-    save(figure, out)
 
 
 def inputs(rgb: "npt.NDArray[np.float64]", labels: Sequence[str], title: str, out: Path) -> None:

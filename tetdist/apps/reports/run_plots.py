@@ -18,19 +18,14 @@ from tetdist.apps.reports import curves
 from tetdist.config.sections.data import DataSection
 from tetdist.data import mixing
 from tetdist.data.loader import Batch
-from tetdist.data.transfer import on_device
 from tetdist.errors import UserError
 from tetdist.evaluation.firing import FiringWatch
-from tetdist.evaluation.membranes import membrane_distribution
-from tetdist.nn.norm_neuron import spiking_layers
-from tetdist.nn.precision import parameter_type
-from tetdist.training.evaluating import WEIGHTS, Evaluated
+from tetdist.training.evaluating import WEIGHTS
 from tetdist.training.observers import Observer, Watched
 
 logger = logging.getLogger(__name__)
 
-# Parts of one batch to use: enough to see, and seconds for a large network on a CPU.
-SHOWN_IMAGES, SHOWN_EVENTS, SHOWN_TIMESTEPS, FOR_MEMBRANES = 32, 6, 10, 16
+SHOWN_IMAGES, SHOWN_EVENTS, SHOWN_TIMESTEPS = 32, 6, 10  # of the first batch
 
 # Drawing takes half a second, so plots are drawn at most every DRAW_EVERY seconds. With a long file
 # of metrics it takes longer, so the pause is at least PAUSE times that: 5 % of the time.
@@ -45,13 +40,12 @@ class RunPlots(Observer):
 
     def __init__(self, watched: Watched) -> None:
         run = watched.run
-        self.config, self.classes, self.model = run.config, run.train.classes, run.model
+        self.config, self.classes = run.config, run.train.classes
         self.last_step, self.tracker = run.last_step, watched.tracker
         self.folder = self.config.run_dir / "plots"
         self._firing = FiringWatch()
         self._next = -math.inf  # when to draw again
         self._has_inputs = (self.folder / "inputs.png").exists()
-        self._images = torch.empty(0)  # from the last evaluation
 
     @override
     def on_batch(self, step: int, batch: Batch) -> None:
@@ -77,12 +71,6 @@ class RunPlots(Observer):
         self._draw("inputs.png", lambda out: curves.inputs(rgb, labels, title, out))
 
     @override
-    def on_evaluation(self, step: int, evaluated: Evaluated) -> None:
-        if evaluated.kind == WEIGHTS:
-            # A copy: a view would keep the whole batch in memory.
-            self._images = evaluated.first.images[:FOR_MEMBRANES].clone()
-
-    @override
     def on_line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Warn about layers that died or saturated; draw periodically and at the end."""
         if kind != WEIGHTS:
@@ -91,19 +79,12 @@ class RunPlots(Observer):
             logger.warning("epoch %g: %s", values["epoch"], sentence)
         is_due = step == self.last_step or time.monotonic() >= self._next
         if self.config.plots and is_due:
-            self._draw_all(values["epoch"])
+            self._draw_all()
 
-    def _draw_all(self, epoch: float) -> None:
-        metrics, images, began = self.tracker.path, self._images, time.monotonic()
+    def _draw_all(self) -> None:
+        metrics, began = self.tracker.path, time.monotonic()
         self._draw("learning_curves.png", lambda out: curves.learning_curves(metrics, out))
         self._draw("firing_rates.png", lambda out: curves.firing_rates(metrics, out))
-        if len(images) and spiking_layers(self.model):
-            title = f"{self.config.name}   \N{EM DASH}   epoch {epoch:.4g}, membranes"
-            precision, device = self.config.precision, next(self.model.parameters()).device
-            images = on_device(images, device, parameter_type(precision))
-            found = membrane_distribution(self.model, images, precision)
-            if found.fractions:
-                self._draw("membranes.png", lambda out: curves.membranes(found, title, out))
         ended = time.monotonic()
         self._next = ended + max(DRAW_EVERY, PAUSE * (ended - began))
 
