@@ -1,4 +1,4 @@
-"""Makes docs/results/hardware.md and .json from the runs of two studies.
+"""Makes docs/results/hardware.md and .json from the runs of two studies, at commit d1ca4e46.
 
     python tools/study.py deployment --jobs 2
     python tools/study.py low_bit_relu --jobs 2
@@ -54,9 +54,10 @@ exit*: samples leave the batch at the threshold that loses at most 0.5 points on
 samples; the speed-up is that of images per second over whole passes, on {threads} of a shared
 machine, and depends on it.
 
-Numbers: [hardware.json](hardware.json). Commands: `python tools/study.py deployment --jobs 2`,
-`python tools/study.py low_bit_relu --jobs 2` and `python docs/make/deployment.py`; the studies' own
-pages are [deployment](deployment.md) and [low_bit_relu](low_bit_relu.md).
+Numbers: [hardware.json](hardware.json). Commands, at commit d1ca4e46, the last one with `quantize`:
+`python tools/study.py deployment --jobs 2`, `python tools/study.py low_bit_relu --jobs 2` and
+`python docs/make/deployment.py`; the studies' own pages are
+[deployment](deployment.md) and [low_bit_relu](low_bit_relu.md).
 """
 
 

@@ -187,10 +187,9 @@ def test_a_moving_average_takes_a_few_launches(ask):
     assert 3 <= launches(average, "loss") - launches(without, "loss") <= 12
 
 
-def test_deepspeeds_timers_and_rounded_weights_do_not_wait(ask):
+def test_deepspeeds_timers_do_not_wait(ask):
     """Its throughput timer would begin with the third step."""
-    rounded = "phases.0.quantize=true"
-    answer = ask("spiking_convnet", *ENGINES["deepspeed"], rounded, steps=3, micro_batches=2)
+    answer = ask("spiking_convnet", *ENGINES["deepspeed"], steps=3, micro_batches=2)
     assert_runs(answer)
 
 

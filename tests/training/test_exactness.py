@@ -17,11 +17,11 @@ STEPS = 12  # docs/make/exactness.py takes 30
 SEW = {
     "model": {"name": "sew_resnet18", "arguments": {"width": 8}},
     "batch": {"global": 24, "micro": 2, "eval": 7},
-    # T drawn by step; the optimiser goes on from SDT to TET, with rounded weights.
+    # T drawn by step; the optimiser goes on from SDT to TET.
     "phases": [
         {"epochs": STEPS // 2, "timesteps": {"from": 1, "to": 3}, "loss": {"kind": "sdt"}}
         | {"optimizer": {"kind": "sgd", "lr": 0.05}},
-        {"epochs": STEPS // 2, "timesteps": [1, 2], "optimizer": "continue", "quantize": True},
+        {"epochs": STEPS // 2, "timesteps": [1, 2], "optimizer": "continue"},
     ],
     "evaluate_every": STEPS // 2,
     "ema": {"decay": 0.8},
@@ -123,7 +123,7 @@ def test_stages_agree_in_float32(stage, world, optimizer, farm, tiny_config, tmp
 def test_stopped_stage_continues_bitwise(stage, optimizer, sig, farm, tiny_config, tmp_path):
     changes = {"zero_stage": stage, "save.every_steps": 2, "ema.decay": 0.8}
     first = {"epochs": 1, "timesteps": [1, 2], "optimizer": {"kind": optimizer, "lr": 0.01}}
-    second = {"epochs": 1, "timesteps": 2, "optimizer": "continue", "quantize": True}
+    second = {"epochs": 1, "timesteps": 2, "optimizer": "continue"}
     changes |= {"phases": [first, second]}
     expect(farm(tiny_config(changes | {"name": "straight"}), world=2))
     file = tiny_config(changes | {"name": "run"})
@@ -237,8 +237,7 @@ FUZZED = [
         "ema": {"decay": 0.9, "warmup": True},
         "phases": [
             {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "adamw", "lr": 0.01}},
-            {"epochs": 1, "timesteps": 3, "optimizer": {"kind": "sgd", "lr": 0.05}}
-            | {"quantize": True},
+            {"epochs": 1, "timesteps": 3, "optimizer": {"kind": "sgd", "lr": 0.05}},
         ],
     },
 ]

@@ -59,7 +59,6 @@ CASES = {
     "bf16, blocks, one micro-batch": {
         "precision": "bf16",
         "recompute": "blocks",
-        "phases.0.quantize": True,
         "batch": {"global": 8, "micro": 8, "eval": 7},
     },
     "segments, T drawn, an optimiser that the host asks first": {

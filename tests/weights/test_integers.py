@@ -2,18 +2,15 @@
 
 import itertools
 import json
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nir
 import numpy as np
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file
-from test_export import T, by_nirtorch, over_time, save
+from test_export import T, save
 from torch import nn
 
 from tetdist.apps.weights import export, integers
@@ -23,17 +20,13 @@ from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.integer_neurons import ILIF
 from tetdist.nn.neurons import LIF
-from tetdist.nn.rounding import round_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-Call = Callable[..., tuple[int, str]]
 Array = np.ndarray[Any, Any]
 HALF = {"decay": 0.5, "threshold": 0.4567}
 # Each kind of layer, neuron, reset and input.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sew, add": ("sew, add", {"threshold": 0.4567}),
-    "sew, and": ("sew, and", {}),
-    "sew, iand": ("sew, iand", {}),
     "sew, of parts": ("sew, add", {"kind": "nilif"}),
     "shortcut of spikes": ("resnet19", {}),
     "two branches": ("spiking bottleneck", {}),
@@ -43,16 +36,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "learned decay": ("plif", {}),
     "soft": ("convnet", {"reset": "soft", "decay": 0.3}),
     "several spikes": ("convnet", {"kind": "ilif"}),
-}
-
-FIRST = "stem.conv", "stem.0.conv", "stem.conv.0"
-# Weights whose unit other layers determine: branches of one current share theirs, and a stream has
-# one for each channel.
-BY_OTHERS = {
-    "shortcut of spikes": "merge|downsample",
-    "two branches": "merge|downsample",
-    "stream": "downsample",
-    "stream, deep": "downsample|stem.conv.?[12]|stem_conv$",
 }
 
 
@@ -110,10 +93,6 @@ def by_numpy(folder: Path, frames: Array) -> Array:
                     y = (y + values["bias"].reshape(over)) >> 24
                 case "add":
                     y = x + more[0]
-                case "and":
-                    y = x * more[0]
-                case "iand":
-                    y = (1 - x) * more[0]
                 case "max_pool":
                     parts = windows(x, layer["kernel"], layer["stride"], layer["padding"])
                     y = parts.max((-2, -1))
@@ -227,36 +206,6 @@ def test_networks_that_whole_numbers_express_are_unchanged(network, neuron, tole
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_training_rounds_weights_to_the_exported_integers(case, tmp_path):
-    network, neuron = CASES[case]
-    trained = trained_network(network, tmp_path, **neuron)
-    exported, others = convert(trained, T), BY_OTHERS.get(case, "none")
-    layers = {
-        name: (module, module.weight.detach().clone())
-        for name, module in trained.model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
-    }
-    std = trained.config.data.input_std
-    round_weights(trained.model, std)
-    again = convert(trained, T)
-    for name, (module, before) in layers.items():
-        is_first = name in FIRST
-        divisor = torch.tensor(std if is_first and std else (1.0,)).view(-1, 1, 1)
-        after, before = (one / divisor if is_first else one for one in (module.weight, before))
-        most = (before.flatten(1) if name != "fc" else before.view(1, -1)).abs().amax(1)
-        over = (-1, *(1,) * (before.ndim - 1))
-        whole = after / most.view(over) * (63 if is_first else 127)
-        # Names of layers are not those of modules; random weights are.
-        ours = [values["weight"] for values in again.values.values() if "weight" in values]
-        rest = [(one - whole).abs().max() for one in ours if one.shape == whole.shape]
-        assert min(rest) < 1e-4 or re.search(others, name), name
-    for name, values in exported.values.items():
-        # The classifier's unit is rounded up.
-        if "weight" in values and name != "fc" and not re.search(others, name):
-            assert torch.equal(values["weight"], again.values[name]["weight"]), name
-
-
 @pytest.mark.parametrize("reached", [False, True])
 def test_thresholds_have_no_error(reached):
     per_real = torch.tensor([0.3, 1.0, 2.0, 7.7, 1000.0], dtype=torch.float64)
@@ -324,6 +273,7 @@ def test_a_sum_that_could_overflow_is_refused_with_its_layer(tmp_path):
         ("convnet", {"kind": "psn", "timesteps": T}, "has psn neurons without whole numbers"),
         ("convnet", {"spike": "sigmoid", "surrogate": "sigmoid"}, "lif neurons without whole"),
         ("preact", {}, "is a PreActResNet, and --int8 takes SEW-"),
+        ("sew, iand", {}, "joins spikes by iand, and --int8 takes connect_function add"),
     ],
 )
 def test_what_whole_numbers_cannot_express_is_refused(network, neuron, words, call, tmp_path):
@@ -332,34 +282,3 @@ def test_what_whole_numbers_cannot_express_is_refused(network, neuron, words, ca
     assert status == 2
     assert words in output
     assert not path.exists()
-
-
-@pytest.mark.parametrize(
-    "network", ["convnet", "sew bottleneck, IF", "sew, iand", "resnet19", "vggsnn"]
-)
-def test_nir_graph_of_whole_numbers_is_the_definition(network, tmp_path):
-    # 0.5 is halved without a remainder but for the last fraction bits.
-    neuron = {} if "IF" in network else {"decay": 0.5}
-    trained = trained_network(network, tmp_path, **neuron)
-    export.write_nir(trained, tmp_path / "graph.nir", 1e-3, int8=True)
-    graph = nir.read(tmp_path / "graph.nir")
-    kinds = [node for node in graph.nodes.values() if isinstance(node, (nir.Conv2d, nir.Affine))]
-    assert {node.weight.dtype for node in kinds} == {np.dtype(np.int8)}
-    for node in kinds:
-        node.weight = node.weight.astype(np.float64)
-        node.bias = node.bias.astype(np.float64)
-    defined = convert(trained, T)
-    x = trained.examples(2)
-    frames = defined.frames(x).double()
-    if "pixels" in defined.values:
-        frames = frames - defined.values["pixels"]["zero"].view(-1, 1, 1)
-    frames = frames[0] if len(frames) == 1 else frames.transpose(0, 1)
-    actual = over_time(by_nirtorch(graph, 1e-3), trained, frames) * defined.description["logit"]
-    with torch.no_grad():
-        torch.testing.assert_close(actual, defined(x, per_timestep=True))
-
-
-def test_nir_has_no_node_for_the_stream(tmp_path):
-    trained = trained_network("ms", tmp_path)
-    with pytest.raises(UserError, match="no node for the int16 current"):
-        export.write_nir(trained, tmp_path / "graph.nir", 1e-3, int8=True)

@@ -20,7 +20,6 @@ from tetdist.datasets.index import index_file, load_index
 from tetdist.distributed.world import World
 from tetdist.losses import sdt_loss
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.rounding import round_weights
 from tetdist.storage import checkpoint
 
 CPU = ("--device", "cpu", "--execution", "reference", "--threads", 1, "--precision", "fp64")
@@ -145,25 +144,6 @@ def test_groups_are_compared_by_seed(runs, call, tmp_path):
     assert set(surfaces) == {"sdt-seed0", "tet-seed0"}  # one of each group, which is drawn
     for name, surface in surfaces.items():
         assert surface["top1"][1][1] == of[name]["center"]["top1"]
-
-
-def test_a_network_with_rounded_weights_is_measured_around_them(runs, call, tmp_path):
-    weights, description = checkpoint.load_model_file(runs / "tet-seed0")
-    config = parse(description.config, "test", warn=False)
-    model = config.model.build(num_classes=4, timesteps=2)
-    model.load_state_dict(weights)
-    centers = {}
-    for name, quantize in (("plain", False), ("float", True), ("rounded", False)):
-        if name == "rounded":
-            round_weights(model, config.data.input_std)
-        file, theirs = tmp_path / f"{name}.safetensors", {"quantize": quantize}
-        checkpoint.write_model_file(file, model.state_dict(), description.model_copy(update=theirs))
-        status, printed = call("landscape", file, *FEW, "--json", tmp_path / "found.json")
-        assert status == 0, printed
-        (one,) = json.loads((tmp_path / "found.json").read_text())["networks"]
-        centers[name] = one["center"]["time_mean"]
-    assert centers["float"] == pytest.approx(centers["rounded"], rel=1e-5)
-    assert abs(centers["plain"] / centers["rounded"] - 1) > 1e-4
 
 
 def test_any_number_of_processes_measures_the_same(runs, farm, tmp_path, call):

@@ -144,9 +144,6 @@ def _check_model(config: RunConfig) -> None:
             trained = getattr(config.model.neuron, "timesteps", None)
             one = f"; set phases.{i}.timesteps={trained}, or model.neuron.timesteps to its only T"
             raise UserError(f"phases.{i}.timesteps: {reason}{one if trained else ''}")
-        reason = models.int8_refusal(models.class_of(name), config.model.neuron)
-        if phase.quantize and reason is not None:
-            raise UserError(f"phases.{i}.quantize: {name} {reason}; set it to false")
     kind = models.input_kind(name)
     if kind not in (None, config.data.kind):
         raise UserError(

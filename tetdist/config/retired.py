@@ -13,7 +13,7 @@ class Retired(NamedTuple):
 
     Attributes:
         default: Its value in configurations that did not set it.
-        instead: What to do instead, as the end of a sentence.
+        instead: Advice, as the end of a sentence.
     """
 
     default: Any
@@ -21,7 +21,9 @@ class Retired(NamedTuple):
 
 
 # By dotted key; phases.N stands for each phase.
-RETIRED: dict[str, Retired] = {}
+RETIRED: dict[str, Retired] = {
+    "phases.N.quantize": Retired(False, "remove it: export --int8 rounds trained weights"),
+}
 
 
 def without_retired(raw: dict[str, Any], source: str, *, is_trained: bool) -> dict[str, Any]:

@@ -26,9 +26,7 @@ from tetdist.models.spike_driven_transformer import SpikeDrivenTransformer
 from tetdist.models.spiking_convnet import SpikingConvNet
 from tetdist.models.spiking_resnet import SpikingResNet
 from tetdist.models.vggsnn import VGGSNN
-from tetdist.nn.integer_neurons import ILIF, NILIF
-from tetdist.nn.learned_decay import PLIF
-from tetdist.nn.neurons import LIF, NeuronConfig, kind_of
+from tetdist.nn.neurons import LIF, NeuronConfig
 
 __all__ = [
     "VGGSNN",
@@ -91,18 +89,3 @@ def input_kind(name: str) -> str | None:
     """Return a registered model's input, ``images`` or ``events``; None: known once it is built."""
     kind: Any = getattr(class_of(name), "input_kind", None)
     return kind if isinstance(kind, str) else None
-
-
-def int8_refusal(cls: type[nn.Module] | None, neuron: NeuronConfig) -> str | None:
-    """Return why ``export --int8`` does not take a network, to follow its name; None: it does."""
-    known = SEWResNet, SpikingResNet, MSResNet, VGGSNN, SpikingConvNet
-    ours = cls is not None and cls.__module__.startswith(__name__) and issubclass(cls, known)
-    if cls is None or not ours or issubclass(cls, PSNSEWResNet):
-        kind = getattr(cls, "__name__", "network of unknown class")
-        return (
-            f"is a {kind}, and --int8 takes SEW-, spiking and MS-ResNets, VGGSNN and "
-            "spiking_convnet only"
-        )
-    if type(neuron) not in (LIF, PLIF, ILIF, NILIF) or not neuron.levels:
-        return f"has {kind_of(neuron)} neurons without whole numbers"
-    return None

@@ -60,7 +60,6 @@ class Description(BaseModel):
         averaged: Description of the average, if the weights are one; None: they are not.
         binning: Parameters by which the events were binned, and their sensor; None: unknown.
         commit: Commit of the code that trained them; None: unknown.
-        quantize: True if the network computes with these weights rounded (nn/rounding.py).
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -76,7 +75,6 @@ class Description(BaseModel):
     averaged: str | None = None
     binning: dict[str, Any] | None = None
     commit: str | None = None
-    quantize: bool = False
 
 
 @dataclass(frozen=True)
@@ -274,13 +272,16 @@ def load_model_file(
             "reads"
         )
     try:
-        return weights, Description.model_validate_json(metadata["tetdist"])
+        description = Description.model_validate_json(metadata["tetdist"])
     except ValidationError as error:
         wrong = {str(one["loc"][0]) for one in error.errors() if one["loc"]} or {"all of it"}
         raise UserError(
             f"the description in {file} is damaged or of another version of tetdist: "
             f"{', '.join(sorted(wrong))} cannot be read"
         ) from error
+    if parse_json(metadata["tetdist"]).get("quantize"):  # of an earlier version
+        logger.warning("%s was trained with rounded weights; its float weights are used", path)
+    return weights, description
 
 
 def _write_weights(path: Path, weights: dict[str, Tensor], description: Description) -> None:

@@ -59,16 +59,16 @@ class Evaluations:
         Raises:
             Interrupted: ``stop`` returned True; nothing has changed.
         """
-        found = [(WEIGHTS, self._evaluate(step))]
+        found = [(WEIGHTS, self._evaluate())]
         if self.average is not None:
             with self.average.in_model():
-                found.append((AVERAGE, self._evaluate(step)))
+                found.append((AVERAGE, self._evaluate()))
         return [self._scored(step, *one) for one in found]
 
-    def _evaluate(self, step: int) -> dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any]:
         run, started = self.run, time.monotonic()
         loader = eval_loader(run.config, run.val, run.world)
-        with loader as batches, run.weights_at(step):
+        with loader as batches:
             result = evaluate(
                 run.model,
                 batches,

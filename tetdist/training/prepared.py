@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,6 @@ from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 from tetdist.nn import batch_norm, neurons
 from tetdist.nn.precision import choose_algorithms, parameter_type
-from tetdist.nn.rounding import rounded_weights
 from tetdist.storage import checkpoint
 from tetdist.tracking.progress import RunProgress
 from tetdist.training.schedule import Phase, image_timesteps, phase_at, schedule_phases
@@ -55,12 +53,6 @@ class Prepared:
 
     def phase_at(self, step: int) -> Phase:
         return phase_at(self.phases, step)
-
-    def weights_at(self, step: int) -> AbstractContextManager[None]:
-        """Return the context in which the model has the weights to evaluate after ``step`` steps:
-        rounded ones, if its last phase used them."""
-        active = self.phase_at(step - 1).section.quantize
-        return rounded_weights(self.model, self.config.data.input_std, active=active)
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of the update after ``step`` completed ones."""

@@ -18,7 +18,6 @@ from tetdist.errors import UserError, typed
 from tetdist.models import SpikingNetwork
 from tetdist.nn.fast import dispatch
 from tetdist.nn.precision import choose_algorithms, parameter_type, place
-from tetdist.nn.rounding import round_weights
 from tetdist.optimizers import layers_of
 from tetdist.storage import checkpoint
 from tetdist.training.engines.clipping import Clipping
@@ -166,8 +165,6 @@ def load_model(
     weights: dict[str, Tensor],
     source: Path,
     world: World,
-    *,
-    quantize: bool = False,
 ) -> SpikingNetwork:
     """Return the model of `make_model` with weights, on the device, the same on all processes."""
     model = world.run_on_all(
@@ -177,8 +174,6 @@ def load_model(
     if config.execution == "fused":
         world.run_on_all(lambda: choose_kernels(world))
     place(model, world.device, config.precision)
-    if quantize:
-        round_weights(model, config.data.input_std)
     return model
 
 

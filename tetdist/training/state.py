@@ -148,8 +148,8 @@ def _describe(
         validation=validation,
         imports=checksums_of(config.imports),
     )
-    of_phase = {"quantize": run.phase_at(step - 1).section.quantize, "binning": binning}
-    return description.model_copy(update={key: one for key, one in of_phase.items() if one})
+    # A file lists only what is set.
+    return description.model_copy(update={"binning": binning} if binning else {})
 
 
 def begin(run: Prepared) -> Teacher | None:

@@ -7,7 +7,6 @@ batches on the device, opens no file and logs nothing.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from tetdist.models import SpikingNetwork
 from tetdist.models.base import check_logits
 from tetdist.nn import batch_norm, dropout
 from tetdist.nn.precision import autocast
-from tetdist.nn.rounding import rounded_weights
 from tetdist.training import graphs, health
 from tetdist.training.ema import WeightAverage
 from tetdist.training.engines.base import Engine, Update
@@ -63,9 +61,6 @@ class Step:
         self.section = config.phases[phase]
         self.loss = config.loss_of(self.section)
         self.teacher = teacher if self.loss.distillation.weight else None
-        self._weights = partial(
-            rounded_weights, model, config.data.input_std, active=self.section.quantize
-        )
         self._dropping = dropout.dropping(model)
         self._run: Callable[..., Tensor] = self._add_micro_batch
         if config.cuda_graphs:
@@ -100,7 +95,7 @@ class Step:
         self, step: int, batches: Iterable[MicroBatch], lr: float
     ) -> tuple[Update, Tensor]:
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
-        with self._weights(), self._timesteps_of(step):
+        with self._timesteps_of(step):
             for number, (images, targets) in zip(self.micro_batches, batches, strict=True):
                 self._seed(step, number)
                 sums += self._run(images, targets, *self._dropped(step, number))
@@ -169,7 +164,7 @@ class Step:
                 logits = self.model(images, per_timestep=True)
             return self._loss(images, logits, targets)
 
-        with self._weights(), self._timesteps_of(step):
+        with self._timesteps_of(step):
             return health.examine(self.model, batches, loss)
 
 

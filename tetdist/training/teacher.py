@@ -16,7 +16,6 @@ from tetdist.datasets.index import Index
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 from tetdist.nn.precision import autocast, parameter_type, place
-from tetdist.nn.rounding import round_weights
 from tetdist.storage import checkpoint, foreign_files
 from tetdist.storage.hub import names_checked
 
@@ -132,8 +131,6 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
             f"data has {index.heights[0]}x{index.heights[0]}; choose a teacher of that size"
         )
     checkpoint.load_weights(model, weights, path)
-    if description.quantize:
-        round_weights(model, theirs.data.input_std)
     side = config.data.image_size
     frames = None if index.timesteps is None else (model.timesteps, *index.frames_shape[1:])
     try:

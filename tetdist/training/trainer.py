@@ -234,9 +234,8 @@ class Trainer:
             self._log(one.kind, one.values)
             self.progress.report_evaluation(self.step, one.values, of_average=one.kind == AVERAGE)
         self._save(found)
-        with self.prepared.weights_at(self.step):
-            for one in found:
-                self.observers.on_line(one.kind, self.step, one.values)
+        for one in found:
+            self.observers.on_line(one.kind, self.step, one.values)
 
     def _evaluated(self, samples: int, total: int) -> None:
         self.watch.progress(f"evaluation after step {self.step}")

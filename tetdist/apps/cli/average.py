@@ -89,7 +89,7 @@ def average(options: argparse.Namespace, *, silent: bool = False) -> None:
         index = world.run_on_all(
             lambda: open_training_split(config, description.classes, source, world)
         )
-        model = load_model(config, index, weights, source, world, quantize=description.quantize)
+        model = load_model(config, index, weights, source, world)
         timesteps = options.timesteps or description.timesteps
         world.run_on_all(lambda: model.set_timesteps(timesteps))
         with file_progress("running statistics", "sample") as show:

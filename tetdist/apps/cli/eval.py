@@ -268,9 +268,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         index = compared.index
         wanted = world.run_on_all(lambda: wanted_timesteps(options, config, trained, index))
         headline = trained if trained in wanted else wanted[-1]
-        model = load_model(
-            config, index, weights, options.checkpoint, world, quantize=description.quantize
-        )
+        model = load_model(config, index, weights, options.checkpoint, world)
         found = about(description, config, compared, options) | {"reported_timesteps": wanted}
         if options.recompute_statistics is not None:
             source = options.checkpoint

@@ -31,7 +31,7 @@ ENDINGS = {
 FOLDERS = ("safetensors", "timm")
 
 # Formats of --int8.
-WHOLE = ("safetensors", "onnx-step", "nir")
+WHOLE = ("safetensors", "onnx-step")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -58,7 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--int8",
         action="store_true",
-        help="write whole numbers, with int8 weights: --format safetensors, onnx-step or nir",
+        help="write whole numbers, with int8 weights: --format safetensors or onnx-step",
     )
     add("--timesteps", type=positive, metavar="T", help="default: as in training")
     add(
@@ -79,7 +79,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     check_hub(parser, options)
     if options.int8 and options.format not in WHOLE:
-        parser.error(f"--int8 needs --format {', '.join(WHOLE)}, not {options.format}")
+        parser.error(f"--int8 needs --format {' or '.join(WHOLE)}, not {options.format}")
     if options.int8 and options.format == "safetensors" and options.output.suffix:
         parser.error(f"--output of --int8 must be a folder, unlike {options.output}")
     if options.output is not None:
@@ -166,7 +166,7 @@ def export(options: argparse.Namespace) -> None:
     write: dict[str, Callable[[Trained, Path], str]] = {
         "safetensors": formats.write_safetensors,
         "timm": formats.write_timm,
-        "nir": partial(formats.write_nir, dt=options.dt or 1e-4, int8=options.int8),
+        "nir": partial(formats.write_nir, dt=options.dt or 1e-4),
         "onnx": formats.write_onnx,
         "onnx-step": formats.write_onnx_step,
         "torch": formats.write_torch,

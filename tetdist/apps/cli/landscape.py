@@ -97,8 +97,7 @@ def compare_landscapes(options: argparse.Namespace) -> None:
                 show(done, total)
 
         for path, weights, description, config, index in found:
-            rounded = description.quantize
-            model = load_model(config, index, weights, path, world, quantize=rounded)
+            model = load_model(config, index, weights, path, world)
             model.set_timesteps(description.timesteps)
             given = (model, config, index, options.samples, options.seed, world, progress)
             landscape = world.run_on_all(partial(Landscape, *given))

@@ -87,8 +87,6 @@ def check_alike(source: Path, of_source: Read, first: Path, of_first: Read, beca
         found.append(f"T is {theirs.timesteps} instead of {ours.timesteps}")
     if theirs.classes != ours.classes:
         found.append("its classes differ")
-    if theirs.quantize != ours.quantize:
-        found.append(f"its weights are {'' if theirs.quantize else 'not '}rounded (quantize)")
     shapes = {(key, *value.shape) for key, value in weights.items()}
     unlike = sorted(shapes ^ {(key, *value.shape) for key, value in first_weights.items()})
     if unlike and not found:

@@ -173,7 +173,6 @@ def card(trained: Trained, source: str | None = None) -> str:
             f"{counted(p.epochs, 'epoch')} at T={p.timesteps_as_text}, "
             f"{config.optimizer_of(i).kind}, "
             f"lr {config.optimizer_of(i).lr_as_text(config.batch.global_)}"
-            f"{', weights rounded to int8' if p.quantize else ''}"
             for i, p in enumerate(config.phases)
         )
         rows["loss"] = "; then ".join(loss.as_text() for loss in config.losses())
@@ -296,7 +295,7 @@ def _preparation(trained: Trained) -> str:
 # --- programs -------------------------------------------------------------------------------------
 
 
-def write_nir(trained: Trained, path: Path, dt: float, *, int8: bool = False) -> str:
+def write_nir(trained: Trained, path: Path, dt: float) -> str:
     """Write the graph of `nir_graph` as a file of the package nir.
 
     Args:
@@ -305,16 +304,10 @@ def write_nir(trained: Trained, path: Path, dt: float, *, int8: bool = False) ->
     refuse_foreign(trained, "nir")
     import nir
 
-    from tetdist.apps.weights.nir_graph import in_integers, to_nir
+    from tetdist.apps.weights.nir_graph import to_nir
 
     graph = to_nir(trained.model, trained.input_shape, dt)
     graph.metadata[_PREPARATION] = _preparation(trained)
-    if int8:
-        network = convert(trained, trained.model.timesteps)
-        in_integers(graph, network)
-        zeros = network.numbers("pixels").values() if "pixels" in network.values else ()
-        less = "".join(f" Minus {one.tolist()}." for one in zeros)
-        graph.metadata[_PREPARATION] = _byte_preparation(trained) + less
     with _aside(path) as aside:
         nir.write(aside, graph)
         again = nir.read(aside)

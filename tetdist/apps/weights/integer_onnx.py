@@ -96,11 +96,6 @@ class _Graph:
                 return self.shifted(self.total([*wide, values["bias"]]), STREAM_BITS)
             case "add":
                 return self.cast(self.total([self.wide(n) for n in layer["inputs"]]), np.uint8)
-            case "and" | "iand":
-                residual, identity = (self.wide(name) for name in layer["inputs"])
-                if layer["op"] == "iand":
-                    residual = self.add("Sub", np.array(1, np.int32), residual)
-                return self.cast(self.add("Mul", residual, identity), np.uint8)
             case "max_pool":
                 x = self.add("Transpose", x, perm=[0, 3, 1, 2])
                 x = self.add(

@@ -31,15 +31,25 @@ from torch import Tensor, nn
 from tetdist.apps.weights.structure import Traversal, folded, pooled
 from tetdist.apps.weights.trained import Trained
 from tetdist.errors import UserError
-from tetdist.models import SpikingNetwork, int8_refusal
+from tetdist.models import (
+    VGGSNN,
+    MSResNet,
+    PSNSEWResNet,
+    SEWResNet,
+    SpikingConvNet,
+    SpikingNetwork,
+    SpikingResNet,
+)
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.integer_neurons import ILIF
+from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.learned_decay import PLIF
-from tetdist.nn.neurons import LIF
+from tetdist.nn.neurons import LIF, kind_of
 from tetdist.nn.norm_neuron import NeuronLayer
 from tetdist.nn.packed import MaxPool
-from tetdist.nn.rounding import MOST, MOST_OF_BYTES
 
+# Largest whole weight. Without VNNI, processors add two products of a byte and a weight in 16 bits,
+# so weights of inputs above 127 are smaller.
+_MOST, _MOST_OF_BYTES = 127, 63
 _SUM, _STREAM = 2**31 - 1, 2**15 - 1  # int32 and int16
 MEMBRANE_BITS = 30  # Plus 2^30, membranes are unsigned, which ONNX can shift.
 _DECAY_BITS, STREAM_BITS, _FRACTION_BITS = 12, 24, 8
@@ -142,8 +152,6 @@ _LAYERS: dict[str, Callable[..., Tensor]] = {
     "scale": lambda _, values, x: x * _over(values["gain"], x),
     "stream": _stream,
     "add": lambda _layer, _values, x, y: x + y,
-    "and": lambda _layer, _values, x, y: x * y,
-    "iand": lambda _layer, _values, x, y: (1 - x) * y,
     "max_pool": lambda layer, _, x: _exactly(
         lambda x: F.max_pool2d(x, layer["kernel"], layer["stride"], layer["padding"]), x
     ),
@@ -208,7 +216,7 @@ class _Term(NamedTuple):
     def most(self) -> int:
         """Largest weight."""
         is_small = int((self.x.high - self.x.low).max()) < 128 or self.x.is_stream
-        return MOST if is_small else MOST_OF_BYTES
+        return _MOST if is_small else _MOST_OF_BYTES
 
     @property
     def scale(self) -> Tensor:
@@ -264,9 +272,16 @@ class _Builder(Traversal[_Value]):
         self, shape: tuple[int, ...], mean: Sequence[float], std: Sequence[float]
     ) -> IntegerNetwork:
         model = self.model
+        known = SEWResNet, SpikingResNet, MSResNet, VGGSNN, SpikingConvNet
+        if not isinstance(model, known) or isinstance(model, PSNSEWResNet):
+            raise self.refused(
+                f"is a {type(model).__name__}, and --int8 takes SEW-, spiking and MS-ResNets, "
+                "VGGSNN and spiking_convnet only"
+            )
         for layer in (one for one in model.modules() if isinstance(one, NeuronLayer)):
-            if reason := int8_refusal(type(model), layer.neuron):
-                raise self.refused(reason)
+            kinds, neuron = (LIF, PLIF, ILIF, NILIF), layer.neuron
+            if type(neuron) not in kinds or not neuron.levels:
+                raise self.refused(f"has {kind_of(neuron)} neurons without whole numbers")
         if isinstance(model.fc, nn.Identity):
             raise self.refused("has no classifier")
         given: dict[str, Any] = {"kind": model.input_kind, "shape": list(shape)}
@@ -437,10 +452,8 @@ class _Builder(Traversal[_Value]):
         )
 
     def joined(self, name: str, function: str, residual: _Value, identity: _Value) -> _Signal:
-        assert isinstance(residual, _Signal)
-        assert isinstance(identity, _Signal)
-        self.write(function, name, [residual.name, identity.name], residual.shape, 8)
-        return replace(residual, name=name)
+        del name, residual, identity
+        raise self.refused(f"joins spikes by {function}, and --int8 takes connect_function add")
 
     def max_pool(self, name: str, pool: MaxPool, x: _Value) -> _Signal:
         assert isinstance(x, _Signal)

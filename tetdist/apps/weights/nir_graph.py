@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tetdist.apps.weights.integers import IntegerNetwork
 from tetdist.apps.weights.structure import Traversal, folded, pooled
 from tetdist.errors import UserError
 from tetdist.models import PreActResNet, PSNSEWResNet, QKFormer, SpikingNetwork
@@ -50,48 +49,6 @@ def to_nir(model: SpikingNetwork, input_shape: Sequence[int], dt: float = 1e-4) 
         dt: Length of a timestep in seconds; the graph must be run with the same length.
     """
     return _Builder(model, dt).build(tuple(input_shape))
-
-
-def in_integers(graph: nir.NIRGraph, network: IntegerNetwork) -> None:
-    """Replace a graph's parameters by those of a network in whole numbers.
-
-    An importer that computes in float64, or in float32 below 2^24, has the network's spikes where
-    the decay's shift has no remainder.
-    """
-    for layer in network.layers:
-        name, values = layer["name"], network.numbers(layer["name"])
-        node = graph.nodes.get(name)
-        match layer["op"]:
-            case "conv" | "linear":
-                node.weight, node.bias = values["weight"], np.zeros(len(values["weight"]))
-            case "sum_pool":
-                sizes = node.kernel_size, node.stride, node.padding
-                graph.nodes[name] = nir.SumPool2d(*sizes)
-            case "logits":
-                graph.nodes[layer["inputs"][0]].bias = values["bias"]
-            case "scale":
-                source, target = layer["inputs"][0], name.removesuffix("_shortcut")
-                graph.edges.remove((source, target))
-                graph.edges += [(source, name), (name, target)]
-                gain = np.broadcast_to(values["gain"][:, None, None], layer["shape"])
-                fraction = next(one["shifts"][0] for one in network.layers if one["name"] == target)
-                graph.nodes[name] = nir.Scale(gain / 2.0**fraction)
-            case "neurons":
-                shape, parts = layer["shape"], 2.0 ** layer["shifts"][0]
-                graph.nodes[layer["inputs"][0]].bias = values["bias"] / parts
-                sides = (1,) * (len(shape) - 1)
-                above = (values["thresholds"][0] + 0.5).reshape(-1, *sides) / parts
-                node.v_threshold = np.broadcast_to(above, shape).copy()
-                if isinstance(node, nir.LIF):
-                    steps = 1 / (1 - layer["decay"][0] / 2 ** layer["decay"][1])
-                    node.tau = np.full(shape, steps * graph.metadata["dt"])
-                    node.r = np.full(shape, steps)
-            case "stream":
-                raise UserError(
-                    "NIR has no node for the int16 current between blocks with membrane shortcuts; "
-                    "export the network to onnx-step with --int8, or to nir without it"
-                )
-    graph.metadata["logit"] = network.description["logit"]
 
 
 class _Builder(Traversal[Signal]):

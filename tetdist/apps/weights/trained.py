@@ -14,7 +14,6 @@ from tetdist.config.loading import parse
 from tetdist.config.schema import RunConfig
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
-from tetdist.nn.rounding import round_weights
 from tetdist.storage import checkpoint
 from tetdist.storage.files import parse_json
 from tetdist.storage.hub import HF
@@ -78,8 +77,6 @@ def load(
     timesteps = timesteps or description.timesteps
     model = config.model.build(num_classes=num_classes, timesteps=timesteps)
     checkpoint.load_weights(model, weights, path)
-    if description.quantize:
-        round_weights(model, config.data.input_std)
     if isinstance(model, SpikingNetwork):
         model.set_execution("reference")
     changes = {"config": config.as_dict(), "timesteps": model.timesteps, "which": which}

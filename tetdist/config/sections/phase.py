@@ -87,9 +87,6 @@ class PhaseSection(Section):
         LossSection, PlainSerializer(lambda loss: loss.model_dump(mode="json", exclude_unset=True))
     ] = LossSection()
     """Keys of the section loss that differ in this phase, such as {kind: sdt}."""
-    quantize: bool = False
-    """Train with rounded weights: forward and backward passes and evaluations use the weights that
-    export --int8 rounds to, and the optimiser updates the float weights with their gradients."""
     optimizer: OptimizerSection | Literal["continue"]
     """Optimiser of the phase, which starts without state. continue: the optimiser of the phase
     before goes on, with its state and its learning-rate schedule, which spans both phases."""
