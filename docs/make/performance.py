@@ -52,7 +52,7 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
     network = "sew_resnet18" if options.quick else "sew_resnet34"
     found = []
     for precision in ("fp32", "bf16"):
-        step = f"model --model {network} --precision {precision}"
+        step = f"step --model {network} --precision {precision}"
         found += [
             Measurement(f"step-{precision}", f"{step} --modes none,blocks,timesteps{peer}"),
             Measurement(f"evaluation-{precision}", f"{step} --evaluate{peer}"),
@@ -73,19 +73,19 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
     if options.spikingjelly and not options.quick:
         # Its compilation in bf16 on a CPU did not end within eight minutes.
         more = "--precision fp32 --spikingjelly compiled"
-        found.append(Measurement("compiled-fp32", f"model --model {network} {more}"))
+        found.append(Measurement("compiled-fp32", f"step --model {network} {more}"))
     if not options.quick:
         for name, more in OTHER_NETWORKS:
             for precision in ("fp32", "bf16"):
                 found.append(
-                    Measurement(f"{name}-{precision}", f"model {more} --precision {precision}")
+                    Measurement(f"{name}-{precision}", f"step {more} --precision {precision}")
                 )
         for name, timesteps in TRANSFORMERS:
             for precision in ("fp32", "bf16"):
                 options_of = f"--model {name} --precision {precision} --modes none,blocks"
                 options_of += f"{peer if name in PEERS else ''} --timesteps {timesteps}"
                 found += [
-                    Measurement(f"{name}-{precision}", f"model {options_of} --repeats 5"),
+                    Measurement(f"{name}-{precision}", f"step {options_of} --repeats 5"),
                     Measurement(f"{name}-memory-{precision}", f"memory {options_of}"),
                 ]
         for name, timesteps in STREAMS:
@@ -235,7 +235,7 @@ def report(found: dict[str, dict[str, Any]], options: argparse.Namespace, figure
 After this page you know the time and memory of a training step, and how to measure them yourself.
 
 ```
-python tools/bench.py model --model sew_resnet34 --precision bf16        # time of a step
+python tools/bench.py step --model sew_resnet34 --precision bf16        # time of a step
 python tools/bench.py memory --model sew_resnet34 --precision bf16       # activation memory
 python tools/bench.py --help                                             # everything else
 ```

@@ -23,7 +23,7 @@ from tetdist.apps.benchmarks.streaming import survivors
 from tetdist.apps.cli.bench import main, parse_arguments, problem_of
 from tetdist.apps.reports import style
 from tetdist.apps.slurm.cluster import ClusterSection
-from tetdist.apps.slurm.speed import Network, Speed, speed_of
+from tetdist.apps.slurm.speed import Speed, speed_of
 from tetdist.config import loading
 
 BENCH = tiny.PROJECT / "tools" / "bench.py"
@@ -64,8 +64,7 @@ def speed_that_the_plan_reads(file):
         "precision": measured["precision"],
     }
     config = loading.parse(tiny.changed(tiny.CONFIG, changes), "x")
-    network = Network(config.model.build(num_classes=10, timesteps=2), None)
-    return speed_of(config, ClusterSection(gpus_per_node=0), network, file=str(file))
+    return speed_of(config, ClusterSection(gpus_per_node=0), None, benchmark=str(file))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ def test_samples_leave_after_the_mean_of_timesteps():
 @pytest.mark.long
 def test_a_step_is_timed_against_others(tmp_path):
     small = "--model sew_resnet18 --size 64 --timesteps 2 --batch 2 --repeats 3"
-    result, out = bench(tmp_path, f"model {small} --modes none,timesteps --spikingjelly eager")
+    result, out = bench(tmp_path, f"step {small} --modes none,timesteps --spikingjelly eager")
     names = [row["name"] for row in result["rows"]]
     assert names == ["relu", "tetdist, none", "tetdist, timesteps", "spikingjelly, eager"]
     assert result["rows"][0]["ratio"] == 1
@@ -166,7 +165,7 @@ def test_bytes_are_kept_once_and_parameters_not_at_all():
 def test_an_evaluation_is_timed(tmp_path):
     result, out = bench(
         tmp_path,
-        "model --model vggsnn --timesteps 2 --batch 1 --evaluate --repeats 1 --precision bf16",
+        "step --model vggsnn --timesteps 2 --batch 1 --evaluate --repeats 1 --precision bf16",
     )
     assert [row["name"] for row in result["rows"]] == ["relu", "tetdist, none"]
     assert "evaluation" in out
@@ -216,18 +215,18 @@ def test_processes_are_timed_alone_apart_and_together(tmp_path, engine):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["model", "--model", "resnet99"], "'resnet99' is not a spiking model"),
-        (["model", "--model", "resnet34"], "'resnet34' is not a spiking model"),
-        (["model", "--model", "vggsnn", "--size", "32"], "vggsnn takes 48 pixels only, not 32"),
+        (["step", "--model", "resnet99"], "'resnet99' is not a spiking model"),
+        (["step", "--model", "resnet34"], "'resnet34' is not a spiking model"),
+        (["step", "--model", "vggsnn", "--size", "32"], "vggsnn takes 48 pixels only, not 32"),
         (["memory", "--size", "32"], "--size: 32 leaves the last"),
-        (["model", "--model", "vggsnn", "--spikingjelly", "eager"], "spikingjelly has no vggsnn"),
-        (["model", "--json", "."], "--json"),
-        (["model", "--modes", "none,all"], "'all' is not one of none, blocks, timesteps"),
-        (["model", "--batch", "0"], "0 must be 1 or more"),
+        (["step", "--model", "vggsnn", "--spikingjelly", "eager"], "spikingjelly has no vggsnn"),
+        (["step", "--json", "."], "--json"),
+        (["step", "--modes", "none,all"], "'all' is not one of none, blocks, timesteps"),
+        (["step", "--batch", "0"], "0 must be 1 or more"),
         (["stream", "--exits", "0"], "--exits: 0.0 is not between 1 and --timesteps 4"),
         (["memory", "--timesteps", "2,x"], "'x' is not a whole number"),
         (["scaling", "--json", "no/such/folder/x.json"], "--json"),
-        (["model", "--json", "no/such/folder/x.json"], "--json"),
+        (["step", "--json", "no/such/folder/x.json"], "--json"),
     ],
 )
 def test_wrong_flags_are_named_at_once(arguments, expected, capsys):

@@ -99,13 +99,12 @@ def test_the_plan_and_the_document_read_what_is_written(here, tmp_path):
     file.write_text(json.dumps(report.as_dict()))
     values = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"})
     config = loading.parse(values, "x")
-    network = speed.Network(config.model.build(num_classes=10, timesteps=4), None)
     facts = ClusterSection(gpus_per_node=0)
-    found = speed.speed_of(config, facts, network, file=str(file))
+    found = speed.speed_of(config, facts, None, benchmark=str(file))
     assert isinstance(found, speed.Speed)
     assert (found.images_per_s, found.timesteps) == (2000.0, 4)
     with pytest.raises(UserError, match="measured a CPU"):
-        speed.speed_of(config, ClusterSection(gpus_per_node=1), network, file=str(file))
+        speed.speed_of(config, ClusterSection(gpus_per_node=1), None, benchmark=str(file))
     script = tiny.PROJECT / "docs" / "make" / "performance.py"
     text = runpy.run_path(str(script))["gpu_text"](report.as_dict())
     assert "| 32 | tetdist, none | 2000 | 2.00 | 2.0 |" in text

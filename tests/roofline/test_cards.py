@@ -3,7 +3,6 @@
 import pytest
 
 from tetdist.apps.roofline import cards
-from tetdist.apps.slurm import jobs
 
 
 @pytest.mark.parametrize(
@@ -33,19 +32,3 @@ def test_names(text, name):
 def test_each_is_found_by_its_own_name():
     for name, card in cards.CARDS.items():
         assert cards.find(name) is card
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("gpu:h100:4(S:0-1)", "H100"),
-        ("gpu:a100_80:8,tmpfs:100\n(null)\ngpu:a100_80:8", "A100-80"),
-        # Several kinds, or an unknown one.
-        ("gpu:h100:4\ngpu:v100:4", None),
-        ("gpu:4", None),
-        ("(null)", None),
-        ("gpu:mine:4", None),
-    ],
-)
-def test_kinds_in_slurms_resources(text, name):
-    assert jobs.kind_in(text) == name

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tetdist import order
 from tetdist.apps.check_gpu import remedies
 from tetdist.apps.check_gpu.check import (
@@ -28,12 +26,10 @@ from tetdist.apps.check_gpu.check import (
 from tetdist.apps.check_gpu.rates import REACHED, SLOWLY
 from tetdist.apps.check_gpu.run_train import run_train
 from tetdist.apps.reports.reference import CHANCE, IMAGES, Reference, find_reference, tolerated
-from tetdist.apps.slurm.cluster import ClusterSection
-from tetdist.apps.slurm.speed import Network, Speed, speed_of
 from tetdist.config import loading
 from tetdist.errors import UserError
 from tetdist.tracking.metrics_file import read_metrics
-from tetdist.training.setup import make_model, open_data
+from tetdist.training.setup import open_data
 
 RECIPE, HOUR = "sew34_t4.yaml", 3600.0
 FIRST_STEPS = 50
@@ -100,19 +96,14 @@ def prepare(here: Machine, overrides: Sequence[str]) -> Hour:
     config = loading.load(RECIPE, changes)
     train, _ = open_data(config, here.world)
     reference = find_reference(config.reference or "sew34")
-    rate, processes = None, here.world.world_size
-    if here.on_gpu:
-        cluster = ClusterSection(gpus_per_node=1, gpu=torch.cuda.get_device_name(here.device))
-        speed = speed_of(config, cluster, Network(make_model(config, train), None))
-        rate = processes * speed.images_per_s if isinstance(speed, Speed) else None
     return Hour(
         overrides=tuple(changes),
         batch=config.batch.global_,
         steps=order.steps_per_epoch(len(train), config.batch.global_),
         reference=reference,
         obstacle=reference.obstacle(len(train.classes), has_average=False),
-        images_per_s=rate,
-        processes=processes,
+        images_per_s=None,
+        processes=here.world.world_size,
         folder=config.run_dir,
         begun=time.monotonic(),
     )

@@ -58,7 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             help="also measure the same network with spikingjelly's neurons",
         )
 
-    model = command("model", "fp32", "time of a training step, compared with other networks")
+    model = command("step", "fp32", "time of a training step, compared with other networks")
     model.add_argument("--timesteps", type=positive, default=4, metavar="T")
     model.add_argument("--batch", type=positive, default=4, metavar="B")
     model.add_argument("--repeats", type=positive, default=7, help="measuring rounds")
@@ -127,7 +127,7 @@ def measure(options: argparse.Namespace) -> None:
         "memory": (bench.measure_memory, bench.memory_table),
         "scaling": (scaling.measure, scaling.table),
         "stream": (streaming.measure, streaming.table),
-        "model": (bench.measure_model, bench.model_table),
+        "step": (bench.measure_model, bench.model_table),
     }[options.command]
     result = measure_it(options)
     print(table(result))

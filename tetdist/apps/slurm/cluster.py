@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tetdist.apps.roofline import cards
 from tetdist.apps.sections import checked
 from tetdist.config.fields import Positive, Section
 from tetdist.config.yaml_files import read_value
@@ -37,9 +36,6 @@ class ClusterSection(Section):
     nodes: Positive = 1
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
     """GPUs to use on each node, one process each; 0: train on the CPU."""
-    gpu: str | None = None
-    """Kind of the GPUs, for the plan: H100, A100-80, ...; null: taken from `constraint` or Slurm.
-    """
     tasks_per_node: Positive | None = None
     """Processes on each node; null: one a GPU."""
     cpus_per_task: Positive | None = None
@@ -91,16 +87,7 @@ def gather(section: dict[str, Any], flags: dict[str, Any]) -> ClusterSection:
             f"cluster.time: {cluster.time} is not longer than cluster.warn_before_end "
             f"({cluster.warn_before_end} s); set a longer time or a smaller warn_before_end"
         )
-    if cluster.gpu is None:
-        return cluster
-    card = cards.find(cluster.gpu)
-    if card is None:
-        raise UserError(
-            f"cluster.gpu: the plan does not know {cluster.gpu!r}, only {', '.join(cards.CARDS)}; "
-            "name the most similar, or give the speed: --images-per-s X, or --benchmark FILE of "
-            "tools/check_gpu.py"
-        )
-    return cluster.model_copy(update={"gpu": card.name})
+    return cluster
 
 
 def cluster_file() -> Path:
@@ -147,6 +134,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _checked(facts: dict[str, Any], source: str) -> ClusterSection:
     """Validate the settings; errors name their source."""
+    # Submissions of earlier versions have it; it served the plan alone.
+    facts = {key: value for key, value in facts.items() if key != "gpu"}
     cluster = checked(ClusterSection, facts, source)
     minutes(cluster.time)
     return cluster

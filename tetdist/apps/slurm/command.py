@@ -82,20 +82,19 @@ def _submit_parser() -> argparse.ArgumentParser:
         "--images",
         type=positive,
         metavar="N",
-        help="plan for N training images, without the data (needs --dry-run); default: the data's "
-        "number, or the published one of ImageNet and CIFAR",
+        help="plan for N training images and 1000 classes, without the data (needs --dry-run)",
     )
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument(
         "--images-per-s",
         type=float,
         metavar="X",
-        help="training speed of one process, for the plan's hours; default: computed",
+        help="training speed of one process, for the plan's hours",
     )
     speed.add_argument(
         "--benchmark",
         metavar="FILE",
-        help="the same, as measured by tools/check_gpu.py --json FILE",
+        help="the same, as measured: file of bench or check_gpu (--json FILE), or a run's folder",
     )
     return parser
 
@@ -116,9 +115,6 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--nodes", type=positive, metavar="N")
     group.add_argument(
         "--gpus-per-node", type=int, metavar="G", help="one process each; 0: train on the CPU"
-    )
-    group.add_argument(
-        "--gpu", metavar="KIND", help="kind of GPU, for the plan's hours: H100, A100-80, ..."
     )
     group.add_argument("--partition", metavar="P")
     group.add_argument("--account", metavar="A")
@@ -144,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def submit(options: argparse.Namespace) -> int:
-    from tetdist.apps.slurm import plan, published, speed
+    from tetdist.apps.slurm import plan, speed
     from tetdist.apps.slurm import status as show
     from tetdist.apps.slurm import submit as submission
     from tetdist.config import loading as configuration
@@ -165,14 +161,14 @@ def submit(options: argparse.Namespace) -> int:
     for name, overrides in sweep.items():
         own = joined([*options.overrides, *overrides], [f"name={name}"])
         config = configuration.load(options.config, own, options.imports) if options.sweep else base
-        data = published.indexes(config, options.images) if options.dry_run else None
+        data = submission.assumed_indexes(config, options.images) if options.dry_run else None
         runs.append(submission.prepare(config, cluster, options.after, data))
     found = speed.speed_of(
         runs[0].config,
         cluster,
-        runs[0].network,
+        runs[0].frames,
         images_per_s=options.images_per_s,
-        file=options.benchmark,
+        benchmark=options.benchmark,
     )
     if options.dry_run:
         print(submission.dry_run(runs, job_name, found, options.after))
@@ -261,11 +257,10 @@ def cancel(options: argparse.Namespace) -> int:
 
 def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "ClusterSection":
     """Combine the cluster's settings from all places; the number of GPUs is required."""
-    from tetdist.apps.roofline import cards
-    from tetdist.apps.slurm import cluster, jobs
+    from tetdist.apps.slurm import cluster
 
     of_job = ("partition", "account", "qos", "constraint", "time", "setup")
-    names = ("nodes", "gpus_per_node", "gpu", *of_job)
+    names = ("nodes", "gpus_per_node", *of_job)
     flags = {name: value for name in names if (value := getattr(options, name)) is not None}
     facts = cluster.gather(section, flags)
     if facts.gpus_per_node is None and getattr(options, "dry_run", False):
@@ -276,12 +271,7 @@ def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "Cluster
             "the number of GPUs a node is missing; give --gpus-per-node G (0: train on the CPU) or "
             f"gpus_per_node: G in {cluster.cluster_file()}"
         )
-    if not facts.gpus_per_node or facts.gpu is not None:
-        return facts
-    # The constraint may name the GPU, or Slurm knows it.
-    card = cards.find(facts.constraint or "")
-    gpu = jobs.kind_of_gpu(facts.partition) if card is None else card.name
-    return facts.model_copy(update={"gpu": gpu})
+    return facts
 
 
 def _follow(run_dir: Path) -> int:

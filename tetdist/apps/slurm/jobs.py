@@ -1,6 +1,5 @@
 """State of a job as Slurm reports it: in the queue, or how it ended."""
 
-import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from tetdist.apps.roofline import cards
 from tetdist.apps.slurm import history
 from tetdist.apps.slurm.history import Submission
 from tetdist.errors import UserError, typed
@@ -36,25 +34,6 @@ class State:
 def is_here() -> bool:
     """Return whether this machine can submit jobs."""
     return shutil.which("sbatch") is not None and shutil.which("srun") is not None
-
-
-def kind_of_gpu(partition: str | None) -> str | None:
-    """Return the kind of GPU of a partition's nodes, or of all; None if there are several or
-    unknown ones.
-    """
-    try:
-        of_partition = [] if partition is None else [f"--partition={partition}"]
-        status, text, _ = query("sinfo", "--noheader", "--format=%G", *of_partition)
-    except UserError:
-        return None
-    return kind_in(text) if status == 0 else None
-
-
-def kind_in(resources: str) -> str | None:
-    """Return the only kind of GPU in generic resources like ``gpu:h100:4(S:0-1),tmpfs:100``."""
-    found = {cards.find(kind) for kind in re.findall(r"gpu:([^:,()\s]+):\d", resources)}
-    (card,) = found if len(found) == 1 else (None,)
-    return None if card is None else card.name
 
 
 def state_of(submission: Submission) -> State:

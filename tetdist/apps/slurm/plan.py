@@ -119,9 +119,9 @@ def cost(plan: Plan, speed: Speed, nodes: int) -> Cost | None:
     samples = batch.global_ / processes  # of one process, a step
     training = evaluating = waiting = 0.0
     phases = schedule_phases(plan.config.phases, plan.steps_per_epoch, plan.config.batch.global_)
-    for number, phase in list(enumerate(phases))[plan.config.start_phase :]:
+    for phase in phases[plan.config.start_phase :]:
         steps = max(0, min(phase.end_step, plan.last_step) - phase.first_step)
-        rate = speed.rate(number, phase.section.mean_timesteps)
+        rate = speed.rate(phase.section.mean_timesteps)
         training += steps * samples / rate
         waiting += steps * communication
         part = plan.evaluations * steps / plan.steps
@@ -175,8 +175,12 @@ def describe(plan: Plan, speed: Speed | str) -> str:
     ]
     if isinstance(speed, str):
         return "\n".join([*lines, f"hours        unknown: {speed}"])
-    for name, text in speed.details:
-        lines.append(f"{name:12} " + text.replace("\n", "\n" + 13 * " "))
+    if speed.peak_mib is not None:
+        measured, weights = speed.peak_mib * 2**20, plan.checkpoint_bytes
+        lines.append(
+            f"memory       {_size(measured + weights)} a GPU: {_size(measured)} as measured for "
+            f"activations and gradients, {_size(weights)} for weights and optimiser state"
+        )
     own = cost(plan, speed, cluster.nodes)
     assert own is not None, "make() checks it"
     lines += [
@@ -226,7 +230,7 @@ def _row(plan: Plan, speed: Speed, nodes: int) -> str:
     )
 
 
-def _size(num_bytes: int) -> str:
+def _size(num_bytes: float) -> str:
     if num_bytes < 1e6:
         return f"{num_bytes / 1e3:.1f} kB"
     return f"{num_bytes / 1e6:.1f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.2f} GB"

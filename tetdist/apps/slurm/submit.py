@@ -1,5 +1,6 @@
 """Submit a configuration as a job: check it, copy the code, record the submission."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -22,7 +24,7 @@ from tetdist.apps.slurm.history import JobEvent, Submission
 from tetdist.apps.slurm.job import Job
 from tetdist.apps.slurm.jobs import is_here, refuse_if_queued, states_of
 from tetdist.apps.slurm.plan import Plan
-from tetdist.apps.slurm.speed import Network, Speed
+from tetdist.apps.slurm.speed import Speed
 from tetdist.config import fields, identity, loading
 from tetdist.config.schema import RunConfig
 from tetdist.datasets.index import Index
@@ -46,7 +48,7 @@ class Prepared:
     config: RunConfig
     cluster: ClusterSection
     plan: Plan
-    network: Network
+    frames: tuple[int, ...] | None  # shape of the recordings, (T, 2, H, W)
 
 
 def prepare(
@@ -89,12 +91,41 @@ def prepare(
         val_images=len(val_index),
         parameters=parameters,
         buffers=sum(b.numel() for b in model.buffers()),
-        origin="in the split"
-        if data is None
-        else "as published or given, without reading the data",
+        origin="in the split" if data is None else "as given, without reading the data",
     )
     frames = None if train_index.timesteps is None else train_index.frames_shape
-    return Prepared(config, cluster, made, Network(model.to("meta"), frames))
+    return Prepared(config, cluster, made, frames)
+
+
+def assumed_indexes(config: RunConfig, images: int | None) -> tuple[Index, Index] | None:
+    """Return indexes of so many images of 1000 classes, without files, for a plan without the data;
+    None: read the data's own."""
+    root = Path(config.data.root)
+    if config.data.kind == "events":
+        if images is not None:
+            raise UserError("--images does not apply to recordings, whose index the plan reads")
+        return None
+    if images is None:
+        if not root.is_dir():
+            raise UserError(
+                f"data.root: there is no folder {root}; set data.root=FOLDER, or give the plan the "
+                "number of training images: --images N"
+            )
+        return None
+    held_out = round(config.data.held_out * images)
+    nothing: Any = np.zeros(0, np.int64)
+    index = Index(**dict.fromkeys((one.name for one in dataclasses.fields(Index)), nothing))
+    train, val = (
+        dataclasses.replace(
+            index,
+            kind="images",
+            timesteps=None,
+            labels=np.zeros(count, np.int32),
+            classes=tuple(map(str, range(1000))),
+        )
+        for count in (images - held_out, held_out)
+    )
+    return train, val
 
 
 def _check_inputs(config: RunConfig) -> None:
