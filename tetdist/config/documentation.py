@@ -84,16 +84,20 @@ def _of_all_kinds(prefix: str) -> dict[str, Documented]:
     return merged
 
 
-def section_at(location: Sequence[str]) -> type[BaseModel] | None:
+def section_at(
+    location: Sequence[str], root: type[BaseModel] = RunConfig
+) -> type[BaseModel] | None:
     """Return the section at a dotted key, with list items as numbers; None if there is none."""
-    section: type[BaseModel] = RunConfig
-    for part in location:
+    section, parts = root, iter(location)
+    for part in parts:
         if part.isdigit():
             continue
         field = next((f for n, f in section.model_fields.items() if part in (n, f.alias)), None)
         found = _section_in(field.annotation) if field else None
-        if found is None:
+        if field is None or found is None:
             return None
+        if get_origin(field.annotation) is dict:
+            next(parts, None)  # the name of one of several
         section = found
     return section
 

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from tetdist.config.documentation import documented_keys, section_at
 from tetdist.config.fields import Section
 from tetdist.config.overrides import key_of
+from tetdist.config.schema import RunConfig
 
 _BOUNDS = {
     "greater_than": "must be above {gt}",
@@ -26,13 +27,14 @@ def sentences(
     source: str,
     overrides: Sequence[str] = (),
     origins: Mapping[str, str] | None = None,
+    root: type[BaseModel] = RunConfig,
 ) -> str:
-    """Return all mistakes in a configuration as one message."""
+    """Return all mistakes in a configuration, or in another file's section, as one message."""
     found = innermost([united(one) for outer in error.errors() for one in _opened(outer)])
     problems_by_origin: dict[str, list[str]] = {}
     for one in found:
         override = _override_of(one, overrides)
-        problem = _explain(one, override)
+        problem = _explain(one, override, root)
         origin = override or _file_of(one, origins or {}) or source
         if override is not None and problem.startswith(f"{override} "):
             problems_by_origin[problem] = []  # it names the override itself
@@ -100,20 +102,21 @@ def message_of(error: Any) -> str:
     return text.format(**limits)
 
 
-def _explain(error: Any, override: str | None) -> str:
+def _explain(error: Any, override: str | None, root: type[BaseModel]) -> str:
     """Return one of pydantic's errors as a part of a sentence."""
     location = [str(part) for part in error["loc"]]
     dotted = ".".join(location)
     given = error["input"]
     match error["type"]:
         case "extra_forbidden":
-            known = error.get("known") or _known_keys(location[:-1])
-            return f"unknown key {dotted!r}; {_nearest(location, known)}"
+            known = error.get("known") or _known_keys(location[:-1], root)
+            every = [*documented_keys(), *known] if root is RunConfig else known
+            return f"unknown key {dotted!r}; {_nearest(location, known, every)}"
         case "missing":
             return f"{dotted!r} is missing"
         case "neuron_numbers":
             return f"{'.'.join(location[:-1])}.{error['msg']}"
-        case "model_type" | "neuron" if (section := section_at(location)) is not None:
+        case "model_type" | "neuron" if (section := section_at(location, root)) is not None:
             return _no_section(dotted, section, given, is_override=override is not None)
         case "tuple_type" | "list_type" if dotted == "phases":
             return f"{dotted!r} is a list; set a phase's keys, such as {dotted}.0.epochs"
@@ -125,10 +128,9 @@ def _explain(error: Any, override: str | None) -> str:
     return f"{dotted!r}: {message}{shown}"
 
 
-def _nearest(location: list[str], known: list[str]) -> str:
+def _nearest(location: list[str], known: list[str], every: list[str]) -> str:
     """Suggest the keys that an unknown key may have meant."""
     last, prefix = location[-1], "".join(f"{part}." for part in location[:-1])
-    every = [*documented_keys(), *known]
     # The right word at a wrong place, or else a misspelt word at the right one.
     elsewhere = list(dict.fromkeys(place for key in every if (place := _place_of(last, key))))
     if elsewhere:
@@ -173,6 +175,6 @@ def _key_for(section: type[BaseModel], value: Any) -> str | None:
     return None
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    section = section_at(location)
+def _known_keys(location: list[str], root: type[BaseModel]) -> list[str]:
+    section = section_at(location, root)
     return [f.alias or n for n, f in section.model_fields.items()] if section else []
