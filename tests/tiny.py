@@ -59,8 +59,6 @@ _OF_THE_CLOCK = (
     "slowest",
     "slowest_host",
     "eta_s",
-    "gpu_memory",
-    "gpu_energy",
     "seconds",
 )
 

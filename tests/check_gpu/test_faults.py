@@ -253,10 +253,13 @@ def test_attention_of_a_gpu_is_served_by_its_kernel(case):
 AVERAGES = """
 import contextlib, json, sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 import torch
+import torch.distributed as dist
 from tetdist.apps.check_gpu import steps
 from tetdist.apps.check_gpu.check import Machine
+from tetdist.distributed import overlap
 from tetdist.distributed.world import World, join
 from tetdist.nn import batch_norm
 from tetdist.training import step
@@ -264,15 +267,21 @@ from tetdist.training.engines.torch_engine import TorchEngine
 
 steps.STEPS, made = 1, steps.training_step
 steps.training_step = lambda world, _, **of: made(world, "spiking_convnet", **of | {"size": 28})
-mean_all, mean, take = World.mean_all_, World.mean_, step.Step.take
+take = step.Step.take
 
-def not_divided(world, tensors):
-    mean_all(world, tensors)
-    torch._foreach_mul_(tensors, 2)
+def summing(change):
+    # The sums of gradients, changed by a fault.
+    def all_reduce(flat, async_op):
+        change(flat)
+        return SimpleNamespace(wait=lambda: None)
+    return [(overlap, "dist", SimpleNamespace(all_reduce=all_reduce))]
 
-def of_rank_0(world, tensors):
-    torch._foreach_mul_(tensors, 2.0 * (world.rank == 0))
-    mean_all(world, tensors)
+def not_divided(flat):
+    dist.all_reduce(flat)
+    flat.mul_(2)
+
+def of_rank_0(flat):
+    dist.all_reduce(flat.mul_(2.0 * (dist.get_rank() == 0)))
 
 def once(engine, loss, backward=TorchEngine.backward):
     engine.calls = getattr(engine, "calls", 0) + 1
@@ -287,9 +296,9 @@ def not_finite(own, number, batches, lr):
 
 FAULTS = {
     "none": [],
-    "no average": [(World, "mean_all_", lambda *_: None)],
-    "a sum": [(World, "mean_all_", not_divided)],
-    "the gradient of rank 0": [(World, "mean_all_", of_rank_0)],
+    "no average": summing(lambda _: None),
+    "a sum": summing(not_divided),
+    "the gradient of rank 0": summing(of_rank_0),
     "a micro-batch lost": [(TorchEngine, "backward", once)],
     "another learning rate on rank 1": [(step.Step, "take", at_another_rate)],
     "statistics of each process": [(batch_norm, "synchronize", lambda *_: None)],

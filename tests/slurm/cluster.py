@@ -3,8 +3,8 @@
 Every node is a process tree in namespaces of its own. It has its own address, host name, loopback
 and /etc/hosts, so that an address which only works on one host fails here as it fails on a real
 cluster. It has its own process ids and boot id, so that what only works among processes of one
-host, such as memory that they share, fails as well. As on Debian, a node's own name leads to its
-loopback, 127.0.1.1. Files are shared. Accounting is on: a database, its daemon, and so `sacct`.
+host fails as well. As on Debian, a node's own name leads to its loopback, 127.0.1.1. Files are
+shared. Accounting is on: a database, its daemon, and so `sacct`.
 
 The daemons run in the foreground, as children of this process, and die with it. The namespaces have
 no names: they, and the network cables into them, vanish with their last process.
@@ -236,11 +236,6 @@ class Cluster:
         tasks = [process for node in self.nodes for process in self.tasks_of(node)]
         (found,) = [process for process in tasks if wanted.items() <= process.environ().items()]
         return found
-
-    def sharing_memory(self) -> list[bool]:
-        """Of each training process, whether it averages through memory that it shares."""
-        tasks = [process for node in self.nodes for process in self.tasks_of(node)]
-        return ["memfd:tetdist" in Path(f"/proc/{one.pid}/maps").read_text() for one in tasks]
 
     def leftovers(self) -> list[str]:
         """The command lines of jobs' processes on all nodes: everything but the daemons."""

@@ -55,8 +55,6 @@ def launcher(
 def straight(launcher: Launcher) -> Run:
     """The run that nobody disturbs."""
     run = launcher("straight")
-    run.wait_for_step(1)
-    run.sharing_memory = run.cluster.sharing_memory()
     assert slurm.main(["status", str(run.path), "--follow"]) == 0
     return run
 

@@ -6,7 +6,7 @@ disturbance did hit the run in mid-training.
 
 import json
 import sqlite3
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,10 @@ CHANGES = {
 
 @dataclass
 class Run:
-    """A submitted run, as seen from outside.
-
-    Attributes:
-        sharing_memory: Of each of its processes, whether it averages through memory that it shares;
-            empty where nobody looked.
-    """
+    """A submitted run, as seen from outside."""
 
     cluster: Cluster
     path: Path
-    sharing_memory: list[bool] = field(default_factory=list)
 
     @property
     def job(self) -> str:

@@ -40,8 +40,6 @@ def preempt(cluster, run):
 def test_submitted_to_finished(launcher, straight, capfd):
     assert straight.logged_step == LAST_STEP
     assert [event.kind for event in straight.history] == ["submitted", "started", "finished"]
-    # Its processes on two nodes average over the network.
-    assert straight.sharing_memory == [False] * 4
     tags = assert_mlflow_has(straight)
     assert (tags["slurm_job"], tags["restarts"]) == (straight.job, "0")
     straight.cluster.wait_until_clean()

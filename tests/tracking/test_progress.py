@@ -71,12 +71,12 @@ def test_the_first_step_tells_nothing_of_the_pace(clock, capsys):
     assert third.endswith("ETA 0:49:18")  # 97 steps at 30.5 s
 
 
-def test_of_several_phases_the_present_one_is_reported_and_a_gpus_memory(capsys):
+def test_of_several_phases_the_present_one_is_reported(capsys):
     shown = RunProgress(0, 1000, 100, 32, phases=2, silent=False)
-    shown.report_training(10, TRAINED | {"phase": 1, "gpu_memory": 12.345})
+    shown.report_training(10, TRAINED | {"phase": 1})
     line = capsys.readouterr().err
     assert line.startswith("phase 1  epoch 0.10  step 10/1000  loss 1.000")
-    assert "data wait 3 %  GPU 12.3 GiB  ETA" in line
+    assert "data wait 3 %  ETA" in line
 
 
 def test_a_terminal_of_110_columns_shows_the_bar_and_all_numbers(monkeypatch):

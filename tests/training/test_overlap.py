@@ -14,7 +14,7 @@ from tetdist.distributed.world import join
 
 HERE = Path(__file__).parent
 CODE = """
-    import dataclasses, json, sys
+    import json, sys
     import torch, timm
     import torch.distributed as dist
     import tetdist.models
@@ -106,8 +106,7 @@ CODE = """
         assert all(map(torch.equal, after, during))
         print("all equal")
 
-    with join("cpu") as joined:
-        world = dataclasses.replace(joined, shared=None)
+    with join("cpu") as world:
         compare_with_faults(world) if FAULTS else compare_ways(world)
 """
 

@@ -1,10 +1,10 @@
 """This process among all processes of the run, and the collectives outside the engine."""
 
-import dataclasses
 import os
 import platform
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tetdist.buffers import in_one_buffer
-from tetdist.distributed import meeting, shared_memory
+from tetdist.distributed import meeting
 from tetdist.distributed.devices import choose_device, cores_near, keep_freed_memory
 from tetdist.distributed.waiting import Waiting
 from tetdist.errors import UserError
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 MARGIN = timedelta(seconds=60)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class World:
     """This process among all of the run.
 
@@ -36,14 +36,12 @@ class World:
         rank: Number of this process, 0 to world_size - 1.
         control: Group of CPU collectives for flags and numbers that the host needs, so that reading
             them does not wait for the GPU.
-        shared: Memory that all processes share; None on GPUs or on several hosts.
     """
 
     rank: int
     world_size: int
     device: torch.device
     control: Any
-    shared: shared_memory.SharedMemory | None = None
 
     @cached_property
     def waiting(self) -> Waiting:
@@ -81,11 +79,6 @@ class World:
             tensors: Tensors of the same shapes, types and strides on every process.
         """
         if self.world_size == 1:
-            return
-        if self.shared:
-            one = torch.zeros(1)
-            with self.waiting.measured():
-                self.shared.mean_(tensors, lambda: dist.all_reduce(one))
             return
         for dtype in {tensor.dtype: None for tensor in tensors}:
             same = [tensor for tensor in tensors if tensor.dtype == dtype]
@@ -215,10 +208,7 @@ def join(
         # Otherwise each process would use all cores, and they would spin waiting for each other.
         if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(cores)
-        if this_device.type == "cuda" or world_size == 1:
-            return world
-        shared = shared_memory.share(rank, world_size, world.gather)
-    return dataclasses.replace(world, shared=shared)
+    return world
 
 
 def cores_of(world: World) -> tuple[int, int]:

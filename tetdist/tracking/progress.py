@@ -95,8 +95,6 @@ class RunProgress:
             f"lr {values['lr']:.2g}",
         ]
         machine = [f"data wait {values['data_wait']:.0f} %"]
-        if "gpu_memory" in values:
-            machine.append(f"GPU {values['gpu_memory']:.1f} GiB")
         # Phases are counted from 0 here as everywhere.
         phase = f"phase {values['phase']}  " if self.phases > 1 else ""
         if self.on_terminal:

@@ -12,7 +12,6 @@ from torch import Tensor
 from tetdist.config.schema import RunConfig
 from tetdist.distributed.world import World
 from tetdist.training.engines.base import LossScale, Update
-from tetdist.training.gpu_usage import GPUUsage, values_of
 from tetdist.training.health import NonFiniteSteps
 from tetdist.training.step import CORRECT, LOSS, SAMPLES
 from tetdist.training.stragglers import RankTimes, Stragglers, compared
@@ -33,14 +32,13 @@ class Window:
         self._world, self._global_batch = world, config.batch.global_
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         self.non_finite = NonFiniteSteps(world.device, config.non_finite_limit)
-        self._gpus, self._stragglers = GPUUsage(world.device), Stragglers()
+        self._stragglers = Stragglers()
         self.restart(0.0)
 
     def restart(self, waited: float) -> None:
-        """Restart clock and energy counter; ``waited`` is `Feed.waited` now."""
+        """Restart the clock; ``waited`` is `Feed.waited` now."""
         self._started, self._waited_before = time.monotonic(), waited
         self._steps = self._timesteps = 0
-        self._gpus.restart()
 
     def add(self, step: int, update: Update, sums: Tensor, timesteps: int) -> None:
         """Add a step (from 1) and its T, without synchronising with a GPU.
@@ -70,7 +68,7 @@ class Window:
         own = time.monotonic() - self._started - self._world.waiting.take()
         data = waited - self._waited_before
         times = RankTimes(platform.node(), own / steps, data / steps)
-        ranks, gpus = zip(*self._world.gather((times, self._gpus.reading())), strict=True)
+        ranks = self._world.gather(times)
         if self._world.rank == 0:
             for found in self._stragglers.new(ranks):
                 logger.warning("%s", found)
@@ -83,7 +81,6 @@ class Window:
             "samples_per_s": self._steps * self._global_batch / seconds,
             "image_timesteps_per_s": self._timesteps * self._global_batch / seconds,
             **compared(ranks, seconds / steps),
-            **values_of(gpus),
         }
         if scale is not None:
             values |= {"loss_scale": scale.value, "overflows": scale.overflows}

@@ -32,8 +32,6 @@ OF_THE_CLOCK = (
     "slowest",
     "slowest_host",
     "eta_s",
-    "gpu_memory",
-    "gpu_energy",
     "seconds",
 )
 

@@ -24,7 +24,7 @@ NEEDED = {
     "train": ("time", "epoch", "loss", "top1", "lr", "samples_per_s", "data_wait"),
     "val": ("time", "epoch", "loss", "top1"),
 }
-OPTIONAL = ("phase", "eta_s", "gpu_memory", "best_top1")
+OPTIONAL = ("phase", "eta_s", "best_top1")
 
 
 @dataclass(frozen=True)
@@ -228,8 +228,6 @@ def as_text(status: RunStatus) -> str:
             rate(train["samples_per_s"]),
             f"data wait {train['data_wait']:.0f} %",
         ]
-        if "gpu_memory" in train:
-            parts.append(f"GPU {train['gpu_memory']:.1f} GiB")
         lines.append("  train       " + "  ".join(parts))
         lines += [f"  {text}" for text in slowest_rank(train)]
     if val:

@@ -143,23 +143,23 @@ def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
 class GradientMean:
     """The sum of a step's gradients over its micro-batches, and their average over all processes.
 
-    On GPUs, and on CPUs of several hosts, averaging overlaps the last micro-batch's backward pass.
-    It does not where blocks run over segments of timesteps, since there a parameter's gradient
-    arrives in an unknown number of parts, nor with CUDA graphs, which do the same for each
-    micro-batch. Then averaging follows at the end, in the same buckets, since the order of adding
-    more than two numbers depends on the bucket.
+    Averaging overlaps the last micro-batch's backward pass. It does not where blocks run over
+    segments of timesteps, since there a parameter's gradient arrives in an unknown number of parts,
+    nor with CUDA graphs, which do the same for each micro-batch. Then averaging follows at the end,
+    in the same buckets, since the order of adding more than two numbers depends on the bucket.
     """
 
     def __init__(
         self, config: RunConfig, optimizer: torch.optim.Optimizer, world: World, accumulation: int
     ) -> None:
-        self._world, self._accumulation, self._backward_passes = world, accumulation, 0
+        self._waiting = world.waiting
+        self._accumulation, self._backward_passes = accumulation, 0
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._overlapped: OverlappedMean | None = None
         self._overlaps = (
             not isinstance(config.recompute, SegmentsSection) and not config.cuda_graphs
         )
-        if world.world_size > 1 and world.shared is None:
+        if world.world_size > 1:
             self._overlapped = OverlappedMean(self._parameters, world.world_size)
 
     @contextlib.contextmanager
@@ -181,10 +181,8 @@ class GradientMean:
         self._backward_passes = 0
         grads = [p.grad for p in self._parameters if p.grad is not None]
         if self._overlapped is not None:
-            with self._world.waiting.measured():
+            with self._waiting.measured():
                 self._overlapped.finish()
-        else:
-            self._world.mean_all_(grads)
         return grads
 
     def close(self) -> None:

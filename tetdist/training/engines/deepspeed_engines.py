@@ -26,9 +26,8 @@ from tetdist.training.engines.base import (
 class DeepSpeedEngine(WholeEngine):
     """DeepSpeed at ZeRO stage 0 with torch_autocast.
 
-    `GradientMean` averages the gradients: on CPUs of one host through shared memory, on GPUs in a
-    few kernels. DeepSpeed's own averaging would use the loopback device and copy each gradient
-    twice.
+    `GradientMean` averages the gradients in a few kernels; DeepSpeed itself would copy each
+    gradient twice.
     """
 
     def __init__(self, parts: EngineParts) -> None:
