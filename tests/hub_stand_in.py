@@ -1,6 +1,5 @@
 """A stand-in for the Hugging Face hub on this machine: the requests that huggingface_hub makes to
-create a repository, commit files to it, list them and fetch them. As the real one it takes and
-gives weights as LFS objects: by their checksum, beside the commits."""
+create a repository, commit files to it, list them and fetch them."""
 
 import base64
 import hashlib
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event, Thread
+from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -19,9 +18,7 @@ import pytest
 from huggingface_hub import constants
 
 TOKEN, OWNER = "hf_of_the_tests", "us"
-_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>[a-z]+)/(?P<revision>[^/]+))?")
-_BATCH = re.compile(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
-_OBJECT = re.compile(r"/lfs/(?P<oid>[0-9a-f]{64})(?P<verify>/verify)?")
+_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<what>[a-z]+)/(?P<revision>[^/]+)")
 _FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
 
@@ -50,26 +47,11 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The repositories there are, all requests so far as METHOD PATH, what lies beside them,
-    headers that are not as they should be, and a status and headers that answer every request; to
-    status 0 nothing is answered until the hub ends."""
+    """The repositories there are, and all requests so far as METHOD PATH."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
-    objects: dict[str, bytes] = field(default_factory=dict)  # of LFS, by their SHA-256
     url: str = ""
-    lies: dict[str, str] = field(default_factory=dict)
-    broken: tuple[int, dict[str, str]] | None = None
-    ended: Event = field(default_factory=Event)
-
-    @property
-    def storage(self) -> str:
-        """Where objects are: a host of another name, as the real one's."""
-        return self.url.replace("127.0.0.1", "localhost")
-
-
-def _is_large(path: str) -> bool:
-    return path.endswith(".safetensors")
 
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -77,33 +59,16 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
         timeout = 10
 
-        def parse_request(self) -> bool:
-            if not super().parse_request() or hub.broken is None:
-                return hub.broken is None
-            status, headers = hub.broken
-            if status:
-                self._send(status, b"<html></html>", headers | {"Connection": "close"})
-            else:
-                hub.ended.wait()
-                self.close_connection = True
-            return False
-
         def do_GET(self) -> None:
-            self._answer_get()
-
-        def do_HEAD(self) -> None:
-            self._answer_get()
-
-        def _answer_get(self) -> None:
             path = self._path()
-            if found := _OBJECT.fullmatch(path):
-                self._send(200, hub.objects[found["oid"]], {})
-            elif found := _FILE.fullmatch(path):
-                self._file(found["repo"], found["revision"], found["path"])
-            elif (found := _API.fullmatch(path)) and found["what"] in (None, "revision", "tree"):
-                self._about(found["repo"], found["what"], found["revision"] or "main")
+            if found := _FILE.fullmatch(path):
+                self._file(**found.groupdict())
+            elif found := _API.fullmatch(path):
+                self._list(found["repo"], found["revision"])
             else:
                 self._say(404, {"error": "no such page"})
+
+        do_HEAD = do_GET
 
         def do_POST(self) -> None:
             path = self._path()
@@ -112,37 +77,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self._say(200, {"errors": [], "warnings": []})
             elif not self._is_known():
                 self._say(401, {"error": "who is that?"})
-            elif found := _BATCH.fullmatch(path):
-                self._say_where_to_upload(json.loads(body)["objects"])
-            elif found := _OBJECT.fullmatch(path):
-                size = len(hub.objects.get(found["oid"], b""))
-                self._say(200 if size == json.loads(body)["size"] else 404, {})
             elif path == "/api/repos/create":
                 self._create(json.loads(body))
-            elif (found := _API.fullmatch(path)) and found["what"] in ("preupload", "commit"):
+            elif found := _API.fullmatch(path):
                 self._write(found["repo"], found["what"], body)
-            else:
-                self._say(404, {"error": "no such page"})
-
-        def do_PUT(self) -> None:
-            found = _OBJECT.fullmatch(self._path())
-            data = self.rfile.read(int(self.headers["Content-Length"]))
-            # The address is proof enough, as it is of the storage of the real one.
-            if found is None or hashlib.sha256(data).hexdigest() != found["oid"]:
-                self._say(400, {"error": "no such object"})
-                return
-            hub.objects[found["oid"]] = data
-            self._say(200, {})
-
-        def _say_where_to_upload(self, wanted: list[dict[str, Any]]) -> None:
-            """Answer for each object where it is put and verified; nothing where it is there."""
-            answers = []
-            for one in wanted:
-                url = f"{hub.storage}/lfs/{one['oid']}"
-                actions = {"upload": {"href": url}, "verify": {"href": f"{url}/verify"}}
-                is_new = one["oid"] not in hub.objects
-                answers.append(one | ({"actions": actions} if is_new else {}))
-            self._say(200, {"transfer": "basic", "objects": answers})
 
         def _create(self, wanted: dict[str, Any]) -> None:
             owner = wanted.get("organization") or OWNER
@@ -158,58 +96,24 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self._say(200, {"url": f"{hub.url}/{name}"})
 
         def _write(self, repo: str, what: str, body: bytes) -> None:
-            if not repo.startswith(f"{OWNER}/"):
-                self._say(403, {"error": "not yours"})
-            elif what == "preupload":
-                self._say(
-                    200,
-                    {
-                        "files": [
-                            {
-                                "path": one["path"],
-                                "uploadMode": "lfs" if _is_large(one["path"]) else "regular",
-                                "shouldIgnore": False,
-                            }
-                            for one in json.loads(body)["files"]
-                        ]
-                    },
-                )
-            else:
-                lines = [json.loads(line) for line in body.splitlines()]
-                files = {
-                    line["value"]["path"]: base64.b64decode(line["value"]["content"])
-                    for line in lines
-                    if line["key"] == "file"
-                } | {
-                    line["value"]["path"]: hub.objects[line["value"]["oid"]]
-                    for line in lines
-                    if line["key"] == "lfsFile"
-                }
-                name = hub.repositories[repo].commit(files)
-                url = f"{hub.url}/{repo}/commit/{name}"
-                self._say(200, {"success": True, "commitUrl": url, "commitOid": name})
-
-        def _about(self, repo: str, what: str | None, revision: str) -> None:
-            found = self._readable(repo, revision)
-            if found is None:
+            if what == "preupload":
+                # The real one takes large files as objects of LFS, apart from the commit.
+                told = {"uploadMode": "regular", "shouldIgnore": False}
+                files = [{"path": one["path"]} | told for one in json.loads(body)["files"]]
+                self._say(200, {"files": files})
                 return
-            if what == "tree":
-                self._say(
-                    200,
-                    [
-                        {
-                            "type": "file",
-                            "path": path,
-                            "size": len(data),
-                            "oid": hashlib.sha1(data).hexdigest(),
-                        }
-                        for path, data in found.items()
-                    ],
-                )
-            else:
-                files = [{"rfilename": path} for path in found]
-                sha = hub.repositories[repo].hash(revision)
-                self._say(200, {"id": repo, "modelId": repo, "sha": sha, "siblings": files})
+            values = [line["value"] for line in map(json.loads, body.splitlines())]
+            sent = {
+                one["path"]: base64.b64decode(one["content"]) for one in values if "path" in one
+            }
+            name = hub.repositories[repo].commit(sent)
+            url = f"{hub.url}/{repo}/commit/{name}"
+            self._say(200, {"success": True, "commitUrl": url, "commitOid": name})
+
+        def _list(self, repo: str, revision: str) -> None:
+            if (found := self._readable(repo, revision)) is not None:
+                told = {"type": "file", "size": 1, "oid": "0"}
+                self._say(200, [{"path": path} | told for path in found])
 
         def _file(self, repo: str, revision: str, path: str) -> None:
             found = self._readable(repo, revision)
@@ -217,16 +121,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return
             commit = {"X-Repo-Commit": hub.repositories[repo].hash(revision) or ""}
             if path not in found:
-                self._say(404, {}, {"X-Error-Code": "EntryNotFound"} | commit | hub.lies)
+                self._say(404, {}, {"X-Error-Code": "EntryNotFound"} | commit)
                 return
-            oid = hashlib.sha256(found[path]).hexdigest()
-            if _is_large(path):
-                hub.objects[oid] = found[path]
-                facts = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(found[path]))}
-                facts |= {"Location": f"{hub.storage}/lfs/{oid}"} | commit | hub.lies
-                self._send(302, b"", facts)
-            else:
-                self._send(200, found[path], commit | {"ETag": f'"{oid}"'})
+            etag = hashlib.sha256(found[path]).hexdigest()
+            self._send(200, found[path], commit | {"ETag": f'"{etag}"'})
 
         def _readable(self, repo: str, revision: str) -> dict[str, bytes] | None:
             """The files of a revision; None after an answer of 404."""
@@ -277,10 +175,7 @@ def serving(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Hub]:
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    # huggingface_hub has read the environment when it was imported.
-    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    point_to(hub.url, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     # The package hf_xet, where it is installed, would speak another protocol.
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -292,7 +187,13 @@ def serving(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Hub]:
     try:
         yield hub
     finally:
-        hub.ended.set()
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have huggingface_hub, which read the environment when it was imported, use another hub."""
+    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

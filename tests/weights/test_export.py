@@ -545,6 +545,10 @@ def test_missing_package_is_named(call, tmp_path, monkeypatch):
             "a file that ends in .safetensors, and",
         ),
         (["--format", "tflite", "--output", "n"], "invalid choice"),
+        (["--push", "small"], "--push small: a repository's name must be ORG/NAME"),
+        (["--push", "a/b", "--format", "onnx"], "leave out --format onnx"),
+        (["--format", "timm", "--output", "n", "--dry-run"], "--dry-run applies to --push only"),
+        (["--format", "timm"], "give --format and --output, or --push ORG/NAME"),
     ],
 )
 def test_arguments_are_checked(call, arguments, complaint):

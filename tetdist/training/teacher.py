@@ -17,7 +17,6 @@ from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 from tetdist.nn.precision import autocast, parameter_type, place
 from tetdist.storage import checkpoint, foreign_files
-from tetdist.storage.hub import names_checked
 
 KEY = "loss.distillation.teacher"
 
@@ -149,8 +148,7 @@ def _from_timm(config: RunConfig, index: Index) -> _Loaded:
     file = section.teacher_weights
     wanted: dict[str, Any] = {} if file is None else {"num_classes": _num_classes(config, index)}
     try:
-        with names_checked(section.teacher):
-            model: nn.Module = timm.create_model(name, pretrained=file is None, **wanted)
+        model: nn.Module = timm.create_model(name, pretrained=file is None, **wanted)
     except Exception as error:  # timm or a download may raise any error
         reason = " ".join(str(error).split())[:200]
         raise UserError(
