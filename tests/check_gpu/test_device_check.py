@@ -1,11 +1,9 @@
 """The check of a machine with GPUs, in the form that it has on a CPU."""
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import math
-import os
 import runpy
 import sys
 import types
@@ -20,7 +18,6 @@ from tetdist.apps.check_gpu import (
     images,
     layers,
     numerics,
-    rates,
     remedies,
     resume,
     steps,
@@ -49,12 +46,12 @@ def test_the_command_knows_all_checks():
 
 def test_the_quick_checks_pass_here(tmp_path, call):
     file = tmp_path / "found.json"
-    names = "versions,numerics,graphs,links,pixels"
+    names = "versions,numerics,graphs,pixels"
     status, output = call("check_gpu", "--device", "cpu", "--only", names, "--json", file)
     assert status == 0, output
     last = output.splitlines()[-1]
     assert last.startswith("no GPU: ")
-    assert last.endswith("; left out: links, graphs, pixels")
+    assert last.endswith("; left out: graphs, pixels")
     assert "CUDA graphs need a GPU" in output
     found = json.loads(file.read_text())
     assert set(found["checks"]) == set(names.split(","))
@@ -78,10 +75,6 @@ def test_all_checks_pass_here_on_two_processes(tmp_path):
     assert found["processes"] == 2
     statuses = {name: one["status"] for name, one in found["checks"].items()}
     assert statuses == dict.fromkeys(CHECKS, "ok") | dict.fromkeys(("graphs", "pixels"), "left out")
-    assert found["checks"]["links"]["gb_per_s"] > 0
-    # Both are on this host, and share its cores.
-    cores = len(os.sched_getaffinity(0))
-    assert found["checks"]["loading"]["threads"] == max(1, cores // 2)
     by_rank = found["checks"]["rates"]["by_rank"]
     assert found["images_per_s"] == 2 * min(one["images_per_s"] for one in by_rank)
 
@@ -90,7 +83,7 @@ def test_the_plan_and_the_document_read_what_is_written(here, tmp_path):
     rates = {"images_per_s": 2000.0, "ratio": 0.5, "peak_mib": 2048.0}
     relu = {"images_per_s": 1000.0, "ratio": 1.0, "peak_mib": None}
     numbers = {
-        "by_batch": {"32": {"relu": relu, "tetdist, none": rates}},
+        "by_batch": {"32": {"relu": relu, "tetdist": rates}},
         "images_per_s": 2000.0,
         "timesteps": 4,
     }
@@ -107,7 +100,7 @@ def test_the_plan_and_the_document_read_what_is_written(here, tmp_path):
         speed.speed_of(config, ClusterSection(gpus_per_node=1), None, benchmark=str(file))
     script = tiny.PROJECT / "docs" / "make" / "performance.py"
     text = runpy.run_path(str(script))["gpu_text"](report.as_dict())
-    assert "| 32 | tetdist, none | 2000 | 2.00 | 2.0 |" in text
+    assert "| 32 | tetdist | 2000 | 2.00 | 2.0 |" in text
     assert "| rates | ok | fast |" in text
 
 
@@ -226,64 +219,6 @@ def test_every_gpu_decodes_every_image(here, monkeypatch):
     assert [(world.rank, world.world_size) for world in worlds] == [(0, 1), (0, 1)]
     monkeypatch.setattr(images, "eval_loader", lambda *_: _Decoded(torch.zeros(0, 3, 2, 2)))
     assert images.check_pixels(last).status == "bad"
-
-
-@pytest.mark.parametrize(("trained", "status"), [(1e12, "bad"), (1e-12, "ok")])
-def test_images_that_come_slower_than_they_are_trained_on_are_bad(
-    here, monkeypatch, trained, status
-):
-    """Of each process for itself, which has an index of its own."""
-    worlds = []
-
-    def loader(_config, _index, world, *_):
-        worlds.append(world)
-        return contextlib.nullcontext(itertools.repeat(None))
-
-    monkeypatch.setattr(Machine, "on_gpu", True)
-    monkeypatch.setattr(images, "make_splits", lambda *_, **__: None)
-    monkeypatch.setattr(images, "build_index", lambda *_, **__: (None, None))
-    monkeypatch.setattr(images, "cores_of", lambda _: (2, 1))
-    monkeypatch.setattr(images, "train_loader", loader)
-    monkeypatch.setattr(images, "images_per_s_of_a_step", lambda *_: trained)
-    last = dataclasses.replace(here, world=dataclasses.replace(here.world, rank=7, world_size=8))
-    assert images.check_loading(last).status == status
-    assert [(world.rank, world.world_size) for world in worlds] == [(0, 1)]
-
-
-def test_one_contestant_that_does_not_fit_takes_no_row_away(here, monkeypatch):
-    """With sizes of memory of 10 for all, of which the batches take so much each."""
-    monkeypatch.setattr(rates, "judge", lambda *_: None)
-    needs = {rates.RELU: 1, rates.OWN: 2, rates.PEER: 3}
-
-    def measure(names, options):
-        if sum(needs[name] * options.batch / 32 for name in names) > 10:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return [
-            {
-                "name": name,
-                "images_per_s": (1000.0 + options.batch) / needs[name],
-                "ratio": needs[name],
-                "peak_mib": 1024.0,
-            }
-            for name in names
-        ]
-
-    monkeypatch.setattr(rates, "measure_here", measure)
-    monkeypatch.setattr(rates.importlib.util, "find_spec", lambda _: True)
-    monkeypatch.setattr(rates, "contestants_of", lambda _: needs)
-    found = rates.check_rates(dataclasses.replace(here, small=False))
-    assert found.status == "ok"
-    assert found.text == (
-        "b=32: 516 images/s, 0.50 of ReLU's, 1.50 x spikingjelly, 1.0 GiB; "
-        "b=64: 532 images/s, 0.50 of ReLU's, 1.50 x spikingjelly, 1.0 GiB; "
-        "b=128: 564 images/s, 0.50 of ReLU's, spikingjelly out of memory, 1.0 GiB"
-    )
-    # GPUs are compared at the largest batch, and a plan is made by the recipes' one.
-    assert (found.speed, found.numbers["images_per_s"]) == (564.0, 516.0)
-    needs[rates.OWN] = 20
-    found = rates.check_rates(dataclasses.replace(here, small=False))
-    assert found.status == "bad"
-    assert found.text.startswith("b=32: out of memory; ")
 
 
 def test_runs_that_take_long_are_ended(here, monkeypatch):
@@ -413,7 +348,6 @@ def test_results_with_graphs_are_compared(here, monkeypatch):
     """With what stands in for a graph on a CPU, and with two that go wrong."""
     monkeypatch.setattr(Machine, "on_gpu", True)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _mode: None)
-    monkeypatch.setattr(graphs, "BATCHES", ())
     monkeypatch.setattr(graphs, "STEPS", 2)
     monkeypatch.setattr(graphs, "PRECISIONS", ("bf16",))
 

@@ -13,7 +13,7 @@ from tetdist.errors import UserError, pip_install
 
 
 def rates(images_per_s, **others):
-    rows = {"tetdist, none": {"images_per_s": images_per_s}}
+    rows = {"tetdist": {"images_per_s": images_per_s}}
     numbers = {"images_per_s": images_per_s, "timesteps": 4, "by_batch": {"32": rows}}
     return Finding("ok", f"{images_per_s} images/s", None, numbers, speed=images_per_s, same=others)
 

@@ -40,10 +40,10 @@ def averages(here):
     return fine(here)
 
 sys.modules["tetdist.apps.check_gpu.checks"] = types.SimpleNamespace(
-    CHECKS={"versions": fine, "steps": averages, "links": fine}
+    CHECKS={"versions": fine, "steps": averages, "rates": fine}
 )
 from tetdist.apps.cli import check_gpu
-check_gpu.NAMES = ("versions", "steps", "links")
+check_gpu.NAMES = ("versions", "steps", "rates")
 sys.exit(check_gpu.main(["--device", "cpu", "--json", file]))
 """
 
@@ -68,13 +68,13 @@ def test_a_rank_that_fails_in_a_collective_keeps_nobody_waiting(farm, tmp_path, 
     output = both[0][1]
     assert "bad       steps                  rank 1: RuntimeError: the GPU has fallen off" in output
     assert "to fix: steps: " in output.splitlines()[-1]
-    assert output.splitlines()[-1].endswith("not reached: links")
+    assert output.splitlines()[-1].endswith("not reached: rates")
     found = json.loads(file.read_text())
     assert list(found["checks"]) == ["versions", "steps"]
     first, second = found["checks"]["steps"]["by_rank"]
     assert first["text"].startswith("waits for rank 1 at distributed/world.py, line ")
     assert "Traceback" in second["traceback"]
-    assert found["not_reached"] == ["links"]
+    assert found["not_reached"] == ["rates"]
     assert list(temporary.iterdir()) == []
 
 
@@ -91,7 +91,7 @@ def test_a_rank_that_dies_is_a_finding(farm, tmp_path, temporary):
     assert "bad       steps                  rank 1 (process " in output
     found = json.loads(file.read_text())
     assert found["checks"]["steps"]["remedy"] == remedies.DEAD
-    assert found["not_reached"] == ["links"]
+    assert found["not_reached"] == ["rates"]
     # Those of the processes that died are left.
     assert len(list(temporary.iterdir())) == 2
 
@@ -114,7 +114,7 @@ def test_a_signal_leaves_the_findings_and_no_folder(tmp_path, temporary, number)
         output, _ = process.communicate(timeout=20)
     assert process.returncode == 128 + number, output
     assert f"interrupted; {file} has the findings so far" in output
-    assert json.loads(file.read_text())["not_reached"] == ["steps", "links"]
+    assert json.loads(file.read_text())["not_reached"] == ["steps", "rates"]
     assert list(temporary.iterdir()) == []
 
 

@@ -17,21 +17,13 @@ import torch
 
 from tetdist.distributed.world import World
 
-# Name of tetdist's training step without recomputation in the benchmark.
-OWN = "tetdist, none"
-
 Status = Literal["ok", "bad", "left out"]
-# Words for a speed, from the fraction of the expected one.
-EXPECTED, SLOW, TOO_SLOW, TOO_FAST = "as expected", "slow", "far too slow", "impossibly fast"
-BAD = {TOO_SLOW, TOO_FAST}
-
 # GPUs of one kind differ by some percent; a slower one slows the whole run down.
 SLOWER = 0.1
 THROTTLED = (
     "run nvidia-smi -q -d PERFORMANCE,TEMPERATURE,CLOCK on that rank's host to see what throttles "
     "its GPU, and nvidia-smi to see what else runs there"
 )
-IMPOSSIBLE = "report this with the JSON file, since a step that does all of its work takes longer"
 UNLIKE = "give all hosts the same driver and the same Python environment"
 
 
@@ -56,15 +48,6 @@ class Finding:
     same: Mapping[str, Any] = field(default_factory=dict)
 
 
-def word(fraction: float, expected: float, slow: float) -> str:
-    """Return the word for a speed that is this fraction of the computed one; it is as expected from
-    the fraction ``expected`` on, and far too slow below ``slow``."""
-    # The computed speed is within a tenth of measured ones: nothing is twice as fast.
-    if fraction > 2:
-        return TOO_FAST
-    return EXPECTED if fraction >= expected else SLOW if fraction >= slow else TOO_SLOW
-
-
 @dataclass(frozen=True)
 class Machine:
     """Machine that the checks run on.
@@ -81,6 +64,11 @@ class Machine:
     @property
     def device(self) -> torch.device:
         return self.world.device
+
+    @property
+    def alone(self) -> World:
+        """World of this process alone: it averages nothing, and decodes all images."""
+        return dataclasses.replace(self.world, rank=0, world_size=1)
 
     @property
     def on_gpu(self) -> bool:
@@ -256,9 +244,9 @@ class Report:
         # All processes together are as fast as the slowest.
         slowest = min(measured, key=lambda numbers: float(numbers["images_per_s"]))
         by_batch = {
-            batch: rows[OWN]["images_per_s"]
+            batch: rows["tetdist"]["images_per_s"]
             for batch, rows in slowest["by_batch"].items()
-            if "images_per_s" in rows[OWN]
+            if "images_per_s" in rows["tetdist"]
         }
         keys = ("timesteps", "model", "size", "precision")
         return {

@@ -18,9 +18,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,7 +43,6 @@ def run_checks(
     checks: dict[str, Check],
     here: Machine,
     show: Callable[[Report], None] = lambda _: None,
-    later: Mapping[str, Check] = MappingProxyType({}),
 ) -> Report:
     """Run checks in order on all processes.
 
@@ -54,14 +52,13 @@ def run_checks(
     Args:
         checks: Checks by name, ordered so that the first failure explains later ones.
         show: Called with the report after each check, on rank 0.
-        later: Checks to run after these ones, if none of these is bad; they may take any time.
 
     Returns:
         The findings. If a check ``hangs``, its thread still runs, and only `os._exit` can end the
         process.
     """
     world, device = here.world, here.device.type
-    report = Report(machine(device), device, world.world_size, here.small, [*checks, *later])
+    report = Report(machine(device), device, world.world_size, here.small, list(checks))
     end = time.monotonic() + (2 * BUDGET if here.small else BUDGET)
 
     def add(name: str, findings: list[Finding], seconds: float = 0.0) -> None:
@@ -104,10 +101,6 @@ def run_checks(
         except RuntimeError as error:
             watch.await_verdict(error)  # does not return if rank 0 and its store are gone
             raise
-    for name, check in later.items():
-        if not report.bad and report.not_reached[0] == name:
-            started = time.monotonic()
-            add(name, [_finding_of(check, here)], time.monotonic() - started)
     return report
 
 

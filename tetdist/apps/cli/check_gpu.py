@@ -7,7 +7,6 @@ same checks run in minutes on small networks; this tests the checks themselves.
 import argparse
 import contextlib
 import faulthandler
-import functools
 import os
 import signal
 import sys
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from tetdist.apps.check_gpu.check import Report
 
 # Names of the checks in apps/check_gpu/checks.py, which is slow to import.
-NAMES = ("versions", "links", "numerics", "steps", "graphs", "resume", "rates", "pixels", "loading")
+NAMES = ("versions", "numerics", "steps", "graphs", "resume", "rates", "pixels")
 
 MEETING = 120.0  # seconds within which all processes must have joined
 # Seconds after which this process exits, even if it hangs; the checks end earlier by themselves.
@@ -40,25 +39,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", metavar=",".join(NAMES), help="run only these checks; default: all"
     )
-    parser.add_argument(
-        "--first-hour",
-        action="store_true",
-        help="then train an epoch of sew34_t4, or what fits into an hour, beside a published curve",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="override a key of --first-hour's recipe, such as data.root=/data/imagenet",
-    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
     add_local_rank(parser)
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_args(arguments)
     options.only = options.only.split(",") if options.only else NAMES
     if unknown := [name for name in options.only if name not in NAMES]:
         parser.error(f"--only: {unknown[0]!r} is not one of {', '.join(NAMES)}")
-    if options.overrides and not options.first_hour:
-        parser.error(f"{options.overrides[0]} needs --first-hour")
     return options
 
 
@@ -79,7 +65,7 @@ def check(options: argparse.Namespace) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     checks = {name: CHECKS[name] for name in NAMES if name in options.only}
     # Find out now, not after ten minutes, if the file cannot be written.
-    names = [*checks, *(["epoch"] if options.first_hour else [])]
+    names = list(checks)
     _keep(options, Report({}, options.device, 0, small=False, not_reached=names))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ending_on_signals(options))
@@ -95,15 +81,7 @@ def check(options: argparse.Namespace) -> int:
             if small and world.rank == 0:
                 print("no GPU: the checks run small networks on the CPU; ignore their figures")
             with on(world, small=small) as here:
-                later = {}
-                if options.first_hour:
-                    from tetdist.apps.check_gpu import first_hour
-
-                    hour = world.run_on_all(lambda: first_hour.prepare(here, options.overrides))
-                    later["epoch"] = functools.partial(first_hour.train, hour=hour)
-                    if world.rank == 0:
-                        print(f"expected: no bad check; {hour.expected()}", flush=True)
-                report = run_checks(checks, here, lambda report: _show(options, report), later)
+                report = run_checks(checks, here, lambda report: _show(options, report))
             if world.rank == 0:
                 print(f"\n{report.conclusion()}", flush=True)
             if report.hangs:
@@ -174,8 +152,7 @@ def _ending_on_signals(options: argparse.Namespace) -> Iterator[None]:
 
     from tetdist.distributed.signals import handling
 
-    last = LAST_RESORT + (3600 if options.first_hour else 0)
-    faulthandler.dump_traceback_later(last, exit=True, file=2)  # standard error
+    faulthandler.dump_traceback_later(LAST_RESORT, exit=True, file=2)  # standard error
     try:
         with handling((signal.SIGINT, signal.SIGTERM), interrupt):
             yield
