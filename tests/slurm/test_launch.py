@@ -166,7 +166,7 @@ def test_networks_of_the_hub_are_fetched_before_the_job_is_queued(
     config = loading.load(str(tiny_config()), ["init_checkpoint=hf:us/small"])
     facts = ClusterSection(gpus_per_node=0)
     with hub_stand_in.serving(monkeypatch, tmp_path / "home") as hub:
-        with pytest.raises(UserError, match="there is no hf:us/small"):
+        with pytest.raises(UserError, match="/us/small does not exist"):
             submit.prepare(config, facts)
         hub.repositories["us/small"] = hub_stand_in.Repository()
         hub.repositories["us/small"].commit({"model.safetensors": b"weights"})
