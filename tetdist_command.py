@@ -21,7 +21,7 @@ COMMANDS = {
     "torchrun": "start processes with torchrun, and exit with their status",
     "study": "train several configurations with several seeds, and report",
     "status": "show progress, ETA, results and checkpoint of runs",
-    "compare_runs": "show where two runs first differ, or list several side by side",
+    "compare_runs": "compare the results, keys, metrics and weights of runs",
     "images": "index, check, shard or extract a data set of images",
     "prebin_dvs": "convert recordings of event cameras to tensors",
     "digits": "write the data set of the quickstart",

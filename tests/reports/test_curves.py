@@ -17,12 +17,10 @@ from tetdist.apps.reports.curves import (
     inputs,
     learning_curves,
 )
-from tetdist.apps.reports.overlay import _group
 from tetdist.apps.reports.run_plots import rgb_images
 from tetdist.apps.reports.style import (
     ACCURACY,
     AVERAGE,
-    PERCENT,
     QUIET,
     RATE,
     SPEED,
@@ -170,20 +168,6 @@ def test_images_and_events_as_rgb():
     assert (coloured(frames, 99) == 1).all()
     frames[0, 1, 0, 0] = frames[0, 0, 0, 1] = 2  # on, off
     assert coloured(frames, 99)[0, 0].tolist() == [[1, 0, 0], [0, 0, 1], [1, 1, 1]]
-
-
-def test_a_group_has_points_where_they_are_few_and_a_spread_within_its_limits():
-    axis = new_figure(3, 3).subplots()
-    curves = [([1.0], [99.0]), ([1.0], [39.0])]  # one evaluation of each
-    _group(axis, curves, TRAIN, "two", PERCENT)
-    _group(axis, curves[:1], TRAIN, "one", PERCENT)
-    assert [line.get_marker() for line in axis.get_lines()] == ["o"] * 4
-    (band,) = axis.collections
-    heights = band.get_paths()[0].vertices[:, 1]
-    assert (heights.min(), heights.max()) == (pytest.approx(69 - 1800**0.5), 100)
-    _group(axis, [([*range(99)], [1.0] * 99)], TRAIN, "", PERCENT)
-    assert axis.get_lines()[-1].get_marker() == "None"
-    _group(axis, [([1.0], [1.0]), ([2.0], [1.0])], TRAIN, "no epoch in common", PERCENT)
 
 
 def test_means_over_a_few_steps_are_not_drawn():

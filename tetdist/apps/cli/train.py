@@ -118,7 +118,7 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     loaded = loading.load_with_origins(options.config, options.overrides, options.imports)
     check_names(loaded.config.tracking.trackers)
     if loaded.config.reference is not None:
-        find_reference(loaded.config.reference, "reference")
+        find_reference(loaded.config.reference)
     if options.print_config:
         model = loaded.config.model
         of_kind = {

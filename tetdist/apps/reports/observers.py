@@ -104,7 +104,7 @@ class PublishedCurve(Observer):
     def __init__(self, watched: Watched) -> None:
         run, config = watched.run, watched.run.config
         assert config.reference is not None
-        self.reference = find_reference(config.reference, "reference")
+        self.reference = find_reference(config.reference)
         self.batch, self.samples = config.batch.global_, len(run.train)
         self.warm_at = config.phases[0].warmup_epochs * run.steps_per_epoch
         classes, has_average = len(run.train.classes), config.ema.decay is not None

@@ -26,7 +26,6 @@ ACCURACY = "top-1 (%)"  # label of every accuracy axis
 # Minimum range of an axis, in points of accuracy: in a smaller one, noise looks like a cliff.
 LEAST_ACCURACY, LEAST_DIFFERENCE = 5.0, 1.0
 _WITH_ROOM = (-0.6, 100.6)  # space for markers and numbers at 0 and 100 %
-PERCENT, POSITIVE = (0.0, 100.0), (0.0, math.inf)  # limits of a mean and its spread
 
 
 def new_figure(width: float, height: float, *, dpi: int = 110) -> Any:

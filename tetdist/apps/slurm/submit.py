@@ -71,7 +71,7 @@ def prepare(
     if not after:
         _check_inputs(config)
     if config.reference is not None:
-        find_reference(config.reference, "reference")
+        find_reference(config.reference)
     check_names(config.tracking.trackers)
     if config.tracking_uri is not None:
         check_store(config.tracking_uri)
