@@ -99,7 +99,7 @@ def _adamw(groups: Groups, section: "OptimizerSettings") -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, fused=True)
 
 
-def _of_timm(name: str) -> OptimizerKind:
+def _of_timm(name: str, key: str) -> OptimizerKind:
     """Describe timm's optimiser of that name.
 
     Raises:
@@ -107,7 +107,6 @@ def _of_timm(name: str) -> OptimizerKind:
     """
     from timm import optim
 
-    key = OPTIMIZERS.key
     if name not in optim.list_optimizers():
         raise UserError(f"{key}: timm has no optimiser {name!r}; see timm.optim.list_optimizers()")
     described = optim.get_optimizer_info(name)
@@ -135,7 +134,7 @@ def kind_of(name: str, key: str = OPTIMIZERS.key) -> OptimizerKind:
         UserError: It does not exist.
     """
     if name.startswith(TIMM):
-        return _of_timm(name.removeprefix(TIMM))
+        return _of_timm(name.removeprefix(TIMM), key)
     from timm.optim import list_optimizers
 
     if name not in OPTIMIZERS and name in list_optimizers():

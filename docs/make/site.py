@@ -228,8 +228,8 @@ def configuration_page() -> str:
         "",
         "Set keys in a YAML file, or override one on the command line with `key=value`. Keys are",
         "dotted, and items of a list are numbered from 0: `phases.0.epochs=10`. `--explain KEY`",
-        "shows these texts in a terminal; `--print-config` shows the values of a run, the file",
-        "that sets each of them, and the keys that have no effect.",
+        "shows these texts in a terminal; `--print-config` shows the values of a run, and the file",
+        "that sets each of them.",
     ]
     by_section: dict[str, list[str]] = {}
     for key, documented in documented_keys().items():

@@ -62,14 +62,6 @@ def test_a_base_is_beside_the_file_and_may_have_a_base(tmp_path):
     ]
 
 
-def test_a_key_without_effect_is_reported_of_the_file_that_sets_it(tmp_path, caplog):
-    written(tmp_path / "first.yaml", "base: quickstart\nloss: {lambda: 0.1}\n")
-    own = written(tmp_path / "second.yaml", "base: first.yaml\nloss: {kind: sdt, phi: 2.0}\n")
-    load(own)
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("loss.phi has no effect with loss.kind=sdt")
-
-
 def test_printed_configuration_says_where_each_value_is_from(tmp_path, capsys):
     own = written(tmp_path / "mine.yaml", "base: quickstart\nseed: 5\nphases: {0: {epochs: 4}}\n")
     overrides = ["data={root: x, kind: images, image_size: 8, resize: 8}"]
@@ -83,7 +75,6 @@ def test_printed_configuration_says_where_each_value_is_from(tmp_path, capsys):
     # What an override replaced as a whole comes from nowhere else.
     assert origins["flip: 0.5"] == DEFAULT
     assert origins["- 0.485"] == DEFAULT
-    assert origins["padding: 4"] == f"{DEFAULT}; no effect with data.crop=resized"
 
 
 def test_arguments_are_those_of_the_named_network(tmp_path):

@@ -36,11 +36,14 @@ def test_results_are_the_same_bitwise_and_own_kernels_are_named(main, tiny_confi
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["profile.steps=[6,4]"], "profile.steps: [6, 4] must be [FIRST, LAST]"),
-        (["profile.steps=[1,101]"], "profile.steps: 101 steps make a trace"),
+        (
+            ["profile.steps=[6,4]"],
+            "'profile.steps': must be the first and the last step, in this order, not [6, 4]",
+        ),
+        (["profile.steps=[1,101]"], "'profile.steps': must be at most 100 steps, "),
         (
             ["profile.steps=[8,9]", "max_steps=7"],
-            "profile.steps: step 8 is after the run's last, max_steps=7",
+            "profile.steps: step 8 comes after the run's last step, 7",
         ),
         (["profile.steps=[11,12]"], "profile.steps: step 11 comes after the run's last step, 10"),
         (["profile.steps=[2,2]", "cuda_graphs=true"], "profile: the operations of a CUDA graph"),

@@ -173,7 +173,7 @@ def test_the_best_at_the_end_of_three_values_or_more_is_reported():
         ({"search.rungs": [1, 2, 3]}, "only one candidate reaches epoch 3"),
         ({"search.rungs": [1, 4]}, "search.rungs: 4 exceeds the 3 epochs"),
         ({"search.eta": 1}, "'search.eta': must be 2 or more"),
-        ({"search.held": 0.1}, "unknown key 'search.held'; known keys here: over, held_out"),
+        ({"search.held": 0.1}, "unknown key 'search.held'; did you mean 'search.held_out'?"),
         ({"search.metric": "top5"}, "'search.metric'"),
         ({"over": {"phases.0.optimizer.lrr": [1.0, 2, 3, 4]}}, "c01 (phases.0.optimizer.lrr=1.0)"),
         ({"over": {"loss.phi": []}}, "'search.over.loss.phi'"),

@@ -496,7 +496,7 @@ def test_commands_of_an_installed_package(write, tmp_path, monkeypatch):
         ({"sedes": [0]}, ("unknown key 'sedes'", "seeds")),
         ({"title": ...}, ("'title' is missing",)),
         ({"seeds": [1, 1]}, ("seeds: [1, 1] has a duplicate",)),
-        ({"seeds": [-1]}, ("study.yaml: 'seeds.0': must be 0 or more\n",)),
+        ({"seeds": [-1]}, ("study.yaml: 'seeds.0': must be 0 or more, not -1\n",)),
         ({"test_timesteps": []}, ("'test_timesteps'",)),
         ({"test_timesteps": [4, 2, 2]}, ("test_timesteps", "must ascend")),
         ({"entries.tet.controll": "sdt"}, ("unknown key 'entries.tet.controll'", "control")),

@@ -10,7 +10,6 @@ import pydantic
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from tetdist.config.checks import settings_without
 from tetdist.config.fields import OneOf
 from tetdist.config.schema import RunConfig
 from tetdist.config.sections.model import neuron_section
@@ -44,7 +43,8 @@ class Documented(NamedTuple):
 def documented_keys(
     section: type[BaseModel] = RunConfig, prefix: str = ""
 ) -> dict[str, Documented]:
-    """Return the documentation of each key, by its dotted name (list items as ``N``)."""
+    """Return the documentation of each key, by its dotted name (list items as ``N``, keys of a free
+    mapping as ``NAME``)."""
     keys: dict[str, Documented] = {}
     for name, field in section.model_fields.items():
         dotted = f"{prefix}{field.alias or name}"
@@ -55,8 +55,9 @@ def documented_keys(
         if inner is None or field.description:
             keys[dotted] = _documented(dotted, field)
         if inner is not None and dotted != "phases.N.loss":
-            is_list = get_origin(field.annotation) is tuple
-            keys |= documented_keys(inner, f"{dotted}.N." if is_list else f"{dotted}.")
+            origin = get_origin(field.annotation)
+            item = "N." if origin is tuple else "NAME." if origin is dict else ""
+            keys |= documented_keys(inner, f"{dotted}.{item}")
     return keys
 
 
@@ -84,21 +85,25 @@ def _of_all_kinds(prefix: str) -> dict[str, Documented]:
     return merged
 
 
-def section_at(
-    location: Sequence[str], root: type[BaseModel] = RunConfig
-) -> type[BaseModel] | None:
-    """Return the section at a dotted key, with list items as numbers; None if there is none."""
+def keys_of(section: type[BaseModel]) -> list[str]:
+    """Return the names of a section's keys."""
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def section_at(root: type[BaseModel], location: Sequence[str]) -> type[BaseModel] | None:
+    """Return the section at a dotted key below ``root``; None if there is none.
+
+    Numbers of a list's items and keys of a free mapping are parts of the dotted key.
+    """
     section, parts = root, iter(location)
     for part in parts:
-        if part.isdigit():
-            continue
         field = next((f for n, f in section.model_fields.items() if part in (n, f.alias)), None)
         found = _section_in(field.annotation) if field else None
         if field is None or found is None:
             return None
-        if get_origin(field.annotation) is dict:
-            next(parts, None)  # the name of one of several
         section = found
+        if get_origin(field.annotation) in (tuple, dict):
+            next(parts, None)
     return section
 
 
@@ -113,13 +118,12 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 def _documented(key: str, field: FieldInfo) -> Documented:
     default = _DEFAULTS.get(key, "required")
     if default == "required" and not field.is_required():
-        plain = pydantic.TypeAdapter(Any).dump_python(field.get_default(), mode="json")
+        plain = pydantic.TypeAdapter(Any).dump_python(
+            field.get_default(call_default_factory=True), mode="json"
+        )
         shown = plain if isinstance(plain, str) and plain else json.dumps(plain)
         default = f"default {shown}"
-    meaning = field.description or ""
-    if settings := settings_without(key):
-        meaning += f" No effect with {', or with '.join(settings)}."
-    return Documented(_takes(field.annotation, field.metadata), default, meaning)
+    return Documented(_takes(field.annotation, field.metadata), default, field.description or "")
 
 
 def _takes(annotation: Any, about: Sequence[Any] = ()) -> str:
@@ -139,9 +143,8 @@ def _takes(annotation: Any, about: Sequence[Any] = ()) -> str:
         number = "" if inside[-1] is ... else f" of {len(inside)}"
         return f"list{number}: {_takes(inside[0])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        keys = (field.alias or name for name, field in annotation.model_fields.items())
-        return f"{{{', '.join(keys)}}}"
+        return f"{{{', '.join(keys_of(annotation))}}}"
     if origin is dict:
         return "keys and values"
     bounds = (_BOUNDS[type(one)].format(one) for one in about if type(one) in _BOUNDS)
-    return " ".join([_PLAIN[annotation], " and ".join(bounds)]).rstrip()
+    return " ".join([_PLAIN.get(annotation, "value"), " and ".join(bounds)]).rstrip()

@@ -5,11 +5,11 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from tetdist.config.flags import MOST_PIXELS, MOST_TIMESTEPS
 
+MOST_PROFILED = 100  # steps
 TIMM = "timm:"  # before the name of one of timm's networks, where a path could stand
 
 
@@ -30,19 +30,24 @@ def _names(value: Any) -> Any:
 
 
 def _steps(value: Any) -> Any:
-    """Parse the first and the last step from a pair or from text such as 20..30.
-
-    Raises:
-        PydanticCustomError: It is neither.
-    """
+    """Parse the first and the last step from a pair or from text such as 20..30."""
     if isinstance(value, str) and (found := re.fullmatch(r"(\d+)\.\.(\d+)", value)):
         return int(found[1]), int(found[2])
     pair = _as_tuple(value)
     if not isinstance(pair, tuple) or len(pair) != 2:
-        raise PydanticCustomError(
-            "steps", "must be the first and the last step, such as [20, 30] or 20..30"
-        )
+        raise ValueError("must be the first and the last step, such as [20, 30] or 20..30")
     return pair
+
+
+def _few_ascending(steps: tuple[int, int]) -> tuple[int, int]:
+    first, last = steps
+    if first > last:
+        raise ValueError("must be the first and the last step, in this order")
+    if last - first >= MOST_PROFILED:
+        raise ValueError(
+            f"must be at most {MOST_PROFILED} steps, because a trace of more is too large to open"
+        )
+    return steps
 
 
 def _as_tuple(value: Any) -> Any:
@@ -53,7 +58,9 @@ def _as_tuple(value: Any) -> Any:
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 
 
-Steps = Annotated[tuple[Positive, Positive], BeforeValidator(_steps)]
+Steps = Annotated[
+    tuple[Positive, Positive], BeforeValidator(_steps), AfterValidator(_few_ascending)
+]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,24 +113,15 @@ def overridden(origins: Mapping[str, str], values: dict[str, Any], key: str) -> 
     return kept | {one: COMMAND_LINE for one in _leaves(values) if is_inside(one)}
 
 
-def annotated(text: str, origins: Mapping[str, str], unread: Mapping[str, str]) -> str:
-    """Add a comment behind each value of a YAML: its origin, and why it has no effect if so.
-
-    Args:
-        origins: Origin of each dotted key, from `read_layers`.
-        unread: Settings that disable a key or section, by its dotted key.
-    """
+def annotated(text: str, origins: Mapping[str, str]) -> str:
+    """Add a comment behind each value of a YAML: its origin, by dotted key in ``origins``."""
     lines = text.splitlines()
     root = yaml.compose(text, yaml.SafeLoader)
     assert root is not None
     ends = {end: key for key, end in _values_by_line(root, "")}
     width = min(max(map(len, lines)), 50)
     for number, key in ends.items():
-        comment = origins.get(key, DEFAULT)
-        for section, because in unread.items():
-            if key == section or key.startswith(f"{section}."):
-                comment += f"; no effect with {because}"
-        lines[number] = f"{lines[number]:{width}}  # {comment}"
+        lines[number] = f"{lines[number]:{width}}  # {origins.get(key, DEFAULT)}"
     return "\n".join(lines) + "\n"
 
 

@@ -1,18 +1,15 @@
 """Loading of a checked `RunConfig` from a YAML file, its bases, and ``key=value`` overrides."""
 
 import difflib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pydantic
-
-from tetdist.config.checks import check, check_name, warn_without_effect
-from tetdist.config.inheritance import COMMAND_LINE, imports_of, overridden, read_layers
-from tetdist.config.messages import sentences
+from tetdist.config.checks import check, check_name
+from tetdist.config.inheritance import imports_of, overridden, read_layers
+from tetdist.config.messages import checked
 from tetdist.config.overrides import apply_override, key_of, refuse_repeated
 from tetdist.config.retired import without_retired
 from tetdist.config.schema import RunConfig
@@ -87,10 +84,7 @@ def load_with_origins(
 
 
 def load_written(path: Path) -> RunConfig:
-    """Read a written configuration of a run, and import its files.
-
-    Keys without effect cause no warning, since every key is written out.
-    """
+    """Read a written configuration of a run, and import its files."""
     try:
         raw = read_yaml(path)
     except OSError as error:
@@ -114,28 +108,18 @@ def parse(
 
     Args:
         source: File of the configuration, as errors name it.
-        warn: Warn of keys without effect.
+        warn: Warn of names that have changed, and of keys that the kind of neuron lacks.
         is_trained: The network is only used, not trained, so keys of training that are gone do
             not matter.
-        overrides: Overrides that were applied; errors name one in place of ``source`` if the
-            mistake is in it.
-        origins: Files of the values, by dotted key, if not all are from ``source``.
+        overrides, origins: See `checked`.
 
     Raises:
         UserError: It is not valid, or contradicts itself.
     """
     raw = _with_present_names(raw, warn)
     raw = without_retired(raw, source, is_trained=is_trained)
-    try:
-        # Through JSON, because only then strict validation accepts a list as a tuple.
-        config = RunConfig.model_validate_json(json.dumps(raw))
-    except pydantic.ValidationError as error:
-        raise UserError(sentences(error, source, overrides, origins or {})) from None
+    config = checked(RunConfig, raw, source, overrides, origins)
     check(config)
-    if warn:
-        own = (source, COMMAND_LINE)
-        inherited = [key for key, origin in (origins or {}).items() if origin not in own]
-        warn_without_effect(config, inherited)
     return config
 
 

@@ -1,63 +1,87 @@
-"""Error messages for mistakes in a configuration."""
+"""Validation of keys and values, and error messages for mistakes in them."""
 
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, TypeVar, get_origin
 
 import pydantic
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from tetdist.config.documentation import documented_keys, section_at
+from tetdist.config.documentation import documented_keys, keys_of, section_at
 from tetdist.config.fields import Section
 from tetdist.config.overrides import key_of
-from tetdist.config.schema import RunConfig
+from tetdist.errors import UserError
 
-_BOUNDS = {
+Kind = TypeVar("Kind", bound=Section)
+
+_MESSAGES = {
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be {ge} or more",
     "less_than": "must be below {lt}",
     "less_than_equal": "must be {le} or less",
+    "string_type": "input should be a valid string, in quotes",
 }
 
 
-def sentences(
-    error: pydantic.ValidationError,
+def checked(
+    section: type[Kind],
+    values: dict[str, Any],
     source: str,
     overrides: Sequence[str] = (),
     origins: Mapping[str, str] | None = None,
-    root: type[BaseModel] = RunConfig,
-) -> str:
-    """Return all mistakes in a configuration, or in another file's section, as one message."""
-    found = innermost([united(one) for outer in error.errors() for one in _opened(outer)])
+) -> Kind:
+    """Validate the keys and values of a section.
+
+    Args:
+        source: File of the values, as errors name it.
+        overrides: Overrides that were applied; errors name one in place of ``source`` if the
+            mistake is in it.
+        origins: Files of the values, by dotted key, if not all are from ``source``.
+
+    Raises:
+        UserError: Some are wrong; the text names all mistakes.
+    """
+    try:
+        # Through JSON, because only then strict validation accepts a list as a tuple.
+        return section.model_validate_json(json.dumps(values))
+    except pydantic.ValidationError as error:
+        found = [_located(section, one) for one in error.errors()]
     problems_by_origin: dict[str, list[str]] = {}
     for one in found:
+        # Errors of a list or mapping around a mistake say nothing more.
+        if any(_contains(one, other) for other in found):
+            continue
         override = _override_of(one, overrides)
-        problem = _explain(one, override, root)
-        origin = override or _file_of(one, origins or {}) or source
+        problem = _explain(section, one, override)
+        origin = override or (origins or {}).get(".".join(one["loc"])) or source
         if override is not None and problem.startswith(f"{override} "):
             problems_by_origin[problem] = []  # it names the override itself
         else:
             problems_by_origin.setdefault(origin, []).append(problem)
-    return "; ".join(
-        ": ".join([origin, *filter(None, ["; ".join(dict.fromkeys(problems))])])
-        for origin, problems in problems_by_origin.items()
+    raise UserError(
+        "; ".join(
+            ": ".join([origin, *filter(None, ["; ".join(dict.fromkeys(problems))])])
+            for origin, problems in problems_by_origin.items()
+        )
     )
 
 
-def united(error: Any) -> Any:
-    """Return one error for a key of two types, for which pydantic has one each."""
-    if error["loc"][:1] != ("recompute",):
-        kinds = ("OptimizerSection", "literal['continue']")
-        return error | {"loc": tuple(part for part in error["loc"] if part not in kinds)}
-    message = "must be none, blocks or {timesteps: K} with a whole number K above 0"
-    return {"loc": ("recompute",), "type": "union", "msg": message, "input": ...}
-
-
-def innermost(errors: list[Any]) -> list[Any]:
-    """Return the innermost errors of pydantic, without those of a list or mapping around them."""
-    return [e for e in errors if not any(_contains(e, other) for other in errors)]
+def _located(section: type[BaseModel], error: Any) -> Any:
+    """Return one of pydantic's errors with the location of the key that is wrong."""
+    # If a key takes values of two types, pydantic adds the type after the key.
+    parts = map(str, error["loc"])
+    location = [part for part in parts if not re.search(r"\[|Section$", part)]
+    if error["type"] == "value_error":
+        error = error | {"msg": str(error["ctx"]["error"])}
+        if section_at(section, location) is not None:
+            # The text of a contradiction within a section begins with a key of the section.
+            text = "".join(f"{part}." for part in location) + error["msg"]
+            error |= {"type": "contradiction", "msg": text}
+            location = re.split("[ :=]", text)[0].split(".")
+    return error | {"loc": tuple(location)}
 
 
 def _contains(error: Any, other: Any) -> bool:
@@ -65,22 +89,9 @@ def _contains(error: Any, other: Any) -> bool:
     return len(outer) < len(inner) and inner[: len(outer)] == outer
 
 
-def _opened(error: Any) -> list[Any]:
-    """Return the errors within a neuron, which pydantic reports as one error."""
-    match error["type"]:
-        case "within":
-            inside, known = error["ctx"]["errors"], error["ctx"]["known"]
-            return [one | {"loc": (*error["loc"], *one["loc"]), "known": known} for one in inside]
-        case "neuron_numbers":  # its text begins with the key
-            key = re.split("[ :=]", error["msg"])[0]
-            return [error | {"loc": (*error["loc"], key)}]
-        case _:
-            return [error]
-
-
 def _override_of(error: Any, overrides: Sequence[str]) -> str | None:
     """Return the override that holds a mistake; None if it is in the file."""
-    location = tuple(map(str, error["loc"]))
+    location = error["loc"]
     for override in reversed(overrides):
         key = tuple(key_of(override).split("."))
         shorter = min(len(key), len(location))
@@ -89,54 +100,42 @@ def _override_of(error: Any, overrides: Sequence[str]) -> str | None:
     return None
 
 
-def _file_of(error: Any, origins: Mapping[str, str]) -> str | None:
-    """Return the file that holds a mistake; None if unknown, as for a missing key."""
-    return origins.get(".".join(map(str, error["loc"])))
-
-
-def message_of(error: Any) -> str:
-    """Return pydantic's message of an error, in fewer words if a value is out of its bounds."""
-    if (text := _BOUNDS.get(error["type"])) is None:
-        return str(error["msg"][0].lower() + error["msg"][1:])
-    limits = {name: f"{v:g}" if isinstance(v, float) else v for name, v in error["ctx"].items()}
-    return text.format(**limits)
-
-
-def _explain(error: Any, override: str | None, root: type[BaseModel]) -> str:
+def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
     """Return one of pydantic's errors as a part of a sentence."""
-    location = [str(part) for part in error["loc"]]
-    dotted = ".".join(location)
-    given = error["input"]
+    location, dotted, given = error["loc"], ".".join(error["loc"]), error["input"]
     match error["type"]:
+        case "contradiction":
+            return str(error["msg"])
         case "extra_forbidden":
-            known = error.get("known") or _known_keys(location[:-1], root)
-            every = [*documented_keys(), *known] if root is RunConfig else known
-            return f"unknown key {dotted!r}; {_nearest(location, known, every)}"
+            return f"unknown key {dotted!r}; {_nearest(root, location)}"
         case "missing":
             return f"{dotted!r} is missing"
-        case "neuron_numbers":
-            return f"{'.'.join(location[:-1])}.{error['msg']}"
-        case "model_type" | "neuron" if (section := section_at(location, root)) is not None:
+        case "model_type" if (section := section_at(root, location)) is not None:
             return _no_section(dotted, section, given, is_override=override is not None)
         case "tuple_type" | "list_type" if dotted == "phases":
             return f"{dotted!r} is a list; set a phase's keys, such as {dotted}.0.epochs"
-    message = message_of(error)
-    if error["type"] in _BOUNDS and override is not None and key_of(override) == dotted:
-        return f"{override} {message}"
-    is_whole = error["type"].startswith("neuron") or given is ... or isinstance(given, dict)
-    shown = "" if is_whole else f", not {given!r}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    if (text := _MESSAGES.get(error["type"])) is not None:
+        context = error.get("ctx", {}).items()
+        message = text.format(**{k: f"{v:g}" if isinstance(v, float) else v for k, v in context})
+        if override is not None and key_of(override) == dotted:
+            return f"{override} {message}"
+    shown = "" if isinstance(given, dict) else f", not {given!r}"
     return f"{dotted!r}: {message}{shown}"
 
 
-def _nearest(location: list[str], known: list[str], every: list[str]) -> str:
+def _nearest(root: type[BaseModel], location: Sequence[str]) -> str:
     """Suggest the keys that an unknown key may have meant."""
-    last, prefix = location[-1], "".join(f"{part}." for part in location[:-1])
+    *place, last = location
+    section = section_at(root, place)
+    known = keys_of(section) if section else []
     # The right word at a wrong place, or else a misspelt word at the right one.
-    elsewhere = list(dict.fromkeys(place for key in every if (place := _place_of(last, key))))
+    found = (_place_of(last, key) for key in documented_keys(root))
+    elsewhere = list(dict.fromkeys(filter(None, found)))
     if elsewhere:
         return f"did you mean {' or '.join(map(repr, elsewhere[:3]))}?"
     if close := difflib.get_close_matches(last, known, n=1, cutoff=0.5):
-        return f"did you mean {prefix + close[0]!r}?"
+        return f"did you mean {'.'.join([*place, close[0]])!r}?"
     return f"known keys: {', '.join(known)}"
 
 
@@ -148,8 +147,7 @@ def _place_of(word: str, key: str) -> str | None:
 
 def _no_section(dotted: str, section: type[BaseModel], given: Any, *, is_override: bool) -> str:
     """Return the error of a value where a section belongs, with the key it may be meant for."""
-    keys = [field.alias or name for name, field in section.model_fields.items()]
-    problem = f"{dotted!r} holds keys ({', '.join(keys)}), not the value {given!r}"
+    problem = f"{dotted!r} holds keys ({', '.join(keys_of(section))}), not the value {given!r}"
     key = _key_for(section, given)
     if key is None:
         return problem
@@ -173,8 +171,3 @@ def _key_for(section: type[BaseModel], value: Any) -> str | None:
             continue
         return field.alias or name
     return None
-
-
-def _known_keys(location: list[str], root: type[BaseModel]) -> list[str]:
-    section = section_at(location, root)
-    return [f.alias or n for n, f in section.model_fields.items()] if section else []

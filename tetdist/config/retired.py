@@ -13,7 +13,7 @@ class Retired(NamedTuple):
 
     Attributes:
         default: Its value in configurations that did not set it.
-        instead: Advice, as the end of a sentence.
+        instead: Remedy, as the end of a sentence; it begins with a verb.
     """
 
     default: Any

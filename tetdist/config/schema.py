@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from tetdist.config.fields import Positive, Section
 from tetdist.config.inheritance import over
@@ -27,6 +27,14 @@ from tetdist.config.sections.training import (
     SaveSection,
     SegmentsSection,
 )
+
+
+def _recompute(value: Any) -> Any:
+    """Refuse, in one sentence for all forms, what is none of them."""
+    segments = value.get("timesteps") if isinstance(value, dict) and len(value) == 1 else None
+    if value not in ("none", "blocks") and not (type(segments) is int and segments > 0):
+        raise ValueError("must be none, blocks or {timesteps: K} with a whole number K above 0")
+    return value
 
 
 class RunConfig(Section):
@@ -52,7 +60,9 @@ class RunConfig(Section):
     execution: Literal["fused", "reference"] = "fused"
     """Implementation of norms and neurons. fused: C++ and Triton kernels; reference: the
     definitions in plain torch."""
-    recompute: Literal["none", "blocks"] | SegmentsSection = "none"
+    recompute: Annotated[
+        Literal["none", "blocks"] | SegmentsSection, BeforeValidator(_recompute)
+    ] = "none"
     """Recomputation of activations, to save memory (gradient checkpointing). blocks: keep only each
     block's input and recompute the rest; results stay bitwise identical. {timesteps: k}: the same
     in segments of k timesteps, for long T; batch norm then normalises each segment separately,

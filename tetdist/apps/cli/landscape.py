@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 def compare_landscapes(options: argparse.Namespace) -> None:
     from tetdist.apps.file_progress import file_progress
     from tetdist.apps.weights.landscape import Landscape, evaluations, measure
-    from tetdist.config.checks import effective
+    from tetdist.config.identity import flatten
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
     from tetdist.training.setup import load_model
@@ -85,7 +85,7 @@ def compare_landscapes(options: argparse.Namespace) -> None:
         file_progress("loss landscape", "evaluation") as show,
     ):
         found = world.run_on_all(lambda: opened(options, world))
-        groups = grouped({str(path): effective(config) for path, _, _, config, _ in found})
+        groups = grouped({str(path): flatten(config.as_dict()) for path, _, _, config, _ in found})
         grids = {names[0]: options.grid for names in groups.values()}
         total = sum(evaluations(options.directions, grids.get(str(one[0]), 0)) for one in found)
 
@@ -104,7 +104,7 @@ def compare_landscapes(options: argparse.Namespace) -> None:
             grid = grids.get(str(path), 0)
             measured = measure(landscape, options.directions, options.radius, grid)
             about = {"checkpoint": str(path), "step": description.step, "seed": config.seed}
-            about |= {"timesteps": model.timesteps, "configuration": effective(config)}
+            about |= {"timesteps": model.timesteps, "configuration": flatten(config.as_dict())}
             networks.append(about | measured)
         world.run_on_all(lambda: report(networks, groups, options) if world.rank == 0 else None)
 

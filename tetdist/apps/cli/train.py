@@ -95,7 +95,6 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     """Return the configuration; None after --explain or --print-config."""
     from tetdist.apps.reports.reference import find_reference
     from tetdist.config import loading
-    from tetdist.config.checks import without_effect
     from tetdist.config.documentation import documented_keys
     from tetdist.config.inheritance import DEFAULT, annotated
     from tetdist.nn.neurons import kind_of
@@ -126,7 +125,6 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
             + ("" if own == "none" else f", in place of {own}")
             for key, (own, _) in model.changed_by_kind.items()
         }
-        unread = {key: because for key, _, because in without_effect(loaded.config)}
-        print(annotated(loaded.config.as_yaml(), of_kind | loaded.origins, unread), end="")
+        print(annotated(loaded.config.as_yaml(), of_kind | loaded.origins), end="")
         return None
     return loaded.config

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from tetdist.apps.sections import checked
 from tetdist.config.fields import Section
+from tetdist.config.messages import checked
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
 

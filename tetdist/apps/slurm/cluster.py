@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tetdist.apps.sections import checked
 from tetdist.config.fields import Positive, Section
+from tetdist.config.messages import checked
 from tetdist.config.yaml_files import read_value
 from tetdist.errors import UserError
 

@@ -1,7 +1,6 @@
 """Contents of a study file: its entries, and their runs with its seeds."""
 
 import difflib
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -11,11 +10,12 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from tetdist.config import identity, loading, messages
+from tetdist.config import identity, loading
 from tetdist.config.fields import Section, Timesteps
 from tetdist.config.loading import CONFIGS_DIR
+from tetdist.config.messages import checked
 from tetdist.config.overrides import apply_override, joined, key_of
 from tetdist.config.schema import RunConfig
 from tetdist.config.sections.phase import PhaseSection
@@ -224,37 +224,17 @@ def find(name: str) -> Path:
     raise UserError(f"there is no study {name!r}, as a file or in configs/studies/; {hint}")
 
 
-def read_section(path: Path, kind: type[Kind], inner: dict[str, type[Section]]) -> Kind:
-    """Read the file of a study or search; ``inner`` are the classes of its sections, by key."""
-    try:
-        section = kind.model_validate_json(json.dumps(read_yaml(path)))
-    except ValidationError as error:
-        problems = "; ".join(
-            _explain(one, kind, inner) for one in messages.innermost(error.errors())
-        )
-        raise UserError(f"{path}: {problems}") from None
+def read_section(path: Path, kind: type[Kind]) -> Kind:
+    """Read the file of a study or search."""
+    section = checked(kind, read_yaml(path), str(path))
     if len(set(section.seeds)) < len(section.seeds):
         raise UserError(f"{path}: seeds: {list(section.seeds)} has a duplicate; remove it")
     return section
 
 
-def _explain(error: Any, kind: type[Section], inner: dict[str, type[Section]]) -> str:
-    # If a key takes values of two types, pydantic adds the type after the key.
-    location = [str(part) for part in error["loc"] if not re.search(r"Section$|tuple", str(part))]
-    key = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        at = [kind, *(inner[part] for part in location[:-1] if part in inner)]
-        fields = at[-1].model_fields
-        known = ", ".join(field.alias or name for name, field in fields.items())
-        return f"unknown key {key!r}; known keys here: {known}"
-    if error["type"] == "missing":
-        return f"{key!r} is missing"
-    return f"{key!r}: {messages.message_of(error)}"
-
-
 def read(path: Path) -> StudySection:
     """Read a study file."""
-    study = read_section(path, StudySection, {"entries": EntrySection})
+    study = read_section(path, StudySection)
     if list(study.test_timesteps) != sorted(set(study.test_timesteps)):
         raise UserError(
             f"{path}: test_timesteps: {list(study.test_timesteps)} must ascend without duplicates"

@@ -24,7 +24,6 @@ from tetdist.apps.studies.numbers import (
     loss,
 )
 from tetdist.apps.studies.plan import TEACHER_KEY, as_text
-from tetdist.config.checks import effective
 from tetdist.config.identity import flatten
 from tetdist.errors import UserError, without_passwords
 from tetdist.storage.files import explaining, write_text
@@ -126,11 +125,11 @@ def differs_unnamed(numbers: Numbers) -> str:
         named = [*OF_THE_RUN]
         for one in (entry, other):
             named += flatten(numbers.study.entries[one].overrides)
-        theirs = effective(configs[other])
+        theirs = flatten(configs[other].as_dict())
         of_kind = {f"model.neuron.{key}" for key in configs[entry].model.changed_by_kind}
         keys = [
             f"`{key}={as_text(value)}` ({as_text(theirs[key]) if key in theirs else 'none'})"
-            for key, value in effective(configs[entry]).items()
+            for key, value in flatten(configs[entry].as_dict()).items()
             if (key in theirs or key in of_kind) and value != theirs.get(key)
             if not any(f"{key}.".startswith(f"{n}.") or n.startswith(f"{key}.") for n in named)
         ]
@@ -311,10 +310,10 @@ def _table_by_timestep(numbers: Numbers, rows: list[list[str]]) -> str:
 
 
 def what_differs(numbers: Numbers) -> str:
-    """Return the table of keys that have an effect and differ between entries."""
+    """Return the table of keys that differ between entries."""
     entries = numbers.entries
     configs = {entry: numbers.of(entry)[0].run.config for entry in entries}
-    flat = {entry: effective(config) for entry, config in configs.items()}
+    flat = {entry: flatten(config.as_dict()) for entry, config in configs.items()}
     for entry, config in configs.items():
         for i, phase in enumerate(config.phases):
             # A phase that some entries lack differs in all its keys: list only those that are set.

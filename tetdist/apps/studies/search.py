@@ -172,8 +172,7 @@ def is_search(path: Path) -> bool:
 
 def read(path: Path) -> SearchStudy:
     """Read the file of a search."""
-    inner: dict[str, type[Section]] = {"search": SearchSection, "over": RangeSection}
-    study = read_section(path, SearchStudy, inner)
+    study = read_section(path, SearchStudy)
     search, rungs = study.search, list(study.search.rungs)
     if rungs != sorted(set(rungs)):
         raise UserError(f"{path}: search.rungs: {rungs} must ascend without duplicates")

@@ -1,10 +1,9 @@
 """The section ``data``: where samples are, how they are read and changed."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field, model_validator
 
 from tetdist.config.fields import Fraction, Names, OneOf, OpenFraction, Pixels, Positive, Section
 from tetdist.config.flags import MOST_PREFETCHED, MOST_THREADS
@@ -60,14 +59,10 @@ POLICIES = ("none", "cifar10", "imagenet", "trivial", "3a")
 
 
 def _policy(text: str) -> str:
-    if text in POLICIES:
-        return text
-    try:
-        if text.split("-")[0] != "rand":
-            raise ValueError(f"must be {', '.join(POLICIES)}, or RandAugment, such as {EXAMPLE}")
+    if text.split("-")[0] == "rand":
         rand_augment(text)
-    except ValueError as error:
-        raise PydanticCustomError("policy", "{text}", {"text": str(error)}) from error
+    elif text not in POLICIES:
+        raise ValueError(f"must be {', '.join(POLICIES)}, or RandAugment, such as {EXAMPLE}")
     return text
 
 
@@ -147,6 +142,26 @@ class DataSection(Section):
     own_process: bool | None = None
     """Load data in a separate process beside each training process. Null: true on a GPU unless
     data.device=gpu, as data threads in the training process would delay its kernel launches."""
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.scale[0] > self.scale[1] or self.scale[1] == 0:
+            raise ValueError(f"scale: {list(self.scale)} must ascend and end above 0")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio: {list(self.ratio)} must ascend, with both values above 0")
+        if min(self.std) <= 0:
+            raise ValueError(f"std: {list(self.std)} must be above 0")
+        if self.resize is not None and self.resize < self.image_size:
+            raise ValueError(
+                f"resize: {self.resize} is smaller than data.image_size, {self.image_size}, so the "
+                "centre crop would not fit; set it to the image size or more"
+            )
+        if self.auto_augment.startswith("rand") and any(dict(self.color_jitter).values()):
+            raise ValueError(
+                f"color_jitter: cannot go with data.auto_augment={self.auto_augment}, which "
+                "changes colours itself (timm drops the jitter then); leave one of them out"
+            )
+        return self
 
     @property
     def index_dir(self) -> Path:

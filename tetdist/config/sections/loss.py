@@ -1,10 +1,10 @@
 """The section ``loss``: the objective, with distillation."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tetdist.config.fields import Fraction, OneOf, OpenFraction, Section
+from tetdist.config.fields import TIMM, Fraction, OneOf, OpenFraction, Section
 from tetdist.losses import LOSSES, SelfTarget, TeacherAlignment
 
 
@@ -35,6 +35,15 @@ class DistillationSection(Section):
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """Distillation temperature, which divides the logits before their KL divergence from teacher or
     self_target is computed. Above 1, less likely classes count more."""
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.teacher_weights and not (self.teacher or "").startswith(TIMM):
+            raise ValueError(
+                "teacher_weights: needs a timm teacher; set teacher=timm:NAME, too, or give the "
+                "file itself as teacher"
+            )
+        return self
 
 
 class LossSection(Section):

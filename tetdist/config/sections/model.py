@@ -1,15 +1,15 @@
 """The section ``model``: the network and its neuron."""
 
 import dataclasses
+import difflib
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Self, get_type_hints
 
 import pydantic
 import timm
 from pydantic import Field, PlainSerializer, PlainValidator
-from pydantic_core import PydanticCustomError
 
 from tetdist import models
 from tetdist.config.fields import OneOf, Section
@@ -49,25 +49,13 @@ def _section_of(cls: Any) -> type[Section]:
 
 
 def _neuron(value: Any) -> NeuronConfig:
-    """Make a neuron from a mapping of its kind and numbers; messages.py explains errors."""
+    """Make a neuron from a mapping of its kind and numbers."""
     if isinstance(value, NeuronConfig):
         return value
-    if not isinstance(value, dict):
-        raise PydanticCustomError("neuron", "must hold keys and values")
-    kind = value.get("kind", "lif")
-    if kind not in NEURONS:
-        text = f"kind: {NEURONS.none_of(str(kind))}"
-        raise PydanticCustomError("neuron_numbers", "{text}", {"text": text})
-    section = neuron_section(kind)
-    try:
-        numbers = dict(section.model_validate_json(json.dumps(value)))
-        return NEURONS[numbers.pop("kind")](**numbers)
-    except pydantic.ValidationError as error:
-        known = sorted(section.model_fields, key=lambda name: name != "kind")
-        context = {"errors": error.errors(), "known": known}
-        raise PydanticCustomError("within", "see its errors", context) from error
-    except ValueError as error:
-        raise PydanticCustomError("neuron_numbers", "{text}", {"text": str(error)}) from error
+    kind = value.get("kind", "lif") if isinstance(value, dict) else "lif"
+    kinds = NEURONS.find(str(kind), "kind")
+    numbers = dict(neuron_section(str(kind)).model_validate_json(json.dumps(value)))
+    return kinds(**{key: number for key, number in numbers.items() if key != "kind"})
 
 
 Neuron = Annotated[NeuronConfig, PlainValidator(_neuron), PlainSerializer(neurons.as_dict)]
@@ -76,12 +64,17 @@ Neuron = Annotated[NeuronConfig, PlainValidator(_neuron), PlainSerializer(neuron
 def network_neuron(model: Mapping[str, Any]) -> NeuronConfig:
     """Return the published neuron of the network in a `model:` section.
 
-    It is LIF for an unknown network, which checks.py reports.
+    It is LIF for an unknown network, which `ModelSection` refuses.
     """
     name = model.get("name")
     if not isinstance(name, str) or not timm.is_model(name):
         return LIF()
     return models.default_neuron(name)
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
 
 
 class ModelSection(Section):
@@ -106,6 +99,24 @@ class ModelSection(Section):
         if not isinstance(neuron, dict):
             return values
         return values | {"neuron": neurons.completed(neuron, network_neuron(values))}
+
+    @pydantic.model_validator(mode="after")
+    def _refuse_what_the_network_lacks(self) -> Self:
+        known = models.names()
+        if self.name not in known:
+            raise ValueError(
+                f"name: {self.name!r} is not a spiking model; {_meant(self.name, known)} (for your "
+                "own, add its file: imports: [FILE.py], or --import FILE.py)"
+            )
+        allowed = models.arguments_of(self.name)
+        for key in self.arguments:
+            if key in ("num_classes", "neuron", "timesteps"):
+                own = "phases.N.timesteps" if key == "timesteps" else f"model.{key}"
+                raise ValueError(f"arguments.{key}: set {own} instead")
+            if allowed is not None and key not in allowed:
+                hint = _meant(key, allowed)
+                raise ValueError(f"arguments.{key}: {self.name} has no such argument; {hint}")
+        return self
 
     @property
     def changed_by_kind(self) -> dict[str, tuple[str, str]]:

@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from tetdist.config.fields import Epochs, OneOf, OpenFraction, Pixels, Section, Timesteps
 from tetdist.config.flags import MOST_TIMESTEPS
 from tetdist.config.sections.loss import LossSection
-from tetdist.optimizers import OPTIMIZERS
+from tetdist.optimizers import OPTIMIZERS, kind_of
 
 
 class OptimizerSection(Section):
@@ -43,6 +42,13 @@ class OptimizerSection(Section):
     arguments: dict[str, Any] = {}
     """Further arguments of timm's optimisers or of your own, such as eps: 1.0e-6."""
 
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        own = {"lr", "weight_decay", *kind_of(self.kind, "kind").reads}
+        for key in self.arguments.keys() & own:
+            raise ValueError(f"arguments.{key}: set phases.N.optimizer.{key} instead")
+        return self
+
     def peak_lr(self, global_batch: int) -> float:
         """Return the learning rate at the end of warm-up."""
         return self.lr if self.lr_per is None else self.lr * global_batch / self.lr_per
@@ -64,10 +70,9 @@ def _timesteps(value: Any) -> Any:
     several = given if isinstance(given, list) else [given]
     right = several and all(type(t) is int and 1 <= t <= MOST_TIMESTEPS for t in several)
     if not right or (is_range and several[0] > several[1]):
-        raise PydanticCustomError(
-            "timesteps",
+        raise ValueError(
             f"must be a whole number from 1 to {MOST_TIMESTEPS}, a list of such numbers, or a "
-            "range of them from the smaller one on, such as {from: 1, to: 4}",
+            "range of them from the smaller one on, such as {from: 1, to: 4}"
         )
     return tuple(value) if isinstance(value, list) else value
 

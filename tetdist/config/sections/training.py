@@ -1,8 +1,8 @@
 """The sections on how training runs: batches, statistics, averages, checkpoints, profile."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tetdist.config.fields import Positive, Samples, Section, Steps, Timesteps
 
@@ -14,6 +14,15 @@ class BatchSection(Section):
     """Number of samples per forward pass of one process; batch norm normalises over them."""
     eval: Samples = 64
     """Number of samples per evaluation batch of one process."""
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.global_ % self.micro:
+            raise ValueError(
+                f"global: {self.global_} is not a multiple of batch.micro, {self.micro}; set it to "
+                f"{self.global_ // self.micro * self.micro or self.micro}, for instance"
+            )
+        return self
 
 
 class SegmentsSection(Section):
