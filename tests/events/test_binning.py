@@ -72,8 +72,7 @@ def test_windows_of_a_fixed_size_depend_on_no_later_event(number, timesteps, bin
     # A recording that goes on has the same first windows.
     longer = binned(events, timesteps + 2, bins=bins).tensor
     assert np.array_equal(longer[:timesteps], frames)
-    pieces = [events.cut(slice(i, i + timesteps)) for i in range(0, number, timesteps)]
-    windows = [*binned(pieces, make=window_frames, bins=bins)]
+    windows = [*binned(events, make=window_frames, bins=bins)]
     frames = binned(events, passed[-1] + 1, bins=bins).tensor
     assert np.array_equal([frame for _, frame in windows], frames)
     microseconds = {"3ms": 3000, "700us": 700}.get(bins)

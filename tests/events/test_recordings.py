@@ -1,7 +1,6 @@
 """Recordings: every format as it is written, and what is refused."""
 
 import io
-from functools import partial
 
 import cameras
 import h5py
@@ -11,8 +10,8 @@ import pytest
 import zstandard
 from cameras import Made
 
-from tetdist.apps.events.formats import read_recording, stream_recording
-from tetdist.apps.events.recording import BadRecording, Contents, Events, Sensor
+from tetdist.apps.events.formats import read_recording
+from tetdist.apps.events.recording import BadRecording, Events, Sensor
 
 MADE = cameras.events()
 
@@ -90,59 +89,6 @@ SIDE_BY_SIDE = Made(
 # an event after a word of the upper half of the time.
 WORDS = [0x8001, 0x6005, 0x0009, 0x3864, 0x5F81, 0x4001, 0xE000, 0xF000, 0x8002, 0x2803]
 EVT3 = b"% evt 3.0\n% geometry 1280x720\n% end\n" + np.array(WORDS, "<u2").tobytes()
-FEW = cameras.events(number=40, duration=1_000)
-PACKED = partial(cameras.aedat4, FEW, compression=1, compress=lz4.frame.compress, per_packet=10)
-# When its first bytes were written, the place of its table was not known.
-FINISHED_MEANWHILE = PACKED(finished=False)
-FINISHED_MEANWHILE += PACKED()[len(FINISHED_MEANWHILE) :]
-
-
-@pytest.mark.parametrize(
-    ("suffix", "data", "steps"),
-    [
-        (".bin", cameras.nmnist(FEW), 40),
-        (".bin", bytes([1, 2, 0, 0, 5, 0, 240, 0, 0, 0, 3, 4, 0x80, 0, 7]), 2),
-        (".aedat", cameras.dvs128(FEW), 40),
-        (".aedat", cameras.davis240(FEW), 40),
-        (".aedat", cameras.aedat31(FEW, per_packet=10), 4),
-        (".dat", cameras.dat(FEW), 40),
-        (".raw", cameras.evt2(FEW) + np.array([0xE << 28, 0xF << 28], "<u4").tobytes(), 40),
-        (".raw", cameras.evt3(FEW), 40),
-        (".raw", EVT3, 3),
-        (".raw", cameras.evt3(SIDE_BY_SIDE, "% evt 3.0\n% Width 1280\n% Height 720\n"), 24),
-        (".aedat4", cameras.aedat4(FEW, per_packet=10), 4),
-        (".aedat4", PACKED(finished=False), 4),
-        (".aedat4", PACKED(), 4),
-        (".aedat4", FINISHED_MEANWHILE, 4),
-    ],
-)
-def test_recordings_that_come_in_pieces_are_read_as_whole_ones(suffix, data, steps):
-    """Cut between any two bytes, and between all; every event comes as soon as it can."""
-    sensor = Sensor(240, 180) if len(data) == 15 else None
-    counts = []
-
-    def streamed(*parts):
-        got = []
-
-        def fed():
-            for part in parts:
-                yield part
-                counts.append(sum(map(len, got)))
-
-        contents = Contents(fed())
-        got.extend(stream_recording(suffix, contents, sensor))
-        columns = [np.concatenate([getattr(e, name) for e in got]).tolist() for name in "xytp"]
-        return columns, str(contents.bad_end)
-
-    whole = streamed(data)
-    unfinished = data == PACKED(finished=False)
-    assert ("recording was not finished" if unfinished else "None") in whole[1]
-    for cut in range(1, len(data)):
-        assert streamed(data[:cut], data[cut:]) == whole, cut
-    counts.clear()
-    assert streamed(*(data[i : i + 1] for i in range(len(data)))) == whole
-    assert counts == sorted(counts)
-    assert len(set(counts)) == steps + 1
 
 
 def test_evt3_vectors_are_events_side_by_side(tmp_path):
@@ -319,17 +265,8 @@ WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
     ],
 )
 def test_bad_recordings_are_refused_with_the_reason(tmp_path, name, data, words):
-    refused(tmp_path, name, data, words)
-
-
-def refused(tmp_path, name, data, words):
-    """Whole, and byte by byte."""
     with pytest.raises(BadRecording, match=words):
         read(tmp_path, name, data)
-    contents = Contents(data[i : i + 1] for i in range(len(data)))
-    with pytest.raises(BadRecording, match=words):  # noqa: PT012  # by either line
-        list(stream_recording("." + name.partition(".")[2], contents, None))
-        raise contents.bad_end
 
 
 def fewer(lines):
@@ -364,7 +301,8 @@ def fewer(lines):
     ],
 )
 def test_bad_aedat4_is_refused_with_the_reason(tmp_path, spoil, words):
-    refused(tmp_path, "1.aedat4", spoil(cameras.aedat4(MADE)), words)
+    with pytest.raises(BadRecording, match=words):
+        read(tmp_path, "1.aedat4", spoil(cameras.aedat4(MADE)))
 
 
 def test_bad_hdf5_is_refused_with_the_reason(tmp_path):

@@ -99,7 +99,9 @@ def test_accuracy_is_that_of_the_card_and_of_eval(digits, call, tmp_path, monkey
     assert json.loads(result.read_text())["top1"] == pytest.approx(100 * float(few), abs=1e-3)
 
 
-def test_simulated_camera_is_evaluated_replayed_and_exported(digits, call, tmp_path):
+def test_simulated_camera_is_evaluated_replayed_and_exported(
+    digits, call, tmp_path, monkeypatch, capfd
+):
     made = tmp_path / "made"
     bins = ("--timesteps", 10, "--bins", "30ms")
     status, output = call("prebin_dvs", "--simulate", digits.root, made, *bins, "--workers", 1)
@@ -114,12 +116,20 @@ def test_simulated_camera_is_evaluated_replayed_and_exported(digits, call, tmp_p
     camera = Simulation(*DEFAULT_SENSOR, seed=0)
     events = simulate(seen.read_bytes(), f"val/7/{seen.name}", camera)
     columns = {key: getattr(events, key) for key in "xytp"}
-    np.savez(tmp_path / "it.npz", **columns, **DEFAULT_SENSOR._asdict())
-    status, output = call("replay", tmp_path / "it.npz", "--checkpoint", name, "--fast")
+    np.savez(tmp_path / "seven.npz", **columns, **DEFAULT_SENSOR._asdict())
+    status, output = call("replay", tmp_path / "seven.npz", "--checkpoint", name, "--fast")
     assert status == 0, output
     frames = [line for line in output.splitlines() if "timestep" in line]
     assert len(frames) == 10
     assert "  timestep 10/10  7  " in frames[-1]
+    text = (tiny.PROJECT / "docs" / "guides" / "deploy.md").read_text()
+    live = text[text.index("## Stream a live camera") :].split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(live, {})
+    shown = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert [[line[3].split("/")[0], *line[4:6]] for line in map(str.split, frames)] == [
+        [number, answer, confidence.removesuffix("%")] for number, answer, confidence in shown
+    ]
 
     status, output = call("export", name, "--format", "timm", "--output", tmp_path / "mine")
     assert status == 0, output

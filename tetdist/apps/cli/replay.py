@@ -1,23 +1,17 @@
-"""Stream events through a trained network, frame by frame, as they come.
+"""Stream a recording through a trained network, frame by frame.
 
     python tools/replay.py recording.aedat4 --checkpoint runs/live
     python tools/replay.py recording.npz --checkpoint runs/live --fast --output recording.gif
-    python tools/replay.py growing.raw --checkpoint runs/live --follow
-    camera | python tools/replay.py - --format raw --checkpoint runs/live
 
 The network must be trained on windows of a fixed size (tools/prebin_dvs.py --bins 20ms). After each
 window the class and its confidence so far are printed; after T windows the network starts anew.
-Ctrl-C ends the replay.
 """
 
 import argparse
-import select
-import signal
 import sys
 import time
 from array import array
 from collections.abc import Iterator
-from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,20 +25,14 @@ if TYPE_CHECKING:
     from tetdist.apps.reports.replay_gif import ReplayGif
     from tetdist.models.base import SpikingNetwork
 
-_PIECE = 2**14  # most bytes read at once
-_PAUSE = 0.01  # seconds between looks at a file that may grow, and at Ctrl-C
-
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = documented_parser("replay", __doc__)
     add = parser.add_argument
-    recording = "a file of events (docs/events.md), or - for standard input"
-    add("recording", metavar="RECORDING", type=Path, help=recording)
+    add("recording", metavar="RECORDING", type=Path, help="a file of events (docs/events.md)")
     add("--checkpoint", metavar="RUN_OR_FILE", type=Path, required=True, help=CHECKPOINT)
     add("--best", action="store_true", help="use a run folder's best checkpoint")
     add("--fast", action="store_true", help="replay as fast as possible, not in real time")
-    add("--follow", action="store_true", help="wait for what is appended, until Ctrl-C")
-    add("--format", metavar="SUFFIX", help="format of the events; default: the file's suffix")
     add("--output", metavar="GIF", type=Path, help="draw the frames and probabilities")
     add_import(parser)
     return parser.parse_args(arguments)
@@ -58,89 +46,36 @@ def main(arguments: list[str] | None = None) -> int:
 def replay(options: argparse.Namespace) -> None:
     """Read, bin, stream and print."""
     from tetdist.apps.events.binning import binning_of, window_frames
-    from tetdist.apps.events.formats import SUFFIXES, stream_recording
-    from tetdist.apps.events.formats.arrays import DECODERS as WHOLE
-    from tetdist.apps.events.recording import BadEnd, Contents, OtherSize
+    from tetdist.apps.events.formats import read_recording
+    from tetdist.apps.events.recording import BadRecording, OtherSize
     from tetdist.apps.reports.replay_gif import ReplayGif
     from tetdist.apps.weights.trained import load
-    from tetdist.distributed.signals import handling
     from tetdist.plugins import import_files
 
-    is_stdin = str(options.recording) == "-"
-    name = "standard input" if is_stdin else str(options.recording)
-    suffix = f".{options.format}" if options.format else options.recording.suffix.lower()
-    if suffix not in SUFFIXES:
-        known = ", ".join(known.removeprefix(".") for known in SUFFIXES)
-        raise UserError(f"{name} has no known format; name it with --format, one of {known}")
-    if suffix in WHOLE and (is_stdin or options.follow):
-        raise UserError(
-            f"{suffix} cannot be read before it is complete; give a finished file, without --follow"
-        )
     import_files(options.imports)
     trained = load(options.checkpoint, "best" if options.best else "last")
     binning, sensor = binning_of(trained.description.binning, options.checkpoint)
     classes = list(trained.description.classes or [])
     classes += [f"class {k}" for k in range(len(classes), trained.model.num_classes)]
     gif = ReplayGif(options.output, classes) if options.output else None
-    ctrl_c = CtrlC()
-    contents = Contents(pieces(options.recording, ctrl_c, follow=options.follow))
-    frames = window_frames(stream_recording(suffix, contents, sensor), binning)
-    with handling([signal.SIGINT], ctrl_c.press):
-        size = binning.size or sensor
-        used = run(trained.model, size, classes, frames, ctrl_c, gif, fast=options.fast)
-    if gif and used:
-        gif.save()
-    if (bad := contents.bad_end) is None or ctrl_c.is_early:
-        return
-    text = f"{name}: {bad}" + "; everything before it was used" * used
-    if isinstance(bad, OtherSize):
-        text += (
-            f"; the network was trained for a {sensor} sensor, so replay a recording of one, or "
-            f"train on recordings of this one ({typed('prebin_dvs')} --sensor)"
-        )
-    if not (used and isinstance(bad, BadEnd)):
-        raise UserError(text) from bad
-    print(text, file=sys.stderr)
-
-
-class CtrlC:
-    """Ctrl-C, which ends the replay after what was read; a second one interrupts at once.
-
-    Attributes:
-        is_early: True if there was more to read.
-    """
-
-    is_pressed = is_early = False
-
-    def press(self, *_: object) -> None:
-        if self.is_pressed:
-            raise KeyboardInterrupt
-        self.is_pressed = True
-
-
-def pieces(path: Path, ctrl_c: CtrlC, *, follow: bool) -> Iterator[bytes]:
-    """Yield a file's contents as they come, until they end or Ctrl-C was pressed.
-
-    Raises:
-        BadRecording: The file cannot be read.
-    """
-    from tetdist.apps.events.recording import BadRecording
-
-    is_stdin = str(path) == "-"
+    file = options.recording
     try:
-        with FileIO(0 if is_stdin else path, closefd=not is_stdin) as file:
-            while not ctrl_c.is_pressed:
-                if not select.select([file], [], [], _PAUSE)[0]:
-                    continue
-                if data := file.read(_PIECE):
-                    yield data
-                elif not follow:
-                    return
-                else:
-                    time.sleep(_PAUSE)
-            ctrl_c.is_early = bool(select.select([file], [], [], 0)[0] and file.read(1))
+        events = read_recording(file, file.read_bytes(), sensor)
     except OSError as error:
-        raise BadRecording(f"it cannot be read ({error.strerror})") from error
+        raise UserError(f"{file}: it cannot be read ({error.strerror})") from error
+    except OtherSize as error:
+        raise UserError(
+            f"{file}: {error}; the network was trained for a {sensor} sensor, so replay a "
+            f"recording of one, or train on recordings of this one ({typed('prebin_dvs')} --sensor)"
+        ) from error
+    except BadRecording as error:
+        raise UserError(f"{file}: {error}") from error
+    try:
+        frames = window_frames(events, binning)
+        run(trained.model, binning.size or sensor, classes, frames, gif, fast=options.fast)
+    finally:
+        if gif:
+            gif.save()
 
 
 def run(
@@ -148,12 +83,11 @@ def run(
     size: "Sensor",
     classes: list[str],
     frames: "Iterator[tuple[int, Any]]",
-    ctrl_c: CtrlC,
     gif: "ReplayGif | None",
     *,
     fast: bool,
-) -> bool:
-    """Stream the frames, print a line for each, and a summary; return whether there are any."""
+) -> None:
+    """Stream the frames, print a line for each, and a summary, also after Ctrl-C."""
     import numpy as np
     import torch
 
@@ -167,14 +101,10 @@ def run(
     started, finished, spent = time.monotonic(), 0.0, array("d")
     try:
         for end, frame in frames:
-            if ctrl_c.is_early:
-                break
-            if not spent:  # A live recording starts when its first events come.
-                started = max(started, time.monotonic() - end / 1e6)
             due = started + end / 1e6
             late += finished > due  # The result of the frame before.
-            while not (fast or ctrl_c.is_pressed) and (wait := due - time.monotonic()) > 0:
-                time.sleep(min(wait, _PAUSE))
+            if not fast:
+                time.sleep(max(0, due - time.monotonic()))
             begun = time.monotonic()
             if stream.timesteps == model.timesteps:
                 stream.reset()
@@ -200,4 +130,3 @@ def run(
             part = f"; the last answer is of {stream.timesteps} of {model.timesteps} timesteps"
             part *= stream.timesteps < model.timesteps
             print("\n" * bool(shown) + f"{counted(len(spent), 'frame')}: {times}{lateness}{part}")
-    return bool(spent)

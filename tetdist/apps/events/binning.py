@@ -1,7 +1,7 @@
 """Binning of events to frames: T time bins, two polarities, counted, resized, stored compactly."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, assert_never
@@ -120,10 +120,8 @@ def bin_events(events: Events, binning: Binning) -> Frames:
     return Frames(tensor, saturated, int((counts.max(axis=(2, 3)) == 0).sum()))
 
 
-def window_frames(
-    pieces: Iterable[Events], binning: Binning
-) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """Yield the windows of a fixed size, each as soon as its events are complete.
+def window_frames(events: Events, binning: Binning) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Yield a recording's windows of a fixed size.
 
     Frames are those of `bin_events` at any T; the recording may end within the last window.
 
@@ -132,22 +130,12 @@ def window_frames(
     """
     window = Window.of(binning.bins)
     assert window is not None, "the bins have no fixed size"
-    size, by_time = window.size, window.unit == "us"
-    rest: Events | None = None
-    start = end = 0
-    for piece in pieces:
-        start = int(piece.t[0]) if rest is None else start
-        rest = piece if rest is None else rest.followed_by(piece)
-        while True:
-            edge = int(np.searchsorted(rest.t, start + end + size)) if by_time else size
-            if edge + by_time > len(rest):  # A duration is over when a later event is there.
-                break
-            end = end + size if by_time else int(rest.t[edge - 1]) - start
-            yield end, _frame(rest.cut(slice(edge)), binning)
-            rest = rest.cut(slice(edge, None))
-    if rest is not None and len(rest):
-        end = end + size if by_time else int(rest.t[-1]) - start
-        yield end, _frame(rest, binning)
+    elapsed = events.t - events.t[0]
+    order = elapsed if window.unit == "us" else np.arange(len(events))
+    for end in range(window.size, int(order[-1]) + window.size + 1, window.size):
+        first, last = np.searchsorted(order, [end - window.size, end])
+        part = events.cut(slice(first, last))
+        yield end if window.unit == "us" else int(elapsed[last - 1]), _frame(part, binning)
 
 
 def _frame(events: Events, binning: Binning) -> npt.NDArray[Any]:

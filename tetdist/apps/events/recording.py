@@ -1,6 +1,6 @@
 """Recordings of an event camera, and the checks that reject unusable ones."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -21,10 +21,6 @@ class BadRecording(ValueError):
 
 class OtherSize(BadRecording):
     """Raised if the sensor's size is not the expected one."""
-
-
-class BadEnd(BadRecording):
-    """Raised after the last complete record, if what follows is incomplete or damaged."""
 
 
 class Sensor(NamedTuple):
@@ -73,50 +69,26 @@ class Events:
         """Return some of the events, by their number."""
         return Events(self.x[part], self.y[part], self.t[part], self.p[part], self.sensor)
 
-    def followed_by(self, *later: "Events") -> "Events":
-        """Return these events and later ones."""
-        parts = (self, *later)
-        x, y, t, p = (np.concatenate([getattr(one, name) for one in parts]) for name in "xytp")
-        return Events(x, y, t, p, self.sensor, sum(one.dropped for one in parts), self.counter)
 
-
-def checked_events(pieces: Iterable[Events]) -> Iterator[Events]:
-    """Check a recording's events, piece by piece.
-
-    Pieces without events are left out. How a recording is divided into pieces changes no check.
+def checked_events(events: Events) -> Events:
+    """Return a recording's events as int64, checked.
 
     Raises:
         BadRecording: There are no events, time decreases, a coordinate or polarity is invalid, or
-            an event is repeated many times. The events before were yielded.
+            an event is repeated many times.
     """
-    last = np.empty((4, 0), np.int64)  # The last events of the pieces before.
-    number = dropped = 0
-    for piece in pieces:
-        columns = (piece.x, piece.y, piece.t, piece.p)
-        new = np.stack([values.astype(np.int64) for values in columns])
-        dropped += piece.dropped
-        if not new.shape[1]:
-            continue
-        before = last.shape[1]
-        known = np.concatenate([last, new], 1)
-        faults = _faults(known, number - before, piece)
-        end, error = min(faults, key=itemgetter(0), default=(None, None))
-        last = known[:, 1 - _REPEATS :]
-        number += new.shape[1]
-        x, y, t, p = known[:, before:end]
-        if len(t):
-            yield Events(x, y, t, p, piece.sensor, piece.dropped)
-        if error:
-            raise error
-    if not number:
-        others = f", only {dropped} records of other kinds" if dropped else ""
+    columns = np.stack([getattr(events, name).astype(np.int64) for name in "xytp"])
+    if not columns.shape[1]:
+        others = f", only {events.dropped} records of other kinds" if events.dropped else ""
         raise BadRecording(f"it has no events{others}")
+    faults = _faults(columns, events)
+    if (first := min(faults, key=itemgetter(0), default=None)) is not None:
+        raise first[1]
+    return Events(*columns, events.sensor, events.dropped)
 
 
-def _faults(
-    events: npt.NDArray[np.int64], first: int, read: Events
-) -> Iterator[tuple[int, BadRecording]]:
-    """Yield the first bad event of each kind and its reason; number `first` is events[:, 0]."""
+def _faults(events: npt.NDArray[np.int64], read: Events) -> Iterator[tuple[int, BadRecording]]:
+    """Yield the number of the first bad event of each kind, and the reason."""
     x, y, t, p = events
     back = np.flatnonzero(np.diff(t) < 0)
     if back.size:
@@ -124,78 +96,61 @@ def _faults(
         before, after = int(t[i - 1]), int(t[i])
         wraps = read.counter is not None and before - after > read.counter // 2
         what = "the timestamp counter overflows" if wraps else "timestamps decrease"
-        yield i, BadRecording(f"{what} at event {first + i} (from {before} to {after} us)")
+        yield i, BadRecording(f"{what} at event {i} (from {before} to {after} us)")
     width, height = read.sensor
     outside = np.flatnonzero((x < 0) | (x >= width) | (y < 0) | (y >= height))
     if outside.size:
         i = int(outside[0])
-        text = f"event {first + i} at x={x[i]}, y={y[i]} is outside the {read.sensor} sensor"
-        # If most are, the camera is another one, and no event before this one is of use.
-        i *= 2 * outside.size <= len(t)
+        text = f"event {i} at x={x[i]}, y={y[i]} is outside the {read.sensor} sensor"
         yield i, OtherSize(f"{text}, as are {outside.size} of {len(t)}")
     wrong = np.flatnonzero((p != 0) & (p != 1))
     if wrong.size:
         i = int(wrong[0])
-        yield i, BadRecording(f"event {first + i} has polarity {p[i]} instead of 0 or 1")
+        yield i, BadRecording(f"event {i} has polarity {p[i]} instead of 0 or 1")
     # The beginnings of stretches of equal events.
     starts = np.flatnonzero((np.diff(events, prepend=-1) != 0).any(0))
     lengths = np.diff(starts, append=len(t))
     long = np.flatnonzero(lengths >= _REPEATS)
     if long.size:
         i, number = int(starts[long[0]]), int(lengths[long[0]])
-        text = f"event {first + i} is repeated {number} times (x={x[i]}, y={y[i]}, {t[i]} us)"
+        text = f"event {i} is repeated {number} times (x={x[i]}, y={y[i]}, {t[i]} us)"
         yield i, BadRecording(f"{text}; the file may be damaged")
 
 
 class Contents:
-    """Contents of a recording, which arrive in pieces; a whole file is one piece.
+    """Contents of a recording's file, taken from the front.
 
     Attributes:
         position: Number of bytes taken so far.
-        bad_end: Reason why the recording was not used to its end; None: it was.
     """
 
-    def __init__(self, pieces: Iterable[bytes]) -> None:
-        self.position = 0
-        self.bad_end: BadRecording | None = None
-        self._pieces = iter(pieces)
-        self._data, self._start = b"", 0
-
-    def _extend(self) -> bool:
-        """Wait for the next piece; return whether there is one."""
-        piece = next(self._pieces, b"")
-        if piece:
-            self._data, self._start = self._data[self._start :] + piece, 0
-        return bool(piece)
+    def __init__(self, data: bytes) -> None:
+        self._data, self.position = data, 0
 
     def ended(self) -> bool:
-        """Wait for the next byte; return whether there is none."""
-        return self._start == len(self._data) and not self._extend()
+        return self.position == len(self._data)
 
     def peek(self, size: int, record: str) -> bytes:
-        """Wait for the next bytes, of a record, and return them without taking them.
+        """Return the next bytes, of a record, without taking them.
 
         Raises:
-            BadEnd: They are incomplete.
+            BadRecording: They are incomplete.
         """
-        while (there := len(self._data) - self._start) < size:
-            if not self._extend():
-                number = counted(there, "byte")
-                raise BadEnd(f"it is truncated: the {record} at its end is incomplete ({number})")
-        return self._data[self._start : self._start + size]
+        data = self._data[self.position : self.position + size]
+        if len(data) < size:
+            number = counted(len(data), "byte")
+            raise BadRecording(f"it is truncated: the {record} at its end is incomplete ({number})")
+        return data
 
     def take(self, size: int, record: str) -> bytes:
-        """Wait for the next bytes and take them; see `peek`."""
+        """Take the next bytes; see `peek`."""
         data = self.peek(size, record)
-        self._start += size
         self.position += size
         return data
 
     def rest(self) -> bytes:
-        """Wait for the end, and take everything."""
-        data = b"".join([self._data[self._start :], *self._pieces])
-        self._start = len(self._data)
-        return data
+        """Take everything that is left."""
+        return self.take(len(self._data) - self.position, "rest")
 
     def header(self, mark: bytes, last: tuple[bytes, ...]) -> list[str]:
         """Take the text header of a camera's file, and return its lines.
@@ -207,29 +162,25 @@ class Contents:
             last: Prefixes of the line that ends the header, if the format has one.
         """
         lines: list[str] = []
-        while not self.ended() and self._data.startswith(mark, self._start):
-            end = self._data.find(b"\n", self._start)
-            line = self._data[self._start : end if end >= 0 else None].rstrip(b"\r")
-            if not all(byte == 9 or 32 <= byte < 127 or byte >= 160 for byte in line):
+        while self._data.startswith(mark, self.position):
+            end = self._data.find(b"\n", self.position)
+            line = self._data[self.position : end].rstrip(b"\r")
+            if end < 0 or not all(byte == 9 or 32 <= byte < 127 or byte >= 160 for byte in line):
                 break
-            if end < 0 and self._extend():
-                continue
-            if end < 0:
-                break
-            self.take(end + 1 - self._start, "header")
+            self.position = end + 1
             lines.append(line.decode("latin-1"))
             if line.startswith(last):
                 break
         return lines
 
-    def records(self, dtype: str, columns: int = 1) -> Iterator[npt.NDArray[Any]]:
-        """Take the rest, records of numbers, as arrays (N, columns), as they arrive.
+    def records(self, dtype: str, columns: int = 1) -> npt.NDArray[Any]:
+        """Take the rest, records of numbers, as an array (N, columns).
 
         Raises:
-            BadEnd: The last record is incomplete.
+            BadRecording: The last record is incomplete.
         """
         size = np.dtype(dtype).itemsize * columns
-        while not self.ended():
+        data = self.take((len(self._data) - self.position) // size * size, "record")
+        if not self.ended():
             self.peek(size, "record")
-            data = self.take((len(self._data) - self._start) // size * size, "record")
-            yield np.frombuffer(data, dtype).reshape(-1, columns)
+        return np.frombuffer(data, dtype).reshape(-1, columns)

@@ -69,7 +69,7 @@ def simulate(data: bytes, path: str, simulation: Simulation) -> Events:
     x, y, t, p = (np.concatenate(values) for values in zip(*columns, strict=True))
     order = np.argsort(t, kind="stable")
     sensor = Sensor(simulation.width, simulation.height)
-    return next(checked_events([Events(x[order], y[order], t[order], p[order], sensor)]))
+    return checked_events(Events(x[order], y[order], t[order], p[order], sensor))
 
 
 def _scene(data: bytes, simulation: Simulation) -> npt.NDArray[np.float64]:

@@ -28,7 +28,7 @@ import tetdist
 from tetdist.apps.events.binning import Binning, bin_events
 from tetdist.apps.events.folders import Listing, Source
 from tetdist.apps.events.formats import read_recording
-from tetdist.apps.events.recording import BadRecording, Sensor
+from tetdist.apps.events.recording import BadRecording, OtherSize, Sensor
 from tetdist.apps.events.simulate import Simulation, simulate
 from tetdist.datasets.index import BadFile
 from tetdist.datasets.processes import ReportProgress, run_tasks
@@ -320,7 +320,8 @@ def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list
         else:
             events = read_recording(file, data, settings.sensor)
     except (BadRecording, OSError) as error:
-        return [], [BadFile(item.path, str(error))]
+        advice = "; give the sensor's size as --sensor WIDTHxHEIGHT"
+        return [], [BadFile(item.path, f"{error}{advice * isinstance(error, OtherSize)}")]
     digest = hashlib.sha256(data).hexdigest()
     records, bad = [], []
     for piece in item.pieces:

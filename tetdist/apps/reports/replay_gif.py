@@ -51,6 +51,8 @@ class ReplayGif:
         """Draw the frames, a tenth of a second each, and write the file."""
         from PIL import Image
 
+        if not self._frames:
+            return  # Ctrl-C came before the first.
         figure = new_figure(4, 2, dpi=100)
         figure.set_layout_engine("none")  # Each frame has the same layout.
         left = figure.add_axes((0.01, 0.1, 0.4, 0.78))

@@ -1,7 +1,6 @@
 """Decoder of AEDAT, the formats of jAER: 2.0 (DVS128, DAVIS) and 3.1 (DVS128 Gesture)."""
 
 import struct
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -17,7 +16,7 @@ _PACKET = struct.Struct("<hhiiiiii")
 _POLARITY_EVENTS, _EVENT_SIZE = 1, 8
 
 
-def decode_aedat(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
+def decode_aedat(contents: Contents, sensor: Sensor | None) -> Events:
     """Decode an .aedat file: AEDAT 2.0 or 3.1.
 
     Args:
@@ -31,52 +30,46 @@ def decode_aedat(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
         raise BadRecording("it is not an AEDAT file: it does not begin with #!AER-DAT")
     version = header[0].removeprefix(_MAGIC).strip()
     if version.startswith("2."):
-        yield from _decode_2(contents, header, sensor)
-    elif version == "3.1":
-        yield from _decode_3(contents, sensor or DVS128)
-    elif version.startswith("4."):
+        return _decode_2(contents, header, sensor)
+    if version == "3.1":
+        return _decode_3(contents, sensor or DVS128)
+    if version.startswith("4."):
         raise BadRecording("its contents are AEDAT 4; rename it to .aedat4")
-    else:
-        raise BadRecording(f"AEDAT {version} is not supported (only 2.0, 3.1 and 4)")
+    raise BadRecording(f"AEDAT {version} is not supported (only 2.0, 3.1 and 4)")
 
 
-def _decode_2(contents: Contents, header: list[str], sensor: Sensor | None) -> Iterator[Events]:
+def _decode_2(contents: Contents, header: list[str], sensor: Sensor | None) -> Events:
     named = sensor or _camera(header)
     sensor = named or DVS128
     if sensor not in (DVS128, DAVIS240):
         raise BadRecording(f"AEDAT 2.0 needs a {DVS128} or {DAVIS240} sensor, not {sensor}")
-    first = 0
-    for records in contents.records(">u4", 2):
-        address, t = records.T
-        if sensor == DVS128:
-            is_event = (address & 0x8000) == 0  # Bit 15 marks external triggers.
-            beyond = np.flatnonzero(address >> 16)
-            if beyond.size:
-                unnamed = "its header names no camera and the addresses do not fit a DVS128; give"
-                invalid = f"address {address[beyond[0]]:#x} is invalid for a DVS128"
-                raise BadRecording(invalid if named else f"{unnamed} --sensor")
-            x, y = (address >> 1) & 0x7F, (address >> 8) & 0x7F
-            p = 1 - (address & 1).astype(np.int64)  # The bit is set if the pixel became darker.
-        else:
-            filled = np.flatnonzero(address == 0xFFFF_FFFF)
-            if filled.size:
-                raise BadRecording(
-                    f"record {first + filled[0]} has all bits set; the file may be damaged"
-                )
-            # Bit 31 marks frames and inertial measurements, bit 10 external triggers.
-            is_event = (address & 0x8000_0400) == 0
-            x, y, p = (address >> 12) & 0x3FF, (address >> 22) & 0x1FF, (address >> 11) & 1
-        first += len(records)
-        # Both cameras count columns from the right and rows from the bottom.
-        yield Events(
-            sensor.width - 1 - x[is_event].astype(np.int64),
-            sensor.height - 1 - y[is_event].astype(np.int64),
-            t[is_event],
-            p[is_event],
-            sensor,
-            dropped=int(len(t) - is_event.sum()),
-            counter=2**32,
-        )
+    address, t = contents.records(">u4", 2).T
+    if sensor == DVS128:
+        is_event = (address & 0x8000) == 0  # Bit 15 marks external triggers.
+        beyond = np.flatnonzero(address >> 16)
+        if beyond.size:
+            unnamed = "its header names no camera and the addresses do not fit a DVS128; give"
+            invalid = f"address {address[beyond[0]]:#x} is invalid for a DVS128"
+            raise BadRecording(invalid if named else f"{unnamed} --sensor")
+        x, y = (address >> 1) & 0x7F, (address >> 8) & 0x7F
+        p = 1 - (address & 1).astype(np.int64)  # The bit is set if the pixel became darker.
+    else:
+        filled = np.flatnonzero(address == 0xFFFF_FFFF)
+        if filled.size:
+            raise BadRecording(f"record {filled[0]} has all bits set; the file may be damaged")
+        # Bit 31 marks frames and inertial measurements, bit 10 external triggers.
+        is_event = (address & 0x8000_0400) == 0
+        x, y, p = (address >> 12) & 0x3FF, (address >> 22) & 0x1FF, (address >> 11) & 1
+    # Both cameras count columns from the right and rows from the bottom.
+    return Events(
+        sensor.width - 1 - x[is_event].astype(np.int64),
+        sensor.height - 1 - y[is_event].astype(np.int64),
+        t[is_event],
+        p[is_event],
+        sensor,
+        dropped=int(len(t) - is_event.sum()),
+        counter=2**32,
+    )
 
 
 def _camera(header: list[str]) -> Sensor | None:
@@ -91,8 +84,9 @@ def _camera(header: list[str]) -> Sensor | None:
     raise BadRecording(f"its camera is not supported: {chips[0].removeprefix('# AEChip: ')}")
 
 
-def _decode_3(contents: Contents, sensor: Sensor) -> Iterator[Events]:
-    start = contents.position
+def _decode_3(contents: Contents, sensor: Sensor) -> Events:
+    start, dropped = contents.position, 0
+    found = [np.empty((0, 2), np.int64)]  # the words and times of each packet's valid events
     while not contents.ended():
         fields = _PACKET.unpack(contents.peek(_PACKET.size, "packet"))
         kind, _, size, _, overflow, capacity, number, num_valid = fields
@@ -105,16 +99,17 @@ def _decode_3(contents: Contents, sensor: Sensor) -> Iterator[Events]:
         # A file stores the packet's events, not its capacity.
         packet = contents.take(_PACKET.size + size * number, "packet")[_PACKET.size :]
         words = np.frombuffer(packet if is_polarity else b"", "<u4").reshape(-1, 2)
-        word, t = words.astype(np.int64).T
-        valid = (word & 1) == 1
-        if is_polarity and valid.sum() != num_valid:
+        valid = words.astype(np.int64)[(words[:, 0] & 1) == 1]
+        if is_polarity and len(valid) != num_valid:
             raise BadRecording(
                 f"it is damaged: a packet declares {num_valid} of {number} events as valid, but"
-                f" {valid.sum()} are"
+                f" {len(valid)} are"
             )
-        word, t = word[valid], t[valid] + (overflow << 31)
-        x, y, p = word >> 17, (word >> 2) & 0x7FFF, (word >> 1) & 1
-        yield Events(x, y, t, p, sensor, dropped=int(number - valid.sum()))
+        valid[:, 1] += overflow << 31
+        found.append(valid)
+        dropped += number - len(valid)
+    word, t = np.concatenate(found).T
+    return Events(word >> 17, (word >> 2) & 0x7FFF, t, (word >> 1) & 1, sensor, dropped)
 
 
 DECODERS = {".aedat": decode_aedat}

@@ -7,11 +7,10 @@ one bad recording must not stop the conversion of the others.
 import struct
 import xml.etree.ElementTree as ET
 from array import array
-from collections.abc import Iterator
 
 import numpy as np
 
-from tetdist.apps.events.recording import BadEnd, BadRecording, Contents, Events, OtherSize, Sensor
+from tetdist.apps.events.recording import BadRecording, Contents, Events, OtherSize, Sensor
 from tetdist.errors import UserError, pip_install
 from tetdist.wording import counted
 
@@ -33,7 +32,7 @@ _POSITION, _STREAM_AND_SIZE, _NUM_ELEMENTS = 0, 1, 2
 _STORED, _LZ4, _ZSTANDARD = (0,), (1, 2), (3, 4)
 
 
-def decode_aedat4(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
+def decode_aedat4(contents: Contents, sensor: Sensor | None) -> Events:
     """Decode an AEDAT 4 file.
 
     Raises:
@@ -41,14 +40,14 @@ def decode_aedat4(contents: Contents, sensor: Sensor | None) -> Iterator[Events]
         UserError: The package that decompresses it is missing.
     """
     try:
-        yield from _decode(contents, sensor)
+        return _decode(contents, sensor)
     except (struct.error, ET.ParseError, UnicodeDecodeError, ValueError) as error:
         if isinstance(error, BadRecording):
             raise
         raise BadRecording(f"it is truncated or damaged ({error})") from error
 
 
-def _decode(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
+def _decode(contents: Contents, sensor: Sensor | None) -> Events:
     if contents.take(len(_MAGIC), "header") != _MAGIC:
         raise BadRecording("it is not an AEDAT 4 file: it does not begin with #!AER-DAT4.0")
     (size,) = struct.unpack("<I", contents.peek(4, "header"))
@@ -62,25 +61,26 @@ def _decode(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
     ((events, stated),) = sizes
     if sensor not in (None, stated):
         raise OtherSize(f"its sensor is {stated}, not {sensor} as expected")
-    found = array("q")  # position, stream, size and number of events of each packet
-    while contents.position != end and not (end < 0 and contents.ended()):
+    if end < 0:
+        raise BadRecording("its recording was not finished: the table at its end is missing")
+    packets = array("q")  # position, stream, size and number of events of each packet
+    parts, dropped = [np.empty(0, _EVENT)], 0
+    while contents.position != end:
         stream, size = struct.unpack("<ii", contents.peek(8, "packet"))
-        if end < 0 and stream not in streams:
-            break  # The table at the end: the recording was finished meanwhile.
         start = contents.position + 8
-        if size < 0 or 0 <= end < start + size:
+        if size < 0 or end < start + size:
             raise BadRecording(f"the packet at byte {start - 8} is damaged")
         packet = contents.take(8 + size, "packet")[8:]
         octets = b""
         if stream == events:
             table = _Table.root(_decompressed(packet, compression), b"EVTS")
             octets = table.vector(_ELEMENTS, _EVENT.itemsize)
-        part = np.frombuffer(octets, _EVENT)
-        if end >= 0:
-            found.extend((start, stream, size, len(part)))
-        x, y, t, p = (part[name] for name in "xytp")
-        yield Events(x, y, t, p, stated, dropped=int(stream != events))
-    _check_table(contents.rest(), compression, found if end >= 0 else None, events)
+        parts.append(np.frombuffer(octets, _EVENT))
+        packets.extend((start, stream, size, len(parts[-1])))
+        dropped += stream != events
+    _check_table(contents.rest(), compression, packets, events)
+    whole = np.concatenate(parts)
+    return Events(*(whole[name] for name in "xytp"), stated, dropped)
 
 
 def _streams(info: str) -> dict[int, Sensor | None]:
@@ -95,19 +95,18 @@ def _streams(info: str) -> dict[int, Sensor | None]:
     return found
 
 
-def _check_table(data: bytes, compression: int, packets: "array[int] | None", events: int) -> None:
+def _check_table(data: bytes, compression: int, packets: "array[int]", events: int) -> None:
     """Compare the table at the end of a finished recording with the packets that were read.
 
     Args:
         data: The file's contents from the table on.
-        packets: Position, stream, size and number of events of each packet; None: not compared.
+        packets: Position, stream, size and number of events of each packet.
 
     Raises:
-        BadEnd: They differ, or the table is missing or incomplete.
+        BadRecording: They differ, or the table is missing or incomplete.
     """
     if not data:
-        reason = "it is truncated" if packets is not None else "its recording was not finished"
-        raise BadEnd(f"{reason}: the table at its end is missing")
+        raise BadRecording("it is truncated: the table at its end is missing")
     try:
         lines = _Table.root(_decompressed(data, compression), b"FTAB", whole=True).tables(_LINES)
         listed = array("q")
@@ -116,14 +115,14 @@ def _check_table(data: bytes, compression: int, packets: "array[int] | None", ev
             number = line.number(_NUM_ELEMENTS) if stream == events else 0
             listed.extend((line.number(_POSITION, "<q", 0), stream, size, number))
     except (BadRecording, struct.error) as error:
-        raise BadEnd(
+        raise BadRecording(
             f"it is truncated or damaged: the table at its end ({counted(len(data), 'byte')})"
             f" cannot be read ({error})"
         ) from error
-    if packets not in (None, listed):
-        raise BadEnd(
+    if packets != listed:
+        raise BadRecording(
             f"it is damaged: the {len(lines)} packets in the table at its end differ, in place or"
-            f" number of events, from the {len(packets or ()) // 4} in the file"
+            f" number of events, from the {len(packets) // 4} in the file"
         )
 
 

@@ -1,7 +1,7 @@
 """Decoder of recordings as arrays x, y, t and p: NPZ and HDF5."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from tetdist.errors import UserError, pip_install
 _FIELDS = ("x", "y", "t", "p")
 
 
-def decode_npz(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
+def decode_npz(contents: Contents, sensor: Sensor | None) -> Events:
     data = contents.rest()
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
@@ -22,10 +22,10 @@ def decode_npz(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
     if len(arrays) == 1 and next(iter(arrays.values())).dtype.names:
         (table,) = arrays.values()
         arrays = {name: table[name] for name in table.dtype.names}
-    yield _from_arrays(arrays, arrays, sensor)
+    return _from_arrays(arrays, arrays, sensor)
 
 
-def decode_hdf5(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
+def decode_hdf5(contents: Contents, sensor: Sensor | None) -> Events:
     data = contents.rest()
     try:
         import h5py
@@ -44,7 +44,7 @@ def decode_hdf5(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
         raise
     except Exception as error:  # h5py has no common error class.
         raise BadRecording(f"it is not an HDF5 file, or damaged ({error})") from error
-    yield _from_arrays(arrays, size, sensor)
+    return _from_arrays(arrays, size, sensor)
 
 
 def _own_values(group: Any, name: str) -> Any:

@@ -1,7 +1,5 @@
 """Decoder of N-MNIST's recordings, five bytes an event; N-Caltech101 has the same format."""
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from tetdist.apps.events.recording import BadRecording, Contents, Events, Sensor
@@ -19,30 +17,26 @@ _FOREIGN = {
 }
 
 
-def decode_nmnist(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
+def decode_nmnist(contents: Contents, sensor: Sensor | None) -> Events:
     beginning = contents.peek(_SIZE, "record")
     for foreign, name in _FOREIGN.items():
         if beginning.startswith(foreign):
             raise BadRecording(f"its name is of N-MNIST's format, but its contents are {name}")
-    overflows = 0
-    for records in contents.records("u1", _SIZE):
-        octets = records.astype(np.int64)
-        x, y = octets[:, 0], octets[:, 1]
-        t = ((octets[:, 2] & 0x7F) << 16) | (octets[:, 3] << 8) | octets[:, 4]
-        # In N-Caltech101, row 240 marks the overflow of a 13-bit time counter.
-        is_event = y != 240
-        passed = overflows + np.cumsum(~is_event)
-        overflows = int(passed[-1])
-        t = t + passed * 2**13
-        yield Events(
-            x[is_event],
-            y[is_event],
-            t[is_event],
-            octets[is_event, 2] >> 7,
-            sensor or NMNIST,
-            dropped=int((~is_event).sum()),
-            counter=2**23,
-        )
+    octets = contents.records("u1", _SIZE).astype(np.int64)
+    x, y = octets[:, 0], octets[:, 1]
+    t = ((octets[:, 2] & 0x7F) << 16) | (octets[:, 3] << 8) | octets[:, 4]
+    # In N-Caltech101, row 240 marks the overflow of a 13-bit time counter.
+    is_event = y != 240
+    t = t + np.cumsum(~is_event) * 2**13
+    return Events(
+        x[is_event],
+        y[is_event],
+        t[is_event],
+        octets[is_event, 2] >> 7,
+        sensor or NMNIST,
+        dropped=int((~is_event).sum()),
+        counter=2**23,
+    )
 
 
 DECODERS = {".bin": decode_nmnist}

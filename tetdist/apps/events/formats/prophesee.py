@@ -1,8 +1,6 @@
 """Decoder of the formats of Prophesee's cameras: .dat, and .raw in EVT 2.0 and EVT 3.0."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +30,7 @@ _EVT3_CONTINUED = (0x7, 0xF)
 _OTHER = 0xE
 
 
-def decode_dat(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
+def decode_dat(contents: Contents, sensor: Sensor | None) -> Events:
     """Decode a .dat file.
 
     Raises:
@@ -48,13 +46,12 @@ def decode_dat(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
             " bytes are supported"
         )
     sensor = _sensor(header, sensor)
-    for records in contents.records("<u4", 2):
-        t, word = records.T
-        x, y, p = word & 0x3FFF, (word >> 14) & 0x3FFF, word >> 28
-        yield Events(x, y, t, p, sensor, counter=2**32)
+    t, word = contents.records("<u4", 2).T
+    x, y, p = word & 0x3FFF, (word >> 14) & 0x3FFF, word >> 28
+    return Events(x, y, t, p, sensor, counter=2**32)
 
 
-def decode_raw(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
+def decode_raw(contents: Contents, sensor: Sensor | None) -> Events:
     """Decode a .raw file in EVT 2.0 or EVT 3.0.
 
     Raises:
@@ -63,12 +60,11 @@ def decode_raw(contents: Contents, sensor: Sensor | None) -> Iterator[Events]:
     header = _header(contents)
     versions = {version for line in header if (version := _evt_version(line))}
     if versions == {"2"}:
-        yield from _decode_evt2(contents, _sensor(header, sensor))
-    elif versions == {"3"}:
-        yield from _decode_evt3(contents, _sensor(header, sensor))
-    else:
-        found = " and ".join(f"EVT {version}" for version in sorted(versions)) or "no EVT version"
-        raise BadRecording(f"its header has {found}; EVT 2.0 and EVT 3.0 are supported")
+        return _decode_evt2(contents, _sensor(header, sensor))
+    if versions == {"3"}:
+        return _decode_evt3(contents, _sensor(header, sensor))
+    found = " and ".join(f"EVT {version}" for version in sorted(versions)) or "no EVT version"
+    raise BadRecording(f"its header has {found}; EVT 2.0 and EVT 3.0 are supported")
 
 
 def _header(contents: Contents) -> list[str]:
@@ -107,64 +103,41 @@ def _stated_sensor(header: list[str]) -> Sensor | None:
     return Sensor(int(width[1]), int(height[1])) if width and height else None
 
 
-def _decode_evt2(contents: Contents, sensor: Sensor) -> Iterator[Events]:
-    first, before, high = 0, -1, -1  # The next word's number; of the last words, kind and time.
+def _decode_evt2(contents: Contents, sensor: Sensor) -> Events:
+    word = contents.records("<u4")[:, 0].astype(np.int64)
+    kind = word >> 28
     known = (_EVT2_OFF, _EVT2_ON, _EVT2_TIME_HIGH, *_EVT2_OTHERS)
-    for words in contents.records("<u4"):
-        word = words[:, 0].astype(np.int64)
-        kind = word >> 28
-        _check_kinds(kind, known, _EVT2_CONTINUED, "EVT 2.0", before, first)
-        times = _latest(kind == _EVT2_TIME_HIGH, word & 0x0FFF_FFFF, high)
-        first, before, high = first + len(word), int(kind[-1]), int(times[-1])
-        # Events before the first time word have no time.
-        is_event = (kind <= _EVT2_ON) & (times >= 0)
-        event = word[is_event]
-        yield Events(
-            (event >> 11) & 0x7FF,
-            event & 0x7FF,
-            (times[is_event] << 6) | ((event >> 22) & 0x3F),
-            event >> 28,
-            sensor,
-            dropped=int((~is_event & (kind != _EVT2_TIME_HIGH)).sum()),
-            counter=2**34,
-        )
+    _check_kinds(kind, known, _EVT2_CONTINUED, "EVT 2.0")
+    times = _latest(kind == _EVT2_TIME_HIGH, word & 0x0FFF_FFFF)
+    # Events before the first time word have no time.
+    is_event = (kind <= _EVT2_ON) & (times >= 0)
+    event = word[is_event]
+    return Events(
+        (event >> 11) & 0x7FF,
+        event & 0x7FF,
+        (times[is_event] << 6) | ((event >> 22) & 0x3F),
+        event >> 28,
+        sensor,
+        dropped=int((~is_event & (kind != _EVT2_TIME_HIGH)).sum()),
+        counter=2**34,
+    )
 
 
-@dataclass
-class _Evt3State:
-    """State after the words of earlier pieces; -1: not known yet."""
-
-    number: int = 0  # of words
-    kind: int = -1  # of the last word
-    value: int = -1
-    row: int = -1
-    high: int = -1  # upper half of the time, with overflows
-    low: int = 0
-    x: int = -1  # where the next vector begins
-    polarity: int = -1  # of vectors
-
-
-def _decode_evt3(contents: Contents, sensor: Sensor) -> Iterator[Events]:
-    state = _Evt3State()
-    for words in contents.records("<u2"):
-        yield _evt3_columns(words[:, 0].astype(np.int64), state, sensor)
-
-
-def _evt3_columns(word: npt.NDArray[np.int64], state: _Evt3State, sensor: Sensor) -> Events:
-    """Decode words, and update the state."""
+def _decode_evt3(contents: Contents, sensor: Sensor) -> Events:
+    word = contents.records("<u2")[:, 0].astype(np.int64)
     kind, value = word >> 12, word & 0xFFF
     known = (_EVT3_Y, _EVT3_X, _EVT3_BASE, _EVT3_VECTOR_12, _EVT3_VECTOR_8)
     others = (_EVT3_TIME_LOW, _EVT3_TIME_HIGH, *_EVT3_OTHERS)
-    _check_kinds(kind, known + others, _EVT3_CONTINUED, "EVT 3.0", state.kind, state.number)
-    _check_rows(kind, value, state)
-    high, low = _evt3_times(kind, value, state)
-    row = _latest(kind == _EVT3_Y, value & 0x7FF, state.row)
+    _check_kinds(kind, known + others, _EVT3_CONTINUED, "EVT 3.0")
+    _check_rows(kind, value)
+    high, low = _evt3_times(kind, value)
+    row = _latest(kind == _EVT3_Y, value & 0x7FF)
     is_base = kind == _EVT3_BASE
-    polarity = _latest(is_base, value >> 11, state.polarity)
+    polarity = _latest(is_base, value >> 11)
     # Each vector word continues where the previous one ended.
     steps = np.select([kind == _EVT3_VECTOR_12, kind == _EVT3_VECTOR_8], [12, 8], 0)
     before = np.cumsum(steps) - steps
-    origin = _latest(is_base, (value & 0x7FF) - before, state.x) + before
+    origin = _latest(is_base, (value & 0x7FF) - before) + before
 
     single = np.flatnonzero(kind == _EVT3_X)
     vector = np.flatnonzero(steps)
@@ -183,10 +156,6 @@ def _evt3_columns(word: npt.NDArray[np.int64], state: _Evt3State, sensor: Sensor
     complete = (row[position] >= 0) & (high[position] >= 0)
     position, x, p = position[complete], x[complete], p[complete]
 
-    state.number += len(kind)
-    state.kind, state.value, state.row = int(kind[-1]), int(value[-1]), int(row[-1])
-    state.high, state.low = int(high[-1]), int(low[-1])
-    state.x, state.polarity = int(origin[-1] + steps[-1]), int(polarity[-1])
     return Events(
         x,
         row[position],
@@ -198,35 +167,34 @@ def _evt3_columns(word: npt.NDArray[np.int64], state: _Evt3State, sensor: Sensor
 
 
 def _evt3_times(
-    kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64], state: _Evt3State
+    kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return the two halves of the time at each word; the upper one is -1 before its first word.
 
     The 24-bit counter overflows every 17 s; the upper half includes the overflows.
     """
     is_high = kind == _EVT3_TIME_HIGH
-    overflows, last = divmod(state.high, 2**12)
     positions = np.flatnonzero(is_high)
     highs = value[positions]
-    before = np.concatenate([highs[:1] if state.high < 0 else [last], highs[:-1]])[: len(highs)]
+    before = np.concatenate([highs[:1], highs[:-1]])
     back = np.flatnonzero((highs < before) & (highs - before >= -(2**11)))
     if back.size:
         i = int(back[0])
         raise BadRecording(
-            f"the upper half of the time decreases at word {state.number + positions[i]} of its"
+            f"the upper half of the time decreases at word {positions[i]} of its"
             f" data (from {before[i]} to {highs[i]})"
         )
     value = value.copy()
-    value[positions] += (max(overflows, 0) + np.cumsum(highs - before < -(2**11))) * 2**12
-    high = _latest(is_high, value, state.high)
+    value[positions] += np.cumsum(highs - before < -(2**11)) * 2**12
+    high = _latest(is_high, value)
     # The upper half is repeated frequently; when it changes, the lower half starts at zero.
-    changes = np.diff(high, prepend=state.high) != 0
+    changes = np.diff(high, prepend=-1) != 0
     is_low = kind == _EVT3_TIME_LOW
-    return high, _latest(is_low | changes, np.where(is_low, value, 0), state.low)
+    return high, _latest(is_low | changes, np.where(is_low, value, 0), 0)
 
 
 def _latest(
-    marked: npt.NDArray[np.bool_], values: npt.NDArray[np.int64], before: int
+    marked: npt.NDArray[np.bool_], values: npt.NDArray[np.int64], before: int = -1
 ) -> npt.NDArray[np.int64]:
     """Return the value (N,) of the last marked word up to each word; `before` until the first."""
     last = np.maximum.accumulate(np.where(marked, np.arange(1, len(marked) + 1), 0))
@@ -238,41 +206,35 @@ def _check_kinds(
     known: tuple[int, ...],
     continued: tuple[int, ...],
     format_name: str,
-    before: int,
-    first: int,
 ) -> None:
     """Refuse unknown words, and continuation words that continue none, such as an area of ones."""
     foreign = np.flatnonzero(~np.isin(kind, known))
     if foreign.size:
         i = int(foreign[0])
         raise BadRecording(
-            f"word {first + i} of its data has the type {kind[i]:#x}, which {format_name} does not"
-            " have"
+            f"word {i} of its data has the type {kind[i]:#x}, which {format_name} does not have"
         )
-    previous = np.concatenate([[before], kind[:-1]])
+    previous = np.concatenate([[-1], kind[:-1]])
     alone = np.flatnonzero(np.isin(kind, continued) & ~np.isin(previous, (_OTHER, *continued)))
     if alone.size:
         i = int(alone[0])
         raise BadRecording(
-            f"word {first + i} of its data continues a word that is missing (type {kind[i]:#x})"
+            f"word {i} of its data continues a word that is missing (type {kind[i]:#x})"
         )
 
 
-def _check_rows(
-    kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64], state: _Evt3State
-) -> None:
+def _check_rows(kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64]) -> None:
     """Refuse two equal consecutive row words, such as an area filled with zeros.
 
     The format only stores changes.
     """
-    is_row = np.concatenate([[state.kind], kind]) == _EVT3_Y
-    same = np.diff(value, prepend=state.value) == 0
-    again = np.flatnonzero(is_row[1:] & is_row[:-1] & same)
+    is_row = kind == _EVT3_Y
+    again = np.flatnonzero(is_row[1:] & is_row[:-1] & (np.diff(value) == 0))
     if again.size:
-        i = int(again[0])
+        i = int(again[0]) + 1
         raise BadRecording(
-            f"word {state.number + i} of its data repeats the previous word, row"
-            f" {value[i] & 0x7FF}; the file may be damaged"
+            f"word {i} of its data repeats the previous word, row {value[i] & 0x7FF}; the file may"
+            " be damaged"
         )
 
 
