@@ -22,7 +22,7 @@ COMMANDS = {
     "study": "train several configurations with several seeds, and report",
     "status": "show progress, ETA, results and checkpoint of runs",
     "compare_runs": "compare the results, keys, metrics and weights of runs",
-    "images": "index, check, shard or extract a data set of images",
+    "images": "index, check or shard a data set of images",
     "prebin_dvs": "convert recordings of event cameras to tensors",
     "digits": "write the data set of the quickstart",
     "cifar": "unpack a CIFAR archive into image folders",

@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import signal
 import sqlite3
 import sys
 import time

@@ -1,7 +1,6 @@
 """Packing into shards and unpacking: what comes out, how it resumes, what it refuses."""
 
 import io
-import os
 import resource
 import shutil
 import tarfile
@@ -13,21 +12,15 @@ import numpy as np
 import pytest
 import torch
 from samples import (
-    images_by_class,
     picture,
-    write_official,
-    write_shards,
-    write_tar,
 )
 
 from tetdist.apps.images import shards
-from tetdist.apps.images.extract import extract_split
 from tetdist.apps.images.shards import plan_shards, shard_split
 from tetdist.config.sections.data import DataSection
 from tetdist.data.batches import Share, eval_batches, train_batches
 from tetdist.data.dali import Workers
 from tetdist.datasets import index as ix
-from tetdist.datasets.layouts import Hints, list_split
 from tetdist.errors import UserError
 from tetdist.order import evaluation_batches
 from tetdist.storage.files import only_writer
@@ -197,14 +190,10 @@ def test_a_shard_that_was_not_finished_leaves_nothing(image_root, tmp_path, call
     assert files == ["plan.json", "train-000000.tar"]
 
 
-@pytest.mark.parametrize("command", ["shard", "extract"])
-def test_a_disk_that_is_full_is_a_sentence(image_root, tmp_path, call, monkeypatch, command):
+def test_a_disk_that_is_full_is_a_sentence(image_root, tmp_path, call, monkeypatch):
     root = image_root(size=(300, 400))
     indexed(root)
-    if command == "extract":
-        pack(root, tmp_path / "packed")
-        root = tmp_path / "packed"
-    arguments = ("images.py", command, root, tmp_path / "dest", *ONE_WORKER)
+    arguments = ("images.py", "shard", root, tmp_path / "dest", *ONE_WORKER)
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
         status, output = call(*arguments)
@@ -221,81 +210,6 @@ def test_a_disk_that_is_full_is_a_sentence(image_root, tmp_path, call, monkeypat
     assert [f for f in (tmp_path / "dest").rglob("*") if f.name.endswith((".tmp", ".jpg"))] == []
     # With room the same command goes on from there.
     assert call(*arguments)[0] == 0
-
-
-def extract(root, dest, split="train", **hints):
-    listing = list_split(root, split, "images", hints=Hints(**hints))
-    extract_split(root, listing, dest, workers=1)
-
-
-def test_the_official_tars_become_class_folders(image_root, tmp_path):
-    root = image_root()
-    ids = write_official(root, tmp_path / "o")
-    for split in ("train", "val"):
-        extract(tmp_path / "o", tmp_path / "d", split)
-        index, bad = ix.build_index(tmp_path / "d", split, workers=1)
-        packed, _ = ix.build_index(tmp_path / "o", split, workers=1)
-        assert bad == []
-        assert index.fingerprint == packed.fingerprint
-    files = images_by_class(tmp_path / "d", "train")
-    assert list(files) == sorted(ids.values())
-    assert list(files["n00000002"]) == [f"n00000002_{i}.JPEG" for i in range(4)]
-    assert all(
-        name.startswith("ILSVRC2012_val_")
-        for images in images_by_class(tmp_path / "d", "val").values()
-        for name in images
-    )
-
-
-def test_extraction_continues_and_overwrites_nothing(image_root, tmp_path):
-    root = image_root()
-    write_shards(root, tmp_path / "s", "train", "train-{}.tar")
-    (tmp_path / "s" / "classes.txt").write_text("ant\nbee\ncow\n")
-    extract(tmp_path / "s", tmp_path / "d")
-    folders = images_by_class(tmp_path / "d", "train")
-    assert {name: list(files.values()) for name, files in folders.items()} == {
-        name: list(files.values()) for name, files in images_by_class(root, "train").items()
-    }
-    kept, emptied, gone = (tmp_path / "d" / "train" / "bee" / f"0000000{i}.jpg" for i in (4, 5, 6))
-    os.utime(kept, ns=(1, 1))
-    emptied.write_bytes(b"")  # What a power cut may leave.
-    gone.unlink()
-    extract(tmp_path / "s", tmp_path / "d")
-    assert images_by_class(tmp_path / "d", "train") == folders
-    assert kept.stat().st_mtime_ns == 1
-    kept.write_bytes(b"all of my thesis")
-    with pytest.raises(UserError, match=r"00000004.jpg exists with other contents"):
-        extract(tmp_path / "s", tmp_path / "d")
-    assert kept.read_bytes() == b"all of my thesis"
-
-
-def shard_of(folder, name="0", twice=False):
-    members = {f"{name}.jpg": b"x", f"{name}.cls": b"0", "b.jpg": b"y", "b.cls": b"1"}
-    if twice:
-        members |= {f"other/{name}.jpg": b"z", f"other/{name}.cls": b"0"}
-    write_tar(folder / "train" / "0.tar", members)
-
-
-@pytest.mark.parametrize(
-    ("classes", "options", "words"),
-    [
-        ("..\nb\n", {}, "the class name '..' is not a valid folder name"),
-        ("a/../../x\nb\n", {}, "is not a valid folder name"),
-        ("a\nb\n", {"twice": True}, "would both become a/0.jpg"),
-        ("a\nb\n", {"name": "../../0"}, "leads out of the folder"),
-    ],
-)
-def test_extraction_stays_in_its_folder(tmp_path, classes, options, words):
-    shard_of(tmp_path / "s", **options)
-    (tmp_path / "s" / "classes.txt").write_text(classes)
-    with pytest.raises(UserError, match=words):
-        extract(tmp_path / "s", tmp_path / "in" / "d")
-    assert not (tmp_path / "in").exists()
-
-
-def test_class_folders_need_no_extraction(image_root, tmp_path):
-    with pytest.raises(UserError, match="has class folders already"):
-        extract(image_root(), tmp_path / "d")
 
 
 def batches(index, root, training):

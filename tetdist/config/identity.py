@@ -13,7 +13,6 @@ OPERATIONAL_KEYS = (
     "model.mixes_samples",
     "data.root",
     "data.index",
-    "data.cache",
     "data.threads",
     "data.prefetch",
     "data.own_process",
@@ -50,7 +49,6 @@ OPERATIONAL_KEYS = (
 # checkpoint interval.
 _OF_THE_MACHINE = (
     "data.index",
-    "data.cache",
     "data.threads",
     "data.prefetch",
     "data.own_process",
@@ -71,7 +69,6 @@ _OF_THE_MACHINE = (
 _OF_THE_HOST = (
     "data.root",
     "data.index",
-    "data.cache",
     "data.threads",
     "data.prefetch",
     "data.own_process",

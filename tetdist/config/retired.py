@@ -22,6 +22,7 @@ class Retired(NamedTuple):
 
 # By dotted key; phases.N stands for each phase.
 RETIRED: dict[str, Retired] = {
+    "data.cache": Retired(None, "copy the shards yourself, and set data.root to the copy"),
     "phases.N.quantize": Retired(False, "remove it: export --int8 rounds trained weights"),
 }
 

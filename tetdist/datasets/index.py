@@ -12,7 +12,7 @@ import shlex
 import zipfile
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,6 @@ class Index:
         fingerprint: SHA-256, in hex, of what training depends on: kind, split, classes, labels and
             sizes in order; for event tensors, which all have one size, also the paths. Copies, and
             shards packed from a folder, have the same fingerprint.
-        copies: Folders with copies of archives, which readers prefer; not saved.
     """
 
     kind: Kind
@@ -85,7 +84,6 @@ class Index:
     timesteps: int | None
     dtype: str | None
     fingerprint: str
-    copies: list[Path] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -114,7 +112,7 @@ class Index:
 
 _NAMES = ("classes", "archives", "skipped")
 _META = (*_NAMES, "kind", "split", "options", "timesteps", "dtype", "fingerprint")
-_ARRAYS = [one.name for one in fields(Index) if one.name not in (*_META, "copies")]
+_ARRAYS = [one.name for one in fields(Index) if one.name not in _META]
 
 
 def index_file(index_dir: str | Path, split: str) -> Path:

@@ -26,7 +26,7 @@ class SampleReader:
         self._index = index
         self._root = root
         # Messages show the root as given; reads use the absolute path, which survives a chdir.
-        self._folders = [*index.copies, Path(root).absolute()]
+        self._folder = Path(root).absolute()
         self._kept: dict[str, int] = {}
 
     def read(self, i: int) -> npt.NDArray[np.uint8]:
@@ -51,10 +51,8 @@ class SampleReader:
         known = self._kept.get(file)
         if known is not None:
             return known, True
-        # A copy may have been removed to free its disk.
-        folder = next((f for f in self._folders[:-1] if (f / file).is_file()), self._folders[-1])
         # Without O_NONBLOCK, opening a pipe would wait for a writer.
-        descriptor = os.open(folder / file, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(self._folder / file, os.O_RDONLY | os.O_NONBLOCK)
         if not self._index.archives or len(self._kept) >= _KEPT_OPEN:
             return descriptor, False
         # Another thread may have opened it meanwhile: only one of the two is kept.

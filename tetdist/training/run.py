@@ -1,7 +1,6 @@
 """One process's part of a run: join the others, train, report how it ended."""
 
 import logging
-from collections.abc import Callable
 
 from tetdist.config.identity import of_all_hosts
 from tetdist.config.schema import RunConfig
@@ -10,7 +9,6 @@ from tetdist.distributed.watchdog import Watch
 from tetdist.distributed.world import join
 from tetdist.errors import PeerFailed, Stopped
 from tetdist.training.observers import MakeObservers
-from tetdist.training.prepared import Prepared
 from tetdist.training.run_record import Launcher
 from tetdist.training.trainer import Trainer
 
@@ -19,14 +17,12 @@ def train(
     config: RunConfig,
     make_observers: MakeObservers,
     launcher: Launcher | None = None,
-    copy_data: Callable[[Prepared, StopRequest, Watch], None] | None = None,
 ) -> int:
     """Run this process's part of the training.
 
     Args:
         make_observers: Makes the run's observers, on rank 0.
         launcher: Program that started the run; None for a person's command.
-        copy_data: Copies the data to `data.cache` before the first step.
 
     Returns:
         Exit status: 0 finished, 3 another process of the run died or hangs, 128 + n stopped by
@@ -48,8 +44,6 @@ def train(
             try:
                 trainer = Trainer(config, world, stop, watch)
                 with trainer.folder:
-                    if config.data.cache and copy_data and not trainer.finished:
-                        copy_data(trainer.prepared, stop, watch)
                     trainer.run(launcher, make_observers)
             except Stopped:
                 step = trainer.step

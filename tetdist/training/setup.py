@@ -36,11 +36,6 @@ def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
         val = open_split(config, "val", world)
     if train.classes != val.classes:
         raise UserError(f"train/ and val/ of {config.data.root} must have the same classes")
-    if config.data.cache and not train.archives:
-        raise UserError(
-            f"data.cache copies tar files, and {config.data.root} has none; pack it with "
-            f"`{typed('images', 'shard', config.data.root, 'DEST')}`, or remove data.cache"
-        )
     most = max(phase.most_timesteps for phase in config.phases)
     if train.timesteps is not None and most > train.timesteps:
         raise UserError(

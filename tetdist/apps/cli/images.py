@@ -1,4 +1,4 @@
-"""Prepare images for training: index, check, shard, extract. docs/data.md has the layouts."""
+"""Prepare images for training: index, check, shard. docs/data.md has the layouts."""
 
 import argparse
 import itertools
@@ -17,7 +17,7 @@ from tetdist.storage.files import check_writable
 from tetdist.wording import counted
 
 if TYPE_CHECKING:
-    from tetdist.apps.images.check import Examined, Finding
+    from tetdist.apps.images.check import Finding
     from tetdist.datasets.index import BadFile, Index
     from tetdist.datasets.layouts import Listing
 
@@ -40,7 +40,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     _add_index(commands)
     _add_check(commands)
     _add_shard(commands)
-    _add_extract(commands)
     args = parser.parse_args(arguments)
     command = commands.choices[args.command]
     if args.splits is not None:
@@ -95,18 +94,12 @@ def _add_check(commands: Any) -> None:
         help="find damage, duplicates, wrong names and missing files",
         description="Decode and hash every image of ROOT; list images that do not decode, are"
         " duplicates, contradict their label or are missing from ImageNet-1k; compare with the"
-        " index. The same command continues a stopped check. Exit status: 0 good, 1 problems found,"
-        " 2 not checked, 130 stopped.",
+        " index. Exit status: 0 good, 1 problems found, 2 not checked, 130 stopped.",
     )
-    command.set_defaults(run=_check, when_stopped="the same command continues")
+    command.set_defaults(run=_check, when_stopped="nothing was changed")
     add = command.add_argument
     add("root", metavar="ROOT", type=Path, help="the data root")
-    add(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        help="folder of the index, and of the journal during the check; default: ROOT/index",
-    )
+    add("--out", metavar="DIR", type=Path, help="folder of the index; default: ROOT/index")
     add("--json", metavar="FILE", type=Path, help="write all findings as JSON")
     add(
         "--subset",
@@ -146,22 +139,6 @@ def _add_shard(commands: Any) -> None:
         help="pack a part of ImageNet-1k, or its images with other labels (--from-parquet)",
     )
     _add_common(command)
-
-
-def _add_extract(commands: Any) -> None:
-    command = commands.add_parser(
-        "extract",
-        help="unpack shards or the official tars into class folders",
-        description="Write each image in the shards or tars of ROOT to DEST/SPLIT/CLASS/NAME."
-        " The same command continues when stopped. Exit status: 0 done, 2 not done, 130 stopped.",
-    )
-    command.set_defaults(run=_extract, when_stopped="the same command continues")
-    add = command.add_argument
-    add("root", metavar="ROOT", type=Path, help="the data root")
-    add("dest", metavar="DEST", type=Path, help="the new data root")
-    _add_common(command)
-    _add_source(command)
-    _add_skip_bad(command)
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
@@ -287,34 +264,30 @@ def _check(args: argparse.Namespace) -> int:
     """Examine every split, then compare them with each other, with ImageNet and the index."""
     from tetdist.apps.images import check
 
-    out = args.out or args.root / "index"
-    _check_writable(out, "--out")
     if args.json:
         check_writable("--json", args.json)
-    examined: dict[str, tuple[Listing, list[Examined | str]]] = {}
+    examined: dict[str, tuple[Listing, list[bytes | str]]] = {}
     findings: list[Finding] = []
-    journals = []
     for listing in _list(args):
-        journals.append(out / f"check-{listing.split}.jsonl")
         with file_progress(listing.split) as progress:
-            found = check.examine_split(args.root, listing, journals[-1], args.workers, progress)
+            found = check.examine_split(args.root, listing, args.workers, progress)
         examined[listing.split] = listing, found
         findings.extend(check.split_findings(listing, found))
         if not args.subset:
             findings.extend(check.imagenet_findings(listing))
-        findings.extend(check.index_findings(args.root, out, listing, found))
+        out = args.out or args.root / "index"
+        findings.extend(check.index_findings(args.root, out, listing.split))
+        if listing.passed_over:
+            print(f"{listing.split}: ignored {listing.passed_over}", file=sys.stderr)
     findings.extend(check.duplicate_findings(examined))
 
     _print_findings(findings, args.json)
     for split, (listing, _) in examined.items():
         number, classes = len(listing.labels), len(listing.classes)
         print(f"{split}: {counted(number, 'image')} in {counted(classes, 'class')} examined")
-    problems = sum(finding.kind not in check.NOTES for finding in findings)
-    notes = counted(len(findings) - problems, "note")
-    print(f"{counted(problems, 'problem')}, {notes}" if findings else "all good")
-    # Delete the journals last: a check stopped before printing must find the same again.
-    for journal in journals:
-        journal.unlink()
+    problems = sum(finding.kind != "duplicate" for finding in findings)
+    repeated = counted(len(findings) - problems, "duplicate")
+    print(f"{counted(problems, 'problem')}, {repeated}" if findings else "all good")
     return 1 if problems else 0
 
 
@@ -393,22 +366,3 @@ def _indexed_splits(folder: Path) -> list[str]:
     """Return train and val; without an index of train, all indexed splits."""
     indexed = sorted(file.stem for file in folder.glob("*.npz"))
     return indexed if indexed and "train" not in indexed else ["train", "val"]
-
-
-def _extract(args: argparse.Namespace) -> int:
-    from tetdist.apps.images.extract import extract_split
-
-    _check_writable(args.dest, "DEST")
-    listings = _list(args)
-    archives = [archive for listing in listings for archive in listing.archives]
-    splits = [listing.split for listing in listings]
-    _check_apart(args, splits, archives, args.root / "index")
-    bad = [file for listing in listings for file in listing.bad]
-    report_bad(bad, "file", len(bad) + sum(len(listing.labels) for listing in listings))
-    if bad and not args.skip_bad:
-        raise UserError("nothing was extracted: replace the bad files, or give --skip-bad")
-    for listing in listings:
-        with file_progress(listing.split) as progress:
-            extract_split(args.root, listing, args.dest, args.workers, progress)
-        print(f"{args.dest / listing.split}: {counted(len(listing.labels), 'image')}")
-    return 0

@@ -70,11 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     if config is None:
         return 0
     try:
-        from tetdist.apps.images.copies import copy_to_hosts
         from tetdist.apps.reports.observers import observers
         from tetdist.training.run import train
 
-        return train(config, observers, copy_data=copy_to_hosts)
+        return train(config, observers)
     except MISTAKES as error:
         return fail(error, "" if rank == "0" else f"rank {rank}: ")
     except PeerFailed as error:

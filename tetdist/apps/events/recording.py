@@ -84,7 +84,8 @@ def checked_events(events: Events) -> Events:
     faults = _faults(columns, events)
     if (first := min(faults, key=itemgetter(0), default=None)) is not None:
         raise first[1]
-    return Events(*columns, events.sensor, events.dropped)
+    x, y, t, p = columns
+    return Events(x, y, t, p, events.sensor, events.dropped)
 
 
 def _faults(events: npt.NDArray[np.int64], read: Events) -> Iterator[tuple[int, BadRecording]]:

@@ -92,7 +92,6 @@ class _Start:
             if self._is_cancelled():
                 # Not a success: another run may be waiting for this one to finish.
                 return 128 + signal.SIGTERM
-            from tetdist.apps.images.copies import copy_to_hosts
             from tetdist.apps.reports.observers import observers
             from tetdist.config import loading
             from tetdist.training.run import train
@@ -103,7 +102,7 @@ class _Start:
             launcher = Launcher(
                 tags=tags, restarts_after=RESTART_AFTER, on_failure=self._on_failure
             )
-            status = train(self.config, observers, launcher, copy_to_hosts)
+            status = train(self.config, observers, launcher)
         except (UserError, ModuleNotFoundError) as error:
             self._write_failure(error)
             print(f"{self._prefix}error: {sentence(error)}", file=sys.stderr)

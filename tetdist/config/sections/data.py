@@ -73,9 +73,6 @@ class DataSection(Section):
     """Folder that holds train/ and val/, each with one folder per class."""
     index: str | None = None
     """Folder of the index files, which list all samples; null: the folder index in data.root."""
-    cache: str | None = None
-    """Absolute path of a folder on each host's own disk, where $VARIABLES are replaced on the host;
-    training copies the tar files of data.root there and reads the copies; null: off."""
     held_out: OpenFraction = 0.0
     """Fraction of each class's training samples that is not trained on, but evaluated in place of
     the validation split. The choice depends on seed; pieces of one recording stay together."""

@@ -80,7 +80,8 @@ def _decode(contents: Contents, sensor: Sensor | None) -> Events:
         dropped += stream != events
     _check_table(contents.rest(), compression, packets, events)
     whole = np.concatenate(parts)
-    return Events(*(whole[name] for name in "xytp"), stated, dropped)
+    x, y, t, p = (whole[name] for name in "xytp")
+    return Events(x, y, t, p, stated, dropped)
 
 
 def _streams(info: str) -> dict[int, Sensor | None]:
