@@ -85,21 +85,33 @@ def test_a_moving_average_has_curves_of_its_own(tmp_path):
     assert pixels(out, VALIDATION) > 1000
 
 
-def test_one_line_of_each(tmp_path):
-    out = draw(tmp_path, [train_line(10)])
-    assert pixels(out, TRAIN) > 20
-    assert pixels(out, VALIDATION) == 0
-    assert pixels(draw(tmp_path, [train_line(10), val_line(10)]), VALIDATION) > 100
-    assert pixels(draw(tmp_path, [val_line(10)]), VALIDATION) > 100
-    assert pixels(draw(tmp_path, [val_line(1, epoch=0.0)]), VALIDATION) > 100
-
-
-def test_lines_that_lack_something_or_are_not_finite(tmp_path):
-    bare = {"kind": "train", "step": 5, "time": 0.0, "epoch": 0.05}
-    lines = [bare, train_line(10), train_line(20, loss="NaN", samples_per_s="Infinity")]
-    lines += [train_line(30, top1=None), val_line(30, top1="NaN", per_timestep_top1=["NaN"] * 3)]
-    lines += [{"kind": "other", "step": 3, "time": 0.0}]
-    assert pixels(draw(tmp_path, lines), TRAIN) > 100
+@pytest.mark.parametrize(
+    ("lines", "colour", "least"),
+    [
+        ([train_line(10)], TRAIN, 20),
+        ([train_line(10), val_line(10)], VALIDATION, 100),
+        ([val_line(10)], VALIDATION, 100),
+        ([val_line(1, epoch=0.0)], VALIDATION, 100),
+        # Lines that lack something, or are not finite.
+        (
+            [
+                {"kind": "train", "step": 5, "time": 0.0, "epoch": 0.05},
+                {"kind": "other", "step": 3, "time": 0.0},
+                train_line(10),
+                train_line(20, loss="NaN", samples_per_s="Infinity"),
+                train_line(30, top1=None),
+                val_line(30, top1="NaN", per_timestep_top1=["NaN"] * 3),
+            ],
+            TRAIN,
+            100,
+        ),
+    ],
+)
+def test_few_lines(lines, colour, least, tmp_path):
+    out = draw(tmp_path, lines)
+    assert pixels(out, colour) > least
+    if not any(line["kind"] == "val" for line in lines):
+        assert pixels(out, VALIDATION) == 0
 
 
 def test_nothing_to_draw(tmp_path):
@@ -136,15 +148,14 @@ def test_firing_rates_show_what_is_dead_and_saturated(tmp_path):
     as_dead, more_saturated = colours(alive, alive | {"layer1": 0.95})
     assert as_dead == dead
     assert more_saturated > saturated + 5000
-    # A single evaluation, at epoch 0, and a layer that has no value.
-    colours(alive)
+    # A single evaluation, a layer that has no value, and no layer or evaluation at all.
+    assert colours({"layer1": 0.0})[0] > 5000
     colours({"layer0": 0.1}, alive)
-
-
-def test_firing_rates_before_the_first_evaluation(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(train_line(10)) + "\n")
-    firing_rates(tmp_path / "metrics.jsonl", tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
+    (tmp_path / "plots" / "firing_rates.png").unlink()
+    for line in (train_line(10), val_line(10, firing_rate={})):
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        firing_rates(tmp_path / "metrics.jsonl", tmp_path / "none.png")
+        assert not (tmp_path / "none.png").exists()
 
 
 def test_inputs_are_shown_as_they_are(tmp_path):
@@ -205,13 +216,11 @@ def test_accuracies_that_differ_little_look_so(top1, limits):
     axis.plot(range(len(top1)), top1)
     finish(axis, "Accuracy", ACCURACY)
     assert axis.get_ylim() == pytest.approx(limits)
-
-
-def test_other_axes_are_as_their_values_are():
-    axis = new_figure(4, 3).subplots()
-    axis.plot([1.0, 1.1])
-    finish(axis, "Loss", "loss")
-    assert axis.get_ylim() == pytest.approx((0.995, 1.105))
+    # The axis of another quantity is as its values are.
+    other = new_figure(4, 3).subplots()
+    other.plot([1.0, 1.1])
+    finish(other, "Loss", "loss")
+    assert other.get_ylim() == pytest.approx((0.995, 1.105))
 
 
 def test_running_mean():

@@ -8,23 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.apps.reports.style import (
-    ACCURACY,
-    AVERAGE,
-    PUBLISHED,
-    QUIET,
-    RATE,
-    SPEED,
-    TRAIN,
-    VALIDATION,
-    WAIT,
-    finish,
-    markers,
-    new_figure,
-    raw_and_smooth,
-    save,
-    series,
-)
+from tetdist.apps.reports import style
 from tetdist.evaluation.firing import DEAD, SATURATED
 from tetdist.tracking.metrics_file import each_line
 
@@ -46,13 +30,23 @@ def learning_curves(metrics_file: Path, out: Path) -> None:
     train, val, ema = kinds.values()
     if not train and not val:
         return
-    figure = new_figure(13, 7.6)
+    figure = style.new_figure(13, 7.6)
     axes = figure.subplot_mosaic("LLLAAA;TTRRSS")
-    _loss(axes["L"], train, val, ema)
-    _accuracy(axes["A"], train, val, ema)
+    borders = _phase_borders(train, val)
+    style.raw_and_smooth(axes["L"], train, "loss", style.TRAIN, "training")
+    style.raw_and_smooth(axes["A"], train, "top1", style.TRAIN, "training")
+    shown = ((val, style.VALIDATION, "validation"), (ema, style.AVERAGE, "EMA"))
+    for lines, colour, label in shown:
+        style.markers(axes["L"], *style.series(lines, "loss"), colour, label)
+        # The space beside the title fits a legend with one long entry.
+        _with_best(axes["A"], lines, colour, label, briefly=bool(ema))
+    # The reference is of the weights or of their average.
+    published = style.series([*val, *ema], "reference_top1")
+    axes["A"].plot(*published, "--", color=style.PUBLISHED, linewidth=1, label="published")
+    style.finish(axes["L"], "Loss", "loss")
+    style.finish(axes["A"], "Top-1" if ema else "Top-1 accuracy", style.ACCURACY)
     _timesteps(axes["T"], val)
     _learning_rate(axes["R"], train)
-    borders = _phase_borders(train, val)
     _throughput(axes["S"], train, room=1.6 if borders else 1.1)
 
     end = max(line["epoch"] for line in train + val)
@@ -61,23 +55,14 @@ def learning_curves(metrics_file: Path, out: Path) -> None:
         axis = axes[panel]
         axis.set_xlabel("epoch")
         axis.set_xlim(0, end * 1.02 if end > 0 else 1)
+        upright = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "bottom"}
+        upright |= {"transform": axis.get_xaxis_transform(), "fontsize": 8, "color": style.QUIET}
         for epoch, label in borders:
-            axis.axvline(epoch, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-            axis.text(
-                epoch,
-                height,
-                f" {label}",
-                transform=axis.get_xaxis_transform(),
-                fontsize=8,
-                color=QUIET,
-                rotation=90,
-                rotation_mode="anchor",
-                ha="right",
-                va="bottom",
-            )
+            axis.axvline(epoch, color=style.QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            axis.text(epoch, height, f" {label}", **upright)
     step = max(line["step"] for line in train + val)
     _head(figure, metrics_file, f"epoch {end:.4g}, step {step:,}")
-    save(figure, out)
+    style.save(figure, out)
 
 
 def _head(figure: Any, metrics_file: Path, text: str) -> None:
@@ -85,68 +70,136 @@ def _head(figure: Any, metrics_file: Path, text: str) -> None:
     figure.suptitle(f"{name}   \N{EM DASH}   {text}", fontsize=13, fontweight="bold")
 
 
+def _with_best(axis: Any, evaluations: Lines, colour: str, label: str, *, briefly: bool) -> None:
+    epochs, top1 = style.series(evaluations, "top1")
+    style.markers(axis, epochs, top1, colour, label)
+    if top1:
+        epoch, best = max(zip(epochs, top1, strict=True), key=lambda point: point[1])
+        named = f"{best:.2f} %" if briefly else f"best: {best:.2f} % (epoch {epoch:.4g})"
+        star = {"markeredgecolor": "black", "markersize": 15, "zorder": 5}
+        axis.plot(epoch, best, "*", color=colour, label=named, **star)
+
+
+def _timesteps(axis: Any, val: Lines) -> None:
+    title = "Accuracy by timestep"
+    evaluated = [line for line in val if line.get("per_timestep_top1")]
+    if evaluated:
+        last = evaluated[-1]
+        top1 = last["per_timestep_top1"]
+        steps = range(1, len(top1) + 1)
+        title += f", epoch {last['epoch']:.4g}"
+        axis.plot(steps, top1, "o-", color=style.VALIDATION)
+        above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+        # Label every value if there is space, else the first and the last one.
+        for step in steps if len(top1) <= 8 else (1, len(top1)):
+            place = (step, top1[step - 1])
+            axis.annotate(f"{top1[step - 1]:.2f}", place, color=style.VALIDATION, **above)
+        room = min(0.5 + 0.06 * len(top1), 0.95)  # for the labels, without showing T = 0
+        axis.set_xlim(1 - room, len(top1) + room)
+        axis.margins(y=0.2)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("timesteps averaged")
+    style.finish(axis, title, style.ACCURACY, legend=False)
+
+
+def _learning_rate(axis: Any, train: Lines) -> None:
+    style.markers(axis, *style.series(train, "lr"), style.RATE, "learning rate")
+    style.finish(axis, "Learning rate", "learning rate", legend=False)
+    phases = itertools.groupby(train, key=lambda line: line.get("phase"))
+    peaks = [max(line.get("lr", 0) for line in lines) for _, lines in phases]
+    if peaks and 0 < min(peaks) < max(peaks) / 30:
+        # On a linear scale, Adam at 1e-4 after SGD at 0.1 would look like zero.
+        axis.set_yscale("log")
+        axis.set_ylim(min(peaks) * 1e-2, max(peaks) * 2)
+    else:
+        axis.set_ylim(bottom=0)
+        # 0.00005 beside 0.0001, not 5e-05.
+        axis.yaxis.set_major_formatter(lambda rate, _: f"{Decimal(f'{rate:.6g}'):f}")
+
+
+def _throughput(axis: Any, train: Lines, *, room: float) -> None:
+    unit, brown = "samples per second", "#A56A00"
+    speeds = style.series(train, "samples_per_s")[1]
+    if speeds:
+        unit += f", median {statistics.median_high(speeds):,.4g}"
+        style.raw_and_smooth(axis, train, "samples_per_s", style.SPEED, "speed")
+        axis.set_ylim(0, max(speeds) * room)
+    epochs, waits = style.series(train, "data_wait")
+    if waits:
+        right = axis.twinx()
+        right.fill_between(epochs, waits, color=style.WAIT, alpha=0.5, linewidth=0)
+        # A line without points creates the area's entry in the legend.
+        area = {"color": style.WAIT, "alpha": 0.5, "linewidth": 7}
+        axis.plot(math.nan, math.nan, label="data wait", **area)
+        right.set_ylim(0, 100)
+        right.set_ylabel("step time waiting for data (%)", color=brown, fontsize=9)
+        right.tick_params(labelsize=9, colors=brown)
+        right.spines[["top", "left"]].set_visible(False)
+        right.spines["right"].set_color("#BBBBBB")
+        # Draw the lines above the area, without a background that would hide it.
+        axis.set_zorder(right.get_zorder() + 1)
+        axis.patch.set_visible(False)
+    style.finish(axis, "Throughput", unit)
+
+
+def _phase_borders(train: Lines, val: Lines) -> list[tuple[float, str]]:
+    """Return the epoch at which each phase except the first begins, and its label."""
+    timesteps = {line.get("phase"): line.get("timesteps") for line in val}
+    borders = []
+    for before, after in itertools.pairwise(train):
+        phase = after.get("phase")
+        if phase is not None and phase != before.get("phase"):
+            steps = f": T = {timesteps[phase]}" if timesteps.get(phase) else ""
+            borders.append((before["epoch"], f"phase {phase}{steps}"))
+    return borders
+
+
 def firing_rates(metrics_file: Path, out: Path) -> None:
     """Draw a heat map of each layer's firing rate at each evaluation of a run, if there is one."""
-    val = [
-        line
-        for line in each_line(metrics_file)
-        if line["kind"] == "val" and line.get("firing_rate")
-    ]
-    if not val:
+    val = [line for line in each_line(metrics_file) if line["kind"] == "val"]
+    if not val or not val[-1].get("firing_rate"):
         return
-    layers = list(val[-1]["firing_rate"])
+    epochs, rates_of_last = [line["epoch"] for line in val], val[-1]["firing_rate"]
     # Zero has no logarithm; a rate below the scale gets the colour of dead layers.
     rates = [
-        [max(line["firing_rate"].get(layer, math.nan), 1e-12) for line in val] for layer in layers
+        [max(line["firing_rate"].get(layer, math.nan), 1e-12) for line in val]
+        for layer in rates_of_last
     ]
-    figure = new_figure(10, _height(len(layers)))
+    figure = style.new_figure(10, min(2.4 + 0.24 * len(rates), 24))
     axis = figure.subplots()
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
-    colours = colormaps["viridis"].with_extremes(under=VALIDATION, over="black", bad="white")
+    colours = {"under": style.VALIDATION, "over": "black", "bad": "white"}
     mesh = axis.pcolormesh(
-        _edges([line["epoch"] for line in val]),
-        range(len(layers) + 1),
+        _edges(epochs),
+        range(len(rates) + 1),
         rates,
-        cmap=colours,
+        cmap=colormaps["viridis"].with_extremes(**colours),
         norm=LogNorm(DEAD, SATURATED),
     )
-    last = val[-1]
-    _layer_axis(axis, [f"{layer}   {100 * last['firing_rate'][layer]:.3g} %" for layer in layers])
+    axis.set_ylim(len(rates), 0)  # the first layer at the top
+    labels = [f"{layer}   {100 * rate:.3g} %" for layer, rate in rates_of_last.items()]
+    axis.set_yticks([row + 0.5 for row in range(len(rates))], labels=labels)
+    axis.tick_params(axis="y", length=0, labelsize=8 if len(rates) <= 60 else 5)
+    axis.tick_params(axis="x", labelsize=9)
+    axis.spines[["top", "right", "left"]].set_visible(False)
     axis.set_xlabel("epoch")
     if len(val) == 1:  # a single column has no width for automatic ticks
-        axis.set_xticks([last["epoch"]], labels=[f"{last['epoch']:.4g}"])
+        axis.set_xticks(epochs, labels=[f"{epochs[0]:.4g}"])
     else:
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_title(
-        "Firing rate by layer: spikes per neuron per timestep; numbers: last evaluation",
-        loc="left",
-        fontsize=10,
-        fontweight="bold",
-    )
+    title = "Firing rate by layer: spikes per neuron per timestep; numbers: last evaluation"
+    axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
     bar = figure.colorbar(mesh, ax=axis, extend="both", pad=0.02)
     ticks = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.9]
     bar.set_ticks(ticks, labels=[f"{100 * tick:g} %" for tick in ticks])
     bar.minorticks_off()
     bar.ax.tick_params(labelsize=8)
     bar.ax.set_title("black: saturated\norange: dead", fontsize=8, loc="right")
-    mean = sum(last["firing_rate"].values()) / len(layers)
-    _head(figure, metrics_file, f"epoch {last['epoch']:.4g}, {100 * mean:.3g} % on average")
-    save(figure, out)
-
-
-def _height(layers: int) -> float:
-    return min(2.4 + 0.24 * layers, 24)
-
-
-def _layer_axis(axis: Any, layers: Sequence[str]) -> None:
-    """Label the rows with layers, the first one at the top."""
-    axis.set_ylim(len(layers), 0)
-    axis.set_yticks([row + 0.5 for row in range(len(layers))], labels=layers)
-    axis.tick_params(axis="y", length=0, labelsize=8 if len(layers) <= 60 else 5)
-    axis.tick_params(axis="x", labelsize=9)
-    axis.spines[["top", "right", "left"]].set_visible(False)
+    mean = sum(rates_of_last.values()) / len(rates)
+    _head(figure, metrics_file, f"epoch {epochs[-1]:.4g}, {100 * mean:.3g} % on average")
+    style.save(figure, out)
 
 
 def _edges(centres: list[float]) -> list[float]:
@@ -165,7 +218,7 @@ def inputs(rgb: "npt.NDArray[np.float64]", labels: Sequence[str], title: str, ou
     over_time = rgb.ndim == 5
     columns = rgb.shape[1] if over_time else min(8, len(rgb))
     rows = len(rgb) if over_time else math.ceil(len(rgb) / columns)
-    figure = new_figure(1.35 * columns + 0.6, 1.5 * rows + 0.7)
+    figure = style.new_figure(1.35 * columns + 0.6, 1.5 * rows + 0.7)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -177,125 +230,4 @@ def inputs(rgb: "npt.NDArray[np.float64]", labels: Sequence[str], title: str, ou
             name = f"{label}, t = 1" if over_time and t == 0 else f"t = {t + 1}"
             axis.set_title(name if over_time else label, fontsize=8, loc="left", pad=2)
     figure.suptitle(title, fontsize=11, fontweight="bold")
-    save(figure, out)
-
-
-def _loss(axis: Any, train: Lines, val: Lines, ema: Lines) -> None:
-    raw_and_smooth(axis, train, "loss", TRAIN, "training")
-    markers(axis, *series(val, "loss"), VALIDATION, "validation")
-    if ema:
-        markers(axis, *series(ema, "loss"), AVERAGE, "EMA")
-    finish(axis, "Loss", "loss")
-
-
-def _accuracy(axis: Any, train: Lines, val: Lines, ema: Lines) -> None:
-    raw_and_smooth(axis, train, "top1", TRAIN, "training")
-    # The space beside the title fits a legend with one long entry.
-    _with_best(axis, val, VALIDATION, "validation", briefly=bool(ema))
-    if ema:
-        _with_best(axis, ema, AVERAGE, "EMA", briefly=True)
-    # The reference is of the weights or of their average.
-    epochs, published = series([*val, *ema], "reference_top1")
-    if published:
-        axis.plot(epochs, published, "--", color=PUBLISHED, linewidth=1, label="published")
-    finish(axis, "Top-1" if ema else "Top-1 accuracy", ACCURACY)
-
-
-def _with_best(axis: Any, evaluations: Lines, colour: str, label: str, *, briefly: bool) -> None:
-    epochs, top1 = series(evaluations, "top1")
-    markers(axis, epochs, top1, colour, label)
-    if top1:
-        best = max(range(len(top1)), key=top1.__getitem__)
-        of_best = f"{top1[best]:.2f} %"
-        axis.plot(
-            epochs[best],
-            top1[best],
-            "*",
-            color=colour,
-            markeredgecolor="black",
-            markersize=15,
-            zorder=5,
-            label=of_best if briefly else f"best: {of_best} (epoch {epochs[best]:.4g})",
-        )
-
-
-def _timesteps(axis: Any, val: Lines) -> None:
-    title = "Accuracy by timestep"
-    evaluated = [line for line in val if line.get("per_timestep_top1")]
-    if evaluated:
-        last = evaluated[-1]
-        top1 = last["per_timestep_top1"]
-        steps = range(1, len(top1) + 1)
-        title += f", epoch {last['epoch']:.4g}"
-        axis.plot(steps, top1, "o-", color=VALIDATION)
-        # Label every value if there is space, else the first and the last one.
-        for step in steps if len(top1) <= 8 else (1, len(top1)):
-            axis.annotate(
-                f"{top1[step - 1]:.2f}",
-                (step, top1[step - 1]),
-                xytext=(0, 7),
-                textcoords="offset points",
-                ha="center",
-                fontsize=9,
-                color=VALIDATION,
-            )
-        room = min(0.5 + 0.06 * len(top1), 0.95)  # for the labels, without showing T = 0
-        axis.set_xlim(1 - room, len(top1) + room)
-        axis.margins(y=0.2)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_xlabel("timesteps averaged")
-    finish(axis, title, ACCURACY, legend=False)
-
-
-def _learning_rate(axis: Any, train: Lines) -> None:
-    markers(axis, *series(train, "lr"), RATE, "learning rate")
-    finish(axis, "Learning rate", "learning rate", legend=False)
-    peaks: dict[Any, float] = {}
-    for line in train:
-        peaks[line.get("phase")] = max(peaks.get(line.get("phase"), 0), line.get("lr", 0))
-    if peaks and 0 < min(peaks.values()) < max(peaks.values()) / 30:
-        # On a linear scale, Adam at 1e-4 after SGD at 0.1 would look like zero.
-        axis.set_yscale("log")
-        axis.set_ylim(min(peaks.values()) * 1e-2, max(peaks.values()) * 2)
-    else:
-        axis.set_ylim(bottom=0)
-        # 0.00005 beside 0.0001, not 5e-05.
-        axis.yaxis.set_major_formatter(lambda rate, _: f"{Decimal(f'{rate:.6g}'):f}")
-
-
-def _throughput(axis: Any, train: Lines, *, room: float) -> None:
-    unit = "samples per second"
-    speeds = series(train, "samples_per_s")[1]
-    if speeds:
-        unit += f", median {statistics.median_high(speeds):,.4g}"
-        raw_and_smooth(axis, train, "samples_per_s", SPEED, "speed")
-        axis.set_ylim(0, max(speeds) * room)
-    epochs, waits = series(train, "data_wait")
-    if waits:
-        right = axis.twinx()
-        right.fill_between(epochs, waits, color=WAIT, alpha=0.5, linewidth=0)
-        # A line without points creates the area's entry in the legend.
-        axis.plot(math.nan, math.nan, color=WAIT, alpha=0.5, linewidth=7, label="data wait")
-        right.set_ylim(0, 100)
-        right.set_ylabel("step time waiting for data (%)", color="#A56A00", fontsize=9)
-        right.tick_params(labelsize=9, colors="#A56A00")
-        right.spines[["top", "left"]].set_visible(False)
-        right.spines["right"].set_color("#BBBBBB")
-        # Draw the lines above the area, without a background that would hide it.
-        axis.set_zorder(right.get_zorder() + 1)
-        axis.patch.set_visible(False)
-    finish(axis, "Throughput", unit)
-
-
-def _phase_borders(train: Lines, val: Lines) -> list[tuple[float, str]]:
-    """Return the epoch at which each phase except the first begins, and its label."""
-    timesteps = {line.get("phase"): line.get("timesteps") for line in val}
-    borders = []
-    for before, after in itertools.pairwise(train):
-        phase = after.get("phase")
-        if phase is not None and phase != before.get("phase"):
-            label = f"phase {phase}"
-            if timesteps.get(phase):
-                label += f": T = {timesteps[phase]}"
-            borders.append((before["epoch"], label))
-    return borders
+    style.save(figure, out)
