@@ -46,11 +46,10 @@ CONFIG: dict[str, Any] = {
     "tracking": {"mlflow": False},
 }
 
+IDENTICAL = "bitwise identical"
 EVERYTHING = "## All features together"  # where the second part begins
 LIMITS = """## Limits
 
-* In float32 and bfloat16, rounding flips a spike sooner or later. From there on runs on different
-  numbers of processes drift apart, as they do by any other change of rounding.
 * All runs here are short, of small networks, on CPUs of one host. No GPU has run them.
 * With DeepSpeed the gradient's norm is not compared between stages: DeepSpeed adds it up in another
   order, which changes its last bit.
@@ -183,13 +182,6 @@ After this page you know which runs are bitwise identical, and which agree up to
 
 {made(options, "plain")}
 
-| comparison | agreement |
-|---|---|
-| a resumed run, same number of processes | bitwise identical (on a GPU: `deterministic=true`) |
-| runs on different numbers of processes | same samples, same averaged statistics |
-| their weights in float64 | equal up to rounding |
-| their weights in float32, bfloat16 | drift apart after rounding has flipped a spike |
-
 Every run below is {STEPS} steps of {model["name"]} (width {model["arguments"]["width"]}, T=2,
 {CONFIG["data"]["image_size"]} pixels) with SGD and momentum, global batch {batch["global"]} in
 micro-batches of {batch["micro"]}, in real processes over gloo, evaluated at the end. A difference
@@ -253,11 +245,10 @@ def stages(runs: Runs, quick: bool) -> str:
     same = identical(stage1, control, but=("grad_norm",))
     return f"""## DeepSpeed's stages: float32
 
-Each run is compared with stage 0 on one process with one thread. In float32, a membrane within
-rounding of the threshold flips a spike sooner or later, and from there on two runs drift apart. The
-controls change only the rounding, on one process at stage 0: by the number of threads (which has no
-effect on tensors as small as here), by the memory layout of the weights, or by the kernels of
-normalisation and neuron.
+Each run is compared with stage 0 on one process with one thread. In float32 and bfloat16, rounding
+flips a spike sooner or later, and from there on two runs drift apart. The controls change only the
+rounding, on one process at stage 0: by the number of threads, by the memory layout of the weights,
+or by the kernels of normalisation and neuron.
 
 {markdown(head, rows)}
 
@@ -289,10 +280,28 @@ def stops(runs: Runs, quick: bool) -> str:
         rows.append([str(stage), str(stop), identical(run, straight[stage])])
     return f"""## Stopped and resumed: float32, DeepSpeed, two processes
 
-Each run is compared with the same run without a stop, in metrics, weights, running statistics,
+Runs were stopped by SIGTERM, SIGKILL, SIGINT and SIGUSR1 to one rank or all, after steps 1 to
+{STEPS}. Each is compared with the same run without a stop, in metrics, weights, running statistics,
 optimiser and samples.
 
-{markdown(["stage", "stop", "result"], rows)}"""
+{summary(["stage"], rows)}"""
+
+
+def summary(columns: list[str], rows: list[list[str]]) -> str:
+    """Return a table of stops: their number for each of the columns, and each that went wrong."""
+    groups: dict[tuple[str, ...], list[list[str]]] = {}
+    for *group, stop, result in sorted(rows):
+        groups.setdefault(tuple(group), []).append([stop, result])
+    table = [
+        [
+            *group,
+            str(len(stops)),
+            "; ".join(f"{stop}: {result}" for stop, result in stops if result != IDENTICAL)
+            or IDENTICAL,
+        ]
+        for group, stops in groups.items()
+    ]
+    return markdown([*columns, "stops", "result"], table)
 
 
 def heading_of_all(options: argparse.Namespace) -> str:
@@ -358,7 +367,7 @@ The global batch is 8. Engine, number of processes, step, signal and the ranks t
 (seed {STOPS_SEED}). Each run is compared with the same run without a stop, in metrics, weights and
 their moving average, running statistics, optimiser, samples and pixels.
 
-{markdown(["engine", "processes", "stop", "result"], rows)}"""
+{summary(["engine", "processes"], rows)}"""
 
 
 if __name__ == "__main__":
