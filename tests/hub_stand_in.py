@@ -98,8 +98,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def _write(self, repo: str, what: str, body: bytes) -> None:
             if what == "preupload":
                 # The real one takes large files as objects of LFS, apart from the commit.
-                told = {"uploadMode": "regular", "shouldIgnore": False}
-                files = [{"path": one["path"]} | told for one in json.loads(body)["files"]]
+                rest = {"uploadMode": "regular", "shouldIgnore": False}
+                files = [{"path": one["path"]} | rest for one in json.loads(body)["files"]]
                 self._say(200, {"files": files})
                 return
             values = [line["value"] for line in map(json.loads, body.splitlines())]
@@ -112,8 +112,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def _list(self, repo: str, revision: str) -> None:
             if (found := self._readable(repo, revision)) is not None:
-                told = {"type": "file", "size": 1, "oid": "0"}
-                self._say(200, [{"path": path} | told for path in found])
+                rest = {"type": "file", "size": 1, "oid": "0"}
+                self._say(200, [{"path": path} | rest for path in found])
 
         def _file(self, repo: str, revision: str, path: str) -> None:
             found = self._readable(repo, revision)

@@ -5,11 +5,9 @@ the batch: a sample begins with the membranes of the sample before it, and in a 
 class both mostly have the same label. One sample alone never shows this.
 """
 
-import contextlib
 import copy
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,11 +20,7 @@ from tetdist.nn.norm_neuron import FusedLayer
 
 logger = logging.getLogger(__name__)
 
-_SIDE = 64  # pixels that suffice, if the network takes other sizes than its own
-_TIMESTEPS = 2  # and timesteps
-_COMPARED = 20_000  # values of each tensor in the search for the module
-_UNCHANGED = 3  # rounds that end the search if they find no earlier module
-_GAINS = (4, 16, 64, 256)  # of a silent layer's input
+_ROUNDS, _ENOUGH = 16, 1 / 16  # in which inputs grow, until this fraction of outputs is not 0
 
 
 @torch.no_grad()
@@ -38,30 +32,22 @@ def refuse_mixing(name: str, model: SpikingNetwork, shape: Sequence[int]) -> Non
     among copies of itself instead of alone: batches of one size round alike.
 
     Raises:
-        UserError: The network mixes samples, draws random numbers in evaluation mode, cannot be
-            copied, or does not return logits (T, B, K).
+        UserError: The network mixes samples, draws random numbers in evaluation mode, or does not
+            return logits (T, B, K).
     """
-    before = torch.get_rng_state()
+    before, own = torch.get_rng_state(), next(model.parameters()).dtype
     samples = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
-    own, double = next(model.parameters()).dtype, torch.float64
-    for timesteps, side, dtype in (
-        (min(_TIMESTEPS, model.timesteps), _SIDE, double),
-        (model.timesteps, _SIDE, double),
-        (model.timesteps, None, double),
-        (model.timesteps, None, own),
-    ):
+    most, double = model.timesteps, torch.float64
+    # Two timesteps and 64 pixels suffice, if the network takes others than its own.
+    for timesteps, side, dtype in ((2, 64, double), (most, None, double), (most, None, own)):
         try:
-            net = _copy(name, model).to(dtype)
-            if timesteps != model.timesteps:
+            net = copy.deepcopy(model)
+            if timesteps < most:
                 net.set_timesteps(timesteps)
-            x = samples[: 8 if dtype is double else 4, ..., :side, :side].to(dtype)
-            if len(shape) == 4:
-                x = x[:, :timesteps]
-            silent = _make_fire(net, x[:2])
-            few = x[:2] if dtype is double else x
-            together = [_logits(net, x), _logits(net, few.flip(0)).flip(1)]
-            each = [one if dtype is double else one.expand_as(x) for one in x.split(1)]
-            alone = torch.stack([_logits(net, y)[:, i % len(y)] for i, y in enumerate(each)], 1)
+            x = samples[..., :side, :side].to(dtype)
+            x = x if len(shape) == 3 else x[:, : net.timesteps]
+            silent = _make_fire(net.to(dtype), x[:2])
+            is_mixed = _mixes(net, x)
             break
         except Exception as error:  # any error of foreign code
             failure = error
@@ -75,185 +61,80 @@ def refuse_mixing(name: str, model: SpikingNetwork, shape: Sequence[int]) -> Non
             f"{name} draws random numbers in evaluation mode, so its results would not be "
             "reproducible; draw them in training mode only (module.training)"
         )
-    tolerance = 1e-9 * float(alone.abs().max())
-
-    def keeps(found: Tensor) -> bool:
-        return torch.allclose(found, alone[:, : found.shape[1]], 0, tolerance, equal_nan=True)
-
-    if not all(map(keeps, together)):
-        logger.info("%s mixes the samples of a batch; searching for the module", name)
-        module = _mixing_module(net, x, x if keeps(together[1]) else few)
+    if is_mixed:
         raise UserError(
-            f"{module} of {name} mixes the samples of a batch, so accuracy would "
-            "depend on their order; keep them apart (neurons take (T, B, ...), not (T * B, ...)), "
-            "or set model.mixes_samples=true to accept it"
+            f"{name} mixes the samples of a batch, so accuracy would depend on their order; keep "
+            "them apart (neurons take (T, B, ...), not (T * B, ...)), or set "
+            "model.mixes_samples=true to accept it"
         )
-    if silent is not None:
+    if silent:
         message = "%s of %s is silent for random samples; whether it mixes them was not checked"
         logger.warning(message, silent, name)
 
 
-def _copy(name: str, model: SpikingNetwork) -> SpikingNetwork:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise UserError(
-            f"{name} cannot be copied by copy.deepcopy ({error}), so whether it mixes samples is "
-            "unknown; make it copyable, or set model.mixes_samples=true to go without this check"
-        ) from error
+def _mixes(model: SpikingNetwork, x: Tensor) -> bool:
+    """Return whether a sample's logits differ between batches."""
+    alike = x.dtype != torch.float64
+    each = [_logits(model, one.expand_as(x) if alike else one)[:, :1] for one in x.split(1)]
+    alone = torch.cat(each, 1)
+    within = 1e-9 * float(alone.abs().max())
+    together = _logits(model, x), _logits(model, (x if alike else x[:2]).flip(0)).flip(1)
+    return not all(
+        torch.allclose(found, alone[:, : found.shape[1]], 0, within, equal_nan=True)
+        for found in together
+    )
 
 
-def _make_fire(model: SpikingNetwork, pair: Tensor) -> str | None:
+def _make_fire(model: SpikingNetwork, pair: Tensor) -> str:
     """Make spikes leave every layer, also of a network that is not trained yet.
 
     Parameters that are all zero, such as gains of branches, become random, running statistics
-    become those of the samples, norms' gains triple, and inputs of silent layers grow.
+    become those of the samples, norms' gains triple, and the inputs of modules that return zeros
+    grow, innermost first.
 
     Returns:
-        The first layer that stays silent, if any.
+        The kind of the first module that stays silent, or "".
     """
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if not parameter.any():
             parameter.normal_(generator=generator)
     norms = [module for module in model.eval().modules() if isinstance(module, BatchNorm)]
-    for module in model.modules():
-        if isinstance(module, FusedLayer):
-            module.execution = "reference"
     for norm in norms:
         norm.momentum = 1.0
         norm.weight.mul_(3)
-    for _ in range(4):
+    for module in model.modules():
+        if isinstance(module, FusedLayer):
+            module.execution = "reference"
+    fired: dict[nn.Module, float] = {}
+    for _ in range(_ROUNDS):
         for norm in norms:
             norm.training = True
         _logits(model, pair)
-        model.eval()
-        raised, silent = _raise_inputs(model, pair)
-        if not raised and silent is None:
+        fired = _fired(model.eval(), pair)
+        for module in (silent := [one for one, share in fired.items() if share < _ENOUGH]):
+            module.register_forward_pre_hook(lambda _, x: (4 * x[0], *x[1:]))
+        if not silent:
             break
-        for parameter in model.parameters():  # Layers may be functions, which have no inputs here.
-            parameter.mul_(1 + (parameter.ndim > 1 and silent is not None))
-    return silent
+    return next((type(module).__name__ for module, share in fired.items() if not share), "")
 
 
-def _raise_inputs(model: SpikingNetwork, x: Tensor) -> tuple[bool, str | None]:
-    """Multiply the input of each layer that returns zeros, until some are not.
+def _fired(model: nn.Module, x: Tensor) -> dict[nn.Module, float]:
+    """Return the fraction of each module's outputs that is not 0, if its input is not."""
+    found: dict[nn.Module, float] = {}
 
-    A layer is an innermost module, or one around it, as neurons around a surrogate function.
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and isinstance(next(iter(inputs), None), Tensor):
+            share = int(output.count_nonzero()) / max(output.numel(), 1)
+            if inputs[0].any():
+                found[module] = max(share, found.get(module, 0.0))
 
-    Returns:
-        True if there were any, and the first one that stays silent.
-    """
-    names = _names(model)
-    heights, trying, raised = [0], False, False
-    fires: dict[nn.Module, bool] = {}
-
-    def enter(_module: nn.Module, _inputs: Any) -> None:
-        if not trying:
-            heights.append(0)
-
-    def leave(module: nn.Module, inputs: Any, keywords: Any, output: Any) -> Any:
-        nonlocal trying, raised
-        if trying:
-            return output
-        height = heights.pop()
-        heights[-1] = max(heights[-1], height + 1)
-        x = inputs[0] if inputs else None
-        if height > 1 or not (isinstance(x, Tensor) and isinstance(output, Tensor)):
-            return output
-        trying = True
-        for gain in _GAINS if x.any() and not output.any() else ():
-            again = module.forward(x * gain, *inputs[1:], **keywords)
-            if 16 * again.count_nonzero() >= again.numel() or (gain == _GAINS[-1] and again.any()):
-                output, raised = again, True
-                module.register_forward_pre_hook(partial(_raised, gain))
-                break
-        trying = False
-        if height == 0:
-            fires[module] = fires.get(module, False) or bool(x.any() and output.any())
-        return output
-
-    hooks = nn.modules.module
-    with (
-        hooks.register_module_forward_pre_hook(enter),
-        hooks.register_module_forward_hook(leave, with_kwargs=True),
-    ):
+    with nn.modules.module.register_module_forward_hook(note):
         model(x)
-    return raised, next((names[module] for module, fired in fires.items() if not fired), None)
-
-
-def _raised(gain: float, _module: nn.Module, inputs: Any) -> Any:
-    return inputs[0] * gain, *inputs[1:]
+    return found
 
 
 def _logits(model: SpikingNetwork, x: Tensor) -> Tensor:
     logits = model(x, per_timestep=True)
     check_logits(logits, model.timesteps, len(x), model.num_classes)
     return logits
-
-
-def _names(model: nn.Module) -> dict[nn.Module, str]:
-    return {m: f"{name or 'the network'} ({type(m).__name__})" for name, m in model.named_modules()}
-
-
-class _EnoughError(Exception):
-    """The rest of a pass is not needed."""
-
-
-def _mixing_module(model: nn.Module, samples: Tensor, batch: Tensor) -> str:
-    """Return the first module with a value that depends on a batch's first sample and others."""
-
-    def values(x: Tensor, most: int | None = None) -> tuple[list[Tensor], list[str]]:
-        found: list[Tensor] = []
-
-        def keep(x: Tensor) -> Tensor:
-            if len(found) == most:
-                raise _EnoughError
-            found.append(x.flatten()[:: x.numel() // _COMPARED + 1].clone())
-            return x[:0]
-
-        with contextlib.suppress(_EnoughError):
-            return found, [name for name, _ in trace(model, x, keep)]
-        return found, []
-
-    base, names = values(batch)
-    depends = [[torch.zeros_like(x, dtype=torch.bool) for x in base] for _ in range(2)]
-    first, unchanged = len(base), 0
-    with contextlib.suppress(RuntimeError):  # operations that depend on the sample
-        for i in range(1, len(samples)):
-            other = samples.roll(i, 0)[: len(batch)]
-            mixed = torch.cat([other[:1], batch[1:]]), torch.cat([batch[:1], other[1:]])
-            for changed, x in zip(depends, mixed, strict=True):
-                for mask, new, old in zip(changed, values(x, first)[0], base, strict=False):
-                    mask |= new != old
-            both = (bool((one & two).any()) for one, two in zip(*depends, strict=True))
-            before, first = first, next((k for k, mixes in enumerate(both) if mixes), first)
-            unchanged = unchanged + 1 if first == before < len(base) else 0
-            if unchanged == _UNCHANGED:
-                break
-    return [*names, "a module"][first]
-
-
-def trace(
-    model: nn.Module, x: Tensor, keep: Callable[[Tensor], Tensor]
-) -> list[tuple[str, Tensor]]:
-    """Record ``keep`` of the tensors between a model's modules, with the module that made each."""
-    names = _names(model)
-    found: list[tuple[str, Tensor]] = []
-    around = [names[model]]
-
-    def record(name: str, values: Any) -> None:
-        tensors = values if isinstance(values, tuple) else (values,)
-        found.extend((name, keep(x).clone()) for x in tensors if isinstance(x, Tensor))
-
-    def enter(module: nn.Module, inputs: Any) -> None:
-        record(around[-1], inputs)
-        around.append(names.get(module, around[-1]))
-
-    def leave(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        record(around.pop(), output)
-
-    hooks = nn.modules.module
-    with hooks.register_module_forward_pre_hook(enter), hooks.register_module_forward_hook(leave):
-        model(x)
-    return found

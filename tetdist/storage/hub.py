@@ -94,7 +94,7 @@ def _explained(name: str) -> Iterator[None]:
     """Turn exceptions of huggingface_hub into a `UserError`."""
     from huggingface_hub import errors
 
-    # The first kind that fits is told; the later ones are more general.
+    # The first kind that fits counts; the later ones are more general.
     advice = {
         errors.GatedRepoError: "has terms that you must accept first; do so on its page",
         errors.RepositoryNotFoundError: "does not exist, or is private: check the name, and that "
@@ -112,6 +112,6 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # network errors have other classes in each version
-        told = next(text for kind, text in advice.items() if isinstance(error, kind))
+        what = next(text for kind, text in advice.items() if isinstance(error, kind))
         reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{destination(name.removeprefix(HF))} {told} ({reason})") from error
+        raise UserError(f"{destination(name.removeprefix(HF))} {what} ({reason})") from error
