@@ -64,8 +64,7 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"data.root": ...}, ("'data.root' is missing",)),
         ({"phases.0.optimizer": ...}, ("'phases.0.optimizer' is missing",)),
         ({"tracking.log_checkpoint": "all"}, ("'tracking.log_checkpoint'", "'none'", "'all'")),
-        ({"tracking.register": 3}, ("'tracking.register'", "string", "3")),
-        ({"tracking.register": "m"}, ("tracking.register: 'm'", "tracking.log_checkpoint=best")),
+        ({"tracking.experiment": 3}, ("'tracking.experiment'", "string", "3")),
         # Ranges.
         ({"batch.micro": 0}, ("'batch.micro'", "must be above 0, not 0")),
         *(

@@ -215,7 +215,6 @@ def test_a_missing_package_is_reported_before_the_run_begins(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("mlflow", "mlflow must not be listed; MLflow is on by default"),
         ("foo", "there is no tracker 'foo'; there are tensorboard, wandb"),
         ("tensorbord", "did you mean tensorboard?"),
     ],

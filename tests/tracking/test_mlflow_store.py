@@ -11,7 +11,6 @@ from tiny import expect, refused
 
 from tetdist.errors import UserError, without_passwords
 from tetdist.tracking import mlflow_store
-from tetdist.tracking.mlflow_logger import new_client
 from tetdist.tracking.mlflow_store import check_store, hand_over
 from tetdist.training.run_record import show_checkpoints
 
@@ -27,82 +26,37 @@ from tetdist.training.run_record import show_checkpoints
         ("sqlite:///:memory:", "in memory"),
         ("postgresql+nosuchdriver://host/runs", "MLflow cannot use"),
         ("mysql+nosuchdriver://user:secret@host/runs", "MLflow cannot use"),
+        ("sqlite:///{}/garbage.db", "not a database"),
+        # What may do its work later is taken.
+        ("https://user:secret@nowhere.invalid/mlflow", None),
+        ("sqlite:///{}/mlflow.db", None),
+        ("sqlite:///{}/empty.db", None),
+        ("sqlite:///{}/new/folder/mlflow.db", None),
+        ("sqlite:///{}/busy.db", None),
     ],
 )
-def test_an_address_of_no_kind_is_refused(uri, expected):
-    with pytest.raises(UserError) as caught:
-        check_store(uri)
-    text = str(caught.value)
-    assert text.startswith("tracking.uri: ")
-    assert expected in text
-    assert "tracking.mlflow=false" in text
-    assert "secret" not in text
-    assert "\n" not in text
-
-
-def filled(path):
-    with sqlite3.connect(path) as database:
-        database.execute("create table metrics (key text, step integer)")
-        database.executemany(
-            "insert into metrics values (?, ?)", [("x" * 50, i) for i in range(999)]
-        )
-    database.close()
-    return path
-
-
-def test_what_may_do_its_work_later_is_taken(tmp_path):
-    path = filled(tmp_path / "mlflow.db")
-    check_store("https://user:secret@nowhere.invalid/mlflow")  # may come back
-    check_store(f"sqlite:///{path}")
-    check_store(f"sqlite:///{tmp_path / 'new' / 'folder' / 'mlflow.db'}")
-    assert not (tmp_path / "new").exists()
+def test_an_address_that_can_never_work_is_refused(uri, expected, tmp_path):
+    (tmp_path / "garbage.db").write_bytes(b"no database" * 100)
     (tmp_path / "empty.db").touch()
-    check_store(f"sqlite:///{tmp_path / 'empty.db'}")
-    with sqlite3.connect(path, isolation_level=None) as busy:
-        busy.execute("begin exclusive")
-        check_store(f"sqlite:///{path}")
-        busy.execute("rollback")
+    for name in ("mlflow.db", "busy.db"):
+        with sqlite3.connect(tmp_path / name) as database:
+            database.execute("create table metrics (key text, step integer)")
+        database.close()
+    busy = sqlite3.connect(tmp_path / "busy.db", isolation_level=None)
+    busy.execute("begin exclusive")
+    if expected is None:
+        check_store(uri.format(tmp_path))
+        assert not (tmp_path / "new").exists()
+    else:
+        with pytest.raises(UserError) as caught:
+            check_store(uri.format(tmp_path))
+        text = str(caught.value)
+        assert text.startswith("tracking.uri: ")
+        assert expected in text
+        assert "tracking.mlflow=false" in text
+        assert "secret" not in text
+        assert "\n" not in text
     busy.close()
-
-
-@pytest.mark.parametrize("damage", ["garbage", "torn", "within"])
-def test_a_damaged_database_is_refused(damage, tmp_path):
-    path = filled(tmp_path / "mlflow.db")
-    data = path.read_bytes()
-    torn = {"garbage": b"no database" * 100, "torn": data[: len(data) // 2]}
-    path.write_bytes(torn.get(damage, data[:8192] + bytes(8192) + data[16384:]))
-    with pytest.raises(UserError, match=r"is damaged .*move it away") as caught:
-        check_store(f"sqlite:///{path}")
-    assert str(path) in str(caught.value)
-
-
-def test_a_database_of_a_newer_mlflow_is_refused(tmp_path):
-    path = tmp_path / "mlflow.db"
-    new_client(f"sqlite:///{path}").search_experiments()
-    check_store(f"sqlite:///{path}")
-    with sqlite3.connect(path) as database:
-        database.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
-    database.close()
-    path = path.rename(tmp_path / "newer.db")  # MLflow keeps the other open
-    with pytest.raises(Exception, match="ffffffffffff"):
-        new_client(f"sqlite:///{path}").search_experiments()
-    with pytest.raises(UserError, match="a newer MLflow than this one has upgraded it; pip inst"):
-        check_store(f"sqlite:///{path}")
-
-
-def test_a_database_that_cannot_be_made_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file is no folder"):
-        check_store(f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}")
-    with pytest.raises(UserError, match="no file"):
-        check_store(f"sqlite:///{tmp_path}")
-
-
-def test_permissions_are_asked_for(tmp_path, monkeypatch):
-    path = filled(tmp_path / "mlflow.db")
-    monkeypatch.setattr(os, "access", lambda place, _: place != tmp_path)
-    with pytest.raises(UserError, match="permission to write to"):
-        check_store(f"sqlite:///{path}")
 
 
 def test_the_run_is_refused_before_it_begins(main, tiny_config, tmp_path):
@@ -110,7 +64,7 @@ def test_the_run_is_refused_before_it_begins(main, tiny_config, tmp_path):
     assert refused(main(file, "tracking.uri=foo://bar")).count("error: ") == 1
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mlflow.db").write_bytes(b"no database" * 100)
-    refused(main(file), "is damaged")
+    refused(main(file), "not a database")
     assert not (tmp_path / "runs/tiny").exists()
 
 
@@ -153,8 +107,6 @@ def test_a_job_gets_a_servers_password_by_variables(monkeypatch):
     assert [os.environ[name] for name in variables] == ["", ""]
     hand_over("http://me:a%40b@host")
     assert [os.environ[name] for name in variables] == ["me", "a@b"]
-    with pytest.raises(UserError, match=r"the password of mysql://me@host/runs, .*~/\.pgpass"):
-        hand_over("mysql://me:secret@host/runs")
 
 
 @pytest.mark.parametrize(

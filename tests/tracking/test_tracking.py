@@ -35,13 +35,9 @@ from tetdist.tracking.metrics_file import (
 )
 from tetdist.tracking.mlflow_logger import Destination, ui_command
 from tetdist.tracking.tracker import Tracker
-from tetdist.tracking.trackers import Dataset, TrackedRun, _line_start
+from tetdist.tracking.trackers import TrackedRun
 
 MONITOR = "mlflow.system_metrics.system_metrics_monitor"
-PHASES = [
-    {"timesteps": 4, "epochs": 90, "optimizer.kind": "sgd", "optimizer.lr": 0.1},
-    {"timesteps": 6, "epochs": 30, "optimizer.kind": "adam", "optimizer.lr": 0.001},
-]
 
 
 @pytest.fixture(scope="session")
@@ -75,40 +71,16 @@ class Store:
 
         return mlflow.MlflowClient(tracking_uri=self.uri)
 
-    def open(
-        self,
-        run_dir,
-        resume_step=None,
-        *,
-        params=None,
-        tags=None,
-        uri=None,
-        experiment="trials",
-        **known,
-    ):
+    def open(self, run_dir, resume_step=None, *, params=None, tags=None, uri=None):
         run_dir.mkdir(exist_ok=True)
         params = {"model.name": "sew_resnet18", "lr": 0.1} if params is None else params
-        run = TrackedRun(run_dir, "a run", params, tags or {"loss": "tet"}, resume_step, **known)
-        destination = Destination(uri or self.uri, experiment, self.folder / "artifacts")
+        run = TrackedRun(run_dir, "a run", params, tags or {"loss": "tet"}, resume_step)
+        destination = Destination(uri or self.uri, "trials", self.folder / "artifacts")
         self.opened.append(Tracker(run, destination))
         return self.opened[-1]
 
     def run(self, run_dir):
         return self.client.get_run((run_dir / "mlflow_run_id").read_text().strip())
-
-    def phases(self, run_dir):
-        """The child runs that stand for phases, in their order."""
-        if not (run_dir / "mlflow_run_id").exists():
-            return []
-        parent = self.run(run_dir).info
-        found = self.client.search_runs(
-            [parent.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.run_id}'"
-        )
-        phases = [run for run in found if run.data.tags.get("phase", "").isdecimal()]
-        return sorted(phases, key=lambda run: int(run.data.tags["phase"]))
-
-    def statuses(self, run_dir):
-        return [run.info.status for run in self.phases(run_dir)]
 
     def points(self, run):
         """All that a run has been sent, sorted; NaN as -1, which equals itself."""
@@ -146,23 +118,19 @@ def untracked(tmp_path):
 
 
 def log_steps(tracker, first, last, **values):
-    """One line a step, and an evaluation at every fifth; the second phase begins at step 11."""
+    """One line a step, and an evaluation at every fifth."""
     for step in range(first, last + 1):
-        phase = int(step > 10)
-        tracker.enter_phase(phase)
-        tracker.log("train", step, {"phase": phase, "loss": float(step)} | values)
+        tracker.log("train", step, {"loss": float(step)} | values)
         if step % 5 == 0:
-            tracker.log("val", step, {"phase": phase, "top1": float(step)})
+            tracker.log("val", step, {"top1": float(step)})
 
 
 def assert_all_there(store, run_dir):
-    """Each point of the file once, in the run and in the run of its phase, which are finished."""
-    lines = read_metrics(run_dir / "metrics.jsonl")
-    for number, run in ((None, store.run(run_dir)), *enumerate(store.phases(run_dir))):
-        of_run = [line for line in lines if number in (None, line.get("phase"))]
-        expected = [(key, line["step"], value) for line in of_run for key, value in points_of(line)]
-        assert store.points(run) == sorted(expected), number
-        assert run.info.status == "FINISHED"
+    """Each point of the file once, in a run that is finished."""
+    lines, run = read_metrics(run_dir / "metrics.jsonl"), store.run(run_dir)
+    expected = [(key, line["step"], value) for line in lines for key, value in points_of(line)]
+    assert store.points(run) == sorted(expected)
+    assert run.info.status == "FINISHED"
 
 
 # The file.
@@ -289,19 +257,6 @@ def test_lines_from_the_end_are_those_from_the_beginning(block, torn, tmp_path, 
         next(found)
 
 
-def test_a_tracker_of_ones_own_is_given_no_torn_line(tmp_path):
-    """Removing a damaged line moves those behind it, and the tracker's mark stays."""
-    path = tmp_path / "metrics.jsonl"
-    lines = [f'{{"kind": "train", "step": {step}, "loss": 1.{"5" * step}}}\n' for step in (1, 2, 3)]
-    path.write_text("".join(lines))
-    first, second = len(lines[0]), len(lines[0]) + len(lines[1])
-    assert [_line_start(path, mark) for mark in (0, first, second)] == [0, first, second]
-    assert _line_start(path, 10_000) == path.stat().st_size
-    path.write_text("".join(lines[1:]))
-    assert _line_start(path, second) == 0
-    assert [line for _, line in lines_of(path, _line_start(path, second))] == read_metrics(path)
-
-
 def test_a_full_disk_is_reported_and_leaves_whole_lines(untracked, tmp_path):
     tracker = untracked()
     tracker.log("train", 1, {"loss": 1.0})
@@ -398,61 +353,43 @@ def test_everything_arrives(store, tmp_path, monkeypatch):
     assert list(elsewhere.iterdir()) == []
 
 
-def test_experiments_open_as_model_training(store, tmp_path):
-    def kind(name):
-        return str(store.client.get_experiment_by_name(name).tags["mlflow.experimentKind"])
-
-    store.client.create_experiment("older")
-    store.client.create_experiment("chosen", tags={"mlflow.experimentKind": "genai_development"})
-    for name in ("new", "older", "chosen"):
-        store.open(tmp_path / name, experiment=name).close("FINISHED")
-    assert [kind(name) for name in ("new", "older")] == ["custom_model_development"] * 2
-    assert kind("chosen") == "genai_development"
-
-
-def test_a_resumed_run_is_the_same_run_and_newest_values_count(store, tmp_path):
+def test_a_resumed_run_is_the_same_run_and_no_point_is_there_twice(store, tmp_path):
     """Requeued at step 6 after a checkpoint of step 2; only the speed comes out another."""
     run_dir = tmp_path / "run"
 
     def train(tracker, first, last, speed):
-        tracker.enter_phase(1)
         for step in range(first, last + 1):
             values = {"loss": math.inf if step == 4 else math.nan if step == 5 else float(step)}
-            tracker.log("train", step, values | {"samples_per_s": speed + step, "phase": 1})
+            tracker.log("train", step, values | {"samples_per_s": speed + step})
 
-    tracker = store.open(run_dir, phases=PHASES)
+    tracker = store.open(run_dir)
     train(tracker, 1, 6, 100.0)
     tracker.close("RUNNING")
     first = store.run(run_dir).info
     assert first.status == "RUNNING"
-    tracker = store.open(run_dir, 2, phases=PHASES, params={"lr": 0.2, "new": 1})
+    tracker = store.open(run_dir, 2, params={"lr": 0.2, "new": 1})
     train(tracker, 3, 8, 200.0)
     tracker.close("FAILED")
     assert store.run(run_dir).info.status == "FAILED"
-    # Once more, and as the last time: nothing is sent a third time.
-    tracker = store.open(run_dir, 2, phases=PHASES, tags={"loss": "sdt"})
+    tracker = store.open(run_dir, 3, tags={"loss": "sdt"})
     tiny.wait_until(lambda: store.run(run_dir).info.status == "RUNNING", 40)
-    train(tracker, 3, 8, 200.0)
+    train(tracker, 4, 8, 200.0)
     tracker.close("FINISHED")
 
     run = store.run(run_dir)
     assert (run.info.run_id, run.info.status) == (first.run_id, "FINISHED")
+    # MLflow does not let parameters change; tags may.
     assert run.data.params == {"model.name": "sew_resnet18", "lr": "0.1", "new": "1"}
-    assert run.data.tags["resumed_at_step"] == "2, 2"
+    assert run.data.tags["resumed_at_step"] == "3"
     assert run.data.tags["loss"] == "sdt"
-    assert run.data.metrics["train/samples_per_s"] == 208.0
-    phases = store.phases(run_dir)
-    assert len(phases) == 1
+    # Of the steps that are computed again, MLflow keeps the values that it got first.
     expected = [("train/samples_per_s", step, 100.0 + step) for step in range(1, 7)]
-    expected += [("train/samples_per_s", step, 200.0 + step) for step in range(3, 9)]
-    expected += [("train/phase", step, 1.0) for step in range(1, 9)]
+    expected += [("train/samples_per_s", step, 200.0 + step) for step in (7, 8)]
     losses = {4: sys.float_info.max, 5: -1.0}
     expected += [("train/loss", step, losses.get(step, float(step))) for step in range(1, 9)]
-    for one in (run, *phases):
-        assert store.points(one) == sorted(expected)
-        history = store.client.get_metric_history(one.info.run_id, "train/samples_per_s")
-        newest = {m.step: m.value for m in sorted(history, key=lambda m: m.timestamp)}
-        assert newest == {step: (100 if step <= 2 else 200) + step for step in range(1, 9)}
+    assert store.points(run) == sorted(expected)
+    kind = store.client.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"]
+    assert kind == "custom_model_development"
 
 
 class Killed(BaseException):
@@ -490,26 +427,22 @@ def test_a_kill_at_any_call_is_caught_up(store, tmp_path, monkeypatch):
         with pytest.MonkeyPatch.context() as patch:
             for name in ("create_run", "log_batch", "update_run_info"):
                 patch.setattr(SqlAlchemyStore, name, counted(getattr(SqlAlchemyStore, name)))
-            killed = store.open(run_dir, 17, phases=PHASES)
-            killed.enter_phase(1)
+            killed = store.open(run_dir, 17)
             killed.close("KILLED")
         # Lines after a checkpoint are computed again.
-        tracker = store.open(run_dir, 14, phases=PHASES)
+        tracker = store.open(run_dir, 14)
         log_steps(tracker, 15, 20, **values)
         tracker.close("FINISHED")
         assert_all_there(store, run_dir)
         if killed.is_complete:
             break
-    assert number > 12
+    assert number > 5
 
 
 def test_a_run_that_mlflow_forgot_is_sent_anew(store, empty_store, tmp_path, caplog):
     run_dir = tmp_path / "run"
-    tracker = store.open(run_dir)  # by a version that knew nothing of phases
-    log_steps(tracker, 1, 10)
-    tracker.close("KILLED")
-    tracker = store.open(run_dir, 10, phases=PHASES)
-    log_steps(tracker, 11, 20)
+    tracker = store.open(run_dir)
+    log_steps(tracker, 1, 20)
     tracker.close("FINISHED")
     assert_all_there(store, run_dir)
     first = store.run(run_dir).info.run_id
@@ -518,87 +451,31 @@ def test_a_run_that_mlflow_forgot_is_sent_anew(store, empty_store, tmp_path, cap
     elsewhere.folder.mkdir()
     shutil.copy(empty_store, elsewhere.folder / "mlflow.db")
     with caplog.at_level(logging.INFO, logger="tetdist"):
-        elsewhere.open(run_dir, 20, phases=PHASES).close("FINISHED")
+        elsewhere.open(run_dir, 20).close("FINISHED")
     (message,) = [record.getMessage() for record in caplog.records]
     assert f"does not have run {first}" in message
     assert_all_there(elsewhere, run_dir)
 
-    # Deleted by hand, in the user interface: a phase, beside runs that others have hung below ours.
-    client, parent = elsewhere.client, elsewhere.run(run_dir).info
-    client.delete_run(elsewhere.phases(run_dir)[0].info.run_id)
-    below = {"mlflow.parentRunId": parent.run_id}
-    for tags in (below, below | {"phase": "of the moon"}):
-        client.create_run(parent.experiment_id, tags=tags)
-    before = {run.info.run_id for run in client.search_runs([parent.experiment_id])}
-    elsewhere.open(run_dir, 20, phases=PHASES).close("FINISHED")
-    after = {run.info.run_id for run in client.search_runs([parent.experiment_id])}
-    assert before < after
-    assert len(after - before) == 1
-    assert_all_there(elsewhere, run_dir)
-
-    # And the run.
-    client.delete_run(parent.run_id)
-    elsewhere.open(run_dir, 20, phases=PHASES).close("FINISHED")
+    # Deleted by hand, in the user interface.
+    elsewhere.client.delete_run(elsewhere.run(run_dir).info.run_id)
+    elsewhere.open(run_dir, 20).close("FINISHED")
     assert_all_there(elsewhere, run_dir)
 
 
-def test_datasets_and_models_are_there_once_however_often_a_run_is_opened(store, tmp_path):
-    data = Dataset("digits/train", "0123456789abcdef", "/d/train", "training", {"samples": 40})
-    for name, starts in (("run", 3), ("other", 1)):
-        file = tmp_path / name / "checkpoints" / "step-00000005" / "model.safetensors"
-        file.parent.mkdir(parents=True)
-        file.write_text(name)
-        for start in range(starts):
-            resume_step = 5 if start else None
-            tracker = store.open(tmp_path / name, resume_step, datasets=[data])
-            tracker.artifact(file)
-            tracker.register(file, "digits", f"top-1 of {name}")
-            tracker.close("FINISHED")
-    (found,) = store.run(tmp_path / "run").inputs.dataset_inputs
-    assert (found.dataset.name, found.dataset.digest) == ("digits/train", "0123456789abcdef")
-    assert found.tags[0].value == "training"
-    versions = {v.version: v for v in store.client.search_model_versions("name = 'digits'")}
-    assert sorted(versions) == [1, 2]
-    for number, name in ((1, "run"), (2, "other")):
-        assert versions[number].run_id == store.run(tmp_path / name).info.run_id
-        assert versions[number].description == f"top-1 of {name}"
-        folder = Path(versions[number].source.removeprefix("file://"))
-        assert (folder / "model.safetensors").read_text() == name
+def test_a_full_artifact_store_does_not_leave_the_run_unfinished(store, tmp_path, monkeypatch):
+    import mlflow
 
+    def full(*_):
+        raise OSError("no space left")
 
-def test_a_phase_has_its_state_and_the_one_that_stops_that_of_its_run(store, tmp_path):
-    run_dir = tmp_path / "run"
-    tracker = store.open(run_dir, phases=PHASES)
-    tracker.enter_phase(0)
-    # Before its first line.
-    tiny.wait_until(lambda: store.statuses(run_dir) == ["RUNNING"], 40)
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifact", full)
+    tracker = store.open(tmp_path / "run")
     log_steps(tracker, 1, 10)
-    tracker.enter_phase(1)
-    tiny.wait_until(lambda: store.statuses(run_dir) == ["FINISHED", "RUNNING"], 40)
-    tracker.close("FAILED")  # before a line of the second, say, memory runs out
-    assert store.statuses(run_dir) == ["FINISHED", "FAILED"]
-    ended = store.phases(run_dir)[0].info.end_time
-
-    # From a checkpoint of the phase before: the second, which had begun, does not run now.
-    tracker = store.open(run_dir, 8, phases=PHASES)
-    log_steps(tracker, 9, 9)
-    tiny.wait_until(lambda: store.statuses(run_dir) == ["RUNNING", "KILLED"], 40)
-    log_steps(tracker, 10, 13)
-    tracker.close("RUNNING")  # a requeued job
-    assert store.statuses(run_dir) == ["FINISHED", "RUNNING"]
-    first, second = store.phases(run_dir)
-    assert first.info.end_time > ended
-    # They are found by the run's tags, too, and by their own T.
-    assert first.data.tags["loss"] == "tet"
-    assert [run.data.tags["timesteps"] for run in (first, second)] == ["4", "6"]
-
-    tracker = store.open(run_dir, 12, phases=PHASES)
-    log_steps(tracker, 13, 20)
+    (tmp_path / "run" / "config.yaml").write_text("model: {}\n")
+    tracker.artifact(tmp_path / "run" / "config.yaml")
     tracker.close("FINISHED")
-    # Started again though nothing is left to do.
-    store.open(run_dir, 20, phases=PHASES).close("FINISHED")
-    assert_all_there(store, run_dir)
-    assert store.phases(run_dir)[0].info.end_time == first.info.end_time
+    assert not tracker.is_complete
+    assert_all_there(store, tmp_path / "run")
 
 
 # Servers and databases.
@@ -670,7 +547,6 @@ def test_two_runs_make_one_database_at_once_after_a_kill(tmp_path, capfd, caplog
         patch.setattr("mlflow.store.db.utils._upgrade_db", kill)
         with pytest.raises(Killed):
             mlflow_logger.new_client(store.uri)
-    assert [path.suffix for path in store.folder.iterdir()] == [".tmp"]
     run_dirs = [tmp_path / "a", tmp_path / "b"]
     for tracker in [store.open(run_dir) for run_dir in run_dirs]:
         tracker.log("train", 1, {"loss": 1.0})

@@ -42,7 +42,6 @@ OPERATIONAL_KEYS = (
     "tracking.uri",
     "tracking.experiment",
     "tracking.log_checkpoint",
-    "tracking.register",
 )
 
 # Keys without use for repeating a run on another machine: its places, device, tracking and

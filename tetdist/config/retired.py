@@ -23,6 +23,7 @@ class Retired(NamedTuple):
 # By dotted key; phases.N stands for each phase.
 RETIRED: dict[str, Retired] = {
     "data.cache": Retired(None, "copy the shards yourself, and set data.root to the copy"),
+    "tracking.register": Retired(None, "register the model of log_checkpoint on MLflow's pages"),
     "phases.N.quantize": Retired(False, "remove it: export --int8 rounds trained weights"),
 }
 

@@ -113,23 +113,10 @@ class Tracker:
             artifacts = self._mlflow.artifacts
             artifacts[path] = artifacts.get(path, 0) + 1
 
-    def register(self, path: Path, name: str, description: str) -> None:
-        """Register an announced artifact as the next version of a model in MLflow.
-
-        The same artifact of the same run is registered only once.
-        """
-        if self._mlflow is not None:
-            self._mlflow.model = path, name, description
-
     def set_tag(self, key: str, value: str) -> None:
         """Set a tag of the run in MLflow."""
         if self._mlflow is not None:
             self._mlflow.tags[key] = value
-
-    def enter_phase(self, number: int) -> None:
-        """Set the current phase; earlier lines belong to earlier phases."""
-        if self._mlflow is not None:
-            self._mlflow.phase = number
 
     def close(self, status: Status, timeout: float = 30) -> None:
         """End the record and wait until all trackers have all of it.

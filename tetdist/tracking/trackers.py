@@ -14,7 +14,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -33,22 +33,6 @@ LINES = 1000  # largest number of lines per call of a tracker
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """A split of the data, as MLflow's pages show it.
-
-    Attributes:
-        digest: Fingerprint of its content, in at most 36 characters.
-        context: "training" or "validation".
-    """
-
-    name: str
-    digest: str
-    source: str
-    context: str
-    profile: Mapping[str, int]
-
-
-@dataclass(frozen=True)
 class TrackedRun:
     """The run that trackers record.
 
@@ -57,8 +41,6 @@ class TrackedRun:
         params: The resolved configuration, flattened to dotted keys.
         resume_step: Step at which the run resumes; None: it is new. Later steps are computed and
             sent again.
-        phases: The configuration of each phase, flattened, with its `timesteps`. If there are
-            several, MLflow shows each as a child run.
         note: A description in Markdown.
     """
 
@@ -67,8 +49,6 @@ class TrackedRun:
     params: Mapping[str, Any]
     tags: Mapping[str, str]
     resume_step: int | None
-    phases: Sequence[Mapping[str, Any]] = ()
-    datasets: Sequence[Dataset] = ()
     note: str | None = None
 
 
@@ -81,7 +61,7 @@ class OwnTracker(Protocol):
       `UserError` if the tracker cannot work, for example without its package.
     * ``from_first_line = True``: class attribute; at each start, and after each error, the tracker
       is made anew and gets the file from its first line on.
-    * ``show``: method, called without arguments after each reading of the file.
+    * ``show``: method, called without arguments after each reading of the file before the end.
     """
 
     def log(self, lines: list[dict[str, Any]]) -> None:
@@ -98,11 +78,6 @@ TRACKERS: Registry[MakesTracker] = Registry("tracker", "tracking.trackers")
 def check_names(names: Iterable[str]) -> None:
     """Check that trackers of these names exist, even if they cannot be used here."""
     for name in names:
-        if name == "mlflow" and name not in TRACKERS:
-            raise UserError(
-                "tracking.trackers: mlflow must not be listed; MLflow is on by default, and "
-                "tracking.mlflow=false turns it off"
-            )
         TRACKERS.find(name, "tracking.trackers")
 
 
@@ -137,7 +112,7 @@ class TrackerThread:
         self._offset = 0
         goes_on = run.resume_step is not None and not self._from_first_line
         if goes_on and self._mark.is_file():
-            self._offset = _line_start(file, json.loads(self._mark.read_text())["bytes"])
+            self._offset = min(json.loads(self._mark.read_text())["bytes"], file.stat().st_size)
         self.sent = self._offset  # the furthest position so far
         self.trouble = ""
         self._is_complete = False
@@ -152,9 +127,11 @@ class TrackerThread:
             # Read before sending, so that lines logged before close() are sent before closing.
             closing = self._closing.is_set()
             try:
-                self._send()
-                if closing and self._tracker is not None:
-                    self._tracker.close(self._status)
+                tracker = self._send()
+                if closing:
+                    tracker.close(self._status)
+                elif (show := getattr(tracker, "show", None)) is not None:
+                    show()
             except Exception as error:
                 failures += 1
                 self.trouble = f"{type(error).__name__}: {first_line(error)}"
@@ -183,7 +160,8 @@ class TrackerThread:
             else:
                 self._closing.wait(SEND_EVERY * 2 ** min(failures, 5))  # at most about a minute
 
-    def _send(self) -> None:
+    def _send(self) -> OwnTracker:
+        """Send the tracker all new lines of the file."""
         if self._tracker is None:
             self._tracker = self._make(self._run)
         lines = lines_of(self._file, self._offset)
@@ -195,8 +173,7 @@ class TrackerThread:
                 self._mark.parent.mkdir(exist_ok=True)
                 with replacing(self._mark, sync=False) as stream:
                     stream.write(json.dumps({"bytes": self._offset}).encode())
-        if (show := getattr(self._tracker, "show", None)) is not None:
-            show()
+        return self._tracker
 
     def close(self, status: Status, timeout: float) -> bool:
         """Send the remaining lines to the tracker, and close it.
@@ -227,12 +204,3 @@ def first_line(error: Exception) -> str:
     # The reason of a refused connection is at the end of a long line.
     reason = re.search(r"Caused by \w+\((.*?)\)*$", text.splitlines()[0])
     return without_passwords((reason[1] if reason else text.splitlines()[0]).strip("\"'"))[:300]
-
-
-def _line_start(file: Path, offset: int) -> int:
-    """Return the offset at which to continue in a file that was read up to ``offset``; 0 if the
-    file has changed, since a repeated line is better than a part of one."""
-    offset = min(offset, file.stat().st_size)
-    with file.open("rb") as stream:
-        stream.seek(max(offset - 1, 0))
-        return offset if stream.read(1) == b"\n" else 0

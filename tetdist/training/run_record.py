@@ -1,6 +1,5 @@
 """The record of a run for MLflow and other trackers besides metrics: tags, data, description."""
 
-import json
 import platform
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from tetdist.tables import markdown
 from tetdist.tracking import environment
 from tetdist.tracking.mlflow_logger import Destination
 from tetdist.tracking.tracker import Tracker
-from tetdist.tracking.trackers import Dataset, Status, TrackedRun
+from tetdist.tracking.trackers import Status, TrackedRun
 from tetdist.training.prepared import Prepared
 from tetdist.wording import counted
 
@@ -72,11 +71,6 @@ class RunRecord:
                 params=flatten(config.as_dict()),
                 tags=self._tags() | {"hosts": " ".join(hosts)},
                 resume_step=step if (folder / "metrics.jsonl").exists() else None,
-                phases=[
-                    flatten(phase.model_dump(mode="json")) | {"timesteps": phase.timesteps_as_text}
-                    for phase in config.phases
-                ],
-                datasets=self._datasets(),
                 note=self._note(),
             ),
             Destination.of(config),
@@ -99,20 +93,10 @@ class RunRecord:
 
     def _log_checkpoint(self, tracker: Tracker) -> None:
         """Upload the checkpoint of a finished run to MLflow, if configured."""
-        which, name = self.config.tracking.log_checkpoint, self.config.tracking.register_
+        which = self.config.tracking.log_checkpoint
         pointer = self.config.run_dir / "checkpoints" / which
-        if which == "none" or not pointer.is_file():
-            return
-        folder = checkpoint_at(pointer)
-        file = folder / checkpoint.MODEL_FILE
-        tracker.artifact(file)
-        if name is not None:
-            state = json.loads((folder / checkpoint.STATE_FILE).read_text())
-            what = (
-                f"The {which} checkpoint of {self.config.name}, of step {state['step']:,}: top-1 "
-                f"{state['result']['top1']:.2f} % on val."
-            )
-            tracker.register(file, name, f"{what}\n\n{self._note()}")
+        if which != "none" and pointer.is_file():
+            tracker.artifact(checkpoint_at(pointer) / checkpoint.MODEL_FILE)
 
     @property
     def _evaluated_on(self) -> str:
@@ -175,16 +159,3 @@ class RunRecord:
             f"    {typed('eval', '--checkpoint', config.run_dir.resolve())}",
         ]
         return "\n".join(lines)
-
-    def _datasets(self) -> list[Dataset]:
-        root = Path(self.config.data.root).resolve()
-        return [
-            Dataset(
-                name=f"{root.name}/{index.split}",
-                digest=index.fingerprint[:16],
-                source=str(root / index.split),
-                context=context,
-                profile={"samples": len(index), "classes": len(index.classes)},
-            )
-            for index, context in ((self.run.train, "training"), (self.run.val, "validation"))
-        ]

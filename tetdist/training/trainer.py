@@ -120,8 +120,6 @@ class Trainer:
         if self.phase is None or phase.section.optimizer != "continue":
             self._leave()
             self._open_engine(phase)
-        if self.tracker:
-            self.tracker.enter_phase(phase.number)
         run = self.prepared
         self.model.set_timesteps(phase.section.most_timesteps)
         given = (run.micro_batches, self.teacher, self.average, phase.number)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PlainSerializer, model_validator
+from pydantic import PlainSerializer, model_validator
 
 from tetdist.config.fields import Names, Section
 from tetdist.errors import without_passwords
@@ -26,17 +26,9 @@ class TrackingSection(Section):
     """Checkpoint whose model.safetensors is copied to MLflow when the run is finished."""
     trackers: Names = ()
     """Names of trackers besides MLflow: tensorboard, wandb, or your own (see imports)."""
-    register_: str | None = Field(default=None, alias="register")
-    """Name of a model in MLflow's registry; the checkpoint of log_checkpoint becomes its next
-    version."""
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
         if twice := [name for name in self.trackers if self.trackers.count(name) > 1]:
             raise ValueError(f"trackers: {twice[0]} is listed twice; leave out one")
-        if self.register_ is not None and self.log_checkpoint == "none":
-            raise ValueError(
-                f"register: {self.register_!r} needs a checkpoint in MLflow; set "
-                "tracking.log_checkpoint=best or last, too"
-            )
         return self
