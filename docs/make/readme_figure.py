@@ -117,13 +117,8 @@ NAMES = {
 def draw_cost(figure: Any, performance: dict[str, Any]) -> None:
     """Draw the time of a step and the memory that it keeps, as multiples of the ReLU network's."""
     axis = panel(figure, "Training: about ReLU's time, less memory")
-    step, memory = performance["step-bf16"], performance["memory-bf16"]
-    seconds = {row["name"]: row["ratio"] for row in step["rows"]}
-    kept = {
-        row["name"]: row["at_most_mib"]
-        for row in memory["rows"]
-        if row["timesteps"] == step["timesteps"]
-    }
+    rows = performance["sew_resnet34-bf16"]["rows"]
+    seconds, kept = ({row["name"]: row[key] for row in rows} for key in ("ratio", "kept_mib"))
     names = [name for name in NAMES if name in seconds]
     ticks = []
     for group, (heading, values) in enumerate(

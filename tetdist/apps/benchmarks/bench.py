@@ -1,23 +1,24 @@
-"""Benchmarks of a training step's time, and of the memory kept for its backward pass."""
+"""Benchmark of a training step: its time, relative to the ReLU network's, and its memory.
+
+A step is the forward pass, the TET loss and the backward pass on random images, without the update.
+All networks take turns in this process, whose threads wait as in training.
+"""
 
 import argparse
-import contextlib
-import importlib.metadata
 import platform
 import statistics
 import sys
 import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tetdist.apps.benchmarks import turns
-from tetdist.apps.benchmarks.contestants import Contestant, contestants_of, step_of
-from tetdist.nn.precision import choose_algorithms
+from tetdist.losses import tet_loss
+from tetdist.nn.precision import autocast, choose_algorithms
 from tetdist.tables import aligned, number
 from tetdist.tracking.environment import cpu_model
 
@@ -26,129 +27,133 @@ MIB = 2**20
 
 def machine(device: str) -> dict[str, str]:
     """Return the machine and the versions that the figures depend on."""
-    found = {
+    return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model() or "",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found["spikingjelly"] = importlib.metadata.version("spikingjelly")
-    return found
 
 
-# --- model -------------------------------------------------------------------------------------
+# --- what is compared -----------------------------------------------------------------------------
 
 
-def measure_model(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure each contestant's seconds a step: medians over rounds in which all take turns."""
-    names = list(contestants_of(options))
-    if options.device == "cuda":
-        rows = measure_here(names, options, _show)
-    else:
-        with turns.contestants(names, options) as processes:
-            seconds = in_turns({name: one.step for name, one in processes.items()}, options)
-            rows = [
-                _row(name, seconds, options, one.warm_up, waiting=one.waiting)
-                for name, one in processes.items()
-            ]
-    keys = ("model", "size", "timesteps", "batch", "precision", "device", "evaluate", "repeats")
-    result = {key: getattr(options, key) for key in keys} | {"rows": rows}
-    if not options.evaluate:
-        # Keys that `slurm --benchmark` reads.
-        own = next(row for row in rows if row["name"].startswith("tetdist"))
-        result |= {"images_per_s": own["images_per_s"], "processes": 1}
-    return result
+class Contestant(NamedTuple):
+    """Network with the images and labels of a step.
 
-
-def measure_here(
-    names: list[str], options: argparse.Namespace, show: Callable[[str], None] = lambda _: None
-) -> list[dict[str, Any]]:
-    """Measure all contestants in this process, as on a GPU, whose memory processes would share.
-
-    ``show`` is called with a line when a contestant is ready.
-
-    Raises:
-        torch.OutOfMemoryError: The contestants do not fit into the GPU's memory together.
+    Attributes:
+        logits: Function from images to logits (T, B, K).
     """
+
+    model: nn.Module
+    images: Tensor
+    logits: Callable[[Tensor], Tensor]
+
+
+def contestants_of(options: argparse.Namespace) -> dict[str, Callable[[], Contestant]]:
+    """Return constructors of the ReLU network, if there is one, and of tetdist's in each mode."""
+    contestants: dict[str, Callable[[], Contestant]] = {}
+    if baseline := relu_baseline(options.model):
+        contestants["relu"] = partial(relu, options, baseline)
+    for mode in options.modes:
+        contestants[f"tetdist, {mode}"] = partial(ours, options, mode)
+    return contestants
+
+
+def relu_baseline(name: str) -> nn.Module | None:
+    """Make the ReLU network with a SEW- or Spiking-ResNet's convolutions; None for others."""
+    family, _, depth = name.rpartition("_")
+    relu_name = depth if family in ("sew", "spiking") else ""
+    return timm.create_model(relu_name) if relu_name in timm.list_models("resnet*") else None
+
+
+def ours(options: argparse.Namespace, mode: str) -> Contestant:
+    """Make tetdist's network; timesteps: recompute segments of two timesteps."""
+    torch.manual_seed(0)
+    model = timm.create_model(options.model, timesteps=options.timesteps)
+    model.set_grad_checkpointing(mode != "none")
+    model.set_segment(2 if mode == "timesteps" else None)
+    return laid_out(options, model, batch_of(options), lambda x: model(x, per_timestep=True))
+
+
+def relu(options: argparse.Namespace, baseline: nn.Module) -> Contestant:
+    """Make the contestant of a ReLU network, which gets T times the batch."""
+    images = batch_of(options)
+    if images.ndim == 5:
+        images = images.flatten(0, 1)
+    else:
+        images = images.repeat(options.timesteps, 1, 1, 1)
+    shape = (options.timesteps, options.batch)
+    return laid_out(options, baseline, images, lambda x: baseline(x).unflatten(0, shape))
+
+
+def batch_of(options: argparse.Namespace) -> Tensor:
+    """Make random images (B, 3, H, W) or event frames (B, T, 2, H, W), by the network."""
+    *_, channels, size, _ = timm.get_pretrained_cfg(options.model).input_size
+    size = options.size or size
+    generator = torch.Generator().manual_seed(0)
+    frames = (options.timesteps,) if channels == 2 else ()
+    shape = (options.batch, *frames, channels, size, size)
+    return torch.rand(shape, generator=generator).to(options.device)
+
+
+def laid_out(
+    options: argparse.Namespace,
+    model: nn.Module,
+    images: Tensor,
+    logits: Callable[[Tensor], Tensor],
+) -> Contestant:
+    """Return the contestant on its device, in channels_last memory."""
+    model.to(options.device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+    if images.ndim == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return Contestant(model.train(), images, logits)
+
+
+def step_of(options: argparse.Namespace, contestant: Contestant) -> Callable[[], None]:
+    """Return a function that makes a step, and waits until the device has done it."""
+    model, images, logits = contestant
+    labels = torch.arange(options.batch, device=options.device) % 10
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        with autocast(images.device, options.precision):
+            output = logits(images)
+        tet_loss(output, labels, lambda_=0.001).backward()
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure each contestant's seconds a step: medians over rounds in which all take turns."""
     choose_algorithms(options.precision)
-    made, on_gpu = contestants_of(options), options.device == "cuda"
-    steps = {name: step_of(options, made[name]()) for name in names}
+    steps = {name: step_of(options, make()) for name, make in contestants_of(options).items()}
     warm_up = {}
     for name, step in steps.items():
         warm_up[name] = seconds_of(step) + seconds_of(step)
-        show(f"{name}: first two steps {warm_up[name]:.1f} s")
-    seconds = in_turns({name: partial(seconds_of, step) for name, step in steps.items()}, options)
-    return [
-        _row(name, seconds, options, warm_up[name], peak=peak_mib(step) if on_gpu else None)
+        print(f"{name}: first two steps {warm_up[name]:.1f} s", file=sys.stderr, flush=True)
+    timed = {name: partial(seconds_of, step) for name, step in steps.items()}
+    seconds = in_turns(timed, options.repeats)
+    rows = [
+        row_of(name, seconds, options.batch)
+        | {
+            "warm_up": warm_up[name],
+            "peak_mib": peak_mib(step) if options.device == "cuda" else None,
+        }
         for name, step in steps.items()
     ]
-
-
-def _show(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def seconds_of(step: Callable[[], None]) -> float:
-    """Return the seconds that a call takes."""
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
-
-
-def in_turns(
-    steps: dict[str, Callable[[], float]], options: argparse.Namespace
-) -> dict[str, list[float]]:
-    """Return the seconds of each contestant's steps, by round."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(options.repeats):
-        for name, step in steps.items():
-            seconds[name].append(step())
-    return seconds
-
-
-def _row(
-    name: str,
-    seconds: dict[str, list[float]],
-    options: argparse.Namespace,
-    warm_up: float,
-    *,
-    waiting: str | None = None,
-    peak: float | None = None,
-) -> dict[str, Any]:
-    values, first = seconds[name], next(iter(seconds.values()))
-    return {
-        "name": name,
-        "seconds": statistics.median(values),
-        "fastest": min(values),
-        "ratio": turns.ratio(values, first),
-        "images_per_s": options.batch / statistics.median(values),
-        "warm_up": warm_up,
-        "waiting": waiting,
-        "peak_mib": peak,
-    }
-
-
-def model_table(result: dict[str, Any]) -> str:
-    what = "evaluation" if result["evaluate"] else "training step"
-    rows = [["", "s", "/ first", "images/s", "first two steps, s", "waiting", "peak, MiB"]]
-    rows += [
-        [
-            row["name"],
-            f"{row['seconds']:.3f}",
-            f"{row['ratio']:.3f}",
-            f"{row['images_per_s']:.2f}",
-            f"{row['warm_up']:.1f}",
-            row["waiting"] or "",
-            number(row["peak_mib"], ".0f"),
-        ]
-        for row in result["rows"]
-    ]
-    return (
-        f"{result['model']}, T={result['timesteps']}, batch {result['batch']}, "
-        f"{result['precision']}, {result['device']}: a {what}, median of {result['repeats']}\n\n"
-        f"{aligned(rows, right=range(1, 7))}"
-    )
+    keys = ("model", "size", "timesteps", "batch", "precision", "device", "repeats")
+    # Keys that `slurm --benchmark` reads: of the network in its first mode.
+    own = next(row for row in rows if row["name"].startswith("tetdist"))
+    read = {"images_per_s": own["images_per_s"], "processes": 1, "peak_mib": own["peak_mib"]}
+    read["recompute"] = options.modes[0]
+    return {key: getattr(options, key) for key in keys} | read | {"rows": rows}
 
 
 def peak_mib(step: Callable[[], None]) -> float:
@@ -159,104 +164,52 @@ def peak_mib(step: Callable[[], None]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
-# --- memory ------------------------------------------------------------------------------------
+def seconds_of(step: Callable[[], None]) -> float:
+    """Return the seconds that a call takes."""
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
 
 
-class SavedBytes:
-    """Counter of the bytes that autograd holds for the backward pass: present and peak.
-
-    A storage counts once, however many operations keep it; parameters do not count.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.now = self.most = 0
-        self._holders: dict[int, int] = {}
-        self._ignored = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def _pack(self, tensor: Tensor) -> "_Kept":
-        storage = tensor.untyped_storage()
-        kept = _Kept(tensor)
-        pointer = storage.data_ptr()
-        if pointer not in self._ignored:
-            if pointer not in self._holders:
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-            self._holders[pointer] = self._holders.get(pointer, 0) + 1
-            weakref.finalize(kept, self._released, pointer, storage.nbytes())
-        return kept
-
-    def _released(self, pointer: int, num_bytes: int) -> None:
-        self._holders[pointer] -= 1
-        if not self._holders[pointer]:
-            del self._holders[pointer]
-            self.now -= num_bytes
-
-    @contextlib.contextmanager
-    def counting(self) -> Iterator[None]:
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor):
-            yield
+def in_turns(steps: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Return what each contestant's function returns, by round."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            found[name].append(step())
+    return found
 
 
-class _Kept:
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+def ratio(values: Iterable[float], others: Iterable[float]) -> float:
+    """Return the median ratio by round, since any slowdown of the machine affects both."""
+    return statistics.median(one / other for one, other in zip(values, others, strict=True))
 
 
-def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the MiB an image held after the forward pass, and the peak until the backward."""
-    options = argparse.Namespace(**vars(options), evaluate=False)
-    rows: list[dict[str, Any]] = []
-    all_timesteps = options.timesteps
-    for timesteps in all_timesteps:
-        options.timesteps = timesteps
-        for name, contestant in contestants_of(options).items():
-            held = []
-            # The difference of two batch sizes is the cost of an image; costs that do not depend on
-            # the batch, such as weights in bfloat16, cancel.
-            for batch in (2, 3):
-                options.batch = batch
-                held.append(_held(options, contestant()))
-            two, three = held
-            print(f"measured T={timesteps}, {name}", file=sys.stderr, flush=True)
-            rows.append(
-                {
-                    "timesteps": timesteps,
-                    "name": name,
-                    "after_forward_mib": (three[0] - two[0]) / MIB,
-                    "at_most_mib": (three[1] - two[1]) / MIB,
-                }
-            )
-    keys = ("model", "size", "precision", "device", "segment")
-    return {key: getattr(options, key) for key in keys} | {"rows": rows}
+def row_of(name: str, seconds: Mapping[str, list[float]], batch: int) -> dict[str, Any]:
+    """Return a contestant's figures; the ratio is to the first one's."""
+    values, first = seconds[name], next(iter(seconds.values()))
+    median = statistics.median(values)
+    found = {"name": name, "seconds": median, "fastest": min(values)}
+    return found | {"ratio": ratio(values, first), "images_per_s": batch / median}
 
 
-def _held(options: argparse.Namespace, contestant: Contestant) -> tuple[int, int]:
-    from tetdist.nn.precision import autocast
-
-    model, images, logits = contestant
-    saved = SavedBytes(model)
-    with saved.counting():
-        with autocast(images.device, options.precision):
-            loss = logits(images).float().square().mean()
-        after_forward = saved.now
-        loss.backward()
-    return after_forward, saved.most
-
-
-def memory_table(result: dict[str, Any]) -> str:
-    table = {(row["timesteps"], row["name"]): row for row in result["rows"]}
-    names = list(dict.fromkeys(name for _, name in table))
-
-    def cell(timesteps: int, name: str) -> str:
-        row, first = table[timesteps, name], table[timesteps, names[0]]
-        part = row["after_forward_mib"] / first["after_forward_mib"]
-        return f"{row['after_forward_mib']:.1f} ({row['at_most_mib']:6.1f}) {100 * part:4.0f} %"
-
-    rows = [["T", *names]]
-    rows += [
-        [str(t), *(cell(t, name) for name in names)] for t in dict.fromkeys(t for t, _ in table)
+def table(result: dict[str, Any]) -> str:
+    """Return the result as text."""
+    head = ["", "s", "/ first", "images/s", "first two steps, s", "peak, MiB"]
+    rows = [
+        [
+            row["name"],
+            f"{row['seconds']:.3f}",
+            f"{row['ratio']:.3f}",
+            f"{row['images_per_s']:.2f}",
+            f"{row['warm_up']:.1f}",
+            number(row["peak_mib"], ".0f"),
+        ]
+        for row in result["rows"]
     ]
     return (
-        f"{result['model']}, {result['precision']}: MiB an image kept for the backward pass, after "
-        f"the forward pass (peak)\n\n{aligned(rows, right=range(len(rows[0])))}"
+        f"{result['model']}, T={result['timesteps']}, batch {result['batch']}, "
+        f"{result['precision']}, {result['device']}: a training step, median of "
+        f"{result['repeats']}\n\n"
+        f"{aligned([head, *rows], right=range(1, len(head)))}"
     )

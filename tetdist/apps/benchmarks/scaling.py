@@ -1,163 +1,219 @@
-"""Benchmark of scaling: several processes compared with one.
+"""Benchmark of scaling: several processes that average their gradients, in turns with one alone.
 
-Contestants take turns in one run: one process alone; all processes independently, which shows the
-machine's limit; and all processes averaging their gradients. Each process has its own cores (or
-GPU), and trains with the same engine as runs.
+Each process has its own cores (or GPU), and takes the trainer's step with the same engine as runs.
 """
 
 import argparse
 import contextlib
 import itertools
+import multiprocessing
 import os
-import statistics
-import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
 
+import timm
 import torch
 from torch import Tensor
 
-from tetdist.apps.benchmarks.contestants import wait
-from tetdist.apps.benchmarks.turns import TimedProcess, parent_options, ratio, serve
+import tetdist.models  # noqa: F401  # registers them
+from tetdist.apps.benchmarks.bench import in_turns, ratio, row_of
+from tetdist.config.loading import parse
+from tetdist.config.schema import RunConfig
 from tetdist.distributed.meeting import free_port
+from tetdist.distributed.world import World, join
+from tetdist.errors import UserError
+from tetdist.nn import batch_norm
+from tetdist.nn.precision import choose_algorithms, parameter_type
+from tetdist.optimizers import make_optimizer
 from tetdist.tables import aligned
-
-if TYPE_CHECKING:
-    from tetdist.config.schema import RunConfig
-    from tetdist.distributed.world import World
-    from tetdist.training.step import Step
+from tetdist.training.engines.base import EngineParts
+from tetdist.training.engines.create import make_engine
+from tetdist.training.step import LOSS, SAMPLES, Step
 
 # --- the processes ------------------------------------------------------------------------------
 
 
-class Worker(TimedProcess):
-    """Process that makes training steps on command."""
+class Worker:
+    """Process that takes steps on command; it ends when this process does.
 
-    def __init__(self, options: argparse.Namespace, rank: int, world_size: int, port: int) -> None:
-        cores = sorted(os.sched_getaffinity(0))
-        own = cores[rank :: options.processes] if len(cores) >= options.processes else cores
-        super().__init__(
-            "tetdist.apps.benchmarks.scaling",
-            argparse.Namespace(**vars(options) | {"cores": own}),
-            # An independent process is its own group; local rank r still selects the r-th GPU.
-            RANK=str(rank if world_size > 1 else 0),
-            WORLD_SIZE=str(world_size),
-            LOCAL_RANK=str(rank),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            OMP_NUM_THREADS=str(options.threads or max(1, len(own))),
+    Args:
+        make: Function that the process calls with ``arguments``; it returns the step.
+        environment: Variables that the process starts with; None: without this one.
+    """
+
+    def __init__(
+        self,
+        make: Callable[..., Callable[[], object]],
+        *arguments: Any,
+        **environment: str | None,
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other_end = context.Pipe()
+        self._process = context.Process(
+            target=_work, args=(other_end, make, *arguments), daemon=True
         )
+        before = dict(os.environ)
+        try:
+            for name, value in environment.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+            self._process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        other_end.close()
+
+    def begin(self, steps: int) -> None:
+        """Have the process take so many steps."""
+        # `seconds` reports a process that has ended.
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe.send(steps)
+
+    def seconds(self) -> float:
+        """Wait until the steps are taken, and return the seconds of one."""
+        try:
+            return float(self._pipe.recv())
+        except (EOFError, ConnectionResetError) as error:
+            self._process.join()
+            raise UserError(
+                f"a process of the benchmark ended with status {self._process.exitcode}; its error "
+                "is above"
+            ) from error
+
+    def end(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.join()
+
+
+def _work(pipe: Connection, make: Callable[..., Callable[[], object]], *arguments: Any) -> None:
+    """Take the number of steps in each message, and answer with the seconds a step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starting process ends this one
+    os.dup2(2, 1)  # DeepSpeed prints, and only the table belongs into the output
+    step = make(*arguments)
+    # Without the starting process there is nothing to receive.
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            steps = pipe.recv()
+            started = time.perf_counter()
+            for _ in range(steps):
+                step()
+            pipe.send((time.perf_counter() - started) / steps)
+
+
+def worker_of(options: argparse.Namespace, rank: int, world_size: int, port: int) -> Worker:
+    """Start a process that makes training steps."""
+    cores = sorted(os.sched_getaffinity(0))
+    own = cores[rank :: options.processes] if len(cores) >= options.processes else cores
+    return Worker(
+        synthetic_step,
+        options,
+        own,
+        # An independent process is its own group; local rank r still selects the r-th GPU.
+        RANK=str(rank if world_size > 1 else 0),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS=str(options.threads or max(1, len(own))),
+    )
 
 
 def together(workers: list[Worker], steps: int) -> float:
     """Return the seconds a step of the slowest worker, when all run at the same time."""
     for worker in workers:
-        worker.send(str(steps))
+        worker.begin(steps)
     return max([worker.seconds() for worker in workers])
 
 
 @contextlib.contextmanager
 def processes(options: argparse.Namespace) -> Iterator[tuple[list[Worker], list[Worker]]]:
-    """Yield independent processes, and as many that train together."""
-    count = options.processes
-    workers: list[Worker] = []
+    """Yield a process alone, and all that train together; each has built its kernels."""
+    count, workers = options.processes, []
     try:
-        # Start them in sequence, because the first may have to build kernels.
-        for rank in range(count):
-            workers.append(Worker(options, rank, 1, free_port()))
-            together(workers[-1:], 2)
+        workers.append(worker_of(options, 0, 1, free_port()))
+        together(workers, 2)
         port = free_port()
-        workers += [Worker(options, rank, count, port) for rank in range(count)]
-        together(workers[count:], 2)
-        yield workers[:count], workers[count:]
+        workers.extend(worker_of(options, rank, count, port) for rank in range(count))
+        together(workers[1:], 2)
+        yield workers[:1], workers[1:]
     finally:
         for worker in workers:
             worker.end()
+
+
+def synthetic_step(options: argparse.Namespace, cores: list[int]) -> Callable[[], None]:
+    """Join the processes of the environment, and return a training step on these cores."""
+    os.sched_setaffinity(0, cores)
+    world = join(options.device)
+    step = training_step(
+        world,
+        options.model,
+        size=options.size,
+        batch=options.batch,
+        accumulation=options.accumulation,
+        timesteps=options.timesteps,
+        precision=options.precision,
+        engine=options.engine,
+    )
+
+    def one() -> None:
+        step()
+        world.wait_for_device()
+
+    return one
 
 
 # --- what is measured ---------------------------------------------------------------------------
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {"alone": [], "apart": [], "together": []}
-    with processes(options) as (singles, group):
-        for _ in range(options.repeats):
-            seconds["alone"].append(together(singles[:1], options.steps))
-            seconds["apart"].append(together(singles, options.steps))
-            seconds["together"].append(together(group, options.steps))
-    images = options.batch * options.accumulation
-    rows = []
-    for name, values in seconds.items():
-        count, median = 1 if name == "alone" else options.processes, statistics.median(values)
-        rows.append(
-            {
-                "name": name,
-                "processes": count,
-                "seconds": median,
-                # The rate relative to as many independent processes.
-                "efficiency": ratio(seconds["alone"], values),
-                "of_apart": ratio(seconds["apart"], values),
-                "images_per_s": count * images / median,
-            }
-        )
+    """Measure a step of one process, and of all together, in turns."""
+    with processes(options) as (one, group):
+        steps = {
+            "alone": partial(together, one, options.steps),
+            "together": partial(together, group, options.steps),
+        }
+        seconds = in_turns(steps, options.repeats)
+    images, count = options.batch * options.accumulation, options.processes
+    rows = [
+        row_of(name, seconds, images * (count if name == "together" else 1)) for name in seconds
+    ]
     keys = ("model", "size", "timesteps", "batch", "accumulation", "precision", "device", "engine")
     return {key: getattr(options, key) for key in keys} | {
         "rows": rows,
+        "efficiency": ratio(seconds["alone"], seconds["together"]),
         # Keys that `slurm --benchmark` reads.
         "images_per_s": rows[-1]["images_per_s"],
-        "processes": options.processes,
+        "processes": count,
     }
 
 
 def table(result: dict[str, Any]) -> str:
-    count = result["processes"]
-    names = {
-        "alone": "one process",
-        "apart": f"{count}, independent",
-        "together": f"{count}, averaging",
-    }
-    rows = [["", "s", "images/s", f"/ {count} x alone", "/ apart"]]
-    for row in result["rows"]:
-        ratios = [f"{row[name]:.3f}" for name in ("efficiency", "of_apart")]
-        rates = [f"{row['seconds']:.3f}", f"{row['images_per_s']:.2f}"]
-        rows.append([names[row["name"]], *rates, *(["", ""] if row["name"] == "alone" else ratios)])
+    """Return the result as text."""
+    rows = [["processes", "s", "images/s"]]
+    rows += [
+        [name, f"{row['seconds']:.3f}", f"{row['images_per_s']:.2f}"]
+        for name, row in zip(("1", str(result["processes"])), result["rows"], strict=True)
+    ]
     return (
         f"{result['model']}, T={result['timesteps']}, {result['accumulation']} x batch "
         f"{result['batch']} a process, {result['precision']}, {result['engine']}, "
-        f"{result['device']}: a step\n\n{aligned(rows, right=range(1, 5))}"
+        f"{result['device']}: a step with its update\n\n{aligned(rows, right=(1, 2))}\n\n"
+        f"efficiency {100 * result['efficiency']:.1f} %"
     )
 
 
-# --- in one of the processes --------------------------------------------------------------------
-
-
-def work() -> None:
-    options = parent_options()
-    os.sched_setaffinity(0, options.cores)
-    from tetdist.distributed.world import join
-
-    with join(options.device) as world:
-        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints
-            step = training_step(
-                world,
-                options.model,
-                size=options.size,
-                batch=options.batch,
-                accumulation=options.accumulation,
-                timesteps=options.timesteps,
-                precision=options.precision,
-                engine=options.engine,
-            )
-
-        def one() -> None:
-            step()
-            wait(world.device.type)
-
-        serve(one)
+# --- the training step --------------------------------------------------------------------------
 
 
 def training_step(
-    world: "World",
+    world: World,
     name: str,
     *,
     size: int | None,
@@ -171,14 +227,6 @@ def training_step(
     ``size`` is an image's side in pixels (None: the network's own); ``settings`` are other keys of
     the configuration, such as ``engine``.
     """
-    from tetdist.config.loading import parse
-    from tetdist.nn import batch_norm
-    from tetdist.nn.precision import choose_algorithms
-    from tetdist.optimizers import make_optimizer
-    from tetdist.training.engines.base import EngineParts
-    from tetdist.training.engines.create import make_engine
-    from tetdist.training.step import Step
-
     optimizer = {"kind": "sgd", "lr": 0.01}
     values = {
         "name": "bench",
@@ -200,14 +248,8 @@ def training_step(
     return MadeUp(step, size or model.default_cfg["input_size"][-1])
 
 
-def initial(config: "RunConfig") -> Any:
+def initial(config: RunConfig) -> Any:
     """Return the network of a configuration, the same each time, as it begins to train."""
-    import timm
-
-    import tetdist.models  # noqa: F401  # registers them
-    from tetdist.nn import batch_norm
-    from tetdist.nn.precision import parameter_type
-
     torch.manual_seed(0)
     model = timm.create_model(config.model.name, timesteps=config.phases[0].most_timesteps)
     batch_norm.defer_running_statistics(model)
@@ -217,7 +259,7 @@ def initial(config: "RunConfig") -> Any:
 class MadeUp:
     """The trainer's step on three batches in turn, again and again."""
 
-    def __init__(self, step: "Step", size: int) -> None:
+    def __init__(self, step: Step, size: int) -> None:
         self.step, self.size = step, size
         # Several, so that a graph that went on with those of its capture would show.
         self._batches = itertools.cycle([self.batch_of(step.world.rank, i) for i in range(3)])
@@ -237,8 +279,6 @@ class MadeUp:
 
     def __call__(self, lr: float = 0.01) -> Tensor:
         """Take a step; return its mean loss, (), without waiting for the device."""
-        from tetdist.training.step import LOSS, SAMPLES
-
         given = itertools.islice(self._batches, len(self.step.micro_batches))
         _, sums = self.step.take(next(self._numbers), given, lr)
         return sums[LOSS] / sums[SAMPLES]
@@ -246,7 +286,3 @@ class MadeUp:
     def close(self) -> None:
         """Release the engine."""
         self.step.engine.close()
-
-
-if __name__ == "__main__":
-    work()

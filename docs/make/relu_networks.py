@@ -1,18 +1,21 @@
-"""ReLU networks with the convolutions of our spiking ones, built of torch's layers."""
+"""ReLU networks with the convolutions of our spiking ones, for performance.py."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+import timm
+from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
+
+from tetdist.apps.benchmarks import bench
 
 _LAYERS = {"18": (2, 2, 2, 2), "34": (3, 4, 6, 3), "104": (3, 8, 32, 8)}
 
 
-def relu_baseline(name: str) -> nn.Module | None:
+def relu_network(name: str) -> nn.Module | None:
     """Make the ReLU network with the convolutions of a spiking one; None if there is none."""
-    import timm
-
+    if (known := bench.relu_baseline(name)) is not None:
+        return known
     family, _, depth = name.rpartition("resnet")
     match family, depth:
         case ("psn_sew_", depth):
@@ -35,8 +38,6 @@ def relu_baseline(name: str) -> nn.Module | None:
             return _for_small_images((3, 3, 2), stem=128, width=128, in_channels=2)
         case ("spiking_", "18_cifar"):
             return _for_small_images((2, 2, 2, 2), stem=64, width=64)
-        case ("sew_" | "spiking_", depth):
-            return timm.create_model(f"resnet{depth}")
     return _vgg_baseline() if name == "vggsnn" else None
 
 
@@ -44,8 +45,6 @@ def _for_small_images(
     layers: tuple[int, ...], *, stem: int, width: int, in_channels: int = 3
 ) -> nn.Module:
     """Make timm's ResNet with a 3x3 convolution as its stem, for 10 classes."""
-    from timm.models.resnet import BasicBlock, ResNet
-
     channels = tuple(width * 2**stage for stage in range(len(layers)))
     baseline = ResNet(BasicBlock, layers, channels=channels, num_classes=10)
     baseline.conv1 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
@@ -128,4 +127,4 @@ def _vgg_baseline() -> nn.Module:
             nn.ReLU(inplace=True),
         ]
         channels = int(width)
-    return torch.nn.Sequential(*layers, nn.Flatten(), nn.Linear(512 * 9, 10))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512 * 9, 10))
