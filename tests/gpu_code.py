@@ -62,7 +62,7 @@ def noted() -> Iterator[list[Launch]]:
     """Note launches, in this context, instead of doing them."""
     launches: list[Launch] = []
 
-    def note(kernel: Any, _grid: Any, arguments: Sequence[Any], known: Any, _: int = 0) -> None:
+    def note(kernel: Any, _grid: Any, arguments: Sequence[Any], known: Any) -> None:
         kinds = tuple(f"*{_TYPES[a.dtype]}" if isinstance(a, Tensor) else a for a in arguments)
         launches.append(Launch(kernel, kinds, dict(known)))
 
@@ -244,7 +244,6 @@ class Code:
 
     Attributes:
         instructions: Number of them in machine code, padding left out.
-        of_tile: Those of the loop over a program's tiles, if there is one.
         registers: A thread's.
         calls: Of functions.
         operations: How many instructions of each kind, {"FADD": 40, ...}.
@@ -254,7 +253,6 @@ class Code:
     """
 
     instructions: int
-    of_tile: int
     registers: int
     calls: int
     operations: dict[str, int]
@@ -313,7 +311,7 @@ def _read(kernel: Any) -> Code:
             subprocess.check_output([tools / tool, option, file.name], text=True, timeout=60)
             for tool, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
         )
-    operations, of_tile = _operations(text)
+    operations = _operations(text)
     memory: collections.Counter[str] = collections.Counter()
     for operation in operations:
         kind, *rest = operation.split(".")
@@ -324,7 +322,6 @@ def _read(kernel: Any) -> Code:
     assert found is not None, usage
     return Code(
         len(operations),
-        of_tile,
         int(found[1]),
         # Of a function, which has a name; the assembler also jumps by this instruction.
         len(re.findall(r"\bCALL\.[^;]*\$", text)),
@@ -334,20 +331,11 @@ def _read(kernel: Any) -> Code:
     )
 
 
-def _operations(text: str) -> tuple[list[str], int]:
-    """The operations that nvdisasm lists, and the number of them in the longest loop."""
-    operations: list[str] = []
-    labels: dict[str, int] = {}
-    loop = 0
-    for line in text.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(operations)
-        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][^;]*);", line):
-            operation, *arguments = found[1].split()
-            operations.append(operation)
-            target = re.search(r"\.L_x_\d+", " ".join(arguments))
-            if operation.startswith("BRA") and target and target[0] in labels:
-                loop = max(loop, len(operations) - labels[target[0]])
+def _operations(text: str) -> list[str]:
+    """The operations that nvdisasm lists."""
+    operations = re.findall(
+        r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][^;\s]*)", text, re.M
+    )
     while operations and operations[-1] in ("NOP", "BRA"):  # after the end
         operations.pop()
-    return operations, loop
+    return operations

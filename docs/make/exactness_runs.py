@@ -243,9 +243,9 @@ def identical(a: Path, b: Path, *, but: tuple[str, ...] = ()) -> str:
         if ours != theirs:
             return "NO: metrics"
     for name, of_run in (("weights", weights), ("moving average", average)):
-        ours, theirs = of_run(a), of_run(b)
-        same_keys = ours.keys() == theirs.keys()
-        if not same_keys or any(not torch.equal(ours[key], theirs[key]) for key in theirs):
+        tensors, others = of_run(a), of_run(b)
+        same_keys = tensors.keys() == others.keys()
+        if not same_keys or any(not torch.equal(tensors[key], others[key]) for key in others):
             return f"NO: {name}"
     states = [
         torch.load(newest(run) / "optimizer.pt", weights_only=True)["state"] for run in (a, b)

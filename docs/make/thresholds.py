@@ -47,7 +47,11 @@ def rolled(batches: Any) -> Any:
     return (b._replace(images=torch.roll(b.images, (6, -6), (-2, -1))) for b in batches)
 
 
-CHANGES = {"": iter, "halved": partial(without_events, fraction=0.5, seed=0), "rolled": rolled}
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "": iter,
+    "halved": partial(without_events, fraction=0.5, seed=0),
+    "rolled": rolled,
+}
 
 
 @torch.no_grad()
@@ -55,7 +59,8 @@ def outputs_of(run: plan.StudyRun) -> dict[str, Samples]:
     """Return the float64 outputs of a run for held-out and for test samples."""
     file = run.folder / "outputs.npz"
     if not file.is_file():
-        model, found = load(run.folder).model, {}
+        model = load(run.folder).model
+        found: dict[str, Any] = {}
         with join("cpu") as world:
             held, test = open_data(run.config, world)[1], open_split(run.config, "val", world)
             for part, index in {"held": held, "test": test}.items():

@@ -153,7 +153,7 @@ def test_one_compilation_serves_all_layers(monkeypatch):
     """Triton's own way from the arguments of a call to a compiled kernel, up to its start."""
     used = set()
 
-    def prepare(kernel, grid, arguments, known, _=0):
+    def prepare(kernel, grid, arguments, known):
         if kernel not in used:
             kernel.device_caches.clear()
             used.add(kernel)

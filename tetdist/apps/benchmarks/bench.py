@@ -164,7 +164,7 @@ def peak_mib(step: Callable[[], None]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
-def seconds_of(step: Callable[[], None]) -> float:
+def seconds_of(step: Callable[[], object]) -> float:
     """Return the seconds that a call takes."""
     started = time.perf_counter()
     step()

@@ -87,7 +87,8 @@ def step_of(here: Machine, name: str, batch: int) -> Callable[[], object]:
     """Make a training step: the trainer's, or one of the ReLU network on T times the batch."""
     size = _size(here)
     if name != RELU:
-        settings = {"engine": "torch", "precision": PRECISION, "cuda_graphs": name == GRAPHS}
+        settings: dict[str, Any] = {"engine": "torch", "precision": PRECISION}
+        settings["cuda_graphs"] = name == GRAPHS
         return training_step(here.alone, MODEL, size=size, batch=batch, **settings)
     model = timm.create_model("resnet34").to(here.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

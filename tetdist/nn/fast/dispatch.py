@@ -4,11 +4,10 @@ On a CPU they are the C++ kernels of native.py; on a GPU the Triton kernels of t
 Where they cannot be built, and for other data types, the neuron's definition in torch runs instead.
 """
 
-import contextlib
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 # Whether Triton's kernels are used, by type of device; decided once in a process.
 _uses_triton: dict[str, bool] = {}
-# The module triton_kernels within on_meta.
-_for_meta: Any = None
 
 
 def kernels_for(
@@ -109,8 +106,6 @@ def _warn_of_missing_library() -> None:
 def triton_for(*tensors: Tensor | None) -> Any:
     """Return the module triton_kernels if it serves these tensors, else None."""
     devices = {tensor.device.type for tensor in tensors if tensor is not None}
-    if devices == {"meta"}:
-        return _for_meta
     if devices != {"cuda"}:
         return None
     if "cuda" not in _uses_triton:
@@ -118,22 +113,6 @@ def triton_for(*tensors: Tensor | None) -> Any:
     return (
         importlib.import_module("tetdist.nn.fast.triton_kernels") if _uses_triton["cuda"] else None
     )
-
-
-@contextlib.contextmanager
-def on_meta(launch: Callable[..., None]) -> Iterator[None]:
-    """Treat meta tensors as a GPU's within this context, and launch no kernel.
-
-    Args:
-        launch: Called in place of triton_kernels.launch.
-    """
-    global _for_meta
-    _for_meta = importlib.import_module("tetdist.nn.fast.triton_kernels")
-    real, _for_meta.launch = _for_meta.launch, launch
-    try:
-        yield
-    finally:
-        _for_meta.launch, _for_meta = real, None
 
 
 def decide(

@@ -55,7 +55,6 @@ def launch(
     grid: tuple[int, ...],
     arguments: Sequence[Argument],
     known: Mapping[str, Any],
-    operations: int = 0,
 ) -> None:
     """Launch a kernel; no other place does.
 
@@ -63,9 +62,7 @@ def launch(
         kernel: A function of kernels/*.py.
         arguments: Contiguous tensors, sizes, and None for absent tensors.
         known: Compile-time constants, and num_warps if it is not `WARPS`.
-        operations: Operations of its matrix products, for roofline/count.py.
     """
-    del operations  # Only the counter needs them.
     tensors = [one for one in arguments if isinstance(one, Tensor)]
     assert all(tensor.is_contiguous() for tensor in tensors)
     with _on_device_of(tensors[0]):
@@ -464,20 +461,15 @@ class AttentionKernels(NeuronKernels):
         is_served = not self.dynamics.parallel and self.dtype in (torch.bfloat16, torch.float16)
         return fits and is_exact and is_served
 
-    def _tiles(self, columns: int, summed: int) -> tuple[Tiling, int]:
-        """Divide positions, also those summed in k^T v, and channels; return also the operations of
-        the matrix products."""
+    def _tiles(self, columns: int, summed: int) -> Tiling:
+        """Divide positions, also those summed in k^T v, and channels."""
         positions = self.positions
         warps = 8 if positions > 64 else 4
         rows, columns, splits = 16 * warps, min(self.widths[1], columns), self.highest > 2**11
         blocks = triton.cdiv(positions, rows) * triton.cdiv(self.known["DV"], columns)
         known = self.known | {"D": self.widths[0], "BJ": columns, "BN": rows, "BM": summed}
         known |= {"FACTOR": self.factor / known["LEVELS"], "SPLITS": splits, "num_warps": warps}
-        multiplied = summed * triton.cdiv(positions, summed) + rows * (1 + splits)
-        operations = (
-            2 * self.timesteps * self.programs * blocks * self.widths[0] * columns * multiplied
-        )
-        return Tiling((self.programs, blocks), 1, known), operations
+        return Tiling((self.programs, blocks), 1, known)
 
     def spikes(
         self, inputs: Inputs, identity: Tensor | None
@@ -487,10 +479,10 @@ class AttentionKernels(NeuronKernels):
         spikes = torch.empty_like(v, dtype=self.dtype)
         packed = torch.empty_like(v, dtype=torch.uint8) if self.packs else None
         end = torch.empty_like(v[:1], dtype=torch.float32) if self.carries else None
-        (grid, _, known), operations = self._tiles(32, 64)
+        grid, _, known = self._tiles(32, 64)
         arguments: list[Argument] = [*inputs.x, inputs.start, _learned(inputs.learned)[0]]
         arguments += [spikes, packed, end, *self.sizes]
-        launch(attention.attend, grid, arguments, self.forward | known, operations)
+        launch(attention.attend, grid, arguments, self.forward | known)
         return spikes, packed, end
 
     def current_gradient(
@@ -500,7 +492,7 @@ class AttentionKernels(NeuronKernels):
         start, learned = inputs.start, inputs.learned
         # As many membranes as registers hold.
         kept = triton.next_power_of_2(self.timesteps) * (1 if start is None and not learned else 2)
-        divided, operations = self._tiles(128 // kept, 32)
+        divided = self._tiles(128 // kept, 32)
         partial_share = _partial_learned(learned, divided)
         grad_spikes = grad_spikes.to(self.dtype)
         grad = torch.empty_like(grad_spikes)
@@ -508,14 +500,13 @@ class AttentionKernels(NeuronKernels):
         arguments: list[Argument] = [*inputs.x, start, _learned(learned)[0], grad_spikes, grad_end]
         arguments += [grad, grad_start, partial_share, *self.sizes]
         known = self.backward | divided.sizes
-        launch(attention.current_gradient, divided.grid, arguments, known, operations)
+        launch(attention.current_gradient, divided.grid, arguments, known)
         grads = [torch.empty_like(one, dtype=self.dtype) for one in inputs.x]
         grid = (self.timesteps * self.programs,)
         known = self.known | {"D": self.widths[0], "DW": self.widths[1], "FACTOR": self.factor}
         known |= {"BN": 32, "num_warps": 8}
-        operations = 10 * grid[0] * math.prod(self.widths) * 32 * triton.cdiv(self.positions, 32)
         arguments = [*inputs.x, grad, *grads, *self.sizes]
-        launch(attention.gradients, grid, arguments, known, operations)
+        launch(attention.gradients, grid, arguments, known)
         return grads, grad_start, _grad_learned(learned, partial_share)
 
 

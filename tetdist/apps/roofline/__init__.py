@@ -1,1 +1,0 @@
-"""Computed work of a training step, and the time that a kind of GPU needs for it."""
