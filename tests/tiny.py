@@ -25,6 +25,8 @@ from PIL import Image
 
 PROJECT = Path(__file__).resolve().parent.parent
 TRAIN, EVAL = PROJECT / "tetdist" / "train.py", PROJECT / "tools" / "eval.py"
+# Has a run write down the samples that it sees.
+RECORD = PROJECT / "docs" / "make" / "sample_record.py"
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 
 # Variables of the environment by which a process finds the others.
@@ -233,12 +235,12 @@ def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def samples(run: Path) -> dict[int, list[tuple[int, int]]]:
-    """Of each step, by record_samples: (id, checksum of pixels) over all processes, sorted."""
+    """Of each step of a run that imports RECORD: (id, checksum of pixels) of all processes."""
     steps: dict[int, list[tuple[int, int]]] = {}
     for path in run.glob("samples-*.jsonl"):
         for line in map(json.loads, path.read_text().splitlines()):
             pairs = zip(line["ids"], line["crc32"], strict=True)
-            steps[line["step"]] = sorted([*steps.get(line["step"], []), *pairs])
+            steps[line["step"]] = sorted({*steps.get(line["step"], []), *pairs})
     return steps
 
 

@@ -38,7 +38,6 @@ class OptimizerSettings(Protocol):
     betas: tuple[float, float]
     weight_decay: float
     decay_norms: bool
-    decay_neurons: bool
     arguments: dict[str, Any]
 
 
@@ -145,18 +144,18 @@ def kind_of(name: str, key: str = OPTIMIZERS.key) -> OptimizerKind:
 def make_optimizer(model: nn.Module, section: "OptimizerSettings") -> torch.optim.Optimizer:
     """Make a phase's optimiser of all parameters.
 
-    Neuron parameters have no weight decay unless ``decay_neurons`` is true; norms and biases have
-    it unless ``decay_norms`` is false. With ``layer_decay`` each layer has separate groups, and the
+    Neuron parameters have no weight decay; norms and biases have it unless ``decay_norms`` is
+    false. With ``layer_decay`` each layer has separate groups, and the
     engines multiply the learning rate by their ``lr_scale``.
 
     Raises:
         UserError: Its arguments or the model do not suit it.
     """
-    kept, of_neurons = set[int](), set[int]()
+    kept = set[int]()
     for module in model.modules():
         learned = getattr(module, "learned", None)
         if isinstance(learned, nn.ParameterDict):
-            of_neurons |= {id(p) for p in learned.parameters()}
+            kept |= {id(p) for p in learned.parameters()}
         if section.decay_norms:
             continue
         if isinstance(module, (BatchNorm, nn.GroupNorm, nn.LayerNorm)):
@@ -166,7 +165,6 @@ def make_optimizer(model: nn.Module, section: "OptimizerSettings") -> torch.opti
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not section.decay_norms:
         kept |= {id(p) for p in parameters if p.ndim == 1}  # biases by another name
-    kept = kept - of_neurons if section.decay_neurons else kept | of_neurons
     groups: Groups = [
         {
             "params": [p for p in parameters if id(p) not in kept],

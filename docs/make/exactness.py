@@ -41,7 +41,7 @@ CONFIG: dict[str, Any] = {
     "execution": "reference",
     "log_every": 1,
     "max_steps": STEPS,
-    "record_samples": True,
+    "imports": [str(Path(__file__).with_name("sample_record.py"))],
     "save": {"every_steps": 5},
     "tracking": {"mlflow": False},
 }
@@ -70,7 +70,7 @@ CONFIG_OF_ALL: dict[str, Any] = CONFIG | {
     "data": CONFIG["data"]
     | {
         "auto_augment": "rand-m9-mstd0.5-inc1",
-        "erasing": {"probability": 0.5, "count": 2},
+        "erasing": {"probability": 0.5},
         "repeats": 3,
         **{"mixup": 0.5, "cutmix": 1.0},
         "mixing": {"mode": "batch", "probability": 0.8, "off_epoch": 4},
@@ -85,7 +85,7 @@ CONFIG_OF_ALL: dict[str, Any] = CONFIG | {
         }
     ],
     "loss": {"label_smoothing": 0.1},
-    **{"gradient_clipping": 0.1, "clip_mode": "agc"},
+    "gradient_clipping": 0.1,
     "ema": {"decay": 0.9, "warmup": True},
     "execution": "fused",
     "evaluate_every": 3,
@@ -317,7 +317,7 @@ Here every run is {ALL_STEPS} steps of a QKFormer (widths 8, 8, 16; T=2) with fu
 * RandAugment ({data["auto_augment"]}), random erasing;
 * each sample {data["repeats"]} times in a row;
 * mixup and CutMix by micro-batch, off in the last epochs;
-* LAMB with layer decay {optimizer["layer_decay"]}, warm-up and adaptive gradient clipping;
+* LAMB with layer decay {optimizer["layer_decay"]}, warm-up and gradient clipping;
 * a moving average of the weights with decay {ema["decay"]} and warm-up, also evaluated."""
 
 

@@ -166,7 +166,7 @@ def samples(run: Path) -> dict[int, list[tuple[int, int]]]:
     for path in run.glob("samples-*.jsonl"):
         for line in map(json.loads, path.read_text().splitlines()):
             pairs = zip(line["ids"], line["crc32"], strict=True)
-            steps[line["step"]] = sorted([*steps.get(line["step"], []), *pairs])
+            steps[line["step"]] = sorted({*steps.get(line["step"], []), *pairs})
     return steps
 
 

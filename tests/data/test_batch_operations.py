@@ -14,7 +14,6 @@ from samples import picture
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tetdist.config.sections.data import ColorJitterSection
 from tetdist.data import auto_augment, pixels
 from tetdist.data.batch_operations import CHANGES, operate
 from tetdist.data.transforms import AUTO_AUGMENT_DRAWS, Operation, color_jitter
@@ -82,8 +81,7 @@ def test_a_batch_of_mixed_operations_is_torchvisions():
     count = 60
     draws = uniforms(1, 0, np.arange(count), AUTO_AUGMENT_DRAWS)
     first = auto_augment.auto_augment(draws, "cifar10", 48)
-    jitter = ColorJitterSection(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
-    second = color_jitter(uniforms(2, 0, np.arange(count), 8), jitter)
+    second = color_jitter(uniforms(2, 0, np.arange(count), 8), (0.4, 0.4, 0.4, 0.1))
     operations = [a + b for a, b in zip(first, second, strict=True)]
     operations[3] = []
     batch = images(count, 48, 48)

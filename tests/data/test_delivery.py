@@ -20,17 +20,17 @@ from tetdist.errors import UserError
 AUGMENTED = {
     "data.crop": "padded",
     "data.auto_augment": "cifar10",
-    "data.color_jitter.brightness": 0.4,
+    "data.color_jitter": [0.4, 0, 0, 0],
     "data.cutout": 5,
     "data.mixup": 0.5,
     "data.cutmix": 1.0,
-    "data.erasing": {"probability": 0.6, "mode": "pixel", "count": 2},
+    "data.erasing": {"probability": 0.6, "mode": "pixel"},
 }
 
 
 def batches_of(config, index, world, count, *, train=True):
     with (
-        build.train_loader(config, index, world, 0, config.data.image_size)
+        build.train_loader(config, index, world, 0)
         if train
         else build.eval_loader(config, index, world)
     ) as batches:
@@ -51,33 +51,44 @@ def assert_same(first, second):
         assert one.rest is None is two.rest
 
 
-def test_images_are_the_same_from_a_process_of_their_own(tiny_root, tiny_config, alone):
+@pytest.fixture
+def apart(monkeypatch):
+    """Has a process of its own load the data, as on a GPU."""
+
+    def patch():
+        monkeypatch.setattr(build, "in_own_process", lambda *_: True)
+
+    return patch
+
+
+def test_images_are_the_same_from_a_process_of_their_own(tiny_root, tiny_config, alone, apart):
     index = load_index(tiny_root / "index" / "train.npz")
-    here = load(tiny_config(AUGMENTED), [])
-    there = load(tiny_config(AUGMENTED | {"data.own_process": True}), [])
-    of_training = batches_of(here, index, alone, 7)
-    assert_same(of_training, batches_of(there, index, alone, 7))
-    other = load(tiny_config(AUGMENTED | {"seed": 3}), [])
+    config, other = load(tiny_config(AUGMENTED)), load(tiny_config(AUGMENTED | {"seed": 3}))
+    of_training = batches_of(config, index, alone, 7)
     assert batches_of(other, index, alone, 1)[0].ids.tolist() != of_training[0].ids.tolist()
     # All of an evaluation: its last batch is smaller, and it ends.
-    evaluated = batches_of(there, index, alone, 99, train=False)
-    assert_same(batches_of(here, index, alone, 99, train=False), evaluated)
+    evaluated = batches_of(config, index, alone, 99, train=False)
     assert sum(len(batch.labels) for batch in evaluated) == len(index)
+    apart()
+    assert_same(of_training, batches_of(config, index, alone, 7))
+    assert_same(batches_of(config, index, alone, 99, train=False), evaluated)
 
 
-def test_events_are_the_same_from_a_process_of_their_own(event_root, tiny_config, alone):
+def test_events_are_the_same_from_a_process_of_their_own(event_root, tiny_config, alone, apart):
     root = event_root(np.float16)
     index, _ = build_index(root, "train", workers=1, kind="events")
     changes = {"data.kind": "events", "data.root": str(root), "data.roll": 2, "data.cutout": 2}
     changes["model.name"] = "spiking_convnet_dvs"
-    here = load(tiny_config(changes), [])
-    there = load(tiny_config(changes | {"data.own_process": True}), [])
-    assert_same(batches_of(here, index, alone, 6), batches_of(there, index, alone, 6))
+    config = load(tiny_config(changes))
+    here = batches_of(config, index, alone, 6)
+    apart()
+    assert_same(here, batches_of(config, index, alone, 6))
 
 
 @pytest.fixture
-def config(tiny_copy, tiny_config):
-    return load(tiny_config({"data.own_process": True, "data.root": str(tiny_copy)}), [])
+def config(tiny_copy, tiny_config, apart):
+    apart()
+    return load(tiny_config({"data.root": str(tiny_copy)}))
 
 
 def test_a_bad_file_is_named_as_ever(config, tiny_copy, alone):
@@ -86,7 +97,7 @@ def test_a_bad_file_is_named_as_ever(config, tiny_copy, alone):
     file.write_bytes(bytes(file.stat().st_size))
     with (
         pytest.raises(UserError, match=r"cannot be decoded: .*repair or remove"),
-        build.train_loader(config, index, alone, 0, 16) as batches,
+        build.train_loader(config, index, alone, 0) as batches,
     ):
         list(islice(batches, 40))
 
@@ -96,7 +107,7 @@ def test_a_killed_loader_is_reported(config, tiny_copy, alone):
     for taken in (0, 1, 5):  # Closing ends the process at any moment.
         batches_of(config, index, alone, taken)
         assert not multiprocessing.active_children()
-    with build.train_loader(config, index, alone, 0, 16) as batches:
+    with build.train_loader(config, index, alone, 0) as batches:
         next(batches)
         (child,) = multiprocessing.active_children()
         # What asks the training to stop is no matter of the loader's.
@@ -104,7 +115,7 @@ def test_a_killed_loader_is_reported(config, tiny_copy, alone):
             os.kill(child.pid, number)
         next(batches)
         os.kill(child.pid, signal.SIGKILL)
-        with pytest.raises(UserError, match=r"died \(killed.*own_process=false"):
+        with pytest.raises(UserError, match=r"died \(killed.*smaller data.prefetch"):
             list(islice(batches, 40))
     assert not multiprocessing.active_children()
 
@@ -114,7 +125,7 @@ def test_missing_memory_is_reported(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"batches need 3 MiB of memory.*own_process=false"):
+    with pytest.raises(UserError, match=r"batches need 3 MiB of memory.*smaller batch.micro"):
         own_process._reserve(2**20, multiprocessing.Pipe()[0])
 
 

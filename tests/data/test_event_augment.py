@@ -1,4 +1,4 @@
-"""Operations on event frames against torchvision's, EventDrop against its definition on events."""
+"""Operations on event frames against torchvision's."""
 
 import itertools
 import math
@@ -11,12 +11,9 @@ from torchvision.transforms import RandomErasing, functional
 
 from tetdist import order
 from tetdist.data.event_augment import (
-    DROP_DRAWS,
-    DROP_STREAM,
     OPERATION_DRAWS,
     OPERATION_STREAM,
     Operation,
-    dropped,
     operated,
     operations,
 )
@@ -116,68 +113,8 @@ def test_a_square_that_does_not_fit_is_none():
     assert cut == [Operation("cutout", (0, 0, 0, 0))]
 
 
-def sample(number, **fixed):
-    """Numbers of one sample, some of them fixed by their place, and how they are asked for."""
-    numbers = drawn(number + 1, DROP_DRAWS + T * 2 * H * W, DROP_STREAM)[number].copy()
-    for i, name in enumerate(("which", "first", "second", "third")):
-        numbers[i] = fixed.get(name, numbers[i])
-    return (lambda count: numbers[:count]), numbers
-
-
-def test_a_stretch_of_time_is_dropped():
-    frames = some_frames()
-    for number in range(30):
-        draw, (_, length, begin, *_) = sample(number, which=0.0)
-        end = begin + (1 + int(9 * length)) / 10
-        expected = frames.copy()
-        for t in range(T):
-            if begin <= (t + 0.5) / T <= end:
-                expected[t] = 0
-        left = dropped(frames.copy(), draw, 1.0)
-        assert np.array_equal(left, expected if expected.any() else frames)
-
-
-def test_an_area_is_dropped():
-    """That of the original's code: the events in it, whose rows and columns are both between its
-    bounds."""
-    frames = some_frames()
-    rows, columns = np.arange(H)[:, None], np.arange(W)
-    for number in range(30):
-        draw, (_, share, row, column, *_) = sample(number, which=0.4)
-        share = (1 + int(5 * share)) / 20
-        x0 = int(max(0, column * W - W * share / 2))
-        y0 = int(max(0, row * H - H * share / 2))
-        x1, y1 = min(W, x0 + W * share), min(H, y0 + H * share)
-        inside = (y0 <= rows) & (rows <= y1) & (x0 <= columns) & (columns <= x1)
-        assert inside.any()
-        assert np.array_equal(dropped(frames.copy(), draw, 1.0), np.where(inside, 0, frames))
-
-
-def test_events_are_dropped_at_random():
-    frames = some_frames()
-    for number in range(5):
-        draw, numbers = sample(number, which=0.9)
-        share, left = (1 + int(9 * numbers[1])) / 10, dropped(frames.copy(), draw, 1.0)
-        assert ((left == 0) | (left == frames)).all()
-        assert abs((left == 0).mean() - share) < 0.06
-
-
-def test_a_share_of_the_samples_is_dropped_from_and_none_loses_all():
-    frames = some_frames()[:1]  # one timestep: a stretch of time is all of it, or nothing
-    changed, number = Counter[int](), 1000
-    draws = drawn(number, DROP_DRAWS + frames.size, DROP_STREAM)
-    for numbers in draws:
-        left = dropped(frames.copy(), lambda count, n=numbers: n[:count], 0.75)
-        assert left.any()
-        kind = int(3 * numbers[0] / 0.75) if numbers[0] < 0.75 else 3
-        changed[kind] += not np.array_equal(left, frames)
-    assert changed[0] == changed[3] == 0
-    assert abs(changed[1] / number - 0.25) < 0.05
-    assert abs(changed[2] / number - 0.25) < 0.05
-
-
 def test_draws_are_of_streams_of_their_own():
     positions = np.arange(4)
-    streams = (order.AUGMENTATION, order.MIXING, OPERATION_STREAM, DROP_STREAM)
+    streams = (order.AUGMENTATION, order.MIXING, OPERATION_STREAM)
     draws = [order.uniforms(0, 0, positions, 50, stream) for stream in streams]
-    assert len(np.unique(draws)) == 4 * 4 * 50
+    assert len(np.unique(draws)) == 3 * 4 * 50

@@ -19,7 +19,7 @@ from torchvision.transforms import functional as tv
 
 from tetdist import order
 from tetdist.config.loading import load
-from tetdist.config.sections.data import ColorJitterSection, DataSection
+from tetdist.config.sections.data import DataSection
 from tetdist.data import build, event_augment, pixels, transforms
 from tetdist.data.auto_augment import auto_augment
 from tetdist.data.batches import Share, eval_batches, train_batches
@@ -187,7 +187,7 @@ EVERYTHING = {
     "crop": "padded",
     "padding": 4,
     "auto_augment": "cifar10",
-    "color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+    "color_jitter": (0.4, 0.4, 0.4, 0.1),
     "cutout": 10,
     "mixup": 0.2,
     "cutmix": 1.0,
@@ -226,9 +226,7 @@ def test_every_augmentation_is_pillows_with_the_same_parameters(png_root):
         draws = transforms.image_draws(SHARE.seed, 0, positions)
         operations = zip(
             auto_augment(draws.auto_augment, "cifar10", 32),
-            transforms.color_jitter(
-                draws.color_jitter, ColorJitterSection(**EVERYTHING["color_jitter"])
-            ),
+            transforms.color_jitter(draws.color_jitter, EVERYTHING["color_jitter"]),
             strict=True,
         )
         boxes = transforms.cutout_boxes(draws.cutout, 32, 32, 10)
@@ -252,7 +250,7 @@ def test_every_augmentation_is_pillows_with_the_same_parameters(png_root):
 
 AS_TIMM = {
     "auto_augment": "rand-m9-mstd0.5-inc1",
-    "erasing": {"probability": 0.5, "mode": "pixel", "count": 2},
+    "erasing": {"probability": 0.5, "mode": "pixel"},
     "mixup": 0.2,
     "transforms": ["shifted"],
 }
@@ -469,7 +467,7 @@ def test_event_augmentation_is_one_flip_and_one_roll_a_sample(event_root):
 def test_events_resume_and_share_out_as_images_do(event_root):
     root = event_root()
     index = indexed(root, kind="events")  # 10 samples: 2 steps of 4
-    everything = {"event_augment": "snn_augment_wide", "event_drop": 0.75, "cutout": 2}
+    everything = {"event_augment": "snn_augment_wide", "cutout": 2}
     everything |= {"mixup": 0.5, "cutmix": 1.0, "mixing": {"mode": "batch", "probability": 0.7}}
 
     def batches(share, count):
@@ -487,7 +485,7 @@ def test_events_are_changed_after_the_roll_and_before_the_cutout(event_root):
     root = event_root()
     index = indexed(root, kind="events")
     rolled = images_and_ids(train(index, root), 4)
-    changes = {"event_augment": "nda", "event_drop": 0.75, "cutout": 3}
+    changes = {"event_augment": "nda", "cutout": 3}
     changed = images_and_ids(train(index, root, **changes), 4)
     for number, ((before, ids), (after, same_ids)) in enumerate(zip(rolled, changed, strict=True)):
         assert ids == same_ids
@@ -496,12 +494,8 @@ def test_events_are_changed_after_the_roll_and_before_the_cutout(event_root):
         boxes = transforms.cutout_boxes(
             transforms.event_draws(SHARE.seed, 0, positions).cutout, 8, 6, 3
         )
-        cells = order.uniforms(
-            SHARE.seed, 0, positions, 4 + 3 * 2 * 8 * 6, event_augment.DROP_STREAM
-        )
         for k, operation in enumerate(event_augment.operations(numbers, "nda", (8, 6))):
             frames = event_augment.operated(before[k].numpy(), operation)
-            frames = event_augment.dropped(frames, lambda n, row=cells[k]: row[:n], 0.75)
             pixels.cut_out(frames, boxes[k])
             assert np.array_equal(after[k].numpy(), frames)
 

@@ -7,7 +7,6 @@ from samples import picture
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, ColorJitter
 from torchvision.transforms import functional as tv
 
-from tetdist.config.sections.data import ColorJitterSection
 from tetdist.data import auto_augment, pixels, transforms
 from tetdist.order import uniforms
 
@@ -39,8 +38,8 @@ def test_auto_augment_is_torchvisions(policy, monkeypatch):
 def test_colour_jitter_is_torchvisions(monkeypatch):
     image = picture(40, 30)
     reach = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
-    section, theirs = ColorJitterSection(**reach), ColorJitter(**reach)
-    for operations in transforms.color_jitter(uniforms(0, 0, np.arange(20), 8), section):
+    theirs, draws = ColorJitter(**reach), uniforms(0, 0, np.arange(20), 8)
+    for operations in transforms.color_jitter(draws, tuple(reach.values())):
         order = torch.tensor([list(reach).index(name) for name, _ in operations])
         factors = dict(operations)
         parameters = (order, *(factors[name] for name in reach))

@@ -9,7 +9,6 @@ from samples import picture
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
-from tetdist.config.sections.data import ColorJitterSection
 from tetdist.data import transforms
 from tetdist.errors import UserError
 from tetdist.order import uniforms
@@ -117,10 +116,10 @@ def test_shifts_are_equally_likely_from_end_to_end():
 
 
 def test_colour_jitter_is_drawn_as_torchvisions():
-    n, reach = 4000, ColorJitterSection(brightness=0.4, contrast=1.5, saturation=0.2, hue=0.1)
-    ours = transforms.color_jitter(uniforms(0, 0, np.arange(n), 8), reach)
+    n, names = 4000, ("brightness", "contrast", "saturation", "hue")
+    ours = transforms.color_jitter(uniforms(0, 0, np.arange(n), 8), (0.4, 1.5, 0.2, 0.1))
     torch.manual_seed(0)
-    factors = {name: [dict(sample)[name] for sample in ours] for name in reach.model_dump()}
+    factors = {name: [dict(sample)[name] for sample in ours] for name in names}
     first = [sample[0].name for sample in ours]
     expected = {"brightness": (0.6, 1.4), "contrast": (0, 2.5), "saturation": (0.8, 1.2)}
     for name, (low, high) in {**expected, "hue": (-0.1, 0.1)}.items():
@@ -129,7 +128,7 @@ def test_colour_jitter_is_drawn_as_torchvisions():
         assert values.max() <= high
         assert abs(values.mean() - (low + high) / 2) < 0.03 * (high - low)
         assert abs(first.count(name) / n - 0.25) < 0.03
-    only = transforms.color_jitter(uniforms(0, 0, np.arange(3), 8), ColorJitterSection(hue=0.1))
+    only = transforms.color_jitter(uniforms(0, 0, np.arange(3), 8), (0, 0, 0, 0.1))
     assert [[name for name, _ in sample] for sample in only] == [["hue"]] * 3
 
 

@@ -80,7 +80,7 @@ def test_too_little_to_divide(whole, recordings, words):
 def test_a_run_leaves_the_validation_split_alone(tiny_copy, tmp_path, main):
     shutil.rmtree(tiny_copy / "val")
     index_file(tiny_copy / "index", "val").unlink()
-    changes = {"name": "held", "data.held_out": 0.3, "record_samples": True}
+    changes = {"name": "held", "data.held_out": 0.3, "imports": [str(tiny.RECORD)]}
     outcome = main(tiny.write_config(tmp_path / "c.yaml", tiny_copy, changes))
     assert outcome.status == 0, outcome.text
     run = tmp_path / "runs/held"

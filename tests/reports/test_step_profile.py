@@ -11,7 +11,7 @@ def test_results_are_the_same_bitwise_and_own_kernels_are_named(main, tiny_confi
     file = tiny_config({"execution": "fused", "max_steps": 7})
     assert main(file, "name=without").status == 0
     # Epochs are of 5 steps, and the profile ends with the first of them.
-    outcome = main(file, "name=with", "profile.steps=[4,6]")
+    outcome = main(file, "name=with", "profile=[4,6]")
     assert outcome.status == 0, outcome.text
     runs = tmp_path / "runs"
     tiny.assert_same_run(runs / "without", runs / "with")
@@ -30,23 +30,23 @@ def test_results_are_the_same_bitwise_and_own_kernels_are_named(main, tiny_confi
     assert {"step 4", "step 5"} <= steps
     assert "step 6" not in steps
     # In the midst of an epoch it ends with the next step.
-    assert "profile of steps 2 to 3: " in main(file, "name=early", "profile.steps=[2,3]").text
+    assert "profile of steps 2 to 3: " in main(file, "name=early", "profile=[2,3]").text
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (
-            ["profile.steps=[6,4]"],
-            "'profile.steps': must be the first and the last step, in this order, not [6, 4]",
+            ["profile=[6,4]"],
+            "'profile': must be the first and the last step, in this order, not [6, 4]",
         ),
-        (["profile.steps=[1,101]"], "'profile.steps': must be at most 100 steps, "),
+        (["profile=[1,101]"], "'profile': must be at most 100 steps, "),
         (
-            ["profile.steps=[8,9]", "max_steps=7"],
-            "profile.steps: step 8 comes after the run's last step, 7",
+            ["profile=[8,9]", "max_steps=7"],
+            "profile: step 8 comes after the run's last step, 7",
         ),
-        (["profile.steps=[11,12]"], "profile.steps: step 11 comes after the run's last step, 10"),
-        (["profile.steps=[2,2]", "cuda_graphs=true"], "profile: the operations of a CUDA graph"),
+        (["profile=[11,12]"], "profile: step 11 comes after the run's last step, 10"),
+        (["profile=[2,2]", "cuda_graphs=true"], "profile: the operations of a CUDA graph"),
     ],
 )
 def test_steps_that_cannot_be_profiled_are_refused(overrides, expected, main, tiny_config):

@@ -25,7 +25,7 @@ SEW = {
     ],
     "evaluate_every": STEPS // 2,
     "ema": {"decay": 0.8},
-    "record_samples": True,
+    "imports": [str(tiny.RECORD)],
 }
 FLOAT64 = {"engine": "torch", "precision": "fp64"}
 
@@ -185,7 +185,7 @@ EVERYTHING = FLOAT64 | {
         "neuron": {"kind": "plif"},
     },
     "data.auto_augment": "rand-m9-mstd0.5-inc1",
-    "data.erasing": {"probability": 0.5, "count": 2},
+    "data.erasing": {"probability": 0.5},
     "data.repeats": 3,
     **{"data.mixup": 0.5, "data.cutmix": 1.0},
     "data.mixing": {"mode": "batch", "probability": 0.8, "off_epoch": 1},
@@ -195,12 +195,12 @@ EVERYTHING = FLOAT64 | {
         **{"kind": "timm:lamb", "lr": 0.01, "layer_decay": 0.8},
         **{"weight_decay": 0.05, "decay_norms": False},
     },
-    **{"gradient_clipping": 0.1, "clip_mode": "agc"},
+    "gradient_clipping": 0.1,
     "ema": {"decay": 0.9, "warmup": True},
     "max_steps": 6,  # the last one is of the second epoch, which mixes nothing
     **{"execution": "fused", "recompute": "blocks", "batch.eval": 23, "evaluate_every": 2},
     **{"log_every": 4, "save.every_steps": 2},  # it goes on in the middle of a line of metrics
-    "record_samples": True,
+    "imports": [str(tiny.RECORD)],
 }
 
 

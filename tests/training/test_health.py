@@ -15,16 +15,17 @@ from tetdist.training.health import NonFiniteSteps, examine
 assert tetdist.models
 
 
-def counted(answers, limit=3):
+def counted(answers):
     """Count a string of steps; x is a skipped one."""
-    steps = NonFiniteSteps(torch.device("cpu"), limit)
+    steps = NonFiniteSteps(torch.device("cpu"))
     for i, answer in enumerate(answers, start=1):
         steps.record(i, torch.tensor(answer != "x"))
     return steps
 
 
 @pytest.mark.parametrize(
-    ("answers", "reached_at"), [("", 0), ("xx", 0), ("xx.x.xx", 0), ("xxx", 3), (".xxxx.xxx", 4)]
+    ("answers", "reached_at"),
+    [("", 0), ("xxxx", 0), ("xxxx.x.xxxx", 0), ("xxxxx", 5), (".xxxxxx.xxxxx", 6)],
 )
 def test_too_many_are_so_many_in_a_row(answers, reached_at):
     """Also if the row ended before the check: the step is the one that reached the limit."""
@@ -39,13 +40,13 @@ def test_new_ones_since_the_last_question():
 
 
 def test_count_goes_on_after_a_stop():
-    first = counted("..xx")
-    second = NonFiniteSteps(torch.device("cpu"), 3)
+    first = counted("xxxx")
+    second = NonFiniteSteps(torch.device("cpu"))
     second.load_state_dict(first.state_dict())
     assert second.state_dict() == first.state_dict()
     second.record(5, torch.tensor(False))
     assert second.limit_reached_at == 5
-    assert second.new() == 3
+    assert second.new() == 5
 
 
 def network():

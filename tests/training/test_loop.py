@@ -123,7 +123,7 @@ def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch):
 
     monkeypatch.setattr(window, "time", Clock)
     update = Update(grad_norm=torch.tensor(1.0), applied=torch.tensor(True))
-    config = SimpleNamespace(batch=SimpleNamespace(global_=11), non_finite_limit=3)
+    config = SimpleNamespace(batch=SimpleNamespace(global_=11))
     sums = torch.tensor([8.0, 4.0, 16.0], dtype=torch.float64)
     with join("cpu") as alone:
         found = window.Window(config, alone)

@@ -48,7 +48,7 @@ def test_a_turning_run_is_a_loop_by_hand(phases, main, tiny_config, tmp_path):
     model.set_execution("reference")
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=0.01)
     expected = []
-    with train_loader(config, index, world, 0, 16) as loader:
+    with train_loader(config, index, world, 0) as loader:
         for step, timesteps in enumerate(DRAWN):
             is_tet = (step < EPOCH) == (phases is FROM_TET)
             model.set_timesteps(timesteps)

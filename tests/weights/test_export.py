@@ -83,7 +83,7 @@ def save(network, folder, **neuron):
         "loss": {"distillation": {"teacher": "/home/me/secret/big", "self_weight": 0.5}},
         "init_checkpoint": "/home/me/secret/relu.safetensors",
         "tracking": {"uri": "http://user:secret@tracker", "trackers": ["tensorboard"]},
-        "profile": {"steps": [1, 2]},
+        "profile": [1, 2],
         "runs_dir": "/home/me/runs",
         "cluster": {"account": "secret"},
     }

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from tetdist import models
-from tetdist.config.schema import RunConfig, phase_image_sizes
+from tetdist.config.schema import RunConfig
 from tetdist.config.sections.loss import LossSection
 from tetdist.config.sections.phase import schedule_epochs
 from tetdist.errors import UserError
@@ -138,12 +138,6 @@ def _of_data(config: RunConfig) -> Iterator[str]:
             f"data.repeats: {data.repeats} must not be above batch.global, {batch.global_}; 3 is "
             "usual"
         )
-    smallest = min(size for phase in config.phases for size in phase_image_sizes(config, phase))
-    if data.crop == "padded" and data.padding >= smallest:
-        yield (
-            f"data.padding: {data.padding} must be below the image size, {smallest}, or a crop "
-            "could be all border"
-        )
     if (data.mixup or data.cutmix) and batch.micro == 1:
         yield "batch.micro: 1 leaves data.mixup and data.cutmix without a partner; set 2 or more"
 
@@ -159,11 +153,6 @@ def _of_the_engine(config: RunConfig) -> Iterator[str]:
         yield (
             "precision: fp16 needs zero_stage=0 (DeepSpeed never lowers its loss scale at stages 1 "
             "and 2); set zero_stage=0, or precision=bf16, which works with all stages"
-        )
-    if config.zero_stage and config.gradient_clipping is not None and config.clip_mode != "norm":
-        yield (
-            f"clip_mode: {config.clip_mode} needs zero_stage=0 (no process has the whole gradient "
-            "at stages 1 and 2, where DeepSpeed clips by the norm); set that, or clip_mode=norm"
         )
 
 

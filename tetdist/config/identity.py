@@ -15,7 +15,6 @@ OPERATIONAL_KEYS = (
     "data.index",
     "data.threads",
     "data.prefetch",
-    "data.own_process",
     "batch.eval",
     # Checksums compare their content instead.
     "imports",
@@ -23,11 +22,8 @@ OPERATIONAL_KEYS = (
     "engine",
     "zero_stage",
     "cuda_graphs",
-    "non_finite_limit",
     "peer_timeout",
-    "record_samples",
     "profile",
-    "profile.steps",
     "device",
     "max_steps",
     "log_every",
@@ -50,9 +46,7 @@ _OF_THE_MACHINE = (
     "data.index",
     "data.threads",
     "data.prefetch",
-    "data.own_process",
     "peer_timeout",
-    "record_samples",
     "profile",
     "device",
     "log_every",
@@ -70,7 +64,6 @@ _OF_THE_HOST = (
     "data.index",
     "data.threads",
     "data.prefetch",
-    "data.own_process",
     "runs_dir",
 )
 

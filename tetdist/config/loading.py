@@ -124,12 +124,19 @@ def parse(
 
 
 def _with_present_names(raw: dict[str, Any], warn: bool) -> dict[str, Any]:
-    """Rename keys of earlier versions to those of this version."""
+    """Change keys of earlier versions to names and forms of this version."""
     raw = dict(raw)
     if "checkpoint" in raw and "recompute" not in raw:
         raw["recompute"] = raw.pop("checkpoint")
         if warn:
             logger.warning("the key checkpoint is now called recompute; the old name still works")
+    data, profile = raw.get("data"), raw.get("profile")
+    if isinstance(data, dict) and isinstance(jitter := data.get("color_jitter"), dict):
+        strengths = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
+        if jitter.keys() <= strengths.keys():
+            raw["data"] = data | {"color_jitter": list((strengths | jitter).values())}
+    if isinstance(profile, dict) and profile.keys() == {"steps"}:
+        raw["profile"] = profile["steps"]
     model = raw.get("model")
     if isinstance(model, dict) and isinstance(model.get("neuron"), dict):
         kind = neurons.kind_of(network_neuron(model))

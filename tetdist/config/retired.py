@@ -22,9 +22,30 @@ class Retired(NamedTuple):
 
 # By dotted key; phases.N stands for each phase.
 RETIRED: dict[str, Retired] = {
+    "clip_mode": Retired("norm", "remove it: gradient_clipping limits the norm of the gradient"),
     "data.cache": Retired(None, "copy the shards yourself, and set data.root to the copy"),
-    "tracking.register": Retired(None, "register the model of log_checkpoint on MLflow's pages"),
+    "data.erasing.count": Retired(1, "remove it: random erasing fills one rectangle per image"),
+    "data.event_drop": Retired(0.0, "write it as a transform of your own (docs/extending.md)"),
+    "data.mixing.switch_probability": Retired(0.5, "remove it: both are equally likely"),
+    "data.own_process": Retired(None, "remove it: data loads in its own process for a GPU"),
+    "non_finite_limit": Retired(5, "remove it: five non-finite steps in a row end a run"),
+    "phases.N.decay_epochs": Retired(30.0, "remove it, with schedule=step"),
+    "phases.N.decay_rate": Retired(0.1, "remove it, with schedule=step"),
+    "phases.N.final_image_size": Retired(None, "train one run for each data.image_size"),
+    "phases.N.image_size": Retired(None, "set data.image_size, and init_checkpoint for a next run"),
+    "phases.N.optimizer.decay_neurons": Retired(
+        False, "remove it: learnable neuron parameters have no weight decay"
+    ),
+    "phases.N.power": Retired(1.0, "remove it, with schedule=polynomial"),
     "phases.N.quantize": Retired(False, "remove it: export --int8 rounds trained weights"),
+    "record_samples": Retired(
+        False, "remove it: docs/make/sample_record.py, as one of imports, records samples"
+    ),
+    "tracking.register": Retired(None, "register the model of log_checkpoint on MLflow's pages"),
+}
+# Values that are gone, of keys that are not; a network trained with one is read with the default.
+RETIRED_VALUES: dict[str, tuple[tuple[Any, ...], Retired]] = {
+    "phases.N.schedule": (("polynomial", "step"), Retired("cosine", "set cosine or constant")),
 }
 
 
@@ -46,6 +67,12 @@ def without_retired(raw: dict[str, Any], source: str, *, is_trained: bool) -> di
             if value != retired.default and not is_trained:
                 raise UserError(f"{source}: {place}={value!r} is gone; {retired.instead}")
             dropped.append(place)
+    for key, (gone, retired) in RETIRED_VALUES.items():
+        for place, parent, name in _found(raw, key.split(".")):
+            if parent[name] in gone:
+                if not is_trained:
+                    raise UserError(f"{source}: {place}={parent[name]} is gone; {retired.instead}")
+                parent[name] = retired.default
     if dropped and not is_trained:
         logger.info("%s: dropped keys of an earlier version: %s", source, ", ".join(dropped))
     return raw

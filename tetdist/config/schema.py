@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field
 
-from tetdist.config.fields import Positive, Section
+from tetdist.config.fields import Positive, Section, Steps
 from tetdist.config.inheritance import over
 from tetdist.config.sections.data import DataSection
 from tetdist.config.sections.loss import LossSection
@@ -23,7 +23,6 @@ from tetdist.config.sections.training import (
     BatchNormSection,
     BatchSection,
     EmaSection,
-    ProfileSection,
     SaveSection,
     SegmentsSection,
 )
@@ -68,16 +67,8 @@ class RunConfig(Section):
     in segments of k timesteps, for long T; batch norm then normalises each segment separately,
     so results differ."""
     gradient_clipping: Annotated[float, Field(gt=0)] | None = None
-    """Limit of the gradient's norm, or of another quantity that clip_mode names (timm's
-    clip_grad); null: no clipping."""
-    clip_mode: Literal["norm", "value", "agc"] = "norm"
-    """Quantity that gradient_clipping limits (timm's clip_mode). norm: norm of the whole gradient;
-    value: each element; agc (adaptive): each filter's gradient norm divided by its weight norm,
-    except in the classifier (with a limit such as 0.01)."""
+    """Limit of the whole gradient's norm (timm's clip_grad); null: no clipping."""
     ema: EmaSection = EmaSection()
-    non_finite_limit: Positive = 5
-    """Number of consecutive steps with a non-finite gradient after which the run ends. Each such
-    step is skipped and counted in the metrics."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """Training engine: deepspeed, or torch, a minimal one in PyTorch with the same results."""
     zero_stage: Literal[0, 1, 2] = 0
@@ -116,11 +107,10 @@ class RunConfig(Section):
     Above 0 it needs init_checkpoint."""
     peer_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Number of seconds without progress of one process after which all end with an error."""
-    record_samples: bool = False
-    """Write ids and checksums of each step's samples to samples-RANK.jsonl, for debugging."""
-    profile: ProfileSection | None = None
-    """Steps to profile on rank 0 with torch.profiler, which writes a trace and a table of the
-    costliest operations to RUN/profile/. Results do not change. Null: none."""
+    profile: Steps | None = None
+    """First and last optimiser step, such as [20, 30] or 20..30, to profile on rank 0 with
+    torch.profiler, which writes a trace and a table of the costliest operations to RUN/profile/.
+    Results do not change, and profiling stops at the end of the epoch. Null: none."""
     resume: Literal["auto", "never", "must"] = "auto"
     """Treatment of checkpoints in the run folder. auto: resume from the newest, if any; must:
     refuse to start without one; never: refuse a folder that holds a run."""
@@ -165,9 +155,3 @@ class RunConfig(Section):
 
     def as_yaml(self) -> str:
         return yaml.safe_dump(self.as_dict(), sort_keys=False)
-
-
-def phase_image_sizes(config: RunConfig, phase: PhaseSection) -> tuple[int, int]:
-    """Return the size of training images in a phase's first and last epoch."""
-    first = phase.image_size or config.data.image_size
-    return first, phase.final_image_size or first

@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from tetdist.config.schema import RunConfig, phase_image_sizes
+from tetdist.config.schema import RunConfig
 from tetdist.data import batches, dali
 from tetdist.data.delivery import DeviceBatches
 from tetdist.data.loader import Batches, Loader
@@ -17,14 +17,11 @@ from tetdist.errors import UserError
 from tetdist.order import evaluation_batches, steps_per_epoch
 
 
-def train_loader(
-    config: RunConfig, index: Index, world: World, step: int, image_size: int
-) -> Batches:
+def train_loader(config: RunConfig, index: Index, world: World, step: int) -> Batches:
     """Make an endless iterator of this process's training batches, beginning at a step.
 
     Args:
         step: Optimiser steps before the first batch.
-        image_size: Height and width of images; events keep their stored size.
     """
     batch = config.batch
     epoch, step_in_epoch = divmod(step, steps_per_epoch(len(index), batch.global_))
@@ -38,7 +35,7 @@ def train_loader(
         step_in_epoch=step_in_epoch,
         repeats=config.data.repeats,
     )
-    make = partial(batches.train_batches, config.data, index, share, image_size)
+    make = partial(batches.train_batches, config.data, index, share, config.data.image_size)
     return _delivered(config, world, make)
 
 
@@ -48,12 +45,9 @@ def _delivered(config: RunConfig, world: World, make: Callable[[dali.Workers], L
     if data.device == "gpu" and not on_gpu:
         raise UserError("data.device=gpu needs a GPU, but this run is on the CPU; set it to cpu")
     decodes_there = data.device == "gpu"
-    if decodes_there and (data.own_process or data.transforms):
-        key = "own_process" if data.own_process else "transforms"
-        raise UserError(f"data.{key} needs data.device=cpu, not gpu; set that, or remove the key")
-    own_process = data.own_process
-    if own_process is None:
-        own_process = on_gpu and not decodes_there
+    if decodes_there and data.transforms:
+        raise UserError("data.transforms needs data.device=cpu, not gpu; set that")
+    own_process = in_own_process(config, world)
     workers = dali.Workers(
         device=data.device,
         device_id=world.device.index if decodes_there else None,
@@ -73,21 +67,25 @@ def _delivered(config: RunConfig, world: World, make: Callable[[dali.Workers], L
     return DeviceBatches(source, world.device)
 
 
+def in_own_process(config: RunConfig, world: World) -> bool:
+    """Return whether a separate process loads data: its threads would delay kernel launches."""
+    return world.device.type == "cuda" and config.data.device == "cpu"
+
+
 def check_augmentation(config: RunConfig, index: Index) -> None:
-    """Check that all transforms exist and that all phases' crops fit into the training images."""
+    """Check that all transforms exist and that crops fit into the training images."""
     data = config.data
     transforms_called(data.transforms)
     if data.kind == "events" or data.crop == "resized":
         return
-    largest = max(max(phase_image_sizes(config, phase)) for phase in config.phases)
     sides = np.minimum(index.heights, index.widths)
-    least = largest - 2 * data.padding
+    least = data.image_size - 2 * data.padding
     if sides.min() < least:
         i = int(sides.argmin())
         raise UserError(
             f"{index.path(i)} has {index.widths[i]}x{index.heights[i]} pixels; data.crop=padded "
             f"with data.padding={data.padding} needs sides of {least} or more for crops of "
-            f"{largest}; set data.crop=resized, or a smaller image size"
+            f"{data.image_size}; set data.crop=resized, or a smaller image size"
         )
 
 

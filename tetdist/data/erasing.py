@@ -30,8 +30,8 @@ class Erased(NamedTuple):
     """Rectangles to erase from B images, and their new contents.
 
     Attributes:
-        boxes: (B, count, 4) top, left, bottom, right; empty where nothing is erased.
-        colours: (B, count, 3) float32, one colour per rectangle; None: noise.
+        boxes: (B, 4) top, left, bottom, right; empty where nothing is erased.
+        colours: (B, 3) float32, one colour per rectangle; None: noise.
         keys: (B,) keys of the noise.
     """
 
@@ -43,47 +43,41 @@ class Erased(NamedTuple):
 def erased(
     seed: int, epoch: int, positions: npt.NDArray[np.int64], size: int, erasing: ErasingSection
 ) -> Erased:
-    """Draw the rectangles to erase from images (size, size) at some positions of an epoch."""
-    count = erasing.count
-    draws = uniforms(seed, epoch, positions, 2 + count * (2 * _TRIES + 2), _BOXES)
-    number = 1 + (draws[:, 1] * count).astype(np.int64)
-    number[draws[:, 0] >= erasing.probability] = 0
-    each = draws[:, 2:].reshape(len(positions), count, -1)
-    boxes = _rectangles(each, size, np.maximum(number, 1)[:, None, None])
-    boxes[np.arange(count) >= number[:, None]] = 0
+    """Draw a rectangle to erase from images (size, size) at some positions of an epoch."""
+    draws = uniforms(seed, epoch, positions, 2 + 2 * _TRIES + 2, _BOXES)
+    boxes = _rectangles(draws[:, 2:], size)  # timm draws the number of rectangles second
+    boxes[draws[:, 0] >= erasing.probability] = 0
     keys = position_keys(seed, epoch, positions, _NOISE)
     colours: npt.NDArray[np.float32] | None
     match erasing.mode:
         case "pixel":
             colours = None
         case "rand":
-            # Their words come after those of all pixels.
-            words = 2**62 + torch.arange(count)
-            colours = normals(torch.from_numpy(keys.view(np.int64)), words).movedim(1, 2).numpy()
+            # Its word comes after those of all pixels.
+            word = torch.tensor([2**62])
+            colours = normals(torch.from_numpy(keys.view(np.int64)), word)[:, :, 0].numpy()
         case "const":
-            colours = np.zeros((len(positions), count, 3), np.float32)
+            colours = np.zeros((len(positions), 3), np.float32)
         case _:
             assert_never(erasing.mode)
     return Erased(boxes, colours, keys)
 
 
-def _rectangles(draws: _Floats, size: int, number: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+def _rectangles(draws: _Floats, size: int) -> npt.NDArray[np.int32]:
     """Choose the first of several tries that fits into the image, or an empty rectangle.
 
     Args:
-        draws: (B, count, 2 * _TRIES + 2) uniform in [0, 1).
-        number: (B, 1, 1) rectangles that share the area.
+        draws: (B, 2 * _TRIES + 2) uniform in [0, 1).
     """
-    areas, log_ratios, corners = np.split(draws, [_TRIES, 2 * _TRIES], axis=2)
-    areas = (_AREA[0] + (_AREA[1] - _AREA[0]) * areas) * size**2 / number
+    areas, log_ratios, corners = np.split(draws, [_TRIES, 2 * _TRIES], axis=1)
+    areas = (_AREA[0] + (_AREA[1] - _AREA[0]) * areas) * size**2
     ratios = np.exp(_LOG_RATIO[0] + (_LOG_RATIO[1] - _LOG_RATIO[0]) * log_ratios)
-    sides = np.rint(np.stack([np.sqrt(areas * ratios), np.sqrt(areas / ratios)], axis=3))
-    fits = (sides < size).all(axis=3)
-    first = fits.argmax(axis=2)[:, :, None, None]
-    side = np.take_along_axis(sides, first, axis=2)[:, :, 0].astype(np.int64)
-    side[~fits.any(axis=2)] = 0
+    sides = np.rint(np.stack([np.sqrt(areas * ratios), np.sqrt(areas / ratios)], axis=2))
+    fits = (sides < size).all(axis=2)
+    side = sides[np.arange(len(sides)), fits.argmax(axis=1)].astype(np.int64)
+    side[~fits.any(axis=1)] = 0
     corner = (corners * (size - side + 1)).astype(np.int64)
-    return np.concatenate([corner, corner + side], axis=2).astype(np.int32)
+    return np.concatenate([corner, corner + side], axis=1).astype(np.int32)
 
 
 # --- noise ----------------------------------------------------------------------------------------
@@ -126,7 +120,7 @@ def _signed(word: int) -> int:
 def erase(images: Tensor, what: Erased) -> None:
     """Erase rectangles of images (B, 3, H, W) on the device where they are, in place."""
     device, (height, width) = images.device, images.shape[2:]
-    some = np.flatnonzero(what.boxes.any(axis=(1, 2)))
+    some = np.flatnonzero(what.boxes.any(axis=1))
     if not some.size:
         return
     rows = on_device(torch.from_numpy(some), device)
@@ -134,12 +128,9 @@ def erase(images: Tensor, what: Erased) -> None:
     if what.colours is None:
         keys = on_device(torch.from_numpy(what.keys[some].view(np.int64)), device)
         noise = normals(keys, torch.arange(height * width, device=device))
-        noise = noise.view(len(some), 3, height, width)
-        filled = [noise] * boxes.shape[1]
+        filled = noise.view(len(some), 3, height, width)
     else:
-        colours = on_device(torch.from_numpy(what.colours[some]), device)
-        filled = list(colours[..., None, None].unbind(1))
-    changed = images.index_select(0, rows)
-    for j, new in enumerate(filled):
-        changed = torch.where(inside(boxes[:, j], height, width)[:, None], new, changed)
+        filled = on_device(torch.from_numpy(what.colours[some]), device)[..., None, None]
+    kept = images.index_select(0, rows)
+    changed = torch.where(inside(boxes, height, width)[:, None], filled, kept)
     images.index_copy_(0, rows, changed)

@@ -5,7 +5,6 @@ from outside). Each sample's operation is drawn from separate random streams.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, assert_never
 
 import numpy as np
@@ -21,17 +20,15 @@ from tetdist.order import named_stream, uniforms
 Policy = Literal["nda", "snn_augment_wide"]
 _Floats = npt.NDArray[np.float64]
 _Frames = npt.NDArray[Any]
-# Returns the first n numbers of a sample's stream, uniform in [0, 1).
-Draw = Callable[[int], _Floats]
 
-OPERATION_DRAWS, DROP_DRAWS = 4, 4
-OPERATION_STREAM, DROP_STREAM = named_stream("event operations"), named_stream("event drop")
+OPERATION_DRAWS = 4
+OPERATION_STREAM = named_stream("event operations")
 
 
 class EventChanges:
     """Changes of a micro-batch's frames, before the user's transforms and mixing.
 
-    The order is: mirroring, roll, one operation, EventDrop, Cutout.
+    The order is: mirroring, roll, one operation, Cutout.
     """
 
     def __init__(
@@ -53,9 +50,7 @@ class EventChanges:
         if data.event_augment != "none":
             numbers = uniforms(seed, epoch, positions, OPERATION_DRAWS, OPERATION_STREAM)
             self._operations = operations(numbers, data.event_augment, size)
-        self._drop = data.event_drop
         self._boxes = cutout_boxes(draws.cutout, *size, data.cutout)
-        self._key = seed, epoch, positions
 
     def of(self, k: int, frames: _Frames) -> _Frames:
         """Return the changed frames of the k-th sample; the given frames stay unchanged."""
@@ -63,15 +58,8 @@ class EventChanges:
         frames = np.roll(frames, self._shift[k].tolist(), axis=(-2, -1))
         if self._operations is not None:
             frames = operated(frames, self._operations[k])
-        if self._drop:
-            frames = dropped(frames, self._drop_draws(k), self._drop)
         cut_out(frames, self._boxes[k])
         return frames
-
-    def _drop_draws(self, k: int) -> Draw:
-        seed, epoch, positions = self._key
-        one = positions[k : k + 1]
-        return lambda count: uniforms(seed, epoch, one, count, DROP_STREAM)[0]
 
 
 class Operation(NamedTuple):
@@ -187,58 +175,3 @@ def _moved(frames: _Frames, **how: Any) -> _Frames:
     moved = frames.reshape(-1, height * width).take(source - 1, axis=1, mode="clip")
     moved[:, source == 0] = 0
     return moved.reshape(frames.shape)
-
-
-def dropped(frames: _Frames, draw: Draw, probability: float) -> _Frames:
-    """Drop events of frames (T, 2, H, W) by EventDrop (Gu et al., IJCAI 2021).
-
-    One of three kinds, equally often: (1) the events of all timesteps whose middle is in a time
-    span of 10 to 90 %, which may reach beyond the end; (2) the events of an area with sides of 5 to
-    25 % of the frame's; (3) a random 10 to 90 % of all values, where a value holds the events of
-    one pixel and polarity in a timestep. A sample that would become empty stays as it was.
-
-    Args:
-        draw: The sample's numbers: DROP_DRAWS, and one for each value of the frames.
-        probability: Probability of dropping any; 0.75 in the paper's code.
-    """
-    which, *rest = draw(DROP_DRAWS).tolist()
-    if which >= probability:
-        return frames
-    match ("time", "area", "random")[int(3 * which / probability)]:
-        case "time":
-            gone = _in_stretch(len(frames), *rest[:2])[:, None, None, None]
-        case "area":
-            gone = np.zeros(frames.shape[-2:], bool)
-            top, left, bottom, right = _area(*rest, *frames.shape[-2:])
-            gone[top:bottom, left:right] = True
-        case _:
-            share = _tenths(rest[0])
-            gone = (draw(DROP_DRAWS + frames.size)[DROP_DRAWS:] < share).reshape(frames.shape)
-    left_over = np.where(gone, frames.dtype.type(0), frames)
-    return left_over if left_over.any() else frames
-
-
-def _tenths(draw: float) -> float:
-    """Return one of 0.1 to 0.9, as the original code draws its fractions."""
-    return (1 + int(9 * draw)) / 10
-
-
-def _in_stretch(timesteps: int, length: float, begin: float) -> npt.NDArray[np.bool_]:
-    middle = (np.arange(timesteps) + 0.5) / timesteps
-    return (middle >= begin) & (middle <= begin + _tenths(length))
-
-
-def _area(
-    share: float, row: float, column: float, height: int, width: int
-) -> tuple[int, int, int, int]:
-    """Return the rectangle of the original code: top, left, bottom, right.
-
-    That code then drops all events in its rows and in its columns; the paper, and this function's
-    caller, drop only those in the rectangle.
-    """
-    share = (1 + int(5 * share)) / 20
-    top = int(max(0.0, row * height - share * height / 2))
-    left = int(max(0.0, column * width - share * width / 2))
-    # The original's bounds are inclusive.
-    bottom, right = int(top + share * height) + 1, int(left + share * width) + 1
-    return top, left, min(height, bottom), min(width, right)

@@ -64,7 +64,7 @@ def augmented(
             policy = _random_policy(text)
             own_draws = uniforms(seed, epoch, positions, num_draws(policy), RANDOM_POLICY)
             operations.append(random_operations(own_draws, policy, side))
-    if any(data.color_jitter.model_dump().values()):
+    if any(data.color_jitter):
         operations.append(color_jitter(draws.color_jitter, data.color_jitter))
     edits = Edits(
         window=window,

@@ -123,8 +123,8 @@ class LoaderProcess(Batches):
         killed = status == -signal.SIGKILL
         cause = "killed, most often for lack of memory" if killed else f"exit status {status}"
         return UserError(
-            f"the data-loading process died ({cause}); set data.own_process=false to load data in"
-            " the training process"
+            f"the data-loading process died ({cause}); start again, with a smaller data.prefetch "
+            "or fewer data.threads if memory was short"
         )
 
     def close(self) -> None:
@@ -200,7 +200,7 @@ def _reserve(slot_bytes: int, channel: Connection) -> list[memoryview]:
     except OSError as error:
         raise UserError(
             f"batches need {size / 2**20:.0f} MiB of memory, which is not free "
-            f"({error.strerror}); set data.own_process=false, or a smaller batch.micro"
+            f"({error.strerror}); set a smaller batch.micro"
         ) from error
     memory = memoryview(mmap.mmap(descriptor, size))
     channel.send(_Memory(descriptor, slot_bytes))

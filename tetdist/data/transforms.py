@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from tetdist.config.sections.data import ColorJitterSection
 from tetdist.errors import UserError
 from tetdist.order import MIXING, transform_stream, uniforms
 from tetdist.plugins import Registry
@@ -134,20 +133,20 @@ class Operation(NamedTuple):
 COLOR_JITTER_DRAWS = 8
 
 
-def color_jitter(draws: _Floats, jitter: ColorJitterSection) -> list[list[Operation]]:
+def color_jitter(draws: _Floats, reaches: Sequence[float]) -> list[list[Operation]]:
     """Draw each sample's changes of brightness, contrast, saturation and hue, in random order.
 
     Args:
         draws: (B, COLOR_JITTER_DRAWS) uniform in [0, 1).
+        reaches: Largest change of each.
     """
-    reaches: dict[str, float] = jitter.model_dump()
-    names, factors = list(reaches), list(reaches.values())[:3]
-    low = [max(0.0, 1 - reach) for reach in factors] + [-jitter.hue]
-    high = [1 + reach for reach in factors] + [jitter.hue]
+    names, (*factors, hue) = ("brightness", "contrast", "saturation", "hue"), reaches
+    low = [max(0.0, 1 - reach) for reach in factors] + [-hue]
+    high = [1 + reach for reach in factors] + [hue]
     values = _between(np.array(low), np.array(high), draws[:, 4:])
     orders = draws[:, :4].argsort(axis=1, kind="stable")
     return [
-        [Operation(names[i], float(row[i])) for i in order if reaches[names[i]]]
+        [Operation(names[i], float(row[i])) for i in order if reaches[i]]
         for row, order in zip(values, orders.tolist(), strict=True)
     ]
 
@@ -177,7 +176,6 @@ class Mixing(NamedTuple):
             in the micro-batch. "batch": the micro-batch has one lambda and box, and its sample i is
             mixed with sample B - 1 - i, as in timm's `Mixup`.
         probability: Probability of mixing a sample, or the micro-batch.
-        switch_probability: Probability of CutMix rather than mixup, if both are on.
         off_epoch: First epoch, counted from 0, without mixing; 0: all epochs mix.
     """
 
@@ -185,7 +183,6 @@ class Mixing(NamedTuple):
     cutmix: float = 0.0
     mode: Literal["sample", "batch"] = "sample"
     probability: float = 1.0
-    switch_probability: float = 0.5
     off_epoch: int = 0
 
     @property
@@ -234,8 +231,8 @@ def mixes(draws: _Floats, height: int, width: int, mixing: Mixing) -> Mix:
         draws: (B, MIXING_DRAWS) uniform in [0, 1).
     """
     assert mixing.is_on
-    both = mixing.mixup and mixing.cutmix
-    switch = mixing.switch_probability if both else float(mixing.cutmix > 0)
+    # If both are on, each is equally likely.
+    switch = 0.5 if mixing.mixup and mixing.cutmix else float(mixing.cutmix > 0)
     cut = draws[:, 0] < switch
     alpha = np.where(cut, mixing.cutmix or 1.0, mixing.mixup or 1.0)
     kept = symmetric_beta(draws[:, 1], draws[:, 2], alpha)

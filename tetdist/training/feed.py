@@ -27,18 +27,11 @@ class Feed:
         self.run, self.on_batch = run, on_batch
         self.waited = 0.0
         self._loader: Batches | None = None
-        self._image_size = 0
 
     def open(self, step: int) -> None:
         """Continue with the batches that follow ``step`` completed steps."""
         self.close()
-        self._image_size = self.image_size(step)
         self._loader = self._open_loader(step)
-
-    def enter_epoch(self, step: int) -> None:
-        """Reopen the loader if the epoch that begins at ``step`` has another image size."""
-        if self.image_size(step) != self._image_size:
-            self.open(step)
 
     def of_step(self, step: int) -> Iterator[MicroBatch]:
         """Yield the step's images and targets."""
@@ -56,13 +49,8 @@ class Feed:
         with self._open_loader(step) as loader:
             yield (self.prepared(next(loader)) for _ in self.run.micro_batches)
 
-    def image_size(self, step: int) -> int:
-        """Return height and width of the step's training images."""
-        return self.run.phase_at(step).image_size(step, self.run.config.data.image_size)
-
     def _open_loader(self, step: int) -> Batches:
-        run = self.run
-        return train_loader(run.config, run.train, run.world, step, self.image_size(step))
+        return train_loader(self.run.config, self.run.train, self.run.world, step)
 
     def prepared(self, batch: Batch) -> MicroBatch:
         """Bring a batch to the device and mix it."""

@@ -43,8 +43,7 @@ class _Graph(NamedTuple):
 class Graphed:
     """A function of a micro-batch, captured at the first call with each T and then replayed.
 
-    All graphs are captured again when an input has a new shape, as in an epoch with larger images.
-    They share memory, because they run one after another and nothing else reads it.
+    The graphs share memory, because they run one after another and nothing else reads it.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Graphed:
             UserError: The function cannot be captured.
         """
         graph = self._graphs.get(self._model.timesteps)
-        if graph is None or list(map(_layout, given)) != list(map(_layout, graph.inputs)):
+        if graph is None:
             self._agree(lambda: self._capture(given))
             graph = self._graphs[self._model.timesteps]
         for static, tensor in zip(graph.inputs, given, strict=True):
@@ -83,9 +82,6 @@ class Graphed:
         return result
 
     def _capture(self, given: tuple[Tensor, ...]) -> None:
-        if self._model.timesteps in self._graphs:
-            # Free the old graphs' memory, which the next ones may need.
-            self._graphs.clear()
         if not self._graphs:
             self._pool = functools.cache(torch.cuda.graph_pool_handle)
         inputs = tuple(tensor.clone() for tensor in given)
@@ -114,10 +110,6 @@ class Graphed:
                 # In place, because the graph adds to this memory.
                 parameter.grad.copy_(torch.zeros_like(parameter.grad) if grad is None else grad)
         self._graphs[self._model.timesteps] = _Graph(inputs, records, captured)
-
-
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def capture(function: Callable[[], Tensor], pool: Callable[[], Any] = lambda: None) -> Captured:

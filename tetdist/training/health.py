@@ -22,19 +22,16 @@ logger = logging.getLogger(__name__)
 
 # Start of the message that ends a run with too many non-finite steps; searches look for it.
 NOT_FINITE = "the loss or its gradient was not finite in"
+LIMIT = 5  # non-finite steps in a row that end a run
 
 
 class NonFiniteSteps:
     """A count of skipped steps, kept on the device so that the host need not wait for it.
 
     All processes have the same count, since they agree about each step.
-
-    Args:
-        limit: Number of such steps in a row that ends the run.
     """
 
-    def __init__(self, device: torch.device, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, device: torch.device) -> None:
         self._in_a_row, self._reached_at, self._total, self._reported = torch.zeros(
             4, dtype=torch.int64, device=device
         )
@@ -42,13 +39,13 @@ class NonFiniteSteps:
     def record(self, step: int, applied: Tensor) -> None:
         """Count a step (from 1); ``applied``, () bool, is `Update.applied`."""
         self._in_a_row = torch.where(applied, 0, self._in_a_row + 1)
-        reached = (self._in_a_row >= self.limit) & (self._reached_at == 0)
+        reached = (self._in_a_row >= LIMIT) & (self._reached_at == 0)
         self._reached_at = torch.where(reached, step, self._reached_at)
         self._total = self._total + ~applied
 
     @property
     def limit_reached_at(self) -> int:
-        """The step that was the ``limit``-th in a row; 0 if none. Synchronises with the device."""
+        """The step that was the fifth in a row; 0 if none. Synchronises with the device."""
         return int(self._reached_at)
 
     def new(self) -> int:
@@ -81,7 +78,7 @@ class NonFiniteSteps:
         if saved_step is not None:
             saved = f"the last checkpoint is of step {saved_step}, in {checkpoints}"
         raise UserError(
-            f"{NOT_FINITE} {counted(self.limit, 'step')} in a row, last at step "
+            f"{NOT_FINITE} {counted(LIMIT, 'step')} in a row, last at step "
             f"{self.limit_reached_at} (learning rate {lr:.4g}). They changed no weight, and "
             f"{saved}. {'; '.join(found)}. Try a smaller phases.*.optimizer.lr, a warm-up "
             "(phases.*.warmup_epochs) or gradient_clipping"

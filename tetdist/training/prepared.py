@@ -170,8 +170,8 @@ def _check_steps(config: RunConfig, phases: list[Phase], last_step: int) -> None
             f"max_steps={config.max_steps} ends the run before phase {config.start_phase} begins, "
             f"after step {first}; raise it: max_steps counts from the first phase"
         )
-    if config.profile is not None and config.profile.steps[0] > last_step:
+    if config.profile is not None and config.profile[0] > last_step:
         raise UserError(
-            f"profile.steps: step {config.profile.steps[0]:,} comes after the run's last step, "
-            f"{last_step:,}; choose earlier steps"
+            f"profile: step {config.profile[0]:,} comes after the run's last step, {last_step:,}; "
+            "choose earlier steps"
         )

@@ -8,6 +8,7 @@ from typing import Self, assert_never
 from tetdist import plugins
 from tetdist.config.identity import differences
 from tetdist.config.loading import parse
+from tetdist.config.retired import without_retired
 from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
 from tetdist.distributed.world import World
@@ -99,6 +100,7 @@ class RunFolder:
                 f"{file} is damaged, so the run in this folder cannot be identified; restore the "
                 "file, remove it if you know that the run is the same, or set another name=..."
             ) from error
+        earlier = without_retired(earlier, str(file), is_trained=False)
         try:
             # Keys added since then get their defaults in the earlier run.
             earlier = parse(earlier, str(file), warn=False).as_dict()

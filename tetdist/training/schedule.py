@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import assert_never
 
 from tetdist.config.sections.phase import OptimizerSection, PhaseSection, schedule_epochs
 
@@ -48,42 +47,10 @@ class Phase:
             return section.warmup_lr + (self.peak_lr - section.warmup_lr) * share
         start = warmup if section.clock_after_warmup else 0.0
         end = (section.epochs - section.cooldown_epochs) * self.steps_per_epoch
-        return self._after_warmup(done - start, end - start)
-
-    def _after_warmup(self, done: float, steps: float) -> float:
-        """Return the learning rate after ``done`` of the schedule's ``steps``."""
-        section, share = self.schedule, min(1.0, done / steps)
-        match section.schedule:
-            case "constant":
-                return self.peak_lr
-            case "cosine":
-                part = 0.5 * (1 + math.cos(math.pi * share))
-            case "polynomial":
-                part = (1 - share) ** section.power
-            case "step":
-                times = done // (section.decay_epochs * self.steps_per_epoch)
-                return max(section.min_lr, float(self.peak_lr * section.decay_rate**times))
-            case other:
-                assert_never(other)
+        if section.schedule == "constant":
+            return self.peak_lr
+        part = 0.5 * (1 + math.cos(math.pi * min(1.0, (done - start) / (end - start))))
         return section.min_lr + (self.peak_lr - section.min_lr) * part
-
-    def image_size(self, step: int, default: int) -> int:
-        """Return the size of the training images of ``step``, constant within an epoch.
-
-        Args:
-            step: A step of this phase.
-            default: Size if the phase sets none.
-        """
-        first = self.section.image_size or default
-        last = self.section.final_image_size or first
-        epoch, epochs = (step - self.first_step) // self.steps_per_epoch, self.section.epochs
-        if first == last or epoch == 0:
-            return first
-        if epoch == epochs - 1:
-            return last
-        # Networks downsample by up to 32, so sizes are multiples of 32.
-        between = int(first + (last - first) * epoch / (epochs - 1)) // 32 * 32
-        return min(max(between, min(first, last)), max(first, last))
 
 
 def schedule_phases(

@@ -7,7 +7,7 @@ from typing import assert_never
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tetdist.config.schema import RunConfig, phase_image_sizes
+from tetdist.config.schema import RunConfig
 from tetdist.config.sections.training import SegmentsSection
 from tetdist.data.build import check_augmentation
 from tetdist.datasets import held_out, recorded_split
@@ -20,7 +20,6 @@ from tetdist.nn.fast import dispatch
 from tetdist.nn.precision import choose_algorithms, parameter_type, place
 from tetdist.optimizers import layers_of
 from tetdist.storage import checkpoint
-from tetdist.training.engines.clipping import Clipping
 
 
 def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
@@ -106,7 +105,6 @@ def make_model(
     """Return the configured model for the data of ``index``, initialised, at the first phase's
     largest T; ``load`` loads weights into it."""
     section = config.model
-    image_sizes = _image_sizes(config, index)
     model = section.build(
         num_classes=section.num_classes or len(index.classes),
         timesteps=config.phases[0].most_timesteps,
@@ -121,13 +119,12 @@ def make_model(
         for timesteps in sorted(phase.choices):
             model.set_timesteps(timesteps)
     _refuse_foreign_norms(section.name, model)
+    size = int(index.heights[0]) if config.data.kind == "events" else config.data.image_size
     input_size = getattr(model, "input_size", None)
-    if input_size is not None and (others := image_sizes - {input_size}):
-        size = min(others)
+    if input_size not in (None, size):
         raise UserError(
-            f"{section.name} is built for {input_size}x{input_size} pixels and the "
-            f"data has {size}x{size}; set model.arguments.input_size={size}"
-            + (", and all phases' image sizes to the same" if len(image_sizes) > 1 else "")
+            f"{section.name} is built for {input_size}x{input_size} pixels and the data has "
+            f"{size}x{size}; set model.arguments.input_size={size}"
         )
     if load is not None:
         model.to(parameter_type(config.precision))
@@ -135,7 +132,6 @@ def make_model(
     frames = None if index.timesteps is None else (model.timesteps, *index.frames_shape[1:])
     section.refuse_mixing(model, frames or (3, config.data.image_size, config.data.image_size))
     # Otherwise the optimiser of a later phase would refuse these when that phase begins.
-    Clipping(config, model)
     optimizers = map(config.optimizer_of, range(len(config.phases)))
     if any(optimizer.layer_decay is not None for optimizer in optimizers):
         layers_of(model)
@@ -214,15 +210,3 @@ def _refuse_foreign_norms(name: str, model: nn.Module) -> None:
                 "statistics would depend on the number of processes and be lost in "
                 "recomputation; use tetdist.nn.batch_norm.BatchNorm instead"
             )
-
-
-def _image_sizes(config: RunConfig, index: Index) -> set[int]:
-    """Return the sizes of all images in evaluation and in all phases."""
-    match config.data.kind:
-        case "events":
-            return {int(index.heights[0])}
-        case "images":
-            phases = (size for phase in config.phases for size in phase_image_sizes(config, phase))
-            return {config.data.image_size, *phases}
-        case other:
-            assert_never(other)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tetdist import plugins
 from tetdist.config.fields import TIMM
 from tetdist.config.loading import parse
-from tetdist.config.schema import RunConfig, phase_image_sizes
+from tetdist.config.schema import RunConfig
 from tetdist.datasets.index import Index
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
@@ -52,7 +52,7 @@ class Teacher:
         ours, theirs = (config.data.mean, config.data.std), (mean, std)
         self.between = None if ours == theirs else _between(ours, theirs).to(device, dtype)
         if config.data.kind == "images":
-            self._check_image_sizes(config, device)
+            self._check_image_size(config, device)
 
     @classmethod
     def of(cls, config: RunConfig, index: Index, device: torch.device) -> "Teacher | None":
@@ -75,19 +75,17 @@ class Teacher:
             logits: Tensor = self.model(images)
         return logits
 
-    def _check_image_sizes(self, config: RunConfig, device: torch.device) -> None:
-        """Run once for each image size, so that a misfit shows before the first epoch."""
-        sizes = {size for phase in config.phases for size in phase_image_sizes(config, phase)}
-        name = config.loss.distillation.teacher
-        for size in sorted(sizes):
-            images = torch.zeros(1, 3, size, size, device=device)
-            try:
-                self(images.to(parameter_type(config.precision)))
-            except (RuntimeError, ValueError, AssertionError) as error:
-                raise UserError(
-                    f"{KEY}: {name} cannot take images of {size}x{size} pixels "
-                    f"({str(error).splitlines()[0]})"
-                ) from error
+    def _check_image_size(self, config: RunConfig, device: torch.device) -> None:
+        """Run once, so that a misfit shows before the first epoch."""
+        size = config.data.image_size
+        images = torch.zeros(1, 3, size, size, device=device)
+        try:
+            self(images.to(parameter_type(config.precision)))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise UserError(
+                f"{KEY}: {config.loss.distillation.teacher} cannot take images of {size}x{size} "
+                f"pixels ({str(error).splitlines()[0]})"
+            ) from error
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -33,7 +33,6 @@ from tetdist.training.observers import MakeObservers, Observers, Watched
 from tetdist.training.prepared import prepare
 from tetdist.training.run_folder import RunFolder
 from tetdist.training.run_record import Launcher, RunRecord
-from tetdist.training.sample_record import SampleRecord, sample_record
 from tetdist.training.schedule import Phase
 from tetdist.training.step import Step
 from tetdist.training.window import Window
@@ -80,7 +79,6 @@ class Trainer:
         try:
             with (
                 record.tracked(self.step, self.stop) as self.tracker,
-                sample_record(self.config, self.world, self.step) as self.record,
                 self.prepared.progress(self.step) as self.progress,
             ):
                 if (tracker := self.tracker) is not None:
@@ -152,7 +150,6 @@ class Trainer:
     # --- training -----------------------------------------------------------------------------
 
     def _train_epoch(self) -> None:
-        self.feed.enter_epoch(self.step)
         self.model.train()
         enter_epoch(self.changing, self.prepared.epoch_of(self.step + 1))
         self.window.restart(self.feed.waited)
@@ -184,7 +181,6 @@ class Trainer:
         return update.grad_norm
 
     def _on_batch(self, step: int, batch: Batch) -> None:
-        self.record(step, batch)
         self.watch.progress(f"step {step}")
         self.observers.on_batch(step, batch)
 
@@ -282,5 +278,4 @@ class Trainer:
     engine: Engine
     training_step: Step
     tracker: Tracker | None
-    record: SampleRecord
     progress: RunProgress

@@ -31,7 +31,7 @@ class Window:
     def __init__(self, config: RunConfig, world: World) -> None:
         self._world, self._global_batch = world, config.batch.global_
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        self.non_finite = NonFiniteSteps(world.device, config.non_finite_limit)
+        self.non_finite = NonFiniteSteps(world.device)
         self._stragglers = Stragglers()
         self.restart(0.0)
 

@@ -33,7 +33,7 @@ class StepProfile(Observer):
     def __init__(self, watched: Watched) -> None:
         config = watched.run.config
         assert config.profile is not None
-        self._first, self._last = config.profile.steps
+        self._first, self._last = config.profile
         self._folder = config.run_dir / "profile"
         is_on_gpu = watched.run.world.device.type == "cuda"
         self._sort = f"self_{'device' if is_on_gpu else 'cpu'}_time_total"

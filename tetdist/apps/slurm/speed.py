@@ -14,7 +14,7 @@ import timm
 from tetdist import models
 from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.config import loading
-from tetdist.config.schema import RunConfig, phase_image_sizes
+from tetdist.config.schema import RunConfig
 from tetdist.errors import UserError, typed
 from tetdist.nn import neurons
 from tetdist.storage.checkpoint import STATE_FILE
@@ -57,7 +57,7 @@ def speed_of(
         UserError: The benchmark cannot be read, or measured something else than this run trains.
     """
     first = config.phases[config.start_phase]
-    size = frames[2] if frames else phase_image_sizes(config, first)[1]
+    size = frames[2] if frames else config.data.image_size
     if images_per_s is not None:
         if not 0 < images_per_s < math.inf:
             raise UserError(f"--images-per-s must be above 0, not {images_per_s:g}")
@@ -135,7 +135,7 @@ def _of_run(folder: Path) -> dict[str, Any]:
         "timesteps": statistics.median(of_timesteps / rate for rate, of_timesteps in pairs),
         "processes": processes,
         "model": config.model.name,
-        "size": phase_image_sizes(config, config.phases[-1])[1] if images else None,
+        "size": config.data.image_size if images else None,
         "precision": config.precision,
         "neuron": neurons.kind_of(config.model.neuron),
         "recompute": config.recompute,

@@ -15,7 +15,7 @@ from tetdist import order, plugins
 from tetdist.apps.weights.variants import with_classes_of_model
 from tetdist.config.identity import differences
 from tetdist.config.loading import parse
-from tetdist.config.schema import RunConfig, phase_image_sizes
+from tetdist.config.schema import RunConfig
 from tetdist.data import mixing
 from tetdist.data.build import train_loader
 from tetdist.data.dropping import drop_factors
@@ -142,7 +142,6 @@ def recompute_statistics(
     numbers = order.rank_micro_batches(world.rank, world.world_size, batch.global_, batch.micro)
     first = (sum(phase.epochs for phase in config.phases) - 1) * per_epoch
     dropping = dropout.dropping(model)
-    size = phase_image_sizes(config, config.phases[-1])[1]
 
     def batches(loader: Batches) -> Iterator[Tensor]:
         for step in range(first, first + steps):
@@ -161,7 +160,7 @@ def recompute_statistics(
                 show((step + 1 - first) * batch.global_, steps * batch.global_)
 
     with (
-        train_loader(config, index, world, first, size) as loader,
+        train_loader(config, index, world, first) as loader,
         autocast(device, config.precision),
     ):
         batch_norm.recompute_running_statistics(model, batches(loader), world.mean_)

@@ -9,21 +9,7 @@ from tetdist.config.fields import Fraction, Names, OneOf, OpenFraction, Pixels, 
 from tetdist.config.flags import MOST_PREFETCHED, MOST_THREADS
 from tetdist.config.rand_augment import EXAMPLE, rand_augment
 
-
-class ColorJitterSection(Section):
-    """torchvision's ColorJitter: brightness 0.4 draws a factor from 0.6 to 1.4."""
-
-    brightness: Annotated[float, Field(ge=0)] = 0.0
-    """Strength of brightness jitter: pixels are multiplied by a factor from 1 - brightness to 1 +
-    brightness, as torchvision's ColorJitter; 0: off."""
-    contrast: Annotated[float, Field(ge=0)] = 0.0
-    """Strength of contrast jitter: each pixel's distance from the image's mean grey is multiplied
-    by a factor from 1 - contrast to 1 + contrast, as torchvision's ColorJitter; 0: off."""
-    saturation: Annotated[float, Field(ge=0)] = 0.0
-    """Strength of saturation jitter: each pixel's distance from its own grey is multiplied by a
-    factor from 1 - saturation to 1 + saturation, as torchvision's ColorJitter; 0: off."""
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Largest hue shift in either direction, as a fraction of the colour circle; 0: off."""
+Amount = Annotated[float, Field(ge=0)]
 
 
 class MixingSection(Section):
@@ -35,8 +21,6 @@ class MixingSection(Section):
     itself in reverse order, with one lambda and box for all samples."""
     probability: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability of mixing a sample (with mode=batch, a micro-batch); timm's mixup_prob."""
-    switch_probability: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Probability of CutMix rather than mixup, if both are on; timm's mixup_switch_prob."""
     off_epoch: Annotated[int, Field(ge=0)] = 0
     """First epoch of the run, counted from 0, without mixup and CutMix (timm's mixup_off_epoch); 0:
     all epochs mix."""
@@ -50,9 +34,6 @@ class ErasingSection(Section):
     mode: Literal["pixel", "rand", "const"] = "pixel"
     """Contents of erased rectangles (timm's remode). pixel: noise; rand: a random colour; const:
     the mean colour."""
-    count: Annotated[int, Field(gt=0, le=100)] = 1
-    """Maximum number of erased rectangles per image (timm's recount). Several rectangles share the
-    area that a single one would have."""
 
 
 POLICIES = ("none", "cifar10", "imagenet", "trivial", "3a")
@@ -98,27 +79,28 @@ class DataSection(Section):
     """Augmentation of event tensors, one random operation per training sample. nda: roll, rotation
     or shear (Neuromorphic Data Augmentation); snn_augment_wide: shear, shift, rotation,
     cutout or none of them, as in QKFormer's code."""
-    event_drop: Fraction = 0.0
-    """Probability of EventDrop for a training sample: events of a time span, of an area, or of
-    random positions are dropped. EventDrop's paper uses 0.75."""
     auto_augment: Annotated[str, OneOf(lambda: (*POLICIES, EXAMPLE)), AfterValidator(_policy)] = (
         "none"
     )
     """Augmentation policy: random colour and geometry operations. cifar10, imagenet:
     AutoAugment's policies; trivial: TrivialAugment (wide); 3a: 3-Augment; rand-...: RandAugment
     with parameters m, n, p, mstd, mmax, inc. 3a and rand-... are as in timm's aa."""
-    color_jitter: ColorJitterSection = ColorJitterSection()
+    color_jitter: tuple[Amount, Amount, Amount, Annotated[float, Field(ge=0, le=0.5)]] = (0.0,) * 4
+    """Largest random changes of brightness, contrast, saturation and hue, as torchvision's
+    ColorJitter: pixels are multiplied by a factor from 1 - brightness to 1 + brightness; contrast
+    and saturation scale their distances from the image's mean grey and from their own grey; hue (at
+    most 0.5) is shifted by this fraction of the colour circle, either way. 0: off."""
     cutout: Annotated[int, Field(ge=0)] = 0
     """Side in pixels of a random square set to 0 in each (normalised) training sample; 0: off."""
     erasing: ErasingSection = ErasingSection()
     repeats: Positive = 1
     """Number of copies of each sample in a step, augmented differently (repeated augmentation;
     timm's aug_repeats). An epoch keeps its number of steps, so it shows fewer samples; 1: off."""
-    mixup: Annotated[float, Field(ge=0)] = 0.0
+    mixup: Amount = 0.0
     """Mixup's alpha: lambda is drawn from Beta(alpha, alpha); 0: off (timm's mixup)."""
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Amount = 0.0
     """CutMix's alpha: lambda is drawn from Beta(alpha, alpha); 0: off (timm's cutmix). If mixup is
-    on, too, each mixing uses one of the two."""
+    on, too, each mixing uses one of the two, equally often."""
     mixing: MixingSection = MixingSection()
     transforms: Names = ()
     """Names of your own transforms (see imports). They change training samples in this order, after
@@ -136,9 +118,6 @@ class DataSection(Section):
     """Number of threads per process for each step of loading: reading, decoding, augmentation."""
     prefetch: Annotated[int, Field(gt=0, le=MOST_PREFETCHED)] = 2
     """Number of batches (in training: micro-batches) loaded ahead of the one in use."""
-    own_process: bool | None = None
-    """Load data in a separate process beside each training process. Null: true on a GPU unless
-    data.device=gpu, as data threads in the training process would delay its kernel launches."""
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
@@ -153,10 +132,15 @@ class DataSection(Section):
                 f"resize: {self.resize} is smaller than data.image_size, {self.image_size}, so the "
                 "centre crop would not fit; set it to the image size or more"
             )
-        if self.auto_augment.startswith("rand") and any(dict(self.color_jitter).values()):
+        if self.auto_augment.startswith("rand") and any(self.color_jitter):
             raise ValueError(
                 f"color_jitter: cannot go with data.auto_augment={self.auto_augment}, which "
                 "changes colours itself (timm drops the jitter then); leave one of them out"
+            )
+        if self.crop == "padded" and self.padding >= self.image_size:
+            raise ValueError(
+                f"padding: {self.padding} must be below data.image_size, {self.image_size}, or a "
+                "crop could be all border"
             )
         return self
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
-from tetdist.config.fields import Epochs, OneOf, OpenFraction, Pixels, Section, Timesteps
+from tetdist.config.fields import Epochs, OneOf, OpenFraction, Section, Timesteps
 from tetdist.config.flags import MOST_TIMESTEPS
 from tetdist.config.sections.loss import LossSection
 from tetdist.optimizers import OPTIMIZERS, kind_of
@@ -35,10 +35,8 @@ class OptimizerSection(Section):
     """Weight decay: this fraction of a weight is added to its gradient; decoupled optimisers such
     as adamw subtract learning rate x weight_decay x weight instead."""
     decay_norms: bool = True
-    """Apply weight decay to batch norm parameters and biases, too."""
-    decay_neurons: bool = False
-    """Apply weight decay to learnable neuron parameters, too; with model.neuron.kind=plif, this
-    pulls the membrane's decay towards 0.5."""
+    """Apply weight decay to batch norm parameters and biases, too, but never to learnable neuron
+    parameters."""
     arguments: dict[str, Any] = {}
     """Further arguments of timm's optimisers or of your own, such as eps: 1.0e-6."""
 
@@ -95,18 +93,16 @@ class PhaseSection(Section):
     optimizer: OptimizerSection | Literal["continue"]
     """Optimiser of the phase, which starts without state. continue: the optimiser of the phase
     before goes on, with its state and its learning-rate schedule, which spans both phases."""
-    schedule: Literal["cosine", "constant", "polynomial", "step"] = "cosine"
-    """Learning-rate schedule (timm's sched, with poly for polynomial). cosine: half a cosine period
-    from the peak to min_lr; polynomial: to min_lr as (1 - progress)^power; step: multiplied by
-    decay_rate every decay_epochs; constant: the peak throughout."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning-rate schedule. cosine: half a cosine period from the peak to min_lr; constant: the
+    peak throughout."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     """Number of epochs at the phase's start over which the learning rate rises linearly from
     warmup_lr; timm's warmup_epochs."""
     warmup_lr: Annotated[float, Field(ge=0)] = 0.0
     """Initial learning rate of the warm-up (see warmup_epochs); timm's warmup_lr."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Final learning rate of schedule=cosine and polynomial, as timm's min_lr; smallest rate of
-    schedule=step, for which timm has none."""
+    """Final learning rate of schedule=cosine; timm's min_lr."""
     cooldown_epochs: Annotated[int, Field(ge=0)] = 0
     """Number of epochs at the phase's end that keep the final learning rate, min_lr;
     timm's cooldown_epochs, which timm adds to epochs."""
@@ -116,17 +112,6 @@ class PhaseSection(Section):
     clock_after_warmup: bool = True
     """Start the schedule at the end of the warm-up. False: it starts with the phase, so that the
     rate after the warm-up is below the peak, as with timm's cosine."""
-    power: Annotated[float, Field(gt=0)] = 1.0
-    """Exponent of schedule=polynomial; timm's decay_rate with sched=poly."""
-    decay_epochs: Annotated[float, Field(gt=0)] = 30.0
-    """Number of epochs between two drops of the learning rate; timm's decay_epochs."""
-    decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Factor of the learning rate at each drop; timm's decay_rate with sched=step."""
-    image_size: Pixels | None = None
-    """Height and width of training images, in pixels; null: as in evaluation (data.image_size)."""
-    final_image_size: Pixels | None = None
-    """Height and width of training images in the phase's last epoch, in pixels. The size changes
-    evenly from image_size to it, in multiples of 32. Null: image_size in all epochs."""
 
     @property
     def choices(self) -> tuple[int, ...]:

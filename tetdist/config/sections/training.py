@@ -1,10 +1,10 @@
-"""The sections on how training runs: batches, statistics, averages, checkpoints, profile."""
+"""The sections on how training runs: batches, statistics, averages, checkpoints."""
 
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from tetdist.config.fields import Positive, Samples, Section, Steps, Timesteps
+from tetdist.config.fields import Positive, Samples, Section, Timesteps
 
 
 class BatchSection(Section):
@@ -56,9 +56,3 @@ class SaveSection(Section):
     keep_last: Annotated[int, Field(ge=2)] = 2
     """Number of newest checkpoints to keep, besides the best: at least 2, in case a failing disk
     damages the newest."""
-
-
-class ProfileSection(Section):
-    steps: Steps
-    """First and last optimiser step to profile, counted from 1: [20, 30], or 20..30. Profiling
-    stops at the end of the epoch at the latest."""

@@ -21,7 +21,6 @@ from tetdist.config.sections.training import SegmentsSection
 from tetdist.distributed.overlap import Earlier, OverlappedMean, join
 from tetdist.distributed.world import World
 from tetdist.nn.precision import LOW_PRECISION
-from tetdist.training.engines.clipping import Clipping
 
 
 class Update(NamedTuple):
@@ -40,8 +39,8 @@ class EngineParts(NamedTuple):
     """Parts that an engine is made of, for one phase.
 
     Attributes:
-        config: The run's; ``engine``, ``zero_stage``, ``precision``, ``batch``,
-            ``gradient_clipping`` and ``clip_mode`` are read.
+        config: The run's; ``engine``, ``zero_stage``, ``precision``, ``batch`` and
+            ``gradient_clipping`` are read.
         model: The model, on its device and the same on every process.
         accumulation: Micro-batches that this process contributes to each step.
     """
@@ -212,7 +211,7 @@ class WholeEngine:
 
     def __init__(self, parts: EngineParts) -> None:
         config, model, optimizer, accumulation, world = parts
-        self.optimizer, self.clipping = optimizer, Clipping(config, model)
+        self.optimizer, self.clipping = optimizer, config.gradient_clipping
         self.loss_scale = LossScale.of(config.precision)
         self.mean = GradientMean(config, optimizer, world, accumulation)
         lay_out(model, torch.channels_last)
@@ -236,7 +235,9 @@ class WholeEngine:
         if self.loss_scale is not None:
             torch._foreach_mul_(grads, 1 / self.loss_scale.value)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        self.clipping(grads, norm)
+        if self.clipping is not None:
+            # In place, and without synchronising with the device.
+            torch._foreach_mul_(grads, (self.clipping / (norm + 1e-6)).clamp(max=1.0))
         applied = torch.isfinite(norm)
         prepare_step(self.optimizer, lr, applied)
         self._step()
