@@ -15,73 +15,45 @@ from tetdist.errors import UserError
 from tetdist.nn.precision import choose_algorithms
 from tetdist.training.engines.deepspeed_engines import _as_local_rank
 
-
-@pytest.fixture
-def smi(tmp_path, monkeypatch):
-    """The only folder in PATH, for an nvidia-smi; nothing hides GPUs, and torch sees none."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "SLURM_GPUS_ON_NODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    return tmp_path
-
-
-def put_smi(folder, body):
-    file = folder / "nvidia-smi"
-    file.write_text(f"#!{sys.executable}\n{body}\n")
-    file.chmod(0o755)
-
-
 TWO = 'print("GPU 0: NVIDIA A100 (UUID: GPU-1)\\nGPU 1: NVIDIA A100 (UUID: GPU-2)")'
-
-
-def test_auto_refuses_the_cpu_where_the_machine_has_a_gpu(smi):
-    put_smi(smi, TWO)
-    with pytest.raises(UserError) as caught:
-        choose_device("auto", 0)
-    text = str(caught.value)
-    assert "GPU 0: NVIDIA A100 (nvidia-smi) and 1 more" in text
-    assert "torch does not see it" in text
-    assert torch.__version__ in text
-    assert "device=cpu" in text
-    # An explicit choice of the CPU is respected.
-    assert choose_device("cpu", 0).type == "cpu"
-
-
-@pytest.mark.parametrize("hidden", ["", "-1"])
-def test_hidden_gpus_are_not_missed(smi, monkeypatch, hidden):
-    put_smi(smi, TWO)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert choose_device("auto", 0).type == "cpu"
-    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES hides"):
-        choose_device("cuda", 0)
+NAMED = ["GPU 0: NVIDIA A100 (nvidia-smi) and 1 more", "torch does not see it", torch.__version__]
 
 
 @pytest.mark.parametrize(
-    "body",
-    ["print('No devices found.')", "raise SystemExit('no driver')", "print('GPU 0'); exit(9)"],
+    ("wanted", "smi", "variables", "words"),
+    [
+        ("auto", TWO, {}, [*NAMED, "device=cpu"]),
+        ("cpu", TWO, {}, None),
+        ("auto", TWO, {"CUDA_VISIBLE_DEVICES": ""}, None),
+        ("auto", TWO, {"CUDA_VISIBLE_DEVICES": "-1"}, None),
+        ("cuda", TWO, {"CUDA_VISIBLE_DEVICES": "-1"}, ["CUDA_VISIBLE_DEVICES hides"]),
+        ("auto", None, {}, None),
+        ("auto", "print('No devices found.')", {}, None),
+        ("auto", "raise SystemExit('no driver')", {}, None),
+        ("auto", "print('GPU 0'); exit(9)", {}, None),
+        ("auto", None, {"SLURM_GPUS_ON_NODE": "8"}, ["Slurm has granted", "SLURM_GPUS_ON_NODE=8"]),
+        ("auto", None, {"SLURM_GPUS_ON_NODE": "0"}, None),
+        # DeepSpeed and the rest do not part.
+        ("auto", TWO, {"DS_ACCELERATOR": "cpu"}, None),
+        ("cuda", TWO, {"DS_ACCELERATOR": "cpu"}, ["DS_ACCELERATOR=cpu"]),
+    ],
 )
-def test_auto_takes_the_cpu_where_there_is_no_gpu(smi, body):
-    assert choose_device("auto", 0).type == "cpu"  # no nvidia-smi at all
-    put_smi(smi, body)
-    assert choose_device("auto", 0).type == "cpu"
-
-
-@pytest.mark.usefixtures("smi")
-def test_auto_refuses_the_cpu_in_a_slurm_job_with_gpus(monkeypatch):
-    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
-    with pytest.raises(UserError, match=r"Slurm has granted .*SLURM_GPUS_ON_NODE=8"):
-        choose_device("auto", 3)
-    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "0")
-    assert choose_device("auto", 3).type == "cpu"
-
-
-def test_deepspeed_and_the_rest_do_not_part(smi, monkeypatch):
-    put_smi(smi, TWO)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert choose_device("auto", 0).type == "cpu"
-    with pytest.raises(UserError, match="DS_ACCELERATOR=cpu"):
-        choose_device("cuda", 0)
+def test_no_cpu_by_mistake(wanted, smi, variables, words, tmp_path, monkeypatch):
+    """torch sees no GPU; nvidia-smi, in the only folder of PATH, may. Without words: the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"PATH": str(tmp_path)} | variables).items():
+        monkeypatch.setenv(name, value)
+    if smi is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!{sys.executable}\n{smi}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    if words is None:
+        assert choose_device(wanted, 3).type == "cpu"
+        return
+    with pytest.raises(UserError) as caught:
+        choose_device(wanted, 3)
+    assert [word for word in words if word not in str(caught.value)] == []
 
 
 def test_no_two_processes_take_one_gpu(monkeypatch):

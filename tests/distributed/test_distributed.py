@@ -1,5 +1,6 @@
 """Processes join, agree to stop after the same step, and fail together."""
 
+import contextlib
 import os
 import re
 import signal
@@ -130,25 +131,33 @@ def test_two_processes(farm, tmp_path):
     ]
 
 
-def test_stop_request_alone():
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        ([signal.SIGTERM], signal.SIGTERM),
+        ([signal.SIGINT], signal.SIGINT),
+        # Of two, the one that says more counts.
+        ([signal.SIGTERM, signal.SIGUSR2], signal.SIGUSR2),
+        ([signal.SIGUSR2, signal.SIGTERM], signal.SIGUSR2),
+        ([signal.SIGINT, signal.SIGTERM], signal.SIGINT),
+        ([signal.SIGUSR1, signal.SIGUSR2], signal.SIGUSR1),
+        # What a launcher sends after it changes nothing, and a second Ctrl-C ends it at once.
+        ([signal.SIGTERM, signal.SIGINT], signal.SIGTERM),
+        ([signal.SIGINT, signal.SIGINT], None),
+    ],
+)
+def test_stop_request_alone(sent, expected):
     before = signal.getsignal(signal.SIGTERM)
     with join("cpu") as world, StopRequest(world) as stop:
         assert not stop.agreed()
-        os.kill(os.getpid(), signal.SIGTERM)
+        *first, last = sent
+        for number in first:
+            signal.raise_signal(number)
+        with contextlib.nullcontext() if expected else pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(last)
         assert stop.agreed()
-        assert stop.exit_status == 143
-        # What a launcher sends after it changes nothing, and a terminal's second Ctrl-C ends it.
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.exit_status == 143
+        assert stop.exit_status == 128 + (expected or signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_second_interrupt_ends_at_once():
-    with join("cpu") as world, StopRequest(world) as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.exit_status == 130
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.usefixtures("a_terminal")
@@ -173,24 +182,6 @@ def test_output_that_nobody_reads_is_no_error():
     let_go_of_closed_streams([writes])
     os.write(writes, b"a broken pipe before")
     os.close(writes)
-
-
-@pytest.mark.parametrize(
-    ("sent", "expected"),
-    [
-        ([signal.SIGTERM, signal.SIGUSR2], signal.SIGUSR2),
-        ([signal.SIGUSR2, signal.SIGTERM], signal.SIGUSR2),
-        ([signal.SIGINT, signal.SIGTERM], signal.SIGINT),
-        ([signal.SIGUSR1, signal.SIGUSR2], signal.SIGUSR1),
-        ([signal.SIGTERM, signal.SIGINT], signal.SIGTERM),
-    ],
-)
-def test_of_two_signals_the_one_that_says_more_counts(sent, expected):
-    with join("cpu") as world, StopRequest(world) as stop:
-        for number in sent:
-            signal.raise_signal(number)
-        assert stop.agreed()
-        assert stop.exit_status == 128 + expected
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

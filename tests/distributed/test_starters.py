@@ -57,59 +57,40 @@ while os.getppid() == parent:
 """
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_ends_though_its_launcher_was_gone_before_it_looked(launcher, tmp_path):
-    texts = {
-        "deepspeed": {
-            "bin/deepspeed": LAUNCHER,
-            "deepspeed/launcher/launch.py": ALONE + LAUNCHER,
-            "worker.py": WORKER,
-        },
-        "torchrun": {"torchrun": LAUNCHER, "worker.py": ALONE + WORKER},
-    }[launcher]
-    command = []
-    for name, text in texts.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-        command += [sys.executable, name]
-    env = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT), TETDIST_COMMAND="test")
-    env.pop(starters.VARIABLE, None)
-    if launcher == "torchrun":
-        env["TORCHELASTIC_RUN_ID"] = "none"
-    with tiny.started([*map(str, command), "result", "1000"], tmp_path, env) as process:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(KILL)
-        process.communicate(timeout=60)
-    assert (tmp_path / "result").read_text() == "saved"
+LAUNCH = "deepspeed/launcher/launch.py"
 
 
 @pytest.mark.parametrize(
-    ("above", "result"),
+    ("above", "variables", "result"),
     [
-        (["torchrun"], "saved"),
+        ({"torchrun": LAUNCHER}, {}, "saved"),
         # As the deepspeed command starts its own launcher, and that a script of the user's.
-        (["bin/deepspeed", "deepspeed/launcher/launch.py", "shell"], "saved"),
-        (["study", "shell"], "saved"),
-        (["shell"], "goes on"),
+        ({"bin/deepspeed": LAUNCHER, LAUNCH: LAUNCHER, "shell": None}, {}, "saved"),
+        ({"study": STUDY, "shell": None}, {}, "saved"),
+        ({"shell": None}, {}, "goes on"),
+        # Gone before the worker looks.
+        ({"bin/deepspeed": LAUNCHER, LAUNCH: ALONE + LAUNCHER}, {}, "saved"),
+        ({"torchrun": LAUNCHER, "alone": ALONE}, {"TORCHELASTIC_RUN_ID": "none"}, "saved"),
     ],
 )
-def test_ends_with_those_it_works_for(above, result, tmp_path):
+def test_ends_with_those_it_works_for(above, variables, result, tmp_path):
     """The first of those above it is killed; the rest of them live."""
-    texts = {"study": STUDY, "worker.py": WORKER}
-    for name in {*above, "worker.py"} - {"shell"}:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(texts.get(name, LAUNCHER))
-    patience = 1000 if result == "saved" else 10
-    command = tiny.python("worker.py", "result", patience)
-    for name in reversed(above):
-        inner = ["sh", "-c", '"$@"; exit $?', "sh", *command]
-        command = inner if name == "shell" else [sys.executable, name, *command]
+    texts = above | {"worker.py": above.get("alone", "") + WORKER}
+    command = []
+    for name, text in texts.items():
+        if name == "shell":
+            command += ["sh", "-c", '"$@"; exit $?', "sh"]
+        elif name != "alone":
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+            command += [sys.executable, name]
+    command += ["result", "1000" if result == "saved" else "10"]
     env = tiny.clean_environment(
-        PYTHONPATH=str(tiny.PROJECT), TETDIST_COMMAND="test", **{starters.VARIABLE: ""}
+        PYTHONPATH=str(tiny.PROJECT), TETDIST_COMMAND="test", **{starters.VARIABLE: ""}, **variables
     )
     with tiny.started(command, tmp_path, env) as process:
-        words = process.stdout.readline().split()
-        assert words[:1] == ["ready"], process.stdout.read()
+        line = process.stdout.readline()
+        assert line.startswith("ready"), line + process.stdout.read()
         process.send_signal(KILL)
         # It reads to the end, which comes when the last of them has ended.
         process.communicate(timeout=60)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tetdist.distributed import watchdog
 from tetdist.distributed.meeting import SignedStore
-from tetdist.distributed.watchdog import SILENCE, SILENCE_IN_TROUBLE, Watch
+from tetdist.distributed.watchdog import SILENCE, Watch
 from tetdist.distributed.world import World
 
 ME = f"(process {os.getpid()} on {socket.gethostname()})"
@@ -65,32 +65,45 @@ class Processes:
         return None
 
 
-def test_silence_is_death_after_a_while(clock):
-    run = Processes(clock, 3, timeout=600)
-    assert run.until(SILENCE - 1, silent=(1,), moving=(0, 2)) is None
-    expected = f"rank 1 {ME} has died or is cut off: nothing was heard of it for 30 s, since step 1"
-    assert run.until(SILENCE + 1, silent=(1,), moving=(0, 2)) == expected
+NAMED = [f"rank {rank} {ME}" for rank in range(4)]
+DEAD = f"{NAMED[1]} has died or is cut off: nothing was heard of it for 30 s, since step 1"
+HANGS = f"no progress for 20 s: {NAMED[1]} hangs at step 1, and the others wait; peer_timeout="
+ALL_HANG = f"no progress for 20 s: {', '.join(NAMED)} and 2 more hangs at step 1; peer_timeout="
+ENDED = "rank 1 has ended ('ValueError')"
 
 
-def test_a_rank_that_is_heard_again_was_not_dead(clock):
-    run = Processes(clock, 2, timeout=600)
-    assert run.until(SILENCE - 1, silent=(1,), moving=(0,)) is None
-    assert run.until(SILENCE + 20, moving=(0,)) is None
-    assert run.until(2 * SILENCE, silent=(1,), moving=(0,)) is None
-
-
-def test_patience_is_no_longer_than_what_was_asked_for(clock):
-    run = Processes(clock, 2, timeout=10)
-    assert run.until(9, silent=(1,), moving=(0,)) is None
-    assert "rank 1 " in str(run.until(11, silent=(1,), moving=(0,)))
-
-
-def test_in_trouble_silence_is_death_soon(clock):
-    """After a connection has failed, most likely because of that death."""
-    run = Processes(clock, 2, timeout=600)
-    run.watches[0]._store.set(watchdog._TROUBLE, "connection closed by peer")
-    assert run.until(SILENCE_IN_TROUBLE - 0.5, silent=(1,), moving=(0,)) is None
-    assert "rank 1 " in str(run.until(SILENCE_IN_TROUBLE + 1, silent=(1,), moving=(0,)))
+@pytest.mark.parametrize(
+    ("count", "timeout", "change", "stages"),
+    [
+        # Silence is death after a while.
+        (3, 600, None, [(29, (1,), (0, 2), None), (31, (1,), (0, 2), DEAD)]),
+        # A rank that is heard again was not dead.
+        (2, 600, None, [(29, (1,), (0,), None), (50, (), (0,), None), (60, (1,), (0,), None)]),
+        # Patience is no longer than what was asked for.
+        (2, 10, None, [(9, (1,), (0,), None), (11, (1,), (0,), NAMED[1])]),
+        # After a connection has failed, most likely because of that death, silence is death soon.
+        (2, 600, "trouble", [(3.5, (1,), (0,), None), (5, (1,), (0,), NAMED[1])]),
+        (3, 20, None, [(1, (), (0, 2), None), (20, (), (), None), (22, (), (), HANGS)]),
+        # Nobody hangs while one gets on: an evaluation may be a single process's work for long.
+        (2, 20, None, [(200, (), (1,), None), (400, (), (0,), None)]),
+        # Where all hang, a few are named.
+        (6, 20, None, [(30, (), (), ALL_HANG)]),
+        # If all had made the same mistake they would all have ended by now.
+        (2, 600, "ValueError", [(3, (), (0,), None), (60, (1,), (0,), ENDED)]),
+        # A rank that has finished is not missed.
+        (2, 600, "well", [(100, (1,), (0,), None)]),
+    ],
+)
+def test_verdict(count, timeout, change, stages, clock):
+    run = Processes(clock, count, timeout)
+    if change == "trouble":
+        run.watches[0]._store.set(watchdog._TROUBLE, "connection closed by peer")
+    elif change:
+        run.watches[1]._ended = change
+        run.watches[1]._report_alive()
+    for second, silent, moving, verdict in stages:
+        found = run.until(second, silent=silent, moving=moving)
+        assert found is verdict is None or found.startswith(verdict), (second, found)
 
 
 def test_what_is_not_signed_is_not_heard(clock):
@@ -104,41 +117,3 @@ def test_what_is_not_signed_is_not_heard(clock):
     # Rank 1 is silent, without any other sign of trouble.
     assert run.until(SILENCE - 1, silent=(1,), moving=(0,)) is None
     assert "rank 1 " in str(run.until(SILENCE + 1, silent=(1,), moving=(0,)))
-
-
-def test_a_rank_that_is_behind_hangs_and_the_others_wait(clock):
-    run = Processes(clock, 3, timeout=20)
-    assert run.until(1, moving=(0, 2)) is None
-    assert run.until(20) is None
-    expected = f"no progress for 20 s: rank 1 {ME} hangs at step 1, and the others wait; "
-    assert str(run.until(22)).startswith(expected)
-
-
-def test_nobody_hangs_while_one_gets_on(clock):
-    """An evaluation may be a single process's work for long."""
-    run = Processes(clock, 2, timeout=20)
-    assert run.until(200, moving=(1,)) is None
-    assert run.until(400, moving=(0,)) is None
-
-
-def test_where_all_hang_a_few_are_named(clock):
-    run = Processes(clock, 6, timeout=20)
-    verdict = str(run.until(30))
-    assert [f"rank {rank} " in verdict for rank in range(6)] == [True] * 4 + [False] * 2
-    assert "and 2 more hangs at step 1; peer_timeout" in verdict
-
-
-def test_end_of_one_is_reported_where_the_others_go_on(clock):
-    run = Processes(clock, 2, timeout=600)
-    run.watches[1]._ended = "ValueError: of rank 1 alone"
-    # If all made the same mistake they would all have ended by now.
-    assert run.until(SILENCE_IN_TROUBLE - 1, moving=(0,)) is None
-    expected = "rank 1 has ended ('ValueError: of rank 1 alone')"
-    assert run.until(60, silent=(1,), moving=(0,)) == expected
-
-
-def test_a_rank_that_has_finished_is_not_missed(clock):
-    run = Processes(clock, 2, timeout=600)
-    run.watches[1]._ended = "well"
-    run.watches[1]._report_alive()
-    assert run.until(100, silent=(1,), moving=(0,)) is None

@@ -10,44 +10,43 @@ import tiny
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 PEER_FAILED = 3
 HUNG = -999  # farm.py's status for a killed process
+RAISED = "LookupError: made for the test"  # by farm.py
 
 
-def test_killed_process_is_named(farm, tiny_config):
-    statuses, text = farm.each(tiny_config(), world=2, stop=("step", 3, KILL), rank=1)
-    assert statuses == [PEER_FAILED, -KILL], text
-    assert text.count("error:") == 1, text
-    assert "error: rank 1 (process " in text
-    assert "has died or is cut off" in text
-    assert "the same command continues from the last checkpoint" in text
-    assert "Traceback" not in text
+SOON = {"peer_timeout": 3.0}
 
 
-def test_killed_rank_0(farm, tiny_config):
-    statuses, text = farm.each(tiny_config(), world=2, stop=("step", 3, KILL), rank=0)
-    assert statuses == [-KILL, PEER_FAILED], text
-    assert "rank 1: error: rank 0 has died or cannot be reached" in text
-    assert "Traceback" not in text
+def long(*case):
+    return pytest.param(*case, marks=pytest.mark.long)
 
 
 @pytest.mark.parametrize(
-    ("point", "rank", "message"),
+    ("changes", "stop", "rank", "status", "words"),
     [
-        pytest.param(
-            *("start", 1, "error: of 2 processes rank 1 did not join within 3 s"),
-            marks=pytest.mark.long,
+        (
+            *({}, ("step", 3, KILL), 1, -KILL),
+            ["error: rank 1 (process ", "has died or is cut off", "continues from the last check"],
         ),
-        ("start", 0, "rank 1: error: rank 0 did not open 127.0.0.1, port "),
-        ("met", 1, "error: a process is lost while all connect to each other"),
+        ({}, ("step", 3, KILL), 0, -KILL, ["rank 1: error: rank 0 has died or cannot be reached"]),
+        long(SOON, ("start", 1, KILL), 1, -KILL, ["of 2 processes rank 1 did not join within 3 s"]),
+        (SOON, ("start", 1, KILL), 0, -KILL, ["rank 1: error: rank 0 did not open 127.0.0.1, "]),
+        (SOON, ("met", 1, KILL), 1, -KILL, ["a process is lost while all connect to each other"]),
+        (SOON, ("step", 3, STOP), 1, HUNG, ["rank 1 (process ", "has died or is cut off"]),
+        long(SOON, ("step", 3, STOP), 0, HUNG, ["rank 1: error: rank 0 has stopped or cannot be"]),
+        ({}, ("raise", 3, 0), 1, 1, [f"error: rank 1 has failed ('{RAISED}')"]),
+        long({}, ("raise", 3, 0), 0, 1, [RAISED]),
     ],
 )
-def test_killed_before_all_have_met(point, rank, message, farm, tiny_config):
+def test_lost_process_ends_the_other(changes, stop, rank, status, words, farm, tiny_config):
     statuses, text = farm.each(
-        tiny_config({"peer_timeout": 3.0}), world=2, stop=(point, 1, KILL), rank=rank, timeout=30
+        tiny_config(changes), world=2, stop=stop, rank=rank, timeout=60 if stop[2] == KILL else 30
     )
-    assert statuses == [-KILL if i == rank else PEER_FAILED for i in range(2)], text
-    assert message in text
-    assert text.count("error:") == 1, text
-    assert "Traceback" not in text
+    expected = [PEER_FAILED, PEER_FAILED]
+    expected[rank] = status
+    assert statuses == expected, text
+    assert [word for word in words if word not in text] == [], text
+    assert stop[2] != KILL or text.count("error:") == 1, text
+    assert text.count("Traceback") == text.count(RAISED + "\n") == (stop[0] == "raise"), text
 
 
 def test_killed_rank_0_is_noticed_by_the_store_first(farm, tiny_config, tmp_path):
@@ -77,25 +76,6 @@ sys.exit(train.main(["--config", {str(file)!r}]))
     assert "Traceback" not in second
 
 
-@pytest.mark.parametrize(
-    ("rank", "parts"),
-    [
-        (1, ["error: rank 1 (process ", "has died or is cut off"]),
-        pytest.param(
-            0, ["rank 1: error: rank 0 has stopped or cannot be reached"], marks=pytest.mark.long
-        ),
-    ],
-)
-def test_stopped_process_ends_the_others(rank, parts, farm, tiny_config):
-    statuses, text = farm.each(
-        tiny_config({"peer_timeout": 3.0}), world=2, stop=("step", 3, STOP), rank=rank, timeout=30
-    )
-    expected = [PEER_FAILED, PEER_FAILED]
-    expected[rank] = HUNG
-    assert statuses == expected, text
-    assert [part for part in parts if part not in text] == [], text
-
-
 def test_hanging_process_is_named(farm, tiny_config, tmp_path):
     """A process that is alive without progress: its thread reports that."""
     file = tiny_config({"peer_timeout": 4.0, "engine": "torch"})
@@ -117,17 +97,6 @@ sys.exit(train.main(["--config", {str(file)!r}]))
     assert re.search(expected, first), first
     assert "peer_timeout=SECONDS" in first
     assert "error" not in second, second
-
-
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.long)])
-def test_error_of_one_process_ends_all(rank, farm, tiny_config):
-    statuses, text = farm.each(tiny_config(), world=2, stop=("raise", 3, 0), rank=rank)
-    assert statuses[rank] == 1, text
-    assert statuses[1 - rank] == PEER_FAILED, text
-    assert text.count("Traceback") == 1, text
-    assert "LookupError: made for the test" in text
-    if rank == 1:
-        assert "error: rank 1 has failed ('LookupError: made for the test')" in text
 
 
 def test_bad_file_on_one_process_ends_all(farm, tiny_copy, tiny_config):

@@ -11,7 +11,9 @@ import tiny
 import yaml
 
 from tetdist.apps.cli import status as command
-from tetdist.apps.reports.run_status import as_text, find_runs, read_status
+from tetdist.apps.reports.run_status import as_table, as_text, find_runs, read_status
+from tetdist.apps.slurm import history
+from tetdist.apps.slurm.status import read
 
 CONFIG = {"phases": [{"epochs": 3}, {"epochs": 1}], "max_steps": None}
 NAMES_NONE = "is damaged: it must hold the name of a checkpoint, such as step-00000040, not"
@@ -54,24 +56,51 @@ FINISHED = [*LINES, train_line(20), val_line(20, 65.0, 70.0), {"kind": "final", 
 
 
 @pytest.mark.parametrize(
-    ("lines", "saved", "job", "state", "text"),
+    ("lines", "saved", "state", "text"),
     [
-        ([], None, None, "begun", "no step is logged"),
-        (LINES, 12, None, "stopped", "saved; the same command continues"),
-        (LINES, 10, None, "broken off", "2 logged steps after the last checkpoint"),
-        (FINISHED, 20, None, "finished", ""),
-        (FINISHED, 20, ("finished", "7", ""), "finished", ""),
-        (LINES, 10, ("failed", "7", "out of memory"), "failed", "job 7: out of memory"),
-        ([], None, ("submitted", "7", ""), "queued", "job 7: `python launch/slurm.py stat"),
-        (LINES, 12, ("stopped", "7", "time limit"), "stopped", "saved; the same command"),
+        ([], None, "begun", "no step is logged"),
+        (LINES, 12, "stopped", "saved; the same command continues"),
+        (LINES, 10, "broken off", "2 logged steps after the last checkpoint"),
+        (FINISHED, 20, "finished", ""),
     ],
 )
-def test_the_state(lines, saved, job, state, text, tmp_path):
-    status = read_status(made(tmp_path / "run", lines, saved), job)
+def test_the_state(lines, saved, state, text, tmp_path):
+    status = read_status(made(tmp_path / "run", lines, saved))
     assert status.state == state
     assert status.text.startswith(text)
     assert status.eta_s is None  # Nothing trains.
     as_text(status)  # of whatever there is
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind", "state", "text"),
+    [
+        ([], "submitted", "unknown", "Slurm does not know the job, and it did not start"),
+        (LINES, "started", "unknown", "by the run's history, started 20"),
+        (LINES, "stopped", "unknown", "by the run's history, stopped 20"),
+        (LINES, "failed", "failed", "by the run's history, failed 20"),
+        (LINES, "cancelled", "cancelled", "by the run's history, cancelled 20"),
+        (FINISHED, "finished", "finished", "by the run's history, finished 20"),
+    ],
+)
+def test_the_state_of_a_job_without_slurm(lines, kind, state, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tetdist.apps.slurm.jobs.is_here", lambda: False)
+    run = made(tmp_path / "run", lines, 12 if lines else None)
+    submission = history.Submission("7", str(run), "", "", "log", {}, 20, 0.0, ["runs/t2"])
+    history.note_submission(history.next_submission(run), submission)
+    events = [("started", 0, ""), ("started", 5, "preempted"), (kind, 10, "out of memory")]
+    for event, step, reason in events if kind != "submitted" else []:
+        history.note(run, history.JobEvent(event, "7", step=step, text=reason))
+    assert command.main([str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{run}: {state}" + (" (job 7)" if state != "finished" else "") + "\n")
+    assert f"\n  job         7 {'completed' if state == 'finished' else state}: {text}" in shown
+    assert "\n  log         log/7_0_log.out\n" in shown
+    assert ("from step 5: preempted\n" in shown) == (kind != "submitted")
+    assert ("\n  failed      out of memory\n" in shown) == (kind == "failed")
+    (told,) = read([run])
+    assert told.job.after == []  # It does not wait.
+    assert as_table([told, told]).splitlines()[0].endswith("  job")
 
 
 def test_a_run_that_trains_says_how_far_it_is(tmp_path):

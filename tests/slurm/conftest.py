@@ -11,8 +11,6 @@ import tiny
 from cluster import Cluster
 from runs import Launcher, Run
 
-from tetdist.apps.cli import slurm
-
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -55,7 +53,7 @@ def launcher(
 def straight(launcher: Launcher) -> Run:
     """The run that nobody disturbs."""
     run = launcher("straight")
-    assert slurm.main(["status", str(run.path), "--follow"]) == 0
+    run.wait_for("finished")
     return run
 
 

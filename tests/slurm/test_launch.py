@@ -1,29 +1,20 @@
-"""The launcher without a cluster: facts, batch script, snapshot, sweeps, runs on this machine."""
+"""The launcher without a cluster: facts, batch script, snapshot, command line."""
 
 import json
-import os
-import re
-import signal
 import subprocess
 import sys
-import time
-import types
 from pathlib import Path
 
 import hub_stand_in
 import pytest
 import tiny
 import yaml
-from cluster import wait_until
 
 from tetdist.apps.cli.slurm import main
-from tetdist.apps.slurm import batch, cluster, history, local, snapshot, status, submit
+from tetdist.apps.slurm import batch, cluster, history, snapshot, submit
 from tetdist.apps.slurm.cluster import ClusterSection
-from tetdist.apps.slurm.history import JobEvent
 from tetdist.config import identity, loading
 from tetdist.errors import UserError
-
-LAUNCHER = tiny.PROJECT / "launch" / "slurm.py"
 
 
 @pytest.fixture
@@ -37,7 +28,7 @@ def without_slurm(monkeypatch, tmp_path):
 # --- facts ----------------------------------------------------------------------------------------
 
 
-def test_facts_from_three_places(cluster_file):
+def test_facts_from_three_places(cluster_file, monkeypatch, tmp_path):
     cluster_file.write_text(
         "partition: gpu\naccount: lab\ngpus_per_node: 8\nsetup: [module load x]\n"
     )
@@ -45,12 +36,11 @@ def test_facts_from_three_places(cluster_file):
     assert (facts.partition, facts.account, facts.nodes) == ("gpu", "mine", 2)
     assert facts.setup == ("module load x",)
     assert (facts.processes_per_node, facts.processes) == (8, 16)
-
-
-def test_cluster_file_elsewhere(monkeypatch, tmp_path):
+    # An earlier version's keys, which served its plan.
+    assert cluster.gather({"gpu": "H100", "link_in_node": 9}, {}) == cluster.gather({}, {})
     (tmp_path / "other.yaml").write_text("qos: high\n")
     monkeypatch.setenv("TETDIST_CLUSTER", str(tmp_path / "other.yaml"))
-    assert cluster.gather({}, {}).qos == "high"
+    assert (cluster.gather({}, {}).qos, cluster.gather({}, {}).account) == ("high", None)
     monkeypatch.setenv("TETDIST_CLUSTER", str(tmp_path / "nothing.yaml"))
     with pytest.raises(UserError, match="TETDIST_CLUSTER"):
         cluster.gather({}, {})
@@ -97,7 +87,7 @@ def test_times_in_slurms_notation(text, expected):
     assert cluster.minutes(text) == expected
 
 
-# --- batch script, snapshot, sweeps ---------------------------------------------------------------
+# --- batch script, snapshot -----------------------------------------------------------------------
 
 
 def test_batch_script_of_a_typical_submission(monkeypatch):
@@ -120,16 +110,15 @@ def test_batch_script_of_a_typical_submission(monkeypatch):
 def test_further_flags_of_sbatch():
     further = {"exclusive": True, "mail-user": "a@b.c", "dependency": "singleton"}
     section = ClusterSection(gpus_per_node=0, sbatch=further)
-    text = batch.text(batch.parameters("x", section, Path("/code")), Path("/folder"), count=3)
+    text = batch.text(batch.parameters("x", section, Path("/code")), Path("/folder"))
     assert "#SBATCH --exclusive\n" in text
     assert "#SBATCH --mail-user=a@b.c\n" in text
-    assert "#SBATCH --array=0-2%3\n" in text
     assert "#SBATCH --dependency=singleton\n" in text
     assert "kill-on-invalid-dep" not in text
     assert "gpus" not in text
     # After others.
-    text = batch.text(batch.parameters("x", section, Path("/code"), ["3", "4_1"]), Path("/folder"))
-    assert "#SBATCH --dependency=afterok:3:4_1,singleton\n" in text
+    text = batch.text(batch.parameters("x", section, Path("/code"), ["3", "4"]), Path("/folder"))
+    assert "#SBATCH --dependency=afterok:3:4,singleton\n" in text
     assert "#SBATCH --kill-on-invalid-dep=yes\n" in text
 
 
@@ -216,30 +205,6 @@ def test_snapshot_of_an_installed_package(tmp_path):
     assert (tmp_path / "code/tetdist/configs/a.yaml").exists()
 
 
-def test_sweeps():
-    assert submit.sweep_of("run", ["seed=0,1", "loss.kind=sdt,tet"]) == {
-        "run_seed-0_kind-sdt": ["seed=0", "loss.kind=sdt"],
-        "run_seed-0_kind-tet": ["seed=0", "loss.kind=tet"],
-        "run_seed-1_kind-sdt": ["seed=1", "loss.kind=sdt"],
-        "run_seed-1_kind-tet": ["seed=1", "loss.kind=tet"],
-    }
-    # A comma in brackets belongs to the value; what does not vary is in no name, and no name has
-    # brackets and commas.
-    sweep = ["data.scale=[0.1,1],[0.5,1]", "seed=3"]
-    assert submit.sweep_of("run", sweep)["run_scale-0.5-1"] == ["data.scale=[0.5,1]", "seed=3"]
-    named = list(submit.sweep_of("run", [*sweep, "x.y=-1,1", "z=a b,a/b%"]))
-    assert named[0] == "run_scale-0.1-1_y--1_z-a-b"
-    assert all(re.fullmatch(r"[\w.-]+", name) for name in named)
-    for wrong in (["seed"], ["=1"], ["seed=1,,2"], ["seed="]):
-        with pytest.raises(UserError, match="--sweep"):
-            submit.sweep_of("run", wrong)
-    with pytest.raises(UserError, match="two runs would have the same name"):
-        submit.sweep_of("run", ["seed=1,1"])
-    many = [f"x.y{i}={','.join(map(str, range(200)))}" for i in range(3)]
-    with pytest.raises(UserError, match=r"--sweep: 8,000,000 runs are too many; .* 1,000 by"):
-        submit.sweep_of("run", many)
-
-
 def test_tracker_that_is_down_stops_no_submission(tiny_config, caplog):
     file = tiny_config({"tracking": {"mlflow": True, "uri": "http://127.0.0.1:9"}})
     config = loading.load(str(file))
@@ -307,98 +272,44 @@ def test_plan_without_the_data(tiny_config, capfd):
 
 @pytest.mark.usefixtures("without_slurm")
 def test_what_is_refused_before_anything_is_written(tiny_config, tmp_path, capfd):
-    file = str(tiny_config())
+    file, trained = str(tiny_config()), tmp_path / "trained"
+    trained.mkdir()
+    (trained / "config.yaml").touch()
     refused(capfd, ["--config", file], "the number of GPUs", "--gpus-per-node G")
-    four = ["--config", file, "--gpus-per-node", "4"]
-    refused(capfd, four, "there is no Slurm here", "--dry-run", "--local N")
-    refused(capfd, [*four, "--nodes", "3"], "cannot be divided equally among 12 processes")
-    refused(capfd, [*four, "data.root=/nowhere"], "data.root: there is no folder /nowhere")
-    refused(capfd, [*four, "reference=sew43"], "reference: there is no published curve 'sew43'")
-    refused(capfd, [*four, "bach.micro=1"], "unknown key 'bach'")
-    refused(capfd, [*four, "cluster.quos=x"], "unknown key 'quos'", "'qos'")
-    refused(capfd, [*four, "--time", "soon"], "--time: 'soon' is not a time")
-    # Slurm would look for the log of job 12 in a folder 12.
-    refused(capfd, [*four, "name=100%j"], "name: '100%j' must consist of letters")
-    refused(capfd, [*four, f"runs_dir={tmp_path}/%j"], "contains a %", "another runs_dir=...")
-    refused(capfd, [*four, "--after", "nothing"], "there is no run nothing")
-    refused(capfd, [*four, "--after", "nothing", "--local", "1"], "cannot be combined with --local")
-    refused(capfd, [*four, "--gpus-per-node", "-1"], "'gpus_per_node'")
-    refused(capfd, ["status", "nothing"], "there is no run nothing")
-    refused(capfd, ["cancel", str(tmp_path)], "was not submitted with `python launch/slurm.py`")
+    for arguments, *parts in (
+        ([], "there is no Slurm here", "--dry-run"),
+        (["--nodes", "3"], "cannot be divided equally among 12 processes"),
+        (["data.root=/nowhere"], "data.root: there is no folder /nowhere"),
+        (["reference=sew43"], "reference: there is no published curve 'sew43'"),
+        (["bach.micro=1"], "unknown key 'bach'"),
+        (["cluster.quos=x"], "unknown key 'quos'", "'qos'"),
+        (["--time", "soon"], "--time: 'soon' is not a time"),
+        # Slurm would look for the log of job 12 in a folder 12.
+        (["name=100%j"], "name: '100%j' must consist of letters"),
+        ([f"runs_dir={tmp_path}/%j"], "contains a %", "another runs_dir=..."),
+        (["--after", "nothing"], "there is no run nothing"),
+        (["--after", str(trained)], "was not submitted with `python launch/slurm.py`"),
+        (["--gpus-per-node", "-1"], "'gpus_per_node'"),
+    ):
+        refused(capfd, ["--config", file, "--gpus-per-node", "4", *arguments], *parts)
+    for command in ("status", "cancel", "resume"):
+        refused(capfd, [command, "nothing"], "there is no run nothing")
     assert not (tmp_path / "runs").exists()
 
 
-def test_wrong_command_line(capfd):
-    for arguments, part in (
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
         ([], "--config is missing"),
         (["--config", "x", "--nodes", "none"], "'none' is not a whole number"),
         (["status"], "RUN"),
-        (["--config", "x", "--dry-run", "--follow"], "not allowed"),
         (["--config", "x", "--images", "8"], "--images applies to --dry-run only"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        assert ended.value.code == 2
-        assert part in capfd.readouterr().err
-
-
-# --- without Slurm --------------------------------------------------------------------------------
-
-
-@pytest.mark.long
-def test_local_run_starts_again_after_a_warning(tiny_config, tmp_path):
-    """The job's own function in two processes: warned, saved, started again, to the bit."""
-    changes = {"engine": "torch", "phases.0.epochs": 30, "evaluate_every": 30}
-    straight = tiny_config(changes | {"name": "straight"})
-    assert (
-        tiny.execute(tiny.python(LAUNCHER, "--config", straight, "--local", "2"), tmp_path)[0] == 0
-    )
-    file = tiny_config(changes | {"name": "warned"})
-    command = tiny.python(LAUNCHER, "--config", file, "--local", "2")
-    run = tmp_path / "runs" / "warned"
-    with tiny.started(command, tmp_path, os.environ | tiny.clean_environment()) as process:
-        wait_until(lambda: history.saved_step(run) >= 5, "a checkpoint", 90)
-        process.send_signal(signal.SIGUSR2)
-        output, _ = process.communicate(timeout=90)
-    assert process.returncode == 0, output
-    assert "SIGUSR2: saved, the job restarts" in output
-    kinds = [event.kind for event in history.history(run)]
-    assert kinds == ["submitted", "started", "stopped", "started", "finished"]
-    tiny.assert_same_run(run, tmp_path / "runs" / "straight")
-
-
-def test_goodput_is_the_time_in_steps_since_the_submission(tmp_path):
-    """Of a run that trained 100 steps, waited a day, and was submitted again at time 1000."""
-    run = tmp_path / "run"
-    submission = history.Submission("local", str(run), "c", "c", str(run), {}, 400, 100, 8, 1000.0)
-    history.write_submission(history.next_submission(run), submission)
-    history.note(run, JobEvent("submitted", "local", time=1000.0))
-    assert "  goodput" not in status.describe(run)
-    one = {"kind": "train", "epoch": 1.0, "loss": 1.0}
-    lines = [
-        one | {"step": step, "time": now, "samples_per_s": rate}
-        for step, now, rate in ((100, 900.0, 1.0), (150, 1050.0, 40.0), (250, 1100.0, 16.0))
-    ]
-    lines.insert(2, {"kind": "val", "step": 150, "time": 1060.0})
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    history.note(run, JobEvent("finished", "local", time=1120.0))
-    # 50 steps of 0.2 s and 100 of 0.5 s.
-    shown = "  goodput   50 % (1 min in steps, of 2 min since the submission)"
-    assert shown in status.describe(run).splitlines()
-
-
-@pytest.mark.parametrize(("fails", "status"), [("exit 3", 3), ("kill -9 $$", 128 + signal.SIGKILL)])
-def test_one_failed_process_ends_the_others(fails, status, tmp_path, monkeypatch):
-    """Whichever it is; here the last."""
-    monkeypatch.setattr(local, "PATIENCE", 0.1)
-    job = types.SimpleNamespace(code=str(tmp_path))
-    program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\n[ $RANK = 0 ] && exec sleep 20\n{fails}\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(program))
-    begin = time.monotonic()
-    assert local._start(tmp_path / "job.json", job, 2, 0) == status
-    assert time.monotonic() - begin < 15
+    ],
+)
+def test_wrong_command_line(arguments, part, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert part in capfd.readouterr().err
 
 
 def test_cluster_file_of_the_documentation(cluster_file):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import tiny
 from cluster import wait_until
 from runs import (
     FIRST_PHASE,
@@ -20,6 +19,7 @@ from runs import (
 )
 
 from tetdist.apps.cli import slurm
+from tetdist.apps.slurm import history
 from tetdist.tracking import mlflow_logger
 
 
@@ -101,8 +101,9 @@ def test_preempted_requeued_cancelled_resumed(launcher, straight, cluster, capsy
     capsys.readouterr()
     assert slurm.main(["status", str(run.path)]) == 0
     output = capsys.readouterr().out
-    assert f"job {run.job} COMPLETED" in output
-    assert f"step {LAST_STEP} of {LAST_STEP}" in output
+    assert f"{run.path}: finished\n" in output
+    assert f"job         {run.job} completed: by the run's history" in output
+    assert f"step {LAST_STEP}/{LAST_STEP}" in output
     assert f"from step {first.step}: preempted (SIGUSR2)" in output
 
 
@@ -153,17 +154,13 @@ def test_a_rank_that_is_killed_is_named(launcher, cluster, capsys):
 
 @pytest.mark.long
 def test_started_again_when_the_controller_is_back(launcher, straight, cluster):
-    run = held(launcher, "without-controller")
-    placement = run.path / "slurm/submission-1/code/tetdist/apps/slurm/placement.py"
-    placement.write_text(
-        placement.read_text() + "CONTROLLER_PAUSE = 0.5\nREQUEUE_TIMEOUT = QUERY_TIMEOUT = 3.0\n"
-    )
-    cluster.run("scontrol", "release", run.job)
+    run = launcher("without-controller")
     run.wait_for_step(10)
     cluster.stop_controller()
     try:
         cluster.task(run.job, 0).send_signal(signal.SIGUSR2)
-        wait_until(lambda: "Slurm's controller does not answer" in run.log, "that", 120)
+        reports = "Slurm does not answer scontrol; retrying for up to 1800 s"
+        wait_until(lambda: reports in run.log, "that", 120)
     finally:
         cluster.start_controller()
     run.wait_for("finished")
@@ -220,9 +217,8 @@ def held(launcher, name, *arguments):
 def test_submitted_twice_and_cancelled_in_the_queue(launcher, capfd):
     run = held(launcher, "waiting")
     assert mlflow_status(run) == "SCHEDULED"
-    for again in ([], ["--local", "1"]):
-        assert slurm.main(["--config", str(launcher.config), "name=waiting", *again]) == 2
-        assert f"already queued as job {run.job} (PENDING)" in capfd.readouterr().err
+    assert slurm.main(["--config", str(launcher.config), "name=waiting"]) == 2
+    assert f"already queued as job {run.job} (PENDING)" in capfd.readouterr().err
     assert slurm.main(["resume", str(run.path)]) == 2
     assert slurm.main(["cancel", str(run.path)]) == 0
     assert not run.is_queued
@@ -247,32 +243,34 @@ def test_status_waits_for_a_controller_that_has_much_to_do(
 
         def is_told():
             told.append(capfd.readouterr().err)
-            return "Slurm is slow to answer squeue; retrying" in "".join(told)
+            return "Slurm does not answer squeue; retrying" in "".join(told)
 
         wait_until(is_told, "that status says what it waits for")
         assert not status.done()
     assert status.result(60) == 0
-    assert f"job {run.job} PENDING" in capfd.readouterr().out
+    assert f"job         {run.job} pending: waiting: " in capfd.readouterr().out
 
 
 def test_two_submissions_at_once_are_one_run(launcher, cluster, monkeypatch, capfd):
-    """The second comes when the first is about to make its run in MLflow."""
+    """The second comes when the first is about to make its run in MLflow, and waits for it."""
     name = "twice-at-once"
     arguments = ["--config", str(launcher.config), f"name={name}", "cluster.sbatch.hold=true"]
-    create_run = mlflow_logger._create_run
-    others = []
+    create_run, flock = mlflow_logger._create_run, history.flock
+    others, locks = [], []
 
     def submit_another_first(*args, **kwargs):
         if not others:
-            others.append(0)
-            others[0] = slurm.main(arguments)
+            others.append(threads.submit(slurm.main, arguments))
+            wait_until(lambda: len(locks) == 2, "that the second wants the lock", 60)
         return create_run(*args, **kwargs)
 
+    monkeypatch.setattr(history, "flock", lambda *args: (locks.append(args), flock(*args)))
     monkeypatch.setattr(mlflow_logger, "_create_run", submit_another_first)
-    assert slurm.main(arguments) == 0
-    assert others == [2]
-    assert "is being submitted by another command" in capfd.readouterr().err
+    with ThreadPoolExecutor(1) as threads:
+        assert slurm.main(arguments) == 0
+        assert others[0].result() == 2
     run = Run(cluster, launcher.runs_dir / name)
+    assert f"is already queued as job {run.job} (PENDING)" in capfd.readouterr().err
     assert mlflow_status(run) == "SCHEDULED"  # of the only run of this name
     assert [line.split()[0] for line in cluster.squeue()] == [run.job]
 
@@ -308,38 +306,3 @@ def test_rank_that_raises_ends_the_job(launcher, cluster, capsys):
     assert "a fault of rank 2 at step 7" in output
     # In the log of rank 0 it stands before what rank 0 itself made of it.
     assert "the first to fail was rank 2" in run.log
-
-
-@pytest.mark.long
-def test_sweep_is_an_array_with_one_parent(launcher, cluster, capsys):
-    import sqlite3
-
-    one = ["--nodes", "1", "cluster.tasks_per_node=1", "max_steps=20", "engine=deepspeed"]
-    arguments = ["--config", str(launcher.config), "name=swept", *one]
-    assert slurm.main([*arguments, "--sweep", "loss.kind=sdt,tet"]) == 0
-    swept = [Run(cluster, launcher.runs_dir / f"swept_kind-{kind}") for kind in ("sdt", "tet")]
-    assert [run.job.partition("_")[2] for run in swept] == ["0", "1"]
-    for run in swept:
-        run.wait_for("finished")
-        assert len(tiny.metrics(run.path, "train")) == 20
-    assert tiny.metrics(swept[0].path) != tiny.metrics(swept[1].path)
-    with sqlite3.connect(launcher.runs_dir / "mlflow.db") as store:
-        ((parent, status),) = store.execute(
-            "select run_uuid, status from runs where name = 'swept_sweep'"
-        ).fetchall()
-        children = store.execute(
-            "select name, status from runs join tags using (run_uuid) "
-            "where key = 'mlflow.parentRunId' and value = ? order by name",
-            (parent,),
-        ).fetchall()
-    assert status == "FINISHED"
-    assert children == [("swept_kind-sdt", "FINISHED"), ("swept_kind-tet", "FINISHED")]
-    capsys.readouterr()
-    assert slurm.main(["status", str(launcher.runs_dir / "swept_sweep")]) == 0
-    output = capsys.readouterr().out
-    assert all(f"job {run.job} " in output for run in swept)
-    assert slurm.main(["resume", str(launcher.runs_dir / "swept_sweep")]) == 0
-    assert capsys.readouterr().out.count("is finished: nothing to do") == 2
-    # Nor is any of them queued again where the sweep is.
-    assert slurm.main([*arguments, "--sweep", "loss.kind=sdt,tet"]) == 2
-    assert "all 2 runs of the sweep are finished" in capsys.readouterr().err

@@ -1,70 +1,64 @@
-"""One start of a job, and the next: what a process writes down, decides and returns.
+"""One start of a job: what a process decides, by its history, a signal and Slurm's answers.
 
-Slurm's part is played by an object here; test_runs.py has the real one.
+Slurm's commands are answered by an object here; test_runs.py has the real ones.
 """
 
+import contextlib
 import signal
+import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import pytest
 import tiny
 
-from tetdist.apps.slurm import history, job, placement
+from tetdist.apps.slurm import history, job, jobs, placement
 from tetdist.apps.slurm.history import JobEvent
-from tetdist.apps.slurm.job import Job, _Start
-from tetdist.apps.slurm.placement import ProcessContext, SlurmContext
-from tetdist.config import loading
+from tetdist.apps.slurm.job import Job, Start
+from tetdist.apps.slurm.placement import Context
 from tetdist.errors import PeerFailed, UserError
 
 TERM, USR1, USR2 = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
-AGAIN = 77
+QUERY = jobs.query
 
 
-@dataclass(frozen=True)
-class Context(ProcessContext):
-    """What a test has Slurm say."""
+class Slurm:
+    """Answers of Slurm, set by a test, and the jobs that it was asked to requeue."""
 
-    ended: str | None = None
-    cancelled: bool = False
-    silent: list[list[str]] = field(default_factory=list)
-    asked_again: list[str] = field(default_factory=list)
+    account = shown = refusal = ""
 
-    def why_stopped(self, number):
-        return f"{signal.Signals(number).name} from outside"
+    def __init__(self):
+        self.requeued = []
 
-    def why_ended(self):
-        return self.ended
+    def query(self, program, *arguments, **_):
+        if program == "sacct":
+            return 0, self.account, ""
+        if arguments[0] == "show":
+            return 0, self.shown, ""
+        assert arguments[0] == "requeue"
+        self.requeued.append(arguments[1])
+        return bool(self.refusal), "", self.refusal
 
-    def was_cancelled(self):
-        return self.cancelled
 
-    def silent_hosts(self):
-        return self.silent.pop(0) if self.silent else []
-
-    def start_again(self):
-        self.asked_again.append(self.job)
-        return AGAIN
+@pytest.fixture(autouse=True)
+def slurm(monkeypatch):
+    slurm = Slurm()
+    monkeypatch.setattr(jobs, "query", slurm.query)
+    return slurm
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Makes the start of a job in one of its processes: (rank, restart, what Slurm says)."""
+def start(tmp_path, monkeypatch):
+    """Makes the start of a job in one of its processes: (rank, restart, other hosts)."""
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
     run_dir = tmp_path / "run"
     (run_dir / "slurm").mkdir(parents=True)
     (tmp_path / "log").mkdir()
 
-    def make(rank=0, restart=0, **says):
-        place = (rank, "12", restart, ("node1", "node2"))
-        described = Job(
-            run_dir=str(run_dir),
-            config=str(run_dir / "config.yaml"),
-            code=str(tiny.PROJECT),
-            log=str(tmp_path / "log"),
-            give_up_after=3,
-            warn_before_end=60,
-        )
-        return _Start(described, Context(*place, **says))
+    def make(rank=0, restart=0, others=()):
+        places = (run_dir, run_dir / "config.yaml", tiny.PROJECT, tmp_path / "log")
+        described = Job(*map(str, places), give_up_after=3, warn_before_end=60)
+        return Start(described, Context(rank, "12", restart, ("node1", "node2"), 60, others))
 
     return make
 
@@ -74,8 +68,8 @@ def note(start, *events):
         history.note(start.run_dir, JobEvent(kind, "12", step=step, text=text))
 
 
-def kinds(start):
-    return [event.kind for event in history.history(start.run_dir)]
+def written(start):
+    return [(event.kind, event.text) for event in history.history(start.run_dir)]
 
 
 def save(start, step):
@@ -83,31 +77,34 @@ def save(start, step):
 
 
 STARTED = ("started", 0, "")
+TERMED, USED = (("stopped", 3, f"{name} from outside") for name in ("SIGTERM", "SIGUSR2"))
+LOST = "a node failed (NODE_FAIL)"
 
 
 @pytest.mark.parametrize(
-    ("events", "ended", "why"),
+    ("events", "account", "why"),
     [
-        ([], "node failure", ""),
-        ([("submitted", 0, "")], "node failure", ""),
-        ([STARTED, ("failed", 3, "disk full"), ("submitted", 3, "")], None, "submitted again"),
-        ([STARTED, ("finished", 9, "")], None, "started again after its end"),
-        ([STARTED], "node failure", "node failure"),
-        ([STARTED], None, "ended for an unknown reason"),
-        ([STARTED, ("stopped", 3, "time limit (SIGUSR2)")], "preempted", "time limit (SIGUSR2)"),
-        ([STARTED, ("stopped", 3, "SIGTERM from outside")], "requeued", "requeued (SIGTERM)"),
-        ([STARTED, ("stopped", 3, "SIGTERM from outside")], None, "SIGTERM from outside"),
-        ([STARTED, ("stopped", 3, "SIGUSR2 from outside")], "preempted", "preempted (SIGUSR2)"),
+        ([], "NODE_FAIL", ""),
+        ([("submitted", 0, "")], "NODE_FAIL", ""),
+        ([STARTED, ("failed", 3, "disk full"), ("submitted", 3, "")], "", "submitted again"),
+        ([STARTED, ("finished", 9, "")], "", "started again after its end"),
+        ([STARTED], "PREEMPTED\nNODE_FAIL\nRUNNING", LOST),
+        ([STARTED], "RUNNING", "ended for an unknown reason"),
+        ([STARTED, ("stopped", 3, "time limit (SIGUSR2)")], "PREEMPTED", "time limit (SIGUSR2)"),
+        ([STARTED, TERMED], "REQUEUED\nPENDING", "requeued from outside (SIGTERM)"),
+        ([STARTED, TERMED], "", "SIGTERM from outside"),
+        ([STARTED, USED], "PREEMPTED", "preempted (SIGUSR2)"),
+        ([STARTED, USED], "REQUEUED", "SIGUSR2 from outside"),
         # What a process saw of the loss of a node is less than what Slurm knows.
-        ([STARTED, ("failed", 3, "rank 1 has died")], "a node failed", "a node failed"),
-        ([STARTED, ("failed", 3, "rank 1 has died")], None, "rank 1 has died"),
-        ([STARTED, ("stopped", 3, "SIGUSR2 from outside")], "requeued", "SIGUSR2 from outside"),
+        ([STARTED, ("failed", 3, "rank 1 has died")], "NODE_FAIL", LOST),
+        ([STARTED, ("failed", 3, "rank 1 has died")], "", "rank 1 has died"),
     ],
 )
-def test_reason_of_a_start(events, ended, why, start):
-    this = start(ended=ended)
+def test_reason_of_a_start(events, account, why, start, slurm):
+    this, slurm.account = start(), account
     note(this, *events)
-    assert this._why_started(history.history(this.run_dir)) == why
+    events = history.history(this.run_dir)
+    assert history.reason_of_start(events, this.context.why_ended) == why
 
 
 def test_starts_are_counted_and_sent_to_mlflow(start, capsys):
@@ -116,76 +113,95 @@ def test_starts_are_counted_and_sent_to_mlflow(start, capsys):
     assert first._begin() == {"slurm_job": "12", "restarts": "0"}
     assert capsys.readouterr().err == ""
     save(first, 5)
-    assert first._end(128 + USR2) == AGAIN
+    assert first._end(128 + USR2) == 0
     why = "SIGUSR2 from outside; on node1, node2"
     told = {"slurm_job": "12", "restarts": "1", "restart_001": f"step 5: {why}"}
     assert start(restart=1)._begin() == told
     assert "restart 1, job 12, from step 5, on node1, node2: SIGUSR2" in capsys.readouterr().err
-    assert kinds(first) == ["submitted", "started", "stopped", "started"]
     note(first, *[("started", step, "") for step in range(5, 105)])
     _, restarts, *last = first._begin().items()
     assert restarts == ("restarts", "102")
     assert [name for name, _ in last] == [f"restart_{number:03}" for number in range(3, 103)]
 
 
+# Of the earlier starts, the checkpoint that each began with; the newest is of step 5.
 @pytest.mark.parametrize(
-    ("steps", "refused"),
-    [
-        # Of the earlier starts, the checkpoint that each began with; the newest is of step 5.
-        ([5, 5], False),
-        ([5, 5, 5], True),
-        ([0, 5, 5], False),
-        ([5, 5, 5, 4], False),
-    ],
+    ("steps", "vain"), [([5, 5], 2), ([5, 5, 5], 3), ([0, 5, 5], 2), ([5, 5, 5, 4], 0)]
 )
-def test_starts_in_vain_are_those_in_a_row_at_this_step(steps, refused, start):
+def test_starts_in_vain_are_those_in_a_row_at_this_step(steps, vain, start):
     this = start()
     save(this, 5)
     note(this, ("submitted", 0, ""), *(("started", step, "") for step in steps))
-    if refused:
-        with pytest.raises(UserError, match="started 3 times without passing step 5"):
-            this._begin()
-    else:
+    refusal = pytest.raises(UserError, match="started 3 times without passing step 5")
+    with refusal if vain == 3 else contextlib.nullcontext():
         this._begin()
     # A new submission is a new attempt.
     note(this, ("submitted", 5, ""))
     this._begin()
 
 
+COMPLETING = "JobId=12 JobState=COMPLETING Reason="
+
+
 @pytest.mark.parametrize(
-    ("rank", "status", "cancelled", "answer", "again", "written"),
+    ("rank", "status", "shown", "answer", "requeued", "event"),
     [
-        (0, 0, False, 0, 0, ["finished"]),
-        (0, 128 + USR1, False, AGAIN, 1, ["stopped"]),
-        (0, 128 + USR2, False, AGAIN, 1, ["stopped"]),
-        # Slurm has decided what comes next.
-        (0, 128 + TERM, False, 128 + TERM, 0, ["stopped"]),
+        (0, 0, "", 0, False, ("finished", "")),
+        (0, 3, "", 3, False, ("failed", "")),
+        (0, 128 + USR1, "", 0, True, ("stopped", "SIGUSR1 from outside")),
+        (0, 128 + USR2, "PreemptTime=None", 0, True, ("stopped", "SIGUSR2 from outside")),
+        (0, 128 + USR2, "PreemptTime=2026", 0, True, ("stopped", "preempted (SIGUSR2)")),
+        (0, 128 + USR2, "the end is near", 0, True, ("stopped", "time limit (SIGUSR2)")),
+        (0, 128 + USR2, f"{COMPLETING}TimeLimit", 0, True, ("stopped", "SIGUSR2 from outside")),
+        (0, 128 + USR2, "it refuses", 1, True, ("stopped", "SIGUSR2 from outside")),
         # Slurm would start it again although somebody has cancelled it.
-        (0, 128 + USR2, True, 128 + USR2, 0, ["stopped"]),
-        (1, 0, False, 0, 0, []),
+        (0, 128 + USR2, f"{COMPLETING}None", 140, False, ("stopped", "SIGUSR2 from outside")),
+        # Slurm has decided what comes next.
+        *[
+            (0, 128 + TERM, shown, 143, False, ("stopped", f"SIGTERM from outside: {what}"))
+            for what in ["cancelled, preempted or requeued"]
+            for shown in ("", "the end is near")
+        ],
         # Rank 0 decides, and srun must not end it meanwhile.
-        (1, 128 + USR2, False, 0, 0, []),
-        (1, 128 + TERM, False, 0, 0, []),
+        *[(1, status, "", 0, False, None) for status in (0, 128 + USR2, 128 + TERM)],
     ],
 )
-def test_end_of_a_start(rank, status, cancelled, answer, again, written, start):
-    this = start(rank, cancelled=cancelled)
-    this.config = loading.parse(tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"}), "x")
+def test_end_of_a_start(rank, status, shown, answer, requeued, event, start, slurm, monkeypatch):
+    this, slurm.shown, slurm.refusal = start(rank), shown, shown if "refuses" in shown else ""
+    if shown == "the end is near":
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 100))
     assert this._end(status) == answer
-    assert len(this.context.asked_again) == again
-    assert kinds(this) == written
+    assert slurm.requeued == (["12"] if requeued else [])
+    assert written(this) == ([] if event is None else [event])
 
 
-def test_failure_is_written_by_rank_0_alone(start, monkeypatch):
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "status", "event"),
+    [
+        (UserError("there is no index"), 2, ("failed", "there is no index")),
+        (RuntimeError("a bug\nof ours"), 1, ("failed", "RuntimeError: a bug")),
+        (SystemExit(2), 2, ("failed", "see the log of another process")),
+        (PeerFailed("rank 1 has died"), 3, None),  # `_record_failure` has written it.
+    ],
+)
+def test_failure_is_written_by_rank_0_alone(rank, error, status, event, start, monkeypatch, capsys):
     ignored = []
     monkeypatch.setattr(job.signal, "signal", lambda number, _: ignored.append(number))
-    assert start(1)._end_failed(1, "another process says why") == 1
-    assert (kinds(start()), ignored) == ([], [])
-    assert start(0)._end_failed(2, "there is no index") == 2
-    (event,) = history.history(start().run_dir)
-    assert (event.kind, event.text) == ("failed", "there is no index")
+    this = start(rank)
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(this, "_train", fail)
+    assert this.run() == status
+    assert written(this) == ([event] if event and rank == 0 else [])
     # srun ends the processes by it, and rank 0 still has something to write.
-    assert ignored == [TERM]
+    assert ignored == ([TERM] if event and rank == 0 else [])
+    prefix = "rank 1: " if rank else ""
+    errors = capsys.readouterr().err
+    assert (f"{prefix}error: {error}" in errors) == isinstance(error, UserError | PeerFailed)
+    assert ("Traceback" in errors) == isinstance(error, RuntimeError)
 
 
 def test_first_failure_is_kept_and_shown(start, capsys):
@@ -207,69 +223,64 @@ def test_first_failure_is_kept_and_shown(start, capsys):
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_lost_node_is_waited_for(in_thread, start, monkeypatch):
     """Also in the watch's thread, where no signal can be handled, for which it must not end."""
-    slept = []
+    slept, answers = [], iter([False, False, True, True])
     monkeypatch.setattr(job.time, "sleep", slept.append)
+    monkeypatch.setattr(placement, "_answers", lambda host: host == "node3" or next(answers))
     before = signal.getsignal(TERM)
-    this = start(silent=[["node2"], ["node2"], []])
+    this = start(others=("node2", "node3"))
     if in_thread:
         with ThreadPoolExecutor(1) as watch:
-            watch.submit(this._on_failure, PeerFailed("rank 1 has died")).result()
+            watch.submit(this._record_failure, PeerFailed("rank 1 has died")).result()
     else:
-        this._on_failure(PeerFailed("rank 1 has died"))
+        this._record_failure(PeerFailed("rank 1 has died"))
         signal.signal(TERM, before)
     assert len(slept) == 2
-    events = [(event.kind, event.text) for event in history.history(this.run_dir)]
     lost = ("stopped", "a node failed: node2 does not answer")
-    assert events == [lost, ("failed", "rank 1 has died")]
+    assert written(this) == [lost, ("failed", "rank 1 has died")]
     # Where all answer, only what the watchdog says has to be written before the process is ended.
-    alone = start()
-    alone._on_failure(ValueError("of this process"))
-    assert len(slept) == 2
-    assert len(history.history(alone.run_dir)) == 2
+    start(others=("node2",))._record_failure(ValueError("of this process"))
+    assert (len(slept), len(written(this))) == (2, 2)
 
 
 def test_what_was_cancelled_is_not_started_by_a_late_requeue(start):
     this = start()
     note(this, ("submitted", 0, ""), ("cancelled", 3, ""))
     assert this.run() == 128 + TERM
-    assert kinds(this) == ["submitted", "cancelled"]
+    assert len(written(this)) == 2
     # Nor does it run other code than was submitted.
     note(this, ("submitted", 3, ""))
     object.__setattr__(this.job, "code", "/elsewhere")
     assert this.run() == 2
-    assert kinds(this)[-1] == "failed"
+    assert written(this)[-1][0] == "failed"
 
 
 def test_rank_1_writes_where_rank_0_has_died(start):
-    start(1)._on_failure(PeerFailed("rank 2 has died"))
-    assert kinds(start()) == []
-    start(1, restart=1)._on_failure(PeerFailed("rank 0 has died or cannot be reached"))
+    start(1)._record_failure(PeerFailed("rank 2 has died"))
+    assert written(start()) == []
+    start(1, restart=1)._record_failure(PeerFailed("rank 0 has died or cannot be reached"))
     (event,) = history.history(start().run_dir)
     assert (event.kind, event.restart) == ("failed", 1)
 
 
 @pytest.mark.parametrize(
-    ("controller", "status"),
+    ("errors", "status"),
     [
-        (["takes it"], 0),
-        (["refuses", "takes it"], 0),  # It came back between the two questions.
-        (["is away", "is away", "takes it"], 0),
-        (["refuses", "is away", "refuses", "takes it"], 0),
-        (["refuses", "refuses"], 1),
+        ([""], 0),
+        (["Unable to contact slurm controller (connect failure)", "Socket timed out", ""], 0),
+        (["Invalid job id specified"], 1),
+        (["Unable to contact slurm controller", "Job is pending execution"], 1),
     ],
 )
-def test_controller_is_asked_until_it_takes_or_refuses(controller, status, monkeypatch):
-    states = iter(controller)
-    now = [""]
+def test_controller_is_asked_until_it_accepts_or_refuses(errors, status, monkeypatch, capsys):
+    answers = iter(errors)
 
-    def ask(*_, timeout):
-        assert timeout == placement.REQUEUE_TIMEOUT
-        now[0] = next(states)
-        return now[0] == "takes it", now[0]
+    def answer(command, **_):
+        error = next(answers)
+        return subprocess.CompletedProcess(command, bool(error), "", error)
 
-    monkeypatch.setattr(placement, "_run", ask)
-    monkeypatch.setattr(placement, "_show", lambda _: "" if now[0] == "is away" else "JobState=")
-    monkeypatch.setattr(placement.time, "sleep", lambda _: None)
-    place = (0, "12", 0, ("node1", "node2"))
-    assert SlurmContext(*place, warn_before_end=60, answering=()).start_again() == status
-    assert list(states) == []
+    monkeypatch.setattr(jobs.subprocess, "run", answer)
+    monkeypatch.setattr(jobs.time, "sleep", lambda _: None)
+    assert QUERY("scontrol", "requeue", "12")[0] == status
+    assert list(answers) == []
+    reports = capsys.readouterr().err.count("Slurm does not answer scontrol; retrying for up to 60")
+    assert reports == (len(errors) > 1)

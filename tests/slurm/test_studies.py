@@ -128,7 +128,7 @@ def test_ended_by_scancel_and_submitted_again_at_once(study, cluster, capfd):
     shutil.rmtree(other.path)
     capfd.readouterr()
     assert slurm.main(["status", "out"]) == 0
-    assert re.findall(r"(\w+)-seed0: job", capfd.readouterr().out) == ["first", "second"]
+    assert re.findall(r"(?m)^  (\w+)-seed0 ", capfd.readouterr().out) == ["first", "second"]
 
 
 def test_cancelled_in_the_queue_where_nobody_remembers_it(study, cluster, monkeypatch):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tetdist.apps.slurm import history, jobs, submit
+from tetdist.apps.slurm import history, jobs, status, submit
 from tetdist.apps.slurm.cluster import ClusterSection
-from tetdist.apps.slurm.history import LOCAL, JobEvent, Submission
+from tetdist.apps.slurm.history import JobEvent, Submission
 from tetdist.config import loading
 from tetdist.errors import UserError
 
@@ -28,35 +28,60 @@ def test_job_runs_in_another_folder_and_again_and_again(tiny_config, tmp_path, m
     assert "uri: http://host\n" in job.as_yaml()
 
 
-def submitted(folder, saved, job=LOCAL):
-    """A run of 10 steps, trained up to a step."""
+def submitted(folder, saved, job="12"):
+    """A run of 10 steps, trained up to a step, whose submission has a key of an earlier version."""
     (folder / "checkpoints" / f"step-{saved:08}").mkdir(parents=True)
-    submission = Submission(job, str(folder), "", "", "", {}, 10, 5, 8, 0.0)
-    history.write_submission(history.next_submission(folder), submission)
+    submission = Submission(job, str(folder), "", "", "", {}, 10, 0.0)
+    (folder / "config.yaml").touch()
+    record = history.next_submission(folder)
+    history.note_submission(record, submission)
+    file = record / "submission.json"
+    file.write_text(file.read_text().replace("{", '{"global_batch": 8, ', 1))
     return submission
 
 
-def test_a_run_that_is_waited_for_is_finished_or_queued(tmp_path):
-    for name, saved in (("finished", 10), ("also finished", 10), ("half", 9)):
-        submitted(tmp_path / name, saved)
-    assert submit.jobs_to_wait_for([tmp_path / "finished"]) == []
+@pytest.fixture
+def queue(monkeypatch):
+    """The jobs in Slurm's queue, which remembers no others."""
+    queue = {}
+
+    def query(program, *_):
+        lines = [f"{job}|{state}|Priority||0:00|1:00|N/A" for job, state in queue.items()]
+        return (0, "\n".join(lines), "") if program == "squeue" else (1, "", "Invalid job id")
+
+    monkeypatch.setattr(jobs, "query", query)
+    monkeypatch.setattr(jobs, "is_here", lambda: True)
+    return queue
+
+
+def test_a_run_that_is_waited_for_is_finished_or_queued(tmp_path, queue):
+    runs = [tmp_path / name for name in ("finished", "queued", "half")]
+    for run, saved in zip(runs, (10, 0, 9), strict=True):
+        submitted(run, saved, job=run.name)
+    queue["queued"] = "PENDING"
+    assert submit.jobs_to_wait_for(runs[:2]) == ["queued"]
     with pytest.raises(UserError, match=r"--after: .*half is neither finished nor queued"):
-        submit.jobs_to_wait_for([tmp_path / "also finished", tmp_path / "half"])
+        submit.jobs_to_wait_for(runs)
+    with pytest.raises(UserError, match=r"is already queued as job queued \(PENDING\)"):
+        jobs.refuse_if_queued(runs[1])
+    assert [run.name for run in status.find(str(tmp_path))] == ["finished", "half", "queued"]
 
 
+@pytest.mark.parametrize("is_here", [True, False])
 @pytest.mark.parametrize(
     ("kind", "name", "text"),
     [
-        ("submitted", "unknown", "Slurm no longer knows the job, and it did not start"),
-        ("stopped", "unknown", "Slurm no longer knows the job; by the run's history, stopped"),
-        ("finished", "COMPLETED", "by the run's history, 20"),
-        ("failed", "FAILED", "by the run's history, 20"),
-        ("cancelled", "CANCELLED", "by the run's history, 20"),
+        ("submitted", "unknown", "Slurm does not know the job, and it did not start"),
+        ("stopped", "unknown", "by the run's history, stopped 20"),
+        ("finished", "COMPLETED", "by the run's history, finished 20"),
+        ("failed", "FAILED", "by the run's history, failed 20"),
+        ("cancelled", "CANCELLED", "by the run's history, cancelled 20"),
     ],
 )
-def test_job_that_slurm_has_forgotten(kind, name, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "query", lambda *_: (1, "", "Invalid job id specified"))
-    submission = submitted(tmp_path, 10, "12")
+@pytest.mark.usefixtures("queue")
+def test_job_that_slurm_does_not_know(kind, name, text, is_here, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "is_here", lambda: is_here)
+    submission = submitted(tmp_path, 10)
     # Of another job's end it says nothing.
     for event in (JobEvent("failed", "11"), JobEvent(kind, "12")):
         history.note(tmp_path, event)
@@ -70,10 +95,11 @@ def test_job_imports_the_copy_that_was_made_when_it_was_submitted(tiny_config, t
     file.write_text("FIRST = True\n")
     config = loading.load(str(tiny_config()), imports=[file])
     run = submit.prepare(config, ClusterSection(gpus_per_node=0))
-    described = submit._job(run, tmp_path, tmp_path / "code")
+    folder = history.next_submission(run.config.run_dir)
+    described = submit._job(run, folder, tmp_path / "code")
     file.write_text("raise RuntimeError('this is not what was submitted')\n")
     (imported,) = loading.load_written(Path(described.config)).imports
-    assert Path(imported).is_relative_to(run.config.run_dir.absolute() / "slurm")
+    assert Path(imported).is_relative_to(folder.absolute())
     assert Path(imported).read_text() == "FIRST = True\n"
 
 
@@ -91,7 +117,7 @@ def test_job_that_slurm_refuses_leaves_nothing_behind(tiny_config, tmp_path, mon
     monkeypatch.setattr(history, "announce", lambda _run, status, _tags: told.append(status))
     monkeypatch.setattr(submit.batch, "submit", refuse)
     with pytest.raises(UserError, match="no such partition"):
-        submit.submit([run], "tiny", code=tmp_path)
+        submit.submit(run, code=tmp_path)
     assert told == ["SCHEDULED", "KILLED"]
     assert history.history(run.config.run_dir) == []
     assert history.newest_submission(run.config.run_dir) is None

@@ -1,6 +1,6 @@
-"""Status of a run, read from its folder: state, progress, results, checkpoint, disk.
+"""Status of a run, read from its folder: state, progress, results, checkpoint, job, disk.
 
-This loads no torch and only reads files, so it is fast.
+This loads no torch and only reads files, so it is fast. slurm/status.py adds the job.
 """
 
 import math
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.config.yaml_files import read_yaml
-from tetdist.errors import UserError, typed
+from tetdist.errors import UserError
 from tetdist.storage.files import checkpoint_at, is_held
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import from_end
@@ -28,14 +28,37 @@ OPTIONAL = ("phase", "eta_s", "best_top1")
 
 
 @dataclass(frozen=True)
+class JobStatus:
+    """Status of a run's newest Slurm job.
+
+    Attributes:
+        state: Slurm's, in lower case: ``pending``, ``running``, ``failed``, ...; ``unknown`` if
+            neither Slurm nor the run's folder knows it.
+        text: Its nodes, the reason for waiting, or how it ended.
+        log: File with rank 0's output.
+        after: Folders of the runs that it waits for.
+        restarts: Time, step and reason of each restart of the run.
+        failure: Why the newest start failed; None if it did not.
+    """
+
+    id: str
+    state: str
+    text: str
+    log: str
+    after: list[str]
+    restarts: list[str]
+    failure: str | None
+
+
+@dataclass(frozen=True)
 class RunStatus:
     """Status of a run; None means not known (yet).
 
     Attributes:
-        state: ``training`` (a process locks the folder), ``finished``, ``stopped`` (all steps are
-            saved), ``broken off`` (steps after the checkpoint will be repeated), ``begun`` (no step
-            is logged), or the last event of its job: ``queued``, ``started``, ``failed``,
-            ``cancelled``; or ``damaged``, when nothing else is known.
+        state: ``training`` (a process locks the folder), ``finished``, the state of its job, or
+            without a job ``stopped`` (all steps are saved), ``broken off`` (steps after the
+            checkpoint will be repeated) or ``begun`` (no step is logged); or ``damaged``, when
+            nothing else is known.
     """
 
     run: str
@@ -57,6 +80,7 @@ class RunStatus:
     checkpoint: str | None = None  # name of the newest one
     checkpoint_age_s: float | None = None
     bytes: int = 0  # size of the folder
+    job: JobStatus | None = None
 
 
 def find_runs(names: Sequence[str]) -> list[Path]:
@@ -82,11 +106,7 @@ def _runs_at(path: Path) -> list[Path]:
     return sorted(file.parent for file in path.glob("*/config.yaml"))
 
 
-# Kind, job and text of the last event of a run's job, as in its history.
-JobEvent = tuple[str, str, str]
-
-
-def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
+def read_status(folder: Path, job: JobStatus | None = None) -> RunStatus:
     """Read the status of the run in a folder with a config.yaml."""
     file, now = folder / "metrics.jsonl", time.time()
     epochs, phases, most = _configured(folder / "config.yaml")
@@ -118,11 +138,12 @@ def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
         best_top1=best_top1,
         # The best evaluation may not have a checkpoint yet.
         best_step=val["step"] if is_best else _step_of(best) if best else None,
-        eta_s=train.get("eta_s") if state == "training" else None,
+        eta_s=train.get("eta_s") if state in ("training", "running") else None,
         line_age_s=now - end["time"] if end else None,
         checkpoint=None if checkpoint is None else checkpoint.name,
         checkpoint_age_s=None if checkpoint is None else now - checkpoint.stat().st_mtime,
         bytes=_bytes_of(folder),
+        job=job,
     )
 
 
@@ -162,7 +183,7 @@ def damaged(folder: Path, reason: str) -> RunStatus:
     return RunStatus(folder.resolve().name, str(folder), DAMAGED, reason, bytes=_bytes_of(folder))
 
 
-def _state(folder: Path, end: dict[str, Any], saved: int, job: JobEvent | None) -> tuple[str, str]:
+def _state(folder: Path, end: dict[str, Any], saved: int, job: JobStatus | None) -> tuple[str, str]:
     """Return the state of a run, given the last line of its metrics, and details."""
     if is_held(folder / ".lock"):
         # Each training process reopens the file for writing.
@@ -170,13 +191,8 @@ def _state(folder: Path, end: dict[str, Any], saved: int, job: JobEvent | None) 
         return "training", f"for {duration(since)}"
     if end.get("kind") == "final":
         return "finished", ""
-    kind, number, text = job or ("", "", "")
-    if kind in ("submitted", "started", "failed", "cancelled"):
-        # The file system may not show locks of processes on other hosts.
-        hint = f"`{typed('slurm', 'status', folder)}` asks Slurm"
-        more = hint if kind in ("submitted", "started") else text
-        name = "queued" if kind == "submitted" else kind
-        return name, f"job {number}: {more}" if more else f"job {number}"
+    if job is not None:
+        return job.state, f"job {job.id}"
     if not end and not saved:
         return "begun", "no step is logged"
     ahead = end.get("step", 0) - saved
@@ -240,6 +256,15 @@ def as_text(status: RunStatus) -> str:
         age = duration(max(status.checkpoint_age_s, 0))
         lines.append(f"  checkpoint  {status.checkpoint}, {age} ago")
     lines.append(f"  disk        {status.bytes / 1e6:,.1f} MB")
+    if (job := status.job) is not None:
+        lines.append(f"  job         {job.id} {job.state}: {job.text}")
+        if job.after:
+            lines.append(f"  after       {', '.join(job.after)}")
+        lines.append(f"  log         {job.log}")
+        lines.append(f"  restarts    {len(job.restarts) or 'none'}")
+        lines += [f"    {restart}" for restart in job.restarts]
+        if job.failure is not None:
+            lines.append(f"  failed      {job.failure}".replace("\n", "\n    "))
     return "\n".join(lines)
 
 
@@ -257,7 +282,8 @@ def _progress(status: RunStatus) -> list[str]:
 
 def as_table(statuses: Sequence[RunStatus]) -> str:
     """Return several runs as a table, one row each."""
-    rows = [["run", "state", "epoch", "step", "loss", "per s", "ETA", "top-1 %", "best", "saved"]]
+    head = ["run", "state", "epoch", "step", "loss", "per s", "ETA", "top-1 %", "best", "saved"]
+    rows = [[*head, "job"]]
     for status in statuses:
         age, eta = status.checkpoint_age_s, status.eta_s
         rows.append(
@@ -272,6 +298,9 @@ def as_table(statuses: Sequence[RunStatus]) -> str:
                 number(status.val.get("top1"), ".2f"),
                 number(status.best_top1, ".2f"),
                 "-" if age is None else f"{duration(max(age, 0))} ago",
+                "" if status.job is None else status.job.id,
             ]
         )
+    if not any(status.job for status in statuses):
+        rows = [row[:-1] for row in rows]
     return aligned(rows, right=range(2, 10))

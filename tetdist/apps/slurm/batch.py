@@ -106,18 +106,17 @@ def python_command() -> str:
     return f"{shlex.quote(sys.executable)} -I -S -c {shlex.quote(block)}"
 
 
-def text(values: dict[str, Any], folder: Path, count: int = 1) -> str:
+def text(values: dict[str, Any], folder: Path) -> str:
     """Return the batch script that submitit writes: for ``--dry-run``, which needs no Slurm."""
     # submitit has no public function for it that works without srun.
     from submitit.slurm.slurm import _make_sbatch_string
 
     command = f"{python_command()} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    array = {"map_count": count} if count > 1 else {}
-    return str(_make_sbatch_string(command=command, folder=folder, **values, **array))
+    return str(_make_sbatch_string(command=command, folder=folder, **values))
 
 
-def submit(jobs: list[Job], values: dict[str, Any], folder: Path) -> list[str]:
-    """Submit one job, or several as an array, and return their ids."""
+def submit(job: Job, values: dict[str, Any], folder: Path) -> str:
+    """Submit a job, and return its id."""
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -125,11 +124,10 @@ def submit(jobs: list[Job], values: dict[str, Any], folder: Path) -> list[str]:
     executor.update_parameters(**values)
     try:
         # submitit prints sbatch's message, which its exception also holds; avoid printing it twice.
-        with redirect_stderr(StringIO()), executor.batch():
-            submitted = [executor.submit(job) for job in jobs]
+        with redirect_stderr(StringIO()):
+            return str(executor.submit(job).job_id)
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"Slurm refused the job: {_reason(str(error))}") from error
-    return [str(job.job_id) for job in submitted]
 
 
 def _reason(text: str) -> str:

@@ -22,6 +22,8 @@ from tetdist.errors import UserError
 # Duration of a restart, from the stop to the first new step: queue, imports, compilation.
 RESTART_MINUTES = 5.0
 
+# Keys that served the plan alone; submissions of earlier versions have them.
+RETIRED = ("gpu", "link_in_node", "link_between_nodes")
 
 # No white space: a line break would start a new line of the script.
 Word = Annotated[str, Field(pattern=r"^\S+$")]
@@ -55,10 +57,6 @@ class ClusterSection(Section):
     """Number of consecutive starts without a new checkpoint after which the run fails."""
     interface: str | None = None
     """Network interface between the nodes; null: the one that reaches the first node."""
-    link_in_node: Annotated[float, Field(gt=0)] = 100.0
-    """GB/s from GPU to GPU in a node, for the plan: 100 to 400 with NVLink, 10 to 20 over PCIe."""
-    link_between_nodes: Annotated[float, Field(gt=0)] = 12.5
-    """GB/s between two nodes, for the plan: 12.5 is 100 Gbit/s."""
 
     @property
     def processes_per_node(self) -> int:
@@ -134,8 +132,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _checked(facts: dict[str, Any], source: str) -> ClusterSection:
     """Validate the settings; errors name their source."""
-    # Submissions of earlier versions have it; it served the plan alone.
-    facts = {key: value for key, value in facts.items() if key != "gpu"}
+    facts = {key: value for key, value in facts.items() if key not in RETIRED}
     cluster = checked(ClusterSection, facts, source)
     minutes(cluster.time)
     return cluster

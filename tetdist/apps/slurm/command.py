@@ -2,16 +2,13 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.config.flags import add_import, positive
-from tetdist.config.overrides import joined
 from tetdist.errors import UserError, typed
 
 if TYPE_CHECKING:
     from tetdist.apps.slurm.cluster import ClusterSection
-    from tetdist.apps.slurm.submit import Prepared
 
 # Commands that take a run, with their descriptions.
 RUN_COMMANDS = {
@@ -51,13 +48,6 @@ def _submit_parser() -> argparse.ArgumentParser:
     )
     add_import(parser)
     parser.add_argument(
-        "--sweep",
-        nargs="+",
-        metavar="key=a,b",
-        default=[],
-        help="submit a run for every combination as one job array: seed=0,1,2 loss.kind=sdt,tet",
-    )
-    parser.add_argument(
         "--after",
         metavar="RUN",
         action="append",
@@ -65,18 +55,10 @@ def _submit_parser() -> argparse.ArgumentParser:
         help="start after this queued run is finished, never if it fails; may be repeated",
     )
     _add_cluster_flags(parser)
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument(
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print plan, batch script and configuration; needs no Slurm, writes nothing",
-    )
-    how.add_argument("--follow", action="store_true", help="after submitting, follow the log")
-    how.add_argument(
-        "--local",
-        type=positive,
-        metavar="N",
-        help="run the same job on this machine in N processes, without Slurm",
     )
     parser.add_argument(
         "--images",
@@ -101,12 +83,10 @@ def _submit_parser() -> argparse.ArgumentParser:
 
 def _run_parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} {command}", description=RUN_COMMANDS[command])
-    parser.add_argument("run", metavar="RUN", help="run or sweep: its folder, or its name in runs/")
+    parser.add_argument("run", metavar="RUN", help="run or study: its folder, or its name in runs/")
     if command == "resume":
         parser.add_argument("--new-code", action="store_true", help="use the current code instead")
         _add_cluster_flags(parser)
-    if command != "cancel":
-        parser.add_argument("--follow", action="store_true", help="follow the log")
     return parser
 
 
@@ -130,129 +110,52 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the parsed command.
+    """Run the parsed command, and return its exit status."""
+    from tetdist.apps.slurm import status, submit
 
-    Returns:
-        Exit status: 0 success, 1 a followed run did not finish, 130 --follow was interrupted.
-    """
-    command = {"submit": submit, "status": status, "cancel": cancel, "resume": resume}
-    return command[options.command](options)
+    match options.command:
+        case "status":
+            return status.show([options.run])
+        case "cancel":
+            # From the last run to the first: Slurm itself removes the dependents of a cancelled
+            # job, and their histories would not record it.
+            for run_dir in reversed(status.find(options.run)):
+                print(submit.cancel(run_dir))
+        case "resume":
+            for run_dir in status.find(options.run):
+                if status.is_finished(run_dir):
+                    print(f"{run_dir} is finished: nothing to do")
+                    continue
+                cluster = cluster_of(status.submission_of(run_dir).cluster, options)
+                print(submit.resume(run_dir, cluster, new_code=options.new_code))
+        case _:
+            _submit(options)
+    return 0
 
 
-def submit(options: argparse.Namespace) -> int:
-    from tetdist.apps.slurm import plan, speed
-    from tetdist.apps.slurm import status as show
-    from tetdist.apps.slurm import submit as submission
-    from tetdist.config import loading as configuration
+def _submit(options: argparse.Namespace) -> None:
+    from tetdist.apps.slurm import plan, speed, status, submit
+    from tetdist.config import loading
 
-    base = configuration.load(options.config, options.overrides, options.imports)
-    cluster = cluster_of(base.cluster, options)
-    if options.local:
-        if options.after:
-            raise UserError("--after cannot be combined with --local; leave out one of them")
-        cluster = cluster.model_copy(update={"nodes": 1, "tasks_per_node": options.local})
-    sweep: dict[str, list[str]] = {base.name: []}
-    if options.sweep:
-        if options.local or options.follow:
-            raise UserError("--sweep cannot be combined with --local or --follow; leave out one")
-        sweep = submission.sweep_of(base.name, options.sweep)
-    job_name = base.name if len(sweep) == 1 else f"{base.name}_sweep"
-    runs: list[Prepared] = []
-    for name, overrides in sweep.items():
-        own = joined([*options.overrides, *overrides], [f"name={name}"])
-        config = configuration.load(options.config, own, options.imports) if options.sweep else base
-        data = submission.assumed_indexes(config, options.images) if options.dry_run else None
-        runs.append(submission.prepare(config, cluster, options.after, data))
+    config = loading.load(options.config, options.overrides, options.imports)
+    cluster = cluster_of(config.cluster, options)
+    data = submit.assumed_indexes(config, options.images) if options.dry_run else None
+    run = submit.prepare(config, cluster, options.after, data)
     found = speed.speed_of(
-        runs[0].config,
+        run.config,
         cluster,
-        runs[0].frames,
+        run.frames,
         images_per_s=options.images_per_s,
         benchmark=options.benchmark,
     )
     if options.dry_run:
-        print(submission.dry_run(runs, job_name, found, options.after))
-        return 0
-    if options.local:
-        return submission.run_here(runs[0])
-    after = [run for name in options.after for run in show.find(name)]
-    left = submission.unfinished(runs)
-    submissions = submission.submit(left, job_name, after=after, sweep=runs)
-    print(plan.describe(runs[0].plan, found))
-    for run, done in zip(left, submissions, strict=True):
-        submission.log_summary(done, run.config)
-    return _follow(runs[0].config.run_dir) if options.follow else 0
-
-
-def resume(options: argparse.Namespace) -> int:
-    runs = _runs_of(options)
-    for run_dir in runs:
-        _resume(run_dir, options)
-    return _follow(runs[0]) if options.follow else 0
-
-
-def _runs_of(options: argparse.Namespace) -> list[Path]:
-    from tetdist.apps.slurm import status as show
-
-    runs = show.find(options.run)
-    if options.follow and len(runs) > 1:
-        raise UserError(
-            f"--follow takes one run, and {options.run} is a sweep of {len(runs)}; name one of them"
-        )
-    return runs
-
-
-def _resume(run_dir: Path, options: argparse.Namespace) -> None:
-    from tetdist.apps.slurm import history, jobs
-    from tetdist.apps.slurm import status as show
-    from tetdist.apps.slurm import submit as submission
-
-    earlier = show.submission_of(run_dir)
-    if show.is_finished(run_dir):
-        print(f"{run_dir} is finished: nothing to do")
+        print(submit.dry_run(run, found, options.after))
         return
-    jobs.refuse_if_queued(run_dir)
-    config = submission.config_of(earlier)
-    cluster = cluster_of(earlier.cluster, options)
-    # A run that began once need not wait: its predecessors were finished then.
-    after = [Path(path) for path in earlier.after] if not history.saved_step(run_dir) else []
-    run = submission.prepare(config, cluster, after)
-    code = None if options.new_code else Path(earlier.code)
-    (done,) = submission.submit([run], config.name, code, after)
-    submission.log_summary(done, config)
-
-
-def status(options: argparse.Namespace) -> int:
-    from tetdist.apps.slurm import status as show
-
-    runs = _runs_of(options)
-    if options.follow:
-        return _follow(runs[0])
-    print("\n\n".join(map(show.describe, runs)))
-    return 0
-
-
-def cancel(options: argparse.Namespace) -> int:
-    from tetdist.apps.slurm import history, jobs
-    from tetdist.apps.slurm import status as show
-    from tetdist.apps.slurm import submit as submission
-    from tetdist.apps.slurm.history import JobEvent
-
-    # Cancel from the last run to the first: Slurm itself removes the dependents of a cancelled job,
-    # and their histories would not record it.
-    for run_dir in reversed(show.find(options.run)):
-        job = show.submission_of(run_dir)
-        state = jobs.state_of(job)
-        if not state.is_queued:
-            print(f"{run_dir} is not queued: job {job.job} is {state.name} ({state.text})")
-            continue
-        jobs.cancel(job.job)
-        # If the job is requeuing itself now, its next start reads this line and exits.
-        history.note(run_dir, JobEvent("cancelled", job.job, step=history.saved_step(run_dir)))
-        # A training process updates MLflow itself, but there may be none yet.
-        history.announce(submission.config_of(job), "KILLED", {})
-        print(f"cancelled job {job.job}; `{typed('slurm', 'resume', run_dir)}` continues the run")
-    return 0
+    after = [needed for name in options.after for needed in status.find(name)]
+    submit.refuse_if_finished(run)
+    submitted = submit.submit(run, after=after)
+    print(plan.describe(run.plan, found))
+    print(submit.summary(submitted, run.config))
 
 
 def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "ClusterSection":
@@ -266,20 +169,9 @@ def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "Cluster
     if facts.gpus_per_node is None and getattr(options, "dry_run", False):
         print(f"without --gpus-per-node, the plan assumes {ASSUMED_GPUS}", file=sys.stderr)
         facts = facts.model_copy(update={"gpus_per_node": ASSUMED_GPUS})
-    if facts.gpus_per_node is None and not getattr(options, "local", None):
+    if facts.gpus_per_node is None:
         raise UserError(
             "the number of GPUs a node is missing; give --gpus-per-node G (0: train on the CPU) or "
             f"gpus_per_node: G in {cluster.cluster_file()}"
         )
     return facts
-
-
-def _follow(run_dir: Path) -> int:
-    from tetdist.apps.slurm import status as show
-
-    try:
-        return show.follow(run_dir)
-    except KeyboardInterrupt:
-        again = typed("slurm", "status", run_dir, "--follow")
-        print(f"\nthe job continues; `{again}` follows it again")
-        return 130

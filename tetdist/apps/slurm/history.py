@@ -12,39 +12,34 @@
 Training does not need this folder: checkpoints alone decide where a run resumes.
 """
 
+import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from fcntl import LOCK_EX, LOCK_NB, flock
+from dataclasses import asdict, dataclass, field, fields
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tetdist.errors import UserError, way_out
-from tetdist.storage.files import write_json, write_text
+from tetdist.storage.files import explaining, write_json, write_text
 from tetdist.tracking import mlflow_logger
 
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
 
-# Job id of a run without Slurm.
-LOCAL = "local"
-
 
 @dataclass(frozen=True)
 class Submission:
-    """Submitted job; in a sweep, one task of a job array."""
+    """Submitted job."""
 
-    job: str  # Slurm's id: ``12``, or ``12_0`` for an array's task; ``local`` without Slurm
+    job: str  # Slurm's id
     run_dir: str
     config: str  # file
     code: str  # folder
     log: str  # folder of the logs and failures
     cluster: dict[str, Any]  # settings
     last_step: int
-    steps_per_epoch: int
-    global_batch: int
     time: float  # Unix time in seconds
     after: list[str] = field(default_factory=list)  # folders of runs that must be finished first
 
@@ -76,38 +71,26 @@ def next_submission(run_dir: Path) -> Path:
     """Make the folder of a new submission."""
     numbers = [number for number, _ in _submissions(run_dir)]
     folder = slurm_folder(run_dir) / f"submission-{max(numbers, default=0) + 1}"
-    try:
+    with explaining(folder):
         folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; {way_out(error)}") from error
     return folder
 
 
-def write_submission(folder: Path, submission: Submission) -> None:
+def note_submission(folder: Path, submission: Submission) -> None:
+    """Record a submission in its folder and in the run's history."""
     write_json(folder / "submission.json", asdict(submission))
+    note(Path(submission.run_dir), JobEvent("submitted", submission.job))
 
 
 def newest_submission(run_dir: Path) -> Submission | None:
-    file = _newest(run_dir, "submission.json")
-    return None if file is None else Submission(**json.loads(file.read_text()))
-
-
-def write_sweep(folder: Path, run_dirs: list[Path]) -> None:
-    """Write the list of a sweep's runs into its submission's folder."""
-    text = "".join(f"{path.absolute()}\n" for path in run_dirs)
-    (folder / "runs.txt").write_text(text)
-
-
-def newest_sweep(folder: Path) -> list[Path]:
-    """Return the run folders of the newest sweep; empty without a sweep."""
-    file = _newest(folder, "runs.txt")
-    return [] if file is None else [Path(line) for line in file.read_text().splitlines()]
-
-
-def _newest(run_dir: Path, name: str) -> Path | None:
-    """Return the file of that name in the newest submission that has one."""
-    files = [folder / name for _, folder in sorted(_submissions(run_dir), reverse=True)]
-    return next(filter(Path.is_file, files), None)
+    """Return the run's newest submission; None if it was never submitted."""
+    files = [folder / "submission.json" for _, folder in sorted(_submissions(run_dir))]
+    for file in filter(Path.is_file, reversed(files)):
+        values = json.loads(file.read_text())
+        # Earlier versions wrote more.
+        known = {one.name for one in fields(Submission)} & values.keys()
+        return Submission(**{name: values[name] for name in known})
+    return None
 
 
 def _submissions(run_dir: Path) -> list[tuple[int, Path]]:
@@ -145,6 +128,39 @@ def restarts(events: list[JobEvent]) -> list[JobEvent]:
     return [event for event in events if event.kind == "started"][1:]
 
 
+def starts_in_vain(events: list[JobEvent], step: int) -> int:
+    """Return how many of the newest submission's last starts began at this checkpoint's step."""
+    starts = [event for event in since_submission(events) if event.kind == "started"]
+    return len(list(itertools.takewhile(lambda start: start.step == step, reversed(starts))))
+
+
+def reason_of_start(events: list[JobEvent], why_ended: Callable[[], str | None]) -> str:
+    """Return why the job starts after these events; empty on the run's first start.
+
+    Args:
+        why_ended: Returns the reason by Slurm's accounting, if it has one; a query takes a while.
+    """
+    if not any(event.kind == "started" for event in events):
+        return ""
+    last = events[-1]
+    match last.kind:
+        case "submitted":
+            return "submitted again"
+        case "finished":
+            return "started again after its end"
+        case "started":
+            return why_ended() or "ended for an unknown reason"
+        case "failed":
+            # The process may only have seen the loss of another, and Slurm knows the cause.
+            return why_ended() or last.text
+    # The stopped process recorded a guess.
+    if "from outside" in last.text:
+        account, name = why_ended(), last.text.partition(" ")[0]
+        if account and (name == "SIGTERM" or account == "preempted"):
+            return f"{account} ({name})"
+    return last.text
+
+
 def saved_step(run_dir: Path) -> int:
     """Return the newest checkpoint's step, by its name; 0 without one."""
     names = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
@@ -169,21 +185,13 @@ def first_failure(log: Path, job: str, restart: int) -> str | None:
 
 @contextmanager
 def submitting(run_dir: Path) -> Iterator[None]:
-    """Lock a run, so that only one program at a time submits it or trains it locally."""
+    """Lock a run, so that only one program at a time submits it; the next one waits."""
     folder = slurm_folder(run_dir)
-    try:
+    with explaining(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        opened = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; {way_out(error)}") from error
-    with opened as lock:
-        try:
-            flock(lock, LOCK_EX | LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{run_dir} is being submitted by another command, or trained with --local; wait "
-                "for it"
-            ) from error
+        lock = (folder / ".lock").open("w")
+    with lock:
+        flock(lock, LOCK_EX)
         yield
 
 

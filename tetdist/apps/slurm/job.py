@@ -5,7 +5,6 @@ by the job itself or an administrator, or a start after a preemption or a node's
 resumes at the newest complete checkpoint.
 """
 
-import itertools
 import logging
 import os
 import signal
@@ -13,7 +12,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tetdist.apps.slurm import history
 from tetdist.apps.slurm.history import EventKind, JobEvent
-from tetdist.apps.slurm.placement import ProcessContext, SlurmContext
+from tetdist.apps.slurm.placement import Context
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError, sentence, typed
 
 if TYPE_CHECKING:
@@ -38,10 +36,12 @@ RESTART_AFTER = (signal.SIGUSR1, signal.SIGUSR2)
 # default 300.
 NODE_PATIENCE = 1200.0
 
+MISTAKES = (UserError, ModuleNotFoundError)
+
 
 @dataclass(frozen=True)
 class Job:
-    """Run on a cluster, or on this machine; pickled by submitit, called in each process."""
+    """Run on a cluster; pickled by submitit, called in each process."""
 
     run_dir: str
     config: str  # file
@@ -60,93 +60,80 @@ class Job:
             signal.signal(number, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGCONT):
             signal.signal(number, signal.SIG_DFL)
-        sys.exit(run(self, lambda: SlurmContext.find(self.warn_before_end)))
+        sys.exit(Start(self, Context.find(self.warn_before_end)).run())
 
 
-def run(job: Job, find_context: Callable[[], ProcessContext]) -> int:
-    """Run one process of one start of the job, and return its exit status."""
-    rank = os.environ.get("SLURM_PROCID", "?")
-    try:
-        context = find_context()
-    except (UserError, ModuleNotFoundError) as error:
-        print(f"rank {rank}: error: {sentence(error)}", file=sys.stderr)
-        return 2
-    return _Start(job, context).run()
+class Start:
+    """Start of a job, in one process.
 
+    Attributes:
+        is_first: True for the process that writes the history: rank 0, or rank 1 after its death.
+        config: Configuration of the run; None until it is loaded.
+    """
 
-class _Start:
-    """Start of a job, in one process."""
-
-    def __init__(self, job: Job, context: ProcessContext) -> None:
+    def __init__(self, job: Job, context: Context) -> None:
         self.job, self.context = job, context
         self.run_dir, self.log = Path(job.run_dir), Path(job.log)
         self.is_first = context.rank == 0
-        self._prefix = "" if self.is_first else f"rank {context.rank}: "
         self.config: RunConfig | None = None
 
     def run(self) -> int:
+        """Run this process's part, and return its exit status."""
         level = logging.INFO if self.is_first else logging.ERROR
         logging.basicConfig(level=level, format="%(message)s", force=True)
+        events = history.since_submission(history.history(self.run_dir))
+        if any(event.kind == "cancelled" for event in events):
+            # A requeue at that moment has undone it. This is not a success: another run may be
+            # waiting for this one to finish.
+            return 128 + signal.SIGTERM
         try:
-            self._check_code()
-            if self._is_cancelled():
-                # Not a success: another run may be waiting for this one to finish.
-                return 128 + signal.SIGTERM
-            from tetdist.apps.reports.observers import observers
-            from tetdist.config import loading
-            from tetdist.training.run import train
-            from tetdist.training.run_record import Launcher
-
-            self.config = loading.load_written(Path(self.job.config))
-            tags = self._begin() if self.is_first else {}
-            launcher = Launcher(
-                tags=tags, restarts_after=RESTART_AFTER, on_failure=self._on_failure
-            )
-            status = train(self.config, observers, launcher)
-        except (UserError, ModuleNotFoundError) as error:
+            status = self._train()
+        except MISTAKES as error:
             self._write_failure(error)
-            print(f"{self._prefix}error: {sentence(error)}", file=sys.stderr)
-            return self._end_failed(2, str(error))
+            self._print(f"error: {sentence(error)}")
+            return self._fail(2, str(error))
         except PeerFailed as error:
-            # The error was recorded where it was raised.
-            print(f"{self._prefix}error: {error}", file=sys.stderr)
-            if self.is_first and self.config is not None:
-                # No tracker exists yet that would have updated MLflow.
-                history.announce(self.config, "FAILED", {})
+            # `_record_failure` has recorded it; no tracker exists yet that would update MLflow.
+            self._print(f"error: {error}")
+            self._announce("FAILED")
             return PEER_FAILED
         except SystemExit as ended:
-            return self._end_failed(int(ended.code or 0), "see the log of another process")
+            return self._fail(int(ended.code or 0), "see the log of another process")
         except Exception as error:
             self._write_failure(error)
             self._show_first_failure()
             traceback.print_exc()
-            return self._end_failed(1, f"{type(error).__name__}: {error}".splitlines()[0])
+            return self._fail(1, f"{type(error).__name__}: {error}".splitlines()[0])
         return self._end(status)
 
-    def _check_code(self) -> None:
-        """Check that the submitted code runs, whatever the environment has installed."""
+    def _train(self) -> int:
+        # The submitted code must run, whatever the environment has installed.
         here = Path(__file__).resolve().parents[3]
         if here != Path(self.job.code).resolve():
             raise UserError(
                 f"the job was submitted with the code in {self.job.code}, but Python imports "
                 f"{here}; keep the commands of cluster.setup from changing PYTHONPATH"
             )
+        from tetdist.apps.reports.observers import observers
+        from tetdist.config import loading
+        from tetdist.training.run import train
+        from tetdist.training.run_record import Launcher
 
-    def _is_cancelled(self) -> bool:
-        """Return whether the run was cancelled and a requeue at that moment undid it."""
-        events = history.since_submission(history.history(self.run_dir))
-        return any(event.kind == "cancelled" for event in events)
+        self.config = loading.load_written(Path(self.job.config))
+        launcher = Launcher(
+            tags=self._begin() if self.is_first else {},
+            restarts_after=RESTART_AFTER,
+            on_failure=self._record_failure,
+        )
+        return train(self.config, observers, launcher)
 
     def _begin(self) -> dict[str, str]:
         """Record this start, refuse it after too many in vain, and return tags for MLflow."""
-        context = self.context
-        step = history.saved_step(self.run_dir)
-        earlier = history.history(self.run_dir)
-        starts = [e for e in history.since_submission(earlier) if e.kind == "started"]
-        why = self._why_started(earlier)
-        self._note("started", f"{why}; on {', '.join(context.hosts)}" if why else "")
-        in_vain = itertools.takewhile(lambda start: start.step == step, reversed(starts))
-        vain = len(list(in_vain))
+        step, earlier = history.saved_step(self.run_dir), history.history(self.run_dir)
+        why = history.reason_of_start(earlier, self.context.why_ended)
+        hosts = ", ".join(self.context.hosts)
+        self._note("started", f"{why}; on {hosts}" if why else "")
+        vain = history.starts_in_vain(earlier, step)
         if vain >= self.job.give_up_after:
             raise UserError(
                 f"{self.run_dir} was started {vain} times without passing step {step} (last end: "
@@ -156,41 +143,15 @@ class _Start:
             )
         again = history.restarts(history.history(self.run_dir))
         if why:
-            print(
-                f"restart {len(again)}, job {context.job}, from step {step}, on "
-                f"{', '.join(context.hosts)}: {why}",
-                file=sys.stderr,
-                flush=True,
-            )
-        tags = {"slurm_job": context.job, "restarts": str(len(again))}
-        for i, event in enumerate(again[-100:], start=max(0, len(again) - 100) + 1):
-            tags[f"restart_{i:03}"] = f"step {event.step}: {event.text}"
+            job = self.context.job
+            self._print(f"restart {len(again)}, job {job}, from step {step}, on {hosts}: {why}")
+        tags = {"slurm_job": self.context.job, "restarts": str(len(again))}
+        for number, event in list(enumerate(again, start=1))[-100:]:
+            tags[f"restart_{number:03}"] = f"step {event.step}: {event.text}"
         return tags
 
-    def _why_started(self, earlier: list[JobEvent]) -> str:
-        """Return the reason of a restart; empty on the run's first start."""
-        if not any(event.kind == "started" for event in earlier):
-            return ""
-        last = earlier[-1]
-        if last.kind == "submitted":
-            return "submitted again"
-        if last.kind == "finished":
-            return "started again after its end"
-        # The stopped process recorded a guess; Slurm's accounting has the reason later.
-        if last.kind == "started":
-            return self.context.why_ended() or "ended for an unknown reason"
-        if last.kind == "failed":
-            # The process may only have seen the loss of another, and Slurm knows the cause.
-            return self.context.why_ended() or last.text
-        if "from outside" in last.text:
-            account = self.context.why_ended()
-            name = last.text.partition(" ")[0]
-            if account and (name == "SIGTERM" or account == "preempted"):
-                return f"{account} ({name})"
-        return last.text
-
     def _end(self, status: int) -> int:
-        """Finish the start after training: the run is done, restarts, or was stopped."""
+        """End the start after training: the run is finished, restarts, or was stopped."""
         number = status - 128
         if number <= 0:
             self._note("finished" if status == 0 else "failed")
@@ -205,63 +166,75 @@ class _Start:
             return status
         if self.context.was_cancelled():
             # Slurm would requeue the job although it was cancelled.
-            print("saved; the job was cancelled meanwhile", file=sys.stderr, flush=True)
-            assert self.config is not None
-            history.announce(self.config, "KILLED", {})
+            self._print("saved; the job was cancelled meanwhile")
+            self._announce("KILLED")
             return status
-        print(f"{why}: saved, the job restarts", file=sys.stderr, flush=True)
+        self._print(f"{why}: saved, the job restarts")
         return self.context.start_again()
 
-    def _end_failed(self, status: int, why: str) -> int:
+    def _fail(self, status: int, why: str) -> int:
         """Record a failure on rank 0, while srun ends the other processes and soon this one."""
         if self.is_first:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self._note("failed", why)
-            if self.config is not None:
-                history.announce(self.config, "FAILED", {})
+            self._announce("FAILED")
         return status
 
-    def _note(self, kind: EventKind, text: str = "") -> None:
-        """Add a line to the history, on rank 0 or the process that replaces it."""
-        if self.is_first:
-            step = history.saved_step(self.run_dir)
-            event = JobEvent(kind, self.context.job, self.context.restart, step, text)
-            history.note(self.run_dir, event)
-
-    def _on_failure(self, error: Exception) -> None:
-        """Record the error where it was raised, while the other processes wait for this one.
-
-        A crashed node first shows as a lost connection. Slurm takes minutes to notice the node. If
-        the job exited before that, Slurm would count it as failed; if it still runs then, Slurm
-        requeues it on other nodes.
-        """
+    def _record_failure(self, error: Exception) -> None:
+        """Record the error where it was raised, while the other processes wait for this one."""
         # If rank 0 is gone, rank 1 writes the history.
         is_of_rank_0 = isinstance(error, PeerFailed) and str(error).startswith("rank 0 ")
         replaces_rank_0 = is_of_rank_0 and self.context.rank == 1
         self.is_first |= replaces_rank_0
-        silent = self.context.silent_hosts()
-        if silent:
-            text = f"a node failed: {', '.join(silent)} does not answer"
-            self._note("stopped", text)
-            print(f"{text}; waiting for Slurm to requeue the job", file=sys.stderr, flush=True)
-            if threading.current_thread() is threading.main_thread():
-                # Only the main thread may set it; otherwise Slurm's SIGKILL follows shortly.
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            end = time.monotonic() + NODE_PATIENCE
-            while silent and time.monotonic() < end:
-                time.sleep(5)
-                silent = self.context.silent_hosts()
+        self._wait_for_lost_nodes()
         self._write_failure(error)
         if isinstance(error, PeerFailed):
             # The watchdog ends this process at once, so write now.
             self._show_first_failure(known=str(error))
             self._note("failed", str(error))
-            if replaces_rank_0 and self.config is not None:
-                history.announce(self.config, "FAILED", {})
+            if replaces_rank_0:
+                self._announce("FAILED")
+
+    def _wait_for_lost_nodes(self) -> None:
+        """Wait until Slurm ends this process, if a node of the job does not answer.
+
+        A crashed node first shows as a lost connection. Slurm takes minutes to notice the node. If
+        the job exited before that, Slurm would count it as failed; if it still runs then, Slurm
+        requeues it on other nodes.
+        """
+        silent = self.context.silent_hosts()
+        if not silent:
+            return
+        text = f"a node failed: {', '.join(silent)} does not answer"
+        self._note("stopped", text)
+        print(f"{text}; waiting for Slurm to requeue the job", file=sys.stderr, flush=True)
+        if threading.current_thread() is threading.main_thread():
+            # Only the main thread may set it; otherwise Slurm's SIGKILL follows shortly.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        end = time.monotonic() + NODE_PATIENCE
+        while silent and time.monotonic() < end:
+            time.sleep(5)
+            silent = self.context.silent_hosts()
+
+    def _note(self, kind: EventKind, text: str = "") -> None:
+        """Add a line to the history, on the first process."""
+        if self.is_first:
+            step = history.saved_step(self.run_dir)
+            event = JobEvent(kind, self.context.job, self.context.restart, step, text)
+            history.note(self.run_dir, event)
+
+    def _announce(self, status: str) -> None:
+        """Update MLflow, on the first process."""
+        if self.is_first and self.config is not None:
+            history.announce(self.config, status, {})
+
+    def _print(self, text: str) -> None:
+        prefix = "" if self.context.rank == 0 else f"rank {self.context.rank}: "
+        print(f"{prefix}{text}", file=sys.stderr, flush=True)
 
     def _write_failure(self, error: Exception) -> None:
         context = self.context
-        known = isinstance(error, UserError | ModuleNotFoundError | PeerFailed)
+        known = isinstance(error, (*MISTAKES, PeerFailed))
         text = f"error: {error}" if known else "".join(traceback.format_exception(error))
         where = f"rank {context.rank} on {os.uname().nodename}:"
         place = (context.job, context.restart, context.rank)

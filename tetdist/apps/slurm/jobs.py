@@ -15,6 +15,8 @@ from tetdist.errors import UserError, typed
 
 PATIENCE = 60.0  # seconds that a Slurm command may take, including its retries
 PAUSE = 1.0  # seconds before a retry
+# Words of Slurm's errors when its controller is busy, or down.
+UNANSWERED = ("timed out", "Unable to contact slurm controller")
 
 
 @dataclass(frozen=True)
@@ -37,28 +39,24 @@ def is_here() -> bool:
 
 
 def state_of(submission: Submission) -> State:
-    """Return a job's state, by Slurm or, if Slurm has forgotten the job, by the run's folder."""
+    """Return a job's state; see `states_of`."""
     return states_of([submission])[submission.job]
 
 
 def states_of(submissions: Sequence[Submission]) -> dict[str, State]:
-    """Return the states of several jobs by id, asking Slurm, which serves many users, about all."""
-    if not submissions:
-        return {}
-    jobs = [submission.job for submission in submissions]
-    states = _in_the_queue(jobs)
-    gone = [job for job in jobs if job not in states]
-    states |= _by_accounting(gone) if gone else {}
-    for submission in submissions:
-        if submission.job not in states:
-            # Without accounting, the controller remembers the end of a job for some minutes.
-            states[submission.job] = _by_the_controller(submission.job) or _by_the_run(submission)
-    return states
+    """Return the states of several jobs by id, asking Slurm, which serves many users, about all.
+
+    If Slurm does not know a job, or is not here, the state is by the run's folder.
+    """
+    states: dict[str, State] = {}
+    for query_state in (_in_the_queue, _by_accounting) if is_here() else ():
+        if left := [one.job for one in submissions if one.job not in states]:
+            states |= query_state(left)
+    return {one.job: by_the_run(one) for one in submissions} | states
 
 
 def _in_the_queue(jobs: Sequence[str]) -> dict[str, State]:
-    # -r: one line for each task of an array, even while they are pending together.
-    command = ("squeue", "-h", "-r", "-j", ",".join(jobs), "-o", "%i|%T|%r|%N|%M|%l|%S")
+    command = ("squeue", "-h", "-j", ",".join(jobs), "-o", "%i|%T|%r|%N|%M|%l|%S")
     status, output, errors = query(*command)
     # squeue fails for a single job that left the queue long ago.
     if status != 0 and "Invalid job id" not in errors:
@@ -84,43 +82,22 @@ def _by_accounting(jobs: Sequence[str]) -> dict[str, State]:
     return states
 
 
-def _by_the_controller(job: str) -> State | None:
-    status, output, _ = query("scontrol", "show", "job", "--oneliner", job)
-    shown = (
-        dict(word.split("=", 1) for word in output.split() if "=" in word) if status == 0 else {}
-    )
-    if "JobState" not in shown:
-        return None
-    text = f"exit status {shown.get('ExitCode', '?')}, {shown.get('EndTime', '?')}"
-    return State(shown["JobState"], text, is_queued=False)
-
-
-def _by_the_run(submission: Submission) -> State:
-    """Return the end of a job that Slurm no longer knows, by the run's history."""
-    forgotten = "Slurm no longer knows the job"
-    events = [
-        event
-        for event in history.history(Path(submission.run_dir))
-        if event.job == submission.job and event.kind != "submitted"
-    ]
-    if not events:
-        return State("unknown", f"{forgotten}, and it did not start", is_queued=False)
-    last = events[-1]
-    moment = datetime.fromtimestamp(last.time).strftime("%Y-%m-%dT%H:%M:%S")
+def by_the_run(submission: Submission) -> State:
+    """Return the state of a job that Slurm does not know, by the run's history."""
+    events = history.history(Path(submission.run_dir))
+    last = [event for event in events if event.job == submission.job][-1:]
+    if not last or last[0].kind == "submitted":
+        return State("unknown", "Slurm does not know the job, and it did not start", False)
+    kind, moment = last[0].kind, datetime.fromtimestamp(last[0].time)
     ends = {"finished": "COMPLETED", "failed": "FAILED", "cancelled": "CANCELLED"}
-    if last.kind in ends:
-        return State(ends[last.kind], f"by the run's history, {moment}", is_queued=False)
-    text = f"{forgotten}; by the run's history, {last.kind} {moment}"
-    return State("unknown", text, is_queued=False)
+    text = f"by the run's history, {kind} {moment:%Y-%m-%dT%H:%M:%S}"
+    return State(ends.get(kind, "unknown"), text, is_queued=False)
 
 
 def refuse_if_queued(run_dir: Path) -> None:
     """Refuse a run with a job in the queue: two jobs must not train in one folder."""
     submission = history.newest_submission(run_dir)
-    if submission is None or submission.job == history.LOCAL:
-        return
-    state = state_of(submission)
-    if state.is_queued:
+    if submission is not None and (state := state_of(submission)).is_queued:
         raise UserError(
             f"{run_dir} is already queued as job {submission.job} ({state.name}); watch it with "
             f"`{typed('slurm', 'status', run_dir)}`, cancel it with "
@@ -138,8 +115,8 @@ def cancel(job: str) -> None:
 def query(*command: str, patience: float | None = None) -> tuple[int, str, str]:
     """Run a Slurm command, and return its exit status, output and error output.
 
-    A busy controller answers nothing until Slurm's own timeout, by default ten seconds; such a
-    command is retried. All commands here are safe to repeat.
+    A command that a busy or absent controller does not answer is retried. All commands here are
+    safe to repeat.
     """
     patience = PATIENCE if patience is None else patience
     end = time.monotonic() + patience
@@ -156,12 +133,12 @@ def query(*command: str, patience: float | None = None) -> tuple[int, str, str]:
             raise UserError(
                 f"Slurm does not answer: {command[0]} took more than {patience:.0f} s; try later"
             ) from error
-        is_late = done.returncode != 0 and "timed out" in done.stderr
+        is_late = done.returncode != 0 and any(word in done.stderr for word in UNANSWERED)
         if not is_late or time.monotonic() + PAUSE > end:
             return done.returncode, done.stdout.strip(), done.stderr
         if not is_reported:
             print(
-                f"Slurm is slow to answer {command[0]}; retrying for up to {patience:.0f} s",
+                f"Slurm does not answer {command[0]}; retrying for up to {patience:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )

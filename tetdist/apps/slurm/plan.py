@@ -1,15 +1,8 @@
 """Cost of a run: steps, images, checkpoints and, from a measured speed, hours.
 
-Model of communication: All processes average the gradient once a step, in float32. The plan counts
-it as if it began after the last micro-batch; in fact most of it overlaps with that micro-batch's
-backward pass, so the plan is an upper bound. For P parameters, g processes on each of n nodes and
-rings within and between the nodes, it takes
-
-    4 P * 2 (g - 1) / g / link_in_node  +  4 P * 2 (n - 1) / n / link_between_nodes
-
-seconds (links in bytes a second). A process computes its part of the micro-batches at the speed
-from speed.py. Evaluations run at three times the training speed. Data loading is assumed to keep
-up.
+Each process trains its part of the micro-batches at the speed from speed.py; evaluations run at
+three times that speed. The time to average gradients is left out unless it was measured, as in the
+folder of a run. Data loading is assumed to keep up.
 """
 
 import math
@@ -24,7 +17,6 @@ from tetdist.training.schedule import schedule_phases
 from tetdist.wording import counted
 
 EVALUATION_SPEED = 3.0  # forward pass only, relative to forward and backward pass
-TABLE_NODES = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -55,22 +47,6 @@ class Plan:
     @property
     def images(self) -> int:
         return self.steps * self.config.batch.global_
-
-    @property
-    def average_bytes(self) -> int:
-        """Bytes that the processes average at each step."""
-        return 4 * self.parameters
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Cost of the run on a given number of nodes."""
-
-    hours: float  # computing time, without waiting in a queue
-    gpu_hours: float
-    communication: float  # fraction of a training step
-    periods: int  # time limits that the run needs; 0: the limit is too short
-    images_per_s: float
 
 
 def make(
@@ -108,42 +84,22 @@ def make(
     )
 
 
-def cost(plan: Plan, speed: Speed, nodes: int) -> Cost | None:
-    """Return the cost on ``nodes`` nodes; None if the micro-batches do not divide equally."""
-    cluster, batch = plan.cluster, plan.config.batch
-    in_node = cluster.processes_per_node
-    processes = nodes * in_node
-    if plan.micro_batches % processes:
-        return None
-    communication = communication_seconds(plan.average_bytes, nodes, in_node, cluster)
-    samples = batch.global_ / processes  # of one process, a step
-    training = evaluating = waiting = 0.0
+def seconds_of(plan: Plan, speed: Speed) -> float:
+    """Return the computing time of the run, without waiting in a queue."""
+    total = 0.0
     phases = schedule_phases(plan.config.phases, plan.steps_per_epoch, plan.config.batch.global_)
     for phase in phases[plan.config.start_phase :]:
         steps = max(0, min(phase.end_step, plan.last_step) - phase.first_step)
-        rate = speed.rate(phase.section.mean_timesteps)
-        training += steps * samples / rate
-        waiting += steps * communication
-        part = plan.evaluations * steps / plan.steps
-        evaluating += part * plan.val_images / processes / (rate * EVALUATION_SPEED)
-    seconds = training + evaluating + waiting
+        images = plan.evaluations * steps / plan.steps * plan.val_images / EVALUATION_SPEED
+        images += steps * plan.config.batch.global_
+        total += images / plan.cluster.processes / speed.rate(phase.section.mean_timesteps)
+    return total
+
+
+def time_limits(cluster: ClusterSection, seconds: float) -> int:
+    """Return the number of time limits that a run needs; 0 if the limit is too short."""
     stretch = cluster.minutes * 60 - cluster.warn_before_end - RESTART_MINUTES * 60
-    return Cost(
-        hours=seconds / 3600,
-        gpu_hours=seconds / 3600 * nodes * (cluster.gpus_per_node or 0),
-        communication=waiting / (training + waiting),
-        periods=max(1, math.ceil(seconds / stretch)) if stretch > 0 else 0,
-        images_per_s=plan.images / (training + waiting),
-    )
-
-
-def communication_seconds(
-    num_bytes: int, nodes: int, in_node: int, cluster: ClusterSection
-) -> float:
-    """Return the seconds to average ``num_bytes`` over all processes; see the module's model."""
-    inside = 2 * (in_node - 1) / in_node * num_bytes / (cluster.link_in_node * 1e9)
-    between = 2 * (nodes - 1) / nodes * num_bytes / (cluster.link_between_nodes * 1e9)
-    return inside + between
+    return max(1, math.ceil(seconds / stretch)) if stretch > 0 else 0
 
 
 # --- as text --------------------------------------------------------------------------------------
@@ -181,22 +137,16 @@ def describe(plan: Plan, speed: Speed | str) -> str:
             f"memory       {_size(measured + weights)} a GPU: {_size(measured)} as measured for "
             f"activations and gradients, {_size(weights)} for weights and optimiser state"
         )
-    own = cost(plan, speed, cluster.nodes)
-    assert own is not None, "make() checks it"
+    seconds = seconds_of(plan, speed)
+    hours, gpus = seconds / 3600, cluster.nodes * (cluster.gpus_per_node or 0)
+    limits = time_limits(cluster, seconds) or "too short"
     lines += [
-        f"hours        {own.hours:.1f}, {own.hours * plan.steps_per_epoch / plan.steps:.2g} an "
-        f"epoch, GPU-hours {own.gpu_hours:.0f}, time limits {own.periods or 'too short'} "
-        f"({own.images_per_s:.0f} samples/s)",
-        "",
-        f"By number of nodes, from {speed.images_per_s:.4g} samples/s a process at "
-        f"T={speed.timesteps:g} ({speed.source}),",
-        f"{_size(plan.average_bytes)} averaged a step over {cluster.link_in_node:g} GB/s in a node "
-        f"and {cluster.link_between_nodes:g} GB/s between nodes, without overlap,",
-        f"and {RESTART_MINUTES:g} minutes a restart:",
-        "",
-        "nodes  processes  samples/s   hours  GPU-hours  averaging  time limits",
+        f"hours        {hours:.1f}, {hours * plan.steps_per_epoch / plan.steps:.2g} an epoch, "
+        f"GPU-hours {hours * gpus:.0f}, time limits {limits} ({RESTART_MINUTES:g} minutes a "
+        "restart)",
+        f"             from {speed.images_per_s:.4g} samples/s a process at T={speed.timesteps:g} "
+        f"({speed.source}), without the time to average gradients unless it was measured",
     ]
-    lines += [_row(plan, speed, nodes) for nodes in sorted({*TABLE_NODES, cluster.nodes})]
     return "\n".join(lines)
 
 
@@ -207,26 +157,6 @@ def _cpus(threads: int, given: int | None) -> str:
     return (
         f"warning: {found}, but {threads} threads load samples (data.threads); give "
         f"cluster.cpus_per_task={threads}"
-    )
-
-
-def _row(plan: Plan, speed: Speed, nodes: int) -> str:
-    """Return a row of the table; if this number of nodes is impossible, with a remedy."""
-    processes, batch = nodes * plan.cluster.processes_per_node, plan.config.batch
-    found = cost(plan, speed, nodes)
-    if found is not None:
-        return (
-            f"{nodes:5}  {processes:9}  {found.images_per_s:9.0f}  {found.hours:6.1f}  "
-            f"{found.gpu_hours:9.0f}  {100 * found.communication:7.1f} %  "
-            f"{found.periods or 'too short':>11}"
-        )
-    each = math.ceil(plan.micro_batches / processes)
-    advice = f"batch.global={each * processes * batch.micro}"
-    if batch.global_ % processes == 0:
-        advice = f"batch.micro={batch.global_ // processes}, or {advice}"
-    return (
-        f"{nodes:5}  {processes:9}  {plan.micro_batches} micro-batches do not divide equally; "
-        f"a new run could use {advice}"
     )
 
 

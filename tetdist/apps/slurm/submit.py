@@ -1,13 +1,9 @@
 """Submit a configuration as a job: check it, copy the code, record the submission."""
 
 import dataclasses
-import itertools
-import math
-import re
-import sys
+import shlex
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +14,11 @@ import yaml
 
 from tetdist import plugins
 from tetdist.apps.reports.reference import find_reference
-from tetdist.apps.slurm import batch, history, plan, snapshot, status
+from tetdist.apps.slurm import batch, history, jobs, plan, snapshot, status
 from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.apps.slurm.history import JobEvent, Submission
 from tetdist.apps.slurm.job import Job
-from tetdist.apps.slurm.jobs import is_here, refuse_if_queued, states_of
+from tetdist.apps.slurm.jobs import is_here, refuse_if_queued
 from tetdist.apps.slurm.plan import Plan
 from tetdist.apps.slurm.speed import Speed
 from tetdist.config import fields, identity, loading
@@ -37,8 +33,6 @@ from tetdist.tracking.mlflow_store import check_store, hand_over
 from tetdist.tracking.trackers import check_names
 from tetdist.training.run_folder import RunFolder, is_trained
 from tetdist.training.setup import make_model, open_data
-
-_MOST_RUNS = 1000  # runs in a sweep; Slurm's default MaxArraySize
 
 
 @dataclass(frozen=True)
@@ -113,16 +107,10 @@ def assumed_indexes(config: RunConfig, images: int | None) -> tuple[Index, Index
             )
         return None
     held_out = round(config.data.held_out * images)
-    nothing: Any = np.zeros(0, np.int64)
-    index = Index(**dict.fromkeys((one.name for one in dataclasses.fields(Index)), nothing))
+    empty: dict[str, Any] = {one.name: np.zeros(0, np.int64) for one in dataclasses.fields(Index)}
+    known = {"kind": "images", "timesteps": None, "classes": tuple(map(str, range(1000)))}
     train, val = (
-        dataclasses.replace(
-            index,
-            kind="images",
-            timesteps=None,
-            labels=np.zeros(count, np.int32),
-            classes=tuple(map(str, range(1000))),
-        )
+        Index(**empty | known | {"labels": np.zeros(count, np.int32)})
         for count in (images - held_out, held_out)
     )
     return train, val
@@ -168,152 +156,77 @@ def absolute(config: RunConfig) -> RunConfig:
     return loading.parse(values | {"cluster": {}, "resume": "auto"}, config.name, warn=False)
 
 
-def sweep_of(name: str, items: list[str]) -> dict[str, list[str]]:
-    """Return the overrides of every combination of ``key=a,b,...``, by the run's name.
-
-    Such a name is NAME_seed-0_kind-tet; it lists only keys that vary.
-    """
-    choices: list[list[tuple[str, str]]] = []
-    for item in items:
-        key, separator, text = item.partition("=")
-        values = _split(text)
-        if not separator or not key or not all(values):
-            raise UserError(f"--sweep: {item!r} must have the form key=value,value,...")
-        choices.append([(key, value) for value in values])
-    if (count := math.prod(map(len, choices))) > _MOST_RUNS:
-        raise UserError(
-            f"--sweep: {count:,} runs are too many; Slurm's job arrays have at most "
-            f"{_MOST_RUNS:,} by default; name fewer values"
-        )
-    runs: dict[str, list[str]] = {}
-    for pairs in itertools.product(*choices):
-        varied = [pair for pair, others in zip(pairs, choices, strict=True) if len(others) > 1]
-        parts = [f"{key.split('.')[-1]}-{_as_name(value)}" for key, value in varied]
-        runs["_".join([name, *parts])] = [f"{key}={value}" for key, value in pairs]
-    if len(runs) < count:
-        raise UserError(
-            "--sweep: two runs would have the same name (names keep letters, digits, ., _ and - "
-            "only); give each value once"
-        )
-    return runs
-
-
-def _split(text: str) -> list[str]:
-    """Split at commas, but not at those in brackets."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "[{") - (character in "]}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
-
-
-def _as_name(value: str) -> str:
-    """Convert a value to a part of a name: ``[0.1,1]`` to ``0.1-1``."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", value.strip("[]{}'\" "))
-
-
 # --- submission -----------------------------------------------------------------------------------
 
 
-def unfinished(runs: list[Prepared]) -> list[Prepared]:
-    """Return the unfinished runs; others would only wait in the queue."""
-    left = [run for run in runs if not is_trained(run.config)]
-    if not left:
-        folder = runs[0].config.run_dir
-        is_finished = f"{folder} is finished, at step {runs[0].plan.last_step}"
-        if len(runs) > 1:
-            is_finished = f"all {len(runs)} runs of the sweep are finished, such as {folder}"
+def refuse_if_finished(run: Prepared) -> None:
+    """Refuse a finished run, which would only wait in the queue."""
+    if is_trained(run.config):
+        folder = run.config.run_dir
         raise UserError(
-            f"{is_finished}; evaluate it with `{typed('eval', '--checkpoint', folder)}`, or train "
-            "a new run with another name=..."
+            f"{folder} is finished, at step {run.plan.last_step}; evaluate it with "
+            f"`{typed('eval', '--checkpoint', folder)}`, or train a new run with another name=..."
         )
-    for run in runs:
-        if run not in left:
-            print(f"{run.config.run_dir} is finished: nothing to do")
-    return left
 
 
-def submit(
-    runs: list[Prepared],
-    name: str,
-    code: Path | None = None,
-    after: Sequence[Path] = (),
-    sweep: Sequence[Prepared] = (),
-) -> list[Submission]:
-    """Submit one run, or several as an array, and return the submissions.
+def submit(run: Prepared, code: Path | None = None, after: Sequence[Path] = ()) -> Submission:
+    """Submit a run, and return the submission.
 
-    The runs have the same cluster settings. ``code`` is a copy to run instead of a new one; the
-    runs in the folders ``after`` must be finished first; ``sweep`` are all runs of the sweep that
-    these belong to.
+    ``code`` is a copy to run instead of a new one; the runs in the folders ``after`` must be
+    finished first.
     """
     if not is_here():
         raise UserError(
             "there is no Slurm here (no sbatch on the PATH); run this on a login node, or use "
-            "--dry-run to see the job, or --local N to train here"
+            "--dry-run to see the job"
         )
+    config, run_dir = run.config, run.config.run_dir
     depends_on = jobs_to_wait_for(after)
-    with ExitStack() as locks:
-        # A concurrent submission of one of these runs is refused before it updates MLflow.
-        for run in runs:
-            locks.enter_context(history.submitting(run.config.run_dir))
-        for run in runs:
-            refuse_if_queued(run.config.run_dir)
-            _claim(run)
-        home = _home(sweep or runs, name)
-        tags: dict[str, str] = {}
-        if len(sweep) > 1:
-            home.mkdir(parents=True, exist_ok=True)
-            # MLflow shows the runs of a sweep below this parent run, which counts as finished.
-            of_sweep = {"sweep": ", ".join(run.config.name for run in sweep)}
-            parent = history.announce(sweep[0].config, "FINISHED", of_sweep, heading=(home, name))
-            tags = {"mlflow.parentRunId": parent} if parent else {}
-        folder = history.next_submission(home)
+    # A concurrent submission of this run is refused before it updates MLflow.
+    with history.submitting(run_dir):
+        refuse_if_queued(run_dir)
+        _claim(run)
+        folder = history.next_submission(run_dir)
         code = code or copy_code(folder / "code")
-        jobs: list[Job] = []
-        for run in runs:
-            history.announce(run.config, "SCHEDULED", tags)
-            jobs.append(_job(run, folder, code))
-        values = batch.parameters(name, runs[0].cluster, code, depends_on)
+        history.announce(config, "SCHEDULED", {})
+        job = _job(run, folder, code)
+        values = batch.parameters(config.name, run.cluster, code, depends_on)
         try:
-            ids = batch.submit(jobs, values, folder)
+            job_id = batch.submit(job, values, folder)
         except UserError:
-            for run in runs:
-                history.announce(run.config, "KILLED", {})
+            history.announce(config, "KILLED", {})
             raise
-        submissions = [
-            _noted(run, job, job_id, after)
-            for run, job, job_id in zip(runs, jobs, ids, strict=True)
-        ]
-        if len(sweep) > 1:
-            history.write_sweep(folder, [run.config.run_dir for run in sweep])
-        for run, submission in zip(runs, submissions, strict=True):
-            history.announce(run.config, None, {"slurm_job": submission.job})
-        return submissions
+        # Record it while the lock is held, so that the next holder sees this job.
+        submission = Submission(
+            job=job_id,
+            run_dir=job.run_dir,
+            config=job.config,
+            code=job.code,
+            log=job.log,
+            cluster=run.cluster.model_dump(mode="json"),
+            last_step=run.plan.last_step,
+            time=round(time.time(), 3),
+            after=[str(path.absolute()) for path in after],
+        )
+        history.note_submission(folder, submission)
+        history.announce(config, None, {"slurm_job": job_id})
+        return submission
 
 
 def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
     """Return the jobs of the runs that are not finished yet."""
     submissions = {run: status.submission_of(run) for run in runs}
-    states = states_of([s for s in submissions.values() if s.job != history.LOCAL])
-    jobs: list[str] = []
+    states = jobs.states_of(list(submissions.values()))
+    waited_for: list[str] = []
     for run, submission in submissions.items():
-        state = states.get(submission.job)
-        if state is not None and state.is_queued:
-            jobs.append(submission.job)
+        if states[submission.job].is_queued:
+            waited_for.append(submission.job)
         elif history.saved_step(run) < submission.last_step:
             raise UserError(
                 f"--after: {run} is neither finished nor queued; submit it first, or continue it "
                 f"with `{typed('slurm', 'resume', run)}`"
             )
-    return jobs
-
-
-def _home(runs: Sequence[Prepared], name: str) -> Path:
-    """Return the folder of the run, or of the sweep."""
-    return runs[0].config.run_dir if len(runs) == 1 else Path(runs[0].config.runs_dir) / name
+    return waited_for
 
 
 def _claim(run: Prepared) -> None:
@@ -335,110 +248,81 @@ def copy_code(target: Path) -> Path:
 
 
 def _job(run: Prepared, folder: Path, code: Path) -> Job:
-    """Write the job's configuration; in a sweep, each run has a folder for it."""
-    run_dir, cluster = run.config.run_dir, run.cluster
-    own = folder if folder.is_relative_to(run_dir) else history.next_submission(run_dir)
-    file = own / "config.yaml"
-    imported = plugins.keep(import_files(run.config.imports), own / "imports")
+    """Write the job's configuration into the submission's folder, and return the job."""
+    file = folder / "config.yaml"
+    imported = plugins.keep(import_files(run.config.imports), folder / "imports")
     config = absolute(run.config).model_copy(update={"imports": imported})
     file.write_text(config.as_yaml())
     return Job(
-        run_dir=str(run_dir.absolute()),
+        run_dir=str(run.config.run_dir.absolute()),
         config=str(file.absolute()),
         code=str(code.absolute()),
         log=str(folder.absolute()),
-        give_up_after=cluster.give_up_after,
-        warn_before_end=cluster.warn_before_end,
+        give_up_after=run.cluster.give_up_after,
+        warn_before_end=run.cluster.warn_before_end,
     )
 
 
-def _noted(run: Prepared, job: Job, job_id: str, after: Sequence[Path] = ()) -> Submission:
-    """Record the submission while the lock is held, so that the next holder sees this job."""
-    submission = Submission(
-        job=job_id,
-        run_dir=job.run_dir,
-        config=job.config,
-        code=job.code,
-        log=job.log,
-        cluster=run.cluster.model_dump(mode="json"),
-        last_step=run.plan.last_step,
-        steps_per_epoch=run.plan.steps_per_epoch,
-        global_batch=run.config.batch.global_,
-        time=round(time.time(), 3),
-        after=[str(path.absolute()) for path in after],
-    )
-    history.write_submission(Path(job.config).parent, submission)
-    history.note(run.config.run_dir, JobEvent("submitted", job_id))
-    return submission
+def resume(run_dir: Path, cluster: ClusterSection, *, new_code: bool) -> str:
+    """Submit a run again from its newest checkpoint, and return the summary."""
+    earlier = status.submission_of(run_dir)
+    refuse_if_queued(run_dir)
+    config = loading.load_written(Path(earlier.config))
+    # A run that began once need not wait: its predecessors were finished then.
+    after = [Path(path) for path in earlier.after] if not history.saved_step(run_dir) else []
+    run = prepare(config, cluster, after)
+    code = None if new_code else Path(earlier.code)
+    return summary(submit(run, code, after), config)
 
 
-# --- what is shown --------------------------------------------------------------------------------
+def cancel(run_dir: Path) -> str:
+    """Cancel a run's job, and return what was done."""
+    submission = status.submission_of(run_dir)
+    job, state = submission.job, jobs.state_of(submission)
+    if not state.is_queued:
+        return f"{run_dir} is not queued: job {job} is {state.name} ({state.text})"
+    jobs.cancel(job)
+    # If the job is requeuing itself now, its next start reads this line and exits.
+    history.note(run_dir, JobEvent("cancelled", job, step=history.saved_step(run_dir)))
+    # A training process updates MLflow itself, but there may be none yet.
+    history.announce(loading.load_written(Path(submission.config)), "KILLED", {})
+    return f"cancelled job {job}; `{typed('slurm', 'resume', run_dir)}` continues the run"
 
 
-def log_summary(submission: Submission, config: RunConfig) -> None:
-    """Print the log file, MLflow's command and the commands that watch, cancel and resume."""
+# --- as text --------------------------------------------------------------------------------------
 
-    def command(*arguments: object) -> str:
-        # Use this interpreter's name, because `python` may be another one on a login node.
-        words = typed("slurm", *arguments, config.run_dir)
-        return re.sub("^python ", f"{Path(sys.executable).name} ", words)
+
+def summary(submission: Submission, config: RunConfig) -> str:
+    """Return the log file, MLflow's command and the commands that watch, cancel and resume."""
 
     lines = [
         f"submitted job {submission.job}: {config.run_dir}",
-        f"  log     {submission.log_file}",
-        f"  watch   {command('status')} --follow",
-        f"  stop    {command('cancel')}",
-        f"  resume  {command('resume')}",
+        f"  log     tail -F {shlex.quote(str(submission.log_file))}",
+        f"  status  {typed('slurm', 'status', config.run_dir)}",
+        f"  stop    {typed('slurm', 'cancel', config.run_dir)}",
+        f"  resume  {typed('slurm', 'resume', config.run_dir)}",
     ]
     uri, id_file = config.tracking_uri, config.run_dir / "mlflow_run_id"
     if uri is not None:
         known = id_file.read_text().strip() if id_file.exists() else None
         lines.insert(2, f"  MLflow  {ui_command(uri, known)}")
-    print("\n".join(lines))
+    return "\n".join(lines)
 
 
-def dry_run(runs: list[Prepared], name: str, speed: Speed | str, after: Sequence[str] = ()) -> str:
+def dry_run(run: Prepared, speed: Speed | str, after: Sequence[str] = ()) -> str:
     """Return plan, batch script and configuration as text; nothing is written."""
-    first = runs[0]
-    folder = _home(runs, name).absolute() / "slurm" / "submission-N"
+    folder = history.slurm_folder(run.config.run_dir.absolute()) / "submission-N"
     # Placeholders: the jobs need not exist yet.
-    depends_on = [f"JOB_OF_{Path(run).name}" for run in after]
-    values = batch.parameters(name, first.cluster, folder / "code", depends_on)
-    config = absolute(first.config).as_dict() | {"cluster": first.cluster.model_dump(mode="json")}
-    of_each = f" of each of the {len(runs)} runs" if len(runs) > 1 else ""
-    of_first = f" of the first of {len(runs)} runs" if len(runs) > 1 else ""
+    depends_on = [f"JOB_OF_{Path(name).name}" for name in after]
+    values = batch.parameters(run.config.name, run.cluster, folder / "code", depends_on)
+    config = absolute(run.config).as_dict() | {"cluster": run.cluster.model_dump(mode="json")}
     return "\n".join(
         [
-            f"# --- plan{of_each}",
-            plan.describe(first.plan, speed),
-            *(["\nruns  " + "\n      ".join(run.config.name for run in runs)] if of_each else []),
+            "# --- plan",
+            plan.describe(run.plan, speed),
             "\n# --- batch script",
-            batch.text(values, folder, len(runs)),
-            f"# --- configuration{of_first}",
+            batch.text(values, folder),
+            "# --- configuration",
             yaml.safe_dump(config, sort_keys=False),
         ]
     )
-
-
-# --- without Slurm --------------------------------------------------------------------------------
-
-
-def run_here(run: Prepared) -> int:
-    """Run the job here in the cluster section's number of processes; return the exit status."""
-    from tetdist.apps.slurm import local
-
-    with history.submitting(run.config.run_dir):
-        if is_here():
-            refuse_if_queued(run.config.run_dir)
-        _claim(run)
-        folder = history.next_submission(run.config.run_dir)
-        code = copy_code(folder / "code")
-        history.announce(run.config, "SCHEDULED", {})
-        job = _job(run, folder, code)
-        _noted(run, job, history.LOCAL)
-        return local.run_here(job, run.cluster.processes)
-
-
-def config_of(submission: Submission) -> RunConfig:
-    """Return the configuration that a job was submitted with."""
-    return loading.load_written(Path(submission.config))

@@ -76,11 +76,9 @@ def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str], aga
 def read_flags(flags: list[str], config_name: str) -> argparse.Namespace:
     """Parse the flags after --slurm."""
     options = command.parse_arguments(["--config", config_name, *flags])
-    given = [name for name in ("sweep", "follow", "local", "after") if getattr(options, name)]
-    if options.config != config_name:
-        given.insert(0, "config")
-    if given:
-        raise UserError(f"--slurm: --{given[0]} applies to single runs, not to a study; omit it")
+    if options.config != config_name or options.after:
+        flag = "after" if options.after else "config"
+        raise UserError(f"--slurm: --{flag} applies to single runs, not to a study; omit it")
     for override in options.overrides:
         if not override.startswith("cluster."):
             raise UserError(
@@ -118,7 +116,7 @@ def query(runs: list[StudyRun]) -> dict[StudyRun, Standing]:
     Slurm is asked before their folders are read, because a run may end in between.
     """
     submissions = {run: history.newest_submission(run.folder) for run in runs}
-    states = states_of([s for s in submissions.values() if s and s.job != history.LOCAL])
+    states = states_of([one for one in submissions.values() if one])
     return {
         run: standing_of(run, submitted, states.get(submitted.job) if submitted else None)
         for run, submitted in submissions.items()
@@ -144,7 +142,7 @@ def standing_of(run: StudyRun, submitted: Submission | None, state: State | None
         text = f"{state.name} as job {submitted.job} ({state.text})"
         if state.name == "PENDING":
             return Standing("queued", text)
-        return Standing("running", f"{text}: {status.progress(run.folder, submitted, state)}")
+        return Standing("running", text)
     if is_trained(run):
         return Standing("finished", "finished")
     if submitted is None or state is None:
@@ -204,8 +202,7 @@ def send_all(
     Raises:
         UserError: A run is refused; the runs before it are submitted.
     """
-    folder = history.next_submission(output)
-    code = submission.copy_code(folder / "code")
+    code = submission.copy_code(history.next_submission(output) / "code")
     parent = Parent(study, list(left), output)
     standings: dict[StudyRun, Standing] = {}
     try:
@@ -218,13 +215,6 @@ def send_all(
         rest = f"; {done} of {counted(len(left), 'run')} {'was' if done == 1 else 'were'} submitted"
         rest += "; the same command submits the others"
         raise UserError(f"{run.name}: {error}{rest if done else ''}") from error
-    finally:
-        # Then status and cancel with the study's folder apply to all runs, including those that an
-        # earlier command submitted.
-        earlier = history.newest_sweep(output)
-        all_runs = dict.fromkeys([*earlier, *(run.folder.absolute() for run in standings)])
-        if all_runs:
-            history.write_sweep(folder, list(all_runs))
     return standings
 
 
@@ -233,7 +223,7 @@ def send(run: StudyRun, config: RunConfig, cluster: ClusterSection, code: Path) 
     after = [needed for needed in run.needs if not is_trained(needed)]
     folders = [needed.folder for needed in after]
     prepared = submission.prepare(config, cluster, folders)
-    (done,) = submission.submit([prepared], run.name, code, folders)
+    done = submission.submit(prepared, code, folders)
     return Standing("submitted", f"submitted as job {done.job}{_starts_after(after)}")
 
 
