@@ -1,43 +1,39 @@
-"""Makes docs/results/any_t.md, .json and .png from the runs of three studies.
+"""Makes docs/results/any_t.md, .json and .png from the numbers of three studies' pages.
 
-    python tools/study.py any_t_cifar10 --jobs 2
-    python tools/study.py any_t_nmnist --jobs 2
-    python tools/study.py any_t_days --jobs 2
-    python docs/make/any_t.py
+python docs/make/any_t.py
 
-Every run is also evaluated with running statistics recomputed at each T. Evaluations that exist
-are kept; delete RUN/recomputed_*.json to repeat one.
+Accuracies with running statistics recomputed at each T are those of any_t.json, which was made by
+commit d1ca4e46, the last one that recomputes them.
 """
 
+import json
 import re
 import sys
+from functools import cache
 from statistics import mean, median
 from typing import Any
 
 import numpy as np
 import pages
 
-from tetdist.apps.cli import eval as eval_command
 from tetdist.apps.reports import style
 from tetdist.apps.studies.numbers import (
     Difference,
-    Result,
     detectable,
-    exit_curve,
     exit_timesteps,
     exit_top1,
     holm,
     paired_difference,
     spread,
 )
-from tetdist.storage.files import parse_json
 from tetdist.tables import markdown
 
-# Study: data, the T that are compared, the training samples that statistics are recomputed from.
+PAGE = pages.RESULTS / "any_t.md"
+# Study: data, the T that are compared.
 STUDIES = {
-    "any_t_cifar10": ("CIFAR-10, 10,000 images", (1, 2, 4), 1000),
-    "any_t_nmnist": ("N-MNIST", (1, 2, 4, 10), 400),
-    "any_t_days": ("objects, another day", (1, 2, 4, 10), 400),
+    "any_t_cifar10": ("CIFAR-10, 10,000 images", (1, 2, 4)),
+    "any_t_nmnist": ("N-MNIST", (1, 2, 4, 10)),
+    "any_t_days": ("objects, another day", (1, 2, 4, 10)),
 }
 ABOUT = {
     "title": "One training for any T",
@@ -82,20 +78,16 @@ T=1, and do not help TET; on another day they cost TET accuracy.
 
 Commands: `python tools/study.py` with [any_t_cifar10](any_t_cifar10.md),
 [any_t_nmnist](any_t_nmnist.md) and [any_t_days](any_t_days.md), whose pages have all comparisons,
-then `python docs/make/any_t.py`. Numbers: [any_t.json](any_t.json).
+then `python docs/make/any_t.py`, at commit d1ca4e46, the last one with `--recompute-statistics`.
+Numbers: [any_t.json](any_t.json).
 """
 
 
-def recomputed(result: Result, t: int, samples: int) -> float:
-    """Return top-1 at T=t with running statistics recomputed at that T."""
-    file = result.run.folder / f"recomputed_{t}.json"
-    if not file.exists():
-        print(f"{result.run.name}: statistics at T={t}", file=sys.stderr)
-        given = ["--checkpoint", str(result.run.folder), "--threads", "1", "--timesteps", str(t)]
-        given += ["--recompute-statistics", str(samples), "--json", str(file)]
-        if code := eval_command.main(given):
-            sys.exit(code)
-    return float(parse_json(file.read_bytes())["per_timestep_top1"][t - 1])
+@cache
+def recomputed(study: str) -> dict[str, Any]:
+    """Return top-1 by entry and T with running statistics recomputed at that T."""
+    entries = json.loads(PAGE.with_suffix(".json").read_text())["studies"][study]["entries"]
+    return {entry: one["recomputed"] for entry, one in entries.items()}
 
 
 def trained_at(entry: str) -> int | None:
@@ -106,20 +98,17 @@ def trained_at(entry: str) -> int | None:
 
 def numbers_of(study: str) -> dict[str, Any]:
     """Return the numbers of each entry of a study."""
-    data, compared, samples = STUDIES[study]
-    entries = {}
-    for entry, results in pages.results_of(study).items():
-        most = max(compared)
-        curves = [exit_curve(one.by_timestep, one.early_exit, most) for one in results]
+    data, compared = STUDIES[study]
+    entries, of_study = {}, pages.numbers_of(pages.RESULTS / f"{study}.json")
+    for entry in of_study.entries:
+        most, results = max(compared), of_study.of(entry)
+        curves = [pages.exit_curve(one.by_timestep, one.early_exit, most) for one in results]
         entries[entry] = {
-            "seeds": [one.run.seed for one in results],
+            "seeds": [one.seed for one in results],
             "image_timesteps": median(one.image_timesteps for one in results),
             "seconds": min(one.seconds for one in results),
             "top1": {t: [one.by_timestep[t - 1] for one in results] for t in compared},
-            "recomputed": {
-                t: [recomputed(one, t, samples) for one in results]
-                for t in (compared if trained_at(entry) in (None, most) else ())
-            },
+            "recomputed": recomputed(study)[entry],
             "exit_top1": [exit_top1(one) for one in results],
             "exit_timesteps": [exit_timesteps(one) for one in results],
             "exit_curve": np.mean(curves, axis=0).tolist(),
@@ -173,7 +162,7 @@ def recomputed_table(found: dict[str, Any]) -> str:
     for values in found.values():
         for entry, one in ((k, v) for k, v in values["entries"].items() if v["recomputed"]):
             changes = {
-                t: str(paired_difference(after, one["top1"][t]))
+                int(t): str(paired_difference(after, one["top1"][int(t)]))
                 for t, after in one["recomputed"].items()
             }
             rows.append(
@@ -251,8 +240,7 @@ def main() -> int:
         recomputed=recomputed_table(found),
         n=n,
     )
-    page = pages.RESULTS / "any_t.md"
-    pages.write(page, ABOUT, answer_of(found), n, {"studies": found}, text, draw(found))
+    pages.write(PAGE, ABOUT, answer_of(found), n, {"studies": found}, text, draw(found))
     return 0
 
 

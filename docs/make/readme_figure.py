@@ -74,14 +74,18 @@ def draw_early_exit(figure: Any, study: dict[str, Any], sdt: str, tet: str) -> N
     Lines: means of the seeds at each threshold. Large points: the thresholds that the runs chose on
     held-out samples.
     """
-    from tetdist.apps.studies.numbers import exit_curve
-
     axis = panel(figure, "Early exit, on one data set: TET is right sooner")
     most = max(study["study"]["test_timesteps"])
     # Heights at which the texts cross neither line.
     for entry, colour, label, height in ((tet, OURS, "TET", 102), (sdt, PEER, "usual loss", 75)):
         runs = [run for run in study["runs"] if run["entry"] == entry]
-        curves = [exit_curve(run["by_timestep"], run["early_exit"], most) for run in runs]
+        curves = [
+            # From all samples decided at T=1 to all at the last T.
+            [(1, run["by_timestep"][0])]
+            + [(spent, top1) for _, top1, spent in run["early_exit"]]
+            + [(most, run["by_timestep"][most - 1])]
+            for run in runs
+        ]
         spent, top1 = zip(*mean(curves), strict=True)
         axis.plot(spent, top1, color=colour, linewidth=2.5)
         exits = [run["chosen_exit"] for run in runs]

@@ -10,7 +10,6 @@ the JSON file, the figure, and the tables of the page.
 
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,13 @@ from scipy import optimize, stats
 from torch import Tensor
 
 from tetdist.apps.reports import style
-from tetdist.apps.studies import plan
 from tetdist.apps.studies.numbers import Difference, paired_difference
+from tetdist.apps.studies.plan import StudyRun
 from tetdist.apps.weights.trained import load
 from tetdist.data.build import eval_loader
 from tetdist.distributed.world import join
 from tetdist.evaluation.decisions import FINE_THRESHOLDS, first_sure
 from tetdist.evaluation.evaluate import running_means
-from tetdist.evaluation.robustness import without_events
 from tetdist.storage.files import write_json
 from tetdist.tables import markdown
 from tetdist.training.setup import open_data, open_split
@@ -47,15 +45,20 @@ def rolled(batches: Any) -> Any:
     return (b._replace(images=torch.roll(b.images, (6, -6), (-2, -1))) for b in batches)
 
 
-CHANGES: dict[str, Callable[[Any], Any]] = {
-    "": iter,
-    "halved": partial(without_events, fraction=0.5, seed=0),
-    "rolled": rolled,
-}
+def halved(batches: Any) -> Any:
+    """Drop half of the events, by the random numbers of each sample."""
+    for batch in batches:
+        draws = [np.random.default_rng([0, int(sample)]) for sample in batch.ids]
+        counts = batch.images.numpy().astype(np.int64)
+        left = [draw.binomial(one, 0.5) for draw, one in zip(draws, counts, strict=True)]
+        yield batch._replace(images=torch.from_numpy(np.stack(left)).to(batch.images))
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {"": iter, "halved": halved, "rolled": rolled}
 
 
 @torch.no_grad()
-def outputs_of(run: plan.StudyRun) -> dict[str, Samples]:
+def outputs_of(run: StudyRun) -> dict[str, Samples]:
     """Return the float64 outputs of a run for held-out and for test samples."""
     file = run.folder / "outputs.npz"
     if not file.is_file():
@@ -321,8 +324,7 @@ def main() -> int:
     pages.no_flags(__doc__)
     found: dict[str, Any] = {}
     for name in STUDIES:
-        runs = plan.runs_of(plan.read(plan.find(name)), Path("runs", name), [])
-        trained = {(run.entry, run.seed): run for run in runs if plan.is_trained(run)}
+        trained = {(run.entry, run.seed): run for run in pages.runs_of(name)}
         seeds = [seed for entry, seed in trained if entry == "tet"]
         for entry in ENTRIES if seeds else ():
             outputs = [outputs_of(trained[entry, seed]) for seed in seeds]

@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tetdist.apps.reports import style
-from tetdist.apps.studies.numbers import Difference, Result, detectable, paired_difference, spread
+from tetdist.apps.studies.numbers import (
+    Difference,
+    detectable,
+    paired_difference,
+    result_of,
+    spread,
+)
+from tetdist.apps.studies.plan import StudyRun
 from tetdist.apps.weights.trained import load
 from tetdist.data.build import eval_loader
 from tetdist.data.transfer import on_device
@@ -75,10 +82,10 @@ Commands: `python tools/study.py transformers_long --jobs 2` ([page](transformer
 
 
 @torch.no_grad()
-def outputs_of(result: Result, split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def outputs_of(run: StudyRun, split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return logits (T, N, K), labels (N,), the classifier's inputs (T, N, D), and the mean over
     layers and batches, which are all equally large, of the spike rate at each timestep (T,)."""
-    config, model = result.run.config, load(result.run.folder).model
+    config, model = run.config, load(run.folder).model
     model.set_execution("fused")
     classifier = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     inputs, rates, logits, labels = (list[Tensor]() for _ in range(4))
@@ -101,13 +108,13 @@ def outputs_of(result: Result, split: str) -> tuple[Tensor, Tensor, Tensor, Tens
     return torch.cat(logits, 1), torch.cat(labels), torch.cat(before, 1), torch.stack(rates).mean(0)
 
 
-def numbers_of(result: Result) -> dict[str, Any]:
+def numbers_of(run: StudyRun) -> dict[str, Any]:
     """Return the numbers of a run, from its folder if they are there."""
-    file = result.run.folder / "timesteps.json"
+    file = run.folder / "timesteps.json"
     if not file.exists():
-        print(result.run.name, file=sys.stderr)
-        trained, own, _, _ = outputs_of(result, "train")
-        logits, labels, before, rates = outputs_of(result, "val")
+        print(run.name, file=sys.stderr)
+        trained, own, _, _ = outputs_of(run, "train")
+        logits, labels, before, rates = outputs_of(run, "val")
         errors = logits.softmax(-1) - F.one_hot(labels, logits.shape[-1])
         gradients = torch.einsum("tnk,tnd->tkd", errors, before) / len(labels)
         write_json(
@@ -213,11 +220,11 @@ def reason_table(found: dict[str, list[dict[str, Any]]]) -> str:
 def main() -> int:
     pages.no_flags(__doc__)
     found: dict[str, list[dict[str, Any]]] = {}
-    for entry, results in pages.results_of(STUDY).items():
-        for one in results:
-            top1 = {epoch: value for epoch, _, value in one.curve}
-            last = {"seed": one.run.seed, "last_fifth": top1[30.0] - top1[24.0]}
-            found.setdefault(entry, []).append(numbers_of(one) | last)
+    for run in pages.runs_of(STUDY):
+        if (result := result_of(run)) is not None:
+            top1 = {epoch: value for epoch, _, value in result.curve}
+            last = {"seed": run.seed, "last_fifth": top1[30.0] - top1[24.0]}
+            found.setdefault(run.entry, []).append(numbers_of(run) | last)
 
     def gain(entry: str) -> float:
         return mean(run["of_means"][-1] - max(run["alone"]) for run in found[entry])

@@ -20,8 +20,6 @@ from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)
 
-# Start of the message that ends a run with too many non-finite steps; searches look for it.
-NOT_FINITE = "the loss or its gradient was not finite in"
 LIMIT = 5  # non-finite steps in a row that end a run
 
 
@@ -78,9 +76,9 @@ class NonFiniteSteps:
         if saved_step is not None:
             saved = f"the last checkpoint is of step {saved_step}, in {checkpoints}"
         raise UserError(
-            f"{NOT_FINITE} {counted(LIMIT, 'step')} in a row, last at step "
-            f"{self.limit_reached_at} (learning rate {lr:.4g}). They changed no weight, and "
-            f"{saved}. {'; '.join(found)}. Try a smaller phases.*.optimizer.lr, a warm-up "
+            f"the loss or its gradient was not finite in {counted(LIMIT, 'step')} in a row, last "
+            f"at step {self.limit_reached_at} (learning rate {lr:.4g}). They changed no weight, "
+            f"and {saved}. {'; '.join(found)}. Try a smaller phases.*.optimizer.lr, a warm-up "
             "(phases.*.warmup_epochs) or gradient_clipping"
         )
 

@@ -1,33 +1,34 @@
 """Results of a study: means, standard deviations and paired differences over seeds."""
 
-import json
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tetdist.apps.studies.plan import (
-    BLANK,
+    TEACHER_KEY,
     StudyRun,
     StudySection,
+    as_text,
     evaluation,
     is_trained,
     lines,
-    runs_of,
 )
-from tetdist.errors import UserError
+from tetdist.config.identity import flatten
+from tetdist.config.schema import RunConfig
 from tetdist.storage.files import parse_json
-from tetdist.tracking.metrics_file import restored
 from tetdist.training import schedule
-from tetdist.training.schedule import Phase, schedule_phases
+from tetdist.training.schedule import schedule_phases
 
 CONFIDENCE = 0.95
 POWER = 0.8
+# Keys that a study sets itself, or that an entry's init and teacher set; imports are paths of this
+# machine.
+OF_THE_RUN = ("name", "seed", "init_checkpoint", TEACHER_KEY, "imports")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,10 @@ class Difference:
 class Result:
     """Result of one run; accuracies in percent."""
 
-    run: StudyRun
+    name: str
+    entry: str
+    seed: int
+    timesteps: int  # T at the end of training
     top1: float  # of the last epoch, as by_timestep and loss
     best_top1: float  # NaN if training evaluated other samples or weights than the result's
     best_epoch: float
@@ -82,14 +86,6 @@ class Result:
     chosen_exit: dict[str, Any] | None = None  # see `tetdist.evaluation.suite`; None: not chosen
     early_exit: Sequence[tuple[float, float, float]] = ()  # threshold, top-1, average timesteps
 
-    def as_dict(self) -> dict[str, Any]:
-        named = {"name": self.run.name, "entry": self.run.entry, "seed": self.run.seed}
-        named |= {"timesteps": self.run.timesteps}
-        return named | {key: value for key, value in vars(self).items() if key != "run"}
-
-
-# --- the numbers ----------------------------------------------------------------------------------
-
 
 def result_of(run: StudyRun) -> Result | None:
     """Return the result of a run; None until it is finished and evaluated."""
@@ -99,11 +95,14 @@ def result_of(run: StudyRun) -> Result | None:
     if found is None:
         return None
     validations = lines(run, "val")
-    last = validations[-1]
-    evaluated = lines(run, "val_ema") if run.average else validations
+    evaluated = lines(run, "val_ema") if run.section.average else validations
     best = max(validations, key=lambda line: line["top1"])
+    image_timesteps, seconds = spent(run)
     return Result(
-        run=run,
+        name=run.name,
+        entry=run.entry,
+        seed=run.seed,
+        timesteps=run.timesteps,
         top1=found["top1"],
         best_top1=math.nan if run.is_judged_apart else best["top1"],
         best_epoch=best["epoch"],
@@ -117,9 +116,9 @@ def result_of(run: StudyRun) -> Result | None:
         samples=found["samples"],
         data_split=found.get("data_split"),
         curve=[(line["epoch"], line["loss"], line["top1"]) for line in evaluated],
-        image_timesteps=image_timesteps(run, last),
-        seconds=training_seconds(run),
-        ended=last["time"],
+        image_timesteps=image_timesteps,
+        seconds=seconds,
+        ended=validations[-1]["time"],
         commands=[
             str(run.train_command),
             *([str(run.eval_command)] if run.is_evaluated_again else []),
@@ -127,35 +126,26 @@ def result_of(run: StudyRun) -> Result | None:
     )
 
 
-def phases_of(run: StudyRun, line: dict[str, Any]) -> list[Phase]:
-    """Return the phases that the run trains, given step and epoch of a line of its metrics."""
-    config = run.config
-    steps_per_epoch = round(line["step"] / line["epoch"])
-    phases = schedule_phases(config.phases, steps_per_epoch, config.batch.global_)
-    return phases[config.start_phase :]
-
-
-def image_timesteps(run: StudyRun, last: dict[str, Any]) -> int:
-    """Return the number of training images times T, up to a line of the metrics."""
-    phases, batch = phases_of(run, last), run.config.batch.global_
-    return round(schedule.image_timesteps(phases, last["step"], batch))
-
-
-def training_seconds(run: StudyRun) -> float:
-    """Return the time of all steps, by the rates in the run's metrics."""
-    train = lines(run, "train")
-    first_step = phases_of(run, train[-1])[0].first_step
-    steps = np.diff([line["step"] for line in train], prepend=first_step)
+def spent(run: StudyRun) -> tuple[int, float]:
+    """Return training images times T, and the time of all steps by the rates in the metrics."""
+    config, train = run.config, lines(run, "train")
+    step, batch = train[-1]["step"], config.batch.global_
+    phases = schedule_phases(config.phases, round(step / train[-1]["epoch"]), batch)
+    own = phases[config.start_phase :]
+    steps = np.diff([line["step"] for line in train], prepend=own[0].first_step)
     rates = np.array([line["samples_per_s"] for line in train])
-    return float(np.sum(steps * run.config.batch.global_ / rates))
+    return round(schedule.image_timesteps(own, step, batch)), float(np.sum(steps * batch / rates))
 
 
-def run_environment(run: StudyRun) -> dict[str, Any]:
+def environment(run: StudyRun) -> dict[str, Any]:
+    """Return machine, versions and commit of a run, as far as its folder records them."""
     try:
-        values = parse_json((run.folder / "environment.json").read_text())
+        found = parse_json((run.folder / "environment.json").read_text())
     except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+        found = {}
+    git = found.get("git") or {}
+    kept = {key: found.get(key) for key in ("python", "packages", "cpu", "usable_cores", "gpus")}
+    return kept | {"commit": git.get("commit"), "dirty": git.get("dirty")}
 
 
 def spread(values: list[float]) -> Spread:
@@ -195,16 +185,21 @@ Value = Callable[[Result], float]
 
 @dataclass(frozen=True)
 class Numbers:
-    """All results of a study, by entry and seed."""
+    """All results of a study, by entry and seed.
+
+    Attributes:
+        missing: Names of the runs without a result.
+        configurations: Keys of the configuration that differ, as text, by entry.
+        environments: Distinct machines and versions.
+        command: Command of the study.
+    """
 
     study: StudySection
-    runs: list[StudyRun]
     results: dict[str, dict[int, Result]]
-    environments: list[dict[str, Any]]  # the distinct ones
-
-    @property
-    def missing(self) -> list[str]:
-        return [run.name for run in self.runs if run.seed not in self.results[run.entry]]
+    missing: list[str]
+    configurations: dict[str, dict[str, str]]
+    environments: list[dict[str, Any]]
+    command: str
 
     @property
     def entries(self) -> list[str]:
@@ -213,10 +208,6 @@ class Numbers:
 
     def of(self, entry: str) -> list[Result]:
         return list(self.results[entry].values())
-
-    def timesteps(self, entry: str) -> int:
-        """T at the end of training."""
-        return self.of(entry)[0].run.timesteps
 
     def spread(self, entry: str, value: Value) -> Spread:
         """Return the spread over seeds of a value of each result."""
@@ -233,31 +224,17 @@ class Numbers:
         pairs = self.pairs(entry, control)
         return paired_difference(*([value(pair[i]) for pair in pairs] for i in (0, 1)))
 
-    def at_equal_top1(self, entry: str, control: str | None = None) -> dict[str, Difference]:
-        """Return the differences of timesteps at equal top-1, for each of `EQUAL`: with early exit
-        at any threshold, and with all samples stopped at one t.
-        """
-        most, within = max(self.study.test_timesteps), self.study.exit_within or 0.0
-        found = [timesteps_at_equal(pair, most, within) for pair in self.pairs(entry, control)]
-        return {
-            key: paired_difference(*([values[i][j] for values in found] for j in (0, 1)))
-            for i, key in enumerate(EQUAL)
-        }
+    @property
+    def compared(self) -> dict[str, str]:
+        """Controls of the entries that have results of equal seed."""
+        controls = {entry: self.study.entries[entry].control for entry in self.entries}
+        return {entry: one for entry, one in controls.items() if one and self.pairs(entry)}
 
     @property
-    def answer(self) -> str:
-        """The study's answer, its blanks filled in; empty while runs are missing."""
-
-        def filled(blank: re.Match[str]) -> str:
-            entry, control, key = blank.groups()
-            if key in EQUAL:
-                return str(self.at_equal_top1(entry, control)[key])
-            value = at(int(key)) if key and key.isdigit() else VALUES[key or "top1"]
-            if control is None:
-                return str(self.spread(entry, value))
-            return str(self.difference(entry, value, control))
-
-        return "" if self.missing else BLANK.sub(filled, " ".join(self.study.answer.split()))
+    def of_exit(self) -> dict[str, Value]:
+        """Values of early exit; empty if the study chooses no thresholds."""
+        exits = {"exit_top1": exit_top1, "exit_timesteps": exit_timesteps}
+        return {} if self.study.exit_within is None else exits
 
     def cost(self, entry: str) -> tuple[float, float]:
         """Return image-timesteps and training seconds, medians over seeds, with needed runs."""
@@ -266,15 +243,6 @@ class Numbers:
         seconds = [np.median([r.seconds for r in results]) for results in counted]
         return float(sum(image_timesteps)), float(sum(seconds))
 
-    def epochs_before(self, entry: str) -> int:
-        """Return the number of epochs for which the entry's initial weights were trained."""
-        run, before = self.of(entry)[0].run, 0
-        # A run that begins with a later phase includes the earlier phases' epochs itself.
-        while run.init is not None and run.config.start_phase == 0:
-            run = run.init
-            before += sum(phase.epochs for phase in run.config.phases)
-        return before
-
     def with_needed(self, entry: str) -> list[str]:
         """Return the entry, its init, its teacher, and so on recursively."""
         section = self.study.entries[entry]
@@ -282,37 +250,31 @@ class Numbers:
         return list(dict.fromkeys([entry, *(n for name in needed for n in self.with_needed(name))]))
 
     def as_dict(self) -> dict[str, Any]:
-        exits = EXIT_VALUES if self.study.exit_within is not None else {}
-        by_t = {t: at(t) for t in self.study.test_timesteps}
-        entries, differences = {}, {}
+        entries: dict[str, Any] = {}
         for entry in self.entries:
-            values = {"top1": last, "best_top1": best, "loss": loss, **exits}
-            image_timesteps, seconds = self.cost(entry)
-            entries[entry] = {
-                **{key: vars(self.spread(entry, value)) for key, value in values.items()},
-                "by_timestep": {t: vars(self.spread(entry, value)) for t, value in by_t.items()},
-                "image_timesteps": image_timesteps,
-                "seconds": seconds,
-            }
-            if not (top1 := self.difference(entry, last)).n:
-                continue
-            differences[entry] = {
-                "control": self.study.entries[entry].control,
-                "top1": vars(top1),
-                **{key: vars(self.difference(entry, value)) for key, value in exits.items()},
-                **({k: vars(v) for k, v in self.at_equal_top1(entry).items()} if exits else {}),
-                "by_timestep": {t: vars(self.difference(entry, of)) for t, of in by_t.items()},
-            }
-        results = [result for entry in self.entries for result in self.of(entry)]
+            cost = dict(zip(("image_timesteps", "seconds"), self.cost(entry), strict=True))
+            best_top1 = asdict(self.spread(entry, best))
+            means = self._summary(partial(self.spread, entry))
+            entries[entry] = {**means, "best_top1": best_top1, **cost}
+        differences = {
+            entry: {"control": control, **self._summary(partial(self.difference, entry))}
+            for entry, control in self.compared.items()
+        }
         return {
             "study": self.study.model_dump(mode="json"),
-            "answer": self.answer,
             "missing": self.missing,
             "entries": entries,
             "differences": differences,
-            "runs": [result.as_dict() for result in results],
+            "runs": [asdict(result) for entry in self.entries for result in self.of(entry)],
+            "configurations": self.configurations,
             "environments": self.environments,
+            "command": self.command,
         }
+
+    def _summary(self, of: Callable[[Value], Spread | Difference]) -> dict[str, Any]:
+        values = {"top1": last, "loss": loss, **self.of_exit}
+        by_timestep = {t: asdict(of(at(t))) for t in self.study.test_timesteps}
+        return {key: asdict(of(one)) for key, one in values.items()} | {"by_timestep": by_timestep}
 
 
 last: Value = attrgetter("top1")
@@ -324,61 +286,12 @@ def at(timesteps: int) -> Value:
     return lambda result: result.by_timestep[timesteps - 1]
 
 
-def exit_timesteps(result: Result) -> float:
-    """Return the average timesteps a sample, with early exit at the chosen threshold."""
-    assert result.chosen_exit is not None
-    return float(result.chosen_exit["mean_timesteps"])
+def of_exit(key: str) -> Value:
+    """Return a value of early exit at the chosen threshold."""
+    return lambda result: float((result.chosen_exit or {})[key])
 
 
-def exit_top1(result: Result) -> float:
-    assert result.chosen_exit is not None
-    return float(result.chosen_exit["top1"])
-
-
-EXIT_VALUES = {"exit_timesteps": exit_timesteps, "exit_top1": exit_top1}
-# Values that an answer may name (`plan.IN_ANSWERS`).
-VALUES = {"top1": last, "loss": loss, **EXIT_VALUES}
-EQUAL = ("exit_timesteps_at_equal_top1", "timesteps_at_equal_top1")
-
-
-def exit_curve(
-    by_timestep: Sequence[float], points: Iterable[Sequence[float]], most: int
-) -> list[tuple[float, float]]:
-    """Return (average timesteps a sample, top-1), from all decided at T=1 to all at the last T.
-
-    Between them are the points (threshold, top-1, timesteps) of early exit, in ascending
-    thresholds.
-    """
-    between = [(spent, top1) for _, top1, spent in points]
-    return [(1.0, by_timestep[0]), *between, (float(most), by_timestep[most - 1])]
-
-
-def timesteps_for(curve: list[tuple[float, float]], top1: float) -> float:
-    """Return the timesteps at which an `exit_curve`, interpolated, first reaches an accuracy.
-
-    NaN if it never does.
-    """
-    before = curve[0]
-    for point in curve:
-        if point[1] >= top1:
-            weight = (top1 - before[1]) / (point[1] - before[1]) if before[1] < top1 else 0.0
-            return before[0] + weight * (point[0] - before[0])
-        before = point
-    return math.nan
-
-
-def timesteps_at_equal(
-    pair: tuple[Result, Result], most: int, within: float
-) -> list[Sequence[float]]:
-    """Return the timesteps of both results with early exit, and with one t for all samples.
-
-    Their accuracy is that of the less accurate one at the last timestep, less ``within``.
-    """
-    top1 = min(one.by_timestep[most - 1] for one in pair) - within
-    curves = [exit_curve(one.by_timestep, one.early_exit, most) for one in pair]
-    numbered = [enumerate(one.by_timestep, start=1) for one in pair]
-    first = [next(t for t, of_t in one if of_t >= top1) for one in numbered]
-    return [[timesteps_for(curve, top1) for curve in curves], first]
+exit_top1, exit_timesteps = of_exit("top1"), of_exit("mean_timesteps")
 
 
 def detectable(difference: Difference) -> float:
@@ -401,56 +314,40 @@ def detectable(difference: Difference) -> float:
     return error * float(optimize.brentq(lacking, 0.1, 100.0))
 
 
-def gather(study: StudySection, runs: list[StudyRun]) -> Numbers:
+def gather(study: StudySection, runs: list[StudyRun], command: str) -> Numbers:
+    """Gather the results of all finished runs."""
     results: dict[str, dict[int, Result]] = {name: {} for name in study.entries}
+    missing, environments = list[str](), list[dict[str, Any]]()
     for run in runs:
-        result = result_of(run)
-        if result is not None:
-            results[run.entry][run.seed] = result
-    ran = [run for run in runs if run.seed in results[run.entry]]
-    return Numbers(study, runs, results, distinct(list(map(run_environment, ran))))
+        if (result := result_of(run)) is None:
+            missing.append(run.name)
+            continue
+        results[run.entry][run.seed] = result
+        if (one := environment(run)) not in environments:
+            environments.append(one)
+    configs = {run.entry: run.config for run in runs if results[run.entry]}
+    return Numbers(study, results, missing, differing(configs), environments, command)
 
 
-def read(file: Path) -> dict[str, Any]:
-    """Read the numbers of a study, of a search, or of a page by a script in docs/make."""
-    try:
-        values = restored(parse_json(file.read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); run its study again") from None
-    of_one = ({"entries", "differences"}, {"candidates"}, {"answer", "n"})
-    if not isinstance(values, dict) or not any(
-        {"study", *keys} <= values.keys() for keys in of_one
-    ):
-        raise UserError(f"{file} has no numbers of a study; run its study again")
-    return values
+def differing(configs: dict[str, RunConfig]) -> dict[str, dict[str, str]]:
+    """Return the keys with different values in some of the configurations, also as defaults.
 
-
-def recorded(file: Path, study: StudySection, output: Path, more: list[str]) -> Numbers:
-    """Return the numbers that an earlier report has written.
-
-    Title, question and answer are the given study's; all else is as it was run.
+    A phase or section that some of them lack differs in all its keys; those that are set count.
     """
-    values = read(file)
-    words = study.model_dump(mode="json", include={"title", "question", "answer"})
-    as_run = StudySection.model_validate_json(json.dumps(values["study"] | words))
-    runs = {run.name: run for run in runs_of(as_run, output, more)}
-    results: dict[str, dict[int, Result]] = {name: {} for name in as_run.entries}
-    for found in values["runs"]:
-        # The numbers of a study without early exit may be older than it.
-        kept = {field.name: found[field.name] for field in fields(Result) if field.name in found}
-        results[found["entry"]][found["seed"]] = Result(run=runs[found["name"]], **kept)
-    return Numbers(as_run, list(runs.values()), results, values["environments"])
-
-
-def distinct(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the distinct environments: each machine and state of the code once."""
-    found: list[dict[str, Any]] = []
-    for value in values:
-        git = value.get("git") or {}
-        kept = {
-            key: value.get(key) for key in ("python", "packages", "cpu", "usable_cores", "gpus")
-        }
-        kept |= {"commit": git.get("commit"), "dirty": git.get("dirty")}
-        if kept not in found:
-            found.append(kept)
-    return found
+    flat = {entry: flatten(config.as_dict()) for entry, config in configs.items()}
+    is_set = {
+        key
+        for config in configs.values()
+        for key in flatten(config.model_dump(mode="json", exclude_unset=True))
+    }
+    keys = [
+        key
+        for key in dict.fromkeys(key for values in flat.values() for key in values)
+        if key not in OF_THE_RUN
+        and len({str(values.get(key)) for values in flat.values()}) > 1
+        and (key in is_set or all(key in values for values in flat.values()))
+    ]
+    return {
+        entry: {key: as_text(values[key]) if key in values else "" for key in keys}
+        for entry, values in flat.items()
+    }

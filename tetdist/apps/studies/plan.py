@@ -1,12 +1,10 @@
 """Contents of a study file: its entries, and their runs with its seeds."""
 
-import difflib
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 import yaml
@@ -16,9 +14,8 @@ from tetdist.config import identity, loading
 from tetdist.config.fields import Section, Timesteps
 from tetdist.config.loading import CONFIGS_DIR
 from tetdist.config.messages import checked
-from tetdist.config.overrides import apply_override, joined, key_of
+from tetdist.config.overrides import apply_override, joined
 from tetdist.config.schema import RunConfig
-from tetdist.config.sections.phase import PhaseSection
 from tetdist.config.yaml_files import read_yaml
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, script_of, typed
@@ -33,6 +30,7 @@ from tetdist.wording import counted
 STUDIES_DIR = CONFIGS_DIR / "studies"
 EVALUATION_FILE = "test_timesteps.json"
 TEACHER_KEY = "loss.distillation.teacher"
+ALONE = World(0, 1, torch.device("cpu"), control=None)
 
 # Keys that a study sets itself, with remedies.
 OWN_KEYS = {
@@ -60,8 +58,8 @@ class EntrySection(Section):
     """Evaluate the moving average of the weights (ema.decay) at the end."""
 
 
-class QuestionSection(Section):
-    """Keys that a study and a search have in common."""
+class StudySection(Section):
+    """Study: configurations that are compared over seeds."""
 
     title: str
     question: str = ""
@@ -71,24 +69,6 @@ class QuestionSection(Section):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Dotted keys of the configuration, for all runs."""
-
-
-Kind = TypeVar("Kind", bound=QuestionSection)
-
-
-# Numbers of an answer besides top-1, which numbers.py computes.
-IN_ANSWERS = (
-    *("loss", "exit_top1", "exit_timesteps"),
-    *("exit_timesteps_at_equal_top1", "timesteps_at_equal_top1"),
-)
-BLANK = re.compile(rf"\{{([\w.-]+)(?: - ([\w.-]+))?(?:: (\d+|{'|'.join(IN_ANSWERS)}))?\}}")
-
-
-class StudySection(QuestionSection):
-    answer: str = ""
-    """One to three sentences for the report and the summary, written once results are known.
-    Numbers are blanks: {entry} is its top-1, {entry - other} the difference, {entry - other: 1}
-    that at T=1, and so on for `IN_ANSWERS`."""
     test_timesteps: Annotated[tuple[Timesteps, ...], Field(min_length=1)]
     """Numbers of timesteps at which every run is evaluated."""
     exit_within: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -111,12 +91,13 @@ class StudyRun:
     seed: int
     arguments: tuple[str, ...]
     config: RunConfig
-    control: str | None = None
-    init: "StudyRun | None" = None
-    teacher: "StudyRun | None" = None
-    test_timesteps: tuple[int, ...] = ()  # empty: its own
-    exit_within: float | None = None
-    average: bool = False
+    study: StudySection
+    init: "StudyRun | None"
+    teacher: "StudyRun | None"
+
+    @property
+    def section(self) -> EntrySection:
+        return self.study.entries[self.entry]
 
     @property
     def name(self) -> str:
@@ -141,29 +122,20 @@ class StudyRun:
         return self.config.phases[-1].most_timesteps
 
     @property
-    def own_phases(self) -> tuple[PhaseSection, ...]:
-        """Phases that the run itself trains: all from ``start_phase`` on."""
-        return self.config.phases[self.config.start_phase :]
-
-    @property
-    def size(self) -> float:
-        """Cost of the run relative to others of the study: epochs times T."""
-        return sum(phase.epochs * phase.mean_timesteps for phase in self.own_phases)
+    def epochs(self) -> int:
+        """Number of epochs that the run itself trains: of all phases from ``start_phase`` on."""
+        return sum(phase.epochs for phase in self.config.phases[self.config.start_phase :])
 
     @property
     def is_evaluated_again(self) -> bool:
         """True if the run needs a separate evaluation after training."""
-        beyond = self.timesteps < max(self.test_timesteps, default=0)
+        beyond = self.timesteps < max(self.study.test_timesteps)
         return beyond or self.is_judged_apart or not self.config.model.neuron.causal
 
     @property
     def is_judged_apart(self) -> bool:
-        """True if the evaluations during training use other samples or weights than the result.
-
-        A search has no test timesteps and uses the evaluations during training as its result.
-        """
-        holds_out = bool(self.config.data.held_out and self.test_timesteps)
-        return holds_out or self.average
+        """True if the evaluations during training use other samples or weights than the result."""
+        return bool(self.config.data.held_out) or self.section.average
 
     @property
     def train_command(self) -> "Command":
@@ -171,17 +143,15 @@ class StudyRun:
 
     @property
     def eval_command(self) -> "Command":
+        study, config = self.study, self.config
         # One evaluation at the last T gives all T, and early exit up to it, whatever T was trained.
-        causal = self.config.model.neuron.causal
-        tested = self.test_timesteps[-1:] if causal else self.test_timesteps
-        timesteps = ",".join(map(str, tested))
-        file = self.folder / EVALUATION_FILE
-        of = ("--checkpoint", str(self.folder), "--timesteps", timesteps, "--json", str(file))
-        within = self.exit_within
-        choosing = () if within is None else ("--exit-within", f"{within:g}")
-        averaged = ("--ema",) if self.average else ()
-        more = (*choosing, *averaged, "--threads", str(self.config.data.threads))
-        return Command("eval", (*of, *more, *import_flags(self.config.imports)))
+        tested = study.test_timesteps[-1:] if config.model.neuron.causal else study.test_timesteps
+        words = ["--checkpoint", str(self.folder), "--timesteps", ",".join(map(str, tested))]
+        words += ["--json", str(self.folder / EVALUATION_FILE)]
+        words += [] if study.exit_within is None else ["--exit-within", f"{study.exit_within:g}"]
+        words += ["--ema"] if self.section.average else []
+        words += ["--threads", str(config.data.threads), *import_flags(config.imports)]
+        return Command("eval", tuple(words))
 
     def next_command(self) -> "Command | None":
         """Return the next command to run, by the state on the disk; None if all is done."""
@@ -218,23 +188,15 @@ def find(name: str) -> Path:
     for path in (Path(name), STUDIES_DIR / name, STUDIES_DIR / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = sorted(path.stem for path in STUDIES_DIR.glob("*.yaml"))
-    close = difflib.get_close_matches(name.removesuffix(".yaml"), known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
-    raise UserError(f"there is no study {name!r}, as a file or in configs/studies/; {hint}")
-
-
-def read_section(path: Path, kind: type[Kind]) -> Kind:
-    """Read the file of a study or search."""
-    section = checked(kind, read_yaml(path), str(path))
-    if len(set(section.seeds)) < len(section.seeds):
-        raise UserError(f"{path}: seeds: {list(section.seeds)} has a duplicate; remove it")
-    return section
+    known = ", ".join(sorted(path.stem for path in STUDIES_DIR.glob("*.yaml")))
+    raise UserError(f"there is no study {name!r}; give a file, or one of configs/studies/: {known}")
 
 
 def read(path: Path) -> StudySection:
     """Read a study file."""
-    study = read_section(path, StudySection)
+    study = checked(StudySection, read_yaml(path), str(path))
+    if len(set(study.seeds)) < len(study.seeds):
+        raise UserError(f"{path}: seeds: {list(study.seeds)} has a duplicate; remove it")
     if list(study.test_timesteps) != sorted(set(study.test_timesteps)):
         raise UserError(
             f"{path}: test_timesteps: {list(study.test_timesteps)} must ascend without duplicates"
@@ -248,15 +210,6 @@ def read(path: Path) -> StudySection:
                     f"{path}: entries.{name}.{key}: {other!r} is not another entry; choose from "
                     f"{known}"
                 )
-    for blank in re.findall(r"\{.*?\}", " ".join(study.answer.split())):
-        named, other, key = found.groups("") if (found := BLANK.fullmatch(blank)) else ("",) * 3
-        beyond = key.isdigit() and int(key) > study.test_timesteps[-1]
-        lacking = "exit" in key and study.exit_within is None
-        if beyond or lacking or not {named, other or named} <= study.entries.keys():
-            raise UserError(
-                f"{path}: answer: {blank} is no number of this study; use {{ENTRY}}, "
-                "{ENTRY - OTHER} or {ENTRY - OTHER: T}, with T up to that of test_timesteps"
-            )
     return study
 
 
@@ -287,7 +240,8 @@ def runs_of(
             for other in (entry.init, entry.teacher)
         )
         # An entry may set its own weights or teacher, unless it names another entry for them.
-        own, own_keys = list[str](), dict(OWN_KEYS)
+        own_keys = dict(OWN_KEYS)
+        own = [f"seed={seed}", f"name={name}-seed{seed}", f"runs_dir={output}"]
         for needed, key, reason in (
             (init, "init_checkpoint", "the entry's init provides it"),
             (teacher, TEACHER_KEY, "the entry's teacher provides it"),
@@ -296,20 +250,21 @@ def runs_of(
                 own.append(f"{key}={needed.folder}")
                 own_keys[key] = f"{reason} ({needed.entry}); leave out one"
         given = joined(as_overrides(study.overrides), as_overrides(entry.overrides), more)
+        config_name = entry.config or study.config
         try:
-            run = make_run(
-                name, seed, output, entry.config or study.config, given, own, own_keys, imports
-            )
+            _refuse_own_keys(given, own_keys)
+            config = loading.load(config_name, [*given, *own], imports)
+            check_names(config.tracking.trackers)
         except UserError as error:
             raise UserError(f"entries.{name}: {error}") from error
-        runs[name, seed] = replace(
-            run,
-            control=entry.control,
+        runs[name, seed] = StudyRun(
+            entry=name,
+            seed=seed,
+            arguments=("--config", config_name, *given, *own, *import_flags(imports)),
+            config=config,
+            study=study,
             init=init,
             teacher=teacher,
-            test_timesteps=study.test_timesteps,
-            exit_within=study.exit_within,
-            average=entry.average,
         )
         _check(runs[name, seed])
         return runs[name, seed]
@@ -320,53 +275,34 @@ def runs_of(
     return list(runs.values())
 
 
-def make_run(
-    entry: str,
-    seed: int,
-    output: Path,
-    config_name: str,
-    given: list[str],
-    own: list[str],
-    own_keys: dict[str, str],
-    imports: Sequence[str],
-) -> StudyRun:
-    """Return a run, without the runs that it needs, and load its configuration.
-
-    ``given`` and ``own`` are ``key=value``: those of the file and the command line, and those that
-    the study adds. ``own_keys`` are keys that only the study may set, with remedies.
-    """
+def _refuse_own_keys(given: list[str], own_keys: dict[str, str]) -> None:
+    """Refuse overrides of keys that only the study may set; ``own_keys`` has their remedies."""
     nested: dict[str, Any] = {}
     for override in given:
         apply_override(nested, override)
     for key in identity.flatten(nested):
         if key in own_keys:
             raise UserError(f"overrides: the study itself sets {key}; {own_keys[key]}")
-    named = [f"seed={seed}", f"name={entry}-seed{seed}", f"runs_dir={output}"]
-    overrides = [*given, *named, *own]
-    config = loading.load(config_name, overrides, imports)
-    check_names(config.tracking.trackers)
-    arguments = ("--config", config_name, *overrides, *import_flags(imports))
-    return StudyRun(entry, seed, arguments, config)
 
 
 def _check(run: StudyRun) -> None:
     """Refuse a run that cannot be evaluated as requested."""
-    name, config, last = run.entry, run.config, max(run.test_timesteps)
-    if run.exit_within is not None and not config.data.held_out:
+    name, config, last = run.entry, run.config, max(run.study.test_timesteps)
+    if run.study.exit_within is not None and not config.data.held_out:
         raise UserError(
             f"exit_within: entries.{name} holds out no training samples for choosing a threshold; "
             "set data.held_out: 0.1 in overrides"
         )
-    if run.exit_within is not None and not config.model.neuron.causal:
+    if run.study.exit_within is not None and not config.model.neuron.causal:
         raise UserError(
             f"exit_within: entries.{name} has neurons that see later timesteps and thus no early "
             "exit; leave out the entry or exit_within"
         )
-    if run.average and config.ema.decay is None:
+    if run.section.average and config.ema.decay is None:
         raise UserError(
             f"entries.{name}.average: the run keeps no average; set ema.decay, such as 0.999"
         )
-    for timesteps in run.test_timesteps:
+    for timesteps in run.study.test_timesteps:
         if (reason := config.model.neuron.refusal(timesteps)) is not None:
             raise UserError(f"test_timesteps: entries.{name}: {reason}")
     if run.is_judged_apart and last < run.timesteps:
@@ -374,24 +310,6 @@ def _check(run: StudyRun) -> None:
             f"test_timesteps: entries.{name} is trained with T={run.timesteps} but evaluated up to "
             f"{counted(last, 'timestep')} only; add {run.timesteps}"
         )
-
-
-def replaced(study: StudySection, more: Sequence[str]) -> list[str]:
-    """Return warnings about keys of the command line that replace values of entries."""
-    warnings = []
-    for key in map(key_of, more):
-        own = [
-            f"{name} ({theirs}={as_text(value)})"
-            for name, entry in study.entries.items()
-            for theirs, value in entry.overrides.items()
-            if f"{theirs}.".startswith(f"{key}.") or f"{key}.".startswith(f"{theirs}.")
-        ]
-        if own:
-            warnings.append(
-                f"warning: {key} on the command line replaces values of entries, which may be what "
-                f"the study compares: {', '.join(own)}"
-            )
-    return warnings
 
 
 def as_overrides(values: dict[str, Any]) -> list[str]:
@@ -430,7 +348,7 @@ def evaluation(run: StudyRun) -> dict[str, Any] | None:
     weights that are not averaged. None until that evaluation exists.
     """
     last = lines(run, "val")[-1]
-    most = max(run.test_timesteps, default=0)
+    most = max(run.study.test_timesteps)
     if len(last["per_timestep_top1"]) >= most and not run.is_judged_apart:
         return last
     try:
@@ -440,7 +358,7 @@ def evaluation(run: StudyRun) -> dict[str, Any] | None:
         if not run.is_judged_apart:
             return last | {"per_timestep_top1": values["per_timestep_top1"]}
         within = values["chosen_exit"]["within"] if "chosen_exit" in values else None
-        if (within, "averaged" in values) != (run.exit_within, run.average):
+        if (within, "averaged" in values) != (run.study.exit_within, run.section.average):
             return None
         # eval may have used more timesteps than the training; the result is at the latter.
         of_training = {
@@ -456,11 +374,7 @@ def check_folder(run: StudyRun) -> None:
     file = run.folder / "config.yaml"
     if not file.exists():
         return
-    try:
-        raw = read_yaml(file)
-    except UserError as error:
-        raise UserError(f"{file} is damaged; remove its folder to retrain the run") from error
-    earlier = loading.parse(raw, str(file), warn=False).as_dict()
+    earlier = loading.parse(read_yaml(file), str(file), warn=False).as_dict()
     changed = identity.differences(earlier, run.config.as_dict())
     if changed:
         raise UserError(
@@ -469,16 +383,15 @@ def check_folder(run: StudyRun) -> None:
         )
 
 
-def check_inputs(runs: list[StudyRun], kind: str = "entries.") -> None:
+def check_inputs(runs: list[StudyRun]) -> None:
     """Check each entry's data, that they suit its network, and that MLflow can take its runs."""
     for uri in {run.config.tracking_uri for run in runs}:
         if uri is not None:
             check_store(uri)
-    alone = World(0, 1, torch.device("cpu"), control=None)
     # All seeds of an entry have the same data and network, so checking one is enough.
     for run in {run.entry: run for run in runs}.values():
         try:
-            train_index, _ = open_data(run.config, alone)
+            train_index, _ = open_data(run.config, ALONE)
             make_model(run.config, train_index)
         except UserError as error:
-            raise UserError(f"{kind}{run.entry}: {error}") from error
+            raise UserError(f"entries.{run.entry}: {error}") from error

@@ -1,11 +1,9 @@
 """Study in MLflow: a parent run with the study's name, and its runs below it."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from tetdist.apps.slurm import history
-from tetdist.apps.studies.plan import StudyRun, is_trained
-from tetdist.tracking import mlflow_logger
+from tetdist.apps.studies.plan import StudyRun
 
 
 class Parent:
@@ -34,22 +32,6 @@ class Parent:
             return  # The run's training reports the same problem.
         tags = {"mlflow.parentRunId": self.run_id, "study": self.study}
         tags |= {"entry": run.entry, "seed": str(run.seed)}
-        if run.control is not None:
-            tags["control"] = run.control
+        if run.section.control is not None:
+            tags["control"] = run.section.control
         history.announce(run.config, status, tags)
-
-
-def lacking_runs(runs: Iterable[StudyRun]) -> tuple[list[StudyRun], list[StudyRun]]:
-    """Return finished runs with missing points in MLflow, and those without the study's tags."""
-    lacking: list[StudyRun] = []
-    untagged: list[StudyRun] = []
-    for run in runs:
-        uri = run.config.tracking_uri
-        if uri is None or not is_trained(run):
-            continue
-        found = mlflow_logger.find_run(run.folder, uri)
-        if found is None or found.info.status != "FINISHED":
-            lacking.append(run)
-        elif "study" not in found.data.tags:
-            untagged.append(run)
-    return lacking, untagged

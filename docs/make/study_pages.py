@@ -1,0 +1,215 @@
+"""Makes docs/results/STUDY.md, .json and .png, and the tables of docs/results.md.
+
+    python tools/study.py STUDY --jobs 2
+    python docs/make/study_pages.py runs/STUDY/report.json
+
+With docs/results/STUDY.json, it makes the page anew; without a file, the tables alone. The answers
+are in docs/make/answers.yaml; their numbers are blanks:
+
+    {tet}                        top-1 of the entry tet at the T of training
+    {tet - sdt}                  difference of two entries, paired by seed
+    {tet - sdt: 1}               the same at T=1; {tet: 1} is that of one entry
+    {tet - sdt: exit_top1}       the same with early exit; also exit_timesteps and loss
+    {tet - sdt: timesteps_at_equal_top1}        difference of timesteps at equal accuracy,
+    {tet - sdt: exit_timesteps_at_equal_top1}   and with early exit
+"""
+
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pages
+import yaml
+
+from tetdist.apps.reports import style
+from tetdist.apps.studies import numbers as of_study
+from tetdist.apps.studies import report
+from tetdist.apps.studies.numbers import CONFIDENCE, Difference, Numbers, detectable, holm
+from tetdist.config.identity import flatten
+from tetdist.storage.files import parse_json, write_json, write_text
+from tetdist.tables import markdown
+from tetdist.tracking.metrics_file import restored, strict
+
+ANSWERS = Path(__file__).with_name("answers.yaml")
+VALUES = {
+    "top1": of_study.last,
+    "loss": of_study.loss,
+    "exit_top1": of_study.exit_top1,
+    "exit_timesteps": of_study.exit_timesteps,
+}
+EQUAL = ("exit_timesteps_at_equal_top1", "timesteps_at_equal_top1")
+BLANK = re.compile(r"\{([\w.-]+)(?: - ([\w.-]+))?(?:: (\w+))?\}")
+# What is above it is written by hand.
+MARK = "<!-- docs/make/study_pages.py writes what follows -->\n"
+HEAD = [
+    *("study: comparison", "T", "n", "at T: points [95 % CI], p", "minimum detectable effect"),
+    "at T=1: points [95 % CI], p",
+]
+
+
+def filled(template: str, numbers: Numbers) -> str:
+    """Return an answer with its blanks filled in."""
+
+    def value(blank: re.Match[str]) -> str:
+        entry, control, key = blank.groups()
+        if key in EQUAL:
+            most, within = max(numbers.study.test_timesteps), numbers.study.exit_within or 0.0
+            pairs = [
+                pages.timesteps_at_equal(pair, most, within)[EQUAL.index(key)]
+                for pair in numbers.pairs(entry, control)
+            ]
+            return str(of_study.paired_difference(*([pair[i] for pair in pairs] for i in (0, 1))))
+        of = of_study.at(int(key)) if key and key.isdigit() else VALUES[key or "top1"]
+        return str(
+            numbers.spread(entry, of) if control is None else numbers.difference(entry, of, control)
+        )
+
+    return BLANK.sub(value, " ".join(template.split()))
+
+
+def draw(numbers: Numbers) -> Any:
+    """Draw accuracy by T, and by mean timesteps with early exit or else the loss by epoch."""
+    figure = style.new_figure(11, 4.8)
+    by_timestep, second = figure.subplots(1, 2)
+    tested, exits = numbers.study.test_timesteps, numbers.study.exit_within is not None
+    controls = numbers.compared.values()
+    for i, entry in enumerate(numbers.entries):
+        results, look = numbers.of(entry), {"color": style.SERIES[i % len(style.SERIES)]}
+        look |= {"linestyle": "--" if entry in controls else "-", "marker": "o"}
+        points = [numbers.spread(entry, of_study.at(t)) for t in tested]
+        bars = np.nan_to_num([point.std for point in points])
+        means = [point.mean for point in points]
+        by_timestep.errorbar(tested, means, bars, label=entry, capsize=3, **look)
+        if exits:
+            curves = [
+                pages.exit_curve(one.by_timestep, one.early_exit, tested[-1]) for one in results
+            ]
+            second.plot(*np.mean(curves, axis=0).T, **look)
+            continue
+        length = min(len(one.curve) for one in results)
+        second.plot(*np.mean([one.curve[:length] for one in results], axis=0).T[:2], **look)
+    by_timestep.set_xlabel("test T (bar: standard deviation over seeds)")
+    style.finish(by_timestep, "Accuracy at every T", style.ACCURACY, legend=False)
+    second.set_xlabel("average timesteps a sample" if exits else "epoch")
+    title, unit = ("Early exit", style.ACCURACY) if exits else ("Loss", "of the time-mean")
+    style.finish(second, title, unit, legend=False)
+    handles = by_timestep.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    return figure
+
+
+def write(file: Path) -> None:
+    """Write the page of a study by its report, or anew by the numbers of its page."""
+    name = file.parent.name if file.name == "report.json" else file.stem
+    numbers, page = pages.numbers_of(file), pages.RESULTS / f"{name}.md"
+    answer = filled(yaml.safe_load(ANSWERS.read_text()).get(name, ""), numbers)
+    shown = f"**Answer.** {answer}\n\n" if answer and not numbers.missing else ""
+    shown += f"![{numbers.study.title}]({name}.png)\n\n"
+    values = parse_json(file.read_text()) | {"answer": answer}
+    write_json(page.with_suffix(".json"), strict(values))
+    style.save(draw(numbers), page.with_suffix(".png"))
+    write_text(page, report.page(numbers, name).replace("## Results\n", f"{shown}## Results\n", 1))
+
+
+# --- the summary ----------------------------------------------------------------------------------
+
+
+def summarise(folder: Path) -> Path:
+    """Write the tables of all pages of a folder into the file beside it, below its `MARK`."""
+    file = folder.parent / f"{folder.name}.md"
+    found = {
+        f"{folder.name}/{page.name}": restored(parse_json(page.with_suffix(".json").read_text()))
+        for page in sorted(folder.glob("*.md"))
+    }
+    above = file.read_text().partition(MARK)[0].rstrip()
+    studies = {
+        link: values for link, values in found.items() if "runs" in values and "missing" in values
+    }
+    write_text(file, f"{above}\n\n{MARK}{tet_against_sdt(studies)}{answers(found)}")
+    return file
+
+
+def answers(found: dict[str, dict[str, Any]]) -> str:
+    """Return the table of questions and answers, by the numbers of each page."""
+    rows = []
+    for link, values in found.items():
+        study = values["study"]
+        asked, mark, _ = " ".join(study["question"].split()).partition("?")
+        entries = values.get("entries", {"": {"top1": values}})
+        seeds = {str(entry["top1"]["n"]) for entry in entries.values()}
+        question = f"[{asked}?]({link})" if mark else f"[{study['title']}]({link})"
+        rows.append([question, values["answer"], " to ".join(sorted(seeds))])
+    return (
+        "\n## All studies\n\nNumbers in brackets are 95 % intervals, ± is the standard deviation "
+        "over n seeds.\n\n" + markdown(["question, with its page", "answer", "n"], rows) + "\n"
+    )
+
+
+def tet_against_sdt(studies: dict[str, dict[str, Any]]) -> str:
+    """Return the table of entries that differ from their control in `loss.kind` alone."""
+    rows: list[list[str]] = []
+    tested: list[tuple[Difference, Difference | None]] = []
+    for link, values in studies.items():
+        title = f"[{values['study']['title']}]({link}): "
+        for entry, against in values["differences"].items():
+            if math.isnan(against["top1"]["p"]) or not _differ_in_loss(
+                values["study"]["entries"], entry, against["control"]
+            ):
+                continue
+            first = against["by_timestep"].get("1")
+            trained = next(run["timesteps"] for run in values["runs"] if run["entry"] == entry)
+            rows.append([f"{title}`{entry}` - `{against['control']}`", str(trained)])
+            tested.append((Difference(**against["top1"]), first and Difference(**first)))
+            title = ""
+    count = len(tested)
+    both = [*(last for last, _ in tested), *(first for _, first in tested)]
+    corrected = holm([math.nan if one is None else one.p for one in both])
+    for row, (last, first), p, p_first in zip(
+        rows, tested, corrected[:count], corrected[count:], strict=True
+    ):
+        row += [str(last.n), _tested(last, p), f"{detectable(last):.2f}"]
+        row.append("" if first is None else _tested(first, p_first))
+    survive = [sum(p < 1 - CONFIDENCE for p in ps) for ps in (corrected[:count], corrected[count:])]
+    return (
+        "\n## TET against SDT\n\nAll comparisons of an entry with its study's control in which "
+        "only the loss differs: points of top-1 after the last epoch, between runs with the same "
+        "seed, at the T of training and stopped "
+        "at T=1. The minimum detectable effect is that at the T of training, for a power of 80 % "
+        f"without correction. p is the paired t-test's, corrected by Holm's method for the "
+        f"{sum(not math.isnan(p) for p in corrected)} p values of the table. **{survive[0]} of "
+        f"{count} at the T of training and {survive[1]} of "
+        f"{sum(first is not None for _, first in tested)} at T=1 are significant after this "
+        f"correction** (bold).\n\n{markdown(HEAD, rows)}\n"
+    )
+
+
+def _differ_in_loss(entries: dict[str, Any], entry: str, control: str) -> bool:
+    ours, theirs = (
+        {**entries[name], **flatten(entries[name]["overrides"])} for name in (entry, control)
+    )
+    keys = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+    return keys - {"overrides", "control"} == {"loss.kind"}
+
+
+def _tested(difference: Difference, p: float) -> str:
+    shown = str(difference) if math.isnan(p) else f"{difference}, {p:.2g}"
+    return f"**{shown}**" if p < 1 - CONFIDENCE else shown
+
+
+def main() -> int:
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
+    parser.add_argument("numbers", metavar="FILE", type=Path, nargs="?")
+    file = parser.parse_args().numbers
+    if file is not None:
+        write(file)
+    print(f"the summary is {summarise(pages.RESULTS)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""The numbers of a study, its report, and the pages that docs/make makes of it."""
+
+import importlib
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+from scipy import stats
+
+from tetdist.apps.studies.numbers import Difference, paired_difference
+from tetdist.apps.studies.report import page, results
+
+RESULTS = tiny.PROJECT / "docs" / "results"
+RNG = np.random.default_rng(0)
+ACCURACIES = {name: RNG.normal(mean, 1, (3, 4)) for name, mean in (("sdt", 90), ("tet", 92))}
+# Runs that end in the middle of the second phase, T=2 for an epoch and then T=4.
+FIRST = {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05}}
+PHASES = {"phases": [FIRST, FIRST | {"epochs": 3, "timesteps": 4}], "max_steps": 10}
+FINISHED = {"seeds": [3, 4, 5], "test_timesteps": [1, 2, 4], "overrides": PHASES}
+
+
+def accuracies(run):
+    """Top-1 by timestep of a run of FINISHED."""
+    return ACCURACIES[run.entry][run.seed - 3].tolist()
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The script that makes the studies' pages."""
+    monkeypatch.syspath_prepend(tiny.PROJECT / "docs" / "make")
+    return importlib.import_module("study_pages")
+
+
+def test_numbers_are_numpys(call, by_hand, tmp_path):
+    by_hand(FINISHED, accuracies)
+    file, output = tmp_path / "study.yaml", tmp_path / "out"
+    arguments = (file, "tracking.uri=http://me:secret@host", "--report-only")
+    status, printed = call("study", *arguments, "--output", output, "--jobs", 2)
+    assert status == 0, printed
+    report = (output / "report.md").read_text()
+    text = (output / "report.json").read_text()
+    assert "secret" not in report + text
+    values = json.loads(text)
+    for entry, of_entry in ACCURACIES.items():
+        found = values["entries"][entry]
+        for t in (1, 2, 4):
+            column = of_entry[:, t - 1]
+            expected = {"n": 3, "mean": column.mean(), "std": column.std(ddof=1)}
+            assert found["by_timestep"][str(t)] == pytest.approx(expected)
+        assert found["top1"] == found["by_timestep"]["4"]
+        assert found["best_top1"] == {"n": 3, "mean": 99, "std": 0}
+        assert found["loss"] == pytest.approx({"n": 3, "mean": 4.25, "std": 1})
+        assert found["image_timesteps"] == 5 * 8 * 2 + 5 * 8 * 4
+        assert found["seconds"] == pytest.approx(4 + 2)
+    difference = values["differences"]["tet"]
+    assert difference["control"] == "sdt"
+    for t, result in difference["by_timestep"].items():
+        pairs = [ACCURACIES[entry][:, int(t) - 1] for entry in ("tet", "sdt")]
+        test = stats.ttest_rel(*pairs)
+        low, high = test.confidence_interval(0.95)
+        expected = {"n": 3, "mean": np.subtract(*pairs).mean(), "low": low, "high": high}
+        assert result == pytest.approx(expected | {"p": test.pvalue})
+    assert difference["top1"] == difference["by_timestep"]["4"]
+
+    top1 = ACCURACIES["tet"][:, 3]
+    shown = f"{top1.mean():.2f} ± {top1.std(ddof=1):.2f}"
+    assert f"| `tet` | 4 | 3 | {shown} | 0.00024 | 6 | `sdt` | " in report
+    of_t = " | ".join(str(Difference(**one)) for one in difference["by_timestep"].values())
+    assert f"| `tet` - `sdt` | {of_t} |\n" in report
+    assert report.count(f" | **{shown}** |\n") == 1  # at the T of training
+    # What differs between the entries, and how each was trained.
+    assert "| `sdt` | sdt |" in report
+    assert f"runs_dir={output}" in report
+    assert "name=tet-seed3" in report
+    assert f"`python tools/study.py {file} tracking.uri=" in report
+
+
+def test_keys_that_differ_are_listed_also_those_that_no_entry_names(by_hand):
+    entries = {
+        "base": {"overrides": {"model.neuron.kind": "lif"}},
+        "plif": {"overrides": {"model.neuron.kind": "plif"}},
+        "tet": {"control": "base", "overrides": {"loss": {"kind": "tet"}}},
+    }
+    numbers = by_hand({"entries": entries, "seeds": [3], "overrides": {"loss.lambda": 0.05}})
+    found = {
+        key: tuple(numbers.configurations[entry][key] for entry in ("base", "plif", "tet"))
+        for key in numbers.configurations["base"]
+    }
+    assert found["model.neuron.kind"] == ("lif", "plif", "lif")
+    assert found["model.neuron.surrogate"] == ("triangle", "sigmoid", "triangle")
+    assert found["model.neuron.fires_at_threshold"] == ("false", "true", "false")
+    # The whole section replaces the study's lambda.
+    assert found["loss.lambda"] == ("0.05", "0.05", "0.001")
+    assert not {"name", "seed", "loss.kind", "data.root"} & found.keys()
+    head = next(line for line in page(numbers, "a").splitlines() if "`loss.lambda`" in line)
+    assert "init" not in head
+
+
+@pytest.mark.parametrize(
+    ("top1", "words"),
+    [
+        # Against 90, 90 and 90; the interval is of 4.3 standard errors to either side.
+        ([92.0, 93.0, 94.0], "+3.00 [+0.52, +5.48] | 3.26 | 0.035 | 0.035 | **better**"),
+        ([88.0, 87.0, 86.0], "-3.00 [-5.48, -0.52] | 3.26 | 0.035 | 0.035 | **worse**"),
+        ([91.0, 92.0, 93.0], "+2.00 [-0.48, +4.48] | 3.26 | 0.074 | 0.074 | not significant"),
+        ([91.0, 91.0, 91.0], "+1.00 |  |  |  | no test (no spread)"),
+        # But for rounding.
+        ([90.3, math.nextafter(90.3, 91)], "+0.30 |  |  |  | no test (no spread)"),
+        ([88.0], "-2.00 |  |  |  | no test (one seed)"),
+    ],
+)
+def test_a_verdict_is_as_sure_as_the_interval(by_hand, top1, words):
+    def of(run):
+        return [0.0, 0.0, 0.0, top1[run.seed] if run.entry == "tet" else 90.0]
+
+    numbers = by_hand({"seeds": list(range(len(top1))), "test_timesteps": [4]}, of)
+    assert f" | `sdt` | {words} |\n" in results(numbers)
+
+
+def test_the_corrected_p_decides(by_hand):
+    def of(run):
+        return [0.0, 0.0, 0.0, 90.0 if run.entry == "sdt" else 92.0 + run.seed]
+
+    entries = {"sdt": {}, "alone": {}} | {f"tet{i}": {"control": "sdt"} for i in range(3)}
+    text = results(by_hand({"entries": entries, "seeds": [0, 1, 2]}, of))
+    assert text.count("| 0.035 | 0.11 | not significant |\n") == 3
+    assert text.count("|  |  |  |  |  |  |\n") == 2
+    assert "for the 3 comparisons" in text
+
+
+# --- docs/make ------------------------------------------------------------------------------------
+
+
+def test_published_answers_and_tables_are_those_of_their_numbers(made):
+    templates = yaml.safe_load(made.ANSWERS.read_text())
+    files = [file for file in RESULTS.glob("*.json") if '"missing"' in file.read_text()]
+    assert templates.keys() == {file.stem for file in files} - {"deployment"}
+    for file in files:
+        numbers, published = made.pages.numbers_of(file), file.with_suffix(".md").read_text()
+        if file.stem in templates:
+            answer = made.filled(templates[file.stem], numbers)
+            assert answer == json.loads(file.read_text())["answer"]
+            assert f"**Answer.** {answer}\n" in published
+        for entry in numbers.entries:
+            trained, runs = numbers.of(entry)[0].timesteps, len(numbers.of(entry))
+            top1 = numbers.spread(entry, made.VALUES["top1"])
+            assert f"| `{entry}` | {trained} | {runs} | {top1} |" in published
+        for entry, control in numbers.compared.items():
+            one = numbers.difference(entry, made.VALUES["top1"])
+            assert f"| `{entry}` - `{control}` | {one.n} | {one} | " in published
+        assert page(numbers, file.stem).startswith(f"# {numbers.study.title}\n")
+
+
+def test_the_projects_own_summary_is_that_of_its_numbers(made, tmp_path):
+    (tmp_path / "results").symlink_to(RESULTS)
+    summary = RESULTS.with_suffix(".md").read_text()
+    copy = tmp_path / "results.md"
+    copy.write_text(summary.replace("## TET against SDT", "## An old table"))
+    assert made.summarise(tmp_path / "results").read_text() == summary
+    assert len(summary.splitlines()) <= 150
+
+
+def test_a_page_is_made_of_a_report_and_anew_of_its_numbers(
+    call, by_hand, made, tmp_path, monkeypatch
+):
+    by_hand(FINISHED, accuracies)
+    pages, report = tmp_path / "results", tmp_path / "out" / "report.md"
+    pages.mkdir()
+    monkeypatch.setattr(made.pages, "RESULTS", pages)
+    monkeypatch.setattr(made, "ANSWERS", tmp_path / "answers.yaml")
+    made.ANSWERS.write_text("out: |\n  TET minus SDT is {tet -\n  sdt: 1}; {tet} %.\n")
+    (tmp_path / "results.md").write_text(f"# Results\n\nBy hand.\n\n{made.MARK}an old table\n")
+    output = ("--output", report.parent, "--report-only")
+    assert call("study", tmp_path / "study.yaml", *output)[0] == 0
+    made.write(report.with_suffix(".json"))
+    written = {path.suffix: path.read_bytes() for path in pages.glob("out.*")}
+    assert set(written) == {".md", ".json", ".png"}
+    assert len(written[".png"]) > 10_000
+    made.write(pages / "out.json")
+    assert {path.suffix: path.read_bytes() for path in pages.glob("out.*")} == written
+    pairs = (ACCURACIES[name][:, 0].tolist() for name in ("tet", "sdt"))
+    tet = ACCURACIES["tet"][:, 3]
+    answer = f"TET minus SDT is {paired_difference(*pairs)}; "
+    answer += f"{tet.mean():.2f} ± {tet.std(ddof=1):.2f} %."
+    shown = f"**Answer.** {answer}\n\n![A tiny study](out.png)\n\n"
+    assert shown in written[".md"].decode()
+    of_report = report.read_text().replace("[report.json](report.json)", "[out.json](out.json)")
+    assert written[".md"].decode().replace(shown, "") == of_report
+    answers = made.summarise(pages).read_text()
+    assert answers.startswith(f"# Results\n\nBy hand.\n\n{made.MARK}\n## TET against SDT\n")
+    assert f"| [A tiny study](results/out.md) | {answer} | 3 |\n" in answers
+    assert "[A tiny study](results/out.md): `tet` - `sdt` | 4 | 3 | " in answers
