@@ -364,7 +364,7 @@ loaders.
 * **Several processes.** Two processes on one core each reach 92 % of twice one's rate with one
   micro-batch of 4 a step ({STEP}, bf16, DeepSpeed), and 98 % with four.
 
-## How it was measured
+## Method
 
 `python docs/make/performance.py` measures what docs/performance/results.json lacks, and makes this
 page. The contestants of an entry take turns, step by step. Times are medians, ratios the medians of
