@@ -30,7 +30,7 @@ COMMANDS = {
     "export": "export a trained network",
     "average": "average the weights of several trained networks",
     "landscape": "measure the sharpness of trained networks, and draw their loss landscapes",
-    "bench": "measure speed and memory",
+    "bench": "measure the speed of a step, of several processes and of the loader",
     "check_gpu": "check a machine with GPUs before training on it; takes ten minutes",
     "list": "list recipes, networks, neurons, losses and optimisers",
     "quickstart": "train and evaluate on handwritten digits; minutes on two cores",
