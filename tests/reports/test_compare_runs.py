@@ -75,7 +75,7 @@ def compared(run_tool, tmp_path):
     [
         # Only the clock.
         ({("train", 3): {"time": 2.0, "samples_per_s": 3.0}, ("val", 5): {"seconds": 9.0}}, ""),
-        ({("train", 6): {"slowest_host": "n", "slowest": {"rank": 3}, "eta_s": 5}}, ""),
+        ({("train", 6): {"slowest_host": "n", "slowest": {"rank": 3}, "gpu_memory": 5}}, ""),
         # The first step with another value, its values, and the largest difference.
         (
             {("train", 4): {"loss": math.nextafter(0.25, 1)}, ("train", 7): {"lr": 0.2}},

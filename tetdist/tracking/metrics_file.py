@@ -78,8 +78,7 @@ def _parsed(path: Path, raw: bytes, end: int) -> dict[str, Any]:
     text = raw[:80].decode(errors="replace").strip()
     raise UserError(
         f"{path}: line {number} is damaged: {text if text.isprintable() else repr(text)}; restore "
-        f"the file, or remove the line (sed -i {number}d {shlex.quote(str(path))}). Curves and "
-        "reports then lack its values; checkpoints are not affected"
+        f"the file, or remove the line (sed -i {number}d {shlex.quote(str(path))})"
     )
 
 

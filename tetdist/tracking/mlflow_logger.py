@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# MLflow chooses the pages of an experiment by it; without it, MLflow guesses.
-KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
-
 # MLflow's settings, unless the environment has others. By default MLflow retries for four minutes
 # and waits 120 s more for the last response, longer than close() waits. Here the tracker's thread
 # retries instead. Usage statistics would need the internet, which compute nodes seldom have.
@@ -154,10 +151,8 @@ class MLflow:
         try:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-            uri = self.destination.uri
-            self._monitor = SystemMetricsMonitor(
-                self._run_id, resume_logging=True, tracking_uri=uri
-            )
+            settings = {"resume_logging": True, "tracking_uri": self.destination.uri}
+            self._monitor = SystemMetricsMonitor(self._run_id, **settings)
             self._monitor.start()
         except Exception as error:  # no psutil, or a device that it cannot read
             logger.debug("no system metrics: %s", error)
@@ -274,7 +269,8 @@ def _create_run(client: Any, run_dir: Path, destination: Destination, run_name: 
         # A server's own location works for all its users; a path of this machine would not.
         local = not is_server(destination.uri)
         location = destination.artifact_root.as_uri() if local else None
-        client.create_experiment(name, artifact_location=location, tags={KIND_TAG: KIND})
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # selects MLflow's pages
+        client.create_experiment(name, artifact_location=location, tags=tags)
     experiment_id = client.get_experiment_by_name(name).experiment_id
     # MLflow's pages show these tags as the run's user, source and version.
     run = client.create_run(experiment_id, run_name=run_name, tags=resolve_tags())
@@ -307,8 +303,6 @@ def is_server(uri: str) -> bool:
 
 def ui_command(tracking_uri: str, run_id: str | None = None) -> str:
     """Return the command that shows a local store, or the address of a server.
-
-    MLflow listens on 127.0.0.1:5000 by default, so it is not exposed to the network.
 
     Args:
         run_id: Run whose page on a server to return.

@@ -10,7 +10,6 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +56,6 @@ class Tracker:
         if self._mlflow is not None:
             name = f"MLflow at {without_passwords(self._mlflow.destination.uri)}"
             self._threads.append(TrackerThread(name, self._mlflow, self.path, run))
-        # To them a run with an empty file is new.
-        run = run if self._size else replace(run, resume_step=None)
         self._threads += [TrackerThread(name, TRACKERS[name], self.path, run) for name in trackers]
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
@@ -77,7 +74,6 @@ class Tracker:
         """
         assert not self._file.closed, "log() after close()"
         assert kind.isidentifier(), kind
-        assert kind != "system", "MLflow's own system metrics have that name"
         assert not values.keys() & {"kind", "step", "time"}, values.keys()
         last = self._last.get(kind, -1)
         if step == last == self._resume_step:

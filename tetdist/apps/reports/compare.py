@@ -29,6 +29,8 @@ OF_THE_CLOCK = (
     "slowest_host",
     "eta_s",
     "seconds",
+    "gpu_memory",  # this and the next: of earlier versions
+    "gpu_energy",
 )
 WIDTH = 100  # columns of the output
 SHOWN = 8  # largest number of metrics shown of the step at which two runs first differ
