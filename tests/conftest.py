@@ -107,7 +107,7 @@ def _without_what_others_imported() -> Iterator[None]:
         registries: list[plugins.Registry[Any]] = [NEURONS, LOSSES, OPTIMIZERS]
         for known in registries:
             for kind in [one for one in known if known._modules[one] in own]:
-                del known._entries[kind], known._modules[kind]
+                del known[kind], known._modules[kind]
 
 
 @pytest.fixture(scope="module")

@@ -136,9 +136,10 @@ def kind_of(name: str, key: str = OPTIMIZERS.key) -> OptimizerKind:
         return _of_timm(name.removeprefix(TIMM), key)
     from timm.optim import list_optimizers
 
-    if name not in OPTIMIZERS and name in list_optimizers():
-        raise UserError(f"{key}: {OPTIMIZERS.none_of(name)}; for timm's, set {TIMM}{name}")
-    return OPTIMIZERS.find(name, key)
+    if name not in OPTIMIZERS:
+        hint = f"; for timm's, set {TIMM}{name}" if name in list_optimizers() else ""
+        raise UserError(f"{key}: {OPTIMIZERS.none_of(name)}{hint}")
+    return OPTIMIZERS[name]
 
 
 def make_optimizer(model: nn.Module, section: "OptimizerSettings") -> torch.optim.Optimizer:

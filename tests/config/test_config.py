@@ -86,7 +86,10 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
                 ({"from": 1}, ""),
             )
         ),
-        ({"phases.0.optimizer": "adamw"}, ("'phases.0.optimizer' holds keys", "{kind: adamw}")),
+        (
+            {"phases.0.optimizer": "adamw"},
+            ("'phases.0.optimizer' holds keys", "set phases.0.optimizer.kind"),
+        ),
         ({"phases.0.optimizer": "continue"}, ("phases.0.optimizer: continue needs a phase",)),
         (
             {"phases": [PHASE, PHASE | {"optimizer": "continue"}], "start_phase": 1}
@@ -130,10 +133,6 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         (
             {"cuda_graphs": True, "engine": "torch", "batch_norm.sync": True},
             ("cuda_graphs=true", "batch_norm.sync=true, whose averages"),
-        ),
-        (
-            {"cuda_graphs": True, "engine": "torch", "device": "cpu"},
-            ("cuda_graphs=true needs a GPU", "device=cpu"),
         ),
         ({"batch.micro": 3}, ("batch.global", "8", "batch.micro", "3", "6")),
         ({"batch.micro": 16}, ("batch.global", "batch.micro", "16")),
@@ -334,17 +333,14 @@ def test_list_item_of_a_default_can_be_overridden(tmp_path):
             "timesteps=3: unknown key 'timesteps'; did you mean 'model.neuron.timesteps' or",
         ),
         ("lr=3", "did you mean 'phases.0.optimizer.lr'?"),
-        ("model=sew_resnet18", "did you mean model.name=sew_resnet18?"),
-        ("model.neuron=lif", "did you mean model.neuron.kind=lif?"),
+        ("model=sew_resnet18", "set model.name, for instance"),
+        ("model.neuron=lif", "set model.neuron.kind, for instance"),
         ("model.neuron.decay=2", "model.neuron.decay=2 must be 1 or less"),
         ("seed=-1", "seed=-1 must be 0 or more"),
         ("data.scale=[0.5,2]", "data.scale=[0.5,2]: 'data.scale.1': must be 1 or less, not 2"),
         ("model.neuron.spike=sigmoid", "model.neuron.spike=sigmoid needs surrogate=sigmoid, not "),
-        ("loss=sdt", "did you mean loss.kind=sdt?"),
-        ("batch=64", "did you mean batch.global=64?"),
-        ("data=events", "did you mean data.kind=events?"),
-        ("data=/mine", "did you mean data.root=/mine?"),
-        ("phases.0.optimizer=adam", "did you mean phases.0.optimizer.kind=adam?"),
+        ("batch=64", "set batch.global, for instance"),
+        ("phases.0.optimizer=adam", "set phases.0.optimizer.kind, for instance"),
         ("phases=3", "phases=3: 'phases' is a list"),
         ("phases.1.epochs=1", "phases.1.epochs=1: phases has one item, phases.0"),
         ("data.mean=[0.5]", "data.mean=[0.5]: 'data.mean.1' is missing"),

@@ -37,7 +37,7 @@ class Ahead(LIF):
 
 @pytest.fixture(autouse=True)
 def ahead(monkeypatch):
-    monkeypatch.setitem(neurons.NEURONS._entries, "ahead", Ahead)
+    monkeypatch.setitem(neurons.NEURONS, "ahead", Ahead)
 
 
 def network(name, neuron, **arguments):

@@ -174,8 +174,6 @@ def _of_cuda_graphs(config: RunConfig) -> Iterator[str]:
             "cuda_graphs=true cannot go with model.neuron.mask_epochs, which changes neurons every "
             "epoch, while a graph repeats the captured ones; set cuda_graphs=false"
         )
-    if config.device == "cpu":
-        yield "cuda_graphs=true needs a GPU, but device=cpu; remove it or set device=cuda"
     if config.profile is not None:
         yield (
             "profile: the operations of a CUDA graph have no names; set cuda_graphs=false while "

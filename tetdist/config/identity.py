@@ -7,14 +7,15 @@ from tetdist.config.fields import TIMM
 from tetdist.config.schema import RunConfig
 from tetdist.storage.hub import NAMED
 
+# Places of files, and how they are read.
+_READING = ("data.index", "data.threads", "data.prefetch")
+
 # Keys that may change on a resume: places of files, amounts of output, and ways to compute the same
 # numbers; none changes the result beyond rounding. (The index's fingerprint identifies the data.)
 OPERATIONAL_KEYS = (
+    *_READING,
     "model.mixes_samples",
     "data.root",
-    "data.index",
-    "data.threads",
-    "data.prefetch",
     "batch.eval",
     # Checksums compare their content instead.
     "imports",
@@ -43,29 +44,12 @@ OPERATIONAL_KEYS = (
 # Keys without use for repeating a run on another machine: its places, device, tracking and
 # checkpoint interval.
 _OF_THE_MACHINE = (
-    "data.index",
-    "data.threads",
-    "data.prefetch",
-    "peer_timeout",
-    "profile",
-    "device",
-    "log_every",
-    "plots",
-    "resume",
-    "runs_dir",
-    "save",
-    "tracking",
-    "cluster",
+    *(*_READING, "peer_timeout", "profile", "device", "log_every", "plots", "resume"),
+    *("runs_dir", "save", "tracking", "cluster"),
 )
 
-# Keys that may differ between hosts of one run: the places of data, and how they are read.
-_OF_THE_HOST = (
-    "data.root",
-    "data.index",
-    "data.threads",
-    "data.prefetch",
-    "runs_dir",
-)
+# Keys that may differ between hosts of one run.
+_OF_THE_HOST = (*_READING, "data.root", "runs_dir")
 
 # Input files and folders, compared by absolute path. A network may also be hf:ORG/NAME or
 # tetdist:NAME, and a teacher timm:NAME.

@@ -4,11 +4,10 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar, get_origin
+from typing import Any, TypeVar
 
 import pydantic
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from tetdist.config.documentation import documented_keys, keys_of, section_at
 from tetdist.config.fields import Section
@@ -111,7 +110,9 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
         case "missing":
             return f"{dotted!r} is missing"
         case "model_type" if (section := section_at(root, location)) is not None:
-            return _no_section(dotted, section, given, is_override=override is not None)
+            keys = keys_of(section)
+            known = f"{dotted!r} holds keys ({', '.join(keys)}), not the value {given!r}"
+            return f"{known}; set {dotted}.{'kind' if 'kind' in keys else keys[0]}, for instance"
         case "tuple_type" | "list_type" if dotted == "phases":
             return f"{dotted!r} is a list; set a phase's keys, such as {dotted}.0.epochs"
     message = error["msg"][0].lower() + error["msg"][1:]
@@ -143,31 +144,3 @@ def _place_of(word: str, key: str) -> str | None:
     """Return the dotted key or section that ends in a word of a documented key; None without."""
     parts = key.replace(".N.", ".0.").split(".")
     return ".".join(parts[: parts.index(word) + 1]) if word in parts else None
-
-
-def _no_section(dotted: str, section: type[BaseModel], given: Any, *, is_override: bool) -> str:
-    """Return the error of a value where a section belongs, with the key it may be meant for."""
-    problem = f"{dotted!r} holds keys ({', '.join(keys_of(section))}), not the value {given!r}"
-    key = _key_for(section, given)
-    if key is None:
-        return problem
-    written = f"{dotted}.{key}={given}" if is_override else f"{dotted}: {{{key}: {given}}}"
-    return f"{problem}; did you mean {written}?"
-
-
-def _key_for(section: type[BaseModel], value: Any) -> str | None:
-    """Return the key of a section that a lone value most likely belongs to: the first that accepts
-    it, with keys of fixed choices before required keys, and those before all others."""
-
-    def order(field: FieldInfo) -> tuple[bool, bool]:
-        return get_origin(field.annotation) is not Literal, not field.is_required()
-
-    for name, field in sorted(section.model_fields.items(), key=lambda item: order(item[1])):
-        alone: dict[str, Any] = {name: (field.annotation, field)}
-        one = pydantic.create_model("One", __base__=Section, **alone)
-        try:
-            one.model_validate({name: value})
-        except pydantic.ValidationError:
-            continue
-        return field.alias or name
-    return None

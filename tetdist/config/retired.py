@@ -1,6 +1,8 @@
 """Keys of earlier versions that are gone, so that old run folders and checkpoints stay usable."""
 
+import copy
 import logging
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tetdist.errors import UserError
@@ -60,7 +62,7 @@ def without_retired(raw: dict[str, Any], source: str, *, is_trained: bool) -> di
     Raises:
         UserError: A key that is gone has another value than its default.
     """
-    raw, dropped = dict(raw), []
+    raw, dropped = copy.deepcopy(raw), []
     for key, retired in RETIRED.items():
         for place, parent, name in _found(raw, key.split(".")):
             value = parent.pop(name)
@@ -78,20 +80,16 @@ def without_retired(raw: dict[str, Any], source: str, *, is_trained: bool) -> di
     return raw
 
 
-def _found(owner: Any, key: list[str], place: str = "") -> list[tuple[str, dict[str, Any], str]]:
-    """Return each place of a key with the mapping that holds it, copied into its own ``owner``."""
+def _found(
+    owner: Any, key: list[str], place: str = ""
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield each place of a key with the mapping that holds it."""
     name, *inner = key
-    if not isinstance(owner, dict) or name not in owner:
-        return []
-    if not inner:
-        return [(f"{place}{name}", owner, name)]
-    if inner[0] == "N":
-        if not isinstance(owner[name], list):
-            return []
-        items = owner[name] = [dict(i) if isinstance(i, dict) else i for i in owner[name]]
-        numbered = enumerate(items)
-        return [hit for i, one in numbered for hit in _found(one, inner[1:], f"{place}{name}.{i}.")]
-    if not isinstance(owner[name], dict):
-        return []
-    owner[name] = dict(owner[name])
-    return _found(owner[name], inner, f"{place}{name}.")
+    if isinstance(owner, list) and name == "N":
+        for number, item in enumerate(owner):
+            yield from _found(item, inner, f"{place}{number}.")
+    elif isinstance(owner, dict) and name in owner:
+        if inner:
+            yield from _found(owner[name], inner, f"{place}{name}.")
+        else:
+            yield f"{place}{name}", owner, name

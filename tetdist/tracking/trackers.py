@@ -78,7 +78,7 @@ TRACKERS: Registry[MakesTracker] = Registry("tracker", "tracking.trackers")
 def check_names(names: Iterable[str]) -> None:
     """Check that trackers of these names exist, even if they cannot be used here."""
     for name in names:
-        TRACKERS.find(name, "tracking.trackers")
+        TRACKERS[name]
 
 
 def check_tracker(name: str) -> None:

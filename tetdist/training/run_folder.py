@@ -107,7 +107,7 @@ class RunFolder:
         except UserError:
             logger.warning("%s is of another version; its keys are compared as they are", file)
         changed = differences(earlier, self.config.as_dict())
-        changed += plugins.changes(plugins.kept(self.path / "imports"), imported)
+        changed += plugins.changes(self.path / "imports", imported)
         # A run that failed before its first line may be corrected and started again.
         has_begun = self._saved() or (metrics.exists() and metrics.stat().st_size > 0)
         if changed and not has_begun:

@@ -53,9 +53,10 @@ def _neuron(value: Any) -> NeuronConfig:
     if isinstance(value, NeuronConfig):
         return value
     kind = value.get("kind", "lif") if isinstance(value, dict) else "lif"
-    kinds = NEURONS.find(str(kind), "kind")
-    numbers = dict(neuron_section(str(kind)).model_validate_json(json.dumps(value)))
-    return kinds(**{key: number for key, number in numbers.items() if key != "kind"})
+    if kind not in NEURONS:
+        raise ValueError(f"kind: {NEURONS.none_of(str(kind))}")
+    numbers = dict(neuron_section(kind).model_validate_json(json.dumps(value)))
+    return NEURONS[kind](**{key: number for key, number in numbers.items() if key != "kind"})
 
 
 Neuron = Annotated[NeuronConfig, PlainValidator(_neuron), PlainSerializer(neurons.as_dict)]
