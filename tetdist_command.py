@@ -28,8 +28,6 @@ COMMANDS = {
     "cifar": "unpack a CIFAR archive into image folders",
     "convert": "convert weights of other projects",
     "export": "export a trained network",
-    "average": "average the weights of several trained networks",
-    "landscape": "measure the sharpness of trained networks, and draw their loss landscapes",
     "bench": "measure the speed of a step, of several processes and of the loader",
     "check_gpu": "check a machine with GPUs before training on it; takes ten minutes",
     "list": "list recipes, networks, neurons, losses and optimisers",

@@ -1,12 +1,11 @@
 """A network evaluated on a batch that is at hand."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tetdist.data.loader import Batch
-from tetdist.evaluation.evaluate import Evaluation, evaluate
-from tetdist.evaluation.suite import Evaluator
+from tetdist.evaluation.evaluate import Evaluation, Evaluator, evaluate
 
 
 @dataclass(frozen=True)
@@ -17,14 +16,10 @@ class OneBatch(Evaluator):
     precision: str
 
     def run(
-        self,
-        title: str,
-        change: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
-        also: Callable[..., Any] = lambda _logits, _labels, _ids: None,
+        self, title: str, also: Callable[..., Any] = lambda _logits, _labels: None
     ) -> Evaluation:
         del title
-        batches = change([self.batch])
-        samples = len(self.batch.labels)
+        samples, precision = len(self.batch.labels), self.precision
         return evaluate(
-            self.model, batches, samples, self.world, precision=self.precision, also=also
+            self.model, [self.batch], samples, self.world, precision=precision, also=also
         )

@@ -3,25 +3,52 @@
     python tools/study.py tet_vs_sdt_DATA --jobs 2 --only sdt_t4 --only tet_t4
     python docs/make/landscapes.py DATA
 
-`--measured FILE.json` takes the numbers of an earlier tools/landscape.py instead.
+A direction moves every filter (a row of a weight of two or more dimensions) by its own norm, and
+leaves norms, biases and neurons as they are: filter normalisation, as in Li et al., "Visualizing
+the Loss Landscape of Neural Nets" (NeurIPS 2018), whose code names the latter biasbn. Every loss is
+the true one, with running statistics recomputed at that point from the same samples.
+
+Spikes jump, so the loss has no Hessian: a curvature is the second difference at a stated step h,
+(L(h d) + L(-h d) - 2 L(0)) / h^2. Gradients are surrogate ones, in training mode; they only choose
+two further directions, along which the true loss is measured as well.
 """
 
 import argparse
-import json
-import os
+import itertools
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import pages
+import torch
+from torch import Tensor
 
-from tetdist.apps.cli import landscape
-from tetdist.apps.studies.numbers import Difference, detectable, holm
+from tetdist import order
+from tetdist.apps.reports import style
+from tetdist.apps.studies.numbers import Difference, detectable, holm, paired_difference
+from tetdist.apps.weights.evaluated import evaluation_config
+from tetdist.config.schema import RunConfig
+from tetdist.data.batches import eval_batches
+from tetdist.data.dali import Workers
+from tetdist.datasets.index import Index
+from tetdist.distributed.world import join
+from tetdist.losses import sdt_loss, tet_loss
+from tetdist.models import SpikingNetwork
+from tetdist.nn import dropout
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.precision import autocast, parameter_type
+from tetdist.storage import checkpoint
+from tetdist.storage.files import parse_json
 from tetdist.tables import markdown
+from tetdist.training.setup import load_model, open_split
 
 DATA = {"digits": "handwritten digits", "cifar10": "5,000 images of CIFAR-10"}
+SEEDS, SAMPLES, DIRECTIONS, RADIUS, GRID = range(5), 1000, 5, 0.5, 11
+POINTS, ITERATIONS = 21, 8  # of a curve, and of the power iteration
+MIDDLE, STEP = POINTS // 2, POINTS // 10  # the trained weights, and the step of a curvature
+LOSSES = {"time_mean": "L_SDT", "per_timestep": "L_TET"}  # L_TET without its regulariser
 KEYS = {
     "rise": "rise at half a filter's norm",
     "curvature": "curvature",
@@ -36,9 +63,11 @@ TEXT = """The paper claims so in its abstract and shows a landscape.
 {table}
 
 *SDT* and *TET* are means of {n} networks each: {samples:,} training samples, {directions} random
-directions that move every filter by up to half its norm, running statistics recomputed at every
-point ([how](../evaluation.md#measure-sharpness)). `time_mean` is L_SDT and `per_timestep` is L_TET
-without its regulariser, both for all networks. Differences are paired by seed, with 95 % intervals;
+directions that move every filter by up to half its norm (Li et al., NeurIPS 2018), running
+statistics recomputed at every point. `time_mean` is L_SDT and `per_timestep` is L_TET without its
+regulariser, both for all networks. Curvature is the second difference over a tenth of a filter's
+norm, the mean of random directions; the eigenvalue is that of the sharpest direction found by a
+power iteration on surrogate gradients. Differences are paired by seed, with 95 % intervals;
 p is corrected by Holm's method for the {tests} rows. The minimum detectable effect is for a power
 of 80 %, uncorrected. Spikes jump, so no number is an upper bound. Bands are one standard deviation
 over directions and networks. Contours are those of the first seed, in the plane of two random
@@ -47,64 +76,264 @@ directions.
 Commands: `python tools/study.py tet_vs_sdt_{data} --jobs 2 --only sdt_t4 --only tet_t4` and
 `python docs/make/landscapes.py {data}`. Numbers: [landscape_{data}.json](landscape_{data}.json).
 """
+Direction = list[Tensor]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("data", choices=DATA)
-    parser.add_argument("--measured", type=Path)
-    options = parser.parse_args()
-    page = pages.RESULTS / f"landscape_{options.data}.md"
-    measured = options.measured or page.with_suffix(".json")
-    if options.measured is None:
-        study, figure = Path(f"runs/tet_vs_sdt_{options.data}"), page.with_suffix(".png")
-        runs = [str(study / f"{loss}_t4-seed{k}") for loss in ("sdt", "tet") for k in range(5)]
-        given = ["--directions", "5", "--grid", "11", "--threads", "1"]
-        given += ["--json", str(measured), "--output", str(figure)]
-        os.chdir(pages.ROOT)  # The JSON file has the paths of the runs.
-        if code := landscape.main([*runs, *given]):
-            return code
-    found: dict[str, Any] = json.loads(measured.read_text())
-    ((name, by_loss),) = found["differences"].items()
-    sign = 1 if name.startswith("tet") else -1  # The first group is the control.
-    compared = {
-        (loss, key): by_loss[loss][key] for loss in ("time_mean", "per_timestep") for key in KEYS
+class Landscape:
+    """Losses of a network on some samples, as functions of its filters; its weights change."""
+
+    def __init__(self, model: SpikingNetwork, config: RunConfig, index: Index) -> None:
+        self.model, self.precision, micro = model, config.precision, config.batch.micro
+        self.samples = min(-(-SAMPLES // micro), len(index) // micro) * micro
+        chosen = order.permutation(len(index), 0, 0, order.named_stream("landscape"))
+        parts = np.split(chosen[: self.samples], self.samples // micro)
+        workers = Workers(device="cpu", device_id=None, threads=1, prefetch=config.data.prefetch)
+        kind = parameter_type(self.precision)
+        with eval_batches(config.data, index, parts, workers) as loader:
+            batches = itertools.islice(loader, len(parts))
+            self.batches = [(one.images.to(kind), one.labels) for one in batches]
+        for layer in dropout.dropping(model):
+            layer.rate = 0.0
+        self.norms = [one for one in model.modules() if isinstance(one, BatchNorm)]
+        self.filters = [p for p in model.parameters() if p.ndim > 1]
+        self.origin = [p.detach().clone() for p in self.filters]
+        self.lengths = [lengths(weight) for weight in self.origin]
+
+    def random(self, number: int) -> Direction:
+        """Return a random direction; networks of one architecture get the same, up to norms."""
+        generator = torch.Generator().manual_seed(order.forward_seed(0, number, 0))
+        return self.normalised([torch.randn(w.shape, generator=generator) for w in self.origin])
+
+    def normalised(self, step: Direction) -> Direction:
+        """Scale each filter's step to the filter's norm."""
+        pairs = zip(step, self.lengths, strict=True)
+        return [part * (length / lengths(part)).nan_to_num(0, 0, 0) for part, length in pairs]
+
+    def steepest(self, gradient: Direction) -> Direction:
+        """Return the direction of steepest ascent whose relative changes have squares of sum 1."""
+        scaled = [g * length for g, length in zip(gradient, self.lengths, strict=True)]
+        size = torch.stack([part.double().square().sum() for part in scaled]).sum().sqrt()
+        return [p * (n / size).to(n) for p, n in zip(scaled, self.lengths, strict=True)]
+
+    @torch.no_grad()
+    def values(self, *steps: tuple[float, Direction]) -> dict[str, float]:
+        """Return the losses and top-1 after some steps from the trained weights."""
+        self.move(*steps)
+        sums = torch.zeros(3, dtype=torch.float64)
+        with autocast(torch.device("cpu"), self.precision):
+            self.model.train()
+            for number, (images, _) in enumerate(self.batches, start=1):
+                for norm in self.norms:
+                    norm.momentum = 1 / number  # gives each micro-batch the same weight
+                self.model(images)
+            self.model.eval()
+            for images, labels in self.batches:
+                logits = self.model(images, per_timestep=True)
+                right = 100 * (logits.mean(0).argmax(-1) == labels).double().mean()
+                losses = sdt_loss(logits, labels), tet_loss(logits, labels, lambda_=0.0)
+                sums += torch.stack([one.double() for one in (*losses, right)]) * len(labels)
+        return dict(zip((*LOSSES, "top1"), (sums / self.samples).tolist(), strict=True))
+
+    def gradient(self, *steps: tuple[float, Direction]) -> Direction:
+        """Return the surrogate gradient of L_SDT, with batch norms in training mode."""
+        self.move(*steps)
+        self.model.train()
+        self.model.zero_grad()
+        for images, labels in self.batches:
+            with autocast(torch.device("cpu"), self.precision):
+                loss = sdt_loss(self.model(images, per_timestep=True), labels)
+            (loss * (len(labels) / self.samples)).backward()
+        self.model.eval()
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.filters]
+
+    def sharpest(self, start: Direction, step: float) -> tuple[Direction, list[float]]:
+        """Look for the direction of the largest curvature, by power iteration.
+
+        The product of Hessian and direction is the difference of two surrogate gradients, ``step``
+        to either side. Return the best direction, and each iteration's estimated eigenvalue.
+        """
+        best, estimates = start, list[float]()
+        for _ in range(ITERATIONS):
+            above, below = (self.gradient((sign * step, start)) for sign in (1, -1))
+            product = [(a - b) / (2 * step) for a, b in zip(above, below, strict=True)]
+            terms = [(x.double() * y).sum() for x, y in zip(product, start, strict=True)]
+            estimates.append(float(sum(terms)))
+            best = start if estimates[-1] == max(estimates) else best
+            start = self.steepest(product)
+        return best, estimates
+
+    @torch.no_grad()
+    def move(self, *steps: tuple[float, Direction]) -> None:
+        for i, (parameter, weight) in enumerate(zip(self.filters, self.origin, strict=True)):
+            parameter.copy_(sum((size * step[i] for size, step in steps), weight))
+
+
+def lengths(weight: Tensor) -> Tensor:
+    """Return the norm of each filter, (F, 1, ...)."""
+    return weight.flatten(1).norm(dim=1).view(-1, *(1,) * (weight.ndim - 1))
+
+
+def measure(landscape: Landscape, grid: int) -> dict[str, Any]:
+    """Measure curves along random directions and two chosen by surrogate gradients, a grid in the
+    plane of the first two (0: none), and the sharpness of each loss."""
+    positions, center = np.linspace(-RADIUS, RADIUS, POINTS).tolist(), landscape.values()
+
+    def curve(direction: Direction) -> dict[str, list[float]]:
+        found = [landscape.values((at, direction)) if at else center for at in positions]
+        return {key: [point[key] for point in found] for key in center}
+
+    curves = {str(k): curve(landscape.random(k)) for k in range(DIRECTIONS)}
+    gradient = landscape.gradient()
+    curves["ascent"] = curve(landscape.normalised(gradient))
+    start = landscape.steepest(gradient)
+    sharpest, estimates = landscape.sharpest(start, RADIUS * STEP / MIDDLE)
+    curves["sharpest"] = curve(sharpest)
+    along, x, y = np.linspace(-RADIUS, RADIUS, grid).tolist(), *map(landscape.random, (0, 1))
+    points = [[landscape.values((a, x), (b, y)) for a in along] for b in along]
+    return {
+        "samples": landscape.samples,
+        "center": center,
+        "sharpness": {
+            loss: sharpness(np.array([found[loss] for found in curves.values()])) for loss in LOSSES
+        },
+        "surrogate_eigenvalues": estimates,
+        "curves": curves,
+        "surface": {key: [[p[key] for p in row] for row in points] for key in center if grid},
     }
+
+
+def sharpness(curves: np.ndarray) -> dict[str, float]:
+    """Summarise a loss along all directions, of which the last two are ascent and sharpest.
+
+    ``rise``: at the radius, mean of both ways of random directions; ``curvature``: mean of random
+    directions; ``worst_rise``: the largest of any point, a lower bound on that within the radius;
+    ``eigenvalue``: curvature of the sharpest direction, a lower bound on the largest at its step.
+    """
+    rises = curves - curves[0, MIDDLE]
+    edges = (rises[:-2, 0] + rises[:-2, -1]) / 2
+    bends = (rises[:, MIDDLE + STEP] + rises[:, MIDDLE - STEP]) / (RADIUS * STEP / MIDDLE) ** 2
+    return {
+        "loss": float(curves[0, MIDDLE]),
+        "rise": float(edges.mean()),
+        "worst_rise": float(rises.max()),
+        "curvature": float(bends[:-2].mean()),
+        "eigenvalue": float(bends[-1]),
+    }
+
+
+def measured(study: Path) -> dict[str, Any]:
+    """Measure the networks of a study that were trained at T=4, and compare them by seed."""
+    networks, groups = list[dict[str, Any]](), dict[str, list[str]]()
+    sharp = dict[str, list[dict[str, Any]]]()
+    with join("cpu") as world:
+        for loss, seed in itertools.product(("sdt_t4", "tet_t4"), SEEDS):
+            run = study / f"{loss}-seed{seed}"
+            print(run, file=sys.stderr)
+            weights, description = checkpoint.load_model_file(run)
+            config = evaluation_config(description.config, str(run), {"threads": 1})
+            index = open_split(config, "train", world)
+            model = load_model(config, index, weights, run, world)
+            model.set_timesteps(description.timesteps)
+            found = measure(Landscape(model.eval(), config, index), 0 if seed else GRID)
+            about = {"checkpoint": str(run), "step": description.step, "seed": seed}
+            networks.append(about | {"timesteps": model.timesteps} | found)
+            groups.setdefault(loss, []).append(str(run))
+            sharp.setdefault(loss, []).append(found["sharpness"])
+    theirs, ours = sharp.values()
+    by_loss = {
+        loss: {
+            key: vars(paired_difference(*([x[loss][key] for x in ones] for ones in (ours, theirs))))
+            for key in KEYS
+        }
+        for loss in LOSSES
+    }
+    about = {"directions": DIRECTIONS, "radius": RADIUS, "groups": groups, "control": "sdt_t4"}
+    return about | {"differences": {"tet_t4": by_loss}, "networks": networks}
+
+
+def draw(found: dict[str, Any]) -> Any:
+    """Draw curves, each the mean over random directions and networks with a band of one standard
+    deviation, and the contours of each loss's first network; the plots of a row share levels."""
+    of_path = {one["checkpoint"]: one for one in found["networks"]}
+    groups = {name: [of_path[path] for path in paths] for name, paths in found["groups"].items()}
+    radius, figure = found["radius"], style.new_figure(13, 13.2)
+    top, *others = figure.subfigures(3, 1)
+    axes = top.subplots(1, 3)
+    titles = {key: f"{name}: {key.replace('_', ' ')}" for key, name in LOSSES.items()}
+    for axis, (key, title) in zip(axes, (titles | {"top1": "Accuracy"}).items(), strict=True):
+        for colour, (name, members) in zip(style.SERIES, groups.items(), strict=False):
+            curves = [c[key] for one in members for k, c in one["curves"].items() if k.isdigit()]
+            middle, spread = np.mean(curves, axis=0), np.std(curves, axis=0, ddof=1)
+            at = np.linspace(-radius, radius, len(middle))
+            limits = (0, 100 if key == "top1" else None)
+            band = np.clip([middle - spread, middle + spread], *limits)
+            axis.fill_between(at, *band, color=colour, alpha=0.2, linewidth=0)
+            axis.plot(at, middle, color=colour, linewidth=1.8, label=f"{name} ({len(members)})")
+        axis.set_xlabel("step, relative to the norm of each filter")
+        unit = style.ACCURACY if key == "top1" else "loss"
+        style.finish(axis, title, unit, legend=axis is axes[0])
+    for part, (key, title) in zip(others, titles.items(), strict=True):
+        surfaces = {name: np.array(ones[0]["surface"][key]) for name, ones in groups.items()}
+        lowest, highest = np.min([*surfaces.values()]), np.max([*surfaces.values()])
+        levels = np.geomspace(max(lowest, highest / 1e4), highest, 16)
+        for axis, (name, surface) in zip(
+            part.subplots(1, len(surfaces)), surfaces.items(), strict=True
+        ):
+            at = np.linspace(-radius, radius, len(surface))
+            lines = axis.contour(at, at, surface, levels=levels, cmap="viridis", linewidths=1.2)
+            axis.clabel(lines, lines.levels[::3], fontsize=7, fmt="%.2g")
+            axis.plot(0, 0, "+", color="black")
+            axis.set_title(f"{name}, {title}", loc="left", fontsize=10)
+            axis.set_xlabel("first direction")
+            axis.set_ylabel("second direction")
+            axis.set_aspect("equal")
+    return figure
+
+
+def write_page(data: str, found: dict[str, Any]) -> None:
+    (by_loss,) = found["differences"].values()
+    compared = {(loss, key): by_loss[loss][key] for loss in LOSSES for key in KEYS}
     corrected = dict(zip(compared, holm([one["p"] for one in compared.values()]), strict=True))
-    rows, flatter = [], []
     of_path = {network["checkpoint"]: network["sharpness"] for network in found["networks"]}
-
-    def average(paths: Iterable[str], loss: str, key: str) -> str:
-        return f"{mean(of_path[path][loss][key] for path in paths):.3g}"
-
+    rows, verdicts = [], []
     for (loss, key), one in compared.items():
-        low, high = sorted((sign * one["low"], sign * one["high"]))
-        size, p = sign * one["mean"], corrected[loss, key]
-        text = f"{size:+.2g} [{low:+.2g}, {high:+.2g}]"
-        values = [average(found["groups"][f"{k}_t4"], loss, key) for k in ("sdt", "tet")]
+        p, groups = corrected[loss, key], (found["groups"][f"{k}_t4"] for k in ("sdt", "tet"))
+        text = f"{one['mean']:+.2g} [{one['low']:+.2g}, {one['high']:+.2g}]"
+        values = [f"{mean(of_path[path][loss][key] for path in group):.3g}" for group in groups]
         effect = f"{detectable(Difference(**one)):.2g}"
         rows.append([f"`{loss}`", KEYS[key], *values, text, effect, f"{p:.2g}"])
-        flatter.append("flatter" if p < 0.05 and size < 0 else "sharper" if p < 0.05 else "")
+        if p < 0.05:
+            verdicts.append("flatter" if one["mean"] < 0 else "sharper")
     n = Difference(**next(iter(compared.values()))).n
     answer = (
-        f"Of {len(rows)} measures, TET is significantly flatter by {flatter.count('flatter')} and "
-        f"sharper by {flatter.count('sharper')} after Holm's correction. The rise of L_SDT along "
+        f"Of {len(rows)} measures, TET is significantly flatter by {verdicts.count('flatter')} and "
+        f"sharper by {verdicts.count('sharper')} after Holm's correction. The rise of L_SDT along "
         f"random directions, TET minus SDT, is {rows[0][4]}."
     )
-    where = f"{DATA[options.data]} at T=4"
+    where = f"{DATA[data]} at T=4"
     about = {
         "title": f"Sharpness of minima with TET and SDT on {where}",
         "question": f"Does TET end in flatter minima than SDT, on {where}?",
     }
     text = TEXT.format(
-        data=options.data,
+        data=data,
         table=markdown(HEAD, rows, numbers=True),
         n=n,
         samples=found["networks"][0]["samples"],
         directions=found["directions"],
         tests=len(rows),
     )
-    pages.write(page, about, answer, n, found, text)
+    pages.write(pages.RESULTS / f"landscape_{data}.md", about, answer, n, found, text, draw(found))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("data", choices=DATA)
+    parser.add_argument("--measured", type=Path, help="JSON file of an earlier page, to write anew")
+    options = parser.parse_args()
+    file = options.measured
+    study = Path(f"runs/tet_vs_sdt_{options.data}")
+    write_page(options.data, parse_json(file.read_bytes()) if file else measured(study))
     return 0
 
 

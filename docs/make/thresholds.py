@@ -25,7 +25,8 @@ from tetdist.apps.studies.plan import StudyRun
 from tetdist.apps.weights.trained import load
 from tetdist.data.build import eval_loader
 from tetdist.distributed.world import join
-from tetdist.evaluation.decisions import FINE_THRESHOLDS, first_sure
+from tetdist.evaluation.decisions import first_sure
+from tetdist.evaluation.early_exit import FINE_THRESHOLDS
 from tetdist.evaluation.evaluate import running_means
 from tetdist.storage.files import write_json
 from tetdist.tables import markdown
@@ -34,7 +35,7 @@ from tetdist.training.setup import open_data, open_split
 STUDIES = {"across_days": "objects on another day", "early_exit_nmnist": "N-MNIST"}
 PAGE = Path(__file__).parents[1] / "results" / "thresholds_travel.md"
 ENTRIES, WITHIN, DOUBT, SIZES = ("tet", "sdt"), (0.5, 2.0), 0.1, (25, 50, 100, 200, 400)
-GRID, FROM_ZERO = torch.tensor(FINE_THRESHOLDS), 1 - 0.9 ** torch.arange(110)
+GRID, FROM_ZERO = torch.tensor(FINE_THRESHOLDS[:-1]), 1 - 0.9 ** torch.arange(110)
 STEPS, NEVER = torch.arange(1, 11), math.inf
 Samples = dict[str, Tensor]  # running means (T, N, K) of each change, and labels (N,)
 Rule = Callable[[Samples, float], Callable[[Tensor], Tensor]]  # returns exits (N,) of means, from 0

@@ -1,23 +1,24 @@
 """Confusion, classes and early exit against counts done by hand."""
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tetdist.apps.reports.evaluation_page import SHOWN_CLASSES, _classes
-from tetdist.evaluation.decisions import THRESHOLDS, DecisionCounts, Decisions
+from tetdist.evaluation import early_exit
+from tetdist.evaluation.decisions import THRESHOLDS, Decisions
+from tetdist.evaluation.early_exit import ExitChoice, choose_exit
 from tetdist.evaluation.evaluate import _count, running_means
-from tetdist.evaluation.suite import ExitChoice, _chosen, choose_exit
 
 
 def decide(world, *batches, outputs=2):
-    counts = DecisionCounts(["a", "b"], outputs, len(batches[0][0]), torch.device("cpu"))
+    found = Decisions(["a", "b"], outputs, len(batches[0][0]), torch.device("cpu"))
     for logits, labels in batches:
-        counts.add(logits, labels)
-    return counts.total(world)
+        found.add(logits, labels)
+    found.gather(world)
+    return found
 
 
 def of_probabilities(*of_timesteps):
@@ -48,41 +49,42 @@ def test_a_sample_is_decided_when_it_is_sure_enough(alone):
     assert list(curve) == list(THRESHOLDS)
 
 
-def test_the_lowest_threshold_that_costs_little_from_there_on():
-    # Of 10 samples 8 are right at T; in early exit at the thresholds 7, 9, 6, 7 and 8.
-    of_one_class, exits = [[8, 2], [0, 0]], [[10]] * 5
-    thresholds, right = (0.3, 0.5, 0.7, 0.8, 0.9), [7, 9, 6, 7, 8]
-    found = Decisions(["a", "b"], of_one_class, thresholds, exits, right)
-    # 0.3 and 0.5 cost little, too, but by chance: what is between them costs more.
-    assert [found.threshold_within(points) for points in (0, 9.9, 10, 20)] == [0.9, 0.9, 0.8, 0.3]
-    worse = Decisions(["a", "b"], of_one_class, thresholds, exits, [7, 9, 6, 7, 7])
-    assert worse.threshold_within(5) is None
+def chosen(world, logits, labels, within, classes=("a", "b")):
+    """The choice on a batch of two classes; without classes, it has no labels."""
+    found = SimpleNamespace(samples=len(labels), top1=50.0)
+    evaluator = SimpleNamespace(
+        model=SimpleNamespace(num_classes=2, set_timesteps=lambda _: None),
+        world=world,
+        index=SimpleNamespace(classes=classes),
+        run=lambda _, also: (also(logits, labels), found)[1],
+    )
+    return choose_exit(evaluator, len(logits), within)
+
+
+def test_the_lowest_threshold_that_costs_little_from_there_on(alone, monkeypatch):
+    # At t = 1 two samples are right and sure, one (0.6) is right only then, two (0.55 and 0.65)
+    # only at T; five stay unsure. So 8 are right at T, and 7, 8, 7, 8 at the thresholds.
+    monkeypatch.setattr(early_exit, "FINE_THRESHOLDS", (0.52, 0.57, 0.62, 0.8, math.inf))
+    logits = of_probabilities(
+        [0.9, 0.9, 0.6, 0.45, 0.35, *[0.51] * 5], [0.9, 0.9, 0.4, 0.6, 0.6, *[0.6] * 4, 0.4]
+    )
+    labels = torch.zeros(10, dtype=torch.int64)
+    for within, threshold in ((0, 0.8), (9.9, 0.8), (10, 0.52)):
+        assert chosen(alone, logits, labels, within) == ExitChoice(within, threshold, 10, 50.0)
+    # A sample that is sure of a wrong class at once: no threshold costs so little.
+    logits[0, 0], logits[1, 0] = torch.tensor([-9.0, 9.0]), torch.tensor([20.0, -20.0])
+    assert chosen(alone, logits, labels, 5).threshold == math.inf
 
 
 def test_without_labels_the_decision_at_t_counts_as_right(alone):
     # The first is right only before T, the last only at T; the decisions between do not change.
     logits = of_probabilities([0.75, 0.8, 0.15, 0.5], [0.2, 0.9, 0.1, 0.45])
-    labels, result = torch.tensor([0, 0, 0, 1]), SimpleNamespace(samples=4, top1=50.0)
-    evaluator = SimpleNamespace(
-        model=SimpleNamespace(num_classes=2, set_timesteps=lambda _: None),
-        world=alone,
-        index=SimpleNamespace(classes=()),
-        run=lambda _, also: (also(logits, labels, None), result)[1],
-    )
+    labels = torch.tensor([0, 0, 0, 1])
     # With labels, the first makes up for the last. The next tried above 0.5 and 0.75 are these.
-    assert choose_exit(evaluator, 2, 0) == ExitChoice(0, 0.3, 4, 50.0)
+    assert chosen(alone, logits, labels, 0) == ExitChoice(0, 0.3, 4, 50.0)
     for within, threshold in ((0, 0.755925), (25, 0.54073), (50, 0.3)):
-        chosen = choose_exit(evaluator, 2, within, labelled=False)
-        assert chosen == ExitChoice(within, threshold, 4, None)
-
-
-def test_where_no_threshold_costs_so_little_all_are_decided_at_t():
-    choice, point = ExitChoice(0.0, None, 9, 70.0), {"threshold": 0.5, "top1": 1.0}
-    whole = SimpleNamespace(top1=80.0, timesteps=3)
-    found = _chosen(choice, whole, [point | {"mean_timesteps": 1.0}])
-    assert (found["threshold"], found["top1"], found["mean_timesteps"]) == (None, 80.0, 3.0)
-    found = _chosen(replace(choice, threshold=0.5), whole, [point | {"mean_timesteps": 1.0}])
-    assert (found["threshold"], found["top1"], found["mean_timesteps"]) == (0.5, 1.0, 1.0)
+        found = chosen(alone, logits, labels, within, classes=())
+        assert found == ExitChoice(within, threshold, 4, None)
 
 
 def test_confusion_and_classes(alone):
@@ -92,7 +94,7 @@ def test_confusion_and_classes(alone):
         logits[1, sample, decided] = 5
     found = decide(alone, (logits, torch.tensor([0, 0, 1, 0, 0])), outputs=3)
     assert found.classes == ["a", "b", "output 2"]
-    assert found.confusion == [[2, 1, 1], [0, 1, 0], [0, 0, 0]]
+    assert found.confusion.tolist() == [[2, 1, 1], [0, 1, 0], [0, 0, 0]]
     a, b, spare = found.per_class()
     assert (a["samples"], a["recall"], a["precision"]) == (4, 50.0, 100.0)
     assert (a["mistaken_for"], a["mistaken"]) == ("b", 1)
@@ -104,8 +106,8 @@ def test_confusion_and_classes(alone):
 def test_of_many_classes_those_of_least_recall_are_shown():
     row = {"samples": 1, "precision": None, "mistaken_for": None, "mistaken": 0}
     rows = [row | {"class": f"c{k}", "recall": 100.0 - k} for k in range(SHOWN_CLASSES + 2)]
-    shown = _classes({"per_class": rows}, brief=True)[1:]
-    assert [row[0] for row in shown] == [f"c{k}" for k in range(SHOWN_CLASSES + 1, 1, -1)]
+    (shown,) = _classes({"per_class": rows}).tables
+    assert [row[0] for row in shown[1:]] == [f"c{k}" for k in range(SHOWN_CLASSES + 1, 1, -1)]
 
 
 def test_at_the_largest_threshold_it_is_nearly_the_accuracy_at_t(alone):
@@ -113,10 +115,9 @@ def test_at_the_largest_threshold_it_is_nearly_the_accuracy_at_t(alone):
     logits, labels = torch.randn(3, 50, 2), torch.randint(2, (50,))
     found = decide(alone, (logits, labels))
     accuracy = 100 * (logits.mean(0).argmax(-1) == labels).double().mean()
-    right = sum(row[k] for k, row in enumerate(found.confusion))
-    assert math.isclose(100 * right / 50, accuracy)
+    assert math.isclose(100 * found.confusion.trace() / 50, accuracy)
     assert found.early_exit()[-1]["top1"] == pytest.approx(float(accuracy))
-    assert all(sum(exits) == 50 for exits in found.exits)
+    assert found.exits.sum(1).unique().tolist() == [50]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -128,7 +129,7 @@ def test_running_means_are_those_of_cumsum(dtype):
     assert torch.equal(running_means(logits), wide.cumsum(0) / steps)
 
 
-def test_of_equal_logits_the_first_class_is_ahead(alone):
+def test_of_equal_logits_the_first_class_is_ahead():
     # 12 classes with three logits between them: half of the samples have several highest ones.
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(0, 3, (2, 500, 12), generator=generator).bfloat16()
@@ -138,21 +139,20 @@ def test_of_equal_logits_the_first_class_is_ahead(alone):
     for row, places in ((0, 1), (1, 5)):
         right = (order[..., :places] == labels.view(1, -1, 1)).any(-1).sum(-1)
         assert counts[row].tolist() == right.tolist()
-    decisions = DecisionCounts([str(i) for i in range(12)], 12, 2, torch.device("cpu"))
+    decisions = Decisions([str(i) for i in range(12)], 12, 2, torch.device("cpu"))
     decisions.add(logits, labels)
-    points = decisions.total(alone).early_exit()
+    points = decisions.early_exit()
     never = next(point for point in points if point["mean_timesteps"] == 2)
     assert never["top1"] == 100 * counts[0, -1].item() / 500
 
 
-def test_what_is_not_a_number_is_never_right(alone):
+def test_what_is_not_a_number_is_never_right():
     logits = torch.zeros(1, 3, 6)
     logits[0, 0, 2] = logits[0, 1, 3] = logits[0, 2] = math.nan
     labels = torch.tensor([2, 0, 0])
     counts = _count(logits, labels)
     assert counts[:2].tolist() == [[0.0], [1.0]]  # the second sample's class is behind the one
-    decisions = DecisionCounts([str(i) for i in range(6)], 6, 1, torch.device("cpu"))
-    decisions.add(logits, labels)
-    found = decisions.total(alone)
+    found = Decisions([str(i) for i in range(6)], 6, 1, torch.device("cpu"))
+    found.add(logits, labels)
     assert [point["top1"] for point in found.early_exit()] == [0.0] * len(THRESHOLDS)
     assert [row["recall"] for row in found.per_class()[:3:2]] == [0.0, 0.0]

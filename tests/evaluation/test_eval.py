@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +151,8 @@ def test_what_is_decided_and_what_it_takes(run, evaluate, tmp_path):
     """At the T of training, 3, though the table of T goes beyond; or at the one T that is given."""
     by_timesteps = {}
     for timesteps in ("1,5", "3", "1-3,5"):
-        file, drop = tmp_path / f"{timesteps}.json", ("--drop-timesteps", "1,0")
-        options = ("--json", file, "--timesteps", timesteps, *drop)
+        file = tmp_path / f"{timesteps}.json"
+        options = ("--json", file, "--timesteps", timesteps)
         status, out, err = evaluate("--checkpoint", run, *options)
         assert status == 0, err
         by_timesteps[timesteps] = json.loads(file.read_text())
@@ -182,10 +181,6 @@ def test_what_is_decided_and_what_it_takes(run, evaluate, tmp_path):
     # Each spike of the last layer reaches each class.
     spikes = found["firing_rate"]["blocks.0.neuron"] * 3 * 8 * 8 * 8
     assert layers["fc"]["accumulates"] == pytest.approx(4 * spikes)
-    nothing, everything = found["dropped_timesteps"]
-    assert nothing["share"] == 0
-    assert nothing["per_timestep_top1"] == found["per_timestep_top1"][:3]
-    assert everything["top1"] in [pytest.approx(100 * n / NUM_SAMPLES) for n in tiny.VAL_SIZES]
     assert "multiply-accumulates a sample at T = 3" in out
     assert f"{NUM_SAMPLES} samples of val" in out
     rows = [line.split() for line in out.splitlines()]
@@ -194,67 +189,39 @@ def test_what_is_decided_and_what_it_takes(run, evaluate, tmp_path):
     summary = f"top-1 {found['top1']:.2f} %, {summary}not listed by T; trained at T = 3"
     assert summary in out
     assert summary in evaluation_page.html_page(found)
-    assert panel(evaluation_page._early_exit, found).get_lines()[1].get_xdata()[-1] == 3
+    axis = style.new_figure(4, 4).subplots()
+    evaluation_page._draw_exits(found, axis)
+    assert axis.get_lines()[1].get_xdata()[-1] == 3
 
 
 def test_report(run, evaluate, tmp_path):
-    from PIL import Image
-
-    page, picture = tmp_path / "page.html", tmp_path / "page.png"
-    constants = tmp_path / "constants.yaml"
+    page, constants = tmp_path / "page.html", tmp_path / "constants.yaml"
     constants.write_text("hops: 0.5\nweight_fetches: sample\n")
-    for file in (page, picture):
-        options = ("--report", file, "--drop-timesteps", "0.5", "--json", tmp_path / "e.json")
-        options += ("--energy", constants)
-        status, out, err = evaluate("--checkpoint", run, "--timesteps", "1,4", *options)
-        assert status == 0, err
-    text = page.read_text()
-    assert text.startswith("<!doctype html>")
-    for word in ("spiking_convnet", *tiny.CLASSES, "pJ", "Robustness", "arithmetic only"):
-        assert word in text
-    assert "<td>0.5 (--energy)</td><td>Hops that" in text
-    energy = json.loads((tmp_path / "e.json").read_text())["energy"]
-    assert energy["constants"]["hops"] == 0.5
-    assert "changed by --energy: hops=0.5, weight_fetches=sample" in out
-    for number in (energy["relu"]["pj"]["total"], energy["arithmetic_only_pj"]["spiking"]):
-        assert f"  {number / 1e6:.4g}" in out
-    assert f"mean spike rate at synapses {100 * energy['spike_rate']:.3g} %; " in out
-    # Nothing is fetched from elsewhere, and nothing is run.
-    assert text.count("src=") == text.count('src="data:image/png;base64,') == 5
-    assert not any(word in text for word in ("http", "<script", "<link", "@import", "url("))
-    with Image.open(picture) as image:
-        assert image.width > 1000
-    written = {path.name for path in tmp_path.iterdir()} - {constants.name}
-    assert written == {"e.json", "page.html", "page.png"}
+    options = ("--report", page, "--json", tmp_path / "e.json", "--energy", constants)
+    status, out, err = evaluate("--checkpoint", run, "--timesteps", "1,4", *options)
+    assert status == 0, err
     found = json.loads((tmp_path / "e.json").read_text())
+    energy, text = found["energy"], page.read_text()
+    assert text.startswith("<!doctype html>")
+    assert (energy["constants"]["hops"], energy["changed"]) == (0.5, ["hops", "weight_fetches"])
+    for part in (out, text):
+        for word in ("spiking_convnet", *tiny.CLASSES, "arithmetic only"):
+            assert word in part
+        assert "changed by --energy: hops=0.5, weight_fetches=sample" in part
+        for number in (energy["relu"]["pj"]["total"], energy["arithmetic_only_pj"]["spiking"]):
+            assert f"{number / 1e6:.4g}" in part
+        assert f"mean spike rate at synapses {100 * energy['spike_rate']:.3g} %; " in part
+    # Nothing is fetched from elsewhere, and nothing is run.
+    assert text.count("src=") == text.count('src="data:image/png;base64,') == 4
+    assert not any(word in text for word in ("http", "<script", "<link", "@import", "url("))
+    written = {path.name for path in tmp_path.iterdir()} - {constants.name}
+    assert written == {"e.json", "page.html"}
     found["per_class"][0]["class"] = found["classes"][0] = "<script>alert(1)</script>"
     assert "<script" not in evaluation_page.html_page(found)
-    # The T of training is marked, on the line.
-    line, star = panel(evaluation_page._timesteps, found).get_lines()
-    assert (list(line.get_xdata()), list(star.get_xdata())) == ([1, 3, 4], [3])
-    # Labels of thresholds do not overlap.
-    for spent, labels in (((1, 2, 4), ["0.5", "0.99", "0.9"]), ((1, 3.9, 4), ["0.5", "0.99"])):
-        found["early_exit"] = [
-            {"threshold": threshold, "mean_timesteps": t, "top1": 50.0}
-            for threshold, t in zip((0.5, 0.9, 0.99), spent, strict=True)
-        ]
-        texts = panel(evaluation_page._early_exit, found).texts
-        assert [text.get_text() for text in texts] == labels
-    # Only what there is has a name.
-    for layer in found["operations"]["layers"].values():
-        layer["multiply_accumulates"] = 0.0
-    legend = panel(evaluation_page._operations, found).get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == ["accumulates"]
 
 
-def panel(draw: Callable[..., None], found: dict[str, Any]) -> Any:
-    axis = style.new_figure(4, 4).subplots()
-    draw(axis, found)
-    return axis
-
-
-def test_events_are_dropped(main, evaluate, tmp_path):
-    """Two classes of events, in the upper or in the lower half; without any there is no telling."""
+def test_events(main, evaluate, tmp_path):
+    """Two classes of events, in the upper or in the lower half."""
     from tetdist.datasets import index
 
     root, rng = tmp_path / "events", np.random.default_rng(0)
@@ -277,13 +244,9 @@ def test_events_are_dropped(main, evaluate, tmp_path):
     assert outcome.status == 0, outcome.text
     run, file = tmp_path / "runs/events", tmp_path / "e.json"
     assert (run / "plots/inputs.png").is_file()
-    dropped = "--drop-events", "0,0.5,1", "--timesteps", "1-3"
-    status, _, err = evaluate("--checkpoint", run, "--json", file, *dropped)
+    status, _, err = evaluate("--checkpoint", run, "--json", file, "--timesteps", "1-3")
     assert status == 0, err
     found = json.loads(file.read_text())
-    kept, _, none = found["dropped_events"]
-    assert kept["loss"] == found["loss"]
-    assert none["top1"] == 50.0
     # Numbers of events are accumulates, and so are means of spikes.
     assert found["operations"]["multiply_accumulates"] == 0
     assert "exceeds the data's 3 time bins" in broken(
@@ -360,7 +323,6 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         (("--checkpoint", run, *there[:3], tmp_path / "x"), "x does not exist; give the data fold"),
         (("--checkpoint", run, *there[:3], tmp_path / "today"), "there is no index"),
         (("--checkpoint", run, "--exit-within", "few"), "'few' must be a number"),
-        (("--checkpoint", run, "--exit-within", "1", "--variant", "real"), "leave out --variant"),
     ):
         assert message in broken(evaluate, *arguments)
 
@@ -408,7 +370,7 @@ def assert_alike(ours: Any, theirs: Any, where: str = "") -> None:
 
 def test_two_processes_give_the_same_json(farm, run, evaluate, tmp_path):
     one, two = tmp_path / "1.json", tmp_path / "2.json"
-    common = ("--checkpoint", run, "--batch", 4, "--drop-timesteps", "0.4")
+    common = ("--checkpoint", run, "--batch", 4)
     assert evaluate(*common, "--json", one)[0] == 0
     command = tiny.python(
         tiny.EVAL, *common, "--execution", "reference", "--device", "cpu", "--json", two
@@ -437,7 +399,6 @@ def test_what_would_fail_after_the_evaluation_fails_before(run, evaluate, tmp_pa
         (("--json", tmp_path / "no" / "e.json"), "--json: cannot write"),
         (("--json", tmp_path), f"--json: cannot write {tmp_path}: name a file in a folder"),
         (("--report", tmp_path / "no" / "page.html"), "--report: cannot write"),
-        (("--drop-events", "0.5"), "--drop-events needs"),
         (("--energy", tmp_path / "no.yaml"), "--energy: "),
     ):
         assert message in broken(evaluate, "--checkpoint", run, *arguments)
@@ -480,10 +441,11 @@ def test_weights_of_somebody_else_ask_for_the_data(run, evaluate, tmp_path, monk
     assert export.main([str(run), "--format", "safetensors", "--output", str(file)]) == 0
     monkeypatch.chdir(tmp_path)
     message = broken(evaluate, "--checkpoint", file)
-    assert "the training's data folder, data, does not exist here; give --data ROOT, a" in message
+    assert "there is no folder data; " in message
+    assert "eval.py: --data FOLDER" in message
     (tmp_path / "data").mkdir()
     message = broken(evaluate, "--checkpoint", file)
-    assert "the recipe's data folder has no index data/index/val.npz; give --data" in message
+    assert "there is no index data/index/val.npz; make it with" in message
 
 
 def broken(evaluate: Tool, *arguments: object) -> str:
@@ -537,9 +499,8 @@ def test_some_of_the_classes_are_found_by_their_names_and_reported_as_a_subset(
         words = f"with {len(names)} of the 4 classes of the network ({', '.join(names)}); it chose"
         assert f"{words} among all 4" in out
         assert f"{words} among all 4" in page.read_text()
-    assert "but one of Test; give --split Test" in broken(
-        evaluate, "--checkpoint", run, "--data", tmp_path / "Test"
-    )
+    message = broken(evaluate, "--checkpoint", run, "--data", tmp_path / "Test")
+    assert "has no indexed val split, only Test, which" in message
 
 
 def test_bad_data(run, tiny_copy, evaluate, tmp_path):
@@ -551,7 +512,7 @@ def test_bad_data(run, tiny_copy, evaluate, tmp_path):
     none = tmp_path / "none"
     message = broken(evaluate, "--checkpoint", run, "--data", none)
     assert f"--data: {none} does not exist; give the data folder" in message
-    assert "but one of train, val; give" in problem("--split", "test")
+    assert "has no indexed test split, only train, val, which" in problem("--split", "test")
     (tiny_copy / "val/up").rename(tiny_copy / "val/top")
     assert "val/" in problem()
     index.index_splits(tiny_copy, ["val"])
@@ -579,9 +540,7 @@ def test_bad_data(run, tiny_copy, evaluate, tmp_path):
         ("--checkpoint", "x", "--timesteps", ""),
         ("--checkpoint", "x", "--timesteps", "3-1,2"),
         ("--checkpoint", "x", "--timesteps", "1-"),
-        ("--checkpoint", "x", "--drop-timesteps", "2"),
-        ("--checkpoint", "x", "--drop-events", "half"),
-        ("--checkpoint", "x", "--report", "page.pdf"),
+        ("--checkpoint", "x", "--report", "page.png"),
         ("--checkpoint", "x", "--batch", "0"),
         ("--checkpoint", "x", "--precision", "fp8"),
         ("--checkpoint", "x", "--nonsense"),

@@ -6,7 +6,7 @@ import torch
 from one_batch import OneBatch
 from torch import nn
 
-from tetdist.apps.reports.evaluation_page import as_text, html_page, png_page
+from tetdist.apps.reports.evaluation_page import as_text, html_page
 from tetdist.data.loader import Batch
 from tetdist.errors import UserError
 from tetdist.evaluation.suite import run_suite
@@ -45,26 +45,17 @@ def evaluator_of(model, world):
 def test_all_but_what_is_known_of_ours_is_reported(kind, alone):
     model = Outside(kind)
     evaluator = evaluator_of(model, alone)
-    dropped = [0.5] if kind == "events" else []
-    found = run_suite(evaluator, timesteps=[T], drop_timesteps=dropped)
+    found = run_suite(evaluator, timesteps=[T])
     with torch.no_grad():
         logits = model(evaluator.batch.images, per_timestep=True)
     right = (logits.mean(0).argmax(-1) == evaluator.batch.labels).double().mean()
     assert found["top1"] == pytest.approx(100 * float(right))
     assert found["operations"] is None
     assert found["firing_rate"] == {}
-    assert len(found["dropped_timesteps"]) == len(dropped)
-    about = {"checkpoint": "x", "model": "outside", "step": 1, "split": "val", "seed": 0}
+    about = {"checkpoint": "x", "model": "outside", "step": 1, "split": "val"}
     about |= {"trained_timesteps": T, "reported_timesteps": [1, T]}
     for text in (as_text(about | found), html_page(about | found)):
         assert "operations are only counted for" in text
-    assert png_page(about | found).startswith(b"\x89PNG")
-
-
-def test_what_only_ours_can_do_is_refused(alone):
-    model = Outside()
-    with pytest.raises(UserError, match=r"--drop-timesteps .* not Outside"):
-        run_suite(evaluator_of(model, alone), timesteps=[T], drop_timesteps=[0.5])
 
 
 def test_other_than_logits_of_each_timestep_is_refused(alone):

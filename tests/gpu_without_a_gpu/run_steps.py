@@ -511,14 +511,14 @@ def _tell_phases_apart(trainer: Any) -> None:
 
 def _evaluate(trainer: Any, recorder: Recorder) -> None:
     """Evaluate two batches, and look at what the commands show of a network besides."""
-    from tetdist.evaluation.decisions import DecisionCounts
+    from tetdist.evaluation.decisions import Decisions
     from tetdist.evaluation.evaluate import evaluate
 
     model, precision = trainer.model, trainer.config.precision
     batches = [next(trainer.feed._loader)._replace(mix=None) for _ in range(2)]
     samples = sum(len(batch.labels) for batch in batches)
     classes = trainer.prepared.train.classes
-    decisions = DecisionCounts(classes, model.num_classes, model.timesteps, DEVICE)
+    decisions = Decisions(classes, model.num_classes, model.timesteps, DEVICE)
     logits = torch.empty(model.timesteps, samples, model.num_classes, device=DEVICE)
     labels = torch.empty(samples, dtype=torch.int64, device=DEVICE)
     with recorder:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import tetdist.models  # registers them
-from tetdist.evaluation.firing import FiringWatch
+from tetdist.apps.reports.run_plots import FiringWatch
 from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics
 from tetdist.training.health import NonFiniteSteps, examine
 

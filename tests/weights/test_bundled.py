@@ -181,7 +181,6 @@ def test_network_has_the_arguments_of_its_training(tmp_path, monkeypatch):
         ("eval", "--checkpoint", "tetdist:mnist"),
         ("export", "tetdist:mnist", "--format", "onnx", "--output", "it.onnx"),
         ("replay", "it.npz", "--checkpoint", "tetdist:mnist"),
-        ("average", "tetdist:mnist", "--output", "it.safetensors"),
     ],
 )
 def test_unknown_name_is_refused_with_all_names(call, command):

@@ -1,32 +1,73 @@
-"""Early exit, measured: decided samples leave the batch, so that the others take less time."""
+"""Early exit: a threshold chosen on some samples, and what it saves in seconds."""
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tetdist.data.build import eval_loader
 from tetdist.data.transfer import on_device
-from tetdist.evaluation.decisions import first_sure
-from tetdist.evaluation.evaluate import running_means
-from tetdist.evaluation.suite import Evaluator, ExitChoice
+from tetdist.evaluation.decisions import Decisions, first_sure
+from tetdist.evaluation.evaluate import Evaluator, running_means
 from tetdist.models import SpikingNetwork
 from tetdist.nn.precision import autocast, parameter_type
 
+# Candidates for a threshold: from 0.3 on, each a tenth nearer to 1 than the last; and none.
+FINE_THRESHOLDS = (*(round(1 - 0.7 * 0.9**k, 6) for k in range(90)), math.inf)
 # Rounding may move a confidence this close to the threshold to its other side.
 NEAR = 1e-5
 
 
-def decide(model: SpikingNetwork, images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Stream a batch and drop each sample when its confidence reaches the threshold.
+class ExitChoice(NamedTuple):
+    """A threshold of early exit, and the criteria of its choice.
+
+    Attributes:
+        within: Maximum decrease of top-1, in points.
+        threshold: Softmax probability of the time-mean; infinite: every threshold costs more, so
+            all samples are decided at T.
+        samples: Number of the samples that it was chosen on.
+        top1: Their accuracy at T, in percent; None: it was chosen without labels.
+    """
+
+    within: float
+    threshold: float
+    samples: int
+    top1: float | None
+
+
+def choose_exit(evaluator: Evaluator, timesteps: int, within: float) -> ExitChoice:
+    """Choose the lowest threshold from which on early exit costs at most ``within``.
+
+    The result is the same on every process.
 
     Args:
-        model: The network, in evaluation mode; all samples are decided at its T.
-        images: (B, C, H, W), or (B, T, C, H, W) of events.
-        threshold: Softmax probability of the time-mean at which a sample is decided.
+        evaluator: The network, and samples used neither for training nor for the final result. If
+            their index names no classes, they have no labels. Then the decision at T counts as the
+            right one, and ``within`` limits the percentage of decisions that early exit changes.
+        timesteps: T, also of the model afterwards.
+        within: Maximum decrease of top-1, in points.
+    """
+    model, world, classes = evaluator.model, evaluator.world, evaluator.index.classes
+    model.set_timesteps(timesteps)
+    found = Decisions(classes, model.num_classes, timesteps, world.device, FINE_THRESHOLDS)
+
+    def count(logits: Tensor, labels: Tensor) -> None:
+        found.add(logits, labels if classes else running_means(logits)[-1].argmax(-1))
+
+    result = evaluator.run("choose a threshold", also=count)
+    found.gather(world)
+    lost = found.confusion.trace() - found.exit_correct
+    cheap = 100 * lost.double() <= within * result.samples
+    threshold = FINE_THRESHOLDS[-int(cheap.flip(0).long().cumprod(0).sum())]
+    return ExitChoice(within, threshold, result.samples, result.top1 if classes else None)
+
+
+def decide(model: SpikingNetwork, images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Stream a batch, (B, C, H, W) or (B, T, C, H, W) of events, in evaluation mode.
+
+    A sample leaves the batch when its confidence reaches the threshold, or at the model's T.
 
     Returns:
         Classes, (B,), and timesteps from 1, (B,), of the decisions.
@@ -47,45 +88,43 @@ def decide(model: SpikingNetwork, images: Tensor, threshold: float) -> tuple[Ten
         if bool(done.any()):
             stream.keep(~done)
             left = left[~done]
-    return classes, exits
+    return classes.cpu(), exits.cpu()
 
 
 @torch.no_grad()
-def measure_exit(evaluator: Evaluator, choice: ExitChoice) -> dict[str, Any]:
-    """Decide a split by stream and by whole passes, in turns, and time both.
+def measure_exit(evaluator: Evaluator, threshold: float) -> dict[str, Any]:
+    """Decide a split by stream and by whole passes, in turns, and time both, ready for JSON.
 
     Loading is not timed. The first batch runs once more before it is timed.
 
     Args:
-        evaluator: A causal network at its T, all outputs of which are compared, the split and the
-            processes.
-        choice: The threshold; where it is None, all samples are decided at T.
+        evaluator: A causal network at its T, the split and the processes.
     """
     model, world = evaluator.model.eval(), evaluator.world
-    threshold = math.inf if choice.threshold is None else choice.threshold
-    precision, device = evaluator.config.precision, world.device
-    sums = torch.zeros(7, dtype=torch.float64)
+    precision, sums = evaluator.config.precision, torch.zeros(7, dtype=torch.float64)
     with eval_loader(evaluator.config, evaluator.index, world) as batches:
         for batch in batches:
             if not len(batch.labels):
                 continue
-            images = on_device(batch.images, device, parameter_type(precision))
-            with autocast(device, precision):
-                if not sums.any():
-                    decide(model, images, threshold)
-                    _means(model, images)
-                world.wait_for_device()  # The images' copy is not timed.
-                streaming, (classes, exits) = _timed(decide, model, images, threshold)
-                passing, means = _timed(_means, model, images)
+            images = on_device(batch.images, world.device, parameter_type(precision))
+            with autocast(world.device, precision):
+                for _ in range(1 if sums.any() else 2):
+                    world.wait_for_device()  # The images' copy is not timed.
+                    times = [time.perf_counter()]
+                    classes, exits = decide(model, images, threshold)
+                    times.append(time.perf_counter())
+                    means = running_means(model(images, per_timestep=True)).cpu()  # (T, B, K)
+                    times.append(time.perf_counter())
             confidence = means.softmax(-1).amax(-1)  # (T, B)
-            near = ((confidence - threshold).abs() <= NEAR).any(0)
             first = first_sure(confidence, threshold)
             whole_classes = means.argmax(-1).gather(0, first[None])[0]
-            differs = (exits.cpu() != first + 1) | (classes.cpu() != whole_classes)
-            right = classes.cpu() == torch.as_tensor(batch.labels)
-            counts = (right, exits, differs, differs & near)
+            differs = (exits != first + 1) | (classes != whole_classes)
+            near = ((confidence - threshold).abs() <= NEAR).any(0)
+            right = classes == torch.as_tensor(batch.labels)
+            counts = [int(one.sum()) for one in (right, exits, differs, differs & near)]
             sums += torch.tensor(
-                [len(right), streaming, passing, *(float(n.sum()) for n in counts)]
+                [len(right), times[1] - times[0], times[2] - times[1], *counts],
+                dtype=torch.float64,
             )
             evaluator.alive()
     samples, streaming, passing, hits, spent, different, close = world.sum(sums.tolist())
@@ -100,15 +139,3 @@ def measure_exit(evaluator: Evaluator, choice: ExitChoice) -> dict[str, Any]:
         "batch": evaluator.config.batch.eval,
         "threads": torch.get_num_threads(),
     }
-
-
-def _means(model: SpikingNetwork, images: Tensor) -> Tensor:
-    """Return the outputs at every t of a whole pass, (T, B, K), on the host."""
-    return running_means(model(images, per_timestep=True)).cpu()
-
-
-def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """Return the seconds of a call until the device is done, and its result."""
-    started = time.perf_counter()
-    found = function(*arguments)
-    return time.perf_counter() - started, found

@@ -1,26 +1,28 @@
 """Exact evaluation: every sample counts once over all processes, for any batch size."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tetdist.config.schema import RunConfig
+from tetdist.data.build import eval_loader
 from tetdist.data.loader import Batch
 from tetdist.data.transfer import on_device
+from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.models import SpikingNetwork
 from tetdist.models.base import check_logits
 from tetdist.nn.fast import native_pool
 from tetdist.nn.norm_neuron import firing_layers, is_causal, neuron_of
 from tetdist.nn.precision import autocast, parameter_type
+from tetdist.tracking.progress import sample_bar
 
-Also = Callable[[Tensor, Tensor, npt.NDArray[np.int64]], Any]
+Also = Callable[[Tensor, Tensor], Any]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,36 @@ class Interrupted(Exception):
     """The evaluation was ended because ``stop`` returned True."""
 
 
+@dataclass(frozen=True)
+class Evaluator:
+    """Arguments of every pass over a split; ``alive`` is called after each batch."""
+
+    model: SpikingNetwork
+    config: RunConfig
+    index: Index
+    world: World
+    alive: Callable[[], Any]
+
+    def run(self, title: str, also: Also = lambda _logits, _labels: None) -> Evaluation:
+        """Evaluate the split once; for ``also`` see `evaluate`."""
+        bar = sample_bar(len(self.index), title, silent=self.world.rank != 0)
+
+        def progress(count: int) -> None:
+            bar.update(count * self.world.world_size)
+            self.alive()
+
+        with bar, eval_loader(self.config, self.index, self.world) as batches:
+            return evaluate(
+                self.model,
+                batches,
+                len(self.index),
+                self.world,
+                precision=self.config.precision,
+                progress=progress,
+                also=also,
+            )
+
+
 @torch.no_grad()
 def evaluate(
     model: SpikingNetwork,
@@ -65,8 +97,7 @@ def evaluate(
     precision: str,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], Any] = lambda _: None,
-    also: Also = lambda _logits, _labels, _ids: None,
-    outputs: Sequence[int] | None = None,
+    also: Also = lambda _logits, _labels: None,
 ) -> Evaluation:
     """Evaluate the model at its present T.
 
@@ -80,9 +111,7 @@ def evaluate(
         precision: Precision of the forward pass, see precision.py.
         stop: Called before each batch, with the same result on every process; True ends all.
         progress: Called with the number of samples of each batch.
-        also: Called with each batch's logits (T, B, K) and labels (B,), on the device, and the
-            samples' numbers (B,).
-        outputs: The network's outputs that are compared, in the order of the labels; None: all.
+        also: Called with each batch's logits (T, B, K) and labels (B,), on the device.
 
     Raises:
         Interrupted: ``stop`` returned True.
@@ -92,7 +121,6 @@ def evaluate(
     model.eval()
     timesteps = model.timesteps
     device = next(model.parameters()).device
-    compared = None if outputs is None else on_device(torch.tensor(outputs), device)
     counts = torch.zeros(3, timesteps, dtype=torch.float64, device=device)
     samples = 0
     rates = _FiringRates(model, device)
@@ -106,10 +134,8 @@ def evaluate(
                     logits = model(images, per_timestep=True)
                 labels = on_device(batch.labels, device)
                 check_logits(logits, timesteps, len(labels))
-                if compared is not None:
-                    logits = logits.index_select(-1, compared)
                 counts += _count(logits, labels)
-                also(logits, labels, batch.ids)
+                also(logits, labels)
                 samples += len(batch.labels)
             progress(len(batch.labels))
     finally:

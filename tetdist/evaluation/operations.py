@@ -24,7 +24,7 @@ Counting works by layer of synapses (a convolution or a linear layer):
 
 A neuron updates its membrane once a timestep, which is counted with the layer of synapses that ran
 last before it. Batch norm counts as folded into the weights. Biases, identity shortcuts and pooling
-are not counted. apps/reports/energy.py estimates the energy that all this takes.
+are not counted. energy.py estimates the energy that all this takes.
 """
 
 from collections.abc import Callable, Iterator

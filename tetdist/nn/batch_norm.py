@@ -14,7 +14,7 @@ count a forward pass twice that activation checkpointing repeats.
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Never
 
 import torch
@@ -194,10 +194,6 @@ def synchronize(
         norm.average, norm.num_processes = average_over_ranks, num_processes
 
 
-def has_running_statistics(model: nn.Module) -> bool:
-    return bool(_norms(model))
-
-
 def _norms(model: nn.Module) -> list[BatchNorm]:
     return [module for module in model.modules() if isinstance(module, BatchNorm)]
 
@@ -213,7 +209,6 @@ def update_running_statistics(
     model: nn.Module,
     average_over_ranks: Callable[[Tensor], Tensor],
     apply: Tensor | None = None,
-    momentum: float | None = None,
 ) -> None:
     """Update all running statistics: call it once per optimiser step, on every process.
 
@@ -224,37 +219,11 @@ def update_running_statistics(
             call for the whole model).
         apply: 0-dimensional bool tensor on the model's device; if False, the step was skipped and
             the statistics stay as they are. Not read on the host.
-        momentum: Weight of the newest statistics, to replace each norm's own.
     """
-    for own in {norm.momentum: None for norm in _norms(model)}:
-        norms = [n for n in _norms(model) if n.pending_count and n.momentum == own]
+    for momentum in {norm.momentum: None for norm in _norms(model)}:
+        norms = [n for n in _norms(model) if n.pending_count and n.momentum == momentum]
         if norms:
-            weight = own if momentum is None else momentum
-            _move_all(norms, weight, average_over_ranks, apply)
-
-
-@torch.no_grad()
-def recompute_running_statistics(
-    model: nn.Module,
-    batches: Iterable[Tensor],
-    average_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-) -> None:
-    """Replace all running statistics by their mean over some batches, at the model's present T.
-
-    Args:
-        model: Model in evaluation mode; it runs in training mode meanwhile.
-        batches: Inputs of this process. Every process must have the same number of them.
-    """
-    deferred = [norm.deferred for norm in _norms(model)]
-    defer_running_statistics(model)
-    model.train()
-    for number, batch in enumerate(batches, start=1):
-        model(batch)
-        # This momentum gives each batch the same weight.
-        update_running_statistics(model, average_over_ranks, momentum=1 / number)
-    model.eval()
-    for norm, before in zip(_norms(model), deferred, strict=True):
-        norm.deferred = before
+            _move_all(norms, momentum, average_over_ranks, apply)
 
 
 def _move_all(

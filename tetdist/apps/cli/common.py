@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tetdist.config.flags import add_import, positive
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError, sentence, typed
 from tetdist.wording import are, counted
 
@@ -91,17 +90,6 @@ def documented_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
         description=(doc or "").replace(f"python tools/{command}.py", typed(command)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-
-def add_evaluation(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of commands that evaluate a network on one or several processes."""
-    add = parser.add_argument
-    add("--threads", type=positive, metavar="N", help="number of decoding threads")
-    add("--precision", choices=["bf16", "fp32", "tf32", "fp16", "fp64"])
-    add("--execution", choices=["fused", "reference"], help="default: fused")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add_import(parser)
-    add_local_rank(parser)
 
 
 def add_local_rank(parser: argparse.ArgumentParser) -> None:

@@ -1,16 +1,12 @@
 """Export a trained network: weights with a model card, timm, NIR, ONNX, torch.export or the hub."""
 
 import argparse
-import dataclasses
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from tetdist.apps.cli.average import average
-from tetdist.apps.cli.average import parse_arguments as parse_average
 from tetdist.apps.cli.common import CHECKPOINT, check_new_weights, program, run_command
 from tetdist.config.flags import add_import, positive
 from tetdist.errors import UserError
@@ -61,13 +57,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="write whole numbers, with int8 weights: --format safetensors or onnx-step",
     )
     add("--timesteps", type=positive, metavar="T", help="default: as in training")
-    add(
-        "--recompute-statistics",
-        type=positive,
-        metavar="N",
-        help="first recompute the running statistics at that T from N training samples, as "
-        "tools/average.py does",
-    )
     add(
         "--dt",
         type=float,
@@ -152,13 +141,6 @@ def export(options: argparse.Namespace) -> None:
     import_files(options.imports)
     which = "best" if options.best else "last"
     trained = load(options.checkpoint, which, options.timesteps, ema=options.ema)
-    if options.recompute_statistics is not None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(
-                "--recompute-statistics: an export runs on one process; start it without a "
-                "launcher, or first run tools/average.py on several, and export its file"
-            )
-        trained = with_new_statistics(trained, options)
     if options.push is not None:
         publish(trained, options)
         return
@@ -175,23 +157,6 @@ def export(options: argparse.Namespace) -> None:
         write["safetensors"] = formats.write_integers
         write["onnx-step"] = formats.write_integer_step
     print(f"wrote {output}: {write[options.format](trained, output)}")
-
-
-def with_new_statistics(trained: "Trained", options: argparse.Namespace) -> "Trained":
-    """Recompute the running statistics at the network's T."""
-    from tetdist.apps.weights.trained import load
-
-    with TemporaryDirectory() as aside:
-        file = Path(aside, "recomputed.safetensors")
-        given = ["--output", file, "--timesteps", trained.model.timesteps]
-        given += ["--samples", options.recompute_statistics]
-        given += [flag for flag in ("--best", "--ema") if getattr(options, flag[2:])]
-        average(parse_average([str(options.checkpoint), *map(str, given)]), silent=True)
-        found = load(file)
-    changes = {"averaged": found.description.averaged, "validation": None}
-    return dataclasses.replace(
-        trained, model=found.model, description=trained.description.model_copy(update=changes)
-    )
 
 
 def publish(trained: "Trained", options: argparse.Namespace) -> None:

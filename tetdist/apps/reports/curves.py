@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.apps.reports import style
-from tetdist.evaluation.firing import DEAD, SATURATED
 from tetdist.tracking.metrics_file import each_line
 
 if TYPE_CHECKING:
@@ -17,6 +16,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 Lines = list[dict[str, Any]]
+# Firing rates in spikes per neuron per timestep. A layer below the first or above the second passes
+# on no information.
+DEAD, SATURATED = 0.001, 0.9
 
 
 def learning_curves(metrics_file: Path, out: Path) -> None:

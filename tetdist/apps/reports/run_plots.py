@@ -15,11 +15,11 @@ from typing_extensions import override
 
 from tetdist.apps.events.statistics import coloured
 from tetdist.apps.reports import curves
+from tetdist.apps.reports.curves import DEAD, SATURATED
 from tetdist.config.sections.data import DataSection
 from tetdist.data import mixing
 from tetdist.data.loader import Batch
 from tetdist.errors import UserError
-from tetdist.evaluation.firing import FiringWatch
 from tetdist.training.evaluating import WEIGHTS
 from tetdist.training.observers import Observer, Watched
 
@@ -30,6 +30,8 @@ SHOWN_IMAGES, SHOWN_EVENTS, SHOWN_TIMESTEPS = 32, 6, 10  # of the first batch
 # Drawing takes half a second, so plots are drawn at most every DRAW_EVERY seconds. With a long file
 # of metrics it takes longer, so the pause is at least PAUSE times that: 5 % of the time.
 DRAW_EVERY, PAUSE = 20.0, 20
+
+ALIVE = "layers that fire again"
 
 
 class RunPlots(Observer):
@@ -103,3 +105,30 @@ def rgb_images(images: Tensor, data: DataSection) -> npt.NDArray[np.float64]:
     """Convert normalised images (N, 3, H, W) to RGB values in [0, 1], (N, H, W, 3)."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).double().numpy()
+
+
+class FiringWatch:
+    """Reports layers that became dead or saturated, or recovered, once per change."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, str] = {}
+
+    def changes(self, firing_rate: Mapping[str, float]) -> list[str]:
+        """Return sentences on the layers whose state has changed since the last call.
+
+        Args:
+            firing_rate: Spikes per neuron per timestep, by layer.
+        """
+        states = {layer: _firing_state(rate) for layer, rate in firing_rate.items()}
+        changed: dict[str, list[str]] = {}
+        for layer, state in states.items():
+            if state != self._states.get(layer, ALIVE):
+                changed.setdefault(state, []).append(f"{layer} ({100 * firing_rate[layer]:.3g} %)")
+        self._states = states
+        return [f"{state}: {', '.join(layers)}" for state, layers in changed.items()]
+
+
+def _firing_state(rate: float) -> str:
+    if rate < DEAD:
+        return f"dead layers, firing below {100 * DEAD:g} %"
+    return f"saturated layers, firing above {100 * SATURATED:g} %" if rate > SATURATED else ALIVE

@@ -13,15 +13,12 @@ for D = 1. For each layer of synapses, and the neurons after it, the energy is t
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from tetdist.config.fields import Section
-from tetdist.config.messages import checked
-from tetdist.config.yaml_files import read_yaml
-from tetdist.errors import UserError
+from tetdist.evaluation.operations import LayerOperations, Operations
 
 Bits = Annotated[int, Field(ge=1, le=64)]
 Amount = Annotated[float, Field(ge=0, le=1e6)]
@@ -78,20 +75,6 @@ ASSUMPTIONS = (
 )
 
 
-def read_constants(file: Path | None) -> tuple[EnergySection, dict[str, Any]]:
-    """Read the constants and assumptions that a file changes; return all, and the changed ones."""
-    if file is None:
-        return EnergySection(), {}
-    try:
-        changed = read_yaml(file)
-    except OSError as error:
-        raise UserError(
-            f"--energy: {file} cannot be read ({error.strerror}); give a YAML or JSON file of keys "
-            "and values"
-        ) from error
-    return checked(EnergySection, changed, f"--energy {file}"), changed
-
-
 class Use(NamedTuple):
     """Memory accesses and arithmetic for an average sample; spikes read are a bit each."""
 
@@ -119,9 +102,6 @@ class Use(NamedTuple):
         return found | {"total": sum(found.values())}
 
 
-Layer = dict[str, Any]  # of Operations.as_dict
-
-
 @dataclass(frozen=True)
 class Estimator:
     """Estimates for layers at T timesteps, in each of which a neuron sends up to D spikes."""
@@ -139,14 +119,16 @@ class Estimator:
     def activation_bits(self) -> int:
         return self.most.bit_length()  # ceil(log2(T D + 1)), of the ReLU network
 
-    def spiking(self, layers: Iterable[Layer], scale: float = 1.0, *, bitmaps: bool = False) -> Use:
+    def spiking(
+        self, layers: Iterable[LayerOperations], scale: float = 1.0, *, bitmaps: bool = False
+    ) -> Use:
         """Return the spiking network's use if it sent ``scale`` times its spikes."""
         c, sent_bits, found = self.constants, self.most_spikes.bit_length(), []
         for layer in layers:
-            spikes, real = scale * layer["accumulates"], layer["multiply_accumulates"]
-            steps = real / layer["synapses"] if real else self.timesteps
-            dense = steps * layer["synapses"] if real or bitmaps else 0.0
-            updates = layer["membrane_updates"]
+            spikes, real = scale * layer.accumulates, layer.multiply_accumulates
+            steps = real / layer.synapses if real else self.timesteps
+            dense = steps * layer.synapses if real or bitmaps else 0.0
+            updates = layer.membrane_updates
             use = Use(
                 weight_bits_read=self._weight_bits(layer, dense or spikes, steps),
                 spikes_read=0.0 if bitmaps else spikes,
@@ -161,31 +143,31 @@ class Estimator:
             found.append(use)
         return _total(found)
 
-    def relu(self, layers: Iterable[Layer], scale: float = 1.0) -> Use:
+    def relu(self, layers: Iterable[LayerOperations], scale: float = 1.0) -> Use:
         """Return the ReLU network's use if the spiking network sent ``scale`` times its spikes."""
         found = []
         for layer in layers:
-            products, bits = layer["synapses"], self.constants.real_bits
-            outputs = layer["membrane_updates"] / self.timesteps
-            if not layer["multiply_accumulates"]:
+            products, bits = layer.synapses, self.constants.real_bits
+            outputs = layer.membrane_updates / self.timesteps
+            if not layer.multiply_accumulates:
                 bits = self.activation_bits
-                products = min(products, 2 * scale * layer["accumulates"] / (self.most + 1))
+                products = min(products, 2 * scale * layer.accumulates / (self.most + 1))
             use = Use(
-                weight_bits_read=self._weight_bits(layer, layer["synapses"], 1),
-                activation_bits_read=bits * layer["synapses"],
+                weight_bits_read=self._weight_bits(layer, layer.synapses, 1),
+                activation_bits_read=bits * layer.synapses,
                 activation_bits_written=self.activation_bits * outputs,
                 bit_products=products * self._bit_products(layer, bits),
             )
             found.append(use)
         return _total(found)
 
-    def _bit_products(self, layer: Layer, bits: int) -> int:
+    def _bit_products(self, layer: LayerOperations, bits: int) -> int:
         """Return the products of bits in a product with an activation of so many."""
-        return bits * (self.constants.weight_bits if layer["weights"] else bits)
+        return bits * (self.constants.weight_bits if layer.weights else bits)
 
-    def _weight_bits(self, layer: Layer, uses: float, steps: float) -> float:
+    def _weight_bits(self, layer: LayerOperations, uses: float, steps: float) -> float:
         """Return the bits of weights that are read for so many uses in so many timesteps."""
-        c, weights = self.constants, layer["weights"]
+        c, weights = self.constants, layer.weights
         fetches = uses if weights else 0.0
         if c.weight_fetches != "synapse":
             fetches = min(uses, steps * weights)
@@ -193,13 +175,13 @@ class Estimator:
             fetches /= steps
         return c.weight_bits * fetches
 
-    def spike_rate(self, layers: Iterable[Layer]) -> float | None:
+    def spike_rate(self, layers: Iterable[LayerOperations]) -> float | None:
         """Return the spikes that a synapse receives in a timestep, of up to D; None without any."""
-        spiking = [layer for layer in layers if not layer["multiply_accumulates"]]
-        spikes = sum(layer["accumulates"] for layer in spiking)
-        return spikes / self.most / sum(layer["synapses"] for layer in spiking) if spikes else None
+        spiking = [layer for layer in layers if not layer.multiply_accumulates]
+        spikes = sum(layer.accumulates for layer in spiking)
+        return spikes / self.most / sum(layer.synapses for layer in spiking) if spikes else None
 
-    def break_even(self, layers: Sequence[Layer]) -> tuple[float, bool] | None:
+    def break_even(self, layers: Sequence[LayerOperations]) -> tuple[float, bool] | None:
         """Return the rate of equal energy, all layers' rates scaled alike, and whether spikes take
         less energy below it, not above it; (0, True): never, (1, True): at all rates."""
         if (rate := self.spike_rate(layers)) is None:
@@ -217,7 +199,7 @@ class Estimator:
             low, high = (middle, high) if wins(middle) == first else (low, middle)
         return low, first
 
-    def as_dict(self, layers: Sequence[Layer]) -> dict[str, Any]:
+    def as_dict(self, layers: Sequence[LayerOperations]) -> dict[str, Any]:
         """Return the use and energy of layers in both networks, ready for JSON."""
         c, even = self.constants, self.break_even(layers)
         uses = {
@@ -226,7 +208,7 @@ class Estimator:
             "relu": self.relu(layers),
         }
         added, multiplied, synapses = (
-            sum(layer[key] for layer in layers)
+            sum(getattr(layer, key) for layer in layers)
             for key in ("accumulates", "multiply_accumulates", "synapses")
         )
         spiking = c.fp32_accumulate * added + c.fp32_multiply_accumulate * multiplied
@@ -244,16 +226,14 @@ def _total(uses: list[Use]) -> Use:
     return Use(*map(sum, zip(*uses, strict=True)))
 
 
-def estimate(
-    operations: dict[str, Any], timesteps: int, constants: EnergySection, changed: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the energy at T of `Operations.as_dict`, also of each layer, ready for JSON."""
-    of, layers = Estimator(constants, timesteps, operations["most_spikes"]), operations["layers"]
+def estimate(operations: Operations, timesteps: int, constants: EnergySection) -> dict[str, Any]:
+    """Return the energy at T of counted operations, also of each layer, ready for JSON."""
+    of, layers = Estimator(constants, timesteps, operations.most_spikes), operations.layers
     return {
         **of.as_dict(list(layers.values())),
         "activation_bits": of.activation_bits,
         "constants": constants.model_dump(),
-        "changed": sorted(changed),
+        "changed": sorted(constants.model_fields_set),
         "assumptions": list(ASSUMPTIONS),
         "layers": {name: of.as_dict([layer]) for name, layer in layers.items()},
     }

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tetdist.apps.reports.energy import EnergySection, Estimator, estimate, read_constants
+from tetdist.apps.weights.evaluated import energy_constants
 from tetdist.errors import UserError
-from tetdist.evaluation.operations import counting_operations
+from tetdist.evaluation.energy import EnergySection, Estimator, estimate
+from tetdist.evaluation.operations import LayerOperations, counting_operations
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import Neuron
 
@@ -33,7 +34,7 @@ def test_a_network_counted_by_hand(alone):
     model = ByHand().eval()
     with counting_operations(model) as counts, torch.no_grad():
         model(0.3 * torch.ones(5, 2, 4, 4))
-    found = estimate(counts.total(alone, 5).as_dict(), 2, *read_constants(None))
+    found = estimate(counts.total(alone, 5), 2, EnergySection())
     assert found["activation_bits"] == 2  # 0 to 2 spikes
     conv, fc = found["layers"]["conv"], found["layers"]["fc"]
     # 2 channels to 4 of 4x4 positions: 9 neighbours, less those beyond the borders. Once for both
@@ -97,11 +98,11 @@ def test_a_network_counted_by_hand(alone):
     assert json.loads(json.dumps(found)) == found
 
 
-def layer(sources: int = 4096, timesteps: int = 5, **changed: Any) -> dict[str, Any]:
+def layer(sources: int = 4096, timesteps: int = 5, **changed: Any) -> LayerOperations:
     """A neuron with so many synapses, a tenth of which receive a spike in a timestep."""
     counts = {"accumulates": 0.1 * timesteps * sources, "multiply_accumulates": 0.0}
     counts |= {"synapses": sources, "weights": sources, "membrane_updates": timesteps}
-    return counts | changed
+    return LayerOperations(**counts | changed)
 
 
 def even(timesteps: int, weight_bits: int, sources: int = 4096, **changed: Any) -> float:
@@ -206,9 +207,10 @@ def test_spikes_that_win_above_a_rate():
 def test_constants_of_a_file(tmp_path):
     file = tmp_path / "constants"
     file.write_text(json.dumps({"weight_bit": 20.3, "hops": 0}))
-    constants, changed = read_constants(file)
+    constants = energy_constants(file)
     assert constants == EnergySection(weight_bit=20.3, hops=0.0)
-    assert changed.keys() == {"weight_bit", "hops"}
+    assert constants.model_fields_set == {"weight_bit", "hops"}
+    assert energy_constants(None) == EnergySection()
     for text, problem in {
         "hop: 1": "unknown key 'hop'; did you mean 'hops'?",
         "compare: -1": "'compare': must be 0 or more, not -1",
@@ -220,6 +222,6 @@ def test_constants_of_a_file(tmp_path):
     }.items():
         file.write_text(text)
         with pytest.raises(UserError, match=problem.replace("?", r"\?")):
-            read_constants(file)
+            energy_constants(file)
     with pytest.raises(UserError, match=r"--energy: .*none cannot be read \(No such file"):
-        read_constants(tmp_path / "none")
+        energy_constants(tmp_path / "none")

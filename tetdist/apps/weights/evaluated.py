@@ -1,0 +1,186 @@
+"""A trained network and the data that it is evaluated on."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from tetdist.config.loading import parse
+from tetdist.config.messages import checked
+from tetdist.config.schema import RunConfig
+from tetdist.config.yaml_files import read_yaml
+from tetdist.datasets.index import Index
+from tetdist.datasets.recorded_split import recorded_split
+from tetdist.errors import UserError
+from tetdist.evaluation.energy import EnergySection
+from tetdist.evaluation.evaluate import Evaluator
+from tetdist.nn.norm_neuron import is_causal
+from tetdist.storage.checkpoint import Description
+from tetdist.training.setup import open_data, open_split
+from tetdist.wording import counted
+
+
+class Opened(NamedTuple):
+    """A checkpoint and the split that it is evaluated on.
+
+    Attributes:
+        split: The evaluated samples, with all classes of the network.
+        present: Names of the split's own classes.
+        timesteps: All T to report, ascending.
+        constants: Constants of the energy estimate.
+    """
+
+    weights: dict[str, Tensor]
+    description: Description
+    config: RunConfig
+    split: Index
+    present: tuple[str, ...]
+    timesteps: list[int]
+    constants: EnergySection
+
+    @property
+    def headline(self) -> int:
+        """T of all results but the accuracy at each T."""
+        trained = self.description.timesteps
+        return trained if trained in self.timesteps else self.timesteps[-1]
+
+    def about(self, source: Path) -> dict[str, Any]:
+        """Return what the JSON file says of the network and the data."""
+        some = {
+            "averaged": self.description.averaged,
+            "data_split": recorded_split(self.config.data.root),
+            "subset": list(self.present) if self.present != self.split.classes else None,
+        }
+        return {
+            "checkpoint": str(source),
+            "model": self.description.config["model"]["name"],
+            "step": self.description.step,
+            "split": self.split.split,
+            **{key: value for key, value in some.items() if value},
+            "trained_timesteps": self.description.timesteps,
+            "reported_timesteps": self.timesteps,
+        }
+
+
+def evaluation_config(
+    raw: dict[str, Any],
+    source: str,
+    data: Mapping[str, Any] | None = None,
+    **changed: Any,
+) -> RunConfig:
+    """Return the training's configuration with changed keys, without what only affects training.
+
+    Args:
+        source: The checkpoint, for messages.
+        data: Changed keys of its section data.
+        changed: Other changed keys; None: as in the training.
+    """
+    # Another program may have written it.
+    parse(raw, source, warn=False, is_trained=True)
+    without = {
+        "recompute": "none",
+        "engine": "torch",
+        "zero_stage": 0,
+        "batch_norm": {"sync": False},
+        "execution": "fused",
+        "data": raw["data"] | {"device": "cpu"} | dict(data or {}),
+    }
+    given = {key: value for key, value in changed.items() if value is not None}
+    kept = {key: value for key, value in raw.items() if key != "checkpoint"}
+    return parse(kept | without | given, source, warn=False, is_trained=True)
+
+
+def with_classes_of_model(
+    index: Index, trained: list[str] | None, num_classes: int | None, source: str
+) -> Index:
+    """Return the index with all classes of the model, and labels among them.
+
+    Args:
+        index: A split, which may have only some of the classes; they are found by name.
+        trained: Names of the network's classes; None: unknown.
+        num_classes: Number of the network's classes, if the configuration sets it.
+    """
+    present = index.classes
+    if trained is None:
+        # The weights were converted from a file that does not name the classes.
+        if num_classes != len(present):
+            raise UserError(
+                f"the data has {counted(len(present), 'class')}, but {source} has {num_classes} "
+                "and does not name them; pass the data set that it was trained on with --data"
+            )
+        return index
+    unknown = sorted(set(present) - set(trained))
+    if unknown:
+        raise UserError(
+            f"the data has other classes than {source} was trained on, such as {unknown[:3]}; "
+            "pass data with the training's classes with --data"
+        )
+    labels = np.array([trained.index(name) for name in present], np.int32)[index.labels]
+    return dataclasses.replace(index, classes=tuple(trained), labels=labels)
+
+
+def calibration(
+    evaluator: Evaluator, timesteps: int, trained: Sequence[str] | None, other: Path | None
+) -> Evaluator:
+    """Return the evaluator on the samples that a threshold of early exit is chosen on.
+
+    These are the training samples that the run held out, or those of another split, ROOT/SPLIT,
+    whose labels are blanked, since its class folders may have any names.
+    """
+    config, world = evaluator.config, evaluator.world
+    if not is_causal(evaluator.model):
+        raise UserError("--exit-within: the network is not causal and has no early exit; omit it")
+    if other is not None:
+        folder = other.absolute()
+        data = config.data.model_copy(update={"root": str(folder.parent), "index": None})
+        config = config.model_copy(update={"data": data})
+        index = open_split(config, folder.name, world)
+        if index.timesteps is not None:
+            shape, wanted = index.frames_shape, (timesteps, *evaluator.index.frames_shape[1:])
+            if shape[0] < timesteps or shape[1:] != wanted[1:]:
+                raise UserError(
+                    f"--exit-on: {other} has frames of {'x'.join(map(str, shape))}, and "
+                    f"{'x'.join(map(str, wanted))} are needed; convert it as the evaluated split"
+                )
+        index = dataclasses.replace(index, classes=(), labels=np.zeros_like(index.labels))
+        return dataclasses.replace(evaluator, config=config, index=index)
+    if not config.data.held_out:
+        raise UserError(
+            "--exit-within needs training samples that the run held out, and this run held out "
+            "none; train with data.held_out=0.1, or give --exit-on ROOT/SPLIT"
+        )
+    index = open_data(config, world)[1]
+    if list(index.classes) != list(trained or index.classes):
+        raise UserError(
+            f"--exit-within: the classes of {config.data.root} differ from those of the training; "
+            "give --data, the data of the training"
+        )
+    return dataclasses.replace(evaluator, index=index)
+
+
+def timesteps(wanted: list[int] | None, config: RunConfig, trained: int, index: Index) -> list[int]:
+    """Return the T to report; by default, every T up to the training's that the neurons support."""
+    refusal = config.model.neuron.refusal
+    if wanted is None:
+        wanted = [t for t in range(1, trained + 1) if refusal(t) is None]
+    elif reason := next(filter(None, map(refusal, wanted)), None):
+        raise UserError(f"--timesteps: {reason}; leave it out for {trained}")
+    if index.timesteps is not None and wanted[-1] > index.timesteps:
+        raise UserError(f"--timesteps: {wanted[-1]} exceeds the data's {index.timesteps} time bins")
+    return wanted
+
+
+def energy_constants(file: Path | None) -> EnergySection:
+    """Return the constants and assumptions of the energy estimate that a file changes."""
+    if file is None:
+        return EnergySection()
+    try:
+        return checked(EnergySection, read_yaml(file), f"--energy {file}")
+    except OSError as error:
+        raise UserError(
+            f"--energy: {file} cannot be read ({error.strerror}); give a YAML or JSON file of keys "
+            "and values"
+        ) from error
