@@ -10,18 +10,9 @@ import pytest
 import timm
 import tiny
 import torch
-import torch.nn.functional as F
 import torchvision
 from kernel_runs import randomize
-from published_networks import (
-    SEAL,
-    Definition,
-    distilled_shapes,
-    ms_shapes,
-    norm_shapes,
-    preact_shapes,
-    random_state,
-)
+from published import Published
 from safetensors.torch import load_file, save_file
 from spikingjelly.activation_based import functional, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
@@ -292,13 +283,8 @@ def test_checkpoints_of_the_sew_repository(name, tmp_path):
 
 
 # TET and distillation have one ResNet-19, with the same neurons in evaluation.
-LIKE_TET = SEAL._replace(decay=0.5)
-RESNET19 = {"num_classes": 5, "stem_width": 6, "width": 8, "hidden_features": 10}
-
-
-def resnet19(num_classes=5):
-    """A small ResNet-19 under the names of the repositories of distillation."""
-    return random_state(distilled_shapes((3, 3, 2), 6, 8, 10, num_classes))
+RESNET19 = Published("resnet19")
+OF_RESNET19 = RESNET19.arguments | {"num_classes": 4}
 
 
 def tet_layout(state):
@@ -328,7 +314,7 @@ def tet_layout(state):
 
 def test_agrees_with_the_resnet19_of_tet_and_of_distillation(tmp_path):
     """Under best_net; neither's names tell which of the two repositories it is from."""
-    state, file = resnet19(), tmp_path / "model_weights.pth"
+    state, file = RESNET19.state(), tmp_path / "model_weights.pth"
     torch.save({"best_acc": 95.0, "best_epoch": 7, "best_net": state, "optimizer": {}}, file)
     read = foreign_files.read(file)
     assert read.keys() == state.keys()
@@ -336,64 +322,14 @@ def test_agrees_with_the_resnet19_of_tet_and_of_distillation(tmp_path):
         UserError, match=r"with different neurons; give --from decoupling or --from seal"
     ):
         foreign.source_of(read, file)
-    assert foreign.num_classes(read, "decoupling") == 5
-    own_neuron = foreign.neuron_of("decoupling", "spiking_resnet19")
-    model = converted(read, "decoupling", ours("spiking_resnet19", neuron=own_neuron, **RESNET19))
-    of_tet = converted(tet_layout(state), "tet", ours("spiking_resnet19", **RESNET19))
-    for key, value in model.state_dict().items():
-        # What differs is the scale of the threshold in the norms that are merged.
-        torch.testing.assert_close(of_tet.state_dict()[key], value)
-
-    net = Definition(state, LIKE_TET, T, training=False)
-    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    x = LIKE_TET.fire(net.norm("conv0.1", net.conv("conv0.0", images.expand(T, *images.shape))))
-    for stage in ("layer1", "layer2", "layer3"):
-        for i, block in enumerate(net.blocks(stage)):
-            stride = 2 if stage != "layer1" and i == 0 else 1
-            y = LIKE_TET.fire(net.norm(f"{block}.bn1", net.conv(f"{block}.conv1", x, stride)))
-            y = net.norm(f"{block}.bn2", net.conv(f"{block}.conv2", y))
-            if i == 0:
-                x = net.norm(f"{block}.shortcut.1", net.conv(f"{block}.shortcut.0", x, stride))
-            x = LIKE_TET.fire(y + x)
-    x = F.linear(x.mean((3, 4)), state["classifier.0.weight"], state["classifier.0.bias"])
-    x = F.linear(LIKE_TET.fire(x), state["classifier.2.weight"], state["classifier.2.bias"])
+    of_tet = converted(tet_layout(state), "tet", ours("spiking_resnet19", **OF_RESNET19))
     with torch.no_grad():
-        for own in (model, of_tet):
-            logits = own.eval()(images, per_timestep=True)
-            assert len(logits.flatten(0, 1).unique(dim=0)) > 1
-            assert relative(logits, x) < 1e-12
-
-
-def test_agrees_with_tets_vggsnn():
-    layers = []
-    shapes = {"classifier.module.weight": (5, 512), "classifier.module.bias": (5,)}
-    narrow = 2
-    for i, wide in enumerate((64, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0)):
-        layers.append((i, wide))
-        if wide:
-            name = f"features.{i}.fwd.module"
-            shapes |= {f"{name}.0.weight": (wide, narrow, 3, 3), f"{name}.0.bias": (wide,)}
-            shapes |= norm_shapes(f"{name}.1", wide)
-            narrow = wide
-    state = random_state(shapes)
-    model = converted(state, "tet", ours("vggsnn", num_classes=5, input_size=16)).eval()
-    frames = torch.randn(2, T, 2, 16, 16, dtype=torch.float64)
-    net, x = Definition(state, LIKE_TET, T, training=False), frames.transpose(0, 1)
-    for i, wide in layers:
-        name = f"features.{i}.fwd.module"
-        if wide:
-            x = LIKE_TET.fire(net.norm(f"{name}.1", net.conv(f"{name}.0", x)))
-        else:
-            x = F.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
-    x = F.linear(x.flatten(2), state["classifier.module.weight"], state["classifier.module.bias"])
-    with torch.no_grad():
-        logits = model(frames, per_timestep=True)
-        assert len(logits.flatten(0, 1).unique(dim=0)) > 1
-        assert relative(logits, x) < 1e-12
+        logits = of_tet.eval()(RESNET19.batch(), per_timestep=True)
+    assert relative(logits, torch.tensor(RESNET19.logits["eval"], dtype=torch.float64)) < 1e-12
 
 
 def test_prefix_of_a_parallel_wrapper_is_removed(tmp_path):
-    state = tet_layout(resnet19())
+    state = tet_layout(RESNET19.state())
     torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "a.pth")
     read = foreign_files.read(tmp_path / "a.pth")
     assert read.keys() == state.keys()
@@ -401,10 +337,10 @@ def test_prefix_of_a_parallel_wrapper_is_removed(tmp_path):
 
 
 def test_file_that_contradicts_itself_is_refused():
-    state = tet_layout(resnet19())
+    state = tet_layout(RESNET19.state())
     state["conv1_s.layer.module.weight"] = state["conv1.weight"] + 1
     with pytest.raises(UserError, match=r"conv1\.weight and conv1_s\.layer\.module\.weight"):
-        foreign.convert(state, "tet", ours("spiking_resnet19", **RESNET19))
+        foreign.convert(state, "tet", ours("spiking_resnet19", **OF_RESNET19))
 
 
 def test_vggsnn_without_pooling_is_another_network():
@@ -626,11 +562,13 @@ def test_another_number_of_classes_is_named_and_may_be_allowed(
 def test_tets_checkpoint_is_recognized_and_sees_images_as_its_loader_scales_them(
     num_classes, mean, std, call, tmp_path
 ):
-    state = {key: value.float() for key, value in tet_layout(resnet19(num_classes)).items()}
-    torch.save(state, tmp_path / "tet.pth")
+    state = RESNET19.state()
+    for key in ("classifier.2.weight", "classifier.2.bias"):
+        state[key] = state[key].repeat_interleave(num_classes, 0)[:num_classes]
+    torch.save(tet_layout(state), tmp_path / "tet.pth")
     output = tmp_path / "o.safetensors"
     command = [tmp_path / "tet.pth", "--model", "spiking_resnet19", "--timesteps", 6]
-    small = [f"model.arguments.{k}={v}" for k, v in RESNET19.items() if k != "num_classes"]
+    small = [f"model.arguments.{k}={v}" for k, v in RESNET19.arguments.items()]
     status, printed = call("convert", *command, "--output", output, *small)
     assert status == 0, printed
     assert "as weights of tet" in printed
@@ -642,61 +580,40 @@ def test_tets_checkpoint_is_recognized_and_sees_images_as_its_loader_scales_them
 
 
 @pytest.mark.parametrize(
-    ("source", "model", "shapes", "arguments", "neuron"),
+    ("name", "neuron"),
     [
         (
-            "decoupling",
-            "preact_resnet18",
-            preact_shapes((2, 2, 2, 2), 4, 4),
-            {"width": 4},
+            "preact_decoupling",
             {"decay": 0.2, "threshold": 1.0, "reset": "soft", "surrogate_width": 4.0},
         ),
         (
-            "seal",
-            "preact_resnet18",
-            preact_shapes((2, 2, 2, 2), 4, 4),
-            {"width": 4},
+            "preact_seal",
             {"decay": 0.2, "threshold": 1.0, "reset": "hard", "surrogate": "sigmoid"},
         ),
-        (
-            "decoupling",
-            "spiking_resnet19",
-            distilled_shapes((3, 3, 2), 128, 4, 6, 4),
-            {"width": 4, "hidden_features": 6, "stem_width": 128},
-            {"decay": 0.5, "reset": "hard"},
-        ),
-        (
-            "seal",
-            "spiking_resnet18_cifar",
-            distilled_shapes((2, 2, 2, 2), 4, 4, 0, 4),
-            {"width": 4, "stem_width": 4},
-            {"decay": 0.5, "reset": "hard"},
-        ),
+        ("resnet19", {"decay": 0.5, "reset": "hard"}),
+        ("resnet18_cifar", {"decay": 0.5, "reset": "hard"}),
         # Known by its names, behind the prefix of a parallel wrapper.
         (
-            None,
-            "ms_resnet18",
-            {f"module.{key}": shape for key, shape in ms_shapes((2, 2, 2, 2), 4, 4).items()},
-            {"width": 4},
+            "ms_resnet",
             {"decay": 0.25, "threshold": 0.5, "surrogate": "rectangle", "detach_reset": True},
         ),
     ],
 )
-def test_converted_file_notes_its_sources_network(
-    source, model, shapes, arguments, neuron, call, tiny_root, tmp_path
-):
-    torch.save({"best_acc": 1.0, "best_net": random_state(shapes)}, tmp_path / "theirs.pth")
+def test_converted_file_notes_its_sources_network(name, neuron, call, tiny_root, tmp_path):
+    case, prefix = Published(name), "module." if name == "ms_resnet" else ""
+    state = {f"{prefix}{key}": value for key, value in case.state().items()}
+    torch.save({"best_acc": 1.0, "best_net": state}, tmp_path / "theirs.pth")
     output = tmp_path / "o.safetensors"
     # The stem of a ResNet-19, 128 channels wide, is noted unasked.
-    given = [f"model.arguments.{k}={v}" for k, v in arguments.items() if v != 128]
-    command = [tmp_path / "theirs.pth", "--model", model, "--output", output]
-    command += [] if source is None else ["--from", source]
+    given = [f"model.arguments.{k}={v}" for k, v in case.arguments.items() if v != 128]
+    command = [tmp_path / "theirs.pth", "--model", case.model, "--output", output]
+    command += [] if prefix else ["--from", case.source]
     status, printed = call("convert", *command, *given, "data.image_size=32", "data.resize=32")
     assert status == 0, printed
-    assert f"as weights of {source or 'ms'}" in printed
+    assert f"as weights of {case.source}" in printed
     _, description = checkpoint.load_model_file(output)
     noted = description.config["model"]
-    assert noted["arguments"] == arguments
+    assert noted["arguments"] == case.arguments
     assert {key: noted["neuron"][key] for key in neuron} == neuron
     command = ["--checkpoint", output, "--data", tiny_root, "--device", "cpu"]
     assert call("eval", *command, "--json", tmp_path / "e.json")[0] == 0
@@ -769,8 +686,8 @@ def test_network_of_another_layout_lists_what_does_not_fit(call, tmp_path):
 
 
 def test_converting_does_not_change_the_model():
-    model = ours("spiking_resnet19", **RESNET19)
+    model = ours("spiking_resnet19", **OF_RESNET19)
     before = copy.deepcopy(model.state_dict())
-    result = foreign.convert(tet_layout(resnet19()), "tet", model)
+    result = foreign.convert(tet_layout(RESNET19.state()), "tet", model)
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
     assert not torch.equal(result.weights["fc.weight"], before["fc.weight"])
