@@ -4,7 +4,6 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ QUIET = "#767676"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31")
 ACCURACY = "top-1 (%)"  # label of every accuracy axis
 # Minimum range of an axis, in points of accuracy: in a smaller one, noise looks like a cliff.
-LEAST_ACCURACY, LEAST_DIFFERENCE = 5.0, 1.0
-_WITH_ROOM = (-0.6, 100.6)  # space for markers and numbers at 0 and 100 %
+LEAST_ACCURACY = 5.0
+LOWEST, HIGHEST = -0.6, 100.6  # with space for markers and numbers at 0 and 100 %
 
 
 def new_figure(width: float, height: float, *, dpi: int = 110) -> Any:
@@ -74,7 +73,11 @@ def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
         )
     if drawn and unit == ACCURACY:
         low, high = axis.get_ylim()
-        axis.set_ylim(widened(low, high, LEAST_ACCURACY, _WITH_ROOM))
+        lack = max(LEAST_ACCURACY - (high - low), 0) / 2
+        # Widen it to both sides alike, unless one of them would be impossible.
+        above = max(high + lack - max(high, HIGHEST), 0)
+        below = max(min(low, LOWEST) - (low - lack), 0)
+        axis.set_ylim(low - lack - above + below, high + lack - above + below)
     if drawn and legend:
         # Place the legend beside the title, where it covers no curve.
         handles = [line for line in drawn if not line.get_label().startswith("_")]
@@ -90,28 +93,10 @@ def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
         )
 
 
-def widened(
-    low: float, high: float, least: float, within: tuple[float, float]
-) -> tuple[float, float]:
-    """Widen an axis' limits to at least the distance ``least``, with the same centre.
-
-    If that would exceed the range of possible values, ``within``, shift the limits by the excess.
-    """
-    lack = max(least - (high - low), 0) / 2
-    below, above = low - lack, high + lack
-    beyond = max(above - max(high, within[1]), 0) - max(min(low, within[0]) - below, 0)
-    return below - beyond, above - beyond
-
-
 def markers(axis: Any, epochs: list[float], values: list[float], colour: str, label: str) -> None:
     """Draw a line, with markers if it has few points."""
-    axis.plot(
-        epochs, values, marker_style(values), color=colour, linewidth=1.8, markersize=4, label=label
-    )
-
-
-def marker_style(values: Sequence[float]) -> str:
-    return "o-" if len(values) <= 30 else "-"
+    style = "o-" if len(values) <= 30 else "-"
+    axis.plot(epochs, values, style, color=colour, linewidth=1.8, markersize=4, label=label)
 
 
 def raw_and_smooth(
