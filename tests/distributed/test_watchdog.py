@@ -49,14 +49,19 @@ def test_lost_process_ends_the_other(changes, stop, rank, status, words, farm, t
     assert text.count("Traceback") == text.count(RAISED + "\n") == (stop[0] == "raise"), text
 
 
-def test_killed_rank_0_is_noticed_by_the_store_first(farm, tiny_config, tmp_path):
-    """The thread has met the broken store before the training meets the broken collective."""
-    file = tiny_config({"engine": "torch"})
-    code = f"""
-import os, signal, sys, time
+CHANGED = """
+import os, signal, sys, threading, time
 import torch.distributed as dist
 from tetdist.apps.cli import train
-from tetdist.training import trainer
+from tetdist.training import step, trainer
+{}
+sys.exit(train.main(["--config", sys.argv[1]]))
+"""
+
+
+def test_killed_rank_0_is_noticed_by_the_store_first(farm, tiny_config, tmp_path):
+    """The thread has met the broken store before the training meets the broken collective."""
+    code = """
 def check(trainer):
     if os.environ["RANK"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -68,9 +73,9 @@ def check(trainer):
     except (dist.DistError, RuntimeError):
         pass
 trainer.Trainer._check_finite = check
-sys.exit(train.main(["--config", {str(file)!r}]))
 """
-    (status_0, first), (status_1, second) = farm.side_by_side(2, tiny.python("-c", code), tmp_path)
+    command = tiny.python("-c", CHANGED.format(code), tiny_config({"engine": "torch"}))
+    (status_0, first), (status_1, second) = farm.side_by_side(2, command, tmp_path)
     assert (status_0, status_1) == (-KILL, PEER_FAILED), first + second
     assert "rank 1: error: rank 0 has died or cannot be reached" in second
     assert "Traceback" not in second
@@ -78,20 +83,17 @@ sys.exit(train.main(["--config", {str(file)!r}]))
 
 def test_hanging_process_is_named(farm, tiny_config, tmp_path):
     """A process that is alive without progress: its thread reports that."""
-    file = tiny_config({"peer_timeout": 4.0, "engine": "torch"})
-    code = f"""
-import os, sys, threading
-from tetdist.apps.cli import train
-from tetdist.training import step
+    code = """
 sums = step.sums_of
 def slow(*arguments):
     if os.environ["RANK"] == "1":
         threading.Event().wait(60)
     return sums(*arguments)
 step.sums_of = slow
-sys.exit(train.main(["--config", {str(file)!r}]))
 """
-    (status_0, first), (status_1, second) = farm.side_by_side(2, tiny.python("-c", code), tmp_path)
+    file = tiny_config({"peer_timeout": 4.0, "engine": "torch"})
+    command = tiny.python("-c", CHANGED.format(code), file)
+    (status_0, first), (status_1, second) = farm.side_by_side(2, command, tmp_path)
     assert (status_0, status_1) == (PEER_FAILED, PEER_FAILED), first + second
     expected = r"error: no progress for 4 s: rank 1 \(process \d+ on .*\) hangs at step 1, and the "
     assert re.search(expected, first), first

@@ -86,7 +86,7 @@ def test_the_state(lines, saved, state, text, tmp_path):
 def test_the_state_of_a_job_without_slurm(lines, kind, state, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tetdist.apps.slurm.jobs.is_here", lambda: False)
     run = made(tmp_path / "run", lines, 12 if lines else None)
-    submission = history.Submission("7", str(run), "", "", "log", {}, 20, 0.0, ["runs/t2"])
+    submission = history.Submission("7", str(run), "", "", "log", {}, 20, 0.0)
     history.note_submission(history.next_submission(run), submission)
     events = [("started", 0, ""), ("started", 5, "preempted"), (kind, 10, "out of memory")]
     for event, step, reason in events if kind != "submitted" else []:
@@ -99,7 +99,6 @@ def test_the_state_of_a_job_without_slurm(lines, kind, state, text, tmp_path, mo
     assert ("from step 5: preempted\n" in shown) == (kind != "submitted")
     assert ("\n  failed      out of memory\n" in shown) == (kind == "failed")
     (told,) = read([run])
-    assert told.job.after == []  # It does not wait.
     assert as_table([told, told]).splitlines()[0].endswith("  job")
 
 

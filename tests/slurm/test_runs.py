@@ -160,7 +160,7 @@ def test_started_again_when_the_controller_is_back(launcher, straight, cluster):
     try:
         cluster.task(run.job, 0).send_signal(signal.SIGUSR2)
         reports = "Slurm does not answer scontrol; retrying for up to 1800 s"
-        wait_until(lambda: reports in run.log, "that", 120)
+        wait_until(lambda: reports in run.log, "that", 240)
     finally:
         cluster.start_controller()
     run.wait_for("finished")

@@ -8,7 +8,7 @@ from tetdist.apps.slurm import command
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 0 success, 1 a followed run did not finish, 2 a user error."""
+    """Return the exit status: 0 success, 2 a user error."""
     options = command.parse_arguments(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     return run_command(lambda: command.run(options), interrupted="interrupted")

@@ -36,7 +36,6 @@ class JobStatus:
             neither Slurm nor the run's folder knows it.
         text: Its nodes, the reason for waiting, or how it ended.
         log: File with rank 0's output.
-        after: Folders of the runs that it waits for.
         restarts: Time, step and reason of each restart of the run.
         failure: Why the newest start failed; None if it did not.
     """
@@ -45,7 +44,6 @@ class JobStatus:
     state: str
     text: str
     log: str
-    after: list[str]
     restarts: list[str]
     failure: str | None
 
@@ -258,8 +256,6 @@ def as_text(status: RunStatus) -> str:
     lines.append(f"  disk        {status.bytes / 1e6:,.1f} MB")
     if (job := status.job) is not None:
         lines.append(f"  job         {job.id} {job.state}: {job.text}")
-        if job.after:
-            lines.append(f"  after       {', '.join(job.after)}")
         lines.append(f"  log         {job.log}")
         lines.append(f"  restarts    {len(job.restarts) or 'none'}")
         lines += [f"    {restart}" for restart in job.restarts]

@@ -91,27 +91,21 @@ def _run_parser(command: str) -> argparse.ArgumentParser:
 
 
 def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the job")
-    group.add_argument("--nodes", type=positive, metavar="N")
-    group.add_argument(
-        "--gpus-per-node", type=int, metavar="G", help="one process each; 0: train on the CPU"
-    )
-    group.add_argument("--partition", metavar="P")
-    group.add_argument("--account", metavar="A")
-    group.add_argument("--qos", metavar="Q")
-    group.add_argument("--constraint", metavar="C", help="features that the nodes must have")
-    group.add_argument("--time", metavar="T", help="time limit of a job: 24:00:00, 2-00, ...")
-    group.add_argument(
-        "--setup",
-        action="append",
-        metavar="CMD",
-        help="shell command to run before the processes start; may be repeated",
-    )
+    add = parser.add_argument_group("the job").add_argument
+    add("--nodes", type=positive, metavar="N")
+    add("--gpus-per-node", type=int, metavar="G", help="one process each; 0: train on the CPU")
+    add("--partition", metavar="P")
+    add("--account", metavar="A")
+    add("--qos", metavar="Q")
+    add("--constraint", metavar="C", help="features that the nodes must have")
+    add("--time", metavar="T", help="time limit of a job: 24:00:00, 2-00, ...")
+    setup = "shell command to run before the processes start; may be repeated"
+    add("--setup", action="append", metavar="CMD", help=setup)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the parsed command, and return its exit status."""
-    from tetdist.apps.slurm import status, submit
+    from tetdist.apps.slurm import history, status, submit
 
     match options.command:
         case "status":
@@ -126,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
                 if status.is_finished(run_dir):
                     print(f"{run_dir} is finished: nothing to do")
                     continue
-                cluster = cluster_of(status.submission_of(run_dir).cluster, options)
+                cluster = cluster_of(history.submission_of(run_dir).cluster, options)
                 print(submit.resume(run_dir, cluster, new_code=options.new_code))
         case _:
             _submit(options)

@@ -22,6 +22,7 @@ from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tetdist.errors import UserError, typed
 from tetdist.storage.files import explaining, write_json, write_text
 from tetdist.tracking import mlflow_logger
 
@@ -91,6 +92,19 @@ def newest_submission(run_dir: Path) -> Submission | None:
         known = {one.name for one in fields(Submission)} & values.keys()
         return Submission(**{name: values[name] for name in known})
     return None
+
+
+def submission_of(run_dir: Path) -> Submission:
+    """Return the run's newest submission.
+
+    Raises:
+        UserError: There is none.
+    """
+    if (submission := newest_submission(run_dir)) is not None:
+        return submission
+    raise UserError(
+        f"{run_dir} has no slurm/ folder, so it was not submitted with `{typed('slurm')}`"
+    )
 
 
 def _submissions(run_dir: Path) -> list[tuple[int, Path]]:

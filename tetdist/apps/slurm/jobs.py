@@ -15,8 +15,7 @@ from tetdist.errors import UserError, typed
 
 PATIENCE = 60.0  # seconds that a Slurm command may take, including its retries
 PAUSE = 1.0  # seconds before a retry
-# Words of Slurm's errors when its controller is busy, or down.
-UNANSWERED = ("timed out", "Unable to contact slurm controller")
+PING_TIMEOUT = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def query(*command: str, patience: float | None = None) -> tuple[int, str, str]:
             raise UserError(
                 f"Slurm does not answer: {command[0]} took more than {patience:.0f} s; try later"
             ) from error
-        is_late = done.returncode != 0 and any(word in done.stderr for word in UNANSWERED)
+        is_late = done.returncode != 0 and ("timed out" in done.stderr or not _controller_is_up())
         if not is_late or time.monotonic() + PAUSE > end:
             return done.returncode, done.stdout.strip(), done.stderr
         if not is_reported:
@@ -144,3 +143,12 @@ def query(*command: str, patience: float | None = None) -> tuple[int, str, str]:
             )
             is_reported = True
         time.sleep(PAUSE)
+
+
+def _controller_is_up() -> bool:
+    # The error of a command does not tell: `scontrol requeue` calls it an unexpected message.
+    try:
+        done = subprocess.run(("scontrol", "ping"), capture_output=True, timeout=PING_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0 and b"DOWN" not in done.stdout

@@ -102,14 +102,17 @@ class Context:
         Returns:
             Exit status: 0, or 1 after a refusal.
         """
-        try:
-            status, _, refusal = jobs.query(
-                "scontrol", "requeue", self.job, patience=CONTROLLER_PATIENCE
-            )
-        except UserError as error:
-            status, refusal = 1, str(error)
-        if status == 0:
-            return 0
+        refusal = ""
+        for _ in range(2):  # The controller may have come back just after the first attempt.
+            try:
+                status, _, refusal = jobs.query(
+                    "scontrol", "requeue", self.job, patience=CONTROLLER_PATIENCE
+                )
+            except UserError as error:
+                refusal = str(error)
+                break
+            if status == 0:
+                return 0
         print(
             f"`scontrol requeue {self.job}` failed: {' '.join(refusal.split())}. If Slurm requeues "
             "the job itself, as after a preemption, nothing is to be done; otherwise continue with "

@@ -96,12 +96,6 @@ def seconds_of(plan: Plan, speed: Speed) -> float:
     return total
 
 
-def time_limits(cluster: ClusterSection, seconds: float) -> int:
-    """Return the number of time limits that a run needs; 0 if the limit is too short."""
-    stretch = cluster.minutes * 60 - cluster.warn_before_end - RESTART_MINUTES * 60
-    return max(1, math.ceil(seconds / stretch)) if stretch > 0 else 0
-
-
 # --- as text --------------------------------------------------------------------------------------
 
 
@@ -139,7 +133,8 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         )
     seconds = seconds_of(plan, speed)
     hours, gpus = seconds / 3600, cluster.nodes * (cluster.gpus_per_node or 0)
-    limits = time_limits(cluster, seconds) or "too short"
+    stretch = cluster.minutes * 60 - cluster.warn_before_end - RESTART_MINUTES * 60
+    limits = max(1, math.ceil(seconds / stretch)) if stretch > 0 else "too short"
     lines += [
         f"hours        {hours:.1f}, {hours * plan.steps_per_epoch / plan.steps:.2g} an epoch, "
         f"GPU-hours {hours * gpus:.0f}, time limits {limits} ({RESTART_MINUTES:g} minutes a "

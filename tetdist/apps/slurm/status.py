@@ -13,24 +13,15 @@ from tetdist.apps.reports.run_status import JobStatus, RunStatus
 from tetdist.apps.slurm import history, jobs
 from tetdist.apps.slurm.history import JobEvent, Submission
 from tetdist.apps.slurm.jobs import State
-from tetdist.errors import UserError, typed, without_passwords
+from tetdist.errors import UserError, without_passwords
 from tetdist.tracking.metrics_file import strict
 
 
 def find(name: str) -> list[Path]:
     """Return the submitted runs of a name, as in `run_status.find_runs`, the oldest first."""
-    runs = [run for run in run_status.find_runs([name]) if history.newest_submission(run)]
-    if not runs:
-        raise UserError(
-            f"{name} has no slurm/ folder, so it was not submitted with `{typed('slurm')}`"
-        )
-    return sorted(runs, key=lambda run: submission_of(run).time)
-
-
-def submission_of(run_dir: Path) -> Submission:
-    submission = history.newest_submission(run_dir)
-    assert submission is not None, "find() checks it"
-    return submission
+    runs = run_status.find_runs([name])
+    submitted = [run for run in runs if history.newest_submission(run)] or runs
+    return sorted(submitted, key=lambda run: history.submission_of(run).time)
 
 
 def show(names: Sequence[str], *, as_json: bool = False) -> int:
@@ -90,7 +81,6 @@ def job_status(submission: Submission, state: State) -> JobStatus:
         state=state.name.lower(),
         text=state.text,
         log=str(submission.log_file),
-        after=submission.after if state.name == "PENDING" else [],
         restarts=[
             f"{datetime.fromtimestamp(e.time):%Y-%m-%d %H:%M:%S}  from step {e.step}: {e.text}"
             for e in history.restarts(events)

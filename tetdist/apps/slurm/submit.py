@@ -14,7 +14,7 @@ import yaml
 
 from tetdist import plugins
 from tetdist.apps.reports.reference import find_reference
-from tetdist.apps.slurm import batch, history, jobs, plan, snapshot, status
+from tetdist.apps.slurm import batch, history, jobs, plan, snapshot
 from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.apps.slurm.history import JobEvent, Submission
 from tetdist.apps.slurm.job import Job
@@ -185,7 +185,8 @@ def submit(run: Prepared, code: Path | None = None, after: Sequence[Path] = ()) 
     # A concurrent submission of this run is refused before it updates MLflow.
     with history.submitting(run_dir):
         refuse_if_queued(run_dir)
-        _claim(run)
+        # Make the folder, or check that it holds the same run and is not in use; the job locks it.
+        RunFolder(config, _world(run.cluster))
         folder = history.next_submission(run_dir)
         code = code or copy_code(folder / "code")
         history.announce(config, "SCHEDULED", {})
@@ -215,7 +216,7 @@ def submit(run: Prepared, code: Path | None = None, after: Sequence[Path] = ()) 
 
 def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
     """Return the jobs of the runs that are not finished yet."""
-    submissions = {run: status.submission_of(run) for run in runs}
+    submissions = {run: history.submission_of(run) for run in runs}
     states = jobs.states_of(list(submissions.values()))
     waited_for: list[str] = []
     for run, submission in submissions.items():
@@ -227,12 +228,6 @@ def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
                 f"with `{typed('slurm', 'resume', run)}`"
             )
     return waited_for
-
-
-def _claim(run: Prepared) -> None:
-    """Make the run's folder, or check that it holds the same run and is not in use."""
-    # The folder's lock is released when this function returns; the job takes it.
-    RunFolder(run.config, _world(run.cluster))
 
 
 def _world(cluster: ClusterSection) -> World:
@@ -265,7 +260,7 @@ def _job(run: Prepared, folder: Path, code: Path) -> Job:
 
 def resume(run_dir: Path, cluster: ClusterSection, *, new_code: bool) -> str:
     """Submit a run again from its newest checkpoint, and return the summary."""
-    earlier = status.submission_of(run_dir)
+    earlier = history.submission_of(run_dir)
     refuse_if_queued(run_dir)
     config = loading.load_written(Path(earlier.config))
     # A run that began once need not wait: its predecessors were finished then.
@@ -277,7 +272,7 @@ def resume(run_dir: Path, cluster: ClusterSection, *, new_code: bool) -> str:
 
 def cancel(run_dir: Path) -> str:
     """Cancel a run's job, and return what was done."""
-    submission = status.submission_of(run_dir)
+    submission = history.submission_of(run_dir)
     job, state = submission.job, jobs.state_of(submission)
     if not state.is_queued:
         return f"{run_dir} is not queued: job {job} is {state.name} ({state.text})"
