@@ -48,17 +48,10 @@ def test_a_base_is_beside_the_file_and_may_have_a_base(tmp_path):
     loaded = load_with_origins(own, ["batch.micro=1"])
     config = loaded.config
     assert (config.name, config.seed, config.log_every) == ("third", 2, 3)
-    origins = {
-        key: loaded.origins.get(key, DEFAULT)
-        for key in ("save.keep_last", "seed", "log_every", "model.name", "batch.micro", "resume")
-    }
-    assert [Path(one).name for one in origins.values()] == [
-        "third.yaml",
-        "second.yaml",
-        "first.yaml",
-        "quickstart.yaml",
-        COMMAND_LINE,
-        DEFAULT,
+    keys = ("save.keep_last", "seed", "log_every", "model.name", "batch.micro", "resume")
+    files = [Path(loaded.origins.get(key, DEFAULT)).name for key in keys]
+    assert files == [f"{f}.yaml" for f in ("third", "second", "first", "quickstart")] + [
+        *(COMMAND_LINE, DEFAULT)
     ]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tetdist.config.loading import load, parse
-from tetdist.config.retired import RETIRED
+from tetdist.config.retired import RETIRED, RETIRED_VALUES
 from tetdist.errors import UserError
 
 
@@ -29,3 +29,26 @@ def test_a_key_that_is_gone(key, caplog):
         parse(other, "old.yaml", warn=False)
     assert str(raised.value) == f"old.yaml: {place}='another' is gone; {RETIRED[key].instead}"
     assert parse(other, "old.yaml", warn=False, is_trained=True).as_dict() == kept
+
+
+@pytest.mark.parametrize("key", RETIRED_VALUES)
+def test_a_value_that_is_gone(key):
+    values, retired = RETIRED_VALUES[key]
+    for value in values:
+        with pytest.raises(UserError) as raised:
+            parse(with_key(key, value), "old.yaml", warn=False)
+        place = key.replace(".N.", ".0.")
+        assert str(raised.value) == f"old.yaml: {place}={value} is gone; {retired.instead}"
+        trained = parse(with_key(key, value), "old.yaml", warn=False, is_trained=True)
+        assert trained.as_dict() == with_key(key, retired.default)
+
+
+def test_a_run_with_a_value_that_is_gone_does_not_continue(main, tiny_config, tmp_path):
+    file, written = tiny_config({"max_steps": 1}), tmp_path / "runs/tiny/config.yaml"
+    assert main(file).status == 0
+    as_written = written.read_text()
+    for value, status in (("norm", 0), ("agc", 2)):
+        written.write_text(f"clip_mode: {value}\n{as_written}")
+        outcome = main(file)
+        assert outcome.status == status
+    assert f"{written}: clip_mode='agc' is gone; remove it: " in outcome.text

@@ -158,3 +158,16 @@ def test_recipe_resolves_plans_and_trains(name, main, relu, tiny_root, event_dat
     )
     learned = {key for key in first if "running" not in key and "num_batches" not in key}
     assert any(not torch.equal(first[key], second[key]) for key in learned)
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("cifar10_resnet19", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        ("cifar100_resnet19", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    ],
+)
+def test_recipes_of_cifar_begin_and_scale_as_the_papers_code(name, mean, std):
+    config = load(name)
+    assert config.model.arguments == {"init": "torch"}
+    assert (config.data.mean, config.data.std) == (mean, std)

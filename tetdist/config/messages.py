@@ -75,8 +75,9 @@ def _located(section: type[BaseModel], error: Any) -> Any:
     location = [part for part in parts if not re.search(r"\[|Section$", part)]
     if error["type"] == "value_error":
         error = error | {"msg": str(error["ctx"]["error"])}
-        if section_at(section, location) is not None:
-            # The text of a contradiction within a section begins with a key of the section.
+        inner, key = section_at(section, location), re.split("[ .:=]", error["msg"])[0]
+        # The text of a contradiction within a section begins with a key of the section.
+        if inner is not None and key in keys_of(inner):
             text = "".join(f"{part}." for part in location) + error["msg"]
             error |= {"type": "contradiction", "msg": text}
             location = re.split("[ :=]", text)[0].split(".")
@@ -119,7 +120,7 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
     if (text := _MESSAGES.get(error["type"])) is not None:
         context = error.get("ctx", {}).items()
         message = text.format(**{k: f"{v:g}" if isinstance(v, float) else v for k, v in context})
-        if override is not None and key_of(override) == dotted:
+        if text.startswith("must") and override is not None and key_of(override) == dotted:
             return f"{override} {message}"
     shown = "" if isinstance(given, dict) else f", not {given!r}"
     return f"{dotted!r}: {message}{shown}"
