@@ -53,64 +53,37 @@ def study(cluster, tiny_config, tmp_path, capfd, monkeypatch):
     return write
 
 
-def job_in(output, name):
-    """The job that a run was submitted as."""
-    found = re.search(rf"^{name}: submitted as job (\d+)", output, re.MULTILINE)
-    assert found, output
-    return found[1]
-
-
-def test_typed_twice_it_submits_nothing_twice(study, cluster, capfd):
-    tiny_study = study({"second": {"init": "first"}, "first": {}})
-    status, output, errors = tiny_study("--slurm", *ON_CPU, *HELD)
+def test_typed_again_it_submits_what_is_neither_finished_nor_queued(study, cluster, capfd):
+    tiny_study = study({"second": {"init": "first"}, "first": {}, "other": {}})
+    held = ("--slurm", *ON_CPU, *HELD)
+    assert tiny_study("--only", "other", *held)[0] == 0
+    status, output, errors = tiny_study("--only", "second", *held)
     assert status == 0, errors
-    first, second = job_in(output, "first-seed0"), job_in(output, "second-seed0")
-    assert f"second-seed0: submitted as job {second}, starts after first-seed0" in output
-    assert f"afterok:{first}(" in cluster.job(second)["Dependency"]
-
-    status, output, errors = tiny_study("--slurm", *ON_CPU)
+    first, second, other = map(tiny_study.run, ("first", "second", "other"))
+    before = (first.job, second.job)
+    assert f"second-seed0: submitted as job {second.job}, starts after first-seed0" in output
+    assert f"afterok:{first.job}(" in cluster.job(second.job)["Dependency"]
+    status, output, errors = tiny_study(*held)
     assert status == 0, errors
-    for name, job in (("first", first), ("second", second)):
-        assert f"{name}-seed0: PENDING as job {job} (waiting: " in output
-    assert len(cluster.squeue()) == 2
+    for name, run in (("first", first), ("second", second), ("other", other)):
+        assert f"{name}-seed0: PENDING as job {run.job} (waiting: " in output
+    assert (len(cluster.squeue()), (first.job, second.job)) == (3, before)
     # Nor does it train here what is queued there.
     status, _, errors = tiny_study()
-    assert (status, f"first-seed0 is PENDING as job {first}" in errors) == (2, True), errors
+    assert (status, f"first-seed0 is PENDING as job {first.job}" in errors) == (2, True), errors
 
-    # First what waits, before Slurm removes it.
-    assert slurm.main(["cancel", "out"]) == 0
-    assert re.findall(r"cancelled job (\d+)", capfd.readouterr().out) == [second, first]
-    wait_until(lambda: not cluster.squeue(), "an empty queue")
+    # Slurm does not remove what is held; so the second waits for a job that is gone.
+    cluster.run("scancel", first.job)
+    assert second.is_queued
     # What will never be finished is nothing to wait for.
     alone = ["--config", "tiny.yaml", "name=third", *ON_CPU]
     assert slurm.main([*alone, "--after", "out/first-seed0"]) == 2
     assert "--after: out/first-seed0 is neither finished nor queued" in capfd.readouterr().err
-    # Typed again, it submits both again, also where Slurm has forgotten a job.
-    file = tiny_study.run("first").path / "slurm" / "submission-1" / "submission.json"
-    file.write_text(file.read_text().replace(f'"{first}"', '"999999"'))
-    status, output, errors = tiny_study("--slurm", *ON_CPU, *HELD)
-    assert status == 0, errors
-    again = job_in(output, "first-seed0")
-    assert f"afterok:{again}(" in cluster.job(job_in(output, "second-seed0"))["Dependency"]
-    assert slurm.main(["cancel", "out"]) == 0
-
-
-def test_ended_by_scancel_and_submitted_again_at_once(study, cluster, capfd):
-    """Slurm does not remove what is held; so the second waits for a job that is gone."""
-    tiny_study = study({"second": {"init": "first"}, "first": {}, "other": {}})
-    held = ("--slurm", *ON_CPU, *HELD)
-    assert tiny_study("--only", "other", *held)[0] == 0
-    assert tiny_study("--only", "second", *held)[0] == 0
-    first, second, other = map(tiny_study.run, ("first", "second", "other"))
-    gone, left = (first.job, second.job), other.job
-    cluster.run("scancel", first.job)
-    assert second.is_queued
     status, output, errors = tiny_study(*held)
     assert status == 0, errors
-    assert f"other-seed0: PENDING as job {left}" in output
     assert f"second-seed0: submitted as job {second.job}, starts after first-seed0" in output
-    assert not {first.job, second.job} & {*gone}
-    queued = {f"{job} PENDING" for job in (first.job, second.job, left)}
+    assert not {first.job, second.job} & {*before}
+    queued = {f"{run.job} PENDING" for run in (first, second, other)}
     assert set(cluster.squeue()) == queued
     # The study's folder stands for all its runs, whenever they were submitted, that are there.
     assert slurm.main(["cancel", "out"]) == 0
@@ -132,8 +105,7 @@ def test_ended_by_scancel_and_submitted_again_at_once(study, cluster, capfd):
 def test_mistakes_are_named_and_nothing_is_queued(study, cluster, flags, words):
     changes = {"batch.global": 9, "batch.micro": 1} if "--nodes" in flags else {}
     status, _, errors = study({"first": {}}, changes)("--slurm", *ON_CPU, *flags)
-    assert status == 2
-    assert errors.count("\n") == 1, errors
+    assert (status, errors.count("\n")) == (2, 1), errors
     assert [word for word in words if word not in errors] == [], errors
     assert not cluster.squeue()
 

@@ -9,8 +9,6 @@ import sqlite3
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
@@ -19,6 +17,7 @@ import yaml
 
 from tetdist.apps.slurm.jobs import State
 from tetdist.apps.studies import local, plan, slurm, tracking
+from tetdist.errors import UserError
 from tetdist.tracking import environment
 
 STUDY = tiny.PROJECT / "tools" / "study.py"
@@ -254,12 +253,12 @@ def test_a_run_that_is_being_started_ends_with_the_study(number, write, tmp_path
         monkeypatch.setenv(name, value)
     first = signal.SIGINT if isinstance(number, str) else number
 
-    class Popen(subprocess.Popen[bytes]):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
             signal.raise_signal(first)
 
-        def terminate(self) -> None:
+        def terminate(self):
             if first != number:  # It does not end at once; the second comes while it is waited for.
                 signal.raise_signal(signal.SIGINT)
             super().terminate()
@@ -279,11 +278,11 @@ def test_mlflow_has_the_runs_below_the_study(call, write, here, tmp_path, monkey
     database, output, start = tmp_path / "mlflow.db", tmp_path / "out", here.start
     overrides = {"tracking.mlflow": True, "tracking.uri": f"sqlite:///{database}"}
 
-    def asked(query: str) -> list[Any]:
+    def asked(query):
         with sqlite3.connect(database) as store:
             return store.execute(query).fetchall()
 
-    def scheduled(words: list[str], **options: Any) -> Any:
+    def scheduled(words, **options):
         assert asked("select status from runs where name = 'sdt-seed0'") == [("SCHEDULED",)]
         return start(words, **options)
 
@@ -316,7 +315,7 @@ def test_mlflow_has_the_runs_below_the_study(call, write, here, tmp_path, monkey
 
 
 @pytest.fixture
-def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_slurm(monkeypatch, tmp_path):
     """Neither its programs nor the facts of this machine's real cluster."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -346,36 +345,19 @@ def test_dry_run_shows_each_job_after_those_it_needs(call, write, tmp_path, monk
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.usefixtures("no_slurm")
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (("--gpus-per-node", "0"), ("there is no Slurm here", "leave out --slurm", "--dry-run")),
-        (("--dry-run",), ("without --gpus-per-node, the plan", "among 8 processes")),
-        (("--dry-run", "--time", "soon"), ("--time: 'soon' is not a time", "24:00:00")),
-        (("--after", "x"), ("--after applies to single runs",)),
-        (("--config", "other.yaml"), ("--config applies to single runs",)),
-        (("seed=3",), ("write seed=3 before it",)),
-    ],
-)
-def test_mistakes_in_what_follows_slurm_are_named(call, write, tmp_path, flags, words):
-    status, output = call("study", write(), "--output", tmp_path / "out", "--slurm", *flags)
-    assert status == 2
-    assert [word for word in words if word not in output] == [], output
-    assert not (tmp_path / "out").exists()
-
-
 def test_what_is_submitted_by_how_the_runs_are(write, tmp_path, monkeypatch, capsys):
     """What is neither finished nor queued, and what waits in the queue for such a run."""
     needs = {"of_done": "done", "of_bad": "bad", "of_of_bad": "of_bad", "of_waits": "waits"}
-    alone = ("done", "bad", "waits", "runs", "ends")
+    needs |= {"began": "bad"}
+    alone = ("done", "bad", "waits", "ends")
     entries = {name: {} for name in alone} | {name: {"init": of} for name, of in needs.items()}
     runs = runs_of(write({"entries": entries, "seeds": [0]}), tmp_path / "out")
     # Slurm has not removed of_bad yet; one has its last step, and has not ended.
-    names = {"waits": "PENDING", "runs": "RUNNING", "ends": "RUNNING", "of_bad": "PENDING"}
+    names = dict.fromkeys(("waits", "of_bad"), "PENDING") | dict.fromkeys(
+        ("ends", "began"), "RUNNING"
+    )
     queued = {r: (r.entry, State(names[r.entry], "", True)) for r in runs if r.entry in names}
-    cancelled: list[str] = []
-    sent: list[str] = []
+    cancelled, sent = [], []
     monkeypatch.setattr(slurm, "is_here", lambda: True)
     monkeypatch.setattr(slurm, "is_trained", lambda run: run.entry in ("done", "ends"))
     monkeypatch.setattr(slurm, "queued_runs", lambda _: queued)
@@ -386,7 +368,7 @@ def test_what_is_submitted_by_how_the_runs_are(write, tmp_path, monkeypatch, cap
     assert sent.index("bad") < sent.index("of_bad") < sent.index("of_of_bad")
     assert cancelled == ["of_bad"]
     shown = dict(re.findall(r"^(\w+)-seed0: (\w+)", capsys.readouterr().out, re.MULTILINE))
-    running = dict.fromkeys(("runs", "ends"), "RUNNING")
+    running = dict.fromkeys(("began", "ends"), "RUNNING")
     assert shown == {"done": "finished", "waits": "PENDING", **running}
 
 
@@ -452,25 +434,37 @@ def test_mistakes_in_a_study_are_named(call, write, tmp_path, changes, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_mistakes_on_the_command_line_are_named(call, write, tmp_path):
-    file, output = write(), tmp_path / "out"
-    for arguments, word in (
-        (("no_such_study",), "tet_vs_sdt_digits"),
-        ((file, "--only", "tte"), "sdt, tet"),
-        ((file, "--jobs", 0), "--jobs"),
-        ((file, "--report-only"), "none of 4 runs is finished"),
-        ((file, "--report-only", "--slurm"), "leave out --slurm"),
-        ((file, "--dry-run", "--slurm"), "must follow --slurm"),
-        ((file, "seed"), "'seed' is not an override"),
-        ((file, "resume=must"), "the study itself sets resume"),
-    ):
-        status, printed = call("study", *arguments, "--output", output)
-        assert (status, word in printed) == (2, True), printed
+@pytest.mark.usefixtures("no_slurm")
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--only", "tte"), ("sdt, tet",)),
+        (("--jobs", 0), ("--jobs",)),
+        (("--report-only",), ("none of 4 runs is finished",)),
+        (("--report-only", "--slurm"), ("leave out --slurm",)),
+        (("--dry-run", "--slurm"), ("must follow --slurm",)),
+        (("seed",), ("'seed' is not an override",)),
+        (("resume=must",), ("the study itself sets resume",)),
+        (("--slurm",), ("there is no Slurm here", "leave out --slurm", "--dry-run")),
+        (("--slurm", "--dry-run"), ("without --gpus-per-node, the plan", "among 8 processes")),
+        (("--slurm", "--dry-run", "--time", "soon"), ("--time: 'soon' is not a time", "24:00:00")),
+        (("--slurm", "--after", "x"), ("--after applies to single runs",)),
+        (("--slurm", "--config", "other.yaml"), ("--config applies to single runs",)),
+        (("--slurm", "seed=3"), ("write seed=3 before it",)),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(call, write, tmp_path, flags, words):
+    status, output = call("study", write(), "--output", tmp_path / "out", *flags)
+    assert status == 2
+    assert [word for word in words if word not in output] == [], output
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_studies_of_the_project_resolve(tmp_path):
-    files = sorted((tiny.PROJECT / "configs" / "studies").glob("*.yaml"))
-    assert files
+    with pytest.raises(UserError, match=r"there is no study 'none'.*tet_vs_sdt_digits"):
+        plan.find("none")
+    files = sorted(plan.STUDIES_DIR.glob("*.yaml"))
+    assert plan.find("tet_vs_sdt_digits") in files
     for file in files:
         study = plan.read(file)
         one_seed = study.model_copy(update={"seeds": study.seeds[:1]})

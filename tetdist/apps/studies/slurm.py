@@ -27,16 +27,17 @@ def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str]) -> 
     queued, stale = queued_runs(runs), list[str]()
     left: dict[StudyRun, tuple[RunConfig, ClusterSection]] = {}
     for run in runs:
+        job, state = queued.get(run, ("", None))
         # A pending job whose predecessor failed leaves the queue a moment later.
-        waits_in_vain = any(needed in left for needed in run.needs)
-        if run in queued and not waits_in_vain:
-            job, state = queued[run]
+        if state and state.name == "PENDING" and any(needed in left for needed in run.needs):
+            left[run] = job_of(run, flags)
+            stale.append(job)
+        elif state:
             print(f"{run.name}: {state.name} as job {job} ({state.text})")
         elif is_trained(run):
             print(f"{run.name}: finished")
         else:
             left[run] = job_of(run, flags)
-            stale += [queued[run][0]] if run in queued else []
     check_inputs(list(left))
     for job in stale:
         cancel(job)
