@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, Never, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from timm.layers import to_2tuple
@@ -18,7 +18,6 @@ from timm.models import (
 )
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from tetdist.errors import UserError
 from tetdist.models.streaming import Stream
@@ -298,8 +297,6 @@ class SpikingNetwork(nn.Module):
         Raises:
             ValueError: The shape is wrong, or there are fewer than T time bins.
         """
-        if isinstance(x, Proxy):
-            self.__prepare_scriptable__()
         if self.input_kind == "images":
             if x.ndim != 4:
                 raise ValueError(f"an image batch must be (B, C, H, W), not {tuple(x.shape)}")
@@ -336,11 +333,6 @@ class SpikingNetwork(nn.Module):
             UserError: The model's neurons need all timesteps at once.
         """
         return Stream(self)
-
-    def __prepare_scriptable__(self) -> Never:
-        """Refuse TorchScript, which calls this first, and torch.fx."""
-        name = type(self).__name__
-        raise UserError(f"TorchScript and torch.fx cannot trace {name}; use torch.export instead")
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the spikes of the last block, (T, B, C, H, W)."""
@@ -588,7 +580,6 @@ def build(
     Raises:
         UserError: An argument of timm's is given that the network does not support.
     """
-    neuron = neurons.make(neuron, cls.default_neuron)
     parameters = inspect.signature(cls).parameters
     for rate in ("drop_rate", "drop_path_rate"):  # timm's train.py passes 0 to any network
         if rate not in parameters and kwargs.pop(rate, 0):
@@ -604,28 +595,10 @@ def build(
         kwargs = {"feature_cls": "getter", "out_indices": None} | kwargs
         if (other := kwargs["feature_cls"]) != "getter":
             raise UserError(f"feature_cls: {variant} needs timm's getter, not {other!r}; remove it")
-
-    def make(img_size: Any = None, **arguments: Any) -> Network:
-        if img_size is not None:
-            height, width = to_2tuple(img_size)
-            if "input_size" not in parameters or height != width:
-                sizes = "square images" if "input_size" in parameters else "images of any size"
-                raise UserError(f"img_size: {variant} takes {sizes}; remove {img_size}")
-            arguments["input_size"] = height
-        placed = {name: arguments.pop(name, None) for name in ("device", "dtype")}
-        of_norms = {name: arguments.pop(f"bn_{name}", None) for name in ("eps", "momentum")}
-        of_norms = {name: value for name, value in of_norms.items() if value is not None}
-        pool = None if "global_pool" in parameters else arguments.pop("global_pool", None)
-        model = cls(**arguments)
-        model.set_global_pool(pool, model.num_classes)
-        model.set_timesteps(model.timesteps)  # The neurons now exist and may refuse T.
-        _set_exchanged_values(model, neuron, variant)
-        for norm in (module for module in model.modules() if isinstance(module, BatchNorm)):
-            vars(norm).update(of_norms)
-        return model.to(**placed)
-
-    kwargs |= {"neuron": neuron, "pretrained_cfg": cfg}
-    built: Network = build_model_with_cfg(make, variant, pretrained, **kwargs)
+    kwargs |= {"neuron": neurons.make(neuron, cls.default_neuron), "pretrained_cfg": cfg}
+    built: Network = build_model_with_cfg(
+        partial(_make, cls, variant), variant, pretrained, **kwargs
+    )
     model = built.model if isinstance(built, FeatureGetterNet) else built
     own = {}
     if model.feature_info:
@@ -636,6 +609,37 @@ def build(
     for one in (built, model):
         one.pretrained_cfg.update(own)
     return built
+
+
+def _make(
+    cls: type[Network],
+    variant: str,
+    *,
+    neuron: NeuronConfig,
+    img_size: Any = None,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    bn_eps: float | None = None,
+    bn_momentum: float | None = None,
+    **arguments: Any,
+) -> Network:
+    """Make a network by timm's arguments, which these are, and by those of its class."""
+    parameters = inspect.signature(cls).parameters
+    if img_size is not None:
+        height, width = to_2tuple(img_size)
+        if "input_size" not in parameters or height != width:
+            sizes = "square images" if "input_size" in parameters else "images of any size"
+            raise UserError(f"img_size: {variant} takes {sizes}; remove {img_size}")
+        arguments["input_size"] = height
+    pool = None if "global_pool" in parameters else arguments.pop("global_pool", None)
+    model = cls(**arguments | {"neuron": neuron})
+    model.set_global_pool(pool, model.num_classes)
+    model.set_timesteps(model.timesteps)  # The neurons now exist and may refuse T.
+    _set_exchanged_values(model, neuron, variant)
+    for norm in (module for module in model.modules() if isinstance(module, BatchNorm)):
+        norm.eps = norm.eps if bn_eps is None else bn_eps
+        norm.momentum = norm.momentum if bn_momentum is None else bn_momentum
+    return model.to(device=device, dtype=dtype)
 
 
 def _set_exchanged_values(model: SpikingNetwork, neuron: NeuronConfig, variant: str) -> None:
