@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tetdist.apps.weights.evaluated import energy_constants
 from tetdist.errors import UserError
 from tetdist.evaluation.energy import EnergySection, Estimator, estimate
-from tetdist.evaluation.operations import LayerOperations, counting_operations
+from tetdist.evaluation.operations import LayerOperations, OperationCounts, Operations
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import Neuron
 
@@ -32,7 +32,7 @@ class ByHand(nn.Module):
 
 def test_a_network_counted_by_hand(alone):
     model = ByHand().eval()
-    with counting_operations(model) as counts, torch.no_grad():
+    with OperationCounts(model) as counts, torch.no_grad():
         model(0.3 * torch.ones(5, 2, 4, 4))
     found = estimate(counts.total(alone, 5), 2, EnergySection())
     assert found["activation_bits"] == 2  # 0 to 2 spikes
@@ -105,11 +105,19 @@ def layer(sources: int = 4096, timesteps: int = 5, **changed: Any) -> LayerOpera
     return LayerOperations(**counts | changed)
 
 
+def estimator(
+    one: LayerOperations,
+    timesteps: int = 5,
+    constants: EnergySection | None = None,
+    most_spikes: int = 1,
+) -> Estimator:
+    return Estimator(constants or EnergySection(), timesteps, Operations({"": one}, most_spikes))
+
+
 def even(timesteps: int, weight_bits: int, sources: int = 4096, **changed: Any) -> float:
     """The break-even rate in percent. Membranes of 8 bits are our fit."""
     constants = EnergySection(weight_bits=weight_bits, membrane_bits=8, **changed)
-    of = Estimator(constants, timesteps, 1)
-    rate, below = of.break_even([layer(sources, timesteps)]) or (0.0, False)
+    rate, below = estimator(layer(sources, timesteps), timesteps, constants).break_even()
     assert below
     return 100 * rate
 
@@ -143,7 +151,7 @@ def test_further_figures_of_the_paper():
     for rate, bitmaps_win in ((0.12, False), (0.17, True)):
         for weight_bits in (4, 8):
             constants = EnergySection(weight_bits=weight_bits)
-            found = Estimator(constants, 5, 1).as_dict([layer(accumulates=rate * 5 * 4096)])
+            found = estimator(layer(accumulates=rate * 5 * 4096), 5, constants).as_dict()
             assert (
                 found["bitmaps"]["pj"]["total"] < found["spiking"]["pj"]["total"]
             ) is bitmaps_win
@@ -162,21 +170,22 @@ def test_a_convolutions_weights_are_kept_for_all_positions_or_timesteps(
 ):
     """100 weights connect 4,000 synapses, of which 2,000 receive a spike in the five timesteps."""
     conv = layer(4000, weights=100)
-    found = Estimator(EnergySection(weight_fetches=fetches), 5, 1).as_dict([conv])
+    found = estimator(conv, 5, EnergySection(weight_fetches=fetches)).as_dict()
     read = [found[network]["weight_bits_read"] / 8 for network in ("spiking", "bitmaps", "relu")]
     assert read == [spiking, bitmaps, relu]
 
 
 def test_neurons_that_fire_several_times_and_attention():
-    integer = Estimator(EnergySection(), 2, 4)
+    integer = estimator(layer(timesteps=2), 2, most_spikes=4)
     assert integer.activation_bits == 4  # 0 to 8 spikes
-    assert integer.spike_rate([layer(timesteps=2)]) == pytest.approx(0.1 / 4)
-    found = integer.as_dict([layer(timesteps=2)])
+    assert integer.spike_rate == pytest.approx(0.1 / 4)
+    found = integer.as_dict()
     assert found["bitmaps"]["activation_bits_read"] == 2 * 3 * 4096  # 0 to 4 spikes
     assert found["spiking"]["activation_bits_written"] == 2 * 3
     # 2 s T D / (T D + 1) of 4,096 products, of 4 bits and 8.
     assert found["relu"]["bit_products"] == pytest.approx(2 * 0.025 * 8 / 9 * 4096 * 4 * 8)
-    attention = Estimator(EnergySection(weight_fetches="synapse"), 5, 1).as_dict([layer(weights=0)])
+    constants = EnergySection(weight_fetches="synapse")
+    attention = estimator(layer(weights=0), 5, constants).as_dict()
     assert attention["spiking"]["weight_bits_read"] == attention["relu"]["weight_bits_read"] == 0
     assert attention["relu"]["bit_products"] == pytest.approx(2 * 0.1 * 5 / 6 * 4096 * 3 * 3)
 
@@ -184,9 +193,9 @@ def test_neurons_that_fire_several_times_and_attention():
 def test_a_rate_that_does_not_decide():
     """Membranes alone may take more, spikes may cost nothing, or there are none."""
     costly, free = layer(membrane_updates=1e9), EnergySection(spike_move=0.0, bit_move=1.0)
-    assert Estimator(EnergySection(), 5, 1).break_even([costly]) == (0, True)
-    assert Estimator(free, 5, 1).break_even([layer()]) == (1, True)
-    assert Estimator(free, 5, 1).break_even([layer(accumulates=0.0)]) is None
+    assert estimator(costly).break_even() == (0, True)
+    assert estimator(layer(), 5, free).break_even() == (1, True)
+    assert estimator(layer(accumulates=0.0), 5, free).break_even() == (None, None)
 
 
 def test_spikes_that_win_above_a_rate():
@@ -194,13 +203,13 @@ def test_spikes_that_win_above_a_rate():
     constants = EnergySection(
         spike_move=0.0, accumulate=0.0, bit_move=0.0, weight_bit=0.0, multiply_accumulate=1.0
     )
-    of, busy = Estimator(constants, 4, 1), layer(membrane_updates=4e4)
-    rate, below = of.break_even([busy])
+    of = estimator(layer(membrane_updates=4e4), 4, constants)
+    rate, below = of.break_even()
     assert 0 < rate < 1
     assert not below
-    scale = rate / of.spike_rate([busy])
+    scale = rate / of.spike_rate
     for factor in (0.99, 1.01):
-        spiking, relu = (one([busy], factor * scale).pj(constants) for one in (of.spiking, of.relu))
+        spiking, relu = (one(factor * scale).pj(constants) for one in (of.spiking, of.relu))
         assert (spiking["total"] < relu["total"]) == (factor > 1)
 
 

@@ -15,7 +15,7 @@ from tetdist.apps.reports.evaluation_page import as_text, html_page
 from tetdist.data.loader import Batch
 from tetdist.distributed.world import join
 from tetdist.errors import UserError
-from tetdist.evaluation.operations import counting_operations
+from tetdist.evaluation.operations import OperationCounts
 from tetdist.evaluation.suite import run_suite
 from tetdist.evaluation.unrolling import unrolled
 from tetdist.nn import neurons, products
@@ -194,7 +194,7 @@ def test_operations_of_integer_spikes_are_those_of_the_unrolled_network(name, ki
         return hook
 
     with torch.no_grad():
-        with counting_operations(model) as counts:
+        with OperationCounts(model) as counts:
             model(x)
         with unrolled(model):
             for layer, module in model.named_modules():
@@ -227,11 +227,11 @@ def test_attentions_products_are_unrolled(kind, alone, monkeypatch):
         return tokens(x, heads, dtype)
 
     with torch.no_grad():
-        with counting_operations(model) as numbers:
+        with OperationCounts(model) as numbers:
             features = model.forward_head(model.forward_features(x), True, per_timestep=True)
             expected = model.get_classifier()(features)
         monkeypatch.setattr(products, "tokens", look)
-        with unrolled(model) as most, counting_operations(model, in_spikes=True) as spikes:
+        with unrolled(model) as most, OperationCounts(model, in_spikes=True) as spikes:
             got = model(x, per_timestep=True)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert {value for x in seen for value in x.unique().tolist()} == {0.0, 1.0}

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 import tetdist
 from tetdist.distributed.world import World
-from tetdist.evaluation.operations import Operations, counting_operations
+from tetdist.evaluation.operations import OperationCounts, Operations
 
 assert tetdist.__doc__  # registers the models
 
 
 def count(model: nn.Module, world: World, *batches: Tensor) -> Operations:
-    with counting_operations(model) as counts, torch.no_grad():
+    with OperationCounts(model) as counts, torch.no_grad():
         for batch in batches:
             model(batch)
     return counts.total(world, sum(len(batch) for batch in batches))

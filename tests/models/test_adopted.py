@@ -18,7 +18,7 @@ from tetdist.data.loader import Batch
 from tetdist.distributed.world import join
 from tetdist.errors import UserError
 from tetdist.evaluation.evaluate import evaluate
-from tetdist.evaluation.operations import counting_operations
+from tetdist.evaluation.operations import OperationCounts
 from tetdist.losses import tet_loss
 from tetdist.models.adopted import Adopted, AdoptedBatchNorm, adopt
 from tetdist.nn import batch_norm
@@ -253,7 +253,7 @@ def test_firing_rates_and_operations_of_the_librarys_layers():
     model, x = adopted(Small), images(16, samples=6)
     own_step(model, x[:2])
     batch = Batch(images=x, labels=torch.tensor([0, 1, 2, 3, 0, 1]), ids=torch.arange(6), mix=None)
-    with join("cpu") as world, counting_operations(model) as counts:
+    with join("cpu") as world, OperationCounts(model) as counts:
         found = evaluate(model, [batch], 6, world, precision="fp64")
         operations = counts.total(world, 6)
     assert list(found.firing_rate) == ["net.features.2", "net.features.6", "net.classifier.1"]

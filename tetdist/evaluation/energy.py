@@ -1,18 +1,15 @@
-"""Energy of an evaluated network with its memory, beside that of a ReLU network.
+"""Energy of counted operations with their memory, beside that of a ReLU network.
 
-Both networks have the same synapses. The ReLU network runs once, and its activations have as many
-bits as T timesteps with up to D spikes each need: ceil(log2(T D + 1)), after arXiv 2409.08290v4,
-for D = 1. For each layer of synapses, and the neurons after it, the energy is that of
+Both networks have the same synapses; `ASSUMPTIONS` has the ReLU network's bits, after arXiv
+2409.08290v4, for D = 1. For each layer of synapses, and the neurons after it, the energy is that of
 
 * weights, read as often as ``weight_fetches`` says, and not more often than they are used;
 * activations, written once and moved to each synapse that they reach. Spikes move as events, or as
   bitmaps of all inputs in all timesteps;
-* membranes, read and written once a timestep; a ReLU network has none;
-* arithmetic: accumulates, comparisons with thresholds, and multiply-accumulates.
+* membranes, and arithmetic: accumulates, comparisons with thresholds, and multiply-accumulates.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -104,27 +101,25 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimator:
-    """Estimates for layers at T timesteps, in each of which a neuron sends up to D spikes."""
+    """Estimates for operations at T timesteps, in each of which a neuron sends up to D spikes."""
 
     constants: EnergySection
     timesteps: int
-    most_spikes: int
+    operations: Operations
 
     @property
     def most(self) -> int:
         """Largest number of spikes of a neuron in all timesteps, T D."""
-        return self.timesteps * self.most_spikes
+        return self.timesteps * self.operations.most_spikes
 
     @property
     def activation_bits(self) -> int:
         return self.most.bit_length()  # ceil(log2(T D + 1)), of the ReLU network
 
-    def spiking(
-        self, layers: Iterable[LayerOperations], scale: float = 1.0, *, bitmaps: bool = False
-    ) -> Use:
+    def spiking(self, scale: float = 1.0, *, bitmaps: bool = False) -> Use:
         """Return the spiking network's use if it sent ``scale`` times its spikes."""
-        c, sent_bits, found = self.constants, self.most_spikes.bit_length(), []
-        for layer in layers:
+        c, sent_bits, found = self.constants, self.operations.most_spikes.bit_length(), []
+        for layer in self.operations.layers.values():
             spikes, real = scale * layer.accumulates, layer.multiply_accumulates
             steps = real / layer.synapses if real else self.timesteps
             dense = steps * layer.synapses if real or bitmaps else 0.0
@@ -141,17 +136,17 @@ class Estimator:
                 bit_products=real * self._bit_products(layer, c.real_bits),
             )
             found.append(use)
-        return _total(found)
+        return Use(*map(sum, zip(*found, strict=True)))
 
-    def relu(self, layers: Iterable[LayerOperations], scale: float = 1.0) -> Use:
+    def relu(self, scale: float = 1.0) -> Use:
         """Return the ReLU network's use if the spiking network sent ``scale`` times its spikes."""
         found = []
-        for layer in layers:
+        for layer in self.operations.layers.values():
             products, bits = layer.synapses, self.constants.real_bits
-            outputs = layer.membrane_updates / self.timesteps
             if not layer.multiply_accumulates:
                 bits = self.activation_bits
                 products = min(products, 2 * scale * layer.accumulates / (self.most + 1))
+            outputs = layer.membrane_updates / self.timesteps
             use = Use(
                 weight_bits_read=self._weight_bits(layer, layer.synapses, 1),
                 activation_bits_read=bits * layer.synapses,
@@ -159,7 +154,7 @@ class Estimator:
                 bit_products=products * self._bit_products(layer, bits),
             )
             found.append(use)
-        return _total(found)
+        return Use(*map(sum, zip(*found, strict=True)))
 
     def _bit_products(self, layer: LayerOperations, bits: int) -> int:
         """Return the products of bits in a product with an activation of so many."""
@@ -167,29 +162,29 @@ class Estimator:
 
     def _weight_bits(self, layer: LayerOperations, uses: float, steps: float) -> float:
         """Return the bits of weights that are read for so many uses in so many timesteps."""
-        c, weights = self.constants, layer.weights
-        fetches = uses if weights else 0.0
-        if c.weight_fetches != "synapse":
-            fetches = min(uses, steps * weights)
-        if c.weight_fetches == "sample":
-            fetches /= steps
-        return c.weight_bits * fetches
+        fetches, kept_for = uses if layer.weights else 0.0, self.constants.weight_fetches
+        if kept_for != "synapse":
+            fetches = min(uses, steps * layer.weights)
+        return self.constants.weight_bits * fetches / (steps if kept_for == "sample" else 1)
 
-    def spike_rate(self, layers: Iterable[LayerOperations]) -> float | None:
-        """Return the spikes that a synapse receives in a timestep, of up to D; None without any."""
-        spiking = [layer for layer in layers if not layer.multiply_accumulates]
-        spikes = sum(layer.accumulates for layer in spiking)
-        return spikes / self.most / sum(layer.synapses for layer in spiking) if spikes else None
+    @property
+    def spike_rate(self) -> float | None:
+        """Spikes that a synapse receives in a timestep, of up to D; None without any."""
+        layers = [one for one in self.operations.layers.values() if not one.multiply_accumulates]
+        spikes = sum(layer.accumulates for layer in layers)
+        return spikes / self.most / sum(layer.synapses for layer in layers) if spikes else None
 
-    def break_even(self, layers: Sequence[LayerOperations]) -> tuple[float, bool] | None:
+    def break_even(self) -> tuple[float | None, bool | None]:
         """Return the rate of equal energy, all layers' rates scaled alike, and whether spikes take
-        less energy below it, not above it; (0, True): never, (1, True): at all rates."""
-        if (rate := self.spike_rate(layers)) is None:
-            return None
+        less energy below it, not above it; (0, True): never, (1, True): at all rates; (None, None):
+        there are no spikes."""
+        rate = self.spike_rate
+        if rate is None:
+            return None, None
 
         def wins(at: float) -> bool:
-            spiking, relu = (of(layers, at / rate) for of in (self.spiking, self.relu))
-            return spiking.pj(self.constants)["total"] < relu.pj(self.constants)["total"]
+            spiking, relu = (of(at / rate).pj(self.constants) for of in (self.spiking, self.relu))
+            return spiking["total"] < relu["total"]
 
         low, high, first = 0.0, 1.0, wins(0.0)
         if wins(1.0) == first:
@@ -199,41 +194,33 @@ class Estimator:
             low, high = (middle, high) if wins(middle) == first else (low, middle)
         return low, first
 
-    def as_dict(self, layers: Sequence[LayerOperations]) -> dict[str, Any]:
-        """Return the use and energy of layers in both networks, ready for JSON."""
-        c, even = self.constants, self.break_even(layers)
-        uses = {
-            "spiking": self.spiking(layers),
-            "bitmaps": self.spiking(layers, bitmaps=True),
-            "relu": self.relu(layers),
-        }
-        added, multiplied, synapses = (
-            sum(getattr(layer, key) for layer in layers)
-            for key in ("accumulates", "multiply_accumulates", "synapses")
-        )
-        spiking = c.fp32_accumulate * added + c.fp32_multiply_accumulate * multiplied
-        relu = c.fp32_multiply_accumulate * synapses
+    def as_dict(self) -> dict[str, Any]:
+        """Return the use and energy of both networks, ready for JSON."""
+        c, of, (rate, below) = self.constants, self.operations, self.break_even()
+        uses = {"spiking": self.spiking(), "bitmaps": self.spiking(bitmaps=True)}
+        uses["relu"] = self.relu()
+        multiplied = c.fp32_multiply_accumulate * of.multiply_accumulates
         return {
-            "spike_rate": self.spike_rate(layers),
-            "break_even_rate": None if even is None else even[0],
-            "wins_below": None if even is None else even[1],
+            "spike_rate": self.spike_rate,
+            "break_even_rate": rate,
+            "wins_below": below,
             **{name: use._asdict() | {"pj": use.pj(c)} for name, use in uses.items()},
-            "arithmetic_only_pj": {"spiking": spiking, "relu": relu},
+            "arithmetic_only_pj": {
+                "spiking": c.fp32_accumulate * of.accumulates + multiplied,
+                "relu": c.fp32_multiply_accumulate * of.relu_multiply_accumulates,
+            },
         }
-
-
-def _total(uses: list[Use]) -> Use:
-    return Use(*map(sum, zip(*uses, strict=True)))
 
 
 def estimate(operations: Operations, timesteps: int, constants: EnergySection) -> dict[str, Any]:
     """Return the energy at T of counted operations, also of each layer, ready for JSON."""
-    of, layers = Estimator(constants, timesteps, operations.most_spikes), operations.layers
+    of, most = Estimator(constants, timesteps, operations), operations.most_spikes
+    alone = {name: Operations({name: layer}, most) for name, layer in operations.layers.items()}
     return {
-        **of.as_dict(list(layers.values())),
+        **of.as_dict(),
         "activation_bits": of.activation_bits,
         "constants": constants.model_dump(),
         "changed": sorted(constants.model_fields_set),
         "assumptions": list(ASSUMPTIONS),
-        "layers": {name: of.as_dict([layer]) for name, layer in layers.items()},
+        "layers": {name: replace(of, operations=one).as_dict() for name, one in alone.items()},
     }

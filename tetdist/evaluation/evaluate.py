@@ -1,13 +1,16 @@
 """Exact evaluation: every sample counts once over all processes, for any batch size."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tetdist.config.schema import RunConfig
 from tetdist.data.build import eval_loader
@@ -117,42 +120,36 @@ def evaluate(
         Interrupted: ``stop`` returned True.
         UserError: The network does not return logits (T, B, K).
     """
+    timesteps, device = model.timesteps, next(model.parameters()).device
+    counts, samples = torch.zeros(3, timesteps, dtype=torch.float64, device=device), 0
     was_training = model.training
     model.eval()
-    timesteps = model.timesteps
-    device = next(model.parameters()).device
-    counts = torch.zeros(3, timesteps, dtype=torch.float64, device=device)
-    samples = 0
-    rates = _FiringRates(model, device)
     try:
-        for batch in batches:
-            if stop():
-                raise Interrupted
-            if len(batch.labels):
-                images = on_device(batch.images, device, parameter_type(precision))
-                with autocast(device, precision):
-                    logits = model(images, per_timestep=True)
-                labels = on_device(batch.labels, device)
-                check_logits(logits, timesteps, len(labels))
-                counts += _count(logits, labels)
-                also(logits, labels)
-                samples += len(batch.labels)
-            progress(len(batch.labels))
+        with _counting_spikes(model, device) as rates:
+            for batch in batches:
+                if stop():
+                    raise Interrupted
+                if len(batch.labels):
+                    images = on_device(batch.images, device, parameter_type(precision))
+                    with autocast(device, precision):
+                        logits = model(images, per_timestep=True)
+                    labels = on_device(batch.labels, device)
+                    check_logits(logits, timesteps, len(labels))
+                    counts += _count(logits, labels)
+                    also(logits, labels)
+                    samples += len(batch.labels)
+                progress(len(batch.labels))
     finally:
-        rates.remove()
         model.train(was_training)
-    # The names come from the model, so the vectors match even on a process without samples.
-    names = list(rates.sums)
-    flat = torch.cat([counts.flatten(), *rates.sums.values()]).tolist()
+    # The layers come from the model, so the vectors match even on a process without samples.
+    flat = torch.cat([counts.flatten(), *rates.values()]).tolist()
     total, *flat = world.sum([float(samples), *flat])
-    samples = int(total)
-    assert samples == num_samples, f"evaluated {samples} samples of {num_samples}"
-    table = torch.tensor(flat[: 3 * timesteps], dtype=torch.float64).view(3, timesteps) / samples
+    assert total == num_samples, f"evaluated {total:g} samples of {num_samples}"
+    table = torch.tensor(flat[: 3 * timesteps], dtype=torch.float64).view(3, timesteps) / total
     top1, top5, loss = (100 * table[0]).tolist(), (100 * table[1]).tolist(), table[2].tolist()
-    shows_each = is_causal(model)
-    spikes = flat[3 * timesteps :]
+    shows_each, spikes = is_causal(model), flat[3 * timesteps :]
     return Evaluation(
-        samples=samples,
+        samples=num_samples,
         timesteps=timesteps,
         top1=top1[-1],
         top5=top5[-1],
@@ -161,8 +158,8 @@ def evaluate(
         per_timestep_top5=top5 if shows_each else [],
         per_timestep_loss=loss if shows_each else [],
         firing_rate={
-            name: spikes[2 * i] / spikes[2 * i + 1] if spikes[2 * i + 1] else 0.0
-            for i, name in enumerate(names)
+            name: fired / possible if possible else 0.0
+            for name, fired, possible in zip(rates, spikes[::2], spikes[1::2], strict=True)
         },
     )
 
@@ -195,27 +192,21 @@ def running_means(logits: Tensor) -> Tensor:
     return sums.to(logits.dtype) / steps.view(-1, 1, 1)
 
 
-class _FiringRates:
-    """Counts spikes and neuron-timesteps of every layer of neurons while the model runs."""
+@contextmanager
+def _counting_spikes(model: nn.Module, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Yield sums of spikes and neuron-timesteps, (2,), of every layer of neurons that runs."""
+    sums, handles = dict[str, Tensor](), list[RemovableHandle]()
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self._handles = []
+    def count(name: str, highest: int, _module: nn.Module, _inputs: Any, spikes: Tensor) -> None:
+        sums[name][0] += native_pool.total(spikes)
+        sums[name][1] += spikes.numel() * highest
+
+    try:
         for name, module in firing_layers(model).items():
-            self.sums[name] = torch.zeros(2, dtype=torch.float64, device=device)
-            self._handles.append(module.register_forward_hook(self._hook(name, module)))
-
-    def _hook(self, name: str, module: nn.Module) -> Callable[[nn.Module, Any, Tensor], None]:
-        neuron = neuron_of(module)
-        highest = 1 if neuron is None else neuron.highest
-
-        def count(_module: nn.Module, _inputs: Any, spikes: Tensor) -> None:
-            sums = self.sums[name]
-            sums[0] += native_pool.total(spikes)
-            sums[1] += spikes.numel() * highest
-
-        return count
-
-    def remove(self) -> None:
-        for handle in self._handles:
+            sums[name] = torch.zeros(2, dtype=torch.float64, device=device)
+            highest = 1 if (neuron := neuron_of(module)) is None else neuron.highest
+            handles.append(module.register_forward_hook(partial(count, name, highest)))
+        yield sums
+    finally:
+        for handle in handles:
             handle.remove()

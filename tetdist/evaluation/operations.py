@@ -2,33 +2,29 @@
 
 Counting works by layer of synapses (a convolution or a linear layer):
 
-* **Spikes are accumulates.** A spike adds a weight to each neuron that it reaches: one accumulate
-  per synapse. A convolution's synapses are counted by position, so a pixel at the border, or one
-  that a stride skips, has fewer.
-* **A sum of n spikes is n of them**: what SEW blocks exchange by ADD arrives as n events. So are n
-  events of a camera in one time bin, and what an I-LIF neuron sends, which fires n times within the
-  timestep. NI-LIF neurons send n / D, which is n events that weigh a D-th.
-* **A mean of 2x2 spikes** is the same as its spikes with a quarter of the weight: each of them is
-  an accumulate a synapse. Of 3x3 spikes (the stem of PSN-SEW-ResNets) they count as real numbers.
+* **Spikes are accumulates**: one per synapse that a spike reaches. A convolution's synapses are
+  counted by position, so a pixel at the border, or one that a stride skips, has fewer.
+* **A sum of n spikes is n of them**: SEW's ADD, n events of a camera in one time bin, and what an
+  I-LIF neuron sends, which fires n times within the timestep. NI-LIF neurons send n / D, which is n
+  events that weigh a D-th. A mean of 2x2 spikes is its spikes with a quarter of the weight; of 3x3
+  spikes (the stem of PSN-SEW-ResNets) they count as real numbers.
 * **Real numbers are multiply-accumulates**, one per synapse, whether zero or not: an image, the
   mean over all positions before a classifier, or the currents that a membrane shortcut carries to a
   projection (PreAct- and MS-ResNets). A static image's first layers are computed once for all
   timesteps.
-* **Attention** has no weights but sums of products of spikes (nn/products.py). In a sum over a
-  head's channels, or of products over positions, each spike or product that is 1 is an accumulate.
-  In k^T v, each pair of a key's and a value's spike at the same position is one; then a spike of q
-  adds the d sums that it selects, which are d accumulates. A mask lets spikes pass or not and is
-  not counted. Where neurons fire several times in a timestep, all pairs of their spikes count. The
-  number of synapses is that of the multiplications of real numbers: per head and timestep, N d for
-  each sum over positions or channels, and 2 N d^2 for k^T v and its product with q.
+* **Attention** has no weights but sums of products of spikes (nn/products.py), over a head's
+  channels or over positions; each spike or product that is 1 is an accumulate, also in k^T v. A
+  spike of q adds the d sums that it selects. Masks are not counted. All pairs of the spikes of
+  neurons that fire several times count. Synapses are the multiplications of real numbers: per head
+  and timestep, N d for each sum, and 2 N d^2 for k^T v and its product with q.
 
 A neuron updates its membrane once a timestep, which is counted with the layer of synapses that ran
 last before it. Batch norm counts as folded into the weights. Biases, identity shortcuts and pooling
-are not counted. energy.py estimates the energy that all this takes.
+are not counted.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,24 +91,12 @@ class Operations:
         }
 
 
-@contextmanager
-def counting_operations(
-    model: nn.Module, *, in_spikes: bool = False
-) -> Iterator["OperationCounts"]:
-    """Count the operations of the forward passes within the context; see `OperationCounts`."""
-    counts = OperationCounts(model, in_spikes=in_spikes)
-    try:
-        yield counts
-    finally:
-        counts.remove()
-
-
 # Indices of a layer's sums. Whole numbers are multiples of one spike's value.
 PRESENTATIONS, PRESENTED_SYNAPSES, CARRIED, NOT_WHOLE, NOT_QUARTERS, UPDATES = range(6)
 
 
-class OperationCounts:
-    """Sums over the inputs of each layer of synapses on one process; `total` adds all up.
+class OperationCounts(AbstractContextManager["OperationCounts"]):
+    """Counts of the forward passes within this context, on one process; `total` adds all up.
 
     All inputs of a layer determine their kind: a single one that is not whole, or not a quarter,
     decides. A spike's value is 1, or the smallest fraction where neurons send fractions of 1,
@@ -154,7 +138,9 @@ class OperationCounts:
             if x.ndim == (4 if isinstance(module, nn.Conv2d) else 2):
                 # A container of spikingjelly has folded time into the batch.
                 x = x[None]
-            levels = self._levels_of(name)
+            # Spikes are multiples of 1 / levels.
+            unchanged = self._in_spikes or name == self._of_input
+            levels = 1 if unchanged else self._latest.levels or 1
             sums = self._sums_on(x.device, name)
             presentations = x.shape[0] * x.shape[1]  # T * B
             if isinstance(module, nn.Conv2d):
@@ -193,12 +179,6 @@ class OperationCounts:
         self._ran_last, self._sums[name] = name, self._sums[name].to(device)
         return self._sums[name]
 
-    def _levels_of(self, name: str) -> int:
-        """Return the levels of a layer's inputs (multiples of 1 / levels), if they are spikes."""
-        if self._in_spikes or name == self._of_input:
-            return 1
-        return self._latest.levels or 1
-
     def _fan_out(self, name: str, conv: nn.Conv2d, x: Tensor, y: Tensor) -> Tensor:
         """Return how many outputs a spike of one channel reaches from each position, (H, W)."""
         key = (name, x.shape[-2:])
@@ -229,7 +209,7 @@ class OperationCounts:
         }
         return Operations(layers, self._most_spikes)
 
-    def remove(self) -> None:
+    def __exit__(self, *_error: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._latest.remove()

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from tetdist.evaluation.decisions import THRESHOLDS, Decisions
 from tetdist.evaluation.early_exit import ExitChoice
 from tetdist.evaluation.energy import EnergySection, estimate
 from tetdist.evaluation.evaluate import Also, Evaluation, Evaluator
-from tetdist.evaluation.operations import OperationCounts, counting_operations
+from tetdist.evaluation.operations import OperationCounts
 from tetdist.evaluation.unrolling import unrolled
 from tetdist.models import SpikingNetwork
 from tetdist.nn.norm_neuron import is_causal
@@ -67,14 +67,13 @@ def run_suite(
         decisions.add(logits, labels)
         also(logits, labels)
 
-    # Layers of other networks may get inputs other than (T, B, ...).
-    counting: AbstractContextManager[OperationCounts | None] = (
-        counting_operations(model, in_spikes=unroll)
-        if isinstance(model, SpikingNetwork)
-        else nullcontext()
-    )
-    unrolling = unrolled(model) if unroll else nullcontext(dict[str, int]())
-    with unrolling as sub_timesteps, counting as counts:
+    sub_timesteps, counts = dict[str, int](), None
+    with ExitStack() as stack:
+        if unroll:
+            sub_timesteps = stack.enter_context(unrolled(model))
+        # Layers of other networks may get inputs other than (T, B, ...).
+        if isinstance(model, SpikingNetwork):
+            counts = stack.enter_context(OperationCounts(model, in_spikes=unroll))
         result = evaluator.run("evaluate", also=count)
     decisions.gather(world)
     points = decisions.early_exit()

@@ -16,8 +16,7 @@ from tetdist.evaluation.energy import ASSUMED
 from tetdist.tables import aligned, as_html, number
 from tetdist.wording import and_more, counted
 
-SHOWN_CLASSES = 20  # rows of the table of classes; the JSON file has all
-NAMED_CLASSES = 50  # largest number of classes that a confusion matrix names
+SHOWN_CLASSES, NAMED_CLASSES = 20, 50  # most rows of the table, and names of the confusion matrix
 DOUBT = 0.1  # probability that what early exit promises, by its samples, is wrong
 NETWORKS = {"spiking": "spiking", "bitmaps": "spikes as bitmaps", "relu": "ReLU"}
 
@@ -284,7 +283,7 @@ def _draw_bars(
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)
     if "" not in kinds:
-        axis.legend(frameon=False, fontsize=9, loc="lower right")
+        axis.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     axis.set_title(title, loc="left", fontsize=11)
     axis.set_xlabel(unit, fontsize=9)
 
@@ -294,8 +293,8 @@ def _draw_confusion(found: EvaluationResults, axis: Any) -> None:
     fractions = [[count / max(sum(row), 1) for count in row] for row in found["confusion"]]
     axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     if len(names) <= NAMED_CLASSES:
-        axis.set_xticks(range(len(names)), labels=names, rotation=90, fontsize=6)
-        axis.set_yticks(range(len(names)), labels=names, fontsize=6)
+        axis.set_xticks(range(len(names)), labels=names, rotation=90, fontsize=8)
+        axis.set_yticks(range(len(names)), labels=names, fontsize=8)
     axis.set_xlabel("predicted", fontsize=9)
     axis.set_ylabel("true", fontsize=9)
     axis.set_title(f"Confusion at T = {found['timesteps']}", loc="left", fontsize=11)
