@@ -15,7 +15,7 @@ import tiny
 import torch
 import yaml
 from kernel_runs import randomize
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from spikingjelly.activation_based import nir_exchange
 from torch import nn
 
@@ -205,6 +205,16 @@ def test_accuracy_is_not_claimed_at_another_t_and_names_may_have_dots(call, tmp_
     card = (folder / "README.md").read_text()
     assert "| timesteps | 6 |" in card
     assert "| accuracy | not measured with this file |" in card
+
+
+def test_weights_that_an_earlier_version_trained_rounded_are_warned_of(tmp_path, caplog):
+    file = save("convnet", tmp_path)
+    weights, description = checkpoint.load_model_file(file)
+    assert not caplog.records
+    described = description.model_dump() | {"quantize": True}
+    save_file(weights, file, metadata={"tetdist": json.dumps(described)})
+    assert checkpoint.load_model_file(file)[1] == description
+    assert "trained with rounded weights; its float weights are used" in caplog.text
 
 
 def test_real_run_is_given_away_and_taken_back(call, tiny_root, tiny_config, main, tmp_path):

@@ -1,12 +1,4 @@
-"""Training of spikingjelly's networks: `adopt` wraps one in multi-step mode.
-
-    @register_model
-    def sj_sew18(pretrained=False, *, num_classes, timesteps, neuron=None):
-        net = sew_resnet.sew_resnet18(
-            num_classes=num_classes, cnf="ADD", spiking_neuron=LIFNode, detach_reset=True
-        )
-        functional.set_step_mode(net, "m")
-        return adopt(net, timesteps=timesteps, num_classes=num_classes)
+"""Training of spikingjelly's networks: `adopt` wraps one in multi-step mode (docs/extending.md).
 
 The network keeps the library's neurons, backends, surrogates and random numbers. tetdist changes
 two things. It resets the library's state before every forward pass. It replaces batch norms by
@@ -21,7 +13,7 @@ Nothing else in tetdist imports this module, which needs the package spikingjell
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 from spikingjelly.activation_based import encoding, functional, layer, neuron, rnn
@@ -72,12 +64,7 @@ class Adopted(SpikingNetwork):
         self.set_timesteps(timesteps)
 
     def set_timesteps(self, timesteps: int) -> None:
-        """Change T.
-
-        Raises:
-            ValueError: T is below 1, or differs from the T of neurons with weights for each
-                timestep.
-        """
+        """Change T, unless neurons have weights for each timestep of another T."""
         super().set_timesteps(timesteps)
         for name, module in self.named_modules():
             if isinstance(module, neuron.MaskedPSN) and timesteps != module.T:
@@ -171,20 +158,17 @@ class AdoptedBatchNorm(BatchNorm):
         return super().forward(x, copies).reshape(current.shape)
 
 
-def _is_foreign(norm: nn.Module) -> TypeGuard[_BatchNorm]:
-    return isinstance(norm, _BatchNorm) and not isinstance(norm, BatchNorm)
-
-
 def _with_own_norms(net: nn.Module) -> nn.Module:
-    if _is_foreign(net):
-        return AdoptedBatchNorm(net)
-    own: dict[nn.Module, AdoptedBatchNorm] = {}
+    def own(module: nn.Module) -> nn.Module:
+        if isinstance(module, BatchNorm) or not isinstance(module, _BatchNorm):
+            return module
+        return norms.setdefault(module, AdoptedBatchNorm(module))
+
+    norms: dict[nn.Module, AdoptedBatchNorm] = {}
     for module in list(net.modules()):
         for name, child in module.named_children():
-            if _is_foreign(child):
-                own[child] = own.get(child) or AdoptedBatchNorm(child)
-                setattr(module, name, own[child])
-    return net
+            setattr(module, name, own(child))
+    return own(net)
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -198,11 +182,11 @@ _LOOPS = (
 )
 # Containers whose modules are rightly in single-step mode.
 _CONTAINERS = (*_LOOPS, layer.SeqToANNContainer, layer.StepModeContainer)
-_NORMS = (
-    *(nn.BatchNorm1d, layer.BatchNorm1d, layer.ThresholdDependentBatchNorm1d),
-    *(nn.BatchNorm2d, layer.BatchNorm2d, layer.ThresholdDependentBatchNorm2d),
-    *(nn.BatchNorm3d, layer.BatchNorm3d, layer.ThresholdDependentBatchNorm3d),
-)
+_NORMS = [
+    getattr(home, f"{kind}BatchNorm{dimensions}d")
+    for home, kind in ((nn, ""), (layer, ""), (layer, "ThresholdDependent"))
+    for dimensions in (1, 2, 3)
+]
 _AHEAD = "its output at t depends on inputs after t, so it cannot be evaluated at every t"
 _ONLINE = "it detaches the membrane at every timestep and needs its own training algorithm"
 _NOISE = "it draws random numbers in evaluation, too, so results would not be reproducible"
@@ -272,11 +256,7 @@ def _objections(module: nn.Module, around: Sequence[nn.Module]) -> Iterator[tupl
 
 @torch.no_grad()
 def _refuse_looking_ahead(net: nn.Module, sequence: Tensor) -> None:
-    """Run one sample twice in evaluation mode, with different last inputs.
-
-    Raises:
-        UserError: An output depends on later inputs, or the network cannot run the sequence.
-    """
+    """Refuse a network with an output that depends on later inputs, or that runs no sequence."""
     sample = sequence[:, :1].clone()
     later = sample.clone()
     later[-1] = 1 - later[-1]

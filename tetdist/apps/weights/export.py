@@ -377,49 +377,27 @@ class OnnxStep:
 
     Args:
         path: File that `save_step` or `integer_onnx.save_step` wrote.
-        threads: Threads of onnxruntime; None: its own choice.
     """
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        self._session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
-        _, *states = self._session.get_inputs()
-        # The name in place of a number is the batch's.
-        self._axes = {
-            one.name: next(map(one.shape.index, filter(_is_name, one.shape))) for one in states
-        }
-        self._states = {one.name: (one.shape, _ELEMENTS[one.type]) for one in states}
+        self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def at_rest(self, samples: int) -> dict[str, Any]:
         """Return the states before the first step: zeros."""
-        return {
-            name: np.zeros([samples if _is_name(size) else size for size in shape], kind)
-            for name, (shape, kind) in self._states.items()
+        kinds = {"tensor(float)": np.float32, "tensor(int32)": np.int32}
+        _, *states = self._session.get_inputs()
+        # The name in place of a number is the batch's.
+        sizes = {
+            one.name: [n if isinstance(n, int) else samples for n in one.shape] for one in states
         }
-
-    def kept(self, states: dict[str, Any], samples: int) -> dict[str, Any]:
-        """Return the states of the first samples."""
-        return {
-            name: state[(slice(None),) * self._axes[name] + (slice(samples),)]
-            for name, state in states.items()
-        }
+        return {one.name: np.zeros(sizes[one.name], kinds[one.type]) for one in states}
 
     def run(self, frame: Tensor, states: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Return the timestep's logits and the states after it."""
         logits, *after = self._session.run(None, {"frame": frame.numpy(), **states})
         return torch.from_numpy(logits), dict(zip(states, after, strict=True))
-
-
-_ELEMENTS = {"tensor(float)": np.float32, "tensor(int32)": np.int32}
-
-
-def _is_name(size: object) -> bool:
-    return isinstance(size, str)
 
 
 def save_step(model: SpikingNetwork, frame: Tensor, path: Path, preparation: str = "") -> None:

@@ -251,12 +251,6 @@ def convert(trained: Trained, timesteps: int) -> IntegerNetwork:
     return builder.build(trained.input_shape, data.mean, data.std)
 
 
-def untrained(model: SpikingNetwork, shape: tuple[int, ...], timesteps: int) -> IntegerNetwork:
-    """Convert a network of a registered model's own input, as `convert` does."""
-    cfg = model.default_cfg
-    return _Builder(model, timesteps).build(shape, cfg["mean"], cfg["std"])
-
-
 class _Builder(Traversal[_Value]):
     instead = "another format, without --int8"
 
