@@ -123,8 +123,11 @@ def test_the_corrected_p_decides(by_hand):
         return [0.0, 0.0, 0.0, 90.0 if run.entry == "sdt" else 92.0 + run.seed]
 
     entries = {"sdt": {}, "alone": {}} | {f"tet{i}": {"control": "sdt"} for i in range(3)}
-    text = results(by_hand({"entries": entries, "seeds": [0, 1, 2]}, of))
+    numbers = by_hand({"entries": entries, "seeds": [0, 1, 2]}, of)
+    text = results(numbers)
     assert text.count("| 0.035 | 0.11 | not significant |\n") == 3
+    numbers.results["sdt"].pop(0)
+    assert (text.count("(n = 2)"), results(numbers).count("(n = 2)")) == (0, 3)
     assert text.count("|  |  |  |  |  |  |\n") == 2
     assert "for the 3 comparisons" in text
 

@@ -63,7 +63,8 @@ def results(numbers: Numbers) -> str:
         row = [f"`{entry}`", str(numbers.of(entry)[0].timesteps), str(len(numbers.of(entry)))]
         row += [str(numbers.spread(entry, last)), f"{image_timesteps / 1e6:.3g}", f"{seconds:.0f}"]
         if (one := found.get(entry)) is not None:
-            row += [f"`{numbers.compared[entry]}`", str(one), _number(detectable(one))]
+            fewer = "" if one.n == len(numbers.of(entry)) else f" (n = {one.n})"
+            row += [f"`{numbers.compared[entry]}`", f"{one}{fewer}", _number(detectable(one))]
             row += [_number(p, ".2g") for p in (one.p, corrected[entry])]
             row += [verdict(one, corrected[entry])]
         rows.append([*row, *[""] * (len(HEAD) - len(row))])
