@@ -51,9 +51,9 @@ def checked(
     problems_by_origin: dict[str, list[str]] = {}
     for one in found:
         # Errors of a list or mapping around a mistake say nothing more.
-        if any(_contains(one, other) for other in found):
+        if any(_is_in(other["loc"], one["loc"]) and other["loc"] != one["loc"] for other in found):
             continue
-        override = _override_of(one, overrides)
+        override = _override_of(one["loc"], overrides)
         problem = _explain(section, one, override)
         origin = override or (origins or {}).get(".".join(one["loc"])) or source
         if override is not None and problem.startswith(f"{override} "):
@@ -84,18 +84,15 @@ def _located(section: type[BaseModel], error: Any) -> Any:
     return error | {"loc": tuple(location)}
 
 
-def _contains(error: Any, other: Any) -> bool:
-    outer, inner = error["loc"], other["loc"]
-    return len(outer) < len(inner) and inner[: len(outer)] == outer
+def _is_in(inner: Sequence[str], outer: Sequence[str]) -> bool:
+    return len(outer) > 0 and inner[: len(outer)] == outer
 
 
-def _override_of(error: Any, overrides: Sequence[str]) -> str | None:
+def _override_of(location: tuple[str, ...], overrides: Sequence[str]) -> str | None:
     """Return the override that holds a mistake; None if it is in the file."""
-    location = error["loc"]
     for override in reversed(overrides):
         key = tuple(key_of(override).split("."))
-        shorter = min(len(key), len(location))
-        if shorter and key[:shorter] == location[:shorter]:
+        if _is_in(key, location) or _is_in(location, key):
             return override
     return None
 
