@@ -6,11 +6,11 @@ import timm.data
 import torch
 from timm.loss import SoftTargetCrossEntropy
 
+from tetdist.config.sections.data import DataSection, MixingSection
 from tetdist.config.sections.loss import LossSection
 from tetdist.data.mixing import mixed_images, mixed_targets, on_device
 from tetdist.data.transforms import (
     MIXING_DRAWS,
-    Mixing,
     micro_batch_mix,
     mixes,
     symmetric_beta,
@@ -22,18 +22,25 @@ from tetdist.training.objective import compute_loss
 B, K = 6, 5
 
 
-def drawn(mixing, height=9, width=7):
-    return mixes(uniforms(2, 0, np.arange(B), MIXING_DRAWS), height, width, mixing)
+def mixing_of(mixup=0.0, cutmix=0.0, **mixing):
+    return DataSection(root="", mixup=mixup, cutmix=cutmix, mixing=MixingSection(**mixing))
+
+
+MIXUP, CUTMIX, BOTH = mixing_of(mixup=0.4), mixing_of(cutmix=1.0), mixing_of(0.4, 1.0)
+
+
+def drawn(data, height=9, width=7):
+    return mixes(uniforms(2, 0, np.arange(B), MIXING_DRAWS), height, width, data)
 
 
 @pytest.mark.parametrize("shape", [(B, 3, 9, 7), (B, 4, 2, 9, 7)])
-@pytest.mark.parametrize("mixing", [Mixing(mixup=0.4), Mixing(cutmix=1.0), Mixing(0.4, 1.0)])
-def test_each_sample_is_mixed_with_the_one_before_it(shape, mixing):
+@pytest.mark.parametrize("data", [MIXUP, CUTMIX, BOTH])
+def test_each_sample_is_mixed_with_the_one_before_it(shape, data):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(shape, generator=generator)
     if images.ndim == 4:
         images = images.contiguous(memory_format=torch.channels_last)
-    mix = drawn(mixing)
+    mix = drawn(data)
     mixed = mixed_images(images, on_device(mix, images.device))
     assert mixed.stride() == images.stride()
     for i in range(B):
@@ -53,7 +60,7 @@ def test_the_loss_is_lambda_of_one_and_the_rest_of_the_other():
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(4, B, K, generator=generator, dtype=torch.float64)
     labels = torch.randint(K, (B,), generator=generator)
-    mix = drawn(Mixing(0.4, 1.0))
+    mix = drawn(BOTH)
     targets = mixed_targets(labels, on_device(mix, labels.device), K, torch.float64)
 
     def of_one(i, label):
@@ -72,7 +79,7 @@ def test_the_loss_is_lambda_of_one_and_the_rest_of_the_other():
     assert torch.allclose(compute_loss(section, logits, targets), expected)
 
 
-def timms(draws, mixing, patch):
+def timms(draws, data, patch):
     """timm's Mixup, which draws these numbers."""
     chances, places = iter([draws[5], draws[0]]), iter(draws[3:5])
 
@@ -88,9 +95,9 @@ def timms(draws, mixing, patch):
     patch.setattr(np.random, "beta", beta)
     patch.setattr(np.random, "randint", integer)
     return timm.data.Mixup(
-        mixup_alpha=mixing.mixup,
-        cutmix_alpha=mixing.cutmix,
-        prob=mixing.probability,
+        mixup_alpha=data.mixup,
+        cutmix_alpha=data.cutmix,
+        prob=data.mixing.probability,
         switch_prob=0.5,
         mode="batch",
         label_smoothing=0.1,
@@ -99,10 +106,10 @@ def timms(draws, mixing, patch):
 
 
 @pytest.mark.parametrize("shape", [(B, 3, 9, 7), (B, 4, 2, 8, 12)])
-@pytest.mark.parametrize("mixing", [Mixing(mixup=0.4), Mixing(cutmix=1.0), Mixing(0.4, 1.0)])
-def test_a_whole_micro_batch_is_mixed_as_by_timm(shape, mixing, monkeypatch):
+@pytest.mark.parametrize("data", [MIXUP, CUTMIX, BOTH])
+def test_a_whole_micro_batch_is_mixed_as_by_timm(shape, data, monkeypatch):
     """Images, targets, and the loss of these: timm smooths the labels before it mixes them."""
-    mixing = mixing._replace(mode="batch", probability=0.7, off_epoch=9)
+    data = mixing_of(data.mixup, data.cutmix, mode="batch", probability=0.7, off_epoch=9)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, B, K, generator=generator)
     section, kinds = LossSection(kind="sdt", label_smoothing=0.1), set()
@@ -110,12 +117,12 @@ def test_a_whole_micro_batch_is_mixed_as_by_timm(shape, mixing, monkeypatch):
         images = torch.rand(shape, generator=generator)
         labels = torch.randint(K, (B,), generator=generator)
         positions = np.arange(5 * B, 6 * B)
-        mix = micro_batch_mix(2, epoch, positions, shape[-2:], mixing)
+        mix = micro_batch_mix(2, epoch, positions, shape[-2:], data)
         there = on_device(mix, images.device)
         targets = mixed_targets(labels, there, K, torch.float32)
         with monkeypatch.context() as patch:
             (draws,) = uniforms(2, epoch, positions[:1], MIXING_DRAWS, MIXING).tolist()
-            theirs = timms(draws, mixing, patch)
+            theirs = timms(draws, data, patch)
             theirs.mixup_enabled = epoch < 9
             # timm takes the third axis for rows, of frames of events, too.
             flat = images.flatten(1, -3)
@@ -124,12 +131,12 @@ def test_a_whole_micro_batch_is_mixed_as_by_timm(shape, mixing, monkeypatch):
         loss = SoftTargetCrossEntropy()(logits.mean(0), smoothed)
         assert torch.allclose(compute_loss(section, logits, targets), loss)
         kinds.add("none" if mix.share[0] == 1 else "mixup" if mix.pixels[0] < 1 else "cutmix")
-    assert kinds == {"none"} | {kind for kind in ("mixup", "cutmix") if getattr(mixing, kind)}
+    assert kinds == {"none"} | {kind for kind in ("mixup", "cutmix") if getattr(data, kind)}
 
 
 @pytest.mark.parametrize("mode", ["sample", "batch"])
 def test_mixing_is_a_function_of_the_position(mode):
-    mixing = Mixing(0.4, 1.0, mode, probability=0.5, off_epoch=2)
+    mixing = mixing_of(0.4, 1.0, mode=mode, probability=0.5, off_epoch=2)
 
     def shares(epoch, first):
         positions = np.arange(first, first + B)
@@ -144,7 +151,7 @@ def test_mixing_is_a_function_of_the_position(mode):
 
 
 def test_what_is_not_mixed_stays_as_it_is():
-    mixing = Mixing(0.4, 1.0, probability=0.5)
+    mixing = mixing_of(0.4, 1.0, probability=0.5)
     images = torch.rand(B, 3, 9, 7)
     mix = micro_batch_mix(0, 0, np.arange(B), (9, 7), mixing)
     alone = torch.from_numpy(mix.share == 1)

@@ -9,6 +9,7 @@ from samples import picture
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
+from tetdist.config.sections.data import DataSection
 from tetdist.data import transforms
 from tetdist.errors import UserError
 from tetdist.order import uniforms
@@ -156,17 +157,17 @@ def test_lambda_is_drawn_from_the_symmetric_beta_distribution(alpha):
 
 def test_mixes_keep_what_their_boxes_leave():
     draws = uniforms(0, 0, np.arange(2000), transforms.MIXING_DRAWS)
-    share, pixels, boxes, _ = transforms.mixes(draws, 20, 30, transforms.Mixing(cutmix=1.0))
+    share, pixels, boxes, _ = transforms.mixes(draws, 20, 30, DataSection(root="", cutmix=1.0))
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     assert np.allclose(share, 1 - area / 600)
     assert (pixels == 1).all()
     assert (boxes >= 0).all()
     assert (boxes[:, 2:] <= [20, 30]).all()
     assert area.max() > 450
-    share, pixels, boxes, _ = transforms.mixes(draws, 20, 30, transforms.Mixing(mixup=0.2))
+    share, pixels, boxes, _ = transforms.mixes(draws, 20, 30, DataSection(root="", mixup=0.2))
     assert (share == pixels).all()
     assert not boxes.any()
-    both = transforms.mixes(draws, 20, 30, transforms.Mixing(mixup=0.2, cutmix=1.0))
+    both = transforms.mixes(draws, 20, 30, DataSection(root="", mixup=0.2, cutmix=1.0))
     assert abs((both.pixels == 1).mean() - 0.5) < 0.05
 
 

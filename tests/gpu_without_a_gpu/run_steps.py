@@ -465,7 +465,7 @@ class _Batches:
 
     def __next__(self) -> Any:
         from tetdist.data.loader import Batch
-        from tetdist.data.transforms import Mixing, micro_batch_mix
+        from tetdist.data.transforms import micro_batch_mix
 
         config = self._config
         count, size = config.batch.micro, config.data.image_size
@@ -474,9 +474,7 @@ class _Batches:
             images = torch.zeros(count, self._model.timesteps, 2, size, size)
         else:
             images = torch.zeros(count, size, size, 3).permute(0, 3, 1, 2)
-        mixing = Mixing(config.data.mixup, config.data.cutmix, config.data.mixing.mode)
-        positions = np.arange(count)
-        mix = micro_batch_mix(0, 0, positions, (size, size), mixing) if mixing.is_on else None
+        mix = micro_batch_mix(0, 0, np.arange(count), (size, size), config.data)
         labels = torch.zeros(count, dtype=torch.int64)
         return Batch(images, labels, np.arange(count), mix)
 

@@ -17,7 +17,7 @@ from tetdist.data.event_augment import EventChanges
 from tetdist.data.image_augmentation import augmented
 from tetdist.data.loader import Inputs, Loader
 from tetdist.data.pixels import Edits, Output, Rest
-from tetdist.data.transforms import Mixing, centre_crop, micro_batch_mix, transforms_called
+from tetdist.data.transforms import centre_crop, micro_batch_mix, transforms_called
 from tetdist.datasets.index import Index
 from tetdist.order import (
     micro_batch_positions,
@@ -64,7 +64,6 @@ def train_batches(
     """
     output = _output(data, image_size)
     size = (image_size, image_size) if output else index.frames_shape[2:]
-    mixing = Mixing(data.mixup, data.cutmix, **data.mixing.model_dump())
     transforms = transforms_called(data.transforms)
     micro_batches = _micro_batches(len(index), share)
 
@@ -76,7 +75,7 @@ def train_batches(
             else:
                 inputs = Inputs(ids, *augmented(index, ids, *place, output, data))
             yield inputs._replace(
-                mix=micro_batch_mix(*place, size, mixing) if mixing.is_on else None,
+                mix=micro_batch_mix(*place, size, data),
                 transforms=tuple((t, t.draws(*place)) for t in transforms),
             )
 

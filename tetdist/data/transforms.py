@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from tetdist.config.sections.data import DataSection
 from tetdist.errors import UserError
 from tetdist.order import MIXING, transform_stream, uniforms
 from tetdist.plugins import Registry
@@ -166,30 +167,6 @@ def cutout_boxes(draws: _Floats, height: int, width: int, side: int) -> _Ints:
     return box.astype(np.int32)
 
 
-class Mixing(NamedTuple):
-    """Settings of mixing two samples; lambda, the fraction kept, is drawn from Beta(alpha, alpha).
-
-    Attributes:
-        mixup: Alpha of mixup (Zhang et al., 2018); 0: none.
-        cutmix: Alpha of CutMix (Yun et al., 2019); 0: none.
-        mode: "sample": each sample has its own lambda and box, and is mixed with the one before it
-            in the micro-batch. "batch": the micro-batch has one lambda and box, and its sample i is
-            mixed with sample B - 1 - i, as in timm's `Mixup`.
-        probability: Probability of mixing a sample, or the micro-batch.
-        off_epoch: First epoch, counted from 0, without mixing; 0: all epochs mix.
-    """
-
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mode: Literal["sample", "batch"] = "sample"
-    probability: float = 1.0
-    off_epoch: int = 0
-
-    @property
-    def is_on(self) -> bool:
-        return self.mixup > 0 or self.cutmix > 0
-
-
 class Mix(NamedTuple):
     """Weights of each of B samples in its mix with a partner from the micro-batch.
 
@@ -210,34 +187,42 @@ MIXING_DRAWS = 6
 
 
 def micro_batch_mix(
-    seed: int, epoch: int, positions: npt.NDArray[np.int64], size: tuple[int, int], mixing: Mixing
-) -> Mix:
-    """Draw the mix of a micro-batch's samples, at some positions of an epoch.
+    seed: int,
+    epoch: int,
+    positions: npt.NDArray[np.int64],
+    size: tuple[int, int],
+    data: DataSection,
+) -> Mix | None:
+    """Draw the mix of a micro-batch's samples, at some positions of an epoch; None without mixing.
 
-    An epoch without mixing has a mix, too, with weights of 1: targets are class probabilities in
-    all epochs, so that a CUDA graph of the step stays the same.
+    An epoch from ``off_epoch`` on has a mix, too, with weights of 1: targets are class
+    probabilities in all epochs, so that a CUDA graph of the step stays the same.
     """
-    if mixing.off_epoch and epoch >= mixing.off_epoch:
-        mixing = mixing._replace(probability=0.0)
-    rows = np.arange(len(positions)) if mixing.mode == "sample" else np.zeros_like(positions)
-    mix = mixes(uniforms(seed, epoch, positions[rows], MIXING_DRAWS, MIXING), *size, mixing)
-    return mix._replace(mirrored=mixing.mode == "batch")
+    if not (data.mixup or data.cutmix):
+        return None
+    is_batch, off = data.mixing.mode == "batch", data.mixing.off_epoch
+    rows = np.zeros_like(positions) if is_batch else np.arange(len(positions))
+    draws = uniforms(seed, epoch, positions[rows], MIXING_DRAWS, MIXING)
+    probability = 0.0 if off and epoch >= off else data.mixing.probability
+    return mixes(draws, *size, data, probability)._replace(mirrored=is_batch)
 
 
-def mixes(draws: _Floats, height: int, width: int, mixing: Mixing) -> Mix:
-    """Draw mixup or CutMix, and a lambda, for each row of draws.
+def mixes(
+    draws: _Floats, height: int, width: int, data: DataSection, probability: float = 1.0
+) -> Mix:
+    """Draw mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019), and a lambda, for each row.
 
     Args:
         draws: (B, MIXING_DRAWS) uniform in [0, 1).
+        probability: Probability of mixing a row.
     """
-    assert mixing.is_on
     # If both are on, each is equally likely.
-    switch = 0.5 if mixing.mixup and mixing.cutmix else float(mixing.cutmix > 0)
+    switch = 0.5 if data.mixup and data.cutmix else float(data.cutmix > 0)
     cut = draws[:, 0] < switch
-    alpha = np.where(cut, mixing.cutmix or 1.0, mixing.mixup or 1.0)
+    alpha = np.where(cut, data.cutmix or 1.0, data.mixup or 1.0)
     kept = symmetric_beta(draws[:, 1], draws[:, 2], alpha)
-    kept = np.where(draws[:, 5] < mixing.probability, kept, 1.0)
-    boxes = _mixing_boxes(draws[:, 3:5], kept, (height, width), mixing)
+    kept = np.where(draws[:, 5] < probability, kept, 1.0)
+    boxes = _mixing_boxes(draws[:, 3:5], kept, (height, width), data.mixing.mode)
     boxes[~cut] = 0
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     share = np.where(cut, 1 - area / (height * width), kept)
@@ -245,7 +230,7 @@ def mixes(draws: _Floats, height: int, width: int, mixing: Mixing) -> Mix:
 
 
 def _mixing_boxes(
-    draws: _Floats, kept: _Floats, image: tuple[int, int], mixing: Mixing
+    draws: _Floats, kept: _Floats, image: tuple[int, int], mode: Literal["sample", "batch"]
 ) -> npt.NDArray[np.int64]:
     """Draw boxes (B, 4) of CutMix around any pixel, clipped at borders; empty if ``kept`` is 1."""
     size = np.array(image)
@@ -254,7 +239,7 @@ def _mixing_boxes(
     # torchvision's CutMix (mode=sample) rounds half of the side down on both sides; timm's rounds
     # the whole side down, with the larger half below and to the right.
     before = (0.5 * cut).astype(np.int64)
-    after = (cut.astype(np.int64) + 1) // 2 if mixing.mode == "batch" else before
+    after = (cut.astype(np.int64) + 1) // 2 if mode == "batch" else before
     return np.concatenate([np.maximum(centre - before, 0), np.minimum(centre + after, size)], 1)
 
 

@@ -125,21 +125,14 @@ class ModelSection(Section):
 
         Each has two values: the network's own ("none" without such a key), and the present one.
         """
-        own, kind = network_neuron({"name": self.name}), type(self.neuron)
-        old, new = (
-            {
-                k: v if isinstance(v, str) else json.dumps(v)
-                for k, v in dataclasses.asdict(n).items()
-            }
-            for n in (own, self.neuron)
+        own, default = network_neuron({"name": self.name}), type(self.neuron)()
+        if type(own) is type(default):
+            return {}
+        was, now, of_kind = (
+            {key: json.dumps(value).strip('"') for key, value in dataclasses.asdict(one).items()}
+            for one in (own, self.neuron, default)
         )
-        return {
-            key: (old.get(key, "none"), value)
-            for key, value in new.items()
-            if kind is not type(own)
-            and old.get(key) != value
-            and getattr(self.neuron, key) == getattr(kind(), key)
-        }
+        return {k: (was.get(k, "none"), v) for k, v in now.items() if was.get(k) != v == of_kind[k]}
 
     def build(self, *, num_classes: int, timesteps: int) -> SpikingNetwork:
         """Make the model, initialised; see `create_model`."""
