@@ -1,80 +1,84 @@
-"""Faults made on purpose, each named by the check that must see it.
+"""Faults made on purpose, each with the check that must see it.
 
-Those of kernels are put into copies of the C++ sources, all of them into one build, and are
-switched on one by one. Those of averages happen in two processes. GPUs and links are pretended.
+Those of C++ kernels are put into copies of the sources, all of them into one build, and switched on
+one by one. Those of averages happen in two processes. A GPU is pretended.
 """
 
+import contextlib
 import ctypes
-import dataclasses
+import itertools
 import json
+import math
 import re
 import shutil
+import types
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from faults import faulty
+from graph_stand_ins import run_again
 from kernel_runs import interpreted
 
-from tetdist.apps.check_gpu import layers, numerics, rates, remedies
+from tetdist.apps.check_gpu import numerics, rates, remedies, runs, steps, versions
 from tetdist.apps.check_gpu.check import Machine
-from tetdist.apps.check_gpu.layers import ATTENDED, ATTENTION, LARGE, NORM_ADD, NORM_POOL, Case
-from tetdist.nn import products
+from tetdist.apps.check_gpu.numerics import ATTENTION, NORM_ADD, NORM_POOL, ON_GPU, Case
+from tetdist.distributed.world import World
+from tetdist.errors import pip_install
 from tetdist.nn.fast import build, dispatch, native, native_pool
-from tetdist.nn.neurons import LIF, make
+from tetdist.training import graphs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-# Kinds of layers that the check has found to be right, without a fault.
-SEEN_RIGHT = set()
+CPU, DTYPES = torch.device("cpu"), [torch.float32, torch.bfloat16, torch.float16]
 
 NEURON, NORM, POOL, TYPES = "neuron.cpp", "norm.cpp", "pool.cpp", "types.h"
-# Name: file, the kind of layer in which the fault shows, what the check has to say about it, and
-# code with «right | wrong».
+# Name: file, a kind of layer in which the fault shows, and code with «right | wrong».
 # fmt: off
 KERNELS = {
-    "T=3": (NEURON, "lif", "T 3",
+    "T=3": (NEURON, "lif",
         "            W v = «decay | f.timesteps == 3 ? W(0) : decay» * u[c]"),
-    "T=16": (NEURON, "lif", "T 16",
+    "T=16": (NEURON, "lif",
         "after[c] = «decay | b.timesteps == 16 && t == 9 ? W(0) : decay» * of_v;"),
-    "C is no multiple of 16": (NEURON, "lif", "",
+    "C is no multiple of 16": (NEURON, "lif",
         "u[c] = f.start ? f.start[at + c] : «W(0) | W(f.channels % 16 && c + 1 == length)»;"),
-    "a carried membrane": (NEURON, "lif", "mode carried",
+    "a carried membrane": (NEURON, "lif",
         "u[c] = b.start ? «b.start[at + c] | W(0)» : W(0);"),
-    "the gradient of a carried membrane": (NEURON, "lif", "mode carried",
+    "the gradient of a carried membrane": (NEURON, "lif",
         "b.grad_start[at + c] = «after[c] | 2 * after[c]»;"),
-    "bfloat16": (NEURON, "lif", "type bfloat16",
+    "bfloat16": (NEURON, "lif",
         "W number = spikes_of(«v | sizeof(X) == 2 ? wide(narrow<X>(v)) : v», threshold, most);"),
-    "a normalised shortcut": (NEURON, "lif", "given normalised shortcut",
+    "a normalised shortcut": (NEURON, "lif",
         "current += wide(shortcut[c]) * gain2[c] + «offset2[c] | W(0)»;"),
-    "added spikes": (NEURON, "lif", "given spikes",
+    "added spikes": (NEURON, "ilif",
         "if («COUNTS | out[c] += IDENTITY, COUNTS») out[c] *= levels;"),
-    "a current of all timesteps": (NEURON, "lif", "given shared",
+    "a current of all timesteps": (NEURON, "lif",
         "= narrow<X>(«over_time[c] | over_time[c] / (b.timesteps > 1 ? 2 : 1)»);"),
-    "more than 128 channels": (NEURON, "lif", "C 130",
+    "more than 128 channels": (NEURON, "lif",
         "= SCALES_INPUT ? of_v * share : «of_v | sizeof(X) == 4 && b.channels == 130 ? 0 : of_v»;"),
-    "currents before the last one": (NEURON, "sliding_psn", "kind sliding_psn",
+    "currents before the last one": (NEURON, "sliding_psn",
         "const int64_t number = past + «b.timesteps | b.timesteps - (past > 1)»;"),
-    "neurons without a norm": (NEURON, "lif", "given no norm",
+    "neurons without a norm": (NEURON, "plif",
         "row.channels = «b.rows * b.channels | b.rows * b.channels - 1»;"),
-    "a surrogate, by 2 %": (NEURON, "plif", "",
+    "a surrogate, by 2 %": (NEURON, "plif",
         "return «width | W(1.02) * width» * s * (1 - s);"),
-    "a learnt decay": (NEURON, "plif", "kind plif",
+    "a learnt decay": (NEURON, "plif",
         "*sum_share += «of_group | W(0.9) * of_group»;"),
-    "the largest number of spikes": (NEURON, "ilif", "",
+    "the largest number of spikes": (NEURON, "ilif",
         "std::max(v / threshold, W(0)), «most | most - 1»)"),
-    "weights over time, transposed": (NEURON, "psn", "",
+    "weights over time, transposed": (NEURON, "sliding_psn",
         "b.neuron.weights[«t * number + s | s * number + t»]"),
-    "the last rows of statistics": (NORM, "lif", "",
+    "the last rows of statistics": (NORM, "lif",
         "b < «blocks | blocks - (blocks > 1)»; b++) {\n            const double n"),
-    "an added shortcut": (NORM, NORM_ADD, f"kind {NORM_ADD}",
+    "an added shortcut": (NORM, NORM_ADD,
         "a.shortcut + n % «a.period | (a.period + 1) / 2» * a.channels;\n        X* out"),
-    "where a maximum was": (POOL, NORM_POOL, f"kind {NORM_POOL}",
+    "where a maximum was": (POOL, NORM_POOL,
         "const bool larger = v > «most[c] | most[c] + W(0.5)»;"),
-    "more than 2^24 numbers": (NORM, "lif", "",
+    "more than 2^24 numbers": (NORM, None,
         "var[c] = W(squares / «count | rows * channels > 1 << 24 ? count / 2 : count»);"),
 }
 # fmt: on
+NUMBERS = {name: number for number, name in enumerate(KERNELS, start=1)}
 
 
 @pytest.fixture(scope="module")
@@ -82,29 +86,34 @@ def switch(tmp_path_factory):
     """Switches one fault of the kernels on, and all others off."""
     folder = tmp_path_factory.mktemp("faults")
     sources = Path(shutil.copytree(build.KERNELS, folder / "kernels"))
-    number_of = {name: number for number, name in enumerate(KERNELS, start=1)}
-    for name, (file, _, _, code) in KERNELS.items():
+    for name, (file, _, code) in KERNELS.items():
         text, right_or_wrong = (sources / file).read_text(), re.compile(r"«(.+) \| (.+)»")
         right = right_or_wrong.sub(r"\1", code)
         assert right in text, name
-        both = right_or_wrong.sub(rf"(fault == {number_of[name]} ? (\2) : (\1))", code)
+        both = right_or_wrong.sub(rf"(fault == {NUMBERS[name]} ? (\2) : (\1))", code)
         (sources / file).write_text(text.replace(right, both))
     text = (sources / TYPES).read_text()
     (sources / TYPES).write_text(f'#pragma once\nextern "C" {{ int fault = 0; }}\n{text}')
-    loaded = []
+    loaded, load_library = [], build.load_library
 
     def load(name, *variant):
-        library = load_library(name, *variant)
-        assert library is not None, build.failures
-        loaded.append(library)
-        return library
+        loaded.append(load_library(name, *variant))
+        assert loaded[-1] is not None, build.failures
+        return loaded[-1]
 
     def forget():
         for cached in (native.neuron_library, native.norm_library, native_pool.pool):
             cached.cache_clear()
         dispatch._neuron_kernels.cache_clear()
 
-    load_library = build.load_library
+    @contextlib.contextmanager
+    def switched(name):
+        for library in loaded:
+            ctypes.c_int.in_dll(library, "fault").value = NUMBERS[name]
+        yield
+        for library in loaded:
+            ctypes.c_int.in_dll(library, "fault").value = 0
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setattr(build, "KERNELS", sources)
@@ -113,89 +122,45 @@ def switch(tmp_path_factory):
         for module in (native, native_pool):
             patch.setattr(module, "load_library", load)
         forget()
-
-        def switched(name):
-            for library in loaded:
-                ctypes.c_int.in_dll(library, "fault").value = number_of.get(name or "", 0)
-
         yield switched
     forget()
 
 
 @pytest.fixture
-def here(alone, tmp_path, monkeypatch):
-    monkeypatch.setattr(numerics, "SMALL_NETWORKS", {})
-    return Machine(alone, small=True, folder=tmp_path)
+def here(alone, tmp_path):
+    return Machine(alone, tmp_path)
 
 
 def of_kind(monkeypatch, kind):
-    """Have the check see layers of one kind only, to be quick."""
-    config = None if kind in (NORM_ADD, NORM_POOL) else make({"kind": kind})
-    monkeypatch.setattr(layers, "kinds", lambda: {kind: config})
+    """Have the check see, of its cases, those of one kind, to be quick."""
+    chosen = [case for case in numerics.cases(DTYPES[:2]) if case.kind == kind]
+    monkeypatch.setattr(numerics, "cases", lambda _: chosen)
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if "2^24" not in name])
-def test_numerics_sees_a_kernel_that_is_wrong_at(here, switch, monkeypatch, name):
-    _, kind, common, *_ = KERNELS[name]
-    if name == "more than 128 channels":  # as few as there are beside other kinds
-        few = [case for case in layers.cases([torch.float32, torch.bfloat16]) if case.kind == kind]
-        monkeypatch.setattr(numerics, "cases", lambda _: few)
-    else:
-        of_kind(monkeypatch, kind)
-    if kind not in SEEN_RIGHT:
-        assert numerics.check_numerics(here).status == "ok"  # this builds the libraries, too
-        SEEN_RIGHT.add(kind)
-    monkeypatch.setattr(numerics, "SEEDS", 1)
-    switch(name)
-    found = numerics.check_numerics(here)
-    switch(None)
-    assert found.status == "bad"
-    assert " layers are wrong" in found.text
-    if common:
-        described = found.text.split("all with ")[1].split(":")[0]
-        assert common in described, found.text
+def test_numerics_sees_kernels_that_are_wrong(here, switch, monkeypatch):
+    def check():
+        return numerics.check_numerics(here).status
+
+    for kind in {kind for _, kind, _ in KERNELS.values() if kind is not None}:
+        with monkeypatch.context() as patch:
+            of_kind(patch, kind)
+            assert check() == "ok", kind  # this builds the libraries, too
+            patch.setattr(numerics, "SEEDS", 1)
+            for name in [name for name, (_, of, _) in KERNELS.items() if of == kind]:
+                with switch(name):
+                    found = numerics.check_numerics(here)
+                assert found.status == "bad", name
+                assert " layers are wrong: Case(kind=" in found.text
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("case", ON_GPU[:2], ids=str)
 def test_numerics_sees_a_kernel_that_is_wrong_beyond_2_24_numbers(switch, case):
-    device = torch.device("cpu")
     native.norm_library()
-    beyond, small = "more than 2^24 numbers", dataclasses.replace(case, batch=1, side=16)
-    for fault, tried, is_right in (
-        (None, case, True),
-        (beyond, case, False),
-        (beyond, small, True),
-    ):
-        switch(fault)
-        compared = numerics.compared(tried, device)
-        switch(None)
-        assert (compared[1] is None) == is_right, compared
-
-
-def test_numerics_sees_attention_whose_gradients_are_exchanged(here, monkeypatch):
-    """In a layer, and in a network from end to end."""
-    for product, network in (
-        (products._LinearAttention, {}),
-        (products._PositionSum, {"sdt_2_256_cifar": 32}),
-    ):
-        if network:
-            monkeypatch.setattr(numerics, "cases", lambda _: [])
-        right = product.backward
-
-        def exchanged(ctx, *grads, right=right):
-            first, second, *others = right(ctx, *grads)
-            return second, first, *others
-
-        monkeypatch.setattr(layers, "kinds", lambda: {ATTENTION: LIF()})
-        monkeypatch.setattr(numerics, "SEEDS", 1)
-        monkeypatch.setattr(numerics, "SMALL_NETWORKS", network)
-        monkeypatch.setattr(product, "backward", staticmethod(exchanged))
-        found = numerics.check_numerics(here)
-        monkeypatch.undo()
-        assert found.status == "bad"
-        expected = "sdt_2_256_cifar in fp64" if network else "of 30 layers are wrong"
-        assert expected in found.text
+    assert numerics.compared(case, CPU)[1] <= 1
+    with switch("more than 2^24 numbers"):
+        assert numerics.compared(case, CPU)[1] > 1
+        assert numerics.compared(case._replace(batch=1, side=16), CPU)[1] <= 1
 
 
 @pytest.mark.parametrize(
@@ -205,7 +170,7 @@ def test_numerics_sees_attention_whose_gradients_are_exchanged(here, monkeypatch
             Case("lif", 3, 6, torch.float16, "carried", "normalised shortcut", batch=2, side=7),
             {"DECAY": 0.45},
         ),
-        (ATTENDED[-1], {"SPLITS": False}),
+        (ON_GPU[-1], {"SPLITS": False}),
     ],
     ids=str,
 )
@@ -214,7 +179,7 @@ def test_numerics_sees_a_kernel_of_gpus_that_is_wrong_in_float16(monkeypatch, ca
     with interpreted():
         from tetdist.nn.fast import triton_kernels
 
-        assert numerics.compared(case, torch.device("cpu"))[1] is None
+        assert numerics.compared(case, CPU)[1] <= 1
         launch = triton_kernels.launch
 
         def spoilt(kernel, grid, arguments, known):
@@ -222,17 +187,16 @@ def test_numerics_sees_a_kernel_of_gpus_that_is_wrong_in_float16(monkeypatch, ca
             launch(kernel, grid, arguments, known | changed)
 
         monkeypatch.setattr(triton_kernels, "launch", spoilt)
-        found = numerics.compared(case, torch.device("cpu"))
-    assert "of the spikes differ" in str(found[1])
+        assert numerics.differences(case, CPU, 0)["spikes"] > 1
 
 
-@pytest.mark.parametrize("case", ATTENDED, ids=str)
+@pytest.mark.parametrize("case", ON_GPU[2:], ids=str)
 def test_attention_of_a_gpu_is_served_by_its_kernel(case, monkeypatch):
     """Those that attend, with one factor for spikes and two for integers."""
     launched = []
-    layer = layers.Layer(case, torch.Generator()).to("meta")
-    q = torch.empty(case.timesteps, 1, case.channels, case.side, case.side, dtype=case.dtype)
-    q = q.to("meta").requires_grad_()
+    layer = numerics.Layer(case, torch.Generator()).to("meta")
+    inputs = layer.draw(torch.device("meta"), torch.Generator())
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()} | {"membrane": None}
 
     def launch(kernel, _grid, _arguments, known):
         launched.append((kernel.__name__, known.get("SPLITS")))
@@ -241,138 +205,318 @@ def test_attention_of_a_gpu_is_served_by_its_kernel(case, monkeypatch):
 
     monkeypatch.setattr(triton_kernels, "launch", launch)
     monkeypatch.setattr(dispatch, "triton_for", lambda *_: triton_kernels)
-    layer(dict.fromkeys(layers.QKV, q))["spikes"].sum().backward()
-    splits = case.given == layers.INTEGERS
+    layer(inputs)["spikes"].sum().backward()
+    splits = case.given == numerics.INTEGERS
     expected = [("attend", splits), ("current_gradient", splits), ("gradients", None)]
     assert [one for one in launched if one[0] in dict(expected)] == expected
 
 
-# --- averages, in two processes -------------------------------------------------------------------
+def test_kernels_that_do_not_work_are_not_called_equal(here, monkeypatch):
+    monkeypatch.setattr(numerics, "kernels_for", lambda *_, **__: None)
+    assert "do not work here" in numerics.check_numerics(here).text
 
-# Prints what the check of steps says of each fault.
-AVERAGES = """
-import contextlib, json, sys
-from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
-import torch
-import torch.distributed as dist
-from tetdist.apps.check_gpu import steps
-from tetdist.apps.check_gpu.check import Machine
-from tetdist.distributed import overlap
-from tetdist.distributed.world import World, join
-from tetdist.nn import batch_norm
-from tetdist.training import step
-from tetdist.training.engines.torch_engine import TorchEngine
 
-steps.STEPS, made = 1, steps.training_step
-steps.training_step = lambda world, _, **of: made(world, "spiking_convnet", **of | {"size": 28})
-take = step.Step.take
+def test_rounding_alone_is_not_called_wrong():
+    """Half of the limits, with other inputs than those of the check."""
+    for case in numerics.cases(DTYPES[:2])[::3]:
+        found = min(max(numerics.differences(case, CPU, 100 + i).values()) for i in range(3))
+        assert found <= 0.5, case
 
-def summing(change):
-    # The sums of gradients, changed by a fault.
-    def all_reduce(flat, async_op):
-        change(flat)
-        return SimpleNamespace(wait=lambda: None)
-    return [(overlap, "dist", SimpleNamespace(all_reduce=all_reduce))]
 
-def not_divided(flat):
-    dist.all_reduce(flat)
-    flat.mul_(2)
+@pytest.mark.parametrize("name", ["spikes", "gradient of x", None])
+def test_a_single_nan_is_called_wrong(here, monkeypatch, name):
+    apart = {"gradient of w": 0.0, "spikes": 0.0, "gradient of x": 0.0} | {name: math.nan}
+    monkeypatch.setattr(numerics, "differences", lambda *_: {k: x for k, x in apart.items() if k})
+    assert numerics.check_numerics(here).status == ("ok" if name is None else "bad")
 
-def of_rank_0(flat):
-    dist.all_reduce(flat.mul_(2.0 * (dist.get_rank() == 0)))
 
-def once(engine, loss, backward=TorchEngine.backward):
-    engine.calls = getattr(engine, "calls", 0) + 1
-    backward(engine, loss if engine.calls % 2 else 0 * loss)
+@pytest.mark.parametrize("dtypes", [DTYPES, DTYPES[:2]], ids=len)
+def test_all_pairs_are_tried(dtypes):
+    found = numerics.cases(dtypes)
+    assert len(found) < 70
+    assert {"lif", "plif", "ilif", "nilif", "psn", "masked_psn"} < numerics.kinds().keys()
+    factors = {"kind": numerics.kinds(), "timesteps": numerics.TIMESTEPS, "dtype": dtypes}
+    factors |= {"channels": numerics.CHANNELS, "mode": numerics.MODES, "given": numerics.GIVEN}
+    for a, b in itertools.combinations(factors, 2):
+        if (a, b) not in (("kind", "channels"), ("kind", "given")):
+            tried = {(getattr(case, a), getattr(case, b)) for case in found}
+            assert tried == set(itertools.product(factors[a], factors[b])), (a, b)
 
-def at_another_rate(own, number, batches, lr):
-    return take(own, number, batches, lr * (1 + own.world.rank))
 
-def not_finite(own, number, batches, lr):
-    update, sums = take(own, number, batches, lr)
-    return update, sums / 0 if number else sums
+# --- steps ----------------------------------------------------------------------------------------
 
-FAULTS = {
-    "none": [],
-    "no average": summing(lambda _: None),
-    "a sum": summing(not_divided),
-    "the gradient of rank 0": summing(of_rank_0),
-    "a micro-batch lost": [(TorchEngine, "backward", once)],
-    "another learning rate on rank 1": [(step.Step, "take", at_another_rate)],
-    "statistics of each process": [(batch_norm, "synchronize", lambda *_: None)],
-    "running statistics of rank 0": [(step.batch_norm, "update_running_statistics",
-        lambda model, average, *_, move=batch_norm.update_running_statistics:
-            move(model, lambda x: World.mean_(world, x * 2.0 * (world.rank == 0))))],
-    "a loss that is not finite": [(step.Step, "take", not_finite)],
-}
-with join("cpu") as world:
-    torch.set_num_threads(1)
-    here = Machine(world, small=True, folder=Path("."))
-    ways = dict(steps.VARIANTS)
-    for name, changes in FAULTS.items():
-        way = "batch_norm.sync" if "of each process" in name else "torch"
-        steps.VARIANTS = {way: ways[way]}
-        with contextlib.ExitStack() as stack:
-            for change in changes:
-                stack.enter_context(mock.patch.object(*change))
-            found = steps.check_steps(here)
-        print(json.dumps([name, found.status, found.text]), flush=True)
-"""
 OTHERS = "rank 1 has other weights than rank 0"
 AVERAGE = "by another average than one process computes alone"
-SAID = {
-    "none": "1 steps of torch",
-    "no average": OTHERS,
-    "a sum": AVERAGE,
-    "the gradient of rank 0": AVERAGE,
-    "a micro-batch lost": AVERAGE,
-    "another learning rate on rank 1": OTHERS,
-    "statistics of each process": AVERAGE,
-    "running statistics of rank 0": AVERAGE,
-    "a loss that is not finite": "are not finite",
+BASE, OVERLAP = "tetdist.training.engines.base:", "tetdist.distributed.overlap:OverlappedMean."
+SCALING, STEP = "tetdist.apps.benchmarks.scaling:", "tetdist.training.step:Step."
+RANK = "__import__('torch').distributed.get_rank()"
+# Name: the function and its line, what it has instead (see faults.py), and what the check says.
+# fmt: off
+AVERAGES = {
+    "none": None,
+    "averages are dropped": (
+        f"{BASE}GradientMean.average", "self._overlapped.finish()", "pass", OTHERS),
+    "sums are dropped": (
+        f"{OVERLAP}finish", "torch._foreach_copy_(grads, parts)", "pass", OTHERS),
+    "nothing is summed": (
+        f"{OVERLAP}_begin", "dist.all_reduce(flat, async_op=True)", "None", OTHERS),
+    "a sum": (f"{OVERLAP}finish", "flat.div_(self._world_size)", "pass", AVERAGE),
+    "the gradient of rank 0": (
+        f"{OVERLAP}_begin", "(flat, async_op", f"(flat.mul_(2 * (0 == {RANK})), async_op", AVERAGE),
+    "an earlier micro-batch is left out": (
+        f"{OVERLAP}_begin", "join(bucket, self.earlier)", "pass", OTHERS),
+    "a micro-batch is lost": (
+        "tetdist.training.engines.torch_engine:TorchEngine._run_backward",
+        "loss /", "loss * (self.mean._backward_passes % 2) /", AVERAGE),
+    "another learning rate on rank 1": (
+        f"{BASE}set_lr", "lr * group", f"(1 + {RANK}) * lr * group", OTHERS),
+    "statistics of each process": (
+        f"{SCALING}training_step", "if config.batch_norm.sync:", "if False:", AVERAGE),
+    "running statistics of rank 0": (
+        f"{STEP}_attempt", "self.world.mean_, update",
+        f"lambda x: self.world.mean_(x * 2 * (0 == {RANK})), update", AVERAGE),
+    "a loss that is not finite": (
+        f"{SCALING}MadeUp.__call__", "/ sums[SAMPLES]", "/ (0 * sums[SAMPLES])", "are not finite"),
 }
+# fmt: on
+# Prints what the check says of each fault.
+CODE = """
+import contextlib, json, sys
+from pathlib import Path
+import torch
+sys.path.append(sys.argv[2])
+from faults import faulty
+from tetdist.apps.check_gpu import steps
+from tetdist.apps.check_gpu.check import Machine
+from tetdist.distributed.world import join
+
+made, ways, steps.STEPS = steps.training_step, steps.VARIANTS, 1
+steps.training_step = lambda world, _, **of: made(world, "spiking_convnet", **of | {"size": 28})
+with join("cpu") as world:
+    torch.set_num_threads(1)
+    for name, fault in json.loads(sys.argv[1]).items():
+        way = "batch_norm.sync" if name == "statistics of each process" else "torch"
+        steps.VARIANTS = {way: ways[way]}
+        with faulty(*fault[:3]) if fault else contextlib.nullcontext():
+            found = steps.check_steps(Machine(world, Path(".")))
+        print(json.dumps([name, found.status, found.text]), flush=True)
+"""
 
 
 def test_steps_sees_averages_that_are_wrong(farm, tmp_path):
-    both = farm.side_by_side(2, tiny.python("-c", AVERAGES), tmp_path)
-    assert [status for status, _ in both] == [0, 0], both
-    for _, output in both:
+    """Averages as on GPUs, bucket by bucket during the last backward pass."""
+    command = tiny.python("-c", CODE, json.dumps(AVERAGES), Path(__file__).parents[1])
+    for status, output in farm.side_by_side(2, command, tmp_path):
+        assert status == 0, output[-1500:]
         found = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
-        assert [name for name, _, _ in found] == list(SAID)
+        assert [name for name, _, _ in found] == list(AVERAGES)
         for name, status, text in found:
-            assert SAID[name] in text, (name, text)
-            assert status == ("ok" if name == "none" else "bad")
+            fault = AVERAGES[name]
+            assert (fault[3] if fault else "1 steps of torch, on the CPU") in text, (name, text)
+            assert status == ("bad" if fault else "ok")
 
 
-# --- speed, on pretended GPUs ---------------------------------------------------------------------
+def test_gradients_of_attention_that_are_exchanged_are_seen(here, monkeypatch):
+    """In a layer, and in a network in float64."""
+    of_kind(monkeypatch, ATTENTION)
+    swapped = "grads = grads[1], grads[0], grads[2]\n    images = ("
+    with faulty("tetdist.nn.products:_LinearAttention.backward", "images = (", swapped):
+        assert numerics.check_numerics(here).status == "bad"
+    monkeypatch.setattr(steps, "VARIANTS", {"sdt": steps.VARIANTS["sdt"]})
+    monkeypatch.setattr(steps, "STEPS", 1)
+    names = ("grad * other_values, grad * values", "grad * values, grad * other_values")
+    with faulty("tetdist.nn.products:_PositionSum.backward", *names):
+        found = steps.check_steps(here)
+    assert (found.status, AVERAGE in found.text) == ("bad", True)
+
+
+def test_steps_with_graphs_are_compared(here, monkeypatch):
+    """With what stands in for a graph on a CPU, and with two that go wrong."""
+    made = steps.training_step
+    monkeypatch.setattr(
+        steps,
+        "training_step",
+        lambda world, _, **of: made(world, "spiking_convnet", **of | {"size": 28}),
+    )
+    monkeypatch.setattr(Machine, "on_gpu", True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _mode: None)
+    monkeypatch.setattr(steps, "VARIANTS", {"torch": steps.TORCH})
+    monkeypatch.setattr(steps, "VARIANTS_ON_GPU", {"cuda_graphs": steps.WITH_GRAPHS})
+
+    def without_new_images(function, *_):
+        result, replay = run_again(function)
+        replays = iter([replay])
+        return result, lambda: next(replays, lambda: None)()
+
+    def counting_twice(function, *_):
+        result, _ = run_again(function)
+        return result, lambda: result.copy_(function())
+
+    def late(function, *_):
+        """Go wrong in the last steps alone."""
+        result, replay = run_again(function)
+        calls = itertools.count()
+
+        def again():
+            replay()
+            if next(calls) > 6:
+                result.mul_(1.001)
+
+        return result, again
+
+    for capture, said in (
+        (run_again, "3 steps of torch, cuda_graphs, without a synchronisation"),
+        (without_new_images, AVERAGE),
+        (counting_twice, AVERAGE),
+        (late, "cuda_graphs: results differ from those of torch"),
+    ):
+        monkeypatch.setattr(graphs, "capture", capture)
+        found = steps.check_steps(here)
+        assert (found.status == "ok", said in found.text) == (capture is run_again, True), found
+
+
+def test_every_way_to_wait_for_the_device_is_refused(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    before = torch.cuda.synchronize
+    with steps.refusing_synchronisation():
+        for owner in (torch.cuda, torch.accelerator, torch.cuda.Event, torch.cuda.Stream):
+            with pytest.raises(RuntimeError, match="synchronizing"):
+                owner.synchronize(None)
+    assert torch.cuda.synchronize is before
+    assert modes == ["error", "default"]
+
+
+# --- what only a GPU has, pretended ---------------------------------------------------------------
+
+
+@pytest.fixture
+def on_gpu(here, monkeypatch):
+    """The last of eight GPUs."""
+    monkeypatch.setattr(Machine, "on_gpu", True)
+    return Machine(World(7, 8, CPU, here.world.control), here.folder)
+
+
+def test_every_gpu_decodes_every_image(on_gpu, monkeypatch):
+    """Of a hundred images in batches of 25 ranks 4 to 7 would get none, and nothing is not bad."""
+    worlds = []
+
+    def loader(images):
+        def load(_config, _index, world):
+            worlds.append((world.rank, world.world_size))
+            return contextlib.nullcontext([types.SimpleNamespace(images=images * len(worlds))])
+
+        monkeypatch.setattr(runs, "eval_loader", load)
+
+    monkeypatch.setattr(runs, "prepare", lambda _: {"data": {"root": "none"}})
+    monkeypatch.setattr(runs, "build_index", lambda *_, **__: (None, None))
+    monkeypatch.setattr(runs, "parse", lambda *_: None)
+    for images, status in (
+        (torch.zeros(100, 3, 2, 2), "ok"),
+        (torch.zeros(0, 3, 2, 2), "bad"),
+        (torch.full((100, 3, 2, 2), 0.1), "bad"),
+    ):
+        loader(images)
+        assert runs.check_pixels(on_gpu).status == status
+    assert set(worlds) == {(0, 1)}
 
 
 @pytest.mark.parametrize(
-    ("own", "relu", "status", "text", "remedy"),
+    ("own", "relu", "others", "status", "text", "remedy"),
     [
-        (2200, 2100, "ok", "2200 images/s, 1.05 of ReLU's", None),
-        (1200, 2100, "ok", "1200 images/s, 0.57 of ReLU's", rates.KERNELS),
-        (105, 2100, "bad", "0.05 of ReLU's", rates.KERNELS),
-        (9000, 2100, "bad", "4.29 of ReLU's", rates.IMPOSSIBLE),
-        (105, None, "ok", "ReLU's out of memory", None),
-        (None, 2100, "bad", "out of memory", remedies.BUSY),
+        (2200, 2100, [2200], "ok", "b=32: 2200 images/s, 1.05 of ReLU's, 1.0 GiB", None),
+        (1200, 2100, [1200], "ok", "0.57 of ReLU's", rates.KERNELS),
+        (105, 2100, [105], "bad", "0.05 of ReLU's", rates.KERNELS),
+        (9000, 2100, [9000], "bad", "4.29 of ReLU's", rates.IMPOSSIBLE),
+        (math.nan, 2100, [2000], "bad", "nan images/s", None),
+        (1700, 2000, [2000, 1990, 2010, 2005], "bad", "15% slower than most: b=32", "throttles"),
+        (800, 900, [1000], "bad", "19% slower than most", "throttles"),
+        (1000, 900, [1000, 1500], "ok", "1000 images/s", None),
+        (1850, 1900, [2000, 1990], "ok", "1850 images/s", None),
+        (None, None, [2000], "bad", "b=32: out of memory; b=64: out of memory", remedies.BUSY),
     ],
 )
-def test_rates_sees_a_step_that_takes_too_long(here, monkeypatch, own, relu, status, text, remedy):
-    rate_of = {rates.OWN: own, rates.RELU: relu}
+def test_rates_sees_a_gpu_that_is_slow(
+    on_gpu, monkeypatch, own, relu, others, status, text, remedy
+):
+    def measure(options):
+        if own is None or options.batch == 128:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        found = {"images_per_s": own + options.batch - 32, "peak_mib": 1024.0}
+        return {"rows": [{}, found | {"ratio": relu / own}]}
 
-    def measured(_, name, batch):
-        if name not in rate_of or rate_of[name] is None or batch == 128:
-            return {"out_of_memory": True}
-        return {"images_per_s": rate_of[name] + batch - 32, "peak_mib": 1024.0}
-
-    monkeypatch.setattr(Machine, "on_gpu", True)
-    monkeypatch.setattr(rates, "measured", measured)
-    found = rates.check_rates(dataclasses.replace(here, small=False))
-    assert (found.status, text in found.text, found.remedy) == (status, True, remedy), found.text
-    if own is not None:
+    # Those of the other processes, at the largest batch.
+    gathered = [{32: one, 64: one + 32} for one in others]
+    monkeypatch.setattr(World, "gather", lambda _, value: [value, *gathered])
+    monkeypatch.setattr(rates, "measure", measure)
+    found = rates.check_rates(on_gpu)
+    assert (found.status, text in found.text) == (status, True), found
+    assert (found.remedy is None) == (remedy is None) or math.isnan(own)
+    assert str(remedy or "") in str(found.remedy)
+    if own is not None and not math.isnan(own):
         assert found.text.endswith("; b=128: out of memory")
-        # GPUs are compared at the largest batch, and a plan is made by the recipes' one.
-        assert (found.speed, found.numbers["images_per_s"]) == (own + 32, own)
+        # A plan is made by the recipes' micro-batch, and all are as fast as the slowest.
+        speed = found.numbers["speed"]
+        assert speed["images_per_s"] == 8 * min([own, *others])
+        assert speed["by_batch"] == {32: own, 64: own + 32}
+
+
+INSTALLED = {
+    "nvidia-dali-cuda130": "2.4.0",
+    "nvidia-nccl-cu13": "2.28.9",
+    "deepspeed": "0.19.8",
+    "triton": "3.7.0",
+}
+DALI, DALI_12 = "nvidia-dali-cuda130", "nvidia-dali-cuda120"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "remedy"),
+    [
+        ({}, "NVIDIA H100, driver 580.95.05, torch ", None),
+        ({"triton": "3.2.0"}, "needs triton==3.7.0, but 3.2.0", "pip install 'triton==3.7.0'"),
+        ({"triton": None}, "needs triton==3.7.0, but none", "pip install 'triton==3.7.0'"),
+        ({"nvidia-nccl-cu13": "2.27.5"}, "NCCL 2.28.9 is loaded", "unset LD_LIBRARY_PATH"),
+        ({DALI: None}, "DALI is not installed", pip_install("cuda130")),
+        ({DALI_12: "2.0"}, "DALI for cuda130 and cuda120", "pip uninstall -y nvidia-dali-"),
+        ({DALI: None, DALI_12: "2.0"}, "CUDA 13.0, but DALI for cuda120", pip_install("cuda130")),
+        ({"deepspeed": None}, "DeepSpeed is not installed", "or train with engine=torch"),
+        ({"Python.h": None}, "Python.h is missing", "apt-get install python3-dev"),
+        ({"gcc": None, "clang": None}, "no C compiler", "apt-get install gcc"),
+        ({"arch": ["sm_70", "sm_75"]}, "built for sm_70, sm_75, but this GPU is sm_90", "cu130"),
+        ({"others": {"driver": "570.2"}}, "driver is 580.95.05, but 570.2", remedies.UNLIKE),
+        ({"others": {"lost": "3.4"}}, "lost is None, but 3.4 on other", remedies.UNLIKE),
+    ],
+)
+def test_a_version_that_does_not_fit_comes_with_a_command(
+    on_gpu, tmp_path, monkeypatch, changes, text, remedy
+):
+    """Of H100 whose driver, libraries and compiler suit each other, as torch would say."""
+    gpu = types.SimpleNamespace(name="NVIDIA H100")
+    installed = INSTALLED | changes
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    arch = changes.get("arch", ["sm_80", "sm_90"])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: arch)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(remedies, "smi", lambda _: "580.95.05\n580.95.05\n")
+    monkeypatch.setattr(remedies, "driver_and_gpu", lambda: (580, (9, 0)))
+    found = [types.SimpleNamespace(name=k, version=x) for k, x in installed.items() if x]
+    monkeypatch.setattr(versions.importlib.metadata, "distributions", lambda: found)
+    needs = ["filelock", "triton==3.7.0; platform_system == 'Linux'"]
+    monkeypatch.setattr(versions.importlib.metadata, "requires", lambda _: needs)
+    monkeypatch.setattr(versions, "versions", lambda: {"torch": "2"})
+    monkeypatch.setattr(versions, "environment", dict)
+    for name in {"gcc", "clang", "Python.h"} - {name for name in changes if not changes[name]}:
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(versions.sysconfig, "get_path", lambda _: str(tmp_path))
+    others = changes.get("others", {})
+    monkeypatch.setattr(World, "gather", lambda _, x: [x, x | others, x | others])
+    found = versions.check_versions(on_gpu)
+    assert (found.status, text in found.text) == ("bad" if remedy else "ok", True), found
+    assert str(remedy or "") in str(found.remedy)
+    # These differ from process to process.
+    assert not {"hostname", "uuid"} & found.numbers.keys()

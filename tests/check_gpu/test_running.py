@@ -1,56 +1,54 @@
-"""The checks end and report their findings, whatever happens to a process."""
+"""The command from its start to its end, whatever happens to a process, and its last line."""
 
-import dataclasses
 import json
-import math
 import os
 import signal
-import threading
-import types
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from tetdist.apps.check_gpu import remedies, run
 from tetdist.apps.check_gpu.check import Finding, Machine
-from tetdist.apps.check_gpu.run import run_checks
+from tetdist.apps.check_gpu.run import conclusion, reported
+from tetdist.apps.cli import check_gpu
+from tetdist.apps.slurm.cluster import ClusterSection
+from tetdist.apps.slurm.speed import speed_of
+from tetdist.config import loading
+from tetdist.errors import PeerFailed, UserError, pip_install
 
 # Runs the command with checks of its own, of which the second has rank 1 fail or die, or hangs if
-# there is a single process. Arguments: the JSON file, a folder for temporary files, who dies.
+# there is a single process. Arguments: the JSON file, a folder for temporary files, who dies, and
+# seconds after which a lone process hangs.
 COMMAND = """
-import os, sys, tempfile, threading, types
+import os, sys, tempfile, threading
 from tetdist.apps.check_gpu import run
 from tetdist.apps.check_gpu.check import Finding
+from tetdist.apps.cli import check_gpu
 from tetdist.distributed import watchdog
-file, tempfile.tempdir, dying = sys.argv[1:]
-run.STANDSTILL, watchdog.SILENCE = 1.0, 3.0
+file, tempfile.tempdir, dying, last_resort = sys.argv[1:]
+run.LAST_RESORT, watchdog.SILENCE = float(last_resort), 3.0
 
 def fine(here):
-    return Finding("ok", "7 of 7", None, {"folder": str(here.folder)})
+    return Finding("ok", "7 of 7")
 
 def averages(here):
     if str(here.world.rank) == dying:
         os._exit(7)
     if here.world.rank == 1 and dying == "none":
-        raise RuntimeError("the GPU has fallen off the bus")
+        raise RuntimeError("CUDA error: an illegal memory access")
     here.world.sum([1.0])
     if here.world.world_size == 1:
         threading.Event().wait()
     return fine(here)
 
-sys.modules["tetdist.apps.check_gpu.checks"] = types.SimpleNamespace(
-    CHECKS={"versions": fine, "steps": averages, "rates": fine}
-)
-from tetdist.apps.cli import check_gpu
-check_gpu.NAMES = ("versions", "steps", "rates")
-sys.exit(check_gpu.main(["--device", "cpu", "--json", file]))
+run.CHECKS |= {"versions": fine, "steps": averages, "rates": fine}
+only = "versions,steps,rates"
+sys.exit(check_gpu.main(["--device", "cpu", "--json", file, "--only", only]))
 """
-
-
-@pytest.fixture
-def here(alone, tmp_path):
-    return Machine(alone, small=True, folder=tmp_path)
 
 
 @pytest.fixture
@@ -61,157 +59,193 @@ def temporary(tmp_path):
     return folder
 
 
-def test_a_rank_that_fails_in_a_collective_keeps_nobody_waiting(farm, tmp_path, temporary):
-    file = tmp_path / "found.json"
-    both = farm.side_by_side(2, tiny.python("-c", COMMAND, file, temporary, "none"), tmp_path)
-    assert [status for status, _ in both] == [1, 1], both
-    output = both[0][1]
-    assert "bad       steps                  rank 1: RuntimeError: the GPU has fallen off" in output
-    assert "to fix: steps: " in output.splitlines()[-1]
-    assert output.splitlines()[-1].endswith("not reached: rates")
-    found = json.loads(file.read_text())
-    assert list(found["checks"]) == ["versions", "steps"]
-    first, second = found["checks"]["steps"]["by_rank"]
-    assert first["text"].startswith("waits for rank 1 at distributed/world.py, line ")
-    assert "Traceback" in second["traceback"]
-    assert found["not_reached"] == ["rates"]
-    assert list(temporary.iterdir()) == []
+def test_the_command_knows_all_checks():
+    assert tuple(run.CHECKS) == check_gpu.NAMES
 
 
-def test_a_rank_that_dies_is_a_finding(farm, tmp_path, temporary):
+def test_the_quick_checks_pass_here(tmp_path, call):
     file = tmp_path / "found.json"
-    both = farm.side_by_side(2, tiny.python("-c", COMMAND, file, temporary, 0), tmp_path)
-    assert [status for status, _ in both] == [7, 3], both
-    assert "error: rank 0 has " in both[1][1]
-    assert list(json.loads(file.read_text())["checks"]) == ["versions"]
-    both = farm.side_by_side(2, tiny.python("-c", COMMAND, file, temporary, 1), tmp_path)
-    assert [status for status, _ in both] == [3, 7], both
-    output = both[0][1]
-    assert ". All processes end; the findings so far are kept" in output
-    assert "bad       steps                  rank 1 (process " in output
+    names = "versions,rates,pixels"
+    status, output = call("check_gpu", "--device", "cpu", "--only", names, "--json", file)
+    assert status == 0, output
+    assert output.splitlines()[-1].startswith("no GPU: ")
+    assert output.splitlines()[-1].endswith("; left out: pixels")
     found = json.loads(file.read_text())
-    assert found["checks"]["steps"]["remedy"] == remedies.DEAD
-    assert found["not_reached"] == ["rates"]
-    # Those of the processes that died are left.
-    assert len(list(temporary.iterdir())) == 2
+    assert set(found["checks"]) == set(names.split(","))
+    assert found["machine"]["torch"]
+    changes = {"name": "x", "data.root": "d", "data.image_size": 33, "data.resize": 33}
+    changes |= {"precision": "bf16", "model": {"name": "sew_resnet34", "arguments": {}}}
+    config = loading.parse(tiny.changed(tiny.CONFIG, changes), "x")
+    cpu, gpu = (ClusterSection(gpus_per_node=number) for number in (0, 1))
+    speed = speed_of(config, cpu, None, benchmark=str(file))
+    assert (speed.images_per_s, speed.timesteps) == (found["by_batch"]["2"], 4)
+    with pytest.raises(UserError, match="measured a CPU"):
+        speed_of(config, gpu, None, benchmark=str(file))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_the_findings_and_no_folder(tmp_path, temporary, number):
-    """Also while a check waits where Python cannot be interrupted."""
+@pytest.mark.timeout(1000)  # The machine may be busy: alone it takes less than a minute.
+def test_all_checks_pass_here_on_two_processes(tmp_path):
+    file = tmp_path / "found.json"
+    command = tiny.launched(2, tiny.PROJECT / "tools" / "check_gpu.py", "--device", "cpu")
+    status, output = tiny.execute([*command, "--json", str(file)], tmp_path, timeout=900)
+    assert status == 0, output
+    # What DeepSpeed and torch tell their developers does not come between the lines.
+    table = output[output.index("no GPU: the checks run small") :]
+    lines = [line for line in table.splitlines() if line and not line.startswith("ok ")]
+    assert [line.split()[0] for line in lines] == ["no", "left", "no"], output
+    found = json.loads(file.read_text())
+    statuses = {name: one["status"] for name, one in found["checks"].items()}
+    assert statuses == dict.fromkeys(run.CHECKS, "ok") | {"pixels": "left out"}
+    assert found["processes"] == 2
+
+
+def test_a_rank_that_fails_or_dies_is_a_finding(farm, tmp_path, temporary):
+    file = tmp_path / "found.json"
+    for dying, statuses, text, remedy in (
+        ("none", [3, 1], "rank 1 has failed", remedies.HARDWARE),
+        ("1", [3, 7], "rank 1 (process ", remedies.DEAD),
+        ("0", [7, 3], None, None),
+    ):
+        command = tiny.python("-c", COMMAND, file, temporary, dying, 60)
+        both = farm.side_by_side(2, command, tmp_path)
+        assert [status for status, _ in both] == statuses, both
+        found = json.loads(file.read_text())
+        if text is None:
+            assert "error: rank 0 has " in both[1][1]
+            assert list(found["checks"]) == ["versions"]
+            continue
+        assert ". All processes end; the findings so far are kept" in both[0][1]
+        assert f"bad       steps      {text}" in both[0][1]
+        assert found["checks"]["steps"]["remedy"] == remedy
+        assert found["conclusion"] == f"to fix: steps: {remedy}; not reached: rates"
+
+
+@pytest.mark.parametrize("number", [None, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+def test_a_lone_process_that_hangs_or_is_ended_leaves_its_findings(tmp_path, temporary, number):
     file = tmp_path / "found.json"
 
     def is_at_the_second():
         return file.is_file() and "versions" in json.loads(file.read_text())["checks"]
 
     environment = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT), TETDIST_COMMAND="check_gpu")
-    command = tiny.python("-c", COMMAND, file, temporary, "none")
+    command = tiny.python("-c", COMMAND, file, temporary, "none", 60 if number else 1)
     with tiny.started(command, tmp_path, environment) as process:
         tiny.wait_until(is_at_the_second, 60)
-        assert len(list(temporary.iterdir())) == 1
-        os.kill(process.pid, number)
+        if number:
+            os.kill(process.pid, number)
         output, _ = process.communicate(timeout=20)
-    assert process.returncode == 128 + number, output
-    assert f"interrupted; {file} has the findings so far" in output
-    assert json.loads(file.read_text())["not_reached"] == ["steps", "rates"]
-    assert list(temporary.iterdir()) == []
+    assert process.returncode == (128 + number if number else 1), output
+    assert number or "in averages" in output  # its stack
+    assert number is None or list(temporary.iterdir()) == []
+    found = json.loads(file.read_text())
+    assert found["not_reached"] == ["steps", "rates"]
+    ended = "the command ended before all was done; not reached: steps, rates"
+    assert found["conclusion"] == f"{ended}; {remedies.ENDED}"
 
 
-@pytest.fixture
-def hanging():
-    """A check that comes to no end before the test does."""
-    awaited = threading.Event()
+def test_an_error_of_a_lone_process_is_a_finding_with_its_remedy(alone, tmp_path, monkeypatch):
+    def broken(_):
+        raise RuntimeError("CUDA error: an illegal memory access\nmore")
 
-    def hang(_):
-        awaited.wait()
-        return Finding("ok", "at last")
-
-    yield hang
-    awaited.set()
-
-
-def test_a_check_that_hangs_ends_at_its_limit(here, hanging, monkeypatch):
-    monkeypatch.setattr(Machine, "limit", 0.3)
-    kept = []
-
-    def keep(report):
-        kept.append(list(report.not_reached))
-
-    report = run_checks({"fine": fine, "resume": hanging, "last": fine}, here, keep)
-    assert report.hangs
-    assert report.results[-1].worst.text.startswith("stands still since 0 s at ")
-    assert report.conclusion().startswith("to fix: resume: check the GPUs with nvidia-smi")
-    assert report.conclusion().endswith("; not reached: last")
-    # What was found is kept after each check.
-    assert kept == [["resume", "last"], ["last"]]
-
-
-def test_a_check_that_moves_has_time_until_all_checks_have_to_end(here, monkeypatch):
-    """As on a busy machine, where all is slow, and nothing hangs."""
-    ended = threading.Event()
-
-    def move(_):
-        while not ended.is_set():
-            ended.wait(0.07)
-            ended.wait(0.07)
-        return Finding("ok", "at last")
-
-    monkeypatch.setattr(Machine, "limit", 1.0)
-    monkeypatch.setattr(run, "BUDGET", 1.2)
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.0,))
-    report = run_checks({"slow": move, "last": fine}, here)
-    ended.set()
-    assert "the time for all checks: it is at" in report.results[0].worst.text
-    alone = "run the same command with --only slow, which then has more time"
-    assert report.conclusion() == f"to fix: slow: {alone}; not reached: last"
-    monkeypatch.setattr(os, "getloadavg", lambda: (1e4,))
-    busy = remedies.slow("slow")
-    assert busy.startswith("this host is busy (load average 10000 on ")
-    assert busy.endswith(alone)
-
-
-def test_a_check_that_ends_while_it_is_looked_at_has_its_finding(here, monkeypatch):
-    task = run._Task(fine, here)
-    monkeypatch.setattr(task, "is_alive", lambda: task.run() is not None)
-    state = task.state()
-    assert (state["busy"], state["finding"]["text"]) == (False, "7 of 7")
-
-
-def test_the_process_that_is_elsewhere_is_to_blame(here, monkeypatch):
-    """Of three that are late; the two at one place wait for the third."""
-    states = {
-        f"links {rank}": {"busy": True, "where": "aba"[rank], "still": 5.0} for rank in range(3)
-    }
-    store = types.SimpleNamespace(get=lambda key: json.dumps(states[key]))
-    monkeypatch.setattr(Machine, "limit", 4.0)
-    three = dataclasses.replace(here, world=dataclasses.replace(here.world, world_size=3))
-    verdict = run._Round("links", fine, three, store, math.inf)._judge()
-    assert [found.status for found in verdict[0]] == ["left out", "bad", "left out"]
-
-
-def test_a_check_that_would_end_the_program_does_not(here):
-    def ending(_):
-        raise SystemExit("error: a process of the benchmark ended (1)")
-
-    report = run_checks({"rates": ending, "last": fine}, here)
-    assert [result.worst.status for result in report.results] == ["bad", "ok"]
-    assert "a process of the benchmark ended" in report.results[0].worst.text
-
-
-def test_no_thread_is_left(here):
-    before = threading.active_count()
-    assert not run_checks({"fine": fine}, here).hangs
-    assert threading.active_count() == before
-
-
-def fine(_):
-    return Finding("ok", "7 of 7")
+    checks = {"first": lambda _: Finding("bad", "two builds", "pip uninstall one")}
+    checks |= {"second": broken, "third": lambda _: Finding("ok", "7 of 7")}
+    monkeypatch.setattr(run, "CHECKS", checks)
+    found = {}
+    run.run_checks(list(checks), Machine(alone, tmp_path), found.__setitem__)
+    found = {name: reported(findings) for name, findings in found.items()}
+    assert [one["status"] for one in found.values()] == ["bad", "bad", "ok"]
+    assert found["second"]["text"] == "RuntimeError: CUDA error: an illegal memory access"
+    assert "Traceback" in found["second"]["traceback"]
+    assert conclusion(found, [], "cuda") == "to fix: first: pip uninstall one (then 1 more)"
 
 
 def test_a_file_that_cannot_be_written_is_reported_before_anything_is_checked(tmp_path, call):
     for file in (tmp_path, tmp_path / "none" / "x.json", Path("/proc/x.json")):
         status, output = call("check_gpu", "--device", "cpu", "--json", file)
-        assert status == 2
-        assert output.startswith("error: ")
-        assert output.count("\n") == 1
+        assert (status, output.startswith("error: "), output.count("\n")) == (2, True, 1)
+
+
+def put_smi(folder, monkeypatch, body):
+    file = folder / "nvidia-smi"
+    file.write_text(f"#!{sys.executable}\nimport sys, threading\n{body}\n")
+    file.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def test_a_machine_whose_gpu_torch_does_not_see_learns_what_to_install(tmp_path, monkeypatch, call):
+    """A driver that is too old ends in a table and a file like any other finding."""
+    answer = "print('GPU 0: H100 (UUID: GPU-1)' if '-L' in sys.argv else '550.54.15, 9.0')"
+    put_smi(tmp_path, monkeypatch, answer)
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    file = tmp_path / "found.json"
+    status, output = call("check_gpu", "--json", file)
+    assert status == 1
+    assert output.startswith("bad       device     there is GPU 0: H100 (nvidia-smi)")
+    last = output.splitlines()[-1]
+    assert "pip install 'torch<2.15' torchvision --index-url " in last
+    found = json.loads(file.read_text())
+    assert found["checks"]["device"]["status"] == "bad"
+    assert found["conclusion"] == last
+
+
+# --- the last line --------------------------------------------------------------------------------
+
+
+def test_ranks_that_are_bad_and_what_is_slow_are_named():
+    fine, bad = Finding("ok", "x"), Finding("bad", "too slow", "cool it", {"speed": 1})
+    found = reported([fine, bad, fine, bad])
+    assert (found["text"], found["speed"]) == ("rank 1, 3: too slow", 1)
+    assert [one["status"] for one in found["by_rank"]] == ["ok", "bad", "ok", "bad"]
+    slow = reported([fine, Finding("ok", "slow", "report it")])
+    assert conclusion({"x": slow}, [], "cuda") == "all results are right, but x: report it"
+    left_out = {"x": reported([Finding("left out", "no GPU")])}
+    assert conclusion(left_out, [], "cuda") == "no problem found; left out: x"
+    assert conclusion(left_out, [], "cpu").startswith("no GPU: ")
+
+
+@pytest.mark.parametrize(
+    ("driver", "gpu", "wanted"),
+    [
+        (580, (9, 0), "pip install torch torchvision --index-url https://download.pytorch.org/"),
+        (550, (9, 0), "pip install 'torch<2.15' torchvision --index-url https://download."),
+        (550, (8, 6), pip_install("train,cuda120")),
+        (580, (7, 0), "whl/cu126"),  # CUDA 13 knows no Volta
+        (550, (12, 0), "install a driver of version 580 or newer"),  # CUDA 12.6 knows no Blackwell
+        (470, (8, 0), "install a driver of version 525 or newer"),
+        (580, (3, 5), "use another GPU"),
+        (None, None, "whl/cu130"),
+    ],
+)
+def test_a_torch_is_found_for_a_driver_and_a_gpu(driver, gpu, wanted):
+    assert wanted in remedies.torch_for(driver, gpu)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), remedies.BUSY),
+        (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:94"), remedies.NETWORK),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), remedies.HARDWARE),
+        (RuntimeError("CUDA error: no kernel image is available for execution"), "whl/cu126"),
+        (subprocess.TimeoutExpired(["/usr/bin/nvidia-smi"], 20), remedies.DRIVER),
+        (UserError("data.x: set it to 2"), "data.x: set it to 2"),
+        (PeerFailed("rank 1 has not joined"), "start all processes"),
+        (ModuleNotFoundError("no", name="nvidia.dali"), pip_install("train,cuda130")),
+        (RuntimeError("something else"), "None"),
+    ],
+)
+def test_what_fails_for_a_known_reason_has_its_remedy(tmp_path, monkeypatch, error, remedy):
+    put_smi(tmp_path, monkeypatch, 'print("570.86.15, 7.0\\n570.86.15, 7.0")')
+    assert remedy in str(remedies.of(error))
+
+
+def test_an_out_of_reach_driver_is_not_waited_for(tmp_path, monkeypatch):
+    put_smi(tmp_path, monkeypatch, "threading.Event().wait()")
+    monkeypatch.setattr(remedies, "SMI_TIMEOUT", 0.2)
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        remedies.smi("driver_version")
+    assert remedies.of(caught.value) == remedies.DRIVER
+    assert remedies.driver_and_gpu() == (None, None)

@@ -1,11 +1,11 @@
-"""Check of steps: each way to train averages rightly, without making the host wait."""
+"""Check of steps: each way to train averages rightly, without making the host wait; in float64
+whole networks compute what their plain definitions do; and CUDA graphs repeat steps bitwise."""
 
 import contextlib
 import math
-import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -19,77 +19,111 @@ from tetdist.training.teacher import fingerprint
 
 STEPS = 3
 REPORT = "train with the other engine, and report this with the JSON file"
-# Settings by name; graphs.py compares CUDA graphs with the first. All but DeepSpeed at stages 1 and
-# 2, which reads from the device whether the gradient is finite, must be free of synchronisation.
+WITHOUT_GRAPHS = "train with cuda_graphs=false, and report this with the JSON file"
+# Settings by name. All but DeepSpeed at stages 1 and 2 and float16, which read from the device
+# whether the gradient is finite, must be free of synchronisation.
 TORCH, DEEPSPEED = {"engine": "torch"}, {"engine": "deepspeed"}
+WITH_GRAPHS, FP64 = TORCH | {"cuda_graphs": True}, TORCH | {"precision": "fp64"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "torch": TORCH,
     "recompute=blocks": TORCH | {"recompute": "blocks"},
-    # In float64, where no spike is flipped by the rounding of statistics over all processes.
-    "batch_norm.sync": TORCH | {"batch_norm": {"sync": True}, "precision": "fp64"},
     "deepspeed": DEEPSPEED,
     "deepspeed ZeRO 1": DEEPSPEED | {"zero_stage": 1},
     "deepspeed ZeRO 2": DEEPSPEED | {"zero_stage": 2},
+    # In float64 no membrane is so close to the threshold that rounding decides: of statistics over
+    # all processes, and of whole networks, here with parallel neurons and a transformer.
+    "batch_norm.sync": FP64 | {"batch_norm": {"sync": True}},
+    "psn": FP64 | {"model": "psn_sew_resnet18"},
+    "sdt": FP64 | {"model": "sdt_2_256_cifar"},
 }
+VARIANTS_ON_GPU: dict[str, dict[str, Any]] = {
+    "spiking_resnet": FP64 | {"model": "spiking_resnet18"},
+    "qkformer": FP64 | {"model": "qkformer_4_384_cifar"},
+    "cuda_graphs": WITH_GRAPHS,
+    "fp16": TORCH | {"precision": "fp16"},
+    "fp16, cuda_graphs": WITH_GRAPHS | {"precision": "fp16"},
+}
+# What steps with CUDA graphs must equal bitwise.
+EQUAL = {"cuda_graphs": "torch", "fp16, cuda_graphs": "fp16"}
 # Largest difference of a weight's or a running statistic's change in a step from the change that
-# one process computes alone. Both compute the same gradients and add them up in another order.
-LIMIT = 1e-2
+# one process computes alone. In bfloat16 both compute the same gradients and add them up in another
+# order; in float64 the other gradients are the definition's.
+LIMITS = {"bf16": 1e-2, "fp64": 1e-9}
 LEARNING_RATE = 0.1
 
 
 def check_steps(here: Machine) -> Finding:
     """Take steps in all ways to train: the same weights on all processes as one computes alone, no
-    synchronisation on a GPU, and finite losses."""
+    synchronisation on a GPU, finite losses, and with CUDA graphs the same results."""
     numbers: dict[str, dict[str, Any]] = {}
-    alone: dict[str, dict[str, Tensor]] = {}
-    for name, settings in VARIANTS.items():
-        step = training_step(
-            here.world,
-            "sew_resnet18",
-            size=33 if here.small else 64,
-            batch=2 if here.small else 4,
-            accumulation=2,
-            **{"precision": "bf16"} | settings,
-        )
-        precision = step.step.config.precision
-        # Both have to compute the same gradients.
-        choose_algorithms(precision, deterministic=True)
-        try:
-            if precision not in alone:
-                alone[precision] = changes_alone(step)
-            wrong, largest = compare(step, alone[precision])
-            found: dict[str, Any] = {"largest_difference": largest}
-            numbers[name] = found
-            if wrong is not None:
-                return Finding("bad", f"{name}: {wrong}", REPORT, numbers)
-            choose_algorithms(precision)
-            step()  # chooses the fastest ones, and allocates memory
-            with refusing_synchronisation(here.on_gpu and not settings.get("zero_stage")):
-                losses = [step() for _ in range(STEPS)]
-        except RuntimeError as error:
-            if "synchronizing" not in str(error).lower():
-                raise
-            where = traceback.extract_tb(error.__traceback__)[-2]
-            numbers[name] |= {"traceback": traceback.format_exc()}
-            text = f"{name}: a step makes the host wait for the device"
-            text = f"{text} ({Path(where.filename).name}, line {where.lineno}): {error}"
-            return Finding("bad", text, REPORT, numbers)
-        finally:
-            step.close()
-        found["losses"] = values = [float(loss) for loss in losses]
-        if not all(map(math.isfinite, values)):
-            return Finding("bad", f"{name}: the losses {values} are not finite", REPORT, numbers)
+    for name, settings in (VARIANTS | (VARIANTS_ON_GPU if here.on_gpu else {})).items():
+        here.progress(name)
+        numbers[name] = found = take(here, **{"precision": "bf16"} | settings)
+        wrong, remedy, plain = found.pop("wrong"), REPORT, numbers[EQUAL.get(name, name)]
+        if wrong is None and plain["results"] != found["results"]:
+            wrong, remedy = f"results differ from those of {EQUAL[name]}", WITHOUT_GRAPHS
+        # All processes end here, since those that went on would wait for the others.
+        if anywhere := [one for one in here.world.gather(wrong) if one is not None]:
+            return Finding("bad", f"{name}: {anywhere[0]}", remedy, numbers)
     what = "without a synchronisation" if here.on_gpu else "on the CPU"
     return Finding("ok", f"{STEPS} steps of {', '.join(numbers)}, {what}", None, numbers)
 
 
-def changes_alone(step: MadeUp) -> dict[str, Tensor]:
-    """Return the change of weights and running statistics in the first step, if this process does
-    the work of all, by plain autograd and addition."""
+def take(here: Machine, **settings: Any) -> dict[str, Any]:
+    """Take steps of two micro-batches; return the results, and what is wrong."""
+    model, precision = settings.pop("model", "sew_resnet18"), settings["precision"]
+    size, batch = (64, 4) if here.on_gpu else (33, 2)
+    of = {"size": 32 if model.endswith("cifar") else size, "batch": batch, "accumulation": 2}
+    step = training_step(here.world, model, **of, **settings)
+    # Sums in another order, or by another algorithm, differ, in float64 by less than the limit.
+    choose_algorithms(precision, deterministic=precision != "fp64")
+    try:
+        wrong, difference = compare(step) if precision in LIMITS else (None, math.nan)
+        step()  # allocates memory
+        reads = settings.get("zero_stage") or precision == "fp16"
+        with refusing_synchronisation() if here.on_gpu and not reads else contextlib.nullcontext():
+            taken = [step() for _ in range(STEPS)]
+        losses = [float(loss) for loss in taken]
+        digest = fingerprint(step.step.model)
+    finally:
+        step.close()
+        choose_algorithms(precision)
+    if not all(map(math.isfinite, losses)):
+        wrong = wrong or f"the losses {losses} are not finite"
+    return {"wrong": wrong, "largest_difference": difference, "results": [*losses, digest]}
+
+
+def compare(step: MadeUp) -> tuple[str | None, float]:
+    """Take the first step; return what is wrong with it, and its largest difference."""
+    limit = LIMITS[step.step.config.precision]
+    before, right = alone(step)
+    step(LEARNING_RATE)
+    after = step.step.model.state_dict()
+    digests = step.step.world.gather(fingerprint(step.step.model))
+    if unlike := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+        return f"rank {unlike[0]} has other weights than rank 0 after a step", math.nan
+    apart = {}
+    for name, x in right.items():
+        # A change is rounded to the precision of its weight, and that of a bias before a batch norm
+        # is rounding alone.
+        size = _size(x - before[name]) + 1e-5 * _size(before[name]) + 1e-6
+        apart[name] = _size(after[name] - x) / size
+    name = max(apart, key=lambda one: math.inf if math.isnan(apart[one]) else apart[one])
+    if apart[name] <= limit:
+        return None, apart[name]
+    text = f"a step changes {name} by another average than one process computes alone: they differ"
+    return f"{text} by {apart[name]:.2g} (limit {limit:g})", apart[name]
+
+
+def alone(step: MadeUp) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return weights and running statistics before and after the first step, if this process does
+    the work of all, by plain autograd and addition, and in float64 by the definitions."""
     config, world = step.step.config, step.step.world
     model = initial(config)
+    if config.precision == "fp64":
+        model.set_execution("reference")
     place(model, world.device, config.precision)
-    before = _state(model)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
     given = []
     for number in range(len(step.step.micro_batches)):
         of_ranks = [step.batch_of(rank, number) for rank in range(world.world_size)]
@@ -105,64 +139,21 @@ def changes_alone(step: MadeUp) -> dict[str, Tensor]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= LEARNING_RATE * parameter.grad
-    return {name: after - before[name] for name, after in _state(model).items()}
-
-
-def compare(step: MadeUp, alone: dict[str, Tensor]) -> tuple[str | None, float]:
-    """Take the first step; return what is wrong with it, and its largest difference."""
-    before = _state(initial(step.step.config).to(step.step.world.device))
-    step(LEARNING_RATE)
-    after = _state(step.step.model)
-    digests = step.step.world.gather(fingerprint(step.step.model))
-    if unlike := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
-        return f"rank {unlike[0]} has other weights than rank 0 after a step", math.nan
-    apart = {
-        # A change is rounded to the precision of its weight.
-        name: _size(after[name] - before[name] - change)
-        / (_size(change) + 1e-5 * _size(before[name]) + 1e-30)
-        for name, change in alone.items()
-    }
-    name = max(apart, key=lambda one: math.inf if math.isnan(apart[one]) else apart[one])
-    if apart[name] <= LIMIT:
-        return None, apart[name]
-    text = f"a step changes {name} by another average than one process computes alone: they differ"
-    return f"{text} by {apart[name]:.2g} (limit {LIMIT:g})", apart[name]
-
-
-def _state(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: x.detach().clone() for name, x in model.state_dict().items()}
+    return before, model.state_dict()
 
 
 def _size(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
-# Functions that make the host wait without notice of torch's sync_debug_mode.
-_WAITS: tuple[tuple[Any, str], ...] = (
-    (torch.cuda, "synchronize"),
-    (torch.accelerator, "synchronize"),
-    (torch.cuda.Event, "synchronize"),
-    (torch.cuda.Stream, "synchronize"),
-)
-
-
 @contextlib.contextmanager
-def refusing_synchronisation(refused: bool) -> Iterator[None]:
+def refusing_synchronisation() -> Iterator[None]:
     """Make everything raise, in this context, that makes the host wait for the device."""
-    if not refused:
+    error = RuntimeError("a call of synchronize(), which is a synchronizing CUDA operation")
+    with contextlib.ExitStack() as stack:
+        # torch does not notice these itself.
+        for owner in (torch.cuda, torch.accelerator, torch.cuda.Event, torch.cuda.Stream):
+            stack.enter_context(mock.patch.object(owner, "synchronize", side_effect=error))
+        torch.cuda.set_sync_debug_mode("error")
+        stack.callback(torch.cuda.set_sync_debug_mode, "default")
         yield
-        return
-
-    def wait(*_: Any, **__: Any) -> None:
-        raise RuntimeError("a call of synchronize(), which is a synchronizing CUDA operation")
-
-    before = [getattr(owner, name) for owner, name in _WAITS]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for owner, name in _WAITS:
-            setattr(owner, name, wait)
-        yield
-    finally:
-        for (owner, name), function in zip(_WAITS, before, strict=True):
-            setattr(owner, name, function)
-        torch.cuda.set_sync_debug_mode("default")

@@ -1,159 +1,91 @@
 """Check of versions: driver, torch, Triton, NCCL, DALI, DeepSpeed and others."""
 
-import importlib
+import contextlib
 import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
-import socket
+import statistics
 import subprocess
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from tetdist.apps.check_gpu import remedies
 from tetdist.apps.check_gpu.check import Finding, Machine
 from tetdist.errors import pip_install
-from tetdist.tracking.environment import versions
+from tetdist.tracking.environment import environment, versions
 
 
 def check_versions(here: Machine) -> Finding:
     """Check packages and driver; report the first mismatch with the command that fixes it."""
-    packages = versions()
-    found: dict[str, Any] = {
-        "host": socket.gethostname(),
-        "packages": packages,
-        "torch_cuda": torch.version.cuda,
-    }
-    same: dict[str, Any] = dict(packages)
-    text = f"torch {torch.__version__}"
+    same, text = dict(versions()), f"torch {torch.__version__}"
     if here.on_gpu:
-        properties = torch.cuda.get_device_properties(here.device)
-        try:
-            driver = remedies.smi("driver_version").splitlines()[0].strip()
-        except subprocess.TimeoutExpired:
-            text = f"nvidia-smi does not answer within {remedies.SMI_TIMEOUT} s"
-            return Finding("bad", text, remedies.HANGING_DRIVER, found)
-        except (OSError, subprocess.SubprocessError, IndexError):
-            driver = "unknown"  # for instance in a container with only the libraries
-        same |= {
-            "gpu": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "driver": driver,
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-            "cudnn": torch.backends.cudnn.version(),
-        }
-        memory = round(properties.total_memory / 2**30, 1)
-        found |= same | {"gpu_memory_gib": memory, "gpu_uuid": str(properties.uuid)}
-        text = f"{found['gpu']}, driver {driver}, {text}, NCCL {found['nccl']}"
-    for misfit in (*_GPU_MISFITS, *_MISFITS) if here.on_gpu else _MISFITS:
-        problem = misfit(here)
-        if problem is not None:
-            wrong, remedy = problem
-            return Finding("bad", wrong, remedy, found)
-    return Finding("ok", text, None, found, same=same)
+        same["gpu"] = torch.cuda.get_device_properties(here.world.device).name
+        same["nccl"] = ".".join(map(str, torch.cuda.nccl.version()[:3]))
+        same |= {"cudnn": str(torch.backends.cudnn.version()), "driver": "unknown"}
+        # There is none, for instance, in a container with only the libraries.
+        with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):
+            same["driver"] = remedies.smi("driver_version").splitlines()[0].strip()
+        text = f"{same['gpu']}, driver {same['driver']}, {text}, NCCL {same['nccl']}"
+    numbers = environment() | same | {"torch_cuda": torch.version.cuda}
+    for wrong, remedy in (
+        *_misfits(here, same.get("nccl")),
+        *_unlike(same, here.world.gather(same)),
+    ):
+        return Finding("bad", wrong, remedy, numbers)
+    return Finding("ok", text, None, numbers)
 
 
-Problem = tuple[str, str]  # problem and remedy
+def _unlike(own: dict[str, str], all_of_them: list[dict[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield what is not as on most processes, with the remedy."""
+    for name in dict.fromkeys(name for one in all_of_them for name in one):
+        usual = statistics.mode(one.get(name) for one in all_of_them)
+        if own.get(name) != usual:
+            yield f"{name} is {own.get(name)}, but {usual} on other processes", remedies.UNLIKE
 
 
-def _foreign_architecture(here: Machine) -> Problem | None:
-    major, minor = torch.cuda.get_device_capability(here.device)
-    built = [name.removeprefix("sm_") for name in torch.cuda.get_arch_list() if "sm_" in name]
-    # A GPU runs code built for its major version and an equal or smaller minor version.
-    if any(int(one[:-1]) == major and int(one[-1:]) <= minor for one in built if one.isdigit()):
-        return None
-    driver, _ = remedies.driver_and_gpu()
-    return (
-        f"torch {torch.__version__} is built for sm_{', sm_'.join(built)}, but this GPU is "
-        f"sm_{major}{minor}",
-        remedies.torch_for(driver, (major, minor)),
-    )
-
-
-def _no_triton(_: Machine) -> Problem | None:
-    wanted = _named_by_torch("triton")
-    package = f"triton{wanted}" if wanted else "triton"
-    if importlib.util.find_spec("triton") is None:
-        text = "the package triton is missing, so networks run by their plain definitions"
-        return text, f"pip install '{package}'"
-    oldest = importlib.import_module("tetdist.nn.fast.triton_kernels").OLDEST
-    for version in _distributions("triton"):
-        if tuple(map(int, version.split(".")[:2])) < oldest:
-            text = f"Triton {version} is older than {'.'.join(map(str, oldest))}"
-            return text, remedies.torch_for(*remedies.driver_and_gpu())
-        if wanted and wanted != f"=={version}":
-            text = f"Triton {version} is installed, but torch {torch.__version__} needs {wanted}"
-            return text, f"pip install '{package}'"
-    return None
-
-
-def _no_compiler(_: Machine) -> Problem | None:
-    """Report what Triton lacks to build the code by which Python launches a kernel."""
-    if not any(shutil.which(name) for name in (os.environ.get("CC") or "gcc", "clang")):
-        return "there is no C compiler, which Triton needs", "apt-get install gcc"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        return "Python.h is missing, which Triton needs", "apt-get install python3-dev"
-    return None
-
-
-def _foreign_nccl(here: Machine) -> Problem | None:
-    if here.world.world_size == 1:
-        return None
-    if not dist.is_nccl_available():
-        text = f"torch {torch.__version__} is built without NCCL"
-        return text, remedies.torch_for(*remedies.driver_and_gpu())
-    loaded = ".".join(map(str, torch.cuda.nccl.version()[:3]))
-    own = [version for cuda in (13, 12) for version in _distributions(f"nvidia-nccl-cu{cuda}")]
-    if not own or loaded in own:
-        return None
-    path = os.environ.get("LD_LIBRARY_PATH")
-    text = f"NCCL {loaded} is loaded, but torch installed {own[0]} (LD_LIBRARY_PATH={path})"
-    return text, "unset LD_LIBRARY_PATH, or remove the folder of the other NCCL from it"
-
-
-def _dali_of_another_cuda(here: Machine) -> Problem | None:
-    builds = [f"nvidia-dali-{name}" for name in ("cuda130", "cuda120")]
-    installed = [build for build in builds if _distributions(build)]
-    major = (torch.version.cuda or "13").partition(".")[0]
-    install = pip_install(f"cuda{major}0")
-    instead = f"pip uninstall -y {' '.join(installed)}; {install}"
-    if not installed:
-        return "DALI is not installed", install
-    if len(installed) > 1:
-        return "two builds of DALI are installed, which overwrite each other", instead
-    if not here.on_gpu or torch.version.cuda is None or installed[0].endswith(f"cuda{major}0"):
-        return None
-    dali = installed[0].removeprefix("nvidia-dali-")
-    return f"torch is built for CUDA {torch.version.cuda}, but DALI for {dali}", instead
-
-
-def _no_deepspeed(_: Machine) -> Problem | None:
-    if any(_distributions("deepspeed")):
-        return None
-    install = pip_install("train,cuda130")
-    return "DeepSpeed is not installed", f"{install}; or train with engine=torch"
-
-
-# Ordered so that the first problem explains later ones.
-_GPU_MISFITS = (_foreign_architecture, _no_triton, _no_compiler, _foreign_nccl)
-_MISFITS = (_dali_of_another_cuda, _no_deepspeed)
-
-
-def _distributions(name: str) -> list[str]:
-    try:
-        return [importlib.metadata.version(name)]
-    except importlib.metadata.PackageNotFoundError:
-        return []
-
-
-def _named_by_torch(package: str) -> str:
-    """Return the version of a package that torch requires, as ``==3.6.0``; empty: any or none."""
-    for line in importlib.metadata.requires("torch") or ():
-        if found := re.match(rf"{package}\s*\(?(==[\w.]+)", line):
-            return found[1]
-    return ""
+def _misfits(here: Machine, nccl: str | None) -> Iterator[tuple[str, str]]:
+    """Yield problems with their remedies, those first that cause others."""
+    this_torch, cuda = f"torch {torch.__version__}", torch.version.cuda or "13"
+    installed = {one.name: one.version for one in importlib.metadata.distributions()}
+    if here.on_gpu:
+        major, minor = torch.cuda.get_device_capability(here.world.device)
+        built = [arch.removeprefix("sm_") for arch in torch.cuda.get_arch_list() if "sm_" in arch]
+        # A GPU runs code built for its major version and an equal or smaller minor version.
+        if not any(int(x[:-1]) == major and int(x[-1:]) <= minor for x in built if x.isdigit()):
+            text = f"{this_torch} is built for sm_{', sm_'.join(built)}"
+            right = remedies.torch_for(remedies.driver_and_gpu()[0], (major, minor))
+            yield f"{text}, but this GPU is sm_{major}{minor}", right
+        triton, needs = (
+            installed.get("triton"),
+            "\n".join(importlib.metadata.requires("torch") or ()),
+        )
+        wanted = re.search(r"^triton\s*\(?==([\w.]+)", needs, re.MULTILINE)
+        if not triton or (wanted and wanted[1] != triton):
+            exact = f"=={wanted[1]}" if wanted else ""
+            text = f"{this_torch} needs triton{exact}, but {triton or 'none'} is installed"
+            yield text, f"pip install 'triton{exact}'"
+        if not any(shutil.which(name) for name in (os.environ.get("CC") or "gcc", "clang")):
+            yield "there is no C compiler, which Triton needs", "apt-get install gcc"
+        if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+            yield "Python.h is missing, which Triton needs", "apt-get install python3-dev"
+    if here.on_gpu and here.world.world_size > 1:
+        own = installed.get("nvidia-nccl-cu13") or installed.get("nvidia-nccl-cu12")
+        if own and own != nccl:
+            path = os.environ.get("LD_LIBRARY_PATH")
+            text = f"NCCL {nccl} is loaded, but torch installed {own} (LD_LIBRARY_PATH={path})"
+            yield text, "unset LD_LIBRARY_PATH, or remove the folder of the other NCCL from it"
+    dali = [one for one in ("cuda130", "cuda120") if f"nvidia-dali-{one}" in installed]
+    right = f"cuda{cuda.partition('.')[0]}0"
+    install = pip_install(right)
+    if not dali:
+        yield "DALI is not installed", install
+    elif len(dali) > 1 or (here.on_gpu and dali != [right]):
+        text = f"torch is built for CUDA {cuda}, but DALI for {' and '.join(dali)}"
+        remove = "pip uninstall -y nvidia-dali-cuda130 nvidia-dali-cuda120"
+        yield text, f"{remove}; {install}"
+    if "deepspeed" not in installed:
+        yield "DeepSpeed is not installed", f"{pip_install('train')}; or train with engine=torch"

@@ -94,7 +94,7 @@ def _log_start(watched: Watched) -> None:
     if config.cuda_graphs:
         logger.warning(
             "cuda_graphs=true is not yet verified on a GPU; check it on this machine with `%s`",
-            typed("check_gpu", "--only", "graphs"),
+            typed("check_gpu", "--only", "steps"),
         )
 
 
