@@ -229,13 +229,6 @@ def test_relu_network_is_torchvisions(name):
         assert relative(model(x), theirs(x)) < 1e-12
 
 
-def test_iand_bottleneck_of_spikingjelly_is_another_network():
-    theirs = from_spikingjelly("sew_resnet50", cnf="IAND")
-    model = ours("sew_resnet50", num_classes=5, connect_function="iand")
-    with pytest.raises(UserError, match="have the opposite IAND"):
-        foreign.convert(theirs.state_dict(), "spikingjelly", model)
-
-
 def test_parameters_of_a_learned_neuron_are_named():
     theirs = from_spikingjelly("sew_resnet18", cnf="ADD").state_dict() | {"sn1.w": torch.zeros(())}
     result = foreign.convert(theirs, "spikingjelly", ours("sew_resnet18", num_classes=5))
@@ -336,33 +329,42 @@ def test_prefix_of_a_parallel_wrapper_is_removed(tmp_path):
     assert foreign.source_of(read, tmp_path / "a.pth") == "tet"
 
 
-def test_file_that_contradicts_itself_is_refused():
-    state = tet_layout(RESNET19.state())
-    state["conv1_s.layer.module.weight"] = state["conv1.weight"] + 1
-    with pytest.raises(UserError, match=r"conv1\.weight and conv1_s\.layer\.module\.weight"):
-        foreign.convert(state, "tet", ours("spiking_resnet19", **OF_RESNET19))
-
-
-def test_vggsnn_without_pooling_is_another_network():
-    state = {f"features.{i}.fwd.module.0.weight": torch.zeros(1) for i in range(8)}
-    with pytest.raises(UserError, match="VGGSNNwoAP"):
-        foreign.convert(state, "tet", ours("vggsnn", num_classes=5, input_size=16))
+ONE = {"fc.weight": torch.zeros(1)}
+CONTRADICTING = {"conv1.weight": torch.ones(1), "conv1_s.layer.module.weight": torch.zeros(1)}
+STRIDED = {f"features.{i}.fwd.module.0.weight": torch.zeros(1) for i in range(8)}
 
 
 @pytest.mark.parametrize(
-    ("name", "source"),
+    ("state", "source", "model", "complaint"),
     [
-        ("preact_resnet18", "torchvision"),
-        ("preact_resnet18", "ms"),
-        ("ms_resnet18", "decoupling"),
-        ("sew_resnet18", "decoupling"),
-        ("spiking_resnet18", "ms"),
-        ("vggsnn", "seal"),
+        (CONTRADICTING, "tet", "spiking_resnet19", r"conv1\.weight and conv1_s\.layer\.module"),
+        (STRIDED, "tet", "vggsnn", "VGGSNNwoAP"),
+        (ONE, "spikingjelly", "sew_resnet50", "have the opposite IAND"),
+        (ONE, "sew", "sew_resnet18", "torchvision's names, not those of the SEW-ResNet"),
+        (
+            {"conv1.weight": torch.zeros(1, dtype=torch.int8)},
+            "torchvision",
+            "sew_resnet18",
+            "quant",
+        ),
+        ({}, "timm", "spiking_convnet", "spiking_convnet has no counterpart"),
+        *(
+            (ONE, source, model, f"weights of {source} do not belong to {model}")
+            for model, source in (
+                ("preact_resnet18", "torchvision"),
+                ("preact_resnet18", "ms"),
+                ("ms_resnet18", "decoupling"),
+                ("sew_resnet18", "decoupling"),
+                ("spiking_resnet18", "ms"),
+                ("vggsnn", "seal"),
+            )
+        ),
     ],
 )
-def test_weights_of_other_shortcuts_are_refused(name, source):
-    with pytest.raises(UserError, match=f"weights of {source} do not belong to {name}"):
-        foreign.convert({"fc.weight": torch.zeros(1)}, source, ours(name, num_classes=5))
+def test_weights_of_another_network_are_refused(state, source, model, complaint):
+    options = {"connect_function": "iand"} if model == "sew_resnet50" else {}
+    with pytest.raises(UserError, match=complaint):
+        foreign.convert(state, source, ours(model, num_classes=5, **options))
 
 
 # ------------------------------------------------------------------------------ ReLU networks
@@ -450,17 +452,10 @@ def test_files_without_weights_are_named(name, content, complaint, tmp_path):
         foreign_files.read(tmp_path / name)
 
 
-def test_weights_that_are_none_are_refused(tmp_path):
+def test_programs_are_refused(tmp_path):
     torch.jit.save(torch.jit.script(nn.Linear(1, 1)), tmp_path / "b.pt")
     with pytest.raises(UserError, match="is a TorchScript program, which is code"):
         foreign_files.read(tmp_path / "b.pt")
-    state = torchvision.models.resnet18(num_classes=5).state_dict()
-    model = ours("sew_resnet18", num_classes=5)
-    with pytest.raises(UserError, match="torchvision's names, not those of the SEW-ResNet"):
-        foreign.convert(state, "sew", model)
-    state["conv1.weight"] = state["conv1.weight"].to(torch.int8)
-    with pytest.raises(UserError, match=r"conv1.weight has type torch.int8, but quantised"):
-        foreign.convert(state, "torchvision", model)
 
 
 def test_names_that_several_sources_share_need_a_source():
@@ -469,11 +464,6 @@ def test_names_that_several_sources_share_need_a_source():
         foreign.source_of(state, Path("a.pth"))
     with pytest.raises(UserError, match=r"has unknown names .*'encoder"):
         foreign.source_of({"encoder.weight": torch.zeros(1)}, Path("a.pth"))
-
-
-def test_model_without_a_counterpart_is_refused():
-    with pytest.raises(UserError, match="spiking_convnet has no counterpart"):
-        foreign.convert({}, "timm", ours("spiking_convnet"))
 
 
 # ------------------------------------------------------------------------------------- the tool

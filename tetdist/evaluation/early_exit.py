@@ -21,20 +21,12 @@ NEAR = 1e-5
 
 
 class ExitChoice(NamedTuple):
-    """A threshold of early exit, and the criteria of its choice.
+    """A threshold of early exit, and the criteria of its choice."""
 
-    Attributes:
-        within: Maximum decrease of top-1, in points.
-        threshold: Softmax probability of the time-mean; infinite: every threshold costs more, so
-            all samples are decided at T.
-        samples: Number of the samples that it was chosen on.
-        top1: Their accuracy at T, in percent; None: it was chosen without labels.
-    """
-
-    within: float
-    threshold: float
-    samples: int
-    top1: float | None
+    within: float  # points of top-1 that it may cost
+    threshold: float  # of confidence; infinite: every other one costs more
+    samples: int  # on which it was chosen
+    top1: float | None  # of these samples at T, in percent; None: they have no labels
 
 
 def choose_exit(evaluator: Evaluator, timesteps: int, within: float) -> ExitChoice:

@@ -34,8 +34,6 @@ def run_suite(
     larger T. Any other network is evaluated at each of ``timesteps`` separately: ``per_timestep_*``
     have None at other t, and ``early_exit`` is None, since its first logits depend on T.
 
-    The result is the same on every process.
-
     Args:
         timesteps: All requested T, rising; only ``per_timestep_*`` cover all of them.
         headline: T of all other results, one of ``timesteps``; None: the last. The model keeps it.
@@ -45,9 +43,8 @@ def run_suite(
         constants: Constants of the energy estimate; None: the defaults.
 
     Returns:
-        Everything in `Evaluation` and more; ``operations`` is None if they cannot be counted;
-        ``energy`` (`energy.estimate`), ``chosen_exit`` and ``sub_timesteps`` are present if they
-        apply.
+        Everything in `Evaluation` and more, on every process. ``operations`` is None if they cannot
+        be counted; ``energy``, ``chosen_exit`` and ``sub_timesteps`` are present if they apply.
     """
     model, world = evaluator.model, evaluator.world
     shows_each, headline = is_causal(model), headline or timesteps[-1]

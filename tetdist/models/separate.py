@@ -39,7 +39,8 @@ def refuse_mixing(name: str, model: SpikingNetwork, shape: Sequence[int]) -> Non
     samples = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
     most, double = model.timesteps, torch.float64
     # Two timesteps and 64 pixels suffice, if the network takes others than its own.
-    for timesteps, side, dtype in ((2, 64, double), (most, None, double), (most, None, own)):
+    ways = (2, 64, double), (most, 64, double), (most, None, double), (most, None, own)
+    for timesteps, side, dtype in ways:
         try:
             net = copy.deepcopy(model)
             if timesteps < most:

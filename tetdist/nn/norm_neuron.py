@@ -329,7 +329,11 @@ class NormNeuron(NeuronLayer):
             )
             if kernels is not None:
                 return self._fused(current, shortcut, identity, shortcut_norm, kernels)
-        total = self.input_current(current, timesteps, shortcut, shortcut_norm)
+        total = self.norm(current, timesteps // current.shape[0])
+        total = total.expand(timesteps, *current.shape[1:])
+        if shortcut is not None:
+            added = shortcut if shortcut_norm is None else shortcut_norm(shortcut)
+            total = self.drop_path.added(total, added)
         spikes = self.fire_by_definition(total, timesteps)
         return spikes if identity is None else spikes + identity
 
@@ -340,20 +344,6 @@ class NormNeuron(NeuronLayer):
             return True
         packed = carried(identity)
         return packed is not None and packed.levels == self.neuron.levels
-
-    def input_current(
-        self,
-        current: Tensor,
-        timesteps: int,
-        shortcut: Tensor | None = None,
-        shortcut_norm: BatchNorm | None = None,
-    ) -> Tensor:
-        """Return the neurons' input current, (T, B, C, H, W); arguments as in `forward`."""
-        if shortcut is not None and shortcut_norm is not None:
-            shortcut = shortcut_norm(shortcut)
-        normalized = self.norm(current, timesteps // current.shape[0])
-        normalized = normalized.expand(timesteps, *current.shape[1:])
-        return normalized if shortcut is None else self.drop_path.added(normalized, shortcut)
 
     def _fused(
         self,
