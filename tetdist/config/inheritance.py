@@ -121,7 +121,9 @@ def annotated(text: str, origins: Mapping[str, str]) -> str:
     ends = {end: key for key, end in _values_by_line(root, "")}
     width = min(max(map(len, lines)), 50)
     for number, key in ends.items():
-        lines[number] = f"{lines[number]:{width}}  # {origins.get(key, DEFAULT)}"
+        # A list may have been given as a text, such as 20..30.
+        origin = origins.get(key) or origins.get(key.rpartition(".")[0], DEFAULT)
+        lines[number] = f"{lines[number]:{width}}  # {origin}"
     return "\n".join(lines) + "\n"
 
 
