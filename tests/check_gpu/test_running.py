@@ -20,6 +20,8 @@ from tetdist.apps.slurm.speed import speed_of
 from tetdist.config import loading
 from tetdist.errors import PeerFailed, UserError, pip_install
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Runs the command with checks of its own, of which the second has rank 1 fail or die, or hangs if
 # there is a single process. Arguments: the JSON file, a folder for temporary files, who dies, and
 # seconds after which a lone process hangs.
