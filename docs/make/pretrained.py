@@ -1,7 +1,7 @@
 """Trains the networks that come with the package, and exports each to tetdist/pretrained/NAME.
 
     python docs/make/pretrained.py
-    python docs/make/pretrained.py --only cifar10_small --run runs/cifar10_small
+    python docs/make/pretrained.py --only quickstart --run runs/quickstart
 
 NAME is the name of a recipe. The commands make the data, train and export; a finished training or
 data set is kept. Weights are stored bitwise, except for recipes in bf16, whose matrices are rounded
@@ -28,9 +28,7 @@ SIMULATED = ("--simulate", "data/digits", "data/simulated_digits", "--timesteps"
 NETWORKS: dict[str, tuple[tuple[str, ...], ...]] = {
     "quickstart": (DIGITS,),
     "simulated_digits": (DIGITS, ("prebin_dvs", *SIMULATED, "--bins", "30ms")),
-    "cifar10_small": (),  # The header of its recipe says where to get them.
 }
-OUR_DATA = [name for name, commands in NETWORKS.items() if commands]
 
 
 def run(*command: str) -> None:
@@ -61,16 +59,14 @@ def export(name: str, source: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--only", choices=NETWORKS, help=f"default: {', '.join(OUR_DATA)}, whose data we make"
-    )
+    parser.add_argument("--only", choices=NETWORKS, help="default: all")
     parser.add_argument(
         "--run", type=Path, metavar="FOLDER", help="finished run to export, with --only"
     )
     options = parser.parse_args()
     if options.run and not options.only:
         parser.error("--run is a run of one network; name it with --only NAME")
-    names = [options.only] if options.only else OUR_DATA
+    names = [options.only] if options.only else list(NETWORKS)
     if not options.run:
         # All before the first export, which changes the checkout whose commit runs record.
         for name in names:

@@ -34,7 +34,12 @@ def speed_that_the_plan_reads(file):
     found = json.loads(file.read_text())
     same = [f"{key}={found[key]}" for key in ("precision", "recompute") if key in found]
     size = found["size"] or 28
-    same += [f"model.name={found['model']}", f"data.image_size={size}", f"data.resize={size}"]
+    same += [
+        f"model.name={found['model']}",
+        "model.arguments={}",
+        f"data.image_size={size}",
+        f"data.resize={size}",
+    ]
     config = loading.load("sew34_t4.yaml", same)
     return speed_of(config, ClusterSection(gpus_per_node=0), None, benchmark=str(file))
 

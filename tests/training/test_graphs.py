@@ -161,7 +161,7 @@ def test_a_capture_within_a_step_keeps_its_gradients(monkeypatch):
         return loss.detach()
 
     graphed = graphs.Graphed(add_gradients, layer)
-    for samples in (2, 4):
+    for layer.timesteps, samples in ((1, 2), (2, 4)):
         graphed(torch.ones(samples, 3))
     assert layer.weight.grad.tolist() == [[6.0] * 3]
 

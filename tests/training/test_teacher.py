@@ -200,7 +200,7 @@ def test_teachers_that_do_not_suit(main, relu, tiny_config, tmp_path):
         text = refusal(*overrides, mixing)
         assert f"{overrides[0].replace('=', ': ')} needs samples of one class" in text
     text = refusal(f"{KEY}={relu}", f"{KEY}_weights={file}")
-    assert f"set {KEY}=timm:NAME, too" in text
+    assert f"{KEY}_weights: needs a timm teacher; set teacher=timm:NAME, too" in text
 
 
 def test_teacher_of_other_classes(relu, tiny_config, tmp_path):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tetdist.errors import UserError, without_passwords
+from tetdist.errors import without_passwords
 from tetdist.storage.files import locked, made_aside, write_text
 from tetdist.tracking.metrics_file import points_of
 from tetdist.tracking.trackers import Status, TrackedRun, first_line
@@ -161,17 +161,6 @@ class MLflow:
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
-
-
-def find_run(run_dir: Path, uri: str) -> Any:
-    """Return the MLflow run of a run's folder; None if MLflow does not have it.
-
-    Its status is FINISHED only if MLflow has all of its points.
-    """
-    try:
-        return _known_run(new_client(uri), run_dir)
-    except Exception as error:  # MLflow raises many kinds
-        raise UserError(f"MLflow at {without_passwords(uri)}: {first_line(error)}") from error
 
 
 def announce(

@@ -149,10 +149,5 @@ class DataSection(Section):
         return Path(self.index) if self.index else Path(self.root) / "index"
 
     @property
-    def input_std(self) -> tuple[float, ...]:
-        """Divisors of an input's channels; none for events."""
-        return self.std if self.kind == "images" else ()
-
-    @property
     def resize_side(self) -> int:
         return self.resize or round(self.image_size / 0.875)
