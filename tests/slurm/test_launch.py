@@ -257,7 +257,7 @@ def test_plan_without_the_data(tiny_config, capfd):
 
     text = planned("data.root=/nowhere", "--images", "80")
     assert "10 an epoch, 20 in total (2 epochs)" in text
-    assert "2 evaluations of 0" in text
+    assert "2 evaluations not counted: their size is unknown;" in text
     text = planned("data.root=/nowhere", "--images", "80", "data.held_out=0.1")
     assert "(72 as given, without" in text
     assert "2 evaluations of 8" in text

@@ -107,6 +107,7 @@ def describe(plan: Plan, speed: Speed | str) -> str:
     phases = config.phases[config.start_phase :]
     timesteps = " then ".join(phase.timesteps_as_text for phase in phases)
     epochs = " + ".join(str(phase.epochs) for phase in phases)
+    size = f"of {plan.val_images}" if plan.val_images else "not counted: their size is unknown"
     devices = counted(cluster.gpus_per_node, "GPU") if cluster.gpus_per_node else "no GPU"
     lines = [
         f"processes    {cluster.processes}: {counted(cluster.nodes, 'node')} x "
@@ -117,7 +118,7 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"{plan.micro_batches // cluster.processes} a process",
         f"steps        {plan.steps_per_epoch} an epoch, {plan.steps} in total ({epochs} epochs)",
         f"samples      {plan.images} to train on ({plan.train_images} {plan.origin}), "
-        f"{counted(plan.evaluations, 'evaluation')} of {plan.val_images}; T = {timesteps}",
+        f"{counted(plan.evaluations, 'evaluation')} {size}; T = {timesteps}",
         f"model        {plan.parameters / 1e6:.2f} million parameters",
         f"checkpoints  {_size(plan.checkpoint_bytes)} each, {kept} kept: "
         f"{_size(kept * plan.checkpoint_bytes)}",
