@@ -44,7 +44,7 @@ $(VENV)/.tests: $(VENV)/.installed
 quickstart: venv ## train and evaluate a spiking network on real data, in minutes
 	@$(BIN)/python tools/digits.py data/digits
 	@$(BIN)/deepspeed --num_gpus 1 --log_level warning tetdist/train.py --config quickstart.yaml
-	@$(BIN)/python tools/eval.py --checkpoint $(RUN) --json $(RUN)/evaluation.json
+	@$(BIN)/python tools/eval.py $(RUN) --json $(RUN)/evaluation.json
 	@echo
 	@echo "The run is in $(RUN), its curves are in $(RUN)/plots/learning_curves.png. To watch it:"
 	@echo "  $(BIN)/mlflow ui --workers 1 --backend-store-uri 'sqlite:///$(CURDIR)/runs/mlflow.db'"

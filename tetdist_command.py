@@ -5,6 +5,7 @@ errors before that, and set variables that torch reads at import; so it sets TET
 makes tetdist/__init__.py load nothing ahead. That is why this module is outside the package.
 """
 
+import difflib
 import importlib
 import os
 import select
@@ -53,8 +54,9 @@ def _main(name: str, *arguments: str) -> int:
         print(f"tetdist {version('tetdist')}")
         return 0
     if name not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        print(f"error: there is no command {name!r}; choose from {known}", file=sys.stderr)
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
+        print(f"error: there is no command {name!r}; {hint}", file=sys.stderr)
         return 2
     return _run(name, list(arguments))
 

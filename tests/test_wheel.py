@@ -102,7 +102,7 @@ def test_a_run_without_a_checkout(installed, tmp_path, tiny_root):
     assert "name: sew_resnet34" in shown
     file = tiny.write_config(tmp_path / "tiny.yaml", tiny_root, {"engine": "torch", "max_steps": 2})
     output = tetdist(installed, tmp_path, "train", "--config", file)
-    assert f"tetdist eval --checkpoint {tmp_path / 'runs' / 'tiny'}" in output
+    assert f"tetdist eval {tmp_path / 'runs' / 'tiny'}" in output
 
 
 @pytest.mark.long

@@ -228,7 +228,7 @@ def test_mistakes_of_the_file_and_of_an_override_are_distinguished(tiny_config):
 def test_no_such_config():
     with pytest.raises(UserError, match=r"'quickstar'.*did you mean quickstart\.yaml"):
         load("quickstar")
-    with pytest.raises(UserError, match=r"'zzz'.*sew34_t4\.yaml"):
+    with pytest.raises(UserError, match=r"'zzz'.*in configs/; `tetdist list` lists those"):
         load("zzz")
 
 
@@ -451,8 +451,12 @@ def test_some_keys_are_explained(capsys):
     )
     output = capsys.readouterr().out
     assert all(one in output for one in of_kinds)
-    assert train.main(["--explain", "bach"]) == 2
-    assert "no key 'bach'" in capsys.readouterr().err
+    for word, answer in {
+        "bach": "no key 'bach'; did you mean 'batch'?",
+        "phases.timesteps": "no key 'phases.timesteps'; did you mean 'phases.N.timesteps'?",
+    }.items():
+        assert train.main(["--explain", word]) == 2
+        assert answer in capsys.readouterr().err
 
 
 def test_every_key_is_explained_with_what_it_takes(capsys):

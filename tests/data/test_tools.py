@@ -125,7 +125,7 @@ def test_data_to_evaluate_alone_need_no_train(image_root, images, name):
     shutil.rmtree(root / name / "bee")
     output = images("index", root)
     assert "1 image in 1 class" in output
-    assert f"eval.py --checkpoint RUN --data {root} --split {name}" in output
+    assert f"eval.py RUN --data {root} --split {name}" in output
     index = load_index(root / "index" / f"{name}.npz")
     assert index.classes == ("cow",)
     check_fresh(index, root)

@@ -293,7 +293,7 @@ def test_new_recordings_are_for_evaluation_alone(source, tmp_path, prebin_dvs):
     output = prebin_dvs(source, "--split", "all-to-val")
     root = tmp_path / "dest" / "splits" / "all-to-val"
     assert f"{root}: 10 to test; " in output
-    assert f"eval.py --checkpoint RUN --data {root}" in output
+    assert f"eval.py RUN --data {root}" in output
     assert sorted(path.name for path in root.iterdir()) == ["dataset.json", "index", "val"]
     assert load_index(root / "index" / "val.npz").classes == ("left",)
     described = json.loads((root / "dataset.json").read_text())

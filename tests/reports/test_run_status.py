@@ -113,7 +113,7 @@ def test_a_run_that_trains_says_how_far_it_is(tmp_path):
         assert status.eta_s == 24.4
         lines = as_text(status).splitlines()
     assert lines[0].startswith(f"{run}: training (for ")
-    assert lines[1].startswith("  epoch 2.40/4  phase 0  step 12/20  ETA 24 s  last line 1 min")
+    assert lines[1].startswith("  epoch 2.40/4  phase 0  step 12/20 logged, 10 saved  ETA 24 s  ")
     assert lines[2] == "  train       loss 0.083  top-1 50.0 %  lr 0.1  16 samples/s  data wait 3 %"
     assert "top-1 60.00 %  loss 1.000, epoch 2; best 70.00 %, step 5" in lines[3]
     assert lines[4].startswith("  checkpoint  step-00000010.1, ")
@@ -130,12 +130,14 @@ def test_best_evaluation_may_not_be_saved_yet(tmp_path):
 
 def test_several_runs_are_a_table_and_json(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    made(Path("runs/one"), LINES, 12)
+    made(Path("runs/one"), LINES, 10)
     made(Path("runs/two"), FINISHED, 20)
     assert command.main([]) == 0
     head, one, two = (line.split() for line in capsys.readouterr().out.splitlines())
     assert head[:4] == ["run", "state", "epoch", "step"]
-    assert one[:5] == ["one", "stopped", "2.40/4", "12/20", "0.083"]
+    assert one[:6] == ["one", "broken", "off", "2.40/4", "12/20", "0.083"]
+    assert one[-5:-3] == ["step", "10,"]
+    assert "step" not in two
     assert two[:4] == ["two", "finished", "4.00/4", "20/20"]
     assert command.main(["two", "runs/two", "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)  # once, however it is named

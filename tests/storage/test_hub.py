@@ -71,7 +71,7 @@ def test_network_goes_out_and_comes_back(there, call, file, tiny_root, tmp_path)
     assert recipe.init_checkpoint == "hf:them/relu"
     card = files["README.md"].decode()
     assert "| initial weights | hf:them/relu |" in card
-    assert "--checkpoint hf:us/small --data ROOT" in card
+    assert "eval.py hf:us/small --data ROOT" in card
     assert '"hf-hub:us/small", pretrained=True' in card
 
     trained = load(file)

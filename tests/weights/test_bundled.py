@@ -69,7 +69,7 @@ def test_timm_builds_the_network_of_the_checkpoint(name):
         if trained.config.data.kind == "images":
             assert model.pretrained_cfg[key] == getattr(trained.config.data, key)
     card = (bundled.folder(name) / "README.md").read_text()
-    assert f"--checkpoint {name} --data ROOT" in card
+    assert f"eval.py {name} --data ROOT" in card
     assert "seed 0" in card
     assert trained.description.commit in card
     assert "(changed)" not in card
@@ -93,7 +93,7 @@ def test_accuracy_is_that_of_the_card_and_of_eval(digits, call, tmp_path, monkey
 
     monkeypatch.chdir(digits.root.parent.parent)  # The data are where the recipe makes them.
     result = tmp_path / "result.json"
-    status, output = call("eval", "--checkpoint", "tetdist:quickstart", "--json", result)
+    status, output = call("eval", "tetdist:quickstart", "--json", result)
     assert status == 0, output
     few = is_right.view(10, 100)[:, :10].float().mean()
     assert json.loads(result.read_text())["top1"] == pytest.approx(100 * float(few), abs=1e-3)
@@ -117,7 +117,7 @@ def test_simulated_camera_is_evaluated_replayed_and_exported(
     events = simulate(seen.read_bytes(), f"val/7/{seen.name}", camera)
     columns = {key: getattr(events, key) for key in "xytp"}
     np.savez(tmp_path / "seven.npz", **columns, **DEFAULT_SENSOR._asdict())
-    status, output = call("replay", tmp_path / "seven.npz", "--checkpoint", name, "--fast")
+    status, output = call("replay", name, tmp_path / "seven.npz", "--fast")
     assert status == 0, output
     frames = [line for line in output.splitlines() if "timestep" in line]
     assert len(frames) == 10

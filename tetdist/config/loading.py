@@ -15,7 +15,7 @@ from tetdist.config.retired import without_retired
 from tetdist.config.schema import RunConfig
 from tetdist.config.sections.model import network_neuron
 from tetdist.config.yaml_files import read_yaml
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.nn import neurons
 from tetdist.nn.neurons import NEURONS
 from tetdist.plugins import import_files
@@ -42,9 +42,9 @@ def find(name: str, folder: Path = Path()) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    known = sorted(path.name for path in CONFIGS_DIR.glob("*.yaml"))
-    close = difflib.get_close_matches(f"{name}.yaml".replace(".yaml.yaml", ".yaml"), known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else f"; in configs/ there are {', '.join(known)}"
+    known = [path.stem for path in CONFIGS_DIR.glob("*.yaml")]
+    close = difflib.get_close_matches(name.removesuffix(".yaml"), known, n=1)
+    hint = f"; did you mean {close[0]}.yaml?" if close else f"; `{typed('list')}` lists those"
     raise UserError(f"no configuration {name!r}, neither as a file nor in configs/{hint}")
 
 

@@ -104,7 +104,7 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
         case "contradiction":
             return str(error["msg"])
         case "extra_forbidden":
-            return f"unknown key {dotted!r}; {_nearest(root, location)}"
+            return f"unknown key {dotted!r}; {nearest(root, location)}"
         case "missing":
             return f"{dotted!r} is missing"
         case "model_type" if (section := section_at(root, location)) is not None:
@@ -123,14 +123,15 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
     return f"{dotted!r}: {message}{shown}"
 
 
-def _nearest(root: type[BaseModel], location: Sequence[str]) -> str:
+def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
     """Suggest the keys that an unknown key may have meant."""
     *place, last = location
     section = section_at(root, place)
-    known = keys_of(section) if section else []
+    known = keys_of(section or root)
     # The right word at a wrong place, or else a misspelt word at the right one.
     found = (_place_of(last, key) for key in documented_keys(root))
     elsewhere = list(dict.fromkeys(filter(None, found)))
+    elsewhere = [key for key in elsewhere if key.split(".")[0] in place] or elsewhere
     if elsewhere:
         return f"did you mean {' or '.join(map(repr, elsewhere[:3]))}?"
     if close := difflib.get_close_matches(last, known, n=1, cutoff=0.5):

@@ -156,6 +156,6 @@ class RunRecord:
             "Plots and the whole configuration are under Artifacts; what the metrics mean: "
             "docs/metrics.md.",
             "",
-            f"    {typed('eval', '--checkpoint', config.run_dir.resolve())}",
+            f"    {typed('eval', config.run_dir.resolve())}",
         ]
         return "\n".join(lines)

@@ -28,9 +28,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     def network(one: argparse.ArgumentParser, precision: str) -> None:
         one.add_argument("--model", default="sew_resnet34", help="default: sew_resnet34")
         one.add_argument("--size", type=positive, help="image side in pixels; default: the model's")
-        one.add_argument("--timesteps", type=positive, default=4, metavar="T")
-        one.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default=precision)
-        one.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+        given = "timesteps a sample (default: 4)"
+        one.add_argument("--timesteps", type=positive, default=4, metavar="T", help=given)
+        choices, given = ["fp32", "tf32", "bf16"], f"default: {precision}"
+        one.add_argument("--precision", choices=choices, default=precision, help=given)
+        given = "default: auto, a GPU if there is one"
+        one.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=given)
 
     step = command("step", "time and memory of a training step", repeats=7, batch=4)
     network(step, "fp32")
@@ -44,8 +47,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     scaling = command("scaling", "several processes against one", repeats=5, batch=4)
     network(scaling, "bf16")
     scaling.add_argument("--accumulation", type=positive, default=1, help="micro-batches a step")
-    scaling.add_argument("--engine", choices=["deepspeed", "torch"], default="deepspeed")
-    scaling.add_argument("--processes", type=positive, default=2)
+    engines, given = ["deepspeed", "torch"], "default: deepspeed"
+    scaling.add_argument("--engine", choices=engines, default=engines[0], help=given)
+    scaling.add_argument("--processes", type=positive, default=2, help="default: 2")
     scaling.add_argument("--threads", type=positive, help="threads a process; default: its cores")
     scaling.add_argument("--steps", type=positive, default=2, help="steps a round")
     loader = command("loader", "images a second from JPEG files to batches", repeats=9, batch=32)

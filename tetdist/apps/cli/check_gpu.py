@@ -25,7 +25,8 @@ KEPT = "interrupted; the file of --json has the findings so far"
 def main(arguments: list[str] | None = None) -> int:
     parser = documented_parser("check_gpu", __doc__)
     known = ",".join(NAMES)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    given = "default: auto, a GPU if there is one"
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=given)
     parser.add_argument("--only", metavar=known, help="run only these checks; default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
     add_local_rank(parser)

@@ -92,6 +92,19 @@ def documented_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
     )
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Take a trained network as a position, or from ``--checkpoint``."""
+    add, form = parser.add_mutually_exclusive_group(required=True).add_argument, "RUN_OR_FILE"
+    # Without SUPPRESS, a missing position would overwrite the flag's value.
+    none = argparse.SUPPRESS
+
+    def path(text: str) -> Path | str:
+        return text if text is none else Path(text)
+
+    add("checkpoint", nargs="?", metavar=form, type=path, default=none, help=CHECKPOINT)
+    add("--checkpoint", metavar=form, type=Path, help="the same as RUN_OR_FILE")
+
+
 def add_local_rank(parser: argparse.ArgumentParser) -> None:
     """Accept what the deepspeed launcher adds; LOCAL_RANK in the environment has the same value."""
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)

@@ -28,7 +28,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, metavar="NAME", help="tetdist's model: sew_resnet34, vggsnn, ...")
     choices = ["auto", *SOURCES]
     add("--from", dest="layout", choices=choices, default="auto", help="project that wrote FILE")
-    add("--output", required=True, metavar="FILE.safetensors", type=Path)
+    add("--output", required=True, metavar="FILE.safetensors", type=Path, help="new file")
     add("--timesteps", type=positive, metavar="T", help="T of its training; default: the model's")
     add(
         "--classes",

@@ -1,8 +1,8 @@
 """Evaluate a checkpoint: accuracy at any number of timesteps, early exit, operations, energy.
 
-    python tools/eval.py --checkpoint runs/sew34_t4
-    python tools/eval.py --checkpoint model.safetensors --data /data/imagenet --timesteps 1,2,4
-    python tools/eval.py --checkpoint runs/sew34_t4 --timesteps 1-8 --report report.html
+    python tools/eval.py runs/sew34_t4
+    python tools/eval.py model.safetensors --data /data/imagenet --timesteps 1,2,4
+    python tools/eval.py runs/sew34_t4 --timesteps 1-8 --report report.html
 
 Evaluation needs no DeepSpeed and no particular machine. It also runs on several processes, under
 the deepspeed launcher or torchrun.
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.apps.cli.common import CHECKPOINT, add_local_rank, program, run_command
+from tetdist.apps.cli.common import add_checkpoint, add_local_rank, program, run_command
 from tetdist.config.flags import MOST_TIMESTEPS, add_import, positive
 from tetdist.errors import UserError
 from tetdist.storage import files
@@ -65,7 +65,7 @@ def report_file(text: str) -> Path:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=program("eval"), description="Evaluate a checkpoint.")
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="RUN_OR_FILE", type=Path, help=CHECKPOINT)
+    add_checkpoint(parser)
     given = "use the best checkpoint of a run folder (it was chosen on the validation split)"
     add("--best", action="store_true", help=given)
     given = "use the moving average of the weights, if the run has one; with --best, the best one"

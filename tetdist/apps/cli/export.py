@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from tetdist.apps.cli.common import CHECKPOINT, check_new_weights, program, run_command
+from tetdist.apps.cli.common import add_checkpoint, check_new_weights, program, run_command
 from tetdist.config.flags import add_import, positive
 from tetdist.errors import UserError
 from tetdist.wording import counted
@@ -35,8 +35,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         prog=program("export"), description="Export a trained network."
     )
     add = parser.add_argument
-    add("checkpoint", metavar="RUN_OR_FILE", type=Path, help=CHECKPOINT)
-    add("--format", choices=["safetensors", "timm", "nir", "onnx", "onnx-step", "torch"])
+    add_checkpoint(parser)
+    formats = ["safetensors", "timm", "nir", "onnx", "onnx-step", "torch"]
+    add("--format", choices=formats, help="format of the output (docs/weights.md)")
     add(
         "--output",
         metavar="PATH",

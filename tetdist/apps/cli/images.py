@@ -216,7 +216,7 @@ def _index(args: argparse.Namespace) -> int:
         save_index(index, file)
         print(f"{file}: {_described(index)}")
     if all(index.split != "train" for index in indexes):
-        command = f"{typed('eval')} --checkpoint RUN --data {args.root} --split {indexes[0].split}"
+        command = f"{typed('eval')} RUN --data {args.root} --split {indexes[0].split}"
         print(f"without a train split, evaluate with: {command}")
     return 0
 

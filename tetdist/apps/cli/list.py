@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  {file.name:26} {textwrap.shorten(first.strip('# '), 90, placeholder=' ...')}")
     known: dict[str, Iterable[str]] = {
         "networks (model.name)": models.names(),
-        "trained networks (--checkpoint, init_checkpoint)": bundled.names(),
+        "trained networks (eval NAME, init_checkpoint)": bundled.names(),
         "neurons (model.neuron.kind)": NEURONS,
         "losses (loss.kind)": LOSSES,
         "optimisers (phases.*.optimizer.kind), and timm's as timm:NAME": OPTIMIZERS,

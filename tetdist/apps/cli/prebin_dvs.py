@@ -329,7 +329,7 @@ def _make_split(
     numbers = described["recordings"]
     made = "simulated from images, " if options.simulate else ""
     if name == ALL_TO_VAL:
-        command = f"{typed('eval')} --checkpoint RUN --data {root}"
+        command = f"{typed('eval')} RUN --data {root}"
         print(f"{root}: {made}{numbers['val']} to test; {command}")
         return
     print(f"{root}: {made}{numbers['train']} to train, {numbers['val']} to test; data.root={root}")

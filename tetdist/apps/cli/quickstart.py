@@ -14,7 +14,7 @@ DATA, RUN = "data/digits", "runs/quickstart"
 STEPS: tuple[tuple[str, ...], ...] = (
     ("digits", DATA),
     ("train", "--config", "quickstart.yaml"),
-    ("eval", "--checkpoint", RUN, "--json", f"{RUN}/evaluation.json"),
+    ("eval", RUN, "--json", f"{RUN}/evaluation.json"),
 )
 
 

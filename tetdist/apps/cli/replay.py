@@ -1,7 +1,7 @@
 """Stream a recording through a trained network, frame by frame.
 
-    python tools/replay.py recording.aedat4 --checkpoint runs/live
-    python tools/replay.py recording.npz --checkpoint runs/live --fast --output recording.gif
+    python tools/replay.py runs/live recording.aedat4
+    python tools/replay.py runs/live recording.npz --fast --output recording.gif
 
 The network must be trained on windows of a fixed size (tools/prebin_dvs.py --bins 20ms). After each
 window the class and its confidence so far are printed; after T windows the network starts anew.
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.apps.cli.common import CHECKPOINT, documented_parser, run_command
+from tetdist.apps.cli.common import add_checkpoint, documented_parser, run_command
 from tetdist.config.flags import add_import
 from tetdist.errors import UserError, typed
 from tetdist.wording import counted
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = documented_parser("replay", __doc__)
     add = parser.add_argument
+    add_checkpoint(parser)
     add("recording", metavar="RECORDING", type=Path, help="a file of events (docs/events.md)")
-    add("--checkpoint", metavar="RUN_OR_FILE", type=Path, required=True, help=CHECKPOINT)
     add("--best", action="store_true", help="use a run folder's best checkpoint")
     add("--fast", action="store_true", help="replay as fast as possible, not in real time")
     add("--output", metavar="GIF", type=Path, help="draw the frames and probabilities")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tetdist.apps.cli.common import MISTAKES, add_local_rank, fail, program
 from tetdist.config.flags import add_import
-from tetdist.errors import PEER_FAILED, PeerFailed, UserError
+from tetdist.errors import PEER_FAILED, PeerFailed, UserError, typed
 
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
@@ -19,8 +19,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program("train"),
         description="Train a spiking network. The same command continues a stopped run.",
-        epilog="examples: deepspeed tetdist/train.py --config sew34_t4.yaml data.root=/imagenet"
-        "   |   python tetdist/train.py --config quickstart.yaml seed=1 name=second",
+        epilog="examples:\n"
+        "  deepspeed tetdist/train.py --config sew34_t4.yaml data.root=/imagenet\n"
+        f"  {typed('train')} --config quickstart.yaml seed=1 name=second",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="NAME", help="YAML file, or its name in configs/")
     parser.add_argument(
@@ -93,9 +95,10 @@ def _is_of(key: str, word: str) -> bool:
 def read_config(options: argparse.Namespace) -> "RunConfig | None":
     """Return the configuration; None after --explain or --print-config."""
     from tetdist.apps.reports.reference import find_reference
-    from tetdist.config import loading
+    from tetdist.config import loading, schema
     from tetdist.config.documentation import documented_keys
     from tetdist.config.inheritance import DEFAULT, annotated
+    from tetdist.config.messages import nearest
     from tetdist.nn.neurons import kind_of
     from tetdist.tracking.trackers import check_names
 
@@ -106,8 +109,9 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
         wanted = [re.sub(r"\.\d+(?=\.|$)", ".N", one.partition("=")[0]) for one in asked]
         for word, key in zip(wanted, asked, strict=True):
             if not any(_is_of(one, word) for one in known):
+                near = nearest(schema.RunConfig, word.split(".")).replace(".0.", ".N.")
                 raise UserError(
-                    f"--explain: there is no key {key!r}; --explain without a key lists all"
+                    f"--explain: there is no key {key!r}; {near} (--explain alone lists all keys)"
                 )
         for key, documented in known.items():
             if any(_is_of(key, word) for word in wanted):

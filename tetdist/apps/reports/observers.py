@@ -54,7 +54,7 @@ class Summary(Observer):
                 f". Moving average: {result['ema_top1']:.2f} %; best "
                 f"{result['ema_best_top1']:.2f} %, at step {result['ema_best_step']:.0f}"
             )
-        lines.append(f"  evaluate  {typed('eval', '--checkpoint', folder)}")
+        lines.append(f"  evaluate  {typed('eval', folder)}")
         if self.config.tracking_uri and self.tracker.is_complete:
             lines.append(f"  look      {ui_command(self.config.tracking_uri)}")
         logger.info("%s", "\n".join(lines))

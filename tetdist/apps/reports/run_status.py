@@ -76,6 +76,7 @@ class RunStatus:
     eta_s: float | None = None  # by the last line of training
     line_age_s: float | None = None  # since the last line
     checkpoint: str | None = None  # name of the newest one
+    saved_step: int | None = None
     checkpoint_age_s: float | None = None
     bytes: int = 0  # size of the folder
     job: JobStatus | None = None
@@ -139,6 +140,7 @@ def read_status(folder: Path, job: JobStatus | None = None) -> RunStatus:
         eta_s=train.get("eta_s") if state in ("training", "running") else None,
         line_age_s=now - end["time"] if end else None,
         checkpoint=None if checkpoint is None else checkpoint.name,
+        saved_step=None if checkpoint is None else saved,
         checkpoint_age_s=None if checkpoint is None else now - checkpoint.stat().st_mtime,
         bytes=_bytes_of(folder),
         job=job,
@@ -269,6 +271,8 @@ def _progress(status: RunStatus) -> list[str]:
     if (status.phases or 1) > 1:
         parts.append(f"phase {status.phase}")
     parts.append(f"step {status.step:,}/{number(status.last_step, ',')}")
+    if status.saved_step not in (None, status.step):
+        parts[-1] += f" logged, {status.saved_step:,} saved"
     if status.eta_s is not None:
         parts.append(f"ETA {duration(status.eta_s)}")
     if status.line_age_s is not None:
@@ -282,6 +286,7 @@ def as_table(statuses: Sequence[RunStatus]) -> str:
     rows = [[*head, "job"]]
     for status in statuses:
         age, eta = status.checkpoint_age_s, status.eta_s
+        of_step = "" if status.saved_step == status.step else f"step {status.saved_step}, "
         rows.append(
             [
                 status.run,
@@ -293,7 +298,7 @@ def as_table(statuses: Sequence[RunStatus]) -> str:
                 "-" if eta is None else duration(eta),
                 number(status.val.get("top1"), ".2f"),
                 number(status.best_top1, ".2f"),
-                "-" if age is None else f"{duration(max(age, 0))} ago",
+                "-" if age is None else f"{of_step}{duration(max(age, 0))} ago",
                 "" if status.job is None else status.job.id,
             ]
         )

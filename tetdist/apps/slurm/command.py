@@ -92,11 +92,10 @@ def _run_parser(command: str) -> argparse.ArgumentParser:
 
 def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the job").add_argument
-    add("--nodes", type=positive, metavar="N")
+    add("--nodes", type=positive, metavar="N", help="number of nodes (default: 1)")
     add("--gpus-per-node", type=int, metavar="G", help="one process each; 0: train on the CPU")
-    add("--partition", metavar="P")
-    add("--account", metavar="A")
-    add("--qos", metavar="Q")
+    for name in ("partition", "account", "qos"):
+        add(f"--{name}", metavar=name[0].upper(), help=f"sbatch's --{name}; default: the cluster's")
     add("--constraint", metavar="C", help="features that the nodes must have")
     add("--time", metavar="T", help="time limit of a job: 24:00:00, 2-00, ...")
     setup = "shell command to run before the processes start; may be repeated"

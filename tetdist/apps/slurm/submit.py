@@ -165,7 +165,7 @@ def refuse_if_finished(run: Prepared) -> None:
         folder = run.config.run_dir
         raise UserError(
             f"{folder} is finished, at step {run.plan.last_step}; evaluate it with "
-            f"`{typed('eval', '--checkpoint', folder)}`, or train a new run with another name=..."
+            f"`{typed('eval', folder)}`, or train a new run with another name=..."
         )
 
 

@@ -237,7 +237,7 @@ model = timm.create_model({_create_arguments(trained, source)}).eval()
 
 {_preparation(trained)}
 
-`{typed("eval")} --checkpoint {weights} --data ROOT` evaluates it, and
+`{typed("eval")} {weights} --data ROOT` evaluates it, and
 `init_checkpoint={weights}` starts a training from it.
 
 ## Recipe
