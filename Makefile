@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-long test-gpu docs lint constraints format clean
+.PHONY: help venv quickstart test test-quick test-long test-gpu docs lint constraints format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,14 @@ quickstart: venv ## train and evaluate a spiking network on real data, in minute
 	@echo
 	@echo "The run is in $(RUN), its curves are in $(RUN)/plots/learning_curves.png. To watch it:"
 	@echo "  $(BIN)/mlflow ui --workers 1 --backend-store-uri 'sqlite:///$(CURDIR)/runs/mlflow.db'"
+
+# The definitions of neurons and losses, a tiny run, and one that is continued.
+QUICK := nn/test_neurons.py nn/test_kinds.py nn/test_fused_kinds.py test_losses.py \
+  training/test_train.py::test_finished_run_says_so_and_changes_nothing \
+  training/test_train.py::test_max_steps_ends_evaluated_and_can_be_raised
+
+test-quick: lint $(VENV)/.tests ## run lint and the tests that see most in 90 seconds
+	@$(BIN)/python -m pytest -q -m "not long" $(addprefix tests/,$(QUICK)) $(PYTEST_FLAGS)
 
 test: $(VENV)/.tests ## run the tests (minutes)
 	@$(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder \

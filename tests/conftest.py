@@ -6,11 +6,9 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+import farm as farm_of_forks
 import tiny
 from samples import picture
 from tiny import Farm, Outcome, Tool
@@ -29,6 +28,8 @@ from tetdist import plugins
 
 if TYPE_CHECKING:
     from tetdist.distributed.world import World
+
+FARM = pytest.StashKey[Farm]()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -78,6 +79,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.add_cleanup(gc.unfreeze)
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    """Fork the farm before any test has done anything, if one needs it."""
+    if not any("farm" in getattr(item, "fixturenames", ()) for item in session.items):
+        return (yield)
+    with farm_of_forks.forked() as session.config.stash[FARM]:
+        return (yield)
+
+
 def are_about_gpus(config: pytest.Config) -> bool:
     return config.getoption("markexpr") == "gpu"
 
@@ -121,13 +131,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def ended() -> Iterator[Callable[["subprocess.Popen[Any]"], "subprocess.Popen[Any]"]]:
-    """Takes a process in a session of its own, and leaves nothing of it, also of a failed test."""
-    with ExitStack() as stack:
-        yield lambda process: stack.enter_context(tiny.ended(process))
-
-
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny data set, indexed; to be read only."""
@@ -155,18 +158,8 @@ def tiny_config(tiny_root: Path, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture(scope="session")
-def the_environment() -> dict[str, Any]:
-    """Functions of the environment with what they found; git takes longer than a tiny run."""
-    from tetdist.tracking import environment
-
-    found = {name: getattr(environment, name)() for name in ("git_state", "versions")}
-    return {name: lambda value=value: value for name, value in found.items()}
-
-
 @pytest.fixture
 def main(
-    the_environment: dict[str, Any],
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -181,7 +174,7 @@ def main(
     from tetdist.distributed.signals import StopRequest
     from tetdist.tracking import environment
 
-    for name, function in the_environment.items():
+    for name, function in farm_of_forks.environment().items():
         monkeypatch.setattr(environment, name, function)
     # These two end the tests, and not the training alone.
     others = [s for s in StopRequest.SIGNALS if s not in (signal.SIGINT, signal.SIGTERM)]
@@ -206,27 +199,8 @@ def main(
 
 
 @pytest.fixture(scope="session")
-def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
-    folder = tmp_path_factory.mktemp("farm")
-    command = tiny.python(Path(__file__).with_name("farm.py"))
-    with (
-        (folder / "farm.log").open("w") as errors,
-        tiny.ended(
-            subprocess.Popen(
-                command,
-                cwd=folder,
-                env=tiny.clean_environment(),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                start_new_session=True,
-            )
-        ) as process,
-    ):
-        while (line := process.stdout.readline()) != "ready\n":
-            assert line, (folder / "farm.log").read_text()
-        yield Farm(process, folder / "log")
+def farm(request: pytest.FixtureRequest) -> Farm:
+    return request.config.stash[FARM]
 
 
 @pytest.fixture

@@ -1,31 +1,45 @@
-"""Runs the training program many times, each in processes of their own, and imports it once.
+"""Runs programs in forks of the tests' process, which has imported nearly all of them already.
 
-A start of Python with torch and DeepSpeed takes seconds, a tiny run a fraction of one. This script
-imports all, then forks for each job that comes in on standard input, one JSON object a line:
+A start of Python with torch and DeepSpeed takes seconds, a tiny run a fraction of one. So after the
+collection, before any test, the tests' process forks the farm, which imports the rest. The farm
+forks for each job that comes in on a socket, one JSON object a line:
 
     arguments  the command line of tetdist/train.py; RANK in it stands for the process's rank
-    world      number of processes
+    world      number of processes, each in a session of its own
     stop       null, or [point, number, signal, rank]: the process of that rank sends itself the
                signal at the number-th passage (from 1) of the point
     command    instead of arguments: those of a Python interpreter, -c CODE ... or FILE ...; each
                process then runs in the folder cwd and has a log of its own, LOG.RANK
+    env        the environment
     log        file for what the processes print
     timeout    seconds, after which they are killed
 
-Answers, a line a job, are lists of the processes' exit statuses (-n: ended by signal n).
+Answers, a line a job, are lists of the processes' exit statuses (-n: ended by signal n). Nothing of
+a job outlives it, and neither farm nor jobs outlive the tests, also if those are killed.
 """
 
+import gc
 import importlib
 import itertools
 import json
+import logging
 import os
 import runpy
+import select
 import signal
+import socket
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from tiny import Farm, free_port
 
 
 def passing(point: str, number: int, action: Callable[[], None]) -> None:
@@ -84,11 +98,15 @@ def passing(point: str, number: int, action: Callable[[], None]) -> None:
 
 def run(job: dict[str, Any], rank: int, port: int) -> int:
     """In the child: the program, as if it had been started by itself."""
+    os.setsid()
     file = f"{job['log']}.{rank}" if "command" in job else job["log"]
     log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    os.environ.clear()
+    os.environ |= job["env"]
+    tempfile.tempdir = None  # that of the environment
     if job["world"] > 1:
         os.environ |= {
             "RANK": str(rank),
@@ -112,13 +130,15 @@ def run(job: dict[str, Any], rank: int, port: int) -> int:
 
 def run_command(command: list[str], cwd: str) -> int:
     """Run what a Python interpreter is given, as if it had just been started."""
-    os.setsid()
     os.chdir(cwd)
-    sys.argv = command if command[0] != "-c" else ["-c", *command[2:]]
-    sys.path[0] = "" if command[0] == "-c" else str(Path(command[0]).parent)
+    first = "" if command[0] == "-c" else str(Path(command[0]).parent)
+    sys.path[:0] = [first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.modules["__main__"] = main = ModuleType("__main__")
     if command[0] == "-c":
-        exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
+        sys.argv = ["-c", *command[2:]]
+        exec(compile(command[1], "<string>", "exec"), main.__dict__)
     else:
+        sys.argv = command
         runpy.run_path(command[0], run_name="__main__")
     return 0
 
@@ -131,7 +151,7 @@ def child(job: dict[str, Any], rank: int, port: int) -> int:
     try:
         status = run(job, rank, port)
     except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else 1
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
         import traceback
 
@@ -142,7 +162,7 @@ def child(job: dict[str, Any], rank: int, port: int) -> int:
         os._exit(status)
 
 
-def wait(pids: list[int], seconds: float) -> list[int]:
+def wait(pids: list[int], seconds: float, requests: socket.socket) -> list[int]:
     end = time.monotonic() + seconds
     statuses: dict[int, int] = {}
     stopped: set[int] = set()
@@ -154,23 +174,27 @@ def wait(pids: list[int], seconds: float) -> list[int]:
                     stopped.add(pid)
                 elif done:
                     statuses[pid] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end or stopped | statuses.keys() == {*pids}:
+        # The tests, which wait for the answer, send something only when they end.
+        ended, _, _ = select.select([requests], [], [], 0.005)
+        if ended or time.monotonic() > end or stopped | statuses.keys() == {*pids}:
             for pid in pids:
                 if pid not in statuses:
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
                     statuses[pid] = -999  # it hung
-        time.sleep(0.005)
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
     return [statuses[pid] for pid in pids]
 
 
-def remember_the_environment() -> None:
-    """Have all runs find the same versions and commit; git takes longer than a tiny run."""
+@cache
+def environment() -> dict[str, Any]:
+    """Functions of the environment with what they found; git takes longer than a tiny run."""
     from tetdist.tracking import environment
 
-    for name in ("git_state", "versions"):
-        found = getattr(environment, name)()
-        setattr(environment, name, lambda found=found: found)
+    found = {name: getattr(environment, name)() for name in ("git_state", "versions")}
+    return {name: lambda value=value: value for name, value in found.items()}
 
 
 # Each child would else import them for itself.
@@ -185,22 +209,60 @@ PRELOADED = (
 )
 
 
-def main() -> None:
-    for module in PRELOADED:
-        importlib.import_module(module)
-    from tetdist.distributed.meeting import free_port
-    from tetdist.distributed.starters import as_starter, end_with_starters
+def as_started() -> None:
+    """Leave nothing of pytest: its signals, streams, handlers of the log."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.stdin = os.fdopen(0)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    logging.getLogger().handlers.clear()
+    for logger in [*logging.getLogger().manager.loggerDict.values()]:
+        for handler in getattr(logger, "handlers", ()):
+            if type(handler) is logging.StreamHandler:
+                handler.setStream(sys.stderr)
 
-    end_with_starters()
-    os.environ |= as_starter()
-    remember_the_environment()
-    print("ready", flush=True)
-    for line in sys.stdin:
+
+def serve(requests: socket.socket) -> None:
+    as_started()
+    import torch
+
+    # OpenMP's threads, which the tests may have, are not forked.
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module in PRELOADED:
+            importlib.import_module(module)
+    from tetdist.tracking import environment as functions
+
+    vars(functions).update(environment())
+    gc.freeze()
+    lines = requests.makefile("rw")
+    for line in lines:
         job = json.loads(line)
         port = free_port()
         pids = [child(job, rank, port) for rank in range(job["world"])]
-        print(json.dumps(wait(pids, job["timeout"])), flush=True)
+        lines.write(json.dumps(wait(pids, job["timeout"], requests)) + "\n")
+        lines.flush()
 
 
-if __name__ == "__main__":
-    main()
+@contextmanager
+def forked() -> Iterator[Farm]:
+    """Fork the farm, which ends with the context."""
+    ours, theirs = socket.socketpair()
+    environment()
+    with warnings.catch_warnings():
+        # The threads are those of pytest-xdist, of which the farm needs nothing.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        try:
+            ours.close()
+            serve(theirs)
+        finally:
+            os._exit(0)
+    theirs.close()
+    with tempfile.TemporaryDirectory(prefix="tetdist-farm-") as folder:
+        with ours, ours.makefile("rw") as lines:
+            yield Farm(lines, Path(folder) / "log")
+        os.waitpid(pid, 0)

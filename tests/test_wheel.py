@@ -1,6 +1,6 @@
 """The wheel, unpacked in an empty folder: all is in it, and commands need no checkout."""
 
-import os
+import json
 import re
 import subprocess
 import sys
@@ -56,16 +56,16 @@ def test_constraints_are_within_the_ranges():
         assert versions.get(name) in allowed, f"{name}{allowed}: make constraints"
 
 
-def tetdist(installed, cwd, *arguments, status=0):
+def python(installed, cwd, *arguments):
     done = subprocess.run(
-        [sys.executable, "-m", "tetdist_command", *map(str, arguments)],
+        tiny.python(*arguments),
         cwd=cwd,
         env=tiny.clean_environment(PYTHONPATH=str(installed)),
         capture_output=True,
         text=True,
         timeout=240,
     )
-    assert done.returncode == status, done.stderr
+    assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     output = (done.stdout + done.stderr).replace(sys.executable, "python")
     assert str(tiny.PROJECT) not in output
@@ -80,58 +80,59 @@ def test_everything_is_in_it(installed):
     assert {file for file in found if ".dist-info/" not in file} == wanted
 
 
-def test_commands_answer_without_a_checkout(installed, tmp_path):
+# One process, since a start of each takes seconds.
+ALL = """
+import contextlib, io, json, sys, tetdist_command
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["tetdist", *arguments]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        answers.append((tetdist_command.main(), output))
+print(json.dumps([(status, output.getvalue()) for status, output in answers]))
+"""
+
+
+def test_a_run_and_all_commands_without_a_checkout(installed, tmp_path, tiny_root):
     from tetdist_command import COMMANDS
 
-    assert set(COMMANDS) <= set(tetdist(installed, tmp_path, "--help").split())
-    for command in COMMANDS:
-        output = tetdist(installed, tmp_path, command, "--help")
-        assert output.startswith(f"usage: tetdist {command}"), output
-    assert re.fullmatch(r"tetdist \d+\.\d+\.\d+\n", tetdist(installed, tmp_path, "--version"))
-    listed = tetdist(installed, tmp_path, "list")
-    assert "  sew34_t4.yaml " in listed
-    assert "sew_resnet34," in listed
-    assert "tetdist:quickstart" in listed
-    assert "there is no command 'evla'" in tetdist(installed, tmp_path, "evla", status=2)
-
-
-def test_a_run_without_a_checkout(installed, tmp_path, tiny_root):
-    shown = tetdist(
-        installed, tmp_path, "train", "--config", "sew34_t4", "--print-config", "data.root=x"
-    )
-    assert "name: sew_resnet34" in shown
     file = tiny.write_config(tmp_path / "tiny.yaml", tiny_root, {"engine": "torch", "max_steps": 2})
-    output = tetdist(installed, tmp_path, "train", "--config", file)
-    assert f"tetdist eval {tmp_path / 'runs' / 'tiny'}" in output
+    train, run = ["train", "--config", str(file)], str(tmp_path / "runs" / "tiny")
+    output = python(installed, tmp_path, "-m", "tetdist_command", *train)
+    assert f"tetdist eval {run}" in output
+    planned = ["slurm", *train[1:], "--gpus-per-node", "0", "--dry-run"]
+    expected = [
+        (["--version"], 0, r"\Atetdist \d+\.\d+\.\d+\n\Z"),
+        (["list"], 0, r"  sew34_t4\.yaml [^$]*sew_resnet34,[^$]*tetdist:quickstart"),
+        (["evla"], 2, "there is no command 'evla'"),
+        (
+            ["train", "--config", "sew34_t4", "--print-config", "data.root=x"],
+            0,
+            "name: sew_resnet34",
+        ),
+        (planned, 0, "#SBATCH"),
+        (["eval", "--checkpoint", run, "--device", "cpu"], 0, "top-1"),
+        ([*train, "data.root=gone"], 2, "tetdist eval: --data"),
+        *((["--help"], 0, f"\n  {command} ") for command in COMMANDS),
+        *(([command, "--help"], 0, rf"\Ausage: tetdist {command}") for command in COMMANDS),
+    ]
+    asked = json.dumps([arguments for arguments, _, _ in expected])
+    answers = json.loads(python(installed, tmp_path, "-c", ALL, asked))
+    for (arguments, status, pattern), (found, text) in zip(expected, answers, strict=True):
+        assert found == status, (arguments, text)
+        assert re.search(pattern, text), (arguments, text)
+        assert "Traceback" not in text
 
 
-@pytest.mark.long
-def test_a_job_without_a_checkout(installed, tmp_path, tiny_root):
-    """Planned, trained and evaluated, from the wheel's code and configs."""
-    file = tiny.write_config(tmp_path / "tiny.yaml", tiny_root, {"engine": "torch", "max_steps": 2})
-    planned = ("slurm", "--config", file, "--gpus-per-node", "0", "--dry-run")
-    assert "#SBATCH" in tetdist(installed, tmp_path, *planned)
-    tetdist(installed, tmp_path, "train", "--config", file)
-    run = tmp_path / "runs" / "tiny"
-    assert "top-1" in tetdist(installed, tmp_path, "eval", "--checkpoint", run, "--device", "cpu")
-    missing = tetdist(installed, tmp_path, "train", "--config", file, "data.root=gone", status=2)
-    assert "tetdist eval: --data" in missing
-
-
-def test_importing_it_does_not_need_the_command(installed, tmp_path):
-    # Only torch and timm are needed, also for a trained network.
+def test_importing_it_needs_torch_and_timm_alone(installed, tmp_path):
+    """Also for a trained network."""
+    others = ["pydantic", "deepspeed", "mlflow", "psutil", "nvidia.dali", "submitit", "matplotlib"]
     code = (
-        "import sys; sys.modules |= dict.fromkeys(['pydantic', 'deepspeed', 'mlflow', 'psutil'])\n"
+        f"import sys; sys.modules |= dict.fromkeys({others})\n"
         "import timm, tetdist; print(len(timm.create_model('sew_resnet18').blocks))\n"
-        "print(timm.create_model('spiking_convnet', pretrained=True).pretrained_cfg['file'])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-        timeout=120,
+        "print(timm.create_model('spiking_convnet', pretrained=True).pretrained_cfg['file'])\n"
+        "print(tetdist.losses.tet_loss.__name__, len(timm.list_models('sew_resnet*')))"
     )
     weights = installed / "tetdist" / "pretrained" / "quickstart" / "model.safetensors"
-    assert done.stdout == f"8\n{weights}\n", done.stderr
+    found = python(installed, tmp_path, "-c", code)
+    assert found == f"8\n{weights}\ntet_loss 5\n"

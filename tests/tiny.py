@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pytest
@@ -130,33 +130,24 @@ def launched(processes: int, *arguments: object) -> list[str]:
 
 
 @contextmanager
-def ended(process: "subprocess.Popen[Any]") -> Iterator["subprocess.Popen[Any]"]:
-    """A process in a session of its own, of which nothing is left afterwards."""
-    with process:
-        try:
-            yield process
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-@contextmanager
 def started(
     command: list[str], cwd: Path, env: Mapping[str, str] | None = None, **options: Any
 ) -> Iterator["subprocess.Popen[str]"]:
     """Start a process in a session of its own, and leave nothing of it."""
     values: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
-    with ended(
-        subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=dict(env or clean_environment()),
-            text=True,
-            start_new_session=True,
-            **values,
-        )
+    with subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=dict(env or clean_environment()),
+        text=True,
+        start_new_session=True,
+        **values,
     ) as process:
-        yield process
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def marked(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
@@ -298,10 +289,10 @@ def refused(outcome: Outcome, *parts: str) -> str:
 
 
 class Farm:
-    """Trains in real processes, quickly: see farm.py."""
+    """Runs programs in real processes, quickly: see farm.py."""
 
-    def __init__(self, process: "subprocess.Popen[str]", log: Path) -> None:
-        self._process, self._log = process, log
+    def __init__(self, lines: TextIO, log: Path) -> None:
+        self._lines, self._log = lines, log
 
     def __call__(
         self,
@@ -353,6 +344,6 @@ class Farm:
         return [(status, log.read_text()) for status, log in zip(statuses, logs, strict=True)]
 
     def _ask(self, job: dict[str, Any]) -> list[int]:
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        self._lines.write(json.dumps(job | {"env": clean_environment()}) + "\n")
+        self._lines.flush()
+        return json.loads(self._lines.readline())

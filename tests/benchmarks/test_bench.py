@@ -4,8 +4,6 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import tiny
@@ -19,14 +17,15 @@ from tetdist.config import loading
 from tetdist.errors import UserError
 
 
-def bench(tmp_path, arguments):
-    """Its JSON, and what it printed."""
-    command = [sys.executable, tiny.PROJECT / "tools/bench.py", *arguments.split()]
-    command += ["--json", tmp_path / "result.json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return json.loads((tmp_path / "result.json").read_text()), done.stdout
+@pytest.fixture
+def bench(output_of, tmp_path):
+    """Runs it: arguments -> its JSON, and what it printed."""
+
+    def measured(arguments):
+        printed = output_of("bench", *arguments.split(), "--json", tmp_path / "result.json")
+        return json.loads((tmp_path / "result.json").read_text()), printed
+
+    return measured
 
 
 def speed_that_the_plan_reads(file):
@@ -45,9 +44,9 @@ def speed_that_the_plan_reads(file):
 
 
 @pytest.mark.long
-def test_a_step_is_timed_beside_the_relu_network(tmp_path):
+def test_a_step_is_timed_beside_the_relu_network(bench, tmp_path):
     small = "--model sew_resnet18 --size 64 --timesteps 2 --batch 2 --repeats 3"
-    result, out = bench(tmp_path, f"step {small} --modes blocks timesteps")
+    result, out = bench(f"step {small} --modes blocks timesteps")
     names = [row["name"] for row in result["rows"]]
     assert names == ["relu", "tetdist, blocks", "tetdist, timesteps"]
     assert result["rows"][0]["ratio"] == 1
@@ -89,9 +88,9 @@ def test_several_processes_are_as_efficient_as_one_is_faster(monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])
-def test_processes_are_timed_alone_and_together(tmp_path, engine):
+def test_processes_are_timed_alone_and_together(bench, tmp_path, engine):
     arguments = f"scaling --model spiking_convnet --engine {engine} --repeats 2 --accumulation 3"
-    result, out = bench(tmp_path, arguments)
+    result, out = bench(arguments)
     alone, together = result["rows"]
     for row, count in ((alone, 1), (together, 2)):
         assert row["images_per_s"] == pytest.approx(count * 3 * 4 / row["seconds"])
@@ -128,8 +127,8 @@ def test_a_process_takes_steps_until_it_fails():
 
 
 @pytest.mark.long
-def test_the_loader_is_timed(tmp_path):
-    result, out = bench(tmp_path, "loader --size 32 --batch 8 --repeats 2")
+def test_the_loader_is_timed(bench):
+    result, out = bench("loader --size 32 --batch 8 --repeats 2")
     assert result["fastest"] >= result["images_per_s"] > 0
     assert f"{result['images_per_s']:.0f} images/s" in out
 

@@ -1,7 +1,6 @@
 """The command from its start to its end, whatever happens to a process, and its last line."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -123,27 +122,30 @@ def test_a_rank_that_fails_or_dies_is_a_finding(farm, tmp_path, temporary):
         assert found["conclusion"] == f"to fix: steps: {remedy}; not reached: rates"
 
 
-@pytest.mark.parametrize("number", [None, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
-def test_a_lone_process_that_hangs_or_is_ended_leaves_its_findings(tmp_path, temporary, number):
+def test_a_lone_process_that_hangs_leaves_its_findings(farm, tmp_path, temporary):
     file = tmp_path / "found.json"
-
-    def is_at_the_second():
-        return file.is_file() and "versions" in json.loads(file.read_text())["checks"]
-
-    environment = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT), TETDIST_COMMAND="check_gpu")
-    command = tiny.python("-c", COMMAND, file, temporary, "none", 60 if number else 1)
-    with tiny.started(command, tmp_path, environment) as process:
-        tiny.wait_until(is_at_the_second, 60)
-        if number:
-            os.kill(process.pid, number)
-        output, _ = process.communicate(timeout=20)
-    assert process.returncode == (128 + number if number else 1), output
-    assert number or "in averages" in output  # its stack
-    assert number is None or list(temporary.iterdir()) == []
+    command = tiny.python("-c", COMMAND, file, temporary, "none", 1)
+    ((status, output),) = farm.side_by_side(1, command, tmp_path)
+    assert status == 1, output
+    assert "in averages" in output  # its stack
     found = json.loads(file.read_text())
     assert found["not_reached"] == ["steps", "rates"]
     ended = "the command ended before all was done; not reached: steps, rates"
     assert found["conclusion"] == f"{ended}; {remedies.ENDED}"
+
+
+@pytest.mark.long
+def test_a_lone_process_that_is_ended_leaves_its_findings(tmp_path, temporary):
+    file = tmp_path / "found.json"
+    environment = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT), TETDIST_COMMAND="check_gpu")
+    command = tiny.python("-c", COMMAND, file, temporary, "none", 60)
+    with tiny.started(command, tmp_path, environment) as process:
+        tiny.wait_until(lambda: file.is_file() and '"versions": {' in file.read_text(), 60)
+        process.terminate()
+        output, _ = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert list(temporary.iterdir()) == []
+    assert json.loads(file.read_text())["not_reached"] == ["steps", "rates"]
 
 
 def test_an_error_of_a_lone_process_is_a_finding_with_its_remedy(alone, tmp_path, monkeypatch):

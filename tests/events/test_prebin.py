@@ -6,9 +6,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cameras
@@ -131,26 +129,21 @@ def test_a_second_call_keeps_tensors_and_adds_a_split(source, tmp_path, prebin_d
 
 @pytest.mark.usefixtures("a_terminal")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
-def test_a_stopped_call_is_continued(tmp_path, prebin_dvs, ended, how):
+def test_a_stopped_call_is_continued(tmp_path, prebin_dvs, how):
     source, dest = make_source(tmp_path / "source", per_class=150), tmp_path / "dest"
-    command = [sys.executable, PATH, source, dest, "--timesteps", "4", "--workers", "2"]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = ended(subprocess.Popen(command, start_new_session=True, **output))
+    command = tiny.python(PATH, source, dest, "--timesteps", 4, "--workers", 2)
     journal = dest / "recordings.jsonl"
-    give_up = time.monotonic() + 60
-    while not (journal.is_file() and journal.stat().st_size > 2500):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < give_up
-        time.sleep(0.01)
-    memory = Path(f"/proc/{process.pid}/maps").read_text()
-    semaphores = {Path(name) for name in re.findall(r"/dev/shm/sem\.\S+", memory)}
-    if how == signal.SIGKILL:
-        process.send_signal(how)
-    else:
-        os.killpg(process.pid, how)  # As a terminal does it: to parent and workers alike.
-    # Comes to an end only when the workers have ended, too, who hold the same output.
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == (130 if how == signal.SIGINT else -how)
+    with tiny.started(command, tmp_path) as process:
+        tiny.wait_until(lambda: journal.is_file() and journal.stat().st_size > 2500, 60)
+        memory = Path(f"/proc/{process.pid}/maps").read_text()
+        semaphores = {Path(name) for name in re.findall(r"/dev/shm/sem\.\S+", memory)}
+        if how == signal.SIGKILL:
+            process.send_signal(how)
+        else:
+            os.killpg(process.pid, how)  # As a terminal does it: to parent and workers alike.
+        # Comes to an end only when the workers have ended, too, who hold the same output.
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == (130 if how == signal.SIGINT else -how)
     assert semaphores
     tiny.wait_until(lambda: not any(file.exists() for file in semaphores), 20)
     assert "Traceback" not in output

@@ -1,4 +1,7 @@
-"""Whole runs on a real cluster: whatever happens to them, they finish as if nothing had."""
+"""Whole runs on a real cluster: whatever happens to them, they finish as if nothing had.
+
+All tests of the cluster are in this file, so that one of several test processes starts one.
+"""
 
 import contextlib
 import re
@@ -35,6 +38,17 @@ def preempt(cluster, run):
         "--wrap",
         "true",
     )
+
+
+def test_nodes_are_hosts_of_their_own(cluster):
+    script = "echo $SLURM_PROCID $(hostname) $(getent hosts node1)"
+    output = cluster.run("srun", "-N2", "--ntasks-per-node=1", "--job-name=own", "sh", "-c", script)
+    # A host's own name leads it to itself only; node2 finds the real address of node1.
+    first, second = sorted(output.splitlines())
+    assert first.split()[:3] == ["0", "node1", "127.0.1.1"]
+    assert second.startswith("1 node2 10.")
+    # Accounting remembers the job.
+    assert "own" in cluster.run("sacct", "-n", "-P", "-X", "-o", "JobName")
 
 
 def test_submitted_to_finished(launcher, straight, capfd):

@@ -65,7 +65,7 @@ def test_a_turning_run_is_a_loop_by_hand(phases, main, tiny_config, tmp_path):
                 else:
                     value = F.cross_entropy(logits.mean(0), batch.labels, label_smoothing=0.1)
                 (value / 4).backward()
-                total += float(value) / 4
+                total += value.item() / 4
             lr = 0.001 + (0.05 - 0.001) * 0.5 * (1 + math.cos(math.pi * step / (2 * EPOCH)))
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
