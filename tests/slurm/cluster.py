@@ -266,7 +266,7 @@ class Cluster:
 
     def _free_port(self) -> int:
         with socket.socket() as s:
-            s.bind((f"{self._net}.1", 0))
+            s.bind(("", 0))  # the daemons listen at every address
             return int(s.getsockname()[1])
 
     def _configure(self) -> None:
