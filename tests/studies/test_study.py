@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import partial
 
+import farm
 import optuna
 import pytest
 import tiny
@@ -173,12 +174,10 @@ def test_one_begins_with_another(call, write, tmp_path):
     assert f"\n{runs['short']['commands'][1]}\n" in report
 
 
-def test_the_search_of_the_page_prunes_and_continues(
-    tiny_config, the_environment, tmp_path, monkeypatch, capsys
-):
+def test_the_search_of_the_page_prunes_and_continues(tiny_config, tmp_path, monkeypatch, capsys):
     page = (tiny.PROJECT / "docs" / "studies.md").read_text()
     (tmp_path / "search.py").write_text(page.split("```python\n# search.py\n")[1].split("```")[0])
-    for name, function in the_environment.items():
+    for name, function in farm.environment().items():
         monkeypatch.setattr(environment, name, function)
     file = tiny_config({"phases.0.epochs": 4, "engine": "torch"})
     monkeypatch.chdir(tmp_path)
