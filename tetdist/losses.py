@@ -17,10 +17,8 @@ from torch import Tensor
 from tetdist.errors import UserError
 from tetdist.plugins import Registry
 
-# Targets of a timestep, and its alignment with a teacher: see `self_target` and
-# `error_aware_alignment`.
+# Targets of a timestep: see `self_target`.
 SelfTarget = Literal["time_mean", "correct_mean", "similarity"]
-TeacherAlignment = Literal["plain", "error_aware"]
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ from tetdist.losses import tet_loss
 from tetdist.nn import norm_neuron
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import build, dispatch, native, native_pool
-from tetdist.nn.neurons import LIF, SURROGATES
+from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import NormNeuron
+from tetdist.nn.surrogates import SURROGATES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from tetdist.nn.neurons import LIF, SURROGATES, as_dict, completed, run
+from tetdist.nn.neurons import LIF, as_dict, completed, run
+from tetdist.nn.surrogates import SURROGATES
 
 # Currents, spikes and the last membrane, worked out by hand in binary fractions: float arithmetic
 # is exact on them, so every comparison is for equality.

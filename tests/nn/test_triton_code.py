@@ -15,8 +15,9 @@ from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast.fused import Inputs
 from tetdist.nn.integer_neurons import NILIF
 from tetdist.nn.learned_decay import PLIF
-from tetdist.nn.neurons import LIF, SURROGATES
+from tetdist.nn.neurons import LIF
 from tetdist.nn.parallel_neurons import PSN, SlidingPSN
+from tetdist.nn.surrogates import SURROGATES
 
 needs_triton()
 

@@ -78,6 +78,7 @@ class Store:
         run = TrackedRun(run_dir, "a run", params, tags or {"loss": "tet"}, resume_step)
         destination = Destination(uri or self.uri, "trials", self.folder / "artifacts")
         self.opened.append(Tracker(run, destination))
+        self.opened[-1].begin()
         return self.opened[-1]
 
     def run(self, run_dir):
@@ -244,6 +245,29 @@ def test_without_mlflow_its_package_is_not_imported(monkeypatch):
     for name in ("mlflow", "matplotlib"):
         monkeypatch.setitem(sys.modules, name, None)
     importlib.import_module("tetdist.tracking.tracker")
+
+
+def test_trackers_start_after_the_first_step_or_at_the_end(tmp_path, monkeypatch):
+    class Own:
+        def __init__(self, run):
+            started.append(run.name)
+
+        def log(self, lines):
+            pass
+
+        def close(self, status):
+            pass
+
+    started = []
+    monkeypatch.setitem(trackers.TRACKERS, "own", Own)
+    for name, start in (("step", Tracker.begin), ("end", lambda one: one.close("FAILED"))):
+        (folder := tmp_path / name).mkdir()
+        tracker = Tracker(TrackedRun(folder, name, {}, {}, None), None, ["own"])
+        time.sleep(0.05)
+        assert name not in started
+        start(tracker)
+        tiny.wait_until(lambda name=name: name in started, 5)
+        tracker.close("FINISHED")
 
 
 # MLflow.

@@ -1,15 +1,16 @@
-"""Contradictions between keys of several sections; sections check their own keys."""
+"""Contradictions between keys of several sections; sections check their own keys.
+
+Networks, losses and optimisers are imported in the functions, because other keys are checked before
+they are imported; see `loading.parse`.
+"""
 
 import re
 from collections.abc import Iterator
 
-from tetdist import models
 from tetdist.config.schema import RunConfig
 from tetdist.config.sections.loss import LossSection
 from tetdist.config.sections.phase import schedule_epochs
 from tetdist.errors import UserError
-from tetdist.losses import LOSSES
-from tetdist.optimizers import kind_of
 from tetdist.wording import counted
 
 
@@ -53,6 +54,8 @@ def _of_the_run(config: RunConfig) -> Iterator[str]:
 
 
 def _of_phases(config: RunConfig) -> Iterator[str]:
+    from tetdist.optimizers import kind_of
+
     yield from _of_loss(config, "loss", config.loss)
     for i, phase in enumerate(config.phases):
         neuron = config.model.neuron
@@ -90,6 +93,8 @@ def _of_phases(config: RunConfig) -> Iterator[str]:
 
 
 def _of_loss(config: RunConfig, key: str, section: LossSection) -> Iterator[str]:
+    from tetdist.losses import LOSSES
+
     loss, distillation = LOSSES[section.kind], section.distillation
     own = [name for name in loss.arguments if name not in ("lambda_", "phi", "label_smoothing")]
     for name in section.arguments:
@@ -126,6 +131,8 @@ def _of_loss(config: RunConfig, key: str, section: LossSection) -> Iterator[str]
 
 
 def _of_data(config: RunConfig) -> Iterator[str]:
+    from tetdist import models
+
     data, batch = config.data, config.batch
     kind = models.input_kind(config.model.name)
     if kind not in (None, data.kind):

@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from tetdist.config.messages import checked
 from tetdist.config.overrides import apply_override, key_of, refuse_repeated
 from tetdist.config.retired import without_retired
 from tetdist.config.schema import RunConfig
+from tetdist.config.sections.data import DataSection
 from tetdist.config.sections.model import network_neuron
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError, typed
@@ -64,9 +65,16 @@ def load(name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path]
 
 
 def load_with_origins(
-    name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path] = ()
+    name: str,
+    overrides: Sequence[str] = (),
+    imports: Sequence[str | Path] = (),
+    check_data: Callable[[DataSection], None] | None = None,
 ) -> Loaded:
-    """Load a configuration as `load` does, with the origin of each value."""
+    """Load a configuration as `load` does, with the origin of each value.
+
+    Args:
+        check_data: See `parse`.
+    """
     path = find(name)
     raw, origins = read_layers(path, find)
     if "name" not in raw:
@@ -78,7 +86,7 @@ def load_with_origins(
     given = next((one for one in overrides if one.startswith("imports")), path)
     raw["imports"] = [str(Path(one).absolute()) for one in [*imports_of(raw, given), *imports]]
     import_files(raw["imports"])
-    config = parse(raw, str(path), overrides=overrides, origins=origins)
+    config = parse(raw, str(path), overrides=overrides, origins=origins, check_data=check_data)
     check_name(config)
     return Loaded(config, origins)
 
@@ -101,6 +109,7 @@ def parse(
     is_trained: bool = False,
     overrides: Sequence[str] = (),
     origins: Mapping[str, str] | None = None,
+    check_data: Callable[[DataSection], None] | None = None,
 ) -> RunConfig:
     """Check a configuration given as nested dictionaries.
 
@@ -112,12 +121,18 @@ def parse(
         is_trained: The network is only used, not trained, so keys of training that are gone do
             not matter.
         overrides, origins: See `checked`.
+        check_data: Raises a `UserError` if the data set is missing.
 
     Raises:
         UserError: It is not valid, or contradicts itself.
     """
     raw = _with_present_names(raw, warn)
     raw = without_retired(raw, source, is_trained=is_trained)
+    # Mistakes that need no network are said first: importing the networks takes seconds.
+    draft = checked(RunConfig, raw, source, overrides, origins, keys_alone=True)
+    if check_data is not None:
+        check_data(draft.data)
+    raw = _with_neuron_of_its_kind(raw, warn)
     config = checked(RunConfig, raw, source, overrides, origins)
     check(config)
     return config
@@ -137,21 +152,19 @@ def _with_present_names(raw: dict[str, Any], warn: bool) -> dict[str, Any]:
             raw["data"] = data | {"color_jitter": list((strengths | jitter).values())}
     if isinstance(profile, dict) and profile.keys() == {"steps"}:
         raw["profile"] = profile["steps"]
-    model = raw.get("model")
-    if isinstance(model, dict) and isinstance(model.get("neuron"), dict):
-        kind = neurons.kind_of(network_neuron(model))
-        raw["model"] = model | {"neuron": _of_its_kind(model["neuron"], kind, warn)}
     return raw
 
 
-def _of_its_kind(neuron: dict[str, Any], kind: str, warn: bool) -> dict[str, Any]:
-    """Return the neuron, with a default kind, without keys that only other kinds have."""
-    kind = neuron.get("kind", kind)
+def _with_neuron_of_its_kind(raw: dict[str, Any], warn: bool) -> dict[str, Any]:
+    """Return a configuration whose neuron has no keys that only other kinds have."""
+    model, neuron = raw["model"], raw["model"].get("neuron", {})
+    kind = neuron.get("kind") or neurons.kind_of(network_neuron(model))
     if kind not in NEURONS:
-        return neuron
+        return raw
     own = {"kind", *(one.name for one in fields(NEURONS[kind]))}
     others = {one.name for cls in NEURONS.values() for one in fields(cls)} - own
     for key in neuron.keys() & others:
         if warn:
             logger.warning("model.neuron.%s has no effect with model.neuron.kind=%s", key, kind)
-    return {key: value for key, value in neuron.items() if key not in others}
+    kept = {key: value for key, value in neuron.items() if key not in others}
+    return raw | {"model": model | {"neuron": kept}}

@@ -10,7 +10,7 @@ import pydantic
 from pydantic import BaseModel
 
 from tetdist.config.documentation import documented_keys, keys_of, section_at
-from tetdist.config.fields import Section
+from tetdist.config.fields import KEYS_ALONE, Section
 from tetdist.config.overrides import key_of
 from tetdist.errors import UserError
 
@@ -31,6 +31,8 @@ def checked(
     source: str,
     overrides: Sequence[str] = (),
     origins: Mapping[str, str] | None = None,
+    *,
+    keys_alone: bool = False,
 ) -> Kind:
     """Validate the keys and values of a section.
 
@@ -39,13 +41,16 @@ def checked(
         overrides: Overrides that were applied; errors name one in place of ``source`` if the
             mistake is in it.
         origins: Files of the values, by dotted key, if not all are from ``source``.
+        keys_alone: Skip what needs the network, the loss or the optimiser; the result is a draft,
+            without the right neuron.
 
     Raises:
         UserError: Some are wrong; the text names all mistakes.
     """
     try:
         # Through JSON, because only then strict validation accepts a list as a tuple.
-        return section.model_validate_json(json.dumps(values))
+        context = KEYS_ALONE if keys_alone else None
+        return section.model_validate_json(json.dumps(values), context=context)
     except pydantic.ValidationError as error:
         found = [_located(section, one) for one in error.errors()]
     problems_by_origin: dict[str, list[str]] = {}

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ from tetdist.datasets.probe import Probe, probe_batches, probe_image, probe_tens
 from tetdist.datasets.processes import ReportProgress
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import explaining, parse_json, replacing
+
+if TYPE_CHECKING:
+    from tetdist.config.sections.data import DataSection
 
 _FORMAT_VERSION = 2
 _SAMPLED_FILES = 10_000
@@ -124,6 +127,38 @@ def index_command(root: str | Path, split: str, kind: Kind = "images") -> str:
     """Return the command that builds the index, for messages."""
     events = "--events " if kind == "events" else ""
     return f"{typed('images')} index {events}{shlex.quote(str(root))} --splits {split}"
+
+
+def find_index(data: "DataSection", split: str) -> Path:
+    """Return the file of a split's index.
+
+    Raises:
+        UserError: There is no data set, or no such index.
+    """
+    root = Path(data.root)
+    if not root.is_dir():
+        raise UserError(
+            f"data.root: there is no folder {root}; make it by the command in the recipe's header, "
+            f"or set data.root=FOLDER ({typed('eval').removeprefix('python ')}: --data FOLDER)"
+        )
+    file = index_file(data.index_dir, split)
+    if not file.is_file():
+        command = index_command(root, split, data.kind)
+        indexed = sorted(one.stem for one in data.index_dir.glob("*.npz"))
+        if indexed and not (root / split).is_dir():
+            raise UserError(
+                f"{root} has no indexed {split} split, only {', '.join(indexed)}, which "
+                f"{typed('eval')} evaluates (--split); if {split} is there in archives, index it "
+                f"with `{command}`"
+            )
+        raise UserError(f"there is no index {file}; make it with `{command}`")
+    return file
+
+
+def check_splits(data: "DataSection") -> None:
+    """Refuse a missing data set, or one without the indexes that training reads."""
+    for split in ("train",) if data.held_out else ("train", "val"):
+        find_index(data, split)
 
 
 def save_index(index: Index, file: str | Path) -> None:

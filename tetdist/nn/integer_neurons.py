@@ -15,29 +15,15 @@ NI-LIF (Yao et al., Spike-driven Transformer V3) sends ``c / D``, as if the weig
 D. At T=1, or with ``decay: 0``, there is no membrane, and c is the quantised input.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tetdist.nn.neurons import NEURONS, NeuronConfig, option
-from tetdist.nn.precision import wide_type
 
-
-class _Count(torch.autograd.Function):
-    """``round(clip(x, 0, most))`` in the forward pass, ``clip``'s gradient in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, most: int) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.most = most
-        return x.clamp(0, most).round()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return grad_outputs[0] * ((x >= 0) & (x <= ctx.most)), None
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @NEURONS.register("ilif")
@@ -75,15 +61,20 @@ class ILIF(NeuronConfig):
     def run(
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
+        import torch
+
+        from tetdist.nn.precision import wide_type
+        from tetdist.nn.surrogates import count
+
         assert not parameters
         wide = wide_type(current)
         u = torch.zeros_like(current[0], dtype=wide) if membrane is None else membrane
         counts = []
         for current_t in current.to(wide):
             u = self.decay * u + current_t
-            count = _Count.apply(u / self.threshold, self.most_spikes)
-            counts.append(count)
-            u = u - self.threshold * (count.detach() if self.detach_reset else count)
+            spikes = count(u / self.threshold, self.most_spikes)
+            counts.append(spikes)
+            u = u - self.threshold * (spikes.detach() if self.detach_reset else spikes)
         return self.sent(torch.stack(counts)).to(current.dtype), u
 
     def sent(self, counts: Tensor) -> Tensor:

@@ -9,15 +9,17 @@ Spike and reset are those of neurons.py. w starts at ``-log(tau - 1)``, where ``
 decay)``. Default values and surrogate are those of spikingjelly's ParametricLIFNode.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NEURONS, SurrogateName, option
-from tetdist.nn.precision import wide_type
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @NEURONS.register("plif")
@@ -36,6 +38,8 @@ class PLIF(LIF):
     )
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:
+        import torch
+
         del num_channels
         return {"w": torch.tensor(math.log((1 - self.decay) / self.decay))}
 
@@ -50,6 +54,8 @@ class PLIF(LIF):
     def run(
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
+        from tetdist.nn.precision import wide_type
+
         (w,) = parameters.values()
         share = w.to(wide_type(current)).sigmoid()
         scaled = current.to(share.dtype)

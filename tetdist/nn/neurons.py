@@ -10,87 +10,45 @@ One timestep of a neuron with membrane ``u``, input current ``I`` and threshold 
                      = u[t] - V_th * s[t]           (soft reset)
 
 The spike has no useful derivative with respect to ``x = u - V_th``; the backward pass uses a
-surrogate instead. The fused path (fused.py) computes the same and is tested against this file.
+surrogate instead (surrogates.py). The fused path (fused.py) computes the same and is tested against
+this file.
+
+The files of neurons import torch where they compute, because the check of a configuration reads
+only the options.
 """
 
-import math
+from __future__ import annotations
+
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from tetdist.errors import UserError
-from tetdist.nn.precision import wide_type
 from tetdist.plugins import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 SurrogateName = Literal["triangle", "atan", "sigmoid", "rectangle"]
 
 
-def triangle(x: Tensor, width: float) -> Tensor:
-    """Return ``max(0, width - |x|) / width^2`` (TET, equation 5, with the width as gamma)."""
-    return (width - x.abs()).clamp(min=0) / width**2
-
-
-def atan(x: Tensor, alpha: float) -> Tensor:
-    """Return ``alpha / (2 (1 + (pi/2 alpha x)^2))`` (SEW-ResNet's surrogate, alpha = 2)."""
-    return alpha / 2 / (1 + (math.pi / 2 * alpha * x) ** 2)
-
-
-def sigmoid(x: Tensor, alpha: float) -> Tensor:
-    """Return ``alpha sigma(alpha x) (1 - sigma(alpha x))``: a logistic function's derivative."""
-    s = torch.sigmoid(alpha * x)
-    return alpha * s * (1 - s)
-
-
-def rectangle(x: Tensor, width: float) -> Tensor:
-    """Return ``1 / (2 width)`` where ``|x| < width``, else 0 (STBP, Wu et al. 2018)."""
-    return (x.abs() < width).to(x.dtype) / (2 * width)
-
-
-# In the order of their numbers in kernels/neuron.cpp.
-SURROGATES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    one.__name__: one for one in (triangle, atan, sigmoid, rectangle)
-}
-
-
-class _Spike(torch.autograd.Function):
-    """Heaviside step in the forward pass, surrogate in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, surrogate: str, width: float, at_threshold: bool) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.surrogate, ctx.width = surrogate, width
-        return (x >= 0 if at_threshold else x > 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        return grad_outputs[0] * SURROGATES[ctx.surrogate](x, ctx.width), None, None, None
-
-
-def step(x: Tensor, surrogate: str, width: float, *, at_threshold: bool) -> Tensor:
-    """Return 1 where x > 0 (``at_threshold``: x >= 0), else 0, with the surrogate's gradient."""
-    fired: Tensor = _Spike.apply(x, surrogate, width, at_threshold)
-    return fired
-
-
-def spike(x: Tensor, config: "LIF") -> Tensor:
+def spike(x: Tensor, config: LIF) -> Tensor:
     """Return spikes (0 or 1, in x's type) for ``x = u - V_th``, with the surrogate's gradient.
 
     With ``spike="sigmoid"``: values between 0 and 1 with their true gradient.
     """
+    from tetdist.nn.surrogates import step
+
     width = config.surrogate_width
     if config.spike == "sigmoid":
-        return torch.sigmoid(width * x)
+        return (width * x).sigmoid()
     return step(x, config.surrogate, width, at_threshold=config.fires_at_threshold)
 
 
 def run(
     current: Tensor,
-    config: "LIF",
+    config: LIF,
     membrane: Tensor | None = None,
     decay: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -108,6 +66,10 @@ def run(
     Returns:
         Spikes (T, ...) of the current's type, and the membrane after the last reset, (...).
     """
+    import torch
+
+    from tetdist.nn.precision import wide_type
+
     decay = config.decay if decay is None else decay
     compute_type = wide_type(current)
     u = torch.zeros_like(current[0], dtype=compute_type) if membrane is None else membrane
@@ -124,7 +86,7 @@ def run(
 # --- kinds of neuron ------------------------------------------------------------------------------
 
 # The kinds of neurons for `model.neuron.kind`.
-NEURONS: Registry[type["NeuronConfig"]] = Registry("kind of neuron", "model.neuron.kind")
+NEURONS: Registry[type[NeuronConfig]] = Registry("kind of neuron", "model.neuron.kind")
 
 
 def option(default: Any, doc: str, **bounds: float) -> Any:
@@ -222,7 +184,7 @@ class NeuronConfig:
         del timesteps
         return None
 
-    def at_epoch(self, epoch: int) -> "NeuronConfig":
+    def at_epoch(self, epoch: int) -> NeuronConfig:
         """Return the neurons of an epoch of training, counted from 0."""
         del epoch
         return self
@@ -381,12 +343,16 @@ class ReLU(NeuronConfig):
     def run(
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
+        import torch
+
         del membrane, parameters
         return current.relu(), torch.zeros_like(current[0])
 
 
 def learned(config: NeuronConfig, num_channels: int) -> nn.ParameterDict:
     """Make a neuron layer's own learnt parameters; optimisers do not decay them."""
+    from torch import nn
+
     parameters = config.parameters(num_channels)
     for name, value in parameters.items():
         if name not in config.over_time and value.shape not in ((), (num_channels,)):

@@ -15,17 +15,17 @@ mask of E epochs starts at 0 and is min(8 e / (E - 1), 1) in epoch e, counted fr
 mask_epochs = (E - 1) / 8.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
-
-from tetdist.nn import neurons
 from tetdist.nn.neurons import NEURONS, NeuronConfig, SurrogateName, option
-from tetdist.nn.precision import exact, wide_type
 from tetdist.wording import counted
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,10 @@ class ParallelNeuron(NeuronConfig):
     def run(
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
+        import torch
+
+        from tetdist.nn.precision import exact, wide_type
+
         assert membrane is None, "it would have to know all earlier currents"
         wide = wide_type(current)
         parameters = {name: value.to(wide) for name, value in parameters.items()}
@@ -63,7 +67,9 @@ class ParallelNeuron(NeuronConfig):
 
     def fired(self, h: Tensor) -> Tensor:
         """Return the spikes of H, with the surrogate's gradient."""
-        return neurons.step(h, self.surrogate, self.surrogate_width, at_threshold=True)
+        from tetdist.nn.surrogates import step
+
+        return step(h, self.surrogate, self.surrogate_width, at_threshold=True)
 
 
 @NEURONS.register("psn")
@@ -129,7 +135,7 @@ class MaskedPSN(ParallelNeuron):
     def causal(self) -> bool:  # type: ignore[override]  # depends on options, not on the class
         return self.mask == 1 and not self.mask_epochs
 
-    def at_epoch(self, epoch: int) -> "MaskedPSN":
+    def at_epoch(self, epoch: int) -> MaskedPSN:
         if not self.mask_epochs:
             return self
         return replace(self, mask=self.mask * min(epoch / self.mask_epochs, 1), mask_epochs=0.0)
@@ -149,6 +155,8 @@ class MaskedPSN(ParallelNeuron):
         return f"masked_psn cannot run {counted(timesteps, 'timestep')}: {because}"
 
     def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        import torch
+
         assert self.refusal(timesteps) is None
         weight, bias = weight[:timesteps, :timesteps], bias[:timesteps]
         ones = torch.ones_like(weight)
@@ -157,8 +165,10 @@ class MaskedPSN(ParallelNeuron):
 
 
 def _square(timesteps: int, threshold: float) -> dict[str, Tensor]:
+    import torch
+
     weight = torch.empty(timesteps, timesteps)
-    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
     return {"weight": weight, "bias": torch.full((timesteps,), -threshold)}
 
 
@@ -178,14 +188,18 @@ class SlidingPSN(ParallelNeuron):
     )
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:
+        import torch
+
         del num_channels
         weight = 0.5 ** torch.arange(self.order - 1, -1, -1, dtype=torch.float32)
         if self.init == "uniform":
-            nn.init.kaiming_uniform_(weight[None], a=math.sqrt(5))
+            torch.nn.init.kaiming_uniform_(weight[None], a=math.sqrt(5))
         return {"weight": weight, "bias": torch.tensor(-self.threshold)}
 
     def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Return A, (T, order - 1 + T), whose columns begin with the currents before a segment."""
+        import torch
+
         ones = weight.new_ones(timesteps, self.order - 1 + timesteps)
         diagonals = [ones.tril(i) * ones.triu(i) for i in range(self.order)]
         return (weight[:, None, None] * torch.stack(diagonals)).sum(0), bias.expand(timesteps)
@@ -195,6 +209,10 @@ class SlidingPSN(ParallelNeuron):
     ) -> tuple[Tensor, Tensor]:
         """Run the neurons over time. The next segment starts from the last currents, (order - 1,
         ...)."""
+        import torch
+
+        from tetdist.nn.precision import wide_type
+
         wide = wide_type(current)
         weight, bias = (parameters[name].to(wide) for name in ("weight", "bias"))
         if membrane is None:

@@ -296,6 +296,7 @@ def _write_weights(path: Path, weights: dict[str, Tensor], description: Descript
 
 
 def _model_file(path: Path, which: str) -> Path:
+    hub.check_source(path)
     if str(path).startswith(hub.NAMED):
         return hub.fetch(str(path), MODEL_FILE)
     if path.is_file():
@@ -303,8 +304,6 @@ def _model_file(path: Path, which: str) -> Path:
         if problem is not None:
             raise UserError(f"{path} is part of a damaged checkpoint: {problem}; use another one")
         return path
-    if not path.exists():
-        raise UserError(f"there is no checkpoint {path}; give a run folder or a .safetensors file")
     if (path / MODEL_FILE).is_file():
         if not any((path / name).exists() for name in (MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE)):
             return path / MODEL_FILE  # written by the command export

@@ -33,6 +33,12 @@ def is_repository(name: str) -> bool:
     return re.fullmatch(_REPOSITORY, name) is not None
 
 
+def check_source(path: Path) -> None:
+    """Refuse a path of weights that does not exist; names are accepted."""
+    if not str(path).startswith(NAMED) and not path.exists():
+        raise UserError(f"there is no checkpoint {path}; give a run folder or a .safetensors file")
+
+
 def fetch(name: str, file: str) -> Path:
     """Return a file of a network; one of a repository is downloaded unless it is in the cache.
 

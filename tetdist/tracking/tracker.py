@@ -25,7 +25,7 @@ class Tracker:
     def __init__(
         self, run: TrackedRun, destination: Destination | None, trackers: Sequence[str] = ()
     ) -> None:
-        """Open the run's file and start its trackers.
+        """Open the run's file; `begin`, a line or the end starts its trackers.
 
         Args:
             run: The run. MLflow does not let parameters of an earlier start change, only tags.
@@ -58,6 +58,11 @@ class Tracker:
             self._threads.append(TrackerThread(name, self._mlflow, self.path, run))
         self._threads += [TrackerThread(name, TRACKERS[name], self.path, run) for name in trackers]
 
+    def begin(self) -> None:
+        """Start the trackers: after the first step, which their imports would slow down."""
+        for thread in self._threads:
+            thread.begin()
+
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line, without waiting for trackers.
 
@@ -89,6 +94,7 @@ class Tracker:
             os.ftruncate(self._file.fileno(), self._size)
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
         self._size += len(raw)
+        self.begin()
         self._last[kind] = step
 
     def sync(self) -> None:

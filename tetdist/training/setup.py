@@ -14,7 +14,7 @@ from tetdist.datasets import held_out, recorded_split
 from tetdist.datasets import index as data_index
 from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
-from tetdist.errors import UserError, typed
+from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 from tetdist.nn.fast import dispatch
 from tetdist.nn.precision import choose_algorithms, parameter_type, place
@@ -74,26 +74,10 @@ def evaluated_split(config: RunConfig) -> str | None:
 
 def open_split(config: RunConfig, split: str, world: World) -> Index:
     """Return the index of one split, checked against its files."""
-    root = Path(config.data.root)
-    if not root.is_dir():
-        raise UserError(
-            f"data.root: there is no folder {root}; make it by the command in the recipe's header, "
-            f"or set data.root=FOLDER ({typed('eval').removeprefix('python ')}: --data FOLDER)"
-        )
-    file = data_index.index_file(config.data.index_dir, split)
-    if not file.is_file():
-        command = data_index.index_command(root, split, config.data.kind)
-        indexed = sorted(one.stem for one in config.data.index_dir.glob("*.npz"))
-        if indexed and not (root / split).is_dir():
-            raise UserError(
-                f"{root} has no indexed {split} split, only {', '.join(indexed)}, which "
-                f"{typed('eval')} evaluates (--split); if {split} is there in archives, index it "
-                f"with `{command}`"
-            )
-        raise UserError(f"there is no index {file}; make it with `{command}`")
+    file = data_index.find_index(config.data, split)
     index = data_index.load_index(file)
     if world.rank == 0:
-        data_index.check_fresh(index, root, file)
+        data_index.check_fresh(index, config.data.root, file)
     if index.kind != config.data.kind:
         raise UserError(f"data.kind={config.data.kind}, but {file} is of kind {index.kind}")
     return index

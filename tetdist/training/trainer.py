@@ -157,6 +157,8 @@ class Trainer:
         while self.step < end:
             grad_norm = self._train_step()
             self.progress.advance()
+            if self.tracker:
+                self.tracker.begin()
             if self.step % self.config.log_every == 0 or self.step == end:
                 self._log_window(float(grad_norm))
             if self.stop.agreed():

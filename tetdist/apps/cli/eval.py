@@ -10,6 +10,7 @@ the deepspeed launcher or torchrun.
 
 import argparse
 import logging
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tetdist.apps.cli.common import add_checkpoint, add_local_rank, program, run_command
 from tetdist.config.flags import MOST_TIMESTEPS, add_import, positive
 from tetdist.errors import UserError
-from tetdist.storage import files
+from tetdist.storage import files, hub
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,6 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate_checkpoint(options: argparse.Namespace) -> None:
+    if "RANK" not in os.environ:  # Several processes check it later, together.
+        check_places(options)
     from tetdist.apps.weights import evaluated, integers
     from tetdist.apps.weights.trained import Trained
     from tetdist.distributed.watchdog import Watch
@@ -173,6 +176,15 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         world.run_on_all(lambda: show(found, options) if world.rank == 0 else None)
 
 
+def check_places(options: argparse.Namespace) -> None:
+    """Refuse missing data and a missing checkpoint; torch is not imported yet."""
+    for flag, folder in (("--data", options.data), ("--exit-on", options.exit_on)):
+        if folder is not None and not Path(folder).is_dir():
+            problem = "is a file" if Path(folder).exists() else "does not exist"
+            raise UserError(f"{flag}: {folder} {problem}; give the data folder")
+    hub.check_source(options.checkpoint)
+
+
 def opened(options: argparse.Namespace, world: "World") -> "Opened":
     """Open everything, and check what would otherwise fail after an hour of evaluation."""
     from tetdist import plugins
@@ -181,10 +193,7 @@ def opened(options: argparse.Namespace, world: "World") -> "Opened":
     from tetdist.storage import checkpoint
     from tetdist.training.setup import open_split
 
-    for flag, folder in (("--data", options.data), ("--exit-on", options.exit_on)):
-        if folder is not None and not Path(folder).is_dir():
-            problem = "is a file" if Path(folder).exists() else "does not exist"
-            raise UserError(f"{flag}: {folder} {problem}; give the data folder")
+    check_places(options)
     for flag, file in (("--json", options.json), ("--report", options.report)):
         if file:
             files.check_writable(flag, file)

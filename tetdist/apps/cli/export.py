@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tetdist.apps.cli.common import add_checkpoint, check_new_weights, program, run_command
 from tetdist.config.flags import add_import, positive
 from tetdist.errors import UserError
+from tetdist.storage import hub
 from tetdist.wording import counted
 
 if TYPE_CHECKING:
@@ -96,8 +97,6 @@ def add_hub(group: argparse._ArgumentGroup) -> None:
 
 def check_hub(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse contradictory options of --push, and a missing --format or --output."""
-    from tetdist.storage.hub import is_repository
-
     if options.push is None:
         for flag in ("public", "dry_run"):
             if getattr(options, flag):
@@ -105,7 +104,7 @@ def check_hub(parser: argparse.ArgumentParser, options: argparse.Namespace) -> N
         if options.format is None or options.output is None:
             parser.error("give --format and --output, or --push ORG/NAME")
         return
-    if not is_repository(options.push):
+    if not hub.is_repository(options.push):
         parser.error(f"--push {options.push}: a repository's name must be ORG/NAME")
     if options.format not in (None, "timm"):
         parser.error(f"--push uploads --format timm only; leave out --format {options.format}")
@@ -133,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def export(options: argparse.Namespace) -> None:
+    hub.check_source(options.checkpoint)  # before torch is imported
     from tetdist.apps.weights import export as formats
     from tetdist.apps.weights.trained import load
     from tetdist.plugins import import_files
@@ -164,7 +164,6 @@ def publish(trained: "Trained", options: argparse.Namespace) -> None:
     """Push a network to the hub, or with --dry-run print what would be pushed."""
     import tetdist
     from tetdist.apps.weights.export import write_timm
-    from tetdist.storage import hub
 
     repo, private = options.push, not options.public
     if not trained.description.classes:

@@ -9,11 +9,9 @@ from tetdist.apps.cli.common import program
 
 def main(arguments: list[str] | None = None) -> int:
     argparse.ArgumentParser(prog=program("list"), description=__doc__).parse_args(arguments)
-    from tetdist import models
     from tetdist.config.loading import CONFIGS_DIR
-    from tetdist.losses import LOSSES
+    from tetdist.config.names import LOSSES, NETWORKS, OPTIMIZERS
     from tetdist.nn.neurons import NEURONS
-    from tetdist.optimizers import OPTIMIZERS
     from tetdist.storage import bundled
 
     print("recipes (train --config NAME):")
@@ -21,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
         first, _, _ = file.read_text().partition("\n")
         print(f"  {file.name:26} {textwrap.shorten(first.strip('# '), 90, placeholder=' ...')}")
     known: dict[str, Iterable[str]] = {
-        "networks (model.name)": models.names(),
+        "networks (model.name)": NETWORKS,
         "trained networks (eval NAME, init_checkpoint)": bundled.names(),
         "neurons (model.neuron.kind)": NEURONS,
         "losses (loss.kind)": LOSSES,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tetdist.apps.cli.common import add_checkpoint, documented_parser, run_command
 from tetdist.config.flags import add_import
 from tetdist.errors import UserError, typed
+from tetdist.storage import hub
 from tetdist.wording import counted
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def replay(options: argparse.Namespace) -> None:
     """Read, bin, stream and print."""
+    hub.check_source(options.checkpoint)  # before torch is imported
     from tetdist.apps.events.binning import binning_of, window_frames
     from tetdist.apps.events.formats import read_recording
     from tetdist.apps.events.recording import BadRecording, OtherSize

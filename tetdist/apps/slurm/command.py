@@ -104,6 +104,9 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the parsed command, and return its exit status."""
+    if options.command == "submit":
+        _submit(options)
+        return 0
     from tetdist.apps.slurm import history, status, submit
 
     match options.command:
@@ -121,16 +124,19 @@ def run(options: argparse.Namespace) -> int:
                     continue
                 cluster = cluster_of(history.submission_of(run_dir).cluster, options)
                 print(submit.resume(run_dir, cluster, new_code=options.new_code))
-        case _:
-            _submit(options)
     return 0
 
 
 def _submit(options: argparse.Namespace) -> None:
-    from tetdist.apps.slurm import plan, speed, status, submit
     from tetdist.config import loading
+    from tetdist.datasets.index import check_splits
 
-    config = loading.load(options.config, options.overrides, options.imports)
+    given = (options.config, options.overrides, options.imports)
+    # A dry run may count images of its own.
+    config = loading.load_with_origins(*given, None if options.dry_run else check_splits).config
+    # Imported now, because these import torch, which takes seconds.
+    from tetdist.apps.slurm import plan, speed, status, submit
+
     cluster = cluster_of(config.cluster, options)
     data = submit.assumed_indexes(config, options.images) if options.dry_run else None
     run = submit.prepare(config, cluster, options.after, data)

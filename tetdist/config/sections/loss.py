@@ -1,11 +1,11 @@
 """The section ``loss``: the objective, with distillation."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from tetdist.config import names
 from tetdist.config.fields import TIMM, Fraction, OneOf, OpenFraction, Section
-from tetdist.losses import LOSSES, SelfTarget, TeacherAlignment
 
 
 class DistillationSection(Section):
@@ -20,14 +20,14 @@ class DistillationSection(Section):
     """File with the weights of a timm:NAME teacher; null: timm downloads its pretrained weights."""
     weight: Annotated[float, Field(ge=0)] = 0.2
     """Weight of the KL divergence from the teacher."""
-    teacher_alignment: TeacherAlignment = "plain"
+    teacher_alignment: Literal["plain", "error_aware"] = "plain"
     """Change of logits before their divergence from the teacher is computed. plain: none.
     error_aware (the SeAl method): if a timestep predicts a wrong class, its logit of this class is
     set to that of the right class, and both logits of the teacher to the smaller of the two."""
     self_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of each timestep's KL divergence from self_target (self-distillation); 0: off. Not
     with loss.kind=sdt."""
-    self_target: SelfTarget = "time_mean"
+    self_target: Literal["time_mean", "correct_mean", "similarity"] = "time_mean"
     """Target of self-distillation. time_mean: the mean logits of all timesteps. correct_mean
     (full-range distillation): the mean logits of the timesteps that predict the right class, or
     equal probabilities if none does. similarity (the SeAl method): for each timestep, the mean
@@ -47,7 +47,7 @@ class DistillationSection(Section):
 
 
 class LossSection(Section):
-    kind: Annotated[str, OneOf(lambda: LOSSES)] = "tet"
+    kind: Annotated[str, OneOf(lambda: names.LOSSES)] = "tet"
     """Training objective. tet: mean of every timestep's cross-entropy; sdt: cross-entropy of the
     time-mean; or the name of your own (see imports)."""
     lambda_: Fraction = Field(default=0.001, alias="lambda")

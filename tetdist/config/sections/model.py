@@ -4,20 +4,21 @@ import dataclasses
 import difflib
 import functools
 import json
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Self, get_type_hints
 
 import pydantic
-import timm
-from pydantic import Field, PlainSerializer, PlainValidator
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationInfo
 
-from tetdist import models
-from tetdist.config.fields import OneOf, Section
-from tetdist.models import SpikingNetwork
-from tetdist.models.create import create_model
-from tetdist.models.separate import refuse_mixing
+from tetdist import plugins
+from tetdist.config import names
+from tetdist.config.fields import OneOf, Section, is_of_keys_alone
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig
+
+if TYPE_CHECKING:
+    from tetdist.models import SpikingNetwork
 
 
 def neuron_section(kind: str) -> type[Section]:
@@ -48,13 +49,17 @@ def _section_of(cls: Any) -> type[Section]:
     return made
 
 
-def _neuron(value: Any) -> NeuronConfig:
+def _neuron(value: Any, info: ValidationInfo) -> NeuronConfig:
     """Make a neuron from a mapping of its kind and numbers."""
     if isinstance(value, NeuronConfig):
         return value
     kind = value.get("kind", "lif") if isinstance(value, dict) else "lif"
     if kind not in NEURONS:
         raise ValueError(f"kind: {NEURONS.none_of(str(kind))}")
+    if is_of_keys_alone(info) and isinstance(value, dict):
+        # The network sets the default kind, and values of keys that are not given.
+        of_any = {key for one in NEURONS for key in neuron_section(one).model_fields}
+        value = {key: number for key, number in value.items() if key not in of_any}
     numbers = dict(neuron_section(kind).model_validate_json(json.dumps(value)))
     return NEURONS[kind](**{key: number for key, number in numbers.items() if key != "kind"})
 
@@ -67,10 +72,23 @@ def network_neuron(model: Mapping[str, Any]) -> NeuronConfig:
 
     It is LIF for an unknown network, which `ModelSection` refuses.
     """
+    import timm
+
+    from tetdist import models
+
     name = model.get("name")
     if not isinstance(name, str) or not timm.is_model(name):
         return LIF()
     return models.default_neuron(name)
+
+
+def _networks() -> Sequence[str]:
+    """Return the names of networks; without imports of the user's, no network is imported."""
+    if plugins.PACKAGE not in sys.modules:
+        return names.NETWORKS
+    from tetdist import models
+
+    return models.names()
 
 
 def _meant(name: str, known: Sequence[str]) -> str:
@@ -79,7 +97,7 @@ def _meant(name: str, known: Sequence[str]) -> str:
 
 
 class ModelSection(Section):
-    name: Annotated[str, OneOf(models.names)]
+    name: Annotated[str, OneOf(_networks)]
     """Name of the network, as registered with timm; see imports for your own."""
     num_classes: Annotated[int, Field(gt=1)] | None = None
     """Number of classes; null: the number of the data set's classes."""
@@ -93,22 +111,28 @@ class ModelSection(Section):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _with_whole_neuron(cls, values: Any) -> Any:
+    def _with_whole_neuron(cls, values: Any, info: ValidationInfo) -> Any:
         if not isinstance(values, dict):
             return values
         neuron = values.get("neuron", {})
         if not isinstance(neuron, dict):
             return values
+        if is_of_keys_alone(info):
+            return values | {"neuron": neuron}
         return values | {"neuron": neurons.completed(neuron, network_neuron(values))}
 
     @pydantic.model_validator(mode="after")
-    def _refuse_what_the_network_lacks(self) -> Self:
-        known = models.names()
+    def _refuse_what_the_network_lacks(self, info: ValidationInfo) -> Self:
+        known = _networks()
         if self.name not in known:
             raise ValueError(
                 f"name: {self.name!r} is not a spiking model; {_meant(self.name, known)} (for your "
                 "own, add its file: imports: [FILE.py], or --import FILE.py)"
             )
+        if is_of_keys_alone(info):
+            return self
+        from tetdist import models
+
         allowed = models.arguments_of(self.name)
         for key in self.arguments:
             if key in ("num_classes", "neuron", "timesteps"):
@@ -134,8 +158,10 @@ class ModelSection(Section):
         )
         return {k: (was.get(k, "none"), v) for k, v in now.items() if was.get(k) != v == of_kind[k]}
 
-    def build(self, *, num_classes: int, timesteps: int) -> SpikingNetwork:
+    def build(self, *, num_classes: int, timesteps: int) -> "SpikingNetwork":
         """Make the model, initialised; see `create_model`."""
+        from tetdist.models.create import create_model
+
         return create_model(
             self.name,
             num_classes=num_classes,
@@ -144,8 +170,12 @@ class ModelSection(Section):
             arguments=self.arguments,
         )
 
-    def refuse_mixing(self, model: SpikingNetwork, shape: Sequence[int]) -> None:
+    def refuse_mixing(self, model: "SpikingNetwork", shape: Sequence[int]) -> None:
         """Refuse a network or neuron of the user's that mixes samples; see `separate.py`."""
+        import timm
+
+        from tetdist.models.separate import refuse_mixing
+
         makers = (timm.model_entrypoint(self.name), type(self.neuron))
         own = all(maker.__module__.startswith("tetdist.") for maker in makers)
         if not own and not self.mixes_samples:

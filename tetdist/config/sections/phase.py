@@ -4,16 +4,23 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationInfo, model_validator
 
-from tetdist.config.fields import Epochs, OneOf, OpenFraction, Section, Timesteps
+from tetdist.config import names
+from tetdist.config.fields import (
+    Epochs,
+    OneOf,
+    OpenFraction,
+    Section,
+    Timesteps,
+    is_of_keys_alone,
+)
 from tetdist.config.flags import MOST_TIMESTEPS
 from tetdist.config.sections.loss import LossSection
-from tetdist.optimizers import OPTIMIZERS, kind_of
 
 
 class OptimizerSection(Section):
-    kind: Annotated[str, OneOf(lambda: OPTIMIZERS)] = "sgd"
+    kind: Annotated[str, OneOf(lambda: names.OPTIMIZERS)] = "sgd"
     """Optimiser: sgd, adam or adamw; timm:NAME for one of timm's, such as timm:lamb; or the name of
     your own (see imports)."""
     lr: Annotated[float, Field(gt=0)]
@@ -41,7 +48,11 @@ class OptimizerSection(Section):
     """Further arguments of timm's optimisers or of your own, such as eps: 1.0e-6."""
 
     @model_validator(mode="after")
-    def _refuse_contradictions(self) -> Self:
+    def _refuse_contradictions(self, info: ValidationInfo) -> Self:
+        if is_of_keys_alone(info):
+            return self
+        from tetdist.optimizers import kind_of  # imports torch and timm
+
         own = {"lr", "weight_decay", *kind_of(self.kind, "kind").reads}
         for key in self.arguments.keys() & own:
             raise ValueError(f"arguments.{key}: set phases.N.optimizer.{key} instead")

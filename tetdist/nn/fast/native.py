@@ -16,8 +16,9 @@ from tetdist.nn.fast.build import load_library
 from tetdist.nn.fast.dynamics import dynamics_of
 from tetdist.nn.fast.fused import Affine, Inputs, Sums
 from tetdist.nn.fast.native_library import CHANNELS, Library, as_wide, at
-from tetdist.nn.neurons import SURROGATES, NeuronConfig
+from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.precision import wide_type
+from tetdist.nn.surrogates import SURROGATES
 
 
 def _fields(names: str, kind: Any) -> tuple[tuple[str, Any], ...]:
