@@ -6,6 +6,7 @@ one by one. Those of averages happen in two processes. A GPU is pretended.
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import types
 from pathlib import Path
 
 import pytest
+import timm
 import tiny
 import torch
 from faults import faulty
@@ -219,8 +221,8 @@ def test_kernels_that_do_not_work_are_not_called_equal(here, monkeypatch):
 def test_rounding_alone_is_not_called_wrong():
     """Half of the limits, with other inputs than those of the check."""
     for case in numerics.cases(DTYPES[:2])[::3]:
-        found = min(max(numerics.differences(case, CPU, 100 + i).values()) for i in range(3))
-        assert found <= 0.5, case
+        tries = (numerics.differences(case, CPU, 100 + i) for i in range(3))
+        assert any(max(found.values()) <= 0.5 for found in tries), case
 
 
 @pytest.mark.parametrize("name", ["spikes", "gradient of x", None])
@@ -324,6 +326,8 @@ def test_gradients_of_attention_that_are_exchanged_are_seen(here, monkeypatch):
         assert numerics.check_numerics(here).status == "bad"
     monkeypatch.setattr(steps, "VARIANTS", {"sdt": steps.VARIANTS["sdt"]})
     monkeypatch.setattr(steps, "STEPS", 1)
+    small = functools.partial(timm.create_model, channels=16, depth=1)
+    monkeypatch.setattr(timm, "create_model", small)
     names = ("grad * other_values, grad * values", "grad * values, grad * other_values")
     with faulty("tetdist.nn.products:_PositionSum.backward", *names):
         found = steps.check_steps(here)

@@ -22,6 +22,7 @@ from tetdist.datasets.index import index_splits
 from tetdist.evaluation import early_exit
 
 NUM_SAMPLES = sum(tiny.VAL_SIZES)
+SMALL_DVS = {"width": 4, "stem_width": 4, "hidden_features": 8, "input_size": 16}
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +223,7 @@ def test_events(main, evaluate, tmp_path):
                 np.save(root / split / name / f"{i}.npy", frames)
     index.index_splits(root, kind="events")
     changes = {
-        "model": {"name": "vggsnn", "arguments": {"input_size": 16}},
+        "model": {"name": "spiking_resnet19_dvs", "arguments": SMALL_DVS},
         "data": {"kind": "events", "root": str(root), "threads": 1},
         "max_steps": 1,
         "plots": True,

@@ -3,14 +3,13 @@
 Computed, not measured: cuDNN and cuBLAS may take a kernel more for a workspace or a split sum.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-# One launch goes through so many tensors of 1, 2, ... lists, and so many chunks of them, where the
-# driver takes arguments of 4 KB (CUDA before 12.1); newer ones take seven times as many.
-TENSORS_OF_LISTS, CHUNKS, CHUNK_SIZE = (110, 64, 48, 36, 30), 320, 65536
+# One launch goes through so many tensors of 1, 2, ... lists where the driver takes arguments of 4
+# KB (CUDA before 12.1); newer ones take seven times as many.
+TENSORS_OF_LISTS = (110, 64, 48, 36, 30)
 CAT_BATCH = 128
 
 # They write nothing on the device, though their schema does not call their results views.
@@ -68,8 +67,7 @@ def _is_view(function: Any) -> bool:
 def _of_lists(name: str, arguments: tuple[Any, ...], result: Any) -> int:
     """Launches of multi_tensor_apply, or one a tensor where the fast route is not open."""
     lists = [x for x in arguments if _are_tensors(x)]
-    count = len(lists[0])
-    lists = [x for x in lists if len(x) == count]
+    lists = [x for x in lists if len(x) == len(lists[0])]
     if name.startswith("aten._fused_"):
         # A step that each tensor counts is no list that the kernel goes through.
         lists = [x for x in lists if x[0].numel() == lists[0][0].numel()]
@@ -77,16 +75,9 @@ def _of_lists(name: str, arguments: tuple[Any, ...], result: Any) -> int:
         lists.append(result)
     one_type = name != "aten._foreach_copy_"
     if not all(_alike(same, one_type=one_type) for same in zip(*lists, strict=True)):
-        return count
+        return len(lists[0])
     most = TENSORS_OF_LISTS[min(len(lists), len(TENSORS_OF_LISTS)) - 1]
-    launches = tensors = chunks = 0
-    for x in lists[0]:
-        tensors += 1
-        for last in _chunks(x.numel()):
-            chunks += 1
-            if chunks == CHUNKS or (last and tensors == most):
-                launches, chunks, tensors = launches + 1, 0, 0 if last else 1
-    return launches + (chunks > 0)
+    return -(-len(lists[0]) // most)
 
 
 def _are_tensors(value: Any) -> bool:
@@ -94,34 +85,13 @@ def _are_tensors(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Tensor)
 
 
-def _chunks(numel: int) -> list[bool]:
-    """A flag for each chunk of a tensor: whether it is its last."""
-    number = -(-numel // CHUNK_SIZE)
-    return [i == number - 1 for i in range(number)]
-
-
 def _alike(same: tuple[Tensor, ...], *, one_type: bool) -> bool:
     first = same[0]
     return all(
-        x.device == first.device
-        and x.shape == first.shape
-        and x.stride() == first.stride()
+        (x.device, x.shape, x.stride()) == (first.device, first.shape, first.stride())
         and (x.dtype == first.dtype or not one_type)
-        and _is_dense(x)
         for x in same
     )
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill their memory, each once."""
-    expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _of_cat(tensors: list[Tensor]) -> int:
@@ -130,46 +100,21 @@ def _of_cat(tensors: list[Tensor]) -> int:
     return len(tensors)
 
 
-When = Callable[[tuple[Any, ...], dict[str, Any]], bool]
-
-
-def _always(_arguments: tuple[Any, ...], _options: dict[str, Any]) -> bool:
-    return True
-
-
-def _of_floats(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    return (options.get("dtype") or arguments[0].dtype).is_floating_point
-
-
-def _with_weights(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    return options.get("weights", arguments[1] if len(arguments) > 1 else None) is not None
-
-
-def _of_products(arguments: tuple[Any, ...], _options: dict[str, Any]) -> bool:
-    return arguments[4] == "prod"
-
-
-# What torch.use_deterministic_algorithms' documentation says to raise on CUDA tensors, and when, of
-# what a network for images could call.
-REFUSED_IF_DETERMINISTIC: dict[str, When] = {
-    "aten._adaptive_avg_pool2d_backward": _always,
-    "aten._upsample_bicubic2d_aa_backward": _always,
-    "aten._upsample_bilinear2d_aa_backward": _always,
-    "aten.adaptive_max_pool2d_backward": _always,
-    "aten.bincount": _with_weights,
-    "aten.cumsum": _of_floats,
-    "aten.cumsum_": _of_floats,
-    "aten.grid_sampler_2d_backward": _always,
-    "aten.grid_sampler_3d_backward": _always,
-    "aten.histc": _always,
-    "aten.kthvalue": _always,
-    "aten.median": _always,
-    "aten.put_": _always,
-    "aten.reflection_pad2d_backward": _always,
-    "aten.scatter_reduce": _of_products,
-    "aten.scatter_reduce_": _of_products,
-    "aten.upsample_bicubic2d_backward": _always,
-    "aten.upsample_bilinear2d_backward": _always,
+# What torch.use_deterministic_algorithms' documentation says to raise on CUDA tensors, of what a
+# network for images could call.
+REFUSED_IF_DETERMINISTIC = {
+    "_adaptive_avg_pool2d_backward",
+    "_upsample_bicubic2d_aa_backward",
+    "_upsample_bilinear2d_aa_backward",
+    "adaptive_max_pool2d_backward",
+    "grid_sampler_2d_backward",
+    "histc",
+    "kthvalue",
+    "median",
+    "put_",
+    "reflection_pad2d_backward",
+    "upsample_bicubic2d_backward",
+    "upsample_bilinear2d_backward",
 }
 
 
@@ -177,5 +122,12 @@ def is_refused_if_deterministic(
     name: str, arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> bool:
     """Whether a GPU refuses an operation of that name where only deterministic ones are allowed."""
-    when = REFUSED_IF_DETERMINISTIC.get(name.rpartition(".")[0])
-    return when is not None and when(arguments, options)
+    match name.split(".")[1]:
+        case "cumsum" | "cumsum_":
+            return (options.get("dtype") or arguments[0].dtype).is_floating_point
+        case "bincount":
+            return options.get("weights", arguments[1] if len(arguments) > 1 else None) is not None
+        case "scatter_reduce" | "scatter_reduce_":
+            return arguments[4] == "prod"
+        case other:
+            return other in REFUSED_IF_DETERMINISTIC

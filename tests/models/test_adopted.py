@@ -1,8 +1,6 @@
 """Adopted spikingjelly networks: equal to its own training step, and the trainer's requirements."""
 
 import copy
-import itertools
-import signal
 
 import pytest
 import tiny
@@ -23,7 +21,6 @@ from tetdist.losses import tet_loss
 from tetdist.models.adopted import Adopted, AdoptedBatchNorm, adopt
 from tetdist.nn import batch_norm
 from tetdist.training import graphs, prepared
-from tetdist.training.trainer import Trainer
 
 T, TARGET = 2, torch.tensor([1, 3])
 LIF = {
@@ -461,23 +458,6 @@ def test_run_with_dropout_on_two_processes(train, file, farm, tmp_path):
         assert ours.keys() == theirs.keys()
         for key in ours.keys() & {"loss", "top1", "per_timestep_top1", "grad_norm"}:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-9), key
-
-
-def test_run_with_dropout_stopped_and_continued(train, monkeypatch):
-    straight = train("straight")
-    steps = itertools.count(1)
-    original = Trainer._train_step
-
-    def stopping(self):
-        if next(steps) in (3, 9):
-            signal.raise_signal(signal.SIGUSR1)
-        return original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", stopping)
-        train("cut", status=128 + signal.SIGUSR1)
-        train("cut", status=128 + signal.SIGUSR1)
-    tiny.assert_same_run(train("cut"), straight)
 
 
 @pytest.mark.long

@@ -73,18 +73,22 @@ def moved(inputs, device):
     return Inputs(*map(move, inputs))
 
 
+# The other kinds' own options, with and without an initial membrane; each case in one of two types.
+PAIRS = [(k, c) for k in NEURONS for c in CALLS if k in ("hard", "soft") or c in OF_ALL_KINDS]
+TYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
 @pytest.mark.parametrize("where", ["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
-    ("kind", "call"),
-    # The other kinds' own options, with and without an initial membrane.
-    [(k, c) for k in NEURONS for c in CALLS if k in ("hard", "soft") or c in OF_ALL_KINDS],
-)
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.bfloat16, torch.float32, pytest.param(torch.float64, marks=pytest.mark.long)],
+    ("kind", "call", "dtype"),
+    [
+        pytest.param(*pair, dtype, marks=() if dtype is TYPES[i % 2] else pytest.mark.long)
+        for i, pair in enumerate(PAIRS)
+        for dtype in TYPES
+    ],
     ids=str,
 )
-def test_spikes_bytes_and_membranes_are_those_of_cpp_bitwise(dtype, kind, call, where):
+def test_spikes_bytes_and_membranes_are_those_of_cpp_bitwise(kind, call, dtype, where):
     neuron = NEURONS[kind]
     options = {"shared": False, "shortcut": None, "identity": False, "carries": False} | CALLS[call]
     timesteps, rows, channels = 3, 37, 20

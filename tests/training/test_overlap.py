@@ -32,7 +32,7 @@ CODE = """
 
     def made(recompute):
         torch.manual_seed(0)
-        model = timm.create_model("sew_resnet18", num_classes=4, timesteps=2)
+        model = timm.create_model("sew_resnet18", num_classes=4, timesteps=2, width=8)
         model.set_grad_checkpointing(recompute != "none")
         if recompute not in ("none", "blocks"):
             model.set_segment(1)
