@@ -212,15 +212,9 @@ def test_of_any_number_of_channels_and_timesteps():
 
 FULL = {"shortcut": "normalized", "identity": True}
 USUAL = [
-    *(
-        Layer(neuron=one, **FULL)
-        for one in (PLIF(), PLIF(reset="soft", decay_input=False), NILIF())
-    ),
-    Layer(timesteps=8, shortcut="plain", carries=True, neuron=LIF(surrogate="atan")),
-    Layer(neuron=SlidingPSN(order=3), carries=True, **FULL),
-    Layer(timesteps=16, neuron=PSN(timesteps=16), identity=True),
-    Layer(channels=3, carries=True, **FULL),
+    Layer(neuron=PLIF(), **FULL),
     Layer(channels=130, timesteps=16, **FULL),
+    Layer(timesteps=16, neuron=PSN(timesteps=16), identity=True),
 ]
 FURTHER = [
     Layer(timesteps=timesteps, shortcut=shortcut, carries=carries, neuron=LIF(surrogate=surrogate))
@@ -230,7 +224,14 @@ FURTHER = [
         (8, "none", False, "sigmoid"),
         (16, "plain", True, "triangle"),
         (4, "normalized", True, "sigmoid"),
+        (8, "plain", True, "atan"),
     )
+]
+FURTHER += [
+    Layer(neuron=PLIF(reset="soft", decay_input=False), **FULL),
+    Layer(neuron=NILIF(), **FULL),
+    Layer(neuron=SlidingPSN(order=3), carries=True, **FULL),
+    Layer(channels=3, carries=True, **FULL),
 ]
 for dtype in (torch.bfloat16, torch.float32):
     for timesteps in (1, 10, 12, 16):
@@ -260,7 +261,7 @@ for surrogate, dtype in itertools.product(SURROGATES, DTYPES):
 for dtype in (torch.bfloat16, torch.float64):
     # With everything that there can be, on any number of channels.
     full = {"dtype": dtype, "timesteps": 2, "shared": True, "normalized": True}
-    USUAL += [Stream(channels=channels, **full) for channels in (64, 3)]
+    FURTHER += [Stream(channels=channels, **full) for channels in (64, 3)]
 
 
 ATTENTION = {"carries": True, "dtype": torch.float16}
