@@ -224,7 +224,7 @@ def test_relu_network_is_that_of_torchvision_and_timm(name, source):
     model = ours(f"spiking_{name}", num_classes=5, norm="bn", neuron={"kind": "relu"})
     converted(theirs.state_dict(), source, model)
     model.set_timesteps(1)
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     for training in (False, True):
         theirs.train(training)
         model.train(training)
