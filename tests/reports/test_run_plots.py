@@ -1,12 +1,15 @@
-"""When a run draws itself, and what it says in the log."""
+"""When a run draws itself, with each network, and what it says in the log."""
 
 from types import SimpleNamespace
 
 import pytest
 import tiny
+from timm.models import list_models, model_entrypoint
 
+from tetdist.apps.reports import style
 from tetdist.apps.reports.run_plots import RunPlots
 from tetdist.config import loading as configuration
+from tetdist.datasets import index
 from tetdist.tracking.tracker import Tracker
 from tetdist.tracking.trackers import TrackedRun
 from tetdist.training.observers import Watched
@@ -77,3 +80,62 @@ def test_without_plots_the_log_still_names_dead_layers(main, tiny_config, tmp_pa
         assert "dead layers, firing below 0.1 %" in outcome.text
         assert (tmp_path / f"runs/{plots}/plots").exists() == plots
     tiny.assert_same_run(tmp_path / "runs/True", tmp_path / "runs/False")
+
+
+TRANSFORMER = {"widths": [8, 16, 24], "depths": [1, 1, 1], "heads": 2}
+# Of each module of tetdist.models that registers networks: one, made small, with a neuron.
+FAMILIES = {
+    "espikeformer_t": (
+        TRANSFORMER | {"widths": [8, 8, 16, 16], "depths": [1, 1], "mlp_ratio": 2},
+        "ilif",
+    ),
+    "maxformer_10_384": (TRANSFORMER, "lif"),
+    "ms_qkformer_10_384": (TRANSFORMER, "ilif"),
+    "ms_resnet18": ({"width": 4}, "lif"),
+    "preact_resnet18": ({"width": 4}, "ilif"),
+    "psn_sew_resnet18": ({"width": 4}, "psn"),
+    "qkformer_10_384": (TRANSFORMER, "lif"),
+    "sdt_8_384": ({"channels": 16, "depth": 1, "heads": 2}, "lif"),
+    "sew_resnet18": ({"width": 4}, "lif"),
+    "spiking_convnet": ({"channels": [4, 4], "input_size": 32}, "ilif"),
+    "spiking_resnet18": ({"width": 4, "stem_width": 4}, "ilif"),
+    "vggsnn": ({"input_size": 16}, "lif"),
+}
+
+
+def test_the_families_are_all():
+    modules = {model_entrypoint(name).__module__ for name in list_models()}
+    ours = {name for name in modules if name.startswith("tetdist.models.")}
+    assert ours == {model_entrypoint(name).__module__ for name in FAMILIES}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_plots_are_complete_at_the_end(name, main, tiny_config, event_root, tmp_path, monkeypatch):
+    """With all observers; the first epoch's drawing is not the last."""
+    # Rendering takes ten times as long as the rest of a drawing; the title says what it shows.
+    monkeypatch.setattr(style, "png", lambda figure: figure.get_suptitle().encode())
+    (arguments, kind), events = FAMILIES[name], name == "vggsnn"
+    timesteps = 1 if kind == "ilif" else 2
+    neuron = {"kind": kind} | ({"timesteps": timesteps} if kind == "psn" else {})
+    changes = {
+        "model": {"name": name, "arguments": arguments, "neuron": neuron},
+        "batch": {"global": 10, "micro": 10, "eval": 23} if events else {"global": 24, "micro": 24},
+        "phases.0.timesteps": timesteps,
+        "plots": True,
+        "profile": [1, 1] if name == "spiking_convnet" else None,
+        "reference": "sew34",
+    }
+    if events:
+        root = event_root(shape=(timesteps, 2, 16, 16))
+        index.index_splits(root, kind="events")
+        changes["data"] = {"kind": "events", "root": str(root)}
+    else:
+        changes |= {"data.image_size": 32, "data.resize": 32}
+    text = tiny.expect(main(tiny_config(changes)))
+    assert "was disabled" not in text
+    run = tmp_path / "runs/tiny"
+    assert [line["epoch"] for line in tiny.metrics(run, "val")] == [1, 2]
+    for plot in ("learning_curves.png", "firing_rates.png"):
+        assert "epoch 2, " in (run / "plots" / plot).read_text()
+    assert (run / "plots/inputs.png").exists()
+    assert (run / "profile/table.md").exists() == bool(changes["profile"])

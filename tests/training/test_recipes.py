@@ -147,7 +147,7 @@ def test_recipe_resolves_plans_and_trains(name, main, relu, tiny_root, event_dat
     assert "a step       4 samples in 2 micro-batches of 2, 2 a process" in plan
     assert f"{STEPS} in total" in plan
 
-    expect(main(name, *overrides))
+    assert "was disabled" not in expect(main(name, *overrides))  # an observer
     run = tmp_path / "runs" / name
     lines = tiny.metrics(run, "train")
     assert [line["step"] for line in lines] == [1, 2]
