@@ -17,7 +17,7 @@ RUN := runs/quickstart
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-venv: $(VENV)/.installed ## make .venv with all packages
+venv: $(VENV)/.installed ## make .venv with what training needs
 
 $(VENV)/.installed: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -30,20 +30,23 @@ $(VENV)/.installed: pyproject.toml setup.py
 	@test '$(DALI)' != cuda120 || $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
 	  'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/cu126
 	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
-	  -e '.[train,$(DALI),quickstart,events,export,test,lint]'
+	  -e '.[train,$(DALI),quickstart]'
 	@touch $@
 
 # Tests need Triton also on a machine without a GPU; torch for CUDA includes it.
 $(VENV)/.tests: $(VENV)/.installed
+	@echo "installing what the tests need into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+	  -e '.[events,export,test]'
 	@$(BIN)/python -c 'import triton' 2>/dev/null || { \
 	  echo "installing Triton for the tests into $(VENV) (1 GB)"; \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
 	    -e '.[gpu-code]'; }
 	@touch $@
 
-quickstart: venv ## train and evaluate a spiking network on real data, in minutes
+quickstart: venv ## train and evaluate a spiking network on digits: two minutes on two cores
 	@$(BIN)/python tools/digits.py data/digits
-	@$(BIN)/deepspeed --num_gpus 1 --log_level warning tetdist/train.py --config quickstart.yaml
+	@$(BIN)/python tetdist/train.py --config quickstart.yaml
 	@$(BIN)/python tools/eval.py $(RUN) --json $(RUN)/evaluation.json
 	@echo
 	@echo "The run is in $(RUN), its curves are in $(RUN)/plots/learning_curves.png. To watch it:"
@@ -64,8 +67,12 @@ test: $(VENV)/.tests ## run the tests (minutes)
 test-long: $(VENV)/.tests ## run the tests that take longer
 	@$(BIN)/python -m pytest -m long -n $(WORKERS) $(PYTEST_FLAGS)
 
-test-gpu: venv ## run the tests that need a GPU
+test-gpu: $(VENV)/.tests ## run the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)
+
+$(VENV)/.lint: $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[lint]'
+	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[docs]'
@@ -74,7 +81,7 @@ $(VENV)/.docs: $(VENV)/.installed
 docs: $(VENV)/.docs ## build the site of docs/ in site/; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-lint: venv ## run ruff, the type checker and the import contracts
+lint: $(VENV)/.lint ## run ruff, the type checker and the import contracts
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
@@ -83,7 +90,7 @@ lint: venv ## run ruff, the type checker and the import contracts
 constraints: venv ## renew constraints.txt with the newest versions that pyproject.toml allows
 	@$(BIN)/python docs/make/constraints.py
 
-format: venv ## reformat and fix the code with ruff
+format: $(VENV)/.lint ## reformat and fix the code with ruff
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 

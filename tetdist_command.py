@@ -32,7 +32,7 @@ COMMANDS = {
     "bench": "measure the speed of a step, of several processes and of the loader",
     "check_gpu": "check a machine with GPUs before training on it; takes ten minutes",
     "list": "list recipes, networks, neurons, losses and optimisers",
-    "quickstart": "train and evaluate on handwritten digits; minutes on two cores",
+    "quickstart": "train and evaluate on handwritten digits; two minutes on two cores",
 }
 
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -83,3 +84,29 @@ def test_every_flag_of_every_command_has_a_text(command, monkeypatch):
         # The commands of a command, and torchrun's script with its arguments, have their own.
         if not action.help and action.nargs not in (argparse.PARSER, argparse.REMAINDER)
     ] == []
+
+
+SLOW_TO_SAVE = """
+import signal, sys, time
+def save(*_):
+    time.sleep(0.5)  # longer than subprocess.run grants
+    print("saved", flush=True)
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+print("training", flush=True)
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_lets_a_step_of_the_quickstart_save(tmp_path):
+    (tmp_path / "tetdist_command.py").write_text(SLOW_TO_SAVE)  # in place of the real commands
+    code = "import sys; from tetdist.apps.cli import quickstart; sys.exit(quickstart.main([]))"
+    env = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT), TETDIST_COMMAND="quickstart")
+    # Tests may themselves run where Ctrl-C is ignored.
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"
+    with tiny.started(tiny.python("-c", code), tmp_path, env) as process:
+        assert process.stdout.readline().startswith("$ ")
+        assert process.stdout.readline() == "training\n"
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (130, "saved\n")

@@ -22,8 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 0 done, or that of the failed command."""
     parser = argparse.ArgumentParser(
         prog=program("quickstart"),
-        description="Prepare 5,000 digits, train on 4,000, evaluate on the other 1,000: minutes on "
-        "two cores. The same command continues when stopped.",
+        description="Prepare 5,000 digits, train on 4,000, evaluate on the other 1,000: two "
+        "minutes on two cores. The same command continues when stopped.",
     )
     parser.parse_args(arguments)
     return run_command(run, interrupted="interrupted; the same command continues")
@@ -32,11 +32,17 @@ def main(arguments: list[str] | None = None) -> int:
 def run() -> int:
     for command, *rest in STEPS:
         print(f"$ {typed(command, *rest)}", flush=True)
-        status = subprocess.run(
-            [sys.executable, "-m", "tetdist_command", command, *rest], env=os.environ | as_starter()
-        ).returncode
-        if status:
+        if status := _status_of([sys.executable, "-m", "tetdist_command", command, *rest]):
             return status
     print(f"\nThe run is in {RUN}, its curves are in {RUN}/plots/learning_curves.png.")
     print(f"To train with another seed: {typed('train')} {shlex.join(STEPS[1][1:])} seed=1 name=s1")
     return 0
+
+
+def _status_of(command: list[str]) -> int:
+    """Return a command's exit status; after Ctrl-C, when it has saved and ended."""
+    process = subprocess.Popen(command, env=os.environ | as_starter())
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # the terminal has sent it to the command as well
+        return process.wait() or 130

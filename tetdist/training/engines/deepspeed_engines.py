@@ -275,7 +275,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     level = logging.getLogger().level
     deepspeed = importlib.import_module("deepspeed")
     logging.getLogger().setLevel(level)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
         # init_distributed would compile a shared-memory reduction for half a minute, or fail
         # without a compiler. gloo is as good, and behaves the same on one host and on several.
