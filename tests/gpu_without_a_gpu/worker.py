@@ -6,12 +6,15 @@ import os
 import selectors
 import subprocess
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
 from torch.utils import cpp_extension
+
+from tetdist.storage.files import OthersMayWrite, own_cache
 
 HERE = Path(__file__).parent
 Answer = dict[str, Any]
@@ -120,20 +123,26 @@ def started(folder: Path) -> Iterator[Worker]:
 
 
 def _guard(folder: Path) -> Path:
-    """Build cuda_guard.cpp's library, as torch's own extensions are."""
-    library = folder / "cuda_guard.so"
+    """Build cuda_guard.cpp's library, as torch's own extensions are, or find it in the cache."""
     libraries = cpp_extension.library_paths()
     command = [
         cpp_extension.get_cxx_compiler(),
-        *("-std=c++20", "-O0", "-fPIC", "-shared", "cuda_guard.cpp", "-o", str(library)),
+        *("-std=c++20", "-O0", "-fPIC", "-shared", "cuda_guard.cpp"),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *(f"-I{path}" for path in cpp_extension.include_paths()),
         *(f"-L{path}" for path in libraries),
         *(f"-Wl,-rpath,{path}" for path in libraries),
         *("-lc10", "-ltorch_cpu"),
     ]
-    status, output = tiny.execute(command, HERE, timeout=200)
-    assert status == 0, output
+    with contextlib.suppress(OSError, OthersMayWrite):  # no cache
+        folder = own_cache()
+    made_of = [torch.__version__, *command, (HERE / "cuda_guard.cpp").read_text()]
+    library = folder / f"guard-{sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        passing = library.with_suffix(f".{os.getpid()}")
+        status, output = tiny.execute([*command, "-o", str(passing)], HERE, timeout=200)
+        assert status == 0, output
+        passing.replace(library)
     return library
 
 
