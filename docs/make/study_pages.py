@@ -12,14 +12,17 @@ are in docs/make/answers.yaml; their numbers are blanks:
     {tet - sdt: exit_top1}       the same with early exit; also exit_timesteps and loss
     {tet - sdt: timesteps_at_equal_top1}        difference of timesteps at equal accuracy,
     {tet - sdt: exit_timesteps_at_equal_top1}   and with early exit
+    {significant}                number of the study's differences that stay significant among
+                                 those of all studies
 """
 
 import argparse
 import math
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pages
@@ -56,6 +59,11 @@ def filled(template: str, numbers: Numbers) -> str:
 
     def value(blank: re.Match[str]) -> str:
         entry, control, key = blank.groups()
+        if entry == "significant":
+            every = tested(published(pages.RESULTS))
+            number = sum(not math.isnan(p) for one in every for p in (one.p, one.p_first))
+            own = [one for one in every if one.title == numbers.study.title]
+            return f"Corrected for the {number} p values of all studies, {significance(own)}."
         if key in EQUAL:
             most, within = max(numbers.study.test_timesteps), numbers.study.exit_within or 0.0
             pairs = [
@@ -120,17 +128,18 @@ def write(file: Path) -> None:
 
 def summarise(folder: Path) -> Path:
     """Write the tables of all pages of a folder into the file beside it, below its `MARK`."""
-    file = folder.parent / f"{folder.name}.md"
-    found = {
+    file, found = folder.parent / f"{folder.name}.md", published(folder)
+    above = file.read_text().partition(MARK)[0].rstrip()
+    write_text(file, f"{above}\n\n{MARK}{tet_against_sdt(found)}{answers(found)}")
+    return file
+
+
+def published(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the numbers of all pages of a folder, by their link."""
+    return {
         f"{folder.name}/{page.name}": restored(parse_json(page.with_suffix(".json").read_text()))
         for page in sorted(folder.glob("*.md"))
     }
-    above = file.read_text().partition(MARK)[0].rstrip()
-    studies = {
-        link: values for link, values in found.items() if "runs" in values and "missing" in values
-    }
-    write_text(file, f"{above}\n\n{MARK}{tet_against_sdt(studies)}{answers(found)}")
-    return file
 
 
 def answers(found: dict[str, dict[str, Any]]) -> str:
@@ -149,12 +158,26 @@ def answers(found: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def tet_against_sdt(studies: dict[str, dict[str, Any]]) -> str:
-    """Return the table of entries that differ from their control in `loss.kind` alone."""
-    rows: list[list[str]] = []
-    tested: list[tuple[Difference, Difference | None]] = []
-    for link, values in studies.items():
-        title = f"[{values['study']['title']}]({link}): "
+class Tested(NamedTuple):
+    """Difference of an entry from its control in which only the loss differs, with corrected p."""
+
+    link: str
+    title: str
+    entry: str
+    control: str
+    timesteps: int
+    last: Difference
+    first: Difference | None  # at T=1
+    p: float
+    p_first: float
+
+
+def tested(found: dict[str, dict[str, Any]]) -> list[Tested]:
+    """Return all comparisons of losses; Holm's method corrects their p together."""
+    rows: list[tuple[str, str, str, str, int, Difference, Difference | None]] = []
+    for link, values in found.items():
+        if "runs" not in values or "missing" not in values:
+            continue
         for entry, against in values["differences"].items():
             if math.isnan(against["top1"]["p"]) or not _differ_in_loss(
                 values["study"]["entries"], entry, against["control"]
@@ -162,27 +185,41 @@ def tet_against_sdt(studies: dict[str, dict[str, Any]]) -> str:
                 continue
             first = against["by_timestep"].get("1")
             trained = next(run["timesteps"] for run in values["runs"] if run["entry"] == entry)
-            rows.append([f"{title}`{entry}` - `{against['control']}`", str(trained)])
-            tested.append((Difference(**against["top1"]), first and Difference(**first)))
-            title = ""
-    count = len(tested)
-    both = [*(last for last, _ in tested), *(first for _, first in tested)]
+            place = (link, values["study"]["title"], entry, against["control"], trained)
+            rows.append((*place, Difference(**against["top1"]), first and Difference(**first)))
+    both = [*(row[5] for row in rows), *(row[6] for row in rows)]
     corrected = holm([math.nan if one is None else one.p for one in both])
-    for row, (last, first), p, p_first in zip(
-        rows, tested, corrected[:count], corrected[count:], strict=True
-    ):
-        row += [str(last.n), _tested(last, p), f"{detectable(last):.2f}"]
-        row.append("" if first is None else _tested(first, p_first))
-    survive = [sum(p < 1 - CONFIDENCE for p in ps) for ps in (corrected[:count], corrected[count:])]
+    halves = corrected[: len(rows)], corrected[len(rows) :]
+    return [Tested(*row, *ps) for row, *ps in zip(rows, *halves, strict=True)]
+
+
+def significance(found: Iterable[Tested]) -> str:
+    """Word how many differences are significant, for a page's answer and the summary."""
+    ps = [(one.p, one.p_first) for one in found]
+    at, first = (
+        f"{sum(p < 1 - CONFIDENCE for p in of)} of {sum(not math.isnan(p) for p in of)}"
+        for of in zip(*ps, strict=True)
+    )
+    return f"{at} at the T of training and {first} at T=1 are significant"
+
+
+def tet_against_sdt(found: dict[str, dict[str, Any]]) -> str:
+    """Return the table of entries that differ from their control in `loss.kind` alone."""
+    every, rows, before = tested(found), list[list[str]](), ""
+    for one in every:
+        title = f"[{one.title}]({one.link}): " if one.link != before else ""
+        before = one.link
+        row = [f"{title}`{one.entry}` - `{one.control}`", str(one.timesteps), str(one.last.n)]
+        row += [_tested(one.last, one.p), f"{detectable(one.last):.2f}"]
+        rows.append([*row, "" if one.first is None else _tested(one.first, one.p_first)])
+    number = sum(not math.isnan(p) for one in every for p in (one.p, one.p_first))
     return (
         "\n## TET against SDT\n\nAll comparisons of an entry with its study's control in which "
         "only the loss differs: points of top-1 after the last epoch, between runs with the same "
         "seed, at the T of training and stopped "
         "at T=1. The minimum detectable effect is that at the T of training, for a power of 80 % "
         f"without correction. p is the paired t-test's, corrected by Holm's method for the "
-        f"{sum(not math.isnan(p) for p in corrected)} p values of the table. **{survive[0]} of "
-        f"{count} at the T of training and {survive[1]} of "
-        f"{sum(first is not None for _, first in tested)} at T=1 are significant after this "
+        f"{number} p values of the table. **{significance(every)} after this "
         f"correction** (bold).\n\n{markdown(HEAD, rows)}\n"
     )
 

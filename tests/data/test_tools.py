@@ -12,13 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 from samples import picture, write_tar
 
 import tetdist_command
+from tetdist.config.loading import load
 from tetdist.datasets.index import check_fresh, load_index
 from tetdist.datasets.reader import SampleReader
+from tetdist.distributed.world import World
 from tetdist.errors import UserError
+from tetdist.training.setup import open_split
 
 
 @pytest.fixture
@@ -136,12 +140,25 @@ def test_data_to_evaluate_alone_need_no_train(image_root, images, name):
     assert len(load_index(shards / "index" / f"{name}.npz")) == 1
 
 
+def test_training_data_alone_are_indexed(image_root, images):
+    root = image_root(per_class=1)
+    shutil.rmtree(root / "val")
+    way_out = "add val/ and index it, or hold out training samples: data.held_out=0.1"
+    assert way_out in images("index", root)
+    with pytest.raises(UserError, match=way_out):
+        open_split(
+            load("own_images.yaml", [f"data.root={root}"]),
+            "val",
+            World(0, 1, torch.device("cpu"), control=None),
+        )
+
+
 @pytest.mark.parametrize(
     ("spoil", "options", "words"),
     [
         (
             lambda root: shutil.rmtree(root / "val"),
-            [],
+            ["--splits", "train,val"],
             "neither a folder 'val' nor tar files of this split; make ",
         ),
         (lambda root: (root / "val" / "bee").rename(root / "val" / "wasp"), [], "'bee' is in tra"),

@@ -173,8 +173,8 @@ def test_what_is_decided_and_what_it_takes(run, evaluate, tmp_path):
     assert f"{NUM_SAMPLES} samples of val" in out
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows if len(row) == 4 and row[0].isdigit()] == ["1", "2", "3", "5"]
-    summary = f"top-5 100.00 %, loss {found['loss']:.4f} at T = 3, which applies to everything "
-    summary = f"top-1 {found['top1']:.2f} %, {summary}not listed by T; trained at T = 3"
+    summary = f"top-5 100.00 %, loss {found['loss']:.4f} at T=3; trained at T=3"
+    summary = f"top-1 {found['top1']:.2f} %, {summary}"
     assert summary in out
     assert summary in evaluation_page.html_page(found)
     axis = style.new_figure(4, 4).subplots()
@@ -198,9 +198,11 @@ def test_report(run, evaluate, tmp_path):
         assert "changed by --energy: hops=0.5, weight_fetches=sample" in part
         for number in (energy["relu"]["pj"]["total"], energy["arithmetic_only_pj"]["spiking"]):
             assert f"{number / 1e6:.4g}" in part
-        assert f"mean spike rate at synapses {100 * energy['spike_rate']:.3g} %; " in part
+        assert f"{100 * energy['spike_rate']:.3g} %" in part
+        assert "All numbers below are at T=4 unless a T is given" in part
+        assert part.index("Accuracy at each T") < part.index("Early exit") < part.index("Energy")
     # Nothing is fetched from elsewhere, and nothing is run.
-    assert text.count("src=") == text.count('src="data:image/png;base64,') == 4
+    assert text.count("src=") == text.count('src="data:image/png;base64,') == 5
     assert not any(word in text for word in ("http", "<script", "<link", "@import", "url("))
     written = {path.name for path in tmp_path.iterdir()} - {constants.name}
     assert written == {"e.json", "page.html"}
@@ -256,9 +258,9 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         assert status == 0, err
         found[within] = json.loads(file.read_text())
         chosen = found[within]["chosen_exit"]
-        limit = f"at most {within} points lost on {held} training samples held out ({held} can "
-        assert f"{limit}limit it to 17 at best, with 90% confidence" in out
-        assert ("; a limit of 5 needs 45)" in out) == (within == 5)
+        assert f"at most {within} points lost on {held} training samples held out" in out
+        assert f"{held} held-out samples guarantee at most a 17-point loss" in out
+        assert ("; for 5 points, hold out 45 (90 % confidence)" in out) == (within == 5)
         assert f"at T = {chosen['mean_timesteps']:.3f} on average" in out
         # It is chosen on other samples than it is judged by, and the run saw them as these.
         own = tiny.metrics(trained, "val")[-1]

@@ -103,8 +103,10 @@ def test_replay_prints_what_a_stream_of_the_windows_returns(run, command, capfd)
     assert lines_of(shown) == 2 * expected
     spent = [float(text) for text in re.findall(r"(\S+) ms$", shown, re.M)][-5:]
     middle, most = np.percentile(spent, [50, 99])
-    part = "; the last answer is of 1 of 2 timesteps\n"
-    found = re.search(rf"\n5 frames: (\S+) ms \(p50\), (\S+) ms \(p99\){part}$", shown)
+    # The last whole answer comes last, not the one of a single window.
+    at, _, *timestep, name, percent, _ = expected[3].split()
+    answer = f"answer at {at} s, {' '.join(timestep)}: {name}  {percent} %"
+    found = re.search(rf"\n5 frames: (\S+) ms \(p50\), (\S+) ms \(p99\)\n{answer}\n$", shown)
     assert found is not None, shown
     assert [float(text) for text in found.groups()] == pytest.approx([middle, most], abs=0.011)
     with pytest.MonkeyPatch.context() as patch:
@@ -126,7 +128,7 @@ def test_late_frames_are_counted_and_ctrl_c_ends_with_a_summary(
 
     monkeypatch.setattr(Stream, "step", slow)
     assert replay.main(command) == 0
-    assert "; 4 late, after the next was due; the last" in capfd.readouterr().out
+    assert "; 4 late, after the next was due\nanswer at " in capfd.readouterr().out
     assert replay.main([*command, "--fast"]) == 0
     assert " late" not in capfd.readouterr().out
     # Ctrl-C in the third frame, with the summary and the GIF of two.

@@ -231,7 +231,7 @@ def test_dry_run_writes_nothing(tiny_config, tmp_path, capfd):
     file = tiny_config()
     before = sorted(tmp_path.rglob("*"))
     arguments = ["--config", str(file), "--dry-run", "--nodes", "2", "--gpus-per-node", "2"]
-    assert main([*arguments, "--partition", "gpu", "--images-per-s", "100"]) == 0
+    assert main([*arguments, "--partition", "gpu", "--images-per-s", "100", "--print-config"]) == 0
     text, rest = capfd.readouterr().out.split("# --- batch script\n")
     script, config = rest.split("# --- configuration\n")
     assert text.startswith("# --- plan\n")
@@ -242,9 +242,16 @@ def test_dry_run_writes_nothing(tiny_config, tmp_path, capfd):
     # Nothing says how many GPUs a node has.
     assert main(["--config", str(file), "--dry-run", "batch.micro=1"]) == 0
     captured = capfd.readouterr()
+    assert "# --- configuration" not in captured.out
     assert "without --gpus-per-node, the plan assumes 8" in captured.err
     assert "#SBATCH --gpus-per-node=8" in captured.out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_error_names_the_recipe_that_fits(capfd):
+    flags = ("--dry-run", "--images", "80", "--nodes", "4", "--gpus-per-node", "8")
+    assert main(["--config", "sew34_t4.yaml", *flags]) == 2
+    assert "for 32 processes there is the recipe sew34_t4_64gpus.yaml" in capfd.readouterr().err
 
 
 def test_plan_without_the_data(tiny_config, capfd):

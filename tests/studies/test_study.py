@@ -28,6 +28,22 @@ def runs_of(file, output):
     return plan.runs_of(plan.read(file), output, [])
 
 
+def test_the_example_of_the_page_is_a_study_and_its_table_has_every_key(tmp_path):
+    text = (tiny.PROJECT / "docs/studies.md").read_text()
+    file = tmp_path / "study.yaml"
+    file.write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    study = plan.read(file)
+    assert study.test_timesteps == (1, 2, 3, 4)  # by default up to quickstart's T
+    runs = runs_of(file, tmp_path)
+    losses = [(run.entry, run.config.loss.kind) for run in runs]
+    assert losses == 3 * [("sdt", "sdt"), ("tet", "tet")]
+    keys = (
+        plan.StudySection.model_fields.keys() - {"entries"} | plan.EntrySection.model_fields.keys()
+    )
+    table = text.partition("| key | value |")[2].partition("\n\n")[0]
+    assert [key for key in keys if f"`{key}`" not in table and f".{key}`" not in table] == []
+
+
 @pytest.mark.usefixtures("here")
 def test_a_study_is_trained_continued_and_reported(call, write, main, tmp_path):
     file, output = write(), tmp_path / "out"

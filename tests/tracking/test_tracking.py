@@ -582,18 +582,20 @@ def test_state_of_a_checkout(tmp_path):
     assert git_state(source.parent) == {}
 
 
-def test_ui_command(monkeypatch):
+def test_ui_command(monkeypatch, tmp_path):
+    (tmp_path / "mlflow_run_id").write_text("a1\n")
     monkeypatch.setattr(mlflow_logger.shutil, "which", lambda _: "/usr/bin/mlflow")
     for arguments, command in (
         (
-            ["sqlite:////a b/x.db"],
-            "mlflow ui --workers 1 --backend-store-uri 'sqlite:////a b/x.db'",
+            ["sqlite:////a b/x.db", tmp_path],
+            "mlflow ui --workers 1 --backend-store-uri 'sqlite:////a b/x.db'"
+            "  # then open http://localhost:5000/#/runs/a1",
         ),
-        (["https://me:secret@there.org/"], "https://there.org/"),
-        (["https://there.org/", "a1"], "https://there.org/#/runs/a1"),
+        (["https://me:secret@there.org/", tmp_path / "none"], "https://there.org"),
+        (["https://there.org/", tmp_path], "https://there.org/#/runs/a1"),
     ):
         assert ui_command(*arguments) == command
     monkeypatch.setattr(mlflow_logger.shutil, "which", lambda _: None)
-    program = Path(ui_command("sqlite:////x.db").split()[0])
+    program = Path(ui_command("sqlite:////x.db", tmp_path).split()[0])
     assert program.parent == Path(sys.executable).parent
     assert program.is_file()

@@ -129,6 +129,14 @@ def index_command(root: str | Path, split: str, kind: Kind = "images") -> str:
     return f"{typed('images')} index {events}{shlex.quote(str(root))} --splits {split}"
 
 
+def without_validation(root: str | Path) -> str:
+    """Return what to do with training data alone, for messages."""
+    return (
+        f"there is no validation split in {root}; add val/ and index it, or hold out training "
+        "samples: data.held_out=0.1"
+    )
+
+
 def find_index(data: "DataSection", split: str) -> Path:
     """Return the file of a split's index.
 
@@ -145,6 +153,8 @@ def find_index(data: "DataSection", split: str) -> Path:
     if not file.is_file():
         command = index_command(root, split, data.kind)
         indexed = sorted(one.stem for one in data.index_dir.glob("*.npz"))
+        if indexed == ["train"] and split == "val" and not (root / split).is_dir():
+            raise UserError(without_validation(root))
         if indexed and not (root / split).is_dir():
             raise UserError(
                 f"{root} has no indexed {split} split, only {', '.join(indexed)}, which "

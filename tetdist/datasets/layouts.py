@@ -134,7 +134,8 @@ def _official_tar(split: str) -> str:
 def default_splits(root: Path) -> tuple[str, ...]:
     """Return the default splits: train and val.
 
-    Without training data, the default is "val" alone, or a folder with another usual name for it.
+    Without training data, the default is "val" alone, or a folder with another usual name for it;
+    without validation data and such a folder, it is "train" alone.
     """
     if root.is_dir() and not _is_there(root, "train"):
         if _is_there(root, "val"):
@@ -142,6 +143,8 @@ def default_splits(root: Path) -> tuple[str, ...]:
         others = folders_called(root, "val")
         if len(others) == 1 and not folders_called(root, "train"):
             return others
+    elif root.is_dir() and not _is_there(root, "val") and not folders_called(root, "val"):
+        return ("train",)
     return ("train", "val")
 
 

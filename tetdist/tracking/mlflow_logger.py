@@ -290,15 +290,14 @@ def is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
-def ui_command(tracking_uri: str, run_id: str | None = None) -> str:
-    """Return the command that shows a local store, or the address of a server.
-
-    Args:
-        run_id: Run whose page on a server to return.
-    """
-    shown = without_passwords(tracking_uri)
+def ui_command(tracking_uri: str, run_dir: Path) -> str:
+    """Return the address of a run's page on a server, or the command that shows a local store, with
+    that address as a comment. An experiment's address would open MLflow's pages of GenAI."""
+    id_file, shown = run_dir / "mlflow_run_id", without_passwords(tracking_uri)
+    page = f"/#/runs/{id_file.read_text().strip()}" if id_file.exists() else ""
     if is_server(tracking_uri):
-        return f"{shown.rstrip('/')}/#/runs/{run_id}" if run_id else shown
+        return f"{shown.rstrip('/')}{page}"
     # Without an activated environment, `mlflow` alone would not be found.
     program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
-    return shlex.join([program, "ui", "--workers", "1", "--backend-store-uri", shown])
+    command = shlex.join([program, "ui", "--workers", "1", "--backend-store-uri", shown])
+    return f"{command}  # then open http://localhost:5000{page}"

@@ -182,7 +182,12 @@ def _add_skip_bad(command: argparse.ArgumentParser) -> None:
 
 def _index(args: argparse.Namespace) -> int:
     """Index every split, then write all indexes or none."""
-    from tetdist.datasets.index import index_file, index_listing, save_index
+    from tetdist.datasets.index import (
+        index_file,
+        index_listing,
+        save_index,
+        without_validation,
+    )
     from tetdist.datasets.layouts import check_splits
 
     if args.splits is not None:
@@ -215,6 +220,8 @@ def _index(args: argparse.Namespace) -> int:
         file = index_file(out, index.split)
         save_index(index, file)
         print(f"{file}: {_described(index)}")
+    if [index.split for index in indexes] == ["train"]:
+        print(without_validation(args.root))
     if all(index.split != "train" for index in indexes):
         command = f"{typed('eval')} RUN --data {args.root} --split {indexes[0].split}"
         print(f"without a train split, evaluate with: {command}")

@@ -79,7 +79,7 @@ def study(options: argparse.Namespace) -> int:
     from tetdist.apps.studies.local import refuse_if_at_work, work
 
     file = plan.find(options.study)
-    section = plan.read(file)
+    section = plan.read(file, options.overrides, options.imports)
     output = options.output or Path("runs") / file.stem
     runs = plan.runs_of(section, output, options.overrides, options.imports)
     chosen = choose(runs, options.only)

@@ -38,7 +38,7 @@ def as_text(found: EvaluationResults) -> str:
     """Return the results as text for a terminal."""
     parts = [heading(found), *(f"  {line}" for line in headlines(found))]
     for section in sections(found):
-        parts += [f"  {line}" for line in section.sentences]
+        parts += [section.title, *(f"  {line}" for line in section.sentences)]
         parts += [aligned(table, right=range(1, 4)) for table in section.tables]
     return "\n\n".join(parts)
 
@@ -92,8 +92,8 @@ def headlines(found: EvaluationResults) -> list[str]:
     """Return the sentence on the accuracy, and that on real numbers if these were compared."""
     lines = [
         f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, loss {found['loss']:.4f} at "
-        f"T = {found['timesteps']}, which applies to everything not listed by T; trained at T = "
-        f"{found['trained_timesteps']}"
+        f"T={found['timesteps']}; trained at T={found['trained_timesteps']}",
+        f"All numbers below are at T={found['timesteps']} unless a T is given",
     ]
     if (numbers := found.get("real_numbers")) is not None:
         lines.append(
@@ -106,20 +106,23 @@ def headlines(found: EvaluationResults) -> list[str]:
 def sections(found: EvaluationResults) -> list[Section]:
     """Return the results in order."""
     energy = [_energy(found["energy"])] if "energy" in found else []
-    return [_accuracy(found), _counts(found), *energy, _classes(found)]
+    return [_accuracy(found), _early_exit(found), _counts(found), *energy, _classes(found)]
 
 
 def _accuracy(found: EvaluationResults) -> Section:
-    title, specs = "Accuracy by timesteps, and early exit", (".2f", ".2f", ".4f")
+    specs = (".2f", ".2f", ".4f")
     values = [found[f"per_timestep_{key}"] for key in ("top1", "top5", "loss")]
     by_timesteps = [["T", "top-1 %", "top-5 %", "loss"]] + [
         [str(t), *(format(one[t - 1], spec) for one, spec in zip(values, specs, strict=True))]
         for t in found["reported_timesteps"]
     ]
-    draw = partial(_draw_timesteps, found)
+    return Section("Accuracy at each T", [], [by_timesteps], [partial(_draw_timesteps, found)])
+
+
+def _early_exit(found: EvaluationResults) -> Section:
     if found["early_exit"] is None:
         sentence = "no early exit: the network is not causal, so its first logits depend on later "
-        return Section(title, [f"{sentence}timesteps"], [by_timesteps], [draw])
+        return Section("Early exit", [f"{sentence}timesteps"], [], [])
     exits = [["confidence", "top-1 %", "mean T"]] + [
         [f"{point['threshold']:g}", f"{point['top1']:.2f}", f"{point['mean_timesteps']:.3f}"]
         for point in found["early_exit"]
@@ -139,25 +142,29 @@ def _accuracy(found: EvaluationResults) -> Section:
             f"{counted(measured['differing'], 'decision')} unlike the whole pass's, "
             f"{measured['differing_within_1e-5']} of them within 1e-5 of the threshold"
         )
-    return Section(title, sentences, [by_timesteps, exits], [draw, partial(_draw_exits, found)])
+    return Section("Early exit", sentences, [exits], [partial(_draw_exits, found)])
 
 
 def _of_chosen_exit(chosen: dict[str, Any], top1: float) -> str:
     samples, within = chosen["chosen_on"]["samples"], chosen["within"]
     least = 100 * (1 - DOUBT ** (1 / samples))
-    bound = f"{samples} can limit it to {least:.2g} at best, with {1 - DOUBT:.0%} confidence"
-    if 0 < within < least:
-        bound += f"; a limit of {within:g} needs {math.ceil(math.log(DOUBT, 1 - within / 100))}"
+    needed = math.ceil(math.log(DOUBT, 1 - within / 100)) if 0 < within < least else None
     if chosen["chosen_on"]["top1"] is None:
         limit = f"at most {within:g} % of decisions changed on {samples} samples without labels"
+        bound = f"{counted(samples, 'sample')} guarantee at most {least:.2g} % changed decisions"
+        bound += f"; for {within:g} %, give {needed:,}" if needed else ""
     else:
         limit = f"at most {within:g} points lost on {samples} training samples held out"
+        bound = f"{counted(samples, 'held-out sample')} guarantee at most a {least:.2g}-point loss"
+        points = "1 point" if within == 1 else f"{within:g} points"
+        bound += f"; for {points}, hold out {needed:,}" if needed else ""
+    bound += f" ({100 * (1 - DOUBT):.0f} % confidence)"
     if chosen["threshold"] is None:
-        return f"early exit with {limit} ({bound}): no threshold achieves this"
+        return f"early exit with {limit}: no threshold achieves this. {bound}"
     return (
-        f"early exit with {limit} ({bound}): at confidence {chosen['threshold']:.4g}, "
+        f"early exit with {limit}: at confidence {chosen['threshold']:.4g}, "
         f"{chosen['top1']:.2f} % ({chosen['top1'] - top1:+.2f} points) at T = "
-        f"{chosen['mean_timesteps']:.3f} on average"
+        f"{chosen['mean_timesteps']:.3f} on average. {bound}"
     )
 
 
@@ -203,10 +210,13 @@ def _energy(energy: dict[str, Any]) -> Section:
     rate, even = energy["spike_rate"], energy["break_even_rate"]
     known = "no spikes reach a synapse"
     if rate is not None:
-        known = f"mean spike rate at synapses {100 * rate:.3g} %; with memory, the spiking network "
-        known += f"takes {'less' if even else 'more'} energy than the ReLU network "
-        side = "below" if energy["wins_below"] else "above"
-        known += f"{side} {100 * even:.3g} %" if 0 < even < 1 else "at any rate"
+        side, shown = "below" if energy["wins_below"] else "above", f"{100 * rate:.3g} %"
+        known = f"Counting memory, it takes {'less' if even else 'more'} energy than the ReLU "
+        known += f"network at any spike rate; its rate at synapses is {shown}"
+        if 0 < even < 1:
+            does = "does" if (rate < even) == energy["wins_below"] else "does not"
+            known = f"Counting memory, it would need a spike rate {side} {100 * even:.3g} % to "
+            known += f"beat the ReLU network; at {shown} it {does}"
     assumed, changed = (
         ", ".join(f"{key}={energy['constants'][key]}" for key in keys)
         for keys in (ASSUMED, energy["changed"])

@@ -56,7 +56,7 @@ class Summary(Observer):
             )
         lines.append(f"  evaluate  {typed('eval', folder)}")
         if self.config.tracking_uri and self.tracker.is_complete:
-            lines.append(f"  look      {ui_command(self.config.tracking_uri)}")
+            lines.append(f"  look      {ui_command(self.config.tracking_uri, folder)}")
         logger.info("%s", "\n".join(lines))
 
 

@@ -58,8 +58,10 @@ def _submit_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print plan, batch script and configuration; needs no Slurm, writes nothing",
+        help="print plan and batch script; needs no Slurm, writes nothing",
     )
+    given = "with --dry-run: also print the whole configuration"
+    parser.add_argument("--print-config", action="store_true", help=given)
     parser.add_argument(
         "--images",
         type=positive,
@@ -139,7 +141,13 @@ def _submit(options: argparse.Namespace) -> None:
 
     cluster = cluster_of(config.cluster, options)
     data = submit.assumed_indexes(config, options.images) if options.dry_run else None
-    run = submit.prepare(config, cluster, options.after, data)
+    try:
+        run = submit.prepare(config, cluster, options.after, data)
+    except UserError as error:
+        if config.batch.global_ // config.batch.micro % cluster.processes == 0:
+            raise
+        fitting = submit.recipe_that_fits(options.config, cluster.processes)
+        raise UserError(f"{error}{fitting}") from error
     found = speed.speed_of(
         run.config,
         cluster,
@@ -148,7 +156,7 @@ def _submit(options: argparse.Namespace) -> None:
         benchmark=options.benchmark,
     )
     if options.dry_run:
-        print(submit.dry_run(run, found, options.after))
+        print(submit.dry_run(run, found, options.after, with_config=options.print_config))
         return
     after = [needed for name in options.after for needed in status.find(name)]
     submit.refuse_if_finished(run)

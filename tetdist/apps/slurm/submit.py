@@ -23,6 +23,7 @@ from tetdist.apps.slurm.plan import Plan
 from tetdist.apps.slurm.speed import Speed
 from tetdist.config import fields, identity, loading
 from tetdist.config.schema import RunConfig
+from tetdist.config.yaml_files import read_yaml
 from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
@@ -89,6 +90,17 @@ def prepare(
     )
     frames = None if train_index.timesteps is None else train_index.frames_shape
     return Prepared(config, cluster, made, frames)
+
+
+def recipe_that_fits(name: str, processes: int) -> str:
+    """Name a recipe that is based on a configuration and has micro-batches for so many processes,
+    as the end of an error; empty if there is none."""
+    for file in sorted(loading.CONFIGS_DIR.glob("*.yaml")):
+        if read_yaml(file).get("base") == f"{Path(name).stem}.yaml":
+            batch = loading.load(file.name).batch
+            if batch.global_ // batch.micro % processes == 0:
+                return f"; for {processes} processes there is the recipe {file.name}"
+    return ""
 
 
 def assumed_indexes(config: RunConfig, images: int | None) -> tuple[Index, Index] | None:
@@ -297,27 +309,22 @@ def summary(submission: Submission, config: RunConfig) -> str:
         f"  stop    {typed('slurm', 'cancel', config.run_dir)}",
         f"  resume  {typed('slurm', 'resume', config.run_dir)}",
     ]
-    uri, id_file = config.tracking_uri, config.run_dir / "mlflow_run_id"
-    if uri is not None:
-        known = id_file.read_text().strip() if id_file.exists() else None
-        lines.insert(2, f"  MLflow  {ui_command(uri, known)}")
+    if config.tracking_uri is not None:
+        lines.insert(2, f"  MLflow  {ui_command(config.tracking_uri, config.run_dir)}")
     return "\n".join(lines)
 
 
-def dry_run(run: Prepared, speed: Speed | str, after: Sequence[str] = ()) -> str:
-    """Return plan, batch script and configuration as text; nothing is written."""
+def dry_run(
+    run: Prepared, speed: Speed | str, after: Sequence[str] = (), *, with_config: bool = False
+) -> str:
+    """Return plan, batch script and, if wanted, configuration as text; nothing is written."""
     folder = history.slurm_folder(run.config.run_dir.absolute()) / "submission-N"
     # Placeholders: the jobs need not exist yet.
     depends_on = [f"JOB_OF_{Path(name).name}" for name in after]
     values = batch.parameters(run.config.name, run.cluster, folder / "code", depends_on)
     config = absolute(run.config).as_dict() | {"cluster": run.cluster.model_dump(mode="json")}
-    return "\n".join(
-        [
-            "# --- plan",
-            plan.describe(run.plan, speed),
-            "\n# --- batch script",
-            batch.text(values, folder),
-            "# --- configuration",
-            yaml.safe_dump(config, sort_keys=False),
-        ]
-    )
+    parts = ["# --- plan", plan.describe(run.plan, speed)]
+    parts += ["\n# --- batch script", batch.text(values, folder)]
+    if with_config:
+        parts += ["# --- configuration", yaml.safe_dump(config, sort_keys=False)]
+    return "\n".join(parts)

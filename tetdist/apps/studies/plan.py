@@ -69,8 +69,8 @@ class StudySection(Section):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Dotted keys of the configuration, for all runs."""
-    test_timesteps: Annotated[tuple[Timesteps, ...], Field(min_length=1)]
-    """Numbers of timesteps at which every run is evaluated."""
+    test_timesteps: Annotated[tuple[Timesteps, ...], Field(min_length=1)] = ()
+    """Numbers of timesteps at which every run is evaluated; default: 1 to the largest trained T."""
     exit_within: Annotated[float, Field(ge=0, le=100)] | None = None
     """Percentage points of top-1 that early exit may lose. Each run's threshold is chosen on the
     training samples that it holds out (data.held_out), then evaluated on the validation split."""
@@ -192,8 +192,8 @@ def find(name: str) -> Path:
     raise UserError(f"there is no study {name!r}; give a file, or one of configs/studies/: {known}")
 
 
-def read(path: Path) -> StudySection:
-    """Read a study file."""
+def read(path: Path, more: Sequence[str] = (), imports: Sequence[str] = ()) -> StudySection:
+    """Read a study file; ``more`` and ``imports`` are those of `runs_of`."""
     study = checked(StudySection, read_yaml(path), str(path))
     if len(set(study.seeds)) < len(study.seeds):
         raise UserError(f"{path}: seeds: {list(study.seeds)} has a duplicate; remove it")
@@ -210,7 +210,14 @@ def read(path: Path) -> StudySection:
                     f"{path}: entries.{name}.{key}: {other!r} is not another entry; choose from "
                     f"{known}"
                 )
-    return study
+    if study.test_timesteps:
+        return study
+    most = 1
+    for entry in study.entries.values():
+        own = joined(as_overrides(study.overrides), as_overrides(entry.overrides), more)
+        config = loading.load(entry.config or study.config, own, imports)
+        most = max(most, config.phases[-1].most_timesteps)
+    return study.model_copy(update={"test_timesteps": tuple(range(1, most + 1))})
 
 
 def import_flags(files: Sequence[str]) -> list[str]:

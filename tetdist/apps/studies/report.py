@@ -22,7 +22,7 @@ from tetdist.tracking.metrics_file import strict
 from tetdist.wording import are, counted
 
 HEAD = ["", "T", "n", "top-1, %", "image-timesteps, millions", "training, s", "minus"]
-HEAD += ["points [95 % CI]", "minimum detectable effect", "p", "p, Holm", "result"]
+HEAD += ["points [95 % CI]", "minimum detectable effect", "p", "p, Holm", "result in this study"]
 
 
 def write(numbers: Numbers, file: Path) -> None:
@@ -83,9 +83,9 @@ def results(numbers: Numbers) -> str:
         text += (
             " Differences are between runs with the same seed, with the 95 % interval and p of the "
             f"paired t-test. Holm's method corrects p for the {counted(len(found), 'comparison')} "
-            "of this table and decides the result. The minimum detectable effect is the true "
-            "difference that so many seeds with this spread would show as significant with a "
-            "probability of 80 %, without correction."
+            "of this table and decides the result in this study. The minimum detectable effect is "
+            "the true difference that so many seeds with this spread would show as significant "
+            "with a probability of 80 %, without correction."
         )
     return text
 
