@@ -1,7 +1,6 @@
 """Contradictions between keys of several sections; sections check their own keys.
 
-Networks, losses and optimisers are imported in the functions, because other keys are checked before
-they are imported; see `loading.parse`.
+What registers names is imported in the functions: `loading.parse` checks other keys before that.
 """
 
 import re

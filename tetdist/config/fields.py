@@ -5,19 +5,12 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from tetdist.config.flags import MOST_PIXELS, MOST_TIMESTEPS
 
 MOST_PROFILED = 100  # steps
-KEYS_ALONE = "keys alone"  # context of the validation that needs no network
+KEYS_ALONE = "keys alone"  # context of a validation without networks, whose import takes seconds
 TIMM = "timm:"  # before the name of one of timm's networks, where a path could stand
 
 
@@ -76,11 +69,6 @@ class OneOf:
     """Marks a text as a registered name; --explain lists the names."""
 
     names: Callable[[], Iterable[str]]
-
-
-def is_of_keys_alone(info: ValidationInfo) -> bool:
-    """Return whether keys are validated without networks, whose import takes seconds."""
-    return info.context == KEYS_ALONE
 
 
 class Section(BaseModel):

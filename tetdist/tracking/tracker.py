@@ -61,7 +61,7 @@ class Tracker:
     def begin(self) -> None:
         """Start the trackers: after the first step, which their imports would slow down."""
         for thread in self._threads:
-            thread.begin()
+            thread.begun.set()
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line, without waiting for trackers.

@@ -116,13 +116,13 @@ class TrackerThread:
         self.sent = self._offset  # the furthest position so far
         self.trouble = ""
         self._is_complete = False
-        self._begun, self._closing = threading.Event(), threading.Event()
+        self.begun, self._closing = threading.Event(), threading.Event()
         self._status: Status = "RUNNING"
         self._thread = threading.Thread(target=self._run_loop, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
     def _run_loop(self) -> None:
-        self._begun.wait()
+        self.begun.wait()  # the tracker may import a large package, such as MLflow
         failures = 0
         while True:
             # Read before sending, so that lines logged before close() are sent before closing.
@@ -176,10 +176,6 @@ class TrackerThread:
                     stream.write(json.dumps({"bytes": self._offset}).encode())
         return self._tracker
 
-    def begin(self) -> None:
-        """Let the thread connect, which may import a large package such as MLflow."""
-        self._begun.set()
-
     def close(self, status: Status, timeout: float) -> bool:
         """Send the remaining lines to the tracker, and close it.
 
@@ -188,7 +184,7 @@ class TrackerThread:
         """
         self._status = status
         self._closing.set()
-        self.begin()
+        self.begun.set()
         self._thread.join(timeout)
         if not self._is_complete:
             data = self._file.read_bytes()

@@ -13,7 +13,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, ValidationInfo
 
 from tetdist import plugins
 from tetdist.config import names
-from tetdist.config.fields import OneOf, Section, is_of_keys_alone
+from tetdist.config.fields import KEYS_ALONE, OneOf, Section
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig
 
@@ -56,7 +56,7 @@ def _neuron(value: Any, info: ValidationInfo) -> NeuronConfig:
     kind = value.get("kind", "lif") if isinstance(value, dict) else "lif"
     if kind not in NEURONS:
         raise ValueError(f"kind: {NEURONS.none_of(str(kind))}")
-    if is_of_keys_alone(info) and isinstance(value, dict):
+    if info.context == KEYS_ALONE and isinstance(value, dict):
         # The network sets the default kind, and values of keys that are not given.
         of_any = {key for one in NEURONS for key in neuron_section(one).model_fields}
         value = {key: number for key, number in value.items() if key not in of_any}
@@ -117,7 +117,7 @@ class ModelSection(Section):
         neuron = values.get("neuron", {})
         if not isinstance(neuron, dict):
             return values
-        if is_of_keys_alone(info):
+        if info.context == KEYS_ALONE:
             return values | {"neuron": neuron}
         return values | {"neuron": neurons.completed(neuron, network_neuron(values))}
 
@@ -129,7 +129,7 @@ class ModelSection(Section):
                 f"name: {self.name!r} is not a spiking model; {_meant(self.name, known)} (for your "
                 "own, add its file: imports: [FILE.py], or --import FILE.py)"
             )
-        if is_of_keys_alone(info):
+        if info.context == KEYS_ALONE:
             return self
         from tetdist import models
 

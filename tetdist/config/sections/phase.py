@@ -7,14 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationInfo, model_validator
 
 from tetdist.config import names
-from tetdist.config.fields import (
-    Epochs,
-    OneOf,
-    OpenFraction,
-    Section,
-    Timesteps,
-    is_of_keys_alone,
-)
+from tetdist.config.fields import KEYS_ALONE, Epochs, OneOf, OpenFraction, Section, Timesteps
 from tetdist.config.flags import MOST_TIMESTEPS
 from tetdist.config.sections.loss import LossSection
 
@@ -49,7 +42,7 @@ class OptimizerSection(Section):
 
     @model_validator(mode="after")
     def _refuse_contradictions(self, info: ValidationInfo) -> Self:
-        if is_of_keys_alone(info):
+        if info.context == KEYS_ALONE:
             return self
         from tetdist.optimizers import kind_of  # imports torch and timm
 
