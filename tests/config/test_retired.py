@@ -52,3 +52,8 @@ def test_a_run_with_a_value_that_is_gone_does_not_continue(main, tiny_config, tm
         outcome = main(file)
         assert outcome.status == status
     assert f"{written}: clip_mode='agc' is gone; remove it: " in outcome.text
+
+
+def test_an_override_of_a_key_that_is_gone_is_named():
+    with pytest.raises(UserError, match=r"^clip_mode=agc is gone; remove it"):
+        load("quickstart", ["clip_mode=agc"])

@@ -412,7 +412,7 @@ OWN_TEACHER = {"teacher": "sdt", "overrides": TIMM}
     ("changes", "words"),
     [
         ({"sedes": [0]}, ("unknown key 'sedes'", "'seeds'")),
-        ({"search": {"eta": 3}}, ("unknown key 'search'",)),
+        ({"search": {"eta": 3}}, ("search is gone; search with the Optuna script",)),
         ({"title": ...}, ("'title' is missing",)),
         ({"seeds": [1, 1]}, ("seeds: [1, 1] has a duplicate",)),
         ({"seeds": [-1]}, ("study.yaml: 'seeds.0': must be 0 or more, not -1\n",)),

@@ -127,7 +127,7 @@ def parse(
         UserError: It is not valid, or contradicts itself.
     """
     raw = _with_present_names(raw, warn)
-    raw = without_retired(raw, source, is_trained=is_trained)
+    raw = without_retired(raw, source, is_trained=is_trained, overrides=overrides)
     # Mistakes that need no network are said first: importing the networks takes seconds.
     draft = checked(RunConfig, raw, source, overrides, origins, keys_alone=True)
     if check_data is not None:

@@ -2,9 +2,10 @@
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from tetdist.config.overrides import key_of
 from tetdist.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -51,13 +52,16 @@ RETIRED_VALUES: dict[str, tuple[tuple[Any, ...], Retired]] = {
 }
 
 
-def without_retired(raw: dict[str, Any], source: str, *, is_trained: bool) -> dict[str, Any]:
+def without_retired(
+    raw: dict[str, Any], source: str, *, is_trained: bool, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return a configuration without keys that are gone.
 
     Args:
         source: File of the configuration, as errors name it.
         is_trained: The network is only used, not trained; any value of a key that is gone is then
             dropped, because these keys concern training alone.
+        overrides: Overrides that were applied; errors name one in place of ``source``.
 
     Raises:
         UserError: A key that is gone has another value than its default.
@@ -67,7 +71,9 @@ def without_retired(raw: dict[str, Any], source: str, *, is_trained: bool) -> di
         for place, parent, name in _found(raw, key.split(".")):
             value = parent.pop(name)
             if value != retired.default and not is_trained:
-                raise UserError(f"{source}: {place}={value!r} is gone; {retired.instead}")
+                given = [one for one in overrides if key_of(one) == place]
+                what = given[-1] if given else f"{source}: {place}={value!r}"
+                raise UserError(f"{what} is gone; {retired.instead}")
             dropped.append(place)
     for key, (gone, retired) in RETIRED_VALUES.items():
         for place, parent, name in _found(raw, key.split(".")):
