@@ -121,13 +121,14 @@ class Layer(Part):
             if self.shortcut != "none":
                 shortcut = empty(*all_steps)
             if self.shortcut == "normalized":
+                assert shortcut is not None
                 of_shortcut = kernels.normalization(norm, shortcut, norm.weight, norm.bias)
             inputs = Inputs(x, shortcut, affine, of_shortcut, start, self.learned())
             kernels.spikes(inputs, empty(*all_steps) if self.identity else None)
             grads = (empty(*all_steps), start)
             sums, _ = kernels.sums(inputs, *grads)
-            own, others = (sums.grad, sums.grad_xhat), (sums.grad, sums.grad_shortcut_hat)
-            of_other = None if others[1] is None else others
+            own, other_hat = (sums.grad, sums.grad_xhat), sums.grad_shortcut_hat
+            of_other = None if other_hat is None else (sums.grad, other_hat)
             kernels.gradients(inputs, *grads, None, own, of_other, needs_x=True)
         return launches
 
