@@ -204,6 +204,15 @@ def test_a_damaged_index_is_noticed(image_root, tmp_path, spoil):
         ix.load_index(file)
 
 
+@pytest.mark.parametrize("label", [-1, 3, 30_000_000, 2**40])
+def test_a_label_without_a_class_is_damage(image_root, tmp_path, label):
+    file, index = tmp_path / "train.npz", build(image_root())[0]
+    labels = np.append(index.labels[:-1].astype(np.int64), label)
+    ix.save_index(dataclasses.replace(index, labels=labels), file)
+    with pytest.raises(UserError, match=r"damaged \(a label is outside 0 to 2\)"):
+        ix.load_index(file)
+
+
 def test_an_index_of_another_format_is_not_guessed_at(image_root, tmp_path):
     file = saved(image_root, tmp_path)
     with np.load(file) as archive:

@@ -37,6 +37,19 @@ def test_alone_in_spite_of_a_stray_variable(name, monkeypatch):
         assert world.run_on_all(lambda: 3) == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", "0"), ("WORLD_SIZE", "-1"), ("RANK", "1"), ("RANK", "x"), ("LOCAL_RANK", "-1")]
+    + [("MASTER_PORT", text) for text in ("abc", "99999", "0", "9" * 5000)],
+)
+def test_numbers_of_the_launcher_are_checked(name, value, monkeypatch):
+    known = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "x", "MASTER_PORT": 29500}
+    for key, text in (known | {name: value}).items():
+        monkeypatch.setenv(key, str(text))
+    with pytest.raises(UserError, match=rf"{name}={value[:40]} .* must be a whole number from"):
+        join("cpu")
+
+
 def test_two_processes(farm, tmp_path):
     """Sums, broadcast, failing together and stopping together, in one start of two processes."""
     code = """

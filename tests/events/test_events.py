@@ -154,7 +154,7 @@ def test_late_frames_are_counted_and_ctrl_c_ends_with_a_summary(
         (["other.npz"], f"other.npz: its sensor is 99x99, not {DEFAULT_SENSOR} as expected"),
         (["other.npz"], f"trained for a {DEFAULT_SENSOR} sensor, so replay a recording of one, or"),
         (["other.dat"], f"is outside the {DEFAULT_SENSOR} sensor, as are "),
-        (["torn.npz"], "torn.npz: it is not an NPZ file, or damaged"),
+        (["torn.npz"], "torn.npz: it is truncated or damaged, or not a .npz file"),
         (["no.bin"], "no.bin: it is truncated: the record at its end is incomplete (3 bytes)"),
         (["none.bin"], "none.bin: it cannot be read (No such file or directory)"),
         (["back.bin"], "back.bin: timestamps decrease at event 890 (from "),
@@ -199,6 +199,10 @@ def test_a_gif_has_an_image_of_each_windows_events(command, tmp_path):
         assert np.asarray(gif.convert("L"))[30:160, 394:].min() > 240
 
 
+HEADER = {"timesteps": 2, "size": None, "bins": "20ms", "values": "count", "resize": "area"}
+HEADER |= {"dtype": "uint8", "sensor": "34x34"}
+
+
 def test_replay_needs_windows_of_a_fixed_size(tmp_path, capfd):
     trained = tmp_path / "model.safetensors"
     config = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d", "data.kind": "events"})
@@ -207,6 +211,14 @@ def test_replay_needs_windows_of_a_fixed_size(tmp_path, capfd):
     for binning, expected in (
         (None, "was trained on images, or on recordings whose binning it does not know; train on"),
         ({"bins": "count"}, "parts of a whole recording, which a stream cannot know; bin by wind"),
+        ({}, "binning of its recordings is damaged: timesteps cannot be read"),
+        (HEADER | {"bins": 3}, "damaged: bins cannot be read"),
+        (HEADER | {"size": "-1x5"}, "damaged: size cannot be read"),
+        (HEADER | {"size": "100000x100000"}, "damaged: size cannot be read"),
+        (HEADER | {"sensor": "1000000x1000000"}, "damaged: sensor cannot be read"),
+        (HEADER | {"dtype": "foo"}, "damaged: dtype cannot be read"),
+        (HEADER | {"timesteps": 10_001}, "damaged: timesteps cannot be read"),
+        (HEADER, "it.npz: it cannot be read"),
     ):
         values = {"config": config, "classes": ["a", "b"], "timesteps": 2, "step": 0}
         description = checkpoint.Description(**values, binning=binning)

@@ -193,6 +193,16 @@ def time_high_goes_back():
     return b"% evt 3.0\n% geometry 64x48\n% end\n" + words.tobytes()
 
 
+def far_packet():
+    """An event whose packet counts an overflow that there never was."""
+    one = Made(*(values[:1] for values in MADE))
+    first, (header, _, rest) = (
+        cameras.aedat31(one),
+        cameras.aedat31(one, overflow=2**31 - 1).partition(b"#!END-HEADER\r\n"),
+    )
+    return first + rest if header else b""
+
+
 WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
 
 
@@ -259,8 +269,20 @@ WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
         ("1.npz", npz(**changed("x", MADE.x[1:])._asdict()), r"x has the shape \(299,\)"),
         ("1.npz", npz(**MADE._asdict()), "does not store the sensor's size"),
         ("1.npz", npz(**dict.fromkeys("xytp", np.zeros(99, int)), width=3, height=3), "99 times"),
-        ("1.npz", npz(**MADE._asdict())[:-30], "not an NPZ file, or damaged"),
-        ("1.npz", npz(**changed("x", np.array([None] * 300))._asdict()), "not an NPZ file, or dam"),
+        ("1.npz", npz(**MADE._asdict())[:-30], "damaged, or not a .npz file"),
+        ("1.npz", npz(**changed("x", np.array([None] * 300))._asdict()), "damaged, or not a .npz"),
+        ("1.npz", npz(**MADE._asdict(), width="abc", height=34), "a width of array.* 1 to 8192"),
+        ("1.npz", npz(**MADE._asdict(), width=np.nan, height=34), "a width of .*nan"),
+        ("1.npz", npz(**MADE._asdict(), width=[34, 34], height=34), "a width of array"),
+        ("1.npz", npz(**MADE._asdict(), width=34, height=10**6), "a height of array.1000000"),
+        (
+            "1.npz",
+            npz(**changed("t", [*MADE.t[:-1], 2**62])._asdict(), width=34, height=34),
+            "event 299 comes more than",
+        ),
+        ("1.aedat", far_packet(), "event 1 comes more than an hour after .*to 4611686"),
+        ("1.raw", b"% evt 2.0\n% geometry " + b"9" * 5000 + b"x4\n% end\n", "a width of '999"),
+        ("1.raw", b"% evt 2.0\n% " + b"x" * 2**21 + b"\n% end\n" + bytes(8), "store the sensor"),
         ("1.txt", b"hello", "its suffix is not one of"),
     ],
 )
@@ -307,10 +329,16 @@ def test_bad_aedat4_is_refused_with_the_reason(tmp_path, spoil, words):
 
 def test_bad_hdf5_is_refused_with_the_reason(tmp_path):
     data = hdf5(**MADE._asdict())
-    with pytest.raises(BadRecording, match="not an HDF5 file, or damaged"):
+    with pytest.raises(BadRecording, match=r"damaged, or not a \.h5 file"):
         read(tmp_path, "1.h5", data[: len(data) // 2], Sensor(34, 34))
     with pytest.raises(BadRecording, match="no array 'p'"):
         read(tmp_path, "1.h5", hdf5(x=MADE.x, y=MADE.y, t=MADE.t))
+    for width in ("abc", h5py.Empty("f"), np.float64("nan"), -1, np.array([3, 4]), b""):
+        data = hdf5("", {"width": width, "height": 34}, **MADE._asdict())
+        with pytest.raises(BadRecording, match="its header states a width of"):
+            read(tmp_path, "1.h5", data)
+    data = hdf5("", {"width": b"34", "height": np.array([34])}, **MADE._asdict())
+    check(read(tmp_path, "1.h5", data), MADE, (34, 34))
 
 
 def test_hdf5_that_points_to_another_file_is_refused(tmp_path):

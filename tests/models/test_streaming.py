@@ -1,5 +1,7 @@
 """Streaming: one timestep at a time is the whole pass, for every family and kind of neuron."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import timm
 import torch
@@ -149,12 +151,76 @@ def test_a_state_continues_in_another_stream():
     second.keep(torch.ones(6, dtype=torch.bool))
     assert torch.equal(second.step(x[:, 2]), first.step(x[:, 2]))
     assert second.timesteps == 3
-    for name, classes in (("spiking_convnet", 10), ("spiking_convnet_dvs", 3)):
-        other = timm.create_model(name, num_classes=classes).stream()
-        with pytest.raises(UserError, match="of another network, with other neurons or classes"):
-            other.load_state_dict(first.state_dict())
-        with pytest.raises(UserError, match=r"not one that a stream's state_dict\(\) returned"):
-            other.load_state_dict({})
+    fresh = model.stream()
+    fresh.load_state_dict(model.stream().state_dict())
+    assert torch.equal(fresh.step(x[:, 0]), model.stream().step(x[:, 0]))
+    kept, expected = first.state_dict(), first.step(x[:, 2])
+    for name, arguments, words in (
+        ("spiking_convnet", {}, "has .* neurons|34x34|channels"),
+        (
+            "spiking_convnet_dvs",
+            {"num_classes": 3},
+            r"sum is Tensor \(6, 10\) .*, not Tensor \(6, 3\)",
+        ),
+        ("spiking_convnet_dvs", {"channels": (64, 128, 128, 128)}, "is .*, not"),
+        ("spiking_convnet_dvs", {}, "float64 on cpu, not"),  # in float32
+    ):
+        other = timm.create_model(name, **arguments).eval()
+        other = other if words.startswith("float64") else other.double()
+        with pytest.raises(UserError, match=f"of another network.*({words})"):
+            other.stream().load_state_dict(kept)
+    layer, membrane = next(iter(kept["membranes"].items()))
+    stream = model.stream()
+    stream.load_state_dict(kept)
+    for change, words in (
+        (None, r"not one that a stream's state_dict\(\) returned"),
+        ({}, "not one that"),
+        (kept | {"timesteps": -1}, "timesteps=-1"),
+        (kept | {"timesteps": 1.5}, "timesteps=1.5"),
+        (kept | {"shape": (2, 34, -1)}, "of another network"),
+        (kept | {"sum": None}, "which its sum contradicts"),
+        (kept | {"sum": kept["sum"][0]}, "sum is"),
+        (kept | {"membranes": {}}, "of another network"),
+        (kept | {"membranes": kept["membranes"] | {layer: membrane[:-1]}}, f"{layer} is"),
+        (kept | {"membranes": kept["membranes"] | {layer: [1]}}, f"{layer} is list"),
+    ):
+        with pytest.raises(UserError, match=words):
+            stream.load_state_dict(change)
+    assert torch.equal(stream.step(x[:, 2]), expected)
+
+
+@pytest.mark.parametrize("name", ["spiking_convnet", "sew_resnet18"])
+def test_streams_of_one_model_run_in_many_threads(name):
+    model, x = make(name, {})
+    expected, wrong = whole(model, x), []
+
+    def run(k):
+        stream = model.stream()
+        for t in (*range(T), *range(T)):
+            if t == 0:
+                stream.reset()
+            output = stream.step(x[k : k + 1] if t == 0 else None)
+            if not torch.allclose(output[0], expected[t, k], rtol=0, atol=1e-12):
+                wrong.append((k, t))
+        return stream.timesteps
+
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(run, [k % 6 for k in range(48)])) == [T] * 48
+    assert not wrong
+
+
+@pytest.mark.parametrize("execution", ["fused", "reference"])
+def test_kernels_take_no_tensor_of_another_size(execution):
+    layer, current = NormNeuron(8, neurons.LIF()).eval(), torch.rand(T, 4, 8, 5, 5)
+    layer.execution = execution
+    wrong = [torch.zeros(2, 8, 5, 5)], {"shortcut": current[:, :2]}, {"identity": current[:, :2]}
+    for given in wrong:
+        arguments, starts = (given, None) if isinstance(given, dict) else ({}, given)
+        with (
+            carrying_membranes([layer], starts),
+            pytest.raises((ValueError, RuntimeError), match=r"instead of|must match"),
+        ):
+            layer(current, T, **arguments)
 
 
 def test_a_frame_of_another_size_leaves_a_continued_stream_as_it_was():
@@ -205,8 +271,13 @@ def test_misuse_is_one_sentence():
         (None, r"there is none; call step\(x\)"),
         (torch.cat([x, x], 1), "the network takes frames of 3 channels, not of 6"),
         (x[..., :-1], "the model is built for 28x28 pixels, but the input has 28x27"),
-        (x[None], r"a frame must be one timestep \(B, C, H, W\) of floating-point numbers, not"),
-        (x.to(torch.uint8), r"not \(6, 3, 28, 28\) of torch.uint8"),
+        (x[None], r"a frame must be a tensor of one timestep \(B, C, H, W\) of floating-point"),
+        (x.numpy(), "numbers, not ndarray"),
+        (x.float(), r"takes frames of torch.float64; call x.to\(torch.float64\)"),
+        (x.half(), "takes frames of torch.float64"),
+        (x.bfloat16(), "takes frames of torch.float64"),
+        (x.index_fill(2, torch.tensor(3), float("nan")), "holds NaN or infinity"),
+        (x.to(torch.uint8), r"not Tensor \(6, 3, 28, 28\) of torch.uint8"),
     ):
         with pytest.raises(UserError, match=words):
             stream.step(wrong)
@@ -221,6 +292,8 @@ def test_misuse_is_one_sentence():
         of_events(frames[..., :-1])
     with pytest.raises(UserError, match=r"a bool mask \(6,\)"):
         stream.keep(torch.ones(5, dtype=torch.bool))
+    with pytest.raises(UserError, match=r"a bool mask \(6,\).*not list"):
+        stream.keep([True] * 6)
     model.train()
     with pytest.raises(UserError, match=r"call model\.eval"):
         stream.step()

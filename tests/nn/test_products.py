@@ -10,7 +10,7 @@ from tetdist.models.attention import HALVING_NEURON
 from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF
-from tetdist.nn.norm_neuron import Neuron
+from tetdist.nn.norm_neuron import Neuron, carrying_membranes
 from tetdist.nn.packed import carried, carry, pack
 from tetdist.nn.products import HeadSum, LinearAttention, PositionSum, masked
 
@@ -171,19 +171,19 @@ def test_triton_computes_attention_and_its_neurons(name, dtype, monkeypatch):
     start = weight[0].contiguous(memory_format=torch.channels_last)
 
     def results(dtype, inputs):
-        layer.membrane = None
-        layer.carries = carries
         leaves = dict(zip("qkv", inputs, strict=True))
         if carries:
             wide = torch.promote_types(dtype, torch.float32)
-            layer.membrane = leaves["start"] = start.to(wide).requires_grad_()
+            leaves["start"] = start.to(wide).requires_grad_()
+        carrying = [leaves["start"]] if carries else None
         leaves |= {f"learned {key}": value for key, value in layer.named_parameters()}
-        y = attention.fired(*inputs, layer)
-        found = {"spikes": y}
+        with carrying_membranes([layer] if carries else [], carrying) as ends:
+            y = attention.fired(*inputs, layer)
+            ended = ends()
+        found = {"spikes": y} | dict(zip(["end"], ended, strict=False))
         total = (y * weight.to(dtype)).sum(dtype=torch.float64)
-        if layer.membrane is not None:
-            found["end"] = layer.membrane
-            total = total + (layer.membrane * weight[0]).sum()
+        for end in ended:
+            total = total + (end * weight[0]).sum()
         gradients = torch.autograd.grad(total, list(leaves.values()))
         return found | dict(zip(leaves, gradients, strict=True))
 
@@ -192,8 +192,8 @@ def test_triton_computes_attention_and_its_neurons(name, dtype, monkeypatch):
         found = results(dtype, inputs)
         packed = carried(found["spikes"])
         assert torch.equal(packed.unpack(dtype), found["spikes"])
-        with torch.no_grad():
-            layer.membrane = start if carries else None
+        carriers, starts = ([layer], [start]) if carries else ([], None)
+        with torch.no_grad(), carrying_membranes(carriers, starts):
             numbers = attention.fired(*(x.detach().contiguous() for x in inputs), layer)
     assert torch.equal(numbers, found["spikes"])
     assert carried(numbers) is None

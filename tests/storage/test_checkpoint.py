@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tetdist.errors import UserError
-from tetdist.storage import checkpoint
+from tetdist.storage import checkpoint, foreign_files
 from tetdist.storage.checkpoint import Description
 
 
@@ -354,3 +354,36 @@ def test_model_file_errors(tmp_path):
     for data in (b"\xff\xfe", b"..\n", b"step-x", b""):
         last.write_bytes(data)
         assert f"{last} is damaged: " in problem(tmp_path / "run")
+
+
+def test_what_torch_cannot_read_is_one_sentence(tmp_path):
+    path = save(tmp_path, 1)
+    for data in (b"", b"hello", b"PK\x03\x04"):
+        (path / "optimizer.pt").write_bytes(data)
+        with pytest.raises(UserError, match=r"step-00000001 cannot be read \(.*; remove it to"):
+            checkpoint.read(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "words"),
+    [
+        ("0.weight", lambda x: x.fill_(float("nan")), r"NaN or infinity \(in 0.weight\)"),
+        ("2.bias", lambda x: x.fill_(float("inf")), r"NaN or infinity \(in 2.bias\)"),
+        ("1.running_var", lambda x: x.neg(), r"a negative variance \(in 1.running_var\)"),
+        *[
+            ("1.running_mean", lambda x, kind=kind: x.to(kind), r"floating-point .*1.running_mean")
+            for kind in (torch.int8, torch.bool, torch.complex64)
+        ],
+    ],
+)
+def test_weights_that_are_no_weights_are_named(key, change, words, tmp_path):
+    model = network()
+    state = model.state_dict()
+    before = {name: value.clone() for name, value in state.items()}
+    wrong = before | {key: change(before[key].clone())}
+    with pytest.raises(UserError, match=f"file.pt holds .*{words}"):
+        checkpoint.load_weights(model, wrong, Path("file.pt"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.save(wrong, tmp_path / "file.pt")
+    with pytest.raises(UserError, match=rf"file.pt holds .*({words}|complex.*{key})"):
+        foreign_files.read(tmp_path / "file.pt")

@@ -242,6 +242,16 @@ def test_optimizer_state_moves_between_engines(make, source, target, optimizer, 
     torch.testing.assert_close(vector(model), vector(straight), rtol=1e-4, atol=1e-5)
 
 
+def test_a_state_of_other_shapes_is_refused(world):
+    eng, _ = made(TORCH, network(), world, {"phases.0.optimizer": OPTIMIZERS["adam"]})
+    state = eng.optimizer_state()
+    wrong = {key: torch.zeros(1) for key in ("step", "exp_avg", "exp_avg_sq")}
+    state["state"] = {0: wrong}
+    with pytest.raises(ValueError, match=r"exp_avg is \(1,\), not"):
+        eng.load_optimizer_state(state)
+    eng.close()
+
+
 @pytest.mark.parametrize("engine", [TORCH, DEEPSPEED])
 def test_loss_scale_cancels_out(engine, world):
     """The scale is a power of two: bitwise equal if gradients neither overflow nor vanish."""

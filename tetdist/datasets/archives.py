@@ -18,6 +18,7 @@ from tetdist.storage.files import parse_json
 from tetdist.wording import counted
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+MOST_CLASSES = 1_000_000  # A label above fills the memory with names of classes.
 WORDNET_ID = re.compile(r"n\d{8}")
 
 _DEVKIT = "ILSVRC2012_devkit_t12"
@@ -158,8 +159,8 @@ def _label(file: Path, parts: Mapping[str, Member]) -> int | str:
     text = texts[0]
     if len({str(other) for other in texts}) > 1:
         return f"its labels differ: {', '.join(map(repr, texts))}"
-    if isinstance(text, bool) or not re.fullmatch(r"\d{1,9}", str(text), re.ASCII):
-        return f"the label {text!r} is not a whole number from 0 on"
+    if isinstance(text, bool) or not re.fullmatch(r"0*\d{1,6}", str(text), re.ASCII):
+        return f"the label {text!r} is not a whole number from 0 to {MOST_CLASSES - 1:,}"
     return int(str(text))
 
 

@@ -207,13 +207,16 @@ def load_index(file: str | Path) -> Index:
                 )
             values: dict[str, Any] = {name: meta[name] for name in _META}
             values |= {name: _read_array(archive, name) for name in _ARRAYS}
+        index = Index(**values | {name: tuple(values[name]) for name in _NAMES})
+        if ((index.labels < 0) | (index.labels >= len(index.classes))).any():
+            raise ValueError(f"a label is outside 0 to {len(index.classes) - 1}")
     except UserError:
         raise
     except _DAMAGE as error:
         raise UserError(
             f"the index {file} is damaged ({error}): build it again with `{command}`"
         ) from error
-    return Index(**values | {name: tuple(values[name]) for name in _NAMES})
+    return index
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> Any:

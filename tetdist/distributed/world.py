@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ def join(
         PeerFailed: Not all processes have joined.
     """
     if dist.is_initialized():  # by another library, which knows the launcher
-        this_device = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        this_device = choose_device(device, _number("LOCAL_RANK", 0, 2**20))
         control = dist.new_group(backend="gloo")
         return World(dist.get_rank(), dist.get_world_size(), this_device, control)
     present = [name for name in _VARIABLES if name in os.environ]
@@ -174,9 +175,9 @@ def join(
         _refuse_to_be_alone_under_srun()
         rank, world_size, local_rank = 0, 1, 0
     elif len(present) == len(_VARIABLES):
-        rank, world_size, local_rank = (
-            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        )
+        world_size = _number("WORLD_SIZE", 1, 2**20)
+        rank, local_rank = (_number(name, 0, world_size - 1) for name in ("RANK", "LOCAL_RANK"))
+        _number("MASTER_PORT", 1, 65_535)
     else:
         absent = [name for name in _VARIABLES if name not in os.environ]
         raise UserError(
@@ -209,6 +210,17 @@ def join(
         if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(cores)
     return world
+
+
+def _number(name: str, least: int, most: int) -> int:
+    """Return a number of the launcher's environment; 0 if it is not set."""
+    text = os.environ.get(name, "0")
+    if not re.fullmatch(r"\d{1,7}", text, re.ASCII) or not least <= int(text) <= most:
+        raise UserError(
+            f"{name}={text[:40]} in the environment must be a whole number from {least} to {most}; "
+            "use a launcher (deepspeed, torchrun), or unset its variables to run alone"
+        )
+    return int(text)
 
 
 def cores_of(world: World) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Streaming: run a network one timestep at a time, with membranes carried from step to step."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tetdist.errors import UserError
 from tetdist.nn import neurons
 from tetdist.nn.norm_neuron import NeuronLayer, carrying_membranes
+from tetdist.nn.packed import reused
 from tetdist.wording import counted
 
 
@@ -64,7 +65,8 @@ def run_step(
 class Stream:
     """A network that takes one timestep after another; `SpikingNetwork.stream` makes it.
 
-    The weights are the model's. Several streams of one model do not disturb each other.
+    The weights are the model's, and a stream changes nothing of it: several threads may each run
+    streams of one model.
 
     Attributes:
         timesteps: Steps since the start or the last `reset`.
@@ -103,14 +105,18 @@ class Stream:
 
         Raises:
             UserError: The frame is not (B, C, H, W) or does not suit the network or the last one,
-                the first frame is None, or the model is in training mode.
+                is not finite, the first one is None, or the model is in training mode.
         """
         given = self._checked(x).contiguous(memory_format=torch.channels_last)
-        with self._remembering(repeated=x is None):
+        reused.layer, reused.last = self._first, self._convolved if x is None else None
+        try:
             frame = self.model.frame(given, self.timesteps)
             logits, membranes = run_step(
                 self.model, frame, list(self._layers.values()), self._membranes
             )
+            self._convolved = reused.last
+        finally:
+            reused.layer = reused.last = None
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # In float64, as evaluate.running_means.
         self._sum = wide.double() if self._sum is None else self._sum + wide.double()
@@ -125,10 +131,10 @@ class Stream:
             if self._input is None:
                 raise UserError("step() repeats the last frame, but there is none; call step(x)")
             return self._input
-        if x.ndim != 4 or not x.is_floating_point():
+        if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
             raise UserError(
-                "a frame must be one timestep (B, C, H, W) of floating-point numbers, not "
-                f"{tuple(x.shape)} of {x.dtype}"
+                "a frame must be a tensor of one timestep (B, C, H, W) of floating-point numbers, "
+                f"not {_described(x)}"
             )
         held = None if self._sum is None else (len(self._sum), *self._shape)
         if held not in (None, x.shape):
@@ -137,35 +143,17 @@ class Stream:
                 "other samples or another size, or keep(mask) to drop some of the samples"
             )
         self.model.check_size(x)
+        if (first := self._first) is not None:
+            if x.shape[1] != first.in_channels:
+                wanted = counted(first.in_channels, "channel")
+                raise UserError(f"the network takes frames of {wanted}, not of {x.shape[1]}")
+            dtype = first.weight.dtype
+            if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+                raise UserError(f"the network takes frames of {dtype}; call x.to({dtype})")
+        # The sum is fast, but may overflow.
+        if not math.isfinite(x.sum().item()) and not x.isfinite().all():
+            raise UserError("a frame holds NaN or infinity; give finite numbers")
         return x
-
-    @contextlib.contextmanager
-    def _remembering(self, *, repeated: bool) -> Iterator[None]:
-        """Make the first convolution reuse its output for the same input."""
-        layer = self._first
-        if layer is None:
-            yield
-            return
-        convolve: Callable[[Tensor], Tensor] = layer.forward
-        last = self._convolved if repeated else None
-
-        def forward(x: Tensor) -> Tensor:
-            if x.shape[-3] != layer.in_channels:
-                wanted = counted(layer.in_channels, "channel")
-                raise UserError(f"the network takes frames of {wanted}, not of {x.shape[-3]}")
-            if last is None or x.data_ptr() != last[0].data_ptr():
-                self._convolved = (x, convolve(x))
-            assert self._convolved is not None
-            return self._convolved[1]
-
-        vars(layer)["forward"] = forward  # For this step; a tenth of an assignment's time.
-        try:
-            yield
-        except BaseException:
-            self._convolved = None  # It may be of a frame that was not taken.
-            raise
-        finally:
-            del vars(layer)["forward"]
 
     def keep(self, mask: Tensor) -> None:
         """Drop the samples whose ``mask``, (B,), bool, is False; the others stay in their order.
@@ -176,10 +164,10 @@ class Stream:
         if self._sum is None or self._membranes is None:
             raise UserError("the stream has no samples before its first step; call step(x) first")
         samples = len(self._sum)
-        if mask.dtype != torch.bool or mask.shape != (samples,):
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (samples,):
             raise UserError(
                 f"keep needs a bool mask ({samples},), one value per sample of the stream, not "
-                f"{mask.dtype} {tuple(mask.shape)}"
+                f"{_described(mask)}"
             )
         kept = mask.nonzero()[:, 0]
         self._sum = self._sum[kept]
@@ -209,15 +197,42 @@ class Stream:
         Raises:
             UserError: The state is of another network, or is none. The stream stays as it was.
         """
-        if state.keys() != self.state_dict().keys():
+        if not isinstance(state, dict) or state.keys() != self.state_dict().keys():
             raise UserError("the state is not one that a stream's state_dict() returned")
-        membranes, total, classes = state["membranes"], state["sum"], self.model.num_classes
-        others = membranes and list(membranes) != list(self._layers)
-        if others or (total is not None and classes and total.shape[1] != classes):
-            raise UserError("the state is of another network, with other neurons or classes")
+        total, timesteps = state["sum"], state["timesteps"]
+        if total is not None:
+            self._check_state(state["membranes"], total, state["shape"])
+        if type(timesteps) is not int or timesteps < 0 or (timesteps == 0) != (total is None):
+            raise UserError(f"the state has timesteps={timesteps}, which its sum contradicts")
         self.reset()
-        self.timesteps, self._sum, self._shape = state["timesteps"], total, state["shape"]
-        self._membranes = list(membranes.values()) or None
+        if total is not None:
+            self.timesteps, self._sum, self._shape = timesteps, total, tuple(state["shape"])
+            self._membranes = list(state["membranes"].values()) or None
+
+    def _check_state(self, membranes: Any, total: Any, shape: Any) -> None:
+        """Compare a state with that of another stream after a step of one sample."""
+        trial = Stream(self.model)
+        try:
+            like = torch.zeros(()) if self._first is None else self._first.weight
+            trial.step(like.new_zeros(1, *shape))
+            axes = [0, *(layer.neuron.sample_axis for layer in self._layers.values())]
+            known = {"sum": trial._sum} | trial.state_dict()["membranes"]
+            held = {"sum": total} | membranes
+            if list(held) != list(known):
+                raise ValueError("it has other neurons")
+            for axis, (name, one) in zip(axes, known.items(), strict=True):
+                right = _described(
+                    one.expand([-1] * axis + [len(total)] + [-1] * (one.ndim - axis - 1))
+                )
+                if (found := _described(held[name])) != right:
+                    raise ValueError(f"{name} is {found}, not {right}")
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"the state is of another network: {error}") from error
+
+
+def _described(x: object) -> str:
+    of = f" {tuple(x.shape)} of {x.dtype} on {x.device}" if isinstance(x, Tensor) else ""
+    return type(x).__name__ + of
 
 
 def stream_of(model: nn.Module) -> Stream:

@@ -6,7 +6,8 @@ pass over memory forward and one backward.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -126,6 +127,16 @@ class FusedLayer(nn.Module):
                 raise ValueError(f"execution must be 'fused' or 'reference', not {other!r}")
 
 
+class _Carrying(threading.local):
+    """Membranes of the layers that carry them now (None: at rest), separate in each thread."""
+
+    def __init__(self) -> None:
+        self.membranes: dict[nn.Module, Tensor | None] = {}
+
+
+_carrying = _Carrying()
+
+
 class NeuronLayer(FusedLayer):
     """A layer of neurons, whose membranes `carrying_membranes` carries.
 
@@ -138,8 +149,16 @@ class NeuronLayer(FusedLayer):
     def __init__(self, neuron: NeuronConfig) -> None:
         super().__init__()
         self.neuron = neuron
-        self.carries = False
-        self.membrane: Tensor | None = None
+
+    @property
+    def carries(self) -> bool:
+        """True if this thread carries the layer's membranes."""
+        return self in _carrying.membranes
+
+    @property
+    def membrane(self) -> Tensor | None:
+        """The membrane that this thread carries; None: at rest."""
+        return _carrying.membranes.get(self)
 
     def fire(self, current: Tensor, timesteps: int) -> Tensor:
         """Return spikes (T, B, ...) of a current (1 or T, B, ...), in its type and layout."""
@@ -161,7 +180,7 @@ class NeuronLayer(FusedLayer):
         current = current.expand(timesteps, *current.shape[1:])
         spikes, membrane = self.neuron.run(current, self.membrane, **learned)
         if self.carries:
-            self.membrane = membrane
+            _carrying.membranes[self] = membrane
         return spikes
 
     def _fire_fused(
@@ -174,11 +193,11 @@ class NeuronLayer(FusedLayer):
         kept, layout = flat, layouts[-1]
         if attended and all(of_all := [carried(x) for x in tensors]):
             kept = [of.flat(one.values) for of, one in zip(layouts, of_all, strict=True) if one]
-        start = None if self.membrane is None else layout.flat(self._stacked(self.membrane))
+        start = None if (u := self.membrane) is None else layout.flat(self._stacked(u))
         learned = self.for_kernels(current, kernels)
         spikes, packed, end = FusedNeuron.apply(start, kernels, kept, *flat, *learned)
         if self.carries:
-            self.membrane = self._unstacked(layout.shaped(end))
+            _carrying.membranes[self] = self._unstacked(layout.shaped(end))
         spikes = layout.shaped(spikes)
         return self.carrying(spikes, None if packed is None else layout.shaped(packed))
 
@@ -355,14 +374,14 @@ class NormNeuron(NeuronLayer):
     ) -> Tensor:
         norms = Norms(self.norm, None if shortcut is None else shortcut_norm)
         added, joined = (None if one is None else rows_of(one) for one in (shortcut, identity))
-        start = None if self.membrane is None else rows_of(self._stacked(self.membrane))
+        start = None if (u := self.membrane) is None else rows_of(self._stacked(u))
         learned = self.for_kernels(current, kernels)
         rows, packed, end = FusedNormNeuron.apply(
             *(rows_of(current), added, joined, start, norms, kernels),
             *(*norms.parameters(), *learned),
         )
         if self.carries:
-            vars(self)["membrane"] = self._unstacked(image_of(end, current.shape))
+            _carrying.membranes[self] = self._unstacked(image_of(end, current.shape))
         bytes_of = None if packed is None else image_of(packed, current.shape)
         return self.carrying(image_of(rows, current.shape), bytes_of)
 
@@ -449,7 +468,7 @@ def _norm_add(
 def carrying_membranes(
     modules: list[NeuronLayer], membranes: list[Tensor] | None
 ) -> Iterator[Callable[[], list[Tensor]]]:
-    """Make the neurons start from given membranes and keep their last ones in this context.
+    """Make the neurons, in this thread, start from membranes and keep their last ones.
 
     Args:
         modules: Modules, each of which runs once.
@@ -458,12 +477,12 @@ def carrying_membranes(
     Yields:
         Function that returns, after they have run, their membranes after the last reset.
     """
-    # Not by attributes: nn.Module takes microseconds to set one, a tenth of a small network's step.
-    for i, module in enumerate(modules):
-        vars(module).update(carries=True, membrane=membranes[i] if membranes else None)
+    carried = _carrying.membranes
+    starts: Sequence[Tensor | None] = membranes or [None] * len(modules)
+    carried.update(zip(modules, starts, strict=True))
 
     def ends() -> list[Tensor]:
-        found = [module.membrane for module in modules]
+        found = [carried[module] for module in modules]
         assert all(end is not None for end in found)
         return [end for end in found if end is not None]
 
@@ -471,4 +490,4 @@ def carrying_membranes(
         yield ends
     finally:
         for module in modules:
-            vars(module).update(carries=False, membrane=None)
+            del carried[module]

@@ -35,7 +35,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from tetdist.errors import UserError, typed, way_out
-from tetdist.storage import hub
+from tetdist.storage import foreign_files, hub
 from tetdist.storage.files import checkpoint_at, made_aside, parse_json, remove, write_text
 from tetdist.wording import counted
 
@@ -226,19 +226,22 @@ def verify(path: Path) -> str | None:
 
 def read(path: Path) -> Checkpoint:
     """Read a checkpoint that `verify` found valid."""
-    state = json.loads((path / STATE_FILE).read_text())
-    if state["format"] != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has checkpoint format {state['format']}, but this version reads "
-            f"{FORMAT_VERSION}; use the version of tetdist that wrote it"
-        )
-    return Checkpoint(
-        path,
-        state,
-        load_file(path / MODEL_FILE),
-        torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True),
-        load_file(path / EMA_FILE) if (path / EMA_FILE).is_file() else None,
-    )
+    ema = path / EMA_FILE
+    try:
+        state = parse_json((path / STATE_FILE).read_text())
+        if (found := state["format"]) != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has checkpoint format {found}, but this version reads {FORMAT_VERSION}; "
+                "use the version of tetdist that wrote it"
+            )
+        optimizer = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        average = load_file(ema) if ema.is_file() else None
+        return Checkpoint(path, state, load_file(path / MODEL_FILE), optimizer, average)
+    except UserError:
+        raise
+    except Exception as error:  # torch raises many kinds
+        reason = f"the checkpoint {path} cannot be read ({_reason(error)})"
+        raise UserError(f"{reason}; remove it to continue from the one before") from error
 
 
 def load_model_file(
@@ -353,8 +356,17 @@ def write_model_file(path: Path, weights: dict[str, Tensor], description: Descri
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Load weights into a model; keys and shapes must match exactly."""
-    own = model.state_dict()
+    """Load weights into a model, checked by `check_weights`."""
+    check_weights(model.state_dict(), weights, source)
+    model.load_state_dict(weights)
+
+
+def check_weights(own: dict[str, Tensor], weights: dict[str, Tensor], source: Path) -> None:
+    """Check that weights from a file have exactly a model's own keys and shapes, and sound values.
+
+    Raises:
+        UserError: They have not.
+    """
     problems = [f"{key} is missing" for key in own.keys() - weights.keys()]
     problems += [f"{key} is not in the model" for key in weights.keys() - own.keys()]
     problems += [
@@ -366,7 +378,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> 
         shown = "; ".join(sorted(problems)[:3])
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{source} is a checkpoint of another model: {shown}{more}")
-    model.load_state_dict(weights)
+    foreign_files.check_values(weights, source, own)
 
 
 def _all(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Reading of untrusted weight files without executing code in them."""
+"""Reading of untrusted weight files without executing code, and the check of all weights read."""
 
 import argparse
 import pickle
@@ -17,6 +17,9 @@ from tetdist.wording import and_more
 
 # Usual keys of the state dict in a checkpoint, in order of preference.
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "best_net")
+
+_REAL = ("weight", "bias", "running_mean", "running_var")
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -57,13 +60,34 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{path} holds a sparse, complex, expanded or meta tensor ({odd[0]}{and_more(odd)}); "
             "save an ordinary state dict of dense, real tensors"
         )
-    broken = [key for key, value in state.items() if not value.isfinite().all()]
-    if broken:
-        raise UserError(
-            f"{path} holds NaN or infinity (in {broken[0]}{and_more(broken)}), since its training "
-            "diverged; use an earlier checkpoint"
-        )
+    check_values(state, path)
     return state
+
+
+def check_values(
+    state: Mapping[str, Tensor], source: Path, own: Mapping[str, Tensor] | None = None
+) -> None:
+    """Check weights and statistics from a file; every reader of weights calls this.
+
+    Args:
+        own: The state of the model that takes them, which has the same keys; None: not known yet.
+
+    Raises:
+        UserError: They are not finite, no floating-point numbers, or a negative variance.
+    """
+
+    def refuse(bad: list[str], what: str, advice: str) -> None:
+        if bad:
+            raise UserError(f"{source} holds {what} (in {bad[0]}{and_more(bad)}), {advice}")
+
+    real = [k for k in state if (k.endswith(_REAL) if own is None else own[k].is_floating_point())]
+    odd = [k for k in real if state[k].dtype not in _FLOATS]
+    refuse(odd, "other than floating-point numbers", "so save it again in float32")
+    broken = [k for k, value in state.items() if not value.isfinite().all()]
+    diverged = "since its training diverged; use an earlier checkpoint"
+    refuse(broken, "NaN or infinity", diverged)
+    negative = [k for k in real if k.endswith("running_var") and (state[k] < 0).any()]
+    refuse(negative, "a negative variance", "so it is damaged; use another checkpoint")
 
 
 def _is_plain(value: Tensor) -> bool:

@@ -101,6 +101,8 @@ def restore(found: checkpoint.Checkpoint, run: Prepared, average: WeightAverage 
                 f"ema.decay: {found.path} has no moving average to continue from; set another "
                 "name=..., or ema.decay=null"
             )
+        file = found.path / checkpoint.EMA_FILE
+        checkpoint.check_weights(average.state_dict(), found.average, file)
         average.load_state_dict(found.average)
     if state.data != run.train.fingerprint:
         raise UserError(

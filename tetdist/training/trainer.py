@@ -16,7 +16,7 @@ from tetdist.data.loader import Batch
 from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.watchdog import Watch
 from tetdist.distributed.world import World
-from tetdist.errors import Stopped
+from tetdist.errors import Stopped, UserError
 from tetdist.evaluation.evaluate import Interrupted
 from tetdist.nn.norm_neuron import changing_neurons, enter_epoch
 from tetdist.optimizers import make_optimizer
@@ -132,7 +132,13 @@ class Trainer:
         # At the start of a phase a checkpoint holds the optimiser of the previous phase.
         is_its_own = self.step > phase.first_step or phase.section.optimizer == "continue"
         if self.optimizer_state is not None and is_its_own:
-            self.engine.load_optimizer_state(self.optimizer_state)
+            try:
+                self.engine.load_optimizer_state(self.optimizer_state)
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"the checkpoint's optimizer.pt does not suit the network ({error!r}); remove "
+                    "this checkpoint to continue from the one before"
+                ) from error
         if self.loss_scale_state is not None and self.engine.loss_scale:
             self.engine.loss_scale.load_state_dict(self.loss_scale_state)
         self.optimizer_state = None

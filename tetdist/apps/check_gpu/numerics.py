@@ -20,7 +20,7 @@ from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast.dispatch import kernels_for
 from tetdist.nn.integer_neurons import ILIF
 from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig, make
-from tetdist.nn.norm_neuron import Neuron, NeuronLayer, NormAdd, NormNeuron
+from tetdist.nn.norm_neuron import Neuron, NeuronLayer, NormAdd, NormNeuron, carrying_membranes
 from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import carried, carry, pack
 from tetdist.nn.parallel_neurons import PSN, MaskedPSN, SlidingPSN
@@ -162,9 +162,14 @@ class Layer(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return spikes, or sums without neurons; also in bytes; and membranes at the end."""
+        carried_by = [self.layer] if self.carries else []
+        starts = [inputs["membrane"]] if self.carries else None
+        with carrying_membranes(carried_by, starts) as ends:
+            found = self._outputs(inputs)
+            return found | ({"membrane": ends()[0]} if self.carries else {})
+
+    def _outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         current, shortcut, given = inputs["current"], inputs["shortcut"], self.case.given
-        if self.carries:
-            self.layer.carries, self.layer.membrane = True, inputs["membrane"]
         if self.case.kind == ATTENTION:
             q, k, v = (inputs[name] for name in QKV)
             out = self.attention.fired(q, k, v, self.layer)
@@ -177,8 +182,7 @@ class Layer(nn.Module):
         else:
             out = self.layer(current)
         packed = carried(out)
-        found = {"spikes": out, "bytes": out if packed is None else packed.unpack(out.dtype)}
-        return found | ({"membrane": self.layer.membrane} if self.carries else {})
+        return {"spikes": out, "bytes": out if packed is None else packed.unpack(out.dtype)}
 
 
 def check_numerics(here: Machine) -> Finding:

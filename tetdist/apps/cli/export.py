@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from tetdist.apps.cli.common import add_checkpoint, check_new_weights, program, run_command
-from tetdist.config.flags import add_import, positive
+from tetdist.config.flags import MOST_TIMESTEPS, add_import, positive
 from tetdist.errors import UserError
 from tetdist.storage import hub
 from tetdist.wording import counted
@@ -58,7 +58,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="write whole numbers, with int8 weights: --format safetensors or onnx-step",
     )
-    add("--timesteps", type=positive, metavar="T", help="default: as in training")
+    timesteps = partial(positive, most=MOST_TIMESTEPS)
+    add("--timesteps", type=timesteps, metavar="T", help="default: as in training")
     add(
         "--dt",
         type=float,

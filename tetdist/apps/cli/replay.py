@@ -53,6 +53,7 @@ def replay(options: argparse.Namespace) -> None:
     from tetdist.apps.reports.replay_gif import ReplayGif
     from tetdist.apps.weights.trained import load
     from tetdist.plugins import import_files
+    from tetdist.storage.files import open_file
 
     import_files(options.imports)
     trained = load(options.checkpoint, "best" if options.best else "last")
@@ -62,7 +63,8 @@ def replay(options: argparse.Namespace) -> None:
     gif = ReplayGif(options.output, classes) if options.output else None
     file = options.recording
     try:
-        events = read_recording(file, file.read_bytes(), sensor)
+        with open_file(file) as stream:
+            events = read_recording(file, stream.read(), sensor)
     except OSError as error:
         raise UserError(f"{file}: it cannot be read ({error.strerror})") from error
     except OtherSize as error:

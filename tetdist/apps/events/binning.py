@@ -4,13 +4,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, assert_never
+from typing import Annotated, Any, Literal, NamedTuple, assert_never
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, Field, ValidationError
 
 from tetdist.apps.events.published import published_frames
 from tetdist.apps.events.recording import BadRecording, Events, Sensor
+from tetdist.config.flags import MOST_TIMESTEPS
 from tetdist.errors import UserError, typed
 from tetdist.wording import are, counted
 
@@ -68,6 +70,21 @@ class Window(NamedTuple):
         return cls(1000 * size if unit == "ms" else size, "us")
 
 
+_Text = Annotated[str, Field(pattern=r"^[1-9]\d{0,3}x[1-9]\d{0,3}$")]
+
+
+class _Header(BaseModel, strict=True):
+    """The binning in the header of a checkpoint."""
+
+    timesteps: Annotated[int, Field(ge=1, le=MOST_TIMESTEPS)]
+    size: _Text | None
+    bins: str
+    values: Values
+    resize: Resize
+    dtype: DType
+    sensor: _Text
+
+
 def binning_of(found: dict[str, Any] | None, run: Path) -> tuple[Binning, Sensor]:
     """Return how the recordings that a run was trained on were binned, and their sensor."""
     if found is None:
@@ -75,17 +92,22 @@ def binning_of(found: dict[str, Any] | None, run: Path) -> tuple[Binning, Sensor
             f"{run} was trained on images, or on recordings whose binning it does not know; "
             f"train on a folder that `{typed('prebin_dvs')} --bins 20ms` made"
         )
-    if Window.of(found["bins"]) is None:
+    if isinstance(bins := found.get("bins"), str) and Window.of(bins) is None:
         raise UserError(
-            f"{run} was trained on --bins {found['bins']}, T parts of a whole recording, which a "
+            f"{run} was trained on --bins {bins}, T parts of a whole recording, which a "
             f"stream cannot know; bin by windows, `{typed('prebin_dvs')} --bins 20ms`, and train "
             "again"
         )
-    size, sensor = (
-        text and Sensor(*map(int, text.split("x"))) for text in (found["size"], found["sensor"])
-    )
-    keys = ("timesteps", "bins", "values", "resize", "dtype")
-    return Binning(size=size, **{key: found[key] for key in keys}), sensor
+    try:
+        read = _Header.model_validate(found)
+    except ValidationError as error:
+        raise UserError(
+            f"{run}: the binning of its recordings is damaged: {error.errors()[0]['loc'][0]} "
+            "cannot be read; use another checkpoint"
+        ) from error
+    size = read.size and Sensor(*map(int, read.size.split("x")))
+    sensor = Sensor(*map(int, read.sensor.split("x")))
+    return Binning(**read.model_dump(exclude={"size", "sensor"}), size=size or None), sensor
 
 
 class Frames(NamedTuple):
@@ -132,6 +154,13 @@ def window_frames(events: Events, binning: Binning) -> Iterator[tuple[int, npt.N
     assert window is not None, "the bins have no fixed size"
     elapsed = events.t - events.t[0]
     order = elapsed if window.unit == "us" else np.arange(len(events))
+    far = np.flatnonzero(np.diff(order) // window.size > MOST_TIMESTEPS)
+    if far.size:
+        i = int(far[0]) + 1
+        raise UserError(
+            f"event {i} comes {np.diff(order)[i - 1]} us after the one before, more than "
+            f"{MOST_TIMESTEPS} windows of {binning.bins}; cut the recording there"
+        )
     for end in range(window.size, int(order[-1]) + window.size + 1, window.size):
         first, last = np.searchsorted(order, [end - window.size, end])
         part = events.cut(slice(first, last))

@@ -165,7 +165,7 @@ def _labelled(root: Path, files: list[Path]) -> list[Source]:
         else:
             try:
                 pieces = _read_labels(labels, file.stem)
-            except (OSError, ValueError, KeyError, csv.Error) as error:
+            except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
                 problem = f"{labels.name} is damaged: {error!r}"
         if parts and file.name not in parts and problem is None:
             problem = f"it is neither in {' nor in '.join(_TRIALS.values())}"

@@ -3,16 +3,21 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, TypeAdapter
 
+from tetdist.config.flags import MOST_PIXELS
 from tetdist.wording import counted
 
 # Number of consecutive equal events (pixel and microsecond) that means an overwritten part of the
 # file: a camera's pixel has a refractory period.
 _REPEATS = 50
+# Most microseconds between two events, an hour; a damaged timestamp is years ahead.
+_MOST_GAP = 3_600_000_000
+_MOST_HEADER = 2**20  # bytes
 
 
 class BadRecording(ValueError):
@@ -23,6 +28,9 @@ class OtherSize(BadRecording):
     """Raised if the sensor's size is not the expected one."""
 
 
+_SIDE = TypeAdapter(Annotated[int, Field(ge=1, le=MOST_PIXELS)])
+
+
 class Sensor(NamedTuple):
     """Size of a sensor in pixels."""
 
@@ -31,6 +39,17 @@ class Sensor(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
+
+    @classmethod
+    def stated(cls, width: object, height: object) -> "Sensor":
+        """Return the size that a file's header states, as numbers of any type or text."""
+        try:
+            return cls(*(_SIDE.validate_python(np.asarray(one).item()) for one in (width, height)))
+        except ValueError as error:
+            raise BadRecording(
+                f"its header states a width of {width!r:.20} and a height of {height!r:.20}; both "
+                f"must be whole numbers from 1 to {MOST_PIXELS}"
+            ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +94,7 @@ def checked_events(events: Events) -> Events:
 
     Raises:
         BadRecording: There are no events, time decreases, a coordinate or polarity is invalid, or
-            an event is repeated many times.
+            an event is repeated many times or comes long after the one before.
     """
     columns = np.stack([getattr(events, name).astype(np.int64) for name in "xytp"])
     if not columns.shape[1]:
@@ -98,6 +117,11 @@ def _faults(events: npt.NDArray[np.int64], read: Events) -> Iterator[tuple[int, 
         wraps = read.counter is not None and before - after > read.counter // 2
         what = "the timestamp counter overflows" if wraps else "timestamps decrease"
         yield i, BadRecording(f"{what} at event {i} (from {before} to {after} us)")
+    far = np.flatnonzero(np.diff(t) > _MOST_GAP)
+    if far.size:
+        i = int(far[0]) + 1
+        text = f"event {i} comes more than an hour after the one before"
+        yield i, BadRecording(f"{text} (from {t[i - 1]} to {t[i]} us)")
     width, height = read.sensor
     outside = np.flatnonzero((x < 0) | (x >= width) | (y < 0) | (y >= height))
     if outside.size:
@@ -156,7 +180,8 @@ class Contents:
     def header(self, mark: bytes, last: tuple[bytes, ...]) -> list[str]:
         """Take the text header of a camera's file, and return its lines.
 
-        Binary records may also begin with the mark's byte, so only printable lines are header.
+        Binary records may also begin with the mark's byte, so only printable lines are header, and
+        only in the first MiB of the file.
 
         Args:
             mark: First byte of each header line.
@@ -164,7 +189,7 @@ class Contents:
         """
         lines: list[str] = []
         while self._data.startswith(mark, self.position):
-            end = self._data.find(b"\n", self.position)
+            end = self._data.find(b"\n", self.position, _MOST_HEADER)
             line = self._data[self.position : end].rstrip(b"\r")
             if end < 0 or not all(byte == 9 or 32 <= byte < 127 or byte >= 160 for byte in line):
                 break

@@ -74,7 +74,7 @@ def simulate(data: bytes, path: str, simulation: Simulation) -> Events:
 
 def _scene(data: bytes, simulation: Simulation) -> npt.NDArray[np.float64]:
     """Return the logarithm of light, larger than the sensor by the margin of the movement."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     margin = int(np.ceil(simulation.amplitude * min(simulation.width, simulation.height))) + 1
     # Shrink the image so that all of it stays visible.
@@ -84,7 +84,7 @@ def _scene(data: bytes, simulation: Simulation) -> npt.NDArray[np.float64]:
             grey = image.convert("L")
             grey.thumbnail((width, height), Image.Resampling.BILINEAR)
             light = np.asarray(grey, np.float64) / 255
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    except Exception as error:  # PIL's decoders raise many kinds.
         raise BadRecording(f"it is not an image, or damaged ({error})") from error
     missing = (
         simulation.height + margin - light.shape[0],

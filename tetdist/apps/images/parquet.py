@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from tetdist.apps.images.check import IMAGENET_COUNTS
 from tetdist.apps.images.shards import Packed, pack
-from tetdist.datasets.archives import IMAGE_SUFFIXES, WORDNET_ID
+from tetdist.datasets.archives import IMAGE_SUFFIXES, MOST_CLASSES, WORDNET_ID
 from tetdist.datasets.index import Index
 from tetdist.datasets.layouts import imagenet_classes
 from tetdist.datasets.probe import probe_image
@@ -55,7 +55,10 @@ def read_tables(root: Path, split: str, workers: int) -> list[Table]:
     if missing or not files:
         file = missing[0] + and_more(missing) if missing else f"{split}-00000-of-N.parquet"
         raise UserError(f"there is no {file} in {folder}: fetch it, or name other --splits")
-    return list(run_tasks(_read_table, files, workers))
+    tables = list(run_tasks(_read_table, files, workers))
+    if not any(table.samples for table in tables):
+        raise UserError(f"the files of {split} in {folder} have no rows: fetch them again")
+    return tables
 
 
 @contextmanager
@@ -63,7 +66,9 @@ def _opened(file: Path) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as opened:
             yield opened
-    except (pa.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, AttributeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{file} is damaged, or not Parquet ({reason}): fetch it again") from error
 
@@ -78,12 +83,17 @@ def _read_table(file: Path) -> Table:
             )
         rows = opened.read(["image.path", "label"]).to_pylist()
         about = json.loads((opened.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-    names = (PurePosixPath(row["image"]["path"] or "image").name for row in rows)
-    samples = [(row["label"], name) for row, name in zip(rows, names, strict=True)]
+        of_label = about.get("info", {}).get("features", {}).get("label", {})
+        names = tuple(map(str, of_label.get("names", ())))
+    paths = ((row["image"] or {}).get("path") or "image" for row in rows)
+    samples = [
+        (row["label"], PurePosixPath(str(path)).name) for row, path in zip(rows, paths, strict=True)
+    ]
     if not all(isinstance(label, int) and label >= 0 for label, _ in samples):
         raise UserError(f"{file} has rows without a class: leave its split out of --splits")
-    label = about.get("info", {}).get("features", {}).get("label", {})
-    return Table(file, samples, tuple(label.get("names", ())))
+    if (most := max((label for label, _ in samples), default=0)) >= MOST_CLASSES:
+        raise UserError(f"{file} has the label {most}, but labels must be below {MOST_CLASSES:,}")
+    return Table(file, samples, names)
 
 
 def class_names(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.fast.dynamics import Dynamics
 
 
 class Affine(NamedTuple):
@@ -168,6 +169,8 @@ class NormKernels(Protocol):
 class NeuronKernels(NormKernels, Protocol):
     """Kernels of one variant: neuron, T, and whether membranes are carried and spikes packed."""
 
+    dynamics: Dynamics
+
     def spikes(
         self, inputs: Inputs, identity: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -208,6 +211,19 @@ class NeuronKernels(NormKernels, Protocol):
         """
 
 
+def _check_sizes(
+    shape: tuple[int, ...], *tensors: Tensor | None, norms: Sequence[Tensor | None] = ()
+) -> None:
+    """Check the sizes of tensors (T, N, C), and of norms (C,), since kernels take pointers only."""
+    for one in tensors:
+        if one is not None and one.shape != shape:
+            raise ValueError(f"a tensor for a kernel is {tuple(one.shape)} instead of {shape}")
+    channels = shape[-1:]
+    for one in norms:
+        if one is not None and one.shape != channels:
+            raise ValueError(f"a norm has {tuple(one.shape)} values instead of {channels}")
+
+
 class FusedNeuron(torch.autograd.Function):
     """Forward and backward pass of neurons alone, for a current (T or 1, N, C).
 
@@ -229,6 +245,7 @@ class FusedNeuron(torch.autograd.Function):
         ctx.kernels, ctx.number = kernels, len(kept)
         ctx.set_materialize_grads(False)
         x: Any = kept[0] if len(kept) == 1 else kept
+        _check_sizes((kernels.dynamics.carried, *kept[-1].shape[1:]), membrane)
         spikes, packed, end = kernels.spikes(Inputs(x, None, None, None, membrane, learned), None)
         if packed is not None:
             ctx.mark_non_differentiable(packed)
@@ -274,6 +291,9 @@ class FusedNormNeuron(torch.autograd.Function):
         kernels: NeuronKernels,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        sizes = x.shape[1:]
+        _check_sizes((kernels.timesteps, *sizes), shortcut, identity, norms=parameters[:4])
+        _check_sizes((kernels.dynamics.carried, *sizes), membrane)
         affine, of_shortcut = norms.normalizations(kernels, x, shortcut, parameters)
         learned = parameters[4:]
         ctx.save_for_backward(x, shortcut, membrane, *affine, *(of_shortcut or ()), *learned)
@@ -328,6 +348,8 @@ class FusedNormAdd(torch.autograd.Function):
         kernels: NormKernels,
         *parameters: Tensor,
     ) -> Tensor:
+        copies = 1 if shortcut is not None and len(shortcut) == 1 else len(x)
+        _check_sizes((copies, *x.shape[1:]), shortcut, norms=parameters[:4])
         affine, of_shortcut = norms.normalizations(kernels, x, shortcut, parameters)
         kept = None if of_shortcut is None else shortcut
         ctx.save_for_backward(x, kept, *affine, *(of_shortcut or ()))

@@ -254,6 +254,8 @@ class WholeEngine:
                     # Give it the parameter's memory layout, which another engine's state may lack:
                     # fused kernels walk both in memory order and would pair the wrong elements.
                     values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                elif key in ("exp_avg", "exp_avg_sq", "momentum_buffer") and value is not None:
+                    raise ValueError(f"{key} is {tuple(value.shape)}, not {tuple(parameter.shape)}")
 
     def close(self) -> None:
         self.mean.close()

@@ -17,6 +17,7 @@ from tetdist.apps.events.recording import (
     Sensor,
     checked_events,
 )
+from tetdist.errors import UserError
 
 # A decoder takes a file's contents, and the sensor's size for formats that do not store it.
 _DECODERS: dict[str, Callable[[Contents, Sensor | None], Events]] = {
@@ -39,4 +40,10 @@ def read_recording(path: Path, data: bytes, sensor: Sensor | None) -> Events:
         raise BadRecording(f"its suffix is not one of {', '.join(SUFFIXES)}")
     if not data:
         raise BadRecording("the file is empty")
-    return checked_events(decoder(Contents(data), sensor))
+    try:
+        return checked_events(decoder(Contents(data), sensor))
+    except (BadRecording, UserError):
+        raise
+    except Exception as error:  # A damaged file may raise any.
+        reason = f"it is truncated or damaged, or not a {path.suffix} file"
+        raise BadRecording(f"{reason} ({error})") from error

@@ -39,15 +39,6 @@ def decode_aedat4(contents: Contents, sensor: Sensor | None) -> Events:
         BadRecording: The file cannot be used.
         UserError: The package that decompresses it is missing.
     """
-    try:
-        return _decode(contents, sensor)
-    except (struct.error, ET.ParseError, UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, BadRecording):
-            raise
-        raise BadRecording(f"it is truncated or damaged ({error})") from error
-
-
-def _decode(contents: Contents, sensor: Sensor | None) -> Events:
     if contents.take(len(_MAGIC), "header") != _MAGIC:
         raise BadRecording("it is not an AEDAT 4 file: it does not begin with #!AER-DAT4.0")
     (size,) = struct.unpack("<I", contents.peek(4, "header"))
@@ -91,7 +82,7 @@ def _streams(info: str) -> dict[int, Sensor | None]:
         attributes = {attr.get("key"): attr.text or "" for attr in node.iter("attr")}
         size = None
         if attributes.get("typeIdentifier") == "EVTS":
-            size = Sensor(int(attributes.get("sizeX", 0)), int(attributes.get("sizeY", 0)))
+            size = Sensor.stated(attributes.get("sizeX"), attributes.get("sizeY"))
         found[int(node.get("name", ""))] = size
     return found
 

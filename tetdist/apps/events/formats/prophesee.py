@@ -97,10 +97,10 @@ def _sensor(header: list[str], given: Sensor | None) -> Sensor:
 def _stated_sensor(header: list[str]) -> Sensor | None:
     text = "\n".join(header)
     if match := re.search(r"^% geometry (\d+)x(\d+)", text, re.MULTILINE):
-        return Sensor(int(match[1]), int(match[2]))
+        return Sensor.stated(match[1], match[2])
     width = re.search(r"\bwidth[ =](\d+)", text, re.IGNORECASE)
     height = re.search(r"\bheight[ =](\d+)", text, re.IGNORECASE)
-    return Sensor(int(width[1]), int(height[1])) if width and height else None
+    return Sensor.stated(width[1], height[1]) if width and height else None
 
 
 def _decode_evt2(contents: Contents, sensor: Sensor) -> Events:
