@@ -1,7 +1,4 @@
-"""Faults of a data set: damage, duplicates, wrong labels, missing files.
-
-Every image is read, decoded and checksummed once.
-"""
+"""Faults of a data set: damage, duplicates, wrong labels, missing files."""
 
 import hashlib
 import io
@@ -30,8 +27,8 @@ class Finding(NamedTuple):
 
     Attributes:
         kind: "bad": cannot be decoded or has no label; "label": the name has another class;
-            "overlap": in two splits; "missing": compared with ImageNet-1k; "index": the index is
-            not of these files; "duplicate": twice in one split (harmless).
+            "overlap": in two splits; "missing": compared with ImageNet-1k; "index": the index is of
+            other files; "duplicate": twice in one split (harmless).
         path: Path of the sample, relative to the data root, or of another file or folder.
     """
 
@@ -107,8 +104,8 @@ def imagenet_findings(listing: Listing) -> Iterator[Finding]:
             some = ", ".join(f"{name} ({counts[name]:,})" for name in names[:5])
             yield Finding("missing", listing.split, f"{text}: {some}{and_more(names, 5)}")
     if len(listing.labels) != total:
-        found = f"{counted(len(listing.labels), 'image')} where ImageNet-1k has {total:,}"
-        yield Finding("missing", listing.split, found)
+        number = counted(len(listing.labels), "image")
+        yield Finding("missing", listing.split, f"{number} where ImageNet-1k has {total:,}")
 
 
 def index_findings(root: str | Path, index_dir: Path, split: str) -> Iterator[Finding]:
