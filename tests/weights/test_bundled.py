@@ -119,7 +119,7 @@ def test_simulated_camera_is_evaluated_replayed_and_exported(
     np.savez(tmp_path / "seven.npz", **columns, **DEFAULT_SENSOR._asdict())
     status, output = call("replay", name, tmp_path / "seven.npz", "--fast")
     assert status == 0, output
-    frames = [line for line in output.splitlines() if "timestep" in line]
+    frames = [line for line in output.splitlines() if "  timestep " in line]
     assert len(frames) == 10
     assert "  timestep 10/10  7  " in frames[-1]
     text = (tiny.PROJECT / "docs" / "guides" / "deploy.md").read_text()
