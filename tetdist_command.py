@@ -27,6 +27,7 @@ COMMANDS = {
     "prebin_dvs": "convert recordings of event cameras to tensors",
     "digits": "write the data set of the quickstart",
     "cifar": "unpack a CIFAR archive into image folders",
+    "fashion_mnist": "write Fashion-MNIST as image folders",
     "convert": "convert weights of other projects",
     "export": "export a trained network",
     "bench": "measure the speed of a step, of several processes and of the loader",

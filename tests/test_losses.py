@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from tetdist.config.sections.loss import LossSection
-from tetdist.losses import distillation_loss, sdt_loss, self_target, tet_loss
+from tetdist.evaluation.evaluate import _count
+from tetdist.losses import (
+    distillation_loss,
+    sdt_loss,
+    self_target,
+    tet_loss,
+    tet_of_means_loss,
+)
 from tetdist.training.objective import compute_loss
 
 
@@ -95,6 +102,52 @@ def test_tet_gradient():
                 pull = 2 * (z - 1.5) / (3 * 4 * 5)
                 expected = 0.95 * own + 0.05 * pull
                 assert logits.grad[t, b, k].item() == pytest.approx(expected, rel=1e-9, abs=1e-13)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("regularization", [0.0, 0.05])
+@each_shape
+def test_tet_of_means_equals_its_formula(shape, regularization, smoothing):
+    """The cross-entropy is that of the means so far, and the pull that of the outputs."""
+    logits, target = _random(*shape)
+    means = torch.stack([sum(logits[: t + 1]) / (t + 1) for t in range(len(logits))])
+    cross_entropy = _paper_tet(means, target, 0.0, 0.0, smoothing)
+    expected = (1 - regularization) * cross_entropy
+    expected += regularization * ((logits - 0.5) ** 2).mean().item()
+    options = {"lambda_": regularization, "phi": 0.5, "label_smoothing": smoothing}
+    loss = tet_of_means_loss(logits, target, **options)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    probabilities = torch.nn.functional.one_hot(target, shape[2]).double()
+    assert tet_of_means_loss(logits, probabilities, **options).item() == pytest.approx(expected)
+    if shape[0] == 1:
+        assert loss == tet_loss(logits, target, **options)
+
+
+def test_tet_of_means_is_the_mean_over_t_of_what_evaluations_measure():
+    logits, target = _random(4, 6, 5)
+    measured = _count(logits, target)[2].mean() / 6
+    assert tet_of_means_loss(logits, target, lambda_=0.0).item() == pytest.approx(measured.item())
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        ("sdt", [1 / 4] * 4),
+        ("tet", [1 / 4] * 4),
+        ("tet_of_means", [25 / 48, 13 / 48, 7 / 48, 1 / 16]),
+    ],
+)
+def test_weights_of_timesteps_that_are_equally_wrong(kind, weights):
+    """The gradient by each output, if all outputs are equal, is the mean's times these weights."""
+    (output, target) = _random(1, 3, 5)
+    logits = output.repeat(4, 1, 1).requires_grad_()
+    compute_loss(
+        LossSection.model_validate({"kind": kind, "lambda": 0.0}), logits, target
+    ).backward()
+    assert logits.grad is not None
+    total = logits.grad.sum(0)
+    for gradient, weight in zip(logits.grad, weights, strict=True):
+        assert torch.allclose(gradient, weight * total, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])

@@ -27,7 +27,7 @@ from tetdist.data.build import eval_loader
 from tetdist.distributed.world import join
 from tetdist.evaluation.decisions import first_sure
 from tetdist.evaluation.early_exit import FINE_THRESHOLDS
-from tetdist.evaluation.evaluate import running_means
+from tetdist.losses import running_means
 from tetdist.storage.files import write_json
 from tetdist.tables import markdown
 from tetdist.training.setup import open_data, open_split

@@ -30,7 +30,7 @@ from tetdist.apps.weights.trained import load
 from tetdist.data.build import eval_loader
 from tetdist.data.transfer import on_device
 from tetdist.distributed.world import join
-from tetdist.evaluation.evaluate import running_means
+from tetdist.losses import running_means
 from tetdist.nn.norm_neuron import firing_layers
 from tetdist.nn.precision import autocast
 from tetdist.storage.files import write_json
@@ -70,8 +70,8 @@ overfit more.
 
 Two further losses change one thing each. `tet_without_first` leaves t=1 out, at which an SDT
 network fires least. `tet_of_means` takes the cross-entropy of the running mean at each t, so that a
-timestep need not decide alone and may add what earlier ones lack; both are in
-`configs/studies/timestep_losses.py`. Points of top-1, paired by seed, with 95 % intervals,
+timestep need not decide alone and may add what earlier ones lack; here its lambda is 0. The first
+is in `configs/studies/timestep_losses.py`. Points of top-1, paired by seed, with 95 % intervals,
 uncorrected. All losses have the learning rate of SDT's best run
 ([search](lr_transformer.json): one seed, 12 epochs, the largest value tried; TET's best was 0.4
 points better with half of it). Other values of lambda were not tried here.

@@ -10,7 +10,8 @@ from tetdist.apps.reports.evaluation_page import SHOWN_CLASSES, _classes
 from tetdist.evaluation import early_exit
 from tetdist.evaluation.decisions import THRESHOLDS, Decisions
 from tetdist.evaluation.early_exit import ExitChoice, choose_exit
-from tetdist.evaluation.evaluate import _count, running_means
+from tetdist.evaluation.evaluate import _count
+from tetdist.losses import running_means
 
 
 def decide(world, *batches, outputs=2):

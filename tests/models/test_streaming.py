@@ -7,7 +7,7 @@ import timm
 import torch
 
 from tetdist.errors import UserError
-from tetdist.evaluation.evaluate import running_means
+from tetdist.losses import running_means
 from tetdist.models.streaming import stream_of
 from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm, update_running_statistics

@@ -22,5 +22,5 @@ NETWORKS = (
     "spiking_resnet34", "spiking_resnet50", "vggsnn",
 )
 # fmt: on
-LOSSES = ("sdt", "tet")
+LOSSES = ("sdt", "tet", "tet_of_means")
 OPTIMIZERS = ("sgd", "adam", "adamw")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tetdist.distributed.world import World
-from tetdist.evaluation.evaluate import running_means
+from tetdist.losses import running_means
 
 # Early-exit thresholds: the softmax probability of the time-mean that decides a sample.
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)

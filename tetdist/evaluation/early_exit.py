@@ -10,7 +10,8 @@ from torch import Tensor
 from tetdist.data.build import eval_loader
 from tetdist.data.transfer import on_device
 from tetdist.evaluation.decisions import Decisions, first_sure
-from tetdist.evaluation.evaluate import Evaluator, running_means
+from tetdist.evaluation.evaluate import Evaluator
+from tetdist.losses import running_means
 from tetdist.models import SpikingNetwork
 from tetdist.nn.precision import autocast, parameter_type
 

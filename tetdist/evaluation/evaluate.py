@@ -1,6 +1,5 @@
 """Exact evaluation: every sample counts once over all processes, for any batch size."""
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from tetdist.data.loader import Batch
 from tetdist.data.transfer import on_device
 from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
+from tetdist.losses import running_means
 from tetdist.models import SpikingNetwork
 from tetdist.models.base import check_logits
 from tetdist.nn.fast import native_pool
@@ -181,15 +181,6 @@ def _count(logits: Tensor, labels: Tensor) -> Tensor:
     )
     rows = [(place == 0).double(), (place < min(5, logits.shape[-1])).double(), loss.double()]
     return torch.stack([row.sum(-1) for row in rows])
-
-
-def running_means(logits: Tensor) -> Tensor:
-    """Return the outputs at T = 1, 2, ...: running means of logits (T, B, K), at least float32."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    steps = torch.arange(1, len(logits) + 1, device=logits.device, dtype=logits.dtype)
-    # In float64, like torch's cumsum on a CPU, which is not deterministic on a GPU.
-    sums = torch.stack(list(itertools.accumulate(logits.double().unbind())))
-    return sums.to(logits.dtype) / steps.view(-1, 1, 1)
 
 
 @contextmanager

@@ -118,7 +118,7 @@ class Stream:
         finally:
             reused.layer = reused.last = None
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # In float64, as evaluate.running_means.
+        # In float64, as losses.running_means.
         self._sum = wide.double() if self._sum is None else self._sum + wide.double()
         self._input, self._membranes, self._shape = given, membranes, tuple(given.shape[1:])
         self.timesteps += 1

@@ -7,8 +7,6 @@ refused, because they hold pickles, which can run any code.
 """
 
 import argparse
-import os
-import sys
 import tarfile
 import zlib
 from dataclasses import dataclass
@@ -16,9 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tetdist.apps.cli.common import MISTAKES, documented_parser, run_command
+from tetdist.apps.images.arrays import Split, write_root
 from tetdist.errors import UserError
-from tetdist.storage.files import made_aside, open_file
-from tetdist.wording import counted
+from tetdist.storage.files import open_file
 
 _PIXELS = 3 * 32 * 32
 _LARGEST_FILE = 200_000_000  # bytes; the largest real file has 154 million
@@ -75,26 +73,14 @@ def _two_numbers(text: str) -> dict[str, int]:
 
 
 def make(archive: Path, dest: Path, per_class: dict[str, int] | None) -> None:
-    """Write the data root in a temporary folder and rename it into place."""
-    from tetdist.datasets.index import index_splits
-
-    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
-        raise UserError(f"{dest} exists and is not empty; name another folder or move it")
+    """Write the images of an archive as a data root."""
     kind, files = read(archive)
     classes = _classes(kind, files[kind.names], archive)
-    counts = {}
-    with made_aside(dest, sync=False) as aside:
-        for split, names in kind.files.items():
-            most = per_class[split] if per_class else sys.maxsize
-            contents = [files[name] for name in names]
-            counts[split] = _write(aside / split, kind, classes, contents, archive, most)
-        index_splits(aside, workers=len(os.sched_getaffinity(0)))
-        # Flush the files to disk before the rename declares them complete.
-        os.sync()
-    print(
-        f"{dest}: {counts['train']:,} images to train and {counts['val']:,} to validate, in "
-        f"{counted(len(classes), 'class')}, and their indexes"
-    )
+    splits = {
+        split: _split(kind, [files[name] for name in names], f"{archive}: {split}")
+        for split, names in kind.files.items()
+    }
+    write_root(dest, classes, splits, str(archive), per_class)
 
 
 def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
@@ -147,37 +133,19 @@ def _classes(kind: Kind, text: bytes, archive: Path) -> list[str]:
     return names
 
 
-def _write(
-    folder: Path, kind: Kind, classes: list[str], files: list[bytes], archive: Path, per_class: int
-) -> int:
-    """Write a split's images as PNG files, numbered as in the archive, and return their number."""
+def _split(kind: Kind, files: list[bytes], place: str) -> Split:
+    """Return the images of a split, in the archive's order."""
     import numpy as np
-    from PIL import Image
-
-    from tetdist.tracking.progress import sample_bar
 
     records: Any = np.frombuffer(b"".join(files), np.uint8)
     size = kind.label_bytes + _PIXELS
     if not len(records) or any(len(file) % size for file in files):
-        raise UserError(f"{archive}: a file of {folder.name} ends within an image")
+        raise UserError(f"{place} has a file that ends within an image")
     records = records.reshape(-1, size)
     labels = records[:, kind.label_bytes - 1]
     if labels.max() >= kind.num_classes:
         raise UserError(
-            f"{archive}: {folder.name} has the label {labels.max()}; the largest class is "
-            f"{kind.num_classes - 1}"
+            f"{place} has the label {labels.max()}; the largest class is {kind.num_classes - 1}"
         )
     pixels = records[:, kind.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    written = [0] * kind.num_classes
-    with sample_bar(len(labels), folder.name, silent=False) as bar:
-        for number, label in enumerate(labels):
-            bar.update()
-            if written[label] == per_class:
-                continue
-            written[label] += 1
-            file = folder / classes[label] / f"{number:05d}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.ascontiguousarray(pixels[number])).save(file)
-    if 0 in written:
-        raise UserError(f"{archive}: {folder.name} has no image of {classes[written.index(0)]}")
-    return sum(written)
+    return Split(pixels, labels)

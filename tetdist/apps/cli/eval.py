@@ -230,7 +230,7 @@ def opened(options: argparse.Namespace, world: "World") -> "Opened":
 
 def decided(logits: "Tensor") -> "Tensor":
     """Return the classes, (B,), that logits (T, B, K) decide on at T."""
-    from tetdist.evaluation.evaluate import running_means
+    from tetdist.losses import running_means
 
     return running_means(logits)[-1].argmax(-1)
 

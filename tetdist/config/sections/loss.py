@@ -49,12 +49,14 @@ class DistillationSection(Section):
 class LossSection(Section):
     kind: Annotated[str, OneOf(lambda: names.LOSSES)] = "tet"
     """Training objective. tet: mean of every timestep's cross-entropy; sdt: cross-entropy of the
-    time-mean; or the name of your own (see imports)."""
+    time-mean; tet_of_means: mean over t of the cross-entropy of the outputs' mean up to t; or the
+    name of your own (see imports)."""
     lambda_: Fraction = Field(default=0.001, alias="lambda")
-    """Weight of TET's regulariser, the mean squared distance of all outputs from phi; the
-    cross-entropy has weight 1 - lambda."""
+    """Weight of the regulariser of tet and tet_of_means, the mean squared distance of all outputs
+    from phi; the cross-entropy has weight 1 - lambda."""
     phi: float = 1.0
-    """Value that TET's regulariser pulls all outputs to; the paper uses the firing threshold."""
+    """Value that the regulariser of tet and tet_of_means pulls all outputs to; TET's paper uses the
+    firing threshold."""
     label_smoothing: OpenFraction = 0.0
     """Label smoothing: the part of the target's probability that is spread evenly over all classes,
     as in torch's cross_entropy; timm's smoothing."""
@@ -65,8 +67,9 @@ class LossSection(Section):
     def as_text(self) -> str:
         """Describe it as in "TET, lambda 0.001, phi 1; 0.2 x divergence from timm:NAME"."""
         match self.kind:
-            case "tet":
-                text = f"TET, lambda {self.lambda_:g}, phi {self.phi:g}"
+            case "tet" | "tet_of_means":
+                name = "TET" if self.kind == "tet" else "TET of running means"
+                text = f"{name}, lambda {self.lambda_:g}, phi {self.phi:g}"
             case "sdt":
                 text = "SDT: cross-entropy of the time-mean"
             case other:

@@ -1,0 +1,75 @@
+"""Image data sets that are published as arrays of pixels, written as class folders."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tetdist.errors import UserError
+from tetdist.storage.files import made_aside
+from tetdist.wording import counted
+
+
+class Split(NamedTuple):
+    """Images of a split: pixels (N, H, W) or (N, H, W, 3), uint8, and labels (N,)."""
+
+    pixels: Any
+    labels: Any
+
+
+def write_root(
+    dest: Path,
+    classes: Sequence[str],
+    splits: Mapping[str, Split],
+    source: str,
+    per_class: Mapping[str, int] | None = None,
+) -> None:
+    """Write a data root of PNG files and its indexes, in a temporary folder that is then renamed.
+
+    Args:
+        classes: A folder's name for each label; sorted, so that indexes keep the labels.
+        splits: Images of train and val; files are named by their numbers.
+        source: The source's name in errors.
+        per_class: The number of images of each class to take, for each split.
+    """
+    from tetdist.datasets.index import index_splits
+
+    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+        raise UserError(f"{dest} exists and is not empty; name another folder or move it")
+    with made_aside(dest, sync=False) as aside:
+        counts = {
+            name: _write(
+                aside / name, classes, split, source, per_class[name] if per_class else sys.maxsize
+            )
+            for name, split in splits.items()
+        }
+        index_splits(aside, workers=len(os.sched_getaffinity(0)))
+        # Flush the files to disk before the rename declares them complete.
+        os.sync()
+    print(
+        f"{dest}: {counts['train']:,} images to train and {counts['val']:,} to validate, in "
+        f"{counted(len(classes), 'class')}, and their indexes"
+    )
+
+
+def _write(folder: Path, classes: Sequence[str], split: Split, source: str, per_class: int) -> int:
+    """Write the first images of each class and return their number."""
+    import numpy as np
+    from PIL import Image
+
+    from tetdist.tracking.progress import sample_bar
+
+    written = [0] * len(classes)
+    with sample_bar(len(split.labels), folder.name, silent=False) as bar:
+        for number, label in enumerate(split.labels):
+            bar.update()
+            if written[label] == per_class:
+                continue
+            written[label] += 1
+            file = folder / classes[label] / f"{number:05d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.ascontiguousarray(split.pixels[number])).save(file)
+    if 0 in written:
+        raise UserError(f"{source}: {folder.name} has no image of {classes[written.index(0)]}")
+    return sum(written)
