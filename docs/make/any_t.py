@@ -219,11 +219,11 @@ def answer_of(found: dict[str, Any]) -> str:
         costs.append(100 * ours["image_timesteps"] / theirs["image_timesteps"])
     return (
         "One training at the largest T, tested at T=1, minus the training at T=1: with TET "
-        f"{at_1['tet']} points ({data}), with SDT {at_1['sdt']}. TET with drawn T costs "
+        f"{at_1['tet']} points ({data}), with SDT {at_1['sdt']}. TET with T drawn uniformly costs "
         f"{min(costs):.0f} to {max(costs):.0f} % of the image-timesteps of TET at the largest T, "
         f"and differs from it by {', '.join(drawn)} points at that T. Of the comparisons with the "
         f"training at the T of test, {changed['tet']} with TET, {changed['sdt']} with SDT after "
-        "Holm's correction, which needs large differences with three seeds."
+        f"Holm's correction for all {len(all_of)}."
     )
 
 

@@ -295,7 +295,7 @@ def write_page(data: str, found: dict[str, Any]) -> None:
     compared = {(loss, key): by_loss[loss][key] for loss in LOSSES for key in KEYS}
     corrected = dict(zip(compared, holm([one["p"] for one in compared.values()]), strict=True))
     of_path = {network["checkpoint"]: network["sharpness"] for network in found["networks"]}
-    rows, verdicts = [], []
+    rows, verdicts = [], {loss: {"flatter": 0, "sharper": 0} for loss in LOSSES}
     for (loss, key), one in compared.items():
         p, groups = corrected[loss, key], (found["groups"][f"{k}_t4"] for k in ("sdt", "tet"))
         text = f"{one['mean']:+.2g} [{one['low']:+.2g}, {one['high']:+.2g}]"
@@ -303,12 +303,16 @@ def write_page(data: str, found: dict[str, Any]) -> None:
         effect = f"{detectable(Difference(**one)):.2g}"
         rows.append([f"`{loss}`", KEYS[key], *values, text, effect, f"{p:.2g}"])
         if p < 0.05:
-            verdicts.append("flatter" if one["mean"] < 0 else "sharper")
+            verdicts[loss]["flatter" if one["mean"] < 0 else "sharper"] += 1
     n = Difference(**next(iter(compared.values()))).n
     answer = (
-        f"Of {len(rows)} measures, TET is significantly flatter by {verdicts.count('flatter')} and "
-        f"sharper by {verdicts.count('sharper')} after Holm's correction. The rise of L_SDT along "
-        f"random directions, TET minus SDT, is {rows[0][4]}."
+        f"Of {len(KEYS)} measures, TET is significantly "
+        + " and ".join(
+            f"flatter by {of['flatter']}, sharper by {of['sharper']} under {LOSSES[loss]}"
+            for loss, of in verdicts.items()
+        )
+        + f", after Holm's correction for all {len(rows)}. The rise of L_SDT along random "
+        f"directions, TET minus SDT, is {rows[0][4]}."
     )
     where = f"{DATA[data]} at T=4"
     about = {
@@ -323,6 +327,7 @@ def write_page(data: str, found: dict[str, Any]) -> None:
         directions=found["directions"],
         tests=len(rows),
     )
+    found = found | {"answer": answer}  # a page that is written anew has the old one
     pages.write(pages.RESULTS / f"landscape_{data}.md", about, answer, n, found, text, draw(found))
 
 

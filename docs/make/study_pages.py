@@ -46,6 +46,7 @@ VALUES = {
 }
 EQUAL = ("exit_timesteps_at_equal_top1", "timesteps_at_equal_top1")
 BLANK = re.compile(r"\{([\w.-]+)(?: - ([\w.-]+))?(?:: (\w+))?\}")
+CORRECTED = "Corrected for the"
 # What is above it is written by hand.
 MARK = "<!-- docs/make/study_pages.py writes what follows -->\n"
 HEAD = [
@@ -63,7 +64,7 @@ def filled(template: str, numbers: Numbers) -> str:
             every = tested(published(pages.RESULTS))
             number = sum(not math.isnan(p) for one in every for p in (one.p, one.p_first))
             own = [one for one in every if one.title == numbers.study.title]
-            return f"Corrected for the {number} p values of all studies, {significance(own)}."
+            return f"{CORRECTED} {number} p values of all studies, {significance(own)}."
         if key in EQUAL:
             most, within = max(numbers.study.test_timesteps), numbers.study.exit_within or 0.0
             pairs = [
@@ -151,10 +152,13 @@ def answers(found: dict[str, dict[str, Any]]) -> str:
         entries = values.get("entries", {"": {"top1": values}})
         seeds = {str(entry["top1"]["n"]) for entry in entries.values()}
         question = f"[{asked}?]({link})" if mark else f"[{study['title']}]({link})"
-        rows.append([question, values["answer"], " to ".join(sorted(seeds))])
+        # The table above has the corrected p.
+        answer = re.sub(rf" ?{CORRECTED} \d+ p values of all studies[^.]*\.", "", values["answer"])
+        rows.append([question, answer, " to ".join(sorted(seeds))])
+    table = markdown(["question, with its page", "answer", "n"], rows)
     return (
-        "\n## All studies\n\nNumbers in brackets are 95 % intervals, ± is the standard deviation "
-        "over n seeds.\n\n" + markdown(["question, with its page", "answer", "n"], rows) + "\n"
+        "\n## All studies\n\nNumbers in brackets are 95 % intervals, uncorrected; ± is the "
+        f"standard deviation over n seeds.\n\n{table}\n"
     )
 
 
@@ -183,14 +187,22 @@ def tested(found: dict[str, dict[str, Any]]) -> list[Tested]:
                 values["study"]["entries"], entry, against["control"]
             ):
                 continue
-            first = against["by_timestep"].get("1")
             trained = next(run["timesteps"] for run in values["runs"] if run["entry"] == entry)
             place = (link, values["study"]["title"], entry, against["control"], trained)
-            rows.append((*place, Difference(**against["top1"]), first and Difference(**first)))
+            first = _at_first(values["runs"], entry, against["control"])
+            rows.append((*place, Difference(**against["top1"]), first))
     both = [*(row[5] for row in rows), *(row[6] for row in rows)]
     corrected = holm([math.nan if one is None else one.p for one in both])
     halves = corrected[: len(rows)], corrected[len(rows) :]
     return [Tested(*row, *ps) for row, *ps in zip(rows, *halves, strict=True)]
+
+
+def _at_first(runs: list[dict[str, Any]], entry: str, control: str) -> Difference | None:
+    """Return the difference at T=1, also of studies that do not list it; None if untested."""
+    first = {(run["entry"], run["seed"]): run["by_timestep"][0] for run in runs}
+    seeds = [seed for name, seed in first if name == entry and (control, seed) in first]
+    ours, theirs = ([first[name, seed] for seed in seeds] for name in (entry, control))
+    return None if None in (*ours, *theirs) else of_study.paired_difference(ours, theirs)
 
 
 def significance(found: Iterable[Tested]) -> str:
@@ -215,12 +227,11 @@ def tet_against_sdt(found: dict[str, dict[str, Any]]) -> str:
     number = sum(not math.isnan(p) for one in every for p in (one.p, one.p_first))
     return (
         "\n## TET against SDT\n\nAll comparisons of an entry with its study's control in which "
-        "only the loss differs: points of top-1 after the last epoch, between runs with the same "
-        "seed, at the T of training and stopped "
-        "at T=1. The minimum detectable effect is that at the T of training, for a power of 80 % "
-        f"without correction. p is the paired t-test's, corrected by Holm's method for the "
-        f"{number} p values of the table. **{significance(every)} after this "
-        f"correction** (bold).\n\n{markdown(HEAD, rows)}\n"
+        "only the loss differs: points of top-1 after the last epoch, paired by seed, at the T of "
+        "training and stopped at T=1. The minimum detectable effect is that at the T of training, "
+        "for a power of 80 %, uncorrected. p is the paired t-test's, corrected by Holm's method "
+        f"for the {number} p values of the table. **{significance(every)} after this correction** "
+        f"(bold).\n\n{markdown(HEAD, rows)}\n"
     )
 
 
