@@ -99,31 +99,24 @@ def test_processes_are_timed_alone_and_together(bench, tmp_path, engine):
     assert "efficiency" in out
 
 
-def steps_that(fail):
-    """A step of a process, which also shows how that was started."""
+def steps(before_it_fails):
+    """Steps of a process, the first of which also shows how it was started."""
     assert (os.environ["MADE_BY"], "HOME" in os.environ) == ("the test", False)
-
-    def one():
-        if fail:
-            os._exit(3)
-
-    return one
+    left = iter(range(before_it_fails))
+    return lambda: None if next(left, None) is not None else os._exit(3)
 
 
 def test_a_process_takes_steps_until_it_fails():
-    for fail in (False, True):
-        worker = scaling.Worker(steps_that, fail, MADE_BY="the test", HOME=None)
-        try:
-            assert "MADE_BY" not in os.environ
-            assert "HOME" in os.environ
-            if not fail:
-                assert 0 < scaling.together([worker], 5) < 10
-                continue
-            with pytest.raises(UserError, match="a process of the benchmark ended with status 3"):
-                scaling.together([worker], 1)
-        finally:
-            worker.end()
-        assert not worker._process.is_alive()
+    worker = scaling.Worker(steps, 9, MADE_BY="the test", HOME=None)
+    try:
+        assert "MADE_BY" not in os.environ
+        assert "HOME" in os.environ
+        assert 0 < scaling.together([worker], 5) < 10
+        with pytest.raises(UserError, match="a process of the benchmark ended with status 3"):
+            scaling.together([worker], 5)
+    finally:
+        worker.end()
+    assert not worker._process.is_alive()
 
 
 @pytest.mark.long

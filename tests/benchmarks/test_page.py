@@ -104,7 +104,8 @@ def convolutions(model):
 
 def test_relu_networks_have_the_same_convolutions(made):
     relu_network, have = made("relu_networks").relu_network, set()
-    for name in models.names():
+    names = [name for name in models.names() if "101" not in name and "152" not in name]
+    for name in names:
         with torch.device("meta"):
             baseline, model = relu_network(name), timm.create_model(name)
             if baseline is None:
@@ -114,8 +115,8 @@ def test_relu_networks_have_the_same_convolutions(made):
             logits = baseline(torch.empty(2, channels, height, width))
         assert logits.shape == (2, model.num_classes), name
         have.add(name)
-    assert have == {name for name in models.names() if "resnet" in name or name == "vggsnn"}
-    in_bench = {name for name in models.names() if bench.relu_baseline(name) is not None}
+    assert have == {name for name in names if "resnet" in name or name == "vggsnn"}
+    in_bench = {name for name in names if bench.relu_baseline(name) is not None}
     assert in_bench >= {"sew_resnet34", "spiking_resnet50"}
     assert in_bench < have
 

@@ -497,6 +497,15 @@ def test_differences_pass_over_what_does_not_change_the_result():
         "phases.0.optimizer.lr is 0.1 and was 0.05",
     ]
 
+    # A key that is free at a resume is so on purpose.
+    free = [one for one in documented_keys() if not differences({one: "1"}, {one: "2"})]
+    assert " ".join(sorted(free)) == (
+        "batch.eval cluster cuda_graphs data.index data.prefetch data.root data.threads device "
+        "engine imports log_every max_steps model.mixes_samples peer_timeout plots profile "
+        "recompute reference resume runs_dir save.every_steps save.keep_last tracking.experiment "
+        "tracking.log_checkpoint tracking.mlflow tracking.trackers tracking.uri zero_stage"
+    )
+
     def paths(written: Callable[[str], str]) -> dict[str, Any]:
         teacher = {"teacher": "timm:resnet18", "teacher_weights": written("teacher.safetensors")}
         return {"init_checkpoint": written("first"), "loss": {"distillation": teacher}}

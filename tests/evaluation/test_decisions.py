@@ -1,5 +1,7 @@
 """Confusion, classes and early exit against counts done by hand."""
 
+import contextlib
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -86,6 +88,27 @@ def test_without_labels_the_decision_at_t_counts_as_right(alone):
     for within, threshold in ((0, 0.755925), (25, 0.54073), (50, 0.3)):
         found = chosen(alone, logits, labels, within, classes=())
         assert found == ExitChoice(within, threshold, 4, None)
+
+
+def test_rates_of_early_exit_are_those_of_all_processes(monkeypatch):
+    """Each of three has a batch of two samples; a decision takes 1 s, a whole pass 3 s."""
+    ticks = itertools.cycle((0.0, 1.0, 4.0))
+    monkeypatch.setattr(early_exit.time, "perf_counter", lambda: next(ticks))
+    logits, labels = of_probabilities([0.97, 0.45], [0.97, 0.15]), torch.tensor([0, 1])
+    batch = SimpleNamespace(images=logits, labels=labels)
+    loaded = contextlib.nullcontext([batch])
+    monkeypatch.setattr(early_exit, "eval_loader", lambda *_: loaded)
+    decided = torch.tensor([0, 1]), torch.tensor([1, 2])
+    monkeypatch.setattr(early_exit, "decide", lambda *_: decided)
+    model = SimpleNamespace(eval=lambda: lambda images, **_: images)
+    world = SimpleNamespace(device=torch.device("cpu"), world_size=3, wait_for_device=lambda: None)
+    world.sum = lambda values: [3 * value for value in values]
+    config = SimpleNamespace(precision="fp64", batch=SimpleNamespace(eval=2))
+    parts = {"model": model, "world": world, "config": config, "index": None}
+    found = early_exit.measure_exit(SimpleNamespace(**parts, alive=lambda: None), 0.7)
+    rates = found["images_per_s"], found["whole_pass_images_per_s"], found["ratio"]
+    assert rates == (6.0, 2.0, 3.0)
+    assert (found["top1"], found["mean_timesteps"], found["differing"]) == (100.0, 1.5, 0)
 
 
 def test_confusion_and_classes(alone):

@@ -49,38 +49,21 @@ def spikes_at(*places: tuple[int, int, int, int], size: int = 4, value: float = 
     return x
 
 
-def test_a_spike_reaches_the_neurons_around_it(alone):
-    # In the middle 9 positions of 4 channels, at a border 6, in a corner 4.
-    assert count(conv(), alone, spikes_at((0, 0, 1, 1))).accumulates == 9 * 4
-    assert count(conv(), alone, spikes_at((1, 1, 0, 2))).accumulates == 6 * 4
-    assert count(conv(), alone, spikes_at((0, 1, 3, 3))).accumulates == 4 * 4
-    both = spikes_at((0, 0, 1, 1), (1, 0, 1, 1), (1, 1, 3, 3))
-    assert count(conv(), alone, both).accumulates == (9 + 9 + 4) * 4
-    # Of two groups, each channel reaches the two of its own.
-    assert count(conv(groups=2), alone, spikes_at((0, 0, 1, 1))).accumulates == 9 * 2
-
-
-def test_a_stride_skips_positions(alone):
-    # Windows begin at rows -1 and 1 of 4: row 0 is in the first, 1 in both, 2 and 3 in the second.
-    for row, windows in enumerate((1, 2, 1, 1)):
-        found = count(conv(stride=2), alone, spikes_at((0, 0, row, 0)))
-        assert found.accumulates == windows * 1 * 4, row
-    # Of 3 rows the windows are rows -1 to 1 and 1 to 3.
-    assert count(conv(stride=2), alone, spikes_at((0, 0, 1, 1), size=3)).accumulates == 4 * 4
-
-
-def test_synapses_are_what_a_gradient_reaches(alone):
-    """Each input's number of outputs, by brute force."""
-    for layer, size in ((conv(), 5), (conv(stride=2), 5), (conv(stride=2, groups=2), 6)):
-        convolution = layer.layer
-        assert isinstance(convolution, nn.Conv2d)
-        nn.init.ones_(convolution.weight)
+def test_a_spike_is_counted_at_each_output_that_it_reaches(alone):
+    """Those that have a gradient there, at every place: of borders, strides and groups."""
+    for layer, size in ((conv(), 4), (conv(stride=2), 4), (conv(stride=2), 3), (conv(2, 2), 6)):
+        nn.init.ones_(layer.layer.weight)
         x = torch.ones(1, 2, 2, size, size, requires_grad=True)
         layer(x).sum().backward()
-        assert x.grad is not None
         found = count(layer, alone, x.detach())
         assert found.accumulates == x.grad.sum()
         assert found.relu_multiply_accumulates == x.grad.sum() / 2  # of one timestep
+        for place in ((0, 0, 1, 1), (1, 1, 0, 2), (0, 1, 2, 2), (1, 0, 2, 0)):
+            one = count(layer, alone, spikes_at(place, size=size))
+            assert one.accumulates == x.grad[(0, *place)], place
+    # In the middle 9 positions of 4 channels, at a border 6.
+    both = spikes_at((0, 0, 1, 1), (1, 1, 0, 2))
+    assert count(conv(), alone, both).accumulates == (9 + 6) * 4
 
 
 def test_sums_means_and_real_numbers(alone):

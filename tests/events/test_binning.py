@@ -88,13 +88,6 @@ def test_events_of_one_moment_have_a_bin():
     assert binned(still, 4, bins="time").tensor[0].sum() == 10
 
 
-def test_a_pixel_hit_often_counts_often():
-    x, y, t, p = np.full(40, 3), np.full(40, 2), np.arange(40), np.ones(40, np.int64)
-    events = Events(x, y, t, p, SENSOR)
-    assert binned(events, 2).tensor[:, 1, 2, 3].tolist() == [20, 20]
-    assert binned(events, 2, values="occupancy").tensor[:, 1, 2, 3].tolist() == [1, 1]
-
-
 def test_values_are_of_the_counts():
     events = recording()
     counts = binned(events).tensor.astype(np.float64)

@@ -206,8 +206,10 @@ HEADER |= {"dtype": "uint8", "sensor": "34x34"}
 def test_replay_needs_windows_of_a_fixed_size(tmp_path, capfd):
     trained = tmp_path / "model.safetensors"
     config = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d", "data.kind": "events"})
-    config["model"] = {"name": "vggsnn", "num_classes": 2, "arguments": {"input_size": 16}}
-    weights = timm.create_model("vggsnn", num_classes=2, input_size=16).state_dict()
+    small = {"name": "spiking_convnet_dvs", "arguments": {"channels": [4, 8], "input_size": 16}}
+    config["model"] = small | {"num_classes": 2}
+    network = timm.create_model(small["name"], num_classes=2, **small["arguments"])
+    weights = network.state_dict()
     for binning, expected in (
         (None, "was trained on images, or on recordings whose binning it does not know; train on"),
         ({"bins": "count"}, "parts of a whole recording, which a stream cannot know; bin by wind"),
@@ -240,7 +242,12 @@ def test_results_carry_the_name_of_the_split(data_root, run, tmp_path, capfd):
     try:
         assert tool("eval").main(arguments) == 0
         assert f"6 samples of val of the split {SPLIT}" in capfd.readouterr().out
-        assert json.loads(result.read_text())["data_split"] == SPLIT
+        found = json.loads(result.read_text())
+        assert found["data_split"] == SPLIT
+        # Numbers of events are accumulates, and so are means of spikes.
+        assert found["operations"]["multiply_accumulates"] == 0
+        assert tool("eval").main([*arguments, "--timesteps", "3"]) == 2
+        assert "exceeds the data's 2 time bins" in capfd.readouterr().err
 
         # Where the data does not say its split, nothing does.
         (data_root / "dataset.json").unlink()

@@ -126,9 +126,11 @@ def test_the_time_of_aedat_31_goes_on_when_its_counter_begins_again(tmp_path):
 
 
 def test_n_caltech101_marks_a_counter_that_begins_again(tmp_path):
-    data = bytes([1, 2, 0, 0, 5]) + bytes([0, 240, 0, 0, 0]) + bytes([3, 4, 0x80, 0, 7])
+    overflow, last = bytes([0, 240, 0, 0, 0]), bytes([3, 4, 0x80, 0, 7])
+    data = bytes([1, 2, 0, 0, 5]) + overflow + last + overflow + last
     events = read(tmp_path, "1.bin", data, Sensor(240, 180))
-    assert (events.t.tolist(), events.p.tolist(), events.dropped) == ([5, 8199], [0, 1], 1)
+    assert (events.t.tolist(), events.p.tolist()) == ([5, 8199, 16391], [0, 1, 1])
+    assert events.dropped == 2
 
 
 def test_a_header_without_a_camera_is_a_dvs128s(tmp_path):

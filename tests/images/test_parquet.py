@@ -141,6 +141,15 @@ def described(file, about):
     pq.write_table(table, file)
 
 
+def bent(file):
+    """A name with another number, which only the checksum of its page tells from the right one."""
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(pq.read_table(file), file, write_page_checksum=True, **options)
+    data = file.read_bytes()
+    assert data.count(b"_1002_") == 1
+    file.write_bytes(data.replace(b"_1002_", b"_1003_"))
+
+
 def emptied(file):
     for part in file.parent.glob("train-*"):
         pq.write_table(pq.read_table(part).slice(0, 0), part)
@@ -168,6 +177,7 @@ def without_image(file):
         (partial(described, about=b"{"), "00001-of-00002.parquet is damaged, or not Parquet ("),
         (partial(described, about=b"[]"), "00001-of-00002.parquet is damaged, or not Parquet ("),
         (partial(described, about=b'{"info": 3}'), "is damaged, or not Parquet ("),
+        (bent, "00001-of-00002.parquet is damaged, or not Parquet ("),
         (emptied, "the files of train in "),
         (relabel, "1 of 12 images in "),
         (drop_row, "has 8 images of train, but ImageNet-1k has 9: fetch the missing files, or "),

@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 from functools import partial
 
 import pytest
@@ -179,22 +178,6 @@ def test_weights_of_the_last_common_checkpoint(ours, theirs, status, expected, r
     assert found == status
     assert f"Weights of a and b{' ' if expected[0] == 'a' else ''}{expected}" in printed
     assert printed.endswith("The runs differ.\n" if status else "The runs are the same.\n")
-
-
-def test_a_resumed_run_is_the_same_as_an_uninterrupted_one(farm, tiny_config, run_tool, tmp_path):
-    file = tiny_config()
-    assert farm(file, "name=straight").status == 0
-    assert farm(file, "name=resumed", stop=("step", 6, signal.SIGTERM)).status == 143
-    assert farm(file, "name=resumed").status == 0
-    runs = [tmp_path / "runs" / name for name in ("straight", "resumed")]
-    status, printed, _ = run_tool(*runs)
-    assert status == 0, printed
-    assert "Configuration: the same.\n" in printed
-    assert "Weights of a and b at step 10: bitwise identical.\n" in printed
-    assert farm(file, "name=other", "seed=1").status == 0
-    status, printed, _ = run_tool(runs[0], tmp_path / "runs/other")
-    assert status == 1
-    assert "tensors differ." in printed
 
 
 def test_the_plot_has_a_colour_for_each_run(run_tool, tmp_path):

@@ -12,7 +12,6 @@ from samples import pixels
 from tetdist.apps.events.statistics import coloured
 from tetdist.apps.reports import style
 from tetdist.apps.reports.curves import (
-    _learning_rate,
     _phase_borders,
     firing_rates,
     inputs,
@@ -56,20 +55,18 @@ def test_a_whole_run_with_two_phases(tmp_path):
     out = draw(tmp_path, lines)
     for colour in (TRAIN, VALIDATION, style.RATE, style.SPEED, style.QUIET):
         assert pixels(out, colour) > 100, colour
+    # A moving average has curves of its own.
+    assert pixels(out, style.AVERAGE) == 0
+    averages = [
+        val_line(step, kind="val_ema", top1=70.0, loss=0.5) for step in range(100, 1201, 99)
+    ]
+    assert pixels(draw(tmp_path, [*lines, *averages]), style.AVERAGE) > 1000
+    assert pixels(out, VALIDATION) > 100
     assert [entry.name for entry in out.parent.iterdir()] == ["learning_curves.png"]
     train = [line for line in lines if line["kind"] == "train"]
     val = [line for line in lines if line["kind"] == "val"]
     assert _phase_borders(train, val) == [(9.0, "phase 1: T = 6")]
     assert _phase_borders(train[:90], val) == []
-
-
-def test_a_moving_average_has_curves_of_its_own(tmp_path):
-    lines = [line(step) for step in (100, 200, 300) for line in (train_line, val_line)]
-    assert pixels(draw(tmp_path, lines), style.AVERAGE) == 0
-    lines += [val_line(step, kind="val_ema", top1=70.0, loss=0.5) for step in (100, 200, 300)]
-    out = draw(tmp_path, lines)
-    assert pixels(out, style.AVERAGE) > 1000
-    assert pixels(out, VALIDATION) > 1000
 
 
 FLAWED = [
@@ -172,18 +169,6 @@ def test_means_over_a_few_steps_are_not_drawn_and_others_are_smoothed():
     assert style._running_mean(values, 1) == [1.5, 3.0, 11 / 3, 14 / 3, 4.0]
     assert style._running_mean(values, 0) == values
     assert all(map(math.isclose, style._running_mean(values, 9), [3.4] * 5))
-
-
-def test_small_rates_are_written_as_others_are():
-    axis = new_figure(3, 3).subplots()
-    _learning_rate(axis, [train_line(1, lr=1e-4), train_line(2, lr=5e-5)])
-    written = axis.yaxis.get_major_formatter()
-    assert [written(rate) for rate in (0.0, 5e-5, 3 * 1e-4, 0.1)] == [
-        "0",
-        "0.00005",
-        "0.0003",
-        "0.1",
-    ]
 
 
 @pytest.mark.parametrize(

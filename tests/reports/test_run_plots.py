@@ -72,7 +72,8 @@ def test_a_plot_that_cannot_be_written_ends_nothing(config, tracker, caplog):
         assert f"cannot draw the plot {name}: " in caplog.text
 
 
-def test_without_plots_the_log_still_names_dead_layers(main, tiny_config, tmp_path):
+def test_without_plots_the_log_still_names_dead_layers(main, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "png", lambda _: b"rendering takes its time")
     changes = {"model.neuron.threshold": 1e6, "loss.phi": 1e6}
     for plots in (True, False):
         outcome = main(tiny_config(changes | {"name": f"{plots}", "plots": plots}))

@@ -36,17 +36,8 @@ def test_results_are_the_same_bitwise_and_own_kernels_are_named(main, tiny_confi
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (
-            ["profile=[6,4]"],
-            "'profile': must be the first and the last step, in this order, not [6, 4]",
-        ),
-        (["profile=[1,101]"], "'profile': must be at most 100 steps, "),
-        (
-            ["profile=[8,9]", "max_steps=7"],
-            "profile: step 8 comes after the run's last step, 7",
-        ),
+        (["profile=[8,9]", "max_steps=7"], "profile: step 8 comes after the run's last step, 7"),
         (["profile=[11,12]"], "profile: step 11 comes after the run's last step, 10"),
-        (["profile=[2,2]", "cuda_graphs=true"], "profile: the operations of a CUDA graph"),
     ],
 )
 def test_steps_that_cannot_be_profiled_are_refused(overrides, expected, main, tiny_config):

@@ -19,12 +19,11 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -80,8 +79,6 @@ class Cluster:
         self.folder = folder  # of everything that the cluster writes
         self.nodes = [f"node{i + 1}" for i in range(nodes)]
         self.conf = folder / "slurm.conf"
-        # With this one, commands find the same cluster as one that has no accounting.
-        self.conf_without_accounting = folder / "slurm-without-accounting.conf"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._namespaces: dict[str, str] = {}
         self._crashed: set[str] = set()
@@ -147,16 +144,6 @@ class Cluster:
     def stop_controller(self) -> None:
         """End the controller, as before an update; jobs run on, and no command is answered."""
         self._end("slurmctld")
-
-    @contextlib.contextmanager
-    def frozen_controller(self) -> Iterator[None]:
-        """The controller is there and answers nothing, as one that has too much to do."""
-        controller = self._daemons["slurmctld"]
-        controller.send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            controller.send_signal(signal.SIGCONT)
 
     def start_controller(self) -> None:
         """Start the controller again, with what it knew."""
@@ -291,7 +278,6 @@ class Cluster:
             (folder / f"hosts-{node}").write_text("".join(lines))
             conf += f"NodeName={node} NodeAddr={address} CPUs=8 RealMemory=64000\n"
         self.conf.write_text(conf)
-        self.conf_without_accounting.write_text(re.sub(r"(?m)^Accounting.*\n", "", conf))
         file = folder / "slurmdbd.conf"
         file.touch(mode=0o600)  # slurmdbd refuses another mode
         file.write_text(filled("slurmdbd.conf"))

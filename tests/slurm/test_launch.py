@@ -71,20 +71,10 @@ def test_wrong_facts(text, parts, cluster_file):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("90", 90),
-        ("1:30", 2),
-        ("02:00:00", 120),
-        ("00:00:30", 1),
-        ("2-00", 2880),
-        ("1-12:30", 2190),
-        ("1-00:00:01", 1441),
-    ],
-)
-def test_times_in_slurms_notation(text, expected):
-    assert cluster.minutes(text) == expected
+def test_times_in_slurms_notation():
+    minutes = {"90": 90, "1:30": 2, "02:00:00": 120, "00:00:30": 1, "2-00": 2880, "1-12:30": 2190}
+    for text, expected in (minutes | {"1-00:00:01": 1441}).items():
+        assert cluster.minutes(text) == expected, text
 
 
 # --- batch script, snapshot -----------------------------------------------------------------------

@@ -40,17 +40,6 @@ def preempt(cluster, run):
     )
 
 
-def test_nodes_are_hosts_of_their_own(cluster):
-    script = "echo $SLURM_PROCID $(hostname) $(getent hosts node1)"
-    output = cluster.run("srun", "-N2", "--ntasks-per-node=1", "--job-name=own", "sh", "-c", script)
-    # A host's own name leads it to itself only; node2 finds the real address of node1.
-    first, second = sorted(output.splitlines())
-    assert first.split()[:3] == ["0", "node1", "127.0.1.1"]
-    assert second.startswith("1 node2 10.")
-    # Accounting remembers the job.
-    assert "own" in cluster.run("sacct", "-n", "-P", "-X", "-o", "JobName")
-
-
 def test_submitted_to_finished(launcher, straight, capfd):
     assert straight.logged_step == LAST_STEP
     assert [event.kind for event in straight.history] == ["submitted", "started", "finished"]
@@ -243,28 +232,6 @@ def test_submitted_twice_and_cancelled_in_the_queue(launcher, capfd):
     assert "error: Slurm refused the job: " in capfd.readouterr().err
 
 
-def test_status_waits_for_a_controller_that_has_much_to_do(
-    launcher, cluster, tmp_path, monkeypatch, capfd
-):
-    run = held(launcher, "asked-late")
-    impatient = tmp_path / "slurm.conf"
-    conf = re.sub(r"(?m)^MessageTimeout=.*$", "MessageTimeout=1", cluster.conf.read_text())
-    impatient.write_text(conf)
-    monkeypatch.setenv("SLURM_CONF", str(impatient))
-    with ThreadPoolExecutor(1) as threads, cluster.frozen_controller():
-        status = threads.submit(slurm.main, ["status", str(run.path)])
-        told = []
-
-        def is_told():
-            told.append(capfd.readouterr().err)
-            return "Slurm does not answer squeue; retrying" in "".join(told)
-
-        wait_until(is_told, "that status says what it waits for")
-        assert not status.done()
-    assert status.result(60) == 0
-    assert f"job         {run.job} pending: waiting: " in capfd.readouterr().out
-
-
 def test_two_submissions_at_once_are_one_run(launcher, cluster, monkeypatch, capfd):
     """The second comes when the first is about to make its run in MLflow, and waits for it."""
     name = "twice-at-once"
@@ -287,36 +254,3 @@ def test_two_submissions_at_once_are_one_run(launcher, cluster, monkeypatch, cap
     assert f"is already queued as job {run.job} (PENDING)" in capfd.readouterr().err
     assert mlflow_status(run) == "SCHEDULED"  # of the only run of this name
     assert [line.split()[0] for line in cluster.squeue()] == [run.job]
-
-
-FAULT = """
-import os
-if os.environ.get("RANK") == "2":
-    _sound_step = Trainer._train_step
-
-    def _faulty_step(self):
-        if self.step == 7:
-            raise RuntimeError("a fault of rank 2 at step 7")
-        return _sound_step(self)
-
-    Trainer._train_step = _faulty_step
-"""
-
-
-@pytest.mark.long
-def test_rank_that_raises_ends_the_job(launcher, cluster, capsys):
-    run = held(launcher, "faulty", "engine=deepspeed")
-    trainer = run.path / "slurm/submission-1/code/tetdist/training/trainer.py"
-    trainer.write_text(trainer.read_text() + FAULT)
-    cluster.run("scontrol", "release", run.job)
-    run.wait_for("failed")
-    job = cluster.job(run.job)
-    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
-    cluster.wait_until_clean()
-    capsys.readouterr()
-    assert slurm.main(["status", str(run.path)]) == 0
-    output = capsys.readouterr().out
-    assert re.search(r"failed +rank 2 on node\d:\n +Traceback", output)
-    assert "a fault of rank 2 at step 7" in output
-    # In the log of rank 0 it stands before what rank 0 itself made of it.
-    assert "the first to fail was rank 2" in run.log

@@ -67,27 +67,15 @@ def test_a_run_that_is_waited_for_is_finished_or_queued(tmp_path, queue):
     assert [run.name for run in status.find(str(tmp_path))] == ["finished", "half", "queued"]
 
 
-@pytest.mark.parametrize("is_here", [True, False])
-@pytest.mark.parametrize(
-    ("kind", "name", "text"),
-    [
-        ("submitted", "unknown", "Slurm does not know the job, and it did not start"),
-        ("stopped", "unknown", "by the run's history, stopped 20"),
-        ("finished", "COMPLETED", "by the run's history, finished 20"),
-        ("failed", "FAILED", "by the run's history, failed 20"),
-        ("cancelled", "CANCELLED", "by the run's history, cancelled 20"),
-    ],
-)
 @pytest.mark.usefixtures("queue")
-def test_job_that_slurm_does_not_know(kind, name, text, is_here, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "is_here", lambda: is_here)
+def test_job_that_slurm_does_not_know_is_as_the_run_says(tmp_path):
     submission = submitted(tmp_path, 10)
     # Of another job's end it says nothing.
-    for event in (JobEvent("failed", "11"), JobEvent(kind, "12")):
+    for event in (JobEvent("failed", "11"), JobEvent("cancelled", "12")):
         history.note(tmp_path, event)
     state = jobs.state_of(submission)
-    assert (state.name, state.is_queued) == (name, False)
-    assert state.text.startswith(text)
+    assert (state.name, state.is_queued) == ("CANCELLED", False)
+    assert state.text.startswith("by the run's history, cancelled 20")
 
 
 def test_job_imports_the_copy_that_was_made_when_it_was_submitted(tiny_config, tmp_path):

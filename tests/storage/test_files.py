@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -56,8 +57,16 @@ def test_after_an_error_all_is_as_before(tmp_path):
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_a_folder_appears_with_all_that_is_in_it(tmp_path):
-    folder = tmp_path / "b"
+def test_a_folder_appears_with_all_that_is_in_it(tmp_path, monkeypatch):
+    """All of it is on the disk before it has its name, and then the name is."""
+    folder, synced, fsync = tmp_path / "b", [], os.fsync
+
+    def sync(descriptor):
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append((path.relative_to(tmp_path).as_posix(), folder.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
     # What a process of the same number has left.
     leftover = tmp_path / f".b.{os.getpid()}.tmp.x"
     (leftover / "old").mkdir(parents=True)
@@ -66,6 +75,8 @@ def test_a_folder_appears_with_all_that_is_in_it(tmp_path):
         (aside / "inner").mkdir(parents=True)
         (aside / "inner" / "file").write_text("text")
         assert not folder.exists()
+    written = [leftover.name, f"{leftover.name}/inner", f"{leftover.name}/inner/file"]
+    assert sorted(synced) == [(".", True), *((name, False) for name in written)]
     assert names(folder) == ["inner"]
     assert names(tmp_path) == ["b"]
     with pytest.raises(OSError, match="not empty"), files.made_aside(folder) as aside:

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import farm
 import optuna
@@ -192,7 +193,9 @@ def test_one_begins_with_another(call, write, tmp_path):
 
 def test_the_search_of_the_page_prunes_and_continues(tiny_config, tmp_path, monkeypatch, capsys):
     page = (tiny.PROJECT / "docs" / "studies.md").read_text()
-    (tmp_path / "search.py").write_text(page.split("```python\n# search.py\n")[1].split("```")[0])
+    script = page.split("```python\n# search.py\n")[1].split("```")[0]
+    assert "n_trials=9" in script
+    (tmp_path / "search.py").write_text(script.replace("n_trials=9", "n_trials=5"))
     for name, function in farm.environment().items():
         monkeypatch.setattr(environment, name, function)
     file = tiny_config({"phases.0.epochs": 4, "engine": "torch"})
@@ -200,7 +203,7 @@ def test_the_search_of_the_page_prunes_and_continues(tiny_config, tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["search.py", str(file), "batch.micro=4"])
     sampler = optuna.samplers.RandomSampler(seed=0)
     monkeypatch.setattr(optuna, "create_study", partial(optuna.create_study, sampler=sampler))
-    for number in (9, 18):
+    for number in (5, 10):
         study = runpy.run_path("search.py", run_name="__main__")["study"]
         assert [trial.number for trial in study.trials] == list(range(number))
     for trial in study.trials:
@@ -223,46 +226,45 @@ def test_the_search_of_the_page_prunes_and_continues(tiny_config, tmp_path, monk
 ENDLESS = {"seeds": [0], "entries": {"long": {}}, "overrides": {"phases.0.epochs": 100_000}}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_runs_of_a_stopped_or_killed_study_save_and_end(number, call, write, tmp_path):
+def test_a_run_of_a_killed_study_saves_and_ends(call, write, tmp_path):
     file, output = write(ENDLESS), tmp_path / "out"
     run, log = output / "long-seed0", output / "logs" / "long-seed0.log"
     mark, env = tiny.marked(tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT)))
-    # A shell has what a script starts in the background ignore Ctrl-C.
-    command = ["bash", "-c", "trap '' INT; exec \"$@\"", "-", *tiny.python(STUDY, file)]
-    with tiny.started([*command, "--output", str(output)], tmp_path, env) as process:
+    command = tiny.python(STUDY, file, "--output", output)
+    with tiny.started(command, tmp_path, env) as process:
         metrics = run / "metrics.jsonl"
         tiny.wait_until(lambda: metrics.exists() and metrics.stat().st_size, 90)
         (child,) = set(tiny.alive(mark)) - {process.pid}
-        if number == signal.SIGINT:
-            process.send_signal(number)
-            text, _ = process.communicate(timeout=60)
-            stopped = "stopped; the same command continues" in text
-            assert (process.returncode, stopped) == (130, True), text
-            assert not tiny.alive(mark)
-        else:
-            os.kill(child, signal.SIGSTOP)
-            process.kill()
-            process.communicate()
-            # Meanwhile the same command leaves it alone, also if it has looked before.
-            try:
-                status, printed = call("study", file, "--output", output)
-                at_work = f"another process is using {run}; wait for it"
-                assert (status, f"error: {at_work}" in printed) == (2, True), printed
-                runs = runs_of(file, output)
-                failed = local.work(runs, 1, tracking.Parent("study", [], output))
-                assert at_work in failed["long-seed0"]
-            finally:
-                os.kill(child, signal.SIGCONT)
+        os.kill(child, signal.SIGSTOP)
+        process.kill()
+        process.communicate()
+        # Meanwhile the same command leaves it alone, also if it has looked before.
+        try:
+            status, printed = call("study", file, "--output", output)
+            at_work = f"another process is using {run}; wait for it"
+            assert (status, f"error: {at_work}" in printed) == (2, True), printed
+            failed = local.work(runs_of(file, output), 1, tracking.Parent("study", [], output))
+            assert at_work in failed["long-seed0"]
+        finally:
+            os.kill(child, signal.SIGCONT)
         tiny.wait_until(lambda: not tiny.alive(mark), 60)
     assert "stopped at step" in log.read_text()
     assert list((run / "checkpoints").glob("step-*"))
 
 
+SAVING = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path("saved").touch(), sys.exit()))
+pathlib.Path("ready").touch()
+time.sleep(300)
+"""
+
+
 @pytest.mark.usefixtures("a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, "Ctrl-C twice"])
 def test_a_run_that_is_being_started_ends_with_the_study(number, write, tmp_path, monkeypatch):
-    """The signal comes before the new process is known by its number."""
+    """The signal comes before the new process is known by its number. Each run may save."""
+    monkeypatch.chdir(tmp_path)
     mark, env = tiny.marked({})
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -271,6 +273,7 @@ def test_a_run_that_is_being_started_ends_with_the_study(number, write, tmp_path
     class Popen(subprocess.Popen):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
+            tiny.wait_until(Path("ready").exists, 30)
             signal.raise_signal(first)
 
         def terminate(self):
@@ -279,13 +282,13 @@ def test_a_run_that_is_being_started_ends_with_the_study(number, write, tmp_path
             super().terminate()
 
     monkeypatch.setattr(local.subprocess, "Popen", Popen)
-    sleep = property(lambda _: tiny.python("-c", "import time; time.sleep(300)"))
-    monkeypatch.setattr(plan.Command, "words", sleep)
+    monkeypatch.setattr(plan.Command, "words", property(lambda _: tiny.python("-c", SAVING)))
     runs = runs_of(write(ENDLESS), tmp_path / "out")
     before = signal.getsignal(first)
     with pytest.raises(KeyboardInterrupt):
         local.work(runs, 1, tracking.Parent("study", [], tmp_path))
     assert tiny.alive(mark) == []
+    assert Path("saved").exists() == (first == number)
     assert signal.getsignal(first) is before
 
 

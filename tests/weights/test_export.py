@@ -50,6 +50,7 @@ NETWORKS = {
     "preact": ("preact_resnet18", {"width": 4}, LIF, 32),
     "vggsnn": ("vggsnn", {"input_size": 16}, LIF, 16),
     "convnet": ("spiking_convnet", CONVNET, LIF, 12),
+    "events": ("spiking_convnet_dvs", CONVNET, LIF, 12),
     "plif": ("spiking_convnet", CONVNET, {"kind": "plif", "threshold": 0.3}, 12),
     "plif, input as it is": (
         "spiking_convnet",
@@ -67,7 +68,7 @@ def save(network, folder, **neuron):
     """A checkpoint of a small network with norms of no initialiser's choice."""
     name, arguments, own_neuron, side = NETWORKS[network]
     data = {"root": "/home/me/secret", "kind": "events"}
-    if name != "vggsnn":
+    if name not in ("vggsnn", "spiking_convnet_dvs"):
         data = {"root": "/home/me/secret", "image_size": side, "mean": [0.5, 0.5, 0.5]}
     raw = {
         "name": "small",
@@ -123,7 +124,7 @@ def logits(trained, x):
     ("network", "kind"),
     [
         ("sew, iand", "safetensors"),
-        ("vggsnn", "safetensors"),
+        ("events", "safetensors"),
         ("spiking, tdbn", "timm"),
         ("resnet19", "timm"),
     ],
@@ -136,7 +137,7 @@ def test_code_of_the_card_loads_the_network(call, network, kind, tmp_path, monke
     trained = load(file)
     x = trained.examples(2)
     card = (folder / "README.md").read_text()
-    assert ("pipeline_tag" in card) == ("image-classification" in card) == (network != "vggsnn")
+    assert ("pipeline_tag" in card) == ("image-classification" in card) == (network != "events")
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     # As its reader does: beside the folder, or in it.
     monkeypatch.chdir(tmp_path if kind == "timm" else folder)
@@ -362,7 +363,9 @@ def over_time(module, trained, x):
     return torch.stack(outputs).detach()
 
 
-@pytest.mark.parametrize("network", [name for name in NETWORKS if name not in ("vggsnn", "preact")])
+@pytest.mark.parametrize(
+    "network", [name for name in NETWORKS if name not in ("vggsnn", "events", "preact")]
+)
 def test_nir_graph_run_by_nirtorch_is_the_network(network, tmp_path):
     trained = load(save(network, tmp_path))
     dt = 1e-3
@@ -424,44 +427,6 @@ def test_what_nir_cannot_express_is_refused(call, tmp_path, network, neuron, wor
 # ---------------------------------------------------------------------------------- programs
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "plif",
-        "psn",
-        *(
-            pytest.param(kind, marks=pytest.mark.long)
-            for kind in ("masked_psn", "sliding_psn", "ilif", "nilif")
-        ),
-    ],
-)
-def test_programs_of_other_neurons_say_what_the_network_says(kind, tmp_path):
-    numbers = {"timesteps": T} if kind in ("psn", "masked_psn") else {}
-    trained = load(save("convnet", tmp_path, kind=kind, threshold=0.3, **numbers))
-    assert len(logits(trained, trained.examples(4)).unique()) > 5
-    # Each compares its logits with the model's.
-    assert "its logits match the model's" in export.write_torch(trained, tmp_path / "net.pt2")
-    assert "its logits match the model's" in export.write_onnx(trained, tmp_path / "net.onnx")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("network", ["sew, add", "preact"])
-def test_onnx_graph_run_by_onnxruntime_is_the_network(network, call, tmp_path):
-    file = save(network, tmp_path)
-    status, output = call("export", file, "--format", "onnx", "--output", tmp_path / "net.onnx")
-    assert status == 0, output
-    assert "its logits match the model's" in output
-    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
-    (given,) = session.get_inputs()
-    trained = load(file)
-    assert given.name == "images"
-    metadata = session.get_modelmeta().custom_metadata_map
-    assert "minus [0.5, 0.5, 0.5], divided by [0.229, 0.224, 0.225]" in metadata["preparation"]
-    x = trained.examples(5)  # another batch size than it was traced with
-    (actual,) = session.run(["logits"], {given.name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(actual), logits(trained, x), rtol=1e-4, atol=1e-5)
-
-
 def by_the_loop_of_the_page(path, x, timesteps):
     """Run a graph of a timestep by the code that docs/weights.md shows."""
     page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
@@ -471,29 +436,58 @@ def by_the_loop_of_the_page(path, x, timesteps):
     return torch.from_numpy(found["run"](path, [frame.numpy() for frame in frames]))
 
 
+def run_program(form, path, x):
+    """The logits of an exported program, and what it says of the preparation of its inputs."""
+    if form == "torch":
+        extra = {"preparation": ""}
+        program = torch.export.load(path, extra_files=extra).module()
+        return program(x), extra["preparation"]
+    session = onnxruntime.InferenceSession(path)
+    preparation = session.get_modelmeta().custom_metadata_map["preparation"]
+    if form == "onnx-step":
+        return by_the_loop_of_the_page(path, x, T), preparation
+    (given,) = session.get_inputs()
+    (found,) = session.run(["logits"], {given.name: x.numpy()})
+    return torch.from_numpy(found), preparation
+
+
+LEARNED = ("plif", "ilif", "nilif")
+
+
 @pytest.mark.parametrize(
-    ("network", "neuron"),
+    ("network", "neuron", "forms"),
     [
-        ("vggsnn", {}),
-        ("convnet", {"kind": "sliding_psn", "threshold": 0.3, "order": 3}),
-        pytest.param("sew, add", {}, marks=pytest.mark.long),
-        pytest.param("preact", {}, marks=pytest.mark.long),
-        pytest.param("convnet", {"kind": "plif", "threshold": 0.3}, marks=pytest.mark.long),
-        pytest.param("convnet", {"kind": "ilif", "threshold": 0.3}, marks=pytest.mark.long),
+        ("events", {}, ("torch", "onnx", "onnx-step")),
+        ("convnet", {"kind": "psn", "timesteps": T}, ("torch", "onnx")),
+        ("convnet", {"kind": "sliding_psn", "order": 3}, ("onnx-step",)),
+        *(
+            pytest.param(network, neuron, ("torch", "onnx", "onnx-step"), marks=pytest.mark.long)
+            for network, neuron in (
+                *((name, {}) for name in ("sew, add", "preact", "ms, deep")),
+                *(("convnet", {"kind": kind}) for kind in (*LEARNED, "sliding_psn")),
+            )
+        ),
     ],
 )
-def test_onnx_graph_of_a_timestep_carries_its_states(network, neuron, call, tmp_path):
-    file, path = save(network, tmp_path, **neuron), tmp_path / "step.onnx"
-    status, output = call("export", file, "--format", "onnx-step", "--output", path)
-    assert status == 0, output
-    assert "its logits match the model's" in output
+def test_programs_are_the_network(network, neuron, forms, call, tmp_path):
+    """With another batch size than they were traced with."""
+    neuron = neuron | {"threshold": 0.3} if neuron else neuron
+    file = save(network, tmp_path, **neuron)
     trained = load(file)
-    x = trained.examples(5)  # another batch size than it was traced with
+    x = trained.examples(5)
     expected = logits(trained, x)
-    assert len(expected.unique()) > 5
-    actual = by_the_loop_of_the_page(path, x, T)
-    # Kernels round differently, so on some processor one sample may have a flipped spike.
-    assert torch.isclose(actual, expected, rtol=1e-4, atol=1e-5).all(1).sum() >= len(x) - 1
+    prepared = "minus [0.5, 0.5, 0.5], divided by [0.229, 0.224, 0.225]"
+    prepared = "event frames, (B, T, 2, H, W)" if network == "events" else prepared
+    for form in forms:
+        path = tmp_path / f"{form}.{'pt2' if form == 'torch' else 'onnx'}"
+        status, output = call("export", file, "--format", form, "--output", path)
+        assert status == 0, output
+        assert "its logits match the model's" in output
+        with torch.no_grad():
+            actual, preparation = run_program(form, path, x)
+        assert prepared in preparation or form == "onnx-step"
+        # Kernels round differently, so on some processor one sample may have a flipped spike.
+        assert torch.isclose(actual, expected, rtol=1e-4, atol=1e-5).all(1).sum() >= len(x) - 1
 
 
 def test_onnx_graph_of_a_timestep_is_refused_by_name(call, tmp_path):
@@ -506,22 +500,6 @@ def test_onnx_graph_of_a_timestep_is_refused_by_name(call, tmp_path):
     model = timm.create_model("psn_sew_resnet18", neuron={"kind": "sliding_psn"})
     with pytest.raises(UserError, match=r"needs equal timesteps, but PSNSEWResNet adds another"):
         export.save_step(model, torch.zeros(2, 3, 32, 32), path)
-
-
-@pytest.mark.parametrize("network", ["vggsnn", pytest.param("ms, deep", marks=pytest.mark.long)])
-def test_program_of_torch_is_the_network(network, call, tmp_path):
-    file = save(network, tmp_path)
-    status, output = call("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
-    assert status == 0, output
-    assert "its logits match the model's" in output
-    trained = load(file)
-    x = trained.examples(5)
-    extra = {"preparation": ""}
-    with torch.no_grad():
-        actual = torch.export.load(tmp_path / "net.pt2", extra_files=extra).module()(x)
-    expected = "event frames, (B, T, 2, H, W)" if network == "vggsnn" else "RGB images in [0, 1]"
-    assert expected in extra["preparation"]
-    torch.testing.assert_close(actual, logits(trained, x))
 
 
 def test_a_check_that_shows_little_says_so(call, tmp_path):

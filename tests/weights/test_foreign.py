@@ -21,8 +21,6 @@ from tetdist.apps.weights import foreign
 from tetdist.apps.weights.sources import SOURCES
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.neurons import LIF
-from tetdist.nn.norm_neuron import Neuron
 from tetdist.storage import checkpoint, foreign_files
 
 T = 3
@@ -191,31 +189,6 @@ def test_what_spikingjellys_neurons_learn_comes_with_the_weights(name, kind):
     assert relative(logits, expected) < 1e-8
 
 
-def test_spikingjelly_fires_at_its_threshold():
-    """docs/weights.md: it matters of whole numbers, as spikes that attention adds up."""
-    node = neuron.LIFNode(
-        tau=2.0,
-        v_threshold=0.5,
-        surrogate_function=surrogate.Sigmoid(alpha=4.0),
-        detach_reset=True,
-        step_mode="m",
-    )
-    generator = torch.Generator().manual_seed(0)
-    current = torch.randint(0, 3, (4, 200), generator=generator).double().requires_grad_()
-    weight = torch.randn(4, 200, generator=generator, dtype=torch.float64)
-    config = {
-        **{"decay": 0.5, "threshold": 1.0, "detach_reset": True},
-        **{"surrogate": "sigmoid", "surrogate_width": 2.0},
-    }
-    spikes, gradients = [], []
-    for layer in (node, Neuron(LIF(fires_at_threshold=True, **config)), Neuron(LIF(**config))):
-        spikes.append(layer(current))
-        gradients += torch.autograd.grad((spikes[-1] * weight).sum(), current)
-    assert torch.equal(spikes[0], spikes[1])
-    torch.testing.assert_close(gradients[0], gradients[1])
-    assert (spikes[0] != spikes[2]).double().mean() > 0.2
-
-
 @pytest.mark.parametrize(("name", "source"), [("resnet18", "torchvision"), ("resnet50", "timm")])
 def test_relu_network_is_that_of_torchvision_and_timm(name, source):
     """So that a teacher may be one of theirs, and its accuracy may be checked here."""
@@ -325,9 +298,11 @@ def test_agrees_with_the_resnet19_of_tet_and_of_distillation(tmp_path):
 
 def test_prefix_of_a_parallel_wrapper_is_removed(tmp_path):
     state = tet_layout(RESNET19.state())
-    torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "a.pth")
-    read = foreign_files.read(tmp_path / "a.pth")
-    assert read.keys() == state.keys()
+    compiled = "_orig_mod."  # before or after the other
+    for prefix in ("module.", compiled, f"module.{compiled}", f"{compiled}module."):
+        torch.save({f"{prefix}{key}": value for key, value in state.items()}, tmp_path / "a.pth")
+        read = foreign_files.read(tmp_path / "a.pth")
+        assert read.keys() == state.keys()
     assert foreign.source_of(read, tmp_path / "a.pth") == "tet"
 
 
@@ -556,7 +531,7 @@ def test_tets_checkpoint_is_recognized_and_sees_images_as_its_loader_scales_them
         ),
     ],
 )
-def test_converted_file_notes_its_sources_network(name, neuron, call, tiny_root, tmp_path):
+def test_converted_file_notes_its_sources_network(name, neuron, call, tmp_path):
     case, prefix = Published(name), "module." if name == "ms_resnet" else ""
     state = {f"{prefix}{key}": value for key, value in case.state().items()}
     torch.save({"best_acc": 1.0, "best_net": state}, tmp_path / "theirs.pth")
@@ -572,11 +547,6 @@ def test_converted_file_notes_its_sources_network(name, neuron, call, tiny_root,
     noted = description.config["model"]
     assert noted["arguments"] == case.arguments
     assert {key: noted["neuron"][key] for key in neuron} == neuron
-    command = ["--checkpoint", output, "--data", tiny_root, "--device", "cpu"]
-    assert call("eval", *command, "--json", tmp_path / "e.json")[0] == 0
-    found = json.loads((tmp_path / "e.json").read_text())
-    assert found["samples"] == sum(tiny.VAL_SIZES)
-    assert 0 < max(found["firing_rate"].values()) < 1
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
-from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file
 from test_export import T, save
 from torch import nn
@@ -32,7 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "two branches": ("spiking bottleneck", {}),
     "stream": ("ms", {}),
     "stream, deep": ("ms, deep", {}),
-    "events": ("vggsnn", {"decay": 0.5}),
+    "events": ("events", {"decay": 0.5}),
     "learned decay": ("plif", {}),
     "soft": ("convnet", {"reset": "soft", "decay": 0.3}),
     "several spikes": ("convnet", {"kind": "ilif"}),
@@ -143,13 +143,11 @@ def test_exported_integers_are_the_definition_for_every_reader(case, call, tmp_p
     for t in range(T):
         frame = torch.from_numpy(frames[min(t, len(frames) - 1)])
         membranes = defined.step(frame, membranes)[1]
-    reference = ReferenceEvaluator(str(step))
-    for session in (graph._session, reference):
-        actual, states = steps_of(session, frames, graph.at_rest(3))
-        np.testing.assert_array_equal(actual, expected)
-        for state, membrane in zip(states, membranes.values(), strict=True):
-            np.testing.assert_array_equal(state, membrane.numpy())
-    assert {node.op_type for node in reference.proto_.graph.node}.isdisjoint({"Conv", "Gemm"})
+    actual, states = steps_of(graph._session, frames, graph.at_rest(3))
+    np.testing.assert_array_equal(actual, expected)
+    for state, membrane in zip(states, membranes.values(), strict=True):
+        np.testing.assert_array_equal(state, membrane.numpy())
+    assert {node.op_type for node in onnx.load(step).graph.node}.isdisjoint({"Conv", "Gemm"})
 
 
 def with_whole_weights(trained: Trained) -> None:

@@ -1,10 +1,10 @@
 """Transformers in and out: from a published file to a program that somebody else runs."""
 
-import onnxruntime
 import pytest
 import timm
 import torch
 from published import Published
+from test_export import run_program
 
 from tetdist.apps.weights.trained import Trained, load
 from tetdist.config.loading import parse
@@ -85,42 +85,33 @@ def test_mixing_of_samples_is_reported_and_may_be_asked_for(call, tmp_path):
 
 
 # Traced with all timesteps, of which each is some tens of operations a layer: that takes its time.
-LONG = ("qkformer", "espikeformer", "maxformer", "ms_qkformer")
 
 
 @pytest.mark.parametrize(
-    "family", ["sdt", *(pytest.param(family, marks=pytest.mark.long) for family in LONG)]
+    ("family", "timesteps", "forms"),
+    [
+        ("sdt", 1, ("torch",)),
+        *(
+            pytest.param(name, 4, ("torch", "onnx", "onnx-step"), marks=pytest.mark.long)
+            for name in FAMILIES
+        ),
+    ],
 )
-def test_program_of_torch_is_the_network(family, call, tmp_path):
+def test_programs_are_the_network(family, timesteps, forms, call, tmp_path):
     file, _ = converted(family, call, tmp_path)
-    status, output = call("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
-    assert status == 0, output
-    assert "its logits match the model's" in output
     trained = load(file)
-    x = trained.examples(5)  # another batch size than it was traced with
-    with torch.no_grad():
-        actual = torch.export.load(tmp_path / "net.pt2").module()(x)
-        torch.testing.assert_close(actual, trained.model(x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.long
-@each_family
-def test_onnx_graph_is_the_network(family, call, tmp_path):
-    file, _ = converted(family, call, tmp_path)
-    for form in ("onnx", "onnx-step"):
-        path = tmp_path / f"{form}.onnx"
-        status, output = call("export", file, "--format", form, "--output", path)
+    trained.model.set_timesteps(timesteps)
+    x = trained.examples(5)  # another batch size than they are traced with
+    for form in forms:
+        path = tmp_path / f"{form}.{'pt2' if form == 'torch' else 'onnx'}"
+        given = ("--format", form, "--output", path, "--timesteps", timesteps)
+        status, output = call("export", file, *given)
         assert status == 0, output
         assert "its logits match the model's" in output
-    session = onnxruntime.InferenceSession(
-        tmp_path / "onnx.onnx", providers=["CPUExecutionProvider"]
-    )
-    trained = load(file)
-    x = trained.examples(5)
-    (actual,) = session.run(["logits"], {"images": x.numpy()})
-    with torch.no_grad():
-        expected = trained.model(x)
-    torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-3, atol=1e-4)
+        if form != "onnx-step":
+            with torch.no_grad():
+                actual, expected = run_program(form, path, x)[0], trained.model(x)
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_program_of_events_has_the_size_that_the_network_is_described_with():
