@@ -1,6 +1,8 @@
 """Adopted spikingjelly networks: equal to its own training step, and the trainer's requirements."""
 
 import copy
+import inspect
+import runpy
 
 import pytest
 import tiny
@@ -332,6 +334,15 @@ def test_what_looks_like_it_is_adopted(make):
     own_step(model, images(16))
     model.eval()
     model(images(16))
+
+
+def test_other_versions_of_the_library(monkeypatch):
+    monkeypatch.delattr(neuron, "TernaryIFNode", raising=False)  # its branch before 2.0.0
+    file = inspect.getfile(Adopted)
+    runpy.run_path(file)["adopt"](sew18(), timesteps=T, num_classes=4)
+    monkeypatch.delattr(layer, "TLastMultiStepContainer")  # 0.0.0.0.14
+    with pytest.raises(UserError, match=r"older than the one .* install version 2\.0"):
+        runpy.run_path(file)
 
 
 def test_what_a_network_of_the_library_cannot_do_is_refused():

@@ -25,6 +25,18 @@ from tetdist.models.base import SpikingNetwork
 from tetdist.models.streaming import Stream
 from tetdist.nn.batch_norm import BatchNorm
 
+if not hasattr(layer, "TLastMultiStepContainer"):
+    raise UserError(
+        "the installed spikingjelly is older than the one whose networks can be adopted; install "
+        "version 2.0: pip install 'spikingjelly>=2.0,<2.1'"
+    )
+# Neurons whose outputs are not spikes; versions before 2.0.0 lack two of them.
+_GRADED = tuple(
+    getattr(neuron, kind)
+    for kind in ("LIAFNode", "TernaryIFNode", "TernaryLIFNode")
+    if hasattr(neuron, kind)
+)
+
 
 class Adopted(SpikingNetwork):
     """A spikingjelly network for tetdist's trainer and tools, made by `adopt`.
@@ -54,10 +66,8 @@ class Adopted(SpikingNetwork):
         self.net = _with_own_norms(net)
         functional.invalidate_reset_cache(self.net)
         self._examined = False
-        # Their outputs are not spikes.
-        others = (neuron.LIAFNode, neuron.TernaryIFNode, neuron.TernaryLIFNode)
         for module in self.net.modules():
-            if hasattr(module, "surrogate_function") and not isinstance(module, others):
+            if hasattr(module, "surrogate_function") and not isinstance(module, _GRADED):
                 module.fires_spikes = True  # type: ignore[assignment]  # see firing_layers
         self.register_state_dict_post_hook(_without_prefix)
         self.register_load_state_dict_pre_hook(_with_prefix)
