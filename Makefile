@@ -53,7 +53,7 @@ quickstart: venv ## train and evaluate a spiking network on digits: two minutes 
 	@echo "  $(BIN)/mlflow ui --workers 1 --backend-store-uri 'sqlite:///$(CURDIR)/runs/mlflow.db'"
 
 # The definitions of neurons and losses, a tiny run, and one that is continued.
-QUICK := nn/test_neurons.py nn/test_kinds.py nn/test_fused_kinds.py test_losses.py \
+QUICK := nn/test_neurons.py nn/test_kinds.py nn/test_fused.py test_losses.py \
   training/test_train.py::test_finished_run_says_so_and_changes_nothing \
   training/test_train.py::test_max_steps_ends_evaluated_and_can_be_raised
 

@@ -11,7 +11,7 @@ import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import triton_kernels
@@ -43,18 +44,20 @@ _BYTES = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "i8": 1}
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel that a pass would have started, with the types of its arguments."""
+    """A kernel that a pass would have started, on tensors without contents."""
 
     kernel: Any
-    arguments: tuple[str | int | None, ...]  # "*bf16" of a tensor
-    known: dict[str, Any]
-
-    def argument(self, name: str) -> str | int | None:
-        return self.arguments[self.kernel.arg_names.index(name)]
+    grid: tuple[int, ...]
+    arguments: tuple[Tensor | int | None, ...]
+    known: dict[str, Any]  # constants, and how to compile
 
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [one for one in self.arguments if isinstance(one, Tensor)]
 
 
 @contextlib.contextmanager
@@ -62,11 +65,11 @@ def noted() -> Iterator[list[Launch]]:
     """Note launches, in this context, instead of doing them."""
     launches: list[Launch] = []
 
-    def note(kernel: Any, _grid: Any, arguments: Sequence[Any], known: Any) -> None:
-        kinds = tuple(f"*{_TYPES[a.dtype]}" if isinstance(a, Tensor) else a for a in arguments)
-        launches.append(Launch(kernel, kinds, dict(known)))
+    def note(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **known: Any) -> None:
+        assert not warmup
+        launches.append(Launch(kernel, grid, arguments, known))
 
-    with mock.patch.object(triton_kernels, "launch", note):
+    with mock.patch.object(JITFunction, "run", note):
         yield launches
 
 
@@ -167,13 +170,14 @@ class Attention(Part):
     channels: int = 64  # of a head, in queries and keys
     values: int = 64
     positions: int = 14 * 14
+    images: int = 32
     carries: bool = False
     packed: bool = True  # in bytes
 
     def launches(self) -> list[Launch]:
         """Return its kernel launches: the forward pass, then the backward pass."""
         q, v = (
-            torch.empty(self.timesteps, 32, 6 * one, 1, self.positions, device="meta")
+            torch.empty(self.timesteps, self.images, 6 * one, 1, self.positions, device="meta")
             for one in (self.channels, self.values)
         )
         options = {"carries": self.carries, "packs": True}
@@ -190,26 +194,27 @@ class Attention(Part):
         return launches
 
 
-def pooling() -> list[Launch]:
+def pooling(images: int = 128) -> list[Launch]:
     """Return the launches of max-pooling: behind a ResNet's stem, of a transformer's current."""
     kernels = triton_kernels.Pool()
     window = torch.nn.MaxPool2d(3, 2, 1)
-    images = torch.empty(128, 112, 112, 64, dtype=torch.uint8, device="meta").permute(0, 3, 1, 2)
+    spikes = torch.empty(images, 112, 112, 64, dtype=torch.uint8, device="meta")
+    spikes = spikes.permute(0, 3, 1, 2)
     affine = Affine(*torch.empty(4, 64, device="meta"))
     with noted() as launches:
-        kernels.forward_normalized(images.to(torch.bfloat16), affine, window)
-        pooled, _, where = kernels.forward(images, 1, torch.bfloat16, window)
-        kernels.backward(pooled, where, images.shape, window)
-        current = Pooled(images.to(torch.bfloat16), affine, where, window)
+        kernels.forward_normalized(spikes.to(torch.bfloat16), affine, window)
+        pooled, _, where = kernels.forward(spikes, 1, torch.bfloat16, window)
+        kernels.backward(pooled, where, spikes.shape, window)
+        current = Pooled(spikes.to(torch.bfloat16), affine, where, window)
         norm = triton_kernels.NormKernels(1)
         sums, grad = kernels.sums(norm, current, pooled)
         kernels.gradient(norm, current, grad, sums[:2])
     return launches
 
 
-def packing() -> list[Launch]:
+def packing(images: int = 128) -> list[Launch]:
     """Return the launches that unpack bytes, pack numbers, and unpack halves of bytes."""
-    values = torch.empty(128, 56, 56, 64, dtype=torch.uint8, device="meta")
+    values = torch.empty(images, 56, 56, 64, dtype=torch.uint8, device="meta")
     with noted() as launches:
         triton_kernels.unpack(values, 4, torch.bfloat16)
         halves = triton_kernels.halve(values)
@@ -233,7 +238,8 @@ def recorded_launches() -> dict[str, Launch]:
             named[name] = launch
     named |= {f"attention {launch.name}": launch for launch in Attention().launches()}
     for launch in pooling():
-        is_normalized = launch.name == "backward" and launch.argument("gain")
+        gain = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)).get("gain")
+        is_normalized = launch.name == "backward" and gain is not None
         named[f"pool {launch.name}{'_normalized' if is_normalized else ''}"] = launch
     del named["pool finish_sums"]
     return named | {launch.name: launch for launch in packing()}
@@ -283,23 +289,22 @@ class Code:
 
 def compiled(launch: Launch, capability: int) -> Code:
     """Compile a kernel as it would be for this launch, for a GPU of a kind (80, 90)."""
-    names = launch.kernel.arg_names
     constants, attributes = dict(launch.known), {}
-    warps = constants.pop("num_warps", triton_kernels.WARPS)
-    signature = dict.fromkeys(names, "constexpr")
-    for i, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
+    options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    signature = dict.fromkeys(launch.kernel.arg_names, "constexpr")
+    for i, (name, value) in enumerate(zip(signature, launch.arguments, strict=False)):
         match value:
             case None:
                 constants[name] = None
             case int():
                 signature[name] = "i32" if value < 2**31 else "i64"
-            case _:
-                signature[name] = value
+            case Tensor():
+                signature[name] = f"*{_TYPES[value.dtype]}"
                 # torch allocates at multiples of more than that.
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps, "enable_fp_fusion": False}
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    target = GPUTarget("cuda", capability, 32)
+    kernel = triton.compile(source, target=target, options=options)
     return _read(kernel)
 
 

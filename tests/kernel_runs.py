@@ -6,9 +6,10 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,10 @@ MODULES = {"neuron": "neuron", "pooling": "pool", "packing": "packing", "attenti
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """The kernels of GPUs, interpreted: run on the CPU, by NumPy, one by one."""
+    """The kernels of GPUs, interpreted: run on the CPU, by NumPy, one by one.
+
+    There are at most two programs, so that each has several tiles where there are some.
+    """
     needs_triton()
     from triton.runtime.interpreter import InterpreterBuilder
 
@@ -49,6 +53,7 @@ def interpreted() -> Iterator[None]:
     with not_native(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_dot", _dot)
         patch.setattr(dispatch, "triton_for", lambda *_: triton_kernels)
+        patch.setattr(triton_kernels, "PROGRAMS", dict.fromkeys(triton_kernels.PROGRAMS, 2))
         for attribute, name in MODULES.items():
             patch.setattr(triton_kernels, attribute, _interpreted_kernels(name))
         yield
@@ -99,6 +104,62 @@ def _interpreted_kernels(name: str) -> ModuleType:
     if name != "neuron":
         module.neuron = _interpreted_kernels("neuron")
     return module
+
+
+def assert_addresses_exist(launch: Any) -> None:
+    """Interpret a kernel's first and last program on tensors without memory (a `gpu_code.Launch`).
+
+    Each address that they use has to be in a tensor, and the last ones near the end of large ones.
+    """
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    given, spans = [], []
+    for one in launch.arguments:
+        if isinstance(one, Tensor):
+            first = (len(spans) + 1) << 40
+            spans.append((first, first + one.nbytes))
+            given.append(SimpleNamespace(data_ptr=lambda x=first: x, dtype=one.dtype))
+        else:
+            given.append(one)
+    begins, ends = np.array(spans).T
+    reached = begins.copy()
+
+    def use(pointers: Any, mask: Any) -> None:
+        used = pointers.data[mask.data].astype(np.int64)
+        number = np.searchsorted(begins, used, side="right") - 1
+        assert ((number >= 0) & (used < ends[number])).all(), launch.name
+        np.maximum.at(reached, number, used)
+
+    def load(_: Any, pointers: Any, mask: Any, *_options: object) -> Any:
+        use(pointers, mask)
+        kind = pointers.get_element_ty()
+        # The middle of a pooling's window, where that is asked for.
+        return TensorHandle(np.full(mask.data.shape, 4, interpreter._get_np_dtype(kind)), kind)
+
+    name = launch.kernel.fn.__module__.rpartition(".")[2]
+    kernel = getattr(_interpreted_kernels(name), launch.name)
+    function, known = kernel.rewrite(), dict(launch.known)
+    for name in known.keys() - {*kernel.arg_names}:
+        del known[name]
+    grid = (*launch.grid, 1, 1)[:3]
+    scope = interpreter._patch_lang(function)
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+        patch.setattr(InterpreterBuilder, "create_dot", _dot)
+        patch.setattr(InterpreterBuilder, "create_masked_load", load)
+        patch.setattr(
+            InterpreterBuilder, "create_masked_store", lambda _, x, __, m, *___: use(x, m)
+        )
+        interpreter.interpreter_builder.set_grid_dim(*grid)
+        try:
+            arguments = [interpreter._implicit_cvt(one) for one in given]
+            for place in ((0, 0, 0), [number - 1 for number in grid]):
+                interpreter.interpreter_builder.set_grid_idx(*place)
+                function(*arguments, **known)
+        finally:
+            scope.restore()
+    is_large = ends - begins > 2**31
+    assert (ends - reached < 2**20)[is_large].all(), launch.name
 
 
 def draw(seed: int, *shape: int) -> Tensor:

@@ -46,8 +46,13 @@ def averages(here):
         threading.Event().wait()
     return fine(here)
 
-run.CHECKS |= {"versions": fine, "steps": averages, "rates": fine}
-only = "versions,steps,rates"
+def alone(here):
+    if here.world.rank == 1:
+        raise RuntimeError("uncorrectable ECC error")
+    return fine(here)
+
+run.CHECKS |= {"versions": fine, "numerics": alone, "steps": averages, "rates": fine}
+only = "versions,numerics,steps,rates"
 sys.exit(check_gpu.main(["--device", "cpu", "--json", file, "--only", only]))
 """
 
@@ -114,12 +119,16 @@ def test_a_rank_that_fails_or_dies_is_a_finding(farm, tmp_path, temporary):
         found = json.loads(file.read_text())
         if text is None:
             assert "error: rank 0 has " in both[1][1]
-            assert list(found["checks"]) == ["versions"]
+            assert list(found["checks"]) == ["versions", "numerics"]
             continue
         assert ". All processes end; the findings so far are kept" in both[0][1]
         assert f"bad       steps      {text}" in both[0][1]
         assert found["checks"]["steps"]["remedy"] == remedy
-        assert found["conclusion"] == f"to fix: steps: {remedy}; not reached: rates"
+        # A check of which a process needs nobody's results does not keep others from running.
+        text = "rank 1: RuntimeError: uncorrectable ECC error"
+        assert found["checks"]["numerics"]["text"] == text
+        fixes = f"to fix: numerics: {remedies.HARDWARE} (then 1 more)"
+        assert found["conclusion"] == f"{fixes}; not reached: rates"
 
 
 def test_a_lone_process_that_hangs_leaves_its_findings(farm, tmp_path, temporary):
@@ -177,19 +186,48 @@ def put_smi(folder, monkeypatch, body):
     monkeypatch.setenv("PATH", str(folder))
 
 
-def test_a_machine_whose_gpu_torch_does_not_see_learns_what_to_install(tmp_path, monkeypatch, call):
-    """A driver that is too old ends in a table and a file like any other finding."""
+UNREADY = "Unexpected error from cudaGetDeviceCount(). Did you run some functions? Error"
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        (
+            "The NVIDIA driver on your system is too old (found version 12040).",
+            "driver 550 is too old for CUDA 13.0; pip uninstall -y torch torchvision nvidia-dali-"
+            "cuda120 nvidia-dali-cuda130; pip install 'torch<2.15' torchvision --index-url",
+        ),
+        ("No CUDA GPUs are available", "device: pip uninstall -y torch"),
+        (f"{UNREADY} 802: system not yet initialized", "start the nvidia-fabricmanager"),
+        (f"{UNREADY} 803: system has unsupported display driver", "restart this machine"),
+        (f"{UNREADY} 804: forward compatibility was attempted", "take cuda-compat out of"),
+        (f"{UNREADY} 999: unknown error", "see the rights of /dev/nvidia*"),
+    ],
+    ids=lambda one: one[-30:],
+)
+def test_a_machine_whose_gpu_torch_does_not_see_learns_why(
+    tmp_path, monkeypatch, call, said, remedy
+):
+    """It ends in a table and a file like any other finding, and has torch installed only where
+    that helps."""
     answer = "print('GPU 0: H100 (UUID: GPU-1)' if '-L' in sys.argv else '550.54.15, 9.0')"
     put_smi(tmp_path, monkeypatch, answer)
     for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def init():
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.cuda, "init", init)
     file = tmp_path / "found.json"
     status, output = call("check_gpu", "--json", file)
     assert status == 1
     assert output.startswith("bad       device     there is GPU 0: H100 (nvidia-smi)")
     last = output.splitlines()[-1]
-    assert "pip install 'torch<2.15' torchvision --index-url " in last
+    assert remedy in last
+    assert ("pip install" in output) == ("pip" in remedy)
     found = json.loads(file.read_text())
     assert found["checks"]["device"]["status"] == "bad"
     assert found["conclusion"] == last

@@ -1,24 +1,22 @@
 """The fused path against its definition, in value and in gradient: in C++, and in Triton.
 
-Triton's kernels are interpreted here; test_triton.py has the tests for them alone.
+Triton's kernels are interpreted; test_triton.py has the tests for them alone. Layers, their inputs
+and what is compared are those by which a GPU is checked, with other neurons and in float64.
 """
 
+import copy
 import dataclasses
-import os
-import signal
-import tempfile
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
+import itertools
 
 import pytest
 import timm
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_runs import (
     IMPLEMENTATIONS,
+    assert_same,
+    draw,
     each_implementation,
     fused_and_defined,
     kept_tensors,
@@ -28,172 +26,355 @@ from kernel_runs import (
 )
 from torch import nn
 
-import tetdist
+from tetdist.apps.check_gpu import numerics
+from tetdist.apps.check_gpu.numerics import GIVEN, MODES, NORM_ADD, NORM_POOL, Case
 from tetdist.losses import tet_loss
-from tetdist.nn import norm_neuron
-from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn import neurons, norm_neuron
+from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, recomputing, synchronize
 from tetdist.nn.fast import build, dispatch, native, native_pool
-from tetdist.nn.neurons import LIF
-from tetdist.nn.norm_neuron import NormNeuron
-from tetdist.nn.surrogates import SURROGATES
+from tetdist.nn.neurons import LIF, make
+from tetdist.nn.norm_neuron import Neuron, NormAdd, NormNeuron, carrying_membranes, spiking_layers
+from tetdist.nn.packed import carried
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+# The first four have every surrogate, every reset, and both rules at the threshold. A library is
+# built for each of these, not for each of their numbers.
+NEURONS = {
+    "hard": LIF(decay=0.9, threshold=0.7),
+    "atan": LIF(
+        decay=1.0,
+        detach_reset=True,
+        surrogate="atan",
+        surrogate_width=2.0,
+        fires_at_threshold=True,
+    ),
+    "sigmoid": LIF(threshold=0.7, reset="soft", surrogate="sigmoid", fires_at_threshold=True),
+    "rectangle": LIF(reset="soft", detach_reset=True, surrogate="rectangle", surrogate_width=0.5),
+    "plif": make({"kind": "plif"}),
+    "plif, soft": make(
+        {
+            "kind": "plif",
+            "decay": 0.75,
+            "threshold": 0.7,
+            "reset": "soft",
+            "decay_input": False,
+            "surrogate": "atan",
+            "surrogate_width": 2.0,
+        }
+    ),
+    "ilif": make({"kind": "ilif", "threshold": 0.5}),
+    "nilif": make({"kind": "nilif", "threshold": 0.4, "most_spikes": 8, "detach_reset": True}),
+    "psn": make({"kind": "psn"}),
+    "masked_psn": make({"kind": "masked_psn", "mask": 0.5, "surrogate": "sigmoid"}),
+    "sliding_psn": make({"kind": "sliding_psn", "surrogate": "triangle"}),
+}
+LAYERS = {**NEURONS, NORM_ADD: None, NORM_POOL: None}
+each_neuron = pytest.mark.parametrize("kind", NEURONS)
+CPU = torch.device("cpu")
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One way to call `NormNeuron`; the defaults are the simplest."""
 
-    neuron: LIF = field(default_factory=LIF)
-    timesteps: int = 4
-    shape: tuple[int, int, int, int] = (2, 3, 5, 6)  # B, C, H, W
-    shared: bool = False
-    shortcut: bool = False
-    shortcut_norm: bool = False  # if any
-    identity: bool = False
-    norm_scale: float = 1.0
-    training: bool = True
-    channels_last: bool = True
-    seed: int = 0
+class Layer(numerics.Layer):
+    """A layer whose norms have a scale, and its own random numbers."""
 
-    def module(self):
-        module = NormNeuron(self.shape[1], self.neuron, norm_scale=self.norm_scale).double()
-        randomize(module, self.seed)
-        return module.train(self.training)
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(numerics, "kinds", lambda: LAYERS)
+            super().__init__(case, torch.Generator().manual_seed(seed))
+        for module in self.modules():
+            if isinstance(module, BatchNorm):
+                module.scale = 0.7
+        self.to(torch.promote_types(case.dtype, torch.float32))
 
+    @property
     def inputs(self):
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def draw(timesteps):
-            x = torch.randn(timesteps, *self.shape, generator=generator, dtype=torch.float64)
-            if self.channels_last:
-                x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-            return x.requires_grad_()
-
-        inputs = {"current": draw(1 if self.shared else self.timesteps)}
-        if self.shortcut:
-            inputs["shortcut"] = draw(self.timesteps)
-        if self.identity:
-            inputs["identity"] = draw(self.timesteps).detach().gt(0).double().requires_grad_()
-        return inputs
+        inputs = self.draw(CPU, torch.Generator().manual_seed(1))
+        return {name: x.to(self.case.dtype) for name, x in inputs.items()}
 
 
-class Pair(nn.Module):
-    """The module and a norm of its shortcut, as in a Spiking-ResNet's merging layer."""
-
-    def __init__(self, case):
-        super().__init__()
-        self.neuron = case.module()
-        self.norm = None
-        if case.shortcut and case.shortcut_norm:
-            self.norm = BatchNorm(case.shape[1], scale=1.1 * case.norm_scale).double()
-            randomize(self.norm, case.seed + 1)
-            self.norm.train(case.training)
-
-    def forward(self, inputs, timesteps):
-        shortcut, identity = inputs.get("shortcut"), inputs.get("identity")
-        return self.neuron(inputs["current"], timesteps, shortcut, identity, self.norm)
-
-
-def assert_fused_is_the_definition(case, implementation):
-    inputs = case.inputs()
-    fused_and_defined(Pair(case), lambda m: m(inputs, case.timesteps), inputs, implementation)
+def assert_fused_is_the_definition(case, implementation, seed=0):
+    layer, found = Layer(case, seed), []
+    for execution in ("fused", "reference"):
+        layer.layer.execution = execution
+        with IMPLEMENTATIONS[implementation]():
+            found.append(numerics.results(copy.deepcopy(layer), layer.inputs, seed))
+    assert_same(*found)
+    return found[1]
 
 
 # ----------------------------------------------------------------- the definition, once by hand
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["own-current", "shared-current"])
-def test_definition_is_norm_plus_shortcut_into_the_neuron(shared):
-    case = Case(shape=(2, 2, 2, 3), shared=shared, shortcut=True, norm_scale=0.7, timesteps=3)
-    module, inputs = case.module(), case.inputs()
-    norm = module.norm
-    x = inputs["current"].detach()
+def normalised(norm, x):
     mean = x.mean((0, 1, 3, 4)).view(-1, 1, 1)
     std = (x.var((0, 1, 3, 4), correction=0).view(-1, 1, 1) + norm.eps).sqrt()
-    y = 0.7 * norm.weight.view(-1, 1, 1) * (x - mean) / std + norm.bias.view(-1, 1, 1)
-    u = torch.zeros_like(x[0])
-    expected = []
-    for t in range(3):
-        u = 0.5 * u + y[0 if shared else t] + inputs["shortcut"][t]
-        expected.append(u > 1)
-        u = torch.where(u > 1, 0.0, u)
-    module.execution = "reference"
-    spikes = module(inputs["current"], 3, inputs["shortcut"])
-    assert 0.1 < spikes.mean() < 0.9
-    assert torch.equal(spikes, torch.stack(expected).double())
+    return norm.scale * norm.weight.view(-1, 1, 1) * (x - mean) / std + norm.bias.view(-1, 1, 1)
+
+
+@pytest.mark.parametrize("given", ["shortcut", "shared", "normalised shortcut"])
+def test_definition_is_norms_and_a_sum_into_the_neuron(given):
+    for kind in ("hard", NORM_ADD):
+        layer = Layer(Case(kind, 3, 2, torch.float64, "training", given, batch=2, side=3))
+        layer.layer.execution = "reference"
+        inputs = layer.inputs
+        total = normalised(layer.layer.norm, inputs["current"]).expand(3, -1, -1, -1, -1)
+        if given != "shared" or kind == NORM_ADD:
+            shortcut = inputs["shortcut"]
+            total = total + (normalised(layer.norm, shortcut) if layer.norm else shortcut)
+        found = layer(inputs)["spikes"]
+        if kind == NORM_ADD:
+            torch.testing.assert_close(found, total)
+            continue
+        u, expected = torch.zeros_like(total[0]), []
+        for current in total:
+            u = 0.9 * u + current
+            expected.append(u > 0.7)
+            u = torch.where(u > 0.7, 0.0, u)
+        assert 0.1 < found.mean() < 0.9
+        assert torch.equal(found, torch.stack(expected).double())
 
 
 # -------------------------------------------------------------------- kernels: the whole of options
 
-any_neuron = st.builds(
-    LIF,
-    decay=st.sampled_from([0.5, 0.9, 1.0]),
-    threshold=st.sampled_from([0.5, 1.0]),
-    reset=st.sampled_from(["hard", "soft"]),
-    detach_reset=st.booleans(),
-    surrogate=st.sampled_from(list(SURROGATES)),
-    surrogate_width=st.sampled_from([0.5, 1.0, 2.0]),
+
+def any_case(timesteps, channels):
+    return st.builds(
+        Case,
+        kind=st.sampled_from(list(LAYERS)),
+        timesteps=st.sampled_from(timesteps),
+        channels=st.sampled_from(channels),
+        dtype=st.just(torch.float64),
+        mode=st.sampled_from(MODES),
+        given=st.sampled_from(GIVEN),
+        batch=st.integers(1, 3),
+        side=st.integers(1, 4),
+    )
+
+
+any_seed = st.integers(0, 2**31)
+derandomised = {"derandomize": True, "database": None, "deadline": None}
+
+
+# As many channels as are processed at a time, fewer, and more.
+@settings(**derandomised, max_examples=200)
+@given(any_case([1, 2, 4, 16], [1, 3, 8, 64, 65, 200]), any_seed)
+def test_any_combination_native(case, seed):
+    assert_fused_is_the_definition(case, "native", seed)
+
+
+@settings(**derandomised, max_examples=12)
+@given(any_case([1, 2, 5], [1, 3, 8, 65]), any_seed)
+def test_any_combination_triton(case, seed):
+    assert_fused_is_the_definition(case, "triton", seed)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@each_implementation
+def test_each_kind(implementation, kind):
+    """In each mode, on rows and channels of several tiles, of which the last ones are not full."""
+    forms = zip(GIVEN, itertools.cycle(MODES), strict=False)
+    if implementation == "triton":
+        forms = [
+            ("shared", "evaluation"),
+            ("normalised shortcut", "carried"),
+            ("no norm", "carried"),
+        ]
+    for what, mode in forms:
+        # Segments carry the membranes of a single sample in another layout.
+        case = Case(kind, 3, 17, torch.float64, mode, what, batch=1, side=5)
+        assert assert_fused_is_the_definition(case, implementation)["spikes"].std() > 0.01
+
+
+@each_neuron
+@each_implementation
+def test_membranes_at_the_threshold(implementation, kind):
+    """With quarters, some membranes and sums are exactly at one or four thresholds, or where a
+    surrogate ends; sums of spikes, which attention's neurons get, often are."""
+    config = NEURONS[kind]
+    if isinstance(config, LIF):
+        config = dataclasses.replace(config, threshold=1.0, decay=0.5)
+    module = Neuron(config, 7).double()
+    with torch.no_grad():
+        for value in module.learned.values():
+            value.mul_(4).round_().div_(4)
+    timesteps = getattr(config, "timesteps", 3)
+    inputs = {"current": draw(0, timesteps, 3, 5, 7).mul(4).round().div(4).requires_grad_()}
+    found = fused_and_defined(module, lambda m: m(inputs["current"]), inputs, implementation)
+    if type(config) is LIF:
+        first = inputs["current"][0] == 1
+        assert first.any()
+        assert (found["output"][0][first] == config.fires_at_threshold).all()
+
+
+@each_implementation
+def test_membranes_are_divided_by_the_threshold(implementation):
+    """A product with its reciprocal is on the other side of half a spike here and there."""
+    halves = torch.arange(1, 30, 2) / 2 * torch.tensor(0.85)
+    above, below = (halves.nextafter(torch.tensor(end)) for end in (torch.inf, 0.0))
+    current = torch.stack([halves, above, below])[None].requires_grad_()
+    assert not torch.equal((current / 0.85).round(), (current * (1 / 0.85)).round())
+    module = Neuron(make({"kind": "ilif", "threshold": 0.85, "most_spikes": 15}))
+    inputs = {"current": current}
+    fused_and_defined(module, lambda m: m(current), inputs, implementation, rtol=1e-6)
+
+
+# A rectangle has slope 0 there.
+@pytest.mark.parametrize("kind", ["hard", "atan", "sigmoid", "ilif"])
+@each_implementation
+def test_nan_is_as_in_the_definition(implementation, kind):
+    current = draw(0, 3, 3, 5, 7)
+    current[0, 1, 2, 3] = torch.nan
+    current.requires_grad_()
+    module, inputs = Neuron(NEURONS[kind], 7).double(), {"current": current}
+    found = fused_and_defined(module, lambda m: m(current), inputs, implementation, equal_nan=True)
+    assert any(one.isnan().any() for one in found.values())
+
+
+@each_neuron
+@each_implementation
+def test_spikes_in_bytes(implementation, kind):
+    """The next layer keeps what this layer sends, including the added spikes."""
+    dtype, config = torch.bfloat16, NEURONS[kind]
+    layer = Layer(Case(kind, 3, 5, dtype, "training", "current", batch=3, side=4))
+    module, current = layer.layer, layer.inputs["current"].requires_grad_()
+    with IMPLEMENTATIONS[implementation]():
+        first = module(current, 3)
+        both = module(current, 3, identity=first)
+        both.float().sum().backward()
+        with torch.no_grad():
+            assert carried(module(current, 3)) is None
+        assert carried(module.eval()(current, 3)) is None
+    for spikes, most in ((first, 1), (both, 2)):
+        packed = carried(spikes)
+        assert packed.levels == config.levels
+        assert torch.equal(packed.unpack(dtype), spikes)
+        assert 0 <= spikes.min() <= spikes.max() <= most * config.highest
+    assert torch.equal(both, 2 * first)
+    assert (len(first.unique()) > 2) == ("ilif" in kind)
+    assert first.dtype == dtype
+    assert current.grad.abs().max() > 0
+
+
+@each_implementation
+def test_gradient_of_the_last_membrane_alone(implementation):
+    current, results = 2 * draw(0, 3, 2, 16), []
+    for execution in ("fused", "reference"):
+        neuron = Neuron(LIF())
+        neuron.execution = execution
+        leaf, start = current.clone().requires_grad_(), draw(1, 2, 16).requires_grad_()
+        with IMPLEMENTATIONS[implementation](), carrying_membranes([neuron], [start]) as ends:
+            neuron(leaf)
+            ends()[0].square().sum().backward()
+        results.append({"current": leaf.grad, "start": start.grad})
+    assert_same(*results)
+
+
+# ------------------------------------------------------------------------------ types and layouts
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
 )
-any_case = st.builds(
-    Case,
-    neuron=any_neuron,
-    timesteps=st.sampled_from([1, 2, 4, 16]),
-    shape=st.sampled_from([(2, 3, 5, 6), (1, 1, 1, 1), (1, 3, 1, 1), (3, 1, 2, 3), (1, 8, 4, 4)]),
-    shared=st.booleans(),
-    shortcut=st.booleans(),
-    shortcut_norm=st.booleans(),
-    identity=st.booleans(),
-    norm_scale=st.sampled_from([1.0, 0.7]),
-    training=st.booleans(),
-    channels_last=st.booleans(),
-    seed=st.integers(0, 2**31),
-)
+@each_implementation
+def test_types(implementation, dtype):
+    """Membranes are float32, also in the definition, so the spikes are equal; a sum is rounded
+    once, so at most as far from the exact one as the definition."""
+    results, leaf = [], (2 * draw(0, 4, 2, 48)).to(dtype).requires_grad_()
+    neuron = Neuron(NEURONS["atan"])
+    for execution in ("fused", "reference"):
+        neuron.execution = execution
+        with IMPLEMENTATIONS[implementation]():
+            results.append(results_of(neuron, lambda m: m(leaf), {"current": leaf}))
+    assert results[0]["output"].dtype == dtype
+    assert torch.equal(results[0]["output"], results[1]["output"])
+    ours, theirs = (result["gradient of current"].double() for result in results)
+    assert (ours - theirs).norm() / theirs.norm() < 4 * torch.finfo(dtype).eps
+    if dtype == torch.float64:
+        return
+    for what in ("shortcut", "normalised shortcut"):
+        layer = Layer(Case(NORM_ADD, 2, 24, dtype, "training", what, batch=2, side=6))
+        exact = copy.deepcopy(layer).double()
+        exact.layer.execution = "reference"
+        with IMPLEMENTATIONS[implementation]():
+            assert copy.deepcopy(layer)(layer.inputs)["spikes"].dtype == dtype
+            found = numerics.results(layer, layer.inputs, 0)
+        wide = {name: x.double() for name, x in layer.inputs.items()}
+        for name, value in numerics.results(exact, wide, 0).items():
+            error = (found[name] - value).norm() / value.norm().clamp(min=1e-3)
+            assert error < 3 * torch.finfo(dtype).eps, name
 
 
-# A library is built for each kind of neuron; these four cover every surrogate, every reset, and
-# both rules at the threshold.
-BUILT = [
-    {"surrogate": "triangle", "reset": "hard", "detach_reset": False},
-    {"surrogate": "atan", "reset": "hard", "detach_reset": True, "fires_at_threshold": True},
-    {"surrogate": "sigmoid", "reset": "soft", "detach_reset": False, "fires_at_threshold": True},
-    {"surrogate": "rectangle", "reset": "soft", "detach_reset": True},
-]
+def test_types_that_differ_are_added_by_the_definition():
+    add = NormAdd(3)
+    current, shortcut = draw(0, 3, 2, 3, 5, 4).bfloat16(), draw(1, 3, 2, 3, 5, 4).float()
+    fused = add(current, shortcut)
+    add.execution = "reference"
+    assert fused.dtype == torch.float32
+    assert torch.equal(add(current, shortcut), fused)
 
 
-@settings(derandomize=True, database=None, deadline=None, max_examples=100)
-@given(
-    any_case,
-    st.sampled_from(BUILT),
-    # As many channels as are processed at a time, fewer, and more.
-    st.sampled_from([None, (1, 64, 2, 2), (2, 65, 1, 3), (1, 200, 2, 1)]),
-)
-def test_any_combination_native(case, built, shape):
-    neuron = dataclasses.replace(case.neuron, **built)
-    case = dataclasses.replace(case, neuron=neuron, shape=shape or case.shape)
-    assert_fused_is_the_definition(case, "native")
+def channels_last(x):
+    return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
+# Shapes that networks have, and some unusual ones; each (T, B, ...).
+LAYOUTS = {
+    "image": lambda t: draw(0, t, 2, 3, 4, 5),
+    "image, channels last": lambda t: channels_last(draw(0, t, 2, 8, 4, 4)),
+    "image, batch first": lambda t: draw(0, 2, t, 3, 4, 5).transpose(0, 1),
+    "tokens": lambda t: draw(0, t, 2, 5, 16),
+    "tokens, transposed": lambda t: draw(0, t, 2, 16, 5).transpose(2, 3),
+    "heads": lambda t: draw(0, t, 2, 4, 5, 8).transpose(2, 3),
+    "a number": lambda t: draw(0, t),
+    "with gaps": lambda t: draw(0, t, 2, 130)[:, :, ::2],
+    "expanded": lambda t: draw(0, t, 1, 6).expand(t, 3, 6),
+    "more than is worked on at a time": lambda t: draw(0, t, 3, 43),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each_implementation
+def test_any_layout(implementation, layout):
+    """Neurons keep it; behind a norm channels are last, so that the next layer copies nothing."""
+    current = (2 * LAYOUTS[layout](4)).detach().requires_grad_()
+    modules = [Neuron(LIF())]
+    if current.ndim == 5 and "heads" not in layout:
+        modules += [
+            NormNeuron(current.shape[2], LIF()).double(),
+            NormAdd(current.shape[2]).double(),
+        ]
+    for module in modules:
+        call = (lambda m: m(current, 4)) if spiking_layers(module) else (lambda m: m(current))
+        fused_and_defined(module, call, {"current": current}, implementation)
+        module.execution = "fused"
+        with IMPLEMENTATIONS[implementation]():
+            spikes = call(module)
+        assert spikes.shape == current.shape
+        if module is not modules[0]:
+            assert spikes.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+        elif "last" in layout or layout in ("tokens, transposed", "heads"):
+            assert spikes.stride() == current.stride()
+    last = channels_last(draw(0, 4, 2, 8, 4, 4))
+    assert norm_neuron.rows_of(last).data_ptr() == last.data_ptr()
+
+
+# ------------------------------------------------------------------- sums, and what is left alone
+
+
+@pytest.mark.parametrize("kind", ["hard", NORM_ADD])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_native_sums_are_the_same_for_any_number_of_threads(dtype):
-    case = Case(shape=(3, 40, 33, 31), timesteps=2, shortcut=True)
-    module = case.module().float()
+def test_native_sums_are_the_same_for_any_number_of_threads(dtype, kind):
+    layer = Layer(Case(kind, 2, 40, dtype, "training", "normalised shortcut", batch=3, side=32))
     results = []
-    before = torch.get_num_threads()
-    for threads in (1, 2, 3, 7):
-        inputs = {k: v.detach().to(dtype).requires_grad_() for k, v in case.inputs().items()}
-        torch.set_num_threads(threads)
-        try:
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
             with native_kernels():
-                results.append(
-                    results_of(
-                        module, lambda m, x=inputs: m(x["current"], 2, x["shortcut"]), inputs
-                    )
-                )
-        finally:
-            torch.set_num_threads(before)
+                results.append(numerics.results(copy.deepcopy(layer), layer.inputs, 0))
+    finally:
+        torch.set_num_threads(1)
     for other in results[1:]:
-        assert other.keys() == results[0].keys()
         assert [k for k, v in results[0].items() if not torch.equal(v, other[k])] == []
 
 
@@ -208,160 +389,108 @@ def test_native_statistics_do_not_cancel():
     )
 
 
-@pytest.mark.long
-def test_a_library_is_built_once_and_survives_processes_that_build_it_at_once(tmp_path):
-    script = (
-        "import logging; logging.basicConfig(level=logging.INFO)\n"
-        "from tetdist.nn.fast import native_pool\n"
-        "assert native_pool.pool() is not None"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "CXX"} | {
-        "XDG_CACHE_HOME": str(tmp_path),
-        "TMPDIR": str(tmp_path / "passing"),
-        "PYTHONPATH": str(Path(tetdist.__file__).parents[1]),
-    }
-
-    (tmp_path / "passing").mkdir()
-    with native_kernels(), ExitStack() as stack:
-        command = tiny.python("-c", script)
-        both = [stack.enter_context(tiny.started(command, tmp_path, environment)) for _ in "12"]
-        for process in both:
-            output = process.communicate(timeout=120)[0]
-            assert process.returncode == 0, output
-    (library,) = (tmp_path / "tetdist").iterdir()
-    assert library.suffix == ".so"
-
-    # Run the rest in one process, since a start takes seconds.
-    script = f"""
-import logging, os, signal
-logging.basicConfig(level=logging.INFO, format="%(message)s")
-from tetdist.nn.fast import native, native_pool
-def load(case, **variables):
-    print(case, flush=True)
-    os.environ.pop("CXX", None)
-    os.environ.update(variables)
-    native_pool.pool.cache_clear()
-    assert native_pool.pool() is not None
-load("again")
-load("where there is no compiler", CXX="no-such-compiler")
-library = {str(library)!r}
-with open(library, "rb") as file:
-    beginning = file.read(1000)
-os.unlink(library)
-with open(library, "wb") as file:
-    file.write(beginning)  # what a full disk leaves of it; to load it would be a crash
-load("damaged")
-os.chmod(library, 0o777)
-load("a library that others may change")
-load("a command of two words", CXX="env g++")
-os.chmod(os.path.dirname(library), 0o777)
-load("a folder in which others may put one")
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    status, output = tiny.execute(tiny.python("-c", script), tmp_path, env=environment)
-    assert status == -signal.SIGKILL, output
-    compiling = f"compiling kernels/pool.cpp, once (into {library.parent})"
-    passing = output.rpartition("(into ")[2].rstrip(")\n")
-    assert output.splitlines() == [
-        "again",
-        "where there is no compiler",
-        "damaged",
-        f"{library} is damaged and is rebuilt",
-        compiling,
-        "a library that others may change",
-        f"{library} is writable by other users and is rebuilt",
-        compiling,
-        "a command of two words",
-        compiling,
-        "a folder in which others may put one",
-        f"{library.parent} is writable by other users, so kernels are not loaded from it but "
-        f"compiled at every start; its owner can fix that with `chmod go-w {library.parent}`",
-        f"compiling kernels/pool.cpp, once (into {passing})",
-    ]
-    assert Path(passing).match(f"{tmp_path}/passing/tetdist-*")
-    # wandb, which timm imports, leaves folders of its own.
-    assert list((tmp_path / "passing").glob("tetdist-*")) == []
-
-
-def test_what_a_killed_compilation_has_left_is_removed_later(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for name in ("tetdist-kernels-old", "tetdist-kernels-new", "of-others"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "kernels.o").touch()
-        if name != "tetdist-kernels-new":
-            os.utime(tmp_path / name, (0, 0))
-    with build._passing_folder() as folder:
-        assert folder.parent == tmp_path
-    assert {path.name for path in tmp_path.iterdir()} == {"tetdist-kernels-new", "of-others"}
-
-
-@pytest.mark.parametrize("built", BUILT, ids=[one["surrogate"] for one in BUILT])
-def test_every_neuron_triton(built):
-    neuron = LIF(surrogate_width=1.5, **built)
-    case = Case(neuron=neuron, timesteps=3, shape=(1, 3, 3, 2))
-    assert_fused_is_the_definition(case, "triton")
-
-
-# As many channels as a program processes, fewer, and more; as many rows, and one more.
-TRITON_SHAPES = [
-    (1, 1, 1, 1),
-    (2, 3, 5, 6),
-    (1, 64, 2, 2),
-    (2, 65, 1, 3),
-    (1, 96, 3, 1),
-    (5, 64, 1, 1),
-]
-
-
-@settings(derandomize=True, database=None, deadline=None, max_examples=12)
-@given(any_case, st.sampled_from(TRITON_SHAPES))
-def test_any_combination_triton(case, shape):
-    assert_fused_is_the_definition(dataclasses.replace(case, shape=shape), "triton")
-
-
-# ----------------------------------------------------------------------------- what it leaves alone
-
-
+@pytest.mark.parametrize("processes", [1, 2])
 @each_implementation
-def test_spikes_are_channels_last_so_that_the_next_layer_copies_nothing(implementation):
-    case = Case(shape=(2, 8, 4, 4))
-    current = case.inputs()["current"]
-    rows = norm_neuron.rows_of(current)
-    assert rows.data_ptr() == current.data_ptr()
-    with IMPLEMENTATIONS[implementation]():
-        spikes = case.module()(current, 4)
-    assert spikes.shape == current.shape
-    assert spikes.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+def test_statistics_are_recorded_as_by_the_definition(implementation, processes):
+    """At once or once a step, on one process or several, and not when a block is recomputed."""
+    norms = nn.ModuleDict({"add": NormAdd(3), "norm": BatchNorm(3, scale=1.1)}).double()
+    randomize(norms)
+    current = draw(0, 3, 2, 3, 5, 4).requires_grad_()
+    if processes > 1:
+        # Any linear function of one process's values serves.
+        synchronize(norms, lambda x: x.mul_(0.75), processes)
+    for deferred, timesteps in itertools.product((False, True), (1, 3)):
+        shortcut, found = draw(1, timesteps, 2, 3, 5, 4).requires_grad_(), []
+        inputs = {"current": current, "shortcut": shortcut}
+        for execution in ("fused", "reference"):
+            module = copy.deepcopy(norms)
+            module.add.execution = execution
+            if deferred:
+                defer_running_statistics(module)
+
+            def call(m):
+                return m.add(inputs["current"], inputs["shortcut"], m.norm, copies=2)  # noqa: B023  # called at once
+
+            with IMPLEMENTATIONS[implementation]():
+                with recomputing():
+                    call(module)
+                found.append(results_of(module, call, inputs))
+        assert_same(*found)
+        changed = "add.norm.pending_mean" if deferred else "add.norm.running_mean"
+        assert not torch.equal(found[0][changed], dict(norms.named_buffers())[changed])
 
 
 @each_implementation
 def test_gradients_are_those_that_are_asked_for(implementation):
-    """Gradients of the norm alone, of the current alone, and in any layout, such as a pooling's."""
-    for trains, frozen in ((True, False), (False, True), (True, True)):
-        module, current = Case().module().requires_grad_(not frozen), Case().inputs()["current"]
-        current = current.detach().requires_grad_(frozen)
-
-        def call(m, x=current, trains=trains):
-            spikes = m(x, 4)
-            return spikes if trains else spikes.mean((0, 3, 4)).transpose(0, 1)[:2]
-
-        fused_and_defined(module, call, {"current": current}, implementation)
+    """Of a current or a shortcut alone, with frozen weights, in any layout, such as a pooling's."""
+    for kind, frozen, without in itertools.product(
+        ("hard", NORM_ADD), (False, True), ("current", "shortcut", "")
+    ):
+        found = []
+        case = Case(kind, 3, 3, torch.float64, "training", "normalised shortcut", side=4)
+        for execution in ("fused", "reference"):
+            layer, inputs = Layer(case), Layer(case).inputs
+            layer.layer.execution = execution
+            layer.requires_grad_(not frozen)
+            for name, x in inputs.items():
+                x.requires_grad_(name != without)
+            with IMPLEMENTATIONS[implementation]():
+                output = layer(inputs)["spikes"].mean((0, 3, 4)).transpose(0, 1)[:2]
+                output.square().sum().backward()
+            named = {**inputs, **dict(layer.named_parameters())}
+            found.append({name: x.grad for name, x in named.items() if x.grad is not None})
+        assert_same(*found)
 
 
 @each_implementation
-def test_only_the_current_is_kept_for_the_backward_pass(implementation):
-    # The neuron is cheap because nothing of the size of T membranes is kept between the kernels.
-    case = Case(shape=(2, 16, 8, 8), timesteps=16)
-    module, current = case.module(), case.inputs()["current"]
-    with IMPLEMENTATIONS[implementation](), kept_tensors() as tensors:
-        module(current, 16)
-    kept = [tensor.numel() for tensor in tensors]
-    per_channel = 16
-    assert sorted(kept, reverse=True)[0] == current.numel()
-    assert sum(kept) <= current.numel() + 8 * per_channel
+def test_only_what_was_given_is_kept_for_the_backward_pass(implementation):
+    """Neurons are cheap because nothing of the size of T membranes is kept between the kernels."""
+    for kind, what, tensors in (
+        ("hard", "no norm", {"current"}),
+        ("hard", "current", {"current"}),
+        (NORM_ADD, "shortcut", {"current"}),
+        (NORM_ADD, "normalised shortcut", {"current", "shortcut"}),
+    ):
+        layer = Layer(Case(kind, 16, 16, torch.float64, "training", what, batch=2, side=8))
+        inputs = {name: x.requires_grad_() for name, x in layer.inputs.items()}
+        with IMPLEMENTATIONS[implementation](), kept_tensors() as kept:
+            layer(inputs)
+        large = {tensor.data_ptr() for tensor in kept if tensor.numel() > 16}
+        assert large == {inputs[name].data_ptr() for name in tensors}, what
 
 
-# ------------------------------------------------------------------------------ without a compiler
+# -------------------------------------------------------------------------------- layers of neurons
+
+
+def test_it_is_a_layer_of_neurons():
+    net = nn.ModuleDict({"spiking": Neuron(LIF()), "relu": Neuron(make({"kind": "relu"}))})
+    assert spiking_layers(net).keys() == {"spiking"}
+    neuron = Neuron(LIF())
+    neuron.execution = "fast"
+    with pytest.raises(ValueError, match="execution must be 'fused' or 'reference', not 'fast'"):
+        neuron(torch.zeros(1, 1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnThresholds(LIF):
+    """A kind without fused kernels, with a shift per channel."""
+
+    def parameters(self, num_channels):
+        return {"shift": torch.arange(num_channels) / num_channels}
+
+    def run(self, current, membrane, **parameters):
+        return neurons.run(current + parameters["shift"], self, membrane)
+
+
+def test_what_a_channel_learns_is_of_the_channel():
+    neuron = Neuron(OwnThresholds(), 4)
+    for current, view in (
+        (draw(0, 3, 2, 4, 2, 2), (4, 1, 1)),
+        (draw(0, 3, 2, 5, 4), (4,)),
+        (draw(0, 3, 2, 4), (4,)),
+    ):
+        shift = neuron.learned["shift"].detach().view(view)
+        assert torch.equal(neuron(current), neurons.run(current + shift, LIF())[0])
 
 
 def test_without_a_compiler_a_model_trains_and_says_so_once(tmp_path, monkeypatch, caplog):

@@ -64,8 +64,18 @@ def test_the_pass_of_gpus_is_that_of_cpus_bitwise(dtype):
 
 
 def test_copies_count_for_the_running_variance():
-    x = current_of(timesteps=1)
-    fused_and_defined(module_of(training=True), lambda m: m(x, copies=4), {"current": x})
+    x, found = current_of(timesteps=1), []
+    for given, copies in ((x, 1), (x, 4), (x.expand(4, -1, -1, -1, -1), 1)):
+        module = module_of(training=True)
+        results = fused_and_defined(
+            module,
+            lambda m, y=given, n=copies: m(y, copies=n),
+            {"current": x},
+        )
+        found.append(results["norm.running_var"])
+    once, counted, there = found
+    torch.testing.assert_close(counted, there, rtol=1e-12, atol=0)
+    assert not torch.allclose(once, there, rtol=1e-4)
 
 
 def test_keeps_the_current_and_bytes():

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from kernel_runs import draw, fused_and_defined, interpreted, needs_triton, randomize
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tetdist.nn import packed
 from tetdist.nn.batch_norm import BatchNorm
@@ -147,10 +148,7 @@ def test_spikes_bytes_and_membranes_are_those_of_cpp_bitwise(kind, call, dtype, 
             torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding * scale)
 
 
-@pytest.mark.parametrize("few_programs", [False, True], ids=["one-step", "many-steps"])
-def test_statistics_of_many_blocks_do_not_cancel(few_programs, monkeypatch):
-    if few_programs:
-        monkeypatch.setattr(triton_kernels, "PROGRAMS", dict.fromkeys(triton_kernels.PROGRAMS, 3))
+def test_statistics_of_many_rows_do_not_cancel():
     x = (1000 + draw(0, 2, 5000, 3)).float()
     norm = BatchNorm(3, scale=0.7).train()
     randomize(norm)
@@ -186,8 +184,9 @@ def test_sums_of_many_programs(number):
 
 @pytest.mark.parametrize("count", [1, 31, 32, 200])
 def test_bytes_are_halved_and_unpacked_as_by_torch(count):
+    """Those of a part of a tensor, which begins anywhere in its memory."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.randint(0, 16, (count,), generator=generator).to(torch.uint8)
+    values = torch.randint(0, 16, (count + 7,), generator=generator).to(torch.uint8)[7:]
     whole = packed.Packed(values, 4)
     expected = packed.halve(whole)
     with interpreted():
@@ -213,6 +212,25 @@ def test_network_in_segments_is_the_definition():
     model.set_segment(2)
     images = draw(0, 2, 3, 8, 8)
     fused_and_defined(model, lambda m: m(images, per_timestep=True), {}, "triton")
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_kernel_runs_on_the_gpu_of_its_tensors(index, monkeypatch):
+    chosen, ran_on = [torch.device("cuda", 0)], []
+
+    @contextlib.contextmanager
+    def on(device):
+        chosen.append(device)
+        yield
+        chosen.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: chosen[-1].index)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    kernels = {(3,): lambda x, **_: ran_on.append((x.device, chosen[-1]))}
+    with FakeTensorMode():
+        triton_kernels.launch(kernels, (3,), [torch.empty(2, device=f"cuda:{index}")], {})
+    assert ran_on == [(torch.device("cuda", index),) * 2]
+    assert len(chosen) == 1
 
 
 # -------------------------------------------------------------------------------- what is chosen

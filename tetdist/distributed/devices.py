@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +18,14 @@ _SMI_TIMEOUT = 20
 
 # Folder in which Linux describes PCI devices.
 PCI = Path("/sys/bus/pci/devices")
+
+# Remedies for GPUs that the driver does not offer, by CUDA's number of the error.
+NOT_READY = {
+    "802": "NVSwitch is not set up: start the nvidia-fabricmanager of the driver's version",
+    "803": "the driver and its libcuda.so have different versions: restart this machine",
+    "804": "libcuda.so is newer than the driver: take cuda-compat out of LD_LIBRARY_PATH",
+    "999": "the driver fails: see the rights of /dev/nvidia*, and sudo dmesg | grep -i nvrm",
+}
 
 # Parameters of glibc's mallopt, as malloc.h has them.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -114,11 +123,19 @@ def _why_no_gpu() -> str:
         reason = "it finds no device"
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
+    if remedy := of_a_gpu_not_ready(reason):
+        return f"torch says: {reason} ({remedy})"
     return (
         f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, and says: {reason} "
         "(nvidia-smi shows the newest CUDA that the driver takes; pytorch.org has the command that "
         "installs torch for it)"
     )
+
+
+def of_a_gpu_not_ready(text: str) -> str | None:
+    """Return the remedy for the error that a text quotes, if it is one of `NOT_READY`."""
+    found = re.search(r"\berror (\d+)\b", text, re.IGNORECASE)
+    return NOT_READY.get(found[1]) if found else None
 
 
 def keep_freed_memory() -> None:

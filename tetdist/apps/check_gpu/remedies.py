@@ -4,6 +4,9 @@ import contextlib
 import re
 import subprocess
 
+import torch
+
+from tetdist.distributed.devices import of_a_gpu_not_ready
 from tetdist.errors import UserError, pip_install, sentence
 
 SMI_TIMEOUT = 20  # seconds; a working driver needs one or two
@@ -40,9 +43,13 @@ _BY_TEXT = (
 def of(error: Exception) -> str | None:
     """Return the remedy for an exception; None: unknown, perhaps a bug in tetdist."""
     text = f"{type(error).__name__}: {error}"
+    if remedy := of_a_gpu_not_ready(text):
+        return remedy
     unseen = r"no kernel image|driver version is insufficient|too old|sees no GPU|does not see it"
     if re.search(unseen, text) and (seen := driver_and_gpu()) != (None, None):
-        return torch_for(*seen)
+        is_old = re.search(r"driver version is insufficient|driver .* is too old", text)
+        cause = f"driver {seen[0]} is too old for CUDA {torch.version.cuda}; " if is_old else ""
+        return cause + torch_for(*seen)
     if isinstance(error, UserError | ModuleNotFoundError):
         return sentence(error)
     found = (remedy for pattern, remedy in _BY_TEXT if re.search(pattern, text, re.IGNORECASE))

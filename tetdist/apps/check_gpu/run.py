@@ -29,6 +29,8 @@ CHECKS: dict[str, Callable[[Machine], Finding]] = {
     "rates": check_rates,
     "pixels": check_pixels,
 }
+# Checks whose processes exchange data.
+TOGETHER = ("versions", "steps", "rates")
 # Seconds without progress after which a check hangs. The watch then names the process to blame; a
 # lone process, which has no watch, ends with its stack a minute later.
 LIMIT, LAST_RESORT = 300.0, 360.0
@@ -39,8 +41,8 @@ def run_checks(
 ) -> None:
     """Run checks in order, and call ``add`` with each one's name and its findings by rank.
 
-    A check that fails on one of several processes ends the command, because the others may wait for
-    this process in a collective operation.
+    A check of `TOGETHER` that fails on one of several processes ends the command, because the
+    others may wait for this process in a collective operation.
     """
     name = ""
 
@@ -66,7 +68,7 @@ def run_checks(
                 text = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
                 stack = {"traceback": traceback.format_exc()}
                 found = Finding("bad", text, remedies.of(error), stack)
-                if here.world.world_size > 1:
+                if here.world.world_size > 1 and name in TOGETHER:
                     add(name, [found])
                     raise
             finally:

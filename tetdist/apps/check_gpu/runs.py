@@ -22,6 +22,7 @@ from tetdist.storage.checkpoint import load_model_file
 STEPS = 6
 TIMEOUT = 280.0  # seconds for all runs; less than `run.LIMIT`, since the other processes wait
 RERUN = "train one of your runs with deterministic=true, alone on one GPU, for details"
+SLOW = "repeat the command, which then finds the compiled kernels; if that is no faster, report it"
 REPORT = "report this with the JSON file; it does not affect runs that are not stopped"
 # Variables by which a run would take itself for one of several processes.
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -49,7 +50,11 @@ def check_resume(here: Machine) -> Finding:
         command = [sys.executable, "-m", "tetdist", "train", "--config", str(file)]
         command += [f"name={name}", f"max_steps={steps}"]
         left = end - time.monotonic()
-        done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=left)
+        try:
+            done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=left)
+        except subprocess.TimeoutExpired:
+            text = f"the run {name!r} did not reach step {steps} in {TIMEOUT:.0f} s"
+            return Finding("bad", text, SLOW)
         if done.returncode:
             *_, last = [f"exit status {done.returncode}", *done.stderr.strip().splitlines()]
             text = f"the run {name!r} to step {steps} failed: {last}"

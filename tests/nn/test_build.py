@@ -1,0 +1,77 @@
+"""Libraries of kernels in the user's cache: built once, and loaded only if they can be trusted."""
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+from tetdist.nn.fast import build
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """The sources, of which one is tiny; the cache; and what serves where there is no cache."""
+    if shutil.which("g++") is None:
+        assert not os.environ.get("CI"), "CI has a C++ compiler"
+        pytest.skip("no C++ compiler")
+    sources, passing = tmp_path / "kernels", tmp_path / "passing"
+    sources.mkdir()
+    passing.mkdir()
+    (sources / "one.cpp").write_text('extern "C" int one() { return 1; }')
+    monkeypatch.setattr(build, "KERNELS", sources)
+    monkeypatch.setattr(tempfile, "tempdir", str(passing))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    build._warn_of.cache_clear()
+    return tmp_path / "tetdist", passing
+
+
+def test_a_library_is_built_once_while_it_is_whole_and_ours(folders, monkeypatch, caplog):
+    cache, passing = folders
+    caplog.set_level("INFO")
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(fsync(file)))
+
+    def load(**environment):
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            assert build.load_library("one").one() == 1
+        return caplog.messages
+
+    compiling = f"compiling kernels/one.cpp, once (into {cache})"
+    assert load() == [compiling]
+    (library,) = cache.iterdir()
+    assert (library.suffix, library.stat().st_mode & 0o777) == (".so", 0o700)
+    assert load() == []
+    assert load(CXX="no-such-compiler") == []
+    beginning = library.read_bytes()[:1000]  # what a full disk leaves of it; to load it is a crash
+    library.unlink()
+    library.write_bytes(beginning)
+    assert load() == [f"{library} is damaged and is rebuilt", compiling]
+    library.chmod(0o777)
+    assert load() == [f"{library} is writable by other users and is rebuilt", compiling]
+    assert load(CXX="env g++") == [compiling]  # another command
+    assert len(synced) == 4
+    cache.chmod(0o777)
+    warning, last = load()
+    assert warning == (
+        f"{cache} is writable by other users, so kernels are not loaded from it but compiled at "
+        f"every start; its owner can fix that with `chmod go-w {cache}`"
+    )
+    assert last.startswith(f"compiling kernels/one.cpp, once (into {passing}/tetdist-kernels-")
+    assert list(passing.iterdir()) == []
+
+
+def test_what_a_killed_compilation_has_left_is_removed_later(folders):
+    _, passing = folders
+    for name in ("tetdist-kernels-old", "tetdist-kernels-new", "of-others"):
+        (passing / name).mkdir()
+        (passing / name / "kernels.o").touch()
+        if name != "tetdist-kernels-new":
+            os.utime(passing / name, (0, 0))
+    with build._passing_folder() as folder:
+        assert folder.parent == passing
+    assert {path.name for path in passing.iterdir()} == {"tetdist-kernels-new", "of-others"}
