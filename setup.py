@@ -12,6 +12,7 @@ setup(
         "tetdist": ["pretrained/*/*"],
         "tetdist.nn.fast.kernels": ["*.cpp", "*.h"],
         "tetdist.apps.reports": ["published_curves.yaml"],
+        "tetdist.apps.weights": ["published.yaml"],
         "tetdist.configs": ["*.yaml", "studies/*.yaml"],
     },
 )

@@ -6,6 +6,7 @@ and inputs drawn here. Their numbers are the same on every processor.
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,17 @@ def projected(values: dict[str, Tensor]) -> dict[str, float]:
         key: float((value.flatten() * uniform(f"onto {key}", (value.numel(),))).sum())
         for key, value in values.items()
     }
+
+
+def sew_layout(state: dict[str, Tensor], sew: bool) -> dict[str, Tensor]:
+    """torchvision's names as the repository of SEW-ResNet has them: layers in containers."""
+    renamed = {}
+    for key, value in state.items():
+        name = key
+        if key.startswith("layer"):
+            name = re.sub(r"\.conv(\d)\.", r".conv\1.module.0.", name)
+            name = re.sub(r"\.bn(\d)\.", r".conv\1.module.1.", name)
+            container = "downsample.0.module." if sew else "downsample.module."
+            name = name.replace("downsample.", container)
+        renamed[name] = value
+    return renamed

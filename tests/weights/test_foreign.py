@@ -11,7 +11,7 @@ import timm
 import tiny
 import torch
 import torchvision
-from published import Published
+from published import Published, sew_layout
 from safetensors.torch import load_file, save_file
 from spikingjelly.activation_based import functional, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
@@ -211,20 +211,6 @@ def test_parameters_of_a_learned_neuron_are_named():
 
 
 # ------------------------------------------------------------------- the original repositories
-
-
-def sew_layout(state, sew):
-    """torchvision's names as the original repository has them: layers in containers."""
-    renamed = {}
-    for key, value in state.items():
-        name = key
-        if key.startswith("layer"):
-            name = re.sub(r"\.conv(\d)\.", r".conv\1.module.0.", name)
-            name = re.sub(r"\.bn(\d)\.", r".conv\1.module.1.", name)
-            container = "downsample.0.module." if sew else "downsample.module."
-            name = name.replace("downsample.", container)
-        renamed[name] = value
-    return renamed
 
 
 @pytest.mark.parametrize("name", ["sew_resnet50", "spiking_resnet18"])
@@ -600,9 +586,9 @@ def test_network_of_another_layout_lists_what_does_not_fit(call, tmp_path):
     assert status == 2
     # What is wrong is seen at a glance; the rest comes where it is asked for.
     assert len(printed.splitlines()) < 20
-    first, second, *_ = re.findall(r"(missing|unknown): (\d+) more \(--list", printed)
+    first, second, *_ = re.findall(r"(missing|unknown): (\d+) more \(--all", printed)
     assert (first[0], second[0]) == ("missing", "unknown")
-    status, printed = call("convert", *command, "--list")
+    status, printed = call("convert", *command, "--all")
     assert status == 2
     assert printed.count("  missing: ") == 5 + int(first[1])
     assert "missing: stem.conv.weight (conv1.weight in the file) has shape (16, 3, 3, 3)" in printed

@@ -56,6 +56,7 @@ class Description(BaseModel):
         validation: Accuracy in percent of exactly these weights; None: not measured.
         imports: Checksums of the user's files that it needs, by name.
         converted: The ``file`` of converted weights, and the library they come ``from``.
+        published: Accuracy that the authors of converted weights claim, and for which T and data.
         which: The exported checkpoint of a run, ``last`` or ``best``.
         averaged: Description of the average, if the weights are one; None: they are not.
         binning: Parameters by which the events were binned, and their sensor; None: unknown.
@@ -71,6 +72,7 @@ class Description(BaseModel):
     validation: dict[str, float] | None = None
     imports: dict[str, str] = {}
     converted: dict[str, str] | None = None
+    published: dict[str, Any] | None = None
     which: str | None = None
     averaged: str | None = None
     binning: dict[str, Any] | None = None

@@ -1,14 +1,22 @@
-"""Convert weights from other projects to a file for training (init_checkpoint) and eval."""
+"""Convert weights from other projects to a file for training (init_checkpoint) and eval.
+
+    python tools/convert.py --list
+    python tools/convert.py --fetch sew_resnet34
+    python tools/convert.py FILE --model sew_resnet34 --from sew --output sew34.safetensors
+
+--list shows the published networks that --fetch downloads and converts.
+"""
 
 import argparse
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.apps.cli.common import check_new_weights, program, run_command
+from tetdist.apps.cli.common import check_new_weights, documented_parser, run_command
+from tetdist.apps.weights import published
 from tetdist.apps.weights.sources import SOURCES
 from tetdist.config.flags import positive
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.storage.files import read_text
 from tetdist.wording import counted
 
@@ -16,19 +24,21 @@ if TYPE_CHECKING:
     from tetdist.apps.weights.foreign import Converted
     from tetdist.config.schema import RunConfig
 
-SHOWN = 5  # tensors that do not fit are listed, without --list
+SHOWN = 5  # tensors that do not fit are listed, without --all
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=program("convert"), description="Convert weights of other projects."
-    )
+    parser = documented_parser("convert", __doc__)
     add = parser.add_argument
-    add("source", metavar="FILE", type=Path, help=".safetensors, or a file of torch.save")
-    add("--model", required=True, metavar="NAME", help="tetdist's model: sew_resnet34, vggsnn, ...")
+    add("source", nargs="?", metavar="FILE", help=".safetensors, or a file of torch.save")
+    add("--list", action="store_true", help="list the published networks, and exit")
+    given = "download a network of that list, and convert it; it names FILE, --model and --from"
+    add("--fetch", metavar="NAME", help=given)
+    add("--model", metavar="NAME", help="tetdist's model: sew_resnet34, vggsnn, ...")
     choices = ["auto", *SOURCES]
     add("--from", dest="layout", choices=choices, default="auto", help="project that wrote FILE")
-    add("--output", required=True, metavar="FILE.safetensors", type=Path, help="new file")
+    given = "new file (default with --fetch: NAME.safetensors)"
+    add("--output", metavar="FILE.safetensors", type=Path, help=given)
     add("--timesteps", type=positive, metavar="T", help="T of its training; default: the model's")
     add(
         "--classes",
@@ -42,7 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="accept missing, unknown or differently shaped weights; missing ones are initialised",
     )
-    add("--list", action="store_true", help="list all tensors that do not fit, not only the first")
+    add("--all", action="store_true", help="list all tensors that do not fit, not only the first")
     add(
         "overrides",
         nargs="*",
@@ -51,6 +61,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "model.arguments.connect_function=and, model.num_classes=100, data.image_size=128",
     )
     options = parser.parse_intermixed_args(arguments)
+    if options.list:
+        return options
+    if options.fetch is not None:
+        if options.model or options.layout != "auto":
+            parser.error("--fetch names the model and the project; leave out --model and --from")
+        options.overrides[:0] = [options.source] if options.source else []
+        options.output = options.output or Path(f"{options.fetch}.safetensors")
+    elif None in (options.source, options.model, options.output):
+        parser.error("give FILE, --model and --output, or --fetch NAME, or --list")
     if options.output.suffix != ".safetensors":
         parser.error(f"--output must end in .safetensors, unlike {options.output}")
     return options
@@ -58,16 +77,31 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    return run_command(lambda: convert_file(options))
+    return run_command(
+        lambda: list_published() if options.list else convert_file(options),
+        interrupted="interrupted; the same command continues a download",
+    )
+
+
+def list_published() -> None:
+    print(published.listing())
+    print(f"\n{typed('convert', '--fetch', 'NAME')} downloads and converts a network.")
+    print("Addresses and accuracies are the authors'; they were not tried here.")
 
 
 def convert_file(options: argparse.Namespace) -> None:
+    fetched = None if options.fetch is None else published.named(options.fetch)
     import torch
 
     from tetdist.apps.weights import foreign
     from tetdist.storage import checkpoint, foreign_files
 
     check_new_weights(options.output)
+    if fetched is not None:
+        options.source = published.obtain(fetched)
+        options.model, options.layout = fetched.model, fetched.source
+        options.timesteps = options.timesteps or fetched.timesteps
+    options.source = Path(options.source)
     state = foreign_files.read(options.source)
     layout = options.layout
     source = foreign.source_of(state, options.source) if layout == "auto" else layout
@@ -85,9 +119,12 @@ def convert_file(options: argparse.Namespace) -> None:
         step=0,
         validation=None,
         converted={"file": options.source.name, "from": source},
+        published=None if fetched is None else fetched.claim,
     )
     checkpoint.write_model_file(options.output, converted.weights, description)
     print(f"wrote {options.output}")
+    if fetched is not None:
+        print(f"evaluate it: {typed('eval', options.output, '--data')} FOLDER_OF_{fetched.data}")
 
 
 def configuration(
@@ -184,11 +221,11 @@ def report(
             f"lacks, such as {converted.initialised[0]}"
         )
     for heading, lines in (("missing", missing), ("unknown", unexpected)):
-        shown = lines if options.list or len(lines) <= SHOWN + 1 else lines[:SHOWN]
+        shown = lines if options.all or len(lines) <= SHOWN + 1 else lines[:SHOWN]
         for line in shown:
             print(f"  {heading}: {line}")
         if len(shown) < len(lines):
-            print(f"  {heading}: {len(lines) - len(shown)} more (--list shows all)")
+            print(f"  {heading}: {len(lines) - len(shown)} more (--all shows all)")
     if (missing or unexpected) and not options.allow_missing:
         raise UserError(
             f"{options.source} is not a {config.model.name} of {source}: "

@@ -89,10 +89,11 @@ def heading(found: EvaluationResults) -> str:
 
 
 def headlines(found: EvaluationResults) -> list[str]:
-    """Return the sentence on the accuracy, and that on real numbers if these were compared."""
+    """Return the sentences on the accuracy, the published one, and that in real numbers."""
     lines = [
         f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, loss {found['loss']:.4f} at "
         f"T={found['timesteps']}; trained at T={found['trained_timesteps']}",
+        *([_of_published(found["published"])] if "published" in found else []),
         f"All numbers below are at T={found['timesteps']} unless a T is given",
     ]
     if (numbers := found.get("real_numbers")) is not None:
@@ -101,6 +102,13 @@ def headlines(found: EvaluationResults) -> list[str]:
             f"decisions: {numbers['changed']:,} of {found['samples']:,}"
         )
     return lines
+
+
+def _of_published(claim: dict[str, Any]) -> str:
+    """Return the sentence on what the authors of converted weights claim."""
+    top1 = "no top-1" if claim["top1"] is None else f"top-1 {claim['top1']:.2f} %"
+    place = f"for {claim['data']} at T={claim['timesteps']} ({claim['page']})"
+    return f"published: {top1} {place}. {claim['known']}".rstrip(".")
 
 
 def sections(found: EvaluationResults) -> list[Section]:

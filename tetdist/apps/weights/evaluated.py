@@ -51,6 +51,7 @@ class Opened(NamedTuple):
         """Return what the JSON file says of the network and the data."""
         some = {
             "averaged": self.description.averaged,
+            "published": self.description.published,
             "data_split": recorded_split(self.config.data.root),
             "subset": list(self.present) if self.present != self.split.classes else None,
         }

@@ -1,0 +1,159 @@
+"""Published weights that can be converted: the table of published.yaml, and their download.
+
+Files are kept in the user's cache folder. The SHA-256 of the first download is stored beside them,
+and every later use is compared with it.
+"""
+
+import hashlib
+import json
+import re
+import textwrap
+import urllib.request
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from tetdist.config.yaml_files import read_yaml
+from tetdist.errors import UserError, without_passwords
+from tetdist.storage import files, hub
+from tetdist.tables import aligned, number
+
+TABLE = Path(__file__).with_name("published.yaml")
+FIGSHARE = "https://api.figshare.com/v2/articles"
+_FIGSHARE = "figshare:"  # before the number of an article, as a host
+_WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published network; published.yaml explains the fields.
+
+    Attributes:
+        top1: Published accuracy in percent; None: not stated.
+        host: None: its files are downloaded by hand.
+        link: Page of the file, if it is not ``page``.
+    """
+
+    name: str
+    page: str
+    source: str
+    data: str
+    timesteps: int
+    model: str
+    file: str
+    known: str
+    top1: float | None = None
+    host: str | None = None
+    link: str | None = None
+
+    @property
+    def claim(self) -> dict[str, Any]:
+        """The claim that an evaluation shows beside its own result."""
+        keys = ("top1", "timesteps", "data", "page", "known")
+        return {key: getattr(self, key) for key in keys}
+
+
+@cache
+def table() -> dict[str, Published]:
+    """Return the published networks by name."""
+    found = {}
+    for page, group in read_yaml(TABLE).items():
+        for name, own in group.pop("networks").items():
+            defaults = {"name": name, "page": page, "model": name, "file": f"{name}.pth"}
+            found[name] = Published(**defaults | group | own)
+    return found
+
+
+def named(name: str) -> Published:
+    if name not in table():
+        raise UserError(f"--fetch: no published network {name}; choose from {', '.join(table())}")
+    return table()[name]
+
+
+def listing() -> str:
+    """Return the table as text."""
+    parts = []
+    for page, group in groupby(table().values(), key=lambda one: one.page):
+        networks = list(group)
+        rows = [("NAME", "T", "top-1 %", "file")]
+        rows += [
+            (one.name, str(one.timesteps), number(one.top1, ".2f"), _place(one)) for one in networks
+        ]
+        known = textwrap.fill(networks[0].known, 98, initial_indent="  ", subsequent_indent="  ")
+        parts.append(f"{page} ({networks[0].data})\n{aligned(rows, right=(1, 2))}\n{known}")
+    return "\n\n".join(parts)
+
+
+def _place(one: Published) -> str:
+    if one.host is not None:
+        return f"{one.host}/{one.file}"
+    return f"by hand: {one.link or one.page}"
+
+
+def obtain(one: Published) -> Path:
+    """Return the file of a network; it is downloaded unless it is in the cache folder.
+
+    Raises:
+        UserError: It cannot be downloaded, or differs from the first download.
+    """
+    folder = files.own_cache() / "weights"
+    folder.mkdir(exist_ok=True)
+    file, digest = folder / one.file, folder / f"{one.file}.sha256"
+    if one.host is not None and one.host.startswith(hub.HF):
+        file = hub.fetch(one.host, one.file)
+    elif not file.exists():
+        _download(one, file)
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if not digest.exists():
+        files.write_text(digest, found)
+    elif digest.read_text() != found:
+        raise UserError(
+            f"{file} differs from the first download of {one.name}; remove it to download it "
+            f"again, or remove {digest} to accept it"
+        )
+    return file
+
+
+def _download(one: Published, file: Path) -> None:
+    """Download a file; an interrupted download is continued."""
+    by_hand = f"download it from {one.link or one.page}, save it as {file} and repeat the command"
+    if one.host is None:
+        raise UserError(f"{one.name} has no address for programs; {by_hand}. {one.known}")
+    from huggingface_hub.file_download import http_get
+
+    part, address = file.with_name(f"{file.name}.part"), f"{one.host}/{one.file}"
+    try:
+        md5 = None
+        if one.host.startswith(_FIGSHARE):
+            address, md5 = _on_figshare(one)
+        with part.open("ab") as stream:
+            http_get(address, stream, resume_size=stream.tell(), displayed_filename=one.file)
+    except Exception as error:  # network errors have other classes in each version
+        reason = without_passwords(str(error).partition("\n")[0]) or type(error).__name__
+        raise UserError(
+            f"{address} cannot be downloaded ({reason}); repeat the command to continue, or "
+            f"{by_hand}"
+        ) from error
+    with part.open("rb") as stream:
+        is_page = _WEB_PAGE.match(stream.read(100)) is not None
+        stream.seek(0)
+        is_damaged = md5 not in (None, hashlib.file_digest(stream, "md5").hexdigest())
+    if is_page or is_damaged:
+        part.unlink()
+        what = "is a web page, not weights" if is_page else "has another MD5 than figshare's"
+        raise UserError(f"what {address} sent {what}; repeat the command, or {by_hand}")
+    part.rename(file)
+
+
+def _on_figshare(one: Published) -> tuple[str, str]:
+    """Return the address and the MD5 of a file."""
+    assert one.host is not None
+    article = f"{FIGSHARE}/{one.host.removeprefix(_FIGSHARE)}/files?page_size=1000"
+    with urllib.request.urlopen(article, timeout=30) as answer:
+        known = {each["name"]: each for each in json.load(answer)}
+    if one.file not in known:
+        raise ValueError(f"the article has {', '.join(known)} instead")
+    return known[one.file]["download_url"], known[one.file]["computed_md5"]
