@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a network; the same command continues a stopped run",
     "eval": "evaluate a checkpoint",
     "replay": "stream a recording through a network trained on windows of a fixed size",
+    "show": "draw a sample's spikes, the network's answer over time and what speaks for it",
     "slurm": "submit a run to a Slurm cluster; status, cancel, resume",
     "torchrun": "start processes with torchrun, and exit with their status",
     "study": "train several configurations with several seeds, and report",

@@ -35,8 +35,10 @@ UNUSED = {
     f"{QUICKSTART} data.root=empty": LARGE,
     "slurm --config quickstart.yaml --gpus-per-node 1 batch.globl=3": LARGE,
     "slurm --config quickstart.yaml --gpus-per-node 1 data.root=nosuch": LARGE,
+    "convert --list": LARGE,
     "eval nosuch": LARGE,
     "export nosuch --format timm --output out": LARGE,
+    "show nosuch": LARGE,
     "replay nosuch.npz --checkpoint nosuch": LARGE,
     "compare_runs nosuch other": LARGE,
     "images index empty": LARGE,
@@ -68,7 +70,7 @@ def test_commands_import_nothing_that_they_do_not_use(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     statuses = {line: status for line, (status, _) in found.items()}
-    right = ("list", "train --explain")
+    right = ("list", "train --explain", "convert --list")
     assert statuses == {
         line: 0 if line in right or line.endswith("--help") else 2 for line in UNUSED
     }, done.stderr

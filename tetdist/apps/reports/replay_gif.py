@@ -1,5 +1,9 @@
-"""A GIF of a replay: the events of each frame, and the classes' probabilities over time."""
+"""A GIF of a replay: the events of each frame, and the classes' probabilities over time.
 
+sample_plot.py draws frames and probabilities with the same functions.
+"""
+
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -45,36 +49,27 @@ class ReplayGif:
     ) -> None:
         """Keep a frame, (2, H, W), OFF before ON; see `_Drawn`."""
         if len(self._frames) < _FRAMES:
-            self._frames.append(_Drawn(end, _coloured(frame), probabilities, is_first))
+            self._frames.append(_Drawn(end, coloured(frame), probabilities, is_first))
 
     def save(self) -> None:
         """Draw the frames, a tenth of a second each, and write the file."""
-        from PIL import Image
-
         if not self._frames:
             return  # Ctrl-C came before the first.
         figure = new_figure(4, 2, dpi=100)
         figure.set_layout_engine("none")  # Each frame has the same layout.
         left = figure.add_axes((0.01, 0.1, 0.4, 0.78))
         right = figure.add_axes((0.59, 0.19, 0.39, 0.68))
-        images = []
-        for number in range(1, len(self._frames) + 1):
-            self._draw_events(left, self._frames[number - 1])
-            self._draw_probabilities(right, number)
-            figure.canvas.draw()
-            drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-            images.append(drawn.quantize(128, dither=Image.Dither.NONE))
-        first, *others = images
-        with explaining(self._path), replacing(self._path, sync=False) as file:
-            first.save(file, "GIF", save_all=True, append_images=others, duration=100, loop=0)
-        print(f"wrote {self._path}, {len(images)} frames")
+
+        def draw(number: int) -> None:
+            self._draw_events(left, self._frames[number])
+            self._draw_probabilities(right, number + 1)
+
+        write_gif(self._path, figure, draw, [100] * len(self._frames))
+        print(f"wrote {self._path}, {len(self._frames)} frames")
 
     def _draw_events(self, axis: Any, frame: _Drawn) -> None:
         axis.clear()
-        axis.imshow(frame.events, interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_color("#BBBBBB")
-        axis.set_title(f"{frame.end:.3f} s", fontsize=9, color=QUIET, loc="left")
+        draw_frame(axis, frame.events, f"{frame.end:.3f} s")
         for x, name, colour in (0.0, "ON", _ON), (0.2, "OFF", _OFF):
             place = {"transform": axis.transAxes, "va": "top", "fontsize": 9}
             axis.text(x, -0.02, name, color=np.divide(colour, 255), **place)
@@ -90,19 +85,58 @@ class ReplayGif:
         for start, end in pairwise([*starts, number - begin]):
             ends = [frame.end for frame in shown[start:end]]
             values = 100 * np.stack([frame.probabilities for frame in shown[start:end]])
-            best = int(values[-1].argmax())
-            name, colour = self._classes[best], SERIES[best % len(SERIES)]
-            for k in np.flatnonzero(values.max(0) >= _PERCENT):
-                axis.plot(ends, values[:, k], color="#BBBBBB", linewidth=0.8)
-            axis.plot(ends, values[:, best], "o-", color=colour, linewidth=1.8, markersize=2)
-            label = axis.text(ends[0], values[:, best].max() + 3, name, fontsize=8, color=colour)
-            if label.get_window_extent().x1 > axis.bbox.x1:
-                label.set_ha("right")
-        finish(axis, f"{name}  {values[-1, best]:.0f} %", "probability (%)", legend=False)
+            title = draw_classes(axis, ends, values, self._classes)
+        finish(axis, title, "probability (%)", legend=False)
         axis.set_xlabel("s", fontsize=9, labelpad=1)
 
 
-def _coloured(frame: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+def write_gif(
+    path: Path, figure: Any, draw: Callable[[int], None], durations: Sequence[int]
+) -> None:
+    """Write the frames that ``draw`` makes in a figure, each shown for some milliseconds."""
+    from PIL import Image
+
+    images = []
+    for number in range(len(durations)):
+        draw(number)
+        figure.canvas.draw()
+        drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+        images.append(drawn.quantize(128, dither=Image.Dither.NONE))
+    first, *others = images
+    with explaining(path), replacing(path, sync=False) as file:
+        first.save(
+            file, "GIF", save_all=True, append_images=others, duration=list(durations), loop=0
+        )
+
+
+def draw_frame(axis: Any, image: npt.NDArray[Any], title: str = "") -> None:
+    """Draw an input of a network, or another image (H, W, 3)."""
+    axis.imshow(image, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_color("#BBBBBB")
+    axis.set_title(title, fontsize=9, color=QUIET, loc="left")
+
+
+def draw_classes(
+    axis: Any, ends: Sequence[float], values: npt.NDArray[Any], classes: Sequence[str]
+) -> str:
+    """Draw the classes' probabilities (T, K) in percent, the last best one's in colour.
+
+    Returns:
+        The name of that class, and its last probability.
+    """
+    best = int(values[-1].argmax())
+    name, colour = classes[best], SERIES[best % len(SERIES)]
+    for k in np.flatnonzero(values.max(0) >= _PERCENT):
+        axis.plot(ends, values[:, k], color="#BBBBBB", linewidth=0.8)
+    axis.plot(ends, values[:, best], "o-", color=colour, linewidth=1.8, markersize=2)
+    label = axis.text(ends[0], values[:, best].max() + 3, name, fontsize=8, color=colour)
+    if label.get_window_extent().x1 > axis.bbox.x1:
+        label.set_ha("right")
+    return f"{name}  {values[-1, best]:.0f} %"
+
+
+def coloured(frame: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """Return the image (h, w, 3) of a frame, darker where there are more events."""
     height, width = frame.shape[1:]
     step = -(-max(height, width) // _SIDE)

@@ -101,10 +101,8 @@ def obtain(one: Published) -> Path:
     folder = files.own_cache() / "weights"
     folder.mkdir(exist_ok=True)
     file, digest = folder / one.file, folder / f"{one.file}.sha256"
-    if one.host is not None and one.host.startswith(hub.HF):
-        file = hub.fetch(one.host, one.file)
-    elif not file.exists():
-        _download(one, file)
+    if not file.exists():
+        file = _download(one, file)
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if not digest.exists():
@@ -117,11 +115,16 @@ def obtain(one: Published) -> Path:
     return file
 
 
-def _download(one: Published, file: Path) -> None:
-    """Download a file; an interrupted download is continued."""
+def _download(one: Published, file: Path) -> Path:
+    """Download a file, to ``file`` or the hub's cache; an interrupted download is continued."""
     by_hand = f"download it from {one.link or one.page}, save it as {file} and repeat the command"
     if one.host is None:
         raise UserError(f"{one.name} has no address for programs; {by_hand}. {one.known}")
+    if one.host.startswith(hub.HF):
+        try:
+            return hub.fetch(one.host, one.file)
+        except UserError as error:
+            raise UserError(f"{one.file}: {error}; {by_hand}") from error
     from huggingface_hub.file_download import http_get
 
     part, address = file.with_name(f"{file.name}.part"), f"{one.host}/{one.file}"
@@ -145,7 +148,7 @@ def _download(one: Published, file: Path) -> None:
         part.unlink()
         what = "is a web page, not weights" if is_page else "has another MD5 than figshare's"
         raise UserError(f"what {address} sent {what}; repeat the command, or {by_hand}")
-    part.rename(file)
+    return part.rename(file)
 
 
 def _on_figshare(one: Published) -> tuple[str, str]:

@@ -1,0 +1,138 @@
+"""Plots of a sample: what they show is what the network computes."""
+
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from tetdist.apps.reports import sample_plot
+from tetdist.apps.reports.replay_gif import coloured
+from tetdist.apps.weights.evaluated import evaluation_config
+from tetdist.models import SpikingNetwork
+from tetdist.nn.norm_neuron import firing_layers
+from tetdist.storage import checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def images_and_durations(file):
+    with Image.open(file) as gif:
+        for number in range(gif.n_frames):
+            gif.seek(number)
+            yield np.asarray(gif.convert("RGB")), gif.info["duration"]
+
+
+def test_command_draws_a_sample(call, tiny_config, tiny_root, main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(tiny_config({"plots": False}), "max_steps=1").status == 0
+    run = tmp_path / "runs" / "tiny"
+    status, printed = call("show", run, "--sample", 1, "--output", "it")
+    assert status == 0, printed
+    seen = sample_plot.see(run, "last", 1, "val", None, [])
+    timesteps = len(seen.frames)
+    assert printed.startswith(f"{seen.title}\n")
+    for t, probabilities in enumerate(seen.probabilities, start=1):
+        answer = probabilities.argmax()
+        assert f"  t={t}  {seen.classes[answer]}  {100 * probabilities[answer]:.1f} %" in printed
+    assert printed.endswith("wrote it.png and it.gif\n")
+    with Image.open("it.png") as image:
+        assert image.width == sample_plot.WIDTH * sample_plot.DPI
+        assert np.unique(np.asarray(image)).size > 20
+    drawn = list(images_and_durations("it.gif"))
+    assert [duration for _, duration in drawn] == [700] * (timesteps - 1) + [2000]
+    assert all((a != b).any() for (a, _), (b, _) in pairwise(drawn))
+
+    description = checkpoint.load_model_file(run)[1]
+    assert seen.classes == description.classes
+    file, label = re.fullmatch(r"(val/.+), class (.+)", seen.title).groups()
+    assert file.split("/")[1] == label
+    assert (tiny_root / file).exists()
+    config = evaluation_config(description.config, "it")
+    assert seen.frames[0].shape == (config.data.image_size, config.data.image_size, 3)
+    assert 0 <= seen.frames[0].min() < seen.frames[0].max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["nosuch"], "there is no checkpoint nosuch"),
+        (["tetdist:quickstart", "--data", "nosuch"], "there is no folder nosuch"),
+        (["tetdist:quickstart", "--output", "nosuch/it"], "--output: cannot write nosuch/it.png"),
+        (["tetdist:quickstart", "--sample", "one"], "argument --sample: invalid int value: 'one'"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(call, tmp_path, monkeypatch, arguments, complaint):
+    monkeypatch.chdir(tmp_path)
+    status, printed = call("show", *arguments)
+    assert (status, complaint in printed) == (2, True), printed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def network() -> SpikingNetwork:
+    torch.manual_seed(0)
+    model = timm.create_model("sew_resnet18", num_classes=5, timesteps=3, width=8)
+    x = torch.rand(4, 3, 64, 64)
+    for _ in range(20):
+        model(x)  # running statistics
+    return model.eval()
+
+
+def test_spikes_and_answers_are_the_networks(network):
+    x = torch.rand(1, 3, 64, 64)
+    spikes, logits = sample_plot._spikes(network, x)
+    with torch.no_grad():
+        assert torch.equal(logits, network(x, per_timestep=True))
+    layers = list(firing_layers(network))
+    first, middle, last = spikes
+    assert (first, last) == (layers[0], layers[-1])
+    assert middle.startswith("blocks.4.")
+    found = {}
+    network.get_submodule(layers[-1]).register_forward_hook(
+        lambda _module, _inputs, output: found.update(output=output)
+    )
+    with torch.no_grad():
+        network(x)
+    expected = found["output"][:, 0].float().mean(1)
+    assert 0 < expected.mean() < 1
+    np.testing.assert_allclose(spikes[layers[-1]], expected, rtol=1e-6)
+
+
+def test_class_activation_adds_up_to_the_logit(network):
+    """Behind a mean over positions, the contributions are those of the classifier."""
+    network.fc.weight.data.abs_()
+    network.fc.bias.data.zero_()
+    x = torch.rand(1, 3, 64, 64)
+    activation = sample_plot._activation(network, x)
+    with torch.no_grad():
+        logits = network(x, per_timestep=True)
+        features = network.forward_features(x).float()
+    answer = int(logits.mean(0).argmax())
+    assert activation.shape == (3, *features.shape[-2:])
+    assert activation.sum() == pytest.approx(float(logits.mean(0)[0, answer]), rel=1e-5)
+    weights = network.fc.weight[answer].detach()
+    expected = torch.einsum("c,tchw->thw", weights, features[:, 0]) / features[0, 0, 0].numel() / 3
+    np.testing.assert_allclose(activation, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("timesteps", [1, 7])
+def test_events_are_drawn_at_any_number_of_timesteps(timesteps, tmp_path):
+    rng = np.random.default_rng(0)
+    events = rng.integers(0, 3, (timesteps, 2, 8, 6))
+    probabilities = rng.dirichlet(np.ones(4), timesteps)
+    seen = sample_plot.Seen(
+        title="val/left/1.npy, class left",
+        classes=["left", "right", "up", "down"],
+        frames=[coloured(frame) / 255 for frame in events],
+        spikes={"stem": rng.random((timesteps, 8, 6)), "blocks.0": np.zeros((timesteps, 1, 2))},
+        activation=None if timesteps == 1 else np.zeros((timesteps, 2, 2)),
+        probabilities=probabilities,
+    )
+    sample_plot.draw(seen, tmp_path / "it.png", tmp_path / "it.gif")
+    with Image.open(tmp_path / "it.png") as image:
+        assert image.width == sample_plot.WIDTH * sample_plot.DPI
+    assert len(list(images_and_durations(tmp_path / "it.gif"))) == timesteps

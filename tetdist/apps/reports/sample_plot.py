@@ -1,0 +1,223 @@
+"""A sample in a network: input, spikes, the answer and its confidence so far, class activation."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from tetdist import plugins
+from tetdist.apps.reports.replay_gif import coloured, draw_classes, draw_frame, write_gif
+from tetdist.apps.reports.run_plots import rgb_images
+from tetdist.apps.reports.style import QUIET, RATE, VALIDATION, finish, new_figure, save
+from tetdist.apps.weights import evaluated
+from tetdist.data.batches import eval_batches
+from tetdist.data.dali import Workers
+from tetdist.distributed.world import join
+from tetdist.errors import UserError
+from tetdist.evaluation.evaluate import running_means
+from tetdist.models import SpikingNetwork
+from tetdist.nn.norm_neuron import firing_layers
+from tetdist.storage import checkpoint
+from tetdist.training.setup import load_model, open_split
+from tetdist.wording import counted
+
+LAYERS = 3  # whose spikes are shown, from the first to the last
+COLUMNS = 6  # timesteps in the PNG, at most
+WIDTH, DPI = 6.5, 128  # 832 pixels; the text is still read at half of them
+
+
+class Seen(NamedTuple):
+    """A sample and what a network does with it, at T timesteps and for K classes.
+
+    Attributes:
+        title: Names of the sample and its class.
+        frames: Inputs, T images (h, w, 3) from 0 to 1.
+        spikes: Spikes per neuron at each position, (T, h, w), by layer.
+        activation: Contribution of each position to the logit of the answer, (T, h, w), 0 where it
+            is negative; None for a network of another library.
+        probabilities: Softmax of the mean output of the first t timesteps, (T, K).
+    """
+
+    title: str
+    classes: list[str]
+    frames: list[npt.NDArray[Any]]
+    spikes: dict[str, npt.NDArray[Any]]
+    activation: npt.NDArray[Any] | None
+    probabilities: npt.NDArray[Any]
+
+
+def see(
+    source: Path, which: str, number: int, split: str, data: str | None, imports: Sequence[str]
+) -> Seen:
+    """Run a checkpoint on a sample of its data.
+
+    Args:
+        which: ``last`` or ``best``.
+        number: Number of the sample in the split, whose samples are sorted by class and name.
+        data: Folder of other data; None: the training's.
+    """
+    plugins.import_files(imports)
+    weights, description = checkpoint.load_model_file(source, which)
+    plugins.require(description.imports, source)
+    config = evaluated.evaluation_config(
+        description.config,
+        str(source),
+        {"root": data, "index": None} if data else {},
+        imports=imports or None,
+        execution="reference",
+        precision="fp32",
+    )
+    with join("cpu") as world:
+        index = open_split(config, split, world)
+        if not 0 <= number < len(index):
+            last = f"{counted(len(index), 'sample')}, 0 to {len(index) - 1}"
+            raise UserError(f"--sample: there is no sample {number} in {split}, which has {last}")
+        known = config.model.num_classes
+        index = evaluated.with_classes_of_model(index, description.classes, known, str(source))
+        model = load_model(config, index, weights, source, world)
+    model.set_timesteps(description.timesteps)
+    model.eval()
+    with eval_batches(
+        config.data,
+        index,
+        [np.array([number])],
+        Workers(device="cpu", device_id=None, threads=1, prefetch=1),
+    ) as batches:
+        x = next(batches).images
+    if x.ndim == 5:
+        frames = [coloured(frame) / 255 for frame in x[0, : model.timesteps].numpy()]
+    else:
+        frames = [rgb_images(x, config.data)[0]] * model.timesteps
+    classes = [*index.classes]
+    classes += [f"class {k}" for k in range(len(classes), model.num_classes)]
+    title = f"{index.path(number)}, class {classes[index.labels[number]]}"
+    spikes, logits = _spikes(model, x)
+    probabilities = running_means(logits)[:, 0].softmax(-1).numpy()
+    return Seen(title, classes, frames, spikes, _activation(model, x), probabilities)
+
+
+@torch.no_grad()
+def _spikes(model: SpikingNetwork, x: Tensor) -> tuple[dict[str, npt.NDArray[Any]], Tensor]:
+    """Return the spikes of some layers, see `Seen`, and the logits (T, 1, K)."""
+    found: dict[str, npt.NDArray[Any]] = {}
+
+    def keep(name: str, _module: nn.Module, _inputs: Any, spikes: Tensor) -> None:
+        if spikes.ndim == 5 and spikes.shape[-1] > 1:
+            found[name] = spikes[:, 0].float().mean(1).numpy()
+
+    layers = firing_layers(model).items()
+    handles = [layer.register_forward_hook(partial(keep, name)) for name, layer in layers]
+    try:
+        logits = model(x, per_timestep=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = list(found)
+    shown = np.linspace(0, len(names) - 1, min(LAYERS, len(names))).round().astype(int)
+    return {names[i]: found[names[i]] for i in shown}, logits
+
+
+def _activation(model: SpikingNetwork, x: Tensor) -> npt.NDArray[Any] | None:
+    """Return the class activation map of the answer: gradient times output of the last block.
+
+    For a classifier behind a mean over positions this is the usual map. Behind a neuron it follows
+    the neuron's surrogate gradient.
+    """
+    if not hasattr(model, "blocks"):  # a network of another library
+        return None
+    with torch.no_grad():
+        features = model.forward_features(x).float()
+    features.requires_grad_()
+    logits = model.forward_head(features)[0]
+    (gradient,) = torch.autograd.grad(logits.max(), features)
+    return (gradient * features.detach())[:, 0].sum(1).clamp(min=0).numpy()
+
+
+def draw(seen: Seen, png: Path, gif: Path) -> None:
+    """Draw a PNG with all timesteps, or `COLUMNS` of them, and a GIF with one after another."""
+    timesteps, rows = len(seen.frames), _rows(seen)
+    shown = np.linspace(0, timesteps - 1, min(COLUMNS, timesteps)).round().astype(int)
+    # The same image at all timesteps has its place beside the answer.
+    is_image = seen.frames[0] is seen.frames[-1]
+    below = rows[1:] if is_image else rows
+    height = len(below) * (WIDTH / max(len(shown), 4) + 0.5)
+    figure = new_figure(WIDTH, 2.4 + height, dpi=DPI)
+    figure.suptitle(seen.title, fontsize=9, color=QUIET)
+    top, rest = figure.subfigures(2, 1, height_ratios=(2.2, height))
+    ratios = (1, 3) if is_image else (1,)
+    *image, answer = top.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
+    for axis in image:
+        draw_frame(axis, seen.frames[0])
+    _draw_answer(answer, seen, timesteps)
+    parts = rest.subfigures(len(below), 1, squeeze=False)[:, 0]
+    for part, (title, draw_at) in zip(parts, below, strict=True):
+        part.suptitle(title, fontsize=9, color=QUIET, x=0.015, ha="left")
+        for axis, t in zip(part.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+            draw_at(axis, t)
+            axis.set_xlabel(f"t={t + 1}", fontsize=9, labelpad=1)
+    save(figure, png)
+
+    figure = new_figure(WIDTH, 2.4 + WIDTH / len(rows), dpi=DPI)
+    figure.set_layout_engine("none")  # Each frame has the same layout.
+    height, width = figure.get_figheight(), 1 / len(rows)
+    answer = figure.add_axes((0.1, 0.45 / height, 0.88, 1.4 / height))
+    axes = [
+        figure.add_axes((i * width + 0.01, 2.2 / height, width - 0.02, width * WIDTH / height))
+        for i in range(len(rows))
+    ]
+
+    def draw_timestep(t: int) -> None:
+        for axis, (title, draw_at) in zip(axes, rows, strict=True):
+            axis.clear()
+            draw_at(axis, t)
+            axis.set_title(title.partition(":")[0][-17:], fontsize=9, color=QUIET, loc="left")
+        answer.clear()
+        _draw_answer(answer, seen, t + 1)
+
+    write_gif(gif, figure, draw_timestep, [700] * (timesteps - 1) + [2000])
+
+
+def _rows(seen: Seen) -> list[tuple[str, Callable[[Any, int], None]]]:
+    """Return what is drawn for each timestep: a title, and a function of an axis and t."""
+
+    def draw_input(axis: Any, t: int) -> None:
+        draw_frame(axis, seen.frames[t])
+
+    def draw_spikes(values: npt.NDArray[Any], axis: Any, t: int) -> None:
+        strength = (values[t] / (values.max() or 1))[..., None]
+        draw_frame(axis, 1 - strength * (1 - np.array(to_rgb(RATE))))
+
+    def draw_activation(values: npt.NDArray[Any], axis: Any, t: int) -> None:
+        grey = seen.frames[t].mean(-1, keepdims=True).repeat(3, -1)
+        draw_frame(axis, 0.5 + 0.5 * grey)
+        colours = np.empty((*values.shape[1:], 4))
+        colours[..., :3], colours[..., 3] = to_rgb(VALIDATION), values[t] / (values.max() or 1)
+        axis.imshow(colours, extent=axis.images[0].get_extent(), interpolation="bilinear")
+
+    from matplotlib.colors import to_rgb
+
+    rows: list[tuple[str, Callable[[Any, int], None]]] = [("input", draw_input)]
+    for layer, values in seen.spikes.items():
+        title = f"{layer}: {values.mean():.2f} spikes per neuron and timestep"
+        rows.append((title, partial(draw_spikes, values)))
+    if seen.activation is not None:
+        answer = seen.classes[int(seen.probabilities[-1].argmax())]
+        title = f"class activation: where the input speaks for {answer}"
+        rows.append((title, partial(draw_activation, seen.activation)))
+    return rows
+
+
+def _draw_answer(axis: Any, seen: Seen, timesteps: int) -> None:
+    """Draw the classes' probabilities after the first timesteps."""
+    axis.set_xlim(0.8, len(seen.frames) + 0.2)
+    axis.set_ylim(0, 112)
+    ends, values = range(1, timesteps + 1), 100 * seen.probabilities[:timesteps]
+    title = draw_classes(axis, ends, values, seen.classes)
+    finish(axis, title, "probability (%)", legend=False)
+    axis.set_xlabel("timesteps averaged", fontsize=9, labelpad=1)
+    axis.xaxis.get_major_locator().set_params(integer=True)
