@@ -200,6 +200,7 @@ def environment() -> dict[str, Any]:
 # Each child would else import them for itself.
 PRELOADED = (
     "deepspeed.ops",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which ZeRO imports, with all of torch._inductor
     "matplotlib.backends.backend_agg",
     "mlflow.store.tracking.sqlalchemy_store",
     "nvidia.dali.pipeline",

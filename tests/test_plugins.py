@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -54,25 +55,38 @@ def test_every_file_of_the_page_is_tried():
     assert FILES.keys() == {*USES, *LOOPS, "own_parts.py"}
 
 
-@pytest.mark.parametrize("name", USES)
-def test_file_of_the_page_trains_on_two_processes_as_on_one(farm, write, tmp_path, name):
-    steps = {"max_steps": 2} if name == "my_spikingjelly.py" else {}
-    file = write(
-        name, changes={"phases.0.epochs": 1, "precision": "fp64", "engine": "torch"} | steps
+TOGETHER = (
+    ("my_snn.py", "my_neuron.py", "my_loss.py", "my_transform.py", "my_tracker.py"),
+    ("my_plain.py", "my_optimizer.py"),
+)
+
+
+@pytest.mark.parametrize("names", TOGETHER, ids=lambda names: names[0])
+def test_files_of_the_page_train_on_two_processes_as_on_one_and_continue(
+    farm, write, tmp_path, names
+):
+    changes = {"phases.0.epochs": 1, "precision": "fp64", "engine": "torch"}
+    file = write(*names, changes=changes)
+    expect(farm(file, "name=one"))
+    expect(farm(file, "name=two", world=2, stop=("step", 1, signal.SIGTERM)), status=143)
+    expect(farm(file, "name=two", world=2), "from step 2")
+    one, two = (tiny.metrics(tmp_path / f"runs/{name}", "train") for name in ("one", "two"))
+    losses = [line["loss"] for line in one]
+    assert [line["loss"] for line in two] == pytest.approx(losses, rel=1e-9)
+    run = tmp_path / "runs/two"
+    assert {(run / "imports" / name).read_text() for name in names} == {FILES[n] for n in names}
+    done = subprocess.run(
+        ["sha256sum", "-c", plugins.CHECKSUMS], cwd=run / "imports", capture_output=True
     )
-    for world in (1, 2):
-        expect(farm(file, f"name=world{world}", world=world))
-    one, two = (tiny.metrics(tmp_path / f"runs/world{world}") for world in (1, 2))
-    assert len(one) == len(two)
-    for a, b in zip(one, two, strict=True):
-        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-9)
-    kept = tmp_path / "runs/world2/imports"
-    assert (kept / name).read_text() == FILES[name]
-    done = subprocess.run(["sha256sum", "-c", plugins.CHECKSUMS], cwd=kept, capture_output=True)
     assert done.returncode == 0
-    if name == "my_tracker.py":
-        rows = (tmp_path / "runs/world1/losses.csv").read_text().splitlines()
-        assert len(rows) == sum(line["kind"] == "train" for line in one)
+    if "my_tracker.py" in names:
+        rows = (tmp_path / "runs/one/losses.csv").read_text().splitlines()
+        assert len(rows) == len(one)
+        assert "stem.neuron.learned.logit" in load_model_file(run)[0]
+
+
+def test_network_of_spikingjelly_on_the_page_trains(main, write):
+    expect(main(write("my_spikingjelly.py"), "max_steps=1"))
 
 
 @pytest.mark.parametrize("script", LOOPS)
@@ -106,18 +120,6 @@ def test_own_loop_is_the_trainers(main, farm, tiny_config, tmp_path, script):
     assert json.loads((tmp_path / "found.json").read_text())["samples"] == sum(tiny.VAL_SIZES)
 
 
-def test_all_at_once_stopped_and_continued(farm, write, tmp_path):
-    names = ["my_snn.py", "my_neuron.py", "my_loss.py", "my_transform.py", "my_tracker.py"]
-    file = write(*names, changes={"save.every_steps": 2})
-    expect(farm(file, "name=straight"))
-    expect(farm(file, "name=cut", stop=("step", 4, 9)), status=-9)
-    expect(farm(file, "name=cut"), "from step")
-    a, b = (tiny.metrics(tmp_path / f"runs/{name}") for name in ("straight", "cut"))
-    assert [line.get("loss") for line in a] == [line.get("loss") for line in b]
-    learnt = tmp_path / "runs/cut/checkpoints/step-00000010/model.safetensors"
-    assert b"stem.neuron.learned.logit" in learnt.read_bytes()
-
-
 def test_a_changed_file_is_named(main, write, tmp_path):
     file = write("my_loss.py", changes={"phases.0.epochs": 1})
     assert main(file).status == 0
@@ -134,7 +136,7 @@ def test_a_changed_file_is_named(main, write, tmp_path):
     refused(more, "more.py was not imported")
 
 
-def test_what_becomes_of_a_file_during_training_does_not_matter(farm, tiny_config, tmp_path):
+def test_what_becomes_of_a_file_during_training_does_not_matter(main, tiny_config, tmp_path):
     """The file removes itself when its loss is first asked for; the run saves and finishes."""
     (tmp_path / "gone.py").write_text(
         "import pathlib\nfrom tetdist.losses import register_loss\n@register_loss('gone')\n"
@@ -142,17 +144,17 @@ def test_what_becomes_of_a_file_during_training_does_not_matter(farm, tiny_confi
         "    return logits.square().mean()\n"
     )
     file = tiny_config({"imports": ["gone.py"], "loss.kind": "gone", "phases.0.epochs": 1})
-    expect(farm(file))
+    expect(main(file))
     assert not (tmp_path / "gone.py").exists()
     assert (tmp_path / "runs/tiny/imports/gone.py").is_file()
 
 
-def test_import_on_the_command_line(farm, tiny_config, tmp_path):
+def test_import_on_the_command_line(main, tiny_config, tmp_path):
     (tmp_path / "my_loss.py").write_text(FILES["my_loss.py"])
     file = tiny_config({"phases.0.epochs": 1})
-    missing = farm(file, "loss.kind=late")
+    missing = main(file, "loss.kind=late")
     refused(missing, "loss.kind: there is no loss 'late'; ", "--import FILE.py")
-    assert farm(file, "loss.kind=late", "--import", str(tmp_path / "my_loss.py")).status == 0
+    expect(main(file, "loss.kind=late", "--import", str(tmp_path / "my_loss.py")))
 
 
 def test_a_checkpoint_asks_for_its_files_and_imports_none(main, write, tmp_path, capfd):

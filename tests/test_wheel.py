@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,7 @@ import pytest
 import tiny
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from tiny import refused
 
 FILES = ("tetdist", "configs", "tetdist_command.py")
 
@@ -93,15 +95,28 @@ print(json.dumps([(status, output.getvalue()) for status, output in answers]))
 """
 
 
-def test_a_run_and_all_commands_without_a_checkout(installed, tmp_path, tiny_root):
+def test_a_run_and_all_commands_without_a_checkout(installed, tmp_path, tiny_config, main):
+    """The run is interrupted, by its pid; meanwhile it has its folder alone."""
     from tetdist_command import COMMANDS
 
-    file = tiny.write_config(tmp_path / "tiny.yaml", tiny_root, {"engine": "torch", "max_steps": 2})
+    changes = {"phases.0.epochs": 4000, "evaluate_every": 4000}
+    file = tiny_config(changes | {"engine": "torch"})
     train, run = ["train", "--config", str(file)], str(tmp_path / "runs" / "tiny")
-    output = python(installed, tmp_path, "-m", "tetdist_command", *train)
-    assert f"tetdist eval {run}" in output
+    command = tiny.python("-m", "tetdist_command", *train)
+    env = tiny.clean_environment(PYTHONPATH=str(installed))
+    with tiny.started(command, tmp_path, env) as process:
+        assert any("step 12/" in line for line in process.stdout)
+        refused(main(file, "max_steps=1"), "another process is running in", "runs/tiny")
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "all saved; the same command continues" in text
+    assert "Traceback" not in text
+    step = json.loads((tiny.newest(tmp_path / "runs/tiny") / "state.json").read_text())["step"]
+    assert tiny.metrics(tmp_path / "runs/tiny")[-1]["step"] == step >= 12
     planned = ["slurm", *train[1:], "--gpus-per-node", "0", "--dry-run"]
     expected = [
+        ([*train, f"max_steps={step + 1}"], 0, f"tetdist eval {run}"),
         (["--version"], 0, r"\Atetdist \d+\.\d+\.\d+\n\Z"),
         (["list"], 0, r"  sew34_t4\.yaml [^$]*sew_resnet34,[^$]*tetdist:quickstart"),
         (["evla"], 2, "there is no command 'evla'"),

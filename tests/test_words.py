@@ -90,24 +90,6 @@ def test_docstrings_and_help_texts_begin_with_a_verb_or_a_noun(room):
     assert not leaning, "\n".join(leaning)
 
 
-def test_entries_and_help_texts_are_found(tmp_path):
-    docstring = """Make a thing.
-
-    Args:
-        size: Of the thing,
-            in pixels.
-        first, last: What it is.
-
-    Returns:
-        For each thing: a number.
-    """
-    found = ["Of the thing,", "What it is.", "For each thing: a number."]
-    assert list(entries(docstring)) == found
-    file = tmp_path / "flags.py"
-    file.write_text('add("--a", help="as of b")\nadd("--c", help=f"of {d}")\nadd(help=e)\n')
-    assert list(help_texts(file)) == ["as of b", "of "]
-
-
 @pytest.mark.parametrize("room", ROOMS)
 def test_sources_have_the_words_of_the_field(room):
     found = []

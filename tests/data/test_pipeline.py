@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -305,25 +304,6 @@ def same(first, second):
     )
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "world_size", "sizes"), [(5, 2, [[5, 2], [5, 0]]), (12, 3, [[12], [0], [0]])]
-)
-def test_evaluation_sees_every_sample_once(image_root, batch_size, world_size, sizes):
-    root = image_root()
-    index = indexed(root)
-    seen, got = [], []
-    for rank in range(world_size):
-        got.append([])
-        for batch in evaluate(index, root, batch_size=batch_size, rank=rank, world_size=world_size):
-            assert batch.images.shape == (len(batch.ids), 3, 32, 32)
-            assert batch.images.dtype == torch.float32
-            assert batch.labels.tolist() == index.labels[batch.ids].tolist()
-            got[-1].append(len(batch.ids))
-            seen.extend(batch.ids.tolist())
-    assert got == sizes
-    assert sorted(seen) == list(range(12))
-
-
 def damage(file):
     """The same size and a good header, but nothing behind it."""
     data = file.read_bytes()
@@ -391,27 +371,6 @@ def test_a_loader_leaves_nothing_running(image_root, event_root, kind):
     # What was taken is still there, and still the same.
     with train(index, root) as loader:
         assert torch.equal(next(loader).images, batch.images)
-
-
-def test_dali_is_imported_late_and_an_open_loader_does_not_hold_the_process(image_root):
-    # A process that hangs at exit holds its node of the cluster.
-    root = image_root()
-    code = (
-        "import sys\n"
-        "from tetdist.config.sections.data import DataSection\n"
-        "from tetdist.data import batches as p\n"
-        "from tetdist.datasets import index\n"
-        "assert 'nvidia.dali' not in sys.modules\n"
-        f"i, _ = index.build_index({str(root)!r}, 'train', 1)\n"
-        f"d = DataSection(root={str(root)!r})\n"
-        f"b = p.train_batches(d, i, p.{SHARE}, 32, p.{WORKERS})\n"
-        "next(b)\n"
-        "raise KeyboardInterrupt\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert run.stderr.rstrip().endswith("KeyboardInterrupt")
 
 
 def test_without_dali_the_way_out_is_named(image_root, monkeypatch):

@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 from adopted_networks import Small
-from graph_stand_ins import taped
 from spikingjelly.activation_based import encoding, functional, layer, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spikformer, spiking_resnet
+from tiny import expect
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -22,7 +22,6 @@ from tetdist.evaluation.operations import OperationCounts
 from tetdist.losses import tet_loss
 from tetdist.models.adopted import Adopted, AdoptedBatchNorm, adopt
 from tetdist.nn import batch_norm
-from tetdist.training import graphs, prepared
 
 T, TARGET = 2, torch.tensor([1, 3])
 LIF = {
@@ -442,39 +441,14 @@ def sj_small(pretrained=False, *, num_classes, timesteps, **_):
 RUN = {"model": {"name": "sj_small"}, "precision": "fp64", "engine": "torch"}
 
 
-@pytest.fixture
-def file(tiny_root, tmp_path):
-    """The configuration of a run of the small network, with dropout, from an imported file."""
+def test_run_with_dropout_on_two_processes(main, farm, tiny_config, tmp_path):
+    """The small network, from an imported file."""
     (tmp_path / "sj_file.py").write_text(IMPORTED)
-    return tiny.write_config(tmp_path / "run.yaml", tiny_root, RUN | {"imports": ["sj_file.py"]})
-
-
-@pytest.fixture
-def train(main, file, tmp_path):
-    """Trains it in this process: (name, *overrides) -> run."""
-
-    def run(name, *overrides, status=0):
-        outcome = main(file, f"name={name}", *overrides)
-        assert outcome.status == status, outcome.text
-        return tmp_path / "runs" / name
-
-    return run
-
-
-def test_run_with_dropout_on_two_processes(train, file, farm, tmp_path):
-    one = train("one")
-    outcome = farm(file, "name=two", world=2)
-    assert outcome.status == 0, outcome.text
-    for ours, theirs in zip(tiny.metrics(tmp_path / "runs/two"), tiny.metrics(one), strict=True):
+    file = tiny_config(RUN | {"imports": ["sj_file.py"]})
+    expect(main(file, "name=one"))
+    expect(farm(file, "name=two", world=2))
+    one, two = (tiny.metrics(tmp_path / "runs" / name) for name in ("one", "two"))
+    for ours, theirs in zip(two, one, strict=True):
         assert ours.keys() == theirs.keys()
         for key in ours.keys() & {"loss", "top1", "per_timestep_top1", "grad_norm"}:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-9), key
-
-
-@pytest.mark.long
-def test_run_with_graphs(train, monkeypatch):
-    """Neurons keep their membranes in Python, from one timestep to the next."""
-    monkeypatch.setattr(prepared, "_check_device", lambda *_: None)
-    monkeypatch.setattr(graphs, "capture", taped)
-    plain = train("plain", "phases.0.epochs=1")
-    tiny.assert_same_run(plain, train("graphs", "phases.0.epochs=1", "cuda_graphs=true"))

@@ -38,7 +38,8 @@ KINDS = {
     "ilif": {},
     "nilif": {},
 }
-EVERY_DAY = ("lif", "plif", "psn", "ilif")
+# test_published.py has LIF in all networks.
+EVERY_DAY = ("psn", "ilif")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,7 +62,10 @@ def step(model, x):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        pytest.param(name, kind, marks=() if kind in EVERY_DAY else pytest.mark.long)
+        pytest.param(
+            *(name, kind),
+            marks=() if kind in EVERY_DAY or name == "spiking_convnet" else pytest.mark.long,
+        )
         for name in NETWORKS
         for kind in KINDS
         if name != "vggsnn" or kind == "ilif"  # a large one: what it sends goes by quarters

@@ -24,8 +24,6 @@ from tetdist.nn.neurons import LIF
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-SEW = ["sew_resnet18", "sew_resnet34", "sew_resnet50", "sew_resnet101", "sew_resnet152"]
-SPIKING = ["spiking_resnet18", "spiking_resnet34", "spiking_resnet50"]
 EVENTS = ["vggsnn", "spiking_resnet19_dvs"]
 
 # One of each family and kind of block, small enough to run often. Thresholds are low, so that
@@ -83,18 +81,6 @@ def inputs_for(name, batch=2, bins=3):
 # ----------------------------------------------------------------------------------------- registry
 
 
-@pytest.mark.parametrize("name", [*SEW, *SPIKING])
-def test_as_many_parameters_as_the_resnet_of_that_depth(name):
-    with torch.device("meta"):
-        spiking = timm.create_model(name)
-        ann = timm.create_model("resnet" + name.partition("resnet")[2])
-    assert _num_parameters(spiking) == _num_parameters(ann)
-
-
-def _num_parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
 def test_unknown_neuron_option_is_refused_by_name():
     with pytest.raises(TypeError, match="tau"):
         timm.create_model("sew_resnet18", neuron={"tau": 2.0})
@@ -133,7 +119,17 @@ def refused(words):
     assert ". " not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", models.names())
+# Deeper and wider networks than others of their class.
+ALIKE = re.compile(r".*(101|104|152|_512|_768|espikeformer_[sml])")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if ALIKE.fullmatch(name) else ())
+        for name in models.names()
+    ],
+)
 def test_a_network_is_described_as_timm_describes_its_own(name):
     with torch.device("meta"):
         model = timm.create_model(name).eval()
@@ -224,13 +220,12 @@ def test_timms_arguments_are_heeded_or_refused(name):
     assert first_convolution(model).in_channels == model.in_chans == 5
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_what_would_change_a_network_is_refused(name):
-    model = timm.create_model(name, device="meta")
+def test_what_would_change_a_network_is_refused():
+    model = timm.create_model("sew_resnet18", device="meta")
     for refusing in (timm.layers.convert_sync_batchnorm, timm.utils.freeze):
         with refused("set batch_norm.sync=true"):
             refusing(model)
-    model = timm.create_model(name, device="meta")
+    model = timm.create_model("sew_resnet18", device="meta")
     timm.utils.freeze(model, ["stem"], include_bn_running_stats=False)
     names = {name for name, one in model.named_parameters() if not one.requires_grad}
     assert names == {name for name, _ in model.named_parameters() if name.startswith("stem.")}
@@ -325,8 +320,8 @@ def test_a_backbone_of_features_trains_all_that_it_has(name):
         torch.testing.assert_close(one, other)
 
 
-@each_family
-def test_timms_distillation_takes_ours_as_student_and_teacher(name):
+def test_timms_distillation_takes_ours_as_student_and_teacher():
+    name = "spiking_convnet"
     model, other = create(name).float(), create(name).float()
     task = timm.task.LogitDistillationTask(model, other, nn.CrossEntropyLoss(), verbose=False)
     found = task.train()(inputs_for(name).float(), torch.tensor([1, 4]))

@@ -69,6 +69,11 @@ PARAMETERS = {
     "spiking_resnet18_cifar": (11_173_962, 0),
     "spiking_resnet19_dvs": (12_696_842, 0),
     "vggsnn": (9_271_498, 0),
+    **{f"{kind}_resnet18": (11_689_512, 0) for kind in ("sew", "spiking")},  # as ResNets
+    **{f"{kind}_resnet50": (25_557_032, 0) for kind in ("sew", "spiking")},
+    "spiking_resnet34": (21_797_672, 0),
+    "sew_resnet101": (44_549_160, 0),
+    "sew_resnet152": (60_192_808, 0),
 }
 
 

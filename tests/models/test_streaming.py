@@ -37,7 +37,13 @@ NETWORKS = [
 # Of networks that would take seconds: fewer channels, or pixels.
 SMALLER = {
     "vggsnn": {"input_size": 16},
+    "espikeformer_t": {"widths": (16, 16, 32, 32)},
+    "maxformer_10_384": {"widths": (16, 32, 48), "depths": (1, 1, 2)},
     "qkformer_4_384_cifar": {"widths": (16, 32, 64)},
+    "sew_resnet18": {"width": 16},
+    "psn_sew_resnet18": {"width": 16},
+    "preact_resnet18": {"width": 16},
+    "ms_resnet14_cifar": {"width": 16},
     "spiking_resnet18_cifar": {"width": 16},
     "sdt_2_256_dvs": {"channels": 64},
     "ms_qkformer_2_256_dvs": {"widths": (32, 64)},

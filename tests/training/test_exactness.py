@@ -1,18 +1,18 @@
 """The same run at any number of processes and ZeRO stage, and continued on another (P1 to P3)."""
 
-import random
 import signal
 from collections import Counter
 
 import pytest
+import timm
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import expect, refused
 
 TERM, KILL = signal.SIGTERM, signal.SIGKILL
 
-STEPS = 12  # docs/make/exactness.py takes 30
+STEPS = 6  # docs/make/exactness.py takes 30
 # A small SEW-ResNet; 12 micro-batches a step, which 1, 2, 3 and 4 processes share.
 SEW = {
     "model": {"name": "sew_resnet18", "arguments": {"width": 8}},
@@ -25,6 +25,7 @@ SEW = {
     ],
     "evaluate_every": STEPS // 2,
     "ema": {"decay": 0.8},
+    "log_every": 4,  # runs are stopped in the middle of a line of metrics
     "imports": [str(tiny.RECORD)],
 }
 FLOAT64 = {"engine": "torch", "precision": "fp64"}
@@ -56,15 +57,19 @@ def one_process(farm, tiny_root, tmp_path_factory):
     return folder / "runs" / "one"
 
 
-@pytest.mark.long
-def test_float64_run_on_four_processes(one_process, farm, tiny_config, tmp_path):
+def test_continued_on_another_number_of_processes(one_process, farm, tiny_config, tmp_path):
     """Rounding flips no spike here, so what is left of a difference would be a fault."""
-    expect(farm(tiny_config(SEW | FLOAT64), world=4))
+    file = tiny_config(SEW | FLOAT64 | {"save.every_steps": 4})
+    expect(farm(file, world=3, stop=("micro", 2, TERM), rank=2), status=128 + TERM)
+    # As the deepspeed launcher does.
+    expect(farm(file, "--local_rank=RANK", world=2))
     run = tmp_path / "runs/tiny"
+    # Each sample of each epoch once, on any process.
     samples = tiny.samples(run)
     assert samples == tiny.samples(one_process)
-    assert list(samples) == list(range(1, STEPS + 1))
-    assert all(len(pairs) == 24 for pairs in samples.values())
+    assert {step: len(pairs) for step, pairs in samples.items()} == dict.fromkeys(
+        range(1, STEPS + 1), 24
+    )
     assert_close_runs(run, one_process, 1e-9)
     # Evaluation to the last correct answer.
     keys = ("samples", "top1", "per_timestep_top1")
@@ -72,48 +77,6 @@ def test_float64_run_on_four_processes(one_process, farm, tiny_config, tmp_path)
         [[line[key] for key in keys] for line in tiny.metrics(r, "val")] for r in (run, one_process)
     )
     assert ours == theirs
-
-
-def test_continued_on_another_number_of_processes(one_process, farm, tiny_config, tmp_path):
-    file = tiny_config(SEW | FLOAT64 | {"save.every_steps": 4})
-    expect(farm(file, world=3, stop=("micro", 2, TERM), rank=2), status=128 + TERM)
-    expect(farm(file, world=2))
-    run = tmp_path / "runs/tiny"
-    # Each sample of each epoch once, on any process.
-    assert tiny.samples(run) == tiny.samples(one_process)
-    assert_close_runs(run, one_process, 1e-9)
-
-
-@pytest.mark.parametrize(
-    ("stage", "world", "optimizer"),
-    [
-        (2, 2, "sgd"),
-        pytest.param(0, 3, "adam", marks=pytest.mark.long),
-        pytest.param(1, 3, "adam", marks=pytest.mark.long),
-    ],
-)
-def test_stages_agree_in_float32(stage, world, optimizer, farm, tiny_config, tmp_path):
-    """Until the first spike flips. Clipped, which stages do in different ways.
-
-    Adam divides a gradient by its own size, so that where it is but rounding, a weight moves by the
-    learning rate all the same, this way or that: take a small one, as is usual for Adam.
-    """
-    lr = {"sgd": 0.01, "adam": 0.001}[optimizer]
-    changes = SEW | {
-        "phases.0.optimizer": {"kind": optimizer, "lr": lr, "weight_decay": 0.01},
-        "gradient_clipping": 1.0,
-        "max_steps": 4,
-    }
-    runs = []
-    for name, stage_, world_ in (("one", 0, 1), ("many", stage, world)):
-        file = tiny_config(changes | {"zero_stage": stage_, "name": name})
-        expect(farm(file, world=world_))
-        runs.append(tmp_path / "runs" / name)
-    assert tiny.samples(runs[0]) == tiny.samples(runs[1])
-    for ours, theirs in zip(*(tiny.metrics(run, "train")[:3] for run in runs), strict=True):
-        assert ours["lr"] == theirs["lr"]
-        for key in ("loss", "grad_norm"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (ours["step"], key)
 
 
 @pytest.mark.parametrize(
@@ -141,35 +104,45 @@ def test_stopped_stage_continues_bitwise(stage, optimizer, sig, farm, tiny_confi
         pytest.param((2, 4), (1, 2), "adam", marks=pytest.mark.long),
     ],
 )
-def test_checkpoint_of_any_stage_continues_on_any_other(
+def test_stages_agree_and_continue_each_others_checkpoints(
     before, after, optimizer, farm, tiny_config, tmp_path
 ):
-    """(stage, processes). The optimiser's state comes along: without it the next step differs."""
-    changes = {"phases.0.optimizer": {"kind": optimizer, "lr": 0.002}}
+    """(stage, processes), in float32 until the first spike flips. Stages clip in different ways.
+
+    The optimiser's state comes along: without it the next step differs.
+    """
+    changes = {
+        "phases.0.optimizer": {"kind": optimizer, "lr": 0.002, "weight_decay": 0.01},
+        "gradient_clipping": 0.5,
+        "imports": [str(tiny.RECORD)],
+    }
     expect(farm(tiny_config(changes | {"name": "straight"})))
     for (stage, world), stop in ((before, ("step", 4, TERM)), (after, None)):
         file = tiny_config(changes | {"name": "run", "zero_stage": stage})
         expect(farm(file, world=world, stop=stop), status=128 + TERM if stop else 0)
     runs = [tmp_path / "runs" / name for name in ("run", "straight")]
+    assert tiny.samples(runs[0]) == tiny.samples(runs[1])
     lines = [tiny.metrics(run, "train") for run in runs]
+    assert lines[1][0]["grad_norm"] > 0.5
     for ours, theirs in zip(*lines, strict=True):
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), ours["step"]
+        assert ours["lr"] == theirs["lr"]
+        close = 1e-5 if ours["step"] <= 3 else 1e-4
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=close), ours["step"]
+        assert ours["step"] > 3 or ours["loss"] == pytest.approx(theirs["loss"], rel=close)
     states = [torch.load(tiny.newest(run) / "optimizer.pt", weights_only=True) for run in runs]
     assert states[0]["param_groups"] == states[1]["param_groups"]
     assert states[0]["state"].keys() == states[1]["state"].keys()
 
 
-def test_synchronised_batch_norm_of_four_is_one_with_four_times_the_batch(
-    farm, tiny_config, tmp_path
-):
+def test_synchronised_batch_norm_of_two_is_one_with_twice_the_batch(farm, tiny_config, tmp_path):
     changes = SEW | FLOAT64 | {"batch_norm.sync": True, "max_steps": 4, "evaluate_every": 4}
-    for world, micro in ((1, 8), (4, 2)):
+    for world, micro in ((1, 4), (2, 2)):
         file = tiny_config(changes | {"name": str(world), "batch.micro": micro})
         expect(farm(file, world=world))
-    assert_close_runs(tmp_path / "runs/4", tmp_path / "runs/1", 1e-9)
+    assert_close_runs(tmp_path / "runs/2", tmp_path / "runs/1", 1e-9)
     # Another number of processes would be another network.
-    file = tiny_config(changes | {"name": "4", "batch.micro": 2})
-    refused(farm(file, world=1), "batch_norm.sync", "trained on 4")
+    file = tiny_config(changes | {"name": "2", "batch.micro": 2})
+    refused(farm(file, world=1), "batch_norm.sync", "trained on 2")
 
 
 # --- everything on -----------------------------------------------------------------------------
@@ -189,7 +162,13 @@ EVERYTHING = FLOAT64 | {
     "data.repeats": 3,
     **{"data.mixup": 0.5, "data.cutmix": 1.0},
     "data.mixing": {"mode": "batch", "probability": 0.8, "off_epoch": 1},
-    "loss.label_smoothing": 0.1,
+    "loss": {
+        "label_smoothing": 0.1,
+        "distillation": {
+            **{"teacher": "timm:test_resnet", "weight": 0.6, "temperature": 3.0},
+            **{"self_weight": 0.15, "self_target": "similarity"},
+        },
+    },
     "phases.0.warmup_epochs": 0.5,
     "phases.0.optimizer": {
         **{"kind": "timm:lamb", "lr": 0.01, "layer_decay": 0.8},
@@ -204,10 +183,16 @@ EVERYTHING = FLOAT64 | {
 }
 
 
-def test_everything_on_two_processes_and_stopped(farm, tiny_config, tmp_path):
-    file = tiny_config(EVERYTHING)
-    for name, world in (("one", 1), ("two", 2)):
-        expect(farm(file, f"name={name}", world=world))
+def test_everything_on_two_processes_that_were_stopped(farm, tiny_config, tmp_path):
+    torch.manual_seed(0)
+    teacher = timm.create_model("test_resnet", num_classes=len(tiny.CLASSES)).state_dict()
+    save_file(teacher, tmp_path / "teacher.safetensors")
+    weights = {"loss.distillation.teacher_weights": str(tmp_path / "teacher.safetensors")}
+    file = tiny_config(EVERYTHING | weights)
+    expect(farm(file, "name=one"))
+    statuses, text = farm.each(file, "name=two", world=2, stop=("step", 3, KILL), rank=1)
+    assert statuses[1] == -KILL, text
+    expect(farm(file, "name=two", world=2))
     one, two = tmp_path / "runs/one", tmp_path / "runs/two"
     samples = tiny.samples(one)
     assert len(samples) == EVERYTHING["max_steps"]
@@ -215,78 +200,3 @@ def test_everything_on_two_processes_and_stopped(farm, tiny_config, tmp_path):
     counts = Counter(i for step in range(1, 6) for i, _ in samples[step])  # of an epoch
     assert max(counts.values()) == EVERYTHING["data.repeats"]
     assert_close_runs(two, one, 1e-9)
-    statuses, text = farm.each(file, "name=stopped", world=2, stop=("step", 3, KILL), rank=1)
-    assert statuses[1] == -KILL, text
-    expect(farm(file, "name=stopped", world=2))
-    tiny.assert_same_run(tmp_path / "runs/stopped", two)
-    assert tiny.samples(tmp_path / "runs/stopped") == samples
-
-
-# --- stops at random ---------------------------------------------------------------------------
-
-POINTS = {"micro": 30, "step": 10, "evaluate": 6, "save": 2, "saved": 2, "log": 9}
-FUZZED = [
-    {"world": 1},
-    {"world": 2},
-    {"world": 1, "precision": "bf16", "log_every": 3, "ema.decay": 0.8},
-    {"world": 2, "zero_stage": 1, "save.every_steps": 3, "ema.decay": 0.8},
-    {"world": 1, "engine": "torch", "recompute": "blocks", "save.every_steps": 2},
-    {
-        "world": 1,
-        "log_every": 4,
-        "ema": {"decay": 0.9, "warmup": True},
-        "phases": [
-            {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "adamw", "lr": 0.01}},
-            {"epochs": 1, "timesteps": 3, "optimizer": {"kind": "sgd", "lr": 0.05}},
-        ],
-    },
-]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(farm, tiny_root, tmp_path_factory):
-    """The run folder of one of FUZZED that nothing stopped."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    made = set()
-
-    def get(variant):
-        if variant not in made:
-            changes = {k: v for k, v in FUZZED[variant].items() if k != "world"}
-            file = tiny.write_config(folder / f"{variant}.yaml", tiny_root, changes)
-            expect(
-                farm(
-                    file,
-                    "name=run",
-                    f"runs_dir={folder / str(variant)}",
-                    world=FUZZED[variant]["world"],
-                )
-            )
-            made.add(variant)
-        return folder / str(variant) / "run"
-
-    return get
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("number", range(40))
-def test_stopped_anywhere(number, undisturbed, farm, tiny_config, tmp_path):
-    """One to three stops at random places by random signals, then to the end: the straight run."""
-    chance = random.Random(number)
-    variant = chance.randrange(len(FUZZED))
-    changes = dict(FUZZED[variant])
-    world = changes.pop("world")
-    file = tiny_config(changes | {"name": "run"})
-    history = []
-    for _ in range(chance.randint(1, 3)):
-        point = chance.choice(list(POINTS))
-        stop = (
-            point,
-            chance.randint(1, POINTS[point]),
-            chance.choice([TERM, KILL, signal.SIGUSR2]),
-        )
-        # Only rank 0 saves and logs.
-        rank = 0 if point in ("save", "saved", "log") else chance.randrange(world)
-        history.append((stop, rank, farm.each(file, world=world, stop=stop, rank=rank)))
-    last = farm(file, world=world)
-    assert last.status == 0, (history, last.text)
-    tiny.assert_same_run(tmp_path / "runs/run", undisturbed(variant))

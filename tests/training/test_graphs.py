@@ -70,29 +70,12 @@ CASES = {
 }
 
 
-long = pytest.mark.long
-
-
-@pytest.mark.parametrize(
-    ("case", "capture"),
-    [
-        *[(case, taped) for case in CASES],
-        *[pytest.param(case, run_again, marks=long) for case in CASES],
-        ("fused", run_again),
-    ],
-)
-def test_a_run_is_the_same_with_graphs(case, capture, both):
-    execution = "fused" if capture is run_again else "reference"
+@pytest.mark.parametrize("case", [*CASES, "fused"])
+def test_a_run_is_the_same_with_graphs(case, both):
+    is_fused = case == "fused"
+    changes = CASES.get(case, {}) | {"execution": "fused" if is_fused else "reference"}
     captured = 2 if "T drawn" in case else 1
-    changes = CASES.get(case, {}) | {"execution": execution}
-    tiny.assert_same_run(*both(changes, capture, captured=captured))
-
-
-@long
-def test_each_phase_has_its_graph(both):
-    optimizer = {"kind": "sgd", "lr": 0.05, "momentum": 0.9}
-    phases = [{"epochs": 1, "timesteps": timesteps, "optimizer": optimizer} for timesteps in (1, 2)]
-    tiny.assert_same_run(*both({"phases": phases}, taped, captured=2))
+    tiny.assert_same_run(*both(changes, run_again if is_fused else taped, captured=captured))
 
 
 def test_a_parameter_without_a_gradient_decays_in_neither_run(both, monkeypatch):
@@ -111,7 +94,7 @@ def test_a_parameter_without_a_gradient_decays_in_neither_run(both, monkeypatch)
     assert weights["stray"].tolist() == [1.0, 1.0, 1.0]
 
 
-@long
+@pytest.mark.long
 def test_a_teachers_answers_are_in_the_graph(main, tiny_config, both, tmp_path):
     expect(main(tiny_config({"name": "teacher", "seed": 5})))
     distillation = {"teacher": str(tmp_path / "runs/teacher"), "weight": 1.0}
@@ -166,14 +149,16 @@ def test_a_capture_within_a_step_keeps_its_gradients(monkeypatch):
     assert layer.weight.grad.tolist() == [[6.0] * 3]
 
 
-def test_what_cannot_be_captured_is_reported(monkeypatch):
+def test_a_capture_begins_warm_and_names_what_it_cannot_take(monkeypatch):
     """The first error is reported: ending such a capture fails as well."""
+    asked = {}
 
     class Stream:
         def wait_stream(self, _other): ...
 
     @contextlib.contextmanager
-    def graph(*_, **__):
+    def graph(*_, **options):
+        asked.update(options)
         try:
             yield
         finally:
@@ -188,7 +173,7 @@ def test_what_cannot_be_captured_is_reported(monkeypatch):
     def asking():
         nonlocal calls
         calls += 1
-        if calls > graphs.WARM_UPS:
+        if asked:
             raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
         return torch.zeros(())
 
@@ -198,3 +183,7 @@ def test_what_cannot_be_captured_is_reported(monkeypatch):
         "cuda_graphs: a micro-batch cannot be captured (operation not permitted when stream is "
         "capturing); set cuda_graphs=false"
     )
+    # As often as torch's documentation asks for; other threads go on using the GPU meanwhile.
+    assert calls == 3 + 1
+    assert asked["capture_error_mode"] == "thread_local"
+    assert isinstance(asked["stream"], Stream)

@@ -1,7 +1,6 @@
-"""Whole runs with each kind of neuron: it learns, on any number of processes, and continues."""
+"""Whole runs with each kind of neuron, which learns."""
 
 import json
-import signal
 
 import pytest
 import tiny
@@ -44,20 +43,14 @@ def changes(kind):
 @pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=() if k in ("plif", "psn") else pytest.mark.long) for k in KINDS]
 )
-def test_it_learns_and_continues_bitwise(kind, farm, tiny_root, tmp_path):
-    files = {
-        name: tiny.write_config(
-            tmp_path / f"{name}.yaml", tiny_root, changes(kind) | {"name": name}
-        )
-        for name in ("straight", "stopped")
-    }
-    text = expect(farm(files["straight"]))
+def test_it_learns(kind, main, tiny_config, tmp_path):
+    text = expect(main(tiny_config(changes(kind))))
     assert SET_BY.get(kind, "") in text
-    straight, stopped = tmp_path / "runs/straight", tmp_path / "runs/stopped"
-    (val,) = tiny.metrics(straight, "val")
+    run = tmp_path / "runs/tiny"
+    (val,) = tiny.metrics(run, "val")
     assert val["top1"] > 50  # chance is 25 %
     # What the neurons learn is in the checkpoint, and has moved.
-    weights = load_file(tiny.newest(straight) / "model.safetensors")
+    weights = load_file(tiny.newest(run) / "model.safetensors")
     learnt = {
         key: value for key, value in weights.items() if key.startswith("stem.neuron.learned.")
     }
@@ -66,10 +59,6 @@ def test_it_learns_and_continues_bitwise(kind, farm, tiny_root, tmp_path):
     for key, value in learnt.items():
         first = begins.get(key.rpartition(".")[2])
         assert first is None or (value != first).all(), key
-
-    expect(farm(files["stopped"], stop=("micro", 33, signal.SIGTERM)), status=128 + signal.SIGTERM)
-    expect(farm(files["stopped"]))
-    tiny.assert_same_run(stopped, straight)
 
 
 def test_a_mask_rises_and_a_checkpoint_has_what_it_was(main, tiny_config, tmp_path):

@@ -1,6 +1,5 @@
 """State that the training loop keeps or resets between phases, and the best checkpoints."""
 
-import itertools
 import json
 from collections import Counter
 from types import SimpleNamespace
@@ -13,31 +12,10 @@ from tiny import expect
 from tetdist.apps.reports import observers
 from tetdist.distributed.world import join
 from tetdist.storage import checkpoint
-from tetdist.training import evaluating, prepared, window
+from tetdist.training import evaluating, window
 from tetdist.training import step as step_module
-from tetdist.training.engines import base
 from tetdist.training.engines.base import Update
 from tetdist.training.observers import Observer
-
-
-def test_run_that_ended_at_a_phases_border_goes_on_as_the_straight_one(main, tiny_config, tmp_path):
-    """The second phase's optimiser begins anew, though the checkpoint holds one of the same kind:
-    the first phase's momentum and numbers would fit it, and would be wrong."""
-    phases = [
-        {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05, "momentum": 0.9}},
-        {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05, "momentum": 0.5}},
-    ]
-    changes = {"phases": phases}
-    expect(main(tiny_config(changes | {"name": "straight"})))
-    file = tiny_config(changes | {"name": "run"})
-    expect(main(file, f"max_steps={tiny.STEPS_PER_EPOCH}"))
-    outcome = main(file)
-    assert f"from step {tiny.STEPS_PER_EPOCH}" in outcome.text
-    for kind in ("train", "val"):
-        ours, theirs = (
-            tiny.metrics(tmp_path / "runs" / name, kind) for name in ("run", "straight")
-        )
-        assert ours == theirs
 
 
 def test_first_of_equal_results_stays_the_best(main, tiny_config, tmp_path, monkeypatch):
@@ -56,28 +34,6 @@ def test_first_of_equal_results_stays_the_best(main, tiny_config, tmp_path, monk
     assert (run / "checkpoints/best").read_text().strip() == "step-00000010"
     state = json.loads((tiny.newest(run) / "state.json").read_text())
     assert state["result"] == {"best_top1": 60.0, "best_step": 10, "top1": 50.0}
-
-
-def test_loss_scale_of_one_phase_is_where_the_next_begins(main, tiny_config, tmp_path, monkeypatch):
-    """On a CPU, where only the tests let float16 run."""
-    monkeypatch.setattr(prepared, "_check_device", lambda *_: None)
-    monkeypatch.setattr(base.LossScale, "START", 2.0**40)
-    phase = {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.01}}
-    compute, calls = step_module.compute_loss, itertools.count(1)
-    number = 0
-
-    def counted(*arguments):
-        nonlocal number
-        number = next(calls)
-        return compute(*arguments)
-
-    monkeypatch.setattr(step_module, "compute_loss", counted)
-    expect(main(tiny_config({"precision": "fp16", "phases": [phase, phase]})))
-    overflows = [line["overflows"] for line in tiny.metrics(tmp_path / "runs/tiny", "train")]
-    assert overflows[4] > 5
-    # Ten steps of four micro-batches, and only the reported repetitions: if the scale were reset,
-    # the second phase would overflow as often as the first, and count from 0.
-    assert number == 4 * (10 + overflows[-1])
 
 
 def test_checkpoints_come_at_their_steps_and_at_the_end_of_each_epoch(main, tiny_config, tmp_path):

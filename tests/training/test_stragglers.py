@@ -12,18 +12,10 @@ from tetdist.distributed.waiting import Waiting
 from tetdist.tracking.metrics_file import read_metrics
 from tetdist.training.stragglers import RankTimes, Stragglers
 
-# Every rank computes and loads for 30 ms more than it needs, against which noise is small.
+# Every rank waits for data for 30 ms more than it needs, against which noise is small.
 DELAYS = """
 import os, time
 from tetdist.training import feed
-from tetdist.training.engines.base import WholeEngine
-from tetdist.training.engines.deepspeed_engines import ZeroEngine
-
-def delayed(function, delay):
-    def wrapped(*args):
-        time.sleep(0.03 + (delay if os.environ["RANK"] == "{rank}" else 0))
-        return function(*args)
-    return wrapped
 
 class Loader:
     def __init__(self, *args):
@@ -31,45 +23,33 @@ class Loader:
         self.close = self.batches.close
 
     def __next__(self):
-        return following(self.batches)
+        time.sleep(0.18 if os.environ["RANK"] == "1" else 0.03)
+        return next(self.batches)
 
-make, following = feed.train_loader, delayed(next, {data})
-feed.train_loader = Loader
-for engine in (WholeEngine, ZeroEngine):
-    engine.backward = delayed(engine.backward, {computing})
+make, feed.train_loader = feed.train_loader, Loader
 """
 
 
-@pytest.mark.parametrize(
-    ("rank", "delays", "changes"),
-    [
-        (1, {"data": 0.15, "computing": 0}, {}),
-        (2, {"data": 0, "computing": 0.15}, {}),
-        # DeepSpeed averages the gradients itself.
-        pytest.param(2, {"data": 0, "computing": 0.15}, {"zero_stage": 1}, marks=pytest.mark.long),
-    ],
-)
-def test_a_slow_rank_is_named_with_its_reason(rank, delays, changes, farm, tiny_config, tmp_path):
-    (tmp_path / "delays.py").write_text(DELAYS.format(rank=rank, **delays))
+def test_a_slow_rank_is_named_with_its_reason(farm, tiny_config, tmp_path):
+    (tmp_path / "delays.py").write_text(DELAYS)
     batch = {"batch.global": 6, "log_every": 2, "evaluate_every": 4}
-    run = {"imports": [str(tmp_path / "delays.py")], "phases.0.epochs": 4} | batch | changes
+    run = {"imports": [str(tmp_path / "delays.py")], "phases.0.epochs": 4} | batch
     text = expect(farm(tiny_config(run), world=3))
     host = platform.node()
     named = re.findall(r"rank (\d) on (\S+) is slow.*mostly for (.*); all ranks", text)
     lines = [x for x in read_metrics(tmp_path / "runs/tiny/metrics.jsonl") if x["kind"] == "train"]
     assert len(lines) == 16
-    data = delays["data"] > 0
-    assert named == [(str(rank), host, "waiting for data" if data else "computing")]
-    # Of 0.21 s on this rank, and 0.06 s on two others; a busy machine may spoil some lines.
+    assert named == [("1", host, "waiting for data")]
+    # Of 0.18 s on this rank, and 0.03 s on two others; a busy machine may spoil some lines.
     fits = [
-        (line["slowest"]["rank"], line["slowest_host"]) == (rank, host)
+        (line["slowest"]["rank"], line["slowest_host"]) == (1, host)
         and line["slowest"]["step_seconds"] > 1.3 * line["step_seconds"]
-        and (line["slowest"]["data_wait"] > 1.3 * line["data_wait"]) == data
+        and line["slowest"]["data_wait"] > 1.3 * line["data_wait"]
         for line in lines
     ]
     assert sum(fits) >= 10
     shown = as_text(read_status(tmp_path / "runs/tiny")) + text
-    pattern = rf"slowest rank {rank} on {re.escape(host)}: \S+ s/step \(mean \S+ s\), data wait"
+    pattern = rf"slowest rank 1 on {re.escape(host)}: \S+ s/step \(mean \S+ s\), data wait"
     assert len(re.findall(pattern, shown)) == 1 + len(lines)
 
 
@@ -81,7 +61,7 @@ def test_a_rank_is_named_after_ten_slow_lines_in_a_row():
     named = [list(ranks.new(line(slow))) for slow in (*[1.2] * 9, 1.05, *[1.11] * 20)]
     assert [len(texts) for texts in named] == [0] * 19 + [1] + [0] * 10
     assert "rank 1 on b" in named[19][0]
-    assert "1.11 s instead of 1 s" in named[19][0]
+    assert "1.11 s instead of 1 s, mostly for computing; all ranks" in named[19][0]
 
 
 def test_a_gpu_is_asked_only_at_the_end_of_a_window(monkeypatch):

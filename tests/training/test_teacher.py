@@ -1,7 +1,6 @@
 """Learning from a teacher, and from the ReLU network of the same shape."""
 
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -82,26 +81,6 @@ def test_relu_network_is_a_teacher_and_the_weights_to_begin_with(main, relu, tin
     assert taught[0]["loss"] > alone[0]["loss"]
     assert taught[0]["top1"] == alone[0]["top1"]
     assert taught[-1] != alone[-1]
-
-
-def test_taught_run_is_the_same_on_two_processes_and_when_stopped(
-    farm, relu, tiny_config, tmp_path
-):
-    distillation = {"teacher": str(relu), "weight": 0.6, "teacher_alignment": "error_aware"}
-    distillation |= {"self_weight": 0.15, "self_target": "similarity", "temperature": 3.0}
-    changes = {"loss.distillation": distillation, "max_steps": 6}
-    changes |= {"engine": "torch", "precision": "fp64"}
-    expect(farm(tiny_config({"name": "one"} | changes)))
-    expect(farm(tiny_config({"name": "two"} | changes), world=2))
-    one, two = (tiny.metrics(tmp_path / "runs" / name, "train") for name in ("one", "two"))
-    assert [line["loss"] for line in one] == pytest.approx(
-        [line["loss"] for line in two], rel=1e-12
-    )
-    file = tiny_config({"name": "stopped"} | changes)
-    expect(farm(file, stop=("step", 2, signal.SIGTERM)), status=128 + signal.SIGTERM)
-    assert len(tiny.metrics(tmp_path / "runs/stopped", "train")) == 2
-    expect(farm(file))
-    tiny.assert_same_run(tmp_path / "runs/stopped", tmp_path / "runs/one")
 
 
 def test_teacher_stays_the_same_and_is_needed_no_longer_than_the_run(

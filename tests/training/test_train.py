@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -9,14 +10,12 @@ import signal
 import sqlite3
 from pathlib import Path
 
-import psutil
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
 from tiny import expect, refused
 
-from tetdist.apps.cli import train
 from tetdist.datasets import index
 from tetdist.training import prepared
 from tetdist.training import step as step_module
@@ -27,8 +26,9 @@ TERM, INT, KILL, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SI
 LAST_STEP = 10
 
 TWO_PHASES = [
-    {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05}},
-    {"epochs": 1, "timesteps": 3, "optimizer": {"kind": "adam", "lr": 0.01}},
+    {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05, "momentum": 0.9}},
+    # The first one's momentum would fit the second optimiser, and would be wrong.
+    {"epochs": 1, "timesteps": 3, "optimizer": {"kind": "sgd", "lr": 0.01, "momentum": 0.5}},
 ]
 TURNING = [
     {"epochs": 1, "timesteps": {"from": 1, "to": 3}, "loss": {"kind": "sdt"}}
@@ -40,10 +40,9 @@ VARIANTS = {
     "default": {},
     # Lines of metrics that a stop cuts in two, checkpoints between them, clipped gradients.
     "sparse": {"log_every": 3, "save.every_steps": 2, "gradient_clipping": 1.0},
-    "phases": {"phases": TWO_PHASES, "log_every": 4},
+    "phases": {"phases": TWO_PHASES, "log_every": 4, "evaluate_every": 2, "precision": "bf16"},
     # T drawn by step; the optimiser goes on from SDT to TET.
     "turned": {"phases": TURNING, "save.every_steps": 2, "ema.decay": 0.8, "recompute": "blocks"},
-    "rare": {"evaluate_every": 2, "log_every": 2, "precision": "bf16"},
     "torch": {"engine": "torch"},
     "augmented": {
         "data.crop": "padded",
@@ -77,17 +76,14 @@ def straight(farm, tiny_root, tmp_path_factory):
 @pytest.mark.parametrize(
     ("variant", "point", "number", "sig"),
     [
-        ("default", "micro", 3, KILL),
         ("default", "step", 6, INT),
         ("default", "evaluate", 8, KILL),
         ("default", "save", 2, TERM),
         ("sparse", "micro", 33, KILL),
-        ("phases", "saved", 1, KILL),
-        ("phases", "step", 7, KILL),
-        ("turned", "step", 3, TERM),
-        ("turned", "saved", 3, KILL),  # at the phases' border
+        ("phases", "saved", 1, KILL),  # at the phases' border
+        ("phases", "step", 7, USR1),
+        ("turned", "saved", 3, KILL),
         ("turned", "step", 8, KILL),
-        ("rare", "step", 7, USR1),
         ("augmented", "micro", 14, KILL),
     ],
 )
@@ -107,25 +103,6 @@ def test_stopped_and_continued_is_the_straight_run(
 
 
 # --- several processes -------------------------------------------------------------------------
-
-
-def assert_close_runs(a, b, steps=3):
-    """The first lines of metrics, until a spike flips."""
-    for ours, theirs in zip(*(tiny.metrics(run, "train")[:steps] for run in (a, b)), strict=True):
-        assert ours["step"] == theirs["step"]
-        for key in ("loss", "grad_norm", "lr", "epoch"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (ours["step"], key)
-
-
-def test_continued_at_another_world_size(farm, straight, tiny_config, tmp_path):
-    """In mid-epoch, in the middle of a line of metrics."""
-    file = tiny_config({"name": "sparse"} | VARIANTS["sparse"])
-    expect(farm(file, stop=("step", 2, TERM)), status=128 + TERM)
-    run = tmp_path / "runs/sparse"
-    assert json.loads((tiny.newest(run) / "state.json").read_text())["step"] == 2
-    # As the deepspeed launcher does.
-    assert "error" not in expect(farm(file, "--local_rank=RANK", world=2))
-    assert_close_runs(run, straight("sparse"), steps=2)
 
 
 @pytest.mark.parametrize(
@@ -151,20 +128,6 @@ def test_both_engines_are_the_same_run(straight):
 
 
 @pytest.mark.long
-def test_a_killed_process_under_the_launcher(tiny_config, tmp_path):
-    """The launcher's status is that of the process that died: 256 - 9."""
-    file = tiny_config({"phases.0.epochs": 1000, "log_every": 5})
-    with tiny.started(tiny.launched(2, tiny.TRAIN, "--config", file), tmp_path) as process:
-        assert any("step 10/" in line for line in process.stdout)
-        ranks = psutil.Process(process.pid).children(recursive=True)
-        next(one for one in ranks if one.environ().get("RANK") == "1").kill()
-        text, _ = process.communicate(timeout=60)
-        assert process.returncode == 247, text
-    assert "error: rank 1 (process" in text
-    assert "All processes end; the same command continues" in text
-
-
-@pytest.mark.long
 def test_ctrl_c_under_the_launcher(tiny_config, tmp_path):
     """A terminal's Ctrl-C reaches the launcher and all processes: they save, and none dies."""
     changes = {"phases.0.epochs": 4000, "evaluate_every": 4000}
@@ -176,31 +139,6 @@ def test_ctrl_c_under_the_launcher(tiny_config, tmp_path):
     assert "all saved; the same command continues" in output, output
     step = json.loads((tiny.newest(tmp_path / "runs/tiny") / "state.json").read_text())["step"]
     assert tiny.metrics(tmp_path / "runs/tiny")[-1]["step"] == step >= 12
-
-
-@pytest.mark.parametrize(
-    "arguments", [(), ("--config", "quickstar"), ("--config", "quickstart", "a=1")]
-)
-def test_wrong_command_line(arguments, capfd):
-    try:
-        status = train.main(list(arguments))
-    except SystemExit as ended:
-        status = ended.code
-    assert status == 2
-    text = capfd.readouterr().err
-    assert "error:" in text
-    assert "Traceback" not in text
-
-
-def test_missing_package_is_named(tiny_config, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['pydantic'] = None\n")
-    env = tiny.clean_environment(PYTHONPATH=str(tmp_path))
-    command = tiny.python(tiny.TRAIN, "--config", tiny_config())
-    status, output = tiny.execute(command, tmp_path, env=env)
-    assert status == 2, output
-    assert "Traceback" not in output
-    assert "the package pydantic is not installed" in output
-    assert "pip install" in output
 
 
 # --- what a run leaves and says ----------------------------------------------------------------
@@ -264,23 +202,6 @@ def test_run_folder_of_another_configuration(main, tiny_config, tmp_path):
     expect(main(file, "phases.0.epochs=3", "name=more", further), "weights of")
     (run / "config.yaml").write_text("a: [1")
     refused(main(file), "config.yaml is damaged", "set another name=")
-
-
-def test_a_real_command_has_its_folder_alone_and_is_interrupted(main, tiny_config, tmp_path):
-    """Somewhere in the middle, by its pid."""
-    changes = {"phases.0.epochs": 4000, "evaluate_every": 4000}
-    file = tiny_config(changes | {"engine": "torch"})
-    with tiny.started(tiny.python(tiny.TRAIN, "--config", file), tmp_path) as process:
-        assert any("step 12/" in line for line in process.stdout)
-        refused(main(file, "max_steps=1"), "another process is running in", "runs/tiny")
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert "all saved; the same command continues" in output
-    assert "Traceback" not in output
-    step = json.loads((tiny.newest(tmp_path / "runs/tiny") / "state.json").read_text())["step"]
-    assert 12 <= step < 20_000
-    assert tiny.metrics(tmp_path / "runs/tiny")[-1]["step"] == step
 
 
 def test_read_only_place(main, tiny_config, tmp_path, monkeypatch):
@@ -422,10 +343,7 @@ def test_a_few_non_finite_steps_end_nothing(main, tiny_config, tmp_path, monkeyp
     expect(outcome, "2 steps since the last line had no finite gradient")
     first, second = tiny.metrics(tmp_path / "runs/tiny", "train")
     assert (first["non_finite_steps"], second["non_finite_steps"]) == (2, 0)
-    monkeypatch.undo()
-    expect(main(tiny_config({"log_every": 5, "name": "three"}), "max_steps=3"))
-    (three,) = tiny.metrics(tmp_path / "runs/three", "train")
-    assert first["loss"] == pytest.approx(three["loss"], rel=0.2)
+    assert math.isfinite(first["loss"])
 
 
 def test_float16_takes_overflowed_steps_again(main, tiny_config, tmp_path, monkeypatch):
@@ -433,8 +351,12 @@ def test_float16_takes_overflowed_steps_again(main, tiny_config, tmp_path, monke
     monkeypatch.setattr(prepared, "_check_device", lambda *_: None)
     monkeypatch.setattr(base.LossScale, "START", 2.0**40)
     monkeypatch.setattr(base.LossScale, "GROWTH_INTERVAL", 3)
-    changes = {"precision": "fp16", "imports": [str(tiny.RECORD)]}
-    expect(main(tiny_config(changes | {"name": "straight"})))
+    phase = {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.01}}
+    changes = {"precision": "fp16", "imports": [str(tiny.RECORD)], "phases": [phase, phase]}
+    compute, calls = step_module.compute_loss, []
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "compute_loss", lambda *of: calls.append(of) or compute(*of))
+        expect(main(tiny_config(changes | {"name": "straight"})))
     straight = tmp_path / "runs/straight"
     lines = tiny.metrics(straight, "train")
     # Not counted as steps: each has its samples once, and the schedule's learning rate.
@@ -444,6 +366,9 @@ def test_float16_takes_overflowed_steps_again(main, tiny_config, tmp_path, monke
     assert lines[0]["loss_scale"] < 2.0**35
     assert [line["non_finite_steps"] for line in lines] == [0] * LAST_STEP
     assert lines[-1]["loss_scale"] != lines[0]["loss_scale"]  # it grows, or overflows again
+    # The next phase begins with the scale of the one before, and counts on.
+    assert len(calls) == 4 * (LAST_STEP + lines[-1]["overflows"])
+    assert lines[-1]["overflows"] - lines[4]["overflows"] < 5
     # The scale is part of the checkpoint.
     expect(main(tiny_config(changes | {"name": "run"}), "max_steps=4"))
     run = tmp_path / "runs/run"
