@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.optim import list_optimizers, param_groups_layer_decay
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from tetdist import optimizers
 from tetdist.config.sections.phase import OptimizerSection
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.optimizers import kind_of, layers_of, make_optimizer
-from tetdist.training.engines.base import prepare_step, set_lr
+from tetdist.optimizers import kind_of, make_optimizer
+from tetdist.training.engines.base import set_lr
 
 
 class Neuron(nn.Module):
@@ -88,19 +88,6 @@ def test_layer_decay_is_that_of_timm(name, kind):
         for wanted, asked in ((True, {"layer_decay": 0.7}), (False, dict[str, Any]()))
     }
     assert decays[True] == decays[False]
-
-
-def test_every_network_has_its_blocks_as_layers():
-    for name in ("sew_resnet18", "preact_resnet18", "ms_resnet18", "vggsnn", "sdt_2_256_cifar"):
-        with torch.device("meta"):
-            model = timm.create_model(name, timesteps=2)
-        layers = layers_of(model)
-        assert layers["fc.weight"] == len(model.blocks) + 1, name
-        for parameter, layer in layers.items():
-            first, second, *_ = parameter.split(".")
-            assert first in ("stem", "blocks", "fc"), parameter
-            number = {"stem": 0, "fc": len(model.blocks) + 1}
-            assert layer == number.get(first, 1 + int(second) if first == "blocks" else -1)
 
 
 def test_layer_decay_of_a_network_that_knows_no_layers():
@@ -231,29 +218,3 @@ def test_what_does_not_continue_is_refused():
 def test_a_name_of_timms_is_hinted_at():
     with pytest.raises(ValueError, match="for timm's, set timm:lamb"):
         section(kind="lamb")
-
-
-@pytest.mark.long
-def test_every_optimiser_of_timm_steps_or_is_refused():
-    """And changes nothing when `found_inf` is set."""
-    stepped = []
-    for name in list_optimizers():
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
-        try:
-            optimizer = make_optimizer(model, OptimizerSection(kind=f"timm:{name}", lr=0.01))
-        except ValueError:  # needs a package, or second derivatives
-            continue
-        begun = [p.detach().clone() for p in model.parameters()]
-        for applied in (False, True, True, False):
-            before = [p.detach().clone() for p in model.parameters()]
-            model(torch.rand(3, 4)).square().mean().backward()
-            prepare_step(optimizer, 0.01, torch.tensor(applied))
-            optimizer.step()
-            optimizer.zero_grad()
-            if not applied:
-                assert all(map(torch.equal, before, model.parameters())), name
-        # Some only look around in their first step.
-        assert not all(map(torch.equal, begun, model.parameters())), name
-        stepped.append(name)
-    assert {"sgd", "adam", "adamw", "adagrad", "adopt", "lamb", "lion", "muon"} <= set(stepped)

@@ -148,16 +148,3 @@ def test_mixing_is_a_function_of_the_position(mode):
     found = np.array([shares(0, B * k) for k in range(200)])
     assert abs((found == 1).mean() - 0.5) < 0.1
     assert (found == found[:, :1]).all() == (mode == "batch")
-
-
-def test_what_is_not_mixed_stays_as_it_is():
-    mixing = mixing_of(0.4, 1.0, probability=0.5)
-    images = torch.rand(B, 3, 9, 7)
-    mix = micro_batch_mix(0, 0, np.arange(B), (9, 7), mixing)
-    alone = torch.from_numpy(mix.share == 1)
-    assert 0 < alone.sum() < B
-    mixed = mixed_images(images, on_device(mix, images.device))
-    assert torch.equal(mixed[alone], images[alone])
-    labels = torch.arange(B) % K
-    targets = mixed_targets(labels, on_device(mix, labels.device), K, torch.float32)
-    assert torch.equal(targets[alone], torch.eye(K)[labels[alone]])

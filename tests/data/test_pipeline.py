@@ -423,23 +423,6 @@ def test_event_augmentation_is_one_flip_and_one_roll_a_sample(event_root):
     assert {down for down, _ in moved} == {right for _, right in moved} == set(range(-2, 3))
 
 
-def test_events_resume_and_share_out_as_images_do(event_root):
-    root = event_root()
-    index = indexed(root, kind="events")  # 10 samples: 2 steps of 4
-    everything = {"event_augment": "snn_augment_wide", "cutout": 2}
-    everything |= {"mixup": 0.5, "cutmix": 1.0, "mixing": {"mode": "batch", "probability": 0.7}}
-
-    def batches(share, count):
-        with train(index, root, share=share, **everything) as loader:
-            return [(b.images, (*b.ids, *b.mix.share)) for b in islice(loader, count)]
-
-    straight = batches(SHARE, 12)
-    resumed = dataclasses.replace(SHARE, epoch=1, step_in_epoch=1)
-    assert same(batches(resumed, 6), straight[6:])
-    second = dataclasses.replace(SHARE, rank=1, world_size=2)
-    assert same(batches(second, 6), straight[1::2])
-
-
 def test_events_are_changed_after_the_roll_and_before_the_cutout(event_root):
     root = event_root()
     index = indexed(root, kind="events")

@@ -9,7 +9,6 @@ from samples import picture
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
-from tetdist.config.sections.data import DataSection
 from tetdist.data import transforms
 from tetdist.errors import UserError
 from tetdist.order import uniforms
@@ -108,14 +107,6 @@ def test_padded_crops_show_a_window_of_the_padded_image(height, width, padding, 
         assert np.array_equal(crop, expected)
 
 
-def test_shifts_are_equally_likely_from_end_to_end():
-    values = transforms.shifts(uniforms(0, 0, np.arange(22_000), 1)[:, 0], 5)
-    found, counts = np.unique(values, return_counts=True)
-    assert found.tolist() == list(range(-5, 6))
-    assert np.abs(counts - 2000).max() < 200
-    assert transforms.shifts(np.array([0.0, 0.99]), 0).tolist() == [0, 0]
-
-
 def test_colour_jitter_is_drawn_as_torchvisions():
     n, names = 4000, ("brightness", "contrast", "saturation", "hue")
     ours = transforms.color_jitter(uniforms(0, 0, np.arange(n), 8), (0.4, 1.5, 0.2, 0.1))
@@ -153,22 +144,6 @@ def test_lambda_is_drawn_from_the_symmetric_beta_distribution(alpha):
     assert abs(values.var() - 1 / (4 * (2 * alpha + 1))) < 0.01
     ends = transforms.symmetric_beta(np.zeros(2), np.array([0.25, 0.6]), np.full(2, alpha))
     assert np.isfinite(ends).all()
-
-
-def test_mixes_keep_what_their_boxes_leave():
-    draws = uniforms(0, 0, np.arange(2000), transforms.MIXING_DRAWS)
-    share, pixels, boxes, _ = transforms.mixes(draws, 20, 30, DataSection(root="", cutmix=1.0))
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    assert np.allclose(share, 1 - area / 600)
-    assert (pixels == 1).all()
-    assert (boxes >= 0).all()
-    assert (boxes[:, 2:] <= [20, 30]).all()
-    assert area.max() > 450
-    share, pixels, boxes, _ = transforms.mixes(draws, 20, 30, DataSection(root="", mixup=0.2))
-    assert (share == pixels).all()
-    assert not boxes.any()
-    both = transforms.mixes(draws, 20, 30, DataSection(root="", mixup=0.2, cutmix=1.0))
-    assert abs((both.pixels == 1).mean() - 0.5) < 0.05
 
 
 def test_new_random_numbers_come_behind_the_old_ones():

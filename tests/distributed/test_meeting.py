@@ -11,7 +11,6 @@ import psutil
 import pytest
 import tiny
 import torch.distributed as dist
-from tiny import expect
 
 from tetdist.distributed import meeting, starters
 from tetdist.errors import PeerFailed, UserError
@@ -169,20 +168,3 @@ def test_processes_of_other_configurations_do_not_train(farm, tiny_config):
     assert statuses == [3, 2], text
     assert "differs in seed; start all processes of a run with the same command" in text
     assert "error: of 2 processes rank 1 did not join within 3 s" in text
-
-
-@pytest.mark.long
-def test_two_launches_of_one_run_do_not_mix(farm, tiny_config, tmp_path):
-    straight = tiny_config({"name": "straight", "engine": "torch"})
-    expect(farm(straight, world=2))
-    command = tiny.launched(2, tiny.TRAIN, "--config", straight, "name=twice")
-    env = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT))
-    with tiny.started(command, tmp_path, env) as one, tiny.started(command, tmp_path, env) as other:
-        texts = {
-            process.communicate(timeout=200)[0]: process.returncode for process in (one, other)
-        }
-    assert sorted(texts.values()) == [0, 2], texts
-    (refusal,) = (text for text, status in texts.items() if status == 2)
-    assert "the processes cannot meet at" in refusal or "differs in launch; " in refusal
-    assert "Traceback" not in refusal
-    tiny.assert_same_run(*(tmp_path / "runs" / name for name in ("straight", "twice")))

@@ -1,6 +1,5 @@
 """Launched commands end with their launcher or study, however it ends, but not with a shell."""
 
-import contextlib
 import json
 import os
 import signal
@@ -150,31 +149,3 @@ def test_ranks_of_a_killed_launcher_save_and_end(killed, tiny_config, tmp_path):
     assert "all saved; the same command continues" in output, output
     step = json.loads((tiny.newest(tmp_path / "runs/tiny") / "state.json").read_text())["step"]
     assert tiny.metrics(tmp_path / "runs/tiny")[-1]["step"] == step >= 12
-
-
-@pytest.mark.long
-def test_training_saves_when_its_terminal_closes(tiny_config, tmp_path):
-    import pty
-
-    file = tiny_config({"phases.0.epochs": 100_000, "evaluate_every": 100_000})
-    mark, env = tiny.marked(tiny.clean_environment())
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(tmp_path)
-        os.execve(sys.executable, tiny.python(tiny.TRAIN, "--config", file), env)
-    run = tmp_path / "runs" / "tiny"
-    os.set_blocking(terminal, False)
-    seen = b""
-
-    def trains():
-        nonlocal seen
-        with contextlib.suppress(BlockingIOError):
-            seen += os.read(terminal, 4096)
-        return (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0
-
-    tiny.wait_until(trains, 120)
-    os.close(terminal)
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP, seen
-    assert not tiny.alive(mark)
-    assert json.loads((tiny.newest(run) / "state.json").read_text())["step"] > 0

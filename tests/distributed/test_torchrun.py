@@ -39,28 +39,3 @@ def test_status_is_that_of_the_process_that_failed_first(end, status, tmp_path, 
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     assert tool("torchrun.py", *options(worker, end))[0] == status
-
-
-@pytest.mark.long
-def test_evicted_run_goes_on_with_the_same_command(tiny_config, tmp_path):
-    """An agent starts the command again as long as its status is that of an eviction."""
-    file = tiny_config({"phases.0.epochs": 40, "evaluate_every": 40})
-    command = [TORCHRUN, *options(tiny.TRAIN, "--config", file, "engine=torch")]
-    env = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT))
-    mark, env = tiny.marked(env)
-    statuses, evict_after = [], iter(["step 20/", "step 80/"])
-    while not statuses or statuses[-1] == 128 + signal.SIGTERM:
-        seen, line = next(evict_after, None), ""
-        with tiny.started(tiny.python(*command), tmp_path, env) as process:
-            while seen and seen not in line and (line := process.stdout.readline()):
-                pass
-            if seen:
-                process.terminate()
-            output, _ = process.communicate(timeout=60)
-        statuses.append(process.returncode)
-        assert ("all saved; the same command continues" in output) == bool(seen), output
-        assert not tiny.alive(mark)
-    assert statuses == [143, 143, 0]
-    status, output = tiny.execute(tiny.python(*command, "name=straight"), tmp_path, env=env)
-    assert status == 0, output
-    tiny.assert_same_run(tmp_path / "runs/tiny", tmp_path / "runs/straight")

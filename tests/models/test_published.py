@@ -157,19 +157,6 @@ def test_published_state_dicts_have_these_tensors(name):
 # --------------------------------------------------------------------------------- sample by sample
 
 
-def test_mixing_makes_a_sample_depend_on_its_batch():
-    case = Published("qkformer_mixing")
-    model, x = case.loaded().eval(), case.batch()
-    with torch.no_grad():
-        together = model(x, per_timestep=True)
-        alone = torch.cat([model(one, per_timestep=True) for one in x.split(1)], dim=1)
-        backwards = model(x.flip(0), per_timestep=True).flip(1)
-    # Only the first one's first timestep begins at rest.
-    torch.testing.assert_close(together[0, 0], alone[0, 0])
-    assert not torch.allclose(together, alone)
-    assert not torch.allclose(together, backwards)
-
-
 def test_mixing_of_samples_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING):
         Published("qkformer").built()
@@ -281,32 +268,6 @@ def test_weights_begin_as_in_the_authors_code(case):
         deviation = 0.02 if as_published else (3 * layer.weight[0].numel()) ** -0.5
         assert layer.weight.std().item() == pytest.approx(deviation, rel=0.3)
         assert layer.bias is None or layer.bias.any() != as_published
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "complaint"),
-    [
-        ("qkformer_10_384", {"widths": (96, 192)}, "must have one entry per stage"),
-        (
-            "sdt_8_384",
-            {"neuron": {"kind": "ilif", "most_spikes": 16}, "channels": 16},
-            "most_spikes must be at most 15, not 16",
-        ),
-        ("qkformer_10_384", {"heads": 5}, "96 channels cannot be divided among 5 heads"),
-        ("qkformer_10_384", {"embedding": "mnist"}, "embedding must be .* not 'mnist'"),
-        ("sdt_8_384", {"pools": (True,)}, "pools must be four"),
-        ("ms_resnet18", {"drop_rate": 1.0}, "a drop rate must be at least 0 and below 1, not 1.0"),
-        (
-            "ms_resnet18",
-            {"stem": "imagenet"},
-            "stem must be 'plain', 'deep' or 'cifar', not 'imagenet'",
-        ),
-        ("sdt_8_384", {"channels": 12}, "channels=12 must be a multiple of 8 and of heads"),
-    ],
-)
-def test_bad_option_is_named(name, options, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        timm.create_model(name, **options)
 
 
 def test_sums_of_spikes_are_as_high_as_documented():

@@ -168,6 +168,7 @@ MIXING = {
     ),
     "batch statistics": lambda: Plain(conv(), nn.BatchNorm2d(8, track_running_stats=False)),
     "between modules": lambda: Plain(Function(lambda x: x.softmax(0)), conv()),
+    "by a thousandth": lambda: Plain(conv(), Function(lambda x: x + 1e-3 * x.mean(0))),
     "samples taken for timesteps": lambda: Plain(conv(), Function(over_time)),
     "branch that is switched off": lambda: Plain(conv(), Branch()),
     "silent before training": silent,

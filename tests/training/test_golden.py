@@ -9,7 +9,7 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import expect, refused
+from tiny import expect
 
 from tetdist.apps.cli import eval as evaluation
 from tetdist.datasets import index
@@ -113,11 +113,3 @@ def test_its_weights_are_of_the_same_network(train):
         "beginning with the weights of",
     )
     assert "from another network" not in text
-
-
-def test_its_folder_is_held_to_what_it_was(train, tmp_path):
-    shutil.copytree(GOLDEN / "stopped", tmp_path / "runs" / "stopped")
-    text = refused(
-        train("stopped", "model.neuron.decay=0.6"), "model.neuron.decay is 0.6 and was 0.5"
-    )
-    assert "kind" not in text

@@ -78,7 +78,7 @@ def small(name, data):
     return [*overrides, *OVERRIDES]
 
 
-def given(config, folder, relu):
+def given(config, folder):
     """Overrides of what a recipe begins with, or learns from, by files of the right shape."""
     overrides = []
     if config.init_checkpoint:
@@ -90,34 +90,14 @@ def given(config, folder, relu):
         file = folder / "begin.safetensors"
         checkpoint.write_model_file(file, model.state_dict(), description)
         overrides.append(f"init_checkpoint={file}")
-    teacher = config.loss.distillation.teacher
-    if teacher and teacher.startswith("timm:"):
+    if config.loss.distillation.teacher:
         weights = timm.create_model("test_resnet", num_classes=CLASSES).state_dict()
         save_file(weights, folder / "teacher.safetensors")
         overrides += [
             "loss.distillation.teacher=timm:test_resnet",
             f"loss.distillation.teacher_weights={folder / 'teacher.safetensors'}",
         ]
-    elif teacher:
-        overrides.append(f"loss.distillation.teacher={relu}")
     return overrides
-
-
-@pytest.fixture(scope="module")
-def relu(tiny_root, tmp_path_factory):
-    """Trains the ReLU network that a recipe learns from."""
-    folder = tmp_path_factory.mktemp("relu")
-
-    def train(main):
-        changes = {
-            **{"data.image_size": SIDE, "data.resize": SIDE, "model.arguments.input_size": SIDE},
-            **{"name": "relu", "model.neuron.kind": "relu", "phases.0.timesteps": 1},
-        }
-        file = tiny.write_config(folder / "relu.yaml", tiny_root, changes)
-        expect(main(file, "max_steps=1"))
-        return folder / "runs/relu"
-
-    return train
 
 
 # Wider networks of a family, and another place to run: their recipes differ in a few numbers.
@@ -133,11 +113,10 @@ ALIKE = {"sdt_8_512", "sdt_8_768", "sew34_t4_64gpus"} | {
         for file in sorted(CONFIGS_DIR.glob("*.yaml"))
     ],
 )
-def test_recipe_resolves_plans_and_trains(name, main, relu, tiny_root, event_data, tmp_path, capfd):
+def test_recipe_resolves_plans_and_trains(name, main, tiny_root, event_data, tmp_path, capfd):
     recipe = load(name)
     overrides = small(name, tiny_root if recipe.data.kind == "images" else event_data)
-    teacher = relu(main) if recipe.loss.distillation.teacher == "runs/relu34" else tmp_path
-    overrides += given(load(name, overrides), tmp_path, teacher)
+    overrides += given(load(name, overrides), tmp_path)
     overrides.append(f"runs_dir={tmp_path / 'runs'}")
 
     capfd.readouterr()
@@ -158,16 +137,3 @@ def test_recipe_resolves_plans_and_trains(name, main, relu, tiny_root, event_dat
     )
     learned = {key for key in first if "running" not in key and "num_batches" not in key}
     assert any(not torch.equal(first[key], second[key]) for key in learned)
-
-
-@pytest.mark.parametrize(
-    ("name", "mean", "std"),
-    [
-        ("cifar10_resnet19", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-        ("cifar100_resnet19", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    ],
-)
-def test_recipes_of_cifar_begin_and_scale_as_the_papers_code(name, mean, std):
-    config = load(name)
-    assert config.model.arguments == {"init": "torch"}
-    assert (config.data.mean, config.data.std) == (mean, std)

@@ -127,20 +127,6 @@ def test_both_engines_are_the_same_run(straight):
 # --- whole programs ----------------------------------------------------------------------------
 
 
-@pytest.mark.long
-def test_ctrl_c_under_the_launcher(tiny_config, tmp_path):
-    """A terminal's Ctrl-C reaches the launcher and all processes: they save, and none dies."""
-    changes = {"phases.0.epochs": 4000, "evaluate_every": 4000}
-    command = tiny.launched(2, tiny.TRAIN, "--config", tiny_config(changes))
-    with tiny.started(command, tmp_path) as process:
-        assert any("step 12/" in line for line in process.stdout)
-        os.killpg(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-    assert "all saved; the same command continues" in output, output
-    step = json.loads((tiny.newest(tmp_path / "runs/tiny") / "state.json").read_text())["step"]
-    assert tiny.metrics(tmp_path / "runs/tiny")[-1]["step"] == step >= 12
-
-
 # --- what a run leaves and says ----------------------------------------------------------------
 
 
@@ -177,26 +163,28 @@ def test_max_steps_ends_evaluated_and_can_be_raised(main, straight, tiny_config,
     assert tiny.metrics(run, "train") == tiny.metrics(straight("torch"), "train")
 
 
-def test_resume_never_and_must(main, tiny_config, tmp_path):
-    file = tiny_config({"max_steps": 2})
-    refused(main(file, "resume=must"), "resume=must", str(tmp_path / "runs/tiny/checkpoints"))
-    assert not (tmp_path / "runs").exists()
+def test_a_folder_is_continued_by_its_own_run_alone(main, tiny_root, tiny_config, tmp_path):
+    file, run = tiny_config({"max_steps": 2}), tmp_path / "runs/tiny"
+    refused(main(file, "resume=must"), "resume=must", str(run / "checkpoints"))
+    assert not run.parent.exists()
     expect(main(file, "resume=never"))
-    refused(main(file, "resume=never"), "resume=never", str(tmp_path / "runs/tiny"), "name=")
-    expect(main(file, "resume=must", "max_steps=4"), "continuing", "step 2")
-
-
-def test_run_folder_of_another_configuration(main, tiny_config, tmp_path):
-    file = tiny_config({"max_steps": 2})
-    expect(main(file))
-    kept = (tmp_path / "runs/tiny/config.yaml").read_text()
+    refused(main(file, "resume=never"), "resume=never", str(run), "name=")
+    kept = (run / "config.yaml").read_text()
     outcome = main(file, "phases.0.optimizer.lr=0.1", "seed=5")
     refused(outcome, "seed is 5 and was 0", "phases.0.optimizer.lr is 0.1 and was 0.05", "name=")
-    assert (tmp_path / "runs/tiny/config.yaml").read_text() == kept
+    assert (run / "config.yaml").read_text() == kept
     # What does not change the result may change.
-    expect(main(file, "log_every=2", "data.prefetch=3", "max_steps=4"))
+    others = ("log_every=2", "data.prefetch=3", "max_steps=4")
+    expect(main(file, "resume=must", *others), "continuing", "step 2")
+    # Data may move but not change.
+    moved = Path(shutil.copytree(tiny_root, tmp_path / "elsewhere"))
+    expect(main(file, "max_steps=5", f"data.root={moved}"), "continuing")
+    (moved / "train/up/11.png").unlink()
+    built, _ = index.build_index(moved, "train", workers=1)
+    index.save_index(built, index.index_file(moved / "index", "train"))
+    outcome = main(file, "max_steps=6", f"data.root={moved}")
+    refused(outcome, "trained on other data", "another name")
     # More epochs are another run, and the error says how it begins where this one ended.
-    run = tmp_path / "runs/tiny"
     further = f"init_checkpoint={run}"
     refused(main(file, "phases.0.epochs=3"), "phases.0.epochs is 3 and was 2", "name=", further)
     expect(main(file, "phases.0.epochs=3", "name=more", further), "weights of")
@@ -217,18 +205,6 @@ def test_read_only_place(main, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", refuse)
     message = f"cannot write to {tmp_path / 'runs/tiny'}: Permission denied; get permission"
     refused(main(tiny_config()), message)
-
-
-def test_data_may_move_but_not_change(main, tiny_root, tiny_config, tmp_path):
-    file = tiny_config({"max_steps": 2})
-    expect(main(file))
-    moved = Path(shutil.copytree(tiny_root, tmp_path / "elsewhere"))
-    expect(main(file, "max_steps=4", f"data.root={moved}"), "continuing")
-    (moved / "train/up/11.png").unlink()
-    built, _ = index.build_index(moved, "train", workers=1)
-    index.save_index(built, index.index_file(moved / "index", "train"))
-    outcome = main(file, "max_steps=6", f"data.root={moved}")
-    refused(outcome, "trained on other data", "another name")
 
 
 @pytest.mark.parametrize(
