@@ -8,7 +8,6 @@ makes tetdist/__init__.py load nothing ahead. That is why this module is outside
 import difflib
 import importlib
 import os
-import select
 import signal
 import sys
 from collections.abc import Callable
@@ -73,7 +72,14 @@ def run(name: str, arguments: list[str] | None = None) -> int:
 
 
 def _answer_while_read(command: Callable[[], int]) -> int:
-    """Carry out a command, which ends silently if its output is no longer read: ``... | head``."""
+    """Carry out a command, and answer for its output: all that it prints passes through here.
+
+    A command whose output nobody reads any more, as with ``... | head``, ends silently.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # It is closed, and the next file to be opened would get its number.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     try:
         try:
             status = command()
@@ -81,27 +87,33 @@ def _answer_while_read(command: Callable[[], int]) -> int:
             if isinstance(ended.code, str):
                 raise
             status = ended.code or 0
-        if sys.stdout is not None:
-            # Python itself would do so later, where nobody could see that it fails.
-            sys.stdout.flush()
-    except BrokenPipeError:
-        unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
-        if not unread:
-            raise  # another pipe is broken, and that is a fault
+        # Python itself would do so later, where nobody could see that it fails.
+        sys.stdout.flush()
+    except OSError as error:
+        # Only the second keeps what it could not write, and fails again without more.
+        probes = ((sys.stdout, "\n"), (sys.stderr, ""))
+        lost = [stream for stream, probe in probes if _is_lost(stream, probe)]
+        if not lost:
+            raise  # another pipe is broken, or another file cannot be written: that is a fault
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in unread:
+        for stream in lost:
             os.dup2(nowhere, stream.fileno())
-        return 128 + signal.SIGPIPE
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        reason = f"the output cannot be written ({error.strerror})"
+        print(f"error: {reason}; free disk space, or redirect it to another place", file=sys.stderr)
+        return 2
     return status
 
 
-def _is_unread(stream: TextIO | None) -> bool:
-    """Whether what reads a stream, as the other end of a pipe, has gone."""
-    if stream is None:
-        return False
-    poll = select.poll()
-    poll.register(stream, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+def _is_lost(stream: TextIO, probe: str) -> bool:
+    """Return whether a stream takes no output: its disk is full, or its reader has gone."""
+    try:
+        stream.write(probe)
+        stream.flush()
+    except OSError:
+        return True
+    return False
 
 
 def _run(name: str, arguments: list[str] | None) -> int:

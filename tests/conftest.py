@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     `make test` then passes on a machine with a GPU, too: most tests show something about CPUs, such
     as results that are equal to the bit.
     """
-    for name in tiny.LAUNCHED:
+    for name in (*tiny.LAUNCHED, "MLFLOW_TRACKING_URI"):
         os.environ.pop(name, None)
     if not are_about_gpus(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -8,12 +8,15 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
 
 import tetdist_command
 from tetdist.errors import typed
+
+FULL = Path("/dev/full")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +47,31 @@ def test_the_dockerfile_copies_and_runs_what_is_there():
     missing = [name for name in (*copied, script) if not (tiny.PROJECT / name).exists()]
     assert "pyproject.toml" in copied
     assert missing == []
+
+
+@pytest.mark.parametrize("length", [1, 100_000])  # the second overflows Python's buffer
+def test_output_that_is_full_is_one_sentence(length, monkeypatch, capsys):
+    with FULL.open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert tetdist_command._answer_while_read(lambda: print("x" * length) or 0) == 2
+        full.flush()  # as Python does at its end
+    text = "error: the output cannot be written (No space left on device); free disk space, or "
+    assert capsys.readouterr().err.startswith(text)
+    with FULL.open("w", buffering=1) as full:
+        monkeypatch.undo()
+        monkeypatch.setattr(sys, "stderr", full)
+        assert tetdist_command._answer_while_read(lambda: tetdist_command._main("eavl")) == 2
+
+
+def test_output_that_is_closed_is_nowhere(monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+
+    def command():
+        print("x", file=sys.stderr)
+        return int(sys.stdout.isatty()) + len(sys.stdin.read())
+
+    assert tetdist_command._answer_while_read(command) == 0
 
 
 def test_another_pipe_that_breaks_is_a_fault():
@@ -77,6 +105,8 @@ def test_every_flag_of_every_command_has_a_text(command, monkeypatch):
     for action in parsers[0]._actions:
         if isinstance(action, argparse._SubParsersAction):
             parsers += action.choices.values()
+    # The flags of torchrun are torch's.
+    assert command == "torchrun" or not any(parser.allow_abbrev for parser in parsers)
     assert [
         (parser.prog, action.dest)
         for parser in parsers

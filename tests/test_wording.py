@@ -2,6 +2,8 @@
 
 import pytest
 
+from tetdist.errors import UserError, sentence
+from tetdist.tables import aligned
 from tetdist.wording import are, counted, duration
 
 
@@ -18,6 +20,12 @@ from tetdist.wording import are, counted, duration
 )
 def test_one_is_singular(number, thing, expected):
     assert counted(number, thing) == expected
+
+
+def test_control_characters_of_names_are_escaped():
+    name = "a\x1b[2J\tb\u202ec\udce9ü \n"
+    assert sentence(UserError(name)) == r"a\x1b[2J\tb\u202ec\udce9ü \n"
+    assert aligned([["\x1b", "x"], ["run", "y"]]) == "  \\x1b  x\n  run   y"
 
 
 def test_one_thing_is_and_others_are():

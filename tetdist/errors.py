@@ -56,6 +56,10 @@ class PeerFailed(Exception):
 PEER_FAILED = 3
 
 
+class FailedElsewhere(SystemExit):
+    """Raised when an action failed on another process of the run, which prints the cause."""
+
+
 class Stopped(Exception):
     """A signal ended the run after a saved step; the same command continues it."""
 
@@ -66,7 +70,12 @@ def sentence(error: Exception) -> str:
         package = error.name.partition(".")[0]
         extra = _EXTRAS.get(package, "train,cuda130")
         return f"the package {package} is not installed; {pip_install(extra)}"
-    return without_passwords(str(error))
+    return printable(without_passwords(str(error)))
+
+
+def printable(text: str) -> str:
+    """Escape control characters: a name may contain them, and a terminal would obey them."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def without_passwords(text: str) -> str:

@@ -3,6 +3,8 @@
 import html
 from collections.abc import Sequence
 
+from tetdist.errors import printable
+
 Row = Sequence[str]
 
 
@@ -32,6 +34,7 @@ def aligned(rows: Sequence[Row], right: Sequence[int] = ()) -> str:
     Args:
         rows: The cells, with any head as the first row.
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  "

@@ -148,6 +148,12 @@ MISTAKEN = {
 }
 
 
+def test_a_line_break_does_not_become_a_space():
+    said = refusal(lambda: load("quickstart", ["runs_dir=a\nb"]))
+    assert said == r"'runs_dir=a\nb' has a line break, which YAML reads as a space; remove it"
+    assert load("quickstart", ["data.mean=\n- 0\n- 0\n- 1"]).data.mean == (0, 0, 1)
+
+
 @pytest.mark.parametrize("override", MISTAKEN)
 def test_a_mistaken_override_is_named_and_not_the_file(tiny_config, override):
     file = str(tiny_config({"seed": 0}))

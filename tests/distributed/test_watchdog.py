@@ -25,7 +25,7 @@ def long(*case):
     [
         (
             *({}, ("step", 3, KILL), 1, -KILL),
-            ["error: rank 1 (process ", "has died or is cut off", "continues from the last check"],
+            ["error: rank 1 (process ", "has died or is cut off", "start the same command again"],
         ),
         ({}, ("step", 3, KILL), 0, -KILL, ["rank 1: error: rank 0 has died or cannot be reached"]),
         long(SOON, ("start", 1, KILL), 1, -KILL, ["of 2 processes rank 1 did not join within 3 s"]),
@@ -79,6 +79,28 @@ trainer.Trainer._check_finite = check
     assert (status_0, status_1) == (-KILL, PEER_FAILED), first + second
     assert "rank 1: error: rank 0 has died or cannot be reached" in second
     assert "Traceback" not in second
+
+
+@pytest.mark.parametrize("of", ["all", "one"])
+def test_the_cause_is_printed_not_what_came_of_it(of, farm, tiny_config, tmp_path):
+    """Rank 0 fails, in an action of all or alone, and takes long to end; rank 1 only notices."""
+    code = """
+from tetdist.distributed import watchdog
+from tetdist.errors import UserError
+watchdog.BEAT, watchdog.SILENCE_IN_TROUBLE = 0.1, 0.5
+def fail():
+    if os.environ["RANK"] == "0":
+        raise UserError("the cause")
+trainer.Trainer._check_finite = lambda self: self.world.run_on_all(fail) if OF_ALL else fail()
+leave = trainer.Trainer._leave
+trainer.Trainer._leave = lambda self: (time.sleep(2 - 2 * self.world.rank), leave(self))
+""".replace("OF_ALL", str(of == "all"))
+    command = tiny.python("-c", CHANGED.format(code), tiny_config({"engine": "torch"}))
+    (status_0, first), (status_1, second) = farm.side_by_side(2, command, tmp_path)
+    assert (status_0, status_1) == (2, 2 if of == "all" else PEER_FAILED), first + second
+    assert first.splitlines()[-1] == "error: the cause"
+    assert first.count("error") == 1
+    assert "error" not in second
 
 
 def test_hanging_process_is_named(farm, tiny_config, tmp_path):

@@ -269,11 +269,17 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
     page = tmp_path / "page.html"
     assert evaluate("--checkpoint", trained, "--exit-within", 5, "--report", page)[0] == 0
     assert f"lost on {held} training samples held out" in page.read_text()
+    # The validation split alone, elsewhere, has nothing of what was held out.
+    shutil.copytree(tiny_root / "val", tmp_path / "elsewhere" / "val")
+    index_splits(tmp_path / "elsewhere", ("val",))
+    elsewhere = ("--data", tmp_path / "elsewhere")
     for arguments, message in (
         (("--checkpoint", run, "--exit-within", "1"), "train with data.held_out=0.1"),
         (("--checkpoint", run, "--exit-within", "-1"), "from 0 to 100"),
         (("--checkpoint", run, "--measured"), "--measured needs the early exit of --exit-within"),
         (("--checkpoint", run, "--exit-on", "x"), "add --exit-within POINTS"),
+        (("--checkpoint", run, "--exit-on", "x", "--measured"), "error: --exit-on needs the early"),
+        (("--checkpoint", trained, "--exit-within", "1", *elsewhere), "which needs none of them"),
         (("--checkpoint", run, *there[:3], tmp_path / "x"), "x does not exist; give the data fold"),
         (("--checkpoint", run, *there[:3], tmp_path / "today"), "there is no index"),
         (("--checkpoint", run, "--exit-within", "few"), "'few' must be a number"),

@@ -154,6 +154,15 @@ def test_a_key_that_an_older_version_lacks_has_its_default_and_a_long_value_is_w
     assert "Configuration: 1 different key.\n  init_checkpoint  a: None; b:" in printed
     assert all(len(line) <= 100 for line in printed.splitlines())
     assert printed.count("x") >= 300
+    old = written | {"log_every": 20, "clip_mode": "norm", "non_finite_limit": 9}
+    old["phases"] = [old["phases"][0] | {"schedule": "step", "decay_rate": 0.1}]
+    printed = run_tool(a, make_run(tmp_path / "old", **old))[1]
+    found = printed.partition("Configuration: ")[2].partition("Metrics")[0].splitlines()
+    assert [line.split() for line in found if line] == [
+        ["2", "different", "keys."],
+        ["phases.0.schedule", "a:", "cosine;", "b:", "step"],
+        ["non_finite_limit", "a:", "-;", "b:", "9"],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from tiny import expect, refused
 
+from tetdist.config.loading import load_with_origins
 from tetdist.errors import UserError, without_passwords
 from tetdist.tracking import mlflow_store
 from tetdist.tracking.mlflow_store import check_store, hand_over
@@ -27,6 +28,11 @@ from tetdist.training.run_record import show_checkpoints
         ("postgresql+nosuchdriver://host/runs", "MLflow cannot use"),
         ("mysql+nosuchdriver://user:secret@host/runs", "MLflow cannot use"),
         ("sqlite:///{}/garbage.db", "not a database"),
+        ("sqlite:///{}/a%20b/mlflow.db", "an address cannot hold the '%' of this path"),
+        ("sqlite:///{}/a?b=c/mlflow.db", "an address cannot hold the '?' of this path"),
+        ("sqlite:///{}/a\tb/mlflow.db", r"an address cannot hold the '\t' of this path"),
+        ("file:///{}/mlruns", "MLflow cannot use file:///"),
+        ("databricks://scope:secret@host", "MLflow cannot use databricks://scope@host (give data"),
         # What may do its work later is taken.
         ("https://user:secret@nowhere.invalid/mlflow", None),
         ("sqlite:///{}/mlflow.db", None),
@@ -57,6 +63,24 @@ def test_an_address_that_can_never_work_is_refused(uri, expected, tmp_path):
         assert "secret" not in text
         assert "\n" not in text
     busy.close()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "uri", "origin"),
+    [
+        ([], "foo://me:secret@host", "MLFLOW_TRACKING_URI"),
+        (["tracking.experiment=x"], "foo://me:secret@host", "MLFLOW_TRACKING_URI"),
+        (["tracking.uri=null"], None, "command line"),
+        (["tracking={uri: 'http://host'}"], "http://host", "command line"),
+    ],
+)
+def test_mlflows_variable_is_the_default(overrides, uri, origin, tiny_config, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "foo://me:secret@host")
+    loaded = load_with_origins(str(tiny_config()), overrides)
+    assert (loaded.config.tracking.uri, loaded.origins["tracking.uri"]) == (uri, origin)
+    assert "secret" not in loaded.config.as_yaml()
+    with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: MLflow cannot use foo://me@host"):
+        check_store("foo://me:secret@host")
 
 
 def test_the_run_is_refused_before_it_begins(main, tiny_config, tmp_path):

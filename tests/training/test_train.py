@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import expect, refused
 
 from tetdist.datasets import index
+from tetdist.storage import checkpoint
 from tetdist.training import prepared
 from tetdist.training import step as step_module
 from tetdist.training.engines import base
@@ -190,6 +191,8 @@ def test_a_folder_is_continued_by_its_own_run_alone(main, tiny_root, tiny_config
     expect(main(file, "phases.0.epochs=3", "name=more", further), "weights of")
     (run / "config.yaml").write_text("a: [1")
     refused(main(file), "config.yaml is damaged", "set another name=")
+    (run / "config.yaml").write_text(kept[: kept.index("phases:")])
+    refused(main(file), "config.yaml is damaged or of another version", "'phases' is missing")
 
 
 def test_read_only_place(main, tiny_config, tmp_path, monkeypatch):
@@ -442,6 +445,20 @@ def test_damaged_checkpoints(main, tiny_config, tmp_path):
         os.truncate(path / "model.safetensors", 100)
     refused(main(file), "2 checkpoints", "no undamaged one")
     assert len(list((run / "checkpoints").glob("step-*"))) == 2
+
+
+def test_an_optimizers_state_of_another_network_is_one_sentence(main, tiny_config, tmp_path):
+    """Its manifest fits: a program that writes the one can write the other."""
+    file = tiny_config({"max_steps": 2, "engine": "torch"})
+    expect(main(file))
+    newest = tiny.newest(tmp_path / "runs/tiny")
+    state = torch.load(newest / "optimizer.pt", weights_only=True)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    for hostile in (5, {"state": 3}, state | {"param_groups": [{}]}, state | {"state": {0: 1}}):
+        torch.save(hostile, newest / "optimizer.pt")
+        manifest["files"]["optimizer.pt"] = checkpoint._describe(newest / "optimizer.pt")
+        (newest / "manifest.json").write_text(json.dumps(manifest))
+        refused(main(file, "max_steps=4"), "optimizer.pt does not suit the network", "remove this")
 
 
 def test_full_disk_in_training(main, farm, tiny_config, tmp_path):

@@ -527,6 +527,10 @@ def test_missing_package_is_named(call, tmp_path, monkeypatch):
         (["--format", "onnx", "--output", "n.onnx", "--dt", "1"], "applies to --format nir only"),
         (["--format", "nir", "--output", "n.nir", "--dt", "0"], "--dt must be above 0"),
         (["--format", "timm", "--output", "n", "--timesteps", "0"], "--timesteps: 0 must be"),
+        (
+            ["--format", "onnx-step", "--int8", "--output", "n.onnx", "--timesteps", "10001"],
+            "--timesteps: 10001 must be at most 10000",
+        ),
         (["--format", "timm", "--output", "n.safetensors"], "must be a folder, and n.safetensors"),
         (
             ["--format", "safetensors", "--output", "n.onnx"],

@@ -4,11 +4,19 @@ A value above such a limit is a typing error that would fill the memory or end t
 """
 
 import argparse
+from typing import Any
 
 MOST_TIMESTEPS = 10_000
 MOST_PIXELS = 8192  # height or width
 MOST_THREADS = 512  # threads or processes of one command
 MOST_PREFETCHED = 64  # batches
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of flags that refuses abbreviated ones, which argparse would complete."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(allow_abbrev=False, **given)
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:

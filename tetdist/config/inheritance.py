@@ -121,8 +121,10 @@ def annotated(text: str, origins: Mapping[str, str]) -> str:
     ends = {end: key for key, end in _values_by_line(root, "")}
     width = min(max(map(len, lines)), 50)
     for number, key in ends.items():
-        # A list may have been given as a text, such as 20..30.
-        origin = origins.get(key) or origins.get(key.rpartition(".")[0], DEFAULT)
+        above, _, last = key.rpartition(".")
+        # A list may have been given as a text, such as 20..30, or as an earlier version's mapping.
+        parts = [one for one in origins if last.isdecimal() and one.startswith(f"{above}.")]
+        origin = next((origins[one] for one in [key, above, *parts] if one in origins), DEFAULT)
         lines[number] = f"{lines[number]:{width}}  # {origin}"
     return "\n".join(lines) + "\n"
 

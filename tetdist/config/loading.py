@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +24,8 @@ from tetdist.plugins import import_files
 
 logger = logging.getLogger(__name__)
 
+# MLflow's variable, the default of tracking.uri.
+TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel they are in the package, in a checkout beside it.
 CONFIGS_DIR = next(
@@ -83,6 +86,9 @@ def load_with_origins(
     for override in overrides:
         apply_override(raw, override)
         origins = overridden(origins, raw, key_of(override))
+    tracking, uri = raw.setdefault("tracking", {}), os.environ.get(TRACKING_VARIABLE)
+    if uri and isinstance(tracking, dict) and "uri" not in tracking:
+        tracking["uri"], origins["tracking.uri"] = uri, TRACKING_VARIABLE
     given = next((one for one in overrides if one.startswith("imports")), path)
     raw["imports"] = [str(Path(one).absolute()) for one in [*imports_of(raw, given), *imports]]
     import_files(raw["imports"])

@@ -50,6 +50,8 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     text = override.partition("=")[2]
     # YAML 1.1 takes 1e-4 for text, but the user means a number.
     value = _number(read_value(text, override)) if text else None
+    if isinstance(value, str) and "\n" in text.strip() and "\n" not in value:
+        raise UserError(f"{override!r} has a line break, which YAML reads as a space; remove it")
     node: Any = raw
     parts = key.split(".")
     for depth, part in enumerate(parts, start=1):

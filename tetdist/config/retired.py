@@ -86,6 +86,17 @@ def without_retired(
     return raw
 
 
+def retired_values(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return what is gone, unless it has the default value: by dotted key, keys and values."""
+    found: dict[str, Any] = {}
+    for key in (*RETIRED, *RETIRED_VALUES):
+        for place, parent, name in _found(raw, key.split(".")):
+            value, gone = parent[name], RETIRED_VALUES.get(key)
+            if value in gone[0] if gone else value != RETIRED[key].default:
+                found[place] = value
+    return found
+
+
 def _found(
     owner: Any, key: list[str], place: str = ""
 ) -> Iterator[tuple[str, dict[str, Any], str]]:

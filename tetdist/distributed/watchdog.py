@@ -23,7 +23,7 @@ import torch.distributed as dist
 from tetdist.distributed import meeting
 from tetdist.distributed.meeting import CONNECTION
 from tetdist.distributed.world import World
-from tetdist.errors import PEER_FAILED, Stopped, UserError
+from tetdist.errors import PEER_FAILED, FailedElsewhere, Stopped, UserError
 from tetdist.wording import and_more
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,9 @@ BEAT = 1.0  # seconds between two signs of life
 # Seconds of silence after which a process counts as dead: normally, and after a collective has
 # failed, which usually means that a process died.
 SILENCE, SILENCE_IN_TROUBLE = 30.0, 4.0
+
+# End of a message of a run that has a checkpoint.
+CONTINUES = "once the cause is gone, the same command continues from the last checkpoint"
 
 _VERDICT, _TROUBLE = "verdict", "trouble"
 
@@ -56,7 +59,7 @@ class Watch:
         timeout: float,
         *,
         shows_errors: bool = True,
-        after: str = "the same command continues from the last checkpoint",
+        after: str = "once the cause is gone, start the same command again",
     ) -> None:
         self.world, self.timeout = world, timeout
         self.shows_errors, self.after = shows_errors, after
@@ -101,12 +104,15 @@ class Watch:
         self._closing.set()
         for thread in self._threads:
             thread.join(5 * BEAT)
-        if error is None or isinstance(error, Stopped):
+        if error is None or isinstance(error, Stopped | FailedElsewhere):
             self._ended = "well"
         else:
             self._ended = " ".join(str(error).split())[:300] or type(error).__name__
         with contextlib.suppress(dist.DistError, RuntimeError):
             self._report_alive()
+            if self.world.rank == 0 and not alone and self._ended != "well":
+                self._store.set(_VERDICT, f"rank 0 has ended ({self._ended!r})")
+                self._wait_for_the_others()
         if alone:
             raise SystemExit(1)  # the traceback has been printed
 
@@ -121,6 +127,14 @@ class Watch:
             self._store.set(_VERDICT, f"rank {self.world.rank} has failed ({text!r})")
             # Give the others time to read it: the store may end with this process.
             self._closing.wait(3 * BEAT)
+
+    def _wait_for_the_others(self) -> None:
+        """Give the others time to read a verdict, since the store ends with this process."""
+        end, others = time.monotonic() + 3 * BEAT, range(1, self.world.world_size)
+        while time.monotonic() < end:
+            if all(json.loads(self._store.get(str(rank)) or "{}").get("ended") for rank in others):
+                return
+            time.sleep(0.1)
 
     def await_verdict(self, error: BaseException) -> None:
         """Wait briefly for the watch to name the lost process, if that may have caused ``error``.

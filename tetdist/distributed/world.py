@@ -20,7 +20,7 @@ from tetdist.buffers import in_one_buffer
 from tetdist.distributed import meeting
 from tetdist.distributed.devices import choose_device, cores_near, keep_freed_memory
 from tetdist.distributed.waiting import Waiting
-from tetdist.errors import UserError
+from tetdist.errors import FailedElsewhere, UserError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 Result = TypeVar("Result")
@@ -114,7 +114,7 @@ class World:
         Raises:
             UserError: The action's error (of this or any other type), on the lowest rank where it
                 failed.
-            SystemExit: Status 2, on all other ranks.
+            FailedElsewhere: Status 2, on all other ranks.
         """
         result: Any = None
         failure: Exception | None = None
@@ -127,7 +127,7 @@ class World:
             return result
         if failure is not None and failed.index(True) == self.rank:
             raise failure
-        raise SystemExit(2)
+        raise FailedElsewhere(2)
 
     def wait_for_device(self) -> None:
         """Wait until the GPU has finished its queued work; the host runs some steps ahead."""

@@ -273,7 +273,7 @@ class SpikingNetwork(nn.Module):
         if pool not in pools and (pool or num_classes):
             raise ValueError(
                 f"global_pool must be {' or '.join(map(repr, pools))}, or '' with num_classes=0, "
-                f"not {pool!r}"
+                f"not {pool!r}; to pool by yourself, take forward_features, (T, B, C, H, W)"
             )
         self.global_pool = pool
 
@@ -335,7 +335,7 @@ class SpikingNetwork(nn.Module):
         return Stream(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the spikes of the last block, (T, B, C, H, W)."""
+        """Return the spikes of the last block, (T, B, C, H, W): time first, unlike timm's."""
         return self.features_of(self.time_first(x), self.timesteps)
 
     def features_of(

@@ -8,10 +8,12 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import sqlite3
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+from tetdist.config.loading import TRACKING_VARIABLE
 from tetdist.errors import UserError, without_passwords
 from tetdist.tracking.mlflow_logger import is_server, new_client
 from tetdist.tracking.trackers import first_line
@@ -25,6 +27,7 @@ _SUGGESTED = f"set tracking.uri=http://HOST:PORT or sqlite:////FOLDER/mlflow.db,
 def check_store(uri: str) -> None:
     """Check that MLflow can keep runs at an address, without contacting a server."""
     shown, address = without_passwords(uri), urlsplit(uri)
+    key = TRACKING_VARIABLE if uri == os.environ.get(TRACKING_VARIABLE) else "tracking.uri"
     if shown != uri:
         _warn_of_password()
     try:
@@ -34,6 +37,8 @@ def check_store(uri: str) -> None:
                     raise ValueError("it names no host")
             case "sqlite":
                 _check_sqlite(uri.partition("///")[2])
+            case "databricks" if "@" in uri:
+                raise ValueError("give databricks://PROFILE, a profile of ~/.databrickscfg")
             case "postgresql" | "mysql" | "mssql":
                 from sqlalchemy import create_engine
 
@@ -42,11 +47,11 @@ def check_store(uri: str) -> None:
                 new_client(uri)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"tracking.uri: {shown} needs the package {error.name}; install it, {_OTHERWISE}"
+            f"{key}: {shown} needs the package {error.name}; install it, {_OTHERWISE}"
         ) from error
     except Exception as error:  # MLflow, SQLAlchemy and SQLite raise many kinds
         raise UserError(
-            f"tracking.uri: MLflow cannot use {shown} ({first_line(error)}); {_SUGGESTED}"
+            f"{key}: MLflow cannot use {shown} ({first_line(error)}); {_SUGGESTED}"
         ) from error
 
 
@@ -54,6 +59,8 @@ def _check_sqlite(path: str) -> None:
     """Check that a file is an SQLite database; a missing one will be made, with its folder."""
     if not path or path == ":memory:":
         raise ValueError("a database in memory is lost when the run ends")
+    if found := re.search(r"[%?\x00-\x1f\x7f]", path):
+        raise ValueError(f"an address cannot hold the {found[0]!r} of this path")
     if not Path(path).exists():
         return
     address = f"file:{quote(str(Path(path).absolute()))}?mode=rw"

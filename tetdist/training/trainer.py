@@ -14,7 +14,7 @@ from torch import Tensor
 from tetdist.config.schema import RunConfig
 from tetdist.data.loader import Batch
 from tetdist.distributed.signals import StopRequest
-from tetdist.distributed.watchdog import Watch
+from tetdist.distributed.watchdog import CONTINUES, Watch
 from tetdist.distributed.world import World
 from tetdist.errors import Stopped, UserError
 from tetdist.evaluation.evaluate import Interrupted
@@ -62,6 +62,7 @@ class Trainer:
         self.feed = Feed(run, self._on_batch)
         found = self.folder.newest_checkpoint()
         if found is not None:
+            watch.after = CONTINUES
             world.run_on_all(lambda: self._restore(found))
         self.phase: Phase | None = None
         self.observers = Observers()
@@ -266,7 +267,7 @@ class Trainer:
         )
         optimizer = self.engine.optimizer_state()
         state.save(now, self.prepared, optimizer, self.average, evaluated, self.tracker)
-        self.saved_step = self.step
+        self.saved_step, self.watch.after = self.step, CONTINUES
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         """Resume from a checkpoint, and open the teacher if still needed."""

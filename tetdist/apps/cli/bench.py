@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from tetdist.apps.cli.common import program, run_command, write_result
-from tetdist.config.flags import positive
+from tetdist.config.flags import Parser, positive
 from tetdist.errors import UserError
 from tetdist.storage.files import check_writable
 
@@ -15,7 +15,7 @@ MODES = ("none", "blocks", "timesteps")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=program("bench"), description=__doc__)
+    parser = Parser(prog=program("bench"), description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, what: str, *, repeats: int, batch: int) -> argparse.ArgumentParser:

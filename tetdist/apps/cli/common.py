@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tetdist.errors import PEER_FAILED, PeerFailed, UserError, sentence, typed
+from tetdist.config.flags import Parser
+from tetdist.errors import PEER_FAILED, PeerFailed, UserError, printable, sentence, typed
 from tetdist.wording import are, counted
 
 # Help of an argument that names a trained network.
@@ -61,7 +62,7 @@ def check_new_weights(output: Path) -> None:
 def report_bad(bad: Sequence[tuple[str, str]], kind: str, number: int) -> None:
     """Print path and fault of each bad file, and how many of how many files are bad."""
     for path, reason in bad:
-        print(f"bad: {path}: {reason}", file=sys.stderr)
+        print(printable(f"bad: {path}: {reason}"), file=sys.stderr)
     if bad:
         print(f"{len(bad)} of {counted(number, kind)} {are(len(bad))} bad", file=sys.stderr)
 
@@ -85,7 +86,7 @@ def program(command: str) -> str:
 
 def documented_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
     """Return a parser whose --help is a module's docstring, with the command as typed here."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=program(command),
         description=(doc or "").replace(f"python tools/{command}.py", typed(command)),
         formatter_class=argparse.RawDescriptionHelpFormatter,

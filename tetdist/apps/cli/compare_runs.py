@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from tetdist.apps.cli.common import program, run_command
+from tetdist.config.flags import Parser
 from tetdist.storage.files import check_writable, explaining
 
 
@@ -34,7 +35,7 @@ def show(options: argparse.Namespace) -> int:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("compare_runs"),
         description="Compare runs: results, configuration, metrics and weights.",
         epilog="Exit status: 0 the same metrics and weights, 1 different ones, 2 a user error.",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.apps.cli.common import add_checkpoint, add_local_rank, program, run_command
-from tetdist.config.flags import MOST_TIMESTEPS, add_import, positive
+from tetdist.config.flags import MOST_TIMESTEPS, Parser, add_import, positive
 from tetdist.errors import UserError
 from tetdist.storage import files, hub
 
@@ -64,7 +64,7 @@ def report_file(text: str) -> Path:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=program("eval"), description="Evaluate a checkpoint.")
+    parser = Parser(prog=program("eval"), description="Evaluate a checkpoint.")
     add = parser.add_argument
     add_checkpoint(parser)
     given = "use the best checkpoint of a run folder (it was chosen on the validation split)"
@@ -109,7 +109,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     given = "write the result as a self-contained page with plots"
     add("--report", metavar="FILE.html", type=report_file, help=given)
     options = parser.parse_args(arguments)
-    for flag, value in (("--measured", options.measured), ("--exit-on", options.exit_on)):
+    for flag, value in (("--exit-on", options.exit_on), ("--measured", options.measured)):
         if value and options.exit_within is None:
             parser.error(f"{flag} needs the early exit of --exit-within; add --exit-within POINTS")
     if options.int8 and (options.unroll or options.measured or options.energy):
@@ -239,10 +239,10 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
     """Print the result, and write the requested files."""
     from tetdist.apps.reports.evaluation_page import as_text, html_page
 
-    print(as_text(found))
     if options.json:
         with files.explaining(options.json):
             files.write_json(options.json, found)
     if options.report:
         with files.explaining(options.report):
             files.write_text(options.report, html_page(found))
+    print(as_text(found))  # last, because the output may be full

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from tetdist.apps.cli.common import add_checkpoint, check_new_weights, program, run_command
-from tetdist.config.flags import MOST_TIMESTEPS, add_import, positive
+from tetdist.config.flags import MOST_TIMESTEPS, Parser, add_import, positive
 from tetdist.errors import UserError
 from tetdist.storage import hub
 from tetdist.wording import counted
@@ -32,9 +32,7 @@ WHOLE = ("safetensors", "onnx-step")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=program("export"), description="Export a trained network."
-    )
+    parser = Parser(prog=program("export"), description="Export a trained network.")
     add = parser.add_argument
     add_checkpoint(parser)
     formats = ["safetensors", "timm", "nir", "onnx", "onnx-step", "torch"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tetdist.apps.cli.common import MISTAKES, program, report_bad, run_command, write_result
 from tetdist.apps.file_progress import file_progress
-from tetdist.config.flags import MOST_THREADS, positive
+from tetdist.config.flags import MOST_THREADS, Parser, positive
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import check_writable
 from tetdist.wording import counted
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=program("images"), description=__doc__)
+    parser = Parser(prog=program("images"), description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_index(commands)
     _add_check(commands)

@@ -1,14 +1,14 @@
 """List the names that a configuration may use: `tetdist list`."""
 
-import argparse
 import textwrap
 from collections.abc import Iterable
 
 from tetdist.apps.cli.common import program
+from tetdist.config.flags import Parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    argparse.ArgumentParser(prog=program("list"), description=__doc__).parse_args(arguments)
+    Parser(prog=program("list"), description=__doc__).parse_args(arguments)
     from tetdist.config.loading import CONFIGS_DIR
     from tetdist.config.names import LOSSES, NETWORKS, OPTIMIZERS
     from tetdist.nn.neurons import NEURONS

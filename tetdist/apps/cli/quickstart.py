@@ -1,12 +1,12 @@
 """Train and evaluate a small spiking network on real digits: data/digits, runs/quickstart."""
 
-import argparse
 import os
 import shlex
 import subprocess
 import sys
 
 from tetdist.apps.cli.common import program, run_command
+from tetdist.config.flags import Parser
 from tetdist.distributed.starters import as_starter
 from tetdist.errors import typed
 
@@ -20,7 +20,7 @@ STEPS: tuple[tuple[str, ...], ...] = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 0 done, or that of the failed command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("quickstart"),
         description="Prepare 5,000 digits, train on 4,000, evaluate on the other 1,000: two "
         "minutes on two cores. The same command continues when stopped.",

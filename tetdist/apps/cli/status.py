@@ -3,18 +3,19 @@
 import argparse
 
 from tetdist.apps.cli.common import program, run_command
+from tetdist.config.flags import Parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 0, or 2 for a run that does not exist or is damaged."""
+    options = parse_arguments(arguments)
     from tetdist.apps.slurm.status import show
 
-    options = parse_arguments(arguments)
     return run_command(lambda: show(options.runs, as_json=options.json), interrupted="interrupted")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("status"),
         description="Show each run's state, step, loss, speed, ETA, evaluations, checkpoint and "
         "Slurm job.",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tetdist.apps.cli.common import program, run_command
-from tetdist.config.flags import add_import, positive
+from tetdist.config.flags import Parser, add_import, positive
 from tetdist.errors import UserError
 from tetdist.wording import counted
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("study"),
         description="Run a study and write its report. The same command continues a stopped one.",
         epilog="Exit status: 0 all done, 1 runs failed, 2 a user error, 130 stopped.",

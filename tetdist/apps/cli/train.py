@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from tetdist.apps.cli.common import MISTAKES, add_local_rank, fail, program
-from tetdist.config.flags import add_import
+from tetdist.config.flags import Parser, add_import
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError, typed
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("train"),
         description="Train a spiking network. The same command continues a stopped run.",
         epilog="examples:\n"

@@ -71,20 +71,22 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _read(label: str, folder: Path) -> Run:
-    from tetdist.config import identity, loading
-    from tetdist.config.yaml_files import read_yaml
-
     file, config = folder / "metrics.jsonl", folder / "config.yaml"
     if not file.exists():
         raise UserError(f"{folder} is not a run folder, because it has no metrics.jsonl")
+    from tetdist.config import identity, loading
+    from tetdist.config.retired import retired_values
+    from tetdist.config.yaml_files import read_yaml
+
     with reading():
         lines = {(line["step"], line["kind"]): line for line in each_line(file)}
-        configuration = read_yaml(config)
+        raw = configuration = read_yaml(config)
     # Keys that an older version did not know get their defaults, unless this version cannot parse
     # the configuration.
     with suppress(UserError):
-        configuration = loading.parse(configuration, str(config), warn=False).as_dict()
-    return Run(label, folder, lines, identity.flatten(configuration))
+        source = str(config)
+        configuration = loading.parse(raw, source, warn=False, is_trained=True).as_dict()
+    return Run(label, folder, lines, identity.flatten(configuration) | retired_values(raw))
 
 
 def compare(runs: Sequence[Run]) -> tuple[bool, str]:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from tetdist.config.flags import add_import, positive
+from tetdist.config.flags import Parser, add_import, positive
 from tetdist.errors import UserError, typed
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def _submit_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description="Submit a run to a Slurm cluster once; it requeues itself until finished.",
         epilog="Other commands: status RUN, cancel RUN, resume RUN (each with --help). Settings of "
@@ -84,7 +84,7 @@ def _submit_parser() -> argparse.ArgumentParser:
 
 
 def _run_parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"{PROGRAM} {command}", description=RUN_COMMANDS[command])
+    parser = Parser(prog=f"{PROGRAM} {command}", description=RUN_COMMANDS[command])
     parser.add_argument("run", metavar="RUN", help="run or study: its folder, or its name in runs/")
     if command == "resume":
         parser.add_argument("--new-code", action="store_true", help="use the current code instead")

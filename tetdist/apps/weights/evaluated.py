@@ -153,12 +153,15 @@ def calibration(
             "--exit-within needs training samples that the run held out, and this run held out "
             "none; train with data.held_out=0.1, or give --exit-on ROOT/SPLIT"
         )
-    index = open_data(config, world)[1]
-    if list(index.classes) != list(trained or index.classes):
+    try:
+        index = open_data(config, world)[1]
+        if list(index.classes) != list(trained or index.classes):
+            raise UserError(f"the classes of {config.data.root} differ from those of the training")
+    except UserError as error:
         raise UserError(
-            f"--exit-within: the classes of {config.data.root} differ from those of the training; "
-            "give --data, the data of the training"
-        )
+            f"--exit-within needs the training samples that the run held out: {error}; give --data,"
+            " the data of the training, or --exit-on ROOT/SPLIT, which needs none of them"
+        ) from error
     return dataclasses.replace(evaluator, index=index)
 
 
