@@ -478,7 +478,7 @@ def test_every_key_is_explained_with_what_it_takes(capsys):
         "name": "[text; default: the file's name]",
         "data.root": "[text; required]",
         "data.scale": "[list of 2: number >= 0 and <= 1; default [0.08, 1.0]]",
-        "loss.kind": "[sdt | tet; default tet]",
+        "loss.kind": "[sdt | tet | tet_of_means; default tet]",
         "phases.N.optimizer.kind": "[sgd | adam | adamw; default sgd]",
         "recompute": "[none | blocks or {timesteps}; default none]",
     }.items():
