@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-quick test-long test-gpu docs lint constraints format clean
+.PHONY: help venv quickstart test test-quick test-long test-slurm test-gpu docs lint constraints format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ test: $(VENV)/.tests ## run the tests (minutes)
 
 test-long: $(VENV)/.tests ## run the tests that take longer
 	@$(BIN)/python -m pytest -m long -n $(WORKERS) $(PYTEST_FLAGS)
+
+test-slurm: $(VENV)/.tests ## run the longer tests on a Slurm cluster, which they start
+	@$(BIN)/python -m pytest -m long -n $(WORKERS) tests/slurm $(PYTEST_FLAGS)
 
 test-gpu: $(VENV)/.tests ## run the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)

@@ -107,9 +107,9 @@ def test_relu_networks_have_the_same_convolutions(made):
     names = [name for name in models.names() if "101" not in name and "152" not in name]
     for name in names:
         with torch.device("meta"):
-            baseline, model = relu_network(name), timm.create_model(name)
-            if baseline is None:
+            if (baseline := relu_network(name)) is None:
                 continue
+            model = timm.create_model(name)
             assert convolutions(baseline) == convolutions(model), name
             *_, channels, height, width = model.default_cfg["input_size"]
             logits = baseline(torch.empty(2, channels, height, width))

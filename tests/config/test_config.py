@@ -224,6 +224,11 @@ def test_a_contradiction_is_named(tiny_config, row):
     assert expected in refusal(lambda: load(str(tiny_config()), overrides))
 
 
+def test_what_has_no_weight_contradicts_nothing():
+    unused = {"teacher_alignment": "error_aware", "self_target": "correct_mean"}
+    assert resolved({"loss.distillation": unused, "data.mixup": 0.2}).data.mixup == 0.2
+
+
 def test_mistakes_of_the_file_and_of_an_override_are_distinguished(tiny_config):
     file = str(tiny_config({"sede": 1}))
     other, own = refusal(lambda: load(file, ["log_every=x"])).split(f"; {file}: ")

@@ -98,6 +98,7 @@ def test_a_training_says_of_what_is_not_causal_only_the_whole(alone):
     result = evaluator.run("evaluate")
     assert result.timesteps == 4
     assert result.per_timestep_top1 == result.per_timestep_loss == []
+    assert not any(module._forward_hooks for module in evaluator.model.modules())
     assert evaluator_of(small({"kind": "masked_psn"}), alone).run("").per_timestep_top1 != []
 
 

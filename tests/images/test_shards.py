@@ -4,13 +4,11 @@ import io
 import resource
 import shutil
 import tarfile
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from samples import (
     picture,
 )
@@ -18,7 +16,7 @@ from samples import (
 from tetdist.apps.images import shards
 from tetdist.apps.images.shards import plan_shards, shard_split
 from tetdist.config.sections.data import DataSection
-from tetdist.data.batches import Share, eval_batches, train_batches
+from tetdist.data.batches import eval_batches
 from tetdist.data.dali import Workers
 from tetdist.datasets import index as ix
 from tetdist.errors import UserError
@@ -212,29 +210,6 @@ def test_a_disk_that_is_full_is_a_sentence(image_root, tmp_path, call, monkeypat
     assert call(*arguments)[0] == 0
 
 
-def batches(index, root, training):
-    """Images of an epoch, or of an evaluation."""
-    workers = Workers(device="cpu", device_id=None, threads=2, prefetch=2)
-    data = DataSection(root=str(root), image_size=32, resize=36)
-    if not training:
-        ids = list(evaluation_batches(len(index), 4, rank=0, world_size=1))
-        return [batch.images for batch in eval_batches(data, index, ids, workers)]
-    share = Share(
-        seed=5, global_batch=6, micro_batch=3, rank=0, world_size=1, epoch=0, step_in_epoch=0
-    )
-    with train_batches(data, index, share, 32, workers) as loader:
-        return [batch.images for batch in islice(loader, 4)]
-
-
-def test_batches_of_shards_are_those_of_the_folder(image_root, tmp_path):
-    root = image_root()
-    index = indexed(root)
-    packed = pack(root, tmp_path / "p")
-    for training in (True, False):
-        expected = batches(index, root, training)
-        assert all(map(torch.equal, batches(packed, tmp_path / "p", training), expected))
-
-
 def test_an_image_in_a_shard_that_went_bad_is_named(image_root, tmp_path):
     root = image_root()
     indexed(root)
@@ -244,5 +219,8 @@ def test_an_image_in_a_shard_that_went_bad_is_named(image_root, tmp_path):
     data = bytearray(file.read_bytes())
     data[damaged.offset + 700 : damaged.offset + damaged.size] = bytes(damaged.size - 700)
     file.write_bytes(data)
+    workers = Workers(device="cpu", device_id=None, threads=2, prefetch=2)
+    data = DataSection(root=str(tmp_path / "p"), image_size=32, resize=36)
+    ids = list(evaluation_batches(len(index), 4, rank=0, world_size=1))
     with pytest.raises(UserError, match=r"00000007-bee3.jpg \(cannot be decoded.*images.py index"):
-        batches(index, tmp_path / "p", training=False)
+        list(eval_batches(data, index, ids, workers))

@@ -120,7 +120,7 @@ def test_plots_are_complete_at_the_end(name, main, tiny_config, event_root, tmp_
     neuron = {"kind": kind} | ({"timesteps": timesteps} if kind == "psn" else {})
     changes = {
         "model": {"name": name, "arguments": arguments, "neuron": neuron},
-        "batch": {"global": 10, "micro": 10, "eval": 23} if events else {"global": 24, "micro": 24},
+        "batch": {"global": 10, "micro": 10, "eval": 23} if events else {"global": 24, "micro": 8},
         "phases.0.timesteps": timesteps,
         "plots": True,
         "profile": [1, 1] if name == "spiking_convnet" else None,

@@ -54,7 +54,7 @@ def queue(monkeypatch):
     return queue
 
 
-def test_a_run_that_is_waited_for_is_finished_or_queued(tmp_path, queue):
+def test_a_run_that_is_waited_for_is_finished_or_queued(tmp_path, queue, monkeypatch):
     runs = [tmp_path / name for name in ("finished", "queued", "half")]
     for run, saved in zip(runs, (10, 0, 9), strict=True):
         submitted(run, saved, job=run.name)
@@ -65,6 +65,10 @@ def test_a_run_that_is_waited_for_is_finished_or_queued(tmp_path, queue):
     with pytest.raises(UserError, match=r"is already queued as job queued \(PENDING\)"):
         jobs.refuse_if_queued(runs[1])
     assert [run.name for run in status.find(str(tmp_path))] == ["finished", "half", "queued"]
+    # Without an answer it may be queued, and two jobs must not train in one folder.
+    monkeypatch.setattr(jobs, "query", lambda *_: (1, "", "Unable to contact the controller"))
+    with pytest.raises(UserError, match="Slurm does not answer: Unable to contact"):
+        jobs.refuse_if_queued(runs[1])
 
 
 @pytest.mark.usefixtures("queue")

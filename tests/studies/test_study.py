@@ -195,7 +195,7 @@ def test_the_search_of_the_page_prunes_and_continues(tiny_config, tmp_path, monk
     page = (tiny.PROJECT / "docs" / "studies.md").read_text()
     script = page.split("```python\n# search.py\n")[1].split("```")[0]
     assert "n_trials=9" in script
-    (tmp_path / "search.py").write_text(script.replace("n_trials=9", "n_trials=5"))
+    (tmp_path / "search.py").write_text(script.replace("n_trials=9", "n_trials=3"))
     for name, function in farm.environment().items():
         monkeypatch.setattr(environment, name, function)
     file = tiny_config({"phases.0.epochs": 4, "engine": "torch"})
@@ -203,7 +203,7 @@ def test_the_search_of_the_page_prunes_and_continues(tiny_config, tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["search.py", str(file), "batch.micro=4"])
     sampler = optuna.samplers.RandomSampler(seed=0)
     monkeypatch.setattr(optuna, "create_study", partial(optuna.create_study, sampler=sampler))
-    for number in (5, 10):
+    for number in (3, 6):
         study = runpy.run_path("search.py", run_name="__main__")["study"]
         assert [trial.number for trial in study.trials] == list(range(number))
     for trial in study.trials:

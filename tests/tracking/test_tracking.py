@@ -1,6 +1,5 @@
 """metrics.jsonl keeps everything, and MLflow ends up with the same, whatever happens between."""
 
-import importlib
 import itertools
 import json
 import logging
@@ -22,7 +21,6 @@ import pytest
 import tiny
 import torch
 
-import tetdist
 from tetdist.errors import UserError, pip_install
 from tetdist.tracking import metrics_file, mlflow_logger, trackers
 from tetdist.tracking.environment import environment, git_state
@@ -236,15 +234,6 @@ def test_a_full_disk_is_reported_and_leaves_whole_lines(untracked, tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     assert [line["step"] for line in read_metrics(path)] == [1]
     assert path.read_bytes().endswith(b"}\n")
-
-
-def test_without_mlflow_its_package_is_not_imported(monkeypatch):
-    monkeypatch.setattr(tetdist, "tracking", tetdist.tracking)  # which the import sets
-    for name in [name for name in sys.modules if name.startswith("tetdist.tracking")]:
-        monkeypatch.delitem(sys.modules, name)
-    for name in ("mlflow", "matplotlib"):
-        monkeypatch.setitem(sys.modules, name, None)
-    importlib.import_module("tetdist.tracking.tracker")
 
 
 def test_trackers_start_after_the_first_step_or_at_the_end(tmp_path, monkeypatch):
