@@ -1,7 +1,6 @@
 """Plots of a sample: what they show is what the network computes."""
 
 import re
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,10 +10,9 @@ from PIL import Image
 
 from tetdist.apps.reports import sample_plot
 from tetdist.apps.reports.replay_gif import coloured
-from tetdist.apps.weights.evaluated import evaluation_config
+from tetdist.apps.weights.trained import load
 from tetdist.models import SpikingNetwork
 from tetdist.nn.norm_neuron import firing_layers
-from tetdist.storage import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,7 +21,7 @@ def images_and_durations(file):
     with Image.open(file) as gif:
         for number in range(gif.n_frames):
             gif.seek(number)
-            yield np.asarray(gif.convert("RGB")), gif.info["duration"]
+            yield np.asarray(gif.convert("RGB")).astype(int), gif.info["duration"]
 
 
 def test_command_draws_a_sample(call, tiny_config, tiny_root, main, tmp_path, monkeypatch):
@@ -44,16 +42,18 @@ def test_command_draws_a_sample(call, tiny_config, tiny_root, main, tmp_path, mo
         assert np.unique(np.asarray(image)).size > 20
     drawn = list(images_and_durations("it.gif"))
     assert [duration for _, duration in drawn] == [700] * (timesteps - 1) + [2000]
-    assert all((a != b).any() for (a, _), (b, _) in pairwise(drawn))
-
-    description = checkpoint.load_model_file(run)[1]
-    assert seen.classes == description.classes
+    trained = load(run)
+    assert seen.classes == trained.description.classes
     file, label = re.fullmatch(r"(val/.+), class (.+)", seen.title).groups()
     assert file.split("/")[1] == label
     assert (tiny_root / file).exists()
-    config = evaluation_config(description.config, "it")
-    assert seen.frames[0].shape == (config.data.image_size, config.data.image_size, 3)
-    assert 0 <= seen.frames[0].min() < seen.frames[0].max() <= 1
+    data = trained.config.data
+    assert seen.frames[0].shape == (data.image_size, data.image_size, 3)
+    x = torch.tensor((seen.frames[0] - data.mean) / data.std).float().permute(2, 0, 1)[None]
+    with torch.no_grad():
+        logits = trained.model(x, per_timestep=True)[:, 0]
+    for t, probabilities in enumerate(seen.probabilities, start=1):
+        np.testing.assert_allclose(probabilities, logits[:t].mean(0).softmax(-1), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -128,11 +128,17 @@ def test_events_are_drawn_at_any_number_of_timesteps(timesteps, tmp_path):
         title="val/left/1.npy, class left",
         classes=["left", "right", "up", "down"],
         frames=[coloured(frame) / 255 for frame in events],
-        spikes={"stem": rng.random((timesteps, 8, 6)), "blocks.0": np.zeros((timesteps, 1, 2))},
+        # A spike moves from left to right.
+        spikes={"stem": np.eye(timesteps)[:, None], "blocks.0": np.zeros((timesteps, 1, 2))},
         activation=None if timesteps == 1 else np.zeros((timesteps, 2, 2)),
         probabilities=probabilities,
     )
     sample_plot.draw(seen, tmp_path / "it.png", tmp_path / "it.gif")
     with Image.open(tmp_path / "it.png") as image:
         assert image.width == sample_plot.WIDTH * sample_plot.DPI
-    assert len(list(images_and_durations(tmp_path / "it.gif"))) == timesteps
+    places = []
+    for image, _ in images_and_durations(tmp_path / "it.gif"):
+        red, green, blue = image[: len(image) // 3].transpose(2, 0, 1)
+        places.append(np.nonzero((green > red + 60) & (green > blue + 20))[1].mean())
+    assert len(places) == timesteps
+    assert (np.diff(places) > 0).all()
