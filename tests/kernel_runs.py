@@ -14,10 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tetdist.losses import tet_loss
+from tetdist.nn import batch_norm
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import dispatch, native, native_library
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import FusedLayer
+from tetdist.nn.precision import autocast
 
 
 @contextlib.contextmanager
@@ -257,3 +260,44 @@ def kept_tensors() -> Iterator[list[Tensor]]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield kept
+
+
+# One small network of each family and kind of block, with at least eight channels: with fewer, on
+# processors with only AVX2, oneDNN writes past its memory in strided 1x1 convolutions' backward
+# pass.
+SMALL = {
+    "sew_resnet18": {"width": 8},
+    "sew_resnet50": {"width": 8, "connect_function": "iand"},
+    "spiking_resnet18": {"width": 8, "stem_width": 8},
+    "spiking_resnet19": {"width": 8, "stem_width": 8, "hidden_features": 8},
+    "preact_resnet18": {"width": 8},
+    "ms_resnet18": {"width": 8},
+    "spiking_convnet": {"channels": (4, 8, 8), "input_size": 16},
+    "vggsnn": {"input_size": 16},
+    "qkformer_10_384": {
+        "widths": (8, 8, 16),
+        "depths": (1, 1, 1),
+        "heads": 2,
+        "mixes_samples": True,
+    },
+    "qkformer_4_384_cifar": {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2},
+    "sdt_2_256_cifar": {"channels": 16, "depth": 1},
+    "espikeformer_t": {"widths": (8, 8, 8, 16), "depths": (1, 1), "heads": 2},
+    "ms_qkformer_4_384_cifar": {
+        "widths": (8, 8, 16),
+        "depths": (1, 1, 1),
+        "heads": 2,
+        "mlp_ratio": 1,
+    },
+}
+
+
+def step(model: nn.Module, x: Tensor, precision: str = "fp32") -> dict[str, Tensor]:
+    """Loss, gradients and running statistics of one step of a network with three classes."""
+    with autocast(x.device, precision):
+        logits = model(x, per_timestep=True)
+    loss = tet_loss(logits, torch.arange(len(x)) % 3, lambda_=0.1)
+    loss.backward()
+    batch_norm.update_running_statistics(model, lambda t: t)
+    result = {name: p.grad for name, p in model.named_parameters()}
+    return result | dict(model.named_buffers()) | {"loss": loss.detach()}

@@ -101,12 +101,13 @@ def _of_cat(tensors: list[Tensor]) -> int:
 
 
 # What torch.use_deterministic_algorithms' documentation says to raise on CUDA tensors, of what a
-# network for images could call.
+# network for images could call; of cumsum that of floating-point numbers.
 REFUSED_IF_DETERMINISTIC = {
     "_adaptive_avg_pool2d_backward",
     "_upsample_bicubic2d_aa_backward",
     "_upsample_bilinear2d_aa_backward",
     "adaptive_max_pool2d_backward",
+    "cumsum",
     "grid_sampler_2d_backward",
     "histc",
     "kthvalue",
@@ -118,16 +119,7 @@ REFUSED_IF_DETERMINISTIC = {
 }
 
 
-def is_refused_if_deterministic(
-    name: str, arguments: tuple[Any, ...], options: dict[str, Any]
-) -> bool:
+def is_refused_if_deterministic(name: str, result: Any) -> bool:
     """Whether a GPU refuses an operation of that name where only deterministic ones are allowed."""
-    match name.split(".")[1]:
-        case "cumsum" | "cumsum_":
-            return (options.get("dtype") or arguments[0].dtype).is_floating_point
-        case "bincount":
-            return options.get("weights", arguments[1] if len(arguments) > 1 else None) is not None
-        case "scatter_reduce" | "scatter_reduce_":
-            return arguments[4] == "prod"
-        case other:
-            return other in REFUSED_IF_DETERMINISTIC
+    kind = name.split(".")[1]
+    return kind in REFUSED_IF_DETERMINISTIC and (kind != "cumsum" or result.is_floating_point())

@@ -217,10 +217,12 @@ class _Graph:
 @contextlib.contextmanager
 def _graph(*arguments: Any, **options: Any) -> Iterator[None]:
     """What `torch.cuda.graph` does but once, before it captures: to wait, is not taken down."""
-    graph, its_stream = (
+    graph, its_stream, mode = (
         inspect.signature(torchs_graphs.graph).bind(*arguments, **options).arguments[name]
-        for name in ("cuda_graph", "stream")
+        for name in ("cuda_graph", "stream", "capture_error_mode")
     )
+    if mode != "thread_local" and _active is not None:
+        _active.ungraphed.append(f"capture_error_mode={mode}: the batches' thread breaks it")
     with contextlib.ExitStack() as stack:
         stack.enter_context(stream(its_stream.number))
         stack.enter_context(capturing())
@@ -238,11 +240,19 @@ def compared(
     capture: Callable[..., tuple[Tensor, Callable[[], None]]],
 ) -> Callable[..., tuple[Tensor, Callable[[], None]]]:
     """A capture at whose replays the function runs once more, to be compared with what was
-    captured."""
+    captured; before it, libraries and kernels have to be loaded by other calls."""
 
     @functools.wraps(capture)
     def wrapped(function: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
-        result, replay = capture(function, pool)
+        calls = itertools.count()
+
+        def counted() -> Tensor:
+            next(calls)
+            return function()
+
+        result, replay = capture(counted, pool)
+        if (number := next(calls)) < 3 and _active is not None:
+            _active.ungraphed.append(f"captured at call {number} of the function")
 
         def replayed() -> None:
             replay()
@@ -485,6 +495,7 @@ class Recorder(TorchDispatchMode):
             self._note_uses(function, arguments, options, [])
             return None
         if name == "aten._local_scalar_dense.default" and tensors[0].device.type == "cpu":
+            self._note_uses(function, arguments, options, [])
             # One that came from the device is 0; others, of steps, divide.
             return 0.0 if tensors[0].untyped_storage()._cdata in self._pinned else 1.0
         if name == "aten._local_scalar_dense.default":
@@ -514,7 +525,7 @@ class Recorder(TorchDispatchMode):
             self.refuse_in_graph(f"{name}, computed on the host,")
         if any(x.device.type == "cuda" for x in (*tensors, *results)):
             self.count(name, num_launches(function, arguments, result))
-            if is_refused_if_deterministic(name, arguments, options):
+            if is_refused_if_deterministic(name, result):
                 self.refused.append(f"{name} at {_place()}")
         return result
 

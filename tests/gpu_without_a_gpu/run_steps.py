@@ -2,15 +2,13 @@
 
 A start of Python with torch and DeepSpeed takes seconds, and then many cases are answered. Each
 comes in on standard input, a line of JSON (the fields of `Case`), and its answer (`report`'s)
-leaves on standard output; one without any fields asks for what is found of `MISTAKES`. The library
-of cuda_guard.cpp has to be preloaded.
+leaves on standard output. The library of cuda_guard.cpp has to be preloaded.
 """
 
 import contextlib
 import ctypes
 import gc
 import inspect
-import itertools
 import json
 import os
 import sys
@@ -28,7 +26,6 @@ import pretended
 import timm
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from faults import faulty
 from happens_before import Order
 from pretended import DEVICE, Recorder
@@ -72,78 +69,6 @@ class Case:
     fault: list[str] | None = None
 
 
-MISTAKES: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "pageable copy": lambda here, _: here.to(DEVICE),
-    "pageable copy with non_blocking=True": lambda here, _: here.to(DEVICE, non_blocking=True),
-    "blocking copy": lambda here, _: here.pin_memory().to(DEVICE),
-    "copy to the host": lambda _, there: there.cpu(),
-    "copy into a tensor": lambda here, there: there.copy_(here),
-    "copy of a number": lambda _, there: torch.tensor(1.0, device=DEVICE) + there,
-    "number of the host in where": lambda here, there: torch.where(there > 0, there, here[0]),
-    "number": lambda _, there: float(there[0]),
-    "question": lambda _, there: bool(there[0] > 0),
-    "numbers": lambda _, there: there.tolist(),
-    "device": lambda _, __: torch.cuda.synchronize(),
-    "event": lambda _, __: (event := torch.cuda.Event()).record() or event.synchronize(),
-    "stream": lambda _, __: torch.cuda.current_stream().synchronize(),
-    "another device": lambda here, there: here + there,
-    "not deterministic": lambda _, there: there.cumsum(0),
-    "weight": lambda _, there: F.conv2d(there.view(1, 2, 2, 3), there.new_ones(2, 2, 2, 2)),
-    "none": lambda here, there: here.pin_memory().to(DEVICE, non_blocking=True) + 2 * there,
-}
-
-
-def _graph_mistakes() -> dict[str, Callable[[Tensor, Tensor], Any]]:
-    """What must not be done in a CUDA graph, each of which is run three times."""
-    numbers = {name: itertools.count(1) for name in ("number", "kernel", "part")}
-    sums: list[Tensor] = []
-
-    def another_tensor(_: Tensor, there: Tensor) -> None:
-        sums.append(there + sums[-1] if sums else there + there)
-
-    return {
-        "a number of the host": lambda _, there: there * next(numbers["number"]),
-        "another tensor each time": another_tensor,
-        "another kernel": lambda _, there: next(numbers["kernel"]) < 3 or there.add_(1),
-        "another part": lambda _, there: there[next(numbers["part"]) :] + 1,
-        "pinned memory": lambda here, _: here.pin_memory(),
-        "pinned memory of its own": lambda _, __: torch.empty(3, pin_memory=True),
-        "a copy to the device": lambda here, _: here.to(DEVICE, non_blocking=True),
-        "work of the host": lambda here, _: here + 1,
-        "a seed": lambda _, __: torch.manual_seed(0),
-        "none": lambda _, there: there.add_(1).sum().mul(2),
-    }
-
-
-def make_mistakes() -> dict[str, Any]:
-    """Make mistakes of all kinds, and one thing that is none; return what was found of each."""
-    found = {}
-    for name, make in MISTAKES.items():
-        recorder = Recorder()
-        error = None
-        with _FakeTensors():
-            here = torch.ones(12)
-            there = torch.empty(12, device=DEVICE)
-            recorder.phase = STEP[0]
-            try:
-                with recorder:
-                    make(here, there)
-            except Exception as raised:
-                error = pretended.failure(raised)
-        found[name] = report(recorder, error)
-    for name, make in _graph_mistakes().items():
-        recorder = Recorder()
-        with _FakeTensors():
-            here, there = torch.ones(12).pin_memory(), torch.empty(12, device=DEVICE)
-            with recorder:
-                recorder.note_pinned(here)
-                for _ in range(3):
-                    with recorder.capturing():
-                        make(here, there)
-        found[f"in a graph: {name}"] = report(recorder, None)
-    return found
-
-
 def main() -> None:
     pretended.install(ctypes.CDLL(os.environ["LD_PRELOAD"]))
     from tetdist.nn import batch_norm
@@ -162,9 +87,7 @@ def main() -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr
     for line in sys.stdin:
-        asked = json.loads(line)
-        told = answer(Case(**asked)) if asked else make_mistakes()
-        print(json.dumps(told), file=answers, flush=True)
+        print(json.dumps(answer(Case(**json.loads(line)))), file=answers, flush=True)
 
 
 class _FakeTensors(FakeTensorMode):

@@ -10,8 +10,6 @@ import json
 
 import pytest
 import timm
-import torch
-from launches import num_launches
 from worker import launches
 
 from tetdist import models
@@ -35,6 +33,7 @@ ENGINES = {
     "zero1": ("engine=deepspeed", "zero_stage=1"),
     "zero2": ("engine=deepspeed", "zero_stage=2"),
 }
+GRAPHS = (*ENGINES["torch"], "cuda_graphs=true")
 EVERYTHING = (
     "data.mixup=0.2",
     "data.cutmix=1.0",
@@ -67,36 +66,43 @@ def ask(running):
     return ask
 
 
-def test_mistakes_are_found(running):
-    found = running.mistakes()
-    clean = found.pop("none")
-    assert_runs(clean)
-    assert launches(clean, "input") == 3
-    for name, text in (
-        ("another device", "to be on the same device"),
-        ("not deterministic", "aten.cumsum"),
-        ("weight", "convolution: weight (2, 2, 2, 2)"),
-    ):
-        answer = found.pop(name)
-        assert text in str([answer["error"], answer["refused"], answer["layouts"]]), name
-    assert_runs(found.pop("in a graph: none"))
-    for name, answer in found.items():
-        assert answer["error"] is None, name
-        if name.startswith("in a graph: "):
-            assert answer["ungraphed"], name
-        else:
-            assert len(answer["waits"]) == 1, (name, answer["waits"])
+# What must not be done in a step, and what is said of it; x is on the device.
+MISTAKES = {
+    "torch.ones(3).to(x.device)": "a pageable copy of float32 (3,) to the device",
+    "torch.ones(4).to(x.device, non_blocking=True)": "a pageable copy of float32 (4,)",
+    "torch.ones(5).pin_memory().to(x.device)": "a blocking copy of float32 (5,) to the device",
+    "x.new_ones(6).copy_(torch.ones(6))": "a pageable copy of float32 (6,) to the device",
+    "x.new_ones(7).cpu()": "a copy of float32 (7,) to the host",
+    "torch.where(x > 0, x, torch.tensor(1.0))": "a copy of a number of the host",
+    "float(x)": "a number fetched",
+    "x.new_ones(8).tolist()": "numbers fetched",
+    "torch.cuda.synchronize()": "torch.cuda.synchronize()",
+    "torch.cuda.current_stream().synchronize()": "Stream.synchronize()",
+    "(event := torch.cuda.Event()).record() or event.synchronize()": "Event.synchronize()",
+    "x.new_ones(9).cumsum(0)": "aten.cumsum",
+    "torch.conv2d(x.new_ones(1, 2, 2, 3), x.new_ones(2, 2, 2, 2))": "weight (2, 2, 2, 2)",
+}
+GRAPH_MISTAKES = {
+    "torch.ones(3).pin_memory()": "pinned memory at",
+    "torch.empty(3, pin_memory=True)": "pinned memory at",
+    "torch.ones(3).to(x.device)": "a copy to the device",
+    "torch.ones(3) + 1": "aten.add.Tensor, computed on the host",
+    "torch.manual_seed(0)": "a seed at",
+}
 
 
-def test_launches_of_lists_are_counted():
-    """As multi_tensor_apply divides lists of tensors: 110 or 64 of one or two."""
-    copy = torch.ops.aten._foreach_copy_.default
-    lists = [[torch.empty(5, device="meta") for _ in range(65)] for _ in range(2)]
-    assert num_launches(copy, ([one[:64] for one in lists]), None) == 1
-    assert num_launches(copy, tuple(lists), None) == 2
-    # Of another layout, each is copied by itself.
-    lists[1][0] = torch.empty(5, 2, device="meta")[:, 0]
-    assert num_launches(copy, tuple(lists), None) == 65
+@pytest.mark.parametrize("graphs", [False, True])
+def test_mistakes_are_found(graphs, ask):
+    mistakes = GRAPH_MISTAKES if graphs else MISTAKES
+    lines = f"x = loss.float(); [{', '.join(mistakes)}]; predicted = l"
+    answer = ask(
+        "spiking_convnet",
+        *(GRAPHS if graphs else ENGINES["torch"]),
+        fault=("tetdist.training.step:sums_of", "predicted = l", lines),
+    )
+    assert answer["error"] is None
+    found = answer["ungraphed"] or [*answer["waits"], *answer["refused"], *answer["layouts"]]
+    assert [text for text in mistakes.values() if text not in str(found)] == []
 
 
 def assert_runs(answer):
@@ -207,7 +213,6 @@ def test_an_evaluation_waits_once_and_is_deterministic(ask):
 
 # --- CUDA graphs --------------------------------------------------------------------------------
 
-GRAPHS = (*ENGINES["torch"], "cuda_graphs=true")
 # The engines' tests have what a graph cannot do.
 GRAPHED = tuple(override for override in EVERYTHING if "sync" not in override)
 GRAPHED += ("batch_norm.sync=false",)  # some recipes have it
@@ -276,10 +281,8 @@ def test_everything_in_a_graph(model, recompute, precision, ask):
     ("where", "line", "instead", "text"),
     [
         ("engines.torch_engine:TorchEngine._step", "not self.keeps", "self.keeps", "_foreach_add_"),
-        (
-            *("step:Step._add_micro_batch", "self._drop(dropped)", "self._seed(0, 0)"),
-            "a seed at tetdist/training/step.py",
-        ),
+        ("graphs:capture", "range(WARM_UPS)", "range(0)", "captured at call 1"),
+        ("graphs:capture", '"thread_local"', '"global"', "capture_error_mode=global"),
         ("engines.base:LossScale.factor", "return self._factor", "return self.value", "mul.Tensor"),
     ],
 )
@@ -287,23 +290,24 @@ def test_what_a_graph_would_not_repeat_is_found(where, line, instead, text, ask)
     fault = (f"tetdist.training.{where}", line, instead)
     answer = ask("spiking_convnet", *GRAPHS, "precision=fp16", steps=2, fault=fault)
     assert answer["error"] is None
-    assert text in answer["ungraphed"][0]
+    assert text in str(answer["ungraphed"])
 
 
 # --- with all that a configuration can ask for --------------------------------------------------
 
 SHORT = [
     ("sew_resnet18", "blocks", "torch", "fp16"),
-    ("spiking_resnet18", "segments", "deepspeed", "bf16"),
-    ("spiking_resnet19", "none", "torch", "bf16"),
     ("vggsnn", "blocks", "deepspeed", "bf16"),
     ("spiking_convnet_dvs", "segments", "torch", "bf16"),
     ("qkformer_2_256_dvs", "blocks", "torch", "bf16"),
     ("sdt_2_256_dvs", "segments", "torch", "bf16"),
     ("espikeformer_t", "blocks", "torch", "bf16"),
     ("preact_resnet18", "blocks", "deepspeed", "bf16"),
-    ("ms_resnet18", "segments", "torch", "fp16"),
 ]
+
+
+# Of which more blocks are the same again.
+SHALLOW = {"espikeformer_t": ("model.arguments={depths: [1, 1]}",)}
 
 
 def everything(ask, model, recompute, engine, precision, micro_batches=2):
@@ -313,6 +317,7 @@ def everything(ask, model, recompute, engine, precision, micro_batches=2):
         RECOMPUTE[recompute],
         *ENGINES[engine],
         *EVERYTHING,
+        *SHALLOW.get(model, ()),
         *dropped(model),
         f"precision={precision}",
         learns=True,
@@ -334,6 +339,15 @@ FEW = ("preact_resnet18", "psn_sew_resnet18", "spiking_convnet", "vggsnn")
 PAIRS = list(zip((way for way in EVERY_WAY if way[0] not in FEW), itertools.cycle(WAYS)))
 for few in FEW:
     PAIRS += zip(itertools.cycle(way for way in EVERY_WAY if way[0] == few), WAYS)
+
+
+# Whose recipes have an optimiser of timm's, with which ZeRO does not go.
+LAMB = ("sdt_8", "espikeformer")
+PAIRS = [
+    (network, way)
+    for network, way in PAIRS
+    if not (network[0].startswith(LAMB) and way[0].startswith("zero"))
+]
 
 
 @pytest.mark.long

@@ -81,10 +81,6 @@ class Worker:
         asked = {"model": "", "base": str(config), "overrides": list(overrides)}
         return self._answer(asked | {"feeds": True, "fault": fault, "steps": 2})
 
-    def mistakes(self) -> dict[str, Answer]:
-        """What is found of mistakes that are made on purpose, by their names."""
-        return self._answer({})
-
     def _answer(self, asked: dict[str, Any]) -> Answer:
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()

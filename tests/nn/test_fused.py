@@ -11,7 +11,7 @@ import itertools
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_runs import (
     IMPLEMENTATIONS,
@@ -153,7 +153,8 @@ def any_case(timesteps, channels):
 
 
 any_seed = st.integers(0, 2**31)
-derandomised = {"derandomize": True, "database": None, "deadline": None}
+# A failing example is not made smaller, which takes minutes in Triton's interpreter.
+derandomised = {"derandomize": True, "database": None, "deadline": None, "phases": [Phase.generate]}
 
 
 # As many channels as are processed at a time, fewer, and more.
@@ -163,7 +164,7 @@ def test_any_combination_native(case, seed):
     assert_fused_is_the_definition(case, "native", seed)
 
 
-@settings(**derandomised, max_examples=12)
+@settings(**derandomised, max_examples=8)
 @given(any_case([1, 2, 5], [1, 3, 8, 65]), any_seed)
 def test_any_combination_triton(case, seed):
     assert_fused_is_the_definition(case, "triton", seed)
@@ -181,8 +182,10 @@ def test_each_kind(implementation, kind):
             ("no norm", "carried"),
         ]
     for what, mode in forms:
+        # Sums of parallel neurons' weights are divided among several programs.
+        timesteps = 5 if kind == "sliding_psn" else 3
         # Segments carry the membranes of a single sample in another layout.
-        case = Case(kind, 3, 17, torch.float64, mode, what, batch=1, side=5)
+        case = Case(kind, timesteps, 17, torch.float64, mode, what, batch=1, side=5)
         assert assert_fused_is_the_definition(case, implementation)["spikes"].std() > 0.01
 
 
@@ -451,7 +454,7 @@ def test_only_what_was_given_is_kept_for_the_backward_pass(implementation):
         (NORM_ADD, "shortcut", {"current"}),
         (NORM_ADD, "normalised shortcut", {"current", "shortcut"}),
     ):
-        layer = Layer(Case(kind, 16, 16, torch.float64, "training", what, batch=2, side=8))
+        layer = Layer(Case(kind, 6, 16, torch.float64, "training", what, batch=2, side=8))
         inputs = {name: x.requires_grad_() for name, x in layer.inputs.items()}
         with IMPLEMENTATIONS[implementation](), kept_tensors() as kept:
             layer(inputs)

@@ -6,54 +6,24 @@ import itertools
 import pytest
 import timm
 import torch
-from kernel_runs import assert_same, kept_tensors, results_of
+from kernel_runs import SMALL, assert_same, kept_tensors, results_of, step
 from torch import nn
 
-from tetdist.losses import tet_loss
 from tetdist.nn import batch_norm
-from tetdist.nn.precision import autocast
 from tetdist.nn.recompute import Block
 
-# One small network of each family and kind of block, with at least eight channels: with fewer, on
-# processors with only AVX2, oneDNN writes past its memory in strided 1x1 convolutions' backward
-# pass.
-MODELS = {
-    "sew_resnet18": {"width": 8},
-    "sew_resnet50": {"width": 8, "connect_function": "iand"},
-    "spiking_resnet18": {"width": 8, "stem_width": 8},
-    "spiking_resnet19": {"width": 8, "stem_width": 8, "hidden_features": 8},
-    "preact_resnet18": {"width": 8},
-    "ms_resnet18": {"width": 8},
-    "spiking_convnet": {"channels": (4, 8, 8), "input_size": 16},
-    "vggsnn": {"input_size": 16},
-    "qkformer_10_384": {
-        "widths": (8, 8, 16),
-        "depths": (1, 1, 1),
-        "heads": 2,
-        "mixes_samples": True,
-    },
-    "qkformer_4_384_cifar": {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2},
-    "sdt_2_256_cifar": {"channels": 16, "depth": 1},
-    "espikeformer_t": {"widths": (8, 8, 8, 16), "depths": (1, 1), "heads": 2},
-    "ms_qkformer_4_384_cifar": {
-        "widths": (8, 8, 16),
-        "depths": (1, 1, 1),
-        "heads": 2,
-        "mlp_ratio": 1,
-    },
-}
 # Their blocks exchange currents.
 REAL = (
     *("preact_resnet18", "ms_resnet18", "sdt_2_256_cifar", "espikeformer_t"),
     "ms_qkformer_4_384_cifar",
 )
-TIMESTEPS = 5
+TIMESTEPS = 3
 KEEP_ALL = {"recompute": False, "segment": None}
 
 
 def network(name, *, recompute, segment, execution):
     torch.manual_seed(0)
-    model = timm.create_model(name, timesteps=TIMESTEPS, num_classes=3, **MODELS[name])
+    model = timm.create_model(name, timesteps=TIMESTEPS, num_classes=3, **SMALL[name])
     model.set_execution(execution)
     model.set_grad_checkpointing(recompute)
     model.set_segment(segment)
@@ -69,18 +39,7 @@ def images(name, size=16):
 
 def model_size(name):
     """Image size that a network is built for, if any."""
-    return MODELS[name].get("input_size")
-
-
-def step(model, x, precision="fp32"):
-    """Loss, gradients and running statistics of one step."""
-    with autocast(x.device, precision):
-        logits = model(x, per_timestep=True)
-    loss = tet_loss(logits, torch.tensor([0, 2]), lambda_=0.1)
-    loss.backward()
-    batch_norm.update_running_statistics(model, lambda t: t)
-    result = {name: p.grad for name, p in model.named_parameters()}
-    return result | dict(model.named_buffers()) | {"loss": loss.detach()}
+    return SMALL[name].get("input_size")
 
 
 def differing(a, b):
@@ -91,7 +50,7 @@ def differing(a, b):
 @pytest.mark.parametrize(
     ("name", "execution", "precision"),
     [
-        *((name, "fused", "bf16") for name in MODELS),
+        *((name, "fused", "bf16") for name in SMALL),
         *itertools.product(("sew_resnet50", "spiking_convnet"), ("reference",), ("bf16",)),
         *itertools.product(("preact_resnet18", "qkformer_4_384_cifar"), ("fused",), ("fp32",)),
     ],
@@ -108,7 +67,7 @@ def test_recomputed_blocks_are_the_same_bitwise(name, execution, precision):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in MODELS if name not in ("qkformer_10_384", "vggsnn")]
+    "name", [name for name in SMALL if name not in ("qkformer_10_384", "vggsnn")]
 )
 def test_segments_in_float64(name):
     """Fused and recomputed against the plain definition in segments, without rounding."""
@@ -192,7 +151,7 @@ def test_what_is_no_spike_is_not_packed(kind):
     for execution, recompute in (("reference", False), ("fused", True)):
         torch.manual_seed(0)
         model = timm.create_model(
-            "spiking_convnet", timesteps=3, neuron=neuron, **MODELS["spiking_convnet"]
+            "spiking_convnet", timesteps=3, neuron=neuron, **SMALL["spiking_convnet"]
         )
         model.set_execution(execution)
         model.set_grad_checkpointing(recompute)
@@ -207,7 +166,7 @@ def test_every_block_runs_in_segments():
     for block, seen in lengths.items():
         block.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(len(inputs[0])))
     model(images("sew_resnet18"))
-    assert list(lengths.values()) == [[2, 2, 1]] * len(model.blocks)
+    assert list(lengths.values()) == [[2, 1]] * len(model.blocks)
 
 
 def test_no_segment_below_one():
@@ -244,7 +203,7 @@ def test_highest_sums_of_spikes():
     ) == {1}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALL)
 def test_what_blocks_exchange_is_packed_where_it_can_be(name):
     """Currents do not fit into bytes."""
     model = network(name, execution="fused", **KEEP_ALL)
