@@ -1,6 +1,6 @@
 """A sample in a network: input, spikes, the answer and its confidence so far, class activation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tetdist import plugins
@@ -26,6 +27,7 @@ from tetdist.storage import checkpoint
 from tetdist.training.setup import load_model, open_split
 from tetdist.wording import counted
 
+Images = list[npt.NDArray[Any]]
 LAYERS = 3  # whose spikes are shown, from the first to the last
 COLUMNS = 6  # timesteps in the PNG, at most
 WIDTH, DPI = 6.5, 128  # 832 pixels; the text is still read at half of them
@@ -36,18 +38,14 @@ class Seen(NamedTuple):
 
     Attributes:
         title: Names of the sample and its class.
-        frames: Inputs, T images (h, w, 3) from 0 to 1.
-        spikes: Spikes per neuron at each position, (T, h, w), by layer.
-        activation: Contribution of each position to the logit of the answer, (T, h, w), 0 where it
-            is negative; None for a network of another library.
+        rows: For input, spikes of a layer and class activation T images (h, w, 3) from 0 to 1, by
+            their title.
         probabilities: Softmax of the mean output of the first t timesteps, (T, K).
     """
 
     title: str
     classes: list[str]
-    frames: list[npt.NDArray[Any]]
-    spikes: dict[str, npt.NDArray[Any]]
-    activation: npt.NDArray[Any] | None
+    rows: dict[str, Images]
     probabilities: npt.NDArray[Any]
 
 
@@ -95,15 +93,34 @@ def see(
         frames = [rgb_images(x, config.data)[0]] * model.timesteps
     classes = [*index.classes]
     classes += [f"class {k}" for k in range(len(classes), model.num_classes)]
-    title = f"{index.path(number)}, class {classes[index.labels[number]]}"
     spikes, logits = _spikes(model, x)
     probabilities = running_means(logits)[:, 0].softmax(-1).numpy()
-    return Seen(title, classes, frames, spikes, _activation(model, x), probabilities)
+    rows = {"input": frames}
+    for layer, values in spikes.items():
+        title = f"{layer}: {values.mean():.2f} spikes per neuron and timestep"
+        rows[title] = _tinted(np.ones((*values.shape, 3)), values, RATE)
+    if (activation := _activation(model, x)) is not None:
+        size = frames[0].shape[:2]
+        smooth = F.interpolate(torch.from_numpy(activation)[None], size=size, mode="bilinear")[0]
+        grey = np.stack(frames).mean(-1, keepdims=True).repeat(3, -1)
+        answer = classes[probabilities[-1].argmax()]
+        title = f"class activation: where the input speaks for {answer}"
+        rows[title] = _tinted(0.5 + 0.5 * grey, smooth.numpy(), VALIDATION)
+    title = f"{index.path(number)}, class {classes[index.labels[number]]}"
+    return Seen(title, classes, rows, probabilities)
+
+
+def _tinted(below: npt.NDArray[Any], values: npt.NDArray[Any], colour: str) -> Images:
+    """Return images (T, h, w, 3) with a colour where values (T, h, w) are large."""
+    from matplotlib.colors import to_rgb
+
+    strength = values[..., None] / (values.max() or 1)
+    return [*(below + strength * (np.array(to_rgb(colour)) - below))]
 
 
 @torch.no_grad()
 def _spikes(model: SpikingNetwork, x: Tensor) -> tuple[dict[str, npt.NDArray[Any]], Tensor]:
-    """Return the spikes of some layers, see `Seen`, and the logits (T, 1, K)."""
+    """Return means over channels, (T, h, w), of some layers' spikes, and the logits (T, 1, K)."""
     found: dict[str, npt.NDArray[Any]] = {}
 
     def keep(name: str, _module: nn.Module, _inputs: Any, spikes: Tensor) -> None:
@@ -123,10 +140,10 @@ def _spikes(model: SpikingNetwork, x: Tensor) -> tuple[dict[str, npt.NDArray[Any
 
 
 def _activation(model: SpikingNetwork, x: Tensor) -> npt.NDArray[Any] | None:
-    """Return the class activation map of the answer: gradient times output of the last block.
+    """Return the contributions (T, h, w) to the answer: gradient times output of the last block.
 
-    For a classifier behind a mean over positions this is the usual map. Behind a neuron it follows
-    the neuron's surrogate gradient.
+    Negative ones are 0. For a classifier behind a mean over positions these are the usual class
+    activation map. Behind a neuron they follow its surrogate gradient.
     """
     if not hasattr(model, "blocks"):  # a network of another library
         return None
@@ -140,84 +157,43 @@ def _activation(model: SpikingNetwork, x: Tensor) -> npt.NDArray[Any] | None:
 
 def draw(seen: Seen, png: Path, gif: Path) -> None:
     """Draw a PNG with all timesteps, or `COLUMNS` of them, and a GIF with one after another."""
-    timesteps, rows = len(seen.frames), _rows(seen)
+    timesteps, count = len(seen.probabilities), len(seen.rows)
     shown = np.linspace(0, timesteps - 1, min(COLUMNS, timesteps)).round().astype(int)
-    # The same image at all timesteps has its place beside the answer.
-    is_image = seen.frames[0] is seen.frames[-1]
-    below = rows[1:] if is_image else rows
-    height = len(below) * (WIDTH / max(len(shown), 4) + 0.5)
-    figure = new_figure(WIDTH, 2.4 + height, dpi=DPI)
+    height = WIDTH / max(len(shown), 4) + 0.5
+    figure = new_figure(WIDTH, 2.4 + count * height, dpi=DPI)
     figure.suptitle(seen.title, fontsize=9, color=QUIET)
-    top, rest = figure.subfigures(2, 1, height_ratios=(2.2, height))
-    ratios = (1, 3) if is_image else (1,)
-    *image, answer = top.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
-    for axis in image:
-        draw_frame(axis, seen.frames[0])
-    _draw_answer(answer, seen, timesteps)
-    parts = rest.subfigures(len(below), 1, squeeze=False)[:, 0]
-    for part, (title, draw_at) in zip(parts, below, strict=True):
+    top, *parts = figure.subfigures(1 + count, 1, height_ratios=[2.2] + [height] * count)
+    _draw_answer(top.subplots(), seen, timesteps)
+    for part, (title, images) in zip(parts, seen.rows.items(), strict=True):
         part.suptitle(title, fontsize=9, color=QUIET, x=0.015, ha="left")
         for axis, t in zip(part.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-            draw_at(axis, t)
+            draw_frame(axis, images[t])
             axis.set_xlabel(f"t={t + 1}", fontsize=9, labelpad=1)
+            axis.set_visible(t == 0 or images[t] is not images[0])
     save(figure, png)
 
-    figure = new_figure(WIDTH, 2.4 + WIDTH / len(rows), dpi=DPI)
+    side = WIDTH / count
+    height = 2.4 + side
+    figure = new_figure(WIDTH, height, dpi=DPI)
     figure.set_layout_engine("none")  # Each frame has the same layout.
-    height, width = figure.get_figheight(), 1 / len(rows)
-    answer = figure.add_axes((0.1, 0.45 / height, 0.88, 1.4 / height))
-    axes = [
-        figure.add_axes((i * width + 0.01, 2.2 / height, width - 0.02, width * WIDTH / height))
-        for i in range(len(rows))
-    ]
 
     def draw_timestep(t: int) -> None:
-        for axis, (title, draw_at) in zip(axes, rows, strict=True):
-            axis.clear()
-            draw_at(axis, t)
-            axis.set_title(title.partition(":")[0][-17:], fontsize=9, color=QUIET, loc="left")
-        answer.clear()
+        figure.clear()
+        for i, (title, images) in enumerate(seen.rows.items()):
+            place = (i / count + 0.01, 2.2 / height, 1 / count - 0.02, side / height)
+            draw_frame(figure.add_axes(place), images[t], title.partition(":")[0][-17:])
+        answer = figure.add_axes((0.1, 0.45 / height, 0.88, 1.4 / height))
         _draw_answer(answer, seen, t + 1)
 
     write_gif(gif, figure, draw_timestep, [700] * (timesteps - 1) + [2000])
 
 
-def _rows(seen: Seen) -> list[tuple[str, Callable[[Any, int], None]]]:
-    """Return what is drawn for each timestep: a title, and a function of an axis and t."""
-
-    def draw_input(axis: Any, t: int) -> None:
-        draw_frame(axis, seen.frames[t])
-
-    def draw_spikes(values: npt.NDArray[Any], axis: Any, t: int) -> None:
-        strength = (values[t] / (values.max() or 1))[..., None]
-        draw_frame(axis, 1 - strength * (1 - np.array(to_rgb(RATE))))
-
-    def draw_activation(values: npt.NDArray[Any], axis: Any, t: int) -> None:
-        grey = seen.frames[t].mean(-1, keepdims=True).repeat(3, -1)
-        draw_frame(axis, 0.5 + 0.5 * grey)
-        colours = np.empty((*values.shape[1:], 4))
-        colours[..., :3], colours[..., 3] = to_rgb(VALIDATION), values[t] / (values.max() or 1)
-        axis.imshow(colours, extent=axis.images[0].get_extent(), interpolation="bilinear")
-
-    from matplotlib.colors import to_rgb
-
-    rows: list[tuple[str, Callable[[Any, int], None]]] = [("input", draw_input)]
-    for layer, values in seen.spikes.items():
-        title = f"{layer}: {values.mean():.2f} spikes per neuron and timestep"
-        rows.append((title, partial(draw_spikes, values)))
-    if seen.activation is not None:
-        answer = seen.classes[int(seen.probabilities[-1].argmax())]
-        title = f"class activation: where the input speaks for {answer}"
-        rows.append((title, partial(draw_activation, seen.activation)))
-    return rows
-
-
 def _draw_answer(axis: Any, seen: Seen, timesteps: int) -> None:
     """Draw the classes' probabilities after the first timesteps."""
-    axis.set_xlim(0.8, len(seen.frames) + 0.2)
+    axis.set_xlim(0.8, len(seen.probabilities) + 0.2)
     axis.set_ylim(0, 112)
-    ends, values = range(1, timesteps + 1), 100 * seen.probabilities[:timesteps]
-    title = draw_classes(axis, ends, values, seen.classes)
+    values = 100 * seen.probabilities[:timesteps]
+    title = draw_classes(axis, range(1, timesteps + 1), values, seen.classes)
     finish(axis, title, "probability (%)", legend=False)
     axis.set_xlabel("timesteps averaged", fontsize=9, labelpad=1)
     axis.xaxis.get_major_locator().set_params(integer=True)

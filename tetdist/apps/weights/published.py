@@ -78,18 +78,12 @@ def listing() -> str:
     for page, group in groupby(table().values(), key=lambda one: one.page):
         networks = list(group)
         rows = [("NAME", "T", "top-1 %", "file")]
-        rows += [
-            (one.name, str(one.timesteps), number(one.top1, ".2f"), _place(one)) for one in networks
-        ]
+        for one in networks:
+            place = f"{one.host}/{one.file}" if one.host else f"by hand: {one.link or page}"
+            rows.append((one.name, str(one.timesteps), number(one.top1, ".2f"), place))
         known = textwrap.fill(networks[0].known, 98, initial_indent="  ", subsequent_indent="  ")
         parts.append(f"{page} ({networks[0].data})\n{aligned(rows, right=(1, 2))}\n{known}")
     return "\n\n".join(parts)
-
-
-def _place(one: Published) -> str:
-    if one.host is not None:
-        return f"{one.host}/{one.file}"
-    return f"by hand: {one.link or one.page}"
 
 
 def obtain(one: Published) -> Path:
