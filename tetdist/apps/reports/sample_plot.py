@@ -38,8 +38,8 @@ class Seen(NamedTuple):
 
     Attributes:
         title: Names of the sample and its class.
-        rows: For input, spikes of a layer and class activation T images (h, w, 3) from 0 to 1, by
-            their title.
+        rows: T images (h, w, 3) from 0 to 1, by title: the input, spikes of layers, and the class
+            activation.
         probabilities: Softmax of the mean output of the first t timesteps, (T, K).
     """
 
