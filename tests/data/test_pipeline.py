@@ -82,29 +82,6 @@ def test_a_batch_is_what_the_trainer_expects(image_root):
     assert torch.allclose(batch.images, (raw / 255 - 0.5) / deviation, atol=1e-5)
 
 
-def test_training_crops_are_torchvisions(image_root):
-    root = image_root()
-    index = indexed(root)
-    with train(index, root) as loader:
-        batches = list(islice(loader, 6))
-    flipped = 0
-    for number, batch in enumerate(batches):
-        positions = np.arange(2 * number, 2 * number + 2)
-        draws = order.uniforms(SHARE.seed, 0, positions, 23)
-        sizes = index.heights[batch.ids], index.widths[batch.ids]
-        crops = CROPS["scale"], CROPS["ratio"]
-        windows = transforms.random_resized_crop(*sizes, draws[:, :22], *crops)
-        expected = []
-        for i, window, draw in zip(batch.ids, windows.tolist(), draws[:, 22], strict=True):
-            image = Image.open(root / index.path(i)).convert("RGB")
-            image = tv.resized_crop(image, *window, [32, 32])
-            expected.append(tv.hflip(image) if draw < CROPS["flip"] else image)
-            flipped += draw < CROPS["flip"]
-        mean, _ = difference(batch.images, expected)
-        assert mean < 0.5  # of 255
-    assert 0 < flipped < 12
-
-
 @pytest.mark.parametrize(("interpolation", "largest"), [("bilinear", 1), ("bicubic", 8)])
 def test_evaluation_crops_are_torchvisions(image_root, interpolation, largest):
     root = image_root(size=(41, 67))

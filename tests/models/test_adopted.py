@@ -255,13 +255,20 @@ def test_firing_rates_and_operations_of_the_librarys_layers():
         found = evaluate(model, [batch], 6, world, precision="fp64")
         operations = counts.total(world, 6)
     assert list(found.firing_rate) == ["net.features.2", "net.features.6", "net.classifier.1"]
-    spikes = []
+    spikes, reached = [], []
     model.net.features[2].register_forward_hook(lambda _m, _x, y: spikes.append(y.mean()))
+    model.net.features[4].register_forward_hook(
+        lambda _m, x, _y: reached.append(x[0].flatten(0, 1))
+    )
     model.eval()(x)
     assert found.firing_rate["net.features.2"] == pytest.approx(spikes[0].item())
     assert 0 < found.firing_rate["net.features.2"] < 1
     assert len(found.per_timestep_top1) == T
-    assert operations.layers["net.features.4"].accumulates > 0
+    # Each spike is added to 16 channels at up to nine places.
+    window = torch.ones(1, 8, 3, 3, dtype=torch.float64)
+    places = nn.functional.conv2d(reached[0], window, padding=1).sum().item()
+    assert places > 0
+    assert operations.layers["net.features.4"].accumulates == pytest.approx(16 * places / 6)
 
 
 # ------------------------------------------------------------------------------- what is refused

@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load_file
 from tiny import expect, refused
 
+from tetdist.config.loading import load
 from tetdist.datasets import index
 from tetdist.storage import checkpoint
 from tetdist.training import prepared
 from tetdist.training import step as step_module
 from tetdist.training.engines import base
+from tetdist.training.run_folder import is_trained
 
 TERM, INT, KILL, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGUSR1
 # Of the default configuration: 2 epochs of 5 steps of 4 micro-batches, evaluated in 4 batches.
@@ -152,6 +154,11 @@ def test_finished_run_says_so_and_changes_nothing(main, tiny_config, tmp_path):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     best = max(tiny.metrics(run, "val"), key=lambda line: line["top1"])
     assert tiny.metrics(run, "val")[-1]["best_top1"] == best["top1"]
+    # It is only finished with a checkpoint of its end, which a crash may have prevented.
+    config = load(str(file))
+    assert is_trained(config)
+    (run / "checkpoints/last").write_text("step-00000005\n")
+    assert not is_trained(config)
 
 
 def test_max_steps_ends_evaluated_and_can_be_raised(main, straight, tiny_config, tmp_path):
@@ -256,6 +263,9 @@ def test_more_classes_than_the_data_is_fine(main, tiny_config, tmp_path):
     expect(main(tiny_config({"model.num_classes": 7, "max_steps": 1})))
     weights = load_file(tiny.newest(tmp_path / "runs/tiny") / "model.safetensors")
     assert weights["fc.weight"].shape[0] == 7
+    (line,) = tiny.metrics(tmp_path / "runs/tiny", "val")
+    assert line["samples"] == sum(tiny.VAL_SIZES)
+    assert line["top5"] < 100  # of 7 classes
 
 
 def test_non_finite_loss_names_step_rate_and_checkpoint(main, tiny_config, tmp_path):
