@@ -78,41 +78,6 @@ def test_commands_import_nothing_that_they_do_not_use(tmp_path):
     assert {line: imported for line, (_, imported) in found.items() if imported} == {}
 
 
-TRAINING = """
-import sys, tetdist.apps.reports.observers, tetdist.training.run
-print(*sys.modules)
-from tetdist.config.sections.data import DataSection
-from tetdist.data.batches import Share, Workers, train_batches
-from tetdist.datasets.index import load_index
-root = sys.argv[1]
-share = Share(
-    seed=0, global_batch=4, micro_batch=4, rank=0, world_size=1, epoch=0, step_in_epoch=0
-)
-workers = Workers(device="cpu", device_id=None, threads=1, prefetch=2)
-index = load_index(f"{root}/index/train.npz")
-loader = train_batches(DataSection(root=root), index, share, 32, workers)
-next(loader)
-raise KeyboardInterrupt
-"""
-
-
-def test_training_imports_what_it_needs_and_an_open_loader_does_not_hold_it(tiny_root, tmp_path):
-    """A process that hangs at its end holds its node of the cluster."""
-    done = subprocess.run(
-        tiny.python("-c", TRAINING, tiny_root),
-        cwd=tmp_path,
-        env=tiny.clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.stderr.rstrip().endswith("KeyboardInterrupt")
-    # wandb is not among them, because timm itself imports it where it is installed.
-    large = {"deepspeed", "mlflow", "tensorboard", "scipy", "matplotlib", "nvidia.dali"}
-    assert "tetdist.training.trainer" in done.stdout.split()
-    assert large & set(done.stdout.split()) == set()
-
-
 def test_names_are_those_that_are_registered():
     # Other tests register the user's own.
     own = [

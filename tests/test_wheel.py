@@ -91,18 +91,33 @@ for arguments in json.loads(sys.argv[1]):
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         answers.append((tetdist_command.main(), output))
-print(json.dumps([(status, output.getvalue()) for status, output in answers]))
+print(json.dumps([(status, output.getvalue()) for status, output in answers]), flush=True)
+from tetdist.config.sections.data import DataSection
+from tetdist.data.batches import Share, Workers, train_batches
+from tetdist.datasets.index import load_index
+index = load_index(f"{sys.argv[2]}/index/train.npz")
+share = dict(seed=0, global_batch=4, micro_batch=4, rank=0, world_size=1, epoch=0, step_in_epoch=0)
+workers = Workers(device="cpu", device_id=None, threads=1, prefetch=2)
+loader = train_batches(DataSection(root=sys.argv[2]), index, Share(**share), 32, workers)
+next(loader)  # it stays open, and must not hold the process
 """
 
 
-def test_a_run_and_all_commands_without_a_checkout(installed, tmp_path, tiny_config, main):
+# Imported late, or by other settings alone.
+UNUSED = {"deepspeed", "mlflow", "tensorboard", "scipy", "matplotlib"}
+
+
+def test_a_run_and_all_commands_without_a_checkout(
+    installed, tmp_path, tiny_config, tiny_root, main
+):
     """The run is interrupted, by its pid; meanwhile it has its folder alone."""
     from tetdist_command import COMMANDS
 
     changes = {"phases.0.epochs": 4000, "evaluate_every": 4000}
     file = tiny_config(changes | {"engine": "torch"})
     train, run = ["train", "--config", str(file)], str(tmp_path / "runs" / "tiny")
-    command = tiny.python("-m", "tetdist_command", *train)
+    code = "import sys, tetdist_command as c; s = c.main(); print(*sys.modules); sys.exit(s)"
+    command = tiny.python("-c", code, *train)
     env = tiny.clean_environment(PYTHONPATH=str(installed))
     with tiny.started(command, tmp_path, env) as process:
         assert any("step 12/" in line for line in process.stdout)
@@ -112,6 +127,8 @@ def test_a_run_and_all_commands_without_a_checkout(installed, tmp_path, tiny_con
     assert process.returncode == 130, text
     assert "all saved; the same command continues" in text
     assert "Traceback" not in text
+    modules = set(text.splitlines()[-1].split())
+    assert modules & UNUSED == set() < modules & {"tetdist.training.trainer"}
     step = json.loads((tiny.newest(tmp_path / "runs/tiny") / "state.json").read_text())["step"]
     assert tiny.metrics(tmp_path / "runs/tiny")[-1]["step"] == step >= 12
     planned = ["slurm", *train[1:], "--gpus-per-node", "0", "--dry-run"]
@@ -132,7 +149,7 @@ def test_a_run_and_all_commands_without_a_checkout(installed, tmp_path, tiny_con
         *(([command, "--help"], 0, rf"\Ausage: tetdist {command}") for command in COMMANDS),
     ]
     asked = json.dumps([arguments for arguments, _, _ in expected])
-    answers = json.loads(python(installed, tmp_path, "-c", ALL, asked))
+    answers = json.loads(python(installed, tmp_path, "-c", ALL, asked, tiny_root))
     for (arguments, status, pattern), (found, text) in zip(expected, answers, strict=True):
         assert found == status, (arguments, text)
         assert re.search(pattern, text), (arguments, text)

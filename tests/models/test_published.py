@@ -92,8 +92,12 @@ FAMILIES = ("qkformer", "sdt", "sdt_dvs", "espikeformer_over_time", "maxformer",
 each_family = pytest.mark.parametrize("case", [Published(name) for name in FAMILIES], ids=FAMILIES)
 
 
-@pytest.mark.parametrize("execution", ["fused", "reference"])
-@pytest.mark.parametrize("name", published.NAMES)
+# test_kinds_in_networks.py compares the two ways.
+WAYS = [(name, "fused") for name in published.NAMES]
+WAYS += [(name, "reference") for name in (*FAMILIES, "preact_decoupling", "ms_resnet_deep")]
+
+
+@pytest.mark.parametrize(("name", "execution"), WAYS)
 def test_is_the_published_network(name, execution):
     """Logits at every timestep, all gradients and running statistics, from published weights."""
     case = Published(name)

@@ -16,6 +16,9 @@ from tetdist.training.stragglers import RankTimes, Stragglers
 DELAYS = """
 import os, time
 from tetdist.training import feed
+from tetdist.training.stragglers import Stragglers
+
+Stragglers.LINES = 4  # lines of metrics in a row
 
 class Loader:
     def __init__(self, *args):
@@ -32,13 +35,13 @@ make, feed.train_loader = feed.train_loader, Loader
 
 def test_a_slow_rank_is_named_with_its_reason(farm, tiny_config, tmp_path):
     (tmp_path / "delays.py").write_text(DELAYS)
-    batch = {"batch.global": 6, "log_every": 2, "evaluate_every": 4}
-    run = {"imports": [str(tmp_path / "delays.py")], "phases.0.epochs": 4} | batch
+    batch = {"batch.global": 6, "log_every": 2, "evaluate_every": 2}
+    run = {"imports": [str(tmp_path / "delays.py")], "phases.0.epochs": 2} | batch
     text = expect(farm(tiny_config(run), world=3))
     host = platform.node()
     named = re.findall(r"rank (\d) on (\S+) is slow.*mostly for (.*); all ranks", text)
     lines = [x for x in read_metrics(tmp_path / "runs/tiny/metrics.jsonl") if x["kind"] == "train"]
-    assert len(lines) == 16
+    assert len(lines) == 8
     assert named == [("1", host, "waiting for data")]
     # Of 0.18 s on this rank, and 0.03 s on two others; a busy machine may spoil some lines.
     fits = [
@@ -47,7 +50,7 @@ def test_a_slow_rank_is_named_with_its_reason(farm, tiny_config, tmp_path):
         and line["slowest"]["data_wait"] > 1.3 * line["data_wait"]
         for line in lines
     ]
-    assert sum(fits) >= 10
+    assert sum(fits) >= 5
     shown = as_text(read_status(tmp_path / "runs/tiny")) + text
     pattern = rf"slowest rank 1 on {re.escape(host)}: \S+ s/step \(mean \S+ s\), data wait"
     assert len(re.findall(pattern, shown)) == 1 + len(lines)
