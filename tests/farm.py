@@ -39,7 +39,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tiny import Farm, free_port
+from tiny import CONFIG, Farm, changed, free_port
 
 
 def passing(point: str, number: int, action: Callable[[], None]) -> None:
@@ -198,11 +198,13 @@ def environment() -> dict[str, Any]:
 # Each child would else import them for itself.
 PRELOADED = (
     "deepspeed.ops",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # which ZeRO imports, with all of torch._inductor
     "matplotlib.backends.backend_agg",
     "mlflow.store.tracking.sqlalchemy_store",
     "nvidia.dali.pipeline",
     "timm.optim",
+    # DeepSpeed's ZeRO imports them.
+    "functorch.compile",
+    "torch._inductor.compile_fx",
     "tetdist.apps.reports.observers",
     "tetdist.training.trainer",
 )
@@ -232,9 +234,11 @@ def serve(requests: socket.socket) -> None:
         warnings.simplefilter("ignore")
         for module in PRELOADED:
             importlib.import_module(module)
+    from tetdist.config.loading import parse
     from tetdist.tracking import environment as functions
 
     vars(functions).update(environment())
+    parse(changed(CONFIG, {"name": "x", "data.root": "x"}), "x")  # models of sections are kept
     gc.freeze()
     lines = requests.makefile("rw")
     for line in lines:

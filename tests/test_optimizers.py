@@ -2,7 +2,6 @@
 
 import copy
 import io
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,37 +160,6 @@ def test_optimisers_skip_and_continue(kind, undoes, monkeypatch):
     weight = straight[0].weight
     numbers = sum(one.numel() for one in optimizer.state[weight].values() if torch.is_tensor(one))
     assert numbers // weight.numel() == kind_of(kind).moments
-
-
-def test_a_flag_is_read_when_it_has_arrived(monkeypatch):
-    """On a GPU the host runs ahead of the copy of `found_inf`."""
-
-    class Pinned:
-        arrived = on_its_way = False
-
-        def copy_(self, flag, non_blocking):
-            assert non_blocking
-            self.on_its_way = flag.is_set
-
-        def __bool__(self):
-            return self.arrived
-
-    class Event:
-        def __init__(self, blocking):
-            assert blocking
-
-        def record(self):
-            self.recorded = here.on_its_way
-
-        def synchronize(self):
-            here.arrived = self.recorded
-
-    here = Pinned()
-    monkeypatch.setattr(torch, "empty_like", lambda *_, **__: here)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    is_set = optimizers._fetched(SimpleNamespace(device=torch.device("cuda"), is_set=True))
-    assert not here
-    assert is_set()
 
 
 def test_muon_takes_a_filter_for_a_row():

@@ -85,7 +85,7 @@ def test_everything_is_in_it(installed):
 # One process, since a start of each takes seconds.
 ALL = """
 import contextlib, io, json, sys, tetdist_command
-answers = []
+answers, root = [], sys.argv[2]
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["tetdist", *arguments]
     output = io.StringIO()
@@ -95,10 +95,10 @@ print(json.dumps([(status, output.getvalue()) for status, output in answers]), f
 from tetdist.config.sections.data import DataSection
 from tetdist.data.batches import Share, Workers, train_batches
 from tetdist.datasets.index import load_index
-index = load_index(f"{sys.argv[2]}/index/train.npz")
+index = load_index(f"{root}/index/train.npz")
 share = dict(seed=0, global_batch=4, micro_batch=4, rank=0, world_size=1, epoch=0, step_in_epoch=0)
 workers = Workers(device="cpu", device_id=None, threads=1, prefetch=2)
-loader = train_batches(DataSection(root=sys.argv[2]), index, Share(**share), 32, workers)
+loader = train_batches(DataSection(root=root), index, Share(**share), 32, workers)
 next(loader)  # it stays open, and must not hold the process
 """
 
