@@ -159,6 +159,24 @@ class Cluster:
         self._kill_all(node)
         self._crashed.add(node)
 
+    def lose(self, node: str) -> None:
+        """End all that runs on a node, and keep its network, which refuses connections."""
+        net = f"--net=/proc/{self._daemons[node].pid}/ns/net"
+        # It belongs to no process of the node.
+        self._run(f"nsenter {net} sleep infinity", name=f"network of {node}")
+        wait_until(lambda: any(p.name() == "sleep" for p in self.processes_of(node)), "a holder")
+        self._crashed |= {node, f"network of {node}"}
+        self._daemons[node].kill()
+        self._daemons[node].wait(10)
+
+    def boot(self, node: str) -> None:
+        """Start a node again, with a new network and another boot id."""
+        self._kill_all(node)
+        (self.folder / f"ready-{node}").unlink()
+        wait_until(lambda: self._cable(node) not in self.devices(), f"the end of {node}'s network")
+        self._start_node(node)
+        self._crashed.remove(node)
+
     def notice_crashes(self, after: int) -> None:
         """Have the controller give up nodes that have not answered for so many seconds."""
         conf = self.conf.read_text()

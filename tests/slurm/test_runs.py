@@ -6,6 +6,7 @@ All tests of the cluster are in this file, so that one of several test processes
 import contextlib
 import re
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -128,6 +129,24 @@ def test_preempted_without_grace_and_a_node_crashes(launcher, straight, cluster)
     assert len(run.restarts) == 2
     assert "preempted (SIGUSR2)" in run.restarts[0].text
     assert run.restarts[1].text == "a node failed: node2 does not answer; on node1, node3"
+    assert_undisturbed(run, straight)
+
+
+@pytest.mark.long
+def test_a_node_is_lost_and_back(launcher, straight, cluster):
+    """Its network stays up, so its peers see at once that it is not there."""
+    run = launcher("rebooted")
+    run.wait_for_step(15)
+    cluster.notice_crashes(after=10)
+    cluster.lose("node2")
+    wait_until(lambda: "waiting for Slurm to requeue the job" in run.log, "the loss", 60)
+    time.sleep(20)
+    cluster.boot("node2")
+    run.wait_for_start(2)
+    cluster.notice_crashes(after=60)
+    run.wait_for("finished")
+    assert len(run.restarts) == 1
+    assert run.restarts[0].text.startswith("a node failed: node2 does not answer; on node")
     assert_undisturbed(run, straight)
 
 

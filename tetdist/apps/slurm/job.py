@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 RESTART_AFTER = (signal.SIGUSR1, signal.SIGUSR2)
 
 # Seconds within which Slurm should notice a crashed node. Slurm's own limit is SlurmdTimeout, by
-# default 300.
-NODE_PATIENCE = 1200.0
+# default 300. A node that is back has told Slurm that it was gone; then it should take less.
+NODE_PATIENCE, BACK_PATIENCE = 1200.0, 60.0
 
 MISTAKES = (UserError, ModuleNotFoundError)
 
@@ -212,9 +212,10 @@ class Start:
             # Only the main thread may set it; otherwise Slurm's SIGKILL follows shortly.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         end = time.monotonic() + NODE_PATIENCE
-        while silent and time.monotonic() < end:
+        while time.monotonic() < end:
             time.sleep(5)
-            silent = self.context.silent_hosts()
+            if not self.context.silent_hosts():
+                end = min(end, time.monotonic() + BACK_PATIENCE)
 
     def _note(self, kind: EventKind, text: str = "") -> None:
         """Add a line to the history, on the first process."""

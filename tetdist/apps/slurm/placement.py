@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,8 +17,8 @@ from tetdist.errors import UserError, typed
 if TYPE_CHECKING:
     from submitit.slurm.slurm import SlurmJobEnvironment
 
-# Port of slurmd. Any answer, even a refusal, shows that a host is up.
-ANY_PORT = 6818
+# Port of slurmd by default. Where another port is used, even a refusal shows that a host is up.
+SLURMD_PORT = 6818
 
 # Seconds for which a saved job retries to requeue itself while Slurm's controller is down (for an
 # update, say), and for which a query may take.
@@ -45,8 +45,8 @@ class Context:
     restart: int  # number of earlier starts of the job
     hosts: tuple[str, ...]  # of the job
     warn_before_end: int  # seconds before the time limit at which Slurm warns
-    # The other hosts that answered when the job started; a healthy one behind a firewall may not.
-    answering: tuple[str, ...]
+    # How the other hosts answered when the job started; a healthy one behind a firewall may not.
+    answers: Mapping[str, int]
 
     @classmethod
     def find(cls, warn_before_end: int) -> "Context":
@@ -59,12 +59,13 @@ class Context:
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             hosts=hosts,
             warn_before_end=warn_before_end,
-            answering=tuple(_answering([h for i, h in enumerate(hosts) if i != task.node])),
+            answers=_answers([host for i, host in enumerate(hosts) if i != task.node]),
         )
 
     def silent_hosts(self) -> list[str]:
-        """Return the hosts of the job that no longer answer."""
-        return sorted(set(self.answering) - set(_answering(self.answering)))
+        """Return the hosts of the job that answer less than when it started."""
+        now = _answers(list(self.answers))
+        return sorted(host for host, before in self.answers.items() if now[host] < before)
 
     def was_cancelled(self) -> bool:
         """Return whether the job was cancelled while it saved."""
@@ -141,20 +142,21 @@ def export_place() -> "SlurmJobEnvironment":
     return task
 
 
-def _answers(host: str) -> bool:
+def _answer(host: str) -> int:
+    """Return 2 if slurmd answers, 1 if the host refuses the connection, as without slurmd, or 0."""
     try:
-        socket.create_connection((host, ANY_PORT), timeout=5).close()
+        socket.create_connection((host, SLURMD_PORT), timeout=5).close()
     except ConnectionRefusedError:
-        return True
+        return 1
     except OSError:
-        return False
-    return True
+        return 0
+    return 2
 
 
-def _answering(hosts: Sequence[str]) -> list[str]:
-    """Return the hosts that answer; all are asked in parallel."""
+def _answers(hosts: Sequence[str]) -> dict[str, int]:
+    """Return how hosts answer; all are asked in parallel."""
     with ThreadPoolExecutor(32) as threads:
-        return [host for host, ok in zip(hosts, threads.map(_answers, hosts), strict=True) if ok]
+        return dict(zip(hosts, threads.map(_answer, hosts), strict=True))
 
 
 def _show(job: str) -> str:
