@@ -58,7 +58,7 @@ def start(tmp_path, monkeypatch):
     def make(rank=0, restart=0, others=()):
         places = (run_dir, run_dir / "config.yaml", tiny.PROJECT, tmp_path / "log")
         described = Job(*map(str, places), give_up_after=3, warn_before_end=60)
-        return Start(described, Context(rank, "12", restart, ("node1", "node2"), 60, others))
+        return Start(described, Context(rank, "12", restart, ("node1", "node2"), 60, dict(others)))
 
     return make
 
@@ -220,14 +220,18 @@ def test_first_failure_is_kept_and_shown(start, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("in_thread", [False, True])
-def test_lost_node_is_waited_for(in_thread, start, monkeypatch):
-    """Also in the watch's thread, where no signal can be handled, for which it must not end."""
-    slept, answers = [], iter([False, False, True, True])
+@pytest.mark.parametrize(("in_thread", "answer"), [(False, 0), (True, 0), (True, 1)])
+def test_lost_node_is_waited_for(in_thread, answer, start, monkeypatch):
+    """Also in the watch's thread, where no signal can be handled, for which it must not end.
+
+    The node gives no answer or, without Slurm's daemon, refuses the connection.
+    """
+    slept, answers = [], iter([answer, answer, 2, 2, 1])
+    monkeypatch.setattr(job, "BACK_PATIENCE", 0)
     monkeypatch.setattr(job.time, "sleep", slept.append)
-    monkeypatch.setattr(placement, "_answers", lambda host: host == "node3" or next(answers))
+    monkeypatch.setattr(placement, "_answer", lambda host: next(answers) if host == "node2" else 2)
     before = signal.getsignal(TERM)
-    this = start(others=("node2", "node3"))
+    this = start(others={"node2": 2, "node3": 2})
     if in_thread:
         with ThreadPoolExecutor(1) as watch:
             watch.submit(this._record_failure, PeerFailed("rank 1 has died")).result()
@@ -238,7 +242,9 @@ def test_lost_node_is_waited_for(in_thread, start, monkeypatch):
     lost = ("stopped", "a node failed: node2 does not answer")
     assert written(this) == [lost, ("failed", "rank 1 has died")]
     # Where all answer, only what the watchdog says has to be written before the process is ended.
-    start(others=("node2",))._record_failure(ValueError("of this process"))
+    start(others={"node2": 2})._record_failure(ValueError("of this process"))
+    # Another port than the usual one is always refused.
+    start(others={"node2": 1})._record_failure(ValueError("of this process"))
     assert (len(slept), len(written(this))) == (2, 2)
 
 
