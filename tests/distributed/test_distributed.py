@@ -53,7 +53,7 @@ def test_numbers_of_the_launcher_are_checked(name, value, monkeypatch):
 def test_two_processes(farm, tmp_path):
     """Sums, broadcast, failing together and stopping together, in one start of two processes."""
     code = """
-        import os, signal, time
+        import os, signal, threading, time
         from datetime import timedelta
         import psutil, torch
         import torch.distributed as dist
@@ -66,6 +66,7 @@ def test_two_processes(farm, tmp_path):
         watchdog.BEAT = 0.05
         with join("cpu") as world, StopRequest(world) as stop, Watch(world, 60) as watch:
             r = world.rank
+            print("ends with", {thread.name for thread in threading.enumerate()})
             ports = psutil.net_connections("inet")
             ports = [c.laddr for c in ports if c.pid == os.getpid() and c.status == "LISTEN"]
             print("listens at", {one.ip for one in ports}, os.environ.get("GLOO_SOCKET_IFNAME"))
@@ -116,6 +117,7 @@ def test_two_processes(farm, tmp_path):
     (status_0, first), (status_1, second) = farm.side_by_side(2, command, tmp_path)
     assert (status_0, status_1) == (0, 0), first + second
     for output in (first, second):
+        assert re.search("ends with .*'starters'", output), output
         assert "listens at {'127.0.0.1'} lo" in output, output
         # The store where all met; of rank 0 the watch's, too.
         assert output.count("a stranger finds False") == (2 if output is first else 1)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tetdist.buffers import in_one_buffer
 from tetdist.distributed import meeting
 from tetdist.distributed.devices import choose_device, cores_near, keep_freed_memory
+from tetdist.distributed.starters import end_with_starters
 from tetdist.distributed.waiting import Waiting
 from tetdist.errors import FailedElsewhere, UserError
 
@@ -196,6 +197,8 @@ def join(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit
         )
         return World(0, 1, this_device, dist.new_group(backend="gloo"))
+    if "TETDIST_COMMAND" not in os.environ:  # A command has done so.
+        end_with_starters()
     store = meeting.meet(rank, world_size, timeout, shared_folder, run)
     with meeting.limited(timeout, "a process is lost while all connect to each other"):
         dist.init_process_group(

@@ -93,24 +93,19 @@ class RunFolder:
         file, metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
         if not file.exists():
             return
-
-        def unidentified(error: Exception) -> UserError:
-            return UserError(
-                f"{file} is damaged or of another version ({error}), so the run in this folder "
-                "cannot be identified; restore the file, remove it if you know that the run is the "
-                "same, or set another name=..."
-            )
-
         try:
             earlier = read_yaml(file)
         except (OSError, UserError) as error:
-            raise unidentified(error) from error
-        earlier, unknown = without_retired(earlier, str(file), is_trained=False), None
+            raise UserError(
+                f"{file} is damaged, so the run in this folder cannot be identified; restore the "
+                "file, remove it if you know that the run is the same, or set another name=..."
+            ) from error
+        earlier, doubt = without_retired(earlier, str(file), is_trained=False), ""
         try:
             # Keys added since then get their defaults in the earlier run.
             earlier = parse(earlier, str(file), warn=False).as_dict()
         except UserError as error:
-            unknown = error
+            doubt = f"{file} is damaged or of another version ({error}): restore it; or "
             logger.warning("%s is of another version; its keys are compared as they are", file)
         changed = differences(earlier, self.config.as_dict())
         changed += plugins.changes(self.path / "imports", imported)
@@ -119,15 +114,13 @@ class RunFolder:
         if changed and not has_begun:
             # MLflow does not allow changed parameters, so this becomes a new run there.
             (self.path / "mlflow_run_id").unlink(missing_ok=True)
-        elif changed and unknown:
-            raise unidentified(unknown) from unknown
         elif changed:
             # More epochs make another run as well: learning rates fall towards the last epoch.
             further = f", with init_checkpoint={self.path} to train its weights further"
             raise UserError(
-                f"{self.path} holds a run of another configuration: {'; '.join(changed)}. Choose "
-                f"another name=...{further if self._saved() else ''}, or set these values back to "
-                "continue"
+                f"{doubt}{self.path} holds a run of another configuration: {'; '.join(changed)}. "
+                f"Choose another name=...{further if self._saved() else ''}, or set these values "
+                "back to continue"
             )
 
     def newest_checkpoint(self) -> checkpoint.Checkpoint | None:
