@@ -300,21 +300,11 @@ def test_real_command_without_deepspeed_and_mlflow(run, tmp_path):
     assert json.loads((tmp_path / "e.json").read_text())["samples"] == NUM_SAMPLES
 
 
-def assert_alike(ours: Any, theirs: Any, where: str = "") -> None:
-    """The same to rounding, however nested."""
-    assert type(ours) is type(theirs), where
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key, value in ours.items():
-            assert_alike(value, theirs[key], f"{where}.{key}")
-    elif isinstance(ours, list):
-        assert len(ours) == len(theirs), where
-        for i, value in enumerate(ours):
-            assert_alike(value, theirs[i], f"{where}.{i}")
-    elif isinstance(ours, float):
-        assert theirs == pytest.approx(ours, rel=1e-6), where
-    else:
-        assert theirs == ours, where
+def leaves(found: Any) -> list[Any]:
+    """All keys and values, however nested."""
+    if isinstance(found, dict):
+        return [leaf for pair in found.items() for one in pair for leaf in leaves(one)]
+    return [leaf for one in found for leaf in leaves(one)] if isinstance(found, list) else [found]
 
 
 def test_three_processes_give_the_same_json(farm, run, evaluate, tmp_path):
@@ -330,7 +320,7 @@ def test_three_processes_give_the_same_json(farm, run, evaluate, tmp_path):
     assert [status for status, _ in ended] == [0, 0, 0], output
     ours, theirs = json.loads(one.read_text()), json.loads(three.read_text())
     assert ours["samples"] == theirs["samples"] == NUM_SAMPLES
-    assert_alike(ours, theirs)
+    assert leaves(theirs) == pytest.approx(leaves(ours))
     assert ours["per_timestep_top1"] == theirs["per_timestep_top1"]
     assert output.count("firing rate") == 1
 
@@ -371,10 +361,13 @@ def test_file_alone_is_enough_wherever_the_data_is(run, tiny_copy, evaluate, tmp
     assert results[0] == results[1] == results[2]
     (moved / "index").rename(tmp_path / "index")
     options = ("--data", moved, "--index", tmp_path / "index", "--json", target)
-    status, _, err = evaluate("--checkpoint", run, "--best", *options)
-    assert status == 0, err
-    most = max(line["top1"] for line in tiny.metrics(run, "val"))
-    assert json.loads(target.read_text())["top1"] == most
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    older, newer = sorted((copy / "checkpoints").glob("step-*"))
+    (copy / "checkpoints" / "best").write_text(older.name)
+    for which, step in (((), newer.name), (("--best",), older.name)):
+        status, _, err = evaluate("--checkpoint", copy, *which, *options)
+        assert status == 0, err
+        assert step == f"step-{json.loads(target.read_text())['step']:08}"
 
 
 def test_weights_of_somebody_else_ask_for_the_data(run, evaluate, tmp_path, monkeypatch):

@@ -9,11 +9,11 @@ import pytest
 import timm
 import torch
 from kernel_runs import randomize
-from one_batch import OneBatch
 
 from tetdist.apps.reports.evaluation_page import as_text, html_page
 from tetdist.data.loader import Batch
 from tetdist.errors import UserError
+from tetdist.evaluation.evaluate import Evaluator, evaluate
 from tetdist.evaluation.operations import OperationCounts
 from tetdist.evaluation.suite import run_suite
 from tetdist.evaluation.unrolling import unrolled
@@ -50,13 +50,24 @@ def small(neuron):
     return network("spiking_convnet", neuron, channels=(6, 8, 8), input_size=12)
 
 
+@dataclass(frozen=True)
+class OneBatch(Evaluator):
+    """Evaluates a batch in place of a folder's."""
+
+    batch: Batch
+
+    def run(self, _title, also=lambda _logits, _labels: None):
+        options = {"precision": "fp64", "also": also}
+        return evaluate(self.model, [self.batch], len(self.batch.labels), self.world, **options)
+
+
 def evaluator_of(model, world):
     generator = torch.Generator().manual_seed(0)
     index = type("Index", (), {"classes": CLASSES})
     config = None
     images = torch.randn(24, 3, 12, 12, generator=generator, dtype=torch.float64)
     batch = Batch(images, torch.arange(24) % 4, np.arange(24))
-    return OneBatch(model, config, index, world, lambda: None, batch, "fp64")
+    return OneBatch(model, config, index, world, lambda: None, batch)
 
 
 ABOUT = {
@@ -93,12 +104,49 @@ def test_what_is_not_causal_is_evaluated_at_each_t_by_itself(alone):
         assert "the network is not causal" in text
 
 
+class Outside(torch.nn.Module):
+    """No class of tetdist: logits that grow with time, of (B, C, H, W)."""
+
+    def __init__(self):
+        super().__init__()
+        self.timesteps, self.num_classes, self.input_kind = 3, len(CLASSES), "images"
+        self.conv = torch.nn.Conv2d(3, len(CLASSES), 3).double()
+
+    def set_timesteps(self, timesteps):
+        self.timesteps = timesteps
+
+    def forward(self, x, per_timestep=False):
+        assert per_timestep, "no other call is allowed"
+        means = self.conv(x).mean((2, 3))
+        return torch.stack([t * means for t in range(1, self.timesteps + 1)])
+
+
+def test_of_a_network_from_outside_all_but_what_is_known_of_ours_is_reported(alone):
+    model = Outside()
+    evaluator = evaluator_of(model, alone)
+    found = run_suite(evaluator, timesteps=[3])
+    with torch.no_grad():
+        logits = model(evaluator.batch.images, per_timestep=True)
+    right = (logits.mean(0).argmax(-1) == evaluator.batch.labels).double().mean()
+    assert found["top1"] == pytest.approx(100 * float(right))
+    assert (found["operations"], found["firing_rate"]) == (None, {})
+    about = ABOUT | {"reported_timesteps": [1, 3]}
+    for text in (as_text(about | found), html_page(about | found)):
+        assert "operations are only counted for" in text
+    model.forward = lambda x, **_: torch.zeros(len(x), 4)
+    with pytest.raises(UserError, match=r"returned \(24, 4\) .* must return logits \(3, 24, cl"):
+        run_suite(evaluator, timesteps=[3])
+
+
 def test_a_training_says_of_what_is_not_causal_only_the_whole(alone):
     evaluator = evaluator_of(small({"kind": "psn"}), alone)
     result = evaluator.run("evaluate")
     assert result.timesteps == 4
     assert result.per_timestep_top1 == result.per_timestep_loss == []
-    assert not any(module._forward_hooks for module in evaluator.model.modules())
+    # The network is left as it was.
+    evaluator.model.train()
+    assert evaluator.run("evaluate") == result
+    assert all(one.training and not one._forward_hooks for one in evaluator.model.modules())
     assert evaluator_of(small({"kind": "masked_psn"}), alone).run("").per_timestep_top1 != []
 
 
@@ -201,9 +249,7 @@ def test_attentions_products_are_unrolled(kind, alone, monkeypatch):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert {value for x in seen for value in x.unique().tolist()} == {0.0, 1.0}
     assert most["fc"] == features.max() > 1
-    totals = [counts.total(alone, len(x)) for counts in (numbers, spikes)]
-    assert totals[0].most_spikes == 4  # whether sent as 4 or as 4 / 4
-    of_numbers, of_spikes = (one.layers for one in totals)
+    of_numbers, of_spikes = (counts.total(alone, len(x)).layers for counts in (numbers, spikes))
     # 4 outputs of the classifier.
     assert of_numbers["fc"].accumulates == pytest.approx(4 * features.sum().item() / len(x))
     assert sum(name.endswith("attention.attention") for name in of_numbers) == 2
@@ -254,6 +300,7 @@ def test_an_unrolled_evaluation_says_the_same(kind, alone):
         text = as_text(ABOUT | spikes)
         assert "the spikes that layers receive are already 0 or 1" in text
         return
+    assert numbers["operations"]["most_spikes"] == 4  # whether sent as 4 or as 4 / 4
     unrolled_into = re.search(r"unrolled: 3 layers into up to (\d) sub", as_text(ABOUT | spikes))
     assert "unrolled" not in as_text(ABOUT | numbers)
     most = spikes.pop("sub_timesteps")

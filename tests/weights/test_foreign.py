@@ -64,15 +64,15 @@ def converted(state, source, model):
 # ---------------------------------------------------------------------------------- spikingjelly
 
 
-def from_spikingjelly(name, decay_input=None, **options):
+def from_spikingjelly(name, decay_input=None, make=neuron.IFNode, **options):
     torch.manual_seed(0)
     module = sew_resnet if name.startswith("sew") else spiking_resnet
-    kind, extra = neuron.IFNode, {}
+    extra = {}
     if decay_input is not None:
-        kind, extra = neuron.LIFNode, {"tau": 2.0, "decay_input": decay_input}
+        make, extra = neuron.LIFNode, {"tau": 2.0, "decay_input": decay_input}
     model = getattr(module, name)(
         num_classes=5,
-        spiking_neuron=kind,
+        spiking_neuron=make,
         surrogate_function=surrogate.ATan(),
         detach_reset=True,
         **options,
@@ -168,13 +168,9 @@ LEARNING = {
 )
 def test_what_spikingjellys_neurons_learn_comes_with_the_weights(name, kind):
     """docs/weights.md: a neuron of the same kind, with its own numbers."""
-    torch.manual_seed(0)
     make, numbers = LEARNING[kind]
-    module = sew_resnet if name.startswith("sew") else spiking_resnet
     connect = {"cnf": "ADD"} if name.startswith("sew") else {}
-    theirs = getattr(module, name)(num_classes=5, spiking_neuron=make, **connect)
-    functional.set_step_mode(theirs, "m")
-    theirs = randomized(theirs).eval()
+    theirs = from_spikingjelly(name, make=make, **connect).eval()
     with torch.no_grad():
         for key, parameter in theirs.named_parameters():
             if re.search(r"(^|\.)(sn\d|downsample_sn)\.", key):
