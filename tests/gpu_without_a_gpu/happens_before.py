@@ -29,7 +29,6 @@ class _Where(NamedTuple):
 
 class _Use(NamedTuple):
     tick: int
-    number: int  # among all uses
     what: str
 
 
@@ -64,8 +63,6 @@ class Order:
     Attributes:
         faults: Uses without an order, a sentence each.
         host: Name of the running host thread.
-        number: Number of uses so far.
-        replayed: Number of uses before the last replay of a graph.
     """
 
     def __init__(self, current: Callable[[], int]) -> None:
@@ -77,7 +74,6 @@ class Order:
         self._memories: dict[int, _Memory] = {}
         self._events: dict[int, Clock] = {}
         self._graph: Graph | None = None
-        self.number = self.replayed = 0
 
     # --- who waits for whom ---
 
@@ -138,9 +134,8 @@ class Order:
     def _use(self, parts: list[_Part], what: str, actor: Actor) -> None:
         clock = self._clocks[actor] = self.reached(actor)
         tick = clock[actor] = clock.get(actor, 0) + 1
-        self.number += 1
         for memory, first, end, writes in parts:
-            for where, (then, _, earlier) in memory.uses.items():
+            for where, (then, earlier) in memory.uses.items():
                 ordered = where.actor == actor or clock.get(where.actor, 0) >= then
                 apart = where.end <= first or end <= where.first
                 if not (ordered or apart) and (writes or where.writes):
@@ -150,7 +145,7 @@ class Order:
                         f"{verbs[1]} by {what} on {_named(actor)}, which does not wait for it"
                     )
             if end > first:
-                memory.uses[_Where(actor, first, end, writes)] = _Use(tick, self.number, what)
+                memory.uses[_Where(actor, first, end, writes)] = _Use(tick, what)
 
     def _part(self, x: Tensor, writes: bool) -> _Part:
         memory = self.memory(x)
@@ -168,11 +163,6 @@ class Order:
             stream = None if on_host else self._current()
             self._memories[storage._cdata] = _Memory(StorageWeakRef(storage), stream, about)
         return self._memories[storage._cdata]
-
-    def is_read(self, x: Tensor, since: int) -> bool:
-        """Return whether a tensor was read after so many uses, and before the last replay."""
-        uses = self.memory(x).uses.items()
-        return any(since < use.number <= self.replayed and not where.writes for where, use in uses)
 
     def find_freed(self) -> None:
         """Check memory that has been freed: its stream may get it again for its next work."""
@@ -210,7 +200,6 @@ class Order:
 
     def replay(self, graph: Graph) -> None:
         """Do captured work again, on the current stream, with the memory that is still there."""
-        self.replayed = self.number
         for parts, what in graph.work:
             there = [part for part in parts if not part.memory.weak.expired()]
             self._use(there, what, self._current())

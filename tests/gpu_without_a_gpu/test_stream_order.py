@@ -41,8 +41,7 @@ def test_all_work_waits_for_what_it_uses(overrides, running, tiny_config):
 
 FINISH = "tetdist.distributed.overlap:OverlappedMean.finish"
 CAPTURE = "tetdist.training.graphs:capture"
-COPY = "tetdist.training.graphs:Graphed.__call__"
-COMPLETE, TAKE = "tetdist.data.transfer:completed_on", "tetdist.data.loader:Loader._take"
+TAKE = "tetdist.data.loader:Loader._take"
 NEXT = "tetdist.data.delivery:DeviceBatches.__next__"
 FREED = "is freed while aten.convolution_backward at .* on stream 0 may still use it"
 
@@ -51,10 +50,6 @@ FAULTS = {
     "an average is not waited for": (
         *(ON_GPU, FINISH, "work.wait()", "pass"),
         "written by all_reduce at tetdist/distributed/overlap.py",
-    ),
-    "a copy is not waited for": (
-        *((), COMPLETE, "event.synchronize()", "pass"),
-        "data/delivery.py.* is written by the next batch on the writer of slot",
     ),
     "memory is freed while the GPU trains on it": (
         *(ON_GPU, NEXT, "tensor.record_stream(", "(lambda _: None)(", FREED),
@@ -74,10 +69,6 @@ FAULTS = {
     "a flag is read before it has arrived": (
         *(LAMB, "tetdist.optimizers:_fetched", "arrived.synchronize()", "pass"),
         "written by aten.copy_ at tetdist/optimizers.py.* read by aten._local_scalar_dense",
-    ),
-    "inputs do not get into the graph": (
-        *(GRAPHS, COPY, "static.copy_(tensor)", "pass"),
-        "input 0 of the graph is not read",
     ),
 }
 

@@ -138,10 +138,10 @@ def test_definition_is_norms_and_a_sum_into_the_neuron(given):
 # -------------------------------------------------------------------- kernels: the whole of options
 
 
-def any_case(timesteps, channels):
+def any_case(kinds, timesteps, channels):
     return st.builds(
         Case,
-        kind=st.sampled_from(list(LAYERS)),
+        kind=st.sampled_from(kinds),
         timesteps=st.sampled_from(timesteps),
         channels=st.sampled_from(channels),
         dtype=st.just(torch.float64),
@@ -159,13 +159,17 @@ derandomised = {"derandomize": True, "database": None, "deadline": None, "phases
 
 # As many channels as are processed at a time, fewer, and more.
 @settings(**derandomised, max_examples=200)
-@given(any_case([1, 2, 4, 16], [1, 3, 8, 64, 65, 200]), any_seed)
+@given(any_case([*LAYERS], [1, 2, 4, 16], [1, 3, 8, 64, 65, 200]), any_seed)
 def test_any_combination_native(case, seed):
     assert_fused_is_the_definition(case, "native", seed)
 
 
+# Weights over time take the interpreter seconds.
+QUICK = [kind for kind in LAYERS if "psn" not in kind]
+
+
 @settings(**derandomised, max_examples=8)
-@given(any_case([1, 2, 5], [1, 3, 8, 65]), any_seed)
+@given(any_case(QUICK, [1, 2, 5], [1, 3, 65]), any_seed)
 def test_any_combination_triton(case, seed):
     assert_fused_is_the_definition(case, "triton", seed)
 
@@ -176,11 +180,8 @@ def test_each_kind(implementation, kind):
     """In each mode, on rows and channels of several tiles, of which the last ones are not full."""
     forms = zip(GIVEN, itertools.cycle(MODES), strict=False)
     if implementation == "triton":
-        forms = [
-            ("shared", "evaluation"),
-            ("normalised shortcut", "carried"),
-            ("no norm", "carried"),
-        ]
+        forms = [("normalised shortcut", "carried"), ("no norm", "carried")]
+        forms += [("shared", "evaluation")] if kind in ("hard", "psn", NORM_ADD) else []
     for what, mode in forms:
         # Sums of parallel neurons' weights are divided among several programs.
         timesteps = 5 if kind == "sliding_psn" else 3
@@ -234,8 +235,13 @@ def test_nan_is_as_in_the_definition(implementation, kind):
     assert any(one.isnan().any() for one in found.values())
 
 
-@each_neuron
-@each_implementation
+@pytest.mark.parametrize(
+    ("implementation", "kind"),
+    [
+        *(("native", kind) for kind in NEURONS),
+        *itertools.product(["triton"], ("hard", "nilif", "sliding_psn")),
+    ],
+)
 def test_spikes_in_bytes(implementation, kind):
     """The next layer keeps what this layer sends, including the added spikes."""
     dtype, config = torch.bfloat16, NEURONS[kind]
@@ -306,6 +312,18 @@ def test_types(implementation, dtype):
         for name, value in numerics.results(exact, wide, 0).items():
             error = (found[name] - value).norm() / value.norm().clamp(min=1e-3)
             assert error < 3 * torch.finfo(dtype).eps, name
+
+
+@each_neuron
+def test_triton_in_short_types(kind):
+    """As near to float64 as a GPU has to be; the interpreter rounds float16, and cuts bfloat16."""
+    number = [*NEURONS].index(kind)
+    dtype = (torch.float16, torch.float32)[number % 2]
+    for what, mode in (("normalised shortcut", "carried"), ("spikes", "training")):
+        case = Case(kind, 3, 20, dtype, mode, what, batch=2, side=5)
+        with pytest.MonkeyPatch.context() as patch, IMPLEMENTATIONS["triton"]():
+            patch.setattr(numerics, "kinds", lambda: LAYERS)
+            assert max(numerics.differences(case, CPU, 0).values()) <= 1, case
 
 
 def test_types_that_differ_are_added_by_the_definition():

@@ -138,7 +138,7 @@ FIRED = {
     "plif, soft": (LEARNED_SOFT, (5, 1, 9, 11, 4, 17), True),
     # k^T v is up to 15^2 x 20, and 8^2 x 49 in eighths: two parts in float16.
     "ilif": (ILIF(most_spikes=15, threshold=2.0**14), (2, 1, 16, 16, 4, 5), True),
-    "nilif": (NILIF(most_spikes=8, threshold=16), (8, 1, 30, 33, 7, 7), False),
+    "nilif": (NILIF(most_spikes=8, threshold=16), (4, 1, 30, 33, 7, 7), False),
 }
 
 

@@ -1,7 +1,6 @@
 """Recomputed blocks and segments of timesteps: the same gradients, in less memory."""
 
 import copy
-import itertools
 
 import pytest
 import timm
@@ -50,9 +49,9 @@ def differing(a, b):
 @pytest.mark.parametrize(
     ("name", "execution", "precision"),
     [
-        *((name, "fused", "bf16") for name in SMALL),
-        *itertools.product(("sew_resnet50", "spiking_convnet"), ("reference",), ("bf16",)),
-        *itertools.product(("preact_resnet18", "qkformer_4_384_cifar"), ("fused",), ("fp32",)),
+        *((name, "fused", "bf16") for name in SMALL if name != "vggsnn"),
+        ("spiking_convnet", "reference", "bf16"),
+        ("preact_resnet18", "fused", "fp32"),
     ],
 )
 def test_recomputed_blocks_are_the_same_bitwise(name, execution, precision):

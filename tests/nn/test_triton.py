@@ -1,5 +1,5 @@
-"""Triton kernels, bitwise identical to those in C++ where they are meant to be, and how they are
-chosen. The kernels are interpreted; test_fused.py has them against the definition."""
+"""Triton kernels alone, and how they are chosen. They are interpreted; test_fused.py has them
+against the definition."""
 
 import contextlib
 import logging
@@ -12,140 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tetdist.nn import packed
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fast import dispatch, native
-from tetdist.nn.fast.dynamics import dynamics_of
-from tetdist.nn.fast.fused import Affine, Inputs
-from tetdist.nn.integer_neurons import ILIF, NILIF
-from tetdist.nn.learned_decay import PLIF
+from tetdist.nn.fast import dispatch
 from tetdist.nn.neurons import LIF
-from tetdist.nn.parallel_neurons import PSN, SlidingPSN
 
 needs_triton()
 
 from tetdist.nn.fast import triton_kernels  # noqa: E402  # needs Triton
 
-# A neuron of each reset, with parameters that are not powers of two.
-NEURONS = {
-    "hard": LIF(decay=0.9, threshold=0.7, surrogate_width=1.5),
-    "soft": LIF(decay=0.6, threshold=0.7, reset="soft", detach_reset=True, surrogate="atan"),
-    "plif": PLIF(threshold=0.2),
-    "plif, soft": PLIF(threshold=0.4, reset="soft", decay_input=False, surrogate="rectangle"),
-    "ilif": ILIF(threshold=0.7),
-    "nilif": NILIF(decay=0.6, threshold=0.1, most_spikes=8, detach_reset=True),
-    "psn": PSN(timesteps=3, threshold=0.2),
-    "sliding_psn": SlidingPSN(order=3, threshold=0.2, surrogate="sigmoid"),
-}
-# With everything, with nothing, and with inputs that all timesteps share.
-CALLS = {
-    "plain": {},
-    "plain shortcut, identity": {"shortcut": "plain", "identity": True},
-    "normalised shortcut, carried": {"shortcut": "normalized", "carries": True},
-    "shared": {"shared": True, "carries": True, "identity": True},
-    "shared, shortcut": {"shared": True, "shortcut": "plain"},
-}
-
-
-OF_ALL_KINDS = ("plain shortcut, identity", "normalised shortcut, carried")
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def affine(seed, channels, wide):
-    gain, offset, mean, spread = draw(seed, 4, channels).to(wide)
-    return Affine(1 + gain / 4, offset / 4, mean / 2, 1 + spread.abs())
-
-
-def both_kernels(neuron, timesteps, carries):
-    return (
-        triton_kernels.NeuronKernels(neuron, timesteps, carries=carries, packs=True),
-        native.NeuronKernels(neuron, timesteps, carries=carries, packs=True),
-    )
-
-
-def moved(inputs, device):
-    def move(one):
-        if isinstance(one, Affine):
-            return Affine(*(tensor.to(device) for tensor in one))
-        if isinstance(one, tuple):
-            return tuple(tensor.to(device) for tensor in one)
-        return None if one is None else one.to(device)
-
-    return Inputs(*map(move, inputs))
-
-
-# The other kinds' own options, with and without an initial membrane; each case in one of two types.
-PAIRS = [(k, c) for k in NEURONS for c in CALLS if k in ("hard", "soft") or c in OF_ALL_KINDS]
-TYPES = (torch.bfloat16, torch.float32, torch.float64)
-
-
-@pytest.mark.parametrize("where", ["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize(
-    ("kind", "call", "dtype"),
-    [
-        pytest.param(*pair, dtype, marks=() if dtype is TYPES[i % 2] else pytest.mark.long)
-        for i, pair in enumerate(PAIRS)
-        for dtype in TYPES
-    ],
-    ids=str,
-)
-def test_spikes_bytes_and_membranes_are_those_of_cpp_bitwise(kind, call, dtype, where):
-    neuron = NEURONS[kind]
-    options = {"shared": False, "shortcut": None, "identity": False, "carries": False} | CALLS[call]
-    timesteps, rows, channels = 3, 37, 20
-    wide = torch.promote_types(dtype, torch.float32)
-    shape = (timesteps, rows, channels)
-    carried = dynamics_of(neuron).carried
-    options["carries"] &= carried > 0
-    values = {
-        name: value.to(wide) + draw(8, *value.shape).to(wide) / 4
-        for name, value in neuron.parameters(channels).items()
-    }
-    inputs = Inputs(
-        draw(0, 1 if options["shared"] else timesteps, rows, channels).to(dtype),
-        draw(1, *shape).to(dtype) if options["shortcut"] else None,
-        affine(2, channels, wide),
-        affine(3, channels, wide) if options["shortcut"] == "normalized" else None,
-        draw(4, carried, rows, channels).to(wide) if options["carries"] else None,
-        neuron.for_kernels(timesteps, **values),
-    )
-    identity = draw(5, *shape).gt(0).to(dtype) * 2 if options["identity"] else None
-    grad_spikes = draw(6, *shape).to(dtype)
-    grad_end = draw(7, carried, rows, channels).to(wide) if options["carries"] else None
-    found = []
-    for kernels in both_kernels(neuron, timesteps, options["carries"]):
-        device = "cuda" if where == "cuda" and not found else "cpu"
-        own = moved(inputs, device)
-        grads = (grad_spikes.to(device), None if grad_end is None else grad_end.to(device))
-        with contextlib.nullcontext() if device == "cuda" else interpreted():
-            fired = kernels.spikes(own, None if identity is None else identity.to(device))
-            sums, kept = kernels.sums(own, *grads)
-            others = sums.grad_shortcut_hat
-            gradients = kernels.gradients(
-                own,
-                *grads,
-                kept,
-                (sums.grad, sums.grad_xhat),
-                None if others is None else (sums.grad, others),
-                needs_x=True,
-            )
-        every = (*fired, *sums[:3], *sums.grad_learned, *gradients)
-        every = tuple(None if one is None else one.cpu() for one in every)
-        found.append((every[:3], every[3:]))
-    (fired, gradients), (expected_fired, expected_gradients) = found
-    assert 0.2 < expected_fired[0].double().mean() < 1.8
-    for ours, theirs in zip(fired, expected_fired, strict=True):
-        assert (ours is None) == (theirs is None)
-        assert ours is None or torch.equal(ours, theirs)
-    # C++ stores the current's gradient in the activations' type in between.
-    rounding = {torch.bfloat16: 2**-6, torch.float32: 2e-6, torch.float64: 1e-14}[dtype]
-    for ours, theirs in zip(gradients, expected_gradients, strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None and theirs is not None:
-            assert ours.dtype == theirs.dtype
-            # A sum may be near 0 when its parts, of about 1, are not.
-            scale = max(1.0, theirs.double().abs().max().item())
-            torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding * scale)
 
 
 def test_statistics_of_many_rows_do_not_cancel():

@@ -4,6 +4,7 @@ import fcntl
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,7 +107,12 @@ def test_triton_takes_kernels_from_there(folder, monkeypatch):
     assert not folder.stat().st_mode & 0o077
 
 
-def test_a_folder_of_others_is_not_used(folder, tmp_path):
+def test_a_folder_of_others_or_without_execution_is_not_used(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_NOEXEC))
+        triton_cache.use()
+    assert "TRITON_CACHE_DIR" not in os.environ
+    folder.rmdir()
     own = tmp_path / "own"
     own.mkdir(mode=0o700)
     folder.symlink_to(own)
