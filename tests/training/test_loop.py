@@ -87,10 +87,13 @@ def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch):
         for step in (1, 2):
             now += 5.5
             found.add(step, update, sums, timesteps=2 * step)
+        # A step that changed nothing counts for the speed alone.
+        found.add(3, update._replace(applied=torch.tensor(False)), sums * torch.nan, timesteps=0)
         values = found.close(waited=8.3, scale=None)
-        assert (values["samples_per_s"], values["image_timesteps_per_s"]) == (2, 6)
+        assert (values["samples_per_s"], values["image_timesteps_per_s"]) == (3, 6)
         assert values["data_wait"] == pytest.approx(30)
         assert (values["loss"], values["top1"]) == (0.5, 25.0)
+        assert values["non_finite_steps"] == 1
         found.restart(waited=8.3)
         now += 2
         assert found.close(waited=8.3, scale=None)["samples_per_s"] == 0
