@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Spare garbage collections, of which every run of `main` needs one, what was imported."""
+    """Spare garbage collections what was imported."""
     gc.freeze()
     session.config.add_cleanup(gc.unfreeze)
 
@@ -181,10 +181,12 @@ def main(
     monkeypatch.setattr(StopRequest, "SIGNALS", tuple(others))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    status = 0
 
     def run(file: Path | str, *overrides: str) -> Outcome:
-        # A lock is held until the last traceback that knows of it is gone.
-        gc.collect()
+        nonlocal status
+        if status:  # a lock is held until the last traceback that knows of it is gone
+            gc.collect()
         caplog.clear()
         capfd.readouterr()
         with caplog.at_level("INFO"):

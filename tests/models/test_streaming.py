@@ -211,7 +211,7 @@ def test_streams_of_one_model_run_in_many_threads(name):
         return stream.timesteps
 
     with ThreadPoolExecutor(16) as pool:
-        assert list(pool.map(run, [k % 6 for k in range(48)])) == [T] * 48
+        assert list(pool.map(run, [k % 6 for k in range(32)])) == [T] * 32
     assert not wrong
 
 

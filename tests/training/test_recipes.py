@@ -46,6 +46,18 @@ OVERRIDES = (
 
 
 @pytest.fixture(scope="module")
+def image_data(tmp_path_factory):
+    """An indexed data root of few images."""
+    root = tmp_path_factory.mktemp("images")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "TRAIN_SIZES", (2, 2, 2, 2))
+        patch.setattr(tiny, "VAL_SIZES", (1, 1, 1, 1))
+        tiny.make_images(root)
+    data_index.index_splits(root)
+    return root
+
+
+@pytest.fixture(scope="module")
 def event_data(tmp_path_factory):
     """An indexed data root of event tensors."""
     root, rng = tmp_path_factory.mktemp("events"), np.random.default_rng(0)
@@ -113,9 +125,9 @@ ALIKE = {"sdt_8_512", "sdt_8_768", "sew34_t4_64gpus"} | {
         for file in sorted(CONFIGS_DIR.glob("*.yaml"))
     ],
 )
-def test_recipe_resolves_plans_and_trains(name, main, tiny_root, event_data, tmp_path, capfd):
+def test_recipe_resolves_plans_and_trains(name, main, image_data, event_data, tmp_path, capfd):
     recipe = load(name)
-    overrides = small(name, tiny_root if recipe.data.kind == "images" else event_data)
+    overrides = small(name, image_data if recipe.data.kind == "images" else event_data)
     overrides += given(load(name, overrides), tmp_path)
     overrides.append(f"runs_dir={tmp_path / 'runs'}")
 
