@@ -136,6 +136,8 @@ MISTAKEN = {
     "data.scale=[1.0, 0.5]": "data.scale: [1.0, 0.5] must ascend and end above 0",
     "data.ratio=[-1.0, 0.5]": "data.ratio: [-1.0, 0.5] must ascend, with both values above 0",
     "data.std=[0.5, 0.0, 0.5]": "data.std: [0.5, 0.0, 0.5] must be above 0",
+    "data.images_as_events.ratio=1.0": "data.images_as_events.ratio=1.0 must be below 1",
+    "data.images_as_events=true": "set data.images_as_events.ratio, for instance",
     "data.resize=8": "data.resize: 8 is smaller than data.image_size, 16",
     # What is no override.
     "seed": "'seed' is not an override; write it as dotted.key=value",
@@ -179,7 +181,9 @@ CONTRADICTIONS = (
     ("zero_stage: 1 needs DeepSpeed", "zero_stage=1", "engine=torch"),
     ("precision: fp16 needs zero_stage=0", "zero_stage=1", "precision=fp16"),
     ("zero_stage: 1 does not suit", "zero_stage=1", "phases.0.optimizer.kind=timm:lamb"),
-    ("model.name=spiking_convnet takes images, not events", "data.kind=events"),
+    ("data.kind: model.name=vggsnn takes events, not images", "model={name: vggsnn}"),
+    ("images_as_events: needs data.kind=images", "data.images_as_events={}", "data.kind=events"),
+    ("erasing.probability: 0.5 cannot", "data.images_as_events={}", "data.erasing.probability=0.5"),
     ("data.repeats: 9 must not be above batch.global, 8", "data.repeats=9"),
     ("color_jitter: cannot go", "data.auto_augment=rand-m9", "data.color_jitter=[0, 0, 0, 0.1]"),
     ("data.padding: 16 must be below data.image_size, 16", "data.crop=padded", "data.padding=16"),
@@ -445,7 +449,7 @@ def test_every_key_is_printed_and_explained():
         f"model.neuron.{key}" for kind in NEURONS for key in neurons.as_dict(make({"kind": kind}))
     }
     others = {key for key in explained if key.startswith("model.neuron.")} & others
-    other_forms = {"recompute.timesteps", "phases.N.optimizer"}
+    other_forms = {"recompute.timesteps", "phases.N.optimizer", "data.images_as_events.ratio"}
     assert numbered - others == explained - others - other_forms
     assert explained >= set(OPERATIONAL_KEYS)
 

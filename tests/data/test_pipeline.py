@@ -224,6 +224,8 @@ def test_every_augmentation_is_pillows_with_the_same_parameters(png_root):
     assert changes > 0
 
 
+AS_EVENTS = {key: EVERYTHING[key] for key in ("crop", "padding", "auto_augment", "cutout", "mixup")}
+AS_EVENTS["images_as_events"] = {"ratio": 0.12}
 AS_TIMM = {
     "auto_augment": "rand-m9-mstd0.5-inc1",
     "erasing": {"probability": 0.5, "mode": "pixel"},
@@ -233,7 +235,7 @@ AS_TIMM = {
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize(("changes", "repeats"), [(EVERYTHING, 1), (AS_TIMM, 3)])
+@pytest.mark.parametrize(("changes", "repeats"), [(EVERYTHING, 1), (AS_TIMM, 3), (AS_EVENTS, 1)])
 def test_augmented_batches_resume_and_share_out_as_others_do(png_root, changes, repeats):
     index = indexed(png_root)
 

@@ -328,7 +328,7 @@ def make_trainer(case: Case, config: Any, world: Any) -> Any:
 
     size = config.model.arguments.get("input_size", 48)
     classes = [str(k) for k in range(config.model.num_classes or 1000)]
-    index = _Index(classes=classes, heights=[size], timesteps=None)
+    index = _Index(classes=classes, heights=[size])
     prepared.open_data, prepared.order = setup.open_data, order
     if not case.feeds:
         prepared.open_data = lambda *_: (index, index)
@@ -363,6 +363,10 @@ class _Index(types.SimpleNamespace):
     def __len__(self) -> int:
         return 0
 
+    def frames(self, data: Any) -> tuple[int, ...] | None:
+        side = data.image_size if data.images_as_events else self.heights[0]
+        return (8, 2, side, side) if data.input_kind == "events" else None
+
 
 class _Batches:
     """What a loader returns: images in pageable memory, for `pin_memory` is the trainer's."""
@@ -376,7 +380,9 @@ class _Batches:
 
         config = self._config
         count, size = config.batch.micro, config.data.image_size
-        if config.data.kind == "events":
+        if config.data.images_as_events:
+            images = torch.zeros(count, 2, size, size, dtype=torch.uint8)
+        elif config.data.kind == "events":
             size = self._model.input_size or 48
             images = torch.zeros(count, self._model.timesteps, 2, size, size)
         else:
@@ -394,8 +400,8 @@ def _teacher(config: Any, index: Any) -> Any:
 
     def untrained(_config: Any, _index: Any) -> Any:
         classes = config.model.num_classes or len(index.classes)
-        if config.data.kind == "events":
-            model = config.model.build(num_classes=classes, timesteps=4)
+        if (kind := config.data.input_kind) == "events":
+            model = config.model.build(num_classes=classes, timesteps=4, input_kind=kind)
         else:
             model = timm.create_model("resnet18", num_classes=classes)
         return model, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)

@@ -296,6 +296,7 @@ def test_what_a_graph_would_not_repeat_is_found(where, line, instead, text, ask)
 SHORT = [
     ("sew_resnet18", "blocks", "torch", "fp16"),
     ("vggsnn", "blocks", "deepspeed", "bf16"),
+    ("i2e_msnet18", "blocks", "torch", "bf16"),
     ("spiking_convnet_dvs", "segments", "torch", "bf16"),
     ("sdt_2_256_dvs", "segments", "torch", "bf16"),
     ("espikeformer_t", "blocks", "torch", "bf16"),

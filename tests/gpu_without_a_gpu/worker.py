@@ -28,6 +28,7 @@ CONFIGS: dict[str, tuple[str, ...]] = {
     "spiking_resnet18_cifar": ("cifar10_resnet19.yaml",),
     "spiking_resnet19_dvs": ("vggsnn_dvs.yaml",),
     "preact_resnet": ("preact_resnet34_t4.yaml",),
+    "i2e_msnet": ("i2e_msnet18.yaml", "loss.kind=tet"),
     "ms_resnet": ("ms_resnet34_t6.yaml",),
     "ms_resnet14_cifar": ("cifar10_small.yaml",),
     "spiking_convnet": ("quickstart.yaml", "precision=bf16", "phases.0.optimizer.kind=sgd"),

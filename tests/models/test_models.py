@@ -24,7 +24,7 @@ from tetdist.nn.neurons import LIF
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-EVENTS = ["vggsnn", "spiking_resnet19_dvs"]
+EVENTS = ["vggsnn", "spiking_resnet19_dvs", "i2e_msnet18"]
 
 # One of each family and kind of block, small enough to run often. Thresholds are low, so that
 # random networks of this size fire up to the last layer.
@@ -37,6 +37,7 @@ SMALL = {
     "spiking_resnet19": {"width": 4, "stem_width": 3, "hidden_features": 6},
     "spiking_resnet19_dvs": {"width": 4, "stem_width": 3, "hidden_features": 16, "input_size": 16},
     "preact_resnet18": {"width": 4},
+    "i2e_msnet18": {"width": 4},
     "ms_resnet18": {"width": 4, "stem": "deep", "pooled_projections": True},
     "vggsnn": {"input_size": 16},
     "spiking_convnet": {"channels": (4, 6, 8), "input_size": 12},
@@ -369,6 +370,25 @@ def test_set_timesteps_changes_nothing_but_t(name):
 # ----------------------------------------------------------------- as torch and timm take models
 
 
+@pytest.mark.parametrize("name", [name for name in SMALL if models.takes_both(name)])
+def test_frames_that_are_all_an_image_are_the_image(name):
+    """A network for images takes event frames, by default of two channels."""
+    arguments = SMALL[name] | {"num_classes": 5, "timesteps": 3, "neuron": NEURON}
+    arguments["input_kind"] = "events"
+    assert timm.create_model(name, device="meta", **arguments).in_chans == 2
+    model, x = create(name).eval(), inputs_for(name)
+    of_frames = timm.create_model(name, in_chans=3, **arguments).double().eval()
+    of_frames.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = model(x, per_timestep=True)
+        frames = x[:, None].expand(-1, 3, -1, -1, -1)
+        torch.testing.assert_close(of_frames(frames, per_timestep=True), expected)
+        others = of_frames.time_first(frames * torch.tensor([1, -1, 1]).view(-1, 1, 1, 1))
+        stems = [of_frames.forward_stem(one, 3) for one in (of_frames.time_first(frames), others)]
+        assert torch.equal(stems[0][0], stems[1][0])
+        assert not torch.equal(stems[0][1], stems[1][1])
+
+
 @pytest.mark.parametrize("name", ["sew_resnet18", "sdt_2_256_cifar"])
 def test_models_of_a_low_type(name):
     """Also if a convolution sees one pixel, and if attention's sums are float32."""
@@ -415,18 +435,25 @@ def test_scales_of_the_batch_norms(name, stem, chain, merged):
 
 @pytest.mark.parametrize(
     ("name", "init"),
-    [("vggsnn", "kaiming"), ("spiking_resnet19", "kaiming"), ("spiking_resnet19", "torch")],
+    [
+        ("vggsnn", "kaiming"),
+        ("i2e_msnet18", "fan_in"),
+        ("spiking_resnet19", "kaiming"),
+        ("spiking_resnet19", "torch"),
+    ],
 )
 def test_convolutions_start_as_in_the_papers_code(name, init):
     torch.manual_seed(0)
-    model = timm.create_model(name, **({} if name == "vggsnn" else {"width": 32, "init": init}))
+    own = {"width": 32, "init": init} if name == "spiking_resnet19" else {}
+    model = timm.create_model(name, **own)
     for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
         area = math.prod(conv.kernel_size)
         variance = {
             "kaiming": 2 / (area * conv.out_channels),
+            "fan_in": 2 / (area * conv.in_channels),
             "torch": 1 / (3 * area * conv.in_channels),
         }[init]
         assert conv.weight.std().item() == pytest.approx(math.sqrt(variance), rel=0.1)
         normal = conv.weight.abs().max() > math.sqrt(3.1 * variance)  # beyond a uniform one's ends
-        assert normal == (init == "kaiming")
+        assert normal == (init != "torch")
         assert conv.bias is None or not conv.bias.any()

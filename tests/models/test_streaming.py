@@ -26,6 +26,7 @@ NETWORKS = [
     ("spiking_resnet18_cifar", {}),
     ("ms_resnet14_cifar", {}),
     ("preact_resnet18", {}),
+    ("i2e_msnet18", {}),
     ("vggsnn", {}),
     ("qkformer_4_384_cifar", {}),
     ("sdt_2_256_dvs", {}),

@@ -22,6 +22,7 @@ TRANSFORMER = "widths=[16,16,32]", "heads=2", "depths=[1,1,1]"
 # Smaller networks of the same kind, by the beginnings of their names: a longer one is nearer.
 SMALL = {
     "espikeformer": ("widths=[16,16,32,32]", "depths=[1,1]", "heads=2"),
+    "i2e_msnet": ("width=8",),
     "maxformer": TRANSFORMER,
     "ms_qkformer": TRANSFORMER,
     "ms_qkformer_2": ("widths=[16,32]", "heads=2"),

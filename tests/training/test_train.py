@@ -56,6 +56,7 @@ VARIANTS = {
         "data.mixing": {"mode": "batch", "probability": 0.7, "off_epoch": 1},
         "loss.label_smoothing": 0.1,
     },
+    "as_events": {"data.images_as_events": {"ratio": 0.15}, "data.cutout": 4, "data.mixup": 0.4},
 }
 
 
@@ -86,6 +87,7 @@ def straight(farm, tiny_root, tmp_path_factory):
         ("phases", "step", 7, USR1),
         ("turned", "step", 8, KILL),
         ("augmented", "micro", 14, KILL),
+        ("as_events", "micro", 14, KILL),
     ],
 )
 def test_stopped_and_continued_is_the_straight_run(
@@ -231,6 +233,7 @@ def test_data_that_is_not_there(gone, parts, main, tiny_copy, tiny_config, tmp_p
         ),
         ({"data.mixup": 0.2, "batch.micro": 1}, ("batch.micro", "data.mixup")),
         ({"data.device": "gpu"}, ("data.device",)),
+        ({"data.images_as_events": {}, "phases.0.timesteps": 9}, ("9 exceeds the 8 time bins",)),
         ({"device": "cuda"}, ("device=cuda",)),
         ({"precision": "fp16"}, ("fp16 needs a GPU", "bf16 or fp32")),
         ({"cuda_graphs": True}, ("cuda_graphs=true needs a GPU",)),

@@ -48,6 +48,8 @@ NETWORKS = {
         32,
     ),
     "preact": ("preact_resnet18", {"width": 4}, LIF, 32),
+    "i2e": ("i2e_msnet18", {"width": 4}, {"threshold": 0.5}, 32),
+    "sew, as events": ("sew_resnet18", {"width": 4}, LIF, 32),
     "vggsnn": ("vggsnn", {"input_size": 16}, LIF, 16),
     "convnet": ("spiking_convnet", CONVNET, LIF, 12),
     "events": ("spiking_convnet_dvs", CONVNET, LIF, 12),
@@ -70,6 +72,8 @@ def save(network, folder, **neuron):
     data = {"root": "/home/me/secret", "kind": "events"}
     if name not in ("vggsnn", "spiking_convnet_dvs"):
         data = {"root": "/home/me/secret", "image_size": side, "mean": [0.5, 0.5, 0.5]}
+        if network in ("i2e", "sew, as events"):
+            data["images_as_events"] = {"ratio": 0.07}
     raw = {
         "name": "small",
         "model": {
@@ -90,7 +94,7 @@ def save(network, folder, **neuron):
     }
     config = parse(raw, "test", warn=False)
     torch.manual_seed(0)
-    model = config.model.build(num_classes=5, timesteps=T)
+    model = config.model.build(num_classes=5, timesteps=T, input_kind=config.data.input_kind)
     randomize(model)
     with torch.no_grad():
         if network == "resnet19":
@@ -127,6 +131,7 @@ def logits(trained, x):
         ("events", "safetensors"),
         ("spiking, tdbn", "timm"),
         ("resnet19", "timm"),
+        ("sew, as events", "timm"),
     ],
 )
 def test_code_of_the_card_loads_the_network(call, network, kind, tmp_path, monkeypatch):
@@ -137,7 +142,7 @@ def test_code_of_the_card_loads_the_network(call, network, kind, tmp_path, monke
     trained = load(file)
     x = trained.examples(2)
     card = (folder / "README.md").read_text()
-    assert ("pipeline_tag" in card) == ("image-classification" in card) == (network != "events")
+    assert ("pipeline_tag" in card) == ("image-classification" in card) == ("events" not in network)
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     # As its reader does: beside the folder, or in it.
     monkeypatch.chdir(tmp_path if kind == "timm" else folder)
@@ -357,14 +362,14 @@ def over_time(module, trained, x):
     """Logits of each timestep, (T, B, K)."""
     state, outputs = None, []
     for t in range(T):
-        frame = x if trained.config.data.kind == "images" else x[:, t]
+        frame = x if trained.config.data.input_kind == "images" else x[:, t]
         output, state = module(frame, state)
         outputs.append(output)
     return torch.stack(outputs).detach()
 
 
 @pytest.mark.parametrize(
-    "network", [name for name in NETWORKS if name not in ("vggsnn", "events", "preact")]
+    "network", [name for name in NETWORKS if name not in ("vggsnn", "events", "preact", "i2e")]
 )
 def test_nir_graph_run_by_nirtorch_is_the_network(network, tmp_path):
     trained = load(save(network, tmp_path))
@@ -414,6 +419,7 @@ def test_nir_neuron_that_fires_at_the_threshold(tmp_path):
         ("convnet", {"kind": "psn", "timesteps": T}, "no neurons of the kind PSN, which"),
         ("convnet", {"kind": "ilif"}, "no neurons of the kind ILIF, which"),
         ("preact", {}, "preact_resnet18 takes maxima of real numbers in its stem"),
+        ("i2e", {}, "i2e_msnet18 takes maxima of real numbers in its stem"),
     ],
 )
 def test_what_nir_cannot_express_is_refused(call, tmp_path, network, neuron, words):
@@ -458,6 +464,7 @@ LEARNED = ("plif", "ilif", "nilif")
     ("network", "neuron", "forms"),
     [
         ("events", {}, ("torch", "onnx", "onnx-step")),
+        ("i2e", {}, ("onnx-step",)),
         ("convnet", {"kind": "psn", "timesteps": T}, ("torch", "onnx")),
         ("convnet", {"kind": "sliding_psn", "order": 3}, ("onnx-step",)),
         *(
@@ -477,7 +484,10 @@ def test_programs_are_the_network(network, neuron, forms, call, tmp_path):
     x = trained.examples(5)
     expected = logits(trained, x)
     prepared = "minus [0.5, 0.5, 0.5], divided by [0.229, 0.224, 0.225]"
-    prepared = "event frames, (B, T, 2, H, W)" if network == "events" else prepared
+    prepared = {
+        "events": "event frames, (B, T, 2, H, W)",
+        "i2e": "event frames, (B, 8, 2, H, W): I2E's, with a ratio of 0.07",
+    }.get(network, prepared)
     for form in forms:
         path = tmp_path / f"{form}.{'pt2' if form == 'torch' else 'onnx'}"
         status, output = call("export", file, "--format", form, "--output", path)

@@ -133,11 +133,12 @@ def _of_data(config: RunConfig) -> Iterator[str]:
     from tetdist import models
 
     data, batch = config.data, config.batch
-    kind = models.input_kind(config.model.name)
-    if kind not in (None, data.kind):
+    kind, name = models.input_kind(config.model.name), config.model.name
+    if kind not in (None, data.input_kind) and not models.takes_both(name):
+        key = "kind" if data.images_as_events is None else "images_as_events"
         yield (
-            f"data.kind: model.name={config.model.name} takes {kind}, not {data.kind}; choose "
-            "another model, or other data"
+            f"data.{key}: model.name={name} takes {kind}, not {data.input_kind}; choose another "
+            f"model, or other data{' (images: data.images_as_events={})' * (kind == 'events')}"
         )
     if data.repeats > batch.global_:
         yield (

@@ -7,6 +7,7 @@ registered.
 # fmt: off
 NETWORKS = (
     "espikeformer_l", "espikeformer_m", "espikeformer_s", "espikeformer_t",
+    "i2e_msnet18", "i2e_msnet34",
     "maxformer_10_384", "maxformer_10_512", "maxformer_10_768",
     "ms_qkformer_2_256_dvs", "ms_qkformer_4_384_cifar",
     "ms_qkformer_10_384", "ms_qkformer_10_512", "ms_qkformer_10_768",

@@ -123,10 +123,16 @@ def eval_batches(
 
 
 def _output(data: DataSection, size: int) -> Output | None:
-    """Return the format of all images; None for events."""
+    """Return the format of all images; None for stored events."""
     if data.kind == "events":
         return None
-    return Output(size=size, mean=data.mean, std=data.std, interpolation=data.interpolation)
+    return Output(
+        size=size,
+        mean=data.mean,
+        std=data.std,
+        interpolation=data.interpolation,
+        events=data.images_as_events,
+    )
 
 
 _MicroBatch = tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]

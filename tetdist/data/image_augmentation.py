@@ -1,7 +1,7 @@
 """Random changes of training images, drawn for each sample.
 
-The order is: crop, flip, the policy's operations, colour jitter, normalisation, cutout, erasing,
-the user's transforms.
+The order is: crop, flip, the policy's operations, colour jitter, normalisation (or conversion to
+events), cutout, erasing, the user's transforms.
 """
 
 from itertools import chain
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from tetdist.config.rand_augment import rand_augment
 from tetdist.config.sections.data import DataSection
+from tetdist.data import images_as_events
 from tetdist.data.auto_augment import auto_augment
 from tetdist.data.erasing import erased
 from tetdist.data.pixels import Edits, Output, Rest
@@ -77,7 +78,10 @@ def augmented(
     gone = None
     if data.erasing.probability:
         gone = erased(seed, epoch, positions, side, data.erasing)
-    return edits, Rest(output, boxes, gone)
+    places = None
+    if data.images_as_events is not None:
+        places = images_as_events.places(seed, epoch, positions)
+    return edits, Rest(output, boxes, gone, places)
 
 
 def _random_policy(text: str) -> RandomPolicy:

@@ -16,8 +16,9 @@ import torch
 
 from tetdist.data.batch_operations import operate
 from tetdist.data.dali import Source, Workers, event_graph, image_graph, image_inputs, import_dali
+from tetdist.data.images_as_events import frames
 from tetdist.data.pixels import Edits, Output, Rest, edited, finished
-from tetdist.data.transfer import completed_on, new_stream, taker
+from tetdist.data.transfer import completed_on, new_stream, on_device, taker
 from tetdist.data.transforms import Mix, Transform
 from tetdist.datasets.index import Index
 from tetdist.datasets.probe import probe_image, probe_range
@@ -30,8 +31,9 @@ class Batch(NamedTuple):
     """A batch of B samples.
 
     Attributes:
-        images: Float32, (B, 3, H, W) in channels_last memory, or (B, T, 2, H, W) for events. In a
-            raw batch, bytes (B, H, W, 3), or (B, T, 2, H, W) as stored.
+        images: Float32, (B, 3, H, W) in channels_last memory, or (B, T, 2, H, W) for events; or
+            images as events, whose frames are bits of bytes (B, 2, H, W). In a raw batch, bytes
+            (B, H, W, 3), or (B, T, 2, H, W) as stored.
         labels: Int64, (B,).
         ids: Int64, (B,), numbers of the samples in the index.
         mix: Mixing of the images with each other (mixing.py); None: none.
@@ -43,6 +45,12 @@ class Batch(NamedTuple):
     ids: npt.NDArray[np.int64]
     mix: Mix | None = None
     rest: Rest | None = None
+
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Return the network's input on a device: images, or frames of events."""
+        if self.images.dtype == torch.uint8:
+            return frames(on_device(self.images, device)).to(dtype)
+        return on_device(self.images, device, dtype)
 
 
 class Batches(Iterator[Batch]):
@@ -185,6 +193,7 @@ class Loader(Batches):
         if not self._workers.raw:
             batch = batch._replace(images=finished(images, inputs.rest), rest=None)
         if inputs.transforms:
+            batch = batch._replace(images=batch.inputs(self._device, torch.float32))
             self._divided(len(images), _transform_part, batch.images, inputs.transforms)
         return batch
 

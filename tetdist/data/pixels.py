@@ -1,8 +1,8 @@
 """Changes of a decoded image's pixels, with parameters from transforms.py.
 
-Images are uint8 (H, W, 3) until they are normalised. On a CPU torch resizes them, several times as
-fast as DALI. Its kernel for bytes has Pillow's arithmetic with shorter weights, so that a few
-values in a thousand differ by one level (docs/data.md).
+Images are uint8 (H, W, 3) until they are normalised, or converted to events. On a CPU torch resizes
+them, several times as fast as DALI. Its kernel for bytes has Pillow's arithmetic with shorter
+weights, so that a few values in a thousand differ by one level (docs/data.md).
 """
 
 import math
@@ -19,8 +19,10 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import functional as vision
 
+from tetdist.config.sections.data import ImagesAsEventsSection
 from tetdist.data.boxes import inside
 from tetdist.data.erasing import Erased, erase
+from tetdist.data.images_as_events import as_events
 from tetdist.data.transfer import on_device
 from tetdist.data.transforms import Operation
 
@@ -58,12 +60,14 @@ class Output:
         std: Standard deviation of each channel, where white is 1.
         interpolation: Interpolation of the resize, with antialiasing, and of timm's geometric
             operations, without.
+        events: Conversion to events, in place of normalisation; None: none.
     """
 
     size: int
     mean: Channels
     std: Channels
     interpolation: Interpolation
+    events: ImagesAsEventsSection | None = None
 
     @property
     def fill(self) -> tuple[int, int, int]:
@@ -197,17 +201,19 @@ def solarize_add_levels(add: float) -> list[int]:
 
 
 class Rest(NamedTuple):
-    """Last changes of a batch of edited images: normalisation, cutout and erasing.
+    """Last changes of a batch of edited images: normalisation or conversion, cutout, erasing.
 
     Attributes:
-        output: Mean and standard deviation of the images.
+        output: Mean and standard deviation of the images, or their conversion to events.
         cutout: (B, 4) top, left, bottom, right of a box set to 0 after that; None: none.
         erased: Rectangles erased in the end; None: none.
+        places: (B, 8, 2) drawn by `images_as_events.places`; None: those of evaluation.
     """
 
     output: Output
     cutout: _Ints | None = None
     erased: Erased | None = None
+    places: npt.NDArray[np.int64] | None = None
 
 
 def finished(pixels: Tensor, rest: Rest | None) -> Tensor:
@@ -218,14 +224,18 @@ def finished(pixels: Tensor, rest: Rest | None) -> Tensor:
         rest: The remaining changes; None for events.
 
     Returns:
-        (B, 3, size, size) in channels_last memory, or the frames; float32.
+        (B, 3, size, size) in channels_last memory, or the frames, float32; or the bits of
+        `as_events`.
     """
     if rest is None:
         return pixels.float()
-    mean, scale = _scale(pixels.device, rest.output)
-    # Row by row: on a CPU torch is slow with an innermost dimension of only three channels.
-    rows = pixels.flatten(2).float().sub_(mean).mul_(scale)
-    images = rows.view_as(pixels).permute(0, 3, 1, 2)
+    if rest.output.events is not None:
+        images = as_events(pixels, rest.output.events.ratio, rest.places)
+    else:
+        mean, scale = _scale(pixels.device, rest.output)
+        # Row by row: on a CPU torch is slow with an innermost dimension of only three channels.
+        rows = pixels.flatten(2).float().sub_(mean).mul_(scale)
+        images = rows.view_as(pixels).permute(0, 3, 1, 2)
     if rest.cutout is not None:
         boxes = on_device(torch.from_numpy(rest.cutout), images.device)
         images.masked_fill_(inside(boxes, *images.shape[2:])[:, None], 0)

@@ -97,6 +97,12 @@ class Index:
         assert self.timesteps is not None
         return self.timesteps, 2, int(self.heights[0]), int(self.widths[0])
 
+    def frames(self, data: "DataSection") -> tuple[int, int, int, int] | None:
+        """Return the shape (T, 2, H, W) of a network's input; None if that is an image."""
+        if (conversion := data.images_as_events) is not None:
+            return conversion.timesteps, 2, data.image_size, data.image_size
+        return None if self.timesteps is None else self.frames_shape
+
     def path(self, i: int) -> str:
         """Return the path of sample `i` from the data root, as if its archive were a folder."""
         start, end = self.path_offsets[i : i + 2]

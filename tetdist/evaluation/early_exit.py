@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from tetdist.data.build import eval_loader
-from tetdist.data.transfer import on_device
 from tetdist.evaluation.decisions import Decisions, first_sure
 from tetdist.evaluation.evaluate import Evaluator
 from tetdist.losses import running_means
@@ -99,7 +98,7 @@ def measure_exit(evaluator: Evaluator, threshold: float) -> dict[str, Any]:
         for batch in batches:
             if not len(batch.labels):
                 continue
-            images = on_device(batch.images, world.device, parameter_type(precision))
+            images = batch.inputs(world.device, parameter_type(precision))
             with autocast(world.device, precision):
                 for _ in range(1 if sums.any() else 2):
                     world.wait_for_device()  # The images' copy is not timed.

@@ -130,7 +130,7 @@ def evaluate(
                 if stop():
                     raise Interrupted
                 if len(batch.labels):
-                    images = on_device(batch.images, device, parameter_type(precision))
+                    images = batch.inputs(device, parameter_type(precision))
                     with autocast(device, precision):
                         logits = model(images, per_timestep=True)
                     labels = on_device(batch.labels, device)

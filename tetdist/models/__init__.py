@@ -89,3 +89,8 @@ def input_kind(name: str) -> str | None:
     """Return a registered model's input, ``images`` or ``events``; None: known once it is built."""
     kind: Any = getattr(class_of(name), "input_kind", None)
     return kind if isinstance(kind, str) else None
+
+
+def takes_both(name: str) -> bool:
+    """Return whether a registered model takes images, and with `input_kind="events"` events."""
+    return input_kind(name) == "images" and issubclass(class_of(name) or nn.Module, SpikingNetwork)

@@ -33,7 +33,8 @@ Network = TypeVar("Network", bound="SpikingNetwork")
 
 INV_SQRT_2 = 1 / math.sqrt(2)
 
-Init = Literal["kaiming", "torch"]
+Init = Literal["kaiming", "fan_in", "torch"]
+Kind = Literal["images", "events"]
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, bias: bool = False) -> Conv2d:
@@ -55,7 +56,7 @@ class SpikingModel(Protocol):
 
     timesteps: int
     num_classes: int
-    input_kind: Literal["images", "events"]
+    input_kind: Kind
 
     def set_timesteps(self, timesteps: int) -> None:
         """Change T; weights and running statistics stay."""
@@ -121,7 +122,7 @@ class SpikingNetwork(nn.Module):
     # keeps all positions; '': no pooling and no classifier.
     global_pool: str = "avg"
     # ``images`` (B, C, H, W), the same at all timesteps, or ``events`` (B, T, C, H, W).
-    input_kind: Literal["images", "events"] = "images"
+    input_kind: Kind = "images"
     # Height and width of the input, if the classifier depends on it.
     input_size: int | None = None
     # Default neuron: the one that the network was published with; here TET's.
@@ -518,21 +519,22 @@ def init_weights(model: nn.Module, init: Init = "kaiming") -> None:
 
     Args:
         init: ``kaiming``: normal (fan out, ReLU gain), as in the code of SEW-ResNet and of TET's
-            VGGSNN. ``torch``: torch's own, as in the code of TET's ResNet-19: uniform, with a
-            standard deviation smaller by sqrt(6) if fan in and fan out are equal. A batch norm
-            makes the outputs equal, but Adam's step relative to the weights is larger by that
-            factor.
+            VGGSNN. ``fan_in``: the same with fan in. ``torch``: torch's own, as in the code of
+            TET's ResNet-19: uniform, with a standard deviation smaller by sqrt(6) if fan in and fan
+            out are equal. A batch norm makes the outputs equal, but Adam's step relative to the
+            weights is larger by that factor.
 
     Raises:
         ValueError: ``init`` is unknown.
     """
     if init == "torch":
         return
-    if init != "kaiming":
-        raise ValueError(f"init must be 'kaiming' or 'torch', not {init!r}")
+    if init not in ("kaiming", "fan_in"):
+        raise ValueError(f"init must be 'kaiming', 'fan_in' or 'torch', not {init!r}")
+    mode: Literal["fan_in", "fan_out"] = "fan_in" if init == "fan_in" else "fan_out"
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -575,7 +577,8 @@ def build(
 ) -> Network:
     """Build a registered model through timm.
 
-    ``neuron`` may be a mapping; missing values are those of the network's `default_neuron`.
+    ``neuron`` may be a mapping; missing values are those of the network's `default_neuron`. With
+    ``input_kind="events"`` a network for images takes event frames, by default of 2 channels.
 
     Raises:
         UserError: An argument of timm's is given that the network does not support.
@@ -595,17 +598,21 @@ def build(
         kwargs = {"feature_cls": "getter", "out_indices": None} | kwargs
         if (other := kwargs["feature_cls"]) != "getter":
             raise UserError(f"feature_cls: {variant} needs timm's getter, not {other!r}; remove it")
+    if kwargs.get("input_kind") == "events":
+        kwargs = {"in_chans": 2} | kwargs
     kwargs |= {"neuron": neurons.make(neuron, cls.default_neuron), "pretrained_cfg": cfg}
     built: Network = build_model_with_cfg(
         partial(_make, cls, variant), variant, pretrained, **kwargs
     )
     model = built.model if isinstance(built, FeatureGetterNet) else built
-    own = {}
+    own: dict[str, Any] = {}
     if model.feature_info:
         reduction = model.feature_info[-1]["reduction"]
         own["pool_size"] = tuple(-(-side // reduction) for side in cfg["input_size"][1:])
     if model.input_kind == "events":
-        own["input_size"] = (model.timesteps, *cfg["input_size"])
+        channels = model.in_chans
+        own["input_size"] = (model.timesteps, channels, *cfg["input_size"][1:])
+        own |= {"mean": (0.0,) * channels, "std": (1.0,) * channels}
     for one in (built, model):
         one.pretrained_cfg.update(own)
     return built
@@ -616,6 +623,7 @@ def _make(
     variant: str,
     *,
     neuron: NeuronConfig,
+    input_kind: Kind | None = None,
     img_size: Any = None,
     device: Any = None,
     dtype: torch.dtype | None = None,
@@ -633,6 +641,7 @@ def _make(
         arguments["input_size"] = height
     pool = None if "global_pool" in parameters else arguments.pop("global_pool", None)
     model = cls(**arguments | {"neuron": neuron})
+    model.input_kind = input_kind or model.input_kind
     model.set_global_pool(pool, model.num_classes)
     model.set_timesteps(model.timesteps)  # The neurons now exist and may refuse T.
     _set_exchanged_values(model, neuron, variant)

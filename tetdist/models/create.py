@@ -5,8 +5,10 @@ from typing import Any
 
 import timm
 
+from tetdist import models
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
+from tetdist.models.base import Kind
 from tetdist.nn.neurons import NeuronConfig
 
 
@@ -16,17 +18,21 @@ def create_model(
     num_classes: int,
     timesteps: int,
     neuron: NeuronConfig,
+    input_kind: Kind,
     arguments: Mapping[str, Any],
 ) -> SpikingNetwork:
     """Build a registered model, initialised.
 
     Args:
         neuron: Neuron of all layers; networks with neurons of their own may ignore it.
+        input_kind: Input of a network that takes images as well as events; others ignore it.
         arguments: The model's further arguments, `model.arguments` in a configuration.
 
     Raises:
         UserError: The arguments do not fit the model, or it lacks what the trainer needs.
     """
+    if input_kind == "events" and models.takes_both(name):
+        arguments = {**arguments, "input_kind": input_kind}
     try:
         model: SpikingNetwork = timm.create_model(
             name, num_classes=num_classes, timesteps=timesteps, neuron=neuron, **arguments

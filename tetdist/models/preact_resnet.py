@@ -9,9 +9,14 @@ Intelli-Chip-Lab/snn_temporal_decoupling_distillation and KaiSUN1/SeAl. Their co
 biases, which the following batch norms cancel in training. The classifier sees the stream's mean
 over positions, without a norm or neuron before it. ms_resnet.py has the older networks of this
 kind.
+
+`i2e_msnet18/34` are the networks of I2E (Ma et al., AAAI 2026, arXiv 2511.08065) for images as
+events. They have no biases, their projections see spikes, and a layer of neurons follows the mean
+over positions.
 """
 
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -47,6 +52,7 @@ class Block(nn.Module):
     Args:
         stride: Stride of the first convolution and the projection.
         pooled_projection: True if the projection averages 2x2 pixels instead of a stride of 2.
+        projects_spikes: True if the projection sees the first neurons' spikes instead of the input.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class Block(nn.Module):
         *,
         bias: bool = False,
         pooled_projection: bool = False,
+        projects_spikes: bool = False,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
@@ -68,7 +75,9 @@ class Block(nn.Module):
         self.pool: nn.Module = nn.Identity()
         self.downsample: nn.Module = nn.Identity()
         self.downsample_norm: BatchNorm | None = None
+        self.projects_spikes = False
         if stride != 1 or in_channels != width:
+            self.projects_spikes = projects_spikes
             if pooled_projection:
                 if stride != 2:
                     raise ValueError(f"a pooled projection needs stride 2, not {stride}")
@@ -78,8 +87,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, timesteps: int | None = None) -> Tensor:
         """Map (T, B, C, H, W), or (1, ...) for all ``timesteps``, to (T, B, C, H, W)."""
-        residual = self.conv2(self.conv1(self.neuron(x, timesteps)))
-        shortcut = self.downsample(self.pool(x))
+        spikes = self.neuron(x, timesteps)
+        residual = self.conv2(self.conv1(spikes))
+        shortcut = self.downsample(self.pool(spikes if self.projects_spikes else x))
         return self.add(residual, shortcut, shortcut_norm=self.downsample_norm)
 
 
@@ -92,6 +102,7 @@ class PreActResNet(SpikingNetwork):
     """
 
     spike_levels = None  # blocks exchange currents
+    is_of_i2e: ClassVar[bool] = False
     # The first repository's neuron; SeAl's has a hard reset.
     default_neuron = LIF(
         decay=0.2, reset="soft", detach_reset=False, surrogate="sigmoid", surrogate_width=4.0
@@ -110,13 +121,32 @@ class PreActResNet(SpikingNetwork):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes, timesteps, drop_path_rate)
-        self.stem = Stem(Conv2d(in_chans, width, 7, stride=2, padding=3), width)
+        bias, last = not self.is_of_i2e, self.is_of_i2e
+        self.stem = Stem(Conv2d(in_chans, width, 7, stride=2, padding=3, bias=bias), width)
         self.pool = MaxPool(3, stride=2, padding=1)
-        self.set_resnet(partial(Block, neuron=neuron, bias=True), layers, (width, 4), width)
+        make = partial(Block, neuron=neuron, bias=bias, projects_spikes=self.is_of_i2e)
+        self.set_resnet(make, layers, (width, 4), width)
+        self.neuron: nn.Module = Neuron(neuron, self.num_features) if last else nn.Identity()
         self.set_head(drop_rate)
-        base.init_weights(self)
+        base.init_weights(self, "fan_in" if self.is_of_i2e else "kaiming")
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return self.neuron(self.over_positions(x))
+
+
+class I2EMSNet(PreActResNet):
+    """I2E's network of these blocks, for event frames (B, T, 2, H, W)."""
+
+    input_kind = "events"
+    is_of_i2e = True
+    default_neuron = LIF(
+        detach_reset=True, surrogate="atan", surrogate_width=2.0, fires_at_threshold=True
+    )
 
 
 # 11,694,312 and 21,806,184 parameters at 1000 classes.
 base.register(PreActResNet, "preact_resnet18", layers=(2, 2, 2, 2))
 base.register(PreActResNet, "preact_resnet34", layers=(3, 4, 6, 3))
+_EVENTS = base.model_cfg(input_size=(8, 2, 224, 224), **base.EVENTS)
+base.register(I2EMSNet, "i2e_msnet18", _EVENTS, layers=(2, 2, 2, 2), in_chans=2, timesteps=8)
+base.register(I2EMSNet, "i2e_msnet34", _EVENTS, layers=(3, 4, 6, 3), in_chans=2, timesteps=8)

@@ -55,7 +55,7 @@ class Feed:
     def prepared(self, batch: Batch) -> MicroBatch:
         """Bring a batch to the device and mix it."""
         device = self.run.world.device
-        images = on_device(batch.images, device, parameter_type(self.run.config.precision))
+        images = batch.inputs(device, parameter_type(self.run.config.precision))
         targets = on_device(batch.labels, device)
         if batch.mix is not None:
             mix = mixing.on_device(batch.mix, device)

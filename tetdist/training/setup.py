@@ -36,10 +36,11 @@ def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
     if train.classes != val.classes:
         raise UserError(f"train/ and val/ of {config.data.root} must have the same classes")
     most = max(phase.most_timesteps for phase in config.phases)
-    if train.timesteps is not None and most > train.timesteps:
+    frames = train.frames(config.data)
+    if frames is not None and most > frames[0]:
         raise UserError(
-            f"phases.*.timesteps: {most} exceeds the {train.timesteps} time bins of the data in "
-            f"{config.data.root}; set at most {train.timesteps}"
+            f"phases.*.timesteps: {most} exceeds the {frames[0]} time bins of the data in "
+            f"{config.data.root}; set at most {frames[0]}"
         )
     check_augmentation(config, train)
     wanted = config.model.num_classes
@@ -92,10 +93,11 @@ def make_model(
     model = section.build(
         num_classes=section.num_classes or len(index.classes),
         timesteps=config.phases[0].most_timesteps,
+        input_kind=config.data.input_kind,
     )
-    if model.input_kind != config.data.kind:
+    if model.input_kind != config.data.input_kind:
         raise UserError(
-            f"data.kind={config.data.kind} does not suit model.name={section.name}, which takes "
+            f"data: the samples are {config.data.input_kind}, but model.name={section.name} takes "
             f"{model.input_kind}; choose another model or other data"
         )
     # Refuse the T of a later step now; end with the first phase's largest T.
@@ -103,7 +105,9 @@ def make_model(
         for timesteps in sorted(phase.choices):
             model.set_timesteps(timesteps)
     _refuse_foreign_norms(section.name, model)
-    size = int(index.heights[0]) if config.data.kind == "events" else config.data.image_size
+    frames, size = index.frames(config.data), config.data.image_size
+    if frames is not None:
+        frames, size = (model.timesteps, *frames[1:]), frames[2]
     input_size = getattr(model, "input_size", None)
     if input_size not in (None, size):
         raise UserError(
@@ -113,8 +117,7 @@ def make_model(
     if load is not None:
         model.to(parameter_type(config.precision))
         load(model)
-    frames = None if index.timesteps is None else (model.timesteps, *index.frames_shape[1:])
-    section.refuse_mixing(model, frames or (3, config.data.image_size, config.data.image_size))
+    section.refuse_mixing(model, frames or (3, size, size))
     # Otherwise the optimiser of a later phase would refuse these when that phase begins.
     optimizers = map(config.optimizer_of, range(len(config.phases)))
     if any(optimizer.layer_decay is not None for optimizer in optimizers):

@@ -51,7 +51,7 @@ class Teacher:
         # Convert from the student's normalisation to the one that the teacher was trained with.
         ours, theirs = (config.data.mean, config.data.std), (mean, std)
         self.between = None if ours == theirs else _between(ours, theirs).to(device, dtype)
-        if config.data.kind == "images":
+        if config.data.input_kind == "images":
             self._check_image_size(config, device)
 
     @classmethod
@@ -107,9 +107,10 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
         raise UserError(f"{KEY}: {error}") from error
     plugins.require(description.imports, path)
     theirs = parse(description.config, str(path), warn=False, is_trained=True)
-    if theirs.data.kind != config.data.kind:
+    kind = config.data.input_kind
+    if theirs.data.input_kind != kind:
         raise UserError(
-            f"{KEY}: {path} was trained on {theirs.data.kind}, but data.kind={config.data.kind}"
+            f"{KEY}: {path} was trained on {theirs.data.input_kind}, but the data are {kind}"
         )
     classes = description.classes
     if classes is not None and list(classes) != list(index.classes):
@@ -118,20 +119,22 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
         )
     num_classes = theirs.model.num_classes or (len(classes) if classes else len(index.classes))
     _check_num_classes(str(path), num_classes, config, index)
-    model = theirs.model.build(num_classes=num_classes, timesteps=description.timesteps)
+    model = theirs.model.build(
+        num_classes=num_classes, timesteps=description.timesteps, input_kind=kind
+    )
     if hasattr(model, "set_execution"):
         model.set_execution(config.execution)
-    input_size = getattr(model, "input_size", None)
-    if config.data.kind == "events" and input_size not in (None, int(index.heights[0])):
+    input_size, frames = getattr(model, "input_size", None), index.frames(config.data)
+    if frames is not None and input_size not in (None, frames[2]):
         raise UserError(
             f"{KEY}: {path} is built for {model.input_size}x{model.input_size} pixels, but the "
-            f"data has {index.heights[0]}x{index.heights[0]}; choose a teacher of that size"
+            f"data has {frames[2]}x{frames[2]}; choose a teacher of that size"
         )
     checkpoint.load_weights(model, weights, path)
     side = config.data.image_size
-    frames = None if index.timesteps is None else (model.timesteps, *index.frames_shape[1:])
+    shape = (3, side, side) if frames is None else (model.timesteps, *frames[1:])
     try:
-        theirs.model.refuse_mixing(model, frames or (3, side, side))
+        theirs.model.refuse_mixing(model, shape)
     except UserError as error:
         raise UserError(f"{KEY}: {error} in {path}'s own run") from error
     return model, theirs.data.mean, theirs.data.std
@@ -141,8 +144,10 @@ def _from_timm(config: RunConfig, index: Index) -> _Loaded:
     section = config.loss.distillation
     assert section.teacher is not None
     name = section.teacher.removeprefix(TIMM)
-    if config.data.kind != "images":
-        raise UserError(f"{KEY}: timm's {name} takes images, but data.kind={config.data.kind}")
+    if config.data.input_kind != "images":
+        raise UserError(
+            f"{KEY}: timm's {name} takes images, but the data are {config.data.input_kind}"
+        )
     file = section.teacher_weights
     wanted: dict[str, Any] = {} if file is None else {"num_classes": _num_classes(config, index)}
     try:

@@ -109,7 +109,10 @@ def convert_file(options: argparse.Namespace) -> None:
     classes = class_names(options, config)
     torch.manual_seed(config.seed)
     assert config.model.num_classes is not None
-    model = config.model.build(num_classes=config.model.num_classes, timesteps=timesteps)
+    kind = config.data.input_kind
+    model = config.model.build(
+        num_classes=config.model.num_classes, timesteps=timesteps, input_kind=kind
+    )
     converted = foreign.convert(state, source, model)
     report(converted, options, config, source, timesteps)
     description = checkpoint.Description(
@@ -148,7 +151,9 @@ def configuration(
     side = cfg.input_size[-1]
     num_classes = num_classes or cfg.num_classes
     data: dict[str, Any] = {"kind": "events", "root": "data"}
-    if models.input_kind(options.model) == "images":
+    if source == "i2e":
+        data = {"root": "data", "image_size": side, "images_as_events": {}}
+    elif models.input_kind(options.model) == "images":
         scale = scale_of(source, num_classes) or {"mean": cfg.mean, "std": cfg.std}
         data = {
             "root": "data",

@@ -55,10 +55,10 @@ class RunPlots(Observer):
         if self._has_inputs or not self.config.plots:
             return
         self._has_inputs = True
-        images = batch.images.detach().float().cpu()
+        images = batch.inputs(torch.device("cpu"), torch.float32)
         if batch.mix is not None:
             images = mixing.mixed_images(images, mixing.on_device(batch.mix, images.device))
-        match self.config.data.kind:
+        match self.config.data.input_kind:
             case "events":
                 shown = images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS].numpy()
                 rgb = np.stack([coloured(frames, 99) for frames in shown])

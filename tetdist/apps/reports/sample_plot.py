@@ -86,7 +86,7 @@ def see(
         [np.array([number])],
         Workers(device="cpu", device_id=None, threads=1, prefetch=1),
     ) as batches:
-        x = next(batches).images
+        x = next(batches).inputs(torch.device("cpu"), torch.float32)
     if x.ndim == 5:
         frames = [coloured(frame) / 255 for frame in x[0, : model.timesteps].numpy()]
     else:

@@ -88,8 +88,7 @@ def prepare(
         buffers=sum(b.numel() for b in model.buffers()),
         origin="in the split" if data is None else "as given, without reading the data",
     )
-    frames = None if train_index.timesteps is None else train_index.frames_shape
-    return Prepared(config, cluster, made, frames)
+    return Prepared(config, cluster, made, train_index.frames(config.data))
 
 
 def recipe_that_fits(name: str, processes: int) -> str:

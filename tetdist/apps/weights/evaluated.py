@@ -139,8 +139,9 @@ def calibration(
         data = config.data.model_copy(update={"root": str(folder.parent), "index": None})
         config = config.model_copy(update={"data": data})
         index = open_split(config, folder.name, world)
-        if index.timesteps is not None:
-            shape, wanted = index.frames_shape, (timesteps, *evaluator.index.frames_shape[1:])
+        shape, own = (one.frames(config.data) for one in (index, evaluator.index))
+        if shape is not None and own is not None:
+            wanted = (timesteps, *own[1:])
             if shape[0] < timesteps or shape[1:] != wanted[1:]:
                 raise UserError(
                     f"--exit-on: {other} has frames of {'x'.join(map(str, shape))}, and "
@@ -172,8 +173,9 @@ def timesteps(wanted: list[int] | None, config: RunConfig, trained: int, index: 
         wanted = [t for t in range(1, trained + 1) if refusal(t) is None]
     elif reason := next(filter(None, map(refusal, wanted)), None):
         raise UserError(f"--timesteps: {reason}; leave it out for {trained}")
-    if index.timesteps is not None and wanted[-1] > index.timesteps:
-        raise UserError(f"--timesteps: {wanted[-1]} exceeds the data's {index.timesteps} time bins")
+    frames = index.frames(config.data)
+    if frames is not None and wanted[-1] > frames[0]:
+        raise UserError(f"--timesteps: {wanted[-1]} exceeds the data's {frames[0]} time bins")
     return wanted
 
 

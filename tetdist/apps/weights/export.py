@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
 import numpy as np
 import timm
@@ -20,6 +20,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 import tetdist
+from tetdist import models
 from tetdist.apps.weights.integers import IntegerNetwork, convert
 from tetdist.apps.weights.trained import Trained
 from tetdist.config.identity import without_machine
@@ -113,7 +114,7 @@ def timm_config(trained: Trained) -> dict[str, Any]:
         "mean": data.mean,
         "std": data.std,
     }
-    if data.kind == "events":
+    if data.input_kind == "events":
         cfg |= {"crop_pct": 1.0, "mean": (0.0, 0.0), "std": (1.0, 1.0)}
     cfg |= {key: model.default_cfg[key] for key in ("first_conv", "classifier")}
     if trained.description.classes:
@@ -131,6 +132,8 @@ def _model_arguments(trained: Trained) -> dict[str, Any]:
     """Return the arguments of the model, except its number of classes."""
     section = trained.config.model
     arguments = {"timesteps": trained.model.timesteps, "neuron": neurons.as_dict(section.neuron)}
+    if trained.model.input_kind != models.input_kind(section.name):
+        arguments["input_kind"] = trained.model.input_kind
     return arguments | section.arguments
 
 
@@ -162,7 +165,7 @@ def card(trained: Trained, source: str | None = None) -> str:
         "network": ", ".join([config.model.name, *_listed(config.model.arguments)]),
         "neuron": ", ".join(_listed(neurons.as_dict(neuron))),
         "timesteps": f"{model.timesteps}",
-        "input": f"{shape} {_INPUTS[data.kind]}",
+        "input": f"{shape} {_INPUTS[data.input_kind]}",
         "classes": f"{model.num_classes}",
     }
     if converted := description.converted:
@@ -209,7 +212,7 @@ def card(trained: Trained, source: str | None = None) -> str:
     found_by = ModelCardData(
         library_name="timm",
         # The hub has no tag for event frames.
-        pipeline_tag="image-classification" if data.kind == "images" else None,
+        pipeline_tag="image-classification" if data.input_kind == "images" else None,
         tags=["spiking-neural-network", "tetdist"],
     )
     return f"""---
@@ -279,17 +282,16 @@ def _create_arguments(trained: Trained, source: str | None) -> str:
 def _preparation(trained: Trained) -> str:
     """Describe the input and the scaling of images, for a card or metadata."""
     data = trained.config.data
-    match data.kind:
-        case "events":
-            return "Input: event frames, (B, T, 2, H, W), as in the training data."
-        case "images":
-            return (
-                f"Input: RGB images in [0, 1], shorter side resized to {data.resize_side} ("
-                f"{data.interpolation}), centre crop of {data.image_size}, minus "
-                f"{list(data.mean)}, divided by {list(data.std)}."
-            )
-        case other:
-            assert_never(other)
+    if data.kind == "events":
+        return "Input: event frames, (B, T, 2, H, W), as in the training data."
+    scaling = f"minus {list(data.mean)}, divided by {list(data.std)}."
+    if data.images_as_events is not None:
+        ratio = data.images_as_events.ratio
+        scaling = f"as event frames, (B, 8, 2, H, W): I2E's, with a ratio of {ratio:g}."
+    return (
+        f"Input: RGB images in [0, 1], shorter side resized to {data.resize_side} ("
+        f"{data.interpolation}), centre crop of {data.image_size}, {scaling}"
+    )
 
 
 # --- programs -------------------------------------------------------------------------------------
@@ -333,7 +335,7 @@ def write_onnx(trained: Trained, path: Path) -> str:
     """
     import onnxruntime
 
-    name = trained.config.data.kind
+    name = trained.config.data.input_kind
     with torch.no_grad(), _aside(path) as aside:
         program = _onnx_program(_traced(trained), [name], ["logits"])
         program.model.metadata_props[_PREPARATION] = _preparation(trained)
@@ -493,7 +495,7 @@ def _proven(network: IntegerNetwork) -> str:
 
 
 def _byte_preparation(trained: Trained) -> str:
-    if trained.config.data.kind == "events":
+    if trained.config.data.input_kind == "events":
         return "Input: bytes (C, H, W), numbers of events, as in the training data."
     data = trained.config.data
     return (

@@ -220,7 +220,7 @@ def _names(model: SpikingNetwork) -> dict[str, str]:
             raise UserError(
                 f"--model: {model.default_cfg['architecture']} has no counterpart in other "
                 "projects; choose from sew_resnet*, psn_sew_resnet*, spiking_resnet*, "
-                "preact_resnet*, ms_resnet*, vggsnn, qkformer_*, ms_qkformer_*, sdt_*, "
+                "preact_resnet*, ms_resnet*, i2e_msnet*, vggsnn, qkformer_*, ms_qkformer_*, sdt_*, "
                 "espikeformer_* and maxformer_*"
             )
     # A deep network has more rules than re's cache has places.

@@ -138,6 +138,13 @@ SOURCES = {
     ),
     # The original repository of MS-ResNet.
     "ms": Source(mark=r"^conv2_x\.0\.residual_function\.1\.weight$", only_for=("MSResNet",)),
+    # The repository of I2E, Ruichen0424/I2E; the projections begin with neurons.
+    "i2e": Source(
+        mark=r"^layer2\.0\.downsample\.2\.weight$",
+        names=((r"\.downsample\.1\.", ".downsample.0."), (r"\.downsample\.2\.", ".downsample.1.")),
+        only_for=("I2EMSNet",),
+        unused=r"^i2e\.weight$",
+    ),
     # The repository of the parallel spiking neurons: its SEW-ResNets for ImageNet. The neurons'
     # weights are those of a linear layer over time.
     "psn": Source(
@@ -150,5 +157,6 @@ SOURCES = {
 ONLY_FROM = {
     "PreActResNet": ("decoupling", "seal"),
     "MSResNet": ("ms",),
+    "I2EMSNet": ("i2e",),
     "PSNSEWResNet": ("psn", "torchvision", "timm"),
 }

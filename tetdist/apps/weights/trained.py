@@ -37,11 +37,13 @@ class Trained:
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one sample at one timestep, (C, H, W)."""
-        match self.config.data.kind:
+        data = self.config.data
+        match data.input_kind:
             case "images":
-                return (3, self.config.data.image_size, self.config.data.image_size)
+                return (3, data.image_size, data.image_size)
             case "events":
-                side = getattr(self.model, "input_size", None)
+                side = data.image_size if data.images_as_events else None
+                side = side or getattr(self.model, "input_size", None)
                 if side is None:  # any size is possible
                     side = getattr(self.model, "default_cfg", {}).get("input_size", (None,))[-1]
                 if side is None:
@@ -55,7 +57,7 @@ class Trained:
 
     def examples(self, count: int) -> Tensor:
         """Return fixed random inputs, (B, C, H, W) or (B, T, C, H, W)."""
-        time = {"images": (), "events": (self.model.timesteps,)}[self.config.data.kind]
+        time = {"images": (), "events": (self.model.timesteps,)}[self.config.data.input_kind]
         generator = torch.Generator().manual_seed(0)
         return torch.randn((count, *time, *self.input_shape), generator=generator)
 
@@ -75,7 +77,8 @@ def load(
     config = parse(_without_places(description.config), str(path), warn=False, is_trained=True)
     num_classes = config.model.num_classes or len(description.classes or ())
     timesteps = timesteps or description.timesteps
-    model = config.model.build(num_classes=num_classes, timesteps=timesteps)
+    kind = config.data.input_kind
+    model = config.model.build(num_classes=num_classes, timesteps=timesteps, input_kind=kind)
     checkpoint.load_weights(model, weights, path)
     if isinstance(model, SpikingNetwork):
         model.set_execution("reference")

@@ -1,7 +1,7 @@
 """The section ``data``: where samples are, how they are read and changed."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -9,7 +9,17 @@ from tetdist.config.fields import Fraction, Names, OneOf, OpenFraction, Pixels, 
 from tetdist.config.flags import MOST_PREFETCHED, MOST_THREADS
 from tetdist.config.rand_augment import EXAMPLE, rand_augment
 
+Kind = Literal["images", "events"]
 Amount = Annotated[float, Field(ge=0)]
+
+
+class ImagesAsEventsSection(Section):
+    """Conversion of images to events by differences of their brightness (I2E)."""
+
+    timesteps: ClassVar[int] = 8
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.12
+    """Smallest difference in brightness that makes an event, as a fraction of the image's range of
+    brightness (I2E's ratio: 0.12 for ImageNet at 224 pixels, 0.15 for Fashion-MNIST at 32)."""
 
 
 class MixingSection(Section):
@@ -48,7 +58,7 @@ def _policy(text: str) -> str:
 
 
 class DataSection(Section):
-    kind: Literal["images", "events"] = "images"
+    kind: Kind = "images"
     """Type of the data. images: image files; events: pre-binned event tensors (T, 2, H, W)."""
     root: str
     """Folder that holds train/ and val/, each with one folder per class."""
@@ -107,6 +117,9 @@ class DataSection(Section):
     all other augmentation except mixup and CutMix."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Interpolation when an image is resized, with antialiasing when it gets smaller."""
+    images_as_events: ImagesAsEventsSection | None = None
+    """Conversion of each augmented image to eight frames of ON and OFF events (I2E), which the
+    network sees in place of the image; null: off."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per-channel mean (RGB, in [0, 1]) that is subtracted from the pixels."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -132,6 +145,13 @@ class DataSection(Section):
                 f"resize: {self.resize} is smaller than data.image_size, {self.image_size}, so the "
                 "centre crop would not fit; set it to the image size or more"
             )
+        if self.images_as_events and self.kind == "events":
+            raise ValueError("images_as_events: needs data.kind=images, not events; remove it")
+        if self.images_as_events and self.erasing.probability:
+            raise ValueError(
+                f"erasing.probability: {self.erasing.probability:g} cannot go with "
+                "data.images_as_events, since erasing fills in normalised colours; set it to 0"
+            )
         if self.auto_augment.startswith("rand") and any(self.color_jitter):
             raise ValueError(
                 f"color_jitter: cannot go with data.auto_augment={self.auto_augment}, which "
@@ -143,6 +163,11 @@ class DataSection(Section):
                 "crop could be all border"
             )
         return self
+
+    @property
+    def input_kind(self) -> Kind:
+        """Type of the network's input."""
+        return "events" if self.images_as_events else self.kind
 
     @property
     def index_dir(self) -> Path:

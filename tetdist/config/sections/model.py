@@ -14,6 +14,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, ValidationInfo
 from tetdist import plugins
 from tetdist.config import names
 from tetdist.config.fields import KEYS_ALONE, OneOf, Section
+from tetdist.config.sections.data import Kind
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig
 
@@ -158,7 +159,9 @@ class ModelSection(Section):
         )
         return {k: (was.get(k, "none"), v) for k, v in now.items() if was.get(k) != v == of_kind[k]}
 
-    def build(self, *, num_classes: int, timesteps: int) -> "SpikingNetwork":
+    def build(
+        self, *, num_classes: int, timesteps: int, input_kind: Kind = "images"
+    ) -> "SpikingNetwork":
         """Make the model, initialised; see `create_model`."""
         from tetdist.models.create import create_model
 
@@ -167,6 +170,7 @@ class ModelSection(Section):
             num_classes=num_classes,
             timesteps=timesteps,
             neuron=self.neuron,
+            input_kind=input_kind,
             arguments=self.arguments,
         )
 
