@@ -187,6 +187,7 @@ def main(
         nonlocal status
         if status:  # a lock is held until the last traceback that knows of it is gone
             gc.collect()
+        status = 1
         caplog.clear()
         capfd.readouterr()
         with caplog.at_level("INFO"):
