@@ -101,6 +101,9 @@ def convert_file(options: argparse.Namespace) -> None:
         options.source = published.obtain(fetched)
         options.model, options.layout = fetched.model, fetched.source
         options.timesteps = options.timesteps or fetched.timesteps
+        given = {key.partition("=")[0] for key in options.overrides}
+        kept = [key for key in fetched.keys if key.partition("=")[0] not in given]
+        options.overrides[:0] = kept
     options.source = Path(options.source)
     state = foreign_files.read(options.source)
     layout = options.layout

@@ -9,6 +9,7 @@ import json
 import re
 import textwrap
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -34,6 +35,7 @@ class Published:
         top1: Published accuracy in percent; None: not stated.
         host: None: its files are downloaded by hand.
         link: Page of the file, if it is not ``page``.
+        keys: Its keys of the configuration, as ``key=value``.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Published:
     top1: float | None = None
     host: str | None = None
     link: str | None = None
+    keys: Sequence[str] = ()
 
     @property
     def claim(self) -> dict[str, Any]:
@@ -82,7 +85,8 @@ def listing() -> str:
             place = f"{one.host}/{one.file}" if one.host else f"by hand: {one.link or page}"
             rows.append((one.name, str(one.timesteps), number(one.top1, ".2f"), place))
         known = textwrap.fill(networks[0].known, 98, initial_indent="  ", subsequent_indent="  ")
-        parts.append(f"{page} ({networks[0].data})\n{aligned(rows, right=(1, 2))}\n{known}")
+        data = ", ".join(dict.fromkeys(one.data for one in networks))
+        parts.append(f"{page} ({data})\n{aligned(rows, right=(1, 2))}\n{known}")
     return "\n\n".join(parts)
 
 
