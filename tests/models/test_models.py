@@ -338,6 +338,34 @@ def test_a_backbone_of_features_trains_all_that_it_has(name):
         torch.testing.assert_close(one, other)
 
 
+@each_family
+def test_the_segmenter_of_the_docs_trains_with_frozen_parts(name):
+    page = (Path(__file__).parents[2] / "docs/guides/backbones.md").read_text()
+    (code,) = re.findall(r"```python\n# my_segmenter.py\n(.*?)```", page, re.DOTALL)
+    exec(code, found := {})
+    torch.manual_seed(0)
+    options = SMALL[name] | {"timesteps": 3, "neuron": NEURON}
+    segmenter, x = found["Segmenter"](name, 3, **options).double(), inputs_for(name)
+    randomize(segmenter)
+    backbone = segmenter.backbone.model
+    loaded = backbone.load_state_dict(create(name).state_dict(), strict=False)
+    assert not loaded.missing_keys
+    with refused("has no part 'block.0'; it has stem, blocks (blocks.N)"):
+        models.freeze(backbone, ["block.0"])
+    parts = ["stem", "blocks.0"][: len(backbone.blocks)]
+    models.freeze(backbone, parts)
+    frozen = tuple(f"{part}." for part in parts)
+    before = copy.deepcopy(backbone.state_dict())
+    logits = segmenter.train()(x)
+    assert logits.shape == (len(x), 3, *x.shape[-2:])
+    logits.square().sum().backward()
+    for key, parameter in backbone.named_parameters():
+        assert (parameter.grad is None) == key.startswith(frozen), key
+    changed = {k for k, value in backbone.state_dict().items() if not torch.equal(value, before[k])}
+    assert changed
+    assert all("running" in key and not key.startswith(frozen) for key in changed)
+
+
 def test_timms_distillation_takes_ours_as_student_and_teacher():
     name = "spiking_convnet"
     model, other = create(name).float(), create(name).float()

@@ -46,6 +46,7 @@ VARIANTS = {
     # T drawn by step; the optimiser goes on from SDT to TET.
     "turned": {"phases": TURNING, "save.every_steps": 2, "ema.decay": 0.8, "recompute": "blocks"},
     "torch": {"engine": "torch"},
+    "frozen": {"model.freeze": ["stem", "blocks.0"], "save.every_steps": 2},
     "augmented": {
         "data.crop": "padded",
         "data.auto_augment": "cifar10",
@@ -88,6 +89,7 @@ def straight(farm, tiny_root, tmp_path_factory):
         ("turned", "step", 8, KILL),
         ("augmented", "micro", 14, KILL),
         ("as_events", "micro", 14, KILL),
+        ("frozen", "step", 5, KILL),
     ],
 )
 def test_stopped_and_continued_is_the_straight_run(
@@ -112,6 +114,18 @@ def test_user_error_on_several_processes_is_reported_once(farm, tiny_config):
     outcome = farm(tiny_config(), "seed=1", world=3)
     refused(outcome, "1, 2")  # 4 micro-batches a step
     assert outcome.text.count("error:") == 1
+
+
+def test_frozen_parts_keep_weights_and_statistics(straight, main, tiny_config):
+    everything = main(tiny_config(), "model.freeze=[stem,blocks,fc]")
+    refused(everything, "stem, blocks, fc leave nothing to train")
+    paths = sorted((straight("frozen") / "checkpoints").glob("step-*/model.safetensors"))
+    before, after = (load_file(path) for path in (paths[0], paths[-1]))
+    changed = {key for key in after if not torch.equal(before[key], after[key])}
+    kept = {key for key in after if key.startswith(("stem.", "blocks.0."))}
+    assert kept
+    assert changed == after.keys() - kept
+    assert all((after[key] == 1).all() for key in kept if key.endswith("running_var"))
 
 
 def test_both_engines_are_the_same_run(straight):

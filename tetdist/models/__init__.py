@@ -6,6 +6,7 @@ Register your own network with timm, too, in a file that a configuration imports
 
 import inspect
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from tetdist import plugins
+from tetdist.errors import UserError
 from tetdist.models.base import SpikingModel, SpikingNetwork
 from tetdist.models.espikeformer import ESpikeFormer
 from tetdist.models.max_former import MaxFormer
@@ -26,6 +28,7 @@ from tetdist.models.spike_driven_transformer import SpikeDrivenTransformer
 from tetdist.models.spiking_convnet import SpikingConvNet
 from tetdist.models.spiking_resnet import SpikingResNet
 from tetdist.models.vggsnn import VGGSNN
+from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF, NeuronConfig
 
 __all__ = [
@@ -94,3 +97,35 @@ def input_kind(name: str) -> str | None:
 def takes_both(name: str) -> bool:
     """Return whether a registered model takes images, and with `input_kind="events"` events."""
     return input_kind(name) == "images" and issubclass(class_of(name) or nn.Module, SpikingNetwork)
+
+
+def freeze(model: nn.Module, parts: Sequence[str]) -> None:
+    """Keep parts of a network as they are: their parameters and their running statistics, with
+    which their batch norms then normalise in training, too.
+
+    Args:
+        parts: Prefixes of parameter names: parts of the network such as ``stem``, its blocks such
+            as ``blocks.0``, or parts of an adopted network such as ``net.layer1``.
+
+    Raises:
+        UserError: The network has no such part.
+    """
+    # Within a block, one layer may have two batch norms, which normalise alike.
+    known = {
+        name: part
+        for name, part in model.named_modules()
+        if name and name.rpartition(".")[0] in ("", "blocks", "net") and [*part.parameters()]
+    }
+    for name in parts:
+        if name not in known:
+            shown = [one for one in known if not one.startswith("blocks.")]
+            shown = [f"{one} ({one}.N)" if f"{one}.0" in known else one for one in shown]
+            raise UserError(
+                f"model.freeze: {type(model).__name__} has no part {name!r}; it has "
+                f"{', '.join(shown)}"
+            )
+        known[name].requires_grad_(False)
+        for norm in known[name].modules():
+            if isinstance(norm, BatchNorm):
+                norm.frozen = True
+                norm.eval()

@@ -15,7 +15,7 @@ count a forward pass twice that activation checkpointing repeats.
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any, Never, Self
 
 import torch
 from torch import Tensor, nn
@@ -81,10 +81,14 @@ class BatchNorm(_Module):
         self.register_buffer("pending_mean", torch.zeros(num_channels), persistent=False)
         self.register_buffer("pending_var", torch.zeros(num_channels), persistent=False)
         self.pending_count = 0
-        self.deferred = False
+        self.deferred = self.frozen = False
         # See synchronize().
         self.average: Callable[[Tensor], Tensor] | None = None
         self.num_processes = 1
+
+    def train(self, mode: bool = True) -> Self:
+        """Change to training mode, unless the norm is frozen (`tetdist.models.freeze`)."""
+        return super().train(mode and not self.frozen)
 
     def forward(self, current: Tensor, copies: int = 1) -> Tensor:
         """Normalise (T, B, C, H, W), or (N, C, H, W) of a network that folds time into its batch;

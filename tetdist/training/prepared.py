@@ -142,7 +142,7 @@ def _load_initial_weights(
     theirs, ours = description.config["model"], config.as_dict()["model"]
     theirs = theirs | {"neuron": neurons.completed(theirs.get("neuron", {}))}
     for change in differences({"model": theirs}, {"model": ours}):
-        if not change.startswith("model.num_classes"):
+        if not change.startswith(("model.num_classes", "model.freeze")):
             logger.warning("init_checkpoint comes from another network: %s", change)
     if description.classes not in (None, list(index.classes)):
         logger.warning("init_checkpoint was trained on other classes than those of the data")

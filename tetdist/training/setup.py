@@ -7,6 +7,7 @@ from typing import assert_never
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tetdist import models
 from tetdist.config.schema import RunConfig
 from tetdist.config.sections.training import SegmentsSection
 from tetdist.data.build import check_augmentation
@@ -117,6 +118,11 @@ def make_model(
     if load is not None:
         model.to(parameter_type(config.precision))
         load(model)
+    models.freeze(model, section.freeze)
+    if section.freeze and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            f"model.freeze: {', '.join(section.freeze)} leave nothing to train; remove one"
+        )
     section.refuse_mixing(model, frames or (3, size, size))
     # Otherwise the optimiser of a later phase would refuse these when that phase begins.
     optimizers = map(config.optimizer_of, range(len(config.phases)))

@@ -13,7 +13,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, ValidationInfo
 
 from tetdist import plugins
 from tetdist.config import names
-from tetdist.config.fields import KEYS_ALONE, OneOf, Section
+from tetdist.config.fields import KEYS_ALONE, Names, OneOf, Section
 from tetdist.config.sections.data import Kind
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig
@@ -106,6 +106,9 @@ class ModelSection(Section):
     """Neuron of all layers. Unset fields default to the network's published neuron."""
     arguments: dict[str, Any] = {}
     """Further arguments of the network, such as connect_function: add."""
+    freeze: Names = ()
+    """Parts of the network that keep their weights and running statistics, such as [stem, blocks.0,
+    blocks.1]: to fine-tune the others from init_checkpoint."""
     mixes_samples: bool = False
     """Accept a network or neuron of your own with which a sample's logits depend on the rest of its
     batch; accuracy then depends on the order of samples. Such a network is refused otherwise."""
