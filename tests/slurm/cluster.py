@@ -163,8 +163,9 @@ class Cluster:
         """End all that runs on a node, and keep its network, which refuses connections."""
         net = f"--net=/proc/{self._daemons[node].pid}/ns/net"
         # It belongs to no process of the node.
-        self._run(f"nsenter {net} sleep infinity", name=f"network of {node}")
-        wait_until(lambda: any(p.name() == "sleep" for p in self.processes_of(node)), "a holder")
+        holder = self._run(f"nsenter {net} sleep infinity", name=f"network of {node}")
+        place = Path(f"/proc/{holder.pid}/ns/net")
+        wait_until(lambda: str(place.readlink()) == self._namespaces[node], "a holder")
         self._crashed |= {node, f"network of {node}"}
         self._daemons[node].kill()
         self._daemons[node].wait(10)
@@ -249,7 +250,7 @@ class Cluster:
             for process in self.processes_of(node):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     line = process.cmdline()
-                    if line and line[0] != "unshare" and "slurmd" not in line[0]:
+                    if line and line[0] not in ("unshare", "sleep") and "slurmd" not in line[0]:
                         lines.append(f"{node}: {' '.join(line)}")
         return lines
 

@@ -221,13 +221,12 @@ def test_first_failure_is_kept_and_shown(start, capsys):
 
 
 @pytest.mark.parametrize(("in_thread", "answer"), [(False, 0), (True, 0), (True, 1)])
-def test_lost_node_is_waited_for(in_thread, answer, start, monkeypatch):
+def test_lost_node_is_waited_for(in_thread, answer, start, slurm, monkeypatch):
     """Also in the watch's thread, where no signal can be handled, for which it must not end.
 
     The node gives no answer or, without Slurm's daemon, refuses the connection.
     """
     slept, answers = [], iter([answer, answer, 2, 2, 1])
-    monkeypatch.setattr(job, "BACK_PATIENCE", 0)
     monkeypatch.setattr(job.time, "sleep", slept.append)
     monkeypatch.setattr(placement, "_answer", lambda host: next(answers) if host == "node2" else 2)
     before = signal.getsignal(TERM)
@@ -241,6 +240,7 @@ def test_lost_node_is_waited_for(in_thread, answer, start, monkeypatch):
     assert len(slept) == 2
     lost = ("stopped", "a node failed: node2 does not answer")
     assert written(this) == [lost, ("failed", "rank 1 has died")]
+    assert slurm.requeued == ["12"]
     # Where all answer, only what the watchdog says has to be written before the process is ended.
     start(others={"node2": 2})._record_failure(ValueError("of this process"))
     # Another port than the usual one is always refused.

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 RESTART_AFTER = (signal.SIGUSR1, signal.SIGUSR2)
 
 # Seconds within which Slurm should notice a crashed node. Slurm's own limit is SlurmdTimeout, by
-# default 300. A node that is back has told Slurm that it was gone; then it should take less.
-NODE_PATIENCE, BACK_PATIENCE = 1200.0, 60.0
+# default 300.
+NODE_PATIENCE = 1200.0
 
 MISTAKES = (UserError, ModuleNotFoundError)
 
@@ -196,7 +196,7 @@ class Start:
                 self._announce("FAILED")
 
     def _wait_for_lost_nodes(self) -> None:
-        """Wait until Slurm ends this process, if a node of the job does not answer.
+        """Requeue the job if one of its nodes does not answer, and wait until Slurm ends it.
 
         A crashed node first shows as a lost connection. Slurm takes minutes to notice the node. If
         the job exited before that, Slurm would count it as failed; if it still runs then, Slurm
@@ -211,11 +211,13 @@ class Start:
         if threading.current_thread() is threading.main_thread():
             # Only the main thread may set it; otherwise Slurm's SIGKILL follows shortly.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # If the node is back before Slurm has noticed, srun misses its processes and ends the job.
+        if self.is_first:
+            self.context.start_again()
         end = time.monotonic() + NODE_PATIENCE
-        while time.monotonic() < end:
+        while silent and time.monotonic() < end:
             time.sleep(5)
-            if not self.context.silent_hosts():
-                end = min(end, time.monotonic() + BACK_PATIENCE)
+            silent = self.context.silent_hosts()
 
     def _note(self, kind: EventKind, text: str = "") -> None:
         """Add a line to the history, on the first process."""
