@@ -42,7 +42,11 @@ def runs_of(study: str) -> list[StudyRun]:
 
 def numbers_of(file: Path) -> Numbers:
     """Return the numbers of a study's report or page, also those of an earlier version."""
-    values = restored(parse_json(file.read_text()))
+    return numbers_from(restored(parse_json(file.read_text())), file.stem)
+
+
+def numbers_from(values: dict[str, Any], name: str) -> Numbers:
+    """Return the numbers of a study by its name and the values of its report."""
     known = {key: one for key, one in values["study"].items() if key in StudySection.model_fields}
     study = StudySection.model_validate_json(json.dumps(known))
     results: dict[str, dict[int, Result]] = {name: {} for name in study.entries}
@@ -51,8 +55,8 @@ def numbers_of(file: Path) -> Numbers:
         kept = {name: run[name] for name in names if name in run}
         results[run["entry"]][run["seed"]] = Result(**kept)
     keys = values.get("configurations", {})
-    command = values.get("command", f"python tools/study.py {file.stem}")
-    return Numbers(study, results, values["missing"], keys, values["environments"], command)
+    command = values.get("command", f"python tools/study.py {name}")
+    return Numbers(study, results, values.get("missing", []), keys, values["environments"], command)
 
 
 def write(

@@ -128,8 +128,9 @@ def test_readmes_figure_shows_the_numbers_that_are_in_the_project(made, monkeypa
     assert draw([]) == 0
     study, performance = (
         json.loads((tiny.PROJECT / "docs" / file).read_text())
-        for file in ("results/early_exit_dvs128_objects.json", "performance/results.json")
+        for file in ("results/losses.json", "performance/results.json")
     )
+    study = study["studies"]["losses_fashion"]
     exits, costs = drawn[0].axes
     shown = {text.get_text() for text in exits.texts}
     for entry, label in (("sdt", "usual loss"), ("tet", "TET")):

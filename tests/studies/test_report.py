@@ -12,6 +12,7 @@ from scipy import stats
 
 from tetdist.apps.studies.numbers import Difference
 from tetdist.apps.studies.report import page, results
+from tetdist.tracking.metrics_file import restored
 
 RESULTS = tiny.PROJECT / "docs" / "results"
 RNG = np.random.default_rng(0)
@@ -162,6 +163,15 @@ def test_the_projects_own_summary_is_that_of_its_numbers(made, tmp_path):
     copy.write_text(summary.replace("## TET against SDT", "## An old table"))
     assert made.summarise(tmp_path / "results").read_text() == summary
     assert len(summary.splitlines()) <= 150
+
+
+@pytest.mark.usefixtures("made")
+def test_the_page_of_losses_is_that_of_its_numbers():
+    file = RESULTS / "losses.json"
+    found = restored(json.loads(file.read_text()))
+    answer, seeds, text, _ = importlib.import_module("losses").page_of(found)
+    assert (answer, seeds) == (found["answer"], found["n"])
+    assert file.with_suffix(".md").read_text().endswith(f"**Answer.** {answer}\n\n{text}")
 
 
 def test_a_page_is_made_of_a_report(made, tmp_path, monkeypatch):
