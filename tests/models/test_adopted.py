@@ -14,6 +14,7 @@ from tiny import expect
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from tetdist import order
 from tetdist.data.loader import Batch
 from tetdist.distributed.world import join
 from tetdist.errors import UserError
@@ -449,10 +450,14 @@ RUN = {"model": {"name": "sj_small"}, "precision": "fp64", "engine": "torch"}
 
 
 def test_run_with_dropout_on_two_processes(main, farm, tiny_config, tmp_path):
-    """The small network, from an imported file."""
+    """The small network, from an imported file: only such networks need a seed in every step."""
+    expect(main(tiny_config(), "name=own", "max_steps=1"))
+    assert torch.initial_seed() == 0  # the run's, of the initial weights
     (tmp_path / "sj_file.py").write_text(IMPORTED)
     file = tiny_config(RUN | {"imports": ["sj_file.py"]})
     expect(main(file, "name=one"))
+    steps = tiny.metrics(tmp_path / "runs/one")[-1]["step"]
+    assert torch.initial_seed() == order.forward_seed(0, steps - 1, 3)
     expect(farm(file, "name=two", world=2))
     one, two = (tiny.metrics(tmp_path / "runs" / name) for name in ("one", "two"))
     for ours, theirs in zip(two, one, strict=True):

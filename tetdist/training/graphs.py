@@ -7,8 +7,8 @@ all at once, on the memory that they used during capture. So:
 * images, targets and dropout masks (nn/dropout.py) are copied to where the graph reads them;
 * gradients are added to tensors at fixed addresses, which the engine sets to 0 and keeps;
 * the scale of a float16 loss is a number on the device (`LossScale.factor`);
-* random numbers that a network draws itself depend on the seed of torch's generator at the launch,
-  so the trainer seeds it before each micro-batch, as without graphs;
+* random numbers that a network of an imported file draws depend on the seed of torch's generator at
+  the launch, so the trainer seeds it before each micro-batch, as without graphs;
 * Python code runs only at capture. The only effect that matters is the count of recorded batches
   (`BatchNorm.pending_count`), which is corrected here.
 
