@@ -30,6 +30,7 @@ class Window:
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self._world, self._global_batch = world, config.batch.global_
+        self._hosts = world.gather(platform.node())
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         self.non_finite = NonFiniteSteps(world.device)
         self._stragglers = Stragglers()
@@ -67,12 +68,12 @@ class Window:
         steps = max(self._steps, 1)
         own = time.monotonic() - self._started - self._world.waiting.take()
         data = waited - self._waited_before
-        times = RankTimes(platform.node(), own / steps, data / steps)
-        ranks = self._world.gather(times)
+        gathered = self._world.gather_numbers([*sums, own / steps, data / steps])
+        ranks = [RankTimes(host, *of[3:]) for host, of in zip(self._hosts, gathered, strict=True)]
         if self._world.rank == 0:
             for found in self._stragglers.new(ranks):
                 logger.warning("%s", found)
-        loss, correct, samples = self._world.sum(sums)
+        loss, correct, samples = map(math.fsum, list(zip(*gathered, strict=True))[:3])
         seconds = max(time.monotonic() - self._started, 1e-9)
         values: dict[str, Any] = {
             "loss": loss / samples if samples else math.nan,
