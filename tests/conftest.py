@@ -92,6 +92,16 @@ def are_about_gpus(config: pytest.Config) -> bool:
     return config.getoption("markexpr") == "gpu"
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database that is set up, because that takes seconds."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("store") / "empty.db"
+    mlflow.MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _all_end_with_the_tests() -> Iterator[None]:
     """Whatever a test has started ends by itself when the tests are killed, and leaves no files."""

@@ -95,7 +95,7 @@ def test_rates_of_early_exit_are_those_of_all_processes(monkeypatch):
     ticks = itertools.cycle((0.0, 1.0, 4.0))
     monkeypatch.setattr(early_exit.time, "perf_counter", lambda: next(ticks))
     logits, labels = of_probabilities([0.97, 0.45], [0.97, 0.15]), torch.tensor([0, 1])
-    batch = SimpleNamespace(images=logits, labels=labels)
+    batch = SimpleNamespace(inputs=lambda *_: logits, labels=labels)
     loaded = contextlib.nullcontext([batch])
     monkeypatch.setattr(early_exit, "eval_loader", lambda *_: loaded)
     decided = torch.tensor([0, 1]), torch.tensor([1, 2])

@@ -99,7 +99,7 @@ def test_unknown_neuron_option_is_refused_by_name():
         ),
         ("sew_resnet18", {"neuron": {"decay": 2.0}}, "decay must be at most 1, not 2.0"),
         ("spiking_resnet18", {"norm": "ln"}, "norm must be 'bn' or 'tdbn', not 'ln'"),
-        ("spiking_resnet18", {"init": "he"}, "init must be 'kaiming' or 'torch', not 'he'"),
+        ("spiking_resnet18", {"init": "he"}, "init must be 'kaiming', 'fan_in' or 'torch'"),
         ("vggsnn", {"input_size": 15}, "input_size must be at least 16"),
         ("vggsnn", {"global_pool": "avg"}, "global_pool must be 'flatten', or '' with num_classes"),
         ("vggsnn", {"global_pool": ""}, "global_pool must be 'flatten', or '' with num_classes=0,"),

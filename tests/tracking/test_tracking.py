@@ -39,16 +39,6 @@ from tetdist.tracking.trackers import TrackedRun
 MONITOR = "mlflow.system_metrics.system_metrics_monitor"
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory):
-    """A database that is set up, because that takes seconds."""
-    import mlflow
-
-    path = tmp_path_factory.mktemp("store") / "empty.db"
-    mlflow.MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(trackers, "SEND_EVERY", 0.05)
