@@ -1,6 +1,6 @@
 # `make help` lists the targets. Variables that may be set:
 #   PYTHON     interpreter to make the environment with (3.11 or newer)
-#   DALI       cuda130 (CUDA 13, or no GPU) or cuda120
+#   DALI       cuda130 (CUDA 13), cuda120 or cpu (no GPU)
 #   PIP_FLAGS  further flags of pip install
 #   WORKERS    number of parallel test processes
 PYTHON ?= python3
@@ -24,13 +24,15 @@ $(VENV)/.installed: pyproject.toml setup.py
 	  { echo "error: $(PYTHON) is older than 3.11; use another: make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	  { echo "error: $(PYTHON) lacks venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	@case '$(DALI)' in cuda130|cuda120|cpu) ;; \
+	  *) echo "error: DALI=$(DALI) is unknown; use cuda130, cuda120 or cpu" >&2; exit 2;; esac
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing tetdist and its dependencies into $(VENV) (takes minutes the first time)"
 	@# PyPI's torch is for CUDA 13.
-	@test '$(DALI)' != cuda120 || $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
-	  'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/cu126
+	@test '$(DALI)' = cuda130 || $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
+	  'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/$(if $(filter cpu,$(DALI)),cpu,cu126)
 	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
-	  -e '.[train,$(DALI),quickstart]'
+	  -e '.[train,$(DALI:cpu=cuda130),quickstart]'
 	@touch $@
 
 # Tests need Triton also on a machine without a GPU; torch for CUDA includes it.

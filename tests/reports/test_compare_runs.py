@@ -83,16 +83,25 @@ def compared(run_tool, tmp_path):
         ),
         (
             {("val", 5): {"top1": 60.0}},
-            "they first differ at step 5. a b val/top1 50.0 60.0 largest relative difference: 0.17",
+            "they first differ at step 5. a b val/top1 50 60 largest relative difference: 0.17",
         ),
-        ({("val", 10): {"per_timestep_top1": [40.0, 25.0]}}, "val/top1_t2 50.0 25.0"),
-        ({("val", 10): {"firing_rate": {"sn": 0.5, "b": 1.0}}}, "val/firing_rate/b None 1.0"),
+        ({("val", 10): {"per_timestep_top1": [40.0, 25.0]}}, "val/top1_t2 50 25 "),
+        (
+            {("val", 10): {"firing_rate": {"sn": 0.5, "b": 1.0}}},
+            "val/firing_rate/sn 0.25 0.5 largest relative difference: 0.5 (val/firing_rate/sn at "
+            "step 10) only b has val/firing_rate/b ",
+        ),
+        ({("train", 5): {"loss": 0.21}, ("train", 6): {"lr": 0.3}}, "train/loss 0.2 0.21 "),
+        ({("train", 6): {"loss": math.nextafter(1 / 6, 0)}}, " 0.16666666666666666 0.16666666666"),
         ({("train", 6): {"loss": "NaN"}}, "nan largest relative difference: inf"),
-        ({("train", 6): {"loss": None}}, "train/loss 0.16666666666666666 None "),
+        (
+            {("train", 6): {"loss": None}},
+            "the same values where both have one. only a has train/loss Weights",
+        ),
         ({("train", 6): {"loss": "-Infinity"}}, "-inf largest relative difference: inf"),
         (
             {("train", 8): {f"value{i:02}": 1 for i in range(20)}},
-            "train/value07 None 1.0 and 12 more",
+            "train/value07 and 12 more Weights",
         ),
         # Steps that one run lacks.
         (
@@ -139,8 +148,14 @@ def test_results_and_differing_keys(run_tool, tmp_path, monkeypatch):
     assert "Configuration: 2 different keys.\n" in printed
     assert "\n  seed       a: 0; b, c: 1\n" in printed
     assert "\n  loss.kind  a, c: tet; b: sdt\n" in printed
+    table = rows.index(["top-1", "%", "at", "T", "=", "1", "2"])
+    assert rows[table + 1 : table + 3] == [[run, "40.00", "50.00"] for run in (A, B)]
     assert "Metrics of a and b: " in printed
     assert "Metrics of a and c: " in printed
+    many = {("val", 10): {"per_timestep_top1": list(range(20))}}
+    printed = run_tool(make_run(tmp_path / "many", many), A)[1]
+    assert max(map(len, printed.splitlines())) <= 100
+    assert printed.partition("at T =")[2].split()[:10] == [str(t) for t in range(2, 21, 2)]
 
 
 def test_a_key_that_an_older_version_lacks_has_its_default_and_a_long_value_is_wrapped(
@@ -155,6 +170,9 @@ def test_a_key_that_an_older_version_lacks_has_its_default_and_a_long_value_is_w
     assert all(len(line) <= 100 for line in printed.splitlines())
     assert printed.count("x") >= 300
     old = written | {"log_every": 20, "clip_mode": "norm", "non_finite_limit": 9}
+    drawn = written | {"phases": [written["phases"][0] | {"timesteps": {"from": 1, "to": 3}}]}
+    printed = run_tool(a, make_run(tmp_path / "drawn", **drawn | {"log_every": 20}))[1]
+    assert "1 different key.\n  phases.0.timesteps  a: 2; b: 1 to 3\n" in printed
     old["phases"] = [old["phases"][0] | {"schedule": "step", "decay_rate": 0.1}]
     printed = run_tool(a, make_run(tmp_path / "old", **old))[1]
     found = printed.partition("Configuration: ")[2].partition("Metrics")[0].splitlines()
@@ -195,7 +213,8 @@ def test_the_plot_has_a_colour_for_each_run(run_tool, tmp_path):
         for i, name in enumerate("abc")
     ]
     out = tmp_path / "all.png"
-    assert run_tool(*runs[:2], "--plot", out)[0] == 1
+    status, printed, _ = run_tool(*runs[:2], "--plot", out)
+    assert (status, printed.splitlines()[-1]) == (1, f"wrote {out}")
     first, second, third = (pixels(out, colour) for colour in style.SERIES[:3])
     assert min(first, second) > 300
     assert third == 0

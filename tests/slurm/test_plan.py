@@ -67,6 +67,7 @@ def test_hours_by_hand():
     assert f"GPU-hours {8 * seconds / 3600:.0f}, time limits {limits:.0f} (5 minutes" in text
     assert "from 100 samples/s a process at T=4 (as given)" in text
     assert "too short" in plan.describe(make(time="5"), Speed(100.0, 4))
+    assert "hours        0.5 (29.8 minutes), " in plan.describe(made, Speed(10739.0, 4))
 
 
 def test_a_quarter_of_the_epochs_is_slower():
@@ -91,6 +92,8 @@ def test_cpus_that_are_too_few_are_reported(given, expected):
     text = plan.describe(make(cpus_per_task=given), "not given")
     assert f"CPUs         {expected}" in text
     assert ("give cluster.cpus_per_task=8" in text) == (given != 8)
+    text = plan.describe(make(overrides=("data.threads=1",)), "not given")
+    assert "often 1, of which data.threads=1 load samples" in text
 
 
 def test_run_that_begins_with_a_later_phase():

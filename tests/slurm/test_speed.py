@@ -93,6 +93,8 @@ def test_what_is_no_benchmark(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"pipe cannot be read \(It is a pipe, a device"):
         of(benchmark=str(tmp_path / "pipe"))
+    with pytest.raises(UserError, match=r"^--benchmark: runs/nothing cannot be read \(No such"):
+        of(benchmark="runs/nothing")
     with pytest.raises(UserError, match="is not a run with metrics and a checkpoint"):
         of(benchmark=str(tmp_path))
 

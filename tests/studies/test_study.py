@@ -349,15 +349,23 @@ def test_dry_run_shows_each_job_after_those_it_needs(call, write, tmp_path, monk
     dry = ("--slurm", "--dry-run", "--gpus-per-node", "0")
     status, output = call("study", file, "--output", tmp_path / "new", *dry)
     assert status == 0, output
-    jobs = output.split("# === ")[1:]
-    done, *alone, after = sorted(jobs, key=lambda job: "done-sdt-tet-both".index(job[:3]))
-    assert done == "done-seed0: finished\n"
-    assert "--dependency" not in "".join(alone)
-    assert after.startswith("both-seed0, starts after sdt-seed0, tet-seed0\n")
+    jobs, _, after = output.partition("3 runs to submit, hours unknown, see the plan. ")
+    assert {
+        "done-seed0: finished",
+        "sdt-seed0: hours unknown",
+        "both-seed0: hours unknown, starts after sdt-seed0, tet-seed0",
+    } < set(jobs.splitlines())
     assert "#SBATCH --dependency=afterok:JOB_OF_sdt-seed0:JOB_OF_tet-seed0\n" in after
+    assert after.count("# --- batch script") == 1
     # Otherwise it would wait for ever if one of them fails.
     assert "#SBATCH --kill-on-invalid-dep=yes\n" in after
     assert not (tmp_path / "new").exists()
+    status, output = call(
+        "study", file, "--output", tmp_path / "new", *dry, "--images-per-s", "0.1"
+    )
+    hours = [float(hour) for hour in re.findall(r"^\S+-seed0: (\S+) hours", output, re.MULTILINE)]
+    assert f"hours {sum(hours):.1f}. The last" in output
+    assert len(hours) == 3
 
 
 def test_what_is_submitted_by_how_the_runs_are(write, tmp_path, monkeypatch, capsys):

@@ -31,6 +31,7 @@ def show(options: argparse.Namespace) -> int:
     if options.plot:
         with explaining(options.plot):
             compare.plot(runs, options.plot)
+        print(f"wrote {options.plot}")
     return 0 if same else 1
 
 

@@ -85,7 +85,11 @@ def _read(label: str, folder: Path) -> Run:
     # the configuration.
     with suppress(UserError):
         source = str(config)
-        configuration = loading.parse(raw, source, warn=False, is_trained=True).as_dict()
+        parsed = loading.parse(raw, source, warn=False, is_trained=True)
+        configuration = parsed.as_dict()
+        # A range of T is one value, not three keys.
+        for values, phase in zip(configuration["phases"], parsed.phases, strict=True):
+            values["timesteps"] = phase.timesteps_as_text
     return Run(label, folder, lines, identity.flatten(configuration) | retired_values(raw))
 
 
@@ -99,7 +103,8 @@ def compare(runs: Sequence[Run]) -> tuple[bool, str]:
     pairs = [compared(first, other) for other in others for compared in (_metrics, _weights)]
     same = all(is_same for is_same, _ in pairs)
     verdict = "The runs are the same." if same else "The runs differ."
-    texts = [_results(runs), _configurations(runs), *(text for _, text in pairs), verdict]
+    tables = [text for text in (_results(runs), _by_timesteps(runs)) if text]
+    texts = [*tables, _configurations(runs), *(text for _, text in pairs), verdict]
     return same, "\n\n".join(texts)
 
 
@@ -116,6 +121,24 @@ def _results(runs: Sequence[Run]) -> str:
             cells += [number(best.get("top1"), ".2f"), number(best.get("epoch"), "g")]
             rows.append([run.label if kind == "val" else "", _shortened(name, 60), *cells])
     return aligned(rows, right=range(2, 6))
+
+
+def _by_timesteps(runs: Sequence[Run]) -> str:
+    """Return the runs' last top-1 by T; empty if none was evaluated at several T."""
+    last = {run.label: run.of_kind("val")[-1:] for run in runs}
+    top1 = {who: line[0].get("per_timestep_top1", []) for who, line in last.items() if line}
+    most = max(map(len, top1.values()), default=0)
+    if most < 2:
+        return ""
+    # At most twelve columns, of which the last is the largest T.
+    shown = range(most, 0, -math.ceil(most / 12))[::-1]
+    rows = [["top-1 % at T =", *map(str, shown)]]
+    for who, values in top1.items():
+        rows.append([who, *(f"{values[t - 1]:.2f}" if t <= len(values) else "-" for t in shown)])
+    return (
+        f"{aligned(rows, right=range(1, len(rows[0])))}\n"
+        "Another seed alone also changes top-1; a study compares settings over several seeds."
+    )
 
 
 def _configurations(runs: Sequence[Run]) -> str:
@@ -143,12 +166,15 @@ def _metrics(a: Run, b: Run) -> tuple[bool, str]:
     """Return whether two runs have the same metrics, and where they first differ."""
     head, common = f"Metrics of {a.label} and {b.label}:", a.lines.keys() & b.lines.keys()
     differing: list[tuple[float, int, str, str, str]] = []
+    missing: dict[str, dict[str, None]] = {a.label: {}, b.label: {}}
     for step, kind in sorted(common):
         ours, theirs = (_numbers(run.lines[step, kind]) for run in (a, b))
         for name in ours | theirs:
             x, y = ours.get(name), theirs.get(name)
-            if relative := relative_difference(x, y):
-                differing.append((relative, step, name, repr(x), repr(y)))
+            if x is None or y is None:
+                missing[a.label if y is None else b.label][name] = None
+            elif relative := relative_difference(x, y):
+                differing.append((relative, step, name, *_distinct(x, y)))
     if differing:
         step, (largest, at, of, *_) = differing[0][1], max(differing)
         rows = [(_shortened(name, 44), x, y) for _, s, name, x, y in differing if s == step]
@@ -158,16 +184,31 @@ def _metrics(a: Run, b: Run) -> tuple[bool, str]:
             *([f"  and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []),
             f"  largest relative difference: {largest:.2g} ({_shortened(of, 44)} at step {at})",
         ]
+    elif any(missing.values()):
+        lines = [f"{head} the same values where both have one."]
     elif common:
         lines = [f"{head} the same in {counted(len(common), 'common line')}."]
     else:
         lines = [f"{head} no common step."]
+    for label, names in missing.items():
+        if names:
+            listed = ", ".join(list(names)[:SHOWN])
+            rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            text = f"only {label} has {listed}{rest}"
+            lines.append(textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="    "))
     for run, other in ((a, b), (b, a)):
         if alone := sorted(run.lines.keys() - other.lines.keys()):
             step, kind = alone[0]
             found = f"{counted(len(alone), 'line')}, the first at step {step} ({kind})"
             lines.append(f"  only {run.label} has {found}")
-    return not differing and a.lines.keys() == b.lines.keys(), "\n".join(lines)
+    same = not differing and not any(missing.values())
+    return same and a.lines.keys() == b.lines.keys(), "\n".join(lines)
+
+
+def _distinct(x: float, y: float) -> tuple[str, str]:
+    """Return two different numbers as text, with as few digits as show the difference."""
+    short = f"{x:.6g}", f"{y:.6g}"
+    return short if short[0] != short[1] else (repr(x), repr(y))
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
@@ -176,12 +217,14 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in points if name.split("/")[1] not in OF_THE_CLOCK}
 
 
-def relative_difference(a: float | None, b: float | None) -> float:
-    """Return |a - b| divided by the larger of |a| and |b|; infinity if one is missing or not
-    finite. NaN equals NaN."""
+def relative_difference(a: float, b: float) -> float:
+    """Return |a - b| divided by the larger of |a| and |b|; infinity if one is not finite.
+
+    NaN equals NaN.
+    """
     if a == b or (a != a and b != b):
         return 0.0
-    if a is None or b is None or not (math.isfinite(a) and math.isfinite(b)):
+    if not (math.isfinite(a) and math.isfinite(b)):
         return math.inf
     larger = max(abs(a), abs(b))
     return abs(a / larger - b / larger)
@@ -200,11 +243,16 @@ def _weights(a: Run, b: Run) -> tuple[bool, str]:
     if step is None:
         return True, f"{head}: no checkpoint of the same step."
     ours, theirs = (load_model_file(checkpoints[step])[0] for checkpoints in found)
-    names = ours.keys() | theirs.keys()
-    different = [x for x in names if not _is_identical(ours.get(x), theirs.get(x))]
-    if not different:
+    names = ours.keys() & theirs.keys()
+    different = [x for x in names if not _is_identical(ours[x], theirs[x])]
+    alone = "".join(
+        f"; only {run.label} has {counted(len(count), 'other')}"
+        for run, count in ((a, ours.keys() - names), (b, theirs.keys() - names))
+        if count
+    )
+    if not different and not alone:
         return True, f"{head} at step {step}: bitwise identical."
-    return False, f"{head} at step {step}: {len(different)} of {len(names)} tensors differ."
+    return False, f"{head} at step {step}: {len(different)} of {len(names)} tensors differ{alone}."
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
@@ -213,10 +261,10 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     return {int(path.stem.removeprefix("step-")): path for path in found}
 
 
-def _is_identical(a: "Tensor | None", b: "Tensor | None") -> bool:
+def _is_identical(a: "Tensor", b: "Tensor") -> bool:
     import torch
 
-    if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)))
 
@@ -234,8 +282,10 @@ def plot(runs: Sequence[Run], out: Path) -> None:
         OSError: The file cannot be written.
     """
     figure = style.new_figure(13, 4.6)
+    losses = dict.fromkeys(str(run.configuration.get("loss.kind")) for run in runs)
+    note = f" ({', '.join(losses)}: not comparable)" if len(losses) > 1 else ""
     panels = (
-        ("train", "loss", "Training loss", "loss"),
+        ("train", "loss", f"Training loss{note}", "loss"),
         ("val", "loss", "Validation loss", "loss"),
         ("val", "top1", "Validation top-1", style.ACCURACY),
     )

@@ -9,6 +9,8 @@ from tetdist.errors import UserError, typed
 
 if TYPE_CHECKING:
     from tetdist.apps.slurm.cluster import ClusterSection
+    from tetdist.apps.slurm.speed import Speed
+    from tetdist.apps.slurm.submit import Prepared
 
 # Commands that take a run, with their descriptions.
 RUN_COMMANDS = {
@@ -85,7 +87,9 @@ def _submit_parser() -> argparse.ArgumentParser:
 
 def _run_parser(command: str) -> argparse.ArgumentParser:
     parser = Parser(prog=f"{PROGRAM} {command}", description=RUN_COMMANDS[command])
-    parser.add_argument("run", metavar="RUN", help="run or study: its folder, or its name in runs/")
+    about = "run or study: its folder, or its name in runs/"
+    many = "*" if command == "status" else 1
+    parser.add_argument("runs", metavar="RUN", nargs=many, help=about)
     if command == "resume":
         parser.add_argument("--new-code", action="store_true", help="use the current code instead")
         _add_cluster_flags(parser)
@@ -113,14 +117,14 @@ def run(options: argparse.Namespace) -> int:
 
     match options.command:
         case "status":
-            return status.show([options.run])
+            return status.show(options.runs)
         case "cancel":
             # From the last run to the first: Slurm itself removes the dependents of a cancelled
             # job, and their histories would not record it.
-            for run_dir in reversed(status.find(options.run)):
+            for run_dir in reversed(status.find(*options.runs)):
                 print(submit.cancel(run_dir))
         case "resume":
-            for run_dir in status.find(options.run):
+            for run_dir in status.find(*options.runs):
                 if status.is_finished(run_dir):
                     print(f"{run_dir} is finished: nothing to do")
                     continue
@@ -129,7 +133,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _submit(options: argparse.Namespace) -> None:
+def planned(options: argparse.Namespace) -> "tuple[Prepared, Speed | str]":
+    """Check a submission, and return the run with its speed, or why it is unknown."""
     from tetdist.config import loading
     from tetdist.datasets.index import check_splits
 
@@ -137,7 +142,7 @@ def _submit(options: argparse.Namespace) -> None:
     # A dry run may count images of its own.
     config = loading.load_with_origins(*given, None if options.dry_run else check_splits).config
     # Imported now, because these import torch, which takes seconds.
-    from tetdist.apps.slurm import plan, speed, status, submit
+    from tetdist.apps.slurm import speed, submit
 
     cluster = cluster_of(config.cluster, options)
     data = submit.assumed_indexes(config, options.images) if options.dry_run else None
@@ -155,6 +160,13 @@ def _submit(options: argparse.Namespace) -> None:
         images_per_s=options.images_per_s,
         benchmark=options.benchmark,
     )
+    return run, found
+
+
+def _submit(options: argparse.Namespace) -> None:
+    run, found = planned(options)
+    from tetdist.apps.slurm import plan, status, submit
+
     if options.dry_run:
         print(submit.dry_run(run, found, options.after, with_config=options.print_config))
         return

@@ -133,13 +133,14 @@ def describe(plan: Plan, speed: Speed | str) -> str:
             f"activations and gradients, {_size(weights)} for weights and optimiser state"
         )
     seconds = seconds_of(plan, speed)
+    minutes = "" if seconds >= 3600 else f" ({seconds / 60:.1f} minutes)"
     hours, gpus = seconds / 3600, cluster.nodes * (cluster.gpus_per_node or 0)
     stretch = cluster.minutes * 60 - cluster.warn_before_end - RESTART_MINUTES * 60
     limits = max(1, math.ceil(seconds / stretch)) if stretch > 0 else "too short"
     lines += [
-        f"hours        {hours:.1f}, {hours * plan.steps_per_epoch / plan.steps:.2g} an epoch, "
-        f"GPU-hours {hours * gpus:.0f}, time limits {limits} ({RESTART_MINUTES:g} minutes a "
-        "restart)",
+        f"hours        {hours:.1f}{minutes}, "
+        f"{hours * plan.steps_per_epoch / plan.steps:.2g} an epoch, GPU-hours {hours * gpus:.0f}, "
+        f"time limits {limits} ({RESTART_MINUTES:g} minutes a restart)",
         f"             from {speed.images_per_s:.4g} samples/s a process at T={speed.timesteps:g} "
         f"({speed.source}), without the time to average gradients unless it was measured",
     ]
@@ -147,9 +148,9 @@ def describe(plan: Plan, speed: Speed | str) -> str:
 
 
 def _cpus(threads: int, given: int | None) -> str:
-    if given is not None and given >= threads:
-        return f"{given} a process, of which data.threads={threads} load samples"
     found = "the cluster's default a process, often 1" if given is None else f"{given} a process"
+    if (given or 1) >= threads:
+        return f"{found}, of which data.threads={threads} load samples"
     return (
         f"warning: {found}, but {threads} threads load samples (data.threads); give "
         f"cluster.cpus_per_task={threads}"

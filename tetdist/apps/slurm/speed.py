@@ -72,6 +72,8 @@ def speed_of(
     try:
         values = _of_run(folder) if folder.is_dir() else _of_file(folder)
         speed = _speed_in(values, config)
+    except UserError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"--benchmark: {benchmark} does not give images_per_s as a number above 0 ({error!r})"

@@ -1,12 +1,14 @@
 """Runs of a study on a Slurm cluster: submitted at once, each to start after those it needs."""
 
 import argparse
+import math
 from pathlib import Path
 
 from tetdist.apps.slurm import command, history
 from tetdist.apps.slurm import submit as submission
 from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.apps.slurm.jobs import State, cancel, is_here, states_of
+from tetdist.apps.slurm.plan import seconds_of
 from tetdist.apps.studies.plan import StudyRun, check_inputs, is_trained
 from tetdist.apps.studies.tracking import Parent
 from tetdist.config import loading as configuration
@@ -66,18 +68,29 @@ def read_flags(flags: list[str], config_name: str) -> argparse.Namespace:
 
 
 def dry_run(runs: list[StudyRun], flags: list[str]) -> int:
-    """Print the jobs of all unfinished runs; this needs no Slurm."""
-    statuses = [0]
+    """Print the hours of all unfinished runs, and plan and batch script of the last one.
+
+    This needs no Slurm.
+    """
+    hours, shown = list[float](), ""
     for run in runs:
         if is_trained(run):
-            print(f"# === {run.name}: finished")
+            print(f"{run.name}: finished")
             continue
         after = [needed for needed in run.needs if not is_trained(needed)]
-        print(f"# === {run.name}{_starts_after(after)}", flush=True)
         dependency = [word for needed in after for word in ("--after", str(needed.folder))]
-        arguments = [*run.arguments, *dependency, *flags]
-        statuses.append(command.run(command.parse_arguments(arguments)))
-    return max(statuses)
+        options = command.parse_arguments([*run.arguments, *dependency, *flags])
+        prepared, speed = command.planned(options)
+        own = math.nan if isinstance(speed, str) else seconds_of(prepared.plan, speed) / 3600
+        hours.append(own)
+        found = "hours unknown" if math.isnan(own) else f"{own:.2g} hours"
+        print(f"{run.name}: {found}{_starts_after(after)}", flush=True)
+        with_config = options.print_config
+        shown = submission.dry_run(prepared, speed, options.after, with_config=with_config)
+    total = "unknown, see the plan" if math.isnan(sum(hours)) else f"{sum(hours):.1f}"
+    about = f". The last one's plan and script:\n{shown}" if shown else ""
+    print(f"{counted(len(hours), 'run')} to submit, hours {total}{about}")
+    return 0
 
 
 def _starts_after(needed: list[StudyRun]) -> str:
