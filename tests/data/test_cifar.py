@@ -126,6 +126,12 @@ def test_a_wrong_archive_is_named(output_of, tmp_path, changes, words):
     assert not (tmp_path / "ten").exists()
 
 
+def test_an_archive_of_images_is_told_from_pickles(output_of, tmp_path):
+    file = archive(tmp_path / "jpeg.tar.gz", {"train/bee/1.jpg": b"image"})
+    output = output_of("cifar.py", file, tmp_path / "ten", status=2)
+    assert "is not CIFAR's binary archive; if it holds class folders of images, unpack" in output
+
+
 def test_names_that_lead_away_are_not_followed(output_of, tmp_path):
     """The files are read into memory, whatever folder they claim to be in."""
     away = {name.replace("cifar-10-batches-bin", "../../away"): c for name, c in cifar10().items()}

@@ -145,6 +145,8 @@ def test_training_data_alone_are_indexed(image_root, images):
     shutil.rmtree(root / "val")
     way_out = "add val/ and index it, or hold out training samples: data.held_out=0.1"
     assert way_out in images("index", root)
+    output = images("index", root / "train", status=2)
+    assert f"this is a train/ folder itself: give {root}" in output
     with pytest.raises(UserError, match=way_out):
         open_split(
             load("own_images.yaml", [f"data.root={root}"]),
@@ -166,6 +168,15 @@ def test_training_data_alone_are_indexed(image_root, images):
             lambda root: (root / "train" / "bee" / "bee0.jpg").write_text("hello"),
             ["--skip-bad"],
             "train has no usable file of 'bee'",
+        ),
+        (
+            lambda root: (
+                shutil.rmtree(root / "val"),
+                shutil.copytree(root / "train", root, dirs_exist_ok=True),
+                shutil.rmtree(root / "train"),
+            ),
+            [],
+            "itself: move them into ",
         ),
         (None, ["--splits", "train,test"], "neither a folder 'test' nor"),
         (None, ["--workers", "0"], "--workers"),

@@ -21,8 +21,9 @@ from tetdist.apps.events.formats import read_recording
 from tetdist.apps.events.recording import Sensor
 from tetdist.apps.events.statistics import statistics
 from tetdist.apps.events.tensors import Record, Settings, open_destination
-from tetdist.datasets.index import check_fresh, load_index
-from tetdist.errors import pip_install
+from tetdist.config.loading import load
+from tetdist.datasets.index import check_fresh, find_index, load_index
+from tetdist.errors import UserError, pip_install
 
 TOOL = "prebin_dvs.py"
 PATH = Path(__file__).parents[2] / "tools" / TOOL
@@ -256,6 +257,32 @@ def test_bad_recordings_are_named_and_left_out_only_by_a_flag(source, tmp_path, 
     # Of 12 of left and 15 of right, 9 and 12 are to train; the bad ones do not move the others.
     # Letters come before numbers.
     assert described["recordings"] == {"train": 7 + 7, "val": 3 + 3}
+
+
+def test_a_missing_sensor_size_is_asked_for_once_and_then_taken(tmp_path, prebin_dvs):
+    source = tmp_path / "source"
+    for name in ("left/1", "left/2", "right/1", "right/2"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        np.savez(source / name, **cameras.events()._asdict())
+    output = prebin_dvs(source, status=2)
+    words = "the sensor's size is missing in 4 of 4 recordings, such as left/1.npz; give --sensor"
+    assert f"no split was made: {words}" in output
+    assert "bad:" not in output
+    prebin_dvs(source, "--sensor", "34x34")
+    assert "made with sensor=34x34, not" in prebin_dvs(source, "--sensor", "35x35", status=2)
+
+
+def test_folders_beside_a_data_root_lead_to_it(source, tmp_path, prebin_dvs):
+    prebin_dvs(source, "--split", "first-80-percent")
+    dest = tmp_path / "dest"
+    for root, words in (
+        (dest, f"{dest} holds splits: use {dest}/splits/first-80-percent"),
+        (source, f"is not a tensor (.npy): bin recordings first, `python tools/{TOOL} {source}"),
+        (dest / "recordings", "class folders (left, right) are in"),
+    ):
+        data = load("nmnist.yaml", [f"data.root={root}"]).data
+        with pytest.raises(UserError, match=re.escape(words)):
+            find_index(data, "train")
 
 
 def test_what_is_no_file_is_bad_and_never_waited_for(source, prebin_dvs):

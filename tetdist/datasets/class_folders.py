@@ -4,11 +4,13 @@ import os
 import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Literal
 
 from tetdist.datasets import archives
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
+from tetdist.wording import and_more
 
 Kind = Literal["images", "events"]
 
@@ -43,7 +45,7 @@ class PassedOver:
         )
 
 
-def list_classes(root: str | Path, split: str) -> tuple[str, ...]:
+def list_classes(root: str | Path, split: str, kind: Kind) -> tuple[str, ...]:
     """Return the sorted class names of a split in class folders, without hidden ones."""
     folder = Path(root, split)
     if not Path(root).is_dir():
@@ -51,7 +53,7 @@ def list_classes(root: str | Path, split: str) -> tuple[str, ...]:
     if not folder.is_dir():
         raise UserError(
             f"the data folder {root} has neither a folder {split!r} nor tar files of this split"
-            f"{_way_out(Path(root), split)}"
+            f"{_way_out(Path(root), split, kind)}"
         )
     classes = names_in(folder, is_folder)
     if len(classes) < fewest_classes(split):
@@ -102,8 +104,36 @@ def is_held_out(split: str) -> bool:
     return split.lower() in USUAL_NAMES["val"]
 
 
-def _way_out(root: Path, split: str) -> str:
+def beside_the_root(root: Path, split: str, kind: Kind) -> str | None:
+    """Return the advice for a folder that is not a data root, but holds or is a part of one."""
+    made = sorted(str(file.parent) for file in root.glob("splits/*/dataset.json"))
+    if made:
+        return f"{root} holds splits: use {' or '.join(made)}"
+    usual = {name for names in USUAL_NAMES.values() for name in names}
+    folders = names_in(root, is_folder)
+    has_splits = any(name.lower() in usual for name in folders)
+    if folders and not has_splits and root.name.lower() in usual:
+        return f"this is a {root.name}/ folder itself: give {root.parent}"
+    file = next(chain(root.glob("*/*/*.*"), root.glob("*/*.*")), None)
+    known = {suffix for suffixes in SUFFIXES.values() for suffix in suffixes}
+    if kind == "events" and file and file.suffix.lower() not in known:
+        command = f"{typed('prebin_dvs')} {shlex.quote(str(root))} DEST --timesteps T"
+        return f"{file} is not a tensor (.npy): bin recordings first, `{command}`"
+    found = [
+        name
+        for name in folders
+        if names_in(root / name, lambda entry: entry.name.lower().endswith(SUFFIXES[kind]))
+    ]
+    if found and not has_splits:
+        names = ", ".join(found[:3]) + and_more(found, shown=3)
+        return f"class folders ({names}) are in {root} itself: move them into {root / split}"
+    return None
+
+
+def _way_out(root: Path, split: str, kind: Kind) -> str:
     """Return the advice for a missing split: a folder with another usual name, or a new one."""
+    if advice := beside_the_root(root, split, kind):
+        return f"; {advice}"
     found = folders_called(root, split)
     if not found:
         return f"; make {root / split}, with one folder of files per class"

@@ -21,7 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tetdist.datasets.archives import BadFile, ByteRange
-from tetdist.datasets.class_folders import Kind, first_difference, list_class, list_classes
+from tetdist.datasets.class_folders import (
+    Kind,
+    beside_the_root,
+    first_difference,
+    list_class,
+    list_classes,
+)
 from tetdist.datasets.layouts import Listing, list_split
 from tetdist.datasets.probe import Probe, probe_batches, probe_image, probe_tensor
 from tetdist.datasets.processes import ReportProgress
@@ -157,6 +163,8 @@ def find_index(data: "DataSection", split: str) -> Path:
         )
     file = index_file(data.index_dir, split)
     if not file.is_file():
+        if advice := beside_the_root(root, split, data.kind):
+            raise UserError(f"there is no index {file}; {advice}")
         command = index_command(root, split, data.kind)
         indexed = sorted(one.stem for one in data.index_dir.glob("*.npz"))
         if indexed == ["train"] and split == "val" and not (root / split).is_dir():
@@ -320,7 +328,7 @@ def check_fresh(index: Index, root: str | Path, file: str | Path | None = None) 
 
 
 def _check_names(index: Index, root: str | Path, again: str) -> None:
-    present = list_classes(root, index.split)
+    present = list_classes(root, index.split, index.kind)
     if present != index.classes:
         name, where = first_difference(index.classes, present, ("the index", str(root)))
         raise UserError(f"the class folder {index.split}/{name} is {where}: {again}")

@@ -186,7 +186,7 @@ def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
 
 
 def _list_folder(root: Path, split: str, kind: Kind) -> Listing:
-    found = Listing(kind=kind, split=split, classes=list_classes(root, split))
+    found = Listing(kind=kind, split=split, classes=list_classes(root, split, kind))
     for name in names_in(root / split, lambda entry: not is_folder(entry)):
         found.passed_over.add(f"{split}/{name}")
     for label, name in enumerate(found.classes):

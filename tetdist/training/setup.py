@@ -81,7 +81,11 @@ def open_split(config: RunConfig, split: str, world: World) -> Index:
     if world.rank == 0:
         data_index.check_fresh(index, config.data.root, file)
     if index.kind != config.data.kind:
-        raise UserError(f"data.kind={config.data.kind}, but {file} is of kind {index.kind}")
+        recipe = "dvs128_objects" if index.kind == "events" else "own_images"
+        raise UserError(
+            f"data.kind={config.data.kind}, but {file} holds {index.kind}; use a recipe for "
+            f"{index.kind}, such as --config {recipe}.yaml"
+        )
     return index
 
 

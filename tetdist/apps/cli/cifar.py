@@ -15,7 +15,7 @@ from typing import Any
 
 from tetdist.apps.cli.common import MISTAKES, documented_parser, run_command
 from tetdist.apps.images.arrays import Split, write_root
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.storage.files import open_file
 
 _PIXELS = 3 * 32 * 32
@@ -95,7 +95,7 @@ def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
         with open_file(archive) as file, tarfile.open(fileobj=file) as tar:
             for member in tar:
                 name = PurePosixPath(member.name).name
-                pickles |= {name} & _PICKLES
+                pickles |= {name} & _PICKLES if member.isfile() else set()
                 if not member.isfile() or name not in wanted:
                     continue
                 if member.size > _LARGEST_FILE or name in found:
@@ -113,11 +113,14 @@ def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
             f"{archive} holds pickles, which can run any code; take the binary version, "
             "cifar-10-binary.tar.gz or cifar-100-binary.tar.gz"
         )
+    if not found:
+        raise UserError(
+            f"{archive} is not CIFAR's binary archive; if it holds class folders of images, unpack "
+            f"it and run `{typed('images')} index FOLDER`"
+        )
     some = CIFAR100 if _names(CIFAR100) & found.keys() else CIFAR10
     missing = ", ".join(sorted(_names(some) - found.keys()))
-    raise UserError(
-        f"{archive} is not CIFAR's binary archive, or is incomplete: it lacks {missing}"
-    )
+    raise UserError(f"{archive} is incomplete: it lacks {missing}")
 
 
 def _names(kind: Kind) -> set[str]:

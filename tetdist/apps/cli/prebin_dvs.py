@@ -1,7 +1,7 @@
 """Convert recordings of event cameras to tensors to train on.
 
     python tools/prebin_dvs.py /data/nmnist data/nmnist --preset nmnist
-    python tetdist/train.py --config CONFIG data.root=data/nmnist/splits/published
+    python tetdist/train.py --config nmnist.yaml data.root=data/nmnist/splits/published
 
 docs/events.md has the formats, layouts, parameters and splits. The same command continues when
 stopped. Exit status: 0 done, 2 nothing to train on was written, 130 stopped.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from tetdist.apps.cli.common import documented_parser, report_bad, run_command
 from tetdist.config.flags import MOST_PIXELS, MOST_THREADS, MOST_TIMESTEPS, positive
 from tetdist.errors import UserError, typed
+from tetdist.wording import counted
 
 # Each worker multiplies small matrices, for which numpy's threads cost a hundred times their gain.
 # numpy reads this variable at import.
@@ -180,6 +181,7 @@ def _sensor(text: str) -> "Sensor":
 
 
 def _prebin(options: argparse.Namespace) -> None:
+    from tetdist.apps.events.recording import NO_SIZE
     from tetdist.apps.events.splits import default_split
     from tetdist.apps.events.statistics import draw_preview, statistics, table
     from tetdist.apps.events.tensors import make_tensors, open_destination
@@ -198,7 +200,14 @@ def _prebin(options: argparse.Namespace) -> None:
         records, bad = make_tensors(
             options.source, options.dest, listing, settings, options.workers, file_progress
         )
-        report_bad(bad, "recording", len(bad) + len(records))
+        number = len(bad) + len(records)
+        unsized = [one.path for one in bad if one.reason.endswith(NO_SIZE)]
+        if unsized and not options.skip_bad:
+            raise UserError(
+                f"no split was made: the sensor's size is missing in {len(unsized):,} of "
+                f"{counted(number, 'recording')}, such as {unsized[0]}; give --sensor WIDTHxHEIGHT"
+            )
+        report_bad(bad, "recording", number)
         if bad and not options.skip_bad:
             raise UserError("no split was made: replace the bad recordings, or give --skip-bad")
         if not records:

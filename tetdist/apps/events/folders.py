@@ -10,6 +10,7 @@ from typing import Literal
 
 from tetdist.datasets.class_folders import USUAL_NAMES, PassedOver
 from tetdist.errors import UserError
+from tetdist.wording import counted
 
 Part = Literal["train", "val"]
 
@@ -106,7 +107,7 @@ def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
             ]
         else:
             sources = _classes(root, root, suffixes, None, passed_over)
-    _check(root, sources, suffixes)
+    _check(root, sources, loose, suffixes)
     for file in loose:
         passed_over.add(file.name)
     return Listing(tuple(sources), passed_over)
@@ -217,11 +218,16 @@ def _listed_parts(root: Path) -> dict[str, Part]:
     }
 
 
-def _check(root: Path, sources: Iterable[Source], suffixes: Sequence[str]) -> None:
+def _check(
+    root: Path, sources: Iterable[Source], loose: list[Path], suffixes: Sequence[str]
+) -> None:
     pieces = [piece for source in sources for piece in source.pieces]
     if not pieces:
+        found = f"no recordings ({', '.join(suffixes)})"
+        if loose:
+            found = f"{counted(len(loose), 'recording')}, not in class folders"
         raise UserError(
-            f"{root} holds no recordings ({', '.join(suffixes)}); arrange them as CLASS/FILE, as"
+            f"{root} holds {found}; arrange them as CLASS/FILE, as"
             " train/CLASS/FILE and test/CLASS/FILE, or as FILE with FILE_labels.csv"
         )
     key, times = Counter(piece.key for piece in pieces).most_common(1)[0]

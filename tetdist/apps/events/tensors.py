@@ -166,7 +166,8 @@ def _claim(dest: Path, source: Path, settings: Settings) -> None:
         "parameters": settings.as_dict(),
     }
     file = dest / _MANIFEST
-    if not file.is_file():
+    # Without tensors, nothing depends on the recorded settings.
+    if not file.is_file() or not whole_lines(dest / _RECORDS):
         with explaining(file):
             write_json(file, manifest)
         return
