@@ -44,7 +44,7 @@ def main() -> int:
 
 def _main(name: str, *arguments: str) -> int:
     name = name.replace("-", "_") if not name.startswith("-") else name
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "help"):
         print("usage: tetdist COMMAND ...   (tetdist COMMAND --help shows its options)")
         print("       tetdist --version\n")
         print("\n".join(f"  {command:13} {text}" for command, text in COMMANDS.items()))

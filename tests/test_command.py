@@ -63,6 +63,11 @@ def test_output_that_is_full_is_one_sentence(length, monkeypatch, capsys):
         assert tetdist_command._answer_while_read(lambda: tetdist_command._main("eavl")) == 2
 
 
+def test_help_is_a_command(capsys):
+    assert tetdist_command._main("help") == 0
+    assert capsys.readouterr().out.startswith("usage: tetdist COMMAND")
+
+
 def test_output_that_is_closed_is_nowhere(monkeypatch):
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)

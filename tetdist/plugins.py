@@ -9,7 +9,6 @@ An imported file is part of a run: a copy and its checksum are kept in the run's
 checkpoint is data: it lists the imported files, and never imports any.
 """
 
-import difflib
 import hashlib
 import logging
 import sys
@@ -21,6 +20,7 @@ from typing import NamedTuple, NoReturn, TypeVar, cast
 
 from tetdist.errors import UserError
 from tetdist.storage.files import open_file, replacing, write_text
+from tetdist.wording import meant
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +73,9 @@ class Registry(dict[str, T]):
 
     def none_of(self, name: str) -> str:
         """Return the error message for an unknown name, with those that it may have meant."""
-        close = difflib.get_close_matches(name, self, n=1)
-        known = f"did you mean {close[0]}?" if close else f"there are {', '.join(self)}"
         return (
-            f"there is no {self.what} {name!r}; {known} (for your own, add its file: imports: "
-            "[FILE.py], or --import FILE.py)"
+            f"there is no {self.what} {name!r}; {meant(name, self)} (for your own, add its file: "
+            "imports: [FILE.py], or --import FILE.py)"
         )
 
 

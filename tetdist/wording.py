@@ -1,6 +1,7 @@
-"""Numbers with units in plain English: "1 image", "2 images", "2 h 44 min"."""
+"""Numbers with units in plain English ("2 images", "2 h 44 min"), and what a word may mean."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Collection, Sequence
 
 
 def counted(number: int, thing: str) -> str:
@@ -36,3 +37,11 @@ def rate(per_second: float, thing: str = "sample") -> str:
 def and_more(names: Sequence[object], shown: int = 1) -> str:
     """Return the text after the first of several names: " and 2 more", or nothing."""
     return f" and {len(names) - shown:,} more" if len(names) > shown else ""
+
+
+def meant(word: str, known: Collection[str], otherwise: str | None = None) -> str:
+    """Return "did you mean X?" for the nearest known word; without one ``otherwise``, or all."""
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"there are {', '.join(known)}" if otherwise is None else otherwise

@@ -74,6 +74,7 @@ MISTAKEN = {
     "deterministic='yes'": "'deterministic': input should be a valid boolean, not 'yes'",
     "model.neuron={detach_reset: 'false'}": "'model.neuron.detach_reset'",
     "phases=3": "'phases' is a list",
+    "data.mean=0.5": "data.mean=0.5 must be a list in brackets",
     "data.mean=[0.5]": "'data.mean.1' is missing",
     "phases.0.optimizer={kind: sgd}": "'phases.0.optimizer.lr' is missing",
     "tracking.log_checkpoint=all": "'tracking.log_checkpoint': input should be 'none', 'last' or",
@@ -147,6 +148,11 @@ MISTAKEN = {
     "phases.1.epochs=1": "phases has one item, phases.0",
     "phases.x.epochs=1": "phases has one item, phases.0 (items are counted from 0)",
     "phases.00.epochs=2": "phases has one item, phases.0",
+    "phases.optimizer.lr=1": "set phases.0.optimizer.lr, for instance",
+    # Another project's names, and a contradiction with a key of the file.
+    "batch_size=32": "unknown key 'batch_size'; set batch.global",
+    "model.neuron={tau: 2.0}": "key 'model.neuron.tau'; set model.neuron.decay to 1 - 1/tau",
+    "batch.micro=3": "set batch.micro=2 or batch.global=6",
 }
 
 
@@ -171,8 +177,14 @@ ONE = "phases=[{epochs: 1, timesteps: 4, optimizer: {lr: 0.1}}, "
 ON, NEW = (f"{{epochs: 1, timesteps: 3, optimizer: {of}}}]" for of in ("continue", "{lr: 0.1}"))
 # Overrides, each fine on its own, and what is said of them together.
 CONTRADICTIONS = (
-    ("batch.global: 8 is not a multiple of batch.micro, 3; set it to 6", "batch.micro=3"),
-    ("batch.global: 8 is not a multiple of batch.micro, 16; set it to 16", "batch.micro=16"),
+    (
+        "batch.global: 8 is not a multiple of batch.micro, 3; set batch.micro=2 or batch.global=6",
+        "batch.micro=3",
+    ),
+    (
+        "is not a multiple of batch.micro, 16; set batch.micro=8 or batch.global=16",
+        "batch.micro=16",
+    ),
     ("batch.micro: 1 leaves data.mixup", "batch.micro=1", "data.mixup=0.1"),
     ("cuda_graphs=true needs engine=torch: engine=deepspeed", "cuda_graphs=true"),
     ("batch_norm.sync=true, whose", "cuda_graphs=true", "engine=torch", "batch_norm.sync=true"),
@@ -452,6 +464,22 @@ def test_every_key_is_printed_and_explained():
     other_forms = {"recompute.timesteps", "phases.N.optimizer", "data.images_as_events.ratio"}
     assert numbered - others == explained - others - other_forms
     assert explained >= set(OPERATIONAL_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["quickstart.yaml"], "--config is missing; write --config quickstart.yaml"),
+        (["--pint-config"], "did you mean --print-config?"),
+        (["--batch-size", "3"], "written key=value, without --; set batch.global"),
+        (["--epochs", "3"], "written key=value, without --; did you mean 'phases.0.epochs'?"),
+    ],
+)
+def test_mistaken_flags_are_one_line(arguments, expected, capsys):
+    with pytest.raises(SystemExit):
+        train.main(arguments)
+    error = capsys.readouterr().err
+    assert (expected in error, error.count("\n")) == (True, 1), error
 
 
 def test_some_keys_are_explained(capsys):

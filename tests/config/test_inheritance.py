@@ -113,6 +113,10 @@ def test_a_mistake_names_the_file_that_it_is_in(tmp_path):
         ("base: 3", "'base' must be the name of a configuration, not 3"),
         ("base: odd.yaml", "'base' leads back to this file (odd.yaml <- odd.yaml)"),
         ("base: quickstart\nphases: {1: {epochs: 2}}", "'phases' has items 0 to 0 in the base"),
+        (
+            "base: quickstart\nphases: [{epochs: 2}]",
+            "'phases.0.timesteps' is missing (a list replaces",
+        ),
         ("base: quickstart\nphases: {first: {epochs: 2}}", "no 'first'"),
     ],
 )

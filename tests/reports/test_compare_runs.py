@@ -226,9 +226,10 @@ def test_mistakes_end_in_one_sentence(run_tool, tmp_path):
     a, b = make_run(tmp_path / A), make_run(tmp_path / B)
     empty = tmp_path / "empty"
     empty.mkdir()
+    (empty / "config.yaml").touch()
     for arguments, expected in (
-        ((a, empty), f"error: {empty} is not a run folder, because it has no metrics.jsonl"),
-        ((tmp_path / "none", a), f"{tmp_path}/none is not a run folder"),
+        ((a, empty), f"error: {empty} has no metrics.jsonl; its training has not begun"),
+        ((tmp_path / "none", a), f"there is no run {tmp_path}/none; give a run folder"),
         ((a, b, "--plot", empty / "none/all.png"), "all.png: name a file in a folder"),
         ((a, b, "--plot", tmp_path / "all.pdf"), "--plot must end in .png"),
         ((a,), "name at least two runs"),

@@ -144,7 +144,10 @@ def test_several_runs_are_a_table_and_json(tmp_path, monkeypatch, capsys):
     assert (told["run"], told["state"], told["val"]["top1"]) == ("two", "finished", 65.0)
     assert find_runs(["runs"]) == [Path("runs/one"), Path("runs/two")]
     assert command.main(["three"]) == 2
-    assert "there is no run three" in capsys.readouterr().err
+    assert "there is no run three; give a run folder" in capsys.readouterr().err
+    for mistaken in ("tow", "runs/tow"):
+        assert command.main([mistaken]) == 2
+        assert f"there is no run {mistaken}; did you mean two?" in capsys.readouterr().err
 
 
 def test_damaged_run_is_a_row_among_others_and_no_run_is_none_yet(tmp_path, monkeypatch, capsys):

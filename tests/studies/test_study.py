@@ -62,6 +62,7 @@ def test_a_study_is_trained_continued_and_reported(call, write, main, tmp_path):
     log = (output / "logs" / "sdt-seed1.log").read_text()
     assert re.findall(r"continuing \S+ from step (\d+)", log) == ["3"]
     # What is finished is reported, and what is not is named.
+    assert re.search(r"^ +T +n +top-1, % +minus .*\n  sdt +2 +2 ", printed, re.MULTILINE), printed
     assert f"the report is {output / 'report.md'}" in printed
     report = (output / "report.md").read_text()
     assert "**Incomplete**: 1 of 4 runs is missing (tet-seed1)" in report
@@ -422,6 +423,7 @@ OWN_TEACHER = {"teacher": "sdt", "overrides": TIMM}
         ({"sedes": [0]}, ("unknown key 'sedes'", "'seeds'")),
         ({"search": {"eta": 3}}, ("search is gone; search with the Optuna script",)),
         ({"title": ...}, ("'title' is missing",)),
+        ({"seeds": 3}, ("'seeds': must be a list in brackets, such as [0, 1, 2], not 3",)),
         ({"seeds": [1, 1]}, ("seeds: [1, 1] has a duplicate",)),
         ({"seeds": [-1]}, ("study.yaml: 'seeds.0': must be 0 or more, not -1\n",)),
         ({"test_timesteps": []}, ("'test_timesteps'",)),
@@ -432,7 +434,11 @@ OWN_TEACHER = {"teacher": "sdt", "overrides": TIMM}
         ({"entries.tet.init": "sdt", "entries.sdt.init": "tet"}, ("circle",)),
         ({"entries.tet.init": "sdt", "entries.sdt.teacher": "tet"}, ("circle",)),
         ({"entries.tet.teacher": "std"}, ("entries.tet.teacher", "'std'", "sdt")),
-        ({"entries.tet.overrides": {"loss.kid": "tet"}}, ("entries.tet", "'loss.kid'")),
+        ({"entries.tet.overrides": {"loss.kid": "tet"}}, ("study.yaml: entries.tet", "'loss.kid'")),
+        (
+            {"entries.tet.overrides": {"loss.kid": "tet"}, "test_timesteps": ...},
+            ("study.yaml: entries.tet", "'loss.kid'"),
+        ),
         ({"entries.tet.overrides": {"seed": 3}}, ("entries.tet", "itself sets seed", "seeds")),
         ({"overrides": {"runs_dir": "here"}}, ("itself sets runs_dir", "--output")),
         ({"entries.tet": OWN_WEIGHTS}, ("sets init_checkpoint", "init provides it (sdt)")),
@@ -484,8 +490,9 @@ def test_mistakes_on_the_command_line_are_named(call, write, tmp_path, flags, wo
 
 
 def test_the_studies_of_the_project_resolve(tmp_path):
-    with pytest.raises(UserError, match=r"there is no study 'none'.*tet_vs_sdt_digits"):
-        plan.find("none")
+    for name, hint in (("none", "give.*tet_vs_sdt_digits"), ("tet_vs_sdt_digit", "did you mean")):
+        with pytest.raises(UserError, match=rf"there is no study '{name}'; {hint}"):
+            plan.find(name)
     files = sorted(plan.STUDIES_DIR.glob("*.yaml"))
     assert plan.find("tet_vs_sdt_digits") in files
     for file in files:

@@ -4,7 +4,10 @@ A value above such a limit is a typing error that would fill the memory or end t
 """
 
 import argparse
-from typing import Any
+import re
+from typing import Any, NoReturn
+
+from tetdist.wording import meant
 
 MOST_TIMESTEPS = 10_000
 MOST_PIXELS = 8192  # height or width
@@ -13,10 +16,23 @@ MOST_PREFETCHED = 64  # batches
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of flags that refuses abbreviated ones, which argparse would complete."""
+    """A parser that refuses abbreviated flags, and suggests one for a mistaken flag."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__(allow_abbrev=False, **given)
+
+    def error(self, message: str) -> NoReturn:
+        """Print a mistake as one sentence, without the list of all flags, and exit."""
+        flags = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        hints = [self.meant(flag) for flag in flags]
+        if value := re.search(r"invalid choice: '(.*?)'.*choose from (.*)\)", message):
+            hints = [meant(value[1], re.findall(r"[^', ]+", value[2]), "")]
+        text = "; ".join([message, *filter(None, dict.fromkeys(hints))])
+        self.exit(2, f"error: {text} ({self.prog} --help explains all flags)\n")
+
+    def meant(self, flag: str) -> str:
+        """Return the flag that an unknown one may have meant, as a part of a sentence."""
+        return meant(flag, self._option_string_actions, "")
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:

@@ -16,11 +16,15 @@ from tetdist.errors import UserError
 
 Kind = TypeVar("Kind", bound=Section)
 
+# Other projects' names, and the key to set instead.
+_ELSEWHERE = {"batch_size": "set batch.global", "tau": "set model.neuron.decay to 1 - 1/tau"}
+
 _MESSAGES = {
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be {ge} or more",
     "less_than": "must be below {lt}",
     "less_than_equal": "must be {le} or less",
+    "tuple_type": "must be a list in brackets, such as [0, 1, 2]",
     "string_type": "input should be a valid string, in quotes",
 }
 
@@ -58,8 +62,11 @@ def checked(
         # Errors of a list or mapping around a mistake say nothing more.
         if any(_is_in(other["loc"], one["loc"]) and other["loc"] != one["loc"] for other in found):
             continue
-        override = _override_of(one["loc"], overrides)
+        override = _override_of(one, overrides)
         problem = _explain(section, one, override)
+        files = {file for file in (origins or {}).values() if file.endswith(".yaml")}
+        if one["type"] == "missing" and one["loc"][0] == "phases" and files - {source}:
+            problem += " (a list replaces the base's; to change some keys, write phases: {0: ...})"
         origin = override or (origins or {}).get(".".join(one["loc"])) or source
         if override is not None and problem.startswith(f"{override} "):
             problems_by_origin[problem] = []  # it names the override itself
@@ -93,13 +100,16 @@ def _is_in(inner: Sequence[str], outer: Sequence[str]) -> bool:
     return len(outer) > 0 and inner[: len(outer)] == outer
 
 
-def _override_of(location: tuple[str, ...], overrides: Sequence[str]) -> str | None:
+def _override_of(error: Any, overrides: Sequence[str]) -> str | None:
     """Return the override that holds a mistake; None if it is in the file."""
+    location = error["loc"]
     for override in reversed(overrides):
         key = tuple(key_of(override).split("."))
         if _is_in(key, location) or _is_in(location, key):
             return override
-    return None
+    # A contradiction may be due to the other key that its text names.
+    words = re.findall(r"[\w.]+", error["msg"]) if error["type"] == "contradiction" else []
+    return next((one for one in overrides if key_of(one) in words), None)
 
 
 def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
@@ -131,6 +141,8 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
 def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
     """Suggest the keys that an unknown key may have meant."""
     *place, last = location
+    if last in _ELSEWHERE:
+        return _ELSEWHERE[last]
     section = section_at(root, place)
     known = keys_of(section or root)
     # The right word at a wrong place, or else a misspelt word at the right one.

@@ -58,7 +58,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         above = ".".join(parts[: depth - 1])
         place: Any = part
         if isinstance(node, list):
-            place = _position(node, part, above, override)
+            place = _position(node, parts[depth - 1 :], above, override)
         elif not isinstance(node, dict):
             raise UserError(f"{override}: {above} is a single value and holds no keys")
         if depth == len(parts):
@@ -77,11 +77,14 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _position(items: list[Any], part: str, name: str, override: str) -> int:
+def _position(items: list[Any], parts: list[str], name: str, override: str) -> int:
+    part = parts[0]
     if part.isdecimal() and part == str(int(part)) and int(part) < len(items):
         return int(part)
     there = {
         0: f"{name} is empty",
         1: f"{name} has one item, {name}.0 (items are counted from 0)",
     }.get(len(items), f"{name} has the items {name}.0 to {name}.{len(items) - 1}")
+    if not part.isdecimal() and items and isinstance(items[0], dict) and part in items[0]:
+        raise UserError(f"{override}: {there}; set {name}.0.{'.'.join(parts)}, for instance")
     raise UserError(f"{override}: {there}; add further ones in the YAML file")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from tetdist.errors import UserError
 from tetdist.storage import bundled
+from tetdist.wording import meant
 
 HF = "hf:"  # before the name of a repository, where a path could stand
 NAMED = (HF, bundled.TETDIST)
@@ -36,7 +37,9 @@ def is_repository(name: str) -> bool:
 def check_source(path: Path) -> None:
     """Refuse a path of weights that does not exist; names are accepted."""
     if not str(path).startswith(NAMED) and not path.exists():
-        raise UserError(f"there is no checkpoint {path}; give a run folder or a .safetensors file")
+        give = "give a run folder or a .safetensors file"
+        near = meant(path.name, [one.name for one in path.parent.glob("*")], give)
+        raise UserError(f"there is no checkpoint {path}; {near}")
 
 
 def fetch(name: str, file: str) -> Path:

@@ -22,10 +22,11 @@ def main(arguments: list[str] | None = None) -> int:
 def show(options: argparse.Namespace) -> int:
     """Print the comparison, and draw the plot if asked; return the exit status."""
     from tetdist.apps.reports import compare
+    from tetdist.apps.reports.run_status import find_runs
 
     if options.plot:
         check_writable("--plot", options.plot)
-    runs = compare.read_runs(options.runs)
+    runs = compare.read_runs([run for name in options.runs for run in find_runs([name])])
     same, text = compare.compare(runs)
     print(text)
     if options.plot:
@@ -41,7 +42,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description="Compare runs: results, configuration, metrics and weights.",
         epilog="Exit status: 0 the same metrics and weights, 1 different ones, 2 a user error.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folder, or name of a run in runs/"
+    )
     parser.add_argument(
         "--plot", metavar="FILE.png", type=Path, help="draw the curves of all runs into one PNG"
     )

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tetdist.apps.cli.common import program, run_command
-from tetdist.config.flags import Parser, add_import, positive
+from tetdist.config.flags import add_import, positive
+from tetdist.config.key_parser import KeyParser
 from tetdist.errors import UserError
 from tetdist.wording import counted
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
+    parser = KeyParser(
         prog=program("study"),
         description="Run a study and write its report. The same command continues a stopped one.",
         epilog="Exit status: 0 all done, 1 runs failed, 2 a user error, 130 stopped.",
@@ -81,7 +82,10 @@ def study(options: argparse.Namespace) -> int:
     file = plan.find(options.study)
     section = plan.read(file, options.overrides, options.imports)
     output = options.output or Path("runs") / file.stem
-    runs = plan.runs_of(section, output, options.overrides, options.imports)
+    try:
+        runs = plan.runs_of(section, output, options.overrides, options.imports)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     chosen = choose(runs, options.only)
     for run in runs:
         plan.check_folder(run)
@@ -109,7 +113,7 @@ def study(options: argparse.Namespace) -> int:
     words = (str(file), *options.overrides, *plan.import_flags(options.imports))
     found = numbers.gather(section, runs, str(plan.Command("study", words)))
     report.write(found, output / "report.md")
-    print(f"the report is {output / 'report.md'}")
+    print(report.summary(found), f"the report is {output / 'report.md'}", sep="\n")
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0

@@ -8,7 +8,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from tetdist.apps.cli.common import MISTAKES, add_local_rank, fail, program
-from tetdist.config.flags import Parser, add_import
+from tetdist.config.flags import add_import
+from tetdist.config.key_parser import KeyParser
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError, typed
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
+    parser = KeyParser(
         prog=program("train"),
         description="Train a spiking network. The same command continues a stopped run.",
         epilog="examples:\n"
@@ -45,8 +46,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add_local_rank(parser)
     options = parser.parse_intermixed_args(arguments)
-    if not options.config and not options.explain:
-        parser.error("--config is missing; give a YAML file, or its name in configs/")
+    if not options.explain:
+        parser.require_config(options)
     return options
 
 

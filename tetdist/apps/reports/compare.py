@@ -73,7 +73,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _read(label: str, folder: Path) -> Run:
     file, config = folder / "metrics.jsonl", folder / "config.yaml"
     if not file.exists():
-        raise UserError(f"{folder} is not a run folder, because it has no metrics.jsonl")
+        raise UserError(f"{folder} has no metrics.jsonl; its training has not begun")
     from tetdist.config import identity, loading
     from tetdist.config.retired import retired_values
     from tetdist.config.yaml_files import read_yaml

@@ -16,7 +16,7 @@ from tetdist.storage.files import checkpoint_at, is_held
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import from_end
 from tetdist.tracking.progress import slowest_rank
-from tetdist.wording import duration, rate
+from tetdist.wording import duration, meant, rate
 
 DAMAGED = "damaged"
 # Numbers that a line of each kind must have, and optional numbers.
@@ -91,10 +91,10 @@ def find_runs(names: Sequence[str]) -> list[Path]:
     for name in names:
         runs = _runs_at(Path(name)) or _runs_at(Path("runs", name))
         if not runs:
-            raise UserError(
-                f"there is no run {name}; give a run folder (with config.yaml), a folder of runs, "
-                "or a name in runs/"
-            )
+            places = (Path(name).parent, Path("runs", name).parent)
+            known = [run.name for place in places for run in _runs_at(place)]
+            give = "give a run folder (with config.yaml), a folder of runs, or a name in runs/"
+            raise UserError(f"there is no run {name}; {meant(Path(name).name, known, give)}")
         found += runs
     return list(dict.fromkeys(found))
 

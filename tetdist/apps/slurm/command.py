@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from tetdist.config.flags import Parser, add_import, positive
+from tetdist.config.key_parser import KeyParser
 from tetdist.errors import UserError, typed
 
 if TYPE_CHECKING:
@@ -30,15 +31,15 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = _submit_parser() if command == "submit" else _run_parser(command)
     options = parser.parse_intermixed_args(rest)
     options.command = command
-    if command == "submit" and not options.config:
-        parser.error("--config is missing; give a YAML file, or its name in configs/")
+    if isinstance(parser, KeyParser):
+        parser.require_config(options)
     if command == "submit" and options.images and not options.dry_run:
         parser.error("--images applies to --dry-run only; a run counts the images of its data")
     return options
 
 
-def _submit_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+def _submit_parser() -> KeyParser:
+    parser = KeyParser(
         prog=PROGRAM,
         description="Submit a run to a Slurm cluster once; it requeues itself until finished.",
         epilog="Other commands: status RUN, cancel RUN, resume RUN (each with --help). Settings of "

@@ -25,7 +25,7 @@ from tetdist.tracking.mlflow_store import check_store
 from tetdist.tracking.trackers import check_names
 from tetdist.training import run_folder
 from tetdist.training.setup import make_model, open_data
-from tetdist.wording import counted
+from tetdist.wording import counted, meant
 
 STUDIES_DIR = CONFIGS_DIR / "studies"
 EVALUATION_FILE = "test_timesteps.json"
@@ -188,8 +188,9 @@ def find(name: str) -> Path:
     for path in (Path(name), STUDIES_DIR / name, STUDIES_DIR / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = ", ".join(sorted(path.stem for path in STUDIES_DIR.glob("*.yaml")))
-    raise UserError(f"there is no study {name!r}; give a file, or one of configs/studies/: {known}")
+    known = sorted(path.stem for path in STUDIES_DIR.glob("*.yaml"))
+    give = f"give a file, or one of configs/studies/: {', '.join(known)}"
+    raise UserError(f"there is no study {name!r}; {meant(name, known, give)}")
 
 
 def read(path: Path, more: Sequence[str] = (), imports: Sequence[str] = ()) -> StudySection:
@@ -219,9 +220,12 @@ def read(path: Path, more: Sequence[str] = (), imports: Sequence[str] = ()) -> S
     if study.test_timesteps:
         return study
     most = 1
-    for entry in study.entries.values():
+    for name, entry in study.entries.items():
         own = joined(as_overrides(study.overrides), as_overrides(entry.overrides), more)
-        config = loading.load(entry.config or study.config, own, imports)
+        try:
+            config = loading.load(entry.config or study.config, own, imports)
+        except UserError as error:
+            raise UserError(f"{path}: entries.{name}: {error}") from error
         most = max(most, config.phases[-1].most_timesteps)
     return study.model_copy(update={"test_timesteps": tuple(range(1, most + 1))})
 

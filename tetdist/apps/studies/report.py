@@ -17,7 +17,7 @@ from tetdist.apps.studies.numbers import (
 )
 from tetdist.errors import UserError, without_passwords
 from tetdist.storage.files import explaining, write_text
-from tetdist.tables import markdown
+from tetdist.tables import aligned, markdown
 from tetdist.tracking.metrics_file import strict
 from tetdist.wording import are, counted
 
@@ -54,6 +54,39 @@ def page(numbers: Numbers, name: str) -> str:
 
 
 def results(numbers: Numbers) -> str:
+    """Return the section of the results, with the table of entries."""
+    rows = _entries(numbers)
+    first = numbers.of(numbers.entries[0])[0]
+    split = f" of the split {first.data_split}" if first.data_split else ""
+    table = markdown(rows[0], rows[1:], numbers=True)
+    text = (
+        f"## Results\n\n{table}\n\nTop-1 after the last epoch, at the T of training, on "
+        f"{first.samples} validation samples{split}: mean ± standard deviation over n seeds. "
+        "Image-timesteps (training images times T) and seconds are medians and include the "
+        "training of init and teacher; seconds exclude evaluations and depend on the machine's "
+        "other load."
+    )
+    if numbers.compared:
+        text += (
+            " Differences are between runs with the same seed, with the 95 % interval and p of the "
+            "paired t-test. Holm's method corrects p for the "
+            f"{counted(len(numbers.compared), 'comparison')} of this table and decides the result "
+            "in this study. The minimum detectable effect is the true difference that so many "
+            "seeds with this spread would show as significant with a probability of 80 %, without "
+            "correction."
+        )
+    return text
+
+
+def summary(numbers: Numbers) -> str:
+    """Return accuracies and differences to the controls as a table for a terminal."""
+    rows = _entries(numbers)
+    shown = ("", "T", "n", "top-1, %", "minus", "points [95 % CI]", "result in this study")
+    kept = [i for i, head in enumerate(rows[0]) if head in shown]
+    return aligned([[row[i].strip("`*") for i in kept] for row in rows])
+
+
+def _entries(numbers: Numbers) -> list[list[str]]:
     """Return the table of entries: accuracy, difference to the control with its test, cost."""
     found = {entry: numbers.difference(entry, last) for entry in numbers.compared}
     corrected = dict(zip(found, holm([one.p for one in found.values()]), strict=True))
@@ -68,26 +101,8 @@ def results(numbers: Numbers) -> str:
             row += [_number(p, ".2g") for p in (one.p, corrected[entry])]
             row += [verdict(one, corrected[entry])]
         rows.append([*row, *[""] * (len(HEAD) - len(row))])
-    first = numbers.of(numbers.entries[0])[0]
-    split = f" of the split {first.data_split}" if first.data_split else ""
     width = len(HEAD) if found else HEAD.index("minus")
-    table = markdown(HEAD[:width], [row[:width] for row in rows], numbers=True)
-    text = (
-        f"## Results\n\n{table}\n\nTop-1 after the last epoch, at the T of training, on "
-        f"{first.samples} validation samples{split}: mean ± standard deviation over n seeds. "
-        "Image-timesteps (training images times T) and seconds are medians and include the "
-        "training of init and teacher; seconds exclude evaluations and depend on the machine's "
-        "other load."
-    )
-    if found:
-        text += (
-            " Differences are between runs with the same seed, with the 95 % interval and p of the "
-            f"paired t-test. Holm's method corrects p for the {counted(len(found), 'comparison')} "
-            "of this table and decides the result in this study. The minimum detectable effect is "
-            "the true difference that so many seeds with this spread would show as significant "
-            "with a probability of 80 %, without correction."
-        )
-    return text
+    return [row[:width] for row in (HEAD, *rows)]
 
 
 def verdict(difference: Difference, p: float) -> str:

@@ -1,7 +1,6 @@
 """The section ``model``: the network and its neuron."""
 
 import dataclasses
-import difflib
 import functools
 import json
 import sys
@@ -17,6 +16,7 @@ from tetdist.config.fields import KEYS_ALONE, Names, OneOf, Section
 from tetdist.config.sections.data import Kind
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig
+from tetdist.wording import meant
 
 if TYPE_CHECKING:
     from tetdist.models import SpikingNetwork
@@ -92,11 +92,6 @@ def _networks() -> Sequence[str]:
     return models.names()
 
 
-def _meant(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
-
-
 class ModelSection(Section):
     name: Annotated[str, OneOf(_networks)]
     """Name of the network, as registered with timm; see imports for your own."""
@@ -130,7 +125,7 @@ class ModelSection(Section):
         known = _networks()
         if self.name not in known:
             raise ValueError(
-                f"name: {self.name!r} is not a spiking model; {_meant(self.name, known)} (for your "
+                f"name: {self.name!r} is not a spiking model; {meant(self.name, known)} (for your "
                 "own, add its file: imports: [FILE.py], or --import FILE.py)"
             )
         if info.context == KEYS_ALONE:
@@ -143,7 +138,7 @@ class ModelSection(Section):
                 own = "phases.N.timesteps" if key == "timesteps" else f"model.{key}"
                 raise ValueError(f"arguments.{key}: set {own} instead")
             if allowed is not None and key not in allowed:
-                hint = _meant(key, allowed)
+                hint = meant(key, allowed)
                 raise ValueError(f"arguments.{key}: {self.name} has no such argument; {hint}")
         return self
 

@@ -18,9 +18,12 @@ class BatchSection(Section):
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
         if self.global_ % self.micro:
+            multiple = self.global_ // self.micro * self.micro or self.micro
+            smaller = range(min(self.global_, self.micro), 0, -1)
+            divisor = next(n for n in smaller if self.global_ % n == 0)
             raise ValueError(
-                f"global: {self.global_} is not a multiple of batch.micro, {self.micro}; set it to "
-                f"{self.global_ // self.micro * self.micro or self.micro}, for instance"
+                f"global: {self.global_} is not a multiple of batch.micro, {self.micro}; set "
+                f"batch.micro={divisor} or batch.global={multiple}, for instance"
             )
         return self
 

@@ -1,0 +1,27 @@
+"""The parser of commands that take a configuration and ``key=value``."""
+
+from argparse import Namespace
+
+from tetdist.config.flags import Parser
+
+
+class KeyParser(Parser):
+    """A parser that names the key of the configuration for a flag such as ``--epochs``."""
+
+    def meant(self, flag: str) -> str:
+        from tetdist.config.documentation import documented_keys
+        from tetdist.config.messages import nearest
+        from tetdist.config.schema import RunConfig
+
+        word = flag.strip("-").replace("-", "_")
+        if any(word in key.split(".") for key in documented_keys()) or not super().meant(flag):
+            near = nearest(RunConfig, [word])
+            return f"keys of the configuration are written key=value, without --; {near}"
+        return super().meant(flag)
+
+    def require_config(self, options: Namespace) -> None:
+        """Exit unless a configuration is given; a file's name without its flag is a mistake."""
+        if not options.config:
+            name = next((one for one in options.overrides if "=" not in one), None)
+            hint = f"write --config {name}" if name else "give a YAML file, or its name in configs/"
+            self.error(f"--config is missing; {hint}")
