@@ -265,9 +265,9 @@ def test_a_missing_sensor_size_is_asked_for_once_and_then_taken(tmp_path, prebin
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         np.savez(source / name, **cameras.events()._asdict())
     output = prebin_dvs(source, status=2)
-    words = "the sensor's size is missing in 4 of 4 recordings, such as left/1.npz; give --sensor"
-    assert f"no split was made: {words}" in output
-    assert "bad:" not in output
+    words = "it does not store the sensor's size; give --sensor"
+    assert f"no split was made: each of 4 recordings is bad: {words}" in output
+    assert "bad: left" not in output
     prebin_dvs(source, "--sensor", "34x34")
     assert "made with sensor=34x34, not" in prebin_dvs(source, "--sensor", "35x35", status=2)
 

@@ -109,13 +109,13 @@ def beside_the_root(root: Path, split: str, kind: Kind) -> str | None:
     made = sorted(str(file.parent) for file in root.glob("splits/*/dataset.json"))
     if made:
         return f"{root} holds splits: use {' or '.join(made)}"
-    usual = {name for names in USUAL_NAMES.values() for name in names}
     folders = names_in(root, is_folder)
+    usual = [*USUAL_NAMES["train"], *USUAL_NAMES["val"]]
     has_splits = any(name.lower() in usual for name in folders)
     if folders and not has_splits and root.name.lower() in usual:
         return f"this is a {root.name}/ folder itself: give {root.parent}"
     file = next(chain(root.glob("*/*/*.*"), root.glob("*/*.*")), None)
-    known = {suffix for suffixes in SUFFIXES.values() for suffix in suffixes}
+    known = (*SUFFIXES["events"], *SUFFIXES["images"])
     if kind == "events" and file and file.suffix.lower() not in known:
         command = f"{typed('prebin_dvs')} {shlex.quote(str(root))} DEST --timesteps T"
         return f"{file} is not a tensor (.npy): bin recordings first, `{command}`"

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from tetdist.apps.cli.common import documented_parser, report_bad, run_command
 from tetdist.config.flags import MOST_PIXELS, MOST_THREADS, MOST_TIMESTEPS, positive
 from tetdist.errors import UserError, typed
-from tetdist.wording import counted
 
 # Each worker multiplies small matrices, for which numpy's threads cost a hundred times their gain.
 # numpy reads this variable at import.
@@ -181,7 +180,6 @@ def _sensor(text: str) -> "Sensor":
 
 
 def _prebin(options: argparse.Namespace) -> None:
-    from tetdist.apps.events.recording import NO_SIZE
     from tetdist.apps.events.splits import default_split
     from tetdist.apps.events.statistics import draw_preview, statistics, table
     from tetdist.apps.events.tensors import make_tensors, open_destination
@@ -200,14 +198,11 @@ def _prebin(options: argparse.Namespace) -> None:
         records, bad = make_tensors(
             options.source, options.dest, listing, settings, options.workers, file_progress
         )
-        number = len(bad) + len(records)
-        unsized = [one.path for one in bad if one.reason.endswith(NO_SIZE)]
-        if unsized and not options.skip_bad:
-            raise UserError(
-                f"no split was made: the sensor's size is missing in {len(unsized):,} of "
-                f"{counted(number, 'recording')}, such as {unsized[0]}; give --sensor WIDTHxHEIGHT"
-            )
-        report_bad(bad, "recording", number)
+        reasons = {one.reason for one in bad}
+        if len(bad) > 1 and not records and len(reasons) == 1:
+            every = f"each of {len(bad):,} recordings is bad"
+            raise UserError(f"no split was made: {every}: {reasons.pop()}")
+        report_bad(bad, "recording", len(bad) + len(records))
         if bad and not options.skip_bad:
             raise UserError("no split was made: replace the bad recordings, or give --skip-bad")
         if not records:

@@ -19,8 +19,6 @@ _REPEATS = 50
 _MOST_GAP = 3_600_000_000
 _MOST_HEADER = 2**20  # bytes
 
-NO_SIZE = "does not store the sensor's size; give --sensor WIDTHxHEIGHT"
-
 
 class BadRecording(ValueError):
     """Raised for an unusable recording; the text is the reason, without the file's name."""

@@ -6,14 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tetdist.apps.events.recording import (
-    NO_SIZE,
-    BadRecording,
-    Contents,
-    Events,
-    OtherSize,
-    Sensor,
-)
+from tetdist.apps.events.recording import BadRecording, Contents, Events, OtherSize, Sensor
 from tetdist.errors import UserError, pip_install
 
 _FIELDS = ("x", "y", "t", "p")
@@ -82,7 +75,7 @@ def _from_arrays(
             raise OtherSize(f"its sensor is {stated}, not {sensor} as expected")
         sensor = stated
     if sensor is None:
-        raise BadRecording(f"it {NO_SIZE}")
+        raise BadRecording("it does not store the sensor's size; give --sensor WIDTHxHEIGHT")
     if p.dtype.kind == "i" and set(np.unique(p)) <= {-1, 1}:
         p = p > 0
     return Events(x, y, t, p, sensor)

@@ -5,14 +5,7 @@ import re
 import numpy as np
 import numpy.typing as npt
 
-from tetdist.apps.events.recording import (
-    NO_SIZE,
-    BadRecording,
-    Contents,
-    Events,
-    OtherSize,
-    Sensor,
-)
+from tetdist.apps.events.recording import BadRecording, Contents, Events, OtherSize, Sensor
 
 # Sensor sizes that the files of some cameras omit, by a part of the header's plugin_name.
 _SENSORS = {
@@ -98,7 +91,7 @@ def _sensor(header: list[str], given: Sensor | None) -> Sensor:
             for part, sensor in _SENSORS.items():
                 if part in line:
                     return sensor
-    raise BadRecording(f"its header {NO_SIZE}")
+    raise BadRecording("its header does not store the sensor's size; give --sensor WIDTHxHEIGHT")
 
 
 def _stated_sensor(header: list[str]) -> Sensor | None:
