@@ -77,7 +77,7 @@ def test_too_little_to_divide(whole, recordings, words):
         held_out.divide(whole, 0.1, seed=0, recordings=recordings)
 
 
-def test_a_run_leaves_the_validation_split_alone(tiny_copy, tmp_path, main):
+def test_a_run_leaves_the_validation_split_alone(tiny_copy, tmp_path, main, tool):
     shutil.rmtree(tiny_copy / "val")
     index_file(tiny_copy / "index", "val").unlink()
     changes = {"name": "held", "data.held_out": 0.3, "imports": [str(tiny.RECORD)]}
@@ -94,6 +94,18 @@ def test_a_run_leaves_the_validation_split_alone(tiny_copy, tmp_path, main):
     ]
     assert [Counter(ids) for ids in epochs] == [Counter(range(32))] * 2
     assert lines[-1]["step"] == 8
+    there = (run, "--import", tiny.RECORD)
+    of_eval = ("--execution", "reference", "--device", "cpu", "--json", tmp_path / "e.json")
+    status, out, err = tool("eval", *there, *of_eval)
+    assert status == 0, err
+    assert "15 samples of train-held-out-0.3-seed-0" in out
+    assert json.loads((tmp_path / "e.json").read_text())["top1"] == lines[-1]["top1"]
+    assert out.endswith(f"\n\nwrote {tmp_path / 'e.json'}\n")
+    drawn = ("--output", tmp_path / "drawn")
+    assert tool("show", *there, "--sample", 14, *drawn)[0] == 0
+    for elsewhere in (("eval", *there), ("show", *there, *drawn)):
+        status, _, err = tool(*elsewhere, "--data", tiny_copy)
+        assert (status, "give --split train" in err) == (2, True), err
     again = main(tmp_path / "c.yaml", "data.held_out=0.2")
     assert again.status == 2
     assert "data.held_out is 0.2 and was 0.3" in again.text

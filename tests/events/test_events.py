@@ -182,6 +182,12 @@ def test_what_cannot_be_replayed_is_refused_before_the_first_frame(
     assert not lines_of(shown.out)
 
 
+def test_replay_says_which_argument_comes_first(run, command, capfd):
+    assert tool("replay").main([command[0], str(run)]) == 2
+    expected = f"the run comes first, then the recording: python tools/replay.py {run} {command[0]}"
+    assert expected in capfd.readouterr().err
+
+
 def test_a_gif_has_an_image_of_each_windows_events(command, tmp_path):
     made = MADE._replace(p=((MADE.t - MADE.t[0]) // 9000 % 2 == 0).astype(np.int64))
     np.savez(tmp_path / "it.npz", **made._asdict(), **DEFAULT_SENSOR._asdict())

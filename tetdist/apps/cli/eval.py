@@ -73,7 +73,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--ema", action="store_true", help=given)
     add("--data", metavar="ROOT", help="folder that holds val/; default: training's")
     add("--index", metavar="DIR", help="folder of the index; default: ROOT/index")
-    add("--split", default="val", help="split to evaluate (default: val)")
+    given = "split to evaluate (default: val, or without one the samples that the run held out)"
+    add("--split", help=given)
     given = """report top-1, top-5 and loss at these T, which may exceed the T of training (default:
         1 up to it); all else uses the T of training, or the last of these if it is not listed"""
     add("--timesteps", type=timesteps_list, metavar="1,2,4-8", help=given)
@@ -191,7 +192,6 @@ def opened(options: argparse.Namespace, world: "World") -> "Opened":
     from tetdist.apps.reports import style
     from tetdist.apps.weights import evaluated
     from tetdist.storage import checkpoint
-    from tetdist.training.setup import open_split
 
     check_places(options)
     for flag, file in (("--json", options.json), ("--report", options.report)):
@@ -216,7 +216,8 @@ def opened(options: argparse.Namespace, world: "World") -> "Opened":
         execution=options.execution,
         precision=options.precision,
     )
-    split = open_split(config, options.split, world)
+    own_data = options.data is None
+    split = evaluated.open_evaluated(config, options.split, world, own_data=own_data)
     if options.int8 and split.timesteps is not None and split.dtype != "uint8":
         raise UserError(
             f"--int8 needs frames of event counts (uint8), and the data are {split.dtype}; leave "
@@ -246,3 +247,5 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
         with files.explaining(options.report):
             files.write_text(options.report, html_page(found))
     print(as_text(found))  # last, because the output may be full
+    if wrote := [str(file) for file in (options.json, options.report) if file]:
+        print(f"\nwrote {' and '.join(wrote)}")

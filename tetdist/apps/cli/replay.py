@@ -46,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def replay(options: argparse.Namespace) -> None:
     """Read, bin, stream and print."""
+    if options.checkpoint.is_file() and options.recording.is_dir():
+        swapped = typed("replay", options.recording, options.checkpoint)
+        raise UserError(f"the run comes first, then the recording: {swapped}")
     hub.check_source(options.checkpoint)  # before torch is imported
     from tetdist.apps.events.binning import binning_of, window_frames
     from tetdist.apps.events.formats import read_recording

@@ -22,7 +22,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--sample", metavar="K", type=int, default=0, help="number of the sample (default: 0)")
     add("--best", action="store_true", help="use a run folder's best checkpoint")
     add("--data", metavar="ROOT", help="folder that holds val/; default: training's")
-    add("--split", default="val", help="split of the sample (default: val)")
+    given = "split of the sample (default: val, or without one what the run held out)"
+    add("--split", help=given)
     given = "PATH.png and PATH.gif are written, or replaced (default: sample-K)"
     add("--output", metavar="PATH", type=Path, help=given)
     add_import(parser)

@@ -44,7 +44,8 @@ def as_text(found: EvaluationResults) -> str:
 
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; color: #222 }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222 }
+body { max-width: 70rem; margin: auto; padding: 2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } img { max-width: 100% }
 th, td { padding: .15rem .8rem; text-align: right; border-bottom: 1px solid #e4e4e4 }
 th:first-child, td:first-child { text-align: left }
@@ -90,8 +91,9 @@ def heading(found: EvaluationResults) -> str:
 
 def headlines(found: EvaluationResults) -> list[str]:
     """Return the sentences on the accuracy, the published one, and that in real numbers."""
+    top5 = f", top-5 {found['top5']:.2f} %" if len(found["classes"]) > 5 else ""
     lines = [
-        f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, loss {found['loss']:.4f} at "
+        f"top-1 {found['top1']:.2f} %{top5}, loss {found['loss']:.4f} at "
         f"T={found['timesteps']}; trained at T={found['trained_timesteps']}",
         *([_of_published(found["published"])] if "published" in found else []),
         f"All numbers below are at T={found['timesteps']} unless a T is given",
@@ -118,10 +120,11 @@ def sections(found: EvaluationResults) -> list[Section]:
 
 
 def _accuracy(found: EvaluationResults) -> Section:
-    specs = (".2f", ".2f", ".4f")
-    values = [found[f"per_timestep_{key}"] for key in ("top1", "top5", "loss")]
-    by_timesteps = [["T", "top-1 %", "top-5 %", "loss"]] + [
-        [str(t), *(format(one[t - 1], spec) for one, spec in zip(values, specs, strict=True))]
+    shown = {"top1": ("top-1 %", ".2f"), "top5": ("top-5 %", ".2f"), "loss": ("loss", ".4f")}
+    if len(found["classes"]) <= 5:
+        del shown["top5"]
+    by_timesteps = [["T", *(title for title, _ in shown.values())]] + [
+        [str(t), *(format(found[f"per_timestep_{k}"][t - 1], f) for k, (_, f) in shown.items())]
         for t in found["reported_timesteps"]
     ]
     return Section("Accuracy at each T", [], [by_timesteps], [partial(_draw_timesteps, found)])

@@ -24,7 +24,7 @@ from tetdist.evaluation.evaluate import running_means
 from tetdist.models import SpikingNetwork
 from tetdist.nn.norm_neuron import firing_layers
 from tetdist.storage import checkpoint
-from tetdist.training.setup import load_model, open_split
+from tetdist.training.setup import load_model
 from tetdist.wording import counted
 
 Images = list[npt.NDArray[Any]]
@@ -50,13 +50,19 @@ class Seen(NamedTuple):
 
 
 def see(
-    source: Path, which: str, number: int, split: str, data: str | None, imports: Sequence[str]
+    source: Path,
+    which: str,
+    number: int,
+    split: str | None,
+    data: str | None,
+    imports: Sequence[str],
 ) -> Seen:
     """Run a checkpoint on a sample of its data.
 
     Args:
         which: ``last`` or ``best``.
         number: Number of the sample in the split, whose samples are sorted by class and name.
+        split: See `evaluated.open_evaluated`.
         data: Folder of other data; None: the training's.
     """
     plugins.import_files(imports)
@@ -71,10 +77,12 @@ def see(
         precision="fp32",
     )
     with join("cpu") as world:
-        index = open_split(config, split, world)
+        index = evaluated.open_evaluated(config, split, world, own_data=data is None)
         if not 0 <= number < len(index):
             last = f"{counted(len(index), 'sample')}, 0 to {len(index) - 1}"
-            raise UserError(f"--sample: there is no sample {number} in {split}, which has {last}")
+            raise UserError(
+                f"--sample: there is no sample {number} in {index.split}, which has {last}"
+            )
         known = config.model.num_classes
         index = evaluated.with_classes_of_model(index, description.classes, known, str(source))
         model = load_model(config, index, weights, source, world)

@@ -12,14 +12,15 @@ from tetdist.config.loading import parse
 from tetdist.config.messages import checked
 from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
-from tetdist.datasets.index import Index
+from tetdist.datasets.index import Index, index_file
 from tetdist.datasets.recorded_split import recorded_split
+from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.evaluation.energy import EnergySection
 from tetdist.evaluation.evaluate import Evaluator
 from tetdist.nn.norm_neuron import is_causal
 from tetdist.storage.checkpoint import Description
-from tetdist.training.setup import open_data, open_split
+from tetdist.training.setup import evaluated_split, open_data, open_split
 from tetdist.wording import counted
 
 
@@ -92,6 +93,26 @@ def evaluation_config(
     given = {key: value for key, value in changed.items() if value is not None}
     kept = {key: value for key, value in raw.items() if key != "checkpoint"}
     return parse(kept | without | given, source, warn=False, is_trained=True)
+
+
+def open_evaluated(config: RunConfig, split: str | None, world: World, *, own_data: bool) -> Index:
+    """Return the index of a split; None: val, or without one the samples that the run held out.
+
+    Args:
+        own_data: The data are the training's, so that its held-out samples are known.
+    """
+    data = config.data
+    files = (index_file(data.index_dir, one) for one in ("train", "val"))
+    lacks_val = [one.is_file() for one in files] == [True, False]
+    if split is not None or not lacks_val or Path(data.root, "val").is_dir():
+        return open_split(config, split or "val", world)
+    if not own_data or not data.held_out:
+        raise UserError(
+            f"there is no validation split in {data.root}; add val/ and index it, or give --split "
+            "train, the training samples"
+        )
+    held = open_data(config, world)[1]
+    return dataclasses.replace(held, split=evaluated_split(config) or held.split)
 
 
 def with_classes_of_model(
