@@ -138,6 +138,7 @@ def _run(name: str, arguments: list[str] | None) -> int:
         print(text, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
         return 130
     return int(command.main(arguments))
 

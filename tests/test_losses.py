@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tetdist.config.sections.loss import LossSection
+from tetdist.errors import UserError
 from tetdist.evaluation.evaluate import _count
 from tetdist.losses import (
     distillation_loss,
@@ -71,6 +73,12 @@ def test_sdt_equals_the_papers_formula(shape, smoothing):
     logits, target = _random(*shape)
     loss = sdt_loss(logits, target, label_smoothing=smoothing)
     assert loss.item() == pytest.approx(_paper_sdt(logits, target, smoothing), rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", [sdt_loss, partial(tet_loss, lambda_=0.001)])
+def test_logits_without_timesteps_are_refused(loss):
+    with pytest.raises(UserError, match=r"\(4, 3\), not .*per_timestep=True"):
+        loss(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

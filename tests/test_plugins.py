@@ -158,9 +158,12 @@ def test_import_on_the_command_line(main, tiny_config, tmp_path):
 
 
 def test_a_checkpoint_asks_for_its_files_and_imports_none(main, write, tmp_path, capfd):
-    file = write("my_snn.py", changes={"phases.0.epochs": 1, "precision": "fp32"})
-    assert main(file).status == 0
+    changes = {"phases.0.epochs": 1, "precision": "fp32"}
+    trained = main(write("my_snn.py", "my_neuron.py", "my_loss.py", changes=changes))
     run = tmp_path / "runs/tiny"
+    copies = [f"--import {run}/imports/{name}.py" for name in ("my_snn", "my_neuron", "my_loss")]
+    expect(trained, f"eval.py {run} {' '.join(copies)}")
+    needed = [word for copy in copies[:2] for word in copy.split()]  # not the loss
     evaluate = ["--checkpoint", str(run), "--execution", "reference", "--device", "cpu"]
     export = [str(run), "--output", str(tmp_path / "out"), "--format", "safetensors"]
     for command, arguments in ((evaluation.main, evaluate), (exporting.main, export)):
@@ -169,11 +172,11 @@ def test_a_checkpoint_asks_for_its_files_and_imports_none(main, write, tmp_path,
         capfd.readouterr()
         assert command(arguments) == 2
         errors = capfd.readouterr().err
-        assert f"add --import {run}/imports/my_snn.py" in errors
+        assert f"add {' '.join(copies[:2])} if" in errors
         assert f"{plugins.PACKAGE}.my_snn" not in sys.modules
-        assert command([*arguments, "--import", str(run / "imports/my_snn.py")]) == 0
+        assert command([*arguments, *needed]) == 0
         (tmp_path / "my_snn.py").write_text(FILES["my_snn.py"] + "\n")
-        status = command([*arguments, "--import", str(tmp_path / "my_snn.py")])
+        status = command([*arguments, "--import", str(tmp_path / "my_snn.py"), *needed[2:]])
         assert status in (0, 2)  # export does not replace what it has written
 
 
@@ -286,6 +289,14 @@ LATER = [
         "loss.kind=b",
         LOSS.format("b", "y): return 0.5"),
         "b returns 0.5, not a tensor of the shape ()",
+    ),
+    (
+        *("loss.kind=e", LOSS.format("e", "y): return logits + y.new_zeros(7)")),
+        "bad.py:3 raises RuntimeError: The size of tensor a (4) must match",
+    ),
+    (
+        *("loss.kind=f", LOSS.format("f", "y, *, gamma): ...")),
+        "f does not take logits, targets and [] (missing a required argument: 'gamma')",
     ),
     ("loss.kind=c", LOSS.format("c", "y): return logits.detach().mean()"), "c has no gradient"),
     (

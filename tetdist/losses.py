@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tetdist.errors import UserError
-from tetdist.plugins import Registry
+from tetdist.plugins import PACKAGE, Registry, raised_in
 
 # Targets of a timestep: see `self_target`.
 SelfTarget = Literal["time_mean", "correct_mean", "similarity"]
@@ -49,16 +49,17 @@ class Loss:
         """Compute the loss named by ``loss.kind``, ().
 
         Raises:
-            UserError: The function does not take these arguments, or returns no such loss.
+            UserError: The function raises an error, or returns no such loss.
         """
         try:
-            inspect.signature(self.function).bind(logits, targets, **arguments)
-        except TypeError as error:
-            raise UserError(
-                f"loss.kind: {kind} does not take logits, targets and {list(arguments)} ({error}); "
-                "make its other parameters keyword-only, and set them in loss.arguments"
-            ) from error
-        total: Any = self.function(logits, targets, **arguments)
+            total: Any = self.function(logits, targets, **arguments)
+        except Exception as error:
+            is_own = self.function.__module__.startswith(f"{PACKAGE}.")
+            if not is_own or isinstance(error, UserError | torch.OutOfMemoryError):
+                raise
+            shapes = f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"
+            place = raised_in(error, self.function.__code__.co_filename)
+            raise UserError(f"loss.kind: {kind}: {place} for {shapes}") from error
         if not isinstance(total, Tensor):
             raise UserError(f"loss.kind: {kind} returns {total}, not a tensor of the shape ()")
         if total.ndim:
@@ -83,6 +84,16 @@ def register_loss(
         return function
 
     return enter
+
+
+def _of_timesteps(logits: Tensor) -> Tensor:
+    """Return logits (T, B, K) as at least float32."""
+    if logits.ndim != 3:
+        raise UserError(
+            f"the logits have the shape {tuple(logits.shape)}, not (T, B, K); call "
+            "model(x, per_timestep=True)"
+        )
+    return _full_precision(logits)
 
 
 def _full_precision(logits: Tensor) -> Tensor:
@@ -113,7 +124,7 @@ def sdt_loss(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0) ->
         target: Class numbers, (B,), int64, or class probabilities, (B, K).
         label_smoothing: Probability spread evenly over all classes, in [0, 1).
     """
-    mean_over_time = _full_precision(logits).mean(0)
+    mean_over_time = _of_timesteps(logits).mean(0)
     return F.cross_entropy(mean_over_time, target, label_smoothing=label_smoothing)
 
 
@@ -138,7 +149,7 @@ def tet_loss(
         phi: Target of the regulariser; the paper uses the threshold V_th.
         label_smoothing: Probability spread evenly over all classes, in [0, 1).
     """
-    logits = _full_precision(logits)
+    logits = _of_timesteps(logits)
     cross_entropy = _mean_cross_entropy(logits, target, label_smoothing)
     pull = (logits - phi).square().mean()
     return (1 - lambda_) * cross_entropy + lambda_ * pull
@@ -173,7 +184,7 @@ def tet_of_means_loss(
         phi: Target of the regulariser, for each output and not for the means.
         label_smoothing: Probability spread evenly over all classes, in [0, 1).
     """
-    logits = _full_precision(logits)
+    logits = _of_timesteps(logits)
     cross_entropy = _mean_cross_entropy(running_means(logits), target, label_smoothing)
     pull = (logits - phi).square().mean()
     return (1 - lambda_) * cross_entropy + lambda_ * pull

@@ -31,6 +31,8 @@ E = TypeVar("E")
 # file helpers.py, which must be imported before it.
 PACKAGE = "tetdist_imports"
 CHECKSUMS = "SHA256SUMS"
+# Of each module, the keys of the configuration that its entries are for.
+_KEYS_OF: dict[str, set[str]] = {}
 
 
 class Registry(dict[str, T]):
@@ -66,6 +68,7 @@ class Registry(dict[str, T]):
                 f"{module} registers the {self.what} {name!r}, which {owner} has registered; give "
                 "it another name"
             )
+        _KEYS_OF.setdefault(module, set()).add(self.key)
         self[name] = entry
 
     def __missing__(self, name: str) -> NoReturn:
@@ -110,6 +113,18 @@ def import_files(paths: Iterable[str | Path]) -> list[Imported]:
     return list(found.values())
 
 
+def without_losses(paths: Iterable[str]) -> list[str]:
+    """Leave out imported files that register losses alone: a trained network does not need them."""
+    import timm
+
+    return [
+        path
+        for path in paths
+        if _KEYS_OF.get(f"{PACKAGE}.{(stem := Path(path).stem)}") != {"loss.kind"}
+        or timm.list_models(module=stem)
+    ]
+
+
 def checksums_of(paths: Iterable[str | Path]) -> dict[str, str]:
     """Return the SHA-256 by name of imported files, as of when they were imported."""
     names = [Path(path).name for path in paths]
@@ -140,12 +155,15 @@ def _import(file: Imported, code: bytes) -> None:
         del sys.modules[name]
         if isinstance(error, UserError):
             raise
-        frames = traceback.extract_tb(error.__traceback__)
-        *_, line = 0, *(frame.lineno for frame in frames if Path(frame.filename) == file.path)
-        line = error.lineno if isinstance(error, SyntaxError) else line
-        raise UserError(
-            f"imports: {file.path}:{line} raises {type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"imports: {raised_in(error, file.path)}") from error
+
+
+def raised_in(error: BaseException, file: str | Path) -> str:
+    """Return which line of a user's file raises an error, and the error, for messages."""
+    frames = traceback.extract_tb(error.__traceback__)
+    *_, line = 0, *(frame.lineno for frame in frames if Path(frame.filename) == Path(file))
+    line = error.lineno if isinstance(error, SyntaxError) else line
+    return f"{file}:{line} raises {type(error).__name__}: {error}"
 
 
 def keep(files: Iterable[Imported], folder: Path) -> tuple[str, ...]:
@@ -171,16 +189,18 @@ def require(before: Mapping[str, str], source: Path) -> None:
     A file of the same name with other contents is accepted with a warning.
 
     Raises:
-        UserError: A file is missing.
+        UserError: Files are missing; the text names all.
     """
-    for name, sha256 in before.items():
-        module, copy = sys.modules.get(f"{PACKAGE}.{Path(name).stem}"), source / "imports" / name
-        if module is None:
-            raise UserError(
-                f"{source} was made with {name}, which is never imported from a checkpoint by "
-                f"itself; add --import {copy if copy.is_file() else name} if you trust the file"
-            )
-        if module.sha256 != sha256:
+    modules = {name: sys.modules.get(f"{PACKAGE}.{Path(name).stem}") for name in before}
+    if missing := [name for name, module in modules.items() if module is None]:
+        copies = {name: source / "imports" / name for name in missing}
+        flags = (f"--import {copy if copy.is_file() else name}" for name, copy in copies.items())
+        raise UserError(
+            f"{source} was made with {' and '.join(missing)}, which a checkpoint never imports by "
+            f"itself; add {' '.join(flags)} if you trust the code"
+        )
+    for name, module in modules.items():
+        if module is not None and module.sha256 != before[name]:
             logger.warning("%s differs from the file of %s", module.__file__, source)
 
 

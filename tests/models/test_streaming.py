@@ -294,6 +294,8 @@ def test_misuse_is_one_sentence():
             UserError, match=r"but the stream's are \(6, 3, 28, 28\); call reset\(\)"
         ):
             stream.step(wrong)
+    with pytest.raises(UserError, match="has 28x27; give it the argument input_size"):
+        model(x[..., :-1])
     of_events, frames = make("spiking_convnet_dvs", {})
     with pytest.raises(UserError, match="is built for 34x34 pixels, but the input has 34x33"):
         of_events(frames[..., :-1])

@@ -3,6 +3,7 @@
 What registers names is imported in the functions: `loading.parse` checks other keys before that.
 """
 
+import inspect
 import re
 from collections.abc import Iterator
 
@@ -13,9 +14,13 @@ from tetdist.errors import UserError
 from tetdist.wording import counted
 
 
-def check(config: RunConfig) -> None:
-    """Refuse contradictions between keys that are each fine on their own."""
-    for found in (_of_the_run, _of_phases, _of_data, _of_the_engine, _of_cuda_graphs):
+def check(config: RunConfig, *, is_trained: bool = False) -> None:
+    """Refuse contradictions between keys that are each fine on their own.
+
+    The loss of a network that is trained does not matter: its file need not be imported.
+    """
+    losses = () if is_trained else (_of_losses,)
+    for found in (_of_the_run, *losses, _of_phases, _of_data, _of_the_engine, _of_cuda_graphs):
         for sentence in found(config):
             raise UserError(sentence)
 
@@ -55,15 +60,12 @@ def _of_the_run(config: RunConfig) -> Iterator[str]:
 def _of_phases(config: RunConfig) -> Iterator[str]:
     from tetdist.optimizers import kind_of
 
-    yield from _of_loss(config, "loss", config.loss)
     for i, phase in enumerate(config.phases):
         neuron = config.model.neuron
         if (reason := next(filter(None, map(neuron.refusal, phase.choices)), None)) is not None:
             trained = getattr(neuron, "timesteps", None)
             one = f"; set phases.{i}.timesteps={trained}, or model.neuron.timesteps to its only T"
             yield f"phases.{i}.timesteps: {reason}{one if trained else ''}"
-        if phase.loss.model_fields_set:
-            yield from _of_loss(config, f"phases.{i}.loss", config.loss_of(phase))
         optimizer = config.optimizer_of(i)
         stages = kind_of(optimizer.kind).zero_stages
         if config.zero_stage not in stages:
@@ -91,6 +93,13 @@ def _of_phases(config: RunConfig) -> Iterator[str]:
                 )
 
 
+def _of_losses(config: RunConfig) -> Iterator[str]:
+    yield from _of_loss(config, "loss", config.loss)
+    for i, phase in enumerate(config.phases):
+        if phase.loss.model_fields_set:
+            yield from _of_loss(config, f"phases.{i}.loss", config.loss_of(phase))
+
+
 def _of_loss(config: RunConfig, key: str, section: LossSection) -> Iterator[str]:
     from tetdist.losses import LOSSES
 
@@ -102,6 +111,14 @@ def _of_loss(config: RunConfig, key: str, section: LossSection) -> Iterator[str]
                 f"{key}.arguments.{name}: {key}.kind={section.kind} has no such argument; known: "
                 f"{', '.join(own) or 'none'}"
             )
+    known = ({*loss.arguments} - {*own}) | section.arguments.keys()
+    try:
+        inspect.signature(loss.function).bind(None, None, **dict.fromkeys(known))
+    except TypeError as error:
+        yield (
+            f"{key}.kind: {section.kind} does not take logits, targets and {sorted(known)} "
+            f"({error}); make its other parameters keyword-only, and set them in {key}.arguments"
+        )
     if distillation.self_weight and loss.of_time_mean:
         yield (
             f"{key}.distillation.self_weight: timesteps cannot learn from their mean, because "

@@ -5,6 +5,7 @@ A value above such a limit is a typing error that would fill the memory or end t
 
 import argparse
 import re
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from tetdist.wording import meant
@@ -45,6 +46,11 @@ def add_import(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.py",
         help="a Python file that registers models, neurons, losses, ... of your own",
     )
+
+
+def import_flags(files: Iterable[object]) -> list[str]:
+    """Return the flags of `add_import` for files."""
+    return [word for file in files for word in ("--import", str(file))]
 
 
 def positive(text: str, most: int | None = None) -> int:

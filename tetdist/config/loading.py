@@ -140,7 +140,7 @@ def parse(
         check_data(draft.data)
     raw = _with_neuron_of_its_kind(raw, warn)
     config = checked(RunConfig, raw, source, overrides, origins)
-    check(config)
+    check(config, is_trained=is_trained)
     return config
 
 

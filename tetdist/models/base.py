@@ -298,6 +298,7 @@ class SpikingNetwork(nn.Module):
         Raises:
             ValueError: The shape is wrong, or there are fewer than T time bins.
         """
+        self.check_size(x)
         if self.input_kind == "images":
             if x.ndim != 4:
                 raise ValueError(f"an image batch must be (B, C, H, W), not {tuple(x.shape)}")
@@ -305,7 +306,6 @@ class SpikingNetwork(nn.Module):
             return x.contiguous(memory_format=torch.channels_last)[None]
         if x.ndim != 5:
             raise ValueError(f"an event batch must be (B, T, C, H, W), not {tuple(x.shape)}")
-        self.check_size(x)
         if x.shape[1] < self.timesteps:
             raise ValueError(
                 f"the model runs {self.timesteps} timesteps, but the input has {x.shape[1]} bins"
@@ -319,7 +319,8 @@ class SpikingNetwork(nn.Module):
         (height, width), side = x.shape[-2:], self.input_size
         if side is not None and (height, width) != (side, side):
             raise UserError(
-                f"the model is built for {side}x{side} pixels, but the input has {height}x{width}"
+                f"the model is built for {side}x{side} pixels, but the input has {height}x{width}; "
+                "give it the argument input_size"
             )
 
     def frame(self, x: Tensor, t: int) -> Tensor:

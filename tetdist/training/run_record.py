@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tetdist.config.flags import import_flags
 from tetdist.config.identity import flatten
 from tetdist.distributed.signals import StopRequest
 from tetdist.errors import Stopped, typed
@@ -140,7 +141,8 @@ class RunRecord:
             ]
             for phase in self.run.phases
         ]
-        losses = config.losses()
+        losses, folder = config.losses(), config.run_dir.resolve()
+        copies = [folder / "imports" / Path(file).name for file in config.imports]
         lines = [
             f"**{config.model.name}** by {' then '.join(loss.kind.upper() for loss in losses)} on "
             f"{config.data.root} ({data}; "
@@ -156,6 +158,6 @@ class RunRecord:
             "Plots and the whole configuration are under Artifacts; what the metrics mean: "
             "docs/metrics.md.",
             "",
-            f"    {typed('eval', config.run_dir.resolve())}",
+            f"    {typed('eval', folder, *import_flags(copies))}",
         ]
         return "\n".join(lines)

@@ -9,7 +9,7 @@ from typing import Any
 from tetdist.datasets import recorded_split
 from tetdist.errors import UserError
 from tetdist.nn import neurons
-from tetdist.plugins import checksums_of
+from tetdist.plugins import checksums_of, without_losses
 from tetdist.storage import checkpoint
 from tetdist.tracking.tracker import Tracker
 from tetdist.training.ema import WeightAverage
@@ -148,7 +148,7 @@ def _describe(
         timesteps=run.model.timesteps,
         step=step,
         validation=validation,
-        imports=checksums_of(config.imports),
+        imports=checksums_of(without_losses(config.imports)),
     )
     # A file lists only what is set.
     return description.model_copy(update={"binning": binning} if binning else {})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tetdist.apps.cli.common import program, run_command
-from tetdist.config.flags import add_import, positive
+from tetdist.config.flags import add_import, import_flags, positive
 from tetdist.config.key_parser import KeyParser
 from tetdist.errors import UserError
 from tetdist.wording import counted
@@ -110,7 +110,7 @@ def study(options: argparse.Namespace) -> int:
         refuse_if_at_work(left)
         untrained = [run for run in left if not plan.is_trained(run)]
         failed = work(chosen, options.jobs, tracking.Parent(file.stem, untrained, output))
-    words = (str(file), *options.overrides, *plan.import_flags(options.imports))
+    words = (str(file), *options.overrides, *import_flags(options.imports))
     found = numbers.gather(section, runs, str(plan.Command("study", words)))
     report.write(found, output / "report.md")
     print(report.summary(found), f"the report is {output / 'report.md'}", sep="\n")

@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("torch").setLevel(logging.WARNING)  # torch does so too late for Ctrl-C
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         logging.getLogger().setLevel(logging.ERROR)
@@ -69,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         # All processes raise this error; only rank 0 prints it.
         return fail(error) if rank == "0" else 2
     except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
         return 130
     if config is None:
         return 0

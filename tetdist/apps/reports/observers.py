@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from typing_extensions import override
@@ -9,6 +10,7 @@ from typing_extensions import override
 from tetdist.apps.reports.reference import find_reference, is_imagenet
 from tetdist.apps.reports.run_plots import RunPlots
 from tetdist.apps.reports.step_profile import StepProfile
+from tetdist.config.flags import import_flags
 from tetdist.errors import typed
 from tetdist.nn.neurons import kind_of
 from tetdist.tracking.mlflow_logger import ui_command
@@ -54,7 +56,8 @@ class Summary(Observer):
                 f". Moving average: {result['ema_top1']:.2f} %; best "
                 f"{result['ema_best_top1']:.2f} %, at step {result['ema_best_step']:.0f}"
             )
-        lines.append(f"  evaluate  {typed('eval', folder)}")
+        copies = [folder / "imports" / Path(file).name for file in self.config.imports]
+        lines.append(f"  evaluate  {typed('eval', folder, *import_flags(copies))}")
         if self.config.tracking_uri and self.tracker.is_complete:
             lines.append(f"  look      {ui_command(self.config.tracking_uri, folder)}")
         logger.info("%s", "\n".join(lines))

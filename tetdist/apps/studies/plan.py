@@ -12,6 +12,7 @@ from pydantic import Field
 
 from tetdist.config import identity, loading
 from tetdist.config.fields import Section, Timesteps
+from tetdist.config.flags import import_flags
 from tetdist.config.loading import CONFIGS_DIR
 from tetdist.config.messages import checked
 from tetdist.config.overrides import apply_override, joined
@@ -228,10 +229,6 @@ def read(path: Path, more: Sequence[str] = (), imports: Sequence[str] = ()) -> S
             raise UserError(f"{path}: entries.{name}: {error}") from error
         most = max(most, config.phases[-1].most_timesteps)
     return study.model_copy(update={"test_timesteps": tuple(range(1, most + 1))})
-
-
-def import_flags(files: Sequence[str]) -> list[str]:
-    return [word for file in files for word in ("--import", file)]
 
 
 def runs_of(
