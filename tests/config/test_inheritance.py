@@ -115,7 +115,7 @@ def test_a_mistake_names_the_file_that_it_is_in(tmp_path):
         ("base: quickstart\nphases: {1: {epochs: 2}}", "'phases' has items 0 to 0 in the base"),
         (
             "base: quickstart\nphases: [{epochs: 2}]",
-            "'phases.0.timesteps' is missing (a list replaces",
+            "'phases.0.optimizer' is missing (a list replaces",
         ),
         ("base: quickstart\nphases: {first: {epochs: 2}}", "no 'first'"),
     ],

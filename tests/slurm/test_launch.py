@@ -300,7 +300,7 @@ def test_what_is_refused_before_anything_is_written(tiny_config, tmp_path, capfd
         ([], "--config is missing"),
         (["--gpu-per-node", "8", "--partion", "x"], "-node?; did you mean --partition?"),
         (["--config", "x", "--nodes", "none"], "'none' is not a whole number"),
-        (["status"], "RUN"),
+        (["cancel"], "RUN"),
         (["--config", "x", "--images", "8"], "--images applies to --dry-run only"),
     ],
 )

@@ -58,15 +58,16 @@ def checked(
     except pydantic.ValidationError as error:
         found = [_located(section, one) for one in error.errors()]
     problems_by_origin: dict[str, list[str]] = {}
+    bases = {file for file in (origins or {}).values() if file.endswith(".yaml")} - {source}
+    hint = ""
     for one in found:
         # Errors of a list or mapping around a mistake say nothing more.
         if any(_is_in(other["loc"], one["loc"]) and other["loc"] != one["loc"] for other in found):
             continue
         override = _override_of(one, overrides)
         problem = _explain(section, one, override)
-        files = {file for file in (origins or {}).values() if file.endswith(".yaml")}
-        if one["type"] == "missing" and one["loc"][0] == "phases" and files - {source}:
-            problem += " (a list replaces the base's; to change some keys, write phases: {0: ...})"
+        if one["type"] == "missing" and one["loc"][0] == "phases" and bases:
+            hint = " (a list replaces the base's; to change some keys, write phases: {0: ...})"
         origin = override or (origins or {}).get(".".join(one["loc"])) or source
         if override is not None and problem.startswith(f"{override} "):
             problems_by_origin[problem] = []  # it names the override itself
@@ -77,6 +78,7 @@ def checked(
             ": ".join([origin, *filter(None, ["; ".join(dict.fromkeys(problems))])])
             for origin, problems in problems_by_origin.items()
         )
+        + hint
     )
 
 
