@@ -36,7 +36,7 @@ def lines():
 def make_run(folder, changes=None, *, weights=(), **configuration):
     """A run whose lines of some (kind, step) have other values; None: without the line.
 
-    Of its ``weights``, by step, each checkpoint has one tensor.
+    Of its ``weights``, by step, each checkpoint has one tensor, or none, beside another.
     """
     folder.mkdir()
     found = lines()
@@ -50,7 +50,8 @@ def make_run(folder, changes=None, *, weights=(), **configuration):
         place = folder / "checkpoints" / name
         place.mkdir(parents=True)
         about = {"config": {}, "classes": None, "timesteps": 1, "step": 1}
-        tensors = {"weight": torch.tensor(weight), "other": torch.ones(3)}
+        own = {"weight": torch.tensor(weight)} if weight else {}
+        tensors = own | {"other": torch.ones(3)}
         save_file(tensors, place / "model.safetensors", {"tetdist": json.dumps(about)})
     return folder
 
@@ -196,6 +197,12 @@ def test_a_key_that_an_older_version_lacks_has_its_default_and_a_long_value_is_w
         ({"step-05": [math.nan]}, {"step-05": [math.nan]}, 0, "at step 5: bitwise identical."),
         ({"step-05": [0.0]}, {"step-05": [-0.0]}, 1, "at step 5: 1 of 2 tensors differ."),
         ({"step-05": [0.0]}, {"step-05": [0.0, 0.0]}, 1, "at step 5: 1 of 2 tensors differ."),
+        (
+            {"step-05": []},
+            {"step-05": [0.0]},
+            1,
+            "at step 5: 0 of 1 tensors differ; only b has 1 other.",
+        ),
         ({"step-05": [0.0]}, {"step-06": [1.0]}, 0, ": no checkpoint of the same step."),
     ],
 )

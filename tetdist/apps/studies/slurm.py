@@ -83,8 +83,11 @@ def dry_run(runs: list[StudyRun], flags: list[str]) -> int:
         prepared, speed = command.planned(options)
         own = math.nan if isinstance(speed, str) else seconds_of(prepared.plan, speed) / 3600
         hours.append(own)
-        found = "hours unknown" if math.isnan(own) else f"{own:.2g} hours"
-        print(f"{run.name}: {found}{_starts_after(after)}", flush=True)
+        known = f"{own:.1f} hours" if own >= 1 else f"{60 * own:.1f} minutes"
+        print(
+            f"{run.name}: {'hours unknown' if math.isnan(own) else known}{_starts_after(after)}",
+            flush=True,
+        )
         with_config = options.print_config
         shown = submission.dry_run(prepared, speed, options.after, with_config=with_config)
     total = "unknown, see the plan" if math.isnan(sum(hours)) else f"{sum(hours):.1f}"
