@@ -380,7 +380,7 @@ def main() -> int:
         if Path("runs", study).exists() and (values := measured(study, earlier)) is not None
     }
     found: dict[str, Any] = {
-        "studies": measured_now or stored["studies"],
+        "studies": stored.get("studies", {}) | measured_now,
         "search": searched() or stored.get("search", {}),
     }
     answer, seeds, text, figure = page_of(found)
