@@ -268,7 +268,7 @@ def test_plan_without_the_data(tiny_config, capfd):
 
 
 @pytest.mark.usefixtures("without_slurm")
-def test_what_is_refused_before_anything_is_written(tiny_config, tmp_path, capfd):
+def test_what_is_refused_before_anything_is_written(tiny_config, tmp_path, capfd, monkeypatch):
     file, trained = str(tiny_config()), tmp_path / "trained"
     trained.mkdir()
     (trained / "config.yaml").touch()
@@ -291,6 +291,9 @@ def test_what_is_refused_before_anything_is_written(tiny_config, tmp_path, capfd
         refused(capfd, ["--config", file, "--gpus-per-node", "4", *arguments], *parts)
     for command in ("status", "cancel", "resume"):
         refused(capfd, [command, "nothing"], "there is no run nothing")
+    monkeypatch.chdir(tmp_path)
+    assert main(["status"]) == 0
+    assert "there are no runs yet in runs/" in capfd.readouterr().out
     assert not (tmp_path / "runs").exists()
 
 

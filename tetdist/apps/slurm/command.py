@@ -42,8 +42,8 @@ def _submit_parser() -> KeyParser:
     parser = KeyParser(
         prog=PROGRAM,
         description="Submit a run to a Slurm cluster once; it requeues itself until finished.",
-        epilog="Other commands: status RUN, cancel RUN, resume RUN (each with --help). Settings of "
-        "the cluster may be stored in ~/.config/tetdist/cluster.yaml; see docs/slurm.md.",
+        epilog="Other commands: status [RUN], cancel RUN, resume RUN (each with --help). Settings "
+        "of the cluster may be stored in ~/.config/tetdist/cluster.yaml; see docs/slurm.md.",
     )
     parser.add_argument("--config", metavar="NAME", help="YAML file, or its name in configs/")
     parser.add_argument(
