@@ -86,7 +86,7 @@ def test_files_to_be_imported_add_up(tmp_path):
     loss = (
         "from tetdist.losses import register_loss\n"
         "@register_loss('{0}')\n"
-        "def {0}(logits, targets, config):\n    return logits.sum()\n"
+        "def {0}(logits, targets):\n    return logits.sum()\n"
     )
     written(tmp_path / "base/one.py", loss.format("of_the_base"))
     written(tmp_path / "two.py", loss.format("of_mine"))
