@@ -7,6 +7,7 @@ precision.
 import inspect
 import itertools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
@@ -58,7 +59,7 @@ class Loss:
             if not is_own or isinstance(error, UserError | torch.OutOfMemoryError):
                 raise
             shapes = f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"
-            place = raised_in(error, self.function.__code__.co_filename)
+            place = raised_in(error, str(sys.modules[self.function.__module__].__file__))
             raise UserError(f"loss.kind: {kind}: {place} for {shapes}") from error
         if not isinstance(total, Tensor):
             raise UserError(f"loss.kind: {kind} returns {total}, not a tensor of the shape ()")

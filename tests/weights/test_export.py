@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import nir
-import nirtorch
 import numpy as np
 import onnxruntime
 import pytest
@@ -293,69 +292,8 @@ def test_a_network_from_outside(tmp_path):
 # ---------------------------------------------------------------------------------------- NIR
 
 
-class Neurons(nn.Module):
-    """NIR's equation, by the Euler method."""
-
-    def __init__(self, node, dt):
-        super().__init__()
-        self.node, self.dt = node, dt
-
-    def forward(self, x, state=None):
-        node, v = self.node, torch.zeros_like(x) if state is None else state
-        r, reset = torch.from_numpy(node.r).double(), torch.from_numpy(node.v_reset).double()
-        change = r * x
-        if isinstance(node, nir.LIF):
-            leak, tau = torch.from_numpy(node.v_leak), torch.from_numpy(node.tau).double()
-            change = (leak - v + change) / tau
-        v = v + self.dt * change
-        spikes = (v > torch.from_numpy(node.v_threshold)).to(x.dtype)
-        return spikes, torch.where(spikes > 0, reset, v)
-
-
-class Function(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
-def by_nirtorch(graph, dt):
-    """The graph as nirtorch runs it; what it has no module for is written here."""
-
-    def sum_pool(node):
-        kernel, stride, padding = (
-            tuple(map(int, v)) for v in (node.kernel_size, node.stride, node.padding)
-        )
-        return Function(
-            lambda x: nn.functional.avg_pool2d(x, kernel, stride, padding, divisor_override=1)
-        )
-
-    def affine(node):
-        # nirtorch 2.6 has one that leaves the bias at random.
-        module = nn.Linear(*node.weight.shape[::-1])
-        module.weight.data, module.bias.data = map(torch.from_numpy, (node.weight, node.bias))
-        return module
-
-    def average_pool(node):
-        return nn.AvgPool2d(tuple(map(int, node.kernel_size)), tuple(map(int, node.stride)))
-
-    return nirtorch.nir_to_torch(
-        graph,
-        {
-            nir.IF: lambda node: Neurons(node, dt),
-            nir.LIF: lambda node: Neurons(node, dt),
-            nir.Affine: affine,
-            nir.AvgPool2d: average_pool,
-            nir.SumPool2d: sum_pool,
-            nir.Scale: lambda node: Function(lambda x: x * torch.from_numpy(node.scale)),
-            nir.Threshold: lambda node: Function(
-                lambda x: (x > torch.from_numpy(node.threshold)).to(x.dtype)
-            ),
-        },
-        dtype=torch.float64,
-    )
+PAGE = (tiny.PROJECT / "docs" / "weights.md").read_text()
+(PROGRAM,) = re.findall(r"```python\n# run_nir.py\n(.*?)```", PAGE, re.DOTALL)
 
 
 def over_time(module, trained, x):
@@ -387,7 +325,8 @@ def test_nir_graph_run_by_nirtorch_is_the_network(network, tmp_path):
     with torch.no_grad():
         expected = trained.model.double()(x, per_timestep=True)
     assert len(expected.flatten(1).unique(dim=0)) > 1 or "and" in network
-    actual = over_time(by_nirtorch(graph, dt), trained, x)
+    exec(PROGRAM, page := {})
+    actual = over_time(page["load"](tmp_path / "graph.nir", torch.float64), trained, x)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
