@@ -96,6 +96,7 @@ def given(config, folder):
     overrides = []
     if config.init_checkpoint:
         timesteps = config.phases[0].timesteps
+        torch.manual_seed(0)
         model = config.model.build(num_classes=CLASSES, timesteps=timesteps)
         description = checkpoint.Description(
             config=config.as_dict(), classes=list(tiny.CLASSES), timesteps=timesteps, step=0
