@@ -177,6 +177,7 @@ def without_image(file):
         (partial(described, about=b"{"), "00001-of-00002.parquet is damaged, or not Parquet ("),
         (partial(described, about=b"[]"), "00001-of-00002.parquet is damaged, or not Parquet ("),
         (partial(described, about=b'{"info": 3}'), "is damaged, or not Parquet ("),
+        (partial(described, about=b"[" * 100_000), "is damaged, or not Parquet ("),
         (bent, "00001-of-00002.parquet is damaged, or not Parquet ("),
         (emptied, "the files of train in "),
         (relabel, "1 of 12 images in "),

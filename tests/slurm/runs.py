@@ -73,7 +73,7 @@ class Run:
         wait_until(
             lambda: sum(event.kind == "started" for event in self.history) >= number,
             f"start {number} of {self.path}: {self.history}",
-            120,
+            300,
         )
 
     def wait_for(self, kind: str, seconds: float = 240) -> None:

@@ -23,6 +23,8 @@ from tetdist.training.run_record import show_checkpoints
         ("./mlruns", "MLflow cannot use ./mlruns"),
         ("http:///x", "names no host"),
         ("https://", "names no host"),
+        ("http://me:secret@[::1", "Invalid IPv6 URL"),
+        ("http://me:secret@host:99999", "Port out of range"),
         ("sqlite://", "in memory"),
         ("sqlite:///:memory:", "in memory"),
         ("postgresql+nosuchdriver://host/runs", "MLflow cannot use"),

@@ -376,6 +376,13 @@ def test_files_without_weights_are_named(name, content, complaint, tmp_path):
         foreign_files.read(tmp_path / name)
 
 
+def test_numbers_that_are_infinite_in_the_model_are_refused():
+    wide = {"a": torch.tensor([1e300], dtype=torch.float64)}
+    foreign_files.check_values(wide, Path("a.pth"), wide)
+    with pytest.raises(UserError, match=r"holds NaN or infinity \(in a\)"):
+        foreign_files.check_values(wide, Path("a.pth"), {"a": torch.zeros(1)})
+
+
 def test_programs_are_refused(tmp_path):
     torch.jit.save(torch.jit.script(nn.Linear(1, 1)), tmp_path / "b.pt")
     with pytest.raises(UserError, match="is a TorchScript program, which is code"):

@@ -83,7 +83,9 @@ def check_values(
     real = [k for k in state if (k.endswith(_REAL) if own is None else own[k].is_floating_point())]
     odd = [k for k in real if state[k].dtype not in _FLOATS]
     refuse(odd, "other than floating-point numbers", "so save it again in float32")
-    broken = [k for k, value in state.items() if not value.isfinite().all()]
+    # A number of float64 may be infinite in the model.
+    taken = {k: v if own is None else v.to(own[k].dtype) for k, v in state.items()}
+    broken = [k for k, value in taken.items() if not value.isfinite().all()]
     diverged = "since its training diverged; use an earlier checkpoint"
     refuse(broken, "NaN or infinity", diverged)
     negative = [k for k in real if k.endswith("running_var") and (state[k] < 0).any()]

@@ -26,14 +26,15 @@ _SUGGESTED = f"set tracking.uri=http://HOST:PORT or sqlite:////FOLDER/mlflow.db,
 
 def check_store(uri: str) -> None:
     """Check that MLflow can keep runs at an address, without contacting a server."""
-    shown, address = without_passwords(uri), urlsplit(uri)
+    shown = without_passwords(uri)
     key = TRACKING_VARIABLE if uri == os.environ.get(TRACKING_VARIABLE) else "tracking.uri"
     if shown != uri:
         _warn_of_password()
     try:
+        address = urlsplit(uri)
         match address.scheme.partition("+")[0]:
             case "http" | "https":
-                if not address.hostname:
+                if not address.hostname or address.port == 0:  # other bad ports raise, too
                     raise ValueError("it names no host")
             case "sqlite":
                 _check_sqlite(uri.partition("///")[2])

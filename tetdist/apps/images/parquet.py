@@ -68,7 +68,14 @@ def _opened(file: Path) -> Iterator[pq.ParquetFile]:
             yield opened
     except UserError:
         raise
-    except (pa.ArrowException, OSError, AttributeError, TypeError, ValueError) as error:
+    except (
+        pa.ArrowException,
+        OSError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{file} is damaged, or not Parquet ({reason}): fetch it again") from error
 

@@ -16,7 +16,7 @@ from tetdist.storage.files import checkpoint_at, is_held
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import from_end
 from tetdist.tracking.progress import slowest_rank
-from tetdist.wording import duration, meant, rate
+from tetdist.wording import counted, duration, meant, rate
 
 DAMAGED = "damaged"
 # Numbers that a line of each kind must have, and optional numbers.
@@ -235,7 +235,7 @@ def as_text(status: RunStatus) -> str:
     if status.step is not None:
         lines.append("  " + "  ".join(_progress(status)))
     else:
-        lines.append(f"  of {status.epochs} epochs")
+        lines.append(f"  no step of {counted(status.epochs, 'epoch')} is logged")
     if train:
         parts = [
             f"loss {train['loss']:.3f}",
