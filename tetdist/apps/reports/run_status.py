@@ -235,7 +235,8 @@ def as_text(status: RunStatus) -> str:
     if status.step is not None:
         lines.append("  " + "  ".join(_progress(status)))
     else:
-        lines.append(f"  no step of {counted(status.epochs, 'epoch')} is logged")
+        whole = f", of {counted(status.epochs, 'epoch')}" if status.epochs else ""
+        lines.append(f"  no step is logged{whole}")
     if train:
         parts = [
             f"loss {train['loss']:.3f}",
