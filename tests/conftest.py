@@ -62,6 +62,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
+def pytest_runtest_setup() -> None:
+    """Forget the address that MLflow leaves in the environment when a run was logged to it."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave tests that need a GPU to `make test-gpu`, since the others do not see one."""
     if not are_about_gpus(config):
