@@ -54,6 +54,7 @@ MISTAKEN = {
     # The right key, at every depth; the right word at the wrong place.
     "sede=1": "unknown key 'sede'; did you mean 'seed'?",
     "model.nuron={}": "unknown key 'model.nuron'; did you mean 'model.neuron'?",
+    "epocs=1": "unknown key 'epocs'; did you mean 'phases.0.epochs'?",
     "phases.0.epoch=1": "unknown key 'phases.0.epoch'; did you mean 'phases.0.epochs'?",
     "phases.0.optimizer.weight_dacay=1": "did you mean 'phases.0.optimizer.weight_decay'?",
     "phases.0.loss.lamda=1": "'phases.0.loss.lamda'; did you mean 'phases.0.loss.lambda'?",
@@ -472,6 +473,7 @@ def test_every_key_is_printed_and_explained():
         (["quickstart.yaml"], "--config is missing; write --config quickstart.yaml"),
         (["--pint-config"], "did you mean --print-config?"),
         (["--batch-size", "3"], "written key=value, without --; set batch.global"),
+        (["--epocs", "3"], "written key=value, without --; did you mean 'phases.0.epochs'?"),
         (["--epochs", "3"], "written key=value, without --; did you mean 'phases.0.epochs'?"),
     ],
 )

@@ -33,7 +33,8 @@ class Parser(argparse.ArgumentParser):
 
     def meant(self, flag: str) -> str:
         """Return the flag that an unknown one may have meant, as a part of a sentence."""
-        return meant(flag, self._option_string_actions, "")
+        words = [option.lstrip("-") for option in self._option_string_actions]
+        return meant(flag.lstrip("-"), words, "").replace("mean ", "mean --")
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:

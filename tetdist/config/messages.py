@@ -147,13 +147,16 @@ def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
         return _ELSEWHERE[last]
     section = section_at(root, place)
     known = keys_of(section or root)
-    # The right word at a wrong place, or else a misspelt word at the right one.
+    # The right word at a wrong place, or else a misspelt word.
     found = (_place_of(last, key) for key in documented_keys(root))
     elsewhere = list(dict.fromkeys(filter(None, found)))
     elsewhere = [key for key in elsewhere if key.split(".")[0] in place] or elsewhere
     if elsewhere:
         return f"did you mean {' or '.join(map(repr, elsewhere[:3]))}?"
-    if close := difflib.get_close_matches(last, known, n=1, cutoff=0.5):
+    words = {*known, *(key.rpartition(".")[2] for key in documented_keys(root))}
+    if close := difflib.get_close_matches(last, words, n=1):
+        if close[0] not in known:
+            return nearest(root, [*place, close[0]])
         return f"did you mean {'.'.join([*place, close[0]])!r}?"
     return f"known keys: {', '.join(known)}"
 
