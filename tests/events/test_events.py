@@ -222,6 +222,7 @@ def test_replay_needs_windows_of_a_fixed_size(tmp_path, capfd):
         ({}, "binning of its recordings is damaged: timesteps cannot be read"),
         (HEADER | {"bins": 3}, "damaged: bins cannot be read"),
         (HEADER | {"size": "-1x5"}, "damaged: size cannot be read"),
+        (HEADER | {"size": 5}, "damaged: size cannot be read"),
         (HEADER | {"size": "100000x100000"}, "damaged: size cannot be read"),
         (HEADER | {"sensor": "1000000x1000000"}, "damaged: sensor cannot be read"),
         (HEADER | {"dtype": "foo"}, "damaged: dtype cannot be read"),

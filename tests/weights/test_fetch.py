@@ -197,7 +197,8 @@ def test_interrupted_downloads_continue(host, monkeypatch):
         ("a page", r"sent is a web page, not weights; repeat the command, or download it from"),
         ("damaged", r"sent has another MD5 than figshare's; repeat the command, or download it"),
         ("by hand", r"^sdt_8_384 has no address for programs; download it from https://drive"),
-        ("unknown", r"--fetch: no published network sew_resnet35; choose from sew_resnet18, "),
+        ("unknown", r"there is no published network sew_resnet35; did you mean sew_resnet50\?"),
+        ("no cache", r"weights cannot be kept \(.*; set XDG_CACHE_HOME to a folder of your own"),
     ],
 )
 def test_failed_downloads_say_what_to_do(name, complaint, host, tmp_path):
@@ -213,6 +214,8 @@ def test_failed_downloads_say_what_to_do(name, complaint, host, tmp_path):
             host.publish(file, b"\n<!DOCTYPE html><html>sign in</html>")
         case "damaged":
             host.publish(file, b"weights", hashlib.md5(b"others").hexdigest())
+        case "no cache":
+            (tmp_path / "cache").touch()
     with pytest.raises(UserError, match=complaint):
         published.obtain(published.named(wanted))
     left = [path for path in tmp_path.rglob("*.*") if path.stat().st_size]

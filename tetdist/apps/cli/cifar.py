@@ -93,10 +93,10 @@ def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
     pickles: set[str] = set()
     try:
         with open_file(archive) as file, tarfile.open(fileobj=file) as tar:
-            for member in tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
                 name = PurePosixPath(member.name).name
-                pickles |= {name} & _PICKLES if member.isfile() else set()
-                if not member.isfile() or name not in wanted:
+                pickles |= {name} & _PICKLES
+                if name not in wanted:
                     continue
                 if member.size > _LARGEST_FILE or name in found:
                     raise UserError(f"{archive}: {name} is duplicated or too large; get it again")

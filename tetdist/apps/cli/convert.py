@@ -32,7 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", nargs="?", metavar="FILE", help=".safetensors, or a file of torch.save")
     add("--list", action="store_true", help="list the published networks, and exit")
-    given = "download a network of that list, and convert it; it names FILE, --model and --from"
+    given = "download and convert a network of that list, instead of FILE, --model and --from"
     add("--fetch", metavar="NAME", help=given)
     add("--model", metavar="NAME", help="tetdist's model: sew_resnet34, vggsnn, ...")
     choices = ["auto", *SOURCES]
@@ -60,6 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="keys of the configuration stored in the new file: model.neuron.decay=0.5, "
         "model.arguments.connect_function=and, model.num_classes=100, data.image_size=128",
     )
+    parser.set_defaults(keys=())  # those of a published network
     options = parser.parse_intermixed_args(arguments)
     if options.list:
         return options
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     return run_command(
         lambda: list_published() if options.list else convert_file(options),
-        interrupted="interrupted; the same command continues a download",
+        interrupted="interrupted; the same command starts over, and continues a download",
     )
 
 
@@ -99,11 +100,8 @@ def convert_file(options: argparse.Namespace) -> None:
     check_new_weights(options.output)
     if fetched is not None:
         options.source = published.obtain(fetched)
-        options.model, options.layout = fetched.model, fetched.source
+        options.model, options.layout, options.keys = fetched.model, fetched.source, fetched.keys
         options.timesteps = options.timesteps or fetched.timesteps
-        given = {key.partition("=")[0] for key in options.overrides}
-        kept = [key for key in fetched.keys if key.partition("=")[0] not in given]
-        options.overrides[:0] = kept
     options.source = Path(options.source)
     state = foreign_files.read(options.source)
     layout = options.layout
@@ -180,7 +178,7 @@ def configuration(
     if arguments := arguments_of(source, options.model):
         raw["model"]["arguments"] = arguments
     refuse_repeated(options.overrides)
-    for override in options.overrides:
+    for override in (*options.keys, *options.overrides):
         apply_override(raw, override)
     config = parse(raw, "the configuration", warn=False, overrides=options.overrides)
     return config, timesteps

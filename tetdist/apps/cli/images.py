@@ -182,12 +182,7 @@ def _add_skip_bad(command: argparse.ArgumentParser) -> None:
 
 def _index(args: argparse.Namespace) -> int:
     """Index every split, then write all indexes or none."""
-    from tetdist.datasets.index import (
-        index_file,
-        index_listing,
-        save_index,
-        without_validation,
-    )
+    from tetdist.datasets.index import index_file, index_listing, save_index, without_validation
     from tetdist.datasets.layouts import check_splits
 
     if args.splits is not None:

@@ -198,10 +198,9 @@ def _prebin(options: argparse.Namespace) -> None:
         records, bad = make_tensors(
             options.source, options.dest, listing, settings, options.workers, file_progress
         )
-        reasons = {one.reason for one in bad}
-        if len(bad) > 1 and not records and len(reasons) == 1:
-            every = f"each of {len(bad):,} recordings is bad"
-            raise UserError(f"no split was made: {every}: {reasons.pop()}")
+        if len(bad) > 1 and not records and len({one.reason for one in bad}) == 1:
+            every = f"each of {len(bad):,} recordings is bad: {bad[0].reason}"
+            raise UserError(f"no split was made: {every}")
         report_bad(bad, "recording", len(bad) + len(records))
         if bad and not options.skip_bad:
             raise UserError("no split was made: replace the bad recordings, or give --skip-bad")

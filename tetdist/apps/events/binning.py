@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal, NamedTuple, assert_never
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import PlainValidator, TypeAdapter, ValidationError
 
 from tetdist.apps.events.published import published_frames
 from tetdist.apps.events.recording import BadRecording, Events, Sensor
+from tetdist.config.fields import Timesteps
 from tetdist.config.flags import MOST_TIMESTEPS
 from tetdist.errors import UserError, typed
 from tetdist.wording import are, counted
@@ -19,6 +20,15 @@ from tetdist.wording import are, counted
 Values = Literal["count", "occupancy", "normalised", "published"]
 Resize = Literal["area", "bilinear"]
 DType = Literal["uint8", "float16"]
+
+
+def _sensor(text: object) -> Sensor:
+    width, height = str(text).split("x")
+    return Sensor.stated(width, height)
+
+
+# The header of a checkpoint has it as text.
+_Size = Annotated[Sensor, PlainValidator(_sensor)]
 
 # uint8 holds values between 0 and 1 as multiples of 1 / 255.
 UINT8_STEPS = 255
@@ -44,8 +54,8 @@ class Binning:
         dtype: "uint8": rounded, all values except "count" as multiples of 1 / 255; "float16".
     """
 
-    timesteps: int
-    size: Sensor | None
+    timesteps: Timesteps
+    size: _Size | None
     bins: str
     values: Values
     resize: Resize
@@ -70,19 +80,11 @@ class Window(NamedTuple):
         return cls(1000 * size if unit == "ms" else size, "us")
 
 
-_Text = Annotated[str, Field(pattern=r"^[1-9]\d{0,3}x[1-9]\d{0,3}$")]
-
-
-class _Header(BaseModel, strict=True):
+@dataclass(frozen=True)
+class _Header(Binning):
     """The binning in the header of a checkpoint."""
 
-    timesteps: Annotated[int, Field(ge=1, le=MOST_TIMESTEPS)]
-    size: _Text | None
-    bins: str
-    values: Values
-    resize: Resize
-    dtype: DType
-    sensor: _Text
+    sensor: _Size
 
 
 def binning_of(found: dict[str, Any] | None, run: Path) -> tuple[Binning, Sensor]:
@@ -99,15 +101,13 @@ def binning_of(found: dict[str, Any] | None, run: Path) -> tuple[Binning, Sensor
             "again"
         )
     try:
-        read = _Header.model_validate(found)
+        header = TypeAdapter(_Header).validate_python(found)
     except ValidationError as error:
         raise UserError(
             f"{run}: the binning of its recordings is damaged: {error.errors()[0]['loc'][0]} "
             "cannot be read; use another checkpoint"
         ) from error
-    size = read.size and Sensor(*map(int, read.size.split("x")))
-    sensor = Sensor(*map(int, read.sensor.split("x")))
-    return Binning(**read.model_dump(exclude={"size", "sensor"}), size=size or None), sensor
+    return header, header.sensor
 
 
 class Frames(NamedTuple):
@@ -154,11 +154,11 @@ def window_frames(events: Events, binning: Binning) -> Iterator[tuple[int, npt.N
     assert window is not None, "the bins have no fixed size"
     elapsed = events.t - events.t[0]
     order = elapsed if window.unit == "us" else np.arange(len(events))
-    far = np.flatnonzero(np.diff(order) // window.size > MOST_TIMESTEPS)
+    gaps = np.diff(order)
+    far = np.flatnonzero(gaps // window.size > MOST_TIMESTEPS)
     if far.size:
-        i = int(far[0]) + 1
         raise UserError(
-            f"event {i} comes {np.diff(order)[i - 1]} us after the one before, more than "
+            f"event {far[0] + 1} comes {gaps[far[0]]} us after the one before, more than "
             f"{MOST_TIMESTEPS} windows of {binning.bins}; cut the recording there"
         )
     for end in range(window.size, int(order[-1]) + window.size + 1, window.size):

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, TypeAdapter
+from pydantic import TypeAdapter
 
+from tetdist.config.fields import Pixels
 from tetdist.config.flags import MOST_PIXELS
 from tetdist.wording import counted
 
@@ -18,6 +19,7 @@ _REPEATS = 50
 # Most microseconds between two events, an hour; a damaged timestamp is years ahead.
 _MOST_GAP = 3_600_000_000
 _MOST_HEADER = 2**20  # bytes
+_SIDE = TypeAdapter(Pixels)
 
 
 class BadRecording(ValueError):
@@ -26,9 +28,6 @@ class BadRecording(ValueError):
 
 class OtherSize(BadRecording):
     """Raised if the sensor's size is not the expected one."""
-
-
-_SIDE = TypeAdapter(Annotated[int, Field(ge=1, le=MOST_PIXELS)])
 
 
 class Sensor(NamedTuple):

@@ -1,7 +1,6 @@
 """Image data sets that are published as arrays of pixels, written as class folders."""
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,9 +38,7 @@ def write_root(
         raise UserError(f"{dest} exists and is not empty; name another folder or move it")
     with made_aside(dest, sync=False) as aside:
         counts = {
-            name: _write(
-                aside / name, classes, split, source, per_class[name] if per_class else sys.maxsize
-            )
+            name: _write(aside / name, classes, split, source, (per_class or {}).get(name))
             for name, split in splits.items()
         }
         index_splits(aside, workers=len(os.sched_getaffinity(0)))
@@ -53,8 +50,10 @@ def write_root(
     )
 
 
-def _write(folder: Path, classes: Sequence[str], split: Split, source: str, per_class: int) -> int:
-    """Write the first images of each class and return their number."""
+def _write(
+    folder: Path, classes: Sequence[str], split: Split, source: str, per_class: int | None
+) -> int:
+    """Write the first images of each class, or all, and return their number."""
     import numpy as np
     from PIL import Image
 

@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tetdist.apps.images.check import IMAGENET_COUNTS
@@ -68,14 +67,7 @@ def _opened(file: Path) -> Iterator[pq.ParquetFile]:
             yield opened
     except UserError:
         raise
-    except (
-        pa.ArrowException,
-        OSError,
-        AttributeError,
-        TypeError,
-        ValueError,
-        RecursionError,
-    ) as error:
+    except Exception as error:  # A damaged file may raise any.
         reason = str(error).partition("\n")[0]
         raise UserError(f"{file} is damaged, or not Parquet ({reason}): fetch it again") from error
 

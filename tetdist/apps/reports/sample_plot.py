@@ -28,9 +28,9 @@ from tetdist.training.setup import load_model
 from tetdist.wording import counted
 
 Images = list[npt.NDArray[Any]]
-LAYERS = 3  # whose spikes are shown, from the first to the last
-COLUMNS = 6  # timesteps in the PNG, at most
-WIDTH, DPI = 6.5, 128  # 832 pixels; the text is still read at half of them
+LAYERS = 3  # number of layers whose spikes are shown, spread from the first to the last
+COLUMNS = 6  # maximum number of timesteps in the PNG
+WIDTH, DPI = 6.5, 128  # 832 pixels; the text is still legible at half that size
 
 
 class Seen(NamedTuple):

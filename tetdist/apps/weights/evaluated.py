@@ -102,9 +102,8 @@ def open_evaluated(config: RunConfig, split: str | None, world: World, *, own_da
         own_data: The data are the training's, so that its held-out samples are known.
     """
     data = config.data
-    files = (index_file(data.index_dir, one) for one in ("train", "val"))
-    lacks_val = [one.is_file() for one in files] == [True, False]
-    if split is not None or not lacks_val or Path(data.root, "val").is_dir():
+    indexed = [one for one in ("train", "val") if index_file(data.index_dir, one).is_file()]
+    if split is not None or indexed != ["train"] or Path(data.root, "val").is_dir():
         return open_split(config, split or "val", world)
     if not own_data or not data.held_out:
         raise UserError(

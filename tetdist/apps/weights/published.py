@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.config.yaml_files import read_yaml
-from tetdist.errors import UserError, without_passwords
+from tetdist.errors import UserError, typed, without_passwords
 from tetdist.storage import files, hub
 from tetdist.tables import aligned, number
+from tetdist.wording import meant
 
 TABLE = Path(__file__).with_name("published.yaml")
 FIGSHARE = "https://api.figshare.com/v2/articles"
@@ -71,7 +72,8 @@ def table() -> dict[str, Published]:
 
 def named(name: str) -> Published:
     if name not in table():
-        raise UserError(f"--fetch: no published network {name}; choose from {', '.join(table())}")
+        near = meant(name, table(), f"{typed('convert', '--list')} lists them")
+        raise UserError(f"--fetch: there is no published network {name}; {near}")
     return table()[name]
 
 
@@ -96,8 +98,13 @@ def obtain(one: Published) -> Path:
     Raises:
         UserError: It cannot be downloaded, or differs from the first download.
     """
-    folder = files.own_cache() / "weights"
-    folder.mkdir(exist_ok=True)
+    try:
+        folder = files.own_cache() / "weights"
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"weights cannot be kept ({error}); set XDG_CACHE_HOME to a folder of your own"
+        ) from error
     file, digest = folder / one.file, folder / f"{one.file}.sha256"
     if not file.exists():
         file = _download(one, file)

@@ -38,12 +38,12 @@ class Trained:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one sample at one timestep, (C, H, W)."""
         data = self.config.data
-        match data.input_kind:
+        match data.kind:
             case "images":
-                return (3, data.image_size, data.image_size)
+                channels = {"images": 3, "events": 2}[data.input_kind]
+                return (channels, data.image_size, data.image_size)
             case "events":
-                side = data.image_size if data.images_as_events else None
-                side = side or getattr(self.model, "input_size", None)
+                side = getattr(self.model, "input_size", None)
                 if side is None:  # any size is possible
                     side = getattr(self.model, "default_cfg", {}).get("input_size", (None,))[-1]
                 if side is None:
