@@ -87,12 +87,13 @@ def _answer_while_read(command: Callable[[], int]) -> int:
             if isinstance(ended.code, str):
                 raise
             status = ended.code or 0
+        except KeyboardInterrupt:  # before the command itself answers
+            print("interrupted; nothing was written", file=sys.stderr)
+            status = 130
         # Python itself would do so later, where nobody could see that it fails.
         sys.stdout.flush()
     except OSError as error:
-        # Only the second keeps what it could not write, and fails again without more.
-        probes = ((sys.stdout, "\n"), (sys.stderr, ""))
-        lost = [stream for stream, probe in probes if _is_lost(stream, probe)]
+        lost = [stream for stream in (sys.stdout, sys.stderr) if is_lost(stream)]
         if not lost:
             raise  # another pipe is broken, or another file cannot be written: that is a fault
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -106,10 +107,11 @@ def _answer_while_read(command: Callable[[], int]) -> int:
     return status
 
 
-def _is_lost(stream: TextIO, probe: str) -> bool:
+def is_lost(stream: TextIO) -> bool:
     """Return whether a stream takes no output: its disk is full, or its reader has gone."""
     try:
-        stream.write(probe)
+        # Standard error keeps what it could not write, and fails again without more.
+        stream.write("" if stream is sys.stderr else "\n")
         stream.flush()
     except OSError:
         return True
@@ -137,9 +139,6 @@ def _run(name: str, arguments: list[str] | None) -> int:
         text = f"error: the package {error.name} is not installed; docs/install.md says how"
         print(text, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
     return int(command.main(arguments))
 
 

@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 import tetdist_command
+from tetdist.apps.cli.common import run_command
 from tetdist.errors import typed
 
 FULL = Path("/dev/full")
@@ -49,11 +50,17 @@ def test_the_dockerfile_copies_and_runs_what_is_there():
     assert missing == []
 
 
+def for_files(command):
+    """Run a command to which any file that cannot be written is a mistake of the user's."""
+    return run_command(command, mistakes=(OSError,))
+
+
+@pytest.mark.parametrize("run", [lambda command: command() or 0, for_files])
 @pytest.mark.parametrize("length", [1, 100_000])  # the second overflows Python's buffer
-def test_output_that_is_full_is_one_sentence(length, monkeypatch, capsys):
+def test_output_that_is_full_is_one_sentence(length, run, monkeypatch, capsys):
     with FULL.open("w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        assert tetdist_command._answer_while_read(lambda: print("x" * length) or 0) == 2
+        assert tetdist_command._answer_while_read(lambda: run(lambda: print("x" * length))) == 2
         full.flush()  # as Python does at its end
     text = "error: the output cannot be written (No space left on device); free disk space, or "
     assert capsys.readouterr().err.startswith(text)
@@ -79,12 +86,14 @@ def test_output_that_is_closed_is_nowhere(monkeypatch):
     assert tetdist_command._answer_while_read(command) == 0
 
 
-def test_another_pipe_that_breaks_is_a_fault():
+def test_another_pipe_that_breaks_is_a_fault(capsys):
     def command():
         raise BrokenPipeError("of a process that reads images")
 
     with pytest.raises(BrokenPipeError, match="reads images"):
         tetdist_command._answer_while_read(command)
+    assert tetdist_command._answer_while_read(lambda: for_files(command)) == 2
+    assert capsys.readouterr().err == "error: of a process that reads images\n"
 
 
 def test_help_names_the_command_as_it_was_typed(monkeypatch):

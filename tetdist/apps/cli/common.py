@@ -34,6 +34,11 @@ def run_command(
     try:
         return command() or 0
     except mistakes as error:
+        if isinstance(error, OSError):
+            from tetdist_command import is_lost
+
+            if is_lost(sys.stdout):
+                raise  # tetdist_command answers for the output
         return fail(error)
     except PeerFailed as error:
         fail(error)

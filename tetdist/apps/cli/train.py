@@ -69,9 +69,6 @@ def main(arguments: list[str] | None = None) -> int:
     except MISTAKES as error:
         # All processes raise this error; only rank 0 prints it.
         return fail(error) if rank == "0" else 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
     if config is None:
         return 0
     try:
