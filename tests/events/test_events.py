@@ -115,6 +115,12 @@ def test_replay_prints_what_a_stream_of_the_windows_returns(run, command, capfd)
     # In a terminal, the answers after two windows and the last one stay.
     stay = [line.rpartition("\r")[2].rstrip() for line in capfd.readouterr().out.split("\n")]
     assert lines_of("\n".join(stay)) == [expected[i] for i in (1, 3, 4)]
+    # Of fewer windows than T, the last one has the answer.
+    trained, frames = load(run), enumerate(frames_of(MADE).numpy(), 1)
+    trained.model.set_timesteps(9)
+    windows, classes = ((9000 * number, frame) for number, frame in frames), list("abcdefghij")
+    replay.run(trained.model, Sensor(16, 16), classes, windows, None, fast=True)
+    assert "\nanswer at 0.045 s, timestep 5/9: " in capfd.readouterr().out
 
 
 def test_late_frames_are_counted_and_ctrl_c_ends_with_a_summary(
@@ -180,12 +186,6 @@ def test_what_cannot_be_replayed_is_refused_before_the_first_frame(
     shown = capfd.readouterr()
     assert refusal in shown.err
     assert not lines_of(shown.out)
-
-
-def test_replay_says_which_argument_comes_first(run, command, capfd):
-    assert tool("replay").main([command[0], str(run)]) == 2
-    expected = f"the run comes first, then the recording: python tools/replay.py {run} {command[0]}"
-    assert expected in capfd.readouterr().err
 
 
 def test_a_gif_has_an_image_of_each_windows_events(command, tmp_path):

@@ -46,9 +46,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def replay(options: argparse.Namespace) -> None:
     """Read, bin, stream and print."""
-    if options.checkpoint.is_file() and options.recording.is_dir():
-        swapped = typed("replay", options.recording, options.checkpoint)
-        raise UserError(f"the run comes first, then the recording: {swapped}")
     hub.check_source(options.checkpoint)  # before torch is imported
     from tetdist.apps.events.binning import binning_of, window_frames
     from tetdist.apps.events.formats import read_recording
@@ -122,7 +119,7 @@ def run(
             result = f"{classes[int(number)]}  {100 * float(confidence):.1f} %"
             at = f"timestep {stream.timesteps}/{model.timesteps}"
             line = f"{end / 1e6:8.3f} s  {at}  {result}  {spent[-1]:.2f} ms"
-            if not answer or stream.timesteps == model.timesteps:
+            if len(spent) <= model.timesteps or stream.timesteps == model.timesteps:
                 answer = f"answer at {end / 1e6:.3f} s, {at}: {result}"
             # In a terminal, each line overwrites the last one, but no answer after T windows.
             whole = not terminal or stream.timesteps == model.timesteps
