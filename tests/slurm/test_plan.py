@@ -63,11 +63,11 @@ def test_hours_by_hand():
     # Of each hour, 120 s are kept for saving and 5 minutes lost in restarting.
     limits = -(-seconds // (3600 - 120 - 300))
     text = plan.describe(made, Speed(100.0, 4))
-    assert f"hours        {seconds / 3600:.1f}, " in text
+    assert f"hours        {seconds / 3600:.1f} (2 d 5 h), " in text
     assert f"GPU-hours {8 * seconds / 3600:.0f}, time limits {limits:.0f} (5 minutes" in text
     assert "from 100 samples/s a process at T=4 (as given)" in text
     assert "too short" in plan.describe(make(time="5"), Speed(100.0, 4))
-    assert "hours        0.5 (29.8 minutes), " in plan.describe(made, Speed(10739.0, 4))
+    assert "hours        0.5 (29 min 50 s), " in plan.describe(made, Speed(10739.0, 4))
 
 
 def test_a_quarter_of_the_epochs_is_slower():

@@ -350,11 +350,11 @@ def test_dry_run_shows_each_job_after_those_it_needs(call, write, tmp_path, monk
     dry = ("--slurm", "--dry-run", "--gpus-per-node", "0")
     status, output = call("study", file, "--output", tmp_path / "new", *dry)
     assert status == 0, output
-    jobs, _, after = output.partition("3 runs to submit, hours unknown, see the plan. ")
+    jobs, _, after = output.partition("3 runs to submit: time unknown. ")
     assert {
         "done-seed0: finished",
-        "sdt-seed0: hours unknown",
-        "both-seed0: hours unknown, starts after sdt-seed0, tet-seed0",
+        "sdt-seed0: time unknown",
+        "both-seed0: time unknown, starts after sdt-seed0, tet-seed0",
     } < set(jobs.splitlines())
     assert "#SBATCH --dependency=afterok:JOB_OF_sdt-seed0:JOB_OF_tet-seed0\n" in after
     assert after.count("# --- batch script") == 1
@@ -362,10 +362,11 @@ def test_dry_run_shows_each_job_after_those_it_needs(call, write, tmp_path, monk
     assert "#SBATCH --kill-on-invalid-dep=yes\n" in after
     assert not (tmp_path / "new").exists()
     # A run trains on 40 images, and evaluates 23 at three times the speed.
-    for speed, own, total in (("0.01", "1.3 hours", "4.0"), ("0.1", "7.9 minutes", "0.4")):
+    times = {"0.01": ("1 h 19 min", "3 h 58 min"), "0.1": ("7 min 57 s", "23 min 50 s")}
+    for speed, (own, total) in times.items():
         output = call("study", file, "--output", tmp_path, *dry, "--images-per-s", speed)[1]
         assert f"both-seed0: {own}, starts" in output
-        assert f"3 runs to submit, hours {total}. The last one's" in output
+        assert f"3 runs to submit: {total}. The last one's" in output
 
 
 def test_what_is_submitted_by_how_the_runs_are(write, tmp_path, monkeypatch, capsys):
@@ -420,7 +421,6 @@ OWN_TEACHER = {"teacher": "sdt", "overrides": TIMM}
     ("changes", "words"),
     [
         ({"sedes": [0]}, ("unknown key 'sedes'", "'seeds'")),
-        ({"search": {"eta": 3}}, ("search is gone; search with the Optuna script",)),
         ({"title": ...}, ("'title' is missing",)),
         ({"seeds": 3}, ("'seeds': must be a list in brackets, such as [0, 1, 2], not 3",)),
         ({"seeds": [1, 1]}, ("seeds: [1, 1] has a duplicate",)),

@@ -14,7 +14,7 @@ from tetdist.apps.slurm.speed import Speed
 from tetdist.config.schema import RunConfig
 from tetdist.optimizers import kind_of
 from tetdist.training.schedule import schedule_phases
-from tetdist.wording import counted
+from tetdist.wording import counted, duration
 
 EVALUATION_SPEED = 3.0  # forward pass only, relative to forward and backward pass
 
@@ -133,12 +133,11 @@ def describe(plan: Plan, speed: Speed | str) -> str:
             f"activations and gradients, {_size(weights)} for weights and optimiser state"
         )
     seconds = seconds_of(plan, speed)
-    minutes = "" if seconds >= 3600 else f" ({seconds / 60:.1f} minutes)"
     hours, gpus = seconds / 3600, cluster.nodes * (cluster.gpus_per_node or 0)
     stretch = cluster.minutes * 60 - cluster.warn_before_end - RESTART_MINUTES * 60
     limits = max(1, math.ceil(seconds / stretch)) if stretch > 0 else "too short"
     lines += [
-        f"hours        {hours:.1f}{minutes}, "
+        f"hours        {hours:.1f} ({duration(seconds)}), "
         f"{hours * plan.steps_per_epoch / plan.steps:.2g} an epoch, GPU-hours {hours * gpus:.0f}, "
         f"time limits {limits} ({RESTART_MINUTES:g} minutes a restart)",
         f"             from {speed.images_per_s:.4g} samples/s a process at T={speed.timesteps:g} "

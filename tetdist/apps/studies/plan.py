@@ -196,13 +196,7 @@ def find(name: str) -> Path:
 
 def read(path: Path, more: Sequence[str] = (), imports: Sequence[str] = ()) -> StudySection:
     """Read a study file; ``more`` and ``imports`` are those of `runs_of`."""
-    raw = read_yaml(path)
-    if gone := [key for key in ("search", "answer") if key in raw]:
-        raise UserError(
-            f"{path}: {gone[0]} is gone; search with the Optuna script of docs/studies.md, and "
-            "write what the study answers in question"
-        )
-    study = checked(StudySection, raw, str(path))
+    study = checked(StudySection, read_yaml(path), str(path))
     if len(set(study.seeds)) < len(study.seeds):
         raise UserError(f"{path}: seeds: {list(study.seeds)} has a duplicate; remove it")
     if list(study.test_timesteps) != sorted(set(study.test_timesteps)):

@@ -14,7 +14,7 @@ from tetdist.apps.studies.tracking import Parent
 from tetdist.config import loading as configuration
 from tetdist.config.schema import RunConfig
 from tetdist.errors import UserError, typed
-from tetdist.wording import counted
+from tetdist.wording import counted, duration
 
 
 def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str]) -> int:
@@ -68,11 +68,11 @@ def read_flags(flags: list[str], config_name: str) -> argparse.Namespace:
 
 
 def dry_run(runs: list[StudyRun], flags: list[str]) -> int:
-    """Print the hours of all unfinished runs, and plan and batch script of the last one.
+    """Print the time of all unfinished runs, and plan and batch script of the last one.
 
     This needs no Slurm.
     """
-    hours, shown = list[float](), ""
+    seconds, shown = list[float](), ""
     for run in runs:
         if is_trained(run):
             print(f"{run.name}: finished")
@@ -81,19 +81,17 @@ def dry_run(runs: list[StudyRun], flags: list[str]) -> int:
         dependency = [word for needed in after for word in ("--after", str(needed.folder))]
         options = command.parse_arguments([*run.arguments, *dependency, *flags])
         prepared, speed = command.planned(options)
-        own = math.nan if isinstance(speed, str) else seconds_of(prepared.plan, speed) / 3600
-        hours.append(own)
-        known = f"{own:.1f} hours" if own >= 1 else f"{60 * own:.1f} minutes"
-        print(
-            f"{run.name}: {'hours unknown' if math.isnan(own) else known}{_starts_after(after)}",
-            flush=True,
-        )
+        seconds.append(math.nan if isinstance(speed, str) else seconds_of(prepared.plan, speed))
+        print(f"{run.name}: {_time(seconds[-1])}{_starts_after(after)}", flush=True)
         with_config = options.print_config
         shown = submission.dry_run(prepared, speed, options.after, with_config=with_config)
-    total = "unknown, see the plan" if math.isnan(sum(hours)) else f"{sum(hours):.1f}"
     about = f". The last one's plan and script:\n{shown}" if shown else ""
-    print(f"{counted(len(hours), 'run')} to submit, hours {total}{about}")
+    print(f"{counted(len(seconds), 'run')} to submit: {_time(sum(seconds))}{about}")
     return 0
+
+
+def _time(seconds: float) -> str:
+    return "time unknown" if math.isnan(seconds) else duration(seconds)
 
 
 def _starts_after(needed: list[StudyRun]) -> str:
