@@ -84,9 +84,9 @@ def compared(run_tool, tmp_path):
         ),
         (
             {("val", 5): {"top1": 60.0}},
-            "they first differ at step 5. a b val/top1 50 60 largest relative difference: 0.17",
+            "they first differ at step 5. a b val/top1 50.0 60.0 largest relative difference: 0.17",
         ),
-        ({("val", 10): {"per_timestep_top1": [40.0, 25.0]}}, "val/top1_t2 50 25 "),
+        ({("val", 10): {"per_timestep_top1": [40.0, 25.0]}}, "val/top1_t2 50.0 25.0 "),
         (
             {("val", 10): {"firing_rate": {"sn": 0.5, "b": 1.0}}},
             "val/firing_rate/sn 0.25 0.5 largest relative difference: 0.5 (val/firing_rate/sn at "
@@ -197,12 +197,7 @@ def test_a_key_that_an_older_version_lacks_has_its_default_and_a_long_value_is_w
         ({"step-05": [math.nan]}, {"step-05": [math.nan]}, 0, "at step 5: bitwise identical."),
         ({"step-05": [0.0]}, {"step-05": [-0.0]}, 1, "at step 5: 1 of 2 tensors differ."),
         ({"step-05": [0.0]}, {"step-05": [0.0, 0.0]}, 1, "at step 5: 1 of 2 tensors differ."),
-        (
-            {"step-05": []},
-            {"step-05": [0.0]},
-            1,
-            "at step 5: 0 of 1 tensors differ; only b has 1 other.",
-        ),
+        ({"step-05": []}, {"step-05": [0.0]}, 1, "at step 5: 1 of 2 tensors differ."),
         ({"step-05": [0.0]}, {"step-06": [1.0]}, 0, ": no checkpoint of the same step."),
     ],
 )

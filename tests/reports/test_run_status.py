@@ -58,7 +58,7 @@ FINISHED = [*LINES, train_line(20), val_line(20, 65.0, 70.0), {"kind": "final", 
 @pytest.mark.parametrize(
     ("lines", "saved", "state", "text"),
     [
-        ([], None, "begun", "no step is logged"),
+        ([], None, "begun", ""),
         (LINES, 12, "stopped", "saved; the same command continues"),
         (LINES, 10, "broken off", "2 logged steps after the last checkpoint"),
         (FINISHED, 20, "finished", ""),

@@ -13,7 +13,7 @@ from tetdist.apps.reports import style
 from tetdist.errors import UserError
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import each_line, points_of
-from tetdist.wording import counted
+from tetdist.wording import and_more, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,8 +84,7 @@ def _read(label: str, folder: Path) -> Run:
     # Keys that an older version did not know get their defaults, unless this version cannot parse
     # the configuration.
     with suppress(UserError):
-        source = str(config)
-        parsed = loading.parse(raw, source, warn=False, is_trained=True)
+        parsed = loading.parse(raw, str(config), warn=False, is_trained=True)
         configuration = parsed.as_dict()
         # A range of T is one value, not three keys.
         for values, phase in zip(configuration["phases"], parsed.phases, strict=True):
@@ -174,7 +173,7 @@ def _metrics(a: Run, b: Run) -> tuple[bool, str]:
             if x is None or y is None:
                 missing[a.label if y is None else b.label][name] = None
             elif relative := relative_difference(x, y):
-                differing.append((relative, step, name, *_distinct(x, y)))
+                differing.append((relative, step, name, repr(x), repr(y)))
     if differing:
         step, (largest, at, of, *_) = differing[0][1], max(differing)
         rows = [(_shortened(name, 44), x, y) for _, s, name, x, y in differing if s == step]
@@ -193,8 +192,7 @@ def _metrics(a: Run, b: Run) -> tuple[bool, str]:
     for label, names in missing.items():
         if names:
             listed = ", ".join(list(names)[:SHOWN])
-            rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            text = f"only {label} has {listed}{rest}"
+            text = f"only {label} has {listed}{and_more(list(names), SHOWN)}"
             lines.append(textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="    "))
     for run, other in ((a, b), (b, a)):
         if alone := sorted(run.lines.keys() - other.lines.keys()):
@@ -203,12 +201,6 @@ def _metrics(a: Run, b: Run) -> tuple[bool, str]:
             lines.append(f"  only {run.label} has {found}")
     same = not differing and not any(missing.values())
     return same and a.lines.keys() == b.lines.keys(), "\n".join(lines)
-
-
-def _distinct(x: float, y: float) -> tuple[str, str]:
-    """Return two different numbers as text, with as few digits as show the difference."""
-    short = f"{x:.6g}", f"{y:.6g}"
-    return short if short[0] != short[1] else (repr(x), repr(y))
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
@@ -243,16 +235,11 @@ def _weights(a: Run, b: Run) -> tuple[bool, str]:
     if step is None:
         return True, f"{head}: no checkpoint of the same step."
     ours, theirs = (load_model_file(checkpoints[step])[0] for checkpoints in found)
-    names = ours.keys() & theirs.keys()
-    different = [x for x in names if not _is_identical(ours[x], theirs[x])]
-    alone = "".join(
-        f"; only {run.label} has {counted(len(count), 'other')}"
-        for run, count in ((a, ours.keys() - names), (b, theirs.keys() - names))
-        if count
-    )
-    if not different and not alone:
+    names = ours.keys() | theirs.keys()
+    different = [x for x in names if not _is_identical(ours.get(x), theirs.get(x))]
+    if not different:
         return True, f"{head} at step {step}: bitwise identical."
-    return False, f"{head} at step {step}: {len(different)} of {len(names)} tensors differ{alone}."
+    return False, f"{head} at step {step}: {len(different)} of {len(names)} tensors differ."
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
@@ -261,10 +248,10 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     return {int(path.stem.removeprefix("step-")): path for path in found}
 
 
-def _is_identical(a: "Tensor", b: "Tensor") -> bool:
+def _is_identical(a: "Tensor | None", b: "Tensor | None") -> bool:
     import torch
 
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
+    if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)))
 

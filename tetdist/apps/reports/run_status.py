@@ -194,7 +194,7 @@ def _state(folder: Path, end: dict[str, Any], saved: int, job: JobStatus | None)
     if job is not None:
         return job.state, f"job {job.id}"
     if not end and not saved:
-        return "begun", "no step is logged"
+        return "begun", ""
     ahead = end.get("step", 0) - saved
     if ahead > 0:
         return "broken off", f"{ahead:,} logged steps after the last checkpoint will be repeated"
@@ -235,8 +235,7 @@ def as_text(status: RunStatus) -> str:
     if status.step is not None:
         lines.append("  " + "  ".join(_progress(status)))
     else:
-        whole = f", of {counted(status.epochs, 'epoch')}" if status.epochs else ""
-        lines.append(f"  no step is logged{whole}")
+        lines.append(f"  no step of {counted(status.epochs or 0, 'epoch')} is logged")
     if train:
         parts = [
             f"loss {train['loss']:.3f}",
