@@ -102,7 +102,6 @@ def numbers_of(study: str) -> dict[str, Any]:
     entries, of_study = {}, pages.numbers_of(pages.RESULTS / f"{study}.json")
     for entry in of_study.entries:
         most, results = max(compared), of_study.of(entry)
-        curves = [pages.exit_curve(one.by_timestep, one.early_exit, most) for one in results]
         entries[entry] = {
             "seeds": [one.seed for one in results],
             "image_timesteps": median(one.image_timesteps for one in results),
@@ -111,7 +110,7 @@ def numbers_of(study: str) -> dict[str, Any]:
             "recomputed": recomputed(study)[entry],
             "exit_top1": [exit_top1(one) for one in results],
             "exit_timesteps": [exit_timesteps(one) for one in results],
-            "exit_curve": np.mean(curves, axis=0).tolist(),
+            "exit_curve": pages.mean_exit_curve(results, most).tolist(),
         }
     return {"data": data, "entries": entries, "minus_own": differences(entries, compared)}
 

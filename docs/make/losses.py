@@ -3,17 +3,14 @@
     python tools/study.py losses_fashion --jobs 2    # and so on, see STUDIES
     python docs/make/losses.py
 
-It reads runs/ of the working folder; without it, the page is made anew from losses.json. Delete
-RUN/calibration.json to repeat what it has measured of a run.
+Studies without runs in runs/ keep their numbers of losses.json. Delete RUN/calibration.json to
+repeat what it has measured of a run.
 """
 
-import json
 import logging
 import math
 import sys
-from dataclasses import replace
-from pathlib import Path
-from statistics import mean
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,17 +19,9 @@ import torch
 from torch import Tensor
 
 from tetdist.apps.reports import style
+from tetdist.apps.studies import numbers as of_study
 from tetdist.apps.studies import plan
-from tetdist.apps.studies.numbers import (
-    Difference,
-    Numbers,
-    Result,
-    detectable,
-    gather,
-    holm,
-    paired_difference,
-    spread,
-)
+from tetdist.apps.studies.numbers import Difference, Numbers, detectable, gather, holm, spread
 from tetdist.apps.studies.plan import StudyRun
 from tetdist.apps.weights.trained import load
 from tetdist.distributed.world import join
@@ -60,8 +49,15 @@ BESIDE = {
     "any_t_nmnist": ("N-MNIST", "sdt_t10", "tet_t10"),
     "any_t_days": ("objects, another day", "sdt_t10", "tet_t10"),
 }
-ENTRIES = {"sdt": "SDT", "tet": "TET", "tet_of_means": "running means"}
-PAIRS = (("tet_of_means", "sdt"), ("tet_of_means", "tet"), ("tet", "sdt"))
+OWN = "tet_of_means"
+ENTRIES = {"sdt": "SDT", "tet": "TET", OWN: "running means"}
+PAIRS = ((OWN, "sdt"), (OWN, "tet"), ("tet", "sdt"))
+QUANTITIES = {
+    "T=1": "points at T=1",
+    "T": "points at T",
+    "exit": "exit: timesteps",
+    "loss": "loss",
+}
 BINS = 15  # of confidence, equally wide, as usual
 ABOUT = {
     "title": "SDT, TET, and TET of running means",
@@ -116,11 +112,9 @@ makes this page anew from [losses.json](losses.json). Machine: {machines}.
 # --- numbers --------------------------------------------------------------------------------------
 
 
-def measured(study: str, earlier: str | None) -> dict[str, Any] | None:
+def measured(study: str, earlier: str | None, runs: list[StudyRun]) -> dict[str, Any]:
     """Return the numbers of a study, with an earlier study's for entries that were not trained."""
-    section = plan.read(plan.find(study))
-    runs = plan.runs_of(section, Path("runs") / study, [])  # so that commands have no other path
-    found = gather(section, [run for run in runs if plan.is_trained(run)], "")
+    found = gather(plan.read(plan.find(study)), runs, "")
     reused = []
     if earlier is not None:
         before = pages.numbers_of(pages.RESULTS / f"{earlier}.json")
@@ -130,20 +124,15 @@ def measured(study: str, earlier: str | None) -> dict[str, Any] | None:
             equal = sum(one.by_timestep == again[one.seed].by_timestep for one in same)
             reused.append({"entry": entry, "study": earlier, "repeated": len(same), "equal": equal})
             found.results[entry] = before.results[entry]
-    calibration = {
-        run.name: calibration_error(run)
-        for run in runs
-        if run.seed in found.results[run.entry] and run.folder.exists() and plan.is_trained(run)
-    }
     values = found.as_dict()
     kept = {key: values[key] for key in ("study", "runs", "environments")}
-    return kept | {"reused": reused, "calibration": calibration} if values["runs"] else None
+    return kept | {"reused": reused, "calibration": {r.name: calibration_error(r) for r in runs}}
 
 
 def earlier_numbers(study: str, data: str, sdt: str, tet: str) -> tuple[str, Numbers]:
     """Return the data of an earlier study, and its numbers by this page's names of losses."""
     found = pages.numbers_of(pages.RESULTS / f"{study}.json")
-    names = dict(zip(ENTRIES, (sdt, tet, "tet_of_means"), strict=True))
+    names = dict(zip(ENTRIES, (sdt, tet, OWN), strict=True))
     results = {name: found.results[entry] for name, entry in names.items()}
     return f"*{data}*", replace(found, results=results)
 
@@ -170,6 +159,86 @@ def calibration_error(run: StudyRun) -> float:
     return float(parse_json(file.read_text())["ece"])
 
 
+# --- comparisons ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Compared:
+    """Differences of a pair of losses by quantity, and p after Holm's correction if corrected."""
+
+    data: str
+    entry: str
+    control: str
+    differences: dict[str, Difference]
+    holm: dict[str, float] = field(default_factory=dict)
+
+    def is_significant(self, key: str) -> bool:
+        return self.holm.get(key, 1.0) < 0.05
+
+    def cell(self, key: str) -> str:
+        if (one := self.differences.get(key)) is None:
+            return ""
+        digits = 3 if key == "loss" else 2
+        low, high = (f"{value:+.{digits}f}" for value in (one.low, one.high))
+        text = f"{one.mean:+.{digits}f} [{low}, {high}]"
+        text = f"**{text}**" if self.is_significant(key) else text
+        return f"{text}; {detectable(one):.{digits}f}"
+
+
+def compared(data: str, numbers: Numbers) -> list[Compared]:
+    """Return the differences of each pair of losses."""
+    values = {"T=1": of_study.at(1), "T": of_study.last, "loss": of_study.loss}
+    rows = []
+    for entry, control in PAIRS:
+        found = {key: numbers.difference(entry, of, control) for key, of in values.items()}
+        if numbers.of_exit:
+            found["exit"], _ = pages.timesteps_at_equal(numbers, entry, control)
+        rows.append(Compared(data, entry, control, found))
+    return rows
+
+
+def correct(rows: list[Compared]) -> int:
+    """Correct p by Holm's method for all rows, and return the number of p values."""
+    places = [(row, key) for row in rows for key in QUANTITIES if key in row.differences]
+    ps = [row.differences[key].p for row, key in places]
+    for (row, key), p in zip(places, holm(ps), strict=True):
+        row.holm[key] = p
+    return sum(not math.isnan(p) for p in ps)
+
+
+def difference_table(rows: list[Compared]) -> str:
+    table = [
+        [
+            row.data,
+            f"`{row.entry}` - `{row.control}`",
+            str(row.differences["T"].n),
+            *map(row.cell, QUANTITIES),
+        ]
+        for row in rows
+    ]
+    return markdown(["data", "losses", "n", *QUANTITIES.values()], table, numbers=True)
+
+
+def accuracy_table(studies: dict[str, tuple[str, Numbers]], calibration: dict[str, Any]) -> str:
+    shown = (1, 2, 3, 4, 6, 8, 10)
+    rows = []
+    for study, (data, numbers) in studies.items():
+        for entry in (entry for entry in ENTRIES if numbers.results[entry]):
+            results = numbers.of(entry)
+            row = [f"{data}, `{entry}`", str(len(results))]
+            row += [
+                str(numbers.spread(entry, of_study.at(t))) if t <= results[0].timesteps else ""
+                for t in shown
+            ]
+            loss = numbers.spread(entry, of_study.loss)
+            row.append(f"{loss.mean:.3f} ± {loss.std:.3f}")
+            errors = calibration.get(study, {})
+            known = [errors[one.name] for one in results if one.name in errors]
+            rows.append([*row, str(spread(known)) if len(known) == len(results) else ""])
+    head = ["data, loss", "n", *(f"t={t}" for t in shown), "loss at T", "calibration error"]
+    return markdown(head, rows, numbers=True)
+
+
 def searched() -> dict[str, dict[str, float]]:
     """Return the held-out top-1 of each loss and learning rate."""
     found: dict[str, dict[str, float]] = {}
@@ -179,102 +248,18 @@ def searched() -> dict[str, dict[str, float]]:
     return found
 
 
-# --- comparisons ----------------------------------------------------------------------------------
-
-
-def compared(data: str, numbers: Numbers) -> list[dict[str, Any]]:
-    """Return the differences of each pair of losses, by quantity."""
-    rows = []
-    for entry, control in PAIRS:
-        pairs = numbers.pairs(entry, control)
-        if len(pairs) < 2:
-            continue
-        most = pairs[0][0].timesteps
-        values = {
-            "T=1": [[one.by_timestep[0] for one in pair] for pair in pairs],
-            "T": [[one.by_timestep[most - 1] for one in pair] for pair in pairs],
-            "loss": [[one.loss for one in pair] for pair in pairs],
-        }
-        if (within := numbers.study.exit_within) is not None:
-            spent = [pages.timesteps_at_equal(pair, most, within)[0] for pair in pairs]
-            values["exit"] = [list(map(float, one)) for one in spent]
-        differences = {
-            key: vars(paired_difference(*(list(side) for side in zip(*found, strict=True))))
-            for key, found in values.items()
-        }
-        rows.append({"data": data, "entry": entry, "control": control, **differences})
-    return rows
-
-
-SEARCHED = """
-
-Top-1 of 6,000 held-out training images of Fashion-MNIST after the last epoch, with seed 0. The
-other data sets have the rate of their recipe for all losses."""
-QUANTITIES = ("T=1", "T", "exit", "loss")
-
-
-def corrected(rows: list[dict[str, Any]]) -> int:
-    """Add p after Holm's correction for all rows, and return the number of p values."""
-    ones = [row[key] for row in rows for key in QUANTITIES if key in row]
-    for one, p in zip(ones, holm([one["p"] for one in ones]), strict=True):
-        one["holm"] = p
-    return sum(not math.isnan(one["p"]) for one in ones)
-
-
-def cell(one: dict[str, Any] | None, digits: int) -> str:
-    if one is None:
-        return ""
-    if math.isnan(one["low"]):
-        return f"{one['mean']:+.{digits}f} (no spread)"
-    low, high = (f"{one[key]:+.{digits}f}" for key in ("low", "high"))
-    found = Difference(**{key: one[key] for key in ("n", "mean", "low", "high", "p")})
-    text = f"{one['mean']:+.{digits}f} [{low}, {high}]"
-    text = f"**{text}**" if one.get("holm", 1.0) < 0.05 else text
-    return f"{text}; {detectable(found):.{digits}f}"
-
-
-def difference_table(rows: list[dict[str, Any]]) -> str:
-    head = ["data", "losses", "n", "points at T=1", "points at T", "exit: timesteps", "loss"]
-    table = []
-    for row in rows:
-        names = f"`{row['entry']}` - `{row['control']}`"
-        cells = [cell(row.get(key), 3 if key == "loss" else 2) for key in QUANTITIES]
-        table.append([row["data"], names, str(row["T"]["n"]), *cells])
-    return markdown(head, table, numbers=True)
-
-
-def accuracy_table(studies: dict[str, tuple[str, Numbers]], calibration: dict[str, Any]) -> str:
-    shown = (1, 2, 3, 4, 6, 8, 10)
-    rows = []
-    for study, (data, numbers) in studies.items():
-        for entry in (entry for entry in ENTRIES if numbers.results.get(entry)):
-            results = numbers.of(entry)
-            most = results[0].timesteps
-            row = [f"{data}, `{entry}`", str(len(results))]
-            row += [
-                str(spread([one.by_timestep[t - 1] for one in results])) if t <= most else ""
-                for t in shown
-            ]
-            losses = [one.loss for one in results]
-            row.append(f"{mean(losses):.3f} ± {np.std(losses, ddof=1):.3f}")
-            errors = [calibration.get(study, {}).get(one.name) for one in results]
-            known = [one for one in errors if one is not None]
-            rows.append([*row, str(spread(known)) if len(known) == len(results) else ""])
-    head = ["data, loss", "n", *(f"t={t}" for t in shown), "loss at T", "calibration error"]
-    return markdown(head, rows, numbers=True)
-
-
 def search_table(found: dict[str, dict[str, float]]) -> str:
     if not found:
         return "All losses have the learning rate of their recipe. No search was made."
     rates = sorted({rate for one in found.values() for rate in one}, key=float)
-    rows = []
-    for loss, one in found.items():
-        best = max(one, key=one.__getitem__)
-        cells = {rate: f"{one[rate]:.2f}" for rate in rates if rate in one}
-        cells[best] = f"**{cells[best]}**"
-        rows.append([f"`{loss}`", *(cells.get(rate, "") for rate in rates)])
-    return markdown(["loss", *rates], rows, numbers=True) + SEARCHED
+    rows = [
+        [f"`{loss}`", *(f"{one[rate]:.2f}" if rate in one else "" for rate in rates)]
+        for loss, one in found.items()
+    ]
+    return markdown(["loss", *rates], rows, numbers=True) + (
+        "\n\nTop-1 of 6,000 held-out training images of Fashion-MNIST after the last epoch, with "
+        "seed 0. The\nother data sets have the rate of their recipe for all losses."
+    )
 
 
 def draw(studies: dict[str, tuple[str, Numbers]]) -> Any:
@@ -282,12 +267,8 @@ def draw(studies: dict[str, tuple[str, Numbers]]) -> Any:
     axes = np.atleast_1d(figure.subplots(1, len(studies)))
     for axis, (data, numbers) in zip(axes, studies.values(), strict=True):
         for colour, (entry, label) in zip(style.SERIES, ENTRIES.items(), strict=False):
-            results: list[Result] = numbers.of(entry)
-            curves = [
-                pages.exit_curve(one.by_timestep, one.early_exit, one.timesteps) for one in results
-            ]
-            if curves:
-                points = np.mean(curves, axis=0).T
+            if results := numbers.of(entry):
+                points = pages.mean_exit_curve(results, results[0].timesteps).T
                 axis.plot(*points, "o-", ms=3.5, color=colour, label=label)
         axis.set_xlabel("mean timesteps of a sample")
         style.finish(axis, data, style.ACCURACY, legend=False)
@@ -295,29 +276,30 @@ def draw(studies: dict[str, tuple[str, Numbers]]) -> Any:
     return figure
 
 
-# --- answer ---------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
-def answer_of(rows: list[dict[str, Any]]) -> str:
-    """Word what the running means gain and lose, by the corrected p."""
+def answer_of(rows: list[Compared], number: int) -> str:
+    """Name the data sets on which the running means are behind or ahead, by the corrected p."""
 
-    def of(control: str, key: str) -> str:
-        ones = [row[key] for row in rows if (row["entry"], row["control"]) == (OWN, control)]
-        each = ", ".join(cell(one, 2).replace("*", "").partition(";")[0] for one in ones)
-        ahead, behind = (
-            sum(one["holm"] < 0.05 and sign * one["mean"] > 0 for one in ones) for sign in (1, -1)
-        )
-        return f"{each} (ahead in {ahead}, behind in {behind} of {len(ones)})"
+    def where(control: str, key: str, sign: int) -> str:
+        pairs = [row for row in rows if (row.entry, row.control) == (OWN, control)]
+        found = [
+            f"{row.data} ({row.differences[key]})"
+            for row in pairs
+            if row.is_significant(key) and sign * row.differences[key].mean > 0
+        ]
+        return ", ".join(found) or "none"
 
-    data = ", ".join(dict.fromkeys(row["data"] for row in rows if row["entry"] == OWN))
+    data = dict.fromkeys(row.data for row in rows)
     return (
-        f"Points of `tet_of_means` minus SDT, on {data}: {of('sdt', 'T')} at T and "
-        f"{of('sdt', 'T=1')} at T=1; minus TET {of('tet', 'T')} at T and {of('tet', 'T=1')} at "
-        "T=1. In brackets: in how many it is ahead and behind after Holm's correction."
+        f"On {len(data)} data sets ({'; '.join(data)}), `{OWN}` is significantly behind SDT at T "
+        f"on {where('sdt', 'T', -1)}, behind TET at T=1 on {where('tet', 'T=1', -1)}, and ahead of "
+        f"SDT at T=1 on {where('sdt', 'T=1', 1)}. With early exit it takes significantly fewer "
+        f"timesteps than SDT, at equal accuracy, on {where('sdt', 'exit', -1)}. Its loss at T is "
+        f"significantly higher than SDT's on {where('sdt', 'loss', 1)}, and than TET's on "
+        f"{where('tet', 'loss', 1)}. Significance is after Holm's correction for {number} p values."
     )
-
-
-OWN = "tet_of_means"
 
 
 def origin(found: dict[str, Any]) -> str:
@@ -342,8 +324,8 @@ def page_of(found: dict[str, Any]) -> tuple[str, str, str, Any]:
         for study, values in found["studies"].items()
     }
     rows = [row for data, numbers in studies.values() for row in compared(data, numbers)]
-    found["differences"] = rows
-    number = corrected(rows)
+    number = correct(rows)
+    found["differences"] = list(map(asdict, rows))
     beside = {study: earlier_numbers(study, *names) for study, names in BESIDE.items()}
     more = [row for data, numbers in beside.values() for row in compared(data, numbers)]
     machines = {
@@ -365,26 +347,25 @@ def page_of(found: dict[str, Any]) -> tuple[str, str, str, Any]:
         commands=", ".join([*found["studies"], *([SEARCH] if found["search"] else [])]),
         machines="; ".join(sorted(machines)),
     )
-    seeds = " to ".join(map(str, sorted({row["T"]["n"] for row in rows})))
-    return answer_of(rows), seeds, text, draw(studies)
+    seeds = " to ".join(map(str, sorted({row.differences["T"].n for row in rows})))
+    return answer_of(rows, number), seeds, text, draw(studies)
 
 
 def main() -> int:
     pages.no_flags(__doc__)
     logging.basicConfig(level=logging.ERROR)
-    file: Path = PAGE.with_suffix(".json")
-    stored = restored(parse_json(file.read_text())) if file.exists() else {}
-    measured_now = {
-        study: values
+    stored = restored(parse_json(PAGE.with_suffix(".json").read_text()))
+    now = {
+        study: measured(study, earlier, runs)
         for study, (_, earlier) in STUDIES.items()
-        if Path("runs", study).exists() and (values := measured(study, earlier)) is not None
+        if (runs := pages.runs_of(study))
     }
-    found: dict[str, Any] = {
-        "studies": stored.get("studies", {}) | measured_now,
-        "search": searched() or stored.get("search", {}),
+    found = {
+        "studies": stored["studies"] | now,
+        "search": searched() or stored["search"],
     }
     answer, seeds, text, figure = page_of(found)
-    pages.write(PAGE, ABOUT, answer, seeds, json.loads(json.dumps(strict(found))), text, figure)
+    pages.write(PAGE, ABOUT, answer, seeds, strict(found), text, figure)
     return 0
 
 

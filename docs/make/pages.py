@@ -4,14 +4,15 @@ import argparse
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tetdist.apps.reports import style
 from tetdist.apps.studies import plan
-from tetdist.apps.studies.numbers import Numbers, Result
+from tetdist.apps.studies.numbers import Difference, Numbers, Result, paired_difference
 from tetdist.apps.studies.plan import StudyRun, StudySection
 from tetdist.storage.files import parse_json, write_json
 from tetdist.tracking.metrics_file import restored
@@ -34,9 +35,10 @@ def no_flags(script: str | None) -> None:
 
 
 def runs_of(study: str) -> list[StudyRun]:
-    """Return the trained runs of a study in runs/."""
+    """Return the trained runs of a study in runs/ of the working folder."""
     logging.basicConfig(level=logging.ERROR)
-    runs = plan.runs_of(plan.read(plan.find(study)), ROOT / "runs" / study, [])
+    # A relative path, so that the commands that pages show have no other.
+    runs = plan.runs_of(plan.read(plan.find(study)), Path("runs") / study, [])
     return [run for run in runs if plan.is_trained(run)]
 
 
@@ -84,16 +86,18 @@ def write(
 # --- early exit -----------------------------------------------------------------------------------
 
 
-def exit_curve(
-    by_timestep: Sequence[float], points: Iterable[Sequence[float]], most: int
-) -> list[tuple[float, float]]:
+def exit_curve(one: Result, most: int) -> list[tuple[float, float]]:
     """Return (average timesteps a sample, top-1), from all decided at T=1 to all at the last T.
 
-    Between them are the points (threshold, top-1, timesteps) of early exit, in ascending
-    thresholds.
+    Between them are the points of early exit, in ascending thresholds.
     """
-    between = [(spent, top1) for _, top1, spent in points]
-    return [(1.0, by_timestep[0]), *between, (float(most), by_timestep[most - 1])]
+    between = [(spent, top1) for _, top1, spent in one.early_exit]
+    return [(1.0, one.by_timestep[0]), *between, (float(most), one.by_timestep[most - 1])]
+
+
+def mean_exit_curve(results: list[Result], most: int) -> Any:
+    """Return the mean of the results' `exit_curve`, (number of points, 2)."""
+    return np.mean([exit_curve(one, most) for one in results], axis=0)
 
 
 def timesteps_for(curve: list[tuple[float, float]], top1: float) -> float:
@@ -110,15 +114,21 @@ def timesteps_for(curve: list[tuple[float, float]], top1: float) -> float:
     return math.nan
 
 
-def timesteps_at_equal(
-    pair: tuple[Result, Result], most: int, within: float
-) -> list[Sequence[float]]:
-    """Return the timesteps of both results with early exit, and with one t for all samples.
+def timesteps_at_equal(numbers: Numbers, entry: str, control: str) -> tuple[Difference, Difference]:
+    """Return the differences of timesteps with early exit, and with one t for all samples.
 
-    Their accuracy is that of the less accurate one at the last timestep, less ``within``.
+    The accuracy is that of the less accurate one of a pair at the last timestep, less the points
+    that early exit may lose.
     """
-    top1 = min(one.by_timestep[most - 1] for one in pair) - within
-    curves = [exit_curve(one.by_timestep, one.early_exit, most) for one in pair]
-    numbered = [enumerate(one.by_timestep, start=1) for one in pair]
-    first = [next(t for t, of_t in one if of_t >= top1) for one in numbered]
-    return [[timesteps_for(curve, top1) for curve in curves], first]
+    most, within = max(numbers.study.test_timesteps), numbers.study.exit_within or 0.0
+    exits, fixed = list[list[float]](), list[list[float]]()
+    for pair in numbers.pairs(entry, control):
+        top1 = min(one.by_timestep[most - 1] for one in pair) - within
+        exits.append([timesteps_for(exit_curve(one, most), top1) for one in pair])
+        numbered = [enumerate(one.by_timestep, start=1) for one in pair]
+        fixed.append([next(t for t, of_t in one if of_t >= top1) for one in numbered])
+    first, second = (
+        paired_difference(*([pair[i] for pair in pairs] for i in (0, 1)))
+        for pairs in (exits, fixed)
+    )
+    return first, second

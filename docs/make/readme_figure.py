@@ -3,14 +3,18 @@
 python docs/make/readme_figure.py
 """
 
-import argparse
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parents[2]
-DOCS = PROJECT / "docs"
+import pages
+
+from tetdist.apps.reports import style
+from tetdist.apps.studies.numbers import Numbers, exit_timesteps, exit_top1
+from tetdist.storage.files import parse_json
+from tetdist.tracking.metrics_file import restored
+
+DOCS = pages.ROOT / "docs"
+STUDY = "losses_fashion"
 
 # The same colours as in the figures of these results.
 OURS, PEER, RELU, SAVING = "#0072B2", "#D55E00", "#767676", "#009E73"
@@ -18,43 +22,17 @@ OURS, PEER, RELU, SAVING = "#0072B2", "#D55E00", "#767676", "#009E73"
 FONT = 15
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="docs/make/readme_figure.py", description=__doc__.split("\n")[0]
-    )
-    add = parser.add_argument
-    add(
-        "--study",
-        type=Path,
-        metavar="JSON",
-        default=DOCS / "results/losses.json",
-    )
-    add("--entries", nargs=2, metavar=("SDT", "TET"), default=["sdt", "tet"])
-    add("--performance", type=Path, metavar="JSON", default=DOCS / "performance/results.json")
-    add("--output", type=Path, metavar="PNG", default=DOCS / "overview.png")
-    options = parser.parse_args(arguments)
-    from tetdist.apps.reports.style import new_figure, save
-    from tetdist.errors import UserError
-
-    try:
-        study, performance = read(options.study), read(options.performance)
-        study = study["studies"]["losses_fashion"]
-        figure = new_figure(7.6, 7.8)
-        # Each panel has its own left margin.
-        exits, costs = figure.subfigures(2, 1, height_ratios=(1, 1.15))
-        draw_early_exit(exits, study, *options.entries)
-        draw_cost(costs, performance)
-        save(figure, options.output)
-    except (UserError, OSError, ValueError, KeyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {options.output}")
+def main() -> int:
+    pages.no_flags(__doc__)
+    studies = restored(parse_json((pages.RESULTS / "losses.json").read_text()))["studies"]
+    performance = parse_json((DOCS / "performance/results.json").read_text())
+    figure = style.new_figure(7.6, 7.8)
+    # Each panel has its own left margin.
+    exits, costs = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    draw_early_exit(exits, pages.numbers_from(studies[STUDY], STUDY))
+    draw_cost(costs, performance)
+    style.save(figure, DOCS / "overview.png")
     return 0
-
-
-def read(file: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(file.read_text())
-    return values
 
 
 def panel(figure: Any, title: str) -> Any:
@@ -69,28 +47,19 @@ def panel(figure: Any, title: str) -> Any:
 # --- accuracy -------------------------------------------------------------------------------------
 
 
-def draw_early_exit(figure: Any, study: dict[str, Any], sdt: str, tet: str) -> None:
-    """Draw accuracy by the mean timesteps of a sample with early exit, for two entries of a study.
+def draw_early_exit(figure: Any, numbers: Numbers) -> None:
+    """Draw accuracy by the mean timesteps of a sample with early exit, for SDT and TET.
 
     Lines: means of the seeds at each threshold. Large points: the thresholds that the runs chose on
     held-out samples.
     """
     axis = panel(figure, "Early exit, Fashion-MNIST: TET is right sooner")
-    most = max(study["study"]["test_timesteps"])
+    most = max(numbers.study.test_timesteps)
     # Heights at which the texts cross neither line.
-    for entry, colour, label, height in ((tet, OURS, "TET", 91), (sdt, PEER, "usual loss", 80)):
-        runs = [run for run in study["runs"] if run["entry"] == entry]
-        curves = [
-            # From all samples decided at T=1 to all at the last T.
-            [(1, run["by_timestep"][0])]
-            + [(spent, top1) for _, top1, spent in run["early_exit"]]
-            + [(most, run["by_timestep"][most - 1])]
-            for run in runs
-        ]
-        spent, top1 = zip(*mean(curves), strict=True)
-        axis.plot(spent, top1, color=colour, linewidth=2.5)
-        exits = [run["chosen_exit"] for run in runs]
-        x, y = mean([[point["mean_timesteps"], point["top1"]] for point in exits])
+    for entry, colour, label, height in (("tet", OURS, "TET", 91), ("sdt", PEER, "usual loss", 80)):
+        curve = pages.mean_exit_curve(numbers.of(entry), most)
+        axis.plot(*curve.T, color=colour, linewidth=2.5)
+        x, y = (numbers.spread(entry, of).mean for of in (exit_timesteps, exit_top1))
         axis.plot(x, y, "o", color=colour, markersize=11)
         text = f"{label}: {y:.1f} % after {x:.2f} timesteps"
         axis.text(most, height, text, ha="right", color=colour, fontsize=FONT, fontweight="bold")
@@ -100,13 +69,6 @@ def draw_early_exit(figure: Any, study: dict[str, Any], sdt: str, tet: str) -> N
     axis.set_ylabel("top-1, %", fontsize=FONT)
     axis.set_xlabel(f"mean timesteps per sample, of {most}", fontsize=FONT)
     axis.grid(alpha=0.3)
-
-
-def mean(values: list[Any]) -> Any:
-    """Return the mean over the first axis."""
-    import numpy as np
-
-    return np.mean(values, axis=0).tolist()
 
 
 # --- cost -----------------------------------------------------------------------------------------

@@ -62,16 +62,11 @@ def filled(template: str, numbers: Numbers) -> str:
         entry, control, key = blank.groups()
         if entry == "significant":
             every = tested(published(pages.RESULTS))
-            number = sum(not math.isnan(p) for one in every for p in (one.p, one.p_first))
             own = [one for one in every if one.title == numbers.study.title]
-            return f"{CORRECTED} {number} p values of all studies, {significance(own)}."
+            of_all = f"{CORRECTED} {number_of_tests(every)} p values of all studies"
+            return f"{of_all}, {significance(own)}."
         if key in EQUAL:
-            most, within = max(numbers.study.test_timesteps), numbers.study.exit_within or 0.0
-            pairs = [
-                pages.timesteps_at_equal(pair, most, within)[EQUAL.index(key)]
-                for pair in numbers.pairs(entry, control)
-            ]
-            return str(of_study.paired_difference(*([pair[i] for pair in pairs] for i in (0, 1))))
+            return str(pages.timesteps_at_equal(numbers, entry, control)[EQUAL.index(key)])
         of = of_study.at(int(key)) if key and key.isdigit() else VALUES[key or "top1"]
         return str(
             numbers.spread(entry, of) if control is None else numbers.difference(entry, of, control)
@@ -94,10 +89,7 @@ def draw(numbers: Numbers) -> Any:
         means = [point.mean for point in points]
         by_timestep.errorbar(tested, means, bars, label=entry, capsize=3, **look)
         if exits:
-            curves = [
-                pages.exit_curve(one.by_timestep, one.early_exit, tested[-1]) for one in results
-            ]
-            second.plot(*np.mean(curves, axis=0).T, **look)
+            second.plot(*pages.mean_exit_curve(results, tested[-1]).T, **look)
             continue
         length = min(len(one.curve) for one in results)
         second.plot(*np.mean([one.curve[:length] for one in results], axis=0).T[:2], **look)
@@ -205,6 +197,10 @@ def _at_first(runs: list[dict[str, Any]], entry: str, control: str) -> Differenc
     return None if None in (*ours, *theirs) else of_study.paired_difference(ours, theirs)
 
 
+def number_of_tests(found: Iterable[Tested]) -> int:
+    return sum(not math.isnan(p) for one in found for p in (one.p, one.p_first))
+
+
 def significance(found: Iterable[Tested]) -> str:
     """Word how many differences are significant, for a page's answer and the summary."""
     ps = [(one.p, one.p_first) for one in found]
@@ -224,14 +220,13 @@ def tet_against_sdt(found: dict[str, dict[str, Any]]) -> str:
         row = [f"{title}`{one.entry}` - `{one.control}`", str(one.timesteps), str(one.last.n)]
         row += [_tested(one.last, one.p), f"{detectable(one.last):.2f}"]
         rows.append([*row, "" if one.first is None else _tested(one.first, one.p_first)])
-    number = sum(not math.isnan(p) for one in every for p in (one.p, one.p_first))
     return (
         "\n## TET against SDT\n\nAll comparisons of an entry with its study's control in which "
         "only the loss differs: points of top-1 after the last epoch, paired by seed, at the T of "
         "training and stopped at T=1. The minimum detectable effect is that at the T of training, "
         "for a power of 80 %, uncorrected. p is the paired t-test's, corrected by Holm's method "
-        f"for the {number} p values of the table. **{significance(every)} after this correction** "
-        f"(bold).\n\n{markdown(HEAD, rows)}\n"
+        f"for the {number_of_tests(every)} p values of the table. **{significance(every)} after "
+        f"this correction** (bold).\n\n{markdown(HEAD, rows)}\n"
     )
 
 
