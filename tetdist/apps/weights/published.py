@@ -24,7 +24,7 @@ from tetdist.wording import meant
 
 TABLE = Path(__file__).with_name("published.yaml")
 FIGSHARE = "https://api.figshare.com/v2/articles"
-_FIGSHARE = "figshare:"  # before the number of an article, as a host
+_ARTICLE = "figshare:"  # before the number of an article, as a host
 _WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
 
 
@@ -135,7 +135,7 @@ def _download(one: Published, file: Path) -> Path:
     part, address = file.with_name(f"{file.name}.part"), f"{one.host}/{one.file}"
     try:
         md5 = None
-        if one.host.startswith(_FIGSHARE):
+        if one.host.startswith(_ARTICLE):
             address, md5 = _on_figshare(one)
         with part.open("ab") as stream:
             http_get(address, stream, resume_size=stream.tell(), displayed_filename=one.file)
@@ -159,7 +159,7 @@ def _download(one: Published, file: Path) -> Path:
 def _on_figshare(one: Published) -> tuple[str, str]:
     """Return the address and the MD5 of a file."""
     assert one.host is not None
-    article = f"{FIGSHARE}/{one.host.removeprefix(_FIGSHARE)}/files?page_size=1000"
+    article = f"{FIGSHARE}/{one.host.removeprefix(_ARTICLE)}/files?page_size=1000"
     with urllib.request.urlopen(article, timeout=30) as answer:
         known = {each["name"]: each for each in json.load(answer)}
     if one.file not in known:
