@@ -103,17 +103,21 @@ def _full_precision(logits: Tensor) -> Tensor:
 
 def running_means(logits: Tensor) -> Tensor:
     """Return the outputs at T = 1, 2, ...: running means of logits (T, B, K), at least float32."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = _full_precision(logits)
     steps = torch.arange(1, len(logits) + 1, device=logits.device, dtype=logits.dtype)
     # In float64, like torch's cumsum on a CPU, which is not deterministic on a GPU.
     sums = torch.stack(list(itertools.accumulate(logits.double().unbind())))
     return sums.to(logits.dtype) / steps.view(-1, 1, 1)
 
 
-def _mean_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-    """Return the mean over t of the cross-entropy of logits (T, B, K)."""
+def _tet_at(
+    classified: Tensor, logits: Tensor, target: Tensor, lambda_: float, phi: float, smoothing: float
+) -> Tensor:
+    """Return TET with the cross-entropy of ``classified`` (T, B, K), made from the logits."""
     repeated = target.repeat(len(logits), *(1,) * (target.ndim - 1))
-    return F.cross_entropy(logits.flatten(0, 1), repeated, label_smoothing=label_smoothing)
+    cross_entropy = F.cross_entropy(classified.flatten(0, 1), repeated, label_smoothing=smoothing)
+    pull = (logits - phi).square().mean()
+    return (1 - lambda_) * cross_entropy + lambda_ * pull
 
 
 @register_loss("sdt", of_time_mean=True)
@@ -151,9 +155,7 @@ def tet_loss(
         label_smoothing: Probability spread evenly over all classes, in [0, 1).
     """
     logits = _of_timesteps(logits)
-    cross_entropy = _mean_cross_entropy(logits, target, label_smoothing)
-    pull = (logits - phi).square().mean()
-    return (1 - lambda_) * cross_entropy + lambda_ * pull
+    return _tet_at(logits, logits, target, lambda_, phi, label_smoothing)
 
 
 @register_loss("tet_of_means")
@@ -186,9 +188,7 @@ def tet_of_means_loss(
         label_smoothing: Probability spread evenly over all classes, in [0, 1).
     """
     logits = _of_timesteps(logits)
-    cross_entropy = _mean_cross_entropy(running_means(logits), target, label_smoothing)
-    pull = (logits - phi).square().mean()
-    return (1 - lambda_) * cross_entropy + lambda_ * pull
+    return _tet_at(running_means(logits), logits, target, lambda_, phi, label_smoothing)
 
 
 def distillation_loss(logits: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:

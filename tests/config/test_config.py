@@ -254,7 +254,7 @@ def test_mistakes_of_the_file_and_of_an_override_are_distinguished(tiny_config):
 
 
 def test_no_such_config():
-    with pytest.raises(UserError, match=r"'quickstar'.*did you mean quickstart\.yaml"):
+    with pytest.raises(UserError, match=r"'quickstar'.*did you mean quickstart\?"):
         load("quickstar")
     with pytest.raises(UserError, match=r"'zzz'.*in configs/; `tetdist list` lists those"):
         load("zzz")

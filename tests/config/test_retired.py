@@ -38,7 +38,7 @@ def test_a_value_that_is_gone(key):
         with pytest.raises(UserError) as raised:
             parse(with_key(key, value), "old.yaml", warn=False)
         place = key.replace(".N.", ".0.")
-        assert str(raised.value) == f"old.yaml: {place}={value} is gone; {retired.instead}"
+        assert str(raised.value) == f"old.yaml: {place}={value!r} is gone; {retired.instead}"
         trained = parse(with_key(key, value), "old.yaml", warn=False, is_trained=True)
         assert trained.as_dict() == with_key(key, retired.default)
 

@@ -1,5 +1,6 @@
 """Streaming: one timestep at a time is the whole pass, for every family and kind of neuron."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -174,7 +175,7 @@ def test_a_state_continues_in_another_stream():
     ):
         other = timm.create_model(name, **arguments).eval()
         other = other if words.startswith("float64") else other.double()
-        with pytest.raises(UserError, match=f"of another network.*({words})"):
+        with pytest.raises(UserError, match=f"not one of this network.*({words})"):
             other.stream().load_state_dict(kept)
     layer, membrane = next(iter(kept["membranes"].items()))
     stream = model.stream()
@@ -184,12 +185,13 @@ def test_a_state_continues_in_another_stream():
         ({}, "not one that"),
         (kept | {"timesteps": -1}, "timesteps=-1"),
         (kept | {"timesteps": 1.5}, "timesteps=1.5"),
-        (kept | {"shape": (2, 34, -1)}, "of another network"),
+        (kept | {"shape": (2, 34, -1)}, "not one of this network"),
         (kept | {"sum": None}, "which its sum contradicts"),
         (kept | {"sum": kept["sum"][0]}, "sum is"),
-        (kept | {"membranes": {}}, "of another network"),
+        (kept | {"membranes": {}}, "it has other neurons"),
         (kept | {"membranes": kept["membranes"] | {layer: membrane[:-1]}}, f"{layer} is"),
         (kept | {"membranes": kept["membranes"] | {layer: [1]}}, f"{layer} is list"),
+        (kept | {"membranes": kept["membranes"] | {layer: membrane * math.nan}}, f"{layer} holds"),
     ):
         with pytest.raises(UserError, match=words):
             stream.load_state_dict(change)

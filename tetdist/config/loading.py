@@ -1,6 +1,5 @@
 """Loading of a checked `RunConfig` from a YAML file, its bases, and ``key=value`` overrides."""
 
-import difflib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from tetdist.errors import UserError, typed
 from tetdist.nn import neurons
 from tetdist.nn.neurons import NEURONS
 from tetdist.plugins import import_files
+from tetdist.wording import meant
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,8 @@ def find(name: str, folder: Path = Path()) -> Path:
         if path.is_file():
             return path
     known = [path.stem for path in CONFIGS_DIR.glob("*.yaml")]
-    close = difflib.get_close_matches(name.removesuffix(".yaml"), known, n=1)
-    hint = f"; did you mean {close[0]}.yaml?" if close else f"; `{typed('list')}` lists those"
-    raise UserError(f"no configuration {name!r}, neither as a file nor in configs/{hint}")
+    hint = meant(name.removesuffix(".yaml"), known, f"`{typed('list')}` lists those")
+    raise UserError(f"no configuration {name!r}, neither as a file nor in configs/; {hint}")
 
 
 def load(name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path] = ()) -> RunConfig:

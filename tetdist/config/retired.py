@@ -67,20 +67,16 @@ def without_retired(
         UserError: A key that is gone has another value than its default.
     """
     raw, dropped = copy.deepcopy(raw), []
-    for key, retired in RETIRED.items():
+    for place, parent, name, retired in _gone(raw):
+        if not is_trained:
+            given = [one for one in overrides if key_of(one) == place]
+            what = given[-1] if given else f"{source}: {place}={parent[name]!r}"
+            raise UserError(f"{what} is gone; {retired.instead}")
+        parent[name] = retired.default
+    for key in RETIRED:
         for place, parent, name in _found(raw, key.split(".")):
-            value = parent.pop(name)
-            if value != retired.default and not is_trained:
-                given = [one for one in overrides if key_of(one) == place]
-                what = given[-1] if given else f"{source}: {place}={value!r}"
-                raise UserError(f"{what} is gone; {retired.instead}")
+            del parent[name]
             dropped.append(place)
-    for key, (gone, retired) in RETIRED_VALUES.items():
-        for place, parent, name in _found(raw, key.split(".")):
-            if parent[name] in gone:
-                if not is_trained:
-                    raise UserError(f"{source}: {place}={parent[name]} is gone; {retired.instead}")
-                parent[name] = retired.default
     if dropped and not is_trained:
         logger.info("%s: dropped keys of an earlier version: %s", source, ", ".join(dropped))
     return raw
@@ -88,13 +84,16 @@ def without_retired(
 
 def retired_values(raw: dict[str, Any]) -> dict[str, Any]:
     """Return what is gone, unless it has the default value: by dotted key, keys and values."""
-    found: dict[str, Any] = {}
+    return {place: parent[name] for place, parent, name, _ in _gone(raw)}
+
+
+def _gone(raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, Retired]]:
+    """Yield each place of what is gone, unless it has the default value: see `_found`."""
     for key in (*RETIRED, *RETIRED_VALUES):
+        values, retired = RETIRED_VALUES.get(key) or (None, RETIRED[key])
         for place, parent, name in _found(raw, key.split(".")):
-            value, gone = parent[name], RETIRED_VALUES.get(key)
-            if value in gone[0] if gone else value != RETIRED[key].default:
-                found[place] = value
-    return found
+            if parent[name] in values if values else parent[name] != retired.default:
+                yield place, parent, name, retired
 
 
 def _found(

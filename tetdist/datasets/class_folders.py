@@ -104,7 +104,7 @@ def is_held_out(split: str) -> bool:
     return split.lower() in USUAL_NAMES["val"]
 
 
-def beside_the_root(root: Path, split: str, kind: Kind) -> str | None:
+def root_advice(root: Path, split: str, kind: Kind) -> str | None:
     """Return the advice for a folder that is not a data root, but holds or is a part of one."""
     made = sorted(str(file.parent) for file in root.glob("splits/*/dataset.json"))
     if made:
@@ -132,7 +132,7 @@ def beside_the_root(root: Path, split: str, kind: Kind) -> str | None:
 
 def _way_out(root: Path, split: str, kind: Kind) -> str:
     """Return the advice for a missing split: a folder with another usual name, or a new one."""
-    if advice := beside_the_root(root, split, kind):
+    if advice := root_advice(root, split, kind):
         return f"; {advice}"
     found = folders_called(root, split)
     if not found:

@@ -23,10 +23,10 @@ import numpy.typing as npt
 from tetdist.datasets.archives import BadFile, ByteRange
 from tetdist.datasets.class_folders import (
     Kind,
-    beside_the_root,
     first_difference,
     list_class,
     list_classes,
+    root_advice,
 )
 from tetdist.datasets.layouts import Listing, list_split
 from tetdist.datasets.probe import Probe, probe_batches, probe_image, probe_tensor
@@ -163,7 +163,7 @@ def find_index(data: "DataSection", split: str) -> Path:
         )
     file = index_file(data.index_dir, split)
     if not file.is_file():
-        if advice := beside_the_root(root, split, data.kind):
+        if advice := root_advice(root, split, data.kind):
             raise UserError(f"there is no index {file}; {advice}")
         command = index_command(root, split, data.kind)
         indexed = sorted(one.stem for one in data.index_dir.glob("*.npz"))
@@ -179,7 +179,7 @@ def find_index(data: "DataSection", split: str) -> Path:
     return file
 
 
-def check_splits(data: "DataSection") -> None:
+def check_indexed(data: "DataSection") -> None:
     """Refuse a missing data set, or one without the indexes that training reads."""
     for split in ("train",) if data.held_out else ("train", "val"):
         find_index(data, split)

@@ -123,7 +123,7 @@ def _why_no_gpu() -> str:
         reason = "it finds no device"
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-    if remedy := of_a_gpu_not_ready(reason):
+    if remedy := gpu_remedy(reason):
         return f"torch says: {reason} ({remedy})"
     return (
         f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, and says: {reason} "
@@ -132,7 +132,7 @@ def _why_no_gpu() -> str:
     )
 
 
-def of_a_gpu_not_ready(text: str) -> str | None:
+def gpu_remedy(text: str) -> str | None:
     """Return the remedy for the error that a text quotes, if it is one of `NOT_READY`."""
     found = re.search(r"\berror (\d+)\b", text, re.IGNORECASE)
     return NOT_READY.get(found[1]) if found else None

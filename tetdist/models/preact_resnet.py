@@ -75,9 +75,9 @@ class Block(nn.Module):
         self.pool: nn.Module = nn.Identity()
         self.downsample: nn.Module = nn.Identity()
         self.downsample_norm: BatchNorm | None = None
-        self.projects_spikes = False
-        if stride != 1 or in_channels != width:
-            self.projects_spikes = projects_spikes
+        projects = stride != 1 or in_channels != width
+        self.projects_spikes = projects and projects_spikes
+        if projects:
             if pooled_projection:
                 if stride != 2:
                     raise ValueError(f"a pooled projection needs stride 2, not {stride}")
@@ -121,14 +121,14 @@ class PreActResNet(SpikingNetwork):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes, timesteps, drop_path_rate)
-        bias, last = not self.is_of_i2e, self.is_of_i2e
-        self.stem = Stem(Conv2d(in_chans, width, 7, stride=2, padding=3, bias=bias), width)
+        i2e = self.is_of_i2e
+        self.stem = Stem(Conv2d(in_chans, width, 7, stride=2, padding=3, bias=not i2e), width)
         self.pool = MaxPool(3, stride=2, padding=1)
-        make = partial(Block, neuron=neuron, bias=bias, projects_spikes=self.is_of_i2e)
+        make = partial(Block, neuron=neuron, bias=not i2e, projects_spikes=i2e)
         self.set_resnet(make, layers, (width, 4), width)
-        self.neuron: nn.Module = Neuron(neuron, self.num_features) if last else nn.Identity()
+        self.neuron: nn.Module = Neuron(neuron, self.num_features) if i2e else nn.Identity()
         self.set_head(drop_rate)
-        base.init_weights(self, "fan_in" if self.is_of_i2e else "kaiming")
+        base.init_weights(self, "fan_in" if i2e else "kaiming")
 
     def pooled(self, x: Tensor) -> Tensor:
         return self.neuron(self.over_positions(x))

@@ -221,13 +221,13 @@ class Stream:
             if list(held) != list(known):
                 raise ValueError("it has other neurons")
             for axis, (name, one) in zip(axes, known.items(), strict=True):
-                right = _described(
-                    one.expand([-1] * axis + [len(total)] + [-1] * (one.ndim - axis - 1))
-                )
+                right = _described(one.repeat_interleave(len(total), axis))
                 if (found := _described(held[name])) != right:
                     raise ValueError(f"{name} is {found}, not {right}")
+                if not held[name].isfinite().all():
+                    raise ValueError(f"{name} holds NaN or infinity")
         except (RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"the state is of another network: {error}") from error
+            raise UserError(f"the state is not one of this network: {error}") from error
 
 
 def _described(x: object) -> str:

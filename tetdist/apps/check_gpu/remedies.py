@@ -6,7 +6,7 @@ import subprocess
 
 import torch
 
-from tetdist.distributed.devices import of_a_gpu_not_ready
+from tetdist.distributed.devices import gpu_remedy
 from tetdist.errors import UserError, pip_install, sentence
 
 SMI_TIMEOUT = 20  # seconds; a working driver needs one or two
@@ -43,7 +43,7 @@ _BY_TEXT = (
 def of(error: Exception) -> str | None:
     """Return the remedy for an exception; None: unknown, perhaps a bug in tetdist."""
     text = f"{type(error).__name__}: {error}"
-    if remedy := of_a_gpu_not_ready(text):
+    if remedy := gpu_remedy(text):
         return remedy
     unseen = r"no kernel image|driver version is insufficient|too old|sees no GPU|does not see it"
     if re.search(unseen, text) and (seen := driver_and_gpu()) != (None, None):

@@ -99,7 +99,7 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     from tetdist.config.documentation import documented_keys
     from tetdist.config.inheritance import DEFAULT, annotated
     from tetdist.config.messages import nearest
-    from tetdist.datasets.index import check_splits
+    from tetdist.datasets.index import check_indexed
     from tetdist.nn.neurons import kind_of
     from tetdist.tracking.trackers import check_names
 
@@ -121,7 +121,7 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     # Several processes check the data later, together, since each host may have its own.
     needs_data = not options.print_config and "RANK" not in os.environ
     loaded = loading.load_with_origins(
-        options.config, options.overrides, options.imports, check_splits if needs_data else None
+        options.config, options.overrides, options.imports, check_indexed if needs_data else None
     )
     check_names(loaded.config.tracking.trackers)
     if loaded.config.reference is not None:

@@ -137,11 +137,11 @@ def run(options: argparse.Namespace) -> int:
 def planned(options: argparse.Namespace) -> "tuple[Prepared, Speed | str]":
     """Check a submission, and return the run with its speed, or why it is unknown."""
     from tetdist.config import loading
-    from tetdist.datasets.index import check_splits
+    from tetdist.datasets.index import check_indexed
 
     given = (options.config, options.overrides, options.imports)
     # A dry run may count images of its own.
-    config = loading.load_with_origins(*given, None if options.dry_run else check_splits).config
+    config = loading.load_with_origins(*given, None if options.dry_run else check_indexed).config
     # Imported now, because these import torch, which takes seconds.
     from tetdist.apps.slurm import speed, submit
 
