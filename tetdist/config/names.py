@@ -1,7 +1,7 @@
 """Names of tetdist's own networks, losses and optimisers, without importing them.
 
-An import of the networks takes seconds. tests/test_starts.py compares the names with those that are
-registered.
+An import of the networks takes seconds. tests/test_imports.py compares these names with the
+registered ones.
 """
 
 # fmt: off

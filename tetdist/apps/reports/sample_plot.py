@@ -20,7 +20,7 @@ from tetdist.data.batches import eval_batches
 from tetdist.data.dali import Workers
 from tetdist.distributed.world import join
 from tetdist.errors import UserError
-from tetdist.evaluation.evaluate import running_means
+from tetdist.losses import running_means
 from tetdist.models import SpikingNetwork
 from tetdist.nn.norm_neuron import firing_layers
 from tetdist.storage import checkpoint
