@@ -162,21 +162,20 @@ def find_index(data: "DataSection", split: str) -> Path:
             f"or set data.root=FOLDER ({typed('eval').removeprefix('python ')}: --data FOLDER)"
         )
     file = index_file(data.index_dir, split)
-    if not file.is_file():
-        if advice := root_advice(root, split, data.kind):
-            raise UserError(f"there is no index {file}; {advice}")
-        command = index_command(root, split, data.kind)
-        indexed = sorted(one.stem for one in data.index_dir.glob("*.npz"))
-        if indexed == ["train"] and split == "val" and not (root / split).is_dir():
-            raise UserError(without_validation(root))
-        if indexed and not (root / split).is_dir():
-            raise UserError(
-                f"{root} has no indexed {split} split, only {', '.join(indexed)}, which "
-                f"{typed('eval')} evaluates (--split); if {split} is there in archives, index it "
-                f"with `{command}`"
-            )
+    if file.is_file():
+        return file
+    if advice := root_advice(root, split, data.kind):
+        raise UserError(f"there is no index {file}; {advice}")
+    command = index_command(root, split, data.kind)
+    indexed = sorted(one.stem for one in data.index_dir.glob("*.npz"))
+    if not indexed or (root / split).is_dir():
         raise UserError(f"there is no index {file}; make it with `{command}`")
-    return file
+    if (indexed, split) == (["train"], "val"):
+        raise UserError(without_validation(root))
+    raise UserError(
+        f"{root} has no indexed {split} split, only {', '.join(indexed)}, which {typed('eval')} "
+        f"evaluates (--split); if {split} is there in archives, index it with `{command}`"
+    )
 
 
 def check_indexed(data: "DataSection") -> None:

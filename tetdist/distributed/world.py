@@ -204,7 +204,7 @@ def join(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit
         )
         return World(0, 1, this_device, dist.new_group(backend="gloo"))
-    if "TETDIST_COMMAND" not in os.environ:  # A command has done so.
+    if "TETDIST_COMMAND" not in os.environ:  # else the command has done so
         end_with_starters()
     store = meeting.meet(rank, world_size, timeout, shared_folder, run)
     with meeting.limited(timeout, "a process is lost while all connect to each other"):

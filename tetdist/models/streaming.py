@@ -195,7 +195,8 @@ class Stream:
         """Continue from what `state_dict` returned, also of another stream of the same network.
 
         Raises:
-            UserError: The state is not one of this network, or not finite. The stream stays as it was.
+            UserError: The state is of another network, not finite, or none. The stream stays as it
+                was.
         """
         if not isinstance(state, dict) or state.keys() != self.state_dict().keys():
             raise UserError("the state is not one that a stream's state_dict() returned")
