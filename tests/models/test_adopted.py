@@ -236,7 +236,7 @@ def test_events_are_the_first_bins():
     with pytest.raises(ValueError, match="an event batch must be"):
         model(frames[:, 0])
     with pytest.raises(ValueError, match="an image batch must be"):
-        adopted(Small)(frames)
+        adopted(Small)(frames.flatten())
 
 
 def test_first_step_in_low_precision_has_all_gradients():

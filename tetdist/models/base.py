@@ -316,11 +316,11 @@ class SpikingNetwork(nn.Module):
 
     def check_size(self, x: Tensor) -> None:
         """Raise a `UserError` if an input (..., H, W) is not of ``input_size``."""
-        (height, width), side = x.shape[-2:], self.input_size
-        if side is not None and (height, width) != (side, side):
+        side, sizes = self.input_size, tuple(x.shape[-2:])
+        if side is not None and sizes != (side, side):
             raise UserError(
-                f"the model is built for {side}x{side} pixels, but the input has {height}x{width}; "
-                "give it the argument input_size"
+                f"the model is built for {side}x{side} pixels, but the input has "
+                f"{'x'.join(map(str, sizes))}; give it the argument input_size"
             )
 
     def frame(self, x: Tensor, t: int) -> Tensor:
