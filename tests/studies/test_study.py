@@ -33,9 +33,8 @@ def test_the_example_of_the_page_is_a_study_and_its_table_has_every_key(tmp_path
     text = (tiny.PROJECT / "docs/studies.md").read_text()
     file = tmp_path / "study.yaml"
     file.write_text(text.partition("```yaml\n")[2].partition("```")[0])
-    study = plan.read(file)
-    assert study.test_timesteps == (1, 2, 3, 4)  # by default up to quickstart's T
     runs = runs_of(file, tmp_path)
+    assert runs[0].study.test_timesteps == (1, 2, 3, 4)  # by default up to quickstart's T
     losses = [(run.entry, run.config.loss.kind) for run in runs]
     assert losses == 3 * [("sdt", "sdt"), ("tet", "tet")]
     keys = (

@@ -80,7 +80,7 @@ def study(options: argparse.Namespace) -> int:
     from tetdist.apps.studies.local import refuse_if_at_work, work
 
     file = plan.find(options.study)
-    section = plan.read(file, options.overrides, options.imports)
+    section = plan.read(file)
     output = options.output or Path("runs") / file.stem
     try:
         runs = plan.runs_of(section, output, options.overrides, options.imports)
@@ -111,7 +111,7 @@ def study(options: argparse.Namespace) -> int:
         untrained = [run for run in left if not plan.is_trained(run)]
         failed = work(chosen, options.jobs, tracking.Parent(file.stem, untrained, output))
     words = (str(file), *options.overrides, *import_flags(options.imports))
-    found = numbers.gather(section, runs, str(plan.Command("study", words)))
+    found = numbers.gather(runs[0].study, runs, str(plan.Command("study", words)))
     report.write(found, output / "report.md")
     print(report.summary(found), f"the report is {output / 'report.md'}", sep="\n")
     for name, reason in failed.items():

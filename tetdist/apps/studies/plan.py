@@ -194,8 +194,8 @@ def find(name: str) -> Path:
     raise UserError(f"there is no study {name!r}; {meant(name, known, give)}")
 
 
-def read(path: Path, more: Sequence[str] = (), imports: Sequence[str] = ()) -> StudySection:
-    """Read a study file; ``more`` and ``imports`` are those of `runs_of`."""
+def read(path: Path) -> StudySection:
+    """Read a study file."""
     study = checked(StudySection, read_yaml(path), str(path))
     if len(set(study.seeds)) < len(study.seeds):
         raise UserError(f"{path}: seeds: {list(study.seeds)} has a duplicate; remove it")
@@ -212,17 +212,7 @@ def read(path: Path, more: Sequence[str] = (), imports: Sequence[str] = ()) -> S
                     f"{path}: entries.{name}.{key}: {other!r} is not another entry; choose from "
                     f"{known}"
                 )
-    if study.test_timesteps:
-        return study
-    most = 1
-    for name, entry in study.entries.items():
-        own = joined(as_overrides(study.overrides), as_overrides(entry.overrides), more)
-        try:
-            config = loading.load(entry.config or study.config, own, imports)
-        except UserError as error:
-            raise UserError(f"{path}: entries.{name}: {error}") from error
-        most = max(most, config.phases[-1].most_timesteps)
-    return study.model_copy(update={"test_timesteps": tuple(range(1, most + 1))})
+    return study
 
 
 def runs_of(
@@ -231,7 +221,7 @@ def runs_of(
     """Return all runs, seed by seed, each after those that it needs.
 
     The runs are in the folder ``output``. ``more`` are ``key=value``, applied after the study's
-    own.
+    own. The runs' study has test_timesteps, also by default.
     """
     runs: dict[tuple[str, int], StudyRun] = {}
 
@@ -274,12 +264,17 @@ def runs_of(
             init=init,
             teacher=teacher,
         )
-        _check(runs[name, seed])
         return runs[name, seed]
 
     for seed in study.seeds:
         for name in study.entries:
             add(name, seed)
+    if not study.test_timesteps:
+        most = max(run.timesteps for run in runs.values())
+        tested = study.model_copy(update={"test_timesteps": tuple(range(1, most + 1))})
+        return runs_of(tested, output, more, imports)
+    for run in runs.values():
+        _check(run)
     return list(runs.values())
 
 
