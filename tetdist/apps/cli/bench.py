@@ -81,8 +81,8 @@ def measure(options: argparse.Namespace) -> None:
         "loader": (data.measure, data.table),
     }[options.command]
     result = measure_it(options)
-    print(table(result))
     write_result(options.json, result | {"machine": bench.machine(options.device)})
+    print(table(result))  # last, because the output may be full
 
 
 def check_network(name: str, size: int | None) -> None:

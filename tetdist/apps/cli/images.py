@@ -294,6 +294,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _print_findings(findings: "list[Finding]", file: Path | None) -> None:
+    write_result(file, [finding._asdict() for finding in findings])
     printed: Counter[str] = Counter()
     for kind, path, text in findings:
         printed[kind] += 1
@@ -303,7 +304,6 @@ def _print_findings(findings: "list[Finding]", file: Path | None) -> None:
         if count > _PRINTED_FINDINGS:
             where = f"see {file}" if file else "--json FILE lists all"
             print(f"{name}: {count - _PRINTED_FINDINGS} more; {where}")
-    write_result(file, [finding._asdict() for finding in findings])
 
 
 def _shard(args: argparse.Namespace) -> int:

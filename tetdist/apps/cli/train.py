@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("torch").setLevel(logging.WARNING)  # torch does so too late for Ctrl-C
+    # After Ctrl-C during its import, torch would print the statistics of its caches.
+    logging.getLogger("torch").setLevel(logging.WARNING)
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         logging.getLogger().setLevel(logging.ERROR)

@@ -219,15 +219,16 @@ def _counts(found: EvaluationResults) -> Section:
 
 def _energy(energy: dict[str, Any]) -> Section:
     rate, even = energy["spike_rate"], energy["break_even_rate"]
-    known = "no spikes reach a synapse"
-    if rate is not None:
-        side, shown = "below" if energy["wins_below"] else "above", f"{100 * rate:.3g} %"
+    if rate is None:
+        known = "no spikes reach a synapse"
+    elif 0 < even < 1:
+        side = "below" if energy["wins_below"] else "above"
+        does = "does" if (rate < even) == energy["wins_below"] else "does not"
+        known = f"Counting memory, it would need a spike rate {side} {100 * even:.3g} % to "
+        known += f"beat the ReLU network; at {100 * rate:.3g} % it {does}"
+    else:
         known = f"Counting memory, it takes {'less' if even else 'more'} energy than the ReLU "
-        known += f"network at any spike rate; its rate at synapses is {shown}"
-        if 0 < even < 1:
-            does = "does" if (rate < even) == energy["wins_below"] else "does not"
-            known = f"Counting memory, it would need a spike rate {side} {100 * even:.3g} % to "
-            known += f"beat the ReLU network; at {shown} it {does}"
+        known += f"network at any spike rate; its rate at synapses is {100 * rate:.3g} %"
     assumed, changed = (
         ", ".join(f"{key}={energy['constants'][key]}" for key in keys)
         for keys in (ASSUMED, energy["changed"])
