@@ -11,7 +11,7 @@ from tetdist.data import transforms
 from tetdist.data.batches import Share, eval_batches, train_batches
 from tetdist.data.dali import Workers
 from tetdist.data.delivery import DeviceBatches
-from tetdist.data.images_as_events import as_events, frames, places, windows
+from tetdist.data.images_as_events import as_events, frames, places
 from tetdist.datasets.index import build_index
 from tetdist.plugins import Registry
 
@@ -57,7 +57,7 @@ RANGES = [(0, 255), (3, 28), (100, 150), (7, 207), (2, 252), (5, 6)]
 
 
 @pytest.mark.parametrize("ratio", [0.12, 0.07, 0.5])
-def test_frames_are_the_definitions(ratio):
+def test_frames_are_the_definitions(ratio, monkeypatch):
     images = torch.stack([noise(*levels) for levels in RANGES])
     found = frames(as_events(images, ratio, None))
     assert found.dtype == torch.uint8
@@ -72,6 +72,9 @@ def test_frames_are_the_definitions(ratio):
             first = [place - 1 + max(-way, 0) for place, way in zip(corner, ways, strict=True)]
             pairs.append((first, [a + way for a, way in zip(first, ways, strict=True)]))
         assert torch.equal(ours.bool(), defined(image, ratio, pairs))
+    # A GPU takes the windows of all images at once.
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    assert torch.equal(frames(as_events(images, ratio, drawn)), found)
 
 
 def test_an_image_of_one_level_has_no_events():
@@ -89,13 +92,6 @@ def test_every_place_is_drawn_for_each_sample_alone():
     assert len(np.unique(drawn[:100].reshape(100, -1), axis=0)) > 95
     for other in ((1, 0), (0, 1)):
         assert not np.array_equal(places(*other, np.arange(9)), drawn[:9])
-
-
-def test_windows_of_a_device_are_those_of_a_cpu():
-    planes = torch.rand(5, 2, 13, 11) < 0.5
-    corners = torch.tensor([[0, 0], [1, 0], [0, 2], [1, 2], [1, 1]])
-    expected = [planes[k, :, r : r + 12, c : c + 9] for k, (r, c) in enumerate(corners.tolist())]
-    assert torch.equal(windows(planes, corners, 12, 9), torch.stack(expected))
 
 
 @pytest.fixture

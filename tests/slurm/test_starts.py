@@ -236,7 +236,6 @@ def test_lost_node_is_waited_for(in_thread, answer, start, slurm, monkeypatch):
             watch.submit(this._record_failure, PeerFailed("rank 1 has died")).result()
     else:
         this._record_failure(PeerFailed("rank 1 has died"))
-        signal.signal(TERM, before)
     assert len(slept) == 2
     lost = ("stopped", "a node failed: node2 does not answer")
     assert written(this) == [lost, ("failed", "rank 1 has died")]
@@ -246,6 +245,11 @@ def test_lost_node_is_waited_for(in_thread, answer, start, slurm, monkeypatch):
     # Another port than the usual one is always refused.
     start(others={"node2": 1})._record_failure(ValueError("of this process"))
     assert (len(slept), len(written(this))) == (2, 2)
+    # Rank 0 has the job requeued for all.
+    answers = iter([0, 2])
+    start(rank=1, others={"node2": 2})._record_failure(ValueError("of this process"))
+    signal.signal(TERM, before)
+    assert (len(slept), slurm.requeued) == (3, ["12"])
 
 
 def test_what_was_cancelled_is_not_started_by_a_late_requeue(start):

@@ -72,14 +72,21 @@ def test_a_run_that_is_waited_for_is_finished_or_queued(tmp_path, queue, monkeyp
 
 
 @pytest.mark.usefixtures("queue")
-def test_job_that_slurm_does_not_know_is_as_the_run_says(tmp_path):
+def test_job_that_slurm_does_not_know_is_as_the_run_says(tmp_path, monkeypatch):
     submission = submitted(tmp_path, 10)
-    # Of another job's end it says nothing.
-    for event in (JobEvent("failed", "11"), JobEvent("cancelled", "12")):
+    for event, name, text in (
+        (JobEvent("failed", "11"), "unknown", "Slurm does not know the job, and it did not start"),
+        (JobEvent("submitted", "12"), "unknown", "Slurm does not know the job, and it did not st"),
+        (JobEvent("cancelled", "12"), "CANCELLED", "by the run's history, cancelled 20"),
+    ):
         history.note(tmp_path, event)
-    state = jobs.state_of(submission)
-    assert (state.name, state.is_queued) == ("CANCELLED", False)
-    assert state.text.startswith("by the run's history, cancelled 20")
+        state = jobs.state_of(submission)
+        assert (state.name, state.is_queued) == (name, False)
+        assert state.text.startswith(text)
+    # Where there is no Slurm, it is not asked.
+    monkeypatch.setattr(jobs, "is_here", lambda: False)
+    monkeypatch.setattr(jobs, "query", None)
+    assert jobs.state_of(submission) == state
 
 
 def test_job_imports_the_copy_that_was_made_when_it_was_submitted(tiny_config, tmp_path):

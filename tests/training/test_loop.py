@@ -9,13 +9,16 @@ import tiny
 import torch
 from tiny import expect
 
+from tetdist import order
 from tetdist.apps.reports import observers
+from tetdist.distributed.watchdog import CONTINUES
 from tetdist.distributed.world import join
 from tetdist.storage import checkpoint
 from tetdist.training import evaluating, window
 from tetdist.training import step as step_module
 from tetdist.training.engines.base import Update
 from tetdist.training.observers import Observer
+from tetdist.training.trainer import Trainer
 
 
 def test_first_of_equal_results_stays_the_best(main, tiny_config, tmp_path, monkeypatch):
@@ -36,9 +39,21 @@ def test_first_of_equal_results_stays_the_best(main, tiny_config, tmp_path, monk
     assert state["result"] == {"best_top1": 60.0, "best_step": 10, "top1": 50.0}
 
 
-def test_checkpoints_come_at_their_steps_and_at_the_end_of_each_epoch(main, tiny_config, tmp_path):
-    changes = {"save": {"every_steps": 2, "keep_last": 100}, "evaluate_every": 2}
-    expect(main(tiny_config(changes)))
+def test_checkpoints_come_at_their_steps_and_at_the_end_of_each_epoch(
+    main, tiny_config, tmp_path, monkeypatch
+):
+    """Only a run that has one is said to continue from it if a process is lost."""
+    advice, train_step = [], Trainer._train_step
+
+    def noting(self):
+        advice.append(self.watch.after)
+        return train_step(self)
+
+    monkeypatch.setattr(Trainer, "_train_step", noting)
+    file = tiny_config({"save": {"every_steps": 2, "keep_last": 100}, "evaluate_every": 2})
+    for last in (5, 10):
+        expect(main(file, f"max_steps={last}"))
+    assert [text == CONTINUES for text in advice] == [False] * 2 + [True] * 8
     saved = sorted(path.name for path in (tmp_path / "runs/tiny/checkpoints").glob("step-*"))
     assert saved == [f"step-{step:08}" for step in (2, 4, 5, 6, 8, 10)]
 
@@ -67,6 +82,19 @@ def test_sums_of_a_micro_batch():
     # A mixed sample is as correct as the predicted class's share in it.
     shares = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
     assert step_module.sums_of(logits, shares, loss).tolist() == [0.5, 1.25, 2.0]
+
+
+def test_networks_of_imported_files_draw_from_generators_that_are_seeded(monkeypatch):
+    """On a GPU from its own."""
+    seeded, seed = [], order.forward_seed(5, 3, 1)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeded.append)
+    config = SimpleNamespace(imports=["x.py"], seed=5)
+    for device, expected in (("cpu", []), ("cuda", [seed])):
+        world = SimpleNamespace(device=torch.device(device))
+        torch.manual_seed(0)
+        seeded.clear()
+        step_module.Step._seed(SimpleNamespace(config=config, world=world), 3, 1)
+        assert (torch.initial_seed(), seeded) == (seed, expected)
 
 
 def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch):

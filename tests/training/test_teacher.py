@@ -171,6 +171,11 @@ def test_teachers_that_do_not_suit(main, relu, tiny_config, tmp_path):
     save_file(timm.create_model(TIMM.removeprefix("timm:"), num_classes=7).state_dict(), file)
     text = refusal(f"{KEY}={TIMM}", f"{KEY}_weights={file}")
     assert "has shape (7,) instead of (4,)" in text
+    events = "data.images_as_events={}"
+    text = refusal(f"{KEY}={relu}", events)
+    assert "was trained on images, but the data are events" in text
+    text = refusal(f"{KEY}={TIMM}", f"{KEY}_weights={file}", events)
+    assert "takes images, but the data are events" in text
     text = refusal("loss.kind=sdt", "loss.distillation.self_weight=0.5")
     assert "set loss.kind=tet, or self_weight=0" in text
     aligned = ("loss.distillation.teacher_alignment=error_aware", f"{KEY}={relu}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import expect, refused
 
 from tetdist.config.loading import load
@@ -445,17 +445,25 @@ def test_damaged_checkpoints(main, tiny_config, tmp_path):
 
 
 def test_an_optimizers_state_of_another_network_is_one_sentence(main, tiny_config, tmp_path):
-    """Its manifest fits: a program that writes the one can write the other."""
-    file = tiny_config({"max_steps": 2, "engine": "torch"})
+    """And NaN in the moving average. The manifest fits: who writes the one can write the other."""
+    file = tiny_config({"max_steps": 2, "engine": "torch", "ema.decay": 0.8})
     expect(main(file))
     newest = tiny.newest(tmp_path / "runs/tiny")
     state = torch.load(newest / "optimizer.pt", weights_only=True)
     manifest = json.loads((newest / "manifest.json").read_text())
+
+    def refused_with(name, *parts):
+        manifest["files"][name] = checkpoint._describe(newest / name)
+        (newest / "manifest.json").write_text(json.dumps(manifest))
+        refused(main(file, "max_steps=4"), *parts)
+
     for hostile in (5, {"state": 3}, state | {"param_groups": [{}]}, state | {"state": {0: 1}}):
         torch.save(hostile, newest / "optimizer.pt")
-        manifest["files"]["optimizer.pt"] = checkpoint._describe(newest / "optimizer.pt")
-        (newest / "manifest.json").write_text(json.dumps(manifest))
-        refused(main(file, "max_steps=4"), "optimizer.pt does not suit the network", "remove this")
+        refused_with("optimizer.pt", "optimizer.pt does not suit the network", "remove this")
+    average = load_file(newest / "ema.safetensors")
+    average["fc.bias"] *= float("nan")
+    save_file(average, newest / "ema.safetensors")
+    refused_with("ema.safetensors", "ema.safetensors holds NaN or infinity (in fc.bias)")
 
 
 def test_full_disk_in_training(main, farm, tiny_config, tmp_path):
