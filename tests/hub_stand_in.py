@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import tiny
 from huggingface_hub import constants
 
 TOKEN, OWNER = "hf_of_the_tests", "us"
@@ -173,8 +173,6 @@ def serving(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Hub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
     point_to(hub.url, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     # The package hf_xet, where it is installed, would speak another protocol.
@@ -184,12 +182,8 @@ def serving(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Hub]:
         monkeypatch.delenv(name, raising=False)
     home.mkdir(exist_ok=True)
     (home / "token").write_text(TOKEN)
-    try:
+    with tiny.served(server):
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,13 @@ import contextlib
 import copy
 import functools
 import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 
@@ -34,8 +34,13 @@ def not_native() -> Iterator[None]:
 def needs_triton() -> None:
     """Skip the test, or the module that calls this, where there is no Triton."""
     if importlib.util.find_spec("triton") is None:
-        assert not os.environ.get("CI"), "make test installs Triton, and CI calls that"
-        pytest.skip("there is no Triton; make test installs it", allow_module_level=True)
+        tiny.skip("there is no Triton; make test installs it")
+
+
+def needs_compiler(found: object) -> None:
+    """Skip the test where a compiler or what it makes was not found."""
+    if found is None:
+        tiny.skip("no C++ compiler, or the kernels do not build with it")
 
 
 # Attributes of triton_kernels, and the modules of kernels that they are.
@@ -65,9 +70,7 @@ def interpreted() -> Iterator[None]:
 @contextlib.contextmanager
 def native_kernels() -> Iterator[None]:
     """The kernels of CPUs, and nothing else in their place."""
-    if native.neuron_library(LIF()) is None:
-        assert not os.environ.get("CI"), "CI has a C++ compiler, and this does not build"
-        pytest.skip("no C++ compiler")
+    needs_compiler(native.neuron_library(LIF()))
     with pytest.MonkeyPatch.context() as patch:
         # Should a neuron's own not build, this must not become a test of something else.
         patch.setattr(dispatch, "_warn_of_missing_library", None)

@@ -16,7 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TextIO
+from socketserver import BaseServer
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 import pytest
@@ -167,6 +168,12 @@ def alive(mark: str) -> list[int]:
     return found
 
 
+def skip(reason: str) -> NoReturn:
+    """Skip the test, or the module that calls this: this machine lacks something that CI has."""
+    assert not os.environ.get("CI"), reason
+    pytest.skip(reason, allow_module_level=True)
+
+
 def wait_until(condition: Callable[[], object], seconds: float) -> None:
     """Wait for a condition; fail if it does not come true in time."""
     end = time.monotonic() + seconds
@@ -182,6 +189,19 @@ def execute(
     with started(command, cwd, env) as process:
         output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
+
+
+@contextmanager
+def served(server: BaseServer) -> Iterator[str]:
+    """Have a server of this process answer on the loopback; its address."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @contextmanager
@@ -204,15 +224,8 @@ def mlflow_server(database: Path, port: int, password: str | None = None) -> Ite
                 return [b"who is there?"]
             return server.app(request, start)
 
-        serving = make_server("127.0.0.1", port, guarded, threaded=True)
-        thread = threading.Thread(target=serving.serve_forever)
-        thread.start()
-        try:
+        with served(make_server("127.0.0.1", port, guarded, threaded=True)):
             yield
-        finally:
-            serving.shutdown()
-            thread.join()
-            serving.server_close()
 
 
 def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:

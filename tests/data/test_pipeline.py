@@ -2,17 +2,17 @@
 
 import dataclasses
 import gc
-import os
 import sys
 import threading
-import time
 from itertools import islice
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image, ImageOps
 from samples import picture
+from tiny import wait_until
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
@@ -318,34 +318,24 @@ def test_a_file_that_went_bad_is_named(image_root, training, spoil, words):
     assert list(loader) == []
 
 
-def tasks():
-    return len(os.listdir("/proc/self/task"))  # noqa: PTH208  # only the number, not paths
-
-
-def assert_ends_with(count):
-    """A thread that was joined may be listed a moment longer."""
-    end = time.monotonic() + 5
-    while tasks() != count and time.monotonic() < end:
-        time.sleep(0.01)
-    assert tasks() == count
-
-
 @pytest.mark.parametrize("kind", ["images", "events"])
 def test_a_loader_leaves_nothing_running(image_root, event_root, kind):
     root = image_root() if kind == "images" else event_root()
     index = indexed(root, kind=kind)
     list(evaluate(index, root))  # DALI keeps a few threads of its own after the first.
     gc.collect()  # Of the tests before: a traceback keeps the pipeline that it went through.
+    tasks = psutil.Process().num_threads
     before, threads = tasks(), threading.active_count()
     list(evaluate(index, root))
-    assert_ends_with(before)
+    # A thread that was joined may be listed a moment longer.
+    wait_until(lambda: tasks() == before, 5)
     for _ in range(2):
         with train(index, root) as loader:
             batch = next(loader)
             assert tasks() > before
         assert list(loader) == []
         loader.close()
-    assert_ends_with(before)
+    wait_until(lambda: tasks() == before, 5)
     assert threading.active_count() == threads
     # What was taken is still there, and still the same.
     with train(index, root) as loader:

@@ -116,15 +116,15 @@ def assert_runs(answer):
 
 
 def assert_fp16_runs(answer):
-    """Likewise; in float16 the host has to know whether the gradient overflowed."""
+    """It ran as above, but in float16 the host has to know whether the gradient overflowed."""
     (wait,) = set(answer.pop("waits"))
     assert wait.startswith("a number fetched at tetdist/training/step.py")
     assert_runs(answer | {"waits": []})
 
 
 def assert_zero_runs(answer):
-    """Likewise; at ZeRO's stages DeepSpeed itself asks the device whether the norm is finite, and
-    weights, which are parts of its flat buffers, are not channels_last."""
+    """It ran as above, but at ZeRO's stages DeepSpeed itself asks the device whether the norm is
+    finite, and weights, which are parts of its flat buffers, are not channels_last."""
     waits, layouts = answer.pop("waits"), answer.pop("layouts")
     assert [wait for wait in waits if " at deepspeed/" not in wait] == []
     assert len(set(waits)) <= 2, waits

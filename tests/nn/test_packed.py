@@ -1,13 +1,12 @@
 """Operations on packed spikes are torch's own, in value and gradient, and keep bytes."""
 
 import contextlib
-import os
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from kernel_runs import interpreted, kept_tensors, not_native
+from kernel_runs import interpreted, kept_tensors, needs_compiler, not_native
 from torch import nn
 
 from tetdist.nn.fast import native_pool
@@ -28,12 +27,6 @@ def some(levels=1, highest=3, dtype=torch.float32):
 def with_packed(x, levels):
     y = x * 1
     return carry(y, pack(x.detach(), levels))
-
-
-def needs_native_pool():
-    if native_pool.pool() is None:
-        assert not os.environ.get("CI"), "CI has a C++ compiler, and this does not build"
-        pytest.skip("no C++ compiler")
 
 
 def timewise(module, x):
@@ -89,7 +82,7 @@ def test_convolution(name, levels, precision):
 def test_max_pool(implementation, window, size, levels):
     """The first of equal maxima gets the gradient, as in torch."""
     if implementation == "native":
-        needs_native_pool()
+        needs_compiler(native_pool.pool())
     context = {"native": contextlib.nullcontext, "torch": not_native, "triton": interpreted}
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(0, 4, (3, 2, 5, *size), generator=generator) / levels
@@ -111,7 +104,7 @@ def test_max_pool(implementation, window, size, levels):
 @pytest.mark.parametrize("implementation", ["native", "triton"])
 def test_max_pool_in_bfloat16_adds_gradients_in_float32(implementation):
     if implementation == "native":
-        needs_native_pool()
+        needs_compiler(native_pool.pool())
     x = torch.randint(0, 2, (1, 1, 70, 5, 5), generator=torch.Generator().manual_seed(0)).bfloat16()
     gradients = []
     for dtype in (torch.bfloat16, torch.float32):

@@ -13,11 +13,11 @@ from tiny import wait_until
 
 needs_triton()
 
-import triton  # noqa: E402  # needs Triton, as do those that follow
-from gpu_code import compiled, packing  # noqa: E402  # likewise
+import triton  # noqa: E402  # needs Triton
+from gpu_code import compiled, packing  # noqa: E402  # needs Triton
 
-from tetdist.nn.fast import triton_cache, triton_kernels  # noqa: E402  # likewise
-from tetdist.nn.fast.triton_cache import CompiledOnce  # noqa: E402  # likewise
+from tetdist.nn.fast import triton_cache, triton_kernels  # noqa: E402  # needs Triton
+from tetdist.nn.fast.triton_cache import CompiledOnce  # noqa: E402  # needs Triton
 
 
 @pytest.fixture(autouse=True)

@@ -20,11 +20,11 @@ from tetdist.nn.surrogates import SURROGATES
 
 needs_triton()
 
-import gpu_code  # noqa: E402  # needs Triton, as do those that follow
-import triton  # noqa: E402  # likewise
-from gpu_code import CAPABILITIES, Attention, Layer, Stream  # noqa: E402  # likewise
+import gpu_code  # noqa: E402  # needs Triton
+import triton  # noqa: E402  # needs Triton
+from gpu_code import CAPABILITIES, Attention, Layer, Stream  # noqa: E402  # needs Triton
 
-from tetdist.nn.fast import triton_kernels  # noqa: E402  # likewise
+from tetdist.nn.fast import triton_kernels  # noqa: E402  # needs Triton
 
 RECORD = Path(__file__).parents[2] / "docs" / "performance" / "gpu_code.json"
 *OLDER, NEWEST = CAPABILITIES

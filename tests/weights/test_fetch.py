@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import hub_stand_in
 import pytest
 import timm
+import tiny
 import torch
 from huggingface_hub import constants
 from published import Published, sew_layout
@@ -78,8 +78,6 @@ class Answer(BaseHTTPRequestHandler):
 def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
     """Stands for figshare, the hub and GitHub, whose networks have T=3 here."""
     server = Host()
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
     rows = published.table()
     here = rows | {
         name: replace(row, host=server.url, timesteps=3 if "github" in row.host else row.timesteps)
@@ -89,12 +87,8 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
     monkeypatch.setattr(published, "table", lambda: here)
     monkeypatch.setattr(published, "FIGSHARE", f"{server.url}/v2/articles")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    try:
+    with tiny.served(server):
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def test_table_names_networks_that_are_converted_and_is_listed(call):

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from published import Published
-from test_export import run_program
+from test_export import export_program, run_program
 
 from tetdist.apps.weights.trained import Trained, load
 from tetdist.config.loading import parse
@@ -84,13 +84,11 @@ def test_mixing_of_samples_is_reported_and_may_be_asked_for(call, tmp_path):
     assert not torch.allclose(*logits)
 
 
-# Traced with all timesteps, of which each is some tens of operations a layer: that takes its time.
-
-
 @pytest.mark.parametrize(
     ("family", "timesteps", "forms"),
     [
         ("sdt", 1, ("torch",)),
+        # Traced with all timesteps, each of which is some tens of operations a layer.
         *(
             pytest.param(name, 4, ("torch", "onnx", "onnx-step"), marks=pytest.mark.long)
             for name in FAMILIES
@@ -103,11 +101,7 @@ def test_programs_are_the_network(family, timesteps, forms, call, tmp_path):
     trained.model.set_timesteps(timesteps)
     x = trained.examples(5)  # another batch size than they are traced with
     for form in forms:
-        path = tmp_path / f"{form}.{'pt2' if form == 'torch' else 'onnx'}"
-        given = ("--format", form, "--output", path, "--timesteps", timesteps)
-        status, output = call("export", file, *given)
-        assert status == 0, output
-        assert "its logits match the model's" in output
+        path = export_program(call, file, form, "--timesteps", timesteps)
         if form != "onnx-step":
             with torch.no_grad():
                 actual, expected = run_program(form, path, x)[0], trained.model(x)
