@@ -180,12 +180,7 @@ def tet_of_means_loss(
     ``mix_loss`` in SEENN's code, which its training never calls, takes the cross-entropy of sums,
     which grow with t, and its term t lacks the output of t.
 
-    Args:
-        logits: Output before softmax at each timestep, (T, B, K).
-        target: Class numbers, (B,), int64, or class probabilities, (B, K).
-        lambda_: Weight of the regulariser, in [0, 1].
-        phi: Target of the regulariser, for each output and not for the means.
-        label_smoothing: Probability spread evenly over all classes, in [0, 1).
+    The arguments are those of `tet_loss`; the regulariser pulls each output to phi, not the means.
     """
     logits = _of_timesteps(logits)
     return _tet_at(running_means(logits), logits, target, lambda_, phi, label_smoothing)

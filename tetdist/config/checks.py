@@ -153,9 +153,10 @@ def _of_data(config: RunConfig) -> Iterator[str]:
     kind, name = models.input_kind(config.model.name), config.model.name
     if kind not in (None, data.input_kind) and not models.takes_both(name):
         key = "kind" if data.images_as_events is None else "images_as_events"
+        convert = ", or convert images by data.images_as_events={}" if kind == "events" else ""
         yield (
             f"data.{key}: model.name={name} takes {kind}, not {data.input_kind}; choose another "
-            f"model, or other data{' (images: data.images_as_events={})' * (kind == 'events')}"
+            f"model or other data{convert}"
         )
     if data.repeats > batch.global_:
         yield (

@@ -155,11 +155,9 @@ class MaskedPSN(ParallelNeuron):
         return f"masked_psn cannot run {counted(timesteps, 'timestep')}: {because}"
 
     def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        import torch
-
         assert self.refusal(timesteps) is None
         weight, bias = weight[:timesteps, :timesteps], bias[:timesteps]
-        ones = torch.ones_like(weight)
+        ones = weight.new_ones(weight.shape)
         recent = ones.tril() * ones.triu(1 - self.order)
         return weight * (self.mask * recent + (1 - self.mask)), bias
 
