@@ -70,9 +70,15 @@ def test_output_that_is_full_is_one_sentence(length, run, monkeypatch, capsys):
         assert tetdist_command._answer_while_read(lambda: tetdist_command._main("eavl")) == 2
 
 
-def test_help_is_a_command(capsys):
-    assert tetdist_command._main("help") == 0
-    assert capsys.readouterr().out.startswith("usage: tetdist COMMAND")
+def test_error_that_names_a_file_does_not_write_to_the_output(capsys):
+    assert for_files(Path("/no/file").read_bytes) == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("words", [["help"], ["list", "neurons"]])
+def test_what_is_asked_for_comes_first(words, capsys):
+    assert tetdist_command._main(*words) == 0
+    assert capsys.readouterr().out.startswith(("usage: tetdist COMMAND", "neurons (model.neuron"))
 
 
 def test_output_that_is_closed_is_nowhere(monkeypatch):

@@ -34,11 +34,11 @@ def run_command(
     try:
         return command() or 0
     except mistakes as error:
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.filename is None:
             from tetdist_command import is_lost
 
             if is_lost(sys.stdout):
-                raise  # tetdist_command answers for the output
+                raise  # tetdist_command answers for the output, whose errors name no file
         return fail(error)
     except PeerFailed as error:
         fail(error)

@@ -1,4 +1,4 @@
-"""List the names that a configuration may use: `tetdist list`."""
+"""List the names that a configuration may use, or one kind of them: `tetdist list neurons`."""
 
 import textwrap
 from collections.abc import Iterable
@@ -8,16 +8,20 @@ from tetdist.config.flags import Parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    Parser(prog=program("list"), description=__doc__).parse_args(arguments)
+    parser = Parser(prog=program("list"), description=__doc__)
+    kinds = ["recipes", "networks", "trained", "neurons", "losses", "optimisers"]
+    parser.add_argument("kind", nargs="?", choices=kinds, metavar="KIND", help=", ".join(kinds))
+    wanted = parser.parse_args(arguments).kind or ""
     from tetdist.config.loading import CONFIGS_DIR
     from tetdist.config.names import LOSSES, NETWORKS, OPTIMIZERS
     from tetdist.nn.neurons import NEURONS
     from tetdist.storage import bundled
 
-    print("recipes (train --config NAME):")
+    recipes: list[str] = []
     for file in sorted(CONFIGS_DIR.glob("*.yaml")):
         first, _, _ = file.read_text().partition("\n")
-        print(f"  {file.name:26} {textwrap.shorten(first.strip('# '), 90, placeholder=' ...')}")
+        about = textwrap.shorten(first.strip("# "), 90, placeholder=" ...")
+        recipes.append(f"{file.name:26} {about}")
     known: dict[str, Iterable[str]] = {
         "networks (model.name)": NETWORKS,
         "trained networks (eval NAME, init_checkpoint)": bundled.names(),
@@ -25,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         "losses (loss.kind)": LOSSES,
         "optimisers (phases.*.optimizer.kind), and timm's as timm:NAME": OPTIMIZERS,
     }
-    for title, names in known.items():
-        print(f"\n{title}:")
-        print(textwrap.indent(textwrap.fill(", ".join(names), 98), "  "))
+    filled = {title: textwrap.fill(", ".join(names), 98) for title, names in known.items()}
+    texts = {"recipes (train --config NAME)": "\n".join(recipes)} | filled
+    shown = [title for title in texts if title.startswith(wanted)]
+    print("\n\n".join(f"{title}:\n{textwrap.indent(texts[title], '  ')}" for title in shown))
     return 0

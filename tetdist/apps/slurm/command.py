@@ -140,9 +140,9 @@ def planned(options: argparse.Namespace) -> "tuple[Prepared, Speed | str]":
     from tetdist.datasets.index import check_indexed
 
     given = (options.config, options.overrides, options.imports)
-    # A dry run may count images of its own.
+    # A dry run with --images needs no data.
     config = loading.load_with_origins(*given, None if options.dry_run else check_indexed).config
-    # Imported now, because these import torch, which takes seconds.
+    # Imported after these checks, because torch takes seconds.
     from tetdist.apps.slurm import speed, submit
 
     cluster = cluster_of(config.cluster, options)
