@@ -46,21 +46,21 @@ def refusal(make: Callable[[], object]) -> str:
 
 
 IS_T = (
-    "'phases.0.timesteps': must be a whole number from 1 to 10000, a list of such numbers, or a "
+    "must be a whole number from 1 to 10000, a list of such numbers, or a "
     "range of them from the smaller one on, such as {from: 1, to: 4}"
 )
 # A mistaken override, and what is said of it.
 MISTAKEN = {
     # The right key, at every depth; the right word at the wrong place.
-    "sede=1": "unknown key 'sede'; did you mean 'seed'?",
-    "model.nuron={}": "unknown key 'model.nuron'; did you mean 'model.neuron'?",
-    "epocs=1": "unknown key 'epocs'; did you mean 'phases.0.epochs'?",
-    "phases.0.epoch=1": "unknown key 'phases.0.epoch'; did you mean 'phases.0.epochs'?",
+    "sede=1": "sede=1: unknown key; did you mean 'seed'?",
+    "model.nuron={}": "unknown key; did you mean 'model.neuron'?",
+    "epocs=1": "unknown key; did you mean 'phases.0.epochs'?",
+    "phases.0.epoch=1": "unknown key; did you mean 'phases.0.epochs'?",
     "phases.0.optimizer.weight_dacay=1": "did you mean 'phases.0.optimizer.weight_decay'?",
-    "phases.0.loss.lamda=1": "'phases.0.loss.lamda'; did you mean 'phases.0.loss.lambda'?",
+    "phases.0.loss.lamda=1": "unknown key; did you mean 'phases.0.loss.lambda'?",
     "model.neuron={decai: 0.5}": "'model.neuron.decai'; did you mean 'model.neuron.decay'?",
     "weight_decay=0.1": "did you mean 'phases.0.optimizer.weight_decay'?",
-    "timesteps=3": "unknown key 'timesteps'; did you mean 'model.neuron.timesteps' or",
+    "timesteps=3": "unknown key; did you mean 'model.neuron.timesteps' or",
     "lr=3": "did you mean 'phases.0.optimizer.lr'?",
     "neuron.decay=0.2": "did you mean 'model.neuron'?",
     "optimizer=adam": "did you mean 'phases.0.optimizer'?",
@@ -69,39 +69,39 @@ MISTAKEN = {
     "batch=64": "set batch.global, for instance",
     "phases.0.optimizer=adamw": "not the value 'adamw'; set phases.0.optimizer.kind, for instance",
     # Types.
-    "seed=one": "'seed': input should be a valid integer, not 'one'",
-    "seed=true": "'seed': input should be a valid integer, not True",
-    "seed=": "'seed'",
-    "deterministic='yes'": "'deterministic': input should be a valid boolean, not 'yes'",
+    "seed=one": "seed=one: input should be a valid integer",
+    "seed=true": "seed=true: input should be a valid integer",
+    "seed=": "seed=: input should be a valid integer",
+    "deterministic='yes'": "input should be a valid boolean",
     "model.neuron={detach_reset: 'false'}": "'model.neuron.detach_reset'",
     "phases=3": "'phases' is a list",
     "data.mean=0.5": "data.mean=0.5 must be a list in brackets",
     "data.mean=[0.5]": "'data.mean.1' is missing",
     "phases.0.optimizer={kind: sgd}": "'phases.0.optimizer.lr' is missing",
-    "tracking.log_checkpoint=all": "'tracking.log_checkpoint': input should be 'none', 'last' or",
-    "tracking.experiment=3": "input should be a valid string, in quotes, not 3",
+    "tracking.log_checkpoint=all": "input should be 'none', 'last' or",
+    "tracking.experiment=3": "input should be a valid string, in quotes",
     "tracking.trackers=[1]": "'tracking.trackers.0': input should be a valid string, in quotes",
     "imports=3": "'imports' must be a list",
     "name=2026-01-01": "a value is neither",
-    "profile=20": "'profile': must be the first and the last step, such as [20, 30] or 20..30",
-    "profile=[1, 2, 3]": "'profile': must be the first and the last",
-    "recompute={timesteps: 0}": "'recompute': must be none, blocks or {timesteps: K}",
+    "profile=20": "must be the first and the last step, such as [20, 30] or 20..30",
+    "profile=[1, 2, 3]": "must be the first and the last",
+    "recompute={timesteps: 0}": "must be none, blocks or {timesteps: K}",
     # Ranges.
     "batch.micro=0": "batch.micro=0 must be above 0",
     "batch.eval=1000000000000": "batch.eval=1000000000000 must be 1048576 or less",
     "phases.0.epochs=100000000000000000000": "must be 1000000 or less",
-    "phases.0.timesteps=0": f"{IS_T}, not 0",
-    "phases.0.timesteps=100000000": f"{IS_T}, not 100000000",
-    "phases.0.timesteps=[2, 0]": f"{IS_T}, not [2, 0]",
-    "phases.0.timesteps=[]": f"{IS_T}, not []",
-    "phases.0.timesteps=true": f"{IS_T}, not True",
+    "phases.0.timesteps=0": IS_T,
+    "phases.0.timesteps=100000000": IS_T,
+    "phases.0.timesteps=[2, 0]": IS_T,
+    "phases.0.timesteps=[]": IS_T,
+    "phases.0.timesteps=true": IS_T,
     "phases.0.timesteps={from: 4, to: 1}": IS_T,
     "phases.0.timesteps={from: 1}": IS_T,
     "phases.0.optimizer.lr=0.0": "must be above 0",
-    "phases.0.optimizer.lr=.inf": "'phases.0.optimizer.lr'",
+    "phases.0.optimizer.lr=.inf": "input should be a finite number",
     "phases.0.optimizer.momentum=1.0": "must be below 1",
     "phases.0.optimizer.layer_decay=1.5": "must be 1 or less",
-    "phases=[]": "'phases': tuple should have at least 1 item",
+    "phases=[]": "tuple should have at least 1 item",
     "data.threads=100000": "must be 512 or less",
     "data.prefetch=100000": "must be 64 or less",
     "data.image_size=100000": "must be 8192 or less",
@@ -109,7 +109,7 @@ MISTAKEN = {
     "data.scale=[0.5,2]": "'data.scale.1': must be 1 or less, not 2",
     "data.color_jitter=[0, 0, 0, 1]": "'data.color_jitter.3': must be 0.5 or less, not 1",
     "loss.label_smoothing=1.0": "must be below 1",
-    "loss.lambda=.nan": "'loss.lambda'",
+    "loss.lambda=.nan": "input should be a finite number",
     "seed=-1": "seed=-1 must be 0 or more",
     "seed=9223372036854775808": "must be below 9223372036854775808",
     "save.keep_last=1": "must be 2 or more",
@@ -117,33 +117,33 @@ MISTAKEN = {
     "gradient_clipping=0.0": "must be above 0",
     "log_every=10000000000": "must be 1000000000 or less",
     "profile=0..3": "'profile.0': must be above 0, not 0",
-    "profile=[6,4]": "'profile': must be the first and the last step, in this order, not [6, 4]",
-    "profile=[1,101]": "'profile': must be at most 100 steps, ",
+    "profile=[6,4]": "must be the first and the last step, in this order",
+    "profile=[1,101]": "must be at most 100 steps, ",
     "model.neuron.decay=2": "model.neuron.decay=2 must be 1 or less",
     "model.neuron={surrogate: step}": "'model.neuron.surrogate': input should be 'triangle',",
     "model.neuron={reset: none}": "'model.neuron.reset'",
-    "data.auto_augment=randm9": "or RandAugment, such as rand-m9-mstd0.5-inc1, not 'randm9'",
+    "data.auto_augment=randm9": "or RandAugment, such as rand-m9-mstd0.5-inc1",
     "data.auto_augment=rand-w0": "must consist of m, n, p, mstd, mmax and inc",
     # Contradictions within a section.
     "model.neuron.spike=sigmoid": "model.neuron.spike=sigmoid needs surrogate=sigmoid, not ",
-    "model.name=sew_resnet43": "model.name: 'sew_resnet43' is not a spiking model; did you mean",
-    "model.name=resnet50": "model.name: 'resnet50' is not a spiking model",
+    "model.name=sew_resnet43": "43: 'sew_resnet43' is not a spiking model; did you mean",
+    "model.name=resnet50": "'resnet50' is not a spiking model",
     "model.arguments.chanels=[4]": "no such argument; did you mean channels?",
-    "model.arguments.num_classes=3": "model.arguments.num_classes: set model.num_classes instead",
-    "model.arguments.timesteps=3": "model.arguments.timesteps: set phases.N.timesteps instead",
+    "model.arguments.num_classes=3": "model.arguments.num_classes=3: set model.num_classes instead",
+    "model.arguments.timesteps=3": "model.arguments.timesteps=3: set phases.N.timesteps instead",
     "phases.0.optimizer={kind: timm:lamb, lr: 1, arguments: {betas: [0, 0]}}": (
         "phases.0.optimizer.arguments.betas: set phases.N.optimizer.betas instead"
     ),
-    "tracking.trackers=[wandb, wandb]": "tracking.trackers: wandb is listed twice",
-    "data.scale=[1.0, 0.5]": "data.scale: [1.0, 0.5] must ascend and end above 0",
-    "data.ratio=[-1.0, 0.5]": "data.ratio: [-1.0, 0.5] must ascend, with both values above 0",
-    "data.std=[0.5, 0.0, 0.5]": "data.std: [0.5, 0.0, 0.5] must be above 0",
+    "tracking.trackers=[wandb, wandb]": "wandb is listed twice",
+    "data.scale=[1.0, 0.5]": "[1.0, 0.5] must ascend and end above 0",
+    "data.ratio=[-1.0, 0.5]": "[-1.0, 0.5] must ascend, with both values above 0",
+    "data.std=[0.5, 0.0, 0.5]": "[0.5, 0.0, 0.5] must be above 0",
     "data.images_as_events.ratio=1.0": "data.images_as_events.ratio=1.0 must be below 1",
     "data.images_as_events=true": "set data.images_as_events.ratio, for instance",
-    "data.resize=8": "data.resize: 8 is smaller than data.image_size, 16",
+    "data.resize=8": "data.resize=8: 8 is smaller than data.image_size, 16",
     # What is no override.
-    "seed": "'seed' is not an override; write it as dotted.key=value",
-    "=1": "'=1' is not an override; write it as dotted.key=value",
+    "seed": "'seed' is not of the form key=value; write it without spaces, as in seed=1",
+    "=1": "'=1' is not of the form key=value",
     "seed=[1": "seed=[1 is not valid YAML",
     "seed.x=1": "seed is a single value and holds no keys",
     "phases.1.epochs=1": "phases has one item, phases.0",
@@ -151,7 +151,7 @@ MISTAKEN = {
     "phases.00.epochs=2": "phases has one item, phases.0",
     "phases.optimizer.lr=1": "set phases.0.optimizer.lr, for instance",
     # Another project's names, and a contradiction with a key of the file.
-    "batch_size=32": "unknown key 'batch_size'; set batch.global",
+    "batch_size=32": "unknown key; set batch.global",
     "model.neuron={tau: 2.0}": "key 'model.neuron.tau'; set model.neuron.decay to 1 - 1/tau",
     "batch.micro=3": "set batch.micro=2 or batch.global=6",
 }
@@ -195,11 +195,11 @@ CONTRADICTIONS = (
     ("precision: fp16 needs zero_stage=0", "zero_stage=1", "precision=fp16"),
     ("zero_stage: 1 does not suit", "zero_stage=1", "phases.0.optimizer.kind=timm:lamb"),
     ("data.kind: model.name=vggsnn takes events, not images", "model={name: vggsnn}"),
-    ("images_as_events: needs data.kind=images", "data.images_as_events={}", "data.kind=events"),
-    ("erasing.probability: 0.5 cannot", "data.images_as_events={}", "data.erasing.probability=0.5"),
+    ("{}: needs data.kind=images", "data.images_as_events={}", "data.kind=events"),
+    ("probability=0.5: 0.5 cannot", "data.images_as_events={}", "data.erasing.probability=0.5"),
     ("data.repeats: 9 must not be above batch.global, 8", "data.repeats=9"),
-    ("color_jitter: cannot go", "data.auto_augment=rand-m9", "data.color_jitter=[0, 0, 0, 0.1]"),
-    ("data.padding: 16 must be below data.image_size, 16", "data.crop=padded", "data.padding=16"),
+    ("0.1]: cannot go", "data.auto_augment=rand-m9", "data.color_jitter=[0, 0, 0, 0.1]"),
+    ("=16: 16 must be below data.image_size, 16", "data.crop=padded", "data.padding=16"),
     ("phases.0.warmup_epochs: 2 must be below the schedule's 2", "phases.0.warmup_epochs=2.0"),
     ("cooldown_epochs: 2 must be", "phases.0.warmup_epochs=1.0", "phases.0.cooldown_epochs=1"),
     ("min_lr: 0.03 must not be above the peak of", "phases.0.min_lr=0.03", LR),
@@ -218,7 +218,7 @@ CONTRADICTIONS = (
         *("phases.0.loss.kind=sdt", "loss.distillation.self_weight=1.0"),
     ),
     ("phases.0.loss.distillation.teacher: a run", "phases.0.loss.distillation.teacher=timm:x"),
-    ("teacher_weights: needs a timm teacher", "loss.distillation.teacher_weights=file"),
+    ("teacher_weights=file: needs a timm teacher", "loss.distillation.teacher_weights=file"),
     (
         "loss.distillation.self_target: correct_mean needs samples of one class",
         *("loss.distillation={self_weight: 1.0, self_target: correct_mean}", "data.mixup=0.2"),
@@ -250,7 +250,7 @@ def test_mistakes_of_the_file_and_of_an_override_are_distinguished(tiny_config):
     file = str(tiny_config({"sede": 1}))
     other, own = refusal(lambda: load(file, ["log_every=x"])).split(f"; {file}: ")
     assert own == "unknown key 'sede'; did you mean 'seed'?"
-    assert other.startswith("log_every=x: 'log_every'")
+    assert other == "log_every=x: input should be a valid integer"
 
 
 def test_no_such_config():
@@ -472,9 +472,9 @@ def test_every_key_is_printed_and_explained():
     [
         (["quickstart.yaml"], "--config is missing; write --config quickstart.yaml"),
         (["--pint-config"], "did you mean --print-config?"),
-        (["--batch-size", "3"], "written key=value, without --; set batch.global"),
-        (["--epocs", "3"], "written key=value, without --; did you mean 'phases.0.epochs'?"),
-        (["--epochs", "3"], "written key=value, without --; did you mean 'phases.0.epochs'?"),
+        (["--batch-size", "3"], "have no --; set batch.global"),
+        (["--epocs", "3"], "have no --; did you mean phases.0.epochs=VALUE?"),
+        (["--epochs", "3"], "have no --; did you mean phases.0.epochs=VALUE?"),
     ],
 )
 def test_mistaken_flags_are_one_line(arguments, expected, capsys):
@@ -498,6 +498,7 @@ def test_some_keys_are_explained(capsys):
     assert all(one in output for one in of_kinds)
     for word, answer in {
         "bach": "no key 'bach'; did you mean 'batch'?",
+        "los.kind": "did you mean 'loss.kind'?",
         "phases.timesteps": "no key 'phases.timesteps'; did you mean 'phases.N.timesteps'?",
     }.items():
         assert train.main(["--explain", word]) == 2

@@ -1,5 +1,6 @@
 """The parser of commands that take a configuration and ``key=value``."""
 
+import re
 from argparse import Namespace
 
 from tetdist.config.flags import Parser
@@ -15,8 +16,8 @@ class KeyParser(Parser):
 
         word = flag.strip("-").replace("-", "_")
         if any(word in key.split(".") for key in documented_keys()) or not super().meant(flag):
-            near = nearest(RunConfig, [word])
-            return f"keys of the configuration are written key=value, without --; {near}"
+            near = re.sub(r"'([\w.]+)'", r"\1=VALUE", nearest(RunConfig, [word]))
+            return f"keys of the configuration have no --; {near}"
         return super().meant(flag)
 
     def require_config(self, options: Namespace) -> None:

@@ -117,11 +117,14 @@ def _override_of(error: Any, overrides: Sequence[str]) -> str | None:
 def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
     """Return one of pydantic's errors as a part of a sentence."""
     location, dotted, given = error["loc"], ".".join(error["loc"]), error["input"]
+    # The override is named before the problem, with its key and value.
+    is_named = override is not None and key_of(override) == dotted
     match error["type"]:
         case "contradiction":
-            return str(error["msg"])
+            return str(error["msg"]).removeprefix(f"{dotted}: " if is_named else "")
         case "extra_forbidden":
-            return f"unknown key {dotted!r}; {nearest(root, location)}"
+            key = "unknown key" if is_named else f"unknown key {dotted!r}"
+            return f"{key}; {nearest(root, location)}"
         case "missing":
             return f"{dotted!r} is missing"
         case "model_type" if (section := section_at(root, location)) is not None:
@@ -134,8 +137,10 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
     if (text := _MESSAGES.get(error["type"])) is not None:
         context = error.get("ctx", {}).items()
         message = text.format(**{k: f"{v:g}" if isinstance(v, float) else v for k, v in context})
-        if text.startswith("must") and override is not None and key_of(override) == dotted:
+        if text.startswith("must") and is_named:
             return f"{override} {message}"
+    if is_named:
+        return message
     shown = "" if isinstance(given, dict) else f", not {given!r}"
     return f"{dotted!r}: {message}{shown}"
 
@@ -150,7 +155,8 @@ def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
     # The right word at a wrong place, or else a misspelt word.
     found = (_place_of(last, key) for key in documented_keys(root))
     elsewhere = list(dict.fromkeys(filter(None, found)))
-    elsewhere = [key for key in elsewhere if key.split(".")[0] in place] or elsewhere
+    alike = difflib.get_close_matches(".".join(location), elsewhere, n=1, cutoff=0.8)
+    elsewhere = [key for key in elsewhere if key.split(".")[0] in place] or alike or elsewhere
     if elsewhere:
         return f"did you mean {' or '.join(map(repr, elsewhere[:3]))}?"
     words = {*known, *(key.rpartition(".")[2] for key in documented_keys(root))}

@@ -11,7 +11,9 @@ def key_of(override: str) -> str:
     """Return the dotted key of an override."""
     key, separator, _ = override.partition("=")
     if not separator or not key:
-        raise UserError(f"{override!r} is not an override; write it as dotted.key=value")
+        raise UserError(
+            f"{override!r} is not of the form key=value; write it without spaces, as in seed=1"
+        )
     return key
 
 
