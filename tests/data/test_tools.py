@@ -130,6 +130,8 @@ def test_data_to_evaluate_alone_need_no_train(image_root, images, name):
     output = images("index", root)
     assert "1 image in 1 class" in output
     assert f"eval.py RUN --data {root} --split {name}" in output
+    output = images("index", root, "--out", root / "other")
+    assert f"eval.py RUN --data {root} --index {root}/other --split {name}" in output
     index = load_index(root / "index" / f"{name}.npz")
     assert index.classes == ("cow",)
     check_fresh(index, root)
@@ -147,6 +149,8 @@ def test_training_data_alone_are_indexed(image_root, images):
     assert way_out in images("index", root)
     output = images("index", root / "train", status=2)
     assert f"this is a train/ folder itself: give {root}" in output
+    output = images("index", root / "train" / "ant", status=2)
+    assert f"this is a class folder itself: give {root}\n" in output
     with pytest.raises(UserError, match=way_out):
         open_split(
             load("own_images.yaml", [f"data.root={root}"]),
@@ -179,6 +183,7 @@ def test_training_data_alone_are_indexed(image_root, images):
             "itself: move them into ",
         ),
         (None, ["--splits", "train,test"], "neither a folder 'test' nor"),
+        (None, ["--splits", "tran,val"], "did you mean train?"),
         (None, ["--workers", "0"], "--workers"),
         (None, ["--splits", ","], "--splits"),
         (None, ["--events", "--no-decode"], "--no-decode"),

@@ -10,7 +10,7 @@ from typing import Literal
 
 from tetdist.datasets import archives
 from tetdist.errors import UserError, typed
-from tetdist.wording import and_more
+from tetdist.wording import and_more, meant
 
 Kind = Literal["images", "events"]
 
@@ -114,16 +114,19 @@ def root_advice(root: Path, split: str, kind: Kind) -> str | None:
     has_splits = any(name.lower() in usual for name in folders)
     if folders and not has_splits and root.name.lower() in usual:
         return f"this is a {root.name}/ folder itself: give {root.parent}"
+
+    def holds_samples(folder: Path) -> bool:
+        suffixes = SUFFIXES[kind]
+        return len(names_in(folder, lambda entry: entry.name.lower().endswith(suffixes))) > 0
+
+    if root.absolute().parent.name.lower() in usual and holds_samples(root):
+        return f"this is a class folder itself: give {root.parent.parent}"
     file = next(chain(root.glob("*/*/*.*"), root.glob("*/*.*")), None)
     known = (*SUFFIXES["events"], *SUFFIXES["images"])
     if kind == "events" and file and file.suffix.lower() not in known:
         command = f"{typed('prebin_dvs')} {shlex.quote(str(root))} DEST --timesteps T"
         return f"{file} is not a tensor (.npy): bin recordings first, `{command}`"
-    found = [
-        name
-        for name in folders
-        if names_in(root / name, lambda entry: entry.name.lower().endswith(SUFFIXES[kind]))
-    ]
+    found = [name for name in folders if holds_samples(root / name)]
     if found and not has_splits:
         names = ", ".join(found[:3]) + and_more(found, shown=3)
         return f"class folders ({names}) are in {root} itself: move them into {root / split}"
@@ -136,7 +139,8 @@ def _way_out(root: Path, split: str, kind: Kind) -> str:
         return f"; {advice}"
     found = folders_called(root, split)
     if not found:
-        return f"; make {root / split}, with one folder of files per class"
+        make = f"make {root / split}, with one folder of files per class"
+        return f"; {meant(split, names_in(root, is_folder), make)}"
     name, link = shlex.quote(found[0]), shlex.quote(str(root / split))
     evaluate = f"; to evaluate only, --splits {name}" if split == "val" else ""
     return (

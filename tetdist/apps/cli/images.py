@@ -218,8 +218,11 @@ def _index(args: argparse.Namespace) -> int:
     if [index.split for index in indexes] == ["train"]:
         print(without_validation(args.root))
     if all(index.split != "train" for index in indexes):
-        command = f"{typed('eval')} RUN --data {args.root} --split {indexes[0].split}"
+        where = ["--index", args.out] if args.out else []
+        command = typed("eval", "RUN", "--data", args.root, *where, "--split", indexes[0].split)
         print(f"without a train split, evaluate with: {command}")
+    elif args.out:
+        print(f"train with data.index={args.out}")
     return 0
 
 
