@@ -63,11 +63,11 @@ def test_hours_by_hand():
     # Of each hour, 120 s are kept for saving and 5 minutes lost in restarting.
     limits = -(-seconds // (3600 - 120 - 300))
     text = plan.describe(made, Speed(100.0, 4))
-    assert f"hours        {seconds / 3600:.1f} (2 d 5 h), " in text
+    assert "duration     2 d 5 h, " in text
     assert f"GPU-hours {8 * seconds / 3600:.0f}, time limits {limits:.0f} (5 minutes" in text
     assert "from 100 samples/s a process at T=4 (as given)" in text
     assert "too short" in plan.describe(make(time="5"), Speed(100.0, 4))
-    assert "hours        0.5 (29 min 50 s), " in plan.describe(made, Speed(10739.0, 4))
+    assert "duration     29 min 50 s, " in plan.describe(made, Speed(10739.0, 4))
 
 
 def test_a_quarter_of_the_epochs_is_slower():
@@ -103,7 +103,7 @@ def test_run_that_begins_with_a_later_phase():
     assert (made.images, made.evaluations) == (30 * 5004 * 256, 30)
     text = plan.describe(made, "not given")
     assert "T = 6" in text
-    assert "hours        unknown: not given" in text
+    assert "duration     unknown: not given" in text
     # 30 of 120 epochs and evaluations, each in 3/2 of the time of one at T = 4.
     part = hours(made, Speed(100.0, 6)) / hours(make("spiking34_t4_t6.yaml"), Speed(100.0, 6))
     assert part == pytest.approx(30 * 3 / (90 * 2 + 30 * 3), rel=1e-4)

@@ -103,7 +103,7 @@ def test_job_imports_the_copy_that_was_made_when_it_was_submitted(tiny_config, t
 
 
 def test_job_that_slurm_refuses_leaves_nothing_behind(tiny_config, tmp_path, monkeypatch):
-    """But a closed run in MLflow, and a folder in which the run may be submitted again."""
+    """Unless the run has begun: its folder stays, and its run in MLflow is closed."""
     config = loading.load(str(tiny_config()))
     run = submit.prepare(config, ClusterSection(gpus_per_node=0, tasks_per_node=1))
     told = []
@@ -117,8 +117,12 @@ def test_job_that_slurm_refuses_leaves_nothing_behind(tiny_config, tmp_path, mon
     monkeypatch.setattr(submit.batch, "submit", refuse)
     with pytest.raises(UserError, match="no such partition"):
         submit.submit(run, code=tmp_path)
-    assert told == ["SCHEDULED", "KILLED"]
-    assert history.history(run.config.run_dir) == []
-    assert history.newest_submission(run.config.run_dir) is None
-    with history.submitting(run.config.run_dir):
-        pass
+    assert (told, run.config.run_dir.exists()) == (["SCHEDULED", "DELETED"], False)
+    checkpoints = run.config.run_dir / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    with pytest.raises(UserError, match="no such partition"):
+        submit.submit(run, code=tmp_path)
+    assert (told[2:], checkpoints.exists()) == (["SCHEDULED", "KILLED"], True)
+    assert list(history.slurm_folder(run.config.run_dir).glob("submission-*")) == []
+    with pytest.raises(UserError, match="was not submitted with `python"):
+        history.submission_of(run.config.run_dir)

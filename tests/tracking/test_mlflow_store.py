@@ -111,7 +111,7 @@ def test_a_password_is_used_and_kept_nowhere(main, tiny_config, tmp_path, monkey
         done = expect(main(file, given))
     assert done.count("tracking.uri holds a password") == 1
     assert "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in done
-    assert f"  look      http://{address}/#/runs/" in done
+    assert f"  look      http://{address}/#/experiments/1/runs/" in done
     with sqlite3.connect(database) as store:
         assert store.execute("select key from metrics where key = 'train/loss'").fetchall()
         kept = store.execute("select value from params where key = 'tracking.uri'").fetchall()

@@ -70,7 +70,7 @@ class Store:
         return self.opened[-1]
 
     def run(self, run_dir):
-        return self.client.get_run((run_dir / "mlflow_run_id").read_text().strip())
+        return self.client.get_run((run_dir / "mlflow_run_id").read_text().split()[0])
 
     def points(self, run):
         """All that a run has been sent, sorted; NaN as -1, which equals itself."""
@@ -421,8 +421,10 @@ def test_a_run_that_mlflow_forgot_is_sent_anew(store, empty_store, tmp_path, cap
     assert f"does not have run {first}" in message
     assert_all_there(elsewhere, run_dir)
 
-    # Deleted by hand, in the user interface.
-    elsewhere.client.delete_run(elsewhere.run(run_dir).info.run_id)
+    # Deleted, as if by hand in the user interface.
+    destination = Destination(elsewhere.uri, "trials", tmp_path)
+    deleted = mlflow_logger.announce(run_dir, "a run", destination, {}, "DELETED")
+    assert elsewhere.client.get_run(deleted).info.lifecycle_stage == "deleted"
     elsewhere.open(run_dir, 20).close("FINISHED")
     assert_all_there(elsewhere, run_dir)
 
@@ -568,12 +570,17 @@ def test_ui_command(monkeypatch, tmp_path):
         (
             ["sqlite:////a b/x.db", tmp_path],
             "mlflow ui --workers 1 --backend-store-uri 'sqlite:////a b/x.db'"
-            "  # then open http://localhost:5000/#/runs/a1",
+            "  # then open http://localhost:5000/#/experiments/0/runs/a1/model-metrics",
         ),
         (["https://me:secret@there.org/", tmp_path / "none"], "https://there.org"),
-        (["https://there.org/", tmp_path], "https://there.org/#/runs/a1"),
+        (
+            ["https://there.org/", tmp_path],
+            "https://there.org/#/experiments/0/runs/a1/model-metrics",
+        ),
     ):
         assert ui_command(*arguments) == command
+    (tmp_path / "mlflow_run_id").write_text("a1\n12\n")
+    assert "/experiments/12/runs/a1/" in ui_command("https://there.org", tmp_path)
     monkeypatch.setattr(mlflow_logger.shutil, "which", lambda _: None)
     program = Path(ui_command("sqlite:////x.db", tmp_path).split()[0])
     assert program.parent == Path(sys.executable).parent

@@ -175,7 +175,8 @@ def announce(
     The run is made if missing; the training process will find and use it.
 
     Args:
-        status: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED; None: unchanged.
+        status: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED; DELETED: MLflow no longer lists the
+            run; None: unchanged.
 
     Returns:
         The run's MLflow id; None, with a warning, if MLflow does not answer. The run is then sent
@@ -234,7 +235,7 @@ def _known_run(client: Any, run_dir: Path) -> Any:
     id_file = run_dir / "mlflow_run_id"
     if not id_file.exists():
         return None
-    run_id = id_file.read_text().strip()
+    run_id = id_file.read_text().split()[0]
     try:
         run = client.get_run(run_id)
     except mlflow.exceptions.MlflowException as error:
@@ -250,7 +251,7 @@ def _known_run(client: Any, run_dir: Path) -> Any:
 
 
 def _create_run(client: Any, run_dir: Path, destination: Destination, run_name: str) -> Any:
-    """Make a run, with its experiment if missing, and write its id into the run's folder."""
+    """Make a run, with its experiment if missing; write the ids of both into the run's folder."""
     from mlflow.tracking.context.registry import resolve_tags
 
     name = destination.experiment
@@ -263,7 +264,7 @@ def _create_run(client: Any, run_dir: Path, destination: Destination, run_name: 
     experiment_id = client.get_experiment_by_name(name).experiment_id
     # MLflow's pages show these tags as the run's user, source and version.
     run = client.create_run(experiment_id, run_name=run_name, tags=resolve_tags())
-    write_text(run_dir / "mlflow_run_id", run.info.run_id + "\n")
+    write_text(run_dir / "mlflow_run_id", f"{run.info.run_id}\n{experiment_id}\n")
     return run
 
 
@@ -277,6 +278,8 @@ def _set_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
 def _set_status(client: Any, run_id: str, status: str) -> None:
     if status in ("FINISHED", "FAILED", "KILLED"):
         client.set_terminated(run_id, status)
+    elif status == "DELETED":
+        client.delete_run(run_id)
     else:
         client.update_run(run_id, status=status)
 
@@ -291,10 +294,13 @@ def is_server(uri: str) -> bool:
 
 
 def ui_command(tracking_uri: str, run_dir: Path) -> str:
-    """Return the address of a run's page on a server, or the command that shows a local store, with
-    that address as a comment. An experiment's address would open MLflow's pages of GenAI."""
-    id_file, shown = run_dir / "mlflow_run_id", without_passwords(tracking_uri)
-    page = f"/#/runs/{id_file.read_text().strip()}" if id_file.exists() else ""
+    """Return the address of a run's curves on a server, or the command that shows a local store,
+    with that address as a comment. An experiment's address would open MLflow's pages of GenAI."""
+    id_file, shown, page = run_dir / "mlflow_run_id", without_passwords(tracking_uri), ""
+    if id_file.exists():
+        # The page takes any experiment's id, which files of earlier versions lack.
+        run_id, experiment_id = [*id_file.read_text().split(), "0"][:2]
+        page = f"/#/experiments/{experiment_id}/runs/{run_id}/model-metrics"
     if is_server(tracking_uri):
         return f"{shown.rstrip('/')}{page}"
     # Without an activated environment, `mlflow` alone would not be found.

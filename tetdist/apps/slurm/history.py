@@ -103,7 +103,8 @@ def submission_of(run_dir: Path) -> Submission:
     if (submission := newest_submission(run_dir)) is not None:
         return submission
     raise UserError(
-        f"{run_dir} has no slurm/ folder, so it was not submitted with `{typed('slurm')}`"
+        f"{run_dir} was not submitted with `{typed('slurm')}`, so it has no job; "
+        f"`{typed('status', run_dir)}` shows its state"
     )
 
 

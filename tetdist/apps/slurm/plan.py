@@ -107,7 +107,7 @@ def describe(plan: Plan, speed: Speed | str) -> str:
     phases = config.phases[config.start_phase :]
     timesteps = " then ".join(phase.timesteps_as_text for phase in phases)
     epochs = " + ".join(str(phase.epochs) for phase in phases)
-    size = f"of {plan.val_images}" if plan.val_images else "not counted: their size is unknown"
+    size = f"of {plan.val_images:,}" if plan.val_images else "not counted: their size is unknown"
     devices = counted(cluster.gpus_per_node, "GPU") if cluster.gpus_per_node else "no GPU"
     lines = [
         f"processes    {cluster.processes}: {counted(cluster.nodes, 'node')} x "
@@ -116,8 +116,9 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"a step       {counted(batch.global_, 'sample')} in "
         f"{counted(plan.micro_batches, 'micro-batch')} of {batch.micro}, "
         f"{plan.micro_batches // cluster.processes} a process",
-        f"steps        {plan.steps_per_epoch} an epoch, {plan.steps} in total ({epochs} epochs)",
-        f"samples      {plan.images} to train on ({plan.train_images} {plan.origin}), "
+        f"steps        {plan.steps_per_epoch:,} an epoch, {plan.steps:,} in total "
+        f"({epochs} epochs)",
+        f"samples      {plan.images:,} to train on ({plan.train_images:,} {plan.origin}), "
         f"{counted(plan.evaluations, 'evaluation')} {size}; T = {timesteps}",
         f"model        {plan.parameters / 1e6:.2f} million parameters",
         f"checkpoints  {_size(plan.checkpoint_bytes)} each, {kept} kept: "
@@ -125,7 +126,7 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"time limit   {cluster.time}; saves and requeues {cluster.warn_before_end} s before it",
     ]
     if isinstance(speed, str):
-        return "\n".join([*lines, f"hours        unknown: {speed}"])
+        return "\n".join([*lines, f"duration     unknown: {speed}"])
     if speed.peak_mib is not None:
         measured, weights = speed.peak_mib * 2**20, plan.checkpoint_bytes
         lines.append(
@@ -133,13 +134,13 @@ def describe(plan: Plan, speed: Speed | str) -> str:
             f"activations and gradients, {_size(weights)} for weights and optimiser state"
         )
     seconds = seconds_of(plan, speed)
-    hours, gpus = seconds / 3600, cluster.nodes * (cluster.gpus_per_node or 0)
+    gpu_hours = seconds / 3600 * cluster.nodes * (cluster.gpus_per_node or 0)
     stretch = cluster.minutes * 60 - cluster.warn_before_end - RESTART_MINUTES * 60
     limits = max(1, math.ceil(seconds / stretch)) if stretch > 0 else "too short"
     lines += [
-        f"hours        {hours:.1f} ({duration(seconds)}), "
-        f"{hours * plan.steps_per_epoch / plan.steps:.2g} an epoch, GPU-hours {hours * gpus:.0f}, "
-        f"time limits {limits} ({RESTART_MINUTES:g} minutes a restart)",
+        f"duration     {duration(seconds)}, "
+        f"{duration(seconds * plan.steps_per_epoch / plan.steps)} an epoch, GPU-hours "
+        f"{gpu_hours:,.0f}, time limits {limits} ({RESTART_MINUTES:g} minutes a restart)",
         f"             from {speed.images_per_s:.4g} samples/s a process at T={speed.timesteps:g} "
         f"({speed.source}), without the time to average gradients unless it was measured",
     ]

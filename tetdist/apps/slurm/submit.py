@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ def submit(run: Prepared, code: Path | None = None, after: Sequence[Path] = ()) 
     """Submit a run, and return the submission.
 
     ``code`` is a copy to run instead of a new one; the runs in the folders ``after`` must be
-    finished first.
+    finished first. A refused submission leaves neither a folder nor a run in MLflow.
     """
     if not is_here():
         raise UserError(
@@ -196,6 +197,7 @@ def submit(run: Prepared, code: Path | None = None, after: Sequence[Path] = ()) 
     # A concurrent submission of this run is refused before it updates MLflow.
     with history.submitting(run_dir):
         refuse_if_queued(run_dir)
+        is_new = [path.name for path in run_dir.iterdir()] == ["slurm"]
         # Make the folder, or check that it holds the same run and is not in use; the job locks it.
         RunFolder(config, _world(run.cluster))
         folder = history.next_submission(run_dir)
@@ -206,7 +208,8 @@ def submit(run: Prepared, code: Path | None = None, after: Sequence[Path] = ()) 
         try:
             job_id = batch.submit(job, values, folder)
         except UserError:
-            history.announce(config, "KILLED", {})
+            history.announce(config, "DELETED" if is_new else "KILLED", {})
+            shutil.rmtree(run_dir if is_new else folder)
             raise
         # Record it while the lock is held, so that the next holder sees this job.
         submission = Submission(
