@@ -24,6 +24,7 @@ SEW = {
         {"epochs": 1, "timesteps": [1, 2], "optimizer": "continue"},
     ],
     "ema": {"decay": 0.8},
+    "data.images_as_events": {"ratio": 0.15},  # of noise: places that differ change the losses
     "log_every": 4,  # runs are stopped in the middle of a line of metrics
     "imports": [str(tiny.RECORD)],
 }
@@ -60,6 +61,8 @@ def test_continued_on_another_number_of_processes(one_process, farm, tiny_config
     """Rounding flips no spike here, so what is left of a difference would be a fault."""
     file = tiny_config(SEW | FLOAT64 | {"save.every_steps": 4})
     expect(farm(file, world=3, stop=("micro", 2, TERM), rank=2), status=128 + TERM)
+    statuses, text = farm.each(file, world=2, stop=("step", 3, KILL), rank=1)
+    assert statuses[1] == -KILL, text
     # As the deepspeed launcher does.
     expect(farm(file, "--local_rank=RANK", world=2))
     run = tmp_path / "runs/tiny"
