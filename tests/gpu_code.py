@@ -82,7 +82,6 @@ class Part:
     rows: int = 32 * 56 * 56
     channels: int = 64
     neuron: NeuronConfig = field(default_factory=LIF)
-    shared: bool = False
 
     @property
     def wide(self) -> torch.dtype:
@@ -116,7 +115,7 @@ class Layer(Part):
             self.neuron, self.timesteps, carries=self.carries, packs=True
         )
         with noted() as launches:
-            x = empty(1 if self.shared else self.timesteps, *one_step)
+            x = empty(*all_steps)
             starts = kernels.dynamics.carried
             start = empty(starts, *one_step, dtype=self.wide) if self.carries else None
             affine = kernels.normalization(norm, x, norm.weight, norm.bias)
@@ -146,7 +145,6 @@ class Stream(Part):
         """Return its kernel launches without statistics: forward, then backward."""
         shape = (self.rows, self.channels)
         x = torch.empty(self.timesteps, *shape, dtype=self.dtype, device="meta")
-        shortcut = x[:1] if self.shared else x
         affine = Affine(*torch.empty(4, self.channels, dtype=self.wide, device="meta"))
         of_shortcut = affine if self.normalized else None
         norm = triton_kernels.NormKernels(self.timesteps)
@@ -154,11 +152,11 @@ class Stream(Part):
             self.neuron, self.timesteps, carries=False, packs=True
         )
         with noted() as launches:
-            norm.add(x, shortcut, affine, of_shortcut)
-            inputs = Inputs(shortcut, None, None, None, None, self.learned())
+            norm.add(x, x, affine, of_shortcut)
+            inputs = Inputs(x, None, None, None, None, self.learned())
             kernels.spikes(inputs, None)
             kernels.current_gradient(inputs, x, None)
-            sums = norm.add_sums(x, shortcut, affine, of_shortcut, x)
+            sums = norm.add_sums(x, x, affine, of_shortcut, x)
             norm.norm_gradient(x, x, affine, (sums.grad, sums.grad_xhat))
         return launches
 
@@ -172,7 +170,6 @@ class Attention(Part):
     positions: int = 14 * 14
     images: int = 32
     carries: bool = False
-    packed: bool = True  # in bytes
 
     def launches(self) -> list[Launch]:
         """Return its kernel launches: the forward pass, then the backward pass."""
@@ -184,8 +181,7 @@ class Attention(Part):
         q = q.to(self.dtype)
         kernels = triton_kernels.AttentionKernels(self.neuron, q, v, 6, 0.125, **options)
         assert kernels.serve()
-        kept = torch.uint8 if self.packed else self.dtype
-        q, v = (x.flatten(1, 3).to(kept) for x in (q, v))
+        q, v = (x.flatten(1, 3).to(torch.uint8) for x in (q, v))
         start = torch.empty_like(v[0], dtype=self.wide) if self.carries else None
         inputs = Inputs((q, q, v), None, None, None, start, self.learned())  # type: ignore[arg-type]  # see there
         with noted() as launches:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from tetdist.config.sections.loss import LossSection
 from tetdist.errors import UserError
-from tetdist.evaluation.evaluate import _count
 from tetdist.losses import (
     distillation_loss,
     sdt_loss,
@@ -115,12 +114,6 @@ def test_tet_of_means_equals_its_formula(shape, regularization, smoothing):
     assert tet_of_means_loss(logits, probabilities, **options).item() == pytest.approx(expected)
     if shape[0] == 1:
         assert loss == tet_loss(logits, target, **options)
-
-
-def test_tet_of_means_is_the_mean_over_t_of_what_evaluations_measure():
-    logits, target = _random(4, 6, 5)
-    measured = _count(logits, target)[2].mean() / 6
-    assert tet_of_means_loss(logits, target, lambda_=0.0).item() == pytest.approx(measured.item())
 
 
 @pytest.mark.parametrize(
@@ -313,15 +306,3 @@ def test_published_objectives_of_half_precision_logits(name):
     assert loss.dtype is torch.float32
     wide = compute_loss(section, half.double(), labels, taught.double())
     assert loss.item() == pytest.approx(wide.item(), rel=1e-6)
-
-
-def test_what_an_objective_is_called():
-    text = _objective("full-range", 1.0).as_text()
-    assert text == (
-        "TET, lambda 0, phi 1; 0.2 x divergence from timm:resnet34; 0.5 x divergence from the mean "
-        "of the correct timesteps, temperature 1"
-    )
-    assert "0.6 x divergence from timm:resnet34 after error-aware alignment; " in (
-        text := _objective("SeAl", 3.0).as_text()
-    )
-    assert "0.15 x divergence from the similarity-weighted mean of the other timesteps" in text

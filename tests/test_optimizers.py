@@ -162,27 +162,6 @@ def test_optimisers_skip_and_continue(kind, undoes, monkeypatch):
     assert numbers // weight.numel() == kind_of(kind).moments
 
 
-def test_muon_takes_a_filter_for_a_row():
-    """The update of a convolution is orthogonal as the matrix (out, in x height x width)."""
-    torch.manual_seed(0)
-    conv = nn.Conv2d(6, 4, 3, bias=False).to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(
-        conv, section(kind="timm:muon", weight_decay=0, arguments={"ns_steps": 10})
-    )
-    before = conv.weight.detach().clone()
-    conv.weight.grad = torch.randn_like(conv.weight)
-    optimizer.step()
-    moved = (conv.weight.detach() - before).flatten(1)
-    found = torch.linalg.svdvals(moved)
-    # 0.1 is the learning rate, the rest the scaling by shape with which its steps match AdamW's.
-    torch.testing.assert_close(found, torch.full((4,), 0.1 * 0.2 * 54**0.5), rtol=0.1, atol=0)
-
-
 def test_what_does_not_continue_is_refused():
     with pytest.raises(ValueError, match="timm:kron does not resume exactly"):
         section(kind="timm:kron")
-
-
-def test_a_name_of_timms_is_hinted_at():
-    with pytest.raises(ValueError, match="for timm's, set timm:lamb"):
-        section(kind="lamb")

@@ -1,6 +1,8 @@
 """The wheel, unpacked in an empty folder: all is in it, and commands need no checkout."""
 
+import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -58,22 +60,6 @@ def test_constraints_are_within_the_ranges():
         assert versions.get(name) in allowed, f"{name}{allowed}: make constraints"
 
 
-def python(installed, cwd, *arguments):
-    done = subprocess.run(
-        tiny.python(*arguments),
-        cwd=cwd,
-        env=tiny.clean_environment(PYTHONPATH=str(installed)),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    output = (done.stdout + done.stderr).replace(sys.executable, "python")
-    assert str(tiny.PROJECT) not in output
-    return output
-
-
 def test_everything_is_in_it(installed):
     wanted = {
         f"tetdist/{file}" if file.startswith("configs/") else file for file in tracked(*FILES)
@@ -82,11 +68,30 @@ def test_everything_is_in_it(installed):
     assert {file for file in found if ".dist-info/" not in file} == wanted
 
 
-# One process, since a start of each takes seconds.
+# One interpreter, since a start takes seconds: what importing needs, then a run in a fork, which
+# has its own modules, then all commands.
 ALL = """
-import contextlib, io, json, sys, tetdist_command
-answers, root = [], sys.argv[2]
-for arguments in json.loads(sys.argv[1]):
+import contextlib, io, json, os, sys
+others = ["pydantic", "deepspeed", "mlflow", "psutil", "nvidia.dali", "submitit", "matplotlib"]
+sys.modules |= dict.fromkeys(others)
+import timm, tetdist, tetdist_command
+print(len(timm.create_model("sew_resnet18").blocks), len(timm.list_models("sew_resnet*")))
+print(timm.create_model("spiking_convnet", pretrained=True).pretrained_cfg["file"])
+print(tetdist.losses.tet_loss.__name__, flush=True)
+for name in others:
+    del sys.modules[name]
+_, root, *train = sys.argv
+pid = os.fork()
+if pid == 0:
+    sys.argv = ["tetdist", *train]
+    status = tetdist_command.main()
+    print(*sys.modules, flush=True)
+    os._exit(status)
+print("process", pid, flush=True)
+_, status = os.waitpid(pid, 0)
+print("ended with", os.waitstatus_to_exitcode(status), flush=True)
+answers = []
+for arguments in json.load(sys.stdin):
     sys.argv = ["tetdist", *arguments]
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -107,64 +112,50 @@ next(loader)  # it stays open, and must not hold the process
 UNUSED = {"deepspeed", "mlflow", "tensorboard", "scipy", "matplotlib"}
 
 
-def test_a_run_and_all_commands_without_a_checkout(
-    installed, tmp_path, tiny_config, tiny_root, main
-):
-    """The run is interrupted, by its pid; meanwhile it has its folder alone."""
+def test_all_works_without_a_checkout(installed, tmp_path, tiny_config, tiny_root, main):
+    """Importing needs torch and timm alone; a run is interrupted by its pid, and has its folder
+    alone until then."""
     from tetdist_command import COMMANDS
 
     changes = {"phases.0.epochs": 4000, "evaluate_every": 4000}
     file = tiny_config(changes | {"engine": "torch"})
-    train, run = ["train", "--config", str(file)], str(tmp_path / "runs" / "tiny")
-    code = "import sys, tetdist_command as c; s = c.main(); print(*sys.modules); sys.exit(s)"
-    command = tiny.python("-c", code, *train)
+    train, run = ["train", "--config", str(file)], tmp_path / "runs" / "tiny"
+    command = tiny.python("-c", ALL, tiny_root, *train)
     env = tiny.clean_environment(PYTHONPATH=str(installed))
-    with tiny.started(command, tmp_path, env) as process:
+    with tiny.started(command, tmp_path, env, stdin=subprocess.PIPE) as process:
+        weights = installed / "tetdist" / "pretrained" / "quickstart" / "model.safetensors"
+        for line in ("8 5", str(weights), "tet_loss"):
+            assert process.stdout.readline() == f"{line}\n", process.stdout.read()
+        pid = int(process.stdout.readline().removeprefix("process "))
         assert any("step 12/" in line for line in process.stdout)
         refused(main(file, "max_steps=1"), "another process is running in", "runs/tiny")
-        process.send_signal(signal.SIGINT)
-        text, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, text
-    assert "all saved; the same command continues" in text
-    assert "Traceback" not in text
-    modules = set(text.splitlines()[-1].split())
-    assert modules & UNUSED == set() < modules & {"tetdist.training.trainer"}
-    step = json.loads((tiny.newest(tmp_path / "runs/tiny") / "state.json").read_text())["step"]
-    assert tiny.metrics(tmp_path / "runs/tiny")[-1]["step"] == step >= 12
-    planned = ["slurm", *train[1:], "--gpus-per-node", "0", "--dry-run"]
-    expected = [
-        ([*train, f"max_steps={step + 1}"], 0, f"tetdist eval {run}"),
-        (["--version"], 0, r"\Atetdist \d+\.\d+\.\d+\n\Z"),
-        (["list"], 0, r"  sew34_t4\.yaml [^$]*sew_resnet34,[^$]*tetdist:quickstart"),
-        (["evla"], 2, "there is no command 'evla'"),
-        (
-            ["train", "--config", "sew34_t4", "--print-config", "data.root=x"],
-            0,
-            "name: sew_resnet34",
-        ),
-        (planned, 0, "#SBATCH"),
-        (["eval", "--checkpoint", run, "--device", "cpu"], 0, "top-1"),
-        ([*train, "data.root=gone"], 2, "tetdist eval: --data"),
-        *((["--help"], 0, f"\n  {command} ") for command in COMMANDS),
-        *(([command, "--help"], 0, rf"\Ausage: tetdist {command}") for command in COMMANDS),
-    ]
-    asked = json.dumps([arguments for arguments, _, _ in expected])
-    answers = json.loads(python(installed, tmp_path, "-c", ALL, asked, tiny_root))
-    for (arguments, status, pattern), (found, text) in zip(expected, answers, strict=True):
-        assert found == status, (arguments, text)
-        assert re.search(pattern, text), (arguments, text)
-        assert "Traceback" not in text
-
-
-def test_importing_it_needs_torch_and_timm_alone(installed, tmp_path):
-    """Also for a trained network."""
-    others = ["pydantic", "deepspeed", "mlflow", "psutil", "nvidia.dali", "submitit", "matplotlib"]
-    code = (
-        f"import sys; sys.modules |= dict.fromkeys({others})\n"
-        "import timm, tetdist; print(len(timm.create_model('sew_resnet18').blocks))\n"
-        "print(timm.create_model('spiking_convnet', pretrained=True).pretrained_cfg['file'])\n"
-        "print(tetdist.losses.tet_loss.__name__, len(timm.list_models('sew_resnet*')))"
-    )
-    weights = installed / "tetdist" / "pretrained" / "quickstart" / "model.safetensors"
-    found = python(installed, tmp_path, "-c", code)
-    assert found == f"8\n{weights}\ntet_loss 5\n"
+        os.kill(pid, signal.SIGINT)
+        lines = list(itertools.takewhile(lambda one: one != "ended with 130\n", process.stdout))
+        assert any("all saved; the same command continues" in line for line in lines), lines
+        modules = set(lines[-1].split())
+        assert modules & UNUSED == set() < modules & {"tetdist.training.trainer"}
+        step = json.loads((tiny.newest(run) / "state.json").read_text())["step"]
+        assert tiny.metrics(run)[-1]["step"] == step >= 12
+        planned = ["slurm", *train[1:], "--gpus-per-node", "0", "--dry-run"]
+        printed = ["train", "--config", "sew34_t4", "--print-config", "data.root=x"]
+        expected = [
+            ([*train, f"max_steps={step + 1}"], 0, f"tetdist eval {run}"),
+            (["--version"], 0, r"\Atetdist \d+\.\d+\.\d+\n\Z"),
+            (["list"], 0, r"  sew34_t4\.yaml [^$]*sew_resnet34,[^$]*tetdist:quickstart"),
+            (["evla"], 2, "there is no command 'evla'"),
+            (printed, 0, "name: sew_resnet34"),
+            (planned, 0, "#SBATCH"),
+            (["eval", "--checkpoint", str(run), "--device", "cpu"], 0, "top-1"),
+            ([*train, "data.root=gone"], 2, "tetdist eval: --data"),
+            *((["--help"], 0, f"\n  {command} ") for command in COMMANDS),
+            *(([command, "--help"], 0, rf"\Ausage: tetdist {command}") for command in COMMANDS),
+        ]
+        asked = json.dumps([arguments for arguments, _, _ in expected])
+        text, _ = process.communicate(asked, timeout=120)
+    assert process.returncode == 0, text
+    assert str(tiny.PROJECT) not in text.replace(sys.executable, "python")
+    answers = json.loads(text.splitlines()[-1])
+    for (arguments, status, pattern), (found, output) in zip(expected, answers, strict=True):
+        assert found == status, (arguments, output)
+        assert re.search(pattern, output), (arguments, output)
+        assert "Traceback" not in output

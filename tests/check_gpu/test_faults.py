@@ -4,8 +4,6 @@ Those of averages happen in two processes. A GPU is pretended.
 """
 
 import contextlib
-import functools
-import itertools
 import json
 import math
 import re
@@ -15,18 +13,15 @@ import types
 from pathlib import Path
 
 import pytest
-import timm
 import tiny
 import torch
-from faults import faulty
 from graph_stand_ins import run_again
 
 from tetdist.apps.check_gpu import numerics, rates, remedies, runs, steps, versions
 from tetdist.apps.check_gpu.check import Machine
-from tetdist.apps.check_gpu.numerics import ATTENTION, NORM_ADD, NORM_POOL, ON_GPU
+from tetdist.apps.check_gpu.numerics import ATTENTION
 from tetdist.distributed.world import World
 from tetdist.errors import pip_install
-from tetdist.nn.fast import dispatch
 from tetdist.training import graphs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,7 +33,7 @@ def here(alone, tmp_path):
     return Machine(alone, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["lif", "plif", "sliding_psn", NORM_ADD, NORM_POOL, ATTENTION])
+@pytest.mark.parametrize("kind", ["lif", "sliding_psn", ATTENTION])
 def test_numerics_sees_any_result_that_is_wrong(here, monkeypatch, kind):
     """Outputs, membranes, gradients, running statistics: those of a single case, by 2 %."""
     case = next(x for x in numerics.cases(DTYPES[:2]) if x.kind == kind and x.mode == "carried")
@@ -65,27 +60,6 @@ def test_numerics_sees_any_result_that_is_wrong(here, monkeypatch, kind):
         assert re.search(f": ({named}) differs by", found.text), wrong
 
 
-@pytest.mark.parametrize("case", ON_GPU[2:], ids=str)
-def test_attention_of_a_gpu_is_served_by_its_kernel(case, monkeypatch):
-    """Those that attend, with one factor for spikes and two for integers."""
-    launched = []
-    layer = numerics.Layer(case, torch.Generator()).to("meta")
-    inputs = layer.draw(torch.device("meta"), torch.Generator())
-    inputs = {name: x.requires_grad_() for name, x in inputs.items()} | {"membrane": None}
-
-    def launch(kernel, _grid, _arguments, known):
-        launched.append((kernel.__name__, known.get("SPLITS")))
-
-    from tetdist.nn.fast import triton_kernels
-
-    monkeypatch.setattr(triton_kernels, "launch", launch)
-    monkeypatch.setattr(dispatch, "triton_for", lambda *_: triton_kernels)
-    layer(inputs)["spikes"].sum().backward()
-    splits = case.given == numerics.INTEGERS
-    expected = [("attend", splits), ("current_gradient", splits), ("gradients", None)]
-    assert [one for one in launched if one[0] in dict(expected)] == expected
-
-
 def test_kernels_that_do_not_work_are_not_called_equal(here, monkeypatch):
     monkeypatch.setattr(numerics, "kernels_for", lambda *_, **__: None)
     assert "do not work here" in numerics.check_numerics(here).text
@@ -93,7 +67,7 @@ def test_kernels_that_do_not_work_are_not_called_equal(here, monkeypatch):
 
 def test_rounding_alone_is_not_called_wrong():
     """Half of the limits, with other inputs than those of the check."""
-    for case in numerics.cases(DTYPES[:2])[::3]:
+    for case in numerics.cases(DTYPES[:2])[::6]:
         tries = (numerics.differences(case, CPU, 100 + i) for i in range(3))
         assert any(max(found.values()) <= 0.5 for found in tries), case
 
@@ -103,22 +77,6 @@ def test_a_single_nan_is_called_wrong(here, monkeypatch, name):
     apart = {"gradient of w": 0.0, "spikes": 0.0, "gradient of x": 0.0} | {name: math.nan}
     monkeypatch.setattr(numerics, "differences", lambda *_: {k: x for k, x in apart.items() if k})
     assert numerics.check_numerics(here).status == ("ok" if name is None else "bad")
-
-
-@pytest.mark.parametrize("dtypes", [DTYPES, DTYPES[:2]], ids=len)
-def test_all_pairs_are_tried(dtypes):
-    found = numerics.cases(dtypes)
-    assert len(found) < 70
-    # Also more numbers than float32 counts, over all channels and in each.
-    first, second, *_ = (one.timesteps * one.batch * one.side**2 for one in numerics.ON_GPU)
-    assert min(first * 64, second) > 2**24
-    assert {"lif", "plif", "ilif", "nilif", "psn", "masked_psn"} < numerics.kinds().keys()
-    factors = {"kind": numerics.kinds(), "timesteps": numerics.TIMESTEPS, "dtype": dtypes}
-    factors |= {"channels": numerics.CHANNELS, "mode": numerics.MODES, "given": numerics.GIVEN}
-    for a, b in itertools.combinations(factors, 2):
-        if (a, b) not in (("kind", "channels"), ("kind", "given")):
-            tried = {(getattr(case, a), getattr(case, b)) for case in found}
-            assert tried == set(itertools.product(factors[a], factors[b])), (a, b)
 
 
 # --- steps ----------------------------------------------------------------------------------------
@@ -188,25 +146,8 @@ def test_steps_sees_averages_that_are_wrong(farm, tmp_path):
             assert status == ("bad" if fault else "ok")
 
 
-def test_gradients_of_attention_that_are_exchanged_are_seen(here, monkeypatch):
-    """In a layer, and in a network in float64."""
-    chosen = [case for case in numerics.cases(DTYPES[:2]) if case.kind == ATTENTION]
-    monkeypatch.setattr(numerics, "cases", lambda _: chosen)
-    swapped = "grads = grads[1], grads[0], grads[2]\n    images = ("
-    with faulty("tetdist.nn.products:_LinearAttention.backward", "images = (", swapped):
-        assert numerics.check_numerics(here).status == "bad"
-    monkeypatch.setattr(steps, "VARIANTS", {"sdt": steps.VARIANTS["sdt"]})
-    monkeypatch.setattr(steps, "STEPS", 1)
-    small = functools.partial(timm.create_model, channels=16, depth=1)
-    monkeypatch.setattr(timm, "create_model", small)
-    names = ("grad * other_values, grad * values", "grad * values, grad * other_values")
-    with faulty("tetdist.nn.products:_PositionSum.backward", *names):
-        found = steps.check_steps(here)
-    assert (found.status, AVERAGE in found.text) == ("bad", True)
-
-
 def test_steps_with_graphs_are_compared(here, monkeypatch):
-    """With what stands in for a graph on a CPU, and with two that go wrong."""
+    """With what stands in for a graph on a CPU, and with one that goes wrong."""
     made = steps.training_step
     monkeypatch.setattr(
         steps,
@@ -223,38 +164,13 @@ def test_steps_with_graphs_are_compared(here, monkeypatch):
         replays = iter([replay])
         return result, lambda: next(replays, lambda: None)()
 
-    def late(function, *_):
-        """Go wrong in the last steps alone."""
-        result, replay = run_again(function)
-        calls = itertools.count()
-
-        def again():
-            replay()
-            if next(calls) > 6:
-                result.mul_(1.001)
-
-        return result, again
-
     for capture, said in (
         (run_again, "3 steps of torch, cuda_graphs, without a synchronisation"),
         (without_new_images, AVERAGE),
-        (late, "cuda_graphs: results differ from those of torch"),
     ):
         monkeypatch.setattr(graphs, "capture", capture)
         found = steps.check_steps(here)
         assert (found.status == "ok", said in found.text) == (capture is run_again, True), found
-
-
-def test_every_way_to_wait_for_the_device_is_refused(monkeypatch):
-    modes = []
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    before = torch.cuda.synchronize
-    with steps.refusing_synchronisation():
-        for owner in (torch.cuda, torch.accelerator, torch.cuda.Event, torch.cuda.Stream):
-            with pytest.raises(RuntimeError, match="synchronizing"):
-                owner.synchronize(None)
-    assert torch.cuda.synchronize is before
-    assert modes == ["error", "default"]
 
 
 def test_resume_sees_one_weight_that_differs(here, monkeypatch):
@@ -331,8 +247,6 @@ def test_every_gpu_decodes_every_image(on_gpu, monkeypatch):
         (math.nan, 2100, [2000], "bad", "nan images/s", None),
         (1700, 2000, [2000, 1990, 2010, 2005], "bad", "15% slower than most: b=32", "throttles"),
         (800, 900, [1000], "bad", "19% slower than most", "throttles"),
-        (1000, 900, [1000, 1500], "ok", "1000 images/s", None),
-        (1850, 1900, [2000, 1990], "ok", "1850 images/s", None),
         (None, None, [2000], "bad", "b=32: out of memory; b=64: out of memory", remedies.BUSY),
     ],
 )
@@ -375,17 +289,14 @@ DALI, DALI_12 = "nvidia-dali-cuda130", "nvidia-dali-cuda120"
     [
         ({}, "NVIDIA H100, driver 580.95.05, torch ", None),
         ({"triton": "3.2.0"}, "needs triton==3.7.0, but 3.2.0", "pip install 'triton==3.7.0'"),
-        ({"triton": None}, "needs triton==3.7.0, but none", "pip install 'triton==3.7.0'"),
         ({"nvidia-nccl-cu13": "2.27.5"}, "NCCL 2.28.9 is loaded", "unset LD_LIBRARY_PATH"),
         ({DALI: None}, "DALI is not installed", pip_install("cuda130")),
         ({DALI_12: "2.0"}, "DALI for cuda130 and cuda120", "pip uninstall -y nvidia-dali-"),
-        ({DALI: None, DALI_12: "2.0"}, "CUDA 13.0, but DALI for cuda120", pip_install("cuda130")),
         ({"deepspeed": None}, "DeepSpeed is not installed", "or train with engine=torch"),
         ({"Python.h": None}, "Python.h is missing", "apt-get install python3-dev"),
         ({"gcc": None, "clang": None}, "no C compiler", "apt-get install gcc"),
         ({"arch": ["sm_70", "sm_75"]}, "built for sm_70, sm_75, but this GPU is sm_90", "cu130"),
         ({"others": {"driver": "570.2"}}, "driver is 580.95.05, but 570.2", remedies.UNLIKE),
-        ({"others": {"lost": "3.4"}}, "lost is None, but 3.4 on other", remedies.UNLIKE),
     ],
 )
 def test_a_version_that_does_not_fit_comes_with_a_command(

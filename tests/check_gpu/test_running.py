@@ -1,7 +1,6 @@
 """The command from its start to its end, whatever happens to a process, and its last line."""
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -141,20 +140,6 @@ def test_a_lone_process_that_hangs_leaves_its_findings(farm, tmp_path, temporary
     assert found["not_reached"] == ["steps", "rates"]
     ended = "the command ended before all was done; not reached: steps, rates"
     assert found["conclusion"] == f"{ended}; {remedies.ENDED}"
-
-
-@pytest.mark.long
-def test_a_lone_process_that_is_ended_leaves_its_findings(tmp_path, temporary):
-    file = tmp_path / "found.json"
-    environment = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT), TETDIST_COMMAND="check_gpu")
-    command = tiny.python("-c", COMMAND, file, temporary, "none", 60)
-    with tiny.started(command, tmp_path, environment) as process:
-        tiny.wait_until(lambda: file.is_file() and '"versions": {' in file.read_text(), 60)
-        process.terminate()
-        output, _ = process.communicate(timeout=20)
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert list(temporary.iterdir()) == []
-    assert json.loads(file.read_text())["not_reached"] == ["steps", "rates"]
 
 
 def test_an_error_of_a_lone_process_is_a_finding_with_its_remedy(alone, tmp_path, monkeypatch):

@@ -124,30 +124,3 @@ def test_a_wrong_archive_is_named(output_of, tmp_path, changes, words):
     output = output_of("cifar.py", file, tmp_path / "ten", status=2)
     assert [word for word in ("ten.tar.gz", *words) if word not in output] == [], output
     assert not (tmp_path / "ten").exists()
-
-
-def test_an_archive_of_images_is_told_from_pickles(output_of, tmp_path):
-    file = archive(tmp_path / "jpeg.tar.gz", {"train/bee/1.jpg": b"image"})
-    output = output_of("cifar.py", file, tmp_path / "ten", status=2)
-    assert "is not CIFAR's binary archive; if it holds class folders of images, unpack" in output
-
-
-def test_names_that_lead_away_are_not_followed(output_of, tmp_path):
-    """The files are read into memory, whatever folder they claim to be in."""
-    away = {name.replace("cifar-10-batches-bin", "../../away"): c for name, c in cifar10().items()}
-    output_of("cifar.py", archive(tmp_path / "ten.tar.gz", away), tmp_path / "root" / "ten")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["root", "ten.tar.gz"]
-
-
-def test_no_archive_and_no_room(output_of, tmp_path):
-    (tmp_path / "text.tar.gz").write_text("hello")
-    for name in ("text.tar.gz", "none.tar.gz"):
-        assert name in output_of("cifar.py", tmp_path / name, tmp_path / "ten", status=2)
-    whole = archive(tmp_path / "ten.tar.gz", cifar10())
-    torn = tmp_path / "torn.tar.gz"
-    torn.write_bytes(whole.read_bytes()[:-2000])
-    output = output_of("cifar.py", torn, tmp_path / "ten", status=2)
-    assert "torn.tar.gz cannot be read" in output
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "mine.txt").touch()
-    assert "not empty" in output_of("cifar.py", whole, tmp_path / "taken", status=2)

@@ -5,7 +5,6 @@ import sys
 import types
 
 import pytest
-import tiny
 import torch
 
 from tetdist.distributed import devices
@@ -125,10 +124,8 @@ def test_cores_are_divided_among_those_of_a_host_who_share_them(monkeypatch, hos
         # A machine with one processor or an unknown one; two GPUs at one of two processors.
         ([range(4)] * 2, ["0-3", "0-3"], [set(range(4))] * 2),
         ([range(4)] * 3, [None, "", "0-3"], [None, None, set(range(4))]),
-        ([range(8)] * 2, ["0-3", "0-3"], [None, None]),
         # Slurm has bound the processes, one to the processor of the other's GPU.
         ([range(4), range(4, 8)], ["4-7", "4-7"], [None, None]),
-        ([[3], [7]], ["0-3", "4-7"], [{3}, {7}]),
     ],
 )
 def test_processes_stay_near_their_gpus(cores, lists, bound, tmp_path, monkeypatch):
@@ -192,31 +189,3 @@ def test_fp32_is_not_silently_tf32():
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         choose_algorithms("fp32")
-
-
-# The pages that the system provided for forty tensors of 64 MiB, one after the other.
-PAGES = """
-import resource
-import torch
-from tetdist.distributed.world import join
-
-def asked_for():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-with join("cpu"):
-    torch.ones(2**24)
-    before = asked_for()
-    for _ in range(40):
-        torch.ones(2**24)
-    print(asked_for() - before)
-"""
-
-
-@pytest.mark.parametrize("variable", ["", "MALLOC_TRIM_THRESHOLD_"])
-def test_freed_memory_is_kept_unless_the_environment_says_how(variable, farm, tmp_path):
-    code = f'import os\nos.environ |= {{"{variable}": "131072"}} if "{variable}" else {{}}\n{PAGES}'
-    ((status, output),) = farm.side_by_side(1, tiny.python("-c", code), tmp_path)
-    assert status == 0, output
-    # Of twenty of the tensors, if the system gives 2 MiB at a time, the most that it does.
-    many = 20 * 2**26 // 2**21
-    assert (int(output) < many) == (variable == ""), output

@@ -4,9 +4,7 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 
-import psutil
 import pytest
 import tiny
 
@@ -125,27 +123,3 @@ def test_what_came_from_another_host_is_nobody_here(monkeypatch):
         assert starters._named_starter() == []
     monkeypatch.setenv(name, "")
     assert starters._named_starter() == []
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("killed", ["deepspeed", "deepspeed.launcher.launch", "torchrun"])
-def test_ranks_of_a_killed_launcher_save_and_end(killed, tiny_config, tmp_path):
-    """The real launchers: the deepspeed command, what it starts, and torchrun."""
-    file = tiny_config({"phases.0.epochs": 100_000, "evaluate_every": 100_000})
-    command = tiny.launched(2, tiny.TRAIN, "--config", file)
-    if killed == "torchrun":
-        torchrun = Path(sys.executable).with_name("torchrun")
-        options = ["--nproc-per-node", "2", "--master-port", str(tiny.free_port())]
-        command = [str(torchrun), *options, str(tiny.TRAIN), "--config", str(file)]
-    mark, env = tiny.marked(tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT)))
-    with tiny.started(command, tmp_path, env) as process:
-        assert any("step 12/" in line for line in process.stdout)
-        victim = process.pid
-        if killed == "deepspeed.launcher.launch":
-            (victim,) = (p for p in tiny.alive(mark) if killed in psutil.Process(p).cmdline())
-        os.kill(victim, KILL)
-        output, _ = process.communicate(timeout=120)
-        tiny.wait_until(lambda: not tiny.alive(mark), 60)
-    assert "all saved; the same command continues" in output, output
-    step = json.loads((tiny.newest(tmp_path / "runs/tiny") / "state.json").read_text())["step"]
-    assert tiny.metrics(tmp_path / "runs/tiny")[-1]["step"] == step >= 12

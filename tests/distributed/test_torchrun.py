@@ -6,7 +6,6 @@ import tempfile
 import pytest
 import tiny
 
-TORCHRUN = tiny.PROJECT / "launch" / "torchrun.py"
 WORKER = """
 import os, signal, sys, time
 ends = {"mistake": lambda: sys.exit(2), "lost": lambda: os.kill(os.getpid(), signal.SIGKILL)}

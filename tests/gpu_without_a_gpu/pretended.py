@@ -491,7 +491,7 @@ class Recorder(TorchDispatchMode):
             # Fake tensors have no such kernels; they write into tensors and return nothing.
             self._check_layouts(name, arguments)
             self.note_captured(name, (arguments, options), None)
-            self.count(name, num_launches(function, arguments, None))
+            self.count(name, num_launches(function, arguments))
             self._note_uses(function, arguments, options, [])
             return None
         if name == "aten._local_scalar_dense.default" and tensors[0].device.type == "cpu":
@@ -518,13 +518,13 @@ class Recorder(TorchDispatchMode):
             self.refuse_in_graph("pinned memory")
         results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         self._note_allocated(results)
-        if num_launches(function, arguments, result):
+        if num_launches(function, arguments):
             self._note_uses(function, arguments, options, results, waits=waits)
         self.note_captured(name, (arguments, options), results)
         if any(x.device.type == "cpu" for x in results):
             self.refuse_in_graph(f"{name}, computed on the host,")
         if any(x.device.type == "cuda" for x in (*tensors, *results)):
-            self.count(name, num_launches(function, arguments, result))
+            self.count(name, num_launches(function, arguments))
             if is_refused_if_deterministic(name, result):
                 self.refused.append(f"{name} at {_place()}")
         return result

@@ -40,42 +40,24 @@ def test_all_work_waits_for_what_it_uses(overrides, running, tiny_config):
 
 
 FINISH = "tetdist.distributed.overlap:OverlappedMean.finish"
-CAPTURE = "tetdist.training.graphs:capture"
-TAKE = "tetdist.data.loader:Loader._take"
 NEXT = "tetdist.data.delivery:DeviceBatches.__next__"
 FREED = "is freed while aten.convolution_backward at .* on stream 0 may still use it"
 
-# Each with overrides, the function, the line, what is there instead, and what is said of it.
+# Each with the function, the line, what is there instead, and what is said of it.
 FAULTS = {
     "an average is not waited for": (
-        *(ON_GPU, FINISH, "work.wait()", "pass"),
+        *(FINISH, "work.wait()", "pass"),
         "written by all_reduce at tetdist/distributed/overlap.py",
     ),
     "memory is freed while the GPU trains on it": (
-        *(ON_GPU, NEXT, "tensor.record_stream(", "(lambda _: None)(", FREED),
-    ),
-    "edits are not waited for": (
-        *(EDITED, TAKE, "completed_on(self._edits)", "torch.cuda.stream(self._edits)"),
-        "written by aten.index_copy_ at .*batch_operations.py.* read by aten._to_copy at .*deliv",
-    ),
-    "a capture does not wait for its inputs": (
-        *(GRAPHS, CAPTURE, "\n    stream.wait_stream(present)", ""),
-        "written by aten.clone at tetdist/training/graphs.py.* read by aten.convolution",
-    ),
-    "a capture is not waited for": (
-        *(GRAPHS, CAPTURE, "present.wait_stream(stream)", "pass"),
-        "nn/batch_norm.py.* written by aten.copy_ at tetdist/training/graphs.py",
-    ),
-    "a flag is read before it has arrived": (
-        *(LAMB, "tetdist.optimizers:_fetched", "arrived.synchronize()", "pass"),
-        "written by aten.copy_ at tetdist/optimizers.py.* read by aten._local_scalar_dense",
+        *(NEXT, "tensor.record_stream(", "(lambda _: None)(", FREED),
     ),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_named(name, running, tiny_config):
-    overrides, *fault, text = FAULTS[name]
-    answer = running.order(tiny_config(BATCHES), *overrides, fault=fault)
+    *fault, text = FAULTS[name]
+    answer = running.order(tiny_config(BATCHES), *ON_GPU, fault=fault)
     assert answer["error"] is None
     assert any(re.search(text, one) for one in answer["unordered"]), answer["unordered"]

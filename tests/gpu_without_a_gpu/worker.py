@@ -22,35 +22,14 @@ Answer = dict[str, Any]
 # A configuration of each network, and what is changed of it.
 CONFIGS: dict[str, tuple[str, ...]] = {
     "sew_resnet": ("sew34_t4.yaml",),
-    "psn_sew_resnet": ("psn_sew34_t4.yaml", "init_checkpoint=null"),
-    "spiking_resnet": ("spiking34_t4_t6.yaml",),
-    "spiking_resnet19": ("cifar10_resnet19.yaml",),
-    "spiking_resnet18_cifar": ("cifar10_resnet19.yaml",),
-    "spiking_resnet19_dvs": ("vggsnn_dvs.yaml",),
     "preact_resnet": ("preact_resnet34_t4.yaml",),
     "i2e_msnet": ("i2e_msnet18.yaml", "loss.kind=tet"),
-    "ms_resnet": ("ms_resnet34_t6.yaml",),
-    "ms_resnet14_cifar": ("cifar10_small.yaml",),
     "spiking_convnet": ("quickstart.yaml", "precision=bf16", "phases.0.optimizer.kind=sgd"),
     "spiking_convnet_dvs": ("nmnist.yaml", "precision=bf16", "model.arguments={input_size: 34}"),
     "vggsnn": ("vggsnn_dvs.yaml",),
-    "qkformer": ("qkformer_10_384.yaml", "loss.kind=tet"),
-    "qkformer_4_384_cifar": ("qkformer_cifar10.yaml", "loss.kind=tet"),
-    "qkformer_2_256_dvs": ("vggsnn_dvs.yaml", "model.arguments={}"),
-    "qkformer_2_256_gesture": ("vggsnn_dvs.yaml", "model.arguments={}"),
-    "ms_qkformer": ("ms_qkformer_10_384.yaml", "loss.kind=tet"),
-    "ms_qkformer_4_384_cifar": ("ms_qkformer_cifar10.yaml", "loss.kind=tet"),
-    "ms_qkformer_2_256_dvs": ("vggsnn_dvs.yaml", "model.arguments={}"),
     "sdt": ("sdt_8_384.yaml", "loss.kind=tet"),
-    "sdt_2_256_cifar": ("qkformer_cifar10.yaml", "loss.kind=tet"),
-    "sdt_2_512_cifar": ("qkformer_cifar10.yaml", "loss.kind=tet"),
     "sdt_2_256_dvs": ("vggsnn_dvs.yaml", "model.arguments={}"),
-    "sdt_2_256_gesture": ("vggsnn_dvs.yaml", "model.arguments={}"),
-    "maxformer": ("maxformer_10_384.yaml", "loss.kind=tet"),
-    **dict.fromkeys(
-        ("espikeformer_t", "espikeformer_s", "espikeformer_m", "espikeformer_l"),
-        ("espikeformer_s.yaml", "loss.kind=tet"),
-    ),
+    "espikeformer_t": ("espikeformer_s.yaml", "loss.kind=tet"),
 }
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import timm
-import timm.task
 import torch
 from kernel_runs import randomize
 from timm.models import group_parameters
@@ -49,6 +48,9 @@ SMALL = {
 }
 # VGGSNN has no width: 9 million parameters.
 each_family = pytest.mark.parametrize("name", [name for name in SMALL if name != "vggsnn"])
+some_families = pytest.mark.parametrize(
+    "name", ["sew_resnet18", "spiking_convnet", "spiking_resnet19_dvs", "qkformer_4_384_cifar"]
+)
 
 
 def create(name):
@@ -137,15 +139,13 @@ def refused(words):
     assert ". " not in str(caught.value)
 
 
-# Deeper and wider networks than others of their class.
-ALIKE = re.compile(r".*(34|101|104|152|_512|_768|_gesture|espikeformer_[sml])")
-
-
+# Others of a class are deeper or wider.
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.long if ALIKE.fullmatch(name) else ())
+        name
         for name in models.names()
+        if not re.search("34|101|104|152|_512|_768|_gesture|espikeformer_[sml]", name)
     ],
 )
 def test_a_network_is_described_as_timm_describes_its_own(name):
@@ -238,17 +238,6 @@ def test_timms_arguments_are_heeded_or_refused(name):
     assert first_convolution(model).in_channels == model.in_chans == 5
 
 
-def test_what_would_change_a_network_is_refused():
-    model = timm.create_model("sew_resnet18", device="meta")
-    for refusing in (timm.layers.convert_sync_batchnorm, timm.utils.freeze):
-        with refused("set batch_norm.sync=true"):
-            refusing(model)
-    model = timm.create_model("sew_resnet18", device="meta")
-    timm.utils.freeze(model, ["stem"], include_bn_running_stats=False)
-    names = {name for name, one in model.named_parameters() if not one.requires_grad}
-    assert names == {name for name, _ in model.named_parameters() if name.startswith("stem.")}
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_features_and_head_make_up_the_network(name):
     model, x = create(name).eval(), inputs_for(name)
@@ -314,7 +303,7 @@ def test_features_are_the_outputs_of_the_stem_and_the_stages(name):
         model.forward_intermediates(x)
 
 
-@each_family
+@some_families
 def test_a_backbone_of_features_trains_all_that_it_has(name):
     whole, x = create(name), inputs_for(name)
     options = SMALL[name] | {"num_classes": 5, "timesteps": 3, "neuron": NEURON}
@@ -338,7 +327,7 @@ def test_a_backbone_of_features_trains_all_that_it_has(name):
         torch.testing.assert_close(one, other)
 
 
-@each_family
+@some_families
 def test_the_segmenter_of_the_docs_trains_with_frozen_parts(name):
     page = (Path(__file__).parents[2] / "docs/guides/backbones.md").read_text()
     (code,) = re.findall(r"```python\n# my_segmenter.py\n(.*?)```", page, re.DOTALL)
@@ -364,16 +353,6 @@ def test_the_segmenter_of_the_docs_trains_with_frozen_parts(name):
     changed = {k for k, value in backbone.state_dict().items() if not torch.equal(value, before[k])}
     assert changed
     assert all("running" in key and not key.startswith(frozen) for key in changed)
-
-
-def test_timms_distillation_takes_ours_as_student_and_teacher():
-    name = "spiking_convnet"
-    model, other = create(name).float(), create(name).float()
-    task = timm.task.LogitDistillationTask(model, other, nn.CrossEntropyLoss(), verbose=False)
-    found = task.train()(inputs_for(name).float(), torch.tensor([1, 4]))
-    assert 0 < found["kd_loss"] < 10
-    found["loss"].backward()
-    assert first_convolution(model).weight.grad.any()
 
 
 @each_family
@@ -417,24 +396,9 @@ def test_frames_that_are_all_an_image_are_the_image(name):
         assert not torch.equal(stems[0][1], stems[1][1])
 
 
-@pytest.mark.parametrize("name", ["sew_resnet18", "sdt_2_256_cifar"])
-def test_models_of_a_low_type(name):
-    """Also if a convolution sees one pixel, and if attention's sums are float32."""
-    size = {"width": 4} if name == "sew_resnet18" else {"channels": 16, "depth": 1}
-    model = timm.create_model(name, num_classes=5, timesteps=2, **size).bfloat16()
-    logits = model(torch.rand(2, 3, 32, 32).bfloat16())
-    assert logits.dtype == torch.bfloat16
-    logits.square().sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-
-
-def test_export_takes_the_definition_and_trace_is_refused():
-    model, x = create("spiking_convnet").eval(), inputs_for("spiking_convnet")
-    exported = torch.export.export(model, (x,)).module()
-    with torch.no_grad():
-        torch.testing.assert_close(exported(0.5 * x), model(0.5 * x))
+def test_a_trace_is_refused():
     with pytest.raises(UserError, match=r"use torch\.export instead of torch\.jit\.trace"):
-        torch.jit.trace(model, x)
+        torch.jit.trace(create("spiking_convnet").eval(), inputs_for("spiking_convnet"))
 
 
 # ------------------------------------------------------------------------ scales, initial weights

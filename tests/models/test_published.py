@@ -213,32 +213,6 @@ def test_neurons_without_a_threshold_of_whole_spikes():
         assert attention_neuron(learned, 2.0).threshold == threshold
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "qkformer_4_384_cifar",
-        pytest.param("maxformer_10_384", marks=pytest.mark.long),
-        "sdt_2_256_cifar",
-    ],
-)
-def test_a_learned_decay_begins_as_the_published_neuron(name):
-    """Its input is halved as that of the published neurons is, also in attention."""
-    small = {"sdt_2_256_cifar": {"channels": 16, "depth": 1}}.get(
-        name, {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2}
-    )
-    logits = []
-    for neuron in (None, {"kind": "plif", "detach_reset": True}):
-        torch.manual_seed(0)
-        model = timm.create_model(name, num_classes=3, timesteps=3, neuron=neuron, **small)
-        for module in model.modules():
-            if isinstance(module, BatchNorm):
-                module.bias.data.fill_(1.0)
-        with torch.no_grad():
-            logits.append(model.double().eval()(torch.randn(2, 3, 32, 32).double()))
-    assert logits[0].std() > 0
-    torch.testing.assert_close(logits[0], logits[1])
-
-
 # ---------------------------------------------------------------------------- all networks
 
 

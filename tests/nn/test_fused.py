@@ -33,7 +33,7 @@ from tetdist.nn import neurons, norm_neuron
 from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, recomputing, synchronize
 from tetdist.nn.fast import build, dispatch, native, native_pool
 from tetdist.nn.neurons import LIF, make
-from tetdist.nn.norm_neuron import Neuron, NormAdd, NormNeuron, carrying_membranes, spiking_layers
+from tetdist.nn.norm_neuron import Neuron, NormAdd, NormNeuron, spiking_layers
 from tetdist.nn.packed import carried
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,35 +106,6 @@ def assert_fused_is_the_definition(case, implementation, seed=0):
 # ----------------------------------------------------------------- the definition, once by hand
 
 
-def normalised(norm, x):
-    mean = x.mean((0, 1, 3, 4)).view(-1, 1, 1)
-    std = (x.var((0, 1, 3, 4), correction=0).view(-1, 1, 1) + norm.eps).sqrt()
-    return norm.scale * norm.weight.view(-1, 1, 1) * (x - mean) / std + norm.bias.view(-1, 1, 1)
-
-
-@pytest.mark.parametrize("given", ["shortcut", "shared", "normalised shortcut"])
-def test_definition_is_norms_and_a_sum_into_the_neuron(given):
-    for kind in ("hard", NORM_ADD):
-        layer = Layer(Case(kind, 3, 2, torch.float64, "training", given, batch=2, side=3))
-        layer.layer.execution = "reference"
-        inputs = layer.inputs
-        total = normalised(layer.layer.norm, inputs["current"]).expand(3, -1, -1, -1, -1)
-        if given != "shared" or kind == NORM_ADD:
-            shortcut = inputs["shortcut"]
-            total = total + (normalised(layer.norm, shortcut) if layer.norm else shortcut)
-        found = layer(inputs)["spikes"]
-        if kind == NORM_ADD:
-            torch.testing.assert_close(found, total)
-            continue
-        u, expected = torch.zeros_like(total[0]), []
-        for current in total:
-            u = 0.9 * u + current
-            expected.append(u > 0.7)
-            u = torch.where(u > 0.7, 0.0, u)
-        assert 0.1 < found.mean() < 0.9
-        assert torch.equal(found, torch.stack(expected).double())
-
-
 # -------------------------------------------------------------------- kernels: the whole of options
 
 
@@ -168,7 +139,7 @@ def test_any_combination_native(case, seed):
 QUICK = [kind for kind in LAYERS if "psn" not in kind]
 
 
-@settings(**derandomised, max_examples=8)
+@settings(**derandomised, max_examples=5)
 @given(any_case(QUICK, [1, 2, 5], [1, 3, 65]), any_seed)
 def test_any_combination_triton(case, seed):
     assert_fused_is_the_definition(case, "triton", seed)
@@ -180,8 +151,9 @@ def test_each_kind(implementation, kind):
     """In each mode, on rows and channels of several tiles, of which the last ones are not full."""
     forms = zip(GIVEN, itertools.cycle(MODES), strict=False)
     if implementation == "triton":
-        forms = [("normalised shortcut", "carried"), ("no norm", "carried")]
-        forms += [("shared", "evaluation")] if kind in ("hard", "psn", NORM_ADD) else []
+        forms = [("normalised shortcut", "carried")]
+        if kind in ("hard", "psn", "nilif", NORM_ADD):
+            forms += [("no norm", "carried"), ("shared", "evaluation")]
     for what, mode in forms:
         # Sums of parallel neurons' weights are divided among several programs.
         timesteps = 5 if kind == "sliding_psn" else 3
@@ -265,20 +237,6 @@ def test_spikes_in_bytes(implementation, kind):
     assert current.grad.abs().max() > 0
 
 
-@each_implementation
-def test_gradient_of_the_last_membrane_alone(implementation):
-    current, results = 2 * draw(0, 3, 2, 16), []
-    for execution in ("fused", "reference"):
-        neuron = Neuron(LIF())
-        neuron.execution = execution
-        leaf, start = current.clone().requires_grad_(), draw(1, 2, 16).requires_grad_()
-        with IMPLEMENTATIONS[implementation](), carrying_membranes([neuron], [start]) as ends:
-            neuron(leaf)
-            ends()[0].square().sum().backward()
-        results.append({"current": leaf.grad, "start": start.grad})
-    assert_same(*results)
-
-
 # ------------------------------------------------------------------------------ types and layouts
 
 
@@ -314,25 +272,22 @@ def test_types(implementation, dtype):
             assert error < 3 * torch.finfo(dtype).eps, name
 
 
-@each_neuron
-def test_triton_in_short_types(kind):
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("hard", torch.float16),
+        ("plif, soft", torch.float32),
+        ("nilif", torch.float16),
+        ("psn", torch.float32),
+    ],
+)
+def test_triton_in_short_types(kind, dtype):
     """As near to float64 as a GPU has to be; the interpreter rounds float16, and cuts bfloat16."""
-    number = [*NEURONS].index(kind)
-    dtype = (torch.float16, torch.float32)[number % 2]
     for what, mode in (("normalised shortcut", "carried"), ("spikes", "training")):
         case = Case(kind, 3, 20, dtype, mode, what, batch=2, side=5)
         with pytest.MonkeyPatch.context() as patch, IMPLEMENTATIONS["triton"]():
             patch.setattr(numerics, "kinds", lambda: LAYERS)
             assert max(numerics.differences(case, CPU, 0).values()) <= 1, case
-
-
-def test_types_that_differ_are_added_by_the_definition():
-    add = NormAdd(3)
-    current, shortcut = draw(0, 3, 2, 3, 5, 4).bfloat16(), draw(1, 3, 2, 3, 5, 4).float()
-    fused = add(current, shortcut)
-    add.execution = "reference"
-    assert fused.dtype == torch.float32
-    assert torch.equal(add(current, shortcut), fused)
 
 
 def channels_last(x):
@@ -481,15 +436,6 @@ def test_only_what_was_given_is_kept_for_the_backward_pass(implementation):
 
 
 # -------------------------------------------------------------------------------- layers of neurons
-
-
-def test_it_is_a_layer_of_neurons():
-    net = nn.ModuleDict({"spiking": Neuron(LIF()), "relu": Neuron(make({"kind": "relu"}))})
-    assert spiking_layers(net).keys() == {"spiking"}
-    neuron = Neuron(LIF())
-    neuron.execution = "fast"
-    with pytest.raises(ValueError, match="execution must be 'fused' or 'reference', not 'fast'"):
-        neuron(torch.zeros(1, 1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

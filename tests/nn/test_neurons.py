@@ -58,29 +58,6 @@ def test_given_membrane_is_where_the_neuron_starts():
     assert u.tolist() == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("reset", ["hard", "soft"])
-@pytest.mark.parametrize("first", [1, 3])
-def test_two_segments_with_the_membrane_carried_equal_one_run(reset, first):
-    config = LIF(reset=reset, surrogate="sigmoid", surrogate_width=3.0)
-    generator = torch.Generator().manual_seed(0)
-    current = torch.rand(6, 4, 5, generator=generator, dtype=torch.float64) * 1.5
-    weight = torch.randn(6, 4, 5, generator=generator, dtype=torch.float64)
-
-    def loss_and_gradient(in_segments):
-        leaf = current.clone().requires_grad_()
-        if in_segments:
-            early, u = run(leaf[:first], config)
-            late, u = run(leaf[first:], config, u)
-            spikes = torch.cat([early, late])
-        else:
-            spikes, u = run(leaf, config)
-        (gradient,) = torch.autograd.grad((spikes * weight).sum() + u.sum(), leaf)
-        return spikes, u, gradient
-
-    for whole, parts in zip(loss_and_gradient(False), loss_and_gradient(True), strict=True):
-        assert torch.equal(whole, parts)
-
-
 # ------------------------------------------------------------------------------------ surrogates
 
 

@@ -7,7 +7,6 @@ from kernel_runs import (
     interpreted,
     kept_tensors,
     native_kernels,
-    not_native,
     randomize,
 )
 from torch import nn
@@ -84,9 +83,3 @@ def test_keeps_the_current_and_bytes():
         module_of(training=True, dtype=torch.float32)(x)
     large = [t for t in kept if t.numel() >= 2 * 3 * 5 * 4 * 3]
     assert sorted(t.dtype.itemsize for t in large) == [1, 4]
-
-
-def test_without_kernels_the_definition_computes():
-    module, x = module_of(training=False), current_of()
-    with not_native():
-        assert torch.equal(module(x), module.pool(module.norm(x)))

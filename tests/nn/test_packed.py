@@ -169,24 +169,6 @@ def test_without_gradients_nothing_is_packed():
         )
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_bfloat16_convolution_of_one_pixel(stride):
-    """torch's own convolution leaves garbage in the weight's gradient on some CPUs."""
-    torch.manual_seed(0)
-    conv = Conv2d(16, 32, 3, stride=stride, padding=1, bias=False)
-    x = torch.randint(0, 2, (3, 2, 16, 1, 1)).float()
-    gradients = []
-    for precision in ("fp32", "bf16", "bf16", "bf16"):
-        conv.zero_grad()
-        with autocast(x.device, precision):
-            y = conv(carry(x.clone().requires_grad_(), pack(x)))
-        assert y.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
-        y.float().square().sum().backward()
-        gradients.append(conv.weight.grad.clone())
-    for gradient in gradients[1:]:
-        torch.testing.assert_close(gradient, gradients[0], rtol=0.05, atol=0.05)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_total_is_exact(dtype):
     generator = torch.Generator().manual_seed(0)
@@ -202,17 +184,6 @@ def test_total_is_exact_beyond_what_float32_holds():
     """An odd number of spikes above 2^24, of identical images."""
     image = torch.ones(7, 1, 1, 1, 1).expand(-1, 1, 3, 1001, 801)
     assert native_pool.total(image).item() == image.numel() > 2**24
-
-
-def test_inference_mode_is_no_grad():
-    model = timm.create_model("sew_resnet18", timesteps=2, num_classes=5).eval()
-    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    for execution in ("fused", "reference"):
-        model.set_execution(execution)
-        with torch.no_grad():
-            expected = model(x)
-        with torch.inference_mode():
-            assert torch.equal(model(x), expected)
 
 
 def test_gradient_of_a_gradient_is_refused():

@@ -1,7 +1,5 @@
 """Recomputed blocks and segments of timesteps: the same gradients, in less memory."""
 
-import copy
-
 import pytest
 import timm
 import torch
@@ -46,10 +44,12 @@ def differing(a, b):
     return [key for key in a if not torch.equal(a[key], b[key])]
 
 
+# test_dropout.py has the other networks.
 @pytest.mark.parametrize(
     ("name", "execution", "precision"),
     [
-        *((name, "fused", "bf16") for name in SMALL if name != "vggsnn"),
+        ("spiking_resnet19", "fused", "bf16"),
+        ("qkformer_10_384", "fused", "bf16"),
         ("spiking_convnet", "reference", "bf16"),
         ("preact_resnet18", "fused", "fp32"),
     ],
@@ -82,8 +82,6 @@ def test_segments_in_float64(name):
         ("spiking_resnet18", "reference"),
         ("preact_resnet18", "fused"),
         ("qkformer_4_384_cifar", "fused"),
-        pytest.param("spiking_resnet18", "fused", marks=pytest.mark.long),
-        pytest.param("vggsnn", "fused", marks=pytest.mark.long),
     ],
 )
 def test_membranes_are_carried_across_segments(name, execution):
@@ -98,47 +96,6 @@ def test_membranes_are_carried_across_segments(name, execution):
         results.append(results_of(model, lambda m: m(x, per_timestep=True), {}))
     for found in results[1:]:
         assert_same(found, results[0])
-
-
-def test_networks_without_membranes_run_in_segments():
-    x, neuron = images("preact_resnet18"), {"kind": "relu"}
-    results = []
-    for recompute in (False, True):
-        torch.manual_seed(0)
-        model = timm.create_model(
-            "preact_resnet18", timesteps=4, num_classes=3, neuron=neuron, width=8
-        )
-        model.set_segment(2)
-        model.set_grad_checkpointing(recompute)
-        batch_norm.defer_running_statistics(model)
-        results.append(step(model.train(), x))
-    kept, again = results
-    for key, value in kept.items():
-        torch.testing.assert_close(again[key], value, rtol=1e-4, atol=1e-6, msg=key)
-
-
-def test_segments_normalise_by_themselves_in_training_alone():
-    name = "spiking_convnet"
-    for recompute in (False, True):
-        whole = network(name, execution="fused", **KEEP_ALL)
-        parts = network(name, recompute=recompute, segment=2, execution="fused")
-        if not recompute:
-            a, b = (step(copy.deepcopy(model), images(name)) for model in (whole, parts))
-            assert "blocks.0.neuron.norm.weight" in differing(a, b)
-        with torch.no_grad():
-            assert torch.equal(whole.eval()(images(name)), parts.eval()(images(name)))
-
-
-def test_input_gradient_of_a_static_image():
-    """The stem's input serves all segments."""
-    gradients = []
-    for recompute in (False, True):
-        model = network("spiking_convnet", recompute=recompute, segment=2, execution="reference")
-        x = images("spiking_convnet").requires_grad_()
-        model.double()(x.double()).square().mean().backward()
-        gradients.append(x.grad)
-    assert gradients[0].any()
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["lif", "plif"])
@@ -157,20 +114,6 @@ def test_what_is_no_spike_is_not_packed(kind):
         batch_norm.defer_running_statistics(model)
         results.append(step(model.train(), images("spiking_convnet")))
     assert differing(*results) == []
-
-
-def test_every_block_runs_in_segments():
-    model = network("sew_resnet18", recompute=True, segment=2, execution="reference")
-    lengths = {block: [] for block in model.blocks}
-    for block, seen in lengths.items():
-        block.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(len(inputs[0])))
-    model(images("sew_resnet18"))
-    assert list(lengths.values()) == [[2, 1]] * len(model.blocks)
-
-
-def test_no_segment_below_one():
-    with pytest.raises(ValueError, match="at least 1 timestep, not 0"):
-        network("spiking_convnet", recompute=False, segment=0, execution="fused")
 
 
 @pytest.mark.parametrize(

@@ -171,14 +171,9 @@ def test_clipping_is_by_its_formula(world):
     ("engine", "optimizer", "clipping", "poison", "bad"),
     [
         (TORCH, "sgd", None, NAN, 0),  # the optimiser has no state yet
-        (TORCH, "nesterov", 0.5, INF, 0),
-        (TORCH, "layers", None, NAN, 0),
         (TORCH, "adam", 0.5, INF, 1),
         (DEEPSPEED, "sgd", 0.5, NAN, 1),
-        (DEEPSPEED, "adam", None, INF, 0),
-        (ZERO_1, "sgd", None, INF, 0),
         (ZERO_1, "adamw", 0.5, NAN, 1),
-        (ZERO_2, "adam", None, NAN, 0),
         (ZERO_2, "nesterov", 0.5, INF, 1),
     ],
 )
@@ -205,15 +200,11 @@ def test_non_finite_gradient_changes_nothing(engine, optimizer, clipping, poison
 @pytest.mark.parametrize(
     ("make", "source", "target", "optimizer"),
     [
-        (network, TORCH, DEEPSPEED, "sgd"),
         (network, DEEPSPEED, ZERO_1, "adam"),
         (network, ZERO_1, TORCH, "layers"),
-        (network, ZERO_1, ZERO_2, "sgd"),
-        (network, ZERO_2, DEEPSPEED, "adamw"),
         (network, TORCH, ZERO_2, "nesterov"),
         (Decaying, DEEPSPEED, ZERO_1, "adam"),
         (Decaying, ZERO_1, ZERO_2, "adamw"),
-        (Decaying, ZERO_2, TORCH, "sgd"),
     ],
 )
 def test_optimizer_state_moves_between_engines(make, source, target, optimizer, world):

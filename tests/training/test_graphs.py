@@ -5,7 +5,6 @@ capture asks of a micro-batch.
 """
 
 import contextlib
-import functools
 
 import pytest
 import tiny
@@ -15,8 +14,6 @@ from tiny import expect
 from torch import nn
 
 from tetdist.errors import UserError
-from tetdist.models.spiking_convnet import SpikingConvNet
-from tetdist.storage import checkpoint
 from tetdist.training import feed, graphs, prepared
 from tetdist.training.engines import base
 
@@ -76,30 +73,6 @@ def test_a_run_is_the_same_with_graphs(case, both):
     changes = CASES.get(case, {}) | {"execution": "fused" if is_fused else "reference"}
     captured = 2 if "T drawn" in case else 1
     tiny.assert_same_run(*both(changes, run_again if is_fused else taped, captured=captured))
-
-
-def test_a_parameter_without_a_gradient_decays_in_neither_run(both, monkeypatch):
-    build = SpikingConvNet.__init__
-
-    @functools.wraps(build)
-    def make(self, *arguments, **options):
-        build(self, *arguments, **options)
-        self.stray = nn.Parameter(torch.ones(3))
-
-    monkeypatch.setattr(SpikingConvNet, "__init__", make)
-    optimizer = {"kind": "sgd", "lr": 0.05, "weight_decay": 0.1}
-    plain, with_graphs = both({"phases.0.optimizer": optimizer}, taped)
-    tiny.assert_same_run(plain, with_graphs)
-    weights, _ = checkpoint.load_model_file(tiny.newest(with_graphs))
-    assert weights["stray"].tolist() == [1.0, 1.0, 1.0]
-
-
-@pytest.mark.long
-def test_a_teachers_answers_are_in_the_graph(main, tiny_config, both, tmp_path):
-    expect(main(tiny_config({"name": "teacher", "seed": 5})))
-    distillation = {"teacher": str(tmp_path / "runs/teacher"), "weight": 1.0}
-    distillation |= {"self_weight": 0.5, "self_target": "correct_mean"}
-    tiny.assert_same_run(*both({"loss.distillation": distillation}, taped))
 
 
 def test_steps_that_are_not_finite_change_nothing(both, monkeypatch):

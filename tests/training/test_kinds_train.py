@@ -13,13 +13,8 @@ from tetdist.storage import checkpoint
 KINDS = {
     "plif": {"kind": "plif", "threshold": 0.5},
     "psn": {"kind": "psn", "timesteps": 2},
-    "masked_psn": {"kind": "masked_psn", "timesteps": 2, "mask_epochs": 6},
-    "sliding_psn": {"kind": "sliding_psn", "threshold": 0.5},
-    "ilif": {"kind": "ilif"},
-    "nilif": {"kind": "nilif"},
 }
-LEARNT = {"plif": ["w"], "psn": ["bias", "weight"], "masked_psn": ["bias", "weight"]}
-LEARNT |= {"sliding_psn": ["bias", "weight"], "ilif": [], "nilif": []}
+LEARNT = {"plif": ["w"], "psn": ["bias", "weight"]}
 SET_BY = {
     "plif": "model.neuron.kind=plif also changes these values of spiking_convnet's own "
     "neuron: surrogate=sigmoid (triangle), surrogate_width=4.0 (1.0), fires_at_threshold=true "
@@ -28,11 +23,11 @@ SET_BY = {
 }
 
 
-def changes(kind):
+def changes(neuron):
     phase = {"epochs": 8, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05}}
     phase["optimizer"]["weight_decay"] = 0.01
     return {
-        "model.neuron": KINDS[kind],
+        "model.neuron": neuron,
         "phases": [phase],
         "evaluate_every": 8,
         "execution": "fused",
@@ -40,12 +35,10 @@ def changes(kind):
     }
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=() if k in ("plif", "psn") else pytest.mark.long) for k in KINDS]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_learns(kind, main, tiny_config, tmp_path):
-    text = expect(main(tiny_config(changes(kind))))
-    assert SET_BY.get(kind, "") in text
+    text = expect(main(tiny_config(changes(KINDS[kind]))))
+    assert SET_BY[kind] in text
     run = tmp_path / "runs/tiny"
     (val,) = tiny.metrics(run, "val")
     assert val["top1"] > 50  # chance is 25 %
@@ -64,7 +57,7 @@ def test_it_learns(kind, main, tiny_config, tmp_path):
 def test_a_mask_rises_and_a_checkpoint_has_what_it_was(main, tiny_config, tmp_path):
     """A run that is stopped in the second epoch has half of the mask, and is evaluated with it."""
     neuron = {"kind": "masked_psn", "timesteps": 2, "order": 1, "mask_epochs": 2}
-    own = changes("masked_psn") | {"model.neuron": neuron, "evaluate_every": 1}
+    own = changes(neuron) | {"evaluate_every": 1}
     file = tiny_config(own | {"phases.0.epochs": 3})
     run, found = tmp_path / "runs/tiny", tmp_path / "found.json"
     for max_steps, mask in ((10, 0.5), (15, 1.0)):
@@ -81,7 +74,7 @@ def test_a_mask_rises_and_a_checkpoint_has_what_it_was(main, tiny_config, tmp_pa
 
 
 def test_an_evaluation_refuses_the_t_that_does_not_exist(main, tiny_config, tmp_path, capfd):
-    file = tiny_config(changes("psn") | {"phases.0.epochs": 1})
+    file = tiny_config(changes(KINDS["psn"]) | {"phases.0.epochs": 1})
     expect(main(file))
     run, found = tmp_path / "runs/tiny", tmp_path / "found.json"
     assert eval_command.main(["--checkpoint", str(run), "--timesteps", "1,2"]) == 2

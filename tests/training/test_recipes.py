@@ -7,7 +7,7 @@ import pytest
 import timm
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny import expect
 
 from tetdist.apps.cli import slurm
@@ -42,7 +42,7 @@ SMALL = {
 OVERRIDES = (
     *("batch.global=4", "batch.micro=2", "batch.eval=25", "data.threads=1", "precision=fp32"),
     *("device=cpu", "tracking.mlflow=false"),
-    *(f"max_steps={STEPS}", "log_every=1", "save.every_steps=1", "plots=false"),
+    *(f"max_steps={STEPS}", "log_every=1", "plots=false"),
 )
 
 
@@ -146,8 +146,3 @@ def test_recipe_resolves_plans_and_trains(name, main, image_data, event_data, tm
     assert [line["step"] for line in lines] == [1, 2]
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
     assert lines[-1]["non_finite_steps"] == 0
-    (first, second) = (
-        load_file(run / "checkpoints" / f"step-{step:08}" / "model.safetensors") for step in (1, 2)
-    )
-    learned = {key for key in first if "running" not in key and "num_batches" not in key}
-    assert any(not torch.equal(first[key], second[key]) for key in learned)

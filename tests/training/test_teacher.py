@@ -1,5 +1,6 @@
 """Learning from a teacher, and from the ReLU network of the same shape."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -153,38 +154,43 @@ def test_events_are_taught_at_the_students_timesteps():
     torch.testing.assert_close(answers, model(frames).detach())
 
 
-def test_teachers_that_do_not_suit(main, relu, tiny_config, tmp_path):
-    def refusal(*overrides):
-        text = refused(main(tiny_config(), *overrides))
-        assert "Traceback" not in text
-        return text
+TAUGHT, SEVEN = f"{KEY}=RELU", f"{KEY}_weights=SEVEN"
+EVENTS = "data.images_as_events={}"
+ALIGNED = "loss.distillation.teacher_alignment=error_aware"
+CORRECT = "loss.distillation.self_target=correct_mean"
+SELF = "loss.distillation.self_weight=0.5"
 
-    assert f"{KEY}: there is no checkpoint /nowhere" in refusal(f"{KEY}=/nowhere")
-    text = refusal(f"{KEY}={relu}", "data.image_size=24", "data.resize=24", "model.arguments={}")
-    assert "24" in text
-    text = refusal(f"{KEY}={relu}", "model.num_classes=7")
-    assert "has 4 classes, but the student 7" in text
-    text = refusal(f"{KEY}=timm:resnet_of_nobody", f"{KEY}_weights=/nowhere")
-    assert f"{KEY}: timm cannot make resnet_of_nobody" in text
-    assert "there is no file /nowhere" in refusal(f"{KEY}={TIMM}", f"{KEY}_weights=/nowhere")
+
+# RELU is the run of the ReLU network, SEVEN a file of timm's network of seven classes.
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        ([f"{KEY}=/nowhere"], f"{KEY}: there is no checkpoint /nowhere"),
+        (
+            [TAUGHT, "data.image_size=24", "data.resize=24", "model.arguments={}"],
+            "cannot take images of 24x24 pixels",
+        ),
+        ([TAUGHT, "model.num_classes=7"], "has 4 classes, but the student 7"),
+        (
+            [f"{KEY}=timm:resnet_of_nobody", f"{KEY}_weights=/nowhere"],
+            f"{KEY}: timm cannot make resnet_of_nobody",
+        ),
+        ([f"{KEY}={TIMM}", f"{KEY}_weights=/nowhere"], "there is no file /nowhere"),
+        ([f"{KEY}={TIMM}", SEVEN], "has shape (7,) instead of (4,)"),
+        ([TAUGHT, EVENTS], "was trained on images, but the data are events"),
+        ([f"{KEY}={TIMM}", SEVEN, EVENTS], "takes images, but the data are events"),
+        (["loss.kind=sdt", SELF], "set loss.kind=tet, or self_weight=0"),
+        ([ALIGNED, TAUGHT, "data.mixup=0.2"], "error_aware needs samples of one class"),
+        ([CORRECT, SELF, "data.cutmix=1.0"], "correct_mean needs samples of one class"),
+        ([TAUGHT, SEVEN], f"{KEY}_weights: needs a timm teacher; set teacher=timm:NAME, too"),
+    ],
+)
+def test_teachers_that_do_not_suit(overrides, text, relu, tiny_config, tmp_path):
     file = tmp_path / "seven.safetensors"
     save_file(timm.create_model(TIMM.removeprefix("timm:"), num_classes=7).state_dict(), file)
-    text = refusal(f"{KEY}={TIMM}", f"{KEY}_weights={file}")
-    assert "has shape (7,) instead of (4,)" in text
-    events = "data.images_as_events={}"
-    text = refusal(f"{KEY}={relu}", events)
-    assert "was trained on images, but the data are events" in text
-    text = refusal(f"{KEY}={TIMM}", f"{KEY}_weights={file}", events)
-    assert "takes images, but the data are events" in text
-    text = refusal("loss.kind=sdt", "loss.distillation.self_weight=0.5")
-    assert "set loss.kind=tet, or self_weight=0" in text
-    aligned = ("loss.distillation.teacher_alignment=error_aware", f"{KEY}={relu}")
-    correct = ("loss.distillation.self_target=correct_mean", "loss.distillation.self_weight=0.5")
-    for overrides, mixing in ((aligned, "data.mixup=0.2"), (correct, "data.cutmix=1.0")):
-        text = refusal(*overrides, mixing)
-        assert f"{overrides[0].replace('=', ': ')} needs samples of one class" in text
-    text = refusal(f"{KEY}={relu}", f"{KEY}_weights={file}")
-    assert f"{KEY}_weights: needs a timm teacher; set teacher=timm:NAME, too" in text
+    overrides = [one.replace("RELU", str(relu)).replace("SEVEN", str(file)) for one in overrides]
+    with pytest.raises(UserError, match=re.escape(text)):
+        teacher(tiny_config(), *overrides)
 
 
 def test_teacher_of_other_classes(relu, tiny_config, tmp_path):

@@ -15,7 +15,6 @@ from tetdist.data.build import train_loader
 from tetdist.datasets.index import index_file, load_index
 from tetdist.distributed.world import World
 from tetdist.tracking.progress import RunProgress
-from tetdist.training import teacher as teachers
 
 EPOCH = tiny.STEPS_PER_EPOCH
 OPTIMIZER = {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
@@ -78,29 +77,6 @@ def test_a_turning_run_is_a_loop_by_hand(phases, main, tiny_config, tmp_path):
         torch.testing.assert_close(weights[key], value.detach(), rtol=1e-9, atol=1e-12, msg=key)
     # Evaluations are at the largest T of a phase.
     assert [line["timesteps"] for line in tiny.metrics(tmp_path / "runs/tiny", "val")] == [4, 4]
-
-
-def test_a_phase_leaves_out_the_teacher(main, tiny_config, tmp_path, monkeypatch):
-    expect(main(tiny_config({"name": "teacher", "seed": 5}), "max_steps=1"))
-    asked = 0
-    answer = teachers.Teacher.__call__
-
-    def counting(self, images):
-        nonlocal asked
-        asked += 1
-        return answer(self, images)
-
-    phase = {"epochs": 1, "timesteps": [1, 2], "optimizer": OPTIMIZER}
-    without = phase | {"loss": {"distillation": {"weight": 0.0}}}
-    changes = {"phases": [without, phase], "loss.distillation.weight": 0.5}
-    monkeypatch.setattr(teachers.Teacher, "__call__", counting)
-    for name, given in (("with", {"teacher": str(tmp_path / "runs/teacher")}), ("without", {})):
-        more = {f"loss.distillation.{key}": value for key, value in given.items()}
-        expect(main(tiny_config(changes | more | {"name": name})))
-        assert asked == 4 * EPOCH + 1  # and once for the size of images
-    both = [tiny.metrics(tmp_path / "runs" / name, "train") for name in ("with", "without")]
-    assert both[0][:EPOCH] == both[1][:EPOCH]
-    assert both[0][EPOCH]["loss"] > both[1][EPOCH]["loss"]
 
 
 def test_time_left_counts_image_timesteps(monkeypatch):
