@@ -106,6 +106,7 @@ def steps(before_it_fails):
     return lambda: None if next(left, None) is not None else os._exit(3)
 
 
+@pytest.mark.long
 def test_a_process_takes_steps_until_it_fails():
     worker = scaling.Worker(steps, 9, MADE_BY="the test", HOME=None)
     try:

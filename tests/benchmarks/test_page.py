@@ -1,10 +1,9 @@
 """The scripts that make the performance page and README's figure."""
 
-import argparse
 import importlib
 import json
+import re
 from statistics import mean
-from unittest import mock
 
 import pytest
 import timm
@@ -24,48 +23,10 @@ def made(monkeypatch):
     return importlib.import_module
 
 
-def test_the_page_is_that_of_the_record(made, monkeypatch, tmp_path):
-    """And what the record lacks, or what is asked for, is measured."""
+def test_the_page_is_that_of_the_record(made):
     performance = made("performance")
-    page, record = performance.PAGE, json.loads(performance.RECORD.read_text())
-    assert performance.page(record) == page.read_text()
-    measured = []
-
-    def measure(entry, precision):
-        measured.append((entry.model, precision))
-        return record["vggsnn-fp32"]
-
-    for name in ("PAGE", "RECORD"):
-        monkeypatch.setattr(performance, name, tmp_path / name)
-    monkeypatch.setattr(performance, "measured", measure)
-    lacking = {key: value for key, value in record.items() if key != "ms_resnet34-bf16"}
-    performance.RECORD.write_text(json.dumps(lacking))
-    performance.main(["--again", "vggsnn"])
-    assert measured == [("ms_resnet34", "bf16"), ("vggsnn", "fp32"), ("vggsnn", "bf16")]
-    assert json.loads(performance.RECORD.read_text()).keys() == record.keys()
-
-
-@pytest.mark.parametrize(
-    ("name", "spinning", "better"),
-    [("relu", 1.0, "spinning"), ("relu", 3.0, "asleep"), ("tetdist, none", 1.0, "asleep")],
-)
-def test_the_better_way_of_waiting_competes(name, spinning, better, made, monkeypatch):
-    """A step takes 2 s asleep. tetdist's network waits as its commands do."""
-    performance, alive = made("performance"), []
-
-    def start(*_, OMP_WAIT_POLICY):
-        one = mock.Mock(policy=OMP_WAIT_POLICY)
-        one.end.side_effect = lambda: alive.remove(one)
-        alive.append(one)
-        return one
-
-    seconds = {"PASSIVE": 2.0, None: spinning}
-    monkeypatch.setattr(performance, "Worker", start)
-    monkeypatch.setattr(performance, "together", lambda workers, _: seconds[workers[0].policy])
-    with performance.fastest(argparse.Namespace(), name) as (worker, way):
-        assert (way, worker.policy) == (better, performance.WAITING[better])
-        assert alive == [worker]
-    assert not alive
+    record = json.loads(performance.RECORD.read_text())
+    assert performance.page(record) == performance.PAGE.read_text()
 
 
 @pytest.mark.long
@@ -84,16 +45,6 @@ def test_contestants_and_the_memory_that_the_documentation_promises(precision, m
     assert kept["tetdist, blocks"] < 0.25 * kept["tetdist, none"]
 
 
-def test_bytes_are_kept_once_and_parameters_not_at_all(made):
-    model, x = torch.nn.Linear(3, 5), torch.ones(7, 3, requires_grad=True)
-    saved = made("performance").SavedBytes(model)
-    with saved.counting():
-        y = (model(x) + model(x)).square()  # of `x` both layers keep the same
-    assert saved.now == saved.most == 4 * 7 * (3 + 5)
-    y.sum().backward()
-    assert (saved.now, saved.most) == (0, 4 * 7 * (3 + 5))
-
-
 def convolutions(model):
     return sorted(
         (tuple(module.weight.shape), module.stride, module.padding, module.bias is not None)
@@ -104,7 +55,8 @@ def convolutions(model):
 
 def test_relu_networks_have_the_same_convolutions(made):
     relu_network, have = made("relu_networks").relu_network, set()
-    names = [name for name in models.names() if "101" not in name and "152" not in name]
+    # A deeper network has more of the same blocks.
+    names = [name for name in models.names() if not re.search(r"\D(34|101|104|152)$", name)]
     for name in names:
         with torch.device("meta"):
             if (baseline := relu_network(name)) is None:
@@ -117,7 +69,7 @@ def test_relu_networks_have_the_same_convolutions(made):
         have.add(name)
     assert have == {name for name in names if "resnet" in name or name == "vggsnn"}
     in_bench = {name for name in names if bench.relu_baseline(name) is not None}
-    assert in_bench >= {"sew_resnet34", "spiking_resnet50"}
+    assert in_bench >= {"sew_resnet18", "spiking_resnet50"}
     assert in_bench < have
 
 

@@ -1,15 +1,19 @@
 """Configurations of earlier versions, with keys that are gone."""
 
+from copy import deepcopy
+
 import pytest
 
 from tetdist.config.loading import load, parse
 from tetdist.config.retired import RETIRED, RETIRED_VALUES
 from tetdist.errors import UserError
 
+KEPT = load("quickstart").as_dict()
+
 
 def with_key(key, value):
     """Return a configuration as an earlier version wrote it."""
-    raw = load("quickstart").as_dict()
+    raw = deepcopy(KEPT)
     *place, name = key.replace(".N.", ".0.").split(".")
     section = raw
     for part in place:
@@ -21,14 +25,14 @@ def with_key(key, value):
 @pytest.mark.parametrize("key", RETIRED)
 def test_a_key_that_is_gone(key, caplog):
     caplog.set_level("INFO")
-    place, kept = key.replace(".N.", ".0."), load("quickstart").as_dict()
-    assert parse(with_key(key, RETIRED[key].default), "old.yaml", warn=False).as_dict() == kept
+    place = key.replace(".N.", ".0.")
+    assert parse(with_key(key, RETIRED[key].default), "old.yaml", warn=False).as_dict() == KEPT
     assert f"old.yaml: dropped keys of an earlier version: {place}" in caplog.text
     other = with_key(key, "another")
     with pytest.raises(UserError) as raised:
         parse(other, "old.yaml", warn=False)
     assert str(raised.value) == f"old.yaml: {place}='another' is gone; {RETIRED[key].instead}"
-    assert parse(other, "old.yaml", warn=False, is_trained=True).as_dict() == kept
+    assert parse(other, "old.yaml", warn=False, is_trained=True).as_dict() == KEPT
 
 
 @pytest.mark.parametrize("key", RETIRED_VALUES)

@@ -134,16 +134,6 @@ def test_of_many_classes_those_of_least_recall_are_shown():
     assert [row[0] for row in shown[1:]] == [f"c{k}" for k in range(SHOWN_CLASSES + 1, 1, -1)]
 
 
-def test_at_the_largest_threshold_it_is_nearly_the_accuracy_at_t(alone):
-    torch.manual_seed(0)
-    logits, labels = torch.randn(3, 50, 2), torch.randint(2, (50,))
-    found = decide(alone, (logits, labels))
-    accuracy = 100 * (logits.mean(0).argmax(-1) == labels).double().mean()
-    assert math.isclose(100 * found.confusion.trace() / 50, accuracy)
-    assert found.early_exit()[-1]["top1"] == pytest.approx(float(accuracy))
-    assert found.exits.sum(1).unique().tolist() == [50]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_running_means_are_those_of_cumsum(dtype):
     """Bitwise equal to cumsum, which is not used because it is not deterministic on a GPU."""

@@ -187,21 +187,6 @@ def test_attentions_products_are_counted(alone):
             {"widths": (8, 8, 8), "depths": (1, 1, 1), "heads": 2},
             "blocks.4.mixer.attention",
         ),
-        (
-            "ms_qkformer_10_384",
-            {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2, "mlp_ratio": 1},
-            "blocks.0.attention.sum",
-        ),
-        (
-            "espikeformer_t",
-            {
-                "widths": (8, 8, 8, 8),
-                "depths": (1, 1),
-                "heads": 2,
-                "neuron": {"kind": "nilif", "threshold": 0.5},
-            },
-            "blocks.7.attention.attention",
-        ),
     ],
 )
 def test_a_transformer(name, arguments, layer, alone):

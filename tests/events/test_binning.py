@@ -4,8 +4,6 @@ import cameras
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -34,52 +32,50 @@ def one_by_one(events, bins, timesteps):
     return frames
 
 
-@settings(derandomize=True, database=None, deadline=None, max_examples=50)
-@given(st.integers(1, 200), st.integers(1, 12))
-def test_bins_of_equal_count_hold_equally_many_and_leave_out_the_tail(number, timesteps):
-    if number < timesteps:
-        number += timesteps
-    events = recording(number)
-    frames = binned(events, timesteps).tensor
-    each = number // timesteps
-    assert frames.sum(axis=(1, 2, 3)).tolist() == [each] * timesteps
-    expected = one_by_one(events, [k // each for k in range(number)], timesteps)
-    assert np.array_equal(frames, expected)
+def drawn(*highest):
+    """Fifty combinations of whole numbers from 1 to each of the highest, these among them."""
+    draws = np.random.default_rng(0).integers(1, np.array(highest) + 1, (49, len(highest)))
+    return [highest, *draws.tolist()]
 
 
-@settings(derandomize=True, database=None, deadline=None, max_examples=50)
-@given(st.integers(7, 200), st.integers(1, 7))
-def test_bins_of_equal_time_hold_every_event_once(number, timesteps):
-    events = recording(number)
-    start, length = events.t[0], events.t[-1] - events.t[0] + 1
-    expected = one_by_one(events, [int((t - start) * timesteps // length) for t in events.t], 7)
-    frames = binned(events, timesteps, bins="time").tensor
-    assert np.array_equal(frames, expected[:timesteps])
-    assert frames.sum() == number
+def test_bins_of_equal_count_hold_equally_many_and_leave_out_the_tail():
+    for more, timesteps in drawn(200, 12):
+        number = more + timesteps
+        events, each = recording(number), number // timesteps
+        frames = binned(events, timesteps).tensor
+        assert frames.sum(axis=(1, 2, 3)).tolist() == [each] * timesteps
+        expected = one_by_one(events, [k // each for k in range(number)], timesteps)
+        assert np.array_equal(frames, expected)
 
 
-@settings(derandomize=True, database=None, deadline=None, max_examples=50)
-@given(st.integers(1, 200), st.integers(1, 7), st.sampled_from(["3ms", "700us", "9events"]))
-def test_windows_of_a_fixed_size_depend_on_no_later_event(number, timesteps, bins):
-    events = recording(number)
-    elapsed = [int(t - events.t[0]) for t in events.t]
-    passed = {
-        "3ms": [t // 3000 for t in elapsed],
-        "700us": [t // 700 for t in elapsed],
-        "9events": [k // 9 for k in range(number)],
-    }[bins]
-    frames = binned(events, timesteps, bins=bins).tensor
-    assert np.array_equal(frames, one_by_one(events, passed, timesteps))
-    # A recording that goes on has the same first windows.
-    longer = binned(events, timesteps + 2, bins=bins).tensor
-    assert np.array_equal(longer[:timesteps], frames)
-    windows = [*binned(events, make=window_frames, bins=bins)]
-    frames = binned(events, passed[-1] + 1, bins=bins).tensor
-    assert np.array_equal([frame for _, frame in windows], frames)
+def test_bins_of_equal_time_hold_every_event_once():
+    for more, timesteps in drawn(200, 7):
+        events = recording(more + 6)
+        start, length = events.t[0], events.t[-1] - events.t[0] + 1
+        bins = [int((t - start) * timesteps // length) for t in events.t]
+        frames = binned(events, timesteps, bins="time").tensor
+        assert np.array_equal(frames, one_by_one(events, bins, timesteps))
+        assert frames.sum() == len(events)
+
+
+@pytest.mark.parametrize("bins", ["3ms", "700us", "9events"])
+def test_windows_of_a_fixed_size_depend_on_no_later_event(bins):
     microseconds = {"3ms": 3000, "700us": 700}.get(bins)
-    for i, (end, _) in enumerate(windows):
-        last = events.t[min(9 * i + 8, number - 1)]
-        assert end == (microseconds * (i + 1) if microseconds else last - events.t[0])
+    for number, timesteps in drawn(200, 7):
+        events = recording(number)
+        elapsed = [int(t - events.t[0]) for t in events.t]
+        passed = [t // microseconds if microseconds else k // 9 for k, t in enumerate(elapsed)]
+        frames = binned(events, timesteps, bins=bins).tensor
+        assert np.array_equal(frames, one_by_one(events, passed, timesteps))
+        # A recording that goes on has the same first windows.
+        longer = binned(events, timesteps + 2, bins=bins).tensor
+        assert np.array_equal(longer[:timesteps], frames)
+        windows = [*binned(events, make=window_frames, bins=bins)]
+        frames = binned(events, passed[-1] + 1, bins=bins).tensor
+        assert np.array_equal([frame for _, frame in windows], frames)
+        for i, (end, _) in enumerate(windows):
+            last = events.t[min(9 * i + 8, number - 1)]
+            assert end == (microseconds * (i + 1) if microseconds else last - events.t[0])
 
 
 def test_events_of_one_moment_have_a_bin():

@@ -160,11 +160,6 @@ def test_late_frames_are_counted_and_ctrl_c_ends_with_a_summary(
         (["other.npz"], f"other.npz: its sensor is 99x99, not {DEFAULT_SENSOR} as expected"),
         (["other.npz"], f"trained for a {DEFAULT_SENSOR} sensor, so replay a recording of one, or"),
         (["other.dat"], f"is outside the {DEFAULT_SENSOR} sensor, as are "),
-        (["torn.npz"], "torn.npz: it is truncated or damaged, or not a .npz file"),
-        (["no.bin"], "no.bin: it is truncated: the record at its end is incomplete (3 bytes)"),
-        (["none.bin"], "none.bin: it cannot be read (No such file or directory)"),
-        (["back.bin"], "back.bin: timestamps decrease at event 890 (from "),
-        (["it.txt"], "it.txt: its suffix is not one of "),
         (["it.npz", "--output", "it.png"], "--output: it.png has another suffix than .gif"),
         (["it.npz", "--output", "/proc/it.gif"], "/proc/it.gif cannot be written ("),
         (["it.npz", "--best"], "best is damaged"),
@@ -174,13 +169,8 @@ def test_what_cannot_be_replayed_is_refused_before_the_first_frame(
     run, command, tmp_path, capfd, given, refusal
 ):
     np.savez(tmp_path / "other.npz", **MADE._asdict(), width=99, height=99)
-    (tmp_path / "torn.npz").write_bytes((tmp_path / "it.npz").read_bytes()[:500])
     other = MADE._replace(x=MADE.x + 29 * (MADE.t > MADE.t[0]))
     (tmp_path / "other.dat").write_bytes(cameras.dat(other, header="% Version 2\n"))
-    (tmp_path / "no.bin").write_bytes(b"abc")
-    (tmp_path / "it.txt").write_bytes(b"abc")
-    back = MADE._replace(t=np.where(np.arange(900) < 890, MADE.t, 0))
-    (tmp_path / "back.bin").write_bytes(cameras.nmnist(back))
     (run / "checkpoints" / "best").write_text("none")
     assert tool("replay").main([str(tmp_path / given[0]), *command[1:], "--fast", *given[1:]]) == 2
     shown = capfd.readouterr()
@@ -220,13 +210,8 @@ def test_replay_needs_windows_of_a_fixed_size(tmp_path, capfd):
         (None, "was trained on images, or on recordings whose binning it does not know; train on"),
         ({"bins": "count"}, "parts of a whole recording, which a stream cannot know; bin by wind"),
         ({}, "binning of its recordings is damaged: timesteps cannot be read"),
-        (HEADER | {"bins": 3}, "damaged: bins cannot be read"),
         (HEADER | {"size": "-1x5"}, "damaged: size cannot be read"),
-        (HEADER | {"size": 5}, "damaged: size cannot be read"),
-        (HEADER | {"size": "100000x100000"}, "damaged: size cannot be read"),
         (HEADER | {"sensor": "1000000x1000000"}, "damaged: sensor cannot be read"),
-        (HEADER | {"dtype": "foo"}, "damaged: dtype cannot be read"),
-        (HEADER | {"timesteps": 10_001}, "damaged: timesteps cannot be read"),
         (HEADER, "it.npz: it cannot be read"),
     ):
         values = {"config": config, "classes": ["a", "b"], "timesteps": 2, "step": 0}

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import cameras
@@ -15,15 +14,14 @@ import pytest
 import tiny
 from PIL import Image
 
-from tetdist.apps.events import tensors as tensors_module
 from tetdist.apps.events.binning import Binning, bin_events
 from tetdist.apps.events.formats import read_recording
 from tetdist.apps.events.recording import Sensor
 from tetdist.apps.events.statistics import statistics
-from tetdist.apps.events.tensors import Record, Settings, open_destination
+from tetdist.apps.events.tensors import Record
 from tetdist.config.loading import load
 from tetdist.datasets.index import check_fresh, find_index, load_index
-from tetdist.errors import UserError, pip_install
+from tetdist.errors import UserError
 
 TOOL = "prebin_dvs.py"
 PATH = Path(__file__).parents[2] / "tools" / TOOL
@@ -131,7 +129,7 @@ def test_a_second_call_keeps_tensors_and_adds_a_split(source, tmp_path, prebin_d
 
 
 @pytest.mark.usefixtures("a_terminal")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_call_is_continued(tmp_path, prebin_dvs, how):
     source, dest = make_source(tmp_path / "source", per_class=150), tmp_path / "dest"
     command = tiny.python(PATH, source, dest, "--timesteps", 4, "--workers", 2)
@@ -220,19 +218,14 @@ def test_a_changed_source_is_not_mixed_with_old_tensors(
 def spoil(source):
     """Bad recordings of several kinds; their reasons."""
     good = cameras.events()
-    back = good._replace(t=good.t[::-1])
     (source / "left" / "a.bin").write_bytes(cameras.nmnist(good)[:-2])
     (source / "left" / "b.bin").touch()
-    (source / "right" / "c.bin").write_bytes(cameras.nmnist(back))
-    (source / "right" / "d.bin").write_bytes(cameras.dvs128(good))
     (source / "right" / "e.bin").write_bytes(cameras.nmnist(cameras.events(3)))
     (source / "right" / "f.aedat").write_bytes(cameras.dvs128(good))
     (source / "right" / "g.bin").symlink_to("nowhere")
     return {
         "left/a.bin": "truncated",
         "left/b.bin": "the file is empty",
-        "right/c.bin": "timestamps decrease",
-        "right/d.bin": "contents are AEDAT",
         "right/e.bin": "3 events are too few for 4 bins",
         "right/f.aedat": "its sensor is 128x128, but 20 others have 34x34",
         "right/g.bin": "No such file",
@@ -245,7 +238,7 @@ def test_bad_recordings_are_named_and_left_out_only_by_a_flag(source, tmp_path, 
     for path, reason in expected.items():
         (line,) = [line for line in output.splitlines() if line.startswith(f"bad: {path}: ")]
         assert reason in line
-    assert "7 of 27 recordings are bad" in output
+    assert "5 of 25 recordings are bad" in output
     assert "no split was made: replace the bad recordings, or give --skip-bad" in output
     assert not (tmp_path / "dest" / "splits").exists()
 
@@ -253,8 +246,8 @@ def test_bad_recordings_are_named_and_left_out_only_by_a_flag(source, tmp_path, 
     assert "bad: left/a.bin" in output
     root = tmp_path / "dest" / "splits" / "first-80-percent"
     described = json.loads((root / "dataset.json").read_text())
-    assert described["left_out"] == 7
-    # Of 12 of left and 15 of right, 9 and 12 are to train; the bad ones do not move the others.
+    assert described["left_out"] == 5
+    # Of 12 of left and 13 of right, 9 and 10 are to train; the bad ones do not move the others.
     # Letters come before numbers.
     assert described["recordings"] == {"train": 7 + 7, "val": 3 + 3}
 
@@ -285,24 +278,6 @@ def test_folders_beside_a_data_root_lead_to_it(source, tmp_path, prebin_dvs):
             find_index(data, "train")
 
 
-def test_what_is_no_file_is_bad_and_never_waited_for(source, prebin_dvs):
-    prebin_dvs(source)
-    os.mkfifo(source / "left" / "a.bin")
-    (source / "left" / "b.bin").symlink_to("/dev/zero")
-    (source / "left" / "c.bin").symlink_to("c.bin")
-    (source / "left" / "d.mat").touch()
-    output = prebin_dvs(source, "--skip-bad", "--split", "first-80-percent")
-    assert "ignored 1 with .mat (left/d.mat)" in output
-    for name, reason in (("a", "It is a pipe"), ("b", "a device"), ("c", "Too many levels")):
-        (line,) = [line for line in output.splitlines() if f"bad: left/{name}.bin" in line]
-        assert reason in line
-    # A recording that has become a pipe.
-    (source / "left" / "3.bin").unlink()
-    os.mkfifo(source / "left" / "3.bin")
-    output = prebin_dvs(source, "--skip-bad", "--split", "first-80-percent", status=2)
-    assert "left/3.bin cannot be read (It is a pipe" in output
-
-
 def test_new_recordings_are_for_evaluation_alone(source, tmp_path, prebin_dvs):
     shutil.rmtree(source / "right")
     output = prebin_dvs(source, "--split", "all-to-val")
@@ -318,14 +293,6 @@ def test_new_recordings_are_for_evaluation_alone(source, tmp_path, prebin_dvs):
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == times
     output = prebin_dvs(source, status=2)
     assert "only one class, 'left'" in output
-
-
-def test_a_class_of_bad_recordings_only_is_refused(source, tmp_path, prebin_dvs):
-    for i in (8, 9):
-        (source / "left" / f"{i}.bin").write_bytes(b"")
-    output = prebin_dvs(source, "--split", "first-80-percent", "--skip-bad", status=2)
-    assert "'first-80-percent' has no usable recording of class 'left' in val" in output
-    assert not (tmp_path / "dest" / "splits").exists()
 
 
 def test_a_full_disk_loses_nothing(source, tmp_path, prebin_dvs, monkeypatch):
@@ -407,33 +374,12 @@ def test_images_become_simulated_recordings_named_so(tmp_path, prebin_dvs):
     assert tensors(dest) != first
 
 
-def test_frames_that_fit_into_no_memory_end_in_a_sentence(source, prebin_dvs, monkeypatch):
-    def full(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(tensors_module, "bin_events", full)
-    output = prebin_dvs(source, "--size", 40, status=2)
-    assert "4 frames of 40x40 pixels from left/0.bin do not fit into memory" in output
-
-
-def test_what_is_no_image_is_not_simulated(image_root, prebin_dvs):
-    root = image_root(per_class=2)
-    (root / "train" / "ant" / "ant0.jpg").write_text("hello")
-    output = prebin_dvs(root, "--simulate", status=2)
-    assert "bad: train/ant/ant0.jpg: it is not an image, or damaged" in output
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--timesteps", "0"], "0 must be 1 or more"),
         (["--bins", "0ms"], "'0ms' must be count, time, a duration such as 20ms"),
-        (["--timesteps", "100000000"], "100000000 must be at most 10000"),
-        (["--size", "100000"], "'100000' must be at most 8192 pixels a side"),
-        (["--workers", "100000"], "must be at most 512"),
         (["--size", "48x"], "'48x' must be a size such as 48 or 64x48"),
-        (["--sensor", "dvs"], "'dvs' must be a size"),
-        (["--values", "sum"], "invalid choice: 'sum'"),
         (["--values", "published", "--resize", "area"], "leave out --resize"),
         (["--split", "first-half"], "'first-half' is not one of published, first-90-percent"),
         (["--split", "published"], "the part of left/0.bin is unknown"),
@@ -461,14 +407,6 @@ def test_nothing_elses_folder_is_taken(source, tmp_path, prebin_dvs, output_of):
         assert "contain each other" in output
 
 
-def test_two_calls_do_not_work_in_one_folder(source, tmp_path, prebin_dvs):
-    prebin_dvs(source)
-    settings = Settings(Binning(4, None, "count", "count", "area", "uint8"), None)
-    with open_destination(tmp_path / "dest", source, settings, overwrite=False):
-        output = prebin_dvs(source, status=2)
-    assert "another process is using" in output
-
-
 def test_where_there_are_no_hard_links_tensors_are_copied(
     source, tmp_path, prebin_dvs, monkeypatch
 ):
@@ -482,20 +420,6 @@ def test_where_there_are_no_hard_links_tensors_are_copied(
     copies = [data for path, data in contents(root).items() if path.endswith(".npy")]
     assert sorted(copies) == sorted(tensors(tmp_path / "dest").values())
     check_fresh(load_index(root / "index" / "val.npz"), root, root / "index" / "val.npz")
-
-
-def test_saturation_is_reported(tmp_path, prebin_dvs):
-    source = tmp_path / "source"
-    for name in ("left", "right"):
-        (source / name).mkdir(parents=True)
-        for i in range(2):
-            made = cameras.events(3000, width=2, height=1, seed=i)
-            (source / name / f"{i}.bin").write_bytes(cameras.nmnist(made))
-    output = prebin_dvs(source, timesteps=2)
-    # Each of 2 pixels has some 375 of the 1500 events of a bin, of either polarity.
-    assert "32 values were clipped to the maximum of uint8" in output
-    found = json.loads((tmp_path / "dest" / "statistics.json").read_text())
-    assert (found["left"]["saturated"], found["all"]["saturated"]) == (16, 32)
 
 
 def test_statistics_by_hand():
@@ -523,10 +447,3 @@ def test_statistics_by_hand():
         "dropped": 6,
     }
     assert (found["b"]["on_share"], found["a"]["events_per_s"]) == (0.1, 0)
-
-
-def test_a_missing_package_is_named(source, prebin_dvs, monkeypatch):
-    (source / "left" / "x.h5").write_bytes(b"\x89HDF")
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    output = prebin_dvs(source, status=2)
-    assert f"error: HDF5 needs the package h5py; {pip_install('events')}\n" in output

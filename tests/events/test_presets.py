@@ -9,7 +9,6 @@ import pytest
 from tetdist.apps.events.folders import Piece, Source, list_sources
 from tetdist.apps.events.formats import SUFFIXES
 from tetdist.apps.events.presets import PRESETS, check_source
-from tetdist.apps.events.splits import NAMES
 from tetdist.errors import UserError
 
 LABELS = "class,startTime_usec,endTime_usec\n1,0,40000\n2,50000,90000\n"
@@ -180,7 +179,6 @@ def test_options_beside_a_preset_count_and_are_reported(trees, tmp_path, prebin_
     ("options", "words"),
     [
         ([], "give --timesteps (the number of time bins) or --preset"),
-        (["--preset", "mnist-dvs"], "invalid choice: 'mnist-dvs'"),
         (["--preset", "n-mnist"], "did you mean nmnist?"),
         (["--preset", "nmnist", "--simulate"], "--preset needs recordings and --simulate images"),
         (["--preset", "cifar10-dvs"], "--preset cifar10-dvs expects 10 classes in 10,000 record"),
@@ -192,24 +190,8 @@ def test_mistakes_with_presets_end_in_a_sentence(trees, tmp_path, prebin_dvs, op
     assert not (tmp_path / "dest").exists()
 
 
-def test_a_part_that_has_none_of_a_presets_splits_is_refused(tmp_path, prebin_dvs):
-    (tmp_path / "source/Faces_easy").mkdir(parents=True)
-    (tmp_path / "source/Faces_easy/image_0001.bin").write_bytes(cameras.nmnist(cameras.events()))
-    output = prebin_dvs(tmp_path / "source", "--preset", "n-caltech101", status=2)
-    assert "error: there is only one class, 'Faces_easy'" in output
-
-
 def test_the_folder_around_a_data_set_is_refused_with_what_is_expected(trees, prebin_dvs):
     around = trees["n-caltech101"].parent
     output = prebin_dvs(around, "--preset", "n-caltech101", status=2)
     assert "holds a folder" in output
     assert "--preset n-caltech101 expects 101 classes in 8,709 recordings, accordion/" in output
-
-
-def test_presets_are_listed(output_of):
-    output = output_of("prebin_dvs.py", "--list-presets")
-    for name, preset in PRESETS.items():
-        assert f"{name}: {preset.title}, {preset.classes} classes" in output
-        for split in preset.splits:
-            assert split.name in NAMES
-            assert f"\n  {split.name}\n" in output

@@ -1,6 +1,7 @@
 """Recordings: every format as it is written, and what is refused."""
 
 import io
+from functools import partial
 
 import cameras
 import h5py
@@ -49,6 +50,7 @@ def hdf5(group="", attributes=(), **arrays):
     [
         ("1.bin", cameras.nmnist, (34, 34), 0),
         ("1.aedat", cameras.dvs128, (128, 128), 0),
+        ("3.aedat", partial(cameras.dvs128, chip=None), (128, 128), 0),
         ("1.AEDAT", cameras.davis240, (240, 180), 301),
         ("2.aedat", cameras.aedat31, (128, 128), 6),
         ("1.dat", cameras.dat, (304, 240), 0),
@@ -133,16 +135,6 @@ def test_n_caltech101_marks_a_counter_that_begins_again(tmp_path):
     assert events.dropped == 2
 
 
-def test_a_header_without_a_camera_is_a_dvs128s(tmp_path):
-    made = cameras.events(width=128, height=128)
-    check(read(tmp_path, "1.aedat", cameras.dvs128(made, chip=None)), made, (128, 128))
-    made = cameras.events(width=240, height=180)
-    data = cameras.davis240(made, chip=None)
-    with pytest.raises(BadRecording, match=r"names no camera.*give --sensor"):
-        read(tmp_path, "1.aedat", data)
-    check(read(tmp_path, "1.aedat", data, Sensor(240, 180)), made, (240, 180))
-
-
 def test_a_record_that_begins_like_a_header_is_none(tmp_path):
     # The address's first byte is that of '#', as that of some of a DAVIS's events.
     address = 0x23 << 24 | 12 << 12
@@ -222,9 +214,7 @@ WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
         ("1.bin", cameras.nmnist(changed("x", MADE.x + 1)), "outside the 34x34 sensor"),
         ("1.bin", cameras.dvs128(MADE), "of N-MNIST's format, but its contents are AEDAT"),
         ("1.bin", cameras.evt2(MADE), "its contents are Prophesee"),
-        ("1.bin", npz(**MADE._asdict()), "its contents are NPZ"),
         ("1.aedat", cameras.nmnist(MADE), "not an AEDAT file"),
-        ("1.aedat", cameras.dvs128(MADE)[:-3], "truncated"),
         ("1.aedat", cameras.dvs128(MADE, chip="x.y.DVS640"), "camera is not supported: x.y.DVS640"),
         ("1.aedat", b"#!AER-DAT2.0\r\n# nothing\r\n", "it has no events"),
         ("1.aedat", b"#!AER-DAT2.0\r\n" + bytes([128, 0, 0, 0, 0, 0, 0, 1]), "names no camera"),
@@ -235,16 +225,8 @@ WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
             cameras.aedat31(MADE)[:-40],
             r"the packet at its end is incomplete \(832 bytes\)",
         ),
-        (
-            "1.aedat",
-            cameras.aedat31(MADE)[:-20],
-            r"the packet at its end is incomplete \(16 bytes\)",
-        ),
         ("1.aedat", b"#!AER-DAT3.1\r\n#!END-HEADER\r\n" + bytes(28), "packet at byte 0 .* damaged"),
-        ("1.aedat4", cameras.dvs128(MADE), "not an AEDAT 4 file"),
-        ("1.dat", cameras.nmnist(MADE), "not a Prophesee file"),
         ("1.dat", cameras.evt2(MADE), "is of EVT; rename it to .raw"),
-        ("1.dat", cameras.dat(MADE)[:-2], "truncated"),
         ("1.dat", cameras.dat(MADE, kind=0x0E), "type 0xe and 8 bytes"),
         ("1.dat", cameras.dat(MADE, header="% Version 2\n"), "does not store the sensor's size"),
         ("1.dat", cameras.dat(changed("p", [3] * 300)), "event 0 has polarity 3 instead of 0 or 1"),
@@ -257,14 +239,10 @@ WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
         ("1.raw", filled(cameras.evt3(MADE), 0), r"previous word, row 0; the file may be damaged"),
         ("1.raw", filled(cameras.evt3(MADE), 255), r"that is missing \(type 0xf\)"),
         ("1.raw", cameras.evt3(MADE) + bytes(4), "repeats the previous word, row 0"),
-        ("1.raw", cameras.evt3(MADE) + b"left by something else", r"word \d+ of its data"),
         ("1.raw", time_high_goes_back(), r"time decreases at word 4 .* \(from 2 to 1\)"),
         ("1.raw", cameras.dat(MADE), "has no EVT version"),
-        ("1.raw", cameras.evt2(MADE, header="% evt 2.1\n"), "has EVT 2.1; EVT 2.0 and EVT 3.0"),
         ("1.raw", cameras.evt2(MADE)[:-1], "truncated"),
         ("1.raw", cameras.evt2(MADE)[:-4] + bytes([0, 0, 0, 0x50]), "word 600 .* 0x5, which"),
-        ("1.raw", cameras.evt3(MADE)[:-1], "truncated"),
-        ("1.raw", cameras.evt3(MADE)[:-2] + bytes([0, 0x90]), "type 0x9, which EVT 3.0 does not"),
         ("1.npz", npz(x=MADE.x, y=MADE.y, t=MADE.t), "no array 'p'"),
         ("1.npz", npz(**changed("p", MADE.p * 2)._asdict(), width=34, height=34), "polarity 2"),
         ("1.npz", npz(**changed("t", MADE.t / 1e6)._asdict()), "t has type float64; .*micros"),
@@ -272,18 +250,13 @@ WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
         ("1.npz", npz(**MADE._asdict()), "does not store the sensor's size"),
         ("1.npz", npz(**dict.fromkeys("xytp", np.zeros(99, int)), width=3, height=3), "99 times"),
         ("1.npz", npz(**MADE._asdict())[:-30], "damaged, or not a .npz file"),
-        ("1.npz", npz(**changed("x", np.array([None] * 300))._asdict()), "damaged, or not a .npz"),
         ("1.npz", npz(**MADE._asdict(), width="abc", height=34), "a width of array.* 1 to 8192"),
-        ("1.npz", npz(**MADE._asdict(), width=np.nan, height=34), "a width of .*nan"),
-        ("1.npz", npz(**MADE._asdict(), width=[34, 34], height=34), "a width of array"),
-        ("1.npz", npz(**MADE._asdict(), width=34, height=10**6), "a height of array.1000000"),
         (
             "1.npz",
             npz(**changed("t", [*MADE.t[:-1], 2**62])._asdict(), width=34, height=34),
             "event 299 comes more than",
         ),
         ("1.aedat", far_packet(), "event 1 comes more than an hour after .*to 4611686"),
-        ("1.raw", b"% evt 2.0\n% geometry " + b"9" * 5000 + b"x4\n% end\n", "a width of '999"),
         ("1.raw", b"% evt 2.0\n% " + b"x" * 2**21 + b"\n% end\n" + bytes(8), "store the sensor"),
         ("1.txt", b"hello", "its suffix is not one of"),
     ],
@@ -315,7 +288,6 @@ def fewer(lines):
             lambda _: cameras.aedat4(MADE, lines=fewer),
             "differ, in place or number of events, from the 3",
         ),
-        (lambda data: data[:40], r"the header at its end is incomplete \(26 bytes\)"),
         (lambda data: data.replace(b"EVTS", b"ABCD"), "0 streams of events|no whole EVTS"),
         (lambda data: data.replace(b"</dv>", b"</dw>"), "damaged"),
         (lambda _: cameras.aedat4(MADE, compression=9), "compression, number 9"),
@@ -335,7 +307,7 @@ def test_bad_hdf5_is_refused_with_the_reason(tmp_path):
         read(tmp_path, "1.h5", data[: len(data) // 2], Sensor(34, 34))
     with pytest.raises(BadRecording, match="no array 'p'"):
         read(tmp_path, "1.h5", hdf5(x=MADE.x, y=MADE.y, t=MADE.t))
-    for width in ("abc", h5py.Empty("f"), np.float64("nan"), -1, np.array([3, 4]), b""):
+    for width in ("abc", h5py.Empty("f"), -1, np.array([3, 4])):
         data = hdf5("", {"width": width, "height": 34}, **MADE._asdict())
         with pytest.raises(BadRecording, match="its header states a width of"):
             read(tmp_path, "1.h5", data)
@@ -352,10 +324,6 @@ def test_hdf5_that_points_to_another_file_is_refused(tmp_path):
         read(tmp_path, "1.h5", (tmp_path / "1.h5").read_bytes(), Sensor(34, 34))
 
 
-@pytest.mark.parametrize(
-    ("name", "write"),
-    [("1.raw", cameras.evt2), ("1.dat", cameras.dat), ("1.aedat4", cameras.aedat4)],
-)
-def test_a_sensor_that_the_file_contradicts_is_refused(tmp_path, name, write):
+def test_a_sensor_that_the_file_contradicts_is_refused(tmp_path):
     with pytest.raises(BadRecording, match=r"its sensor is .*, not 99x99 as expected"):
-        read(tmp_path, name, write(MADE), Sensor(99, 99))
+        read(tmp_path, "1.raw", cameras.evt2(MADE), Sensor(99, 99))

@@ -51,9 +51,7 @@ def test_numbers_in_names_are_compared_by_value():
     assert sorted(names, key=natural_key) == expected
 
 
-@pytest.mark.parametrize(
-    ("percent", "cutters", "mugs"), [(90, 94, 108), (80, 84, 96), (70, 73, 84)]
-)
+@pytest.mark.parametrize(("percent", "cutters", "mugs"), [(90, 94, 108), (70, 73, 84)])
 def test_the_first_of_each_class_are_to_train(classes, percent, cutters, mugs):
     expected = {f"cutter/cutter_{i}.aedat" for i in range(cutters)}
     expected |= {f"mug/mug_{i}.aedat" for i in range(mugs)}
@@ -113,15 +111,6 @@ def test_a_test_part_alone_is_to_be_evaluated(tmp_path, name):
         assign(listing.sources, "published", 0)
 
 
-def test_a_training_part_alone_is_divided(tmp_path):
-    touch(tmp_path, *(f"Train/{k}/{i}.bin" for k in "01" for i in range(10)))
-    sources = list_sources(tmp_path, [".bin"]).sources
-    assert default_split(sources) == "stratified-9-1"
-    assert len(trained(sources, "stratified-9-1")) == 18
-    with pytest.raises(UserError, match="'published' has no recording to test"):
-        assign(sources, "published", 0)
-
-
 def test_labelled_recordings_are_cut_and_never_divided(gestures):
     sources = list_sources(gestures, [".aedat"]).sources
     assert [source.path for source in sources] == [f"user{i}.aedat" for i in range(20)]
@@ -137,10 +126,8 @@ def test_labelled_recordings_are_cut_and_never_divided(gestures):
     ("text", "words"),
     [
         (None, "its labels are missing: there is no user3_labels.csv"),
-        ("class,start\n1,2\n", "user3_labels.csv is damaged: KeyError"),
         (f"{LABELS}1,ten,20\n", "damaged: ValueError"),
         (f"{LABELS}1,20,10\n", "gesture 0 ends at 10 us, before its start 20"),
-        (LABELS, "it has no rows"),
     ],
 )
 def test_a_recording_without_good_labels_has_a_problem(gestures, text, words):
@@ -153,14 +140,6 @@ def test_a_recording_without_good_labels_has_a_problem(gestures, text, words):
     assert list(problems) == ["user3.aedat"]
     assert words in problems["user3.aedat"]
     assert len(trained([s for s in sources if not s.problem], "published")) == 14
-
-
-def test_a_trial_in_no_list_has_a_problem(gestures):
-    (gestures / "trials_to_test.txt").write_text("user15.aedat\n")
-    sources = list_sources(gestures, [".aedat"]).sources
-    assert [source.path for source in sources if source.problem] == [
-        f"user{i}.aedat" for i in range(16, 20)
-    ]
 
 
 def test_a_recording_that_is_not_there_has_a_problem(gestures):
@@ -180,7 +159,6 @@ def test_a_recording_that_is_not_there_has_a_problem(gestures):
 @pytest.mark.parametrize(
     ("paths", "words"),
     [
-        ([], "holds no recordings"),
         (["a/1.txt", "b/2.txt"], "holds no recordings"),
         (["1.bin", "2.bin"], "holds 2 recordings, not in class folders; arrange them as CLASS"),
         (["a/b/c/1.aedat", "b/1.aedat"], "a holds a folder, 'b'"),
@@ -191,11 +169,6 @@ def test_folders_that_are_no_recordings_are_named(tmp_path, paths, words):
     touch(tmp_path, *paths)
     with pytest.raises(UserError, match=words):
         list_sources(tmp_path, [".aedat", ".bin"])
-
-
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
-        list_sources(tmp_path / "nowhere", [".bin"])
 
 
 def test_a_splits_name_says_what_it_depends_on():

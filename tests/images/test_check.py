@@ -49,14 +49,13 @@ def test_damage_wrong_names_and_labels_are_found(tmp_path):
 def listing_of(split, counts):
     """As if a split had so many images of each class."""
     labels = [label for label, count in enumerate(counts.values()) for _ in range(count)]
-    names = [f"{i}.JPEG" for i in range(len(labels))]
     return Listing(
         kind="images",
         split=split,
         classes=tuple(counts),
         labels=labels,
-        names=names,
-        byte_ranges=[ByteRange(name) for name in names],
+        names=["x"] * len(labels),
+        byte_ranges=[ByteRange("x")] * len(labels),
     )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -14,13 +13,11 @@ from tetdist.apps.reports import style
 from tetdist.apps.reports.curves import (
     _phase_borders,
     firing_rates,
-    inputs,
     learning_curves,
 )
 from tetdist.apps.reports.run_plots import rgb_images
 from tetdist.apps.reports.style import TRAIN, VALIDATION, new_figure
 from tetdist.config.sections.data import DataSection
-from tetdist.errors import UserError
 
 
 def train_line(step, **values):
@@ -69,44 +66,27 @@ def test_a_whole_run_with_two_phases(tmp_path):
     assert _phase_borders(train[:90], val) == []
 
 
-FLAWED = [
-    {"kind": "train", "step": 5, "time": 0.0, "epoch": 0.05},
-    {"kind": "other", "step": 3, "time": 0.0},
-    train_line(10),
-    train_line(20, loss="NaN", samples_per_s="Infinity"),
-    train_line(30, top1=None),
-    val_line(30, top1="NaN", per_timestep_top1=["NaN"] * 3),
-]
-
-
-@pytest.mark.parametrize(
-    ("lines", "colour"),
-    [
-        ([train_line(10)], TRAIN),
-        ([train_line(10), val_line(10)], VALIDATION),
-        ([val_line(10)], VALIDATION),
-        ([val_line(1, epoch=0.0)], VALIDATION),
-        (FLAWED, TRAIN),
-    ],
-)
-def test_few_and_flawed_lines(lines, colour, tmp_path):
-    out = draw(tmp_path, lines)
-    assert pixels(out, colour) > 20
-    if len(lines) == 1:
-        assert pixels(out, TRAIN if colour == VALIDATION else VALIDATION) == 0
-
-
-def test_nothing_is_drawn_without_lines_and_a_new_plot_replaces_the_old_one(tmp_path):
+def test_few_and_flawed_lines(tmp_path):
     out = draw(tmp_path, [])
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "st')
     learning_curves(tmp_path / "metrics.jsonl", out)
     assert not out.parent.exists()
-    draw(tmp_path, [train_line(10)])
+    draw(tmp_path, [val_line(1, epoch=0.0)])
+    assert pixels(out, VALIDATION) > 20
+    assert pixels(out, TRAIN) == 0
     before = out.read_bytes()
+    flawed = [
+        {"kind": "train", "step": 5, "time": 0.0, "epoch": 0.05},
+        {"kind": "other", "step": 3, "time": 0.0},
+        train_line(10),
+        train_line(20, loss="NaN", samples_per_s="Infinity"),
+        train_line(30, top1=None),
+        val_line(30, top1="NaN", per_timestep_top1=["NaN"] * 3),
+    ]
     with out.open("rb") as reader:  # somebody looks at it
-        draw(tmp_path, [train_line(10), train_line(20)])
+        draw(tmp_path, flawed)
         assert reader.read() == before
-    assert out.read_bytes() != before
+    assert pixels(out, TRAIN) > 20
 
 
 def test_firing_rates_show_what_is_dead_and_saturated(tmp_path):
@@ -136,19 +116,6 @@ def test_firing_rates_show_what_is_dead_and_saturated(tmp_path):
         assert not (tmp_path / "none.png").exists()
 
 
-def test_inputs_are_shown_as_they_are(tmp_path):
-    images = np.zeros((3, 8, 8, 3))
-    images[1, ..., 0] = 1.0
-    inputs(images, ["a", "b", "c"], "title", tmp_path / "i.png")
-    red, black = (pixels(tmp_path / "i.png", colour) for colour in ("#FF0000", "#000000"))
-    assert 0 < red < black
-    assert black > 1.9 * red
-    frames = np.ones((2, 5, 8, 8, 3))
-    frames[0, 2, ..., :2] = 0.0
-    inputs(frames, ["a", "b"], "title", tmp_path / "e.png")
-    assert pixels(tmp_path / "e.png", "#0000FF") > 1000
-
-
 def test_images_and_events_as_rgb():
     data = DataSection(root="x", mean=(0.5, 0.5, 0.25), std=(0.5, 0.5, 0.25))
     rgb = rgb_images(torch.tensor([-1.0, 0.0, 9.0]).view(1, 3, 1, 1), data)
@@ -175,9 +142,7 @@ def test_means_over_a_few_steps_are_not_drawn_and_others_are_smoothed():
     ("quantity", "values", "limits"),
     [
         (style.ACCURACY, [70.00, 70.05], (67.525, 72.525)),  # by chance a sample in 2000: no cliff
-        (style.ACCURACY, [50.0, 50.01, 50.0], (47.505, 52.505)),
         (style.ACCURACY, [99.95, 100.0], (95.6, 100.6)),  # no accuracy beyond 100 %
-        (style.ACCURACY, [0.0, 0.1], (-0.6, 4.4)),
         (style.ACCURACY, [40.0, 80.0], (38.0, 82.0)),  # as it was
         ("loss", [1.0, 1.1], (0.995, 1.105)),
     ],
@@ -187,9 +152,3 @@ def test_accuracies_that_differ_little_look_so(quantity, values, limits):
     axis.plot(range(len(values)), values)
     style.finish(axis, "Title", quantity)
     assert axis.get_ylim() == pytest.approx(limits)
-
-
-def test_matplotlib_missing_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r"matplotlib is not installed; pip install"):
-        draw(tmp_path, [train_line(10)])

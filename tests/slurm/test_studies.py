@@ -98,7 +98,6 @@ def test_typed_again_it_submits_what_is_neither_finished_nor_queued(study, clust
     ("flags", "words"),
     [
         (("--partition", "nowhere"), ("first-seed0: Slurm refused the job", "nowhere", "`sinfo`")),
-        (("--constraint", "fast"), ("Invalid feature specification", "--constraint")),
         (("--nodes", "9", "cluster.tasks_per_node=1", "cluster.mem_gb=1e6"), ("`sinfo",)),
     ],
 )

@@ -103,9 +103,7 @@ def test_damaged_one_is_named_and_the_one_before_it_used(name, damage, tmp_path,
     assert name in record.getMessage()
 
 
-@pytest.mark.parametrize(
-    "manifest", [None, "", "null", "[]", '{"files": {}}', '{"files": {"x": 1}}', "{", "[" * 10**5]
-)
+@pytest.mark.parametrize("manifest", [None, "", "[]", '{"files": {"x": 1}}', "[" * 10**5])
 def test_damaged_manifest(manifest, tmp_path, caplog):
     older, newer = save(tmp_path, 2), save(tmp_path, 3)
     if manifest is None:
@@ -175,7 +173,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=20)
 
 
-@pytest.mark.parametrize("left", [0, 4096, 8192, 12288, 16384, 20480])
+@pytest.mark.parametrize("left", [0, 4096, 12288, 20480])
 def test_full_disk_leaves_the_earlier_ones(left, small_disk):
     folder = small_disk / "checkpoints"
     save(folder, 1, best=True)
@@ -323,7 +321,7 @@ def test_model_file_errors(tmp_path):
     # Others may read it, as they may its neighbours.
     assert len({other.stat().st_mode for other in path.iterdir()}) == 1
     whole = file.read_bytes()
-    for length in (0, 4, 100, len(whole) - 1):
+    for length in (4, len(whole) - 1):
         file.write_bytes(whole[:length])
         assert "is part of a damaged checkpoint" in problem(file)
         # Alone, without the manifest that knows its checksum.
@@ -345,22 +343,12 @@ def test_model_file_errors(tmp_path):
             tmp_path / "odd.safetensors"
         )
     assert "has no description of its model" in problem(tmp_path / "foreign.safetensors")
-    (tmp_path / "text.safetensors").write_text("hello world, this is no tensor")
-    assert "not a readable model file" in problem(tmp_path / "text.safetensors")
     last = tmp_path / "run" / "checkpoints" / "last"
     last.write_text("step-99999999\n")
     assert "step-99999999" in problem(tmp_path / "run")
-    for data in (b"\xff\xfe", b"..\n", b"step-x", b""):
+    for data in (b"\xff\xfe", b"..\n", b""):
         last.write_bytes(data)
         assert f"{last} is damaged: " in problem(tmp_path / "run")
-
-
-def test_what_torch_cannot_read_is_one_sentence(tmp_path):
-    path = save(tmp_path, 1)
-    for data in (b"", b"hello", b"PK\x03\x04"):
-        (path / "optimizer.pt").write_bytes(data)
-        with pytest.raises(UserError, match=r"step-00000001 cannot be read \(.*; remove it to"):
-            checkpoint.read(path)
 
 
 @pytest.mark.parametrize(
@@ -369,10 +357,7 @@ def test_what_torch_cannot_read_is_one_sentence(tmp_path):
         ("0.weight", lambda x: x.fill_(float("nan")), r"NaN or infinity \(in 0.weight\)"),
         ("2.bias", lambda x: x.fill_(float("inf")), r"NaN or infinity \(in 2.bias\)"),
         ("1.running_var", lambda x: x.neg(), r"a negative variance \(in 1.running_var\)"),
-        *[
-            ("1.running_mean", lambda x, kind=kind: x.to(kind), r"floating-point .*1.running_mean")
-            for kind in (torch.int8, torch.bool, torch.complex64)
-        ],
+        ("1.running_mean", lambda x: x.to(torch.int8), r"floating-point .*1.running_mean"),
     ],
 )
 def test_weights_that_are_no_weights_are_named(key, change, words, tmp_path):
@@ -384,5 +369,5 @@ def test_weights_that_are_no_weights_are_named(key, change, words, tmp_path):
         checkpoint.load_weights(model, wrong, Path("file.pt"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     torch.save(wrong, tmp_path / "file.pt")
-    with pytest.raises(UserError, match=rf"file.pt holds .*({words}|complex.*{key})"):
+    with pytest.raises(UserError, match=f"file.pt holds .*{words}"):
         foreign_files.read(tmp_path / "file.pt")

@@ -152,8 +152,6 @@ def test_files_that_may_hold_code_are_not_fetched(there, tmp_path):
     ("name", "words"),
     [
         ("hf:small", "hf:small is not of the form hf:ORG/NAME"),
-        ("hf:us/small/more", "is not of the form"),
-        ("hf:-a/b", "is not of the form"),
         ("hf:them/nothing", "http://127.0.0.1:.*/them/nothing does not exist"),
         ("hf:them/it@v2", "/them/it@v2 has no such revision"),
         ("hf:them/secret", "/them/secret does not exist, or is private"),

@@ -195,7 +195,7 @@ def test_the_search_of_the_page_prunes_and_continues(tiny_config, tmp_path, monk
     page = (tiny.PROJECT / "docs" / "studies.md").read_text()
     script = page.split("```python\n# search.py\n")[1].split("```")[0]
     assert "n_trials=9" in script
-    (tmp_path / "search.py").write_text(script.replace("n_trials=9", "n_trials=3"))
+    (tmp_path / "search.py").write_text(script.replace("n_trials=9", "n_trials=2"))
     for name, function in farm.environment().items():
         monkeypatch.setattr(environment, name, function)
     file = tiny_config({"phases.0.epochs": 4, "engine": "torch"})
@@ -203,7 +203,7 @@ def test_the_search_of_the_page_prunes_and_continues(tiny_config, tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["search.py", str(file), "batch.micro=4"])
     sampler = optuna.samplers.RandomSampler(seed=0)
     monkeypatch.setattr(optuna, "create_study", partial(optuna.create_study, sampler=sampler))
-    for number in (3, 6):
+    for number in (2, 4):
         study = runpy.run_path("search.py", run_name="__main__")["study"]
         assert [trial.number for trial in study.trials] == list(range(number))
     for trial in study.trials:
@@ -421,10 +421,7 @@ OWN_TEACHER = {"teacher": "sdt", "overrides": TIMM}
     [
         ({"sedes": [0]}, ("unknown key 'sedes'", "'seeds'")),
         ({"title": ...}, ("'title' is missing",)),
-        ({"seeds": 3}, ("'seeds': must be a list in brackets, such as [0, 1, 2], not 3",)),
         ({"seeds": [1, 1]}, ("seeds: [1, 1] has a duplicate",)),
-        ({"seeds": [-1]}, ("study.yaml: 'seeds.0': must be 0 or more, not -1\n",)),
-        ({"test_timesteps": []}, ("'test_timesteps'",)),
         ({"test_timesteps": [4, 2, 2]}, ("test_timesteps", "must ascend")),
         ({"entries.tet.controll": "sdt"}, ("'entries.tet.controll'", "'entries.tet.control'")),
         ({"entries.tet.control": "std"}, ("entries.tet.control", "'std'", "sdt")),
@@ -436,24 +433,18 @@ OWN_TEACHER = {"teacher": "sdt", "overrides": TIMM}
             {"entries.tet.overrides": {"loss.kid": "tet"}},
             ("study.yaml: entries.tet", "loss.kid=tet: unknown key"),
         ),
-        (
-            {"entries.tet.overrides": {"loss.kid": "tet"}, "test_timesteps": ...},
-            ("study.yaml: entries.tet", "loss.kid=tet: unknown key"),
-        ),
         ({"entries.tet.overrides": {"seed": 3}}, ("entries.tet", "itself sets seed", "seeds")),
         ({"overrides": {"runs_dir": "here"}}, ("itself sets runs_dir", "--output")),
         ({"entries.tet": OWN_WEIGHTS}, ("sets init_checkpoint", "init provides it (sdt)")),
         ({"entries.tet": OWN_TEACHER}, ("distillation.teacher", "teacher provides it (sdt)")),
         ({"overrides": {"data.root": "nowhere"}}, ("data.root", "nowhere", "sdt")),
         ({"entries.tet.overrides": {"model.num_classes": 3}}, ("entries.tet: ", "4 classes")),
-        ({"config": "nothing.yaml"}, ("nothing.yaml",)),
         (
             {"test_timesteps": [1], "overrides": HELD_OUT},
             ("entries.sdt", "trained with T=2", "add 2"),
         ),
         ({"exit_within": 1.0}, ("exit_within", "entries.sdt", "data.held_out: 0.1")),
         ({"entries.tet.average": True}, ("entries.tet.average", "set ema.decay")),
-        ({"exit_within": -1.0, "overrides": HELD_OUT}, ("'exit_within'",)),
     ],
 )
 def test_mistakes_in_a_study_are_named(call, write, tmp_path, changes, words):
@@ -471,15 +462,11 @@ def test_mistakes_in_a_study_are_named(call, write, tmp_path, changes, words):
         (("--only", "tte"), ("sdt, tet",)),
         (("--jobs", 0), ("--jobs",)),
         (("--report-only",), ("none of 4 runs is finished",)),
-        (("--report-only", "--slurm"), ("leave out --slurm",)),
         (("--dry-run", "--slurm"), ("must follow --slurm",)),
         (("seed",), ("'seed' is not of the form key=value",)),
-        (("resume=must",), ("the study itself sets resume",)),
         (("--slurm",), ("there is no Slurm here", "leave out --slurm", "--dry-run")),
         (("--slurm", "--dry-run"), ("without --gpus-per-node, the plan", "among 8 processes")),
-        (("--slurm", "--dry-run", "--time", "soon"), ("--time: 'soon' is not a time", "24:00:00")),
         (("--slurm", "--after", "x"), ("--after applies to single runs",)),
-        (("--slurm", "--config", "other.yaml"), ("--config applies to single runs",)),
         (("--slurm", "seed=3"), ("write seed=3 before it",)),
     ],
 )

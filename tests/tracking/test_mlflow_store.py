@@ -20,32 +20,23 @@ from tetdist.training.run_record import show_checkpoints
     ("uri", "expected"),
     [
         ("foo://bar", "MLflow cannot use foo://bar"),
-        ("./mlruns", "MLflow cannot use ./mlruns"),
-        ("http:///x", "names no host"),
         ("https://", "names no host"),
-        ("http://me:secret@[::1", "Invalid IPv6 URL"),
         ("http://me:secret@host:99999", "Port out of range"),
         ("sqlite://", "in memory"),
-        ("sqlite:///:memory:", "in memory"),
         ("postgresql+nosuchdriver://host/runs", "MLflow cannot use"),
-        ("mysql+nosuchdriver://user:secret@host/runs", "MLflow cannot use"),
         ("sqlite:///{}/garbage.db", "not a database"),
-        ("sqlite:///{}/a%20b/mlflow.db", "an address cannot hold the '%' of this path"),
         ("sqlite:///{}/a?b=c/mlflow.db", "an address cannot hold the '?' of this path"),
-        ("sqlite:///{}/a\tb/mlflow.db", r"an address cannot hold the '\t' of this path"),
         ("file:///{}/mlruns", "MLflow cannot use file:///"),
         ("databricks://scope:secret@host", "MLflow cannot use databricks://scope@host (give data"),
         # What may do its work later is taken.
         ("https://user:secret@nowhere.invalid/mlflow", None),
         ("sqlite:///{}/mlflow.db", None),
-        ("sqlite:///{}/empty.db", None),
         ("sqlite:///{}/new/folder/mlflow.db", None),
         ("sqlite:///{}/busy.db", None),
     ],
 )
 def test_an_address_that_can_never_work_is_refused(uri, expected, tmp_path):
     (tmp_path / "garbage.db").write_bytes(b"no database" * 100)
-    (tmp_path / "empty.db").touch()
     for name in ("mlflow.db", "busy.db"):
         with sqlite3.connect(tmp_path / name) as database:
             database.execute("create table metrics (key text, step integer)")
@@ -71,7 +62,6 @@ def test_an_address_that_can_never_work_is_refused(uri, expected, tmp_path):
     ("overrides", "uri", "origin"),
     [
         ([], "foo://me:secret@host", "MLFLOW_TRACKING_URI"),
-        (["tracking.experiment=x"], "foo://me:secret@host", "MLFLOW_TRACKING_URI"),
         (["tracking.uri=null"], None, "command line"),
         (["tracking={uri: 'http://host'}"], "http://host", "command line"),
     ],

@@ -71,14 +71,6 @@ def test_the_first_step_tells_nothing_of_the_pace(clock, capsys):
     assert third.endswith("ETA 0:49:18")  # 97 steps at 30.5 s
 
 
-def test_of_several_phases_the_present_one_is_reported(capsys):
-    shown = RunProgress(0, 1000, 100, 32, phases=2, silent=False)
-    shown.report_training(10, TRAINED | {"phase": 1})
-    line = capsys.readouterr().err
-    assert line.startswith("phase 1  epoch 0.10  step 10/1000  loss 1.000")
-    assert "data wait 3 %  ETA" in line
-
-
 def test_a_terminal_of_110_columns_shows_the_bar_and_all_numbers(monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with RunProgress(500, 1000, 100, 32, silent=False) as shown:
@@ -99,14 +91,6 @@ def test_a_long_evaluation_says_how_far_it_is(clock, capsys):
         "evaluating after step 0: 25 % of the samples",
         "evaluating after step 0: 75 % of the samples",
     ]
-
-
-def test_one_process_of_several_speaks(clock, capsys):
-    shown = RunProgress(0, 10, 5, 8, silent=True)
-    clock.now += 1000
-    shown.advance()
-    shown.advance_evaluation(8, 10)
-    assert capsys.readouterr().err == ""
 
 
 def test_status_has_the_time_left_of_the_log(main, tiny_config, tmp_path):

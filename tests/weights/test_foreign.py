@@ -1,7 +1,6 @@
 """Weights from elsewhere: the network that they make is the one that they came from."""
 
 import argparse
-import copy
 import json
 import re
 from pathlib import Path
@@ -86,10 +85,7 @@ def from_spikingjelly(name, decay_input=None, make=neuron.IFNode, **options):
     ("name", "theirs_options", "own_neuron", "ours_options"),
     [
         ("sew_resnet18", {"cnf": "IAND"}, {}, {"connect_function": "iand"}),
-        ("sew_resnet18", {"cnf": "AND"}, {}, {"connect_function": "and"}),
-        ("sew_resnet18", {"cnf": "ADD"}, {}, {}),
         pytest.param("sew_resnet50", {"cnf": "ADD"}, {}, {}, marks=pytest.mark.long),
-        ("spiking_resnet18", {"decay_input": False}, {"decay": 0.5}, {"norm": "tdbn"}),
         # docs/weights.md: with decay_input, threshold and width are tau times what they are there.
         (
             "spiking_resnet18",
@@ -146,37 +142,28 @@ def assert_same_gradients(model, theirs):
     assert len(silent) <= 3, silent
 
 
-LEARNING = {
-    "plif": (lambda **_: neuron.ParametricLIFNode(), {}),
-    "psn": (lambda **_: neuron.PSN(T), {"timesteps": T}),
-    "masked_psn": (
-        lambda **_: neuron.MaskedPSN(2, T, lambda_init=1.0, step_mode="m"),
-        {"timesteps": T},
-    ),
-    "sliding_psn": (lambda **_: neuron.SlidingPSN(2), {}),
-}
-
-
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("kind", "make", "numbers"),
     [
-        ("sew_resnet18", "plif"),
-        ("spiking_resnet18", "psn"),
-        ("spiking_resnet18", "masked_psn"),
-        ("sew_resnet18", "sliding_psn"),
+        ("plif", neuron.ParametricLIFNode, {}),
+        ("psn", lambda: neuron.PSN(T), {"timesteps": T}),
+        (
+            "masked_psn",
+            lambda: neuron.MaskedPSN(2, T, lambda_init=1.0, step_mode="m"),
+            {"timesteps": T},
+        ),
+        ("sliding_psn", lambda: neuron.SlidingPSN(2), {}),
     ],
 )
-def test_what_spikingjellys_neurons_learn_comes_with_the_weights(name, kind):
+def test_what_spikingjellys_neurons_learn_comes_with_the_weights(kind, make, numbers):
     """docs/weights.md: a neuron of the same kind, with its own numbers."""
-    make, numbers = LEARNING[kind]
-    connect = {"cnf": "ADD"} if name.startswith("sew") else {}
-    theirs = from_spikingjelly(name, make=make, **connect).eval()
+    theirs = from_spikingjelly("spiking_resnet18", make=lambda **_: make()).eval()
     with torch.no_grad():
         for key, parameter in theirs.named_parameters():
             if re.search(r"(^|\.)(sn\d|downsample_sn)\.", key):
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    own = {"norm": "bn"} if name.startswith("spiking") else {}
-    model = ours(name, num_classes=5, neuron={"kind": kind, **numbers}, **own).eval()
+    own_neuron = {"kind": kind, **numbers}
+    model = ours("spiking_resnet18", num_classes=5, neuron=own_neuron, norm="bn").eval()
     converted(theirs.state_dict(), "spikingjelly", model)
     x = 3 * torch.randn(2, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
@@ -185,13 +172,11 @@ def test_what_spikingjellys_neurons_learn_comes_with_the_weights(name, kind):
     assert relative(logits, expected) < 1e-8
 
 
-@pytest.mark.parametrize(("name", "source"), [("resnet18", "torchvision"), ("resnet50", "timm")])
-def test_relu_network_is_that_of_torchvision_and_timm(name, source):
+def test_relu_network_is_that_of_torchvision():
     """So that a teacher may be one of theirs, and its accuracy may be checked here."""
-    make = {"torchvision": getattr(torchvision.models, name), "timm": getattr(timm.models, name)}
-    theirs = randomized(make[source](num_classes=5))
-    model = ours(f"spiking_{name}", num_classes=5, norm="bn", neuron={"kind": "relu"})
-    converted(theirs.state_dict(), source, model)
+    theirs = randomized(torchvision.models.resnet18(num_classes=5))
+    model = ours("spiking_resnet18", num_classes=5, norm="bn", neuron={"kind": "relu"})
+    converted(theirs.state_dict(), "torchvision", model)
     model.set_timesteps(1)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     for training in (False, True):
@@ -200,16 +185,10 @@ def test_relu_network_is_that_of_torchvision_and_timm(name, source):
         assert relative(model(x), theirs(x)) < 1e-12
 
 
-def test_parameters_of_a_learned_neuron_are_named():
-    theirs = from_spikingjelly("sew_resnet18", cnf="ADD").state_dict() | {"sn1.w": torch.zeros(())}
-    result = foreign.convert(theirs, "spikingjelly", ours("sew_resnet18", num_classes=5))
-    assert result.unexpected == ["sn1.w"]
-
-
 # ------------------------------------------------------------------- the original repositories
 
 
-@pytest.mark.parametrize("name", ["sew_resnet50", "spiking_resnet18"])
+@pytest.mark.parametrize("name", ["sew_resnet18", "spiking_resnet18"])
 def test_checkpoints_of_the_sew_repository(name, tmp_path):
     sew = name.startswith("sew")
     state = from_spikingjelly(name, **({"cnf": "ADD"} if sew else {})).state_dict()
@@ -311,11 +290,7 @@ STRIDED = {f"features.{i}.fwd.module.0.weight": torch.zeros(1) for i in range(8)
             (ONE, source, model, f"weights of {source} do not belong to {model}")
             for model, source in (
                 ("preact_resnet18", "torchvision"),
-                ("preact_resnet18", "ms"),
-                ("ms_resnet18", "decoupling"),
                 ("sew_resnet18", "decoupling"),
-                ("spiking_resnet18", "ms"),
-                ("vggsnn", "seal"),
             )
         ),
     ],
@@ -350,10 +325,8 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path):
     ("name", "content", "complaint"),
     [
         ("a.pth", b"\x80\x05 this is neither", "not (a readable weight file|read)"),
-        ("a.safetensors", b"\x80\x05 this is neither", "not (a readable weight file|read)"),
         ("a.pth", b"text", "neither torch's nor safetensors' format"),
         ("a.pth", None, "there is no file"),
-        ("a.safetensors", None, "there is no file"),
         *(
             ("a.pth", content, "holds no state dict")
             for content in ([1, 2], {"epoch": 3}, {}, {0: torch.zeros(1)})
@@ -374,13 +347,6 @@ def test_files_without_weights_are_named(name, content, complaint, tmp_path):
         torch.save(content, tmp_path / name)
     with pytest.raises(UserError, match=complaint):
         foreign_files.read(tmp_path / name)
-
-
-def test_numbers_that_are_infinite_in_the_model_are_refused():
-    wide = {"a": torch.tensor([1e300], dtype=torch.float64)}
-    foreign_files.check_values(wide, Path("a.pth"), wide)
-    with pytest.raises(UserError, match=r"holds NaN or infinity \(in a\)"):
-        foreign_files.check_values(wide, Path("a.pth"), {"a": torch.zeros(1)})
 
 
 def test_programs_are_refused(tmp_path):
@@ -599,11 +565,3 @@ def test_network_of_another_layout_lists_what_does_not_fit(call, tmp_path):
     assert "unknown: linear.weight" in printed
     assert f"{file} is not a sew_resnet18 of torchvision" in printed
     assert not output.exists()
-
-
-def test_converting_does_not_change_the_model():
-    model = ours("spiking_resnet19", **OF_RESNET19)
-    before = copy.deepcopy(model.state_dict())
-    result = foreign.convert(tet_layout(RESNET19.state()), "tet", model)
-    assert all(map(torch.equal, before.values(), model.state_dict().values()))
-    assert not torch.equal(result.weights["fc.weight"], before["fc.weight"])

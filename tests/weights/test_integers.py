@@ -173,13 +173,11 @@ def with_whole_weights(trained: Trained) -> None:
 @pytest.mark.parametrize(
     ("network", "neuron", "tolerance"),
     [
-        ("convnet", HALF, 0),
         ("convnet", HALF | {"reset": "soft", "threshold": 0.5, "fires_at_threshold": True}, 0),
         ("convnet", {"kind": "ilif", "decay": 0.5, "threshold": 0.75}, 0),
         ("sew, add", HALF, 0),
         ("sew bottleneck, IF", {"decay": 1.0, "threshold": 0.4567}, 0),
         ("resnet19", HALF, 0),
-        ("vggsnn", HALF, 0),
         ("ms", HALF, 0.02),  # the stream is rounded
     ],
 )
@@ -270,7 +268,6 @@ def test_a_sum_that_could_overflow_is_refused_with_its_layer(tmp_path):
     [
         ("convnet", {"kind": "psn", "timesteps": T}, "has psn neurons without whole numbers"),
         ("convnet", {"spike": "sigmoid", "surrogate": "sigmoid"}, "lif neurons without whole"),
-        ("preact", {}, "is a PreActResNet, and --int8 takes SEW-"),
         ("sew, iand", {}, "joins spikes by iand, and --int8 takes connect_function add"),
     ],
 )

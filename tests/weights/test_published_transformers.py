@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from published import Published
-from test_export import export_program, run_program
+from test_export import PROGRAMS, export_program, run_program
 
 from tetdist.apps.weights.trained import Trained, load
 from tetdist.config.loading import parse
@@ -84,24 +84,16 @@ def test_mixing_of_samples_is_reported_and_may_be_asked_for(call, tmp_path):
     assert not torch.allclose(*logits)
 
 
-@pytest.mark.parametrize(
-    ("family", "timesteps", "forms"),
-    [
-        ("sdt", 1, ("torch",)),
-        # Traced with all timesteps, each of which is some tens of operations a layer.
-        *(
-            pytest.param(name, 4, ("torch", "onnx", "onnx-step"), marks=pytest.mark.long)
-            for name in FAMILIES
-        ),
-    ],
-)
-def test_programs_are_the_network(family, timesteps, forms, call, tmp_path):
+# Traced with all timesteps, each of which is some tens of operations a layer.
+@pytest.mark.long
+@each_family
+def test_programs_are_the_network(family, call, tmp_path):
     file, _ = converted(family, call, tmp_path)
     trained = load(file)
-    trained.model.set_timesteps(timesteps)
+    trained.model.set_timesteps(4)
     x = trained.examples(5)  # another batch size than they are traced with
-    for form in forms:
-        path = export_program(call, file, form, "--timesteps", timesteps)
+    for form in PROGRAMS:
+        path = export_program(call, file, form, "--timesteps", 4)
         if form != "onnx-step":
             with torch.no_grad():
                 actual, expected = run_program(form, path, x)[0], trained.model(x)
