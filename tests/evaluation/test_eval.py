@@ -1,6 +1,7 @@
 """tools/eval.py counts every sample once and agrees with plain torch on a checkpoint."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -224,8 +225,10 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         assert status == 0, err
         found[within] = json.loads(file.read_text())
         chosen = found[within]["chosen_exit"]
-        assert f"at most {within} points lost on {held} training samples held out" in out
-        assert f"{held} held-out samples guarantee at most a 17-point loss" in out
+        assert f"loses at most {within} points on {held} held-out training samples. On val" in out
+        assert f"{held} samples can only exclude losses above 17 points elsewhere" in out
+        row = rf"\n *{chosen['threshold']:.4g} \(chosen\) +{chosen['top1']:.2f} "
+        assert re.search(row, out)
         assert ("; for 5 points, hold out 45 (90 % confidence)" in out) == (within == 5)
         assert f"at T = {chosen['mean_timesteps']:.3f} on average" in out
         # It is chosen on other samples than it is judged by, and the run saw them as these.
@@ -263,14 +266,14 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
     there = ("--exit-within", 0, "--exit-on", tmp_path / "today" / "frames", "--timesteps", "3")
     status, out, err = evaluate("--checkpoint", run, "--json", file, *there)
     assert status == 0, err
-    assert f"at most 0 % of decisions changed on {NUM_SAMPLES} samples without labels" in out
+    assert f"changes at most 0 % of the decisions on {NUM_SAMPLES} unlabelled samples" in out
     chosen = json.loads(file.read_text())["chosen_exit"]
     assert chosen["chosen_on"] == {"samples": NUM_SAMPLES, "top1": None}
     # These are the evaluated samples, so none of their decisions changes.
     assert chosen["top1"] == json.loads(file.read_text())["top1"]
     page = tmp_path / "page.html"
     assert evaluate("--checkpoint", trained, "--exit-within", 5, "--report", page)[0] == 0
-    assert f"lost on {held} training samples held out" in page.read_text()
+    assert f"on {held} held-out training samples" in page.read_text()
     # The validation split alone, elsewhere, has nothing of what was held out.
     shutil.copytree(tiny_root / "val", tmp_path / "elsewhere" / "val")
     index_splits(tmp_path / "elsewhere", ("val",))

@@ -134,16 +134,21 @@ def _early_exit(found: EvaluationResults) -> Section:
     if found["early_exit"] is None:
         sentence = "no early exit: the network is not causal, so its first logits depend on later "
         return Section("Early exit", [f"{sentence}timesteps"], [], [])
+    points = {one["threshold"]: one for one in [*found["early_exit"], *_chosen_point(found)]}
     exits = [["confidence", "top-1 %", "mean T"]] + [
-        [f"{point['threshold']:g}", f"{point['top1']:.2f}", f"{point['mean_timesteps']:.3f}"]
-        for point in found["early_exit"]
+        [
+            f"{threshold:.4g}" + (" (chosen)" if "within" in point else ""),
+            f"{point['top1']:.2f}",
+            f"{point['mean_timesteps']:.3f}",
+        ]
+        for threshold, point in sorted(points.items())
     ]
     sentences = [
         "early exit: a sample is decided at the first timestep at which the softmax of its "
         "time-mean reaches the confidence, or else at T"
     ]
     if "chosen_exit" in found:
-        sentences.append(_of_chosen_exit(found["chosen_exit"], found["top1"]))
+        sentences.append(_of_chosen_exit(found["chosen_exit"], found))
     if (measured := found.get("measured_exit")) is not None:
         sentences.append(
             f"measured: {measured['images_per_s']:.1f} images/s, {measured['ratio']:.2f} times the "
@@ -156,26 +161,32 @@ def _early_exit(found: EvaluationResults) -> Section:
     return Section("Early exit", sentences, [exits], [partial(_draw_exits, found)])
 
 
-def _of_chosen_exit(chosen: dict[str, Any], top1: float) -> str:
+def _chosen_point(found: EvaluationResults) -> list[dict[str, Any]]:
+    """Return the chosen threshold with its effect; empty without one."""
+    chosen = found.get("chosen_exit", {"threshold": None})
+    return [] if chosen["threshold"] is None else [chosen]
+
+
+def _of_chosen_exit(chosen: dict[str, Any], found: EvaluationResults) -> str:
     samples, within = chosen["chosen_on"]["samples"], chosen["within"]
     least = 100 * (1 - DOUBT ** (1 / samples))
     needed = math.ceil(math.log(DOUBT, 1 - within / 100)) if 0 < within < least else None
     if chosen["chosen_on"]["top1"] is None:
-        limit = f"at most {within:g} % of decisions changed on {samples} samples without labels"
-        bound = f"{counted(samples, 'sample')} guarantee at most {least:.2g} % changed decisions"
-        bound += f"; for {within:g} %, give {needed:,}" if needed else ""
+        limit = f"changes at most {within:g} % of the decisions on {samples} unlabelled samples"
+        bound, more = f"changes of more than {least:.2g} %", f"{within:g} %, give"
     else:
-        limit = f"at most {within:g} points lost on {samples} training samples held out"
-        bound = f"{counted(samples, 'held-out sample')} guarantee at most a {least:.2g}-point loss"
         points = "1 point" if within == 1 else f"{within:g} points"
-        bound += f"; for {points}, hold out {needed:,}" if needed else ""
+        limit = f"loses at most {points} on {samples} held-out training samples"
+        bound, more = f"losses above {least:.2g} points", f"{points}, hold out"
+    bound = f"{counted(samples, 'sample')} can only exclude {bound} elsewhere"
+    bound += f"; for {more} {needed:,}" if needed else ""
     bound += f" ({100 * (1 - DOUBT):.0f} % confidence)"
     if chosen["threshold"] is None:
-        return f"early exit with {limit}: no threshold achieves this. {bound}"
+        return f"no threshold {limit}. {bound}"
     return (
-        f"early exit with {limit}: at confidence {chosen['threshold']:.4g}, "
-        f"{chosen['top1']:.2f} % ({chosen['top1'] - top1:+.2f} points) at T = "
-        f"{chosen['mean_timesteps']:.3f} on average. {bound}"
+        f"chosen: confidence {chosen['threshold']:.4g}, the lowest that {limit}. On "
+        f"{found['split']} it gives {chosen['top1']:.2f} % ({chosen['top1'] - found['top1']:+.2f} "
+        f"points) at T = {chosen['mean_timesteps']:.3f} on average. {bound}"
     )
 
 
@@ -282,9 +293,12 @@ def _draw_timesteps(found: EvaluationResults, axis: Any) -> None:
 
 def _draw_exits(found: EvaluationResults, axis: Any) -> None:
     spent, top1 = ([one[key] for one in found["early_exit"]] for key in ("mean_timesteps", "top1"))
-    axis.plot(spent, top1, "o-", color=style.RATE, label="early exit by confidence")
+    axis.plot(spent, top1, "o-", color=style.RATE, label="by confidence")
     whole = found["per_timestep_top1"][: found["timesteps"]]
     axis.plot(range(1, len(whole) + 1), whole, "--", color=style.QUIET, label="same T for all")
+    for point in _chosen_point(found):
+        at, label = (point["mean_timesteps"], point["top1"]), f"chosen: {point['threshold']:.4g}"
+        axis.plot(*at, "*", markersize=14, color=style.TRAIN, label=label)
     axis.set_xlabel("average timesteps a sample")
     style.finish(axis, "Early exit", style.ACCURACY)
 
