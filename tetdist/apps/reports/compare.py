@@ -13,7 +13,7 @@ from tetdist.apps.reports import style
 from tetdist.errors import UserError
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import each_line, points_of
-from tetdist.wording import and_more, counted
+from tetdist.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,19 +96,21 @@ def compare(runs: Sequence[Run]) -> tuple[bool, str]:
     """Compare all runs with the first one.
 
     Returns:
-        True if all have the same metrics and weights, and a text to print.
+        True if all have the same metrics and weights, and a text to print, with details only for
+        two runs.
     """
     first, *others = runs
     pairs = [compared(first, other) for other in others for compared in (_metrics, _weights)]
     same = all(is_same for is_same, _ in pairs)
     verdict = "The runs are the same." if same else "The runs differ."
-    tables = [text for text in (_results(runs), _by_timesteps(runs)) if text]
-    texts = [*tables, _configurations(runs), *(text for _, text in pairs), verdict]
-    return same, "\n\n".join(texts)
+    details = [text for _, text in pairs]
+    if len(others) > 1:
+        details = ["\n".join(text.splitlines()[0] for text in details)]
+    return same, "\n\n".join([_results(runs), _configurations(runs), *details, verdict])
 
 
 def _results(runs: Sequence[Run]) -> str:
-    rows = [["", "run", "epoch", "top-1 %", "best", "at epoch"]]
+    rows = [["", "run", "epoch", "top-1 %", "at T=1", "best", "at epoch"]]
     for run in runs:
         for kind, name in (("val", str(run.folder)), ("val_ema", "its moving average")):
             evaluated = run.of_kind(kind)
@@ -117,25 +119,11 @@ def _results(runs: Sequence[Run]) -> str:
             best = max(evaluated, key=lambda line: line["top1"], default={})
             last = evaluated[-1] if evaluated else {}
             cells = [number(last.get("epoch"), "g"), number(last.get("top1"), ".2f")]
+            cells.append(number(next(iter(last.get("per_timestep_top1", ())), None), ".2f"))
             cells += [number(best.get("top1"), ".2f"), number(best.get("epoch"), "g")]
-            rows.append([run.label if kind == "val" else "", _shortened(name, 60), *cells])
-    return aligned(rows, right=range(2, 6))
-
-
-def _by_timesteps(runs: Sequence[Run]) -> str:
-    """Return the runs' last top-1 by T; empty if none was evaluated at several T."""
-    last = {run.label: run.of_kind("val")[-1:] for run in runs}
-    top1 = {who: line[0].get("per_timestep_top1", []) for who, line in last.items() if line}
-    most = max(map(len, top1.values()), default=0)
-    if most < 2:
-        return ""
-    # At most twelve columns, of which the last is the largest T.
-    shown = range(most, 0, -math.ceil(most / 12))[::-1]
-    rows = [["top-1 % at T =", *map(str, shown)]]
-    for who, values in top1.items():
-        rows.append([who, *(f"{values[t - 1]:.2f}" if t <= len(values) else "-" for t in shown)])
+            rows.append([run.label if kind == "val" else "", _shortened(name, 50), *cells])
     return (
-        f"{aligned(rows, right=range(1, len(rows[0])))}\n"
+        f"{aligned(rows, right=range(2, 7))}\n"
         "Another seed alone also changes top-1; a study compares settings over several seeds."
     )
 
@@ -165,13 +153,13 @@ def _metrics(a: Run, b: Run) -> tuple[bool, str]:
     """Return whether two runs have the same metrics, and where they first differ."""
     head, common = f"Metrics of {a.label} and {b.label}:", a.lines.keys() & b.lines.keys()
     differing: list[tuple[float, int, str, str, str]] = []
-    missing: dict[str, dict[str, None]] = {a.label: {}, b.label: {}}
+    has_all = True
     for step, kind in sorted(common):
         ours, theirs = (_numbers(run.lines[step, kind]) for run in (a, b))
         for name in ours | theirs:
             x, y = ours.get(name), theirs.get(name)
             if x is None or y is None:
-                missing[a.label if y is None else b.label][name] = None
+                has_all = False
             elif relative := relative_difference(x, y):
                 differing.append((relative, step, name, repr(x), repr(y)))
     if differing:
@@ -183,24 +171,18 @@ def _metrics(a: Run, b: Run) -> tuple[bool, str]:
             *([f"  and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []),
             f"  largest relative difference: {largest:.2g} ({_shortened(of, 44)} at step {at})",
         ]
-    elif any(missing.values()):
+    elif not has_all:
         lines = [f"{head} the same values where both have one."]
     elif common:
         lines = [f"{head} the same in {counted(len(common), 'common line')}."]
     else:
         lines = [f"{head} no common step."]
-    for label, names in missing.items():
-        if names:
-            listed = ", ".join(list(names)[:SHOWN])
-            text = f"only {label} has {listed}{and_more(list(names), SHOWN)}"
-            lines.append(textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="    "))
     for run, other in ((a, b), (b, a)):
         if alone := sorted(run.lines.keys() - other.lines.keys()):
             step, kind = alone[0]
             found = f"{counted(len(alone), 'line')}, the first at step {step} ({kind})"
             lines.append(f"  only {run.label} has {found}")
-    same = not differing and not any(missing.values())
-    return same and a.lines.keys() == b.lines.keys(), "\n".join(lines)
+    return has_all and not differing and a.lines.keys() == b.lines.keys(), "\n".join(lines)
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
