@@ -273,8 +273,8 @@ def load_model_file(
     if "tetdist" not in metadata:
         raise UserError(
             f"{file} has no description of its model: it holds another library's weights, which "
-            f"`{typed('convert')}` converts, or whole numbers by export --int8, which no command "
-            "reads"
+            f"`{typed('convert')}` converts, or whole numbers (export --int8), which "
+            f"`{typed('eval')} RUN --int8` evaluates, given the network that was exported"
         )
     try:
         description = Description.model_validate_json(metadata["tetdist"])

@@ -339,6 +339,6 @@ def _make_split(
     if options.preset:
         known = [split for split in PRESETS[options.preset].splits if split.name == name]
         for split in known:
-            print(f"  used by: {split.behind}\n  difficulty: {split.ease}")
+            print(f"  of the whole data set, used by: {split.behind}\n  difficulty: {split.ease}")
         if not known:
             print("  no published result is known for this split")
