@@ -16,7 +16,8 @@ from samples import picture, write_tar
 
 import tetdist_command
 from tetdist.config.loading import load
-from tetdist.datasets.index import check_fresh, load_index
+from tetdist.datasets.index import build_index, check_fresh, load_index
+from tetdist.datasets.probe import probe_range
 from tetdist.datasets.reader import SampleReader
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
@@ -39,14 +40,14 @@ def test_bad_files_are_named_and_nothing_is_written(image_root, tmp_path, images
     assert "bad: train/ant/bad.jpg: not an image" in output
     assert "bad: val/cow/worse.jpg: the file is empty" in output
     assert "2 of 26 files are bad" in output
-    assert not (root / "index").exists()
+    assert not list(root.glob("index/*.npz"))
 
     out = tmp_path / "elsewhere"
     options = ["--skip-bad", "--out", out]
     output = images("index", root, *options)
     assert "bad: train/ant/bad.jpg" in output
     assert load_index(out / "val.npz").skipped == ("val/cow/worse.jpg",)
-    assert not (root / "index").exists()
+    assert not list(root.glob("index/*.npz"))
 
 
 def test_what_is_no_file_is_bad_and_never_waited_for(image_root, images):
@@ -188,7 +189,7 @@ def test_mistakes_end_in_a_sentence(image_root, images, spoil, options, words):
         spoil(root)
     output = images("index", root, *options, status=2)
     assert words in output
-    assert not (root / "index").exists()
+    assert not list(root.glob("index/*.npz"))
 
 
 def test_a_check_names_problems_and_duplicates_and_says_which_by_its_status(
@@ -317,22 +318,53 @@ def test_mistakes_with_the_other_commands_do_too(images, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_writes_no_index(image_root, capsys, monkeypatch):
-    root = image_root(per_class=1)
+def test_a_stopped_index_continues(image_root, capsys, monkeypatch):
+    root = image_root(per_class=25)  # More than one task of work.
+    samples = [
+        sorted(str(file.relative_to(root)) for file in root.glob(f"{split}/*/*"))
+        for split in ("train", "val")
+    ]
+    probed = []
+
+    def probe(function, root, place, *arguments):
+        probed.append(place.file)
+        if len(probed) == 70:
+            os.kill(os.getpid(), signal.SIGINT)
+        return probe_range(function, root, place, *arguments)
+
+    def index():
+        probed.clear()
+        return tetdist_command.run("images", ["index", str(root), "--workers", "1"])
+
+    monkeypatch.setattr("tetdist.datasets.journal.probe_range", probe)
     monkeypatch.setattr("tetdist.distributed.starters.end_with_starters", lambda: None)
-    monkeypatch.setattr(
-        "tetdist.datasets.index.index_listing", lambda *_: os.kill(os.getpid(), signal.SIGINT)
-    )
     monkeypatch.setenv("TETDIST_COMMAND", "images")
     # As a shell does to what a script starts in the background.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        status = tetdist_command.run("images", ["index", str(root), "--workers", "1"])
+        status = index()
     finally:
         signal.signal(signal.SIGINT, before)
     errors = capsys.readouterr().err.splitlines()
-    assert (status, errors[-1]) == (130, "stopped; no index was written")
-    assert not (root / "index").exists()
+    expected = "stopped; no index was written; the same command continues"
+    assert (status, errors[-1]) == (130, expected)
+    journal = root / "index" / "train.journal"
+    assert [file.name for file in journal.parent.iterdir()] == [journal.name]
+
+    known = journal.read_bytes()
+    journal.write_bytes(known + b"\0\n" + known[:99])  # A power cut, and a kill in mid-line.
+    shutil.copy(root / samples[0][30], root / samples[0][2])
+    (root / samples[0][3]).unlink()
+    monkeypatch.setattr(os, "kill", lambda *_: None)
+    assert index() == 0
+    assert probed == [samples[0][2], *samples[0][64:], *samples[1]]
+    assert sorted(file.name for file in journal.parent.iterdir()) == ["train.npz", "val.npz"]
+    found = load_index(root / "index" / "train.npz")
+    assert found.fingerprint == build_index(root, "train", 1)[0].fingerprint
+
+    journal.write_bytes(known.replace(b"true", b"false"))  # Of --no-decode.
+    assert index() == 0
+    assert len(probed) == 149
 
 
 def test_the_digits_are_made_once_and_completely(tmp_path, output_of):

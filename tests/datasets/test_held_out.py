@@ -1,6 +1,7 @@
 """What is held out of training: which samples, and that a run sees them in evaluation alone."""
 
 import json
+import pickle
 import shutil
 from collections import Counter
 
@@ -41,6 +42,9 @@ def test_each_class_is_divided(whole):
         assert rows == sorted(rows)
         for name in ("labels", "heights", "widths", "file_sizes", "offsets", "archive_ids"):
             assert np.array_equal(getattr(part, name), getattr(whole, name)[rows]), name
+        sent = pickle.dumps(part)  # as to a loader: how it is made, not the samples
+        assert len(sent) < 600
+        assert files(pickle.loads(sent)) == files(part)
     again = held_out.divide(whole, 0.3, seed=1)
     assert [files(part) for part in again] == [files(train), files(held)]
     other = held_out.divide(whole, 0.3, seed=2)

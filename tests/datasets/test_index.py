@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import zipfile
 
 import numpy as np
@@ -40,17 +41,26 @@ def test_an_index_holds_what_is_on_disk(image_root):
         assert (index.widths[i], index.heights[i]) == Image.open(file).size  # as stored
 
 
-def test_an_index_survives_saving(image_root, tmp_path):
+def test_an_index_survives_saving_and_another_process_maps_it_again(image_root, tmp_path):
     index, _ = build(image_root())
     file = ix.index_file(tmp_path / "deep" / "er", "train")
     ix.save_index(index, file)
-    loaded = ix.load_index(file)
-    for name in ix.Index.__dataclass_fields__:
-        saved, got = getattr(index, name), getattr(loaded, name)
-        assert np.array_equal(saved, got), name
-        assert type(saved) is type(got), name
-        assert not isinstance(saved, np.ndarray) or saved.dtype == got.dtype, name
     assert [p.name for p in file.parent.iterdir()] == ["train.npz"]
+    loaded = ix.load_index(file)
+    pickled = pickle.dumps(loaded)
+    assert len(pickled) < 500
+    for got in (loaded, pickle.loads(pickle.dumps(pickle.loads(pickled))), index):
+        for name in (one.name for one in dataclasses.fields(index)):
+            was, now = getattr(index, name), getattr(got, name)
+            assert np.array_equal(was, now), name
+            assert type(was) is type(now), name
+            assert not isinstance(was, np.ndarray) or was.dtype == now.dtype, name
+    changed = dataclasses.replace(loaded, labels=loaded.labels[::-1], fingerprint="another")
+    assert pickle.loads(pickle.dumps(changed)).labels[0] == 2
+    ix.save_index(changed, file)
+    assert loaded.labels[0] == 0  # The file that was mapped is still there.
+    with pytest.raises(UserError, match=f"{file} was replaced while it was in use"):
+        pickle.loads(pickled)
 
 
 def test_the_fingerprint_is_of_the_content_not_of_the_copy(image_root):
@@ -218,6 +228,9 @@ def test_an_index_of_another_format_is_not_guessed_at(image_root, tmp_path):
     meta = json.loads(arrays["meta"].tobytes()) | {"version": 99}
     np.savez(file, **arrays | {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)})
     with pytest.raises(UserError, match="format 99"):
+        ix.load_index(file)
+    np.savez_compressed(file, **arrays)
+    with pytest.raises(UserError, match="meta is not an uncompressed array"):
         ix.load_index(file)
     with zipfile.ZipFile(file, "w") as other:
         other.writestr("something.npy", b"else")

@@ -5,6 +5,7 @@ and step alone.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,9 +145,9 @@ def _micro_batches(num_samples: int, share: Share) -> Iterator[_MicroBatch]:
     steps = steps_per_epoch(num_samples, share.global_batch)
     assert share.step_in_epoch <= steps
 
-    def walk(epoch: int, first_step: int) -> Iterator[_MicroBatch]:
-        while True:
-            order = permutation(num_samples, share.seed, epoch)
+    def walk(first_step: int) -> Iterator[_MicroBatch]:
+        orders = _orders(num_samples, share.seed, share.epoch)
+        for epoch, order in enumerate(orders, share.epoch):
             for step in range(first_step, steps):
                 for i in mine:
                     positions = micro_batch_positions(
@@ -156,11 +157,25 @@ def _micro_batches(num_samples: int, share: Share) -> Iterator[_MicroBatch]:
                         positions, share.repeats, share.global_batch, share.micro_batch
                     )
                     yield epoch, positions, order[places]
-            epoch, first_step = epoch + 1, 0
+            first_step = 0
 
     # The generator is a separate function, so that the checks above run now, not at the first
     # batch.
-    return walk(share.epoch, share.step_in_epoch)
+    return walk(share.step_in_epoch)
+
+
+def _orders(num_samples: int, seed: int, epoch: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the orders of an epoch and of all later ones, each computed during the one before.
+
+    With ten million samples it takes seconds, in which no batch would be prepared.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="tetdist-order") as thread:
+        order = permutation(num_samples, seed, epoch)
+        while True:
+            epoch += 1
+            following = thread.submit(permutation, num_samples, seed, epoch)
+            yield order
+            order = following.result()
 
 
 def _events(

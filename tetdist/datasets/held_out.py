@@ -51,7 +51,10 @@ def divide(
             f"data.held_out: {share:g} leaves no sample of class {index.classes[left.argmin()]!r} "
             "to train on; set a smaller value, or 0"
         )
-    return _part(index, ~is_held, "to train"), _part(index, is_held, "held out")
+    return (
+        _part(index, np.packbits(~is_held), "to train"),
+        _part(index, np.packbits(is_held), "held out"),
+    )
 
 
 def name(share: float, seed: int, of: str | None) -> str:
@@ -74,16 +77,18 @@ def _lacking(index: Index, stratum: int) -> str:
     return f"class {index.classes[stratum]!r} has only one recording or sample, but needs two"
 
 
-def _part(index: Index, keep: npt.NDArray[np.bool_], what: str) -> Index:
-    """Return the samples of ``keep``, (N,), as a new index."""
+def _part(index: Index, bits: npt.NDArray[np.uint8], what: str) -> Index:
+    """Return the samples whose bits, (N / 8,), are set, as a new index."""
+    keep = np.unpackbits(bits, count=len(index)).astype(bool)
     lengths = np.diff(index.path_offsets)
     digest = hashlib.sha256(f"{index.fingerprint} {what}".encode())
-    digest.update(np.packbits(keep).tobytes())
+    digest.update(bits.tobytes())
     per_sample = ("labels", "heights", "widths", "file_sizes", "offsets", "archive_ids")
-    return dataclasses.replace(
+    part = dataclasses.replace(
         index,
         path_blob=index.path_blob[np.repeat(keep, lengths)],
         path_offsets=np.cumsum([0, *lengths[keep]], dtype=np.int64),
         fingerprint=digest.hexdigest(),
         **{field: getattr(index, field)[keep] for field in per_sample},
     )
+    return part.made_by(_part, index, bits, what)

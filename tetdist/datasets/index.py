@@ -7,15 +7,16 @@ layouts.py describes the layouts of a split on disk.
 
 import hashlib
 import json
+import mmap
 import os
 import shlex
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +29,12 @@ from tetdist.datasets.class_folders import (
     list_classes,
     root_advice,
 )
+from tetdist.datasets.journal import probe_with_journal
 from tetdist.datasets.layouts import Listing, list_split
 from tetdist.datasets.probe import Probe, probe_batches, probe_image, probe_tensor
 from tetdist.datasets.processes import ReportProgress
 from tetdist.errors import UserError, typed
-from tetdist.storage.files import explaining, parse_json, replacing
+from tetdist.storage.files import explaining, open_file, parse_json, replacing
 
 if TYPE_CHECKING:
     from tetdist.config.sections.data import DataSection
@@ -72,8 +74,11 @@ class Index:
         fingerprint: SHA-256, in hex, of what training depends on: kind, split, classes, labels and
             sizes in order; for event tensors, which all have one size, also the paths. Copies, and
             shards packed from a folder, have the same fingerprint.
+        maker: A function and its arguments that make the same index in another process; None: its
+            arrays are pickled.
     """
 
+    maker: ClassVar[tuple[Callable[..., "Index"], tuple[Any, ...]] | None] = None
     kind: Kind
     split: str
     classes: tuple[str, ...]
@@ -96,6 +101,14 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.maker or super().__reduce_ex__(protocol)
+
+    def made_by(self, function: Callable[..., "Index"], *arguments: Any) -> Self:
+        """Return this index, with `function(*arguments)` as its maker."""
+        object.__setattr__(self, "maker", (function, arguments))
+        return self
 
     @property
     def frames_shape(self) -> tuple[int, int, int, int]:
@@ -199,7 +212,10 @@ def save_index(index: Index, file: str | Path) -> None:
 
 
 def load_index(file: str | Path) -> Index:
-    """Read an index written by `save_index`."""
+    """Map an index written by `save_index` into memory, after comparing its checksums.
+
+    All processes of a machine share one copy of its arrays, which cannot be written to.
+    """
     file = Path(file)
     # The default place is <root>/index/<split>.npz; elsewhere the root is unknown.
     command = (
@@ -211,32 +227,64 @@ def load_index(file: str | Path) -> Index:
         raise UserError(f"there is no index {file}: build it with `{command}`")
     try:
         with zipfile.ZipFile(file) as archive:
-            meta = parse_json(_read_array(archive, "meta").tobytes())
-            version = meta["version"]
-            if version != _FORMAT_VERSION:
-                raise UserError(
-                    f"the index {file} has format {version}, but this version reads format"
-                    f" {_FORMAT_VERSION}: build it again with `{command}`"
-                )
-            values: dict[str, Any] = {name: meta[name] for name in _META}
-            values |= {name: _read_array(archive, name) for name in _ARRAYS}
-        index = Index(**values | {name: tuple(values[name]) for name in _NAMES})
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} differs")
+        index = _mapped(file)
         if ((index.labels < 0) | (index.labels >= len(index.classes))).any():
             raise ValueError(f"a label is outside 0 to {len(index.classes) - 1}")
-    except UserError:
-        raise
+    except _OtherFormat as error:
+        raise UserError(
+            f"the index {file} has format {error}, but this version reads format"
+            f" {_FORMAT_VERSION}: build it again with `{command}`"
+        ) from error
     except _DAMAGE as error:
         raise UserError(
             f"the index {file} is damaged ({error}): build it again with `{command}`"
         ) from error
-    return index
+    # Another process may have another working directory.
+    return index.made_by(_mapped_again, file.absolute(), index.fingerprint)
 
 
-def _read_array(archive: zipfile.ZipFile, name: str) -> Any:
-    # zipfile checks the CRC at the end of reading. np.load does, too, but would take a file that is
-    # not a zip for a pickle.
-    with archive.open(f"{name}.npy") as stream:
-        return np.lib.format.read_array(stream, allow_pickle=False)
+class _OtherFormat(Exception):
+    """Raised with the format of an index that this version does not read."""
+
+
+def _mapped(file: Path) -> Index:
+    with open_file(file) as stream, zipfile.ZipFile(stream) as archive:
+        # The mapping stays when `images index` replaces the file.
+        mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        meta = parse_json(_array(archive, mapping, "meta").tobytes())
+        if meta["version"] != _FORMAT_VERSION:
+            raise _OtherFormat(meta["version"])
+        values: dict[str, Any] = {name: meta[name] for name in _META}
+        values |= {name: tuple(meta[name]) for name in _NAMES}
+        return Index(**values | {name: _array(archive, mapping, name) for name in _ARRAYS})
+
+
+def _array(archive: zipfile.ZipFile, mapping: mmap.mmap, name: str) -> npt.NDArray[Any]:
+    """Return an array of an .npz file as a view of the mapped file."""
+    info = archive.getinfo(f"{name}.npy")
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        header = member.tell()
+    count = int(np.prod(shape))
+    stored = header + count * dtype.itemsize == info.compress_size == info.file_size
+    if version != (1, 0) or len(shape) != 1 or not stored:
+        raise ValueError(f"{name} is not an uncompressed array of one dimension")
+    # In front of a member are 30 bytes, its name and another field; the lengths end the 30 bytes.
+    lengths = np.frombuffer(mapping, "<u2", 2, info.header_offset + 26)
+    start = info.header_offset + 30 + int(lengths.sum()) + header
+    return np.frombuffer(mapping, dtype, count, start)
+
+
+def _mapped_again(file: Path, fingerprint: str) -> Index:
+    """Map an index in another process, which has compared the checksums."""
+    index = _mapped(file)
+    if index.fingerprint != fingerprint:
+        raise UserError(f"the index {file} was replaced while it was in use; start again")
+    return index.made_by(_mapped_again, file, fingerprint)
 
 
 def build_index(
@@ -268,6 +316,7 @@ def index_listing(
     workers: int,
     decode: bool = True,
     progress: ReportProgress | None = None,
+    journal: Path | None = None,
 ) -> tuple[Index, list[BadFile]]:
     """Open every sample of a listing and make the index of the good ones.
 
@@ -277,16 +326,16 @@ def index_listing(
         workers: Number of processes. With more than one, the calling script must guard its main
             part with `if __name__ == "__main__"`.
         decode: Decode every image completely, to find damage now; otherwise only read its header.
+        journal: File that keeps what was found until the index is written; see journal.py.
 
     Returns:
         The index of the good samples, and the bad ones in order.
     """
-    what = root, listing.byte_ranges, workers, progress
-    if listing.kind == "events":
-        found = probe_batches(probe_tensor, (), *what)
-    else:
-        found = probe_batches(probe_image, (decode,), *what)
-    return assemble(root, listing, chain.from_iterable(found))
+    what: Any = (probe_tensor, ()) if listing.kind == "events" else (probe_image, (decode,))
+    what += root, listing.byte_ranges, workers, progress
+    if journal is not None:
+        return assemble(root, listing, probe_with_journal(journal, *what))
+    return assemble(root, listing, chain.from_iterable(probe_batches(*what)))
 
 
 def check_fresh(index: Index, root: str | Path, file: str | Path | None = None) -> None:

@@ -110,21 +110,27 @@ def list_split(
 
     Args:
         workers: Number of processes that read tar files.
-        progress: Called with the number of tar files read and of all.
+        progress: Called with the number of tar files or class folders listed, and of all.
     """
     root, hints = Path(root), hints or Hints()
-    if not root.is_dir():
-        raise UserError(f"there is no data folder {root}; give one with train/ and val/")
-    official = _official_tar(split)
-    if kind == "events" and not hints.shards:
-        return _list_folder(root, split, kind)
+    if not in_tars(root, split, kind, hints):
+        return _list_folder(root, split, kind, progress)
     if hints.shards or _shards_of(root, split):
         return _list_shards(root, split, workers, hints, progress)
-    if not (root / split).is_dir() and (root / official).is_file():
-        if split == "train":
-            return _list_training_tar(root, official, split, workers, hints, progress)
-        return _list_validation_tar(root, official, split, hints)
-    return _list_folder(root, split, kind)
+    if split == "train":
+        return _list_training_tar(root, _official_tar(split), split, workers, hints, progress)
+    return _list_validation_tar(root, _official_tar(split), split, hints)
+
+
+def in_tars(root: Path, split: str, kind: Kind, hints: Hints) -> bool:
+    """Return whether a split is read from tar files, not from class folders."""
+    if not root.is_dir():
+        raise UserError(f"there is no data folder {root}; give one with train/ and val/")
+    if kind == "events" or hints.shards:
+        return bool(hints.shards)
+    return bool(_shards_of(root, split)) or (
+        not (root / split).is_dir() and (root / _official_tar(split)).is_file()
+    )
 
 
 def _official_tar(split: str) -> str:
@@ -185,7 +191,9 @@ def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
             )
 
 
-def _list_folder(root: Path, split: str, kind: Kind) -> Listing:
+def _list_folder(
+    root: Path, split: str, kind: Kind, progress: ReportProgress | None = None
+) -> Listing:
     found = Listing(kind=kind, split=split, classes=list_classes(root, split, kind))
     for name in names_in(root / split, lambda entry: not is_folder(entry)):
         found.passed_over.add(f"{split}/{name}")
@@ -202,6 +210,8 @@ def _list_folder(root: Path, split: str, kind: Kind) -> Listing:
             raise UserError(f"the class folder {folder} holds no {kind} ({wanted}){there}")
         found.labels.extend([label] * len(samples))
         found.names.extend(f"{split}/{name}/{file}" for file in samples)
+        if progress is not None:
+            progress(label + 1, len(found.classes))
     found.byte_ranges = [ByteRange(name) for name in found.names]
     return found
 

@@ -73,7 +73,9 @@ def _add_index(commands: Any) -> None:
         " tars) and write the index DIR/SPLIT.npz, which training reads. Exit status: 0 written, 2"
         " nothing written, 130 stopped.",
     )
-    command.set_defaults(run=_index, when_stopped="no index was written")
+    command.set_defaults(
+        run=_index, when_stopped="no index was written; the same command continues"
+    )
     add = command.add_argument
     add("root", metavar="ROOT", type=Path, help="the data root")
     add("--out", metavar="DIR", type=Path, help="default: ROOT/index")
@@ -194,9 +196,10 @@ def _index(args: argparse.Namespace) -> int:
     bad: list[BadFile] = []
     listings = _list(args, "events" if args.events else "images")
     for listing in listings:
+        journal = index_file(out, listing.split).with_suffix(".journal")
         with file_progress(listing.split) as progress:
             decode = not args.no_decode
-            result = index_listing(args.root, listing, args.workers, decode, progress)
+            result = index_listing(args.root, listing, args.workers, decode, progress, journal)
         indexes.append(result[0])
         bad.extend(result[1])
 
@@ -214,6 +217,7 @@ def _index(args: argparse.Namespace) -> int:
     for index in indexes:
         file = index_file(out, index.split)
         save_index(index, file)
+        file.with_suffix(".journal").unlink(missing_ok=True)
         print(f"{file}: {_described(index)}")
     if [index.split for index in indexes] == ["train"]:
         print(without_validation(args.root))
@@ -244,12 +248,19 @@ def _described(index: "Index") -> str:
 
 def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
     """List every split and check that labels mean the same classes in all of them."""
-    from tetdist.datasets.layouts import Hints, check_same_classes, default_splits, list_split
+    from tetdist.datasets.layouts import (
+        Hints,
+        check_same_classes,
+        default_splits,
+        in_tars,
+        list_split,
+    )
 
     listings = []
     for split in args.splits or default_splits(args.root):
         hints = Hints(args.shards.get(split), args.labels, args.classes)
-        with file_progress(f"{split}: reading tars", "tar") as progress:
+        unit = "tar" if in_tars(args.root, split, kind, hints) else "folder"
+        with file_progress(f"{split}: listing", unit) as progress:
             listings.append(list_split(args.root, split, kind, args.workers, hints, progress))
     try:
         check_same_classes({listing.split: listing.classes for listing in listings})
