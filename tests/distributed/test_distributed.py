@@ -88,6 +88,7 @@ def test_two_processes(farm, tmp_path):
                         time.sleep(0.01)
             print("sum", world.sum([r + 1.0, 0.1]))
             print("mean", world.mean_(torch.tensor([2.0 * r])).item())
+            print("on rank 0", world.gather_on_rank_0(torch.arange(2) + r))
             print("first", world.from_rank_0({"a": r}))
 
             def fail(ranks):
@@ -116,6 +117,8 @@ def test_two_processes(farm, tmp_path):
     command = tiny.python("-c", textwrap.dedent(code))
     (status_0, first), (status_1, second) = farm.side_by_side(2, command, tmp_path)
     assert (status_0, status_1) == (0, 0), first + second
+    assert "on rank 0 tensor([0, 1, 1, 2])" in first
+    assert "on rank 0 None" in second
     for output in (first, second):
         assert re.search("ends with .*'starters'", output), output
         assert "listens at {'127.0.0.1'} lo" in output, output

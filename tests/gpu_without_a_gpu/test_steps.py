@@ -180,6 +180,12 @@ def test_zero(ask):
     assert_zero_runs(ask("spiking_convnet", *ENGINES["zero2"], steps=2, micro_batches=2))
 
 
+def test_a_copy_for_a_checkpoint_does_not_wait(ask):
+    line = "from tetdist import buffers; buffers.copy_to_host({0: [loss.detach()]}); predicted = l"
+    fault = ("tetdist.training.step:sums_of", "predicted = l", line)
+    assert_runs(ask("spiking_convnet", *ENGINES["torch"], fault=fault))
+
+
 def test_an_evaluation_waits_once_and_is_deterministic(ask):
     answer = ask("spiking_convnet", *ENGINES["torch"], "deterministic=true", evaluates=True)
     assert_runs(answer)

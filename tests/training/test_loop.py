@@ -1,12 +1,14 @@
 """State that the training loop keeps or resets between phases, and the best checkpoints."""
 
 import json
+import threading
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from tiny import expect
 
 from tetdist import order
@@ -53,9 +55,38 @@ def test_checkpoints_come_at_their_steps_and_at_the_end_of_each_epoch(
     file = tiny_config({"save": {"every_steps": 2, "keep_last": 100}, "evaluate_every": 2})
     for last in (5, 10):
         expect(main(file, f"max_steps={last}"))
-    assert [text == CONTINUES for text in advice] == [False] * 2 + [True] * 8
+    # In the third and fourth step the first one is perhaps being written.
+    assert [text == CONTINUES for text in advice[:2] + advice[4:]] == [False] * 2 + [True] * 6
     saved = sorted(path.name for path in (tmp_path / "runs/tiny/checkpoints").glob("step-*"))
     assert saved == [f"step-{step:08}" for step in (2, 4, 5, 6, 8, 10)]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(main, tiny_config, tmp_path, monkeypatch):
+    """What is written is the state of its step, copied before the next ones change it."""
+    written, train_step, write = threading.Event(), Trainer._train_step, checkpoint.save
+
+    def write_later(*arguments, **options):
+        assert written.wait(30)
+        return write(*arguments, **options)
+
+    def step(self):
+        if self.step == 3:
+            assert self.watch.after != CONTINUES
+            assert not (tmp_path / "runs/long/checkpoints").exists()
+            written.set()
+        return train_step(self)
+
+    monkeypatch.setattr(checkpoint, "save", write_later)
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    file = tiny_config({"save": {"every_steps": 2, "keep_last": 9}, "ema.decay": 0.8})
+    expect(main(file, "name=long", "max_steps=5"))
+    expect(main(file, "name=short", "max_steps=2"))
+    long, short = (tiny.newest(tmp_path / "runs" / name) for name in ("long", "short"))
+    long = long.with_name(short.name)
+    for name in ("model.safetensors", "ema.safetensors"):
+        ours, theirs = load_file(long / name), load_file(short / name)
+        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == [], name
+    assert (long / "optimizer.pt").read_bytes() == (short / "optimizer.pt").read_bytes()
 
 
 def test_checkpoint_is_evaluated_from_any_folder(

@@ -84,6 +84,7 @@ def straight(farm, tiny_root, tmp_path_factory):
         ("default", "evaluate", 8, KILL),
         ("default", "save", 2, TERM),
         ("sparse", "micro", 33, KILL),
+        ("turned", "save", 2, KILL),  # in mid-write, while training goes on
         ("phases", "saved", 1, KILL),  # at the phases' border
         ("phases", "step", 7, USR1),
         ("turned", "step", 8, KILL),
@@ -453,27 +454,35 @@ def test_an_optimizers_state_of_another_network_is_one_sentence(main, tiny_confi
 
 
 def test_full_disk_in_training(main, farm, tiny_config, tmp_path):
-    """A checkpoint that cannot be written ends the run; with room it goes on to the same end."""
+    """A checkpoint that cannot be written ends the run after the next steps."""
+    file = tiny_config({"save.every_steps": 6, "log_every": 10})
     code = f"""
-import resource, signal, sys
+import resource, signal, sys, time
 from tetdist.apps.cli import train
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from tetdist.training import trainer
-enter = trainer.Trainer._train_epoch
+take, enter = trainer.Trainer._train_step, trainer.Trainer._train_epoch
 def train_epoch(self):
+    self.saving.wait()
     if self.step == 5:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
     enter(self)
-trainer.Trainer._train_epoch = train_epoch
-sys.exit(train.main(["--config", {str(tiny_config())!r}, "engine=torch"]))
+def train_step(self):
+    assert self.step < 8
+    end = time.monotonic() + 30
+    while self.step == 7 and self.world.rank == 0 and not self.stop.signal:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return take(self)
+trainer.Trainer._train_epoch, trainer.Trainer._train_step = train_epoch, train_step
+sys.exit(train.main(["--config", {str(file)!r}, "engine=torch"]))
 """
-    ((status, output),) = farm.side_by_side(1, tiny.python("-c", code), tmp_path)
-    assert status == 2, output
-    assert "could not be written" in output or "cannot write" in output
+    ended = farm.side_by_side(2, tiny.python("-c", code), tmp_path)
+    assert [status for status, _ in ended] == [2, 2], ended
+    output = ended[0][1]
+    assert "the checkpoint of step 6 could not be written" in output
     assert "Traceback" not in output
-    expect(main(tiny_config()), "continuing", "step 5", "is finished")
-    expect(main(tiny_config(), "name=straight"))
-    tiny.assert_same_run(tmp_path / "runs/tiny", tmp_path / "runs/straight")
+    expect(main(file), "continuing", "step 5", "is finished")
 
 
 def test_mlflow_has_the_run_with_its_tags_and_artifacts(farm, tiny_config, tmp_path, empty_store):

@@ -65,6 +65,10 @@ class StopRequest(ExitStack):
         if self.signal is None or more_specific:
             self.signal = signal.Signals(number)
 
+    def ask(self) -> None:
+        """Request the same without a signal, from any thread."""
+        self.signal = self.signal or signal.SIGTERM
+
     def agreed(self) -> bool:
         """Return whether all processes are to stop now; every process must ask equally often.
 

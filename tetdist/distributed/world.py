@@ -100,6 +100,14 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def gather_on_rank_0(self, tensor: Tensor) -> Tensor | None:
+        """Return the tensors (N) of all processes, by rank, as one on rank 0; None elsewhere."""
+        if self.world_size == 1:
+            return tensor
+        whole = tensor.new_empty(self.world_size, len(tensor)) if self.rank == 0 else None
+        dist.gather(tensor, None if whole is None else list(whole))
+        return None if whole is None else whole.view(-1)
+
     def gather_numbers(self, values: list[float]) -> list[list[float]]:
         """Return every process's numbers, equally many, by rank: one collective without pickle."""
         own = torch.tensor(values, dtype=torch.float64)

@@ -112,7 +112,7 @@ class Checkpoint:
 def save(
     folder: Path,
     *,
-    model: nn.Module,
+    model: nn.Module | dict[str, Tensor],
     optimizer: dict[str, Any],
     description: Description,
     state: dict[str, Any],
@@ -124,6 +124,7 @@ def save(
 
     Args:
         folder: The run's ``checkpoints`` folder.
+        model: The model, or its state.
         state: JSON values.
         keep_last: Number of newest checkpoints to keep, besides the best ones.
         best: True if this is the best one so far.
@@ -135,6 +136,7 @@ def save(
         UserError: It could not be written; earlier checkpoints are unchanged.
     """
     name = f"step-{state['step']:08d}"
+    weights = model.state_dict() if isinstance(model, nn.Module) else model
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".step-*"):  # of a process that was killed
@@ -145,7 +147,7 @@ def save(
         target = folder / (f"{name}.{max(repeats) + 1}" if repeats else name)
         with made_aside(target) as aside, _full_disk_named(folder):
             aside.mkdir()
-            _write_weights(aside / MODEL_FILE, model.state_dict(), description)
+            _write_weights(aside / MODEL_FILE, weights, description)
             if average is not None:
                 _write_weights(aside / EMA_FILE, average.weights, average.description)
             torch.save(optimizer, aside / OPTIMIZER_FILE)

@@ -67,7 +67,7 @@ class Destination:
 class MLflow:
     """MLflow as a tracker of one run, with tags and artifacts besides its metrics.
 
-    The training thread only sets `tags` and `artifacts`; the tracker's thread only reads them.
+    The run's threads only set `tags` and `artifacts`; the tracker's thread only reads them.
     Single operations on a dict are atomic, hence no locks.
     """
 

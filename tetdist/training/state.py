@@ -1,21 +1,15 @@
 """The start of a run, optionally from given weights, and its resumption from checkpoints."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tetdist.datasets import recorded_split
 from tetdist.errors import UserError
-from tetdist.nn import neurons
-from tetdist.plugins import checksums_of, without_losses
 from tetdist.storage import checkpoint
-from tetdist.tracking.tracker import Tracker
 from tetdist.training.ema import WeightAverage
-from tetdist.training.evaluating import AVERAGE, WEIGHTS, Evaluated
 from tetdist.training.prepared import Prepared, resumes
-from tetdist.training.run_record import show_checkpoints
 from tetdist.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -39,52 +33,6 @@ class RunState:
     def read(cls, state: Mapping[str, Any]) -> "RunState":
         """Read the fields from a checkpoint's state, which may hold more."""
         return cls(**{one.name: state[one.name] for one in fields(cls) if one.name in state})
-
-
-def save(
-    state: RunState,
-    run: Prepared,
-    optimizer: dict[str, Any],
-    average: WeightAverage | None,
-    evaluated: Sequence[Evaluated],
-    tracker: Tracker | None,
-) -> None:
-    """Write a checkpoint on rank 0, and wait on all processes until it is complete.
-
-    Args:
-        evaluated: Evaluations of the weights and of their average, if just made.
-
-    Raises:
-        UserError: The disk is full, ...
-    """
-    by_kind = {one.kind: one for one in evaluated}
-    of_weights, of_average = by_kind.get(WEIGHTS), by_kind.get(AVERAGE)
-    description = _describe(run, state.step, of_weights and of_weights.validation)
-    written = None
-    if average is not None:
-        validation = of_average and of_average.validation
-        changes = {"validation": validation, "averaged": average.as_text()}
-        theirs = description.model_copy(update=changes)
-        is_best = of_average is not None and of_average.is_best
-        written = checkpoint.Average(average.state_dict(), theirs, is_best)
-
-    def write() -> None:
-        if tracker is not None:
-            folder = run.config.run_dir / "checkpoints"
-            tracker.sync()
-            checkpoint.save(
-                folder,
-                model=run.model,
-                optimizer=optimizer,
-                description=description,
-                state=asdict(state),
-                keep_last=run.config.save.keep_last,
-                best=of_weights is not None and of_weights.is_best,
-                average=written,
-            )
-            show_checkpoints(tracker, folder)
-
-    run.world.run_on_all(write)
 
 
 def restore(found: checkpoint.Checkpoint, run: Prepared, average: WeightAverage | None) -> RunState:
@@ -130,28 +78,6 @@ def teacher_again(state: RunState, path: Path, run: Prepared) -> Teacher | None:
             f"{run.config.loss.distillation.teacher} now is; restore that, or set another name=..."
         )
     return teacher
-
-
-def _describe(
-    run: Prepared, step: int, validation: dict[str, float] | None
-) -> checkpoint.Description:
-    """Describe the weights, so that they can be evaluated from another folder."""
-    config = run.config
-    described = config.as_dict()
-    described["data"]["root"] = str(Path(config.data.root).resolve())
-    described["data"]["index"] = str(config.data.index_dir.resolve())
-    described["model"]["neuron"] = neurons.as_dict(config.model.neuron.at_epoch(run.epoch_of(step)))
-    binning = recorded_split.binning(config.data.root)
-    description = checkpoint.Description(
-        config=described,
-        classes=list(run.train.classes),
-        timesteps=run.model.timesteps,
-        step=step,
-        validation=validation,
-        imports=checksums_of(without_losses(config.imports)),
-    )
-    # A file lists only what is set.
-    return description.model_copy(update={"binning": binning} if binning else {})
 
 
 def begin(run: Prepared) -> Teacher | None:

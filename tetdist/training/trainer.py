@@ -7,7 +7,7 @@ resuming restores those.
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -33,6 +33,7 @@ from tetdist.training.observers import MakeObservers, Observers, Watched
 from tetdist.training.prepared import prepare
 from tetdist.training.run_folder import RunFolder
 from tetdist.training.run_record import Launcher, RunRecord
+from tetdist.training.saving import Saving
 from tetdist.training.schedule import Phase
 from tetdist.training.step import Step
 from tetdist.training.window import Window
@@ -50,7 +51,6 @@ class Trainer:
         self.changing = changing_neurons(run.model)
         # Optimiser steps done.
         self.step = self.evaluated_step = run.first_step
-        self.saved_step: int | None = None
         self.window = Window(config, world)
         self.optimizer_state: dict[str, Any] | None = None
         self.loss_scale_state: dict[str, float] | None = None
@@ -58,6 +58,7 @@ class Trainer:
         self.teacher = world.run_on_all(lambda: state.begin(run))
         self.average = WeightAverage.of(run.model, config.ema)
         self.folder = world.run_on_all(lambda: RunFolder(config, world))
+        self.saving = Saving(run, stop, watch)
         self.evaluations = Evaluations(run, self.average, stop.agreed, self._evaluated)
         self.feed = Feed(run, self._on_batch)
         found = self.folder.newest_checkpoint()
@@ -81,6 +82,7 @@ class Trainer:
             with (
                 record.tracked(self.step, self.stop) as self.tracker,
                 self.prepared.progress(self.step) as self.progress,
+                self.saving.thread,
             ):
                 if (tracker := self.tracker) is not None:
                     self.watch.before_end.append(lambda _: tracker.close("FAILED", timeout=5))
@@ -102,6 +104,7 @@ class Trainer:
             else:
                 self._enter(self.prepared.phase_at(self.step))
                 self._train_epoch()
+        self.saving.wait()
         if self.evaluations.result:
             self._log("final", self.evaluations.result)
 
@@ -169,8 +172,7 @@ class Trainer:
             if self.step % self.config.log_every == 0 or self.step == end:
                 self._log_window(float(grad_norm))
             if self.stop.agreed():
-                self._save()
-                raise Stopped
+                self._save_and_stop()
             every = self.config.save.every_steps
             if self.step < end and every and self.step % every == 0:
                 self._save()
@@ -218,7 +220,8 @@ class Trainer:
             found = self.training_step.examine(last - 1, batches)
         reports = self.world.gather(None if found.is_finite else str(found))
         lr, checkpoints = self.prepared.learning_rate(last - 1), self.folder.checkpoints
-        self.world.run_on_all(lambda: non_finite.fail(lr, reports, self.saved_step, checkpoints))
+        self.saving.wait()
+        self.world.run_on_all(lambda: non_finite.fail(lr, reports, self.saving.step, checkpoints))
 
     # --- evaluation ---------------------------------------------------------------------------
 
@@ -228,8 +231,7 @@ class Trainer:
         try:
             found = self.evaluations.at(self.step)
         except Interrupted:
-            self._save()
-            raise Stopped from None
+            self._save_and_stop()
         self.evaluated_step = self.step
         for one in found:
             one.values.update(self.prepared.where(self.step))
@@ -251,8 +253,9 @@ class Trainer:
     # --- state --------------------------------------------------------------------------------
 
     def _save(self, evaluated: Sequence[Evaluated] = ()) -> None:
-        """Write a checkpoint on rank 0, with evaluations of its weights and their average."""
+        """Begin to write a checkpoint, with evaluations of its weights and their average."""
         self._check_finite()
+        self.saving.wait()
         scale = self.engine.loss_scale
         now = state.RunState(
             self.step,
@@ -266,13 +269,17 @@ class Trainer:
             teacher=None if self.teacher is None else self.teacher.fingerprint,
         )
         optimizer = self.engine.optimizer_state()
-        state.save(now, self.prepared, optimizer, self.average, evaluated, self.tracker)
-        self.saved_step, self.watch.after = self.step, CONTINUES
+        self.saving.begin(now, optimizer, self.average, evaluated, self.tracker)
+
+    def _save_and_stop(self) -> NoReturn:
+        self._save()
+        self.saving.wait()
+        raise Stopped
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         """Resume from a checkpoint, and open the teacher if still needed."""
         then = state.restore(found, self.prepared, self.average)
-        self.step = self.saved_step = then.step
+        self.step = self.saving.step = then.step
         self.evaluated_step, self.evaluations.result = then.evaluated_step, then.result
         self.window.restore(then.window, then.non_finite)
         self.loss_scale_state, self.optimizer_state = then.loss_scale, found.optimizer

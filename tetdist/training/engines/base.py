@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from tetdist.buffers import copy_to_host
 from tetdist.config.schema import RunConfig
 from tetdist.config.sections.training import SegmentsSection
 from tetdist.distributed.overlap import Earlier, OverlappedMean, join
@@ -65,7 +66,10 @@ class Engine(Protocol):
         """Apply the average gradient of the step's micro-batches, with learning rate ``lr``."""
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Return the state as `torch.optim.Optimizer.state_dict` does; call it on all processes."""
+        """Return a copy of the state on the host, as `torch.optim.Optimizer.state_dict` has it.
+
+        Call it on all processes; only rank 0 gets the state. See `copy_to_host`.
+        """
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Load what `optimizer_state` of any engine returned."""
@@ -211,7 +215,8 @@ class WholeEngine:
 
     def __init__(self, parts: EngineParts) -> None:
         config, model, optimizer, accumulation, world = parts
-        self.optimizer, self.clipping = optimizer, config.gradient_clipping
+        self.world, self.optimizer = world, optimizer
+        self.clipping = config.gradient_clipping
         self.loss_scale = LossScale.of(config.precision)
         self.mean = GradientMean(config, optimizer, world, accumulation)
         lay_out(model, torch.channels_last)
@@ -244,7 +249,7 @@ class WholeEngine:
         return Update(norm, applied)
 
     def optimizer_state(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        return copy_to_host(self.optimizer.state_dict()) if self.world.rank == 0 else {}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)

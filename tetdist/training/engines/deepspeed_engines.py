@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tetdist.buffers import copy_to_host
 from tetdist.errors import UserError, pip_install
 from tetdist.nn.precision import LOW_PRECISION
 from tetdist.training.engines.base import (
@@ -146,25 +147,19 @@ class ZeroEngine:
                 self.optimizer.state[flat] = own
 
     def _whole(self, parameters: list[nn.Parameter], value: Any, flat: Tensor) -> list[Any]:
-        """Assemble a state of the partition from all processes, one tensor for each parameter."""
+        """Assemble a state of the partition from all processes: on rank 0, a tensor a parameter."""
         if not torch.is_tensor(value):
             return [value] * len(parameters)
         if value.shape != flat.shape:
             # One copy each: torch's Adam counts in place, once per parameter.
-            return [value.clone() for _ in parameters]
+            return [copy_to_host(value) for _ in parameters]
+        gathered = self.world.gather_on_rank_0(value)
+        if gathered is None:
+            return [None] * len(parameters)
+        # The partitions follow each other as the parameters do, and the last one is padded.
         sizes = [parameter.numel() for parameter in parameters]
-        gathered = torch.zeros(sum(sizes), dtype=value.dtype, device=value.device)
-        parts = gathered.split(sizes)
-        for parameter, part in zip(parameters, parts, strict=True):
-            if fragment := _fragment(parameter):
-                target, source, length = fragment
-                part.narrow(0, target, length).copy_(value.narrow(0, source, length))
-        # Each element is on one process, and 0 on all others.
-        self.world.sum_(gathered)
-        return [
-            part.view(parameter.shape).clone()
-            for parameter, part in zip(parameters, parts, strict=True)
-        ]
+        parts = copy_to_host(gathered)[: sum(sizes)].split(sizes)
+        return [part.view(p.shape) for p, part in zip(parameters, parts, strict=True)]
 
     def close(self) -> None:
         self.engine.destroy()
