@@ -269,7 +269,7 @@ LATER = [
     ),
     (
         *("model.neuron.kind=own", NEURON.format(DATACLASS, "width: float = 1.0")),
-        "Own has no description; declare it, with its type, as width = neurons.option(",
+        "kind=own: width of Own has no description; declare it, with its type, as width = neurons",
     ),
     (
         *("model.neuron.kind=own", NEURON.format(DATACLASS, OF_3)),

@@ -335,7 +335,7 @@ def test_three_processes_give_the_same_json(farm, run, evaluate, tmp_path):
     assert output.count("firing rate") == 1
 
 
-def test_what_would_fail_after_the_evaluation_fails_before(run, evaluate, tmp_path):
+def test_what_would_fail_after_the_evaluation_fails_before(run, evaluate, tmp_path, monkeypatch):
     for arguments, message in (
         (("--json", tmp_path / "no" / "e.json"), "--json: cannot write"),
         (("--json", tmp_path), f"--json: cannot write {tmp_path}: name a file in a folder"),
@@ -346,7 +346,9 @@ def test_what_would_fail_after_the_evaluation_fails_before(run, evaluate, tmp_pa
     kept = tmp_path / "kept.json"
     kept.write_text("earlier")
     none = ("--checkpoint", tmp_path / "none", "--json", kept)
-    assert "there is no checkpoint" in broken(evaluate, *none)
+    assert "none; give a run folder or" in broken(evaluate, *none)
+    monkeypatch.chdir(run.parents[1])
+    assert f"did you mean runs/{run.name}?" in broken(evaluate, "--checkpoint", run.name)
     assert kept.read_text() == "earlier"
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
 

@@ -296,6 +296,9 @@ def test_what_is_refused_before_anything_is_written(tiny_config, tmp_path, capfd
     ("arguments", "part"),
     [
         ([], "--config is missing"),
+        (["sttus"], "there is no command sttus; did you mean status?"),
+        (["--config", "x", "--gpus", "8"], "did you mean --gpus-per-node?"),
+        (["--config", "x", "--zzz"], "have no --; `train --explain` lists them"),
         (["--gpu-per-node", "8", "--partion", "x"], "-node?; did you mean --partition?"),
         (["--config", "x", "--images", "8"], "--images applies to --dry-run only"),
     ],

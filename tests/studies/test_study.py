@@ -478,7 +478,7 @@ def test_mistakes_on_the_command_line_are_named(call, write, tmp_path, flags, wo
 
 
 def test_the_studies_of_the_project_resolve(tmp_path):
-    for name, hint in (("none", "give.*tet_vs_sdt_digits"), ("tet_vs_sdt_digit", "did you mean")):
+    for name, hint in (("none", "give.*configs/studies"), ("tet_vs_sdt_digit", "did you mean")):
         with pytest.raises(UserError, match=rf"there is no study '{name}'; {hint}"):
             plan.find(name)
     files = sorted(plan.STUDIES_DIR.glob("*.yaml"))

@@ -34,6 +34,8 @@ class Parser(argparse.ArgumentParser):
     def meant(self, flag: str) -> str:
         """Return the flag that an unknown one may have meant, as a part of a sentence."""
         words = [option.lstrip("-") for option in self._option_string_actions]
+        for longer in (word for word in words if word.startswith(flag.lstrip("-"))):
+            return f"did you mean --{longer}?"
         return meant(flag.lstrip("-"), words, "").replace("mean ", "mean --")
 
 

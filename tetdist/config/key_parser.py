@@ -16,7 +16,8 @@ class KeyParser(Parser):
 
         word = flag.strip("-").replace("-", "_")
         if any(word in key.split(".") for key in documented_keys()) or not super().meant(flag):
-            near = re.sub(r"'([\w.]+)'", r"\1=VALUE", nearest(RunConfig, [word]))
+            near = nearest(RunConfig, [word]).partition("known keys")[0]
+            near = re.sub(r"'([\w.]+)'", r"\1=VALUE", near) or "`train --explain` lists them"
             return f"keys of the configuration have no --; {near}"
         return super().meant(flag)
 

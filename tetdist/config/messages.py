@@ -89,10 +89,10 @@ def _located(section: type[BaseModel], error: Any) -> Any:
     location = [part for part in parts if not re.search(r"\[|Section$", part)]
     if error["type"] == "value_error":
         error = error | {"msg": str(error["ctx"]["error"])}
-        inner, key = section_at(section, location), re.split("[ .:=]", error["msg"])[0]
+        inner, place = section_at(section, location), "".join(f"{part}." for part in location)
+        text = place + error["msg"].removeprefix(place)
         # The text of a contradiction within a section begins with a key of the section.
-        if inner is not None and key in keys_of(inner):
-            text = "".join(f"{part}." for part in location) + error["msg"]
+        if inner is not None and re.split("[ .:=]", text.removeprefix(place))[0] in keys_of(inner):
             error |= {"type": "contradiction", "msg": text}
             location = re.split("[ :=]", text)[0].split(".")
     return error | {"loc": tuple(location)}

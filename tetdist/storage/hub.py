@@ -39,6 +39,8 @@ def check_source(path: Path) -> None:
     if not str(path).startswith(NAMED) and not path.exists():
         give = "give a run folder or a .safetensors file"
         near = meant(path.name, [one.name for one in path.parent.glob("*")], give)
+        if (in_runs := Path("runs", path.name)).exists():
+            near = f"did you mean {in_runs}?"
         raise UserError(f"there is no checkpoint {path}; {near}")
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tetdist.config.flags import Parser, add_import, positive
 from tetdist.config.key_parser import KeyParser
 from tetdist.errors import UserError, typed
+from tetdist.wording import meant
 
 if TYPE_CHECKING:
     from tetdist.apps.slurm.cluster import ClusterSection
@@ -27,6 +28,8 @@ ASSUMED_GPUS = 8
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command (``submit`` if none is named) and its flags."""
     command = arguments[0] if arguments[:1] and arguments[0] in RUN_COMMANDS else "submit"
+    if command == "submit" and (near := meant("".join(arguments[:1]), RUN_COMMANDS, "")):
+        _submit_parser().error(f"there is no command {arguments[0]}; {near}")
     rest = arguments[1:] if arguments[:1] == [command] else arguments
     parser = _submit_parser() if command == "submit" else _run_parser(command)
     options = parser.parse_intermixed_args(rest)

@@ -190,8 +190,8 @@ def find(name: str) -> Path:
         if path.is_file():
             return path
     known = sorted(path.stem for path in STUDIES_DIR.glob("*.yaml"))
-    give = f"give a file, or one of configs/studies/: {', '.join(known)}"
-    raise UserError(f"there is no study {name!r}; {meant(name, known, give)}")
+    give = f"give a file, or the name of one in {STUDIES_DIR}"
+    raise UserError(f"there is no study {name!r}; {meant(Path(name).stem, known, give)}")
 
 
 def read(path: Path) -> StudySection:
