@@ -137,6 +137,10 @@ def test_data_to_evaluate_alone_need_no_train(image_root, images, name):
 def test_training_data_alone_are_indexed(image_root, images):
     root = image_root(per_class=1)
     shutil.rmtree(root / "val")
+    config = load("own_images.yaml", [f"data.root={root}"])
+    world = World(0, 1, torch.device("cpu"), control=None)
+    with pytest.raises(UserError, match=f"index {root}`"):
+        open_split(config, "train", world)
     way_out = "add val/ and index it, or hold out training samples: data.held_out=0.1"
     assert way_out in images("index", root)
     output = images("index", root / "train", status=2)
@@ -144,11 +148,7 @@ def test_training_data_alone_are_indexed(image_root, images):
     output = images("index", root / "train" / "ant", status=2)
     assert f"this is a class folder itself: give {root}\n" in output
     with pytest.raises(UserError, match=way_out):
-        open_split(
-            load("own_images.yaml", [f"data.root={root}"]),
-            "val",
-            World(0, 1, torch.device("cpu"), control=None),
-        )
+        open_split(config, "val", world)
 
 
 @pytest.mark.parametrize(

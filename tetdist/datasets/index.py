@@ -182,6 +182,8 @@ def find_index(data: "DataSection", split: str) -> Path:
     command = index_command(root, split, data.kind)
     indexed = sorted(one.stem for one in data.index_dir.glob("*.npz"))
     if not indexed or (root / split).is_dir():
+        if not indexed and split == "train":
+            command = command.removesuffix(" --splits train")  # val as well
         raise UserError(f"there is no index {file}; make it with `{command}`")
     if (indexed, split) == (["train"], "val"):
         raise UserError(without_validation(root))
