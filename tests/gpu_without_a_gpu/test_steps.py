@@ -33,6 +33,7 @@ EVERYTHING = (
     "loss.distillation.teacher=timm:resnet18",
     "loss.distillation.self_weight=0.1",
     "ema.decay=0.999",
+    "model.freeze=[stem]",
 )
 
 

@@ -102,6 +102,7 @@ def test_stages_agree_and_continue_each_others_checkpoints(farm, tiny_config, tm
         "phases.0.optimizer": {"kind": "adam", "lr": 0.002, "weight_decay": 0.01},
         "gradient_clipping": 0.5,
         "imports": [str(tiny.RECORD)],
+        "model.freeze": ["blocks.0"],
     }
     expect(farm(tiny_config(changes | {"name": "straight"})))
     changes["name"] = "run"
@@ -120,6 +121,10 @@ def test_stages_agree_and_continue_each_others_checkpoints(farm, tiny_config, tm
     states = [torch.load(tiny.newest(run) / "optimizer.pt", weights_only=True) for run in runs]
     assert states[0]["param_groups"] == states[1]["param_groups"]
     assert states[0]["state"].keys() == states[1]["state"].keys()
+    weights, others = (load_file(tiny.newest(run) / "model.safetensors") for run in runs)
+    frozen = [key for key in weights if key.startswith("blocks.0.")]
+    assert frozen
+    assert all(torch.equal(weights[key], others[key]) for key in frozen)
 
 
 def test_synchronised_batch_norm_of_two_is_one_with_twice_the_batch(farm, tiny_config, tmp_path):
@@ -139,6 +144,7 @@ def test_synchronised_batch_norm_of_two_is_one_with_twice_the_batch(farm, tiny_c
 EVERYTHING = FLOAT64 | {
     "model": {
         "name": "qkformer_4_384_cifar",
+        "freeze": ["blocks.0"],
         "arguments": {
             **{"widths": [8, 8, 16], "depths": [1, 1, 1], "heads": 2},
             **{"drop_rate": 0.2, "drop_path_rate": 0.3},

@@ -391,6 +391,7 @@ def run_program(form, path, x):
     if form == "torch":
         extra = {"preparation": ""}
         program = torch.export.load(path, extra_files=extra).module()
+        assert "channels_last" not in program.code
         return program(x), extra["preparation"]
     session = onnxruntime.InferenceSession(path)
     preparation = session.get_modelmeta().custom_metadata_map["preparation"]

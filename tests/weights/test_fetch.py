@@ -63,6 +63,9 @@ class Answer(BaseHTTPRequestHandler):
             return
         content = self.server.files[self.path]
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
+        if start >= len(content):
+            self.send_error(416)
+            return
         self.send_response(206 if asked else 200)
         if asked:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
@@ -180,6 +183,11 @@ def test_interrupted_downloads_continue(host, monkeypatch):
         part.truncate(70_000)
     assert published.obtain(one).read_bytes() == content
     assert host.asked[-1][1] == "bytes=70000-"
+
+    # By another command, which was killed before it renamed the complete file.
+    file.rename(file.with_name(f"{file.name}.part"))
+    assert published.obtain(one).read_bytes() == content
+    assert [asked for _, asked in host.asked[-2:]] == [f"bytes={len(content)}-", None]
 
 
 @pytest.mark.parametrize(

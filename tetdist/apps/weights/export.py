@@ -323,8 +323,15 @@ def write_nir(trained: Trained, path: Path, dt: float) -> str:
 def write_torch(trained: Trained, path: Path) -> str:
     """Write the unrolled network as a program of torch.export, for any batch size."""
     with torch.no_grad(), _aside(path) as aside:
-        extra = {_PREPARATION: _preparation(trained)}
-        torch.export.save(_traced(trained), aside, extra_files=extra)
+        program = _traced(trained)
+        contiguous = torch.ops.aten.contiguous.default
+        for node in program.graph.find_nodes(op="call_function", target=contiguous):
+            # ExecuTorch's operators would read memory in channels_last in the wrong order.
+            if node.kwargs.get("memory_format") == torch.channels_last:
+                node.replace_all_uses_with(node.args[0])
+                program.graph.erase_node(node)
+        program.graph_module.recompile()
+        torch.export.save(program, aside, extra_files={_PREPARATION: _preparation(trained)})
         return _agreement(trained, torch.export.load(aside).module())
 
 

@@ -140,6 +140,9 @@ def _download(one: Published, file: Path) -> Path:
         with part.open("ab") as stream:
             http_get(address, stream, resume_size=stream.tell(), displayed_filename=one.file)
     except Exception as error:  # network errors have other classes in each version
+        if getattr(getattr(error, "response", None), "status_code", None) == 416:
+            part.unlink()  # Nothing follows it: it is complete, or the file is another one now.
+            return _download(one, file)
         reason = without_passwords(str(error).partition("\n")[0]) or type(error).__name__
         raise UserError(
             f"{address} cannot be downloaded ({reason}); repeat the command to continue, or "
