@@ -5,14 +5,12 @@ They are run here on tensors of the CPU, which are the same to them.
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from samples import picture
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tetdist.data import auto_augment, pixels
 from tetdist.data.batch_operations import CHANGES, operate
@@ -115,43 +113,3 @@ def test_what_only_timm_has_is_pillows_bitwise(interpolation, size):
     operate(batch, operations, output)
     for got, image, one in zip(batch, expected, operations, strict=True):
         assert torch.equal(got, image), one
-
-
-class Kernels(TorchDispatchMode):
-    """Counts what a GPU would launch a kernel for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self,
-        function: Any,
-        types: Any,
-        arguments: tuple[Any, ...] = (),
-        options: dict[str, Any] | None = None,
-    ) -> Any:
-        aliases = [one.alias_info for one in function._schema.returns]
-        is_view = bool(aliases) and all(a is not None and not a.is_write for a in aliases)
-        self.count += not is_view
-        return function(*arguments, **(options or {}))
-
-
-def kernels(batch: int) -> int:
-    """Those of a batch in which all operations are due, on tensors without numbers: nothing may
-    depend on one, since the host would have to wait for it."""
-    names = [*CHANGES, *pixels.WARPS]
-    operations = [
-        [Operation(names[k % len(names)], 0.5), Operation(names[-1 - k % len(names)], 0.5)]
-        for k in range(batch)
-    ]
-    with Kernels() as counted:
-        empty = torch.empty(batch, 32, 32, 3, dtype=torch.uint8, device="meta")
-        operate(empty, operations, OUTPUT)
-    return counted.count
-
-
-def test_kernels_do_not_grow_with_the_batch():
-    assert kernels(60) == kernels(240)
-    # The blur and all geometry between pixels are some 150 each.
-    assert kernels(240) < 2 * (len(CHANGES) * 25 + 300)

@@ -174,10 +174,8 @@ def test_training_data_alone_are_indexed(image_root, images):
             [],
             "itself: move them into ",
         ),
-        (None, ["--splits", "train,test"], "neither a folder 'test' nor"),
         (None, ["--splits", "tran,val"], "did you mean train?"),
         (None, ["--workers", "0"], "--workers"),
-        (None, ["--splits", ","], "--splits"),
         (None, ["--events", "--no-decode"], "--no-decode"),
         (None, ["--events"], "holds no events (.npy)"),
         (None, ["--out", "/dev/null/index"], "/dev/null/index is not writable"),
@@ -308,7 +306,6 @@ def test_samples_without_a_label_are_left_out_only_if_asked(image_root, tmp_path
         (["shard", "R", "D", "--shard-mb", "0"], "--shard-mb: 0 must be 1 or more"),
         (["shard", "R", "D"], "there is no index R/index/train.npz: build it with"),
         (["index", "R"], "there is no data folder R; give one with train/ and val/"),
-        (["check", "R"], "there is no data folder R"),
     ],
 )
 def test_mistakes_with_the_other_commands_do_too(images, tmp_path, monkeypatch, arguments, words):

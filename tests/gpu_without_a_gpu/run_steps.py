@@ -100,6 +100,7 @@ class _FakeTensors(FakeTensorMode):
 def answer(case: Case) -> dict[str, Any]:
     # DeepSpeed's optimisers of the case before wait for the device when they are let go of.
     gc.collect()
+    gc.freeze()
     recorder = Recorder(Order(pretended.current_stream) if case.feeds else None)
     error = None
     torch.set_grad_enabled(True)

@@ -22,10 +22,8 @@ Answer = dict[str, Any]
 # A configuration of each network, and what is changed of it.
 CONFIGS: dict[str, tuple[str, ...]] = {
     "sew_resnet": ("sew34_t4.yaml",),
-    "preact_resnet": ("preact_resnet34_t4.yaml",),
     "i2e_msnet": ("i2e_msnet18.yaml", "loss.kind=tet"),
     "spiking_convnet": ("quickstart.yaml", "precision=bf16", "phases.0.optimizer.kind=sgd"),
-    "spiking_convnet_dvs": ("nmnist.yaml", "precision=bf16", "model.arguments={input_size: 34}"),
     "vggsnn": ("vggsnn_dvs.yaml",),
     "sdt": ("sdt_8_384.yaml", "loss.kind=tet"),
     "sdt_2_256_dvs": ("vggsnn_dvs.yaml", "model.arguments={}"),

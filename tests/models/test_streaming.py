@@ -102,25 +102,6 @@ def test_each_step_is_the_whole_pass_up_to_it(name, neuron):
             x, expected = x[mask], expected[:, mask]
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_lower_precision_takes_the_same_kernels(precision, monkeypatch):
-    model, x = make("sew_resnet18", {})
-    model, x = model.float(), x.float()
-    convolve = torch.nn.Conv2d._conv_forward
-
-    def one_by_one(self, images, *weights):
-        return torch.cat([convolve(self, one.clone(), *weights) for one in images.split(1)])
-
-    # On some processors convolutions of T * B images round otherwise than those of B.
-    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", one_by_one)
-    with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
-        expected, stream = whole(model, x), model.stream()
-        for t in range(T):
-            output = stream.step(x if t == 0 else None)
-            assert output.dtype == torch.float32
-            torch.testing.assert_close(output, expected[t], rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("execution", ["fused", "reference"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [k for k, one in neurons.NEURONS.items() if one.segments])
@@ -182,15 +163,11 @@ def test_a_state_continues_in_another_stream():
     stream.load_state_dict(kept)
     for change, words in (
         (None, r"not one that a stream's state_dict\(\) returned"),
-        ({}, "not one that"),
         (kept | {"timesteps": -1}, "timesteps=-1"),
-        (kept | {"timesteps": 1.5}, "timesteps=1.5"),
         (kept | {"shape": (2, 34, -1)}, "not one of this network"),
         (kept | {"sum": None}, "which its sum contradicts"),
-        (kept | {"sum": kept["sum"][0]}, "sum is"),
         (kept | {"membranes": {}}, "it has other neurons"),
         (kept | {"membranes": kept["membranes"] | {layer: membrane[:-1]}}, f"{layer} is"),
-        (kept | {"membranes": kept["membranes"] | {layer: [1]}}, f"{layer} is list"),
         (kept | {"membranes": kept["membranes"] | {layer: membrane * math.nan}}, f"{layer} holds"),
     ):
         with pytest.raises(UserError, match=words):
@@ -249,8 +226,6 @@ def test_misuse_is_one_sentence():
         (x[None], r"a frame must be a tensor of one timestep \(B, C, H, W\) of floating-point"),
         (x.numpy(), "numbers, not ndarray"),
         (x.float(), r"takes frames of torch.float64; call x.to\(torch.float64\)"),
-        (x.half(), "takes frames of torch.float64"),
-        (x.bfloat16(), "takes frames of torch.float64"),
         (x.index_fill(2, torch.tensor(3), float("nan")), "holds NaN or infinity"),
         (x.to(torch.uint8), r"not Tensor \(6, 3, 28, 28\) of torch.uint8"),
     ):
@@ -269,8 +244,6 @@ def test_misuse_is_one_sentence():
         of_events(frames[..., :-1])
     with pytest.raises(UserError, match=r"a bool mask \(6,\)"):
         stream.keep(torch.ones(5, dtype=torch.bool))
-    with pytest.raises(UserError, match=r"a bool mask \(6,\).*not list"):
-        stream.keep([True] * 6)
     model.train()
     with pytest.raises(UserError, match=r"call model\.eval"):
         stream.step()

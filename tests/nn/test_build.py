@@ -67,15 +67,3 @@ def test_a_library_is_built_once_while_it_is_whole_and_ours(folders, monkeypatch
     )
     assert last.startswith(f"compiling kernels/one.cpp, once (into {passing}/tetdist-kernels-")
     assert list(passing.iterdir()) == []
-
-
-def test_what_a_killed_compilation_has_left_is_removed_later(folders):
-    _, passing = folders
-    for name in ("tetdist-kernels-old", "tetdist-kernels-new", "of-others"):
-        (passing / name).mkdir()
-        (passing / name / "kernels.o").touch()
-        if name != "tetdist-kernels-new":
-            os.utime(passing / name, (0, 0))
-    with build._passing_folder() as folder:
-        assert folder.parent == passing
-    assert {path.name for path in passing.iterdir()} == {"tetdist-kernels-new", "of-others"}

@@ -129,7 +129,7 @@ derandomised = {"derandomize": True, "database": None, "deadline": None, "phases
 
 
 # As many channels as are processed at a time, fewer, and more.
-@settings(**derandomised, max_examples=200)
+@settings(**derandomised, max_examples=120)
 @given(any_case([*LAYERS], [1, 2, 4, 16], [1, 3, 8, 64, 65, 200]), any_seed)
 def test_any_combination_native(case, seed):
     assert_fused_is_the_definition(case, "native", seed)

@@ -128,7 +128,9 @@ FIRED = {
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), zip(FIRED, itertools.cycle((torch.bfloat16, torch.float16))), ids=str
+    ("name", "dtype"),
+    list(zip(FIRED, itertools.cycle((torch.bfloat16, torch.float16)))),
+    ids=str,
 )
 def test_triton_computes_attention_and_its_neurons(name, dtype, monkeypatch):
     """Exact sums, hence the spikes and membranes of float64; gradients up to the type's rounding.

@@ -64,7 +64,7 @@ def test_continued_on_another_number_of_processes(one_process, farm, tiny_config
     statuses, text = farm.each(file, world=2, stop=("step", 3, KILL), rank=1)
     assert statuses[1] == -KILL, text
     # As the deepspeed launcher does.
-    expect(farm(file, "--local_rank=RANK", world=2))
+    expect(farm(file, "--local_rank=RANK", world=2), "slowest rank ")
     run = tmp_path / "runs/tiny"
     # Each sample of each epoch once, on any process.
     samples = tiny.samples(run)

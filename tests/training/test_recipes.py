@@ -114,19 +114,14 @@ def given(config, folder):
     return overrides
 
 
-# Wider networks of a family, and another place to run: their recipes differ in a few numbers.
-ALIKE = {"sdt_8_512", "sdt_8_768", "sew34_t4_64gpus"} | {
-    f"{family}_10_{width}" for family in ("qkformer", "ms_qkformer") for width in (512, 768)
-}
+# Recipes that differ in a few numbers from one that is trained: other data, a wider network.
+ALIKE = {"cifar100_resnet19", "dvs128_objects", "i2e_msnet34", "own_images", "simulated_digits"}
+ALIKE |= {"sdt_8_512", "sdt_8_768", "sew34_t4_64gpus"}
+WIDTHS = "10_512", "10_768", "cifar10"
+ALIKE |= {f"{family}_{width}" for family in ("qkformer", "ms_qkformer") for width in WIDTHS}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(file.stem, marks=pytest.mark.long if file.stem in ALIKE else ())
-        for file in sorted(CONFIGS_DIR.glob("*.yaml"))
-    ],
-)
+@pytest.mark.parametrize("name", [file.stem for file in sorted(CONFIGS_DIR.glob("*.yaml"))])
 def test_recipe_resolves_plans_and_trains(name, main, image_data, event_data, tmp_path, capfd):
     recipe = load(name)
     overrides = small(name, image_data if recipe.data.kind == "images" else event_data)
@@ -139,6 +134,8 @@ def test_recipe_resolves_plans_and_trains(name, main, image_data, event_data, tm
     plan = capfd.readouterr().out
     assert "a step       4 samples in 2 micro-batches of 2, 2 a process" in plan
     assert f"{STEPS} in total" in plan
+    if name in ALIKE:
+        return
 
     assert "was disabled" not in expect(main(name, *overrides))  # an observer
     run = tmp_path / "runs" / name
