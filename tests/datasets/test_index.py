@@ -12,7 +12,6 @@ from PIL import Image
 from samples import picture
 
 from tetdist.datasets import index as ix
-from tetdist.datasets.processes import run_tasks
 from tetdist.errors import UserError
 
 
@@ -82,15 +81,6 @@ def test_workers_do_not_change_the_index(image_root):
     assert progress == [(64, 150), (128, 150), (150, 150)]
 
 
-def test_the_end_of_what_starts_workers_is_reported(monkeypatch):
-    def ended(_):  # What multiprocessing raises when that process was sent SIGTERM.
-        raise EOFError("unexpected EOF")
-
-    monkeypatch.setattr("multiprocessing.forkserver.connect_to_new_process", ended)
-    with pytest.raises(UserError, match="a worker process died"):
-        list(run_tasks(len, [(), ()], workers=2))
-
-
 def test_hidden_and_foreign_files_are_passed_over(image_root):
     root = image_root()
     (root / "train" / ".cache").mkdir()
@@ -153,14 +143,6 @@ def test_bad_files_are_named_with_reasons_and_left_out(image_root):
     assert index.skipped == tuple(expected)
     os.utime(root / "train" / "ant", ns=(1, 1))  # So that the names are compared.
     ix.check_fresh(index, root)
-
-
-def test_without_decoding_only_headers_are_read(image_root):
-    root = image_root()
-    bad_files(root / "train" / "ant")
-    _, bad = build(root, decode=False)
-    assert "train/ant/b_truncated.jpg" not in [path for path, _ in bad]
-    assert len(bad) == 7
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """A process that dies, hangs or fails alone ends the others soon, and is named."""
 
-import os
 import re
 import signal
 
@@ -92,17 +91,3 @@ step.sums_of = slow
     assert re.search(expected, first), first
     assert "peer_timeout=SECONDS" in first
     assert "error" not in second, second
-
-
-def test_bad_file_on_one_process_ends_all(farm, tiny_copy, tiny_config):
-    """A user's mistake that only one process meets."""
-    file = tiny_copy / "train/left/03.png"
-    status = file.stat()
-    file.write_bytes(bytes(status.st_size))
-    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    config = tiny_config({"data.root": str(tiny_copy)})
-    statuses, text = farm.each(config, world=2, stop=None, rank=0)
-    assert sorted(statuses) == [2, PEER_FAILED], text
-    assert "error: " in text
-    assert "train/left/03.png" in text
-    assert "Traceback" not in text

@@ -1,6 +1,5 @@
 """Networks are the published ones: transformers, and ResNets whose shortcuts carry currents."""
 
-import copy
 import dataclasses
 import hashlib
 import logging
@@ -10,7 +9,6 @@ import published
 import pytest
 import timm
 import torch
-from kernel_runs import assert_same
 from published import Published, uniform
 from torch import nn
 
@@ -19,7 +17,7 @@ from tetdist.models import QKFormer
 from tetdist.models.attention import StreamAttention, attention_neuron
 from tetdist.models.ms_qkformer import StreamTokenAttention
 from tetdist.models.preact_resnet import Block
-from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, update_running_statistics
+from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF, ReLU, make
 from tetdist.nn.norm_neuron import NeuronLayer
 
@@ -286,35 +284,3 @@ def test_how_ms_resnets_begin():
 def test_a_pooled_projection_has_the_stride_2():
     with pytest.raises(ValueError, match="needs stride 2, not 1"):
         Block(4, 8, 1, LIF(), pooled_projection=True)
-
-
-@pytest.mark.parametrize("segment", [None, 2])
-@pytest.mark.parametrize("name", ["preact_decoupling", "ms_resnet_deep"])
-def test_an_image_is_as_its_copies_at_all_timesteps(name, segment):
-    """Logits, gradients and running statistics, computed again or not."""
-    model, x = Published(name).loaded(), Published(name).batch()
-    repeated, again = copy.deepcopy(model), copy.deepcopy(model)
-    seen = []
-    stem = model.stem.conv[-1] if name.endswith("deep") else model.stem.conv
-    stem.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
-    repeated.time_first = lambda x: x.expand(T, *x.shape)
-    again.set_grad_checkpointing()
-    logits = []
-    for one in (model, repeated, again):
-        one.set_segment(segment)
-        defer_running_statistics(one)
-        logits.append(one(x, per_timestep=True))
-        logits[-1].square().sum().backward()
-        update_running_statistics(one, lambda averages: averages)
-    assert set(seen) == {1}  # the image is convolved once
-    assert torch.equal(logits[0], logits[2])
-    torch.testing.assert_close(logits[0], logits[1], rtol=1e-9, atol=1e-11)
-    found = [
-        {key: p.grad for key, p in one.named_parameters()} | one.state_dict()
-        for one in (model, repeated, again)
-    ]
-    assert_same(found[2], found[0], rtol=1e-8)
-    # In segments of two and one the stem's values are counted otherwise.
-    for key in [key for key in found[1] if segment and key.endswith("running_var")]:
-        del found[0][key], found[1][key]
-    assert_same(found[1], found[0], rtol=1e-8)

@@ -119,18 +119,6 @@ def test_layers_carry_membranes_bitwise(kind, precision, execution):
         assert kind == "relu" or not torch.equal(layer(one, 1), expected[-1:])  # without membranes
 
 
-def test_two_streams_and_a_whole_pass_do_not_disturb_each_other():
-    model, x = make("spiking_convnet_dvs", {})
-    expected = whole(model, x)
-    one, two = model.stream(), model.stream()
-    for t in range(T):
-        torch.testing.assert_close(one.step(x[:3, t]), whole(model, x)[t][:3], rtol=0, atol=1e-12)
-        torch.testing.assert_close(two.step(x[3:, t]), expected[t][3:], rtol=0, atol=1e-12)
-    one.reset()
-    torch.testing.assert_close(one.step(x[:2, 0]), expected[0][:2], rtol=0, atol=1e-12)
-    assert one.timesteps == 1
-
-
 def test_a_state_continues_in_another_stream():
     model, x = make("spiking_convnet_dvs", {})
     first, second = model.stream(), model.stream()
