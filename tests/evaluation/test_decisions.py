@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tetdist.apps.reports.evaluation_page import SHOWN_CLASSES, _classes
 from tetdist.evaluation import early_exit
 from tetdist.evaluation.decisions import THRESHOLDS, Decisions
 from tetdist.evaluation.early_exit import ExitChoice, choose_exit
@@ -125,13 +124,6 @@ def test_confusion_and_classes(alone):
     assert (b["samples"], b["recall"], b["precision"]) == (1, 100.0, 50.0)
     assert (b["mistaken_for"], b["mistaken"]) == (None, 0)
     assert (spare["samples"], spare["recall"], spare["precision"]) == (0, None, 0.0)
-
-
-def test_of_many_classes_those_of_least_recall_are_shown():
-    row = {"samples": 1, "precision": None, "mistaken_for": None, "mistaken": 0}
-    rows = [row | {"class": f"c{k}", "recall": 100.0 - k} for k in range(SHOWN_CLASSES + 2)]
-    (shown,) = _classes({"per_class": rows}).tables
-    assert [row[0] for row in shown[1:]] == [f"c{k}" for k in range(SHOWN_CLASSES + 1, 1, -1)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

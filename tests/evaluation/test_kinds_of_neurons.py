@@ -14,10 +14,9 @@ from tetdist.apps.reports.evaluation_page import as_text, html_page
 from tetdist.data.loader import Batch
 from tetdist.errors import UserError
 from tetdist.evaluation.evaluate import Evaluator, evaluate
-from tetdist.evaluation.operations import OperationCounts
 from tetdist.evaluation.suite import run_suite
 from tetdist.evaluation.unrolling import unrolled
-from tetdist.nn import neurons, products
+from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF
 
 CLASSES = ("a", "b", "c", "d")
@@ -203,40 +202,6 @@ def test_binary_sub_timesteps_give_the_same_logits(name, kind):
     # All is as before.
     with torch.no_grad():
         assert torch.equal(model(x, per_timestep=True), expected)
-
-
-@pytest.mark.parametrize("kind", ["ilif", "nilif"])
-def test_attentions_products_are_unrolled(kind, alone, monkeypatch):
-    """As its convolutions, E-SpikeFormer's attention sees spikes of 0 and 1, and counts the same;
-    so does the classifier, whose neurons send whole numbers of spikes in either case."""
-    model = network(
-        "espikeformer_t", {"kind": kind, "threshold": 0.3}, **UNROLLED["espikeformer_t"]
-    )
-    x = torch.randn(3, 3, 48, 32, generator=torch.Generator().manual_seed(0)).double()
-    seen = []
-    tokens = products.tokens
-
-    def look(x, heads, dtype):
-        seen.append(x)
-        return tokens(x, heads, dtype)
-
-    with torch.no_grad():
-        with OperationCounts(model) as numbers:
-            features = model.forward_head(model.forward_features(x), True, per_timestep=True)
-            expected = model.get_classifier()(features)
-        monkeypatch.setattr(products, "tokens", look)
-        with unrolled(model) as most, OperationCounts(model, in_spikes=True) as spikes:
-            got = model(x, per_timestep=True)
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    assert {value for x in seen for value in x.unique().tolist()} == {0.0, 1.0}
-    assert most["fc"] == features.max() > 1
-    of_numbers, of_spikes = (counts.total(alone, len(x)).layers for counts in (numbers, spikes))
-    # 4 outputs of the classifier.
-    assert of_numbers["fc"].accumulates == pytest.approx(4 * features.sum().item() / len(x))
-    assert sum(name.endswith("attention.attention") for name in of_numbers) == 2
-    for name, layer in of_numbers.items():
-        assert of_spikes[name].accumulates == pytest.approx(layer.accumulates), name
-        assert layer.accumulates > 0 or name == "stem.conv"
 
 
 def test_the_most_sub_timesteps_are_those_of_all_batches():

@@ -187,16 +187,6 @@ def time_high_goes_back():
     return b"% evt 3.0\n% geometry 64x48\n% end\n" + words.tobytes()
 
 
-def far_packet():
-    """An event whose packet counts an overflow that there never was."""
-    one = Made(*(values[:1] for values in MADE))
-    first, (header, _, rest) = (
-        cameras.aedat31(one),
-        cameras.aedat31(one, overflow=2**31 - 1).partition(b"#!END-HEADER\r\n"),
-    )
-    return first + rest if header else b""
-
-
 WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
 
 
@@ -233,10 +223,7 @@ WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
         ("1.bin", bytes(5 * 50) + cameras.nmnist(MADE), r"event 0 is repeated 50 times"),
         ("1.aedat", filled(cameras.aedat31(MADE), 0), "declares 100 of 101 events as valid"),
         ("1.aedat", filled(cameras.davis240(MADE), 255), "has all bits set; the file may be"),
-        ("1.dat", filled(cameras.dat(MADE), 0), "timestamps decrease"),
-        ("1.raw", filled(cameras.evt2(MADE), 0), r"timestamps decrease|repeated \d+ times"),
         ("1.raw", filled(cameras.evt2(MADE), 255), r"word \d+ .* continues a word that is missing"),
-        ("1.raw", filled(cameras.evt3(MADE), 0), r"previous word, row 0; the file may be damaged"),
         ("1.raw", filled(cameras.evt3(MADE), 255), r"that is missing \(type 0xf\)"),
         ("1.raw", cameras.evt3(MADE) + bytes(4), "repeats the previous word, row 0"),
         ("1.raw", time_high_goes_back(), r"time decreases at word 4 .* \(from 2 to 1\)"),
@@ -256,7 +243,6 @@ WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
             npz(**changed("t", [*MADE.t[:-1], 2**62])._asdict(), width=34, height=34),
             "event 299 comes more than",
         ),
-        ("1.aedat", far_packet(), "event 1 comes more than an hour after .*to 4611686"),
         ("1.raw", b"% evt 2.0\n% " + b"x" * 2**21 + b"\n% end\n" + bytes(8), "store the sensor"),
         ("1.txt", b"hello", "its suffix is not one of"),
     ],
@@ -266,16 +252,11 @@ def test_bad_recordings_are_refused_with_the_reason(tmp_path, name, data, words)
         read(tmp_path, name, data)
 
 
-def fewer(lines):
-    return [[*line[:3], line[3] - 1] for line in lines]
-
-
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
         (lambda data: data[: len(data) // 2], "truncated"),
         (lambda data: data[: data.index(b"FTAB") - 8], "truncated"),  # Behind the last packet.
-        (lambda data: data[:-1], "no complete FTAB buffer"),
         (
             lambda data: data + b"\0",
             r"table at its end \(\d+ bytes\) cannot be .*its end is followed by 1 byte",
@@ -284,13 +265,8 @@ def fewer(lines):
             lambda _: cameras.aedat4(MADE, lines=lambda lines: lines[1:]),
             "the 2 packets in the table .* the 3 in",
         ),
-        (
-            lambda _: cameras.aedat4(MADE, lines=fewer),
-            "differ, in place or number of events, from the 3",
-        ),
         (lambda data: data.replace(b"EVTS", b"ABCD"), "0 streams of events|no whole EVTS"),
         (lambda data: data.replace(b"</dv>", b"</dw>"), "damaged"),
-        (lambda _: cameras.aedat4(MADE, compression=9), "compression, number 9"),
         (lambda _: cameras.aedat4(MADE, finished=False), "recording was not finished"),
         (lambda _: cameras.aedat4(MADE, streams=(0, 1)), "2 streams of events"),
         (lambda _: cameras.aedat4(MADE, sensor=(30, 40)), "outside the 30x40 sensor"),

@@ -4,7 +4,6 @@ import json
 import math
 
 import numpy as np
-import pytest
 import torch
 from samples import pixels
 
@@ -16,7 +15,7 @@ from tetdist.apps.reports.curves import (
     learning_curves,
 )
 from tetdist.apps.reports.run_plots import rgb_images
-from tetdist.apps.reports.style import TRAIN, VALIDATION, new_figure
+from tetdist.apps.reports.style import TRAIN, VALIDATION
 from tetdist.config.sections.data import DataSection
 
 
@@ -136,19 +135,3 @@ def test_means_over_a_few_steps_are_not_drawn_and_others_are_smoothed():
     assert style._running_mean(values, 1) == [1.5, 3.0, 11 / 3, 14 / 3, 4.0]
     assert style._running_mean(values, 0) == values
     assert all(map(math.isclose, style._running_mean(values, 9), [3.4] * 5))
-
-
-@pytest.mark.parametrize(
-    ("quantity", "values", "limits"),
-    [
-        (style.ACCURACY, [70.00, 70.05], (67.525, 72.525)),  # by chance a sample in 2000: no cliff
-        (style.ACCURACY, [99.95, 100.0], (95.6, 100.6)),  # no accuracy beyond 100 %
-        (style.ACCURACY, [40.0, 80.0], (38.0, 82.0)),  # as it was
-        ("loss", [1.0, 1.1], (0.995, 1.105)),
-    ],
-)
-def test_accuracies_that_differ_little_look_so(quantity, values, limits):
-    axis = new_figure(4, 3).subplots()
-    axis.plot(range(len(values)), values)
-    style.finish(axis, "Title", quantity)
-    assert axis.get_ylim() == pytest.approx(limits)

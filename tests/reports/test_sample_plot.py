@@ -25,12 +25,11 @@ def images_and_durations(file):
             yield np.asarray(gif.convert("RGB")).astype(int), gif.info["duration"]
 
 
-def test_command_draws_a_sample(call, tiny_config, tiny_root, main, tmp_path, monkeypatch):
+def test_command_draws_a_sample(output_of, tiny_config, tiny_root, main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(tiny_config({"plots": False}), "max_steps=1").status == 0
     run = tmp_path / "runs" / "tiny"
-    status, printed = call("show", run, "--sample", 1, "--output", "it")
-    assert status == 0, printed
+    printed = output_of("show", run, "--sample", 1, "--output", "it")
     seen = sample_plot.see(run, "last", 1, "val", None, [])
     timesteps = len(seen.probabilities)
     assert printed.startswith(f"{seen.title}\n")
@@ -55,8 +54,8 @@ def test_command_draws_a_sample(call, tiny_config, tiny_root, main, tmp_path, mo
         logits = trained.model(x, per_timestep=True)[:, 0]
     for t, probabilities in enumerate(seen.probabilities, start=1):
         np.testing.assert_allclose(probabilities, logits[:t].mean(0).softmax(-1), atol=1e-4)
-    status, printed = call("show", run, "--sample", 1000)
-    assert (status, "there is no sample 1000 in val, which has" in printed) == (2, True), printed
+    printed = output_of("show", run, "--sample", 1000, status=2)
+    assert "there is no sample 1000 in val, which has" in printed
 
 
 @pytest.fixture

@@ -55,9 +55,8 @@ def save(path, classes):
     return path
 
 
-def test_network_goes_out_and_comes_back(there, call, file, tiny_root, tmp_path):
-    status, output = call("export", file, "--push", "us/small")
-    assert status == 0, output
+def test_network_goes_out_and_comes_back(there, output_of, file, tiny_root, tmp_path):
+    output = output_of("export", file, "--push", "us/small")
     repository = there.repositories["us/small"]
     assert repository.private
     (commit,) = re.findall(r"pushed http.*/us/small, commit ([0-9a-f]{40})", output)
@@ -84,26 +83,22 @@ def test_network_goes_out_and_comes_back(there, call, file, tiny_root, tmp_path)
     # pages made, except for the card.
     repository.commit({"LICENSE": b"theirs", "README.md": b"---\n---\n"})
     save(tmp_path / "other.safetensors", ("a", "b", "c", "d"))
-    status, output = call("export", tmp_path / "other.safetensors", "--push", "us/small")
-    assert status == 0, output
+    output = output_of("export", tmp_path / "other.safetensors", "--push", "us/small")
     files = repository.files("main")
     assert files.keys() == FILES | {".gitattributes", "LICENSE"}
     assert b"# small" in files["README.md"]
     evaluated = {}
     for source in (file, f"hf:us/small@{commit}"):
-        status, output = call("eval", "--checkpoint", source, "--data", tiny_root)
-        assert status == 0, output
+        output = output_of("eval", "--checkpoint", source, "--data", tiny_root)
         evaluated[source] = output.replace(str(source), "")
     assert len(set(evaluated.values())) == 1
-    status, output = call("eval", "--checkpoint", "hf:us/small", "--data", tiny_root)
-    assert status == 2
+    output = output_of("eval", "--checkpoint", "hf:us/small", "--data", tiny_root, status=2)
     assert "the data has other classes than hf:us/small was trained on" in output
 
 
-def test_dry_run_sends_nothing(there, call, file, tmp_path):
+def test_dry_run_sends_nothing(there, output_of, file, tmp_path):
     kept = tmp_path / "kept"
-    status, output = call("export", file, "--push", "us/it", "--dry-run", "--output", kept)
-    assert status == 0, output
+    output = output_of("export", file, "--push", "us/it", "--dry-run", "--output", kept)
     assert there.requests == []
     assert f"would push to {there.url}/us/it, created as private if missing" in output
     assert {path.name for path in kept.iterdir()} == FILES
@@ -113,9 +108,9 @@ def test_dry_run_sends_nothing(there, call, file, tmp_path):
 
 
 def test_run_begins_with_a_network_of_the_hub_and_is_taught_by_it(
-    there, call, file, main, tiny_config, monkeypatch
+    there, output_of, file, main, tiny_config, monkeypatch
 ):
-    assert call("export", file, "--push", "us/small", "--public")[0] == 0
+    output_of("export", file, "--push", "us/small", "--public")
     assert not there.repositories["us/small"].private
     commit = there.repositories["us/small"].hash("main")
     changes = {
@@ -129,8 +124,7 @@ def test_run_begins_with_a_network_of_the_hub_and_is_taught_by_it(
     hub_stand_in.point_to("http://127.0.0.1:9", monkeypatch)
     assert load(Path(f"hf:us/small@{commit}")).description.step == 7
     monkeypatch.setattr(time, "sleep", lambda _: None)  # between huggingface_hub's attempts
-    status, output = call("eval", "--checkpoint", "hf:us/other")
-    assert status == 2
+    output = output_of("eval", "--checkpoint", "hf:us/other", status=2)
     assert "http://127.0.0.1:9/us/other is not in the cache of huggingface_hub, and" in output
     assert "Connection refused" in output
 
@@ -168,10 +162,9 @@ def test_what_cannot_be_fetched_is_named(there, tmp_path, name, words):
     assert "\n" not in str(raised.value)
 
 
-def test_what_cannot_be_pushed_is_named(there, call, file, tmp_path, monkeypatch):
+def test_what_cannot_be_pushed_is_named(there, output_of, file, tmp_path, monkeypatch):
     def refused(source, repo, words):
-        status, output = call("export", source, "--push", repo)
-        assert status == 2, output
+        output = output_of("export", source, "--push", repo, status=2)
         assert words in output
         assert "hf_of" not in output
 

@@ -35,12 +35,11 @@ def made(monkeypatch):
     return importlib.import_module("study_pages")
 
 
-def test_numbers_are_numpys(call, by_hand, tmp_path):
+def test_numbers_are_numpys(output_of, by_hand, tmp_path):
     by_hand(FINISHED, accuracies)
     file, output = tmp_path / "study.yaml", tmp_path / "out"
     arguments = (file, "tracking.uri=http://me:secret@host", "--report-only")
-    status, printed = call("study", *arguments, "--output", output, "--jobs", 2)
-    assert status == 0, printed
+    output_of("study", *arguments, "--output", output, "--jobs", 2)
     report = (output / "report.md").read_text()
     text = (output / "report.json").read_text()
     assert "secret" not in report + text

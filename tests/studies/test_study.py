@@ -45,15 +45,14 @@ def test_the_example_of_the_page_is_a_study_and_its_table_has_every_key(tmp_path
 
 
 @pytest.mark.usefixtures("here")
-def test_a_study_is_trained_continued_and_reported(call, write, main, tmp_path):
+def test_a_study_is_trained_continued_and_reported(output_of, write, main, tmp_path):
     file, output = write(), tmp_path / "out"
     # Of the control, one run has been trained by hand, one stopped at step 3; another has no place.
     for seed, more in ((0, ()), (1, ("max_steps=3",))):
         begun = [f"runs_dir={output}", f"name=sdt-seed{seed}", f"seed={seed}", "loss.kind=sdt"]
         assert main(tmp_path / "tiny.yaml", *begun, *more).status == 0
     (output / "tet-seed1").touch()
-    status, printed = call("study", file, "--output", output, "--jobs", 2)
-    assert status == 1, printed
+    printed = output_of("study", file, "--output", output, "--jobs", 2, status=1)
     failure = r"failed: tet-seed1: exit status 2: error: cannot write to .*tet-seed1\.log\)\n"
     assert re.search(failure, printed), printed
     assert "1 of 4 runs are already done" in printed
@@ -70,8 +69,7 @@ def test_a_study_is_trained_continued_and_reported(call, write, main, tmp_path):
 
     # With room, the same command trains what is missing, and that alone.
     (output / "tet-seed1").unlink()
-    status, printed = call("study", file, "--output", output, "--jobs", 2)
-    assert status == 0, printed
+    printed = output_of("study", file, "--output", output, "--jobs", 2)
     assert "3 of 4 runs are already done" in printed
     assert {path: path.read_bytes() for path in before} == before
     values = json.loads((output / "report.json").read_text())
@@ -85,12 +83,14 @@ def test_a_study_is_trained_continued_and_reported(call, write, main, tmp_path):
     # A run that is finished evaluates nothing again.
     metrics = output / "tet-seed1" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
-    status, printed = call("study", file, "--output", output)
+    printed = output_of("study", file, "--output", output, status=1)
     lacks = f"failed: tet-seed1: {metrics} lacks evaluations; remove {metrics.parent} to retrain"
-    assert (status, lacks in printed) == (1, True), printed
+    assert lacks in printed
 
 
-def test_thresholds_averages_and_own_losses_are_evaluated_and_compared(call, write, here, tmp_path):
+def test_thresholds_averages_and_own_losses_are_evaluated_and_compared(
+    output_of, write, here, tmp_path
+):
     output, own = tmp_path / "out", tmp_path / "my_loss.py"
     own.write_text(
         "from tetdist.losses import register_loss, tet_loss\n"
@@ -104,10 +104,8 @@ def test_thresholds_averages_and_own_losses_are_evaluated_and_compared(call, wri
         "overrides": {"data.held_out": 0.25, "phases.0.optimizer.lr": 0.5},
     }
     file = write(changes | {"exit_within": 20.0, "seeds": [0]})
-    status, printed = call("study", file, "--output", output)
-    assert (status, "there is no loss 'own'" in printed) == (2, True), printed
-    status, printed = call("study", file, "--output", output, "--import", own)
-    assert status == 0, printed
+    assert "there is no loss 'own'" in output_of("study", file, "--output", output, status=2)
+    output_of("study", file, "--output", output, "--import", own)
     assert [words[-2:] for words in here.started] == [["--import", str(own)]] * 8
     values = json.loads((output / "report.json").read_text())
     runs = {run["entry"]: run for run in values["runs"]}
@@ -139,7 +137,7 @@ def test_thresholds_averages_and_own_losses_are_evaluated_and_compared(call, wri
 
 
 @pytest.mark.usefixtures("here")
-def test_one_begins_with_another(call, write, tmp_path):
+def test_one_begins_with_another(output_of, write, tmp_path):
     longer = {"phases.0.timesteps": 3, "phases.0.optimizer.lr": 0.01}
     phases = [{"epochs": 1, "timesteps": t, "optimizer": {"lr": 0.01}} for t in (2, 3)]
     entries = {
@@ -153,14 +151,13 @@ def test_one_begins_with_another(call, write, tmp_path):
         write({"entries": entries, "seeds": [0], "test_timesteps": [1, 3]}),
         tmp_path / "o",
     )
-    status, printed = call("study", file, "--output", output, "--dry-run")
-    assert (status, output.exists()) == (0, False)
+    printed = output_of("study", file, "--output", output, "--dry-run")
+    assert not output.exists()
     dry = [*(f"{name}-seed0: 1 epoch" for name in entries), "5 of 5 runs to train, 5 epochs"]
     assert sorted(printed.splitlines()) == sorted(dry)
     # Asked for some, it trains the others first; those are evaluated beyond their T, too.
     only = ("--only", "taught", "--only", "second")
-    status, printed = call("study", file, "--output", output, *only)
-    assert status == 0, printed
+    output_of("study", file, "--output", output, *only)
     log = (output / "logs" / "longer-seed0.log").read_text()
     assert f"beginning with the weights of {output / 'short-seed0'} (step 5, T=2)" in log
     values = json.loads((output / "report.json").read_text())
@@ -292,7 +289,7 @@ def test_a_run_that_is_being_started_ends_with_the_study(number, write, tmp_path
     assert signal.getsignal(first) is before
 
 
-def test_mlflow_has_the_runs_below_the_study(call, write, here, tmp_path, monkeypatch):
+def test_mlflow_has_the_runs_below_the_study(output_of, write, here, tmp_path, monkeypatch):
     database, output, start = tmp_path / "mlflow.db", tmp_path / "out", here.start
     overrides = {"tracking.mlflow": True, "tracking.uri": f"sqlite:///{database}"}
 
@@ -313,8 +310,7 @@ def test_mlflow_has_the_runs_below_the_study(call, write, here, tmp_path, monkey
         for run in runs:
             parent.announce(run, ended)
     file = write({"seeds": [0], "overrides": overrides, "entries.tet": ...})
-    status, printed = call("study", file, "--output", output)
-    assert status == 0, printed
+    output_of("study", file, "--output", output)
     statuses = {"study": "FINISHED", "sdt-seed0": "FINISHED"}
     statuses |= {"sdt-seed7": "FAILED", "tet-seed7": "FAILED"}
     assert dict(asked("select name, status from runs")) == statuses
@@ -342,13 +338,12 @@ def no_slurm(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("no_slurm")
-def test_dry_run_shows_each_job_after_those_it_needs(call, write, tmp_path, monkeypatch):
+def test_dry_run_shows_each_job_after_those_it_needs(output_of, write, tmp_path, monkeypatch):
     both = {"entries.both": {"init": "sdt", "teacher": "tet"}, "entries.done": {}}
     file = write(both | {"seeds": [0]})
     monkeypatch.setattr(slurm, "is_trained", lambda run: run.entry == "done")
     dry = ("--slurm", "--dry-run", "--gpus-per-node", "0")
-    status, output = call("study", file, "--output", tmp_path / "new", *dry)
-    assert status == 0, output
+    output = output_of("study", file, "--output", tmp_path / "new", *dry)
     jobs, _, after = output.partition("3 runs to submit: time unknown. ")
     assert {
         "done-seed0: finished",
@@ -363,7 +358,7 @@ def test_dry_run_shows_each_job_after_those_it_needs(call, write, tmp_path, monk
     # A run trains on 40 images, and evaluates 23 at three times the speed.
     times = {"0.01": ("1 h 19 min", "3 h 58 min"), "0.1": ("7 min 57 s", "23 min 50 s")}
     for speed, (own, total) in times.items():
-        output = call("study", file, "--output", tmp_path, *dry, "--images-per-s", speed)[1]
+        output = output_of("study", file, "--output", tmp_path, *dry, "--images-per-s", speed)
         assert f"both-seed0: {own}, starts" in output
         assert f"3 runs to submit: {total}. The last one's" in output
 
@@ -447,9 +442,8 @@ OWN_TEACHER = {"teacher": "sdt", "overrides": TIMM}
         ({"entries.tet.average": True}, ("entries.tet.average", "set ema.decay")),
     ],
 )
-def test_mistakes_in_a_study_are_named(call, write, tmp_path, changes, words):
-    status, output = call("study", write(changes), "--output", tmp_path / "out")
-    assert status == 2
+def test_mistakes_in_a_study_are_named(output_of, write, tmp_path, changes, words):
+    output = output_of("study", write(changes), "--output", tmp_path / "out", status=2)
     assert output.count("\n") == 1
     assert [word for word in words if word not in output] == [], output
     assert not (tmp_path / "out").exists()
@@ -470,9 +464,8 @@ def test_mistakes_in_a_study_are_named(call, write, tmp_path, changes, words):
         (("--slurm", "seed=3"), ("write seed=3 before it",)),
     ],
 )
-def test_mistakes_on_the_command_line_are_named(call, write, tmp_path, flags, words):
-    status, output = call("study", write(), "--output", tmp_path / "out", *flags)
-    assert status == 2
+def test_mistakes_on_the_command_line_are_named(output_of, write, tmp_path, flags, words):
+    output = output_of("study", write(), "--output", tmp_path / "out", *flags, status=2)
     assert [word for word in words if word not in output] == [], output
     assert not (tmp_path / "out").exists()
 
@@ -489,12 +482,11 @@ def test_the_studies_of_the_project_resolve(tmp_path):
         assert len(plan.runs_of(one_seed, tmp_path / "out", [])) == len(study.entries)
 
 
-def test_a_folder_of_another_study_is_left_alone(call, write, tmp_path):
+def test_a_folder_of_another_study_is_left_alone(output_of, write, tmp_path):
     folder = tmp_path / "out" / "sdt-seed0"
     folder.mkdir(parents=True)
     config = runs_of(write({"overrides": {"loss.phi": 2.0}}), tmp_path / "out")[0].config
     (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
-    status, printed = call("study", write(), "--output", tmp_path / "out")
-    assert status == 2
+    printed = output_of("study", write(), "--output", tmp_path / "out", status=2)
     assert "sdt-seed0 holds a run of another configuration: loss.phi is 1.0 and was 2.0" in printed
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]

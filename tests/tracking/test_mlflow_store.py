@@ -13,7 +13,6 @@ from tetdist.config.loading import load_with_origins
 from tetdist.errors import UserError, without_passwords
 from tetdist.tracking import mlflow_store
 from tetdist.tracking.mlflow_store import check_store, hand_over
-from tetdist.training.run_record import show_checkpoints
 
 
 @pytest.mark.parametrize(
@@ -146,19 +145,3 @@ def test_the_end_does_not_send_to_an_mlflow_that_has_nothing(main, tiny_config):
     file = tiny_config({"tracking": {"mlflow": True, "uri": uri}, "max_steps": 1})
     done = expect(main(file), "runs/tiny is finished", "again when the tracker answers")
     assert "look  " not in done
-
-
-def test_the_tags_name_the_last_checkpoint_also_where_it_is_the_best(tmp_path):
-    checkpoints = tmp_path / "checkpoints"
-    checkpoints.mkdir()
-    tags = {}
-
-    class Tags:
-        def set_tag(self, key, value):
-            tags[key] = value
-
-    for which in ("last", "best"):
-        (checkpoints / which).write_text("step-00000007\n")
-    show_checkpoints(Tags(), checkpoints)
-    step = str((checkpoints / "step-00000007").resolve())
-    assert tags == {"checkpoint": step, "best_checkpoint": step}

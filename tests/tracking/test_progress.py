@@ -71,17 +71,6 @@ def test_the_first_step_tells_nothing_of_the_pace(clock, capsys):
     assert third.endswith("ETA 0:49:18")  # 97 steps at 30.5 s
 
 
-def test_a_terminal_of_110_columns_shows_the_bar_and_all_numbers(monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with RunProgress(500, 1000, 100, 32, silent=False) as shown:
-        shown.bar.dynamic_ncols = lambda _: (110, 40)
-        shown.report_training(500, TRAINED)
-        line = str(shown.bar)
-    assert line.startswith("epoch 0.1 50 %|█████     | ")
-    assert line.endswith("loss 1.000, top-1 50.0 %, lr 0.1, data wait 3 %")
-    assert len(line) <= 110
-
-
 def test_a_long_evaluation_says_how_far_it_is(clock, capsys):
     shown = RunProgress(0, 10, 5, 8, silent=False)
     for _ in range(4):
@@ -143,19 +132,4 @@ def test_files_are_counted_in_words_and_human_time(clock, capsys):
         "val: 1,002 of 2,000 recordings, 50 recordings/s, 20 s left",
         "val: 2,000 of 2,000 recordings, 50 recordings/s",
         "train: 1 of 1 image, 2.0 images/s",
-    ]
-
-
-def test_no_time_is_left_before_there_is_a_pace(clock, capsys):
-    """600 recordings that take 12 s once the processes have started, which took 9 s."""
-    with file_progress("bin") as done:
-        clock.now += 9
-        for number in range(1, 601):
-            done(number, 600)
-            clock.now += 0.02
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "bin: 52 of 600 files",
-        "bin: 553 of 600 files, 50 files/s, 1 s left",
-        "bin: 600 of 600 files, 29 files/s",
     ]

@@ -21,7 +21,7 @@ import tiny
 
 from tetdist.errors import UserError, pip_install
 from tetdist.tracking import metrics_file, mlflow_logger, trackers
-from tetdist.tracking.environment import environment, git_state
+from tetdist.tracking.environment import environment
 from tetdist.tracking.metrics_file import (
     from_end,
     keep_until,
@@ -222,29 +222,6 @@ def test_a_full_disk_is_reported_and_leaves_whole_lines(untracked, tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     assert [line["step"] for line in read_metrics(path)] == [1]
     assert path.read_bytes().endswith(b"}\n")
-
-
-def test_trackers_start_after_the_first_step_or_at_the_end(tmp_path, monkeypatch):
-    class Own:
-        def __init__(self, run):
-            started.append(run.name)
-
-        def log(self, lines):
-            pass
-
-        def close(self, status):
-            pass
-
-    started = []
-    monkeypatch.setitem(trackers.TRACKERS, "own", Own)
-    for name, start in (("step", Tracker.begin), ("end", lambda one: one.close("FAILED"))):
-        (folder := tmp_path / name).mkdir()
-        tracker = Tracker(TrackedRun(folder, name, {}, {}, None), None, ["own"])
-        time.sleep(0.05)
-        assert name not in started
-        start(tracker)
-        tiny.wait_until(lambda name=name: name in started, 5)
-        tracker.close("FINISHED")
 
 
 # MLflow.
@@ -526,29 +503,6 @@ def test_environment_holds_no_token(monkeypatch):
     found = json.dumps(environment())
     assert '"SLURM_JOB_ID": "42"' in found
     assert secret not in found
-
-
-def test_state_of_a_checkout(tmp_path):
-    if shutil.which("git") is None:
-        tiny.skip("no git here")
-
-    def git(*args):
-        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-        command = ["git", "-C", str(tmp_path), *identity, *args]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    source = tmp_path / "source.py"
-    source.write_text("a = 1\n")
-    assert git_state(tmp_path) == {}
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "first")
-    commit = git("rev-parse", "HEAD").strip()
-    assert git_state(tmp_path) == {"commit": commit, "dirty": False, "status": "", "diff": ""}
-    source.write_text("a = 2\n")
-    dirty = git_state(tmp_path)
-    assert dirty["dirty"]
-    assert dirty["diff"].endswith("-a = 1\n+a = 2\n")
 
 
 def test_ui_command(monkeypatch, tmp_path):

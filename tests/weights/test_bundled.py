@@ -1,7 +1,6 @@
 """Networks that come with the package: by timm, by commands, with the accuracy of their cards."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from tetdist.apps.events.simulate import DEFAULT_SENSOR, Simulation, simulate
-from tetdist.apps.weights.export import write_timm
-from tetdist.apps.weights.trained import Trained, load
-from tetdist.config.loading import parse
+from tetdist.apps.weights.trained import load
 from tetdist.datasets.index import index_splits
 from tetdist.order import permutation
 from tetdist.storage import bundled, checkpoint
@@ -77,7 +74,7 @@ def test_timm_builds_the_network_of_the_checkpoint(name):
     assert '"/' not in stored.model_dump_json()  # no path of the machine that trained it
 
 
-def test_accuracy_is_that_of_the_card_and_of_eval(digits, call, tmp_path, monkeypatch):
+def test_accuracy_is_that_of_the_card_and_of_eval(digits, output_of, tmp_path, monkeypatch):
     model = timm.create_model("spiking_convnet", pretrained=True).eval()
     mean, std = (model.pretrained_cfg[key][0] for key in ("mean", "std"))
     with torch.no_grad():
@@ -93,23 +90,20 @@ def test_accuracy_is_that_of_the_card_and_of_eval(digits, call, tmp_path, monkey
 
     monkeypatch.chdir(digits.root.parent.parent)  # The data are where the recipe makes them.
     result = tmp_path / "result.json"
-    status, output = call("eval", "tetdist:quickstart", "--json", result)
-    assert status == 0, output
+    output_of("eval", "tetdist:quickstart", "--json", result)
     few = is_right.view(10, 100)[:, :10].float().mean()
     assert json.loads(result.read_text())["top1"] == pytest.approx(100 * float(few), abs=1e-3)
 
 
 def test_simulated_camera_is_evaluated_replayed_and_exported(
-    digits, call, tmp_path, monkeypatch, capfd
+    digits, output_of, tmp_path, monkeypatch, capfd
 ):
     made = tmp_path / "made"
     bins = ("--timesteps", 10, "--bins", "30ms")
-    status, output = call("prebin_dvs", "--simulate", digits.root, made, *bins, "--workers", 1)
-    assert status == 0, output
+    output = output_of("prebin_dvs", "--simulate", digits.root, made, *bins, "--workers", 1)
     name, result = "tetdist:simulated_digits", tmp_path / "result.json"
     split = made / "splits" / "simulated-published"
-    status, output = call("eval", "--checkpoint", name, "--data", split, "--json", result)
-    assert status == 0, output
+    output = output_of("eval", "--checkpoint", name, "--data", split, "--json", result)
     assert json.loads(result.read_text())["top1"] >= 94
 
     seen = next((digits.root / "val" / "7").iterdir())
@@ -117,8 +111,7 @@ def test_simulated_camera_is_evaluated_replayed_and_exported(
     events = simulate(seen.read_bytes(), f"val/7/{seen.name}", camera)
     columns = {key: getattr(events, key) for key in "xytp"}
     np.savez(tmp_path / "seven.npz", **columns, **DEFAULT_SENSOR._asdict())
-    status, output = call("replay", name, tmp_path / "seven.npz", "--fast")
-    assert status == 0, output
+    output = output_of("replay", name, tmp_path / "seven.npz", "--fast")
     frames = [line for line in output.splitlines() if "  timestep " in line]
     assert len(frames) == 10
     assert "  timestep 10/10  7  " in frames[-1]
@@ -131,8 +124,7 @@ def test_simulated_camera_is_evaluated_replayed_and_exported(
         [number, answer, confidence.removesuffix("%")] for number, answer, confidence in shown
     ]
 
-    status, output = call("export", name, "--format", "timm", "--output", tmp_path / "mine")
-    assert status == 0, output
+    output = output_of("export", name, "--format", "timm", "--output", tmp_path / "mine")
     weights, description = checkpoint.load_model_file(Path(name))
     again, _ = checkpoint.load_model_file(tmp_path / "mine")
     assert all(torch.equal(weights[key], again[key]) for key in weights)
@@ -155,28 +147,7 @@ def test_timm_adapts_the_network_to_other_classes_and_channels():
     assert model(torch.rand(2, 3, 28, 28)).shape == (2, 5)
 
 
-def test_network_has_the_arguments_of_its_training(tmp_path, monkeypatch):
-    changes = {"data.root": "d", "model.num_classes": 4, "model.neuron.decay": 0.75}
-    config = parse(tiny.changed(tiny.CONFIG, {"name": "x", **changes}), "test", warn=False)
-    model = config.model.build(num_classes=4, timesteps=3).eval()
-    description = checkpoint.Description(config=config.as_dict(), classes=None, timesteps=3, step=1)
-    write_timm(Trained(model, config, description), tmp_path / "small")
-    monkeypatch.setattr(bundled, "_FOLDER", tmp_path)
-    cfgs = bundled.with_weights(
-        {"spiking_convnet": timm.get_pretrained_cfg("spiking_convnet").to_dict()}
-    )
-    build = partial(
-        timm.create_model, "spiking_convnet", pretrained_cfg=cfgs["spiking_convnet.small"]
-    )
-    x = torch.rand(2, 3, 16, 16)
-    with torch.no_grad():
-        assert torch.equal(build(pretrained=True).eval()(x), model(x))
-    assert build(pretrained=True, timesteps=2).timesteps == 2
-    assert build().timesteps == 4
-
-
-def test_unknown_name_is_refused_with_all_names(call):
-    status, output = call("eval", "--checkpoint", "tetdist:mnist")
-    assert status == 2
+def test_unknown_name_is_refused_with_all_names(output_of):
+    output = output_of("eval", "--checkpoint", "tetdist:mnist", status=2)
     known = ", ".join(bundled.names())
     assert f"no network tetdist:mnist comes with tetdist; choose from {known}, or give" in output

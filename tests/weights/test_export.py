@@ -130,11 +130,10 @@ def logits(trained, x):
         ("sew, as events", "timm"),
     ],
 )
-def test_code_of_the_card_loads_the_network(call, network, kind, tmp_path, monkeypatch):
+def test_code_of_the_card_loads_the_network(output_of, network, kind, tmp_path, monkeypatch):
     file = save(network, tmp_path)
     folder = tmp_path / "given"
-    status, output = call("export", file, "--format", kind, "--output", folder)
-    assert status == 0, output
+    output_of("export", file, "--format", kind, "--output", folder)
     trained = load(file)
     x = trained.examples(2)
     card = (folder / "README.md").read_text()
@@ -153,9 +152,9 @@ def test_code_of_the_card_loads_the_network(call, network, kind, tmp_path, monke
     assert all(torch.equal(given[key], expected[key]) for key in given)
 
 
-def test_card_says_what_a_reader_asks_and_no_secrets(call, tmp_path):
+def test_card_says_what_a_reader_asks_and_no_secrets(output_of, tmp_path):
     file = save("spiking, tdbn", tmp_path)
-    assert call("export", file, "--format", "timm", "--output", tmp_path / "given")[0] == 0
+    output_of("export", file, "--format", "timm", "--output", tmp_path / "given")
     card = (tmp_path / "given" / "README.md").read_text()
     for part in (
         "| network | spiking_resnet18, width 4, stem_width 4 |",
@@ -200,21 +199,20 @@ def test_card_says_what_an_accuracy_flatters(tmp_path):
             assert export._accuracy(described).endswith(f" of {of}, with these weights{rest}")
 
 
-def test_accuracy_is_not_claimed_at_another_t_and_names_may_have_dots(call, tmp_path):
+def test_accuracy_is_not_claimed_at_another_t_and_names_may_have_dots(output_of, tmp_path):
     file, folder = save("convnet", tmp_path), tmp_path / "net-1.5"
     command = [file, "--format", "safetensors", "--output", folder, "--timesteps", 6]
-    assert call("export", *command)[0] == 0
+    output_of("export", *command)
     card = (folder / "README.md").read_text()
     assert "| timesteps | 6 |" in card
     assert "| accuracy | not measured with this file |" in card
 
 
-def test_real_run_is_given_away_and_taken_back(call, tiny_root, tiny_config, main, tmp_path):
+def test_real_run_is_given_away_and_taken_back(output_of, tiny_root, tiny_config, main, tmp_path):
     outcome = main(tiny_config({"evaluate_every": 1}))
     assert outcome.status == 0, outcome.text
     run, given = tmp_path / "runs" / "tiny", tmp_path / "given"
-    status, output = call("export", run, "--format", "safetensors", "--output", given)
-    assert status == 0, output
+    output = output_of("export", run, "--format", "safetensors", "--output", given)
     top1 = tiny.metrics(run, "val")[-1]["top1"]
     card = (given / "README.md").read_text()
     assert f"{top1:.2f} % top-1" in card
@@ -230,14 +228,12 @@ def test_real_run_is_given_away_and_taken_back(call, tiny_root, tiny_config, mai
     outcome = main(tiny_config(changes), "max_steps=1")
     assert outcome.status == 0, outcome.text
     alone = tmp_path / "alone.safetensors"
-    status, output = call("export", given, "--format", "safetensors", "--output", alone)
-    assert status == 0, output
+    output = output_of("export", given, "--format", "safetensors", "--output", alone)
     assert f"wrote {alone}: the weights" in output
     assert alone.read_bytes() == (given / "model.safetensors").read_bytes()
     tables = []
     for source in (run, given):
-        status, output = call("eval", "--checkpoint", source, "--data", tiny_root)
-        assert status == 0, output
+        output = output_of("eval", "--checkpoint", source, "--data", tiny_root)
         tables.append(output.replace(str(source), ""))
     assert f"{top1:.2f}" in tables[0]
     assert tables[0] == tables[1]
@@ -325,7 +321,7 @@ def test_nir_graph_run_by_nirtorch_is_the_network(network, tmp_path):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("network", ["convnet", "vggsnn"])
+@pytest.mark.parametrize("network", ["convnet", pytest.param("vggsnn", marks=pytest.mark.long)])
 def test_spikingjelly_imports_the_nir_graph(network, tmp_path):
     trained = load(save(network, tmp_path))
     export.write_nir(trained, tmp_path / "graph.nir", 1e-4)
@@ -355,10 +351,11 @@ def test_nir_neuron_that_fires_at_the_threshold(tmp_path):
         ("i2e", {}, "i2e_msnet18 takes maxima of real numbers in its stem"),
     ],
 )
-def test_what_nir_cannot_express_is_refused(call, tmp_path, network, neuron, words):
+def test_what_nir_cannot_express_is_refused(output_of, tmp_path, network, neuron, words):
     file = save(network, tmp_path, **neuron)
-    status, output = call("export", file, "--format", "nir", "--output", tmp_path / "graph.nir")
-    assert status == 2
+    output = output_of(
+        "export", file, "--format", "nir", "--output", tmp_path / "graph.nir", status=2
+    )
     assert words in output
     assert list(tmp_path.iterdir()) == [file]
 
@@ -377,11 +374,10 @@ def by_the_loop_of_the_page(path, x, timesteps):
     return torch.from_numpy(found["run"](path, [frame.numpy() for frame in frames]))
 
 
-def export_program(call, file, form, *options):
+def export_program(output_of, file, form, *options):
     """Export a network, and return the path of the program."""
     path = file.with_name(f"{form}.{'pt2' if form == 'torch' else 'onnx'}")
-    status, output = call("export", file, "--format", form, "--output", path, *options)
-    assert status == 0, output
+    output = output_of("export", file, "--format", form, "--output", path, *options)
     assert "its logits match the model's" in output
     return path
 
@@ -420,7 +416,7 @@ def run_program(form, path, x):
         ),
     ],
 )
-def test_programs_are_the_network(network, neuron, forms, call, tmp_path):
+def test_programs_are_the_network(network, neuron, forms, output_of, tmp_path):
     """With another batch size than they were traced with."""
     neuron = neuron | {"threshold": 0.3} if neuron else neuron
     file = save(network, tmp_path, **neuron)
@@ -434,17 +430,16 @@ def test_programs_are_the_network(network, neuron, forms, call, tmp_path):
     }.get(network, prepared)
     for form in forms:
         with torch.no_grad():
-            actual, preparation = run_program(form, export_program(call, file, form), x)
+            actual, preparation = run_program(form, export_program(output_of, file, form), x)
         assert prepared in preparation
         # Kernels round differently, so on some processor one sample may have a flipped spike.
         assert torch.isclose(actual, expected, rtol=1e-4, atol=1e-5).all(1).sum() >= len(x) - 1
 
 
-def test_onnx_graph_of_a_timestep_is_refused_by_name(call, tmp_path):
+def test_onnx_graph_of_a_timestep_is_refused_by_name(output_of, tmp_path):
     file = save("convnet", tmp_path, kind="psn", timesteps=T)
     path = tmp_path / "step.onnx"
-    status, output = call("export", file, "--format", "onnx-step", "--output", path)
-    assert status == 2
+    output = output_of("export", file, "--format", "onnx-step", "--output", path, status=2)
     assert "has psn neurons" in output
     assert not path.exists()
     model = timm.create_model("psn_sew_resnet18", neuron={"kind": "sliding_psn"})
@@ -455,11 +450,12 @@ def test_onnx_graph_of_a_timestep_is_refused_by_name(call, tmp_path):
 # ------------------------------------------------------------------------------------ mistakes
 
 
-def test_missing_package_is_named(call, tmp_path, monkeypatch):
+def test_missing_package_is_named(output_of, tmp_path, monkeypatch):
     file = save("convnet", tmp_path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    status, output = call("export", file, "--format", "onnx", "--output", tmp_path / "net.onnx")
-    assert status == 2
+    output = output_of(
+        "export", file, "--format", "onnx", "--output", tmp_path / "net.onnx", status=2
+    )
     assert f"onnxruntime is not installed; {pip_install('train,export')}\n" in output
 
 
@@ -480,21 +476,21 @@ def test_missing_package_is_named(call, tmp_path, monkeypatch):
         (["--format", "timm"], "give --format and --output, or --push ORG/NAME"),
     ],
 )
-def test_arguments_are_checked(call, arguments, complaint):
-    status, output = call("export", "nowhere", *arguments)
-    assert status == 2
+def test_arguments_are_checked(output_of, arguments, complaint):
+    output = output_of("export", "nowhere", *arguments, status=2)
     assert complaint in output
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "nir"])
-def test_what_exists_is_not_replaced(call, tmp_path, kind):
+def test_what_exists_is_not_replaced(output_of, tmp_path, kind):
     file = save("convnet", tmp_path)
     output = tmp_path / f"mine.{kind}"
     output.write_text("precious")
-    status, printed = call("export", file, "--format", kind, "--output", output)
-    assert status == 2
+    printed = output_of("export", file, "--format", kind, "--output", output, status=2)
     assert f"{output.name} exists" in printed
     assert output.read_text() == "precious"
     (tmp_path / checkpoint.MANIFEST_FILE).write_text("{}")
-    status, printed = call("export", file, "--format", kind, "--output", tmp_path / f"new.{kind}")
-    assert (status, "is a checkpoint; choose another folder" in printed) == (2, True)
+    printed = output_of(
+        "export", file, "--format", kind, "--output", tmp_path / f"new.{kind}", status=2
+    )
+    assert "is a checkpoint; choose another folder" in printed

@@ -94,7 +94,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
         yield server
 
 
-def test_table_names_networks_that_are_converted_and_is_listed(call):
+def test_table_names_networks_that_are_converted_and_is_listed(output_of):
     rows = published.table()
     assert {row.model for row in rows.values()} <= set(NETWORKS)
     assert {row.source for row in rows.values()} <= set(SOURCES)
@@ -105,10 +105,9 @@ def test_table_names_networks_that_are_converted_and_is_listed(call):
         ([], "give FILE, --model and --output, or --fetch NAME, or --list"),
         (["--fetch", "sew_resnet18", "--model", "sew_resnet18"], "leave out --model and --from"),
     ):
-        status, printed = call("convert", *arguments)
-        assert (status, complaint in printed) == (2, True)
-    status, printed = call("convert", "--list")
-    assert status == 0
+        printed = output_of("convert", *arguments, status=2)
+        assert complaint in printed
+    printed = output_of("convert", "--list")
     assert re.search(r"  sew_resnet34 +4 +66\.66  figshare:14752998/sew34_checkpoint_319", printed)
     assert re.search(r"  sdt_8_384 +4 +72\.28  by hand: https://drive", printed)
     assert "a user measured 74.20 %" in printed
@@ -133,7 +132,7 @@ def test_table_names_networks_that_are_converted_and_is_listed(call):
         ),
     ],
 )
-def test_two_commands_fetch_and_evaluate(name, file, claim, host, call, tiny_root, tmp_path):
+def test_two_commands_fetch_and_evaluate(name, file, claim, host, output_of, tiny_root, tmp_path):
     if name == "spiking_resnet18":
         torch.manual_seed(0)
         narrow = timm.create_model("resnet18", channels=(4, 8, 16, 32), num_classes=4)
@@ -146,8 +145,7 @@ def test_two_commands_fetch_and_evaluate(name, file, claim, host, call, tiny_roo
     output = tmp_path / "it.safetensors"
     keys = [f"model.arguments.{key}={value}" for key, value in keys.items()]
     command = ["--fetch", name, *keys, "data.image_size=32", "data.resize=32", "--output"]
-    status, printed = call("convert", *command, output)
-    assert status == 0, printed
+    printed = output_of("convert", *command, output)
     assert f"evaluate it: python tools/eval.py {output} --data FOLDER_OF_" in printed
     data = checkpoint.load_model_file(output)[1].config["data"]
     assert data["image_size"] == 32
@@ -155,15 +153,14 @@ def test_two_commands_fetch_and_evaluate(name, file, claim, host, call, tiny_roo
     result = tmp_path / "result.json"
     # In a cache of their own, fused kernels would be compiled anew.
     arguments = ["--data", tiny_root, "--execution", "reference", "--json", result]
-    status, printed = call("eval", output, *arguments)
-    assert status == 0, printed
+    printed = output_of("eval", output, *arguments)
     assert f"published: {claim} (https://github.com/" in printed
     found = json.loads(result.read_text())
     assert found["published"] == published.named(name).claim
     assert found["timesteps"] == found["published"]["timesteps"]
     number = len(host.asked)
-    status, printed = call("convert", *command, tmp_path / "again.safetensors")
-    assert (status, len(host.asked)) == (0, number), printed
+    output_of("convert", *command, tmp_path / "again.safetensors")
+    assert len(host.asked) == number
 
 
 def test_interrupted_downloads_continue(host, monkeypatch):

@@ -122,13 +122,12 @@ def steps_of(session: Any, frames: Array, states: dict[str, Array]) -> tuple[Arr
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_exported_integers_are_the_definition_for_every_reader(case, call, tmp_path):
+def test_exported_integers_are_the_definition_for_every_reader(case, output_of, tmp_path):
     network, neuron = CASES[case]
     file = save(network, tmp_path, **neuron)
     folder, step = tmp_path / "whole", tmp_path / "step.onnx"
     for form, path in (("safetensors", folder), ("onnx-step", step)):
-        status, output = call("export", file, "--int8", "--format", form, "--output", path)
-        assert status == 0, output
+        output_of("export", file, "--int8", "--format", form, "--output", path)
     trained = load(file)
     defined = convert(trained, T)
     x = trained.examples(3)
@@ -271,9 +270,10 @@ def test_a_sum_that_could_overflow_is_refused_with_its_layer(tmp_path):
         ("sew, iand", {}, "joins spikes by iand, and --int8 takes connect_function add"),
     ],
 )
-def test_what_whole_numbers_cannot_express_is_refused(network, neuron, words, call, tmp_path):
+def test_what_whole_numbers_cannot_express_is_refused(network, neuron, words, output_of, tmp_path):
     file, path = save(network, tmp_path, **neuron), tmp_path / "whole"
-    status, output = call("export", file, "--int8", "--format", "safetensors", "--output", path)
-    assert status == 2
+    output = output_of(
+        "export", file, "--int8", "--format", "safetensors", "--output", path, status=2
+    )
     assert words in output
     assert not path.exists()

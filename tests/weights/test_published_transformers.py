@@ -2,6 +2,7 @@
 
 import pytest
 import timm
+import tiny
 import torch
 from published import Published
 from test_export import PROGRAMS, export_program, run_program
@@ -24,7 +25,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def converted(family, call, folder, *more):
+def converted(family, output_of, folder, *more):
     """A file made of a small published one, and the command's output."""
     case = Published(family)
     source, output = folder / f"{family}.pth", folder / f"{family}{len(more)}.safetensors"
@@ -32,17 +33,16 @@ def converted(family, call, folder, *more):
     torch.save({FAMILIES[family][0]: state, "epoch": 199}, source)
     command = [source, "--model", case.model, "--timesteps", case.timesteps, "--output", output]
     arguments = [f"model.arguments.{key}={value}" for key, value in case.arguments.items()]
-    status, printed = call("convert", *command, *arguments, "data.image_size=32", *more)
-    assert status == 0, printed
+    printed = output_of("convert", *command, *arguments, "data.image_size=32", *more)
     return output, printed
 
 
 @each_family
 def test_published_file_is_recognised_computes_what_it_did_and_goes_out_again(
-    family, call, tmp_path
+    family, output_of, tmp_path
 ):
     case = Published(family)
-    file, out = converted(family, call, tmp_path)
+    file, out = converted(family, output_of, tmp_path)
     assert f"as weights of {case.source}" in out
     trained, x = load(file), case.batch()
     with torch.no_grad():
@@ -56,27 +56,27 @@ def test_published_file_is_recognised_computes_what_it_did_and_goes_out_again(
     neuron = trained.config.model.neuron
     assert neuron == NILIF(most_spikes=4) if family == "espikeformer" else neuron.threshold == 2
 
-    status, output = call("export", file, "--format", "timm", "--output", tmp_path / "given")
-    assert status == 0, output
+    output = output_of("export", file, "--format", "timm", "--output", tmp_path / "given")
     model = timm.create_model(f"local-dir:{tmp_path / 'given'}", pretrained=True).eval()
     model.set_execution("reference")
     with torch.no_grad():
         assert torch.equal(model(x.float()), logits)
-    status, output = call("export", file, "--format", "nir", "--output", tmp_path / "net.nir")
-    assert status == 2
+    output = output_of(
+        "export", file, "--format", "nir", "--output", tmp_path / "net.nir", status=2
+    )
     assert "NIR cannot express" in output
     assert "the product of two signals, which attention needs" in output
 
 
-def test_unused_weights_are_named(call, tmp_path):
-    _, out = converted("sdt", call, tmp_path)
+def test_unused_weights_are_named(output_of, tmp_path):
+    _, out = converted("sdt", output_of, tmp_path)
     assert "2 tensors that the network does not use: block.0.attn.talking_heads.weight" in out
 
 
-def test_mixing_of_samples_is_reported_and_may_be_asked_for(call, tmp_path):
-    plain, out = converted("qkformer", call, tmp_path)
+def test_mixing_of_samples_is_reported_and_may_be_asked_for(output_of, tmp_path):
+    plain, out = converted("qkformer", output_of, tmp_path)
     assert "the samples of a batch influence each other" in out
-    mixing, out = converted("qkformer", call, tmp_path, "model.arguments.mixes_samples=true")
+    mixing, out = converted("qkformer", output_of, tmp_path, "model.arguments.mixes_samples=true")
     assert "QKFormer's published accuracies" not in out
     x = Published("qkformer").batch().float()
     with torch.no_grad():
@@ -87,13 +87,13 @@ def test_mixing_of_samples_is_reported_and_may_be_asked_for(call, tmp_path):
 # Traced with all timesteps, each of which is some tens of operations a layer.
 @pytest.mark.long
 @each_family
-def test_programs_are_the_network(family, call, tmp_path):
-    file, _ = converted(family, call, tmp_path)
+def test_programs_are_the_network(family, output_of, tmp_path):
+    file, _ = converted(family, output_of, tmp_path)
     trained = load(file)
     trained.model.set_timesteps(4)
     x = trained.examples(5)  # another batch size than they are traced with
     for form in PROGRAMS:
-        path = export_program(call, file, form, "--timesteps", 4)
+        path = export_program(output_of, file, form, "--timesteps", 4)
         if form != "onnx-step":
             with torch.no_grad():
                 actual, expected = run_program(form, path, x)[0], trained.model(x)
@@ -102,18 +102,10 @@ def test_programs_are_the_network(family, call, tmp_path):
 
 def test_program_of_events_has_the_size_that_the_network_is_described_with():
     """Of a network that takes frames of any size."""
-    raw = {
-        "name": "small",
-        "model": {
-            "name": "sdt_2_256_dvs",
-            "num_classes": 3,
-            "arguments": {"channels": 16, "depth": 1},
-        },
-        "data": {"root": "data", "kind": "events"},
-        "batch": {"global": 8, "micro": 4},
-        "phases": [{"epochs": 1, "timesteps": 2, "optimizer": {"lr": 0.1}}],
-    }
-    config = parse(raw, "test", warn=False)
+    arguments = {"channels": 16, "depth": 1}
+    changes = {"model": {"name": "sdt_2_256_dvs", "arguments": arguments}, "name": "small"}
+    changes |= {"data": {"root": "data", "kind": "events"}}
+    config = parse(tiny.changed(tiny.CONFIG, changes), "test", warn=False)
     model = config.model.build(num_classes=3, timesteps=2)
     description = checkpoint.Description(
         config=config.as_dict(), classes=None, timesteps=2, step=0, validation=None
