@@ -120,22 +120,12 @@ def test_a_process_takes_steps_until_it_fails():
     assert not worker._process.is_alive()
 
 
-@pytest.mark.long
-def test_the_loader_is_timed(bench):
-    result, out = bench("loader --size 32 --batch 8 --repeats 2")
-    assert result["fastest"] >= result["images_per_s"] > 0
-    assert f"{result['images_per_s']:.0f} images/s" in out
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["step", "--model", "resnet99"], "'resnet99' is not a spiking model"),
-        (["step", "--model", "resnet34"], "'resnet34' is not a spiking model"),
         (["step", "--model", "vggsnn", "--size", "32"], "vggsnn takes 48 pixels only, not 32"),
         (["scaling", "--size", "32"], "--size: 32 leaves the last"),
-        (["step", "--json", "."], "--json"),
-        (["step", "--modes", "none", "all"], "invalid choice: 'all'"),
         (["step", "--batch", "0"], "0 must be 1 or more"),
         (["scaling", "--json", "no/such/folder/x.json"], "--json"),
         (["loader", "--data", "tests/benchmarks"], "tests/benchmarks has no JPEG files"),

@@ -162,14 +162,6 @@ def test_neurons_that_fire_several_times_and_attention():
     assert attention["relu"]["bit_products"] == pytest.approx(2 * 0.1 * 5 / 6 * 4096 * 3 * 3)
 
 
-def test_a_rate_that_does_not_decide():
-    """Membranes alone may take more, spikes may cost nothing, or there are none."""
-    costly, free = layer(membrane_updates=1e9), EnergySection(spike_move=0.0, bit_move=1.0)
-    assert estimator(costly).break_even() == (0, True)
-    assert estimator(layer(), 5, free).break_even() == (1, True)
-    assert estimator(layer(accumulates=0.0), 5, free).break_even() == (None, None)
-
-
 def test_constants_of_a_file(tmp_path):
     file = tmp_path / "constants"
     file.write_text(json.dumps({"weight_bit": 20.3, "hops": 0}))

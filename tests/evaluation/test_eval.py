@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import Farm, Tool
+from tiny import Farm, Tool, expect
 
 from tetdist.apps.reports import evaluation_page, style
 from tetdist.apps.weights import integers
@@ -29,15 +31,28 @@ def run(farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -
     """A trained run at T=3, a little better than chance."""
     folder = tmp_path_factory.mktemp("evaluated")
     changes = {"phases.0.timesteps": 3, "phases.0.epochs": 4, "evaluate_every": 2}
-    outcome = farm(tiny.write_config(folder / "tiny.yaml", tiny_root, changes))
-    assert outcome.status == 0, outcome.text
+    expect(farm(tiny.write_config(folder / "tiny.yaml", tiny_root, changes)))
     return folder / "runs" / "tiny"
 
 
 @pytest.fixture
-def evaluate(tool: Tool) -> Tool:
-    """Runs the tool in this process: status, standard output, standard error."""
-    return lambda *options: tool("eval", *options, "--execution", "reference", "--device", "cpu")
+def evaluate(output_of: Callable[..., str]) -> Callable[..., str]:
+    """Runs the tool in this process, which succeeds: its output."""
+    return partial(output_of, "eval", "--execution", "reference", "--device", "cpu")
+
+
+@pytest.fixture
+def broken(tool: Tool) -> Callable[..., str]:
+    """Runs the tool in this process, which a user's mistake ends: standard error."""
+
+    def fail(*options: object) -> str:
+        status, out, err = tool("eval", *options)
+        assert (status, out) == (2, ""), out + err
+        assert "error:" in err
+        assert "Traceback" not in err
+        return err
+
+    return fail
 
 
 def plain_logits(
@@ -75,12 +90,11 @@ def plain_logits(
 
 
 def test_whole_numbers_are_evaluated_beside_real_ones(
-    evaluate, run, tiny_root, tmp_path, monkeypatch
+    evaluate, broken, run, tiny_root, tmp_path, monkeypatch
 ):
     def found(*options: object) -> tuple[dict[str, Any], str]:
         file = tmp_path / "found.json"
-        status, out, err = evaluate("--checkpoint", run, "--json", file, "--batch", 5, *options)
-        assert status == 0, err
+        out = evaluate("--checkpoint", run, "--json", file, "--batch", 5, *options)
         return json.loads(file.read_text()), out
 
     real, (whole, out) = found()[0], found("--int8")
@@ -96,14 +110,12 @@ def test_whole_numbers_are_evaluated_beside_real_ones(
     reversed_network.description["logit"] *= -1
     monkeypatch.setattr(integers, "convert", lambda *_: reversed_network)
     assert found("--int8")[0]["real_numbers"]["changed"] == NUM_SAMPLES
-    status, _, err = evaluate("--checkpoint", run, "--int8", "--unroll")
-    assert status == 2
-    assert "--int8 does not support --unroll" in err
+    message = broken("--checkpoint", run, "--int8", "--unroll")
+    assert "--int8 does not support --unroll" in message
 
 
 def test_numbers_are_those_of_plain_torch(run, tiny_root, evaluate, tmp_path):
-    status, out, err = evaluate("--checkpoint", run, "--json", tmp_path / "e.json", "--batch", 4)
-    assert status == 0, err
+    out = evaluate("--checkpoint", run, "--json", tmp_path / "e.json", "--batch", 4)
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["samples"] == NUM_SAMPLES
     logits, labels = plain_logits(run, tiny_root)
@@ -135,8 +147,7 @@ def test_what_is_decided_and_what_it_takes(run, evaluate, tmp_path):
     for timesteps in ("2", "4", "5,1", "3", "1-3,5"):
         file = tmp_path / "e.json"
         options = ("--json", file, "--timesteps", timesteps)
-        status, out, err = evaluate("--checkpoint", run, *options)
-        assert status == 0, err
+        out = evaluate("--checkpoint", run, *options)
         by_timesteps[timesteps] = json.loads(file.read_text())
     *fewer, beyond, alone, found = by_timesteps.values()
     assert (beyond["timesteps"], alone["timesteps"], found["timesteps"]) == (5, 3, 3)
@@ -187,8 +198,7 @@ def test_report(run, evaluate, tmp_path):
     page, constants = tmp_path / "page.html", tmp_path / "constants.yaml"
     constants.write_text("hops: 0.5\nweight_fetches: sample\n")
     options = ("--report", page, "--json", tmp_path / "e.json", "--energy", constants)
-    status, out, err = evaluate("--checkpoint", run, "--timesteps", "1,4", *options)
-    assert status == 0, err
+    out = evaluate("--checkpoint", run, "--timesteps", "1,4", *options)
     found = json.loads((tmp_path / "e.json").read_text())
     energy, text = found["energy"], page.read_text()
     assert text.startswith("<!doctype html>")
@@ -212,17 +222,15 @@ def test_report(run, evaluate, tmp_path):
 
 
 def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
-    main, tiny_root, tiny_config, evaluate, run, tmp_path, monkeypatch
+    main, tiny_root, tiny_config, evaluate, broken, run, tmp_path, monkeypatch
 ):
     held = 4 * 3  # a quarter of the 11 or 12 training samples of each class
-    outcome = main(tiny_config({"data.held_out": 0.25, "phases.0.timesteps": 3}))
-    assert outcome.status == 0, outcome.text
+    expect(main(tiny_config({"data.held_out": 0.25, "phases.0.timesteps": 3})))
     trained, found = tmp_path / "runs" / "tiny", {}
     for within in (0, 5, 100):
         file = tmp_path / f"{within}.json"
         options = ("--exit-within", within, "--measured", "--timesteps", "3", "--batch", "4")
-        status, out, err = evaluate("--checkpoint", trained, "--json", file, *options)
-        assert status == 0, err
+        out = evaluate("--checkpoint", trained, "--json", file, *options)
         found[within] = json.loads(file.read_text())
         chosen = found[within]["chosen_exit"]
         assert f"loses at most {within} points on {held} held-out training samples. On val" in out
@@ -254,7 +262,7 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
     decide = early_exit.decide
     for wrong in (lambda c, t: (3 - c, t), lambda c, t: (c, t + 1)):
         monkeypatch.setattr(early_exit, "decide", lambda *x, wrong=wrong: wrong(*decide(*x)))
-        assert evaluate("--checkpoint", trained, "--json", file, *options)[0] == 0
+        evaluate("--checkpoint", trained, "--json", file, *options)
         measured = json.loads(file.read_text())["measured_exit"]
         assert (measured["differing"], measured["differing_within_1e-5"]) == (NUM_SAMPLES, 0)
     # Samples without labels, in folders of any names, and more of these than classes.
@@ -264,15 +272,14 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         shutil.copy(image, folder / f"{i}.png")
     index_splits(tmp_path / "today", ("frames",))
     there = ("--exit-within", 0, "--exit-on", tmp_path / "today" / "frames", "--timesteps", "3")
-    status, out, err = evaluate("--checkpoint", run, "--json", file, *there)
-    assert status == 0, err
+    out = evaluate("--checkpoint", run, "--json", file, *there)
     assert f"changes at most 0 % of the decisions on {NUM_SAMPLES} unlabelled samples" in out
     chosen = json.loads(file.read_text())["chosen_exit"]
     assert chosen["chosen_on"] == {"samples": NUM_SAMPLES, "top1": None}
     # These are the evaluated samples, so none of their decisions changes.
     assert chosen["top1"] == json.loads(file.read_text())["top1"]
     page = tmp_path / "page.html"
-    assert evaluate("--checkpoint", trained, "--exit-within", 5, "--report", page)[0] == 0
+    evaluate("--checkpoint", trained, "--exit-within", 5, "--report", page)
     assert f"on {held} held-out training samples" in page.read_text()
     # The validation split alone, elsewhere, has nothing of what was held out.
     shutil.copytree(tiny_root / "val", tmp_path / "elsewhere" / "val")
@@ -284,7 +291,7 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         (("--checkpoint", run, "--exit-on", "x"), "add --exit-within POINTS"),
         (("--checkpoint", trained, "--exit-within", "1", *elsewhere), "which needs none of them"),
     ):
-        assert message in broken(evaluate, *arguments)
+        assert message in broken(*arguments)
 
 
 WITHOUT = """
@@ -316,7 +323,7 @@ def test_three_processes_give_the_same_json(farm, run, evaluate, tmp_path):
     """There are two batches, so one process has none."""
     one, three = tmp_path / "1.json", tmp_path / "3.json"
     common = ("--checkpoint", run, "--batch", 12)
-    assert evaluate(*common, "--json", one)[0] == 0
+    evaluate(*common, "--json", one)
     command = tiny.python(
         tiny.EVAL, *common, "--execution", "reference", "--device", "cpu", "--json", three
     )
@@ -330,20 +337,20 @@ def test_three_processes_give_the_same_json(farm, run, evaluate, tmp_path):
     assert output.count("firing rate") == 1
 
 
-def test_what_would_fail_after_the_evaluation_fails_before(run, evaluate, tmp_path, monkeypatch):
+def test_what_would_fail_after_the_evaluation_fails_before(run, broken, tmp_path, monkeypatch):
     for arguments, message in (
         (("--json", tmp_path / "no" / "e.json"), "--json: cannot write"),
         (("--json", tmp_path), f"--json: cannot write {tmp_path}: name a file in a folder"),
         (("--report", tmp_path / "no" / "page.html"), "--report: cannot write"),
         (("--energy", tmp_path / "no.yaml"), "--energy: "),
     ):
-        assert message in broken(evaluate, "--checkpoint", run, *arguments)
+        assert message in broken("--checkpoint", run, *arguments)
     kept = tmp_path / "kept.json"
     kept.write_text("earlier")
     none = ("--checkpoint", tmp_path / "none", "--json", kept)
-    assert "none; give a run folder or" in broken(evaluate, *none)
+    assert "none; give a run folder or" in broken(*none)
     monkeypatch.chdir(run.parents[1])
-    assert f"did you mean runs/{run.name}?" in broken(evaluate, "--checkpoint", run.name)
+    assert f"did you mean runs/{run.name}?" in broken("--checkpoint", run.name)
     assert kept.read_text() == "earlier"
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
 
@@ -362,8 +369,7 @@ def test_file_alone_is_enough_wherever_the_data_is(run, tiny_copy, evaluate, tmp
         ("--checkpoint", run / "checkpoints"),
     ):
         target = tmp_path / "e.json"
-        status, _, err = evaluate(*options, "--json", target)
-        assert status == 0, err
+        evaluate(*options, "--json", target)
         results.append(json.loads(target.read_text()) | {"checkpoint": ""})
     assert results[0] == results[1] == results[2]
     (moved / "index").rename(tmp_path / "index")
@@ -372,42 +378,32 @@ def test_file_alone_is_enough_wherever_the_data_is(run, tiny_copy, evaluate, tmp
     older, newer = sorted((copy / "checkpoints").glob("step-*"))
     (copy / "checkpoints" / "best").write_text(older.name)
     for which, step in (((), newer.name), (("--best",), older.name)):
-        status, _, err = evaluate("--checkpoint", copy, *which, *options)
-        assert status == 0, err
+        evaluate("--checkpoint", copy, *which, *options)
         assert step == f"step-{json.loads(target.read_text())['step']:08}"
 
 
-def test_weights_of_somebody_else_ask_for_the_data(run, evaluate, tmp_path, monkeypatch):
+def test_weights_of_somebody_else_ask_for_the_data(run, broken, tmp_path, monkeypatch):
     """An export names no place of the data; one of that name may be here by chance."""
     from tetdist.apps.cli import export
 
     file = tmp_path / "model.safetensors"
     assert export.main([str(run), "--format", "safetensors", "--output", str(file)]) == 0
     monkeypatch.chdir(tmp_path)
-    message = broken(evaluate, "--checkpoint", file)
+    message = broken("--checkpoint", file)
     assert "there is no folder data; " in message
     assert "eval.py: --data FOLDER" in message
     (tmp_path / "data").mkdir()
-    message = broken(evaluate, "--checkpoint", file)
+    message = broken("--checkpoint", file)
     assert "there is no index data/index/val.npz; make it with" in message
 
 
-def broken(evaluate: Tool, *arguments: object) -> str:
-    status, out, err = evaluate(*arguments)
-    assert status == 2, out + err
-    assert out == ""
-    assert "error:" in err
-    assert "Traceback" not in err
-    return err
-
-
 def test_some_of_the_classes_are_found_by_their_names_and_reported_as_a_subset(
-    run, tiny_copy, evaluate, tmp_path
+    run, tiny_copy, evaluate, broken, tmp_path
 ):
     from tetdist.datasets import index
 
     file, page = tmp_path / "e.json", tmp_path / "e.html"
-    assert evaluate("--checkpoint", run, "--json", file)[0] == 0
+    evaluate("--checkpoint", run, "--json", file)
     whole = json.loads(file.read_text())
     assert "subset" not in whole
     # As a folder of another name, and of one class whose label there is not that of the training.
@@ -417,8 +413,7 @@ def test_some_of_the_classes_are_found_by_their_names_and_reported_as_a_subset(
             shutil.copytree(tiny_copy / "val" / name, folder / split / name)
         index.index_splits(folder, [split])
         options = ("--data", folder, "--split", split, "--json", file, "--report", page)
-        status, out, err = evaluate("--checkpoint", run, *options)
-        assert status == 0, err
+        out = evaluate("--checkpoint", run, *options)
         found = json.loads(file.read_text())
         assert found["subset"] == names
         labels = [tiny.CLASSES.index(name) for name in names]
@@ -430,18 +425,18 @@ def test_some_of_the_classes_are_found_by_their_names_and_reported_as_a_subset(
         words = f"with {len(names)} of the 4 classes of the network ({', '.join(names)}); it chose"
         assert f"{words} among all 4" in out
         assert f"{words} among all 4" in page.read_text()
-    message = broken(evaluate, "--checkpoint", run, "--data", tmp_path / "Test")
+    message = broken("--checkpoint", run, "--data", tmp_path / "Test")
     assert "has no indexed val split, only Test, which" in message
 
 
-def test_bad_data(run, tiny_copy, evaluate, tmp_path):
+def test_bad_data(run, tiny_copy, broken, tmp_path):
     from tetdist.datasets import index
 
     def problem(*options: object) -> str:
-        return broken(evaluate, "--checkpoint", run, "--data", tiny_copy, *options)
+        return broken("--checkpoint", run, "--data", tiny_copy, *options)
 
     none = tmp_path / "none"
-    message = broken(evaluate, "--checkpoint", run, "--data", none)
+    message = broken("--checkpoint", run, "--data", none)
     assert f"--data: {none} does not exist; give the data folder" in message
     assert "has no indexed test split, only train, val, which" in problem("--split", "test")
     (tiny_copy / "val/up").rename(tiny_copy / "val/top")
@@ -453,5 +448,5 @@ def test_bad_data(run, tiny_copy, evaluate, tmp_path):
 
 
 @pytest.mark.parametrize("options", ["", *(f"x --timesteps {t}" for t in ("0", "3-1,2", "1-"))])
-def test_bad_command_line(options, evaluate):
-    broken(evaluate, *options.split())
+def test_bad_command_line(options, broken):
+    broken(*options.split())

@@ -81,14 +81,6 @@ def test_sums_means_and_real_numbers(alone):
     assert (mixed.accumulates, mixed.multiply_accumulates) == (0, 2 * synapses)
 
 
-def test_linear_layer(alone):
-    x = torch.zeros(2, 3, 5)  # B, T, inputs
-    x[0, 0, 1] = x[0, 2, 1] = x[1, 0, 4] = 1
-    found = count(Layer(nn.Linear(5, 7)), alone, x)
-    assert found.accumulates == 3 * 7 / 2  # a sample
-    assert found.relu_multiply_accumulates == 5 * 7
-
-
 def test_a_network(alone):
     """A SEW-ResNet: its first layer once for all timesteps, its sums as events, its head real."""
     torch.manual_seed(0)

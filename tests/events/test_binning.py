@@ -9,7 +9,6 @@ from torchvision.transforms import v2
 
 from tetdist.apps.events.binning import Binning, bin_events, resize_weights, window_frames
 from tetdist.apps.events.recording import BadRecording, Events, Sensor
-from tetdist.errors import UserError
 
 SENSOR = Sensor(12, 9)
 
@@ -185,13 +184,3 @@ def test_saturation_is_counted():
 def test_too_few_events_are_refused():
     with pytest.raises(BadRecording, match="4 events are too few for 5 bins"):
         binned(recording(4), 5)
-
-
-def test_a_silence_of_years_is_named():
-    t = np.array([0, 1, 3_000_000_000])
-    events = Events(t * 0, t * 0, t, t * 0, Sensor(4, 4))
-    binning = Binning(2, None, "1ms", "count", "area", "uint8")
-    with pytest.raises(
-        UserError, match=r"event 2 comes 2999999999 us after .* 10000 windows of 1ms"
-    ):
-        next(window_frames(events, binning))

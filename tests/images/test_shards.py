@@ -14,7 +14,7 @@ from samples import (
 )
 
 from tetdist.apps.images import shards
-from tetdist.apps.images.shards import plan_shards, shard_split
+from tetdist.apps.images.shards import shard_split
 from tetdist.config.sections.data import DataSection
 from tetdist.data.batches import eval_batches
 from tetdist.data.dali import Workers
@@ -87,18 +87,6 @@ def test_names_are_made_fit_for_keys(tmp_path):
         "00000000-a_b_c.jpg",
         "00000001-a_b.jpg",
     ]
-
-
-def test_a_plan_takes_every_sample_once_and_none_too_many(image_root):
-    index = indexed(image_root(per_class=8))
-    for max_bytes in (1, 5000, SMALL, 10**9):
-        plan = plan_shards(index, 3, max_bytes)
-        assert sorted(np.concatenate(plan).tolist()) == list(range(24))
-        sizes = [sum(index.file_sizes[ids]) for ids in plan]
-        assert all(
-            size <= max_bytes or len(ids) == 1 for size, ids in zip(sizes, plan, strict=True)
-        )
-    assert len(plan) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import save_file
 from samples import pixels
 
-from tetdist.apps.reports import compare, style
+from tetdist.apps.reports import style
 
 A, B = "a", "b"
 
@@ -115,12 +115,6 @@ def test_values_that_are_not_finite_equal_themselves(compared):
     assert compared(values, ours=values)[0] == 0
 
 
-def test_relative_difference_of_small_and_large_values():
-    assert compare.relative_difference(1.7e308, -1.7e308) == 2
-    assert compare.relative_difference(0.0, 5e-324) == 1
-    assert compare.relative_difference(0.0, -0.0) == 0
-
-
 def test_results_and_differing_keys(run_tool, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     worse = {("val", 10): {"top1": 20.0, "epoch": 2.0}}
@@ -159,18 +153,10 @@ def test_a_key_that_an_older_version_lacks_has_its_default_and_a_long_value_is_w
     assert "Configuration: 1 different key.\n  init_checkpoint  a: None; b:" in printed
     assert all(len(line) <= 100 for line in printed.splitlines())
     assert printed.count("x") >= 300
-    old = written | {"log_every": 20, "clip_mode": "norm", "non_finite_limit": 9}
-    drawn = written | {"phases": [written["phases"][0] | {"timesteps": {"from": 1, "to": 3}}]}
-    printed = run_tool(a, make_run(tmp_path / "drawn", **drawn | {"log_every": 20}))[1]
+    drawn = [written["phases"][0] | {"timesteps": {"from": 1, "to": 3}}]
+    other = make_run(tmp_path / "drawn", **written | {"phases": drawn})
+    printed = run_tool(a, other)[1]
     assert "1 different key.\n  phases.0.timesteps  a: 2; b: 1 to 3\n" in printed
-    old["phases"] = [old["phases"][0] | {"schedule": "step", "decay_rate": 0.1}]
-    printed = run_tool(a, make_run(tmp_path / "old", **old))[1]
-    found = printed.partition("Configuration: ")[2].partition("Metrics")[0].splitlines()
-    assert [line.split() for line in found if line] == [
-        ["2", "different", "keys."],
-        ["phases.0.schedule", "a:", "cosine;", "b:", "step"],
-        ["non_finite_limit", "a:", "-;", "b:", "9"],
-    ]
 
 
 @pytest.mark.parametrize(

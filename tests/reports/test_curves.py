@@ -1,22 +1,16 @@
 """The pictures of a run: that they show what they should, from a run's first minute to its last."""
 
 import json
-import math
 
-import numpy as np
-import torch
 from samples import pixels
 
-from tetdist.apps.events.statistics import coloured
 from tetdist.apps.reports import style
 from tetdist.apps.reports.curves import (
     _phase_borders,
     firing_rates,
     learning_curves,
 )
-from tetdist.apps.reports.run_plots import rgb_images
 from tetdist.apps.reports.style import TRAIN, VALIDATION
-from tetdist.config.sections.data import DataSection
 
 
 def train_line(step, **values):
@@ -113,25 +107,3 @@ def test_firing_rates_show_what_is_dead_and_saturated(tmp_path):
         (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         firing_rates(tmp_path / "metrics.jsonl", tmp_path / "none.png")
         assert not (tmp_path / "none.png").exists()
-
-
-def test_images_and_events_as_rgb():
-    data = DataSection(root="x", mean=(0.5, 0.5, 0.25), std=(0.5, 0.5, 0.25))
-    rgb = rgb_images(torch.tensor([-1.0, 0.0, 9.0]).view(1, 3, 1, 1), data)
-    assert rgb.tolist() == [[[[0.0, 0.5, 1.0]]]]
-    frames = np.zeros((1, 2, 1, 3), np.uint8)
-    assert (coloured(frames, 99) == 1).all()
-    frames[0, 1, 0, 0] = frames[0, 0, 0, 1] = 2  # on, off
-    assert coloured(frames, 99)[0, 0].tolist() == [[1, 0, 0], [0, 0, 1], [1, 1, 1]]
-
-
-def test_means_over_a_few_steps_are_not_drawn_and_others_are_smoothed():
-    """Every 20 steps, and at the ends of two epochs of 62; half as many are enough."""
-    train = [train_line(step) for step in (20, 40, 60, 62, 82, 102, 122, 124, 134)]
-    assert [line["step"] for line in style.steady_part(train)] == [20, 40, 60, 82, 102, 122, 134]
-    assert style.steady_part(train[:1]) == train[:1]
-    assert style.steady_part([]) == []
-    values = [1.0, 2.0, 6.0, 3.0, 5.0]
-    assert style._running_mean(values, 1) == [1.5, 3.0, 11 / 3, 14 / 3, 4.0]
-    assert style._running_mean(values, 0) == values
-    assert all(map(math.isclose, style._running_mean(values, 9), [3.4] * 5))

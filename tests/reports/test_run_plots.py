@@ -75,9 +75,8 @@ def test_without_plots_the_log_still_names_dead_layers(main, tiny_config, tmp_pa
     monkeypatch.setattr(style, "png", lambda _: b"rendering takes its time")
     changes = {"model.neuron.threshold": 1e6, "loss.phi": 1e6}
     for plots in (True, False):
-        outcome = main(tiny_config(changes | {"name": f"{plots}", "plots": plots}))
-        assert outcome.status == 0, outcome.text
-        assert "dead layers, firing below 0.1 %" in outcome.text
+        named = tiny_config(changes | {"name": f"{plots}", "plots": plots})
+        tiny.expect(main(named), "dead layers, firing below 0.1 %")
         assert (tmp_path / f"runs/{plots}/plots").exists() == plots
     tiny.assert_same_run(tmp_path / "runs/True", tmp_path / "runs/False")
 

@@ -11,11 +11,9 @@ def test_results_are_the_same_bitwise_and_own_kernels_are_named(main, tiny_confi
     file = tiny_config({"execution": "fused", "max_steps": 7})
     assert main(file, "name=without").status == 0
     # Epochs are of 5 steps, and the profile ends with the first of them.
-    outcome = main(file, "name=with", "profile=[4,6]")
-    assert outcome.status == 0, outcome.text
+    tiny.expect(main(file, "name=with", "profile=[4,6]"), "profile of steps 4 to 5: ")
     runs = tmp_path / "runs"
     tiny.assert_same_run(runs / "without", runs / "with")
-    assert "profile of steps 4 to 5: " in outcome.text
 
     table = (runs / "with" / "profile" / "table.md").read_text()
     rows = [line.split() for line in table.splitlines()]
@@ -41,6 +39,4 @@ def test_results_are_the_same_bitwise_and_own_kernels_are_named(main, tiny_confi
     ],
 )
 def test_steps_that_cannot_be_profiled_are_refused(overrides, expected, main, tiny_config):
-    outcome = main(tiny_config(), *overrides)
-    assert outcome.status == 2
-    assert expected in outcome.text
+    tiny.refused(main(tiny_config(), *overrides), expected)

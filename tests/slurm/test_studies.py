@@ -23,11 +23,13 @@ class Study:
         self.cluster, self._capfd = cluster, capfd
         self.output = folder / "out"
 
-    def __call__(self, *arguments):
-        """Runs the tool: status, output, errors."""
+    def __call__(self, *arguments, status=0):
+        """Runs the tool, which ends with a status: output, or errors of another status than 0."""
         self._capfd.readouterr()
-        status = command.main(["study.yaml", "--output", "out", *map(str, arguments)])
-        return status, *self._capfd.readouterr()
+        found = command.main(["study.yaml", "--output", "out", *map(str, arguments)])
+        output, errors = self._capfd.readouterr()
+        assert found == status, errors
+        return errors if status else output
 
     def run(self, name):
         return Run(self.cluster, self.output / f"{name}-seed0")
@@ -56,21 +58,18 @@ def study(cluster, tiny_config, tmp_path, capfd, monkeypatch):
 def test_typed_again_it_submits_what_is_neither_finished_nor_queued(study, cluster, capfd):
     tiny_study = study({"second": {"init": "first"}, "first": {}, "other": {}})
     held = ("--slurm", *ON_CPU, *HELD)
-    assert tiny_study("--only", "other", *held)[0] == 0
-    status, output, errors = tiny_study("--only", "second", *held)
-    assert status == 0, errors
+    tiny_study("--only", "other", *held)
+    output = tiny_study("--only", "second", *held)
     first, second, other = map(tiny_study.run, ("first", "second", "other"))
     before = (first.job, second.job)
     assert f"second-seed0: submitted as job {second.job}, starts after first-seed0" in output
     assert f"afterok:{first.job}(" in cluster.job(second.job)["Dependency"]
-    status, output, errors = tiny_study(*held)
-    assert status == 0, errors
+    output = tiny_study(*held)
     for name, run in (("first", first), ("second", second), ("other", other)):
         assert f"{name}-seed0: PENDING as job {run.job} (waiting: " in output
     assert (len(cluster.squeue()), (first.job, second.job)) == (3, before)
     # Nor does it train here what is queued there.
-    status, _, errors = tiny_study()
-    assert (status, f"first-seed0 is PENDING as job {first.job}" in errors) == (2, True), errors
+    assert f"first-seed0 is PENDING as job {first.job}" in tiny_study(status=2)
 
     # Slurm does not remove what is held; so the second waits for a job that is gone.
     cluster.run("scancel", first.job)
@@ -79,8 +78,7 @@ def test_typed_again_it_submits_what_is_neither_finished_nor_queued(study, clust
     alone = ["--config", "tiny.yaml", "name=third", *ON_CPU]
     assert slurm.main([*alone, "--after", "out/first-seed0"]) == 2
     assert "--after: out/first-seed0 is neither finished nor queued" in capfd.readouterr().err
-    status, output, errors = tiny_study(*held)
-    assert status == 0, errors
+    output = tiny_study(*held)
     assert f"second-seed0: submitted as job {second.job}, starts after first-seed0" in output
     assert not {first.job, second.job} & {*before}
     queued = {f"{run.job} PENDING" for run in (first, second, other)}
@@ -103,8 +101,8 @@ def test_typed_again_it_submits_what_is_neither_finished_nor_queued(study, clust
 )
 def test_mistakes_are_named_and_nothing_is_queued(study, cluster, flags, words):
     changes = {"batch.global": 9, "batch.micro": 1} if "--nodes" in flags else {}
-    status, _, errors = study({"first": {}}, changes)("--slurm", *ON_CPU, *flags)
-    assert (status, errors.count("\n")) == (2, 1), errors
+    errors = study({"first": {}}, changes)("--slurm", *ON_CPU, *flags, status=2)
+    assert errors.count("\n") == 1
     assert [word for word in words if word not in errors] == [], errors
     assert not cluster.squeue()
 
@@ -115,14 +113,12 @@ def test_a_run_begins_when_the_one_it_needs_is_finished(study, cluster):
     long = {"phases.0.epochs": 150, "evaluate_every": 150}
     needs = {"init": "first", "teacher": "first"}
     tiny_study = study({"second": needs, "first": {"overrides": long}})
-    status, output, errors = tiny_study("--slurm", *ON_CPU)
-    assert status == 0, errors
+    tiny_study("--slurm", *ON_CPU)
     first, second = tiny_study.run("first"), tiny_study.run("second")
     wait_until(lambda: first.logged_step >= 20, "step 20", 90)
     cluster.run("scancel", "--signal=USR2", first.job)
     first.wait_for_start(2)
-    status, output, errors = tiny_study("--slurm", *ON_CPU)
-    assert status == 0, errors
+    output = tiny_study("--slurm", *ON_CPU)
     for name, run in (("first", first), ("second", second)):
         assert re.search(rf"{name}-seed0: \w+ as job {run.job} ", output), output
 
@@ -132,8 +128,6 @@ def test_a_run_begins_when_the_one_it_needs_is_finished(study, cluster):
     assert [event.kind for event in second.history] == ["submitted", "started", "finished"]
     assert first.history[-1].time < second.history[1].time
     assert f"beginning with the weights of {first.path} (step 750, T=2)" in second.log
-    status, output, errors = tiny_study("--slurm", *ON_CPU)
-    assert (status, output.count("-seed0: finished\n")) == (0, 2), errors
-    status, output, errors = tiny_study()
-    assert status == 0, errors
+    assert tiny_study("--slurm", *ON_CPU).count("-seed0: finished\n") == 2
+    tiny_study()
     assert "Incomplete" not in (tiny_study.output / "report.md").read_text()

@@ -117,9 +117,8 @@ def test_run_begins_with_a_network_of_the_hub_and_is_taught_by_it(
         "init_checkpoint": "hf:us/small",
         "loss.distillation.teacher": f"hf:us/small@{commit}",
     }
-    outcome = main(tiny_config(changes), "max_steps=1")
-    assert outcome.status == 0, outcome.text
-    assert "beginning with the weights of hf:us/small (step 7, T=2)" in outcome.text
+    begun = "beginning with the weights of hf:us/small (step 7, T=2)"
+    tiny.expect(main(tiny_config(changes), "max_steps=1"), begun)
     # The cache now has it, and no network is needed.
     hub_stand_in.point_to("http://127.0.0.1:9", monkeypatch)
     assert load(Path(f"hf:us/small@{commit}")).description.step == 7

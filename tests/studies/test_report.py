@@ -171,21 +171,3 @@ def test_the_page_of_losses_is_that_of_its_numbers():
     answer, seeds, text, _ = importlib.import_module("losses").page_of(found)
     assert (answer, seeds) == (found["answer"], found["n"])
     assert file.with_suffix(".md").read_text().endswith(f"**Answer.** {answer}\n\n{text}")
-
-
-def test_a_page_is_made_of_a_report(made, tmp_path, monkeypatch):
-    """And anew of its own numbers; here, the report is that of a published page."""
-    published = RESULTS / "early_exit_digits.md"
-    report, pages = tmp_path / published.stem / "report.json", tmp_path / "pages"
-    report.parent.mkdir()
-    pages.mkdir()
-    report.write_bytes(published.with_suffix(".json").read_bytes())
-    monkeypatch.setattr(made.pages, "RESULTS", pages)
-    for file in (report, pages / published.with_suffix(".json").name):
-        made.write(file)
-        assert (pages / f"{published.stem}.png").stat().st_size > 10_000
-        numbers = json.loads((pages / f"{published.stem}.json").read_text())
-        assert numbers == json.loads(report.read_text())
-        text = (pages / published.name).read_text()
-        head = published.read_text().partition("\n\n## ")[0]
-        assert text.startswith(f"{head}\n\n![{numbers['study']['title']}](early_exit_digits.png)\n")

@@ -19,14 +19,12 @@ from tetdist.tracking.mlflow_store import check_store, hand_over
     ("uri", "expected"),
     [
         ("foo://bar", "MLflow cannot use foo://bar"),
-        ("https://", "names no host"),
         ("http://me:secret@host:99999", "Port out of range"),
         ("sqlite://", "in memory"),
         ("postgresql+nosuchdriver://host/runs", "MLflow cannot use"),
         ("sqlite:///{}/garbage.db", "not a database"),
         ("sqlite:///{}/a?b=c/mlflow.db", "an address cannot hold the '?' of this path"),
         ("file:///{}/mlruns", "MLflow cannot use file:///"),
-        ("databricks://scope:secret@host", "MLflow cannot use databricks://scope@host (give data"),
         # What may do its work later is taken.
         ("https://user:secret@nowhere.invalid/mlflow", None),
         ("sqlite:///{}/mlflow.db", None),

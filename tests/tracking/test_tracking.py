@@ -369,7 +369,7 @@ def test_a_kill_at_any_call_is_caught_up(store, tmp_path, monkeypatch):
     assert number > 5
 
 
-def test_a_run_that_mlflow_forgot_is_sent_anew(store, empty_store, tmp_path, caplog, monkeypatch):
+def test_a_run_that_mlflow_forgot_is_sent_anew(store, tmp_path, caplog, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
@@ -385,23 +385,16 @@ def test_a_run_that_mlflow_forgot_is_sent_anew(store, empty_store, tmp_path, cap
     assert not tracker.is_complete
     assert_all_there(store, run_dir)
     caplog.clear()
-    first = store.run(run_dir).info.run_id
-
-    elsewhere = Store(tmp_path / "other")
-    elsewhere.folder.mkdir()
-    shutil.copy(empty_store, elsewhere.folder / "mlflow.db")
-    with caplog.at_level(logging.INFO, logger="tetdist"):
-        elsewhere.open(run_dir, 20).close("FINISHED")
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert f"does not have run {first}" in message
-    assert_all_there(elsewhere, run_dir)
 
     # Deleted, as if by hand in the user interface.
-    destination = Destination(elsewhere.uri, "trials", tmp_path)
+    destination = Destination(store.uri, "trials", tmp_path)
     deleted = mlflow_logger.announce(run_dir, "a run", destination, {}, "DELETED")
-    assert elsewhere.client.get_run(deleted).info.lifecycle_stage == "deleted"
-    elsewhere.open(run_dir, 20).close("FINISHED")
-    assert_all_there(elsewhere, run_dir)
+    assert store.client.get_run(deleted).info.lifecycle_stage == "deleted"
+    with caplog.at_level(logging.INFO, logger="tetdist"):
+        store.open(run_dir, 20).close("FINISHED")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert f"does not have run {deleted}" in message
+    assert_all_there(store, run_dir)
 
 
 # Servers and databases.

@@ -209,8 +209,7 @@ def test_accuracy_is_not_claimed_at_another_t_and_names_may_have_dots(output_of,
 
 
 def test_real_run_is_given_away_and_taken_back(output_of, tiny_root, tiny_config, main, tmp_path):
-    outcome = main(tiny_config({"evaluate_every": 1}))
-    assert outcome.status == 0, outcome.text
+    tiny.expect(main(tiny_config({"evaluate_every": 1})))
     run, given = tmp_path / "runs" / "tiny", tmp_path / "given"
     output = output_of("export", run, "--format", "safetensors", "--output", given)
     top1 = tiny.metrics(run, "val")[-1]["top1"]
@@ -219,14 +218,11 @@ def test_real_run_is_given_away_and_taken_back(output_of, tiny_root, tiny_config
     git = json.loads((run / "environment.json").read_text())["git"]
     assert git is None or f"| trained at commit | {git['commit'][:12]}" in card
     changes = {"name": "again", "init_checkpoint": str(given / "model.safetensors")}
-    outcome = main(tiny_config(changes), "max_steps=1")
-    assert outcome.status == 0, outcome.text
-    assert "beginning with the weights of" in outcome.text
-    assert "another network" not in outcome.text
+    text = tiny.expect(main(tiny_config(changes), "max_steps=1"), "beginning with the weights of")
+    assert "another network" not in text
     # The folder is what its weights are; the name of a file makes one, of the same weights.
     changes = {"name": "of-the-folder", "init_checkpoint": str(given)}
-    outcome = main(tiny_config(changes), "max_steps=1")
-    assert outcome.status == 0, outcome.text
+    tiny.expect(main(tiny_config(changes), "max_steps=1"))
     alone = tmp_path / "alone.safetensors"
     output = output_of("export", given, "--format", "safetensors", "--output", alone)
     assert f"wrote {alone}: the weights" in output
