@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import farm
-import optuna
 import pytest
 import tiny
 import yaml
@@ -189,6 +188,8 @@ def test_one_begins_with_another(output_of, write, tmp_path):
 
 
 def test_the_search_of_the_page_prunes_and_continues(tiny_config, tmp_path, monkeypatch, capsys):
+    import optuna
+
     page = (tiny.PROJECT / "docs" / "studies.md").read_text()
     script = page.split("```python\n# search.py\n")[1].split("```")[0]
     assert "n_trials=9" in script
