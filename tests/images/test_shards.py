@@ -1,5 +1,6 @@
 """Packing into shards and unpacking: what comes out, how it resumes, what it refuses."""
 
+import dataclasses
 import io
 import resource
 import shutil
@@ -70,7 +71,8 @@ def test_shards_hold_the_data_set_in_another_order(image_root, tmp_path):
     again, bad = ix.build_index(tmp_path / "p", "train", workers=1)
     loaded = ix.load_index(tmp_path / "p" / "index" / "train.npz")
     assert bad == []
-    for name in ix.Index.__dataclass_fields__:
+    for field in dataclasses.fields(ix.Index):
+        name = field.name
         assert np.array_equal(getattr(loaded, name), getattr(again, name)), name
 
 
