@@ -155,13 +155,18 @@ def rank_micro_batches(rank: int, world_size: int, global_batch: int, micro_batc
         )
     count = global_batch // micro_batch
     if count % world_size:
-        suitable = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         raise UserError(
             f"{count} micro-batches a step (global batch {global_batch}, micro-batch {micro_batch})"
-            f" cannot be divided equally among {world_size} processes; use {suitable} of them, or"
-            " other batch sizes"
+            f" cannot be divided equally among {world_size} processes; use"
+            f" {process_counts(count)} of them, or other batch sizes"
         )
     return range(rank, count, world_size)
+
+
+def process_counts(micro_batches: int) -> str:
+    """Return the numbers of processes that can share the micro-batches of a step, for messages."""
+    numbers = range(1, micro_batches + 1)
+    return ", ".join(str(n) for n in numbers if micro_batches % n == 0)
 
 
 def micro_batch_positions(

@@ -1,5 +1,7 @@
 """The plan's arithmetic, against numbers worked out by hand."""
 
+import dataclasses
+
 import pytest
 
 from tetdist.apps.slurm import plan
@@ -68,6 +70,26 @@ def test_hours_by_hand():
     assert "from 100 samples/s a process at T=4 (as given)" in text
     assert "too short" in plan.describe(make(time="5"), Speed(100.0, 4))
     assert "duration     29 min 50 s, " in plan.describe(made, Speed(10739.0, 4))
+
+
+def test_fixed_costs_of_an_epoch_and_cores_that_load():
+    made = make(nodes=1, gpus_per_node=8, cpus_per_task=4)
+    text = plan.describe(made, Speed(2380.0, 4))
+    assert " 1 a process; 1, 2, 4, 8 processes divide them" in text
+    # 50,000 images at 3 times the speed of 5,004 * 256.
+    assert "an epoch     1.3 % for evaluation, assumed 3 times as fast as training; 6 check" in text
+    assert f"{6 * made.checkpoint_bytes / 1e6:.1f} MB written" in text
+    assert "warning: 33.7 cores a node, of 32, for 19,040 images/s at 1.77 ms each" in text
+    assert text.endswith("; give cluster.cpus_per_task=5")
+    made = make(overrides=("data.auto_augment=rand-m9", "save.every_steps=null"), cpus_per_task=8)
+    text = plan.describe(
+        dataclasses.replace(made, sample_bytes=1e5), Speed(1000.0, 4, evaluation=2)
+    )
+    assert "evaluation, measured 2 times as fast as training; 1 checkpoint, " in text
+    assert "loading      11.5 cores a node, of 32, for 4,000 images/s at 2.87 ms each" in text
+    assert text.endswith("; 400.0 MB/s")
+    for other in ("data.device=gpu", "data.kind=events"):
+        assert "loading" not in plan.describe(make(overrides=(other,)), Speed(1000.0, 4)), other
 
 
 def test_a_quarter_of_the_epochs_is_slower():

@@ -1,22 +1,26 @@
 """Cost of a run: steps, images, checkpoints and, from a measured speed, hours.
 
-Each process trains its part of the micro-batches at the speed from speed.py; evaluations run at
-three times that speed. The time to average gradients is left out unless it was measured, as in the
-folder of a run. Data loading is assumed to keep up.
+Each process trains its part of the micro-batches at the speed from speed.py, and evaluates at the
+measured speed or three times that of training. The time to average gradients is left out unless it
+was measured, as in the folder of a run. Data loading is assumed to keep up; the plan says what that
+takes.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tetdist import order
 from tetdist.apps.slurm.cluster import RESTART_MINUTES, ClusterSection
-from tetdist.apps.slurm.speed import Speed
+from tetdist.apps.slurm.speed import EVALUATION, Speed
 from tetdist.config.schema import RunConfig
 from tetdist.optimizers import kind_of
 from tetdist.training.schedule import schedule_phases
 from tetdist.wording import counted, duration
 
-EVALUATION_SPEED = 3.0  # forward pass only, relative to forward and backward pass
+# Milliseconds of a core to load an image of ImageNet at 224 pixels (docs/data.md), and what
+# data.auto_augment adds.
+LOADING_MS = 1.77
+POLICY_MS = {"trivial": 0.4, "cifar10": 0.5, "imagenet": 0.5, "3a": 0.9, "rand": 1.1}
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Plan:
     origin: str  # source of these sizes
     parameters: int
     checkpoint_bytes: int  # of one checkpoint
+    sample_bytes: float | None  # mean size of a training sample's file; None if unknown
 
     @property
     def micro_batches(self) -> int:
@@ -58,6 +63,7 @@ def make(
     parameters: int,
     buffers: int,
     origin: str = "in the split",
+    sample_bytes: float | None = None,
 ) -> Plan:
     """Return the plan of a run; ``buffers`` is the size of the model's buffers."""
     batch = config.batch
@@ -81,6 +87,7 @@ def make(
         origin=origin,
         parameters=parameters,
         checkpoint_bytes=4 * (parameters * (copies + moments) + copies * buffers),
+        sample_bytes=sample_bytes,
     )
 
 
@@ -90,7 +97,7 @@ def seconds_of(plan: Plan, speed: Speed) -> float:
     phases = schedule_phases(plan.config.phases, plan.steps_per_epoch, plan.config.batch.global_)
     for phase in phases[plan.config.start_phase :]:
         steps = max(0, min(phase.end_step, plan.last_step) - phase.first_step)
-        images = plan.evaluations * steps / plan.steps * plan.val_images / EVALUATION_SPEED
+        images = plan.evaluations * steps / plan.steps * plan.val_images / speed.evaluation
         images += steps * plan.config.batch.global_
         total += images / plan.cluster.processes / speed.rate(phase.section.mean_timesteps)
     return total
@@ -115,7 +122,8 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"CPUs         {_cpus(config.data.threads, cluster.cpus_per_task)}",
         f"a step       {counted(batch.global_, 'sample')} in "
         f"{counted(plan.micro_batches, 'micro-batch')} of {batch.micro}, "
-        f"{plan.micro_batches // cluster.processes} a process",
+        f"{plan.micro_batches // cluster.processes} a process; "
+        f"{order.process_counts(plan.micro_batches)} processes divide them",
         f"steps        {plan.steps_per_epoch:,} an epoch, {plan.steps:,} in total "
         f"({epochs} epochs)",
         f"samples      {plan.images:,} to train on ({plan.train_images:,} {plan.origin}), "
@@ -134,6 +142,8 @@ def describe(plan: Plan, speed: Speed | str) -> str:
             f"activations and gradients, {_size(weights)} for weights and optimiser state"
         )
     seconds = seconds_of(plan, speed)
+    every = config.save.every_steps
+    saves = 1 + (plan.steps_per_epoch // every if every else 0)
     gpu_hours = seconds / 3600 * cluster.nodes * (cluster.gpus_per_node or 0)
     stretch = cluster.minutes * 60 - cluster.warn_before_end - RESTART_MINUTES * 60
     limits = max(1, math.ceil(seconds / stretch)) if stretch > 0 else "too short"
@@ -143,7 +153,11 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"{gpu_hours:,.0f}, time limits {limits} ({RESTART_MINUTES:g} minutes a restart)",
         f"             from {speed.images_per_s:.4g} samples/s a process at T={speed.timesteps:g} "
         f"({speed.source}), without the time to average gradients unless it was measured",
+        f"an epoch     {_evaluation(plan, speed, seconds)}{counted(saves, 'checkpoint')}, "
+        f"{_size(saves * plan.checkpoint_bytes)} written",
     ]
+    if config.data.kind == "images" and config.data.device == "cpu":
+        lines.append(_loading(plan, speed.rate(phases[0].mean_timesteps)))
     return "\n".join(lines)
 
 
@@ -154,6 +168,34 @@ def _cpus(threads: int, given: int | None) -> str:
     return (
         f"warning: {found}, but {threads} threads load samples (data.threads); give "
         f"cluster.cpus_per_task={threads}"
+    )
+
+
+def _evaluation(plan: Plan, speed: Speed, seconds: float) -> str:
+    """Return what part of a run's ``seconds`` evaluations take; empty if their size is unknown."""
+    if not plan.val_images:
+        return ""
+    part = 1 - seconds_of(replace(plan, evaluations=0), speed) / seconds
+    known = "assumed" if speed.evaluation == EVALUATION else "measured"
+    times = f"{known} {speed.evaluation:.2g} times as fast as training"
+    return f"{100 * part:.1f} % for evaluation, {times}; "
+
+
+def _loading(plan: Plan, rate: float) -> str:
+    """Return what loading takes on a node whose processes train ``rate`` images a second each."""
+    cluster, processes = plan.cluster, plan.cluster.processes_per_node
+    policy = plan.config.data.auto_augment.partition("-")[0]
+    milliseconds = LOADING_MS + POLICY_MS.get(policy, 0.0)
+    cores = processes * rate * milliseconds / 1000
+    given = processes * (cluster.cpus_per_task or 1)
+    warning = (
+        "" if cores <= given else f"; give cluster.cpus_per_task={math.ceil(cores / processes)}"
+    )
+    read = "" if plan.sample_bytes is None else f"; {_size(processes * rate * plan.sample_bytes)}/s"
+    return (
+        f"loading      {'warning: ' if warning else ''}{cores:.1f} cores a node, of {given}, for "
+        f"{processes * rate:,.0f} images/s at {milliseconds:.3g} ms each (ImageNet at 224 pixels, "
+        f"AMD EPYC){read}{warning}"
     )
 
 

@@ -23,6 +23,8 @@ from tetdist.tracking.metrics_file import read_metrics
 
 # Lines of a run's metrics that its rate is the median of.
 LINES = 100
+# Speed of an evaluation, which has no backward pass, relative to training, if it was not measured.
+EVALUATION = 3.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Speed:
     timesteps: float  # T of the measurement; a mean, if steps draw their T
     source: str = "as given"
     peak_mib: float | None = None  # of a step's activations and gradients on a GPU
+    evaluation: float = EVALUATION  # speed of an evaluation, relative to training
 
     def rate(self, timesteps: float) -> float:
         """Return the samples a second at another T, with which the rate falls."""
@@ -120,7 +123,8 @@ def _of_file(file: Path) -> dict[str, Any]:
 def _of_run(folder: Path) -> dict[str, Any]:
     """Return a run's rate, and what it trains, in the form of a benchmark's file."""
     try:
-        lines = [one for one in read_metrics(folder / "metrics.jsonl") if one["kind"] == "train"]
+        metrics = list(read_metrics(folder / "metrics.jsonl"))
+        lines = [one for one in metrics if one["kind"] == "train"]
         pairs = [(one["samples_per_s"], one["image_timesteps_per_s"]) for one in lines[-LINES:]]
         state = checkpoint_at(folder / "checkpoints" / "last") / STATE_FILE
         processes = parse_json(read_text(state))["world_size"]
@@ -132,8 +136,11 @@ def _of_run(folder: Path) -> dict[str, Any]:
         ) from error
     config = loading.load_written(folder / "config.yaml")
     images = config.data.kind == "images"
+    rate = statistics.median(rate for rate, _ in pairs)
+    evaluated = [one["samples"] / one["seconds"] for one in metrics if one["kind"] == "val"]
     return {
-        "images_per_s": statistics.median(rate for rate, _ in pairs),
+        "images_per_s": rate,
+        "evaluation": statistics.median(evaluated) / rate if evaluated else EVALUATION,
         "timesteps": statistics.median(of_timesteps / rate for rate, of_timesteps in pairs),
         "processes": processes,
         "model": config.model.name,
@@ -155,7 +162,8 @@ def _speed_in(values: dict[str, Any], config: RunConfig) -> Speed:
         raise ValueError(rate)
     mean = config.phases[config.start_phase].mean_timesteps
     peak = values.get("peak_mib") if values.get("batch") == config.batch.micro else None
-    return Speed(rate, float(values.get("timesteps", mean)), f"measured{text}", peak)
+    evaluation = float(values.get("evaluation", EVALUATION))
+    return Speed(rate, float(values.get("timesteps", mean)), f"measured{text}", peak, evaluation)
 
 
 def _unlike(

@@ -80,6 +80,7 @@ def prepare(
     train_index, val_index = data or open_data(config, _world(cluster))
     model = make_model(config, train_index)
     parameters = sum(p.numel() for p in model.parameters())
+    sizes = train_index.file_sizes
     made = plan.make(
         config,
         cluster,
@@ -88,6 +89,7 @@ def prepare(
         parameters=parameters,
         buffers=sum(b.numel() for b in model.buffers()),
         origin="in the split" if data is None else "as given, without reading the data",
+        sample_bytes=float(sizes.mean()) if sizes.size else None,
     )
     return Prepared(config, cluster, made, train_index.frames(config.data))
 
