@@ -1,5 +1,6 @@
 """Batches loaded in a process of their own, finished on the device: the same ones, to the bit."""
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -13,7 +14,7 @@ from tetdist.config.loading import load
 from tetdist.data import build, dali, own_process, transfer
 from tetdist.data.dali import import_dali
 from tetdist.data.pixels import Edits, Output, edited
-from tetdist.datasets.index import build_index, load_index
+from tetdist.datasets.index import build_index, load_index, save_index
 from tetdist.errors import UserError
 
 # All that is done to images, before and after normalisation.
@@ -100,6 +101,17 @@ def test_a_bad_file_is_named_as_ever(config, tiny_copy, alone):
         build.train_loader(config, index, alone, 0) as batches,
     ):
         list(islice(batches, 40))
+
+
+def test_a_loader_refuses_another_index_than_its_run_has(config, tiny_copy, alone):
+    file = tiny_copy / "index" / "train.npz"
+    index = load_index(file)
+    save_index(dataclasses.replace(index, fingerprint="another"), file)
+    with (
+        pytest.raises(UserError, match=r"index/train\.npz was replaced while it was in use"),
+        build.train_loader(config, index, alone, 0) as batches,
+    ):
+        next(batches)
 
 
 def test_a_killed_loader_is_reported(config, tiny_copy, alone):

@@ -10,6 +10,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
@@ -63,8 +64,9 @@ class LoaderProcess(Batches):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tetdist.data.build"])
         self._channel, theirs = context.Pipe()
+        arguments = pickle.dumps(make), tuple(imports), theirs
         self._process = context.Process(
-            target=_serve, args=(make, tuple(imports), theirs), daemon=True, name="tetdist-loader"
+            target=_serve, args=arguments, daemon=True, name="tetdist-loader"
         )
         self._process.start()
         theirs.close()
@@ -140,7 +142,7 @@ def _check(status: Any) -> None:
     torch.cuda.check_error(int(status))
 
 
-def _serve(make: Callable[[], Loader], imports: tuple[str, ...], channel: Connection) -> None:
+def _serve(pickled: bytes, imports: tuple[str, ...], channel: Connection) -> None:
     """Write batches into free slots until the other side closes the channel."""
     end_with_parent()
     # The loader's threads divide images among them, one at a time each.
@@ -152,6 +154,8 @@ def _serve(make: Callable[[], Loader], imports: tuple[str, ...], channel: Connec
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             plugins.import_files(imports)
+            # Here the consumer is told if the index was replaced meanwhile.
+            make: Callable[[], Loader] = pickle.loads(pickled)
             with make() as loader:
                 _write_all(loader, channel)
             channel.send(None)

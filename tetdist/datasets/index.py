@@ -213,10 +213,13 @@ def save_index(index: Index, file: str | Path) -> None:
         np.savez(stream, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
 
 
-def load_index(file: str | Path) -> Index:
-    """Map an index written by `save_index` into memory, after comparing its checksums.
+def load_index(file: str | Path, fingerprint: str | None = None) -> Index:
+    """Map an index written by `save_index` into memory, where it cannot be written to.
 
-    All processes of a machine share one copy of its arrays, which cannot be written to.
+    All processes of a machine share one copy of its arrays, also those that it is sent to.
+
+    Args:
+        fingerprint: The fingerprint that the index must have.
     """
     file = Path(file)
     # The default place is <root>/index/<split>.npz; elsewhere the root is unknown.
@@ -228,43 +231,36 @@ def load_index(file: str | Path) -> Index:
     if not file.is_file():
         raise UserError(f"there is no index {file}: build it with `{command}`")
     try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} differs")
-        index = _mapped(file)
+        with open_file(file) as stream, zipfile.ZipFile(stream) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} differs")
+            # It stays when `images index` replaces the file.
+            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            meta = parse_json(_mapped(archive, mapping, "meta").tobytes())
+            version = meta["version"]
+            if version != _FORMAT_VERSION:
+                raise UserError(
+                    f"the index {file} has format {version}, but this version reads format"
+                    f" {_FORMAT_VERSION}: build it again with `{command}`"
+                )
+            values: dict[str, Any] = {name: meta[name] for name in _META}
+            values |= {name: _mapped(archive, mapping, name) for name in _ARRAYS}
+        index = Index(**values | {name: tuple(values[name]) for name in _NAMES})
         if ((index.labels < 0) | (index.labels >= len(index.classes))).any():
             raise ValueError(f"a label is outside 0 to {len(index.classes) - 1}")
-    except _OtherFormat as error:
-        raise UserError(
-            f"the index {file} has format {error}, but this version reads format"
-            f" {_FORMAT_VERSION}: build it again with `{command}`"
-        ) from error
+    except UserError:
+        raise
     except _DAMAGE as error:
         raise UserError(
             f"the index {file} is damaged ({error}): build it again with `{command}`"
         ) from error
+    if fingerprint not in (None, index.fingerprint):
+        raise UserError(f"the index {file} was replaced while it was in use; start again")
     # Another process may have another working directory.
-    return index.made_by(_mapped_again, file.absolute(), index.fingerprint)
+    return index.made_by(load_index, file.absolute(), index.fingerprint)
 
 
-class _OtherFormat(Exception):
-    """Raised with the format of an index that this version does not read."""
-
-
-def _mapped(file: Path) -> Index:
-    with open_file(file) as stream, zipfile.ZipFile(stream) as archive:
-        # The mapping stays when `images index` replaces the file.
-        mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        meta = parse_json(_array(archive, mapping, "meta").tobytes())
-        if meta["version"] != _FORMAT_VERSION:
-            raise _OtherFormat(meta["version"])
-        values: dict[str, Any] = {name: meta[name] for name in _META}
-        values |= {name: tuple(meta[name]) for name in _NAMES}
-        return Index(**values | {name: _array(archive, mapping, name) for name in _ARRAYS})
-
-
-def _array(archive: zipfile.ZipFile, mapping: mmap.mmap, name: str) -> npt.NDArray[Any]:
+def _mapped(archive: zipfile.ZipFile, mapping: mmap.mmap, name: str) -> npt.NDArray[Any]:
     """Return an array of an .npz file as a view of the mapped file."""
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as member:
@@ -279,14 +275,6 @@ def _array(archive: zipfile.ZipFile, mapping: mmap.mmap, name: str) -> npt.NDArr
     lengths = np.frombuffer(mapping, "<u2", 2, info.header_offset + 26)
     start = info.header_offset + 30 + int(lengths.sum()) + header
     return np.frombuffer(mapping, dtype, count, start)
-
-
-def _mapped_again(file: Path, fingerprint: str) -> Index:
-    """Map an index in another process, which has compared the checksums."""
-    index = _mapped(file)
-    if index.fingerprint != fingerprint:
-        raise UserError(f"the index {file} was replaced while it was in use; start again")
-    return index.made_by(_mapped_again, file, fingerprint)
 
 
 def build_index(

@@ -7,6 +7,7 @@ facts that were found. Only samples of unchanged files are taken from it.
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,11 @@ def probe_with_journal(
     found: dict[int, Probe | str] = {}
     rows = [i for i, place in enumerate(byte_ranges) if _key(place) in known]
     places = [byte_ranges[i] for i in rows]
-    stamps = run_on_samples(functools.partial(_stamps, root), places, workers)
-    for i, stamp in zip(rows, (stamp for batch in stamps for stamp in batch), strict=True):
+    work = functools.partial(_examine, None, root, ())
+    for i, (stamp, _) in zip(rows, chain(*run_on_samples(work, places, workers)), strict=True):
         time_and_size, facts = known[_key(byte_ranges[i])]
         if stamp is not None and list(stamp) == time_and_size:
             found[i] = Probe(*facts)
-    del known
     rows = [i for i in range(len(byte_ranges)) if i not in found]
     num_known = len(found)
 
@@ -50,7 +50,7 @@ def probe_with_journal(
             progress(num_known + done, len(byte_ranges))
 
     report(0, 0)
-    work = functools.partial(_probe_stamped, probe, root, arguments)
+    work = functools.partial(_examine, probe, root, arguments)
     batches = run_on_samples(work, [byte_ranges[i] for i in rows], workers, report)
     with explaining(journal):
         journal.parent.mkdir(parents=True, exist_ok=True)
@@ -84,25 +84,21 @@ def _key(place: ByteRange) -> str:
     return place.file if place.size is None else f"{place.file} {place.offset} {place.size}"
 
 
-def _stamps(root: str | Path, byte_ranges: Sequence[ByteRange]) -> list[_Stamp]:
-    return [_stamp(root, place) for place in byte_ranges]
-
-
-def _stamp(root: str | Path, place: ByteRange) -> _Stamp:
-    try:
-        status = Path(root, place.file).stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size
-
-
-def _probe_stamped(
-    probe: Callable[..., Probe | str],
+def _examine(
+    probe: Callable[..., Probe | str] | None,
     root: str | Path,
     arguments: tuple[Any, ...],
     byte_ranges: Sequence[ByteRange],
-) -> list[tuple[_Stamp, Probe | str]]:
-    # The stamp comes first: a file that changes meanwhile is then probed again in the next start.
-    return [
-        (_stamp(root, place), probe_range(probe, root, place, *arguments)) for place in byte_ranges
-    ]
+) -> list[tuple[_Stamp, Probe | str | None]]:
+    """Return the stamps of files and, unless ``probe`` is None, what it finds in the samples."""
+    results: list[tuple[_Stamp, Probe | str | None]] = []
+    for place in byte_ranges:
+        # First, so that a file that changes meanwhile is probed again in the next start.
+        try:
+            status = Path(root, place.file).stat()
+            stamp = status.st_mtime_ns, status.st_size
+        except OSError:
+            stamp = None
+        found = None if probe is None else probe_range(probe, root, place, *arguments)
+        results.append((stamp, found))
+    return results
