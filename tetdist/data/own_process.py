@@ -154,7 +154,7 @@ def _serve(pickled: bytes, imports: tuple[str, ...], channel: Connection) -> Non
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             plugins.import_files(imports)
-            # Here the consumer is told if the index was replaced meanwhile.
+            # Its error, such as of an index that was replaced meanwhile, goes to the consumer.
             make: Callable[[], Loader] = pickle.loads(pickled)
             with make() as loader:
                 _write_all(loader, channel)

@@ -34,7 +34,7 @@ def probe_with_journal(
     Each new one is in the journal a moment later; bad samples are probed again in the next start.
     """
     known = dict(_entries(journal, settings := [probe.__name__, *arguments]))
-    found: dict[int, Probe | str] = {}
+    found: dict[int, Any] = {}
     rows = [i for i, place in enumerate(byte_ranges) if _key(place) in known]
     places = [byte_ranges[i] for i in rows]
     work = functools.partial(_examine, None, root, ())
