@@ -20,9 +20,10 @@ from tetdist.apps.weights import published
 from tetdist.apps.weights.sources import SOURCES
 from tetdist.config.names import NETWORKS
 from tetdist.errors import UserError
-from tetdist.storage import checkpoint
+from tetdist.storage import checkpoint, files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+PAGE = b"\n<!DOCTYPE html><html>sign in</html>"
 ARTICLE = "/v2/articles/14752998/files?page_size=1000"
 
 
@@ -193,7 +194,8 @@ def test_interrupted_downloads_continue(host, monkeypatch):
         ("no article", r"figshare:14752998/sew18_check\S+ cannot be downloaded \(HTTP Error 404"),
         ("other files", r"\(the article has sew34\.pth instead\); repeat .* save it as \S*sew18"),
         ("no file", r"sew18_checkpoint_319\.pth cannot be downloaded \(.*404"),
-        ("a page", r"sent is a web page, not weights; repeat the command, or download it from"),
+        ("a page", r"sew18\S+ is a web page, not weights, and was removed; download it from"),
+        ("a page by hand", r"sdt_8_384\.pth is a web page, not weights, and was removed; download"),
         ("damaged", r"sent has another MD5 than figshare's; repeat the command, or download it"),
         ("by hand", r"^sdt_8_384 has no address for programs; download it from https://drive"),
         ("unknown", r"there is no published network sew_resnet35; did you mean sew_resnet50\?"),
@@ -201,7 +203,8 @@ def test_interrupted_downloads_continue(host, monkeypatch):
     ],
 )
 def test_failed_downloads_say_what_to_do(name, complaint, host, tmp_path):
-    wanted = {"by hand": "sdt_8_384", "unknown": "sew_resnet35"}.get(name, "sew_resnet18")
+    wanted = "sdt_8_384" if "by hand" in name else "sew_resnet18"
+    wanted = "sew_resnet35" if name == "unknown" else wanted
     file = "sew18_checkpoint_319.pth"
     match name:
         case "other files":
@@ -210,7 +213,11 @@ def test_failed_downloads_say_what_to_do(name, complaint, host, tmp_path):
             host.publish(file, b"weights")
             del host.files[f"/{file}"]
         case "a page":
-            host.publish(file, b"\n<!DOCTYPE html><html>sign in</html>")
+            host.publish(file, PAGE)
+        case "a page by hand":
+            folder = files.own_cache() / "weights"
+            folder.mkdir()
+            (folder / "sdt_8_384.pth").write_bytes(PAGE)
         case "damaged":
             host.publish(file, b"weights", hashlib.md5(b"others").hexdigest())
         case "no cache":

@@ -58,6 +58,11 @@ class Published:
         keys = ("top1", "timesteps", "data", "page", "known")
         return {key: getattr(self, key) for key in keys}
 
+    def by_hand(self, file: Path) -> str:
+        """Advice for a download by hand."""
+        page = self.link or self.page
+        return f"download it from {page}, save it as {file} and repeat the command"
+
 
 @cache
 def table() -> dict[str, Published]:
@@ -109,6 +114,13 @@ def obtain(one: Published) -> Path:
     if not file.exists():
         file = _download(one, file)
     with file.open("rb") as stream:
+        if _WEB_PAGE.match(stream.read(100)):
+            file.unlink()
+            raise UserError(
+                f"what was saved as {file} is a web page, not weights, and was removed; "
+                f"{one.by_hand(file)}"
+            )
+        stream.seek(0)
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if not digest.exists():
         files.write_text(digest, found)
@@ -122,7 +134,7 @@ def obtain(one: Published) -> Path:
 
 def _download(one: Published, file: Path) -> Path:
     """Download a file, to ``file`` or the hub's cache; an interrupted download is continued."""
-    by_hand = f"download it from {one.link or one.page}, save it as {file} and repeat the command"
+    by_hand = one.by_hand(file)
     if one.host is None:
         raise UserError(f"{one.name} has no address for programs; {by_hand}. {one.known}")
     if one.host.startswith(hub.HF):
@@ -149,13 +161,12 @@ def _download(one: Published, file: Path) -> Path:
             f"{by_hand}"
         ) from error
     with part.open("rb") as stream:
-        is_page = _WEB_PAGE.match(stream.read(100)) is not None
-        stream.seek(0)
         is_damaged = md5 not in (None, hashlib.file_digest(stream, "md5").hexdigest())
-    if is_page or is_damaged:
+    if is_damaged:
         part.unlink()
-        what = "is a web page, not weights" if is_page else "has another MD5 than figshare's"
-        raise UserError(f"what {address} sent {what}; repeat the command, or {by_hand}")
+        raise UserError(
+            f"what {address} sent has another MD5 than figshare's; repeat the command, or {by_hand}"
+        )
     return part.rename(file)
 
 
