@@ -116,7 +116,7 @@ def _without_what_others_imported() -> Iterator[None]:
 
         registries: list[plugins.Registry[Any]] = [NEURONS, LOSSES, OPTIMIZERS]
         for known in registries:
-            for kind in [one for one in known if known._modules[one] in own]:
+            for kind in [k for k in known if known._modules[k].startswith(f"{plugins.PACKAGE}.")]:
                 del known[kind], known._modules[kind]
 
 

@@ -159,16 +159,6 @@ def test_note_is_void_after_a_write():
     assert torch.equal(conv(x), timewise(conv, x))
 
 
-def test_without_gradients_nothing_is_packed():
-    conv = CONVOLUTIONS["3x3"]
-    with torch.no_grad():
-        x = with_packed(some(), 1)
-        assert torch.equal(conv(x), timewise(conv, x))
-        assert torch.equal(
-            MaxPool(3, 2, 1)(x), F.max_pool2d(x.flatten(0, 1), 3, 2, 1).unflatten(0, (3, 2))
-        )
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_total_is_exact(dtype):
     generator = torch.Generator().manual_seed(0)

@@ -5,9 +5,8 @@ import contextlib
 import logging
 
 import pytest
-import timm
 import torch
-from kernel_runs import draw, fused_and_defined, interpreted, needs_triton, randomize
+from kernel_runs import draw, interpreted, needs_triton, randomize
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tetdist.nn import packed
@@ -72,20 +71,6 @@ def test_bytes_are_halved_and_unpacked_as_by_torch(count):
     assert torch.equal(carried.values, values)
     assert torch.equal(numbers, values.bfloat16() / 4)
     assert torch.equal(unpacked, values / 4)
-
-
-def test_network_in_segments_is_the_definition():
-    """Membranes are carried, and blocks recomputed from half bytes."""
-    torch.manual_seed(0)
-    neuron = LIF(threshold=0.5, surrogate="atan", surrogate_width=2.0)
-    model = timm.create_model(
-        "spiking_convnet", timesteps=3, neuron=neuron, channels=(4, 6), input_size=8
-    ).double()
-    randomize(model)
-    model.set_grad_checkpointing(True)
-    model.set_segment(2)
-    images = draw(0, 2, 3, 8, 8)
-    fused_and_defined(model, lambda m: m(images, per_timestep=True), {}, "triton")
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -182,7 +182,7 @@ SELF = "loss.distillation.self_weight=0.5"
         (["loss.kind=sdt", SELF], "set loss.kind=tet, or self_weight=0"),
         ([ALIGNED, TAUGHT, "data.mixup=0.2"], "error_aware needs samples of one class"),
         ([CORRECT, SELF, "data.cutmix=1.0"], "correct_mean needs samples of one class"),
-        ([TAUGHT, SEVEN], f"{KEY}_weights: needs a timm teacher; set teacher=timm:NAME, too"),
+        ([TAUGHT, SEVEN], "needs a timm teacher; set teacher=timm:NAME, too"),
     ],
 )
 def test_teachers_that_do_not_suit(overrides, text, relu, tiny_config, tmp_path):
