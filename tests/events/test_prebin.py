@@ -1,6 +1,5 @@
 """tools/prebin_dvs.py, as a user runs it: what it writes, continues, refuses and leaves alone."""
 
-import dataclasses
 import json
 import os
 import re
@@ -17,8 +16,6 @@ from PIL import Image
 from tetdist.apps.events.binning import Binning, bin_events
 from tetdist.apps.events.formats import read_recording
 from tetdist.apps.events.recording import Sensor
-from tetdist.apps.events.statistics import statistics
-from tetdist.apps.events.tensors import Record
 from tetdist.config.loading import load
 from tetdist.datasets.index import check_fresh, find_index, load_index
 from tetdist.errors import UserError
@@ -420,30 +417,3 @@ def test_where_there_are_no_hard_links_tensors_are_copied(
     copies = [data for path, data in contents(root).items() if path.endswith(".npy")]
     assert sorted(copies) == sorted(tensors(tmp_path / "dest").values())
     check_fresh(load_index(root / "index" / "val.npz"), root, root / "index" / "val.npz")
-
-
-def test_statistics_by_hand():
-    """Recordings have 100 events in 1 s, 900 in 3 s, and 50 in a moment, which have no rate."""
-    still = {field.name: None for field in dataclasses.fields(Record)} | {"saturated": 0}
-
-    def record(class_name, events, on, seconds, empty):
-        facts = {"key": f"{class_name}/x", "on_events": on, "empty_frames": empty, "dropped": 2}
-        facts |= {"events": events, "duration_us": int(1e6 * seconds), "frames": 8}
-        return Record(**still | facts)
-
-    records = [record("b", 100, 70, 1, 2), record("b", 900, 30, 3, 0), record("a", 50, 5, 0, 4)]
-    found = statistics(records)
-    assert list(found) == ["all", "a", "b"]
-    assert found["all"] == {
-        "tensors": 3,
-        "events_mean": 350,
-        "events_least": 50,
-        "events_most": 900,
-        "events_per_s": (100 + 300) / 2,
-        "duration_s_mean": pytest.approx(4 / 3),
-        "on_share": 105 / 1050,
-        "empty_share": 6 / 24,
-        "saturated": 0,
-        "dropped": 6,
-    }
-    assert (found["b"]["on_share"], found["a"]["events_per_s"]) == (0.1, 0)

@@ -10,9 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from samples import (
-    picture,
-)
+from samples import picture
 
 from tetdist.apps.images import shards
 from tetdist.apps.images.shards import shard_split
