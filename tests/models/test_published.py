@@ -16,7 +16,6 @@ from tetdist.apps.weights import foreign
 from tetdist.models import QKFormer
 from tetdist.models.attention import StreamAttention, attention_neuron
 from tetdist.models.ms_qkformer import StreamTokenAttention
-from tetdist.models.preact_resnet import Block
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF, ReLU, make
 from tetdist.nn.norm_neuron import NeuronLayer
@@ -267,8 +266,3 @@ def test_how_ms_resnets_begin():
     conv = model.blocks[1].conv2
     bound = (9 * conv.in_channels) ** -0.5  # torch's own initial values
     assert 0.9 * bound < conv.weight.abs().max() <= bound
-
-
-def test_a_pooled_projection_has_the_stride_2():
-    with pytest.raises(ValueError, match="needs stride 2, not 1"):
-        Block(4, 8, 1, LIF(), pooled_projection=True)

@@ -32,13 +32,6 @@ def test_too_many_are_so_many_in_a_row(answers, reached_at):
     assert counted(answers).limit_reached_at == reached_at
 
 
-def test_new_ones_since_the_last_question():
-    steps = counted("x.x")
-    assert (steps.new(), steps.new()) == (2, 0)
-    steps.record(4, torch.tensor(False))
-    assert steps.new() == 1
-
-
 def test_count_goes_on_after_a_stop():
     first = counted("xxxx")
     second = NonFiniteSteps(torch.device("cpu"))

@@ -42,12 +42,6 @@ def test_warm_up_rises_by_equal_steps_and_ends_at_the_peak():
     assert rates[25] == pytest.approx(0.4)
 
 
-def test_constant():
-    (phase,) = schedule_phases((section(schedule="constant", warmup_epochs=1.0),), 10)
-    assert phase.learning_rate(0) == pytest.approx(0.08)
-    assert {phase.learning_rate(step) for step in range(10, 40)} == {0.8}
-
-
 def test_phases_follow_each_other():
     phases = schedule_phases((section(), section(epochs=2, timesteps=3, lr=0.1)), 10)
     assert [(phase.first_step, phase.end_step) for phase in phases] == [(0, 40), (40, 60)]
