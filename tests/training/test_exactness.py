@@ -138,6 +138,28 @@ def test_synchronised_batch_norm_of_two_is_one_with_twice_the_batch(farm, tiny_c
     refused(farm(file, world=1), "batch_norm.sync", "trained on 2")
 
 
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_sixteen_processes_of_the_quickstart(farm, output_of, tmp_path):
+    """A signal to one of them stops all; continued, it is bitwise the run that nothing stopped."""
+    output_of("digits.py", tmp_path / "digits")
+    file = tiny.PROJECT / "configs/quickstart.yaml"
+    changes = (f"data.root={tmp_path / 'digits'}", f"runs_dir={tmp_path}", "batch.micro=4")
+    changes += ("data.held_out=0.8", "max_steps=18", "save.every_steps=5", "plots=false")
+    stop = ("step", 14, TERM)  # evaluated and saved after step 12
+
+    def run(name, *, stop=None):
+        options = {"world": 16, "stop": stop, "rank": 11, "timeout": 800}
+        outcome = farm(file, *changes, name, "tracking.mlflow=false", **options)
+        return expect(outcome, status=128 + TERM if stop else 0)
+
+    assert "stopped at step 15, all saved" in run("name=run", stop=stop)
+    assert len(tiny.metrics(tmp_path / "run", "val")) == 1
+    assert "from step 15" in run("name=run")
+    run("name=straight")
+    tiny.assert_same_run(tmp_path / "run", tmp_path / "straight")
+
+
 # --- everything on -----------------------------------------------------------------------------
 
 # All that draws random numbers, averages weights or treats layers apart; see docs/exactness.md.

@@ -30,8 +30,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from safetensors.torch import save as serialize
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tetdist.errors import UserError, typed, way_out
@@ -297,9 +296,11 @@ def _write_weights(path: Path, weights: dict[str, Tensor], description: Descript
         key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, tensor in weights.items()
     }
-    # save_file would make a file that only its owner can read.
     described = json.dumps(description.model_dump(exclude_unset=True))
-    path.write_bytes(serialize(copies, metadata={"tetdist": described}))
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(copies, path, metadata={"tetdist": described})  # other threads run meanwhile
+    path.chmod(mode)  # save_file lets only the owner read
 
 
 def _model_file(path: Path, which: str) -> Path:
