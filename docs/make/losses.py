@@ -3,17 +3,17 @@
     python tools/study.py losses_fashion --jobs 2    # and so on, see STUDIES
     python docs/make/losses.py
 
-Studies without runs in runs/ keep their numbers of losses.json. Delete RUN/calibration.json to
-repeat what it has measured of a run.
+Runs that are not in runs/ keep their numbers of losses.json. Delete RUN/calibration.json to repeat
+what it has measured of a run.
 """
 
 import logging
 import math
+import re
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import pages
 import torch
 from torch import Tensor
@@ -33,12 +33,13 @@ from tetdist.tracking.metrics_file import restored, strict
 from tetdist.training.setup import open_split
 
 PAGE = pages.RESULTS / "losses.md"
-# Study: data, and the earlier study whose SDT and TET have the same configuration.
+# Study: its data.
 STUDIES = {
-    "losses_digits": ("digits", "early_exit_digits"),
-    "losses_nmnist": ("N-MNIST", "early_exit_nmnist"),
-    "losses_days": ("objects, another day", "across_days"),
-    "losses_fashion": ("Fashion-MNIST", None),
+    "losses_digits": "digits",
+    "losses_nmnist": "N-MNIST",
+    "losses_days": "objects, another day",
+    "losses_fashion": "Fashion-MNIST",
+    "losses_i2e": "Fashion-MNIST as events",
 }
 SEARCH = "losses_fashion_lr"
 # Beside them, not in the correction: earlier studies, their data, their SDT and TET, with three
@@ -99,11 +100,9 @@ were at hand).
 
 ## Origin
 
+Fashion-MNIST is trained for one epoch.
+
 {origin}
-
-Fashion-MNIST is trained for one epoch. Not run: N-MNIST with five seeds (losses_nmnist),
-Fashion-MNIST as events, the search of learning rates, and one seed of the objects.
-
 Commands: `python tools/study.py` with {commands}, then `python docs/make/losses.py`, which also
 makes this page anew from [losses.json](losses.json). Machine: {machines}.
 """
@@ -112,21 +111,19 @@ makes this page anew from [losses.json](losses.json). Machine: {machines}.
 # --- numbers --------------------------------------------------------------------------------------
 
 
-def measured(study: str, earlier: str | None, runs: list[StudyRun]) -> dict[str, Any]:
-    """Return the numbers of a study, with an earlier study's for entries that were not trained."""
-    found = gather(plan.read(plan.find(study)), runs, "")
-    reused = []
-    if earlier is not None:
-        before = pages.numbers_of(pages.RESULTS / f"{earlier}.json")
-        for entry in ("sdt", "tet"):
-            again = found.results[entry]
-            same = [before.results[entry][seed] for seed in again]
-            equal = sum(one.by_timestep == again[one.seed].by_timestep for one in same)
-            reused.append({"entry": entry, "study": earlier, "repeated": len(same), "equal": equal})
-            found.results[entry] = before.results[entry]
-    values = found.as_dict()
-    kept = {key: values[key] for key in ("study", "runs", "environments")}
-    return kept | {"reused": reused, "calibration": {r.name: calibration_error(r) for r in runs}}
+def measured(study: str, stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers of a study: of its runs in runs/, and the stored ones of the others."""
+    runs = pages.runs_of(study)
+    values = gather(plan.read(plan.find(study)), runs, "").as_dict()
+    found = {run["name"]: run for run in [*stored.get("runs", []), *values["runs"]]}
+    before = [one for one in stored.get("environments", []) if one not in values["environments"]]
+    errors = {run.name: calibration_error(run) for run in runs}
+    return {
+        "study": values["study"],
+        "runs": [found[name] for name in sorted(found)],
+        "environments": [*before, *values["environments"]],
+        "calibration": stored.get("calibration", {}) | errors,
+    }
 
 
 def earlier_numbers(study: str, data: str, sdt: str, tet: str) -> tuple[str, Numbers]:
@@ -258,20 +255,22 @@ def search_table(found: dict[str, dict[str, float]]) -> str:
     ]
     return markdown(["loss", *rates], rows, numbers=True) + (
         "\n\nTop-1 of 6,000 held-out training images of Fashion-MNIST after the last epoch, with "
-        "seed 0. The\nother data sets have the rate of their recipe for all losses."
+        "seed 0. Each\nloss has its best rate there. The other data sets have one rate for all."
     )
 
 
 def draw(studies: dict[str, tuple[str, Numbers]]) -> Any:
-    figure = style.new_figure(3.9 * len(studies), 4.4)
-    axes = np.atleast_1d(figure.subplots(1, len(studies)))
-    for axis, (data, numbers) in zip(axes, studies.values(), strict=True):
+    figure = style.new_figure(11.7, 8.2)
+    axes = list(figure.subplots(2, 3).flat)
+    for axis, (data, numbers) in zip(axes, studies.values(), strict=False):
         for colour, (entry, label) in zip(style.SERIES, ENTRIES.items(), strict=False):
             if results := numbers.of(entry):
                 points = pages.mean_exit_curve(results, results[0].timesteps).T
                 axis.plot(*points, "o-", ms=3.5, color=colour, label=label)
         axis.set_xlabel("mean timesteps of a sample")
         style.finish(axis, data, style.ACCURACY, legend=False)
+    for axis in axes[len(studies) :]:
+        axis.remove()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
@@ -289,7 +288,7 @@ def answer_of(rows: list[Compared], number: int) -> str:
             for row in pairs
             if row.is_significant(key) and sign * row.differences[key].mean > 0
         ]
-        return ", ".join(found) or "none"
+        return "; ".join(found) or "none"
 
     data = dict.fromkeys(row.data for row in rows)
     return (
@@ -302,16 +301,16 @@ def answer_of(rows: list[Compared], number: int) -> str:
     )
 
 
-def origin(found: dict[str, Any]) -> str:
+def origin(studies: dict[str, tuple[str, Numbers]]) -> str:
+    """Return a line for each earlier study whose runs are among these, by the runs' commands."""
     lines = []
-    for study, values in found["studies"].items():
-        for one in values["reused"]:
-            text = f"{STUDIES[study][0]}: `{one['entry']}` is that of [{one['study']}]"
-            text += f"({one['study']}.md), which has the same configuration"
-            if one["repeated"]:
-                text += f"; of {one['repeated']} repeated here, {one['equal']} had equal accuracies"
-            lines.append(f"* {text}.")
-    return "\n".join(lines)
+    for study, (data, numbers) in studies.items():
+        runs = [one for entry in numbers.entries for one in numbers.of(entry)]
+        folders = [re.findall(r"runs_dir=runs/(\w+)", one.commands[0])[0] for one in runs]
+        for earlier in sorted(set(folders) - {study}):
+            line = f"* {data}: {folders.count(earlier)} of {len(runs)} runs are those of "
+            lines.append(f"{line}[{earlier}]({earlier}.md), which has the same configuration.\n")
+    return "".join(lines)
 
 
 def page_of(found: dict[str, Any]) -> tuple[str, str, str, Any]:
@@ -320,8 +319,9 @@ def page_of(found: dict[str, Any]) -> tuple[str, str, str, Any]:
     The differences are added to them.
     """
     studies = {
-        study: (STUDIES[study][0], pages.numbers_from(values, study))
-        for study, values in found["studies"].items()
+        study: (data, pages.numbers_from(found["studies"][study], study))
+        for study, data in STUDIES.items()
+        if study in found["studies"]
     }
     rows = [row for data, numbers in studies.values() for row in compared(data, numbers)]
     number = correct(rows)
@@ -340,7 +340,7 @@ def page_of(found: dict[str, Any]) -> tuple[str, str, str, Any]:
             {study: values["calibration"] for study, values in found["studies"].items()},
         ),
         search=search_table(found["search"]),
-        origin=origin(found),
+        origin=origin(studies),
         number=number,
         within=next(iter(studies.values()))[1].study.exit_within,
         bins=BINS,
@@ -355,13 +355,9 @@ def main() -> int:
     pages.no_flags(__doc__)
     logging.basicConfig(level=logging.ERROR)
     stored = restored(parse_json(PAGE.with_suffix(".json").read_text()))
-    now = {
-        study: measured(study, earlier, runs)
-        for study, (_, earlier) in STUDIES.items()
-        if (runs := pages.runs_of(study))
-    }
+    studies = {study: measured(study, stored["studies"].get(study, {})) for study in STUDIES}
     found = {
-        "studies": stored["studies"] | now,
+        "studies": {study: values for study, values in studies.items() if values["runs"]},
         "search": searched() or stored["search"],
     }
     answer, seeds, text, figure = page_of(found)

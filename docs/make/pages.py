@@ -114,8 +114,10 @@ def timesteps_for(curve: list[tuple[float, float]], top1: float) -> float:
     return math.nan
 
 
-def timesteps_at_equal(numbers: Numbers, entry: str, control: str) -> tuple[Difference, Difference]:
-    """Return the differences of timesteps with early exit, and with one t for all samples.
+def spent_at_equal(
+    numbers: Numbers, entry: str, control: str
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Return each pair's timesteps with early exit, and with one t for all samples.
 
     The accuracy is that of the less accurate one of a pair at the last timestep, less the points
     that early exit may lose.
@@ -127,8 +129,13 @@ def timesteps_at_equal(numbers: Numbers, entry: str, control: str) -> tuple[Diff
         exits.append([timesteps_for(exit_curve(one, most), top1) for one in pair])
         numbered = [enumerate(one.by_timestep, start=1) for one in pair]
         fixed.append([next(t for t, of_t in one if of_t >= top1) for one in numbered])
+    return exits, fixed
+
+
+def timesteps_at_equal(numbers: Numbers, entry: str, control: str) -> tuple[Difference, Difference]:
+    """Return the differences of `spent_at_equal`: with early exit, and with one t for all."""
     first, second = (
         paired_difference(*([pair[i] for pair in pairs] for i in (0, 1)))
-        for pairs in (exits, fixed)
+        for pairs in spent_at_equal(numbers, entry, control)
     )
     return first, second

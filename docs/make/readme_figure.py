@@ -6,15 +6,15 @@ python docs/make/readme_figure.py
 import sys
 from typing import Any
 
+import losses
+import numpy as np
 import pages
 
 from tetdist.apps.reports import style
-from tetdist.apps.studies.numbers import Numbers, exit_timesteps, exit_top1
 from tetdist.storage.files import parse_json
 from tetdist.tracking.metrics_file import restored
 
 DOCS = pages.ROOT / "docs"
-STUDY = "losses_fashion"
 
 # The same colours as in the figures of these results.
 OURS, PEER, RELU, SAVING = "#0072B2", "#D55E00", "#767676", "#009E73"
@@ -24,12 +24,12 @@ FONT = 15
 
 def main() -> int:
     pages.no_flags(__doc__)
-    studies = restored(parse_json((pages.RESULTS / "losses.json").read_text()))["studies"]
+    page = restored(parse_json((pages.RESULTS / "losses.json").read_text()))
     performance = parse_json((DOCS / "performance/results.json").read_text())
     figure = style.new_figure(7.6, 7.8)
     # Each panel has its own left margin.
     exits, costs = figure.subfigures(2, 1, height_ratios=(1, 1.15))
-    draw_early_exit(exits, pages.numbers_from(studies[STUDY], STUDY))
+    draw_early_exit(exits, page)
     draw_cost(costs, performance)
     style.save(figure, DOCS / "overview.png")
     return 0
@@ -47,28 +47,34 @@ def panel(figure: Any, title: str) -> Any:
 # --- accuracy -------------------------------------------------------------------------------------
 
 
-def draw_early_exit(figure: Any, numbers: Numbers) -> None:
-    """Draw accuracy by the mean timesteps of a sample with early exit, for SDT and TET.
+def draw_early_exit(figure: Any, page: dict[str, Any]) -> None:
+    """Draw the mean timesteps of TET and SDT at equal accuracy, in percent of T, by data set.
 
-    Lines: means of the seeds at each threshold. Large points: the thresholds that the runs chose on
-    held-out samples.
+    Bold: the difference is significant after Holm's correction for the page's table.
     """
-    axis = panel(figure, "Early exit, Fashion-MNIST: TET is right sooner")
-    most = max(numbers.study.test_timesteps)
-    # Heights at which the texts cross neither line.
-    for entry, colour, label, height in (("tet", OURS, "TET", 91), ("sdt", PEER, "usual loss", 80)):
-        curve = pages.mean_exit_curve(numbers.of(entry), most)
-        axis.plot(*curve.T, color=colour, linewidth=2.5)
-        x, y = (numbers.spread(entry, of).mean for of in (exit_timesteps, exit_top1))
-        axis.plot(x, y, "o", color=colour, markersize=11)
-        text = f"{label}: {y:.1f} % after {x:.2f} timesteps"
-        axis.text(most, height, text, ha="right", color=colour, fontsize=FONT, fontweight="bold")
-    axis.set_ylim(None, 93)
-    axis.set_yticks((75, 80, 85, 90))
-    axis.set_xticks(range(1, most + 1))
-    axis.set_ylabel("top-1, %", fontsize=FONT)
-    axis.set_xlabel(f"mean timesteps per sample, of {most}", fontsize=FONT)
-    axis.grid(alpha=0.3)
+    axis = panel(figure, "Early exit: timesteps at equal accuracy")
+    holm = {
+        row["data"]: row["holm"]["exit"]
+        for row in page["differences"]
+        if (row["entry"], row["control"]) == ("tet", "sdt")
+    }
+    for row, (study, values) in enumerate(page["studies"].items()):
+        numbers = pages.numbers_from(values, study)
+        most = max(numbers.study.test_timesteps)
+        tet, sdt = np.mean(pages.spent_at_equal(numbers, "tet", "sdt")[0], axis=0)
+        axis.plot([100 * tet / most, 100 * sdt / most], [row, row], color=RELU, linewidth=2.5)
+        for x, colour in ((sdt, PEER), (tet, OURS)):
+            axis.plot(100 * x / most, row, "o", color=colour, markersize=11)
+        weight = "bold" if holm[losses.STUDIES[study]] < 0.05 else "normal"
+        text = f"{tet:.1f}, {sdt:.1f} of {most}"
+        axis.text(100, row, text, va="center", fontsize=FONT, fontweight=weight)
+    for x, label, colour in ((0, "TET", OURS), (22, "usual loss", PEER)):
+        axis.text(x, -0.9, label, color=colour, va="center", fontsize=FONT, fontweight="bold")
+    axis.set_yticks(range(len(holm)), [losses.STUDIES[study] for study in page["studies"]])
+    axis.set_ylim(len(holm) - 0.5, -1.3)
+    axis.set_xlim(0, 95)
+    axis.set_xlabel("mean timesteps per sample, % of T", fontsize=FONT)
+    axis.grid(axis="x", alpha=0.3)
 
 
 # --- cost -----------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-from statistics import mean
 
 import pytest
 import timm
@@ -78,19 +77,20 @@ def test_readmes_figure_shows_the_numbers_that_are_in_the_project(made, monkeypa
     monkeypatch.setattr("sys.argv", ["readme_figure.py"])
     monkeypatch.setattr(style, "save", lambda figure, _: drawn.append(figure))
     assert made("readme_figure").main() == 0
-    study, performance = (
+    page, performance = (
         json.loads((tiny.PROJECT / "docs" / file).read_text())
         for file in ("results/losses.json", "performance/results.json")
     )
-    study = study["studies"]["losses_fashion"]
     exits, costs = drawn[0].axes
-    shown = {text.get_text() for text in exits.texts}
-    for entry, label in (("sdt", "usual loss"), ("tet", "TET")):
-        exit_of = [run["chosen_exit"] for run in study["runs"] if run["entry"] == entry]
-        x, y = (mean(one[key] for one in exit_of) for key in ("mean_timesteps", "top1"))
-        assert f"{label}: {y:.1f} % after {x:.2f} timesteps" in shown
-        point = pytest.approx([x, y])
-        assert any([*line.get_xdata(), *line.get_ydata()] == point for line in exits.lines)
+    rows = [one for one in page["differences"] if (one["entry"], one["control"]) == ("tet", "sdt")]
+    assert [label.get_text() for label in exits.get_yticklabels()] == [one["data"] for one in rows]
+    texts = {text.get_position()[1]: text for text in exits.texts}
+    for place, (row, study) in enumerate(zip(rows, page["studies"].values(), strict=True)):
+        most = max(study["study"]["test_timesteps"])
+        tet, sdt = (x * most / 100 for x in exits.lines[3 * place].get_xdata())
+        assert tet - sdt == pytest.approx(row["differences"]["exit"]["mean"])
+        assert texts[place].get_text() == f"{tet:.1f}, {sdt:.1f} of {most}"
+        assert (texts[place].get_fontweight() == "bold") == (row["holm"]["exit"] < 0.05)
     names = ("spikingjelly, eager", "relu", "tetdist, none", "tetdist, blocks")
     rows = performance["sew_resnet34-bf16"]["rows"]
     times, memory = ({row["name"]: row[key] for row in rows} for key in ("ratio", "kept_mib"))
