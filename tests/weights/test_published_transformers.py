@@ -90,10 +90,10 @@ def test_mixing_of_samples_is_reported_and_may_be_asked_for(output_of, tmp_path)
 def test_programs_are_the_network(family, output_of, tmp_path):
     file, _ = converted(family, output_of, tmp_path)
     trained = load(file)
-    trained.model.set_timesteps(4)
+    trained.model.set_timesteps(2)
     x = trained.examples(5)  # another batch size than they are traced with
     for form in PROGRAMS:
-        path = export_program(output_of, file, form, "--timesteps", 4)
+        path = export_program(output_of, file, form, "--timesteps", 2)
         if form != "onnx-step":
             with torch.no_grad():
                 actual, expected = run_program(form, path, x)[0], trained.model(x)
