@@ -141,6 +141,15 @@ class Cluster:
             self.run("scancel", "--user=root")
             wait_until(lambda: not self.squeue(), "an empty queue", 60)
 
+    def stop_controller(self) -> None:
+        """End the controller, as before an update; jobs run on, and no command is answered."""
+        self._end("slurmctld")
+
+    def start_controller(self) -> None:
+        """Start the controller again, with what it knew."""
+        self._run("slurmctld -D")
+        wait_until(lambda: self._answers("scontrol", "ping"), "slurmctld")
+
     def crash(self, node: str) -> None:
         """End all that runs on a node, at once and without telling anybody, as a power cut."""
         # Otherwise the kernel would close the connections of the processes that are killed.
@@ -149,6 +158,25 @@ class Cluster:
             ip(f"link set {cable} down")
         self._kill_all(node)
         self._crashed.add(node)
+
+    def lose(self, node: str) -> None:
+        """End all that runs on a node, and keep its network, which refuses connections."""
+        net = f"--net=/proc/{self._daemons[node].pid}/ns/net"
+        # It belongs to no process of the node.
+        holder = self._run(f"nsenter {net} sleep infinity", name=f"network of {node}")
+        place = Path(f"/proc/{holder.pid}/ns/net")
+        wait_until(lambda: str(place.readlink()) == self._namespaces[node], "a holder")
+        self._crashed |= {node, f"network of {node}"}
+        self._daemons[node].kill()
+        self._daemons[node].wait(10)
+
+    def boot(self, node: str) -> None:
+        """Start a node again, with a new network and another boot id."""
+        self._kill_all(node)
+        (self.folder / f"ready-{node}").unlink()
+        wait_until(lambda: self._cable(node) not in self.devices(), f"the end of {node}'s network")
+        self._start_node(node)
+        self._crashed.remove(node)
 
     def notice_crashes(self, after: int) -> None:
         """Have the controller give up nodes that have not answered for so many seconds."""

@@ -6,6 +6,7 @@ All tests of the cluster are in this file, so that one of several test processes
 import contextlib
 import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -14,12 +15,15 @@ from cluster import wait_until
 from runs import (
     FIRST_PHASE,
     LAST_STEP,
+    Run,
     assert_mlflow_has,
     assert_undisturbed,
     mlflow_status,
 )
 
 from tetdist.apps.cli import slurm
+from tetdist.apps.slurm import history
+from tetdist.tracking import mlflow_logger
 
 
 def preempt(cluster, run):
@@ -128,6 +132,25 @@ def test_preempted_without_grace_and_a_node_crashes(launcher, straight, cluster)
 
 
 @pytest.mark.long
+def test_a_node_is_lost_and_back(launcher, straight, cluster):
+    """Its network stays up, so its peers see at once that it is gone, and Slurm never sees it."""
+    run = launcher("rebooted")
+    run.wait_for_step(15)
+    node = f"node{cluster.job(run.job)['NodeList'].strip(']')[-1]}"
+    cluster.lose(node)
+    assert run.logged_step < LAST_STEP
+    wait_until(lambda: cluster.job(run.job)["JobState"] != "RUNNING", "the loss", 60)
+    # What is left of the first start would end the second one's step, which has the same number.
+    wait_until(lambda: not cluster.leftovers(), "the end of the first start", 60)
+    cluster.boot(node)  # before Slurm's limit of 60 s
+    run.wait_for_start(2)
+    run.wait_for("finished")
+    assert len(run.restarts) == 1
+    assert run.restarts[0].text.startswith(f"a node failed: {node} does not answer; on node")
+    assert_undisturbed(run, straight)
+
+
+@pytest.mark.long
 def test_a_rank_that_is_killed_is_named(launcher, cluster, capsys):
     """As for want of memory; the others only see that a connection breaks."""
     run = launcher("killed")
@@ -149,6 +172,23 @@ def test_a_rank_that_is_killed_is_named(launcher, cluster, capsys):
             assert mlflow_status(run) == "FAILED"
             assert slurm.main(["resume", str(run.path)]) == 0
             run.wait_for_start(2)
+
+
+@pytest.mark.long
+def test_started_again_when_the_controller_is_back(launcher, straight, cluster):
+    run = launcher("without-controller")
+    run.wait_for_step(10)
+    cluster.stop_controller()
+    try:
+        cluster.task(run.job, 0).send_signal(signal.SIGUSR2)
+        reports = "Slurm does not answer scontrol; retrying for up to 1800 s"
+        wait_until(lambda: reports in run.log, "that", 240)
+    finally:
+        cluster.start_controller()
+    run.wait_for("finished")
+    (restart,) = run.restarts
+    assert restart.text.startswith("SIGUSR2 from outside")
+    assert_undisturbed(run, straight)
 
 
 @pytest.mark.long
@@ -209,3 +249,27 @@ def test_submitted_twice_and_cancelled_in_the_queue(launcher, capfd):
     capfd.readouterr()
     assert slurm.main(["resume", str(run.path), "--partition", "nowhere"]) == 2
     assert "error: Slurm refused the job: " in capfd.readouterr().err
+
+
+def test_two_submissions_at_once_are_one_run(launcher, cluster, monkeypatch, capfd):
+    """The second comes when the first is about to make its run in MLflow, and waits for it."""
+    name = "twice-at-once"
+    arguments = ["--config", str(launcher.config), f"name={name}", "cluster.sbatch.hold=true"]
+    create_run, flock = mlflow_logger._create_run, history.flock
+    others, locks = [], []
+
+    def submit_another_first(*args, **kwargs):
+        if not others:
+            others.append(threads.submit(slurm.main, arguments))
+            wait_until(lambda: len(locks) == 2, "that the second wants the lock", 60)
+        return create_run(*args, **kwargs)
+
+    monkeypatch.setattr(history, "flock", lambda *args: (locks.append(args), flock(*args)))
+    monkeypatch.setattr(mlflow_logger, "_create_run", submit_another_first)
+    with ThreadPoolExecutor(1) as threads:
+        assert slurm.main(arguments) == 0
+        assert others[0].result() == 2
+    run = Run(cluster, launcher.runs_dir / name)
+    assert f"is already queued as job {run.job} (PENDING)" in capfd.readouterr().err
+    assert mlflow_status(run) == "SCHEDULED"  # of the only run of this name
+    assert [line.split()[0] for line in cluster.squeue()] == [run.job]

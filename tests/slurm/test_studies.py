@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster import wait_until
-from runs import Run
+from runs import Run, assert_mlflow_has, mlflow_status
 
 from tetdist.apps.cli import slurm
 from tetdist.apps.cli import study as command
@@ -131,3 +131,35 @@ def test_a_run_begins_when_the_one_it_needs_is_finished(study, cluster):
     assert tiny_study("--slurm", *ON_CPU).count("-seed0: finished\n") == 2
     tiny_study()
     assert "Incomplete" not in (tiny_study.output / "report.md").read_text()
+
+
+@pytest.mark.long
+def test_what_begins_after_a_run_that_fails_leaves_the_queue_and_is_submitted_with_it(
+    study, cluster, tiny_root, tmp_path
+):
+    root = Path(shutil.copytree(tiny_root, tmp_path / "spoilt"))
+    bad = {"overrides": {"data.root": str(root)}}
+    entries = {"bad": bad, "child": {"init": "bad"}, "grandchild": {"init": "child"}, "other": {}}
+    tiny_study = study(entries, {"tracking.mlflow": True})
+    tiny_study("--slurm", *ON_CPU, *HELD)
+    bad, child = tiny_study.run("bad"), tiny_study.run("child")
+    shutil.move(root / "index", tmp_path / "away")
+    for name in ("grandchild", "child", "other", "bad"):
+        cluster.run("scontrol", "release", tiny_study.run(name).job)
+    wait_until(lambda: not cluster.squeue(), "an empty queue", 120)
+    assert bad.log.count("error: there is no index") == 1
+    assert cluster.job(bad.job)["Restarts"] == "0"
+    assert [event.kind for event in child.history] == ["submitted"]
+    assert mlflow_status(bad) == "FAILED"
+    # Nor can it be continued alone, with weights that are not there.
+    assert slurm.main(["resume", str(child.path)]) == 2
+
+    shutil.move(tmp_path / "away", root / "index")
+    output = tiny_study("--slurm", *ON_CPU)
+    assert "other-seed0: finished\n" in output
+    assert output.count(": submitted as job ") == 3
+    child.wait_for("finished")
+    assert f"beginning with the weights of {bad.path} (step 5, T=2)" in child.log
+    parent = (tiny_study.output / "mlflow_run_id").read_text().split()[0]
+    tags = assert_mlflow_has(child)
+    assert (tags["mlflow.parentRunId"], tags["study"], tags["entry"]) == (parent, "study", "child")

@@ -35,8 +35,10 @@ def is_repository(name: str) -> bool:
 
 
 def check_source(path: Path) -> None:
-    """Refuse a path of weights that does not exist; names are accepted."""
-    if not str(path).startswith(NAMED) and not path.exists():
+    """Refuse a path, or a network of the package, that does not exist; the hub is not asked."""
+    if str(path).startswith(bundled.TETDIST):
+        bundled.folder(str(path))
+    elif not str(path).startswith(HF) and not path.exists():
         give = "give a run folder or a .safetensors file"
         near = meant(path.name, [one.name for one in path.parent.glob("*")], give)
         if (in_runs := Path("runs", path.name)).exists():
