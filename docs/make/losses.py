@@ -100,7 +100,7 @@ were at hand).
 
 ## Origin
 
-Fashion-MNIST is trained for one epoch.
+Fashion-MNIST is trained for one epoch, also as events (I2E, 28 pixels, T=8, half of the channels).
 
 {origin}
 Commands: `python tools/study.py` with {commands}, then `python docs/make/losses.py`, which also
