@@ -80,14 +80,16 @@ def test_fixed_costs_of_an_epoch_and_cores_that_load():
     assert "an epoch     1.3 % for evaluation, assumed 3 times as fast as training; 6 check" in text
     assert f"{6 * made.checkpoint_bytes / 1e6:.1f} MB written" in text
     assert "warning: 33.7 cores a node, of 32, for 19,040 images/s at 1.77 ms each" in text
-    assert text.endswith("; give cluster.cpus_per_task=5")
+    assert text.endswith("; 2.09 GB/s at 110.0 kB each; give cluster.cpus_per_task=8")  # threads
+    few = plan.describe(make(overrides=("data.threads=2",), cpus_per_task=8), Speed(2380.0, 4))
+    assert few.endswith(" each; give data.threads=5")
     made = make(overrides=("data.auto_augment=rand-m9", "save.every_steps=null"), cpus_per_task=8)
     text = plan.describe(
         dataclasses.replace(made, sample_bytes=1e5), Speed(1000.0, 4, evaluation=2)
     )
     assert "evaluation, measured 2 times as fast as training; 1 checkpoint, " in text
     assert "loading      11.5 cores a node, of 32, for 4,000 images/s at 2.87 ms each" in text
-    assert text.endswith("; 400.0 MB/s")
+    assert text.endswith("; 400.0 MB/s at 100.0 kB each")
     for other in ("data.device=gpu", "data.kind=events"):
         assert "loading" not in plan.describe(make(overrides=(other,)), Speed(1000.0, 4)), other
 

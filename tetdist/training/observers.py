@@ -43,9 +43,9 @@ class Observer:
         """Handle an evaluation; returned values are added to its line, under new names."""
 
     def on_line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Handle a written line of metrics: ``train``, or an evaluation with its checkpoint.
+        """Handle a written line of metrics: ``train``, or an evaluation.
 
-        Each epoch ends with a line.
+        Each epoch ends with a line. The checkpoint of an evaluation may not be complete yet.
         """
 
     def on_end(self, result: Mapping[str, float] | None) -> None:

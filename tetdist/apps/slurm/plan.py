@@ -18,8 +18,9 @@ from tetdist.training.schedule import schedule_phases
 from tetdist.wording import counted, duration
 
 # Milliseconds of a core to load an image of ImageNet at 224 pixels (docs/data.md), and what
-# data.auto_augment adds.
+# data.auto_augment adds; and mean bytes of its file.
 LOADING_MS = 1.77
+LOADING_BYTES = 110_000
 POLICY_MS = {"trivial": 0.4, "cifar10": 0.5, "imagenet": 0.5, "3a": 0.9, "rand": 1.1}
 
 
@@ -188,14 +189,16 @@ def _loading(plan: Plan, rate: float) -> str:
     milliseconds = LOADING_MS + POLICY_MS.get(policy, 0.0)
     cores = processes * rate * milliseconds / 1000
     given = processes * (cluster.cpus_per_task or 1)
-    warning = (
-        "" if cores <= given else f"; give cluster.cpus_per_task={math.ceil(cores / processes)}"
-    )
-    read = "" if plan.sample_bytes is None else f"; {_size(processes * rate * plan.sample_bytes)}/s"
+    of_process, threads = math.ceil(cores / processes), plan.config.data.threads
+    changes = [f"data.threads={of_process}"] if of_process > threads else []
+    if cores > given:
+        changes.append(f"cluster.cpus_per_task={max(of_process, threads)}")
+    warning = f"; give {' and '.join(changes)}" if changes else ""
+    size = plan.sample_bytes or LOADING_BYTES
     return (
         f"loading      {'warning: ' if warning else ''}{cores:.1f} cores a node, of {given}, for "
         f"{processes * rate:,.0f} images/s at {milliseconds:.3g} ms each (ImageNet at 224 pixels, "
-        f"AMD EPYC){read}{warning}"
+        f"AMD EPYC); {_size(processes * rate * size)}/s at {_size(size)} each{warning}"
     )
 
 
