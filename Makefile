@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-quick test-long test-slurm docs lint constraints format clean
+.PHONY: help venv quickstart test test-quick test-long test-slurm test-gpu docs lint constraints format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,6 +73,9 @@ test-long: $(VENV)/.tests ## run the tests that take longer
 
 test-slurm: $(VENV)/.tests ## run the longer tests on a Slurm cluster, which they start
 	@$(BIN)/python -m pytest -m long -n $(WORKERS) tests/slurm $(PYTEST_FLAGS)
+
+test-gpu: $(VENV)/.tests ## run the tests that need a GPU
+	@$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)
 
 $(VENV)/.lint: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[lint]'

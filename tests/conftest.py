@@ -51,20 +51,32 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         signal.signal(number, end)
 
 
-def pytest_configure() -> None:
-    """Hide a launcher and GPUs from the tests.
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide a launcher from the tests, and GPUs from those that are not about them.
 
-    `make test` then passes on a machine with a GPU, too: tests show something about CPUs, such as
-    results that are equal to the bit.
+    `make test` then passes on a machine with a GPU, too: most tests show something about CPUs, such
+    as results that are equal to the bit.
     """
     for name in (*tiny.LAUNCHED, "MLFLOW_TRACKING_URI"):
         os.environ.pop(name, None)
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    if not are_about_gpus(config):
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
 def pytest_runtest_setup() -> None:
     """Forget the address that MLflow leaves in the environment when a run was logged to it."""
     os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave tests that need a GPU to `make test-gpu`, since the others do not see one."""
+    if not are_about_gpus(config):
+        items[:] = [item for item in items if item.get_closest_marker("gpu") is None]
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("-m gpu needs a CUDA device, and torch finds none here")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -80,6 +92,10 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
         return (yield)
     with farm_of_forks.forked() as session.config.stash[FARM]:
         return (yield)
+
+
+def are_about_gpus(config: pytest.Config) -> bool:
+    return config.getoption("markexpr") == "gpu"
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,9 @@ from tetdist.apps.cli import slurm
 from tetdist.apps.slurm import history
 from tetdist.tracking import mlflow_logger
 
+# Slurm starts a requeued job up to two minutes later, and other tests run beside.
+pytestmark = pytest.mark.timeout(600)
+
 
 def preempt(cluster, run):
     """A job of a higher partition takes the run's nodes, and leaves them at once."""
@@ -172,23 +175,6 @@ def test_a_rank_that_is_killed_is_named(launcher, cluster, capsys):
             assert mlflow_status(run) == "FAILED"
             assert slurm.main(["resume", str(run.path)]) == 0
             run.wait_for_start(2)
-
-
-@pytest.mark.long
-def test_started_again_when_the_controller_is_back(launcher, straight, cluster):
-    run = launcher("without-controller")
-    run.wait_for_step(10)
-    cluster.stop_controller()
-    try:
-        cluster.task(run.job, 0).send_signal(signal.SIGUSR2)
-        reports = "Slurm does not answer scontrol; retrying for up to 1800 s"
-        wait_until(lambda: reports in run.log, "that", 240)
-    finally:
-        cluster.start_controller()
-    run.wait_for("finished")
-    (restart,) = run.restarts
-    assert restart.text.startswith("SIGUSR2 from outside")
-    assert_undisturbed(run, straight)
 
 
 @pytest.mark.long
