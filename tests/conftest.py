@@ -64,8 +64,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """Forget the address that MLflow leaves in the environment when a run was logged to it."""
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    """Forget what a run logged to MLflow, and a command, leave in the environment."""
+    for name in ("MLFLOW_TRACKING_URI", "TETDIST_COMMAND"):
+        os.environ.pop(name, None)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
