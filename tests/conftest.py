@@ -59,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     for name in (*tiny.LAUNCHED, "MLFLOW_TRACKING_URI"):
         os.environ.pop(name, None)
-    if not are_about_gpus(config):
+    if config.getoption("markexpr") != "gpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
@@ -71,7 +71,7 @@ def pytest_runtest_setup() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave tests that need a GPU to `make test-gpu`, since the others do not see one."""
-    if not are_about_gpus(config):
+    if config.getoption("markexpr") != "gpu":
         items[:] = [item for item in items if item.get_closest_marker("gpu") is None]
         return
     import torch
@@ -93,10 +93,6 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
         return (yield)
     with farm_of_forks.forked() as session.config.stash[FARM]:
         return (yield)
-
-
-def are_about_gpus(config: pytest.Config) -> bool:
-    return config.getoption("markexpr") == "gpu"
 
 
 @pytest.fixture(scope="session")

@@ -141,6 +141,15 @@ class Cluster:
             self.run("scancel", "--user=root")
             wait_until(lambda: not self.squeue(), "an empty queue", 60)
 
+    def crash(self, node: str) -> None:
+        """End all that runs on a node, at once and without telling anybody, as a power cut."""
+        # Otherwise the kernel would close the connections of the processes that are killed.
+        cable = self._cable(node)
+        if cable in self.devices():
+            ip(f"link set {cable} down")
+        self._kill_all(node)
+        self._crashed.add(node)
+
     def lose(self, node: str) -> None:
         """End all that runs on a node, and keep its network, which refuses connections."""
         net = f"--net=/proc/{self._daemons[node].pid}/ns/net"

@@ -25,8 +25,7 @@ from tetdist.apps.cli import slurm
 from tetdist.apps.slurm import history
 from tetdist.tracking import mlflow_logger
 
-# Slurm starts a requeued job up to two minutes later, and other tests run beside.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(600)  # Slurm starts a requeued job up to two minutes later.
 
 
 def preempt(cluster, run):
