@@ -4,6 +4,7 @@ A value above such a limit is a typing error that would fill the memory or end t
 """
 
 import argparse
+import difflib
 import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -33,10 +34,11 @@ class Parser(argparse.ArgumentParser):
 
     def meant(self, flag: str) -> str:
         """Return the flag that an unknown one may have meant, as a part of a sentence."""
-        words = [option.lstrip("-") for option in self._option_string_actions]
-        for longer in (word for word in words if word.startswith(flag.lstrip("-"))):
-            return f"did you mean --{longer}?"
-        return meant(flag.lstrip("-"), words, "").replace("mean ", "mean --")
+        words = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+        word = flag.lstrip("-")
+        near = [one for one in words if one.startswith(word)]
+        near = near or difflib.get_close_matches(word, words, n=1)
+        return f"did you mean --{near[0]}?" if near else ""
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:

@@ -371,8 +371,8 @@ class SpikingNetwork(nn.Module):
         self,
         x: Tensor,
         indices: int | list[int] | None = None,
-        norm: bool = False,  # noqa: ARG002  # see above
-        stop_early: bool = False,  # noqa: ARG002  # see above
+        norm: bool = False,  # noqa: ARG002  # timm passes it
+        stop_early: bool = False,  # noqa: ARG002  # timm passes it
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         per_timestep: bool = False,

@@ -203,8 +203,8 @@ def prepare_step(optimizer: torch.optim.Optimizer, lr: float, apply: Tensor) -> 
     set_lr(optimizer, lr)
     # torch's GradScaler makes fused optimisers skip a step through these attributes, which they
     # read by name and which nothing declares.
-    optimizer.found_inf = (~apply).to(torch.float32)  # type: ignore[attr-defined]  # see above
-    optimizer.grad_scale = None  # type: ignore[attr-defined]  # see above
+    optimizer.found_inf = (~apply).to(torch.float32)  # type: ignore[attr-defined]  # torch reads it
+    optimizer.grad_scale = None  # type: ignore[attr-defined]  # torch reads it
 
 
 class WholeEngine:

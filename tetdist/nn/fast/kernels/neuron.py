@@ -449,15 +449,15 @@ def _currents(
         now = here + t * plane
         if not SHARED:
             value = tl.load(x + now + at, mask=mask, other=0.0)
-            xs = xs + (value,)  # noqa: RUF005  # as above
+            xs = xs + (value,)  # noqa: RUF005  # Triton has no other way
             own = _normalized(value, g, o)
         current = own
         if shortcut is not None:
             value = tl.load(shortcut + now + at, mask=mask, other=0.0)
             if g2 is not None:
-                added = added + (value,)  # noqa: RUF005  # as above
+                added = added + (value,)  # noqa: RUF005  # Triton has no other way
             current = own + _normalized(value, g2, o2)
-        currents = currents + (current,)  # noqa: RUF005  # as above
+        currents = currents + (current,)  # noqa: RUF005  # Triton has no other way
     return currents, xs, added
 
 
@@ -561,7 +561,7 @@ def _membranes(
         if MOST is not None:
             aboves = aboves + (v,)  # noqa: RUF005  # Triton has no other way
         else:
-            aboves = aboves + (above,)  # noqa: RUF005  # as above
+            aboves = aboves + (above,)  # noqa: RUF005  # Triton has no other way
         u = _after_reset(v, above, THRESHOLD, AT_THRESHOLD, MOST, HARD)
     return aboves
 
@@ -656,7 +656,7 @@ def _gradients_of_sums(
         is_there = mask & (tl.full(at.shape, t, tl.int32) < T)
         grad = _wide(tl.load(grad_spikes + here + t * plane + at, mask=is_there, other=0.0))
         h = _sum_over_time(weights, biases, currents, tl.minimum(t, T - 1), PAST + T)
-        grads = grads + (grad * _slope(h, SURROGATE, WIDTH),)  # noqa: RUF005  # as above
+        grads = grads + (grad * _slope(h, SURROGATE, WIDTH),)  # noqa: RUF005  # Triton has no other way
     return grads
 
 
@@ -720,7 +720,7 @@ def backward_sums(
     if weights is not None:
         for _ in tl.static_range(ROWS * (S + 1)):
             zeros = tl.full([BN, BC // LOCAL], 0.0, wide)
-            of_weights = of_weights + (zeros,)  # noqa: RUF005  # as above
+            of_weights = of_weights + (zeros,)  # noqa: RUF005  # Triton has no other way
     for i in range(steps):
         # Masked values are 0, and so are their gradients.
         here, mask = _tile(i, steps, rows, r, c, C)
@@ -737,9 +737,9 @@ def backward_sums(
             for k in tl.static_range(ROWS):
                 for s in tl.static_range(S):
                     sums = _added(before[k * (S + 1) + s], grads[k] * currents[s], LOCAL)
-                    of_weights = of_weights + (sums,)  # noqa: RUF005  # as above
+                    of_weights = of_weights + (sums,)  # noqa: RUF005  # Triton has no other way
                 sums = _added(before[k * (S + 1) + S], grads[k], LOCAL)
-                of_weights = of_weights + (sums,)  # noqa: RUF005  # as above
+                of_weights = of_weights + (sums,)  # noqa: RUF005  # Triton has no other way
         else:
             aboves = _membranes(
                 currents, start, a, here, at, mask, T, HARD, DECAY, THRESHOLD, AT_THRESHOLD, MOST,
@@ -815,7 +815,7 @@ def finish_sums(
     if rstd is not None:  # noqa: SIM102  # only that is known to the compiler
         if k == 1:
             one *= tl.load(rstd + c, mask=c < C, other=0.0).to(tl.float64)
-    if shortcut_rstd is not None:  # noqa: SIM102  # as above
+    if shortcut_rstd is not None:  # noqa: SIM102  # only that is known to the compiler
         if k == 2:
             one *= tl.load(shortcut_rstd + c, mask=c < C, other=0.0).to(tl.float64)
     tl.store(sums + k * C + c, one.to(wide), mask=c < C)
