@@ -114,15 +114,15 @@ makes this page anew from [losses.json](losses.json). Machine: {machines}.
 def measured(study: str, stored: dict[str, Any]) -> dict[str, Any]:
     """Return the numbers of a study: of its runs in runs/, and the stored ones of the others."""
     runs = pages.runs_of(study)
-    values = gather(plan.read(plan.find(study)), runs, "").as_dict()
-    found = {run["name"]: run for run in [*stored.get("runs", []), *values["runs"]]}
-    before = [one for one in stored.get("environments", []) if one not in values["environments"]]
+    values = gather(plan.read(pages.STUDIES / f"{study}.yaml"), runs, "").as_dict()
+    found = {run["name"]: run for run in [*stored["runs"], *values["runs"]]}
+    before = [one for one in stored["environments"] if one not in values["environments"]]
     errors = {run.name: calibration_error(run) for run in runs}
     return {
         "study": values["study"],
         "runs": [found[name] for name in sorted(found)],
         "environments": [*before, *values["environments"]],
-        "calibration": stored.get("calibration", {}) | errors,
+        "calibration": stored["calibration"] | errors,
     }
 
 
@@ -220,7 +220,7 @@ def accuracy_table(studies: dict[str, tuple[str, Numbers]], calibration: dict[st
     shown = (1, 2, 3, 4, 6, 8, 10)
     rows = []
     for study, (data, numbers) in studies.items():
-        for entry in (entry for entry in ENTRIES if numbers.results[entry]):
+        for entry in ENTRIES:
             results = numbers.of(entry)
             row = [f"{data}, `{entry}`", str(len(results))]
             row += [
@@ -246,13 +246,8 @@ def searched() -> dict[str, dict[str, float]]:
 
 
 def search_table(found: dict[str, dict[str, float]]) -> str:
-    if not found:
-        return "All losses have the learning rate of their recipe. No search was made."
     rates = sorted({rate for one in found.values() for rate in one}, key=float)
-    rows = [
-        [f"`{loss}`", *(f"{one[rate]:.2f}" if rate in one else "" for rate in rates)]
-        for loss, one in found.items()
-    ]
+    rows = [[f"`{loss}`", *(f"{one[rate]:.2f}" for rate in rates)] for loss, one in found.items()]
     return markdown(["loss", *rates], rows, numbers=True) + (
         "\n\nTop-1 of 6,000 held-out training images of Fashion-MNIST after the last epoch, with "
         "seed 0. Each\nloss has its best rate there, SDT the largest tried. The other data sets "
@@ -265,9 +260,9 @@ def draw(studies: dict[str, tuple[str, Numbers]]) -> Any:
     axes = list(figure.subplots(2, 3).flat)
     for axis, (data, numbers) in zip(axes, studies.values(), strict=False):
         for colour, (entry, label) in zip(style.SERIES, ENTRIES.items(), strict=False):
-            if results := numbers.of(entry):
-                points = pages.mean_exit_curve(results, results[0].timesteps).T
-                axis.plot(*points, "o-", ms=3.5, color=colour, label=label)
+            results = numbers.of(entry)
+            points = pages.mean_exit_curve(results, results[0].timesteps).T
+            axis.plot(*points, "o-", ms=3.5, color=colour, label=label)
         axis.set_xlabel("mean timesteps of a sample")
         style.finish(axis, data, style.ACCURACY, legend=False)
     for axis in axes[len(studies) :]:
@@ -322,7 +317,6 @@ def page_of(found: dict[str, Any]) -> tuple[str, str, str, Any]:
     studies = {
         study: (data, pages.numbers_from(found["studies"][study], study))
         for study, data in STUDIES.items()
-        if study in found["studies"]
     }
     rows = [row for data, numbers in studies.values() for row in compared(data, numbers)]
     number = correct(rows)
@@ -345,7 +339,7 @@ def page_of(found: dict[str, Any]) -> tuple[str, str, str, Any]:
         number=number,
         within=next(iter(studies.values()))[1].study.exit_within,
         bins=BINS,
-        commands=", ".join([*found["studies"], *([SEARCH] if found["search"] else [])]),
+        commands=", ".join([*STUDIES, SEARCH]),
         machines="; ".join(sorted(machines)),
     )
     seeds = " to ".join(map(str, sorted({row.differences["T"].n for row in rows})))
@@ -356,11 +350,8 @@ def main() -> int:
     pages.no_flags(__doc__)
     logging.basicConfig(level=logging.ERROR)
     stored = restored(parse_json(PAGE.with_suffix(".json").read_text()))
-    studies = {study: measured(study, stored["studies"].get(study, {})) for study in STUDIES}
-    found = {
-        "studies": {study: values for study, values in studies.items() if values["runs"]},
-        "search": searched() or stored["search"],
-    }
+    studies = {study: measured(study, stored["studies"][study]) for study in STUDIES}
+    found = {"studies": studies, "search": searched() or stored["search"]}
     answer, seeds, text, figure = page_of(found)
     pages.write(PAGE, ABOUT, answer, seeds, strict(found), text, figure)
     return 0

@@ -18,7 +18,7 @@ from tetdist.storage.files import parse_json, write_json
 from tetdist.tracking.metrics_file import restored
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs/results"
+RESULTS, STUDIES = ROOT / "docs/results", ROOT / "configs/studies"
 HEAD = """# {title}
 
 **Question.** {question}
@@ -38,7 +38,7 @@ def runs_of(study: str) -> list[StudyRun]:
     """Return the trained runs of a study in runs/ of the working folder."""
     logging.basicConfig(level=logging.ERROR)
     # A relative path, so that the commands that pages show have no other.
-    runs = plan.runs_of(plan.read(plan.find(study)), Path("runs") / study, [])
+    runs = plan.runs_of(plan.read(STUDIES / f"{study}.yaml"), Path("runs") / study, [])
     return [run for run in runs if plan.is_trained(run)]
 
 

@@ -292,7 +292,7 @@ def test_what_is_refused_before_anything_is_written(tiny_config, tmp_path, capfd
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ([], "--config is missing"),
+        (["resume=must"], "--config is missing"),
         (["sttus"], "there is no command sttus; did you mean status?"),
         (["--config", "x", "--gpus", "8"], "did you mean --gpus-per-node?"),
         (["--config", "x", "--zzz"], "have no --; `train --explain` lists them"),

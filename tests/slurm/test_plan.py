@@ -73,20 +73,20 @@ def test_hours_by_hand():
 
 
 def test_fixed_costs_of_an_epoch_and_cores_that_load():
-    made = make(nodes=1, gpus_per_node=8, cpus_per_task=4)
-    text = plan.describe(made, Speed(2380.0, 4))
+    made, speed = make(nodes=1, gpus_per_node=8, cpus_per_task=4), Speed(2380.0, 4)
+    text = plan.describe(made, speed)
     assert " 1 a process; 1, 2, 4, 8 processes divide them" in text
     # 50,000 images at 3 times the speed of 5,004 * 256.
     assert "an epoch     1.3 % for evaluation, assumed 3 times as fast as training; 6 check" in text
     assert f"{6 * made.checkpoint_bytes / 1e6:.1f} MB written" in text
-    assert "warning: 33.7 cores a node, of 32, for 19,040 images/s at 1.77 ms each" in text
-    assert text.endswith("; 2.09 GB/s at 110.0 kB each; give cluster.cpus_per_task=8")  # threads
-    few = plan.describe(make(overrides=("data.threads=2",), cpus_per_task=8), Speed(2380.0, 4))
-    assert few.endswith(" each; give data.threads=5")
+    assert "loading      33.7 cores a node, of 32, for 19,040 images/s at 1.77 ms each" in text
+    for cpus, more in ((4, " and cluster.cpus_per_task=5"), (5, "")):
+        text = plan.describe(make(overrides=("data.threads=2",), cpus_per_task=cpus), speed)
+        warning = text.partition("loading      warning: 16.9 cores a node, of ")[2]
+        assert warning.endswith(f"; 1.05 GB/s at 110.0 kB each; give data.threads=5{more}")
     made = make(overrides=("data.auto_augment=rand-m9", "save.every_steps=null"), cpus_per_task=8)
-    text = plan.describe(
-        dataclasses.replace(made, sample_bytes=1e5), Speed(1000.0, 4, evaluation=2)
-    )
+    made = dataclasses.replace(made, sample_bytes=1e5)
+    text = plan.describe(made, Speed(1000.0, 4, evaluation=2))
     assert "evaluation, measured 2 times as fast as training; 1 checkpoint, " in text
     assert "loading      11.5 cores a node, of 32, for 4,000 images/s at 2.87 ms each" in text
     assert text.endswith("; 400.0 MB/s at 100.0 kB each")

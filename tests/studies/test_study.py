@@ -16,6 +16,7 @@ import pytest
 import tiny
 import yaml
 
+from tetdist.apps.cli.study import find
 from tetdist.apps.slurm.jobs import State
 from tetdist.apps.studies import local, plan, slurm, tracking
 from tetdist.errors import UserError
@@ -468,10 +469,9 @@ def test_mistakes_on_the_command_line_are_named(output_of, write, tmp_path, flag
 def test_the_studies_of_the_project_resolve(tmp_path):
     for name, hint in (("none", "give.*configs/studies"), ("tet_vs_sdt_digit", "did you mean")):
         with pytest.raises(UserError, match=rf"there is no study '{name}'; {hint}"):
-            plan.find(name)
-    files = sorted(plan.STUDIES_DIR.glob("*.yaml"))
-    assert plan.find("tet_vs_sdt_digits") in files
-    for file in files:
+            find(name)
+    studies = find("tet_vs_sdt_digits").parent
+    for file in sorted(studies.glob("*.yaml")):
         study = plan.read(file)
         one_seed = study.model_copy(update={"seeds": study.seeds[:1]})
         assert len(plan.runs_of(one_seed, tmp_path / "out", [])) == len(study.entries)

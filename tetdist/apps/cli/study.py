@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from tetdist.apps.cli.common import program, run_command
 from tetdist.config.flags import add_import, import_flags, positive
 from tetdist.config.key_parser import KeyParser
+from tetdist.config.loading import CONFIGS_DIR
 from tetdist.errors import UserError
-from tetdist.wording import counted
+from tetdist.wording import counted, meant
 
 if TYPE_CHECKING:
     from tetdist.apps.studies.plan import StudyRun
@@ -76,10 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def study(options: argparse.Namespace) -> int:
+    file = find(options.study)  # before torch is imported
     from tetdist.apps.studies import numbers, plan, report, tracking
     from tetdist.apps.studies.local import refuse_if_at_work, work
 
-    file = plan.find(options.study)
     section = plan.read(file)
     output = options.output or Path("runs") / file.stem
     try:
@@ -117,6 +118,17 @@ def study(options: argparse.Namespace) -> int:
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def find(name: str) -> Path:
+    """Find the file of a study: a path, or a name (with or without .yaml) in configs/studies/."""
+    folder = CONFIGS_DIR / "studies"
+    for path in (Path(name), folder / name, folder / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    give = f"give a file, or the name of one in {folder}"
+    raise UserError(f"there is no study {name!r}; {meant(Path(name).stem, known, give)}")
 
 
 def choose(runs: "list[StudyRun]", entries: list[str] | None) -> "list[StudyRun]":

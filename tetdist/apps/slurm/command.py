@@ -27,10 +27,12 @@ ASSUMED_GPUS = 8
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command (``submit`` if none is named) and its flags."""
-    command = arguments[0] if arguments[:1] and arguments[0] in RUN_COMMANDS else "submit"
-    if command == "submit" and (near := meant("".join(arguments[:1]), RUN_COMMANDS, "")):
-        _submit_parser().error(f"there is no command {arguments[0]}; {near}")
-    rest = arguments[1:] if arguments[:1] == [command] else arguments
+    first = "".join(arguments[:1])
+    command = first if first in RUN_COMMANDS else "submit"
+    # A key such as resume=must is near to a command, too.
+    if command == "submit" and "=" not in first and (near := meant(first, RUN_COMMANDS, "")):
+        _submit_parser().error(f"there is no command {first}; {near}")
+    rest = arguments[1:] if first == command else arguments
     parser = _submit_parser() if command == "submit" else _run_parser(command)
     options = parser.parse_intermixed_args(rest)
     options.command = command

@@ -184,21 +184,19 @@ def _evaluation(plan: Plan, speed: Speed, seconds: float) -> str:
 
 def _loading(plan: Plan, rate: float) -> str:
     """Return what loading takes on a node whose processes train ``rate`` images a second each."""
-    cluster, processes = plan.cluster, plan.cluster.processes_per_node
+    processes, given = plan.cluster.processes_per_node, plan.cluster.cpus_per_task or 1
     policy = plan.config.data.auto_augment.partition("-")[0]
-    milliseconds = LOADING_MS + POLICY_MS.get(policy, 0.0)
-    cores = processes * rate * milliseconds / 1000
-    given = processes * (cluster.cpus_per_task or 1)
-    of_process, threads = math.ceil(cores / processes), plan.config.data.threads
-    changes = [f"data.threads={of_process}"] if of_process > threads else []
-    if cores > given:
-        changes.append(f"cluster.cpus_per_task={max(of_process, threads)}")
-    warning = f"; give {' and '.join(changes)}" if changes else ""
-    size = plan.sample_bytes or LOADING_BYTES
+    milliseconds, size = LOADING_MS + POLICY_MS.get(policy, 0.0), plan.sample_bytes or LOADING_BYTES
+    images = processes * rate
+    warning = advice = ""
+    # The line "CPUs" warns of fewer CPUs than threads.
+    if (threads := math.ceil(rate * milliseconds / 1000)) > plan.config.data.threads:
+        warning, advice = "warning: ", f"; give data.threads={threads}"
+        advice += f" and cluster.cpus_per_task={threads}" if threads > given else ""
     return (
-        f"loading      {'warning: ' if warning else ''}{cores:.1f} cores a node, of {given}, for "
-        f"{processes * rate:,.0f} images/s at {milliseconds:.3g} ms each (ImageNet at 224 pixels, "
-        f"AMD EPYC); {_size(processes * rate * size)}/s at {_size(size)} each{warning}"
+        f"loading      {warning}{images * milliseconds / 1000:.1f} cores a node, of "
+        f"{processes * given}, for {images:,.0f} images/s at {milliseconds:.3g} ms each (ImageNet "
+        f"at 224 pixels, AMD EPYC); {_size(images * size)}/s at {_size(size)} each{advice}"
     )
 
 

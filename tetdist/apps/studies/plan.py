@@ -26,9 +26,8 @@ from tetdist.tracking.mlflow_store import check_store
 from tetdist.tracking.trackers import check_names
 from tetdist.training import run_folder
 from tetdist.training.setup import make_model, open_data
-from tetdist.wording import counted, meant
+from tetdist.wording import counted
 
-STUDIES_DIR = CONFIGS_DIR / "studies"
 EVALUATION_FILE = "test_timesteps.json"
 TEACHER_KEY = "loss.distillation.teacher"
 ALONE = World(0, 1, torch.device("cpu"), control=None)
@@ -182,16 +181,6 @@ class Command:
 
 
 # --- reading --------------------------------------------------------------------------------------
-
-
-def find(name: str) -> Path:
-    """Find the file of a study: a path, or a name (with or without .yaml) in configs/studies/."""
-    for path in (Path(name), STUDIES_DIR / name, STUDIES_DIR / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    known = sorted(path.stem for path in STUDIES_DIR.glob("*.yaml"))
-    give = f"give a file, or the name of one in {STUDIES_DIR}"
-    raise UserError(f"there is no study {name!r}; {meant(Path(name).stem, known, give)}")
 
 
 def read(path: Path) -> StudySection:
