@@ -22,7 +22,7 @@ def file_progress(title: str, unit: str = "file") -> Iterator[Callable[[int, int
 
     Call the result with the numbers of files done and of all. Rate and time left ignore the first
     files, which waited for processes to start, and appear some seconds later. The last line's rate
-    is that of all files after the first call.
+    is that of all files.
     """
     bar: tqdm[Any] | None = None
     started = last_line = time.monotonic()
@@ -45,7 +45,7 @@ def file_progress(title: str, unit: str = "file") -> Iterator[Callable[[int, int
         line = f"{title}: {done:,} of {counted(total, unit)}"
         files, seconds = done - first[0], now - first[1]
         if done >= total:
-            line += f", {rate((files or done) / max(now - started, 1e-6), unit)}"
+            line += f", {rate(done / max(now - started, 1e-6), unit)}"
         elif files and seconds >= _SECONDS_OF_A_RATE:
             left = duration((total - done) * seconds / files)
             line += f", {rate(files / seconds, unit)}, {left} left"

@@ -32,6 +32,7 @@ def probe_with_journal(
     """Return the results of `probe_batches`, those of good samples from the journal if it has them.
 
     Each new one is in the journal a moment later; bad samples are probed again in the next start.
+    Progress counts the samples that are probed now.
     """
     known = dict(_entries(journal, settings := [probe.__name__, *arguments]))
     found: dict[int, Any] = {}
@@ -43,15 +44,8 @@ def probe_with_journal(
         if stamp is not None and list(stamp) == time_and_size:
             found[i] = Probe(*facts)
     rows = [i for i in range(len(byte_ranges)) if i not in found]
-    num_known = len(found)
-
-    def report(done: int, _: int) -> None:
-        if progress is not None:
-            progress(num_known + done, len(byte_ranges))
-
-    report(0, 0)
     work = functools.partial(_examine, probe, root, arguments)
-    batches = run_on_samples(work, [byte_ranges[i] for i in rows], workers, report)
+    batches = run_on_samples(work, [byte_ranges[i] for i in rows], workers, progress)
     with explaining(journal):
         journal.parent.mkdir(parents=True, exist_ok=True)
         stream = journal.open("ab", buffering=0)
