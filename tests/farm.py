@@ -231,6 +231,7 @@ def serve(requests: socket.socket) -> None:
     # OpenMP's threads, which the tests may have, are not forked.
     torch.set_num_threads(1)
     with warnings.catch_warnings():
+        # Deprecations within these packages, which the tests' own imports report.
         warnings.simplefilter("ignore")
         for module in PRELOADED:
             importlib.import_module(module)

@@ -183,7 +183,7 @@ class Attention(Part):
         assert kernels.serve()
         q, v = (x.flatten(1, 3).to(torch.uint8) for x in (q, v))
         start = torch.empty_like(v[0], dtype=self.wide) if self.carries else None
-        inputs = Inputs((q, q, v), None, None, None, start, self.learned())  # type: ignore[arg-type]  # see there
+        inputs = Inputs((q, q, v), None, None, None, start, self.learned())  # type: ignore[arg-type]  # attention takes a tuple
         with noted() as launches:
             spikes, _, _ = kernels.spikes(inputs, None)
             kernels.current_gradient(inputs, spikes, start)

@@ -150,6 +150,7 @@ def assert_addresses_exist(launch: Any) -> None:
         del known[name]
     grid = (*launch.grid, 1, 1)[:3]
     scope = interpreter._patch_lang(function)
+    # Only addresses count; what is computed from the made-up numbers may overflow.
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(InterpreterBuilder, "create_dot", _dot)
         patch.setattr(InterpreterBuilder, "create_masked_load", load)

@@ -54,11 +54,6 @@ def test_what_neurons_learn_never_decays(kind, asked, kept):
     assert {decay for name, decay in found.items() if name not in kept} == {0.3}
 
 
-def test_arguments_of_an_optimiser_that_has_none_such():
-    with pytest.raises(UserError, match=r"timm:lamb cannot be built with arguments .*nonsense"):
-        make_optimizer(network(), section(kind="timm:lamb", arguments={"nonsense": 1}))
-
-
 @pytest.mark.parametrize("kind", ["sgd", "timm:lamb"])
 @pytest.mark.parametrize("name", ["spiking_convnet", "qkformer_2_256_dvs", "spiking_resnet19"])
 def test_layer_decay_is_that_of_timm(name, kind):
@@ -160,6 +155,19 @@ def test_optimisers_skip_and_continue(kind, undoes, monkeypatch):
     weight = straight[0].weight
     numbers = sum(one.numel() for one in optimizer.state[weight].values() if torch.is_tensor(one))
     assert numbers // weight.numel() == kind_of(kind).moments
+
+
+def test_muon_takes_a_filter_for_a_row():
+    """The update of a convolution is orthogonal as the matrix (out, in x height x width)."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 4, 3, bias=False).to(memory_format=torch.channels_last)
+    asked = section(kind="timm:muon", weight_decay=0, arguments={"ns_steps": 10})
+    optimizer, before = make_optimizer(conv, asked), conv.weight.detach().clone()
+    conv.weight.grad = torch.randn_like(conv.weight)
+    optimizer.step()
+    found = torch.linalg.svdvals((conv.weight.detach() - before).flatten(1))
+    # 0.1 is the learning rate, the rest the scaling by shape with which its steps match AdamW's.
+    torch.testing.assert_close(found, torch.full((4,), 0.1 * 0.2 * 54**0.5), rtol=0.1, atol=0)
 
 
 def test_what_does_not_continue_is_refused():

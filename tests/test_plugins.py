@@ -18,7 +18,7 @@ from tetdist.apps.cli import eval as evaluation
 from tetdist.apps.cli import export as exporting
 from tetdist.errors import UserError
 from tetdist.plugins import import_files
-from tetdist.storage.checkpoint import load_model_file
+from tetdist.storage.checkpoint import load_model_file, write_model_file
 
 PAGE = tiny.PROJECT / "docs" / "extending.md"
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL))
@@ -167,17 +167,30 @@ def test_a_checkpoint_asks_for_its_files_and_imports_none(main, write, tmp_path,
         assert status in (0, 2)  # export does not replace what it has written
 
 
+MIXING = """
+import torch
+class Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('on', torch.zeros(()))
+    def forward(self, x):
+        return x.relu() + self.on * x.softmax(0)
+"""
+
+
 def test_network_that_mixes_samples_is_neither_trained_nor_evaluated_nor_exported(
-    main, write, tmp_path, capfd
+    main, write, tiny_root, tmp_path, capfd
 ):
+    """In the last part, a buffer of the weights switches the mixing on."""
     changes = {"phases.0.epochs": 1, "precision": "fp32", "model.name": "toy"}
     file, source = write("my_plain.py", changes=changes), tmp_path / "my_plain.py"
     apart = FILES["my_plain.py"].replace("def plain(", "def toy(")
     refusal, imports = "toy mixes the samples of a batch", ["--import", str(source)]
 
-    def use(name):
-        run = str(tmp_path / "runs" / name)
-        evaluated = evaluation.main(["--checkpoint", run, "--device", "cpu", *imports])
+    def use(name, weights=None):
+        run = str(weights or tmp_path / "runs" / name)
+        data = ["--data", str(tiny_root), "--device", "cpu"]
+        evaluated = evaluation.main(["--checkpoint", run, *data, *imports])
         form = ["--format", "safetensors", "--output", str(tmp_path / f"{name}.safetensors")]
         return evaluated, exporting.main([run, *form, *imports])
 
@@ -189,6 +202,15 @@ def test_network_that_mixes_samples_is_neither_trained_nor_evaluated_nor_exporte
     refused(main(file, "name=mixing"), refusal)
     assert main(file, "name=mixing", "model.mixes_samples=true").status == 0
     assert use("mixing") == (0, 0)
+    source.write_text(apart.replace("nn.ReLU()", "Mixing()") + MIXING)
+    expect(main(file, "name=first"))
+    weights, description = load_model_file(tmp_path / "runs/first")
+    changed = {key: value + key.endswith(".on") for key, value in weights.items()}
+    write_model_file(on := tmp_path / "on.safetensors", changed, description)
+    for key in ("init_checkpoint", "loss.distillation.teacher"):
+        refused(main(file, "name=next", f"{key}={on}", "loss.distillation.weight=0.5"), refusal)
+    assert use("given", on) == (2, 2)
+    assert capfd.readouterr().err.count(refusal) == 2
 
 
 LOSS = "from tetdist.losses import register_loss\n@register_loss('{0}')\ndef {0}(logits, {1}"

@@ -241,10 +241,8 @@ def _laughs(levels: int) -> str:
         ("seed: 1\nloss:\n  kind: tet\n  kind: sdt\n", "'kind' appears twice, in lines 3 and 4"),
         (b"\xff\xfe\x00name: x", "not valid YAML"),
         ("a: &x [*x]", "contains an alias of itself"),
-        ("a: &x {<<: *x}", "contains an alias of itself"),
         (_laughs(40), "more than 100,000 values"),
         ("[" * 5000 + "]" * 5000, "nested too deeply"),
-        ('a: "\\ud800"', "not valid YAML"),
         ("a: 2026-01-01", "quote it"),
         ("a: 1:30", "a base-60 number"),
         ("# " + "x" * 600_000, "larger than 524,288 bytes"),
@@ -257,7 +255,7 @@ def test_file_that_is_no_configuration(tiny_config, tmp_path, text, expected):
     with pytest.raises(UserError, match=expected) as caught:
         load(str(file))
     assert str(file) in str(caught.value)
-    if isinstance(text, str) and text.startswith("a: ") and "<<" not in text:
+    if isinstance(text, str) and text.startswith("a: "):
         with pytest.raises(UserError, match=expected) as caught:
             load(str(tiny_config()), [f"name={text.removeprefix('a: ')}"])
         assert "name=" in str(caught.value)
@@ -429,7 +427,6 @@ def test_every_key_is_printed_and_explained():
         (["--pint-config"], "did you mean --print-config?"),
         (["--batch-size", "3"], "have no --; set batch.global"),
         (["--epocs", "3"], "have no --; did you mean phases.0.epochs=VALUE?"),
-        (["--epochs", "3"], "have no --; did you mean phases.0.epochs=VALUE?"),
     ],
 )
 def test_mistaken_flags_are_one_line(arguments, expected, capsys):

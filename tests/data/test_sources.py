@@ -75,7 +75,6 @@ def test_shards_may_be_named(shard_root, pattern, count):
     [
         ({"shards": "imagenet1k-train-{0000..0003}.tar"}, "no imagenet1k-train-0003.tar in"),
         ({"shards": "../*.tar"}, r"\.\./\*.tar must be relative"),
-        ({"shards": "/etc/*.tar"}, "must be relative"),
         ({"classes": "few.txt"}, "labels up to 2, but there are 2 class names in few.txt"),
         ({"classes": "twice.txt"}, "names a class twice"),
     ],

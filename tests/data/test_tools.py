@@ -18,7 +18,6 @@ import tetdist_command
 from tetdist.config.loading import load
 from tetdist.datasets.index import build_index, check_fresh, load_index
 from tetdist.datasets.probe import probe_range
-from tetdist.datasets.reader import SampleReader
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.training.setup import open_split
@@ -66,17 +65,8 @@ def test_what_is_no_file_is_bad_and_never_waited_for(image_root, images):
             (line,) = [line for line in output.splitlines() if f"train/bee/{name}: cannot" in line]
             assert line.startswith("bad: ")
             assert reason in line
-    output = images("index", root, "--skip-bad")
-    index = load_index(root / "index" / "train.npz")
-    assert len(index) == 3
-    # Nor does a file that becomes a pipe later stop a reader.
-    (folder / "bee0.jpg").unlink()
-    os.mkfifo(folder / "bee0.jpg")
-    with (
-        SampleReader(index, root) as reader,
-        pytest.raises(UserError, match="has 0 bytes instead of the index's"),
-    ):
-        reader.read(1)
+    images("index", root, "--skip-bad")
+    assert len(load_index(root / "index" / "train.npz")) == 3
 
 
 def test_files_that_are_not_taken_are_counted_and_named(image_root, images):
@@ -88,12 +78,6 @@ def test_files_that_are_not_taken_are_counted_and_named(image_root, images):
         "train: ignored 1 with .db (train/bee/Thumbs.db), 2 with .gif (train/ant/a.gif, ...),"
         " 1 with .heic (train/bee/c.HEIC), 1 with no suffix (train/note)\n"
     ) in output
-    output = images("check", root)
-    assert "train: ignored 1 with .db (train/bee/Thumbs.db), 2 with .gif" in output
-    (root / "train" / "ant" / "ant0.jpg").rename(root / "train" / "ant" / "ant0.avif")
-    output = images("index", root, status=2)
-    assert "holds no images" in output
-    assert "1 with .avif (train/ant/ant0.avif)" in output
 
 
 def test_a_test_folder_is_not_mistaken_for_what_training_takes(image_root, images):
@@ -178,7 +162,6 @@ def test_training_data_alone_are_indexed(image_root, images):
         (None, ["--workers", "0"], "--workers"),
         (None, ["--events", "--no-decode"], "--no-decode"),
         (None, ["--events"], "holds no events (.npy)"),
-        (None, ["--out", "/dev/null/index"], "/dev/null/index is not writable"),
     ],
 )
 def test_mistakes_end_in_a_sentence(image_root, images, spoil, options, words):

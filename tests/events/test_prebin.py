@@ -376,7 +376,6 @@ def test_images_become_simulated_recordings_named_so(tmp_path, prebin_dvs):
     [
         (["--timesteps", "0"], "0 must be 1 or more"),
         (["--bins", "0ms"], "'0ms' must be count, time, a duration such as 20ms"),
-        (["--size", "48x"], "'48x' must be a size such as 48 or 64x48"),
         (["--values", "published", "--resize", "area"], "leave out --resize"),
         (["--split", "first-half"], "'first-half' is not one of published, first-90-percent"),
         (["--split", "published"], "the part of left/0.bin is unknown"),

@@ -127,16 +127,6 @@ def test_a_preset_makes_its_frames_and_splits(name, trees, tmp_path, prebin_dvs)
         assert "split skipped: the split '0-99-test' leaves nothing to train of 'cat'" in output
 
 
-def test_a_custom_split_is_reported_to_have_no_published_result(trees, prebin_dvs):
-    output = prebin_dvs(
-        trees["nmnist"], "--preset", "nmnist", "--split", "published,first-90-percent"
-    )
-    published, _, own = output.partition("splits/first-90-percent")
-    assert "  difficulty: " in published
-    assert "no published result" not in published
-    assert "\n  no published result is known for this split\n" in own
-
-
 def test_a_preset_takes_no_other_data_set_for_its_own(trees):
     for name in PRESETS:
         for other, root in trees.items():
@@ -172,10 +162,3 @@ def test_mistakes_with_presets_end_in_a_sentence(trees, tmp_path, prebin_dvs, op
     output = prebin_dvs(trees["nmnist"], *options, status=2)
     assert words in output
     assert not (tmp_path / "dest").exists()
-
-
-def test_the_folder_around_a_data_set_is_refused_with_what_is_expected(trees, prebin_dvs):
-    around = trees["n-caltech101"].parent
-    output = prebin_dvs(around, "--preset", "n-caltech101", status=2)
-    assert "holds a folder" in output
-    assert "--preset n-caltech101 expects 101 classes in 8,709 recordings, accordion/" in output

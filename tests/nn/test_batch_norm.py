@@ -112,6 +112,12 @@ def test_bfloat16_current_is_normalised_in_float32():
     assert torch.equal(norm.running_mean, wide.running_mean)
 
 
+def test_a_mean_far_from_0_does_not_drown_the_variance():
+    current = 1000 + torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    exact = BatchNorm(1).double()(current.double())
+    assert (BatchNorm(1)(current) - exact).abs().max() < 1e-3
+
+
 # -------------------------------------------------------------------------------- deferred moves
 
 

@@ -176,6 +176,22 @@ def test_total_is_exact_beyond_what_float32_holds():
     assert native_pool.total(image).item() == image.numel() > 2**24
 
 
+def test_bfloat16_convolution_of_one_pixel():
+    """torch's own leaves garbage in the weight's gradient on some CPUs."""
+    conv = Conv2d(16, 32, 3, stride=2, padding=1, bias=False)
+    x = torch.randint(0, 2, (3, 2, 16, 1, 1), generator=torch.Generator().manual_seed(0)).float()
+    gradients = []
+    for precision in ("fp32", "bf16", "bf16", "bf16"):
+        conv.zero_grad()
+        with autocast(x.device, precision):
+            y = conv(carry(x.clone().requires_grad_(), pack(x)))
+        y.float().square().sum().backward()
+        gradients.append(conv.weight.grad.clone())
+    assert y.dtype == torch.bfloat16
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=0.05, atol=0.05)
+
+
 def test_gradient_of_a_gradient_is_refused():
     model = timm.create_model("spiking_convnet", channels=(4, 8), input_size=8, timesteps=2)
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)

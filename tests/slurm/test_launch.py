@@ -55,7 +55,6 @@ def test_facts_from_three_places(cluster_file, monkeypatch, tmp_path):
         ("time: 30", ["'time'", "a valid string, in quotes, not 30"]),
         ("time: tomorrow", ["cluster.time: 'tomorrow' is not a time"]),
         ('time: "1"', ["cluster.time: 1 is not longer than cluster.warn_before_end (120 s)"]),
-        ('partition: "a\\nb"', ["'partition'"]),
     ],
 )
 def test_wrong_facts(text, parts, cluster_file):

@@ -326,7 +326,7 @@ class Killed(BaseException):
     pass
 
 
-# The thread that sends ends by what kills it.
+# `Killed` also ends the thread that sends, which pytest would warn of.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_kill_at_any_call_is_caught_up(store, tmp_path, monkeypatch):
     """MLflow gets the first calls of a process, and all the rest from the next one.

@@ -145,9 +145,3 @@ def test_timm_adapts_the_network_to_other_classes_and_channels():
     assert model.timesteps == 2
     model.reset_classifier(5)
     assert model(torch.rand(2, 3, 28, 28)).shape == (2, 5)
-
-
-def test_unknown_name_is_refused_with_all_names(output_of):
-    output = output_of("eval", "--checkpoint", "tetdist:mnist", status=2)
-    known = ", ".join(bundled.names())
-    assert f"no network tetdist:mnist comes with tetdist; choose from {known}, or give" in output
