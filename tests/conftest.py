@@ -12,8 +12,8 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
+from hypothesis import Phase, settings
 
 # Before anything imports numpy, whose threads take longer than small matrices, and torch; see
 # tetdist_command.py.
@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import farm as farm_of_forks
+import numpy as np
 import tiny
 from samples import picture
 from tiny import Farm, Outcome, Tool
@@ -61,6 +62,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop(name, None)
     if config.getoption("markexpr") != "gpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    # A failing example is not made smaller, which takes minutes in Triton's interpreter.
+    seeded = {"derandomize": True, "database": None, "deadline": None, "phases": [Phase.generate]}
+    settings.register_profile("seeded", **seeded)
+    settings.load_profile("seeded")
 
 
 def pytest_runtest_setup() -> None:

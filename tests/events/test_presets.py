@@ -153,7 +153,6 @@ def test_options_beside_a_preset_count_and_are_reported(trees, tmp_path, prebin_
     ("options", "words"),
     [
         ([], "give --timesteps (the number of time bins) or --preset"),
-        (["--preset", "n-mnist"], "did you mean nmnist?"),
         (["--preset", "nmnist", "--simulate"], "--preset needs recordings and --simulate images"),
         (["--preset", "cifar10-dvs"], "--preset cifar10-dvs expects 10 classes in 10,000 record"),
     ],
