@@ -123,7 +123,6 @@ def test_a_process_takes_steps_until_it_fails():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["step", "--model", "resnet99"], "'resnet99' is not a spiking model"),
         (["step", "--model", "vggsnn", "--size", "32"], "vggsnn takes 48 pixels only, not 32"),
         (["scaling", "--size", "32"], "--size: 32 leaves the last"),
         (["step", "--batch", "0"], "0 must be 1 or more"),

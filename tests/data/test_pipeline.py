@@ -250,19 +250,19 @@ def test_augmented_batches_resume_and_share_out_as_others_do(png_root, changes, 
             assert ours[1] == theirs[1]
             assert all(np.array_equal(a, b) for a, b in zip(ours[2:], theirs[2:], strict=True))
 
-    straight = batches(SHARE, 12)
+    straight = batches(SHARE, 18)
     # At the end of an epoch, at its beginning, and in it.
-    for epoch, step in ((0, 3), (1, 0), (1, 1)):
+    for epoch, step in ((0, 3), (1, 0), (2, 1)):
         resumed = dataclasses.replace(SHARE, epoch=epoch, step_in_epoch=step)
         done = 2 * (3 * epoch + step)
-        assert_same(batches(resumed, 12 - done), straight[done:])
+        assert_same(batches(resumed, 18 - done), straight[done:])
     workers = dataclasses.replace(WORKERS, threads=1, prefetch=4)
-    assert_same(batches(SHARE, 12, workers), straight)
+    assert_same(batches(SHARE, 18, workers), straight)
     other = batches(dataclasses.replace(SHARE, seed=6), 1)
     assert not torch.equal(other[0][0], straight[0][0])
     for rank in (0, 1):
         share = dataclasses.replace(SHARE, rank=rank, world_size=2)
-        assert_same(batches(share, 6), straight[rank::2])
+        assert_same(batches(share, 9), straight[rank::2])
     counts = np.unique(np.concatenate([ids for _, ids, *_ in straight[:6]]), return_counts=True)[1]
     assert counts.tolist() == [repeats] * (12 // repeats)
     # Two samples of an epoch are never changed alike.
