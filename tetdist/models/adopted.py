@@ -68,7 +68,7 @@ class Adopted(SpikingNetwork):
         self._examined = False
         for module in self.net.modules():
             if hasattr(module, "surrogate_function") and not isinstance(module, _GRADED):
-                module.fires_spikes = True  # type: ignore[assignment]  # see firing_layers
+                module.fires_spikes = True  # type: ignore[assignment]  # ours: it counts spikes
         self.register_state_dict_post_hook(_without_prefix)
         self.register_load_state_dict_pre_hook(_with_prefix)
         self.set_timesteps(timesteps)
