@@ -32,12 +32,21 @@ UNUSED = {
     f"{QUICKSTART} model.name=sew_resnet43": LARGE,
     f"{QUICKSTART} model.neuron.treshold=1": LARGE,
     f"{QUICKSTART} model.neuron.kind=lid": LARGE,
+    f"{QUICKSTART} model.neuron.kind=plif model.neuron.most_spikes=2": LARGE,
+    f"{QUICKSTART} loss.kind=stt": LARGE,
+    f"{QUICKSTART} phases.0.optimizer.kind=adma": LARGE,
+    f"{QUICKSTART} tracking.trackers=wandbb": LARGE,
+    f"{QUICKSTART} --import my_los.py": LARGE,
     f"{QUICKSTART} data.root=nosuch": LARGE,
     f"{QUICKSTART} data.root=empty": LARGE,
     "slurm --config quickstart.yaml --gpus-per-node 1 batch.globl=3": LARGE,
     "slurm --config quickstart.yaml --gpus-per-node 1 data.root=nosuch": LARGE,
+    "slurm --config quickstart.yaml --gpus-per-node 1 --time 2d": LARGE,
+    "slurm --config quickstart.yaml --gpus-per-node 1 cluster.quos=x": LARGE,
     "convert --list": LARGE,
     "eval nosuch": LARGE,
+    "eval run --exit-within 1": LARGE,
+    "eval tetdist:quikstart": LARGE,
     "export nosuch --format timm --output out": LARGE,
     "show nosuch": LARGE,
     "replay nosuch.npz --checkpoint nosuch": LARGE,
@@ -60,6 +69,8 @@ print(json.dumps(found))
 
 def test_commands_import_nothing_that_they_do_not_use(tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("data: {root: x, held_out: 0.0}\n")
     done = subprocess.run(
         tiny.python("-c", RUN, json.dumps(UNUSED)),
         cwd=tmp_path,

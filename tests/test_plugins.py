@@ -250,7 +250,8 @@ def test_files_that_are_none(tmp_path):
         (tmp_path / folder / "same.py").write_text("")
     for names, expected in (
         (["pipe.py"], r"pipe.py cannot be read \(It is a pipe, a device"),
-        (["nothing.py"], "nothing.py cannot be read"),
+        (["nothing.py"], "nothing.py cannot be read .*; correct it"),
+        (["a/sam.py"], r"No such file or directory\); did you mean same.py\?"),
         (["my-snn.py"], "named in one word"),
         (["a/same.py", "b/same.py"], "have the same name"),
     ):
@@ -279,10 +280,6 @@ LATER = [
         "loss.kind=b",
         LOSS.format("b", "y): return 0.5"),
         "b returns 0.5, not a tensor of the shape ()",
-    ),
-    (
-        *("loss.kind=e", LOSS.format("e", "y): return logits + y.new_zeros(7)")),
-        "bad.py:3 raises RuntimeError: The size of tensor a (4) must match",
     ),
     ("loss.kind=c", LOSS.format("c", "y): return logits.detach().mean()"), "c has no gradient"),
     (
@@ -319,3 +316,37 @@ def test_a_mistake_that_shows_later_is_one_sentence(main, tiny_config, use, text
     file = tiny_config({"imports": ["bad.py"]})
     file.with_name("bad.py").write_text(text)
     refused(main(file, use), expected)
+
+
+# What makes a run use a file that raises an error in a step, the file, its line, and its part.
+RAISING = [
+    ("loss.kind=e", LOSS.format("e", "y): return logits + y.new_zeros(7)"), 3, "loss.kind"),
+    (
+        "model={name: plain}",
+        FILES["my_plain.py"].replace(
+            "self.fc(self", "self.fc(self.layers[3] if self.training else self"
+        ),
+        23,
+        "model.name",
+    ),
+    (
+        "model.neuron.kind=own",
+        NEURON.format(DATACLASS, "def run(self, current, membrane): return current.nothing"),
+        7,
+        "model.neuron.kind",
+    ),
+]
+
+
+@pytest.mark.parametrize(("use", "text", "line", "part"), RAISING, ids=lambda one: str(one)[:20])
+def test_an_error_in_a_users_file_shows_its_lines_alone(
+    main, tiny_config, tmp_path, use, text, line, part
+):
+    (bad := tmp_path / f"bad_{part.split('.')[-2]}.py").write_text(text)
+    file = tiny_config({"imports": [bad.name], "precision": "fp32"})
+    outcome = main(file, use)
+    whole = tmp_path / "runs/tiny/traceback.txt"
+    refused(outcome, f"{part}: {bad} raises this; {whole} has the whole traceback")
+    shown = re.findall(r'File "(.*)", line (\d+)', outcome.text)
+    assert shown == [(str(bad), str(line))]
+    assert "Traceback" in whole.read_text()

@@ -7,7 +7,6 @@ precision.
 import inspect
 import itertools
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tetdist.errors import UserError
-from tetdist.plugins import PACKAGE, Registry, raised_in
+from tetdist.plugins import Registry
 
 # Targets of a timestep: see `self_target`.
 SelfTarget = Literal["time_mean", "correct_mean", "similarity"]
@@ -50,17 +49,9 @@ class Loss:
         """Compute the loss named by ``loss.kind``, ().
 
         Raises:
-            UserError: The function raises an error, or returns no such loss.
+            UserError: The function returns no such loss.
         """
-        try:
-            total: Any = self.function(logits, targets, **arguments)
-        except Exception as error:
-            is_own = self.function.__module__.startswith(f"{PACKAGE}.")
-            if not is_own or isinstance(error, UserError | torch.OutOfMemoryError):
-                raise
-            shapes = f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"
-            place = raised_in(error, str(sys.modules[self.function.__module__].__file__))
-            raise UserError(f"loss.kind: {kind}: {place} for {shapes}") from error
+        total: Any = self.function(logits, targets, **arguments)
         if not isinstance(total, Tensor):
             raise UserError(f"loss.kind: {kind} returns {total}, not a tensor of the shape ()")
         if total.ndim:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from tetdist.buffers import in_one_buffer
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.plugins import Registry
+from tetdist.plugins import Registry, none_of
 
 Groups = list[dict[str, Any]]
 Build = Callable[[Groups, "OptimizerSettings"], torch.optim.Optimizer]
@@ -134,11 +134,9 @@ def kind_of(name: str, key: str = OPTIMIZERS.key) -> OptimizerKind:
     """
     if name.startswith(TIMM):
         return _of_timm(name.removeprefix(TIMM), key)
-    from timm.optim import list_optimizers
-
     if name not in OPTIMIZERS:
-        hint = f"; for timm's, set {TIMM}{name}" if name in list_optimizers() else ""
-        raise UserError(f"{key}: {OPTIMIZERS.none_of(name)}{hint}")
+        none = none_of("optimiser", name, OPTIMIZERS)
+        raise UserError(f"{key}: {none}; timm's are {TIMM}NAME")
     return OPTIMIZERS[name]
 
 

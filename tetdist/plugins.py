@@ -12,8 +12,9 @@ checkpoint is data: it lists the imported files, and never imports any.
 import hashlib
 import logging
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, NoReturn, TypeVar, cast
@@ -72,14 +73,15 @@ class Registry(dict[str, T]):
         self[name] = entry
 
     def __missing__(self, name: str) -> NoReturn:
-        raise UserError(f"{self.key}: {self.none_of(name)}")
+        raise UserError(f"{self.key}: {none_of(self.what, name, self)}")
 
-    def none_of(self, name: str) -> str:
-        """Return the error message for an unknown name, with those that it may have meant."""
-        return (
-            f"there is no {self.what} {name!r}; {meant(name, self)} (for your own, add its file: "
-            "imports: [FILE.py], or --import FILE.py)"
-        )
+
+def none_of(what: str, name: str, known: Collection[str]) -> str:
+    """Return the error message for an unknown name, with those that it may have meant."""
+    return (
+        f"there is no {what} {name!r}; {meant(name, known)} (for your own, add its file: imports: "
+        "[FILE.py], or --import FILE.py)"
+    )
 
 
 class Imported(NamedTuple):
@@ -104,7 +106,8 @@ def import_files(paths: Iterable[str | Path]) -> list[Imported]:
             with open_file(path) as file:
                 code = file.read()
         except OSError as error:
-            raise UserError(f"imports: {path} cannot be read ({error.strerror})") from error
+            near = meant(path.name, [one.name for one in path.parent.glob("*.py")], "correct it")
+            raise UserError(f"imports: {path} cannot be read ({error.strerror}); {near}") from error
         one = Imported(path.absolute(), hashlib.sha256(code).hexdigest())
         if found.setdefault(path.name, one).path != one.path:
             other = found[path.name].path
@@ -164,6 +167,37 @@ def raised_in(error: BaseException, file: str | Path) -> str:
     *_, line = 0, *(frame.lineno for frame in frames if Path(frame.filename) == Path(file))
     line = error.lineno if isinstance(error, SyntaxError) else line
     return f"{file}:{line} raises {type(error).__name__}: {error}"
+
+
+def explained(error: Exception, folder: Path | None = None) -> Exception:
+    """Return a mistake in an imported file as a `UserError`, after printing its frames in such
+    files; return other errors as they are.
+
+    Args:
+        folder: Folder for the whole traceback, if it exists; otherwise the temporary files' one.
+    """
+    if isinstance(error, UserError) or not (frames := own_frames(error)):
+        return error
+    import timm
+
+    lines = traceback.format_list(frames) + traceback.format_exception_only(error)
+    print("".join(lines), end="", file=sys.stderr)
+    place = folder if folder is not None and folder.is_dir() else tempfile.gettempdir()
+    whole = Path(place, "traceback.txt")
+    write_text(whole, "".join(traceback.format_exception(error)))
+    file = Path(frames[0].filename)
+    keys = sorted(_KEYS_OF.get(f"{PACKAGE}.{file.stem}", ()))
+    keys += ["model.name"] if timm.list_models(module=file.stem) else []
+    return UserError(
+        f"{', '.join(keys) or 'imports'}: {file} raises this; {whole} has the whole traceback"
+    )
+
+
+def own_frames(error: Exception) -> list[traceback.FrameSummary]:
+    """Return the frames of an error that are in imported files."""
+    modules = [sys.modules[name] for name in sys.modules if name.startswith(f"{PACKAGE}.")]
+    files = {module.__file__ for module in modules}
+    return [one for one in traceback.extract_tb(error.__traceback__) if one.filename in files]
 
 
 def keep(files: Iterable[Imported], folder: Path) -> tuple[str, ...]:

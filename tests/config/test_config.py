@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -192,6 +191,11 @@ CONTRADICTIONS = (
     ),
     ("loss.arguments.power: loss.kind=tet has no such argument", "loss.arguments.power=2"),
     ("loss.kind: there is no loss 'tat'; did you mean tet?", "loss.kind=tat"),
+    (
+        "most_spikes has no effect with model.neuron.kind=plif; remove it, or set "
+        "model.neuron.kind=ilif or nilif",
+        *("model.neuron.kind=plif", "model.neuron.most_spikes=2"),
+    ),
     ("name: 'a/b' cannot name a folder", "name=a/b"),
     ("name: '..' cannot name a folder", "name=.."),
     # What would be undone in silence.
@@ -220,16 +224,11 @@ def test_mistakes_of_the_file_and_of_an_override_are_distinguished(tiny_config):
 
 
 def test_no_such_config():
-    with pytest.raises(UserError, match=r"'quickstar'.*did you mean quickstart\?"):
-        load("quickstar")
+    for name in ("quickstar", "tetdist:quikstart", "there/quickstrt.yaml"):
+        with pytest.raises(UserError, match=rf"'{name}'.*did you mean quickstart\?"):
+            load(name)
     with pytest.raises(UserError, match=r"'zzz'.*in configs/; `tetdist list` lists those"):
         load("zzz")
-
-
-def _laughs(levels: int) -> str:
-    lines = ["a0: &a0 [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
-    return "\n".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -240,8 +239,7 @@ def _laughs(levels: int) -> str:
         ("", "keys and values, but is empty"),
         ("seed: 1\nloss:\n  kind: tet\n  kind: sdt\n", "'kind' appears twice, in lines 3 and 4"),
         (b"\xff\xfe\x00name: x", "not valid YAML"),
-        ("a: &x [*x]", "contains an alias of itself"),
-        (_laughs(40), "more than 100,000 values"),
+        ("a: &x [*x]", "not valid YAML"),
         ("[" * 5000 + "]" * 5000, "nested too deeply"),
         ("a: 2026-01-01", "quote it"),
         ("a: 1:30", "a base-60 number"),
@@ -278,14 +276,11 @@ TAKEN = {
     "tracking.trackers=tensorboard": ["tensorboard"],
     "data.transforms=[]": [],
     # Forms of earlier versions.
-    "profile.steps=20..30": [20, 30],
-    "profile={steps: [20, 30]}": [20, 30],
     "data.color_jitter={brightness: 0.4, hue: 0.1}": [0.4, 0, 0, 0.1],
     "data.color_jitter.contrast=0.2": [0, 0.2, 0, 0],
     "checkpoint=blocks": "blocks",
 }
-RENAMED = {"profile.steps": "profile", "data.color_jitter.contrast": "data.color_jitter"}
-RENAMED["checkpoint"] = "recompute"
+RENAMED = {"checkpoint": "recompute", "data.color_jitter.contrast": "data.color_jitter"}
 
 
 @pytest.mark.parametrize("override", TAKEN)
@@ -323,13 +318,22 @@ def test_what_a_neuron_leaves_out_is_the_networks_own(model, expected):
     assert section.model_dump(mode="json")["neuron"] == neurons.as_dict(expected)
 
 
-def test_the_networks_neuron_is_written_down(caplog):
-    neuron = {"most_spikes": 2, "surrogate": "atan"}
+def test_the_networks_neuron_is_written_down():
+    neuron = {"most_spikes": 2}
     config = resolved({"model": {"name": "espikeformer_s", "neuron": neuron}})
-    assert "model.neuron.surrogate has no effect with model.neuron.kind=nilif" in caplog.text
     written = yaml.safe_load(config.as_yaml())
     assert written["model"]["neuron"] == neurons.as_dict(NILIF(most_spikes=2))
     assert parse(written, "config.yaml") == config
+
+
+def test_a_neuron_that_is_chosen_later_needs_no_key_of_the_file(tiny_config):
+    file = tiny_config({"model.neuron": {"kind": "ilif", "most_spikes": 3}})
+    assert load(str(file), ["model.neuron.kind=plif"]).model.neuron == PLIF()
+    own = file.with_name("own.yaml")
+    own.write_text(f"base: {file.name}\nmodel: {{neuron: {{kind: plif}}}}\n")
+    assert load(str(own)).model.neuron == PLIF()
+    own.write_text(f"base: {file.name}\nmodel: {{neuron: {{kind: plif, most_spikes: 2}}}}\n")
+    assert "most_spikes has no effect" in refusal(lambda: load(str(own)))
 
 
 def test_later_layers_of_overrides_replace_earlier_ones():
@@ -376,31 +380,21 @@ def test_shipped_configs_load_without_a_warning(file, caplog):
 
 
 @pytest.mark.parametrize(
-    ("name", "neuron", "of_kind"),
+    ("name", "neuron"),
     [
-        ("quickstart", (), []),
-        ("spiking34_t4_t6", (), []),
-        ("qkformer_10_384", ("model.neuron.kind=lif", "model.neuron.decay=0.9"), []),
-        (
-            "quickstart",
-            ("model.neuron.kind=psn", "model.neuron.surrogate_width=3.0"),
-            [
-                "surrogate: atan  # default of psn, in place of triangle",
-                "timesteps: 4  # default of psn",
-            ],
-        ),
+        ("spiking34_t4_t6", ()),
+        ("qkformer_10_384", ("model.neuron.kind=lif", "model.neuron.decay=0.9")),
+        ("quickstart", ("model.neuron.kind=psn", "model.neuron.surrogate_width=3.0")),
     ],
 )
-def test_printed_config_is_the_same_config(name, neuron, of_kind, tmp_path, capsys):
+def test_printed_config_is_the_same_config(name, neuron, tmp_path, capsys):
     assert train.main(["--config", name, "--print-config", "seed=3", *neuron]) == 0
     printed = tmp_path / "printed.yaml"
-    printed.write_text(text := capsys.readouterr().out)
+    printed.write_text(capsys.readouterr().out)
     config = load(str(printed))
     assert config == load(name, ["seed=3", *neuron])
     assert config.as_dict() == read_yaml(printed)
     assert differences(config.as_dict(), load(name, neuron).as_dict()) == ["seed is 0 and was 3"]
-    marked = [re.sub(" +#", "  #", line.strip()) for line in text.splitlines()]
-    assert [line for line in marked if "default of" in line] == of_kind
 
 
 def test_every_key_is_printed_and_explained():

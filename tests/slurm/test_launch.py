@@ -36,8 +36,6 @@ def test_facts_from_three_places(cluster_file, monkeypatch, tmp_path):
     assert (facts.partition, facts.account, facts.nodes) == ("gpu", "mine", 2)
     assert facts.setup == ("module load x",)
     assert (facts.processes_per_node, facts.processes) == (8, 16)
-    # An earlier version's keys, which served its plan.
-    assert cluster.gather({"gpu": "H100", "link_in_node": 9}, {}) == cluster.gather({}, {})
     (tmp_path / "other.yaml").write_text("qos: high\n")
     monkeypatch.setenv("TETDIST_CLUSTER", str(tmp_path / "other.yaml"))
     assert (cluster.gather({}, {}).qos, cluster.gather({}, {}).account) == ("high", None)
@@ -247,7 +245,8 @@ def test_plan_without_the_data(tiny_config, capfd):
 
     text = planned("data.root=/nowhere", "--images", "80")
     assert "10 an epoch, 20 in total (2 epochs)" in text
-    assert "2 evaluations not counted: their size is unknown;" in text
+    assert "without reading the data; to evaluate, in proportion as many as ImageNet)" in text
+    assert "2 evaluations of 3;" in text
     text = planned("data.root=/nowhere", "--images", "80", "data.held_out=0.1")
     assert "(72 as given, without" in text
     assert "2 evaluations of 8" in text

@@ -65,7 +65,8 @@ def test_the_first_step_tells_nothing_of_the_pace(clock, capsys):
     shown.report_training(103, TRAINED | {"eta_s": shown.seconds_left()})
     first, second, third = capsys.readouterr().err.splitlines()
     assert first == (
-        "epoch 1.01  step 101/200  the first step took 3 min 5 s; later ones are faster"
+        "epoch 1.01  step 101/200  the first step took 3 min 5 s, with kernels to compile unless "
+        "they are cached"
     )
     assert second == "epoch 1.02  step 102/200  0.5 samples/s since the first step  ETA 1:38:00"
     assert third.endswith("ETA 0:49:18")  # 97 steps at 30.5 s

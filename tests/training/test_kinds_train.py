@@ -15,12 +15,6 @@ KINDS = {
     "psn": {"kind": "psn", "timesteps": 2},
 }
 LEARNT = {"plif": ["w"], "psn": ["bias", "weight"]}
-SET_BY = {
-    "plif": "model.neuron.kind=plif also changes these values of spiking_convnet's own "
-    "neuron: surrogate=sigmoid (triangle), surrogate_width=4.0 (1.0), fires_at_threshold=true "
-    "(false), decay_input=true (none)",
-    "psn": "surrogate=atan (triangle), surrogate_width=2.0 (1.0)",
-}
 
 
 def changes(neuron):
@@ -37,8 +31,7 @@ def changes(neuron):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns(kind, main, tiny_config, tmp_path):
-    text = expect(main(tiny_config(changes(KINDS[kind]))))
-    assert SET_BY[kind] in text
+    expect(main(tiny_config(changes(KINDS[kind]))))
     run = tmp_path / "runs/tiny"
     (val,) = tiny.metrics(run, "val")
     assert val["top1"] > 50  # chance is 25 %

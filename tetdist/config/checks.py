@@ -5,8 +5,11 @@ What registers names is imported in the functions: `loading.parse` checks other 
 
 import inspect
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterator
 
+from tetdist import plugins
+from tetdist.config import names
 from tetdist.config.schema import RunConfig
 from tetdist.config.sections.loss import LossSection
 from tetdist.config.sections.phase import schedule_epochs
@@ -23,6 +26,18 @@ def check(config: RunConfig, *, is_trained: bool = False) -> None:
     for found in (_of_the_run, *losses, _of_phases, _of_data, _of_the_engine, _of_cuda_graphs):
         for sentence in found(config):
             raise UserError(sentence)
+
+
+def check_losses(config: RunConfig) -> None:
+    """Refuse unknown losses; nothing is imported unless the user's files were."""
+    known: Collection[str] = names.LOSSES
+    if plugins.PACKAGE in sys.modules:
+        from tetdist.losses import LOSSES
+
+        known = LOSSES
+    for loss in config.losses():
+        if loss.kind not in known:
+            raise UserError(f"loss.kind: {plugins.none_of('loss', loss.kind, known)}")
 
 
 def check_name(config: RunConfig) -> None:

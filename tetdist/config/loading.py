@@ -2,24 +2,26 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tetdist.config.checks import check, check_name
-from tetdist.config.inheritance import imports_of, overridden, read_layers
+from tetdist.config.checks import check, check_losses, check_name
+from tetdist.config.inheritance import COMMAND_LINE, imports_of, overridden, read_layers
 from tetdist.config.messages import checked
 from tetdist.config.overrides import apply_override, key_of, refuse_repeated
 from tetdist.config.retired import without_retired
 from tetdist.config.schema import RunConfig
-from tetdist.config.sections.data import DataSection
 from tetdist.config.sections.model import network_neuron
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError, typed
 from tetdist.nn import neurons
 from tetdist.nn.neurons import NEURONS
 from tetdist.plugins import import_files
+from tetdist.storage.bundled import TETDIST
 from tetdist.wording import meant
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,8 @@ def find(name: str, folder: Path = Path()) -> Path:
         if path.is_file():
             return path
     known = [path.stem for path in CONFIGS_DIR.glob("*.yaml")]
-    hint = meant(name.removesuffix(".yaml"), known, f"`{typed('list')}` lists those")
+    word = Path(name.removeprefix(TETDIST)).stem
+    hint = meant(word, known, f"`{typed('list')}` lists those")
     raise UserError(f"no configuration {name!r}, neither as a file nor in configs/; {hint}")
 
 
@@ -70,12 +73,13 @@ def load_with_origins(
     name: str,
     overrides: Sequence[str] = (),
     imports: Sequence[str | Path] = (),
-    check_data: Callable[[DataSection], None] | None = None,
+    check_draft: Callable[[RunConfig, str], None] | None = None,
 ) -> Loaded:
     """Load a configuration as `load` does, with the origin of each value.
 
     Args:
-        check_data: See `parse`.
+        check_draft: Checks keys and values before networks are imported, given the command that
+            makes the data, or "".
     """
     path = find(name)
     raw, origins = read_layers(path, find)
@@ -91,9 +95,19 @@ def load_with_origins(
     given = next((one for one in overrides if one.startswith("imports")), path)
     raw["imports"] = [str(Path(one).absolute()) for one in [*imports_of(raw, given), *imports]]
     import_files(raw["imports"])
-    config = parse(raw, str(path), overrides=overrides, origins=origins, check_data=check_data)
+    config = parse(raw, str(path), overrides=overrides, origins=origins, check_draft=check_draft)
     check_name(config)
     return Loaded(config, origins)
+
+
+def _data_command(file: str) -> str:
+    """Return the commands of a recipe's header that make its data, as one; "" without them."""
+    entry = re.search(r"^# data  +(.*\n(?:#   .*\n)*)", Path(file).read_text(), re.MULTILINE)
+    lines = [line.lstrip("# ") for line in entry[1].splitlines()] if entry else []
+    # Further arguments, -- and so on, continue the line before.
+    wanted = takewhile(re.compile(r"(python|git|apt-get|--)").match, lines)
+    command = " && ".join(wanted).replace(" && --", " --")
+    return re.sub(r"python tools/(\w+)\.py", lambda found: typed(found[1]), command)
 
 
 def load_written(path: Path) -> RunConfig:
@@ -114,7 +128,7 @@ def parse(
     is_trained: bool = False,
     overrides: Sequence[str] = (),
     origins: Mapping[str, str] | None = None,
-    check_data: Callable[[DataSection], None] | None = None,
+    check_draft: Callable[[RunConfig, str], None] | None = None,
 ) -> RunConfig:
     """Check a configuration given as nested dictionaries.
 
@@ -122,11 +136,11 @@ def parse(
 
     Args:
         source: File of the configuration, as errors name it.
-        warn: Warn of names that have changed, and of keys that the kind of neuron lacks.
+        warn: Warn of names that have changed, and refuse keys that the kind of neuron lacks.
         is_trained: The network is only used, not trained, so keys of training that are gone do
             not matter.
         overrides, origins: See `checked`.
-        check_data: Raises a `UserError` if the data set is missing.
+        check_draft: See `load_with_origins`.
 
     Raises:
         UserError: It is not valid, or contradicts itself.
@@ -135,9 +149,14 @@ def parse(
     raw = without_retired(raw, source, is_trained=is_trained, overrides=overrides)
     # Mistakes that need no network are said first: importing the networks takes seconds.
     draft = checked(RunConfig, raw, source, overrides, origins, keys_alone=True)
-    if check_data is not None:
-        check_data(draft.data)
-    raw = _with_neuron_of_its_kind(raw, warn)
+    if not is_trained:
+        check_losses(draft)
+    if "kind" in raw["model"].get("neuron", {}):  # otherwise the network's own has to be imported
+        raw = _with_neuron_of_its_kind(raw, source, warn, origins or {})
+    if check_draft is not None:
+        set_in = (origins or {}).get("data.root", COMMAND_LINE)
+        check_draft(draft, "" if set_in == COMMAND_LINE else _data_command(set_in))
+    raw = _with_neuron_of_its_kind(raw, source, warn, origins or {})
     config = checked(RunConfig, raw, source, overrides, origins)
     check(config, is_trained=is_trained)
     return config
@@ -150,26 +169,35 @@ def _with_present_names(raw: dict[str, Any], warn: bool) -> dict[str, Any]:
         raw["recompute"] = raw.pop("checkpoint")
         if warn:
             logger.warning("the key checkpoint is now called recompute; the old name still works")
-    data, profile = raw.get("data"), raw.get("profile")
+    data = raw.get("data")
     if isinstance(data, dict) and isinstance(jitter := data.get("color_jitter"), dict):
         strengths = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
         if jitter.keys() <= strengths.keys():
             raw["data"] = data | {"color_jitter": list((strengths | jitter).values())}
-    if isinstance(profile, dict) and profile.keys() == {"steps"}:
-        raw["profile"] = profile["steps"]
     return raw
 
 
-def _with_neuron_of_its_kind(raw: dict[str, Any], warn: bool) -> dict[str, Any]:
-    """Return a configuration whose neuron has no keys that only other kinds have."""
+def _with_neuron_of_its_kind(
+    raw: dict[str, Any], source: str, warn: bool, origins: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return a configuration whose neuron has no keys that only other kinds have.
+
+    With ``warn`` such a key is refused, unless the kind was chosen later: on the command line, or
+    in a file that inherits the key.
+    """
     model, neuron = raw["model"], raw["model"].get("neuron", {})
     kind = neuron.get("kind") or neurons.kind_of(network_neuron(model))
     if kind not in NEURONS:
         return raw
     own = {"kind", *(one.name for one in fields(NEURONS[kind]))}
-    others = {one.name for cls in NEURONS.values() for one in fields(cls)} - own
-    for key in neuron.keys() & others:
-        if warn:
-            logger.warning("model.neuron.%s has no effect with model.neuron.kind=%s", key, kind)
-    kept = {key: value for key, value in neuron.items() if key not in others}
+    chosen_in = {origins.get(f"model.{key}", source) for key in ("neuron.kind", "name")}
+    for key in sorted(neuron.keys() - own):
+        place = origins.get(f"model.neuron.{key}", source)
+        if warn and (place == COMMAND_LINE or (place == source and COMMAND_LINE not in chosen_in)):
+            has = [name for name, cls in NEURONS.items() if key in {f.name for f in fields(cls)}]
+            raise UserError(
+                f"model.neuron.{key} has no effect with model.neuron.kind={kind}; remove it, or "
+                f"set model.neuron.kind={' or '.join(has)}"
+            )
+    kept = {key: value for key, value in neuron.items() if key in own}
     return raw | {"model": model | {"neuron": kept}}

@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from tetdist.config.overrides import key_of
 from tetdist.errors import UserError
@@ -11,45 +11,27 @@ from tetdist.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-class Retired(NamedTuple):
-    """A key that is gone.
-
-    Attributes:
-        default: Its value in configurations that did not set it.
-        instead: Remedy, as the end of a sentence; it begins with a verb.
-    """
-
-    default: Any
-    instead: str
-
-
-# By dotted key; phases.N stands for each phase.
-RETIRED: dict[str, Retired] = {
-    "clip_mode": Retired("norm", "remove it: gradient_clipping limits the norm of the gradient"),
-    "data.cache": Retired(None, "copy the shards yourself, and set data.root to the copy"),
-    "data.erasing.count": Retired(1, "remove it: random erasing fills one rectangle per image"),
-    "data.event_drop": Retired(0.0, "write it as a transform of your own (docs/extending.md)"),
-    "data.mixing.switch_probability": Retired(0.5, "remove it: both are equally likely"),
-    "data.own_process": Retired(None, "remove it: data loads in its own process for a GPU"),
-    "non_finite_limit": Retired(5, "remove it: five non-finite steps in a row end a run"),
-    "phases.N.decay_epochs": Retired(30.0, "remove it, with schedule=step"),
-    "phases.N.decay_rate": Retired(0.1, "remove it, with schedule=step"),
-    "phases.N.final_image_size": Retired(None, "train one run for each data.image_size"),
-    "phases.N.image_size": Retired(None, "set data.image_size, and init_checkpoint for a next run"),
-    "phases.N.optimizer.decay_neurons": Retired(
-        False, "remove it: learnable neuron parameters have no weight decay"
-    ),
-    "phases.N.power": Retired(1.0, "remove it, with schedule=polynomial"),
-    "phases.N.quantize": Retired(False, "remove it: export --int8 rounds trained weights"),
-    "record_samples": Retired(
-        False, "remove it: docs/make/sample_record.py, as one of imports, records samples"
-    ),
-    "tracking.register": Retired(None, "register the model of log_checkpoint on MLflow's pages"),
+# By dotted key (phases.N stands for each phase), the default of a key that is gone.
+RETIRED: dict[str, Any] = {
+    "clip_mode": "norm",
+    "data.cache": None,
+    "data.erasing.count": 1,
+    "data.event_drop": 0.0,
+    "data.mixing.switch_probability": 0.5,
+    "data.own_process": None,
+    "non_finite_limit": 5,
+    "phases.N.decay_epochs": 30.0,
+    "phases.N.decay_rate": 0.1,
+    "phases.N.final_image_size": None,
+    "phases.N.image_size": None,
+    "phases.N.optimizer.decay_neurons": False,
+    "phases.N.power": 1.0,
+    "phases.N.quantize": False,
+    "record_samples": False,
+    "tracking.register": None,
 }
 # Values that are gone, of keys that are not; a network trained with one is read with the default.
-RETIRED_VALUES: dict[str, tuple[tuple[Any, ...], Retired]] = {
-    "phases.N.schedule": (("polynomial", "step"), Retired("cosine", "set cosine or constant")),
-}
+RETIRED_VALUES = {"phases.N.schedule": (("polynomial", "step"), "cosine")}
 
 
 def without_retired(
@@ -67,12 +49,12 @@ def without_retired(
         UserError: A key that is gone has another value than its default.
     """
     raw, dropped = copy.deepcopy(raw), []
-    for place, parent, name, retired in _gone(raw):
+    for place, parent, name, default in _gone(raw):
         if not is_trained:
             given = [one for one in overrides if key_of(one) == place]
             what = given[-1] if given else f"{source}: {place}={parent[name]!r}"
-            raise UserError(f"{what} is gone; {retired.instead}")
-        parent[name] = retired.default
+            raise UserError(f"{what} is gone; remove it, or use the version that has it")
+        parent[name] = default
     for key in RETIRED:
         for place, parent, name in _found(raw, key.split(".")):
             del parent[name]
@@ -87,13 +69,13 @@ def retired_values(raw: dict[str, Any]) -> dict[str, Any]:
     return {place: parent[name] for place, parent, name, _ in _gone(raw)}
 
 
-def _gone(raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, Retired]]:
-    """Yield each place of what is gone, unless it has the default value: see `_found`."""
+def _gone(raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
+    """Yield each place of what is gone with its default, unless it has that: see `_found`."""
     for key in (*RETIRED, *RETIRED_VALUES):
-        values, retired = RETIRED_VALUES.get(key) or (None, RETIRED[key])
+        values, default = RETIRED_VALUES.get(key) or (None, RETIRED[key])
         for place, parent, name in _found(raw, key.split(".")):
-            if parent[name] in values if values else parent[name] != retired.default:
-                yield place, parent, name, retired
+            if parent[name] in values if values else parent[name] != default:
+                yield place, parent, name, default
 
 
 def _found(

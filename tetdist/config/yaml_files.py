@@ -9,8 +9,6 @@ import yaml
 from tetdist.errors import UserError
 from tetdist.storage.files import open_file
 
-# Anchors may make a small file stand for any number of values; no configuration has so many.
-_MOST_VALUES = 100_000
 # PyYAML reads some 100,000 bytes a second.
 _MOST_BYTES = 2**19
 
@@ -19,7 +17,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read the keys and values of a YAML file.
 
     Raises:
-        UserError: It is no YAML, holds no mapping, a key twice, or an anchor within itself.
+        UserError: It is no YAML, holds no mapping, or a key twice.
         OSError: The file cannot be read.
     """
     with open_file(path) as file:
@@ -64,34 +62,7 @@ def _plain(stream: bytes | str, source: str) -> Any:
 
 class _Loader(yaml.SafeLoader):
     """A stricter safe loader: it refuses repeated keys, of which YAML's own silently keeps the
-    last, and anchors that expand to very many values or contain themselves."""
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        # Number of values so far, with aliases expanded, and of those in each node, by its id.
-        self._count, self._sizes = 0, dict[int, int]()
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        is_alias = self.check_event(yaml.AliasEvent)
-        mark, before = self.peek_event().start_mark, self._count
-        node = super().compose_node(parent, index)
-        assert node is not None
-        if not is_alias:
-            self._count += 1
-            self._sizes[id(node)] = self._count - before
-        elif id(node) in self._sizes:
-            self._count += self._sizes[id(node)]
-        else:
-            raise UserError(
-                f"{mark.name}: the anchor in line {node.start_mark.line + 1} contains an alias of "
-                "itself; write the value out instead of the alias"
-            )
-        if self._count > _MOST_VALUES:
-            raise UserError(
-                f"{mark.name}: with all aliases expanded, there are more than {_MOST_VALUES:,} "
-                f"values up to line {mark.line + 1}; use fewer anchors"
-            )
-        return node
+    last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Here the keys are still those of the file; `<<` has merged nothing into them yet.

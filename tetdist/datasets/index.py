@@ -162,17 +162,21 @@ def without_validation(root: str | Path) -> str:
     )
 
 
-def find_index(data: "DataSection", split: str) -> Path:
+def find_index(data: "DataSection", split: str, made_by: str = "") -> Path:
     """Return the file of a split's index.
+
+    Args:
+        made_by: Command that makes the data, if known.
 
     Raises:
         UserError: There is no data set, or no such index.
     """
     root = Path(data.root)
     if not root.is_dir():
+        make = f"make it with `{made_by}`, or " if made_by else ""
         raise UserError(
-            f"data.root: there is no folder {root}; make it by the command in the recipe's header, "
-            f"or set data.root=FOLDER ({typed('eval').removeprefix('python ')}: --data FOLDER)"
+            f"data.root: there is no folder {root}; {make}set data.root=FOLDER "
+            f"({typed('eval').removeprefix('python ')}: --data FOLDER)"
         )
     file = index_file(data.index_dir, split)
     if file.is_file():
@@ -193,10 +197,10 @@ def find_index(data: "DataSection", split: str) -> Path:
     )
 
 
-def check_indexed(data: "DataSection") -> None:
+def check_indexed(data: "DataSection", made_by: str) -> None:
     """Refuse a missing data set, or one without the indexes that training reads."""
     for split in ("train",) if data.held_out else ("train", "val"):
-        find_index(data, split)
+        find_index(data, split, made_by)
 
 
 def save_index(index: Index, file: str | Path) -> None:

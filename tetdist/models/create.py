@@ -10,6 +10,7 @@ from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 from tetdist.models.base import Kind
 from tetdist.nn.neurons import NeuronConfig
+from tetdist.plugins import own_frames, raised_in
 
 
 def create_model(
@@ -44,8 +45,10 @@ def create_model(
             raise
         raise UserError(f"model.name: the function {name} must return a network") from error
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        frames = own_frames(error)
+        reason = raised_in(error, frames[-1].filename) if frames else error
         raise UserError(
-            f"model.arguments: {name} cannot be built with {dict(arguments)} ({error})"
+            f"model.arguments: {name} cannot be built with {dict(arguments)} ({reason})"
         ) from error
     required = ("timesteps", "set_timesteps", "num_classes", "input_kind")
     if missing := [attribute for attribute in required if not hasattr(model, attribute)]:

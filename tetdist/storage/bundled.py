@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.errors import UserError
+from tetdist.wording import meant
 
 TETDIST = "tetdist:"  # before the name of a network, where a path could stand
 _FOLDER = Path(__file__).parents[1] / "pretrained"
@@ -28,10 +29,7 @@ def folder(name: str) -> Path:
         name: ``tetdist:NAME``.
     """
     if name not in names():
-        raise UserError(
-            f"no network {name} comes with tetdist; choose from {', '.join(names())}, or give a "
-            "file or folder"
-        )
+        raise UserError(f"no network {name} comes with tetdist; {meant(name, names())}")
     return _FOLDER / name.removeprefix(TETDIST)
 
 

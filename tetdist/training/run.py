@@ -8,6 +8,7 @@ from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.watchdog import Watch
 from tetdist.distributed.world import join
 from tetdist.errors import PeerFailed, Stopped
+from tetdist.plugins import explained
 from tetdist.training.observers import MakeObservers
 from tetdist.training.run_record import Launcher
 from tetdist.training.trainer import Trainer
@@ -54,6 +55,9 @@ def train(
                     # The name of the lost process is more helpful than the broken connection to it.
                     watch.await_verdict(error)
                 on_failure(error)
+                mistake = explained(error, config.run_dir) if shows_errors else error
+                if mistake is not error:
+                    raise mistake from error
                 raise
             return 0
     except PeerFailed as error:

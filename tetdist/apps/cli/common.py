@@ -46,6 +46,12 @@ def run_command(
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+    except Exception as error:
+        from tetdist.plugins import explained
+
+        if (mistake := explained(error)) is error:
+            raise
+        return fail(mistake)
 
 
 def fail(error: Exception, prefix: str = "") -> int:

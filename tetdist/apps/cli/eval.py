@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tetdist.apps.cli.common import add_checkpoint, add_local_rank, program, run_command
 from tetdist.config.flags import MOST_TIMESTEPS, Parser, add_import, positive
+from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
 from tetdist.storage import files, hub
 
@@ -184,6 +185,17 @@ def check_places(options: argparse.Namespace) -> None:
             problem = "is a file" if Path(folder).exists() else "does not exist"
             raise UserError(f"{flag}: {folder} {problem}; give the data folder")
     hub.check_source(options.checkpoint)
+    if (file := options.checkpoint / "config.yaml").is_file():
+        check_held_out((read_yaml(file).get("data") or {}).get("held_out"), options)
+
+
+def check_held_out(held_out: float | None, options: argparse.Namespace) -> None:
+    """Refuse --exit-within for a network whose training held out no samples."""
+    if options.exit_within is not None and options.exit_on is None and not held_out:
+        raise UserError(
+            "--exit-within needs training samples that the run held out, and this run held out "
+            "none; train with data.held_out=0.1, or give --exit-on ROOT/SPLIT"
+        )
 
 
 def opened(options: argparse.Namespace, world: "World") -> "Opened":
@@ -216,6 +228,7 @@ def opened(options: argparse.Namespace, world: "World") -> "Opened":
         execution=options.execution,
         precision=options.precision,
     )
+    check_held_out(config.data.held_out, options)
     own_data = options.data is None
     split = evaluated.open_evaluated(config, options.split, world, own_data=own_data)
     if options.int8 and split.timesteps is not None and split.dtype != "uint8":

@@ -113,16 +113,9 @@ def check_hub(parser: argparse.ArgumentParser, options: argparse.Namespace) -> N
 def check_output(parser: argparse.ArgumentParser, form: str, output: Path) -> None:
     """Refuse an --output whose suffix does not match the format."""
     ending = ENDINGS.get(form)
-    if output.suffix == ending:
-        return
-    if form not in FOLDERS:
-        parser.error(f"--output of --format {form} must end in {ending}, unlike {output}")
-    if output.suffix in ENDINGS.values():
-        file = f", or a file that ends in {ending}" if ending else ""
-        parser.error(
-            f"--output of --format {form} must be a folder{file}, and {output} has the name of a "
-            f"file; leave out {output.suffix}"
-        )
+    if output.suffix != ending and (form not in FOLDERS or output.suffix in ENDINGS.values()):
+        wanted = "be a folder" if form in FOLDERS else f"end in {ending}"
+        parser.error(f"--output of --format {form} must {wanted}, unlike {output}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -270,10 +270,6 @@ def _check_preset(options: argparse.Namespace, listing: "Listing") -> None:
     preset = PRESETS[options.preset].options()
     kept = [f"--{name} {value}" for name, value in preset.items() if name not in options.given]
     print(f"--preset {options.preset}: {' '.join(kept) or 'all overridden'}", file=sys.stderr)
-    for name in (name for name in _DEFAULTS if name in options.given):
-        given, otherwise = getattr(options, name), preset.get(name, "none")
-        if given != otherwise:
-            print(f"--{name} {given} instead of the preset's {otherwise}", file=sys.stderr)
     if warning:
         print(warning, file=sys.stderr)
 

@@ -98,10 +98,9 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     from tetdist.apps.reports.reference import find_reference
     from tetdist.config import loading, schema
     from tetdist.config.documentation import documented_keys
-    from tetdist.config.inheritance import DEFAULT, annotated
+    from tetdist.config.inheritance import annotated
     from tetdist.config.messages import nearest
     from tetdist.datasets.index import check_indexed
-    from tetdist.nn.neurons import kind_of
     from tetdist.tracking.trackers import check_names
 
     if options.explain:
@@ -121,19 +120,17 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
         return None
     # Several processes check the data later, together, since each host may have its own.
     needs_data = not options.print_config and "RANK" not in os.environ
-    loaded = loading.load_with_origins(
-        options.config, options.overrides, options.imports, check_indexed if needs_data else None
-    )
-    check_names(loaded.config.tracking.trackers)
-    if loaded.config.reference is not None:
-        find_reference(loaded.config.reference)
+
+    def check_draft(draft: "RunConfig", data_command: str) -> None:
+        check_names(draft.tracking.trackers)
+        if draft.reference is not None:
+            find_reference(draft.reference)
+        if needs_data:
+            check_indexed(draft.data, data_command)
+
+    given = (options.config, options.overrides, options.imports)
+    loaded = loading.load_with_origins(*given, check_draft)
     if options.print_config:
-        model = loaded.config.model
-        of_kind = {
-            f"model.neuron.{key}": f"{DEFAULT} of {kind_of(model.neuron)}"
-            + ("" if own == "none" else f", in place of {own}")
-            for key, (own, _) in model.changed_by_kind.items()
-        }
-        print(annotated(loaded.config.as_yaml(), of_kind | loaded.origins), end="")
+        print(annotated(loaded.config.as_yaml(), loaded.origins), end="")
         return None
     return loaded.config

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tetdist.apps.slurm.cluster import ClusterSection
     from tetdist.apps.slurm.speed import Speed
     from tetdist.apps.slurm.submit import Prepared
+    from tetdist.config.schema import RunConfig
 
 # Commands that take a run, with their descriptions.
 RUN_COMMANDS = {
@@ -74,7 +75,8 @@ def _submit_parser() -> KeyParser:
         "--images",
         type=positive,
         metavar="N",
-        help="plan for N training images and 1000 classes, without the data (needs --dry-run)",
+        help="plan for N training images and 1000 classes, without the data (needs --dry-run); "
+        "validation images are in proportion to ImageNet's",
     )
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument(
@@ -144,13 +146,19 @@ def planned(options: argparse.Namespace) -> "tuple[Prepared, Speed | str]":
     from tetdist.config import loading
     from tetdist.datasets.index import check_indexed
 
+    found = list["ClusterSection"]()
+
+    def check_draft(draft: "RunConfig", data_command: str) -> None:
+        found.append(cluster_of(draft.cluster, options))
+        if not options.dry_run:  # which needs no data with --images
+            check_indexed(draft.data, data_command)
+
     given = (options.config, options.overrides, options.imports)
-    # A dry run with --images needs no data.
-    config = loading.load_with_origins(*given, None if options.dry_run else check_indexed).config
+    config = loading.load_with_origins(*given, check_draft).config
     # Imported after these checks, because torch takes seconds.
     from tetdist.apps.slurm import speed, submit
 
-    cluster = cluster_of(config.cluster, options)
+    (cluster,) = found
     data = submit.assumed_indexes(config, options.images) if options.dry_run else None
     try:
         run = submit.prepare(config, cluster, options.after, data)
@@ -159,14 +167,13 @@ def planned(options: argparse.Namespace) -> "tuple[Prepared, Speed | str]":
             raise
         fitting = submit.recipe_that_fits(options.config, cluster.processes)
         raise UserError(f"{error}{fitting}") from error
-    found = speed.speed_of(
+    return run, speed.speed_of(
         run.config,
         cluster,
         run.frames,
         images_per_s=options.images_per_s,
         benchmark=options.benchmark,
     )
-    return run, found
 
 
 def _submit(options: argparse.Namespace) -> None:

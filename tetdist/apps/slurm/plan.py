@@ -115,7 +115,6 @@ def describe(plan: Plan, speed: Speed | str) -> str:
     phases = config.phases[config.start_phase :]
     timesteps = " then ".join(phase.timesteps_as_text for phase in phases)
     epochs = " + ".join(str(phase.epochs) for phase in phases)
-    size = f"of {plan.val_images:,}" if plan.val_images else "not counted: their size is unknown"
     devices = counted(cluster.gpus_per_node, "GPU") if cluster.gpus_per_node else "no GPU"
     lines = [
         f"processes    {cluster.processes}: {counted(cluster.nodes, 'node')} x "
@@ -128,7 +127,7 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"steps        {plan.steps_per_epoch:,} an epoch, {plan.steps:,} in total "
         f"({epochs} epochs)",
         f"samples      {plan.images:,} to train on ({plan.train_images:,} {plan.origin}), "
-        f"{counted(plan.evaluations, 'evaluation')} {size}; T = {timesteps}",
+        f"{counted(plan.evaluations, 'evaluation')} of {plan.val_images:,}; T = {timesteps}",
         f"model        {plan.parameters / 1e6:.2f} million parameters",
         f"checkpoints  {_size(plan.checkpoint_bytes)} each, {kept} kept: "
         f"{_size(kept * plan.checkpoint_bytes)}",
@@ -173,9 +172,7 @@ def _cpus(threads: int, given: int | None) -> str:
 
 
 def _evaluation(plan: Plan, speed: Speed, seconds: float) -> str:
-    """Return what part of a run's ``seconds`` evaluations take; empty if their size is unknown."""
-    if not plan.val_images:
-        return ""
+    """Return what part of a run's ``seconds`` evaluations take."""
     part = 1 - seconds_of(replace(plan, evaluations=0), speed) / seconds
     known = "assumed" if speed.evaluation == EVALUATION else "measured"
     times = f"{known} {speed.evaluation:.2g} times as fast as training"

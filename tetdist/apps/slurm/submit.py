@@ -36,6 +36,9 @@ from tetdist.tracking.trackers import check_names
 from tetdist.training.run_folder import RunFolder, is_trained
 from tetdist.training.setup import make_model, open_data
 
+# Size of ImageNet's validation split, as a fraction of its training split.
+VALIDATION = 50_000 / 1_281_167
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -81,6 +84,7 @@ def prepare(
     model = make_model(config, train_index)
     parameters = sum(p.numel() for p in model.parameters())
     sizes = train_index.file_sizes
+    assumed = "" if config.data.held_out else "; to evaluate, in proportion as many as ImageNet"
     made = plan.make(
         config,
         cluster,
@@ -88,7 +92,7 @@ def prepare(
         val_images=len(val_index),
         parameters=parameters,
         buffers=sum(b.numel() for b in model.buffers()),
-        origin="in the split" if data is None else "as given, without reading the data",
+        origin="in the split" if data is None else "as given, without reading the data" + assumed,
         sample_bytes=float(sizes.mean()) if sizes.size else None,
     )
     return Prepared(config, cluster, made, train_index.frames(config.data))
@@ -107,7 +111,7 @@ def recipe_that_fits(name: str, processes: int) -> str:
 
 def assumed_indexes(config: RunConfig, images: int | None) -> tuple[Index, Index] | None:
     """Return indexes of so many images of 1000 classes, without files, for a plan without the data;
-    None: read the data's own."""
+    None: read the data's own. The validation split has the size of ImageNet's, in proportion."""
     root = Path(config.data.root)
     if config.data.kind == "events":
         if images is not None:
@@ -121,11 +125,12 @@ def assumed_indexes(config: RunConfig, images: int | None) -> tuple[Index, Index
             )
         return None
     held_out = round(config.data.held_out * images)
+    evaluated = held_out or max(1, round(VALIDATION * images))
     empty: dict[str, Any] = {one.name: np.zeros(0, np.int64) for one in dataclasses.fields(Index)}
     known = {"kind": "images", "timesteps": None, "classes": tuple(map(str, range(1000)))}
     train, val = (
         Index(**empty | known | {"labels": np.zeros(count, np.int32)})
-        for count in (images - held_out, held_out)
+        for count in (images - held_out, evaluated)
     )
     return train, val
 

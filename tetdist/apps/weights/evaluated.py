@@ -169,11 +169,6 @@ def calibration(
                 )
         index = dataclasses.replace(index, classes=(), labels=np.zeros_like(index.labels))
         return dataclasses.replace(evaluator, config=config, index=index)
-    if not config.data.held_out:
-        raise UserError(
-            "--exit-within needs training samples that the run held out, and this run held out "
-            "none; train with data.held_out=0.1, or give --exit-on ROOT/SPLIT"
-        )
     try:
         index = open_data(config, world)[1]
         if list(index.classes) != list(trained or index.classes):

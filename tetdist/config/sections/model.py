@@ -56,7 +56,7 @@ def _neuron(value: Any, info: ValidationInfo) -> NeuronConfig:
         return value
     kind = value.get("kind", "lif") if isinstance(value, dict) else "lif"
     if kind not in NEURONS:
-        raise ValueError(f"kind: {NEURONS.none_of(str(kind))}")
+        raise ValueError(f"kind: {plugins.none_of(NEURONS.what, str(kind), NEURONS)}")
     if info.context == KEYS_ALONE and isinstance(value, dict):
         # The network sets the default kind, and values of keys that are not given.
         of_any = {key for one in NEURONS for key in neuron_section(one).model_fields}
@@ -141,21 +141,6 @@ class ModelSection(Section):
                 hint = meant(key, allowed)
                 raise ValueError(f"arguments.{key}: {self.name} has no such argument; {hint}")
         return self
-
-    @property
-    def changed_by_kind(self) -> dict[str, tuple[str, str]]:
-        """Keys whose values come from the neuron's kind, if it differs from the network's own.
-
-        Each has two values: the network's own ("none" without such a key), and the present one.
-        """
-        own, default = network_neuron({"name": self.name}), type(self.neuron)()
-        if type(own) is type(default):
-            return {}
-        was, now, of_kind = (
-            {key: json.dumps(value).strip('"') for key, value in dataclasses.asdict(one).items()}
-            for one in (own, self.neuron, default)
-        )
-        return {k: (was.get(k, "none"), v) for k, v in now.items() if was.get(k) != v == of_kind[k]}
 
     def build(
         self, *, num_classes: int, timesteps: int, input_kind: Kind = "images"

@@ -1,13 +1,15 @@
 """The sections of a phase: T, optimiser, schedule."""
 
+import sys
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationInfo, model_validator
 
+from tetdist import plugins
 from tetdist.config import names
-from tetdist.config.fields import KEYS_ALONE, Epochs, OneOf, OpenFraction, Section, Timesteps
+from tetdist.config.fields import KEYS_ALONE, TIMM, Epochs, OneOf, OpenFraction, Section, Timesteps
 from tetdist.config.flags import MOST_TIMESTEPS
 from tetdist.config.sections.loss import LossSection
 
@@ -43,6 +45,10 @@ class OptimizerSection(Section):
     @model_validator(mode="after")
     def _refuse_contradictions(self, info: ValidationInfo) -> Self:
         if info.context == KEYS_ALONE:
+            known, is_timms = names.OPTIMIZERS, self.kind.startswith(TIMM)
+            if self.kind not in known and not is_timms and plugins.PACKAGE not in sys.modules:
+                none = plugins.none_of("optimiser", self.kind, known)
+                raise ValueError(f"kind: {none}; timm's are {TIMM}NAME")
             return self
         from tetdist.optimizers import kind_of  # imports torch and timm
 
