@@ -19,6 +19,15 @@ help: ## list the targets
 
 venv: $(VENV)/.installed ## make .venv with what training needs
 
+# The other checkout whose tetdist the environment has: `pip install -e` would replace it by this one.
+OTHER := $(filter-out $(CURDIR),$(shell sed -n 's|.*"url": "file://\([^"]*\)".*|\1|p' \
+  $(VENV)/lib/python3*/site-packages/tetdist-*.dist-info/direct_url.json 2>/dev/null))
+ifneq ($(wildcard $(addsuffix /setup.py,$(OTHER))),)
+$(info $(VENV) has the tetdist of $(OTHER), so nothing is installed into it)
+$(info To use it without make: export PYTHONPATH=$(CURDIR))
+export PYTHONPATH := $(CURDIR)
+$(VENV)/.installed $(VENV)/.tests $(VENV)/.lint $(VENV)/.docs: ;
+else
 $(VENV)/.installed: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11; use another: make PYTHON=python3.12" >&2; exit 2; }
@@ -32,7 +41,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	@test '$(DALI)' = cuda130 || $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
 	  'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/$(if $(filter cpu,$(DALI)),cpu,cu126)
 	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
-	  -e '.[train,$(DALI:cpu=cuda130),quickstart]'
+	  $(if $(wildcard $@),--quiet) -e '.[train,$(DALI:cpu=cuda130),quickstart]'
 	@touch $@
 
 # Tests need Triton also on a machine without a GPU; torch for CUDA includes it.
@@ -46,13 +55,22 @@ $(VENV)/.tests: $(VENV)/.installed
 	    -e '.[gpu-code]'; }
 	@touch $@
 
+$(VENV)/.lint: $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[lint]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[docs]'
+	@touch $@
+endif
+
 quickstart: venv ## train and evaluate a spiking network on digits: two minutes on two cores
 	@$(BIN)/python tools/digits.py data/digits
 	@$(BIN)/python tetdist/train.py --config quickstart.yaml
 	@$(BIN)/python tools/eval.py $(RUN) --json $(RUN)/evaluation.json
 	@echo
 	@echo "The run is in $(RUN), its curves are in $(RUN)/plots/learning_curves.png. To watch it:"
-	@echo "  $(BIN)/mlflow ui --workers 1 --backend-store-uri 'sqlite:///$(CURDIR)/runs/mlflow.db'"
+	@echo "  $(abspath $(BIN))/mlflow ui --workers 1 --backend-store-uri 'sqlite:///$(CURDIR)/runs/mlflow.db'"
 	@set -- $$(cat $(RUN)/mlflow_run_id); \
 	  echo "  # then open http://localhost:5000/#/experiments/$$2/runs/$$1/model-metrics"
 
@@ -76,14 +94,6 @@ test-slurm: $(VENV)/.tests ## run the longer tests on a Slurm cluster, which the
 
 test-gpu: $(VENV)/.tests ## run the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)
-
-$(VENV)/.lint: $(VENV)/.installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[lint]'
-	@touch $@
-
-$(VENV)/.docs: $(VENV)/.installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[docs]'
-	@touch $@
 
 docs: $(VENV)/.docs ## build the site of docs/ in site/; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

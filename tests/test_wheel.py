@@ -60,6 +60,20 @@ def test_constraints_are_within_the_ranges():
         assert versions.get(name) in allowed, f"{name}{allowed}: make constraints"
 
 
+def test_make_installs_nothing_into_the_environment_of_another_checkout(tmp_path):
+    other, venv = tmp_path / "other", tmp_path / "venv"
+    url = venv / "lib/python3.11/site-packages/tetdist-0.1.0.dist-info/direct_url.json"
+    for folder in (other, url.parent):
+        folder.mkdir(parents=True)
+    (other / "setup.py").touch()
+    command = ["make", "-n", "-C", str(tiny.PROJECT), "venv", f"VENV={venv}"]
+    for folder, installs in ((other, False), (tiny.PROJECT, True), (tmp_path / "gone", True)):
+        url.write_text(json.dumps({"dir_info": {"editable": True}, "url": f"file://{folder}"}))
+        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert ("pip install" in shown) == installs
+        assert (f"{venv} has the tetdist of {other}" in shown) != installs
+
+
 def test_everything_is_in_it(installed):
     wanted = {
         f"tetdist/{file}" if file.startswith("configs/") else file for file in tracked(*FILES)

@@ -234,38 +234,11 @@ def test_images_go_from_folders_to_shards(image_root, tmp_path, images):
         assert len({index.fingerprint for index in indexes}) == 1
         for index, place in zip(indexes, (root, shards), strict=True):
             check_fresh(index, place, place / "index" / f"{split}.npz")
+    assert f"{root}/train is not empty: choose another" in images("shard", root, root, status=2)
     (root / "val" / "bee" / "bee1.jpg").unlink()
     output = images("shard", root, tmp_path / "again", status=2)
     assert "val/bee/bee1.jpg is in the index but not in" in output
     assert not (tmp_path / "again").exists()
-
-
-def test_nothing_is_written_into_the_source(image_root, tmp_path, images):
-    root, shards = image_root(), tmp_path / "shards"
-    images("index", root)
-    (tmp_path / "link").symlink_to(root / "val")
-    images("shard", root, root / "packed")
-    (root / "packed").rename(shards)
-
-    def everything():
-        return sorted(tmp_path.rglob("*"))
-
-    before = everything()
-    for command, source, dest in [
-        ("shard", root, root),
-        ("shard", root, root / "train"),
-        ("shard", root, root / "train" / "ant" / "new"),
-        ("shard", root, tmp_path / "link"),
-        ("shard", root, root / "index"),
-    ]:
-        # Another split than the one that is written counts, too.
-        output = images(command, source, dest, "--splits", "train", status=2)
-        assert "a folder of the source" in output, dest
-        assert everything() == before
-    # The index that is read must not become that of the shards.
-    (root / "index").rename(tmp_path / "index")
-    arguments = (root, tmp_path, "--index", tmp_path / "index")
-    assert "a folder of the source" in images("shard", *arguments, status=2)
 
 
 def test_samples_without_a_label_are_left_out_only_if_asked(image_root, tmp_path, images):

@@ -26,7 +26,8 @@ def lines():
     found = {}
     for step in range(1, 11):
         common = {"step": step, "time": 1.0, "epoch": step / 5, "phase": 0}
-        found["train", step] = common | {"loss": 1 / step, "lr": 0.1, "samples_per_s": 1.0}
+        speed = {"samples_per_s": 1.0, "data_wait": 0.0}
+        found["train", step] = common | speed | {"loss": 1 / step, "lr": 0.1, "top1": 9.0}
         if step % 5 == 0:
             values = {"top1": 10.0 * step, "loss": 1.0, "seconds": 1.0, "firing_rate": {"sn": 0.25}}
             found["val", step] = common | values | {"per_timestep_top1": [40.0, 50.0]}
@@ -41,10 +42,12 @@ def make_run(folder, changes=None, *, weights=(), **configuration):
     folder.mkdir()
     found = lines()
     for place, change in (changes or {}).items():
-        found[place] = None if change is None else found.get(place, {"step": place[1]}) | change
+        bare = {"step": place[1], "time": 1.0, "epoch": 2.2}
+        found[place] = None if change is None else bare | found.get(place, {}) | change
     written = [line | {"kind": kind} for (kind, _), line in found.items() if line is not None]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
-    values = {"name": folder.name, "seed": 0, "loss": {"kind": "tet"}} | configuration
+    values = {"name": folder.name, "seed": 0, "loss": {"kind": "tet"}, "phases": [{"epochs": 4}]}
+    values |= configuration
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
     for name, weight in dict(weights).items():
         place = folder / "checkpoints" / name
@@ -75,7 +78,7 @@ def compared(run_tool, tmp_path):
     [
         # Only the clock.
         ({("train", 3): {"time": 2.0, "samples_per_s": 3.0}, ("val", 5): {"seconds": 9.0}}, ""),
-        ({("train", 6): {"slowest_host": "n", "slowest": {"rank": 3}, "gpu_memory": 5}}, ""),
+        ({("train", 6): {"slowest_host": "n", "slowest": {"rank": 3}, "eta_s": 5}}, ""),
         # The first step with another value, its values, and the largest difference.
         (
             {("train", 4): {"loss": math.nextafter(0.25, 1)}, ("train", 7): {"lr": 0.2}},
@@ -84,9 +87,9 @@ def compared(run_tool, tmp_path):
         ),
         (
             {("val", 5): {"top1": 60.0}},
-            "they first differ at step 5. a b val/top1 50.0 60.0 largest relative difference: 0.17",
+            "they first differ at step 5. a b val/top1 50 60 largest relative difference: 0.17",
         ),
-        ({("val", 10): {"per_timestep_top1": [40.0, 25.0]}}, "val/top1_t2 50.0 25.0 "),
+        ({("val", 10): {"per_timestep_top1": [40.0, 25.0]}}, "val/top1_t2 50 25 "),
         (
             {("val", 10): {"firing_rate": {"sn": 0.5, "b": 1.0}}},
             "val/firing_rate/sn 0.25 0.5 largest relative difference: 0.5 (val/firing_rate/sn at ",
@@ -96,7 +99,7 @@ def compared(run_tool, tmp_path):
         ({("train", 6): {"loss": "-Infinity"}}, "-inf largest relative difference: inf"),
         # Steps that one run lacks.
         (
-            {("train", 2): None, ("train", 9): None, ("val", 11): {"top1": 1.0}},
+            {("train", 2): None, ("train", 9): None, ("val", 11): {"top1": 1.0, "loss": 1.0}},
             "the same in 10 common lines. only a has 2 lines, the first at step 2 (train) "
             "only b has 1 line, the first at step 11 (val)",
         ),
@@ -121,7 +124,8 @@ def test_results_and_differing_keys(run_tool, tmp_path, monkeypatch):
     average = {("val_ema", step): {"top1": 7.0 * step, "epoch": step / 5} for step in (5, 10)}
     make_run(tmp_path / A, worse)
     make_run(tmp_path / B, average, loss={"kind": "sdt"}, seed=1)
-    make_run(tmp_path / "c", {("val", step): None for step in (5, 10)}, seed=1)
+    ended = {("val", 5): None, ("val", 10): None, ("final", 10): {"epoch": 2.0}}
+    make_run(tmp_path / "c", ended, seed=1, phases=[{"epochs": 4, "timesteps": None}])
     status, printed, _ = run_tool(A, B, "c")
     assert status == 1
     rows = [line.split() for line in printed.splitlines()]
@@ -130,9 +134,13 @@ def test_results_and_differing_keys(run_tool, tmp_path, monkeypatch):
     assert ["its", "moving", "average", "2", "70.00", "-", "70.00", "2"] in rows
     assert ["c", "c", "-", "-", "-", "-", "-"] in rows
     # Another name is no difference, and equal keys are left out.
-    assert "Configuration: 2 different keys.\n" in printed
-    assert "\n  seed       a: 0; b, c: 1\n" in printed
-    assert "\n  loss.kind  a, c: tet; b: sdt\n" in printed
+    assert "Configuration: 3 different keys.\n" in printed
+    assert "\n  seed                a: 0; b, c: 1\n" in printed
+    assert "\n  loss.kind           a, c: tet; b: sdt\n" in printed
+    assert "\n  phases.0.timesteps  a, b: absent; c: null\n" in printed
+    (left,) = [line for line in printed.splitlines() if line.startswith("Not finished: b")]
+    assert left == "Not finished: b is broken off at step 10 of 20."
+    assert "Not finished: c" not in printed
     # Of several pairs without the values that differ.
     assert printed.endswith(
         "\n\nMetrics of a and b: they first differ at step 10.\n"
@@ -150,7 +158,7 @@ def test_a_key_that_an_older_version_lacks_has_its_default_and_a_long_value_is_w
     a = make_run(tmp_path / A, **written)
     b = make_run(tmp_path / B, **written | {"log_every": 20, "init_checkpoint": "x" * 300})
     printed = run_tool(a, b)[1]
-    assert "Configuration: 1 different key.\n  init_checkpoint  a: None; b:" in printed
+    assert "Configuration: 1 different key.\n  init_checkpoint  a: null; b:" in printed
     assert all(len(line) <= 100 for line in printed.splitlines())
     assert printed.count("x") >= 300
     drawn = [written["phases"][0] | {"timesteps": {"from": 1, "to": 3}}]

@@ -4,10 +4,10 @@ A line holds the settings of the probes and, for each good sample, the file's ti
 facts that were found. Only samples of unchanged files are taken from it.
 """
 
-import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,16 @@ def probe_with_journal(
     known = dict(_entries(journal, settings := [probe.__name__, *arguments]))
     found: dict[int, Any] = {}
     rows = [i for i, place in enumerate(byte_ranges) if _key(place) in known]
-    places = [byte_ranges[i] for i in rows]
-    work = functools.partial(_examine, None, root, ())
-    for i, (stamp, _) in zip(rows, chain(*run_on_samples(work, places, workers)), strict=True):
+    files = list(dict.fromkeys(byte_ranges[i].file for i in rows))
+    # Threads, which start at once: on a network's disk they wait most of the time.
+    with ThreadPool(workers) as pool:
+        stamps = dict(zip(files, pool.imap(partial(_stamp, root), files, 64), strict=True))
+    for i in rows:
         time_and_size, facts = known[_key(byte_ranges[i])]
-        if stamp is not None and list(stamp) == time_and_size:
+        if (stamp := stamps[byte_ranges[i].file]) is not None and list(stamp) == time_and_size:
             found[i] = Probe(*facts)
     rows = [i for i in range(len(byte_ranges)) if i not in found]
-    work = functools.partial(_examine, probe, root, arguments)
+    work = partial(_examine, probe, root, arguments)
     batches = run_on_samples(work, [byte_ranges[i] for i in rows], workers, progress)
     with explaining(journal):
         journal.parent.mkdir(parents=True, exist_ok=True)
@@ -78,21 +80,23 @@ def _key(place: ByteRange) -> str:
     return place.file if place.size is None else f"{place.file} {place.offset} {place.size}"
 
 
+def _stamp(root: str | Path, file: str) -> _Stamp:
+    try:
+        status = Path(root, file).stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
 def _examine(
-    probe: Callable[..., Probe | str] | None,
+    probe: Callable[..., Probe | str],
     root: str | Path,
     arguments: tuple[Any, ...],
     byte_ranges: Sequence[ByteRange],
-) -> list[tuple[_Stamp, Probe | str | None]]:
-    """Return the stamps of files and, unless ``probe`` is None, what it finds in the samples."""
-    results: list[tuple[_Stamp, Probe | str | None]] = []
-    for place in byte_ranges:
-        # First, so that a file that changes meanwhile is probed again in the next start.
-        try:
-            status = Path(root, place.file).stat()
-            stamp = status.st_mtime_ns, status.st_size
-        except OSError:
-            stamp = None
-        found = None if probe is None else probe_range(probe, root, place, *arguments)
-        results.append((stamp, found))
-    return results
+) -> list[tuple[_Stamp, Probe | str]]:
+    """Return the stamps of files, and what ``probe`` finds in the samples."""
+    # The stamp comes first, so that a file that changes meanwhile is probed again next time.
+    return [
+        (_stamp(root, place.file), probe_range(probe, root, place, *arguments))
+        for place in byte_ranges
+    ]

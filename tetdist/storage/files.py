@@ -227,9 +227,9 @@ def only_writer(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with locked(folder, wait=False):
-            for leftover in folder.rglob(".*.tmp"):
+            for leftover in list(folder.rglob(".*.tmp")):
                 if _ASIDE.fullmatch(leftover.name):
-                    leftover.unlink()
+                    remove(leftover)
             yield
     except BlockingIOError as error:
         raise UserError(f"another process is writing to {folder}: wait until it ends") from error

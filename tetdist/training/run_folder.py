@@ -119,8 +119,8 @@ class RunFolder:
             further = f", with init_checkpoint={self.path} to train its weights further"
             raise UserError(
                 f"{doubt}{self.path} holds a run of another configuration: {'; '.join(changed)}. "
-                f"Choose another name=...{further if self._saved() else ''}, or set these values "
-                "back to continue"
+                f"Choose another name=...{further if self._saved() else ''}, rename that folder, "
+                "or set these values back to continue"
             )
 
     def newest_checkpoint(self) -> checkpoint.Checkpoint | None:

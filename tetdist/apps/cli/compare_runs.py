@@ -8,7 +8,7 @@ count, nor do different configurations alone.
 import argparse
 from pathlib import Path
 
-from tetdist.apps.cli.common import program, run_command
+from tetdist.apps.cli.common import MISTAKES, program, run_command
 from tetdist.config.flags import Parser
 from tetdist.storage.files import check_writable, explaining
 
@@ -16,7 +16,8 @@ from tetdist.storage.files import check_writable, explaining
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 0 the same, 1 different, 2 a user error."""
     options = parse_arguments(arguments)
-    return run_command(lambda: show(options), interrupted="interrupted")
+    mistakes = (*MISTAKES, OSError)
+    return run_command(lambda: show(options), interrupted="interrupted", mistakes=mistakes)
 
 
 def show(options: argparse.Namespace) -> int:

@@ -1,7 +1,6 @@
 """Prepare images for training: index, check, shard. docs/data.md has the layouts."""
 
 import argparse
-import itertools
 import os
 import sys
 from collections import Counter
@@ -331,8 +330,6 @@ def _shard(args: argparse.Namespace) -> int:
     splits = args.splits or _indexed_splits(folder)
     files = [index_file(folder, split) for split in splits]
     indexes = [load_index(file) for file in files]
-    archives = [archive for index in indexes for archive in index.archives]
-    _check_apart(args, splits, archives, folder)
     for index, file in zip(indexes, files, strict=True):
         check_fresh(index, args.root, file)
     for split, file in zip(splits, files, strict=True):
@@ -361,21 +358,6 @@ def _shard_parquet(args: argparse.Namespace) -> int:
             index = parquet.shard_tables(split, tables, classes, args.dest, args.workers, progress)
         print(f"{args.dest / split}: {_described(index)}, packed and indexed")
     return 0
-
-
-def _check_apart(
-    args: argparse.Namespace, splits: list[str], archives: list[str], index_dir: Path
-) -> None:
-    """Refuse a DEST inside a folder of the source, where its files would be taken for samples."""
-    held = {"train", "val", *splits, *(file.rpartition("/")[0] for file in archives)} - {""}
-    sources = [*(args.root / name for name in sorted(held)), index_dir]
-    for name, source in itertools.product((*splits, "index"), sources):
-        output = args.dest / name
-        if output.resolve().is_relative_to(source.resolve()):
-            raise UserError(
-                f"DEST: {output} would be inside {source}, a folder of the source; name a folder "
-                f"outside of {args.root}"
-            )
 
 
 def _indexed_splits(folder: Path) -> list[str]:

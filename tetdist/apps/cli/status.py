@@ -2,7 +2,7 @@
 
 import argparse
 
-from tetdist.apps.cli.common import program, run_command
+from tetdist.apps.cli.common import MISTAKES, program, run_command
 from tetdist.config.flags import Parser
 
 
@@ -11,7 +11,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     from tetdist.apps.slurm.status import show
 
-    return run_command(lambda: show(options.runs, as_json=options.json), interrupted="interrupted")
+    return run_command(
+        lambda: show(options.runs, as_json=options.json),
+        interrupted="interrupted",
+        mistakes=(*MISTAKES, OSError),
+    )
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

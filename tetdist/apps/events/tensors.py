@@ -8,7 +8,6 @@
 A tensor is valid once its line exists; the line is written after the tensor.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -36,6 +35,7 @@ from tetdist.datasets.recorded_split import RECORDS_FILE
 from tetdist.errors import UserError
 from tetdist.storage.files import (
     explaining,
+    only_writer,
     open_file,
     parse_json,
     replacing,
@@ -46,8 +46,8 @@ from tetdist.storage.files import (
 # Increased when the same parameters make other tensors than before.
 _FORMAT_VERSION = 1
 
-_MANIFEST, _RECORDS, _TENSORS, _LOCK = "manifest.json", RECORDS_FILE, "recordings", ".lock"
-_OURS = {_MANIFEST, _RECORDS, _TENSORS, _LOCK, "splits", "statistics.json", "preview.png"}
+_MANIFEST, _RECORDS, _TENSORS = "manifest.json", RECORDS_FILE, "recordings"
+_OURS = {_MANIFEST, _RECORDS, _TENSORS, "splits", "statistics.json", "preview.png"}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def tensor_file(dest: Path, key: str) -> Path:
 def open_destination(
     dest: Path, source: Path, settings: Settings, *, overwrite: bool
 ) -> Iterator[None]:
-    """Lock the folder of the tensors, and check that it has these settings.
+    """Lock the folder of the tensors, clear it of what kills left, and check its settings.
 
     Args:
         overwrite: Remove all files that this tool made there before.
@@ -129,12 +129,7 @@ def open_destination(
     foreign = sorted({path.name for path in dest.iterdir()} - _OURS) if dest.exists() else []
     if foreign and not (dest / _MANIFEST).is_file():
         raise UserError(f"{dest} holds {foreign[0]!r}, which is not this tool's; name another DEST")
-    dest.mkdir(parents=True, exist_ok=True)
-    with (dest / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is using {dest}; wait for it") from error
+    with only_writer(dest):
         if overwrite:
             _clear(dest)
         _claim(dest, source, settings)
@@ -143,7 +138,7 @@ def open_destination(
 
 def _clear(dest: Path) -> None:
     # Delete the manifest last: a folder with files but without a manifest is not this tool's.
-    for name in sorted(_OURS - {_LOCK, _MANIFEST}):
+    for name in sorted(_OURS - {_MANIFEST}):
         path = dest / name
         if path.is_dir():
             shutil.rmtree(path)
@@ -213,7 +208,6 @@ def make_tensors(
     Returns:
         All records by key, and the bad recordings or pieces.
     """
-    _remove_remains(dest)
     found = _keep(source, dest, listing, workers, progress)
     bad = [BadFile(item.path, item.problem) for item in listing.sources if item.problem]
     tasks = [
@@ -245,17 +239,9 @@ def _keep(
         for item in listing.sources
         if item.pieces and len(by_source.get(item.path, ())) == len(item.pieces)
     ]
-    with progress("verify") as advance:
+    with progress("verify earlier tensors") as advance:
         verified = list(run_tasks(_verify, tasks, workers, advance))
     return {record.key: record for records in verified for record in records}
-
-
-def _remove_remains(dest: Path) -> None:
-    """Remove incomplete files that a kill left behind."""
-    for path in dest.glob(f"{_TENSORS}/*/.*.tmp"):
-        path.unlink()
-    for path in dest.glob("splits/.*.tmp"):
-        shutil.rmtree(path)
 
 
 def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:

@@ -1,15 +1,17 @@
 """Comparison of runs: their results, the keys that differ, their metrics, weights and curves."""
 
 import itertools
+import json
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.apps.reports import style
+from tetdist.apps.reports.run_status import read_status
 from tetdist.errors import UserError
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import each_line, points_of
@@ -29,8 +31,6 @@ OF_THE_CLOCK = (
     "slowest_host",
     "eta_s",
     "seconds",
-    "gpu_memory",  # this and the next: of earlier versions
-    "gpu_energy",
 )
 WIDTH = 100  # columns of the output
 SHOWN = 8  # largest number of metrics shown of the step at which two runs first differ
@@ -55,15 +55,6 @@ class Run:
         return [line for line in self.lines.values() if line["kind"] == kind]
 
 
-@contextmanager
-def reading() -> Iterator[None]:
-    """Turn an OSError while reading a run into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename or 'the run'}: {error.strerror}") from error
-
-
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read runs from their folders; the first one is a, the second b, ..."""
     letters = (chr(ord("a") + i) if i < 26 else f"run {i + 1}" for i in itertools.count())
@@ -78,9 +69,8 @@ def _read(label: str, folder: Path) -> Run:
     from tetdist.config.retired import retired_values
     from tetdist.config.yaml_files import read_yaml
 
-    with reading():
-        lines = {(line["step"], line["kind"]): line for line in each_line(file)}
-        raw = configuration = read_yaml(config)
+    lines = {(line["step"], line["kind"]): line for line in each_line(file)}
+    raw = configuration = read_yaml(config)
     # Keys that an older version did not know get their defaults, unless this version cannot parse
     # the configuration.
     with suppress(UserError):
@@ -122,10 +112,15 @@ def _results(runs: Sequence[Run]) -> str:
             cells.append(number(next(iter(last.get("per_timestep_top1", ())), None), ".2f"))
             cells += [number(best.get("top1"), ".2f"), number(best.get("epoch"), "g")]
             rows.append([run.label if kind == "val" else "", _shortened(name, 50), *cells])
-    return (
-        f"{aligned(rows, right=range(2, 7))}\n"
-        "Another seed alone also changes top-1; a study compares settings over several seeds."
-    )
+    lines = [
+        aligned(rows, right=range(2, 7)),
+        "Another seed alone also changes top-1; a study compares settings over several seeds.",
+    ]
+    for run in runs:
+        if (status := read_status(run.folder)).state != "finished":
+            at = f"step {number(status.step, ',')} of {number(status.last_step, ',')}"
+            lines.append(f"Not finished: {run.label} is {status.state} at {at}.")
+    return "\n".join(lines)
 
 
 def _configurations(runs: Sequence[Run]) -> str:
@@ -134,8 +129,8 @@ def _configurations(runs: Sequence[Run]) -> str:
     for key in dict.fromkeys(key for run in runs for key in run.configuration):
         having: dict[str, list[str]] = {}
         for run in runs:
-            value = run.configuration.get(key, "-")
-            text = value if isinstance(value, str) else repr(value)
+            value = run.configuration.get(key, "absent")
+            text = value if isinstance(value, str) else json.dumps(value)  # as a file has it
             having.setdefault(text, []).append(run.label)
         if len(having) > 1 and key != "name":
             differing[key] = "; ".join(f"{', '.join(who)}: {what}" for what, who in having.items())
@@ -161,7 +156,9 @@ def _metrics(a: Run, b: Run) -> tuple[bool, str]:
             if x is None or y is None:
                 has_all = False
             elif relative := relative_difference(x, y):
-                differing.append((relative, step, name, repr(x), repr(y)))
+                short = f"{x:.6g}", f"{y:.6g}"
+                shown = short if len({*short}) > 1 else (repr(x), repr(y))
+                differing.append((relative, step, name, *shown))
     if differing:
         step, (largest, at, of, *_) = differing[0][1], max(differing)
         rows = [(_shortened(name, 44), x, y) for _, s, name, x, y in differing if s == step]
@@ -198,10 +195,7 @@ def relative_difference(a: float, b: float) -> float:
     """
     if a == b or (a != a and b != b):
         return 0.0
-    if not (math.isfinite(a) and math.isfinite(b)):
-        return math.inf
-    larger = max(abs(a), abs(b))
-    return abs(a / larger - b / larger)
+    return abs(a - b) / max(abs(a), abs(b)) if math.isfinite(a - b) else math.inf
 
 
 def _weights(a: Run, b: Run) -> tuple[bool, str]:

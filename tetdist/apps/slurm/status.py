@@ -8,7 +8,6 @@ from datetime import datetime
 from pathlib import Path
 
 from tetdist.apps.reports import run_status
-from tetdist.apps.reports.compare import reading
 from tetdist.apps.reports.run_status import JobStatus, RunStatus
 from tetdist.apps.slurm import history, jobs
 from tetdist.apps.slurm.history import JobEvent, Submission
@@ -64,9 +63,8 @@ def read(folders: Sequence[Path]) -> list[RunStatus]:
     statuses: list[RunStatus] = []
     for run in folders:
         try:
-            with reading():
-                statuses.append(status_of(run))
-        except UserError as error:
+            statuses.append(status_of(run))
+        except (UserError, OSError) as error:
             if len(folders) == 1:
                 raise
             statuses.append(run_status.damaged(run, str(error)))
