@@ -30,7 +30,7 @@ COMMANDS = {
     "fashion_mnist": "write Fashion-MNIST as image folders",
     "convert": "convert weights of other projects",
     "export": "export a trained network",
-    "bench": "measure the speed of a step, of several processes and of the loader",
+    "bench": "measure the speed of a training step and of the loader",
     "check_gpu": "check a machine with GPUs before training on it; takes ten minutes",
     "list": "list recipes, networks, neurons, losses and optimisers",
     "quickstart": "train and evaluate on handwritten digits; two minutes on two cores",

@@ -12,11 +12,15 @@ import argparse
 import contextlib
 import datetime
 import json
+import multiprocessing
+import os
 import statistics
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +30,6 @@ from torch import Tensor, nn
 
 from tetdist.apps.benchmarks import bench
 from tetdist.apps.benchmarks.bench import MIB, Contestant
-from tetdist.apps.benchmarks.scaling import Worker, together
 from tetdist.nn.precision import autocast, choose_algorithms
 from tetdist.storage.files import write_json
 from tetdist.tables import markdown
@@ -139,7 +142,7 @@ def measured(entry: Entry, precision: str) -> dict[str, Any]:
         steps = {}
         for name in makers:
             worker, waiting[name] = stack.enter_context(fastest(options, name))
-            steps[name] = partial(together, [worker], 1)
+            steps[name] = partial(worker.seconds, 1)
         seconds = bench.in_turns(steps, entry.repeats)
     choose_algorithms(precision)
     rows = [
@@ -152,10 +155,49 @@ def measured(entry: Entry, precision: str) -> dict[str, Any]:
     return about | {"day": day, "machine": bench.machine("cpu"), "rows": rows}
 
 
-def step_of(options: argparse.Namespace, name: str) -> Callable[[], None]:
-    """Return a contestant's step; a process of its own calls this."""
+class Worker:
+    """Process that takes a contestant's steps on command; it ends when this process does.
+
+    Args:
+        policy: OMP_WAIT_POLICY of the process; None: without this variable.
+    """
+
+    def __init__(self, options: argparse.Namespace, name: str, policy: str | None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other_end = context.Pipe()
+        self._process = context.Process(target=_work, args=(other_end, options, name), daemon=True)
+        before = os.environ.pop("OMP_WAIT_POLICY", None)
+        try:
+            os.environ |= {} if policy is None else {"OMP_WAIT_POLICY": policy}
+            self._process.start()
+        finally:
+            os.environ.pop("OMP_WAIT_POLICY", None)
+            os.environ |= {} if before is None else {"OMP_WAIT_POLICY": before}
+        other_end.close()
+
+    def seconds(self, steps: int) -> float:
+        """Have the process take so many steps, and return the seconds of one."""
+        self._pipe.send(steps)
+        return float(self._pipe.recv())
+
+    def end(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.join()
+
+
+def _work(pipe: Connection, options: argparse.Namespace, name: str) -> None:
+    """Take the number of steps in each message, and answer with the seconds a step."""
     choose_algorithms(options.precision)
-    return bench.step_of(options, contestants_of(options)[name]())
+    step = bench.step_of(options, contestants_of(options)[name]())
+    # Without the starting process there is nothing to receive.
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            steps = pipe.recv()
+            started = time.perf_counter()
+            for _ in range(steps):
+                step()
+            pipe.send((time.perf_counter() - started) / steps)
 
 
 @contextlib.contextmanager
@@ -165,9 +207,9 @@ def fastest(options: argparse.Namespace, name: str) -> Iterator[tuple[Worker, st
     try:
         seconds = {}
         for way in ["asleep"] if name.startswith("tetdist") else WAITING:
-            workers[way] = Worker(step_of, options, name, OMP_WAIT_POLICY=WAITING[way])
-            together([workers[way]], 2)  # builds kernels
-            seconds[way] = statistics.median(together([workers[way]], 1) for _ in range(TRIALS))
+            workers[way] = Worker(options, name, WAITING[way])
+            workers[way].seconds(2)  # builds kernels
+            seconds[way] = statistics.median(workers[way].seconds(1) for _ in range(TRIALS))
         best = min(seconds, key=seconds.__getitem__)
         for way in seconds.keys() - {best}:
             workers.pop(way).end()
@@ -309,18 +351,17 @@ After this page you know the time and memory of a training step, and how to meas
 ```
 python tools/bench.py step --model sew_resnet34 --precision bf16 --modes none blocks
 python tools/bench.py loader --data FOLDER --threads 8
-python tools/bench.py scaling --model sew_resnet34 --processes 2
 ```
 
 | command | measures |
 |---|---|
 | `step` | forward and backward pass on random images, and on a GPU the peak memory |
 | `loader` | images a second from JPEG files to augmented batches |
-| `scaling` | whole steps of several processes that average gradients, against one process |
 
 `step` leaves out the update, and shows the ReLU network's time beside SEW- and Spiking-ResNets.
 With `--json FILE`, [the plan of a Slurm job](slurm.md) computes hours from a measurement. On GPUs,
-[check_gpu](check_gpu.md) compares with the ReLU network, too.
+[check_gpu](check_gpu.md) compares with the ReLU network, too. For several processes, compare [short
+runs](scaling.md#measure-first).
 
 ## A training step
 
@@ -357,7 +398,7 @@ were measured with one thread while other programs used both cores.
 ## Loading and several processes
 
 These were measured on 26 November 2026 at commit d1ca4e46, whose benchmarks also had the other
-loaders.
+loaders and several processes.
 
 * **Loading.** tetdist delivers 1,862 images/s of 224 pixels from ImageNet's JPEGs on two threads;
   torchvision's DataLoader with two workers 845, and a pipeline of DALI's own reader 1,421.

@@ -1,20 +1,15 @@
 """The commands of tools/bench.py, on small networks."""
 
-import argparse
-import contextlib
 import json
-import os
 
 import pytest
 import tiny
 
 from tetdist.apps.benchmarks import bench as step
-from tetdist.apps.benchmarks import scaling
 from tetdist.apps.cli.bench import check_network, main
 from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.apps.slurm.speed import speed_of
 from tetdist.config import loading
-from tetdist.errors import UserError
 
 
 @pytest.fixture
@@ -73,60 +68,13 @@ def test_ratios_are_taken_round_by_round():
     assert (row["ratio"], row["seconds"], row["fastest"], row["images_per_s"]) == (2, 8, 2, 0.5)
 
 
-def test_several_processes_are_as_efficient_as_one_is_faster(monkeypatch):
-    """Steps of 1 s alone, and of 4 s together."""
-    groups = contextlib.nullcontext((["a"], ["c", "d"]))
-    monkeypatch.setattr(scaling, "processes", lambda _: groups)
-    seconds = {"a": 1.0, "cd": 4.0}
-    monkeypatch.setattr(scaling, "together", lambda workers, _: seconds["".join(workers)])
-    keys = ("model", "size", "timesteps", "precision", "device", "engine")
-    options = dict.fromkeys(keys) | {"processes": 2, "repeats": 3, "steps": 1}
-    result = scaling.measure(argparse.Namespace(**options, batch=4, accumulation=2))
-    assert [row["images_per_s"] for row in result["rows"]] == [8, 4]
-    assert (result["efficiency"], result["images_per_s"], result["processes"]) == (0.25, 4, 2)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
-def test_processes_are_timed_alone_and_together(bench, tmp_path, engine):
-    arguments = f"scaling --model spiking_convnet --engine {engine} --repeats 2 --accumulation 3"
-    result, out = bench(arguments)
-    alone, together = result["rows"]
-    for row, count in ((alone, 1), (together, 2)):
-        assert row["images_per_s"] == pytest.approx(count * 3 * 4 / row["seconds"])
-    speed = speed_that_the_plan_reads(tmp_path / "result.json")
-    assert speed.images_per_s == pytest.approx(together["images_per_s"] / 2)
-    assert "efficiency" in out
-
-
-def steps(before_it_fails):
-    """Steps of a process, the first of which also shows how it was started."""
-    assert (os.environ["MADE_BY"], "HOME" in os.environ) == ("the test", False)
-    left = iter(range(before_it_fails))
-    return lambda: None if next(left, None) is not None else os._exit(3)
-
-
-@pytest.mark.long
-def test_a_process_takes_steps_until_it_fails():
-    worker = scaling.Worker(steps, 9, MADE_BY="the test", HOME=None)
-    try:
-        assert "MADE_BY" not in os.environ
-        assert "HOME" in os.environ
-        assert 0 < scaling.together([worker], 5) < 10
-        with pytest.raises(UserError, match="a process of the benchmark ended with status 3"):
-            scaling.together([worker], 5)
-    finally:
-        worker.end()
-    assert not worker._process.is_alive()
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["step", "--model", "vggsnn", "--size", "32"], "vggsnn takes 48 pixels only, not 32"),
-        (["scaling", "--size", "32"], "--size: 32 leaves the last"),
+        (["step", "--size", "32"], "--size: 32 leaves the last"),
         (["step", "--batch", "0"], "0 must be 1 or more"),
-        (["scaling", "--json", "no/such/folder/x.json"], "--json"),
+        (["step", "--json", "no/such/folder/x.json"], "--json"),
         (["loader", "--data", "tests/benchmarks"], "tests/benchmarks has no JPEG files"),
     ],
 )

@@ -84,7 +84,7 @@ def test_a_single_nan_is_called_wrong(here, monkeypatch, name):
 OTHERS = "rank 1 has other weights than rank 0"
 AVERAGE = "by another average than one process computes alone"
 BASE, OVERLAP = "tetdist.training.engines.base:", "tetdist.distributed.overlap:OverlappedMean."
-SCALING, STEP = "tetdist.apps.benchmarks.scaling:", "tetdist.training.step:Step."
+MADE_UP, STEP = "tetdist.apps.check_gpu.made_up:", "tetdist.training.step:Step."
 RANK = "__import__('torch').distributed.get_rank()"
 # Name: the function and its line, what it has instead (see faults.py), and what the check says.
 # fmt: off
@@ -101,12 +101,12 @@ AVERAGES = {
     "another learning rate on rank 1": (
         f"{BASE}set_lr", "lr * group", f"(1 + {RANK}) * lr * group", OTHERS),
     "statistics of each process": (
-        f"{SCALING}training_step", "if config.batch_norm.sync:", "if False:", AVERAGE),
+        f"{MADE_UP}training_step", "if config.batch_norm.sync:", "if False:", AVERAGE),
     "running statistics of rank 0": (
         f"{STEP}_attempt", "self.world.mean_, update",
         f"lambda x: self.world.mean_(x * 2 * (0 == {RANK})), update", AVERAGE),
     "a loss that is not finite": (
-        f"{SCALING}MadeUp.__call__", "/ sums[SAMPLES]", "/ (0 * sums[SAMPLES])", "are not finite"),
+        f"{MADE_UP}MadeUp.__call__", "/ sums[SAMPLES]", "/ (0 * sums[SAMPLES])", "are not finite"),
 }
 # fmt: on
 # Prints what the check says of each fault.

@@ -1,6 +1,6 @@
 """One optimiser step: micro-batches forward and backward, then one update.
 
-Trainer, `bench scaling`, check_gpu and the tests without a GPU all take this step. (`bench step`
+Trainer, check_gpu and the tests without a GPU all take this step. (`bench step`
 compares networks, also those of other libraries, by forward and backward pass alone.) It receives
 batches on the device, opens no file and logs nothing.
 """

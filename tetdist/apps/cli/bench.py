@@ -1,6 +1,6 @@
 """Measure the speed of this machine; what a benchmark compares takes turns.
 
-step and scaling use random images; loader generates JPEG files if it gets none.
+step uses random images; loader generates JPEG files if it gets none.
 """
 
 import argparse
@@ -25,18 +25,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         one.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
         return one
 
-    def network(one: argparse.ArgumentParser, precision: str) -> None:
-        one.add_argument("--model", default="sew_resnet34", help="default: sew_resnet34")
-        one.add_argument("--size", type=positive, help="image side in pixels; default: the model's")
-        given = "timesteps a sample (default: 4)"
-        one.add_argument("--timesteps", type=positive, default=4, metavar="T", help=given)
-        choices, given = ["fp32", "tf32", "bf16"], f"default: {precision}"
-        one.add_argument("--precision", choices=choices, default=precision, help=given)
-        given = "default: auto, a GPU if there is one"
-        one.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=given)
-
     step = command("step", "time and memory of a training step", repeats=7, batch=4)
-    network(step, "fp32")
+    step.add_argument("--model", default="sew_resnet34", help="default: sew_resnet34")
+    step.add_argument("--size", type=positive, help="image side in pixels; default: the model's")
+    given = "timesteps a sample (default: 4)"
+    step.add_argument("--timesteps", type=positive, default=4, metavar="T", help=given)
+    choices = ["fp32", "tf32", "bf16"]
+    step.add_argument("--precision", choices=choices, default="fp32", help="default: fp32")
+    given = "default: auto, a GPU if there is one"
+    step.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=given)
     step.add_argument(
         "--modes",
         nargs="+",
@@ -44,14 +41,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=["none"],
         help="recompute nothing, blocks, or blocks in segments of two timesteps; default: none",
     )
-    scaling = command("scaling", "several processes against one", repeats=5, batch=4)
-    network(scaling, "bf16")
-    scaling.add_argument("--accumulation", type=positive, default=1, help="micro-batches a step")
-    engines, given = ["deepspeed", "torch"], "default: deepspeed"
-    scaling.add_argument("--engine", choices=engines, default=engines[0], help=given)
-    scaling.add_argument("--processes", type=positive, default=2, help="default: 2")
-    scaling.add_argument("--threads", type=positive, help="threads a process; default: its cores")
-    scaling.add_argument("--steps", type=positive, default=2, help="steps a round")
     loader = command("loader", "images a second from JPEG files to batches", repeats=9, batch=32)
     loader.add_argument("--data", type=Path, metavar="FOLDER", help="JPEGs; default: generated")
     loader.add_argument("--size", type=positive, default=224, help="image side in pixels")
@@ -67,22 +56,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> None:
     """Run one benchmark and print its result."""
-    from tetdist.apps.benchmarks import bench, data, scaling
+    from tetdist.apps.benchmarks import bench, data
     from tetdist.distributed.devices import choose_device
 
     if options.json:
         check_writable("--json", options.json)
-    if options.command != "loader":
+    if options.command == "step":
         check_network(options.model, options.size)
     options.device = choose_device(options.device, local_rank=0).type
-    measure_it, table = {
-        "step": (bench.measure, bench.table),
-        "scaling": (scaling.measure, scaling.table),
-        "loader": (data.measure, data.table),
-    }[options.command]
-    result = measure_it(options)
+    benchmark = bench if options.command == "step" else data
+    result = benchmark.measure(options)
     write_result(options.json, result | {"machine": bench.machine(options.device)})
-    print(table(result))  # last, because the output may be full
+    print(benchmark.table(result))  # last, because the output may be full
 
 
 def check_network(name: str, size: int | None) -> None:
