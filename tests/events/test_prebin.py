@@ -11,7 +11,6 @@ import cameras
 import numpy as np
 import pytest
 import tiny
-from PIL import Image
 
 from tetdist.apps.events.binning import Binning, bin_events
 from tetdist.apps.events.formats import read_recording
@@ -116,13 +115,11 @@ def test_a_second_call_keeps_tensors_and_adds_a_split(source, tmp_path, prebin_d
     assert "splits/stratified-9-1-seed-0/dataset.json" in before
     for file in source.rglob("*.bin"):  # as a copy of the source has them
         os.utime(file, ns=(1, 1))
-    prebin_dvs(source, "--split", "stratified-9-1,first-70-percent", "--preview")
+    prebin_dvs(source, "--split", "stratified-9-1,first-70-percent")
     after = contents(dest)
     assert {path: after[path] for path in before} == before
     assert all(path.stat().st_mtime_ns == at for path, at in times.items())
     assert "splits/first-70-percent/index/val.npz" in after
-    preview = Image.open(dest / "preview.png")
-    assert len(preview.convert("RGB").getcolors(1 << 20)) > 10
 
 
 @pytest.mark.usefixtures("a_terminal")
@@ -349,7 +346,7 @@ def test_labelled_gestures_are_cut_out(tmp_path, prebin_dvs):
 
 def test_images_become_simulated_recordings_named_so(tmp_path, prebin_dvs):
     images, dest = cameras.draw_bars(tmp_path / "images", train=4, val=2), tmp_path / "dest"
-    output = prebin_dvs(images, "--simulate", "--preview")
+    output = prebin_dvs(images, "--simulate")
     root = dest / "splits" / "simulated-published"
     assert f"{root}: simulated from images, 8 to train, 4 to test" in output
     described = json.loads((root / "dataset.json").read_text())

@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    from tetdist.apps.events.presets import PRESETS, presets_in_words
+    from tetdist.apps.events.presets import PRESETS
 
     parser = documented_parser("prebin_dvs", __doc__)
     add = parser.add_argument
@@ -67,12 +67,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=list(PRESETS),
         help="a published data set: sets --timesteps, --size, --bins, --values, --sensor and"
         " --split where they are not given",
-    )
-    add(
-        "--list-presets",
-        action="version",
-        version=presets_in_words(),
-        help="print the presets: their options, their origin and how easy their splits are",
     )
     add(
         "--timesteps",
@@ -120,7 +114,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--workers", metavar="N", type=workers, default=cores, help="default: %(default)s")
     add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
     add("--overwrite", action="store_true", help="remove this tool's files in DEST and start over")
-    add("--preview", action="store_true", help="draw DEST/preview.png, a recording of each class")
     options = parser.parse_args(arguments)
     if options.preset and options.simulate:
         parser.error("--preset needs recordings and --simulate images; leave one out")
@@ -181,7 +174,7 @@ def _sensor(text: str) -> "Sensor":
 
 def _prebin(options: argparse.Namespace) -> None:
     from tetdist.apps.events.splits import default_split
-    from tetdist.apps.events.statistics import draw_preview, statistics, table
+    from tetdist.apps.events.statistics import statistics, table
     from tetdist.apps.events.tensors import make_tensors, open_destination
     from tetdist.apps.file_progress import file_progress
     from tetdist.storage.files import explaining, write_json
@@ -217,9 +210,6 @@ def _prebin(options: argparse.Namespace) -> None:
                 " --timesteps, a larger --size or --dtype float16",
                 file=sys.stderr,
             )
-        if options.preview:
-            draw_preview(options.dest, records.values(), options.dest / "preview.png")
-            print(f"{options.dest / 'preview.png'}: the first recording of each class")
         for name in names:
             _make_split(options, listing, records, settings, name, len(bad))
 

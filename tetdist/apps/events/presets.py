@@ -1,10 +1,9 @@
 """Published data sets of event cameras: parameters and splits of published results.
 
-A preset names the source of its parameters and the known difficulty of each split. It also
-describes the data set's folder, so that other folders are refused.
+A preset names the known difficulty of each split. It also describes the data set's folder, so that
+other folders are refused. docs/events.md has the sources of its parameters.
 """
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,6 @@ class Preset:
         classes: Number of classes of the whole data set.
         sensor: Size of the sensor, if the format does not store it.
         timesteps, size, values: See `Binning`.
-        origin: Source of these parameters.
     """
 
     title: str
@@ -59,7 +57,6 @@ class Preset:
     size: Sensor
     values: Values = "count"
     splits: tuple[PresetSplit, ...]
-    origin: str
 
     def options(self) -> dict[str, Any]:
         """Return the values that the preset sets, by option of tools/prebin_dvs.py."""
@@ -115,7 +112,6 @@ PRESETS = {
                 "the random split with which spikingjelly's documentation compares 0-99-test",
             ),
         ),
-        origin="TET's paper and code (Deng et al., ICLR 2022)",
     ),
     "dvs128-gesture": Preset(
         title="DVS128 Gesture",
@@ -136,7 +132,6 @@ PRESETS = {
                 "no person is in both parts; one gesture of the 288 is 0.35 %",
             ),
         ),
-        origin="the code of SEW-ResNet and QKFormer, which bins as spikingjelly does",
     ),
     "n-caltech101": Preset(
         title="N-Caltech101",
@@ -161,8 +156,6 @@ PRESETS = {
                 "unknown; some classes have 4 test recordings",
             ),
         ),
-        origin="the code of Neuromorphic Data Augmentation (Li et al., ECCV 2022), except its"
-        " resizing, which picks single pixels",
     ),
     "n-cars": Preset(
         title="N-CARS",
@@ -181,7 +174,6 @@ PRESETS = {
                 "two classes; always predicting cars gives 51 %",
             ),
         ),
-        origin="ours, as for N-Caltech101: no released code for spiking networks was found",
     ),
     "nmnist": Preset(
         title="N-MNIST",
@@ -199,7 +191,6 @@ PRESETS = {
                 "easy: most published results are above 99 %",
             ),
         ),
-        origin="T of parametric LIF neurons (Fang et al., ICCV 2021), and the sensor's size",
     ),
 }
 
@@ -247,22 +238,3 @@ def _layout(sources: Sequence[Source]) -> Layout:
     if any(piece.window for source in sources for piece in source.pieces):
         return "labels"
     return "parts" if any(source.part for source in sources) else "classes"
-
-
-def presets_in_words() -> str:
-    """Return all presets with parameters and splits, as text."""
-    return "\n\n".join(_in_words(name, preset) for name, preset in PRESETS.items())
-
-
-def _in_words(name: str, preset: Preset) -> str:
-    flags = [f"--{option} {value}" for option, value in preset.options().items()]
-    lines = [
-        f"{name}: {preset.title}, {preset.classes} classes in {preset.recordings:,} recordings",
-        f"  SOURCE      {preset.tree}",
-        f"  options     {' '.join(flags)}",
-        f"  origin      {preset.origin}",
-    ]
-    for split in preset.splits:
-        lines += [f"  {split.name}", f"    used by     {split.behind}"]
-        lines += [f"    difficulty  {split.ease}"]
-    return "\n".join(textwrap.fill(line, 100, subsequent_indent=" " * 16) for line in lines)

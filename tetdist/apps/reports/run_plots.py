@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tetdist.apps.events.statistics import coloured
 from tetdist.apps.reports import curves
 from tetdist.apps.reports.curves import DEAD, SATURATED
+from tetdist.apps.reports.replay_gif import coloured
 from tetdist.config.sections.data import DataSection
 from tetdist.data import mixing
 from tetdist.data.loader import Batch
@@ -61,8 +61,8 @@ class RunPlots(Observer):
         match self.config.data.input_kind:
             case "events":
                 shown = images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS].numpy()
-                rgb = np.stack([coloured(frames, 99) for frames in shown])
-                unit = f"events (red: on, blue: off), {images.shape[1]} time bins"
+                rgb = np.array([[coloured(frame) for frame in frames] for frames in shown]) / 255
+                unit = f"events (blue: on, orange: off), {images.shape[1]} time bins"
             case "images":
                 rgb = rgb_images(images[:SHOWN_IMAGES], self.config.data)
                 unit = f"{images.shape[-1]}x{images.shape[-2]} pixels"
