@@ -2,16 +2,10 @@
 
 import importlib
 import json
-import re
 
 import pytest
-import timm
 import tiny
-import torch
-from torch import nn
 
-from tetdist import models
-from tetdist.apps.benchmarks import bench
 from tetdist.apps.reports import style
 
 
@@ -42,34 +36,6 @@ def test_contestants_and_the_memory_that_the_documentation_promises(precision, m
     # The convolutions' outputs, and spikes in bytes; ReLU keeps its own output as well.
     assert kept["tetdist, none"] < 0.65 * kept["relu"]
     assert kept["tetdist, blocks"] < 0.25 * kept["tetdist, none"]
-
-
-def convolutions(model):
-    return sorted(
-        (tuple(module.weight.shape), module.stride, module.padding, module.bias is not None)
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d)
-    )
-
-
-def test_relu_networks_have_the_same_convolutions(made):
-    relu_network, have = made("relu_networks").relu_network, set()
-    # A deeper network has more of the same blocks.
-    names = [name for name in models.names() if not re.search(r"\D(34|101|104|152)$", name)]
-    for name in names:
-        with torch.device("meta"):
-            if (baseline := relu_network(name)) is None:
-                continue
-            model = timm.create_model(name)
-            assert convolutions(baseline) == convolutions(model), name
-            *_, channels, height, width = model.default_cfg["input_size"]
-            logits = baseline(torch.empty(2, channels, height, width))
-        assert logits.shape == (2, model.num_classes), name
-        have.add(name)
-    assert have == {name for name in names if "resnet" in name or name == "vggsnn"}
-    in_bench = {name for name in names if bench.relu_baseline(name) is not None}
-    assert in_bench >= {"sew_resnet18", "spiking_resnet50"}
-    assert in_bench < have
 
 
 def test_readmes_figure_shows_the_numbers_that_are_in_the_project(made, monkeypatch):

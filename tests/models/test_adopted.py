@@ -1,8 +1,6 @@
 """Adopted spikingjelly networks: equal to its own training step, and the trainer's requirements."""
 
 import copy
-import inspect
-import runpy
 
 import pytest
 import tiny
@@ -303,11 +301,6 @@ def test_what_cannot_be_adopted_is_refused_by_name(complaint):
 
 def pooled(*modules):
     return nn.Sequential(layer.MaxPool2d(2, 2, step_mode="m"), *modules)
-
-
-def test_other_versions_of_the_library(monkeypatch):
-    monkeypatch.delattr(neuron, "TernaryIFNode", raising=False)  # its branch before 2.0.0
-    runpy.run_path(inspect.getfile(Adopted))["adopt"](sew18(), timesteps=T, num_classes=4)
 
 
 def test_what_a_network_of_the_library_cannot_do_is_refused():

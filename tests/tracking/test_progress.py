@@ -6,7 +6,6 @@ import re
 import sys
 
 import pytest
-import tiny
 from tiny import expect
 
 from tetdist.apps.file_progress import file_progress
@@ -98,21 +97,6 @@ def test_status_has_the_time_left_of_the_log(main, tiny_config, tmp_path):
         hours, minutes, seconds = map(int, clock)
         assert round(eta) == 3600 * hours + 60 * minutes + seconds
     assert [int(step) for step, *_ in shown] == [2, 4, 5, 6, 7]
-
-
-def test_lines_between_do_not_change_what_is_logged(main, tiny_config, tmp_path, monkeypatch):
-    rare = ("log_every=1000", "max_steps=7")
-    quiet = main(tiny_config(), *rare, "name=quiet")
-    assert "since the first step" not in quiet.text
-    monkeypatch.setattr(RunProgress, "FIRST", 0.0)
-    monkeypatch.setattr(RunProgress, "LATER", 0.0)
-    often = main(tiny_config(), *rare, "name=often")
-    # Metrics are of the epoch's end, step 5, and of the run's; here each step has a line.
-    steps = re.findall(r"step (\d+)/7  (?:the first step|.* since the first step)", often.text)
-    assert list(map(int, steps)) == [1, 2, 3, 4, 5, 6, 7]
-    assert "evaluating after step 5" in often.text
-    metrics = [tiny.metrics(tmp_path / "runs" / name) for name in ("quiet", "often")]
-    assert metrics[0] == metrics[1]
 
 
 def test_files_are_counted_in_words_and_human_time(clock, capsys):

@@ -250,12 +250,8 @@ def _devkit_labels(file: Path) -> tuple[tuple[str, ...], list[str]]:
 
     The devkit numbers classes from 1 in a different order; meta.mat has their ids.
     """
-    try:
-        from scipy.io import loadmat
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"reading {file} needs scipy, which is not installed: pip install scipy"
-        ) from error
+    from scipy.io import loadmat
+
     try:
         with tarfile.open(file) as archive:
             parts = [

@@ -30,12 +30,8 @@ if not hasattr(layer, "TLastMultiStepContainer"):
         "the installed spikingjelly is older than the one whose networks can be adopted; install "
         "version 2.0: pip install 'spikingjelly>=2.0,<2.1'"
     )
-# Neurons whose outputs are not spikes; versions before 2.0.0 lack two of them.
-_GRADED = tuple(
-    getattr(neuron, kind)
-    for kind in ("LIAFNode", "TernaryIFNode", "TernaryLIFNode")
-    if hasattr(neuron, kind)
-)
+# Neurons whose outputs are not spikes.
+_GRADED = (neuron.LIAFNode, neuron.TernaryIFNode, neuron.TernaryLIFNode)
 
 
 class Adopted(SpikingNetwork):
