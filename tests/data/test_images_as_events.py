@@ -67,10 +67,11 @@ def test_frames_are_the_definitions(ratio, monkeypatch):
     found = frames(as_events(images, ratio, drawn))
     for image, ours, chosen in zip(images, found, drawn.tolist(), strict=True):
         pairs = []
-        for (first, second), corner in zip(EVALUATED, chosen, strict=True):
-            ways = [b - a for a, b in zip(first, second, strict=True)]
-            first = [place - 1 + max(-way, 0) for place, way in zip(corner, ways, strict=True)]
-            pairs.append((first, [a + way for a, way in zip(first, ways, strict=True)]))
+        for (first, second), place in zip(EVALUATED, chosen, strict=True):
+            moved = [now - 1 - then for now, then in zip(place, first, strict=True)]
+            pairs.append(
+                [[a + m for a, m in zip(at, moved, strict=True)] for at in (first, second)]
+            )
         assert torch.equal(ours.bool(), defined(image, ratio, pairs))
     # A GPU takes the windows of all images at once.
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)

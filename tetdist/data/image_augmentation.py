@@ -75,12 +75,8 @@ def augmented(
         operations=[list(chain(*of_a_sample)) for of_a_sample in zip(*operations, strict=True)],
     )
     boxes = cutout_boxes(draws.cutout, side, side, data.cutout) if data.cutout else None
-    gone = None
-    if data.erasing.probability:
-        gone = erased(seed, epoch, positions, side, data.erasing)
-    places = None
-    if data.images_as_events is not None:
-        places = images_as_events.places(seed, epoch, positions)
+    gone = erased(seed, epoch, positions, side, data.erasing) if data.erasing.probability else None
+    places = images_as_events.places(seed, epoch, positions) if data.images_as_events else None
     return edits, Rest(output, boxes, gone, places)
 
 

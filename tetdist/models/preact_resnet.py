@@ -79,8 +79,6 @@ class Block(nn.Module):
         self.projects_spikes = projects and projects_spikes
         if projects:
             if pooled_projection:
-                if stride != 2:
-                    raise ValueError(f"a pooled projection needs stride 2, not {stride}")
                 self.pool, stride = AvgPool(), 1
             self.downsample = conv1x1(in_channels, width, stride, bias)
             self.downsample_norm = BatchNorm(width)
