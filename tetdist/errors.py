@@ -13,6 +13,7 @@ from pathlib import Path
 # Extras that install a package that may be missing; all other packages come with training.
 _EXTRAS = {
     "h5py": "train,events",
+    "lz4": "train,events",
     "mlxtend": "train,quickstart",
     "nir": "train,export",
     "nirtorch": "test",
@@ -22,6 +23,7 @@ _EXTRAS = {
     "spikingjelly": "spikingjelly",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
+    "zstandard": "train,events",
 }
 _PASSWORDS = re.compile(
     # A server's user is removed, too. Digits after a colon may be a port.

@@ -47,6 +47,7 @@ from tetdist.storage.files import (
 _FORMAT_VERSION = 1
 
 _MANIFEST, _RECORDS, _TENSORS = "manifest.json", RECORDS_FILE, "recordings"
+# Earlier versions wrote preview.png.
 _OURS = {_MANIFEST, _RECORDS, _TENSORS, "splits", "statistics.json", "preview.png"}
 
 

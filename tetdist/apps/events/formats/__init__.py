@@ -17,7 +17,6 @@ from tetdist.apps.events.recording import (
     Sensor,
     checked_events,
 )
-from tetdist.errors import UserError
 
 # A decoder takes a file's contents, and the sensor's size for formats that do not store it.
 _DECODERS: dict[str, Callable[[Contents, Sensor | None], Events]] = {
@@ -33,7 +32,7 @@ def read_recording(path: Path, data: bytes, sensor: Sensor | None) -> Events:
 
     Raises:
         BadRecording: The file cannot be used.
-        UserError: A package that reads this format is missing.
+        ModuleNotFoundError: A package that reads this format is missing.
     """
     decoder = _DECODERS.get(path.suffix.lower())
     if decoder is None:
@@ -42,7 +41,7 @@ def read_recording(path: Path, data: bytes, sensor: Sensor | None) -> Events:
         raise BadRecording("the file is empty")
     try:
         return checked_events(decoder(Contents(data), sensor))
-    except (BadRecording, UserError):
+    except (BadRecording, ModuleNotFoundError):
         raise
     except Exception as error:  # A damaged file may raise any.
         reason = f"it is truncated or damaged, or not a {path.suffix} file"

@@ -11,7 +11,6 @@ from array import array
 import numpy as np
 
 from tetdist.apps.events.recording import BadRecording, Contents, Events, OtherSize, Sensor
-from tetdist.errors import UserError, pip_install
 from tetdist.wording import counted
 
 _MAGIC = b"#!AER-DAT4.0\r\n"
@@ -37,7 +36,7 @@ def decode_aedat4(contents: Contents, sensor: Sensor | None) -> Events:
 
     Raises:
         BadRecording: The file cannot be used.
-        UserError: The package that decompresses it is missing.
+        ModuleNotFoundError: The package that decompresses it is missing.
     """
     if contents.take(len(_MAGIC), "header") != _MAGIC:
         raise BadRecording("it is not an AEDAT 4 file: it does not begin with #!AER-DAT4.0")
@@ -134,10 +133,8 @@ def _decompressed(packet: bytes, compression: int) -> bytes:
 
             decompressor = zstandard.ZstdDecompressor().decompressobj()
         contents = decompressor.decompress(packet)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"this AEDAT 4 file needs the package {name}; {pip_install('events')}"
-        ) from error
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # Each package has its own errors.
         raise BadRecording(f"a packet cannot be decompressed ({error})") from error
     if not decompressor.eof or decompressor.unused_data:

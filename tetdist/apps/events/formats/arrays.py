@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from tetdist.apps.events.recording import BadRecording, Contents, Events, OtherSize, Sensor
-from tetdist.errors import UserError, pip_install
 
 _FIELDS = ("x", "y", "t", "p")
 
@@ -23,10 +22,8 @@ def decode_npz(contents: Contents, sensor: Sensor | None) -> Events:
 
 def decode_hdf5(contents: Contents, sensor: Sensor | None) -> Events:
     data = contents.rest()
-    try:
-        import h5py
-    except ModuleNotFoundError as error:
-        raise UserError(f"HDF5 needs the package h5py; {pip_install('events')}") from error
+    import h5py
+
     with h5py.File(io.BytesIO(data), "r") as file:
         found = file.get("events", file)
         size = {**file.attrs, **found.attrs}
