@@ -310,4 +310,4 @@ def test_a_reader_of_many_archives_keeps_some_open_and_closes_them(image_root, t
                 number = int(index.path(i).split("/")[-1].removesuffix(".jpg"))
                 assert data.tobytes() == image + bytes([number % 256])
         assert 0 < this.num_fds() - before <= 256
-    assert this.num_fds() == before
+    assert this.num_fds() <= before  # an earlier test may have left some to the collector
