@@ -43,10 +43,25 @@ UNUSED = {
     "slurm --config quickstart.yaml --gpus-per-node 1 data.root=nosuch": LARGE,
     "slurm --config quickstart.yaml --gpus-per-node 1 --time 2d": LARGE,
     "slurm --config quickstart.yaml --gpus-per-node 1 cluster.quos=x": LARGE,
+    "slurm --config sew34_t4.yaml --dry-run": LARGE,
+    "slurm --config sew34_t4.yaml --dry-run --images 80 --gpus-per-node 3": LARGE,
+    "slurm --config nmnist.yaml --dry-run --images 80": LARGE,
+    "slurm --config sew34_t4.yaml --dry-run --images 80 --benchmark nosuch": LARGE,
+    "slurm status nosuch": LARGE,
+    "slurm resume nosuch --time 2d": LARGE,
+    "study study.yaml": LARGE,
+    "bench step --model sew_resnet35": LARGE,
+    "convert nosuch.pth --model sew_resnet34 --output a.safetensors": LARGE,
+    "convert study.yaml --model sew_resnet35 --output a.safetensors": LARGE,
+    f"{QUICKSTART} data.root=root init_checkpoint=nosuch": LARGE,
     "convert --list": LARGE,
     "eval nosuch": LARGE,
     "eval run --exit-within 1": LARGE,
     "eval tetdist:quikstart": LARGE,
+    "eval run --energy nosuch.yaml": LARGE,
+    "eval run --json nosuch/a.json": LARGE,
+    "export run --format timm --output empty": LARGE,
+    "replay tetdist:simulated_digits nosuch.npz": LARGE,
     "export nosuch --format timm --output out": LARGE,
     "show nosuch": LARGE,
     "replay nosuch.npz --checkpoint nosuch": LARGE,
@@ -69,6 +84,11 @@ print(json.dumps(found))
 
 def test_commands_import_nothing_that_they_do_not_use(tmp_path):
     (tmp_path / "empty").mkdir()
+    study = "title: t\nconfig: quickstart.yaml\nseeds: [0]\nentries: {a: {overrides: {losss: 1}}}\n"
+    (tmp_path / "study.yaml").write_text(study)
+    (tmp_path / "root/index").mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / f"root/index/{split}.npz").touch()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("data: {root: x, held_out: 0.0}\n")
     done = subprocess.run(

@@ -51,7 +51,11 @@ class Loss:
         Raises:
             UserError: The function returns no such loss.
         """
-        total: Any = self.function(logits, targets, **arguments)
+        try:
+            total: Any = self.function(logits, targets, **arguments)
+        except Exception as error:
+            error.add_note(f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}")
+            raise
         if not isinstance(total, Tensor):
             raise UserError(f"loss.kind: {kind} returns {total}, not a tensor of the shape ()")
         if total.ndim:

@@ -17,6 +17,7 @@ from tetdist.buffers import in_one_buffer
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.plugins import Registry, none_of
+from tetdist.wording import meant
 
 Groups = list[dict[str, Any]]
 Build = Callable[[Groups, "OptimizerSettings"], torch.optim.Optimizer]
@@ -107,7 +108,8 @@ def _of_timm(name: str, key: str) -> OptimizerKind:
     from timm import optim
 
     if name not in optim.list_optimizers():
-        raise UserError(f"{key}: timm has no optimiser {name!r}; see timm.optim.list_optimizers()")
+        near = meant(name, optim.list_optimizers(), "see timm.optim.list_optimizers()")
+        raise UserError(f"{key}: timm has no optimiser {name!r}; {near}")
     described = optim.get_optimizer_info(name)
     if name in NOT_CONTINUED:
         raise UserError(

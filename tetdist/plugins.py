@@ -19,9 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, NoReturn, TypeVar, cast
 
-from tetdist.errors import UserError
+from tetdist.errors import PeerFailed, UserError
 from tetdist.storage.files import open_file, replacing, write_text
-from tetdist.wording import meant
+from tetdist.wording import meant, meant_path
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def import_files(paths: Iterable[str | Path]) -> list[Imported]:
             with open_file(path) as file:
                 code = file.read()
         except OSError as error:
-            near = meant(path.name, [one.name for one in path.parent.glob("*.py")], "correct it")
+            near = meant_path(path, "correct it", "*.py")
             raise UserError(f"imports: {path} cannot be read ({error.strerror}); {near}") from error
         one = Imported(path.absolute(), hashlib.sha256(code).hexdigest())
         if found.setdefault(path.name, one).path != one.path:
@@ -170,13 +170,15 @@ def raised_in(error: BaseException, file: str | Path) -> str:
 
 
 def explained(error: Exception, folder: Path | None = None) -> Exception:
-    """Return a mistake in an imported file as a `UserError`, after printing its frames in such
+    """Return an error beside imported files as a `UserError`, after printing its frames in these
     files; return other errors as they are.
 
     Args:
         folder: Folder for the whole traceback, if it exists; otherwise the temporary files' one.
     """
-    if isinstance(error, UserError) or not (frames := own_frames(error)):
+    modules, frames = imported_modules(), own_frames(error)
+    known = isinstance(error, UserError | PeerFailed) or (isinstance(error, OSError) and not frames)
+    if known or not modules:
         return error
     import timm
 
@@ -185,18 +187,25 @@ def explained(error: Exception, folder: Path | None = None) -> Exception:
     place = folder if folder is not None and folder.is_dir() else tempfile.gettempdir()
     whole = Path(place, "traceback.txt")
     write_text(whole, "".join(traceback.format_exception(error)))
-    file = Path(frames[0].filename)
-    keys = sorted(_KEYS_OF.get(f"{PACKAGE}.{file.stem}", ()))
-    keys += ["model.name"] if timm.list_models(module=file.stem) else []
-    return UserError(
-        f"{', '.join(keys) or 'imports'}: {file} raises this; {whole} has the whole traceback"
-    )
+    parts = []
+    for module in modules:
+        if not frames or module.__file__ == frames[0].filename:
+            file = Path(str(module.__file__))
+            keys = sorted(_KEYS_OF.get(module.__name__, ()))
+            keys += ["model.name"] if timm.list_models(module=file.stem) else []
+            parts.append(f"{file} ({', '.join(keys)})" if keys else str(file))
+    raises = "raises this" if frames else "is in use, and may be the cause"
+    return UserError(f"{', '.join(parts)} {raises}; {whole} has the whole traceback")
+
+
+def imported_modules() -> list[ModuleType]:
+    """Return the modules of imported files."""
+    return [sys.modules[name] for name in sys.modules if name.startswith(f"{PACKAGE}.")]
 
 
 def own_frames(error: Exception) -> list[traceback.FrameSummary]:
     """Return the frames of an error that are in imported files."""
-    modules = [sys.modules[name] for name in sys.modules if name.startswith(f"{PACKAGE}.")]
-    files = {module.__file__ for module in modules}
+    files = {module.__file__ for module in imported_modules()}
     return [one for one in traceback.extract_tb(error.__traceback__) if one.filename in files]
 
 

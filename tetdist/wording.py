@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 
 def counted(number: int, thing: str) -> str:
@@ -44,4 +45,11 @@ def meant(word: str, known: Collection[str], otherwise: str | None = None) -> st
     close = difflib.get_close_matches(word, known, n=1)
     if close:
         return f"did you mean {close[0]}?"
-    return f"there are {', '.join(known)}" if otherwise is None else otherwise
+    return f"there are {', '.join(known) or 'none'}" if otherwise is None else otherwise
+
+
+def meant_path(path: Path, otherwise: str, pattern: str = "*") -> str:
+    """Return "did you mean PATH?" for a sibling with a similar name; without one ``otherwise``."""
+    siblings = [one.name for one in path.parent.glob(pattern)]
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    return f"did you mean {path.with_name(close[0])}?" if close else otherwise

@@ -47,17 +47,6 @@ def test_a_value_that_is_gone(key):
         assert trained.as_dict() == with_key(key, default)
 
 
-def test_a_run_with_a_value_that_is_gone_does_not_continue(main, tiny_config, tmp_path):
-    file, written = tiny_config({"max_steps": 1}), tmp_path / "runs/tiny/config.yaml"
-    assert main(file).status == 0
-    as_written = written.read_text()
-    for value, status in (("norm", 0), ("agc", 2)):
-        written.write_text(f"clip_mode: {value}\n{as_written}")
-        outcome = main(file)
-        assert outcome.status == status
-    assert f"{written}: clip_mode='agc' is gone; remove it, " in outcome.text
-
-
 def test_an_override_of_a_key_that_is_gone_is_named():
     with pytest.raises(UserError, match=r"^clip_mode=agc is gone; remove it"):
         load("quickstart", ["clip_mode=agc"])

@@ -177,5 +177,3 @@ def test_constants_of_a_file(tmp_path):
         file.write_text(text)
         with pytest.raises(UserError, match=problem.replace("?", r"\?")):
             energy_constants(file)
-    with pytest.raises(UserError, match=r"--energy: .*none cannot be read \(No such file"):
-        energy_constants(tmp_path / "none")

@@ -96,17 +96,6 @@ def test_network_goes_out_and_comes_back(there, output_of, file, tiny_root, tmp_
     assert "the data has other classes than hf:us/small was trained on" in output
 
 
-def test_dry_run_sends_nothing(there, output_of, file, tmp_path):
-    kept = tmp_path / "kept"
-    output = output_of("export", file, "--push", "us/it", "--dry-run", "--output", kept)
-    assert there.requests == []
-    assert f"would push to {there.url}/us/it, created as private if missing" in output
-    assert {path.name for path in kept.iterdir()} == FILES
-    for path in kept.iterdir():
-        assert f"{path.stat().st_size:,} bytes  {path.name}" in output
-    assert "in 5 files\nnothing was sent" in output
-
-
 def test_run_begins_with_a_network_of_the_hub_and_is_taught_by_it(
     there, output_of, file, main, tiny_config, monkeypatch
 ):

@@ -449,7 +449,7 @@ def test_mistakes_in_a_study_are_named(output_of, write, tmp_path, changes, word
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--only", "tte"), ("sdt, tet",)),
+        (("--only", "tte"), ("did you mean tet?",)),
         (("--jobs", 0), ("--jobs",)),
         (("--report-only",), ("none of 4 runs is finished",)),
         (("--dry-run", "--slurm"), ("must follow --slurm",)),

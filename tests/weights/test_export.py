@@ -463,7 +463,7 @@ def test_missing_package_is_named(output_of, tmp_path, monkeypatch):
         (["--format", "timm", "--output", "n", "--timesteps", "0"], "--timesteps: 0 must be"),
         (["--push", "small"], "--push small: a repository's name must be ORG/NAME"),
         (["--push", "a/b", "--format", "onnx"], "leave out --format onnx"),
-        (["--format", "timm", "--output", "n", "--dry-run"], "--dry-run applies to --push only"),
+        (["--format", "timm", "--output", "n", "--public"], "--public applies to --push only"),
         (["--format", "timm"], "give --format and --output, or --push ORG/NAME"),
     ],
 )

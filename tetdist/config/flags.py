@@ -27,8 +27,13 @@ class Parser(argparse.ArgumentParser):
         """Print a mistake as one sentence, without the list of all flags, and exit."""
         flags = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
         hints = [self.meant(flag) for flag in flags]
+        if "RUN_OR_FILE" in message:  # argparse names it and its flag
+            wanted = (str(one.metavar) for one in self._get_positional_actions())
+            message = f"give {' and '.join(wanted)}"
         if value := re.search(r"invalid choice: '(.*?)'.*choose from (.*)\)", message):
-            hints = [meant(value[1], re.findall(r"[^', ]+", value[2]), "")]
+            # Of short words, such as gpu, the nearest is often another thing.
+            known = re.findall(r"[^', ]+", value[2]) if len(value[1]) > 3 else []
+            hints = [meant(value[1], known, "")]
         text = "; ".join([message, *filter(None, dict.fromkeys(hints))])
         self.exit(2, f"error: {text} ({self.prog} --help explains all flags)\n")
 

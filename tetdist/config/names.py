@@ -4,6 +4,9 @@ An import of the networks takes seconds. tests/test_imports.py compares these na
 registered ones.
 """
 
+from tetdist.errors import UserError, typed
+from tetdist.wording import meant
+
 # fmt: off
 NETWORKS = (
     "espikeformer_l", "espikeformer_m", "espikeformer_s", "espikeformer_t",
@@ -25,3 +28,10 @@ NETWORKS = (
 # fmt: on
 LOSSES = ("sdt", "tet", "tet_of_means")
 OPTIMIZERS = ("sgd", "adam", "adamw")
+
+
+def check_network(name: str) -> None:
+    """Refuse a --model that is none of tetdist's networks."""
+    if name not in NETWORKS:
+        near = meant(name, NETWORKS, f"`{typed('list', 'networks')}` lists those")
+        raise UserError(f"--model: {name!r} is not a spiking model; {near}")

@@ -9,9 +9,6 @@ import yaml
 from tetdist.errors import UserError
 from tetdist.storage.files import open_file
 
-# PyYAML reads some 100,000 bytes a second.
-_MOST_BYTES = 2**19
-
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the keys and values of a YAML file.
@@ -21,7 +18,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         OSError: The file cannot be read.
     """
     with open_file(path) as file:
-        raw = _plain(file.read(_MOST_BYTES + 1), str(path))
+        raw = _plain(file.read(), str(path))
     if not isinstance(raw, dict):
         found = "but is empty" if raw is None else f"not a {type(raw).__name__}"
         raise UserError(f"{path} must hold keys and values, {found}")
@@ -34,11 +31,6 @@ def read_value(text: str, source: str) -> Any:
 
 
 def _plain(stream: bytes | str, source: str) -> Any:
-    if len(stream) > _MOST_BYTES:
-        raise UserError(
-            f"{source} is larger than {_MOST_BYTES:,} bytes, too large for a configuration; check "
-            "that it is the right file"
-        )
     try:
         loader = _Loader(stream if isinstance(stream, str) else stream.decode())
         loader.name = source  # which YAML's own errors name, too
@@ -53,8 +45,6 @@ def _plain(stream: bytes | str, source: str) -> Any:
             f"{source}: a value is neither text, number, list nor mapping ({error}); "
             "quote it if it is meant as text"
         ) from error
-    except RecursionError as error:
-        raise UserError(f"{source} is nested too deeply for a configuration") from error
     # ValueError: the 13th month, a number of ten thousand digits, bytes that are no text.
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error

@@ -35,6 +35,7 @@ from tetdist.datasets.probe import Probe, probe_batches, probe_image, probe_tens
 from tetdist.datasets.processes import ReportProgress
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import explaining, open_file, parse_json, replacing
+from tetdist.wording import meant_path
 
 if TYPE_CHECKING:
     from tetdist.config.sections.data import DataSection
@@ -173,11 +174,9 @@ def find_index(data: "DataSection", split: str, made_by: str = "") -> Path:
     """
     root = Path(data.root)
     if not root.is_dir():
-        make = f"make it with `{made_by}`, or " if made_by else ""
-        raise UserError(
-            f"data.root: there is no folder {root}; {make}set data.root=FOLDER "
-            f"({typed('eval').removeprefix('python ')}: --data FOLDER)"
-        )
+        near = f"set data.root=FOLDER ({typed('eval').removeprefix('python ')}: --data FOLDER)"
+        near = f"make it with `{made_by}`, or {near}" if made_by else meant_path(root, near)
+        raise UserError(f"data.root: there is no folder {root}; {near}")
     file = index_file(data.index_dir, split)
     if file.is_file():
         return file

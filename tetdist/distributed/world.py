@@ -305,3 +305,7 @@ def _refuse_to_be_alone_under_srun() -> None:
             "launch/slurm.py, start another command on all GPUs with `srun --ntasks-per-node=1 "
             "torchrun ...`, or start a single process with srun --ntasks=1"
         )
+
+
+# The world of a process that trains nothing.
+ALONE = World(0, 1, torch.device("cpu"), control=None)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tetdist.errors import UserError
 from tetdist.storage import bundled
-from tetdist.wording import meant
+from tetdist.wording import meant_path
 
 HF = "hf:"  # before the name of a repository, where a path could stand
 NAMED = (HF, bundled.TETDIST)
@@ -40,9 +40,7 @@ def check_source(path: Path) -> None:
         bundled.folder(str(path))
     elif not str(path).startswith(HF) and not path.exists():
         give = "give a run folder or a .safetensors file"
-        near = meant(path.name, [one.name for one in path.parent.glob("*")], give)
-        if (in_runs := Path("runs", path.name)).exists():
-            near = f"did you mean {in_runs}?"
+        near = meant_path(Path("runs", path.name), meant_path(path, give))
         raise UserError(f"there is no checkpoint {path}; {near}")
 
 

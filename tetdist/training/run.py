@@ -8,7 +8,7 @@ from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.watchdog import Watch
 from tetdist.distributed.world import join
 from tetdist.errors import PeerFailed, Stopped
-from tetdist.plugins import explained
+from tetdist.plugins import explained, own_frames
 from tetdist.training.observers import MakeObservers
 from tetdist.training.run_record import Launcher
 from tetdist.training.trainer import Trainer
@@ -55,8 +55,9 @@ def train(
                     # The name of the lost process is more helpful than the broken connection to it.
                     watch.await_verdict(error)
                 on_failure(error)
-                mistake = explained(error, config.run_dir) if shows_errors else error
-                if mistake is not error:
+                # On several processes the watch reports what came from another one.
+                is_own = shows_errors and (world.world_size == 1 or own_frames(error))
+                if is_own and (mistake := explained(error, config.run_dir)) is not error:
                     raise mistake from error
                 raise
             return 0

@@ -7,8 +7,8 @@ import argparse
 from pathlib import Path
 
 from tetdist.apps.cli.common import program, run_command, write_result
+from tetdist.config import names
 from tetdist.config.flags import Parser, positive
-from tetdist.errors import UserError
 from tetdist.storage.files import check_writable
 
 MODES = ("none", "blocks", "timesteps")
@@ -56,33 +56,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> None:
     """Run one benchmark and print its result."""
+    if options.command == "step":
+        names.check_network(options.model)
     from tetdist.apps.benchmarks import bench, data
     from tetdist.distributed.devices import choose_device
 
     if options.json:
         check_writable("--json", options.json)
-    if options.command == "step":
-        check_network(options.model, options.size)
     options.device = choose_device(options.device, local_rank=0).type
     benchmark = bench if options.command == "step" else data
     result = benchmark.measure(options)
     write_result(options.json, result | {"machine": bench.machine(options.device)})
     print(benchmark.table(result))  # last, because the output may be full
-
-
-def check_network(name: str, size: int | None) -> None:
-    """Refuse a network that does not exist, and a size of images that it cannot have."""
-    import timm
-
-    from tetdist import models
-
-    if name not in models.names():
-        known = ", ".join(models.names())
-        raise UserError(f"--model: {name!r} is not a spiking model; choose from {known}")
-    own = timm.get_pretrained_cfg(name).input_size[-1]
-    if name in ("vggsnn", "spiking_convnet", "spiking_convnet_dvs", "spiking_resnet19_dvs"):
-        # The classifiers of these networks take all positions, so the size is fixed.
-        if size not in (None, own):
-            raise UserError(f"--size: {name} takes {own} pixels only, not {size}; omit it")
-    elif size is not None and size < 33 and own == 224:
-        raise UserError(f"--size: {size} leaves the last batch norm one pixel; give 33 or more")

@@ -62,12 +62,10 @@ def fail(error: Exception, prefix: str = "") -> int:
 
 def check_new_weights(output: Path) -> None:
     """Refuse to overwrite weights or to write into a checkpoint, which would damage it."""
-    from tetdist.storage import checkpoint
-
-    if (output.parent / checkpoint.MANIFEST_FILE).exists():
-        raise UserError(f"--output: {output.parent} is a checkpoint; choose another folder")
     if output.exists():
         raise UserError(f"{output} exists; choose another --output, or remove it first")
+    if (output.parent / "manifest.json").exists():  # checkpoint.MANIFEST_FILE, without torch
+        raise UserError(f"--output: {output.parent} is a checkpoint; choose another folder")
 
 
 def report_bad(bad: Sequence[tuple[str, str]], kind: str, number: int) -> None:

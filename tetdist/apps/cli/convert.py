@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 from tetdist.apps.cli.common import check_new_weights, documented_parser, run_command
 from tetdist.apps.weights import published
 from tetdist.apps.weights.sources import SOURCES
+from tetdist.config import names
 from tetdist.config.flags import positive
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import read_text
-from tetdist.wording import counted
+from tetdist.wording import counted, meant_path
 
 if TYPE_CHECKING:
     from tetdist.apps.weights.foreign import Converted
     from tetdist.config.schema import RunConfig
 
-SHOWN = 5  # tensors that do not fit are listed, without --all
+SHOWN = 10  # tensors that do not fit are listed
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -52,7 +53,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="accept missing, unknown or differently shaped weights; missing ones are initialised",
     )
-    add("--all", action="store_true", help="list all tensors that do not fit, not only the first")
     add(
         "overrides",
         nargs="*",
@@ -92,12 +92,16 @@ def list_published() -> None:
 
 def convert_file(options: argparse.Namespace) -> None:
     fetched = None if options.fetch is None else published.named(options.fetch)
+    if fetched is None and not (file := Path(options.source)).exists():
+        raise UserError(f"there is no file {file}; {meant_path(file, 'correct its name')}")
+    if fetched is None:
+        names.check_network(options.model)
+    check_new_weights(options.output)
     import torch
 
     from tetdist.apps.weights import foreign
     from tetdist.storage import checkpoint, foreign_files
 
-    check_new_weights(options.output)
     if fetched is not None:
         options.source = published.obtain(fetched)
         options.model, options.layout, options.keys = fetched.model, fetched.source, fetched.keys
@@ -142,11 +146,6 @@ def configuration(
     from tetdist.config.loading import parse
     from tetdist.config.overrides import apply_override, refuse_repeated
 
-    known = models.names()
-    if options.model not in known:
-        raise UserError(
-            f"--model: {options.model!r} is not a spiking model; choose from {', '.join(known)}"
-        )
     timesteps = options.timesteps or models.default_timesteps(options.model)
     cfg = timm.get_pretrained_cfg(options.model)
     side = cfg.input_size[-1]
@@ -215,9 +214,6 @@ def report(
     carried = len(converted.weights) - len(missing) - len(converted.initialised)
     total = counted(len(converted.weights), "tensor")
     print(f"{options.source}: {carried} of {total} converted, as weights of {source}")
-    if converted.counters:
-        counters = counted(converted.counters, "counter")
-        print(f"  left out: {counters} of batches (num_batches_tracked), not used here")
     if converted.unused:
         unused = counted(len(converted.unused), "tensor")
         print(f"  left out: {unused} that the network does not use: {', '.join(converted.unused)}")
@@ -227,11 +223,10 @@ def report(
             f"lacks, such as {converted.initialised[0]}"
         )
     for heading, lines in (("missing", missing), ("unknown", unexpected)):
-        shown = lines if options.all or len(lines) <= SHOWN + 1 else lines[:SHOWN]
-        for line in shown:
+        for line in lines[:SHOWN]:
             print(f"  {heading}: {line}")
-        if len(shown) < len(lines):
-            print(f"  {heading}: {len(lines) - len(shown)} more (--all shows all)")
+        if len(lines) > SHOWN:
+            print(f"  {heading}: {len(lines) - SHOWN} more")
     if (missing or unexpected) and not options.allow_missing:
         raise UserError(
             f"{options.source} is not a {config.model.name} of {source}: "

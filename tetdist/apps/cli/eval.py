@@ -179,11 +179,16 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
 
 
 def check_places(options: argparse.Namespace) -> None:
-    """Refuse missing data and a missing checkpoint; torch is not imported yet."""
+    """Refuse missing files and unwritable results; torch is not imported yet."""
     for flag, folder in (("--data", options.data), ("--exit-on", options.exit_on)):
         if folder is not None and not Path(folder).is_dir():
             problem = "is a file" if Path(folder).exists() else "does not exist"
             raise UserError(f"{flag}: {folder} {problem}; give the data folder")
+    for flag, result in (("--json", options.json), ("--report", options.report)):
+        if result:
+            files.check_writable(flag, result)
+    if options.energy and not options.energy.is_file():
+        raise UserError(f"--energy: there is no file {options.energy}; give YAML or JSON")
     hub.check_source(options.checkpoint)
     if (file := options.checkpoint / "config.yaml").is_file():
         check_held_out((read_yaml(file).get("data") or {}).get("held_out"), options)
@@ -206,9 +211,6 @@ def opened(options: argparse.Namespace, world: "World") -> "Opened":
     from tetdist.storage import checkpoint
 
     check_places(options)
-    for flag, file in (("--json", options.json), ("--report", options.report)):
-        if file:
-            files.check_writable(flag, file)
     if options.report:
         style.new_figure(1, 1)  # fails if matplotlib is missing
     constants = evaluated.energy_constants(options.energy)

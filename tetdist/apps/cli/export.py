@@ -70,8 +70,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     check_hub(parser, options)
     if options.int8 and options.format not in WHOLE:
         parser.error(f"--int8 needs --format {' or '.join(WHOLE)}, not {options.format}")
-    if options.int8 and options.format == "safetensors" and options.output.suffix:
-        parser.error(f"--output of --int8 must be a folder, unlike {options.output}")
     if options.output is not None:
         check_output(parser, options.format, options.output)
     if options.dt is not None and options.format != "nir":
@@ -91,15 +89,13 @@ def add_hub(group: argparse._ArgumentGroup) -> None:
         "it does not exist (--output FOLDER: also keep the files there)",
     )
     add("--public", action="store_true", help="create the repository as public")
-    add("--dry-run", action="store_true", help="show what would be uploaded, and upload nothing")
 
 
 def check_hub(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse contradictory options of --push, and a missing --format or --output."""
     if options.push is None:
-        for flag in ("public", "dry_run"):
-            if getattr(options, flag):
-                parser.error(f"--{flag.replace('_', '-')} applies to --push only; leave it out")
+        if options.public:
+            parser.error("--public applies to --push only; leave it out")
         if options.format is None or options.output is None:
             parser.error("give --format and --output, or --push ORG/NAME")
         return
@@ -125,12 +121,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def export(options: argparse.Namespace) -> None:
     hub.check_source(options.checkpoint)  # before torch is imported
+    if options.output is not None:
+        check_new_weights(options.output)
     from tetdist.apps.weights import export as formats
     from tetdist.apps.weights.trained import load
     from tetdist.plugins import import_files
 
-    if options.output is not None:
-        check_new_weights(options.output)
     import_files(options.imports)
     which = "best" if options.best else "last"
     trained = load(options.checkpoint, which, options.timesteps, ema=options.ema)
@@ -153,11 +149,10 @@ def export(options: argparse.Namespace) -> None:
 
 
 def publish(trained: "Trained", options: argparse.Namespace) -> None:
-    """Push a network to the hub, or with --dry-run print what would be pushed."""
+    """Push a network to the hub."""
     import tetdist
     from tetdist.apps.weights.export import write_timm
 
-    repo, private = options.push, not options.public
     if not trained.description.classes:
         raise UserError(
             "--push: these weights have no class names, which users of the repository need; "
@@ -165,19 +160,10 @@ def publish(trained: "Trained", options: argparse.Namespace) -> None:
         )
     with TemporaryDirectory() as aside:
         folder = options.output or Path(aside, "export")
-        write_timm(trained, folder, repo)
+        write_timm(trained, folder, options.push)
         if options.output is not None:
             print(f"wrote {folder}")
-        if options.dry_run:
-            kind = "private" if private else "public"
-            sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-            print(f"would push to {hub.destination(repo)}, created as {kind} if missing:")
-            for name, size in sizes.items():
-                print(f"{size:14,} bytes  {name}")
-            print(f"{sum(sizes.values()):14,} bytes  in {counted(len(sizes), 'file')}")
-            print("nothing was sent")
-            return
         step = counted(trained.description.step, "step")
         message = f"{trained.config.name} after {step}, by tetdist {tetdist.__version__}"
-        pushed = hub.push(folder, repo, private=private, message=message)
+        pushed = hub.push(folder, options.push, private=not options.public, message=message)
         print(f"pushed {pushed.url}, commit {pushed.commit}")

@@ -261,17 +261,7 @@ def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
         unit = "tar" if in_tars(args.root, split, kind, hints) else "folder"
         with file_progress(f"{split}: listing", unit) as progress:
             listings.append(list_split(args.root, split, kind, args.workers, hints, progress))
-    try:
-        check_same_classes({listing.split: listing.classes for listing in listings})
-    except UserError as error:
-        unlabelled = [bad for listing in listings for bad in listing.bad]
-        if not unlabelled:
-            raise
-        first = unlabelled[0]
-        raise UserError(
-            f"{error}; the cause may be that {counted(len(unlabelled), 'image')} cannot be used, "
-            f"such as {first.path}: {first.reason}"
-        ) from error
+    check_same_classes({listing.split: listing.classes for listing in listings})
     return listings
 
 

@@ -19,7 +19,7 @@ from tetdist.apps.cli.common import add_checkpoint, documented_parser, run_comma
 from tetdist.config.flags import add_import
 from tetdist.errors import UserError, typed
 from tetdist.storage import hub
-from tetdist.wording import counted
+from tetdist.wording import counted, meant_path
 
 if TYPE_CHECKING:
     from tetdist.apps.events.recording import Sensor
@@ -47,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
 def replay(options: argparse.Namespace) -> None:
     """Read, bin, stream and print."""
     hub.check_source(options.checkpoint)  # before torch is imported
+    if not options.recording.is_file():
+        near = meant_path(options.recording, "correct its name")
+        raise UserError(f"there is no recording {options.recording}; {near}")
     from tetdist.apps.events.binning import binning_of, window_frames
     from tetdist.apps.events.formats import read_recording
     from tetdist.apps.events.recording import BadRecording, OtherSize
@@ -65,8 +68,6 @@ def replay(options: argparse.Namespace) -> None:
     try:
         with open_file(file) as stream:
             events = read_recording(file, stream.read(), sensor)
-    except OSError as error:
-        raise UserError(f"{file}: it cannot be read ({error.strerror})") from error
     except OtherSize as error:
         raise UserError(
             f"{file}: {error}; the network was trained for a {sensor} sensor, so replay a "

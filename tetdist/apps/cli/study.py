@@ -77,10 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def study(options: argparse.Namespace) -> int:
-    file = find(options.study)  # before torch is imported
-    from tetdist.apps.studies import numbers, plan, report, tracking
-    from tetdist.apps.studies.local import refuse_if_at_work, work
+    from tetdist.apps.studies import plan
 
+    file = find(options.study)
     section = plan.read(file)
     output = options.output or Path("runs") / file.stem
     try:
@@ -88,6 +87,10 @@ def study(options: argparse.Namespace) -> int:
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     chosen = choose(runs, options.only)
+    # Imported after these checks, because torch takes seconds.
+    from tetdist.apps.studies import numbers, report, tracking
+    from tetdist.apps.studies.local import refuse_if_at_work, work
+
     for run in runs:
         plan.check_folder(run)
     if options.dry_run:
@@ -137,7 +140,7 @@ def choose(runs: "list[StudyRun]", entries: list[str] | None) -> "list[StudyRun]
         return runs
     known = dict.fromkeys(run.entry for run in runs)
     if unknown := [entry for entry in entries if entry not in known]:
-        raise UserError(f"--only: there is no entry {unknown[0]}; choose from {', '.join(known)}")
+        raise UserError(f"--only: there is no entry {unknown[0]}; {meant(unknown[0], known)}")
     chosen: set[str] = set()
     # Iterate in reverse, because a run comes after those that it needs.
     for run in reversed(runs):

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tetdist.apps.cli.common import MISTAKES, add_local_rank, fail, program
@@ -101,6 +102,7 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     from tetdist.config.inheritance import annotated
     from tetdist.config.messages import nearest
     from tetdist.datasets.index import check_indexed
+    from tetdist.storage.hub import check_source
     from tetdist.tracking.trackers import check_names
 
     if options.explain:
@@ -127,6 +129,8 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
             find_reference(draft.reference)
         if needs_data:
             check_indexed(draft.data, data_command)
+            if draft.init_checkpoint and not (draft.run_dir / "checkpoints").is_dir():
+                check_source(Path(draft.init_checkpoint))
 
     given = (options.config, options.overrides, options.imports)
     loaded = loading.load_with_origins(*given, check_draft)

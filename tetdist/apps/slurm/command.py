@@ -2,12 +2,13 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.config.flags import Parser, add_import, positive
 from tetdist.config.key_parser import KeyParser
 from tetdist.errors import UserError, typed
-from tetdist.wording import meant
+from tetdist.wording import meant, meant_path
 
 if TYPE_CHECKING:
     from tetdist.apps.slurm.cluster import ClusterSection
@@ -121,18 +122,21 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "submit":
         _submit(options)
         return 0
-    from tetdist.apps.slurm import history, status, submit
+    from tetdist.apps.slurm import history, status
+
+    if options.command == "status":
+        return status.show(options.runs)
+    found = status.find(*options.runs)
+    from tetdist.apps.slurm import submit
 
     match options.command:
-        case "status":
-            return status.show(options.runs)
         case "cancel":
             # From the last run to the first: Slurm itself removes the dependents of a cancelled
             # job, and their histories would not record it.
-            for run_dir in reversed(status.find(*options.runs)):
+            for run_dir in reversed(found):
                 print(submit.cancel(run_dir))
         case "resume":
-            for run_dir in status.find(*options.runs):
+            for run_dir in found:
                 if status.is_finished(run_dir):
                     print(f"{run_dir} is finished: nothing to do")
                     continue
@@ -150,8 +154,18 @@ def planned(options: argparse.Namespace) -> "tuple[Prepared, Speed | str]":
 
     def check_draft(draft: "RunConfig", data_command: str) -> None:
         found.append(cluster_of(draft.cluster, options))
-        if not options.dry_run:  # which needs no data with --images
+        if options.benchmark and not (file := Path(options.benchmark)).exists():
+            raise UserError(f"--benchmark: there is no {file}; {meant_path(file, 'correct it')}")
+        if not options.dry_run:
             check_indexed(draft.data, data_command)
+        elif draft.data.kind == "events" and options.images is not None:
+            raise UserError("--images does not apply to recordings, whose index the plan reads")
+        elif options.images is None and not Path(draft.data.root).is_dir():
+            raise UserError(
+                f"data.root: there is no folder {draft.data.root}; set data.root=FOLDER, or give "
+                "the plan the number of training images: --images N"
+            )
+        _check_division(draft, found[0].processes, options.config)
 
     given = (options.config, options.overrides, options.imports)
     config = loading.load_with_origins(*given, check_draft).config
@@ -160,13 +174,7 @@ def planned(options: argparse.Namespace) -> "tuple[Prepared, Speed | str]":
 
     (cluster,) = found
     data = submit.assumed_indexes(config, options.images) if options.dry_run else None
-    try:
-        run = submit.prepare(config, cluster, options.after, data)
-    except UserError as error:
-        if config.batch.global_ // config.batch.micro % cluster.processes == 0:
-            raise
-        fitting = submit.recipe_that_fits(options.config, cluster.processes)
-        raise UserError(f"{error}{fitting}") from error
+    run = submit.prepare(config, cluster, options.after, data)
     return run, speed.speed_of(
         run.config,
         cluster,
@@ -174,6 +182,25 @@ def planned(options: argparse.Namespace) -> "tuple[Prepared, Speed | str]":
         images_per_s=options.images_per_s,
         benchmark=options.benchmark,
     )
+
+
+def _check_division(config: "RunConfig", processes: int, name: str) -> None:
+    """Refuse a number of processes that cannot share a step, naming the recipe for so many."""
+    from tetdist import order
+    from tetdist.config import loading
+    from tetdist.config.yaml_files import read_yaml
+
+    try:
+        order.rank_micro_batches(0, processes, config.batch.global_, config.batch.micro)
+    except UserError as error:
+        for file in sorted(loading.CONFIGS_DIR.glob("*.yaml")):
+            values = read_yaml(file)
+            batch = config.as_dict()["batch"] | values.get("batch", {})
+            fits = batch["global"] // batch["micro"] % processes == 0
+            if values.get("base") == f"{Path(name).stem}.yaml" and fits:
+                text = f"{error}; for {processes} processes there is the recipe {file.name}"
+                raise UserError(text) from error
+        raise
 
 
 def _submit(options: argparse.Namespace) -> None:

@@ -24,7 +24,6 @@ from tetdist.apps.slurm.plan import Plan
 from tetdist.apps.slurm.speed import Speed
 from tetdist.config import fields, identity, loading
 from tetdist.config.schema import RunConfig
-from tetdist.config.yaml_files import read_yaml
 from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
@@ -61,12 +60,6 @@ def prepare(
     Checkpoints of the runs ``after`` need not exist yet. ``data`` are indexes of the training and
     validation data, instead of the data's own.
     """
-    folder = config.run_dir.absolute()
-    if set("%\\\n") & set(str(folder)):
-        raise UserError(
-            f"the run's folder, {str(folder)!r}, contains a %, a backslash or a line break, which "
-            "are special in Slurm's log names; choose another runs_dir=... or name=..."
-        )
     if not after:
         _check_inputs(config)
     if config.reference is not None:
@@ -98,31 +91,10 @@ def prepare(
     return Prepared(config, cluster, made, train_index.frames(config.data))
 
 
-def recipe_that_fits(name: str, processes: int) -> str:
-    """Name a recipe that is based on a configuration and has micro-batches for so many processes,
-    as the end of an error; empty if there is none."""
-    for file in sorted(loading.CONFIGS_DIR.glob("*.yaml")):
-        if read_yaml(file).get("base") == f"{Path(name).stem}.yaml":
-            batch = loading.load(file.name).batch
-            if batch.global_ // batch.micro % processes == 0:
-                return f"; for {processes} processes there is the recipe {file.name}"
-    return ""
-
-
 def assumed_indexes(config: RunConfig, images: int | None) -> tuple[Index, Index] | None:
     """Return indexes of so many images of 1000 classes, without files, for a plan without the data;
     None: read the data's own. The validation split has the size of ImageNet's, in proportion."""
-    root = Path(config.data.root)
-    if config.data.kind == "events":
-        if images is not None:
-            raise UserError("--images does not apply to recordings, whose index the plan reads")
-        return None
     if images is None:
-        if not root.is_dir():
-            raise UserError(
-                f"data.root: there is no folder {root}; set data.root=FOLDER, or give the plan the "
-                "number of training images: --images N"
-            )
         return None
     held_out = round(config.data.held_out * images)
     evaluated = held_out or max(1, round(VALIDATION * images))

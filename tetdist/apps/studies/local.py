@@ -13,10 +13,11 @@ import sys
 import time
 from collections.abc import Iterator
 
-from tetdist.apps.studies.plan import ALONE, Command, StudyRun, evaluation, is_trained
+from tetdist.apps.studies.plan import Command, StudyRun, evaluation, is_trained
 from tetdist.apps.studies.tracking import Parent
 from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.starters import as_starter
+from tetdist.distributed.world import ALONE
 from tetdist.errors import UserError
 from tetdist.storage.files import is_held
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import yaml
 from pydantic import Field
 
@@ -18,19 +17,15 @@ from tetdist.config.messages import checked
 from tetdist.config.overrides import apply_override, joined
 from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
-from tetdist.distributed.world import World
 from tetdist.errors import UserError, script_of, typed
 from tetdist.storage.files import parse_json
 from tetdist.tracking import metrics_file
 from tetdist.tracking.mlflow_store import check_store
 from tetdist.tracking.trackers import check_names
-from tetdist.training import run_folder
-from tetdist.training.setup import make_model, open_data
 from tetdist.wording import counted
 
 EVALUATION_FILE = "test_timesteps.json"
 TEACHER_KEY = "loss.distillation.teacher"
-ALONE = World(0, 1, torch.device("cpu"), control=None)
 
 # Keys that a study sets itself, with remedies.
 OWN_KEYS = {
@@ -322,6 +317,8 @@ def as_text(value: Any) -> str:
 
 def is_trained(run: StudyRun) -> bool:
     """Return whether the run has reached its end and saved its last step."""
+    from tetdist.training import run_folder  # which imports torch, as few of these functions need
+
     return run_folder.is_trained(run.config)
 
 
@@ -377,6 +374,9 @@ def check_folder(run: StudyRun) -> None:
 
 def check_inputs(runs: list[StudyRun]) -> None:
     """Check each entry's data, that they suit its network, and that MLflow can take its runs."""
+    from tetdist.distributed.world import ALONE
+    from tetdist.training.setup import make_model, open_data
+
     for uri in {run.config.tracking_uri for run in runs}:
         if uri is not None:
             check_store(uri)

@@ -198,10 +198,4 @@ def energy_constants(file: Path | None) -> EnergySection:
     """Return the constants and assumptions of the energy estimate that a file changes."""
     if file is None:
         return EnergySection()
-    try:
-        return checked(EnergySection, read_yaml(file), f"--energy {file}")
-    except OSError as error:
-        raise UserError(
-            f"--energy: {file} cannot be read ({error.strerror}); give a YAML or JSON file of keys "
-            "and values"
-        ) from error
+    return checked(EnergySection, read_yaml(file), f"--energy {file}")

@@ -61,8 +61,6 @@ class Converted:
         weights: Every entry of the model's state dict; missing ones keep the model's values.
         missing: A text for each entry of the model without a matching one in the source.
         unexpected: Names in the source that the model does not have.
-        counters: Number of batch counters in the source. They have no effect on running statistics
-            with a fixed momentum, which all of these have, and are left out.
         unused: Names in the source of weights that its own network does not use.
         initialised: Entries of the model that a ReLU network lacks: learnt neuron parameters, and
             PSN-SEW-ResNet's offsets.
@@ -71,7 +69,6 @@ class Converted:
     weights: dict[str, Tensor]
     missing: list[str]
     unexpected: list[str]
-    counters: int
     unused: list[str]
     initialised: list[str]
 
@@ -110,7 +107,7 @@ def convert(state: Mapping[str, Tensor], source: str, model: SpikingNetwork) -> 
     pattern = SOURCES[source].unused
     unused = [key for key in state if pattern is not None and re.match(pattern, key)]
     state = {key: value for key, value in state.items() if key not in unused}
-    theirs, original, counters = _in_known_names(state, source)
+    theirs, original = _in_known_names(state, source)
     scales = {
         f"{name}.weight": module.scale
         for name, module in model.named_modules()
@@ -140,7 +137,7 @@ def convert(state: Mapping[str, Tensor], source: str, model: SpikingNetwork) -> 
             shapes = f"{tuple(value.shape)} instead of {tuple(own.shape)}"
             missing.append(f"{wanted} has shape {shapes}")
     unexpected = [original[name] for name in theirs]
-    return Converted(weights, missing, unexpected, counters, unused, initialised)
+    return Converted(weights, missing, unexpected, unused, initialised)
 
 
 def neuron_of(source: str, model: str) -> dict[str, Any]:
@@ -171,17 +168,15 @@ def num_classes(state: Mapping[str, Tensor], source: str) -> int | None:
 
 def _in_known_names(
     state: Mapping[str, Tensor], source: str
-) -> tuple[dict[str, Tensor], dict[str, str], int]:
-    """Return tensors by the names of `_names`, their original names, and the number of counters."""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors by the names of `_names`, and their original names."""
     rules = SOURCES[source].names
     if source in ("decoupling", "seal") and "classifier.2.weight" in state:
         rules = [*rules[:-1], (r"^classifier\.0\.", "fc1.")]
     renamed: dict[str, Tensor] = {}
     original: dict[str, str] = {}
-    counters = 0
     for key, value in state.items():
-        if key.endswith(_COUNTER):
-            counters += 1
+        if key.endswith(_COUNTER):  # without effect on statistics of a fixed momentum, as all are
             continue
         if SOURCES[source].is_transformer and key.endswith("_conv.weight") and value.ndim == 3:
             # A 1D convolution over flattened positions, (C, C, 1), equals our 2D one.
@@ -194,7 +189,7 @@ def _in_known_names(
             )
         renamed[name] = value
         original.setdefault(name, key)
-    return renamed, original, counters
+    return renamed, original
 
 
 def _names(model: SpikingNetwork) -> dict[str, str]:
