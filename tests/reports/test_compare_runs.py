@@ -126,7 +126,7 @@ def test_results_and_differing_keys(run_tool, tmp_path, monkeypatch):
     make_run(tmp_path / B, average, loss={"kind": "sdt"}, seed=1)
     ended = {("val", 5): None, ("val", 10): None, ("final", 10): {"epoch": 2.0}}
     make_run(tmp_path / "c", ended, seed=1, phases=[{"epochs": 4, "timesteps": None}])
-    status, printed, _ = run_tool(A, B, "c")
+    status, printed, _ = run_tool(".")  # the runs in a folder
     assert status == 1
     rows = [line.split() for line in printed.splitlines()]
     assert ["a", A, "2", "20.00", "40.00", "50.00", "1"] in rows
@@ -214,6 +214,7 @@ def test_mistakes_end_in_one_sentence(run_tool, tmp_path):
     (empty / "config.yaml").touch()
     for arguments, expected in (
         ((a, empty), f"error: {empty} has no metrics.jsonl; its training has not begun"),
+        ((a,), f"error: there is only the run {a}; name another to compare it with"),
         ((tmp_path / "none", a), f"there is no run {tmp_path}/none; give a run folder"),
     ):
         status, _, errors = run_tool(*arguments)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tetdist.apps.cli.common import MISTAKES, program, run_command
 from tetdist.config.flags import Parser
+from tetdist.errors import UserError
 from tetdist.storage.files import check_writable, explaining
 
 
@@ -27,7 +28,10 @@ def show(options: argparse.Namespace) -> int:
 
     if options.plot:
         check_writable("--plot", options.plot)
-    runs = compare.read_runs([run for name in options.runs for run in find_runs([name])])
+    folders = [run for name in options.runs for run in find_runs([name])]
+    if len(folders) < 2:
+        raise UserError(f"there is only the run {folders[0]}; name another to compare it with")
+    runs = compare.read_runs(folders)
     same, text = compare.compare(runs)
     print(text)
     if options.plot:
@@ -44,14 +48,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         epilog="Exit status: 0 the same metrics and weights, 1 different ones, 2 a user error.",
     )
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folder, or name of a run in runs/"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="run folder, name of a run in runs/, or folder of runs",
     )
     parser.add_argument(
         "--plot", metavar="FILE.png", type=Path, help="draw the curves of all runs into one PNG"
     )
     options = parser.parse_args(arguments)
-    if len(options.runs) < 2:
-        parser.error("name at least two runs")
     if options.plot and options.plot.suffix != ".png":
         parser.error(f"--plot must end in .png, unlike {options.plot}")
     return options
