@@ -66,12 +66,8 @@ def test_frames_are_the_definitions(ratio, monkeypatch):
     drawn = places(3, 1, np.arange(len(images)))
     found = frames(as_events(images, ratio, drawn))
     for image, ours, chosen in zip(images, found, drawn.tolist(), strict=True):
-        pairs = []
-        for (first, second), place in zip(EVALUATED, chosen, strict=True):
-            moved = [now - 1 - then for now, then in zip(place, first, strict=True)]
-            pairs.append(
-                [[a + m for a, m in zip(at, moved, strict=True)] for at in (first, second)]
-            )
+        evaluated = zip(EVALUATED, chosen, strict=True)
+        pairs = [np.array(pair) - pair[0] + place - 1 for pair, place in evaluated]
         assert torch.equal(ours.bool(), defined(image, ratio, pairs))
     # A GPU takes the windows of all images at once.
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)

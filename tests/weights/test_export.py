@@ -138,6 +138,7 @@ def test_code_of_the_card_loads_the_network(output_of, network, kind, tmp_path, 
     x = trained.examples(2)
     card = (folder / "README.md").read_text()
     assert ("pipeline_tag" in card) == ("image-classification" in card) == ("events" not in network)
+    assert ("frames(as_events(images, 0.07, None))" in card) == (network == "sew, as events")
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     # As its reader does: beside the folder, or in it.
     monkeypatch.chdir(tmp_path if kind == "timm" else folder)

@@ -284,13 +284,13 @@ def _preparation(trained: Trained) -> str:
     data = trained.config.data
     if data.kind == "events":
         return "Input: event frames, (B, T, 2, H, W), as in the training data."
-    scaling = f"minus {list(data.mean)}, divided by {list(data.std)}."
+    values, then = "in [0, 1]", f"minus {list(data.mean)}, divided by {list(data.std)}."
     if data.images_as_events is not None:
-        ratio = data.images_as_events.ratio
-        scaling = f"as event frames, (B, 8, 2, H, W): I2E's, with a ratio of {ratio:g}."
+        convert = f"frames(as_events(images, {data.images_as_events.ratio:g}, None)).float()"
+        values, then = "as bytes (B, H, W, 3)", f"`{convert}` of tetdist.data.images_as_events."
     return (
-        f"Input: RGB images in [0, 1], shorter side resized to {data.resize_side} ("
-        f"{data.interpolation}), centre crop of {data.image_size}, {scaling}"
+        f"Input: RGB images {values}, shorter side resized to {data.resize_side} ("
+        f"{data.interpolation}), centre crop of {data.image_size}, {then}"
     )
 
 
