@@ -34,6 +34,7 @@ UNUSED = {
     f"{QUICKSTART} model.neuron.kind=lid": LARGE,
     f"{QUICKSTART} model.neuron.kind=plif model.neuron.most_spikes=2": LARGE,
     f"{QUICKSTART} loss.kind=stt": LARGE,
+    f"{QUICKSTART} zero_stage=2 engine=torch": LARGE,
     f"{QUICKSTART} phases.0.optimizer.kind=adma": LARGE,
     f"{QUICKSTART} tracking.trackers=wandbb": LARGE,
     f"{QUICKSTART} --import my_los.py": LARGE,

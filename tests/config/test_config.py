@@ -210,10 +210,13 @@ def test_mistakes_of_the_file_and_of_an_override_are_distinguished(tiny_config):
     assert other == "log_every=x: input should be a valid integer"
 
 
-def test_no_such_config():
+def test_no_such_config(tmp_path):
     for name in ("quickstar", "tetdist:quikstart", "there/quickstrt.yaml"):
         with pytest.raises(UserError, match=rf"'{name}'.*did you mean quickstart\?"):
             load(name)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match=rf"did you mean {tmp_path}/config.yaml\?"):
+        load(str(tmp_path))
     with pytest.raises(UserError, match=r"'zzz'.*in configs/; `tetdist list` lists those"):
         load("zzz")
 

@@ -45,8 +45,3 @@ def test_a_value_that_is_gone(key):
         assert str(raised.value).startswith(f"old.yaml: {place}={value!r} is gone; ")
         trained = parse(with_key(key, value), "old.yaml", warn=False, is_trained=True)
         assert trained.as_dict() == with_key(key, default)
-
-
-def test_an_override_of_a_key_that_is_gone_is_named():
-    with pytest.raises(UserError, match=r"^clip_mode=agc is gone; remove it"):
-        load("quickstart", ["clip_mode=agc"])

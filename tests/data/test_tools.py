@@ -160,7 +160,6 @@ def test_training_data_alone_are_indexed(image_root, images):
         ),
         (None, ["--splits", "tran,val"], "did you mean train?"),
         (None, ["--workers", "0"], "--workers"),
-        (None, ["--events", "--no-decode"], "--no-decode"),
         (None, ["--events"], "holds no events (.npy)"),
     ],
 )

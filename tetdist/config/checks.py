@@ -17,27 +17,23 @@ from tetdist.errors import UserError
 from tetdist.wording import counted
 
 
+def check_early(config: RunConfig, *, is_trained: bool = False) -> None:
+    """Refuse contradictions that show without the network, and unknown losses; see `check`."""
+    losses = () if is_trained else (_of_names_of_losses,)
+    for found in (_of_the_run, *losses, _of_the_engine):
+        for sentence in found(config):
+            raise UserError(sentence)
+
+
 def check(config: RunConfig, *, is_trained: bool = False) -> None:
     """Refuse contradictions between keys that are each fine on their own.
 
     The loss of a network that is trained does not matter: its file need not be imported.
     """
     losses = () if is_trained else (_of_losses,)
-    for found in (_of_the_run, *losses, _of_phases, _of_data, _of_the_engine, _of_cuda_graphs):
+    for found in (*losses, _of_phases, _of_data, _of_cuda_graphs):
         for sentence in found(config):
             raise UserError(sentence)
-
-
-def check_losses(config: RunConfig) -> None:
-    """Refuse unknown losses; nothing is imported unless the user's files were."""
-    known: Collection[str] = names.LOSSES
-    if plugins.PACKAGE in sys.modules:
-        from tetdist.losses import LOSSES
-
-        known = LOSSES
-    for loss in config.losses():
-        if loss.kind not in known:
-            raise UserError(f"loss.kind: {plugins.none_of('loss', loss.kind, known)}")
 
 
 def check_name(config: RunConfig) -> None:
@@ -70,6 +66,17 @@ def _of_the_run(config: RunConfig) -> Iterator[str]:
                 f"phases.{i}.optimizer: continue needs a phase before it in the same run, whose "
                 f"optimiser goes on, and this run begins with phase {i}; give the optimiser itself"
             )
+
+
+def _of_names_of_losses(config: RunConfig) -> Iterator[str]:
+    known: Collection[str] = names.LOSSES
+    if plugins.PACKAGE in sys.modules:  # the user's files have imported torch
+        from tetdist.losses import LOSSES
+
+        known = LOSSES
+    for loss in config.losses():
+        if loss.kind not in known:
+            yield f"loss.kind: {plugins.none_of('loss', loss.kind, known)}"
 
 
 def _of_phases(config: RunConfig) -> Iterator[str]:

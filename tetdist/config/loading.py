@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tetdist.config.checks import check, check_losses, check_name
+from tetdist.config.checks import check, check_early, check_name
 from tetdist.config.inheritance import COMMAND_LINE, imports_of, overridden, read_layers
 from tetdist.config.messages import checked
 from tetdist.config.overrides import apply_override, key_of, refuse_repeated
@@ -51,6 +51,8 @@ def find(name: str, folder: Path = Path()) -> Path:
     known = [path.stem for path in CONFIGS_DIR.glob("*.yaml")]
     word = Path(name.removeprefix(TETDIST)).stem
     hint = meant(word, known, f"`{typed('list')}` lists those")
+    if (folder / name / "config.yaml").is_file():
+        hint = f"did you mean {name}/config.yaml?"
     raise UserError(f"no configuration {name!r}, neither as a file nor in configs/; {hint}")
 
 
@@ -146,11 +148,10 @@ def parse(
         UserError: It is not valid, or contradicts itself.
     """
     raw = _with_present_names(raw, warn)
-    raw = without_retired(raw, source, is_trained=is_trained, overrides=overrides)
+    raw = without_retired(raw, source, is_trained=is_trained)
     # Mistakes that need no network are said first: importing the networks takes seconds.
     draft = checked(RunConfig, raw, source, overrides, origins, keys_alone=True)
-    if not is_trained:
-        check_losses(draft)
+    check_early(draft, is_trained=is_trained)
     if "kind" in raw["model"].get("neuron", {}):  # otherwise the network's own has to be imported
         raw = _with_neuron_of_its_kind(raw, source, warn, origins or {})
     if check_draft is not None:

@@ -2,10 +2,9 @@
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from tetdist.config.overrides import key_of
 from tetdist.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -34,16 +33,13 @@ RETIRED: dict[str, Any] = {
 RETIRED_VALUES = {"phases.N.schedule": (("polynomial", "step"), "cosine")}
 
 
-def without_retired(
-    raw: dict[str, Any], source: str, *, is_trained: bool, overrides: Sequence[str] = ()
-) -> dict[str, Any]:
+def without_retired(raw: dict[str, Any], source: str, *, is_trained: bool) -> dict[str, Any]:
     """Return a configuration without keys that are gone.
 
     Args:
         source: File of the configuration, as errors name it.
         is_trained: The network is only used, not trained; any value of a key that is gone is then
             dropped, because these keys concern training alone.
-        overrides: Overrides that were applied; errors name one in place of ``source``.
 
     Raises:
         UserError: A key that is gone has another value than its default.
@@ -51,9 +47,8 @@ def without_retired(
     raw, dropped = copy.deepcopy(raw), []
     for place, parent, name, default in _gone(raw):
         if not is_trained:
-            given = [one for one in overrides if key_of(one) == place]
-            what = given[-1] if given else f"{source}: {place}={parent[name]!r}"
-            raise UserError(f"{what} is gone; remove it, or use the version that has it")
+            what = f"{place}={parent[name]!r} is gone; remove it, or use the version that has it"
+            raise UserError(f"{source}: {what}")
         parent[name] = default
     for key in RETIRED:
         for place, parent, name in _found(raw, key.split(".")):

@@ -45,8 +45,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         args.splits = [split for split in args.splits.split(",") if split]
         if not args.splits:
             command.error("--splits is empty; name splits, such as train,val")
-    if args.command == "index" and args.events and args.no_decode:
-        command.error("--no-decode has no effect with --events; leave it out")
     if args.command != "shard":
         args.shards = dict(_split_and_pattern(command, given) for given in args.shards)
         if args.shards and args.splits is None:
