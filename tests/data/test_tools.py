@@ -215,7 +215,8 @@ def test_imagenet_is_compared_unless_it_is_a_subset(tmp_path, images):
             picture(20, 30, 2 * i + (split == "val")).save(tmp_path / split / name / "0.jpg")
     output = images("check", tmp_path, status=1)
     assert "or more than 1,300: n01440764 (1), n01443537 (1), n01484850 (0)" in output
-    images("check", tmp_path, "--subset")
+    assert "0 duplicates; for a part of ImageNet-1k, add --subset\n" in output
+    assert "--subset" not in images("check", tmp_path, "--subset")
 
 
 def test_images_go_from_folders_to_shards(image_root, tmp_path, images):

@@ -33,7 +33,9 @@ def file_progress(title: str, unit: str = "file") -> Iterator[Callable[[int, int
     def in_log(done: int, total: int) -> None:
         nonlocal last_line
         now = time.monotonic()
-        if done < total and now - last_line <= _SECONDS_BETWEEN_LINES:
+        # Work of less than a second needs no line.
+        is_due = now - last_line > _SECONDS_BETWEEN_LINES if done < total else now - started > 1
+        if not is_due:
             return
         last_line, per_second = now, done / max(now - started, 1e-6)
         line = f"{title}: {done:,} of {counted(total, unit)}, {rate(per_second, unit)}"

@@ -108,9 +108,9 @@ def _results(runs: Sequence[Run]) -> str:
                 continue
             best = max(evaluated, key=lambda line: line["top1"], default={})
             last = evaluated[-1] if evaluated else {}
-            cells = [number(last.get("epoch"), "g"), number(last.get("top1"), ".2f")]
+            cells = [number(last.get("epoch"), ".4g"), number(last.get("top1"), ".2f")]
             cells.append(number(next(iter(last.get("per_timestep_top1", ())), None), ".2f"))
-            cells += [number(best.get("top1"), ".2f"), number(best.get("epoch"), "g")]
+            cells += [number(best.get("top1"), ".2f"), number(best.get("epoch"), ".4g")]
             rows.append([run.label if kind == "val" else "", _shortened(name, 50), *cells])
     lines = [
         aligned(rows, right=range(2, 7)),
