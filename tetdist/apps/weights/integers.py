@@ -269,8 +269,8 @@ class _Builder(Traversal[_Value]):
         known = SEWResNet, SpikingResNet, MSResNet, VGGSNN, SpikingConvNet
         if not isinstance(model, known) or isinstance(model, PSNSEWResNet):
             raise self.refused(
-                f"is a {type(model).__name__}, and --int8 takes SEW-, spiking and MS-ResNets, "
-                "VGGSNN and spiking_convnet only"
+                "is not among the networks for --int8: SEW-, spiking and MS-ResNets, VGGSNN and "
+                "spiking_convnet"
             )
         for layer in (one for one in model.modules() if isinstance(one, NeuronLayer)):
             kinds, neuron = (LIF, PLIF, ILIF, NILIF), layer.neuron
