@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tetdist.apps.cli.common import MISTAKES, documented_parser, run_command
-from tetdist.apps.images.arrays import Split, write_root
+from tetdist.apps.images.arrays import Split, check_new, write_root
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import open_file
 
@@ -73,13 +73,14 @@ def _two_numbers(text: str) -> dict[str, int]:
 
 def make(archive: Path, dest: Path, per_class: dict[str, int] | None) -> None:
     """Write the images of an archive as a data root."""
+    check_new(dest)
     kind, files = read(archive)
     classes = _classes(kind, files[kind.names], archive)
     splits = {
         split: _split(kind, [files[name] for name in names], f"{archive}: {split}")
         for split, names in kind.files.items()
     }
-    write_root(dest, classes, splits, str(archive), per_class)
+    write_root(dest, classes, splits, per_class)
 
 
 def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:

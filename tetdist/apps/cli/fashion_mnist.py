@@ -50,8 +50,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def make(source: Path, dest: Path) -> None:
     """Write the images as a data root."""
-    from tetdist.apps.images.arrays import Split, write_root
+    from tetdist.apps.images.arrays import Split, check_new, write_root
 
+    check_new(dest)
     with TemporaryDirectory() as root:
         # torchvision reads uncompressed files in this folder.
         raw = Path(root, "FashionMNIST/raw")
@@ -67,7 +68,7 @@ def make(source: Path, dest: Path) -> None:
     arrays = {
         name: Split(split.data.numpy(), split.targets.numpy()) for name, split in splits.items()
     }
-    write_root(dest, classes, arrays, str(source))
+    write_root(dest, classes, arrays)
 
 
 def _content(source: Path, name: str) -> bytes:

@@ -17,11 +17,16 @@ class Split(NamedTuple):
     labels: Any
 
 
+def check_new(dest: Path) -> None:
+    """Refuse a data root that has files already, before its source is read."""
+    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+        raise UserError(f"{dest} exists and is not empty; name another folder or move it")
+
+
 def write_root(
     dest: Path,
     classes: Sequence[str],
     splits: Mapping[str, Split],
-    source: str,
     per_class: Mapping[str, int] | None = None,
 ) -> None:
     """Write a data root of PNG files and its indexes, in a temporary folder that is then renamed.
@@ -29,16 +34,13 @@ def write_root(
     Args:
         classes: A folder's name for each label; sorted, so that indexes keep the labels.
         splits: Images of train and val; files are named by their numbers.
-        source: The source's name in errors.
         per_class: The number of images of each class to take, for each split.
     """
     from tetdist.datasets.index import index_splits
 
-    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
-        raise UserError(f"{dest} exists and is not empty; name another folder or move it")
     with made_aside(dest, sync=False) as aside:
         counts = {
-            name: _write(aside / name, classes, split, source, (per_class or {}).get(name))
+            name: _write(aside / name, classes, split, (per_class or {}).get(name))
             for name, split in splits.items()
         }
         index_splits(aside, workers=len(os.sched_getaffinity(0)))
@@ -50,9 +52,7 @@ def write_root(
     )
 
 
-def _write(
-    folder: Path, classes: Sequence[str], split: Split, source: str, per_class: int | None
-) -> int:
+def _write(folder: Path, classes: Sequence[str], split: Split, per_class: int | None) -> int:
     """Write the first images of each class, or all, and return their number."""
     import numpy as np
     from PIL import Image
@@ -69,6 +69,4 @@ def _write(
             file = folder / classes[label] / f"{number:05d}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.ascontiguousarray(split.pixels[number])).save(file)
-    if 0 in written:
-        raise UserError(f"{source}: {folder.name} has no image of {classes[written.index(0)]}")
     return sum(written)
