@@ -14,7 +14,7 @@ import timm
 import tiny
 import torch
 from PIL import Image
-from tiny import expect
+from tiny import expect, refused
 
 from tetdist.apps.events.binning import Binning, bin_events
 from tetdist.apps.events.recording import Events, Sensor
@@ -50,7 +50,9 @@ def run(data_root, farm, tmp_path_factory):
         "phases.0.epochs": 1,
         "tracking": {"mlflow": True},
     }
-    expect(farm(tiny.write_config(folder / "tiny.yaml", data_root, changes)))
+    file = tiny.write_config(folder / "tiny.yaml", data_root, changes)
+    refused(farm(file, "phases.0.timesteps=3"), "timesteps: 3 exceeds the 2 time bins of the data")
+    expect(farm(file))
     return folder / "runs" / "tiny"
 
 

@@ -248,7 +248,6 @@ def test_data_that_is_not_there(gone, parts, main, tiny_copy, tiny_config, tmp_p
         ),
         ({"data.mixup": 0.2, "batch.micro": 1}, ("batch.micro", "data.mixup")),
         ({"data.device": "gpu"}, ("data.device",)),
-        ({"data.images_as_events": {}, "phases.0.timesteps": 9}, ("9 exceeds the 8 time bins",)),
         ({"device": "cuda"}, ("device=cuda",)),
         ({"precision": "fp16"}, ("fp16 needs a GPU", "bf16 or fp32")),
         ({"cuda_graphs": True}, ("cuda_graphs=true needs a GPU",)),

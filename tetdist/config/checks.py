@@ -60,6 +60,9 @@ def _of_the_run(config: RunConfig) -> Iterator[str]:
             f"start_phase: {number} skips the phases before it; set init_checkpoint to the "
             "checkpoint of a run that trained them"
         )
+    most = max(phase.most_timesteps for phase in config.phases)
+    if config.data.images_as_events is not None and most > 8:
+        yield f"phases.*.timesteps: {most} exceeds data.images_as_events' 8 frames; set at most 8"
     for i in dict.fromkeys((0, number)):
         if config.phases[i].optimizer == "continue":
             yield (

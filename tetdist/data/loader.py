@@ -114,7 +114,7 @@ class Loader(Batches):
         """
         Args:
             output: Format of all images; None for events.
-            empty_batches: Number of batches without samples at the end.
+            empty_batches: Number of batches at the end without samples, whose images are (0,).
         """
         dali = import_dali()
         on_gpu = workers.device == "gpu"
@@ -219,9 +219,7 @@ class Loader(Batches):
         if self._empty_batches == 0:
             raise StopIteration
         self._empty_batches -= 1
-        size = self._output and self._output.size
-        shape = (3, size, size) if size else self._index.frames_shape
-        return self._batch(torch.empty(0, *shape), np.empty(0, np.int64))
+        return self._batch(torch.empty(0), np.empty(0, np.int64))
 
     def _batch(self, images: torch.Tensor, ids: npt.NDArray[np.int64]) -> Batch:
         return Batch(images, torch.from_numpy(self._index.labels[ids].astype(np.int64)), ids)
