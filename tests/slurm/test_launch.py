@@ -245,7 +245,7 @@ def test_plan_without_the_data(tiny_config, capfd):
 
     text = planned("data.root=/nowhere", "--images", "80")
     assert "10 an epoch, 20 in total (2 epochs)" in text
-    assert "without reading the data; to evaluate, in proportion as many as ImageNet)" in text
+    assert "without reading the data; evaluations assume ImageNet's proportion)" in text
     assert "2 evaluations of 3;" in text
     text = planned("data.root=/nowhere", "--images", "80", "data.held_out=0.1")
     assert "(72 as given, without" in text

@@ -64,8 +64,8 @@ def test_the_first_step_tells_nothing_of_the_pace(clock, capsys):
     shown.report_training(103, TRAINED | {"eta_s": shown.seconds_left()})
     first, second, third = capsys.readouterr().err.splitlines()
     assert first == (
-        "epoch 1.01  step 101/200  the first step took 3 min 5 s, with kernels to compile unless "
-        "they are cached"
+        "epoch 1.01  step 101/200  the first step took 3 min 5 s: it compiles kernels that are not "
+        "cached yet"
     )
     assert second == "epoch 1.02  step 102/200  0.5 samples/s since the first step  ETA 1:38:00"
     assert third.endswith("ETA 0:49:18")  # 97 steps at 30.5 s
@@ -112,9 +112,7 @@ def test_files_are_counted_in_words_and_human_time(clock, capsys):
         clock.now += 0.5
         done(1, 1)
     assert capsys.readouterr().err.splitlines() == [
-        # Of the first files, which waited for processes, nothing follows for the others.
-        "val: 2 of 2,000 recordings",
-        "val: 1,002 of 2,000 recordings, 50 recordings/s, 20 s left",
+        "val: 2 of 2,000 recordings, 0.1 recordings/s, 5 h 33 min left",
+        "val: 1,002 of 2,000 recordings, 25 recordings/s, 40 s left",
         "val: 2,000 of 2,000 recordings, 50 recordings/s",
-        "train: 1 of 1 image, 2.0 images/s",
     ]

@@ -77,7 +77,7 @@ class RunProgress:
             now = time.monotonic()
             if is_first:
                 took = duration(now - self.started)
-                pace = f"the first step took {took}, with kernels to compile unless they are cached"
+                pace = f"the first step took {took}: it compiles kernels that are not cached yet"
             else:
                 samples = (self.step - self.first_step - 1) * self.global_batch
                 pace = rate(samples / max(now - self.steady_since, 1e-6))

@@ -77,7 +77,7 @@ def prepare(
     model = make_model(config, train_index)
     parameters = sum(p.numel() for p in model.parameters())
     sizes = train_index.file_sizes
-    assumed = "" if config.data.held_out else "; to evaluate, in proportion as many as ImageNet"
+    assumed = "" if config.data.held_out else "; evaluations assume ImageNet's proportion"
     made = plan.make(
         config,
         cluster,
