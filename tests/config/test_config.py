@@ -264,6 +264,7 @@ TAKEN = {
     "tracking.trackers=tensorboard": ["tensorboard"],
     "data.transforms=[]": [],
     # Forms of earlier versions.
+    "profile={steps: [20, 30]}": [20, 30],
     "data.color_jitter={brightness: 0.4, hue: 0.1}": [0.4, 0, 0, 0.1],
     "data.color_jitter.contrast=0.2": [0, 0.2, 0, 0],
     "checkpoint=blocks": "blocks",

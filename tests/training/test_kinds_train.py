@@ -15,6 +15,12 @@ KINDS = {
     "psn": {"kind": "psn", "timesteps": 2},
 }
 LEARNT = {"plif": ["w"], "psn": ["bias", "weight"]}
+SET_BY = {
+    "plif": "model.neuron.kind=plif also changes these values of spiking_convnet's own "
+    "neuron: surrogate=sigmoid (triangle), surrogate_width=4.0 (1.0), fires_at_threshold=true "
+    "(false), decay_input=true (none)",
+    "psn": "surrogate=atan (triangle), surrogate_width=2.0 (1.0)",
+}
 
 
 def changes(neuron):
@@ -31,7 +37,8 @@ def changes(neuron):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns(kind, main, tiny_config, tmp_path):
-    expect(main(tiny_config(changes(KINDS[kind]))))
+    text = expect(main(tiny_config(changes(KINDS[kind]))))
+    assert SET_BY[kind] in text
     run = tmp_path / "runs/tiny"
     (val,) = tiny.metrics(run, "val")
     assert val["top1"] > 50  # chance is 25 %

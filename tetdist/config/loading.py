@@ -170,11 +170,13 @@ def _with_present_names(raw: dict[str, Any], warn: bool) -> dict[str, Any]:
         raw["recompute"] = raw.pop("checkpoint")
         if warn:
             logger.warning("the key checkpoint is now called recompute; the old name still works")
-    data = raw.get("data")
+    data, profile = raw.get("data"), raw.get("profile")
     if isinstance(data, dict) and isinstance(jitter := data.get("color_jitter"), dict):
         strengths = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
         if jitter.keys() <= strengths.keys():
             raw["data"] = data | {"color_jitter": list((strengths | jitter).values())}
+    if isinstance(profile, dict) and profile.keys() == {"steps"}:
+        raw["profile"] = profile["steps"]
     return raw
 
 

@@ -12,6 +12,7 @@ from tetdist.apps.reports.run_plots import RunPlots
 from tetdist.apps.reports.step_profile import StepProfile
 from tetdist.config.flags import import_flags
 from tetdist.errors import typed
+from tetdist.nn.neurons import kind_of
 from tetdist.tracking.mlflow_logger import ui_command
 from tetdist.training.evaluating import AVERAGE, Evaluated
 from tetdist.training.observers import Observer, Watched
@@ -81,6 +82,13 @@ def _log_start(watched: Watched) -> None:
         f"{run.last_step:,}",
         config.run_dir,
     )
+    if changed := config.model.changed_by_kind:
+        logger.info(
+            "model.neuron.kind=%s also changes these values of %s's own neuron: %s",
+            kind_of(config.model.neuron),
+            config.model.name,
+            ", ".join(f"{key}={new} ({old})" for key, (old, new) in changed.items()),
+        )
     for number in range(len(config.phases)):
         optimizer = config.optimizer_of(number)
         if optimizer.lr_per is not None or optimizer.layer_decay is not None:

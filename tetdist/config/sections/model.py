@@ -142,6 +142,21 @@ class ModelSection(Section):
                 raise ValueError(f"arguments.{key}: {self.name} has no such argument; {hint}")
         return self
 
+    @property
+    def changed_by_kind(self) -> dict[str, tuple[str, str]]:
+        """Keys whose values come from the neuron's kind, if it differs from the network's own.
+
+        Each has two values: the network's own ("none" without such a key), and the present one.
+        """
+        own, default = network_neuron({"name": self.name}), type(self.neuron)()
+        if type(own) is type(default):
+            return {}
+        was, now, of_kind = (
+            {key: json.dumps(value).strip('"') for key, value in dataclasses.asdict(one).items()}
+            for one in (own, self.neuron, default)
+        )
+        return {k: (was.get(k, "none"), v) for k, v in now.items() if was.get(k) != v == of_kind[k]}
+
     def build(
         self, *, num_classes: int, timesteps: int, input_kind: Kind = "images"
     ) -> "SpikingNetwork":
