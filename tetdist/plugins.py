@@ -174,7 +174,7 @@ def explained(error: Exception, folder: Path | None = None) -> Exception:
     files; return other errors as they are.
 
     Args:
-        folder: Folder for the whole traceback, if it exists; otherwise the temporary files' one.
+        folder: Folder for the whole traceback, if it exists; otherwise a new temporary one.
     """
     modules, frames = imported_modules(), own_frames(error)
     known = isinstance(error, UserError | PeerFailed) or (isinstance(error, OSError) and not frames)
@@ -184,8 +184,9 @@ def explained(error: Exception, folder: Path | None = None) -> Exception:
 
     lines = traceback.format_list(frames) + traceback.format_exception_only(error)
     print("".join(lines), end="", file=sys.stderr)
-    place = folder if folder is not None and folder.is_dir() else tempfile.gettempdir()
-    whole = Path(place, "traceback.txt")
+    if folder is None or not folder.is_dir():
+        folder = Path(tempfile.mkdtemp(prefix="tetdist-"))
+    whole = folder / "traceback.txt"
     write_text(whole, "".join(traceback.format_exception(error)))
     parts = []
     for module in modules:
