@@ -9,7 +9,6 @@ what it has measured of a run.
 
 import logging
 import math
-import re
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -91,8 +90,8 @@ correction: [transformers_long](transformers_long.md) (30 epochs),
 {accuracy}
 
 Mean ± standard deviation over n seeds: top-1 in percent of the mean output up to t, loss and
-expected calibration error at T ({bins} bins of confidence, in points; only of runs whose networks
-were at hand).
+expected calibration error at T ({bins} bins of confidence, in points; not measured in the earlier
+studies).
 
 ## Learning rates
 
@@ -102,7 +101,10 @@ were at hand).
 
 Fashion-MNIST is trained for one epoch, also as events (I2E, 28 pixels, T=8, half of the channels).
 
-{origin}
+On digits, N-MNIST and another day, the runs of SDT and TET repeat
+[early_exit_digits](early_exit_digits.md), [early_exit_nmnist](early_exit_nmnist.md) and
+[across_days](across_days.md). The numbers are bitwise identical.
+
 Commands: `python tools/study.py` with {commands}, then `python docs/make/losses.py`, which also
 makes this page anew from [losses.json](losses.json). Machine: {machines}.
 """
@@ -250,8 +252,8 @@ def search_table(found: dict[str, dict[str, float]]) -> str:
     rows = [[f"`{loss}`", *(f"{one[rate]:.2f}" for rate in rates)] for loss, one in found.items()]
     return markdown(["loss", *rates], rows, numbers=True) + (
         "\n\nTop-1 of 6,000 held-out training images of Fashion-MNIST after the last epoch, with "
-        "seed 0. Each\nloss has its best rate there, SDT the largest tried. The other data sets "
-        "have one rate for all."
+        "seed 0. Each\nloss has its best rate on Fashion-MNIST. The other data sets have one rate "
+        "for all."
     )
 
 
@@ -284,7 +286,10 @@ def answer_of(rows: list[Compared], number: int) -> str:
             for row in pairs
             if row.is_significant(key) and sign * row.differences[key].mean > 0
         ]
-        return "; ".join(found) or "none"
+        effects = [detectable(row.differences[key]) for row in pairs]
+        unit = " points" if key.startswith("T") else ""
+        missed = f"minimum detectable effects: {min(effects):.2g} to {max(effects):.2g}{unit}"
+        return "; ".join(found) or f"none ({missed})"
 
     data = dict.fromkeys(row.data for row in rows)
     return (
@@ -292,21 +297,10 @@ def answer_of(rows: list[Compared], number: int) -> str:
         f"on {where('sdt', 'T', -1)}, behind TET at T=1 on {where('tet', 'T=1', -1)}, and ahead of "
         f"SDT at T=1 on {where('sdt', 'T=1', 1)}. With early exit it takes significantly fewer "
         f"timesteps than SDT, at equal accuracy, on {where('sdt', 'exit', -1)}. Its loss at T is "
-        f"significantly higher than SDT's on {where('sdt', 'loss', 1)}, and than TET's on "
-        f"{where('tet', 'loss', 1)}. Significance is after Holm's correction for {number} p values."
+        f"significantly higher than SDT's on {where('sdt', 'loss', 1)}, than TET's on "
+        f"{where('tet', 'loss', 1)}, and lower than TET's on {where('tet', 'loss', -1)}. "
+        f"Significance is after Holm's correction for {number} p values."
     )
-
-
-def origin(studies: dict[str, tuple[str, Numbers]]) -> str:
-    """Return a line for each earlier study whose runs are among these, by the runs' commands."""
-    lines = []
-    for study, (data, numbers) in studies.items():
-        runs = [one for entry in numbers.entries for one in numbers.of(entry)]
-        folders = [re.findall(r"runs_dir=runs/(\w+)", one.commands[0])[0] for one in runs]
-        for earlier in sorted(set(folders) - {study}):
-            line = f"* {data}: {folders.count(earlier)} of {len(runs)} runs are those of "
-            lines.append(f"{line}[{earlier}]({earlier}.md), which has the same configuration.\n")
-    return "".join(lines)
 
 
 def page_of(found: dict[str, Any]) -> tuple[str, str, str, Any]:
@@ -335,7 +329,6 @@ def page_of(found: dict[str, Any]) -> tuple[str, str, str, Any]:
             {study: values["calibration"] for study, values in found["studies"].items()},
         ),
         search=search_table(found["search"]),
-        origin=origin(studies),
         number=number,
         within=next(iter(studies.values()))[1].study.exit_within,
         bins=BINS,
