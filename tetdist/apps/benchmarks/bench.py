@@ -17,6 +17,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+import tetdist.models  # noqa: F401  # registers them
 from tetdist.losses import tet_loss
 from tetdist.nn.precision import autocast, choose_algorithms
 from tetdist.tables import aligned, number
