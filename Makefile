@@ -76,6 +76,7 @@ quickstart: venv ## train and evaluate a spiking network on digits: two minutes 
 
 # The definitions of neurons and losses, a tiny run, and one that is continued.
 QUICK := nn/test_neurons.py nn/test_kinds.py nn/test_fused.py test_losses.py \
+  test_imports.py::test_names_are_those_that_are_registered \
   training/test_train.py::test_finished_run_says_so_and_changes_nothing \
   training/test_train.py::test_max_steps_ends_evaluated_and_can_be_raised
 

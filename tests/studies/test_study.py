@@ -197,7 +197,7 @@ def test_the_search_of_the_page_prunes_and_continues(tiny_config, tmp_path, monk
     (tmp_path / "search.py").write_text(script.replace("n_trials=9", "n_trials=2"))
     for name, function in farm.environment().items():
         monkeypatch.setattr(environment, name, function)
-    file = tiny_config({"phases.0.epochs": 4, "engine": "torch"})
+    file = tiny_config({"phases.0.epochs": 4})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["search.py", str(file), "batch.micro=4"])
     sampler = optuna.samplers.RandomSampler(seed=0)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tetdist.buffers import copy_to_host
@@ -282,4 +283,8 @@ def _import_deepspeed(device: torch.device) -> Any:
         verbose=False,
         dist_init_required=False,
     )
+    # DeepSpeed keeps a group of all processes for good, but the group ends with its run.
+    groups: Any = importlib.import_module("deepspeed.utils.groups")
+    if groups._WORLD_GROUP not in dist.distributed_c10d._world.pg_map:
+        groups._WORLD_GROUP = None
     return deepspeed
