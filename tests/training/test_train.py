@@ -500,7 +500,10 @@ def test_mlflow_has_the_run_with_its_tags_and_artifacts(farm, tiny_config, tmp_p
     expect(farm(file, stop=("step", 6, TERM)), status=143)
     assert rows("select name, status from runs") == [("tiny", "KILLED")]
     expect(farm(file), "mlflow ui --workers 1 --backend-store-uri")
-    assert rows("select name, status from runs") == [("tiny", "FINISHED")]
+    ended = rows("select name, status, end_time from runs")
+    assert ended[0][:2] == ("tiny", "FINISHED")
+    expect(farm(file), "nothing to do")
+    assert rows("select name, status, end_time from runs") == ended
     losses = rows("select step, value from metrics where key = 'train/loss' order by step")
     assert losses == [(line["step"], line["loss"]) for line in tiny.metrics(run, "train")]
     params, tags = (dict(rows(f"select key, value from {table}")) for table in ("params", "tags"))

@@ -78,7 +78,7 @@ class MLflow:
         self.tags = dict(run.tags)
         if run.note is not None:
             self.tags["mlflow.note.content"] = run.note
-        if run.resume_step is not None:
+        if run.resume_step is not None and not run.finished:
             self.tags["resumed_at_step"] = str(run.resume_step)
         self.artifacts: dict[Path, int] = {}  # number of announcements of each
         self._monitor: Any = None  # MLflow's system metrics
@@ -94,16 +94,19 @@ class MLflow:
         self._folder, self._client = run.folder, new_client(self.destination.uri)
         found = _open_run(self._client, run.folder, self.destination, run.name)
         self._run_id: str = found.info.run_id
-        _set_status(self._client, self._run_id, "RUNNING")
+        # A finished run keeps the tags and the end of the start that finished it.
+        self._is_over = run.finished and found.info.status == "FINISHED"
+        if not self._is_over:
+            _set_status(self._client, self._run_id, "RUNNING")
+            self._start_monitor()
         # MLflow does not let existing parameters change.
         params = ((_allowed(name), str(value)) for name, value in run.params.items())
         new = [mlflow.entities.Param(*pair) for pair in params if pair[0] not in found.data.params]
         self._client.log_batch(self._run_id, params=new)
         # The last step of each metric. The protobuf form is the public one that shows it.
         self._have = {metric.key: metric.step for metric in found.data.to_proto().metrics}
-        self._sent_tags: dict[str, str] = {}
+        self._sent_tags = dict(self.tags) if self._is_over else {}
         self._sent_artifacts: dict[Path, int] = {}
-        self._start_monitor()
         return self
 
     def log(self, lines: list[dict[str, Any]]) -> None:
@@ -128,7 +131,8 @@ class MLflow:
         self._stop_monitor()  # it would end without its last values once the run has ended
         self._send_tags()
         # Artifacts come later, so that a full artifact store does not leave the run unfinished.
-        _set_status(self._client, self._run_id, status)
+        if not self._is_over:
+            _set_status(self._client, self._run_id, status)
         self._send_artifacts()
 
     def _send_tags(self) -> None:

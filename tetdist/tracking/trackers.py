@@ -42,6 +42,7 @@ class TrackedRun:
         resume_step: Step at which the run resumes; None: it is new. Later steps are computed and
             sent again.
         note: A description in Markdown.
+        finished: True if nothing is left to do, except to send what a tracker lacks.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class TrackedRun:
     tags: Mapping[str, str]
     resume_step: int | None
     note: str | None = None
+    finished: bool = False
 
 
 class OwnTracker(Protocol):

@@ -58,7 +58,7 @@ class RunRecord:
         self.run, self.config, self.launcher = run, run.config, launcher
 
     @contextmanager
-    def tracked(self, step: int, stop: StopRequest) -> Iterator[Tracker | None]:
+    def tracked(self, step: int, stop: StopRequest, *, finished: bool) -> Iterator[Tracker | None]:
         """Record the run from ``step`` on, on rank 0, until it ends or is stopped."""
         hosts = dict.fromkeys(self.run.world.gather(platform.node()))
         if self.run.world.rank != 0:
@@ -73,6 +73,7 @@ class RunRecord:
                 tags=self._tags() | {"hosts": " ".join(hosts)},
                 resume_step=step if (folder / "metrics.jsonl").exists() else None,
                 note=self._note(),
+                finished=finished,
             ),
             Destination.of(config),
             config.tracking.trackers,

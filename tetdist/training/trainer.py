@@ -80,7 +80,7 @@ class Trainer:
         result, record = None, RunRecord(self.prepared, launcher)
         try:
             with (
-                record.tracked(self.step, self.stop) as self.tracker,
+                record.tracked(self.step, self.stop, finished=self.finished) as self.tracker,
                 self.prepared.progress(self.step) as self.progress,
                 self.saving.thread,
             ):
