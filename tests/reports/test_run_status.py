@@ -123,6 +123,14 @@ def test_several_runs_are_a_table_and_json(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     made(Path("runs/one"), LINES, 10)
     made(Path("runs/two"), FINISHED, 20)
+    made(
+        Path("study/lost"),
+        [val_line(5, 70.0, 70.0) | {"data_split": "train-held-out-0.1-seed-0"}],
+        None,
+    )
+    log = made(Path("study/wild"), [], None).parent / "logs/wild.log"
+    log.parent.mkdir()
+    log.write_text("training\nerror: the loss is not finite\n")
     assert command.main([]) == 0
     head, one, two = (line.split() for line in capsys.readouterr().out.splitlines())
     assert head[:4] == ["run", "state", "epoch", "step"]
@@ -133,6 +141,11 @@ def test_several_runs_are_a_table_and_json(tmp_path, monkeypatch, capsys):
     assert command.main(["two", "runs/two", "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)  # once, however it is named
     assert (told["run"], told["state"], told["val"]["top1"]) == ("two", "finished", 65.0)
+    assert command.main(["study"]) == 0
+    _, lost, wild, why = capsys.readouterr().out.splitlines()
+    assert "held-out 70.00" in lost
+    assert wild.split()[:2] == ["wild", "failed"]
+    assert why == f"wild failed: see {log.resolve()}"
     assert find_runs(["runs"]) == [Path("runs/one"), Path("runs/two")]
     assert command.main(["three"]) == 2
     assert "there is no run three; give a run folder" in capsys.readouterr().err

@@ -126,7 +126,7 @@ class RunProgress:
         tqdm.write(
             f"{what} at epoch {values['epoch']:g}, step {step}: top-1 {values['top1']:.2f} %  "
             f"top-5 {values['top5']:.2f} %  loss {values['loss']:.3f}  "
-            f"{by_timestep}({counted(values['samples'], 'sample')})",
+            f"{by_timestep}({counted(values['samples'], f'{held_out(values)}sample')})",
             file=sys.stderr,
         )
         self._note_line()
@@ -157,6 +157,11 @@ class RunProgress:
 
 def _clock(seconds: float) -> timedelta:
     return timedelta(seconds=round(seconds))
+
+
+def held_out(evaluation: Mapping[str, Any]) -> str:
+    """Return "held-out " for an evaluation of held-out training samples, else an empty text."""
+    return "held-out " if "-held-out-" in evaluation.get("data_split", "") else ""
 
 
 def slowest_rank(values: Mapping[str, Any]) -> list[str]:

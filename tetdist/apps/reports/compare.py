@@ -15,6 +15,7 @@ from tetdist.apps.reports.run_status import read_status
 from tetdist.errors import UserError
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import each_line, points_of
+from tetdist.tracking.progress import held_out
 from tetdist.wording import counted
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ def _results(runs: Sequence[Run]) -> str:
                 continue
             best = max(evaluated, key=lambda line: line["top1"], default={})
             last = evaluated[-1] if evaluated else {}
-            cells = [number(last.get("epoch"), ".4g"), number(last.get("top1"), ".2f")]
+            top1 = held_out(last) + number(last.get("top1"), ".2f")
+            cells = [number(last.get("epoch"), ".4g"), top1]
             cells.append(number(next(iter(last.get("per_timestep_top1", ())), None), ".2f"))
             cells += [number(best.get("top1"), ".2f"), number(best.get("epoch"), ".4g")]
             rows.append([run.label if kind == "val" else "", _shortened(name, 50), *cells])

@@ -37,6 +37,7 @@ class Summary(Observer):
 
     def __init__(self, watched: Watched) -> None:
         self.config, self.tracker = watched.run.config, watched.tracker
+        self.samples = len(watched.run.val)
         if not watched.finished:
             _log_start(watched)
 
@@ -56,6 +57,8 @@ class Summary(Observer):
                 f". Moving average: {result['ema_top1']:.2f} %; best "
                 f"{result['ema_best_top1']:.2f} %, at step {result['ema_best_step']:.0f}"
             )
+        if result and self.config.data.held_out:
+            lines[0] += f" ({counted(self.samples, 'held-out sample')})"
         copies = [folder / "imports" / Path(file).name for file in self.config.imports]
         lines.append(f"  evaluate  {typed('eval', folder, *import_flags(copies))}")
         if self.config.tracking_uri and self.tracker.is_complete:

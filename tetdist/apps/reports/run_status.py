@@ -15,7 +15,7 @@ from tetdist.errors import UserError
 from tetdist.storage.files import checkpoint_at, is_held
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import from_end
-from tetdist.tracking.progress import slowest_rank
+from tetdist.tracking.progress import held_out, slowest_rank
 from tetdist.wording import counted, duration, meant, rate
 
 DAMAGED = "damaged"
@@ -55,8 +55,8 @@ class RunStatus:
     Attributes:
         state: ``training`` (a process locks the folder), ``finished``, the state of its job, or
             without a job ``stopped`` (all steps are saved), ``broken off`` (steps after the
-            checkpoint will be repeated) or ``begun`` (no step is logged); or ``damaged``, when
-            nothing else is known.
+            checkpoint will be repeated), ``failed`` (in a study) or ``begun`` (no step is
+            logged); or ``damaged``, when nothing else is known.
     """
 
     run: str
@@ -193,6 +193,10 @@ def _state(folder: Path, end: dict[str, Any], saved: int, job: JobStatus | None)
         return "finished", ""
     if job is not None:
         return job.state, f"job {job.id}"
+    log = folder.resolve().parent / "logs" / f"{folder.resolve().name}.log"  # of a study's run
+    printed = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    if printed and "error: " in printed[-1].lower():
+        return "failed", f"see {log}"
     if not end and not saved:
         return "begun", ""
     ahead = end.get("step", 0) - saved
@@ -251,6 +255,7 @@ def as_text(status: RunStatus) -> str:
             f"  evaluation  top-1 {val['top1']:.2f} %  loss {val['loss']:.3f}, epoch "
             f"{val['epoch']:g}; best {number(status.best_top1, '.2f')} %, step "
             f"{number(status.best_step, ',')}"
+            + (f" ({counted(val['samples'], 'held-out sample')})" if held_out(val) else "")
         )
     if status.checkpoint is not None and status.checkpoint_age_s is not None:
         age = duration(max(status.checkpoint_age_s, 0))
@@ -296,7 +301,7 @@ def as_table(statuses: Sequence[RunStatus]) -> str:
                 number(status.train.get("loss"), ".3f"),
                 number(status.train.get("samples_per_s"), ".0f"),
                 "-" if eta is None else duration(eta),
-                number(status.val.get("top1"), ".2f"),
+                held_out(status.val) + number(status.val.get("top1"), ".2f"),
                 number(status.best_top1, ".2f"),
                 "-" if age is None else f"{of_step}{duration(max(age, 0))} ago",
                 "" if status.job is None else status.job.id,
@@ -304,4 +309,7 @@ def as_table(statuses: Sequence[RunStatus]) -> str:
         )
     if not any(status.job for status in statuses):
         rows = [row[:-1] for row in rows]
-    return aligned(rows, right=range(2, 10))
+    failed = [one for one in statuses if one.state == "failed" and one.job is None]
+    return "\n".join(
+        [aligned(rows, right=range(2, 10)), *(f"{one.run} failed: {one.text}" for one in failed)]
+    )
