@@ -150,7 +150,7 @@ CONTRADICTIONS = (
     ("zero_stage: 1 does not suit", "zero_stage=1", "phases.0.optimizer.kind=timm:lamb"),
     ("data.kind: model.name=vggsnn takes events, not images", "model={name: vggsnn}"),
     ("{}: needs data.kind=images", "data.images_as_events={}", "data.kind=events"),
-    ("9 exceeds data.images_as_ev", "data.images_as_events={}", "phases.0.timesteps=9"),
+    ("phases.0.timesteps: 9 exc", "data.images_as_events={}", "phases.0.timesteps=9"),
     ("probability=0.5: 0.5 cannot", "data.images_as_events={}", "data.erasing.probability=0.5"),
     ("data.repeats: 9 must not be above batch.global, 8", "data.repeats=9"),
     ("0.1]: cannot go", "data.auto_augment=rand-m9", "data.color_jitter=[0, 0, 0, 0.1]"),

@@ -76,7 +76,7 @@ def test_files_that_are_not_taken_are_counted_and_named(image_root, images):
     output = images("index", root)
     assert (
         "train: ignored 1 with .db (train/bee/Thumbs.db), 2 with .gif (train/ant/a.gif, ...),"
-        " 1 with .heic (train/bee/c.HEIC), 1 with no suffix (train/note)\n"
+        " 1 with .heic (train/bee/c.HEIC), 1 with no suffix outside class folders (train/note)\n"
     ) in output
 
 
@@ -133,6 +133,8 @@ def test_training_data_alone_are_indexed(image_root, images):
     assert f"this is a class folder itself: give {root}\n" in output
     with pytest.raises(UserError, match=way_out):
         open_split(config, "val", world)
+    output = images("index", (root / "train").rename(root / "flowers") / "ant", status=2)
+    assert "this is a class folder itself: give the folder that holds train/ant\n" in output
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_training_data_alone_are_indexed(image_root, images):
             ["--splits", "train,val"],
             "neither a folder 'val' nor tar files of this split; make ",
         ),
-        (lambda root: (root / "val" / "bee").rename(root / "val" / "wasp"), [], "'bee' is in tra"),
+        (lambda root: (root / "val" / "bee").rename(root / "val" / "wasp"), [], "in val (1 more d"),
         (
             lambda root: (root / "train" / "bee" / "bee0.jpg").write_text("hello"),
             ["--skip-bad"],

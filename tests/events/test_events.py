@@ -51,7 +51,7 @@ def run(data_root, farm, tmp_path_factory):
         "tracking": {"mlflow": True},
     }
     file = tiny.write_config(folder / "tiny.yaml", data_root, changes)
-    refused(farm(file, "phases.0.timesteps=3"), "timesteps: 3 exceeds the 2 time bins of the data")
+    refused(farm(file, "phases.0.timesteps=3"), "phases.0.timesteps: 3 exceeds the 2 time bins of")
     expect(farm(file))
     return folder / "runs" / "tiny"
 
@@ -225,27 +225,32 @@ def test_replay_needs_windows_of_a_fixed_size(tmp_path, capfd):
         trained.unlink()
 
 
-def test_results_carry_the_name_of_the_split(data_root, run, tmp_path, capfd):
+def test_results_carry_the_split(data_root, run, tmp_path, capfd, caplog, monkeypatch):
     assert [line["data_split"] for line in tiny.metrics(run, "val")] == [SPLIT]
     with sqlite3.connect(run.parent / "mlflow.db") as store:
         assert store.execute("select value from tags where key = 'data_split'").fetchall() == [
             (SPLIT,)
         ]
     result = tmp_path / "result.json"
-    arguments = ["--checkpoint", str(run), "--json", str(result), "--execution", "reference"]
+    monkeypatch.chdir(run.parents[1])
+    arguments = ["--checkpoint", run.name, "--json", str(result), "--execution", "reference"]
     threads = torch.get_num_threads()
     try:
         assert tool("eval").main(arguments) == 0
         assert f"6 samples of val of the split {SPLIT}" in capfd.readouterr().out
+        assert "binned" not in caplog.text
         found = json.loads(result.read_text())
         assert found["data_split"] == SPLIT
         # Numbers of events are accumulates, and so are means of spikes.
         assert found["operations"]["multiply_accumulates"] == 0
+        described = data_root / "dataset.json"
+        described.write_text(described.read_text().replace('"count"', '"occupancy"'))
         assert tool("eval").main([*arguments, "--timesteps", "3"]) == 2
         assert "exceeds the data's 2 time bins" in capfd.readouterr().err
+        assert "binned with --values occupancy, but those of the training with" in caplog.text
 
         # Where the data does not say its split, nothing does.
-        (data_root / "dataset.json").unlink()
+        described.unlink()
         assert tool("eval").main(arguments) == 0
         assert "data_split" not in json.loads(result.read_text())
     finally:

@@ -264,6 +264,7 @@ def test_folders_beside_a_data_root_lead_to_it(source, tmp_path, prebin_dvs):
     dest = tmp_path / "dest"
     for root, words in (
         (dest, f"{dest} holds splits: use {dest}/splits/first-80-percent"),
+        (dest / "splits", f"{dest}/splits holds splits: use {dest}/splits/first-80-percent"),
         (source, f"is not a tensor (.npy): bin recordings first, `python tools/{TOOL} {source}"),
         (dest / "recordings", "class folders (left, right) are in"),
     ):
@@ -329,7 +330,7 @@ def test_labelled_gestures_are_cut_out(tmp_path, prebin_dvs):
     (source / "trials_to_train.txt").write_text("user0.aedat\nuser2.aedat\nuser3.aedat\n")
     (source / "trials_to_test.txt").write_text("user1.aedat\n")
     output = prebin_dvs(source, "--skip-bad")
-    assert "bad: user3.aedat: 2000000 to 3000000 us: it has no events" in output
+    assert "bad: user3.aedat: 2000000 to 3000000 us: it has no events; the file's are" in output
     root = dest / "splits" / "published"
     assert {path for path in contents(root) if path.startswith("val")} == {
         "val/1/user1-0.npy",

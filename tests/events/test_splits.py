@@ -90,7 +90,7 @@ def test_a_published_split_comes_from_the_folders(tmp_path):
     )
     touch(tmp_path, "index/train.npz", "stray.bin")
     listing = list_sources(tmp_path, [".bin"])
-    assert listing.passed_over.suffixes == {".bin": (1, "stray.bin")}
+    assert listing.passed_over.suffixes == {".bin outside class folders": (1, "stray.bin")}
     assert default_split(listing.sources) == "published"
     assert trained(listing.sources, "published") == {
         f"Train/{k}/{i}.bin" for k in "01" for i in "12"
@@ -126,7 +126,9 @@ def test_labelled_recordings_are_cut_and_never_divided(gestures):
     ("text", "words"),
     [
         (None, "its labels are missing: there is no user3_labels.csv"),
-        (f"{LABELS}1,ten,20\n", "damaged: ValueError"),
+        (f"{LABELS}1,ten,20\n", "startTime_usec 'ten' is not a whole number"),
+        (f"{LABELS}box,10,20\n", "user3_labels.csv: class 'box' is not a whole number"),
+        (f"{LABELS[1:]}1,10,20\n", "user3_labels.csv: there is no column class"),
         (f"{LABELS}1,20,10\n", "gesture 0 ends at 10 us, before its start 20"),
     ],
 )
@@ -139,7 +141,14 @@ def test_a_recording_without_good_labels_has_a_problem(gestures, text, words):
     problems = {source.path: source.problem for source in sources if source.problem}
     assert list(problems) == ["user3.aedat"]
     assert words in problems["user3.aedat"]
-    assert len(trained([s for s in sources if not s.problem], "published")) == 14
+    good = [source for source in sources if not source.problem]
+    assert len(trained(good, "published")) == 14
+    with pytest.raises(UserError, match="'all classes', which has 1 recording, whose labelled in"):
+        assign(good[:1], "stratified-9-1", 0)
+    for file in gestures.glob("*_labels.csv"):
+        file.write_text(text or "")
+    with pytest.raises(UserError, match=r"user0_labels.csv: .* more; FILE_labels.csv needs"):
+        list_sources(gestures, [".aedat"])
 
 
 def test_a_recording_that_is_not_there_has_a_problem(gestures):

@@ -240,7 +240,7 @@ def test_data_that_is_not_there(gone, parts, main, tiny_copy, tiny_config, tmp_p
     [
         ({"model.num_classes": 3}, ("model.num_classes", "3", "4 classes")),
         ({"model.arguments": {"channls": [4]}}, ("model.arguments", "channls")),
-        ({"model.arguments": {"channels": [4, 8]}}, ("16x16", "input_size=16")),
+        ({"model.arguments": {"channels": [4, 8]}}, ("data.image_size=", "input_size=16")),
         ({"batch.global": 64, "batch.micro": 2}, ("47 samples, fewer than batch.global, 64",)),
         (
             {"data.image_size": 32, "data.resize": 36, "data.crop": "padded"},

@@ -60,9 +60,10 @@ def _of_the_run(config: RunConfig) -> Iterator[str]:
             f"start_phase: {number} skips the phases before it; set init_checkpoint to the "
             "checkpoint of a run that trained them"
         )
-    most = max(phase.most_timesteps for phase in config.phases)
-    if config.data.images_as_events is not None and most > 8:
-        yield f"phases.*.timesteps: {most} exceeds data.images_as_events' 8 frames; set at most 8"
+    for i, most in enumerate(phase.most_timesteps for phase in config.phases):
+        if config.data.images_as_events is not None and most > 8:
+            key = f"phases.{i}.timesteps"
+            yield f"{key}: {most} exceeds data.images_as_events' 8 frames; set {key}=8 or less"
     for i in dict.fromkeys((0, number)):
         if config.phases[i].optimizer == "continue":
             yield (

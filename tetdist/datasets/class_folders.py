@@ -25,13 +25,13 @@ USUAL_NAMES: dict[Literal["train", "val"], tuple[str, ...]] = {
 
 @dataclass
 class PassedOver:
-    """Ignored files: for each suffix, their number and the first of them."""
+    """Ignored files: for each suffix and place, their number and the first of them."""
 
     suffixes: dict[str, tuple[int, str]] = field(default_factory=dict)
 
-    def add(self, path: str) -> None:
+    def add(self, path: str, place: str = "") -> None:
         """Count a file."""
-        suffix = PurePath(path).suffix.lower() or "no suffix"
+        suffix = (PurePath(path).suffix.lower() or "no suffix") + place
         number, first = self.suffixes.get(suffix, (0, path))
         self.suffixes[suffix] = number + 1, first
 
@@ -106,7 +106,8 @@ def is_held_out(split: str) -> bool:
 
 def root_advice(root: Path, split: str, kind: Kind) -> str | None:
     """Return the advice for a folder that is not a data root, but holds or is a part of one."""
-    made = sorted(str(file.parent) for file in root.glob("splits/*/dataset.json"))
+    files = chain(root.glob("splits/*/dataset.json"), root.glob("*/dataset.json"))
+    made = sorted(str(file.parent) for file in files)
     if made:
         return f"{root} holds splits: use {' or '.join(made)}"
     folders = names_in(root, is_folder)
@@ -119,8 +120,10 @@ def root_advice(root: Path, split: str, kind: Kind) -> str | None:
         suffixes = SUFFIXES[kind]
         return len(names_in(folder, lambda entry: entry.name.lower().endswith(suffixes))) > 0
 
-    if root.absolute().parent.name.lower() in usual and holds_samples(root):
-        return f"this is a class folder itself: give {root.parent.parent}"
+    if not folders and root.name.lower() not in usual and holds_samples(root):
+        is_part = root.absolute().parent.name.lower() in usual
+        above = root.parent.parent if is_part else f"the folder that holds train/{root.name}"
+        return f"this is a class folder itself: give {above}"
     file = next(chain(root.glob("*/*/*.*"), root.glob("*/*.*")), None)
     known = (*SUFFIXES["events"], *SUFFIXES["images"])
     if kind == "events" and file and file.suffix.lower() not in known:
@@ -157,6 +160,6 @@ def first_difference(
     Returns:
         The name, and "in FIRST but not in SECOND", by their ``names``, or vice versa.
     """
-    name = min(set(first) ^ set(second))
+    name, *others = sorted(set(first) ^ set(second))
     has, lacks = names if name in first else reversed(names)
-    return name, f"in {has} but not in {lacks}"
+    return name, f"in {has} but not in {lacks}" + f" ({len(others)} more differ)" * bool(others)

@@ -196,7 +196,7 @@ def _list_folder(
 ) -> Listing:
     found = Listing(kind=kind, split=split, classes=list_classes(root, split, kind))
     for name in names_in(root / split, lambda entry: not is_folder(entry)):
-        found.passed_over.add(f"{split}/{name}")
+        found.passed_over.add(f"{split}/{name}", " outside class folders")
     for label, name in enumerate(found.classes):
         folder = root / split / name
         # The time is read first: a file added after it must make the index outdated.

@@ -36,13 +36,13 @@ def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
         val = open_split(config, "val", world)
     if train.classes != val.classes:
         raise UserError(f"train/ and val/ of {config.data.root} must have the same classes")
-    most = max(phase.most_timesteps for phase in config.phases)
     frames = train.frames(config.data)
-    if frames is not None and most > frames[0]:
-        raise UserError(
-            f"phases.*.timesteps: {most} exceeds the {frames[0]} time bins of the data in "
-            f"{config.data.root}; set at most {frames[0]}"
-        )
+    for number, most in enumerate(phase.most_timesteps for phase in config.phases):
+        if frames is not None and most > frames[0]:
+            raise UserError(
+                f"phases.{number}.timesteps: {most} exceeds the {frames[0]} time bins of the data "
+                f"in {config.data.root}; set phases.{number}.timesteps={frames[0]} or less"
+            )
     check_augmentation(config, train)
     wanted = config.model.num_classes
     if wanted is not None and wanted < len(train.classes):
@@ -115,9 +115,10 @@ def make_model(
         frames, size = (model.timesteps, *frames[1:]), frames[2]
     input_size = getattr(model, "input_size", None)
     if input_size not in (None, size):
+        other = "bin with --size " if config.data.kind == "events" else "set data.image_size="
         raise UserError(
             f"{section.name} is built for {input_size}x{input_size} pixels and the data has "
-            f"{size}x{size}; set model.arguments.input_size={size}"
+            f"{size}x{size}; {other}{input_size}, or train with model.arguments.input_size={size}"
         )
     if load is not None:
         model.to(parameter_type(config.precision))

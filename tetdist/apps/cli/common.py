@@ -13,7 +13,7 @@ from tetdist.wording import are, counted
 
 # Help of an argument that names a trained network.
 CHECKPOINT = (
-    "run folder (its last checkpoint), checkpoint or export folder, .safetensors file, "
+    "run folder or name (last checkpoint), checkpoint or export folder, .safetensors file, "
     "hf:ORG/NAME[@REVISION] of the Hugging Face hub, or tetdist:NAME (`tetdist list` names them)"
 )
 # Errors that the user can fix; any other exception is a bug and keeps its traceback.
@@ -109,10 +109,12 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     none = argparse.SUPPRESS
 
     def path(text: str) -> Path | str:
-        return text if text is none else Path(text)
+        in_runs = Path("runs", text)
+        named = in_runs.is_dir() and not Path(text).exists()
+        return text if text is none else in_runs if named else Path(text)
 
     add("checkpoint", nargs="?", metavar=form, type=path, default=none, help=CHECKPOINT)
-    add("--checkpoint", metavar=form, type=Path, help="the same as RUN_OR_FILE")
+    add("--checkpoint", metavar=form, type=path, help="the same as RUN_OR_FILE")
 
 
 def add_local_rank(parser: argparse.ArgumentParser) -> None:

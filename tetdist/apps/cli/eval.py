@@ -240,6 +240,9 @@ def opened(options: argparse.Namespace, world: "World") -> "Opened":
         )
     known = config.model.num_classes
     index = evaluated.with_classes_of_model(split, description.classes, known, source)
+    binning, root = description.binning, config.data.root
+    if binning and world.rank == 0 and (warning := evaluated.other_binning(binning, root)):
+        logging.warning(warning)
     wanted = evaluated.timesteps(options.timesteps, config, description.timesteps, index)
     return evaluated.Opened(weights, description, config, index, split.classes, wanted, constants)
 

@@ -3,14 +3,14 @@
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tetdist.datasets.class_folders import USUAL_NAMES, PassedOver
 from tetdist.errors import UserError
-from tetdist.wording import counted
+from tetdist.wording import and_more, counted
 
 Part = Literal["train", "val"]
 
@@ -21,6 +21,7 @@ _PARTS: dict[str, Part] = {
     "n-cars_test": "val",
 }
 _LABELS = "_labels.csv"
+_COLUMNS = ("class", "startTime_usec", "endTime_usec")
 _TRIALS: dict[Part, str] = {"train": "trials_to_train.txt", "val": "trials_to_test.txt"}
 
 
@@ -109,7 +110,7 @@ def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
             sources = _classes(root, root, suffixes, None, passed_over)
     _check(root, sources, loose, suffixes)
     for file in loose:
-        passed_over.add(file.name)
+        passed_over.add(file.name, " outside class folders")
     return Listing(tuple(sources), passed_over)
 
 
@@ -166,8 +167,8 @@ def _labelled(root: Path, files: list[Path]) -> list[Source]:
         else:
             try:
                 pieces = _read_labels(labels, file.stem)
-            except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-                problem = f"{labels.name} is damaged: {error!r}"
+            except (OSError, ValueError, csv.Error) as error:
+                problem = f"{labels.name}: {error}"
         if parts and file.name not in parts and problem is None:
             problem = f"it is neither in {' nor in '.join(_TRIALS.values())}"
         sources.append(Source(file.name, pieces, parts.get(file.name), problem))
@@ -196,13 +197,21 @@ def _read_labels(file: Path, stem: str) -> tuple[Piece, ...]:
     pieces = []
     with file.open(newline="", encoding="utf-8") as stream:
         for number, row in enumerate(csv.DictReader(stream)):
-            start, end = int(row["startTime_usec"]), int(row["endTime_usec"])
+            number_of, start, end = (_whole(row, column) for column in _COLUMNS)
             if start >= end:
                 raise ValueError(f"gesture {number} ends at {end} us, before its start {start}")
-            pieces.append(Piece(str(int(row["class"])), f"{stem}-{number}", (start, end)))
+            pieces.append(Piece(str(number_of), f"{stem}-{number}", (start, end)))
     if not pieces:
         raise ValueError("it has no rows")
     return tuple(pieces)
+
+
+def _whole(row: dict[str, str], column: str) -> int:
+    if column not in row:
+        raise ValueError(f"there is no column {column}")
+    if not re.fullmatch(r"\s*-?\d+\s*", row[column] or ""):
+        raise ValueError(f"{column} {row[column]!r} is not a whole number")
+    return int(row[column])
 
 
 def _listed_parts(root: Path) -> dict[str, Part]:
@@ -219,10 +228,13 @@ def _listed_parts(root: Path) -> dict[str, Part]:
 
 
 def _check(
-    root: Path, sources: Iterable[Source], loose: list[Path], suffixes: Sequence[str]
+    root: Path, sources: Sequence[Source], loose: list[Path], suffixes: Sequence[str]
 ) -> None:
     pieces = [piece for source in sources for piece in source.pieces]
     if not pieces:
+        if problems := [f"{one.path}: {one.problem}" for one in sources if one.problem]:
+            wanted = f"FILE{_LABELS} needs whole numbers in the columns {', '.join(_COLUMNS)}"
+            raise UserError(f"{root}: {problems[0]}{and_more(problems)}; {wanted}")
         found = f"no recordings ({', '.join(suffixes)})"
         if loose:
             found = f"{counted(len(loose), 'recording')}, not in class folders"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from tetdist.apps.events.folders import Part, Source
 from tetdist.errors import UserError
 from tetdist.order import permutation
+from tetdist.wording import counted
 
 # Percent of each class in the training part: the first ones, in the order of numbers.
 _FIRST = {"first-90-percent": 90, "first-80-percent": 80, "first-70-percent": 70}
@@ -19,6 +20,7 @@ _FIRST = {"first-90-percent": 90, "first-80-percent": 80, "first-70-percent": 70
 _BY_LETTERS = "first-90-percent-by-letters"
 # Numbers 0 to 99 of each class are the test part, the others the training part.
 _HUNDRED = "0-99-test"
+_MIXED = "all classes"
 _STRATIFIED = "stratified-9-1"
 PUBLISHED = "published"
 # New recordings, for evaluating a network that was trained on others.
@@ -75,9 +77,11 @@ def assign(sources: Sequence[Source], name: str, seed: int) -> dict[str, Part]:
     for number, (stratum, members) in enumerate(_strata(sources).items()):
         train = _training_members(members, name, seed, number)
         if not 0 < len(train) < len(members):
+            together = ", whose labelled intervals stay together" * (stratum == _MIXED)
             raise UserError(
                 f"the split {name!r} leaves nothing to {'test' if train else 'train'} of"
-                f" {stratum!r}, which has {len(members)} recordings; choose another with --split"
+                f" {stratum!r}, which has {counted(len(members), 'recording')}{together}; choose "
+                "another with --split"
             )
         for source in members:
             parts[source.path] = "train" if source.path in train else "val"
@@ -90,7 +94,7 @@ def _strata(sources: Sequence[Source]) -> dict[str, list[Source]]:
     for source in sources:
         classes = {piece.class_name for piece in source.pieces}
         if classes:
-            strata[classes.pop() if len(classes) == 1 else "all classes"].append(source)
+            strata[classes.pop() if len(classes) == 1 else _MIXED].append(source)
     return dict(sorted(strata.items()))
 
 

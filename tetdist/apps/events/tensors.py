@@ -316,7 +316,8 @@ def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list
         try:
             part = events if piece.window is None else events.between(*piece.window)
             if not len(part):
-                raise BadRecording("it has no events")
+                times = "{} to {} us".format(*events.t[[0, -1]])
+                raise BadRecording(f"it has no events; the file's are from {times}")
             frames = bin_events(part, settings.binning)
         except MemoryError as error:
             shape = settings.binning.timesteps, settings.binning.size or events.sensor

@@ -13,7 +13,7 @@ from tetdist.config.messages import checked
 from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
 from tetdist.datasets.index import Index, index_file
-from tetdist.datasets.recorded_split import recorded_split
+from tetdist.datasets.recorded_split import binning, recorded_split
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.evaluation.energy import EnergySection
@@ -112,6 +112,19 @@ def open_evaluated(config: RunConfig, split: str | None, world: World, *, own_da
         )
     held = open_data(config, world)[1]
     return dataclasses.replace(held, split=evaluated_split(config) or held.split)
+
+
+def other_binning(trained: Mapping[str, Any], root: str) -> str | None:
+    """Return a warning if the data's events were binned otherwise than the training's."""
+    data = binning(root) or trained
+    was, now = (dict(one, size=one.get("size") or one.get("sensor")) for one in (trained, data))
+    keys = ["values", "bins", "resize", "size"]
+    if was.get("bins") in ("count", "time"):  # windows of a fixed size do not depend on T
+        keys.append("timesteps")
+    differ = [key for key in keys if was.get(key) != now.get(key)]
+    ours, theirs = (" ".join(f"--{key} {one.get(key)}" for key in differ) for one in (now, was))
+    why = f"with {ours}, but those of the training with {theirs}: the accuracy may be far too low"
+    return f"the events of {root} were binned {why}; bin as for the training" if differ else None
 
 
 def with_classes_of_model(
