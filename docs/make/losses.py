@@ -74,14 +74,15 @@ at T=1 and end with all at T.
 
 ## Differences
 
+The number after an interval is the minimum detectable effect (80 % power, without correction).
+
 {differences}
 
 Differences are paired by seed, with 95 % intervals of the paired t-test. *Exit* is the difference
 of mean timesteps at equal accuracy: that of the less accurate one of a pair at T, less {within}
 points, so fewer is better. *Loss* is the cross-entropy of the time-mean at T, on test data. Holm's
-method corrects p for all {number} p values of this table; bold: significant after it. The number
-after an interval is the minimum detectable effect (80 % power, without correction). In italics are
-earlier studies of three seeds, in which `tet_of_means` has no regulariser; they are not in the
+method corrects p for all {number} p values of this table; bold: significant after it. In italics
+are earlier studies of three seeds, in which `tet_of_means` has no regulariser; they are not in the
 correction: [transformers_long](transformers_long.md) (30 epochs),
 [any_t_cifar10](any_t_cifar10.md), [any_t_nmnist](any_t_nmnist.md), [any_t_days](any_t_days.md).
 
@@ -179,9 +180,10 @@ class Compared:
             return ""
         digits = 3 if key == "loss" else 2
         low, high = (f"{value:+.{digits}f}" for value in (one.low, one.high))
-        text = f"{one.mean:+.{digits}f} [{low}, {high}]"
+        # Their spaces do not break, or else a narrow column has four lines a row.
+        text = f"{one.mean:+.{digits}f} [{low},&nbsp;{high}]"
         text = f"**{text}**" if self.is_significant(key) else text
-        return f"{text}; {detectable(one):.{digits}f}"
+        return f"{text};&nbsp;{detectable(one):.{digits}f}"
 
 
 def compared(data: str, numbers: Numbers) -> list[Compared]:

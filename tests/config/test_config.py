@@ -11,7 +11,6 @@ import pytest
 import tiny
 import yaml
 
-from tetdist import models
 from tetdist.apps.cli import train
 from tetdist.config import loading as configuration
 from tetdist.config.documentation import documented_keys
@@ -60,13 +59,17 @@ MISTAKEN = {
     "model.neuron={decai: 0.5}": "'model.neuron.decai'; did you mean 'model.neuron.decay'?",
     "weight_decay=0.1": "did you mean 'phases.0.optimizer.weight_decay'?",
     "timesteps=3": "unknown key; did you mean 'model.neuron.timesteps' or",
+    "learning_rate=3": "unknown key; set phases.0.optimizer.lr",
+    "T=3": "unknown key; set phases.0.timesteps",
     "lr=3": "did you mean 'phases.0.optimizer.lr'?",
     "neuron.decay=0.2": "did you mean 'model.neuron'?",
     "model=sew_resnet18": "set model.name, for instance",
     "batch=64": "set batch.global, for instance",
     "phases.0.optimizer=adamw": "not the value 'adamw'; set phases.0.optimizer.kind, for instance",
     # Types.
-    "seed=one": "seed=one: input should be a valid integer",
+    "seed=1.5": "seed=1.5 must be a whole number >= 0 and < 9223372036854775808",
+    "loss.lambda=abc": "loss.lambda=abc must be a number >= 0 and <= 1",
+    "phases.0.optimizer.lr=abc": "phases.0.optimizer.lr=abc must be a number > 0",
     "model.neuron={detach_reset: 'false'}": "'model.neuron.detach_reset'",
     "phases=3": "'phases' is a list",
     "data.mean=0.5": "data.mean=0.5 must be a list in brackets",
@@ -208,7 +211,7 @@ def test_mistakes_of_the_file_and_of_an_override_are_distinguished(tiny_config):
     file = str(tiny_config({"sede": 1}))
     other, own = refusal(lambda: load(file, ["log_every=x"])).split(f"; {file}: ")
     assert own == "unknown key 'sede'; did you mean 'seed'?"
-    assert other == "log_every=x: input should be a valid integer"
+    assert other == "log_every=x must be a whole number > 0 and <= 1000000000"
 
 
 def test_no_such_config(tmp_path):
@@ -407,6 +410,7 @@ def test_every_key_is_printed_and_explained():
     ("arguments", "expected"),
     [
         (["quickstart.yaml"], "--config is missing; write --config quickstart.yaml"),
+        (["--config", "a", "--config", "b"], "--config is given twice, as a and as b; leave out"),
         (["--pint-config"], "did you mean --print-config?"),
         (["--batch-size", "3"], "have no --; set batch.global"),
         (["--epocs", "3"], "have no --; did you mean phases.0.epochs=VALUE?"),
@@ -419,7 +423,7 @@ def test_mistaken_flags_are_one_line(arguments, expected, capsys):
     assert (expected in error, error.count("\n")) == (True, 1), error
 
 
-def test_some_keys_are_explained(capsys):
+def test_some_keys_are_explained(capsys, monkeypatch):
     assert train.main(["--explain", "batch", "phases.0.epochs"]) == 0
     explained = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert explained == ["batch.global", "batch.micro", "batch.eval", "phases.N.epochs"]
@@ -431,8 +435,14 @@ def test_some_keys_are_explained(capsys):
     )
     output = capsys.readouterr().out
     assert all(one in output for one in of_kinds)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert train.main(["--explain", "model.neuron.decay"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (max(map(len, lines)) <= 60, " ".join(map(str.strip, lines))) == (True, output.strip())
     for word, answer in {
         "bach": "no key 'bach'; did you mean 'batch'?",
+        "learning_rate": "no key 'learning_rate'; set phases.N.optimizer.lr (",
         "los.kind": "did you mean 'loss.kind'?",
         "phases.timesteps": "no key 'phases.timesteps'; did you mean 'phases.N.timesteps'?",
     }.items():
@@ -446,7 +456,7 @@ def test_every_key_is_explained_with_what_it_takes(capsys):
     assert explained.keys() == documented_keys().keys()
     for key, takes in {
         "seed": "[whole number >= 0 and < 9223372036854775808; default 0]",
-        "model.name": f"[{models.names()[0]} | ",
+        "model.name": "[text; required] Name of the network: one of `tetdist list networks`, ",
         "model.num_classes": "[whole number > 1 or null; default null]",
         "model.neuron.kind": f"[{' | '.join(NEURONS)}; default: the network's own]",
         "model.neuron.surrogate": "[triangle | atan | sigmoid | rectangle; default triangle]",

@@ -390,8 +390,7 @@ def test_weights_of_somebody_else_ask_for_the_data(run, broken, tmp_path, monkey
     assert export.main([str(run), "--format", "safetensors", "--output", str(file)]) == 0
     monkeypatch.chdir(tmp_path)
     message = broken("--checkpoint", file)
-    assert "there is no folder data; " in message
-    assert "eval.py: --data FOLDER" in message
+    assert "there is no folder data; give --data FOLDER" in message
     (tmp_path / "data").mkdir()
     message = broken("--checkpoint", file)
     assert "there is no index data/index/val.npz; make it with" in message

@@ -160,11 +160,11 @@ def test_snapshot_holds_what_is_not_committed(tmp_path):
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "first")
+    (project / "tetdist" / "b.py").write_text("B = 1\n")
     clean = snapshot.take(tmp_path / "clean", project)
     assert (clean["commit"], clean["changed"]) == (git("rev-parse", "HEAD").strip(), False)
 
     (project / "tetdist" / "a.py").write_text("A = 2\n")
-    (project / "tetdist" / "b.py").write_text("B = 1\n")
     taken = snapshot.take(target, project)
     assert (target / "tetdist" / "a.py").read_text() == "A = 2\n"
     assert (target / "tetdist" / "b.py").exists()

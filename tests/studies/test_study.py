@@ -410,6 +410,7 @@ OWN_TEACHER = {"teacher": "sdt", "overrides": TIMM}
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"phases": [], "model": {}}, ("study.yaml is a configuration, not a study; train it",)),
         ({"sedes": [0]}, ("unknown key 'sedes'", "'seeds'")),
         ({"title": ...}, ("'title' is missing",)),
         ({"seeds": [1, 1]}, ("seeds: [1, 1] has a duplicate",)),
@@ -484,4 +485,5 @@ def test_a_folder_of_another_study_is_left_alone(output_of, write, tmp_path):
     (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
     printed = output_of("study", write(), "--output", tmp_path / "out", status=2)
     assert "sdt-seed0 holds a run of another configuration: loss.phi is 1.0 and was 2.0" in printed
+    assert "remove the folders of all runs that differ" in printed
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]

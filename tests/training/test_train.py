@@ -223,7 +223,7 @@ def test_read_only_place(main, tiny_config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("gone", "parts"),
     [
-        ("", ("data.root: there is no folder", "; set data.root=FOLDER (tools/eval.py: --data")),
+        ("", ("data.root: there is no folder", "; set data.root=FOLDER\n")),
         ("index", ("train.npz", "python tools/images.py index")),
         ("index/val.npz", ("val.npz", "python tools/images.py index")),
         ("val/up", ("val/up", "index the data again")),

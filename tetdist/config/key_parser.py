@@ -21,9 +21,18 @@ class KeyParser(Parser):
             return f"keys of the configuration have no --; {near}"
         return super().meant(flag)
 
+    def add_config(self) -> None:
+        """Add ``--config``, which `require_config` checks."""
+        given = "YAML file, or its name in configs/"
+        self.add_argument("--config", metavar="NAME", action="append", help=given)
+
     def require_config(self, options: Namespace) -> None:
-        """Exit unless a configuration is given; a file's name without its flag is a mistake."""
+        """Exit unless one configuration is given; a file's name without its flag is a mistake."""
         if not options.config:
             name = next((one for one in options.overrides if "=" not in one), None)
             hint = f"write --config {name}" if name else "give a YAML file, or its name in configs/"
             self.error(f"--config is missing; {hint}")
+        if len(options.config) > 1:
+            given = " and as ".join(options.config)
+            self.error(f"--config is given twice, as {given}; leave out one")
+        (options.config,) = options.config

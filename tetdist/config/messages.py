@@ -17,7 +17,12 @@ from tetdist.errors import UserError
 Kind = TypeVar("Kind", bound=Section)
 
 # Other projects' names, and the key to set instead.
-_ELSEWHERE = {"batch_size": "set batch.global", "tau": "set model.neuron.decay to 1 - 1/tau"}
+_ELSEWHERE = {
+    "T": "set phases.0.timesteps",
+    "batch_size": "set batch.global",
+    "learning_rate": "set phases.0.optimizer.lr",
+    "tau": "set model.neuron.decay to 1 - 1/tau",
+}
 
 _MESSAGES = {
     "greater_than": "must be above {gt}",
@@ -137,10 +142,11 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
     if (text := _MESSAGES.get(error["type"])) is not None:
         context = error.get("ctx", {}).items()
         message = text.format(**{k: f"{v:g}" if isinstance(v, float) else v for k, v in context})
-        if text.startswith("must") and is_named:
-            return f"{override} {message}"
+    elif error["type"] in ("int_type", "float_type"):
+        documented = documented_keys(root).get(re.sub(r"\.\d+\.", ".N.", dotted))
+        message = f"must be a {documented.takes}" if documented else message
     if is_named:
-        return message
+        return f"{override} {message}" if message.startswith("must") else message
     shown = "" if isinstance(given, dict) else f", not {given!r}"
     return f"{dotted!r}: {message}{shown}"
 

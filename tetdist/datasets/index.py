@@ -174,7 +174,7 @@ def find_index(data: "DataSection", split: str, made_by: str = "") -> Path:
     """
     root = Path(data.root)
     if not root.is_dir():
-        near = f"set data.root=FOLDER ({typed('eval').removeprefix('python ')}: --data FOLDER)"
+        near = "set data.root=FOLDER"
         near = f"make it with `{made_by}`, or {near}" if made_by else meant_path(root, near)
         raise UserError(f"data.root: there is no folder {root}; {near}")
     file = index_file(data.index_dir, split)

@@ -4,7 +4,9 @@ import argparse
 import logging
 import os
 import re
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         f"  {typed('train')} --config quickstart.yaml seed=1 name=second",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="NAME", help="YAML file, or its name in configs/")
+    parser.add_config()
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -116,9 +118,11 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
                 raise UserError(
                     f"--explain: there is no key {key!r}; {near} (--explain alone lists all keys)"
                 )
+        # A pipe gets a line for each key, for grep.
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
         for key, documented in known.items():
             if any(_is_of(key, word) for word in wanted):
-                print(f"{key:32} {documented}")
+                print(textwrap.fill(f"{key} {documented}", width, subsequent_indent=" " * 4))
         return None
     # Several processes check the data later, together, since each host may have its own.
     needs_data = not options.print_config and "RANK" not in os.environ

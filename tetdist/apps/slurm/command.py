@@ -52,7 +52,7 @@ def _submit_parser() -> KeyParser:
         epilog="Other commands: status [RUN], cancel RUN, resume RUN (each with --help). Settings "
         "of the cluster may be stored in ~/.config/tetdist/cluster.yaml; see docs/slurm.md.",
     )
-    parser.add_argument("--config", metavar="NAME", help="YAML file, or its name in configs/")
+    parser.add_config()
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="override a key of the configuration"
     )

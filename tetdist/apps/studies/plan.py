@@ -180,7 +180,11 @@ class Command:
 
 def read(path: Path) -> StudySection:
     """Read a study file."""
-    study = checked(StudySection, read_yaml(path), str(path))
+    raw = read_yaml(path)
+    if "phases" in raw or "base" in raw:
+        command = typed("train", "--config", path)
+        raise UserError(f"{path} is a configuration, not a study; train it with `{command}`")
+    study = checked(StudySection, raw, str(path))
     if len(set(study.seeds)) < len(study.seeds):
         raise UserError(f"{path}: seeds: {list(study.seeds)} has a duplicate; remove it")
     if list(study.test_timesteps) != sorted(set(study.test_timesteps)):
@@ -368,7 +372,7 @@ def check_folder(run: StudyRun) -> None:
     if changed:
         raise UserError(
             f"{run.folder} holds a run of another configuration: {'; '.join(changed)}. Give "
-            "another --output, or remove that folder"
+            "another --output, or remove the folders of all runs that differ"
         )
 
 

@@ -102,6 +102,8 @@ def open_evaluated(config: RunConfig, split: str | None, world: World, *, own_da
         own_data: The data are the training's, so that its held-out samples are known.
     """
     data = config.data
+    if not Path(data.root).is_dir():
+        raise UserError(f"data.root: there is no folder {data.root}; give --data FOLDER")
     indexed = [one for one in ("train", "val") if index_file(data.index_dir, one).is_file()]
     if split is not None or indexed != ["train"] or Path(data.root, "val").is_dir():
         return open_split(config, split or "val", world)

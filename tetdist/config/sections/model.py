@@ -83,18 +83,9 @@ def network_neuron(model: Mapping[str, Any]) -> NeuronConfig:
     return models.default_neuron(name)
 
 
-def _networks() -> Sequence[str]:
-    """Return the names of networks; without imports of the user's, no network is imported."""
-    if plugins.PACKAGE not in sys.modules:
-        return names.NETWORKS
-    from tetdist import models
-
-    return models.names()
-
-
 class ModelSection(Section):
-    name: Annotated[str, OneOf(_networks)]
-    """Name of the network, as registered with timm; see imports for your own."""
+    name: str
+    """Name of the network: one of `tetdist list networks`, or of your own (see imports)."""
     num_classes: Annotated[int, Field(gt=1)] | None = None
     """Number of classes; null: the number of the data set's classes."""
     neuron: Neuron
@@ -122,7 +113,11 @@ class ModelSection(Section):
 
     @pydantic.model_validator(mode="after")
     def _refuse_what_the_network_lacks(self, info: ValidationInfo) -> Self:
-        known = _networks()
+        known: Sequence[str] = names.NETWORKS
+        if plugins.PACKAGE in sys.modules:  # else no network needs to be imported
+            from tetdist import models
+
+            known = models.names()
         if self.name not in known:
             raise ValueError(
                 f"name: {self.name!r} is not a spiking model; {meant(self.name, known)} (for your "
