@@ -102,6 +102,7 @@ def test_whole_numbers_are_evaluated_beside_real_ones(
     logits, labels = plain_logits(run, tiny_root, network=convert(load(run), 3))
     top1 = 100 * (logits.mean(0).argmax(1) == labels).float().mean().item()
     assert whole["top1"] == pytest.approx(top1, abs=100.1 / NUM_SAMPLES)
+    assert "--int8 counts neither operations nor spikes" in out
     changed = whole["real_numbers"]["changed"]
     assert NUM_SAMPLES / 4 > changed >= abs(whole["top1"] - real["top1"]) * NUM_SAMPLES / 100 - 0.1
     assert f"top-1 {real['top1']:.2f} %; different decisions: {changed} of {NUM_SAMPLES}" in out
@@ -222,7 +223,7 @@ def test_report(run, evaluate, tmp_path):
 
 
 def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
-    main, tiny_root, tiny_config, evaluate, broken, run, tmp_path, monkeypatch
+    main, tiny_root, tiny_config, evaluate, broken, run, tmp_path, monkeypatch, caplog
 ):
     held = 4 * 3  # a quarter of the 11 or 12 training samples of each class
     expect(main(tiny_config({"data.held_out": 0.25, "phases.0.timesteps": 3})))
@@ -276,6 +277,9 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
     assert f"changes at most 0 % of the decisions on {NUM_SAMPLES} unlabelled samples" in out
     chosen = json.loads(file.read_text())["chosen_exit"]
     assert chosen["chosen_on"] == {"samples": NUM_SAMPLES, "top1": None}
+    assert "--exit-on" not in caplog.text
+    evaluate("--checkpoint", run, "--exit-within", 0, "--exit-on", tiny_root / "val")
+    assert "--exit-on is the evaluated split" in caplog.text
     # These are the evaluated samples, so none of their decisions changes.
     assert chosen["top1"] == json.loads(file.read_text())["top1"]
     page = tmp_path / "page.html"
@@ -289,6 +293,10 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         (("--checkpoint", run, "--exit-within", "1"), "train with data.held_out=0.1"),
         (("--checkpoint", run, "--measured"), "--measured needs the early exit of --exit-within"),
         (("--checkpoint", run, "--exit-on", "x"), "add --exit-within POINTS"),
+        (
+            ("--checkpoint", run, "--exit-within", "1", "--exit-on", tiny_root),
+            f"--exit-on: give ROOT/SPLIT, such as {tiny_root / 'val'}, not {tiny_root}",
+        ),
         (("--checkpoint", trained, "--exit-within", "1", *elsewhere), "which needs none of them"),
     ):
         assert message in broken(*arguments)
@@ -350,7 +358,7 @@ def test_what_would_fail_after_the_evaluation_fails_before(run, broken, tmp_path
     none = ("--checkpoint", tmp_path / "none", "--json", kept)
     assert "none; give a run folder or" in broken(*none)
     monkeypatch.chdir(run.parents[1])
-    assert f"did you mean runs/{run.name}?" in broken("--checkpoint", run.name)
+    assert f"did you mean runs/{run.name}?" in broken("--checkpoint", f"{run.name}x")
     assert kept.read_text() == "earlier"
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
 
@@ -428,7 +436,7 @@ def test_some_of_the_classes_are_found_by_their_names_and_reported_as_a_subset(
     assert "has no indexed val split, only Test, which" in message
 
 
-def test_bad_data(run, tiny_copy, broken, tmp_path):
+def test_bad_data(run, tiny_copy, broken, tmp_path, event_root):
     from tetdist.datasets import index
 
     def problem(*options: object) -> str:
@@ -437,6 +445,9 @@ def test_bad_data(run, tiny_copy, broken, tmp_path):
     none = tmp_path / "none"
     message = broken("--checkpoint", run, "--data", none)
     assert f"--data: {none} does not exist; give the data folder" in message
+    index.index_splits(event_root(), kind="events")
+    message = broken("--checkpoint", run, "--data", tmp_path / "events")
+    assert "holds events, but the network was trained on images; give --data a folder of" in message
     assert "has no indexed test split, only train, val, which" in problem("--split", "test")
     (tiny_copy / "val/up").rename(tiny_copy / "val/top")
     assert "val/" in problem()

@@ -164,6 +164,7 @@ def test_late_frames_are_counted_and_ctrl_c_ends_with_a_summary(
         (["other.dat"], f"is outside the {DEFAULT_SENSOR} sensor, as are "),
         (["it.npz", "--output", "it.png"], "--output: it.png has another suffix than .gif"),
         (["it.npz", "--output", "/proc/it.gif"], "/proc/it.gif cannot be written ("),
+        (["it.npz", "--output", "nosuch/it.gif"], "nosuch/it.gif cannot be written (No such file"),
         (["it.npz", "--best"], "best is damaged"),
     ],
 )

@@ -485,3 +485,7 @@ def test_what_exists_is_not_replaced(output_of, tmp_path, kind):
         "export", file, "--format", kind, "--output", tmp_path / f"new.{kind}", status=2
     )
     assert "is a checkpoint; choose another folder" in printed
+    missing = tmp_path / "mistyped" / f"new.{kind}"
+    printed = output_of("export", file, "--format", kind, "--output", missing, status=2)
+    assert f"there is no folder {missing.parent}; correct it, or make it" in printed
+    assert not missing.parent.exists()

@@ -61,9 +61,12 @@ def fail(error: Exception, prefix: str = "") -> int:
 
 
 def check_new_weights(output: Path) -> None:
-    """Refuse to overwrite weights or to write into a checkpoint, which would damage it."""
+    """Refuse to overwrite weights, to make the folder that a mistyped path names, or to write into
+    a checkpoint, which would damage it."""
     if output.exists():
         raise UserError(f"{output} exists; choose another --output, or remove it first")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output: there is no folder {output.parent}; correct it, or make it")
     if (output.parent / "manifest.json").exists():  # checkpoint.MANIFEST_FILE, without torch
         raise UserError(f"--output: {output.parent} is a checkpoint; choose another folder")
 

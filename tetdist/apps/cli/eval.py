@@ -180,10 +180,17 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
 
 def check_places(options: argparse.Namespace) -> None:
     """Refuse missing files and unwritable results; torch is not imported yet."""
-    for flag, folder in (("--data", options.data), ("--exit-on", options.exit_on)):
+    for flag, folder, wanted in (
+        ("--data", options.data, "the data folder"),
+        ("--exit-on", options.exit_on, "ROOT/SPLIT"),
+    ):
         if folder is not None and not Path(folder).is_dir():
             problem = "is a file" if Path(folder).exists() else "does not exist"
-            raise UserError(f"{flag}: {folder} {problem}; give the data folder")
+            raise UserError(f"{flag}: {folder} {problem}; give {wanted}")
+    if (root := options.exit_on) and (root / "index").is_dir():
+        own = root.absolute().parent / "index" / f"{root.name}.npz"
+        if not own.is_file():  # the split's name is missing
+            raise UserError(f"--exit-on: give ROOT/SPLIT, such as {root / 'val'}, not {root}")
     for flag, result in (("--json", options.json), ("--report", options.report)):
         if result:
             files.check_writable(flag, result)
@@ -238,6 +245,9 @@ def opened(options: argparse.Namespace, world: "World") -> "Opened":
             f"--int8 needs frames of event counts (uint8), and the data are {split.dtype}; leave "
             "it out"
         )
+    evaluated_on = Path(config.data.root, split.split)
+    if world.rank == 0 and options.exit_on and options.exit_on.resolve() == evaluated_on.resolve():
+        logging.warning("--exit-on is the evaluated split, where its threshold looks too good")
     known = config.model.num_classes
     index = evaluated.with_classes_of_model(split, description.classes, known, source)
     binning, root = description.binning, config.data.root

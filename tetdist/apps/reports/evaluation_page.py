@@ -200,8 +200,10 @@ def _counts(found: EvaluationResults) -> Section:
             if several
             else "nothing to unroll: the spikes that layers receive are already 0 or 1"
         )
-    if operations is None:
-        sentences.append("operations are only counted for tetdist's own networks, without --int8")
+    if "real_numbers" in found:
+        sentences.append("--int8 counts neither operations nor spikes")
+    elif operations is None:
+        sentences.append("operations are only counted for tetdist's own networks")
     else:
         sentences.append(
             f"{operations['accumulates']:,.0f} accumulates and "
@@ -209,8 +211,8 @@ def _counts(found: EvaluationResults) -> Section:
             f"T = {found['timesteps']}; the ReLU network with the same synapses: "
             f"{operations['relu_multiply_accumulates']:,.0f} multiply-accumulates"
         )
-    if not rates:
-        sentences.append("no firing rates: the network has no spiking neurons, or runs with --int8")
+    if not rates and "real_numbers" not in found:
+        sentences.append("no firing rates: the network has no spiking neurons")
     rate = f"firing rate over {counted(found['timesteps'], 'timestep')}"
     table = [["layer", rate], *([layer, f"{rates[layer]:.4f}"] for layer in rates)]
     panels, layers = [], operations["layers"] if operations else {}

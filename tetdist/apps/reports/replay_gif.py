@@ -39,7 +39,6 @@ class ReplayGif:
         if path.suffix.lower() != ".gif":
             raise UserError(f"--output: {path} has another suffix than .gif; rename it")
         with explaining(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=path.parent).close()
         self._path, self._classes = path, classes
         self._frames: list[_Drawn] = []

@@ -209,6 +209,11 @@ def _submit(options: argparse.Namespace) -> None:
 
     if options.dry_run:
         print(submit.dry_run(run, found, options.after, with_config=options.print_config))
+        for name in options.after:
+            try:
+                status.find(name)
+            except UserError as error:  # perhaps a run that will be submitted before this one
+                print(f"\nThe submission would be refused: --after: {error}")
         return
     after = [needed for name in options.after for needed in status.find(name)]
     submit.refuse_if_finished(run)
