@@ -422,7 +422,7 @@ def test_programs_are_the_network(network, neuron, forms, output_of, tmp_path):
     prepared = "minus [0.5, 0.5, 0.5], divided by [0.229, 0.224, 0.225]"
     prepared = {
         "events": "event frames, (B, T, 2, H, W)",
-        "i2e": "event frames, (B, 8, 2, H, W): I2E's, with a ratio of 0.07",
+        "i2e": "`frames(as_events(images, 0.07, None)).float()` of tetdist",
     }.get(network, prepared)
     for form in forms:
         with torch.no_grad():
