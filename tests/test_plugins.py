@@ -16,6 +16,7 @@ from tiny import expect, refused
 from tetdist import plugins
 from tetdist.apps.cli import eval as evaluation
 from tetdist.apps.cli import export as exporting
+from tetdist.apps.cli import train
 from tetdist.errors import UserError
 from tetdist.plugins import import_files
 from tetdist.storage.checkpoint import load_model_file, write_model_file
@@ -136,12 +137,17 @@ def test_a_changed_file_is_named(main, write, tmp_path):
     refused(more, "more.py was not imported")
 
 
-def test_import_on_the_command_line(main, tiny_config, tmp_path):
+def test_import_on_the_command_line(main, tiny_config, tmp_path, capfd):
     (tmp_path / "my_loss.py").write_text(FILES["my_loss.py"])
     file = tiny_config({"phases.0.epochs": 1})
     missing = main(file, "loss.kind=late")
     refused(missing, "loss.kind: there is no loss 'late'; ", "--import FILE.py")
     expect(main(file, "loss.kind=late", "--import", str(tmp_path / "my_loss.py")))
+    gain = "    gain: float = neurons.option(1.0, 'Gain.', gt=0)\n\n    def parameters"
+    own = tmp_path / "my_neuron.py"
+    own.write_text(FILES["my_neuron.py"].replace("    def parameters", gain))
+    assert train.main(["--import", str(own), "--explain", "model.neuron.gain"]) == 0
+    assert "[number > 0; default 1.0] (kind=learnt_decay only) Gain." in capfd.readouterr().out
 
 
 def test_a_checkpoint_asks_for_its_files_and_imports_none(main, write, tmp_path, capfd):

@@ -101,13 +101,16 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     from tetdist.apps.reports.reference import find_reference
     from tetdist.config import loading, schema
     from tetdist.config.documentation import documented_keys
-    from tetdist.config.inheritance import annotated
+    from tetdist.config.inheritance import DEFAULT, annotated
     from tetdist.config.messages import nearest
     from tetdist.datasets.index import check_indexed
+    from tetdist.nn.neurons import kind_of
+    from tetdist.plugins import import_files
     from tetdist.storage.hub import check_source
     from tetdist.tracking.trackers import check_names
 
     if options.explain:
+        import_files(options.imports)
         known = documented_keys()
         asked = options.overrides or [""]
         # Users may type phases.0.epochs, optimizer=..., or the beginning of a key.
@@ -139,6 +142,11 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     given = (options.config, options.overrides, options.imports)
     loaded = loading.load_with_origins(*given, check_draft)
     if options.print_config:
-        print(annotated(loaded.config.as_yaml(), loaded.origins), end="")
+        model = loaded.config.model
+        of_kind = {
+            f"model.neuron.{key}": f"{DEFAULT} of {kind_of(model.neuron)}, in place of {own}"
+            for key, (own, _) in model.changed_by_kind.items()
+        }
+        print(annotated(loaded.config.as_yaml(), of_kind | loaded.origins), end="")
         return None
     return loaded.config
