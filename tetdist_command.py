@@ -5,6 +5,7 @@ errors before that, and set variables that torch reads at import; so it sets TET
 makes tetdist/__init__.py load nothing ahead. That is why this module is outside the package.
 """
 
+import atexit
 import difflib
 import importlib
 import os
@@ -90,6 +91,8 @@ def _answer_while_read(command: Callable[[], int]) -> int:
         except KeyboardInterrupt:  # before the command itself answers
             print("interrupted; nothing was written", file=sys.stderr)
             status = 130
+        # Python's own exit takes a second, in which Ctrl-C would print a traceback.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         # Python itself would do so later, where nobody could see that it fails.
         sys.stdout.flush()
     except OSError as error:

@@ -136,6 +136,14 @@ def test_every_flag_of_every_command_has_a_text(command, monkeypatch):
     ] == []
 
 
+def test_ctrl_c_while_python_exits_is_ignored():
+    code = "import atexit, os, tetdist_command; atexit.register(os.kill, os.getpid(), 2)"
+    command = tiny.python("-c", f"{code}; tetdist_command.main()", "--help")
+    env = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT))
+    done = subprocess.run(command, env=env, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 SLOW_TO_SAVE = """
 import os, signal, sys, time
 def save(*_):

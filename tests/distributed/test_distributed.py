@@ -168,6 +168,8 @@ def test_stop_request_alone(sent, expected):
             signal.raise_signal(last)
         assert stop.agreed()
         assert stop.exit_status == 128 + (expected or signal.SIGINT)
+        stop.is_over = True  # then Ctrl-C has no effect
+        signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
 
 

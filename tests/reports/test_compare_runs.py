@@ -79,6 +79,7 @@ def compared(run_tool, tmp_path):
         # Only the clock.
         ({("train", 3): {"time": 2.0, "samples_per_s": 3.0}, ("val", 5): {"seconds": 9.0}}, ""),
         ({("train", 6): {"slowest_host": "n", "slowest": {"rank": 3}, "eta_s": 5}}, ""),
+        ({("val", 5): {"timesteps": 2}}, ""),  # a setting
         # The first step with another value, its values, and the largest difference.
         (
             {("train", 4): {"loss": math.nextafter(0.25, 1)}, ("train", 7): {"lr": 0.2}},
@@ -141,13 +142,11 @@ def test_results_and_differing_keys(run_tool, tmp_path, monkeypatch):
     (left,) = [line for line in printed.splitlines() if line.startswith("Not finished: b")]
     assert left == "Not finished: b is broken off at step 10 of 20."
     assert "Not finished: c" not in printed
-    # Of several pairs without the values that differ.
-    assert printed.endswith(
-        "\n\nMetrics of a and b: they first differ at step 10.\n"
-        "Weights of a and b: no checkpoint of the same step.\n"
-        "Metrics of a and c: the same in 10 common lines.\n"
-        "Weights of a and c: no checkpoint of the same step.\n\nThe runs differ.\n"
-    )
+    assert printed.endswith("\n\nMetrics and weights: different in all runs.\n\nThe runs differ.\n")
+    for names, same in (("aba", "a, c"), ("abcbc", "b, d; in c, e"), ("bbb", "a, b, c")):
+        status, printed, _ = run_tool(*names)
+        assert f"\n\nMetrics and weights: the same in {same}.\n" in printed
+        assert status == (names != "bbb")
 
 
 def test_a_key_that_an_older_version_lacks_has_its_default_and_a_long_value_is_wrapped(

@@ -36,7 +36,8 @@ class StopRequest(ExitStack):
     """An agreement of all processes, upon a signal to any, to stop after the same step.
 
     SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal closes), SIGUSR1 and SIGUSR2 to any process are
-    requests to save and end. A second SIGINT ends the process at once.
+    requests to save and end. A second SIGINT ends the process at once, until all is saved
+    (`is_over`).
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -44,6 +45,7 @@ class StopRequest(ExitStack):
     def __init__(self, world: World) -> None:
         super().__init__()
         self.signal: signal.Signals | None = None
+        self.is_over = False
         self._world = world
         self._flag = torch.zeros(1)
         self._exchange: Any = None
@@ -55,7 +57,7 @@ class StopRequest(ExitStack):
         return self
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal == signal.SIGINT and number == signal.SIGINT:
+        if self.signal == number == signal.SIGINT and not self.is_over:
             raise KeyboardInterrupt
         let_go_of_closed_streams()
         # The deepspeed launcher sends SIGTERM after the terminal's SIGINT: still one request. If

@@ -47,7 +47,7 @@ def train(
                 with trainer.folder:
                     trainer.run(launcher, make_observers)
             except Stopped:
-                step = trainer.step
+                stop.is_over, step = True, trainer.step
                 logging.info("stopped at step %d, all saved; the same command continues", step)
                 return stop.exit_status
             except Exception as error:

@@ -1,8 +1,8 @@
-"""Compare runs: final and best top-1, keys that differ, where their metrics first differ, and
-whether the weights of their last common checkpoint are the same.
+"""Compare runs: final and best top-1, keys that differ, where the metrics of two runs first differ,
+and whether the weights of their last common checkpoint are the same.
 
-All runs are compared with the first one. Values that depend on the clock or the machine do not
-count, nor do different configurations alone.
+For more runs, it lists those that are the same. Values that depend on the clock or the machine do
+not count, nor do different configurations alone.
 """
 
 import argparse

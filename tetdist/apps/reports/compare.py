@@ -84,19 +84,26 @@ def _read(label: str, folder: Path) -> Run:
 
 
 def compare(runs: Sequence[Run]) -> tuple[bool, str]:
-    """Compare all runs with the first one.
+    """Compare runs.
 
     Returns:
-        True if all have the same metrics and weights, and a text to print, with details only for
-        two runs.
+        True if all have the same metrics and weights, and a text to print: where two runs differ,
+        or which of several are the same.
     """
-    first, *others = runs
-    pairs = [compared(first, other) for other in others for compared in (_metrics, _weights)]
-    same = all(is_same for is_same, _ in pairs)
+    groups = list[list[Run]]()
+    for run in runs:
+        found = (one for one in groups if _metrics(one[0], run)[0] and _weights(one[0], run)[0])
+        if (group := next(found, None)) is None:
+            groups.append([run])
+        else:
+            group.append(run)
+    same = len(groups) == 1
     verdict = "The runs are the same." if same else "The runs differ."
-    details = [text for _, text in pairs]
-    if len(others) > 1:
-        details = ["\n".join(text.splitlines()[0] for text in details)]
+    alike = [", ".join(run.label for run in group) for group in groups if len(group) > 1]
+    text = f"the same in {'; in '.join(alike)}" if alike else "different in all runs"
+    details = [f"Metrics and weights: {text}."]
+    if len(runs) == 2:
+        details = [compared(*runs)[1] for compared in (_metrics, _weights)]
     return same, "\n\n".join([_results(runs), _configurations(runs), *details, verdict])
 
 
@@ -185,9 +192,9 @@ def _metrics(a: Run, b: Run) -> tuple[bool, str]:
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
-    """Return a line's numbers by their name in trackers, without those of the clock."""
-    points = points_of(line)
-    return {name: value for name, value in points if name.split("/")[1] not in OF_THE_CLOCK}
+    """Return a line's measurements by their name in trackers: without the clock's, and T."""
+    left_out = (*OF_THE_CLOCK, "timesteps")
+    return {name: value for name, value in points_of(line) if name.split("/")[1] not in left_out}
 
 
 def relative_difference(a: float, b: float) -> float:
