@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from samples import picture
 
-from tetdist.config.sections.data import DataSection
+from tetdist.apps.reports.run_plots import rgb_events
+from tetdist.config.sections.data import DataSection, ImagesAsEventsSection
 from tetdist.data import transforms
 from tetdist.data.batches import Share, eval_batches, train_batches
 from tetdist.data.dali import Workers
@@ -72,6 +73,13 @@ def test_frames_are_the_definitions(ratio, monkeypatch):
     # A GPU takes the windows of all images at once.
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)
     assert torch.equal(frames(as_events(images, ratio, drawn)), found)
+
+
+def test_an_edge_has_the_colour_of_its_polarity():
+    rising = torch.arange(0, 200, 20, dtype=torch.uint8)[:, None].repeat(1, 6, 1, 3)
+    events = frames(as_events(rising, 0.1, None))[0, 4:5]  # of a pixel and its right neighbour
+    section = DataSection(root=".", images_as_events=ImagesAsEventsSection())
+    assert all((image[:, :-1, 2] > image[:, :-1, 0]).all() for image in rgb_events(events, section))
 
 
 def test_an_image_of_one_level_has_no_events():

@@ -69,7 +69,7 @@ def as_events(images: Tensor, ratio: float, drawn: _Places | None) -> Tensor:
 
 
 def frames(bits: Tensor) -> Tensor:
-    """Return the frames of events, (B, 8, 2, H, W) uint8 of 0 and 1."""
+    """Return the frames of events, (B, 8, 2, H, W) uint8 of 0 and 1, ON before OFF."""
     places = 1 << torch.arange(len(_WAYS), dtype=torch.uint8, device=bits.device)
     return (bits[:, None] & places.view(-1, 1, 1, 1)).clamp_(max=1)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tetdist.errors import UserError
-from tetdist.storage.files import made_aside
+from tetdist.storage.files import made_aside, remove
 from tetdist.wording import counted
 
 
@@ -38,6 +38,8 @@ def write_root(
     """
     from tetdist.datasets.index import index_splits
 
+    for leftover in dest.parent.glob(f".{dest.name}.*.tmp"):  # of a killed process
+        remove(leftover)
     with made_aside(dest, sync=False) as aside:
         counts = {
             name: _write(aside / name, classes, split, (per_class or {}).get(name))

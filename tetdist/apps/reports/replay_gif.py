@@ -136,7 +136,7 @@ def draw_classes(
 
 
 def coloured(frame: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Return the image (h, w, 3) of a frame, darker where there are more events."""
+    """Return the image (h, w, 3) of a frame, OFF before ON; more events are darker."""
     height, width = frame.shape[1:]
     step = -(-max(height, width) // _SIDE)
     rows, columns = np.arange(0, height, step), np.arange(0, width, step)

@@ -60,8 +60,8 @@ class RunPlots(Observer):
             images = mixing.mixed_images(images, mixing.on_device(batch.mix, images.device))
         match self.config.data.input_kind:
             case "events":
-                shown = images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS].numpy()
-                rgb = np.array([[coloured(frame) for frame in frames] for frames in shown]) / 255
+                shown = images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS]
+                rgb = np.array([rgb_events(events, self.config.data) for events in shown])
                 unit = f"events (blue: on, orange: off), {images.shape[1]} time bins"
             case "images":
                 rgb = rgb_images(images[:SHOWN_IMAGES], self.config.data)
@@ -105,6 +105,13 @@ def rgb_images(images: Tensor, data: DataSection) -> npt.NDArray[np.float64]:
     """Convert normalised images (N, 3, H, W) to RGB values in [0, 1], (N, H, W, 3)."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).double().numpy()
+
+
+def rgb_events(events: Tensor, data: DataSection) -> list[npt.NDArray[Any]]:
+    """Convert the event frames of a sample, (T, 2, H, W), to T images (h, w, 3) in [0, 1]."""
+    # Images as events have ON before OFF.
+    ordered = events.flip(1) if data.images_as_events else events
+    return [coloured(frame) / 255 for frame in ordered.numpy()]
 
 
 class FiringWatch:

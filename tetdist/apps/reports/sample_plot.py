@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tetdist import plugins
-from tetdist.apps.reports.replay_gif import coloured, draw_classes, draw_frame, write_gif
-from tetdist.apps.reports.run_plots import rgb_images
+from tetdist.apps.reports.replay_gif import draw_classes, draw_frame, write_gif
+from tetdist.apps.reports.run_plots import rgb_events, rgb_images
 from tetdist.apps.reports.style import QUIET, RATE, VALIDATION, finish, new_figure, save
 from tetdist.apps.weights import evaluated
 from tetdist.data.batches import eval_batches
@@ -96,7 +96,7 @@ def see(
     ) as batches:
         x = next(batches).inputs(torch.device("cpu"), torch.float32)
     if x.ndim == 5:
-        frames = [coloured(frame) / 255 for frame in x[0, : model.timesteps].numpy()]
+        frames = rgb_events(x[0, : model.timesteps], config.data)
     else:
         frames = [rgb_images(x, config.data)[0]] * model.timesteps
     classes = [*index.classes]

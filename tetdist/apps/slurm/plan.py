@@ -21,7 +21,7 @@ from tetdist.wording import counted, duration
 # data.auto_augment adds; and mean bytes of its file.
 LOADING_MS = 1.77
 LOADING_BYTES = 110_000
-POLICY_MS = {"trivial": 0.4, "cifar10": 0.5, "imagenet": 0.5, "3a": 0.9, "rand": 1.1}
+POLICY_MS = {"trivial": 0.3, "cifar10": 0.4, "imagenet": 0.4, "3a": 0.6, "rand": 0.6}
 
 
 @dataclass(frozen=True)
