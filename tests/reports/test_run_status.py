@@ -27,6 +27,7 @@ def train_line(step):
 
 def val_line(step, top1, best):
     values = {"epoch": step / 5, "phase": 0, "loss": 1.0, "top1": top1, "best_top1": best}
+    values |= {"samples": 50, "data_split": "train-held-out-0.1-seed-0"}
     return {"kind": "val", "step": step, **values}
 
 
@@ -115,7 +116,9 @@ def test_a_run_that_trains_says_how_far_it_is(tmp_path):
     assert lines[0].startswith(f"{run}: training (for ")
     assert lines[1].startswith("  epoch 2.40/4  phase 0  step 12/20 logged, 10 saved  ETA 24 s  ")
     assert lines[2] == "  train       loss 0.083  top-1 50.0 %  lr 0.1  16 samples/s  data wait 3 %"
-    assert "top-1 60.00 %  loss 1.000, epoch 2; best 70.00 %, step 5" in lines[3]
+    assert (
+        "top-1 60.00 %  loss 1.000, epoch 2; best 70.00 %, step 5 (50 held-out samples)" in lines[3]
+    )
     assert lines[4].startswith("  checkpoint  step-00000010.1, ")
 
 
@@ -123,11 +126,6 @@ def test_several_runs_are_a_table_and_json(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     made(Path("runs/one"), LINES, 10)
     made(Path("runs/two"), FINISHED, 20)
-    made(
-        Path("study/lost"),
-        [val_line(5, 70.0, 70.0) | {"data_split": "train-held-out-0.1-seed-0"}],
-        None,
-    )
     log = made(Path("study/wild"), [], None).parent / "logs/wild.log"
     log.parent.mkdir()
     log.write_text("training\nerror: the loss is not finite\n")
@@ -138,14 +136,14 @@ def test_several_runs_are_a_table_and_json(tmp_path, monkeypatch, capsys):
     assert one[-5:-3] == ["step", "10,"]
     assert "step" not in two
     assert two[:4] == ["two", "finished", "4.00/4", "20/20"]
+    assert "held-out" in two
     assert command.main(["two", "runs/two", "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)  # once, however it is named
     assert (told["run"], told["state"], told["val"]["top1"]) == ("two", "finished", 65.0)
+    assert command.main(["study", "two"]) == 0
+    assert f"\nwild failed: see {log.resolve()}\n" in capsys.readouterr().out
     assert command.main(["study"]) == 0
-    _, lost, wild, why = capsys.readouterr().out.splitlines()
-    assert "held-out 70.00" in lost
-    assert wild.split()[:2] == ["wild", "failed"]
-    assert why == f"wild failed: see {log.resolve()}"
+    assert f"study/wild: failed (see {log.resolve()})\n" in capsys.readouterr().out
     assert find_runs(["runs"]) == [Path("runs/one"), Path("runs/two")]
     assert command.main(["three"]) == 2
     assert "there is no run three; give a run folder" in capsys.readouterr().err

@@ -61,8 +61,7 @@ def fail(error: Exception, prefix: str = "") -> int:
 
 
 def check_new_weights(output: Path) -> None:
-    """Refuse to overwrite weights, to make the folder that a mistyped path names, or to write into
-    a checkpoint, which would damage it."""
+    """Refuse an output that exists, is in no folder, or in a checkpoint, which it would damage."""
     if output.exists():
         raise UserError(f"{output} exists; choose another --output, or remove it first")
     if not output.absolute().parent.is_dir():

@@ -180,13 +180,10 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
 
 def check_places(options: argparse.Namespace) -> None:
     """Refuse missing files and unwritable results; torch is not imported yet."""
-    for flag, folder, wanted in (
-        ("--data", options.data, "the data folder"),
-        ("--exit-on", options.exit_on, "ROOT/SPLIT"),
-    ):
+    for flag, folder in (("--data", options.data), ("--exit-on", options.exit_on)):
         if folder is not None and not Path(folder).is_dir():
             problem = "is a file" if Path(folder).exists() else "does not exist"
-            raise UserError(f"{flag}: {folder} {problem}; give {wanted}")
+            raise UserError(f"{flag}: {folder} {problem}; give the data folder")
     if (root := options.exit_on) and (root / "index").is_dir():
         own = root.absolute().parent / "index" / f"{root.name}.npz"
         if not own.is_file():  # the split's name is missing

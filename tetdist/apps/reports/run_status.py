@@ -194,8 +194,8 @@ def _state(folder: Path, end: dict[str, Any], saved: int, job: JobStatus | None)
     if job is not None:
         return job.state, f"job {job.id}"
     log = folder.resolve().parent / "logs" / f"{folder.resolve().name}.log"  # of a study's run
-    printed = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    if printed and "error: " in printed[-1].lower():
+    printed = log.read_text(errors="replace").lower() if log.is_file() else ""
+    if "error: " in printed.rstrip().rpartition("\n")[2]:
         return "failed", f"see {log}"
     if not end and not saved:
         return "begun", ""
@@ -309,7 +309,5 @@ def as_table(statuses: Sequence[RunStatus]) -> str:
         )
     if not any(status.job for status in statuses):
         rows = [row[:-1] for row in rows]
-    failed = [one for one in statuses if one.state == "failed" and one.job is None]
-    return "\n".join(
-        [aligned(rows, right=range(2, 10)), *(f"{one.run} failed: {one.text}" for one in failed)]
-    )
+    failed = [f"{one.run} failed: {one.text}" for one in statuses if one.text.startswith("see ")]
+    return "\n".join([aligned(rows, right=range(2, 10)), *failed])

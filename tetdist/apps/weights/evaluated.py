@@ -106,10 +106,8 @@ def open_evaluated(config: RunConfig, split: str | None, world: World, *, own_da
         raise UserError(f"data.root: there is no folder {data.root}; give --data FOLDER")
     file = index_file(data.index_dir, split or "val")
     if file.is_file() and (kind := load_index(file).kind) != data.kind:
-        raise UserError(
-            f"{data.root} holds {kind}, but the network was trained on {data.kind}; give --data a "
-            f"folder of {data.kind}"
-        )
+        wanted = f"the network was trained on {data.kind}; give --data a folder of {data.kind}"
+        raise UserError(f"{data.root} holds {kind}, but {wanted}")
     indexed = [one for one in ("train", "val") if index_file(data.index_dir, one).is_file()]
     if split is not None or indexed != ["train"] or Path(data.root, "val").is_dir():
         return open_split(config, split or "val", world)
