@@ -160,7 +160,7 @@ def test_all_works_without_a_checkout(installed, tmp_path, tiny_config, tiny_roo
             (printed, 0, "name: sew_resnet34"),
             (planned, 0, "#SBATCH"),
             (["eval", "--checkpoint", str(run), "--device", "cpu"], 0, "top-1"),
-            ([*train, "data.root=gone"], 2, "tetdist eval: --data"),
+            ([*train, "data.root=gone"], 2, "there is no folder gone; set data.root=FOLDER"),
             *((["--help"], 0, f"\n  {command} ") for command in COMMANDS),
             *(([command, "--help"], 0, rf"\Ausage: tetdist {command}") for command in COMMANDS),
         ]
