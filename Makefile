@@ -72,7 +72,7 @@ quickstart: venv ## train and evaluate a spiking network on digits: two minutes 
 	@echo "The run is in $(RUN), its curves are in $(RUN)/plots/learning_curves.png. To watch it:"
 	@echo "  $(abspath $(BIN))/mlflow ui --workers 1 --backend-store-uri 'sqlite:///$(CURDIR)/runs/mlflow.db'"
 	@set -- $$(cat $(RUN)/mlflow_run_id); \
-	  echo "  # then open http://localhost:5000/#/experiments/$$2/runs/$$1/model-metrics"
+	  echo "  # then open http://localhost:5000/#/experiments/$$2/runs/$$1/model-metrics?workflowType=machine_learning"
 
 # The definitions of neurons and losses, a tiny run, and one that is continued.
 QUICK := nn/test_neurons.py nn/test_kinds.py nn/test_fused.py test_losses.py \

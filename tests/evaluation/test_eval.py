@@ -205,7 +205,7 @@ def test_report(run, evaluate, tmp_path):
     assert text.startswith("<!doctype html>")
     assert (energy["constants"]["hops"], energy["changed"]) == (0.5, ["hops", "weight_fetches"])
     for part in (out, text):
-        for word in ("spiking_convnet", *tiny.CLASSES, "arithmetic only"):
+        for word in ("spiking_convnet", *tiny.CLASSES, "arithmetic only, fp32, 45 nm"):
             assert word in part
         assert "changed by --energy: hops=0.5, weight_fetches=sample" in part
         for number in (energy["relu"]["pj"]["total"], energy["arithmetic_only_pj"]["spiking"]):

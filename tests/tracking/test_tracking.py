@@ -499,19 +499,17 @@ def test_environment_holds_no_token(monkeypatch):
 
 
 def test_ui_command(monkeypatch, tmp_path):
+    page = "/#/experiments/0/runs/a1/model-metrics?workflowType=machine_learning"
     (tmp_path / "mlflow_run_id").write_text("a1\n")
     monkeypatch.setattr(mlflow_logger.shutil, "which", lambda _: "/usr/bin/mlflow")
     for arguments, command in (
         (
             ["sqlite:////a b/x.db", tmp_path],
             "mlflow ui --workers 1 --backend-store-uri 'sqlite:////a b/x.db'"
-            "  # then open http://localhost:5000/#/experiments/0/runs/a1/model-metrics",
+            f"  # then open http://localhost:5000{page}",
         ),
         (["https://me:secret@there.org/", tmp_path / "none"], "https://there.org"),
-        (
-            ["https://there.org/", tmp_path],
-            "https://there.org/#/experiments/0/runs/a1/model-metrics",
-        ),
+        (["https://there.org/", tmp_path], f"https://there.org{page}"),
     ):
         assert ui_command(*arguments) == command
     (tmp_path / "mlflow_run_id").write_text("a1\n12\n")

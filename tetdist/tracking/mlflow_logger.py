@@ -299,12 +299,13 @@ def is_server(uri: str) -> bool:
 
 def ui_command(tracking_uri: str, run_dir: Path) -> str:
     """Return the address of a run's curves on a server, or the command that shows a local store,
-    with that address as a comment. An experiment's address would open MLflow's pages of GenAI."""
+    with that address as a comment. Without the workflow, MLflow opens its pages of GenAI."""
     id_file, shown, page = run_dir / "mlflow_run_id", without_passwords(tracking_uri), ""
     if id_file.exists():
         # The page takes any experiment's id, which files of earlier versions lack.
         run_id, experiment_id = [*id_file.read_text().split(), "0"][:2]
         page = f"/#/experiments/{experiment_id}/runs/{run_id}/model-metrics"
+        page += "?workflowType=machine_learning"
     if is_server(tracking_uri):
         return f"{shown.rstrip('/')}{page}"
     # Without an activated environment, `mlflow` alone would not be found.

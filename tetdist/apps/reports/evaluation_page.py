@@ -257,7 +257,7 @@ def _energy(energy: dict[str, Any]) -> Section:
         for cause in energy["relu"]["pj"]
     ]
     only = {key: f"{pj / 1e6:.4g}" for key, pj in energy["arithmetic_only_pj"].items()}
-    table.append(["arithmetic only", only["spiking"], "-", only["relu"]])
+    table.append(["arithmetic only, fp32, 45 nm", only["spiking"], "-", only["relu"]])
     causes = dict(zip(list(energy["relu"]["pj"])[:-1], style.SERIES, strict=False))
     bars = {n: [energy[key]["pj"][cause] / 1e6 for cause in causes] for key, n in NETWORKS.items()}
     draw = partial(_draw_bars, bars, causes, "Energy with memory", "uJ a sample")
