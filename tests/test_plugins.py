@@ -221,6 +221,7 @@ def test_network_that_mixes_samples_is_neither_trained_nor_evaluated_nor_exporte
 
 LOSS = "from tetdist.losses import register_loss\n@register_loss('{0}')\ndef {0}(logits, {1}"
 MODEL = "from timm.models import register_model\n@register_model\ndef {}(**_): ...\n"
+RELU = MODEL.replace("...", "from torch import nn; return nn.ReLU({})")
 OPTIMIZER = (
     "from tetdist.optimizers import register_optimizer\n@register_optimizer('none')\n"
     "def none(groups, section): ..."
@@ -274,7 +275,13 @@ def test_one_file_may_use_another(tmp_path):
 
 TO_RPROP = "phases.0.optimizer={kind: rprop, lr: 0.1, arguments: {foo: 1}}"
 WITHOUT_T = FILES["my_plain.py"].replace("return logits if per_timestep else ", "return ")
-OF_3 = "def parameters(self, c): return {'w': torch.ones(3)}"
+OWN = {
+    "width: float = 1.0": "kind=own: width of Own has no description; declare it, with its type,",
+    "def parameters(self, c): return {'w': torch.ones(3)}": "of Own has the shape (3,); it must be",
+    "def run(self, x, u): return (x > 1).double(), x[0]": "own passes no gradient; make its",
+    "def run(self, x, u): return x.relu(), x[:2]": "without the 7 samples on axis sample_axis=0",
+    "def run(self, x, u): return x.cumsum(0).relu(), x[0]": "own gives other spikes if it",
+}
 # What makes a run use a file, the file, and what is said of it.
 LATER = [
     (
@@ -292,18 +299,16 @@ LATER = [
         *("loss.kind=d", LOSS.format("d", "y, epoch): ...")),
         "d does not take logits, targets and [] (missing a required argument: 'epoch')",
     ),
-    (
-        *("model.neuron.kind=own", NEURON.format(DATACLASS, "width: float = 1.0")),
-        "kind=own: width of Own has no description; declare it, with its type, as width = neurons",
-    ),
-    (
-        *("model.neuron.kind=own", NEURON.format(DATACLASS, OF_3)),
-        "the parameter w of Own has the shape (3,); it must be () or (4,)",
+    *(
+        ("model.neuron.kind=own", NEURON.format(DATACLASS, body), text)
+        for body, text in OWN.items()
     ),
     (
         *("model.neuron.kind=own", NEURON.format("", "width: float = 1.0")),
         "put @dataclass(frozen=True, kw_only=True) above it",
     ),
+    ("model={name: a}", RELU.format("a", "**_"), "do not pass them on"),
+    ("model={name: b}", RELU.format("b", ""), "no timesteps, no set_timesteps, no num_classes, no"),
     ("model={name: none}", MODEL.format("none"), "the function none must return a network"),
     (
         *("model={name: plain}", WITHOUT_T),

@@ -55,6 +55,7 @@ MISTAKEN = {
     "epocs=1": "unknown key; did you mean 'phases.0.epochs'?",
     "phases.0.epoch=1": "unknown key; did you mean 'phases.0.epochs'?",
     "phases.0.optimizer.weight_dacay=1": "did you mean 'phases.0.optimizer.weight_decay'?",
+    "loss.gamma=3": "unknown key; did you mean loss.arguments.gamma? known keys: kind",
     "phases.0.loss.lamda=1": "unknown key; did you mean 'phases.0.loss.lambda'?",
     "model.neuron={decai: 0.5}": "'model.neuron.decai'; did you mean 'model.neuron.decay'?",
     "weight_decay=0.1": "did you mean 'phases.0.optimizer.weight_decay'?",
@@ -483,6 +484,8 @@ def test_differences_pass_over_what_does_not_change_the_result():
     ours = resolved()
     same = resolved({"data.threads": 3, "log_every": 7, "max_steps": 5, "resume": "must"})
     other = resolved({"phases.0.optimizer.lr": 0.1, "data.flip": 0.0, "data.device": "gpu"})
+    own = {"loss": {"arguments": {}}}, {"loss": {"arguments": {"gamma": 3}}}
+    assert differences(*own) == ["loss.arguments.gamma is 3 and was None"]
     assert differences(ours.as_dict(), same.as_dict()) == []
     assert differences(ours.as_dict(), other.as_dict()) == [
         "data.device is 'gpu' and was 'cpu'",

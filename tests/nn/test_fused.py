@@ -51,7 +51,7 @@ NEURONS = {
     ),
     "sigmoid": LIF(threshold=0.7, reset="soft", surrogate="sigmoid", fires_at_threshold=True),
     "rectangle": LIF(reset="soft", detach_reset=True, surrogate="rectangle", surrogate_width=0.5),
-    "plif": make({"kind": "plif"}),
+    "plif": make("plif"),
     "plif, soft": make(
         {
             "kind": "plif",

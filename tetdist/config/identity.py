@@ -92,6 +92,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if key not in OPERATIONAL_KEYS
         and key.partition(".")[0] != "cluster"
         and a.get(key) != b.get(key)
+        and {} not in (a.get(key), b.get(key))  # the keys within it are listed
     ]
 
 

@@ -170,7 +170,8 @@ def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
         if close[0] not in known:
             return nearest(root, [*place, close[0]])
         return f"did you mean {'.'.join([*place, close[0]])!r}?"
-    return f"known keys: {', '.join(known)}"
+    own = f"did you mean {'.'.join([*place, 'arguments', last])}? " if "arguments" in known else ""
+    return f"{own}known keys: {', '.join(known)}"
 
 
 def _place_of(word: str, key: str) -> str | None:

@@ -47,13 +47,15 @@ def create_model(
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         frames = own_frames(error)
         reason = raised_in(error, frames[-1].filename) if frames else error
+        if "'pretrained" in str(error):
+            reason = f"{reason}; take timm's pretrained=False, **_ and do not pass them on"
         raise UserError(
             f"model.arguments: {name} cannot be built with {dict(arguments)} ({reason})"
         ) from error
     required = ("timesteps", "set_timesteps", "num_classes", "input_kind")
     if missing := [attribute for attribute in required if not hasattr(model, attribute)]:
         raise UserError(
-            f"model.name: {name} is not a spiking model: it has no {missing[0]} "
+            f"model.name: {name} is not a spiking model: it has no {', no '.join(missing)} "
             "(tetdist.models.SpikingModel lists what a model must have)"
         )
     return model

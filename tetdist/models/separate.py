@@ -1,4 +1,4 @@
-"""A check that the samples of a batch do not influence each other in evaluation.
+"""Checks of a user's neuron, and that the samples of a batch do not influence each other.
 
 The accuracies of several published transformers are inflated because a layer of neurons runs over
 the batch: a sample begins with the membranes of the sample before it, and in a folder sorted by
@@ -15,12 +15,41 @@ from torch import Tensor, nn
 
 from tetdist.errors import UserError
 from tetdist.models.base import SpikingNetwork, check_logits
+from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.norm_neuron import FusedLayer
 
 logger = logging.getLogger(__name__)
 
 _ROUNDS, _ENOUGH = 16, 1 / 16  # in which inputs grow, until this fraction of outputs is not 0
+
+
+def check_neuron(neuron: neurons.NeuronConfig, timesteps: int) -> None:
+    """Refuse a neuron without a gradient, or that does not continue from the state it returns."""
+    axis, half, fault = neuron.sample_axis, timesteps // 2, ""
+    remedy = "correct it, or set segments=False"
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            learned = neurons.broadcasting(neuron, neurons.learned(neuron, 4).double(), 2)
+            x = 2 * neuron.threshold * torch.randn(timesteps, 7, 4, 5, 6, dtype=torch.float64)
+        spikes, state = neuron.run(x.requires_grad_(), None, **learned)
+        (grad,) = torch.autograd.grad(spikes.sum() + 0 * x.sum(), x)
+        shape = getattr(state, "shape", type(state).__name__)
+        if not grad.any():
+            fault = "passes no gradient"
+            remedy = "make its spikes by neurons.spike(u - threshold, config)"
+        elif neuron.segments and shape[axis : axis + 1] != (7,):
+            fault = f"returns a state, {shape}, without the 7 samples on axis sample_axis={axis}"
+        elif neuron.segments and half:
+            first, end = neuron.run(x[:half], None, **learned)
+            both = torch.cat([first, neuron.run(x[half:], end, **learned)[0]])
+            if not torch.allclose(both, spikes, 0, 1e-9):
+                fault = "gives other spikes if it continues from the membrane that it returned"
+    except Exception as error:  # any error of foreign code
+        logger.warning("%s neurons cannot be checked: %s", neurons.kind_of(neuron), error)
+    if fault:
+        raise UserError(f"{neurons.kind_of(neuron)} {fault}; {remedy}")
 
 
 @torch.no_grad()

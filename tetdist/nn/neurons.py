@@ -227,9 +227,10 @@ def class_of(kind: str) -> type[NeuronConfig]:
 
 
 def make(
-    values: Mapping[str, Any] | NeuronConfig | None = None, default: NeuronConfig | None = None
+    values: Mapping[str, Any] | NeuronConfig | str | None = None,
+    default: NeuronConfig | None = None,
 ) -> NeuronConfig:
-    """Make a neuron from a mapping of its kind and options; `completed` adds missing ones.
+    """Make a neuron from its kind, or a mapping of kind and options; `completed` adds the others.
 
     Raises:
         UserError: There is no such kind.
@@ -237,7 +238,7 @@ def make(
     """
     if isinstance(values, NeuronConfig):
         return values
-    values = dict(values or {})
+    values = {"kind": values} if isinstance(values, str) else dict(values or {})
     values = completed(values, default)
     return class_of(values.pop("kind"))(**values)
 

@@ -141,7 +141,7 @@ def _configurations(runs: Sequence[Run]) -> str:
             value = run.configuration.get(key, "absent")
             text = value if isinstance(value, str) else json.dumps(value)  # as a file has it
             having.setdefault(text, []).append(run.label)
-        if len(having) > 1 and key != "name":
+        if len(having) > 1 and key != "name" and "{}" not in having:  # whose keys are listed
             differing[key] = "; ".join(f"{', '.join(who)}: {what}" for what, who in having.items())
     if not differing:
         return "Configuration: the same."

@@ -168,12 +168,14 @@ class ModelSection(Section):
         )
 
     def refuse_mixing(self, model: "SpikingNetwork", shape: Sequence[int]) -> None:
-        """Refuse a network or neuron of the user's that mixes samples; see `separate.py`."""
+        """Refuse a user's network or neuron that mixes samples or is wrong; see `separate.py`."""
         import timm
 
-        from tetdist.models.separate import refuse_mixing
+        from tetdist.models.separate import check_neuron, refuse_mixing
 
         makers = (timm.model_entrypoint(self.name), type(self.neuron))
-        own = all(maker.__module__.startswith("tetdist.") for maker in makers)
-        if not own and not self.mixes_samples:
+        foreign = [not maker.__module__.startswith("tetdist.") for maker in makers]
+        if foreign[1]:
+            check_neuron(self.neuron, model.timesteps)
+        if any(foreign) and not self.mixes_samples:
             refuse_mixing(self.name, model, shape)
