@@ -66,7 +66,7 @@ def test_printed_configuration_says_where_each_value_is_from(tmp_path, capsys):
     assert origins["name: mine"] == "mine.yaml"
     assert origins["root: x"] == origins["- 2"] == COMMAND_LINE
     assert origins["- 0.25"] == COMMAND_LINE  # in an earlier version's form
-    assert origins["deterministic: false"] == DEFAULT
+    assert origins["deterministic: false"] == origins["imports: []"] == DEFAULT
     # What an override replaced as a whole comes from nowhere else.
     assert origins["flip: 0.5"] == DEFAULT
     assert origins["- 0.485"] == DEFAULT

@@ -112,7 +112,7 @@ def test_classes_of_shards(shard_root, tmp_path):
     index, _ = build(tmp_path / "more")
     assert index.classes == tuple(sorted(index.classes))
     assert (index.classes[2], index.labels.tolist()) == ("02", list(range(11)))
-    with pytest.raises(UserError, match=r"the class '.*' is in .*--classes"):
+    with pytest.raises(UserError, match=r"the class '.*' is in .*--classes.*data.held_out"):
         check_same_classes({s: build(tmp_path / "more", s)[0].classes for s in ("train", "val")})
 
 

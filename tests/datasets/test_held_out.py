@@ -111,7 +111,7 @@ def test_a_run_leaves_the_validation_split_alone(tiny_copy, tmp_path, main, tool
     assert tool("show", *there, "--sample", 14, *drawn)[0] == 0
     for elsewhere in (("eval", *there), ("show", *there, *drawn)):
         status, _, err = tool(*elsewhere, "--data", tiny_copy)
-        assert (status, "give --split train" in err) == (2, True), err
+        assert (status, "; without --data, the run's held-out samples" in err) == (2, True), err
     again = main(tmp_path / "c.yaml", "data.held_out=0.2")
     assert again.status == 2
     assert "data.held_out is 0.2 and was 0.3" in again.text

@@ -169,7 +169,7 @@ def test_a_recording_that_is_not_there_has_a_problem(gestures):
     ("paths", "words"),
     [
         (["a/1.txt", "b/2.txt"], "holds no recordings"),
-        (["1.bin", "2.bin"], "holds 2 recordings, not in class folders; arrange them as CLASS"),
+        (["1.bin", "2.bin"], "2 recordings, not in class folders; .* --split all-to-val"),
         (["a/b/c/1.aedat", "b/1.aedat"], "a holds a folder, 'b'"),
         (["a/1.aedat", "a/1.bin", "b/1.bin"], "2 recordings 'a/1' that differ only in"),
     ],

@@ -121,8 +121,9 @@ def test_values_that_are_not_finite_equal_themselves(compared):
 
 def test_results_and_differing_keys(run_tool, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    worse = {("val", 10): {"top1": 20.0, "epoch": 2.0}}
+    worse = {("val", 10): {"top1": 20.0, "epoch": 2.0, "samples": 9}}
     average = {("val_ema", step): {"top1": 7.0 * step, "epoch": step / 5} for step in (5, 10)}
+    average["val", 10] = {"samples": 8}
     make_run(tmp_path / A, worse)
     make_run(tmp_path / B, average, loss={"kind": "sdt"}, seed=1)
     ended = {("val", 5): None, ("val", 10): None, ("final", 10): {"epoch": 2.0}}
@@ -134,6 +135,7 @@ def test_results_and_differing_keys(run_tool, tmp_path, monkeypatch):
     assert ["b", B, "2", "100.00", "40.00", "100.00", "2"] in rows
     assert ["its", "moving", "average", "2", "70.00", "-", "70.00", "2"] in rows
     assert ["c", "c", "-", "-", "-", "-", "-"] in rows
+    assert "\nEvaluated on different data: top-1 is not comparable.\n" in printed
     # Another name is no difference, and equal keys are left out.
     assert "Configuration: 3 different keys.\n" in printed
     assert "\n  seed                a: 0; b, c: 1\n" in printed
@@ -144,7 +146,7 @@ def test_results_and_differing_keys(run_tool, tmp_path, monkeypatch):
     assert "Not finished: c" not in printed
     assert printed.endswith("\n\nMetrics and weights: different in all runs.\n\nThe runs differ.\n")
     for names, same in (("aba", "a, c"), ("abcbc", "b, d; in c, e"), ("bbb", "a, b, c")):
-        status, printed, _ = run_tool(*names)
+        status, printed, _ = run_tool(*names, "mlartifacts", "mlflow.db")  # as runs/* gives
         assert f"\n\nMetrics and weights: the same in {same}.\n" in printed
         assert status == (names != "bbb")
 

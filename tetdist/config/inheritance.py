@@ -33,8 +33,8 @@ def read_layers(
     values = read_yaml(path)
     base = values.pop("base", None)
     # Imported files are beside the configuration.
-    imports = [str((path.parent / one).absolute()) for one in imports_of(values, path)]
-    values["imports"] = imports
+    if imports := [str((path.parent / one).absolute()) for one in imports_of(values, path)]:
+        values["imports"] = imports
     if base is None:
         return values, dict.fromkeys(_leaves(values), str(path))
     if not isinstance(base, str):
@@ -43,7 +43,8 @@ def read_layers(
     # Two runs of one name would be one folder.
     inherited.pop("name", None)
     # Imports of both are kept: the base's values need the base's files.
-    values["imports"] = [*inherited["imports"], *imports]
+    if imports:
+        values["imports"] = [*imports_of(inherited, path), *imports]
     origins = from_where | dict.fromkeys(_leaves(values), str(path))
     joined = over(inherited, values, str(path))
     return joined, {key: origins[key] for key in _leaves(joined) if key in origins}

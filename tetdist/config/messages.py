@@ -129,7 +129,10 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
             return str(error["msg"]).removeprefix(f"{dotted}: " if is_named else "")
         case "extra_forbidden":
             key = "unknown key" if is_named else f"unknown key {dotted!r}"
-            return f"{key}; {nearest(root, location)}"
+            # Below an unknown section, the last word may be right at another place.
+            whole = key_of(override).split(".") if override else []
+            hint = nearest(root, max([*location], whole, key=len))
+            return f"{key}; {nearest(root, location) if hint.startswith('known') else hint}"
         case "missing":
             return f"{dotted!r} is missing"
         case "model_type" if (section := section_at(root, location)) is not None:

@@ -187,7 +187,8 @@ def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
             name, where = first_difference(expected, names, (first, split))
             raise UserError(
                 f"the class {name!r} is {where}: both splits must have the same classes (for"
-                " shards, name them with --classes)"
+                " shards, name them with --classes), or index --splits train alone, and train with"
+                " data.held_out=0.1"
             )
 
 
@@ -207,7 +208,8 @@ def _list_folder(
         if not samples:
             wanted = ", ".join(SUFFIXES[kind])
             there = f", but {found.passed_over}" if others else ""
-            raise UserError(f"the class folder {folder} holds no {kind} ({wanted}){there}")
+            found_none = f"the class folder {folder} holds no {kind} ({wanted}){there}"
+            raise UserError(f"{found_none}; add some or remove it")
         found.labels.extend([label] * len(samples))
         found.names.extend(f"{split}/{name}/{file}" for file in samples)
         if progress is not None:

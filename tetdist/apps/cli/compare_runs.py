@@ -28,7 +28,7 @@ def show(options: argparse.Namespace) -> int:
 
     if options.plot:
         check_writable("--plot", options.plot)
-    folders = [run for name in options.runs for run in find_runs([name])]
+    folders = find_runs(options.runs)
     if len(folders) < 2:
         raise UserError(f"there is only the run {folders[0]}; name another to compare it with")
     runs = compare.read_runs(folders)

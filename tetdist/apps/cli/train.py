@@ -100,7 +100,7 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     """Return the configuration; None after --explain or --print-config."""
     from tetdist.apps.reports.reference import find_reference
     from tetdist.config import loading, schema
-    from tetdist.config.documentation import documented_keys
+    from tetdist.config.documentation import Documented, documented_keys
     from tetdist.config.inheritance import DEFAULT, annotated
     from tetdist.config.messages import nearest
     from tetdist.datasets.index import check_indexed
@@ -111,7 +111,8 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
 
     if options.explain:
         import_files(options.imports)
-        known = documented_keys()
+        inherits = "Configuration that a file inherits all other keys from: a file or a recipe."
+        known = {"base": Documented("text", "default: none", inherits)} | documented_keys()
         asked = options.overrides or [""]
         # Users may type phases.0.epochs, optimizer=..., or the beginning of a key.
         wanted = [re.sub(r"\.\d+(?=\.|$)", ".N", one.partition("=")[0]) for one in asked]

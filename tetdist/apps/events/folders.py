@@ -240,7 +240,8 @@ def _check(
             found = f"{counted(len(loose), 'recording')}, not in class folders"
         raise UserError(
             f"{root} holds {found}; arrange them as CLASS/FILE, as"
-            " train/CLASS/FILE and test/CLASS/FILE, or as FILE with FILE_labels.csv"
+            " train/CLASS/FILE and test/CLASS/FILE, or as FILE with FILE_labels.csv (to evaluate"
+            " them only: CLASS/FILE and --split all-to-val)"
         )
     key, times = Counter(piece.key for piece in pieces).most_common(1)[0]
     if times > 1:

@@ -125,6 +125,11 @@ def _results(runs: Sequence[Run]) -> str:
         aligned(rows, right=range(2, 7)),
         "Another seed alone also changes top-1; a study compares settings over several seeds.",
     ]
+    if (
+        len({line["samples"] for run in runs for line in run.of_kind("val") if "samples" in line})
+        > 1
+    ):
+        lines.append("Evaluated on different data: top-1 is not comparable.")
     for run in runs:
         if (status := read_status(run.folder)).state != "finished":
             at = f"step {number(status.step, ',')} of {number(status.last_step, ',')}"

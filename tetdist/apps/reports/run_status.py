@@ -88,7 +88,8 @@ def find_runs(names: Sequence[str]) -> list[Path]:
     if not names:
         return _runs_at(Path("runs"))
     found: list[Path] = []
-    for name in names:
+    of_mlflow = ("mlartifacts", "mlflow.db")  # runs/* names them too
+    for name in [one for one in names if Path(one).name not in of_mlflow] or names:
         runs = _runs_at(Path(name)) or _runs_at(Path("runs", name))
         if not runs:
             places = (Path(name).parent, Path("runs", name).parent)
@@ -96,7 +97,7 @@ def find_runs(names: Sequence[str]) -> list[Path]:
             give = "give a run folder (with config.yaml), a folder of runs, or a name in runs/"
             raise UserError(f"there is no run {name}; {meant(Path(name).name, known, give)}")
         found += runs
-    return list(dict.fromkeys(found))
+    return found
 
 
 def _runs_at(path: Path) -> list[Path]:

@@ -28,7 +28,7 @@ def show(names: Sequence[str], *, as_json: bool = False) -> int:
 
     Among several, a damaged run is a row, and its error follows the table.
     """
-    statuses = read(run_status.find_runs(names))
+    statuses = read(list(dict.fromkeys(run_status.find_runs(names))))
     if as_json:
         print(json.dumps(strict([asdict(status) for status in statuses]), indent=1))
     elif not statuses:

@@ -112,9 +112,10 @@ def open_evaluated(config: RunConfig, split: str | None, world: World, *, own_da
     if split is not None or indexed != ["train"] or Path(data.root, "val").is_dir():
         return open_split(config, split or "val", world)
     if not own_data or not data.held_out:
+        other = "; without --data, the run's held-out samples are taken" if data.held_out else ""
         raise UserError(
             f"there is no validation split in {data.root}; add val/ and index it, or give --split "
-            "train, the training samples"
+            f"train, the training samples{other}"
         )
     held = open_data(config, world)[1]
     return dataclasses.replace(held, split=evaluated_split(config) or held.split)
