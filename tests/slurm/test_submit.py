@@ -109,6 +109,9 @@ def test_job_that_slurm_refuses_leaves_nothing_behind(tiny_config, tmp_path, mon
     told = []
 
     def refuse(*_):
+        # No training begins meanwhile in the folder that is about to be removed.
+        with pytest.raises(UserError, match="another process is running in"):
+            submit.RunFolder(run.config, submit._world(run.cluster))
         raise UserError("Slurm refuses the job: no such partition")
 
     monkeypatch.setattr(submit, "is_here", lambda: True)

@@ -177,19 +177,20 @@ def submit(run: Prepared, code: Path | None = None, after: Sequence[Path] = ()) 
     with history.submitting(run_dir):
         refuse_if_queued(run_dir)
         is_new = [path.name for path in run_dir.iterdir()] == ["slurm"]
-        # Make the folder, or check that it holds the same run and is not in use; the job locks it.
-        RunFolder(config, _world(run.cluster))
-        folder = history.next_submission(run_dir)
-        code = code or copy_code(folder / "code")
-        history.announce(config, "SCHEDULED", {})
-        job = _job(run, folder, code)
-        values = batch.parameters(config.name, run.cluster, code, depends_on)
-        try:
-            job_id = batch.submit(job, values, folder)
-        except UserError:
-            history.announce(config, "DELETED" if is_new else "KILLED", {})
-            shutil.rmtree(run_dir if is_new else folder)
-            raise
+        # Make the folder, or check that it holds the same run and is not in use. Until Slurm has
+        # answered it stays locked: no training may begin in a folder that a refusal removes.
+        with RunFolder(config, _world(run.cluster)):
+            folder = history.next_submission(run_dir)
+            code = code or copy_code(folder / "code")
+            history.announce(config, "SCHEDULED", {})
+            job = _job(run, folder, code)
+            values = batch.parameters(config.name, run.cluster, code, depends_on)
+            try:
+                job_id = batch.submit(job, values, folder)
+            except UserError:
+                history.announce(config, "DELETED" if is_new else "KILLED", {})
+                shutil.rmtree(run_dir if is_new else folder)
+                raise
         # Record it while the lock is held, so that the next holder sees this job.
         submission = Submission(
             job=job_id,
