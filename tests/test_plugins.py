@@ -28,7 +28,7 @@ RPROP, LARGE = {"kind": "rprop", "lr": 0.001}, {"data.image_size": 32, "data.res
 USES = {
     "my_snn.py": {"model": {"name": "my_snn", "arguments": {"width": 4}}},
     "my_plain.py": {"model": {"name": "plain"}},
-    "my_neuron.py": {"model.neuron": {"kind": "learnt_decay", "decay": 0.6}},
+    "my_neuron.py": {"model.neuron": {"kind": "alif", "decay": 0.6}},
     "my_loss.py": {"loss": {"kind": "late", "arguments": {"power": 2.0}}},
     "my_optimizer.py": {"phases.0.optimizer": RPROP | {"arguments": {"etas": [0.5, 1.1]}}},
     "my_transform.py": {"data.transforms": ["dim"]},
@@ -83,7 +83,7 @@ def test_files_of_the_page_train_on_two_processes_as_on_one_and_continue(
     if "my_tracker.py" in names:
         rows = (tmp_path / "runs/one/losses.csv").read_text().splitlines()
         assert len(rows) == len(one)
-        assert "stem.neuron.learned.logit" in load_model_file(run)[0]
+        assert "stem.neuron.learned.rise" in load_model_file(run)[0]
 
 
 def test_network_of_spikingjelly_on_the_page_trains(main, write):
@@ -147,7 +147,7 @@ def test_import_on_the_command_line(main, tiny_config, tmp_path, capfd):
     own = tmp_path / "my_neuron.py"
     own.write_text(FILES["my_neuron.py"].replace("    def parameters", gain))
     assert train.main(["--import", str(own), "--explain", "model.neuron.gain"]) == 0
-    assert "[number > 0; default 1.0] (kind=learnt_decay only) Gain." in capfd.readouterr().out
+    assert "[number > 0; default 1.0] (kind=alif only) Gain." in capfd.readouterr().out
 
 
 def test_a_checkpoint_asks_for_its_files_and_imports_none(main, write, tmp_path, capfd):
