@@ -393,11 +393,10 @@ def test_weights_of_somebody_else_ask_for_the_data(run, broken, tmp_path, monkey
     file = tmp_path / "model.safetensors"
     assert export.main([str(run), "--format", "safetensors", "--output", str(file)]) == 0
     monkeypatch.chdir(tmp_path)
-    message = broken("--checkpoint", file)
-    assert "there is no folder data; give --data FOLDER" in message
-    (tmp_path / "data").mkdir()
-    message = broken("--checkpoint", file)
-    assert "there is no index data/index/val.npz; make it with" in message
+    for folder in ("elsewhere", "data"):
+        (tmp_path / folder).mkdir()
+        message = broken("--checkpoint", file)
+        assert "does not name its data; give --data FOLDER" in message
 
 
 def test_some_of_the_classes_are_found_by_their_names_and_reported_as_a_subset(

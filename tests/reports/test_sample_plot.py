@@ -29,6 +29,7 @@ def test_command_draws_a_sample(output_of, tiny_config, tiny_root, main, tmp_pat
     monkeypatch.chdir(tmp_path)
     assert main(tiny_config({"plots": False}), "max_steps=1").status == 0
     run = tmp_path / "runs" / "tiny"
+    assert f"wrote {run}/sample-0.png and" in output_of("show", run, "--output", run)
     printed = output_of("show", run, "--sample", 1, "--output", "it")
     seen = sample_plot.see(run, "last", 1, "val", None, [])
     timesteps = len(seen.probabilities)

@@ -306,7 +306,8 @@ def test_mlflow_has_the_runs_below_the_study(output_of, write, here, tmp_path, m
         for run in runs:
             parent.announce(run, ended)
     file = write({"seeds": [0], "overrides": overrides, "entries.tet": ...})
-    output_of("study", file, "--output", output)
+    printed = output_of("study", file, "--output", output)
+    assert f"--backend-store-uri sqlite:///{database}  # then open" in printed
     statuses = {"study": "FINISHED", "sdt-seed0": "FINISHED"}
     statuses |= {"sdt-seed7": "FAILED", "tet-seed7": "FAILED"}
     assert dict(asked("select name, status from runs")) == statuses

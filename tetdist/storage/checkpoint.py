@@ -268,7 +268,9 @@ def load_model_file(
             metadata = opened.metadata() or {}
     except (OSError, SafetensorError, ValueError) as error:
         hint = ""
-        if file.suffix != ".safetensors":
+        if file.suffix == ".onnx":
+            hint = "; onnxruntime runs ONNX files; give the run that was exported"
+        elif file.suffix != ".safetensors":
             hint = f"; `{typed('convert')}` converts other libraries' weights"
         raise UserError(f"{file} is not a readable model file ({_reason(error)}){hint}") from error
     if "tetdist" not in metadata:

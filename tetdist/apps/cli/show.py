@@ -24,7 +24,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", metavar="ROOT", help="folder that holds val/; default: training's")
     given = "split of the sample (default: val, or without one what the run held out)"
     add("--split", help=given)
-    given = "PATH.png and PATH.gif are written, or replaced (default: sample-K)"
+    given = "write, or replace, PATH.png and PATH.gif, in a folder sample-K (default: sample-K)"
     add("--output", metavar="PATH", type=Path, help=given)
     add_import(parser)
     return parser.parse_args(arguments)
@@ -37,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(options: argparse.Namespace) -> None:
     hub.check_source(options.checkpoint)  # before torch is imported
-    output = options.output or Path(f"sample-{options.sample}")
+    if (output := options.output or Path()).is_dir():
+        output /= f"sample-{options.sample}"
     drawn = [output.with_name(f"{output.name}.{kind}") for kind in ("png", "gif")]
     for file in drawn:
         files.check_writable("--output", file)

@@ -90,6 +90,7 @@ def study(options: argparse.Namespace) -> int:
     # Imported after these checks, because torch takes seconds.
     from tetdist.apps.studies import numbers, report, tracking
     from tetdist.apps.studies.local import refuse_if_at_work, work
+    from tetdist.tracking.mlflow_logger import ui_command
 
     for run in runs:
         plan.check_folder(run)
@@ -118,6 +119,8 @@ def study(options: argparse.Namespace) -> int:
     found = numbers.gather(runs[0].study, runs, str(plan.Command("study", words)))
     report.write(found, output / "report.md")
     print(report.summary(found), f"the report is {output / 'report.md'}", sep="\n")
+    if uri := next(filter(None, (run.config.tracking_uri for run in chosen)), None):
+        print(f"the runs in MLflow: {ui_command(uri, output)}")
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0

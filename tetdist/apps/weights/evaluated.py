@@ -102,9 +102,12 @@ def open_evaluated(config: RunConfig, split: str | None, world: World, *, own_da
         own_data: The data are the training's, so that its held-out samples are known.
     """
     data = config.data
+    file = index_file(data.index_dir, split or "val")
+    # Exports have the root data; runs have an absolute one.
+    if own_data and data.root == "data" and not file.is_file():
+        raise UserError("this network's file does not name its data; give --data FOLDER")
     if not Path(data.root).is_dir():
         raise UserError(f"data.root: there is no folder {data.root}; give --data FOLDER")
-    file = index_file(data.index_dir, split or "val")
     if file.is_file() and (kind := load_index(file).kind) != data.kind:
         wanted = f"the network was trained on {data.kind}; give --data a folder of {data.kind}"
         raise UserError(f"{data.root} holds {kind}, but {wanted}")
