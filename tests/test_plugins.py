@@ -104,6 +104,8 @@ def test_own_loop_is_the_trainers(main, farm, tiny_config, tmp_path, script):
     stopped = []
     if script == "loop_torch.py":
         stopped = farm.side_by_side(1, [*own, "max_steps=2"], tmp_path)
+        ((_, mistyped),) = farm.side_by_side(1, tiny.python(script, "none.yaml"), tmp_path)
+        assert mistyped.startswith("error: no configuration 'none.yaml'")
     outcomes = [*farm.side_by_side(2, own, tmp_path), *stopped]
     assert {status for status, _ in outcomes} == {0}, outcomes
     text = outcomes[0][1]
