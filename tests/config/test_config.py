@@ -211,7 +211,7 @@ def test_what_has_no_weight_contradicts_nothing():
 
 
 def test_mistakes_of_the_file_and_of_an_override_are_distinguished(tiny_config):
-    file = str(tiny_config({"sede": 1}))
+    file = str(tiny_config({"sede": 1, "name": "1e3", "loss.lambda": "1e-2"}))
     other, own = refusal(lambda: load(file, ["log_every=x"])).split(f"; {file}: ")
     assert own == "unknown key 'sede'; did you mean 'seed'?"
     assert other == "log_every=x must be a whole number > 0 and <= 1000000000"
@@ -238,6 +238,7 @@ def test_no_such_config(tmp_path):
         (b"\xff\xfe\x00name: x", "not valid YAML"),
         ("a: &x [*x]", "not valid YAML"),
         ("a: 2026-01-01", "quote it"),
+        ("name: x\nbatch.micro: 16\n", "in a file write `batch: {micro: 16}`; dotted keys"),
         ("a: 1:30", "a base-60 number"),
     ],
 )

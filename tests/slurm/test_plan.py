@@ -69,13 +69,15 @@ def test_hours_by_hand():
     assert f"GPU-hours {8 * seconds / 3600:.0f}, time limits {limits:.0f} (5 minutes" in text
     assert "from 100 samples/s a process at T=4 (as given)" in text
     assert "too short" in plan.describe(make(time="5"), Speed(100.0, 4))
-    assert "duration     29 min 50 s, " in plan.describe(made, Speed(10739.0, 4))
+    short = plan.describe(made, Speed(10739.0 * 30, 4))
+    assert "duration     1 min, " in short
+    assert "GPU-hours 0.13, " in short
 
 
 def test_fixed_costs_of_an_epoch_and_cores_that_load():
     made, speed = make(nodes=1, gpus_per_node=8, cpus_per_task=4), Speed(2380.0, 4)
     text = plan.describe(made, speed)
-    assert " 1 a process; 1, 2, 4, 8 processes divide them" in text
+    assert " 1 a process; possible numbers of processes: 1, 2, 4, 8\n" in text
     # 50,000 images at 3 times the speed of 5,004 * 256.
     assert "an epoch     1.3 % for evaluation, assumed 3 times as fast as training; 6 check" in text
     assert f"{6 * made.checkpoint_bytes / 1e6:.1f} MB written" in text

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from tetdist.config.documentation import documented_keys, keys_of, section_at
 from tetdist.config.fields import KEYS_ALONE, Section
-from tetdist.config.overrides import key_of
+from tetdist.config.overrides import apply_override, key_of, number
 from tetdist.errors import UserError
 
 Kind = TypeVar("Kind", bound=Section)
@@ -62,6 +62,12 @@ def checked(
         return section.model_validate_json(json.dumps(values), context=context)
     except pydantic.ValidationError as error:
         found = [_located(section, one) for one in error.errors()]
+    # YAML 1.1 takes 1e-4 for text, also where only a number is allowed.
+    mistaken = [one for one in found if one["type"] == "float_type"]
+    if numbers := [one for one in mistaken if isinstance(number(one["input"]), float)]:
+        for one in numbers:
+            apply_override(values, f"{'.'.join(one['loc'])}={one['input']}")
+        return checked(section, values, source, overrides, origins, keys_alone=keys_alone)
     problems_by_origin: dict[str, list[str]] = {}
     bases = {file for file in (origins or {}).values() if file.endswith(".yaml")} - {source}
     hint = ""
@@ -129,6 +135,9 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
             return str(error["msg"]).removeprefix(f"{dotted}: " if is_named else "")
         case "extra_forbidden":
             key = "unknown key" if is_named else f"unknown key {dotted!r}"
+            if nested := location[-1].count("."):
+                written = f"{location[-1].replace('.', ': {')}: {json.dumps(given)}{'}' * nested}"
+                return f"{key}; in a file write `{written}`; dotted keys are for the command line"
             # Below an unknown section, the last word may be right at another place.
             whole = key_of(override).split(".") if override else []
             hint = nearest(root, max([*location], whole, key=len))

@@ -51,7 +51,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     key = key_of(override)
     text = override.partition("=")[2]
     # YAML 1.1 takes 1e-4 for text, but the user means a number.
-    value = _number(read_value(text, override)) if text else None
+    value = number(read_value(text, override)) if text else None
     if isinstance(value, str) and "\n" in text.strip() and "\n" not in value:
         raise UserError(f"{override!r} has a line break, which YAML reads as a space; remove it")
     node: Any = raw
@@ -70,13 +70,12 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         node = node[place]
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return float(value) if "e" in value.lower() else value
-        except ValueError:
-            return value
-    return value
+def number(value: Any) -> Any:
+    """Return text such as 1e-4 as the number that it means; other values as they are."""
+    try:
+        return float(value) if isinstance(value, str) and "e" in value.lower() else value
+    except ValueError:
+        return value
 
 
 def _position(items: list[Any], parts: list[str], name: str, override: str) -> int:

@@ -123,7 +123,7 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"a step       {counted(batch.global_, 'sample')} in "
         f"{counted(plan.micro_batches, 'micro-batch')} of {batch.micro}, "
         f"{plan.micro_batches // cluster.processes} a process; "
-        f"{order.process_counts(plan.micro_batches)} processes divide them",
+        f"possible numbers of processes: {order.process_counts(plan.micro_batches)}",
         f"steps        {plan.steps_per_epoch:,} an epoch, {plan.steps:,} in total "
         f"({epochs} epochs)",
         f"samples      {plan.images:,} to train on ({plan.train_images:,} {plan.origin}), "
@@ -150,7 +150,8 @@ def describe(plan: Plan, speed: Speed | str) -> str:
     lines += [
         f"duration     {duration(seconds)}, "
         f"{duration(seconds * plan.steps_per_epoch / plan.steps)} an epoch, GPU-hours "
-        f"{gpu_hours:,.0f}, time limits {limits} ({RESTART_MINUTES:g} minutes a restart)",
+        f"{gpu_hours:,.{0 if gpu_hours >= 10 else 2}f}, "
+        f"time limits {limits} ({RESTART_MINUTES:g} minutes a restart)",
         f"             from {speed.images_per_s:.4g} samples/s a process at T={speed.timesteps:g} "
         f"({speed.source}), without the time to average gradients unless it was measured",
         f"an epoch     {_evaluation(plan, speed, seconds)}{counted(saves, 'checkpoint')}, "
