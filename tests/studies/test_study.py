@@ -307,7 +307,8 @@ def test_mlflow_has_the_runs_below_the_study(output_of, write, here, tmp_path, m
             parent.announce(run, ended)
     file = write({"seeds": [0], "overrides": overrides, "entries.tet": ...})
     printed = output_of("study", file, "--output", output)
-    assert f"--backend-store-uri sqlite:///{database}  # then open" in printed
+    run_id = (output / "sdt-seed0" / "mlflow_run_id").read_text().split()[0]
+    assert re.search(f"curves in MLflow: .* sqlite:///{database} .*/runs/{run_id}/", printed)
     statuses = {"study": "FINISHED", "sdt-seed0": "FINISHED"}
     statuses |= {"sdt-seed7": "FAILED", "tet-seed7": "FAILED"}
     assert dict(asked("select name, status from runs")) == statuses

@@ -119,8 +119,9 @@ def study(options: argparse.Namespace) -> int:
     found = numbers.gather(runs[0].study, runs, str(plan.Command("study", words)))
     report.write(found, output / "report.md")
     print(report.summary(found), f"the report is {output / 'report.md'}", sep="\n")
-    if uri := next(filter(None, (run.config.tracking_uri for run in chosen)), None):
-        print(f"the runs in MLflow: {ui_command(uri, output)}")
+    for uri, folder in {run.config.tracking_uri: run.folder for run in chosen}.items():
+        if uri:
+            print(f"curves in MLflow: {ui_command(uri, folder)}")
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
