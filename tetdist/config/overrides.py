@@ -50,7 +50,6 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one ``dotted.key=value`` in nested dictionaries."""
     key = key_of(override)
     text = override.partition("=")[2]
-    # YAML 1.1 takes 1e-4 for text, but the user means a number.
     value = number(read_value(text, override)) if text else None
     if isinstance(value, str) and "\n" in text.strip() and "\n" not in value:
         raise UserError(f"{override!r} has a line break, which YAML reads as a space; remove it")
@@ -71,7 +70,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def number(value: Any) -> Any:
-    """Return text such as 1e-4 as the number that it means; other values as they are."""
+    """Return as a number what YAML 1.1 takes for text, such as 1e-4; other values as they are."""
     try:
         return float(value) if isinstance(value, str) and "e" in value.lower() else value
     except ValueError:

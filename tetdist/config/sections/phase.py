@@ -11,6 +11,7 @@ from tetdist import plugins
 from tetdist.config import names
 from tetdist.config.fields import KEYS_ALONE, TIMM, Epochs, OneOf, OpenFraction, Section, Timesteps
 from tetdist.config.flags import MOST_TIMESTEPS
+from tetdist.config.overrides import number
 from tetdist.config.sections.loss import LossSection
 
 
@@ -39,7 +40,7 @@ class OptimizerSection(Section):
     decay_norms: bool = True
     """Apply weight decay to batch norm parameters and biases, too, but never to learnable neuron
     parameters."""
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Annotated[Any, BeforeValidator(number)]] = {}
     """Further arguments of timm's optimisers or of your own, such as eps: 1.0e-6."""
 
     @model_validator(mode="after")
