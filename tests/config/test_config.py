@@ -61,7 +61,6 @@ MISTAKEN = {
     "weight_decay=0.1": "did you mean 'phases.0.optimizer.weight_decay'?",
     "timesteps=3": "unknown key; did you mean 'model.neuron.timesteps' or",
     "learning_rate=3": "unknown key; set phases.0.optimizer.lr",
-    "T=3": "unknown key; set phases.0.timesteps",
     "lr=3": "did you mean 'phases.0.optimizer.lr'?",
     "neuron.decay=0.2": "unknown key 'neuron'; did you mean 'model.neuron.decay'?",
     "train.epochs=2": "unknown key 'train'; did you mean 'phases.0.epochs'?",
@@ -72,7 +71,6 @@ MISTAKEN = {
     # Types.
     "seed=1.5": "seed=1.5 must be a whole number >= 0 and < 9223372036854775808",
     "loss.lambda=abc": "loss.lambda=abc must be a number >= 0 and <= 1",
-    "phases.0.optimizer.lr=abc": "phases.0.optimizer.lr=abc must be a number > 0",
     "model.neuron={detach_reset: 'false'}": "'model.neuron.detach_reset'",
     "phases=3": "'phases' is a list",
     "data.mean=0.5": "data.mean=0.5 must be a list in brackets",
