@@ -108,6 +108,7 @@ MISTAKEN = {
     "data.resize=8": "data.resize=8: 8 is smaller than data.image_size, 16",
     # What is no override.
     "seed": "'seed' is not of the form key=value; write it without spaces, as in seed=1",
+    "phases[0].timesteps=2": "write the key with dots, as in phases.0.timesteps=2",
     "seed=[1": "seed=[1 is not valid YAML",
     "seed.x=1": "seed is a single value and holds no keys",
     "phases.1.epochs=1": "phases has one item, phases.0",

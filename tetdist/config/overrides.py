@@ -14,6 +14,8 @@ def key_of(override: str) -> str:
         raise UserError(
             f"{override!r} is not of the form key=value; write it without spaces, as in seed=1"
         )
+    if "[" in key:
+        raise UserError(f"{override!r}: write the key with dots, as in phases.0.timesteps=2")
     return key
 
 
