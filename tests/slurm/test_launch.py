@@ -52,6 +52,7 @@ def test_facts_from_three_places(cluster_file, monkeypatch, tmp_path):
         ("partiton: gpu", ["cluster.yaml", "unknown key 'partiton'", "'partition'"]),
         ("time: 24:00:00", ["cluster.yaml: 24:00:00 in line 1", "quote it"]),
         ("time: 30", ["'time'", "a valid string, in quotes, not 30"]),
+        ("sbatch: {--exclusive: true}", ["cluster.yaml: sbatch: write --exclusive without the"]),
         ("time: tomorrow", ["cluster.time: 'tomorrow' is not a time"]),
         ('time: "1"', ["cluster.time: 1 is not longer than cluster.warn_before_end (120 s)"]),
     ],

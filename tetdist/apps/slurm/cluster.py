@@ -135,4 +135,7 @@ def _checked(facts: dict[str, Any], source: str) -> ClusterSection:
     facts = {key: value for key, value in facts.items() if key not in RETIRED}
     cluster = checked(ClusterSection, facts, source)
     minutes(cluster.time)
+    for flag in cluster.sbatch:
+        if flag.startswith("-"):
+            raise UserError(f"{source}: sbatch: write {flag} without the dashes")
     return cluster
