@@ -418,6 +418,7 @@ def test_every_key_is_printed_and_explained():
         (["--config", "a", "--config", "b"], "--config is given twice, as a and as b; leave out"),
         (["--pint-config"], "did you mean --print-config?"),
         (["--batch-size", "3"], "have no --; set batch.global"),
+        (["--batch.global=32"], "have no --; did you mean batch.global=VALUE?"),
         (["--epocs", "3"], "have no --; did you mean phases.0.epochs=VALUE?"),
     ],
 )

@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print a mistake as one sentence, without the list of all flags, and exit."""
-        flags = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        flags = re.findall(r"--[\w.-]+", message) if message.startswith("unrecognized") else []
         hints = [self.meant(flag) for flag in flags]
         if "RUN_OR_FILE" in message:  # argparse names it and its flag
             wanted = (str(one.metavar) for one in self._get_positional_actions())

@@ -14,12 +14,13 @@ class KeyParser(Parser):
         from tetdist.config.messages import nearest
         from tetdist.config.schema import RunConfig
 
-        word = flag.strip("-").replace("-", "_")
-        if any(word in key.split(".") for key in documented_keys()) or not super().meant(flag):
-            near = nearest(RunConfig, [word]).partition("known keys")[0]
-            near = re.sub(r"'([\w.]+)'", r"\1=VALUE", near) or "`train --explain` lists them"
-            return f"keys of the configuration have no --; {near}"
-        return super().meant(flag)
+        words = flag.strip("-").replace("-", "_").split(".")
+        is_key = any(words[-1] in key.split(".") for key in documented_keys())
+        if not is_key and (meant := super().meant(flag)):
+            return meant
+        near = nearest(RunConfig, words).partition("known keys")[0].rstrip()
+        near = re.sub(r"'([\w.]+)'", r"\1=VALUE", near) or "`train --explain` lists them"
+        return f"keys of the configuration have no --; {near}"
 
     def add_config(self) -> None:
         """Add ``--config``, which `require_config` checks."""
