@@ -97,14 +97,16 @@ def compared(run_tool, tmp_path):
         ),
         ({("train", 6): {"loss": "NaN"}}, "nan largest relative difference: inf"),
         ({("train", 6): {"loss": None}}, "the same values where both have one. Weights"),
-        ({("train", 6): {"loss": "-Infinity"}}, "-inf largest relative difference: inf"),
         # Steps that one run lacks.
         (
             {("train", 2): None, ("train", 9): None, ("val", 11): {"top1": 1.0, "loss": 1.0}},
             "the same in 10 common lines. only a has 2 lines, the first at step 2 (train) "
             "only b has 1 line, the first at step 11 (val)",
         ),
-        (dict.fromkeys(lines()), "no common step. only a has 12 lines, the first at step 1"),
+        (
+            dict.fromkeys(lines()) | {("val", 11): {"top1": 1.0, "loss": 1.0}},
+            "no common step. only a has 12 lines, the first at step 1",
+        ),
     ],
 )
 def test_where_metrics_differ(changes, expected, compared):
@@ -210,18 +212,16 @@ def test_the_plot_has_a_colour_for_each_run(run_tool, tmp_path):
 
 def test_mistakes_end_in_one_sentence(run_tool, tmp_path):
     a, b = make_run(tmp_path / A), make_run(tmp_path / B)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (empty / "config.yaml").touch()
+    empty, bare = make_run(tmp_path / "empty", dict.fromkeys(lines())), make_run(tmp_path / "bare")
+    (bare / "metrics.jsonl").unlink()
+    (b / "metrics.jsonl").write_text("{\n")
     for arguments, expected in (
-        ((a, empty), f"error: {empty} has no metrics.jsonl; its training has not begun"),
+        ((a, b), f"{b}/metrics.jsonl: line 1 is damaged"),
+        ((empty, empty), f"error: {empty} has no metrics yet; leave it out"),
+        ((a, bare), f"error: {bare} has no metrics yet; leave it out"),
         ((a,), f"error: there is only the run {a}; name another to compare it with"),
         ((tmp_path / "none", a), f"there is no run {tmp_path}/none; give a run folder"),
     ):
         status, _, errors = run_tool(*arguments)
-        assert status == 2
+        assert (status, errors.count("\n")) == (2, 1)
         assert expected in errors
-    (b / "metrics.jsonl").write_text("{\n")
-    status, _, errors = run_tool(a, b)
-    assert (status, errors.count("\n")) == (2, 1)
-    assert f"{b}/metrics.jsonl: line 1 is damaged" in errors

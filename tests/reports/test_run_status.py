@@ -116,9 +116,8 @@ def test_a_run_that_trains_says_how_far_it_is(tmp_path):
     assert lines[0].startswith(f"{run}: training (for ")
     assert lines[1].startswith("  epoch 2.40/4  phase 0  step 12/20 logged, 10 saved  ETA 24 s  ")
     assert lines[2] == "  train       loss 0.083  top-1 50.0 %  lr 0.1  16 samples/s  data wait 3 %"
-    assert (
-        "top-1 60.00 %  loss 1.000, epoch 2; best 70.00 %, step 5 (50 held-out samples)" in lines[3]
-    )
+    evaluated = "top-1 60.00 %  loss 1.000, epoch 2; best 70.00 %, step 5 (50 held-out samples)"
+    assert lines[3].endswith(evaluated)
     assert lines[4].startswith("  checkpoint  step-00000010.1, ")
 
 
@@ -172,11 +171,10 @@ def test_no_run_is_none_yet(tmp_path, monkeypatch, capsys):
         ),
         ("metrics.jsonl", "\udcff", "line 1 is damaged"),
         ("metrics.jsonl", '{"kind": "train", "step": 1}', "train of step 1 is damaged (time=None)"),
-        ("metrics.jsonl", json.dumps(val_line(3, 1, 1) | {"time": "x"}), "(time=x); restore"),
         (
             "metrics.jsonl",
             json.dumps(train_line(1) | {"time": 1.0, "lr": "NaN"}),
-            "train of step 1 is damaged (lr=nan)",
+            "train of step 1 is damaged (lr=nan); restore",
         ),
     ],
 )
@@ -185,10 +183,8 @@ def test_one_damaged_run_leaves_the_table(name, text, expected, tmp_path, capsys
     (runs[0] / name).write_text(text + "\n", errors="surrogateescape")
     assert command.main([str(tmp_path)]) == 2
     out, err = capsys.readouterr()
-    assert [line.split()[:2] for line in out.splitlines()[1:]] == [
-        ["a", "damaged"],
-        ["b", "stopped"],
-    ]
+    rows = [line.split()[:2] for line in out.splitlines()[1:]]
+    assert rows == [["a", "damaged"], ["b", "stopped"]]
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert expected in err

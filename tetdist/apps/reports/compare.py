@@ -64,13 +64,13 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _read(label: str, folder: Path) -> Run:
     file, config = folder / "metrics.jsonl", folder / "config.yaml"
-    if not file.exists():
-        raise UserError(f"{folder} has no metrics.jsonl; its training has not begun")
     from tetdist.config import identity, loading
     from tetdist.config.retired import retired_values
     from tetdist.config.yaml_files import read_yaml
 
-    lines = {(line["step"], line["kind"]): line for line in each_line(file)}
+    found = each_line(file) if file.exists() else ()
+    if not (lines := {(line["step"], line["kind"]): line for line in found}):
+        raise UserError(f"{folder} has no metrics yet; leave it out, or train it first")
     raw = configuration = read_yaml(config)
     # Keys that an older version did not know get their defaults, unless this version cannot parse
     # the configuration.
@@ -125,10 +125,7 @@ def _results(runs: Sequence[Run]) -> str:
         aligned(rows, right=range(2, 7)),
         "Another seed alone also changes top-1; a study compares settings over several seeds.",
     ]
-    if (
-        len({line["samples"] for run in runs for line in run.of_kind("val") if "samples" in line})
-        > 1
-    ):
+    if len({line.get("samples") for run in runs for line in run.of_kind("val")} - {None}) > 1:
         lines.append("Evaluated on different data: top-1 is not comparable.")
     for run in runs:
         if (status := read_status(run.folder)).state != "finished":
