@@ -111,9 +111,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     none = argparse.SUPPRESS
 
     def path(text: str) -> Path | str:
-        in_runs = Path("runs", text)
-        named = in_runs.is_dir() and not Path(text).exists()
-        return text if text is none else in_runs if named else Path(text)
+        is_name = Path("runs", text).is_dir() and not Path(text).exists()
+        return text if text is none else Path("runs" if is_name else "", text)
 
     add("checkpoint", nargs="?", metavar=form, type=path, default=none, help=CHECKPOINT)
     add("--checkpoint", metavar=form, type=path, help="the same as RUN_OR_FILE")

@@ -173,7 +173,7 @@ def planned(options: argparse.Namespace) -> "tuple[Prepared, Speed | str]":
     from tetdist.apps.slurm import speed, submit
 
     (cluster,) = found
-    data = submit.assumed_indexes(config, options.images) if options.dry_run else None
+    data = submit.assumed_indexes(config, options.images) if options.images else None
     run = submit.prepare(config, cluster, options.after, data)
     return run, speed.speed_of(
         run.config,

@@ -91,11 +91,9 @@ def prepare(
     return Prepared(config, cluster, made, train_index.frames(config.data))
 
 
-def assumed_indexes(config: RunConfig, images: int | None) -> tuple[Index, Index] | None:
+def assumed_indexes(config: RunConfig, images: int) -> tuple[Index, Index]:
     """Return indexes of so many images of 1000 classes, without files, for a plan without the data;
-    None: read the data's own. The validation split has the size of ImageNet's, in proportion."""
-    if images is None:
-        return None
+    the validation split has the size of ImageNet's, in proportion."""
     held_out = round(config.data.held_out * images)
     evaluated = held_out or max(1, round(VALIDATION * images))
     empty: dict[str, Any] = {one.name: np.zeros(0, np.int64) for one in dataclasses.fields(Index)}
