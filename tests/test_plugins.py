@@ -281,6 +281,7 @@ OWN = {
     "width: float = 1.0": "kind=own: width of Own has no description; declare it, with its type,",
     "def parameters(self, c): return {'w': torch.ones(3)}": "of Own has the shape (3,); it must be",
     "def run(self, x, u): return (x > 1).double(), x[0]": "own passes no gradient; make its",
+    "def run(self, x, u): return x.relu()": "own returns one tensor; return (spikes, membrane)",
     "def run(self, x, u): return x.relu(), x[:2]": "without the 7 samples on axis sample_axis=0",
     "def run(self, x, u): return x.cumsum(0).relu(), x[0]": "own gives other spikes if it",
 }

@@ -60,7 +60,6 @@ MISTAKEN = {
     "model.neuron={decai: 0.5}": "'model.neuron.decai'; did you mean 'model.neuron.decay'?",
     "weight_decay=0.1": "did you mean 'phases.0.optimizer.weight_decay'?",
     "timesteps=3": "unknown key; did you mean 'model.neuron.timesteps' or",
-    "learning_rate=3": "unknown key; set phases.0.optimizer.lr",
     "lr=3": "did you mean 'phases.0.optimizer.lr'?",
     "neuron.decay=0.2": "unknown key 'neuron'; did you mean 'model.neuron.decay'?",
     "train.epochs=2": "unknown key 'train'; did you mean 'phases.0.epochs'?",

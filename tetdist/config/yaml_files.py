@@ -51,8 +51,7 @@ def _plain(stream: bytes | str, source: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """A stricter safe loader: it refuses repeated keys, of which YAML's own silently keeps the
-    last."""
+    """A safe loader that refuses repeated keys, of which YAML's own silently keeps the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Here the keys are still those of the file; `<<` has merged nothing into them yet.

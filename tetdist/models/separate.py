@@ -33,10 +33,13 @@ def check_neuron(neuron: neurons.NeuronConfig, timesteps: int) -> None:
             learned = neurons.broadcasting(neuron, neurons.learned(neuron, 4).double(), 2)
         x = torch.arange(840.0 * timesteps, dtype=torch.float64).view(-1, 7, 4, 5, 6).sin()
         x = (4 * neuron.threshold * x).requires_grad_()
-        spikes, state = neuron.run(x, None, **learned)
+        returned: Any = neuron.run(x, None, **learned)
+        spikes, state = (returned, None) if isinstance(returned, Tensor) else returned
         (grad,) = torch.autograd.grad(spikes.sum() + 0 * x.sum(), x)
         shape = getattr(state, "shape", type(state).__name__)
-        if not grad.any():
+        if spikes is returned:
+            fault, remedy = "returns one tensor", "return (spikes, membrane)"
+        elif not grad.any():
             fault = "passes no gradient"
             remedy = "make its spikes by neurons.spike(u - threshold, config)"
         elif neuron.segments and shape[axis : axis + 1] != (7,):
