@@ -111,8 +111,7 @@ def test_whole_numbers_are_evaluated_beside_real_ones(
     reversed_network.description["logit"] *= -1
     monkeypatch.setattr(integers, "convert", lambda *_: reversed_network)
     assert found("--int8")[0]["real_numbers"]["changed"] == NUM_SAMPLES
-    message = broken("--checkpoint", run, "--int8", "--unroll")
-    assert "--int8 does not support --unroll" in message
+    assert "--int8 does not support --unroll" in broken("--checkpoint", run, "--int8", "--unroll")
 
 
 def test_numbers_are_those_of_plain_torch(run, tiny_root, evaluate, tmp_path):
@@ -292,6 +291,7 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         (("--checkpoint", run, "--exit-within", "1"), "train with data.held_out=0.1"),
         (("--checkpoint", run, "--measured"), "--measured needs the early exit of --exit-within"),
         (("--checkpoint", run, "--exit-on", "x"), "add --exit-within POINTS"),
+        ((run, "--checkpoint", run), "--checkpoint: not allowed with argument RUN_OR_FILE"),
         ((run, "--exit-within", 1, "--exit-on", tiny_root), f"such as {tiny_root / 'val'}, not "),
         (("--checkpoint", trained, "--exit-within", "1", *elsewhere), "which needs none of them"),
     ):

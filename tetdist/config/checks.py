@@ -6,7 +6,7 @@ What registers names is imported in the functions: `loading.parse` checks other 
 import inspect
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 from tetdist import plugins
 from tetdist.config import names
@@ -60,10 +60,11 @@ def _of_the_run(config: RunConfig) -> Iterator[str]:
             f"start_phase: {number} skips the phases before it; set init_checkpoint to the "
             "checkpoint of a run that trained them"
         )
+    events = config.data.images_as_events
     for i, most in enumerate(phase.most_timesteps for phase in config.phases):
-        if config.data.images_as_events is not None and most > 8:
+        if events is not None and most > (n := events.timesteps):
             key = f"phases.{i}.timesteps"
-            yield f"{key}: {most} exceeds data.images_as_events' 8 frames; set {key}=8 or less"
+            yield f"{key}: {most} exceeds data.images_as_events' {n} frames; set {key}={n} or less"
     for i in dict.fromkeys((0, number)):
         if config.phases[i].optimizer == "continue":
             yield (
@@ -73,14 +74,10 @@ def _of_the_run(config: RunConfig) -> Iterator[str]:
 
 
 def _of_names_of_losses(config: RunConfig) -> Iterator[str]:
-    known: Collection[str] = names.LOSSES
-    if plugins.PACKAGE in sys.modules:  # the user's files have imported torch
-        from tetdist.losses import LOSSES
-
-        known = LOSSES
     for loss in config.losses():
-        if loss.kind not in known:
-            yield f"loss.kind: {plugins.none_of('loss', loss.kind, known)}"
+        # The user's files may register others, which `_of_losses` finds.
+        if loss.kind not in names.LOSSES and plugins.PACKAGE not in sys.modules:
+            yield f"loss.kind: {plugins.none_of('loss', loss.kind, names.LOSSES)}"
 
 
 def _of_phases(config: RunConfig) -> Iterator[str]:

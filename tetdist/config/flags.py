@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         """Print a mistake as one sentence, without the list of all flags, and exit."""
         flags = re.findall(r"--[\w.-]+", message) if message.startswith("unrecognized") else []
         hints = [self.meant(flag) for flag in flags]
-        if "RUN_OR_FILE" in message:  # argparse names it and its flag
+        if message.startswith("one of the arguments"):  # it names the flags that may replace one
             wanted = (str(one.metavar) for one in self._get_positional_actions())
             message = f"give {' and '.join(wanted)}"
         if value := re.search(r"invalid choice: '(.*?)'.*choose from (.*)\)", message):
