@@ -170,8 +170,8 @@ def raised_in(error: BaseException, file: str | Path) -> str:
 
 
 def explained(error: Exception, folder: Path | None = None) -> Exception:
-    """Return an error beside imported files as a `UserError`, after printing its frames in these
-    files; return other errors as they are.
+    """Turn an error that imported files may have caused into a `UserError`, after printing its
+    frames in these files; return any other error as it is.
 
     Args:
         folder: Folder for the whole traceback, if it exists; otherwise a new temporary one.

@@ -27,4 +27,4 @@ def _recorded(self: Trainer, step: int, batch: Batch) -> None:
     _on_batch(self, step, batch)
 
 
-Trainer._on_batch = _recorded  # type: ignore[method-assign]  # records, too
+Trainer._on_batch = _recorded  # type: ignore[method-assign]  # also records

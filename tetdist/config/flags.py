@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
             wanted = (str(one.metavar) for one in self._get_positional_actions())
             message = f"give {' and '.join(wanted)}"
         if value := re.search(r"invalid choice: '(.*?)'.*choose from (.*)\)", message):
-            # Of short words, such as gpu, the nearest is often another thing.
+            # The word nearest to a short one, such as gpu, often means something else.
             known = re.findall(r"[^', ]+", value[2]) if len(value[1]) > 3 else []
             hints = [meant(value[1], known, "")]
         text = "; ".join([message, *filter(None, dict.fromkeys(hints))])

@@ -65,7 +65,7 @@ def retired_values(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gone(raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
-    """Yield each place of what is gone with its default, unless it has that: see `_found`."""
+    """Yield places (see `_found`) and defaults of what is gone, unless it has its default."""
     for key in (*RETIRED, *RETIRED_VALUES):
         values, default = RETIRED_VALUES.get(key) or (None, RETIRED[key])
         for place, parent, name in _found(raw, key.split(".")):

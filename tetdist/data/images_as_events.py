@@ -19,7 +19,7 @@ from torch import Tensor
 from tetdist.data.transfer import on_device
 from tetdist.order import named_stream, uniforms
 
-# The way (down, right) from a frame's first place to its second.
+# Offset (rows, columns) from a frame's first place to its second.
 _WAYS = np.array([(-1, -2), (-1, 2), (2, -1), (-2, -1), (0, 1), (-1, 0), (-1, 1), (-1, -1)])
 # The first place (row, column, from 0) in evaluation.
 _EVALUATED = np.array([(2, 2), (1, 0), (0, 2), (2, 1), (1, 1), (1, 1), (1, 1), (1, 1)])
@@ -90,7 +90,7 @@ def _brightness(images: Tensor) -> Tensor:
     inner = around[:, 1:-1, 1:-1]
     if images.is_cpu:
         for pixels, found in zip(images.numpy(), inner.numpy(), strict=True):
-            # Of any three neighbours, since those of a pixel alone take several times as long.
+            # Of any three neighbouring values: several times as fast as pixel by pixel.
             values = pixels.reshape(-1)
             highest = np.maximum(np.maximum(values[:-2], values[1:-1]), values[2:])
             found[:] = highest[::3].reshape(height, width)
@@ -110,7 +110,7 @@ def _highest_silent(brightness: Tensor, ratio: float) -> Tensor:
     values = levels.float() * (1 / 255)
     extent = values[brightness.amax((1, 2)).long()] - values[brightness.amin((1, 2)).long()]
     threshold = torch.where(extent > 0, extent * ratio, 1.0)[:, None]
-    # Only with so many levels more does rounding decide: fewer are silent, and more are not.
+    # Rounding decides only at this level: lower ones are silent, higher ones are not.
     nearest = levels + (threshold * 255).round().long()
     loud = values[nearest.clamp(max=255)] - values >= threshold
     return torch.where(loud, nearest - 1, nearest).clamp_(max=255).to(torch.uint8)

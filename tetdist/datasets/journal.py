@@ -38,7 +38,7 @@ def probe_with_journal(
     found: dict[int, Any] = {}
     rows = [i for i, place in enumerate(byte_ranges) if _key(place) in known]
     files = list(dict.fromkeys(byte_ranges[i].file for i in rows))
-    # Threads, which start at once: on a network's disk they wait most of the time.
+    # Threads start at once, and mostly wait for a network's disk.
     with ThreadPool(workers) as pool:
         stamps = dict(zip(files, pool.imap(partial(_stamp, root), files, 64), strict=True))
     for i in rows:

@@ -36,8 +36,8 @@ class StopRequest(ExitStack):
     """An agreement of all processes, upon a signal to any, to stop after the same step.
 
     SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal closes), SIGUSR1 and SIGUSR2 to any process are
-    requests to save and end. A second SIGINT ends the process at once, until all is saved
-    (`is_over`).
+    requests to save and end. Before all is saved (`is_over`), a second SIGINT ends the process at
+    once.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

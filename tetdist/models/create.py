@@ -48,7 +48,7 @@ def create_model(
         frames = own_frames(error)
         reason = raised_in(error, frames[-1].filename) if frames else error
         if "'pretrained" in str(error):
-            reason = f"{reason}; take timm's pretrained=False, **_ and do not pass them on"
+            reason = f"{reason}; accept pretrained=False and **_ from timm, and do not pass them on"
         raise UserError(
             f"model.arguments: {name} cannot be built with {dict(arguments)} ({reason})"
         ) from error

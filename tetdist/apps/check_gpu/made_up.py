@@ -63,11 +63,11 @@ def initial(config: RunConfig) -> Any:
 
 
 class MadeUp:
-    """The trainer's step on three batches in turn, again and again."""
+    """The trainer's step, on three batches in turn."""
 
     def __init__(self, step: Step, size: int) -> None:
         self.step, self.size = step, size
-        # Several, so that a graph that went on with those of its capture would show.
+        # Several, so that the check finds a CUDA graph that still reads the batch of its capture.
         self._batches = itertools.cycle([self.batch_of(step.world.rank, i) for i in range(3)])
         self._numbers = itertools.count()
 

@@ -102,7 +102,7 @@ def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
                 assert stream is not None, "it is a file"
                 found[name] = stream.read()
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is none, or incomplete"
+        reason = error.strerror if isinstance(error, OSError) else "it is not one, or incomplete"
         raise UserError(f"{archive} cannot be read as a tar archive: {reason}") from error
     for kind in (CIFAR10, CIFAR100):
         if _names(kind) <= found.keys():

@@ -61,7 +61,7 @@ def fail(error: Exception, prefix: str = "") -> int:
 
 
 def check_new_weights(output: Path) -> None:
-    """Refuse an output that exists, is in no folder, or in a checkpoint, which it would damage."""
+    """Refuse an output that exists, whose folder is missing, or that would damage a checkpoint."""
     if output.exists():
         raise UserError(f"{output} exists; choose another --output, or remove it first")
     if not output.absolute().parent.is_dir():

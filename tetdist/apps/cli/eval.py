@@ -244,7 +244,7 @@ def opened(options: argparse.Namespace, world: "World") -> "Opened":
         )
     evaluated_on = Path(config.data.root, split.split)
     if world.rank == 0 and options.exit_on and options.exit_on.resolve() == evaluated_on.resolve():
-        logging.warning("--exit-on is the evaluated split, where its threshold looks too good")
+        logging.warning("--exit-on is the evaluated split, so the result looks better than it is")
     known = config.model.num_classes
     index = evaluated.with_classes_of_model(split, description.classes, known, source)
     binning, root = description.binning, config.data.root

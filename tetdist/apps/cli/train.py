@@ -111,7 +111,7 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
 
     if options.explain:
         import_files(options.imports)
-        inherits = "Configuration that a file inherits all other keys from: a file or a recipe."
+        inherits = "Configuration file or recipe from which a file inherits the keys that it omits."
         known = {"base": Documented("text", "default: none", inherits)} | documented_keys()
         asked = options.overrides or [""]
         # Users may type phases.0.epochs, optimizer=..., or the beginning of a key.

@@ -117,7 +117,7 @@ def tensor_file(dest: Path, key: str) -> Path:
 def open_destination(
     dest: Path, source: Path, settings: Settings, *, overwrite: bool
 ) -> Iterator[None]:
-    """Lock the folder of the tensors, clear it of what kills left, and check its settings.
+    """Lock the folder of the tensors, remove what killed processes left, and check its settings.
 
     Args:
         overwrite: Remove all files that this tool made there before.

@@ -17,8 +17,8 @@ from tetdist.optimizers import kind_of
 from tetdist.training.schedule import schedule_phases
 from tetdist.wording import counted, duration
 
-# Milliseconds of a core to load an image of ImageNet at 224 pixels (docs/data.md), and what
-# data.auto_augment adds; and mean bytes of its file.
+# Loading an image of ImageNet at 224 pixels (docs/data.md): milliseconds of a core, mean bytes of
+# the file, and the milliseconds that data.auto_augment adds.
 LOADING_MS = 1.77
 LOADING_BYTES = 110_000
 POLICY_MS = {"trivial": 0.3, "cifar10": 0.4, "imagenet": 0.4, "3a": 0.6, "rand": 0.6}
