@@ -24,7 +24,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", metavar="ROOT", help="folder that holds val/; default: training's")
     given = "split of the sample (default: val, or without one what the run held out)"
     add("--split", help=given)
-    given = "write or replace PATH.png and PATH.gif, in a folder sample-K (default: here)"
+    given = "PNG and GIF to write, without suffix, or a folder for sample-K (default: here)"
     add("--output", metavar="PATH", type=Path, help=given)
     add_import(parser)
     return parser.parse_args(arguments)
