@@ -23,6 +23,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from relu_networks import relu_network
@@ -166,13 +167,10 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, other_end = context.Pipe()
         self._process = context.Process(target=_work, args=(other_end, options, name), daemon=True)
-        before = os.environ.pop("OMP_WAIT_POLICY", None)
-        try:
+        with mock.patch.dict(os.environ):
+            os.environ.pop("OMP_WAIT_POLICY", None)
             os.environ |= {} if policy is None else {"OMP_WAIT_POLICY": policy}
             self._process.start()
-        finally:
-            os.environ.pop("OMP_WAIT_POLICY", None)
-            os.environ |= {} if before is None else {"OMP_WAIT_POLICY": before}
         other_end.close()
 
     def seconds(self, steps: int) -> float:

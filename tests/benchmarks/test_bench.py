@@ -12,36 +12,13 @@ from tetdist.apps.slurm.speed import speed_of
 from tetdist.config import loading
 
 
-@pytest.fixture
-def bench(output_of, tmp_path):
-    """Runs it: arguments -> its JSON, and what it printed."""
-
-    def measured(arguments):
-        printed = output_of("bench", *arguments.split(), "--json", tmp_path / "result.json")
-        return json.loads((tmp_path / "result.json").read_text()), printed
-
-    return measured
-
-
-def speed_that_the_plan_reads(file):
-    """The speed of a run, on a CPU, of what was measured."""
-    found = json.loads(file.read_text())
-    same = [f"{key}={found[key]}" for key in ("precision", "recompute") if key in found]
-    size = found["size"] or 28
-    same += [
-        f"model.name={found['model']}",
-        "model.arguments={}",
-        f"data.image_size={size}",
-        f"data.resize={size}",
-    ]
-    config = loading.load("sew34_t4.yaml", same)
-    return speed_of(config, ClusterSection(gpus_per_node=0), None, benchmark=str(file))
-
-
 @pytest.mark.long
-def test_a_step_is_timed_beside_the_relu_network(bench, tmp_path):
+def test_a_step_is_timed_beside_the_relu_network(output_of, tmp_path):
+    file = tmp_path / "result.json"
     small = "--model sew_resnet18 --size 64 --timesteps 2 --batch 2 --repeats 3"
-    result, out = bench(f"step {small} --modes blocks timesteps")
+    command = f"step {small} --modes blocks timesteps --json {file}"
+    out = output_of("bench", *command.split())
+    result = json.loads(file.read_text())
     names = [row["name"] for row in result["rows"]]
     assert names == ["relu", "tetdist, blocks", "tetdist, timesteps"]
     assert result["rows"][0]["ratio"] == 1
@@ -50,7 +27,12 @@ def test_a_step_is_timed_beside_the_relu_network(bench, tmp_path):
         assert row["name"] in out
         assert f"{row['seconds']:.3f}" in out
     assert {"device", "threads", "torch", "python"} <= result["machine"].keys()
-    speed = speed_that_the_plan_reads(tmp_path / "result.json")
+    # A job's plan reads it, for a run of the same network.
+    same = ["model.name=sew_resnet18", "model.arguments={}"]
+    same += ["data.image_size=64", "data.resize=64"]
+    same += [f"{key}={result[key]}" for key in ("precision", "recompute")]
+    config = loading.load("sew34_t4.yaml", same)
+    speed = speed_of(config, ClusterSection(gpus_per_node=0), None, benchmark=str(file))
     assert (speed.images_per_s, speed.timesteps) == (result["rows"][1]["images_per_s"], 2)
 
 

@@ -47,6 +47,7 @@ def cifar10(changes=None):
 
 
 def test_cifar10(output_of, tmp_path):
+    (tmp_path / ".ten.1.tmp" / "train").mkdir(parents=True)  # what a kill leaves
     output = output_of("cifar.py", archive(tmp_path / "ten.tar.gz", cifar10()), tmp_path / "ten")
     assert "20 images to train and 10 to validate, in 10 classes" in output
     files = sorted((tmp_path / "ten" / "train" / "class3").iterdir())

@@ -134,7 +134,7 @@ def test_training_data_alone_are_indexed(image_root, images):
     with pytest.raises(UserError, match=way_out):
         open_split(config, "val", world)
     output = images("index", (root / "train").rename(root / "flowers") / "ant", status=2)
-    assert "this is a class folder itself: give the folder that holds train/ant\n" in output
+    assert "this is a class folder itself: give the folder with train/ant\n" in output
 
 
 @pytest.mark.parametrize(

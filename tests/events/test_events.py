@@ -19,6 +19,7 @@ from tiny import expect, refused
 from tetdist.apps.events.binning import Binning, bin_events
 from tetdist.apps.events.recording import Events, Sensor
 from tetdist.apps.events.simulate import DEFAULT_SENSOR
+from tetdist.apps.weights.evaluated import other_binning
 from tetdist.apps.weights.trained import load
 from tetdist.models.streaming import Stream
 from tetdist.storage import checkpoint
@@ -256,3 +257,10 @@ def test_results_carry_the_split(data_root, run, tmp_path, capfd, caplog, monkey
         assert "data_split" not in json.loads(result.read_text())
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("bins", "depends"), [("count", True), ("20ms", False)])
+def test_another_number_of_timesteps_matters_if_bins_depend_on_it(tmp_path, bins, depends):
+    data = {"split": "published", "parameters": {"bins": bins, "timesteps": 4}}
+    (tmp_path / "dataset.json").write_text(json.dumps(data))
+    assert bool(other_binning({"bins": bins, "timesteps": 2}, str(tmp_path))) == depends

@@ -55,15 +55,15 @@ def as_events(images: Tensor, ratio: float, drawn: _Places | None) -> Tensor:
         chosen = on_device(torch.from_numpy(pairs), images.device).permute(1, 2, 3, 0)
         _collect(bits, windows, [[(samples, *place) for place in pair] for pair in chosen])
         return bits.transpose(0, 1)
-    # Several times as fast as torch: an image's rows are one, and a place is a number in it.
+    # Several times as fast as torch: an image is one long row, and a place is an offset in it.
     wide, bits = width + 2, images.new_empty(count, 2, height, width)
     shape = (2 * wide + 3, height * wide - 2)
     starts = (pairs @ (wide, 1)).tolist()
     for k, (levels, table) in enumerate(zip(around.numpy(), silent.numpy(), strict=True)):
         both = (levels, _looked_up(table, levels))
-        every = [np.ndarray(shape, np.uint8, one, strides=(1, 1)) for one in both]
+        shifted = [np.ndarray(shape, np.uint8, one, strides=(1, 1)) for one in both]
         own = np.zeros((2, height * wide), np.uint8)
-        _collect(own[:, :-2], every, starts[k])
+        _collect(own[:, :-2], shifted, starts[k])
         bits[k].numpy()[:] = own.reshape(2, height, wide)[..., :width]
     return bits
 

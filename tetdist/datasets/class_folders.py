@@ -121,8 +121,8 @@ def root_advice(root: Path, split: str, kind: Kind) -> str | None:
         return len(names_in(folder, lambda entry: entry.name.lower().endswith(suffixes))) > 0
 
     if not folders and root.name.lower() not in usual and holds_samples(root):
-        is_part = root.absolute().parent.name.lower() in usual
-        above = root.parent.parent if is_part else f"the folder that holds train/{root.name}"
+        part = root.absolute().parent
+        above = part.parent if part.name.lower() in usual else f"the folder with train/{root.name}"
         return f"this is a class folder itself: give {above}"
     file = next(chain(root.glob("*/*/*.*"), root.glob("*/*.*")), None)
     known = (*SUFFIXES["events"], *SUFFIXES["images"])

@@ -174,9 +174,9 @@ def find_index(data: "DataSection", split: str, made_by: str = "") -> Path:
     """
     root = Path(data.root)
     if not root.is_dir():
-        near = "set data.root=FOLDER"
-        near = f"make it with `{made_by}`, or {near}" if made_by else meant_path(root, near)
-        raise UserError(f"data.root: there is no folder {root}; {near}")
+        give = "set data.root=FOLDER"
+        way_out = f"make it with `{made_by}`, or {give}" if made_by else meant_path(root, give)
+        raise UserError(f"data.root: there is no folder {root}; {way_out}")
     file = index_file(data.index_dir, split)
     if file.is_file():
         return file

@@ -19,7 +19,7 @@ class Split(NamedTuple):
 
 def check_new(dest: Path) -> None:
     """Refuse a data root that has files already, before its source is read."""
-    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} exists and is not empty; name another folder or move it")
 
 
