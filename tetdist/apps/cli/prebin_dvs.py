@@ -253,7 +253,7 @@ def _listing(options: argparse.Namespace) -> "Listing":
 
 
 def _check_preset(options: argparse.Namespace, listing: "Listing") -> None:
-    """Check that the source is the preset's data set; print the preset's options and overrides."""
+    """Check that the source is the preset's data set; print what the preset sets."""
     from tetdist.apps.events.presets import PRESETS, check_source
 
     warning = check_source(options.preset, options.source, listing.sources)
