@@ -355,6 +355,7 @@ def test_what_would_fail_after_the_evaluation_fails_before(run, broken, tmp_path
     assert "none; give a run folder or" in broken(*none)
     monkeypatch.chdir(run.parents[1])
     assert f"did you mean runs/{run.name}?" in broken("--checkpoint", f"{run.name}x")
+    assert "train with data.held_out" in broken(run.name, "--exit-within", 1)
     assert kept.read_text() == "earlier"
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
 

@@ -160,11 +160,10 @@ def test_late_frames_are_counted_and_ctrl_c_ends_with_a_summary(
 @pytest.mark.parametrize(
     ("given", "refusal"),
     [
-        (["other.npz"], f"other.npz: its sensor is 99x99, not {DEFAULT_SENSOR} as expected"),
-        (["other.npz"], f"trained for a {DEFAULT_SENSOR} sensor, so replay a recording of one, or"),
+        (["none.npz"], "there is no recording "),
+        (["other.npz"], f" 99x99, not {DEFAULT_SENSOR} as expected; the network was trained for a"),
         (["other.dat"], f"is outside the {DEFAULT_SENSOR} sensor, as are "),
         (["it.npz", "--output", "it.png"], "--output: it.png has another suffix than .gif"),
-        (["it.npz", "--output", "/proc/it.gif"], "/proc/it.gif cannot be written ("),
         (["it.npz", "--output", "nosuch/it.gif"], "nosuch/it.gif cannot be written (No such file"),
         (["it.npz", "--best"], "best is damaged"),
     ],

@@ -123,17 +123,17 @@ def test_values_that_are_not_finite_equal_themselves(compared):
 
 def test_results_and_differing_keys(run_tool, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    worse = {("val", 10): {"top1": 20.0, "epoch": 2.0, "samples": 9}}
+    worse = {("val", 10): {"top1": 20.0, "epoch": 2.0, "samples": 9, "data_split": "-held-out-"}}
     average = {("val_ema", step): {"top1": 7.0 * step, "epoch": step / 5} for step in (5, 10)}
     average["val", 10] = {"samples": 8}
-    make_run(tmp_path / A, worse)
+    make_run(tmp_path / A, worse, model={})
     make_run(tmp_path / B, average, loss={"kind": "sdt"}, seed=1)
     ended = {("val", 5): None, ("val", 10): None, ("final", 10): {"epoch": 2.0}}
     make_run(tmp_path / "c", ended, seed=1, phases=[{"epochs": 4, "timesteps": None}])
     status, printed, _ = run_tool(".")  # the runs in a folder
     assert status == 1
     rows = [line.split() for line in printed.splitlines()]
-    assert ["a", A, "2", "20.00", "40.00", "50.00", "1"] in rows
+    assert ["a", A, "2", "held-out", "20.00", "40.00", "50.00", "1"] in rows
     assert ["b", B, "2", "100.00", "40.00", "100.00", "2"] in rows
     assert ["its", "moving", "average", "2", "70.00", "-", "70.00", "2"] in rows
     assert ["c", "c", "-", "-", "-", "-", "-"] in rows

@@ -275,6 +275,7 @@ def test_what_is_refused_before_anything_is_written(tiny_config, tmp_path, capfd
         (["--nodes", "3"], "cannot be divided equally among 12 processes"),
         (["reference=sew43"], "reference: there is no published curve 'sew43'"),
         (["cluster.quos=x"], "unknown key 'quos'", "'qos'"),
+        (["--benchmark", "nothing"], "--benchmark: there is no nothing; correct it"),
         (["--time", "soon"], "--time: 'soon' is not a time"),
         # Slurm would look for the log of job 12 in a folder 12.
         (["name=100%j"], "name: '100%j' must consist of letters"),
