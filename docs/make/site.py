@@ -35,8 +35,10 @@ ROOT_PAGES = {
     "ARCHITECTURE.md": "architecture.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
 }
 RECIPES = "reference/recipes.md"
+SOURCE = "source"  # the folder of the pages that show linked code
 # The text of a link may be an image.
 _LINK = re.compile(r"(!?)\[((?:!\[[^\]]*\]\([^)]*\))?[^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 _LOG = logging.getLogger("mkdocs.hooks.site")
@@ -56,6 +58,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     made["reference/commands.md"] = commands_page()
     made["reference/configuration.md"] = configuration_page()
     made[RECIPES] = recipes_page()
+    made |= {_source_uri(path): source_page(path) for path in linked_code()}
     for uri, content in made.items():
         files.append(File.generated(config, uri, content=content))
     return files
@@ -87,8 +90,10 @@ def _site_link(link: re.Match[str], folder: Path, uri: str) -> str:
         there = str(path.relative_to("docs"))
     elif path.is_relative_to("configs"):
         there, anchor = RECIPES, f"#{_anchor(path)}" if path.suffix else ""
-    elif (PROJECT / path).exists():
-        return text  # a link to code, which the site does not have
+    elif _is_code(path):
+        there = _source_uri(path)
+    elif (PROJECT / path).is_dir():
+        return f"`{path}`"
     else:
         return link[0]  # mkdocs reports that it is broken
     return f"{image}[{text}]({os.path.relpath(there, Path(uri).parent)}{anchor})"
@@ -164,6 +169,38 @@ class _Page(HTMLParser):
 
 def _anchor(recipe: Path) -> str:
     return f"{recipe.parent.name}-{recipe.stem}" if recipe.parent.name != "configs" else recipe.stem
+
+
+# --- linked code ---------------------------------------------------------------------------------
+
+
+def linked_code() -> set[Path]:
+    """Return the files of code to which a page has a link, relative to the project."""
+    pages = [PROJECT / name for name in ROOT_PAGES] + list((PROJECT / "docs").rglob("*.md"))
+    return {
+        path
+        for page in pages
+        for link in _LINK.finditer(page.read_text())
+        if _is_code(path := Path(os.path.normpath(page.relative_to(PROJECT).parent / link[3])))
+    }
+
+
+def _is_code(path: Path) -> bool:
+    """Return whether a path of the project is a file that is not part of another page."""
+    others = "docs", "configs", *ROOT_PAGES
+    return (PROJECT / path).is_file() and path.parts[0] not in others
+
+
+def _source_uri(path: Path) -> str:
+    # mkdocs leaves out folders whose names begin with a dot.
+    return f"{SOURCE}/{path}.md".replace("/.", "/")
+
+
+def source_page(path: Path) -> str:
+    """Return the page that shows a file; the search leaves it out."""
+    code = (PROJECT / path).read_text().rstrip()
+    head = f"---\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n"
+    return f"{head}````{path.suffix[1:]}\n{code}\n````\n"
 
 
 # --- commands ------------------------------------------------------------------------------------
