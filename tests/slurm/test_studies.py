@@ -160,6 +160,4 @@ def test_what_begins_after_a_run_that_fails_leaves_the_queue_and_is_submitted_wi
     assert output.count(": submitted as job ") == 3
     child.wait_for("finished")
     assert f"beginning with the weights of {bad.path} (step 5, T=2)" in child.log
-    parent = (tiny_study.output / "mlflow_run_id").read_text().split()[0]
-    tags = assert_mlflow_has(child)
-    assert (tags["mlflow.parentRunId"], tags["study"], tags["entry"]) == (parent, "study", "child")
+    assert_mlflow_has(child)

@@ -18,7 +18,7 @@ import yaml
 
 from tetdist.apps.cli.study import find
 from tetdist.apps.slurm.jobs import State
-from tetdist.apps.studies import local, plan, slurm, tracking
+from tetdist.apps.studies import local, plan, slurm
 from tetdist.errors import UserError
 from tetdist.tracking import environment
 
@@ -242,7 +242,7 @@ def test_a_run_of_a_killed_study_saves_and_ends(call, write, tmp_path):
             status, printed = call("study", file, "--output", output)
             at_work = f"another process is using {run}; wait for it"
             assert (status, f"error: {at_work}" in printed) == (2, True), printed
-            failed = local.work(runs_of(file, output), 1, tracking.Parent("study", [], output))
+            failed = local.work(runs_of(file, output), 1)
             assert at_work in failed["long-seed0"]
         finally:
             os.kill(child, signal.SIGCONT)
@@ -279,48 +279,22 @@ def test_a_run_that_is_being_started_ends_with_the_study(number, write, tmp_path
     runs = runs_of(write(ENDLESS), tmp_path / "out")
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
-        local.work(runs, 1, tracking.Parent("study", [], tmp_path))
+        local.work(runs, 1)
     assert tiny.alive(mark) == []
     assert Path("saved").exists()
     assert signal.getsignal(number) is before
 
 
-def test_mlflow_has_the_runs_below_the_study(output_of, write, here, tmp_path, monkeypatch):
-    database, output, start = tmp_path / "mlflow.db", tmp_path / "out", here.start
+def test_mlflow_has_the_runs_that_the_study_prints(output_of, write, tmp_path):
+    database, output = tmp_path / "mlflow.db", tmp_path / "out"
     overrides = {"tracking.mlflow": True, "tracking.uri": f"sqlite:///{database}"}
-
-    def asked(query):
-        with sqlite3.connect(database) as store:
-            return store.execute(query).fetchall()
-
-    def scheduled(words, **options):
-        assert asked("select status from runs where name = 'sdt-seed0'") == [("SCHEDULED",)]
-        return start(words, **options)
-
-    monkeypatch.setattr(local.subprocess, "Popen", scheduled)
-    # As a command whose runs fail, and the same command again.
-    untracked = {"entries.untracked": {"overrides": {"tracking.mlflow": False}}}
-    runs = runs_of(write({"seeds": [7], "overrides": overrides} | untracked), output)
-    for ended in ("SCHEDULED", "FAILED"):
-        parent = tracking.Parent("study", runs, output)
-        for run in runs:
-            parent.announce(run, ended)
     file = write({"seeds": [0], "overrides": overrides, "entries.tet": ...})
     printed = output_of("study", file, "--output", output)
     run_id = (output / "sdt-seed0" / "mlflow_run_id").read_text().split()[0]
     assert re.search(f"curves in MLflow: .* sqlite:///{database} .*/runs/{run_id}/", printed)
-    statuses = {"study": "FINISHED", "sdt-seed0": "FINISHED"}
-    statuses |= {"sdt-seed7": "FAILED", "tet-seed7": "FAILED"}
-    assert dict(asked("select name, status from runs")) == statuses
-    ((parent_id,),) = asked("select run_uuid from runs where name = 'study'")
-    own = {"mlflow.parentRunId": parent_id, "study": "study", "entry": "sdt", "seed": "0"}
-    for name, more in (
-        ("sdt-seed0", own | {"model": "spiking_convnet"}),
-        ("tet-seed7", own | {"entry": "tet", "seed": "7", "control": "sdt"}),
-    ):
-        tags = dict(asked(f"select key, value from tags natural join runs where name = '{name}'"))
-        assert {key: tags[key] for key in more} == more
-        assert ("control" in tags) == ("control" in more)
+    with sqlite3.connect(database) as store:
+        found = store.execute("select name, status from runs").fetchall()
+    assert found == [("sdt-seed0", "FINISHED")]
 
 
 # --- on a cluster, of which tests/slurm/test_studies.py has one -----------------------------------
@@ -378,8 +352,8 @@ def test_what_is_submitted_by_how_the_runs_are(write, tmp_path, monkeypatch, cap
     monkeypatch.setattr(slurm, "is_trained", lambda run: run.entry in ("done", "ends"))
     monkeypatch.setattr(slurm, "queued_runs", lambda _: queued)
     monkeypatch.setattr(slurm, "cancel", cancelled.append)
-    monkeypatch.setattr(slurm, "send_all", lambda _, left, __: sent.extend(r.entry for r in left))
-    assert slurm.submit("study", runs, tmp_path / "out", ["--gpus-per-node", "0"]) == 0
+    monkeypatch.setattr(slurm, "send_all", lambda left, _: sent.extend(r.entry for r in left))
+    assert slurm.submit(runs, tmp_path / "out", ["--gpus-per-node", "0"]) == 0
     assert set(sent) == {"bad", "of_done", "of_bad", "of_of_bad", "of_waits"}
     assert sent.index("bad") < sent.index("of_bad") < sent.index("of_of_bad")
     assert cancelled == ["of_bad"]

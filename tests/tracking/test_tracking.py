@@ -388,7 +388,8 @@ def test_a_run_that_mlflow_forgot_is_sent_anew(store, tmp_path, caplog, monkeypa
 
     # Deleted, as if by hand in the user interface.
     destination = Destination(store.uri, "trials", tmp_path)
-    deleted = mlflow_logger.announce(run_dir, "a run", destination, {}, "DELETED")
+    mlflow_logger.announce(run_dir, "a run", destination, {}, "DELETED")
+    deleted = (run_dir / "mlflow_run_id").read_text().split()[0]
     assert store.client.get_run(deleted).info.lifecycle_stage == "deleted"
     with caplog.at_level(logging.INFO, logger="tetdist"):
         store.open(run_dir, 20).close("FINISHED")

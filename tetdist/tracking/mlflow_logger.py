@@ -173,18 +173,15 @@ def announce(
     destination: Destination,
     tags: Mapping[str, str],
     status: str | None,
-) -> str | None:
+) -> None:
     """Set the state of a run in MLflow while no process trains it: queued, cancelled, ...
 
-    The run is made if missing; the training process will find and use it.
+    The run is made if missing; the training process will find and use it. If MLflow does not
+    answer, this warns, and the run is sent when it trains.
 
     Args:
         status: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED; DELETED: MLflow no longer lists the
             run; None: unchanged.
-
-    Returns:
-        The run's MLflow id; None, with a warning, if MLflow does not answer. The run is then sent
-        when it trains.
     """
     try:
         client = new_client(destination.uri)
@@ -198,8 +195,6 @@ def announce(
             without_passwords(destination.uri),
             first_line(error),
         )
-        return None
-    return run_id
 
 
 def new_client(uri: str) -> Any:

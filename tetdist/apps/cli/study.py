@@ -88,7 +88,7 @@ def study(options: argparse.Namespace) -> int:
         raise UserError(f"{file}: {error}") from error
     chosen = choose(runs, options.only)
     # Imported after these checks, because torch takes seconds.
-    from tetdist.apps.studies import numbers, report, tracking
+    from tetdist.apps.studies import numbers, report
     from tetdist.apps.studies.local import refuse_if_at_work, work
     from tetdist.tracking.mlflow_logger import ui_command
 
@@ -103,7 +103,7 @@ def study(options: argparse.Namespace) -> int:
     if options.slurm is not None:
         from tetdist.apps.studies import slurm
 
-        return slurm.submit(file.stem, chosen, output, options.slurm)
+        return slurm.submit(chosen, output, options.slurm)
     failed: dict[str, str] = {}
     if not options.report_only:
         left = [run for run in chosen if run.next_command()]
@@ -113,8 +113,7 @@ def study(options: argparse.Namespace) -> int:
 
             slurm.refuse_if_queued(left)
         refuse_if_at_work(left)
-        untrained = [run for run in left if not plan.is_trained(run)]
-        failed = work(chosen, options.jobs, tracking.Parent(file.stem, untrained, output))
+        failed = work(chosen, options.jobs)
     words = (str(file), *options.overrides, *import_flags(options.imports))
     found = numbers.gather(runs[0].study, runs, str(plan.Command("study", words)))
     report.write(found, output / "report.md")

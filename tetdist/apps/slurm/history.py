@@ -210,19 +210,10 @@ def submitting(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def announce(
-    config: "RunConfig",
-    status: str | None,
-    tags: dict[str, str],
-    heading: tuple[Path, str] | None = None,
-) -> str | None:
-    """Update MLflow about a run that no process trains now; return its MLflow id.
+def announce(config: "RunConfig", status: str | None, tags: dict[str, str]) -> None:
+    """Update MLflow, if it is used, about a run that no process trains now.
 
-    Without a status, only tags change. A heading, the existing folder that keeps the id and a name,
-    updates a parent run instead. The id is None without MLflow, or if it does not answer.
+    Without a status, only tags change.
     """
-    destination = mlflow_logger.Destination.of(config)
-    if destination is None:
-        return None
-    folder, name = heading or (config.run_dir, config.name)
-    return mlflow_logger.announce(folder, name, destination, tags, status)
+    if (destination := mlflow_logger.Destination.of(config)) is not None:
+        mlflow_logger.announce(config.run_dir, config.name, destination, tags, status)

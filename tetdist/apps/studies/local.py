@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 
 from tetdist.apps.studies.plan import Command, StudyRun, evaluation, is_trained
-from tetdist.apps.studies.tracking import Parent
 from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.starters import as_starter
 from tetdist.distributed.world import ALONE
@@ -25,7 +24,7 @@ POLL_EVERY = 0.2  # seconds between two polls of the processes
 _IN_USE = "another process is using {}; wait for it or stop it, and run the same command again"
 
 
-def work(runs: list[StudyRun], jobs: int, parent: Parent) -> dict[str, str]:
+def work(runs: list[StudyRun], jobs: int) -> dict[str, str]:
     """Train and evaluate the unfinished runs, several at a time; return why each failed run failed.
 
     Each run comes after those that it needs.
@@ -67,16 +66,12 @@ def work(runs: list[StudyRun], jobs: int, parent: Parent) -> dict[str, str]:
                     fail(run, f"not started, because {lost[0]} failed")
                 elif len(running) < jobs and all(map(is_trained, run.needs)):
                     waiting.remove(run)
-                    if not is_trained(run):
-                        parent.announce(run, "SCHEDULED")
                     start(run, run.next_command())
             ended = [run for run, child in running.items() if child.process.poll() is not None]
             for run in ended:
                 reason = running.pop(run).failure()
                 if reason is not None:
                     fail(run, reason)
-                    if not is_trained(run):
-                        parent.announce(run, "FAILED")
                 elif (found := evaluation(run)) is None:
                     start(run, run.eval_command)
                 else:

@@ -10,14 +10,13 @@ from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.apps.slurm.jobs import State, cancel, is_here, states_of
 from tetdist.apps.slurm.plan import seconds_of
 from tetdist.apps.studies.plan import StudyRun, check_inputs, is_trained
-from tetdist.apps.studies.tracking import Parent
 from tetdist.config import loading as configuration
 from tetdist.config.schema import RunConfig
 from tetdist.errors import UserError, typed
 from tetdist.wording import counted, duration
 
 
-def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str]) -> int:
+def submit(runs: list[StudyRun], output: Path, flags: list[str]) -> int:
     """Submit the runs that are neither finished nor queued, each after those that it needs."""
     if read_flags(flags, runs[0].arguments[1]).dry_run:
         return dry_run(runs, flags)
@@ -44,7 +43,7 @@ def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str]) -> 
     for job in stale:
         cancel(job)
     if left:
-        send_all(study, left, output)
+        send_all(left, output)
     print(
         f"`{typed('slurm', 'status', output)}` shows the runs, `cancel` cancels them; once all are "
         "finished, the same command without --slurm evaluates and reports"
@@ -124,16 +123,14 @@ def job_of(run: StudyRun, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
     return config, command.cluster_of(config.cluster, options)
 
 
-def send_all(
-    study: str, left: dict[StudyRun, tuple[RunConfig, ClusterSection]], output: Path
-) -> None:
+def send_all(left: dict[StudyRun, tuple[RunConfig, ClusterSection]], output: Path) -> None:
     """Submit the runs, each after those that it needs, all with one copy of the code.
 
     Raises:
         UserError: A run is refused; the runs before it are submitted.
     """
     code = submission.copy_code(history.next_submission(output) / "code")
-    parent, done = Parent(study, list(left), output), 0
+    done = 0
     try:
         for run, (config, cluster) in left.items():
             after = [needed for needed in run.needs if not is_trained(needed)]
@@ -141,7 +138,6 @@ def send_all(
             prepared = submission.prepare(config, cluster, folders)
             submitted = submission.submit(prepared, code, folders)
             done += 1
-            parent.announce(run, None)
             print(f"{run.name}: submitted as job {submitted.job}{_starts_after(after)}", flush=True)
     except UserError as error:
         rest = f"; {done} of {counted(len(left), 'run')} {'was' if done == 1 else 'were'} submitted"
