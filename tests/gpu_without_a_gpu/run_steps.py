@@ -319,7 +319,6 @@ def _decoded(shape: tuple[int, ...]) -> Tensor:
 def make_trainer(case: Case, config: Any, world: Any) -> Any:
     """A trainer whose data are made up and whose run folder is not there; the rest is its own."""
     from tetdist import order
-    from tetdist.nn.norm_neuron import changing_neurons
     from tetdist.training import prepared, setup
     from tetdist.training.ema import WeightAverage
     from tetdist.training.feed import Feed
@@ -343,7 +342,6 @@ def make_trainer(case: Case, config: Any, world: Any) -> Any:
             self.watch = types.SimpleNamespace(progress=lambda _where: None)
             self.prepared = prepared._prepare(config, world)
             self.model = self.prepared.model
-            self.changing = changing_neurons(self.model)
             self.average = WeightAverage.of(self.model, config.ema)
             self.window = Window(config, world)
             self.optimizer_state = self.loss_scale_state = None

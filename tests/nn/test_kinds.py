@@ -269,28 +269,12 @@ def test_membranes_are_wide_and_spikes_are_as_the_current(case, dtype):
     assert torch.equal(spikes.float(), wide.to(dtype).float())
 
 
-def test_a_mask_rises_once_an_epoch_as_published():
-    published = [min(8 * epoch / (17 - 1), 1) for epoch in range(17)]
-    config = make({"kind": "masked_psn", "mask_epochs": (17 - 1) / 8})
-    assert [config.at_epoch(epoch).mask for epoch in range(17)] == published
-    assert [config.at_epoch(epoch).causal for epoch in range(4)] == [False, False, True, True]
-    assert config.refusal(2) == (
-        "masked_psn cannot run 2 timesteps: its spikes depend on all T=4 timesteps until "
-        "mask_epochs"
-    )
-    part = make({"kind": "masked_psn", "mask": 0.5, "mask_epochs": 4})
-    assert [part.at_epoch(epoch).mask for epoch in (0, 1, 4, 9)] == [0, 0.125, 0.5, 0.5]
-    for other in (make({"kind": "masked_psn"}), make({"kind": "psn"})):
-        assert other.at_epoch(0) is other
-
-
 BAD = {
     "decay must be below 1, not 1.0": {"kind": "plif", "decay": 1.0},
     "decay must be at least 0, not -0.5": {"kind": "ilif", "decay": -0.5},
     "most_spikes must be at most 15, not 16": {"kind": "ilif", "most_spikes": 16},
     "most_spikes must be a power of 2": {"kind": "nilif", "most_spikes": 3},
     "mask must be at most 1, not 1.5": {"kind": "masked_psn", "mask": 1.5},
-    "mask_epochs needs mask > 0": {"kind": "masked_psn", "mask": 0.0, "mask_epochs": 2},
     "order must be at least 1, not 0": {"kind": "sliding_psn", "order": 0},
     "init must be one of exponential, uniform, not 'zero'": {"kind": "sliding_psn", "init": "zero"},
 }

@@ -5,10 +5,9 @@ import json
 import pytest
 import tiny
 from safetensors.torch import load_file
-from tiny import expect, refused
+from tiny import expect
 
 from tetdist.apps.cli import eval as eval_command
-from tetdist.storage import checkpoint
 
 KINDS = {
     "plif": {"kind": "plif", "threshold": 0.5},
@@ -52,25 +51,6 @@ def test_it_learns(kind, main, tiny_config, tmp_path):
     for key, value in learnt.items():
         first = begins.get(key.rpartition(".")[2])
         assert first is None or (value != first).all(), key
-
-
-def test_a_mask_rises_and_a_checkpoint_has_what_it_was(main, tiny_config, tmp_path):
-    """A run that is stopped in the second epoch has half of the mask, and is evaluated with it."""
-    neuron = {"kind": "masked_psn", "timesteps": 2, "order": 1, "mask_epochs": 2}
-    own = changes(neuron) | {"evaluate_every": 1}
-    file = tiny_config(own | {"phases.0.epochs": 3})
-    run, found = tmp_path / "runs/tiny", tmp_path / "found.json"
-    for max_steps, mask in ((10, 0.5), (15, 1.0)):
-        expect(main(file, f"max_steps={max_steps}"))
-        _, description = checkpoint.load_model_file(tiny.newest(run))
-        of_weights = description.config["model"]["neuron"]
-        assert (of_weights["mask"], of_weights["mask_epochs"]) == (mask, 0)
-        line = tiny.metrics(run, "val")[-1]
-        assert eval_command.main(["--checkpoint", str(run), "--json", str(found)]) == 0
-        values = json.loads(found.read_text())
-        assert [values[key] for key in ("top1", "loss")] == [line[key] for key in ("top1", "loss")]
-    text = "mask_epochs, which changes neurons every epoch"
-    refused(main(file, "name=graphs", "cuda_graphs=true"), text)
 
 
 def test_an_evaluation_refuses_the_t_that_does_not_exist(main, tiny_config, tmp_path, capfd):

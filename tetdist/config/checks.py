@@ -217,11 +217,6 @@ def _of_cuda_graphs(config: RunConfig) -> Iterator[str]:
             "cuda_graphs=true cannot go with batch_norm.sync=true, whose averages over processes "
             "are not captured; set one of them to false"
         )
-    if config.model.neuron.at_epoch(0) != config.model.neuron:
-        yield (
-            "cuda_graphs=true cannot go with model.neuron.mask_epochs, which changes neurons every "
-            "epoch, while a graph repeats the captured ones; set cuda_graphs=false"
-        )
     if config.profile is not None:
         yield (
             "profile: the operations of a CUDA graph have no names; set cuda_graphs=false while "

@@ -18,6 +18,7 @@ RETIRED: dict[str, Any] = {
     "data.event_drop": 0.0,
     "data.mixing.switch_probability": 0.5,
     "data.own_process": None,
+    "model.neuron.mask_epochs": 0.0,
     "non_finite_limit": 5,
     "phases.N.decay_epochs": 30.0,
     "phases.N.decay_rate": 0.1,

@@ -184,11 +184,6 @@ class NeuronConfig:
         del timesteps
         return None
 
-    def at_epoch(self, epoch: int) -> NeuronConfig:
-        """Return the neurons of an epoch of training, counted from 0."""
-        del epoch
-        return self
-
     def run(
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
     ) -> tuple[Tensor, Tensor]:

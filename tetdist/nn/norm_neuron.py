@@ -49,18 +49,6 @@ def neuron_of(module: nn.Module) -> NeuronConfig | None:
     return module.neuron if isinstance(module, NeuronLayer) else None
 
 
-def changing_neurons(model: nn.Module) -> "dict[NeuronLayer, NeuronConfig]":
-    """Return the layers whose neurons change between epochs, and their neurons."""
-    found = {layer: layer.neuron for layer in spiking_layers(model).values()}
-    return {layer: neuron for layer, neuron in found.items() if neuron.at_epoch(0) is not neuron}
-
-
-def enter_epoch(neurons: "dict[NeuronLayer, NeuronConfig]", epoch: int) -> None:
-    """Set the layers that `changing_neurons` returned to an epoch of training."""
-    for layer, neuron in neurons.items():
-        layer.neuron = neuron.at_epoch(epoch)
-
-
 def is_causal(model: nn.Module) -> bool:
     """Return whether a model's logits at t are independent of T: one pass gives all smaller T."""
     return all(neuron.causal for neuron in neurons_of(model))

@@ -11,14 +11,13 @@ A neuron fires at a learnt weighted sum of its currents, with weights shared by 
     sliding_psn    A[t, s] = w[order - 1 - (t - s)] for those, and one b: any number of timesteps
 
 b starts at -threshold. Default values and initial weights are those of the authors' code. There the
-mask of E epochs starts at 0 and is min(8 e / (E - 1), 1) in epoch e, counted from 0: here
-mask_epochs = (E - 1) / 8.
+mask rises from 0 to 1 in a training's first epochs; here it is constant.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tetdist.nn.neurons import NEURONS, NeuronConfig, SurrogateName, option
@@ -82,7 +81,7 @@ class PSN(ParallelNeuron):
     timesteps: int = option(
         4,
         "Number of timesteps T that the learnt weights combine; phases.N.timesteps must be equal "
-        "(for masked_psn with mask=1 and mask_epochs=0: at most equal).",
+        "(for masked_psn with mask=1: at most equal).",
         ge=1,
     )
 
@@ -119,26 +118,10 @@ class MaskedPSN(ParallelNeuron):
         ge=0,
         le=1,
     )
-    mask_epochs: float = option(
-        0.0,
-        "Number of epochs at the run's start over which the mask's strength rises from 0 to mask, "
-        "once per epoch. During these epochs a spike also depends on later timesteps.",
-        ge=0,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mask_epochs and self.mask == 0:
-            raise ValueError("mask_epochs needs mask > 0, the value that mask rises to")
 
     @property
     def causal(self) -> bool:  # type: ignore[override]  # depends on options, not on the class
-        return self.mask == 1 and not self.mask_epochs
-
-    def at_epoch(self, epoch: int) -> MaskedPSN:
-        if not self.mask_epochs:
-            return self
-        return replace(self, mask=self.mask * min(epoch / self.mask_epochs, 1), mask_epochs=0.0)
+        return self.mask == 1
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:
         del num_channels
@@ -150,8 +133,7 @@ class MaskedPSN(ParallelNeuron):
         if timesteps > self.timesteps:
             because = f"it has weights for T={self.timesteps} only"
         else:
-            until = "until mask_epochs" if self.mask_epochs else f"with mask={self.mask:g}"
-            because = f"its spikes depend on all T={self.timesteps} timesteps {until}"
+            because = f"with mask={self.mask:g} spikes depend on all T={self.timesteps} timesteps"
         return f"masked_psn cannot run {counted(timesteps, 'timestep')}: {because}"
 
     def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

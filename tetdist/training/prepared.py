@@ -65,10 +65,6 @@ class Prepared:
             "phase": self.phase_at(step - 1).number,
         }
 
-    def epoch_of(self, step: int) -> int:
-        """Return the epoch of the last of ``step`` steps."""
-        return max(step - 1, 0) // self.steps_per_epoch
-
     def end_of_epoch(self, step: int) -> int:
         """Return the last step of the epoch that begins at or contains ``step``."""
         return min((step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.last_step)

@@ -12,7 +12,6 @@ from tetdist.buffers import copy_to_host
 from tetdist.datasets import recorded_split
 from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.watchdog import CONTINUES, Watch
-from tetdist.nn import neurons
 from tetdist.plugins import checksums_of, without_losses
 from tetdist.storage import checkpoint
 from tetdist.tracking.tracker import Tracker
@@ -114,7 +113,6 @@ def _describe(
     described = config.as_dict()
     described["data"]["root"] = str(Path(config.data.root).resolve())
     described["data"]["index"] = str(config.data.index_dir.resolve())
-    described["model"]["neuron"] = neurons.as_dict(config.model.neuron.at_epoch(run.epoch_of(step)))
     binning = recorded_split.binning(config.data.root)
     description = checkpoint.Description(
         config=described,

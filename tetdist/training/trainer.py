@@ -18,7 +18,6 @@ from tetdist.distributed.watchdog import CONTINUES, Watch
 from tetdist.distributed.world import World
 from tetdist.errors import Stopped, UserError
 from tetdist.evaluation.evaluate import Interrupted
-from tetdist.nn.norm_neuron import changing_neurons, enter_epoch
 from tetdist.optimizers import make_optimizer
 from tetdist.storage import checkpoint
 from tetdist.tracking.progress import RunProgress
@@ -48,7 +47,6 @@ class Trainer:
         self.config, self.world, self.stop, self.watch = config, world, stop, watch
         self.prepared = run = prepare(config, world)
         self.model, self.last_step = run.model, run.last_step
-        self.changing = changing_neurons(run.model)
         # Optimiser steps done.
         self.step = self.evaluated_step = run.first_step
         self.window = Window(config, world)
@@ -161,7 +159,6 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         self.model.train()
-        enter_epoch(self.changing, self.prepared.epoch_of(self.step + 1))
         self.window.restart(self.feed.waited)
         end = self.prepared.end_of_epoch(self.step)
         while self.step < end:
@@ -227,7 +224,6 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Evaluate and save; after a stop meanwhile, the resumed run evaluates."""
-        enter_epoch(self.changing, self.prepared.epoch_of(self.step))
         try:
             found = self.evaluations.at(self.step)
         except Interrupted:
