@@ -65,9 +65,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Change links to the site's pages, except within code."""
+    """Change links to the site's pages, except within code; rank studies low in the search."""
     del config, files  # mkdocs hands them over by name
     uri = page.file.src_uri
+    if uri.startswith("results/"):
+        page.meta["search"] = {"boost": 0.2}  # or they hide the page that explains a term
     at_root = {site: Path() for site in ROOT_PAGES.values()}
     folder = at_root.get(uri, (Path("docs") / uri).parent)
     parts = _CODE.split(markdown)
