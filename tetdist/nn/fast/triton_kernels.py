@@ -8,7 +8,10 @@ after resuming.
 
 import contextlib
 import math
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +20,6 @@ from torch import Tensor
 
 from tetdist.nn import batch_norm
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fast import triton_cache
 from tetdist.nn.fast.dynamics import dynamics_of
 from tetdist.nn.fast.fused import Affine, Inputs, Sums
 from tetdist.nn.fast.kernels import attention, neuron, packing
@@ -25,6 +27,7 @@ from tetdist.nn.fast.kernels import pool as pooling
 from tetdist.nn.fast.pooling import Pooled, Pooling, Sizes, rows_of_images
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.precision import wide_type
+from tetdist.storage.files import make_private
 
 Argument = Tensor | int | None
 # Older versions of Triton lack tuples in kernels.
@@ -608,6 +611,17 @@ def _flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,), x.storage_offset())
 
 
+def keep_kernels_here() -> None:
+    """Have Triton keep compiled kernels on the host's own disk, unless the environment names a
+    folder: the home folder, its default, is often on a slow shared disk."""
+    folder = Path(tempfile.gettempdir()) / f"tetdist-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        make_private(folder)
+        # Another user could redirect a link to code of theirs; noexec disks cannot hold libraries.
+        if not folder.is_symlink() and not os.statvfs(folder).f_flag & os.ST_NOEXEC:
+            os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+
+
 def check(device: torch.device) -> None:
     """Let Triton compile and run a kernel, and check its result.
 
@@ -619,7 +633,7 @@ def check(device: torch.device) -> None:
         raise RuntimeError(
             f"Triton {triton.__version__} is older than {oldest}, which comes with torch 2.7"
         )
-    triton_cache.use()
+    keep_kernels_here()
     values = torch.arange(200, dtype=torch.uint8, device=device)
     found = unpack(values, 4, torch.float32)
     if not torch.equal(found.cpu(), values.cpu() / 4):
