@@ -42,8 +42,7 @@ def learning_curves(metrics_file: Path, out: Path) -> None:
         style.markers(axes["L"], *style.series(lines, "loss"), colour, label)
         # The space beside the title fits a legend with one long entry.
         _with_best(axes["A"], lines, colour, label, briefly=bool(ema))
-    # The reference is of the weights or of their average.
-    published = style.series([*val, *ema], "reference_top1")
+    published = style.series(val, "reference_top1")
     axes["A"].plot(*published, "--", color=style.PUBLISHED, linewidth=1, label="published")
     style.finish(axes["L"], "Loss", "loss")
     style.finish(axes["A"], "Top-1" if ema else "Top-1 accuracy", style.ACCURACY)

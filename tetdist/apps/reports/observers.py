@@ -114,15 +114,13 @@ class PublishedCurve(Observer):
         self.reference = find_reference(config.reference)
         self.batch, self.samples = config.batch.global_, len(run.train)
         self.warm_at = config.phases[0].warmup_epochs * run.steps_per_epoch
-        classes, has_average = len(run.train.classes), config.ema.decay is not None
-        self.obstacle = self.reference.obstacle(classes, has_average)
+        self.obstacle = self.reference.obstacle(len(run.train.classes))
         if self.obstacle is not None:
             logger.info("reference: %s, so the run is not compared with it", self.obstacle)
 
     @override
     def on_evaluation(self, step: int, evaluated: Evaluated) -> Mapping[str, float]:
-        of_average = evaluated.kind == AVERAGE
-        if self.obstacle is not None or of_average != self.reference.of_average:
+        if self.obstacle is not None or evaluated.kind == AVERAGE:
             return {}
         images = step * self.batch
         warning = self.reference.warning(evaluated.values["top1"], images)

@@ -16,7 +16,6 @@ from tetdist.errors import UserError
 CURVES = Path(__file__).with_name("published_curves.yaml")
 # Size of the training split and number of classes of ImageNet, which all published curves use.
 IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
-CHANCE = 100 / IMAGENET_CLASSES  # percent
 HELD_OUT = 0.05  # largest fraction of missing images with which a run still trains on ImageNet
 # Tolerance in points of top-1 for differences between seeds and between positions in an epoch. It
 # is our choice, wide where curves are steep, since nobody has published several seeds. It is at
@@ -31,7 +30,6 @@ class Reference:
 
     name: str
     top1: dict[float, float]  # percent, by epoch
-    of_average: bool = False  # True if the top-1 is that of a moving average of the weights
 
     def at(self, epochs: float) -> float | None:
         """Return the top-1 after a number of epochs, interpolated in the logarithm of the epochs;
@@ -43,14 +41,12 @@ class Reference:
         top1 = [self.top1[epoch] for epoch in known]
         return float(np.interp(math.log(epochs), np.log(known), top1))
 
-    def obstacle(self, classes: int, has_average: bool) -> str | None:
+    def obstacle(self, classes: int) -> str | None:
         """Return why a run with these data cannot be compared with it; None if it can."""
-        if classes != IMAGENET_CLASSES:
-            theirs = f"{self.name} has ImageNet's {IMAGENET_CLASSES:,} classes"
-            return f"{theirs} and these data have {classes:,}"
-        if self.of_average and not has_average:
-            return f"{self.name} is of a moving average and this run keeps none (set ema.decay)"
-        return None
+        if classes == IMAGENET_CLASSES:
+            return None
+        theirs = f"{self.name} has ImageNet's {IMAGENET_CLASSES:,} classes"
+        return f"{theirs} and these data have {classes:,}"
 
     def beside(self, images: int) -> dict[str, float]:
         """Return the metrics' entry: the published top-1 after as many images, if known."""
@@ -61,8 +57,7 @@ class Reference:
         """Return a warning if a run is far behind after as many of ImageNet's images."""
         epochs = images / IMAGES
         there = self.at(epochs)
-        # At less than twice chance, the reference itself may have been at chance.
-        if there is None or there < 2 * CHANCE or there - top1 <= tolerated(epochs, there):
+        if there is None or there - top1 <= tolerated(epochs, there):
             return None
         return (
             f"{there - top1:.1f} points behind {self.name}, which had {there:.2f} % after as many "
@@ -73,11 +68,7 @@ class Reference:
 def references() -> dict[str, Reference]:
     """Return all published curves, by name."""
     return {
-        name: Reference(
-            name,
-            {float(epoch): top1 for epoch, top1 in about["top1"].items()},
-            about.get("of_average", False),
-        )
+        name: Reference(name, {float(epoch): top1 for epoch, top1 in about["top1"].items()})
         for name, about in read_yaml(CURVES).items()
     }
 
