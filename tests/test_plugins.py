@@ -282,6 +282,7 @@ OWN = {
     "def parameters(self, c): return {'w': torch.ones(3)}": "of Own has the shape (3,); it must be",
     "def run(self, x, u): return (x > 1).double(), x[0]": "own passes no gradient; make its",
     "def run(self, x, u): return x.relu()": "own returns one tensor; return (spikes, membrane)",
+    "def run(self, x, u): return x.relu()[1:], x[0]": "own returns spikes of another shape than",
     "def run(self, x, u): return x.relu(), x[:2]": "without the 7 samples on axis sample_axis=0",
     "def run(self, x, u): return x.cumsum(0).relu(), x[0]": "own gives other spikes if it",
 }
@@ -298,6 +299,7 @@ LATER = [
         "b returns 0.5, not a tensor of the shape ()",
     ),
     ("loss.kind=c", LOSS.format("c", "y): return logits.detach().mean()"), "c has no gradient"),
+    ("loss.kind=own", LOSS.format("b", "y): ..."), "for your own, let bad.py register that name"),
     (
         *("loss.kind=d", LOSS.format("d", "y, epoch): ...")),
         "d does not take logits, targets and [] (missing a required argument: 'epoch')",

@@ -76,12 +76,13 @@ class Registry(dict[str, T]):
         raise UserError(f"{self.key}: {none_of(self.what, name, self)}")
 
 
-def none_of(what: str, name: str, known: Collection[str]) -> str:
-    """Return the error message for an unknown name, with those that it may have meant."""
-    return (
-        f"there is no {what} {name!r}; {meant(name, known)} (for your own, add its file: imports: "
-        "[FILE.py], or --import FILE.py)"
-    )
+def none_of(what: str, name: str, known: Collection[str], otherwise: str | None = None) -> str:
+    """Return the error message for an unknown name, with those that it may have meant; without
+    similar ones with ``otherwise``, or all."""
+    own = "add its file: imports: [FILE.py], or --import FILE.py"
+    if files := [Path(str(module.__file__)).name for module in imported_modules()]:
+        own = f"let {' or '.join(files)} register that name: docs/extending.md"
+    return f"there is no {what} {name!r}; {meant(name, known, otherwise)} (for your own, {own})"
 
 
 class Imported(NamedTuple):

@@ -55,11 +55,15 @@ MISTAKEN = {
     "epocs=1": "unknown key; did you mean 'phases.0.epochs'?",
     "phases.0.epoch=1": "unknown key; did you mean 'phases.0.epochs'?",
     "phases.0.optimizer.weight_dacay=1": "did you mean 'phases.0.optimizer.weight_decay'?",
-    "loss.gamma=3": "unknown key; did you mean loss.arguments.gamma? known keys: kind",
+    "loss.power=3": "unknown key; did you mean loss.arguments.power? known keys: kind",
+    "model.neuron.rise=0.2": "unknown key; known keys: threshold, decay",  # not reset
+    "save.every=3": "unknown key; did you mean 'save.every_steps'?",
+    "optimizer=sgd": "unknown key; did you mean 'phases.0.optimizer.kind'?",
+    "optimizer={kind: sgd}": "unknown key; did you mean 'phases.0.optimizer'?",
     "phases.0.loss.lamda=1": "unknown key; did you mean 'phases.0.loss.lambda'?",
     "model.neuron={decai: 0.5}": "'model.neuron.decai'; did you mean 'model.neuron.decay'?",
     "weight_decay=0.1": "did you mean 'phases.0.optimizer.weight_decay'?",
-    "timesteps=3": "unknown key; did you mean 'model.neuron.timesteps' or",
+    "timesteps=3": "unknown key; set phases.0.timesteps",
     "lr=3": "did you mean 'phases.0.optimizer.lr'?",
     "neuron.decay=0.2": "unknown key 'neuron'; did you mean 'model.neuron.decay'?",
     "train.epochs=2": "unknown key 'train'; did you mean 'phases.0.epochs'?",
@@ -74,8 +78,9 @@ MISTAKEN = {
     "phases=3": "'phases' is a list",
     "data.mean=0.5": "data.mean=0.5 must be a list in brackets",
     "phases.0.optimizer={kind: sgd}": "'phases.0.optimizer.lr' is missing",
-    "tracking.log_checkpoint=all": "input should be 'none', 'last' or",
-    "tracking.experiment=3": "input should be a valid string, in quotes",
+    "tracking.log_checkpoint=all": "tracking.log_checkpoint=all must be 'none', 'last' or",
+    "tracking.experiment=3": "tracking.experiment=3 must be text, in quotes",
+    "loss.kind=": "loss.kind= has no value; give one, or leave it out",
     "profile=20": "must be the first and the last step, such as [20, 30] or 20..30",
     # Ranges.
     "batch.micro=0": "batch.micro=0 must be above 0",
@@ -93,14 +98,16 @@ MISTAKEN = {
     "data.auto_augment=rand-w0": "must consist of m, n, p, mstd, mmax and inc",
     # Contradictions within a section.
     "model.neuron.spike=sigmoid": "model.neuron.spike=sigmoid needs surrogate=sigmoid, not ",
-    "model.name=sew_resnet43": "43: 'sew_resnet43' is not a spiking model; did you mean",
+    "model.name=sew_resnet43": "43: there is no spiking network 'sew_resnet43'; did you mean",
+    "model.name=my_snn": "'my_snn'; `tetdist list networks` lists tetdist's (for your own, add",
+    "model.neuron.kind=PLIF": "there is no kind of neuron 'PLIF'; did you mean plif?",
+    "phases.0.optimizer.arguments={eps: 1}": "kind=sgd takes none; set arguments={}, or kind=timm",
     "model.arguments.chanels=[4]": "no such argument; did you mean channels?",
     "model.arguments.num_classes=3": "model.arguments.num_classes=3: set model.num_classes instead",
     "model.arguments.timesteps=3": "model.arguments.timesteps=3: set phases.N.timesteps instead",
     "phases.0.optimizer={kind: timm:lamb, lr: 1, arguments: {betas: [0, 0]}}": (
         "phases.0.optimizer.arguments.betas: set phases.N.optimizer.betas instead"
     ),
-    "tracking.trackers=[wandb, wandb]": "wandb is listed twice",
     "data.scale=[1.0, 0.5]": "[1.0, 0.5] must ascend and end above 0",
     "data.images_as_events.ratio=1.0": "data.images_as_events.ratio=1.0 must be below 1",
     "data.images_as_events=true": "set data.images_as_events.ratio, for instance",
@@ -117,12 +124,6 @@ MISTAKEN = {
     "model.neuron={tau: 2.0}": "key 'model.neuron.tau'; set model.neuron.decay to 1 - 1/tau",
     "batch.micro=3": "set batch.micro=2 or batch.global=6",
 }
-
-
-def test_a_line_break_does_not_become_a_space():
-    said = refusal(lambda: load("quickstart", ["runs_dir=a\nb"]))
-    assert said == r"'runs_dir=a\nb' has a line break, which YAML reads as a space; remove it"
-    assert load("quickstart", ["data.mean=\n- 0\n- 0\n- 1"]).data.mean == (0, 0, 1)
 
 
 @pytest.mark.parametrize("override", MISTAKEN)
@@ -189,10 +190,10 @@ CONTRADICTIONS = (
         "model.neuron.kind=ilif or nilif",
         *("model.neuron.kind=plif", "model.neuron.most_spikes=2"),
     ),
-    ("name: 'a/b' cannot name a folder", "name=a/b"),
+    ("name: 'a/b' must consist of letters", "name=a/b"),
     # What would be undone in silence.
     ("seed is given twice, as seed=1 and as seed=2", "seed=1", "seed=2"),
-    ("would replace model.neuron.decay=1.0", "model.neuron.decay=1.0", "model.neuron={kind: lif}"),
+    ("neuron is given twice, as model", "model.neuron.decay=1.0", "model.neuron={kind: lif}"),
     ("the key 'kind' appears twice", "data={kind: images, kind: events}"),
 )
 
@@ -230,7 +231,8 @@ def test_no_such_config(tmp_path):
     ("text", "expected"),
     [
         ("- 1\n- 2\n", "keys and values, not a list"),
-        ("a: [1\n", "valid YAML"),
+        ("a: [1\n", "valid YAML: line 1: expected ',' or ']'"),
+        ("seed: 1\nloss:\n\tkind: tet\n", "valid YAML: line 3: .*; indent by spaces"),
         ("", "keys and values, but is empty"),
         ("seed: 1\nloss:\n  kind: tet\n  kind: sdt\n", "'kind' appears twice, in lines 3 and 4"),
         (b"\xff\xfe\x00name: x", "not valid YAML"),
@@ -268,21 +270,16 @@ TAKEN = {
     "data.color_jitter=[0.4, 0, 0, 0.1]": [0.4, 0, 0, 0.1],
     "tracking.trackers=tensorboard": ["tensorboard"],
     "data.transforms=[]": [],
-    # Forms of earlier versions.
-    "profile={steps: [20, 30]}": [20, 30],
+    # The form of an earlier version.
     "data.color_jitter={brightness: 0.4, hue: 0.1}": [0.4, 0, 0, 0.1],
     "data.color_jitter.contrast=0.2": [0, 0.2, 0, 0],
-    "checkpoint=blocks": "blocks",
 }
-RENAMED = {"checkpoint": "recompute", "data.color_jitter.contrast": "data.color_jitter"}
 
 
 @pytest.mark.parametrize("override", TAKEN)
 def test_forms_that_people_write_are_taken(override):
-    key = override.partition("=")[0]
-    assert (
-        flatten(load("quickstart", [override]).as_dict())[RENAMED.get(key, key)] == TAKEN[override]
-    )
+    key = override.partition("=")[0].removesuffix(".contrast")
+    assert flatten(load("quickstart", [override]).as_dict())[key] == TAKEN[override]
 
 
 def test_list_item_of_a_default_can_be_overridden(tiny_config):
@@ -353,15 +350,13 @@ def test_aliases_are_the_written_names(tiny_config):
 
 
 @pytest.mark.parametrize("name", ["100%", "a b", "a\nb", "-x", ".x", "größe", "a;b", "'quoted'"])
-def test_name_of_a_new_run_is_sound_and_earlier_ones_stay_readable(tiny_config, tmp_path, name):
+def test_name_of_a_run_is_sound(tiny_config, name):
     file = tiny_config({"name": name})
     with pytest.raises(
         UserError, match=r"^name: .* must consist of letters .A to Z., digits"
     ) as caught:
         load(str(file))
     assert "\n" not in str(caught.value)
-    (tmp_path / "runs" / name).mkdir(parents=True)
-    assert load(str(file)).name == configuration.load_written(file).name == name
 
 
 @pytest.mark.parametrize("file", sorted(configuration.CONFIGS_DIR.glob("*.yaml")), ids=str)
@@ -449,7 +444,7 @@ def test_some_keys_are_explained(capsys, monkeypatch):
         "bach": "no key 'bach'; did you mean 'batch'?",
         "learning_rate": "no key 'learning_rate'; set phases.N.optimizer.lr (",
         "los.kind": "did you mean 'loss.kind'?",
-        "phases.timesteps": "no key 'phases.timesteps'; did you mean 'phases.N.timesteps'?",
+        "phases.timesteps": "no key 'phases.timesteps'; set phases.N.timesteps",
     }.items():
         assert train.main(["--explain", word]) == 2
         assert answer in capsys.readouterr().err

@@ -109,15 +109,15 @@ def test_a_mistake_names_the_file_that_it_is_in(tmp_path):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("base: nowhere.yaml", "no configuration 'nowhere.yaml'"),
+        ("base: nowhere.yaml", "odd.yaml: base: no configuration 'nowhere.yaml'"),
         ("base: 3", "'base' must be the name of a configuration, not 3"),
         ("base: odd.yaml", "'base' leads back to this file (odd.yaml <- odd.yaml)"),
-        ("base: quickstart\nphases: {1: {epochs: 2}}", "'phases' has items 0 to 0 in the base"),
+        ("base: quickstart\nphases: {1: {epochs: 2}}", "without an item '1'; change its"),
         (
             "base: quickstart\nphases: [{epochs: 2}]",
             "'phases.0.optimizer' is missing (a list replaces",
         ),
-        ("base: quickstart\nphases: {first: {epochs: 2}}", "no 'first'"),
+        ("base: quickstart\nphases: {first: {epochs: 2}}", "item 'first'"),
     ],
 )
 def test_a_base_that_cannot_be_one(tmp_path, text, part):

@@ -37,9 +37,8 @@ def check(config: RunConfig, *, is_trained: bool = False) -> None:
 
 
 def check_name(config: RunConfig) -> None:
-    """Refuse the name of a new run that a shell or Slurm would take for something else."""
-    is_sound = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.name)
-    if not is_sound and not config.run_dir.is_dir():
+    """Refuse the name of a run that a shell or Slurm would take for something else."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.name):
         raise UserError(
             f"name: {config.name!r} must consist of letters (A to Z), digits and . _ -, and must "
             "not begin with . or -; choose another name=..."
@@ -47,9 +46,6 @@ def check_name(config: RunConfig) -> None:
 
 
 def _of_the_run(config: RunConfig) -> Iterator[str]:
-    # Runs of earlier versions may have any name that a folder can have, and stay readable.
-    if "/" in config.name or config.name in ("", ".", ".."):
-        yield f"name: {config.name!r} cannot name a folder; use letters, digits, . _ -"
     number = config.start_phase
     if number >= len(config.phases):
         last = len(config.phases) - 1

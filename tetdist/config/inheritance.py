@@ -15,12 +15,12 @@ _OWNERS = ("kind", "name")
 
 
 def read_layers(
-    path: Path, find: Callable[[str, Path], Path], above: tuple[Path, ...] = ()
+    path: Path, find: Callable[[str, Path, str], Path], above: tuple[Path, ...] = ()
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Read a file, and what it inherits from its ``base``.
 
     Args:
-        find: Finds a ``base`` by its name and the folder of the file that names it.
+        find: Finds a ``base``, given its name, its file's folder, and the beginning of errors.
         above: The files that inherit from this one.
 
     Returns:
@@ -39,7 +39,8 @@ def read_layers(
         return values, dict.fromkeys(_leaves(values), str(path))
     if not isinstance(base, str):
         raise UserError(f"{path}: 'base' must be the name of a configuration, not {base!r}")
-    inherited, from_where = read_layers(find(base, path.parent), find, (*above, path.resolve()))
+    found = find(base, path.parent, f"{path}: base: ")
+    inherited, from_where = read_layers(found, find, (*above, path.resolve()))
     # Two runs of one name would be one folder.
     inherited.pop("name", None)
     # Imports of both are kept: the base's values need the base's files.
@@ -80,8 +81,8 @@ def _items_over(base: list[Any], own: dict[str, Any], source: str, place: str) -
     for key, value in own.items():
         if not key.isdecimal() or int(key) >= len(items):
             raise UserError(
-                f"{source}: {place!r} has items 0 to {len(items) - 1} in the base, but no {key!r}; "
-                "change an item by its number, or give the whole list"
+                f"{source}: {place!r} is a list in the base, without an item {key!r}; change its "
+                f"items by number, as in {place}: {{0: {{...}}}}, or give the whole list"
             )
         items[int(key)] = over(items[int(key)], value, source, f"{place}.{key}")
     return items

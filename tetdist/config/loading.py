@@ -1,6 +1,5 @@
 """Loading of a checked `RunConfig` from a YAML file, its bases, and ``key=value`` overrides."""
 
-import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +23,6 @@ from tetdist.plugins import import_files
 from tetdist.storage.bundled import TETDIST
 from tetdist.wording import meant
 
-logger = logging.getLogger(__name__)
-
 # MLflow's variable, the default of tracking.uri.
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -42,8 +39,8 @@ class Loaded(NamedTuple):
     origins: dict[str, str]
 
 
-def find(name: str, folder: Path = Path()) -> Path:
-    """Find a configuration: a path relative to ``folder``, or a name in configs/."""
+def find(name: str, folder: Path = Path(), source: str = "") -> Path:
+    """Find a file relative to ``folder``, or a name in configs/; errors begin with ``source``."""
     candidates = [folder / name, CONFIGS_DIR / name, CONFIGS_DIR / f"{name}.yaml"]
     for path in candidates:
         if path.is_file():
@@ -53,7 +50,7 @@ def find(name: str, folder: Path = Path()) -> Path:
     hint = meant(word, known, f"`{typed('list')}` lists those")
     if (folder / name / "config.yaml").is_file():
         hint = f"did you mean {name}/config.yaml?"
-    raise UserError(f"no configuration {name!r}, neither as a file nor in configs/; {hint}")
+    raise UserError(f"{source}no configuration {name!r}, neither as a file nor in configs/; {hint}")
 
 
 def load(name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path] = ()) -> RunConfig:
@@ -138,7 +135,7 @@ def parse(
 
     Args:
         source: File of the configuration, as errors name it.
-        warn: Warn of names that have changed, and refuse keys that the kind of neuron lacks.
+        warn: Refuse keys that the kind of neuron lacks.
         is_trained: The network is only used, not trained, so keys of training that are gone do
             not matter.
         overrides, origins: See `checked`.
@@ -147,7 +144,7 @@ def parse(
     Raises:
         UserError: It is not valid, or contradicts itself.
     """
-    raw = _with_present_names(raw, warn)
+    raw = _with_present_form(raw)
     raw = without_retired(raw, source, is_trained=is_trained)
     # Mistakes that need no network are said first: importing the networks takes seconds.
     draft = checked(RunConfig, raw, source, overrides, origins, keys_alone=True)
@@ -163,20 +160,13 @@ def parse(
     return config
 
 
-def _with_present_names(raw: dict[str, Any], warn: bool) -> dict[str, Any]:
-    """Change keys of earlier versions to names and forms of this version."""
-    raw = dict(raw)
-    if "checkpoint" in raw and "recompute" not in raw:
-        raw["recompute"] = raw.pop("checkpoint")
-        if warn:
-            logger.warning("the key checkpoint is now called recompute; the old name still works")
-    data, profile = raw.get("data"), raw.get("profile")
-    if isinstance(data, dict) and isinstance(jitter := data.get("color_jitter"), dict):
-        strengths = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
-        if jitter.keys() <= strengths.keys():
-            raw["data"] = data | {"color_jitter": list((strengths | jitter).values())}
-    if isinstance(profile, dict) and profile.keys() == {"steps"}:
-        raw["profile"] = profile["steps"]
+def _with_present_form(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with an earlier version's mapping of data.color_jitter as a list."""
+    data: Any = raw.get("data")
+    jitter = data.get("color_jitter") if isinstance(data, dict) else None
+    strengths = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
+    if isinstance(jitter, dict) and jitter.keys() <= strengths.keys():
+        return raw | {"data": data | {"color_jitter": list((strengths | jitter).values())}}
     return raw
 
 

@@ -18,10 +18,13 @@ Kind = TypeVar("Kind", bound=Section)
 
 # Other projects' names, and the key to set instead.
 _ELSEWHERE = {
-    "T": "set phases.0.timesteps",
+    **dict.fromkeys(("T", "timesteps"), "set phases.0.timesteps"),
     "batch_size": "set batch.global",
+    "data_dir": "set data.root",
     "learning_rate": "set phases.0.optimizer.lr",
+    "output_dir": "set runs_dir",
     "tau": "set model.neuron.decay to 1 - 1/tau",
+    "warmup": "set phases.0.warmup_epochs",
 }
 
 _MESSAGES = {
@@ -30,7 +33,9 @@ _MESSAGES = {
     "less_than": "must be below {lt}",
     "less_than_equal": "must be {le} or less",
     "tuple_type": "must be a list in brackets, such as [0, 1, 2]",
-    "string_type": "input should be a valid string, in quotes",
+    "string_type": "must be text, in quotes",
+    "bool_type": "must be true or false",
+    "literal_error": "must be {expected}",
 }
 
 
@@ -141,6 +146,8 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
             # Below an unknown section, the last word may be right at another place.
             whole = key_of(override).split(".") if override else []
             hint = nearest(root, max([*location], whole, key=len))
+            if isinstance(given, str):  # such as neuron=plif
+                hint = re.sub(r"\.(neuron|optimizer)'", r".\1.kind'", hint)
             return f"{key}; {nearest(root, location) if hint.startswith('known') else hint}"
         case "missing":
             return f"{dotted!r} is missing"
@@ -150,6 +157,8 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
             return f"{known}; set {dotted}.{'kind' if 'kind' in keys else keys[0]}, for instance"
         case "tuple_type" | "list_type" if dotted == "phases":
             return f"{dotted!r} is a list; set a phase's keys, such as {dotted}.0.epochs"
+    if is_named and given is None:
+        return f"{override} has no value; give one, or leave it out"
     message = error["msg"][0].lower() + error["msg"][1:]
     if (text := _MESSAGES.get(error["type"])) is not None:
         context = error.get("ctx", {}).items()
@@ -177,8 +186,9 @@ def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
     elsewhere = [key for key in elsewhere if key.split(".")[0] in place] or alike or elsewhere
     if elsewhere:
         return f"did you mean {' or '.join(map(repr, elsewhere[:3]))}?"
-    words = {*known, *(key.rpartition(".")[2] for key in documented_keys(root))}
-    if close := difflib.get_close_matches(last, words, n=1):
+    far = [] if place and section else [key.rpartition(".")[2] for key in documented_keys(root)]
+    begun = [key for key in known if key.startswith(last)]
+    if close := begun or difflib.get_close_matches(last, {*known, *far}, n=1, cutoff=0.7):
         if close[0] not in known:
             return nearest(root, [*place, close[0]])
         return f"did you mean {'.'.join([*place, close[0]])!r}?"

@@ -45,6 +45,11 @@ def _plain(stream: bytes | str, source: str) -> Any:
             f"{source}: a value is neither text, number, list nor mapping ({error}); "
             "quote it if it is meant as text"
         ) from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.context_mark or error.problem_mark  # the first of both
+        text = f"line {mark.line + 1 if mark else 0}: {error.problem}"
+        tabs = "; indent by spaces" if "\\t" in text else ""
+        raise UserError(f"{source} is not valid YAML: {text}{tabs}") from error
     # ValueError: the 13th month, a number of ten thousand digits, bytes that are no text.
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error

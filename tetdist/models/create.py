@@ -47,8 +47,8 @@ def create_model(
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         frames = own_frames(error)
         reason = raised_in(error, frames[-1].filename) if frames else error
-        if "'pretrained" in str(error):
-            reason = f"{reason}; accept pretrained=False and **_ from timm, and do not pass them on"
+        if "'pretrained" in str(error) or "'neuron'" in str(error):
+            reason = f"{reason}; accept neuron; and pretrained=False, **_, but do not pass them on"
         raise UserError(
             f"model.arguments: {name} cannot be built with {dict(arguments)} ({reason})"
         ) from error

@@ -39,6 +39,9 @@ def check_neuron(neuron: neurons.NeuronConfig, timesteps: int) -> None:
         shape = getattr(state, "shape", type(state).__name__)
         if spikes is returned:
             fault, remedy = "returns one tensor", "return (spikes, membrane)"
+        elif spikes.shape != x.shape:
+            fault = f"returns spikes of another shape than its currents, {tuple(spikes.shape)}"
+            remedy = f"it must be {tuple(x.shape)}, (T, B, ...)"
         elif not grad.any():
             fault = "passes no gradient"
             remedy = "make its spikes by neurons.spike(u - threshold, config)"

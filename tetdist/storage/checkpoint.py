@@ -270,7 +270,7 @@ def load_model_file(
         hint = ""
         if file.suffix == ".onnx":
             hint = "; onnxruntime runs ONNX files; give the run that was exported"
-        elif file.suffix != ".safetensors":
+        elif file.suffix not in (".safetensors", ".yaml"):
             hint = f"; `{typed('convert')}` converts other libraries' weights"
         raise UserError(f"{file} is not a readable model file ({_reason(error)}){hint}") from error
     if "tetdist" not in metadata:

@@ -111,8 +111,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     none = argparse.SUPPRESS
 
     def path(text: str) -> Path | str:
-        is_name = Path("runs", text).is_dir() and not Path(text).exists()
-        return text if text is none else Path("runs" if is_name else "", text)
+        run = text.removesuffix("/config.yaml")
+        is_name = Path("runs", run).is_dir() and not Path(run).exists()
+        return text if text is none else Path("runs" if is_name else "", run)
 
     add("checkpoint", nargs="?", metavar=form, type=path, default=none, help=CHECKPOINT)
     add("--checkpoint", metavar=form, type=path, help="the same as RUN_OR_FILE")

@@ -89,7 +89,8 @@ def find_runs(names: Sequence[str]) -> list[Path]:
         return _runs_at(Path("runs"))
     found: list[Path] = []
     of_mlflow = ("mlartifacts", "mlflow.db")  # runs/* names them too
-    for name in [one for one in names if Path(one).name not in of_mlflow] or names:
+    wanted = [one.removesuffix("/config.yaml") for one in names if Path(one).name not in of_mlflow]
+    for name in wanted or names:
         runs = _runs_at(Path(name)) or _runs_at(Path("runs", name))
         if not runs:
             places = (Path(name).parent, Path("runs", name).parent)

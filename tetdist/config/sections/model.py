@@ -15,6 +15,7 @@ from tetdist.config import names
 from tetdist.config.fields import KEYS_ALONE, Names, OneOf, Section
 from tetdist.config.overrides import number
 from tetdist.config.sections.data import Kind
+from tetdist.errors import typed
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig
 from tetdist.wording import meant
@@ -120,10 +121,8 @@ class ModelSection(Section):
 
             known = models.names()
         if self.name not in known:
-            raise ValueError(
-                f"name: {self.name!r} is not a spiking model; {meant(self.name, known)} (for your "
-                "own, add its file: imports: [FILE.py], or --import FILE.py)"
-            )
+            those = f"`{typed('list', 'networks')}` lists tetdist's"
+            raise ValueError(f"name: {plugins.none_of('spiking network', self.name, known, those)}")
         if info.context == KEYS_ALONE:
             return self
         from tetdist import models

@@ -54,6 +54,11 @@ class OptimizerSection(Section):
         from tetdist.optimizers import kind_of  # imports torch and timm
 
         own = {"lr", "weight_decay", *kind_of(self.kind, "kind").reads}
+        if self.arguments and "arguments" not in own:
+            raise ValueError(
+                f"arguments: kind={self.kind} takes none; set arguments={{}}, or kind=timm:NAME "
+                "(register your own with reads=('arguments',))"
+            )
         for key in self.arguments.keys() & own:
             raise ValueError(f"arguments.{key}: set phases.N.optimizer.{key} instead")
         return self

@@ -1,8 +1,8 @@
 """The section ``tracking``: MLflow and other trackers."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import PlainSerializer, model_validator
+from pydantic import PlainSerializer
 
 from tetdist.config.fields import Names, Section
 from tetdist.errors import without_passwords
@@ -27,9 +27,3 @@ class TrackingSection(Section):
     """Checkpoint whose model.safetensors is copied to MLflow when the run is finished."""
     trackers: Names = ()
     """Names of trackers besides MLflow: tensorboard, wandb, or your own (see imports)."""
-
-    @model_validator(mode="after")
-    def _refuse_contradictions(self) -> Self:
-        if twice := [name for name in self.trackers if self.trackers.count(name) > 1]:
-            raise ValueError(f"trackers: {twice[0]} is listed twice; leave out one")
-        return self
