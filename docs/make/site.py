@@ -307,12 +307,15 @@ def recipes_page() -> str:
         ("Runs", folder.glob("*.yaml")),
         ("Studies", (folder / "studies").glob("*.yaml")),
     ]:
-        lines += ["", f"## {title} {{ #{title.lower()} }}"]
+        lines += ["", f"## {title} {{ #{title.lower()} }}", "", "| recipe | purpose |", "|---|---|"]
+        shown: list[str] = []
         for file in sorted(found):
             text = file.read_text()
-            content = yaml.safe_load(text)
-            first = text.splitlines()[0].lstrip("# ")
-            title = content.get("title", file.name)
-            lines += ["", f"### {title} {{ #{_anchor(file)} }}", "", first]
-            lines += ["", f'```yaml title="{file.relative_to(PROJECT)}"', text.rstrip(), "```"]
+            name = yaml.safe_load(text).get("title", file.name)
+            about, _, _ = text.partition("\n#\n")  # the first paragraph of the header
+            about = " ".join(line.strip("# ") for line in about.splitlines())
+            lines.append(f"| [{name}](#{_anchor(file)}) | {_cell(about)} |")
+            shown += ["", f"### {name} {{ #{_anchor(file)} }}", ""]
+            shown += [f'```yaml title="{file.relative_to(PROJECT)}"', text.rstrip(), "```"]
+        lines += shown
     return "\n".join(lines)
