@@ -144,7 +144,7 @@ def parse(
     Raises:
         UserError: It is not valid, or contradicts itself.
     """
-    raw = _with_present_form(raw)
+    raw = _with_present_names(raw)
     raw = without_retired(raw, source, is_trained=is_trained)
     # Mistakes that need no network are said first: importing the networks takes seconds.
     draft = checked(RunConfig, raw, source, overrides, origins, keys_alone=True)
@@ -160,8 +160,11 @@ def parse(
     return config
 
 
-def _with_present_form(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration with an earlier version's mapping of data.color_jitter as a list."""
+def _with_present_names(raw: dict[str, Any]) -> dict[str, Any]:
+    """Change names and forms of an earlier version to those of this version."""
+    if "checkpoint" in raw and "recompute" not in raw:
+        raw = raw | {"recompute": raw["checkpoint"]}
+        del raw["checkpoint"]
     data: Any = raw.get("data")
     jitter = data.get("color_jitter") if isinstance(data, dict) else None
     strengths = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
