@@ -137,6 +137,8 @@ def test_a_changed_file_is_named(main, write, tmp_path):
     assert "nothing to do" in main(file, f"imports={moved}").text
     more = main(file, f"imports={[*moved, str(elsewhere / 'more.py')]}")
     refused(more, "more.py was not imported")
+    without = refused(main(file, "imports=[]", "loss={kind: tet}"), "my_loss.py is no longer")
+    assert "damaged" not in without
 
 
 def test_import_on_the_command_line(main, tiny_config, tmp_path, capfd):
@@ -299,7 +301,7 @@ LATER = [
         "b returns 0.5, not a tensor of the shape ()",
     ),
     ("loss.kind=c", LOSS.format("c", "y): return logits.detach().mean()"), "c has no gradient"),
-    ("loss.kind=own", LOSS.format("b", "y): ..."), "for your own, let bad.py register that name"),
+    ("loss.kind=own", LOSS.format("b", "y): ..."), "FILE.py; bad.py registers no such name"),
     (
         *("loss.kind=d", LOSS.format("d", "y, epoch): ...")),
         "d does not take logits, targets and [] (missing a required argument: 'epoch')",

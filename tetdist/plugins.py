@@ -81,7 +81,7 @@ def none_of(what: str, name: str, known: Collection[str], otherwise: str | None 
     similar ones with ``otherwise``, or all."""
     own = "add its file: imports: [FILE.py], or --import FILE.py"
     if files := [Path(str(module.__file__)).name for module in imported_modules()]:
-        own = f"let {' or '.join(files)} register that name: docs/extending.md"
+        own += f"; {' and '.join(files)} registers no such name"
     return f"there is no {what} {name!r}; {meant(name, known, otherwise)} (for your own, {own})"
 
 

@@ -101,14 +101,14 @@ class RunFolder:
                 "file, remove it if you know that the run is the same, or set another name=..."
             ) from error
         earlier, doubt = without_retired(earlier, str(file), is_trained=False), ""
+        of_files = plugins.changes(self.path / "imports", imported)
         try:
-            # Keys added since then get their defaults in the earlier run.
-            earlier = parse(earlier, str(file), warn=False).as_dict()
+            # Keys added since then get defaults in the earlier run; its names need its files.
+            earlier = earlier if of_files else parse(earlier, str(file), warn=False).as_dict()
         except UserError as error:
             doubt = f"{file} is damaged or of another version ({error}): restore it; or "
             logger.warning("%s is of another version; its keys are compared as they are", file)
-        changed = differences(earlier, self.config.as_dict())
-        changed += plugins.changes(self.path / "imports", imported)
+        changed = differences(earlier, self.config.as_dict()) + of_files
         # A run that failed before its first line may be corrected and started again.
         has_begun = self._saved() or (metrics.exists() and metrics.stat().st_size > 0)
         if changed and not has_begun:
