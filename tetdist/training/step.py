@@ -13,12 +13,12 @@ from torch import Tensor
 
 from tetdist import order
 from tetdist.config.schema import RunConfig
-from tetdist.data.dropping import drop_factors
+from tetdist.data.transfer import on_device
 from tetdist.distributed.world import World
 from tetdist.models import SpikingNetwork
 from tetdist.models.base import check_logits
 from tetdist.nn import batch_norm, dropout
-from tetdist.nn.precision import autocast
+from tetdist.nn.precision import autocast, parameter_type
 from tetdist.training import graphs, health
 from tetdist.training.ema import WeightAverage
 from tetdist.training.engines.base import Engine, Update
@@ -147,9 +147,16 @@ class Step:
             torch.cuda.manual_seed(seed)
 
     def _dropped(self, step: int, micro_batch: int) -> tuple[Tensor, ...]:
-        """Return the dropout masks of a micro-batch, which are inputs of a CUDA graph."""
-        config, device = self.config, self.world.device
-        return drop_factors(config, self._dropping, step, micro_batch, device)
+        """Return the dropout masks of a micro-batch, which are inputs of a CUDA graph.
+
+        They depend on the samples' positions in the global batch; () without layers that drop.
+        """
+        if not self._dropping:
+            return ()
+        config, count = self.config, dropout.num_factors(self._dropping)
+        uniforms = order.drop_uniforms(config.seed, step, micro_batch, config.batch.micro, count)
+        factors = dropout.factors(self._dropping, torch.from_numpy(uniforms))
+        return (on_device(factors, self.world.device, parameter_type(config.precision)),)
 
     def _drop(self, dropped: tuple[Tensor, ...]) -> None:
         for factors in dropped:
