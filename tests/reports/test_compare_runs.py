@@ -130,8 +130,10 @@ def test_results_and_differing_keys(run_tool, tmp_path, monkeypatch):
     make_run(tmp_path / B, average, loss={"kind": "sdt"}, seed=1)
     ended = {("val", 5): None, ("val", 10): None, ("final", 10): {"epoch": 2.0}}
     make_run(tmp_path / "c", ended, seed=1, phases=[{"epochs": 4, "timesteps": None}])
+    make_run(tmp_path / "bare", dict.fromkeys(lines()))
     status, printed, _ = run_tool(".")  # the runs in a folder
     assert status == 1
+    assert printed.startswith("Left out: bare has no metrics yet.\n  ")
     rows = [line.split() for line in printed.splitlines()]
     assert ["a", A, "2", "held-out", "20.00", "40.00", "50.00", "1"] in rows
     assert ["b", B, "2", "100.00", "40.00", "100.00", "2"] in rows
@@ -217,9 +219,8 @@ def test_mistakes_end_in_one_sentence(run_tool, tmp_path):
     (b / "metrics.jsonl").write_text("{\n")
     for arguments, expected in (
         ((a, b), f"{b}/metrics.jsonl: line 1 is damaged"),
-        ((empty, empty), f"error: {empty} has no metrics yet; leave it out"),
-        ((a, bare), f"error: {bare} has no metrics yet; leave it out"),
-        ((a,), f"error: there is only the run {a}; name another to compare it with"),
+        ((empty, bare), "error: there is no run with metrics; name two or more that have some"),
+        ((a, bare), f"error: there is only the run {a} with metrics; name two or more"),
         ((tmp_path / "none", a), f"there is no run {tmp_path}/none; give a run folder"),
     ):
         status, _, errors = run_tool(*arguments)

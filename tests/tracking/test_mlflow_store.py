@@ -20,11 +20,11 @@ from tetdist.tracking.mlflow_store import check_store, hand_over
     [
         ("foo://bar", "MLflow cannot use foo://bar"),
         ("http://me:secret@host:99999", "Port out of range"),
+        ("localhost:5000", "localhost:5000 (an address begins with http://"),
         ("sqlite://", "in memory"),
         ("postgresql+nosuchdriver://host/runs", "MLflow cannot use"),
         ("sqlite:///{}/garbage.db", "not a database"),
         ("sqlite:///{}/a?b=c/mlflow.db", "an address cannot hold the '?' of this path"),
-        ("file:///{}/mlruns", "MLflow cannot use file:///"),
         # What may do its work later is taken.
         ("https://user:secret@nowhere.invalid/mlflow", None),
         ("sqlite:///{}/mlflow.db", None),
@@ -74,7 +74,7 @@ def test_mlflows_variable_is_the_default(overrides, uri, origin, tiny_config, mo
 
 def test_the_run_is_refused_before_it_begins(main, tiny_config, tmp_path):
     file = tiny_config({"tracking": {"mlflow": True}})
-    assert refused(main(file, "tracking.uri=foo://bar")).count("error: ") == 1
+    refused(main(file, "tracking.trackers=mlflow"), "leave out mlflow, which tracking.mlflow")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mlflow.db").write_bytes(b"no database" * 100)
     refused(main(file), "not a database")

@@ -78,8 +78,6 @@ class MLflow:
         self.tags = dict(run.tags)
         if run.note is not None:
             self.tags["mlflow.note.content"] = run.note
-        if run.resume_step is not None and not run.finished:
-            self.tags["resumed_at_step"] = str(run.resume_step)
         self.artifacts: dict[Path, int] = {}  # number of announcements of each
         self._monitor: Any = None  # MLflow's system metrics
 

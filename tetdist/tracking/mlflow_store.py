@@ -20,8 +20,10 @@ from tetdist.tracking.trackers import first_line
 
 logger = logging.getLogger(__name__)
 
-_OTHERWISE = "or train without MLflow: tracking.mlflow=false"
-_SUGGESTED = f"set tracking.uri=http://HOST:PORT or sqlite:////FOLDER/mlflow.db, {_OTHERWISE}"
+_SUGGESTED = (
+    "set tracking.uri=http://HOST:PORT or sqlite:////FOLDER/mlflow.db, or train without MLflow: "
+    "tracking.mlflow=false"
+)
 
 
 def check_store(uri: str) -> None:
@@ -38,18 +40,14 @@ def check_store(uri: str) -> None:
                     raise ValueError("it names no host")
             case "sqlite":
                 _check_sqlite(uri.partition("///")[2])
-            case "databricks" if "@" in uri:
-                raise ValueError("give databricks://PROFILE, a profile of ~/.databrickscfg")
             case "postgresql" | "mysql" | "mssql":
                 from sqlalchemy import create_engine
 
                 create_engine(uri)  # does not connect yet
+            case _ if "://" not in uri and not uri.startswith("databricks"):
+                raise ValueError("an address begins with http:// or sqlite:///")
             case _:
                 new_client(uri)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{key}: {shown} needs the package {error.name}; install it, {_OTHERWISE}"
-        ) from error
     except Exception as error:  # MLflow, SQLAlchemy and SQLite raise many kinds
         raise UserError(
             f"{key}: MLflow cannot use {shown} ({first_line(error)}); {_SUGGESTED}"
@@ -59,7 +57,7 @@ def check_store(uri: str) -> None:
 def _check_sqlite(path: str) -> None:
     """Check that a file is an SQLite database; a missing one will be made, with its folder."""
     if not path or path == ":memory:":
-        raise ValueError("a database in memory is lost when the run ends")
+        raise ValueError("no file after three slashes: a database in memory ends with the run")
     if found := re.search(r"[%?\x00-\x1f\x7f]", path):
         raise ValueError(f"an address cannot hold the {found[0]!r} of this path")
     if not Path(path).exists():

@@ -80,6 +80,8 @@ TRACKERS: Registry[MakesTracker] = Registry("tracker", "tracking.trackers")
 def check_names(names: Iterable[str]) -> None:
     """Check that trackers of these names exist, even if they cannot be used here."""
     for name in names:
+        if name == "mlflow":
+            raise UserError("tracking.trackers: leave out mlflow, which tracking.mlflow turns on")
         TRACKERS[name]
 
 

@@ -1,7 +1,5 @@
 """One process's part of a run: join the others, train, report how it ended."""
 
-import logging
-
 from tetdist.config.identity import of_all_hosts
 from tetdist.config.schema import RunConfig
 from tetdist.distributed.signals import StopRequest
@@ -47,8 +45,7 @@ def train(
                 with trainer.folder:
                     trainer.run(launcher, make_observers)
             except Stopped:
-                stop.is_over, step = True, trainer.step
-                logging.info("stopped at step %d, all saved; the same command continues", step)
+                stop.is_over = True
                 return stop.exit_status
             except Exception as error:
                 if not watch.shows_errors:

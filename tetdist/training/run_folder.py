@@ -17,7 +17,6 @@ from tetdist.plugins import import_files
 from tetdist.storage import checkpoint
 from tetdist.storage.files import checkpoint_at, write_json, write_text
 from tetdist.tracking import environment, metrics_file
-from tetdist.tracking.mlflow_store import check_store
 from tetdist.tracking.trackers import check_tracker
 
 logger = logging.getLogger(__name__)
@@ -36,8 +35,6 @@ class RunFolder:
         if world.rank == 0:
             for name in config.tracking.trackers:
                 check_tracker(name)
-            if config.tracking_uri is not None:
-                check_store(config.tracking_uri)
             try:
                 self._claim()
             except OSError as error:
@@ -82,6 +79,7 @@ class RunFolder:
         self._check_same_run(imported)
         plugins.keep(imported, self.path / "imports")
         write_text(self.path / "config.yaml", self.config.as_yaml())
+        (self.path / "traceback.txt").unlink(missing_ok=True)  # of an earlier start
         # A finished run that is started again, to send MLflow missing data, computes nothing.
         if not is_trained(self.config):
             write_json(self.path / "environment.json", environment.environment())

@@ -79,8 +79,9 @@ class RunRecord:
             config.tracking.trackers,
         )
         show_checkpoints(tracker, folder / "checkpoints")
-        tracker.artifact(folder / "config.yaml")
-        tracker.artifact(folder / "environment.json")
+        own = (folder / "imports").glob("*")
+        for file in (folder / "config.yaml", folder / "environment.json", *own):
+            tracker.artifact(file)
         status: Status = "FAILED"
         try:
             yield tracker
@@ -153,7 +154,8 @@ class RunRecord:
             "",
             f"Loss: {'; then '.join(loss.as_text() for loss in losses)}.",
             f"Begun with the weights of {config.init_checkpoint or 'no other network'}.",
-            f"Batch {config.batch.global_} in micro-batches of {config.batch.micro}, "
+            f"{counted(self.run.last_step, 'step')}{' (max_steps)' if config.max_steps else ''} of "
+            f"{config.batch.global_} samples in micro-batches of {config.batch.micro}, "
             f"{config.precision}, seed {config.seed}.",
             "",
             "Plots and the whole configuration are under Artifacts; what the metrics mean: "

@@ -270,6 +270,8 @@ class Trainer:
     def _save_and_stop(self) -> NoReturn:
         self._save()
         self.saving.wait()
+        # Trackers and plots may take some more seconds.
+        logger.info("stopped at step %d, all saved; the same command continues", self.step)
         raise Stopped
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:

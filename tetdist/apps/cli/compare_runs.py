@@ -28,9 +28,13 @@ def show(options: argparse.Namespace) -> int:
 
     if options.plot:
         check_writable("--plot", options.plot)
-    folders = find_runs(options.runs)
+    named = find_runs(options.runs)
+    folders = [folder for folder in named if compare.has_metrics(folder)]
     if len(folders) < 2:
-        raise UserError(f"there is only the run {folders[0]}; name another to compare it with")
+        found = f"only the run {folders[0]}" if folders else "no run"
+        raise UserError(f"there is {found} with metrics; name two or more that have some")
+    for folder in sorted({*named} - {*folders}):
+        print(f"Left out: {folder} has no metrics yet.")
     runs = compare.read_runs(folders)
     same, text = compare.compare(runs)
     print(text)

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,10 +77,14 @@ def main(arguments: list[str] | None = None) -> int:
     if config is None:
         return 0
     try:
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
         from tetdist.apps.reports.observers import observers
         from tetdist.training.run import train
 
-        return train(config, observers)
+        # On a terminal, a line would otherwise continue the bar's line.
+        with logging_redirect_tqdm() if sys.stderr.isatty() else nullcontext():
+            return train(config, observers)
     except MISTAKES as error:
         return fail(error, "" if rank == "0" else f"rank {rank}: ")
     except PeerFailed as error:
@@ -107,6 +112,7 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     from tetdist.nn.neurons import kind_of
     from tetdist.plugins import import_files
     from tetdist.storage.hub import check_source
+    from tetdist.tracking.mlflow_store import check_store
     from tetdist.tracking.trackers import check_names
 
     if options.explain:
@@ -133,6 +139,8 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
 
     def check_draft(draft: "RunConfig", data_command: str) -> None:
         check_names(draft.tracking.trackers)
+        if draft.tracking_uri is not None:
+            check_store(draft.tracking_uri)
         if draft.reference is not None:
             find_reference(draft.reference)
         if needs_data:

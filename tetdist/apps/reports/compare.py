@@ -62,15 +62,18 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return [_read(label, folder) for label, folder in zip(letters, folders, strict=False)]
 
 
+def has_metrics(folder: Path) -> bool:
+    file = folder / "metrics.jsonl"
+    return file.exists() and file.stat().st_size > 0
+
+
 def _read(label: str, folder: Path) -> Run:
-    file, config = folder / "metrics.jsonl", folder / "config.yaml"
+    config = folder / "config.yaml"
     from tetdist.config import identity, loading
     from tetdist.config.retired import retired_values
     from tetdist.config.yaml_files import read_yaml
 
-    found = each_line(file) if file.exists() else ()
-    if not (lines := {(line["step"], line["kind"]): line for line in found}):
-        raise UserError(f"{folder} has no metrics yet; leave it out, or train it first")
+    lines = {(line["step"], line["kind"]): line for line in each_line(folder / "metrics.jsonl")}
     raw = configuration = read_yaml(config)
     # Keys that an older version did not know get their defaults, unless this version cannot parse
     # the configuration.
@@ -90,6 +93,16 @@ def compare(runs: Sequence[Run]) -> tuple[bool, str]:
         True if all have the same metrics and weights, and a text to print: where two runs differ,
         or which of several are the same.
     """
+    if len(runs) == 2:
+        found = [compared(*runs) for compared in (_metrics, _weights)]
+        same, details = all(one for one, _ in found), [text for _, text in found]
+    else:
+        same, details = _groups(runs)
+    verdict = "The runs are the same." if same else "The runs differ."
+    return same, "\n\n".join([_results(runs), _configurations(runs), *details, verdict])
+
+
+def _groups(runs: Sequence[Run]) -> tuple[bool, list[str]]:
     groups = list[list[Run]]()
     for run in runs:
         found = (one for one in groups if _metrics(one[0], run)[0] and _weights(one[0], run)[0])
@@ -97,14 +110,9 @@ def compare(runs: Sequence[Run]) -> tuple[bool, str]:
             groups.append([run])
         else:
             group.append(run)
-    same = len(groups) == 1
-    verdict = "The runs are the same." if same else "The runs differ."
     alike = [", ".join(run.label for run in group) for group in groups if len(group) > 1]
     text = f"the same in {'; in '.join(alike)}" if alike else "different in all runs"
-    details = [f"Metrics and weights: {text}."]
-    if len(runs) == 2:
-        details = [compared(*runs)[1] for compared in (_metrics, _weights)]
-    return same, "\n\n".join([_results(runs), _configurations(runs), *details, verdict])
+    return len(groups) == 1, [f"Metrics and weights: {text}."]
 
 
 def _results(runs: Sequence[Run]) -> str:
@@ -249,12 +257,7 @@ def _shortened(text: str, length: int) -> str:
 
 
 def plot(runs: Sequence[Run], out: Path) -> None:
-    """Draw the runs' losses and top-1 into one PNG.
-
-    Raises:
-        UserError: matplotlib is not installed.
-        OSError: The file cannot be written.
-    """
+    """Draw the runs' losses and top-1 into one PNG."""
     figure = style.new_figure(13, 4.6)
     losses = dict.fromkeys(str(run.configuration.get("loss.kind")) for run in runs)
     note = f" ({', '.join(losses)}: not comparable)" if len(losses) > 1 else ""

@@ -19,12 +19,6 @@ from tetdist.tracking.progress import held_out, slowest_rank
 from tetdist.wording import counted, duration, meant, rate
 
 DAMAGED = "damaged"
-# Numbers that a line of each kind must have, and optional numbers.
-NEEDED = {
-    "train": ("time", "epoch", "loss", "top1", "lr", "samples_per_s", "data_wait"),
-    "val": ("time", "epoch", "loss", "top1"),
-}
-OPTIONAL = ("phase", "eta_s", "best_top1")
 
 
 @dataclass(frozen=True)
@@ -55,8 +49,8 @@ class RunStatus:
     Attributes:
         state: ``training`` (a process locks the folder), ``finished``, the state of its job, or
             without a job ``stopped`` (all steps are saved), ``broken off`` (steps after the
-            checkpoint will be repeated), ``failed`` (in a study) or ``begun`` (no step is
-            logged); or ``damaged``, when nothing else is known.
+            checkpoint will be repeated), ``failed`` (a file has the error) or ``begun`` (no step
+            is logged); or ``damaged``, when nothing else is known.
     """
 
     run: str
@@ -165,17 +159,9 @@ def _last_lines(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, A
     """Return the last line, the last of training and the last evaluation; {} for a missing one."""
     found: dict[str, dict[str, Any]] = {}
     for line in from_end(file) if file.is_file() else ():
-        shown = {key: line.get(key) for key in NEEDED.get(line["kind"], ("time",))}
-        for key, value in (shown | {key: line[key] for key in OPTIONAL if key in line}).items():
-            # A non-finite loss is a valid measurement.
-            if not isinstance(value, int | float) or not (key == "loss" or math.isfinite(value)):
-                raise UserError(
-                    f"{file}: the line {line['kind']} of step {line['step']} is damaged "
-                    f"({key}={value}); restore the file, or remove the line"
-                )
         found.setdefault("end", line)
         found.setdefault(line["kind"], line)
-        if NEEDED.keys() <= found.keys():
+        if {"train", "val"} <= found.keys():
             break
     return found.get("end", {}), found.get("train", {}), found.get("val", {})
 
@@ -197,6 +183,8 @@ def _state(folder: Path, end: dict[str, Any], saved: int, job: JobStatus | None)
         return job.state, f"job {job.id}"
     log = folder.resolve().parent / "logs" / f"{folder.resolve().name}.log"  # of a study's run
     printed = log.read_text(errors="replace").lower() if log.is_file() else ""
+    if (whole := folder / "traceback.txt").is_file():  # of the newest start
+        return "failed", f"see {whole}"
     if "error: " in printed.rstrip().rpartition("\n")[2]:
         return "failed", f"see {log}"
     if not end and not saved:
@@ -311,5 +299,6 @@ def as_table(statuses: Sequence[RunStatus]) -> str:
         )
     if not any(status.job for status in statuses):
         rows = [row[:-1] for row in rows]
-    failed = [f"{one.run} failed: {one.text}" for one in statuses if one.text.startswith("see ")]
+    own = [one for one in statuses if one.state == "failed" and one.job is None]
+    failed = [f"{one.run} failed: {one.text}" for one in own]
     return "\n".join([aligned(rows, right=range(2, 10)), *failed])
