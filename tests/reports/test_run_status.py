@@ -125,16 +125,17 @@ def test_several_runs_are_a_table_and_json(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     made(Path("runs/one"), LINES, 10)
     made(Path("runs/two"), FINISHED, 20)
-    log = made(Path("study/wild"), [], None).parent / "logs/wild.log"
+    log = made(Path("runs/study/wild"), [], None).parent / "logs/wild.log"
     log.parent.mkdir()
     log.write_text("training\nerror: the loss is not finite\n")
     assert command.main([]) == 0
-    head, one, two = (line.split() for line in capsys.readouterr().out.splitlines())
+    head, one, wild, two, _ = (line.split() for line in capsys.readouterr().out.splitlines())
     assert head[:4] == ["run", "state", "epoch", "step"]
-    assert one[:6] == ["one", "broken", "off", "2.40/4", "12/20", "0.083"]
+    assert wild[:2] == ["runs/study/wild", "failed"]
+    assert one[:6] == ["runs/one", "broken", "off", "2.40/4", "12/20", "0.083"]
     assert one[-5:-3] == ["step", "10,"]
     assert "step" not in two
-    assert two[:4] == ["two", "finished", "4.00/4", "20/20"]
+    assert two[:4] == ["runs/two", "finished", "4.00/4", "20/20"]
     assert "held-out" in two
     assert command.main(["two", "runs/two", "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)  # once, however it is named
@@ -144,13 +145,14 @@ def test_several_runs_are_a_table_and_json(tmp_path, monkeypatch, capsys):
     failed = f"\nwild failed: see {log.resolve()}\none failed: see runs/one/traceback.txt\n"
     assert capsys.readouterr().out.endswith(failed)
     assert command.main(["study"]) == 0
-    assert f"study/wild: failed (see {log.resolve()})\n" in capsys.readouterr().out
-    assert find_runs(["runs"]) == [Path("runs/one"), Path("runs/two")]
+    assert f"runs/study/wild: failed (see {log.resolve()})\n" in capsys.readouterr().out
+    assert find_runs(["runs"]) == [Path("runs", name) for name in ("one", "study/wild", "two")]
     assert command.main(["three"]) == 2
     assert "there is no run three; give a run folder" in capsys.readouterr().err
-    for mistaken in ("tow", "runs/tow"):
+    for mistaken, meant in (("tow", "two"), ("runs/tow", "two"), ("wild", "study/wild")):
         assert command.main([mistaken]) == 2
-        assert f"there is no run {mistaken}; did you mean two?" in capsys.readouterr().err
+        hint = f"there is no run {mistaken}; did you mean runs/{meant}?"
+        assert hint in capsys.readouterr().err
 
 
 def test_no_run_is_none_yet(tmp_path, monkeypatch, capsys):
@@ -180,7 +182,7 @@ def test_one_damaged_run_leaves_the_table(name, text, expected, tmp_path, capsys
     assert command.main([str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     rows = [line.split()[:2] for line in out.splitlines()[1:]]
-    assert rows == [["a", "damaged"], ["b", "stopped"]]
+    assert rows == [[str(runs[0]), "damaged"], [str(runs[1]), "stopped"]]
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert expected in err

@@ -51,7 +51,9 @@ def test_facts_from_three_places(cluster_file, monkeypatch, tmp_path):
     [
         ("partiton: gpu", ["cluster.yaml", "unknown key 'partiton'", "'partition'"]),
         ("time: 24:00:00", ["cluster.yaml: 24:00:00 in line 1", "quote it"]),
-        ("time: 30", ["'time'", "a valid string, in quotes, not 30"]),
+        ("time: 30", ["'time'", "must be text, in quotes, not 30"]),
+        ("setup: module load cuda", ["'setup': must be", 'such as ["module load cuda"]']),
+        ("sbatch: --exclusive", ["'sbatch': must hold keys and values"]),
         ("sbatch: {--exclusive: true}", ["cluster.yaml: sbatch: write --exclusive without the"]),
         ("time: tomorrow", ["cluster.time: 'tomorrow' is not a time"]),
         ('time: "1"', ["cluster.time: 1 is not longer than cluster.warn_before_end (120 s)"]),
@@ -215,11 +217,13 @@ def test_dry_run_writes_nothing(tiny_config, tmp_path, capfd):
     file = tiny_config()
     before = sorted(tmp_path.rglob("*"))
     arguments = ["--config", str(file), "--dry-run", "--nodes", "2", "--gpus-per-node", "2"]
-    assert main([*arguments, "--partition", "gpu", "--images-per-s", "100", "--print-config"]) == 0
+    arguments += ["--partition", "gpu", "--cpus-per-task", "3"]
+    assert main([*arguments, "--images-per-s", "100", "--print-config"]) == 0
     text, rest = capfd.readouterr().out.split("# --- batch script\n")
     script, config = rest.split("# --- configuration\n")
     assert text.startswith("# --- plan\n")
     assert "#SBATCH --partition=gpu" in script
+    assert "#SBATCH --cpus-per-task=3" in script
     assert yaml.safe_load(config)["cluster"]["gpus_per_node"] == 2
     assert Path(yaml.safe_load(config)["runs_dir"]).is_absolute()
     assert "5 an epoch, 10 in total (2 epochs)" in text
@@ -270,11 +274,15 @@ def test_what_is_refused_before_anything_is_written(tiny_config, tmp_path, capfd
     trained.mkdir()
     (trained / "config.yaml").touch()
     refused(capfd, ["--config", file], "the number of GPUs", "--gpus-per-node G")
+    arguments = ["--config", file, "--gpus-per-node", "4"]
+    refused(capfd, arguments, "there is no Slurm here", "--dry-run")
+    monkeypatch.setattr("tetdist.apps.slurm.jobs.is_here", lambda: True)
     for arguments, *parts in (
-        ([], "there is no Slurm here", "--dry-run"),
         (["--nodes", "3"], "cannot be divided equally among 12 processes"),
         (["reference=sew43"], "reference: there is no published curve 'sew43'"),
         (["cluster.quos=x"], "unknown key 'quos'", "'qos'"),
+        (["--images-per-s", "0"], "--images-per-s must be above 0, not 0"),
+        (["--images-per-s", "inf"], "--images-per-s must be above 0, not inf"),
         (["--benchmark", "nothing"], "--benchmark: there is no nothing; correct it"),
         (["--time", "soon"], "--time: 'soon' is not a time"),
         # Slurm would look for the log of job 12 in a folder 12.
@@ -298,7 +306,8 @@ def test_what_is_refused_before_anything_is_written(tiny_config, tmp_path, capfd
         (["sttus"], "there is no command sttus; did you mean status?"),
         (["--config", "x", "--gpus", "8"], "did you mean --gpus-per-node?"),
         (["--config", "x", "--zzz"], "have no --; `train --explain` lists them"),
-        (["--config", "x", "--images", "8"], "--images applies to --dry-run only"),
+        (["--config", "x", "--images", "8"], "--images needs --dry-run"),
+        (["--config", "x", "--print-config"], "--print-config needs --dry-run, with which nothing"),
     ],
 )
 def test_wrong_command_line(arguments, part, capfd):

@@ -89,7 +89,7 @@ def test_typed_again_it_submits_what_is_neither_finished_nor_queued(study, clust
     shutil.rmtree(other.path)
     capfd.readouterr()
     assert slurm.main(["status", "out"]) == 0
-    assert re.findall(r"(?m)^  (\w+)-seed0 ", capfd.readouterr().out) == ["first", "second"]
+    assert re.findall(r"(?m)^  out/(\w+)-seed0 ", capfd.readouterr().out) == ["first", "second"]
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,7 @@ def test_mistakes_are_named_and_nothing_is_queued(study, cluster, flags, words):
     assert errors.count("\n") == 1
     assert [word for word in words if word not in errors] == [], errors
     assert not cluster.squeue()
+    assert not Path("out").exists()
 
 
 @pytest.mark.long

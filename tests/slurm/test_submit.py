@@ -114,7 +114,6 @@ def test_job_that_slurm_refuses_leaves_nothing_behind(tiny_config, tmp_path, mon
             submit.RunFolder(run.config, submit._world(run.cluster))
         raise UserError("Slurm refuses the job: no such partition")
 
-    monkeypatch.setattr(submit, "is_here", lambda: True)
     monkeypatch.setattr(submit, "refuse_if_queued", lambda _: None)
     monkeypatch.setattr(history, "announce", lambda _run, status, _tags: told.append(status))
     monkeypatch.setattr(submit.batch, "submit", refuse)

@@ -32,7 +32,8 @@ _MESSAGES = {
     "greater_than_equal": "must be {ge} or more",
     "less_than": "must be below {lt}",
     "less_than_equal": "must be {le} or less",
-    "tuple_type": "must be a list in brackets, such as [0, 1, 2]",
+    "tuple_type": "must be a list in brackets, such as [{given}]",
+    "dict_type": "must hold keys and values, such as {{key: value}}",
     "string_type": "must be text, in quotes",
     "bool_type": "must be true or false",
     "literal_error": "must be {expected}",
@@ -141,6 +142,8 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
         case "extra_forbidden":
             key = "unknown key" if is_named else f"unknown key {dotted!r}"
             if nested := location[-1].count("."):
+                if "overrides" in keys_of(section_at(root, location[:-1]) or root):  # of a study
+                    return f"{key}; write it in overrides: {{{location[-1]}: {json.dumps(given)}}}"
                 written = f"{location[-1].replace('.', ': {')}: {json.dumps(given)}{'}' * nested}"
                 return f"{key}; in a file write `{written}`; dotted keys are for the command line"
             # Below an unknown section, the last word may be right at another place.
@@ -162,7 +165,8 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
     message = error["msg"][0].lower() + error["msg"][1:]
     if (text := _MESSAGES.get(error["type"])) is not None:
         context = error.get("ctx", {}).items()
-        message = text.format(**{k: f"{v:g}" if isinstance(v, float) else v for k, v in context})
+        values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in context}
+        message = text.format(given=json.dumps(given or 0), **values)
     elif error["type"] in ("int_type", "float_type"):
         documented = documented_keys(root).get(re.sub(r"\.\d+\.", ".N.", dotted))
         message = f"must be a {documented.takes}" if documented else message

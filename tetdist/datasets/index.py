@@ -38,6 +38,7 @@ from tetdist.storage.files import explaining, open_file, parse_json, replacing
 from tetdist.wording import meant_path
 
 if TYPE_CHECKING:
+    from tetdist.config.schema import RunConfig
     from tetdist.config.sections.data import DataSection
 
 _FORMAT_VERSION = 2
@@ -196,10 +197,10 @@ def find_index(data: "DataSection", split: str, made_by: str = "") -> Path:
     )
 
 
-def check_indexed(data: "DataSection", made_by: str) -> None:
+def check_indexed(config: "RunConfig", made_by: str) -> None:
     """Refuse a missing data set, or one without the indexes that training reads."""
-    for split in ("train",) if data.held_out else ("train", "val"):
-        find_index(data, split, made_by)
+    for split in ("train",) if config.data.held_out else ("train", "val"):
+        find_index(config.data, split, made_by)
 
 
 def save_index(index: Index, file: str | Path) -> None:

@@ -30,6 +30,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key=value",
         help="override a key of the configuration in all runs: data.root=..., batch.micro=64",
     )
@@ -82,8 +83,19 @@ def study(options: argparse.Namespace) -> int:
     file = find(options.study)
     section = plan.read(file)
     output = options.output or Path("runs") / file.stem
+    if unknown := [one for one in options.only or () if one not in section.entries]:
+        hint = meant(unknown[0], section.entries)
+        raise UserError(f"--only: there is no entry {unknown[0]}; {hint}")
+    from tetdist.apps.studies import slurm
+    from tetdist.datasets.index import check_indexed
+
+    if options.slurm is not None:
+        slurm.check_flags(options.slurm, section.config)
+    trains_here = options.slurm is None and not options.dry_run and not options.report_only
+    # Runs that are finished need no data.
+    check = check_indexed if trains_here and not output.exists() else None
     try:
-        runs = plan.runs_of(section, output, options.overrides, options.imports)
+        runs = plan.runs_of(section, output, options.overrides, options.imports, check)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     chosen = choose(runs, options.only)
@@ -96,22 +108,16 @@ def study(options: argparse.Namespace) -> int:
         plan.check_folder(run)
     if options.dry_run:
         left = [run for run in chosen if not plan.is_trained(run)]
-        lines = [f"{run.name}: {counted(run.epochs, 'epoch')}" for run in left]
-        total = counted(sum(run.epochs for run in left), "epoch")
-        print(*lines, f"{len(left)} of {counted(len(chosen), 'run')} to train, {total}", sep="\n")
+        lines = [f"{run.name}: {run.length}" for run in left]
+        print(*lines, f"{len(left)} of {counted(len(chosen), 'run')} to train", sep="\n")
         return 0
     if options.slurm is not None:
-        from tetdist.apps.studies import slurm
-
         return slurm.submit(chosen, output, options.slurm)
     failed: dict[str, str] = {}
     if not options.report_only:
         left = [run for run in chosen if run.next_command()]
         plan.check_inputs(left)
-        if any((run.folder / "slurm").exists() for run in left):
-            from tetdist.apps.studies import slurm
-
-            slurm.refuse_if_queued(left)
+        slurm.refuse_if_queued(left)
         refuse_if_at_work(left)
         failed = work(chosen, options.jobs)
     words = (str(file), *options.overrides, *import_flags(options.imports))
@@ -141,9 +147,6 @@ def choose(runs: "list[StudyRun]", entries: list[str] | None) -> "list[StudyRun]
     """Return the runs of some entries, and the runs that they need."""
     if entries is None:
         return runs
-    known = dict.fromkeys(run.entry for run in runs)
-    if unknown := [entry for entry in entries if entry not in known]:
-        raise UserError(f"--only: there is no entry {unknown[0]}; {meant(unknown[0], known)}")
     chosen: set[str] = set()
     # Iterate in reverse, because a run comes after those that it needs.
     for run in reversed(runs):

@@ -144,7 +144,7 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
         if draft.reference is not None:
             find_reference(draft.reference)
         if needs_data:
-            check_indexed(draft.data, data_command)
+            check_indexed(draft, data_command)
             if draft.init_checkpoint and not (draft.run_dir / "checkpoints").is_dir():
                 check_source(Path(draft.init_checkpoint))
 

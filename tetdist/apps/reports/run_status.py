@@ -3,6 +3,7 @@
 This loads no torch and only reads files, so it is fast. slurm/status.py adds the job.
 """
 
+import difflib
 import math
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from tetdist.storage.files import checkpoint_at, is_held
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import from_end
 from tetdist.tracking.progress import held_out, slowest_rank
-from tetdist.wording import counted, duration, meant, rate
+from tetdist.wording import counted, duration, rate
 
 DAMAGED = "damaged"
 
@@ -77,8 +78,8 @@ class RunStatus:
 
 
 def find_runs(names: Sequence[str]) -> list[Path]:
-    """Return the folders of runs, each given by its path, its name in runs/, or a folder of runs.
-    Without names, return those in runs/, where there may be none yet."""
+    """Return the folders of runs, each given by its path, its name in runs/, or a folder of runs or
+    studies. Without names, return those in runs/, where there may be none yet."""
     if not names:
         return _runs_at(Path("runs"))
     found: list[Path] = []
@@ -88,17 +89,19 @@ def find_runs(names: Sequence[str]) -> list[Path]:
         runs = _runs_at(Path(name)) or _runs_at(Path("runs", name))
         if not runs:
             places = (Path(name).parent, Path("runs", name).parent)
-            known = [run.name for place in places for run in _runs_at(place)]
+            known = {run.name: run for place in places for run in _runs_at(place)}
+            close = difflib.get_close_matches(Path(name).name, known, n=1)
             give = "give a run folder (with config.yaml), a folder of runs, or a name in runs/"
-            raise UserError(f"there is no run {name}; {meant(Path(name).name, known, give)}")
+            hint = f"did you mean {known[close[0]]}?" if close else give
+            raise UserError(f"there is no run {name}; {hint}")
         found += runs
     return found
 
 
-def _runs_at(path: Path) -> list[Path]:
+def _runs_at(path: Path, depth: int = 2) -> list[Path]:
     if (path / "config.yaml").is_file():
         return [path]
-    return sorted(file.parent for file in path.glob("*/config.yaml"))
+    return [run for one in sorted(path.glob("*/")) for run in _runs_at(one, depth - 1) if depth]
 
 
 def read_status(folder: Path, job: JobStatus | None = None) -> RunStatus:
@@ -284,7 +287,7 @@ def as_table(statuses: Sequence[RunStatus]) -> str:
         of_step = "" if status.saved_step == status.step else f"step {status.saved_step}, "
         rows.append(
             [
-                status.run,
+                status.folder,
                 status.state,
                 f"{number(status.epoch, '.2f')}/{number(status.epochs, '')}",
                 f"{number(status.step, ',')}/{number(status.last_step, ',')}",

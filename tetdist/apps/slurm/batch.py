@@ -22,6 +22,8 @@ WAYS_OUT = {
     "generic resource": "change --gpus-per-node G; `sinfo -o '%N %G'` lists the nodes' GPUs",
     "node configuration": "ask for less; `sinfo -o '%D %c %m %G'` lists the nodes with their CPUs, "
     "MB and GPUs",
+    "fetch_config": "this machine knows no cluster; run this on a login node, or use --dry-run",
+    "unable to contact": "the controller is down, or this is not a login node; try `sinfo`",
     "time limit": "give a shorter --time; `sinfo -o '%P %l'` lists the partitions' limits",
 }
 

@@ -1,6 +1,7 @@
 """Command-line interface of slurm: submit, status, cancel, resume."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,8 +41,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     options.command = command
     if isinstance(parser, KeyParser):
         parser.require_config(options)
-    if command == "submit" and options.images and not options.dry_run:
-        parser.error("--images applies to --dry-run only; a run counts the images of its data")
+    if command == "submit" and not options.dry_run and (options.images or options.print_config):
+        flag = "images" if options.images else "print-config"
+        parser.error(f"--{flag} needs --dry-run, with which nothing is submitted")
     return options
 
 
@@ -49,8 +51,9 @@ def _submit_parser() -> KeyParser:
     parser = KeyParser(
         prog=PROGRAM,
         description="Submit a run to a Slurm cluster once; it requeues itself until finished.",
-        epilog="Other commands: status [RUN], cancel RUN, resume RUN (each with --help). Settings "
-        "of the cluster may be stored in ~/.config/tetdist/cluster.yaml; see docs/slurm.md.",
+        epilog="Other commands: status [RUN], cancel RUN, resume RUN (each with --help). Further "
+        "settings of the job: cluster.cpus_per_task=8, cluster.sbatch.exclusive=true, ...; "
+        "~/.config/tetdist/cluster.yaml may hold all of them (docs/slurm.md).",
     )
     parser.add_config()
     parser.add_argument(
@@ -109,6 +112,7 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the job").add_argument
     add("--nodes", type=positive, metavar="N", help="number of nodes (default: 1)")
     add("--gpus-per-node", type=int, metavar="G", help="one process each; 0: train on the CPU")
+    add("--cpus-per-task", type=positive, metavar="N", help="CPU cores of each process")
     for name in ("partition", "account", "qos"):
         add(f"--{name}", metavar=name[0].upper(), help=f"sbatch's --{name}; default: the cluster's")
     add("--constraint", metavar="C", help="features that the nodes must have")
@@ -147,6 +151,7 @@ def run(options: argparse.Namespace) -> int:
 
 def planned(options: argparse.Namespace) -> "tuple[Prepared, Speed | str]":
     """Check a submission, and return the run with its speed, or why it is unknown."""
+    from tetdist.apps.slurm import jobs
     from tetdist.config import loading
     from tetdist.datasets.index import check_indexed
 
@@ -154,10 +159,13 @@ def planned(options: argparse.Namespace) -> "tuple[Prepared, Speed | str]":
 
     def check_draft(draft: "RunConfig", data_command: str) -> None:
         found.append(cluster_of(draft.cluster, options))
+        rate = options.images_per_s
+        if rate is not None and not 0 < rate < math.inf:
+            raise UserError(f"--images-per-s must be above 0, not {rate:g}")
         if options.benchmark and not (file := Path(options.benchmark)).exists():
             raise UserError(f"--benchmark: there is no {file}; {meant_path(file, 'correct it')}")
         if not options.dry_run:
-            check_indexed(draft.data, data_command)
+            check_indexed(draft, data_command)
         elif draft.data.kind == "events" and options.images is not None:
             raise UserError("--images does not apply to recordings, whose index the plan reads")
         elif options.images is None and not Path(draft.data.root).is_dir():
@@ -166,6 +174,8 @@ def planned(options: argparse.Namespace) -> "tuple[Prepared, Speed | str]":
                 "the plan the number of training images: --images N"
             )
         _check_division(draft, found[0].processes, options.config)
+        if not options.dry_run:
+            jobs.check_here("use --dry-run to see the job")
 
     given = (options.config, options.overrides, options.imports)
     config = loading.load_with_origins(*given, check_draft).config
@@ -227,7 +237,7 @@ def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "Cluster
     from tetdist.apps.slurm import cluster
 
     of_job = ("partition", "account", "qos", "constraint", "time", "setup")
-    names = ("nodes", "gpus_per_node", *of_job)
+    names = ("nodes", "gpus_per_node", "cpus_per_task", *of_job)
     flags = {name: value for name in names if (value := getattr(options, name)) is not None}
     facts = cluster.gather(section, flags)
     if facts.gpus_per_node is None and getattr(options, "dry_run", False):

@@ -37,6 +37,15 @@ def is_here() -> bool:
     return shutil.which("sbatch") is not None and shutil.which("srun") is not None
 
 
+def check_here(otherwise: str) -> None:
+    """Refuse a machine without Slurm; ``otherwise`` is another way out."""
+    if not is_here():
+        raise UserError(
+            "there is no Slurm here (no sbatch on the PATH); run this on a login node, or "
+            + otherwise
+        )
+
+
 def state_of(submission: Submission) -> State:
     """Return a job's state; see `states_of`."""
     return states_of([submission])[submission.job]
@@ -125,9 +134,8 @@ def query(*command: str, patience: float | None = None) -> tuple[int, str, str]:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=max(left, 1.0))
         except FileNotFoundError as error:
-            raise UserError(
-                f"there is no Slurm here (no {command[0]} on the PATH); run this on a login node"
-            ) from error
+            text = f"{command[0]} is not on the PATH; run this on a login node"
+            raise UserError(text) from error
         except subprocess.TimeoutExpired as error:
             raise UserError(
                 f"Slurm does not answer: {command[0]} took more than {patience:.0f} s; try later"

@@ -62,8 +62,6 @@ def speed_of(
     first = config.phases[config.start_phase]
     size = frames[2] if frames else config.data.image_size
     if images_per_s is not None:
-        if not 0 < images_per_s < math.inf:
-            raise UserError(f"--images-per-s must be above 0, not {images_per_s:g}")
         return Speed(images_per_s, first.mean_timesteps)
     command = _command(config, cluster, size)
     if benchmark is None:
@@ -79,7 +77,8 @@ def speed_of(
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"--benchmark: {benchmark} does not give images_per_s as a number above 0 ({error!r})"
+            f"--benchmark: {benchmark} does not give images_per_s as a number above 0 "
+            f"({type(error).__name__}: {error})"
         ) from error
     if unlike := _unlike(values, config, cluster, size):
         ways = "give the folder of a run that trains the same, or --images-per-s X"

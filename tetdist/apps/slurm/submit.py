@@ -19,7 +19,7 @@ from tetdist.apps.slurm import batch, history, jobs, plan, snapshot
 from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.apps.slurm.history import JobEvent, Submission
 from tetdist.apps.slurm.job import Job
-from tetdist.apps.slurm.jobs import is_here, refuse_if_queued
+from tetdist.apps.slurm.jobs import refuse_if_queued
 from tetdist.apps.slurm.plan import Plan
 from tetdist.apps.slurm.speed import Speed
 from tetdist.config import fields, identity, loading
@@ -164,11 +164,6 @@ def submit(run: Prepared, code: Path | None = None, after: Sequence[Path] = ()) 
     ``code`` is a copy to run instead of a new one; the runs in the folders ``after`` must be
     finished first. A refused submission leaves neither a folder nor a run in MLflow.
     """
-    if not is_here():
-        raise UserError(
-            "there is no Slurm here (no sbatch on the PATH); run this on a login node, or use "
-            "--dry-run to see the job"
-        )
     config, run_dir = run.config, run.config.run_dir
     depends_on = jobs_to_wait_for(after)
     # A concurrent submission of this run is refused before it updates MLflow.
@@ -253,6 +248,7 @@ def _job(run: Prepared, folder: Path, code: Path) -> Job:
 def resume(run_dir: Path, cluster: ClusterSection, *, new_code: bool) -> str:
     """Submit a run again from its newest checkpoint, and return the summary."""
     earlier = history.submission_of(run_dir)
+    jobs.check_here(f"train here with `{typed('train', '--config', run_dir / 'config.yaml')}`")
     refuse_if_queued(run_dir)
     config = loading.load_written(Path(earlier.config))
     # A run that began once need not wait: its predecessors were finished then.

@@ -17,7 +17,7 @@ from tetdist.apps.studies.plan import Command, StudyRun, evaluation, is_trained
 from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.starters import as_starter
 from tetdist.distributed.world import ALONE
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.storage.files import is_held
 
 POLL_EVERY = 0.2  # seconds between two polls of the processes
@@ -36,8 +36,11 @@ def work(runs: list[StudyRun], jobs: int) -> dict[str, str]:
     running: dict[StudyRun, Child] = {}
     failed: dict[str, str] = {}
     done = len(runs) - len(waiting)
-    if done:
-        _print(f"{done} of {len(runs)} runs are already done")
+    logs = runs[0].log.parent
+    _print(
+        f"{done} of {len(runs)} runs are already done; logs are in {logs}, and "
+        f"`{typed('status', logs.parent)}` shows the state of all"
+    )
 
     def end(run: StudyRun, text: str) -> None:
         nonlocal done

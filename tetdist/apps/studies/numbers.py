@@ -72,8 +72,6 @@ class Result:
     seed: int
     timesteps: int  # T at the end of training
     top1: float  # of the last epoch, as by_timestep and loss
-    best_top1: float  # NaN if training evaluated other samples or weights than the result's
-    best_epoch: float
     by_timestep: list[float]  # top-1 of the time-mean up to timestep 1, 2, ...
     loss: float
     samples: int  # size of the validation split
@@ -96,7 +94,6 @@ def result_of(run: StudyRun) -> Result | None:
         return None
     validations = lines(run, "val")
     evaluated = lines(run, "val_ema") if run.section.average else validations
-    best = max(validations, key=lambda line: line["top1"])
     image_timesteps, seconds = spent(run)
     return Result(
         name=run.name,
@@ -104,8 +101,6 @@ def result_of(run: StudyRun) -> Result | None:
         seed=run.seed,
         timesteps=run.timesteps,
         top1=found["top1"],
-        best_top1=math.nan if run.is_judged_apart else best["top1"],
-        best_epoch=best["epoch"],
         by_timestep=list(found["per_timestep_top1"]),
         loss=found["loss"],
         chosen_exit=found.get("chosen_exit"),
@@ -253,9 +248,7 @@ class Numbers:
         entries: dict[str, Any] = {}
         for entry in self.entries:
             cost = dict(zip(("image_timesteps", "seconds"), self.cost(entry), strict=True))
-            best_top1 = asdict(self.spread(entry, best))
-            means = self._summary(partial(self.spread, entry))
-            entries[entry] = {**means, "best_top1": best_top1, **cost}
+            entries[entry] = {**self._summary(partial(self.spread, entry)), **cost}
         differences = {
             entry: {"control": control, **self._summary(partial(self.difference, entry))}
             for entry, control in self.compared.items()
@@ -278,7 +271,6 @@ class Numbers:
 
 
 last: Value = attrgetter("top1")
-best: Value = attrgetter("best_top1")
 loss: Value = attrgetter("loss")
 
 

@@ -1,7 +1,8 @@
 """Contents of a study file: its entries, and their runs with its seeds."""
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,7 @@ OWN_KEYS = {
     "name": "leave it out, runs are named ENTRY-seedN",
     "runs_dir": "give --output DIR instead",
     "resume": "leave it out, a study always continues its runs",
+    "seeds": "change the study's file",
 }
 
 
@@ -117,9 +119,11 @@ class StudyRun:
         return self.config.phases[-1].most_timesteps
 
     @property
-    def epochs(self) -> int:
-        """Number of epochs that the run itself trains: of all phases from ``start_phase`` on."""
-        return sum(phase.epochs for phase in self.config.phases[self.config.start_phase :])
+    def length(self) -> str:
+        """Number of epochs that the run itself trains, from ``start_phase`` on, and its limit."""
+        phases, most = self.config.phases[self.config.start_phase :], self.config.max_steps
+        limit = f", at most {counted(most, 'step')}" if most else ""
+        return counted(sum(phase.epochs for phase in phases), "epoch") + limit
 
     @property
     def is_evaluated_again(self) -> bool:
@@ -192,6 +196,8 @@ def read(path: Path) -> StudySection:
             f"{path}: test_timesteps: {list(study.test_timesteps)} must ascend without duplicates"
         )
     for name, entry in study.entries.items():
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+            raise UserError(f"{path}: entries: rename {name!r}; use letters, digits and . _ - only")
         others = {"control": entry.control, "init": entry.init, "teacher": entry.teacher}
         for key, other in others.items():
             if other is not None and (other == name or other not in study.entries):
@@ -204,12 +210,17 @@ def read(path: Path) -> StudySection:
 
 
 def runs_of(
-    study: StudySection, output: Path, more: list[str], imports: Sequence[str] = ()
+    study: StudySection,
+    output: Path,
+    more: list[str],
+    imports: Sequence[str] = (),
+    check_draft: Callable[[RunConfig, str], None] | None = None,
 ) -> list[StudyRun]:
     """Return all runs, seed by seed, each after those that it needs.
 
     The runs are in the folder ``output``. ``more`` are ``key=value``, applied after the study's
-    own. The runs' study has test_timesteps, also by default.
+    own. The runs' study has test_timesteps, also by default. ``check_draft`` is as for
+    `loading.load_with_origins`.
     """
     runs: dict[tuple[str, int], StudyRun] = {}
 
@@ -239,7 +250,8 @@ def runs_of(
         config_name = entry.config or study.config
         try:
             _refuse_own_keys(given, own_keys)
-            config = loading.load(config_name, [*given, *own], imports)
+            values = [*given, *own]
+            config = loading.load_with_origins(config_name, values, imports, check_draft).config
             check_names(config.tracking.trackers)
         except UserError as error:
             raise UserError(f"entries.{name}: {error}") from error
@@ -260,7 +272,7 @@ def runs_of(
     if not study.test_timesteps:
         most = max(run.timesteps for run in runs.values())
         tested = study.model_copy(update={"test_timesteps": tuple(range(1, most + 1))})
-        return runs_of(tested, output, more, imports)
+        return runs_of(tested, output, more, imports, check_draft)
     for run in runs.values():
         _check(run)
     return list(runs.values())
@@ -371,8 +383,8 @@ def check_folder(run: StudyRun) -> None:
     changed = identity.differences(earlier, run.config.as_dict())
     if changed:
         raise UserError(
-            f"{run.folder} holds a run of another configuration: {'; '.join(changed)}. Give "
-            "another --output, or remove the folders of all runs that differ"
+            f"{run.folder} holds a run of another configuration: {'; '.join(changed)}. Repeat "
+            "its key=value, give another --output, or remove the folders of all runs that differ"
         )
 
 

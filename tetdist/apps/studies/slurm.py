@@ -1,14 +1,13 @@
 """Runs of a study on a Slurm cluster: submitted at once, each to start after those it needs."""
 
-import argparse
+import contextlib
 import math
+import shutil
 from pathlib import Path
 
 from tetdist.apps.slurm import command, history
-from tetdist.apps.slurm import submit as submission
 from tetdist.apps.slurm.cluster import ClusterSection
-from tetdist.apps.slurm.jobs import State, cancel, is_here, states_of
-from tetdist.apps.slurm.plan import seconds_of
+from tetdist.apps.slurm.jobs import State, cancel, check_here, is_here, states_of
 from tetdist.apps.studies.plan import StudyRun, check_inputs, is_trained
 from tetdist.config import loading as configuration
 from tetdist.config.schema import RunConfig
@@ -18,13 +17,8 @@ from tetdist.wording import counted, duration
 
 def submit(runs: list[StudyRun], output: Path, flags: list[str]) -> int:
     """Submit the runs that are neither finished nor queued, each after those that it needs."""
-    if read_flags(flags, runs[0].arguments[1]).dry_run:
+    if "--dry-run" in flags:
         return dry_run(runs, flags)
-    if not is_here():
-        raise UserError(
-            "there is no Slurm here (no sbatch on the PATH); run this on a login node, or leave "
-            "out --slurm to train here, or add --dry-run to see the jobs"
-        )
     queued, stale = queued_runs(runs), list[str]()
     left: dict[StudyRun, tuple[RunConfig, ClusterSection]] = {}
     for run in runs:
@@ -51,8 +45,11 @@ def submit(runs: list[StudyRun], output: Path, flags: list[str]) -> int:
     return 0
 
 
-def read_flags(flags: list[str], config_name: str) -> argparse.Namespace:
-    """Parse the flags after --slurm."""
+def check_flags(flags: list[str], config_name: str) -> None:
+    """Refuse wrong flags after --slurm, and a machine without Slurm, unless they ask for a plan."""
+    own = ("--output", "--jobs", "--only", "--report-only")
+    if misplaced := [flag for flag in flags if flag in own]:
+        raise UserError(f"--slurm: write {misplaced[0]}, a flag of the study, before --slurm")
     options = command.parse_arguments(["--config", config_name, *flags])
     if options.config != config_name or options.after:
         flag = "after" if options.after else "config"
@@ -63,7 +60,8 @@ def read_flags(flags: list[str], config_name: str) -> argparse.Namespace:
                 f"--slurm: only flags and cluster.key=value may follow it; write {override} before "
                 "it, so that it is part of the study"
             )
-    return options
+    if not options.dry_run:
+        check_here("leave out --slurm to train here, or add --dry-run to see the jobs")
 
 
 def dry_run(runs: list[StudyRun], flags: list[str]) -> int:
@@ -71,6 +69,9 @@ def dry_run(runs: list[StudyRun], flags: list[str]) -> int:
 
     This needs no Slurm.
     """
+    from tetdist.apps.slurm import submit
+    from tetdist.apps.slurm.plan import seconds_of
+
     seconds, shown = list[float](), ""
     for run in runs:
         if is_trained(run):
@@ -83,7 +84,7 @@ def dry_run(runs: list[StudyRun], flags: list[str]) -> int:
         seconds.append(math.nan if isinstance(speed, str) else seconds_of(prepared.plan, speed))
         print(f"{run.name}: {_time(seconds[-1])}{_starts_after(after)}", flush=True)
         with_config = options.print_config
-        shown = submission.dry_run(prepared, speed, options.after, with_config=with_config)
+        shown = submit.dry_run(prepared, speed, options.after, with_config=with_config)
     about = f". The last one's plan and script:\n{shown}" if shown else ""
     print(f"{counted(len(seconds), 'run')} to submit: {_time(sum(seconds))}{about}")
     return 0
@@ -127,19 +128,26 @@ def send_all(left: dict[StudyRun, tuple[RunConfig, ClusterSection]], output: Pat
     """Submit the runs, each after those that it needs, all with one copy of the code.
 
     Raises:
-        UserError: A run is refused; the runs before it are submitted.
+        UserError: A run is refused; the runs before it are submitted. Without any, the code goes.
     """
-    code = submission.copy_code(history.next_submission(output) / "code")
-    done = 0
+    from tetdist.apps.slurm import submit
+
+    folder, done = history.next_submission(output), 0
+    code = submit.copy_code(folder / "code")
     try:
         for run, (config, cluster) in left.items():
             after = [needed for needed in run.needs if not is_trained(needed)]
             folders = [needed.folder for needed in after]
-            prepared = submission.prepare(config, cluster, folders)
-            submitted = submission.submit(prepared, code, folders)
+            prepared = submit.prepare(config, cluster, folders)
+            submitted = submit.submit(prepared, code, folders)
             done += 1
             print(f"{run.name}: submitted as job {submitted.job}{_starts_after(after)}", flush=True)
     except UserError as error:
+        if not done:
+            shutil.rmtree(folder)
+            with contextlib.suppress(OSError):  # They hold more.
+                folder.parent.rmdir()
+                output.rmdir()
         rest = f"; {done} of {counted(len(left), 'run')} {'was' if done == 1 else 'were'} submitted"
         rest += "; the same command submits the others"
         raise UserError(f"{run.name}: {error}{rest if done else ''}") from error
