@@ -156,8 +156,8 @@ def test_bad_files_are_named_with_reasons_and_left_out(image_root):
             "only one class folder, 'ant'",
         ),
         (
-            lambda root: (root / "train" / "dog").mkdir(),
-            "dog holds no images .*; add some or remove it",
+            lambda root: [p.rename(p.with_suffix(".gif")) for p in root.glob("train/*/*")],
+            r"hold no images .*, but 3 with .gif \(train/ant/ant0.gif, ...\); add some",
         ),
         (lambda root: (root / "train" / "ant" / "sub").mkdir(), "holds a folder, 'sub'"),
     ],

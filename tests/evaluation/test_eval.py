@@ -429,7 +429,7 @@ def test_some_of_the_classes_are_found_by_their_names_and_reported_as_a_subset(
         assert f"{words} among all 4" in out
         assert f"{words} among all 4" in page.read_text()
     message = broken("--checkpoint", run, "--data", tmp_path / "Test")
-    assert "has no indexed val split, only Test, which" in message
+    assert "has no split 'val', only Test, which" in message
 
 
 def test_bad_data(run, tiny_copy, broken, tmp_path, event_root):
@@ -443,8 +443,8 @@ def test_bad_data(run, tiny_copy, broken, tmp_path, event_root):
     assert f"--data: {none} does not exist; give the data folder" in message
     index.index_splits(event_root(), kind="events")
     message = broken("--checkpoint", run, "--data", tmp_path / "events")
-    assert "holds events, but the network was trained on images; give --data a folder of" in message
-    assert "has no indexed test split, only train, val, which" in problem("--split", "test")
+    assert "holds events; give a folder of images" in message
+    assert "has no split 'test', only train, val, which" in problem("--split", "test")
     (tiny_copy / "val/up").rename(tiny_copy / "val/top")
     assert "val/" in problem()
     index.index_splits(tiny_copy, ["val"])

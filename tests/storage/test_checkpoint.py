@@ -317,7 +317,7 @@ def test_model_file_errors(tmp_path):
     (tmp_path / "void").mkdir()
     assert "there is no last checkpoint" in problem(tmp_path / "void")
     (tmp_path / "it.onnx").write_bytes(b"\x08\x0a" * 9)
-    assert "onnxruntime runs ONNX files; give the run" in problem(tmp_path / "it.onnx")
+    assert "it.onnx is no checkpoint; give a run folder or" in problem(tmp_path / "it.onnx")
     path = save(tmp_path / "run" / "checkpoints", 1)
     file = path / "model.safetensors"
     # Others may read it, as they may its neighbours.

@@ -39,7 +39,10 @@ class Parser(argparse.ArgumentParser):
 
     def meant(self, flag: str) -> str:
         """Return the flag that an unknown one may have meant, as a part of a sentence."""
-        words = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+        commands = self._subparsers._group_actions[0].choices if self._subparsers else None
+        parsers = [self, *(commands.values() if isinstance(commands, dict) else ())]
+        options = [option for parser in parsers for option in parser._option_string_actions]
+        words = [option[2:] for option in options if option.startswith("--")]
         word = flag.lstrip("-")
         near = [one for one in words if one.startswith(word)]
         near = near or difflib.get_close_matches(word, words, n=1)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from tetdist.datasets import archives
 from tetdist.errors import UserError, typed
-from tetdist.wording import and_more, meant
+from tetdist.wording import and_more, meant, meant_path
 
 Kind = Literal["images", "events"]
 
@@ -48,8 +48,7 @@ class PassedOver:
 def list_classes(root: str | Path, split: str, kind: Kind) -> tuple[str, ...]:
     """Return the sorted class names of a split in class folders, without hidden ones."""
     folder = Path(root, split)
-    if not Path(root).is_dir():
-        raise UserError(f"there is no data folder {root}; give one with train/ and val/")
+    check_root(Path(root))
     if not folder.is_dir():
         raise UserError(
             f"the data folder {root} has neither a folder {split!r} nor tar files of this split"
@@ -60,6 +59,13 @@ def list_classes(root: str | Path, split: str, kind: Kind) -> tuple[str, ...]:
         what = f"only one class folder, {classes[0]!r}" if classes else "no class folders"
         raise UserError(f"{folder} holds {what}: it must hold one folder of files per class")
     return classes
+
+
+def check_root(root: Path) -> None:
+    """Refuse a data root that is no folder."""
+    if not root.is_dir():
+        near = meant_path(root, "give one with train/ and val/")
+        raise UserError(f"there is no data folder {root}; {near}")
 
 
 def list_class(folder: Path, kind: Kind) -> tuple[list[str], list[str]]:
@@ -110,6 +116,8 @@ def root_advice(root: Path, split: str, kind: Kind) -> str | None:
     made = sorted(str(file.parent) for file in files)
     if made:
         return f"{root} holds splits: use {' or '.join(made)}"
+    if (root / "recordings.jsonl").is_file():
+        return f"{root} holds binned recordings without a split: repeat `{typed('prebin_dvs')}`"
     folders = names_in(root, is_folder)
     usual = [*USUAL_NAMES["train"], *USUAL_NAMES["val"]]
     has_splits = any(name.lower() in usual for name in folders)
@@ -122,7 +130,8 @@ def root_advice(root: Path, split: str, kind: Kind) -> str | None:
 
     if not folders and root.name.lower() not in usual and holds_samples(root):
         part = root.absolute().parent
-        above = part.parent if part.name.lower() in usual else f"the folder with train/{root.name}"
+        above = f"the folder with train/{root.name}, or move its files to train/CLASS"
+        above = str(part.parent) if part.name.lower() in usual else above
         return f"this is a class folder itself: give {above}"
     file = next(chain(root.glob("*/*/*.*"), root.glob("*/*.*")), None)
     known = (*SUFFIXES["events"], *SUFFIXES["images"])

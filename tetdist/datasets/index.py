@@ -30,7 +30,7 @@ from tetdist.datasets.class_folders import (
     root_advice,
 )
 from tetdist.datasets.journal import probe_with_journal
-from tetdist.datasets.layouts import Listing, list_split
+from tetdist.datasets.layouts import Listing, is_there, list_split
 from tetdist.datasets.probe import Probe, probe_batches, probe_image, probe_tensor
 from tetdist.datasets.processes import ReportProgress
 from tetdist.errors import UserError, typed
@@ -185,15 +185,15 @@ def find_index(data: "DataSection", split: str, made_by: str = "") -> Path:
         raise UserError(f"there is no index {file}; {advice}")
     command = index_command(root, split, data.kind)
     indexed = sorted(one.stem for one in data.index_dir.glob("*.npz"))
-    if not indexed or (root / split).is_dir():
+    if not indexed or is_there(root, split):
         if not indexed and split == "train":
             command = command.removesuffix(" --splits train")  # val as well
         raise UserError(f"there is no index {file}; make it with `{command}`")
     if (indexed, split) == (["train"], "val"):
         raise UserError(without_validation(root))
     raise UserError(
-        f"{root} has no indexed {split} split, only {', '.join(indexed)}, which {typed('eval')} "
-        f"evaluates (--split); if {split} is there in archives, index it with `{command}`"
+        f"{root} has no split {split!r}, only {', '.join(indexed)}, which `{typed('eval')} --split`"
+        " evaluates"
     )
 
 

@@ -20,6 +20,7 @@ from tetdist.datasets.class_folders import (
     SUFFIXES,
     Kind,
     PassedOver,
+    check_root,
     fewest_classes,
     first_difference,
     folders_called,
@@ -124,8 +125,7 @@ def list_split(
 
 def in_tars(root: Path, split: str, kind: Kind, hints: Hints) -> bool:
     """Return whether a split is read from tar files, not from class folders."""
-    if not root.is_dir():
-        raise UserError(f"there is no data folder {root}; give one with train/ and val/")
+    check_root(root)
     if kind == "events" or hints.shards:
         return bool(hints.shards)
     return bool(_shards_of(root, split)) or (
@@ -143,13 +143,12 @@ def default_splits(root: Path) -> tuple[str, ...]:
     Without training data, the default is "val" alone, or a folder with another usual name for it;
     without validation data and such a folder, it is "train" alone.
     """
-    if root.is_dir() and not _is_there(root, "train"):
-        if _is_there(root, "val"):
-            return ("val",)
-        others = folders_called(root, "val")
-        if len(others) == 1 and not folders_called(root, "train"):
+    check_root(root)
+    if not is_there(root, "train") and not folders_called(root, "train"):
+        others = ("val",) if is_there(root, "val") else folders_called(root, "val")
+        if len(others) == 1:
             return others
-    elif root.is_dir() and not _is_there(root, "val") and not folders_called(root, "val"):
+    elif not is_there(root, "val") and not folders_called(root, "val"):
         return ("train",)
     return ("train", "val")
 
@@ -157,7 +156,7 @@ def default_splits(root: Path) -> tuple[str, ...]:
 def check_splits(root: Path, splits: Sequence[str]) -> None:
     """Refuse to index a training split with an evaluation split that training would not find."""
     others = [split for split in splits if is_held_out(split)]
-    if "train" in splits and others and "val" not in splits and not _is_there(root, "val"):
+    if "train" in splits and others and "val" not in splits and not is_there(root, "val"):
         name, link = shlex.quote(others[0]), shlex.quote(str(root / "val"))
         raise UserError(
             f"--splits: training needs 'train' and 'val', and would not find {others[0]!r}: rename"
@@ -166,7 +165,8 @@ def check_splits(root: Path, splits: Sequence[str]) -> None:
         )
 
 
-def _is_there(root: Path, split: str) -> bool:
+def is_there(root: Path, split: str) -> bool:
+    """Return whether a split is there, in any layout."""
     return (
         (root / split).is_dir()
         or (root / _official_tar(split)).is_file()
@@ -196,6 +196,7 @@ def _list_folder(
     root: Path, split: str, kind: Kind, progress: ReportProgress | None = None
 ) -> Listing:
     found = Listing(kind=kind, split=split, classes=list_classes(root, split, kind))
+    empty = list[str]()
     for name in names_in(root / split, lambda entry: not is_folder(entry)):
         found.passed_over.add(f"{split}/{name}", " outside class folders")
     for label, name in enumerate(found.classes):
@@ -206,14 +207,16 @@ def _list_folder(
         for file in others:
             found.passed_over.add(f"{split}/{name}/{file}")
         if not samples:
-            wanted = ", ".join(SUFFIXES[kind])
-            there = f", but {found.passed_over}" if others else ""
-            found_none = f"the class folder {folder} holds no {kind} ({wanted}){there}"
-            raise UserError(f"{found_none}; add some or remove it")
+            empty.append(f"{split}/{name}")
         found.labels.extend([label] * len(samples))
         found.names.extend(f"{split}/{name}/{file}" for file in samples)
         if progress is not None:
             progress(label + 1, len(found.classes))
+    none = f"no {kind} ({', '.join(SUFFIXES[kind])})"
+    if not found.names:
+        there = f", but {found.passed_over}" if found.passed_over else ""
+        raise UserError(f"the class folders of {root / split} hold {none}{there}; add some")
+    found.bad = [BadFile(one, f"the folder holds {none}; add some or remove it") for one in empty]
     found.byte_ranges = [ByteRange(name) for name in found.names]
     return found
 

@@ -267,12 +267,7 @@ def load_model_file(
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
     except (OSError, SafetensorError, ValueError) as error:
-        hint = ""
-        if file.suffix == ".onnx":
-            hint = "; onnxruntime runs ONNX files; give the run that was exported"
-        elif file.suffix not in (".safetensors", ".yaml"):
-            hint = f"; `{typed('convert')}` converts other libraries' weights"
-        raise UserError(f"{file} is not a readable model file ({_reason(error)}){hint}") from error
+        raise UserError(f"{file} is not a readable model file ({_reason(error)})") from error
     if "tetdist" not in metadata:
         raise UserError(
             f"{file} has no description of its model: it holds another library's weights, which "

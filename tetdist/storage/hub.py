@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.storage import bundled
 from tetdist.wording import meant_path
 
@@ -35,13 +35,17 @@ def is_repository(name: str) -> bool:
 
 
 def check_source(path: Path) -> None:
-    """Refuse a path, or a network of the package, that does not exist; the hub is not asked."""
+    """Refuse what is no checkpoint, or no network of the package; the hub is not asked."""
     if str(path).startswith(bundled.TETDIST):
         bundled.folder(str(path))
-    elif not str(path).startswith(HF) and not path.exists():
+    elif not str(path).startswith(HF):
         give = "give a run folder or a .safetensors file"
-        near = meant_path(Path("runs", path.name), meant_path(path, give))
-        raise UserError(f"there is no checkpoint {path}; {near}")
+        if not path.exists():
+            near = meant_path(Path("runs", path.name), meant_path(path, give))
+            raise UserError(f"there is no checkpoint {path}; {near}")
+        if path.is_file() and path.suffix != ".safetensors":
+            converts = f"`{typed('convert')}` converts other libraries' weights"
+            raise UserError(f"{path} is no checkpoint; {give} ({converts})")
 
 
 def fetch(name: str, file: str) -> Path:

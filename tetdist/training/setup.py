@@ -82,11 +82,9 @@ def open_split(config: RunConfig, split: str, world: World) -> Index:
         data_index.check_fresh(index, config.data.root, file)
     if index.kind != config.data.kind:
         recipe = "dvs128_objects" if index.kind == "events" else "own_images"
-        given = f"data.kind={config.data.kind}"
-        leave_out = f"leave out {given}, or " if "kind" in config.data.model_fields_set else ""
         raise UserError(
-            f"{given}, but {file} holds {index.kind}; {leave_out}use a recipe for "
-            f"{index.kind}, such as --config {recipe}.yaml"
+            f"data.kind is {config.data.kind}, but {file} holds {index.kind}; give a folder of "
+            f"{config.data.kind}, or train with a recipe for {index.kind}, such as {recipe}.yaml"
         )
     return index
 

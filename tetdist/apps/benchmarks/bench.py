@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import tetdist.models  # noqa: F401  # registers them
+from tetdist.errors import UserError
 from tetdist.losses import tet_loss
 from tetdist.nn.precision import autocast, choose_algorithms
 from tetdist.tables import aligned, number
@@ -137,7 +138,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     steps = {name: step_of(options, make()) for name, make in contestants_of(options).items()}
     warm_up = {}
     for name, step in steps.items():
-        warm_up[name] = seconds_of(step) + seconds_of(step)
+        try:
+            warm_up[name] = seconds_of(step) + seconds_of(step)
+        except ValueError as error:  # of batch norm, about a single value
+            raise UserError(f"{name}: {error}; raise --batch, --size or --timesteps") from error
         print(f"{name}: first two steps {warm_up[name]:.1f} s", file=sys.stderr, flush=True)
     timed = {name: partial(seconds_of, step) for name, step in steps.items()}
     seconds = in_turns(timed, options.repeats)

@@ -101,8 +101,10 @@ def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
                 stream = tar.extractfile(member)
                 assert stream is not None, "it is a file"
                 found[name] = stream.read()
+            assert tar.fileobj is not None, "it is open"
+            tar.fileobj.read(-1)  # up to the checksum at the end
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not one, or incomplete"
+        reason = getattr(error, "strerror", None) or "it is none, or damaged; get it again"
         raise UserError(f"{archive} cannot be read as a tar archive: {reason}") from error
     for kind in (CIFAR10, CIFAR100):
         if _names(kind) <= found.keys():

@@ -84,7 +84,8 @@ def _add_index(commands: Any) -> None:
     )
     _add_common(command)
     _add_source(command)
-    _add_skip_bad(command)
+    given = "leave out files that cannot be used"
+    command.add_argument("--skip-bad", action="store_true", help=given)
 
 
 def _add_check(commands: Any) -> None:
@@ -173,17 +174,13 @@ def _add_source(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_skip_bad(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--skip-bad", action="store_true", help="leave out files that cannot be used"
-    )
-
-
 def _index(args: argparse.Namespace) -> int:
     """Index every split, then write all indexes or none."""
+    from tetdist.datasets.class_folders import check_root
     from tetdist.datasets.index import index_file, index_listing, save_index, without_validation
     from tetdist.datasets.layouts import check_splits
 
+    check_root(args.root)
     if args.splits is not None:
         check_splits(args.root, args.splits)
     # Check first, because otherwise half an hour of decoding could be lost.
@@ -205,12 +202,16 @@ def _index(args: argparse.Namespace) -> int:
             print(f"{listing.split}: ignored {listing.passed_over}", file=sys.stderr)
     report_bad(bad, "file", len(bad) + sum(map(len, indexes)))
     if bad and not args.skip_bad:
-        raise UserError("no index was written: replace the bad files, or give --skip-bad")
+        raise UserError("no index was written: replace or remove what is bad, or give --skip-bad")
     for index, listing in zip(indexes, listings, strict=True):
-        missing = set(listing.labels) - set(index.labels.tolist())
+        wanted = listing.labels if listing.archives else range(len(listing.classes))
+        missing = set(wanted) - set(index.labels.tolist())
         if missing:
             name = index.classes[min(missing)]
-            raise UserError(f"no index was written: {index.split} has no usable file of {name!r}")
+            raise UserError(
+                f"no index was written: {index.split} has no usable file of {name!r}; add some or "
+                "remove the class"
+            )
     for index in indexes:
         file = index_file(out, index.split)
         save_index(index, file)
@@ -259,7 +260,13 @@ def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
         unit = "tar" if in_tars(args.root, split, kind, hints) else "folder"
         with file_progress(f"{split}: listing", unit) as progress:
             listings.append(list_split(args.root, split, kind, args.workers, hints, progress))
-    check_same_classes({listing.split: listing.classes for listing in listings})
+    bad = {file.path for one in listings for file in one.bad}  # with empty class folders
+    check_same_classes(
+        {
+            one.split: tuple(name for name in one.classes if f"{one.split}/{name}" not in bad)
+            for one in listings
+        }
+    )
     return listings
 
 

@@ -323,8 +323,6 @@ def _make_split(
         return
     print(f"{root}: {made}{numbers['train']} to train, {numbers['val']} to test; data.root={root}")
     if options.preset:
-        known = [split for split in PRESETS[options.preset].splits if split.name == name]
-        for split in known:
-            print(f"  of the whole data set, used by: {split.behind}\n  difficulty: {split.ease}")
-        if not known:
-            print("  no published result is known for this split")
+        unknown = "no published result is known for this split"
+        behind = PRESETS[options.preset].splits.get(name)
+        print(f"  of the whole data set, used by: {behind}" if behind else f"  {unknown}")

@@ -19,6 +19,7 @@ from tetdist.apps.cli.common import add_checkpoint, documented_parser, run_comma
 from tetdist.config.flags import add_import
 from tetdist.errors import UserError, typed
 from tetdist.storage import hub
+from tetdist.storage.files import check_writable, open_file
 from tetdist.wording import counted, meant_path
 
 if TYPE_CHECKING:
@@ -47,24 +48,27 @@ def main(arguments: list[str] | None = None) -> int:
 def replay(options: argparse.Namespace) -> None:
     """Read, bin, stream and print."""
     hub.check_source(options.checkpoint)  # before torch is imported
-    if not options.recording.is_file():
-        near = meant_path(options.recording, "correct its name")
-        raise UserError(f"there is no recording {options.recording}; {near}")
+    if (file := options.recording).is_dir():
+        raise UserError(f"RECORDING: {file} is a folder; give the network, then a file of events")
+    if not file.is_file():
+        raise UserError(f"there is no recording {file}; {meant_path(file, 'correct its name')}")
+    if output := options.output:
+        if output.suffix.lower() != ".gif":
+            raise UserError(f"--output: {output} has another suffix than .gif; rename it")
+        check_writable("--output", output)
     from tetdist.apps.events.binning import binning_of, window_frames
     from tetdist.apps.events.formats import read_recording
     from tetdist.apps.events.recording import BadRecording, OtherSize
     from tetdist.apps.reports.replay_gif import ReplayGif
     from tetdist.apps.weights.trained import load
     from tetdist.plugins import import_files
-    from tetdist.storage.files import open_file
 
     import_files(options.imports)
     trained = load(options.checkpoint, "best" if options.best else "last")
     binning, sensor = binning_of(trained.description.binning, options.checkpoint)
     classes = list(trained.description.classes or [])
     classes += [f"class {k}" for k in range(len(classes), trained.model.num_classes)]
-    gif = ReplayGif(options.output, classes) if options.output else None
-    file = options.recording
+    gif = ReplayGif(output, classes) if output else None
     try:
         with open_file(file) as stream:
             events = read_recording(file, stream.read(), sensor)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from tetdist.datasets.class_folders import USUAL_NAMES, PassedOver
 from tetdist.errors import UserError
-from tetdist.wording import and_more, counted
+from tetdist.wording import and_more, counted, meant_path
 
 Part = Literal["train", "val"]
 
@@ -91,7 +91,8 @@ def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
         suffixes: Suffixes of recordings, in lower case.
     """
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}; give the folder of the recordings")
+        near = meant_path(root, "give the folder of the recordings")
+        raise UserError(f"there is no folder {root}; {near}")
     passed_over = PassedOver()
     loose = _files(root, suffixes)
     if any(root.glob(f"*{_LABELS}")):

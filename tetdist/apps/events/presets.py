@@ -1,7 +1,7 @@
 """Published data sets of event cameras: parameters and splits of published results.
 
-A preset names the known difficulty of each split. It also describes the data set's folder, so that
-other folders are refused. docs/events.md has the sources of its parameters.
+A preset also describes the data set's folder, so that other folders are refused. docs/events.md has
+the sources of its parameters, and what is known of its splits.
 """
 
 from collections.abc import Sequence
@@ -19,20 +19,6 @@ from tetdist.wording import counted
 Layout = Literal["classes", "parts", "labels"]
 
 
-@dataclass(frozen=True)
-class PresetSplit:
-    """Split of a preset.
-
-    Attributes:
-        behind: Published results that used it.
-        ease: Known difficulty.
-    """
-
-    name: str
-    behind: str
-    ease: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class Preset:
     """Published data set, with the settings that convert its recordings to tensors.
@@ -43,6 +29,7 @@ class Preset:
         classes: Number of classes of the whole data set.
         sensor: Size of the sensor, if the format does not store it.
         timesteps, size, values: See `Binning`.
+        splits: The published results that used each split.
     """
 
     title: str
@@ -56,7 +43,7 @@ class Preset:
     timesteps: int = 10
     size: Sensor
     values: Values = "count"
-    splits: tuple[PresetSplit, ...]
+    splits: dict[str, str]
 
     def options(self) -> dict[str, Any]:
         """Return the values that the preset sets, by option of tools/prebin_dvs.py."""
@@ -65,7 +52,7 @@ class Preset:
             "size": self.size,
             "bins": "count",
             "values": self.values,
-            "split": ",".join(split.name for split in self.splits),
+            "split": ",".join(self.splits),
         }
         return options | {"sensor": self.sensor} if self.sensor else options
 
@@ -83,35 +70,20 @@ PRESETS = {
         recordings=10_000,
         size=Sensor(48, 48),
         values="published",
-        splits=(
-            PresetSplit(
-                "first-90-percent",
-                "TET's code of 2024; the paper's 9,000 to train and 1,000 to test (83.17 %)",
-                "unknown; recordings with neighbouring numbers are mostly in the same part",
+        splits={
+            "first-90-percent": (
+                "TET's code of 2024; the paper's 9,000 to train and 1,000 to test (83.17 %)"
             ),
-            PresetSplit(
-                "first-70-percent",
-                "TET's code of 2022",
-                "unknown; it trains on 7,000 recordings, fewer than the others' 9,000",
+            "first-70-percent": "TET's code of 2022",
+            "0-99-test": "TEBN, PSN; easier than a random split (spikingjelly's documentation)",
+            "first-90-percent-by-letters": (
+                "SEW-ResNet, QKFormer, Spike-driven Transformer (spikingjelly's code)"
             ),
-            PresetSplit(
-                "0-99-test",
-                "TEBN, PSN",
-                "easy: by spikingjelly's documentation, accuracy is typically much higher than on a"
-                " random split",
-            ),
-            PresetSplit(
-                "first-90-percent-by-letters",
-                "SEW-ResNet, QKFormer, Spike-driven Transformer (spikingjelly's code)",
-                "similar to first-90-percent: 91 of its 100 test recordings a class are the same",
-            ),
-            PresetSplit(
-                "stratified-9-1",
+            "stratified-9-1": (
                 "no result with this seed; SeAl and temporal-decoupling distillation draw 9,000 and"
-                " 1,000 over all classes",
-                "the random split with which spikingjelly's documentation compares 0-99-test",
+                " 1,000 over all classes"
             ),
-        ),
+        },
     ),
     "dvs128-gesture": Preset(
         title="DVS128 Gesture",
@@ -124,14 +96,12 @@ PRESETS = {
         recordings=122,
         timesteps=16,
         size=Sensor(128, 128),
-        splits=(
-            PresetSplit(
-                "published",
+        splits={
+            "published": (
                 "SEW-ResNet, QKFormer, Spike-driven Transformer: 1,176 gestures to train, 288 to"
-                " test; tonic's loader has 1,077 and 264, so its results are on other gestures",
-                "no person is in both parts; one gesture of the 288 is 0.35 %",
+                " test; tonic's loader has 1,077 and 264, so its results are on other gestures"
             ),
-        ),
+        },
     ),
     "n-caltech101": Preset(
         title="N-Caltech101",
@@ -143,19 +113,13 @@ PRESETS = {
         recordings=8709,
         sensor=Sensor(240, 180),
         size=Sensor(48, 48),
-        splits=(
-            PresetSplit(
-                "first-90-percent",
+        splits={
+            "first-90-percent": (
                 "Neuromorphic Data Augmentation, approximately: its code takes the first 90 % in"
-                " the file system's order, which is not reproducible",
-                "unknown; some classes have 4 test recordings",
+                " the file system's order, which is not reproducible"
             ),
-            PresetSplit(
-                "stratified-9-1",
-                "no result with this seed; there is no official split",
-                "unknown; some classes have 4 test recordings",
-            ),
-        ),
+            "stratified-9-1": "no result with this seed; there is no official split",
+        },
     ),
     "n-cars": Preset(
         title="N-CARS",
@@ -167,13 +131,9 @@ PRESETS = {
         recordings=24_029,
         sensor=Sensor(120, 100),
         size=Sensor(48, 48),
-        splits=(
-            PresetSplit(
-                "published",
-                "all results on N-CARS: 15,422 to train and 8,607 to test",
-                "two classes; always predicting cars gives 51 %",
-            ),
-        ),
+        splits={
+            "published": "all results on N-CARS: 15,422 to train and 8,607 to test",
+        },
     ),
     "nmnist": Preset(
         title="N-MNIST",
@@ -184,13 +144,9 @@ PRESETS = {
         classes=10,
         recordings=70_000,
         size=Sensor(34, 34),
-        splits=(
-            PresetSplit(
-                "published",
-                "all results on N-MNIST: 60,000 to train and 10,000 to test",
-                "easy: most published results are above 99 %",
-            ),
-        ),
+        splits={
+            "published": "all results on N-MNIST: 60,000 to train and 10,000 to test",
+        },
     ),
 }
 

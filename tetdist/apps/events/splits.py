@@ -81,7 +81,7 @@ def assign(sources: Sequence[Source], name: str, seed: int) -> dict[str, Part]:
             raise UserError(
                 f"the split {name!r} leaves nothing to {'test' if train else 'train'} of"
                 f" {stratum!r}, which has {counted(len(members), 'recording')}{together}; choose "
-                "another with --split"
+                "another with --split, or all-to-val to evaluate all"
             )
         for source in members:
             parts[source.path] = "train" if source.path in train else "val"

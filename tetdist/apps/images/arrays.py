@@ -38,8 +38,9 @@ def write_root(
     """
     from tetdist.datasets.index import index_splits
 
-    for leftover in dest.parent.glob(f".{dest.name}.*.tmp"):  # of a killed process
-        remove(leftover)
+    for leftover in dest.parent.glob(f".{dest.name}.*.tmp"):
+        if not Path("/proc", leftover.name.split(".")[-2]).exists():  # of a killed process
+            remove(leftover)
     with made_aside(dest, sync=False) as aside:
         counts = {
             name: _write(aside / name, classes, split, (per_class or {}).get(name))

@@ -6,14 +6,12 @@ sample_plot.py draws frames and probabilities with the same functions.
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tetdist.apps.reports.style import QUIET, SERIES, finish, new_figure
-from tetdist.errors import UserError
 from tetdist.storage.files import explaining, replacing
 
 _OFF, _ON = (213, 94, 0), (0, 114, 178)  # colours of events, on white
@@ -36,10 +34,6 @@ class ReplayGif:
     """The first frames of a replay, drawn at its end."""
 
     def __init__(self, path: Path, classes: list[str]) -> None:
-        if path.suffix.lower() != ".gif":
-            raise UserError(f"--output: {path} has another suffix than .gif; rename it")
-        with explaining(path):
-            TemporaryFile(dir=path.parent).close()
         self._path, self._classes = path, classes
         self._frames: list[_Drawn] = []
 

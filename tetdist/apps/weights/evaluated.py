@@ -12,7 +12,7 @@ from tetdist.config.loading import parse
 from tetdist.config.messages import checked
 from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
-from tetdist.datasets.index import Index, index_file, load_index
+from tetdist.datasets.index import Index, index_file
 from tetdist.datasets.recorded_split import binning, recorded_split
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
@@ -108,9 +108,6 @@ def open_evaluated(config: RunConfig, split: str | None, world: World, *, own_da
         raise UserError("this network's file does not name its data; give --data FOLDER")
     if not Path(data.root).is_dir():
         raise UserError(f"data.root: there is no folder {data.root}; give --data FOLDER")
-    if file.is_file() and (kind := load_index(file).kind) != data.kind:
-        wanted = f"the network was trained on {data.kind}; give --data a folder of {data.kind}"
-        raise UserError(f"{data.root} holds {kind}, but {wanted}")
     indexed = [one for one in ("train", "val") if index_file(data.index_dir, one).is_file()]
     if split is not None or indexed != ["train"] or Path(data.root, "val").is_dir():
         return open_split(config, split or "val", world)
