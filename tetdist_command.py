@@ -56,7 +56,7 @@ def _main(name: str, *arguments: str) -> int:
         print(f"tetdist {version('tetdist')}")
         return 0
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.65)
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
         print(f"error: there is no command {name!r}; {hint}", file=sys.stderr)
         return 2

@@ -76,6 +76,8 @@ MISTAKEN = {
     "loss.lambda=abc": "loss.lambda=abc must be a number >= 0 and <= 1",
     "model.neuron={detach_reset: 'false'}": "'model.neuron.detach_reset'",
     "phases=3": "'phases' is a list",
+    "data.mean=[0.1 0.2]": "'data.mean.0': must be a number, not '0.1 0.2'",
+    "phases.0.schedule=step": "phases.0.schedule=step must be 'cosine' or 'constant'",
     "data.mean=0.5": "data.mean=0.5 must be a list in brackets",
     "phases.0.optimizer={kind: sgd}": "'phases.0.optimizer.lr' is missing",
     "tracking.log_checkpoint=all": "tracking.log_checkpoint=all must be 'none', 'last' or",
@@ -223,6 +225,8 @@ def test_no_such_config(tmp_path):
     (tmp_path / "config.yaml").touch()
     with pytest.raises(UserError, match=rf"did you mean {tmp_path}/config.yaml\?"):
         load(str(tmp_path))
+    with pytest.raises(UserError, match=rf"did you mean {tmp_path}/config.yaml\?"):
+        load(str(tmp_path / "confg.yaml"))
     with pytest.raises(UserError, match=r"'zzz'.*in configs/; `tetdist list` lists those"):
         load("zzz")
 

@@ -23,11 +23,9 @@ def with_key(key, value):
 
 
 @pytest.mark.parametrize("key", RETIRED)
-def test_a_key_that_is_gone(key, caplog):
-    caplog.set_level("INFO")
+def test_a_key_that_is_gone(key):
     place = key.replace(".N.", ".0.")
     assert parse(with_key(key, RETIRED[key]), "old.yaml", warn=False).as_dict() == KEPT
-    assert f"old.yaml: dropped keys of an earlier version: {place}" in caplog.text
     other = with_key(key, "another")
     with pytest.raises(UserError) as raised:
         parse(other, "old.yaml", warn=False)
@@ -42,6 +40,6 @@ def test_a_value_that_is_gone(key):
         with pytest.raises(UserError) as raised:
             parse(with_key(key, value), "old.yaml", warn=False)
         place = key.replace(".N.", ".0.")
-        assert str(raised.value).startswith(f"old.yaml: {place}={value!r} is gone; ")
+        assert str(raised.value).startswith(f"old.yaml: '{place}': must be ")
         trained = parse(with_key(key, value), "old.yaml", warn=False, is_trained=True)
         assert trained.as_dict() == with_key(key, default)

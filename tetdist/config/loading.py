@@ -21,7 +21,7 @@ from tetdist.nn import neurons
 from tetdist.nn.neurons import NEURONS
 from tetdist.plugins import import_files
 from tetdist.storage.bundled import TETDIST
-from tetdist.wording import meant
+from tetdist.wording import meant, meant_path
 
 # MLflow's variable, the default of tracking.uri.
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -48,6 +48,7 @@ def find(name: str, folder: Path = Path(), source: str = "") -> Path:
     known = [path.stem for path in CONFIGS_DIR.glob("*.yaml")]
     word = Path(name.removeprefix(TETDIST)).stem
     hint = meant(word, known, f"`{typed('list')}` lists those")
+    hint = meant_path(folder / name, hint, "*.yaml")
     if (folder / name / "config.yaml").is_file():
         hint = f"did you mean {name}/config.yaml?"
     raise UserError(f"{source}no configuration {name!r}, neither as a file nor in configs/; {hint}")

@@ -169,7 +169,7 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
         message = text.format(given=json.dumps(given or 0), **values)
     elif error["type"] in ("int_type", "float_type"):
         documented = documented_keys(root).get(re.sub(r"\.\d+\.", ".N.", dotted))
-        message = f"must be a {documented.takes}" if documented else message
+        message = f"must be a {documented.takes if documented else 'number'}"
     if is_named:
         return f"{override} {message}" if message.startswith("must") else message
     shown = "" if isinstance(given, dict) else f", not {given!r}"

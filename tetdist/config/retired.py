@@ -1,14 +1,11 @@
 """Keys of earlier versions that are gone, so that old run folders and checkpoints stay usable."""
 
 import copy
-import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from tetdist.errors import UserError
-
-logger = logging.getLogger(__name__)
-
 
 # By dotted key (phases.N stands for each phase), the default of a key that is gone.
 RETIRED: dict[str, Any] = {
@@ -45,18 +42,16 @@ def without_retired(raw: dict[str, Any], source: str, *, is_trained: bool) -> di
     Raises:
         UserError: A key that is gone has another value than its default.
     """
-    raw, dropped = copy.deepcopy(raw), []
+    raw = copy.deepcopy(raw)
     for place, parent, name, default in _gone(raw):
-        if not is_trained:
+        if is_trained:
+            parent[name] = default
+        elif re.sub(r"\.\d+\.", ".N.", place) in RETIRED:  # other keys are checked with all
             what = f"{place}={parent[name]!r} is gone; remove it, or use the version that has it"
             raise UserError(f"{source}: {what}")
-        parent[name] = default
     for key in RETIRED:
-        for place, parent, name in _found(raw, key.split(".")):
+        for _, parent, name in _found(raw, key.split(".")):
             del parent[name]
-            dropped.append(place)
-    if dropped and not is_trained:
-        logger.info("%s: dropped keys of an earlier version: %s", source, ", ".join(dropped))
     return raw
 
 
