@@ -51,7 +51,6 @@ IS_T = (
 MISTAKEN = {
     # The right key, at every depth; the right word at the wrong place.
     "sede=1": "sede=1: unknown key; did you mean 'seed'?",
-    "model.nuron={}": "unknown key; did you mean 'model.neuron'?",
     "epocs=1": "unknown key; did you mean 'phases.0.epochs'?",
     "phases.0.epoch=1": "unknown key; did you mean 'phases.0.epochs'?",
     "phases.0.optimizer.weight_dacay=1": "did you mean 'phases.0.optimizer.weight_decay'?",
@@ -121,8 +120,8 @@ MISTAKEN = {
     "seed.x=1": "seed is a single value and holds no keys",
     "phases.1.epochs=1": "phases has one item, phases.0",
     "phases.optimizer.lr=1": "set phases.0.optimizer.lr, for instance",
+    "phases.N.epochs=1": "set phases.0.epochs, for instance",
     # Another project's names, and a contradiction with a key of the file.
-    "batch_size=32": "unknown key; set batch.global",
     "model.neuron={tau: 2.0}": "key 'model.neuron.tau'; set model.neuron.decay to 1 - 1/tau",
     "batch.micro=3": "set batch.micro=2 or batch.global=6",
 }
@@ -150,7 +149,6 @@ CONTRADICTIONS = (
     ("batch.micro: 1 leaves data.mixup", "batch.micro=1", "data.mixup=0.1"),
     ("cuda_graphs=true needs engine=torch: engine=deepspeed", "cuda_graphs=true"),
     ("batch_norm.sync=true, whose", "cuda_graphs=true", "engine=torch", "batch_norm.sync=true"),
-    ("profile: the operations of a CUDA", "cuda_graphs=true", "engine=torch", "profile=1..2"),
     ("precision: DeepSpeed does not train in fp64", "precision=fp64"),
     ("zero_stage: 1 needs DeepSpeed", "zero_stage=1", "engine=torch"),
     ("precision: fp16 needs zero_stage=0", "zero_stage=1", "precision=fp16"),

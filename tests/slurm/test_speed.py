@@ -38,6 +38,8 @@ def test_without_a_measurement_the_command_is_named():
     ):
         assert part in found
     assert "--device cpu" in of(gpus=0)
+    config = loading.load("quickstart").model_copy(update={"imports": ("my_snn.py",)})
+    assert "--benchmark runs/speed" in str(speed.speed_of(config, ClusterSection(), None))
 
 
 def test_given_speed():

@@ -213,8 +213,3 @@ def _of_cuda_graphs(config: RunConfig) -> Iterator[str]:
             "cuda_graphs=true cannot go with batch_norm.sync=true, whose averages over processes "
             "are not captured; set one of them to false"
         )
-    if config.profile is not None:
-        yield (
-            "profile: the operations of a CUDA graph have no names; set cuda_graphs=false while "
-            "profiling"
-        )

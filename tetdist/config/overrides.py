@@ -82,6 +82,7 @@ def _position(items: list[Any], parts: list[str], name: str, override: str) -> i
         0: f"{name} is empty",
         1: f"{name} has one item, {name}.0 (items are counted from 0)",
     }.get(len(items), f"{name} has the items {name}.0 to {name}.{len(items) - 1}")
-    if not part.isdecimal() and items and isinstance(items[0], dict) and part in items[0]:
-        raise UserError(f"{override}: {there}; set {name}.0.{'.'.join(parts)}, for instance")
+    if not part.isdecimal() and items and isinstance(items[0], dict):
+        inner = parts if part in items[0] else parts[1:] or parts  # phases.epochs, phases.N.epochs
+        raise UserError(f"{override}: {there}; set {name}.0.{'.'.join(inner)}, for instance")
     raise UserError(f"{override}: {there}; add further ones in the YAML file")

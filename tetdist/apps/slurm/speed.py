@@ -65,6 +65,8 @@ def speed_of(
         return Speed(images_per_s, first.mean_timesteps)
     command = _command(config, cluster, size)
     if benchmark is None:
+        if config.imports:  # bench measures tetdist's networks alone
+            return "train on a node with max_steps=100 name=speed, then give --benchmark runs/speed"
         return (
             f"measure it on a node with `{command}`, then give --benchmark FILE; the folder of a "
             "run that trains the same serves, too"
