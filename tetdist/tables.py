@@ -13,19 +13,15 @@ def number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
-def markdown(head: Row, rows: Sequence[Row], *, numbers: bool = False, tight: bool = False) -> str:
+def markdown(head: Row, rows: Sequence[Row], *, numbers: bool = False) -> str:
     """Make a table in Markdown.
 
     Args:
         numbers: Align all columns except the first to the right.
-        tight: Write the rule below the head without spaces, as in MLflow's notes.
     """
     first, others = "---", "---:" if numbers else "---"
     rule = [first, *[others] * (len(head) - 1)]
-    lines = [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
-    if tight:
-        lines[1] = lines[1].replace(" ", "")
-    return "\n".join(lines)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
 def aligned(rows: Sequence[Row], right: Sequence[int] = ()) -> str:

@@ -520,10 +520,11 @@ def test_mlflow_has_the_run_with_its_tags_and_artifacts(farm, tiny_config, tmp_p
     assert Path(tags["run_dir"]) == run
     assert (tags["split"], tags["timesteps"]) == ("val", "1 to 3 then 1 or 2")
     assert (tags["loss"], tags["self_distillation"]) == ("sdt then tet", "0.5")
-    assert "| 1 | 1 | 1 or 2 | sgd | 0.05, cosine |" in tags["mlflow.note.content"]
+    note = tags["mlflow.note.content"]
+    assert "\nPhase 1: 1 epoch, T = 1 or 2, sgd, learning rate 0.05, cosine.\n" in note
     loss = "SDT: cross-entropy of the time-mean; then TET, lambda 0.001, phi 1; 0.5 x divergence"
-    assert f"\nLoss: {loss} from the time-mean, " in tags["mlflow.note.content"]
-    assert "\n10 steps of 8 samples in micro-batches of 2, " in tags["mlflow.note.content"]
+    assert f"\nLoss: {loss} from the time-mean, " in note
+    assert "\n10 steps of 8 samples in micro-batches of 2, " in note
     (final,) = rows("select step, value from metrics where key = 'final/top1'")
     assert final == (10, tiny.metrics(run, "val")[-1]["top1"])
     ((place,),) = rows("select artifact_uri from runs")

@@ -12,7 +12,6 @@ from tetdist.distributed.signals import StopRequest
 from tetdist.errors import Stopped, typed
 from tetdist.storage import checkpoint
 from tetdist.storage.files import checkpoint_at
-from tetdist.tables import markdown
 from tetdist.tracking import environment
 from tetdist.tracking.mlflow_logger import Destination
 from tetdist.tracking.tracker import Tracker
@@ -134,24 +133,18 @@ class RunRecord:
         config, train = self.config, self.run.train
         data = f"{len(train):,} {train.kind}, {counted(len(train.classes), 'class')}"
         phases = [
-            [
-                str(phase.number),
-                str(phase.section.epochs),
-                phase.section.timesteps_as_text,
-                phase.optimizer.kind,
-                f"{phase.optimizer.lr_as_text(config.batch.global_)}, {phase.schedule.schedule}",
-            ]
+            f"Phase {phase.number}: {counted(phase.section.epochs, 'epoch')}, "
+            f"T = {phase.section.timesteps_as_text}, {phase.optimizer.kind}, learning rate "
+            f"{phase.optimizer.lr_as_text(config.batch.global_)}, {phase.schedule.schedule}."
             for phase in self.run.phases
         ]
         losses, folder = config.losses(), config.run_dir.resolve()
         copies = [folder / "imports" / Path(file).name for file in config.imports]
         lines = [
-            f"**{config.model.name}** by {' then '.join(loss.kind.upper() for loss in losses)} on "
-            f"{config.data.root} ({data}; "
+            f"**{config.model.name}** on {config.data.root} ({data}; "
             f"evaluated on the {len(self.run.val):,} of {self._evaluated_on})",
             "",
-            markdown(["phase", "epochs", "T", "optimiser", "learning rate"], phases, tight=True),
-            "",
+            *phases,
             f"Loss: {'; then '.join(loss.as_text() for loss in losses)}.",
             f"Begun with the weights of {config.init_checkpoint or 'no other network'}.",
             f"{counted(self.run.last_step, 'step')}{' (max_steps)' if config.max_steps else ''} of "
