@@ -505,7 +505,7 @@ def test_ui_command(monkeypatch, tmp_path):
         (
             ["sqlite:////a b/x.db", tmp_path],
             "mlflow ui --workers 1 --backend-store-uri 'sqlite:////a b/x.db'"
-            f"  # then open http://localhost:5000{page}",
+            f"\n            then open http://localhost:5000{page}",
         ),
         (["https://me:secret@there.org/", tmp_path / "none"], "https://there.org"),
         (["https://there.org/", tmp_path], f"https://there.org{page}"),

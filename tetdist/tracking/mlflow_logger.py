@@ -292,7 +292,7 @@ def is_server(uri: str) -> bool:
 
 def ui_command(tracking_uri: str, run_dir: Path) -> str:
     """Return the address of a run's curves on a server, or the command that shows a local store,
-    with that address as a comment. Without the workflow, MLflow opens its pages of GenAI."""
+    and that address on a line of its own. Without the workflow, MLflow opens its pages of GenAI."""
     id_file, shown, page = run_dir / "mlflow_run_id", without_passwords(tracking_uri), ""
     if id_file.exists():
         # The page takes any experiment's id, which files of earlier versions lack.
@@ -304,4 +304,4 @@ def ui_command(tracking_uri: str, run_dir: Path) -> str:
     # Without an activated environment, `mlflow` alone would not be found.
     program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
     command = shlex.join([program, "ui", "--workers", "1", "--backend-store-uri", shown])
-    return f"{command}  # then open http://localhost:5000{page}"
+    return f"{command}\n            then open http://localhost:5000{page}"
