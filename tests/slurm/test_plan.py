@@ -63,12 +63,12 @@ def test_hours_by_hand():
     seconds = (120 * 5004 * 256 + 50000 / 3) / (8 * 100)
     assert plan.seconds_of(made, Speed(100.0, timesteps=4)) == pytest.approx(seconds, rel=1e-7)
     # Of each hour, 120 s are kept for saving and 5 minutes lost in restarting.
-    limits = -(-seconds // (3600 - 120 - 300))
+    starts = -(-seconds // (3600 - 120 - 300))
     text = plan.describe(made, Speed(100.0, 4))
     assert "duration     2 d 5 h, " in text
-    assert f"GPU-hours {8 * seconds / 3600:.0f}, time limits {limits:.0f} (5 minutes" in text
+    assert f"GPU-hours {8 * seconds / 3600:.0f}, {starts:.0f} starts of the job" in text
     assert "from 100 samples/s a process at T=4 (as given)" in text
-    assert "too short" in plan.describe(make(time="5"), Speed(100.0, 4))
+    assert "too many starts of the job (5 each" in plan.describe(make(time="5"), Speed(100.0, 4))
     short = plan.describe(made, Speed(10739.0 * 30, 4))
     assert "duration     1 min, " in short
     assert "GPU-hours 0.13, " in short

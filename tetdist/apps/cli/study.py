@@ -86,11 +86,10 @@ def study(options: argparse.Namespace) -> int:
     if unknown := [one for one in options.only or () if one not in section.entries]:
         hint = meant(unknown[0], section.entries)
         raise UserError(f"--only: there is no entry {unknown[0]}; {hint}")
-    from tetdist.apps.studies import slurm
     from tetdist.datasets.index import check_indexed
 
     if options.slurm is not None:
-        slurm.check_flags(options.slurm, section.config)
+        check_slurm(options.slurm, section.config)
     trains_here = options.slurm is None and not options.dry_run and not options.report_only
     # Runs that are finished need no data.
     check = check_indexed if trains_here and not output.exists() else None
@@ -100,7 +99,7 @@ def study(options: argparse.Namespace) -> int:
         raise UserError(f"{file}: {error}") from error
     chosen = choose(runs, options.only)
     # Imported after these checks, because torch takes seconds.
-    from tetdist.apps.studies import numbers, report
+    from tetdist.apps.studies import numbers, report, slurm
     from tetdist.apps.studies.local import refuse_if_at_work, work
     from tetdist.tracking.mlflow_logger import ui_command
 
@@ -124,12 +123,34 @@ def study(options: argparse.Namespace) -> int:
     found = numbers.gather(runs[0].study, runs, str(plan.Command("study", words)))
     report.write(found, output / "report.md")
     print(report.summary(found), f"the report is {output / 'report.md'}", sep="\n")
-    for uri, folder in {run.config.tracking_uri: run.folder for run in chosen}.items():
+    trained = (run for run in chosen if run.name not in failed)
+    for uri, folder in {run.config.tracking_uri: run.folder for run in trained}.items():
         if uri:
             print(f"curves in MLflow: {ui_command(uri, folder)}")
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def check_slurm(flags: list[str], config_name: str) -> None:
+    """Refuse wrong flags after --slurm, and a machine without Slurm, unless they ask for a plan."""
+    from tetdist.apps.slurm import command, jobs
+
+    own = ("--output", "--jobs", "--only", "--report-only")
+    if misplaced := [flag for flag in flags if flag in own]:
+        raise UserError(f"--slurm: write {misplaced[0]}, a flag of the study, before --slurm")
+    options = command.parse_arguments(["--config", config_name, *flags])
+    if options.config != config_name or options.after:
+        flag = "after" if options.after else "config"
+        raise UserError(f"--slurm: --{flag} applies to single runs, not to a study; omit it")
+    for override in options.overrides:
+        if not override.startswith("cluster."):
+            raise UserError(
+                f"--slurm: only flags and cluster.key=value may follow it; write {override} before "
+                "it, so that it is part of the study"
+            )
+    if not options.dry_run:
+        jobs.check_here("leave out --slurm to train here, or add --dry-run to see the jobs")
 
 
 def find(name: str) -> Path:

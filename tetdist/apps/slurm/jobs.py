@@ -40,10 +40,8 @@ def is_here() -> bool:
 def check_here(otherwise: str) -> None:
     """Refuse a machine without Slurm; ``otherwise`` is another way out."""
     if not is_here():
-        raise UserError(
-            "there is no Slurm here (no sbatch on the PATH); run this on a login node, or "
-            + otherwise
-        )
+        text = "there is no Slurm here (no sbatch on the PATH); run this on a login node, or "
+        raise UserError(text + otherwise)
 
 
 def state_of(submission: Submission) -> State:

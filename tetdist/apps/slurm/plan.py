@@ -125,7 +125,7 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"{plan.micro_batches // cluster.processes} a process; "
         f"possible numbers of processes: {order.process_counts(plan.micro_batches)}",
         f"steps        {plan.steps_per_epoch:,} an epoch, {plan.steps:,} in total "
-        f"({epochs} epochs)",
+        f"({'max_steps, of ' if plan.last_step == config.max_steps else ''}{epochs} epochs)",
         f"samples      {plan.images:,} to train on ({plan.train_images:,} {plan.origin}), "
         f"{counted(plan.evaluations, 'evaluation')} of {plan.val_images:,}; T = {timesteps}",
         f"model        {plan.parameters / 1e6:.2f} million parameters",
@@ -146,12 +146,12 @@ def describe(plan: Plan, speed: Speed | str) -> str:
     saves = 1 + (plan.steps_per_epoch // every if every else 0)
     gpu_hours = seconds / 3600 * cluster.nodes * (cluster.gpus_per_node or 0)
     stretch = cluster.minutes * 60 - cluster.warn_before_end - RESTART_MINUTES * 60
-    limits = max(1, math.ceil(seconds / stretch)) if stretch > 0 else "too short"
+    starts = counted(math.ceil(seconds / stretch), "start") if stretch > 0 else "too many starts"
     lines += [
         f"duration     {duration(seconds)}, "
         f"{duration(seconds * plan.steps_per_epoch / plan.steps)} an epoch, GPU-hours "
         f"{gpu_hours:,.{0 if gpu_hours >= 10 else 2}f}, "
-        f"time limits {limits} ({RESTART_MINUTES:g} minutes a restart)",
+        f"{starts} of the job ({cluster.time} each, {RESTART_MINUTES:g} minutes a restart)",
         f"             from {speed.images_per_s:.4g} samples/s a process at T={speed.timesteps:g} "
         f"({speed.source}), without the time to average gradients unless it was measured",
         f"an epoch     {_evaluation(plan, speed, seconds)}{counted(saves, 'checkpoint')}, "

@@ -41,16 +41,18 @@ def write(numbers: Numbers, file: Path) -> None:
 def page(numbers: Numbers, name: str) -> str:
     """Return the page in Markdown; the numbers are beside it, by this name."""
     study = numbers.study
-    parts = [f"# {study.title}", study.question.strip()]
-    if number := len(numbers.missing):
-        runs = counted(len(study.seeds) * len(study.entries), "run")
-        parts.append(
-            f"**Incomplete**: {number} of {runs} {are(number)} missing "
-            f"({', '.join(numbers.missing)})."
-        )
+    parts = [f"# {study.title}", study.question.strip(), missing(numbers)]
     parts += [results(numbers), at_each_timestep(numbers), what_differs(numbers)]
     parts += [provenance(numbers, name)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def missing(numbers: Numbers) -> str:
+    """Return the sentence that names the runs without a result; empty if there are none."""
+    number, study = len(numbers.missing), numbers.study
+    runs = counted(len(study.seeds) * len(study.entries), "run")
+    text = f"**Incomplete**: {number} of {runs} {are(number)} missing"
+    return f"{text} ({', '.join(numbers.missing)})." if number else ""
 
 
 def results(numbers: Numbers) -> str:
@@ -83,7 +85,8 @@ def summary(numbers: Numbers) -> str:
     rows = _entries(numbers)
     shown = ("", "T", "n", "top-1, %", "minus", "points [95 % CI]", "result in this study")
     kept = [i for i, head in enumerate(rows[0]) if head in shown]
-    return aligned([[row[i].strip("`*") for i in kept] for row in rows])
+    table = aligned([[row[i].strip("`*") for i in kept] for row in rows])
+    return "\n".join(filter(None, [table, missing(numbers).replace("*", "")]))
 
 
 def _entries(numbers: Numbers) -> list[list[str]]:

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 from tetdist.apps.slurm import command, history
+from tetdist.apps.slurm import submit as submission
 from tetdist.apps.slurm.cluster import ClusterSection
-from tetdist.apps.slurm.jobs import State, cancel, check_here, is_here, states_of
+from tetdist.apps.slurm.jobs import State, cancel, is_here, states_of
+from tetdist.apps.slurm.plan import seconds_of
 from tetdist.apps.studies.plan import StudyRun, check_inputs, is_trained
 from tetdist.config import loading as configuration
 from tetdist.config.schema import RunConfig
@@ -45,33 +47,11 @@ def submit(runs: list[StudyRun], output: Path, flags: list[str]) -> int:
     return 0
 
 
-def check_flags(flags: list[str], config_name: str) -> None:
-    """Refuse wrong flags after --slurm, and a machine without Slurm, unless they ask for a plan."""
-    own = ("--output", "--jobs", "--only", "--report-only")
-    if misplaced := [flag for flag in flags if flag in own]:
-        raise UserError(f"--slurm: write {misplaced[0]}, a flag of the study, before --slurm")
-    options = command.parse_arguments(["--config", config_name, *flags])
-    if options.config != config_name or options.after:
-        flag = "after" if options.after else "config"
-        raise UserError(f"--slurm: --{flag} applies to single runs, not to a study; omit it")
-    for override in options.overrides:
-        if not override.startswith("cluster."):
-            raise UserError(
-                f"--slurm: only flags and cluster.key=value may follow it; write {override} before "
-                "it, so that it is part of the study"
-            )
-    if not options.dry_run:
-        check_here("leave out --slurm to train here, or add --dry-run to see the jobs")
-
-
 def dry_run(runs: list[StudyRun], flags: list[str]) -> int:
     """Print the time of all unfinished runs, and plan and batch script of the last one.
 
     This needs no Slurm.
     """
-    from tetdist.apps.slurm import submit
-    from tetdist.apps.slurm.plan import seconds_of
-
     seconds, shown = list[float](), ""
     for run in runs:
         if is_trained(run):
@@ -84,7 +64,7 @@ def dry_run(runs: list[StudyRun], flags: list[str]) -> int:
         seconds.append(math.nan if isinstance(speed, str) else seconds_of(prepared.plan, speed))
         print(f"{run.name}: {_time(seconds[-1])}{_starts_after(after)}", flush=True)
         with_config = options.print_config
-        shown = submit.dry_run(prepared, speed, options.after, with_config=with_config)
+        shown = submission.dry_run(prepared, speed, options.after, with_config=with_config)
     about = f". The last one's plan and script:\n{shown}" if shown else ""
     print(f"{counted(len(seconds), 'run')} to submit: {_time(sum(seconds))}{about}")
     return 0
@@ -130,16 +110,14 @@ def send_all(left: dict[StudyRun, tuple[RunConfig, ClusterSection]], output: Pat
     Raises:
         UserError: A run is refused; the runs before it are submitted. Without any, the code goes.
     """
-    from tetdist.apps.slurm import submit
-
     folder, done = history.next_submission(output), 0
-    code = submit.copy_code(folder / "code")
+    code = submission.copy_code(folder / "code")
     try:
         for run, (config, cluster) in left.items():
             after = [needed for needed in run.needs if not is_trained(needed)]
             folders = [needed.folder for needed in after]
-            prepared = submit.prepare(config, cluster, folders)
-            submitted = submit.submit(prepared, code, folders)
+            prepared = submission.prepare(config, cluster, folders)
+            submitted = submission.submit(prepared, code, folders)
             done += 1
             print(f"{run.name}: submitted as job {submitted.job}{_starts_after(after)}", flush=True)
     except UserError as error:
