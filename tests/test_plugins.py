@@ -241,6 +241,7 @@ BAD = {
     "import sys\nsys.exit('bye')": "bad.py:2 raises SystemExit: bye",
     "x = (": "bad.py:1 raises SyntaxError",
     "import no_such_package": "No module named 'no_such_package'",
+    "import helpers": "'helpers'; import that file first, and write `from tetdist_imports.helpers",
     LOSS.format("tet", "target): ..."): "the loss 'tet', which tetdist.losses has registered",
     MODEL.format("nasnetalarge"): "'nasnetalarge', which timm.models.nasnet has registered",
 }
@@ -248,6 +249,7 @@ BAD = {
 
 @pytest.mark.parametrize("text", BAD)
 def test_a_bad_file_is_one_sentence(tmp_path, text):
+    (tmp_path / "helpers.py").touch()
     (tmp_path / "bad.py").write_text(text + "\n")
     with pytest.raises(UserError, match=re.escape(BAD[text])):
         import_files([tmp_path / "bad.py"])
@@ -301,7 +303,7 @@ LATER = [
         "b returns 0.5, not a tensor of the shape ()",
     ),
     ("loss.kind=c", LOSS.format("c", "y): return logits.detach().mean()"), "c has no gradient"),
-    ("loss.kind=own", LOSS.format("b", "y): ..."), "FILE.py; bad.py registers no such name"),
+    ("loss.kind=own", LOSS.format("b", "y): ..."), "--import FILE.py; not registered in bad.py"),
     (
         *("loss.kind=d", LOSS.format("d", "y, epoch): ...")),
         "d does not take logits, targets and [] (missing a required argument: 'epoch')",

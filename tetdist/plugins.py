@@ -81,7 +81,7 @@ def none_of(what: str, name: str, known: Collection[str], otherwise: str | None 
     similar ones with ``otherwise``, or all."""
     own = "add its file: imports: [FILE.py], or --import FILE.py"
     if files := [Path(str(module.__file__)).name for module in imported_modules()]:
-        own += f"; {' and '.join(files)} registers no such name"
+        own += f"; not registered in {', '.join(files)}"
     return f"there is no {what} {name!r}; {meant(name, known, otherwise)} (for your own, {own})"
 
 
@@ -159,7 +159,10 @@ def _import(file: Imported, code: bytes) -> None:
         del sys.modules[name]
         if isinstance(error, UserError):
             raise
-        raise UserError(f"imports: {raised_in(error, file.path)}") from error
+        hint = ""
+        if isinstance(error, ImportError) and file.path.with_name(f"{error.name}.py").is_file():
+            hint = f"; import that file first, and write `from {PACKAGE}.{error.name} import ...`"
+        raise UserError(f"imports: {raised_in(error, file.path)}{hint}") from error
 
 
 def raised_in(error: BaseException, file: str | Path) -> str:

@@ -53,7 +53,6 @@ MISTAKEN = {
     "sede=1": "sede=1: unknown key; did you mean 'seed'?",
     "epocs=1": "unknown key; did you mean 'phases.0.epochs'?",
     "phases.0.epoch=1": "unknown key; did you mean 'phases.0.epochs'?",
-    "phases.0.optimizer.weight_dacay=1": "did you mean 'phases.0.optimizer.weight_decay'?",
     "loss.power=3": "unknown key; did you mean loss.arguments.power? known keys: kind",
     "model.neuron.rise=0.2": "unknown key; known keys: threshold, decay",  # not reset
     "save.every=3": "unknown key; did you mean 'save.every_steps'?",
@@ -63,12 +62,10 @@ MISTAKEN = {
     "model.neuron={decai: 0.5}": "'model.neuron.decai'; did you mean 'model.neuron.decay'?",
     "weight_decay=0.1": "did you mean 'phases.0.optimizer.weight_decay'?",
     "timesteps=3": "unknown key; set phases.0.timesteps",
-    "lr=3": "did you mean 'phases.0.optimizer.lr'?",
     "neuron.decay=0.2": "unknown key 'neuron'; did you mean 'model.neuron.decay'?",
     "train.epochs=2": "unknown key 'train'; did you mean 'phases.0.epochs'?",
     "trackin.zzz=x": "unknown key 'trackin'; did you mean 'tracking'?",
     "model=sew_resnet18": "set model.name, for instance",
-    "batch=64": "set batch.global, for instance",
     "phases.0.optimizer=adamw": "not the value 'adamw'; set phases.0.optimizer.kind, for instance",
     # Types.
     "seed=1.5": "seed=1.5 must be a whole number >= 0 and < 9223372036854775808",
@@ -118,7 +115,7 @@ MISTAKEN = {
     "phases[0].timesteps=2": "write the key with dots, as in phases.0.timesteps=2",
     "seed=[1": "seed=[1 is not valid YAML",
     "seed.x=1": "seed is a single value and holds no keys",
-    "phases.1.epochs=1": "phases has one item, phases.0",
+    "phases.1.epochs=1": "phases has 1 item, counted from 0; add",
     "phases.optimizer.lr=1": "set phases.0.optimizer.lr, for instance",
     "phases.N.epochs=1": "set phases.0.epochs, for instance",
     # Another project's names, and a contradiction with a key of the file.

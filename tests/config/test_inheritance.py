@@ -91,7 +91,7 @@ def test_files_to_be_imported_add_up(tmp_path):
     written(tmp_path / "base/one.py", loss.format("of_the_base"))
     written(tmp_path / "two.py", loss.format("of_mine"))
     written(tmp_path / "base/base.yaml", "base: quickstart\nimports: [one.py]\n")
-    own = written(tmp_path / "mine.yaml", "base: base/base.yaml\nimports: [two.py]\n")
+    own = written(tmp_path / "mine.yaml", "base: base/base.yaml\nimports: two.py\n")
     for kind in ("of_the_base", "of_mine"):
         config = load(own, [f"loss.kind={kind}"])
         assert [Path(one).name for one in config.imports] == ["one.py", "two.py"]

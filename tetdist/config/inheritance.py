@@ -54,6 +54,7 @@ def read_layers(
 def imports_of(raw: dict[str, Any], source: Path | str) -> list[str]:
     """Return the files that a configuration imports."""
     found = raw.get("imports") or []
+    found = [found] if isinstance(found, str) else found
     if isinstance(found, list) and all(isinstance(one, str) for one in found):
         return found
     raise UserError(f"{source}: 'imports' must be a list of files, such as [my_snn.py]")

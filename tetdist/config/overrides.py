@@ -5,6 +5,7 @@ from typing import Any
 
 from tetdist.config.yaml_files import read_value
 from tetdist.errors import UserError
+from tetdist.wording import counted
 
 
 def key_of(override: str) -> str:
@@ -78,10 +79,7 @@ def _position(items: list[Any], parts: list[str], name: str, override: str) -> i
     part = parts[0]
     if part.isdecimal() and part == str(int(part)) and int(part) < len(items):
         return int(part)
-    there = {
-        0: f"{name} is empty",
-        1: f"{name} has one item, {name}.0 (items are counted from 0)",
-    }.get(len(items), f"{name} has the items {name}.0 to {name}.{len(items) - 1}")
+    there = f"{name} has {counted(len(items), 'item')}, counted from 0"
     if not part.isdecimal() and items and isinstance(items[0], dict):
         inner = parts if part in items[0] else parts[1:] or parts  # phases.epochs, phases.N.epochs
         raise UserError(f"{override}: {there}; set {name}.0.{'.'.join(inner)}, for instance")
