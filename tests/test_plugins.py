@@ -96,7 +96,8 @@ def test_own_loop_is_the_trainers(main, farm, tiny_config, tmp_path, script):
     optimizer = {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0}
     phase = {"epochs": 1, "timesteps": 2, "schedule": "constant", "optimizer": optimizer}
     changes = {"phases": [phase], "loss.lambda": 0.05, "precision": "fp64", "engine": "torch"}
-    file = tiny_config(changes)
+    (tmp_path / "more.py").touch()
+    file = tiny_config(changes | {"imports": [str(tmp_path / "more.py")]})
     assert main(file, "name=trainer").status == 0
     for name in (script, "own_parts.py"):
         (tmp_path / name).write_text(FILES[name])
@@ -118,6 +119,7 @@ def test_own_loop_is_the_trainers(main, farm, tiny_config, tmp_path, script):
         assert (own[key] - value).abs().max() <= 1e-12 * value.abs().max(), key
     top1 = tiny.metrics(tmp_path / "runs/trainer", "val")[-1]["top1"]
     assert f"step 5: top-1 {top1:.2f} %" in text
+    assert load_model_file(tmp_path / "runs/own")[1].imports.keys() == {"more.py"}
     evaluate = ["--checkpoint", str(tmp_path / "runs/own"), "--json", str(tmp_path / "found.json")]
     assert evaluation.main([*evaluate, "--device", "cpu"]) == 0
     assert json.loads((tmp_path / "found.json").read_text())["samples"] == sum(tiny.VAL_SIZES)

@@ -3,7 +3,6 @@
 from samples import picture, write_tar
 
 from tetdist.apps.images import check
-from tetdist.datasets import index as ix
 from tetdist.datasets.archives import ByteRange
 from tetdist.datasets.layouts import Listing, imagenet_classes, list_split
 
@@ -75,20 +74,6 @@ def test_missing_images_and_classes_of_imagenet_are_named():
         "classes with fewer images than 732 or more than 1,300: n02747177 (731), n15075141 (1,301)",
         "1,299,432 images where ImageNet-1k has 1,281,167",
     ]
-
-
-def test_an_index_of_other_files_is_found(image_root):
-    root = image_root()
-    ix.index_splits(root, ["train"])
-    file = root / "index" / "train.npz"
-    assert list(check.index_findings(root, root / "index", "train")) == []
-    (root / "train" / "bee" / "bee1.jpg").unlink()
-    for words in ("bee1.jpg is in the index", "is damaged"):
-        ((kind, path, text),) = check.index_findings(root, root / "index", "train")
-        assert (kind, path) == ("index", str(file))
-        assert words in text
-        assert "tools/images.py index" in text
-        file.write_bytes(b"x")
 
 
 def test_shards_and_their_problems_are_checked_as_folders_are(image_root, tmp_path):

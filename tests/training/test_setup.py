@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tetdist.config.loading import load
 from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
 from tetdist.nn.fast import dispatch
-from tetdist.training.setup import choose_kernels, open_split
+from tetdist.training.setup import choose_kernels, make_model, open_split
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,13 @@ def test_kernels_work_on_all_processes_or_on_none(reasons, refusal, monkeypatch)
     monkeypatch.setattr(World, "gather", lambda _, mine: [reasons[0], mine, reasons[2]])
     with pytest.raises(UserError, match=refusal) if refusal else nullcontext():
         choose_kernels(World(1, 3, torch.device("cuda"), None))
+
+
+def test_frames_of_another_shape_than_the_networks_are_refused():
+    index = SimpleNamespace(classes="ab", frames=lambda _: (10, 2, 34, 40))
+    config = load("nmnist.yaml", [])
+    with pytest.raises(UserError, match=r"34x34 pixels .* has 40x34; bin with --size 34$"):
+        make_model(config, index)
 
 
 def test_data_to_evaluate_alone_are_not_trained_on(tiny_copy, tiny_config):

@@ -21,6 +21,7 @@ from tetdist.storage import checkpoint
 from tetdist.tracking.progress import RunProgress
 from tetdist.training.schedule import Phase, image_timesteps, phase_at, schedule_phases
 from tetdist.training.setup import choose_kernels, evaluated_split, make_model, open_data
+from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,13 @@ def _load_initial_weights(
 ) -> None:
     """Load the weights that ``init_checkpoint`` names; rank 0 logs them."""
     weights, description = checkpoint.load_model_file(Path(source))
+    has = description.config["model"].get("num_classes") or len(description.classes or ())
+    if has not in (0, model.num_classes):
+        raise UserError(
+            f"init_checkpoint: {source} has {counted(has, 'class')}, but {model.num_classes} are "
+            f"needed; convert other libraries' weights with model.num_classes={model.num_classes} "
+            "--allow-missing"
+        )
     checkpoint.load_weights(model, weights, Path(source))
     if world.rank != 0:
         return

@@ -111,14 +111,16 @@ def make_model(
             model.set_timesteps(timesteps)
     _refuse_foreign_norms(section.name, model)
     frames, size = index.frames(config.data), config.data.image_size
+    sides = (size, size)
     if frames is not None:
-        frames, size = (model.timesteps, *frames[1:]), frames[2]
+        frames, sides = (model.timesteps, *frames[1:]), frames[2:]
     input_size = getattr(model, "input_size", None)
-    if input_size not in (None, size):
+    if input_size is not None and sides != (input_size, input_size):
         other = "bin with --size " if config.data.kind == "events" else "set data.image_size="
+        square = f", or train with model.arguments.input_size={sides[0]}"
         raise UserError(
             f"{section.name} is built for {input_size}x{input_size} pixels and the data has "
-            f"{size}x{size}; {other}{input_size}, or train with model.arguments.input_size={size}"
+            f"{sides[1]}x{sides[0]}; {other}{input_size}{square * (sides[0] == sides[1])}"
         )
     if load is not None:
         model.to(parameter_type(config.precision))

@@ -133,7 +133,7 @@ class ModelSection(Section):
                 own = "phases.N.timesteps" if key == "timesteps" else f"model.{key}"
                 raise ValueError(f"arguments.{key}: set {own} instead")
             if allowed is not None and key not in allowed:
-                hint = meant(key, allowed)
+                hint = f"{meant(key, allowed)} (model.arguments={{}} leaves a recipe's out)"
                 raise ValueError(f"arguments.{key}: {self.name} has no such argument; {hint}")
         return self
 
