@@ -151,6 +151,7 @@ def test_results_and_differing_keys(run_tool, tmp_path, monkeypatch):
     assert printed.endswith("\n\nMetrics and weights: different in all runs.\n\nThe runs differ.\n")
     for names, same in (("aba", "a, c"), ("abcbc", "b, d; in c, e"), ("bbb", "a, b, c")):
         status, printed, _ = run_tool(*names, "mlartifacts", "mlflow.db")  # as runs/* gives
+        assert ("  a: 0; others: 1\n" in printed) == (names == "abcbc")  # seed
         assert f"\n\nMetrics and weights: the same in {same}.\n" in printed
         assert status == (names != "bbb")
 

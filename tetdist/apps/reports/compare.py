@@ -145,6 +145,7 @@ def _results(runs: Sequence[Run]) -> str:
 def _configurations(runs: Sequence[Run]) -> str:
     """Return the keys with different values, and which runs have which value."""
     differing: dict[str, str] = {}
+    most = max(3, len(runs) / 2)  # a value of more runs is that of the others
     for key in dict.fromkeys(key for run in runs for key in run.configuration):
         having: dict[str, list[str]] = {}
         for run in runs:
@@ -152,7 +153,9 @@ def _configurations(runs: Sequence[Run]) -> str:
             text = value if isinstance(value, str) else json.dumps(value)  # as a file has it
             having.setdefault(text, []).append(run.label)
         if len(having) > 1 and key != "name" and "{}" not in having:  # whose keys are listed
-            differing[key] = "; ".join(f"{', '.join(who)}: {what}" for what, who in having.items())
+            shown = [f"{', '.join(who)}: {v}" for v, who in having.items() if len(who) <= most]
+            shown += [f"others: {value}" for value, who in having.items() if len(who) > most]
+            differing[key] = "; ".join(shown)
     if not differing:
         return "Configuration: the same."
     width = max(map(len, differing))
