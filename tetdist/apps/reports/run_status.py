@@ -302,6 +302,7 @@ def as_table(statuses: Sequence[RunStatus]) -> str:
         )
     if not any(status.job for status in statuses):
         rows = [row[:-1] for row in rows]
-    own = [one for one in statuses if one.state == "failed" and one.job is None]
-    failed = [f"{one.run} failed: {one.text}" for one in own]
+    ended = [one for one in statuses if one.state == "failed"]
+    whys = {one.folder: one.job.failure if one.job else one.text for one in ended}
+    failed = [f"{folder} failed: {why.splitlines()[-1]}" for folder, why in whys.items() if why]
     return "\n".join([aligned(rows, right=range(2, 10)), *failed])

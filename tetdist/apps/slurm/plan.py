@@ -1,9 +1,8 @@
 """Cost of a run: steps, images, checkpoints and, from a measured speed, hours.
 
-Each process trains its part of the micro-batches at the speed from speed.py, and evaluates at the
-measured speed or three times that of training. The time to average gradients is left out unless it
-was measured, as in the folder of a run. Data loading is assumed to keep up; the plan says what that
-takes.
+Each process trains its part of the micro-batches at the speed from speed.py, and evaluates at three
+times that speed. The time to average gradients is left out unless it was measured, as in the folder
+of a run. Data loading is assumed to keep up; the plan says what that takes.
 """
 
 import math
@@ -11,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from tetdist import order
 from tetdist.apps.slurm.cluster import RESTART_MINUTES, ClusterSection
-from tetdist.apps.slurm.speed import EVALUATION, Speed
+from tetdist.apps.slurm.speed import Speed
 from tetdist.config.schema import RunConfig
 from tetdist.optimizers import kind_of
 from tetdist.training.schedule import schedule_phases
@@ -22,6 +21,8 @@ from tetdist.wording import counted, duration
 LOADING_MS = 1.77
 LOADING_BYTES = 110_000
 POLICY_MS = {"trivial": 0.3, "cifar10": 0.4, "imagenet": 0.4, "3a": 0.6, "rand": 0.6}
+# Assumed speed of an evaluation, which has no backward pass, relative to training.
+EVALUATION = 3.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def seconds_of(plan: Plan, speed: Speed) -> float:
     phases = schedule_phases(plan.config.phases, plan.steps_per_epoch, plan.config.batch.global_)
     for phase in phases[plan.config.start_phase :]:
         steps = max(0, min(phase.end_step, plan.last_step) - phase.first_step)
-        images = plan.evaluations * steps / plan.steps * plan.val_images / speed.evaluation
+        images = plan.evaluations * steps / plan.steps * plan.val_images / EVALUATION
         images += steps * plan.config.batch.global_
         total += images / plan.cluster.processes / speed.rate(phase.section.mean_timesteps)
     return total
@@ -142,6 +143,7 @@ def describe(plan: Plan, speed: Speed | str) -> str:
             f"activations and gradients, {_size(weights)} for weights and optimiser state"
         )
     seconds = seconds_of(plan, speed)
+    part = 1 - seconds_of(replace(plan, evaluations=0), speed) / seconds
     every = config.save.every_steps
     saves = 1 + (plan.steps_per_epoch // every if every else 0)
     gpu_hours = seconds / 3600 * cluster.nodes * (cluster.gpus_per_node or 0)
@@ -154,8 +156,8 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"{starts} of the job ({cluster.time} each, {RESTART_MINUTES:g} minutes a restart)",
         f"             from {speed.images_per_s:.4g} samples/s a process at T={speed.timesteps:g} "
         f"({speed.source}), without the time to average gradients unless it was measured",
-        f"an epoch     {_evaluation(plan, speed, seconds)}{counted(saves, 'checkpoint')}, "
-        f"{_size(saves * plan.checkpoint_bytes)} written",
+        f"an epoch     {100 * part:.1f} % for evaluation, assumed {EVALUATION:g} times as fast as "
+        f"training; {counted(saves, 'checkpoint')}, {_size(saves * plan.checkpoint_bytes)} written",
     ]
     if config.data.kind == "images" and config.data.device == "cpu":
         lines.append(_loading(plan, speed.rate(phases[0].mean_timesteps)))
@@ -170,14 +172,6 @@ def _cpus(threads: int, given: int | None) -> str:
         f"warning: {found}, but {threads} threads load samples (data.threads); give "
         f"cluster.cpus_per_task={threads}"
     )
-
-
-def _evaluation(plan: Plan, speed: Speed, seconds: float) -> str:
-    """Return what part of a run's ``seconds`` evaluations take."""
-    part = 1 - seconds_of(replace(plan, evaluations=0), speed) / seconds
-    known = "assumed" if speed.evaluation == EVALUATION else "measured"
-    times = f"{known} {speed.evaluation:.2g} times as fast as training"
-    return f"{100 * part:.1f} % for evaluation, {times}; "
 
 
 def _loading(plan: Plan, rate: float) -> str:

@@ -23,8 +23,6 @@ from tetdist.tracking.metrics_file import read_metrics
 
 # Lines of a run's metrics that its rate is the median of.
 LINES = 100
-# Speed of an evaluation, which has no backward pass, relative to training, if it was not measured.
-EVALUATION = 3.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,6 @@ class Speed:
     timesteps: float  # T of the measurement; a mean, if steps draw their T
     source: str = "as given"
     peak_mib: float | None = None  # of a step's activations and gradients on a GPU
-    evaluation: float = EVALUATION  # speed of an evaluation, relative to training
 
     def rate(self, timesteps: float) -> float:
         """Return the samples a second at another T, with which the rate falls."""
@@ -138,10 +135,8 @@ def _of_run(folder: Path) -> dict[str, Any]:
     config = loading.load_written(folder / "config.yaml")
     images = config.data.kind == "images"
     rate = statistics.median(rate for rate, _ in pairs)
-    evaluated = [one["samples"] / one["seconds"] for one in metrics if one["kind"] == "val"]
     return {
         "images_per_s": rate,
-        "evaluation": statistics.median(evaluated) / rate if evaluated else EVALUATION,
         "timesteps": statistics.median(of_timesteps / rate for rate, of_timesteps in pairs),
         "processes": processes,
         "model": config.model.name,
@@ -163,8 +158,7 @@ def _speed_in(values: dict[str, Any], config: RunConfig) -> Speed:
         raise ValueError(rate)
     mean = config.phases[config.start_phase].mean_timesteps
     peak = values.get("peak_mib") if values.get("batch") == config.batch.micro else None
-    evaluation = float(values.get("evaluation", EVALUATION))
-    return Speed(rate, float(values.get("timesteps", mean)), f"measured{text}", peak, evaluation)
+    return Speed(rate, float(values.get("timesteps", mean)), f"measured{text}", peak)
 
 
 def _unlike(
