@@ -97,7 +97,7 @@ MISTAKEN = {
     # Contradictions within a section.
     "model.neuron.spike=sigmoid": "model.neuron.spike=sigmoid needs surrogate=sigmoid, not ",
     "model.name=sew_resnet43": "43: there is no spiking network 'sew_resnet43'; did you mean",
-    "model.name=my_snn": "'my_snn'; `tetdist list networks` lists tetdist's (for your own, add",
+    "model.name=my_network": "'my_network'; `tetdist list networks` lists tetdist's (for your own",
     "model.neuron.kind=PLIF": "there is no kind of neuron 'PLIF'; did you mean plif?",
     "phases.0.optimizer.arguments={eps: 1}": "kind=sgd takes none; set arguments={}, or kind=timm",
     "model.arguments.chanels=[4]": "no such argument; did you mean channels?",

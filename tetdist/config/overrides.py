@@ -1,6 +1,7 @@
 """Overrides, ``dotted.key=value``: applying them, and joining lists of them."""
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 from tetdist.config.yaml_files import read_value
@@ -22,13 +23,9 @@ def key_of(override: str) -> str:
 
 def refuse_repeated(overrides: Sequence[str]) -> None:
     """Refuse overrides where a later one would silently undo an earlier one."""
-    for number, override in enumerate(overrides):
-        key = key_of(override)
-        for earlier in overrides[:number]:
-            if _replaces(key, key_of(earlier)):
-                raise UserError(
-                    f"{key} is given twice, as {earlier} and as {override}; leave out one"
-                )
+    for earlier, override in combinations(overrides, 2):
+        if _replaces(key := key_of(override), key_of(earlier)):
+            raise UserError(f"{key} is given twice, as {earlier} and as {override}; leave out one")
 
 
 def joined(*layers: Sequence[str]) -> list[str]:

@@ -254,10 +254,11 @@ def _transform_part(
     for k in part.tolist():
         for transform, draws in transforms:
             changed = transform.function(images[k].clone(), tuple(draws[k].tolist()))
-            if changed.shape != images[k].shape:
+            shape = getattr(changed, "shape", None)  # of None, too: a forgotten return
+            if shape != images[k].shape:
                 raise UserError(
-                    f"data.transforms: {transform.name} changes a sample's shape from"
-                    f" {tuple(images[k].shape)} to {tuple(changed.shape)}; it must keep the shape"
+                    f"data.transforms: {transform.name} changes a sample's shape from "
+                    f"{tuple(images[k].shape)} to {shape and tuple(shape)}; it must keep the shape"
                 )
             images[k] = changed
 

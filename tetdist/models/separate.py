@@ -52,7 +52,7 @@ def check_neuron(neuron: neurons.NeuronConfig, timesteps: int) -> None:
             both = torch.cat([first, neuron.run(x[half:], end, **learned)[0]])
             if not torch.allclose(both, spikes, 0, 1e-9):
                 fault = "gives other spikes if it continues from the membrane that it returned"
-    except Exception as error:  # any error of foreign code
+    except (RuntimeError, ValueError, AssertionError) as error:  # it may be for GPUs alone
         logger.warning("%s neurons cannot be checked: %s", neurons.kind_of(neuron), error)
     if fault:
         raise UserError(f"{neurons.kind_of(neuron)} {fault}; {remedy}")

@@ -97,6 +97,7 @@ def option(default: Any, doc: str, **bounds: float) -> Any:
         bounds: Bounds of the value: ``gt`` (above), ``ge`` (at least), ``lt`` (below) or ``le`` (at
             most).
     """
+    assert bounds.keys() <= _BOUNDS.keys(), "bounds are gt, ge, lt and le"
     return field(default=default, metadata={"doc": doc, "bounds": bounds})
 
 
