@@ -4,7 +4,7 @@ import pytest
 
 from tetdist.errors import UserError, sentence
 from tetdist.tables import aligned
-from tetdist.wording import are, counted, duration
+from tetdist.wording import are, counted, duration, meant
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,11 @@ def test_control_characters_of_names_are_escaped():
     name = "a\x1b[2J\tb\u202ec\udce9ü \n"
     assert sentence(UserError(name)) == r"a\x1b[2J\tb\u202ec\udce9ü \n"
     assert aligned([["\x1b", "x"], ["run", "y"]]) == "  \\x1b  x\n  run   y"
+
+
+def test_capitals_do_not_matter_to_what_is_meant():
+    assert meant("PLIF", ["lif", "plif"]) == meant("plf", ["plif"]) == "did you mean plif?"
+    assert meant("myrun", ["MyRun"]) == "did you mean MyRun?"
 
 
 def test_one_thing_is_and_others_are():

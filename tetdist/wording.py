@@ -42,9 +42,9 @@ def and_more(names: Sequence[object], shown: int = 1) -> str:
 
 def meant(word: str, known: Collection[str], otherwise: str | None = None) -> str:
     """Return "did you mean X?" for the nearest known word; without one ``otherwise``, or all."""
-    close = difflib.get_close_matches(word.lower(), known, n=1)
-    if close:
-        return f"did you mean {close[0]}?"
+    names = {name.lower(): name for name in known}
+    if close := difflib.get_close_matches(word.lower(), names, n=1):
+        return f"did you mean {names[close[0]]}?"
     return f"there are {', '.join(known) or 'none'}" if otherwise is None else otherwise
 
 
