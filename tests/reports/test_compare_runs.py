@@ -86,10 +86,6 @@ def compared(run_tool, tmp_path):
             "they first differ at step 4. a b train/loss 0.25 0.25000000000000006 "
             "largest relative difference: 0.5 (train/lr at step 7)",
         ),
-        (
-            {("val", 5): {"top1": 60.0}},
-            "they first differ at step 5. a b val/top1 50 60 largest relative difference: 0.17",
-        ),
         ({("val", 10): {"per_timestep_top1": [40.0, 25.0]}}, "val/top1_t2 50 25 "),
         (
             {("val", 10): {"firing_rate": {"sn": 0.5, "b": 1.0}}},
@@ -147,7 +143,6 @@ def test_results_and_differing_keys(run_tool, tmp_path, monkeypatch):
     assert "\n  phases.0.timesteps  a, b: absent; c: null\n" in printed
     (left,) = [line for line in printed.splitlines() if line.startswith("Not finished: b")]
     assert left == "Not finished: b is broken off at step 10 of 20."
-    assert "Not finished: c" not in printed
     assert printed.endswith("\n\nMetrics and weights: different in all runs.\n\nThe runs differ.\n")
     for names, same in (("aba", "a, c"), ("abcbc", "b, d; in c, e"), ("bbb", "a, b, c")):
         status, printed, _ = run_tool(*names, "mlartifacts", "mlflow.db")  # as runs/* gives
@@ -222,7 +217,6 @@ def test_mistakes_end_in_one_sentence(run_tool, tmp_path):
         ((a, b), f"{b}/metrics.jsonl: line 1 is damaged"),
         ((empty, bare), "error: there is no run with metrics; name two or more that have some"),
         ((a, bare), f"error: there is only the run {a} with metrics; name two or more"),
-        ((tmp_path / "none", a), f"there is no run {tmp_path}/none; give a run folder"),
     ):
         status, _, errors = run_tool(*arguments)
         assert (status, errors.count("\n")) == (2, 1)

@@ -394,6 +394,9 @@ def test_a_run_that_mlflow_forgot_is_sent_anew(store, tmp_path, caplog, monkeypa
     (message,) = [record.getMessage() for record in caplog.records]
     assert f"does not have run {deleted}" in message
     assert_all_there(store, run_dir)
+    store.client.delete_experiment("1")
+    store.open(tmp_path / "other").close("FINISHED")
+    assert "or `mlflow experiments restore --experiment-id 1`" in caplog.text
 
 
 # Servers and databases.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tetdist.errors import without_passwords
+from tetdist.errors import UserError, without_passwords
 from tetdist.storage.files import locked, made_aside, write_text
 from tetdist.tracking.metrics_file import points_of
 from tetdist.tracking.trackers import Status, TrackedRun, first_line
@@ -258,10 +258,13 @@ def _create_run(client: Any, run_dir: Path, destination: Destination, run_name: 
         location = destination.artifact_root.as_uri() if local else None
         tags = {"mlflow.experimentKind": "custom_model_development"}  # selects MLflow's pages
         client.create_experiment(name, artifact_location=location, tags=tags)
-    experiment_id = client.get_experiment_by_name(name).experiment_id
+    experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage == "deleted":
+        restore = f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+        raise UserError(f"experiment {name} is deleted; set tracking.experiment=NAME, or {restore}")
     # MLflow's pages show these tags as the run's user, source and version.
-    run = client.create_run(experiment_id, run_name=run_name, tags=resolve_tags())
-    write_text(run_dir / "mlflow_run_id", f"{run.info.run_id}\n{experiment_id}\n")
+    run = client.create_run(experiment.experiment_id, run_name=run_name, tags=resolve_tags())
+    write_text(run_dir / "mlflow_run_id", f"{run.info.run_id}\n{experiment.experiment_id}\n")
     return run
 
 
