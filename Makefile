@@ -5,7 +5,9 @@
 #   WORKERS    number of parallel test processes
 PYTHON ?= python3
 VENV ?= .venv
-DALI ?= cuda130
+# DALI of an environment that exists.
+MADE := $(shell cat $(VENV)/.installed 2>/dev/null)
+DALI ?= $(or $(MADE),cuda130)
 PIP_FLAGS ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
@@ -28,6 +30,11 @@ $(info To use it without make: export PYTHONPATH=$(CURDIR))
 export PYTHONPATH := $(CURDIR)
 $(VENV)/.installed $(VENV)/.tests $(VENV)/.lint $(VENV)/.docs: ;
 else
+ifneq ($(MADE),)
+ifneq ($(MADE),$(DALI))
+$(error $(VENV) is for DALI=$(MADE); for another one, remove it first: rm -r $(VENV))
+endif
+endif
 $(VENV)/.installed: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11; use another: make PYTHON=python3.12" >&2; exit 2; }
@@ -42,7 +49,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	  'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/$(if $(filter cpu,$(DALI)),cpu,cu126)
 	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
 	  $(if $(wildcard $@),--quiet) -e '.[train,$(DALI:cpu=cuda130),quickstart]'
-	@touch $@
+	@echo $(DALI) > $@
 
 # Tests need Triton also on a machine without a GPU; torch for CUDA includes it.
 $(VENV)/.tests: $(VENV)/.installed
@@ -98,6 +105,7 @@ test-gpu: $(VENV)/.tests ## run the tests that need a GPU
 
 docs: $(VENV)/.docs ## build the site of docs/ in site/; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "To read it at http://localhost:8000: python3 -m http.server 8000 --bind 127.0.0.1 -d site"
 
 lint: $(VENV)/.lint ## run ruff, the type checker and the import contracts
 	@$(BIN)/ruff check .

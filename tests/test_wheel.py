@@ -72,6 +72,9 @@ def test_make_installs_nothing_into_the_environment_of_another_checkout(tmp_path
         shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         assert ("pip install" in shown) == installs
         assert (f"{venv} has the tetdist of {other}" in shown) != installs
+    (venv / ".installed").write_text("cpu\n")
+    refused = subprocess.run([*command, "DALI=cuda130"], capture_output=True, text=True)
+    assert f"{venv} is for DALI=cpu" in refused.stderr
 
 
 def test_everything_is_in_it(installed):

@@ -11,6 +11,7 @@ checkpoint is data: it lists the imported files, and never imports any.
 
 import hashlib
 import logging
+import os
 import sys
 import tempfile
 import traceback
@@ -189,7 +190,7 @@ def explained(error: Exception, folder: Path | None = None) -> Exception:
     lines = traceback.format_list(frames) + traceback.format_exception_only(error)
     print("".join(lines), end="", file=sys.stderr)
     if folder is None or not folder.is_dir():
-        folder = Path(tempfile.mkdtemp(prefix="tetdist-"))
+        folder = Path(tempfile.mkdtemp(prefix=f"tetdist-{os.getuid()}-"))
     whole = folder / "traceback.txt"
     write_text(whole, "".join(traceback.format_exception(error)))
     parts = []

@@ -21,11 +21,13 @@ from tetdist.config.schema import RunConfig
 from tetdist.config.sections.model import ModelSection
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
+from tetdist.losses import LOSSES
 from tetdist.models import QKFormer
 from tetdist.nn import neurons
 from tetdist.nn.integer_neurons import NILIF
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NEURONS, make
+from tetdist.optimizers import OPTIMIZERS
 
 SET_BY_TINY = {*flatten(tiny.CONFIG)}
 
@@ -264,7 +266,8 @@ TAKEN = {
     "data.color_jitter=[0.4, 0, 0, 0.1]": [0.4, 0, 0, 0.1],
     "tracking.trackers=tensorboard": ["tensorboard"],
     "data.transforms=[]": [],
-    # The form of an earlier version.
+    # Forms of an earlier version.
+    "profile={steps: [20, 30]}": [20, 30],
     "data.color_jitter={brightness: 0.4, hue: 0.1}": [0.4, 0, 0, 0.1],
     "data.color_jitter.contrast=0.2": [0, 0.2, 0, 0],
 }
@@ -457,8 +460,8 @@ def test_every_key_is_explained_with_what_it_takes(capsys):
         "name": "[text; default: the file's name]",
         "data.root": "[text; required]",
         "data.scale": "[list of 2: number >= 0 and <= 1; default [0.08, 1.0]]",
-        "loss.kind": "[sdt | tet | tet_of_means; default tet]",
-        "phases.N.optimizer.kind": "[sgd | adam | adamw; default sgd]",
+        "loss.kind": f"[{' | '.join(LOSSES)}; default tet]",
+        "phases.N.optimizer.kind": f"[{' | '.join(OPTIMIZERS)}; default sgd]",
         "recompute": "[none | blocks or {timesteps}; default none]",
     }.items():
         assert explained[key].startswith(takes), (key, explained[key])

@@ -80,6 +80,9 @@ def test_accuracy_is_that_of_the_card_and_of_eval(digits, output_of, tmp_path, m
     with torch.no_grad():
         logits = model((digits.images - mean) / std)
     is_right = logits.argmax(1) == digits.labels
+    runs = json.loads((tiny.PROJECT / "docs/results/recipe_quickstart.json").read_text())["runs"]
+    shown = {t: f"{top1} %" for t, top1 in enumerate(runs[0]["by_timestep"], start=1)}
+    assert str(shown) in (tiny.PROJECT / "docs/first_look.ipynb").read_text()
     _, description = checkpoint.load_model_file(Path("tetdist:quickstart"))
     assert description.validation is not None
     # A processor's rounding may decide a tie.

@@ -100,7 +100,7 @@ def load_with_origins(
     return Loaded(config, origins)
 
 
-def _data_command(file: str) -> str:
+def data_command(file: str | Path) -> str:
     """Return the commands of a recipe's header that make its data, as one; "" without them."""
     entry = re.search(r"^# data  +(.*\n(?:#   .*\n)*)", Path(file).read_text(), re.MULTILINE)
     lines = [line.lstrip("# ") for line in entry[1].splitlines()] if entry else []
@@ -154,7 +154,7 @@ def parse(
         raw = _with_neuron_of_its_kind(raw, source, warn, origins or {})
     if check_draft is not None:
         set_in = (origins or {}).get("data.root", COMMAND_LINE)
-        check_draft(draft, "" if set_in == COMMAND_LINE else _data_command(set_in))
+        check_draft(draft, "" if set_in == COMMAND_LINE else data_command(set_in))
     raw = _with_neuron_of_its_kind(raw, source, warn, origins or {})
     config = checked(RunConfig, raw, source, overrides, origins)
     check(config, is_trained=is_trained)
@@ -170,7 +170,9 @@ def _with_present_names(raw: dict[str, Any]) -> dict[str, Any]:
     jitter = data.get("color_jitter") if isinstance(data, dict) else None
     strengths = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
     if isinstance(jitter, dict) and jitter.keys() <= strengths.keys():
-        return raw | {"data": data | {"color_jitter": list((strengths | jitter).values())}}
+        raw = raw | {"data": data | {"color_jitter": list((strengths | jitter).values())}}
+    if isinstance(profile := raw.get("profile"), dict) and "steps" in profile:
+        raw = raw | {"profile": profile["steps"]}
     return raw
 
 

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Iterable
+from itertools import takewhile
 
 from tetdist.apps.cli.common import program
 from tetdist.config.flags import Parser
@@ -19,9 +20,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     recipes: list[str] = []
     for file in sorted(CONFIGS_DIR.glob("*.yaml")):
-        first, _, _ = file.read_text().partition("\n")
-        about = textwrap.shorten(first.strip("# "), 90, placeholder=" ...")
-        recipes.append(f"{file.name:26} {about}")
+        lines = takewhile(lambda line: line != "#", file.read_text().splitlines())
+        about = " ".join(line.strip("# ") for line in lines)
+        row = textwrap.wrap(about, 70, break_on_hyphens=False)
+        recipes.append(f"{file.name:26} " + f"\n{'':27}".join(row))
     known: dict[str, Iterable[str]] = {
         "networks (model.name)": NETWORKS,
         "trained networks (eval NAME, init_checkpoint)": bundled.names(),

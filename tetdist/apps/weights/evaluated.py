@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from tetdist.config.loading import parse
+from tetdist.config.loading import CONFIGS_DIR, data_command, parse
 from tetdist.config.messages import checked
 from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
@@ -107,7 +107,11 @@ def open_evaluated(config: RunConfig, split: str | None, world: World, *, own_da
     if own_data and data.root == "data" and not file.is_file():
         raise UserError("this network's file does not name its data; give --data FOLDER")
     if not Path(data.root).is_dir():
-        raise UserError(f"data.root: there is no folder {data.root}; give --data FOLDER")
+        recipe = CONFIGS_DIR / f"{config.name}.yaml"
+        # A run's root is absolute, and that command makes the data in the current folder.
+        is_recipe = recipe.is_file() and not Path(data.root).is_absolute()
+        make = f"make it with `{data_command(recipe)}`, or " if is_recipe else ""
+        raise UserError(f"data.root: there is no folder {data.root}; {make}give --data FOLDER")
     indexed = [one for one in ("train", "val") if index_file(data.index_dir, one).is_file()]
     if split is not None or indexed != ["train"] or Path(data.root, "val").is_dir():
         return open_split(config, split or "val", world)
