@@ -18,7 +18,7 @@ Kind = TypeVar("Kind", bound=Section)
 
 # Other projects' names, and the key to set instead.
 _ELSEWHERE = {
-    **dict.fromkeys(("T", "timesteps"), "set phases.0.timesteps"),
+    **dict.fromkeys(("t", "timesteps"), "set phases.0.timesteps"),
     "batch_size": "set batch.global",
     "data_dir": "set data.root",
     "learning_rate": "set phases.0.optimizer.lr",
@@ -178,7 +178,7 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
 
 def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
     """Suggest the keys that an unknown key may have meant."""
-    *place, last = location
+    *place, last = [word.lower().replace("-", "_") for word in location]
     if last in _ELSEWHERE:
         return _ELSEWHERE[last]
     section = section_at(root, place)
@@ -186,7 +186,7 @@ def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
     # The right word at a wrong place, or else a misspelt word.
     found = (_place_of(last, key) for key in documented_keys(root))
     elsewhere = list(dict.fromkeys(filter(None, found)))
-    alike = difflib.get_close_matches(".".join(location), elsewhere, n=1, cutoff=0.8)
+    alike = difflib.get_close_matches(".".join([*place, last]), elsewhere, n=1, cutoff=0.8)
     elsewhere = [key for key in elsewhere if key.split(".")[0] in place] or alike or elsewhere
     if elsewhere:
         return f"did you mean {' or '.join(map(repr, elsewhere[:3]))}?"
