@@ -179,8 +179,9 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
 def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
     """Suggest the keys that an unknown key may have meant."""
     *place, last = [word.lower().replace("-", "_") for word in location]
-    if last in _ELSEWHERE:
-        return _ELSEWHERE[last]
+    space = "write a space after each colon" if ":" in last else None
+    if hint := _ELSEWHERE.get(last, space):
+        return hint
     section = section_at(root, place)
     known = keys_of(section or root)
     # The right word at a wrong place, or else a misspelt word.

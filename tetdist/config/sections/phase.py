@@ -56,7 +56,7 @@ class OptimizerSection(Section):
         own = {"lr", "weight_decay", *kind_of(self.kind, "kind").reads}
         if self.arguments and "arguments" not in own:
             raise ValueError(
-                f"arguments: kind={self.kind} takes none; set arguments={{}}, or kind=timm:NAME "
+                f"arguments: kind={self.kind} takes none; set them to {{}}, or kind=timm:NAME "
                 "(register your own with reads=('arguments',))"
             )
         for key in self.arguments.keys() & own:
