@@ -92,7 +92,7 @@ def test_fixed_costs_of_an_epoch_and_cores_that_load():
     assert "times as fast as training; 1 checkpoint, " in text
     assert "loading      9.5 cores a node, of 32, for 4,000 images/s at 2.37 ms each" in text
     assert text.endswith("; 400.0 MB/s at 100.0 kB each")
-    for other in ("data.device=gpu", "data.kind=events"):
+    for other in ("data.device=gpu", "data.kind=events", "data.image_size=32"):
         assert "loading" not in plan.describe(make(overrides=(other,)), Speed(1000.0, 4)), other
 
 

@@ -96,6 +96,7 @@ def test_typed_again_it_submits_what_is_neither_finished_nor_queued(study, clust
     ("flags", "words"),
     [
         (("--partition", "nowhere"), ("first-seed0: Slurm refused the job", "nowhere", "`sinfo`")),
+        (("cluster.sbatch.exclusve=1",), ("unrecognized option '--exclusve", "`sbatch --help`")),
         (("--nodes", "9", "cluster.tasks_per_node=1", "cluster.mem_gb=1e6"), ("`sinfo",)),
     ],
 )

@@ -292,7 +292,8 @@ def test_mlflow_has_the_runs_that_the_study_prints(output_of, write, tmp_path):
     file = write({"seeds": [0], "overrides": overrides, "entries.tet": ...})
     printed = output_of("study", file, "--output", output)
     run_id = (output / "sdt-seed0" / "mlflow_run_id").read_text().split()[0]
-    assert re.search(f"curves in MLflow: .* sqlite:///{database} .*/runs/{run_id}/", printed)
+    shown = rf"curves in MLflow: .* sqlite:///{database}\n +then open http\S*/runs/{run_id}/"
+    assert re.search(shown, printed)
     with sqlite3.connect(database) as store:
         found = store.execute("select name, status from runs").fetchall()
     assert found == [("sdt-seed0", "FINISHED")]

@@ -24,6 +24,7 @@ WAYS_OUT = {
     "MB and GPUs",
     "fetch_config": "this machine knows no cluster; run this on a login node, or use --dry-run",
     "unable to contact": "the controller is down, or this is not a login node; try `sinfo`",
+    "unrecognized option": "correct cluster.sbatch; `sbatch --help` lists its flags",
     "time limit": "give a shorter --time; `sinfo -o '%P %l'` lists the partitions' limits",
 }
 
@@ -135,7 +136,8 @@ def submit(job: Job, values: dict[str, Any], folder: Path) -> str:
 def _reason(text: str) -> str:
     """Return sbatch's message within submitit's error, and the remedy."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line.removeprefix("sbatch: error: ") for line in lines if "sbatch: error:" in line]
+    said = [line.removeprefix("sbatch: ") for line in lines if line.startswith("sbatch: ")]
+    errors = [line.removeprefix("error: ") for line in said]
     reason = "; ".join(errors or lines[-1:])
     ways_out = [way for word, way in WAYS_OUT.items() if word in reason.lower()]
     return "; ".join([reason, *ways_out[:1]])

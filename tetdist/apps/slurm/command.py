@@ -171,7 +171,7 @@ def planned(options: argparse.Namespace) -> "tuple[Prepared, Speed | str]":
         elif options.images is None and not Path(draft.data.root).is_dir():
             raise UserError(
                 f"data.root: there is no folder {draft.data.root}; set data.root=FOLDER, or give "
-                "the plan the number of training images: --images N"
+                "the plan the number of training images: --images N (ImageNet: 1281167)"
             )
         _check_division(draft, found[0].processes, options.config)
         if not options.dry_run:

@@ -159,7 +159,8 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"an epoch     {100 * part:.1f} % for evaluation, assumed {EVALUATION:g} times as fast as "
         f"training; {counted(saves, 'checkpoint')}, {_size(saves * plan.checkpoint_bytes)} written",
     ]
-    if config.data.kind == "images" and config.data.device == "cpu":
+    is_known = config.data.image_size >= 128  # small images load much faster
+    if config.data.kind == "images" and config.data.device == "cpu" and is_known:
         lines.append(_loading(plan, speed.rate(phases[0].mean_timesteps)))
     return "\n".join(lines)
 

@@ -201,7 +201,7 @@ def read(path: Path) -> StudySection:
         others = {"control": entry.control, "init": entry.init, "teacher": entry.teacher}
         for key, other in others.items():
             if other is not None and (other == name or other not in study.entries):
-                known = ", ".join(known for known in study.entries if known != name)
+                known = ", ".join(known for known in study.entries if known != name) or "none"
                 raise UserError(
                     f"{path}: entries.{name}.{key}: {other!r} is not another entry; choose from "
                     f"{known}"
