@@ -109,9 +109,12 @@ def test_a_run_leaves_the_validation_split_alone(tiny_copy, tmp_path, main, tool
     assert out.endswith(f"\n\nwrote {tmp_path / 'e.json'}\n")
     drawn = ("--output", tmp_path / "drawn")
     assert tool("show", *there, "--sample", 14, *drawn)[0] == 0
-    for elsewhere in (("eval", *there), ("show", *there, *drawn)):
-        status, _, err = tool(*elsewhere, "--data", tiny_copy)
-        assert (status, "; without --data, the run's held-out samples" in err) == (2, True), err
+    for command, given, flags in (
+        *(("eval", (), "--data"), ("show", drawn, "--data")),
+        ("eval", ("--split", "held-out"), "--split and --data"),
+    ):
+        status, _, err = tool(command, *there, *given, "--data", tiny_copy)
+        assert (status, f"; without {flags}, the run's held-out samples" in err) == (2, True), err
     again = main(tmp_path / "c.yaml", "data.held_out=0.2")
     assert again.status == 2
     assert "data.held_out is 0.2 and was 0.3" in again.text

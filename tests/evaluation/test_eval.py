@@ -398,6 +398,8 @@ def test_weights_of_somebody_else_ask_for_the_data(run, broken, tmp_path, monkey
         (tmp_path / folder).mkdir()
         message = broken("--checkpoint", file)
         assert "does not name its data; give --data FOLDER" in message
+    made = "make it with `python tools/digits.py data/digits`, or give --data FOLDER"
+    assert made in broken("tetdist:quickstart")
 
 
 def test_some_of_the_classes_are_found_by_their_names_and_reported_as_a_subset(

@@ -113,13 +113,14 @@ def open_evaluated(config: RunConfig, split: str | None, world: World, *, own_da
         make = f"make it with `{data_command(recipe)}`, or " if is_recipe else ""
         raise UserError(f"data.root: there is no folder {data.root}; {make}give --data FOLDER")
     indexed = [one for one in ("train", "val") if index_file(data.index_dir, one).is_file()]
-    if split is not None or indexed != ["train"] or Path(data.root, "val").is_dir():
+    if file.is_file() or indexed != ["train"] or Path(data.root, split or "val").is_dir():
         return open_split(config, split or "val", world)
-    if not own_data or not data.held_out:
-        other = "; without --data, the run's held-out samples are taken" if data.held_out else ""
+    if split is not None or not own_data or not data.held_out:
+        flags = " and ".join(["--split"] * (split is not None) + ["--data"] * (not own_data))
+        other = f"; without {flags}, the run's held-out samples are taken" if data.held_out else ""
         raise UserError(
-            f"there is no validation split in {data.root}; add val/ and index it, or give --split "
-            f"train, the training samples{other}"
+            f"there is no {split or 'validation'} split in {data.root}; add val/ and index it, or "
+            f"give --split train, the training samples{other}"
         )
     held = open_data(config, world)[1]
     return dataclasses.replace(held, split=evaluated_split(config) or held.split)
