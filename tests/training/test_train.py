@@ -176,6 +176,9 @@ def test_max_steps_ends_evaluated_and_can_be_raised(main, straight, tiny_config,
     expect(main(file), "is finished")
     assert not (run / "traceback.txt").exists()
     assert tiny.metrics(run, "train") == tiny.metrics(straight("torch"), "train")
+    kept = (run / "config.yaml").read_text()
+    expect(main(file, "max_steps=3"), "nothing to do")
+    assert (run / "config.yaml").read_text() == kept
 
 
 def test_a_folder_is_continued_by_its_own_run_alone(main, tiny_root, tiny_config, tmp_path):

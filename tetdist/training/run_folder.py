@@ -78,11 +78,13 @@ class RunFolder:
         imported = import_files(self.config.imports)
         self._check_same_run(imported)
         plugins.keep(imported, self.path / "imports")
-        write_text(self.path / "config.yaml", self.config.as_yaml())
         (self.path / "traceback.txt").unlink(missing_ok=True)  # of an earlier start
         # A finished run that is started again, to send MLflow missing data, computes nothing.
         if not is_trained(self.config):
             write_json(self.path / "environment.json", environment.environment())
+        elif (self.path / "config.yaml").exists():
+            return  # a smaller max_steps is not that of the run
+        write_text(self.path / "config.yaml", self.config.as_yaml())
 
     def _saved(self) -> bool:
         return any(self.checkpoints.glob("step-*"))
