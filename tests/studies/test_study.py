@@ -457,6 +457,8 @@ def test_the_studies_of_the_project_resolve(tmp_path):
     for name, hint in (("none", "give.*configs/studies"), ("tet_vs_sdt_digit", "did you mean")):
         with pytest.raises(UserError, match=rf"there is no study '{name}'; {hint}"):
             find(name)
+    with pytest.raises(UserError, match="is a configuration, not a study"):
+        plan.read(find("quickstart.yaml"))
     studies = find("tet_vs_sdt_digits").parent
     for file in sorted(studies.glob("*.yaml")):
         study = plan.read(file)

@@ -156,7 +156,8 @@ def check_slurm(flags: list[str], config_name: str) -> None:
 def find(name: str) -> Path:
     """Find the file of a study: a path, or a name (with or without .yaml) in configs/studies/."""
     folder = CONFIGS_DIR / "studies"
-    for path in (Path(name), folder / name, folder / f"{name}.yaml"):
+    # A recipe is found, too, and refused when it is read.
+    for path in (Path(name), folder / name, folder / f"{name}.yaml", CONFIGS_DIR / name):
         if path.is_file():
             return path
     known = sorted(path.stem for path in folder.glob("*.yaml"))
