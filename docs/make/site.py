@@ -38,6 +38,7 @@ ROOT_PAGES = {
     "SECURITY.md": "security.md",
 }
 RECIPES = "reference/recipes.md"
+MEASURED = ("results/", "results.md", "performance.md", "exactness.md")
 SOURCE = "source"  # the folder of the pages that show linked code
 # The text of a link may be an image.
 _LINK = re.compile(r"(!?)\[((?:!\[[^\]]*\]\([^)]*\))?[^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
@@ -65,11 +66,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Change links to the site's pages, except within code; rank studies low in the search."""
+    """Change links to the site's pages, except within code; rank pages in the search."""
     del config, files  # mkdocs hands them over by name
     uri = page.file.src_uri
     if uri.startswith("results/"):
+        page.meta["hide"] = ["toc"]  # their tables need its place
+    if uri.startswith(MEASURED):
         page.meta["search"] = {"boost": 0.2}  # or they hide the page that explains a term
+    elif uri == "training.md":
+        page.meta["search"] = {"boost": 2}  # "resume", "checkpoint" and so on are found there
     at_root = {site: Path() for site in ROOT_PAGES.values()}
     folder = at_root.get(uri, (Path("docs") / uri).parent)
     parts = _CODE.split(markdown)
@@ -102,7 +107,7 @@ def _site_link(link: re.Match[str], folder: Path, uri: str) -> str:
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Change the links of a notebook to pages, since mkdocs does not."""
+    """Change the links of a notebook to pages, since mkdocs does not; drop its headings' signs."""
     del config, files
     if not page.file.src_uri.endswith(".ipynb"):
         return html
@@ -112,6 +117,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         folder = os.path.relpath(there.with_suffix(""), Path(page.file.dest_uri).parent)
         return f'href="{folder}/{link[2] or ""}"'
 
+    html = re.sub(r'<a class="anchor-link".*?</a>', "", html)
     return re.sub(r'href="([^":#]+\.md)(#[^"]*)?"', to_page, html)
 
 
@@ -295,27 +301,37 @@ def _cell(text: str) -> str:
 def recipes_page() -> str:
     """Return the page of all recipes in configs/, with their headers."""
     lines = [
+        "---\nhide: [toc]\n---",  # headers need its place
         "# Recipes",
         "",
         "After this page you can choose a recipe and know what it needs and reaches.",
         "",
-        "The files of `configs/`. The header of each names its command, its hardware, and its",
-        "known results. `--config NAME.yaml` finds it from any folder.",
+        "The files of `configs/`, those for CPUs first. The header of each names its command,",
+        "hardware and known results. `--config NAME.yaml` finds it from any folder.",
     ]
     folder = PROJECT / "configs"
     for title, found in [
         ("Runs", folder.glob("*.yaml")),
         ("Studies", (folder / "studies").glob("*.yaml")),
     ]:
-        lines += ["", f"## {title} {{ #{title.lower()} }}", "", "| recipe | purpose |", "|---|---|"]
+        lines += ["", f"## {title} {{ #{title.lower()} }}", ""]
+        lines += ["| recipe | purpose | hardware |", "|---|---|---|"]
         shown: list[str] = []
-        for file in sorted(found):
+        for file in sorted(found, key=lambda file: (" CPU" not in _hardware(file), file)):
             text = file.read_text()
             name = yaml.safe_load(text).get("title", file.name)
             about, _, _ = text.partition("\n#\n")  # the first paragraph of the header
             about = " ".join(line.strip("# ") for line in about.splitlines())
-            lines.append(f"| [{name}](#{_anchor(file)}) | {_cell(about)} |")
+            cells = f"[{name}](#{_anchor(file)})", _cell(about), _cell(_hardware(file))
+            lines.append(f"| {' | '.join(cells)} |")
             shown += ["", f"### {name} {{ #{_anchor(file)} }}", ""]
             shown += [f'```yaml title="{file.relative_to(PROJECT)}"', text.rstrip(), "```"]
         lines += shown
     return "\n".join(lines)
+
+
+def _hardware(recipe: Path) -> str:
+    """Return the first sentence of a header's entry `hardware`; "" without one."""
+    entry = re.search(r"^# hardware +(.*(?:\n#  +.*)*)", recipe.read_text(), flags=re.MULTILINE)
+    whole = " ".join(line.strip("# ") for line in entry[1].splitlines()) if entry else ""
+    return re.split(r"[;.] (?![^(]*\))|\.$", whole)[0]
