@@ -263,8 +263,8 @@ def test_folders_beside_a_data_root_lead_to_it(source, tmp_path, prebin_dvs):
     prebin_dvs(source, "--split", "first-80-percent")
     dest = tmp_path / "dest"
     for root, words in (
-        (dest, f"{dest} holds splits: use {dest}/splits/first-80-percent"),
-        (dest / "splits", f"{dest}/splits holds splits: use {dest}/splits/first-80-percent"),
+        (dest, f"{dest} holds data roots: use {dest}/splits/first-80-percent"),
+        (dest / "splits", f"{dest}/splits holds data roots: use {dest}/splits/first-80-percent"),
         (source, f"is not a tensor (.npy): bin recordings first, `python tools/{TOOL} {source}"),
         (dest / "recordings", "class folders (left, right) are in"),
     ):

@@ -33,9 +33,8 @@ def test_kernels_work_on_all_processes_or_on_none(reasons, refusal, monkeypatch)
 
 def test_frames_of_another_shape_than_the_networks_are_refused():
     index = SimpleNamespace(classes="ab", frames=lambda _: (10, 2, 34, 40))
-    config = load("nmnist.yaml", [])
     with pytest.raises(UserError, match=r"34x34 pixels .* has 40x34; bin with --size 34$"):
-        make_model(config, index)
+        make_model(load("nmnist.yaml", []), index)
 
 
 def test_data_to_evaluate_alone_are_not_trained_on(tiny_copy, tiny_config):

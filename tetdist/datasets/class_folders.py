@@ -112,10 +112,10 @@ def is_held_out(split: str) -> bool:
 
 def root_advice(root: Path, split: str, kind: Kind) -> str | None:
     """Return the advice for a folder that is not a data root, but holds or is a part of one."""
-    files = chain(root.glob("splits/*/dataset.json"), root.glob("*/dataset.json"))
-    made = sorted(str(file.parent) for file in files)
+    files = chain(root.glob("splits/*/index/*.npz"), root.glob("*/index/*.npz"))
+    made = sorted({str(file.parent.parent) for file in files})
     if made:
-        return f"{root} holds splits: use {' or '.join(made)}"
+        return f"{root} holds data roots: use {' or '.join(made[:5])}"
     if (root / "recordings.jsonl").is_file():
         return f"{root} holds binned recordings without a split: repeat `{typed('prebin_dvs')}`"
     folders = names_in(root, is_folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tetdist.errors import UserError
-from tetdist.storage.files import made_aside, remove
+from tetdist.storage.files import explaining, made_aside, remove
 from tetdist.wording import counted
 
 
@@ -41,7 +41,7 @@ def write_root(
     for leftover in dest.parent.glob(f".{dest.name}.*.tmp"):
         if not Path("/proc", leftover.name.split(".")[-2]).exists():  # of a killed process
             remove(leftover)
-    with made_aside(dest, sync=False) as aside:
+    with explaining(dest), made_aside(dest, sync=False) as aside:
         counts = {
             name: _write(aside / name, classes, split, (per_class or {}).get(name))
             for name, split in splits.items()

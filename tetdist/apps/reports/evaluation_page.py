@@ -221,8 +221,9 @@ def _counts(found: EvaluationResults) -> Section:
         unit = "spikes per neuron per timestep (%)"
         panels.append(partial(_draw_bars, percent, {"": style.RATE}, rate.capitalize(), unit))
     if layers:
-        kinds = {"accumulates": style.TRAIN, "multiply_accumulates": style.WAIT}
-        millions = {name: [one[key] / 1e6 for key in kinds] for name, one in layers.items()}
+        kinds = {"accumulates": style.TRAIN, "multiply-accumulates": style.WAIT}
+        keys = [kind.replace("-", "_") for kind in kinds]
+        millions = {name: [one[key] / 1e6 for key in keys] for name, one in layers.items()}
         title = "Synaptic operations"
         panels.append(partial(_draw_bars, millions, kinds, title, "millions a sample"))
     height = 1.5 + 0.22 * max(len(rates), len(layers))
