@@ -16,6 +16,7 @@ WITHOUT_NUMPY = (*LARGE, "numpy", "PIL")
 QUICKSTART = "train --config quickstart.yaml"
 # Modules that a command must not import, in the order in which one process runs the commands.
 UNUSED = {
+    "status begun": (*WITHOUT_NUMPY, "pydantic"),
     "list": WITHOUT_NUMPY,
     **{
         f"{command} --help": WITHOUT_NUMPY
@@ -37,6 +38,7 @@ UNUSED = {
     f"{QUICKSTART} zero_stage=2 engine=torch": LARGE,
     f"{QUICKSTART} phases.0.optimizer.kind=adma": LARGE,
     f"{QUICKSTART} tracking.trackers=wandbb": LARGE,
+    f"{QUICKSTART} tracking.uri=localhost:5000": LARGE,
     f"{QUICKSTART} --import my_los.py": LARGE,
     f"{QUICKSTART} data.root=nosuch": LARGE,
     f"{QUICKSTART} data.root=empty": LARGE,
@@ -90,7 +92,9 @@ def test_commands_import_nothing_that_they_do_not_use(tmp_path):
     (tmp_path / "root/index").mkdir(parents=True)
     for split in ("train", "val"):
         (tmp_path / f"root/index/{split}.npz").touch()
-    (tmp_path / "run").mkdir()
+    for name in ("run", "begun"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "begun/config.yaml").write_text("phases: [{epochs: 1}]\n")
     (tmp_path / "run/config.yaml").write_text("data: {root: x, held_out: 0.0}\n")
     done = subprocess.run(
         tiny.python("-c", RUN, json.dumps(UNUSED)),
@@ -103,7 +107,7 @@ def test_commands_import_nothing_that_they_do_not_use(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     statuses = {line: status for line, (status, _) in found.items()}
-    right = ("list", "train --explain", "convert --list")
+    right = ("list", "status begun", "train --explain", "convert --list")
     assert statuses == {
         line: 0 if line in right or line.endswith("--help") else 2 for line in UNUSED
     }, done.stderr

@@ -2,12 +2,10 @@
 
 import fcntl
 import json
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-import tiny
 import yaml
 
 from tetdist.apps.cli import status as command
@@ -194,13 +192,3 @@ def test_one_damaged_run_leaves_the_table(name, text, expected, tmp_path, capsys
     # Of one run there is nothing to show.
     assert command.main([str(runs[0])]) == 2
     assert capsys.readouterr() == ("", err)
-
-
-def test_it_loads_no_torch(tmp_path):
-    run = made(tmp_path / "run", LINES, 12)
-    command_line = tiny.python("-X", "importtime", tiny.PROJECT / "tools/status.py", run)
-    done = subprocess.run(command_line, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "tetdist.apps.reports.run_status" in loaded
-    assert not loaded & {"torch", "timm", "mlflow", "matplotlib", "numpy", "pydantic"}
