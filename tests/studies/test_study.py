@@ -414,7 +414,7 @@ OWN_TEACHER = {"teacher": "sdt", "overrides": TIMM}
         ({"overrides": {"runs_dir": "here"}}, ("itself sets runs_dir", "--output")),
         ({"entries.tet": OWN_WEIGHTS}, ("sets init_checkpoint", "init provides it (sdt)")),
         ({"entries.tet": OWN_TEACHER}, ("distillation.teacher", "teacher provides it (sdt)")),
-        ({"overrides": {"data.root": "nowhere"}}, ("data.root", "nowhere", "sdt")),
+        ({"overrides": {"data.root": "nowhere"}}, ("study.yaml: entries.sdt: data.root: ",)),
         ({"entries.tet.overrides": {"model.num_classes": 3}}, ("entries.tet: ", "4 classes")),
         (
             {"test_timesteps": [1], "overrides": HELD_OUT},
