@@ -38,7 +38,8 @@ ROOT_PAGES = {
     "SECURITY.md": "security.md",
 }
 RECIPES = "reference/recipes.md"
-MEASURED = ("results/", "results.md", "performance.md", "exactness.md")
+# Pages that the search ranks low.
+LOW = ("results/", "results.md", "performance.md", "exactness.md", RECIPES)
 SOURCE = "source"  # the folder of the pages that show linked code
 # The text of a link may be an image.
 _LINK = re.compile(r"(!?)\[((?:!\[[^\]]*\]\([^)]*\))?[^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
@@ -71,10 +72,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     uri = page.file.src_uri
     if uri.startswith("results/"):
         page.meta["hide"] = ["toc"]  # their tables need its place
-    if uri.startswith(MEASURED):
-        page.meta["search"] = {"boost": 0.2}  # or they hide the page that explains a term
+    if uri.startswith(LOW):
+        page.meta["search"] = {"boost": 0.01}  # or they hide the page that explains a term
     elif uri == "training.md":
-        page.meta["search"] = {"boost": 2}  # "resume", "checkpoint" and so on are found there
+        page.meta["search"] = {"boost": 10}  # it explains "resume" and "checkpoint"
     at_root = {site: Path() for site in ROOT_PAGES.values()}
     folder = at_root.get(uri, (Path("docs") / uri).parent)
     parts = _CODE.split(markdown)
