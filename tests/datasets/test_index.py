@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import pickle
+import signal
 import zipfile
+from multiprocessing import forkserver
 
 import numpy as np
 import pytest
@@ -72,12 +74,18 @@ def test_the_fingerprint_is_of_the_content_not_of_the_copy(image_root):
     assert build(root)[0].fingerprint != first
 
 
-def test_workers_do_not_change_the_index(image_root):
+def test_workers_do_not_change_the_index(image_root, monkeypatch):
     root = image_root(per_class=50)  # More than one task of work.
-    progress = []
+    progress, server = [], []
+
+    def start():
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        server.append(("TETDIST_COMMAND" in os.environ, signal.SIGINT in blocked))
+
+    monkeypatch.setattr(forkserver, "ensure_running", start)
     one, _ = build(root)
     two, _ = ix.build_index(root, "train", 2, progress=lambda *numbers: progress.append(numbers))
-    assert two.fingerprint == one.fingerprint
+    assert (two.fingerprint, server) == (one.fingerprint, [(True, True)])
     assert progress == [(64, 150), (128, 150), (150, 150)]
 
 

@@ -26,21 +26,12 @@ def test_damage_wrong_names_and_labels_are_found(tmp_path):
     folder = tmp_path / "train" / "n00000001"
     picture(20, 32).save(folder / "n00000002_3.JPEG")
     (folder / "n00000001_4.JPEG").write_bytes(b"hello")
-    (folder / "n00000001_5.JPEG").touch()
-    data = (folder / "n00000001_1.JPEG").read_bytes()
-    (folder / "n00000001_6.JPEG").write_bytes(data[: len(data) // 2])
-    found = by_kind(check.split_findings(*examine(tmp_path)))
-    truncated = found["bad"].pop("train/n00000001/n00000001_6.JPEG")
-    assert truncated.startswith("cannot be decoded: ")
-    assert found == {
+    assert by_kind(check.split_findings(*examine(tmp_path))) == {
         "label": {
             "train/n00000001/n00000002_3.JPEG": "its name has class n00000002, "
             "but its label is n00000001"
         },
-        "bad": {
-            "train/n00000001/n00000001_4.JPEG": "not an image",
-            "train/n00000001/n00000001_5.JPEG": "the file is empty",
-        },
+        "bad": {"train/n00000001/n00000001_4.JPEG": "not an image"},
     }
 
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, TypeVar
 
 from tetdist.errors import UserError
@@ -61,6 +61,11 @@ def _results(
     # the signal mask, and must survive SIGHUP, which a closing terminal sends to all processes.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
     resource_tracker.ensure_running()
+    # Ctrl-C would print a traceback of the server's imports, which are short without torch.
+    signal.pthread_sigmask(signal.SIG_SETMASK, before | {signal.SIGINT})
+    os.environ["TETDIST_COMMAND"] = "worker"
+    forkserver.ensure_running()
+    del os.environ["TETDIST_COMMAND"]
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _prepare_worker)
     try:

@@ -36,7 +36,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add_checkpoint(parser)
     formats = ["safetensors", "timm", "nir", "onnx", "onnx-step", "torch"]
-    add("--format", choices=formats, help="format of the output (docs/weights.md)")
+    given = "weights (safetensors, timm), or a graph of all T timesteps (onnx, torch) or of one"
+    add("--format", choices=formats, help=f"{given} (onnx-step, nir); see docs/weights.md")
     add(
         "--output",
         metavar="PATH",

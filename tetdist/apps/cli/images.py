@@ -74,7 +74,7 @@ def _add_index(commands: Any) -> None:
         run=_index, when_stopped="no index was written; the same command continues"
     )
     add = command.add_argument
-    add("root", metavar="ROOT", type=Path, help="the data root")
+    add("root", metavar="ROOT", type=Path, help="folder of train/ and val/")
     add("--out", metavar="DIR", type=Path, help="default: ROOT/index")
     add("--events", action="store_true", help="index .npy tensors of shape (T, 2, H, W)")
     add(
@@ -98,7 +98,7 @@ def _add_check(commands: Any) -> None:
     )
     command.set_defaults(run=_check, when_stopped="nothing was changed")
     add = command.add_argument
-    add("root", metavar="ROOT", type=Path, help="the data root")
+    add("root", metavar="ROOT", type=Path, help="folder of train/ and val/")
     add("--out", metavar="DIR", type=Path, help="folder of the index; default: ROOT/index")
     add("--json", metavar="FILE", type=Path, help="write all findings as JSON")
     add(
