@@ -1,6 +1,6 @@
 # `make help` lists the targets. Variables that may be set:
 #   PYTHON     interpreter to make the environment with (3.11 or newer)
-#   DALI       cuda130 (CUDA 13), cuda120 or cpu (no GPU)
+#   DALI       cuda130 (CUDA 13), cuda120 or cpu (no GPU); an environment keeps its own
 #   PIP_FLAGS  further flags of pip install
 #   WORKERS    number of parallel test processes
 PYTHON ?= python3
