@@ -25,14 +25,12 @@ def test_damage_wrong_names_and_labels_are_found(tmp_path):
         picture(20, 30, int(name[-1])).save(tmp_path / "train" / name / f"{name}_1.JPEG")
     folder = tmp_path / "train" / "n00000001"
     picture(20, 32).save(folder / "n00000002_3.JPEG")
-    (folder / "n00000001_4.JPEG").write_bytes(b"hello")
-    assert by_kind(check.split_findings(*examine(tmp_path))) == {
-        "label": {
-            "train/n00000001/n00000002_3.JPEG": "its name has class n00000002, "
-            "but its label is n00000001"
-        },
-        "bad": {"train/n00000001/n00000001_4.JPEG": "not an image"},
-    }
+    torn = (folder / "n00000001_1.JPEG").read_bytes()[:-100]
+    (folder / "n00000001_4.JPEG").write_bytes(torn)
+    found = by_kind(check.split_findings(*examine(tmp_path)))
+    assert found.pop("bad")["train/n00000001/n00000001_4.JPEG"].startswith("cannot be decoded: ")
+    label = "its name has class n00000002, but its label is n00000001"
+    assert found == {"label": {"train/n00000001/n00000002_3.JPEG": label}}
 
 
 def listing_of(split, counts):
