@@ -291,7 +291,7 @@ OWN = {
     "def run(self, x, u): return x.relu()": "own returns one tensor; return (spikes, membrane)",
     "def run(self, x, u): return x.relu()[1:], x[0]": "own returns spikes of another shape than",
     "def run(self, x, u): return x.relu(), x[:2]": "without the 7 samples on axis sample_axis=0",
-    "def run(self, x, u): return x.nothing": "model.neuron.kind) raises this; ",
+    "def run(self, x, u): return x.nothing": "raises this; ",
     "w: float = neurons.option(1.0, '', min=0)": "bad.py:8 raises AssertionError: bounds are gt",
     "def run(self, x, u): return x.cumsum(0).relu(), x[0]": "own gives other spikes if it",
 }
