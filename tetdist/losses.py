@@ -28,7 +28,7 @@ class Loss:
 
     Attributes:
         function: Computes the loss, (), from logits (T, B, K) and targets: labels (B,) or class
-            probabilities (B, K). Its keyword arguments are ``lambda_``, ``phi`` and
+            probabilities (B, K). Its other parameters are ``lambda_``, ``phi`` and
             ``label_smoothing``, if it has them, and those of ``loss.arguments``.
         of_time_mean: True if it depends only on the logits' mean over time, as distillation then
             does, too.
@@ -39,9 +39,10 @@ class Loss:
 
     @property
     def arguments(self) -> list[str]:
-        """Names of the function's keyword arguments."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
+        """Names of the function's parameters after logits and targets."""
+        parameters = list(inspect.signature(self.function).parameters.values())
+        of_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return [one.name for one in parameters[2:] if one.kind in of_name]
 
     def compute(
         self, kind: str, logits: Tensor, targets: Tensor, arguments: Mapping[str, Any]

@@ -245,7 +245,7 @@ def require(before: Mapping[str, str], source: Path) -> None:
         copies = {name: source / "imports" / name for name in missing}
         flags = (f"--import {copy if copy.is_file() else name}" for name, copy in copies.items())
         raise UserError(
-            f"{source} was made with {' and '.join(missing)}, which a checkpoint never imports by "
+            f"{source} was made with {', '.join(missing)}, which a checkpoint never imports by "
             f"itself; add {' '.join(flags)} if you trust the code"
         )
     for name, module in modules.items():

@@ -15,10 +15,10 @@ KINDS = {
 }
 LEARNT = {"plif": ["w"], "psn": ["bias", "weight"]}
 SET_BY = {
-    "plif": "model.neuron.kind=plif also changes these values of spiking_convnet's own "
-    "neuron: surrogate=sigmoid (triangle), surrogate_width=4.0 (1.0), fires_at_threshold=true "
-    "(false), decay_input=true (none)",
-    "psn": "surrogate=atan (triangle), surrogate_width=2.0 (1.0)",
+    "plif": "model.neuron.kind=plif has other defaults than spiking_convnet's own "
+    "neuron: surrogate=sigmoid, not triangle, surrogate_width=4.0, not 1.0, "
+    "fires_at_threshold=true, not false\n",
+    "psn": "surrogate=atan, not triangle, surrogate_width=2.0, not 1.0",
 }
 
 

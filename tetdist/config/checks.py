@@ -136,7 +136,7 @@ def _of_loss(config: RunConfig, key: str, section: LossSection) -> Iterator[str]
     except TypeError as error:
         yield (
             f"{key}.kind: {section.kind} does not take logits, targets and {sorted(known)} "
-            f"({error}); make its other parameters keyword-only, and set them in {key}.arguments"
+            f"({error}); set its other parameters in {key}.arguments"
         )
     if distillation.self_weight and loss.of_time_mean:
         yield (

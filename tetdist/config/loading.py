@@ -8,6 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tetdist.config import names
 from tetdist.config.checks import check, check_early, check_name
 from tetdist.config.inheritance import COMMAND_LINE, imports_of, overridden, read_layers
 from tetdist.config.messages import checked
@@ -158,7 +159,25 @@ def parse(
     raw = _with_neuron_of_its_kind(raw, source, warn, origins or {})
     config = checked(RunConfig, raw, source, overrides, origins)
     check(config, is_trained=is_trained)
+    if not is_trained:
+        _refuse_unread(config, source, origins or {})
     return config
+
+
+def _refuse_unread(config: RunConfig, source: str, origins: Mapping[str, str]) -> None:
+    """Refuse a key that the user's own loss does not read, unless it was set for another loss."""
+    from tetdist.losses import LOSSES
+
+    kind, chosen_in = config.loss.kind, origins.get("loss.kind")
+    read = {name for loss in config.losses() for name in LOSSES[loss.kind].arguments}
+    for key, name in (("lambda", "lambda_"), ("phi",) * 2, ("label_smoothing",) * 2):
+        place = origins.get(f"loss.{key}")
+        is_meant = place == COMMAND_LINE or place == source == chosen_in
+        if is_meant and name not in read and kind not in names.LOSSES:
+            raise UserError(
+                f"loss.{key} has no effect: the function of loss.kind={kind} has no parameter "
+                f"{name}; remove the key, or add the parameter"
+            )
 
 
 def _with_present_names(raw: dict[str, Any]) -> dict[str, Any]:

@@ -241,6 +241,8 @@ class SpikingNetwork(nn.Module):
 
         Training drops the fraction ``drop_rate`` of them.
         """
+        if inputs is None and not hasattr(self, "num_features"):
+            raise UserError(f"{type(self).__name__}: call set_stages() before set_head()")
         self.head_hidden_size = inputs or self.num_features
         self.head_drop = dropout.Dropout(drop_rate, self.head_hidden_size)
         self.fc = new_classifier(self.head_hidden_size, self.num_classes)

@@ -7,6 +7,7 @@ class both mostly have the same label. One sample alone never shows this.
 
 import copy
 import logging
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,6 +76,7 @@ def refuse_mixing(name: str, model: SpikingNetwork, shape: Sequence[int]) -> Non
     most, double = model.timesteps, torch.float64
     # Two timesteps and 64 pixels suffice, if the network takes others than its own.
     ways = (2, 64, double), (most, 64, double), (most, None, double), (most, None, own)
+    net = model
     for timesteps, side, dtype in ways:
         try:
             net = copy.deepcopy(model)
@@ -88,7 +90,13 @@ def refuse_mixing(name: str, model: SpikingNetwork, shape: Sequence[int]) -> Non
         except Exception as error:  # any error of foreign code
             failure = error
     else:
-        if isinstance(failure, UserError):
+        layers = {id(module): path for path, module in net.named_modules()}
+        frames = (frame for frame, _ in traceback.walk_tb(failure.__traceback__))
+        owners = (id(frame.f_locals.get("self")) for frame in frames)
+        if within := [layers[owner] for owner in owners if owner in layers]:
+            failure.add_note(f"in {within[-1] or 'forward'} of {name}")
+        # With a GPU, the network may be for that alone.
+        if isinstance(failure, UserError) or (within and not torch.cuda.is_available()):
             raise failure
         logger.warning("%s cannot be checked for samples that it mixes: %s", name, failure)
         return

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from tetdist.errors import UserError
@@ -214,10 +214,12 @@ def class_of(kind: str) -> type[NeuronConfig]:
             f"model.neuron.kind: {cls.__name__} is not a dataclass itself; put "
             "@dataclass(frozen=True, kw_only=True) above it"
         )
-    if bare := [one.name for one in fields(cls) if "doc" not in one.metadata]:
+    if (bare := next((one for one in fields(cls) if "doc" not in one.metadata), None)) is not None:
+        kind = bare.type.__name__ if isinstance(bare.type, type) else bare.type
+        default = "DEFAULT" if bare.default is MISSING else repr(bare.default)
         raise UserError(
-            f"model.neuron.kind: {bare[0]} of {cls.__name__} has no description; declare it, with "
-            f'its type, as {bare[0]} = neurons.option(DEFAULT, "Description.")'
+            f"model.neuron.kind: {bare.name} of {cls.__name__} has no description; declare it as "
+            f'{bare.name}: {kind} = neurons.option({default}, "Description.")'
         )
     return cls
 

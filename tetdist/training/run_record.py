@@ -10,6 +10,7 @@ from tetdist.config.flags import import_flags
 from tetdist.config.identity import flatten
 from tetdist.distributed.signals import StopRequest
 from tetdist.errors import Stopped, typed
+from tetdist.plugins import without_losses
 from tetdist.storage import checkpoint
 from tetdist.storage.files import checkpoint_at
 from tetdist.tracking import environment
@@ -139,7 +140,7 @@ class RunRecord:
             for phase in self.run.phases
         ]
         losses, folder = config.losses(), config.run_dir.resolve()
-        copies = [folder / "imports" / Path(file).name for file in config.imports]
+        copies = [folder / "imports" / Path(file).name for file in without_losses(config.imports)]
         lines = [
             f"**{config.model.name}** on {config.data.root} ({data}; "
             f"evaluated on the {len(self.run.val):,} of {self._evaluated_on})",

@@ -13,6 +13,7 @@ from tetdist.apps.reports.step_profile import StepProfile
 from tetdist.config.flags import import_flags
 from tetdist.errors import typed
 from tetdist.nn.neurons import kind_of
+from tetdist.plugins import without_losses
 from tetdist.tracking.mlflow_logger import ui_command
 from tetdist.training.evaluating import AVERAGE, Evaluated
 from tetdist.training.observers import Observer, Watched
@@ -59,7 +60,8 @@ class Summary(Observer):
             )
         if result and self.config.data.held_out:
             lines[0] += f" ({counted(self.samples, 'held-out sample')})"
-        copies = [folder / "imports" / Path(file).name for file in self.config.imports]
+        needed = without_losses(self.config.imports)
+        copies = [folder / "imports" / Path(file).name for file in needed]
         lines.append(f"  evaluate  {typed('eval', folder, *import_flags(copies))}")
         if self.config.tracking_uri and self.tracker.is_complete:
             lines.append(f"  look      {ui_command(self.config.tracking_uri, folder)}")
@@ -88,10 +90,10 @@ def _log_start(watched: Watched) -> None:
     )
     if changed := config.model.changed_by_kind:
         logger.info(
-            "model.neuron.kind=%s also changes these values of %s's own neuron: %s",
+            "model.neuron.kind=%s has other defaults than %s's own neuron: %s",
             kind_of(config.model.neuron),
             config.model.name,
-            ", ".join(f"{key}={new} ({old})" for key, (old, new) in changed.items()),
+            ", ".join(f"{key}={new}, not {old}" for key, (old, new) in changed.items()),
         )
     for number in range(len(config.phases)):
         optimizer = config.optimizer_of(number)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.config.yaml_files import read_yaml
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.storage.files import checkpoint_at, is_held
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import from_end
@@ -93,6 +93,9 @@ def find_runs(names: Sequence[str]) -> list[Path]:
             close = difflib.get_close_matches(Path(name).name, known, n=1)
             give = "give a run folder (with config.yaml), a folder of runs, or a name in runs/"
             hint = f"did you mean {known[close[0]]}?" if close else give
+            if any(Path(place, "checkpoints").is_dir() for place in (name, f"runs/{name}")):
+                hint = f"a loop of your own wrote it; `{typed('eval', name)}` evaluates it"
+                raise UserError(f"{name} has checkpoints, but no config.yaml and metrics; {hint}")
             raise UserError(f"there is no run {name}; {hint}")
         found += runs
     return found

@@ -141,7 +141,7 @@ class ModelSection(Section):
     def changed_by_kind(self) -> dict[str, tuple[str, str]]:
         """Keys whose values come from the neuron's kind, if it differs from the network's own.
 
-        Each has two values: the network's own ("none" without such a key), and the present one.
+        Each has two values: the network's own, and the present one.
         """
         own, default = network_neuron({"name": self.name}), type(self.neuron)()
         if type(own) is type(default):
@@ -150,7 +150,7 @@ class ModelSection(Section):
             {key: json.dumps(value).strip('"') for key, value in dataclasses.asdict(one).items()}
             for one in (own, self.neuron, default)
         )
-        return {k: (was.get(k, "none"), v) for k, v in now.items() if was.get(k) != v == of_kind[k]}
+        return {k: (was[k], v) for k, v in now.items() if was.get(k, v) != v == of_kind[k]}
 
     def build(
         self, *, num_classes: int, timesteps: int, input_kind: Kind = "images"
