@@ -149,6 +149,8 @@ def test_several_runs_are_a_table_and_json(tmp_path, monkeypatch, capsys):
     assert find_runs(["runs"]) == [Path("runs", name) for name in ("one", "study/wild", "two")]
     assert command.main(["three"]) == 2
     assert "there is no run three; give a run folder" in capsys.readouterr().err
+    assert command.main(["study/logs"]) == 2
+    assert "no run has begun in study/logs; give" in capsys.readouterr().err
     for mistaken, meant in (("tow", "two"), ("runs/tow", "two"), ("wild", "study/wild")):
         assert command.main([mistaken]) == 2
         hint = f"there is no run {mistaken}; did you mean runs/{meant}?"

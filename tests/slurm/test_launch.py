@@ -260,8 +260,8 @@ def test_plan_without_the_data(tiny_config, capfd):
     # The data that are there are counted, unless another number is given.
     assert " in the split)" in planned()
     assert "(48 as given" in planned("--images", "48")
-    refusal = "\nThe submission would be refused: --after: there is no run nothing; "
-    assert refusal in planned("--after", "nothing")
+    after = ["--config", file, "--gpus-per-node", "1", "--dry-run", "--after", "nothing"]
+    refused(capfd, after, "there is no run nothing")
     root = ["--config", file, "--dry-run", "data.root=/nowhere"]
     refused(capfd, root, "there is no folder /nowhere", "--images N")
     recordings = ["--config", "nmnist.yaml", "--dry-run", "--images", "9"]

@@ -88,7 +88,9 @@ def test_what_is_no_benchmark(tmp_path):
         file.write_text(text)
         with pytest.raises(UserError, match=r"--benchmark: .*bench\.json does not give images_per"):
             of(benchmark=str(file))
-    with pytest.raises(UserError, match="is not a run with metrics and a checkpoint"):
+    (tmp_path / "sdt-seed0").mkdir()
+    (tmp_path / "sdt-seed0/metrics.jsonl").touch()
+    with pytest.raises(UserError, match=r"metrics and a checkpoint; give .*/sdt-seed0, or a"):
         of(benchmark=str(tmp_path))
 
 

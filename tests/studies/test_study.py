@@ -53,9 +53,11 @@ def test_a_study_is_trained_continued_and_reported(output_of, write, main, tmp_p
         assert main(tmp_path / "tiny.yaml", *begun, *more).status == 0
     (output / "tet-seed1").touch()
     printed = output_of("study", file, "--output", output, "--jobs", 2, status=1)
-    failure = r"failed: tet-seed1: exit status 2: error: cannot write to .*tet-seed1\.log\)\n"
+    failure = r"\] tet-seed1: exit status 2: error: cannot write to .*tet-seed1\.log\); "
     assert re.search(failure, printed), printed
+    assert printed.endswith(f"failed: tet-seed1; the logs are in {output / 'logs'}\n")
     assert f"1 of 4 runs are already done; logs are in {output / 'logs'}, and `" in printed
+    assert re.search(r"\[2/4\] .*; .* so far, about .* left\n", printed), printed
     assert re.search(r"\[\d/4\] sdt-seed1: top-1 \d+\.\d\d %", printed), printed
     log = (output / "logs" / "sdt-seed1.log").read_text()
     assert re.findall(r"continuing \S+ from step (\d+)", log) == ["3"]
@@ -63,7 +65,7 @@ def test_a_study_is_trained_continued_and_reported(output_of, write, main, tmp_p
     assert re.search(r"^ +T +n +top-1, % +minus .*\n  sdt +2 +2 ", printed, re.MULTILINE), printed
     assert f"the report is {output / 'report.md'}" in printed
     report = (output / "report.md").read_text()
-    assert "**Incomplete**: 1 of 4 runs is missing (tet-seed1)" in report
+    assert "**Incomplete**: 1 of 4 runs is missing (tet-seed1 failed)" in report
     before = {path: path.read_bytes() for path in output.glob("*/metrics.jsonl")}
     assert len(before) == 3
 
@@ -84,7 +86,7 @@ def test_a_study_is_trained_continued_and_reported(output_of, write, main, tmp_p
     metrics = output / "tet-seed1" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
     printed = output_of("study", file, "--output", output, status=1)
-    lacks = f"failed: tet-seed1: {metrics} lacks evaluations; remove {metrics.parent} to retrain"
+    lacks = f"] tet-seed1: {metrics} lacks evaluations; remove {metrics.parent} to retrain"
     assert lacks in printed
 
 
@@ -207,7 +209,7 @@ def test_the_search_of_the_page_prunes_and_continues(tiny_config, tmp_path, monk
         study = runpy.run_path("search.py", run_name="__main__")["study"]
         assert [trial.number for trial in study.trials] == list(range(number))
     for trial in study.trials:
-        run = tmp_path / "runs" / f"trial-{trial.number}"
+        run = tmp_path / "runs/search" / f"trial-{trial.number}"
         lines = tiny.metrics(run, "val")
         assert {line["data_split"] for line in lines} == {"train-held-out-0.1-seed-0"}
         assert trial.value == lines[-1]["top1"]
@@ -291,8 +293,8 @@ def test_mlflow_has_the_runs_that_the_study_prints(output_of, write, tmp_path):
     overrides = {"tracking.mlflow": True, "tracking.uri": f"sqlite:///{database}"}
     file = write({"seeds": [0], "overrides": overrides, "entries.tet": ...})
     printed = output_of("study", file, "--output", output)
-    run_id = (output / "sdt-seed0" / "mlflow_run_id").read_text().split()[0]
-    shown = rf"curves in MLflow: .* sqlite:///{database}\n +then open http\S*/runs/{run_id}/"
+    experiment = (output / "sdt-seed0" / "mlflow_run_id").read_text().split()[1]
+    shown = rf"MLflow: .* sqlite:///{database}\n +then open http\S*/{experiment}/runs\?compareRuns"
     assert re.search(shown, printed)
     with sqlite3.connect(database) as store:
         found = store.execute("select name, status from runs").fetchall()
@@ -324,6 +326,7 @@ def test_dry_run_shows_each_job_after_those_it_needs(output_of, write, tmp_path,
         "sdt-seed0: time unknown",
         "both-seed0: time unknown, starts after sdt-seed0, tet-seed0",
     } < set(jobs.splitlines())
+    assert f"cd {tmp_path / 'new' / 'slurm' / 'submission-N' / 'code'}\n" in after
     assert "#SBATCH --dependency=afterok:JOB_OF_sdt-seed0:JOB_OF_tet-seed0\n" in after
     assert after.count("# --- batch script") == 1
     # Otherwise it would wait for ever if one of them fails.
@@ -388,6 +391,7 @@ OWN_TEACHER = {"teacher": "sdt", "overrides": TIMM}
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"config": "studies/ema_cifar10.yaml"}, ("ema_cifar10.yaml is a study; run it with `",)),
         ({"phases": [], "model": {}}, ("study.yaml is a configuration, not a study; train it",)),
         ({"sedes": [0]}, ("unknown key 'sedes'", "'seeds'")),
         ({"title": ...}, ("'title' is missing",)),
@@ -440,6 +444,9 @@ def test_mistakes_in_a_study_are_named(output_of, write, tmp_path, changes, word
         (("--report-only",), ("none of 4 runs is finished",)),
         (("--dry-run", "--slurm"), ("must follow --slurm",)),
         (("seed",), ("'seed' is not of the form key=value",)),
+        (("--time", "3", "--slurm"), ("--time 3; write flags of launch/slurm.py after --slurm",)),
+        (("data.root=nowhere", "--dry-run"), ("4 of 4 runs to train\n", "error: ", "nowhere")),
+        (("loss.kind=sdt", "--report-only"), ("warning: entries.tet trains the same as sdt",)),
         (("--slurm",), ("there is no Slurm here", "leave out --slurm", "--dry-run")),
         (("--slurm", "--dry-run"), ("without --gpus-per-node, the plan", "among 8 processes")),
         (("--slurm", "--jobs", "2"), ("write --jobs, a flag of the study, before --slurm",)),
@@ -473,5 +480,5 @@ def test_a_folder_of_another_study_is_left_alone(output_of, write, tmp_path):
     (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
     printed = output_of("study", write(), "--output", tmp_path / "out", status=2)
     assert "sdt-seed0 holds a run of another configuration: loss.phi is 1.0 and was 2.0" in printed
-    assert "Repeat its key=value, give another --output, or remove the folders of all" in printed
+    assert "Set it back in the study's file or by key=value, give another --output" in printed
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]

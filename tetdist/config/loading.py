@@ -84,6 +84,8 @@ def load_with_origins(
     """
     path = find(name)
     raw, origins = read_layers(path, find)
+    if {"entries", "seeds"} <= raw.keys():
+        raise UserError(f"{path} is a study; run it with `{typed('study', path)}`")
     if "name" not in raw:
         raw["name"], origins["name"] = path.stem, str(path)
     refuse_repeated(overrides)

@@ -293,15 +293,16 @@ def is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
-def ui_command(tracking_uri: str, run_dir: Path) -> str:
+def ui_command(tracking_uri: str, run_dir: Path, *, of_all: bool = False) -> str:
     """Return the address of a run's curves on a server, or the command that shows a local store,
-    and that address on a line of its own. Without the workflow, MLflow opens its pages of GenAI."""
+    and that address on a line of its own; or that of the charts of all runs of its experiment.
+    Without the workflow, MLflow opens its pages of GenAI."""
     id_file, shown, page = run_dir / "mlflow_run_id", without_passwords(tracking_uri), ""
     if id_file.exists():
         # The page takes any experiment's id, which files of earlier versions lack.
         run_id, experiment_id = [*id_file.read_text().split(), "0"][:2]
-        page = f"/#/experiments/{experiment_id}/runs/{run_id}/model-metrics"
-        page += "?workflowType=machine_learning"
+        view = "?compareRunsMode=CHART&" if of_all else f"/{run_id}/model-metrics?"
+        page = f"/#/experiments/{experiment_id}/runs{view}workflowType=machine_learning"
     if is_server(tracking_uri):
         return f"{shown.rstrip('/')}{page}"
     # Without an activated environment, `mlflow` alone would not be found.

@@ -20,8 +20,19 @@ if TYPE_CHECKING:
     from tetdist.apps.studies.plan import StudyRun
 
 
+class StudyParser(KeyParser):
+    """The parser of study, which names the place of flags that belong to slurm."""
+
+    def meant(self, flag: str) -> str:
+        from tetdist.apps.slurm import command
+
+        if flag in command.submit_parser().format_usage().replace("[", " ").split():
+            return f"write flags of {program('slurm')} after --slurm"
+        return super().meant(flag)
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = KeyParser(
+    parser = StudyParser(
         prog=program("study"),
         description="Run a study and write its report. The same command continues a stopped one.",
         epilog="Exit status: 0 all done, 1 runs failed, 2 a user error, 130 stopped.",
@@ -97,6 +108,11 @@ def study(options: argparse.Namespace) -> int:
         runs = plan.runs_of(section, output, options.overrides, options.imports, check)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
+    firsts: dict[str, str] = {}
+    for run in runs[: len(section.entries)]:  # those of the first seed
+        trained = f"{run.config.model_copy(update={'name': ''})!r} {run.section.average}"
+        if (other := firsts.setdefault(trained, run.entry)) != run.entry:
+            print(f"warning: entries.{run.entry} trains the same as {other}", file=sys.stderr)
     chosen = choose(runs, options.only)
     # Imported after these checks, because torch takes seconds.
     from tetdist.apps.studies import numbers, report, slurm
@@ -109,6 +125,7 @@ def study(options: argparse.Namespace) -> int:
         left = [run for run in chosen if not plan.is_trained(run)]
         lines = [f"{run.name}: {run.length}" for run in left]
         print(*lines, f"{len(left)} of {counted(len(chosen), 'run')} to train", sep="\n")
+        plan.check_inputs(left)
         return 0
     if options.slurm is not None:
         return slurm.submit(chosen, output, options.slurm)
@@ -120,15 +137,15 @@ def study(options: argparse.Namespace) -> int:
         refuse_if_at_work(left)
         failed = work(chosen, options.jobs)
     words = (str(file), *options.overrides, *import_flags(options.imports))
-    found = numbers.gather(runs[0].study, runs, str(plan.Command("study", words)))
+    found = numbers.gather(runs[0].study, runs, str(plan.Command("study", words)), failed)
     report.write(found, output / "report.md")
     print(report.summary(found), f"the report is {output / 'report.md'}", sep="\n")
-    trained = (run for run in chosen if run.name not in failed)
-    for uri, folder in {run.config.tracking_uri: run.folder for run in trained}.items():
+    tracked = [run for run in runs if (run.folder / "mlflow_run_id").exists()]
+    for uri, folder in {run.config.tracking_uri: run.folder for run in tracked}.items():
         if uri:
-            print(f"curves in MLflow: {ui_command(uri, folder)}")
-    for name, reason in failed.items():
-        print(f"failed: {name}: {reason}", file=sys.stderr)
+            print(f"curves in MLflow: {ui_command(uri, folder, of_all=True)}")
+    if failed:
+        print(f"failed: {', '.join(failed)}; the logs are in {output / 'logs'}", file=sys.stderr)
     return 1 if failed else 0
 
 

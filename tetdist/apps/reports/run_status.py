@@ -96,7 +96,9 @@ def find_runs(names: Sequence[str]) -> list[Path]:
             if any(Path(place, "checkpoints").is_dir() for place in (name, f"runs/{name}")):
                 hint = f"a loop of your own wrote it; `{typed('eval', name)}` evaluates it"
                 raise UserError(f"{name} has checkpoints, but no config.yaml and metrics; {hint}")
-            raise UserError(f"there is no run {name}; {hint}")
+            is_empty = Path(name).is_dir() or Path("runs", name).is_dir()
+            what = "no run has begun in" if is_empty else "there is no run"
+            raise UserError(f"{what} {name}; {hint}")
         found += runs
     return found
 

@@ -34,9 +34,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     command = first if first in RUN_COMMANDS else "submit"
     # A key such as resume=must is near to a command, too.
     if command == "submit" and "=" not in first and (near := meant(first, RUN_COMMANDS, "")):
-        _submit_parser().error(f"there is no command {first}; {near}")
+        submit_parser().error(f"there is no command {first}; {near}")
     rest = arguments[1:] if first == command else arguments
-    parser = _submit_parser() if command == "submit" else _run_parser(command)
+    parser = submit_parser() if command == "submit" else _run_parser(command)
     options = parser.parse_intermixed_args(rest)
     options.command = command
     if isinstance(parser, KeyParser):
@@ -47,7 +47,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _submit_parser() -> KeyParser:
+def submit_parser() -> KeyParser:
     parser = KeyParser(
         prog=PROGRAM,
         description="Submit a run to a Slurm cluster once; it requeues itself until finished.",
@@ -218,14 +218,11 @@ def _submit(options: argparse.Namespace) -> None:
     from tetdist.apps.slurm import plan, status, submit
 
     if options.dry_run:
-        print(submit.dry_run(run, found, options.after, with_config=options.print_config))
-        for name in options.after:
-            try:
-                status.find(name)
-            except UserError as error:  # perhaps a run that will be submitted before this one
-                print(f"\nThe submission would be refused: --after: {error}")
-        return
+        print(submit.dry_run(run, found, options), flush=True)
+    # A plan comes before this refusal: such a run is perhaps to be submitted first.
     after = [needed for name in options.after for needed in status.find(name)]
+    if options.dry_run:
+        return
     submit.refuse_if_finished(run)
     submitted = submit.submit(run, after=after)
     print(plan.describe(run.plan, found))

@@ -115,7 +115,10 @@ def describe(plan: Plan, speed: Speed | str) -> str:
     kept = config.save.keep_last + (1 if config.ema.decay is None else 2)
     phases = config.phases[config.start_phase :]
     timesteps = " then ".join(phase.timesteps_as_text for phase in phases)
-    epochs = " + ".join(str(phase.epochs) for phase in phases)
+    epochs = " + ".join(counted(phase.epochs, "epoch") for phase in phases)
+    limit = duration(cluster.minutes * 60)
+    stretch = cluster.minutes * 60 - cluster.warn_before_end - RESTART_MINUTES * 60
+    short = f"; warning: a start may take {RESTART_MINUTES:g} minutes, so give a longer --time"
     devices = counted(cluster.gpus_per_node, "GPU") if cluster.gpus_per_node else "no GPU"
     lines = [
         f"processes    {cluster.processes}: {counted(cluster.nodes, 'node')} x "
@@ -126,13 +129,14 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"{plan.micro_batches // cluster.processes} a process; "
         f"possible numbers of processes: {order.process_counts(plan.micro_batches)}",
         f"steps        {plan.steps_per_epoch:,} an epoch, {plan.steps:,} in total "
-        f"({'max_steps, of ' if plan.last_step == config.max_steps else ''}{epochs} epochs)",
+        f"({'max_steps, of ' if plan.last_step == config.max_steps else ''}{epochs})",
         f"samples      {plan.images:,} to train on ({plan.train_images:,} {plan.origin}), "
         f"{counted(plan.evaluations, 'evaluation')} of {plan.val_images:,}; T = {timesteps}",
         f"model        {plan.parameters / 1e6:.2f} million parameters",
         f"checkpoints  {_size(plan.checkpoint_bytes)} each, {kept} kept: "
         f"{_size(kept * plan.checkpoint_bytes)}",
-        f"time limit   {cluster.time}; saves and requeues {cluster.warn_before_end} s before it",
+        f"time limit   {limit}; saves and requeues {cluster.warn_before_end} s before it"
+        f"{short if stretch <= 0 else ''}",
     ]
     if isinstance(speed, str):
         return "\n".join([*lines, f"duration     unknown: {speed}"])
@@ -146,14 +150,14 @@ def describe(plan: Plan, speed: Speed | str) -> str:
     part = 1 - seconds_of(replace(plan, evaluations=0), speed) / seconds
     every = config.save.every_steps
     saves = 1 + (plan.steps_per_epoch // every if every else 0)
-    gpu_hours = seconds / 3600 * cluster.nodes * (cluster.gpus_per_node or 0)
-    stretch = cluster.minutes * 60 - cluster.warn_before_end - RESTART_MINUTES * 60
+    unit = "GPU" if cluster.gpus_per_node else "node"
+    hours = seconds / 3600 * cluster.nodes * (cluster.gpus_per_node or 1)
     starts = counted(math.ceil(seconds / stretch), "start") if stretch > 0 else "too many starts"
     lines += [
         f"duration     {duration(seconds)}, "
-        f"{duration(seconds * plan.steps_per_epoch / plan.steps)} an epoch, GPU-hours "
-        f"{gpu_hours:,.{0 if gpu_hours >= 10 else 2}f}, "
-        f"{starts} of the job ({cluster.time} each, {RESTART_MINUTES:g} minutes a restart)",
+        f"{duration(seconds * plan.steps_per_epoch / plan.steps)} an epoch, {unit}-hours "
+        f"{hours:,.{0 if hours >= 10 else 2}f}, "
+        f"{starts} of the job ({limit} each, {RESTART_MINUTES:g} minutes a restart)",
         f"             from {speed.images_per_s:.4g} samples/s a process at T={speed.timesteps:g} "
         f"({speed.source}), without the time to average gradients unless it was measured",
         f"an epoch     {100 * part:.1f} % for evaluation, assumed {EVALUATION:g} times as fast as "
@@ -171,7 +175,7 @@ def _cpus(threads: int, given: int | None) -> str:
         return f"{found}, of which data.threads={threads} load samples"
     return (
         f"warning: {found}, but {threads} threads load samples (data.threads); give "
-        f"cluster.cpus_per_task={threads}"
+        f"--cpus-per-task {threads}"
     )
 
 
@@ -185,7 +189,7 @@ def _loading(plan: Plan, rate: float) -> str:
     # The line "CPUs" warns of fewer CPUs than threads.
     if (threads := math.ceil(rate * milliseconds / 1000)) > plan.config.data.threads:
         warning, advice = "warning: ", f"; give data.threads={threads}"
-        advice += f" and cluster.cpus_per_task={threads}" if threads > given else ""
+        advice += f" and --cpus-per-task {threads}" if threads > given else ""
     return (
         f"loading      {warning}{images * milliseconds / 1000:.1f} cores a node, of "
         f"{processes * given}, for {images:,.0f} images/s at {milliseconds:.3g} ms each (ImageNet "

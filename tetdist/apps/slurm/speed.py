@@ -128,9 +128,10 @@ def _of_run(folder: Path) -> dict[str, Any]:
         processes = parse_json(read_text(state))["world_size"]
         gpus = parse_json(read_text(folder / "environment.json"))["gpus"]
     except (OSError, KeyError) as error:
+        of_study = [one.parent for one in sorted(folder.glob("*/metrics.jsonl"))]
         raise UserError(
-            f"--benchmark: {folder} is not a run with metrics and a checkpoint ({error}); give "
-            "another run, or a file of tools/bench.py"
+            f"--benchmark: {folder} is not a run with metrics and a checkpoint; give "
+            f"{[*of_study, 'another run'][0]}, or a file of `{typed('bench')}`"
         ) from error
     config = loading.load_written(folder / "config.yaml")
     images = config.data.kind == "images"

@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 import shutil
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,17 +291,15 @@ def summary(submission: Submission, config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def dry_run(
-    run: Prepared, speed: Speed | str, after: Sequence[str] = (), *, with_config: bool = False
-) -> str:
+def dry_run(run: Prepared, speed: Speed | str, options: Namespace, code: Path | None = None) -> str:
     """Return plan, batch script and, if wanted, configuration as text; nothing is written."""
     folder = history.slurm_folder(run.config.run_dir.absolute()) / "submission-N"
     # Placeholders: the jobs need not exist yet.
-    depends_on = [f"JOB_OF_{Path(name).name}" for name in after]
-    values = batch.parameters(run.config.name, run.cluster, folder / "code", depends_on)
+    depends_on = [f"JOB_OF_{Path(name).name}" for name in options.after]
+    values = batch.parameters(run.config.name, run.cluster, code or folder / "code", depends_on)
     config = absolute(run.config).as_dict() | {"cluster": run.cluster.model_dump(mode="json")}
     parts = ["# --- plan", plan.describe(run.plan, speed)]
     parts += ["\n# --- batch script", batch.text(values, folder)]
-    if with_config:
+    if options.print_config:
         parts += ["# --- configuration", yaml.safe_dump(config, sort_keys=False)]
     return "\n".join(parts)

@@ -19,6 +19,7 @@ from tetdist.distributed.starters import as_starter
 from tetdist.distributed.world import ALONE
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import is_held
+from tetdist.wording import duration
 
 POLL_EVERY = 0.2  # seconds between two polls of the processes
 _IN_USE = "another process is using {}; wait for it or stop it, and run the same command again"
@@ -35,7 +36,8 @@ def work(runs: list[StudyRun], jobs: int) -> dict[str, str]:
     waiting = [run for run in runs if run.next_command() is not None]
     running: dict[StudyRun, Child] = {}
     failed: dict[str, str] = {}
-    done = len(runs) - len(waiting)
+    done = before = len(runs) - len(waiting)
+    began = time.monotonic()
     logs = runs[0].log.parent
     _print(
         f"{done} of {len(runs)} runs are already done; logs are in {logs}, and "
@@ -45,7 +47,10 @@ def work(runs: list[StudyRun], jobs: int) -> dict[str, str]:
     def end(run: StudyRun, text: str) -> None:
         nonlocal done
         done += 1
-        _print(f"[{done}/{len(runs)}] {run.name}: {text}")
+        half, spent = len(running) / 2, time.monotonic() - began  # of the work in progress
+        seconds = spent / (done - before + half) * (len(runs) - done - half)
+        left = f", about {duration(seconds)} left" if done < len(runs) else ""
+        _print(f"[{done}/{len(runs)}] {run.name}: {text}; {duration(spent)} so far{left}")
 
     def fail(run: StudyRun, reason: str) -> None:
         failed[run.name] = reason

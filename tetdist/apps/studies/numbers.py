@@ -1,7 +1,7 @@
 """Results of a study: means, standard deviations and paired differences over seeds."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from operator import attrgetter
@@ -183,7 +183,7 @@ class Numbers:
     """All results of a study, by entry and seed.
 
     Attributes:
-        missing: Names of the runs without a result.
+        missing: Names of the runs without a result; ``NAME failed``, if it failed just now.
         configurations: Keys of the configuration that differ, as text, by entry.
         environments: Distinct machines and versions.
         command: Command of the study.
@@ -306,13 +306,15 @@ def detectable(difference: Difference) -> float:
     return error * float(optimize.brentq(lacking, 0.1, 100.0))
 
 
-def gather(study: StudySection, runs: list[StudyRun], command: str) -> Numbers:
-    """Gather the results of all finished runs."""
+def gather(
+    study: StudySection, runs: list[StudyRun], command: str, failed: Collection[str] = ()
+) -> Numbers:
+    """Gather the results of all finished runs; ``failed`` has the names of those that failed."""
     results: dict[str, dict[int, Result]] = {name: {} for name in study.entries}
     missing, environments = list[str](), list[dict[str, Any]]()
     for run in runs:
         if (result := result_of(run)) is None:
-            missing.append(run.name)
+            missing.append(f"{run.name} failed" if run.name in failed else run.name)
             continue
         results[run.entry][run.seed] = result
         if (one := environment(run)) not in environments:

@@ -1,6 +1,5 @@
 """Runs of a study on a Slurm cluster: submitted at once, each to start after those it needs."""
 
-import contextlib
 import math
 import shutil
 from pathlib import Path
@@ -20,7 +19,7 @@ from tetdist.wording import counted, duration
 def submit(runs: list[StudyRun], output: Path, flags: list[str]) -> int:
     """Submit the runs that are neither finished nor queued, each after those that it needs."""
     if "--dry-run" in flags:
-        return dry_run(runs, flags)
+        return dry_run(runs, output, flags)
     queued, stale = queued_runs(runs), list[str]()
     left: dict[StudyRun, tuple[RunConfig, ClusterSection]] = {}
     for run in runs:
@@ -47,12 +46,10 @@ def submit(runs: list[StudyRun], output: Path, flags: list[str]) -> int:
     return 0
 
 
-def dry_run(runs: list[StudyRun], flags: list[str]) -> int:
-    """Print the time of all unfinished runs, and plan and batch script of the last one.
-
-    This needs no Slurm.
-    """
+def dry_run(runs: list[StudyRun], output: Path, flags: list[str]) -> int:
+    """Print the time of all unfinished runs, and the last one's plan and script, without Slurm."""
     seconds, shown = list[float](), ""
+    code = history.slurm_folder(output.absolute()) / "submission-N" / "code"
     for run in runs:
         if is_trained(run):
             print(f"{run.name}: finished")
@@ -63,8 +60,7 @@ def dry_run(runs: list[StudyRun], flags: list[str]) -> int:
         prepared, speed = command.planned(options)
         seconds.append(math.nan if isinstance(speed, str) else seconds_of(prepared.plan, speed))
         print(f"{run.name}: {_time(seconds[-1])}{_starts_after(after)}", flush=True)
-        with_config = options.print_config
-        shown = submission.dry_run(prepared, speed, options.after, with_config=with_config)
+        shown = submission.dry_run(prepared, speed, options, code)
     about = f". The last one's plan and script:\n{shown}" if shown else ""
     print(f"{counted(len(seconds), 'run')} to submit: {_time(sum(seconds))}{about}")
     return 0
@@ -108,9 +104,10 @@ def send_all(left: dict[StudyRun, tuple[RunConfig, ClusterSection]], output: Pat
     """Submit the runs, each after those that it needs, all with one copy of the code.
 
     Raises:
-        UserError: A run is refused; the runs before it are submitted. Without any, the code goes.
+        UserError: A run is refused; the runs before it are submitted. Without any, nothing stays.
     """
-    folder, done = history.next_submission(output), 0
+    is_new, done = not output.exists(), 0
+    folder = history.next_submission(output)
     code = submission.copy_code(folder / "code")
     try:
         for run, (config, cluster) in left.items():
@@ -122,10 +119,7 @@ def send_all(left: dict[StudyRun, tuple[RunConfig, ClusterSection]], output: Pat
             print(f"{run.name}: submitted as job {submitted.job}{_starts_after(after)}", flush=True)
     except UserError as error:
         if not done:
-            shutil.rmtree(folder)
-            with contextlib.suppress(OSError):  # They hold more.
-                folder.parent.rmdir()
-                output.rmdir()
+            shutil.rmtree(output if is_new else folder)
         rest = f"; {done} of {counted(len(left), 'run')} {'was' if done == 1 else 'were'} submitted"
         rest += "; the same command submits the others"
         raise UserError(f"{run.name}: {error}{rest if done else ''}") from error
