@@ -149,7 +149,7 @@ def parse(
         UserError: It is not valid, or contradicts itself.
     """
     raw = _with_present_names(raw)
-    raw = without_retired(raw, source, is_trained=is_trained)
+    raw = without_retired(raw, source, origins or {}, is_trained=is_trained)
     # Mistakes that need no network are said first: importing the networks takes seconds.
     draft = checked(RunConfig, raw, source, overrides, origins, keys_alone=True)
     check_early(draft, is_trained=is_trained)

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tetdist.errors import UserError
@@ -31,11 +31,14 @@ RETIRED: dict[str, Any] = {
 RETIRED_VALUES = {"phases.N.schedule": (("polynomial", "step"), "cosine")}
 
 
-def without_retired(raw: dict[str, Any], source: str, *, is_trained: bool) -> dict[str, Any]:
+def without_retired(
+    raw: dict[str, Any], source: str, origins: Mapping[str, str], *, is_trained: bool
+) -> dict[str, Any]:
     """Return a configuration without keys that are gone.
 
     Args:
         source: File of the configuration, as errors name it.
+        origins: Places of the values, by dotted key, if not all are from ``source``.
         is_trained: The network is only used, not trained; any value of a key that is gone is then
             dropped, because these keys concern training alone.
 
@@ -48,7 +51,7 @@ def without_retired(raw: dict[str, Any], source: str, *, is_trained: bool) -> di
             parent[name] = default
         elif re.sub(r"\.\d+\.", ".N.", place) in RETIRED:  # other keys are checked with all
             what = f"{place}={parent[name]!r} is gone; remove it, or use the version that has it"
-            raise UserError(f"{source}: {what}")
+            raise UserError(f"{origins.get(place, source)}: {what}")
     for key in RETIRED:
         for _, parent, name in _found(raw, key.split(".")):
             del parent[name]

@@ -100,7 +100,7 @@ class RunFolder:
                 f"{file} is damaged, so the run in this folder cannot be identified; restore the "
                 "file, remove it if you know that the run is the same, or set another name=..."
             ) from error
-        earlier, doubt = without_retired(earlier, str(file), is_trained=False), ""
+        earlier, doubt = without_retired(earlier, str(file), {}, is_trained=False), ""
         of_files = plugins.changes(self.path / "imports", imported)
         try:
             # Keys added since then get defaults in the earlier run; its names need its files.
