@@ -67,7 +67,9 @@ ABOUT = {
         "the mean over t of the cross-entropy of the mean up to t."
     ),
 }
-TEXT = """![Accuracy by mean timesteps with early exit](losses.png)
+TEXT = """{found}
+
+![Accuracy by mean timesteps with early exit](losses.png)
 
 Lines are means over the seeds at each threshold of early exit; they begin with all samples decided
 at T=1 and end with all at T.
@@ -284,33 +286,51 @@ def draw(studies: dict[str, tuple[str, Numbers]]) -> Any:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def answer_of(rows: list[Compared], number: int, chosen: dict[str, Difference]) -> str:
-    """Name the data sets on which the running means are behind or ahead, by the corrected p."""
+def answer_of(rows: list[Compared], number: int, chosen: dict[str, Difference]) -> tuple[str, str]:
+    """Return the answer, and the data sets on which the running means are behind or ahead."""
 
-    def where(control: str, key: str, sign: int) -> str:
-        pairs = [row for row in rows if (row.entry, row.control) == (OWN, control)]
-        found = [
+    def significant(control: str, key: str, sign: int) -> list[str]:
+        return [
             f"{row.data} ({row.differences[key]})"
-            for row in pairs
-            if row.is_significant(key) and sign * row.differences[key].mean > 0
+            for row in rows
+            if (row.entry, row.control) == (OWN, control)
+            and row.is_significant(key)
+            and sign * row.differences[key].mean > 0
         ]
+
+    def missed(control: str, key: str) -> str:
+        pairs = [row for row in rows if (row.entry, row.control) == (OWN, control)]
         effects = [detectable(row.differences[key]) for row in pairs]
         unit = " points" if key.startswith("T") else ""
-        missed = f"minimum detectable effects: {min(effects):.2g} to {max(effects):.2g}{unit}"
-        return "; ".join(found) or f"none ({missed})"
+        return f"none (minimum detectable effects: {min(effects):.2g} to {max(effects):.2g}{unit})"
+
+    def on(control: str, key: str, sign: int) -> str:
+        return str(len(significant(control, key, sign)) or missed(control, key))
+
+    def where(control: str, key: str, sign: int) -> str:
+        return "; ".join(significant(control, key, sign)) or missed(control, key)
 
     data = dict.fromkeys(row.data for row in rows)
     worse = [f"{name} ({one}, p = {one.p:.2g})" for name, one in chosen.items() if one.high < 0]
-    return (
-        f"On {len(data)} data sets ({'; '.join(data)}), `{OWN}` is significantly behind SDT at T "
-        f"on {where('sdt', 'T', -1)}, behind TET at T=1 on {where('tet', 'T=1', -1)}, and ahead of "
-        f"SDT at T=1 on {where('sdt', 'T=1', 1)}. With early exit it takes significantly fewer "
-        f"timesteps than SDT, at equal accuracy, on {where('sdt', 'exit', -1)}. With thresholds "
-        "chosen on held-out samples it is behind SDT, uncorrected, on "
-        f"{'; '.join(worse) or 'none'}. Its loss at T is significantly higher than SDT's on "
-        f"{where('sdt', 'loss', 1)}, than TET's on {where('tet', 'loss', 1)}, and lower than TET's "
-        f"on {where('tet', 'loss', -1)}. "
-        f"Significance is after Holm's correction for {number} p values."
+    answer = (
+        f"Of {len(data)} data sets, `{OWN}` is significantly behind SDT at T on "
+        f"{on('sdt', 'T', -1)}, behind TET at T=1 on {on('tet', 'T=1', -1)}, and ahead of SDT at "
+        f"T=1 on {on('sdt', 'T=1', 1)}."
+    )
+    found = {
+        "behind SDT at T": where("sdt", "T", -1),
+        "behind TET at T=1": where("tet", "T=1", -1),
+        "ahead of SDT at T=1": where("sdt", "T=1", 1),
+        "fewer timesteps than SDT with early exit, at equal accuracy": where("sdt", "exit", -1),
+        "behind SDT with thresholds chosen on held-out samples (uncorrected)": "; ".join(worse),
+        "higher loss at T than SDT": where("sdt", "loss", 1),
+        "higher loss at T than TET": where("tet", "loss", 1),
+        "lower loss at T than TET": where("tet", "loss", -1),
+    }
+    listed = "\n".join(f"* {what}: {places or 'none'}" for what, places in found.items())
+    return answer, (
+        "Data sets and differences, significant after Holm's correction for "
+        f"{number} p values:\n\n{listed}"
     )
 
 
@@ -335,7 +355,9 @@ def page_of(found: dict[str, Any]) -> tuple[str, str, str, Any]:
         for values in found["studies"].values()
         for one in values["environments"]
     }
+    answer, listed = answer_of(rows, number, chosen)
     text = TEXT.format(
+        found=listed,
         differences=difference_table([*rows, *more]),
         accuracy=accuracy_table(
             {**studies, **beside},
@@ -350,7 +372,7 @@ def page_of(found: dict[str, Any]) -> tuple[str, str, str, Any]:
         machines="; ".join(sorted(machines)),
     )
     seeds = " to ".join(map(str, sorted({row.differences["T"].n for row in rows})))
-    return answer_of(rows, number, chosen), seeds, text, draw(studies)
+    return answer, seeds, text, draw(studies)
 
 
 def main() -> int:

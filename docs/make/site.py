@@ -38,8 +38,10 @@ ROOT_PAGES = {
     "SECURITY.md": "security.md",
 }
 RECIPES = "reference/recipes.md"
-# Pages that the search ranks low.
+# Pages that the search ranks low, or they hide the page that explains a term; and high: training.md
+# explains "resume" and "checkpoint".
 LOW = ("results/", "results.md", "performance.md", "exactness.md", RECIPES)
+HIGH = {"training.md": 10, "reference/configuration.md": 3, "contributing.md": 2}
 SOURCE = "source"  # the folder of the pages that show linked code
 # The text of a link may be an image.
 _LINK = re.compile(r"(!?)\[((?:!\[[^\]]*\]\([^)]*\))?[^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
@@ -73,9 +75,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if uri.startswith("results/"):
         page.meta["hide"] = ["toc"]  # their tables need its place
     if uri.startswith(LOW):
-        page.meta["search"] = {"boost": 0.01}  # or they hide the page that explains a term
-    elif uri == "training.md":
-        page.meta["search"] = {"boost": 10}  # it explains "resume" and "checkpoint"
+        page.meta["search"] = {"boost": 0.01}
+    elif uri in HIGH:
+        page.meta["search"] = {"boost": HIGH[uri]}
     at_root = {site: Path() for site in ROOT_PAGES.values()}
     folder = at_root.get(uri, (Path("docs") / uri).parent)
     parts = _CODE.split(markdown)

@@ -150,17 +150,18 @@ def at_each_timestep(numbers: Numbers) -> str:
 
 
 def what_differs(numbers: Numbers) -> str:
-    """Return the table of keys that differ between entries."""
+    """Return the table of keys that differ between entries, with a row for each key."""
     sections = [numbers.study.entries[entry] for entry in numbers.entries]
-    columns = {"init": [one.init or "" for one in sections]}
-    columns |= {"teacher": [one.teacher or "" for one in sections]}
+    rows = [["init", *(one.init or "" for one in sections)]]
+    rows += [["teacher", *(one.teacher or "" for one in sections)]]
     for key in next(iter(numbers.configurations.values()), {}):
-        columns[f"`{key}`"] = [numbers.configurations[entry][key] for entry in numbers.entries]
-    columns = {head: column for head, column in columns.items() if any(column)}
-    if not columns:
+        values = [numbers.configurations[entry][key] for entry in numbers.entries]
+        rows.append([f"`{key}`", *values])
+    rows = [row for row in rows if any(row[1:])]
+    if not rows:
         return ""
-    rows = list(zip((f"`{entry}`" for entry in numbers.entries), *columns.values(), strict=True))
-    return f"## Differences between the entries\n\n{markdown(['', *columns], rows, numbers=True)}"
+    head = ["", *(f"`{entry}`" for entry in numbers.entries)]
+    return f"## Differences between the entries\n\n{markdown(head, rows, numbers=True)}"
 
 
 def provenance(numbers: Numbers, name: str) -> str:
