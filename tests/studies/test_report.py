@@ -71,7 +71,7 @@ def test_numbers_are_numpys(output_of, by_hand, tmp_path):
     assert f"| `tet` - `sdt` | {of_t} |\n" in report
     assert report.count(f" | **{shown}** |\n") == 1  # at the T of training
     # What differs between the entries, and how each was trained.
-    assert "| `sdt` | sdt |" in report
+    assert "| `loss.kind` | sdt | tet |" in report
     assert f"runs_dir={output}" in report
     assert "name=tet-seed3" in report
     assert f"`python tools/study.py {file} tracking.uri=" in report
