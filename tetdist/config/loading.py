@@ -162,19 +162,27 @@ def parse(
     config = checked(RunConfig, raw, source, overrides, origins)
     check(config, is_trained=is_trained)
     if not is_trained:
-        _refuse_unread(config, source, origins or {})
+        _refuse_unread(config, source, origins or {}, [key_of(one) for one in overrides])
     return config
 
 
-def _refuse_unread(config: RunConfig, source: str, origins: Mapping[str, str]) -> None:
-    """Refuse a key that the user's own loss does not read, unless it was set for another loss."""
+def _refuse_unread(
+    config: RunConfig, source: str, origins: Mapping[str, str], given: list[str]
+) -> None:
+    """Refuse a key that the user's own loss does not read, unless it was set for another loss.
+
+    ``given`` has the keys of the command line. Those before loss.kind may be a study's, for all
+    its entries.
+    """
     from tetdist.losses import LOSSES
 
+    later = given[given.index("loss.kind") :] if "loss.kind" in given else given
     kind, chosen_in = config.loss.kind, origins.get("loss.kind")
     read = {name for loss in config.losses() for name in LOSSES[loss.kind].arguments}
     for key, name in (("lambda", "lambda_"), ("phi",) * 2, ("label_smoothing",) * 2):
         place = origins.get(f"loss.{key}")
-        is_meant = place == COMMAND_LINE or place == source == chosen_in
+        is_typed = place == COMMAND_LINE and not {"loss", f"loss.{key}"}.isdisjoint(later)
+        is_meant = is_typed or place == source == chosen_in
         if is_meant and name not in read and kind not in names.LOSSES:
             raise UserError(
                 f"loss.{key} has no effect: the function of loss.kind={kind} has no parameter "
