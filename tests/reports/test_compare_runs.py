@@ -79,12 +79,12 @@ def compared(run_tool, tmp_path):
         # Only the clock.
         ({("train", 3): {"time": 2.0, "samples_per_s": 3.0}, ("val", 5): {"seconds": 9.0}}, ""),
         ({("train", 6): {"slowest_host": "n", "slowest": {"rank": 3}, "eta_s": 5}}, ""),
-        ({("val", 5): {"timesteps": 2}}, ""),  # a setting
+        ({("val", 5): {"timesteps": 2}, ("train", 7): {"lr": 0.2}}, ""),  # settings
         # The first step with another value, its values, and the largest difference.
         (
-            {("train", 4): {"loss": math.nextafter(0.25, 1)}, ("train", 7): {"lr": 0.2}},
+            {("train", 4): {"loss": math.nextafter(0.25, 1)}, ("train", 7): {"top1": 4.5}},
             "they first differ at step 4. a b train/loss 0.25 0.25000000000000006 "
-            "largest relative difference: 0.5 (train/lr at step 7)",
+            "largest relative difference: 0.5 (train/top1 at step 7)",
         ),
         ({("val", 10): {"per_timestep_top1": [40.0, 25.0]}}, "val/top1_t2 50 25 "),
         (

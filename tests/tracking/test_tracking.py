@@ -316,8 +316,8 @@ def test_a_resumed_run_is_the_same_run_and_no_point_is_there_twice(store, tmp_pa
     losses = {4: sys.float_info.max, 5: -1.0}
     expected += [("train/loss", step, losses.get(step, float(step))) for step in range(1, 9)]
     assert store.points(run) == sorted(expected)
-    kind = store.client.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"]
-    assert kind == "custom_model_development"
+    experiment = store.client.get_experiment(run.info.experiment_id)
+    assert experiment.tags == mlflow_logger.EXPERIMENT_TAGS
 
 
 class Killed(BaseException):
@@ -501,17 +501,19 @@ def test_environment_holds_no_token(monkeypatch):
 
 
 def test_ui_command(monkeypatch, tmp_path):
-    page = "/#/experiments/0/runs/a1/model-metrics?workflowType=machine_learning"
+    runs, kind = "/#/experiments/0/runs", "?workflowType=machine_learning"
+    addresses = f"SERVER{runs}/a1/model-metrics{kind}"
+    addresses += f"\n            all runs, best first: SERVER{runs}{kind}&viewStateShareKey=top1"
     (tmp_path / "mlflow_run_id").write_text("a1\n")
     monkeypatch.setattr(mlflow_logger.shutil, "which", lambda _: "/usr/bin/mlflow")
     for arguments, command in (
         (
             ["sqlite:////a b/x.db", tmp_path],
             "mlflow ui --workers 1 --backend-store-uri 'sqlite:////a b/x.db'"
-            f"\n            then open http://localhost:5000{page}",
+            f"\n            then open {addresses.replace('SERVER', 'http://localhost:5000')}",
         ),
         (["https://me:secret@there.org/", tmp_path / "none"], "https://there.org"),
-        (["https://there.org/", tmp_path], f"https://there.org{page}"),
+        (["https://there.org/", tmp_path], addresses.replace("SERVER", "https://there.org")),
     ):
         assert ui_command(*arguments) == command
     (tmp_path / "mlflow_run_id").write_text("a1\n12\n")

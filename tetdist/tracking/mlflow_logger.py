@@ -39,6 +39,14 @@ SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",  # selects MLflow's pages
+    # A shared view of the table of runs, best first.
+    "mlflow.sharedViewState.top1": """{"orderByKey": "metrics.`final/top1`", "selectedColumns": [
+        "attributes.`Created`", "metrics.`final/top1`", "metrics.`val/top1`", "params.`loss.kind`",
+        "params.`model.name`", "params.`model.neuron.kind`", "params.`seed`"]}""",
+}
+
 
 @dataclass(frozen=True)
 class Destination:
@@ -221,8 +229,7 @@ def new_client(uri: str) -> Any:
 
 def _open_run(client: Any, run_dir: Path, destination: Destination, run_name: str) -> Any:
     """Return the MLflow run of a run's folder, made when missing."""
-    run = _known_run(client, run_dir)
-    return _create_run(client, run_dir, destination, run_name) if run is None else run
+    return _known_run(client, run_dir) or _create_run(client, run_dir, destination, run_name)
 
 
 def _known_run(client: Any, run_dir: Path) -> Any:
@@ -235,12 +242,11 @@ def _known_run(client: Any, run_dir: Path) -> Any:
     run_id = id_file.read_text().split()[0]
     try:
         run = client.get_run(run_id)
+        if run.info.lifecycle_stage == "active":
+            return run
     except mlflow.exceptions.MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        run = None
-    if run is not None and run.info.lifecycle_stage == "active":
-        return run
     shown, file = without_passwords(client.tracking_uri), run_dir / "metrics.jsonl"
     text = "MLflow at %s does not have run %s (any more); sending all of %s to a new run"
     logger.warning(text, shown, run_id, file)
@@ -254,14 +260,14 @@ def _create_run(client: Any, run_dir: Path, destination: Destination, run_name: 
     name = destination.experiment
     if client.get_experiment_by_name(name) is None:
         # A server's own location works for all its users; a path of this machine would not.
-        local = not is_server(destination.uri)
-        location = destination.artifact_root.as_uri() if local else None
-        tags = {"mlflow.experimentKind": "custom_model_development"}  # selects MLflow's pages
-        client.create_experiment(name, artifact_location=location, tags=tags)
+        location = None if is_server(destination.uri) else destination.artifact_root.as_uri()
+        client.create_experiment(name, artifact_location=location)
     experiment = client.get_experiment_by_name(name)
     if experiment.lifecycle_stage == "deleted":
         restore = f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
         raise UserError(f"experiment {name} is deleted; set tracking.experiment=NAME, or {restore}")
+    for tag in EXPERIMENT_TAGS.keys() - experiment.tags.keys():
+        client.set_experiment_tag(experiment.experiment_id, tag, EXPERIMENT_TAGS[tag])
     # MLflow's pages show these tags as the run's user, source and version.
     run = client.create_run(experiment.experiment_id, run_name=run_name, tags=resolve_tags())
     write_text(run_dir / "mlflow_run_id", f"{run.info.run_id}\n{experiment.experiment_id}\n")
@@ -294,18 +300,20 @@ def is_server(uri: str) -> bool:
 
 
 def ui_command(tracking_uri: str, run_dir: Path, *, of_all: bool = False) -> str:
-    """Return the address of a run's curves on a server, or the command that shows a local store,
-    and that address on a line of its own; or that of the charts of all runs of its experiment.
-    Without the workflow, MLflow opens its pages of GenAI."""
-    id_file, shown, page = run_dir / "mlflow_run_id", without_passwords(tracking_uri), ""
+    """Return the addresses of the curves of a run (or of all) and of the table of runs, for a local
+    store after the command that serves it. Without the workflow, MLflow opens GenAI's pages."""
+    id_file, shown, pages = run_dir / "mlflow_run_id", without_passwords(tracking_uri), [""]
     if id_file.exists():
-        # The page takes any experiment's id, which files of earlier versions lack.
+        # A run's page takes any experiment's id, which files of earlier versions lack.
         run_id, experiment_id = [*id_file.read_text().split(), "0"][:2]
+        runs, kind = f"/#/experiments/{experiment_id}/runs", "workflowType=machine_learning"
         view = "?compareRunsMode=CHART&" if of_all else f"/{run_id}/model-metrics?"
-        page = f"/#/experiments/{experiment_id}/runs{view}workflowType=machine_learning"
+        pages = [f"{runs}{view}{kind}", f"{runs}?{kind}&viewStateShareKey=top1"]
+    root = shown.rstrip("/") if is_server(tracking_uri) else "http://localhost:5000"
+    addresses = "\n            all runs, best first: ".join(root + page for page in pages)
     if is_server(tracking_uri):
-        return f"{shown.rstrip('/')}{page}"
+        return addresses
     # Without an activated environment, `mlflow` alone would not be found.
     program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
     command = shlex.join([program, "ui", "--workers", "1", "--backend-store-uri", shown])
-    return f"{command}\n            then open http://localhost:5000{page}"
+    return f"{command}\n            then open {addresses}"

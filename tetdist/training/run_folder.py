@@ -116,11 +116,14 @@ class RunFolder:
             (self.path / "mlflow_run_id").unlink(missing_ok=True)
         elif changed:
             # More epochs make another run as well: learning rates fall towards the last epoch.
-            further = f", with init_checkpoint={self.path} to train its weights further"
+            further = f"; to train its weights further, add init_checkpoint={self.path} to that"
+            back = "set these values back"
+            if (name := earlier.get("name", self.config.name)) != self.config.name:
+                back = f"rename the folder back to {self.path.with_name(name)}"
             raise UserError(
                 f"{doubt}{self.path} holds a run of another configuration: {'; '.join(changed)}. "
-                f"Choose another name=...{further if self._saved() else ''}, rename that folder, "
-                "or set these values back to continue"
+                f"To train anew, choose another name=...{further if self._saved() else ''}; "
+                f"to continue this run, {back}"
             )
 
     def newest_checkpoint(self) -> checkpoint.Checkpoint | None:

@@ -270,6 +270,7 @@ class Trainer:
     def _save_and_stop(self) -> NoReturn:
         self._save()
         self.saving.wait()
+        self.progress.bar.close()  # else it would be drawn again below the line
         # Trackers and plots may take some more seconds.
         logger.info("stopped at step %d, all saved; the same command continues", self.step)
         raise Stopped

@@ -1,8 +1,8 @@
 """Compare runs: final and best top-1, keys that differ, where the metrics of two runs first differ,
 and whether the weights of their last common checkpoint are the same.
 
-For more runs, it lists those that are the same. Values that depend on the clock or the machine do
-not count, nor do different configurations alone.
+For more runs, it lists those that are the same. Learning rates and values that depend on the clock
+or the machine do not count, nor do different configurations alone.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--plot", metavar="FILE.png", type=Path, help="draw the curves of all runs into one PNG"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.plot and options.plot.suffix != ".png":
         parser.error(f"--plot must end in .png, unlike {options.plot}")
     return options

@@ -205,8 +205,8 @@ def _metrics(a: Run, b: Run) -> tuple[bool, str]:
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
-    """Return a line's measurements by their name in trackers: without the clock's, and T."""
-    left_out = (*OF_THE_CLOCK, "timesteps")
+    """Return a line's measurements by their name in trackers: without the clock's, and settings."""
+    left_out = (*OF_THE_CLOCK, "timesteps", "lr")
     return {name: value for name, value in points_of(line) if name.split("/")[1] not in left_out}
 
 

@@ -238,11 +238,11 @@ def _energy(energy: dict[str, Any]) -> Section:
     elif 0 < even < 1:
         side = "below" if energy["wins_below"] else "above"
         does = "does" if (rate < even) == energy["wins_below"] else "does not"
-        known = f"Counting memory, it would need a spike rate {side} {100 * even:.3g} % to "
-        known += f"beat the ReLU network; at {100 * rate:.3g} % it {does}"
+        known = f"Counting memory (table below), the spiking network needs a spike rate {side} "
+        known += f"{100 * even:.3g} % to beat the ReLU network; at its {100 * rate:.3g} % it {does}"
     else:
-        known = f"Counting memory, it takes {'less' if even else 'more'} energy than the ReLU "
-        known += f"network at any spike rate; its rate at synapses is {100 * rate:.3g} %"
+        known = f"Counting memory, the spiking network takes {'less' if even else 'more'} energy "
+        known += f"than the ReLU network at any spike rate (here {100 * rate:.3g} %)"
     assumed, changed = (
         ", ".join(f"{key}={energy['constants'][key]}" for key in keys)
         for keys in (ASSUMED, energy["changed"])

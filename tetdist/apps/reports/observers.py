@@ -65,7 +65,7 @@ class Summary(Observer):
         lines.append(f"  evaluate  {typed('eval', folder, *import_flags(copies))}")
         if self.config.tracking_uri and self.tracker.is_complete:
             lines.append(f"  look      {ui_command(self.config.tracking_uri, folder)}")
-            lines.append("            accuracy: type val/top1 into 'Search metric charts'")
+            lines.append("            a run's accuracy: type val/top1 into 'Search metric charts'")
         logger.info("%s", "\n".join(lines))
 
 
