@@ -298,7 +298,7 @@ OWN = {
     "def run(self, x, u): return x.relu()": "own returns one tensor; return (spikes, membrane)",
     "def run(self, x, u): return x.relu()[1:], x[0]": "own returns spikes of another shape than",
     "def run(self, x, u): return x.relu(), x[:2]": "without the 7 samples on axis sample_axis=0",
-    "def run(self, x, u): return x.nothing": "raises this; ",
+    "def run(self, x, u): return x.nothing": "raises AttributeError; ",
     "w: float = neurons.option(1.0, '', min=0)": "bad.py:8 raises AssertionError: bounds are gt",
     "def run(self, x, u): return x.cumsum(0).relu(), x[0]": "own gives other spikes if it",
 }
@@ -387,7 +387,7 @@ def test_an_error_in_a_users_file_shows_its_lines_alone(
     file = tiny_config({"imports": [bad.name], "precision": "fp32"})
     outcome = main(file, use)
     whole = tmp_path / "runs/tiny/traceback.txt"
-    refused(outcome, f"{bad} ({part}) raises this; {whole} has the whole traceback")
+    refused(outcome, f"{bad} ({part}) raises ", f"Error; {whole} has the whole traceback")
     shown = re.findall(r'File "(.*)", line (\d+)', outcome.text)
     assert shown == [(str(bad), str(line))]
     assert "Traceback" in whole.read_text()

@@ -200,7 +200,7 @@ def explained(error: Exception, folder: Path | None = None) -> Exception:
             keys = sorted(_KEYS_OF.get(module.__name__, ()))
             keys += ["model.name"] if timm.list_models(module=file.stem) else []
             parts.append(f"{file} ({', '.join(keys)})" if keys else str(file))
-    raises = "raises this" if frames else "is in use, and may be the cause"
+    raises = f"raises {type(error).__name__}" if frames else "is in use, and may be the cause"
     return UserError(f"{', '.join(parts)} {raises}; {whole} has the whole traceback")
 
 

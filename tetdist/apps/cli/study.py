@@ -26,7 +26,8 @@ class StudyParser(KeyParser):
     def meant(self, flag: str) -> str:
         from tetdist.apps.slurm import command
 
-        if flag in command.submit_parser().format_usage().replace("[", " ").split():
+        usage = command.submit_parser().format_usage().replace("[", " ")
+        if flag in usage.split() and flag != "--config":
             return f"write flags of {program('slurm')} after --slurm"
         return super().meant(flag)
 

@@ -221,12 +221,11 @@ def _submit(options: argparse.Namespace) -> None:
         print(submit.dry_run(run, found, options), flush=True)
     # A plan comes before this refusal: such a run is perhaps to be submitted first.
     after = [needed for name in options.after for needed in status.find(name)]
-    if options.dry_run:
-        return
-    submit.refuse_if_finished(run)
-    submitted = submit.submit(run, after=after)
-    print(plan.describe(run.plan, found))
-    print(submit.summary(submitted, run.config))
+    if not options.dry_run:
+        submit.refuse_if_finished(run)
+        submitted = submit.submit(run, after=after)
+        print(plan.describe(run.plan, found))
+        print(submit.summary(submitted, run.config))
 
 
 def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "ClusterSection":

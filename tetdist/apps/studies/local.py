@@ -18,7 +18,7 @@ from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.starters import as_starter
 from tetdist.distributed.world import ALONE
 from tetdist.errors import UserError, typed
-from tetdist.storage.files import is_held
+from tetdist.storage.files import explaining, is_held
 from tetdist.wording import duration
 
 POLL_EVERY = 0.2  # seconds between two polls of the processes
@@ -39,6 +39,8 @@ def work(runs: list[StudyRun], jobs: int) -> dict[str, str]:
     done = before = len(runs) - len(waiting)
     began = time.monotonic()
     logs = runs[0].log.parent
+    with explaining(logs):
+        logs.mkdir(parents=True, exist_ok=True)
     _print(
         f"{done} of {len(runs)} runs are already done; logs are in {logs}, and "
         f"`{typed('status', logs.parent)}` shows the state of all"
@@ -104,7 +106,6 @@ class Child:
 
     def __init__(self, run: StudyRun, jobs: int, command: Command) -> None:
         self.run, self.command = run, command
-        run.log.parent.mkdir(parents=True, exist_ok=True)
         threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         with run.log.open("ab") as log:
             # The child inherits the lock with its output, so it holds it until it ends, even if

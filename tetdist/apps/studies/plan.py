@@ -383,8 +383,8 @@ def check_folder(run: StudyRun) -> None:
     changed = identity.differences(earlier, run.config.as_dict())
     if changed:
         raise UserError(
-            f"{run.folder} holds a run of another configuration: {'; '.join(changed)}. Set "
-            "it back in the study's file or by key=value, give another --output, or remove the run"
+            f"{run.folder} holds a run of another configuration: {'; '.join(changed)}. Set it "
+            "back in the study's file or by key=value, give another --output, or remove such runs"
         )
 
 
