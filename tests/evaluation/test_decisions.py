@@ -71,8 +71,9 @@ def test_the_lowest_threshold_that_costs_little_from_there_on(alone, monkeypatch
         [0.9, 0.9, 0.6, 0.45, 0.35, *[0.51] * 5], [0.9, 0.9, 0.4, 0.6, 0.6, *[0.6] * 4, 0.4]
     )
     labels = torch.zeros(10, dtype=torch.int64)
-    for within, threshold in ((0, 0.8), (9.9, 0.8), (10, 0.52)):
-        assert chosen(alone, logits, labels, within) == ExitChoice(within, threshold, 10, 50.0)
+    for within, threshold, lost in ((0, 0.8, 0), (9.9, 0.8, 0), (10, 0.52, 2)):
+        expected = ExitChoice(within, threshold, 10, 50.0, lost)
+        assert chosen(alone, logits, labels, within) == expected
     # A sample that is sure of a wrong class at once: no threshold costs so little.
     logits[0, 0], logits[1, 0] = torch.tensor([-9.0, 9.0]), torch.tensor([20.0, -20.0])
     assert chosen(alone, logits, labels, 5).threshold == math.inf
@@ -83,10 +84,10 @@ def test_without_labels_the_decision_at_t_counts_as_right(alone):
     logits = of_probabilities([0.75, 0.8, 0.15, 0.5], [0.2, 0.9, 0.1, 0.45])
     labels = torch.tensor([0, 0, 0, 1])
     # With labels, the first makes up for the last. The next tried above 0.5 and 0.75 are these.
-    assert chosen(alone, logits, labels, 0) == ExitChoice(0, 0.3, 4, 50.0)
-    for within, threshold in ((0, 0.755925), (25, 0.54073), (50, 0.3)):
+    assert chosen(alone, logits, labels, 0) == ExitChoice(0, 0.3, 4, 50.0, 1)
+    for within, threshold, changed in ((0, 0.755925, 0), (25, 0.54073, 1), (50, 0.3, 2)):
         found = chosen(alone, logits, labels, within, classes=())
-        assert found == ExitChoice(within, threshold, 4, None)
+        assert found == ExitChoice(within, threshold, 4, None, changed)
 
 
 def test_rates_of_early_exit_are_those_of_all_processes(monkeypatch):

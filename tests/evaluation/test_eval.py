@@ -221,6 +221,21 @@ def test_report(run, evaluate, tmp_path):
     assert "<script" not in evaluation_page.html_page(found)
 
 
+def test_what_samples_exclude_depends_on_the_losses_among_them():
+    """Up to Clopper and Pearson's bounds of 2, 5, 20 and 11 losses, of one side and 90 %."""
+    point = {"top1": 97.0, "mean_timesteps": 1.5}
+    for threshold, samples, top1, lost, within, words in (
+        (0.9, 400, 99, 1, 0.5, " became wrong, and up to 2 may, so only losses above 1.33 points "),
+        (0.9, 1000, 99, 5, 0.4, "5 of the 1,000 became wrong, so only losses above 0.925 points "),
+        (0.9, 4000, None, 7, 0.5, "and up to 20 may, so only changes of more than 0.676 % can be "),
+        (0.3, 4000, None, 11, 2, "11 of the 4,000 changed, so only changes of more than 0.415 % "),
+    ):
+        on = {"samples": samples, "top1": top1, "lost": lost}
+        chosen = point | {"threshold": threshold, "within": within, "chosen_on": on}
+        found = {"split": "val", "top1": 98.0}
+        assert words in evaluation_page._of_chosen_exit(chosen, found)
+
+
 def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
     main, tiny_root, tiny_config, evaluate, broken, run, tmp_path, monkeypatch, caplog
 ):
@@ -234,13 +249,13 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         found[within] = json.loads(file.read_text())
         chosen = found[within]["chosen_exit"]
         assert f"loses at most {within} points on {held} held-out training samples. On val" in out
-        assert f"{held} samples can only exclude losses above 17 points elsewhere" in out
         row = rf"\n *{chosen['threshold']:.4g} \(chosen\) +{chosen['top1']:.2f} "
         assert re.search(row, out)
-        assert ("; for 5 points, hold out 45 (90 % confidence)" in out) == (within == 5)
+        assert ("; to exclude 5 points, hold out at least 45" in out) == (within == 5)
         assert f"at T = {chosen['mean_timesteps']:.3f} on average" in out
         # It is chosen on other samples than it is judged by, and the run saw them as these.
         own = tiny.metrics(trained, "val")[-1]
+        assert f"{chosen['chosen_on'].pop('lost')} of the {held} became wrong" in out
         assert chosen["chosen_on"] == {"samples": held, "top1": own["top1"]}
         assert own["samples"] == held
         assert found[within]["samples"] == NUM_SAMPLES
@@ -275,7 +290,7 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
     out = evaluate("--checkpoint", run, "--json", file, *there)
     assert f"changes at most 0 % of the decisions on {NUM_SAMPLES} unlabelled samples" in out
     chosen = json.loads(file.read_text())["chosen_exit"]
-    assert chosen["chosen_on"] == {"samples": NUM_SAMPLES, "top1": None}
+    assert chosen["chosen_on"] == {"samples": NUM_SAMPLES, "top1": None, "lost": 0}
     evaluate("--checkpoint", run, "--exit-within", 0, "--exit-on", tiny_root / "val")
     assert "--exit-on is the evaluated split" in caplog.text
     # These are the evaluated samples, so none of their decisions changes.

@@ -27,6 +27,7 @@ class ExitChoice(NamedTuple):
     threshold: float  # of confidence; infinite: every other one costs more
     samples: int  # on which it was chosen
     top1: float | None  # of these samples at T, in percent; None: they have no labels
+    lost: int  # of these samples: right at T, but wrong with early exit
 
 
 def choose_exit(evaluator: Evaluator, timesteps: int, within: float) -> ExitChoice:
@@ -52,8 +53,9 @@ def choose_exit(evaluator: Evaluator, timesteps: int, within: float) -> ExitChoi
     found.gather(world)
     lost = found.confusion.trace() - found.exit_correct
     cheap = 100 * lost.double() <= within * result.samples
-    threshold = FINE_THRESHOLDS[-int(cheap.flip(0).long().cumprod(0).sum())]
-    return ExitChoice(within, threshold, result.samples, result.top1 if classes else None)
+    place = len(cheap) - int(cheap.flip(0).long().cumprod(0).sum())
+    top1, spoilt = result.top1 if classes else None, int(found.exit_spoilt[place])
+    return ExitChoice(within, FINE_THRESHOLDS[place], result.samples, top1, spoilt)
 
 
 def decide(model: SpikingNetwork, images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

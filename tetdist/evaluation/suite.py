@@ -90,7 +90,7 @@ def run_suite(
         point = points[thresholds.index(exit_choice.threshold)]
         found["chosen_exit"] = {
             "within": exit_choice.within,
-            "chosen_on": {"samples": exit_choice.samples, "top1": exit_choice.top1},
+            "chosen_on": {key: getattr(exit_choice, key) for key in ("samples", "top1", "lost")},
             "threshold": None if math.isinf(exit_choice.threshold) else exit_choice.threshold,
             "top1": point["top1"],
             "mean_timesteps": point["mean_timesteps"],

@@ -242,9 +242,12 @@ def opened(options: argparse.Namespace, world: "World") -> "Opened":
             f"--int8 needs frames of event counts (uint8), and the data are {split.dtype}; leave "
             "it out"
         )
-    evaluated_on = Path(config.data.root, split.split)
-    if world.rank == 0 and options.exit_on and options.exit_on.resolve() == evaluated_on.resolve():
-        logging.warning("--exit-on is the evaluated split, so the result looks better than it is")
+    better = "is the evaluated split, so the result looks better than it is"
+    higher = "holds samples of the training, on which confidences are higher than elsewhere"
+    used = {Path(one, "train"): higher for one in (raw["data"]["root"], config.data.root)}
+    for folder, why in (used | {Path(config.data.root, split.split): better}).items():
+        if world.rank == 0 and options.exit_on and options.exit_on.resolve() == folder.resolve():
+            logging.warning("--exit-on %s", why)
     known = config.model.num_classes
     index = evaluated.with_classes_of_model(split, description.classes, known, source)
     binning, root = description.binning, config.data.root

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from tetdist.apps.reports import style
+from tetdist.evaluation.early_exit import FINE_THRESHOLDS
 from tetdist.evaluation.energy import ASSUMED
 from tetdist.tables import aligned, as_html, number
 from tetdist.wording import and_more, counted
@@ -168,25 +169,33 @@ def _chosen_point(found: EvaluationResults) -> list[dict[str, Any]]:
 
 
 def _of_chosen_exit(chosen: dict[str, Any], found: EvaluationResults) -> str:
-    samples, within = chosen["chosen_on"]["samples"], chosen["within"]
-    least = 100 * (1 - DOUBT ** (1 / samples))
-    needed = math.ceil(math.log(DOUBT, 1 - within / 100)) if 0 < within < least else None
-    if chosen["chosen_on"]["top1"] is None:
-        limit = f"changes at most {within:g} % of the decisions on {samples} unlabelled samples"
-        bound, more = f"changes of more than {least:.2g} %", f"{within:g} %, give"
+    from scipy.special import betaincinv
+
+    on, within = chosen["chosen_on"], chosen["within"]
+    samples, lost = on["samples"], on["lost"]
+    if on["top1"] is None:
+        limit = f"changes at most {within:g} % of the decisions on {samples:,} unlabelled samples"
+        became, bound, unit, give = "changed", "changes of more than", "%", "give"
     else:
         points = "1 point" if within == 1 else f"{within:g} points"
-        limit = f"loses at most {points} on {samples} held-out training samples"
-        bound, more = f"losses above {least:.2g} points", f"{points}, hold out"
-    bound = f"{counted(samples, 'sample')} can only exclude {bound} elsewhere"
-    bound += f"; for {more} {needed:,}" if needed else ""
-    bound += f" ({100 * (1 - DOUBT):.0f} % confidence)"
+        limit = f"loses at most {points} on {samples:,} held-out training samples"
+        became, bound, unit, give = "became wrong", "losses above", "points", "hold out"
     if chosen["threshold"] is None:
-        return f"no threshold {limit}. {bound}"
+        return f"no confidence from 0.3 up {limit}"
+    # Clopper and Pearson's one-sided bound. The samples also chose the threshold, so unless it is
+    # the lowest candidate, the count is that of the most samples that the choice may lose.
+    is_lowest = chosen["threshold"] == FINE_THRESHOLDS[0]
+    most = lost if is_lowest else max(lost, int(within * samples // 100))
+    may = f", and up to {most:,} may" * (most > lost)
+    worst = 100 * betaincinv(most + 1, samples - most, 1 - DOUBT) if most < samples else 100
+    needed = math.ceil(math.log(DOUBT, 1 - within / 100)) if 0 < within < 100 else 0
+    advice = f"; to exclude {within:g} {unit}, {give} at least {needed:,}" * (needed > samples)
     return (
-        f"chosen: confidence {chosen['threshold']:.4g}, the lowest that {limit}. On "
-        f"{found['split']} it gives {chosen['top1']:.2f} % ({chosen['top1'] - found['top1']:+.2f} "
-        f"points) at T = {chosen['mean_timesteps']:.3f} on average. {bound}"
+        f"chosen: confidence {chosen['threshold']:.4g}, the lowest of the candidates from 0.3 up "
+        f"that {limit}. On {found['split']} it gives {chosen['top1']:.2f} % "
+        f"({chosen['top1'] - found['top1']:+.2f} points) at T = {chosen['mean_timesteps']:.3f} on "
+        f"average. {lost:,} of the {samples:,} {became}{may}, so only {bound} {worst:.3g} {unit} "
+        f"can be excluded elsewhere ({100 * (1 - DOUBT):.0f} % confidence){advice}"
     )
 
 

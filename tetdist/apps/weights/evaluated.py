@@ -21,7 +21,7 @@ from tetdist.evaluation.evaluate import Evaluator
 from tetdist.nn.norm_neuron import is_causal
 from tetdist.storage.checkpoint import Description
 from tetdist.training.setup import evaluated_split, open_data, open_split
-from tetdist.wording import counted
+from tetdist.wording import and_more, counted
 
 
 class Opened(NamedTuple):
@@ -161,8 +161,8 @@ def with_classes_of_model(
     unknown = sorted(set(present) - set(trained))
     if unknown:
         raise UserError(
-            f"the data has other classes than {source} was trained on, such as {unknown[:3]}; "
-            "pass data with the training's classes with --data"
+            f"the data has other classes than {source} was trained on, such as {unknown[0]}; it "
+            f"knows {', '.join(trained[:10])}{and_more(trained, 10)}; give its data with --data"
         )
     labels = np.array([trained.index(name) for name in present], np.int32)[index.labels]
     return dataclasses.replace(index, classes=tuple(trained), labels=labels)
