@@ -318,6 +318,8 @@ def test_a_resumed_run_is_the_same_run_and_no_point_is_there_twice(store, tmp_pa
     assert store.points(run) == sorted(expected)
     experiment = store.client.get_experiment(run.info.experiment_id)
     assert experiment.tags == mlflow_logger.EXPERIMENT_TAGS
+    view = json.loads(experiment.tags["mlflow.sharedViewState.top1"])
+    assert view["orderByKey"] in view["selectedColumns"]
 
 
 class Killed(BaseException):
