@@ -151,9 +151,8 @@ def is_trained(config: RunConfig) -> bool:
 
 def _saved_evaluation(config: RunConfig) -> int | None:
     """Return the last evaluated step that a checkpoint records."""
-    checkpoints = config.run_dir / "checkpoints"
     try:
-        newest = checkpoint_at(checkpoints / "last")
+        newest = checkpoint_at(config.run_dir / "checkpoints" / "last")
         return int(json.loads((newest / checkpoint.STATE_FILE).read_text())["evaluated_step"])
     except (OSError, ValueError, KeyError):
         return None
