@@ -130,9 +130,10 @@ def steps_per_epoch(num_samples: int, global_batch: int) -> int:
         UserError: There are fewer samples than in one step.
     """
     if num_samples < global_batch:
+        fits = 1 << num_samples.bit_length() >> 1
         raise UserError(
             f"the training split has {num_samples} samples, fewer than batch.global, "
-            f"{global_batch}; set a smaller batch.global"
+            f"{global_batch}; set batch.global={fits} batch.micro={min(fits, 32)}, for instance"
         )
     return num_samples // global_batch
 

@@ -118,7 +118,7 @@ def test_evaluation_takes_each_sample_once_and_every_rank_as_often(n, batch_size
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: order.steps_per_epoch(31, 32), "31 samples"),
+        (lambda: order.steps_per_epoch(31, 32), "set batch.global=16 batch.micro=16,"),
         (lambda: order.rank_micro_batches(0, 1, 32, 5), "multiple"),
         (lambda: order.rank_micro_batches(0, 3, 32, 8), "4 micro-batches"),
     ],

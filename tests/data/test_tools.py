@@ -123,8 +123,9 @@ def test_training_data_alone_are_indexed(image_root, images):
     shutil.rmtree(root / "val")
     config = load("own_images.yaml", [f"data.root={root}"])
     world = World(0, 1, torch.device("cpu"), control=None)
-    with pytest.raises(UserError, match=f"index {root}`"):
-        open_split(config, "train", world)
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match=f"index {root}`"):
+            open_split(config, split, world)
     way_out = "add val/ and index it, or hold out training samples: data.held_out=0.1"
     assert way_out in images("index", root)
     output = images("index", root / "train", status=2)
@@ -134,7 +135,7 @@ def test_training_data_alone_are_indexed(image_root, images):
     with pytest.raises(UserError, match=way_out):
         open_split(config, "val", world)
     output = images("index", (root / "train").rename(root / "flowers") / "ant", status=2)
-    assert "this is a class folder itself: give the folder with train/ant, or" in output
+    assert f"to evaluate only, to {root}/flowers/ant/val/CLASS, where one class is" in output
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,8 @@ def test_training_data_alone_are_indexed(image_root, images):
             ["--splits", "train,val"],
             "neither a folder 'val' nor tar files of this split; make ",
         ),
-        (lambda root: (root / "val" / "bee").rename(root / "val" / "wasp"), [], "in val (1 more d"),
+        (lambda root: (root / "val/bee").rename(root / "val/Bee"), [], "which has 'bee' (1 more d"),
+        (lambda root: [os.renames(f, root / "x" / f.name) for f in root.iterdir()], [], "/x?"),
         (
             lambda root: (root / "train" / "bee" / "bee0.jpg").write_text("hello"),
             ["--skip-bad"],

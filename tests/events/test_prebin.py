@@ -378,7 +378,7 @@ def test_images_become_simulated_recordings_named_so(tmp_path, prebin_dvs):
         (["--split", "first-half"], "'first-half' is not one of published, first-90-percent"),
         (["--split", "published"], "the part of left/0.bin is unknown"),
         (["--split", "0-99-test"], "leaves nothing to train of 'left', which has 10"),
-        (["--sensor", "10x10"], "outside the 10x10 sensor"),
+        (["--sensor", "10x10"], "of 300; correct the size in the file or, if it st"),
         (["--simulate", "--sensor", "7x9"], "--simulate needs at least 8x8 pixels, not 7x9"),
     ],
 )

@@ -119,13 +119,19 @@ def test_simulated_camera_is_evaluated_replayed_and_exported(
     assert len(frames) == 10
     assert "  timestep 10/10  7  " in frames[-1]
     text = (tiny.PROJECT / "docs" / "guides" / "deploy.md").read_text()
-    live = text[text.index("## Stream a live camera") :].split("```python\n")[1].split("```")[0]
+    live, classify = (
+        text[text.index(f"## {heading}") :].split("```python\n")[1].split("```")[0]
+        for heading in ("Stream a live camera", "Classify images without labels")
+    )
     monkeypatch.chdir(tmp_path)
     exec(live, {})
     shown = [line.split() for line in capfd.readouterr().out.splitlines()]
     assert [[line[3].split("/")[0], *line[4:6]] for line in map(str.split, frames)] == [
         [number, answer, confidence.removesuffix("%")] for number, answer, confidence in shown
     ]
+    monkeypatch.chdir(digits.root.parents[1])
+    exec(classify, {})
+    assert [line.split()[1] for line in capfd.readouterr().out.splitlines()] == 10 * ["7"]
 
     output = output_of("export", name, "--format", "timm", "--output", tmp_path / "mine")
     weights, description = checkpoint.load_model_file(Path(name))

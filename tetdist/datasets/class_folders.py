@@ -57,7 +57,7 @@ def list_classes(root: str | Path, split: str, kind: Kind) -> tuple[str, ...]:
     classes = names_in(folder, is_folder)
     if len(classes) < fewest_classes(split):
         what = f"only one class folder, {classes[0]!r}" if classes else "no class folders"
-        raise UserError(f"{folder} holds {what}: it must hold one folder of files per class")
+        raise UserError(f"{folder} holds {what}; make one for each class (in val/, one is enough)")
     return classes
 
 
@@ -121,6 +121,9 @@ def root_advice(root: Path, split: str, kind: Kind) -> str | None:
     folders = names_in(root, is_folder)
     usual = [*USUAL_NAMES["train"], *USUAL_NAMES["val"]]
     has_splits = any(name.lower() in usual for name in folders)
+    deeper = [one for one in folders for part in USUAL_NAMES if folders_called(root / one, part)]
+    if deeper and not has_splits:
+        return f"did you mean {root / deeper[0]}?"
     if folders and not has_splits and root.name.lower() in usual:
         return f"this is a {root.name}/ folder itself: give {root.parent}"
 
@@ -130,9 +133,10 @@ def root_advice(root: Path, split: str, kind: Kind) -> str | None:
 
     if not folders and root.name.lower() not in usual and holds_samples(root):
         part = root.absolute().parent
-        above = f"the folder with train/{root.name}, or move its files to train/CLASS"
-        above = str(part.parent) if part.name.lower() in usual else above
-        return f"this is a class folder itself: give {above}"
+        if part.name.lower() in usual:
+            return f"this is a class folder itself: give {part.parent}"
+        only = f"to evaluate only, to {root / 'val'}/CLASS, where one class is enough"
+        return f"its files are in no class folders: move them to {root / 'train'}/CLASS; {only}"
     file = next(chain(root.glob("*/*/*.*"), root.glob("*/*.*")), None)
     known = (*SUFFIXES["events"], *SUFFIXES["images"])
     if kind == "events" and file and file.suffix.lower() not in known:
@@ -171,4 +175,6 @@ def first_difference(
     """
     name, *others = sorted(set(first) ^ set(second))
     has, lacks = names if name in first else reversed(names)
-    return name, f"in {has} but not in {lacks}" + f" ({len(others)} more differ)" * bool(others)
+    same = [f", which has {one!r}" for one in others if one.lower() == name.lower()]
+    more = f" ({len(others)} more differ)" * bool(others)
+    return name, f"in {has} but not in {lacks}{same[0] if same else ''}{more}"

@@ -186,14 +186,14 @@ def find_index(data: "DataSection", split: str, made_by: str = "") -> Path:
     command = index_command(root, split, data.kind)
     indexed = sorted(one.stem for one in data.index_dir.glob("*.npz"))
     if not indexed or is_there(root, split):
-        if not indexed and split == "train":
-            command = command.removesuffix(" --splits train")  # val as well
+        if not indexed and (split == "train" or not is_there(root, split)):
+            command = command.removesuffix(f" --splits {split}")  # all that are there
         raise UserError(f"there is no index {file}; make it with `{command}`")
     if (indexed, split) == (["train"], "val"):
         raise UserError(without_validation(root))
     raise UserError(
-        f"{root} has no split {split!r}, only {', '.join(indexed)}, which `{typed('eval')} --split`"
-        " evaluates"
+        f"{root} has no split {split!r}, only {', '.join(indexed)}, which `{typed('eval')} --split "
+        f"{indexed[-1]}` evaluates"
     )
 
 

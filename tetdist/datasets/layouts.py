@@ -215,7 +215,8 @@ def _list_folder(
     none = f"no {kind} ({', '.join(SUFFIXES[kind])})"
     if not found.names:
         there = f", but {found.passed_over}" if found.passed_over else ""
-        raise UserError(f"the class folders of {root / split} hold {none}{there}; add some")
+        add = "index tensors with --events" if " .npy" in there else "add some"
+        raise UserError(f"the class folders of {root / split} hold {none}{there}; {add}")
     found.bad = [BadFile(one, f"the folder holds {none}; add some or remove it") for one in empty]
     found.byte_ranges = [ByteRange(name) for name in found.names]
     return found

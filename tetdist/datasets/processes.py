@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, TypeVar
@@ -61,27 +61,25 @@ def _results(
     # the signal mask, and must survive SIGHUP, which a closing terminal sends to all processes.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
     resource_tracker.ensure_running()
-    # Ctrl-C would print a traceback of the server's imports, which are short without torch.
+    # Ctrl-C reaches every process of the terminal; only the parent handles it and ends the workers.
     signal.pthread_sigmask(signal.SIG_SETMASK, before | {signal.SIGINT})
     os.environ["TETDIST_COMMAND"] = "worker"
     forkserver.ensure_running()
     del os.environ["TETDIST_COMMAND"]
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _prepare_worker)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, end_with_parent)
     try:
-        yield from pool.map(work, tasks)
+        # Ctrl-C interrupts only the main thread. If it interrupted a worker's start, nothing would
+        # wait for that worker, which needs the semaphores that this process removes at its end.
+        with ThreadPoolExecutor(1) as starter:
+            results = starter.submit(pool.map, work, tasks).result()
+        yield from results
     except (BrokenProcessPool, EOFError, ConnectionError) as error:
         raise UserError(
             "a worker process died, most often for lack of memory: use fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _prepare_worker() -> None:
-    # Ctrl-C reaches every process of the terminal; only the parent handles it and ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
 
 
 def end_with_parent() -> None:

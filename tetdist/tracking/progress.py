@@ -123,10 +123,12 @@ class RunProgress:
         # A network that is not causal has only the result of all timesteps.
         by_timestep = f"by timestep {by_timestep} %  " if by_timestep else ""
         what = "evaluation of the moving average" if of_average else "evaluation"
+        # Of five classes or fewer, it always is 100 %.
+        top5 = f"top-5 {values['top5']:.2f} %  " if values["top5"] < 100 else ""
         tqdm.write(
             f"{what} at epoch {values['epoch']:g}, step {step}: top-1 {values['top1']:.2f} %  "
-            f"top-5 {values['top5']:.2f} %  loss {values['loss']:.3f}  "
-            f"{by_timestep}({counted(values['samples'], f'{held_out(values)}sample')})",
+            f"{top5}loss {values['loss']:.3f}  {by_timestep}"
+            f"({counted(values['samples'], f'{held_out(values)}sample')})",
             file=sys.stderr,
         )
         self._note_line()

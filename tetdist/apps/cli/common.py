@@ -71,11 +71,12 @@ def check_new_weights(output: Path) -> None:
 
 
 def report_bad(bad: Sequence[tuple[str, str]], kind: str, number: int) -> None:
-    """Print path and fault of each bad file, and how many of how many files are bad."""
-    for path, reason in bad:
+    """Print path and fault of 20 bad files, and how many of how many files are bad."""
+    for path, reason in bad[:20]:
         print(printable(f"bad: {path}: {reason}"), file=sys.stderr)
     if bad:
-        print(f"{len(bad)} of {counted(number, kind)} {are(len(bad))} bad", file=sys.stderr)
+        shown = " (the first 20 are above)" * (len(bad) > 20)
+        print(f"{len(bad)} of {counted(number, kind)} {are(len(bad))} bad{shown}", file=sys.stderr)
 
 
 def write_result(file: Path | None, values: Any) -> None:

@@ -43,8 +43,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     command = commands.choices[args.command]
     if args.splits is not None:
         args.splits = [split for split in args.splits.split(",") if split]
-        if not args.splits:
-            command.error("--splits is empty; name splits, such as train,val")
     if args.command != "shard":
         args.shards = dict(_split_and_pattern(command, given) for given in args.shards)
         if args.shards and args.splits is None:
@@ -239,7 +237,7 @@ def _described(index: "Index") -> str:
     places = f" in {counted(len(index.archives), 'tar file')}" if index.archives else ""
     without = f", {empty} of them empty" if empty else ""
     skipped = f", {counted(len(index.skipped), 'bad one')} left out" if index.skipped else ""
-    samples = counted(len(index), index.kind.removesuffix("s"))
+    samples = counted(len(index), {"images": "image", "events": "tensor"}[index.kind])
     what = f"{samples}{places} in {counted(len(index.classes), 'class')}"
     return f"{what}{without}{skipped}"
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tetdist.apps.cli.common import documented_parser, report_bad, run_command
+from tetdist.apps.cli.common import MISTAKES, documented_parser, report_bad, run_command
 from tetdist.config.flags import MOST_PIXELS, MOST_THREADS, MOST_TIMESTEPS, positive
 from tetdist.errors import UserError, typed
 
@@ -43,16 +43,11 @@ _DEFAULTS = {
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    return run_command(lambda: _run(options), interrupted="stopped; the same command continues")
-
-
-def _run(options: argparse.Namespace) -> None:
-    try:
-        _prebin(options)
-    except OSError as error:
-        # The error of a full disk does not name the file.
-        where = "" if error.filename else f" in {options.dest}"
-        raise UserError(f"{error}{where}; fix this, and the same command continues") from error
+    return run_command(
+        lambda: _prebin(options),
+        interrupted="stopped; the same command continues",
+        mistakes=(*MISTAKES, OSError),
+    )
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

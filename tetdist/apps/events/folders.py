@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from tetdist.datasets.class_folders import USUAL_NAMES, PassedOver
-from tetdist.errors import UserError
-from tetdist.wording import and_more, counted, meant_path
+from tetdist.errors import UserError, typed
+from tetdist.wording import counted, meant_path
 
 Part = Literal["train", "val"]
 
@@ -109,6 +109,12 @@ def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
             ]
         else:
             sources = _classes(root, root, suffixes, None, passed_over)
+    if passed_over and not sources and not loose:
+        raise UserError(
+            f"{root} holds no recordings ({', '.join(suffixes)}), but {passed_over}; save events as"
+            " .npz with the arrays x, y, t and p, or index tensors (T, 2, H, W) with "
+            f"`{typed('images')} index --events`"
+        )
     _check(root, sources, loose, suffixes)
     for file in loose:
         passed_over.add(file.name, " outside class folders")
@@ -235,7 +241,8 @@ def _check(
     if not pieces:
         if problems := [f"{one.path}: {one.problem}" for one in sources if one.problem]:
             wanted = f"FILE{_LABELS} needs whole numbers in the columns {', '.join(_COLUMNS)}"
-            raise UserError(f"{root}: {problems[0]}{and_more(problems)}; {wanted}")
+            others = f" (and {counted(len(problems) - 1, 'more file')})" if problems[1:] else ""
+            raise UserError(f"{root}: {problems[0]}{others}; {wanted}")
         found = f"no recordings ({', '.join(suffixes)})"
         if loose:
             found = f"{counted(len(loose), 'recording')}, not in class folders"

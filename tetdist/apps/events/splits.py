@@ -78,10 +78,11 @@ def assign(sources: Sequence[Source], name: str, seed: int) -> dict[str, Part]:
         train = _training_members(members, name, seed, number)
         if not 0 < len(train) < len(members):
             together = ", whose labelled intervals stay together" * (stratum == _MIXED)
+            way = "choose another with --split" if members[1:] else "record more, at least two each"
             raise UserError(
                 f"the split {name!r} leaves nothing to {'test' if train else 'train'} of"
-                f" {stratum!r}, which has {counted(len(members), 'recording')}{together}; choose "
-                "another with --split, or all-to-val to evaluate all"
+                f" {stratum!r}, which has {counted(len(members), 'recording')}{together}; {way}, or"
+                f" --split {ALL_TO_VAL} to evaluate all"
             )
         for source in members:
             parts[source.path] = "train" if source.path in train else "val"

@@ -47,8 +47,7 @@ from tetdist.storage.files import (
 _FORMAT_VERSION = 1
 
 _MANIFEST, _RECORDS, _TENSORS = "manifest.json", RECORDS_FILE, "recordings"
-# Earlier versions wrote preview.png.
-_OURS = {_MANIFEST, _RECORDS, _TENSORS, "splits", "statistics.json", "preview.png"}
+_OURS = {_MANIFEST, _RECORDS, _TENSORS, "splits", "statistics.json"}
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,8 @@ def make_tensors(
         for item in listing.sources
         if not item.problem and not all(piece.key in found for piece in item.pieces)
     ]
-    with progress("bin") as advance, (dest / _RECORDS).open("a", encoding="utf-8") as stream:
+    file = dest / _RECORDS
+    with explaining(file), progress("bin") as advance, file.open("a", encoding="utf-8") as stream:
         for made, wrong in run_tasks(_make, tasks, workers, advance):
             stream.writelines(json.dumps(asdict(record)) + "\n" for record in made)
             stream.flush()
@@ -308,7 +308,7 @@ def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list
         else:
             events = read_recording(file, data, settings.sensor)
     except (BadRecording, OSError) as error:
-        advice = "; give the sensor's size as --sensor WIDTHxHEIGHT"
+        advice = "; correct the size in the file or, if it states none, --sensor WIDTHxHEIGHT"
         return [], [BadFile(item.path, f"{error}{advice * isinstance(error, OtherSize)}")]
     digest = hashlib.sha256(data).hexdigest()
     records, bad = [], []

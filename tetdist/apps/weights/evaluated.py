@@ -12,6 +12,7 @@ from tetdist.config.loading import CONFIGS_DIR, data_command, parse
 from tetdist.config.messages import checked
 from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
+from tetdist.datasets.class_folders import folders_called
 from tetdist.datasets.index import Index, index_file
 from tetdist.datasets.recorded_split import binning, recorded_split
 from tetdist.distributed.world import World
@@ -118,9 +119,10 @@ def open_evaluated(config: RunConfig, split: str | None, world: World, *, own_da
     if split is not None or not own_data or not data.held_out:
         flags = " and ".join(["--split"] * (split is not None) + ["--data"] * (not own_data))
         other = f"; without {flags}, the run's held-out samples are taken" if data.held_out else ""
+        given = (*folders_called(Path(data.root), "val"), "train, the training samples")[0]
         raise UserError(
             f"there is no {split or 'validation'} split in {data.root}; add val/ and index it, or "
-            f"give --split train, the training samples{other}"
+            f"give --split {given}{other}"
         )
     held = open_data(config, world)[1]
     return dataclasses.replace(held, split=evaluated_split(config) or held.split)

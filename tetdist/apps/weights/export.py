@@ -266,7 +266,8 @@ def _accuracy(description: checkpoint.Description) -> str:
     rest = f"of {of}, with these weights"
     if description.which == "best":
         rest += ", which were chosen on the same split"
-    return f"{validation['top1']:.2f} % top-1, {validation['top5']:.2f} % top-5, {rest}"
+    top5 = f" {validation['top5']:.2f} % top-5," if validation["top5"] < 100 else ""
+    return f"{validation['top1']:.2f} % top-1,{top5} {rest}"
 
 
 def _create_arguments(trained: Trained, source: str | None) -> str:

@@ -66,7 +66,7 @@ class DataSection(Section):
     """Folder of the index files, which list all samples; null: the folder index in data.root."""
     held_out: OpenFraction = 0.0
     """Fraction of each class's training samples that is not trained on, but evaluated in place of
-    the validation split. The choice depends on seed; pieces of one recording stay together."""
+    the validation split. It depends on seed; all labelled intervals of a file stay together."""
     image_size: Pixels = 224
     """Height and width of the network's input, in pixels."""
     resize: Pixels | None = None

@@ -31,7 +31,8 @@ def decode_hdf5(contents: Contents, sensor: Sensor | None) -> Events:
             table = _own_values(file, "events")
             arrays = {name: table[name] for name in table.dtype.names or ()}
         else:
-            arrays = {name: _own_values(found, name) for name in _FIELDS if name in found}
+            of = {name: _own_values(found, name) for name in _FIELDS if name in found}
+            arrays = dict.fromkeys(found) | of  # the others for messages
     return _from_arrays(arrays, size, sensor)
 
 
@@ -56,7 +57,8 @@ def _from_arrays(
     """
     missing = [name for name in _FIELDS if name not in arrays]
     if missing:
-        raise BadRecording(f"it has no array {missing[0]!r} (x, y, t and p are required)")
+        there = f"has {', '.join(arrays) or 'no arrays'}, but no array {missing[0]!r}"
+        raise BadRecording(f"it {there} (x, y, t and p are required)")
     x, y, t, p = (arrays[name] for name in _FIELDS)
     for name, values in zip(_FIELDS, (x, y, t, p), strict=True):
         if values.ndim != 1 or len(values) != len(t):
