@@ -46,6 +46,8 @@ def main() -> int:
 def _main(name: str, *arguments: str) -> int:
     name = name.replace("-", "_") if not name.startswith("-") else name
     if name in ("-h", "--help", "help"):
+        if arguments and not arguments[0].startswith("-"):
+            return _main(arguments[0], "--help")
         print("usage: tetdist COMMAND ...   (tetdist COMMAND --help shows its options)")
         print("       tetdist --version\n")
         print("\n".join(f"  {command:13} {text}" for command, text in COMMANDS.items()))
@@ -56,7 +58,8 @@ def _main(name: str, *arguments: str) -> int:
         print(f"tetdist {version('tetdist')}")
         return 0
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.65)
+        known = [*COMMANDS, "--help", "--version", "train --explain"]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.65)
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
         print(f"error: there is no command {name!r}; {hint}", file=sys.stderr)
         return 2

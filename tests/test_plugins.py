@@ -291,6 +291,7 @@ TO_RPROP = "phases.0.optimizer={kind: rprop, lr: 0.1, arguments: {foo: 1}}"
 HEADLESS = FILES["my_snn.py"].replace("my_snn", "headless").replace("self.set_s", "# self.set_s")
 DEEPER = FILES["my_snn.py"].replace("my_snn", "deeper").replace("(width, 2", "(1 + width, 2")
 WITHOUT_T = FILES["my_plain.py"].replace("return logits if per_timestep else ", "return ")
+SMOOTH = LOSS.format("f", "y, gamma, label_smoothing=0): return gamma + label_smoothing")
 OWN = {
     "width: float = 1.0": "no description; declare it as width: float = neurons.option(1.0, ",
     "def parameters(self, c): return {'w': torch.ones(3)}": "of Own has the shape (3,); it must be",
@@ -320,15 +321,8 @@ LATER = [
         *("loss.kind=d", LOSS.format("d", "y, epoch): ...")),
         "[] (missing a required argument: 'epoch'); set its other parameters in loss.arguments",
     ),
-    (
-        "loss={kind: f, label_smoothing: 0.5, arguments: {gamma: 2}}",
-        LOSS.format("f", "y, gamma, label_smoothing=0): return gamma + label_smoothing"),
-        "f returns 2.5, not a tensor",
-    ),
-    (
-        *("loss={kind: g, lambda: 0.1}", LOSS.format("g", "y): ...")),
-        "loss.lambda has no effect: the function of loss.kind=g has no parameter lambda_;",
-    ),
+    ("loss={kind: f, label_smoothing: 0.5, arguments: {gamma: 2}}", SMOOTH, "returns 2.5, not a"),
+    ("loss={kind: f, lambda: 0.1, arguments: {gamma: 2}}", SMOOTH, "loss.lambda has no effect"),
     *(
         ("model.neuron.kind=own", NEURON.format(DATACLASS, body), text)
         for body, text in OWN.items()

@@ -40,9 +40,7 @@ class Loss:
     @property
     def arguments(self) -> list[str]:
         """Names of the function's parameters after logits and targets."""
-        parameters = list(inspect.signature(self.function).parameters.values())
-        of_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        return [one.name for one in parameters[2:] if one.kind in of_name]
+        return list(inspect.signature(self.function).parameters)[2:]
 
     def compute(
         self, kind: str, logits: Tensor, targets: Tensor, arguments: Mapping[str, Any]

@@ -63,6 +63,8 @@ MISTAKEN = {
     "phases.0.loss.lamda=1": "unknown key; did you mean 'phases.0.loss.lambda'?",
     "model.neuron={decai: 0.5}": "'model.neuron.decai'; did you mean 'model.neuron.decay'?",
     "Batch.Global=3": "unknown key 'Batch'; did you mean 'batch.global'?",
+    "modle={name: x}": "unknown key; did you mean 'model'?",
+    "model.neuron={kind: ilif, most_spike: 2}": "did you mean 'model.neuron.most_spikes'?",
     "batch-size=3": "unknown key; set batch.global",
     "neuron.decay=0.2": "unknown key 'neuron'; did you mean 'model.neuron.decay'?",
     "train.epochs=2": "unknown key 'train'; did you mean 'phases.0.epochs'?",
@@ -74,7 +76,7 @@ MISTAKEN = {
     "model.neuron={detach_reset: 'false'}": "'model.neuron.detach_reset'",
     "phases=3": "'phases' is a list",
     "phases.0.schedule=step": "phases.0.schedule=step must be 'cosine' or 'constant'",
-    "data.mean=0.5": "data.mean=0.5 must be a list in brackets",
+    "data.scale=0.5": "a list of 2: number >= 0 and <= 1, in brackets (default [0.08, 1.0])",
     "phases.0.optimizer={kind: sgd}": "'phases.0.optimizer.lr' is missing",
     "tracking.log_checkpoint=all": "tracking.log_checkpoint=all must be 'none', 'last' or",
     "tracking.experiment=3": "tracking.experiment=3 must be text, in quotes",
@@ -212,7 +214,8 @@ def test_mistakes_of_the_file_and_of_an_override_are_distinguished(tiny_config):
 
 
 def test_no_such_config(tmp_path):
-    for name in ("quickstar", "tetdist:quikstart", "there/quickstrt.yaml"):
+    (tmp_path / "q.yaml").touch()
+    for name in ("quickstar", "tetdist:quikstart", f"{tmp_path}/quikstart.yaml"):
         with pytest.raises(UserError, match=rf"'{name}'.*did you mean quickstart\?"):
             load(name)
     (tmp_path / "config.yaml").touch()
@@ -411,6 +414,7 @@ def test_every_key_is_printed_and_explained():
         (["--pint-config"], "did you mean --print-config?"),
         (["--batch-size", "3"], "have no --; set batch.global"),
         (["--batch.global=32"], "have no --; did you mean batch.global=VALUE?"),
+        (["--resume"], "have no --; leave it out: the same command continues a stopped run"),
         (["--epocs", "3"], "have no --; did you mean phases.0.epochs=VALUE?"),
     ],
 )
@@ -422,9 +426,10 @@ def test_mistaken_flags_are_one_line(arguments, expected, capsys):
 
 
 def test_some_keys_are_explained(capsys, monkeypatch):
-    assert train.main(["--explain", "base", "batch", "phases.0.epochs"]) == 0
-    explained = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert explained == ["base", "batch.global", "batch.micro", "batch.eval", "phases.N.epochs"]
+    assert train.main(["--explain", "base", "batch", "phases.0.epochs", "lr"]) == 0
+    explained = " ".join(line.split()[0] for line in capsys.readouterr().out.splitlines())
+    keys = "base batch.global batch.micro batch.eval phases.N.epochs phases.N.optimizer.lr"
+    assert explained == keys
     assert train.main(["--explain", "model.neuron.decay"]) == 0
     of_kinds = (
         "[number > 0 and <= 1; default 0.5]",
@@ -440,9 +445,9 @@ def test_some_keys_are_explained(capsys, monkeypatch):
     assert (max(map(len, lines)) <= 60, " ".join(map(str.strip, lines))) == (True, output.strip())
     for word, answer in {
         "bach": "no key 'bach'; did you mean 'batch'?",
-        "learning_rate": "no key 'learning_rate'; set phases.N.optimizer.lr (",
+        "learning_rate": "no key 'learning_rate'; see phases.N.optimizer.lr (",
         "los.kind": "did you mean 'loss.kind'?",
-        "phases.timesteps": "no key 'phases.timesteps'; set phases.N.timesteps",
+        "phases.timesteps": "no key 'phases.timesteps'; see phases.N.timesteps",
     }.items():
         assert train.main(["--explain", word]) == 2
         assert answer in capsys.readouterr().err

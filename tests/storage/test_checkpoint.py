@@ -319,6 +319,7 @@ def test_model_file_errors(tmp_path):
     (tmp_path / "it.onnx").write_bytes(b"\x08\x0a" * 9)
     assert "it.onnx is no checkpoint; give a run folder or" in problem(tmp_path / "it.onnx")
     path = save(tmp_path / "run" / "checkpoints", 1)
+    assert f"holds runs; give one, such as {tmp_path / 'run'}" in problem(tmp_path)
     file = path / "model.safetensors"
     # Others may read it, as they may its neighbours.
     assert len({other.stat().st_mode for other in path.iterdir()}) == 1

@@ -265,8 +265,9 @@ def test_data_that_is_not_there(gone, parts, main, tiny_copy, tiny_config, tmp_p
     ],
     ids=str,
 )
-def test_what_does_not_suit_the_data(changes, parts, main, tiny_config):
+def test_what_does_not_suit_the_data(changes, parts, main, tiny_config, tmp_path):
     refused(main(tiny_config(changes)), "error:", *parts)
+    assert not (tmp_path / "runs/tiny/metrics.jsonl").exists()
 
 
 def test_non_finite_loss_names_step_rate_and_checkpoint(main, tiny_config, tmp_path):

@@ -33,7 +33,8 @@ class Parser(argparse.ArgumentParser):
         if value := re.search(r"invalid choice: '(.*?)'.*choose from (.*)\)", message):
             # The word nearest to a short one, such as gpu, often means something else.
             known = re.findall(r"[^', ]+", value[2]) if len(value[1]) > 3 else []
-            hints = [meant(value[1], known, "")]
+            first = f"write {self.prog} {known[0]} {value[1]}" if "/" in value[1] else ""
+            hints = [meant(value[1], known, first)]
         text = "; ".join([message, *filter(None, dict.fromkeys(hints))])
         self.exit(2, f"error: {text} ({self.prog} --help explains all flags)\n")
 

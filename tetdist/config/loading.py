@@ -1,5 +1,6 @@
 """Loading of a checked `RunConfig` from a YAML file, its bases, and ``key=value`` overrides."""
 
+import difflib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,6 @@ from tetdist.nn import neurons
 from tetdist.nn.neurons import NEURONS
 from tetdist.plugins import import_files
 from tetdist.storage.bundled import TETDIST
-from tetdist.wording import meant, meant_path
 
 # MLflow's variable, the default of tracking.uri.
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -46,10 +46,10 @@ def find(name: str, folder: Path = Path(), source: str = "") -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    known = [path.stem for path in CONFIGS_DIR.glob("*.yaml")]
-    word = Path(name.removeprefix(TETDIST)).stem
-    hint = meant(word, known, f"`{typed('list')}` lists those")
-    hint = meant_path(folder / name, hint, "*.yaml")
+    known = {path.stem: path.stem for path in CONFIGS_DIR.glob("*.yaml")}
+    known |= {path.stem: str(path) for path in (folder / name).parent.glob("*.yaml")}
+    close = difflib.get_close_matches(Path(name.removeprefix(TETDIST)).stem, known, n=1)
+    hint = f"did you mean {known[close[0]]}?" if close else f"`{typed('list')}` lists those"
     if (folder / name / "config.yaml").is_file():
         hint = f"did you mean {name}/config.yaml?"
     raise UserError(f"{source}no configuration {name!r}, neither as a file nor in configs/; {hint}")
@@ -100,6 +100,7 @@ def load_with_origins(
     import_files(raw["imports"])
     config = parse(raw, str(path), overrides=overrides, origins=origins, check_draft=check_draft)
     check_name(config)
+    _refuse_unread(config, str(path), origins, [key_of(one) for one in overrides])
     return Loaded(config, origins)
 
 
@@ -161,8 +162,6 @@ def parse(
     raw = _with_neuron_of_its_kind(raw, source, warn, origins or {})
     config = checked(RunConfig, raw, source, overrides, origins)
     check(config, is_trained=is_trained)
-    if not is_trained:
-        _refuse_unread(config, source, origins or {}, [key_of(one) for one in overrides])
     return config
 
 
@@ -177,16 +176,15 @@ def _refuse_unread(
     from tetdist.losses import LOSSES
 
     later = given[given.index("loss.kind") :] if "loss.kind" in given else given
-    kind, chosen_in = config.loss.kind, origins.get("loss.kind")
-    read = {name for loss in config.losses() for name in LOSSES[loss.kind].arguments}
-    for key, name in (("lambda", "lambda_"), ("phi",) * 2, ("label_smoothing",) * 2):
+    read = {name.rstrip("_") for loss in config.losses() for name in LOSSES[loss.kind].arguments}
+    for key in ("lambda", "phi", "label_smoothing"):
         place = origins.get(f"loss.{key}")
         is_typed = place == COMMAND_LINE and not {"loss", f"loss.{key}"}.isdisjoint(later)
-        is_meant = is_typed or place == source == chosen_in
-        if is_meant and name not in read and kind not in names.LOSSES:
+        is_meant = is_typed or place == source == origins.get("loss.kind")
+        if is_meant and key not in read and config.loss.kind not in names.LOSSES:
             raise UserError(
-                f"loss.{key} has no effect: the function of loss.kind={kind} has no parameter "
-                f"{name}; remove the key, or add the parameter"
+                f"loss.{key} has no effect: the function of loss.kind={config.loss.kind} has no "
+                "such parameter; remove the key, or add the parameter"
             )
 
 

@@ -23,6 +23,7 @@ _ELSEWHERE = {
     "data_dir": "set data.root",
     "learning_rate": "set phases.0.optimizer.lr",
     "output_dir": "set runs_dir",
+    "resume": "leave it out: the same command continues a stopped run",
     "tau": "set model.neuron.decay to 1 - 1/tau",
     "warmup": "set phases.0.warmup_epochs",
 }
@@ -32,7 +33,6 @@ _MESSAGES = {
     "greater_than_equal": "must be {ge} or more",
     "less_than": "must be below {lt}",
     "less_than_equal": "must be {le} or less",
-    "tuple_type": "must be a list in brackets, such as [{given}]",
     "dict_type": "must hold keys and values, such as {{key: value}}",
     "string_type": "must be text, in quotes",
     "bool_type": "must be true or false",
@@ -166,10 +166,12 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
     if (text := _MESSAGES.get(error["type"])) is not None:
         context = error.get("ctx", {}).items()
         values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in context}
-        message = text.format(given=json.dumps(given or 0), **values)
-    elif error["type"] in ("int_type", "float_type"):
+        message = text.format(**values)
+    elif error["type"] in ("int_type", "float_type", "tuple_type"):
         documented = documented_keys(root).get(re.sub(r"\.\d+\.", ".N.", dotted))
         message = f"must be a {documented.takes if documented else 'number'}"
+        if documented and error["type"] == "tuple_type":
+            message += f", in brackets ({documented.default})"
     if is_named:
         return f"{override} {message}" if message.startswith("must") else message
     shown = "" if isinstance(given, dict) else f", not {given!r}"
@@ -182,18 +184,21 @@ def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
     space = "write a space after each colon" if ":" in last else None
     if hint := _ELSEWHERE.get(last, space):
         return hint
-    section = section_at(root, place)
+    section, keys = section_at(root, place), documented_keys(root)
     known = keys_of(section or root)
+    if place == ["model", "neuron"]:  # of any kind
+        known = [key.rpartition(".")[2] for key in keys if key.startswith("model.neuron.")]
     # The right word at a wrong place, or else a misspelt word.
-    found = (_place_of(last, key) for key in documented_keys(root))
+    found = (_place_of(last, key) for key in keys)
     elsewhere = list(dict.fromkeys(filter(None, found)))
     alike = difflib.get_close_matches(".".join([*place, last]), elsewhere, n=1, cutoff=0.8)
     elsewhere = [key for key in elsewhere if key.split(".")[0] in place] or alike or elsewhere
     if elsewhere:
         return f"did you mean {' or '.join(map(repr, elsewhere[:3]))}?"
-    far = [] if place and section else [key.rpartition(".")[2] for key in documented_keys(root)]
+    far = [] if place and section else [key.rpartition(".")[2] for key in keys]
     begun = [key for key in known if key.startswith(last)]
-    if close := begun or difflib.get_close_matches(last, {*known, *far}, n=1, cutoff=0.7):
+    near = (difflib.get_close_matches(last, words, 1, 0.7) for words in (known, far))
+    if close := begun or next(filter(None, near), []):
         if close[0] not in known:
             return nearest(root, [*place, close[0]])
         return f"did you mean {'.'.join([*place, close[0]])!r}?"

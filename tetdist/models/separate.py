@@ -91,8 +91,7 @@ def refuse_mixing(name: str, model: SpikingNetwork, shape: Sequence[int]) -> Non
             failure = error
     else:
         layers = {id(module): path for path, module in net.named_modules()}
-        frames = (frame for frame, _ in traceback.walk_tb(failure.__traceback__))
-        owners = (id(frame.f_locals.get("self")) for frame in frames)
+        owners = (id(f.f_locals.get("self")) for f, _ in traceback.walk_tb(failure.__traceback__))
         if within := [layers[owner] for owner in owners if owner in layers]:
             failure.add_note(f"in {within[-1] or 'forward'} of {name}")
         # With a GPU, the network may be for that alone.

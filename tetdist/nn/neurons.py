@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from tetdist.errors import UserError
@@ -214,12 +214,11 @@ def class_of(kind: str) -> type[NeuronConfig]:
             f"model.neuron.kind: {cls.__name__} is not a dataclass itself; put "
             "@dataclass(frozen=True, kw_only=True) above it"
         )
-    if (bare := next((one for one in fields(cls) if "doc" not in one.metadata), None)) is not None:
-        kind = bare.type.__name__ if isinstance(bare.type, type) else bare.type
-        default = "DEFAULT" if bare.default is MISSING else repr(bare.default)
+    if bare := [one for one in fields(cls) if "doc" not in one.metadata]:
+        name, of = bare[0].name, getattr(bare[0].type, "__name__", bare[0].type)
         raise UserError(
-            f"model.neuron.kind: {bare.name} of {cls.__name__} has no description; declare it as "
-            f'{bare.name}: {kind} = neurons.option({default}, "Description.")'
+            f"model.neuron.kind: {name} of {cls.__name__} has no description; declare it as "
+            f'{name}: {of} = neurons.option({getattr(cls, name, ...)!r}, "Description.")'
         )
     return cls
 

@@ -43,6 +43,8 @@ def check_source(path: Path) -> None:
         if not path.exists():
             near = meant_path(Path("runs", path.name), meant_path(path, give))
             raise UserError(f"there is no checkpoint {path}; {near}")
+        if runs := [str(one.parent) for one in sorted(path.glob("*/checkpoints"))]:
+            raise UserError(f"{path} holds runs; give one, such as {', '.join(runs[:9])}")
         if path.is_file() and path.suffix != ".safetensors":
             converts = f"`{typed('convert')}` converts other libraries' weights"
             raise UserError(f"{path} is no checkpoint; {give} ({converts})")

@@ -165,6 +165,8 @@ def _check_device(config: RunConfig, world: World) -> None:
         )
     if config.cuda_graphs and world.device.type == "cpu":
         raise UserError("cuda_graphs=true needs a GPU; remove it or set device=cuda")
+    if config.data.device == "gpu" and world.device.type == "cpu":
+        raise UserError("data.device=gpu needs a GPU, but this run is on the CPU; set it to cpu")
 
 
 def _check_steps(config: RunConfig, phases: list[Phase], last_step: int) -> None:

@@ -96,11 +96,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _is_of(key: str, word: str) -> bool:
-    """Return whether `word` names a key or a section that contains it."""
-    return not word or key == word or key.startswith(f"{word}.")
-
-
 def read_config(options: argparse.Namespace) -> "RunConfig | None":
     """Return the configuration; None after --explain or --print-config."""
     from tetdist.apps.reports.reference import find_reference
@@ -119,19 +114,23 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
         import_files(options.imports)
         inherits = "Configuration file or recipe from which a file inherits the keys that it omits."
         known = {"base": Documented("text", "default: none", inherits)} | documented_keys()
-        asked = options.overrides or [""]
-        # Users may type phases.0.epochs, optimizer=..., or the beginning of a key.
-        wanted = [re.sub(r"\.\d+(?=\.|$)", ".N", one.partition("=")[0]) for one in asked]
-        for word, key in zip(wanted, asked, strict=True):
-            if not any(_is_of(one, word) for one in known):
+        wanted = set[str]()
+        for key in options.overrides or [""]:
+            # Users may type phases.0.epochs, optimizer=..., the beginning of a key, or its end.
+            word = re.sub(r"\.\d+(?=\.|$)", ".N", key.partition("=")[0])
+            named = {one for one in known if not word or f"{one}.".startswith(f"{word}.")}
+            named = named or {one for one in known if f".{word}." in f".{one}."}
+            wanted |= named
+            if not named:
                 near = nearest(schema.RunConfig, word.split(".")).replace(".0.", ".N.")
+                near = near.replace("set phases", "see phases")
                 raise UserError(
                     f"--explain: there is no key {key!r}; {near} (--explain alone lists all keys)"
                 )
         # A pipe gets a line for each key, for grep.
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
         for key, documented in known.items():
-            if any(_is_of(key, word) for word in wanted):
+            if key in wanted:
                 print(textwrap.fill(f"{key} {documented}", width, subsequent_indent=" " * 4))
         return None
     # Several processes check the data later, together, since each host may have its own.

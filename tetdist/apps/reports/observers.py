@@ -46,7 +46,7 @@ class Summary(Observer):
     def on_end(self, result: Mapping[str, float] | None) -> None:
         if result is None:
             return
-        folder = self.config.run_dir
+        config, folder = self.config, self.config.run_dir
         lines = [f"{folder} is finished"]
         if result:
             lines[0] += (
@@ -60,8 +60,7 @@ class Summary(Observer):
             )
         if result and self.config.data.held_out:
             lines[0] += f" ({counted(self.samples, 'held-out sample')})"
-        needed = without_losses(self.config.imports)
-        copies = [folder / "imports" / Path(file).name for file in needed]
+        copies = [folder / "imports" / Path(file).name for file in without_losses(config.imports)]
         lines.append(f"  evaluate  {typed('eval', folder, *import_flags(copies))}")
         if self.config.tracking_uri and self.tracker.is_complete:
             lines.append(f"  look      {ui_command(self.config.tracking_uri, folder)}")
@@ -100,11 +99,6 @@ def _log_start(watched: Watched) -> None:
         if optimizer.lr_per is not None or optimizer.layer_decay is not None:
             rate = optimizer.lr_as_text(config.batch.global_)
             logger.info("phase %d: learning rate %s", number, rate)
-    if config.cuda_graphs:
-        logger.warning(
-            "cuda_graphs=true is not yet verified on a GPU; check it on this machine with `%s`",
-            typed("check_gpu", "--only", "steps"),
-        )
 
 
 class PublishedCurve(Observer):

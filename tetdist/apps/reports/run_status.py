@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.config.yaml_files import read_yaml
-from tetdist.errors import UserError, typed
+from tetdist.errors import UserError
 from tetdist.storage.files import checkpoint_at, is_held
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import from_end
@@ -91,11 +91,8 @@ def find_runs(names: Sequence[str]) -> list[Path]:
             places = (Path(name).parent, Path("runs", name).parent)
             known = {run.name: run for place in places for run in _runs_at(place)}
             close = difflib.get_close_matches(Path(name).name, known, n=1)
-            give = "give a run folder (with config.yaml), a folder of runs, or a name in runs/"
+            give = "give a run folder (own loops write none), a folder of runs, or a name in runs/"
             hint = f"did you mean {known[close[0]]}?" if close else give
-            if any(Path(place, "checkpoints").is_dir() for place in (name, f"runs/{name}")):
-                hint = f"a loop of your own wrote it; `{typed('eval', name)}` evaluates it"
-                raise UserError(f"{name} has checkpoints, but no config.yaml and metrics; {hint}")
             is_empty = Path(name).is_dir() or Path("runs", name).is_dir()
             what = "no run has begun in" if is_empty else "there is no run"
             raise UserError(f"{what} {name}; {hint}")
