@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import signal
+import threading
 import zipfile
 from multiprocessing import forkserver
 
@@ -76,17 +77,24 @@ def test_the_fingerprint_is_of_the_content_not_of_the_copy(image_root):
 
 def test_workers_do_not_change_the_index(image_root, monkeypatch):
     root = image_root(per_class=50)  # More than one task of work.
-    progress, server = [], []
+    progress, server, starters = [], [], []
+    connect = forkserver.connect_to_new_process  # in a thread that Ctrl-C does not interrupt
 
     def start():
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         server.append(("TETDIST_COMMAND" in os.environ, signal.SIGINT in blocked))
 
+    def start_worker(*given):
+        starters.append(threading.current_thread())
+        return connect(*given)
+
     monkeypatch.setattr(forkserver, "ensure_running", start)
+    monkeypatch.setattr(forkserver, "connect_to_new_process", start_worker)
     one, _ = build(root)
     two, _ = ix.build_index(root, "train", 2, progress=lambda *numbers: progress.append(numbers))
     assert (two.fingerprint, server) == (one.fingerprint, [(True, True)])
     assert progress == [(64, 150), (128, 150), (150, 150)]
+    assert {thread is threading.main_thread() for thread in starters} == {False}
 
 
 def test_hidden_and_foreign_files_are_passed_over(image_root):

@@ -119,10 +119,7 @@ def test_simulated_camera_is_evaluated_replayed_and_exported(
     assert len(frames) == 10
     assert "  timestep 10/10  7  " in frames[-1]
     text = (tiny.PROJECT / "docs" / "guides" / "deploy.md").read_text()
-    live, classify = (
-        text[text.index(f"## {heading}") :].split("```python\n")[1].split("```")[0]
-        for heading in ("Stream a live camera", "Classify images without labels")
-    )
+    live, classify = (program.split("```")[0] for program in text.split("```python\n")[2:4])
     monkeypatch.chdir(tmp_path)
     exec(live, {})
     shown = [line.split() for line in capfd.readouterr().out.splitlines()]
