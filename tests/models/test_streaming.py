@@ -242,7 +242,7 @@ def test_misuse_is_one_sentence():
             UserError, match=r"but the stream's are \(6, 3, 28, 28\); call reset\(\)"
         ):
             stream.step(wrong)
-    with pytest.raises(UserError, match="has 28x27; give it the argument input_size"):
+    with pytest.raises(UserError, match="has 28x27; give that size, or"):
         model(x[..., :-1])
     with pytest.raises(UserError, match=r"a bool mask \(6,\)"):
         stream.keep(torch.ones(5, dtype=torch.bool))

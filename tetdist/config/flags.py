@@ -27,9 +27,11 @@ class Parser(argparse.ArgumentParser):
         """Print a mistake as one sentence, without the list of all flags, and exit."""
         flags = re.findall(r"--[\w.-]+", message) if message.startswith("unrecognized") else []
         hints = [self.meant(flag) for flag in flags]
+        wanted = [str(one.metavar) for one in self._get_positional_actions()]
         if message.startswith("one of the arguments"):  # it names the flags that may replace one
-            wanted = (str(one.metavar) for one in self._get_positional_actions())
             message = f"give {' and '.join(wanted)}"
+        if message.startswith("unrecognized") and not flags and "RUN_OR_FILE" in wanted:
+            hints = ["give one RUN_OR_FILE (compare_runs compares several)"]
         if value := re.search(r"invalid choice: '(.*?)'.*choose from (.*)\)", message):
             # The word nearest to a short one, such as gpu, often means something else.
             known = re.findall(r"[^', ]+", value[2]) if len(value[1]) > 3 else []

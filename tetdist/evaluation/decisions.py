@@ -39,17 +39,12 @@ class Decisions:
         device: torch.device,
         thresholds: Sequence[float] = THRESHOLDS,
     ) -> None:
-        unnamed = range(len(classes), num_outputs)
+        unnamed, number = range(len(classes), num_outputs), len(thresholds)
         self.classes, self.thresholds = [*classes, *(f"output {k}" for k in unnamed)], thresholds
         self._thresholds = torch.tensor(thresholds, device=device).view(-1, 1, 1)
         self.confusion, self.exits, self.exit_correct, self.exit_spoilt = (
             torch.zeros(shape, dtype=torch.int64, device=device)
-            for shape in (
-                (num_outputs, num_outputs),
-                (len(thresholds), timesteps),
-                (len(thresholds),),
-                (len(thresholds),),
-            )
+            for shape in ((num_outputs, num_outputs), (number, timesteps), (number,), (number,))
         )
 
     def add(self, logits: Tensor, labels: Tensor) -> None:

@@ -322,7 +322,7 @@ class SpikingNetwork(nn.Module):
         if side is not None and sizes != (side, side):
             raise UserError(
                 f"the model is built for {side}x{side} pixels, but the input has "
-                f"{'x'.join(map(str, sizes))}; give it the argument input_size"
+                f"{'x'.join(map(str, sizes))}; give that size, or build it with input_size"
             )
 
     def frame(self, x: Tensor, t: int) -> Tensor:

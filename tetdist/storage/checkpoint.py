@@ -302,6 +302,8 @@ def _write_weights(path: Path, weights: dict[str, Tensor], description: Descript
 
 def _model_file(path: Path, which: str) -> Path:
     hub.check_source(path)
+    if which != "last" and (not path.is_dir() or (path / MODEL_FILE).is_file()):
+        raise UserError(f"--best: {path} is not a run of several checkpoints; leave out --best")
     if str(path).startswith(hub.NAMED):
         return hub.fetch(str(path), MODEL_FILE)
     if path.is_file():

@@ -75,6 +75,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         check_output(parser, options.format, options.output)
     if options.dt is not None and options.format != "nir":
         parser.error("--dt applies to --format nir only; leave it out")
+    if options.dt is not None and not 0 < options.dt < float("inf"):
+        parser.error(f"--dt {options.dt:g} must be finite and above 0 seconds, such as 1e-4")
     return options
 
 

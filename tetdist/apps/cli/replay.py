@@ -47,9 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def replay(options: argparse.Namespace) -> None:
     """Read, bin, stream and print."""
+    if (file := options.recording).is_dir() or str(file).startswith(hub.NAMED):
+        raise UserError(f"RECORDING: {file} is no file; give the network, then a file of events")
     hub.check_source(options.checkpoint)  # before torch is imported
-    if (file := options.recording).is_dir():
-        raise UserError(f"RECORDING: {file} is a folder; give the network, then a file of events")
     if not file.is_file():
         raise UserError(f"there is no recording {file}; {meant_path(file, 'correct its name')}")
     if output := options.output:

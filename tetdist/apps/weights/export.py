@@ -43,8 +43,6 @@ _CHECKED, _TOLERANCE = 4, 1e-4
 RECIPE_FILE = "recipe.yaml"
 INTEGERS_FILE = "integers.json"  # beside whole numbers
 _TIMMS_HUB = "hf-hub:"  # timm's prefix of the hub; tetdist's is `HF`
-# Metadata key of a program or graph for the preparation of its input.
-_PREPARATION = "preparation"
 
 
 # --- files of weights -----------------------------------------------------------------------------
@@ -280,11 +278,17 @@ def _create_arguments(trained: Trained, source: str | None) -> str:
     )
 
 
-def _preparation(trained: Trained) -> str:
+def _metadata(trained: Trained, preparation: str) -> dict[str, Any]:
+    """Return the metadata of a program or graph, texts; all but the preparation are JSON."""
+    found = trained.description.model_dump(include={"timesteps", "classes", "binning"})
+    return {"preparation": preparation} | {k: json.dumps(v) for k, v in found.items() if v}
+
+
+def _preparation(trained: Trained, time: str = "T, ") -> str:
     """Describe the input and the scaling of images, for a card or metadata."""
     data = trained.config.data
     if data.kind == "events":
-        return "Input: event frames, (B, T, 2, H, W), as in the training data."
+        return f"Input: event frames, (B, {time}2, H, W), OFF before ON, as in the training data."
     values, then = "in [0, 1]", f"minus {list(data.mean)}, divided by {list(data.std)}."
     if data.images_as_events is not None:
         convert = f"frames(as_events(images, {data.images_as_events.ratio:g}, None)).float()"
@@ -310,7 +314,7 @@ def write_nir(trained: Trained, path: Path, dt: float) -> str:
     from tetdist.apps.weights.nir_graph import to_nir
 
     graph = to_nir(trained.model, trained.input_shape, dt)
-    graph.metadata[_PREPARATION] = _preparation(trained)
+    graph.metadata = _metadata(trained, _preparation(trained, "")) | graph.metadata
     with _aside(path) as aside:
         nir.write(aside, graph)
         again = nir.read(aside)
@@ -332,7 +336,7 @@ def write_torch(trained: Trained, path: Path) -> str:
                 node.replace_all_uses_with(node.args[0])
                 program.graph.erase_node(node)
         program.graph_module.recompile()
-        torch.export.save(program, aside, extra_files={_PREPARATION: _preparation(trained)})
+        torch.export.save(program, aside, extra_files=_metadata(trained, _preparation(trained)))
         return _agreement(trained, torch.export.load(aside).module())
 
 
@@ -345,8 +349,9 @@ def write_onnx(trained: Trained, path: Path) -> str:
 
     name = trained.config.data.input_kind
     with torch.no_grad(), _aside(path) as aside:
-        program = _onnx_program(_traced(trained), [name], ["logits"])
-        program.model.metadata_props[_PREPARATION] = _preparation(trained)
+        names = {"input_names": [name], "output_names": ["logits"]}
+        program = _onnx_program(_traced(trained), **names, dynamic_shapes=({0: "batch"},))
+        program.model.metadata_props.update(_metadata(trained, _preparation(trained)))
         program.save(aside, external_data=False)
         session = onnxruntime.InferenceSession(aside, providers=["CPUExecutionProvider"])
 
@@ -356,12 +361,10 @@ def write_onnx(trained: Trained, path: Path) -> str:
         return _agreement(trained, run)
 
 
-def _onnx_program(
-    traced: torch.export.ExportedProgram, inputs: list[str], outputs: list[str]
-) -> torch.onnx.ONNXProgram:
-    # torch's exporter uses deprecated functions of torch and would warn about them.
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        program = torch.onnx.export(traced, input_names=inputs, output_names=outputs, verbose=False)
+def _onnx_program(traced: torch.export.ExportedProgram, **given: Any) -> torch.onnx.ONNXProgram:
+    # torch's exporter would warn of deprecated functions that it uses, and of axes of one name.
+    with warnings.catch_warnings(action="ignore"):
+        program = torch.onnx.export(traced, verbose=False, **given)
     assert program is not None
     return program
 
@@ -398,10 +401,7 @@ class OnnxStep:
         """Return the states before the first step: zeros."""
         kinds = {"tensor(float)": np.float32, "tensor(int32)": np.int32}
         _, *states = self._session.get_inputs()
-        # The name in place of a number is the batch's.
-        sizes = {
-            one.name: [n if isinstance(n, int) else samples for n in one.shape] for one in states
-        }
+        sizes = {x.name: [samples if n == "batch" else n for n in x.shape] for x in states}
         return {one.name: np.zeros(sizes[one.name], kinds[one.type]) for one in states}
 
     def run(self, frame: Tensor, states: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -410,7 +410,7 @@ class OnnxStep:
         return torch.from_numpy(logits), dict(zip(states, after, strict=True))
 
 
-def save_step(model: SpikingNetwork, frame: Tensor, path: Path, preparation: str = "") -> None:
+def save_step(model: SpikingNetwork, frame: Tensor, path: Path, metadata: dict[str, str]) -> None:
     """Write a network's step for `OnnxStep`.
 
     Args:
@@ -423,16 +423,19 @@ def save_step(model: SpikingNetwork, frame: Tensor, path: Path, preparation: str
             "another value to the input at each; export it with --format onnx"
         )
     step = _Step(model)
-    names = [f"state_{name}" for name in step.layers]
-    axes = [layer.neuron.sample_axis for layer in step.layers.values()]
-    batch = torch.export.Dim("batch")
-    shapes = ({0: batch}, [{axis: batch} for axis in axes])
+    names = [f"state_{name.replace('.', '_')}" for name in step.layers]
+
+    def shapes(batch: Any) -> tuple[Any, ...]:
+        return {0: batch}, [{layer.neuron.sample_axis: batch} for layer in step.layers.values()]
+
     states = [torch.zeros_like(one) for one in step(frame, None)[1]]
     with _reporting_trace_errors(type(model).__name__):
-        traced = torch.export.export(step, (frame, states), dynamic_shapes=shapes, strict=False)
+        axes = shapes(torch.export.Dim("batch"))
+        traced = torch.export.export(step, (frame, states), dynamic_shapes=axes, strict=False)
     outputs = ["logits", *(f"next_{name}" for name in names)]
-    program = _onnx_program(traced, ["frame", *names], outputs)
-    program.model.metadata_props[_PREPARATION] = preparation
+    given = {"input_names": ["frame", *names], "output_names": outputs}
+    program = _onnx_program(traced, **given, dynamic_shapes=shapes("batch"))
+    program.model.metadata_props.update(metadata)
     program.save(path, external_data=False)
 
 
@@ -443,7 +446,8 @@ def write_onnx_step(trained: Trained, path: Path) -> str:
     with torch.no_grad(), _aside(path) as aside:
         is_events = model.input_kind == "events"
         x = trained.examples(2)
-        save_step(model, x[:, 0] if is_events else x, aside, _preparation(trained))
+        metadata = _metadata(trained, _preparation(trained, ""))
+        save_step(model, x[:, 0] if is_events else x, aside, metadata)
         step = OnnxStep(aside)
 
         def run(x: Tensor) -> Tensor:
@@ -470,7 +474,8 @@ def write_integers(trained: Trained, folder: Path) -> str:
             for key, value in network.numbers(layer).items()
         }
         (aside / checkpoint.MODEL_FILE).write_bytes(serialize(tensors))
-        description = {_PREPARATION: _byte_preparation(trained)} | network.description
+        description = {"preparation": _byte_preparation(trained)} | network.description
+        description |= {"class_names": trained.description.classes}
         (aside / INTEGERS_FILE).write_text(json.dumps(description, indent=1) + "\n")
     return f"{checkpoint.MODEL_FILE}, whole numbers, and {INTEGERS_FILE}, {_proven(network)}"
 
@@ -480,10 +485,9 @@ def write_integer_step(trained: Trained, path: Path) -> str:
     from tetdist.apps.weights.integer_onnx import save_step
 
     network = convert(trained, trained.model.timesteps)
-    numbers = {"timesteps": network.timesteps, "logit": network.description["logit"]}
-    metadata = {key: str(value) for key, value in numbers.items()}
+    metadata = _metadata(trained, _byte_preparation(trained))
     with torch.no_grad(), _aside(path) as aside:
-        save_step(network, aside, metadata | {_PREPARATION: _byte_preparation(trained)})
+        save_step(network, aside, metadata | {"logit": str(network.description["logit"])})
         step, frames = OnnxStep(aside), network.frames(trained.examples(_CHECKED))
         states, membranes = step.at_rest(_CHECKED), dict[str, Tensor]()
         for t in range(network.timesteps):
@@ -504,7 +508,7 @@ def _proven(network: IntegerNetwork) -> str:
 
 def _byte_preparation(trained: Trained) -> str:
     if trained.config.data.input_kind == "events":
-        return "Input: bytes (C, H, W), numbers of events, as in the training data."
+        return "Input: bytes (2, H, W), numbers of events, OFF before ON, as in the training data."
     data = trained.config.data
     return (
         f"Input: bytes (3, H, W) of RGB images, shorter side resized to {data.resize_side} "

@@ -36,7 +36,9 @@ def read_recording(path: Path, data: bytes, sensor: Sensor | None) -> Events:
     """
     decoder = _DECODERS.get(path.suffix.lower())
     if decoder is None:
-        raise BadRecording(f"its suffix is not one of {', '.join(SUFFIXES)}")
+        made = "; give the recording that prebin_dvs made this tensor of"
+        advice = made if path.suffix == ".npy" else ""
+        raise BadRecording(f"its suffix is not one of {', '.join(SUFFIXES)}{advice}")
     if not data:
         raise BadRecording("the file is empty")
     try:

@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 
-from tetdist.apps.events.recording import BadRecording, Contents, Events, Sensor
+from tetdist.apps.events.recording import BadRecording, Contents, Events, OtherSize, Sensor
 
 DVS128 = Sensor(128, 128)
 DAVIS240 = Sensor(240, 180)
@@ -42,7 +42,7 @@ def _decode_2(contents: Contents, header: list[str], sensor: Sensor | None) -> E
     named = sensor or _camera(header)
     sensor = named or DVS128
     if sensor not in (DVS128, DAVIS240):
-        raise BadRecording(f"AEDAT 2.0 needs a {DVS128} or {DAVIS240} sensor, not {sensor}")
+        raise OtherSize(f"AEDAT 2.0 needs a {DVS128} or {DAVIS240} sensor, not {sensor}")
     address, t = contents.records(">u4", 2).T
     if sensor == DVS128:
         is_event = (address & 0x8000) == 0  # Bit 15 marks external triggers.
