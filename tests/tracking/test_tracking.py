@@ -300,6 +300,7 @@ def test_a_resumed_run_is_the_same_run_and_no_point_is_there_twice(store, tmp_pa
     train(tracker, 3, 8, 200.0)
     tracker.close("FAILED")
     assert store.run(run_dir).info.status == "FAILED"
+    (run_dir / "mlflow_run_id").write_text(first.run_id)  # as earlier versions did
     tracker = store.open(run_dir, 3, tags={"loss": "sdt"})
     tiny.wait_until(lambda: store.run(run_dir).info.status == "RUNNING", 40)
     train(tracker, 4, 8, 200.0)
@@ -307,6 +308,7 @@ def test_a_resumed_run_is_the_same_run_and_no_point_is_there_twice(store, tmp_pa
 
     run = store.run(run_dir)
     assert (run.info.run_id, run.info.status) == (first.run_id, "FINISHED")
+    assert (run_dir / "mlflow_run_id").read_text().split() == [first.run_id, first.experiment_id]
     # MLflow does not let parameters change; tags may.
     assert run.data.params == {"model.name": "sew_resnet18", "lr": "0.1", "new": "1"}
     assert run.data.tags["loss"] == "sdt"

@@ -229,8 +229,11 @@ def new_client(uri: str) -> Any:
 
 
 def _open_run(client: Any, run_dir: Path, destination: Destination, run_name: str) -> Any:
-    """Return the MLflow run of a run's folder, made when missing."""
-    return _known_run(client, run_dir) or _create_run(client, run_dir, destination, run_name)
+    """Return the MLflow run of a run's folder, made when missing; write its ids there."""
+    run = _known_run(client, run_dir) or _create_run(client, destination, run_name)
+    # Earlier versions wrote the run's id alone.
+    write_text(run_dir / "mlflow_run_id", f"{run.info.run_id}\n{run.info.experiment_id}\n")
+    return run
 
 
 def _known_run(client: Any, run_dir: Path) -> Any:
@@ -254,8 +257,8 @@ def _known_run(client: Any, run_dir: Path) -> Any:
     return None
 
 
-def _create_run(client: Any, run_dir: Path, destination: Destination, run_name: str) -> Any:
-    """Make a run, with its experiment if missing; write the ids of both into the run's folder."""
+def _create_run(client: Any, destination: Destination, run_name: str) -> Any:
+    """Make a run, with its experiment if missing."""
     from mlflow.tracking.context.registry import resolve_tags
 
     name = destination.experiment
@@ -270,9 +273,7 @@ def _create_run(client: Any, run_dir: Path, destination: Destination, run_name: 
     for tag in EXPERIMENT_TAGS.keys() - experiment.tags.keys():
         client.set_experiment_tag(experiment.experiment_id, tag, EXPERIMENT_TAGS[tag])
     # MLflow's pages show these tags as the run's user, source and version.
-    run = client.create_run(experiment.experiment_id, run_name=run_name, tags=resolve_tags())
-    write_text(run_dir / "mlflow_run_id", f"{run.info.run_id}\n{experiment.experiment_id}\n")
-    return run
+    return client.create_run(experiment.experiment_id, run_name=run_name, tags=resolve_tags())
 
 
 def _set_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
