@@ -252,22 +252,19 @@ def test_samples_without_a_label_are_left_out_only_if_asked(image_root, tmp_path
     folder = image_root() / "train" / "ant"
     one, two = ((folder / f"ant{number}.jpg").read_bytes() for number in (0, 1))
     members = {"a.jpg": one, "a.cls": b"0", "b.jpg": two, "b.cls": b"2", "c.jpg": one}
-    write_tar(tmp_path / "s" / "data" / "0.tar", members)
-    options = ["--splits", "train", "--shards", "train=data/*.tar"]
-    output = images("index", tmp_path / "s", *options, status=2)
-    assert "bad: data/0.tar/c.jpg: no label" in output
+    write_tar(tmp_path / "s" / "train" / "0.tar", members)
+    output = images("index", tmp_path / "s", status=2)
+    assert "bad: train/0.tar/c.jpg: no label" in output
     assert "1 of 3 files is bad" in output
-    output = images("index", tmp_path / "s", *options, "--skip-bad")
+    output = images("index", tmp_path / "s", "--skip-bad")
     index = load_index(tmp_path / "s" / "index" / "train.npz")  # by the first one's journal
-    assert (index.skipped, index.heights.tolist()) == (("data/0.tar/c.jpg",), [60, 63])
+    assert (index.skipped, index.heights.tolist()) == (("train/0.tar/c.jpg",), [60, 63])
     assert "2 images in 1 tar file in 3 classes, 1 of them empty, 1 bad one" in output
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["index", "R", "--shards", "train"], "--shards train: write SPLIT=PATTERN"),
-        (["check", "R", "--shards", "test=x"], "'test' is not one of --splits"),
         (["shard", "R", "D", "--shard-mb", "0"], "--shard-mb: 0 must be 1 or more"),
         (["shard", "R", "D"], "there is no index R/index/train.npz: build it with"),
         (["index", "R"], "there is no data folder R; give one with train/ and val/"),

@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from tetdist.datasets import archives
 from tetdist.datasets.archives import BadFile, ByteRange, Member
@@ -47,24 +47,17 @@ class Hints:
     """Facts about a split from the user, if its folder does not show them.
 
     Attributes:
-        shards: The split's shards, relative to the data root: a folder, or a pattern with * ? []
-            {a,b} {0000..1023}.
         labels: The labels of the official validation tar: see `archives.validation_labels`.
         classes: Class names in the order of the shards' labels: a text file with one name per line,
             or "imagenet-1k" for its 1,000 WordNet ids.
     """
 
-    shards: str | None = None
     labels: str | None = None
     classes: str | None = None
 
-    def options(self, split: str) -> str:
+    def options(self) -> str:
         """Return the equivalent command-line options."""
-        given = {
-            "--shards": self.shards and f"{split}={self.shards}",
-            "--labels": self.labels,
-            "--classes": self.classes,
-        }
+        given = {"--labels": self.labels, "--classes": self.classes}
         return "".join(f" {name} {shlex.quote(value)}" for name, value in given.items() if value)
 
 
@@ -114,22 +107,21 @@ def list_split(
         progress: Called with the number of tar files or class folders listed, and of all.
     """
     root, hints = Path(root), hints or Hints()
-    if not in_tars(root, split, kind, hints):
+    if not in_tars(root, split, kind):
         return _list_folder(root, split, kind, progress)
-    if hints.shards or _shards_of(root, split):
+    if _shards_of(root, split):
         return _list_shards(root, split, workers, hints, progress)
     if split == "train":
         return _list_training_tar(root, _official_tar(split), split, workers, hints, progress)
     return _list_validation_tar(root, _official_tar(split), split, hints)
 
 
-def in_tars(root: Path, split: str, kind: Kind, hints: Hints) -> bool:
+def in_tars(root: Path, split: str, kind: Kind) -> bool:
     """Return whether a split is read from tar files, not from class folders."""
     check_root(root)
-    if kind == "events" or hints.shards:
-        return bool(hints.shards)
-    return bool(_shards_of(root, split)) or (
-        not (root / split).is_dir() and (root / _official_tar(split)).is_file()
+    return kind == "images" and (
+        bool(_shards_of(root, split))
+        or (not (root / split).is_dir() and (root / _official_tar(split)).is_file())
     )
 
 
@@ -225,7 +217,7 @@ def _list_folder(
 def _list_shards(
     root: Path, split: str, workers: int, hints: Hints, progress: ReportProgress | None
 ) -> Listing:
-    files = _expand(root, hints.shards) if hints.shards else _shards_of(root, split)
+    files = _shards_of(root, split)
     paths = [root / file for file in files]
     samples = list(run_tasks(archives.shard_samples, paths, workers, progress))
     labels = {label for found in samples for label in found.labels}
@@ -270,42 +262,9 @@ def _check_no_gaps(root: Path, files: list[str]) -> None:
         if missing:
             name = f"{first[1]}{missing[0]:0{len(first[2])}d}{first[3]}"
             raise UserError(
-                f"the shard {name}{and_more(missing)} is missing in {root}: fetch it, or select the"
-                " others with --shards"
+                f"the shard {name}{and_more(missing)} is missing in {root}: fetch it, or number"
+                " the others without a gap"
             )
-
-
-def _expand(root: Path, pattern: str) -> list[str]:
-    """Find the tar files of a pattern, relative to the root."""
-    if (root / pattern).is_dir():
-        pattern = f"{pattern}/*.tar"
-    files: list[str] = []
-    for part in _braces(pattern):
-        if PurePath(part).is_absolute() or ".." in PurePath(part).parts:
-            raise UserError(f"--shards: {part} must be relative to the data folder {root}, in it")
-        found = sorted(str(file.relative_to(root)) for file in root.glob(part))
-        if not found:
-            raise UserError(f"--shards: there is no {part} in {root}")
-        files.extend(found)
-    return list(dict.fromkeys(files))
-
-
-def _braces(pattern: str) -> list[str]:
-    """Expand {a,b} and {000..123}, as a shell does."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if found is None:
-        return [pattern]
-    limits = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    if limits:
-        numbers = range(int(limits[1]), int(limits[2]) + 1)
-        choices = [f"{number:0{len(limits[1])}d}" for number in numbers]
-    else:
-        choices = found[1].split(",")
-    return [
-        expanded
-        for choice in choices
-        for expanded in _braces(pattern[: found.start()] + choice + pattern[found.end() :])
-    ]
 
 
 def _shard_classes(root: Path, split: str, last_label: int, hints: Hints) -> tuple[str, ...]:
@@ -401,7 +360,7 @@ def _of_archives(split: str, classes: Sequence[str], files: Sequence[str], hints
         split=split,
         classes=tuple(classes),
         archives=tuple(files),
-        options=hints.options(split),
+        options=hints.options(),
     )
 
 

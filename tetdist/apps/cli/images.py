@@ -40,24 +40,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     _add_check(commands)
     _add_shard(commands)
     args = parser.parse_args(arguments)
-    command = commands.choices[args.command]
     if args.splits is not None:
         args.splits = [split for split in args.splits.split(",") if split]
-    if args.command != "shard":
-        args.shards = dict(_split_and_pattern(command, given) for given in args.shards)
-        if args.shards and args.splits is None:
-            args.splits = ["train", "val"]
-        unknown = set(args.shards) - set(args.splits or ())
-        if unknown:
-            command.error(f"--shards: {min(unknown)!r} is not one of --splits {args.splits}")
     return args
-
-
-def _split_and_pattern(command: argparse.ArgumentParser, given: str) -> tuple[str, str]:
-    split, equals, pattern = given.partition("=")
-    if not (split and equals and pattern):
-        command.error(f"--shards {given}: write SPLIT=PATTERN")
-    return split, pattern
 
 
 def _add_index(commands: Any) -> None:
@@ -150,14 +135,6 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 
 def _add_source(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add(
-        "--shards",
-        metavar="SPLIT=PATTERN",
-        action="append",
-        default=[],
-        help="shards of a split, relative to ROOT: a folder, or names with * and {0000..1023};"
-        " default: found by name",
-    )
     add(
         "--labels",
         metavar="FILE",
@@ -254,8 +231,8 @@ def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
 
     listings = []
     for split in args.splits or default_splits(args.root):
-        hints = Hints(args.shards.get(split), args.labels, args.classes)
-        unit = "tar" if in_tars(args.root, split, kind, hints) else "folder"
+        hints = Hints(args.labels, args.classes)
+        unit = "tar" if in_tars(args.root, split, kind) else "folder"
         with file_progress(f"{split}: listing", unit) as progress:
             listings.append(list_split(args.root, split, kind, args.workers, hints, progress))
     bad = {file.path for one in listings for file in one.bad}  # with empty class folders
