@@ -119,7 +119,7 @@ MISTAKEN = {
     "phases.N.epochs=1": "set phases.0.epochs, for instance",
     # Another project's names, and a contradiction with a key of the file.
     "model.neuron={tau: 2.0}": "key 'model.neuron.tau'; set model.neuron.decay to 1 - 1/tau",
-    "model.neuron.mask_epochs=3": "mask_epochs=3 is gone; remove it",
+    "model.neuron.mask=0.5": "mask=0.5 is gone; remove it",
     "batch.micro=3": "set batch.micro=2 or batch.global=6",
 }
 

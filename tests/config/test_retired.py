@@ -30,6 +30,10 @@ def test_a_key_that_is_gone(key):
     with pytest.raises(UserError) as raised:
         parse(other, "old.yaml", warn=False)
     assert str(raised.value).startswith(f"old.yaml: {place}='another' is gone; remove it, or use")
+    if key == "model.neuron.mask":  # a trained network computes with it
+        with pytest.raises(UserError, match=r"neuron.mask='another' is gone"):
+            parse(other, "old.yaml", warn=False, is_trained=True)
+        return
     assert parse(other, "old.yaml", warn=False, is_trained=True).as_dict() == KEPT
 
 

@@ -66,7 +66,7 @@ NEURONS = {
     "ilif": make({"kind": "ilif", "threshold": 0.5}),
     "nilif": make({"kind": "nilif", "threshold": 0.4, "most_spikes": 8, "detach_reset": True}),
     "psn": make({"kind": "psn"}),
-    "masked_psn": make({"kind": "masked_psn", "mask": 0.5, "surrogate": "sigmoid"}),
+    "masked_psn": make({"kind": "masked_psn", "surrogate": "sigmoid"}),
     "sliding_psn": make({"kind": "sliding_psn", "surrogate": "triangle"}),
 }
 LAYERS = {**NEURONS, NORM_ADD: None, NORM_POOL: None}

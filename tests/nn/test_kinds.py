@@ -50,9 +50,9 @@ def psn(x, p):
     return weighted(x, lambda t, s: p["weight"][t, s], lambda t: p["bias"][t])
 
 
-def masked_psn(x, p, *, order, mask):
+def masked_psn(x, p, *, order):
     def share(t, s):
-        return p["weight"][t, s] * (1.0 if t - order < s <= t else 1 - mask)
+        return p["weight"][t, s] * (t - order < s <= t)
 
     return weighted(x, share, lambda t: p["bias"][t])
 
@@ -94,12 +94,7 @@ CASES = {
         {"soft": True, "scaled": False, "cut": True},
     ),
     "psn": ({"kind": "psn", "timesteps": 5}, psn, {}),
-    "masked_psn": ({"kind": "masked_psn", "timesteps": 5}, masked_psn, {"order": 2, "mask": 1.0}),
-    "masked_psn, in part": (
-        {"kind": "masked_psn", "timesteps": 5, "order": 3, "mask": 0.25},
-        masked_psn,
-        {"order": 3, "mask": 0.25},
-    ),
+    "masked_psn": ({"kind": "masked_psn", "timesteps": 5}, masked_psn, {"order": 2}),
     "sliding_psn": ({"kind": "sliding_psn", "order": 3}, sliding_psn, {"order": 3}),
     "ilif": (
         {"kind": "ilif"},
@@ -231,12 +226,11 @@ def test_which_kinds_are_causal_and_what_they_run():
         {"kind": "nilif"},
         {"kind": "sliding_psn", "order": 3},
         {"kind": "masked_psn", "order": 3},
-        {"kind": "masked_psn", "order": 3, "mask": 0.5},
         {"kind": "psn"},
     ):
         config = make(values)
         parameters = doubled(config)
-        name = values["kind"] + ("" if "mask" not in values else ", in part")
+        name = values["kind"]
         found[name] = (config.causal, [t for t in range(1, 7) if config.refusal(t) is None])
         if config.causal:
             whole, _ = config.run(current, None, **parameters)
@@ -249,7 +243,6 @@ def test_which_kinds_are_causal_and_what_they_run():
         "nilif": everything,
         "sliding_psn": everything,
         "masked_psn": (True, [1, 2, 3, 4]),
-        "masked_psn, in part": (False, [4]),
         "psn": (False, [4]),
     }
 
@@ -274,7 +267,6 @@ BAD = {
     "decay must be at least 0, not -0.5": {"kind": "ilif", "decay": -0.5},
     "most_spikes must be at most 15, not 16": {"kind": "ilif", "most_spikes": 16},
     "most_spikes must be a power of 2": {"kind": "nilif", "most_spikes": 3},
-    "mask must be at most 1, not 1.5": {"kind": "masked_psn", "mask": 1.5},
     "order must be at least 1, not 0": {"kind": "sliding_psn", "order": 0},
     "init must be one of exponential, uniform, not 'zero'": {"kind": "sliding_psn", "init": "zero"},
 }

@@ -15,6 +15,7 @@ RETIRED: dict[str, Any] = {
     "data.event_drop": 0.0,
     "data.mixing.switch_probability": 0.5,
     "data.own_process": None,
+    "model.neuron.mask": 1.0,
     "model.neuron.mask_epochs": 0.0,
     "non_finite_limit": 5,
     "phases.N.decay_epochs": 30.0,
@@ -40,14 +41,14 @@ def without_retired(
         source: File of the configuration, as errors name it.
         origins: Places of the values, by dotted key, if not all are from ``source``.
         is_trained: The network is only used, not trained; any value of a key that is gone is then
-            dropped, because these keys concern training alone.
+            dropped, because these keys concern training alone, except for a neuron's mask.
 
     Raises:
         UserError: A key that is gone has another value than its default.
     """
     raw = copy.deepcopy(raw)
     for place, parent, name, default in _gone(raw):
-        if is_trained:
+        if is_trained and place != "model.neuron.mask":
             parent[name] = default
         elif re.sub(r"\.\d+\.", ".N.", place) in RETIRED:  # other keys are checked with all
             what = f"{place}={parent[name]!r} is gone; remove it, or use the version that has it"

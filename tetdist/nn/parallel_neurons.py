@@ -6,12 +6,12 @@ A neuron fires at a learnt weighted sum of its currents, with weights shared by 
     s[t] = 1 if H[t] >= 0 else 0
 
     psn            A is any (T, T) and b any (T,): a spike depends on later currents, too
-    masked_psn     A[t, s] is multiplied by 1 - mask unless t - order < s <= t: with mask 1 a spike
-                   depends on the last `order` currents
+    masked_psn     A[t, s] is 0 unless t - order < s <= t: a spike depends on the last `order`
+                   currents
     sliding_psn    A[t, s] = w[order - 1 - (t - s)] for those, and one b: any number of timesteps
 
 b starts at -threshold. Default values and initial weights are those of the authors' code. There the
-mask rises from 0 to 1 in a training's first epochs; here it is constant.
+mask rises from 0 to 1 in a training's first epochs; here it is always 1.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class PSN(ParallelNeuron):
     timesteps: int = option(
         4,
         "Number of timesteps T that the learnt weights combine; phases.N.timesteps must be equal "
-        "(for masked_psn with mask=1: at most equal).",
+        "(for masked_psn: at most equal).",
         ge=1,
     )
 
@@ -105,43 +105,30 @@ class PSN(ParallelNeuron):
 @NEURONS.register("masked_psn")
 @dataclass(frozen=True, kw_only=True)
 class MaskedPSN(ParallelNeuron):
-    """The parallel spiking neuron with all but the last `order` currents masked by `mask`."""
+    """The parallel spiking neuron of which a spike depends on the last `order` currents."""
 
     timesteps: int = option(4, "Number of timesteps T that the learnt weights combine.", ge=1)
     order: int = option(
         2, "Number of timesteps that a spike depends on: its own and the ones before it.", ge=1
     )
-    mask: float = option(
-        1.0,
-        "Strength lambda of the mask on the weights of timesteps that order excludes: 1 removes "
-        "these weights, 0 keeps them.",
-        ge=0,
-        le=1,
-    )
-
-    @property
-    def causal(self) -> bool:  # type: ignore[override]  # depends on options, not on the class
-        return self.mask == 1
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:
         del num_channels
         return _square(self.timesteps, self.threshold)
 
     def refusal(self, timesteps: int) -> str | None:
-        if timesteps == self.timesteps or (self.causal and timesteps < self.timesteps):
+        if timesteps <= self.timesteps:
             return None
-        if timesteps > self.timesteps:
-            because = f"it has weights for T={self.timesteps} only"
-        else:
-            because = f"with mask={self.mask:g} spikes depend on all T={self.timesteps} timesteps"
-        return f"masked_psn cannot run {counted(timesteps, 'timestep')}: {because}"
+        return (
+            f"masked_psn cannot run {counted(timesteps, 'timestep')}: it has weights for T="
+            f"{self.timesteps} only"
+        )
 
     def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         assert self.refusal(timesteps) is None
         weight, bias = weight[:timesteps, :timesteps], bias[:timesteps]
         ones = weight.new_ones(weight.shape)
-        recent = ones.tril() * ones.triu(1 - self.order)
-        return weight * (self.mask * recent + (1 - self.mask)), bias
+        return weight * ones.tril() * ones.triu(1 - self.order), bias
 
 
 def _square(timesteps: int, threshold: float) -> dict[str, Tensor]:
