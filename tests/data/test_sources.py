@@ -12,13 +12,13 @@ import pytest
 from samples import images_by_class, write_official, write_shards, write_tar
 
 from tetdist.datasets import index as ix
-from tetdist.datasets.layouts import Hints, check_same_classes, imagenet_classes, list_split
+from tetdist.datasets.layouts import check_same_classes, imagenet_classes, list_split
 from tetdist.datasets.reader import SampleReader
 from tetdist.errors import UserError
 
 
-def build(root, split="train", **hints):
-    listing = list_split(root, split, "images", hints=Hints(**hints))
+def build(root, split="train", classes=None):
+    listing = list_split(root, split, "images", class_names=classes)
     return ix.index_listing(root, listing, workers=1)
 
 
@@ -62,18 +62,18 @@ def test_shards_of_any_name_may_be_linked_into_the_folder_of_a_split(shard_root)
 
 
 @pytest.mark.parametrize(
-    ("hints", "words"),
+    ("classes", "words"),
     [
-        ({"classes": "few.txt"}, "labels up to 2, but there are 2 class names in few.txt"),
-        ({"classes": "twice.txt"}, "names a class twice"),
+        ("few.txt", "labels up to 2, but there are 2 class names in few.txt"),
+        ("twice.txt", "names a class twice"),
     ],
 )
-def test_what_the_user_says_must_be_so(shard_root, monkeypatch, hints, words):
+def test_what_the_user_says_must_be_so(shard_root, monkeypatch, classes, words):
     monkeypatch.chdir(shard_root[1])
     (shard_root[1] / "few.txt").write_text("ant\nbee\n")
     (shard_root[1] / "twice.txt").write_text("ant\nbee\nant\n")
     with pytest.raises(UserError, match=words):
-        build(shard_root[1], **hints)
+        build(shard_root[1], classes=classes)
 
 
 def test_a_shard_that_was_not_fetched_is_named(shard_root):
@@ -220,21 +220,19 @@ def test_the_official_tars_are_read_in_place(official_root, split):
         assert index.path(4) == f"ILSVRC2012_img_train.tar/{member}"
 
 
-@pytest.mark.parametrize(
-    "line", ["{id}", "{name} {id}", "{name}.JPEG\t{id}", "{name},{id} 1 2 3 4 {id} 5 6 7 8"]
-)
-def test_labels_may_be_text(official_root, tmp_path, line):
+def test_labels_that_do_not_belong_to_the_images_are_refused(official_root):
     _, dest, _ = official_root
-    expected, _ = build(dest, "val")
-    names = {
-        expected.path(i)[-28:-5]: expected.classes[expected.labels[i]] for i in range(len(expected))
-    }
-    rows = [line.format(name=name, id=names[name]) for name in sorted(names)]
-    head = "ImageId,PredictionString\n" if "," in line else ""
-    (tmp_path / "labels").write_text(head + "\n".join(rows) + "\n")
-    index, _ = build(dest, "val", labels=str(tmp_path / "labels"))
-    assert index.fingerprint == expected.fingerprint
-    assert index.command("R").endswith(f"--labels {tmp_path / 'labels'}")
+    file = dest / "ILSVRC2012_devkit_t12.tar.gz"
+    with tarfile.open(dest / "ILSVRC2012_img_val.tar", "a") as archive:
+        hostile("ILSVRC2012_val_99999999.JPEG")(archive)
+    with pytest.raises(UserError, match=r"devkit_t12.tar.gz .*it has (\d+) labels for \d+ images"):
+        build(dest, "val")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="is damaged, or is not the devkit"):
+        build(dest, "val")
+    file.unlink()
+    with pytest.raises(UserError, match=r"put ILSVRC2012_devkit_t12.tar.gz beside it"):
+        build(dest, "val")
 
 
 def test_a_class_tar_that_is_cut_off_inside_the_whole_one_is_noticed(official_root):

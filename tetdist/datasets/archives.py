@@ -190,70 +190,18 @@ def images(tar: ByteRange) -> tuple[list[Member], list[str]]:
     return found, others
 
 
-def validation_labels(file: Path, names: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return the WordNet id of each image of the official validation tar.
-
-    Args:
-        file: The devkit (ILSVRC2012_devkit_t12.tar.gz), or text with a line for each image: its
-            WordNet id, in the order of the images' names, or its name and its id, separated by a
-            blank or comma (as in Kaggle's LOC_val_solution.csv).
-        names: The images' names, sorted.
-
-    Returns:
-        All classes, sorted; and the id of each name that has one.
-    """
-    if file.name.endswith((".tar.gz", ".tgz", ".tar")):
-        classes, ids = _devkit_labels(file)
-        return classes, _in_order(file, names, ids)
-    lines = [re.split(r"[,\s]+", line) for line in _text_lines(file)]
-    if lines and lines[0][0] == "ImageId":
-        del lines[0]
-    column = min(len(lines[0]) - 1, 1) if lines else 0
-    for number, fields in enumerate(lines, 1):
-        if len(fields) <= column or not WORDNET_ID.fullmatch(fields[column]):
-            raise UserError(
-                f"line {number} of the labels {file} must be a WordNet id, or an image's name and"
-                f" an id; for the devkit's numeric labels, give {_DEVKIT}.tar.gz itself"
-            )
-    classes = tuple(sorted({fields[column] for fields in lines}))
-    if column == 0:
-        return classes, _in_order(file, names, [fields[0] for fields in lines])
-    by_stem = {PurePosixPath(fields[0]).stem: fields[1] for fields in lines}
-    return classes, {
-        name: by_stem[PurePosixPath(name).stem]
-        for name in names
-        if PurePosixPath(name).stem in by_stem
-    }
-
-
-def _text_lines(file: Path) -> list[str]:
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"the labels {file} are not UTF-8 text ({error}): fetch them again"
-        ) from error
-    return [line.strip() for line in lines if line.strip()]
-
-
-def _in_order(file: Path, names: list[str], ids: list[str]) -> dict[str, str]:
-    if len(ids) != len(names):
-        raise UserError(
-            f"{file} has {len(ids)} labels for {len(names)} images: it must have one per image, in"
-            " the order of their names"
-        )
-    return dict(zip(names, ids, strict=True))
-
-
-def _devkit_labels(file: Path) -> tuple[tuple[str, ...], list[str]]:
-    """Return all classes, and the id of each image in the order of their names.
+def validation_labels(devkit: Path, number: int) -> tuple[tuple[str, ...], list[str]]:
+    """Return all classes, sorted, and the WordNet id of each image of the official validation tar.
 
     The devkit numbers classes from 1 in a different order; meta.mat has their ids.
+
+    Args:
+        number: Number of images; the ids are in the order of their names.
     """
     from scipy.io import loadmat
 
     try:
-        with tarfile.open(file) as archive:
+        with tarfile.open(devkit) as archive:
             parts = [
                 archive.extractfile(f"{_DEVKIT}/data/{name}")
                 for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
@@ -263,8 +211,11 @@ def _devkit_labels(file: Path) -> tuple[tuple[str, ...], list[str]]:
         # Inner nodes of WordNet are listed, too; the classes are those without children.
         leaves = synsets[synsets["num_children"] == 0]
         ids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in leaves}
-        return tuple(sorted(ids.values())), [ids[int(number)] for number in truth.split()]
+        labels = [ids[int(one)] for one in truth.split()]
+        if len(labels) != number:
+            raise ValueError(f"it has {len(labels)} labels for {number} images")
+        return tuple(sorted(ids.values())), labels
     except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, TypeError) as error:
         raise UserError(
-            f"{file} is damaged, or is not the devkit ({error}): fetch it again"
+            f"{devkit} is damaged, or is not the devkit ({error}): fetch it again"
         ) from error

@@ -42,25 +42,6 @@ _DEVKIT_FILE = "ILSVRC2012_devkit_t12.tar.gz"
 IMAGENET = "imagenet-1k"
 
 
-@dataclass(frozen=True)
-class Hints:
-    """Facts about a split from the user, if its folder does not show them.
-
-    Attributes:
-        labels: The labels of the official validation tar: see `archives.validation_labels`.
-        classes: Class names in the order of the shards' labels: a text file with one name per line,
-            or "imagenet-1k" for its 1,000 WordNet ids.
-    """
-
-    labels: str | None = None
-    classes: str | None = None
-
-    def options(self) -> str:
-        """Return the equivalent command-line options."""
-        given = {"--labels": self.labels, "--classes": self.classes}
-        return "".join(f" {name} {shlex.quote(value)}" for name, value in given.items() if value)
-
-
 @dataclass(kw_only=True)
 class Listing:
     """A split's samples as listed, N of them, sorted by label, then by name.
@@ -97,23 +78,25 @@ def list_split(
     split: str,
     kind: Kind,
     workers: int = 1,
-    hints: Hints | None = None,
+    class_names: str | None = None,
     progress: ReportProgress | None = None,
 ) -> Listing:
     """List a split in any of the layouts.
 
     Args:
         workers: Number of processes that read tar files.
+        class_names: Class names in the order of the shards' labels: a text file with one name per
+            line, or "imagenet-1k" for its 1,000 WordNet ids.
         progress: Called with the number of tar files or class folders listed, and of all.
     """
-    root, hints = Path(root), hints or Hints()
+    root = Path(root)
     if not in_tars(root, split, kind):
         return _list_folder(root, split, kind, progress)
     if _shards_of(root, split):
-        return _list_shards(root, split, workers, hints, progress)
+        return _list_shards(root, split, workers, class_names, progress)
     if split == "train":
-        return _list_training_tar(root, _official_tar(split), split, workers, hints, progress)
-    return _list_validation_tar(root, _official_tar(split), split, hints)
+        return _list_training_tar(root, _official_tar(split), split, workers, progress)
+    return _list_validation_tar(root, _official_tar(split), split)
 
 
 def in_tars(root: Path, split: str, kind: Kind) -> bool:
@@ -215,7 +198,11 @@ def _list_folder(
 
 
 def _list_shards(
-    root: Path, split: str, workers: int, hints: Hints, progress: ReportProgress | None
+    root: Path,
+    split: str,
+    workers: int,
+    class_names: str | None,
+    progress: ReportProgress | None,
 ) -> Listing:
     files = _shards_of(root, split)
     paths = [root / file for file in files]
@@ -226,8 +213,10 @@ def _list_shards(
             f"the shards of {split} in {root} hold no image with a label (KEY.jpg with KEY.cls or"
             " KEY.json): check that they are WebDataset shards"
         )
-    classes = _shard_classes(root, split, max(labels), hints)
-    listing = _of_archives(split, classes, files, hints)
+    classes = _shard_classes(root, split, max(labels), class_names)
+    listing = _of_archives(split, classes, files)
+    if class_names:
+        listing.options = f" --classes {shlex.quote(class_names)}"
     for file, found in zip(files, samples, strict=True):
         _add(listing, file, found.members, found.labels)
         listing.bad.extend(BadFile(f"{file}/{path}", reason) for path, reason in found.bad)
@@ -267,17 +256,19 @@ def _check_no_gaps(root: Path, files: list[str]) -> None:
             )
 
 
-def _shard_classes(root: Path, split: str, last_label: int, hints: Hints) -> tuple[str, ...]:
+def _shard_classes(
+    root: Path, split: str, last_label: int, class_names: str | None
+) -> tuple[str, ...]:
     """Return the class names for labels up to `last_label`; by default the numbers themselves.
 
     Numbers get leading zeros, so that the names sort in the same order.
     """
     beside = [root / split / CLASSES_FILE, root / CLASSES_FILE]
     file = next((file for file in beside if file.is_file()), None)
-    if hints.classes == IMAGENET:
+    if class_names == IMAGENET:
         classes = imagenet_classes()
-    elif hints.classes or file:
-        file = Path(hints.classes) if hints.classes else file
+    elif class_names or file:
+        file = Path(class_names) if class_names else file
         assert file is not None
         classes = tuple(line.strip() for line in read_text(file).splitlines())
     else:
@@ -304,10 +295,10 @@ def imagenet_classes() -> tuple[str, ...]:
 
 
 def _list_training_tar(
-    root: Path, file: str, split: str, workers: int, hints: Hints, progress: ReportProgress | None
+    root: Path, file: str, split: str, workers: int, progress: ReportProgress | None
 ) -> Listing:
     tars = archives.class_tars(root / file)
-    listing = _of_archives(split, sorted(tars), [file], hints)
+    listing = _of_archives(split, sorted(tars), [file])
     if len(tars) < 2:
         raise UserError(
             f"{root / file} holds {counted(len(tars), 'tar')} of classes, but at least two are"
@@ -325,42 +316,30 @@ def _list_training_tar(
     return _sorted(listing)
 
 
-def _list_validation_tar(root: Path, file: str, split: str, hints: Hints) -> Listing:
-    labels_file = Path(hints.labels) if hints.labels else root / _DEVKIT_FILE
-    if not labels_file.is_file():
-        raise UserError(
-            f"the labels of {root / file} are missing: put {_DEVKIT_FILE} beside it, or give a file"
-            " of labels with --labels"
-        )
+def _list_validation_tar(root: Path, file: str, split: str) -> Listing:
+    devkit = root / _DEVKIT_FILE
+    if not devkit.is_file():
+        raise UserError(f"the labels of {root / file} are missing: put {_DEVKIT_FILE} beside it")
     members, others = archives.images(ByteRange(str(root / file)))
     members.sort()
     if not members:
         raise UserError(f"{root / file} holds no images: fetch it again")
-    names = [member.name for member in members]
-    classes, ids = archives.validation_labels(labels_file, names)
-    if len(classes) < 2:
-        raise UserError(
-            f"{labels_file} names {counted(len(classes), 'class')}, but at least two are needed"
-        )
-    listing = _of_archives(split, classes, [file], hints)
-    without = [name for name in names if name not in ids]
-    listing.bad = [BadFile(f"{file}/{name}", f"no label in {labels_file}") for name in without]
+    classes, ids = archives.validation_labels(devkit, len(members))
+    listing = _of_archives(split, classes, [file])
     for other in others:
         listing.passed_over.add(f"{file}/{other}")
     labels = {name: label for label, name in enumerate(classes)}
-    labelled = [member for member in members if member.name in ids]
-    _add(listing, file, labelled, [labels[ids[member.name]] for member in labelled])
+    _add(listing, file, members, [labels[one] for one in ids])
     return _sorted(listing)
 
 
-def _of_archives(split: str, classes: Sequence[str], files: Sequence[str], hints: Hints) -> Listing:
+def _of_archives(split: str, classes: Sequence[str], files: Sequence[str]) -> Listing:
     """Make a listing without samples."""
     return Listing(
         kind="images",
         split=split,
         classes=tuple(classes),
         archives=tuple(files),
-        options=hints.options(),
     )
 
 

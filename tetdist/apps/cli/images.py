@@ -136,12 +136,6 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 def _add_source(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
-        "--labels",
-        metavar="FILE",
-        help="labels of the official validation tar: the devkit, or a line 'NAME ID' for each"
-        " image; default: ROOT/ILSVRC2012_devkit_t12.tar.gz",
-    )
-    add(
         "--classes",
         metavar="FILE",
         help="class names of the shards' labels, one a line, or imagenet-1k; default:"
@@ -222,7 +216,6 @@ def _described(index: "Index") -> str:
 def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
     """List every split and check that labels mean the same classes in all of them."""
     from tetdist.datasets.layouts import (
-        Hints,
         check_same_classes,
         default_splits,
         in_tars,
@@ -231,10 +224,10 @@ def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
 
     listings = []
     for split in args.splits or default_splits(args.root):
-        hints = Hints(args.labels, args.classes)
         unit = "tar" if in_tars(args.root, split, kind) else "folder"
         with file_progress(f"{split}: listing", unit) as progress:
-            listings.append(list_split(args.root, split, kind, args.workers, hints, progress))
+            listing = list_split(args.root, split, kind, args.workers, args.classes, progress)
+            listings.append(listing)
     bad = {file.path for one in listings for file in one.bad}  # with empty class folders
     check_same_classes(
         {
