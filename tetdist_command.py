@@ -91,7 +91,10 @@ def _answer_while_read(command: Callable[[], int]) -> int:
             if isinstance(ended.code, str):
                 raise
             status = ended.code or 0
-        except KeyboardInterrupt:  # before the command itself answers
+        except (KeyboardInterrupt, RuntimeError) as error:  # before the command itself answers
+            # Python 3.11 wraps a Ctrl-C that comes while a class is made.
+            if not isinstance(error.__cause__ or error, KeyboardInterrupt):
+                raise
             print("interrupted; nothing was written", file=sys.stderr)
             status = 130
         # Python's own exit takes a second, in which Ctrl-C would print a traceback.

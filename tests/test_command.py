@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -92,10 +93,13 @@ def test_output_that_is_closed_is_nowhere(monkeypatch):
     assert tetdist_command._answer_while_read(command) == 0
 
 
-def test_another_pipe_that_breaks_is_a_fault(capsys):
-    def command():
-        raise BrokenPipeError("of a process that reads images")
+def test_ctrl_c_while_python_makes_a_class_is_no_fault():
+    part = type("Part", (), {"__set_name__": Mock(side_effect=KeyboardInterrupt)})
+    assert tetdist_command._answer_while_read(lambda: type("Made", (), {"part": part()})) == 130
 
+
+def test_another_pipe_that_breaks_is_a_fault(capsys):
+    command = Mock(side_effect=BrokenPipeError("of a process that reads images"))
     with pytest.raises(BrokenPipeError, match="reads images"):
         tetdist_command._answer_while_read(command)
     assert tetdist_command._answer_while_read(lambda: for_files(command)) == 2

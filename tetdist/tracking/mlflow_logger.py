@@ -22,6 +22,7 @@ from tetdist.errors import UserError, without_passwords
 from tetdist.storage.files import locked, made_aside, write_text
 from tetdist.tracking.metrics_file import points_of
 from tetdist.tracking.trackers import Status, TrackedRun, first_line
+from tetdist.wording import counted
 
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
@@ -43,9 +44,10 @@ EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # selects MLflow's pages
     # A shared view of the table of runs, best first. MLflow 3.7's page needs the empty entries.
     "mlflow.sharedViewState.top1": """{"orderByKey": "metrics.`final/top1`", "selectedColumns": [
-        "attributes.`Created`", "metrics.`final/top1`", "metrics.`val/top1`", "params.`loss.kind`",
-        "params.`model.name`", "params.`model.neuron.kind`", "params.`seed`"], "runsPinned": [],
-        "runsHidden": [], "runsVisibilityMap": {}, "runsExpanded": {}, "groupsExpanded": {}}""",
+        "attributes.`Created`", "metrics.`final/top1`", "params.`phases.0.timesteps`",
+        "params.`phases.0.epochs`", "params.`loss.kind`", "params.`model.name`",
+        "params.`model.neuron.kind`", "params.`seed`"], "runsPinned": [], "runsHidden": [],
+        "runsVisibilityMap": {}, "runsExpanded": {}, "groupsExpanded": {}}""",
 }
 
 
@@ -101,6 +103,7 @@ class MLflow:
         self._folder, self._client = run.folder, new_client(self.destination.uri)
         found = _open_run(self._client, run.folder, self.destination, run.name)
         self._run_id: str = found.info.run_id
+        self._is_repeated = run.finished
         # A finished run keeps the tags and the end of the start that finished it.
         self._is_over = run.finished and found.info.status == "FINISHED"
         if not self._is_over:
@@ -128,6 +131,9 @@ class MLflow:
                 if step > self._have.get(key, -1):
                     points.append(mlflow.entities.Metric(key, value, time, step))
         self._client.log_batch(self._run_id, metrics=points)
+        if points and self._is_repeated:
+            shown = without_passwords(self.destination.uri)
+            logger.info("sent %s to MLflow at %s", counted(len(points), "value"), shown)
 
     def show(self) -> None:
         """Send new tags and changed artifacts."""

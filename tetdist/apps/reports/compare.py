@@ -99,7 +99,7 @@ def compare(runs: Sequence[Run]) -> tuple[bool, str]:
     else:
         same, details = _groups(runs)
     verdict = "The runs are the same." if same else "The runs differ."
-    return same, "\n\n".join([_results(runs), _configurations(runs), *details, verdict])
+    return same, "\n\n".join([_results(runs, same), _configurations(runs), *details, verdict])
 
 
 def _groups(runs: Sequence[Run]) -> tuple[bool, list[str]]:
@@ -115,8 +115,8 @@ def _groups(runs: Sequence[Run]) -> tuple[bool, list[str]]:
     return len(groups) == 1, [f"Metrics and weights: {text}."]
 
 
-def _results(runs: Sequence[Run]) -> str:
-    rows = [["", "run", "epoch", "top-1 %", "at T=1", "best", "at epoch"]]
+def _results(runs: Sequence[Run], same: bool) -> str:
+    rows = [["", "run", "epoch", "T", "top-1 %", "at T=1", "best", "at epoch"]]
     for run in runs:
         for kind, name in (("val", str(run.folder)), ("val_ema", "its moving average")):
             evaluated = run.of_kind(kind)
@@ -125,20 +125,25 @@ def _results(runs: Sequence[Run]) -> str:
             best = max(evaluated, key=lambda line: line["top1"], default={})
             last = evaluated[-1] if evaluated else {}
             top1 = held_out(last) + number(last.get("top1"), ".2f")
-            cells = [number(last.get("epoch"), ".4g"), top1]
+            cells = [number(last.get("epoch"), ".4g"), number(last.get("timesteps"), ""), top1]
             cells.append(number(next(iter(last.get("per_timestep_top1", ())), None), ".2f"))
             cells += [number(best.get("top1"), ".2f"), number(best.get("epoch"), ".4g")]
-            rows.append([run.label if kind == "val" else "", _shortened(name, 50), *cells])
-    lines = [
-        aligned(rows, right=range(2, 7)),
-        "Another seed alone also changes top-1; a study compares settings over several seeds.",
-    ]
+            rows.append([run.label if kind == "val" else "", _shortened(name, 46), *cells])
+    seeds = "Another seed alone also changes top-1; a study compares settings over several seeds."
+    lines = [aligned(rows, right=range(2, 8)), *[seeds] * (not same)]
     if len({line.get("samples") for run in runs for line in run.of_kind("val")} - {None}) > 1:
         lines.append("Evaluated on different data: top-1 is not comparable.")
+    trained: dict[str, list[str]] = {}
     for run in runs:
-        if (status := read_status(run.folder)).state != "finished":
+        if (status := read_status(run.folder)).state == "finished":
+            trained.setdefault(number(status.epoch, ".4g"), []).append(run.label)
+        else:
             at = f"step {number(status.step, ',')} of {number(status.last_step, ',')}"
             lines.append(f"Not finished: {run.label} is {status.state} at {at}.")
+    if len(trained) > 1:
+        times = "; ".join(f"{', '.join(who)}: {epochs}" for epochs, who in trained.items())
+        text = f"Trained for different numbers of epochs ({times}): top-1 is not comparable."
+        lines.append(textwrap.fill(text, WIDTH))
     return "\n".join(lines)
 
 
