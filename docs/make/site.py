@@ -39,9 +39,10 @@ ROOT_PAGES = {
 }
 RECIPES = "reference/recipes.md"
 # Pages that the search ranks low, or they hide the page that explains a term; and high: training.md
-# explains "resume" and "checkpoint".
+# explains "resume" and "checkpoint", first_run.md "first run".
 LOW = ("results/", "results.md", "performance.md", "exactness.md", RECIPES)
-HIGH = {"training.md": 10, "reference/configuration.md": 3, "contributing.md": 2}
+HIGH = {"training.md": 10, "reference/configuration.md": 3}
+HIGH |= {"contributing.md": 2, "guides/first_run.md": 2}
 SOURCE = "source"  # the folder of the pages that show linked code
 # The text of a link may be an image.
 _LINK = re.compile(r"(!?)\[((?:!\[[^\]]*\]\([^)]*\))?[^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
@@ -74,6 +75,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     uri = page.file.src_uri
     if uri.startswith("results/"):
         page.meta["hide"] = ["toc"]  # their tables need its place
+    elif uri == "index.md":
+        page.meta["hide"] = ["navigation"]  # it would list this page alone
     if uri.startswith(LOW):
         page.meta["search"] = {"boost": 0.01}
     elif uri in HIGH:
@@ -110,9 +113,15 @@ def _site_link(link: re.Match[str], folder: Path, uri: str) -> str:
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Change the links of a notebook to pages, since mkdocs does not; drop its headings' signs."""
+    """Change the links of a notebook to pages, since mkdocs does not; drop its headings' signs.
+
+    Files of docs/ that texts of the code name (recipes, help) become links, also within code.
+    """
     del config, files
-    if not page.file.src_uri.endswith(".ipynb"):
+    if page.file.src_uri.startswith("reference/"):
+        named = r'(?<![\w/"])docs/([\w/]+\.md(#[\w-]+)?)'
+        html = re.sub(named, r'<a href="../\1">\g<0></a>', html)
+    elif not page.file.src_uri.endswith(".ipynb"):
         return html
 
     def to_page(link: re.Match[str]) -> str:

@@ -7,6 +7,7 @@ With docs/results/STUDY.json, it makes the page anew; without a file, the tables
 are in docs/make/answers.yaml; their numbers are blanks:
 
     {tet}                        top-1 of the entry tet at the T of training
+    {tet: seeds}                 that of each seed
     {tet - sdt}                  difference of two entries, paired by seed
     {tet - sdt: 1}               the same at T=1; {tet: 1} is that of one entry
     {tet - sdt: exit_top1}       the same with early exit; also exit_timesteps and loss
@@ -67,6 +68,8 @@ def filled(template: str, numbers: Numbers) -> str:
             return f"{of_all}, {significance(own)}."
         if key in EQUAL:
             return str(pages.timesteps_at_equal(numbers, entry, control)[EQUAL.index(key)])
+        if key == "seeds":
+            return ", ".join(f"{of_study.last(one):.2f}" for one in numbers.of(entry))
         of = of_study.at(int(key)) if key and key.isdigit() else VALUES[key or "top1"]
         return str(
             numbers.spread(entry, of) if control is None else numbers.difference(entry, of, control)
@@ -144,8 +147,9 @@ def answers(found: dict[str, dict[str, Any]]) -> str:
         entries = values.get("entries", {"": {"top1": values}})
         seeds = {str(entry["top1"]["n"]) for entry in entries.values()}
         question = f"[{asked}?]({link})" if mark else f"[{study['title']}]({link})"
-        # The table above has the corrected p.
+        # The table above has the corrected p, the page each seed.
         answer = re.sub(rf" ?{CORRECTED} \d+ p values of all studies[^.]*\.", "", values["answer"])
+        answer = re.sub(r" \(by seed [^)]*\)", "", answer)
         rows.append([question, answer, " to ".join(sorted(seeds))])
     table = markdown(["question, with its page", "answer", "n"], rows)
     return (
