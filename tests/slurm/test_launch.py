@@ -260,8 +260,7 @@ def test_plan_without_the_data(tiny_config, capfd):
     # The data that are there are counted, unless another number is given.
     assert " in the split)" in planned()
     assert "(48 as given" in planned("--images", "48")
-    after = ["--config", file, "--gpus-per-node", "1", "--dry-run", "--after", "nothing"]
-    refused(capfd, after, "there is no run nothing")
+    assert "--dependency=afterok:JOB_OF_nothing" in planned("--after", "nothing")
     root = ["--config", file, "--dry-run", "data.root=/nowhere"]
     refused(capfd, root, "there is no folder /nowhere", "--images N")
     recordings = ["--config", "nmnist.yaml", "--dry-run", "--images", "9"]
@@ -305,7 +304,10 @@ def test_what_is_refused_before_anything_is_written(tiny_config, tmp_path, capfd
         (["resume=must"], "--config is missing"),
         (["sttus"], "there is no command sttus; did you mean status?"),
         (["--config", "x", "--gpus", "8"], "did you mean --gpus-per-node?"),
-        (["--config", "x", "--zzz"], "have no --; `train --explain` lists them"),
+        (["--config", "x", "--epochs", "3"], "have no --; did you mean phases.0.epochs=VALUE?"),
+        (["--config", "x", "--gres", "gpu:8"], "; write cluster.sbatch.gres=VALUE"),
+        (["--config", "x", "--mem", "64"], "; write cluster.mem_gb=VALUE"),
+        (["--config", "x", "--tasks-per-node", "2"], "; write cluster.tasks_per_node=VALUE"),
         (["--config", "x", "--images", "8"], "--images needs --dry-run"),
         (["--config", "x", "--print-config"], "--print-config needs --dry-run, with which nothing"),
     ],

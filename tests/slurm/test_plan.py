@@ -9,6 +9,7 @@ from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.apps.slurm.speed import Speed
 from tetdist.config import loading as configuration
 from tetdist.errors import UserError
+from tetdist.wording import duration
 
 IMAGENET = {"train_images": 1281167, "val_images": 50000}
 PARAMETERS = 20_000_000
@@ -69,6 +70,8 @@ def test_hours_by_hand():
     assert f"GPU-hours {8 * seconds / 3600:.0f}, {starts:.0f} starts of the job" in text
     assert "from 100 samples/s a process at T=4 (as given)" in text
     short = plan.describe(make(time="5", gpus_per_node=0), Speed(100.0, 4))
+    assert "time limit   1 h (60 is minutes; hours: 60:00:00); saves" in text
+    assert f"; with restarts {duration(seconds + 300 * (starts - 1))}\n" in text
     for part in ("; warning: a start may take 5", " node-hours ", "many starts of the job (5 min"):
         assert part in short
     short = plan.describe(made, Speed(10739.0 * 30, 4))
@@ -76,23 +79,23 @@ def test_hours_by_hand():
     assert "GPU-hours 0.13, " in short
 
 
-def test_fixed_costs_of_an_epoch_and_cores_that_load():
+def test_cores_that_load():
     made, speed = make(nodes=1, gpus_per_node=8, cpus_per_task=4), Speed(2380.0, 4)
     text = plan.describe(made, speed)
     assert " 1 a process; possible numbers of processes: 1, 2, 4, 8\n" in text
-    # 50,000 images at 3 times the speed of 5,004 * 256.
-    assert "an epoch     1.3 % for evaluation, assumed 3 times as fast as training; 6 check" in text
-    assert f"{6 * made.checkpoint_bytes / 1e6:.1f} MB written" in text
-    assert "loading      33.7 cores a node, of 32, for 19,040 images/s at 1.77 ms each" in text
+    assert (
+        "loading      33.7 cores a node, of 32 (4 a process), for 19,040 images/s at 1.77" in text
+    )
     for cpus, more in ((4, " and --cpus-per-task 5"), (5, "")):
         text = plan.describe(make(overrides=("data.threads=2",), cpus_per_task=cpus), speed)
         warning = text.partition("loading      warning: 16.9 cores a node, of ")[2]
         assert warning.endswith(f"; 1.05 GB/s at 110.0 kB each; give data.threads=5{more}")
-    made = make(overrides=("data.auto_augment=rand-m9", "save.every_steps=null"), cpus_per_task=8)
+    made = make(overrides=("data.auto_augment=rand-m9",), cpus_per_task=8)
     made = dataclasses.replace(made, sample_bytes=1e5)
     text = plan.describe(made, Speed(1000.0, 4))
-    assert "times as fast as training; 1 checkpoint, " in text
-    assert "loading      9.5 cores a node, of 32, for 4,000 images/s at 2.37 ms each" in text
+    assert (
+        "loading      9.5 cores a node, of 32 (8 a process), for 4,000 images/s at 2.37 ms" in text
+    )
     assert text.endswith("; 400.0 MB/s at 100.0 kB each")
     for other in ("data.device=gpu", "data.kind=events", "data.image_size=32"):
         assert "loading" not in plan.describe(make(overrides=(other,)), Speed(1000.0, 4)), other

@@ -22,12 +22,14 @@ class Here:
 
     Attributes:
         started: The arguments of each command that a process was to be started with.
+        gpus: The GPUs that each was to see.
     """
 
     def __init__(self):
-        self.started = []
+        self.started, self.gpus = [], []
 
-    def start(self, words, *, stdout, **_):
+    def start(self, words, *, stdout, env, **_):
+        self.gpus.append(env.get("CUDA_VISIBLE_DEVICES"))
         self.started.append(words[2:])
         command = importlib.import_module(f"tetdist.apps.cli.{Path(words[1]).stem}")
         gc.collect()  # A lock is held until the last traceback that knows of it is gone.

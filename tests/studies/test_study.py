@@ -44,15 +44,17 @@ def test_the_example_of_the_page_is_a_study_and_its_table_has_every_key(tmp_path
     assert [key for key in keys if f"`{key}`" not in table and f".{key}`" not in table] == []
 
 
-@pytest.mark.usefixtures("here")
-def test_a_study_is_trained_continued_and_reported(output_of, write, main, tmp_path):
+def test_a_study_is_trained_and_continued(output_of, write, main, tmp_path, here, monkeypatch):
     file, output = write(), tmp_path / "out"
+    monkeypatch.setattr(local.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,3,9")
     # Of the control, one run has been trained by hand, one stopped at step 3; another has no place.
     for seed, more in ((0, ()), (1, ("max_steps=3",))):
         begun = [f"runs_dir={output}", f"name=sdt-seed{seed}", f"seed={seed}", "loss.kind=sdt"]
         assert main(tmp_path / "tiny.yaml", *begun, *more).status == 0
     (output / "tet-seed1").touch()
     printed = output_of("study", file, "--output", output, "--jobs", 2, status=1)
+    assert here.gpus == ["7", "3", "7"]
     failure = r"\] tet-seed1: exit status 2: error: cannot write to .*tet-seed1\.log\); "
     assert re.search(failure, printed), printed
     assert printed.endswith(f"failed: tet-seed1; the logs are in {output / 'logs'}\n")
@@ -71,7 +73,9 @@ def test_a_study_is_trained_continued_and_reported(output_of, write, main, tmp_p
 
     # With room, the same command trains what is missing, and that alone.
     (output / "tet-seed1").unlink()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     printed = output_of("study", file, "--output", output, "--jobs", 2)
+    assert here.gpus[3:] == ["0"]
     assert "3 of 4 runs are already done" in printed
     assert {path: path.read_bytes() for path in before} == before
     values = json.loads((output / "report.json").read_text())
@@ -196,8 +200,7 @@ def test_the_search_of_the_page_prunes_and_continues(tiny_config, tmp_path, monk
 
     page = (tiny.PROJECT / "docs" / "studies.md").read_text()
     script = page.split("```python\n# search.py\n")[1].split("```")[0]
-    assert "n_trials=9" in script
-    (tmp_path / "search.py").write_text(script.replace("n_trials=9", "n_trials=2"))
+    assert "left = 9 - " in script
     for name, function in farm.environment().items():
         monkeypatch.setattr(environment, name, function)
     file = tiny_config({"phases.0.epochs": 4})
@@ -205,11 +208,12 @@ def test_the_search_of_the_page_prunes_and_continues(tiny_config, tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["search.py", str(file), "batch.micro=4"])
     sampler = optuna.samplers.RandomSampler(seed=0)
     monkeypatch.setattr(optuna, "create_study", partial(optuna.create_study, sampler=sampler))
-    for number in (2, 4):
+    for number in (2, 4, 4):
+        (tmp_path / "search.py").write_text(script.replace("left = 9", f"left = {number}"))
         study = runpy.run_path("search.py", run_name="__main__")["study"]
         assert [trial.number for trial in study.trials] == list(range(number))
     for trial in study.trials:
-        run = tmp_path / "runs/search" / f"trial-{trial.number}"
+        (run,) = tmp_path.glob(f"runs/search/*tiny.yaml_batch.micro=4/trial-{trial.number}")
         lines = tiny.metrics(run, "val")
         assert {line["data_split"] for line in lines} == {"train-held-out-0.1-seed-0"}
         assert trial.value == lines[-1]["top1"]
@@ -404,7 +408,7 @@ OWN_TEACHER = {"teacher": "sdt", "overrides": TIMM}
             ("unknown key 'entries.tet.loss.kind'; write it in overrides: {loss.kind: \"sdt\"}",),
         ),
         ({"overrides": ["max_steps=3"]}, ("must hold keys and values, such as {key: value}",)),
-        ({"seeds": 3}, ("must be a list in brackets, such as [3], not 3",)),
+        ({"seeds": 3}, ("must be a list: whole number >= 0, in brackets (such as [3]), not 3",)),
         ({"entries.tet.control": "std"}, ("entries.tet.control", "'std'", "sdt")),
         ({"entries.tet.init": "tet"}, ("entries.tet.init", "'tet'")),
         ({"entries.tet.init": "sdt", "entries.sdt.init": "tet"}, ("circle",)),

@@ -171,7 +171,9 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
         documented = documented_keys(root).get(re.sub(r"\.\d+\.", ".N.", dotted))
         message = f"must be a {documented.takes if documented else 'number'}"
         if documented and error["type"] == "tuple_type":
-            message += f", in brackets ({documented.default})"
+            example = f"such as [{json.dumps(given or 0)}]"  # right for a list of any length
+            shown = documented.default if "," in documented.default else example
+            message += f", in brackets ({shown})"
     if is_named:
         return f"{override} {message}" if message.startswith("must") else message
     shown = "" if isinstance(given, dict) else f", not {given!r}"

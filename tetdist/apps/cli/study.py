@@ -51,7 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--output", metavar="DIR", type=Path, help="folder of runs and report; default: runs/STUDY"
     )
     parser.add_argument(
-        "--jobs", metavar="N", type=positive, default=1, help="runs trained at once, sharing cores"
+        "--jobs", metavar="N", type=positive, default=1, help="runs at once, each on its own GPU"
     )
     parser.add_argument(
         "--only",
@@ -158,9 +158,8 @@ def check_slurm(flags: list[str], config_name: str) -> None:
     if misplaced := [flag for flag in flags if flag in own]:
         raise UserError(f"--slurm: write {misplaced[0]}, a flag of the study, before --slurm")
     options = command.parse_arguments(["--config", config_name, *flags])
-    if options.config != config_name or options.after:
-        flag = "after" if options.after else "config"
-        raise UserError(f"--slurm: --{flag} applies to single runs, not to a study; omit it")
+    if options.after:
+        raise UserError("--slurm: --after applies to single runs, not to a study; omit it")
     for override in options.overrides:
         if not override.startswith("cluster."):
             raise UserError(

@@ -134,10 +134,10 @@ def submit(job: Job, values: dict[str, Any], folder: Path) -> str:
 
 
 def _reason(text: str) -> str:
-    """Return sbatch's message within submitit's error, and the remedy."""
+    """Return the remedy for a refusal, and sbatch's message within submitit's error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [line.removeprefix("sbatch: ") for line in lines if line.startswith("sbatch: ")]
     errors = [line.removeprefix("error: ") for line in said]
     reason = "; ".join(errors or lines[-1:])
-    ways_out = [way for word, way in WAYS_OUT.items() if word in reason.lower()]
-    return "; ".join([reason, *ways_out[:1]])
+    found = [way for word, way in WAYS_OUT.items() if word in reason.lower()]
+    return f"{found[0]} (sbatch: {reason})" if found else reason

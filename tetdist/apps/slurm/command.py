@@ -24,8 +24,20 @@ RUN_COMMANDS = {
     "resume": "Resubmit a run from its newest checkpoint, with the code of its last submission.",
 }
 PROGRAM = typed("slurm").removeprefix("python ")
-# GPUs a node that a dry run assumes if none are given.
-ASSUMED_GPUS = 8
+
+
+class SubmitParser(KeyParser):
+    """The parser of slurm, which names the key of the job for a flag of sbatch."""
+
+    def meant(self, flag: str) -> str:
+        from tetdist.apps.slurm.cluster import ClusterSection
+
+        word = flag.strip("-")
+        keys = {key.replace("_", "-"): f"cluster.{key}" for key in ClusterSection.model_fields}
+        keys |= {"mem": "cluster.mem_gb", "job-name": "name", "gres": "cluster.sbatch.gres"}
+        if word not in keys and "did you mean" in (hint := super().meant(flag)):
+            return hint
+        return f"write {keys.get(word, f'cluster.sbatch.{word}')}=VALUE, without -- (docs/slurm.md)"
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -48,7 +60,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def submit_parser() -> KeyParser:
-    parser = KeyParser(
+    parser = SubmitParser(
         prog=PROGRAM,
         description="Submit a run to a Slurm cluster once; it requeues itself until finished.",
         epilog="Other commands: status [RUN], cancel RUN, resume RUN (each with --help). Further "
@@ -217,11 +229,10 @@ def _submit(options: argparse.Namespace) -> None:
     run, found = planned(options)
     from tetdist.apps.slurm import plan, status, submit
 
-    if options.dry_run:
-        print(submit.dry_run(run, found, options), flush=True)
-    # A plan comes before this refusal: such a run is perhaps to be submitted first.
-    after = [needed for name in options.after for needed in status.find(name)]
-    if not options.dry_run:
+    if options.dry_run:  # the runs to wait for may not be submitted yet
+        print(submit.dry_run(run, found, options))
+    else:
+        after = [needed for name in options.after for needed in status.find(name)]
         submit.refuse_if_finished(run)
         submitted = submit.submit(run, after=after)
         print(plan.describe(run.plan, found))
@@ -237,8 +248,8 @@ def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "Cluster
     flags = {name: value for name in names if (value := getattr(options, name)) is not None}
     facts = cluster.gather(section, flags)
     if facts.gpus_per_node is None and getattr(options, "dry_run", False):
-        print(f"without --gpus-per-node, the plan assumes {ASSUMED_GPUS}", file=sys.stderr)
-        facts = facts.model_copy(update={"gpus_per_node": ASSUMED_GPUS})
+        print("without --gpus-per-node, the plan assumes 8", file=sys.stderr)
+        facts = facts.model_copy(update={"gpus_per_node": 8})
     if facts.gpus_per_node is None:
         raise UserError(
             "the number of GPUs a node is missing; give --gpus-per-node G (0: train on the CPU) or "

@@ -6,7 +6,7 @@ of a run. Data loading is assumed to keep up; the plan says what that takes.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tetdist import order
 from tetdist.apps.slurm.cluster import RESTART_MINUTES, ClusterSection
@@ -117,6 +117,7 @@ def describe(plan: Plan, speed: Speed | str) -> str:
     timesteps = " then ".join(phase.timesteps_as_text for phase in phases)
     epochs = " + ".join(counted(phase.epochs, "epoch") for phase in phases)
     limit = duration(cluster.minutes * 60)
+    note = f" ({cluster.time} is minutes; hours: {cluster.time}:00:00)" * cluster.time.isdigit()
     stretch = cluster.minutes * 60 - cluster.warn_before_end - RESTART_MINUTES * 60
     short = f"; warning: a start may take {RESTART_MINUTES:g} minutes, so give a longer --time"
     devices = counted(cluster.gpus_per_node, "GPU") if cluster.gpus_per_node else "no GPU"
@@ -135,33 +136,25 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"model        {plan.parameters / 1e6:.2f} million parameters",
         f"checkpoints  {_size(plan.checkpoint_bytes)} each, {kept} kept: "
         f"{_size(kept * plan.checkpoint_bytes)}",
-        f"time limit   {limit}; saves and requeues {cluster.warn_before_end} s before it"
+        f"time limit   {limit}{note}; saves and requeues {cluster.warn_before_end} s before it"
         f"{short if stretch <= 0 else ''}",
     ]
     if isinstance(speed, str):
         return "\n".join([*lines, f"duration     unknown: {speed}"])
-    if speed.peak_mib is not None:
-        measured, weights = speed.peak_mib * 2**20, plan.checkpoint_bytes
-        lines.append(
-            f"memory       {_size(measured + weights)} a GPU: {_size(measured)} as measured for "
-            f"activations and gradients, {_size(weights)} for weights and optimiser state"
-        )
     seconds = seconds_of(plan, speed)
-    part = 1 - seconds_of(replace(plan, evaluations=0), speed) / seconds
-    every = config.save.every_steps
-    saves = 1 + (plan.steps_per_epoch // every if every else 0)
     unit = "GPU" if cluster.gpus_per_node else "node"
     hours = seconds / 3600 * cluster.nodes * (cluster.gpus_per_node or 1)
-    starts = counted(math.ceil(seconds / stretch), "start") if stretch > 0 else "too many starts"
+    number = math.ceil(seconds / stretch) if stretch > 0 else 0
+    starts = counted(number, "start") if number else "too many starts"
+    starts += f" of the job ({limit} each, {RESTART_MINUTES:g} minutes a restart)"
+    in_all = duration(seconds + 60 * RESTART_MINUTES * (number - 1))
+    starts += f"; with restarts {in_all}" if number > 1 else ""
     lines += [
         f"duration     {duration(seconds)}, "
         f"{duration(seconds * plan.steps_per_epoch / plan.steps)} an epoch, {unit}-hours "
-        f"{hours:,.{0 if hours >= 10 else 2}f}, "
-        f"{starts} of the job ({limit} each, {RESTART_MINUTES:g} minutes a restart)",
+        f"{hours:,.{0 if hours >= 10 else 2}f}, {starts}",
         f"             from {speed.images_per_s:.4g} samples/s a process at T={speed.timesteps:g} "
         f"({speed.source}), without the time to average gradients unless it was measured",
-        f"an epoch     {100 * part:.1f} % for evaluation, assumed {EVALUATION:g} times as fast as "
-        f"training; {counted(saves, 'checkpoint')}, {_size(saves * plan.checkpoint_bytes)} written",
     ]
     is_known = config.data.image_size >= 128  # small images load much faster
     if config.data.kind == "images" and config.data.device == "cpu" and is_known:
@@ -192,8 +185,8 @@ def _loading(plan: Plan, rate: float) -> str:
         advice += f" and --cpus-per-task {threads}" if threads > given else ""
     return (
         f"loading      {warning}{images * milliseconds / 1000:.1f} cores a node, of "
-        f"{processes * given}, for {images:,.0f} images/s at {milliseconds:.3g} ms each (ImageNet "
-        f"at 224 pixels, AMD EPYC); {_size(images * size)}/s at {_size(size)} each{advice}"
+        f"{processes * given} ({given} a process), for {images:,.0f} images/s at "
+        f"{milliseconds:.3g} ms each; {_size(images * size)}/s at {_size(size)} each{advice}"
     )
 
 

@@ -13,6 +13,8 @@ import sys
 import time
 from collections.abc import Iterator
 
+import torch
+
 from tetdist.apps.studies.plan import Command, StudyRun, evaluation, is_trained
 from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.starters import as_starter
@@ -61,7 +63,8 @@ def work(runs: list[StudyRun], jobs: int) -> dict[str, str]:
     def start(run: StudyRun, command: Command | None) -> None:
         assert command is not None
         try:
-            running[run] = Child(run, jobs, command)
+            used = [child.place for child in running.values()]
+            running[run] = Child(run, jobs, command, min(gpu_places(), key=used.count))
         except UserError as error:  # Another process was faster.
             fail(run, str(error))
 
@@ -93,6 +96,13 @@ def work(runs: list[StudyRun], jobs: int) -> dict[str, str]:
     return failed
 
 
+def gpu_places() -> list[dict[str, str]]:
+    """Return the environment of a run on each visible GPU; without GPUs, an empty one."""
+    count = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in names.split(",")[:count]] or [{}]
+
+
 def refuse_if_at_work(runs: list[StudyRun]) -> None:
     """Refuse to start while another process trains or evaluates one of the runs."""
     for run in runs:
@@ -102,10 +112,10 @@ def refuse_if_at_work(runs: list[StudyRun]) -> None:
 
 
 class Child:
-    """Process that trains or evaluates a run, with its output in the run's log."""
+    """Process that trains or evaluates a run on its GPU, with its output in the run's log."""
 
-    def __init__(self, run: StudyRun, jobs: int, command: Command) -> None:
-        self.run, self.command = run, command
+    def __init__(self, run: StudyRun, jobs: int, command: Command, place: dict[str, str]) -> None:
+        self.run, self.command, self.place = run, command, place
         threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         with run.log.open("ab") as log:
             # The child inherits the lock with its output, so it holds it until it ends, even if
@@ -124,7 +134,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 # Shield it from the terminal's Ctrl-C, which is forwarded once, as SIGTERM.
                 start_new_session=True,
-                env={"OMP_NUM_THREADS": str(threads)} | os.environ | as_starter(),
+                env={"OMP_NUM_THREADS": str(threads)} | os.environ | place | as_starter(),
             )
 
     def failure(self) -> str | None:
