@@ -51,7 +51,8 @@ def meant(word: str, known: Collection[str], otherwise: str | None = None) -> st
 def meant_path(path: Path, otherwise: str, pattern: str = "*") -> str:
     """Return "did you mean PATH?" for a sibling with a similar name; without one ``otherwise``."""
     if path.is_file():
-        return "this is a file; unpack it, or give a folder"
+        unpack = "unpack it, or " * path.name.endswith((".gz", ".tar", ".tgz", ".zip"))
+        return f"this is a file; {unpack}give a folder"
     siblings = [] if path.exists() else [one.name for one in path.parent.glob(pattern)]
     close = difflib.get_close_matches(path.name, siblings, n=1)
     return f"did you mean {path.with_name(close[0])}?" if close else otherwise

@@ -45,7 +45,7 @@ def test_bad_files_are_named_and_nothing_is_written(image_root, tmp_path, images
     options = ["--skip-bad", "--out", out]
     output = images("index", root, *options)
     assert "bad: train/ant/bad.jpg" in output
-    assert load_index(out / "val.npz").skipped == ("val/cow/worse.jpg",)
+    assert load_index(out / "val.npz").command(root).endswith(" --splits val --skip-bad")
     assert not list(root.glob("index/*.npz"))
 
 
@@ -146,7 +146,7 @@ def test_training_data_alone_are_indexed(image_root, images):
             ["--splits", "train,val"],
             "neither a folder 'val' nor tar files of this split; make ",
         ),
-        (lambda root: (root / "val/bee").rename(root / "val/Bee"), [], "which has 'bee' (1 more d"),
+        (lambda root: (root / "val/bee").rename(root / "val/Bee"), [], "into train/Bee (for"),
         (lambda root: [os.renames(f, root / "x" / f.name) for f in root.iterdir()], [], "/x?"),
         (
             lambda root: (root / "train" / "bee" / "bee0.jpg").write_text("hello"),
@@ -206,7 +206,7 @@ def test_a_check_names_problems_and_duplicates_and_says_which_by_its_status(
     (root / "val" / "bee" / "bee1.jpg").write_bytes(b"x")
     output = images("check", root, *options, status=1)
     assert "overlap: val/ant/leak.jpg: the same bytes as train/ant/ant1.jpg" in output
-    assert "bad: val/bee/bee1.jpg: not an image" in output
+    assert " problems, 23 duplicates; replace or remove what is bad, or index with --sk" in output
     assert f"index: {root}/index/val.npz: val/ant/leak.jpg is in {root} but not in" in output
     assert {row["kind"] for row in json.loads(report.read_text())} == {
         *("duplicate", "overlap", "bad", "index")

@@ -53,6 +53,7 @@ def run(data_root, farm, tmp_path_factory):
     }
     file = tiny.write_config(folder / "tiny.yaml", data_root, changes)
     refused(farm(file, "phases.0.timesteps=3"), "phases.0.timesteps: 3 exceeds the 2 time bins of")
+    refused(farm(file, "phases.0.timesteps=1", "profile=[98,99]"), "the first 1 of the data's 2")
     expect(farm(file))
     return folder / "runs" / "tiny"
 

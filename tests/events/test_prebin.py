@@ -221,7 +221,7 @@ def spoil(source):
         "left/a.bin": "truncated",
         "left/b.bin": "the file is empty",
         "right/e.bin": "3 events are too few for 4 bins",
-        "right/f.aedat": "its sensor is 128x128, but 20 others have 34x34",
+        "right/f.aedat": "its sensor is 128x128, but 20 others have 34x34; bin each sensor's",
         "right/g.bin": "No such file",
     }
 
@@ -244,6 +244,10 @@ def test_bad_recordings_are_named_and_left_out_only_by_a_flag(source, tmp_path, 
     # Of 12 of left and 13 of right, 9 and 10 are to train; the bad ones do not move the others.
     # Letters come before numbers.
     assert described["recordings"] == {"train": 7 + 7, "val": 3 + 3}
+    for file in (source / "left").iterdir():
+        file.write_bytes(b"")
+    output = prebin_dvs(source, "--overwrite", "--skip-bad", status=2)
+    assert "no usable recording of class 'left' in train; add some, remove the class" in output
 
 
 def test_a_missing_sensor_size_is_asked_for_once_and_then_taken(tmp_path, prebin_dvs):

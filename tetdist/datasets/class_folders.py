@@ -156,6 +156,7 @@ def _way_out(root: Path, split: str, kind: Kind) -> str:
     found = folders_called(root, split)
     if not found:
         make = f"make {root / split}, with one folder of files per class"
+        make += f", or link shards, `ln -s FOLDER {root / split}`" * (kind == "images")
         return f"; {meant(split, names_in(root, is_folder), make)}"
     name, link = shlex.quote(found[0]), shlex.quote(str(root / split))
     evaluate = f"; to evaluate only, --splits {name}" if split == "val" else ""

@@ -438,7 +438,7 @@ def assemble(
         path_offsets=np.cumsum([0, *map(len, names)], dtype=np.int64),
         class_mtimes_ns=np.array(listing.class_mtimes_ns, np.int64),
         skipped=tuple(file.path for file in bad),
-        options=listing.options,
+        options=listing.options + " --skip-bad" * bool(bad),
         timesteps=timesteps,
         dtype=dtype,
         fingerprint=digest.hexdigest(),

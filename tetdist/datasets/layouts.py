@@ -160,10 +160,11 @@ def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
                     " order with --classes"
                 )
             name, where = first_difference(expected, names, (first, split))
+            lacking = split if name in expected else first
             raise UserError(
-                f"the class {name!r} is {where}: both splits must have the same classes (for"
-                " shards, name them with --classes), or index --splits train alone, and train with"
-                " data.held_out=0.1"
+                f"the class {name!r} is {where}: both splits must have the same classes; rename it,"
+                f" move some of its files into {lacking}/{name} (for shards, name the classes with"
+                " --classes), or index --splits train alone, and train with data.held_out=0.1"
             )
 
 

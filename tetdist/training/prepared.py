@@ -101,6 +101,10 @@ def prepare(config: RunConfig, world: World) -> Prepared:
 def _prepare(config: RunConfig, world: World) -> Prepared:
     _check_device(config, world)
     train, val = open_data(config, world)
+    bins, seen = train.timesteps or 0, max(phase.most_timesteps for phase in config.phases)
+    if bins > seen and world.rank == 0:
+        way = f"set phases.{len(config.phases) - 1}.timesteps={bins} to see all"
+        logger.warning("training sees the first %d of the data's %d time bins; %s", seen, bins, way)
     batch = config.batch
     steps_per_epoch = order.steps_per_epoch(len(train), batch.global_)
     phases = schedule_phases(config.phases, steps_per_epoch, batch.global_)

@@ -265,8 +265,9 @@ def _check(args: argparse.Namespace) -> int:
         print(f"{split}: {counted(number, 'image')} in {counted(classes, 'class')} examined")
     problems = sum(finding.kind != "duplicate" for finding in findings)
     repeated = counted(len(findings) - problems, "duplicate")
-    is_less = any(finding.kind == "missing" for finding in findings)
-    hint = "; for a part of ImageNet-1k, add --subset" * is_less
+    kinds = {finding.kind for finding in findings}
+    hint = "; for a part of ImageNet-1k, add --subset" * ("missing" in kinds)
+    hint += "; replace or remove what is bad, or index with --skip-bad" * ("bad" in kinds)
     print(f"{counted(problems, 'problem')}, {repeated}{hint}" if findings else "all good")
     return 1 if problems else 0
 

@@ -190,10 +190,10 @@ def _prebin(options: argparse.Namespace) -> None:
             every = f"each of {len(bad):,} recordings is bad: {bad[0].reason}"
             raise UserError(f"no split was made: {every}")
         report_bad(bad, "recording", len(bad) + len(records))
-        if bad and not options.skip_bad:
-            raise UserError("no split was made: replace the bad recordings, or give --skip-bad")
         if not records:
             raise UserError("no split was made: no recording can be used (see above)")
+        if bad and not options.skip_bad:
+            raise UserError("no split was made: replace the bad recordings, or give --skip-bad")
         found = statistics(records.values())
         file = options.dest / "statistics.json"
         with explaining(file):
@@ -278,6 +278,8 @@ def _possible_splits(
         except UserError as error:
             none_is_left = name == names[-1] and not possible
             if not may_lack_some or none_is_left:
+                bad = [(one.path, one.problem) for one in listing.sources if one.problem]
+                report_bad(bad, "recording", len(listing.sources))
                 raise
             print(f"split skipped: {error}", file=sys.stderr)
         else:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from tetdist.datasets.class_folders import USUAL_NAMES, PassedOver
 from tetdist.errors import UserError, typed
-from tetdist.wording import counted, meant_path
+from tetdist.wording import and_more, counted, meant_path
 
 Part = Literal["train", "val"]
 
@@ -241,11 +241,13 @@ def _check(
     if not pieces:
         if problems := [f"{one.path}: {one.problem}" for one in sources if one.problem]:
             wanted = f"FILE{_LABELS} needs whole numbers in the columns {', '.join(_COLUMNS)}"
-            others = f" (and {counted(len(problems) - 1, 'more file')})" if problems[1:] else ""
-            raise UserError(f"{root}: {problems[0]}{others}; {wanted}")
+            shown = f"{'; '.join(problems[:3])}{and_more(problems, 3)}"
+            raise UserError(f"{root}: {shown}; {wanted}")
         found = f"no recordings ({', '.join(suffixes)})"
         if loose:
             found = f"{counted(len(loose), 'recording')}, not in class folders"
+            if sum(bool(_files(one, suffixes)) for one in _folders(root.absolute().parent)) > 1:
+                raise UserError(f"{root} is a class folder itself: give {root.absolute().parent}")
         raise UserError(
             f"{root} holds {found}; arrange them as CLASS/FILE, as"
             " train/CLASS/FILE and test/CLASS/FILE, or as FILE with FILE_labels.csv (to evaluate"

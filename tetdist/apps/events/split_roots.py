@@ -53,7 +53,7 @@ def make_split(
     if name == splits.ALL_TO_VAL:
         del members["train"]
     else:
-        _check_classes(members, full_name)
+        _check_classes(sources, members, full_name)
     description = _description(full_name, seed, members, settings, bad)
     root = dest / "splits" / full_name
     links = {
@@ -77,15 +77,16 @@ def make_split(
     return root
 
 
-def _check_classes(members: dict[Part, list[Record]], name: str) -> None:
-    """Check that train and val have the same classes, so that labels have the same meaning."""
+def _check_classes(sources: Sequence[Source], members: dict[Part, list[Record]], name: str) -> None:
+    """Check that train and val have all classes, so that labels have the same meaning."""
+    wanted = {piece.class_name for source in sources for piece in source.pieces}
     classes = {part: {record.class_name for record in members[part]} for part in _PARTS}
     for part in _PARTS:
-        missing = sorted((classes["train"] | classes["val"]) - classes[part])
+        missing = sorted(wanted - classes[part])
         if missing:
             raise UserError(
                 f"the split {name!r} has no usable recording of class {missing[0]!r} in {part}; "
-                "choose another with --split"
+                "add some, remove the class (training needs two) or choose another --split"
             )
 
 

@@ -372,8 +372,9 @@ def _same_sensor(records: dict[str, Record]) -> tuple[dict[str, Record], list[Ba
     if len(counts) < 2:
         return records, []
     (usual, number), *_ = counts.most_common()
+    others = f"but {number} others have {usual}; bin each sensor's files into a DEST of its own"
     bad = [
-        BadFile(record.source, f"its sensor is {record.sensor}, but {number} others have {usual}")
+        BadFile(record.source, f"its sensor is {record.sensor}, {others}")
         for record in records.values()
         if record.sensor != usual
     ]
