@@ -9,7 +9,6 @@ from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.apps.slurm.speed import Speed
 from tetdist.config import loading as configuration
 from tetdist.errors import UserError
-from tetdist.wording import duration
 
 IMAGENET = {"train_images": 1281167, "val_images": 50000}
 PARAMETERS = 20_000_000
@@ -70,8 +69,11 @@ def test_hours_by_hand():
     assert f"GPU-hours {8 * seconds / 3600:.0f}, {starts:.0f} starts of the job" in text
     assert "from 100 samples/s a process at T=4 (as given)" in text
     short = plan.describe(make(time="5", gpus_per_node=0), Speed(100.0, 4))
-    assert "time limit   1 h (60 is minutes; hours: 60:00:00); saves" in text
-    assert f"; with restarts {duration(seconds + 300 * (starts - 1))}\n" in text
+    text = plan.describe(make(time="24"), Speed(300.0, 4))  # 18 h 1 min, and 63 times 5 minutes
+    assert "time limit   24 min (24 is minutes; hours: 24:00:00); saves" in text
+    assert (
+        ", 64 starts of the job (24 min each, 5 minutes a restart); with restarts 23 h 16" in text
+    )
     for part in ("; warning: a start may take 5", " node-hours ", "many starts of the job (5 min"):
         assert part in short
     short = plan.describe(made, Speed(10739.0 * 30, 4))
