@@ -478,7 +478,7 @@ def train_epoch(self):
 def train_step(self):
     assert self.step < 8
     end = time.monotonic() + 30
-    while self.step == 7 and self.world.rank == 0 and not self.stop.signal:
+    while self.step == 6 and self.world.rank == 0 and not self.stop.signal:
         assert time.monotonic() < end
         time.sleep(0.01)
     return take(self)
