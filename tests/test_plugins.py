@@ -251,6 +251,7 @@ BAD = {
     "import no_such_package": "No module named 'no_such_package'",
     "import helpers": "'helpers'; import that file first, and write `from tetdist_imports.helpers",
     LOSS.format("tet", "target): ..."): "the loss 'tet', which tetdist.losses has registered",
+    NEURON.format("@dataclass\n", "pass"): "write @dataclass(frozen=True, kw_only=True)",
     MODEL.format("nasnetalarge"): "'nasnetalarge', which timm.models.nasnet has registered",
 }
 
@@ -289,6 +290,7 @@ def test_one_file_may_use_another(tmp_path):
 
 TO_RPROP = "phases.0.optimizer={kind: rprop, lr: 0.1, arguments: {foo: 1}}"
 HEADLESS = FILES["my_snn.py"].replace("my_snn", "headless").replace("self.set_s", "# self.set_s")
+HIDDEN = FILES["my_snn.py"].replace("my_snn", "hidden").replace("self.set_h", "# self.set_h")
 DEEPER = FILES["my_snn.py"].replace("my_snn", "deeper").replace("(width, 2", "(1 + width, 2")
 WITHOUT_T = FILES["my_plain.py"].replace("return logits if per_timestep else ", "return ")
 SMOOTH = LOSS.format("f", "y, gamma, label_smoothing=0): return gamma + label_smoothing")
@@ -319,7 +321,7 @@ LATER = [
     ("loss.kind=own", LOSS.format("b", "y): ..."), "--import FILE.py; not registered in bad.py"),
     (
         *("loss.kind=d", LOSS.format("d", "y, epoch): ...")),
-        "[] (missing a required argument: 'epoch'); set its other parameters in loss.arguments",
+        "(logits, targets), but: missing a required argument: 'epoch'; set any other parameter in",
     ),
     ("loss={kind: f, label_smoothing: 0.5, arguments: {gamma: 2}}", SMOOTH, "returns 2.5, not a"),
     ("loss={kind: f, lambda: 0.1, arguments: {gamma: 2}}", SMOOTH, "loss.lambda has no effect"),
@@ -340,6 +342,7 @@ LATER = [
         "return logits (2, 2, 4)",
     ),
     ("model={name: headless}", HEADLESS, "MySNN: call set_stages() before set_head()"),
+    ("model={name: hidden}", HIDDEN, "MySNN: call set_head() at the end of __init__"),
     ("model={name: deeper}", DEEPER, "in blocks.0.conv of deeper ... may be the cause"),
     (TO_RPROP, FILES["my_optimizer.py"], "rprop cannot be built with arguments {'foo': 1}"),
     ("phases.0.optimizer.kind=none", OPTIMIZER, "kind: none returns None, not an optimiser"),

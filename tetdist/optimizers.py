@@ -138,7 +138,7 @@ def kind_of(name: str, key: str = OPTIMIZERS.key) -> OptimizerKind:
         return _of_timm(name.removeprefix(TIMM), key)
     if name not in OPTIMIZERS:
         none = none_of("optimiser", name, OPTIMIZERS)
-        raise UserError(f"{key}: {none}; timm's are {TIMM}NAME")
+        raise UserError(f"{key}: {none}; timm's are {TIMM}NAME, such as {TIMM}lion")
     return OPTIMIZERS[name]
 
 

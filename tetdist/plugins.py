@@ -160,7 +160,7 @@ def _import(file: Imported, code: bytes) -> None:
         del sys.modules[name]
         if isinstance(error, UserError):
             raise
-        hint = ""
+        hint = "; write @dataclass(frozen=True, kw_only=True)" if "non-frozen" in str(error) else ""
         if isinstance(error, ImportError) and file.path.with_name(f"{error.name}.py").is_file():
             hint = f"; import that file first, and write `from {PACKAGE}.{error.name} import ...`"
         raise UserError(f"imports: {raised_in(error, file.path)}{hint}") from error

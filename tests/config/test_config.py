@@ -76,7 +76,7 @@ MISTAKEN = {
     "model.neuron={detach_reset: 'false'}": "'model.neuron.detach_reset'",
     "phases=3": "'phases' is a list",
     "phases.0.schedule=step": "phases.0.schedule=step must be 'cosine' or 'constant'",
-    "data.scale=0.5": "a list of 2: number >= 0 and <= 1, in brackets (default [0.08, 1.0])",
+    "data.scale=0.5": "a list of 2 numbers >= 0 and <= 1, in brackets (default [0.08, 1.0])",
     "phases.0.optimizer={kind: sgd}": "'phases.0.optimizer.lr' is missing",
     "tracking.log_checkpoint=all": "tracking.log_checkpoint=all must be 'none', 'last' or",
     "tracking.experiment=3": "tracking.experiment=3 must be text, in quotes",
@@ -107,6 +107,7 @@ MISTAKEN = {
     ),
     "data.scale=[1.0, 0.5]": "[1.0, 0.5] must ascend and end above 0",
     "data.images_as_events.ratio=1.0": "data.images_as_events.ratio=1.0 must be below 1",
+    "data=/data": "not the value '/data'; set data.root, for instance",
     "data.images_as_events=true": "set data.images_as_events.ratio, for instance",
     "data.resize=8": "data.resize=8: 8 is smaller than data.image_size, 16",
     # What is no override.
@@ -181,7 +182,7 @@ CONTRADICTIONS = (
         *("loss.distillation={self_weight: 1.0, self_target: correct_mean}", "data.mixup=0.2"),
     ),
     ("loss.arguments.power: loss.kind=tet has no such argument", "loss.arguments.power=2"),
-    ("loss.kind: there is no loss 'tat'; did you mean tet?", "loss.kind=tat"),
+    ("there is no loss 'ce'; cross-entropy of the mean output is sdt; there are", "loss.kind=ce"),
     (
         "most_spikes has no effect with model.neuron.kind=plif; remove it, or set "
         "model.neuron.kind=ilif or nilif",
@@ -465,7 +466,7 @@ def test_every_key_is_explained_with_what_it_takes(capsys):
         "model.neuron.surrogate": "[triangle | atan | sigmoid | rectangle; default triangle]",
         "name": "[text; default: the file's name]",
         "data.root": "[text; required]",
-        "data.scale": "[list of 2: number >= 0 and <= 1; default [0.08, 1.0]]",
+        "data.scale": "[list of 2 numbers >= 0 and <= 1; default [0.08, 1.0]]",
         "loss.kind": f"[{' | '.join(LOSSES)}; default tet]",
         "phases.N.optimizer.kind": f"[{' | '.join(OPTIMIZERS)}; default sgd]",
         "recompute": "[none | blocks or {timesteps}; default none]",

@@ -397,7 +397,7 @@ def test_init_checkpoint(main, straight, tiny_config, tmp_path):
 
 def test_init_checkpoint_that_does_not_suit(main, straight, tiny_config, tmp_path):
     source = f"init_checkpoint={straight('torch')}"
-    refused(main(tiny_config(), "init_checkpoint=/nowhere"), "/nowhere")
+    refused(main(tiny_config(), "init_checkpoint=/nowhere"), "init_checkpoint: there is no")
     refused(main(tiny_config({"model.num_classes": 7}), source), "4 classes, but 7 are needed; con")
     refused(main(tiny_config({"model.arguments.channels": [4, 9]}), source), "another model")
     refused(

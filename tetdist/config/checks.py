@@ -73,7 +73,8 @@ def _of_names_of_losses(config: RunConfig) -> Iterator[str]:
     for loss in config.losses():
         # The user's files may register others, which `_of_losses` finds.
         if loss.kind not in names.LOSSES and plugins.PACKAGE not in sys.modules:
-            yield f"loss.kind: {plugins.none_of('loss', loss.kind, names.LOSSES)}"
+            known = f"cross-entropy of the mean output is sdt; there are {', '.join(names.LOSSES)}"
+            yield f"loss.kind: {plugins.none_of('loss', loss.kind, names.LOSSES, known)}"
 
 
 def _of_phases(config: RunConfig) -> Iterator[str]:
@@ -134,9 +135,10 @@ def _of_loss(config: RunConfig, key: str, section: LossSection) -> Iterator[str]
     try:
         inspect.signature(loss.function).bind(None, None, **dict.fromkeys(known))
     except TypeError as error:
+        taken = ", ".join(["logits", "targets", *sorted(known)])
         yield (
-            f"{key}.kind: {section.kind} does not take logits, targets and {sorted(known)} "
-            f"({error}); set its other parameters in {key}.arguments"
+            f"{key}.kind: {section.kind} must take ({taken}), but: {error}; set any other "
+            f"parameter in {key}.arguments"
         )
     if distillation.self_weight and loss.of_time_mean:
         yield (

@@ -140,8 +140,8 @@ def _takes(annotation: Any, about: Sequence[Any] = ()) -> str:
     if origin in (Union, UnionType):
         return " or ".join(_takes(one, about) for one in inside)
     if origin is tuple:
-        number = "" if inside[-1] is ... else f" of {len(inside)}"
-        return f"list{number}: {_takes(inside[0])}"
+        several = f"list of {len(inside)} {_takes(inside[0])}".replace("number", "numbers")
+        return f"list: {_takes(inside[0])}" if inside[-1] is ... else several
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"{{{', '.join(keys_of(annotation))}}}"
     if origin is dict:

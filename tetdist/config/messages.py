@@ -157,7 +157,8 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
         case "model_type" if (section := section_at(root, location)) is not None:
             keys = keys_of(section)
             known = f"{dotted!r} holds keys ({', '.join(keys)}), not the value {given!r}"
-            return f"{known}; set {dotted}.{'kind' if 'kind' in keys else keys[0]}, for instance"
+            usual = ["root" if "/" in str(given) else "kind", "kind", keys[0]]
+            return f"{known}; set {dotted}.{next(k for k in usual if k in keys)}, for instance"
         case "tuple_type" | "list_type" if dotted == "phases":
             return f"{dotted!r} is a list; set a phase's keys, such as {dotted}.0.epochs"
     if is_named and given is None:

@@ -463,6 +463,8 @@ class SpikingNetwork(nn.Module):
         B, ...). If ``global_pool`` is '', both are the features."""
         if self.global_pool:
             x = self.pooled(x)
+            if not pre_logits and not hasattr(self, "fc"):
+                raise UserError(f"{type(self).__name__}: call set_head() at the end of __init__")
             x = x if pre_logits else self.fc(self.head_drop(x))
         return x if per_timestep else x.mean(0)
 

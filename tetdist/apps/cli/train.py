@@ -145,7 +145,10 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
         if needs_data:
             check_indexed(draft, data_command)
             if draft.init_checkpoint and not (draft.run_dir / "checkpoints").is_dir():
-                check_source(Path(draft.init_checkpoint))
+                try:
+                    check_source(Path(draft.init_checkpoint))
+                except UserError as error:
+                    raise UserError(f"init_checkpoint: {error}") from error
 
     given = (options.config, options.overrides, options.imports)
     loaded = loading.load_with_origins(*given, check_draft)

@@ -49,7 +49,7 @@ class OptimizerSection(Section):
             known, is_timms = names.OPTIMIZERS, self.kind.startswith(TIMM)
             if self.kind not in known and not is_timms and plugins.PACKAGE not in sys.modules:
                 none = plugins.none_of("optimiser", self.kind, known)
-                raise ValueError(f"kind: {none}; timm's are {TIMM}NAME")
+                raise ValueError(f"kind: {none}; timm's are {TIMM}NAME, such as {TIMM}lion")
             return self
         from tetdist.optimizers import kind_of  # imports torch and timm
 
