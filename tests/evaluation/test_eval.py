@@ -237,7 +237,7 @@ def test_what_samples_exclude_depends_on_the_losses_among_them():
 
 
 def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
-    main, tiny_root, tiny_config, evaluate, broken, run, tmp_path, monkeypatch, caplog
+    main, tiny_root, tiny_config, evaluate, broken, run, tmp_path, monkeypatch
 ):
     held = 4 * 3  # a quarter of the 11 or 12 training samples of each class
     expect(main(tiny_config({"data.held_out": 0.25, "phases.0.timesteps": 3})))
@@ -291,10 +291,13 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
     assert f"changes at most 0 % of the decisions on {NUM_SAMPLES} unlabelled samples" in out
     chosen = json.loads(file.read_text())["chosen_exit"]
     assert chosen["chosen_on"] == {"samples": NUM_SAMPLES, "top1": None, "lost": 0}
-    evaluate("--checkpoint", run, "--exit-within", 0, "--exit-on", tiny_root / "val")
-    assert "--exit-on is the evaluated split" in caplog.text
     # These are the evaluated samples, so none of their decisions changes.
     assert chosen["top1"] == json.loads(file.read_text())["top1"]
+    for split, words in (("val", "is the evaluated split"), ("train", "holds samples of the")):
+        there = ("--exit-within", 0, "--exit-on", tiny_root / split)
+        out = evaluate("--checkpoint", run, "--json", file, *there)
+        assert f'"warning": "--exit-on {words}' in file.read_text()
+        assert f" changed; warning: --exit-on {words}" in out
     page = tmp_path / "page.html"
     evaluate("--checkpoint", trained, "--exit-within", 5, "--report", page)
     assert f"on {held} held-out training samples" in page.read_text()
@@ -356,7 +359,7 @@ def test_three_processes_give_the_same_json(farm, run, evaluate, tmp_path):
     assert output.count("firing rate") == 1
 
 
-def test_what_would_fail_after_the_evaluation_fails_before(run, broken, tmp_path, monkeypatch):
+def test_what_would_fail_after_it_fails_before(run, tiny_root, broken, tmp_path, monkeypatch):
     for arguments, message in (
         (("--json", tmp_path / "no" / "e.json"), "--json: cannot write"),
         (("--json", tmp_path), f"--json: cannot write {tmp_path}: name a file in a folder"),
@@ -368,6 +371,8 @@ def test_what_would_fail_after_the_evaluation_fails_before(run, broken, tmp_path
     kept.write_text("earlier")
     none = ("--checkpoint", tmp_path / "none", "--json", kept)
     assert "none; give a run folder or" in broken(*none)
+    assert "did you mean tetdist:quickstart?" in broken("quickstart")
+    assert "is a data folder" in broken(tiny_root)
     monkeypatch.chdir(run.parents[1])
     assert f"did you mean runs/{run.name}?" in broken("--checkpoint", f"{run.name}x")
     assert "train with data.held_out" in broken(run.name, "--exit-within", 1)

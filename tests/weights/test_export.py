@@ -297,7 +297,7 @@ def over_time(module, trained, x):
     ],
 )
 def test_nir_graph_run_by_nirtorch_is_the_network(network, tmp_path):
-    trained = load(save(network, tmp_path))
+    trained = load(str(save(network, tmp_path)))
     dt = 1e-3
     output = export.write_nir(trained, tmp_path / "graph.nir", dt)
     assert "3 timesteps of 0.001 s" in output

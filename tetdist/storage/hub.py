@@ -42,9 +42,13 @@ def check_source(path: Path) -> None:
         give = "give a run folder or a .safetensors file"
         if not path.exists():
             near = meant_path(Path("runs", path.name), meant_path(path, give))
+            if (name := f"{bundled.TETDIST}{path.name}") in bundled.names():
+                near = f"did you mean {name}?"
             raise UserError(f"there is no checkpoint {path}; {near}")
         if runs := [str(one.parent) for one in sorted(path.glob("*/checkpoints"))]:
             raise UserError(f"{path} holds runs; give one, such as {', '.join(runs[:9])}")
+        if Path(path, "train").is_dir() or Path(path, "val").is_dir():
+            raise UserError(f"{path} is a data folder, no checkpoint; {give}")
         if path.is_file() and path.suffix != ".safetensors":
             converts = f"`{typed('convert')}` converts other libraries' weights"
             raise UserError(f"{path} is no checkpoint; {give} ({converts})")

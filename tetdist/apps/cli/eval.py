@@ -114,8 +114,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for flag, value in (("--exit-on", options.exit_on), ("--measured", options.measured)):
         if value and options.exit_within is None:
             parser.error(f"{flag} needs the early exit of --exit-within; add --exit-within POINTS")
-    if options.int8 and (options.unroll or options.measured or options.energy):
-        parser.error("--int8 does not support --unroll, --measured and --energy")
+    refused = [f"--{one}" for one in ("unroll", "measured", "energy") if vars(options)[one]]
+    if options.int8 and refused:
+        parser.error(f"--int8 does not support {' and '.join(refused)}; leave either out")
     return options
 
 
@@ -173,6 +174,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         if options.int8:
             changed = sum(int((a != b).sum()) for a, b in zip(real, whole, strict=True))
             found["real_numbers"] = {"top1": numbers.top1, "changed": int(*world.sum([changed]))}
+        if options.exit_on and (warning := given.warning_of(options.exit_on)):
+            found["chosen_exit"]["chosen_on"]["warning"] = f"--exit-on {warning}"
         if options.measured and exit_choice is not None:
             found["measured_exit"] = measure_exit(evaluator, exit_choice.threshold)
         world.run_on_all(lambda: show(found, options) if world.rank == 0 else None)
@@ -242,12 +245,6 @@ def opened(options: argparse.Namespace, world: "World") -> "Opened":
             f"--int8 needs frames of event counts (uint8), and the data are {split.dtype}; leave "
             "it out"
         )
-    better = "is the evaluated split, so the result looks better than it is"
-    higher = "holds samples of the training, on which confidences are higher than elsewhere"
-    used = {Path(one, "train"): higher for one in (raw["data"]["root"], config.data.root)}
-    for folder, why in (used | {Path(config.data.root, split.split): better}).items():
-        if world.rank == 0 and options.exit_on and options.exit_on.resolve() == folder.resolve():
-            logging.warning("--exit-on %s", why)
     known = config.model.num_classes
     index = evaluated.with_classes_of_model(split, description.classes, known, source)
     binning, root = description.binning, config.data.root

@@ -190,12 +190,17 @@ def _of_chosen_exit(chosen: dict[str, Any], found: EvaluationResults) -> str:
     worst = 100 * betaincinv(most + 1, samples - most, 1 - DOUBT) if most < samples else 100
     needed = math.ceil(math.log(DOUBT, 1 - within / 100)) if 0 < within < 100 else 0
     advice = f"; to exclude {within:g} {unit}, {give} at least {needed:,}" * (needed > samples)
+    bounded = (
+        f"{may}, so only {bound} {worst:.3g} {unit} can be excluded elsewhere "
+        f"({100 * (1 - DOUBT):.0f} % confidence){advice}"
+    )
+    # Samples of the training or evaluation bound nothing elsewhere.
+    end = f"; warning: {on['warning']}" if "warning" in on else bounded
     return (
         f"chosen: confidence {chosen['threshold']:.4g}, the lowest of the candidates from 0.3 up "
         f"that {limit}. On {found['split']} it gives {chosen['top1']:.2f} % "
         f"({chosen['top1'] - found['top1']:+.2f} points) at T = {chosen['mean_timesteps']:.3f} on "
-        f"average. {lost:,} of the {samples:,} {became}{may}, so only {bound} {worst:.3g} {unit} "
-        f"can be excluded elsewhere ({100 * (1 - DOUBT):.0f} % confidence){advice}"
+        f"average. {lost:,} of the {samples:,} {became}{end}"
     )
 
 

@@ -49,6 +49,15 @@ class Opened(NamedTuple):
         trained = self.description.timesteps
         return trained if trained in self.timesteps else self.timesteps[-1]
 
+    def warning_of(self, chosen_on: Path) -> str | None:
+        """Return a warning if early exit is chosen on samples of the training or evaluation."""
+        better = "is the evaluated split, so the result looks better than it is"
+        higher = "holds samples of the training, on which confidences are higher than elsewhere"
+        trained, root = self.description.config["data"]["root"], self.config.data.root
+        used = {Path(one, "train"): higher for one in (trained, root)}
+        used[Path(root, self.split.split)] = better
+        return {one.resolve(): why for one, why in used.items()}.get(chosen_on.resolve())
+
     def about(self, source: Path) -> dict[str, Any]:
         """Return what the JSON file says of the network and the data."""
         some = {

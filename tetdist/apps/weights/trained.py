@@ -63,13 +63,14 @@ class Trained:
 
 
 def load(
-    path: Path, which: str = "last", timesteps: int | None = None, *, ema: bool = False
+    path: str | Path, which: str = "last", timesteps: int | None = None, *, ema: bool = False
 ) -> Trained:
     """Read a run folder, a checkpoint folder, a .safetensors file, or a network by its name.
 
     Args:
         path: Path of one of these, or ``hf:ORG/NAME`` or ``tetdist:NAME``.
     """
+    path = Path(path)
     weights, description = checkpoint.load_model_file(path, which, ema=ema)
     plugins.require(description.imports, path)
     # Another program may have written it.
