@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 
-from tetdist.apps.slurm import speed
+from tetdist.apps.slurm import plan, speed
 from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.apps.slurm.speed import Speed
 from tetdist.config import loading
@@ -46,11 +46,17 @@ def test_given_speed():
     assert of(images_per_s=90.0) == Speed(90.0, 4)
 
 
-def test_measured_speed_of_a_process(tmp_path):
-    file = written(tmp_path, images_per_s=800, processes=8, timesteps=4)
+def test_measured_speed_of_a_process_and_its_memory(tmp_path):
+    file = written(tmp_path, images_per_s=800, processes=8, timesteps=4, batch=32, peak_mib=2048)
     found = of(benchmark=file)
-    assert found == Speed(100.0, 4, "measured")
+    assert found == Speed(100.0, 4, "measured", 2048)
     assert (found.rate(4), found.rate(8)) == (100, 50)
+    config, cluster = loading.load("sew34_t4.yaml", []), ClusterSection(gpus_per_node=8)
+    sizes = {"train_images": 1000, "val_images": 0, "parameters": 20_000_000, "buffers": 0}
+    text = plan.describe(plan.make(config, cluster, **sizes), found)
+    assert "memory       2.31 GB a GPU: 2.15 GB as measured" in text
+    # Another micro-batch needs other memory.
+    assert of("batch.micro=16", benchmark=file).peak_mib is None
     # The nearest of several batches counts.
     rates = {"32": 100.0, "64": 150.0}
     file = written(tmp_path, images_per_s=100.0, by_batch=rates)

@@ -156,7 +156,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     keys = ("model", "size", "timesteps", "batch", "precision", "device", "repeats")
     # Keys that `slurm --benchmark` reads: of the network in its first mode.
     own = next(row for row in rows if row["name"].startswith("tetdist"))
-    read = {"images_per_s": own["images_per_s"], "processes": 1, "recompute": options.modes[0]}
+    read = {"images_per_s": own["images_per_s"], "processes": 1, "peak_mib": own["peak_mib"]}
+    read["recompute"] = options.modes[0]
     return {key: getattr(options, key) for key in keys} | read | {"rows": rows}
 
 

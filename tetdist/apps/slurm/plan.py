@@ -141,6 +141,12 @@ def describe(plan: Plan, speed: Speed | str) -> str:
     ]
     if isinstance(speed, str):
         return "\n".join([*lines, f"duration     unknown: {speed}"])
+    if speed.peak_mib is not None:
+        measured, weights = speed.peak_mib * 2**20, plan.checkpoint_bytes
+        lines.append(
+            f"memory       {_size(measured + weights)} a GPU: {_size(measured)} as measured for "
+            f"activations and gradients, {_size(weights)} for weights and optimiser state"
+        )
     seconds = seconds_of(plan, speed)
     unit = "GPU" if cluster.gpus_per_node else "node"
     hours = seconds / 3600 * cluster.nodes * (cluster.gpus_per_node or 1)

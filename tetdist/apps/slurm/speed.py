@@ -32,6 +32,7 @@ class Speed:
     images_per_s: float  # of one process alone
     timesteps: float  # T of the measurement; a mean, if steps draw their T
     source: str = "as given"
+    peak_mib: float | None = None  # of a step's activations and gradients on a GPU
 
     def rate(self, timesteps: float) -> float:
         """Return the samples a second at another T, with which the rate falls."""
@@ -157,7 +158,8 @@ def _speed_in(values: dict[str, Any], config: RunConfig) -> Speed:
     if not 0 < rate < math.inf:
         raise ValueError(rate)
     mean = config.phases[config.start_phase].mean_timesteps
-    return Speed(rate, float(values.get("timesteps", mean)), f"measured{text}")
+    peak = values.get("peak_mib") if values.get("batch") == config.batch.micro else None
+    return Speed(rate, float(values.get("timesteps", mean)), f"measured{text}", peak)
 
 
 def _unlike(
