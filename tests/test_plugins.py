@@ -251,7 +251,6 @@ BAD = {
     "import no_such_package": "No module named 'no_such_package'",
     "import helpers": "'helpers'; import that file first, and write `from tetdist_imports.helpers",
     LOSS.format("tet", "target): ..."): "the loss 'tet', which tetdist.losses has registered",
-    NEURON.format("@dataclass\n", "pass"): "write @dataclass(frozen=True, kw_only=True)",
     MODEL.format("nasnetalarge"): "'nasnetalarge', which timm.models.nasnet has registered",
 }
 

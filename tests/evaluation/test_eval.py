@@ -309,6 +309,7 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         (("--checkpoint", run, "--exit-within", "1"), "train with data.held_out=0.1"),
         (("--checkpoint", run, "--measured"), "--measured needs the early exit of --exit-within"),
         (("--checkpoint", run, "--exit-on", "x"), "add --exit-within POINTS"),
+        ((run, "data.root=/data"), "data.root=/data; use --data, not keys"),
         ((run, "--checkpoint", run), "--checkpoint: not allowed with argument RUN_OR_FILE"),
         ((run, "--exit-within", 1, "--exit-on", tiny_root), f"such as {tiny_root / 'val'}, not "),
         (("--checkpoint", trained, "--exit-within", "1", *elsewhere), "which needs none of them"),

@@ -157,7 +157,7 @@ def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch, caplog):
         now += 2
         found.add(4, update, sums * torch.nan, timesteps=0)
         assert found.close(waited=8.3, scale=None)["samples_per_s"] == 5.5
-    assert caplog.text.count("the loss is nan although its gradient is finite") == 1
+    assert caplog.text.count("the loss is nan though its gradient is finite") == 1
 
 
 def test_an_observer_that_fails_ends_nothing(main, tiny_config, tmp_path, monkeypatch):

@@ -32,7 +32,8 @@ class Parser(argparse.ArgumentParser):
             message = f"give {' and '.join(wanted)}"
         if message.startswith("unrecognized") and not flags and "RUN_OR_FILE" in wanted:
             one = "give one RUN_OR_FILE (compare_runs compares several)"
-            hints = ["use flags such as --data; keys are for training" if "=" in message else one]
+            flag = {f"--{re.split('[ .=]', message)[2]}"} & {*self._option_string_actions}
+            hints = [f"use {''.join(flag) or 'flags'}, not keys" if "=" in message else one]
         if value := re.search(r"invalid choice: '(.*?)'.*choose from (.*)\)", message):
             # The word nearest to a short one, such as gpu, often means something else.
             known = re.findall(r"[^', ]+", value[2]) if len(value[1]) > 3 else []

@@ -75,8 +75,7 @@ class Window:
                 logger.warning("%s", found)
         loss, correct, samples = map(math.fsum, list(zip(*gathered, strict=True))[:3])
         if self._world.rank == 0 and not math.isfinite(loss):  # steps of another kind count as 0
-            text = "the loss is %s although its gradient is finite; correct the loss (loss.kind)"
-            logger.warning(text, loss)
+            logger.warning("the loss is %s though its gradient is finite; correct loss.kind", loss)
         seconds = max(time.monotonic() - self._started, 1e-9)
         values: dict[str, Any] = {
             "loss": loss / samples if samples else math.nan,
