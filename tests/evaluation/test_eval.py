@@ -306,7 +306,7 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
     index_splits(tmp_path / "elsewhere", ("val",))
     elsewhere = ("--data", tmp_path / "elsewhere")
     for arguments, message in (
-        (("--checkpoint", run, "--exit-within", "1"), "train with data.held_out=0.1"),
+        (("tetdist:quickstart", "--exit-within", "1"), "train with data.held_out=0.1"),
         (("--checkpoint", run, "--measured"), "--measured needs the early exit of --exit-within"),
         (("--checkpoint", run, "--exit-on", "x"), "add --exit-within POINTS"),
         ((run, "data.root=/data"), "data.root=/data; use --data, not keys"),

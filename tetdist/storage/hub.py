@@ -34,11 +34,11 @@ def is_repository(name: str) -> bool:
     return re.fullmatch(_REPOSITORY, name) is not None
 
 
-def check_source(path: Path) -> None:
-    """Refuse what is no checkpoint, or no network of the package; the hub is not asked."""
+def check_source(path: Path) -> Path:
+    """Refuse what is no checkpoint, without the hub; return the path, or tetdist:NAME's folder."""
     if str(path).startswith(bundled.TETDIST):
-        bundled.folder(str(path))
-    elif not str(path).startswith(HF):
+        return bundled.folder(str(path))
+    if not str(path).startswith(HF):
         give = "give a run folder or a .safetensors file"
         if not path.exists():
             near = meant_path(Path("runs", path.name), meant_path(path, give))
@@ -52,6 +52,7 @@ def check_source(path: Path) -> None:
         if path.is_file() and path.suffix != ".safetensors":
             converts = f"`{typed('convert')}` converts other libraries' weights"
             raise UserError(f"{path} is no checkpoint; {give} ({converts})")
+    return path
 
 
 def fetch(name: str, file: str) -> Path:

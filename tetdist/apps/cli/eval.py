@@ -123,6 +123,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its retries itself
     return run_command(lambda: evaluate_checkpoint(options))
 
 
@@ -196,9 +197,10 @@ def check_places(options: argparse.Namespace) -> None:
             files.check_writable(flag, result)
     if options.energy and not options.energy.is_file():
         raise UserError(f"--energy: there is no file {options.energy}; give YAML or JSON")
-    hub.check_source(options.checkpoint)
-    if (file := options.checkpoint / "config.yaml").is_file():
-        check_held_out((read_yaml(file).get("data") or {}).get("held_out"), options)
+    folder = hub.check_source(options.checkpoint)
+    for file in (folder / "config.yaml", folder / "recipe.yaml"):  # of a run; of an export
+        if file.is_file():
+            check_held_out((read_yaml(file).get("data") or {}).get("held_out"), options)
 
 
 def check_held_out(held_out: float | None, options: argparse.Namespace) -> None:
@@ -241,10 +243,7 @@ def opened(options: argparse.Namespace, world: "World") -> "Opened":
     own_data = options.data is None
     split = evaluated.open_evaluated(config, options.split, world, own_data=own_data)
     if options.int8 and split.timesteps is not None and split.dtype != "uint8":
-        raise UserError(
-            f"--int8 needs frames of event counts (uint8), and the data are {split.dtype}; leave "
-            "it out"
-        )
+        raise UserError(f"--int8 needs counts of events (uint8), not {split.dtype}; leave it out")
     known = config.model.num_classes
     index = evaluated.with_classes_of_model(split, description.classes, known, source)
     binning, root = description.binning, config.data.root

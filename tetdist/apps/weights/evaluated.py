@@ -232,6 +232,4 @@ def timesteps(wanted: list[int] | None, config: RunConfig, trained: int, index: 
 
 def energy_constants(file: Path | None) -> EnergySection:
     """Return the constants and assumptions of the energy estimate that a file changes."""
-    if file is None:
-        return EnergySection()
-    return checked(EnergySection, read_yaml(file), f"--energy {file}")
+    return checked(EnergySection, read_yaml(file) if file else {}, f"--energy {file}")
