@@ -73,8 +73,7 @@ def _of_names_of_losses(config: RunConfig) -> Iterator[str]:
     for loss in config.losses():
         # The user's files may register others, which `_of_losses` finds.
         if loss.kind not in names.LOSSES and plugins.PACKAGE not in sys.modules:
-            known = f"cross-entropy of the mean output is sdt; there are {', '.join(names.LOSSES)}"
-            yield f"loss.kind: {plugins.none_of('loss', loss.kind, names.LOSSES, known)}"
+            yield f"loss.kind: {plugins.none_of('loss', loss.kind, names.LOSSES)}"
 
 
 def _of_phases(config: RunConfig) -> Iterator[str]:
