@@ -104,8 +104,8 @@ NAMES = {
 
 
 def draw_cost(figure: Any, performance: dict[str, Any]) -> None:
-    """Draw the time of a step and the memory that it keeps, as multiples of the ReLU network's."""
-    axis = panel(figure, "Training: about ReLU's time, less memory")
+    """Draw time and memory of a step, as multiples of those of ReLU on T times the images."""
+    axis = panel(figure, "Training, beside ReLU on T times the images")
     rows = performance["sew_resnet34-bf16"]["rows"]
     seconds, kept = ({row["name"]: row[key] for row in rows} for key in ("ratio", "kept_mib"))
     names = [name for name in NAMES if name in seconds]

@@ -193,7 +193,14 @@ def test_a_folder_is_continued_by_its_own_run_alone(main, tiny_root, tiny_config
     assert (run / "config.yaml").read_text() == kept
     # What does not change the result may change.
     others = ("log_every=2", "data.prefetch=3", "max_steps=4")
-    expect(main(file, "resume=must", *others), "continuing", "step 2")
+    began = json.loads((run / "environment.json").read_text())
+    began |= {"git": {"commit": "0123456789abcdef", "dirty": False}}
+    del began["earlier"]
+    (run / "environment.json").write_text(json.dumps(began))
+    code = "this run's code was 0123456789ab before and is"
+    expect(main(file, "resume=must", *others), "continuing", "step 2", code)
+    now = json.loads((run / "environment.json").read_text())
+    assert (now["earlier"], now["packages"]) == ([began], began["packages"])
     # Data may move but not change.
     moved = Path(shutil.copytree(tiny_root, tmp_path / "elsewhere"))
     expect(main(file, "max_steps=5", f"data.root={moved}"), "continuing")

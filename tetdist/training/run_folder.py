@@ -15,7 +15,7 @@ from tetdist.distributed.world import World
 from tetdist.errors import UserError, way_out
 from tetdist.plugins import import_files
 from tetdist.storage import checkpoint
-from tetdist.storage.files import checkpoint_at, write_json, write_text
+from tetdist.storage.files import checkpoint_at, parse_json, write_json, write_text
 from tetdist.tracking import environment, metrics_file
 from tetdist.tracking.trackers import check_tracker
 
@@ -81,10 +81,27 @@ class RunFolder:
         (self.path / "traceback.txt").unlink(missing_ok=True)  # of an earlier start
         # A finished run that is started again, to send MLflow missing data, computes nothing.
         if not is_trained(self.config):
-            write_json(self.path / "environment.json", environment.environment())
+            self._record_environment()
         elif (self.path / "config.yaml").exists():
             return  # a smaller max_steps is not that of the run
         write_text(self.path / "config.yaml", self.config.as_yaml())
+
+    def _record_environment(self) -> None:
+        """Write environment.json; a start with another commit keeps those of earlier ones."""
+        file, own = self.path / "environment.json", environment.environment()
+        before = parse_json(file.read_bytes()) if file.exists() and self._saved() else {}
+        own["earlier"] = before.pop("earlier", [])
+        code, other = (environment.git_version(one.get("git")) for one in (own, before))
+        if other not in ("", code):
+            own["earlier"].append(before)
+            if self.world.rank == 0:
+                logger.warning(
+                    "this run's code was %s before and is %s now; results may differ from those "
+                    "of one version",
+                    other,
+                    code,
+                )
+        write_json(file, own)
 
     def _saved(self) -> bool:
         return any(self.checkpoints.glob("step-*"))
