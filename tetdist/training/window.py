@@ -68,7 +68,7 @@ class Window:
         steps = max(self._steps, 1)
         own = time.monotonic() - self._started - self._world.waiting.take()
         data = waited - self._waited_before
-        gathered = self._world.gather([*sums, own / steps, data / steps])
+        gathered = self._world.gather_numbers([*sums, own / steps, data / steps])
         ranks = [RankTimes(host, *of[3:]) for host, of in zip(self._hosts, gathered, strict=True)]
         if self._world.rank == 0:
             for found in self._stragglers.new(ranks):
