@@ -359,6 +359,8 @@ def make_trainer(case: Case, config: Any, world: Any) -> Any:
 class _Index(types.SimpleNamespace):
     """An index of samples that nobody counts."""
 
+    timesteps = None
+
     def __len__(self) -> int:
         return 0
 

@@ -94,13 +94,10 @@ class RunFolder:
         code, other = (environment.git_version(one.get("git")) for one in (own, before))
         if other not in ("", code):
             own["earlier"].append(before)
-            if self.world.rank == 0:
-                logger.warning(
-                    "this run's code was %s before and is %s now; results may differ from those "
-                    "of one version",
-                    other,
-                    code,
-                )
+            text = (
+                "this run's code was %s before and is %s now; results may differ from one version's"
+            )
+            logger.warning(text, other, code)
         write_json(file, own)
 
     def _saved(self) -> bool:

@@ -99,6 +99,11 @@ def _log_start(watched: Watched) -> None:
         if optimizer.lr_per is not None or optimizer.layer_decay is not None:
             rate = optimizer.lr_as_text(config.batch.global_)
             logger.info("phase %d: learning rate %s", number, rate)
+    if config.cuda_graphs:
+        logger.warning(
+            "cuda_graphs=true is not yet verified on a GPU; check it on this machine with `%s`",
+            typed("check_gpu", "--only", "steps"),
+        )
 
 
 class PublishedCurve(Observer):
