@@ -50,7 +50,7 @@ def test_facts_from_three_places(cluster_file, monkeypatch, tmp_path):
     ("text", "parts"),
     [
         ("partiton: gpu", ["cluster.yaml", "unknown key 'partiton'", "'partition'"]),
-        ("time: 24:00:00", ["cluster.yaml: 24:00:00 in line 1", "quote it"]),
+        ("time: 24:00:00", ["cluster.yaml: 24:00:00 in line 1", "in quotes"]),
         ("time: 30", ["'time'", "must be text, in quotes, not 30"]),
         ("setup: module load cuda", ["'setup': must be", 'such as ["module load cuda"]']),
         ("sbatch: --exclusive", ["'sbatch': must hold keys and values"]),

@@ -517,6 +517,8 @@ def test_mlflow_has_the_run_with_its_tags_and_artifacts(farm, tiny_config, tmp_p
     # After the second phase's first step.
     expect(farm(file, stop=("step", 6, TERM)), status=143)
     assert rows("select name, status from runs") == [("tiny", "KILLED")]
+    late = "select min(timestamp) - min(start_time) from metrics join runs using (run_uuid)"
+    assert 0 <= rows(late)[0][0] < 60_000
     expect(farm(file), "mlflow ui --workers 1 --backend-store-uri", "type val/top1 into")
     ended = rows("select name, status, end_time from runs")
     assert ended[0][:2] == ("tiny", "FINISHED")

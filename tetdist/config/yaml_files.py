@@ -81,7 +81,7 @@ def _plain_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float
         line = node.start_mark.line + 1
         raise UserError(
             f"{node.start_mark.name}: {node.value} in line {line} is a base-60 number in YAML 1.1; "
-            "write it as a decimal, or quote it if it is meant as text"
+            f"write it as a decimal or, as text, in quotes, such as '\"{node.value}\"'"
         )
     is_int = node.tag == "tag:yaml.org,2002:int"
     return loader.construct_yaml_int(node) if is_int else loader.construct_yaml_float(node)

@@ -236,7 +236,9 @@ def new_client(uri: str) -> Any:
 
 def _open_run(client: Any, run_dir: Path, destination: Destination, run_name: str) -> Any:
     """Return the MLflow run of a run's folder, made when missing; write its ids there."""
-    run = _known_run(client, run_dir) or _create_run(client, destination, run_name)
+    file = run_dir / "environment.json"  # written at the run's start, before MLflow is set up
+    begun = int(file.stat().st_mtime * 1000) if file.exists() else None
+    run = _known_run(client, run_dir) or _create_run(client, destination, run_name, begun)
     # Earlier versions wrote the run's id alone.
     write_text(run_dir / "mlflow_run_id", f"{run.info.run_id}\n{run.info.experiment_id}\n")
     return run
@@ -263,8 +265,8 @@ def _known_run(client: Any, run_dir: Path) -> Any:
     return None
 
 
-def _create_run(client: Any, destination: Destination, run_name: str) -> Any:
-    """Make a run, with its experiment if missing."""
+def _create_run(client: Any, destination: Destination, run_name: str, begun: int | None) -> Any:
+    """Make a run that began at a time in milliseconds, with its experiment if missing."""
     from mlflow.tracking.context.registry import resolve_tags
 
     name = destination.experiment
@@ -279,7 +281,8 @@ def _create_run(client: Any, destination: Destination, run_name: str) -> Any:
     for tag in EXPERIMENT_TAGS.keys() - experiment.tags.keys():
         client.set_experiment_tag(experiment.experiment_id, tag, EXPERIMENT_TAGS[tag])
     # MLflow's pages show these tags as the run's user, source and version.
-    return client.create_run(experiment.experiment_id, run_name=run_name, tags=resolve_tags())
+    of = experiment.experiment_id
+    return client.create_run(of, start_time=begun, run_name=run_name, tags=resolve_tags())
 
 
 def _set_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
