@@ -312,6 +312,7 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         ((run, "data.root=/data"), "data.root=/data; use --data, not keys"),
         ((run, "--checkpoint", run), "--checkpoint: not allowed with argument RUN_OR_FILE"),
         ((run, "--exit-within", 1, "--exit-on", tiny_root), f"such as {tiny_root / 'val'}, not "),
+        ((run, "--exit-within", 1, "--exit-on", tmp_path), f"{tmp_path}/elsewhere/val, not "),
         (("--checkpoint", trained, "--exit-within", "1", *elsewhere), "which needs none of them"),
     ):
         assert message in broken(*arguments)

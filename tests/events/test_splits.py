@@ -171,6 +171,7 @@ def test_a_recording_that_is_not_there_has_a_problem(gestures):
         (["a/1.txt", "b/2.txt"], r"recordings \(.*, but 2 with .txt \(.*; save events as .npz"),
         (["1.bin", "2.bin"], "2 recordings, not in class folders; .* --split all-to-val"),
         (["1.bin", "../b/1.bin"], "a is a class folder itself: give "),
+        (["1.bin", "../b/1.bin", "../c/1.txt"], "1 recording, not in class folders"),
         (["a/b/c/1.aedat", "b/1.aedat"], "a holds a folder, 'b'"),
         (["a/1.aedat", "a/1.bin", "b/1.bin"], "2 recordings 'a/1' that differ only in"),
     ],

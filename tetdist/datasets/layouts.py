@@ -199,11 +199,7 @@ def _list_folder(
 
 
 def _list_shards(
-    root: Path,
-    split: str,
-    workers: int,
-    class_names: str | None,
-    progress: ReportProgress | None,
+    root: Path, split: str, workers: int, class_names: str | None, progress: ReportProgress | None
 ) -> Listing:
     files = _shards_of(root, split)
     paths = [root / file for file in files]
@@ -265,12 +261,10 @@ def _shard_classes(
     Numbers get leading zeros, so that the names sort in the same order.
     """
     beside = [root / split / CLASSES_FILE, root / CLASSES_FILE]
-    file = next((file for file in beside if file.is_file()), None)
+    file = Path(class_names) if class_names else next(filter(Path.is_file, beside), None)
     if class_names == IMAGENET:
         classes = imagenet_classes()
-    elif class_names or file:
-        file = Path(class_names) if class_names else file
-        assert file is not None
+    elif file:
         classes = tuple(line.strip() for line in read_text(file).splitlines())
     else:
         width = len(str(last_label))
@@ -336,12 +330,7 @@ def _list_validation_tar(root: Path, file: str, split: str) -> Listing:
 
 def _of_archives(split: str, classes: Sequence[str], files: Sequence[str]) -> Listing:
     """Make a listing without samples."""
-    return Listing(
-        kind="images",
-        split=split,
-        classes=tuple(classes),
-        archives=tuple(files),
-    )
+    return Listing(kind="images", split=split, classes=tuple(classes), archives=tuple(files))
 
 
 def _add(listing: Listing, file: str, members: list[Member], labels: list[int]) -> None:

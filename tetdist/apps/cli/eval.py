@@ -188,10 +188,12 @@ def check_places(options: argparse.Namespace) -> None:
         if folder is not None and not Path(folder).is_dir():
             problem = "is a file" if Path(folder).exists() else "does not exist"
             raise UserError(f"{flag}: {folder} {problem}; give the data folder")
-    if (root := options.exit_on) and (root / "index").is_dir():
+    if root := options.exit_on:
         own = root.absolute().parent / "index" / f"{root.name}.npz"
-        if not own.is_file():  # the split's name is missing
-            raise UserError(f"--exit-on: give ROOT/SPLIT, such as {root / 'val'}, not {root}")
+        below = [*root.glob("index"), *root.glob("*/index"), *root.glob("splits/*/index")]
+        if below and not own.is_file():  # the split's name is missing
+            such = below[0].with_name("val")
+            raise UserError(f"--exit-on: give ROOT/SPLIT, such as {such}, not {root}")
     for flag, result in (("--json", options.json), ("--report", options.report)):
         if result:
             files.check_writable(flag, result)

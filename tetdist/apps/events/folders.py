@@ -246,7 +246,8 @@ def _check(
         found = f"no recordings ({', '.join(suffixes)})"
         if loose:
             found = f"{counted(len(loose), 'recording')}, not in class folders"
-            if sum(bool(_files(one, suffixes)) for one in _folders(root.absolute().parent)) > 1:
+            beside = [_files(one, suffixes) for one in _folders(root.absolute().parent)]
+            if len(beside) > 1 and all(beside):
                 raise UserError(f"{root} is a class folder itself: give {root.absolute().parent}")
         raise UserError(
             f"{root} holds {found}; arrange them as CLASS/FILE, as"

@@ -131,9 +131,7 @@ PRESETS = {
         recordings=24_029,
         sensor=Sensor(120, 100),
         size=Sensor(48, 48),
-        splits={
-            "published": "all results on N-CARS: 15,422 to train and 8,607 to test",
-        },
+        splits={"published": "all results on N-CARS: 15,422 to train and 8,607 to test"},
     ),
     "nmnist": Preset(
         title="N-MNIST",
@@ -144,9 +142,7 @@ PRESETS = {
         classes=10,
         recordings=70_000,
         size=Sensor(34, 34),
-        splits={
-            "published": "all results on N-MNIST: 60,000 to train and 10,000 to test",
-        },
+        splits={"published": "all results on N-MNIST: 60,000 to train and 10,000 to test"},
     ),
 }
 

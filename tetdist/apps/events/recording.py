@@ -115,7 +115,7 @@ def _faults(events: npt.NDArray[np.int64], read: Events) -> Iterator[tuple[int, 
         before, after = int(t[i - 1]), int(t[i])
         wraps = read.counter is not None and before - after > read.counter // 2
         what = "the timestamp counter overflows" if wraps else "timestamps decrease"
-        sort = "; sort the events by t" * (read.counter is None)  # files of a camera have one
+        sort = "; sort the events by t" * (read.counter is None)  # arrays have none
         yield i, BadRecording(f"{what} at event {i} (from {before} to {after} us){sort}")
     far = np.flatnonzero(np.diff(t) > _MOST_GAP)
     if far.size:

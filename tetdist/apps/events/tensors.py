@@ -308,7 +308,7 @@ def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list
         else:
             events = read_recording(file, data, settings.sensor)
     except (BadRecording, OSError) as error:
-        advice = "; correct the size in the file or, if it states none, --sensor WIDTHxHEIGHT"
+        advice = "; correct the size in the file or, if it states none, give --sensor WIDTHxHEIGHT"
         return [], [BadFile(item.path, f"{error}{advice * isinstance(error, OtherSize)}")]
     digest = hashlib.sha256(data).hexdigest()
     records, bad = [], []

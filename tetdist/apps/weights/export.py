@@ -278,8 +278,8 @@ def _create_arguments(trained: Trained, source: str | None) -> str:
     )
 
 
-def _metadata(trained: Trained, preparation: str) -> dict[str, Any]:
-    """Return the metadata of a program or graph, texts; all but the preparation are JSON."""
+def _metadata(trained: Trained, preparation: str) -> dict[str, str]:
+    """Return the metadata of a program or graph as texts, all but the preparation as JSON."""
     found = trained.description.model_dump(include={"timesteps", "classes", "binning"})
     return {"preparation": preparation} | {k: json.dumps(v) for k, v in found.items() if v}
 

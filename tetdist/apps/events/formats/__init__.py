@@ -36,8 +36,7 @@ def read_recording(path: Path, data: bytes, sensor: Sensor | None) -> Events:
     """
     decoder = _DECODERS.get(path.suffix.lower())
     if decoder is None:
-        made = "; give the recording that prebin_dvs made this tensor of"
-        advice = made if path.suffix == ".npy" else ""
+        advice = "; give the recording that this tensor was made of" * (path.suffix == ".npy")
         raise BadRecording(f"its suffix is not one of {', '.join(SUFFIXES)}{advice}")
     if not data:
         raise BadRecording("the file is empty")
