@@ -146,7 +146,11 @@ def test_several_runs_are_a_table_and_json(tmp_path, monkeypatch, capsys):
     assert failed in capsys.readouterr().out
     assert command.main(["study"]) == 0
     assert f"runs/study/wild: failed (see {log.resolve()})\n" in capsys.readouterr().out
+    made(Path("runs/study/more/deep"), [], None)  # below a study, such as a data set
+    listed, glob = [], Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, what: listed.append(path) or glob(path, what))
     assert find_runs(["runs"]) == [Path("runs", name) for name in ("one", "study/wild", "two")]
+    assert listed == [Path("runs"), Path("runs/study")]
     assert command.main(["three"]) == 2
     assert "there is no run three; give a run folder" in capsys.readouterr().err
     assert command.main(["study/logs"]) == 2

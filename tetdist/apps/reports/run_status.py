@@ -103,7 +103,8 @@ def find_runs(names: Sequence[str]) -> list[Path]:
 def _runs_at(path: Path, depth: int = 2) -> list[Path]:
     if (path / "config.yaml").is_file():
         return [path]
-    return [run for one in sorted(path.glob("*/")) for run in _runs_at(one, depth - 1) if depth]
+    below = sorted(path.glob("*/")) if depth else []
+    return [run for folder in below for run in _runs_at(folder, depth - 1)]
 
 
 def read_status(folder: Path, job: JobStatus | None = None) -> RunStatus:
