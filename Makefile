@@ -30,10 +30,8 @@ $(info To use it without make: export PYTHONPATH=$(CURDIR))
 export PYTHONPATH := $(CURDIR)
 $(VENV)/.installed $(VENV)/.tests $(VENV)/.lint $(VENV)/.docs: ;
 else
-ifneq ($(MADE),)
-ifneq ($(MADE),$(DALI))
+ifneq ($(filter-out $(DALI),$(MADE)),)
 $(error $(VENV) is for DALI=$(MADE); for another one, remove it first: rm -r $(VENV))
-endif
 endif
 $(VENV)/.installed: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

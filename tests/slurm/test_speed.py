@@ -49,7 +49,7 @@ def test_given_speed():
 def test_measured_speed_of_a_process_and_its_memory(tmp_path):
     file = written(tmp_path, images_per_s=800, processes=8, timesteps=4, batch=32, peak_mib=2048)
     found = of(benchmark=file)
-    assert found == Speed(100.0, 4, "measured", 2048)
+    assert found == Speed(100.0, 4, "as given", 2048)  # of a model that the file does not name
     assert (found.rate(4), found.rate(8)) == (100, 50)
     config, cluster = loading.load("sew34_t4.yaml", []), ClusterSection(gpus_per_node=8)
     sizes = {"train_images": 1000, "val_images": 0, "parameters": 20_000_000, "buffers": 0}

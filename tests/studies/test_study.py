@@ -341,7 +341,7 @@ def test_dry_run_shows_each_job_after_those_it_needs(output_of, write, tmp_path,
     for speed, (own, total) in times.items():
         output = output_of("study", file, "--output", tmp_path, *dry, "--images-per-s", speed)
         assert f"both-seed0: {own}, starts" in output
-        assert f"3 runs to submit: {total}. The last one's" in output
+        assert f"submit: {total}, with the same samples/s at the T of each. The" in output
 
 
 def test_what_is_submitted_by_how_the_runs_are(write, tmp_path, monkeypatch, capsys):

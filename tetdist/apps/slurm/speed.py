@@ -159,7 +159,8 @@ def _speed_in(values: dict[str, Any], config: RunConfig) -> Speed:
         raise ValueError(rate)
     mean = config.phases[config.start_phase].mean_timesteps
     peak = values.get("peak_mib") if values.get("batch") == config.batch.micro else None
-    return Speed(rate, float(values.get("timesteps", mean)), f"measured{text}", peak)
+    how = "measured" if values.get("model") else "as given"
+    return Speed(rate, float(values.get("timesteps", mean)), f"{how}{text}", peak)
 
 
 def _unlike(

@@ -272,7 +272,7 @@ def runs_of(
     if not study.test_timesteps:
         most = max(run.timesteps for run in runs.values())
         tested = study.model_copy(update={"test_timesteps": tuple(range(1, most + 1))})
-        return runs_of(tested, output, more, imports, check_draft)
+        return runs_of(tested, output, more, imports)
     for run in runs.values():
         _check(run)
     return list(runs.values())

@@ -62,7 +62,8 @@ def dry_run(runs: list[StudyRun], output: Path, flags: list[str]) -> int:
         print(f"{run.name}: {_time(seconds[-1])}{_starts_after(after)}", flush=True)
         shown = submission.dry_run(prepared, speed, options, code)
     about = f". The last one's plan and script:\n{shown}" if shown else ""
-    print(f"{counted(len(seconds), 'run')} to submit: {_time(sum(seconds))}{about}")
+    same = ", with the same samples/s at the T of each" * any("images-per-s" in f for f in flags)
+    print(f"{counted(len(seconds), 'run')} to submit: {_time(sum(seconds))}{same}{about}")
     return 0
 
 
