@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import hub_stand_in
 import pytest
@@ -11,10 +12,11 @@ import tiny
 import yaml
 
 from tetdist.apps.cli.slurm import main
-from tetdist.apps.slurm import batch, cluster, history, snapshot, submit
+from tetdist.apps.slurm import batch, cluster, snapshot, submit
 from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.config import identity, loading
 from tetdist.errors import UserError
+from tetdist.tracking import mlflow_logger
 
 
 @pytest.fixture
@@ -195,7 +197,7 @@ def test_tracker_that_is_down_stops_no_submission(tiny_config, caplog):
     file = tiny_config({"tracking": {"mlflow": True, "uri": "http://127.0.0.1:9"}})
     config = loading.load(str(file))
     config.run_dir.mkdir(parents=True)
-    history.announce(config, "SCHEDULED", {"a": "b"})
+    mlflow_logger.announce(config, "SCHEDULED", {"a": "b"})
     assert "MLflow at http://127.0.0.1:9 failed: " in caplog.text
     assert not (config.run_dir / "mlflow_run_id").exists()
 
@@ -271,12 +273,12 @@ def test_plan_without_the_data(tiny_config, capfd):
 def test_what_is_refused_before_anything_is_written(tiny_config, tmp_path, capfd, monkeypatch):
     file, trained = str(tiny_config()), tmp_path / "trained"
     trained.mkdir()
-    (trained / "config.yaml").touch()
+    (trained / "config.yaml").write_text("phases: [{epochs: 1}]\n")
     refused(capfd, ["--config", file], "the number of GPUs", "--gpus-per-node G")
     arguments = ["--config", file, "--gpus-per-node", "4"]
     refused(capfd, arguments, "there is no Slurm here", "--dry-run")
     monkeypatch.setattr("tetdist.apps.slurm.jobs.is_here", lambda: True)
-    for arguments, *parts in (
+    for more, *parts in (
         (["--nodes", "3"], "cannot be divided equally among 12 processes"),
         (["reference=sew43"], "reference: there is no published curve 'sew43'"),
         (["cluster.quos=x"], "unknown key 'quos'", "'qos'"),
@@ -289,7 +291,12 @@ def test_what_is_refused_before_anything_is_written(tiny_config, tmp_path, capfd
         (["--after", "nothing"], "there is no run nothing"),
         (["--after", str(trained)], "was not submitted with `python launch/slurm.py`"),
     ):
-        refused(capfd, ["--config", file, "--gpus-per-node", "4", *arguments], *parts)
+        refused(capfd, [*arguments, *more], *parts)
+    # A finished run needs no job.
+    (trained / "metrics.jsonl").write_text('{"kind": "final", "step": 9, "time": 1.0}\n')
+    monkeypatch.setattr(submit, "submit", Mock(side_effect=UserError("no such partition")))
+    refused(capfd, [*arguments, "--after", str(trained)], "no such partition")
+    assert submit.submit.call_args.kwargs == {"after": []}
     for command in ("status", "cancel", "resume"):
         refused(capfd, [command, "nothing"], "there is no run nothing")
     monkeypatch.chdir(tmp_path)

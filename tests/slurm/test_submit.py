@@ -115,7 +115,7 @@ def test_job_that_slurm_refuses_leaves_nothing_behind(tiny_config, tmp_path, mon
         raise UserError("Slurm refuses the job: no such partition")
 
     monkeypatch.setattr(submit, "refuse_if_queued", lambda _: None)
-    monkeypatch.setattr(history, "announce", lambda _run, status, _tags: told.append(status))
+    monkeypatch.setattr(submit, "announce", lambda _, status, __: told.append(status))
     monkeypatch.setattr(submit.batch, "submit", refuse)
     with pytest.raises(UserError, match="no such partition"):
         submit.submit(run, code=tmp_path)

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from tetdist.config import loading
 from tetdist.errors import UserError, pip_install
 from tetdist.tracking import metrics_file, mlflow_logger, trackers
 from tetdist.tracking.environment import environment
@@ -389,8 +390,9 @@ def test_a_run_that_mlflow_forgot_is_sent_anew(store, tmp_path, caplog, monkeypa
     caplog.clear()
 
     # Deleted, as if by hand in the user interface.
-    destination = Destination(store.uri, "trials", tmp_path)
-    mlflow_logger.announce(run_dir, "a run", destination, {}, "DELETED")
+    overrides = ["name=run", f"runs_dir={tmp_path}", "tracking.mlflow=true"]
+    config = loading.load("quickstart", [*overrides, f"tracking.uri={store.uri}"])
+    mlflow_logger.announce(config, "DELETED", {})
     deleted = (run_dir / "mlflow_run_id").read_text().split()[0]
     assert store.client.get_run(deleted).info.lifecycle_stage == "deleted"
     with caplog.at_level(logging.INFO, logger="tetdist"):

@@ -180,14 +180,8 @@ class MLflow:
             self._monitor = None
 
 
-def announce(
-    run_dir: Path,
-    run_name: str,
-    destination: Destination,
-    tags: Mapping[str, str],
-    status: str | None,
-) -> None:
-    """Set the state of a run in MLflow while no process trains it: queued, cancelled, ...
+def announce(config: "RunConfig", status: str | None, tags: Mapping[str, str]) -> None:
+    """Set the state of a run in MLflow, if used, while no process trains it: queued, ...
 
     The run is made if missing; the training process will find and use it. If MLflow does not
     answer, this warns, and the run is sent when it trains.
@@ -196,9 +190,12 @@ def announce(
         status: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED; DELETED: MLflow no longer lists the
             run; None: unchanged.
     """
+    if (destination := Destination.of(config)) is None:
+        return
     try:
         client = new_client(destination.uri)
-        run_id = str(_open_run(client, run_dir, destination, run_name).info.run_id)
+        run = _open_run(client, config.run_dir, destination, config.name)
+        run_id = str(run.info.run_id)
         _set_tags(client, run_id, tags)
         if status is not None:
             _set_status(client, run_id, status)

@@ -99,7 +99,7 @@ def submit_parser() -> KeyParser:
         "--images-per-s",
         type=float,
         metavar="X",
-        help="training speed of one process, for the plan's hours",
+        help="training speed of one process at the run's T, for the plan's hours",
     )
     speed.add_argument(
         "--benchmark",
@@ -227,12 +227,14 @@ def _check_division(config: "RunConfig", processes: int, name: str) -> None:
 
 def _submit(options: argparse.Namespace) -> None:
     run, found = planned(options)
-    from tetdist.apps.slurm import plan, status, submit
+    from tetdist.apps.reports.run_status import find_runs, read_status
+    from tetdist.apps.slurm import plan, submit
 
     if options.dry_run:  # the runs to wait for may not be submitted yet
         print(submit.dry_run(run, found, options))
     else:
-        after = [needed for name in options.after for needed in status.find(name)]
+        needed = [one for name in options.after for one in find_runs([name])]
+        after = [one for one in needed if read_status(one).state != "finished"]
         submit.refuse_if_finished(run)
         submitted = submit.submit(run, after=after)
         print(plan.describe(run.plan, found))

@@ -20,14 +20,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from fcntl import LOCK_EX, flock
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import explaining, write_json, write_text
-from tetdist.tracking import mlflow_logger
-
-if TYPE_CHECKING:
-    from tetdist.config.schema import RunConfig
 
 
 @dataclass(frozen=True)
@@ -208,12 +204,3 @@ def submitting(run_dir: Path) -> Iterator[None]:
     with lock:
         flock(lock, LOCK_EX)
         yield
-
-
-def announce(config: "RunConfig", status: str | None, tags: dict[str, str]) -> None:
-    """Update MLflow, if it is used, about a run that no process trains now.
-
-    Without a status, only tags change.
-    """
-    if (destination := mlflow_logger.Destination.of(config)) is not None:
-        mlflow_logger.announce(config.run_dir, config.name, destination, tags, status)

@@ -23,6 +23,7 @@ from tetdist.apps.slurm import history
 from tetdist.apps.slurm.history import EventKind, JobEvent
 from tetdist.apps.slurm.placement import Context
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError, sentence, typed
+from tetdist.tracking.mlflow_logger import announce
 
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
@@ -229,7 +230,7 @@ class Start:
     def _announce(self, status: str) -> None:
         """Update MLflow, on the first process."""
         if self.is_first and self.config is not None:
-            history.announce(self.config, status, {})
+            announce(self.config, status, {})
 
     def _print(self, text: str) -> None:
         prefix = "" if self.context.rank == 0 else f"rank {self.context.rank}: "

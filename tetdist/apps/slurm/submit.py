@@ -30,7 +30,7 @@ from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
 from tetdist.plugins import import_files
 from tetdist.storage import checkpoint, hub
-from tetdist.tracking.mlflow_logger import ui_command
+from tetdist.tracking.mlflow_logger import announce, ui_command
 from tetdist.tracking.mlflow_store import check_store, hand_over
 from tetdist.tracking.trackers import check_names
 from tetdist.training.run_folder import RunFolder, is_trained
@@ -176,13 +176,13 @@ def submit(run: Prepared, code: Path | None = None, after: Sequence[Path] = ()) 
         with RunFolder(config, _world(run.cluster)):
             folder = history.next_submission(run_dir)
             code = code or copy_code(folder / "code")
-            history.announce(config, "SCHEDULED", {})
+            announce(config, "SCHEDULED", {})
             job = _job(run, folder, code)
             values = batch.parameters(config.name, run.cluster, code, depends_on)
             try:
                 job_id = batch.submit(job, values, folder)
             except UserError:
-                history.announce(config, "DELETED" if is_new else "KILLED", {})
+                announce(config, "DELETED" if is_new else "KILLED", {})
                 shutil.rmtree(run_dir if is_new else folder)
                 raise
         # Record it while the lock is held, so that the next holder sees this job.
@@ -198,7 +198,7 @@ def submit(run: Prepared, code: Path | None = None, after: Sequence[Path] = ()) 
             after=[str(path.absolute()) for path in after],
         )
         history.note_submission(folder, submission)
-        history.announce(config, None, {"slurm_job": job_id})
+        announce(config, None, {"slurm_job": job_id})
         return submission
 
 
@@ -269,7 +269,7 @@ def cancel(run_dir: Path) -> str:
     # If the job is requeuing itself now, its next start reads this line and exits.
     history.note(run_dir, JobEvent("cancelled", job, step=history.saved_step(run_dir)))
     # A training process updates MLflow itself, but there may be none yet.
-    history.announce(loading.load_written(Path(submission.config)), "KILLED", {})
+    announce(loading.load_written(Path(submission.config)), "KILLED", {})
     return f"cancelled job {job}; `{typed('slurm', 'resume', run_dir)}` continues the run"
 
 
