@@ -59,10 +59,10 @@ class Store:
 
         return mlflow.MlflowClient(tracking_uri=self.uri)
 
-    def open(self, run_dir, resume_step=None, *, params=None, tags=None, uri=None):
+    def open(self, run_dir, resume_step=None, *, params=None, tags=None, uri=None, **own):
         run_dir.mkdir(exist_ok=True)
         params = {"model.name": "sew_resnet18", "lr": 0.1} if params is None else params
-        run = TrackedRun(run_dir, "a run", params, tags or {"loss": "tet"}, resume_step)
+        run = TrackedRun(run_dir, "a run", params, tags or {"loss": "tet"}, resume_step, **own)
         destination = Destination(uri or self.uri, "trials", self.folder / "artifacts")
         self.opened.append(Tracker(run, destination))
         self.opened[-1].begin()
@@ -395,11 +395,14 @@ def test_a_run_that_mlflow_forgot_is_sent_anew(store, tmp_path, caplog, monkeypa
     mlflow_logger.announce(config, "DELETED", {})
     deleted = (run_dir / "mlflow_run_id").read_text().split()[0]
     assert store.client.get_run(deleted).info.lifecycle_stage == "deleted"
+    (run_dir / "environment.json").touch()  # of the last start
     with caplog.at_level(logging.INFO, logger="tetdist"):
-        store.open(run_dir, 20).close("FINISHED")
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert f"does not have run {deleted}" in message
+        store.open(run_dir, 20, finished=True).close("FINISHED")
+    assert f"does not have run {deleted}" in caplog.messages[0]
     assert_all_there(store, run_dir)
+    info, lines = store.run(run_dir).info, read_metrics(run_dir / "metrics.jsonl")
+    times = [int(lines[i]["time"] * 1000) for i in (0, -1)]
+    assert [info.start_time, info.end_time] == times
     store.client.delete_experiment("1")
     store.open(tmp_path / "other").close("FINISHED")
     assert "or `mlflow experiments restore --experiment-id 1`" in caplog.text

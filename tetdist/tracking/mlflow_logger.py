@@ -15,12 +15,13 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tetdist.errors import UserError, without_passwords
 from tetdist.storage.files import locked, made_aside, write_text
-from tetdist.tracking.metrics_file import points_of
+from tetdist.tracking.metrics_file import each_line, points_of
 from tetdist.tracking.trackers import Status, TrackedRun, first_line
 from tetdist.wording import counted
 
@@ -104,6 +105,7 @@ class MLflow:
         found = _open_run(self._client, run.folder, self.destination, run.name)
         self._run_id: str = found.info.run_id
         self._is_repeated = run.finished
+        self._ended: int | None = None
         # A finished run keeps the tags and the end of the start that finished it.
         self._is_over = run.finished and found.info.status == "FINISHED"
         if not self._is_over:
@@ -131,6 +133,7 @@ class MLflow:
                 if step > self._have.get(key, -1):
                     points.append(mlflow.entities.Metric(key, value, time, step))
         self._client.log_batch(self._run_id, metrics=points)
+        self._ended = time if self._is_repeated else None
         if points and self._is_repeated:
             shown = without_passwords(self.destination.uri)
             logger.info("sent %s to MLflow at %s", counted(len(points), "value"), shown)
@@ -145,7 +148,7 @@ class MLflow:
         self._send_tags()
         # Artifacts come later, so that a full artifact store does not leave the run unfinished.
         if not self._is_over:
-            _set_status(self._client, self._run_id, status)
+            _set_status(self._client, self._run_id, status, self._ended)
         self._send_artifacts()
 
     def _send_tags(self) -> None:
@@ -233,9 +236,7 @@ def new_client(uri: str) -> Any:
 
 def _open_run(client: Any, run_dir: Path, destination: Destination, run_name: str) -> Any:
     """Return the MLflow run of a run's folder, made when missing; write its ids there."""
-    file = run_dir / "environment.json"  # written at the run's start, before MLflow is set up
-    begun = int(file.stat().st_mtime * 1000) if file.exists() else None
-    run = _known_run(client, run_dir) or _create_run(client, destination, run_name, begun)
+    run = _known_run(client, run_dir) or _create_run(client, destination, run_name, run_dir)
     # Earlier versions wrote the run's id alone.
     write_text(run_dir / "mlflow_run_id", f"{run.info.run_id}\n{run.info.experiment_id}\n")
     return run
@@ -262,8 +263,8 @@ def _known_run(client: Any, run_dir: Path) -> Any:
     return None
 
 
-def _create_run(client: Any, destination: Destination, run_name: str, begun: int | None) -> Any:
-    """Make a run that began at a time in milliseconds, with its experiment if missing."""
+def _create_run(client: Any, destination: Destination, run_name: str, run_dir: Path) -> Any:
+    """Make a run that began when its folder says, with its experiment if missing."""
     from mlflow.tracking.context.registry import resolve_tags
 
     name = destination.experiment
@@ -278,8 +279,17 @@ def _create_run(client: Any, destination: Destination, run_name: str, begun: int
     for tag in EXPERIMENT_TAGS.keys() - experiment.tags.keys():
         client.set_experiment_tag(experiment.experiment_id, tag, EXPERIMENT_TAGS[tag])
     # MLflow's pages show these tags as the run's user, source and version.
-    of = experiment.experiment_id
+    of, begun = experiment.experiment_id, _begun(run_dir)
     return client.create_run(of, start_time=begun, run_name=run_name, tags=resolve_tags())
+
+
+def _begun(run_dir: Path) -> int | None:
+    """Return when a run began, in milliseconds; None if it did not yet."""
+    environment, metrics = run_dir / "environment.json", run_dir / "metrics.jsonl"
+    # Each start writes the environment, before MLflow is set up.
+    times = [environment.stat().st_mtime] if environment.exists() else []
+    times += [line["time"] for line in islice(each_line(metrics), 1)] if metrics.exists() else []
+    return int(min(times) * 1000) if times else None
 
 
 def _set_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
@@ -289,9 +299,10 @@ def _set_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
     client.log_batch(run_id, tags=entities)
 
 
-def _set_status(client: Any, run_id: str, status: str) -> None:
+def _set_status(client: Any, run_id: str, status: str, ended: int | None = None) -> None:
+    """Set a run's status; it ended at a time in milliseconds, or now."""
     if status in ("FINISHED", "FAILED", "KILLED"):
-        client.set_terminated(run_id, status)
+        client.set_terminated(run_id, status, ended)
     elif status == "DELETED":
         client.delete_run(run_id)
     else:
