@@ -161,7 +161,7 @@ def test_muon_takes_a_filter_for_a_row():
     """The update of a convolution is orthogonal as the matrix (out, in x height x width)."""
     torch.manual_seed(0)
     conv = nn.Conv2d(6, 4, 3, bias=False).to(memory_format=torch.channels_last)
-    arguments = {"ns_steps": 10, "eps": "1e-7"}  # as YAML 1.1 reads 1e-7
+    arguments = {"ns_steps": 10, "eps": 1e-7}
     asked = section(kind="timm:muon", weight_decay=0, arguments=arguments)
     optimizer, before = make_optimizer(conv, asked), conv.weight.detach().clone()
     conv.weight.grad = torch.randn_like(conv.weight)

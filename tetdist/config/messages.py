@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from tetdist.config.documentation import documented_keys, keys_of, section_at
 from tetdist.config.fields import KEYS_ALONE, Section
-from tetdist.config.overrides import apply_override, key_of, number
+from tetdist.config.overrides import key_of
 from tetdist.errors import UserError
 
 Kind = TypeVar("Kind", bound=Section)
@@ -68,12 +68,6 @@ def checked(
         return section.model_validate_json(json.dumps(values), context=context)
     except pydantic.ValidationError as error:
         found = [_located(section, one) for one in error.errors()]
-    # YAML 1.1 takes 1e-4 for text, also where only a number is allowed.
-    mistaken = [one for one in found if one["type"] == "float_type"]
-    if numbers := [one for one in mistaken if isinstance(number(one["input"]), float)]:
-        for one in numbers:
-            apply_override(values, f"{'.'.join(one['loc'])}={one['input']}")
-        return checked(section, values, source, overrides, origins, keys_alone=keys_alone)
     problems_by_origin: dict[str, list[str]] = {}
     bases = {file for file in (origins or {}).values() if file.endswith(".yaml")} - {source}
     hint = ""

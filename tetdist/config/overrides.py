@@ -47,7 +47,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one ``dotted.key=value`` in nested dictionaries."""
     key = key_of(override)
     text = override.partition("=")[2]
-    value = number(read_value(text, override)) if text else None
+    value = read_value(text, override) if text else None
     node: Any = raw
     parts = key.split(".")
     for depth, part in enumerate(parts, start=1):
@@ -62,14 +62,6 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         elif isinstance(node, dict) and node.get(place) is None:
             node[place] = {}
         node = node[place]
-
-
-def number(value: Any) -> Any:
-    """Return as a number what YAML 1.1 takes for text, such as 1e-4; other values as they are."""
-    try:
-        return float(value) if isinstance(value, str) and "e" in value.lower() else value
-    except ValueError:
-        return value
 
 
 def _position(items: list[Any], parts: list[str], name: str, override: str) -> int:

@@ -1,6 +1,7 @@
 """Reads untrusted YAML into plain values: text, numbers, lists and mappings, nothing shared."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,8 @@ def _plain_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float
 
 for _tag in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _plain_number)
+# YAML 1.1 takes 1e-4 for text. Such text is written in quotes.
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"), _Loader, yaml.SafeDumper
+)

@@ -2,11 +2,10 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from tetdist.config import names
 from tetdist.config.fields import TIMM, Fraction, OneOf, OpenFraction, Section
-from tetdist.config.overrides import number
 
 
 class DistillationSection(Section):
@@ -61,7 +60,7 @@ class LossSection(Section):
     label_smoothing: OpenFraction = 0.0
     """Label smoothing: the part of the target's probability that is spread evenly over all classes,
     as in torch's cross_entropy; timm's smoothing."""
-    arguments: dict[str, Annotated[Any, BeforeValidator(number)]] = {}
+    arguments: dict[str, Any] = {}
     """Further keyword arguments of your own loss."""
     distillation: DistillationSection = DistillationSection()
 

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Self, get_type_hints
 
 import pydantic
-from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, ValidationInfo
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationInfo
 
 from tetdist import plugins
 from tetdist.config import names
 from tetdist.config.fields import KEYS_ALONE, Names, OneOf, Section
-from tetdist.config.overrides import number
 from tetdist.config.sections.data import Kind
 from tetdist.errors import typed
 from tetdist.nn import neurons
@@ -92,7 +91,7 @@ class ModelSection(Section):
     """Number of classes; null: the number of the data set's classes."""
     neuron: Neuron
     """Neuron of all layers. Unset fields default to the network's published neuron."""
-    arguments: dict[str, Annotated[Any, BeforeValidator(number)]] = {}
+    arguments: dict[str, Any] = {}
     """Further arguments of the network, such as connect_function: add."""
     freeze: Names = ()
     """Parts of the network that keep their weights and running statistics, such as [stem, blocks.0,

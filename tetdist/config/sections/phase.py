@@ -11,7 +11,6 @@ from tetdist import plugins
 from tetdist.config import names
 from tetdist.config.fields import KEYS_ALONE, TIMM, Epochs, OneOf, OpenFraction, Section, Timesteps
 from tetdist.config.flags import MOST_TIMESTEPS
-from tetdist.config.overrides import number
 from tetdist.config.sections.loss import LossSection
 
 
@@ -40,7 +39,7 @@ class OptimizerSection(Section):
     decay_norms: bool = True
     """Apply weight decay to batch norm parameters and biases, too, but never to learnable neuron
     parameters."""
-    arguments: dict[str, Annotated[Any, BeforeValidator(number)]] = {}
+    arguments: dict[str, Any] = {}
     """Further arguments of timm's optimisers or of your own, such as eps: 1.0e-6."""
 
     @model_validator(mode="after")
