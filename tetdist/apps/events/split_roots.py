@@ -80,9 +80,8 @@ def make_split(
 def _check_classes(sources: Sequence[Source], members: dict[Part, list[Record]], name: str) -> None:
     """Check that train and val have all classes, so that labels have the same meaning."""
     wanted = {piece.class_name for source in sources for piece in source.pieces}
-    classes = {part: {record.class_name for record in members[part]} for part in _PARTS}
     for part in _PARTS:
-        missing = sorted(wanted - classes[part])
+        missing = sorted(wanted - {record.class_name for record in members[part]})
         if missing:
             raise UserError(
                 f"the split {name!r} has no usable recording of class {missing[0]!r} in {part}; "
