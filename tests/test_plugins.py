@@ -332,7 +332,7 @@ LATER = [
         *("model.neuron.kind=own", NEURON.format("", "width: float = 1.0")),
         "put @dataclass(frozen=True, kw_only=True) above it",
     ),
-    ("model={name: a}", RELU.format("a", "**_"), "do not pass them on"),
+    ("model={name: a}", RELU.format("a", "**_"), "pass on neuron alone"),
     ("model={name: b}", RELU.format("b", ""), "no timesteps, no set_timesteps, no num_classes, no"),
     ("model={name: none}", MODEL.format("none"), "the function none must return a network"),
     (

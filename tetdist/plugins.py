@@ -78,8 +78,7 @@ class Registry(dict[str, T]):
 
 
 def none_of(what: str, name: str, known: Collection[str], otherwise: str | None = None) -> str:
-    """Return the error message for an unknown name, with those that it may have meant; without
-    similar ones with ``otherwise``, or all."""
+    """Return the error for an unknown name: with a similar name, or ``otherwise``, or all."""
     own = "add its file: imports: [FILE.py], or --import FILE.py"
     if files := [Path(str(module.__file__)).name for module in imported_modules()]:
         own += f"; not registered in {', '.join(files)}"

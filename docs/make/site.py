@@ -38,8 +38,8 @@ ROOT_PAGES = {
     "SECURITY.md": "security.md",
 }
 RECIPES = "reference/recipes.md"
-# Pages that the search ranks low, or they hide the page that explains a term; and high: training.md
-# explains "resume" and "checkpoint", first_run.md "first run".
+# The search ranks some pages low, since they would hide the page that explains a term. It ranks
+# others high: training.md explains "resume" and "checkpoint", first_run.md "first run".
 LOW = ("results/", "results.md", "performance.md", "exactness.md", RECIPES)
 HIGH = {"training.md": 10, "reference/configuration.md": 3}
 HIGH |= {"contributing.md": 2, "guides/first_run.md": 2}

@@ -111,7 +111,7 @@ def test_pickles_are_refused_and_not_opened(output_of, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (None, ("none, or damaged; get it again",)),
+        (None, ("damaged, or no tar; get it again",)),
         ({"data_batch_3.bin": None}, ("lacks data_batch_3.bin",)),
         ({"data_batch_3.bin": b"torn"}, ("train", "ends within an image")),
         ({"test_batch.bin": records([[label] for label in range(1, 11)], 0)[0]}, ("label 10",)),

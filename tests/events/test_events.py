@@ -165,7 +165,7 @@ def test_late_frames_are_counted_and_ctrl_c_ends_with_a_summary(
         ([""], " is no file; give the network, then a file"),
         (["other.npz"], f" 99x99, not {DEFAULT_SENSOR} as expected; the network was trained for a"),
         (["other.dat"], f"is outside the {DEFAULT_SENSOR} sensor, as are "),
-        (["it.npz", "--output", "it.png"], "--output: it.png has another suffix than .gif"),
+        (["it.npz", "--output", "it.png"], "--output: it.png must end in .gif"),
         (["it.npz", "--output", "nosuch/it.gif"], "--output: cannot write nosuch/it.gif: name"),
         (["it.npz", "--best"], "best is damaged"),
     ],

@@ -65,7 +65,7 @@ def retired_values(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gone(raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
-    """Yield places (see `_found`) and defaults of what is gone, unless it has its default."""
+    """Yield the place (see `_found`) and default of each key that is gone and has another value."""
     for key in (*RETIRED, *RETIRED_VALUES):
         values, default = RETIRED_VALUES.get(key) or (None, RETIRED[key])
         for place, parent, name in _found(raw, key.split(".")):

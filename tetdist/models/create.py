@@ -48,7 +48,7 @@ def create_model(
         frames = own_frames(error)
         reason = raised_in(error, frames[-1].filename) if frames else error
         if "'pretrained" in str(error) or "'neuron'" in str(error):
-            reason = f"{reason}; accept neuron; and pretrained=False, **_, but do not pass them on"
+            reason = f"{reason}; take neuron, pretrained=False and **_, but pass on neuron alone"
         raise UserError(
             f"model.arguments: {name} cannot be built with {dict(arguments)} ({reason})"
         ) from error

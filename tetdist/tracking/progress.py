@@ -123,7 +123,7 @@ class RunProgress:
         # A network that is not causal has only the result of all timesteps.
         by_timestep = f"by timestep {by_timestep} %  " if by_timestep else ""
         what = "evaluation of the moving average" if of_average else "evaluation"
-        # Of five classes or fewer, it always is 100 %.
+        # With five classes or fewer, it is always 100 %.
         top5 = f"top-5 {values['top5']:.2f} %  " if values["top5"] < 100 else ""
         tqdm.write(
             f"{what} at epoch {values['epoch']:g}, step {step}: top-1 {values['top1']:.2f} %  "

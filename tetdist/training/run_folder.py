@@ -94,9 +94,7 @@ class RunFolder:
         code, other = (environment.git_version(one.get("git")) for one in (own, before))
         if other not in ("", code):
             own["earlier"].append(before)
-            text = (
-                "this run's code was %s before and is %s now; results may differ from one version's"
-            )
+            text = "this run's code was %s before and is %s now; this may change its results"
             logger.warning(text, other, code)
         write_json(file, own)
 

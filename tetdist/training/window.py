@@ -74,7 +74,7 @@ class Window:
             for found in self._stragglers.new(ranks):
                 logger.warning("%s", found)
         loss, correct, samples = map(math.fsum, list(zip(*gathered, strict=True))[:3])
-        if self._world.rank == 0 and not math.isfinite(loss):  # steps of another kind count as 0
+        if self._world.rank == 0 and not math.isfinite(loss):  # skipped steps count as 0
             logger.warning("the loss is %s though its gradient is finite; correct loss.kind", loss)
         seconds = max(time.monotonic() - self._started, 1e-9)
         values: dict[str, Any] = {

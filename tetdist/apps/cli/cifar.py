@@ -104,7 +104,7 @@ def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
             assert tar.fileobj is not None, "it is open"
             tar.fileobj.read(-1)  # up to the checksum at the end
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        reason = getattr(error, "strerror", None) or "it is none, or damaged; get it again"
+        reason = getattr(error, "strerror", None) or "it is damaged, or no tar; get it again"
         raise UserError(f"{archive} cannot be read as a tar archive: {reason}") from error
     for kind in (CIFAR10, CIFAR100):
         if _names(kind) <= found.keys():

@@ -71,7 +71,7 @@ def check_new_weights(output: Path) -> None:
 
 
 def report_bad(bad: Sequence[tuple[str, str]], kind: str, number: int) -> None:
-    """Print path and fault of 20 bad files, and how many of how many files are bad."""
+    """Print the first 20 bad files with their faults, and the number of bad files."""
     for path, reason in bad[:20]:
         print(printable(f"bad: {path}: {reason}"), file=sys.stderr)
     if bad:

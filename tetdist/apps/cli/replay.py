@@ -54,7 +54,7 @@ def replay(options: argparse.Namespace) -> None:
         raise UserError(f"there is no recording {file}; {meant_path(file, 'correct its name')}")
     if output := options.output:
         if output.suffix.lower() != ".gif":
-            raise UserError(f"--output: {output} has another suffix than .gif; rename it")
+            raise UserError(f"--output: {output} must end in .gif")
         check_writable("--output", output)
     from tetdist.apps.events.binning import binning_of, window_frames
     from tetdist.apps.events.formats import read_recording

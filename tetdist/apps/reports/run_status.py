@@ -91,7 +91,7 @@ def find_runs(names: Sequence[str]) -> list[Path]:
             places = (Path(name).parent, Path("runs", name).parent)
             known = {run.name: run for place in places for run in _runs_at(place)}
             close = difflib.get_close_matches(Path(name).name, known, n=1)
-            give = "give a run folder (own loops write none), a folder of runs, or a name in runs/"
+            give = "give a run folder (with config.yaml), a folder of runs, or a name in runs/"
             hint = f"did you mean {known[close[0]]}?" if close else give
             is_empty = Path(name).is_dir() or Path("runs", name).is_dir()
             what = "no run has begun in" if is_empty else "there is no run"

@@ -132,7 +132,7 @@ class ModelSection(Section):
                 own = "phases.N.timesteps" if key == "timesteps" else f"model.{key}"
                 raise ValueError(f"arguments.{key}: set {own} instead")
             if allowed is not None and key not in allowed:
-                hint = f"{meant(key, allowed)} (model.arguments={{}} leaves a recipe's out)"
+                hint = f"{meant(key, allowed)} (model.arguments={{}} drops a recipe's)"
                 raise ValueError(f"arguments.{key}: {self.name} has no such argument; {hint}")
         return self
 
