@@ -5,11 +5,7 @@ import json
 from samples import pixels
 
 from tetdist.apps.reports import style
-from tetdist.apps.reports.curves import (
-    _phase_borders,
-    firing_rates,
-    learning_curves,
-)
+from tetdist.apps.reports.curves import _phase_borders, firing_rates, learning_curves
 from tetdist.apps.reports.style import TRAIN, VALIDATION
 
 

@@ -78,10 +78,8 @@ def test_a_run_says_so_itself(farm, tiny_root, tmp_path):
     assert not runs.exists()
     other = farm(config, "reference=psn_sew34", "name=other")
     assert other.status == 0, other.text
-    message = (
-        "reference: psn_sew34 has ImageNet's 1,000 classes and these data have 4, so the run is"
-    )
-    assert message in other.text
+    message = "psn_sew34 has ImageNet's 1,000 classes and these data have 4, so the run is not"
+    assert f"reference: {message}" in other.text
     assert "reference_top1" not in tiny.metrics(runs / "other", "val")[0]
     # An ImageNet of as many classes, whose epochs are as long.
     batch = yaml.safe_load(config.read_text())["batch"]["global"]

@@ -126,5 +126,3 @@ def test_job_that_slurm_refuses_leaves_nothing_behind(tiny_config, tmp_path, mon
         submit.submit(run, code=tmp_path)
     assert (told[2:], checkpoints.exists()) == (["SCHEDULED", "KILLED"], True)
     assert list(history.slurm_folder(run.config.run_dir).glob("submission-*")) == []
-    with pytest.raises(UserError, match="was not submitted with `python"):
-        history.submission_of(run.config.run_dir)

@@ -215,12 +215,7 @@ def _described(index: "Index") -> str:
 
 def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
     """List every split and check that labels mean the same classes in all of them."""
-    from tetdist.datasets.layouts import (
-        check_same_classes,
-        default_splits,
-        in_tars,
-        list_split,
-    )
+    from tetdist.datasets.layouts import check_same_classes, default_splits, in_tars, list_split
 
     listings = []
     for split in args.splits or default_splits(args.root):

@@ -6,15 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tetdist.apps.studies.numbers import (
-    CONFIDENCE,
-    Difference,
-    Numbers,
-    at,
-    detectable,
-    holm,
-    last,
-)
+from tetdist.apps.studies.numbers import CONFIDENCE, Difference, Numbers, at, detectable, holm, last
 from tetdist.errors import UserError, without_passwords
 from tetdist.storage.files import explaining, write_text
 from tetdist.tables import aligned, markdown

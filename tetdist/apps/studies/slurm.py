@@ -62,7 +62,8 @@ def dry_run(runs: list[StudyRun], output: Path, flags: list[str]) -> int:
         print(f"{run.name}: {_time(seconds[-1])}{_starts_after(after)}", flush=True)
         shown = submission.dry_run(prepared, speed, options, code)
     about = f". The last one's plan and script:\n{shown}" if shown else ""
-    same = ", with the same samples/s at the T of each" * any("images-per-s" in f for f in flags)
+    is_given = any(flag.startswith("--images-per-s") for flag in flags)
+    same = ", at the given samples/s whatever the T of a run" * is_given
     print(f"{counted(len(seconds), 'run')} to submit: {_time(sum(seconds))}{same}{about}")
     return 0
 
