@@ -59,7 +59,7 @@ def _main(name: str, *arguments: str) -> int:
         return 0
     if name not in COMMANDS:
         known = [*COMMANDS, "--help", "--version", "train --explain"]
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.63)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.63)  # infer is not cifar
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
         print(f"error: there is no command {name!r}; {hint}", file=sys.stderr)
         return 2

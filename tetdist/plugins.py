@@ -82,8 +82,7 @@ def none_of(what: str, name: str, known: Collection[str], otherwise: str | None 
     own = "add its file: imports: [FILE.py], or --import FILE.py"
     if files := [Path(str(module.__file__)).name for module in imported_modules()]:
         own += f"; not registered in {', '.join(files)}"
-    ce = "cross-entropy of the mean output is sdt; " if (what, name[:1]) == ("loss", "c") else ""
-    return f"there is no {what} {name!r}; {ce}{meant(name, known, otherwise)} (for your own, {own})"
+    return f"there is no {what} {name!r}; {meant(name, known, otherwise)} (for your own, {own})"
 
 
 class Imported(NamedTuple):

@@ -182,7 +182,7 @@ CONTRADICTIONS = (
         *("loss.distillation={self_weight: 1.0, self_target: correct_mean}", "data.mixup=0.2"),
     ),
     ("loss.arguments.power: loss.kind=tet has no such argument", "loss.arguments.power=2"),
-    ("there is no loss 'ce'; cross-entropy of the mean output is sdt; there are", "loss.kind=ce"),
+    ("there is no loss 'ce'; there are sdt, tet, tet_of_means; sdt is the", "loss.kind=ce"),
     (
         "most_spikes has no effect with model.neuron.kind=plif; remove it, or set "
         "model.neuron.kind=ilif or nilif",

@@ -70,10 +70,11 @@ def _of_the_run(config: RunConfig) -> Iterator[str]:
 
 
 def _of_names_of_losses(config: RunConfig) -> Iterator[str]:
+    those = f"there are {', '.join(names.LOSSES)}; sdt is the cross-entropy of the mean output"
     for loss in config.losses():
         # The user's files may register others, which `_of_losses` finds.
         if loss.kind not in names.LOSSES and plugins.PACKAGE not in sys.modules:
-            yield f"loss.kind: {plugins.none_of('loss', loss.kind, names.LOSSES)}"
+            yield f"loss.kind: {plugins.none_of('loss', loss.kind, names.LOSSES, those)}"
 
 
 def _of_phases(config: RunConfig) -> Iterator[str]:

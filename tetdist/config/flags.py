@@ -30,10 +30,10 @@ class Parser(argparse.ArgumentParser):
         wanted = [str(one.metavar) for one in self._get_positional_actions()]
         if message.startswith("one of the arguments"):  # it names the flags that may replace one
             message = f"give {' and '.join(wanted)}"
-        if message.startswith("unrecognized") and not flags and "RUN_OR_FILE" in wanted:
-            one = "give one RUN_OR_FILE (compare_runs compares several)"
-            flag = {f"--{re.split('[ .=]', message)[2]}"} & {*self._option_string_actions}
-            hints = [f"use {''.join(flag) or 'flags'}, not keys" if "=" in message else one]
+        key = re.match(r"unrecognized arguments: (\w+)[\w.]*=", message)
+        if key and "RUN_OR_FILE" in wanted:
+            flag = f"--{key[1]}" if f"--{key[1]}" in self._option_string_actions else "flags"
+            hints.append(f"use {flag}, not keys")
         if value := re.search(r"invalid choice: '(.*?)'.*choose from (.*)\)", message):
             # The word nearest to a short one, such as gpu, often means something else.
             known = re.findall(r"[^', ]+", value[2]) if len(value[1]) > 3 else []
