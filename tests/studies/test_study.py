@@ -447,7 +447,10 @@ def test_mistakes_in_a_study_are_named(output_of, write, tmp_path, changes, word
         (("--dry-run", "--slurm"), ("must follow --slurm",)),
         (("seed",), ("'seed' is not of the form key=value",)),
         (("--output", __file__), ("test_study.py/logs cannot be written (Not a directory)",)),
-        (("--time", "3", "--slurm"), ("--time 3; write flags of launch/slurm.py after --slurm",)),
+        (
+            ("--time", "3", "--slurm"),
+            ("arguments: --time", "; write flags of launch/slurm.py after --slurm"),
+        ),
         (("data.root=nowhere", "--dry-run"), ("4 of 4 runs to train\n", "error: ", "nowhere")),
         (("loss.kind=sdt", "--report-only"), ("warning: entries.tet trains the same as sdt",)),
         (("--slurm",), ("there is no Slurm here", "leave out --slurm", "--dry-run")),
