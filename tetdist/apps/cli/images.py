@@ -66,7 +66,7 @@ def _add_index(commands: Any) -> None:
         help="check only the headers of images: quick, but misses damage that stops a training",
     )
     _add_common(command)
-    _add_source(command)
+    _add_classes(command)
     given = "leave out files that cannot be used"
     command.add_argument("--skip-bad", action="store_true", help=given)
 
@@ -90,7 +90,7 @@ def _add_check(commands: Any) -> None:
         help="do not compare with ImageNet-1k: ROOT has fewer or other WordNet classes",
     )
     _add_common(command)
-    _add_source(command)
+    _add_classes(command)
 
 
 def _add_shard(commands: Any) -> None:
@@ -133,9 +133,8 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     add("--workers", metavar="N", type=workers, default=cores, help=processes)
 
 
-def _add_source(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add(
+def _add_classes(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--classes",
         metavar="FILE",
         help="class names of the shards' labels, one a line, or imagenet-1k; default:"

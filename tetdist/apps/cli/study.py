@@ -24,10 +24,9 @@ class StudyParser(KeyParser):
     """The parser of study, which names the place of flags that belong to slurm."""
 
     def meant(self, flag: str) -> str:
-        from tetdist.apps.slurm import command
+        from tetdist.apps.slurm.command import submit_parser
 
-        usage = command.submit_parser().format_usage().replace("[", " ")
-        if flag in usage.split() and flag != "--config":
+        if flag in submit_parser()._option_string_actions and flag != "--config":
             return f"write flags of {program('slurm')} after --slurm"
         return super().meant(flag)
 
