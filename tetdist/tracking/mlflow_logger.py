@@ -284,7 +284,7 @@ def _create_run(client: Any, destination: Destination, run_name: str, run_dir: P
 
 
 def _begun(run_dir: Path) -> int | None:
-    """Return when a run began, in milliseconds; None if it did not yet."""
+    """Return when a run began, in milliseconds; None if it has not."""
     environment, metrics = run_dir / "environment.json", run_dir / "metrics.jsonl"
     # Each start writes the environment, before MLflow is set up.
     times = [environment.stat().st_mtime] if environment.exists() else []

@@ -50,7 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--output", metavar="DIR", type=Path, help="folder of runs and report; default: runs/STUDY"
     )
     parser.add_argument(
-        "--jobs", metavar="N", type=positive, default=1, help="runs at once, each on its own GPU"
+        "--jobs", metavar="N", type=positive, default=1, help="runs at once, spread over the GPUs"
     )
     parser.add_argument(
         "--only",
