@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 import tetdist_command
-from tetdist.apps.cli.common import run_command
+from tetdist.apps.cli.common import report_bad, run_command
 from tetdist.errors import typed
 
 FULL = Path("/dev/full")
@@ -74,6 +74,12 @@ def test_output_that_is_full_is_one_sentence(length, run, monkeypatch, capsys):
 def test_error_that_names_a_file_does_not_write_to_the_output(capsys):
     assert for_files(Path("/no/file").read_bytes) == 2
     assert capsys.readouterr().out == ""
+
+
+def test_many_bad_files_are_counted_and_not_all_listed(capsys):
+    report_bad([(f"{number}.jpg", "no image") for number in range(21)], "file", 30)
+    *listed, last = capsys.readouterr().err.splitlines()
+    assert (len(listed), last) == (20, "21 of 30 files are bad (the first 20 are above)")
 
 
 @pytest.mark.parametrize("words", [["help"], ["list", "neurons"], ["help", "list"]])

@@ -48,6 +48,7 @@ def test_counts():
 def test_fewer_steps_and_evaluations():
     made = make(overrides=("max_steps=5005", "evaluate_every=2"))
     assert (made.last_step, made.evaluations) == (5005, 1)
+    assert " 5,005 in total (max_steps, of 120 epochs)\n" in plan.describe(made, "unknown")
 
 
 def test_processes_that_cannot_share_a_step():

@@ -12,14 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from cluster import wait_until
-from runs import (
-    FIRST_PHASE,
-    LAST_STEP,
-    Run,
-    assert_mlflow_has,
-    assert_undisturbed,
-    mlflow_status,
-)
+from runs import FIRST_PHASE, LAST_STEP, Run, assert_mlflow_has, assert_undisturbed, mlflow_status
 
 from tetdist.apps.cli import slurm
 from tetdist.apps.slurm import history

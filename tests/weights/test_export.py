@@ -463,6 +463,7 @@ def test_missing_package_is_named(output_of, tmp_path, monkeypatch):
     [
         (["--format", "onnx", "--output", "net.nir"], "must end in .onnx"),
         (["--format", "onnx", "--output", "n.onnx", "--dt", "1"], "applies to --format nir only"),
+        (["--format", "nir", "--output", "n.nir", "--dt", "0"], "--dt 0 must be finite and above"),
         (["--format", "timm", "--output", "n", "--timesteps", "0"], "--timesteps: 0 must be"),
         (["--push", "small"], "--push small: a repository's name must be ORG/NAME"),
         (["--push", "a/b", "--format", "onnx"], "leave out --format onnx"),
