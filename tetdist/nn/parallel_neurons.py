@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from tetdist.nn.neurons import NEURONS, NeuronConfig, SurrogateName, option
+from tetdist.nn.neurons import NEURONS, NeuronConfig, SurrogateName, kind_of, option
 from tetdist.wording import counted
 
 if TYPE_CHECKING:
@@ -86,14 +86,18 @@ class PSN(ParallelNeuron):
     )
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:
+        import torch
+
         del num_channels
-        return _square(self.timesteps, self.threshold)
+        weight = torch.empty(self.timesteps, self.timesteps)
+        torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        return {"weight": weight, "bias": torch.full((self.timesteps,), -self.threshold)}
 
     def refusal(self, timesteps: int) -> str | None:
-        if timesteps == self.timesteps:
+        if timesteps == self.timesteps or (self.causal and timesteps < self.timesteps):
             return None
         return (
-            f"psn cannot run {counted(timesteps, 'timestep')}: it has weights for T="
+            f"{kind_of(self)} cannot run {counted(timesteps, 'timestep')}: it has weights for T="
             f"{self.timesteps} only"
         )
 
@@ -104,39 +108,20 @@ class PSN(ParallelNeuron):
 
 @NEURONS.register("masked_psn")
 @dataclass(frozen=True, kw_only=True)
-class MaskedPSN(ParallelNeuron):
+class MaskedPSN(PSN):
     """The parallel spiking neuron of which a spike depends on the last `order` currents."""
 
-    timesteps: int = option(4, "Number of timesteps T that the learnt weights combine.", ge=1)
+    causal: ClassVar[bool] = True
+
     order: int = option(
         2, "Number of timesteps that a spike depends on: its own and the ones before it.", ge=1
     )
-
-    def parameters(self, num_channels: int) -> dict[str, Tensor]:
-        del num_channels
-        return _square(self.timesteps, self.threshold)
-
-    def refusal(self, timesteps: int) -> str | None:
-        if timesteps <= self.timesteps:
-            return None
-        return (
-            f"masked_psn cannot run {counted(timesteps, 'timestep')}: it has weights for T="
-            f"{self.timesteps} only"
-        )
 
     def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         assert self.refusal(timesteps) is None
         weight, bias = weight[:timesteps, :timesteps], bias[:timesteps]
         ones = weight.new_ones(weight.shape)
         return weight * ones.tril() * ones.triu(1 - self.order), bias
-
-
-def _square(timesteps: int, threshold: float) -> dict[str, Tensor]:
-    import torch
-
-    weight = torch.empty(timesteps, timesteps)
-    torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-    return {"weight": weight, "bias": torch.full((timesteps,), -threshold)}
 
 
 @NEURONS.register("sliding_psn")

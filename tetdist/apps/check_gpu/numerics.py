@@ -23,7 +23,7 @@ from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig, make
 from tetdist.nn.norm_neuron import Neuron, NeuronLayer, NormAdd, NormNeuron, carrying_membranes
 from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import carried, carry, pack
-from tetdist.nn.parallel_neurons import PSN, MaskedPSN, SlidingPSN
+from tetdist.nn.parallel_neurons import PSN, SlidingPSN
 from tetdist.nn.products import LinearAttention
 
 # Largest fraction of spikes that differ.
@@ -112,7 +112,7 @@ class Layer(nn.Module):
         super().__init__()
         self.case, channels, config = case, case.channels, kinds()[case.kind]
         self.norm = BatchNorm(channels) if case.given == "normalised shortcut" else None
-        if isinstance(config, PSN | MaskedPSN):
+        if isinstance(config, PSN):
             config = replace(config, timesteps=case.timesteps)
         if isinstance(config, SlidingPSN):
             config = replace(config, order=2 + case.timesteps % 3)  # 2 to 4
