@@ -51,10 +51,8 @@ def psn(x, p):
 
 
 def masked_psn(x, p, *, order):
-    def share(t, s):
-        return p["weight"][t, s] * (t - order < s <= t)
-
-    return weighted(x, share, lambda t: p["bias"][t])
+    bias = p["bias"]
+    return weighted(x, lambda t, s: p["weight"][t, s] * (t - order < s <= t), lambda t: bias[t])
 
 
 def sliding_psn(x, p, *, order):
@@ -220,17 +218,9 @@ def test_which_kinds_are_causal_and_what_they_run():
     """A causal neuron gives at T = t what it gives at t of a longer run; others are marked."""
     current = torch.randn(4, 200, dtype=DOUBLE, generator=torch.Generator().manual_seed(0)) + 0.5
     found = {}
-    for values in (
-        {"kind": "plif"},
-        {"kind": "ilif"},
-        {"kind": "nilif"},
-        {"kind": "sliding_psn", "order": 3},
-        {"kind": "masked_psn", "order": 3},
-        {"kind": "psn"},
-    ):
-        config = make(values)
-        parameters = doubled(config)
-        name = values["kind"]
+    of_three = ({"kind": kind, "order": 3} for kind in ("sliding_psn", "masked_psn"))
+    for config in map(make, ("plif", "ilif", "nilif", "psn", *of_three)):
+        parameters, name = doubled(config), neurons.kind_of(config)
         found[name] = (config.causal, [t for t in range(1, 7) if config.refusal(t) is None])
         if config.causal:
             whole, _ = config.run(current, None, **parameters)

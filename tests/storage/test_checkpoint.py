@@ -307,9 +307,9 @@ def test_model_file_by_each_of_its_names(tmp_path):
 def test_model_file_errors(tmp_path):
     from safetensors.torch import save_file
 
-    def problem(path):
+    def problem(path, which="last"):
         with pytest.raises(UserError) as caught:
-            checkpoint.load_model_file(path)
+            checkpoint.load_model_file(path, which)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -320,6 +320,7 @@ def test_model_file_errors(tmp_path):
     assert "it.onnx is no checkpoint; give a run folder or" in problem(tmp_path / "it.onnx")
     path = save(tmp_path / "run" / "checkpoints", 1)
     assert f"holds runs; give one, such as {tmp_path / 'run'}" in problem(tmp_path)
+    assert "is not a run of several" in problem(path, "best")
     file = path / "model.safetensors"
     # Others may read it, as they may its neighbours.
     assert len({other.stat().st_mode for other in path.iterdir()}) == 1

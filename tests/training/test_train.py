@@ -189,7 +189,10 @@ def test_a_folder_is_continued_by_its_own_run_alone(main, tiny_root, tiny_config
     refused(main(file, "resume=never"), "resume=never", str(run), "name=")
     kept = (run / "config.yaml").read_text()
     outcome = main(file, "phases.0.optimizer.lr=0.1", "seed=5")
-    refused(outcome, "seed is 5 and was 0", "phases.0.optimizer.lr is 0.1 and was 0.05", "name=")
+    refused(outcome, "seed is 5 and was 0", "optimizer.lr is 0.1 and was 0.05", "set these values")
+    run.rename(run.with_name("other"))
+    refused(main(file, "name=other"), f"to continue this run, rename the folder back to {run}")
+    run.with_name("other").rename(run)
     assert (run / "config.yaml").read_text() == kept
     # What does not change the result may change.
     others = ("log_every=2", "data.prefetch=3", "max_steps=4")
