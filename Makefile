@@ -11,6 +11,7 @@ DALI ?= $(or $(MADE),cuda130)
 PIP_FLAGS ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
+TORCH = https://download.pytorch.org/whl/$(if $(filter cpu,$(DALI)),cpu,cu126)
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
@@ -42,9 +43,20 @@ $(VENV)/.installed: pyproject.toml setup.py
 	  *) echo "error: DALI=$(DALI) is unknown; use cuda130, cuda120 or cpu" >&2; exit 2;; esac
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing tetdist and its dependencies into $(VENV) (takes minutes the first time)"
-	@# PyPI's torch is for CUDA 13.
-	@test '$(DALI)' = cuda130 || $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
-	  'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/$(if $(filter cpu,$(DALI)),cpu,cu126)
+	@# PyPI's torch is for CUDA 13. A machine that reaches only a mirror of PyPI finds no other builds, and would
+	@# wait for them with every package; so pip first tries a small one.
+	@test '$(DALI)' = cuda130 || { \
+	  probe=$$(mktemp -d) && trap 'rm -rf "$$probe"' EXIT; \
+	  if $(BIN)/python -m pip download -q --disable-pip-version-check --retries 1 --timeout 10 --no-deps \
+	    --dest "$$probe" filelock --index-url $(TORCH) >/dev/null 2>&1; then \
+	    $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
+	      'torch<2.15' torchvision --index-url $(TORCH); \
+	  elif test '$(DALI)' = cpu; then \
+	    echo "pip cannot reach $(TORCH), so it installs the torch of its own index (maybe for CUDA)"; \
+	  else \
+	    echo "error: pip cannot reach $(TORCH), where torch for CUDA 12 is; set pip's proxy," \
+	      "or install torch for CUDA 12 into $(VENV) and use pip (docs/install.md)" >&2; exit 2; \
+	  fi; }
 	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
 	  $(if $(wildcard $@),--quiet) -e '.[train,$(DALI:cpu=cuda130),quickstart]'
 	@echo $(DALI) > $@
