@@ -111,7 +111,8 @@ def test_whole_numbers_are_evaluated_beside_real_ones(
     reversed_network.description["logit"] *= -1
     monkeypatch.setattr(integers, "convert", lambda *_: reversed_network)
     assert found("--int8")[0]["real_numbers"]["changed"] == NUM_SAMPLES
-    assert "--int8 does not support --unroll" in broken("--checkpoint", run, "--int8", "--unroll")
+    int8_and_energy = broken("--checkpoint", run, "--int8", "--energy", "x")
+    assert "--int8 does not support --energy" in int8_and_energy
 
 
 def test_numbers_are_those_of_plain_torch(run, tiny_root, evaluate, tmp_path):

@@ -104,11 +104,10 @@ class OperationCounts(AbstractContextManager["OperationCounts"]):
 
     Args:
         model: The network.
-        in_spikes: True if its layers see single spikes (`unrolled`); products always see numbers.
     """
 
-    def __init__(self, model: nn.Module, *, in_spikes: bool = False) -> None:
-        self._latest, self._in_spikes = LatestLevels(model), in_spikes
+    def __init__(self, model: nn.Module) -> None:
+        self._latest = LatestLevels(model)
         self._weights: dict[str, int] = {}
         self._fan_outs: dict[tuple[str, torch.Size], Tensor] = {}
         self._handles = []
@@ -139,8 +138,7 @@ class OperationCounts(AbstractContextManager["OperationCounts"]):
                 # A container of spikingjelly has folded time into the batch.
                 x = x[None]
             # Spikes are multiples of 1 / levels.
-            unchanged = self._in_spikes or name == self._of_input
-            levels = 1 if unchanged else self._latest.levels or 1
+            levels = 1 if name == self._of_input else self._latest.levels or 1
             sums = self._sums_on(x.device, name)
             presentations = x.shape[0] * x.shape[1]  # T * B
             if isinstance(module, nn.Conv2d):

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,6 @@ from tetdist.evaluation.early_exit import ExitChoice
 from tetdist.evaluation.energy import EnergySection, estimate
 from tetdist.evaluation.evaluate import Also, Evaluation, Evaluator
 from tetdist.evaluation.operations import OperationCounts
-from tetdist.evaluation.unrolling import unrolled
 from tetdist.models import SpikingNetwork
 from tetdist.nn.norm_neuron import is_causal
 
@@ -23,7 +22,6 @@ def run_suite(
     *,
     timesteps: Sequence[int],
     headline: int | None = None,
-    unroll: bool = False,
     also: Also = lambda _logits, _labels: None,
     exit_choice: ExitChoice | None = None,
     constants: EnergySection | None = None,
@@ -37,14 +35,13 @@ def run_suite(
     Args:
         timesteps: All requested T, rising; only ``per_timestep_*`` cover all of them.
         headline: T of all other results, one of ``timesteps``; None: the last. The model keeps it.
-        unroll: Run in sub-timesteps of binary spikes, see unrolling.py.
         also: Called with each batch of the evaluation at the headline's T, see `evaluate`.
         exit_choice: A threshold of early exit, for a causal network.
         constants: Constants of the energy estimate; None: the defaults.
 
     Returns:
         Everything in `Evaluation` and more, on every process. ``operations`` is None if they cannot
-        be counted; ``energy``, ``chosen_exit`` and ``sub_timesteps`` are present if they apply.
+        be counted; ``energy`` and ``chosen_exit`` are present if they apply.
     """
     model, world = evaluator.model, evaluator.world
     shows_each, headline = is_causal(model), headline or timesteps[-1]
@@ -64,13 +61,9 @@ def run_suite(
         decisions.add(logits, labels)
         also(logits, labels)
 
-    sub_timesteps, counts = dict[str, int](), None
-    with ExitStack() as stack:
-        if unroll:
-            sub_timesteps = stack.enter_context(unrolled(model))
-        # Layers of other networks may get inputs other than (T, B, ...).
-        if isinstance(model, SpikingNetwork):
-            counts = stack.enter_context(OperationCounts(model, in_spikes=unroll))
+    # Layers of other networks may get inputs other than (T, B, ...).
+    counts = OperationCounts(model) if isinstance(model, SpikingNetwork) else None
+    with counts or nullcontext():
         result = evaluator.run("evaluate", also=count)
     decisions.gather(world)
     points = decisions.early_exit()
@@ -84,8 +77,6 @@ def run_suite(
         "per_class": decisions.per_class(),
         "operations": operations and operations.as_dict(),
     }
-    if unroll:
-        found["sub_timesteps"] = sub_timesteps
     if exit_choice is not None:
         point = points[thresholds.index(exit_choice.threshold)]
         found["chosen_exit"] = {

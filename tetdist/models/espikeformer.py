@@ -8,8 +8,7 @@ and every convolution except the first see spikes.
 **T and D.** The authors train at T=1, with neurons that fire up to D=4 times in their one timestep
 (`NILIF`: a number of spikes over D; without an earlier timestep the membrane has no effect). So
 networks have T=1 by default, and their recipe has NI-LIF neurons of D=4. A device runs D
-sub-timesteps, in each of which a neuron fires or not; evaluation/unrolling.py computes that, with
-the same result.
+sub-timesteps, in each of which a neuron fires or not, with the same result.
 
 With more timesteps the image is shown again: the rest of a membrane after rounding and the limit of
 D spikes is carried to the next timestep, times the neuron's decay, and all logits are averaged. The

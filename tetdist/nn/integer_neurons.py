@@ -8,8 +8,8 @@ I-LIF (Luo et al., ECCV 2024, arXiv 2407.20708) is trained on whole numbers of s
 
 The neuron sends c, whose derivative with respect to ``u / V_th`` is taken as 1 in [0, D], including
 the ends, and 0 outside. A device runs each timestep as D sub-timesteps; the neuron fires in c of
-them, and the next layer adds its weights c times, which gives the same. `unrolled`, in
-evaluation/unrolling.py, computes that.
+them, and the next layer adds its weights c times, which gives the same
+(tests/evaluation/test_kinds_of_neurons.py computes that).
 
 NI-LIF (Yao et al., Spike-driven Transformer V3) sends ``c / D``, as if the weights were divided by
 D. At T=1, or with ``decay: 0``, there is no membrane, and c is the quantised input.

@@ -88,9 +88,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     given = """also run early exit at that threshold for real: decided samples leave the batch;
         reports images/s beside those of whole passes"""
     add("--measured", action="store_true", help=given)
-    given = """split each timestep into sub-timesteps with spikes of 0 or 1, as hardware runs
-        neurons that fire several times: slower, with the same result"""
-    add("--unroll", action="store_true", help=given)
     given = """evaluate the network in whole numbers (export --int8), and count the decisions that
         differ from those of the real numbers"""
     add("--int8", action="store_true", help=given)
@@ -114,7 +111,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for flag, value in (("--exit-on", options.exit_on), ("--measured", options.measured)):
         if value and options.exit_within is None:
             parser.error(f"{flag} needs the early exit of --exit-within; add --exit-within POINTS")
-    refused = [f"--{one}" for one in ("unroll", "measured", "energy") if vars(options)[one]]
+    refused = [f"--{one}" for one in ("measured", "energy") if vars(options)[one]]
     if options.int8 and refused:
         parser.error(f"--int8 does not support {' and '.join(refused)}; leave either out")
     return options
@@ -167,7 +164,6 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
             evaluator,
             timesteps=given.timesteps,
             headline=headline,
-            unroll=options.unroll,
             also=lambda logits, _: whole.append(decided(logits)),
             exit_choice=exit_choice,
             constants=given.constants,

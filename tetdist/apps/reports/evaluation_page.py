@@ -206,14 +206,6 @@ def _of_chosen_exit(chosen: dict[str, Any], found: EvaluationResults) -> str:
 
 def _counts(found: EvaluationResults) -> Section:
     rates, operations, sentences = found["firing_rate"], found["operations"], list[str]()
-    if "sub_timesteps" in found:
-        several = [most for most in found["sub_timesteps"].values() if most > 1]
-        sentences.append(
-            f"unrolled: {counted(len(several), 'layer')} into up to {max(several)} sub-timesteps "
-            "of 0 and 1 per timestep"
-            if several
-            else "nothing to unroll: the spikes that layers receive are already 0 or 1"
-        )
     if "real_numbers" in found:
         sentences.append("--int8 counts neither operations nor spikes")
     elif operations is None:
