@@ -57,7 +57,7 @@ def test_a_base_is_beside_the_file_and_may_have_a_base(tmp_path):
 
 def test_printed_configuration_says_where_each_value_is_from(tmp_path, capsys):
     own = written(tmp_path / "mine.yaml", "base: quickstart\nseed: 5\nphases: {0: {epochs: 4}}\n")
-    data = "data={root: x, kind: images, image_size: 8, resize: 8, color_jitter: {hue: 0.25}}"
+    data = "data={root: x, kind: images, image_size: 8, resize: 8, color_jitter: [0, 0, 0, 0.25]}"
     overrides = [data, "profile=2..3"]
     assert train.main(["--config", own, "--print-config", *overrides]) == 0
     lines = [line.partition("  # ") for line in capsys.readouterr().out.splitlines()]
@@ -65,7 +65,7 @@ def test_printed_configuration_says_where_each_value_is_from(tmp_path, capsys):
     assert origins["seed: 5"] == origins["- epochs: 4"] == "mine.yaml"
     assert origins["name: mine"] == "mine.yaml"
     assert origins["root: x"] == origins["- 2"] == COMMAND_LINE
-    assert origins["- 0.25"] == COMMAND_LINE  # in an earlier version's form
+    assert origins["- 0.25"] == COMMAND_LINE
     assert origins["deterministic: false"] == origins["imports: []"] == DEFAULT
     # What an override replaced as a whole comes from nowhere else.
     assert origins["flip: 0.5"] == DEFAULT

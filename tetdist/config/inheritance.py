@@ -125,7 +125,7 @@ def annotated(text: str, origins: Mapping[str, str]) -> str:
     width = min(max(map(len, lines)), 50)
     for number, key in ends.items():
         above, _, last = key.rpartition(".")
-        # A list may have been given as a text, such as 20..30, or as an earlier version's mapping.
+        # A list may have been given as a text, such as 20..30.
         parts = [one for one in origins if last.isdecimal() and one.startswith(f"{above}.")]
         origin = next((origins[one] for one in [key, above, *parts] if one in origins), DEFAULT)
         lines[number] = f"{lines[number]:{width}}  # {origin}"

@@ -14,7 +14,6 @@ from tetdist.config.checks import check, check_early, check_name
 from tetdist.config.inheritance import COMMAND_LINE, imports_of, overridden, read_layers
 from tetdist.config.messages import checked
 from tetdist.config.overrides import apply_override, key_of, refuse_repeated
-from tetdist.config.retired import without_retired
 from tetdist.config.schema import RunConfig
 from tetdist.config.sections.model import network_neuron
 from tetdist.config.yaml_files import read_yaml
@@ -141,16 +140,13 @@ def parse(
     Args:
         source: File of the configuration, as errors name it.
         warn: Refuse keys that the kind of neuron lacks.
-        is_trained: The network is only used, not trained, so keys of training that are gone do
-            not matter.
+        is_trained: The network is only used, not trained, so its loss need not be imported.
         overrides, origins: See `checked`.
         check_draft: See `load_with_origins`.
 
     Raises:
         UserError: It is not valid, or contradicts itself.
     """
-    raw = _with_present_names(raw)
-    raw = without_retired(raw, source, origins or {}, is_trained=is_trained)
     # Mistakes that need no network are said first: importing the networks takes seconds.
     draft = checked(RunConfig, raw, source, overrides, origins, keys_alone=True)
     check_early(draft, is_trained=is_trained)
@@ -186,21 +182,6 @@ def _refuse_unread(
                 f"loss.{key} has no effect: the function of loss.kind={config.loss.kind} has no "
                 "such parameter; remove the key, or add the parameter"
             )
-
-
-def _with_present_names(raw: dict[str, Any]) -> dict[str, Any]:
-    """Change names and forms of an earlier version to those of this version."""
-    if "checkpoint" in raw and "recompute" not in raw:
-        raw = raw | {"recompute": raw["checkpoint"]}
-        del raw["checkpoint"]
-    data: Any = raw.get("data")
-    jitter = data.get("color_jitter") if isinstance(data, dict) else None
-    strengths = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
-    if isinstance(jitter, dict) and jitter.keys() <= strengths.keys():
-        raw = raw | {"data": data | {"color_jitter": list((strengths | jitter).values())}}
-    if isinstance(profile := raw.get("profile"), dict) and "steps" in profile:
-        raw = raw | {"profile": profile["steps"]}
-    return raw
 
 
 def _with_neuron_of_its_kind(

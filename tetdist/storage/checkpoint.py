@@ -282,8 +282,6 @@ def load_model_file(
             f"the description in {file} is damaged or of another version of tetdist: "
             f"{', '.join(sorted(wrong))} cannot be read"
         ) from error
-    if parse_json(metadata["tetdist"]).get("quantize"):  # of an earlier version
-        logger.warning("%s was trained with rounded weights; its float weights are used", path)
     return weights, description
 
 

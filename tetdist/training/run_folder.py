@@ -8,7 +8,6 @@ from typing import Self, assert_never
 from tetdist import plugins
 from tetdist.config.identity import differences
 from tetdist.config.loading import parse
-from tetdist.config.retired import without_retired
 from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
 from tetdist.distributed.world import World
@@ -112,8 +111,7 @@ class RunFolder:
                 f"{file} is damaged, so the run in this folder cannot be identified; restore the "
                 "file, remove it if you know that the run is the same, or set another name=..."
             ) from error
-        earlier, doubt = without_retired(earlier, str(file), {}, is_trained=False), ""
-        of_files = plugins.changes(self.path / "imports", imported)
+        doubt, of_files = "", plugins.changes(self.path / "imports", imported)
         try:
             # Keys added since then get defaults in the earlier run; its names need its files.
             earlier = earlier if of_files else parse(earlier, str(file), warn=False).as_dict()

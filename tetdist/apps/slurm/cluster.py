@@ -22,9 +22,6 @@ from tetdist.errors import UserError
 # Duration of a restart, from the stop to the first new step: queue, imports, compilation.
 RESTART_MINUTES = 5.0
 
-# Keys that served the plan alone; submissions of earlier versions have them.
-RETIRED = ("gpu", "link_in_node", "link_between_nodes")
-
 # No white space: a line break would start a new line of the script.
 Word = Annotated[str, Field(pattern=r"^\S+$")]
 
@@ -132,7 +129,6 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _checked(facts: dict[str, Any], source: str) -> ClusterSection:
     """Validate the settings; errors name their source."""
-    facts = {key: value for key, value in facts.items() if key not in RETIRED}
     cluster = checked(ClusterSection, facts, source)
     minutes(cluster.time)
     for flag in cluster.sbatch:

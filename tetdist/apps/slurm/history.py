@@ -17,7 +17,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import Any, Literal
@@ -83,10 +83,7 @@ def newest_submission(run_dir: Path) -> Submission | None:
     """Return the run's newest submission; None if it was never submitted."""
     files = [folder / "submission.json" for _, folder in sorted(_submissions(run_dir))]
     for file in filter(Path.is_file, reversed(files)):
-        values = json.loads(file.read_text())
-        # Earlier versions wrote more.
-        known = {one.name for one in fields(Submission)} & values.keys()
-        return Submission(**{name: values[name] for name in known})
+        return Submission(**json.loads(file.read_text()))
     return None
 
 

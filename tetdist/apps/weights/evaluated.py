@@ -101,8 +101,7 @@ def evaluation_config(
         "data": raw["data"] | {"device": "cpu"} | dict(data or {}),
     }
     given = {key: value for key, value in changed.items() if value is not None}
-    kept = {key: value for key, value in raw.items() if key != "checkpoint"}
-    return parse(kept | without | given, source, warn=False, is_trained=True)
+    return parse(raw | without | given, source, warn=False, is_trained=True)
 
 
 def open_evaluated(config: RunConfig, split: str | None, world: World, *, own_data: bool) -> Index:
